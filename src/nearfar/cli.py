@@ -1,0 +1,195 @@
+"""The terminal: one thin command per verb. Heavy libraries are imported by the verb that needs them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="nearfar",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Train contrastive models, see why they learn, and compare runs honestly.\n\n"
+    "Start with [bold]nearfar train --list[/bold], or [bold]nearfar train experiment=molecules_demo[/bold].",
+)
+verify_app = typer.Typer(no_args_is_help=True, help="Self-tests that certify a part of nearfar on this machine.")
+app.add_typer(verify_app, name="verify")
+
+HYDRA = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+def _console(stderr: bool = False) -> Any:
+    from rich.console import Console
+
+    return Console(stderr=stderr, soft_wrap=True)
+
+
+def _report(error: Exception) -> int:
+    """Print an error the user can mend as a message, any other with its traceback; return the exit code."""
+    from nearfar.errors import NearfarError
+
+    if type(error).__name__ == "Interrupted":
+        _console(stderr=True).print(
+            "stopped; the run is saved. Go on with: nearfar train resume_from=RUN", markup=False
+        )
+        return 130
+    if isinstance(error, NearfarError) and not os.environ.get("NEARFAR_TRACEBACK"):
+        _console(stderr=True).print("[bold red]error[/bold red]", end=" ")
+        _console(stderr=True).print(str(error), markup=False, highlight=False)
+        return 2
+    import traceback
+
+    traceback.print_exception(error)
+    return 1
+
+
+@app.command(context_settings=HYDRA)
+def train(
+    context: typer.Context,
+    list_: Annotated[bool, typer.Option("--list", help="Show the experiments.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show data, model, memory and an estimate of the time; train nothing.")
+    ] = False,
+) -> None:
+    """Train: experiment=NAME key=value …
+
+    Everything after [bold]train[/bold] goes to Hydra: [bold]-m[/bold] sweeps over comma-separated values,
+    [bold]--cfg job[/bold] prints the composed configuration.
+    """
+    if list_:
+        from nearfar.configs import experiments
+
+        width = max(map(len, experiments()))
+        for name, line in experiments().items():
+            typer.echo(f"{name:<{width}}  {line}")
+        return
+    arguments = list(context.args)
+    if dry_run:
+        from nearfar.launch import compose_config, with_saved_overrides
+        from nearfar.training.estimate import describe
+
+        describe(compose_config(with_saved_overrides(arguments)), _console())
+        return
+    from nearfar.launch import launch
+
+    launch(arguments, _console(), _report)
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders, or folders of runs.")],
+    baseline: Annotated[
+        str | None, typer.Option(help="The arm to compare with, by its label, e.g. sampler=random.")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="test or val; test where there is one.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Where report.html goes; by default into the folder common to the runs.")
+    ] = None,
+) -> None:
+    """Compare runs: paired differences with interval and verdict, or why they cannot be compared."""
+    from nearfar.lab.compare import compare_runs, write_comparison
+    from nearfar.lab.table import comparison_tables
+
+    comparison = compare_runs(runs, baseline=baseline, split=split)
+    console = _console()
+    for table in comparison_tables(comparison):
+        console.print(table)
+    console.print(f"report: {write_comparison(comparison, output)}", markup=False, highlight=False)
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
+    """Write report.html of a finished run anew and print its table."""
+    from nearfar.lab.report import write_report
+    from nearfar.lab.table import metrics_table
+    from nearfar.training.run_folder import RunFolder
+
+    folder = RunFolder(run)
+    path = write_report(folder)
+    console = _console()
+    console.print(metrics_table(folder))
+    console.print(f"report: {path}", markup=False, highlight=False)
+
+
+@app.command()
+def embed(
+    run: Annotated[Path, typer.Argument(help="A run folder or checkpoint.")],
+    data: Annotated[Path, typer.Argument(help="A table with SMILES and/or text columns.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The .npz to write.")] = Path("embeddings.npz"),
+) -> None:
+    """Embed the rows of a table with a trained run."""
+    from nearfar.systems import trained
+
+    trained(run).embed_table(data, output, _console())
+
+
+@app.command()
+def search(
+    run: Annotated[Path, typer.Argument(help="A run folder or checkpoint.")],
+    query: Annotated[str, typer.Argument(help="A text; with --molecule, a SMILES.")],
+    molecule: Annotated[bool, typer.Option("--molecule", help="The query is a molecule: find its text.")] = False,
+    k: Annotated[int, typer.Option("-k", help="How many to show.")] = 10,
+    gallery: Annotated[
+        Path | None, typer.Option(help="A table to search in; by default all molecules of the run's data.")
+    ] = None,
+    html: Annotated[Path | None, typer.Option(help="Also write the hits with pictures to this page.")] = None,
+) -> None:
+    """Find the nearest molecules of a text, or the nearest texts of a molecule."""
+    from nearfar.systems import trained
+
+    trained(run).search_and_print(query, molecule, k, gallery, html, _console())
+
+
+@app.command(context_settings=HYDRA)
+def data(context: typer.Context) -> None:
+    """Read an experiment's data and show what was taken, rejected and why: experiment=NAME data.train=…"""
+    from nearfar.launch import compose_config
+    from nearfar.systems import build_system
+
+    console = _console()
+    system = build_system(compose_config(list(context.args)))
+    system.prepare(lambda text: console.print(text, markup=False, highlight=False))
+    console.print_json(data=system.layout())
+
+
+@verify_app.command("sampler")
+def verify_sampler(seed: Annotated[int, typer.Option(help="Seed of the vectors and the batches.")] = 0) -> None:
+    """100 vectors in 5 clusters: are hard batches harder than random ones, and is a misaligned list found out?"""
+    from nearfar.batching import verify_sampler
+    from nearfar.lab.table import verdict_table
+
+    verdict = verify_sampler(seed=seed)
+    _console().print(verdict_table(verdict))
+    raise typer.Exit(0 if verdict.passed else 1)
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+) -> None:
+    """Options of nearfar itself."""
+    if version:
+        from nearfar import __version__
+
+        typer.echo(f"nearfar {__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Entry point: errors a user can mend are printed without a traceback."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        sys.exit(_report(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""Charts of a run as SVG text, drawn with matplotlib without a display and without global state."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+
+__all__ = ["Chart", "hardness_chart", "intervals_chart", "line_chart"]
+
+COLOURS = ("#2563a8", "#c2571a", "#2f8f5b", "#8a4fa0", "#a08a1a", "#5b6673")
+INK = "#39424e"
+
+
+class Chart:
+    """A small figure with one axis in the house style; ``svg()`` gives the text to put into a page."""
+
+    def __init__(self, title: str, xlabel: str, ylabel: str, width: float = 5.2, height: float = 3.0) -> None:
+        self.figure = Figure(figsize=(width, height), layout="constrained")
+        self.axis: Any = self.figure.add_subplot()
+        self.axis.set_title(title, loc="left", fontsize=10, color=INK)
+        self.axis.set_xlabel(xlabel, fontsize=8, color=INK)
+        self.axis.set_ylabel(ylabel, fontsize=8, color=INK)
+        self.axis.tick_params(labelsize=8, colors=INK, length=2)
+        self.axis.grid(axis="y", color="#e4e7eb", linewidth=0.7)
+        self.axis.set_axisbelow(True)
+        for side in ("top", "right"):
+            self.axis.spines[side].set_visible(False)
+        for side in ("left", "bottom"):
+            self.axis.spines[side].set_color("#b9c0c9")
+
+    def legend(self) -> None:
+        """A legend, where more than one thing is drawn."""
+        if len(self.axis.get_legend_handles_labels()[1]) > 1:
+            self.axis.legend(fontsize=8, frameon=False, labelcolor=INK)
+
+    def svg(self) -> str:
+        """The figure as an ``<svg>`` element; the same input gives the same bytes."""
+        buffer = io.StringIO()
+        # Identifiers inside the SVG are salted with the title: several charts on one page do not collide.
+        with rc_context({"svg.hashsalt": self.axis.get_title(loc="left"), "svg.fonttype": "none"}):
+            FigureCanvasSVG(self.figure).print_svg(buffer, metadata={"Date": None, "Creator": None})
+        text = buffer.getvalue()
+        return text[text.index("<svg") :]
+
+
+def line_chart(
+    title: str,
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    xlabel: str,
+    ylabel: str,
+    levels: Mapping[str, float] | None = None,
+) -> str:
+    """Lines by name, each (x, y); ``levels`` are dashed horizontals such as the chance level."""
+    chart = Chart(title, xlabel, ylabel)
+    for colour, (name, (x, y)) in zip(COLOURS * 4, series.items(), strict=False):
+        marker = "o" if len(x) <= 40 else None
+        chart.axis.plot(x, y, color=colour, label=name, linewidth=1.6, marker=marker, markersize=3)
+    for name, level in (levels or {}).items():
+        chart.axis.axhline(level, color="#8b95a1", linewidth=1, linestyle=(0, (4, 3)))
+        chart.axis.annotate(
+            name,
+            (1, level),
+            xycoords=("axes fraction", "data"),
+            ha="right",
+            va="bottom",
+            fontsize=7,
+            color="#6b7683",
+        )
+    chart.legend()
+    return chart.svg()
+
+
+def hardness_chart(plans: Mapping[str, Sequence[Mapping[str, Any]]], random_level: float | None) -> str:
+    """Realised hardness by quarter of every epoch, one line per arm.
+
+    ``plans[arm]`` are the ``plan`` records of a run's log.
+    """
+    series = {}
+    for arm, records in plans.items():
+        x = [record["epoch"] - 1 + (q + 0.5) / 4 for record in records for q in range(len(record["hardness"]))]
+        series[arm] = (x, [value for record in records for value in record["hardness"]])
+    return line_chart(
+        "Realised hardness through the epochs",
+        series,
+        "epoch (four quarters each)",
+        "nearest neighbours in the same batch",
+        {"random batches": random_level} if random_level is not None else None,
+    )
+
+
+def intervals_chart(title: str, rows: Sequence[tuple[str, float, float, float]], xlabel: str) -> str:
+    """Horizontal intervals (name, value, low, high) around a zero line."""
+    chart = Chart(title, xlabel, "", height=0.9 + 0.32 * len(rows))
+    for i, (_, value, low, high) in enumerate(reversed(rows)):
+        colour = COLOURS[2] if low > 0 else COLOURS[1] if high < 0 else COLOURS[5]
+        chart.axis.plot([low, high], [i, i], color=colour, linewidth=2)
+        chart.axis.plot([value], [i], "o", color=colour, markersize=5)
+    chart.axis.axvline(0, color="#8b95a1", linewidth=1)
+    chart.axis.set_yticks(range(len(rows)), [name for name, *_ in reversed(rows)])
+    chart.axis.set_ylim(-0.6, len(rows) - 0.4)
+    return chart.svg()

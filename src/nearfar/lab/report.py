@@ -1,0 +1,138 @@
+"""``report.html``: one page that stands alone (no scripts, no network), for a run and for a comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from nearfar.lab.charts import hardness_chart, intervals_chart, line_chart
+from nearfar.metrics import Estimate
+from nearfar.training.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from nearfar.lab.compare import Comparison
+
+__all__ = ["comparison_page", "write_report"]
+
+#: examples shown of each kind
+SHOWN = 3
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("nearfar.lab"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["number"] = lambda v: "–" if v is None else f"{v:.3f}" if abs(v) < 10 else f"{v:.1f}"
+    environment.filters["signed"] = lambda v: f"{v:+.3f}"
+    environment.filters["arrow"] = lambda name: name.replace("_to_", " → ").replace("/", " · ")
+    return environment
+
+
+def _of_kind(folder: RunFolder, kind: str) -> list[dict[str, Any]]:
+    return [record for record in folder.log() if record.get("kind") == kind]
+
+
+def training_charts(folder: RunFolder, monitor: str) -> list[Markup]:
+    """Loss against its uniform level, validation metric, realised hardness."""
+    steps, epochs, plans = (_of_kind(folder, kind) for kind in ("step", "epoch", "plan"))
+    charts = []
+    if steps:
+        levels = {}
+        if steps[-1].get("uniform_level") is not None:
+            levels["guessing (ln of the candidates)"] = steps[-1]["uniform_level"]
+        loss = {"loss": ([s["step"] for s in steps], [s["loss"] for s in steps])}
+        charts.append(line_chart("Training loss", loss, "optimiser step", "loss (nats)", levels))
+    names = [name for name in (epochs[0].get("val") or {})] if epochs else []
+    shown = [name for name in names if name == monitor or name.endswith(("MRR", "R@1", "R@10"))]
+    if shown:
+        x = [e["epoch"] for e in epochs]
+        curves = {name.replace("_to_", " → "): (x, [e["val"][name] for e in epochs]) for name in shown}
+        charts.append(line_chart("Validation", curves, "epoch", "value"))
+    plans = [plan for plan in plans if plan.get("hardness")]
+    if plans:
+        charts.append(hardness_chart({"realised": plans}, plans[0].get("hardness_random")))
+    return [Markup(chart) for chart in charts]
+
+
+def _examples(folder: RunFolder) -> dict[str, list[dict[str, Any]]]:
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    if (folder.path / "examples.json").exists():
+        for example in folder.read_json("examples.json"):
+            shown = kinds.setdefault(example["kind"], [])
+            if len(shown) < SHOWN:
+                for item in [example["query"], *example["items"]]:
+                    if item.get("svg"):
+                        item["svg"] = Markup(item["svg"])  # drawn by us, not by the user's data
+                shown.append(example)
+    return kinds
+
+
+def write_report(folder: RunFolder) -> Path:
+    """Write ``report.html`` of a finished run and return its path."""
+    metrics = folder.read_json("metrics.json")
+    layout = folder.read_json("dataset_layout.json")
+    tables = {
+        split: [(name, Estimate.from_dict(content)) for name, content in found.items()]
+        for split, found in metrics["splits"].items()
+    }
+    page = _environment().get_template("run.html").render(
+        name=folder.name,
+        path=str(folder.path),
+        metrics=metrics,
+        tables=tables,
+        charts=training_charts(folder, metrics["monitor"]),
+        examples=_examples(folder),
+        layout=layout,
+        plans=[plan for plan in _of_kind(folder, "plan") if plan.get("hardness")],
+        config=(folder.path / "config.yaml").read_text(),
+        environment=folder.read_json("environment.json"),
+        resumed=folder.read_json("resumed.json") if (folder.path / "resumed.json").exists() else [],
+    )
+    return folder.write_text("report.html", page)
+
+
+def comparison_page(comparison: Comparison) -> str:
+    """The page of a comparison: arms, differences with verdicts, curves of every arm, examples of the best arm."""
+    curves: dict[str, tuple[list[float], list[float]]] = {}
+    plans: dict[str, list[Mapping[str, Any]]] = {}
+    monitor = ""
+    random_level = None
+    for arm in comparison.arms:
+        for seed, folder in sorted(arm.runs.items()):
+            monitor = folder.read_json("metrics.json")["monitor"]
+            epochs = [e for e in _of_kind(folder, "epoch") if e.get("val")]
+            if epochs:
+                label = f"{arm.label} · seed {seed}"
+                curves[label] = ([e["epoch"] for e in epochs], [e["val"][monitor] for e in epochs])
+        found = [p for p in _of_kind(arm.runs[min(arm.runs)], "plan") if p.get("hardness")]
+        if found:
+            plans[arm.label] = found
+            random_level = found[0].get("hardness_random", random_level)
+    charts = []
+    if curves:
+        charts.append(line_chart(f"Validation {monitor}", curves, "epoch", monitor))
+    if plans:
+        charts.append(hardness_chart(plans, random_level))
+    for label, differences in comparison.differences.items():
+        rows = [(n.replace("_to_", " → "), d.value, d.low, d.high) for n, d in differences.items() if "rank" not in n]
+        charts.append(intervals_chart(f"{label} − {comparison.baseline.label}", rows, "paired difference, 95 % interval"))
+    first = next(iter(comparison.arms[0].estimates.values()))
+    best = max(comparison.arms, key=lambda arm: next(iter(comparison.summary[arm.label].values())).value)
+    shown = best.runs[min(best.runs)]
+    return (
+        _environment()
+        .get_template("comparison.html")
+        .render(
+            comparison=comparison,
+            first=first,
+            charts=[Markup(chart) for chart in charts],
+            monitor=monitor,
+            examples=_examples(shown),
+            example_run=f"{best.label}, seed {min(best.runs)}",
+            runs=[(arm.label, seed, folder.name) for arm in comparison.arms for seed, folder in arm.runs.items()],
+        )
+    )

@@ -1,0 +1,95 @@
+"""Tables for the terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.table import Table
+
+from nearfar.lab.compare import Comparison
+from nearfar.metrics import Difference, Estimate
+from nearfar.training.run_folder import RunFolder
+
+__all__ = ["comparison_tables", "metrics_table", "verdict_table"]
+
+
+def _number(value: float) -> str:
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+
+
+def _interval(low: float, high: float) -> str:
+    return f"[{_number(low)}, {_number(high)}]"
+
+
+def metrics_table(folder: RunFolder) -> Table:
+    """The estimates of a run: value, interval, chance, gallery."""
+    metrics = folder.read_json("metrics.json")
+    splits = metrics["splits"]
+    split = "test" if "test" in splits else next(iter(splits))
+    table = Table(title=f"{folder} · {split} · epoch {metrics['best_epoch']}", title_justify="left")
+    for column in ("metric", "value", "95 % interval", "chance", "gallery", "n"):
+        table.add_column(column, justify="left" if column == "metric" else "right")
+    for name, content in splits[split].items():
+        estimate = Estimate.from_dict(content)
+        table.add_row(
+            name.replace("_to_", " → ").replace("/", "  "),
+            _number(estimate.value),
+            _interval(estimate.low, estimate.high),
+            _number(estimate.chance),
+            str(estimate.protocol.get("gallery", "")),
+            str(estimate.n) + (" (trivial)" if estimate.trivial else ""),
+        )
+    return table
+
+
+def _verdict_style(difference: Difference) -> str:
+    return {"better": "green", "worse": "red"}.get(difference.verdict, "yellow")
+
+
+def comparison_tables(comparison: Comparison) -> list[Table]:
+    """Two tables: the arms as they are, and their paired differences from the baseline with a verdict."""
+    first = next(iter(comparison.arms[0].estimates.values()))
+    arms = Table(title=f"arms · {comparison.split}", title_justify="left")
+    arms.add_column("metric")
+    arms.add_column("chance", justify="right")
+    arms.add_column("gallery", justify="right")
+    for arm in comparison.arms:
+        arms.add_column(f"{arm.label}\n{len(arm.runs)} seeds", justify="right")
+    for name in comparison.summary[comparison.arms[0].label]:
+        row = [name.replace("_to_", " → ").replace("/", "  ")]
+        estimate = first.get(name)
+        row += [_number(estimate.chance), str(estimate.protocol.get("gallery", ""))] if estimate else ["", ""]
+        for arm in comparison.arms:
+            found = comparison.summary[arm.label].get(name)
+            row.append(f"{_number(found.value)} {_interval(found.low, found.high)}" if found else "–")
+        arms.add_row(*row)
+    tables = [arms]
+    for label, differences in comparison.differences.items():
+        table = Table(title=f"{label} − {comparison.baseline.label}", title_justify="left")
+        for column in ("metric", "difference", "95 % interval", "per seed", "verdict"):
+            table.add_column(column, justify="right" if column in ("difference", "95 % interval") else "left")
+        for name, d in differences.items():
+            table.add_row(
+                name.replace("_to_", " → ").replace("/", "  "),
+                f"{d.value:+.3f}",
+                f"[{d.low:+.3f}, {d.high:+.3f}]",
+                " ".join(f"{value:+.3f}" for value in d.per_seed),
+                f"[{_verdict_style(d)}]{d.verdict}[/]",
+            )
+        tables.append(table)
+    for label, reason in comparison.refused.items():
+        table = Table(title=f"{label}: not compared", title_justify="left")
+        table.add_column("why")
+        table.add_row(reason)
+        tables.append(table)
+    return tables
+
+
+def verdict_table(verdict: Any) -> Table:
+    """The rows of a self-test."""
+    table = Table(title=f"{verdict.title}: {'passed' if verdict.passed else 'FAILED'}", title_justify="left")
+    for column in verdict.columns:
+        table.add_column(column)
+    for row in verdict.rows:
+        table.add_row(*[f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row])
+    return table

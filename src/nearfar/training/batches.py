@@ -1,0 +1,102 @@
+"""Which batches a run gets: the sampler its configuration names, its schedules, and what it really delivers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from nearfar.batching import (
+    BalancedBatchSampler,
+    HardNegativeSampler,
+    Neighbors,
+    PartitionBatchSampler,
+    RandomBatchSampler,
+    check_harder_than_random,
+    plan_hardness,
+)
+from nearfar.errors import NearfarError, nearest_name
+from nearfar.schedules import schedule
+
+__all__ = ["build_sampler", "check_batches", "epoch_record", "neighbors_needed"]
+
+SAMPLERS = ("random", "balanced", "hard", "partition")
+
+#: an item's nearest neighbours that hardness counts
+HARDNESS_NEIGHBORS = 100
+
+
+def neighbors_needed(config: Any, n: int) -> int:
+    """How many neighbours of every item a run needs: for the sampler's largest ``hardness_k``, and to measure hardness.
+
+    ``hardness_k`` larger than the set is an error and not silently cut.
+    """
+    largest = int(max(schedule(config.hardness_k).values(int(config.epochs))))
+    if config.sampler.name in ("hard", "partition") and largest > n - 1:
+        raise NearfarError(
+            f"hardness_k={largest}, but the training set has {n} items, so each has {n - 1} neighbours. "
+            f"Set hardness_k={n - 1} or less (10 to 200 is usual)."
+        )
+    return min(n - 1, max(largest, HARDNESS_NEIGHBORS))
+
+
+def build_sampler(config: Any, n: int, neighbors: Neighbors | None, labels: np.ndarray | None = None) -> Any:
+    """The sampler that ``config.sampler.name`` names, over items 0 … n − 1."""
+    name, size, seed = config.sampler.name, config.batch_size, config.seed
+    if size > n:
+        raise NearfarError(f"batch_size={size} is larger than the training set of {n} items; lower it.")
+    if size < 2:
+        raise NearfarError(f"batch_size={size}: a contrastive batch needs at least 2 items.")
+    if name == "random":
+        return RandomBatchSampler(n, size, seed=seed)
+    if name == "balanced":
+        if labels is None:
+            raise NearfarError("sampler=balanced needs class labels, and this data has none; use sampler=random.")
+        return BalancedBatchSampler(labels, size, seed=seed)
+    if name == "hard":
+        assert neighbors is not None
+        return HardNegativeSampler(
+            neighbors,
+            size,
+            hard_ratio=schedule(config.hard_ratio)(0, config.epochs),
+            hardness_k=int(schedule(config.hardness_k)(0, config.epochs)),
+            curriculum_epoch=config.curriculum_epoch,
+            group_size=config.group_size,
+            order=config.sampler.order,
+            false_negative_threshold=config.false_negative_threshold,
+            seed=seed,
+        )
+    if name == "partition":
+        assert neighbors is not None
+        return PartitionBatchSampler(neighbors, size, seed=seed)
+    raise NearfarError(f"sampler={name}: there is no such sampler; {nearest_name(str(name), SAMPLERS)}")
+
+
+def epoch_record(
+    config: Any, epoch: int, sampler: Any, neighbors: Neighbors, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Apply the schedules of epoch ``epoch`` (from 0) and measure the batches that come out of them."""
+    record: dict[str, Any] = {"sampler": config.sampler.name}
+    if config.sampler.name == "hard":
+        sampler.hard_ratio = float(schedule(config.hard_ratio)(epoch, config.epochs))
+        sampler.hardness_k = int(schedule(config.hardness_k)(epoch, config.epochs))
+        record |= {"hard_ratio": sampler.hard_ratio, "hardness_k": sampler.hardness_k}
+        if config.curriculum_epoch:
+            if epoch == 0:
+                say(f"curriculum: random batches up to epoch {config.curriculum_epoch}")
+            if epoch == config.curriculum_epoch:
+                say(f"curriculum: hard batches from epoch {epoch + 1} on (hard_ratio {sampler.hard_ratio:g})")
+        record["random_phase"] = epoch < config.curriculum_epoch
+    sampler.set_epoch(epoch)
+    return record | plan_hardness(sampler, neighbors, config.false_negative_threshold)
+
+
+def check_batches(config: Any, sampler: Any, embeddings: np.ndarray, say: Callable[[str], None]) -> None:
+    """The A/A check: batches called hard must hold items more alike than random batches do.
+
+    Raises ``NearfarError`` otherwise: the usual reason is a neighbour list in another order than the data.
+    """
+    if config.sampler.name not in ("hard", "partition"):
+        return
+    say(str(check_harder_than_random(sampler, embeddings)))

@@ -1,0 +1,105 @@
+"""Everything that the next step depends on, in one file.
+
+A checkpoint is taken between two optimiser steps and holds weights, optimiser, learning-rate schedule, the
+sampler's place in its epoch, the generators that dropout draws from, the running means of the epoch and the
+memory of early stopping. Resuming from it continues bit for bit on the CPU. Lightning's own loop counters are
+not in it on purpose: they describe Lightning's loop, not the run, and differ between its versions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nearfar.errors import NearfarError
+from nearfar.training.run_folder import write_atomically
+
+__all__ = ["Checkpoint", "find_checkpoint", "generator_state", "load_generator_state"]
+
+FORMAT = 1
+
+
+@dataclass
+class Checkpoint:
+    """The state of a run after ``step`` optimiser steps, ``batches`` of them in epoch ``epoch`` (from 0)."""
+
+    system: str
+    epoch: int
+    batches: int
+    step: int
+    model: dict[str, Any]
+    data_hash: str
+    optimizer: dict[str, Any] | None = None
+    scheduler: dict[str, Any] | None = None
+    precision: dict[str, Any] = field(default_factory=dict)
+    sampler: dict[str, Any] = field(default_factory=dict)
+    generators: dict[str, Any] = field(default_factory=dict)
+    meters: dict[str, Any] = field(default_factory=dict)
+    best: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+    format: int = FORMAT
+
+    def save(self, path: Path) -> None:
+        """Write the checkpoint atomically."""
+        write_atomically(path, lambda file: torch.save(_shallow(self), file))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Checkpoint:
+        """Read a checkpoint; says what is wrong with a file that is none."""
+        path = find_checkpoint(path)
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise NearfarError(f"{path}: not a readable checkpoint ({type(error).__name__}: {error}).") from None
+        if not isinstance(content, Mapping) or "format" not in content or "system" not in content:
+            raise NearfarError(f"{path}: a PyTorch file, but not a checkpoint of nearfar.")
+        if content["format"] != FORMAT:
+            raise NearfarError(
+                f"{path}: checkpoint format {content['format']}, this version of nearfar reads {FORMAT}. "
+                "Take the weights alone with init_from=, or the version that wrote it (environment.json)."
+            )
+        known = {f.name for f in fields(cls)}
+        return cls(**{key: value for key, value in content.items() if key in known})
+
+
+def _shallow(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The fields as a plain dictionary, tensors shared (``dataclasses.asdict`` would copy every weight)."""
+    return {f.name: getattr(checkpoint, f.name) for f in fields(checkpoint)}
+
+
+def find_checkpoint(path: str | Path, prefer: str = "last") -> Path:
+    """The checkpoint file that ``path`` means: itself, or ``last``/``best`` of a run folder."""
+    path = Path(path)
+    if path.is_file():
+        return path
+    if not path.exists():
+        raise NearfarError(f"{path}: no such run or checkpoint.")
+    other = "best" if prefer == "last" else "last"
+    for name in (prefer, other):
+        for folder in (path / "checkpoints", path):
+            if (folder / f"{name}.ckpt").is_file():
+                return folder / f"{name}.ckpt"
+    raise NearfarError(
+        f"{path}: no checkpoint in this folder. A run writes its first one after trainer.checkpoint_minutes "
+        "or at the end of its first epoch."
+    )
+
+
+def generator_state() -> dict[str, Any]:
+    """The generators that dropout draws from: PyTorch's own, on the CPU and on every CUDA device."""
+    state: dict[str, Any] = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def load_generator_state(state: Mapping[str, Any]) -> None:
+    """Set the generators back to a saved state."""
+    if "cpu" in state:
+        torch.set_rng_state(state["cpu"])
+    if torch.cuda.is_available() and len(state.get("cuda", ())) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])

@@ -1,0 +1,203 @@
+"""One run from configuration to metrics: prepare, train (or resume), evaluate the best checkpoint."""
+
+from __future__ import annotations
+
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from omegaconf import OmegaConf
+from rich.console import Console
+from torch import nn
+
+from nearfar.errors import NearfarError
+from nearfar.training.callbacks import RunRecorder, stop_signals
+from nearfar.training.checkpoint import Checkpoint, find_checkpoint
+from nearfar.training.loggers import build_loggers
+from nearfar.training.module import RunModule
+from nearfar.training.progress import ProgressBar
+from nearfar.training.resume import Resume
+from nearfar.training.run_folder import RunFolder, environment, write_atomically
+from nearfar.training.system import Evaluation, System
+
+__all__ = ["evaluate", "fit", "initial_model", "quiet_lightning"]
+
+Say = Callable[[str], None]
+
+
+@contextmanager
+def quiet_lightning() -> Iterator[None]:
+    """Lightning's banners and its advice on loader workers do not concern a run that is set up here."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
+        warnings.filterwarnings("ignore", message=".*Precision.*bf16.*")
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+def initial_model(system: System, seed: int) -> nn.Module:
+    """The model as ``seed`` initialises it; the global generator is left as it was."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return system.build_model()
+
+
+def _trainer(config: Any, folder: RunFolder, callbacks: list[L.Callback], epochs: int) -> L.Trainer:
+    settings = config.trainer
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    return L.Trainer(
+        default_root_dir=folder.path,
+        max_epochs=epochs,
+        accelerator=settings.accelerator,
+        devices=settings.devices,
+        precision=settings.precision,
+        accumulate_grad_batches=settings.accumulate,
+        gradient_clip_val=settings.gradient_clip or None,
+        deterministic=settings.deterministic,
+        reload_dataloaders_every_n_epochs=1,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        logger=build_loggers(config.logger, folder.path, folder.name) or False,
+        callbacks=callbacks,
+    )
+
+
+def _load_weights(model: nn.Module, checkpoint: Checkpoint, system: System, origin: str) -> None:
+    if checkpoint.system != system.name:
+        raise NearfarError(
+            f"{origin}: weights of system '{checkpoint.system}' cannot start a run of '{system.name}'."
+        )
+    try:
+        model.load_state_dict(checkpoint.model)
+    except RuntimeError as error:
+        first = "; ".join(line.strip() for line in str(error).splitlines()[1:4])
+        raise NearfarError(
+            f"{origin}: the weights do not fit this model ({first}). "
+            "Use the same encoder, layers and text encoder as that run (its config.yaml shows them)."
+        ) from None
+
+
+def fit(
+    system: System,
+    config: Any,
+    folder: RunFolder,
+    resume: Resume | None = None,
+    say: Say = print,
+    console: Console | None = None,
+) -> RunFolder:
+    """Train ``system`` (already prepared) into ``folder`` and evaluate its best checkpoint.
+
+    Raises ``Interrupted`` after a Ctrl-C, with a checkpoint in place from which ``resume_from`` goes on.
+    """
+    layout = system.layout()
+    data_hash = layout["data_hash"]
+    sampler = system.build_sampler()
+    model = initial_model(system, config.seed)
+    checkpoint = None
+    if resume is not None:
+        checkpoint = resume.checkpoint_for(system.name, data_hash, config)
+        _load_weights(model, checkpoint, system, str(resume.path))
+    elif config.init_from:
+        path = find_checkpoint(config.init_from, prefer="best")
+        _load_weights(model, Checkpoint.load(path), system, str(path))
+        say(f"weights from {path}")
+
+    folder.path.mkdir(parents=True, exist_ok=True)
+    folder.write_text("config.yaml", OmegaConf.to_yaml(config, resolve=True))
+    folder.write_json("environment.json", environment())
+    folder.write_json("dataset_layout.json", layout)
+    system.save_assets(folder.path)
+    if resume is not None and checkpoint is not None:
+        resume.carry_over(folder, checkpoint)
+        say(f"resumed at epoch {checkpoint.epoch + 1}, step {checkpoint.step}, from {resume.path}")
+    else:
+        folder.write_text("train_log.jsonl", "")
+
+    module = RunModule(system, model, sampler, config, data_hash, checkpoint, say)
+    with quiet_lightning(), torch.random.fork_rng(), stop_signals() as request:
+        callbacks: list[L.Callback] = [RunRecorder(folder, config, request)]
+        if console is not None:
+            callbacks.append(ProgressBar(console))
+        epochs_left = config.epochs - module.epoch
+        if epochs_left > 0:
+            trainer = _trainer(config, folder, callbacks, epochs_left)
+            trainer.fit(module)
+        elif checkpoint is not None:
+            say(f"all {config.epochs} epochs are done; evaluating (raise epochs= to go on)")
+    seconds = module.seconds()
+
+    results, outputs = {}, {}
+    best = find_checkpoint(folder.path, prefer="best")
+    _load_weights(model, Checkpoint.load(best), system, str(best))
+    for split in ("val", "test"):
+        found = evaluate(system, model, config, folder, split)
+        if found is not None:
+            results[split], outputs[split] = found
+    if not results:
+        raise NearfarError("there is neither a validation nor a test split: nothing to evaluate on.")
+    write_metrics(folder, system, module, results, seconds)
+    split = "test" if "test" in outputs else "val"
+    folder.write_json("examples.json", system.report_examples(outputs[split], split))
+    return folder
+
+
+def evaluate(
+    system: System, model: nn.Module, config: Any, folder: RunFolder, split: str
+) -> tuple[Evaluation, dict[str, torch.Tensor]] | None:
+    """Estimates, with intervals, of one split; None where the system has no such split."""
+    if system.dataset(split) is None:
+        return None
+    shell = RunModule(system, model, system.build_sampler(), config, "")
+    shell.evaluation_split = split
+    with quiet_lightning():
+        trainer = _trainer(OmegaConf.merge(config, {"logger": None}), folder, [], 1)
+        trainer.test(shell, dataloaders=shell.evaluation_loader(split), verbose=False)
+    assert shell.evaluation is not None
+    return shell.evaluation, shell.outputs
+
+
+def write_metrics(
+    folder: RunFolder, system: System, module: RunModule, results: dict[str, Evaluation], seconds: float
+) -> None:
+    """``per_item.npz`` first and ``metrics.json`` last: a run that has its metrics is finished."""
+    arrays: dict[str, np.ndarray] = {}
+    for split, result in results.items():
+        arrays[f"{split}/ids"] = np.asarray(list(result.ids), dtype=np.str_)
+        for name, values in result.per_item.items():
+            arrays[f"{split}/{name}"] = np.asarray(values, dtype=np.float32)
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]  # numpy's stub wants allow_pickle first
+    write_atomically(folder.path / "per_item.npz", lambda file: file.write(buffer.getvalue()))
+    folder.write_json(
+        "metrics.json",
+        {
+            "system": system.name,
+            "monitor": system.monitor,
+            "best_epoch": module.best["epoch"],
+            "epochs": module.epoch,
+            "steps": module.step,
+            "train_seconds": round(seconds, 2),
+            "splits": {
+                split: {name: estimate.to_dict() for name, estimate in result.estimates.items()}
+                for split, result in results.items()
+            },
+        },
+    )

@@ -1,0 +1,255 @@
+"""The Lightning module that runs a system, and the place where a run's state lives.
+
+Lightning turns the crank (devices, precision, accumulation, clipping, processes); epoch, step, place in the
+epoch and running means are counted here, because they are the run's and not the process's. Each epoch gets a
+loader over the sampler's batches *that are left*, so a resumed epoch is an ordinary, shorter one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from nearfar.errors import NearfarError
+from nearfar.schedules import learning_rate_factor
+from nearfar.training.checkpoint import Checkpoint, generator_state, load_generator_state
+from nearfar.training.system import Evaluation, System, TrainSampler, collect
+
+__all__ = ["RunModule", "loader"]
+
+
+def _identity(batch: Any) -> Any:
+    return batch
+
+
+def loader(dataset: Any, batches: list[list[int]], workers: int = 0, pin: bool = False) -> DataLoader[Any]:
+    """A loader over exactly these batches of positions.
+
+    The loader gets a generator of its own: without one every new iterator draws a seed from the global
+    generator, and dropout would depend on how often an epoch was started.
+    """
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,  # type: ignore[arg-type]  # any iterable of lists with a length will do
+        collate_fn=_identity,
+        num_workers=workers,
+        pin_memory=pin,
+        generator=torch.Generator().manual_seed(0),
+    )
+
+
+def consecutive(n: int, batch_size: int) -> list[list[int]]:
+    """Positions 0 … n − 1 in order, for evaluation.
+
+    >>> consecutive(5, 2)
+    [[0, 1], [2, 3], [4]]
+    """
+    return [list(range(start, min(start + batch_size, n))) for start in range(0, n, batch_size)]
+
+
+class Means:
+    """Running means of an epoch, in the checkpoint so that a resumed epoch reports the whole of it.
+
+    >>> means = Means(); means.add({"loss": 1.0}); means.add({"loss": 2.0}); means.value()
+    {'loss': 1.5}
+    """
+
+    def __init__(self) -> None:
+        self.sums: dict[str, float] = {}
+        self.counts: dict[str, int] = {}
+
+    def add(self, values: dict[str, float]) -> None:
+        """Add one batch."""
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+            self.counts[name] = self.counts.get(name, 0) + 1
+
+    def value(self) -> dict[str, float]:
+        """The means so far."""
+        return {name: total / self.counts[name] for name, total in self.sums.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Sums and counts."""
+        return {"sums": dict(self.sums), "counts": dict(self.counts)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from saved sums and counts."""
+        self.sums, self.counts = dict(state["sums"]), dict(state["counts"])
+
+
+class RunModule(L.LightningModule):
+    """A system's model under training."""
+
+    def __init__(
+        self,
+        system: System,
+        model: nn.Module,
+        sampler: TrainSampler,
+        config: Any,
+        data_hash: str,
+        resume: Checkpoint | None = None,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        super().__init__()
+        self.system, self.model, self.sampler, self.config = system, model, sampler, config
+        self.data_hash, self.say = data_hash, say
+        self.epoch, self.batches, self.step = 0, 0, 0
+        self.epoch_batches = 0
+        self.means = Means()
+        self.best: dict[str, Any] = {"value": None, "epoch": None, "epochs_without_gain": 0}
+        self.evaluation: Evaluation | None = None
+        self.evaluation_split = "val"
+        self.outputs: dict[str, Tensor] = {}
+        self.epoch_logs: dict[str, Any] = {}
+        self.seconds_before, self.started_at = 0.0, time.perf_counter()
+        self._resume, self._partial_epoch = resume, False
+        self._parts: list[dict[str, Tensor]] = []
+        if resume is not None:
+            self.epoch, self.batches, self.step = resume.epoch, resume.batches, resume.step
+            self.means.load_state_dict(resume.meters)
+            self.best = dict(resume.best)
+            self.seconds_before = resume.seconds
+            self._partial_epoch = resume.batches > 0
+        self._step_at_start = self.step
+
+    # -- data ------------------------------------------------------------------------------------------------
+    def train_dataloader(self) -> DataLoader[Any]:
+        """The batches of the current epoch that have not been trained on yet (called once an epoch)."""
+        dataset = self.system.dataset("train")
+        assert dataset is not None
+        self.epoch_logs = self.system.on_epoch(self.epoch, self.sampler, self.say)
+        self.sampler.set_epoch(self.epoch)
+        if self._resume is not None and self._partial_epoch:
+            try:
+                self.sampler.load_state_dict(self._resume.sampler)
+            except NearfarError as error:
+                # Other sampler options than those of the interrupted epoch: its remaining batches do not exist.
+                self.say(f"epoch {self.epoch + 1} starts again under the new sampler options ({error})")
+                self.batches, self._partial_epoch, self.means = 0, False, Means()
+        batches = list(self.sampler)
+        self.epoch_batches = self.batches + len(batches)
+        dataset.set_epoch(self.epoch)
+        pin = torch.cuda.is_available() and self.config.trainer.accelerator != "cpu"
+        return loader(dataset, batches, self.config.trainer.workers, pin)
+
+    def _evaluation_loader(self, split: str) -> DataLoader[Any] | list[Any]:
+        dataset = self.system.dataset(split)
+        if dataset is None:
+            return []
+        return loader(dataset, consecutive(len(dataset), self.config.trainer.eval_batch_size))
+
+    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+        """The validation split in order."""
+        return self._evaluation_loader("val")
+
+    def evaluation_loader(self, split: str) -> DataLoader[Any] | list[Any]:
+        """Any split in order, for the final evaluation."""
+        return self._evaluation_loader(split)
+
+    # -- optimiser -------------------------------------------------------------------------------------------
+    def configure_optimizers(self) -> Any:
+        """AdamW and a learning-rate factor per optimiser step; a resumed run loads the state of both."""
+        config = self.config
+        groups = self.system.parameter_groups(self.model)
+        optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=tuple(config.get("betas", (0.9, 0.999))))
+        total = max(1, self.total_steps())
+        factor = learning_rate_factor(config.lr_schedule, total=total, warmup=config.warmup)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        if self._resume is not None and self._resume.optimizer is not None:
+            bases = list(scheduler.base_lrs)
+            optimizer.load_state_dict(self._resume.optimizer)
+            scheduler.load_state_dict(self._resume.scheduler or {})
+            # A new `lr` on resume is meant: the state is continued, under the new value.
+            scheduler.base_lrs = bases
+            for group, base in zip(optimizer.param_groups, bases, strict=True):
+                group["initial_lr"] = base
+                group["lr"] = base * factor(scheduler.last_epoch)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def total_steps(self) -> int:
+        """Optimiser steps of the whole run, for schedules."""
+        per_epoch = -(-len(self.sampler) // self.config.trainer.accumulate)  # type: ignore[arg-type]
+        return per_epoch * self.config.epochs
+
+    # -- steps -----------------------------------------------------------------------------------------------
+    def on_train_start(self) -> None:
+        """Set the generators that dropout draws from: last of all, so that nothing draws in between."""
+        self.started_at = time.perf_counter()
+        if self._resume is not None:
+            load_generator_state(self._resume.generators)
+        else:
+            torch.manual_seed(self.config.seed + 1)
+        self._resume = None
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """One batch."""
+        output = self.system.training_step(self.model, batch)
+        self.last_logs = {"loss": output.loss.detach().item(), **output.logs}
+        return output.loss
+
+    def count_batch(self) -> None:
+        """Count the batch just trained on; Lightning has stepped the optimiser by now if it was due."""
+        self.batches += 1
+        self.step = self._step_at_start + self.trainer.global_step
+        self.means.add(self.last_logs)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Collect what the metrics need."""
+        self._parts.append({k: v.detach().cpu() for k, v in self.system.embed(self.model, batch).items()})
+
+    def on_validation_epoch_end(self) -> None:
+        """Estimates of the validation split."""
+        self.outputs, self._parts = collect(self._parts), []
+        self.evaluation = self.system.evaluate(self.outputs, "val", final=False)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Collect what the metrics need."""
+        self.validation_step(batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        """Estimates, with every interval, of the split that ``evaluation_split`` names."""
+        self.outputs, self._parts = collect(self._parts), []
+        self.evaluation = self.system.evaluate(self.outputs, self.evaluation_split, final=True)
+
+    # -- state -----------------------------------------------------------------------------------------------
+    @property
+    def at_boundary(self) -> bool:
+        """Whether the last batch ended in an optimiser step, so that no half-summed gradient is lost."""
+        accumulate = int(self.config.trainer.accumulate)
+        return self.batches % accumulate == 0 or self.batches == self.epoch_batches
+
+    def seconds(self) -> float:
+        """Training time of the run so far, earlier parts included."""
+        return self.seconds_before + time.perf_counter() - self.started_at
+
+    def end_epoch(self) -> None:
+        """Go on to the next epoch."""
+        self.epoch, self.batches, self._partial_epoch = self.epoch + 1, 0, False
+        self.means = Means()
+
+    def checkpoint(self) -> Checkpoint:
+        """The state of the run, between two steps."""
+        optimizer: Any = self.optimizers(use_pl_optimizer=False)
+        scheduler: Any = self.lr_schedulers()
+        return Checkpoint(
+            system=self.system.name,
+            epoch=self.epoch,
+            batches=self.batches,
+            step=self.step,
+            model=self.model.state_dict(),
+            data_hash=self.data_hash,
+            optimizer=optimizer.state_dict(),
+            scheduler={k: v for k, v in scheduler.state_dict().items() if k != "lr_lambdas"},
+            precision=self.trainer.precision_plugin.state_dict(),
+            sampler=dict(self.sampler.state_dict(position=self.batches)) if self.batches else {},
+            generators=generator_state(),
+            meters=self.means.state_dict(),
+            best=dict(self.best),
+            seconds=self.seconds(),
+        )

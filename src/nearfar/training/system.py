@@ -1,0 +1,127 @@
+"""What training asks of a system.
+
+A system is one job from data to metrics. The loop, the run folder and exact resume know nothing of molecules
+or images: they see a dataset that hands out batches, a batch sampler, a module that turns a batch into a loss
+and outputs, and a function that turns the collected outputs of a split into estimates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from nearfar.metrics import Estimate
+
+__all__ = ["BatchDataset", "Evaluation", "StepOutput", "System", "TrainSampler"]
+
+
+@dataclass
+class StepOutput:
+    """One training step: the loss to descend, its record, and further numbers for the log."""
+
+    loss: Tensor
+    logs: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Evaluation:
+    """A split's estimates and, for paired comparison, the score of every item under each metric.
+
+    ``per_item[metric]`` has one number per item in the order of ``ids``.
+    """
+
+    split: str
+    estimates: dict[str, Estimate]
+    ids: Sequence[str] = ()
+    per_item: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+
+class BatchDataset(Protocol):
+    """A dataset that hands out a whole batch for a list of positions."""
+
+    def __len__(self) -> int: ...
+
+    def __getitems__(self, positions: list[int]) -> Any: ...
+
+    def set_epoch(self, epoch: int) -> None: ...
+
+
+class TrainSampler(Protocol):
+    """The batch samplers of ``nearfar.batching``."""
+
+    def __iter__(self) -> Any: ...
+
+    def __len__(self) -> int: ...
+
+    def set_epoch(self, epoch: int) -> None: ...
+
+    def state_dict(self, position: int | None = None) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+class System(Protocol):
+    """One complete job. Built from its configuration; reads its data in ``prepare``."""
+
+    name: str
+    #: the estimate that chooses the best checkpoint, and that early stopping watches (higher is better)
+    monitor: str
+
+    def prepare(self, say: Callable[[str], None]) -> None:
+        """Read, check and featurise the data; ``say`` announces what is really used."""
+
+    def layout(self) -> dict[str, Any]:
+        """What goes into ``dataset_layout.json``: counts, rejections, split hashes, encoders in use."""
+
+    def build_model(self) -> nn.Module:
+        """A freshly initialised model; draws from the generator that ``seed`` has set."""
+
+    def build_sampler(self) -> TrainSampler:
+        """The training sampler."""
+
+    def dataset(self, split: str) -> BatchDataset | None:
+        """The dataset of ``train``, ``val`` or ``test``; None where there is no such split."""
+
+    def on_epoch(self, epoch: int, sampler: Any, say: Callable[[str], None]) -> dict[str, Any]:
+        """Called before an epoch (counted from 0): applies schedules, returns numbers for the log."""
+
+    def training_step(self, model: nn.Module, batch: Any) -> StepOutput:
+        """The loss of one batch."""
+
+    def embed(self, model: nn.Module, batch: Any) -> dict[str, Tensor]:
+        """What evaluation needs of one batch; rows are concatenated over the split."""
+
+    def evaluate(self, outputs: Mapping[str, Tensor], split: str, final: bool) -> Evaluation:
+        """Estimates of a split from its collected outputs; ``final`` asks for every interval."""
+
+    def report_examples(self, outputs: Mapping[str, Tensor], split: str) -> list[dict[str, Any]]:
+        """Examples for the report: right, nearly and wrong."""
+
+    def save_assets(self, folder: Path) -> None:
+        """Whatever is needed later to embed new inputs with this run (text encoder, feature scales)."""
+
+    def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """Optimiser groups, e.g. without weight decay for biases and scales."""
+
+
+def decayed_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two optimiser groups: weight decay for matrices, none for biases, norms and scales."""
+    decayed = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
+    plain = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
+    groups: list[dict[str, Any]] = [{"params": decayed, "weight_decay": weight_decay}]
+    if plain:
+        groups.append({"params": plain, "weight_decay": 0.0})
+    return groups
+
+
+def collect(outputs: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Concatenate the outputs of a split's batches, on the CPU."""
+    if not outputs:
+        return {}
+    return {key: torch.cat([part[key].detach().cpu() for part in outputs]) for key in outputs[0]}

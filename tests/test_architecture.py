@@ -1,0 +1,82 @@
+"""Imports only ever point down the floors of docs/architecture.md; light things stay light."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import nearfar
+
+SOURCE = Path(nearfar.__file__).parent
+FLOORS = [
+    {"cli", "launch"},
+    {"lab", "systems"},
+    {"training"},
+    {"batching", "metrics", "data", "models"},
+    {"losses", "functional"},
+    {"schedules", "configs"},
+    {"errors"},
+]
+LEVEL = {name: level for level, floor in enumerate(FLOORS) for name in floor}
+# Verbs need systems by name: these two places look them up when they are called.
+ALLOWED_UP = {("training", "systems", "estimate.py"), ("models", "data", "build.py")}
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("nearfar."):
+            found.add(node.module.split(".")[1])
+        elif isinstance(node, ast.ImportFrom) and node.module == "nearfar":
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("nearfar.")}
+    return found & LEVEL.keys()
+
+
+def modules() -> list[Path]:
+    return [path for path in SOURCE.rglob("*.py") if path.relative_to(SOURCE).parts[0] != "__init__.py"]
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(SOURCE)))
+def test_imports_point_down(path: Path) -> None:
+    parts = path.relative_to(SOURCE).parts
+    own = parts[0].removesuffix(".py")
+    for other in imports(path):
+        if other == own or (own, other, parts[-1]) in ALLOWED_UP:
+            continue
+        assert LEVEL[other] >= LEVEL[own], f"{path.relative_to(SOURCE)} imports {other}, which stands above it"
+
+
+def loaded(code: str) -> set[str]:
+    probe = f"{code}\nimport sys; print('\\n'.join(m.split('.')[0] for m in sys.modules))"
+    run = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    return set(run.stdout.split())
+
+
+HEAVY = {"lightning", "torch_geometric", "transformers", "rdkit", "faiss", "numba", "sklearn", "pandas", "hydra", "matplotlib"}
+
+
+def test_import_nearfar_loads_nothing_heavy() -> None:
+    assert not loaded("import nearfar") & (HEAVY | {"torch", "numpy", "rich"})
+
+
+def test_losses_and_samplers_load_no_frameworks() -> None:
+    assert not loaded("import nearfar.losses, nearfar.functional, nearfar.schedules") & HEAVY
+    assert not loaded("import nearfar.batching, nearfar.metrics") & (HEAVY - {"numba", "faiss"})
+
+
+def test_help_and_list_load_nothing_heavy() -> None:
+    code = "import sys; sys.argv = ['nearfar', '--help']\nfrom nearfar.cli import app\ntry:\n    app()\nexcept SystemExit: pass"
+    assert not loaded(code) & (HEAVY | {"torch", "numpy"})
+    listing = code.replace("'--help'", "'train', '--list'")
+    assert not loaded(listing) & (HEAVY | {"torch", "numpy"})
+
+
+def test_unknown_attribute_names_what_there_is() -> None:
+    with pytest.raises(AttributeError, match="losses"):
+        nearfar.loses  # noqa: B018

@@ -1,0 +1,138 @@
+"""A system small enough to train in a second: noisy linear pairs, an MLP with dropout."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torch import nn
+
+from nearfar.batching import RandomBatchSampler
+from nearfar.losses import InfoNCELoss
+from nearfar.metrics import rank_estimates, retrieval_ranks
+from nearfar.training.system import Evaluation, StepOutput, decayed_groups
+
+N, DIM = 70, 6
+
+
+class ToyDataset:
+    """Pairs (x, y); hands out whole batches, with noise drawn from (epoch, first position)."""
+
+    def __init__(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        self.x, self.y, self.epoch = x, y, 0
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __getitem__(self, position: int) -> Any:
+        return self.__getitems__([position])
+
+    def __getitems__(self, positions: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        generator = torch.Generator().manual_seed(1000 * self.epoch + positions[0])
+        noise = 0.01 * torch.randn(len(positions), DIM, generator=generator)
+        return self.x[positions] + noise, self.y[positions]
+
+
+class ToyModel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Sequential(nn.Linear(DIM, 16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, 8))
+        self.b = nn.Sequential(nn.Linear(DIM, 16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, 8))
+
+
+class ToySystem:
+    name, monitor = "toy", "MRR"
+
+    def __init__(self, config: Any, data_seed: int = 0) -> None:
+        self.config, self.data_seed = config, data_seed
+        self.loss = InfoNCELoss(0.2)
+
+    def prepare(self, say: Any) -> None:
+        generator = torch.Generator().manual_seed(self.data_seed)
+        x = torch.randn(N + 20, DIM, generator=generator)
+        y = x @ torch.randn(DIM, DIM, generator=generator)
+        self.sets = {"train": ToyDataset(x[:N], y[:N]), "val": ToyDataset(x[N:], y[N:])}
+
+    def layout(self) -> dict[str, Any]:
+        return {"data_hash": f"toy{self.data_seed}"}
+
+    def build_model(self) -> nn.Module:
+        return ToyModel()
+
+    def build_sampler(self) -> Any:
+        return RandomBatchSampler(N, self.config.batch_size, seed=self.config.seed)
+
+    def dataset(self, split: str) -> Any:
+        return self.sets.get(split)
+
+    def on_epoch(self, epoch: int, sampler: Any, say: Any) -> dict[str, Any]:
+        return {"sampler": "random"}
+
+    def training_step(self, model: Any, batch: Any) -> StepOutput:
+        return StepOutput(self.loss(model.a(batch[0]), model.b(batch[1])))
+
+    def embed(self, model: Any, batch: Any) -> dict[str, torch.Tensor]:
+        return {"a": model.a(batch[0]), "b": model.b(batch[1])}
+
+    def evaluate(self, outputs: Any, split: str, final: bool) -> Evaluation:
+        ranks = retrieval_ranks(outputs["a"], outputs["b"])
+        estimates = rank_estimates(ranks, split="toy")
+        return Evaluation(split, estimates, [str(i) for i in range(20)], {"MRR": ranks.reciprocal()})
+
+    def report_examples(self, outputs: Any, split: str) -> list[dict[str, Any]]:
+        return []
+
+    def save_assets(self, folder: Any) -> None:
+        pass
+
+    def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        return decayed_groups(model, 0.01)
+
+
+def toy_config(**changes: Any) -> Any:
+    """What ``configs/train.yaml`` and a system would compose, without Hydra."""
+    config = OmegaConf.create(
+        {
+            "system": "toy",
+            "seed": 3,
+            "epochs": 4,
+            "batch_size": 8,
+            "lr": 1e-2,
+            "lr_schedule": "cosine",
+            "warmup": 0.1,
+            "patience": None,
+            "min_epochs": 1,
+            "logger": None,
+            "resume_from": None,
+            "start_epoch": None,
+            "init_from": None,
+            "trainer": {
+                "accelerator": "cpu",
+                "devices": 1,
+                "precision": "32-true",
+                "accumulate": 1,
+                "gradient_clip": 1.0,
+                "deterministic": True,
+                "threads": None,
+                "workers": 0,
+                "eval_batch_size": 16,
+                "log_every": 2,
+                "checkpoint_minutes": 60.0,
+                "checkpoint_steps": None,
+            },
+        }
+    )
+    for key, value in changes.items():
+        OmegaConf.update(config, key.replace("__", "."), value)
+    return config
+
+
+def toy(config: Any, data_seed: int = 0) -> ToySystem:
+    """A prepared system."""
+    system = ToySystem(config, data_seed)
+    system.prepare(print)
+    return system
