@@ -27,7 +27,9 @@ HYDRA = {"allow_extra_args": True, "ignore_unknown_options": True}
 def _console(stderr: bool = False) -> Any:
     from rich.console import Console
 
-    return Console(stderr=stderr, soft_wrap=True)
+    console = Console(stderr=stderr)
+    # A table for a file or a pipe need not fit eighty columns.
+    return console if console.is_terminal else Console(stderr=stderr, width=120)
 
 
 def _report(error: Exception) -> int:
@@ -94,12 +96,15 @@ def compare(
 ) -> None:
     """Compare runs: paired differences with interval and verdict, or why they cannot be compared."""
     from nearfar.lab.compare import compare_runs, write_comparison
+    from nearfar.lab.reading import read_comparison
     from nearfar.lab.table import comparison_tables
 
     comparison = compare_runs(runs, baseline=baseline, split=split)
     console = _console()
     for table in comparison_tables(comparison):
         console.print(table)
+    for paragraph in read_comparison(comparison):
+        console.print(paragraph + "\n", markup=False, highlight=False)
     console.print(f"report: {write_comparison(comparison, output)}", markup=False, highlight=False)
 
 
@@ -162,10 +167,12 @@ def data(context: typer.Context) -> None:
 def verify_sampler(seed: Annotated[int, typer.Option(help="Seed of the vectors and the batches.")] = 0) -> None:
     """100 vectors in 5 clusters: are hard batches harder than random ones, and is a misaligned list found out?"""
     from nearfar.batching import verify_sampler
-    from nearfar.lab.table import verdict_table
+    from nearfar.lab.table import cluster_table, verdict_table
 
     verdict = verify_sampler(seed=seed)
-    _console().print(verdict_table(verdict))
+    console = _console()
+    console.print(cluster_table(verdict))
+    console.print(verdict_table(verdict))
     raise typer.Exit(0 if verdict.passed else 1)
 
 

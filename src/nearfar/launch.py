@@ -109,20 +109,22 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
 
 
 # -- naming --------------------------------------------------------------------------------------------------
-def run_name(overrides: Sequence[str], name: str | None, sweep: bool) -> str:
+def run_name(overrides: Sequence[str], name: str | None, sweep: bool, swept: Sequence[str] = ()) -> str:
     """What a run is called: its name or experiment, and in a sweep (or without a name) what was overridden.
+
+    A named sweep names its runs after the ``swept`` keys alone: the others are the same for all of them.
 
     >>> run_name(["experiment=molecules", "seed=1", "data.train=/some/where/train.tsv"], None, False)
     'molecules/seed=1,data.train=train'
     >>> run_name(["experiment=molecules"], "first", False)
     'first'
-    >>> run_name(["experiment=molecules", "lr=0.1"], "grid", True)
+    >>> run_name(["experiment=molecules", "lr=0.1", "epochs=3"], "grid", True, swept=["lr"])
     'grid/lr=0.1'
     """
     values = dict(text.lstrip("+").split("=", 1) for text in overrides if "=" in text)
     parts = []
     for key, value in values.items():
-        if key in NOT_IN_NAME or key.startswith(("trainer.", "hydra")):
+        if key in NOT_IN_NAME or key.startswith(("trainer.", "hydra")) or (name and swept and key not in swept):
             continue
         value = value.strip("'\"")
         if "/" in value:
@@ -143,12 +145,14 @@ def _free(path: Path) -> Path:
     return path.with_name(f"{path.name}-{number}")
 
 
-def choose_folder(config: DictConfig, overrides: Sequence[str], sweep: bool) -> tuple[RunFolder, Resume | None]:
+def choose_folder(
+    config: DictConfig, overrides: Sequence[str], sweep: bool, swept: Sequence[str] = ()
+) -> tuple[RunFolder, Resume | None]:
     """The folder of a run, and the run it continues, by ``exists`` and ``resume_from``."""
     resume = Resume.find(config.resume_from, config) if config.resume_from else None
     if resume is not None and resume.exact and config.name is None:
         return resume.folder, resume
-    path = Path(config.runs_dir) / run_name(overrides, config.name, sweep)
+    path = Path(config.runs_dir) / run_name(overrides, config.name, sweep, swept)
     folder = RunFolder(path)
     if not folder.started:
         return folder, resume
@@ -168,7 +172,9 @@ def choose_folder(config: DictConfig, overrides: Sequence[str], sweep: bool) -> 
 
 
 # -- running -------------------------------------------------------------------------------------------------
-def run_one(config: DictConfig, overrides: Sequence[str], sweep: bool, console: Any) -> RunFolder:
+def run_one(
+    config: DictConfig, overrides: Sequence[str], sweep: bool, console: Any, swept: Sequence[str] = ()
+) -> RunFolder:
     """Carry out one composed configuration."""
     from nearfar.lab.report import write_report
     from nearfar.systems import build_system
@@ -177,7 +183,7 @@ def run_one(config: DictConfig, overrides: Sequence[str], sweep: bool, console: 
     def say(text: str) -> None:
         console.print(text, markup=False, highlight=False)
 
-    folder, resume = choose_folder(config, overrides, sweep)
+    folder, resume = choose_folder(config, overrides, sweep, swept)
     if config.exists == "skip" and folder.finished and resume is None:
         say(f"{folder}: finished before, kept")
         return folder
@@ -207,12 +213,14 @@ def launch(arguments: Sequence[str], console: Any, report_error: Callable[[Excep
     sweep = "-m" in flags or "--multirun" in flags
     compose_config(_first_values(overrides) if sweep else [str(o.input_line) for o in _parse(overrides)])
 
+    swept = [str(o.key_or_group) for o in _parse(overrides) if o.is_sweep_override()]
+
     def job(config: DictConfig) -> str:
         from hydra.core.hydra_config import HydraConfig
 
         task = list(HydraConfig.get().overrides.task)
         try:
-            return str(run_one(config, task, sweep, console))
+            return str(run_one(config, task, sweep, console, swept))
         except Exception as error:
             code = report_error(error)
             raise SystemExit(code) from None

@@ -1,1 +1,61 @@
-""""""
+"""Who goes into a batch: neighbour lists, batch samplers, and how hard their batches really are.
+
+Every sampler yields lists of positions, has an exact ``len``, its own generator and a state that resumes in
+mid-epoch; give it to a ``DataLoader`` as ``batch_sampler``.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nearfar.batching.balanced import BalancedBatchSampler as BalancedBatchSampler
+    from nearfar.batching.base import BatchSampler as BatchSampler
+    from nearfar.batching.hard_negative import HardNegativeSampler as HardNegativeSampler
+    from nearfar.batching.hardness import HardnessReport as HardnessReport
+    from nearfar.batching.hardness import SimilarityCheck as SimilarityCheck
+    from nearfar.batching.hardness import check_harder_than_random as check_harder_than_random
+    from nearfar.batching.hardness import in_batch_similarity as in_batch_similarity
+    from nearfar.batching.hardness import measure_hardness as measure_hardness
+    from nearfar.batching.layout import Layout as Layout
+    from nearfar.batching.layout import Plan as Plan
+    from nearfar.batching.neighbors import Neighbors as Neighbors
+    from nearfar.batching.neighbors import nearest_neighbors as nearest_neighbors
+    from nearfar.batching.partition import PartitionBatchSampler as PartitionBatchSampler
+    from nearfar.batching.random import RandomBatchSampler as RandomBatchSampler
+    from nearfar.batching.verify import SamplerVerdict as SamplerVerdict
+    from nearfar.batching.verify import verify_sampler as verify_sampler
+
+# Resolved on first use: numba and FAISS cost more to import than a loss costs to compute.
+_HOME = {
+    "BalancedBatchSampler": "balanced",
+    "BatchSampler": "base",
+    "HardNegativeSampler": "hard_negative",
+    "HardnessReport": "hardness",
+    "Layout": "layout",
+    "Neighbors": "neighbors",
+    "PartitionBatchSampler": "partition",
+    "Plan": "layout",
+    "RandomBatchSampler": "random",
+    "SamplerVerdict": "verify",
+    "SimilarityCheck": "hardness",
+    "check_harder_than_random": "hardness",
+    "in_batch_similarity": "hardness",
+    "measure_hardness": "hardness",
+    "nearest_neighbors": "neighbors",
+    "verify_sampler": "verify",
+}
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module '{__name__}' has no attribute '{name}'; it has {', '.join(__all__)}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

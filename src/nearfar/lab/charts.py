@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 __all__ = ["Chart", "hardness_chart", "intervals_chart", "line_chart"]
 
@@ -19,7 +21,7 @@ INK = "#39424e"
 class Chart:
     """A small figure with one axis in the house style; ``svg()`` gives the text to put into a page."""
 
-    def __init__(self, title: str, xlabel: str, ylabel: str, width: float = 5.2, height: float = 3.0) -> None:
+    def __init__(self, title: str, xlabel: str, ylabel: str, width: float = 4.6, height: float = 2.9) -> None:
         self.figure = Figure(figsize=(width, height), layout="constrained")
         self.axis: Any = self.figure.add_subplot()
         self.axis.set_title(title, loc="left", fontsize=10, color=INK)
@@ -36,7 +38,9 @@ class Chart:
     def legend(self) -> None:
         """A legend, where more than one thing is drawn."""
         if len(self.axis.get_legend_handles_labels()[1]) > 1:
-            self.axis.legend(fontsize=8, frameon=False, labelcolor=INK)
+            self.figure.legend(
+                loc="outside lower center", ncols=2, fontsize=8, frameon=False, labelcolor=INK, borderaxespad=0
+            )
 
     def svg(self) -> str:
         """The figure as an ``<svg>`` element; the same input gives the same bytes."""
@@ -45,7 +49,7 @@ class Chart:
         with rc_context({"svg.hashsalt": self.axis.get_title(loc="left"), "svg.fonttype": "none"}):
             FigureCanvasSVG(self.figure).print_svg(buffer, metadata={"Date": None, "Creator": None})
         text = buffer.getvalue()
-        return text[text.index("<svg") :]
+        return re.sub(r"\s*<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
 
 
 def line_chart(
@@ -71,6 +75,8 @@ def line_chart(
             fontsize=7,
             color="#6b7683",
         )
+    if xlabel.startswith("epoch"):
+        chart.axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     chart.legend()
     return chart.svg()
 

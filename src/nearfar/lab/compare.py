@@ -116,12 +116,14 @@ def _why_not(a: Arm, b: Arm) -> str | None:
         return f"other items: {len(a.ids)} and {len(b.ids)} ids that are not the same"
     if not set(a.runs) & set(b.runs):
         return f"no seed in common: {sorted(a.runs)} and {sorted(b.runs)}"
-    first, second = next(iter(a.estimates.values())), next(iter(b.estimates.values()))
-    for name in first.keys() & second.keys():
-        reason = comparable(first[name], second[name])
-        if reason:
-            return f"{name}: {reason}"
     return None
+
+
+def _refuse_metrics(a: Arm, b: Arm) -> dict[str, str]:
+    """Metrics that these two arms have in common and that cannot be compared, with the reason."""
+    first, second = next(iter(a.estimates.values())), next(iter(b.estimates.values()))
+    reasons = {name: comparable(first[name], second[name]) for name in first if name in second}
+    return {name: reason for name, reason in reasons.items() if reason}
 
 
 def compare_runs(paths: Sequence[Path], baseline: str | None = None, split: str | None = None) -> Comparison:
@@ -155,12 +157,15 @@ def compare_runs(paths: Sequence[Path], baseline: str | None = None, split: str 
             refused[arm.label] = reason
             continue
         common = sorted(set(arm.runs) & set(base.runs))
+        not_these = _refuse_metrics(base, arm)
+        refused |= {f"{arm.label}: {name}": why for name, why in not_these.items()}
         differences[arm.label] = {
             name: paired_difference(
                 np.stack([arm.per_item[seed][name] for seed in common]),
                 np.stack([base.per_item[seed][name] for seed in common]),
             )
             for name in next(iter(base.per_item.values()))
+            if name in next(iter(arm.per_item.values())) and name not in not_these
         }
     return Comparison(arms, base, split, seeds, summary, differences, refused)
 

@@ -10,6 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from nearfar.lab.charts import hardness_chart, intervals_chart, line_chart
+from nearfar.lab.reading import read_comparison
 from nearfar.metrics import Estimate
 from nearfar.training.run_folder import RunFolder
 
@@ -28,7 +29,7 @@ def _environment() -> Environment:
     )
     environment.filters["number"] = lambda v: "–" if v is None else f"{v:.3f}" if abs(v) < 10 else f"{v:.1f}"
     environment.filters["signed"] = lambda v: f"{v:+.3f}"
-    environment.filters["arrow"] = lambda name: name.replace("_to_", " → ").replace("/", " · ")
+    environment.filters["arrow"] = lambda name: name.replace("_to_", " → ").replace("/", " · ").replace("_", " ")
     return environment
 
 
@@ -47,10 +48,10 @@ def training_charts(folder: RunFolder, monitor: str) -> list[Markup]:
         loss = {"loss": ([s["step"] for s in steps], [s["loss"] for s in steps])}
         charts.append(line_chart("Training loss", loss, "optimiser step", "loss (nats)", levels))
     names = [name for name in (epochs[0].get("val") or {})] if epochs else []
-    shown = [name for name in names if name == monitor or name.endswith(("MRR", "R@1", "R@10"))]
+    shown = [name for name in names if name == monitor or name.endswith(("MRR", "R@10"))]
     if shown:
         x = [e["epoch"] for e in epochs]
-        curves = {name.replace("_to_", " → "): (x, [e["val"][name] for e in epochs]) for name in shown}
+        curves = {name.replace("_to_", " → ").replace("/", " "): (x, [e["val"][name] for e in epochs]) for name in shown}
         charts.append(line_chart("Validation", curves, "epoch", "value"))
     plans = [plan for plan in plans if plan.get("hardness")]
     if plans:
@@ -120,7 +121,7 @@ def comparison_page(comparison: Comparison) -> str:
     for label, differences in comparison.differences.items():
         rows = [(n.replace("_to_", " → "), d.value, d.low, d.high) for n, d in differences.items() if "rank" not in n]
         charts.append(intervals_chart(f"{label} − {comparison.baseline.label}", rows, "paired difference, 95 % interval"))
-    first = next(iter(comparison.arms[0].estimates.values()))
+    first = next(iter(next(iter(comparison.arms[0].estimates.values())).values()))
     best = max(comparison.arms, key=lambda arm: next(iter(comparison.summary[arm.label].values())).value)
     shown = best.runs[min(best.runs)]
     return (
@@ -131,6 +132,7 @@ def comparison_page(comparison: Comparison) -> str:
             first=first,
             charts=[Markup(chart) for chart in charts],
             monitor=monitor,
+            reading=read_comparison(comparison),
             examples=_examples(shown),
             example_run=f"{best.label}, seed {min(best.runs)}",
             runs=[(arm.label, seed, folder.name) for arm in comparison.arms for seed, folder in arm.runs.items()],

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from rich.table import Table
 
+from nearfar.batching import SamplerVerdict
 from nearfar.lab.compare import Comparison
 from nearfar.metrics import Difference, Estimate
 from nearfar.training.run_folder import RunFolder
 
-__all__ = ["comparison_tables", "metrics_table", "verdict_table"]
+__all__ = ["cluster_table", "comparison_tables", "metrics_table", "verdict_table"]
 
 
 def _number(value: float) -> str:
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+
+
+def _name(metric: str) -> str:
+    return metric.replace("_to_", " → ").replace("/", " ").replace("_", " ")
 
 
 def _interval(low: float, high: float) -> str:
@@ -28,11 +31,11 @@ def metrics_table(folder: RunFolder) -> Table:
     split = "test" if "test" in splits else next(iter(splits))
     table = Table(title=f"{folder} · {split} · epoch {metrics['best_epoch']}", title_justify="left")
     for column in ("metric", "value", "95 % interval", "chance", "gallery", "n"):
-        table.add_column(column, justify="left" if column == "metric" else "right")
+        table.add_column(column, justify="left" if column == "metric" else "right", no_wrap=True)
     for name, content in splits[split].items():
         estimate = Estimate.from_dict(content)
         table.add_row(
-            name.replace("_to_", " → ").replace("/", "  "),
+            _name(name),
             _number(estimate.value),
             _interval(estimate.low, estimate.high),
             _number(estimate.chance),
@@ -50,13 +53,13 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
     """Two tables: the arms as they are, and their paired differences from the baseline with a verdict."""
     first = next(iter(comparison.arms[0].estimates.values()))
     arms = Table(title=f"arms · {comparison.split}", title_justify="left")
-    arms.add_column("metric")
+    arms.add_column("metric", no_wrap=True)
     arms.add_column("chance", justify="right")
     arms.add_column("gallery", justify="right")
     for arm in comparison.arms:
         arms.add_column(f"{arm.label}\n{len(arm.runs)} seeds", justify="right")
     for name in comparison.summary[comparison.arms[0].label]:
-        row = [name.replace("_to_", " → ").replace("/", "  ")]
+        row = [_name(name)]
         estimate = first.get(name)
         row += [_number(estimate.chance), str(estimate.protocol.get("gallery", ""))] if estimate else ["", ""]
         for arm in comparison.arms:
@@ -67,10 +70,10 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
     for label, differences in comparison.differences.items():
         table = Table(title=f"{label} − {comparison.baseline.label}", title_justify="left")
         for column in ("metric", "difference", "95 % interval", "per seed", "verdict"):
-            table.add_column(column, justify="right" if column in ("difference", "95 % interval") else "left")
+                table.add_column(column, justify="right" if column in ("difference", "95 % interval") else "left", no_wrap=True)
         for name, d in differences.items():
             table.add_row(
-                name.replace("_to_", " → ").replace("/", "  "),
+                _name(name),
                 f"{d.value:+.3f}",
                 f"[{d.low:+.3f}, {d.high:+.3f}]",
                 " ".join(f"{value:+.3f}" for value in d.per_seed),
@@ -85,11 +88,26 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
     return tables
 
 
-def verdict_table(verdict: Any) -> Table:
-    """The rows of a self-test."""
-    table = Table(title=f"{verdict.title}: {'passed' if verdict.passed else 'FAILED'}", title_justify="left")
-    for column in verdict.columns:
-        table.add_column(column)
+def verdict_table(verdict: SamplerVerdict) -> Table:
+    """The sampler self-test: each sampler's batches, what the check says of them and what it must say."""
+    title = f"verify sampler: {'passed' if verdict.passed else 'FAILED'}"
+    table = Table(title=title, title_justify="left")
+    for column in ("sampler", "largest cluster", "pairs of one cluster", "chance", "z", "harder", "must be", "once"):
+        table.add_column(column, justify="left" if column == "sampler" else "right")
     for row in verdict.rows:
-        table.add_row(*[f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row])
+        numbers = [f"{row.largest:.2f}", f"{row.same_pairs:.3f}", f"{row.chance:.3f}", f"{row.z:.1f}"]
+        words = ["yes" if word else "no" for word in (row.harder, row.expected, row.once)]
+        table.add_row(row.name, *numbers, *words, style=None if row.passed else "bold red")
+    return table
+
+
+def cluster_table(verdict: SamplerVerdict) -> Table:
+    """Clusters in the first epoch's batches of random and of hard batches, side by side."""
+    table = Table(title="items of each cluster, batch by batch, first epoch", title_justify="left")
+    table.add_column("batch", justify="right")
+    for row in verdict.rows:
+        table.add_column(row.name)
+    for batch in range(max(len(row.clusters) for row in verdict.rows)):
+        cells = [" ".join(map(str, row.clusters[batch])) if batch < len(row.clusters) else "" for row in verdict.rows]
+        table.add_row(str(batch + 1), *cells)
     return table

@@ -1,1 +1,7 @@
-""""""
+"""Heads and encoders that several systems share."""
+
+from __future__ import annotations
+
+from nearfar.models.projection import ProjectionHead
+
+__all__ = ["ProjectionHead"]

@@ -14,7 +14,7 @@ from nearfar.batching import (
     PartitionBatchSampler,
     RandomBatchSampler,
     check_harder_than_random,
-    plan_hardness,
+    measure_hardness,
 )
 from nearfar.errors import NearfarError, nearest_name
 from nearfar.schedules import schedule
@@ -25,6 +25,15 @@ SAMPLERS = ("random", "balanced", "hard", "partition")
 
 #: an item's nearest neighbours that hardness counts
 HARDNESS_NEIGHBORS = 100
+#: similarity from which a pair is counted as a likely false negative where no threshold is set
+LIKELY_FALSE_NEGATIVE = 0.95
+#: items by which the hardness of an epoch is judged; more would cost time in every epoch and change the third digit
+SAMPLE = 20_000
+
+
+def _values(spec: Any, epochs: int, integer: bool = False) -> list[float]:
+    rule = schedule(spec, integer=integer)
+    return [rule(epoch, epochs) for epoch in range(epochs)]
 
 
 def neighbors_needed(config: Any, n: int) -> int:
@@ -32,7 +41,7 @@ def neighbors_needed(config: Any, n: int) -> int:
 
     ``hardness_k`` larger than the set is an error and not silently cut.
     """
-    largest = int(max(schedule(config.hardness_k).values(int(config.epochs))))
+    largest = int(max(_values(config.hardness_k, config.epochs, integer=True)))
     if config.sampler.name in ("hard", "partition") and largest > n - 1:
         raise NearfarError(
             f"hardness_k={largest}, but the training set has {n} items, so each has {n - 1} neighbours. "
@@ -59,8 +68,8 @@ def build_sampler(config: Any, n: int, neighbors: Neighbors | None, labels: np.n
         return HardNegativeSampler(
             neighbors,
             size,
-            hard_ratio=schedule(config.hard_ratio)(0, config.epochs),
-            hardness_k=int(schedule(config.hardness_k)(0, config.epochs)),
+            hard_ratio=_values(config.hard_ratio, config.epochs)[0],
+            hardness_k=int(_values(config.hardness_k, config.epochs, integer=True)[0]),
             curriculum_epoch=config.curriculum_epoch,
             group_size=config.group_size,
             order=config.sampler.order,
@@ -69,7 +78,14 @@ def build_sampler(config: Any, n: int, neighbors: Neighbors | None, labels: np.n
         )
     if name == "partition":
         assert neighbors is not None
-        return PartitionBatchSampler(neighbors, size, seed=seed)
+        return PartitionBatchSampler(
+            neighbors,
+            size,
+            group_size=config.group_size,
+            curriculum_epoch=config.curriculum_epoch,
+            false_negative_threshold=config.false_negative_threshold,
+            seed=seed,
+        )
     raise NearfarError(f"sampler={name}: there is no such sampler; {nearest_name(str(name), SAMPLERS)}")
 
 
@@ -80,16 +96,27 @@ def epoch_record(
     record: dict[str, Any] = {"sampler": config.sampler.name}
     if config.sampler.name == "hard":
         sampler.hard_ratio = float(schedule(config.hard_ratio)(epoch, config.epochs))
-        sampler.hardness_k = int(schedule(config.hardness_k)(epoch, config.epochs))
+        sampler.hardness_k = int(schedule(config.hardness_k, integer=True)(epoch, config.epochs))
         record |= {"hard_ratio": sampler.hard_ratio, "hardness_k": sampler.hardness_k}
-        if config.curriculum_epoch:
-            if epoch == 0:
-                say(f"curriculum: random batches up to epoch {config.curriculum_epoch}")
-            if epoch == config.curriculum_epoch:
-                say(f"curriculum: hard batches from epoch {epoch + 1} on (hard_ratio {sampler.hard_ratio:g})")
+    if config.sampler.name in ("hard", "partition"):
         record["random_phase"] = epoch < config.curriculum_epoch
+        if config.curriculum_epoch and epoch in (0, config.curriculum_epoch):
+            phase = "hard batches from here on" if epoch else f"random batches up to epoch {config.curriculum_epoch}"
+            say(f"curriculum: {phase} (epoch {epoch + 1})")
     sampler.set_epoch(epoch)
-    return record | plan_hardness(sampler, neighbors, config.false_negative_threshold)
+    threshold = config.false_negative_threshold or LIKELY_FALSE_NEGATIVE
+    k = min(neighbors.k, HARDNESS_NEIGHBORS)
+    report = measure_hardness(sampler.plan(), neighbors, k=k, threshold=threshold, sample=SAMPLE)
+    return record | {
+        "hardness": report.neighbors_by_quarter,
+        "hardness_random": report.random,
+        "last_to_first": report.last_to_first,
+        "nominal_hard": report.nominal,
+        "realised_hard": report.hard_share_by_quarter,
+        "false_negatives": report.false_negatives,
+        "anchors_with_false_negative": report.anchors_hit,
+        "false_negative_threshold": threshold,
+    }
 
 
 def check_batches(config: Any, sampler: Any, embeddings: np.ndarray, say: Callable[[str], None]) -> None:
@@ -99,4 +126,4 @@ def check_batches(config: Any, sampler: Any, embeddings: np.ndarray, say: Callab
     """
     if config.sampler.name not in ("hard", "partition"):
         return
-    say(str(check_harder_than_random(sampler, embeddings)))
+    say(f"A/A check: {check_harder_than_random(sampler, embeddings)}")

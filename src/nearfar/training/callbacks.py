@@ -103,7 +103,8 @@ class RunRecorder(L.Callback):
                 "step": module.step,
                 "batch": module.batches,
                 "lr": trainer.optimizers[0].param_groups[0]["lr"],
-                **module.last_logs,
+                "loss": module.last.loss.item(),
+                **module.last.logs(),
             }
             if self._last_logged and module.step > self._last_logged[0]:
                 seconds = (now - self._last_logged[1]) / (module.step - self._last_logged[0])
@@ -126,7 +127,7 @@ class RunRecorder(L.Callback):
         assert isinstance(module, RunModule)
         evaluation, module.evaluation = module.evaluation, None
         record: dict[str, Any] = {"kind": "epoch", "epoch": module.epoch + 1, "step": module.step}
-        record |= {f"train_{k}": v for k, v in module.means.value().items()}
+        record["train_loss"] = module.loss_mean.value()
         record["seconds"] = round(time.perf_counter() - self._epoch_started, 3)
         gained = True
         if evaluation is not None:

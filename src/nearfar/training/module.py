@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from nearfar.errors import NearfarError
 from nearfar.schedules import learning_rate_factor
 from nearfar.training.checkpoint import Checkpoint, generator_state, load_generator_state
-from nearfar.training.system import Evaluation, System, TrainSampler, collect
+from nearfar.training.system import Evaluation, StepOutput, System, TrainSampler, collect
 
 __all__ = ["RunModule", "loader"]
 
@@ -53,34 +53,31 @@ def consecutive(n: int, batch_size: int) -> list[list[int]]:
     return [list(range(start, min(start + batch_size, n))) for start in range(0, n, batch_size)]
 
 
-class Means:
-    """Running means of an epoch, in the checkpoint so that a resumed epoch reports the whole of it.
+class Mean:
+    """The running mean of an epoch's loss, in the checkpoint so that a resumed epoch reports the whole of it.
 
-    >>> means = Means(); means.add({"loss": 1.0}); means.add({"loss": 2.0}); means.value()
-    {'loss': 1.5}
+    The sum stays on the device: adding to it does not wait for the step to be computed.
+
+    >>> mean = Mean(); mean.add(torch.tensor(1.0)); mean.add(torch.tensor(2.0)); mean.value()
+    1.5
     """
 
-    def __init__(self) -> None:
-        self.sums: dict[str, float] = {}
-        self.counts: dict[str, int] = {}
+    def __init__(self, total: float = 0.0, count: int = 0) -> None:
+        self.total: Tensor | float = total
+        self.count = count
 
-    def add(self, values: dict[str, float]) -> None:
+    def add(self, value: Tensor) -> None:
         """Add one batch."""
-        for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
-            self.counts[name] = self.counts.get(name, 0) + 1
+        self.total = self.total + value.detach().float()
+        self.count += 1
 
-    def value(self) -> dict[str, float]:
-        """The means so far."""
-        return {name: total / self.counts[name] for name, total in self.sums.items()}
+    def value(self) -> float:
+        """The mean so far, NaN before the first batch."""
+        return float(self.total) / self.count if self.count else float("nan")
 
     def state_dict(self) -> dict[str, Any]:
-        """Sums and counts."""
-        return {"sums": dict(self.sums), "counts": dict(self.counts)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from saved sums and counts."""
-        self.sums, self.counts = dict(state["sums"]), dict(state["counts"])
+        """Sum and count."""
+        return {"total": float(self.total), "count": self.count}
 
 
 class RunModule(L.LightningModule):
@@ -101,8 +98,9 @@ class RunModule(L.LightningModule):
         self.data_hash, self.say = data_hash, say
         self.epoch, self.batches, self.step = 0, 0, 0
         self.epoch_batches = 0
-        self.means = Means()
+        self.loss_mean = Mean()
         self.best: dict[str, Any] = {"value": None, "epoch": None, "epochs_without_gain": 0}
+        self.last: StepOutput
         self.evaluation: Evaluation | None = None
         self.evaluation_split = "val"
         self.outputs: dict[str, Tensor] = {}
@@ -112,7 +110,7 @@ class RunModule(L.LightningModule):
         self._parts: list[dict[str, Tensor]] = []
         if resume is not None:
             self.epoch, self.batches, self.step = resume.epoch, resume.batches, resume.step
-            self.means.load_state_dict(resume.meters)
+            self.loss_mean = Mean(**resume.meters)
             self.best = dict(resume.best)
             self.seconds_before = resume.seconds
             self._partial_epoch = resume.batches > 0
@@ -131,7 +129,7 @@ class RunModule(L.LightningModule):
             except NearfarError as error:
                 # Other sampler options than those of the interrupted epoch: its remaining batches do not exist.
                 self.say(f"epoch {self.epoch + 1} starts again under the new sampler options ({error})")
-                self.batches, self._partial_epoch, self.means = 0, False, Means()
+                self.batches, self._partial_epoch, self.loss_mean = 0, False, Mean()
         batches = list(self.sampler)
         self.epoch_batches = self.batches + len(batches)
         dataset.set_epoch(self.epoch)
@@ -159,12 +157,16 @@ class RunModule(L.LightningModule):
         groups = self.system.parameter_groups(self.model)
         optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=tuple(config.get("betas", (0.9, 0.999))))
         total = max(1, self.total_steps())
-        factor = learning_rate_factor(config.lr_schedule, total=total, warmup=config.warmup)
+        rule = learning_rate_factor(config.lr_schedule, warmup=config.warmup)
+
+        def factor(step: int) -> float:
+            return rule(step, total)
+
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         if self._resume is not None and self._resume.optimizer is not None:
             bases = list(scheduler.base_lrs)
             optimizer.load_state_dict(self._resume.optimizer)
-            scheduler.load_state_dict(self._resume.scheduler or {})
+            scheduler.load_state_dict(dict(self._resume.scheduler or {}))
             # A new `lr` on resume is meant: the state is continued, under the new value.
             scheduler.base_lrs = bases
             for group, base in zip(optimizer.param_groups, bases, strict=True):
@@ -190,14 +192,14 @@ class RunModule(L.LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """One batch."""
         output = self.system.training_step(self.model, batch)
-        self.last_logs = {"loss": output.loss.detach().item(), **output.logs}
+        self.last = output
         return output.loss
 
     def count_batch(self) -> None:
         """Count the batch just trained on; Lightning has stepped the optimiser by now if it was due."""
         self.batches += 1
         self.step = self._step_at_start + self.trainer.global_step
-        self.means.add(self.last_logs)
+        self.loss_mean.add(self.last.loss)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Collect what the metrics need."""
@@ -231,7 +233,7 @@ class RunModule(L.LightningModule):
     def end_epoch(self) -> None:
         """Go on to the next epoch."""
         self.epoch, self.batches, self._partial_epoch = self.epoch + 1, 0, False
-        self.means = Means()
+        self.loss_mean = Mean()
 
     def checkpoint(self) -> Checkpoint:
         """The state of the run, between two steps."""
@@ -245,11 +247,11 @@ class RunModule(L.LightningModule):
             model=self.model.state_dict(),
             data_hash=self.data_hash,
             optimizer=optimizer.state_dict(),
-            scheduler={k: v for k, v in scheduler.state_dict().items() if k != "lr_lambdas"},
+            scheduler=scheduler.state_dict(),
             precision=self.trainer.precision_plugin.state_dict(),
             sampler=dict(self.sampler.state_dict(position=self.batches)) if self.batches else {},
             generators=generator_state(),
-            meters=self.means.state_dict(),
+            meters=self.loss_mean.state_dict(),
             best=dict(self.best),
             seconds=self.seconds(),
         )

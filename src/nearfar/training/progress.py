@@ -47,7 +47,9 @@ class ProgressBar(L.Callback):
         """Advance by one batch."""
         assert isinstance(module, RunModule)
         if self.progress is not None:
-            self.progress.update(self.task, advance=1, loss=f"{module.last_logs['loss']:.3f}")
+            self.progress.update(self.task, advance=1)
+            if batch_idx % 10 == 0:
+                self.progress.update(self.task, loss=f"{module.last.loss.item():.3f}")
 
     def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """The bar makes room for the epoch's line."""

@@ -93,7 +93,7 @@ class Resume:
             if not 0 <= config.start_epoch <= config.epochs:
                 raise NearfarError(f"start_epoch={config.start_epoch} lies outside 0 … epochs={config.epochs}.")
             checkpoint.epoch, checkpoint.batches, checkpoint.sampler = int(config.start_epoch), 0, {}
-            checkpoint.meters = {"sums": {}, "counts": {}}
+            checkpoint.meters = {}
         return checkpoint
 
     def carry_over(self, folder: RunFolder, checkpoint: Checkpoint) -> None:
@@ -105,7 +105,7 @@ class Resume:
             best = self.folder.checkpoints / "best.ckpt"
             shutil.copyfile(best if best.exists() else self.path, folder.checkpoints / "best.ckpt")
             shutil.copyfile(self.path, folder.checkpoints / "last.ckpt")
-        folder.keep_log_until(checkpoint.step)
+        folder.keep_log_until(checkpoint.step, plans=checkpoint.epoch + (checkpoint.batches > 0))
         history = folder.read_json("resumed.json") if (folder.path / "resumed.json").exists() else []
         entry = {
             "from": str(self.path),

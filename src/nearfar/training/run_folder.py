@@ -150,9 +150,14 @@ class RunFolder:
                 except json.JSONDecodeError:
                     continue
 
-    def keep_log_until(self, step: int) -> None:
-        """Forget records later than optimiser step ``step``: a resumed run writes them anew."""
+    def keep_log_until(self, step: int, plans: int | None = None) -> None:
+        """Forget records later than optimiser step ``step`` and plans of epochs after ``plans``.
+
+        A resumed run writes them anew.
+        """
         kept = [record for record in self.log() if record.get("step", 0) <= step]
+        if plans is not None:
+            kept = [record for record in kept if record.get("kind") != "plan" or record["epoch"] <= plans]
         text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
         write_atomically(self.log_path, lambda file: file.write(text.encode()))
 

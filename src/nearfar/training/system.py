@@ -23,10 +23,13 @@ __all__ = ["BatchDataset", "Evaluation", "StepOutput", "System", "TrainSampler"]
 
 @dataclass
 class StepOutput:
-    """One training step: the loss to descend, its record, and further numbers for the log."""
+    """One training step: the loss to descend, and a function that gives further numbers for the log.
+
+    ``logs`` is called for logged steps only: reading numbers off a device makes it wait.
+    """
 
     loss: Tensor
-    logs: dict[str, float] = field(default_factory=dict)
+    logs: Callable[[], dict[str, float]] = dict
 
 
 @dataclass

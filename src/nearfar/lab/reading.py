@@ -1,0 +1,76 @@
+"""A comparison in sentences: what the numbers say about samplers, and what was measured that may explain it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nearfar.lab.compare import Arm, Comparison
+
+__all__ = ["read_comparison"]
+
+#: share of anchors with a likely false negative, and fall of hardness in an epoch, from which they are named
+MANY_FALSE_NEGATIVES = 0.02
+DEPLETED = 0.9
+FEW_ITEMS = 5000
+
+
+def _plans(arm: Arm) -> list[dict[str, Any]]:
+    run = arm.runs[min(arm.runs)]
+    return [r for r in run.log() if r.get("kind") == "plan" and r.get("hardness") and not r.get("random_phase")]
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def read_comparison(comparison: Comparison) -> list[str]:
+    """One paragraph for each arm beside the baseline."""
+    paragraphs = []
+    monitor = comparison.arms[0].runs[min(comparison.arms[0].runs)].read_json("metrics.json")["monitor"]
+    for arm in comparison.arms:
+        difference = comparison.differences.get(arm.label, {}).get(monitor)
+        if difference is None:
+            continue
+        interval = f"{difference.value:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]"
+        name = monitor.replace("_to_", " → ").replace("/", " ")
+        base = comparison.baseline.label
+        if difference.verdict == "not distinguishable":
+            text = f"{arm.label} is not distinguishable from {base} by {name}: {interval} covers 0."
+        else:
+            text = f"{arm.label} is {difference.verdict} than {base} by {name}: {interval} excludes 0."
+        text += f" The interval is over {difference.scope}."
+        plans = _plans(arm)
+        if plans and arm.config.get("sampler", {}).get("name") in ("hard", "partition"):
+            text += " " + _batches(plans, arm, difference.verdict == "better")
+        paragraphs.append(text)
+    return paragraphs
+
+
+def _batches(plans: list[dict[str, Any]], arm: Arm, gained: bool) -> str:
+    hardness = _mean([value for plan in plans for value in plan["hardness"]])
+    chance = plans[0]["hardness_random"]
+    level = _mean([plan["last_to_first"] for plan in plans if plan.get("last_to_first") is not None] or [1.0])
+    anchors = _mean([plan["anchors_with_false_negative"] or 0.0 for plan in plans])
+    threshold = plans[0]["false_negative_threshold"]
+    text = (
+        f"Its batches were {hardness / chance:.1f} times as hard as random ones ({hardness:.1f} of an item's nearest "
+        f"neighbours in its batch, random {chance:.1f}), the last tenth of an epoch at {level:.2f} of the first."
+    )
+    if gained:
+        return text
+    causes = []
+    if level < DEPLETED:
+        causes.append(f"depletion: hardness fell to {level:.2f} within an epoch (try sampler=partition or order=level)")
+    if anchors > MANY_FALSE_NEGATIVES and arm.config.get("false_negative_threshold") is None:
+        causes.append(
+            f"false negatives: {anchors:.1%} of the anchors had an in-batch negative with a text of cosine "
+            f"{threshold:g} or more (try false_negative_threshold={threshold:g})"
+        )
+    rows = arm.runs[min(arm.runs)].read_json("dataset_layout.json").get("splits", {}).get("train", {}).get("rows")
+    if rows is not None and rows < FEW_ITEMS:
+        causes.append(f"few items: {rows} training rows, so that random batches already hold many near neighbours")
+    if hardness < 2 * chance:
+        causes.append("little contrast: the batches were hardly harder than random ones (raise hard_ratio)")
+    if causes:
+        return text + " Measured and in question as causes: " + "; ".join(causes) + "."
+    return text + " None of depletion, false negatives or too few items was measured: hardness itself did not help here."

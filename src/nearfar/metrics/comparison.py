@@ -1,0 +1,189 @@
+"""Is one way better than another? A paired difference, its interval, and a verdict that may be neither.
+
+Two trainings differ by their seeds and are tested on a sample of items, and both could have fallen otherwise.
+An interval over items alone calls one lucky seed a better method; an interval over seeds alone forgets that
+the test set is a sample. The interval here covers both.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from nearfar.errors import NearfarError
+from nearfar.metrics.estimate import Estimate, comparable
+from nearfar.metrics.quantiles import check_confidence, t_quantile
+
+__all__ = ["Difference", "compare", "paired_difference"]
+
+_LOWER_IS_BETTER = frozenset({"median_rank"})
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A difference ``a − b`` with its interval.
+
+    ``n`` counts items and ``seeds`` trainings of each side; ``per_seed`` holds the mean difference of each
+    seed, ``relative`` is the difference as a share of b's mean (NaN where that is 0), ``scope`` says what the
+    interval speaks of, and ``verdict`` is "better", "worse" or "not distinguishable", said of a.
+    """
+
+    value: float
+    low: float
+    high: float
+    n: int
+    seeds: int
+    per_seed: tuple[float, ...]
+    verdict: str
+    relative: float
+    metric: str
+    confidence: float
+    scope: str
+
+    def __str__(self) -> str:
+        relative = "" if math.isnan(self.relative) else f", {self.relative:+.1%}"
+        trainings = f"{self.seeds} {'seed' if self.seeds == 1 else 'seeds'}, " if self.seeds else ""
+        return (
+            f"{self.metric} difference {self.value:+.4f} [{self.low:+.4f}, {self.high:+.4f}]{relative}: "
+            f"{self.verdict} ({trainings}n {self.n}; interval over {self.scope})"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as strict JSON takes them; an undefined relative difference becomes ``None``."""
+        return asdict(self) | {"relative": None if math.isnan(self.relative) else self.relative}
+
+
+def paired_difference(
+    a: ArrayLike,
+    b: ArrayLike,
+    *,
+    confidence: float = 0.95,
+    metric: str = "score",
+    higher_is_better: bool = True,
+) -> Difference:
+    """The mean of ``a − b`` for scores (S, n) of the same S seeds on the same n items; (n,) is one seed.
+
+    Differences are seen as mean + seed effect + item effect + rest. With v_s the variance over seeds of the
+    seed means divided by S, v_i the variance over items of the item means divided by n, and v_r that of the
+    rest divided by S·n (part of both), the half-width h is given by
+
+        h² = max(t²_{S−1} v_s + t²_{n−1} (v_i − v_r), t²_{n−1} v_i),
+
+    so that each source of chance has the t quantile of its own degrees of freedom. (Satterthwaite's single t
+    covers only 87 to 94 % with two or three seeds that differ; this keeps 95 % for normal effects in
+    simulation, see ``benchmarks/comparison.py``, and is wide with two seeds because two seeds say little.)
+
+    With one seed the interval covers items only, and ``scope`` says so. Raises ``NearfarError`` for shapes
+    that differ, fewer than two items, or scores that are not finite.
+
+    >>> generator = np.random.default_rng(0)
+    >>> base = generator.random((3, 400))
+    >>> gain = base + 0.05 + 0.02 * generator.standard_normal((3, 400))
+    >>> paired_difference(gain, base).verdict
+    'better'
+    >>> paired_difference(base, base[:, ::-1]).verdict
+    'not distinguishable'
+    """
+    check_confidence(confidence)
+    first, second = _scores(a, "a"), _scores(b, "b")
+    if first.shape != second.shape:
+        raise NearfarError(
+            f"a has shape {first.shape} and b {second.shape} (seeds, items); a paired difference needs the "
+            "same seeds on the same items, in the same order"
+        )
+    differences = first - second
+    seeds, n = differences.shape
+    if n < 2:
+        raise NearfarError(f"{n} item gives no interval; score at least two")
+    value = float(differences.mean())
+    per_seed = differences.mean(axis=1)
+    half = math.sqrt(_squared_half_width(differences, 0.5 + confidence / 2))
+    base = float(second.mean())
+    return Difference(
+        value=value,
+        low=value - half,
+        high=value + half,
+        n=n,
+        seeds=seeds,
+        per_seed=tuple(per_seed.tolist()),
+        verdict=_verdict(value - half, value + half, higher_is_better),
+        relative=value / base if base else math.nan,
+        metric=metric,
+        confidence=confidence,
+        scope="seeds and items" if seeds > 1 else "items only: one seed cannot show what another would give",
+    )
+
+
+def compare(a: Estimate, b: Estimate) -> Difference:
+    """The difference of two estimates on the same items, when only their intervals are known.
+
+    Refuses with the reason when metric, split, gallery or another part of the protocol differ (see
+    ``comparable``). The interval combines the two one-sided widths (Zou and Donner 2008). It takes the two as
+    independent, which for the same items is cautious; ``paired_difference`` on per-query scores is sharper.
+
+    >>> protocol = {"gallery": 100, "split": "5f0c", "confidence": 0.95}
+    >>> a = Estimate(0.62, 0.58, 0.66, 0.01, 600, False, "R@1", protocol)
+    >>> b = Estimate(0.50, 0.46, 0.54, 0.01, 600, False, "R@1", protocol)
+    >>> print(compare(a, b))
+    R@1 difference +0.1200 [+0.0634, +0.1766], +24.0%: better (n 600; interval over items only, unpaired)
+    """
+    reason = comparable(a, b)
+    if reason is None and a.protocol.get("confidence") != b.protocol.get("confidence"):
+        reason = f"confidence differs: {a.protocol.get('confidence')} and {b.protocol.get('confidence')}"
+    if reason is not None:
+        raise NearfarError(f"{a.metric} and {b.metric} are not compared: {reason}")
+    value = a.value - b.value
+    low = value - math.hypot(a.value - a.low, b.high - b.value)
+    high = value + math.hypot(a.high - a.value, b.value - b.low)
+    return Difference(
+        value=value,
+        low=low,
+        high=high,
+        n=a.n,
+        seeds=0,
+        per_seed=(),
+        verdict=_verdict(low, high, a.metric not in _LOWER_IS_BETTER),
+        relative=value / b.value if b.value else math.nan,
+        metric=a.metric,
+        confidence=float(a.protocol.get("confidence", 0.95)),
+        scope="items only, unpaired",
+    )
+
+
+def _squared_half_width(differences: NDArray[np.float64], level: float) -> float:
+    seeds, n = differences.shape
+    of_items = differences.mean(axis=0)
+    item_part = t_quantile(level, n - 1) ** 2
+    v_items = float(of_items.var(ddof=1)) / n
+    if seeds == 1:
+        return item_part * v_items
+    of_seeds = differences.mean(axis=1)
+    seed_part = t_quantile(level, seeds - 1) ** 2
+    v_seeds = float(of_seeds.var(ddof=1)) / seeds
+    rest = differences - of_seeds[:, None] - of_items[None, :] + differences.mean()
+    v_rest = float((rest**2).sum()) / ((seeds - 1) * (n - 1)) / (seeds * n)
+    return max(seed_part * v_seeds + item_part * (v_items - v_rest), item_part * v_items)
+
+
+def _scores(scores: ArrayLike, name: str) -> NDArray[np.float64]:
+    array = np.atleast_2d(np.asarray(scores, dtype=np.float64))
+    if array.ndim != 2 or array.size == 0:
+        raise NearfarError(
+            f"{name} has shape {array.shape}; scores are (seeds, items), or (items,) for one seed"
+        )
+    bad = int((~np.isfinite(array)).sum())
+    if bad:
+        raise NearfarError(
+            f"{name} holds {bad} scores that are not finite; leave out the item in both or mend it"
+        )
+    return array
+
+
+def _verdict(low: float, high: float, higher_is_better: bool) -> str:
+    if low <= 0.0 <= high:
+        return "not distinguishable"
+    return "better" if (low > 0.0) == higher_is_better else "worse"

@@ -1,0 +1,176 @@
+"""What a metric returns: a value with its interval, its sample size, and what guessing would have scored.
+
+A bare number misleads in four ways: it hides how few items stand behind it, that ten of ten candidates are
+always among the first ten, that the gallery of the other paper was smaller, and that the split was another
+one. An ``Estimate`` carries all four, and ``comparable`` refuses when they differ.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from nearfar.errors import NearfarError
+
+__all__ = ["Estimate", "comparable", "split_hash"]
+
+# How the interval was computed does not change what was measured.
+_NOT_IDENTITY = frozenset({"interval", "confidence", "resamples", "seed"})
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A measured value and everything needed to judge it.
+
+    ``low`` and ``high`` bound the interval, ``chance`` is what guessing scores in expectation, ``n`` counts
+    the items behind the value, ``trivial`` says that the value could not have been another (``k`` reaches the
+    gallery), ``metric`` names it, and ``protocol`` states how it was measured: ``gallery`` (number of
+    candidates), ``split`` (hash of the item ids, see ``split_hash``), ``direction``, the ``interval`` method,
+    its ``confidence``, and what else a metric needs.
+
+    ``str`` gives the value, interval, chance level and sizes; a float format gives the numbers alone.
+
+    >>> e = Estimate(0.586, 0.569, 0.603, 10 / 3300, 3300, False, "R@10", {"gallery": 3300})
+    >>> print(e)
+    R@10 .586 [.57, .60] (chance .003, gallery 3300, n 3300)
+    >>> f"{e:.3f}"
+    '0.586 [0.569, 0.603]'
+    >>> Estimate.from_dict(e.to_dict()) == e
+    True
+    """
+
+    value: float
+    low: float
+    high: float
+    chance: float
+    n: int
+    trivial: bool
+    metric: str
+    protocol: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    def __str__(self) -> str:
+        notes = [f"chance {_number(self.chance, None)}"]
+        if "gallery" in self.protocol:
+            notes.append(f"gallery {self.protocol['gallery']}")
+        notes.append(f"n {self.n}")
+        if self.protocol.get("without_relevant"):
+            notes.append(f"{self.protocol['without_relevant']} queries without relevant item left out")
+        if self.trivial:
+            notes.append("trivial")
+        decimals = _decimals(self.low, self.high)
+        value = _number(self.value, max(decimals + 1, 3) if abs(self.value) < 1 else decimals + 1)
+        interval = f"[{_number(self.low, decimals)}, {_number(self.high, decimals)}]"
+        return f"{self.metric} {value} {interval} ({', '.join(notes)})"
+
+    def __format__(self, spec: str) -> str:
+        if not spec:
+            return str(self)
+        return f"{self.value:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
+
+    def to_dict(self) -> dict[str, Any]:
+        """A mapping that strict JSON can hold: NaN and infinities become the strings Python's ``float`` "
+        "reads."""
+        return {
+            "metric": self.metric,
+            "value": _to_json(self.value),
+            "low": _to_json(self.low),
+            "high": _to_json(self.high),
+            "chance": _to_json(self.chance),
+            "n": self.n,
+            "trivial": self.trivial,
+            "protocol": dict(self.protocol),
+        }
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Estimate:
+        """The estimate that ``to_dict`` wrote; a missing field is an error that names it."""
+        required = ("value", "low", "high", "chance", "n", "trivial", "metric")
+        missing = [name for name in required if name not in record]
+        if missing:
+            raise NearfarError(
+                f"not the record of an estimate: {', '.join(missing)} missing in {dict(record)!r}"
+            )
+        return cls(
+            value=float(record["value"]),
+            low=float(record["low"]),
+            high=float(record["high"]),
+            chance=float(record["chance"]),
+            n=int(record["n"]),
+            trivial=bool(record["trivial"]),
+            metric=str(record["metric"]),
+            protocol=dict(record.get("protocol", {})),
+        )
+
+
+def comparable(a: Estimate, b: Estimate) -> str | None:
+    """Why ``a`` and ``b`` must not be compared, or ``None`` if they may be.
+
+    Comparable estimates have the same metric, the same stated split and otherwise the same protocol (the
+    method and level of the interval may differ), and neither is trivial. An unstated split is not the same
+    split.
+
+    >>> protocol = {"gallery": 100, "split": "5f0c"}
+    >>> a = Estimate(0.5, 0.4, 0.6, 0.01, 100, False, "R@1", protocol)
+    >>> comparable(a, a) is None
+    True
+    >>> comparable(a, Estimate(0.9, 0.8, 1.0, 0.1, 100, False, "R@1", {**protocol, "gallery": 10}))
+    'gallery differs: 100 and 10'
+    """
+    if a.metric != b.metric:
+        return f"metric differs: {a.metric} and {b.metric}"
+    for key in sorted((set(a.protocol) | set(b.protocol)) - _NOT_IDENTITY):
+        if a.protocol.get(key) != b.protocol.get(key):
+            return f"{key} differs: {a.protocol.get(key)} and {b.protocol.get(key)}"
+    if a.protocol.get("split") is None:
+        return "neither states its split; pass split=split_hash(ids) to the metric"
+    if a.n != b.n:
+        return f"number of items differs: {a.n} and {b.n}"
+    if a.trivial or b.trivial:
+        return f"{a.metric} is trivial here: the cut-off reaches the gallery, and every model scores the same"
+    return None
+
+
+def split_hash(ids: Iterable[object]) -> str:
+    """Sixteen hexadecimal digits that identify a set of item ids, in whatever order they come.
+
+    >>> split_hash(["b", "a"]) == split_hash(["a", "b"])
+    True
+    """
+    # repr tells 1 from "1"; the length prefix keeps ("ab", "c") apart from ("a", "bc").
+    digest = hashlib.sha256()
+    for text in sorted(repr(item) for item in ids):
+        digest.update(f"{len(text)}:{text}".encode())
+    return digest.hexdigest()[:16]
+
+
+def _to_json(number: float) -> float | str:
+    json_number = float(number)
+    return json_number if math.isfinite(json_number) else json.dumps(json_number)
+
+
+def _decimals(low: float, high: float) -> int:
+    """As many decimals as the width of the interval supports: one significant digit of it."""
+    width = high - low
+    if low.is_integer() and high.is_integer():
+        return 0
+    if not math.isfinite(width) or width <= 0.0:
+        return 3
+    least = 2 if max(abs(low), abs(high)) <= 1.0 else 0
+    return min(max(math.ceil(-math.log10(width)), least), 6)
+
+
+def _number(number: float, decimals: int | None) -> str:
+    """A number as tables print it: no zero before the point, three to four significant digits of a chance."""
+    if not math.isfinite(number):
+        return str(number)
+    if decimals is None:
+        text = f"{number:.2g}" if abs(number) < 1 else f"{number:.5g}"
+    else:
+        text = f"{number:.{decimals}f}"
+    if text.startswith("0."):
+        return text[1:]
+    return "-" + text[2:] if text.startswith("-0.") else text

@@ -1,0 +1,20 @@
+"""Text encoders whose weights stay frozen: ``ngram`` (no weights needed), ``transformer``, ``minilm``."""
+
+from __future__ import annotations
+
+from nearfar.models.text.build import TEXT_ENCODERS, build_text_encoder, embed_texts, load_text_encoder
+from nearfar.models.text.minilm import MiniLMTextEncoder
+from nearfar.models.text.ngram import NgramTextEncoder
+from nearfar.models.text.protocol import TextEncoder
+from nearfar.models.text.transformer import TransformerTextEncoder
+
+__all__ = [
+    "TEXT_ENCODERS",
+    "MiniLMTextEncoder",
+    "NgramTextEncoder",
+    "TextEncoder",
+    "TransformerTextEncoder",
+    "build_text_encoder",
+    "embed_texts",
+    "load_text_encoder",
+]

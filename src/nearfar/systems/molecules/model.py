@@ -1,0 +1,157 @@
+"""Molecules and texts into one space: an encoder for structures, a small head over frozen text vectors."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from nearfar.errors import NearfarError, nearest_name
+from nearfar.models import ProjectionHead
+from nearfar.systems.molecules.dataset import MoleculeBatch
+from nearfar.systems.molecules.fingerprint_encoder import FingerprintEncoder
+from nearfar.systems.molecules.graph_transformer import GraphTransformer
+
+__all__ = ["MOLECULE_ENCODERS", "TEXT_HEADS", "MoleculeTextModel"]
+
+MOLECULE_ENCODERS = ("graph", "fingerprint", "both")
+TEXT_HEADS = ("none", "linear", "mlp")
+_MAX_SCALE = 100.0
+
+
+class MoleculeTextModel(nn.Module):
+    """Two towers: ``encode_molecules`` and ``encode_texts`` give (B, d) vectors, not normalised.
+
+    Args:
+        text_dim: length of the frozen text vectors.
+        fingerprint_dim: length of the fingerprints, where the encoder reads them.
+        molecule_encoder: "graph", "fingerprint", or "both" (two encoders whose vectors add up).
+        text_head: what is trained above the frozen text vectors: nothing, a linear map, or a two-layer
+            network. Without one the molecules must come to the texts, and d is ``text_dim``.
+        embedding_dim: d, with a text head.
+        hidden, layers, heads, dropout: of the graph transformer.
+        fingerprint_hidden, fingerprint_layers, fingerprint_dropout, input_dropout: of the fingerprint
+            network, see `FingerprintEncoder`.
+        text_dropout: of the text head's hidden layer ("mlp").
+        temperature: of the loss; with ``learn_temperature`` where learning starts.
+
+    ``scale()`` is the learned 1 / temperature, at most 100 as in CLIP, or ``None`` where it does not learn
+    and the loss's own temperature holds.
+
+    >>> model = MoleculeTextModel(text_dim=24, fingerprint_dim=64, embedding_dim=16)
+    >>> model.encode_texts(torch.zeros(3, 24)).shape
+    torch.Size([3, 16])
+    """
+
+    def __init__(
+        self,
+        text_dim: int,
+        fingerprint_dim: int | None = None,
+        *,
+        molecule_encoder: str = "fingerprint",
+        text_head: str = "linear",
+        embedding_dim: int = 512,
+        hidden: int = 128,
+        layers: int = 4,
+        heads: int = 4,
+        dropout: float = 0.1,
+        fingerprint_hidden: int = 1024,
+        fingerprint_layers: int = 2,
+        fingerprint_dropout: float = 0.4,
+        input_dropout: float = 0.5,
+        text_dropout: float = 0.1,
+        temperature: float = 0.07,
+        learn_temperature: bool = False,
+    ) -> None:
+        super().__init__()
+        _check_choice("molecule_encoder", molecule_encoder, MOLECULE_ENCODERS)
+        _check_choice("text_head", text_head, TEXT_HEADS)
+        if learn_temperature and temperature < 1 / _MAX_SCALE:
+            raise NearfarError(
+                f"temperature={temperature} is below {1 / _MAX_SCALE}, where a learned temperature is held; "
+                "start higher, or set learn_temperature=false."
+            )
+        self.molecule_encoder = molecule_encoder
+        self.dim = text_dim if text_head == "none" else embedding_dim
+        self.graph: GraphTransformer | None = None
+        self.fingerprint: FingerprintEncoder | None = None
+        if molecule_encoder in ("graph", "both"):
+            self.graph = GraphTransformer(hidden, layers, heads, self.dim, dropout)
+        if molecule_encoder in ("fingerprint", "both"):
+            if fingerprint_dim is None:
+                raise NearfarError(
+                    f"molecule_encoder={molecule_encoder} reads fingerprints, and fingerprint_dim, their "
+                    "length, was not given."
+                )
+            self.fingerprint = FingerprintEncoder(
+                fingerprint_dim,
+                fingerprint_hidden,
+                self.dim,
+                fingerprint_layers,
+                fingerprint_dropout,
+                input_dropout,
+            )
+        self.text = _text_head(text_head, text_dim, self.dim, text_dropout)
+        self.log_scale = nn.Parameter(torch.tensor(-math.log(temperature)), requires_grad=learn_temperature)
+
+    @classmethod
+    def from_config(cls, config: Any, text_dim: int, fingerprint_dim: int | None) -> MoleculeTextModel:
+        """From the options of the system, by their names."""
+        return cls(
+            text_dim,
+            fingerprint_dim,
+            molecule_encoder=config.molecule_encoder,
+            text_head=config.text_head,
+            embedding_dim=config.embedding_dim,
+            hidden=config.hidden,
+            layers=config.layers,
+            heads=config.heads,
+            dropout=config.dropout,
+            fingerprint_hidden=config.fingerprint_hidden,
+            fingerprint_dropout=config.fingerprint_dropout,
+            input_dropout=config.input_dropout,
+            temperature=config.temperature,
+            learn_temperature=config.learn_temperature,
+        )
+
+    def encode_molecules(self, batch: MoleculeBatch) -> Float[Tensor, "b d"]:
+        """The molecules of a batch, from its graphs, its fingerprints or both."""
+        parts = []
+        if self.graph is not None:
+            if batch.graph is None:
+                raise self._missing("graphs")
+            parts.append(self.graph(batch.graph))
+        if self.fingerprint is not None:
+            if batch.fingerprint is None:
+                raise self._missing("fingerprints")
+            parts.append(self.fingerprint(batch.fingerprint))
+        return parts[0] if len(parts) == 1 else parts[0] + parts[1]
+
+    def encode_texts(self, embeddings: Float[Tensor, "b text"]) -> Float[Tensor, "b d"]:
+        """Frozen text vectors through the trained head."""
+        return self.text(embeddings)
+
+    def scale(self) -> Float[Tensor, ""] | None:
+        """1 / temperature where it is learned, else None."""
+        if not self.log_scale.requires_grad:
+            return None
+        return self.log_scale.exp().clamp(max=_MAX_SCALE)
+
+    def _missing(self, what: str) -> NearfarError:
+        return NearfarError(f"molecule_encoder={self.molecule_encoder} reads {what}, and the batch has none.")
+
+
+def _text_head(kind: str, text_dim: int, dim: int, dropout: float) -> nn.Module:
+    if kind == "none":
+        return nn.Identity()
+    if kind == "linear":
+        return nn.Linear(text_dim, dim)
+    return ProjectionHead(text_dim, dim, dim, dropout=dropout, norm="layer", activation="gelu")
+
+
+def _check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise NearfarError(f"{option}={value}: no such choice; {nearest_name(value, choices)}")

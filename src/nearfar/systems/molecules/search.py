@@ -1,0 +1,217 @@
+"""A trained run at work: embed new molecules and texts, and search among them."""
+
+from __future__ import annotations
+
+import html
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import nn
+
+from nearfar.data.cache import cached_array, content_key
+from nearfar.data.tables import read_table
+from nearfar.errors import NearfarError
+from nearfar.models.text import TextEncoder, embed_texts, load_text_encoder
+from nearfar.systems.molecules.examples import draw
+from nearfar.systems.molecules.features import MoleculeFeatures
+from nearfar.systems.molecules.model import MoleculeTextModel
+from nearfar.systems.molecules.records import COLUMNS, Records, make_splits, read_records
+from nearfar.systems.molecules.smiles import canonical_smiles, parse_smiles
+from nearfar.training.checkpoint import Checkpoint, find_checkpoint
+from nearfar.training.module import consecutive
+from nearfar.training.run_folder import RunFolder, write_atomically
+
+__all__ = ["Hit", "Hits", "TrainedMolecules"]
+
+
+@dataclass(frozen=True)
+class Hit:
+    """One answer: its cosine with the query, and the pair it belongs to."""
+
+    rank: int
+    score: float
+    id: str
+    smiles: str
+    text: str
+
+
+class Hits(list[Hit]):
+    """Answers, best first; a notebook shows them with pictures."""
+
+    def __init__(self, hits: Sequence[Hit], query: str = "") -> None:
+        super().__init__(hits)
+        self.query = query
+
+    def _repr_html_(self) -> str:
+        cards = "".join(
+            f'<div style="width:200px;border:1px solid #ddd;border-radius:6px;padding:6px;font:12px sans-serif">'
+            f"{draw(hit.smiles, 190, 140)}<div><b>{hit.rank}.</b> {hit.score:.3f} · {html.escape(hit.id)}</div>"
+            f"<div>{html.escape(hit.text[:160])}</div></div>"
+            for hit in self
+        )
+        return (
+            f'<p style="font:14px sans-serif">{html.escape(self.query)}</p>'
+            f'<div style="display:flex;flex-wrap:wrap;gap:8px">{cards}</div>'
+        )
+
+
+class TrainedMolecules:
+    """The best model of a run, with the text encoder and features it was trained with.
+
+    ``TrainedMolecules(run).search("an alkaloid …")`` answers with molecules; ``search(smiles, molecule=True)``
+    with texts. The gallery is all pairs of the run's data unless a table is given.
+    """
+
+    def __init__(self, run: str | Path) -> None:
+        path = find_checkpoint(run, prefer="best")
+        self.folder = RunFolder(path.parent.parent if path.parent.name == "checkpoints" else path.parent)
+        self.config = self.folder.config()
+        self.checkpoint = path
+        self.features = MoleculeFeatures.from_config(self.config)
+        self.text_encoder: TextEncoder = load_text_encoder(self.folder.path / "text_encoder")
+        state = Checkpoint.load(path)
+        text_dim = int(self.folder.read_json("dataset_layout.json")["text_encoder"]["dimensions"])
+        self.model: nn.Module = MoleculeTextModel.from_config(self.config, text_dim, self.features.fingerprint_dim)
+        self.model.load_state_dict(state.model)
+        self.model.eval()
+        self._key = content_key([np.asarray(v.float()) for v in state.model.values()])
+        self._galleries: dict[str, tuple[Records, Any, np.ndarray]] = {}
+
+    # -- embedding -------------------------------------------------------------------------------------------
+    @torch.inference_mode()
+    def embed_molecules(self, smiles: Sequence[str]) -> Float[np.ndarray, "n d"]:
+        """Unit vectors of molecules; a SMILES that cannot be read is an error naming it."""
+        for i, text in enumerate(smiles):
+            molecule, reason = parse_smiles(text)
+            if molecule is None:
+                raise NearfarError(f"molecule {i} ({text!r}) cannot be read: {reason}.")
+        records = Records("embed", [str(i) for i in range(len(smiles))], list(smiles), [""] * len(smiles))
+        records.scaffolds = [""] * len(smiles)
+        split = make_splits({"train": records})["train"]
+        text_dim = int(self.folder.read_json("dataset_layout.json")["text_encoder"]["dimensions"])
+        dataset = self.features.dataset(split, np.zeros((len(smiles), text_dim), dtype=np.float32))
+        model: Any = self.model
+        parts = [model.encode_molecules(dataset.__getitems__(b)) for b in consecutive(len(smiles), 512)]
+        return torch.nn.functional.normalize(torch.cat(parts).float(), dim=1).numpy()
+
+    @torch.inference_mode()
+    def embed_texts(self, texts: Sequence[str]) -> Float[np.ndarray, "n d"]:
+        """Unit vectors of texts."""
+        frozen = torch.from_numpy(embed_texts(self.text_encoder, texts, cache=len(texts) > 100))
+        model: Any = self.model
+        return torch.nn.functional.normalize(model.encode_texts(frozen).float(), dim=1).numpy()
+
+    # -- search ----------------------------------------------------------------------------------------------
+    def gallery(self, path: Path | None = None, molecules: bool = True) -> tuple[Records, Any]:
+        """The pairs to search in and a FAISS index of their molecules (or texts); embeddings are cached."""
+        import faiss
+
+        name = f"{path or ''}/{'molecules' if molecules else 'texts'}"
+        if name not in self._galleries:
+            records = self._records(path)
+            values = records.smiles if molecules else records.texts
+            embed = self.embed_molecules if molecules else self.embed_texts
+            vectors = cached_array("galleries", [self._key, values], lambda: embed(values))
+            index = faiss.IndexFlatIP(vectors.shape[1])
+            index.add(np.ascontiguousarray(vectors, dtype=np.float32))
+            self._galleries[name] = (records, index, vectors)
+        records, index, _ = self._galleries[name]
+        return records, index
+
+    def _records(self, path: Path | None) -> Records:
+        if path is not None:
+            data = self.config.data
+            return read_records(path, data.smiles_column, data.text_column, data.id_column)
+        from nearfar.systems.molecules.system import MoleculeSystem
+
+        splits = MoleculeSystem(self.config).load_data(lambda _: None).splits.values()
+        return Records(
+            "run",
+            [i for s in splits for i in s.ids],
+            [m for s in splits for m in s.smiles],
+            [t for s in splits for t in s.texts],
+            [c for s in splits for c in s.scaffolds],
+        )
+
+    def search(self, query: str, molecule: bool = False, k: int = 10, gallery: Path | None = None) -> Hits:
+        """The ``k`` nearest molecules of a text; with ``molecule=True`` the nearest texts of a SMILES."""
+        if not query.strip():
+            raise NearfarError("the query is empty: give a text, or a SMILES with --molecule.")
+        if k < 1:
+            raise NearfarError(f"k={k}: at least one answer is needed.")
+        if molecule:
+            parsed, reason = parse_smiles(query)
+            if parsed is None:
+                raise NearfarError(f"{query!r} is no SMILES ({reason}). Leave --molecule out to search by text.")
+            vector = self.embed_molecules([canonical_smiles(parsed)])
+        else:
+            vector = self.embed_texts([query])
+        records, index = self.gallery(gallery, molecules=not molecule)
+        scores, found = index.search(np.ascontiguousarray(vector, dtype=np.float32), min(k, len(records)))
+        hits = [
+            Hit(rank + 1, float(score), records.ids[i], records.smiles[i], records.texts[i])
+            for rank, (score, i) in enumerate(zip(scores[0], found[0], strict=True))
+        ]
+        return Hits(hits, query)
+
+    # -- the verbs -------------------------------------------------------------------------------------------
+    def search_and_print(
+        self, query: str, molecule: bool, k: int, gallery: Path | None, page: Path | None, console: Any
+    ) -> None:
+        """``nearfar search``."""
+        from rich.table import Table
+
+        hits = self.search(query, molecule, k, gallery)
+        if not molecule and not np.any(self.text_encoder.encode([query])):
+            console.print("no word of this query occurs in the training texts: the order below means nothing")
+        table = Table(show_lines=False)
+        for column in ("", "cosine", "id", "text", "SMILES"):
+            table.add_column(column, overflow="ellipsis", no_wrap=True, justify="right" if not column else "left")
+        for hit in hits:
+            table.add_row(str(hit.rank), f"{hit.score:.3f}", hit.id, hit.text[:60], hit.smiles[:60])
+        console.print(table, soft_wrap=False)
+        if page is not None:
+            body = f"<!doctype html><meta charset='utf-8'><title>search</title><body>{hits._repr_html_()}</body>"
+            write_atomically(page, lambda file: file.write(body.encode()))
+            console.print(f"pictures: {page}", markup=False, highlight=False)
+
+    def embed_table(self, data: Path, output: Path, console: Any) -> None:
+        """``nearfar embed``: every usable row of a table as vectors of its molecule and its text."""
+        optional = ("id", "smiles", "text")
+        names = self.config.data
+        columns = {"smiles": names.smiles_column, "text": names.text_column, "id": names.id_column}
+        table = read_table(data, COLUMNS, columns, optional=optional)
+        if "smiles" not in table and "text" not in table:
+            raise NearfarError(f"{data}: neither a SMILES nor a text column; name one with data.smiles_column= in the run.")
+        arrays: dict[str, np.ndarray] = {}
+        rows = np.asarray(table.rows)
+        keep = np.ones(len(rows), dtype=bool)
+        if "smiles" in table:
+            keep &= np.array([parse_smiles(s)[0] is not None for s in table["smiles"]])
+        if "text" in table:
+            keep &= np.array([bool(t.strip()) for t in table["text"]])
+        if not keep.any():
+            raise NearfarError(f"{data}: no row can be embedded (unreadable SMILES or empty text in every one).")
+        kept = np.flatnonzero(keep)
+        ids = table["id"] if "id" in table else [f"row{row}" for row in table.rows]
+        arrays["ids"] = np.asarray([ids[i] for i in kept], dtype=np.str_)
+        if "smiles" in table:
+            arrays["molecules"] = self.embed_molecules([table["smiles"][i] for i in kept])
+        if "text" in table:
+            arrays["texts"] = self.embed_texts([table["text"][i] for i in kept])
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]  # numpy's stub wants allow_pickle first
+        write_atomically(output, lambda file: file.write(buffer.getvalue()))
+        lost = len(rows) - len(kept) + len(table.rejections)
+        console.print(
+            f"{output}: {len(kept)} rows ({', '.join(k for k in arrays if k != 'ids')}); {lost} rejected"
+            + (f", the first at row {int(rows[~keep][0])}" if (~keep).any() else ""),
+            markup=False,
+            highlight=False,
+        )

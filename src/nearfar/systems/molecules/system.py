@@ -1,0 +1,188 @@
+"""Molecule ↔ text retrieval as a system: data, model, batches, loss and metrics put together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from nearfar.batching import Neighbors, nearest_neighbors
+from nearfar.data.cache import content_key
+from nearfar.losses import InfoNCELoss, duplicate_mask, false_negative_mask
+from nearfar.metrics import rank_estimates, retrieval_ranks
+from nearfar.models.text import TextEncoder, build_text_encoder, embed_texts
+from nearfar.systems.molecules.data import MoleculeData, MoleculeDataset, MoleculeSplit, load_embedded, load_files
+from nearfar.systems.molecules.examples import retrieval_examples
+from nearfar.systems.molecules.features import MoleculeFeatures
+from nearfar.systems.molecules.model import MoleculeTextModel
+from nearfar.systems.molecules.options import check_options, data_paths
+from nearfar.training.batches import build_sampler, check_batches, epoch_record, neighbors_needed
+from nearfar.training.system import Evaluation, StepOutput, decayed_groups
+
+__all__ = ["MoleculeSystem"]
+
+Say = Callable[[str], None]
+KS = (1, 5, 10)
+DIRECTIONS = ("text_to_molecule", "molecule_to_text")
+
+
+class MoleculeSystem:
+    """Trains a molecule encoder (and a head over frozen text embeddings) so that pairs find each other."""
+
+    name = "molecules"
+    monitor = "text_to_molecule/MRR"
+
+    def __init__(self, config: Any) -> None:
+        check_options(config)
+        self.config = config
+        self.features = MoleculeFeatures.from_config(config)
+        self.loss = InfoNCELoss(temperature=config.temperature, symmetric=config.loss.symmetric)
+        self.data: MoleculeData
+        self.text_encoder: TextEncoder
+        self.neighbors: Neighbors
+        self._datasets: dict[str, MoleculeDataset] = {}
+
+    # -- data ------------------------------------------------------------------------------------------------
+    def prepare(self, say: Say) -> None:
+        """Read and check the data, fit or load the text encoder, featurise, find neighbours."""
+        config = self.config
+        self.data = self.load_data(say)
+        say(self.data.summary())
+        options = {key: value for key, value in config.text_encoder.items() if key != "kind"}
+        train = self.data.train
+        self.text_encoder = build_text_encoder(config.text_encoder.kind, **options).fit(train.texts)
+        say(f"text encoder: {self.text_encoder.description}")
+        for name, split in self.data.splits.items():
+            self._datasets[name] = self.features.dataset(
+                split,
+                embed_texts(self.text_encoder, split.texts),
+                mask_atoms=config.augment_atoms if name == "train" else 0.0,
+                mask_bonds=config.augment_bonds if name == "train" else 0.0,
+                seed=config.seed,
+            )
+        text = self._datasets["train"].text.numpy()
+        self.neighbors = nearest_neighbors(text, neighbors_needed(config, len(train)), ids=train.ids)
+
+    def load_data(self, say: Say) -> MoleculeData:
+        data = self.config.data
+        paths = data_paths(data)
+        if paths["train"] is None:
+            say("data: the embedded set (names from the package chemicals); give data.train= for your own")
+            return load_embedded(n=data.embedded_size, seed=data.split_seed)
+        return load_files(
+            paths["train"],
+            paths["val"],
+            paths["test"],
+            smiles_column=data.smiles_column,
+            text_column=data.text_column,
+            id_column=data.id_column,
+            val_fraction=data.val_fraction,
+            val_split=data.val_split,
+            seed=data.split_seed,
+        )
+
+    def layout(self) -> dict[str, Any]:
+        """Counts, rejections, hashes, and which encoders are really used."""
+        return self.data.layout() | {
+            "data_hash": self._hash(*self.data.splits.values()),
+            "text_encoder": {
+                "kind": self.text_encoder.kind,
+                "name": self.text_encoder.name,
+                "description": self.text_encoder.description,
+                "dimensions": int(self._datasets["train"].text.shape[1]),
+            },
+            "molecule_encoder": self.features.description,
+            "neighbors": {
+                "k": self.neighbors.k,
+                "exact": self.neighbors.exact,
+                "index": self.neighbors.index,
+                "recall": self.neighbors.recall,
+            },
+        }
+
+    @staticmethod
+    def _hash(*splits: MoleculeSplit) -> str:
+        # Ids alone would not tell two versions of a file apart, and files without ids number their rows
+        # alike.
+        return content_key(*([s.ids, s.smiles, s.texts] for s in splits))[:16]
+
+    def dataset(self, split: str) -> MoleculeDataset | None:
+        """The dataset of a split, or None."""
+        return self._datasets.get(split)
+
+    # -- batches ---------------------------------------------------------------------------------------------
+    def build_sampler(self) -> Any:
+        """The sampler that the configuration names."""
+        train = self.data.train
+        labels = _scaffold_labels(train) if self.config.sampler.name == "balanced" else None
+        return build_sampler(self.config, len(train), self.neighbors, labels)
+
+    def on_epoch(self, epoch: int, sampler: Any, say: Say) -> dict[str, Any]:
+        """Apply schedules, measure the batches, and at the first hard epoch check that they are hard."""
+        record = epoch_record(self.config, epoch, sampler, self.neighbors, say)
+        if epoch == self.config.curriculum_epoch:
+            check_batches(self.config, sampler, self._datasets["train"].text.numpy(), say)
+        return record
+
+    # -- model and loss --------------------------------------------------------------------------------------
+    def build_model(self) -> nn.Module:
+        """Molecule encoder and text head of the configured kind."""
+        text_dim = int(self._datasets["train"].text.shape[1])
+        return MoleculeTextModel.from_config(self.config, text_dim, self.features.fingerprint_dim)
+
+    def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """Weight decay for matrices alone."""
+        return decayed_groups(model, self.config.weight_decay)
+
+    def training_step(self, model: Any, batch: Any) -> StepOutput:
+        """InfoNCE in both directions; duplicates and likely false negatives are no negatives."""
+        molecules, texts = model.encode_molecules(batch), model.encode_texts(batch.text)
+        loss = self.loss(molecules, texts, mask=self._mask(batch), scale=model.scale())
+        return StepOutput(loss, self._record)
+
+    def _record(self) -> dict[str, float]:
+        return self.loss.record.to_dict() if self.loss.record is not None else {}
+
+    def _mask(self, batch: Any) -> Tensor | None:
+        mask = None
+        if self.config.mask_duplicates:
+            mask = duplicate_mask(batch.structure_group) | duplicate_mask(batch.text_group)
+        if self.config.false_negative_threshold is not None:
+            similar = false_negative_mask(batch.text, self.config.false_negative_threshold)
+            mask = similar if mask is None else mask | similar
+        return mask
+
+    # -- evaluation ------------------------------------------------------------------------------------------
+    def embed(self, model: Any, batch: Any) -> dict[str, Tensor]:
+        """Both embeddings of every pair."""
+        return {"molecules": model.encode_molecules(batch), "texts": model.encode_texts(batch.text)}
+
+    def evaluate(self, outputs: Mapping[str, Tensor], split: str, final: bool) -> Evaluation:
+        """Retrieval in both directions with the whole split as gallery."""
+        part = self.data.splits[split]
+        ranks = retrieval_ranks(outputs["texts"], outputs["molecules"], both=True)
+        estimates, per_item = {}, {}
+        for direction, found in zip(DIRECTIONS, ranks, strict=True):
+            numbers = rank_estimates(
+                found, KS, bootstrap=self.config.bootstrap if final else 0, split=self._hash(part)
+            )
+            estimates |= {f"{direction}/{name}": estimate for name, estimate in numbers.items()}
+            per_item |= {f"{direction}/R@{k}": found.hits(k) for k in KS}
+            per_item[f"{direction}/MRR"] = found.reciprocal()
+        return Evaluation(split, estimates, part.ids, per_item)
+
+    def report_examples(self, outputs: Mapping[str, Tensor], split: str) -> list[dict[str, Any]]:
+        """Texts with their nearest molecules: right, nearly, wrong."""
+        return retrieval_examples(self.data.splits[split], outputs["texts"], outputs["molecules"])
+
+    def save_assets(self, folder: Path) -> None:
+        """The fitted text encoder, without which new texts could not be embedded."""
+        self.text_encoder.save(folder / "text_encoder")
+
+
+def _scaffold_labels(split: MoleculeSplit) -> np.ndarray:
+    """Scaffolds as classes: the balanced sampler then shows rare ring systems as often as benzene."""
+    return np.unique(split.scaffolds, return_inverse=True)[1]

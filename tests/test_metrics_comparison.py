@@ -1,0 +1,112 @@
+"""Paired differences: the right interval, the right words, and coverage by simulation."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from nearfar.errors import NearfarError
+from nearfar.metrics import Estimate, compare, paired_difference
+from nearfar.metrics.quantiles import t_quantile
+
+
+def test_one_seed_is_the_paired_t_interval_and_says_so():
+    stats = pytest.importorskip("scipy.stats")
+    rng = np.random.default_rng(0)
+    a, b = rng.random((2, 50))
+    difference = paired_difference(a, b)
+    expected = stats.ttest_rel(a, b).confidence_interval()
+    assert (difference.low, difference.high) == pytest.approx((expected.low, expected.high))
+    assert difference.seeds == 1
+    assert "items only" in difference.scope
+
+
+def test_interval_by_explicit_loops():
+    rng = np.random.default_rng(1)
+    d = rng.normal(0.1, 0.3, (3, 20)) + rng.normal(0, 0.2, (3, 1)) + rng.normal(0, 0.5, (1, 20))
+    base = rng.random((3, 20))
+    mean = sum(d[s, i] for s in range(3) for i in range(20)) / 60
+    rows = [sum(d[s]) / 20 for s in range(3)]
+    columns = [sum(d[:, i]) / 3 for i in range(20)]
+    v_seeds = sum((r - mean) ** 2 for r in rows) / 2 / 3
+    v_items = sum((c - mean) ** 2 for c in columns) / 19 / 20
+    rest = sum((d[s, i] - rows[s] - columns[i] + mean) ** 2 for s in range(3) for i in range(20))
+    v_rest = rest / (2 * 19) / 60
+    t_s, t_i = t_quantile(0.975, 2), t_quantile(0.975, 19)
+    half = math.sqrt(max(t_s**2 * v_seeds + t_i**2 * (v_items - v_rest), t_i**2 * v_items))
+    result = paired_difference(base + d, base, metric="MRR")
+    assert (result.value, result.low, result.high) == pytest.approx((mean, mean - half, mean + half))
+    assert result.per_seed == pytest.approx(rows)
+    assert result.relative == pytest.approx(mean / base.mean())
+
+
+def test_verdicts_and_their_mirror():
+    rng = np.random.default_rng(2)
+    base = rng.random((4, 300))
+    better = base + 0.1 + 0.01 * rng.standard_normal((4, 300))
+    assert paired_difference(better, base).verdict == "better"
+    assert paired_difference(base, better).verdict == "worse"
+    assert paired_difference(base, better, higher_is_better=False).verdict == "better"
+    assert paired_difference(base, base).verdict == "not distinguishable"
+    forth, back = paired_difference(better, base), paired_difference(base, better)
+    assert (forth.low, forth.high) == pytest.approx((-back.high, -back.low))
+
+
+def test_a_lucky_seed_is_not_a_better_method():
+    """Two seeds that disagree: over items the difference is clear, over trainings it is not."""
+    rng = np.random.default_rng(3)
+    noise = 0.01 * rng.standard_normal((2, 500))
+    differences = np.array([[0.08], [0.001]]) + noise
+    zero = np.zeros((2, 500))
+    assert paired_difference(differences[:1], zero[:1]).verdict == "better"
+    assert paired_difference(differences, zero).verdict == "not distinguishable"
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+@pytest.mark.parametrize("seed_effect", [0.0, 0.05, 0.3])
+def test_coverage(seeds, seed_effect):
+    rng = np.random.default_rng(4)
+    inside, repeats = 0, 600
+    for _ in range(repeats):
+        d = seed_effect * rng.standard_normal((seeds, 1)) + 0.5 * rng.standard_normal((1, 60))
+        d = d + 0.8 * rng.standard_normal((seeds, 60))
+        result = paired_difference(d, np.zeros_like(d))
+        inside += result.low <= 0.0 <= result.high
+    assert inside / repeats > 0.95 - 2.6 * math.sqrt(0.95 * 0.05 / repeats)
+
+
+def test_bad_scores():
+    with pytest.raises(NearfarError, match="same seeds on the same items"):
+        paired_difference(np.ones((2, 5)), np.ones((2, 6)))
+    with pytest.raises(NearfarError, match="b holds 1 scores that are not finite"):
+        paired_difference(np.ones(3), np.array([1.0, np.nan, 1.0]))
+    with pytest.raises(NearfarError, match="at least two"):
+        paired_difference(np.ones((2, 1)), np.ones((2, 1)))
+    with pytest.raises(NearfarError, match="level between 0 and 1"):
+        paired_difference(np.ones(3), np.ones(3), confidence=95)
+
+
+def estimate(value: float, **protocol: object) -> Estimate:
+    common = {"gallery": 500, "split": "a1", "confidence": 0.95}
+    return Estimate(value, value - 0.03, value + 0.03, 0.002, 500, False, "R@1", {**common, **protocol})
+
+
+def test_compare_refuses_with_the_reason():
+    with pytest.raises(NearfarError, match="gallery differs: 500 and 3300"):
+        compare(estimate(0.5), estimate(0.6, gallery=3300))
+    with pytest.raises(NearfarError, match="split differs"):
+        compare(estimate(0.5), estimate(0.6, split="b2"))
+    with pytest.raises(NearfarError, match="confidence differs"):
+        compare(estimate(0.5), estimate(0.6, confidence=0.9))
+
+
+def test_compare_two_estimates():
+    result = compare(estimate(0.5), estimate(0.6))
+    assert result.value == pytest.approx(-0.1)
+    assert (result.low, result.high) == pytest.approx((-0.1 - 0.03 * 2**0.5, -0.1 + 0.03 * 2**0.5))
+    assert result.verdict == "worse"
+    assert compare(estimate(0.5), estimate(0.51)).verdict == "not distinguishable"
+    json.dumps(compare(estimate(0.5), estimate(0.0)).to_dict(), allow_nan=False)

@@ -1,0 +1,132 @@
+"""Schedules as tables of values, and the ways of writing them down."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from nearfar.errors import NearfarError
+from nearfar.schedules import (
+    Constant,
+    Linear,
+    Piecewise,
+    Step,
+    learning_rate_factor,
+    schedule,
+    warmup_hold_cooldown,
+)
+
+
+def table(spec, total, integer=False):
+    curve = schedule(spec, integer=integer)
+    return [curve(epoch, total) for epoch in range(total)]
+
+
+def test_specifications():
+    assert table(0.5, 3) == [0.5] * 3
+    assert table("0.5", 2) == [0.5, 0.5]
+    assert table("0.3 -> 0.6 -> 0.8", 6) == [0.3, 0.3, 0.6, 0.6, 0.8, 0.8]
+    assert table("step 0.3→0.6", 4) == [0.3, 0.3, 0.6, 0.6]
+    assert table("linear 0.3 -> 0.8", 6) == pytest.approx([0.3, 0.4, 0.5, 0.6, 0.7, 0.8])
+    assert table("-1e-1 -> 2", 2) == [-0.1, 2.0]
+    assert table({"kind": "linear", "start": 1, "end": 0}, 3) == [1, 0.5, 0]
+    assert table({"kind": "step", "values": [1, 2]}, 2) == [1, 2]
+    points = {"kind": "piecewise", "points": [[1, 0.0], [3, 1.0]], "interpolation": "linear"}
+    assert table(points, 5) == [0, 0, 0.5, 1, 1]
+    assert schedule(Constant(2.0)) == Constant(2.0)
+
+
+def test_whole_numbers():
+    values = table("linear 100 -> 30", 8, integer=True)
+    assert values == [100, 90, 80, 70, 60, 50, 40, 30]
+    assert all(isinstance(value, int) for value in values)
+    assert table("linear 0 -> 1", 3) == [0, 0.5, 1]
+    assert table(2.5, 1, integer=True) == [3]
+
+
+@pytest.mark.parametrize("total", [1, 2, 3, 7, 20, 50])
+def test_steps_share_the_run_and_lines_reach_their_end(total):
+    values = table("1 -> 2 -> 3", total)
+    assert values == sorted(values)
+    shares = [values.count(v) for v in (1, 2, 3)]
+    assert sum(shares) == total
+    assert max(shares) - min(shares) <= 1
+    assert table("linear 0 -> 1", total)[-1] == (1.0 if total > 1 else 0.0)
+    assert Linear(0, 1)(total + 5, total) == (1.0 if total > 1 else 0.0)
+    assert Step((1, 2))(total + 5, total) == 2
+
+
+def test_the_position_may_be_a_fraction_and_nothing_is_remembered():
+    curve = schedule({"kind": "piecewise", "points": [(0, 0), (4, 2)]})
+    assert [curve(x) for x in (3.5, 0.25, 3.5)] == [1.75, 0.125, 1.75]
+    assert Linear(0, 1)(0.5, 3) == 0.25
+    assert Piecewise([(0, 1), (2, 5)], "step")(2) == 5
+
+
+def test_warmup_hold_cooldown():
+    curve = warmup_hold_cooldown(1, 3, warmup=2, hold=0, cooldown=2)
+    assert [curve(x) for x in range(6)] == [1, 2, 3, 2, 1, 1]
+    assert [warmup_hold_cooldown(1, 3, warmup=0, hold=2, cooldown=2)(x) for x in range(6)] == [
+        3,
+        3,
+        3,
+        2,
+        1,
+        1,
+    ]
+    assert [warmup_hold_cooldown(1, 3, warmup=2, hold=2, cooldown=0)(x) for x in (0, 2, 9)] == [1, 3, 3]
+    assert warmup_hold_cooldown(1, 3, warmup=0, hold=0, cooldown=0)(4) == 3
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("cosnie 0.1", "'cosnie' is no kind"),
+        ("liner 0.3 -> 0.8", "did you mean 'linear'"),
+        ("0.3 -> x", "'x' is no number"),
+        ("0.3 ->", "no number"),
+        ("", "no number"),
+        (math.nan, "no number"),
+        (True, "no schedule"),
+        (None, "no schedule"),
+        ("linear 0.3", "from one number to another"),
+        ("constant 1 -> 2", "one number"),
+        ({"kind": "peicewise"}, "did you mean 'piecewise'"),
+        ({"kind": "linear", "begin": 1}, "does not take"),
+        ({"kind": "step", "values": []}, "no values"),
+        ({"kind": "piecewise", "points": [[5, 1], [5, 2]]}, "must rise"),
+        ({"kind": "piecewise", "points": []}, "no points"),
+        ({"kind": "piecewise", "points": [[0, 1]], "interpolation": "liner"}, "did you mean 'linear'"),
+    ],
+)
+def test_bad_specifications(spec, message):
+    with pytest.raises(NearfarError, match=message):
+        schedule(spec)
+
+
+def test_bad_positions():
+    with pytest.raises(NearfarError, match="needs the length"):
+        Linear(0, 1)(2)
+    with pytest.raises(NearfarError, match="starts at epoch 0"):
+        Constant(1)(-1)
+    with pytest.raises(NearfarError, match="more than 0"):
+        Step((1, 2))(0, 0)
+
+
+def test_learning_rate_factors():
+    flat = learning_rate_factor()
+    assert [flat(s, 10) for s in (0, 5, 10)] == [1.0] * 3
+    line = learning_rate_factor("linear", warmup=0.2, final=0.1)
+    assert [line(s, 10) for s in (0, 1, 2, 6, 10, 12)] == pytest.approx([0.5, 1.0, 1.0, 0.55, 0.1, 0.1])
+    cosine = learning_rate_factor("cosine")
+    values = [cosine(s, 100) for s in range(101)]
+    assert values[0] == 1.0
+    assert values[50] == pytest.approx(0.5)
+    assert values[100] == pytest.approx(0.0, abs=1e-15)
+    assert values == sorted(values, reverse=True)
+    assert learning_rate_factor("cosine", warmup=0.5)(0, 1) == 1.0
+    with pytest.raises(NearfarError, match="did you mean 'cosine'"):
+        learning_rate_factor("cosin")
+    with pytest.raises(NearfarError, match="share"):
+        learning_rate_factor(warmup=1.0)
