@@ -49,7 +49,9 @@ def test_imports_point_down(path: Path) -> None:
     for other in imports(path):
         if other == own or (own, other, parts[-1]) in ALLOWED_UP:
             continue
-        assert LEVEL[other] >= LEVEL[own], f"{path.relative_to(SOURCE)} imports {other}, which stands above it"
+        assert LEVEL[other] >= LEVEL[own], (
+            f"{path.relative_to(SOURCE)} imports {other}, which stands above it"
+        )
 
 
 def loaded(code: str) -> set[str]:
@@ -58,7 +60,18 @@ def loaded(code: str) -> set[str]:
     return set(run.stdout.split())
 
 
-HEAVY = {"lightning", "torch_geometric", "transformers", "rdkit", "faiss", "numba", "sklearn", "pandas", "hydra", "matplotlib"}
+HEAVY = {
+    "lightning",
+    "torch_geometric",
+    "transformers",
+    "rdkit",
+    "faiss",
+    "numba",
+    "sklearn",
+    "pandas",
+    "hydra",
+    "matplotlib",
+}
 
 
 def test_import_nearfar_loads_nothing_heavy() -> None:
@@ -71,7 +84,8 @@ def test_losses_and_samplers_load_no_frameworks() -> None:
 
 
 def test_help_and_list_load_nothing_heavy() -> None:
-    code = "import sys; sys.argv = ['nearfar', '--help']\nfrom nearfar.cli import app\ntry:\n    app()\nexcept SystemExit: pass"
+    code = "import sys; sys.argv = ['nearfar', '--help']\nfrom nearfar.cli import app\n"
+    code += "try:\n    app()\nexcept SystemExit: pass"
     assert not loaded(code) & (HEAVY | {"torch", "numpy"})
     listing = code.replace("'--help'", "'train', '--list'")
     assert not loaded(listing) & (HEAVY | {"torch", "numpy"})

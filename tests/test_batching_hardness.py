@@ -231,3 +231,20 @@ def test_self_test_passes_and_shows_its_rows(seed):
     assert rows["partition"].same_pairs > 0.8
     assert np.array(rows["random"].clusters).sum() == 100
     assert "misaligned" in str(verdict)
+
+
+def test_hard_and_easy_batches_are_evenly_placed():
+    from nearfar.batching.leveling import building_sequence, even_out
+
+    values = np.random.default_rng(0).exponential(20.0, 200)
+    tenth = 10 * np.arange(200) // 200
+    order = even_out(values, tenth, np.random.default_rng(1))
+    assert sorted(order) == list(range(200))
+    means = values[order].reshape(10, 20).mean(1)
+    assert np.ptp(means) < 0.05 * values.mean() < 0.3 * np.ptp(values.reshape(10, 20).mean(1))
+    batch = np.repeat(np.arange(64), 4).astype(np.int32)
+    sequence = building_sequence(batch, np.random.default_rng(0))
+    assert sorted(sequence) == list(range(256))
+    for stage in batch[sequence].reshape(4, 64):  # each batch gets one group per stage, early ones everywhere
+        assert sorted(stage) == list(range(64))
+        assert 24 < stage[:32].mean() < 39

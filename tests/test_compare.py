@@ -4,14 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
-from test_resume import train
-from toy_system import toy_config
 
 from nearfar.errors import NearfarError
 from nearfar.lab.compare import compare_runs, find_runs, write_comparison
 from nearfar.lab.report import write_report
 from nearfar.lab.table import comparison_tables, metrics_table
 from nearfar.training.run_folder import RunFolder
+from test_resume import train
+from toy_system import toy_config
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,9 @@ def test_arms_pairs_and_verdict(runs: Path) -> None:
     difference = comparison.differences["lr=0.01"]["MRR"]
     by_hand = [
         json.loads((runs / f"lr=0.01,seed={s}" / "metrics.json").read_text())["splits"]["val"]["MRR"]["value"]
-        - json.loads((runs / f"lr=1e-12,seed={s}" / "metrics.json").read_text())["splits"]["val"]["MRR"]["value"]
+        - json.loads((runs / f"lr=1e-12,seed={s}" / "metrics.json").read_text())["splits"]["val"]["MRR"][
+            "value"
+        ]
         for s in range(3)
     ]
     assert difference.value == pytest.approx(sum(by_hand) / 3, abs=1e-6)
@@ -48,7 +50,9 @@ def test_an_arm_against_itself_is_not_distinguishable(runs: Path, tmp_path: Path
             folder.path.mkdir()
             for name in ("metrics.json", "per_item.npz", "train_log.jsonl"):
                 (folder.path / name).write_bytes((source / name).read_bytes())
-            folder.write_text("config.yaml", (source / "config.yaml").read_text().replace("lr: 0.01", f"lr: {rate}"))
+            folder.write_text(
+                "config.yaml", (source / "config.yaml").read_text().replace("lr: 0.01", f"lr: {rate}")
+            )
     comparison = compare_runs([tmp_path], baseline="lr=0.01")
     assert comparison.differences["lr=0.02"]["MRR"].verdict == "not distinguishable"
 
@@ -74,11 +78,11 @@ def test_what_cannot_be_compared_says_why(runs: Path, tmp_path: Path) -> None:
         find_runs([tmp_path / "nothing"])
     with pytest.raises(NearfarError, match="neither a run nor a folder of runs"):
         find_runs([tmp_path])
-    with pytest.raises(NearfarError, match="did you mean 'lr=0.01'"):
+    with pytest.raises(NearfarError, match=r"did you mean 'lr=0\.01'"):
         compare_runs([runs], baseline="lr=0.1")
     unfinished = RunFolder(tmp_path / "unfinished")
     unfinished.write_text("config.yaml", "seed: 1")
-    with pytest.raises(NearfarError, match="not finished: .*unfinished"):
+    with pytest.raises(NearfarError, match=r"not finished: .*unfinished"):
         find_runs([runs, unfinished.path])
     with pytest.raises(NearfarError, match="same configuration and seed"):
         compare_runs([runs, runs / "lr=0.01,seed=0"])

@@ -10,7 +10,14 @@ from omegaconf import OmegaConf
 
 from nearfar.configs import experiments
 from nearfar.errors import NearfarError
-from nearfar.launch import _first_values, choose_folder, compose_config, merge_overrides, run_name, with_saved_overrides
+from nearfar.launch import (
+    _first_values,
+    choose_folder,
+    compose_config,
+    merge_overrides,
+    run_name,
+    with_saved_overrides,
+)
 from nearfar.training.run_folder import RunFolder
 
 REQUIRED = {"fine_tune": ["init_from=runs/some"]}
@@ -62,8 +69,20 @@ def test_a_value_that_cannot_be_parsed() -> None:
 
 
 def test_first_values_of_a_sweep() -> None:
-    sweep = ["experiment=molecules", "seed=0,1", "sampler=hard,random", "lr=1e-3", "hardness_k=range(10,30,10)"]
-    assert _first_values(sweep) == ["experiment=molecules", "seed=0", "sampler=hard", "lr=1e-3", "hardness_k=10"]
+    sweep = [
+        "experiment=molecules",
+        "seed=0,1",
+        "sampler=hard,random",
+        "lr=1e-3",
+        "hardness_k=range(10,30,10)",
+    ]
+    assert _first_values(sweep) == [
+        "experiment=molecules",
+        "seed=0",
+        "sampler=hard",
+        "lr=1e-3",
+        "hardness_k=10",
+    ]
 
 
 def test_names_are_short_and_distinct() -> None:
@@ -91,7 +110,7 @@ def test_a_run_is_never_overwritten_in_silence(tmp_path: Path) -> None:
     config.exists = "skip"
     assert choose_folder(config, overrides, False)[0].path == tmp_path / "first"
     config.lr = 0.5
-    with pytest.raises(NearfarError, match="another configuration.*lr"):
+    with pytest.raises(NearfarError, match=r"another configuration.*lr"):
         choose_folder(config, overrides, False)
     config.exists = "perhaps"
     with pytest.raises(NearfarError, match="number, skip or replace"):

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from toy_system import ToySystem, toy, toy_config
 
 from nearfar.errors import NearfarError
 from nearfar.training.callbacks import Interrupted
@@ -18,6 +17,7 @@ from nearfar.training.checkpoint import Checkpoint
 from nearfar.training.fit import fit
 from nearfar.training.resume import Resume
 from nearfar.training.run_folder import RunFolder
+from toy_system import ToySystem, toy, toy_config
 
 
 def silent(text: str) -> None:
@@ -71,9 +71,14 @@ def killed_after(config: Any, folder: Path, steps: int) -> None:
     [(0, 1, 13), (2, 1, 13), (0, 2, 15), (0, 1, 18), (0, 1, 34)],
     ids=["mid-epoch", "prefetching workers", "accumulation", "at an epoch's end", "last epoch"],
 )
-def test_kill_and_resume_is_bit_identical(tmp_path: Path, workers: int, accumulate: int, kill_at: int) -> None:
+def test_kill_and_resume_is_bit_identical(
+    tmp_path: Path, workers: int, accumulate: int, kill_at: int
+) -> None:
     config = toy_config(
-        trainer__workers=workers, trainer__accumulate=accumulate, trainer__checkpoint_steps=2, trainer__threads=1
+        trainer__workers=workers,
+        trainer__accumulate=accumulate,
+        trainer__checkpoint_steps=2,
+        trainer__threads=1,
     )
     whole = train(tmp_path / "whole", config)
     process = multiprocessing.get_context("fork").Process(

@@ -18,7 +18,9 @@ app = typer.Typer(
     help="Train contrastive models, see why they learn, and compare runs honestly.\n\n"
     "Start with [bold]nearfar train --list[/bold], or [bold]nearfar train experiment=molecules_demo[/bold].",
 )
-verify_app = typer.Typer(no_args_is_help=True, help="Self-tests that certify a part of nearfar on this machine.")
+verify_app = typer.Typer(
+    no_args_is_help=True, help="Self-tests that certify a part of nearfar on this machine."
+)
 app.add_typer(verify_app, name="verify")
 
 HYDRA = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -56,7 +58,10 @@ def train(
     context: typer.Context,
     list_: Annotated[bool, typer.Option("--list", help="Show the experiments.")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show data, model, memory and an estimate of the time; train nothing.")
+        bool,
+        typer.Option(
+            "--dry-run", help="Show data, model, memory and an estimate of the time; train nothing."
+        ),
     ] = False,
 ) -> None:
     """Train: experiment=NAME key=value …
@@ -91,7 +96,8 @@ def compare(
     ] = None,
     split: Annotated[str | None, typer.Option(help="test or val; test where there is one.")] = None,
     output: Annotated[
-        Path | None, typer.Option(help="Where report.html goes; by default into the folder common to the runs.")
+        Path | None,
+        typer.Option(help="Where report.html goes; by default into the folder common to the runs."),
     ] = None,
 ) -> None:
     """Compare runs: paired differences with interval and verdict, or why they cannot be compared."""
@@ -126,7 +132,9 @@ def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
 def embed(
     run: Annotated[Path, typer.Argument(help="A run folder or checkpoint.")],
     data: Annotated[Path, typer.Argument(help="A table with SMILES and/or text columns.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The .npz to write.")] = Path("embeddings.npz"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="The .npz to write.")] = Path(
+        "embeddings.npz"
+    ),
 ) -> None:
     """Embed the rows of a table with a trained run."""
     from nearfar.systems import trained
@@ -138,7 +146,9 @@ def embed(
 def search(
     run: Annotated[Path, typer.Argument(help="A run folder or checkpoint.")],
     query: Annotated[str, typer.Argument(help="A text; with --molecule, a SMILES.")],
-    molecule: Annotated[bool, typer.Option("--molecule", help="The query is a molecule: find its text.")] = False,
+    molecule: Annotated[
+        bool, typer.Option("--molecule", help="The query is a molecule: find its text.")
+    ] = False,
     k: Annotated[int, typer.Option("-k", help="How many to show.")] = 10,
     gallery: Annotated[
         Path | None, typer.Option(help="A table to search in; by default all molecules of the run's data.")
@@ -164,7 +174,9 @@ def data(context: typer.Context) -> None:
 
 
 @verify_app.command("sampler")
-def verify_sampler(seed: Annotated[int, typer.Option(help="Seed of the vectors and the batches.")] = 0) -> None:
+def verify_sampler(
+    seed: Annotated[int, typer.Option(help="Seed of the vectors and the batches.")] = 0,
+) -> None:
     """100 vectors in 5 clusters: are hard batches harder than random ones, and is a misaligned list found out?"""
     from nearfar.batching import verify_sampler
     from nearfar.lab.table import cluster_table, verdict_table

@@ -71,7 +71,9 @@ def compose_config(overrides: Sequence[str]) -> DictConfig:
     values = dict(text.split("=", 1) for text in overrides if "=" in text)
     known = experiments()
     if "experiment" not in values:
-        raise NearfarError("say which experiment to run: experiment=NAME, with NAME one of " + ", ".join(known))
+        raise NearfarError(
+            "say which experiment to run: experiment=NAME, with NAME one of " + ", ".join(known)
+        )
     if values["experiment"] not in known:
         name = values["experiment"]
         raise NearfarError(f"experiment={name}: there is no such experiment; {nearest_name(name, known)}")
@@ -87,13 +89,15 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
     misspelt = re.search(r"Could not override '([^']+)'", text)
     if misspelt:
         key = misspelt.group(1)
-        base = [o for o in overrides if o.split("=")[0].lstrip("+~") in ("experiment", "sampler", "system", "data")]
+        groups = [
+            f.name for f in resources.files(CONFIGS).iterdir() if f.is_dir() and not f.name.startswith("_")
+        ]
+        base = [o for o in overrides if o.split("=")[0].lstrip("+~") in groups]
         try:
             with initialize_config_module(CONFIGS, version_base="1.3"):
                 keys = list(flatten(compose("train", overrides=base)))
         except (HydraException, OmegaConfBaseException):
             keys = []
-        groups = [f.name for f in resources.files(CONFIGS).iterdir() if f.is_dir() and not f.name.startswith("_")]
         return f"there is no option '{key}': {nearest_name(key, [*keys, *groups])}"
     choice = re.search(r"Could not find '([^/']+)/([^']+)'", text)
     if choice:
@@ -124,7 +128,11 @@ def run_name(overrides: Sequence[str], name: str | None, sweep: bool, swept: Seq
     values = dict(text.lstrip("+").split("=", 1) for text in overrides if "=" in text)
     parts = []
     for key, value in values.items():
-        if key in NOT_IN_NAME or key.startswith(("trainer.", "hydra")) or (name and swept and key not in swept):
+        if (
+            key in NOT_IN_NAME
+            or key.startswith(("trainer.", "hydra"))
+            or (name and swept and key not in swept)
+        ):
             continue
         value = value.strip("'\"")
         if "/" in value:
@@ -165,7 +173,9 @@ def choose_folder(
     changed = changed_values(folder.config(), config)
     if changed:
         keys = ", ".join(changed)
-        raise NearfarError(f"{path} is a run with another configuration ({keys}); use exists=number or a name=.")
+        raise NearfarError(
+            f"{path} is a run with another configuration ({keys}); use exists=number or a name=."
+        )
     if not folder.finished and (folder.checkpoints / "last.ckpt").exists():
         return folder, Resume.find(str(path), config)
     return folder, resume
@@ -189,7 +199,9 @@ def run_one(
         return folder
     say(f"run {folder}")
     with open_dict(config):
-        config.overrides = [o for o in overrides if not o.startswith(("resume_from=", "start_epoch=", "exists="))]
+        config.overrides = [
+            o for o in overrides if not o.startswith(("resume_from=", "start_epoch=", "exists="))
+        ]
     system = build_system(config)
     system.prepare(say)
     fit(system, config, folder, resume, say, console)

@@ -21,7 +21,16 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-__all__ = ["balance", "compose_groups", "count_inside", "propagate", "random_state", "separate", "shuffled"]
+__all__ = [
+    "balance",
+    "compose_groups",
+    "count_inside",
+    "grouped",
+    "propagate",
+    "random_state",
+    "separate",
+    "shuffled",
+]
 
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
@@ -75,19 +84,28 @@ def _clashes(item: int, batch: int, nearest: Int32, close: Int32, place: Int32) 
 
 @njit(cache=True, nogil=True)
 def _draw_filler(
-    batch: int, first: int, pool: Int32, nearest: Int32, close: Int32, place: Int32
+    batch: int,
+    first: int,
+    pool: Int32,
+    used: NDArray[np.bool_],
+    nearest: Int32,
+    close: Int32,
+    place: Int32,
+    filtered: bool,
 ) -> tuple[int, int]:
     """The next unused item of the pool that does not clash with the batch, and where the pool now begins.
 
     If the whole look-ahead clashes, the first unused item is taken all the same: every item comes once.
     """
-    while place[pool[first]] >= 0:
+    while used[pool[first]]:
         first += 1
+    if not filtered:
+        return pool[first], first + 1
     at, seen = first, 0
     while at < len(pool) and seen < _LOOK_AHEAD:
         item = pool[at]
         at += 1
-        if place[item] >= 0:
+        if used[item]:
             continue
         seen += 1
         if not _clashes(item, batch, nearest, close, place):
@@ -121,21 +139,26 @@ def compose_groups(
     n, slots = len(close), len(slot_batch)
     plan = np.empty(slot_start[slots], np.int32)
     hard = np.zeros(slot_start[slots], np.bool_)
-    place = np.full(n, -1, np.int32)
+    # Availability is asked for most often, so it has a byte per item, which stays in cache; the batch of an
+    # item is needed, and kept, only for the filter.
+    used = np.zeros(n, np.bool_)
+    filtered = close.max() > 0
+    place = np.full(n if filtered else 0, -1, np.int32)
     pool = shuffled(n, state)
     filled = np.zeros(slots, np.int64)
     unused = np.empty(max(k, 1), np.int32)
     first = 0
-    for t in range(slots):
-        slot = sequence[t]
+    for slot in sequence:
         batch, begin, want = slot_batch[slot], slot_start[slot], quota[slot]
         m, asked = 0, 0
         while m < want:
             if asked == m:
                 if m > 0 and not level:
                     break
-                pivot, first = _draw_filler(batch, first, pool, nearest, close, place)
-                place[pivot] = batch
+                pivot, first = _draw_filler(batch, first, pool, used, nearest, close, place, filtered)
+                used[pivot] = True
+                if filtered:
+                    place[pivot] = batch
                 plan[begin + m] = pivot
                 m += 1
             centre = plan[begin + asked]
@@ -144,7 +167,7 @@ def compose_groups(
             if m < want:
                 for a in range(close[centre], k):
                     item = nearest[centre, a]
-                    if item >= 0 and place[item] < 0:
+                    if item >= 0 and not used[item]:
                         unused[found] = item
                         found += 1
             drawn = 0
@@ -153,27 +176,46 @@ def compose_groups(
                 item = unused[pick]
                 unused[pick] = unused[drawn]
                 drawn += 1
-                if close[item] == 0 or not _clashes(item, batch, nearest, close, place):
+                if filtered:
+                    if _clashes(item, batch, nearest, close, place):
+                        continue
                     place[item] = batch
-                    plan[begin + m] = item
-                    hard[begin + m] = True
-                    hard[begin + asked - 1] = True
-                    m += 1
+                used[item] = True
+                plan[begin + m] = item
+                hard[begin + m] = True
+                hard[begin + asked - 1] = True
+                m += 1
             if not level:
                 break
         filled[slot] = m
         if not level:
             for at in range(begin + m, slot_start[slot + 1]):
-                item, first = _draw_filler(batch, first, pool, nearest, close, place)
-                place[item] = batch
-                plan[at] = item
+                plan[at], first = _draw_filler(batch, first, pool, used, nearest, close, place, filtered)
+                used[plan[at]] = True
+                if filtered:
+                    place[plan[at]] = batch
     if level:
         for slot in range(slots):
+            batch = slot_batch[slot]
             for at in range(slot_start[slot] + filled[slot], slot_start[slot + 1]):
-                item, first = _draw_filler(slot_batch[slot], first, pool, nearest, close, place)
-                place[item] = slot_batch[slot]
-                plan[at] = item
+                plan[at], first = _draw_filler(batch, first, pool, used, nearest, close, place, filtered)
+                used[plan[at]] = True
+                if filtered:
+                    place[plan[at]] = batch
     return plan, hard
+
+
+@njit(cache=True, nogil=True)
+def grouped(label: Int32, start: Int64) -> Int32:
+    """The items with a label, label after label (a counting sort): those of label b from ``start[b]`` on."""
+    order = np.empty(start[-1], np.int32)
+    at = start[:-1].copy()
+    for item in range(len(label)):
+        here = label[item]
+        if here >= 0:
+            order[at[here]] = item
+            at[here] += 1
+    return order
 
 
 @njit(cache=True, nogil=True, inline="always")
@@ -311,7 +353,7 @@ def balance(
 def separate(
     order: Int32, batch: Int32, place: Int32, nearest: Int32, close: Int32, tries: int, state: UInt64
 ) -> int:
-    """Exchange items that are too similar to somebody in their batch with random ones of other batches, in place.
+    """Exchange items that are too similar to somebody in their batch with random ones, in place.
 
     ``batch`` (total,) is the batch of each place of the plan, ``place`` (n,) that of each item. An exchange
     is made only if neither side clashes afterwards. Returns how many items found no partner in ``tries``

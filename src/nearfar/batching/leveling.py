@@ -9,18 +9,41 @@ __all__ = ["building_sequence", "even_out"]
 
 
 def even_out(
-    values: NDArray[np.floating] | NDArray[np.integer], rng: np.random.Generator
+    values: NDArray[np.floating] | NDArray[np.integer], window: NDArray[np.integer], rng: np.random.Generator
 ) -> NDArray[np.int64]:
     """An order of the items in which every stretch has nearly the mean of all ``values``.
 
-    Extremes are paired, the pairs are paired again by their sums, and so on; which of two comes first is
-    drawn at random. Runs of 2, 4, 8 … neighbours in the result are therefore balanced, and so is every longer
-    stretch.
+    ``window`` says, in rising order, to which window (say a tenth of the epoch) each place belongs. From the
+    most extreme inwards, each item goes to the window that it brings nearest to the mean; within a window,
+    large and small ones are paired.
 
-    >>> values = np.array([0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0])
-    >>> order = even_out(values, np.random.default_rng(0))
-    >>> values[order].reshape(4, 2).sum(1).tolist(), sorted(order.tolist())
-    ([7.0, 7.0, 7.0, 7.0], [0, 1, 2, 3, 4, 5, 6, 7])
+    >>> values = np.arange(40.0)
+    >>> order = even_out(values, np.arange(40) // 4, np.random.default_rng(0))
+    >>> values[order].reshape(10, 4).sum(1).tolist(), sorted(order.tolist()) == list(range(40))
+    ([78.0, 78.0, 78.0, 78.0, 78.0, 78.0, 78.0, 78.0, 78.0, 78.0], True)
+    """
+    offset = values - np.mean(values)
+    left = np.bincount(window).tolist()
+    content: list[list[int]] = [[] for _ in left]
+    sums = (rng.permutation(len(left)) * 1e-9).tolist()  # ties between empty windows are broken at random
+    for item in np.argsort(-np.abs(offset), kind="stable").tolist():
+        step = float(offset[item])
+        free = [w for w, room in enumerate(left) if room]
+        w = min(free, key=sums.__getitem__) if step > 0 else max(free, key=sums.__getitem__)
+        content[w].append(item)
+        sums[w] += step
+        left[w] -= 1
+    parts = [np.array(items, np.int64) for items in content if items]
+    return np.concatenate([items[_paired(values[items], rng)] for items in parts])
+
+
+def _paired(
+    values: NDArray[np.floating] | NDArray[np.integer], rng: np.random.Generator
+) -> NDArray[np.int64]:
+    """An order in which runs of 2, 4, 8 … neighbours are balanced.
+
+    Extremes are paired, the pairs are paired again by their sums, and so on; which of two comes first is
+    random.
     """
     count = len(values)
     if count < 2:
@@ -54,6 +77,6 @@ def building_sequence(batch: NDArray[np.int32], rng: np.random.Generator) -> NDA
     count = np.diff(np.append(first, len(batch)))
     stages = []
     for stage in range(int(count.max())):
-        dealt = np.argsort(even_out(np.arange(batches), rng))  # the batch that is built t-th
+        dealt = np.argsort(_paired(np.arange(batches), rng))  # the batch that is built t-th
         stages.append(first[dealt[count[dealt] > stage]] + stage)
     return np.concatenate(stages).astype(np.int32)

@@ -131,20 +131,20 @@ class PartitionBatchSampler(NeighborSampler):
         from nearfar.batching import _kernels
 
         size = np.diff(start)
-        used = np.flatnonzero(label >= 0)
-        members = used[np.argsort(label[used], kind="stable")].astype(np.int32)  # block after block
-        some = members[:: max(1, len(members) // 100_000)]
+        members = _kernels.grouped(label, start)
+        some = members[:: max(1, len(members) // 30_000)]
         inside, _ = _kernels.count_inside(
             some, self.neighbors.indices, min(self.neighbors.k, _VOTERS), np.zeros_like(label), label
         )
         seen = np.bincount(label[some], minlength=len(size))
         hardness = np.bincount(label[some], inside, len(size)) / np.maximum(seen, 1)
         places = building_sequence(batch, rng)
+        tenth = 10 * (batch // self.layout.world_size) // self.layout.steps
         order = np.empty(len(members), np.int32)
         for length in np.unique(size):
             blocks = np.flatnonzero(size == length)
             if self.group_size == self.batch_size:
-                pairs = zip(blocks[even_out(hardness[blocks], rng)], blocks, strict=True)
+                pairs = zip(blocks[even_out(hardness[blocks], tenth[blocks], rng)], blocks, strict=True)
             else:  # several blocks to a batch: one of each degree of hardness
                 ranked = blocks[np.argsort(-hardness[blocks], kind="stable")]
                 pairs = zip(ranked, places[size[places] == length], strict=True)

@@ -1,17 +1,17 @@
 """Tables of text from files that other people wrote: TSV, CSV and Parquet, read without surprises.
 
-Two habits of real files decide how this reader works. Prose holds quotation marks, so a tab-separated file is
+Two habits of real files decide how the reader works. Prose holds quotation marks, so a tab-separated file is
 split at tabs and line ends alone: a parser that honours quotes would merge hundreds of rows into one. And a
 broken row should cost one row: it is counted in `Rejections` and reading goes on with the next line.
 """
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from nearfar.data.delimited import decode, find_delimiter, records_of
 from nearfar.data.rejections import Rejections
 from nearfar.errors import NearfarError, nearest_name
 
@@ -19,7 +19,6 @@ __all__ = ["Table", "read_table"]
 
 _TEXT_SUFFIXES = (".tsv", ".txt", ".tab", ".csv")
 _PARQUET_SUFFIXES = (".parquet", ".pq")
-_MAX_RECORD_LINES = 200  # a quoted field may hold line breaks; an unclosed quote must not eat the file
 
 
 @dataclass
@@ -118,15 +117,15 @@ def _read_text(
     optional: Collection[str],
 ) -> Table:
     # Not str.splitlines: prose holds line separators (U+2028, form feeds) that do not end a row.
-    lines = [line.removesuffix("\r") for line in _decode(path).split("\n")]
+    lines = [line.removesuffix("\r") for line in decode(path).split("\n")]
     while lines and not lines[-1]:
         lines.pop()
     start = next((i for i, line in enumerate(lines) if line.strip()), None)
     if start is None:
         raise NearfarError(f"{path} holds nothing but blank lines.")
-    delimiter = _delimiter(path.suffix.lower(), lines[start])
+    delimiter = find_delimiter(path.suffix.lower(), lines[start])
     rejections = Rejections()
-    records = _records(lines, start, delimiter, rejections)
+    records = records_of(lines, start, delimiter, rejections)
     _, header = next(records, (0, []))
     used = _resolve(path, header, columns, overrides, optional)
     where = {name: header.index(head) for name, head in used.items()}
@@ -144,76 +143,6 @@ def _read_text(
             taken[name].append(fields[position])
     n_rows += sum(rejections.counts.get(reason, 0) for reason in ("blank line", "broken quoting"))
     return Table(path, taken, rows, used, n_rows, rejections)
-
-
-def _decode(path: Path) -> str:
-    data = path.read_bytes()
-    encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
-    try:
-        return data.decode(encoding)
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise NearfarError(
-            f"{path}, line {line}: byte 0x{data[error.start]:02x} (offset {error.start}) is not {encoding}. "
-            "Save the file as UTF-8."
-        ) from None
-
-
-def _delimiter(suffix: str, header: str) -> str:
-    order = ",;\t" if suffix == ".csv" else "\t,;"
-    return next((mark for mark in order if mark in header), order[0])
-
-
-def _records(
-    lines: Sequence[str], start: int, delimiter: str, rejections: Rejections
-) -> Iterator[tuple[int, list[str]]]:
-    """Yield (line number from 1, fields); broken and blank lines go to ``rejections``."""
-    position = start
-    while position < len(lines):
-        line = lines[position]
-        if not line.strip():
-            rejections.add("blank line", position + 1)
-            position += 1
-        elif delimiter == "\t":
-            yield position + 1, [_unwrap(value) for value in line.split("\t")]
-            position += 1
-        elif '"' not in line:
-            yield position + 1, line.split(delimiter)
-            position += 1
-        else:
-            fields, length = _quoted_record(lines, position, delimiter)
-            if fields is None:
-                rejections.add("broken quoting", position + 1, line)
-            else:
-                yield position + 1, fields
-            position += length
-
-
-def _quoted_record(lines: Sequence[str], start: int, delimiter: str) -> tuple[list[str] | None, int]:
-    """The record that begins at line ``start`` and the lines it spans; ``None`` and 1 if its quotes are off.
-
-    The shortest run of lines that parses strictly is taken; after a broken line reading resumes at the next.
-    """
-    span: list[str] = []
-    for line in lines[start : start + _MAX_RECORD_LINES]:
-        span.append(line)
-        if span[1:] and '"' not in line:
-            continue  # still inside the quoted field: only a quote can close it
-        try:
-            return next(csv.reader(["\n".join(span)], delimiter=delimiter, strict=True)), len(span)
-        except csv.Error as error:
-            if "unexpected end of data" not in str(error):
-                break
-    return None, 1
-
-
-def _unwrap(value: str) -> str:
-    """Undo the quotes a spreadsheet puts around a whole field; quotation marks in prose stay as they are."""
-    if len(value) >= 2 and value[0] == value[-1] == '"':
-        inner = value[1:-1].replace('""', "\0")
-        if '"' not in inner:
-            return inner.replace("\0", '"')
-    return value
 
 
 def _read_parquet(

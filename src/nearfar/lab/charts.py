@@ -39,7 +39,12 @@ class Chart:
         """A legend, where more than one thing is drawn."""
         if len(self.axis.get_legend_handles_labels()[1]) > 1:
             self.figure.legend(
-                loc="outside lower center", ncols=2, fontsize=8, frameon=False, labelcolor=INK, borderaxespad=0
+                loc="outside lower center",
+                ncols=2,
+                fontsize=8,
+                frameon=False,
+                labelcolor=INK,
+                borderaxespad=0,
             )
 
     def svg(self) -> str:
@@ -88,7 +93,9 @@ def hardness_chart(plans: Mapping[str, Sequence[Mapping[str, Any]]], random_leve
     """
     series = {}
     for arm, records in plans.items():
-        x = [record["epoch"] - 1 + (q + 0.5) / 4 for record in records for q in range(len(record["hardness"]))]
+        x = [
+            record["epoch"] - 1 + (q + 0.5) / 4 for record in records for q in range(len(record["hardness"]))
+        ]
         series[arm] = (x, [value for record in records for value in record["hardness"]])
     return line_chart(
         "Realised hardness through the epochs",

@@ -56,14 +56,18 @@ def find_runs(paths: Sequence[Path]) -> list[RunFolder]:
     for path in paths:
         if not path.exists():
             raise NearfarError(f"{path}: no such run.")
-        configs = [path / "config.yaml"] if (path / "config.yaml").exists() else sorted(path.rglob("config.yaml"))
+        configs = (
+            [path / "config.yaml"] if (path / "config.yaml").exists() else sorted(path.rglob("config.yaml"))
+        )
         if not configs:
             raise NearfarError(f"{path}: neither a run nor a folder of runs (no config.yaml in it).")
         folders += [RunFolder(config.parent) for config in configs]
     unfinished = [str(folder) for folder in folders if not folder.finished]
     if unfinished:
         raise NearfarError(
-            "not finished: " + ", ".join(unfinished) + ". Go on with: nearfar train resume_from=RUN, or leave them out."
+            "not finished: "
+            + ", ".join(unfinished)
+            + ". Go on with: nearfar train resume_from=RUN, or leave them out."
         )
     if len(folders) < 2:
         raise NearfarError(f"a comparison needs at least two runs; found {len(folders)}.")
@@ -75,7 +79,11 @@ def _group(folders: Sequence[RunFolder]) -> list[Arm]:
     for folder in folders:
         config = folder.config()
         for arm in arms:
-            if not [key for key in changed_values(arm.config, config) if key not in WITHIN_ARM and "overrides" not in key]:
+            if not [
+                key
+                for key in changed_values(arm.config, config)
+                if key not in WITHIN_ARM and "overrides" not in key
+            ]:
                 if config.seed in arm.runs:
                     raise NearfarError(
                         f"{folder} and {arm.runs[config.seed]} are the same configuration and seed: leave one out."
@@ -86,7 +94,11 @@ def _group(folders: Sequence[RunFolder]) -> list[Arm]:
             arms.append(Arm("", {config.seed: folder}, config))
     flat = [flatten(arm.config) for arm in arms]
     keys = sorted({key for f in flat for key in f if any(g.get(key) != f.get(key) for g in flat)})
-    keys = [k for k in keys if k not in WITHIN_ARM and k.split(".")[0] not in ("overrides", "name", "runs_dir", "exists")]
+    keys = [
+        k
+        for k in keys
+        if k not in WITHIN_ARM and k.split(".")[0] not in ("overrides", "name", "runs_dir", "exists")
+    ]
     # The options of a sampler follow from which sampler it is: name them only where samplers agree.
     named = [k[: -len(".name")] for k in keys if k.endswith(".name")]
     keys = [k for k in keys if k.endswith(".name") or k.split(".")[0] not in named]
@@ -106,12 +118,15 @@ def _load(arm: Arm, split: str) -> None:
             prefix = f"{split}/"
             arm.ids = arrays[prefix + "ids"]
             arm.per_item[seed] = {
-                key[len(prefix) :]: arrays[key] for key in arrays.files if key.startswith(prefix) and key != prefix + "ids"
+                key[len(prefix) :]: arrays[key]
+                for key in arrays.files
+                if key.startswith(prefix) and key != prefix + "ids"
             }
 
 
 def _why_not(a: Arm, b: Arm) -> str | None:
-    assert a.ids is not None and b.ids is not None
+    assert a.ids is not None
+    assert b.ids is not None
     if len(a.ids) != len(b.ids) or not np.array_equal(a.ids, b.ids):
         return f"other items: {len(a.ids)} and {len(b.ids)} ids that are not the same"
     if not set(a.runs) & set(b.runs):
@@ -174,11 +189,15 @@ def _baseline(arms: list[Arm], wanted: str | None) -> Arm:
     if wanted is None:
         random = [arm for arm in arms if flatten(arm.config).get("sampler.name") == "random"]
         return random[0] if random else arms[0]
-    matches = [arm for arm in arms if wanted in arm.label.split(", ")] or [arm for arm in arms if wanted == arm.label]
+    matches = [arm for arm in arms if wanted in arm.label.split(", ")] or [
+        arm for arm in arms if wanted == arm.label
+    ]
     if len(matches) != 1:
         labels = [arm.label for arm in arms]
         if matches:
-            raise NearfarError(f"baseline '{wanted}' fits several arms: {'; '.join(m.label for m in matches)}.")
+            raise NearfarError(
+                f"baseline '{wanted}' fits several arms: {'; '.join(m.label for m in matches)}."
+            )
         raise NearfarError(f"no arm is called '{wanted}': {nearest_name(wanted, labels)}")
     return matches[0]
 
@@ -201,7 +220,9 @@ def write_comparison(comparison: Comparison, output: Path | None = None) -> Path
         "split": comparison.split,
         "baseline": comparison.baseline.label,
         "arms": {arm.label: {str(s): str(r) for s, r in arm.runs.items()} for arm in comparison.arms},
-        "differences": {a: {m: d.to_dict() for m, d in ds.items()} for a, ds in comparison.differences.items()},
+        "differences": {
+            a: {m: d.to_dict() for m, d in ds.items()} for a, ds in comparison.differences.items()
+        },
         "refused": comparison.refused,
     }
     text = json.dumps(content, indent=2, ensure_ascii=False)

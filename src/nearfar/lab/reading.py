@@ -16,7 +16,9 @@ FEW_ITEMS = 5000
 
 def _plans(arm: Arm) -> list[dict[str, Any]]:
     run = arm.runs[min(arm.runs)]
-    return [r for r in run.log() if r.get("kind") == "plan" and r.get("hardness") and not r.get("random_phase")]
+    return [
+        r for r in run.log() if r.get("kind") == "plan" and r.get("hardness") and not r.get("random_phase")
+    ]
 
 
 def _mean(values: list[float]) -> float:
@@ -60,17 +62,30 @@ def _batches(plans: list[dict[str, Any]], arm: Arm, gained: bool) -> str:
         return text
     causes = []
     if level < DEPLETED:
-        causes.append(f"depletion: hardness fell to {level:.2f} within an epoch (try sampler=partition or order=level)")
+        causes.append(
+            f"depletion: hardness fell to {level:.2f} within an epoch (try sampler=partition or order=level)"
+        )
     if anchors > MANY_FALSE_NEGATIVES and arm.config.get("false_negative_threshold") is None:
         causes.append(
             f"false negatives: {anchors:.1%} of the anchors had an in-batch negative with a text of cosine "
             f"{threshold:g} or more (try false_negative_threshold={threshold:g})"
         )
-    rows = arm.runs[min(arm.runs)].read_json("dataset_layout.json").get("splits", {}).get("train", {}).get("rows")
+    rows = (
+        arm.runs[min(arm.runs)]
+        .read_json("dataset_layout.json")
+        .get("splits", {})
+        .get("train", {})
+        .get("rows")
+    )
     if rows is not None and rows < FEW_ITEMS:
-        causes.append(f"few items: {rows} training rows, so that random batches already hold many near neighbours")
+        causes.append(
+            f"few items: {rows} training rows, so that random batches already hold many near neighbours"
+        )
     if hardness < 2 * chance:
         causes.append("little contrast: the batches were hardly harder than random ones (raise hard_ratio)")
     if causes:
         return text + " Measured and in question as causes: " + "; ".join(causes) + "."
-    return text + " None of depletion, false negatives or too few items was measured: hardness itself did not help here."
+    return (
+        text
+        + " None of depletion, false negatives or too few items was measured: hardness itself did not help here."
+    )

@@ -25,11 +25,17 @@ SHOWN = 3
 
 def _environment() -> Environment:
     environment = Environment(
-        loader=PackageLoader("nearfar.lab"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("nearfar.lab"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters["number"] = lambda v: "–" if v is None else f"{v:.3f}" if abs(v) < 10 else f"{v:.1f}"
     environment.filters["signed"] = lambda v: f"{v:+.3f}"
-    environment.filters["arrow"] = lambda name: name.replace("_to_", " → ").replace("/", " · ").replace("_", " ")
+    environment.filters["arrow"] = lambda name: (
+        name.replace("_to_", " → ").replace("/", " · ").replace("_", " ")
+    )
     return environment
 
 
@@ -47,11 +53,14 @@ def training_charts(folder: RunFolder, monitor: str) -> list[Markup]:
             levels["guessing (ln of the candidates)"] = steps[-1]["uniform_level"]
         loss = {"loss": ([s["step"] for s in steps], [s["loss"] for s in steps])}
         charts.append(line_chart("Training loss", loss, "optimiser step", "loss (nats)", levels))
-    names = [name for name in (epochs[0].get("val") or {})] if epochs else []
+    names = list(epochs[0].get("val") or {}) if epochs else []
     shown = [name for name in names if name == monitor or name.endswith(("MRR", "R@10"))]
     if shown:
         x = [e["epoch"] for e in epochs]
-        curves = {name.replace("_to_", " → ").replace("/", " "): (x, [e["val"][name] for e in epochs]) for name in shown}
+        curves = {
+            name.replace("_to_", " → ").replace("/", " "): (x, [e["val"][name] for e in epochs])
+            for name in shown
+        }
         charts.append(line_chart("Validation", curves, "epoch", "value"))
     plans = [plan for plan in plans if plan.get("hardness")]
     if plans:
@@ -80,18 +89,22 @@ def write_report(folder: RunFolder) -> Path:
         split: [(name, Estimate.from_dict(content)) for name, content in found.items()]
         for split, found in metrics["splits"].items()
     }
-    page = _environment().get_template("run.html").render(
-        name=folder.name,
-        path=str(folder.path),
-        metrics=metrics,
-        tables=tables,
-        charts=training_charts(folder, metrics["monitor"]),
-        examples=_examples(folder),
-        layout=layout,
-        plans=[plan for plan in _of_kind(folder, "plan") if plan.get("hardness")],
-        config=(folder.path / "config.yaml").read_text(),
-        environment=folder.read_json("environment.json"),
-        resumed=folder.read_json("resumed.json") if (folder.path / "resumed.json").exists() else [],
+    page = (
+        _environment()
+        .get_template("run.html")
+        .render(
+            name=folder.name,
+            path=str(folder.path),
+            metrics=metrics,
+            tables=tables,
+            charts=training_charts(folder, metrics["monitor"]),
+            examples=_examples(folder),
+            layout=layout,
+            plans=[plan for plan in _of_kind(folder, "plan") if plan.get("hardness")],
+            config=(folder.path / "config.yaml").read_text(),
+            environment=folder.read_json("environment.json"),
+            resumed=folder.read_json("resumed.json") if (folder.path / "resumed.json").exists() else [],
+        )
     )
     return folder.write_text("report.html", page)
 
@@ -111,7 +124,7 @@ def comparison_page(comparison: Comparison) -> str:
                 curves[label] = ([e["epoch"] for e in epochs], [e["val"][monitor] for e in epochs])
         found = [p for p in _of_kind(arm.runs[min(arm.runs)], "plan") if p.get("hardness")]
         if found:
-            plans[arm.label] = found
+            plans[arm.label] = list(found)
             random_level = found[0].get("hardness_random", random_level)
     charts = []
     if curves:
@@ -119,8 +132,16 @@ def comparison_page(comparison: Comparison) -> str:
     if plans:
         charts.append(hardness_chart(plans, random_level))
     for label, differences in comparison.differences.items():
-        rows = [(n.replace("_to_", " → "), d.value, d.low, d.high) for n, d in differences.items() if "rank" not in n]
-        charts.append(intervals_chart(f"{label} − {comparison.baseline.label}", rows, "paired difference, 95 % interval"))
+        rows = [
+            (n.replace("_to_", " → "), d.value, d.low, d.high)
+            for n, d in differences.items()
+            if "rank" not in n
+        ]
+        charts.append(
+            intervals_chart(
+                f"{label} − {comparison.baseline.label}", rows, "paired difference, 95 % interval"
+            )
+        )
     first = next(iter(next(iter(comparison.arms[0].estimates.values())).values()))
     best = max(comparison.arms, key=lambda arm: next(iter(comparison.summary[arm.label].values())).value)
     shown = best.runs[min(best.runs)]
@@ -135,6 +156,8 @@ def comparison_page(comparison: Comparison) -> str:
             reading=read_comparison(comparison),
             examples=_examples(shown),
             example_run=f"{best.label}, seed {min(best.runs)}",
-            runs=[(arm.label, seed, folder.name) for arm in comparison.arms for seed, folder in arm.runs.items()],
+            runs=[
+                (arm.label, seed, folder.name) for arm in comparison.arms for seed, folder in arm.runs.items()
+            ],
         )
     )

@@ -70,7 +70,9 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
     for label, differences in comparison.differences.items():
         table = Table(title=f"{label} − {comparison.baseline.label}", title_justify="left")
         for column in ("metric", "difference", "95 % interval", "per seed", "verdict"):
-                table.add_column(column, justify="right" if column in ("difference", "95 % interval") else "left", no_wrap=True)
+            table.add_column(
+                column, justify="right" if column in ("difference", "95 % interval") else "left", no_wrap=True
+            )
         for name, d in differences.items():
             table.add_row(
                 _name(name),
@@ -92,7 +94,16 @@ def verdict_table(verdict: SamplerVerdict) -> Table:
     """The sampler self-test: each sampler's batches, what the check says of them and what it must say."""
     title = f"verify sampler: {'passed' if verdict.passed else 'FAILED'}"
     table = Table(title=title, title_justify="left")
-    for column in ("sampler", "largest cluster", "pairs of one cluster", "chance", "z", "harder", "must be", "once"):
+    for column in (
+        "sampler",
+        "largest cluster",
+        "pairs of one cluster",
+        "chance",
+        "z",
+        "harder",
+        "must be",
+        "once",
+    ):
         table.add_column(column, justify="left" if column == "sampler" else "right")
     for row in verdict.rows:
         numbers = [f"{row.largest:.2f}", f"{row.same_pairs:.3f}", f"{row.chance:.3f}", f"{row.z:.1f}"]
@@ -108,6 +119,9 @@ def cluster_table(verdict: SamplerVerdict) -> Table:
     for row in verdict.rows:
         table.add_column(row.name)
     for batch in range(max(len(row.clusters) for row in verdict.rows)):
-        cells = [" ".join(map(str, row.clusters[batch])) if batch < len(row.clusters) else "" for row in verdict.rows]
+        cells = [
+            " ".join(map(str, row.clusters[batch])) if batch < len(row.clusters) else ""
+            for row in verdict.rows
+        ]
         table.add_row(str(batch + 1), *cells)
     return table

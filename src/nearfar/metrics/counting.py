@@ -115,15 +115,13 @@ def _count_sparse(
             torch.mm(queries.tile(rows, torch.float32), key_tile, out=score)
             relevant = None
             for half, own, other, axis in zip(sides, (rows, columns), (columns, rows), (1, 0), strict=False):
-                near = half.count(score, own, axis, mask[: score.numel()].view(shape))
-                if near is None:
+                lines = half.count(score, own, axis, mask[: score.numel()].view(shape))
+                if not len(lines):
                     continue
                 relevant = relevance.tile(rows, columns) if relevant is None else relevant
-                irrelevant = ~(relevant if axis == 1 else relevant.T)[near[0], near[1]]
-                own_at, other_at = near[0][irrelevant], near[1][irrelevant]
-                half.settle(
-                    own_at, other_at, own, other, (queries, keys) if axis == 1 else (keys, queries), tie
-                )
+                picked, known = (x[lines] if axis == 1 else x[:, lines].T for x in (score, relevant))
+                pair = (queries, keys) if axis == 1 else (keys, queries)
+                half.settle(picked, known, lines + own.start, other, pair, tie)
     return sides[0].counts, sides[1].counts if both else None
 
 
@@ -135,8 +133,8 @@ class _Half:
         self.above = (counts.best + band * side.length).float()
         self.below = (counts.best - band * side.length).float()
 
-    def count(self, score: Tensor, own: slice, axis: int, mask: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Add the entries clearly above; return (own, other) positions in the tile of the undecided ones."""
+    def count(self, score: Tensor, own: slice, axis: int, mask: Tensor) -> Int64[Tensor, " lines"]:
+        """Add the entries clearly above; return the rows of ``own`` with undecided entries."""
         above, below = self.above[own], self.below[own]
         if axis == 1:
             above, below = above[:, None], below[:, None]
@@ -144,31 +142,28 @@ class _Half:
         clearly = _sums(torch.gt(score, above, out=mask), axis)
         at_least = _sums(torch.ge(score, below, out=mask), axis)
         self.counts.better[own] += clearly.long()
-        lines = (at_least != clearly).nonzero().flatten()
-        if not len(lines):
-            return None
-        picked = score[lines] if axis == 1 else score[:, lines].T
-        near = (picked >= self.below[own][lines, None]) & (picked <= self.above[own][lines, None])
-        at, other = near.nonzero().unbind(1)
-        return lines[at], other
+        return (at_least != clearly).nonzero().flatten()
 
     def settle(
-        self, at: Tensor, other_at: Tensor, own: slice, other: slice, sides: tuple[Side, Side], tie: float
+        self, score: Tensor, relevant: Tensor, at: Tensor, other: slice, sides: tuple[Side, Side], tie: float
     ) -> None:
-        """Decide the undecided irrelevant entries in float64."""
-        if not len(at):
-            return
-        first, second = sides
-        if len(at) * 64 > (own.stop - own.start) * (other.stop - other.start):
-            # So many are only found near collapse; then the whole tile is cheaper than its entries.
-            scores = (first.tile(own, torch.float64) @ second.tile(other, torch.float64).T)[at, other_at]
-        else:
-            scores = _pair_scores(first, second, at + own.start, other_at + other.start)
-        at = at + own.start
-        excess = scores - self.counts.best[at]
-        width = tie * first.length[at]
-        self.counts.better.index_add_(0, at, (excess > width).long())
-        self.counts.tied.index_add_(0, at, (excess.abs() <= width).long())
+        """Decide the undecided irrelevant entries of the rows ``at`` in float64."""
+        near = (score >= self.below[at, None]) & (score <= self.above[at, None]) & ~relevant
+        number = int(near.sum())
+        if number * 64 > near.numel():
+            # So many are only found near collapse; then a whole product is cheaper than its entries.
+            excess = sides[0].tile(at, torch.float64) @ sides[1].tile(other, torch.float64).T
+            excess -= self.counts.best[at, None]
+            width = tie * sides[0].length[at, None]
+            self.counts.better.index_add_(0, at, ((excess > width) & near).sum(1))
+            self.counts.tied.index_add_(0, at, ((excess.abs() <= width) & near).sum(1))
+        elif number:
+            line, column = near.nonzero().unbind(1)
+            at = at[line]
+            excess = _pair_scores(*sides, at, column + other.start) - self.counts.best[at]
+            width = tie * sides[0].length[at]
+            self.counts.better.index_add_(0, at, (excess > width).long())
+            self.counts.tied.index_add_(0, at, (excess.abs() <= width).long())
 
 
 def _count_dense(

@@ -167,10 +167,8 @@ def _number(number: float, decimals: int | None) -> str:
     """A number as tables print it: no zero before the point, three to four significant digits of a chance."""
     if not math.isfinite(number):
         return str(number)
-    if decimals is None:
-        text = f"{number:.2g}" if abs(number) < 1 else f"{number:.5g}"
-    else:
-        text = f"{number:.{decimals}f}"
+    spec = (".2g" if abs(number) < 1 else ".5g") if decimals is None else f".{decimals}f"
+    text = format(number, spec)
     if text.startswith("0."):
         return text[1:]
     return "-" + text[2:] if text.startswith("-0.") else text

@@ -23,7 +23,7 @@ __all__ = ["build_sampler", "check_batches", "epoch_record", "neighbors_needed"]
 
 SAMPLERS = ("random", "balanced", "hard", "partition")
 
-#: an item's nearest neighbours that hardness counts
+#: an item's nearest neighbours that hardness counts: at most so many, and of a small set its nearest tenth
 HARDNESS_NEIGHBORS = 100
 #: similarity from which a pair is counted as a likely false negative where no threshold is set
 LIKELY_FALSE_NEGATIVE = 0.95
@@ -61,7 +61,9 @@ def build_sampler(config: Any, n: int, neighbors: Neighbors | None, labels: np.n
         return RandomBatchSampler(n, size, seed=seed)
     if name == "balanced":
         if labels is None:
-            raise NearfarError("sampler=balanced needs class labels, and this data has none; use sampler=random.")
+            raise NearfarError(
+                "sampler=balanced needs class labels, and this data has none; use sampler=random."
+            )
         return BalancedBatchSampler(labels, size, seed=seed)
     if name == "hard":
         assert neighbors is not None
@@ -101,15 +103,20 @@ def epoch_record(
     if config.sampler.name in ("hard", "partition"):
         record["random_phase"] = epoch < config.curriculum_epoch
         if config.curriculum_epoch and epoch in (0, config.curriculum_epoch):
-            phase = "hard batches from here on" if epoch else f"random batches up to epoch {config.curriculum_epoch}"
+            phase = (
+                "hard batches from here on"
+                if epoch
+                else f"random batches up to epoch {config.curriculum_epoch}"
+            )
             say(f"curriculum: {phase} (epoch {epoch + 1})")
     sampler.set_epoch(epoch)
     threshold = config.false_negative_threshold or LIKELY_FALSE_NEGATIVE
-    k = min(neighbors.k, HARDNESS_NEIGHBORS)
+    k = max(1, min(neighbors.k, HARDNESS_NEIGHBORS, neighbors.n // 10))
     report = measure_hardness(sampler.plan(), neighbors, k=k, threshold=threshold, sample=SAMPLE)
     return record | {
         "hardness": report.neighbors_by_quarter,
         "hardness_random": report.random,
+        "hardness_neighbors": k,
         "last_to_first": report.last_to_first,
         "nominal_hard": report.nominal,
         "realised_hard": report.hard_share_by_quarter,

@@ -57,9 +57,9 @@ def stop_signals() -> Iterator[_StopRequest]:
 class RunRecorder(L.Callback):
     """Writes ``train_log.jsonl`` and the checkpoints of a run, and stops it early.
 
-    ``checkpoints/last.ckpt`` is the newest state (every ``checkpoint_minutes``, at each epoch's end, and when the run is
-    asked to stop), ``checkpoints/best.ckpt`` the best by validation. Both names are stable; older ones are
-    replaced.
+    ``checkpoints/last.ckpt`` is the newest state (every ``checkpoint_minutes``, at each epoch's end, and when the
+    run is asked to stop), ``checkpoints/best.ckpt`` the best by validation. Both names are stable; older ones
+    are replaced.
     """
 
     def __init__(self, folder: RunFolder, config: Any, request: _StopRequest) -> None:
@@ -143,7 +143,11 @@ class RunRecorder(L.Callback):
         module.end_epoch()
         self._save(trainer, module, best=gained)
         patience = self.config.patience
-        if patience and module.best["epochs_without_gain"] >= patience and module.epoch >= self.config.min_epochs:
+        if (
+            patience
+            and module.best["epochs_without_gain"] >= patience
+            and module.epoch >= self.config.min_epochs
+        ):
             module.say(f"stopped early: {module.system.monitor} has not risen for {patience} epochs")
             trainer.should_stop = True
         elif self.request.asked and module.epoch < self.config.epochs:

@@ -54,7 +54,9 @@ class Checkpoint:
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
-            raise NearfarError(f"{path}: not a readable checkpoint ({type(error).__name__}: {error}).") from None
+            raise NearfarError(
+                f"{path}: not a readable checkpoint ({type(error).__name__}: {error})."
+            ) from None
         if not isinstance(content, Mapping) or "format" not in content or "system" not in content:
             raise NearfarError(f"{path}: a PyTorch file, but not a checkpoint of nearfar.")
         if content["format"] != FORMAT:

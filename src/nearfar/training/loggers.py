@@ -29,7 +29,9 @@ def build_loggers(names: Any, folder: Path, run_name: str) -> list[Any]:
             elif name == "mlflow":
                 from lightning.pytorch.loggers import MLFlowLogger
 
-                built.append(MLFlowLogger("nearfar", run_name=run_name, tracking_uri=f"file:{folder / 'mlflow'}"))
+                built.append(
+                    MLFlowLogger("nearfar", run_name=run_name, tracking_uri=f"file:{folder / 'mlflow'}")
+                )
             else:
                 from lightning.pytorch.loggers import WandbLogger
 

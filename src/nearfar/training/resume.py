@@ -34,7 +34,9 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
         if isinstance(value, Mapping) or hasattr(value, "items"):
             flat |= flatten(value, f"{prefix}{key}.")
         else:
-            flat[f"{prefix}{key}"] = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+            flat[f"{prefix}{key}"] = (
+                list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+            )
     return flat
 
 
@@ -91,7 +93,9 @@ class Resume:
             )
         if config.start_epoch is not None:
             if not 0 <= config.start_epoch <= config.epochs:
-                raise NearfarError(f"start_epoch={config.start_epoch} lies outside 0 … epochs={config.epochs}.")
+                raise NearfarError(
+                    f"start_epoch={config.start_epoch} lies outside 0 … epochs={config.epochs}."
+                )
             checkpoint.epoch, checkpoint.batches, checkpoint.sampler = int(config.start_epoch), 0, {}
             checkpoint.meters = {}
         return checkpoint

@@ -79,7 +79,7 @@ def load_embedded(
     """Real compounds and their names from the package ``chemicals``, split by scaffold.
 
     Args:
-        n: how many compounds (at least 10); ``None`` takes all usable ones, about 60,000.
+        n: how many compounds (at least 10); ``None`` takes all usable ones, 67,556.
         seed: fixes which compounds and which scaffolds go where.
         fractions: shares of val and test.
         synonyms: names after the first in each text.

@@ -29,7 +29,7 @@ def draw(smiles: str, width: int = 220, height: int = 160) -> str:
     if molecule is None:
         return ""
     drawer = rdMolDraw2D.MolDraw2DSVG(width, height)
-    options = drawer.drawOptions()
+    options: Any = drawer.drawOptions()  # RDKit's stubs give its fields the wrong types
     options.clearBackground = False
     options.bondLineWidth = 1
     rdMolDraw2D.PrepareAndDrawMolecule(drawer, molecule)

@@ -15,6 +15,12 @@ from jaxtyping import Shaped
 
 from nearfar.data.cache import cached_array
 from nearfar.errors import NearfarError, nearest_name
+from nearfar.systems.molecules.properties import (
+    PROPERTY_NAMES,
+    functional_group_names,
+    functional_groups,
+    molecule_properties,
+)
 from nearfar.systems.molecules.smiles import parse_smiles, quiet_rdkit, rdkit_version
 
 __all__ = ["FINGERPRINT_KINDS", "FingerprintSpec", "compute_fingerprints"]
@@ -28,6 +34,8 @@ FINGERPRINT_KINDS: dict[str, str] = {
     "torsions": "topological torsions: paths of four atoms (Nilakantan et al., 1987)",
     "paths": "RDKit's path fingerprint",
     "maccs": "166 structural keys (MACCS)",
+    "properties": "totals that names speak of: elements, charges, rings, stereo labels",
+    "functional_groups": "how often each functional group occurs",
     "descriptors": "RDKit's 2D descriptors, squashed to about -3..3",
 }
 
@@ -74,10 +82,11 @@ class FingerprintSpec:
     @property
     def sizes(self) -> dict[str, int]:
         """Length of each part, in the order in which they stand."""
-        special = {
-            "maccs": 167,
-            "descriptors": len(_descriptor_names()) if "descriptors" in self.kinds else 0,
-        }
+        special = {"maccs": 167, "properties": len(PROPERTY_NAMES)}
+        if "functional_groups" in self.kinds:
+            special["functional_groups"] = len(functional_group_names())
+        if "descriptors" in self.kinds:
+            special["descriptors"] = len(_descriptor_names())
         return {kind: special.get(kind, self.n_bits) for kind in self.kinds}
 
     def as_dict(self) -> dict[str, Any]:
@@ -124,6 +133,10 @@ def _function(kind: str, spec: FingerprintSpec) -> Callable[[Any], np.ndarray]:
 
     if kind == "maccs":
         return lambda molecule: np.array(rdMolDescriptors.GetMACCSKeysFingerprint(molecule), dtype=np.uint8)
+    if kind == "properties":
+        return molecule_properties
+    if kind == "functional_groups":
+        return functional_groups
     if kind == "descriptors":
         return _descriptors
     bits, chiral = spec.n_bits, spec.chirality

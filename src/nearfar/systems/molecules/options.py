@@ -80,11 +80,10 @@ def check_options(config: Any) -> None:
             f"curriculum_epoch={config.curriculum_epoch} has no effect with sampler={config.sampler.name}: "
             "there are no hard batches to switch to. Choose sampler=hard, or leave it out."
         )
-    if config.system == "molecules" and (config.augment_atoms or config.augment_bonds):
-        if config.molecule_encoder == "fingerprint":
-            raise NearfarError(
-                "augment_atoms and augment_bonds act on graphs; molecule_encoder=fingerprint has none."
-            )
+    if (config.augment_atoms or config.augment_bonds) and config.molecule_encoder == "fingerprint":
+        raise NearfarError(
+            "augment_atoms and augment_bonds act on graphs; molecule_encoder=fingerprint has none."
+        )
 
 
 def _values(spec: Any, epochs: int) -> list[float]:

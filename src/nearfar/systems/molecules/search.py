@@ -77,7 +77,9 @@ class TrainedMolecules:
         self.text_encoder: TextEncoder = load_text_encoder(self.folder.path / "text_encoder")
         state = Checkpoint.load(path)
         text_dim = int(self.folder.read_json("dataset_layout.json")["text_encoder"]["dimensions"])
-        self.model: nn.Module = MoleculeTextModel.from_config(self.config, text_dim, self.features.fingerprint_dim)
+        self.model: nn.Module = MoleculeTextModel.from_config(
+            self.config, text_dim, self.features.fingerprint_dim
+        )
         self.model.load_state_dict(state.model)
         self.model.eval()
         self._key = content_key([np.asarray(v.float()) for v in state.model.values()])
@@ -148,7 +150,9 @@ class TrainedMolecules:
         if molecule:
             parsed, reason = parse_smiles(query)
             if parsed is None:
-                raise NearfarError(f"{query!r} is no SMILES ({reason}). Leave --molecule out to search by text.")
+                raise NearfarError(
+                    f"{query!r} is no SMILES ({reason}). Leave --molecule out to search by text."
+                )
             vector = self.embed_molecules([canonical_smiles(parsed)])
         else:
             vector = self.embed_texts([query])
@@ -172,12 +176,16 @@ class TrainedMolecules:
             console.print("no word of this query occurs in the training texts: the order below means nothing")
         table = Table(show_lines=False)
         for column in ("", "cosine", "id", "text", "SMILES"):
-            table.add_column(column, overflow="ellipsis", no_wrap=True, justify="right" if not column else "left")
+            table.add_column(
+                column, overflow="ellipsis", no_wrap=True, justify="right" if not column else "left"
+            )
         for hit in hits:
             table.add_row(str(hit.rank), f"{hit.score:.3f}", hit.id, hit.text[:60], hit.smiles[:60])
         console.print(table, soft_wrap=False)
         if page is not None:
-            body = f"<!doctype html><meta charset='utf-8'><title>search</title><body>{hits._repr_html_()}</body>"
+            body = (
+                f"<!doctype html><meta charset='utf-8'><title>search</title><body>{hits._repr_html_()}</body>"
+            )
             write_atomically(page, lambda file: file.write(body.encode()))
             console.print(f"pictures: {page}", markup=False, highlight=False)
 
@@ -188,7 +196,9 @@ class TrainedMolecules:
         columns = {"smiles": names.smiles_column, "text": names.text_column, "id": names.id_column}
         table = read_table(data, COLUMNS, columns, optional=optional)
         if "smiles" not in table and "text" not in table:
-            raise NearfarError(f"{data}: neither a SMILES nor a text column; name one with data.smiles_column= in the run.")
+            raise NearfarError(
+                f"{data}: neither a SMILES nor a text column; name one with data.smiles_column= in the run."
+            )
         arrays: dict[str, np.ndarray] = {}
         rows = np.asarray(table.rows)
         keep = np.ones(len(rows), dtype=bool)
@@ -197,7 +207,9 @@ class TrainedMolecules:
         if "text" in table:
             keep &= np.array([bool(t.strip()) for t in table["text"]])
         if not keep.any():
-            raise NearfarError(f"{data}: no row can be embedded (unreadable SMILES or empty text in every one).")
+            raise NearfarError(
+                f"{data}: no row can be embedded (unreadable SMILES or empty text in every one)."
+            )
         kept = np.flatnonzero(keep)
         ids = table["id"] if "id" in table else [f"row{row}" for row in table.rows]
         arrays["ids"] = np.asarray([ids[i] for i in kept], dtype=np.str_)

@@ -12,9 +12,15 @@ from torch import Tensor, nn
 from nearfar.batching import Neighbors, nearest_neighbors
 from nearfar.data.cache import content_key
 from nearfar.losses import InfoNCELoss, duplicate_mask, false_negative_mask
-from nearfar.metrics import rank_estimates, retrieval_ranks
+from nearfar.metrics import Estimate, rank_estimates, retrieval_ranks
 from nearfar.models.text import TextEncoder, build_text_encoder, embed_texts
-from nearfar.systems.molecules.data import MoleculeData, MoleculeDataset, MoleculeSplit, load_embedded, load_files
+from nearfar.systems.molecules.data import (
+    MoleculeData,
+    MoleculeDataset,
+    MoleculeSplit,
+    load_embedded,
+    load_files,
+)
 from nearfar.systems.molecules.examples import retrieval_examples
 from nearfar.systems.molecules.features import MoleculeFeatures
 from nearfar.systems.molecules.model import MoleculeTextModel
@@ -164,7 +170,8 @@ class MoleculeSystem:
         """Retrieval in both directions with the whole split as gallery."""
         part = self.data.splits[split]
         ranks = retrieval_ranks(outputs["texts"], outputs["molecules"], both=True)
-        estimates, per_item = {}, {}
+        estimates: dict[str, Estimate] = {}
+        per_item: dict[str, np.ndarray] = {}
         for direction, found in zip(DIRECTIONS, ranks, strict=True):
             numbers = rank_estimates(
                 found, KS, bootstrap=self.config.bootstrap if final else 0, split=self._hash(part)

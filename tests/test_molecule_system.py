@@ -1,0 +1,284 @@
+"""The molecule system end to end on a tiny input: every encoder and sampler, resume, search, bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from nearfar.errors import NearfarError
+from nearfar.launch import compose_config, run_one
+from nearfar.systems import build_system, trained
+from nearfar.training.checkpoint import Checkpoint
+from nearfar.training.run_folder import RunFolder
+from tiny_molecules import split_files, write
+
+QUIET = Console(file=open(os.devnull, "w"))  # noqa: SIM115
+SMALL = [
+    "epochs=2",
+    "batch_size=16",
+    "hidden=16",
+    "layers=2",
+    "heads=2",
+    "embedding_dim=16",
+    "fingerprint_hidden=32",
+    "fingerprint_bits=128",
+    "hardness_k=20",
+    "bootstrap=100",
+    "text_encoder.dims=32",
+    "trainer.accelerator=cpu",
+    "trainer.threads=1",
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NEARFAR_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return split_files(tmp_path_factory.mktemp("data"))
+
+
+def run(tmp_path: Path, *overrides: str) -> RunFolder:
+    every = ["experiment=molecules", *SMALL, f"runs_dir={tmp_path}", *overrides]
+    # Later overrides win, as on the command line.
+    every = list({o.split("=")[0]: o for o in every}.values())
+    return run_one(compose_config(every), every, False, QUIET)
+
+
+@pytest.mark.parametrize("encoder", ["graph", "fingerprint", "both"])
+@pytest.mark.parametrize("sampler", ["random", "hard", "partition", "balanced"])
+def test_every_encoder_with_every_sampler(
+    tmp_path: Path, files: list[str], encoder: str, sampler: str
+) -> None:
+    folder = run(
+        tmp_path, *files, f"molecule_encoder={encoder}", f"sampler={sampler}", "name=run", "group_size=8"
+    )
+    metrics = folder.read_json("metrics.json")
+    assert metrics["splits"].keys() == {"val", "test"}
+    mrr = metrics["splits"]["test"]["text_to_molecule/MRR"]
+    assert mrr["protocol"]["gallery"] == mrr["n"] == 60
+    assert 0 < mrr["low"] < mrr["value"] < mrr["high"] < 1
+    plans = [r for r in folder.log() if r["kind"] == "plan"]
+    assert len(plans) == 2
+    assert len(plans[0]["hardness"]) == 4
+    if sampler in ("hard", "partition"):
+        assert np.mean(plans[0]["hardness"]) > 1.2 * plans[0]["hardness_random"]
+    layout = folder.read_json("dataset_layout.json")
+    assert layout["text_encoder"]["kind"] == "ngram"
+    assert layout["neighbors"]["exact"]
+    assert (folder.path / "report.html").read_text().count("<svg") > 5
+
+
+def test_it_learns(tmp_path: Path, files: list[str]) -> None:
+    folder = run(tmp_path, *files, "name=run", "epochs=15", "lr=0.003", "input_dropout=0.1")
+    metrics = folder.read_json("metrics.json")["splits"]["test"]
+    assert metrics["text_to_molecule/MRR"]["low"] > 5 * metrics["text_to_molecule/MRR"]["chance"]
+
+
+def test_curriculum_switches_once(tmp_path: Path, files: list[str]) -> None:
+    folder = run(tmp_path, *files, "name=run", "sampler=hard", "curriculum_epoch=2", "epochs=4")
+    plans = [r for r in folder.log() if r["kind"] == "plan"]
+    assert [p["random_phase"] for p in plans] == [True, True, False, False]
+    assert np.mean(plans[3]["hardness"]) > np.mean(plans[0]["hardness"])
+
+
+def test_schedules_are_applied_epoch_by_epoch(tmp_path: Path, files: list[str]) -> None:
+    folder = run(
+        tmp_path,
+        *files,
+        "name=run",
+        "sampler=hard",
+        "epochs=3",
+        "hard_ratio='0.3 -> 0.6 -> 0.8'",
+        "hardness_k='20 -> 15 -> 10'",
+    )
+    plans = [r for r in folder.log() if r["kind"] == "plan"]
+    assert [p["hard_ratio"] for p in plans] == [0.3, 0.6, 0.8]
+    assert [p["hardness_k"] for p in plans] == [20, 15, 10]
+
+
+def test_masks_leave_duplicates_out(tmp_path: Path, files: list[str]) -> None:
+    config = compose_config(
+        ["experiment=molecules", *SMALL, *files, "false_negative_threshold=0.6", "mask_duplicates=false"]
+    )
+    system: Any = build_system(config)
+    system.prepare(lambda _: None)
+    batch = system.dataset("train").__getitems__(list(range(40)))
+    mask = system._mask(batch)
+    unit = torch.nn.functional.normalize(batch.text, dim=1)
+    expected = (unit @ unit.T >= 0.6 - 1e-6) & ~torch.eye(40, dtype=torch.bool)
+    assert torch.equal(mask, expected)
+    assert mask.any()
+
+
+def test_killed_run_resumes_bit_for_bit(tmp_path: Path, files: list[str]) -> None:
+    """The command itself, killed while it trains with dropout, augmentation, schedules and loader workers."""
+    overrides = [
+        "experiment=molecules",
+        *SMALL,
+        *files,
+        f"runs_dir={tmp_path}",
+        "molecule_encoder=both",
+        "sampler=hard",
+        "hard_ratio='0.3 -> 0.8'",
+        "augment_atoms=0.1",
+        "augment_bonds=0.1",
+        "epochs=3",
+        "trainer.checkpoint_steps=2",
+        "trainer.workers=1",
+    ]
+    overrides = list({o.split("=")[0]: o for o in overrides}.values())
+    train = [sys.executable, "-m", "nearfar.cli", "train"]
+    whole = tmp_path / "whole"
+    subprocess.run([*train, *overrides, "name=whole"], check=True, capture_output=True, timeout=300)
+    steps = Checkpoint.load(whole).step
+    killed = tmp_path / "killed"
+    process = subprocess.Popen(
+        [*train, *overrides, "name=killed"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and process.poll() is None:
+        if (killed / "checkpoints" / "last.ckpt").exists() and Checkpoint.load(killed).step >= 4:
+            break
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert process.returncode == -signal.SIGKILL, "the run ended before it was killed"
+    assert Checkpoint.load(killed).step < steps
+    done = subprocess.run([*train, f"resume_from={killed}"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    a, b = Checkpoint.load(whole), Checkpoint.load(killed)
+    assert a.step == b.step
+    assert all(torch.equal(a.model[k], b.model[k]) for k in a.model)
+    assert torch.equal(a.generators["cpu"], b.generators["cpu"])
+    first, second = ((folder / "metrics.json").read_text() for folder in (whole, killed))
+    assert json.loads(first)["splits"] == json.loads(second)["splits"]
+
+
+def test_search_and_embed(tmp_path: Path, files: list[str]) -> None:
+    folder = run(tmp_path, *files, "name=run", "epochs=10", "lr=0.003", "input_dropout=0.1")
+    model = trained(folder.path)
+    hits = model.search("the alcohol of benzene", k=5)
+    assert [h.rank for h in hits] == [1, 2, 3, 4, 5]
+    assert all(a.score >= b.score for a, b in pairwise(hits))
+    assert "<svg" in hits._repr_html_()
+    texts = model.search("c1ccccc1O", molecule=True, k=3)
+    assert len(texts) == 3
+    vectors = model.embed_molecules([h.smiles for h in hits])
+    query = model.embed_texts(["the alcohol of benzene"])[0]
+    np.testing.assert_allclose(vectors @ query, [h.score for h in hits], atol=1e-5)
+    table = tmp_path / "new.csv"
+    table.write_text("smiles,text\nCCO,an alcohol\nnonsense((,a wrong one\nCCN,an amine\n")
+    model.embed_table(table, tmp_path / "out.npz", QUIET)
+    with np.load(tmp_path / "out.npz") as arrays:
+        assert arrays["molecules"].shape == (2, 16)
+        assert arrays["texts"].shape == (2, 16)
+    with pytest.raises(NearfarError, match="is no SMILES"):
+        model.search("not a smiles", molecule=True)
+    with pytest.raises(NearfarError, match="query is empty"):
+        model.search("  ")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["sampler=hard", "hardness_k=5000"], "hardness_k=5000, but the training set has"),
+        (["batch_size=5000"], "batch_size=5000 is larger"),
+        (["batch_size=1"], "batch_size=1 is out of range"),
+        (["sampler=hard", "hard_ratio=1.5"], "hard_ratio=1.5"),
+        (["sampler=hard", "hard_ratio=half"], "half"),
+        (["molecule_encoder=grpah"], "did you mean 'graph'"),
+        (["hidden=15", "heads=4", "molecule_encoder=graph"], "multiple of heads"),
+        (["epochs=ten"], "a whole number is needed"),
+        (["curriculum_epoch=3"], "no effect with sampler=random"),
+        (["augment_atoms=0.1"], "act on graphs"),
+        (["lr_schedule=cosin"], "did you mean 'cosine'"),
+        (["text_encoder.kind=ngrm"], "did you mean 'ngram'"),
+        (["logger=tensorbord"], "did you mean 'tensorboard'"),
+        (["data.smiles_column=structure_x"], "structure_x"),
+        (["false_negative_threshold=3"], "a cosine"),
+        (["init_from=nowhere"], "no such run"),
+    ],
+)
+def test_bad_options_say_what_to_do(
+    tmp_path: Path, files: list[str], overrides: list[str], message: str
+) -> None:
+    with pytest.raises(NearfarError, match=message):
+        run(tmp_path, *files, "name=run", *overrides)
+
+
+def test_rejected_rows_are_listed(tmp_path: Path, files: list[str]) -> None:
+    train = Path(files[0].split("=")[1])
+    spoilt = tmp_path / "spoilt.tsv"
+    rows = (
+        train.read_text()
+        + "900\tC1CC\tring not closed\n901\tCCO\t\n902\t\tno structure\n"
+        + train.read_text().splitlines()[1]
+    )
+    spoilt.write_text(rows + "\n")
+    folder = run(tmp_path, *files, f"data.train={spoilt}", "name=run")
+    source = folder.read_json("dataset_layout.json")["sources"][0]
+    assert source["rejections"]["total"] == 4
+    text = json.dumps(source)
+    assert "C1CC" in text
+    assert "empty text" in text
+
+
+def test_two_rows_are_too_few_but_say_so(tmp_path: Path) -> None:
+    path = write(tmp_path / "two.tsv", [("CCO", "an alcohol"), ("CCN", "an amine")])
+    with pytest.raises(NearfarError):
+        run(tmp_path, f"data.train={path}", "name=run")
+
+
+def test_resume_of_other_data_is_refused(tmp_path: Path, files: list[str]) -> None:
+    first = run(tmp_path, *files, "name=first", "epochs=1")
+    other = write(
+        tmp_path / "other.tsv",
+        [(f"{'C' * i}O", f"an alcohol with a chain of {i} carbons") for i in range(1, 120)],
+    )
+    with pytest.raises(NearfarError, match="other data"):
+        run(tmp_path, *files, f"data.train={other}", "epochs=1", f"resume_from={first.path}")
+
+
+def test_init_from_needs_the_same_model(tmp_path: Path, files: list[str]) -> None:
+    first = run(tmp_path, *files, "name=first", "epochs=1")
+    run(tmp_path, *files, "name=second", "epochs=1", f"init_from={first.path}")
+    with pytest.raises(NearfarError, match="weights do not fit"):
+        run(tmp_path, *files, "name=third", "epochs=1", f"init_from={first.path}", "embedding_dim=8")
+
+
+@pytest.mark.data
+def test_real_descriptions(tmp_path: Path) -> None:
+    data = os.environ.get("NEARFAR_DATA")
+    if not data or not (Path(data) / "chebi20").exists():
+        pytest.skip("NEARFAR_DATA is not set")
+    lines = (Path(data) / "chebi20" / "validation.txt").read_text().splitlines()
+    for name, part in (("train", lines[1:601]), ("test", lines[601:901])):
+        (tmp_path / f"{name}.txt").write_text("\n".join([lines[0], *part]) + "\n")
+    small = [
+        "epochs=6",
+        "batch_size=64",
+        "embedding_dim=128",
+        "fingerprint_hidden=256",
+        "text_encoder.dims=256",
+    ]
+    folder = run(tmp_path, f"data.dir={tmp_path}", "name=run", *small, "fingerprint_bits=1024")
+    found = folder.read_json("metrics.json")["splits"]["test"]["text_to_molecule/MRR"]
+    assert found["low"] > 0.1, found
+    assert found["protocol"]["gallery"] == 300
