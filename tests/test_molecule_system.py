@@ -22,7 +22,7 @@ from nearfar.launch import compose_config, run_one
 from nearfar.systems import build_system, trained
 from nearfar.training.checkpoint import Checkpoint
 from nearfar.training.run_folder import RunFolder
-from tiny_molecules import split_files, write
+from tiny_molecules import pairs, split_files, write
 
 QUIET = Console(file=open(os.devnull, "w"))  # noqa: SIM115
 SMALL = [
@@ -250,7 +250,7 @@ def test_resume_of_other_data_is_refused(tmp_path: Path, files: list[str]) -> No
     first = run(tmp_path, *files, "name=first", "epochs=1")
     other = write(
         tmp_path / "other.tsv",
-        [(f"{'C' * i}O", f"an alcohol with a chain of {i} carbons") for i in range(1, 120)],
+        pairs()[::2],
     )
     with pytest.raises(NearfarError, match="other data"):
         run(tmp_path, *files, f"data.train={other}", "epochs=1", f"resume_from={first.path}")

@@ -56,7 +56,8 @@ def test_ngram_equals_the_plain_computation():
     expected /= np.linalg.norm(expected, axis=1, keepdims=True)
     vectors = encoder.encode(TEXTS).astype(np.float64)
     # The axes are unique up to rotation among equal singular values: the similarities are what must agree.
-    np.testing.assert_allclose(vectors @ vectors.T, expected @ expected.T, atol=1e-4)
+    # They are kept in half precision, hence the tolerance.
+    np.testing.assert_allclose(vectors @ vectors.T, expected @ expected.T, atol=5e-4)
 
 
 def test_ngram_similar_texts_are_near():

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from nearfar.models.text.build import TEXT_ENCODERS, build_text_encoder, embed_texts, load_text_encoder
+from nearfar.models.text.build import (
+    TEXT_ENCODERS,
+    build_text_encoder,
+    embed_texts,
+    load_text_encoder,
+    save_text_encoder,
+)
 from nearfar.models.text.minilm import MiniLMTextEncoder
 from nearfar.models.text.ngram import NgramTextEncoder
 from nearfar.models.text.protocol import TextEncoder
@@ -17,4 +23,5 @@ __all__ = [
     "build_text_encoder",
     "embed_texts",
     "load_text_encoder",
+    "save_text_encoder",
 ]

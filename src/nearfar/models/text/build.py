@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import os
+import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,14 +13,14 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from nearfar.data.cache import cached_array
+from nearfar.data.cache import cache_dir, cached_array, content_key
 from nearfar.errors import NearfarError, nearest_name
 from nearfar.models.text.minilm import MiniLMTextEncoder
 from nearfar.models.text.ngram import NgramTextEncoder
 from nearfar.models.text.protocol import TextEncoder, read_spec
 from nearfar.models.text.transformer import TransformerTextEncoder
 
-__all__ = ["TEXT_ENCODERS", "build_text_encoder", "embed_texts", "load_text_encoder"]
+__all__ = ["TEXT_ENCODERS", "build_text_encoder", "embed_texts", "load_text_encoder", "save_text_encoder"]
 
 TEXT_ENCODERS: dict[str, type[Any]] = {
     "ngram": NgramTextEncoder,
@@ -51,6 +54,31 @@ def load_text_encoder(folder: str | Path) -> TextEncoder:
     """The encoder that ``encoder.save(folder)`` wrote, ready to embed new texts."""
     encoder: TextEncoder = _encoder_class(read_spec(folder)["kind"]).load(folder)
     return encoder
+
+
+def save_text_encoder(encoder: TextEncoder, folder: str | Path) -> None:
+    """``encoder.save(folder)``, its bytes shared with every other run that uses the same encoder.
+
+    The files are kept in the cache under the encoder's fingerprint and linked into ``folder``, so that a sweep of
+    twenty runs does not hold twenty copies; where links are impossible they are copied.
+    """
+    folder = Path(folder)
+    kept = cache_dir() / "text-encoders" / content_key(encoder.fingerprint())[:32]
+    try:
+        if not kept.exists():
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            temporary = Path(tempfile.mkdtemp(dir=kept.parent, prefix=".writing-"))
+            encoder.save(temporary)
+            try:
+                temporary.rename(kept)
+            except OSError:  # another process was faster
+                shutil.rmtree(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in kept.iterdir():
+            (folder / file.name).unlink(missing_ok=True)
+            os.link(file, folder / file.name)
+    except OSError:
+        encoder.save(folder)
 
 
 def embed_texts(encoder: TextEncoder, texts: Sequence[str], cache: bool = True) -> Float[np.ndarray, "n d"]:

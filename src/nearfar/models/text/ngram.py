@@ -23,7 +23,8 @@ from nearfar.models.text.protocol import read_spec, write_spec
 
 __all__ = ["NgramTextEncoder"]
 
-_VERSION = 1  # of this file's computation; part of every cache key
+_VERSION = 3  # of this file's computation; part of every cache key
+_EXACT_UP_TO = 6_000  # texts whose Gram matrix is decomposed instead
 _ARRAYS_FILE = "text_encoder.npz"
 _POWER_ITERATIONS = 2  # each is a pass over the texts; four scored the same in retrieval
 
@@ -152,7 +153,6 @@ class NgramTextEncoder:
 
     def _fit(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
         from scipy import sparse
-        from sklearn.utils.extmath import randomized_svd
 
         self._blocks = []
         parts = []
@@ -169,12 +169,16 @@ class NgramTextEncoder:
             )
         matrix = sparse.hstack(parts, format="csr")
         dims = min(self.options["dims"], min(matrix.shape) - 1) or 1
-        _, values, axes = randomized_svd(
-            matrix, dims, n_iter=_POWER_ITERATIONS, random_state=self.options["seed"]
-        )
+        values, axes = _right_singular_vectors(matrix, dims, self.options["seed"])
         real = values > values[0] * 1e-5  # axes beyond the rank of the texts are noise
         scale = values[real] ** (self.options["singular_power"] - 1)
-        self._axes = np.ascontiguousarray((axes[real] * scale[:, None]).T, dtype=np.float32)
+        scale = (
+            scale / scale[0]
+        )  # rows are brought to unit length: only ratios matter, and float16 has its range
+        # Rounded to what is stored, so that a saved encoder gives the very vectors that training saw.
+        self._axes = np.ascontiguousarray((axes[real] * scale[:, None]).T, dtype=np.float16).astype(
+            np.float32
+        )
         return self._state()
 
     def _vectorizers(self) -> list[tuple[float, Any]]:
@@ -205,7 +209,7 @@ class NgramTextEncoder:
 
     def _state(self) -> dict[str, np.ndarray]:
         assert self._axes is not None
-        state: dict[str, np.ndarray] = {"axes": self._axes}
+        state: dict[str, np.ndarray] = {"axes": self._axes.astype(np.float16)}
         for _, vectorizer in self._blocks:
             part = "words" if vectorizer.analyzer == "word" else "chars"
             terms = json.dumps(list(vectorizer.get_feature_names_out())).encode()
@@ -214,7 +218,7 @@ class NgramTextEncoder:
         return state
 
     def _restore(self, state: dict[str, np.ndarray]) -> None:
-        self._axes = state["axes"]
+        self._axes = state["axes"].astype(np.float32)
         self._blocks = []
         for weight, vectorizer in self._vectorizers():
             part = "words" if vectorizer.analyzer == "word" else "chars"
@@ -222,3 +226,25 @@ class NgramTextEncoder:
                 vectorizer.vocabulary = json.loads(state[f"{part}_terms"].tobytes())
                 vectorizer.idf_ = state[f"{part}_idf"]
                 self._blocks.append((weight, vectorizer))
+
+
+def _right_singular_vectors(matrix: Any, dims: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Singular values, falling, and right singular vectors (dims, terms) of a sparse (texts, terms) matrix.
+
+    Few texts: exactly, from the eigenvectors of the small Gram matrix, which for thousands of axes is also faster.
+    """
+    if matrix.shape[0] > _EXACT_UP_TO:
+        from sklearn.utils.extmath import randomized_svd
+
+        _, values, axes = randomized_svd(matrix, dims, n_iter=_POWER_ITERATIONS, random_state=seed)
+        return values, axes
+    from scipy.linalg import eigh
+
+    texts = matrix.shape[0]
+    gram = (matrix @ matrix.T).toarray().astype(np.float64)
+    squares, left = eigh(gram, subset_by_index=[texts - dims, texts - 1])
+    order = np.argsort(squares)[::-1]
+    values = np.sqrt(np.maximum(squares[order], 0.0))
+    left = left[:, order] * np.sign(left[:, order].sum(axis=0) + 1e-12)  # eigenvectors come with either sign
+    axes = (matrix.T @ left).T / np.maximum(values, 1e-12)[:, None]
+    return values, axes

@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from nearfar.batching import Neighbors, nearest_neighbors
 from nearfar.data.cache import content_key
+from nearfar.errors import NearfarError
 from nearfar.losses import InfoNCELoss, duplicate_mask, false_negative_mask
 from nearfar.metrics import Estimate, rank_estimates, retrieval_ranks
-from nearfar.models.text import TextEncoder, build_text_encoder, embed_texts
+from nearfar.models.text import TextEncoder, build_text_encoder, embed_texts, save_text_encoder
 from nearfar.systems.molecules.data import (
     MoleculeData,
     MoleculeDataset,
@@ -49,6 +51,7 @@ class MoleculeSystem:
         self.data: MoleculeData
         self.text_encoder: TextEncoder
         self.neighbors: Neighbors
+        self._directions: np.ndarray  # of the training texts, see text_directions
         self._datasets: dict[str, MoleculeDataset] = {}
 
     # -- data ------------------------------------------------------------------------------------------------
@@ -69,8 +72,10 @@ class MoleculeSystem:
                 mask_bonds=config.augment_bonds if name == "train" else 0.0,
                 seed=config.seed,
             )
-        text = self._datasets["train"].text.numpy()
-        self.neighbors = nearest_neighbors(text, neighbors_needed(config, len(train)), ids=train.ids)
+        self._directions = text_directions(self._datasets["train"].text.numpy(), say)
+        self.neighbors = nearest_neighbors(
+            self._directions, neighbors_needed(config, len(train)), ids=train.ids
+        )
 
     def load_data(self, say: Say) -> MoleculeData:
         data = self.config.data
@@ -130,7 +135,7 @@ class MoleculeSystem:
         """Apply schedules, measure the batches, and at the first hard epoch check that they are hard."""
         record = epoch_record(self.config, epoch, sampler, self.neighbors, say)
         if epoch == self.config.curriculum_epoch:
-            check_batches(self.config, sampler, self._datasets["train"].text.numpy(), say)
+            check_batches(self.config, sampler, self._directions, say)
         return record
 
     # -- model and loss --------------------------------------------------------------------------------------
@@ -187,7 +192,30 @@ class MoleculeSystem:
 
     def save_assets(self, folder: Path) -> None:
         """The fitted text encoder, without which new texts could not be embedded."""
-        self.text_encoder.save(folder / "text_encoder")
+        save_text_encoder(self.text_encoder, folder / "text_encoder")
+
+
+def text_directions(text: Float[np.ndarray, "n d"], say: Say) -> Float[np.ndarray, "n d"]:
+    """Text embeddings fit for a cosine: rows of zeros, texts without a known term, get random directions.
+
+    Such a text is near to nothing, and a random direction in many dimensions says just that. More than half of them
+    is an error: then the text encoder does not suit these texts.
+    """
+    unknown = ~text.any(axis=1)
+    count = int(unknown.sum())
+    if not count:
+        return text
+    if count > len(text) / 2:
+        raise NearfarError(
+            f"{count} of {len(text)} training texts hold no term that the text encoder kept. Terms in nearly all or in a "
+            "single text are left out: try text_encoder.max_df=1.0, text_encoder.min_df=1 or another text_encoder."
+        )
+    say(
+        f"{count} of {len(text)} training texts hold no term that the text encoder kept; they are nobody's neighbour"
+    )
+    directions = text.copy()
+    directions[unknown] = np.random.default_rng(0).standard_normal((count, text.shape[1])).astype(text.dtype)
+    return directions
 
 
 def _scaffold_labels(split: MoleculeSplit) -> np.ndarray:
