@@ -18,8 +18,8 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-demo: setup  ## train on 20,000 real molecules, random against hard batches, and compare (about 8 minutes)
-	$(BIN)/nearfar train --multirun experiment=molecules_demo sampler=random,partition seed=0,1
+demo: setup  ## train on 20,000 real molecules, random against hard batches, and compare (about 7 minutes)
+	$(BIN)/nearfar train --multirun experiment=molecules_demo sampler=random,hard seed=0,1,2
 	$(BIN)/nearfar compare runs/molecules_demo --baseline sampler=random
 
 test: setup lint types unit  ## lint, types and tests

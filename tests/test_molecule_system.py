@@ -206,7 +206,6 @@ def test_search_and_embed(tmp_path: Path, files: list[str]) -> None:
         (["molecule_encoder=grpah"], "did you mean 'graph'"),
         (["hidden=15", "heads=4", "molecule_encoder=graph"], "multiple of heads"),
         (["epochs=ten"], "a whole number is needed"),
-        (["curriculum_epoch=3"], "no effect with sampler=random"),
         (["augment_atoms=0.1"], "act on graphs"),
         (["lr_schedule=cosin"], "did you mean 'cosine'"),
         (["text_encoder.kind=ngrm"], "did you mean 'ngram'"),

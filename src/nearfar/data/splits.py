@@ -2,32 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping
 from itertools import combinations
 from typing import Any, Literal
 
 from nearfar.errors import NearfarError
+from nearfar.metrics.estimate import split_hash
 
 __all__ = ["check_disjoint", "split_hash"]
-
-
-def split_hash(ids: Iterable[object], length: int = 16) -> str:
-    """A short name for a set of items: sha256 over their sorted ids, so the order does not matter.
-
-    Two estimates may be compared only if they were taken on the same items; this is how that is known.
-
-    >>> split_hash(["a", "b"]) == split_hash(["b", "a"])
-    True
-    >>> split_hash(["a", "b"]) == split_hash(["ab"])
-    False
-    """
-    digest = hashlib.sha256()
-    for item in sorted(str(item) for item in ids):
-        encoded = item.encode()
-        digest.update(len(encoded).to_bytes(8, "little"))  # so that ("a", "b") and ("ab",) differ
-        digest.update(encoded)
-    return digest.hexdigest()[:length]
 
 
 def check_disjoint(

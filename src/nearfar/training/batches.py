@@ -96,6 +96,10 @@ def epoch_record(
 ) -> dict[str, Any]:
     """Apply the schedules of epoch ``epoch`` (from 0) and measure the batches that come out of them."""
     record: dict[str, Any] = {"sampler": config.sampler.name}
+    if epoch == 0 and config.curriculum_epoch and config.sampler.name not in ("hard", "partition"):
+        say(
+            f"curriculum_epoch={config.curriculum_epoch} has no effect: sampler={config.sampler.name} has no hard batches"
+        )
     if config.sampler.name == "hard":
         sampler.hard_ratio = float(schedule(config.hard_ratio)(epoch, config.epochs))
         sampler.hardness_k = int(schedule(config.hardness_k, integer=True)(epoch, config.epochs))

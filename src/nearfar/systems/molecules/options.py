@@ -75,11 +75,6 @@ def check_options(config: Any) -> None:
         raise NearfarError(
             f"false_negative_threshold={threshold}: a cosine between -1 and 1 is needed (.95 is usual)."
         )
-    if config.curriculum_epoch and config.sampler.name not in ("hard", "partition"):
-        raise NearfarError(
-            f"curriculum_epoch={config.curriculum_epoch} has no effect with sampler={config.sampler.name}: "
-            "there are no hard batches to switch to. Choose sampler=hard, or leave it out."
-        )
     if (config.augment_atoms or config.augment_bonds) and config.molecule_encoder == "fingerprint":
         raise NearfarError(
             "augment_atoms and augment_bonds act on graphs; molecule_encoder=fingerprint has none."

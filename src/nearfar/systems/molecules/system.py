@@ -207,8 +207,8 @@ def text_directions(text: Float[np.ndarray, "n d"], say: Say) -> Float[np.ndarra
         return text
     if count > len(text) / 2:
         raise NearfarError(
-            f"{count} of {len(text)} training texts hold no term that the text encoder kept. Terms in nearly all or in a "
-            "single text are left out: try text_encoder.max_df=1.0, text_encoder.min_df=1 or another text_encoder."
+            f"{count} of {len(text)} training texts hold no term that the text encoder kept. Terms in nearly all texts "
+            "or in one alone are left out: try text_encoder.max_df=1.0, text_encoder.min_df=1, or another text_encoder."
         )
     say(
         f"{count} of {len(text)} training texts hold no term that the text encoder kept; they are nobody's neighbour"
