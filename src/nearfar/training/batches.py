@@ -97,9 +97,7 @@ def epoch_record(
     """Apply the schedules of epoch ``epoch`` (from 0) and measure the batches that come out of them."""
     record: dict[str, Any] = {"sampler": config.sampler.name}
     if epoch == 0 and config.curriculum_epoch and config.sampler.name not in ("hard", "partition"):
-        say(
-            f"curriculum_epoch={config.curriculum_epoch} has no effect: sampler={config.sampler.name} has no hard batches"
-        )
+        say(f"curriculum_epoch has no effect: sampler={config.sampler.name} has no hard batches to switch to")
     if config.sampler.name == "hard":
         sampler.hard_ratio = float(schedule(config.hard_ratio)(epoch, config.epochs))
         sampler.hardness_k = int(schedule(config.hardness_k, integer=True)(epoch, config.epochs))

@@ -23,8 +23,8 @@ class FingerprintEncoder(nn.Module):
         input_dropout: share of the substructures hidden from the network in every step.
 
     Counts enter as sign(x) · log(1 + |x|), so that a chain of forty atoms does not drown the rest; bits are
-    only scaled. Input dropout is what keeps a network of millions of weights from learning a few thousand
-    molecules by heart: no single substructure may carry a molecule (docs/experiments/molecules.md).
+    only scaled. Input dropout hides substructures at random, so that no single one may carry a molecule: on a
+    few thousand molecules it helps in both directions of retrieval (docs/experiments/molecules.md).
 
     >>> encoder = FingerprintEncoder(2048, hidden=64, out_dim=16)
     >>> encoder(torch.ones(3, 2048)).shape
@@ -38,7 +38,7 @@ class FingerprintEncoder(nn.Module):
         out_dim: int = 512,
         layers: int = 2,
         dropout: float = 0.4,
-        input_dropout: float = 0.5,
+        input_dropout: float = 0.2,
     ) -> None:
         super().__init__()
         if layers < 1:

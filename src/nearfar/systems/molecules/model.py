@@ -61,7 +61,7 @@ class MoleculeTextModel(nn.Module):
         fingerprint_hidden: int = 1024,
         fingerprint_layers: int = 2,
         fingerprint_dropout: float = 0.4,
-        input_dropout: float = 0.5,
+        input_dropout: float = 0.2,
         text_dropout: float = 0.1,
         temperature: float = 0.07,
         learn_temperature: bool = False,
