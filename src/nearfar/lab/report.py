@@ -11,6 +11,7 @@ from markupsafe import Markup
 
 from nearfar.lab.charts import hardness_chart, intervals_chart, line_chart
 from nearfar.lab.reading import read_comparison
+from nearfar.lab.table import short_number
 from nearfar.metrics import Estimate
 from nearfar.training.run_folder import RunFolder
 
@@ -31,7 +32,7 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["number"] = lambda v: "–" if v is None else f"{v:.3f}" if abs(v) < 10 else f"{v:.1f}"
+    environment.filters["number"] = lambda value: "–" if value is None else short_number(value)
     environment.filters["signed"] = lambda v: f"{v:+.3f}"
     environment.filters["arrow"] = lambda name: (
         name.replace("_to_", " → ").replace("/", " · ").replace("_", " ")

@@ -9,11 +9,18 @@ from nearfar.lab.compare import Comparison
 from nearfar.metrics import Difference, Estimate
 from nearfar.training.run_folder import RunFolder
 
-__all__ = ["cluster_table", "comparison_tables", "metrics_table", "verdict_table"]
+__all__ = ["cluster_table", "comparison_tables", "metrics_table", "short_number", "verdict_table"]
 
 
-def _number(value: float) -> str:
-    return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+def short_number(value: float) -> str:
+    """Three decimals; two digits for small numbers such as a chance level, which 0.000 would hide.
+
+    >>> [short_number(value) for value in (0.5861, 0.000385, 0.0, 1300.5)]
+    ['0.586', '0.00038', '0.000', '1300.5']
+    """
+    if abs(value) >= 10:
+        return f"{value:.1f}"
+    return f"{value:.2g}" if 0 < abs(value) < 0.005 else f"{value:.3f}"
 
 
 def _name(metric: str) -> str:
@@ -21,7 +28,7 @@ def _name(metric: str) -> str:
 
 
 def _interval(low: float, high: float) -> str:
-    return f"[{_number(low)}, {_number(high)}]"
+    return f"[{short_number(low)}, {short_number(high)}]"
 
 
 def metrics_table(folder: RunFolder) -> Table:
@@ -36,9 +43,9 @@ def metrics_table(folder: RunFolder) -> Table:
         estimate = Estimate.from_dict(content)
         table.add_row(
             _name(name),
-            _number(estimate.value),
+            short_number(estimate.value),
             _interval(estimate.low, estimate.high),
-            _number(estimate.chance),
+            short_number(estimate.chance),
             str(estimate.protocol.get("gallery", "")),
             str(estimate.n) + (" (trivial)" if estimate.trivial else ""),
         )
@@ -61,10 +68,10 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
     for name in comparison.summary[comparison.arms[0].label]:
         row = [_name(name)]
         estimate = first.get(name)
-        row += [_number(estimate.chance), str(estimate.protocol.get("gallery", ""))] if estimate else ["", ""]
+        row += [short_number(estimate.chance), str(estimate.protocol.get("gallery", ""))] if estimate else ["", ""]
         for arm in comparison.arms:
             found = comparison.summary[arm.label].get(name)
-            row.append(f"{_number(found.value)} {_interval(found.low, found.high)}" if found else "–")
+            row.append(f"{short_number(found.value)} {_interval(found.low, found.high)}" if found else "–")
         arms.add_row(*row)
     tables = [arms]
     for label, differences in comparison.differences.items():
