@@ -1,8 +1,33 @@
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner, Result
+
+from nearfar.cli import _report, app
+from nearfar.errors import NearfarError
+from nearfar.training.run_folder import RunFolder
+
+SMALL = [
+    "epochs=1",
+    "batch_size=16",
+    "embedding_dim=16",
+    "fingerprint_hidden=32",
+    "fingerprint_bits=128",
+    "fingerprints=[morgan]",
+    "bootstrap=100",
+    "hardness_k=20",
+    "text_encoder.dims=32",
+    "trainer.accelerator=cpu",
+    "trainer.threads=1",
+]
 
 
 def nearfar(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -53,3 +78,164 @@ def test_verify_sampler() -> None:
     done = nearfar("verify", "sampler")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "passed" in done.stdout
+
+
+# -- a trained run -------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module", autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NEARFAR_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """A tiny run on a file whose columns have names of their own."""
+    from rich.console import Console
+
+    from nearfar.launch import compose_config, run_one
+    from tiny_molecules import pairs
+
+    folder = tmp_path_factory.mktemp("trained")
+    lines = ["Key\tLeft\tRight"] + [f"m{i}\t{s}\t{t}" for i, (s, t) in enumerate(pairs())]
+    (folder / "own.tsv").write_text("\n".join(lines) + "\n")
+    overrides = ["experiment=molecules", *SMALL, f"data.train={folder / 'own.tsv'}", f"runs_dir={folder}"]
+    overrides += ["data.smiles_column=Left", "data.text_column=Right", "data.id_column=Key", "name=run"]
+    with open(folder / "log.txt", "w") as log:
+        return run_one(compose_config(overrides), overrides, False, Console(file=log))
+
+
+@pytest.fixture
+def copy(run: RunFolder, tmp_path: Path) -> tuple[RunFolder, Path]:
+    """The same run on a copy of its data, which a test may spoil."""
+    data = tmp_path / "own.tsv"
+    shutil.copyfile(run.path.parent / "own.tsv", data)
+    shutil.copytree(run.path, tmp_path / "run")
+    folder = RunFolder(tmp_path / "run")
+    text = (run.path / "config.yaml").read_text()
+    folder.write_text("config.yaml", text.replace(str(run.path.parent / "own.tsv"), str(data)))
+    return folder, data
+
+
+def call(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def answer(*arguments: object) -> str:
+    """What a command prints, which must succeed."""
+    done = call(*arguments)
+    assert done.exit_code == 0, (done.output, done.exception)
+    return done.output
+
+
+def refusal(*arguments: object) -> str:
+    """The error of a command, which must be one that the user can mend."""
+    done = call(*arguments)
+    assert isinstance(done.exception, NearfarError), (done.output, done.exception)
+    return str(done.exception)
+
+
+def test_embed_keeps_a_text_whose_molecule_is_unreadable(run: RunFolder, tmp_path: Path) -> None:
+    table = tmp_path / "new.csv"
+    table.write_text("id,smiles,text\na,CCO,an alcohol\nb,nonsense((,an amine\nc,CCN,\nd,,\n")
+    shown = answer("embed", run, table, "-o", tmp_path / "out.npz")
+    with np.load(tmp_path / "out.npz") as arrays:
+        assert arrays["molecule_ids"].tolist() == ["a", "c"]
+        assert arrays["text_ids"].tolist() == ["a", "b"]
+        assert arrays["molecules"].shape == arrays["texts"].shape == (2, 16)
+        assert "ids" not in arrays
+    for words in ("2 molecules, 2 texts", "unparsable SMILES 1 (first: row 3 'nonsense(('", "empty text 2"):
+        assert words in shown, words
+    table.write_text("id,smiles,text\na,CCO,an alcohol\nb,CCN,an amine\n")
+    assert "rejected" not in answer("embed", run, table, "-o", tmp_path / "out.npz")
+    with np.load(tmp_path / "out.npz") as arrays:
+        assert arrays["ids"].tolist() == ["a", "b"]
+        assert sorted(arrays.files) == ["ids", "molecules", "texts"]
+    table.write_text("text\nan alcohol\n")
+    answer("embed", run, table, "-o", tmp_path / "out.npz")
+    with np.load(tmp_path / "out.npz") as arrays:
+        assert sorted(arrays.files) == ["ids", "texts"]
+    table.write_text("smiles\nnonsense((\n")
+    assert "no row can be embedded; 1 row rejected" in refusal(
+        "embed", run, table, "-o", tmp_path / "out.npz"
+    )
+
+
+def test_columns_of_a_new_table(run: RunFolder, tmp_path: Path) -> None:
+    """The run's own headers if they are there, else the usual ones, else what the options say."""
+    output = tmp_path / "out.npz"
+    table = tmp_path / "new.csv"
+    for header in ("Key,Left,Right", "id,smiles,text"):
+        table.write_text(f"{header}\na,CCO,an alcohol\n")
+        assert "1 molecules, 1 texts" in answer("embed", run, table, "-o", output)
+        assert "an alcohol" in answer("search", run, "an alcohol", "--gallery", table)
+    table.write_text("who,what,words\na,CCO,an alcohol\n")
+    message = refusal("embed", run, table, "-o", output)
+    assert "--smiles-column NAME" in message
+    assert "data." not in message
+    assert "Name the column with --smiles-column NAME" in refusal("search", run, "x", "--gallery", table)
+    named = ("--smiles-column", "what", "--text-column", "words", "--id-column", "who")
+    answer("embed", run, table, "-o", output, *named)
+    with np.load(output) as arrays:
+        assert arrays["ids"].tolist() == ["a"]
+    assert "an alcohol" in answer("search", run, "an alcohol", "--gallery", table, *named)
+    assert "did you mean 'words'" in refusal("embed", run, table, "-o", output, "--text-column", "wrds")
+
+
+def test_where_output_cannot_go_is_said_before_the_work(
+    run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nearfar.systems.molecules.search import TrainedMolecules
+
+    for name in ("embed_molecules", "embed_texts"):
+        monkeypatch.setattr(TrainedMolecules, name, lambda *_: pytest.fail("it began to work"))
+    table = tmp_path / "new.csv"
+    table.write_text("smiles\nCCO\n")
+    assert "is a folder; name the file" in refusal("embed", run, table, "-o", tmp_path)
+    assert "is a folder; name the file" in refusal("search", run, "an alcohol", "--html", tmp_path)
+    assert "is a file and not a folder" in refusal("search", run, "an alcohol", "--html", table / "x.html")
+
+
+def test_a_run_whose_data_changed_or_is_gone_is_not_searched(copy: tuple[RunFolder, Path]) -> None:
+    folder, data = copy
+    assert "the alcohol of" in answer("search", folder, "the alcohol of benzene", "-k", 30)
+    lines = data.read_text().splitlines()
+    data.write_text("\n".join([*lines[:-1], "m9999\tCCCCCCCCO\toctanol"]) + "\n")
+    message = refusal("search", folder, "the alcohol of benzene")
+    assert "data files have changed" in message
+    assert "--gallery FILE" in message
+    data.unlink()
+    message = refusal("search", folder, "the alcohol of benzene")
+    assert f"the run's data is not there (data.train={data}: no such file.)" in message
+    assert "--gallery FILE" in message
+
+
+def test_data_only_reads(run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nearfar.systems.molecules.system import MoleculeSystem
+
+    monkeypatch.setattr(MoleculeSystem, "prepare", lambda *_: pytest.fail("more than reading"))
+    columns = ["data.smiles_column=Left", "data.text_column=Right", "data.id_column=Key"]
+    data = run.path.parent / "own.tsv"
+    shown = answer("data", "experiment=molecules", f"data.train={data}", *columns)
+    layout = json.loads(shown[shown.index("{") :])
+    rows = sum(split["rows"] for split in layout["splits"].values())
+    assert rows == layout["sources"][0]["rows_used"] > 100
+    assert "no test file" in shown
+
+
+# -- messages ------------------------------------------------------------------------------------------------
+def test_messages_are_not_wrapped(tmp_path: Path) -> None:
+    path = tmp_path / "/".join(["a folder with a long name"] * 8) / "run"
+    done = nearfar("compare", str(path))
+    assert f"error {path}: no such run." in done.stderr.splitlines()
+
+
+def test_a_missing_package_says_what_to_install(capsys: pytest.CaptureFixture[str]) -> None:
+    error = ModuleNotFoundError("No module named 'torch_geometric.nn'", name="torch_geometric.nn")
+    assert _report(error) == 2
+    assert "pip install 'nearfar[molecules]'" in capsys.readouterr().err
+    assert _report(ModuleNotFoundError("No module named 'wandb'", name="wandb")) == 2
+    assert "pip install 'nearfar[loggers]'" in capsys.readouterr().err
+    # A module that no extra brings is a mistake of ours, and its traceback is wanted.
+    assert _report(ModuleNotFoundError("No module named 'nearfar.oops'", name="nearfar.oops")) == 1
+    assert "ModuleNotFoundError" in capsys.readouterr().err

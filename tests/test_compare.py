@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from urllib.parse import unquote
 
+import numpy as np
 import pytest
 
 from nearfar.errors import NearfarError
@@ -100,3 +103,98 @@ def test_reports_stand_alone(runs: Path) -> None:
         assert outside not in page.replace("http://www.w3.org", "").replace("https://www.w3.org", ""), outside
     assert "Training loss" in page
     assert metrics_table(run).row_count == 5
+
+
+def copied(source: Path, target: Path, replace: dict[str, str] | None = None) -> RunFolder:
+    """A run's files in another folder, its configuration changed."""
+    folder = RunFolder(target)
+    target.mkdir(parents=True)
+    for name in ("metrics.json", "per_item.npz", "train_log.jsonl"):
+        (target / name).write_bytes((source / name).read_bytes())
+    text = (source / "config.yaml").read_text()
+    for old, new in (replace or {}).items():
+        assert old in text, old
+        text = text.replace(old, new)
+    folder.write_text("config.yaml", text)
+    return folder
+
+
+def test_how_a_run_was_started_is_not_in_its_label(runs: Path, tmp_path: Path) -> None:
+    source = runs / "lr=0.01,seed=0"
+    other = {"lr: 0.01": "lr: 0.02", "resume_from: null": "resume_from: runs/first"}
+    other |= {"start_epoch: null": "start_epoch: 3", "logger: null": "logger: tensorboard"}
+    copied(source, tmp_path / "a")
+    copied(source, tmp_path / "b", other)
+    comparison = compare_runs([tmp_path])
+    assert {arm.label for arm in comparison.arms} == {"lr=0.01", "lr=0.02"}
+
+
+def test_groups_and_lists_in_labels(runs: Path, tmp_path: Path) -> None:
+    source = runs / "lr=0.01,seed=0"
+    groups = {
+        "a": "text_encoder: {kind: ngram, dims: 64, chars: [3, 5]}",
+        "b": "text_encoder: {kind: ngram, dims: 128, chars: [3, 5]}",
+        "c": "text_encoder: {kind: minilm}",
+    }
+    for name, group in groups.items():
+        copied(source, tmp_path / name, {"logger: null": f"{group}\nkeys: [{name}, z]"})
+    comparison = compare_runs([tmp_path], baseline="text_encoder=minilm")
+    assert [arm.label for arm in comparison.arms] == [
+        "keys=[a,z], text_encoder=ngram, text_encoder.dims=64",
+        "keys=[b,z], text_encoder=ngram, text_encoder.dims=128",
+        "keys=[c,z], text_encoder=minilm",
+    ]
+    assert comparison.baseline.label == "keys=[c,z], text_encoder=minilm"
+    assert compare_runs([tmp_path], baseline="keys=['b', 'z']").baseline.parts[0] == "keys=[b,z]"
+    with pytest.raises(NearfarError, match="fits several arms"):
+        compare_runs([tmp_path], baseline="text_encoder=ngram")
+
+
+def test_seeds_of_one_arm_on_other_items_are_an_error(runs: Path, tmp_path: Path) -> None:
+    copied(runs / "lr=0.01,seed=0", tmp_path / "a0")
+    other = copied(runs / "lr=0.01,seed=1", tmp_path / "a1")
+    copied(runs / "lr=1e-12,seed=0", tmp_path / "b0")
+    compare_runs([tmp_path])
+    metrics = other.read_json("metrics.json")
+    metrics["splits"]["val"]["MRR"]["protocol"]["split"] = "the same ids, other texts"
+    other.write_json("metrics.json", metrics)
+    with pytest.raises(NearfarError, match=r"a1 was evaluated on other items than .*a0"):
+        compare_runs([tmp_path])
+    other.path.joinpath("metrics.json").write_bytes((tmp_path / "a0" / "metrics.json").read_bytes())
+    with np.load(other.path / "per_item.npz") as arrays:
+        shorter = {name: arrays[name][:-1] for name in arrays.files}
+    np.savez(other.path / "per_item.npz", **shorter)
+    with pytest.raises(NearfarError, match=r"a1 was evaluated on other items than .*a0"):
+        compare_runs([tmp_path])
+
+
+def test_a_config_inside_a_run_is_no_run(runs: Path, tmp_path: Path) -> None:
+    for seed in (0, 1):
+        folder = copied(runs / f"lr=0.01,seed={seed}", tmp_path / "grid" / f"seed={seed}")
+        (folder.path / "wandb" / "files").mkdir(parents=True)
+        (folder.path / "wandb" / "files" / "config.yaml").write_text("wandb_version: 1\n")
+    assert [run.name for run in find_runs([tmp_path])] == ["seed=0", "seed=1"]
+
+
+def test_links_lead_from_the_report_to_the_runs(runs: Path, tmp_path: Path) -> None:
+    copied(runs / "lr=0.01,seed=0", tmp_path / "a" / "lr=0.01, seed=0")
+    copied(runs / "lr=1e-12,seed=0", tmp_path / "b" / "deep" / "run")
+    for output in (None, tmp_path / "elsewhere" / "page.html"):
+        path = write_comparison(compare_runs([tmp_path]), output)
+        links = re.findall(r'<a href="([^"]+)/report.html"', path.read_text())
+        assert len(links) == 2
+        for link in links:
+            assert (path.parent / unquote(link) / "config.yaml").exists(), link
+
+
+def test_shares_of_hard_items_are_shown(runs: Path, tmp_path: Path) -> None:
+    folder = copied(runs / "lr=0.01,seed=0", tmp_path / "run")
+    folder.write_json("environment.json", {})
+    folder.write_json("dataset_layout.json", {})
+    plan = {"kind": "plan", "epoch": 1, "step": 0, "sampler": "hard", "hardness": [9.0] * 4}
+    plan |= {"hardness_random": 1.0, "false_negatives": 0.0}
+    folder.append(plan | {"nominal_hard": 0.625, "realised_hard": [0.62, 0.61, 0.6, 0.5925]})
+    folder.append(plan | {"epoch": 2, "sampler": "random", "nominal_hard": None, "realised_hard": None})
+    page = write_report(folder).read_text()
+    for words in ("hard share asked", "<td>0.625</td>", "0.620 0.610 0.600 0.593", "<td>–</td>"):
+        assert words in page, words

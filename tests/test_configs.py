@@ -11,13 +11,16 @@ from omegaconf import OmegaConf
 from nearfar.configs import experiments
 from nearfar.errors import NearfarError
 from nearfar.launch import (
-    _first_values,
+    _check_runs,
     choose_folder,
     compose_config,
+    expand,
     merge_overrides,
+    quote_paths,
     run_name,
     with_saved_overrides,
 )
+from nearfar.systems import check_config
 from nearfar.training.run_folder import RunFolder
 
 REQUIRED = {"fine_tune": ["init_from=runs/some"]}
@@ -65,24 +68,38 @@ def test_misspelt_options_are_answered_with_the_nearest_name(overrides: list[str
 
 def test_a_value_that_cannot_be_parsed() -> None:
     with pytest.raises(NearfarError, match="key=value"):
-        _first_values(["lr=[1"])
+        list(expand(["lr=[1"]))
+    with pytest.raises(NearfarError, match="list the values"):
+        list(expand(["sampler=glob(*)"]))
 
 
-def test_first_values_of_a_sweep() -> None:
-    sweep = [
-        "experiment=molecules",
-        "seed=0,1",
-        "sampler=hard,random",
-        "lr=1e-3",
-        "hardness_k=range(10,30,10)",
-    ]
-    assert _first_values(sweep) == [
-        "experiment=molecules",
-        "seed=0",
-        "sampler=hard",
-        "lr=1e-3",
-        "hardness_k=10",
-    ]
+def test_a_sweep_is_expanded_in_full() -> None:
+    sweep = ["experiment=molecules", "seed=0,1", "sampler=hard,random", "hardness_k=range(10,30,10)"]
+    runs = list(expand(sweep))
+    assert len(runs) == 8
+    assert runs[0] == ["experiment=molecules", "seed=0", "sampler=hard", "hardness_k=10"]
+    assert runs[-1] == ["experiment=molecules", "seed=1", "sampler=random", "hardness_k=20"]
+
+
+def test_a_typo_in_any_run_of_a_sweep_stops_it_before_the_first() -> None:
+    with pytest.raises(NearfarError, match="did you mean 'hard'"):
+        _check_runs(["experiment=molecules", "sampler=random,hrd"], sweep=True)
+    with pytest.raises(NearfarError, match=r"hard_ratio=1\.5"):
+        _check_runs(["experiment=molecules", "sampler=hard", "hard_ratio=0.3,1.5,0.5"], sweep=True)
+    with pytest.raises(NearfarError, match="add -m"):
+        _check_runs(["experiment=molecules", "seed=0,1"], sweep=False)
+
+
+def test_paths_that_look_like_syntax_are_quoted(tmp_path: Path) -> None:
+    odd = tmp_path / "sampler=hard,seed=1 (copy)"
+    odd.mkdir()
+    (quoted,) = quote_paths([f"init_from={odd}"])
+    assert compose_config(["experiment=molecules", quoted]).init_from == str(odd)
+
+
+def test_fine_tune_asks_for_a_model() -> None:
+    with pytest.raises(NearfarError, match="give init_from=RUN"):
+        check_config(compose_config(["experiment=fine_tune"]))
 
 
 def test_names_are_short_and_distinct() -> None:
@@ -111,9 +128,6 @@ def test_a_run_is_never_overwritten_in_silence(tmp_path: Path) -> None:
     assert choose_folder(config, overrides, False)[0].path == tmp_path / "first"
     config.lr = 0.5
     with pytest.raises(NearfarError, match=r"another configuration.*lr"):
-        choose_folder(config, overrides, False)
-    config.exists = "perhaps"
-    with pytest.raises(NearfarError, match="number, skip or replace"):
         choose_folder(config, overrides, False)
 
 

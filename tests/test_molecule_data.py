@@ -65,8 +65,8 @@ def test_every_rejected_row_is_counted_with_its_reason(tmp_path):
         ("c1ccccc1", "benzene"),
     ]
     path = write(tmp_path / "train.txt", rows)
-    with pytest.warns(UserWarning, match="5 rows rejected"):
-        data = load_files(path, val_fraction=0.3, val_split="random")
+    data = load_files(path, val_fraction=0.3, val_split="random")
+    assert f"train: {path}: 5 rows rejected: unparsable SMILES 2 (first: row 6 'C1CC'" in data.summary()
     (source,) = data.layout()["sources"]
     assert source["rejections"]["by_reason"] == {
         "repeated row": 1,
@@ -90,8 +90,8 @@ def test_groups_mark_equal_structures_and_texts(tmp_path):
     rows = [("CCO", "a"), ("OCC", "b"), ("CCCO", "A"), ("CCCCO", "c")]
     path = write(tmp_path / "train.txt", rows)
     val = write(tmp_path / "val.txt", [("C(C)O", "c"), ("CCS", "d")])
-    with pytest.warns(UserWarning, match="train and val share 2 ids, 1 structures, 1 texts"):
-        data = load_files(path, val)
+    data = load_files(path, val)
+    assert "split leak: train and val share 2 ids, 1 structures, 1 texts" in data.summary()
     assert data.val is not None
     assert data.train.structure_group.tolist() == [0, 0, 1, 2]
     assert data.train.text_group.tolist() == [0, 1, 0, 2]
@@ -127,8 +127,8 @@ def test_held_out_validation_shares_no_scaffold(pairs):
 def test_repeated_and_missing_ids(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("id,smiles,text\n7,CCO,a\n7,CCC,b\n7#2,CCN,c\n,CCF,d\n7,CCCl,e\n")
-    with pytest.warns(UserWarning, match="split leak"):
-        data = load_files(path, path)
+    data = load_files(path, path)
+    assert "split leak" in data.summary()
     assert data.train.ids == ["7", "7#3", "7#2", "row5", "7#4"]
     assert len(set(data.train.ids)) == 5
     assert data.sources[0]["ids_made_unique"] == 2
@@ -145,12 +145,14 @@ def test_errors_of_bad_files(tmp_path, pairs):
         load_files(path)
     swapped = tmp_path / "column.csv"
     swapped.write_text("structur,description\nC,a\n")
-    with pytest.raises(NearfarError, match=r"no column for smiles.*smiles_column="):
+    with pytest.raises(
+        NearfarError, match=r"no column for smiles.*Name the column with data.smiles_column=NAME"
+    ):
         load_files(swapped)
     with pytest.raises(NearfarError, match=r"no column 'descripton'.*did you mean 'description'"):
         load_files(pairs, text_column="descripton")
     one = write(tmp_path / "one.txt", [("CCO", "a")])
-    with pytest.raises(NearfarError, match="leave no validation split"):
+    with pytest.raises(NearfarError, match=r"leave no validation split.*data.val=.*data.val_split=random"):
         load_files(one)
     with pytest.raises(NearfarError, match="did you mean 'scaffold'"):
         load_files(pairs, val_split="scafold")  # type: ignore[arg-type]
@@ -251,6 +253,47 @@ def test_embedded_set():
 def test_embedded_set_sizes_that_cannot_be():
     with pytest.raises(NearfarError, match="at least 10 molecules"):
         load_embedded(5)
+    with pytest.raises(NearfarError, match=r"raise data.embedded_size or the fraction"):
+        load_embedded(10, fractions=(0.0, 0.1))
+
+
+def test_embedded_set_larger_than_it_is(monkeypatch, tmp_path):
+    fields = ["1", "", "C4H10O", "", "CCCCO", "", "key", "butanol"]
+    line = "\t".join([*fields, "butan-1-ol"])
+    table = tmp_path / "identifiers.tsv"
+    table.write_text(line + "\n")
+    monkeypatch.setattr("nearfar.systems.molecules.embedded._path", lambda: table)
+    with pytest.raises(NearfarError, match=r"data.embedded_size=null takes them all"):
+        load_embedded(10)
+
+
+def test_reading_is_silent_and_the_summary_tells(tmp_path, pairs):
+    bad = write(tmp_path / "bad.txt", [("CCO", "ethanol"), ("C1CC", "open"), ("c1ccccc1O", "phenol")])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        data = load_files(pairs, bad, bad)
+    lines = data.summary().splitlines()
+    assert sum("1 row rejected: unparsable SMILES 1 (first: row 3 'C1CC'" in line for line in lines) == 2
+    assert any(line.startswith("split leak: val and test share") for line in lines)
+    assert data.layout()["leaks"]["val/test"]["structure"]["shared"] == 2
+    assert "rejected" not in load_files(pairs).summary()
+
+
+def test_examples_count_ties_by_expectation():
+    from nearfar.systems.molecules.examples import retrieval_examples
+    from nearfar.systems.molecules.records import Records, make_splits
+
+    smiles = ["C" * n for n in range(1, 6)]
+    records = Records("test", [*"abcde"], smiles, [f"text {s}" for s in smiles], ["chain:"] * 5)
+    split = make_splits({"train": records})["train"]
+    same = retrieval_examples(split, torch.ones(5, 3), torch.ones(5, 3))
+    assert {example["rank"] for example in same} == {3}  # the mean of 1 … 5
+    assert {example["kind"] for example in same} == {"nearly"}
+    distinct = retrieval_examples(split, torch.eye(5), torch.eye(5))
+    assert {(example["rank"], example["kind"]) for example in distinct} == {(1, "right")}
+    pair = torch.eye(5)[[0, 0, 2, 3, 4]]
+    ranks = sorted(example["rank"] for example in retrieval_examples(split, pair, pair))
+    assert ranks == [1, 1, 1, 1.5, 1.5]
 
 
 def test_embedded_set_without_its_package(monkeypatch):

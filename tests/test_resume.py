@@ -212,3 +212,60 @@ def test_early_stopping(tmp_path: Path) -> None:
     assert len(epochs) == 5
     assert folder.read_json("metrics.json")["best_epoch"] <= 5
     assert sorted(p.name for p in folder.checkpoints.iterdir()) == ["best.ckpt", "last.ckpt"]
+
+
+def test_a_run_that_stopped_early_stays_stopped(tmp_path: Path) -> None:
+    config = toy_config(epochs=30, lr=1e-9, patience=2)
+    folder = train(tmp_path / "run", config)
+    before = Checkpoint.load(folder.path)
+    metrics = folder.read_json("metrics.json")["splits"]
+    train(folder.path, config, Resume.find(str(folder.path), config))
+    assert states_equal(before, Checkpoint.load(folder.path))
+    assert folder.read_json("metrics.json")["splits"] == metrics
+
+
+def test_new_weight_decay_and_batch_size_are_taken_up(tmp_path: Path) -> None:
+    first = train(tmp_path / "first", toy_config(epochs=2))
+    config = toy_config(epochs=4, batch_size=16, lr_schedule="linear", warmup=0.0)
+    second = train(tmp_path / "second", config, Resume.find(str(first.path), config))
+    rates = [r["lr"] for r in second.log() if r["kind"] == "step" and r["epoch"] == 3]
+    # Half of the run is over, in epochs: half of the linear schedule too, although steps became fewer.
+    assert 0.35 * config.lr < rates[0] < 0.5 * config.lr
+    state = Checkpoint.load(second.path)
+    assert state.optimizer is not None
+    assert state.optimizer["param_groups"][0]["weight_decay"] == 0.01
+
+
+def test_start_epoch_writes_a_run_of_its_own_with_every_epoch_once(tmp_path: Path) -> None:
+    first = train(tmp_path / "first", toy_config(epochs=3))
+    config = toy_config(epochs=3, start_epoch=1)
+    resume = Resume.find(str(first.path), config)
+    assert not resume.exact
+    second = train(tmp_path / "second", config, resume)
+    assert [r["epoch"] for r in second.log() if r["kind"] == "epoch"] == [1, 2, 3]
+    assert [r["lr"] for r in second.log() if r["kind"] == "step"][-3] > 0
+
+
+def test_a_replaced_run_leaves_nothing_behind(tmp_path: Path) -> None:
+    folder = train(tmp_path / "run", toy_config(epochs=2))
+    (folder.path / "report.html").write_text("old")
+    folder.clear()
+    assert not folder.finished
+    with pytest.raises(NearfarError, match="no checkpoint"):
+        Checkpoint.load(folder.path)
+    train(folder.path, toy_config(epochs=1))
+    assert Checkpoint.load(folder.path).epoch == 1
+    assert not (folder.path / "report.html").exists()
+
+
+def test_resuming_the_best_checkpoint_in_place_forgets_what_came_later(tmp_path: Path) -> None:
+    config = toy_config(epochs=4)
+    folder = train(tmp_path / "run", config)
+    best = folder.checkpoints / "best.ckpt"
+    earlier = Checkpoint.load(best)
+    earlier.epoch, earlier.step = 2, 18
+    earlier.save(best)
+    resume = Resume.find(str(best), config)
+    resume.carry_over(folder, Checkpoint.load(best))
+    assert Checkpoint.load(folder.checkpoints / "last.ckpt").epoch == 2
+    assert max(r["epoch"] for r in folder.log()) == 2

@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib.util
 import socket
 import urllib.request
+from importlib import resources
 
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 import nearfar.models.text.minilm as minilm_module
 from nearfar.errors import NearfarError
@@ -119,12 +121,67 @@ def test_ngram_errors():
         build_text_encoder("ngram", max_df=0.9).fit(["abc def", "ghi jkl"])
     with pytest.raises(NearfarError, match="cannot both be switched off"):
         build_text_encoder("ngram", chars=None)
-    with pytest.raises(NearfarError, match=r"text_encoder.words is"):
+    with pytest.raises(NearfarError, match=r"text_encoder.words=\(2, 1\): the shortest and the longest"):
         build_text_encoder("ngram", words=(2, 1))
     with pytest.raises(NearfarError, match="it got 1"):
         build_text_encoder("ngram").fit(["one"])
     with pytest.raises(NearfarError, match="did you mean 'minilm'"):
         build_text_encoder("minlm")
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("ngram", {"dims": "abc"}),
+        ("ngram", {"dims": 2.0}),
+        ("ngram", {"min_df": "abc"}),
+        ("ngram", {"min_df": 0.5}),
+        ("ngram", {"max_df": "abc"}),
+        ("ngram", {"max_df": float("nan")}),
+        ("ngram", {"max_features": 0}),
+        ("ngram", {"singular_power": "abc"}),
+        ("ngram", {"singular_power": -1}),
+        ("ngram", {"word_weight": None}),
+        ("ngram", {"seed": True}),
+        ("ngram", {"chars": 3}),
+        ("ngram", {"chars": "35"}),
+        ("ngram", {"words": (1, "b")}),
+        ("transformer", {"model": 3}),
+        ("transformer", {"max_length": "abc"}),
+        ("transformer", {"batch_size": 0}),
+        ("transformer", {"normalize": "maybe"}),
+        ("transformer", {"device": "gpux"}),
+        ("minilm", {"max_length": 1}),
+    ],
+)
+def test_options_of_a_wrong_type_are_named(kind, options):
+    (name,) = options
+    with pytest.raises(NearfarError, match=f"text_encoder.{name}="):
+        build_text_encoder(kind, **options)
+
+
+def test_other_errors_of_scikit_learn_are_not_taken_for_missing_terms():
+    encoder = build_text_encoder("ngram")
+    encoder.options["max_df"] = "abc"  # past the check of the constructor
+    with pytest.raises(ValueError, match="'max_df' parameter") as error:
+        encoder.fit(TEXTS)
+    assert not isinstance(error.value, NearfarError)
+
+
+def test_max_df_of_one_is_all_texts():
+    """Hydra makes a whole number of ``max_df=1``, which scikit-learn would read as a single text."""
+    encoder = build_text_encoder("ngram", dims=4, max_df=1).fit(TEXTS)
+    assert "molecule" in TEXTS[0]
+    assert encoder.encode(["the molecule is a"]).any()
+
+
+def test_ngram_defaults_are_those_of_the_configuration():
+    folder = resources.files("nearfar.configs").joinpath("text_encoder")
+    with resources.as_file(folder.joinpath("ngram.yaml")) as path:
+        configured = OmegaConf.to_container(OmegaConf.load(path))
+    defaults = build_text_encoder().options
+    assert configured.pop("kind") == "ngram"
+    assert {name: defaults[name] for name in configured} == configured
 
 
 def test_empty_text_is_not_embedded():

@@ -66,6 +66,9 @@ class ToySystem:
     def build_sampler(self) -> Any:
         return RandomBatchSampler(N, self.config.batch_size, seed=self.config.seed)
 
+    def check_sampler(self, sampler: Any, say: Any) -> None:
+        pass
+
     def dataset(self, split: str) -> Any:
         return self.sets.get(split)
 

@@ -23,6 +23,11 @@ verify_app = typer.Typer(
 )
 app.add_typer(verify_app, name="verify")
 
+SmilesColumn = Annotated[
+    str | None, typer.Option(help="The table's SMILES column, if it is not found by name.")
+]
+TextColumn = Annotated[str | None, typer.Option(help="The table's text column, if it is not found by name.")]
+IdColumn = Annotated[str | None, typer.Option(help="The table's id column, if it is not found by name.")]
 HYDRA = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
@@ -34,18 +39,60 @@ def _console(stderr: bool = False) -> Any:
     return console if console.is_terminal else Console(stderr=stderr, width=120)
 
 
-def _report(error: Exception) -> int:
-    """Print an error the user can mend as a message, any other with its traceback; return the exit code."""
+def _say(console: Any, text: str, **options: Any) -> None:
+    # Not wrapped: a path or an override that is cut over two lines cannot be copied.
+    console.print(text, markup=False, highlight=False, soft_wrap=True, **options)
+
+
+#: packages that come with an extra, by the name under which they are imported
+OPTIONAL = {
+    "molecules": (
+        "chemicals",
+        "hydra",
+        "jinja2",
+        "lightning",
+        "markupsafe",
+        "matplotlib",
+        "omegaconf",
+        "pandas",
+        "pyarrow",
+        "rdkit",
+        "scipy",
+        "sklearn",
+        "torch_geometric",
+        "transformers",
+    ),
+    "loggers": ("mlflow", "tensorboard", "wandb"),
+}
+
+
+def _mendable(error: Exception) -> str | None:
+    """What the user can do about an error, or None where a traceback says more."""
     from nearfar.errors import NearfarError
 
+    if isinstance(error, NearfarError):
+        return str(error)
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        package = error.name.split(".")[0]
+        for extra, packages in OPTIONAL.items():
+            if package in packages:
+                return (
+                    f"this needs {package}, which is not installed. "
+                    f"Install it with: pip install 'nearfar[{extra}]'"
+                )
+    return None
+
+
+def _report(error: Exception) -> int:
+    """Print an error the user can mend as a message, any other with its traceback; return the exit code."""
+    console = _console(stderr=True)
     if type(error).__name__ == "Interrupted":
-        _console(stderr=True).print(
-            "stopped; the run is saved. Go on with: nearfar train resume_from=RUN", markup=False
-        )
+        _say(console, f"stopped; the run is saved. Go on with: nearfar train 'resume_from={error}'")
         return 130
-    if isinstance(error, NearfarError) and not os.environ.get("NEARFAR_TRACEBACK"):
-        _console(stderr=True).print("[bold red]error[/bold red]", end=" ")
-        _console(stderr=True).print(str(error), markup=False, highlight=False)
+    message = _mendable(error)
+    if message is not None and not os.environ.get("NEARFAR_TRACEBACK"):
+        _say(console, "error", style="bold red", end=" ")
+        _say(console, message)
         return 2
     import traceback
 
@@ -78,14 +125,13 @@ def train(
         return
     arguments = list(context.args)
     if dry_run:
-        from nearfar.launch import compose_config, with_saved_overrides
-        from nearfar.training.estimate import describe
+        from nearfar.launch import dry_run as describe
 
-        describe(compose_config(with_saved_overrides(arguments)), _console())
+        describe(arguments, _console())
         return
     from nearfar.launch import launch
 
-    launch(arguments, _console(), _report)
+    launch(arguments, _console())
 
 
 @app.command()
@@ -110,8 +156,8 @@ def compare(
     for table in comparison_tables(comparison):
         console.print(table)
     for paragraph in read_comparison(comparison):
-        console.print(paragraph + "\n", markup=False, highlight=False)
-    console.print(f"report: {write_comparison(comparison, output)}", markup=False, highlight=False)
+        _say(console, paragraph + "\n")
+    _say(console, f"report: {write_comparison(comparison, output)}")
 
 
 @app.command()
@@ -125,7 +171,7 @@ def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
     path = write_report(folder)
     console = _console()
     console.print(metrics_table(folder))
-    console.print(f"report: {path}", markup=False, highlight=False)
+    _say(console, f"report: {path}")
 
 
 @app.command()
@@ -135,11 +181,19 @@ def embed(
     output: Annotated[Path, typer.Option("--output", "-o", help="The .npz to write.")] = Path(
         "embeddings.npz"
     ),
+    smiles_column: SmilesColumn = None,
+    text_column: TextColumn = None,
+    id_column: IdColumn = None,
 ) -> None:
-    """Embed the rows of a table with a trained run."""
+    """Embed the rows of a table with a trained run.
+
+    The .npz holds [bold]molecules[/bold], [bold]texts[/bold] and their [bold]ids[/bold] ([bold]molecule_ids[/bold] and
+    [bold]text_ids[/bold], where some rows have only one of the two).
+    """
     from nearfar.systems import trained
 
-    trained(run).embed_table(data, output, _console())
+    columns = {"smiles": smiles_column, "text": text_column, "id": id_column}
+    trained(run).embed_table(data, output, _console(), columns)
 
 
 @app.command()
@@ -154,23 +208,28 @@ def search(
         Path | None, typer.Option(help="A table to search in; by default all molecules of the run's data.")
     ] = None,
     html: Annotated[Path | None, typer.Option(help="Also write the hits with pictures to this page.")] = None,
+    smiles_column: SmilesColumn = None,
+    text_column: TextColumn = None,
+    id_column: IdColumn = None,
 ) -> None:
     """Find the nearest molecules of a text, or the nearest texts of a molecule."""
     from nearfar.systems import trained
 
-    trained(run).search_and_print(query, molecule, k, gallery, html, _console())
+    columns = {"smiles": smiles_column, "text": text_column, "id": id_column}
+    trained(run).search_and_print(query, molecule, k, gallery, html, _console(), columns)
 
 
 @app.command(context_settings=HYDRA)
 def data(context: typer.Context) -> None:
     """Read an experiment's data and show what was taken, rejected and why: experiment=NAME data.train=…"""
-    from nearfar.launch import compose_config
+    from nearfar.launch import single_config
     from nearfar.systems import build_system
 
     console = _console()
-    system = build_system(compose_config(list(context.args)))
-    system.prepare(lambda text: console.print(text, markup=False, highlight=False))
-    console.print_json(data=system.layout())
+    system: Any = build_system(single_config(list(context.args)))
+    found = system.load_data(lambda text: _say(console, text))
+    _say(console, found.summary())
+    console.print_json(data=found.layout())
 
 
 @verify_app.command("sampler")

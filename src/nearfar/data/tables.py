@@ -52,6 +52,7 @@ def read_table(
     columns: Mapping[str, Sequence[str]],
     overrides: Mapping[str, str | None] | None = None,
     optional: Collection[str] = (),
+    naming: str = "{name}_column=NAME",
 ) -> Table:
     """Read the wanted columns of a TSV/TXT, CSV or Parquet file.
 
@@ -61,6 +62,8 @@ def read_table(
             and ``-`` against ``_`` do not matter.
         overrides: the header to use for a wanted column, instead of the aliases (``None``: use the aliases).
         optional: wanted columns that may be missing.
+        naming: how the caller's users give the header of the column ``{name}``, for the message that asks
+            them to.
 
     Raises:
         NearfarError: missing or empty file, a folder, other bytes than UTF-8, no row, a missing column (with
@@ -77,9 +80,9 @@ def read_table(
     _require_file(path)
     suffix = path.suffix.lower()
     if suffix in _PARQUET_SUFFIXES:
-        table = _read_parquet(path, columns, overrides or {}, optional)
+        table = _read_parquet(path, columns, overrides or {}, optional, naming)
     elif suffix in _TEXT_SUFFIXES:
-        table = _read_text(path, columns, overrides or {}, optional)
+        table = _read_text(path, columns, overrides or {}, optional, naming)
     else:
         known = ", ".join(_TEXT_SUFFIXES + _PARQUET_SUFFIXES)
         raise NearfarError(
@@ -115,6 +118,7 @@ def _read_text(
     columns: Mapping[str, Sequence[str]],
     overrides: Mapping[str, str | None],
     optional: Collection[str],
+    naming: str,
 ) -> Table:
     # Not str.splitlines: prose holds line separators (U+2028, form feeds) that do not end a row.
     lines = [line.removesuffix("\r") for line in decode(path).split("\n")]
@@ -127,7 +131,7 @@ def _read_text(
     rejections = Rejections()
     records = records_of(lines, start, delimiter, rejections)
     _, header = next(records, (0, []))
-    used = _resolve(path, header, columns, overrides, optional)
+    used = _resolve(path, header, columns, overrides, optional, naming)
     where = {name: header.index(head) for name, head in used.items()}
     taken: dict[str, list[str]] = {name: [] for name in used}
     rows: list[int] = []
@@ -150,13 +154,14 @@ def _read_parquet(
     columns: Mapping[str, Sequence[str]],
     overrides: Mapping[str, str | None],
     optional: Collection[str],
+    naming: str,
 ) -> Table:
     import pyarrow
     import pyarrow.parquet
 
     try:
         header = list(pyarrow.parquet.read_schema(path).names)
-        used = _resolve(path, header, columns, overrides, optional)
+        used = _resolve(path, header, columns, overrides, optional, naming)
         data = pyarrow.parquet.read_table(path, columns=sorted(set(used.values())))
     except (pyarrow.ArrowException, OSError) as error:
         raise NearfarError(f"{path} cannot be read as Parquet: {str(error).splitlines()[0]}") from None
@@ -180,6 +185,7 @@ def _resolve(
     columns: Mapping[str, Sequence[str]],
     overrides: Mapping[str, str | None],
     optional: Collection[str],
+    naming: str,
 ) -> dict[str, str]:
     """Which header holds which wanted column."""
     by_key: dict[str, list[str]] = {}
@@ -198,7 +204,7 @@ def _resolve(
             near = nearest_name(wanted[0], header)
             raise NearfarError(
                 f"{path} has no column {sought}. Its header line has {there}; {near}. "
-                f"Name the column with {name}_column=NAME."
+                f"Name the column with {naming.format(name=name)}."
             )
         matches = by_key[found]
         exact = [head for head in matches if head in wanted]

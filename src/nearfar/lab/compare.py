@@ -7,7 +7,8 @@ compared: the reason is given instead.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,25 +17,30 @@ import numpy as np
 
 from nearfar.errors import NearfarError, nearest_name
 from nearfar.metrics import Difference, Estimate, comparable, paired_difference
-from nearfar.training.resume import changed_values, flatten
+from nearfar.training.resume import NOT_PART_OF_A_RUN, changed_values, flatten
 from nearfar.training.run_folder import RunFolder, write_atomically
 
 __all__ = ["Arm", "Comparison", "compare_runs", "find_runs", "write_comparison"]
 
 #: keys by which runs of one arm may differ
-WITHIN_ARM = ("seed", "overrides", "trainer.threads", "trainer.workers", "trainer.log_every")
+WITHIN_ARM = ("seed", "needs_init_from", "trainer.threads", "trainer.workers", "trainer.log_every")
 
 
 @dataclass
 class Arm:
-    """Runs that differ in their seed alone."""
+    """Runs that differ in their seed alone; ``parts`` are what sets them apart from the other arms."""
 
-    label: str
+    parts: list[str]
     runs: dict[int, RunFolder]
     config: Any
     estimates: dict[int, dict[str, Estimate]] = field(default_factory=dict)
     per_item: dict[int, dict[str, np.ndarray]] = field(default_factory=dict)
     ids: np.ndarray | None = None
+
+    @property
+    def label(self) -> str:
+        """``sampler=hard, lr=0.1``, or the run's name where there is one arm only."""
+        return ", ".join(self.parts) or self.runs[min(self.runs)].name
 
 
 @dataclass
@@ -56,12 +62,15 @@ def find_runs(paths: Sequence[Path]) -> list[RunFolder]:
     for path in paths:
         if not path.exists():
             raise NearfarError(f"{path}: no such run.")
-        configs = (
-            [path / "config.yaml"] if (path / "config.yaml").exists() else sorted(path.rglob("config.yaml"))
-        )
-        if not configs:
+        if (path / "config.yaml").exists():
+            found = [path]
+        else:
+            found = sorted(config.parent for config in path.rglob("config.yaml"))
+            # A run's own folder may hold other config.yaml files, such as those of a logger.
+            found = [run for run in found if not any(other in run.parents for other in found)]
+        if not found:
             raise NearfarError(f"{path}: neither a run nor a folder of runs (no config.yaml in it).")
-        folders += [RunFolder(config.parent) for config in configs]
+        folders += [RunFolder(run) for run in found]
     unfinished = [str(folder) for folder in folders if not folder.finished]
     if unfinished:
         raise NearfarError(
@@ -79,11 +88,7 @@ def _group(folders: Sequence[RunFolder]) -> list[Arm]:
     for folder in folders:
         config = folder.config()
         for arm in arms:
-            if not [
-                key
-                for key in changed_values(arm.config, config)
-                if key not in WITHIN_ARM and "overrides" not in key
-            ]:
+            if all(key in WITHIN_ARM for key in changed_values(arm.config, config)):
                 if config.seed in arm.runs:
                     raise NearfarError(
                         f"{folder} and {arm.runs[config.seed]} are the same configuration and seed: leave one out."
@@ -91,21 +96,50 @@ def _group(folders: Sequence[RunFolder]) -> list[Arm]:
                 arm.runs[config.seed] = folder
                 break
         else:
-            arms.append(Arm("", {config.seed: folder}, config))
-    flat = [flatten(arm.config) for arm in arms]
-    keys = sorted({key for f in flat for key in f if any(g.get(key) != f.get(key) for g in flat)})
-    keys = [
-        k
-        for k in keys
-        if k not in WITHIN_ARM and k.split(".")[0] not in ("overrides", "name", "runs_dir", "exists")
-    ]
-    # The options of a sampler follow from which sampler it is: name them only where samplers agree.
-    named = [k[: -len(".name")] for k in keys if k.endswith(".name")]
-    keys = [k for k in keys if k.endswith(".name") or k.split(".")[0] not in named]
-    for arm, values in zip(arms, flat, strict=True):
-        parts = [f"{key.removesuffix('.name')}={values.get(key)}" for key in keys]
-        arm.label = ", ".join(parts) or arm.runs[next(iter(arm.runs))].name
+            arms.append(Arm([], {config.seed: folder}, config))
+    for arm, parts in zip(arms, _parts([flatten(arm.config) for arm in arms]), strict=True):
+        arm.parts = parts
     return arms
+
+
+def _parts(configs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """For each configuration what sets it apart from the others, as ``key=value``.
+
+    A group is called by its name alone (``sampler=hard``, ``text_encoder=ngram``): its options follow from that, and
+    are told only where configurations of the same name differ in them.
+
+    >>> _parts([{"sampler.name": "hard", "sampler.order": "level"}, {"sampler.name": "random"}])
+    [['sampler=hard'], ['sampler=random']]
+    """
+    keys = sorted(
+        {key for c in configs for key in c if any(other.get(key) != c.get(key) for other in configs)}
+    )
+    keys = [k for k in keys if k not in WITHIN_ARM and k.split(".")[0] not in NOT_PART_OF_A_RUN]
+    named = {k.split(".")[0]: k for k in keys if k.endswith((".name", ".kind"))}
+    keys.sort(key=lambda k: (k.split(".")[0], k not in named.values(), k))
+    found = []
+    for config in configs:
+        parts = []
+        for key in keys:
+            group = key.split(".")[0]
+            name = named.get(group)
+            if name == key:
+                parts.append(f"{group}={_value(config.get(key))}")
+                continue
+            peers = [c for c in configs if name is None or c.get(name) == config.get(name)]
+            if any(peer.get(key) != config.get(key) for peer in peers):
+                parts.append(f"{key}={_value(config.get(key))}")
+        found.append(parts)
+    return found
+
+
+def _value(value: Any) -> str:
+    """As it is written on the command line: ``[3,5]``, ``null``, ``true``."""
+    if isinstance(value, list):
+        return "[" + ",".join(map(_value, value)) + "]"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value)
 
 
 def _load(arm: Arm, split: str) -> None:
@@ -116,12 +150,25 @@ def _load(arm: Arm, split: str) -> None:
         arm.estimates[seed] = {name: Estimate.from_dict(value) for name, value in metrics[split].items()}
         with np.load(folder.path / "per_item.npz") as arrays:
             prefix = f"{split}/"
-            arm.ids = arrays[prefix + "ids"]
+            ids = arrays[prefix + "ids"]
             arm.per_item[seed] = {
                 key[len(prefix) :]: arrays[key]
                 for key in arrays.files
                 if key.startswith(prefix) and key != prefix + "ids"
             }
+        first = next(iter(arm.estimates))
+        if arm.ids is None:
+            arm.ids = ids
+        if not np.array_equal(arm.ids, ids) or _hashes(arm, seed) != _hashes(arm, first):
+            raise NearfarError(
+                f"{folder} was evaluated on other items than {arm.runs[first]}: their data changed between these "
+                "seeds of one configuration. Leave one out, or train it anew."
+            )
+
+
+def _hashes(arm: Arm, seed: int) -> set[Any]:
+    """The splits that a run's estimates say they were measured on."""
+    return {estimate.protocol.get("split") for estimate in arm.estimates[seed].values()}
 
 
 def _why_not(a: Arm, b: Arm) -> str | None:
@@ -185,12 +232,17 @@ def compare_runs(paths: Sequence[Path], baseline: str | None = None, split: str 
     return Comparison(arms, base, split, seeds, summary, differences, refused)
 
 
+def _squeezed(label: str) -> str:
+    return re.sub(r"[\s'\"]", "", label)
+
+
 def _baseline(arms: list[Arm], wanted: str | None) -> Arm:
     if wanted is None:
         random = [arm for arm in arms if flatten(arm.config).get("sampler.name") == "random"]
         return random[0] if random else arms[0]
-    matches = [arm for arm in arms if wanted in arm.label.split(", ")] or [
-        arm for arm in arms if wanted == arm.label
+    sought = _squeezed(wanted)
+    matches = [arm for arm in arms if sought in map(_squeezed, arm.parts)] or [
+        arm for arm in arms if sought == _squeezed(arm.label)
     ]
     if len(matches) != 1:
         labels = [arm.label for arm in arms]
@@ -227,7 +279,7 @@ def write_comparison(comparison: Comparison, output: Path | None = None) -> Path
     }
     text = json.dumps(content, indent=2, ensure_ascii=False)
     write_atomically(path.with_name("comparison.json"), lambda file: file.write(text.encode()))
-    page = comparison_page(comparison)
+    page = comparison_page(comparison, path)
     write_atomically(path, lambda file: file.write(page.encode()))
     try:
         return path.relative_to(Path.cwd())

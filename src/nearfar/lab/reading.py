@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from nearfar.lab.compare import Arm, Comparison
+from nearfar.lab.table import metric_words
 
 __all__ = ["read_comparison"]
 
@@ -34,7 +35,7 @@ def read_comparison(comparison: Comparison) -> list[str]:
         if difference is None:
             continue
         interval = f"{difference.value:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]"
-        name = monitor.replace("_to_", " → ").replace("/", " ")
+        name = metric_words(monitor)
         base = comparison.baseline.label
         if difference.verdict == "not distinguishable":
             text = f"{arm.label} is not distinguishable from {base} by {name}: {interval} covers 0."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from markupsafe import Markup
 
 from nearfar.lab.charts import hardness_chart, intervals_chart, line_chart
 from nearfar.lab.reading import read_comparison
-from nearfar.lab.table import short_number
+from nearfar.lab.table import metric_words, short_number
 from nearfar.metrics import Estimate
 from nearfar.training.run_folder import RunFolder
 
@@ -34,9 +35,7 @@ def _environment() -> Environment:
     )
     environment.filters["number"] = lambda value: "–" if value is None else short_number(value)
     environment.filters["signed"] = lambda v: f"{v:+.3f}"
-    environment.filters["arrow"] = lambda name: (
-        name.replace("_to_", " → ").replace("/", " · ").replace("_", " ")
-    )
+    environment.filters["arrow"] = lambda name: metric_words(name, " · ")
     return environment
 
 
@@ -58,10 +57,7 @@ def training_charts(folder: RunFolder, monitor: str) -> list[Markup]:
     shown = [name for name in names if name == monitor or name.endswith(("MRR", "R@10"))]
     if shown:
         x = [e["epoch"] for e in epochs]
-        curves = {
-            name.replace("_to_", " → ").replace("/", " "): (x, [e["val"][name] for e in epochs])
-            for name in shown
-        }
+        curves = {metric_words(name): (x, [e["val"][name] for e in epochs]) for name in shown}
         charts.append(line_chart("Validation", curves, "epoch", "value"))
     plans = [plan for plan in plans if plan.get("hardness")]
     if plans:
@@ -110,8 +106,11 @@ def write_report(folder: RunFolder) -> Path:
     return folder.write_text("report.html", page)
 
 
-def comparison_page(comparison: Comparison) -> str:
-    """The page of a comparison: arms, differences with verdicts, curves of every arm, examples of the best arm."""
+def comparison_page(comparison: Comparison, path: Path) -> str:
+    """The page of a comparison: arms, differences with verdicts, curves of every arm, examples of the best arm.
+
+    Links to the runs lead from ``path``, where the page is going to lie.
+    """
     curves: dict[str, tuple[list[float], list[float]]] = {}
     plans: dict[str, list[Mapping[str, Any]]] = {}
     monitor = ""
@@ -133,11 +132,7 @@ def comparison_page(comparison: Comparison) -> str:
     if plans:
         charts.append(hardness_chart(plans, random_level))
     for label, differences in comparison.differences.items():
-        rows = [
-            (n.replace("_to_", " → "), d.value, d.low, d.high)
-            for n, d in differences.items()
-            if "rank" not in n
-        ]
+        rows = [(metric_words(n), d.value, d.low, d.high) for n, d in differences.items() if "rank" not in n]
         charts.append(
             intervals_chart(
                 f"{label} − {comparison.baseline.label}", rows, "paired difference, 95 % interval"
@@ -158,7 +153,9 @@ def comparison_page(comparison: Comparison) -> str:
             examples=_examples(shown),
             example_run=f"{best.label}, seed {min(best.runs)}",
             runs=[
-                (arm.label, seed, folder.name) for arm in comparison.arms for seed, folder in arm.runs.items()
+                (arm.label, seed, folder.name, os.path.relpath(folder.path.resolve(), path.resolve().parent))
+                for arm in comparison.arms
+                for seed, folder in arm.runs.items()
             ],
         )
     )

@@ -9,7 +9,14 @@ from nearfar.lab.compare import Comparison
 from nearfar.metrics import Difference, Estimate
 from nearfar.training.run_folder import RunFolder
 
-__all__ = ["cluster_table", "comparison_tables", "metrics_table", "short_number", "verdict_table"]
+__all__ = [
+    "cluster_table",
+    "comparison_tables",
+    "metric_words",
+    "metrics_table",
+    "short_number",
+    "verdict_table",
+]
 
 
 def short_number(value: float) -> str:
@@ -23,8 +30,13 @@ def short_number(value: float) -> str:
     return f"{value:.2g}" if 0 < abs(value) < 0.005 else f"{value:.3f}"
 
 
-def _name(metric: str) -> str:
-    return metric.replace("_to_", " → ").replace("/", " ").replace("_", " ")
+def metric_words(metric: str, separator: str = " ") -> str:
+    """A metric's name as people read it.
+
+    >>> metric_words("text_to_molecule/median_rank", " · ")
+    'text → molecule · median rank'
+    """
+    return metric.replace("_to_", " → ").replace("/", separator).replace("_", " ")
 
 
 def _interval(low: float, high: float) -> str:
@@ -42,7 +54,7 @@ def metrics_table(folder: RunFolder) -> Table:
     for name, content in splits[split].items():
         estimate = Estimate.from_dict(content)
         table.add_row(
-            _name(name),
+            metric_words(name),
             short_number(estimate.value),
             _interval(estimate.low, estimate.high),
             short_number(estimate.chance),
@@ -66,9 +78,13 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
     for arm in comparison.arms:
         arms.add_column(f"{arm.label}\n{len(arm.runs)} seeds", justify="right")
     for name in comparison.summary[comparison.arms[0].label]:
-        row = [_name(name)]
+        row = [metric_words(name)]
         estimate = first.get(name)
-        row += [short_number(estimate.chance), str(estimate.protocol.get("gallery", ""))] if estimate else ["", ""]
+        row += (
+            [short_number(estimate.chance), str(estimate.protocol.get("gallery", ""))]
+            if estimate
+            else ["", ""]
+        )
         for arm in comparison.arms:
             found = comparison.summary[arm.label].get(name)
             row.append(f"{short_number(found.value)} {_interval(found.low, found.high)}" if found else "–")
@@ -82,7 +98,7 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
             )
         for name, d in differences.items():
             table.add_row(
-                _name(name),
+                metric_words(name),
                 f"{d.value:+.3f}",
                 f"[{d.low:+.3f}, {d.high:+.3f}]",
                 " ".join(f"{value:+.3f}" for value in d.per_seed),

@@ -10,7 +10,7 @@ from nearfar.errors import NearfarError, nearest_name
 if TYPE_CHECKING:
     from nearfar.training.system import System
 
-__all__ = ["SYSTEMS", "TRAINED", "build_system", "trained"]
+__all__ = ["OPTIONS", "SYSTEMS", "TRAINED", "build_system", "check_config", "trained"]
 
 SYSTEMS = {"molecules": "nearfar.systems.molecules.system:MoleculeSystem"}
 
@@ -32,6 +32,21 @@ def build_system(config: Any) -> System:
 
 #: system → what loads a trained run of it
 TRAINED = {"molecules": "nearfar.systems.molecules.search:TrainedMolecules"}
+#: system → what checks its options; light, so that a whole sweep is checked before it starts
+OPTIONS = {"molecules": "nearfar.systems.molecules.options:check_options"}
+
+
+def check_config(config: Any) -> None:
+    """Raise ``NearfarError`` for the first option, of training or of the system, that cannot be."""
+    from nearfar.training.options import check_training_options
+
+    if config.system not in OPTIONS:
+        raise NearfarError(f"there is no system '{config.system}': {nearest_name(str(config.system), OPTIONS)}")
+    check_training_options(config)
+    if config.needs_init_from and not (config.init_from or config.resume_from):
+        raise NearfarError("this experiment starts from a trained model: give init_from=RUN (a run or a checkpoint).")
+    module, name = OPTIONS[config.system].split(":")
+    getattr(importlib.import_module(module), name)(config)
 
 
 def trained(run: Any) -> Any:
@@ -39,9 +54,7 @@ def trained(run: Any) -> Any:
     from nearfar.training.checkpoint import find_checkpoint
     from nearfar.training.run_folder import RunFolder
 
-    path = find_checkpoint(run, prefer="best")
-    folder = RunFolder(path.parent.parent if path.parent.name == "checkpoints" else path.parent)
-    system = folder.config().system
+    system = RunFolder.of(find_checkpoint(run, prefer="best")).config().system
     if system not in TRAINED:
         raise NearfarError(f"{run}: runs of system '{system}' cannot be searched.")
     module, name = TRAINED[system].split(":")

@@ -74,7 +74,7 @@ def build_sampler(config: Any, n: int, neighbors: Neighbors | None, labels: np.n
             hardness_k=int(_values(config.hardness_k, config.epochs, integer=True)[0]),
             curriculum_epoch=config.curriculum_epoch,
             group_size=config.group_size,
-            order=config.sampler.order,
+            order=config.sampler.get("order", "level"),
             false_negative_threshold=config.false_negative_threshold,
             seed=seed,
         )
@@ -134,5 +134,8 @@ def check_batches(config: Any, sampler: Any, embeddings: np.ndarray, say: Callab
     Raises ``NearfarError`` otherwise: the usual reason is a neighbour list in another order than the data.
     """
     if config.sampler.name not in ("hard", "partition"):
+        return
+    if config.sampler.name == "hard" and sampler.hard_ratio == 0:
+        say("A/A check: none, the first batches are random (hard_ratio=0)")
         return
     say(f"A/A check: {check_harder_than_random(sampler, embeddings)}")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import signal
 import threading
 import time
@@ -14,7 +12,7 @@ from typing import Any
 import lightning as L
 
 from nearfar.training.module import RunModule
-from nearfar.training.run_folder import RunFolder
+from nearfar.training.run_folder import RunFolder, same_file
 
 __all__ = ["Interrupted", "RunRecorder", "stop_signals"]
 
@@ -119,7 +117,7 @@ class RunRecorder(L.Callback):
         if (self.request.asked or due) and module.at_boundary and not last:
             self._save(trainer, module)
             if self.request.asked:
-                raise Interrupted
+                raise Interrupted(str(self.folder))
 
     # -- epochs ----------------------------------------------------------------------------------------------
     def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -138,35 +136,30 @@ class RunRecorder(L.Callback):
                 module.best = {"value": value, "epoch": module.epoch + 1, "epochs_without_gain": 0}
             else:
                 module.best["epochs_without_gain"] += 1
+        else:
+            module.best["epoch"] = module.epoch + 1  # nothing to choose by: the last is the best
         self._log(trainer, record)
         module.say(epoch_line(record, module, self.config.epochs))
         module.end_epoch()
         self._save(trainer, module, best=gained)
-        patience = self.config.patience
-        if (
-            patience
-            and module.best["epochs_without_gain"] >= patience
-            and module.epoch >= self.config.min_epochs
-        ):
-            module.say(f"stopped early: {module.system.monitor} has not risen for {patience} epochs")
+        if module.exhausted:
+            module.say(
+                f"stopped early: {module.system.monitor} has not risen for {self.config.patience} epochs"
+            )
             trainer.should_stop = True
-        elif self.request.asked and module.epoch < self.config.epochs:
-            raise Interrupted
+        if self.request.asked:
+            raise Interrupted(str(self.folder))
 
     def _save(self, trainer: L.Trainer, module: RunModule, best: bool = False) -> None:
         checkpoint = module.checkpoint()
         if trainer.is_global_zero:
             last = self.folder.checkpoints / "last.ckpt"
-            checkpoint.save(last)
             if best:
-                # A second name for the same bytes; `last` is replaced, never written into.
-                second = self.folder.checkpoints / ".best.tmp"
-                second.unlink(missing_ok=True)
-                try:
-                    os.link(last, second)
-                except OSError:  # a file system without hard links
-                    shutil.copyfile(last, second)
-                os.replace(second, self.folder.checkpoints / "best.ckpt")
+                # The best first: killed in between, the run repeats the epoch and does not name a best it lacks.
+                checkpoint.save(last.with_name("best.ckpt"))
+                same_file(last.with_name("best.ckpt"), last)
+            else:
+                checkpoint.save(last)
         self._saved_at = time.monotonic()
 
 

@@ -17,7 +17,7 @@ from rich.console import Console
 from torch import nn
 
 from nearfar.errors import NearfarError
-from nearfar.training.callbacks import RunRecorder, stop_signals
+from nearfar.training.callbacks import Interrupted, RunRecorder, stop_signals
 from nearfar.training.checkpoint import Checkpoint, find_checkpoint
 from nearfar.training.loggers import build_loggers
 from nearfar.training.module import RunModule
@@ -120,7 +120,11 @@ def fit(
         _load_weights(model, Checkpoint.load(path), system, str(path))
         say(f"weights from {path}")
 
+    if resume is None:
+        system.check_sampler(sampler, say)
     folder.path.mkdir(parents=True, exist_ok=True)
+    if resume is None:
+        folder.clear()
     folder.write_text("config.yaml", OmegaConf.to_yaml(config, resolve=True))
     folder.write_json("environment.json", environment())
     folder.write_json("dataset_layout.json", layout)
@@ -137,25 +141,28 @@ def fit(
         if console is not None:
             callbacks.append(ProgressBar(console))
         epochs_left = config.epochs - module.epoch
-        if epochs_left > 0:
+        if epochs_left > 0 and not module.exhausted:
             trainer = _trainer(config, folder, callbacks, epochs_left)
             trainer.fit(module)
         elif checkpoint is not None:
-            say(f"all {config.epochs} epochs are done; evaluating (raise epochs= to go on)")
-    seconds = module.seconds()
+            done = "stopped early" if module.exhausted else f"all {config.epochs} epochs are done"
+            say(f"{done}; evaluating (raise {'patience' if module.exhausted else 'epochs'}= to go on)")
+        seconds = module.seconds()
 
-    results, outputs = {}, {}
-    best = find_checkpoint(folder.path, prefer="best")
-    _load_weights(model, Checkpoint.load(best), system, str(best))
-    for split in ("val", "test"):
-        found = evaluate(system, model, config, folder, split)
-        if found is not None:
-            results[split], outputs[split] = found
+        results, outputs = {}, {}
+        best = find_checkpoint(folder.path, prefer="best")
+        _load_weights(model, Checkpoint.load(best), system, str(best))
+        for split in ("val", "test"):
+            found = evaluate(system, model, config, folder, split)
+            if request.asked:
+                raise Interrupted(str(folder))
+            if found is not None:
+                results[split], outputs[split] = found
     if not results:
         raise NearfarError("there is neither a validation nor a test split: nothing to evaluate on.")
-    write_metrics(folder, system, module, results, seconds)
     split = "test" if "test" in outputs else "val"
     folder.write_json("examples.json", system.report_examples(outputs[split], split))
+    write_metrics(folder, system, module, results, seconds)
     return folder
 
 
@@ -165,7 +172,7 @@ def evaluate(
     """Estimates, with intervals, of one split; None where the system has no such split."""
     if system.dataset(split) is None:
         return None
-    shell = RunModule(system, model, system.build_sampler(), config, "")
+    shell = RunModule(system, model, None, config, "")
     shell.evaluation_split = split
     with quiet_lightning():
         trainer = _trainer(OmegaConf.merge(config, {"logger": None}), folder, [], 1)
@@ -177,7 +184,7 @@ def evaluate(
 def write_metrics(
     folder: RunFolder, system: System, module: RunModule, results: dict[str, Evaluation], seconds: float
 ) -> None:
-    """``per_item.npz`` first and ``metrics.json`` last: a run that has its metrics is finished."""
+    """``per_item.npz`` and then ``metrics.json``: a run that has its metrics is finished."""
     arrays: dict[str, np.ndarray] = {}
     for split, result in results.items():
         arrays[f"{split}/ids"] = np.asarray(list(result.ids), dtype=np.str_)

@@ -87,14 +87,15 @@ class RunModule(L.LightningModule):
         self,
         system: System,
         model: nn.Module,
-        sampler: TrainSampler,
+        sampler: TrainSampler | None,
         config: Any,
         data_hash: str,
         resume: Checkpoint | None = None,
         say: Callable[[str], None] = print,
     ) -> None:
         super().__init__()
-        self.system, self.model, self.sampler, self.config = system, model, sampler, config
+        self.system, self.model, self.config = system, model, config
+        self.sampler: Any = sampler  # None where the module only evaluates
         self.data_hash, self.say = data_hash, say
         self.epoch, self.batches, self.step = 0, 0, 0
         self.epoch_batches = 0
@@ -136,7 +137,8 @@ class RunModule(L.LightningModule):
         pin = torch.cuda.is_available() and self.config.trainer.accelerator != "cpu"
         return loader(dataset, batches, self.config.trainer.workers, pin)
 
-    def _evaluation_loader(self, split: str) -> DataLoader[Any] | list[Any]:
+    def evaluation_loader(self, split: str) -> DataLoader[Any] | list[Any]:
+        """Any split in order; empty where there is no such split."""
         dataset = self.system.dataset(split)
         if dataset is None:
             return []
@@ -144,11 +146,7 @@ class RunModule(L.LightningModule):
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         """The validation split in order."""
-        return self._evaluation_loader("val")
-
-    def evaluation_loader(self, split: str) -> DataLoader[Any] | list[Any]:
-        """Any split in order, for the final evaluation."""
-        return self._evaluation_loader(split)
+        return self.evaluation_loader("val")
 
     # -- optimiser -------------------------------------------------------------------------------------------
     def configure_optimizers(self) -> Any:
@@ -167,20 +165,37 @@ class RunModule(L.LightningModule):
 
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         if self._resume is not None and self._resume.optimizer is not None:
-            bases = list(scheduler.base_lrs)
-            optimizer.load_state_dict(self._resume.optimizer)
+            # The state is continued; learning rate and weight decay are those of the configuration, which may be new.
+            fresh = [
+                {key: group[key] for key in ("initial_lr", "weight_decay")}
+                for group in optimizer.param_groups
+            ]
+            try:
+                optimizer.load_state_dict(self._resume.optimizer)
+            except ValueError as error:
+                raise NearfarError(
+                    f"the optimiser of that run belongs to other weights ({error}): an option changes which weights "
+                    "are trained. Take the weights alone with init_from=."
+                ) from None
             scheduler.load_state_dict(dict(self._resume.scheduler or {}))
-            # A new `lr` on resume is meant: the state is continued, under the new value.
-            scheduler.base_lrs = bases
-            for group, base in zip(optimizer.param_groups, bases, strict=True):
-                group["initial_lr"] = base
-                group["lr"] = base * factor(scheduler.last_epoch)
+            # Steps count from the run's start, at the present number of steps per epoch: a new batch size or
+            # start_epoch moves the position in the schedule, and nothing else.
+            scheduler.last_epoch = (
+                self.epoch * self.steps_per_epoch() + self.batches // config.trainer.accumulate
+            )
+            scheduler.base_lrs = [group["initial_lr"] for group in fresh]
+            for group, new in zip(optimizer.param_groups, fresh, strict=True):
+                group |= new
+                group["lr"] = new["initial_lr"] * factor(scheduler.last_epoch)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps of a whole epoch; the last may accumulate fewer batches."""
+        return -(-len(self.sampler) // int(self.config.trainer.accumulate))
 
     def total_steps(self) -> int:
         """Optimiser steps of the whole run, for schedules."""
-        per_epoch = -(-len(self.sampler) // self.config.trainer.accumulate)
-        return per_epoch * self.config.epochs
+        return self.steps_per_epoch() * int(self.config.epochs)
 
     # -- steps -----------------------------------------------------------------------------------------------
     def on_train_start(self) -> None:
@@ -188,6 +203,8 @@ class RunModule(L.LightningModule):
         self.started_at = time.perf_counter()
         if self._resume is not None:
             load_generator_state(self._resume.generators)
+            if self._resume.precision:
+                self.trainer.precision_plugin.load_state_dict(self._resume.precision)
         else:
             torch.manual_seed(self.config.seed + 1)
         self._resume = None
@@ -228,6 +245,13 @@ class RunModule(L.LightningModule):
         """Whether the last batch ended in an optimiser step, so that no half-summed gradient is lost."""
         accumulate = int(self.config.trainer.accumulate)
         return self.batches % accumulate == 0 or self.batches == self.epoch_batches
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether early stopping has had enough; also true of a resumed run that had stopped."""
+        patience = self.config.patience
+        waited = self.best["epochs_without_gain"]
+        return bool(patience) and waited >= patience and self.epoch >= (self.config.min_epochs or 0)
 
     def seconds(self) -> float:
         """Training time of the run so far, earlier parts included."""

@@ -15,12 +15,12 @@ from typing import Any
 
 from nearfar.errors import NearfarError
 from nearfar.training.checkpoint import Checkpoint, find_checkpoint
-from nearfar.training.run_folder import RunFolder
+from nearfar.training.run_folder import RunFolder, same_file
 
 __all__ = ["Resume", "changed_values", "flatten"]
 
 #: keys that say where a run lies or how it was started, and not what it computes
-NOT_PART_OF_A_RUN = ("resume_from", "start_epoch", "name", "runs_dir", "exists", "overrides", "logger", "run")
+NOT_PART_OF_A_RUN = ("resume_from", "start_epoch", "name", "runs_dir", "exists", "overrides", "logger")
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -61,24 +61,25 @@ class Resume:
     path: Path
     folder: RunFolder
     changed: dict[str, list[Any]] = field(default_factory=dict)
+    start_epoch: int | None = None
 
     @classmethod
     def find(cls, resume_from: str, config: Any) -> Resume:
         """Look up ``resume_from`` (a run folder or a checkpoint in one) and compare configurations."""
         path = find_checkpoint(resume_from, prefer="last")
-        folder = RunFolder(path.parent.parent if path.parent.name == "checkpoints" else path.parent)
+        folder = RunFolder.of(path)
         saved = folder.config()
         if saved.system != config.system:
             raise NearfarError(
                 f"resume_from={resume_from}: that run belongs to system '{saved.system}', this one is "
                 f"'{config.system}'. A run goes on within its system; init_from= takes over weights alone."
             )
-        return cls(path, folder, changed_values(saved, config))
+        return cls(path, folder, changed_values(saved, config), config.start_epoch)
 
     @property
     def exact(self) -> bool:
         """Whether nothing that matters has changed, so that the run continues in its own folder."""
-        return not self.changed
+        return not self.changed and self.start_epoch is None
 
     def checkpoint_for(self, system: str, data_hash: str, config: Any) -> Checkpoint:
         """The checkpoint, checked against the data at hand and moved to ``start_epoch`` if that is given."""
@@ -107,9 +108,11 @@ class Resume:
             if self.folder.log_path.exists():
                 shutil.copyfile(self.folder.log_path, folder.log_path)
             best = self.folder.checkpoints / "best.ckpt"
-            shutil.copyfile(best if best.exists() else self.path, folder.checkpoints / "best.ckpt")
-            shutil.copyfile(self.path, folder.checkpoints / "last.ckpt")
-        folder.keep_log_until(checkpoint.step, plans=checkpoint.epoch + (checkpoint.batches > 0))
+            same_file(best if best.exists() else self.path, folder.checkpoints / "best.ckpt")
+        if self.path != folder.checkpoints / "last.ckpt":
+            # Whatever came after this checkpoint is gone; killed now, the run goes on from here.
+            same_file(self.path, folder.checkpoints / "last.ckpt")
+        folder.keep_log_until(checkpoint.step, epochs=checkpoint.epoch + (checkpoint.batches > 0))
         history = folder.read_json("resumed.json") if (folder.path / "resumed.json").exists() else []
         entry = {
             "from": str(self.path),

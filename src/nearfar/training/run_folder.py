@@ -12,6 +12,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -21,7 +22,7 @@ from typing import IO, Any
 
 from nearfar.errors import NearfarError
 
-__all__ = ["RunFolder", "environment", "write_atomically"]
+__all__ = ["RunFolder", "environment", "same_file", "write_atomically"]
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
@@ -38,6 +39,18 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def same_file(path: Path, second: Path) -> None:
+    """Let ``second`` name the bytes of ``path``, atomically; checkpoints are replaced and never written into."""
+    second.parent.mkdir(parents=True, exist_ok=True)
+    temporary = second.with_name(f".{second.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(path, temporary)
+    except OSError:  # a file system without hard links, or another one
+        shutil.copyfile(path, temporary)
+    os.replace(temporary, second)
 
 
 def _plain(value: Any) -> Any:
@@ -97,6 +110,25 @@ class RunFolder:
         """Whether there is a run here at all."""
         return (self.path / "config.yaml").exists()
 
+    @classmethod
+    def of(cls, checkpoint: Path) -> RunFolder:
+        """The run that a checkpoint file lies in."""
+        parent = checkpoint.parent
+        return cls(parent.parent if parent.name == "checkpoints" else parent)
+
+    def clear(self) -> None:
+        """Remove what an earlier run of this name left; first of all that it was finished."""
+        for name in (
+            "metrics.json",
+            "resumed.json",
+            "per_item.npz",
+            "examples.json",
+            "report.html",
+            "train_log.jsonl",
+        ):
+            (self.path / name).unlink(missing_ok=True)
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
+
     # -- whole files ---------------------------------------------------------------------------------------
     def write_text(self, name: str, text: str) -> Path:
         """Write a text file atomically."""
@@ -150,14 +182,14 @@ class RunFolder:
                 except json.JSONDecodeError:
                     continue
 
-    def keep_log_until(self, step: int, plans: int | None = None) -> None:
-        """Forget records later than optimiser step ``step`` and plans of epochs after ``plans``.
+    def keep_log_until(self, step: int, epochs: int | None = None) -> None:
+        """Forget records later than optimiser step ``step``, and of epochs after the first ``epochs``.
 
         A resumed run writes them anew.
         """
         kept = [record for record in self.log() if record.get("step", 0) <= step]
-        if plans is not None:
-            kept = [record for record in kept if record.get("kind") != "plan" or record["epoch"] <= plans]
+        if epochs is not None:
+            kept = [record for record in kept if record.get("epoch", 0) <= epochs]
         text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
         write_atomically(self.log_path, lambda file: file.write(text.encode()))
 

@@ -88,6 +88,9 @@ class System(Protocol):
     def build_sampler(self) -> TrainSampler:
         """The training sampler."""
 
+    def check_sampler(self, sampler: Any, say: Callable[[str], None]) -> None:
+        """Called once before training: refuse a sampler that does not do what its name says."""
+
     def dataset(self, split: str) -> BatchDataset | None:
         """The dataset of ``train``, ``val`` or ``test``; None where there is no such split."""
 

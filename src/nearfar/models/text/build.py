@@ -100,5 +100,5 @@ def embed_texts(encoder: TextEncoder, texts: Sequence[str], cache: bool = True) 
 
 def _encoder_class(kind: str) -> type[Any]:
     if kind not in TEXT_ENCODERS:
-        raise NearfarError(f"text_encoder={kind!r} is unknown; {nearest_name(kind, TEXT_ENCODERS)}")
+        raise NearfarError(f"text_encoder={kind!r} is unknown; {nearest_name(str(kind), TEXT_ENCODERS)}")
     return TEXT_ENCODERS[kind]

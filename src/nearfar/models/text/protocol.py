@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -12,7 +13,7 @@ from jaxtyping import Float
 
 from nearfar.errors import NearfarError
 
-__all__ = ["TextEncoder", "read_spec", "write_spec"]
+__all__ = ["TextEncoder", "check_number", "read_spec", "write_spec"]
 
 SPEC_FILE = "text_encoder.json"
 
@@ -48,6 +49,15 @@ class TextEncoder(Protocol):
     def save(self, folder: str | Path) -> None:
         """Write what is needed to embed new texts later; ``load_text_encoder`` reads it."""
         ...
+
+
+def check_number(option: str, value: Any, least: float, most: float = math.inf, whole: bool = True) -> None:
+    """Raise ``NearfarError`` unless ``text_encoder.option`` is a (whole) number from ``least`` to ``most``."""
+    numeric = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+    if not numeric or not least <= value <= most or not math.isfinite(value):
+        wanted = "a whole number" if whole else "a number"
+        bounds = f"of at least {least:g}" if most == math.inf else f"from {least:g} to {most:g}"
+        raise NearfarError(f"text_encoder.{option}={value}: {wanted} {bounds} is needed.")
 
 
 def write_spec(folder: str | Path, spec: dict[str, Any]) -> None:

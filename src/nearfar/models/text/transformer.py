@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 
 from nearfar.errors import NearfarError, nearest_name
-from nearfar.models.text.protocol import read_spec, write_spec
+from nearfar.models.text.protocol import check_number, read_spec, write_spec
 
 __all__ = ["TransformerTextEncoder"]
 
@@ -58,13 +58,20 @@ class TransformerTextEncoder:
         revision: str = "main",
     ) -> None:
         if pooling not in _POOLINGS:
-            hint = nearest_name(pooling, _POOLINGS).rstrip(".")
+            hint = nearest_name(str(pooling), _POOLINGS).rstrip(".")
             raise NearfarError(f"text_encoder.pooling={pooling!r} is unknown; {hint}.")
-        if max_length < 2 or batch_size < 1:
+        if not isinstance(model, (str, Path)) or not str(model):
+            raise NearfarError(f"text_encoder.model={model}: the name of a model or a folder is needed.")
+        check_number("max_length", max_length, 2)
+        check_number("batch_size", batch_size, 1)
+        if not isinstance(normalize, bool):
+            raise NearfarError(f"text_encoder.normalize={normalize}: true or false is needed.")
+        try:
+            torch.device(device)
+        except (RuntimeError, TypeError):
             raise NearfarError(
-                "text_encoder: max_length must be at least 2 and batch_size at least 1, "
-                f"got {max_length} and {batch_size}."
-            )
+                f"text_encoder.device={device}: no such device; cpu or cuda is usual."
+            ) from None
         self.model = str(model)
         self.pooling = pooling
         self.max_length = max_length

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from nearfar.data.rejections import Rejections
 from nearfar.data.splits import check_disjoint
 from nearfar.errors import NearfarError, nearest_name
 from nearfar.systems.molecules.dataset import MoleculeBatch, MoleculeDataset
@@ -58,7 +58,7 @@ class MoleculeData:
         }
 
     def summary(self) -> str:
-        """A few lines for a log."""
+        """A few lines for a log: pairs of each split, rows that were rejected, leaks between splits."""
         lines = []
         for name, split in self.splits.items():
             counts = split.layout()
@@ -66,7 +66,17 @@ class MoleculeData:
                 f"{name}: {len(split)} pairs, {counts['structures']} structures, {counts['texts']} texts, "
                 f"{counts['scaffolds']} ring scaffolds ({split.source})"
             )
-        return "\n".join(lines + list(self.notes.values()))
+        lines += self.notes.values()
+        for source in self.sources:
+            rejections = Rejections.from_dict(source["rejections"])
+            # What was left out of the embedded set is its own selection, and no row of the user's.
+            if "path" in source and len(rejections):
+                lines.append(f"{source['split']}: {source['path']}: {rejections.summary()}")
+        for pair, leak in self.leaks.items():
+            if "structure" in leak:
+                shared = ", ".join(f"{found['shared']} {what}s" for what, found in leak.items())
+                lines.append(f"split leak: {pair.replace('/', ' and ')} share {shared}")
+        return "\n".join(lines)
 
 
 def load_embedded(
@@ -96,7 +106,7 @@ def load_embedded(
         if not part:
             raise NearfarError(
                 f"The embedded set of {len(records)} molecules leaves the {name} split empty at fractions "
-                f"{fractions}: raise data.n or the fraction."
+                f"{fractions}: raise data.embedded_size or the fraction."
             )
     notes = {
         "split": f"by Bemis–Murcko scaffold (acyclic molecules by functional pattern), seed {seed}, "
@@ -129,16 +139,16 @@ def load_files(
             named after its line.
         val_fraction, val_split: how much of train is held out, and whether by whole scaffolds (harder, and
             nearer to new chemistry) or at random (nearer to a random test file).
-        on_leak: what to do if two splits share a structure: count and warn, or raise.
+        on_leak: what to do if two splits share a structure: count (``layout`` and ``summary`` tell), or raise.
         cache: keep parsed structures for the next run.
 
     Raises:
         NearfarError: an unreadable file, a missing column, no usable row (see `read_records`), a leak.
     """
     if val_split not in ("scaffold", "random"):
-        raise NearfarError(f"val_split={val_split!r}: {nearest_name(val_split, ('scaffold', 'random'))}")
+        raise NearfarError(f"data.val_split={val_split!r}: {nearest_name(val_split, ('scaffold', 'random'))}")
     if val is None and not 0 < val_fraction < 1:
-        raise NearfarError(f"val_fraction must lie between 0 and 1, got {val_fraction}.")
+        raise NearfarError(f"data.val_fraction must lie between 0 and 1, got {val_fraction}.")
     paths = {"train": train, "val": val, "test": test}
     read = {
         name: read_records(path, smiles_column, text_column, id_column, cache)
@@ -165,7 +175,8 @@ def _hold_out(records: Records, fraction: float, how: HoldOut, seed: int) -> tup
     if held.all() or not held.any():
         raise NearfarError(
             f"{records.source}: {len(records)} rows in {len(set(keys))} groups leave no validation split at "
-            f"val_fraction={fraction:g}. Give a val file, raise val_fraction or set val_split=random."
+            f"data.val_fraction={fraction:g}. Give a file with data.val=, raise data.val_fraction or set "
+            "data.val_split=random."
         )
     return records.take(np.flatnonzero(~held).tolist()), records.take(np.flatnonzero(held).tolist())
 
@@ -189,10 +200,6 @@ def _assemble(
         stop = on_leak if what == "structure" else "count"
         for pair, leak in check_disjoint(values, what, on_leak=stop).items():
             leaks.setdefault(pair, {})[what] = leak
-    for pair, leak in leaks.items():
-        shared = ", ".join(f"{found['shared']} {what}s" for what, found in leak.items())
-        if "structure" in leak:
-            warnings.warn(f"split leak: {pair.replace('/', ' and ')} share {shared}", stacklevel=3)
     return MoleculeData(splits["train"], splits.get("val"), splits.get("test"), sources, notes, leaks)
 
 

@@ -49,7 +49,8 @@ def embedded_records(n: int | None = None, seed: int = 0, synonyms: int = 4, cac
     records = _unpack(arrays)
     if n is not None and len(records) < n:
         raise NearfarError(
-            f"The embedded set has {len(records)} usable molecules, {n} were asked for; None takes them all."
+            f"The embedded set has {len(records)} usable molecules, {n} were asked for; "
+            "data.embedded_size=null takes them all."
         )
     return records
 

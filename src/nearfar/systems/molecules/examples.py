@@ -41,7 +41,7 @@ def draw(smiles: str, width: int = 220, height: int = 160) -> str:
 def retrieval_examples(
     split: MoleculeSplit, texts: Float[Tensor, "n d"], molecules: Float[Tensor, "n d"], seed: int = 0
 ) -> list[dict[str, Any]]:
-    """Texts whose molecule came first (right), second to tenth (nearly) and later (wrong), chosen by ``seed``."""
+    """Texts whose molecule came first (right), up to tenth (nearly) and later (wrong), chosen by ``seed``."""
     texts = torch.nn.functional.normalize(texts.float(), dim=1)
     molecules = torch.nn.functional.normalize(molecules.float(), dim=1)
     order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed))
@@ -49,7 +49,9 @@ def retrieval_examples(
     found: list[dict[str, Any]] = []
     for query in order[:2000].tolist():
         scores = molecules @ texts[query]
-        rank = int((scores > scores[query]).sum()) + 1
+        # Ties count by expectation, as in the metrics: among equal scores nothing says which comes first.
+        equal = int((scores == scores[query]).sum())
+        rank = 1 + int((scores > scores[query]).sum()) + (equal - 1) / 2
         kind = "right" if rank == 1 else "nearly" if rank <= 10 else "wrong"
         if not wanted[kind]:
             continue
@@ -59,7 +61,7 @@ def retrieval_examples(
             {
                 "kind": kind,
                 "query": {"text": split.texts[query], "svg": draw(split.smiles[query])},
-                "rank": rank,
+                "rank": int(rank) if rank == int(rank) else rank,
                 "gallery": len(split),
                 "items": [
                     {

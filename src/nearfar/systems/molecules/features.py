@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from nearfar.errors import NearfarError
 from nearfar.systems.molecules.dataset import MoleculeDataset
 from nearfar.systems.molecules.fingerprint import FingerprintSpec, compute_fingerprints
 from nearfar.systems.molecules.graph import GraphTable
@@ -25,15 +26,20 @@ class MoleculeFeatures:
 
     @classmethod
     def from_config(cls, config: Any) -> MoleculeFeatures:
-        """From ``molecule_encoder`` and the ``fingerprint`` options."""
-        spec = None
-        if config.molecule_encoder in ("fingerprint", "both"):
-            spec = FingerprintSpec(
-                kinds=tuple(config.fingerprints),
-                radius=config.fingerprint_radius,
-                n_bits=config.fingerprint_bits,
-            )
-        return cls(config.molecule_encoder in ("graph", "both"), spec)
+        """From ``molecule_encoder`` and the ``fingerprint`` options, which are checked in any case."""
+        kinds = config.fingerprints
+        if isinstance(kinds, str):
+            kinds = [kinds]
+        if not isinstance(kinds, Sequence) or not all(isinstance(kind, str) for kind in kinds):
+            raise NearfarError(f"fingerprints={kinds}: a list of names is needed, such as [morgan, maccs].")
+        spec = FingerprintSpec(
+            kinds=tuple(kinds),
+            radius=config.fingerprint_radius,
+            n_bits=config.fingerprint_bits,
+            chirality=config.fingerprint_chirality,
+        )
+        reads = config.molecule_encoder
+        return cls(reads in ("graph", "both"), spec if reads in ("fingerprint", "both") else None)
 
     @property
     def fingerprint_dim(self) -> int | None:

@@ -5,37 +5,66 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from nearfar.errors import NearfarError, nearest_name
-from nearfar.schedules import schedule
+from omegaconf import OmegaConf
+
+from nearfar.errors import NearfarError
+from nearfar.models.text import build_text_encoder
+from nearfar.schedules import Constant, Linear, Piecewise, Step, learning_rate_factor, schedule
+from nearfar.systems.molecules.features import MoleculeFeatures
+from nearfar.systems.molecules.model import MOLECULE_ENCODERS, TEXT_HEADS
+from nearfar.training.batches import SAMPLERS
+from nearfar.training.options import Choice, Number, Rule, Switch, Text, check_table, option
 
 __all__ = ["check_options", "data_paths"]
 
-#: option → (type, least, most); None is no bound
-RANGES: dict[str, tuple[type, float | None, float | None]] = {
-    "seed": (int, 0, None),
-    "epochs": (int, 1, None),
-    "batch_size": (int, 2, None),
-    "lr": (float, 0.0, None),
-    "weight_decay": (float, 0.0, None),
-    "warmup": (float, 0.0, 1.0),
-    "temperature": (float, 1e-4, None),
-    "layers": (int, 1, None),
-    "heads": (int, 1, None),
-    "hidden": (int, 1, None),
-    "dropout": (float, 0.0, 0.99),
-    "embedding_dim": (int, 1, None),
-    "fingerprint_hidden": (int, 1, None),
-    "fingerprint_dropout": (float, 0.0, 0.99),
-    "input_dropout": (float, 0.0, 0.99),
-    "fingerprint_bits": (int, 8, None),
-    "fingerprint_radius": (int, 0, None),
-    "curriculum_epoch": (int, 0, None),
-    "augment_atoms": (float, 0.0, 0.99),
-    "augment_bonds": (float, 0.0, 0.99),
-}
-CHOICES = {
-    "molecule_encoder": ("graph", "fingerprint", "both"),
-    "text_head": ("none", "linear", "mlp"),
+_PATH = Text(optional=True, number=True)
+_SHARE = Number(0.0, 0.99)
+
+OPTIONS: dict[str, Rule] = {
+    "seed": Number(0, 2**32 - 1, whole=True),
+    "epochs": Number(1, 100_000, whole=True),
+    "batch_size": Number(2, whole=True),
+    "lr": Number(0.0),
+    "weight_decay": Number(0.0),
+    "lr_schedule": Text(),
+    "warmup": Number(0.0, 0.99),
+    "temperature": Number(1e-4),
+    "learn_temperature": Switch(),
+    "molecule_encoder": Choice(MOLECULE_ENCODERS),
+    "text_head": Choice(TEXT_HEADS),
+    "layers": Number(1, whole=True),
+    "heads": Number(1, whole=True),
+    "hidden": Number(1, whole=True),
+    "dropout": _SHARE,
+    "embedding_dim": Number(1, whole=True),
+    "fingerprint_hidden": Number(1, whole=True),
+    "fingerprint_dropout": _SHARE,
+    "input_dropout": _SHARE,
+    "fingerprint_bits": Number(8, 2**20, whole=True),
+    "fingerprint_radius": Number(0, 100, whole=True),
+    "fingerprint_chirality": Switch(),
+    "curriculum_epoch": Number(0, whole=True),
+    "group_size": Number(2, whole=True, optional=True),
+    "false_negative_threshold": Number(optional=True),
+    "mask_duplicates": Switch(),
+    "augment_atoms": _SHARE,
+    "augment_bonds": _SHARE,
+    "bootstrap": Number(0, whole=True),
+    "sampler.name": Choice(SAMPLERS),
+    "loss.name": Choice(("infonce",)),
+    "loss.symmetric": Switch(),
+    "data.train": _PATH,
+    "data.val": _PATH,
+    "data.test": _PATH,
+    "data.dir": _PATH,
+    "data.smiles_column": Text(optional=True),
+    "data.text_column": Text(optional=True),
+    "data.id_column": Text(optional=True),
+    "data.val_fraction": Number(0, 1, inside=True),
+    "data.val_split": Choice(("scaffold", "random")),
+    "data.embedded_size": Number(10, whole=True, optional=True),
+    "data.split_seed": Number(0, 2**32 - 1, whole=True),
+    "text_encoder.kind": Text(),
 }
 SPLIT_NAMES = {
     "train": ("train", "training"),
@@ -46,30 +75,26 @@ ENDINGS = (".txt", ".tsv", ".csv", ".parquet")
 
 
 def check_options(config: Any) -> None:
-    """Raise ``NearfarError`` for the first option that is of the wrong type or out of range."""
-    for name, (kind, least, most) in RANGES.items():
-        value = config[name]
-        numeric = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not numeric or (kind is int and value != int(value)):
-            wanted = "a whole number" if kind is int else "a number"
-            raise NearfarError(f"{name}={value!r}: {wanted} is needed.")
-        if (least is not None and value < least) or (most is not None and value > most):
-            raise NearfarError(f"{name}={value} is out of range: {_range(least, most)}.")
-    for name, choices in CHOICES.items():
-        if config[name] not in choices:
-            raise NearfarError(
-                f"{name}={config[name]}: no such choice; {nearest_name(str(config[name]), choices)}"
-            )
+    """Raise ``NearfarError`` for the first option that is of the wrong type, out of range, or without effect."""
+    check_table(config, OPTIONS)
+    learning_rate_factor(config.lr_schedule, warmup=config.warmup)
+    MoleculeFeatures.from_config(config)
+    # No weights are read and nothing is fitted here: the encoder looks at its options alone.
+    encoder = OmegaConf.to_container(config.text_encoder, resolve=True)
+    assert isinstance(encoder, dict)
+    build_text_encoder(**{str(key): value for key, value in encoder.items()})
     if config.molecule_encoder != "fingerprint" and config.hidden % config.heads:
         raise NearfarError(f"hidden={config.hidden} must be a multiple of heads={config.heads}.")
-    for value in _values(config.hard_ratio, config.epochs):
-        if not 0 <= value <= 1:
-            raise NearfarError(
-                f"hard_ratio={config.hard_ratio}: a share of the batch between 0 and 1 is needed."
-            )
-    for value in _values(config.hardness_k, config.epochs):
-        if value < 1:
-            raise NearfarError(f"hardness_k={config.hardness_k}: at least one neighbour is needed.")
+    if 0 < config.bootstrap < 100:
+        raise NearfarError(
+            f"bootstrap={config.bootstrap}: the ends of an interval need at least 100 resamples; "
+            "0 asks for intervals without resampling."
+        )
+    if config.learn_temperature and config.temperature < 0.01:
+        raise NearfarError(
+            f"temperature={config.temperature}: a learned temperature is held at .01 or more; start there or higher."
+        )
+    _check_batches(config)
     threshold = config.false_negative_threshold
     if threshold is not None and not -1 < threshold <= 1:
         raise NearfarError(
@@ -81,15 +106,49 @@ def check_options(config: Any) -> None:
         )
 
 
-def _values(spec: Any, epochs: int) -> list[float]:
-    rule = schedule(spec)
-    return [rule(epoch, epochs) for epoch in range(epochs)]
+def _check_batches(config: Any) -> None:
+    """``hard_ratio``, ``hardness_k``, the curriculum and the order of hard batches."""
+    for value in _values("hard_ratio", config):
+        if not 0 <= value <= 1:
+            raise NearfarError(
+                f"hard_ratio={config.hard_ratio}: a share of the batch between 0 and 1 is needed."
+            )
+    for value in _values("hardness_k", config):
+        if value < 1:
+            raise NearfarError(f"hardness_k={config.hardness_k}: at least one neighbour is needed.")
+    if any(value != int(value) for value in _named_values(schedule(config.hardness_k))):
+        raise NearfarError(f"hardness_k={config.hardness_k}: a whole number of neighbours is needed.")
+    if "order" in config.sampler:
+        Choice(("level", "greedy")).check("sampler.order", config.sampler.order)
+    if config.sampler.name in ("hard", "partition") and config.curriculum_epoch >= config.epochs:
+        raise NearfarError(
+            f"curriculum_epoch={config.curriculum_epoch} of epochs={config.epochs}: no batch would ever be hard. "
+            "Lower curriculum_epoch, or take sampler=random."
+        )
 
 
-def _range(least: float | None, most: float | None) -> str:
-    if most is None:
-        return f"at least {least:g}"
-    return f"{least:g} to {most:g}"
+def _values(name: str, config: Any) -> list[float]:
+    """A schedule's value in every epoch."""
+    spec = option(config, name)
+    try:
+        rule = schedule(spec)
+        return [float(rule(epoch, config.epochs)) for epoch in range(config.epochs)]
+    except (TypeError, ValueError) as error:
+        raise NearfarError(f"{name}={spec}: {error}") from None
+
+
+def _named_values(rule: Any) -> tuple[float, ...]:
+    """The values that a schedule was given, without those between them."""
+    match rule:
+        case Constant(value):
+            return (value,)
+        case Linear(start, end):
+            return (start, end)
+        case Step(values):
+            return values
+        case Piecewise(points):
+            return tuple(value for _, value in points)
+    return ()
 
 
 def data_paths(data: Any) -> dict[str, Path | None]:
@@ -97,9 +156,11 @@ def data_paths(data: Any) -> dict[str, Path | None]:
 
     Raises ``NearfarError`` if a file is missing, or if there is a val or test file and nothing to train on.
     """
-    paths: dict[str, Path | None] = {name: Path(data[name]) if data[name] else None for name in SPLIT_NAMES}
-    if data.dir:
-        folder = Path(data.dir)
+    paths: dict[str, Path | None] = {
+        name: None if data[name] is None else Path(str(data[name])) for name in SPLIT_NAMES
+    }
+    if data.dir is not None:
+        folder = Path(str(data.dir))
         if not folder.is_dir():
             raise NearfarError(f"data.dir={folder}: no such folder.")
         for split, names in SPLIT_NAMES.items():

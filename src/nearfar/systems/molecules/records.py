@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -106,18 +105,22 @@ def read_records(
     text_column: str | None = None,
     id_column: str | None = None,
     cache: bool = True,
+    *,
+    columns: Mapping[str, Sequence[str]] = COLUMNS,
+    naming: str = "data.{name}_column=NAME",
 ) -> Records:
     """Read pairs from a TSV, CSV or Parquet file; rows that cannot be used are counted with their reason.
 
     Rejected: an empty SMILES or text, a SMILES that is no molecule, a row that repeats an earlier structure
     *and* text. The same structure with another text, or the same text for another structure, is kept: groups
-    mark it. A repeated id gets a suffix (``702#2``), so that ids name rows.
+    mark it. A repeated id gets a suffix (``702#2``), so that ids name rows. ``columns`` are the headers that
+    are looked for, ``naming`` how a message asks for another one (see `read_table`).
 
     Raises:
         NearfarError: whatever `read_table` finds, or that no row is left.
     """
     overrides = {"smiles": smiles_column, "text": text_column, "id": id_column}
-    table = read_table(path, COLUMNS, overrides, optional=("id",))
+    table = read_table(path, columns, overrides, optional=("id",), naming=naming)
     records = Records(str(path), rejections=table.rejections)
     ids = table["id"] if "id" in table else [f"row{row}" for row in table.rows]
     structures = examine_structures(table["smiles"], cache)
@@ -153,8 +156,6 @@ def read_records(
         "columns": table.used,
         "ids_made_unique": repeated,
     }
-    if len(records.rejections):
-        warnings.warn(f"{path}: {records.rejections.summary()}", stacklevel=3)
     return records
 
 

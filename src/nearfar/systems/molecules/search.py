@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,13 @@ from jaxtyping import Float
 from torch import nn
 
 from nearfar.data.cache import cached_array, content_key
-from nearfar.data.tables import read_table
+from nearfar.data.tables import Table, read_table
 from nearfar.errors import NearfarError
 from nearfar.models.text import TextEncoder, embed_texts, load_text_encoder
 from nearfar.systems.molecules.examples import draw
 from nearfar.systems.molecules.features import MoleculeFeatures
 from nearfar.systems.molecules.model import MoleculeTextModel
+from nearfar.systems.molecules.options import data_paths
 from nearfar.systems.molecules.records import COLUMNS, Records, make_splits, read_records
 from nearfar.systems.molecules.smiles import canonical_smiles, parse_smiles
 from nearfar.training.checkpoint import Checkpoint, find_checkpoint
@@ -28,6 +29,11 @@ from nearfar.training.module import consecutive
 from nearfar.training.run_folder import RunFolder, write_atomically
 
 __all__ = ["Hit", "Hits", "TrainedMolecules"]
+
+#: headers by what they hold: ``smiles``, ``text``, ``id``; None is found by name
+Columns = Mapping[str, str | None]
+#: how ``nearfar embed`` and ``nearfar search`` ask for a header
+OPTION = "--{name}-column NAME"
 
 
 @dataclass(frozen=True)
@@ -76,9 +82,10 @@ class TrainedMolecules:
         self.features = MoleculeFeatures.from_config(self.config)
         self.text_encoder: TextEncoder = load_text_encoder(self.folder.path / "text_encoder")
         state = Checkpoint.load(path)
-        text_dim = int(self.folder.read_json("dataset_layout.json")["text_encoder"]["dimensions"])
+        self._layout = self.folder.read_json("dataset_layout.json")
+        self._text_dim = int(self._layout["text_encoder"]["dimensions"])
         self.model: nn.Module = MoleculeTextModel.from_config(
-            self.config, text_dim, self.features.fingerprint_dim
+            self.config, self._text_dim, self.features.fingerprint_dim
         )
         self.model.load_state_dict(state.model)
         self.model.eval()
@@ -96,8 +103,7 @@ class TrainedMolecules:
         records = Records("embed", [str(i) for i in range(len(smiles))], list(smiles), [""] * len(smiles))
         records.scaffolds = [""] * len(smiles)
         split = make_splits({"train": records})["train"]
-        text_dim = int(self.folder.read_json("dataset_layout.json")["text_encoder"]["dimensions"])
-        dataset = self.features.dataset(split, np.zeros((len(smiles), text_dim), dtype=np.float32))
+        dataset = self.features.dataset(split, np.zeros((len(smiles), self._text_dim), dtype=np.float32))
         model: Any = self.model
         parts = [model.encode_molecules(dataset.__getitems__(b)) for b in consecutive(len(smiles), 512)]
         return torch.nn.functional.normalize(torch.cat(parts).float(), dim=1).numpy()
@@ -110,13 +116,18 @@ class TrainedMolecules:
         return torch.nn.functional.normalize(model.encode_texts(frozen).float(), dim=1).numpy()
 
     # -- search ----------------------------------------------------------------------------------------------
-    def gallery(self, path: Path | None = None, molecules: bool = True) -> tuple[Records, Any]:
-        """The pairs to search in and a FAISS index of their molecules (or texts); embeddings are cached."""
+    def gallery(
+        self, path: Path | None = None, molecules: bool = True, columns: Columns | None = None
+    ) -> tuple[Records, Any]:
+        """The pairs to search in and a FAISS index of their molecules (or texts); embeddings are cached.
+
+        ``columns`` are headers of the table for ``smiles``, ``text`` and ``id``, where they are not found by name.
+        """
         import faiss
 
-        name = f"{path or ''}/{'molecules' if molecules else 'texts'}"
+        name = f"{path or ''}/{sorted((columns or {}).items())}/{'molecules' if molecules else 'texts'}"
         if name not in self._galleries:
-            records = self._records(path)
+            records = self._records(path, columns or {})
             values = records.smiles if molecules else records.texts
             embed = self.embed_molecules if molecules else self.embed_texts
             vectors = cached_array("galleries", [self._key, values], lambda: embed(values))
@@ -126,13 +137,30 @@ class TrainedMolecules:
         records, index, _ = self._galleries[name]
         return records, index
 
-    def _records(self, path: Path | None) -> Records:
+    def _headers(self) -> dict[str, list[str]]:
+        """The headers to look for in a new table: first those that the run was trained with, then the usual ones."""
+        own = {name: self.config.data[f"{name}_column"] for name in COLUMNS}
+        return {name: [*([own[name]] if own[name] else []), *usual] for name, usual in COLUMNS.items()}
+
+    def _records(self, path: Path | None, columns: Columns) -> Records:
         if path is not None:
-            data = self.config.data
-            return read_records(path, data.smiles_column, data.text_column, data.id_column)
+            given = (columns.get("smiles"), columns.get("text"), columns.get("id"))
+            return read_records(path, *given, columns=self._headers(), naming=OPTION)
         from nearfar.systems.molecules.system import MoleculeSystem
 
-        splits = MoleculeSystem(self.config).load_data(lambda _: None).splits.values()
+        try:
+            data_paths(self.config.data)
+        except NearfarError as error:
+            raise NearfarError(
+                f"{self.folder}: the run's data is not there ({error}) Give a table to search in: --gallery FILE."
+            ) from None
+        splits = list(MoleculeSystem(self.config).load_data(lambda _: None).splits.values())
+        found, trained = MoleculeSystem._hash(*splits), self._layout["data_hash"]
+        if found != trained:
+            raise NearfarError(
+                f"{self.folder}: its data files have changed since it was trained (content hash {trained} then, "
+                f"{found} now). Give the table to search in: --gallery FILE."
+            )
         return Records(
             "run",
             [i for s in splits for i in s.ids],
@@ -141,8 +169,18 @@ class TrainedMolecules:
             [c for s in splits for c in s.scaffolds],
         )
 
-    def search(self, query: str, molecule: bool = False, k: int = 10, gallery: Path | None = None) -> Hits:
-        """The ``k`` nearest molecules of a text; with ``molecule=True`` the nearest texts of a SMILES."""
+    def search(
+        self,
+        query: str,
+        molecule: bool = False,
+        k: int = 10,
+        gallery: Path | None = None,
+        columns: Columns | None = None,
+    ) -> Hits:
+        """The ``k`` nearest molecules of a text; with ``molecule=True`` the nearest texts of a SMILES.
+
+        ``gallery`` is a table to search in instead of the run's data, ``columns`` as for `gallery`.
+        """
         if not query.strip():
             raise NearfarError("the query is empty: give a text, or a SMILES with --molecule.")
         if k < 1:
@@ -156,7 +194,7 @@ class TrainedMolecules:
             vector = self.embed_molecules([canonical_smiles(parsed)])
         else:
             vector = self.embed_texts([query])
-        records, index = self.gallery(gallery, molecules=not molecule)
+        records, index = self.gallery(gallery, not molecule, columns)
         scores, found = index.search(np.ascontiguousarray(vector, dtype=np.float32), min(k, len(records)))
         hits = [
             Hit(rank + 1, float(score), records.ids[i], records.smiles[i], records.texts[i])
@@ -166,15 +204,24 @@ class TrainedMolecules:
 
     # -- the verbs -------------------------------------------------------------------------------------------
     def search_and_print(
-        self, query: str, molecule: bool, k: int, gallery: Path | None, page: Path | None, console: Any
+        self,
+        query: str,
+        molecule: bool,
+        k: int,
+        gallery: Path | None,
+        page: Path | None,
+        console: Any,
+        columns: Columns | None = None,
     ) -> None:
         """``nearfar search``."""
-        from rich.table import Table
+        from rich.table import Table as Grid
 
-        hits = self.search(query, molecule, k, gallery)
+        if page is not None:
+            _require_writable(page, "hits.html")
+        hits = self.search(query, molecule, k, gallery, columns)
         if not molecule and not np.any(self.text_encoder.encode([query])):
-            console.print("no word of this query occurs in the training texts: the order below means nothing")
-        table = Table(show_lines=False)
+            _say(console, "no word of this query occurs in the training texts: the order below means nothing")
+        table = Grid(show_lines=False)
         for column in ("", "cosine", "id", "text", "SMILES"):
             table.add_column(
                 column, overflow="ellipsis", no_wrap=True, justify="right" if not column else "left"
@@ -187,43 +234,79 @@ class TrainedMolecules:
                 f"<!doctype html><meta charset='utf-8'><title>search</title><body>{hits._repr_html_()}</body>"
             )
             write_atomically(page, lambda file: file.write(body.encode()))
-            console.print(f"pictures: {page}", markup=False, highlight=False)
+            _say(console, f"pictures: {page}")
 
-    def embed_table(self, data: Path, output: Path, console: Any) -> None:
-        """``nearfar embed``: every usable row of a table as vectors of its molecule and its text."""
+    def embed_table(self, data: Path, output: Path, console: Any, columns: Columns | None = None) -> None:
+        """``nearfar embed``: the molecules and the texts of a table as vectors, in one ``.npz``.
+
+        ``molecules`` and ``texts`` hold a row for each SMILES that can be read and each text that is not empty;
+        ``ids`` names the rows of both. Where a row has only one of the two usable, ``molecule_ids`` and
+        ``text_ids`` stand there instead of ``ids``. ``columns`` as for `gallery`.
+        """
+        _require_writable(output, "embeddings.npz")
         optional = ("id", "smiles", "text")
-        names = self.config.data
-        columns = {"smiles": names.smiles_column, "text": names.text_column, "id": names.id_column}
-        table = read_table(data, COLUMNS, columns, optional=optional)
+        table = read_table(data, self._headers(), columns, optional=optional, naming=OPTION)
         if "smiles" not in table and "text" not in table:
             raise NearfarError(
-                f"{data}: neither a SMILES nor a text column; name one with data.smiles_column= in the run."
+                f"{data}: neither a SMILES nor a text column; name one with --smiles-column NAME or "
+                "--text-column NAME."
             )
-        arrays: dict[str, np.ndarray] = {}
-        rows = np.asarray(table.rows)
-        keep = np.ones(len(rows), dtype=bool)
-        if "smiles" in table:
-            keep &= np.array([parse_smiles(s)[0] is not None for s in table["smiles"]])
-        if "text" in table:
-            keep &= np.array([bool(t.strip()) for t in table["text"]])
-        if not keep.any():
-            raise NearfarError(
-                f"{data}: no row can be embedded (unreadable SMILES or empty text in every one)."
-            )
-        kept = np.flatnonzero(keep)
         ids = table["id"] if "id" in table else [f"row{row}" for row in table.rows]
-        arrays["ids"] = np.asarray([ids[i] for i in kept], dtype=np.str_)
-        if "smiles" in table:
-            arrays["molecules"] = self.embed_molecules([table["smiles"][i] for i in kept])
-        if "text" in table:
-            arrays["texts"] = self.embed_texts([table["text"][i] for i in kept])
+        molecules, texts = _readable_molecules(table), _filled_texts(table)
+        if not molecules and not texts:
+            raise NearfarError(f"{data}: no row can be embedded; {table.rejections.summary()}.")
+        arrays: dict[str, np.ndarray] = {}
+        same = molecules == texts or not molecules or not texts
+        for name, rows in (("molecule_ids", molecules), ("text_ids", texts)):
+            if rows:
+                arrays["ids" if same else name] = np.asarray([ids[i] for i in rows], dtype=np.str_)
+        if molecules:
+            arrays["molecules"] = self.embed_molecules([table["smiles"][i] for i in molecules])
+        if texts:
+            arrays["texts"] = self.embed_texts([table["text"][i] for i in texts])
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]  # numpy's stub wants allow_pickle first
         write_atomically(output, lambda file: file.write(buffer.getvalue()))
-        lost = len(rows) - len(kept) + len(table.rejections)
-        console.print(
-            f"{output}: {len(kept)} rows ({', '.join(k for k in arrays if k != 'ids')}); {lost} rejected"
-            + (f", the first at row {int(rows[~keep][0])}" if (~keep).any() else ""),
-            markup=False,
-            highlight=False,
-        )
+        _say(console, f"{output}: {len(molecules)} molecules, {len(texts)} texts ({', '.join(arrays)})")
+        if len(table.rejections):
+            _say(console, table.rejections.summary())
+
+
+def _readable_molecules(table: Table) -> list[int]:
+    """Positions whose SMILES is a molecule; the others are counted in the table's rejections."""
+    good = []
+    for position, smiles in enumerate(table.columns.get("smiles", [])):
+        if not smiles.strip():
+            table.rejections.add("empty SMILES", table.rows[position])
+            continue
+        molecule, reason = parse_smiles(smiles)
+        if molecule is None:
+            table.rejections.add("unparsable SMILES", table.rows[position], smiles, reason)
+        else:
+            good.append(position)
+    return good
+
+
+def _filled_texts(table: Table) -> list[int]:
+    """Positions whose text is not empty; the others are counted in the table's rejections."""
+    good = []
+    for position, text in enumerate(table.columns.get("text", [])):
+        if text.strip():
+            good.append(position)
+        else:
+            table.rejections.add("empty text", table.rows[position])
+    return good
+
+
+def _require_writable(path: Path, example: str) -> None:
+    """Raise where no file can be written to ``path``, before the work and not after it."""
+    if path.is_dir():
+        raise NearfarError(f"{path} is a folder; name the file to write, such as {path / example}.")
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise NearfarError(f"{path} cannot be written: {above} is a file and not a folder.")
+
+
+def _say(console: Any, text: str) -> None:
+    # Not wrapped: a path that is cut over two lines cannot be copied.
+    console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -132,11 +132,12 @@ class MoleculeSystem:
         return build_sampler(self.config, len(train), self.neighbors, labels)
 
     def on_epoch(self, epoch: int, sampler: Any, say: Say) -> dict[str, Any]:
-        """Apply schedules, measure the batches, and at the first hard epoch check that they are hard."""
-        record = epoch_record(self.config, epoch, sampler, self.neighbors, say)
-        if epoch == self.config.curriculum_epoch:
-            check_batches(self.config, sampler, self._directions, say)
-        return record
+        """Apply schedules and measure the batches that come out of them."""
+        return epoch_record(self.config, epoch, sampler, self.neighbors, say)
+
+    def check_sampler(self, sampler: Any, say: Say) -> None:
+        """The A/A check of the first hard epoch."""
+        check_batches(self.config, sampler, self._directions, say)
 
     # -- model and loss --------------------------------------------------------------------------------------
     def build_model(self) -> nn.Module:
