@@ -41,10 +41,14 @@ def check_config(config: Any) -> None:
     from nearfar.training.options import check_training_options
 
     if config.system not in OPTIONS:
-        raise NearfarError(f"there is no system '{config.system}': {nearest_name(str(config.system), OPTIONS)}")
+        raise NearfarError(
+            f"there is no system '{config.system}': {nearest_name(str(config.system), OPTIONS)}"
+        )
     check_training_options(config)
     if config.needs_init_from and not (config.init_from or config.resume_from):
-        raise NearfarError("this experiment starts from a trained model: give init_from=RUN (a run or a checkpoint).")
+        raise NearfarError(
+            "this experiment starts from a trained model: give init_from=RUN (a run or a checkpoint)."
+        )
     module, name = OPTIONS[config.system].split(":")
     getattr(importlib.import_module(module), name)(config)
 
