@@ -188,7 +188,10 @@ def test_search_and_embed(tmp_path: Path, files: list[str]) -> None:
     model.embed_table(table, tmp_path / "out.npz", QUIET)
     with np.load(tmp_path / "out.npz") as arrays:
         assert arrays["molecules"].shape == (2, 16)
-        assert arrays["texts"].shape == (2, 16)
+        # A text stays although the molecule beside it cannot be read: each kind has its own ids.
+        assert arrays["texts"].shape == (3, 16)
+        assert len(arrays["molecule_ids"]) == 2
+        assert len(arrays["text_ids"]) == 3
     with pytest.raises(NearfarError, match="is no SMILES"):
         model.search("not a smiles", molecule=True)
     with pytest.raises(NearfarError, match="query is empty"):

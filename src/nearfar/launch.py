@@ -134,7 +134,7 @@ def compose_config(overrides: Sequence[str]) -> DictConfig:
     try:
         with initialize_config_module(CONFIGS, version_base="1.3"):
             return compose("train", overrides=list(overrides))
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: a group set to null
         raise NearfarError(_explain(error, overrides)) from None
 
 

@@ -20,7 +20,16 @@ from nearfar.training.run_folder import RunFolder, same_file
 __all__ = ["Resume", "changed_values", "flatten"]
 
 #: keys that say where a run lies or how it was started, and not what it computes
-NOT_PART_OF_A_RUN = ("resume_from", "start_epoch", "name", "runs_dir", "exists", "overrides", "logger")
+NOT_PART_OF_A_RUN = (
+    "resume_from",
+    "start_epoch",
+    "name",
+    "runs_dir",
+    "exists",
+    "overrides",
+    "logger",
+    "needs_init_from",
+)
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
