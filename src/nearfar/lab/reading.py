@@ -42,6 +42,13 @@ def read_comparison(comparison: Comparison) -> list[str]:
         else:
             text = f"{arm.label} is {difference.verdict} than {base} by {name}: {interval} excludes 0."
         text += f" The interval is over {difference.scope}."
+        others = comparison.differences[arm.label]
+        apart = [m for m, d in others.items() if m != monitor and d.verdict != "not distinguishable"]
+        if apart:
+            text += (
+                f" Of the {len(others) - 1} other metrics {len(apart)} differ by their own intervals; one in twenty does so by "
+                "chance, and they are not independent."
+            )
         plans = _plans(arm)
         if plans and arm.config.get("sampler", {}).get("name") in ("hard", "partition"):
             text += " " + _batches(plans, arm, difference.verdict == "better")

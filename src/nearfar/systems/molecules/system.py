@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from nearfar.batching import Neighbors, nearest_neighbors
-from nearfar.data.cache import content_key
+from nearfar.data.cache import cached_arrays, content_key
 from nearfar.errors import NearfarError
 from nearfar.losses import InfoNCELoss, duplicate_mask, false_negative_mask
 from nearfar.metrics import Estimate, rank_estimates, retrieval_ranks
@@ -73,9 +74,8 @@ class MoleculeSystem:
                 seed=config.seed,
             )
         self._directions = text_directions(self._datasets["train"].text.numpy(), say)
-        self.neighbors = nearest_neighbors(
-            self._directions, neighbors_needed(config, len(train)), ids=train.ids
-        )
+        k = neighbors_needed(config, len(train))
+        self.neighbors = cached_neighbors(self._directions, k, train.ids)
 
     def load_data(self, say: Say) -> MoleculeData:
         data = self.config.data
@@ -194,6 +194,28 @@ class MoleculeSystem:
     def save_assets(self, folder: Path) -> None:
         """The fitted text encoder, without which new texts could not be embedded."""
         save_text_encoder(self.text_encoder, folder / "text_encoder")
+
+
+def cached_neighbors(directions: Float[np.ndarray, "n d"], k: int, ids: list[str]) -> Neighbors:
+    """``nearest_neighbors``, kept by content.
+
+    Not only for the time: a resumed run must see the very same list, and a product computed by another number of
+    threads may round two nearly equal neighbours into another order.
+    """
+
+    def search() -> dict[str, np.ndarray]:
+        found = nearest_neighbors(directions, k)
+        assert found.similarities is not None
+        how = {"exact": found.exact, "index": found.index, "recall": found.recall, "queries": found.queries}
+        return {
+            "indices": found.indices,
+            "similarities": found.similarities,
+            "how": np.array(json.dumps(how)),
+        }
+
+    kept = cached_arrays("neighbors", [1, directions, k], search)
+    how = json.loads(str(kept["how"]))
+    return Neighbors(kept["indices"], kept["similarities"], np.asarray(ids), **how)
 
 
 def text_directions(text: Float[np.ndarray, "n d"], say: Say) -> Float[np.ndarray, "n d"]:
