@@ -45,9 +45,10 @@ def read_comparison(comparison: Comparison) -> list[str]:
         others = comparison.differences[arm.label]
         apart = [m for m, d in others.items() if m != monitor and d.verdict != "not distinguishable"]
         if apart:
+            own = "differs by its own interval" if len(apart) == 1 else "differ by their own intervals"
             text += (
-                f" Of the {len(others) - 1} other metrics {len(apart)} differ by their own intervals; one in twenty does so by "
-                "chance, and they are not independent."
+                f" {len(apart)} of the {len(others) - 1} other metrics {own}; one in twenty does so by chance, and "
+                "they are not independent."
             )
         plans = _plans(arm)
         if plans and arm.config.get("sampler", {}).get("name") in ("hard", "partition"):

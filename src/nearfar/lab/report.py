@@ -128,7 +128,9 @@ def comparison_page(comparison: Comparison, path: Path) -> str:
             random_level = found[0].get("hardness_random", random_level)
     charts = []
     if curves:
-        charts.append(line_chart(f"Validation {monitor}", curves, "epoch", monitor))
+        charts.append(
+            line_chart(f"Validation {metric_words(monitor)}", curves, "epoch", metric_words(monitor))
+        )
     if plans:
         charts.append(hardness_chart(plans, random_level))
     for label, differences in comparison.differences.items():
