@@ -14,6 +14,7 @@ import nearfar
 SOURCE = Path(nearfar.__file__).parent
 FLOORS = [
     {"cli", "launch"},
+    {"overrides"},
     {"lab", "systems"},
     {"training"},
     {"batching", "metrics", "data", "models"},

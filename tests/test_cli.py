@@ -93,7 +93,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     """A tiny run on a file whose columns have names of their own."""
     from rich.console import Console
 
-    from nearfar.launch import compose_config, run_one
+    from nearfar.launch import run_one
+    from nearfar.overrides import compose_config
     from tiny_molecules import pairs
 
     folder = tmp_path_factory.mktemp("trained")

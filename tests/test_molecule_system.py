@@ -18,7 +18,8 @@ import torch
 from rich.console import Console
 
 from nearfar.errors import NearfarError
-from nearfar.launch import compose_config, run_one
+from nearfar.launch import run_one
+from nearfar.overrides import compose_config
 from nearfar.systems import build_system, trained
 from nearfar.training.checkpoint import Checkpoint
 from nearfar.training.run_folder import RunFolder

@@ -222,7 +222,7 @@ def search(
 @app.command(context_settings=HYDRA)
 def data(context: typer.Context) -> None:
     """Read an experiment's data and show what was taken, rejected and why: experiment=NAME data.train=…"""
-    from nearfar.launch import single_config
+    from nearfar.overrides import single_config
     from nearfar.systems import build_system
 
     console = _console()

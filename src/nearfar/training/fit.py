@@ -60,6 +60,9 @@ def _trainer(config: Any, folder: RunFolder, callbacks: list[L.Callback], epochs
     settings = config.trainer
     if settings.threads:
         torch.set_num_threads(settings.threads)
+    # On a GPU some scatter kernels have no deterministic form: that is worth a warning and not the end of the run.
+    on_gpu = torch.cuda.is_available() and settings.accelerator != "cpu"
+    deterministic = ("warn" if on_gpu else True) if settings.deterministic else False
     return L.Trainer(
         default_root_dir=folder.path,
         max_epochs=epochs,
@@ -68,7 +71,7 @@ def _trainer(config: Any, folder: RunFolder, callbacks: list[L.Callback], epochs
         precision=settings.precision,
         accumulate_grad_batches=settings.accumulate,
         gradient_clip_val=settings.gradient_clip or None,
-        deterministic=settings.deterministic,
+        deterministic=deterministic,
         reload_dataloaders_every_n_epochs=1,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,

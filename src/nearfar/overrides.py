@@ -1,0 +1,184 @@
+"""Overrides of the command line: parsed, expanded, composed into a configuration, explained where they are wrong."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+
+from hydra import compose, initialize_config_module
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from nearfar.configs import experiments
+from nearfar.errors import NearfarError, nearest_name
+from nearfar.training.checkpoint import find_checkpoint
+from nearfar.training.resume import flatten
+from nearfar.training.run_folder import RunFolder
+
+__all__ = [
+    "CONFIGS",
+    "PATHS",
+    "compose_config",
+    "expand",
+    "merge_overrides",
+    "parse",
+    "quote_paths",
+    "single_config",
+    "with_saved_overrides",
+]
+
+CONFIGS = "nearfar.configs"
+#: options whose value is a path and may hold what Hydra's grammar would read as syntax
+PATHS = ("resume_from", "init_from", "data.train", "data.val", "data.test", "data.dir", "text_encoder.model")
+
+
+def parse(overrides: Sequence[str]) -> list[Override]:
+    try:
+        return OverridesParser.create().parse_overrides(list(overrides))
+    except OverrideParseException as error:
+        raise NearfarError(
+            f"'{error.override}' is not of the form key=value. Quote a value with spaces, commas or brackets: "
+            "'key=\"a, b\"'."
+        ) from None
+
+
+def quote_paths(overrides: Sequence[str]) -> list[str]:
+    """Quote values that are paths on this machine: ``resume_from=runs/a/seed=1,lr=2`` is neither a sweep nor a mistake.
+
+    >>> quote_paths(["lr=0.1", "resume_from=no/such,path"])
+    ['lr=0.1', 'resume_from=no/such,path']
+    """
+    quoted = []
+    for text in overrides:
+        key, _, value = text.partition("=")
+        path = Path(value).expanduser() if value else None
+        if key in PATHS and path is not None and value[0] not in "'\"" and path.exists():
+            text = f"{key}='" + str(path).replace("\\", "\\\\").replace("'", "\\'") + "'"
+        quoted.append(text)
+    return quoted
+
+
+def expand(overrides: Sequence[str]) -> Iterator[list[str]]:
+    """The overrides of every run of a sweep.
+
+    >>> list(expand(["lr=1", "seed=0,1"]))
+    [['lr=1', 'seed=0'], ['lr=1', 'seed=1']]
+    """
+    choices = []
+    for parsed in parse(overrides):
+        if parsed.is_sweep_override():
+            try:
+                values = list(parsed.sweep_string_iterator())
+            except HydraException:
+                raise NearfarError(
+                    f"'{parsed.input_line}': list the values, such as {parsed.key_or_group}=a,b or range(1,4)."
+                ) from None
+            choices.append([f"{parsed.get_key_element()}={value}" for value in values])
+        else:
+            choices.append([str(parsed.input_line)])
+    for combination in itertools.product(*choices):
+        yield list(combination)
+
+
+def merge_overrides(earlier: Sequence[str], later: Sequence[str]) -> list[str]:
+    """Overrides of a saved run followed by new ones; the later wins.
+
+    >>> merge_overrides(["experiment=molecules", "lr=0.1"], ["lr=0.2", "epochs=3"])
+    ['experiment=molecules', 'lr=0.2', 'epochs=3']
+    """
+    return list({text.split("=")[0].lstrip("+~"): text for text in [*earlier, *later]}.values())
+
+
+def compose_config(overrides: Sequence[str]) -> DictConfig:
+    """The configuration that these overrides compose, with every mistake answered by the nearest name."""
+    values = dict(text.split("=", 1) for text in overrides if "=" in text)
+    known = experiments()
+    if "experiment" not in values:
+        raise NearfarError(
+            "say which experiment to run: experiment=NAME, with NAME one of " + ", ".join(known)
+        )
+    if values["experiment"] not in known:
+        name = values["experiment"]
+        raise NearfarError(f"experiment={name}: there is no such experiment; {nearest_name(name, known)}")
+    for text in overrides:
+        if text[0] in "+~" and not text.lstrip("+~").startswith("hydra"):
+            raise NearfarError(
+                f"'{text}': options are fixed; write {text.lstrip('+~')} to set one that exists."
+            )
+    try:
+        with initialize_config_module(CONFIGS, version_base="1.3"):
+            return compose("train", overrides=list(overrides))
+    except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: a group set to null
+        raise NearfarError(_explain(error, overrides)) from None
+
+
+def single_config(arguments: Sequence[str]) -> DictConfig:
+    """Compose and check the one configuration of ``key=value`` arguments; flags and sweeps are refused."""
+    from nearfar.systems import check_config
+
+    for argument in arguments:
+        if argument.startswith("-"):
+            raise NearfarError(f"{argument} has no meaning here; give key=value options only.")
+    runs = list(expand(with_saved_overrides(quote_paths(arguments))))
+    if len(runs) > 1:
+        raise NearfarError(f"these options are a sweep of {len(runs)} runs; give one value each.")
+    config = compose_config(runs[0])
+    check_config(config)
+    return config
+
+
+def _explain(error: Exception, overrides: Sequence[str]) -> str:
+    text = str(error)
+    misspelt = re.search(r"Could not override '([^']+)'", text)
+    if misspelt:
+        key = misspelt.group(1)
+        groups = [
+            f.name for f in resources.files(CONFIGS).iterdir() if f.is_dir() and not f.name.startswith("_")
+        ]
+        base = [o for o in overrides if o.split("=")[0].lstrip("+~") in groups]
+        try:
+            with initialize_config_module(CONFIGS, version_base="1.3"):
+                keys = list(flatten(compose("train", overrides=base)))
+        except (HydraException, OmegaConfBaseException):
+            keys = []
+        return f"there is no option '{key}': {nearest_name(key, [*keys, *groups])}"
+    choice = re.search(r"Could not find '([^/']+)/([^']+)'", text)
+    if choice:
+        group, name = choice.groups()
+        folder = resources.files(CONFIGS).joinpath(group)
+        if folder.is_dir():
+            names = [f.name[:-5] for f in folder.iterdir() if f.name.endswith(".yaml")]
+            return f"{group}={name}: there is no such {group}; {nearest_name(name, names)}"
+    return text.strip()
+
+
+def with_saved_overrides(overrides: Sequence[str]) -> list[str]:
+    """Put the overrides of the run that ``resume_from`` names before the ones given now."""
+    values = dict(text.split("=", 1) for text in overrides if "=" in text)
+    source = values.get("resume_from", "")
+    if not source or source == "null":
+        return list(overrides)
+    (parsed,) = parse([f"resume_from={source}"])
+    if parsed.is_sweep_override():
+        raise NearfarError("resume_from takes one run; start a sweep for each of them.")
+    folder = RunFolder.of(find_checkpoint(str(parsed.value())))
+    saved = OmegaConf.to_container(folder.config())
+    assert isinstance(saved, Mapping)
+    earlier = [str(o) for o in saved.get("overrides", [])]
+    experiment = next((o for o in earlier if o.startswith("experiment=")), None)
+    if experiment and values.get("experiment") not in (None, experiment.split("=", 1)[1]):
+        system_now = compose_config([f"experiment={values['experiment']}"]).system
+        if saved.get("system") != system_now:
+            raise NearfarError(
+                f"resume_from={source}: that run belongs to system '{saved.get('system')}', "
+                f"experiment={values['experiment']} is of system '{system_now}'. Take weights alone with init_from=."
+            )
+    # Names and places of the earlier run are its own.
+    earlier = [o for o in earlier if o.split("=")[0] not in ("name", "runs_dir")]
+    return merge_overrides(earlier, overrides)
