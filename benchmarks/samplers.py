@@ -5,7 +5,7 @@ Vectors: max(50, n/1000) Gaussian centres in 12 dimensions, each item 0.7 sigma 
 its batch of 1,024.
 
     python benchmarks/samplers.py                      # 100,000 items, d = 64
-    python benchmarks/samplers.py --items 1000000 --dims 32 --neighbors /tmp/neighbours.npy
+    python benchmarks/samplers.py --items 1000000 --dims 32 --neighbors neighbours.npy
     python benchmarks/samplers.py --depletion          # the numbers of the notes: N = 4000, B = 32
 
 `--neighbors` keeps the neighbour list between runs: searching takes longer than everything that is measured.

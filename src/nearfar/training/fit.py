@@ -62,7 +62,7 @@ def _trainer(config: Any, folder: RunFolder, callbacks: list[L.Callback], epochs
         torch.set_num_threads(settings.threads)
     # On a GPU some scatter kernels have no deterministic form: that is worth a warning and not the end of the run.
     on_gpu = torch.cuda.is_available() and settings.accelerator != "cpu"
-    deterministic = ("warn" if on_gpu else True) if settings.deterministic else False
+    deterministic: Any = ("warn" if on_gpu else True) if settings.deterministic else False
     return L.Trainer(
         default_root_dir=folder.path,
         max_epochs=epochs,

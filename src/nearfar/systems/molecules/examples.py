@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nearfar.systems.molecules.records import MoleculeSplit
+from nearfar.systems.molecules.smiles import quiet_rdkit
 
 __all__ = ["draw", "retrieval_examples"]
 
@@ -25,14 +26,16 @@ def draw(smiles: str, width: int = 220, height: int = 160) -> str:
     from rdkit import Chem
     from rdkit.Chem.Draw import rdMolDraw2D
 
-    molecule = Chem.MolFromSmiles(smiles)
+    with quiet_rdkit():
+        molecule = Chem.MolFromSmiles(smiles)
     if molecule is None:
         return ""
     drawer = rdMolDraw2D.MolDraw2DSVG(width, height)
     options: Any = drawer.drawOptions()  # RDKit's stubs give its fields the wrong types
     options.clearBackground = False
     options.bondLineWidth = 1
-    rdMolDraw2D.PrepareAndDrawMolecule(drawer, molecule)
+    with quiet_rdkit():
+        rdMolDraw2D.PrepareAndDrawMolecule(drawer, molecule)
     drawer.FinishDrawing()
     text: str = drawer.GetDrawingText()
     return text[text.index("<svg") :].strip()
