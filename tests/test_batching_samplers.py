@@ -237,3 +237,10 @@ def test_neighbours_may_be_a_plain_array_with_gaps():
     ring = np.array([[(i + 1) % 12, -1] for i in range(12)])
     for sampler in (HardNegativeSampler(ring, 4, 1.0, 2), PartitionBatchSampler(Neighbors(ring), 4)):
         assert sorted(i for batch in sampler for i in batch) == list(range(12))
+
+
+def test_without_hardness_k_a_shorter_list_is_used_whole():
+    near = nearest_neighbors(np.random.default_rng(0).standard_normal((120, 8)), 30)
+    assert HardNegativeSampler(near, 12).hardness_k == 30
+    with pytest.raises(NearfarError, match="only 30"):
+        HardNegativeSampler(near, 12, hardness_k=100)

@@ -23,11 +23,15 @@ _ORDERS = ("level", "greedy")
 _LEVEL_GROUP = 64
 
 
+#: neighbours drawn from unless ``hardness_k`` says otherwise: 10–30 is very close, 50–100 balanced, 150–200 varied
+DEFAULT_K = 100
+
+
 class HardNegativeSampler(NeighborSampler):
     """Batches in which a share of the items are near each other, and therefore hard negatives.
 
     A batch is made of one or more groups: a pivot, unused neighbours drawn uniformly from its first
-    ``hardness_k``, and random unused items. ``hard_ratio`` (0 to 1) is the share of a group that is hard, the
+    ``hardness_k`` (100, or as many as are stored), and random unused items. ``hard_ratio`` (0 to 1) is the share of a group that is hard, the
     pivot counted in; above 0 it is at least a pair. Every item comes once per epoch (see `Layout` for the
     remainder).
 
@@ -69,7 +73,7 @@ class HardNegativeSampler(NeighborSampler):
         neighbors: Neighbors | NDArray[np.integer] | Tensor,
         batch_size: int,
         hard_ratio: float = 0.5,
-        hardness_k: int = 100,
+        hardness_k: int | None = None,
         curriculum_epoch: int = 0,
         group_size: int | None = None,
         order: str = "level",
@@ -99,7 +103,7 @@ class HardNegativeSampler(NeighborSampler):
             group_size = self.batch_size if order == "greedy" else min(self.batch_size, _LEVEL_GROUP)
         self.group_size = checked_group_size(group_size, self.batch_size)
         self.hard_ratio = hard_ratio
-        self.hardness_k = hardness_k
+        self.hardness_k = min(DEFAULT_K, self.neighbors.k) if hardness_k is None else hardness_k
 
     @property
     def hard_ratio(self) -> float:
