@@ -31,9 +31,9 @@ class HardNegativeSampler(NeighborSampler):
     """Batches in which a share of the items are near each other, and therefore hard negatives.
 
     A batch is made of one or more groups: a pivot, unused neighbours drawn uniformly from its first
-    ``hardness_k`` (100, or as many as are stored), and random unused items. ``hard_ratio`` (0 to 1) is the share of a group that is hard, the
-    pivot counted in; above 0 it is at least a pair. Every item comes once per epoch (see `Layout` for the
-    remainder).
+    ``hardness_k`` (100, or as many as are stored), and random unused items. ``hard_ratio`` (0 to 1) is the share
+    of a group that is hard, the pivot counted in; above 0 it is at least a pair. Every item comes once per epoch
+    (see `Layout` for the remainder).
 
     - ``order="level"`` builds the hard parts of all groups before any random item is placed, lets a group
       whose pivot has run out of unused neighbours go on with the neighbours of those it drew, and deals
