@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
-from nearfar.cli import _report, app
+from nearfar.cli import app
 from nearfar.errors import NearfarError
+from nearfar.terminal import report_error
 from nearfar.training.run_folder import RunFolder
 
 SMALL = [
@@ -233,10 +234,10 @@ def test_messages_are_not_wrapped(tmp_path: Path) -> None:
 
 def test_a_missing_package_says_what_to_install(capsys: pytest.CaptureFixture[str]) -> None:
     error = ModuleNotFoundError("No module named 'torch_geometric.nn'", name="torch_geometric.nn")
-    assert _report(error) == 2
+    assert report_error(error) == 2
     assert "pip install 'nearfar[molecules]'" in capsys.readouterr().err
-    assert _report(ModuleNotFoundError("No module named 'wandb'", name="wandb")) == 2
+    assert report_error(ModuleNotFoundError("No module named 'wandb'", name="wandb")) == 2
     assert "pip install 'nearfar[loggers]'" in capsys.readouterr().err
     # A module that no extra brings is a mistake of ours, and its traceback is wanted.
-    assert _report(ModuleNotFoundError("No module named 'nearfar.oops'", name="nearfar.oops")) == 1
+    assert report_error(ModuleNotFoundError("No module named 'nearfar.oops'", name="nearfar.oops")) == 1
     assert "ModuleNotFoundError" in capsys.readouterr().err

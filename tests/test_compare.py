@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from nearfar.errors import NearfarError
-from nearfar.lab.compare import compare_runs, find_runs, write_comparison
-from nearfar.lab.report import write_report
+from nearfar.lab.compare import compare_runs, find_runs
+from nearfar.lab.report import write_comparison, write_report
 from nearfar.lab.table import comparison_tables, metrics_table
 from nearfar.training.run_folder import RunFolder
 from test_resume import train

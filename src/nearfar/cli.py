@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from nearfar import terminal
 
 app = typer.Typer(
     name="nearfar",
@@ -29,75 +30,6 @@ SmilesColumn = Annotated[
 TextColumn = Annotated[str | None, typer.Option(help="The table's text column, if it is not found by name.")]
 IdColumn = Annotated[str | None, typer.Option(help="The table's id column, if it is not found by name.")]
 HYDRA = {"allow_extra_args": True, "ignore_unknown_options": True}
-
-
-def _console(stderr: bool = False) -> Any:
-    from rich.console import Console
-
-    console = Console(stderr=stderr)
-    # A table for a file or a pipe need not fit eighty columns.
-    return console if console.is_terminal else Console(stderr=stderr, width=120)
-
-
-def _say(console: Any, text: str, **options: Any) -> None:
-    # Not wrapped: a path or an override that is cut over two lines cannot be copied.
-    console.print(text, markup=False, highlight=False, soft_wrap=True, **options)
-
-
-#: packages that come with an extra, by the name under which they are imported
-OPTIONAL = {
-    "molecules": (
-        "chemicals",
-        "hydra",
-        "jinja2",
-        "lightning",
-        "markupsafe",
-        "matplotlib",
-        "omegaconf",
-        "pandas",
-        "pyarrow",
-        "rdkit",
-        "scipy",
-        "sklearn",
-        "torch_geometric",
-        "transformers",
-    ),
-    "loggers": ("mlflow", "tensorboard", "wandb"),
-}
-
-
-def _mendable(error: Exception) -> str | None:
-    """What the user can do about an error, or None where a traceback says more."""
-    from nearfar.errors import NearfarError
-
-    if isinstance(error, NearfarError):
-        return str(error)
-    if isinstance(error, ModuleNotFoundError) and error.name:
-        package = error.name.split(".")[0]
-        for extra, packages in OPTIONAL.items():
-            if package in packages:
-                return (
-                    f"this needs {package}, which is not installed. "
-                    f"Install it with: pip install 'nearfar[{extra}]'"
-                )
-    return None
-
-
-def _report(error: Exception) -> int:
-    """Print an error the user can mend as a message, any other with its traceback; return the exit code."""
-    console = _console(stderr=True)
-    if type(error).__name__ == "Interrupted":
-        _say(console, f"stopped; the run is saved. Go on with: nearfar train 'resume_from={error}'")
-        return 130
-    message = _mendable(error)
-    if message is not None and not os.environ.get("NEARFAR_TRACEBACK"):
-        _say(console, "error", style="bold red", end=" ")
-        _say(console, message)
-        return 2
-    import traceback
-
-    traceback.print_exception(error)
-    return 1
 
 
 @app.command(context_settings=HYDRA)
@@ -127,11 +59,11 @@ def train(
     if dry_run:
         from nearfar.launch import dry_run as describe
 
-        describe(arguments, _console())
+        describe(arguments, terminal.console())
         return
     from nearfar.launch import launch
 
-    launch(arguments, _console())
+    launch(arguments, terminal.console())
 
 
 @app.command()
@@ -147,17 +79,18 @@ def compare(
     ] = None,
 ) -> None:
     """Compare runs: paired differences with interval and verdict, or why they cannot be compared."""
-    from nearfar.lab.compare import compare_runs, write_comparison
+    from nearfar.lab.compare import compare_runs
     from nearfar.lab.reading import read_comparison
+    from nearfar.lab.report import write_comparison
     from nearfar.lab.table import comparison_tables
 
     comparison = compare_runs(runs, baseline=baseline, split=split)
-    console = _console()
+    console = terminal.console()
     for table in comparison_tables(comparison):
         console.print(table)
     for paragraph in read_comparison(comparison):
-        _say(console, paragraph + "\n")
-    _say(console, f"report: {write_comparison(comparison, output)}")
+        terminal.say(console, paragraph + "\n")
+    terminal.say(console, f"report: {write_comparison(comparison, output)}")
 
 
 @app.command()
@@ -169,9 +102,9 @@ def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
 
     folder = RunFolder(run)
     path = write_report(folder)
-    console = _console()
+    console = terminal.console()
     console.print(metrics_table(folder))
-    _say(console, f"report: {path}")
+    terminal.say(console, f"report: {path}")
 
 
 @app.command()
@@ -193,7 +126,7 @@ def embed(
     from nearfar.systems import trained
 
     columns = {"smiles": smiles_column, "text": text_column, "id": id_column}
-    trained(run).embed_table(data, output, _console(), columns)
+    trained(run).embed_table(data, output, terminal.console(), columns)
 
 
 @app.command()
@@ -216,7 +149,7 @@ def search(
     from nearfar.systems import trained
 
     columns = {"smiles": smiles_column, "text": text_column, "id": id_column}
-    trained(run).search_and_print(query, molecule, k, gallery, html, _console(), columns)
+    trained(run).search_and_print(query, molecule, k, gallery, html, terminal.console(), columns)
 
 
 @app.command(context_settings=HYDRA)
@@ -225,10 +158,10 @@ def data(context: typer.Context) -> None:
     from nearfar.overrides import single_config
     from nearfar.systems import build_system
 
-    console = _console()
+    console = terminal.console()
     system: Any = build_system(single_config(list(context.args)))
-    found = system.load_data(lambda text: _say(console, text))
-    _say(console, found.summary())
+    found = system.load_data(lambda text: terminal.say(console, text))
+    terminal.say(console, found.summary())
     console.print_json(data=found.layout())
 
 
@@ -241,7 +174,7 @@ def verify_sampler(
     from nearfar.lab.table import cluster_table, verdict_table
 
     verdict = verify_sampler(seed=seed)
-    console = _console()
+    console = terminal.console()
     console.print(cluster_table(verdict))
     console.print(verdict_table(verdict))
     raise typer.Exit(0 if verdict.passed else 1)
@@ -266,7 +199,7 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        sys.exit(_report(error))
+        sys.exit(terminal.report_error(error))
 
 
 if __name__ == "__main__":

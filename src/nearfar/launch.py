@@ -30,6 +30,7 @@ from nearfar.overrides import (
     single_config,
     with_saved_overrides,
 )
+from nearfar.terminal import console, report_error
 from nearfar.training.resume import Resume, changed_values
 from nearfar.training.run_folder import RunFolder
 
@@ -196,8 +197,6 @@ def _job(config: DictConfig) -> str:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    from nearfar.cli import _console, _report
-
     settings = HydraConfig.get()
     sweep = settings.mode == RunMode.MULTIRUN
     together = sweep and "joblib" in str(settings.launcher.get("_target_", ""))
@@ -205,9 +204,9 @@ def _job(config: DictConfig) -> str:
     task = list(settings.overrides.task)
     try:
         first = OmegaConf.is_missing(settings.job, "num") or settings.job.num == 0
-        return str(run_one(config, task, sweep, _console(), swept, together, first))
+        return str(run_one(config, task, sweep, console(), swept, together, first))
     except Exception as error:
-        code = _report(error)
+        code = report_error(error)
         if not sweep or code == 130:
             raise SystemExit(code) from None
         with open(os.environ[FAILURES], "a") as file:
@@ -253,6 +252,8 @@ def _check_runs(overrides: Sequence[str], sweep: bool) -> None:
 
 def dry_run(arguments: Sequence[str], console: Any) -> None:
     """``nearfar train --dry-run``."""
+    from nearfar.systems import build_system
     from nearfar.training.estimate import describe
 
-    describe(single_config(arguments), console)
+    config = single_config(arguments)
+    describe(build_system(config), config, console)

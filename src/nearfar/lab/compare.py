@@ -18,9 +18,9 @@ import numpy as np
 from nearfar.errors import NearfarError, nearest_name
 from nearfar.metrics import Difference, Estimate, comparable, paired_difference
 from nearfar.training.resume import NOT_PART_OF_A_RUN, changed_values, flatten
-from nearfar.training.run_folder import RunFolder, write_atomically
+from nearfar.training.run_folder import RunFolder
 
-__all__ = ["Arm", "Comparison", "compare_runs", "find_runs", "write_comparison"]
+__all__ = ["Arm", "Comparison", "compare_runs", "find_runs"]
 
 #: keys by which runs of one arm may differ
 WITHIN_ARM = ("seed", "needs_init_from", "trainer.threads", "trainer.workers", "trainer.log_every")
@@ -252,36 +252,3 @@ def _baseline(arms: list[Arm], wanted: str | None) -> Arm:
             )
         raise NearfarError(f"no arm is called '{wanted}': {nearest_name(wanted, labels)}")
     return matches[0]
-
-
-def write_comparison(comparison: Comparison, output: Path | None = None) -> Path:
-    """Write the comparison's ``report.html`` and ``comparison.json``; returns the path of the former."""
-    import json
-    import os
-
-    from nearfar.lab.report import comparison_page
-
-    folders = [str(run.path.resolve()) for arm in comparison.arms for run in arm.runs.values()]
-    common = Path(os.path.commonpath(folders))
-    path = output or common / "report.html"
-    if path.is_dir():
-        path = path / "report.html"
-    if output is None and (common / "config.yaml").exists():
-        path = common / "comparison.html"  # one run lies inside the other: its own report stays
-    content = {
-        "split": comparison.split,
-        "baseline": comparison.baseline.label,
-        "arms": {arm.label: {str(s): str(r) for s, r in arm.runs.items()} for arm in comparison.arms},
-        "differences": {
-            a: {m: d.to_dict() for m, d in ds.items()} for a, ds in comparison.differences.items()
-        },
-        "refused": comparison.refused,
-    }
-    text = json.dumps(content, indent=2, ensure_ascii=False)
-    write_atomically(path.with_name("comparison.json"), lambda file: file.write(text.encode()))
-    page = comparison_page(comparison, path)
-    write_atomically(path, lambda file: file.write(page.encode()))
-    try:
-        return path.relative_to(Path.cwd())
-    except ValueError:
-        return path

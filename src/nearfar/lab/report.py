@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,12 +15,12 @@ from nearfar.lab.charts import hardness_chart, intervals_chart, line_chart
 from nearfar.lab.reading import read_comparison
 from nearfar.lab.table import metric_words, short_number
 from nearfar.metrics import Estimate
-from nearfar.training.run_folder import RunFolder
+from nearfar.training.run_folder import RunFolder, write_atomically
 
 if TYPE_CHECKING:
     from nearfar.lab.compare import Comparison
 
-__all__ = ["comparison_page", "write_report"]
+__all__ = ["comparison_page", "write_comparison", "write_report"]
 
 #: examples shown of each kind
 SHOWN = 3
@@ -161,3 +162,31 @@ def comparison_page(comparison: Comparison, path: Path) -> str:
             ],
         )
     )
+
+
+def write_comparison(comparison: Comparison, output: Path | None = None) -> Path:
+    """Write the comparison's ``report.html`` and ``comparison.json``; returns the path of the former."""
+    folders = [str(run.path.resolve()) for arm in comparison.arms for run in arm.runs.values()]
+    common = Path(os.path.commonpath(folders))
+    path = output or common / "report.html"
+    if path.is_dir():
+        path = path / "report.html"
+    if output is None and (common / "config.yaml").exists():
+        path = common / "comparison.html"  # one run lies inside the other: its own report stays
+    content = {
+        "split": comparison.split,
+        "baseline": comparison.baseline.label,
+        "arms": {arm.label: {str(s): str(r) for s, r in arm.runs.items()} for arm in comparison.arms},
+        "differences": {
+            a: {m: d.to_dict() for m, d in ds.items()} for a, ds in comparison.differences.items()
+        },
+        "refused": comparison.refused,
+    }
+    text = json.dumps(content, indent=2, ensure_ascii=False)
+    write_atomically(path.with_name("comparison.json"), lambda file: file.write(text.encode()))
+    page = comparison_page(comparison, path)
+    write_atomically(path, lambda file: file.write(page.encode()))
+    try:
+        return path.relative_to(Path.cwd())
+    except ValueError:
+        return path

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from nearfar.training.fit import initial_model
 from nearfar.training.module import consecutive
+from nearfar.training.system import System
 
 __all__ = ["describe"]
 
@@ -23,11 +24,8 @@ def _megabytes(tensors: Any) -> float:
     return sum(t.numel() * t.element_size() for t in tensors) / 2**20
 
 
-def describe(config: Any, console: Any) -> dict[str, Any]:
+def describe(system: System, config: Any, console: Any) -> dict[str, Any]:
     """Prepare the data, build the model, time a few training steps and print a table; nothing is written."""
-    from nearfar.systems import build_system
-
-    system = build_system(config)
     system.prepare(lambda text: console.print(text, markup=False, highlight=False))
     model = initial_model(system, config.seed)
     sampler = system.build_sampler()
