@@ -19,7 +19,7 @@ from rich.console import Console
 
 from nearfar.errors import NearfarError
 from nearfar.launch import run_one
-from nearfar.overrides import compose_config
+from nearfar.overrides import compose_config, merge_overrides
 from nearfar.systems import build_system, trained
 from nearfar.training.checkpoint import Checkpoint
 from nearfar.training.run_folder import RunFolder
@@ -285,3 +285,22 @@ def test_real_descriptions(tmp_path: Path) -> None:
     found = folder.read_json("metrics.json")["splits"]["test"]["text_to_molecule/MRR"]
     assert found["low"] > 0.1, found
     assert found["protocol"]["gallery"] == 300
+
+
+def test_a_failing_run_does_not_end_the_sweep(tmp_path: Path, files: list[str]) -> None:
+    common = ["experiment=molecules", *SMALL, *files, f"runs_dir={tmp_path}", "name=grid"]
+
+    def sweep(*overrides: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "nearfar.cli", "train", "-m", *merge_overrides(common, overrides)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+    done = sweep("batch_size=5000,16")
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "1 run(s) of the sweep failed" in done.stderr
+    assert "batch_size=5000 is larger than the training set" in done.stderr
+    assert RunFolder(tmp_path / "grid" / "batch_size=16").finished
+    # Again with exists=skip: what is finished is kept, and not trained a second time.
+    again = sweep("batch_size=16,32", "exists=skip")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "finished before, kept" in again.stdout
+    assert RunFolder(tmp_path / "grid" / "batch_size=32").finished
