@@ -63,6 +63,10 @@ class MoleculeSystem:
         say(self.data.summary())
         options = {key: value for key, value in config.text_encoder.items() if key != "kind"}
         train = self.data.train
+        if len(train) > 5000:
+            say(
+                "reading texts and molecules; the first time this takes a minute or two, afterwards it is in the cache"
+            )
         self.text_encoder = build_text_encoder(config.text_encoder.kind, **options).fit(train.texts)
         say(f"text encoder: {self.text_encoder.description}")
         for name, split in self.data.splits.items():
