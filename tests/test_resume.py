@@ -226,14 +226,14 @@ def test_a_run_that_stopped_early_stays_stopped(tmp_path: Path) -> None:
 
 def test_new_weight_decay_and_batch_size_are_taken_up(tmp_path: Path) -> None:
     first = train(tmp_path / "first", toy_config(epochs=2))
-    config = toy_config(epochs=4, batch_size=16, lr_schedule="linear", warmup=0.0)
+    config = toy_config(epochs=4, batch_size=16, lr_schedule="linear", warmup=0.0, weight_decay=0.5)
     second = train(tmp_path / "second", config, Resume.find(str(first.path), config))
     rates = [r["lr"] for r in second.log() if r["kind"] == "step" and r["epoch"] == 3]
     # Half of the run is over, in epochs: half of the linear schedule too, although steps became fewer.
     assert 0.35 * config.lr < rates[0] < 0.5 * config.lr
     state = Checkpoint.load(second.path)
     assert state.optimizer is not None
-    assert state.optimizer["param_groups"][0]["weight_decay"] == 0.01
+    assert state.optimizer["param_groups"][0]["weight_decay"] == 0.5
 
 
 def test_start_epoch_writes_a_run_of_its_own_with_every_epoch_once(tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ class ToySystem:
         pass
 
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        return decayed_groups(model, 0.01)
+        return decayed_groups(model, self.config.get("weight_decay", 0.01))
 
 
 def toy_config(**changes: Any) -> Any:

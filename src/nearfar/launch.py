@@ -19,6 +19,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from nearfar import terminal
 from nearfar.errors import NearfarError
 from nearfar.overrides import (
     CONFIGS,
@@ -30,7 +31,6 @@ from nearfar.overrides import (
     single_config,
     with_saved_overrides,
 )
-from nearfar.terminal import console, report_error
 from nearfar.training.resume import Resume, changed_values
 from nearfar.training.run_folder import RunFolder
 
@@ -163,7 +163,7 @@ def run_one(
 
     def say(text: str) -> None:
         for line in text.splitlines():
-            console.print(prefix + line, markup=False, highlight=False, soft_wrap=True)
+            terminal.say(console, prefix + line)
 
     if config.exists == "skip" and folder.finished and resume is None:
         say(f"{folder}: finished before, kept")
@@ -204,9 +204,9 @@ def _job(config: DictConfig) -> str:
     task = list(settings.overrides.task)
     try:
         first = OmegaConf.is_missing(settings.job, "num") or settings.job.num == 0
-        return str(run_one(config, task, sweep, console(), swept, together, first))
+        return str(run_one(config, task, sweep, terminal.console(), swept, together, first))
     except Exception as error:
-        code = report_error(error)
+        code = terminal.report_error(error)
         if not sweep or code == 130:
             raise SystemExit(code) from None
         with open(os.environ[FAILURES], "a") as file:

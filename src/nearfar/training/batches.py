@@ -112,7 +112,9 @@ def epoch_record(
             )
             say(f"curriculum: {phase} (epoch {epoch + 1})")
     sampler.set_epoch(epoch)
-    threshold = config.false_negative_threshold or LIKELY_FALSE_NEGATIVE
+    threshold = config.false_negative_threshold
+    if threshold is None:
+        threshold = LIKELY_FALSE_NEGATIVE
     k = max(1, min(neighbors.k, HARDNESS_NEIGHBORS, neighbors.n // 10))
     report = measure_hardness(sampler.plan(), neighbors, k=k, threshold=threshold, sample=SAMPLE)
     return record | {
@@ -135,7 +137,16 @@ def check_batches(config: Any, sampler: Any, embeddings: np.ndarray, say: Callab
     """
     if config.sampler.name not in ("hard", "partition"):
         return
-    if config.sampler.name == "hard" and sampler.hard_ratio == 0:
-        say("A/A check: none, the first batches are random (hard_ratio=0)")
+    if config.sampler.name == "partition":
+        say(f"A/A check: {check_harder_than_random(sampler, embeddings)}")
         return
-    say(f"A/A check: {check_harder_than_random(sampler, embeddings)}")
+    # A schedule may begin with random batches (hard_ratio 0): what is checked is the hardest it will come to.
+    first, hardest = sampler.hard_ratio, max(_values(config.hard_ratio, config.epochs))
+    if hardest == 0:
+        say("A/A check: none, every batch is random (hard_ratio=0)")
+        return
+    sampler.hard_ratio = hardest
+    try:
+        say(f"A/A check: {check_harder_than_random(sampler, embeddings)}")
+    finally:
+        sampler.hard_ratio = first

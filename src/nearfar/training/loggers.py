@@ -13,7 +13,10 @@ KNOWN = ("tensorboard", "mlflow", "wandb")
 
 
 def build_loggers(names: Any, folder: Path, run_name: str) -> list[Any]:
-    """Lightning loggers by name: ``tensorboard``, ``mlflow``, ``wandb``; they write below the run folder."""
+    """Lightning loggers by name: ``tensorboard``, ``mlflow``, ``wandb``; they write below the run folder.
+
+    W&B writes there too, offline; ``wandb sync`` uploads it.
+    """
     if not names:
         return []
     names = [names] if isinstance(names, str) else list(names)

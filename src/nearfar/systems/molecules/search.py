@@ -24,6 +24,7 @@ from nearfar.systems.molecules.model import MoleculeTextModel
 from nearfar.systems.molecules.options import data_paths
 from nearfar.systems.molecules.records import COLUMNS, Records, make_splits, read_records
 from nearfar.systems.molecules.smiles import canonical_smiles, parse_smiles
+from nearfar.terminal import say
 from nearfar.training.checkpoint import Checkpoint, find_checkpoint
 from nearfar.training.module import consecutive
 from nearfar.training.run_folder import RunFolder, write_atomically
@@ -76,7 +77,7 @@ class TrainedMolecules:
 
     def __init__(self, run: str | Path) -> None:
         path = find_checkpoint(run, prefer="best")
-        self.folder = RunFolder(path.parent.parent if path.parent.name == "checkpoints" else path.parent)
+        self.folder = RunFolder.of(path)
         self.config = self.folder.config()
         self.checkpoint = path
         self.features = MoleculeFeatures.from_config(self.config)
@@ -155,7 +156,7 @@ class TrainedMolecules:
                 f"{self.folder}: the run's data is not there ({error}) Give a table to search in: --gallery FILE."
             ) from None
         splits = list(MoleculeSystem(self.config).load_data(lambda _: None).splits.values())
-        found, trained = MoleculeSystem._hash(*splits), self._layout["data_hash"]
+        found, trained = MoleculeSystem.content_hash(*splits), self._layout["data_hash"]
         if found != trained:
             raise NearfarError(
                 f"{self.folder}: its data files have changed since it was trained (content hash {trained} then, "
@@ -220,7 +221,7 @@ class TrainedMolecules:
             _require_writable(page, "hits.html")
         hits = self.search(query, molecule, k, gallery, columns)
         if not molecule and not np.any(self.text_encoder.encode([query])):
-            _say(console, "no word of this query occurs in the training texts: the order below means nothing")
+            say(console, "no word of this query occurs in the training texts: the order below means nothing")
         table = Grid(show_lines=False)
         for column in ("", "cosine", "id", "text", "SMILES"):
             table.add_column(
@@ -234,7 +235,7 @@ class TrainedMolecules:
                 f"<!doctype html><meta charset='utf-8'><title>search</title><body>{hits._repr_html_()}</body>"
             )
             write_atomically(page, lambda file: file.write(body.encode()))
-            _say(console, f"pictures: {page}")
+            say(console, f"pictures: {page}")
 
     def embed_table(self, data: Path, output: Path, console: Any, columns: Columns | None = None) -> None:
         """``nearfar embed``: the molecules and the texts of a table as vectors, in one ``.npz``.
@@ -267,9 +268,9 @@ class TrainedMolecules:
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]  # numpy's stub wants allow_pickle first
         write_atomically(output, lambda file: file.write(buffer.getvalue()))
-        _say(console, f"{output}: {len(molecules)} molecules, {len(texts)} texts ({', '.join(arrays)})")
+        say(console, f"{output}: {len(molecules)} molecules, {len(texts)} texts ({', '.join(arrays)})")
         if len(table.rejections):
-            _say(console, table.rejections.summary())
+            say(console, table.rejections.summary())
 
 
 def _readable_molecules(table: Table) -> list[int]:
@@ -305,8 +306,3 @@ def _require_writable(path: Path, example: str) -> None:
     above = next(folder for folder in path.absolute().parents if folder.exists())
     if not above.is_dir():
         raise NearfarError(f"{path} cannot be written: {above} is a file and not a folder.")
-
-
-def _say(console: Any, text: str) -> None:
-    # Not wrapped: a path that is cut over two lines cannot be copied.
-    console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -82,6 +82,7 @@ class MoleculeSystem:
         self.neighbors = cached_neighbors(self._directions, k, train.ids)
 
     def load_data(self, say: Say) -> MoleculeData:
+        """The splits, from the configured files or the embedded set; fits and featurises nothing."""
         data = self.config.data
         paths = data_paths(data)
         if paths["train"] is None:
@@ -102,7 +103,7 @@ class MoleculeSystem:
     def layout(self) -> dict[str, Any]:
         """Counts, rejections, hashes, and which encoders are really used."""
         return self.data.layout() | {
-            "data_hash": self._hash(*self.data.splits.values()),
+            "data_hash": self.content_hash(*self.data.splits.values()),
             "text_encoder": {
                 "kind": self.text_encoder.kind,
                 "name": self.text_encoder.name,
@@ -119,9 +120,11 @@ class MoleculeSystem:
         }
 
     @staticmethod
-    def _hash(*splits: MoleculeSplit) -> str:
-        # Ids alone would not tell two versions of a file apart, and files without ids number their rows
-        # alike.
+    def content_hash(*splits: MoleculeSplit) -> str:
+        """Names the content of splits: sixteen hexadecimal digits of ids, structures and texts, in order.
+
+        Ids alone would not tell two versions of a file apart, and files without ids number their rows alike.
+        """
         return content_key(*([s.ids, s.smiles, s.texts] for s in splits))[:16]
 
     def dataset(self, split: str) -> MoleculeDataset | None:
@@ -184,7 +187,7 @@ class MoleculeSystem:
         per_item: dict[str, np.ndarray] = {}
         for direction, found in zip(DIRECTIONS, ranks, strict=True):
             numbers = rank_estimates(
-                found, KS, bootstrap=self.config.bootstrap if final else 0, split=self._hash(part)
+                found, KS, bootstrap=self.config.bootstrap if final else 0, split=self.content_hash(part)
             )
             estimates |= {f"{direction}/{name}": estimate for name, estimate in numbers.items()}
             per_item |= {f"{direction}/R@{k}": found.hits(k) for k in KS}
