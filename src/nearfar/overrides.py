@@ -39,6 +39,7 @@ PATHS = ("resume_from", "init_from", "data.train", "data.val", "data.test", "dat
 
 
 def parse(overrides: Sequence[str]) -> list[Override]:
+    """Read ``key=value`` texts by Hydra's grammar; one that does not fit is an error that says how to quote it."""
     try:
         return OverridesParser.create().parse_overrides(list(overrides))
     except OverrideParseException as error:

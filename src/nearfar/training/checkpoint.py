@@ -62,7 +62,7 @@ class Checkpoint:
         if content["format"] != FORMAT:
             raise NearfarError(
                 f"{path}: checkpoint format {content['format']}, this version of nearfar reads {FORMAT}. "
-                "Take the weights alone with init_from=, or the version that wrote it (environment.json)."
+                "Use the version of nearfar that wrote it (environment.json beside its run names it)."
             )
         known = {f.name for f in fields(cls)}
         return cls(**{key: value for key, value in content.items() if key in known})

@@ -1,1 +1,1 @@
-""""""
+"""Molecule ↔ text retrieval: data, features, model, system, search."""
