@@ -18,7 +18,9 @@ FLOORS = [
     {"lab", "systems"},
     {"training"},
     {"batching", "metrics", "data", "models"},
-    {"losses", "functional"},
+    {"losses"},
+    {"functional"},
+    {"contrast"},
     {"schedules", "configs", "terminal"},
     {"errors"},
 ]

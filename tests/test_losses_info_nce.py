@@ -141,7 +141,7 @@ def test_one_row_has_no_one_to_be_told_apart_from():
     assert value.item() == 0.0
     assert a.grad is not None
     assert (a.grad == 0).all()
-    assert loss.record == Record(1.0, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0, pytest.approx(1 / 0.07))
+    assert loss.record == Record(1.0, 1.0, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0, pytest.approx(1 / 0.07))
 
 
 def test_masked_duplicates_are_as_if_absent():
@@ -185,12 +185,14 @@ def test_record_by_loops(symmetric):
     expected = {
         "candidates": mean(candidates),
         "positives_per_row": 1.0,
+        "positives_min": 1.0,
         "rows_without_positives": 0.0,
         "p_positive": mean(positives),
         "hardest_share": mean(hardest),
         "uniform_level": mean([math.log(c) for c in candidates]),
         "floor": 0.0,
         "scale": 5.0,
+        "finite": True,
     }
     assert loss.record is not None
     assert loss.record.to_dict() == pytest.approx(expected)

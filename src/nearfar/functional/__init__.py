@@ -2,6 +2,19 @@
 
 from __future__ import annotations
 
-from nearfar.functional.nce import info_nce
+from nearfar.functional.info_nce import clip, info_nce
+from nearfar.functional.score_contrastive import adaptive_score_contrastive, bidirectional_score_contrastive
+from nearfar.functional.siglip import siglip
+from nearfar.functional.spatial import spatial
+from nearfar.functional.supcon import multi_label_supcon, supcon
 
-__all__ = ["info_nce"]
+__all__ = [
+    "adaptive_score_contrastive",
+    "bidirectional_score_contrastive",
+    "clip",
+    "info_nce",
+    "multi_label_supcon",
+    "siglip",
+    "spatial",
+    "supcon",
+]

@@ -2,8 +2,31 @@
 
 from __future__ import annotations
 
-from nearfar.losses.info_nce import InfoNCELoss
+from nearfar.contrast import DuplicateMask, IndexMask, NoPositivesWarning, SimilarityMask
+from nearfar.losses.base import ContrastiveLoss
+from nearfar.losses.info_nce import ClipLoss, InfoNCELoss
 from nearfar.losses.masks import duplicate_mask, false_negative_mask
 from nearfar.losses.record import Record
+from nearfar.losses.score_contrastive import AdaptiveScoreContrastiveLoss, BidirectionalScoreContrastiveLoss
+from nearfar.losses.siglip import SigLipLoss
+from nearfar.losses.spatial import SpatialLoss
+from nearfar.losses.supcon import MultiLabelSupConLoss, SupConLoss
 
-__all__ = ["InfoNCELoss", "Record", "duplicate_mask", "false_negative_mask"]
+__all__ = [
+    "AdaptiveScoreContrastiveLoss",
+    "BidirectionalScoreContrastiveLoss",
+    "ClipLoss",
+    "ContrastiveLoss",
+    "DuplicateMask",
+    "IndexMask",
+    "InfoNCELoss",
+    "MultiLabelSupConLoss",
+    "NoPositivesWarning",
+    "Record",
+    "SigLipLoss",
+    "SimilarityMask",
+    "SpatialLoss",
+    "SupConLoss",
+    "duplicate_mask",
+    "false_negative_mask",
+]

@@ -1,29 +1,30 @@
-"""InfoNCE as a module; ``nearfar.functional.info_nce`` is the function behind it."""
+"""InfoNCE and CLIP as modules."""
 
 from __future__ import annotations
 
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from nearfar.errors import NearfarError
-from nearfar.functional.nce import info_nce_with_record
-from nearfar.losses.record import Record
+from nearfar.contrast import Mask, Step
+from nearfar.functional._arguments import Negatives, check_temperature
+from nearfar.functional.info_nce import clamp_scale, info_nce_step
+from nearfar.losses.base import ContrastiveLoss
 
-__all__ = ["InfoNCELoss"]
+__all__ = ["ClipLoss", "InfoNCELoss"]
 
 
-class InfoNCELoss(nn.Module):
-    """Pull ``a[i]`` and ``b[i]`` together and push all other pairs of the batch apart.
+class InfoNCELoss(ContrastiveLoss):
+    """Pull ``a[i]`` and ``b[i]`` together and push all other pairs of the batch apart (van den Oord et al. 2018).
 
-    ``temperature`` divides the cosines (0.001 and up; smaller looks only at the hardest negatives),
-    ``symmetric`` averages both directions, ``normalize=False`` takes dot products of the embeddings as they
-    are.
+    ``temperature`` divides the cosines (0.001 and up; smaller looks only at the hardest negatives), ``symmetric``
+    averages both directions, ``normalize=False`` takes dot products of the embeddings as they are.
 
-    Called with two (B, D) matrices it returns a 0-d tensor. ``mask`` (B, B) leaves pairs out, see
-    ``nearfar.losses.false_negative_mask``; ``scale`` replaces 1 / temperature and may be a tensor that
-    learns. ``record`` then holds the ``Record`` of that call (``None`` before the first).
+    Called with two (n, d) matrices it returns a 0-d tensor. ``mask`` (n, n) leaves pairs out, see
+    ``nearfar.losses.false_negative_mask``; ``scale`` replaces 1 / temperature and may be a tensor that learns;
+    ``negatives`` are further candidates, as from a ``CrossBatchMemory``. ``nearfar.functional.info_nce`` describes
+    them all.
 
-    Range 0 to infinity; guessing gives ``record.uniform_level``, the floor is 0. Losses of batches of
+    Range 0 (floor) to infinity; guessing gives ``record.uniform_level``, ln(candidates). Losses of batches of
     different size or mask have different levels and are not comparable.
 
     >>> import torch
@@ -35,29 +36,83 @@ class InfoNCELoss(nn.Module):
 
     def __init__(self, temperature: float = 0.07, symmetric: bool = True, normalize: bool = True) -> None:
         super().__init__()
-        if not temperature > 0:
-            raise NearfarError(f"temperature is {temperature}, but it must be above 0; 0.05 to 0.1 is usual")
-        self.temperature = float(temperature)
+        self.temperature = check_temperature(temperature)
         self.symmetric = symmetric
         self.normalize = normalize
-        self._seen: Tensor | None = None
-
-    @property
-    def record(self) -> Record | None:
-        """The record of the last call. Reading it waits for the device; a step that nobody asks does not."""
-        return None if self._seen is None else Record(*self._seen.tolist())
 
     def forward(
         self,
         a: Float[Tensor, "n d"],
         b: Float[Tensor, "m d"],
-        mask: Bool[Tensor, "n m"] | None = None,
+        mask: Bool[Tensor, "n m"] | Mask | None = None,
         scale: float | Float[Tensor, ""] | None = None,
+        negatives: Negatives | None = None,
+        negatives_mask: Mask | Tensor | tuple[Mask | Tensor | None, ...] | None = None,
+        rows: slice | None = None,
     ) -> Float[Tensor, ""]:
-        loss, self._seen = info_nce_with_record(
-            a, b, self.temperature, scale, self.symmetric, self.normalize, mask
+        loss, self._step = info_nce_step(
+            a,
+            b,
+            self.temperature,
+            scale,
+            self.symmetric,
+            self.normalize,
+            mask,
+            negatives,
+            negatives_mask,
+            rows,
         )
         return loss
 
     def extra_repr(self) -> str:
         return f"temperature={self.temperature}, symmetric={self.symmetric}, normalize={self.normalize}"
+
+
+class ClipLoss(ContrastiveLoss):
+    """InfoNCE in both directions, with the scale an argument of each call (Radford et al. 2021).
+
+    ``logit_scale`` is the scale itself, already exponentiated; a learnable log scale lives in the model. ``max_scale``
+    clamps it: beyond, the scale has no gradient, and ``record.extra["at_clamp"]`` is 1.
+
+    Floor 0, guessing ln(n).
+
+    >>> import torch
+    >>> log_scale = torch.tensor(2.659, requires_grad=True)
+    >>> loss = ClipLoss(max_scale=100)
+    >>> loss(torch.eye(8), torch.eye(8).flip(0), log_scale.exp()).backward()
+    >>> round(loss.record.scale, 1), bool(log_scale.grad > 0)
+    (14.3, True)
+    """
+
+    def __init__(self, max_scale: float | None = None, normalize: bool = True) -> None:
+        super().__init__()
+        clamp_scale(1.0, max_scale)
+        self.max_scale = max_scale
+        self.normalize = normalize
+
+    def forward(
+        self,
+        image: Float[Tensor, "n d"],
+        text: Float[Tensor, "n d"],
+        logit_scale: float | Float[Tensor, ""],
+        mask: Bool[Tensor, "n n"] | Mask | None = None,
+        rows: slice | None = None,
+    ) -> Float[Tensor, ""]:
+        scale = clamp_scale(logit_scale, self.max_scale)
+        loss, self._step = info_nce_step(
+            image, text, scale=scale, normalize=self.normalize, mask=mask, rows=rows
+        )
+        return loss
+
+    def _extra(self) -> dict[str, float]:
+        return at_clamp(self._step, self.max_scale)
+
+    def extra_repr(self) -> str:
+        return f"max_scale={self.max_scale}, normalize={self.normalize}"
+
+
+def at_clamp(step: Step | None, max_scale: float | None) -> dict[str, float]:
+    """Whether the scale of a step stood at its clamp."""
+    if step is None or max_scale is None:
+        return {}
+    return {"at_clamp": float(step.scale.item() >= max_scale * (1 - 1e-6))}

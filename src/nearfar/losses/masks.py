@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from nearfar.contrast import unit_rows
 from nearfar.errors import NearfarError
-from nearfar.functional.nce import unit_rows
 
 __all__ = ["duplicate_mask", "false_negative_mask"]
 

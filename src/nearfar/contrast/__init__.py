@@ -1,0 +1,50 @@
+"""Targets (who belongs to whom) and the one tiled computation behind every contrastive loss."""
+
+from __future__ import annotations
+
+from nearfar.contrast.masks import DenseMask, DuplicateMask, IndexMask, Mask, SimilarityMask, as_mask
+from nearfar.contrast.normalize import embeddings, unit_rows
+from nearfar.contrast.precision import computing_dtype
+from nearfar.contrast.sigmoid import sigmoid_sums
+from nearfar.contrast.softmax import Extra, NoPositivesWarning, Sums, log_sums, softmax_loss
+from nearfar.contrast.step import Direction, Step
+from nearfar.contrast.sums import Statistics
+from nearfar.contrast.targets import (
+    Columns,
+    LabelOverlap,
+    Nobody,
+    OwnPair,
+    SameClass,
+    SparseWeights,
+    Target,
+    Weights,
+)
+
+__all__ = [
+    "Columns",
+    "DenseMask",
+    "Direction",
+    "DuplicateMask",
+    "Extra",
+    "IndexMask",
+    "LabelOverlap",
+    "Mask",
+    "NoPositivesWarning",
+    "Nobody",
+    "OwnPair",
+    "SameClass",
+    "SimilarityMask",
+    "SparseWeights",
+    "Statistics",
+    "Step",
+    "Sums",
+    "Target",
+    "Weights",
+    "as_mask",
+    "computing_dtype",
+    "embeddings",
+    "log_sums",
+    "sigmoid_sums",
+    "softmax_loss",
+    "unit_rows",
+]

@@ -1,0 +1,111 @@
+"""The one computation behind every softmax loss: log-sum-exps over tiles of a product that is never stored.
+
+For each query the candidates fall into positives and the rest. With
+
+    rest      log Σ exp(s_ij) over candidates that are no positives,
+    positive  log Σ exp(s_ij) over positives,
+    excess    positive - Σ_j Q_ij s_ij             (sum outside the logarithm)
+              positive - log Σ_j W_ij exp(s_ij)    (sum inside it),
+
+every softmax loss is ``softplus(rest - positive) + excess``: how much probability the rest takes, and how unevenly the
+positives share theirs. The first term has no cancellation near convergence, where ``log_sum - positive`` loses all its
+digits; the second is exactly 0 for a single positive. ``expected`` is the mean logit under the softmax.
+
+Backward computes each tile again from the embeddings and these few numbers per query.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nearfar.contrast.precision import full_precision, no_second_derivative
+from nearfar.contrast.slopes import Slopes, tile_slopes
+from nearfar.contrast.sums import Side, Statistics, within
+from nearfar.contrast.tiles import LEAST, Setting, Tile, Workspace, tiles
+
+__all__ = ["LogSums"]
+
+
+class LogSums(torch.autograd.Function):
+    """``rest``, ``positive``, ``excess``, ``expected`` of the queries and, with ``both``, of the keys as queries."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, a: Tensor, b: Tensor, scale: Tensor, setting: Setting, found: list[Statistics]
+    ) -> Any:
+        space = Workspace(a, setting.size)
+        without = int(setting.without_self)
+        sides = [Side(len(a), len(b) - without, a, setting)]
+        if setting.both:
+            sides.append(Side(len(b), len(a) - without, a, setting))
+        kept: list[Tile] = []
+        with full_precision(a.device):
+            for tile in tiles(a, b, scale, setting, space):
+                _take_in(tile, sides, space)
+                if setting.keep:
+                    kept.append(tile)
+            results = [side.results() for side in sides]
+        found.extend(side.statistics() for side in sides)
+        flat = [value for result in results for value in result]
+        ctx.save_for_backward(a, b, scale, *flat)
+        ctx.setting, ctx.kept, ctx.sides = setting, kept, sides
+        ctx.set_materialize_grads(False)
+        return tuple(flat)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor | None) -> Any:
+        no_second_derivative()
+        a, b, scale, *flat = ctx.saved_tensors
+        setting: Setting = ctx.setting
+        slopes = [
+            Slopes(side, tuple(flat[4 * i : 4 * i + 4]), upstream[4 * i : 4 * i + 4])
+            for i, side in enumerate(ctx.sides)
+        ]
+        space = Workspace(a, setting.size)
+        with full_precision(a.device):
+            if setting.keep and not setting.twin:
+                (tile,) = ctx.kept
+                values = tile_slopes(tile, _views(tile, slopes), space)
+                by_a, by_b = values @ b, values.T @ a
+            else:
+                by_a = torch.zeros_like(a)
+                by_b = by_a if setting.twin else torch.zeros_like(b)
+                into_a, into_b = by_a.split(setting.size[0]), by_b.split(setting.size[1])
+                for tile in ctx.kept if setting.keep else tiles(a, b, scale, setting, space):
+                    values = tile_slopes(tile, _views(tile, slopes), space)
+                    into_a[tile.rows.start // setting.size[0]].addmm_(values, tile.keys)
+                    into_b[tile.columns.start // setting.size[1]].addmm_(values.T, tile.queries)
+            by_scale = None
+            if ctx.needs_input_grad[2]:  # Σ_ij slope_ij a_i·b_j, which the products hold already
+                by_scale = torch.linalg.vecdot(a, by_a).sum() * (0.5 if setting.twin else 1.0)
+            by_a.mul_(scale)
+            if setting.twin:
+                return by_a, None, by_scale, None, None
+            return by_a, by_b.mul_(scale), by_scale, None, None
+
+
+def _views(tile: Tile, sides: list[Any]) -> list[tuple[Any, slice, int]]:
+    """The queries that a tile is about: those of its rows and, where it counts for them, those of its columns."""
+    views = [(sides[0], tile.rows, 1)]
+    return [*views, (sides[-1], tile.columns, 0)] if tile.back else views
+
+
+def _take_in(tile: Tile, sides: list[Side], space: Workspace) -> None:
+    setting, views = sides[0].setting, _views(tile, sides)
+    for side, at, axis in views:
+        for patch, logits in tile.taken:
+            side.add_positives(patch, logits, within(at, patch.rows if axis == 1 else patch.columns), axis)
+        if setting.mask is not None:
+            side.count(tile.logits, at, axis)
+    spare = copy = None
+    if setting.bounded:
+        if setting.expected:
+            copy = torch.clamp(tile.logits, min=LEAST, out=space("copy", *tile.logits.shape))
+        tile.logits.exp_()
+    else:
+        spare = space("spare", *tile.logits.shape)
+    for side, at, axis in views:
+        side.add_rest(tile.logits, at, axis, spare, copy)

@@ -1,0 +1,178 @@
+"""Candidates that are left out, tile by tile: no matrix of all pairs is stored.
+
+A mask is true where a pair is *left out* of the candidates. Positives always stay in. Masks join with ``|``.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from nearfar.contrast.normalize import unit_rows
+from nearfar.errors import NearfarError
+
+__all__ = ["DenseMask", "DuplicateMask", "IndexMask", "Mask", "SimilarityMask", "as_mask", "turned"]
+
+# The cosine of a row with its own copy misses 1 by a few roundings of float32.
+ROUNDING = 1e-6
+
+
+class Mask(Protocol):
+    """Pairs (query, key) that are no candidates."""
+
+    shape: tuple[int, int]
+    symmetric: bool  # (i, j) is left out exactly where (j, i) is
+
+    def tile(self, rows: slice, columns: slice) -> Bool[Tensor, "r c"]:
+        """True where a pair of these rows and columns is left out."""
+
+
+class _Joined:
+    """What one mask or the other leaves out."""
+
+    def __init__(self, one: Mask, other: Mask) -> None:
+        if one.shape != other.shape:
+            raise NearfarError(f"masks of {one.shape} and {other.shape} pairs cannot be joined")
+        self.shape, self._parts = one.shape, (one, other)
+        self.symmetric = one.symmetric and other.symmetric
+
+    def tile(self, rows: slice, columns: slice) -> Bool[Tensor, "r c"]:
+        one, other = (part.tile(rows, columns) for part in self._parts)
+        return one | other
+
+    def __or__(self, other: Mask | Tensor) -> _Joined:
+        return _Joined(self, as_mask(other))
+
+
+class DenseMask:
+    """A matrix that is there already.
+
+    >>> DenseMask(torch.eye(3, dtype=torch.bool)).tile(slice(0, 2), slice(1, 3))
+    tensor([[False, False],
+            [ True, False]])
+    """
+
+    symmetric = False  # may be so, but looking costs more than it saves
+
+    def __init__(self, matrix: Bool[Tensor, "n m"]) -> None:
+        if matrix.ndim != 2 or matrix.dtype != torch.bool:
+            raise NearfarError(
+                f"mask is {tuple(matrix.shape)} {matrix.dtype}; it takes a Boolean matrix (queries, keys), true "
+                "where a pair is left out"
+            )
+        self.shape, self._matrix = (matrix.shape[0], matrix.shape[1]), matrix
+
+    def tile(self, rows: slice, columns: slice) -> Bool[Tensor, "r c"]:
+        return self._matrix[rows, columns]
+
+    def __or__(self, other: Mask | Tensor) -> _Joined:
+        return _Joined(self, as_mask(other))
+
+
+class DuplicateMask:
+    """Leaves out pairs of equal labels, such as the ids of their texts; ``key_labels`` if the keys have others.
+
+    >>> DuplicateMask(torch.tensor([7, 3, 7])).tile(slice(0, 1), slice(0, 3))
+    tensor([[ True, False,  True]])
+    """
+
+    def __init__(self, labels: Int[Tensor, " n"], key_labels: Int[Tensor, " m"] | None = None) -> None:
+        key_labels = labels if key_labels is None else key_labels
+        for found in (labels, key_labels):
+            if found.ndim != 1:
+                raise NearfarError(f"labels have shape {tuple(found.shape)}; the mask takes one for each row")
+        self.shape = (len(labels), len(key_labels))
+        self._labels, self._key_labels = labels, key_labels
+        self.symmetric = key_labels is labels
+
+    def tile(self, rows: slice, columns: slice) -> Bool[Tensor, "r c"]:
+        return self._labels[rows, None] == self._key_labels[None, columns]
+
+    def __or__(self, other: Mask | Tensor) -> _Joined:
+        return _Joined(self, as_mask(other))
+
+
+class SimilarityMask:
+    """Leaves out pairs of a cosine of ``threshold`` or more between reference embeddings, such as frozen texts.
+
+    >>> SimilarityMask(torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 1.0]]), 0.9).tile(slice(0, 1), slice(0, 3))
+    tensor([[ True,  True, False]])
+    """
+
+    symmetric = True
+
+    def __init__(self, reference: Float[Tensor, "n d"], threshold: float = 0.95) -> None:
+        if reference.ndim != 2:
+            raise NearfarError(
+                f"text embeddings have shape {tuple(reference.shape)}; the mask takes (rows, dimensions)"
+            )
+        if not -1.0 <= threshold <= 1.0:
+            raise NearfarError(f"threshold is {threshold}, but it is a cosine: -1 to 1, usually 0.9 to 0.99")
+        self.shape, self._threshold = (len(reference), len(reference)), threshold
+        wide = torch.promote_types(reference.dtype, torch.float32)
+        self._unit = unit_rows(reference.detach().to(wide))
+
+    def tile(self, rows: slice, columns: slice) -> Bool[Tensor, "r c"]:
+        with torch.autocast(self._unit.device.type, enabled=False):
+            return self._unit[rows] @ self._unit[columns].T >= self._threshold - ROUNDING
+
+    def __or__(self, other: Mask | Tensor) -> _Joined:
+        return _Joined(self, as_mask(other))
+
+
+class IndexMask:
+    """Leaves out the listed columns of each row, and the same pairs the other way round: spatial neighbours.
+
+    ``index`` (n, k) holds positions in the batch, -1 for none.
+
+    >>> IndexMask(torch.tensor([[1], [-1], [-1]])).tile(slice(0, 3), slice(0, 2))
+    tensor([[False,  True],
+            [ True, False],
+            [False, False]])
+    """
+
+    symmetric = True
+
+    def __init__(self, index: Int[Tensor, "n k"]) -> None:
+        n = len(index)
+        self.shape = (n, n)
+        there = index >= 0
+        row = torch.arange(n, device=index.device).unsqueeze(1).expand_as(index)[there]
+        keys = torch.unique(torch.cat([row * n + index[there], index[there] * n + row]))
+        self._row, self._column = keys // n, keys % n
+        self._starts = torch.searchsorted(self._row, torch.arange(n + 1, device=index.device)).tolist()
+
+    def tile(self, rows: slice, columns: slice) -> Bool[Tensor, "r c"]:
+        part = slice(self._starts[rows.start], self._starts[rows.stop])
+        row, column = self._row[part] - rows.start, self._column[part] - columns.start
+        width = columns.stop - columns.start
+        here = (column >= 0) & (column < width)
+        out = torch.zeros(rows.stop - rows.start, width, dtype=torch.bool, device=row.device)
+        out[row[here], column[here]] = True
+        return out
+
+    def __or__(self, other: Mask | Tensor) -> _Joined:
+        return _Joined(self, as_mask(other))
+
+
+class _Turned:
+    """A mask seen from the keys."""
+
+    def __init__(self, mask: Mask) -> None:
+        self.shape, self.symmetric, self._mask = (mask.shape[1], mask.shape[0]), mask.symmetric, mask
+
+    def tile(self, rows: slice, columns: slice) -> Bool[Tensor, "r c"]:
+        return self._mask.tile(columns, rows).T
+
+
+def turned(mask: Mask) -> Mask:
+    """The mask of the keys as queries."""
+    return mask if mask.symmetric else _Turned(mask)
+
+
+def as_mask(mask: Mask | Tensor) -> Mask:
+    """A Boolean matrix as a mask; a mask as it is."""
+    return DenseMask(mask) if isinstance(mask, Tensor) else mask

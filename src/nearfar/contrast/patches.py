@@ -1,0 +1,156 @@
+"""The positives of a tile: where they stand in it and what they weigh.
+
+The kernel takes their logits out of a tile, works on them apart, and puts their gradient back. Three shapes are
+enough for every target: a diagonal (own partners), a rectangle (classes, overlaps, explicit weights) and single
+entries (sparse neighbours).
+
+``weight`` holds the weights of the queries in the rows, ``weight_back`` those of the queries in the columns; None
+stands for 1 everywhere. A position may weigh nothing in one of the directions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+__all__ = ["Diagonal", "Entries", "Patch", "Rectangle"]
+
+
+class Patch(Protocol):
+    """Positions of a tile. ``take``, ``put`` see the tile; the rest sees values at the positions alone."""
+
+    @property
+    def rows(self) -> slice: ...
+
+    @property
+    def columns(self) -> slice: ...
+
+    @property
+    def weight(self) -> Tensor | None: ...
+
+    @property
+    def weight_back(self) -> Tensor | None: ...
+
+    def take(self, tile: Float[Tensor, "r c"]) -> Tensor:
+        """The values at the positions, copied; the tile is left with -inf there."""
+
+    def put(self, tile: Float[Tensor, "r c"], values: Tensor) -> None:
+        """Write values to the positions."""
+
+    def spread(self, vector: Float[Tensor, " r"], axis: int) -> Tensor:
+        """One number per row (``axis`` 1) or column (0) of the patch, repeated for its positions."""
+
+    def sum(self, values: Tensor, axis: int) -> Tensor:
+        """Sums along the rows (``axis`` 1) or the columns (0)."""
+
+    def amax(self, values: Tensor, axis: int) -> Tensor:
+        """Maxima along the rows (``axis`` 1) or the columns (0); -inf where there is no position."""
+
+
+@dataclass(frozen=True)
+class Diagonal:
+    """One position in each row and column, side by side: row ``rows.start + i``, column ``columns.start + i``."""
+
+    rows: slice
+    columns: slice
+    weight: Tensor | None = None
+    weight_back: Tensor | None = None
+
+    def take(self, tile: Float[Tensor, "r c"]) -> Tensor:
+        view = tile[self.rows, self.columns].diagonal()
+        values = view.clone()
+        view.fill_(-torch.inf)
+        return values
+
+    def put(self, tile: Float[Tensor, "r c"], values: Tensor) -> None:
+        tile[self.rows, self.columns].diagonal().copy_(values)
+
+    def spread(self, vector: Tensor, axis: int) -> Tensor:
+        return vector
+
+    def sum(self, values: Tensor, axis: int) -> Tensor:
+        return values
+
+    def amax(self, values: Tensor, axis: int) -> Tensor:
+        return values
+
+
+@dataclass(frozen=True)
+class Rectangle:
+    """A block of the tile; positions of weight 0 in both directions are no positives and stay in the tile."""
+
+    rows: slice
+    columns: slice
+    weight: Tensor | None = None
+    weight_back: Tensor | None = None
+
+    def take(self, tile: Float[Tensor, "r c"]) -> Tensor:
+        view = tile[self.rows, self.columns]
+        if self.weight is None:
+            values = view.clone()
+            view.fill_(-torch.inf)
+            return values
+        outside = self.weight == 0
+        if self.weight_back is not None:
+            outside &= self.weight_back == 0
+        values = view.masked_fill(outside, -torch.inf)
+        view.masked_fill_(outside.logical_not_(), -torch.inf)
+        return values
+
+    def put(self, tile: Float[Tensor, "r c"], values: Tensor) -> None:
+        view = tile[self.rows, self.columns]
+        if self.weight is None:
+            view.copy_(values)
+        else:
+            view.add_(values)  # what is not taken has value 0 here, what was taken is 0 there
+
+    def spread(self, vector: Tensor, axis: int) -> Tensor:
+        return vector.unsqueeze(axis)
+
+    def sum(self, values: Tensor, axis: int) -> Tensor:
+        return values.sum(axis)
+
+    def amax(self, values: Tensor, axis: int) -> Tensor:
+        return values.amax(axis)
+
+
+@dataclass(frozen=True)
+class Entries:
+    """Single positions: ``row[e]``, ``column[e]`` within the tile, none of them twice."""
+
+    row: Int[Tensor, " e"]
+    column: Int[Tensor, " e"]
+    shape: tuple[int, int]
+    weight: Tensor | None = None
+    weight_back: Tensor | None = None
+
+    @property
+    def rows(self) -> slice:
+        return slice(0, self.shape[0])
+
+    @property
+    def columns(self) -> slice:
+        return slice(0, self.shape[1])
+
+    def take(self, tile: Float[Tensor, "r c"]) -> Tensor:
+        values = tile[self.row, self.column]
+        tile[self.row, self.column] = -torch.inf
+        return values
+
+    def put(self, tile: Float[Tensor, "r c"], values: Tensor) -> None:
+        tile[self.row, self.column] = values
+
+    def spread(self, vector: Tensor, axis: int) -> Tensor:
+        return vector[self.row if axis == 1 else self.column]
+
+    def sum(self, values: Tensor, axis: int) -> Tensor:
+        line, size = (self.row, self.shape[0]) if axis == 1 else (self.column, self.shape[1])
+        return values.new_zeros(size).index_add_(0, line, values)
+
+    def amax(self, values: Tensor, axis: int) -> Tensor:
+        line, size = (self.row, self.shape[0]) if axis == 1 else (self.column, self.shape[1])
+        return values.new_full((size,), -torch.inf).scatter_reduce_(0, line, values, "amax")

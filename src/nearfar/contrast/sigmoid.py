@@ -1,0 +1,93 @@
+"""The pairwise sigmoid over the same tiles: every pair is a question of its own, positive or not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from nearfar.contrast.masks import Mask
+from nearfar.contrast.precision import full_precision, no_second_derivative
+from nearfar.contrast.targets import Target
+from nearfar.contrast.tiles import TILE, Setting, Workspace, tiles
+
+__all__ = ["sigmoid_sums"]
+
+
+@torch.compiler.disable
+def sigmoid_sums(
+    a: Float[Tensor, "n d"],
+    b: Float[Tensor, "m d"],
+    scale: Tensor,
+    bias: Tensor,
+    target: Target,
+    *,
+    mask: Mask | None = None,
+    offset: int = 0,
+    tile: tuple[int, int] | None = None,
+) -> tuple[
+    Float[Tensor, " n"], Float[Tensor, " n"], Float[Tensor, " n"], Float[Tensor, " n"], Float[Tensor, " n"]
+]:
+    """For each query: Σ softplus(-(s x + bias)) over its positives, Σ softplus(s x + bias) over the rest.
+
+    Then, without gradient, the largest logit of the rest, the sum of its probabilities, and the size of the rest
+    where a mask leaves some out. Weights of a target only say what is a positive.
+    """
+    height, width = tile or TILE
+    setting = Setting(
+        target=target, mask=mask, offset=offset, without_self=False, both=False, twin=False, inside=False,
+        expected=False, bounded=False, size=(min(height, len(a)), min(width, len(b))), keep=False,
+    )  # fmt: skip
+    found: list[Tensor] = []
+    positive, rest = _Sigmoid.apply(a, b, scale, bias, setting, found)
+    return positive, rest, *found
+
+
+class _Sigmoid(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, a: Tensor, b: Tensor, scale: Tensor, bias: Tensor, setting: Setting, found: list[Tensor]
+    ) -> Any:
+        positive, rest, push, left = (a.new_zeros(len(a)) for _ in range(4))
+        hardest = a.new_full((len(a),), -torch.inf)
+        with full_precision(a.device):
+            for tile in tiles(a, b, scale, setting, Workspace(a, setting.size)):
+                for patch, logits in tile.taken:
+                    values = torch.nn.functional.softplus(-(logits + bias), threshold=50.0)
+                    values = torch.where(
+                        logits > -torch.inf, values, 0.0
+                    )  # positions of a patch that are none
+                    at = slice(tile.rows.start + patch.rows.start, tile.rows.start + patch.rows.stop)
+                    positive[at] += patch.sum(values, 1)
+                torch.maximum(hardest[tile.rows], tile.logits.amax(1), out=hardest[tile.rows])
+                if setting.mask is not None:
+                    left[tile.rows] += (tile.logits > -torch.inf).sum(1)
+                values = torch.nn.functional.softplus(tile.logits.add_(bias), threshold=50.0)
+                rest[tile.rows] += values.sum(1)
+                push[tile.rows] += tile.logits.sigmoid_().sum(1)
+        found.extend([hardest + bias, push, left])
+        ctx.save_for_backward(a, b, scale, bias)
+        ctx.setting = setting
+        return positive, rest
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> Any:
+        no_second_derivative()
+        a, b, scale, bias = ctx.saved_tensors
+        setting: Setting = ctx.setting
+        by_positive, by_rest = upstream
+        by_a, by_b, by_bias = torch.zeros_like(a), torch.zeros_like(b), torch.zeros_like(bias)
+        with full_precision(a.device):
+            for tile in tiles(a, b, scale, setting, Workspace(a, setting.size)):
+                values = tile.logits.add_(bias).sigmoid_().mul_(by_rest[tile.rows].unsqueeze(1))
+                for patch, logits in tile.taken:
+                    at = slice(tile.rows.start + patch.rows.start, tile.rows.start + patch.rows.stop)
+                    slopes = torch.sigmoid(-(logits + bias)) * -patch.spread(by_positive[at], 1)
+                    patch.put(values, torch.where(logits > -torch.inf, slopes, 0.0))
+                by_bias += values.sum()
+                by_a[tile.rows].addmm_(values, tile.keys)
+                by_b[tile.columns].addmm_(values.T, tile.queries)
+            by_scale = torch.linalg.vecdot(a, by_a).sum() if ctx.needs_input_grad[2] else None
+            return by_a.mul_(scale), by_b.mul_(scale), by_scale, by_bias, None, None

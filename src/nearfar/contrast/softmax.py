@@ -1,0 +1,259 @@
+"""Softmax losses over a target: the kernel's sums, further negatives, the mean over rows, the numbers of the
+record."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from nearfar.contrast.kernel import LogSums
+from nearfar.contrast.masks import Mask, as_mask, turned
+from nearfar.contrast.pairs import FEW_PAIRS, PairLosses
+from nearfar.contrast.precision import full_precision
+from nearfar.contrast.step import Step
+from nearfar.contrast.sums import Statistics
+from nearfar.contrast.targets import Nobody, OwnPair, Target
+from nearfar.contrast.tiles import KEPT, TILE, TWIN_TILE, Setting, bounded
+from nearfar.errors import NearfarError
+
+__all__ = ["Extra", "NoPositivesWarning", "Sums", "log_sums", "softmax_loss"]
+
+
+class NoPositivesWarning(UserWarning):
+    """No row of a batch has a positive, so that its loss is 0 and teaches nothing."""
+
+
+class Sums(NamedTuple):
+    """What the kernel says of each query of one direction; ``nearfar.contrast.kernel`` defines the fields."""
+
+    rest: Float[Tensor, " n"]
+    positive: Float[Tensor, " n"]
+    excess: Float[Tensor, " n"] | None
+    expected: Float[Tensor, " n"] | None
+    statistics: Statistics
+
+    def losses(self) -> Float[Tensor, " n"]:
+        """The loss of each query; 0, without a gradient, where it has no positive."""
+        gap = self.rest - self.positive
+        if not isinstance(self.statistics.positives, float):
+            gap = torch.where(self.statistics.positives > 0, gap, -torch.inf)
+        # Beyond the threshold softplus gives its argument: at 50 that is exact in float64 too.
+        value = torch.nn.functional.softplus(gap, threshold=50.0)
+        return value if self.excess is None else value + self.excess
+
+
+@torch.compiler.disable
+def log_sums(
+    a: Float[Tensor, "n d"],
+    b: Float[Tensor, "m d"] | None,
+    scale: Tensor,
+    target: Target,
+    *,
+    both: bool = False,
+    mask: Mask | None = None,
+    without_self: bool = False,
+    offset: int = 0,
+    inside: bool = False,
+    expected: bool = False,
+    unit: bool = False,
+    tile: tuple[int, int] | None = None,
+) -> list[Sums]:
+    """The kernel's sums for the queries ``a`` against the keys ``b`` and, with ``both``, for the keys as queries.
+
+    ``b=None``: the queries are the keys, each without itself where ``without_self``. Query 0 is row ``offset`` of the
+    target and the mask. ``unit`` promises rows of unit length. ``tile`` sets the tile by hand; by default it is chosen
+    by size.
+
+    Each list element is one direction. Differentiable once, in ``a``, ``b`` and ``scale``; memory is O(n + m) beside
+    the gradients.
+    """
+    n, m = len(a), len(a if b is None else b)
+    twin = b is None and target.symmetric and (mask is None or mask.symmetric) and offset == 0
+    size = tile or ((n, m) if n * m <= KEPT else TILE)
+    if twin and tile is None and n * m > KEPT:
+        size = (TWIN_TILE, TWIN_TILE)  # square, so that tiles meet the diagonal in their corners
+    if twin and size[0] != size[1]:
+        size = (min(size), min(size)) if n > min(size) or m > min(size) else (n, n)
+    setting = Setting(
+        target=target,
+        mask=mask,
+        offset=offset,
+        without_self=without_self,
+        both=both,
+        twin=twin,
+        inside=inside,
+        expected=expected,
+        bounded=_bounded(a, b, scale, unit),
+        size=(min(size[0], n), min(size[1], m)),
+        keep=size[0] >= n and size[1] >= m,
+    )
+    found: list[Statistics] = []
+    flat = LogSums.apply(a, a if b is None else b, scale, setting, found)
+    return [Sums(*(*flat[4 * i : 4 * i + 4], statistics)) for i, statistics in enumerate(found)]
+
+
+def _bounded(a: Tensor, b: Tensor | None, scale: Tensor, unit: bool) -> bool:
+    if a.device.type != "cpu" and scale.device.type != "cpu":
+        return False  # to look would mean to wait for the device; the running maximum is right everywhere
+    with torch.no_grad():
+        largest = abs(scale.item()) * 1.001
+        if not unit:
+            if a.device.type != "cpu":
+                return False
+            longest = torch.linalg.vector_norm(a, dim=1).amax().item()
+            largest *= longest * (longest if b is None else torch.linalg.vector_norm(b, dim=1).amax().item())
+    return bounded(largest, len(a), len(a if b is None else b), a.dtype)
+
+
+@dataclass(frozen=True)
+class Extra:
+    """Further negatives of one direction's queries: rows (q, d) for all, or (n, k, d) for each query its own."""
+
+    keys: Float[Tensor, "q d"] | Float[Tensor, "n k d"]
+    mask: Mask | None = None
+
+
+def softmax_loss(
+    a: Float[Tensor, "n d"],
+    b: Float[Tensor, "m d"] | None,
+    scale: Tensor,
+    target: Target,
+    *,
+    both: bool = False,
+    mask: Mask | Tensor | None = None,
+    extras: Sequence[Extra | None] = (),
+    without_self: bool = False,
+    inside: bool = False,
+    unit: bool = False,
+    rows: slice | None = None,
+    tile: tuple[int, int] | None = None,
+) -> tuple[Float[Tensor, ""], Step]:
+    """The mean loss of the queries that have a positive, averaged over both directions where there are two.
+
+    ``extras`` are further negatives of the first and the second direction. ``rows`` names the only queries of this
+    call: the value is then the sum over them divided by the number of valid rows of the whole batch, so that the parts
+    of a batch add up to it. The other arguments are those of ``log_sums``. The ``Step`` holds what a record is made
+    of.
+    """
+    n, keys = len(a), a if b is None else b
+    if target.shape != (n, len(keys)):
+        raise NearfarError(f"the target is for {target.shape} pairs, but there are {(n, len(keys))}")
+    mask = None if mask is None else as_mask(mask)
+    if mask is not None and mask.shape != target.shape:
+        raise NearfarError(
+            f"mask is for {mask.shape} pairs, but there are {target.shape}; it is true where a pair is left out"
+        )
+    if _is_small(target, extras, rows, tile, n * len(keys)) and _bounded(a, b, 2 * scale, unit):
+        return _few_pairs(a, keys, scale, both, mask)
+    sums, queries, valid = _sums(
+        a, b, scale, target, both, mask, rows, without_self=without_self, inside=inside, unit=unit, tile=tile
+    )
+    offset = 0 if rows is None else rows.indices(n)[0]
+    for k, extra in enumerate(extras):
+        if extra is not None:
+            sums[k] = _with_extra(sums[k], queries[k], extra, scale, unit, offset)
+    losses = [direction.losses() for direction in sums]
+    means = [each.sum() / count for each, count in zip(losses, valid, strict=True)]
+    loss = means[0] if len(means) == 1 else (means[0] + means[1]) * 0.5
+    return loss, Step.of(loss, losses, sums, scale, inside)
+
+
+def _sums(
+    a: Tensor,
+    b: Tensor | None,
+    scale: Tensor,
+    target: Target,
+    both: bool,
+    mask: Mask | None,
+    rows: slice | None,
+    **options: Any,
+) -> tuple[list[Sums], list[Tensor], list[Tensor | float]]:
+    """Sums, queries and number of valid rows of each direction."""
+    keys = a if b is None else b
+    if rows is None:
+        sums = log_sums(a, b, scale, target, both=both, mask=mask, **options)
+        return sums, [a, keys], [_valid(direction.statistics) for direction in sums]
+    rows = slice(*rows.indices(len(a)))
+    if rows.step != 1 or rows.start >= rows.stop:
+        raise NearfarError(f"rows is {rows}; at least one row, without steps, is needed")
+    turns = [(a, keys, target, mask)]
+    if both:
+        turns.append((keys, a, target.turned(), None if mask is None else turned(mask)))
+    found: list[Sums] = []
+    queries: list[Tensor] = []
+    valid: list[Tensor | float] = []
+    without = options["without_self"]
+    for query, key, towards, left_out in turns:
+        queries.append(query[rows])
+        found += log_sums(query[rows], key, scale, towards, mask=left_out, offset=rows.start, **options)
+        valid.append(towards.has_positives(without).sum().clamp(min=1))
+    return found, queries, valid
+
+
+def _is_small(
+    target: Target,
+    extras: Sequence[Extra | None],
+    rows: slice | None,
+    tile: tuple[int, int] | None,
+    pairs: int,
+) -> bool:
+    return (
+        isinstance(target, OwnPair)
+        and not any(extras)
+        and rows is None
+        and tile is None
+        and pairs <= FEW_PAIRS
+    )
+
+
+@torch.compiler.disable
+def _few_pairs(
+    a: Tensor, b: Tensor, scale: Tensor, both: bool, mask: Mask | None
+) -> tuple[Float[Tensor, ""], Step]:
+    found: list[Tensor] = []
+    left_out = None if mask is None else mask.tile(slice(0, len(a)), slice(0, len(b)))
+    loss = PairLosses.apply(a, b, scale, both, left_out, found)
+    return loss, Step.few(loss, found, len(b), scale, mask is not None)
+
+
+def _valid(statistics: Statistics) -> Tensor | float:
+    positives = statistics.positives
+    if isinstance(positives, float):
+        return float(len(statistics.hardest))
+    count = (positives > 0).sum()
+    if count.device.type == "cpu" and not count:
+        warnings.warn(
+            "no row of this batch has a positive: the loss is 0 and nothing is learned from it. Put items that belong "
+            "together into one batch (a class-balanced sampler, larger batches, two views of each item)",
+            NoPositivesWarning,
+            stacklevel=6,
+        )
+    return count.clamp(min=1)
+
+
+def _with_extra(sums: Sums, queries: Tensor, extra: Extra, scale: Tensor, unit: bool, offset: int) -> Sums:
+    keys, n, old = extra.keys, len(queries), sums.statistics
+    if keys.ndim == 3:
+        part = slice(offset, offset + n)
+        with full_precision(keys.device):
+            logits = torch.einsum("nd,nkd->nk", queries, keys[part]) * scale
+        if extra.mask is not None:
+            logits = logits.masked_fill(extra.mask.tile(part, slice(0, keys.shape[1])), -torch.inf)
+        rest, hardest = torch.logsumexp(logits, 1), logits.detach().amax(1)
+        candidates: Tensor | float = (logits.detach() > -torch.inf).sum(1).to(logits.dtype)
+    elif len(keys) == 0:
+        return sums
+    else:
+        nobody = Nobody(offset + n, len(keys))
+        (found,) = log_sums(queries, keys, scale, nobody, mask=extra.mask, offset=offset, unit=unit)
+        rest, hardest, candidates = found.rest, found.statistics.hardest, found.statistics.candidates
+    statistics = replace(
+        old, hardest=torch.maximum(old.hardest, hardest), candidates=old.candidates + candidates
+    )
+    return sums._replace(rest=torch.logsumexp(torch.stack([sums.rest, rest]), 0), statistics=statistics)

@@ -1,0 +1,103 @@
+"""Detached numbers of one call of a loss. A record is made from them when somebody asks; until then nothing waits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from nearfar.contrast.sums import Statistics
+
+__all__ = ["Direction", "Step"]
+
+
+@dataclass(frozen=True)
+class Direction:
+    """The queries of one direction: loss, log-sum of the rest, and what the kernel counted."""
+
+    losses: Float[Tensor, " n"]
+    rest: Float[Tensor, " n"]
+    statistics: Statistics
+
+
+@dataclass(frozen=True)
+class Step:
+    """One call: its value, its directions, the scale it used, and whether weights stood inside the logarithm."""
+
+    value: Float[Tensor, ""]
+    directions: Sequence[Direction]
+    scale: Tensor
+    inside: bool = False
+    few_pairs: tuple[list[Tensor], int, bool] | None = None
+
+    @classmethod
+    def of(
+        cls, value: Tensor, losses: list[Tensor], sums: Sequence[Any], scale: Tensor, inside: bool
+    ) -> Step:
+        """From the kernel's sums."""
+        directions = [
+            Direction(each.detach(), direction.rest.detach(), direction.statistics)
+            for each, direction in zip(losses, sums, strict=True)
+        ]
+        return cls(value.detach(), directions, scale.detach(), inside)
+
+    @classmethod
+    def few(cls, value: Tensor, found: list[Tensor], keys: int, scale: Tensor, masked: bool) -> Step:
+        """From ``PairLosses``; what its record needs beyond the loss is computed when it is read."""
+        return cls(value.detach(), (), scale.detach(), few_pairs=(found, keys, masked))
+
+    def numbers(self) -> Float[Tensor, " numbers"]:
+        """The fields of a ``nearfar.losses.Record`` in their order, on the device."""
+        with torch.no_grad():
+            directions = self.directions if self.few_pairs is None else _few_directions(*self.few_pairs)
+            parts = torch.stack([_direction(direction, self.inside) for direction in directions])
+            means, least = parts.mean(0), parts[:, 2].amin()
+            scale = self.scale.to(means.dtype).to(means.device)
+            finite = self.value.isfinite().to(means.dtype)
+            return torch.cat([means[:2], least[None], means[3:], scale[None], finite[None]])
+
+
+def _direction(direction: Direction, inside: bool) -> Float[Tensor, " numbers"]:
+    """Candidates, positives (mean, least), rows without, p, hardest share, uniform level, floor."""
+    losses, statistics = direction.losses, direction.statistics
+    like = torch.zeros_like(losses)
+    candidates, positives = like + statistics.candidates, like + statistics.positives
+    valid = positives > 0
+    count = valid.sum().clamp(min=1)
+
+    def mean(values: Tensor) -> Tensor:
+        return torch.where(valid, values, 0.0).sum() / count
+
+    guess = candidates.clamp(min=1).log()
+    if inside:
+        guess = guess - (like + statistics.mass).clamp(min=1e-38).log()
+    has_rest = direction.rest > -torch.inf
+    share = torch.where(has_rest, (statistics.hardest - direction.rest).exp(), 0.0)
+    return torch.stack(
+        [
+            candidates.mean(),
+            positives.mean(),
+            positives.amin(),
+            (~valid).sum().to(losses.dtype),
+            mean(torch.exp(-losses)),
+            share.sum() / has_rest.sum().clamp(min=1),
+            mean(guess),
+            mean(like + statistics.floor),
+        ]
+    )
+
+
+def _few_directions(found: list[Tensor], keys: int, masked: bool) -> list[Direction]:
+    odds, total, powers = found
+    directions = []
+    for k, axis in enumerate((1, 0)[: len(odds)]):
+        candidates: Tensor | float = float(keys)
+        if masked:
+            candidates = (powers > 0).sum(axis).to(odds.dtype) + 1.0
+        statistics = Statistics(powers.amax(axis).log(), candidates, 1.0, 1.0, 0.0)
+        directions.append(Direction(odds[k].log1p(), total[k].log(), statistics))
+    return directions

@@ -1,0 +1,237 @@
+"""Running sums of one direction's queries, tile by tile, and what they come to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from nearfar.contrast.patches import Patch
+from nearfar.contrast.tiles import LEAST, Setting
+
+__all__ = ["Side", "Statistics", "finite", "rest_share", "weight_of", "within"]
+
+#: keeps a division from 0/0; below every sum of exponentials that is not 0
+TINY = 1e-38
+
+
+@dataclass
+class Statistics:
+    """Numbers of each query that carry no gradient; the record of a step is made from them.
+
+    ``hardest``: largest logit of the rest. ``candidates``, ``positives``: counts. ``mass``: Σ W of the positives,
+    ``floor``: the least its loss can be. A plain number stands for all queries alike.
+    """
+
+    hardest: Float[Tensor, " n"]
+    candidates: Float[Tensor, " n"] | float
+    positives: Float[Tensor, " n"] | float
+    mass: Float[Tensor, " n"] | float
+    floor: Float[Tensor, " n"] | float
+
+
+class Side:
+    """Sums of the queries in the rows (``axis`` 1: along them) or in the columns (``axis`` 0).
+
+    The first tile that covers all queries sets a sum, others are added to it; so one tile costs no more than its sums.
+    """
+
+    def __init__(self, n: int, others: int, like: Tensor, setting: Setting) -> None:
+        self.n, self.others, self.setting, self._like = n, others, setting, like
+        # Of the rest, of the positives, of the positives by weight; each is set by the first tile that has any.
+        self.top: Any = None
+        self.total: Any = None
+        self.moment: Any = None
+        self.left: Tensor | None = None
+        self.positive_top: Any = None
+        self.positive_total: Any = None
+        self.positive_moment: Tensor | None = None
+        self.positives: Tensor | None = None
+        self.weighted: Tensor | None = None
+        self.weighted_top: Tensor | None = None
+        self.mass: Tensor | None = None
+        self.w_log_w: Tensor | None = None
+        self.heaviest: Tensor | None = None
+
+    # -- sums ------------------------------------------------------------------------------------------------
+    def _at(self, name: str, at: slice, start: float) -> Tensor:
+        values = getattr(self, name)
+        if values is None:
+            values = torch.full((self.n,), start, dtype=self._like.dtype, device=self._like.device)
+            setattr(self, name, values)
+        return values[at]
+
+    def _is_first(self, name: str, at: slice) -> bool:
+        return at.start == 0 and at.stop == self.n and getattr(self, name) is None
+
+    def _add(self, name: str, at: slice, values: Tensor) -> None:
+        if self._is_first(name, at):
+            setattr(self, name, values)
+        else:
+            self._at(name, at, 0.0).add_(values)
+
+    def _raise(self, name: str, at: slice, values: Tensor) -> None:
+        if self._is_first(name, at):
+            setattr(self, name, values)
+        else:
+            now = self._at(name, at, -torch.inf)
+            torch.maximum(now, values, out=now)
+
+    def _join(
+        self, top: str, total: str, at: slice, new_top: Tensor, new_total: Tensor, *moment: Any
+    ) -> None:
+        """Add sums that were taken with another shift; ``moment``: the name and values of a sum shifted alike."""
+        names, values = [total, *moment[:1]], [new_total, *moment[1:]]
+        if self._is_first(top, at):
+            setattr(self, top, new_top)
+            for name, value in zip(names, values, strict=True):
+                setattr(self, name, value)
+            return
+        now = self._at(top, at, -torch.inf)
+        joined = torch.maximum(now, new_top)
+        shift = finite(joined)
+        old, new = torch.exp(now - shift), torch.exp(new_top - shift)
+        for name, value in zip(names, values, strict=True):
+            self._at(name, at, 0.0).mul_(old).add_(value * new)
+        now.copy_(joined)
+
+    # -- one tile --------------------------------------------------------------------------------------------
+    def add_positives(self, patch: Patch, logits: Tensor, at: slice, axis: int) -> None:
+        """Take in the positives of a tile; ``at`` are the patch's queries."""
+        setting = self.setting
+        if setting.target.single:
+            self._raise("positive_top", at, logits)
+            return
+        weight = weight_of(patch, axis)
+        there = logits > -torch.inf
+        if weight is not None:
+            there &= weight > 0
+        self._add("positives", at, patch.sum(there.to(logits.dtype), axis))
+        self._join_powers("positive", patch, logits, at, axis, moment=setting.expected)
+        if not setting.has_excess:
+            return
+        held = torch.where(there, logits, 0.0)
+        if setting.target.binary or weight is None:
+            self._add("weighted", at, patch.sum(held, axis))
+            if setting.target.binary:
+                return
+            weight = torch.ones_like(logits)
+        weight = torch.where(there, weight.to(logits.dtype), 0.0)
+        self._add("mass", at, patch.sum(weight, axis))
+        if setting.inside:
+            self._join_powers(
+                "weighted", patch, torch.where(there, logits + weight.log(), -torch.inf), at, axis
+            )
+            self._raise("heaviest", at, patch.amax(weight, axis))
+        else:
+            self._add("weighted", at, patch.sum(weight * held, axis))
+            self._add("w_log_w", at, patch.sum(torch.special.xlogy(weight, weight), axis))
+
+    def _join_powers(
+        self, name: str, patch: Patch, logits: Tensor, at: slice, axis: int, moment: bool = False
+    ) -> None:
+        top = patch.amax(logits, axis)
+        powers = torch.exp(logits - patch.spread(finite(top), axis))
+        total = "weighted" if name == "weighted" else "positive_total"
+        more = ("positive_moment", patch.sum(powers * logits.clamp(min=LEAST), axis)) if moment else ()
+        self._join(f"{name}_top", total, at, top, patch.sum(powers, axis), *more)
+
+    def add_rest(
+        self, tile: Tensor, at: slice, axis: int, spare: Tensor | None, logits: Tensor | None
+    ) -> None:
+        """Take in the rest of a tile: exp(logits) where bounded, logits otherwise (``spare`` is overwritten then)."""
+        if self.setting.bounded:
+            self._add("total", at, tile.sum(axis))
+            self._raise("top", at, tile.amax(axis))
+            if logits is not None:
+                self._add("moment", at, (tile * logits).sum(axis))
+            return
+        top = tile.amax(axis)
+        powers = torch.sub(tile, finite(top).unsqueeze(axis), out=spare).exp_()
+        total = powers.sum(axis)
+        more = ("moment", powers.mul_(tile.clamp(min=LEAST)).sum(axis)) if self.setting.expected else ()
+        self._join("top", "total", at, top, total, *more)
+
+    def count(self, logits: Tensor, at: slice, axis: int) -> None:
+        """Count the candidates that a mask has left in the rest."""
+        self._add("left", at, (logits > -torch.inf).sum(axis, dtype=self._like.dtype))
+
+    # -- all tiles -------------------------------------------------------------------------------------------
+    def results(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """``rest``, ``positive``, ``excess``, ``expected`` of each query."""
+        setting, binary = self.setting, self.setting.target.binary
+        everyone = slice(0, self.n)
+        rest = self.total.log() if setting.bounded else self.total.log().add_(self.top)
+        positive = self.positive_top
+        if positive is None or setting.target.single:
+            positive = self._at("positive_top", everyone, -torch.inf)
+        else:
+            positive = torch.where(self.positive_total > 0, positive + self.positive_total.log(), -torch.inf)
+        excess = expected = None
+        if setting.has_excess:
+            positives = self._at("positives", everyone, 0.0)
+            mean = self._at("weighted", everyone, 0.0)
+            if setting.inside:
+                mean = mean.log() + self._at("weighted_top", everyone, -torch.inf)
+            else:
+                mean = mean / (positives if binary else self._at("mass", everyone, 0.0)).clamp(min=TINY)
+            excess = torch.where(positives > 0, positive - mean, 0.0)
+        if setting.expected:
+            share = rest_share(rest, positive)
+            if setting.target.single:
+                ours = finite(positive)
+            else:
+                ours = self._at("positive_moment", everyone, 0.0) / self._at(
+                    "positive_total", everyone, 0.0
+                ).clamp(min=TINY)
+            expected = share * (self.moment / self.total.clamp(min=TINY)) + (1 - share) * ours
+        return rest, positive, excess, expected
+
+    def statistics(self) -> Statistics:
+        """What the record needs."""
+        target, everyone = self.setting.target, slice(0, self.n)
+        hardest = self.top.log() if self.setting.bounded else self.top
+        if target.single:
+            held = 0.0 if self.positive_top is None else 1.0
+            candidates = float(self.others) if self.left is None else self.left + held
+            return Statistics(hardest, candidates, held, held, 0.0)
+        positives = self._at("positives", everyone, 0.0)
+        candidates = float(self.others) if self.left is None else self.left + positives
+        mass = positives if target.binary else self._at("mass", everyone, 0.0)
+        if self.setting.inside:
+            floor: Tensor | float = 0.0
+            if not target.binary:
+                floor = -self._at("heaviest", everyone, -torch.inf).clamp(min=TINY).log()
+        elif target.binary:
+            floor = positives.clamp(min=1).log()
+        else:
+            floor = mass.clamp(min=TINY)
+            floor = floor.log() - self._at("w_log_w", everyone, 0.0) / floor
+        return Statistics(hardest, candidates, positives, mass, floor)
+
+
+def rest_share(rest: Tensor, positive: Tensor) -> Tensor:
+    """The probability of the rest; 0 where there is none."""
+    return torch.sigmoid(torch.where(rest > -torch.inf, rest - positive, -torch.inf))
+
+
+def weight_of(patch: Patch, axis: int) -> Tensor | None:
+    """The weights of a patch for the queries of this direction."""
+    return patch.weight if axis == 1 or patch.weight_back is None else patch.weight_back
+
+
+def within(outer: slice, inner: slice) -> slice:
+    """``inner``, counted from the start of ``outer``, in the coordinates of ``outer``.
+
+    >>> within(slice(10, 20), slice(2, 5))
+    slice(12, 15, None)
+    """
+    return slice(outer.start + inner.start, outer.start + inner.stop)
+
+
+def finite(top: Tensor) -> Tensor:
+    """A shift to subtract: 0 where there was nothing to take the maximum of."""
+    return torch.where(top > -torch.inf, top, 0.0)

@@ -1,0 +1,120 @@
+"""InfoNCE and CLIP: every row knows its partner and is told apart from the other rows."""
+
+from __future__ import annotations
+
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from nearfar.contrast import Mask, OwnPair, Step, softmax_loss
+from nearfar.errors import NearfarError
+from nearfar.functional._arguments import Negatives, check_temperature, extras_of, ready
+
+__all__ = ["clip", "info_nce", "info_nce_step"]
+
+
+def info_nce(
+    a: Float[Tensor, "n d"],
+    b: Float[Tensor, "m d"],
+    *,
+    temperature: float = 0.07,
+    scale: float | Float[Tensor, ""] | None = None,
+    symmetric: bool = True,
+    normalize: bool = True,
+    mask: Bool[Tensor, "n m"] | Mask | None = None,
+    negatives: Negatives | None = None,
+    negatives_mask: Bool[Tensor, "n q"] | Mask | tuple[Mask | Tensor | None, ...] | None = None,
+    rows: slice | None = None,
+    tile: tuple[int, int] | None = None,
+) -> Float[Tensor, ""]:
+    """The mean cross-entropy of picking ``b[i]`` for ``a[i]`` among all rows of ``b`` (van den Oord et al. 2018).
+
+    With scores s_ij = cos(a_i, b_j) / temperature: mean over i of log Σ_j exp(s_ij) - s_ii. ``symmetric=True``
+    averages both directions, as CLIP does; with ``symmetric=False``, ``b`` may have more rows than ``a``, and those
+    beyond are further negatives.
+
+    ``scale`` replaces 1 / temperature and may be a tensor that learns; ``normalize=False`` takes dot products of the
+    embeddings as they are. ``mask`` is true where a pair is *left out*, such as a duplicate that is no real negative;
+    a row's own partner always stays in. ``negatives`` are further candidates of the queries ``a``: (q, d) for all, as
+    from a memory of earlier batches, or (n, k, d), k mined ones for each; a pair of such gives both directions
+    theirs. ``negatives_mask`` leaves some of them out. ``rows`` makes only those rows queries; such parts add up to
+    the whole loss. ``tile`` sets the size of the tiles by hand.
+
+    Memory is O(n d): no matrix of all pairs is stored above about a thousand rows. Half precision inputs are scored in
+    float32, and the result is float32 then. One row alone has loss 0. Range: 0 (floor) to infinity; guessing is
+    ln(number of candidates).
+
+    >>> import torch
+    >>> round(info_nce(torch.eye(4), torch.eye(4), temperature=1.0).item(), 4)
+    0.7437
+    >>> info_nce(torch.ones(4, 2), torch.ones(4, 2)).exp().round().item()
+    4.0
+    """
+    return info_nce_step(
+        a, b, temperature, scale, symmetric, normalize, mask, negatives, negatives_mask, rows, tile
+    )[0]
+
+
+def info_nce_step(
+    a: Tensor,
+    b: Tensor,
+    temperature: float = 0.07,
+    scale: float | Tensor | None = None,
+    symmetric: bool = True,
+    normalize: bool = True,
+    mask: Tensor | Mask | None = None,
+    negatives: Negatives | None = None,
+    negatives_mask: Mask | Tensor | tuple[Mask | Tensor | None, ...] | None = None,
+    rows: slice | None = None,
+    tile: tuple[int, int] | None = None,
+) -> tuple[Float[Tensor, ""], Step]:
+    """``info_nce``, and what its record is made of."""
+    temperature = check_temperature(temperature)
+    given = ready(a, b, 1.0 / temperature if scale is None else scale, normalize)
+    n, m = len(a), len(b)
+    if n != m and (symmetric or m < n):
+        raise NearfarError(
+            f"a has {n} rows and b {m}; row i of b is the partner of row i of a, and only with symmetric=False may b "
+            "have further rows as negatives"
+        )
+    return softmax_loss(
+        *given,
+        OwnPair(n, m),
+        both=symmetric,
+        mask=mask,
+        extras=extras_of(negatives, negatives_mask, given, symmetric, normalize),
+        unit=normalize,
+        rows=rows,
+        tile=tile,
+    )
+
+
+def clip(
+    image: Float[Tensor, "n d"],
+    text: Float[Tensor, "n d"],
+    logit_scale: float | Float[Tensor, ""],
+    *,
+    max_scale: float | None = None,
+    normalize: bool = True,
+    mask: Bool[Tensor, "n n"] | Mask | None = None,
+    rows: slice | None = None,
+) -> Float[Tensor, ""]:
+    """InfoNCE in both directions with the scale given at each call (Radford et al. 2021).
+
+    ``logit_scale`` is the scale itself, already exponentiated. ``max_scale`` clamps it; beyond the clamp its gradient
+    is 0. Otherwise as ``info_nce``.
+
+    >>> import torch
+    >>> clip(torch.eye(4), torch.eye(4), 100.0, max_scale=1.0) == clip(torch.eye(4), torch.eye(4), 1.0)
+    tensor(True)
+    """
+    scale = clamp_scale(logit_scale, max_scale)
+    return info_nce(image, text, scale=scale, normalize=normalize, mask=mask, rows=rows)
+
+
+def clamp_scale(scale: float | Tensor, max_scale: float | None) -> float | Tensor:
+    """The scale, at most ``max_scale``; its gradient is that of the clamp."""
+    if max_scale is None:
+        return scale
+    if not max_scale > 0:
+        raise NearfarError(f"max_scale is {max_scale}, but it must be above 0; CLIP's is 100")
+    return scale.clamp(max=max_scale) if isinstance(scale, Tensor) else min(float(scale), max_scale)

@@ -1,0 +1,93 @@
+"""SigLIP: every pair is a question of its own."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from nearfar.contrast import Direction, Mask, OwnPair, Statistics, Step, as_mask, sigmoid_sums
+from nearfar.errors import NearfarError
+from nearfar.functional._arguments import ready
+
+__all__ = ["siglip", "siglip_step"]
+
+
+def siglip(
+    a: Float[Tensor, "n d"],
+    b: Float[Tensor, "n d"],
+    logit_scale: float | Float[Tensor, ""],
+    logit_bias: float | Float[Tensor, ""] = 0.0,
+    *,
+    normalize: bool = True,
+    mask: Bool[Tensor, "n n"] | Mask | None = None,
+    rows: slice | None = None,
+    tile: tuple[int, int] | None = None,
+) -> Float[Tensor, ""]:
+    """The pairwise sigmoid loss (Zhai et al. 2023).
+
+    -1/n Σ_ij log σ(t_ij (scale · cos(a_i, b_j) + bias)), with t = 1 for own pairs and -1 for all others.
+
+    ``logit_scale`` is the scale itself (they start at 10), ``logit_bias`` starts at -10, so that the many negatives
+    do not swamp the start. Both directions are the same sum. ``mask`` leaves out negatives. ``rows`` makes only those
+    rows of ``a`` queries; parts add up to the loss.
+
+    Floor 0. The best constant answer, 1/n everywhere, gives about ln(n) + 1.
+
+    >>> round(siglip(torch.eye(4), torch.eye(4), 10.0, -10.0).item(), 4)
+    0.6933
+    """
+    return siglip_step(a, b, logit_scale, logit_bias, normalize, mask, rows, tile)[0]
+
+
+def siglip_step(
+    a: Tensor,
+    b: Tensor,
+    logit_scale: float | Tensor,
+    logit_bias: float | Tensor = 0.0,
+    normalize: bool = True,
+    mask: Tensor | Mask | None = None,
+    rows: slice | None = None,
+    tile: tuple[int, int] | None = None,
+) -> tuple[Float[Tensor, ""], Step]:
+    """``siglip``, and what its record is made of."""
+    first, second, scale = ready(a, b, logit_scale, normalize)
+    n = len(first)
+    if len(second) != n:
+        raise NearfarError(f"a has {n} rows and b {len(second)}; row i of b is the partner of row i of a")
+    bias = torch.as_tensor(logit_bias, dtype=first.dtype, device=first.device).reshape(())
+    part = slice(0, n) if rows is None else slice(*rows.indices(n))
+    mask = None if mask is None else as_mask(mask)
+    if mask is not None and mask.shape != (n, n):
+        raise NearfarError(f"mask is for {mask.shape} pairs, but there are {(n, n)}")
+    positive, rest, hardest, push, left = sigmoid_sums(
+        first[part], second, scale, bias, OwnPair(n), mask=mask, offset=part.start, tile=tile
+    )
+    loss = (positive + rest).sum() / n
+    candidates = float(n) if mask is None else left + 1.0
+    step = _Sigmoid(
+        loss.detach(),
+        [Direction(positive.detach(), push, Statistics(hardest, candidates, 1.0, 1.0, 0.0))],
+        scale.detach(),
+    )
+    return loss, step
+
+
+class _Sigmoid(Step):
+    """A pair's probability is its own: it is not shared with the other candidates."""
+
+    def numbers(self) -> Float[Tensor, " numbers"]:
+        ((direction),) = self.directions
+        one = torch.ones_like(direction.losses)
+        candidates = one * direction.statistics.candidates
+        # By the derivative of softplus, the push on a negative is its own probability.
+        hardest = torch.sigmoid(direction.statistics.hardest)
+        share = torch.where(direction.rest > 0, hardest / direction.rest.clamp(min=1e-38), 0.0)
+        prior = 1.0 / candidates
+        guess = -(prior.log() + (candidates - 1) * torch.where(candidates > 1, torch.log1p(-prior), 0.0))
+        return torch.stack(
+            [
+                candidates.mean(), one[0], one[0], one[0] * 0, torch.exp(-direction.losses).mean(), share.mean(),
+                guess.mean(), one[0] * 0, self.scale.to(one), self.value.isfinite().to(one),
+            ]
+        )  # fmt: skip

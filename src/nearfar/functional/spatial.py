@@ -1,0 +1,128 @@
+"""Two views of spots in a tissue, whose neighbours are half positives."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from nearfar.contrast import IndexMask, OwnPair, SparseWeights, Step, Target, log_sums, softmax_loss
+from nearfar.errors import NearfarError
+from nearfar.functional._arguments import ready
+from nearfar.functional.info_nce import clamp_scale
+
+__all__ = ["spatial", "spatial_step"]
+
+Neighbors = Literal["soft", "positive", "mask", "none"]
+
+
+def spatial(
+    image: Float[Tensor, "n d"],
+    text: Float[Tensor, "n d"],
+    logit_scale: float | Float[Tensor, ""],
+    neighbor_index: Int[Tensor, "n k"],
+    neighbor_alpha: Float[Tensor, "n k"],
+    *,
+    neighbor_alpha_scale: float = 0.5,
+    temp_reg_weight: float = 0.05,
+    neighbors: Neighbors = "soft",
+    max_scale: float | None = None,
+    normalize: bool = True,
+    rows: slice | None = None,
+    tile: tuple[int, int] | None = None,
+) -> Float[Tensor, ""]:
+    """CLIP with soft targets: a spot's partner, and in part the partners of its neighbours that are in the batch.
+
+    Row i of the target is q_i = L1-normalised(e_i + c Σ_j α_ij e_j), with c = ``neighbor_alpha_scale``, for both
+    directions. ``neighbor_index`` holds positions *in the batch*, -1 for none; ``neighbor_alpha`` their weights α, 0
+    or more. The loss is the mean cross-entropy of both directions plus ``temp_reg_weight`` · g², where g = E_p[x] -
+    E_q[x], x the cosines, averaged over rows and directions: the derivative of that cross-entropy by the scale.
+
+    ``neighbors``: "soft" as above; "positive": neighbours weigh as much as the partner; "mask": they are no
+    candidates, in either direction; "none": CLIP. ``logit_scale`` is the scale itself, ``max_scale`` clamps it.
+
+    Floor: the mean entropy of q, 0 where no neighbour is in the batch (then the target does nothing:
+    ``record.extra["rows_with_neighbors"]`` of ``SpatialLoss`` says for which share of the rows it does). Guessing
+    gives ln(n). The regulariser is not in floor and guess.
+
+    >>> index, alpha = torch.tensor([[1], [0], [-1]]), torch.ones(3, 1)
+    >>> round(spatial(torch.eye(3), torch.eye(3), 10.0, index, alpha).item(), 3)
+    2.225
+    """
+    return spatial_step(
+        image, text, logit_scale, neighbor_index, neighbor_alpha, neighbor_alpha_scale, temp_reg_weight, neighbors,
+        max_scale, normalize, rows, tile,
+    )[0]  # fmt: skip
+
+
+def spatial_step(
+    image: Tensor,
+    text: Tensor,
+    logit_scale: float | Tensor,
+    neighbor_index: Tensor,
+    neighbor_alpha: Tensor,
+    neighbor_alpha_scale: float = 0.5,
+    temp_reg_weight: float = 0.05,
+    neighbors: str = "soft",
+    max_scale: float | None = None,
+    normalize: bool = True,
+    rows: slice | None = None,
+    tile: tuple[int, int] | None = None,
+) -> tuple[Float[Tensor, ""], Step, Tensor]:
+    """``spatial``, what its record is made of, and the share of rows that have a neighbour in the batch."""
+    a, b, scale = ready(image, text, clamp_scale(logit_scale, max_scale), normalize, ("image", "text"))
+    n = len(a)
+    if len(b) != n:
+        raise NearfarError(f"image has {n} rows and text {len(b)}; row i of both is the same spot")
+    index, alpha = _check(neighbor_index, neighbor_alpha, neighbor_alpha_scale, n)
+    index, alpha = index.to(a.device), alpha.to(a.device, torch.float32)
+    reached = ((index >= 0) & (alpha > 0)).any(1).to(a.dtype).mean() if index.shape[1] else a.new_zeros(())
+    target: Target = OwnPair(n)
+    mask = None
+    if neighbors in ("soft", "positive"):
+        own = torch.arange(n, device=index.device).unsqueeze(1)
+        weight = alpha * neighbor_alpha_scale if neighbors == "soft" else (alpha > 0).to(alpha.dtype)
+        target = SparseWeights(
+            torch.cat([own, index], 1), torch.cat([torch.ones_like(own).to(weight), weight], 1), n
+        )
+    elif neighbors == "mask":
+        mask = IndexMask(torch.where(alpha > 0, index, -1))
+    elif neighbors != "none":
+        raise NearfarError(f"neighbors is {neighbors!r}; it is 'soft', 'positive', 'mask' or 'none'")
+    if temp_reg_weight == 0:
+        options: dict[str, Any] = {"both": True, "mask": mask, "unit": normalize, "rows": rows, "tile": tile}
+        return *softmax_loss(a, b, scale, target, **options), reached
+    if rows is not None:
+        raise NearfarError(
+            "the regulariser of SpatialLoss squares a mean over the whole batch, so that parts of a batch do not add "
+            "up to it: with rows= (local_loss) set temp_reg_weight=0"
+        )
+    sums = log_sums(a, b, scale, target, both=True, mask=mask, expected=True, unit=normalize, tile=tile)
+    losses = [direction.losses() for direction in sums]
+    # positive - excess is the mean logit under the target
+    held = [s.positive if s.excess is None else s.positive - s.excess for s in sums]
+    pull = torch.stack([s.expected - q for s, q in zip(sums, held, strict=True)]).mean() / scale
+    cross_entropy = torch.stack(losses).mean()
+    loss = cross_entropy + temp_reg_weight * pull.square()
+    return loss, Step.of(loss, losses, sums, scale, False), reached
+
+
+def _check(index: Tensor, alpha: Tensor, factor: float, n: int) -> tuple[Tensor, Tensor]:
+    if index.ndim != 2 or len(index) != n or alpha.shape != index.shape:
+        raise NearfarError(
+            f"neighbor_index is {tuple(index.shape)} and neighbor_alpha {tuple(alpha.shape)}; both are ({n}, k): for "
+            "each row of the batch the positions of its neighbours in the batch, -1 for none, and their weights"
+        )
+    if not factor >= 0:
+        raise NearfarError(f"neighbor_alpha_scale is {factor}, but it must be 0 or more")
+    if index.device.type == "cpu" and index.numel():
+        if int(index.max()) >= n:
+            raise NearfarError(
+                f"neighbor_index holds {int(index.max())}, but the batch has {n} rows: it takes positions in the "
+                "batch, not in the data set"
+            )
+        if not bool((alpha >= 0).all()):
+            raise NearfarError("neighbor_alpha must be 0 or more; some are below 0 or not a number")
+    return index, alpha

@@ -1,0 +1,115 @@
+"""Supervised contrastive losses as modules."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from nearfar.contrast import Mask
+from nearfar.errors import NearfarError
+from nearfar.functional._arguments import check_temperature
+from nearfar.functional.supcon import multi_label_supcon_step, supcon_step
+from nearfar.losses.base import ContrastiveLoss
+
+__all__ = ["MultiLabelSupConLoss", "SupConLoss"]
+
+
+class SupConLoss(ContrastiveLoss):
+    """All rows of the same class are each other's positives (Khosla et al. 2020).
+
+    ``sum="outside"`` (their L_out) asks for all positives, ``"inside"`` is content with the nearest. Called with
+    embeddings (n, d) and labels (n,). ``other`` is a second view of the same rows to contrast with,
+    ``own_pair=False`` then leaves out a row's own partner; ``memory`` and ``memory_labels`` add rows of earlier
+    batches. ``nearfar.functional.supcon`` has the definitions.
+
+    Floor: ln(positives) outside, 0 inside. Guessing: ln(candidates), less ln(positives) for a sum inside. Rows
+    without a positive are left out and counted; a batch without any is 0 and warns.
+
+    >>> import torch
+    >>> loss = SupConLoss()
+    >>> value = loss(torch.eye(4).repeat(2, 1), torch.arange(4).repeat(2))
+    >>> loss.record.positives_per_row, loss.record.candidates
+    (1.0, 7.0)
+    """
+
+    def __init__(
+        self,
+        temperature: float = 0.1,
+        sum: Literal["outside", "inside"] = "outside",
+        normalize: bool = True,
+        own_pair: bool = True,
+    ) -> None:
+        super().__init__()
+        self.temperature = check_temperature(temperature)
+        if sum not in ("outside", "inside"):
+            raise NearfarError(f"sum is {sum!r}; it stands 'outside' or 'inside' the logarithm")
+        self.sum = sum
+        self.normalize = normalize
+        self.own_pair = own_pair
+
+    def forward(
+        self,
+        z: Float[Tensor, "n d"],
+        labels: Int[Tensor, " n"],
+        other: Float[Tensor, "n d"] | None = None,
+        memory: Float[Tensor, "q d"] | None = None,
+        memory_labels: Int[Tensor, " q"] | None = None,
+        mask: Bool[Tensor, "n n"] | Mask | None = None,
+        rows: slice | None = None,
+    ) -> Float[Tensor, ""]:
+        loss, self._step = supcon_step(
+            z, labels, self.temperature, self.sum, self.normalize, other, self.own_pair, memory, memory_labels, mask,
+            rows
+        )  # fmt: skip
+        return loss
+
+    def extra_repr(self) -> str:
+        return f"temperature={self.temperature}, sum={self.sum!r}, normalize={self.normalize}"
+
+
+class MultiLabelSupConLoss(ContrastiveLoss):
+    """Rows with labels in common belong together as far as they have them in common.
+
+    ``weights="jaccard"``: called with embeddings and multi-hot labels (n, labels). ``weights="legacy"``: with codes
+    (n, aspects), where ``neutral`` also stands for absent. ``nearfar.functional.multi_label_supcon`` has the
+    definitions, and why to prefer Jaccard.
+
+    Floor: the mean entropy of the target (sum outside), -ln of the largest weight (inside); ``record.floor`` has it
+    for the batch. Guessing: ln(candidates), less ln(Σ weights) for a sum inside.
+
+    >>> import torch
+    >>> loss = MultiLabelSupConLoss()
+    >>> value = loss(torch.eye(3), torch.tensor([[1, 0], [1, 1], [0, 0]]))
+    >>> loss.record.rows_without_positives
+    1.0
+    """
+
+    def __init__(
+        self,
+        temperature: float = 0.1,
+        weights: Literal["jaccard", "legacy"] = "jaccard",
+        sum: Literal["outside", "inside"] | None = None,
+        neutral: int = 0,
+        normalize: bool = True,
+    ) -> None:
+        super().__init__()
+        self.temperature = check_temperature(temperature)
+        if weights not in ("jaccard", "legacy"):
+            raise NearfarError(f"weights is {weights!r}; it is 'jaccard' or 'legacy'")
+        self.weights, self.sum, self.neutral, self.normalize = weights, sum, neutral, normalize
+
+    def forward(
+        self,
+        z: Float[Tensor, "n d"],
+        labels: Int[Tensor, "n labels"],
+        rows: slice | None = None,
+    ) -> Float[Tensor, ""]:
+        loss, self._step = multi_label_supcon_step(
+            z, labels, self.temperature, self.weights, self.sum, self.neutral, self.normalize, rows
+        )
+        return loss
+
+    def extra_repr(self) -> str:
+        return f"temperature={self.temperature}, weights={self.weights!r}, sum={self.sum!r}"
