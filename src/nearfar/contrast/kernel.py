@@ -24,7 +24,8 @@ from torch import Tensor
 from nearfar.contrast.precision import full_precision, no_second_derivative
 from nearfar.contrast.slopes import Slopes, tile_slopes
 from nearfar.contrast.sums import Side, Statistics, within
-from nearfar.contrast.tiles import LEAST, Setting, Tile, Workspace, tiles
+from nearfar.contrast.tiles import Setting, Tile, tiles
+from nearfar.contrast.workspace import Workspace
 
 __all__ = ["LogSums"]
 
@@ -96,15 +97,18 @@ def _views(tile: Tile, sides: list[Any]) -> list[tuple[Any, slice, int]]:
 def _take_in(tile: Tile, sides: list[Side], space: Workspace) -> None:
     setting, views = sides[0].setting, _views(tile, sides)
     for side, at, axis in views:
-        for patch, logits in tile.taken:
-            side.add_positives(patch, logits, within(at, patch.rows if axis == 1 else patch.columns), axis)
+        for taken in tile.taken:
+            inner = taken.patch.rows if axis == 1 else taken.patch.columns
+            side.add_positives(taken, within(at, inner), axis)
         if setting.mask is not None:
             side.count(tile.logits, at, axis)
     spare = copy = None
     if setting.bounded:
         if setting.expected:
-            copy = torch.clamp(tile.logits, min=LEAST, out=space("copy", *tile.logits.shape))
+            copy = space("copy", *tile.logits.shape).copy_(tile.logits)
         tile.logits.exp_()
+        for taken in tile.taken:
+            taken.leave(tile.logits)
     else:
         spare = space("spare", *tile.logits.shape)
     for side, at, axis in views:

@@ -34,7 +34,7 @@ class PairLosses(torch.autograd.Function):
             own = diagonal.clone()
             diagonal.zero_()
             if mask is not None:
-                powers.masked_fill_(mask, 0.0)
+                powers.mul_(mask.logical_not().to(powers.dtype))
             total = torch.stack([powers.sum(1), powers.sum(0)]) if both else powers.sum(1).unsqueeze(0)
             odds = total / own
             value = odds.log1p().mean()

@@ -9,9 +9,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nearfar.contrast.masks import Mask
+from nearfar.contrast.patches import is_shown
 from nearfar.contrast.precision import full_precision, no_second_derivative
 from nearfar.contrast.targets import Target
-from nearfar.contrast.tiles import TILE, Setting, Workspace, tiles
+from nearfar.contrast.tiles import TILE, Setting, tiles
+from nearfar.contrast.workspace import Workspace
 
 __all__ = ["sigmoid_sums"]
 
@@ -54,7 +56,8 @@ class _Sigmoid(torch.autograd.Function):
         hardest = a.new_full((len(a),), -torch.inf)
         with full_precision(a.device):
             for tile in tiles(a, b, scale, setting, Workspace(a, setting.size)):
-                for patch, logits in tile.taken:
+                for taken in tile.taken:
+                    patch, logits = taken.patch, taken.logits
                     values = torch.nn.functional.softplus(-(logits + bias), threshold=50.0)
                     values = torch.where(
                         logits > -torch.inf, values, 0.0
@@ -63,7 +66,7 @@ class _Sigmoid(torch.autograd.Function):
                     positive[at] += patch.sum(values, 1)
                 torch.maximum(hardest[tile.rows], tile.logits.amax(1), out=hardest[tile.rows])
                 if setting.mask is not None:
-                    left[tile.rows] += (tile.logits > -torch.inf).sum(1)
+                    left[tile.rows] += is_shown(tile.logits).to(a.dtype).sum(1)
                 values = torch.nn.functional.softplus(tile.logits.add_(bias), threshold=50.0)
                 rest[tile.rows] += values.sum(1)
                 push[tile.rows] += tile.logits.sigmoid_().sum(1)
@@ -82,10 +85,11 @@ class _Sigmoid(torch.autograd.Function):
         with full_precision(a.device):
             for tile in tiles(a, b, scale, setting, Workspace(a, setting.size)):
                 values = tile.logits.add_(bias).sigmoid_().mul_(by_rest[tile.rows].unsqueeze(1))
-                for patch, logits in tile.taken:
+                for taken in tile.taken:
+                    patch, logits = taken.patch, taken.logits
                     at = slice(tile.rows.start + patch.rows.start, tile.rows.start + patch.rows.stop)
                     slopes = torch.sigmoid(-(logits + bias)) * -patch.spread(by_positive[at], 1)
-                    patch.put(values, torch.where(logits > -torch.inf, slopes, 0.0))
+                    patch.put(values, torch.where(is_shown(logits), slopes, 0.0))
                 by_bias += values.sum()
                 by_a[tile.rows].addmm_(values, tile.keys)
                 by_b[tile.columns].addmm_(values.T, tile.queries)

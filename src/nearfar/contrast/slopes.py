@@ -6,9 +6,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nearfar.contrast.patches import Patch
-from nearfar.contrast.sums import TINY, Side, rest_share, weight_of, within
-from nearfar.contrast.tiles import LEAST, Tile, Workspace
+from nearfar.contrast.patches import HIDDEN
+from nearfar.contrast.sums import TINY, Side, rest_share, within
+from nearfar.contrast.taken import Taken
+from nearfar.contrast.tiles import Tile, Workspace
 
 __all__ = ["Slopes", "tile_slopes"]
 
@@ -27,7 +28,7 @@ class Slopes:
         upstream: tuple[Tensor | None, ...],
     ) -> None:
         self.setting, self.side = side.setting, side
-        rest, positive, _, expected = results
+        rest, positive, excess, expected = results
         g_rest, g_positive, g_excess, g_expected = upstream
         self.factor = torch.zeros_like(rest) if g_rest is None else g_rest
         self.own = torch.zeros_like(rest) if g_positive is None else g_positive
@@ -45,49 +46,87 @@ class Slopes:
             self.linear = None if self.linear is None else self.linear / total
         else:
             self.shift = torch.where(rest > -torch.inf, rest, torch.inf)
-        if not self.setting.target.single or self.own_linear is not None:
+        target = self.setting.target
+        if target.single:
             self.positive = torch.where(positive > -torch.inf, positive, torch.inf)
-        if g_excess is not None:
-            everyone = slice(0, side.n)
-            weighted = side._at("weighted", everyone, 0.0)
-            if self.setting.inside:
-                mean = weighted.log() + side._at("weighted_top", everyone, -torch.inf)
-                self.mean = torch.where(mean > -torch.inf, mean, torch.inf)
-            else:
-                name = "positives" if self.setting.target.binary else "mass"
-                self.unit = 1.0 / side._at(name, everyone, 0.0).clamp(min=TINY)
+        elif self.setting.bounded:
+            self.normaliser = side.sum_of("positive_total").clamp(min=TINY)
+        else:
+            self.positive = torch.where(positive > -torch.inf, positive, torch.inf)
+        if g_excess is not None and not self.setting.inside:
+            self.unit = 1.0 / side.sum_of("positives" if target.binary else "mass").clamp(min=TINY)
+        elif g_excess is not None and self.setting.bounded:
+            self.unit = side.sum_of("weighted").clamp(min=TINY)
+        elif g_excess is not None and excess is not None:
+            mean = positive - excess
+            self.unit = torch.where(mean > -torch.inf, mean, torch.inf)
 
-    def positives(self, patch: Patch, logits: Tensor, at: slice, axis: int) -> Tensor:
+    @property
+    def is_plain(self) -> bool:
+        """Weighted positives, sum outside: share and due of both directions then join in two products."""
+        setting = self.setting
+        weighted = not setting.target.binary and not setting.inside and setting.bounded
+        return weighted and self.own_linear is None and self.excess is not None
+
+    def positives(self, taken: Taken, at: slice, axis: int) -> Tensor:
         """By the logits of the positives of a tile."""
-        if self.setting.target.single and self.own_linear is None:
+        target, patch = self.setting.target, taken.patch
+        if target.single and self.own_linear is None:
             return self.own[at]
-        share = torch.exp(logits - patch.spread(self.positive[at], axis))
-        values = share * patch.spread(self.own[at], axis)
+        # Of a single positive the share is 1 to the last digit: it is divided by itself, or had itself subtracted.
+        share = taken.room("share")
+        if self.setting.bounded and not target.single:
+            torch.div(taken.powers(), patch.spread(self.normaliser[at], axis), out=share)
+        else:
+            torch.sub(taken.logits, patch.spread(self.positive[at], axis), out=share).exp_()
+        values = torch.mul(share, patch.spread(self.own[at], axis), out=taken.room(f"slopes {axis}"))
         if self.own_linear is not None:
-            values += share * logits.clamp(min=LEAST) * patch.spread(self.own_linear[at], axis)
+            values += share * taken.finite() * patch.spread(self.own_linear[at], axis)
         if self.excess is None:
             return values
-        weight = weight_of(patch, axis)
-        if self.setting.inside:
-            due = torch.exp(logits - patch.spread(self.mean[at], axis))
-            due = due if weight is None else due * weight
+        due = taken.room("due")
+        if not self.setting.inside:
+            torch.mul(taken.weights(axis), patch.spread(self.unit[at], axis), out=due)
+        elif self.setting.bounded:
+            torch.mul(taken.weights(axis), taken.powers(), out=due).div_(patch.spread(self.unit[at], axis))
         else:
-            unit = patch.spread(self.unit[at], axis)
-            due = torch.where(logits > -torch.inf, unit if weight is None else unit * weight, 0.0)
-        return values.add_((share - due) * patch.spread(self.excess[at], axis))
+            torch.sub(taken.logits, patch.spread(self.unit[at], axis), out=due).exp_().mul_(
+                taken.weights(axis)
+            )
+        return values.add_(share.sub_(due).mul_(patch.spread(self.excess[at], axis)))
 
 
 def tile_slopes(tile: Tile, views: list[tuple[Slopes, slice, int]], space: Workspace) -> Float[Tensor, "r c"]:
     """By all logits of a tile, both directions added. Overwrites the tile unless it is kept for another time."""
     setting = views[0][0].setting
     values = _bounded(tile, views, space) if setting.bounded else _shifted(tile, views, space)
-    for patch, logits in tile.taken:
+    for taken in tile.taken:
+        patch = taken.patch
         parts = [
-            slope.positives(patch, logits, within(at, patch.rows if axis == 1 else patch.columns), axis)
-            for slope, at, axis in views
+            (slope, within(at, patch.rows if axis == 1 else patch.columns), axis) for slope, at, axis in views
         ]
-        patch.put(values, parts[0] if len(parts) == 1 else parts[0] + parts[1])
+        if all(slope.is_plain for slope in (view[0] for view in views)) and patch.weight_back is None:
+            taken.put(values, _plain(taken, parts))
+        else:
+            found = [slope.positives(taken, at, axis) for slope, at, axis in parts]
+            taken.put(values, found[0] if len(found) == 1 else found[0].add_(found[1]))
     return values
+
+
+def _plain(taken: Taken, views: list[tuple[Slopes, slice, int]]) -> Tensor:
+    by_power, by_weight = [], []
+    for slope, at, axis in views:
+        own, excess = slope.own[at], slope.excess[at]  # type: ignore[index]
+        by_power.append(taken.patch.spread((own + excess) / slope.normaliser[at], axis))
+        by_weight.append(taken.patch.spread(excess * slope.unit[at], axis))
+    share, due = taken.room("share"), taken.room("due")
+    if len(views) == 1:
+        torch.mul(taken.powers(), by_power[0], out=share)
+        torch.mul(taken.weights(1), by_weight[0], out=due)
+    else:
+        torch.add(*by_power, out=share).mul_(taken.powers())
+        torch.add(*by_weight, out=due).mul_(taken.weights(1))
+    return share.sub_(due)
 
 
 def _bounded(tile: Tile, views: list[tuple[Slopes, slice, int]], space: Workspace) -> Tensor:
@@ -96,10 +135,14 @@ def _bounded(tile: Tile, views: list[tuple[Slopes, slice, int]], space: Workspac
     linear = any(slope.linear is not None for slope, _, _ in views)
     if setting.keep:  # forward left the powers
         powers = tile.logits
-        logits = powers.log().clamp_(min=LEAST) if linear else None
+        logits = powers.log().clamp_(min=HIDDEN) if linear else None
     else:
-        logits = tile.logits.clamp(min=LEAST) if linear else None
+        logits = tile.logits.clone() if linear else None
+        for taken in tile.taken:
+            taken.powers()  # while the logits are there
         powers = tile.logits.exp_()
+        for taken in tile.taken:
+            taken.leave(powers)
     if not linear and len(views) == 1:
         return torch.mul(powers, first.factor[at].unsqueeze(1), out=values)
     if not linear:
@@ -120,7 +163,7 @@ def _shifted(tile: Tile, views: list[tuple[Slopes, slice, int]], space: Workspac
         torch.sub(tile.logits, slope.shift[at].unsqueeze(axis), out=into).exp_()
         factor = slope.factor[at].unsqueeze(axis)
         if slope.linear is not None:
-            factor = tile.logits.clamp(min=LEAST).mul_(slope.linear[at].unsqueeze(axis)).add_(factor)
+            factor = (tile.logits * slope.linear[at].unsqueeze(axis)).add_(factor)
         into.mul_(factor)
         values = into if values is None else values.add_(into)
     assert values is not None

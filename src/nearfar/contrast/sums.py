@@ -9,10 +9,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nearfar.contrast.patches import Patch
-from nearfar.contrast.tiles import LEAST, Setting
+from nearfar.contrast.patches import is_shown
+from nearfar.contrast.taken import Taken
+from nearfar.contrast.tiles import Setting
 
-__all__ = ["Side", "Statistics", "finite", "rest_share", "weight_of", "within"]
+__all__ = ["Side", "Statistics", "finite", "rest_share", "within"]
 
 #: keeps a division from 0/0; below every sum of exponentials that is not 0
 TINY = 1e-38
@@ -64,6 +65,10 @@ class Side:
             setattr(self, name, values)
         return values[at]
 
+    def sum_of(self, name: str) -> Tensor:
+        """One of the sums, of all queries; 0 where no tile had any."""
+        return self._at(name, slice(0, self.n), 0.0)
+
     def _is_first(self, name: str, at: slice) -> bool:
         return at.start == 0 and at.stop == self.n and getattr(self, name) is None
 
@@ -99,44 +104,42 @@ class Side:
         now.copy_(joined)
 
     # -- one tile --------------------------------------------------------------------------------------------
-    def add_positives(self, patch: Patch, logits: Tensor, at: slice, axis: int) -> None:
+    def add_positives(self, taken: Taken, at: slice, axis: int) -> None:
         """Take in the positives of a tile; ``at`` are the patch's queries."""
-        setting = self.setting
+        setting, patch = self.setting, taken.patch
         if setting.target.single:
-            self._raise("positive_top", at, logits)
+            self._raise("positive_top", at, taken.logits)
             return
-        weight = weight_of(patch, axis)
-        there = logits > -torch.inf
-        if weight is not None:
-            there &= weight > 0
-        self._add("positives", at, patch.sum(there.to(logits.dtype), axis))
-        self._join_powers("positive", patch, logits, at, axis, moment=setting.expected)
+        self._add("positives", at, patch.sum(taken.counts(axis), axis))
+        self._add_powers("positive", taken, axis, at, None)
         if not setting.has_excess:
             return
-        held = torch.where(there, logits, 0.0)
-        if setting.target.binary or weight is None:
-            self._add("weighted", at, patch.sum(held, axis))
-            if setting.target.binary:
-                return
-            weight = torch.ones_like(logits)
-        weight = torch.where(there, weight.to(logits.dtype), 0.0)
-        self._add("mass", at, patch.sum(weight, axis))
+        if not setting.target.binary:
+            self._add("mass", at, patch.sum(taken.weights(axis), axis))
         if setting.inside:
-            self._join_powers(
-                "weighted", patch, torch.where(there, logits + weight.log(), -torch.inf), at, axis
-            )
-            self._raise("heaviest", at, patch.amax(weight, axis))
-        else:
-            self._add("weighted", at, patch.sum(weight * held, axis))
-            self._add("w_log_w", at, patch.sum(torch.special.xlogy(weight, weight), axis))
+            self._add_powers("weighted", taken, axis, at, taken.weights(axis))
+            self._raise("heaviest", at, patch.amax(taken.weights(axis), axis))
+            return
+        self._add("weighted", at, patch.sum(taken.held(axis), axis))
+        if not setting.target.binary:
+            self._add("w_log_w", at, patch.sum(taken.w_log_w(axis), axis))
 
-    def _join_powers(
-        self, name: str, patch: Patch, logits: Tensor, at: slice, axis: int, moment: bool = False
-    ) -> None:
+    def _add_powers(self, name: str, taken: Taken, axis: int, at: slice, weight: Tensor | None) -> None:
+        patch, total = taken.patch, "weighted" if name == "weighted" else "positive_total"
+        if self.setting.bounded:
+            powers = taken.powers()
+            if weight is not None:
+                powers = torch.mul(powers, weight, out=taken.room("weighted"))
+            self._add(total, at, patch.sum(powers, axis))
+            if self.setting.expected and weight is None:
+                self._add("positive_moment", at, patch.sum(powers * taken.finite(), axis))
+            return
+        logits = taken.logits if weight is None else taken.logits + weight.log()
         top = patch.amax(logits, axis)
         powers = torch.exp(logits - patch.spread(finite(top), axis))
-        total = "weighted" if name == "weighted" else "positive_total"
-        more = ("positive_moment", patch.sum(powers * logits.clamp(min=LEAST), axis)) if moment else ()
+        more: tuple[Any, ...] = ()
+        if self.setting.expected and weight is None:
+            more = ("positive_moment", patch.sum(powers * taken.finite(), axis))
         self._join(f"{name}_top", total, at, top, patch.sum(powers, axis), *more)
 
     def add_rest(
@@ -152,12 +155,12 @@ class Side:
         top = tile.amax(axis)
         powers = torch.sub(tile, finite(top).unsqueeze(axis), out=spare).exp_()
         total = powers.sum(axis)
-        more = ("moment", powers.mul_(tile.clamp(min=LEAST)).sum(axis)) if self.setting.expected else ()
+        more = ("moment", powers.mul_(tile).sum(axis)) if self.setting.expected else ()
         self._join("top", "total", at, top, total, *more)
 
     def count(self, logits: Tensor, at: slice, axis: int) -> None:
         """Count the candidates that a mask has left in the rest."""
-        self._add("left", at, (logits > -torch.inf).sum(axis, dtype=self._like.dtype))
+        self._add("left", at, is_shown(logits).to(logits.dtype).sum(axis))
 
     # -- all tiles -------------------------------------------------------------------------------------------
     def results(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -165,17 +168,21 @@ class Side:
         setting, binary = self.setting, self.setting.target.binary
         everyone = slice(0, self.n)
         rest = self.total.log() if setting.bounded else self.total.log().add_(self.top)
-        positive = self.positive_top
-        if positive is None or setting.target.single:
+        if setting.target.single:
             positive = self._at("positive_top", everyone, -torch.inf)
         else:
-            positive = torch.where(self.positive_total > 0, positive + self.positive_total.log(), -torch.inf)
+            positive = self._at("positive_total", everyone, 0.0).log()
+            if not setting.bounded:
+                top = self._at("positive_top", everyone, -torch.inf)
+                positive = torch.where(positive > -torch.inf, positive + top, -torch.inf)
         excess = expected = None
         if setting.has_excess:
             positives = self._at("positives", everyone, 0.0)
             mean = self._at("weighted", everyone, 0.0)
             if setting.inside:
-                mean = mean.log() + self._at("weighted_top", everyone, -torch.inf)
+                mean = mean.log()
+                if not setting.bounded:
+                    mean = mean + self._at("weighted_top", everyone, -torch.inf)
             else:
                 mean = mean / (positives if binary else self._at("mass", everyone, 0.0)).clamp(min=TINY)
             excess = torch.where(positives > 0, positive - mean, 0.0)
@@ -218,11 +225,6 @@ def rest_share(rest: Tensor, positive: Tensor) -> Tensor:
     return torch.sigmoid(torch.where(rest > -torch.inf, rest - positive, -torch.inf))
 
 
-def weight_of(patch: Patch, axis: int) -> Tensor | None:
-    """The weights of a patch for the queries of this direction."""
-    return patch.weight if axis == 1 or patch.weight_back is None else patch.weight_back
-
-
 def within(outer: slice, inner: slice) -> slice:
     """``inner``, counted from the start of ``outer``, in the coordinates of ``outer``.
 
@@ -234,4 +236,4 @@ def within(outer: slice, inner: slice) -> slice:
 
 def finite(top: Tensor) -> Tensor:
     """A shift to subtract: 0 where there was nothing to take the maximum of."""
-    return torch.where(top > -torch.inf, top, 0.0)
+    return torch.where(is_shown(top), top, 0.0)

@@ -17,6 +17,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from nearfar.contrast.patches import Diagonal, Entries, Patch, Rectangle
+from nearfar.contrast.precision import full_precision
+from nearfar.contrast.workspace import Workspace
 from nearfar.errors import NearfarError
 
 __all__ = ["Columns", "LabelOverlap", "Nobody", "OwnPair", "SameClass", "SparseWeights", "Target", "Weights"]
@@ -30,8 +32,9 @@ class Target(Protocol):
     single: bool
     symmetric: bool
 
-    def patches(self, rows: slice, columns: slice) -> Sequence[Patch]:
-        """The positives among these rows and columns, in coordinates of the tile."""
+    def patches(self, rows: slice, columns: slice, space: Workspace | None = None) -> Sequence[Patch]:
+        """The positives among these rows and columns, in coordinates of the tile; ``space`` lends buffers for
+        weights."""
 
     def turned(self) -> Target:
         """The target of the columns as queries."""
@@ -59,7 +62,7 @@ class OwnPair:
     def has_positives(self, without_self: bool) -> Bool[Tensor, " n"]:
         return torch.arange(self.shape[0]) < self.shape[1]
 
-    def patches(self, rows: slice, columns: slice) -> Sequence[Patch]:
+    def patches(self, rows: slice, columns: slice, space: Workspace | None = None) -> Sequence[Patch]:
         first, last = max(rows.start, columns.start), min(rows.stop, columns.stop)
         if first >= last:
             return ()
@@ -92,10 +95,16 @@ class SameClass:
                     f"{name} are {tuple(found.shape)} {found.dtype}; one whole number for each row is needed"
                 )
         self.shape = (len(labels), len(key_labels))
+        self.symmetric = key_labels is labels
         self.labels, self.key_labels = labels, key_labels
         # On a device, knowing the ranges would mean waiting for it at every tile.
         self._ordered = labels.device.type == "cpu" and _ascending(labels) and _ascending(key_labels)
-        self.symmetric = key_labels is labels
+        # Numbers of the classes as floats, exact up to 16 million classes: they compare into floats, and quickly.
+        codes = torch.unique(
+            labels if self.symmetric else torch.cat([labels, key_labels]), return_inverse=True
+        )[1]
+        self._codes = codes[: len(labels)].float()
+        self._key_codes = self._codes if self.symmetric else codes[len(labels) :].float()
 
     def turned(self) -> SameClass:
         return SameClass(self.key_labels, self.labels)
@@ -105,7 +114,7 @@ class SameClass:
         where = torch.searchsorted(classes, self.labels).clamp(max=len(classes) - 1)
         return (classes[where] == self.labels) & (counts[where] > int(without_self))
 
-    def patches(self, rows: slice, columns: slice) -> Sequence[Patch]:
+    def patches(self, rows: slice, columns: slice, space: Workspace | None = None) -> Sequence[Patch]:
         labels, key_labels = self.labels[rows], self.key_labels[columns]
         r, c = slice(0, len(labels)), slice(0, len(key_labels))
         if self._ordered:
@@ -120,8 +129,10 @@ class SameClass:
                 return ()
             if low == high:
                 return (Rectangle(r, c),)
-        same = labels[r, None] == key_labels[None, c]
-        return (Rectangle(r, c, same.to(torch.float32)),)
+        mine, theirs = self._codes[rows][r], self._key_codes[columns][c]
+        same = _room(space, mine, "same", len(mine), len(theirs))
+        torch.eq(mine.unsqueeze(1), theirs, out=same)
+        return (Rectangle(r, c, same),)
 
 
 class LabelOverlap:
@@ -158,12 +169,15 @@ class LabelOverlap:
         shared = (self._rows > 0).sum(0) > int(without_self)
         return ((self._rows > 0) & shared).any(1)
 
-    def patches(self, rows: slice, columns: slice) -> Sequence[Patch]:
-        with torch.autocast(self._rows.device.type, enabled=False):
-            weight = self._rows[rows] @ self._rows[columns].T
+    def patches(self, rows: slice, columns: slice, space: Workspace | None = None) -> Sequence[Patch]:
+        mine, theirs = self._rows[rows], self._rows[columns]
+        weight = _room(space, mine, "overlap", len(mine), len(theirs))
+        with full_precision(mine.device):
+            torch.mm(mine, theirs.T, out=weight)
         if self._jaccard:
-            union = (self._sizes[rows, None] + self._sizes[None, columns]).sub_(weight)
-            weight.div_(union.clamp_(min=1.0))
+            union = _room(space, mine, "union", len(mine), len(theirs))
+            torch.add(self._sizes[rows, None], self._sizes[None, columns], out=union).sub_(weight)
+            weight.div_(union.clamp_(min=1e-3))  # rows without labels: 0 / 0
         elif self._offset:
             weight.add_(self._offset)
         return (Rectangle(slice(0, weight.shape[0]), slice(0, weight.shape[1]), weight),)
@@ -213,7 +227,7 @@ class SparseWeights:
         there = (self._weight > 0) & ~(without_self & (self._row == self._column))
         return torch.zeros(self.shape[0], device=there.device).index_add_(0, self._row, there.float()) > 0
 
-    def patches(self, rows: slice, columns: slice) -> Sequence[Patch]:
+    def patches(self, rows: slice, columns: slice, space: Workspace | None = None) -> Sequence[Patch]:
         part = slice(self._starts[rows.start], self._starts[rows.stop])
         column = self._column[part]
         here = ((column >= columns.start) & (column < columns.stop)).nonzero().squeeze(1)
@@ -252,7 +266,7 @@ class Columns:
         inside = (own >= self.positives.start) & (own < self.positives.stop)
         return count - (inside & without_self).int() > 0
 
-    def patches(self, rows: slice, columns: slice) -> Sequence[Patch]:
+    def patches(self, rows: slice, columns: slice, space: Workspace | None = None) -> Sequence[Patch]:
         first, last = max(columns.start, self.positives.start), min(columns.stop, self.positives.stop)
         if first >= last:
             return ()
@@ -270,7 +284,7 @@ class Nobody:
     def __init__(self, n: int, m: int) -> None:
         self.shape = (n, m)
 
-    def patches(self, rows: slice, columns: slice) -> Sequence[Patch]:
+    def patches(self, rows: slice, columns: slice, space: Workspace | None = None) -> Sequence[Patch]:
         return ()
 
     def turned(self) -> Nobody:
@@ -307,9 +321,18 @@ class Weights:
             there = there.clone().fill_diagonal_(False)
         return there.any(1)
 
-    def patches(self, rows: slice, columns: slice) -> Sequence[Patch]:
+    def patches(self, rows: slice, columns: slice, space: Workspace | None = None) -> Sequence[Patch]:
         weight = self.matrix[rows, columns]
         return (Rectangle(slice(0, weight.shape[0]), slice(0, weight.shape[1]), weight),)
+
+
+def _room(space: Workspace | None, like: Tensor, name: str, rows: int, columns: int) -> Tensor:
+    # Buffers have the dtype of the embeddings, which may be float64.
+    return (
+        like.new_empty(rows, columns)
+        if space is None or space.dtype != like.dtype
+        else space(name, rows, columns)
+    )
 
 
 def _ascending(labels: Tensor) -> bool:

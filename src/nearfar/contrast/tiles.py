@@ -12,17 +12,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nearfar.contrast.masks import Mask
-from nearfar.contrast.patches import Patch
+from nearfar.contrast.patches import HIDDEN, Rectangle
+from nearfar.contrast.taken import Overlay, Taken
 from nearfar.contrast.targets import Target
+from nearfar.contrast.workspace import Workspace
 
-__all__ = ["LEAST", "Setting", "Tile", "Workspace", "tiles"]
+__all__ = ["Setting", "Tile", "tiles"]
 
 #: rows × columns of a tile: large enough for the matrix product, small enough for the cache
 TILE = (1024, 1024)
 #: of queries that are their own keys: smaller, as tiles on the diagonal do half their work for nothing
 TWIN_TILE = 512
-#: stands for -inf where -inf times 0 must be 0
-LEAST = -1e30
 #: up to this many pairs, one tile is the whole matrix, and backward finds it where forward left it
 KEPT = 1 << 20
 
@@ -57,29 +57,16 @@ class Setting:
 
 
 class Tile(NamedTuple):
-    """Logits of some queries and keys. Left-out pairs and positives are -inf; ``taken`` are the positives' logits."""
+    """Logits of some queries and keys. Left-out pairs and positives are hidden; ``taken`` are the positives."""
 
     rows: slice
     columns: slice
     queries: Float[Tensor, "r d"]
     keys: Float[Tensor, "c d"]
     logits: Float[Tensor, "r c"]
-    taken: list[tuple[Patch, Tensor]]
+    taken: list[Taken]
     #: its columns are queries in their own right (false on the diagonal of twins, where the rows say it all)
     back: bool
-
-
-class Workspace:
-    """Buffers the size of a tile, used again for each."""
-
-    def __init__(self, like: Tensor, size: tuple[int, int]) -> None:
-        self._like, self._length = like, size[0] * size[1]
-        self._buffers: dict[str, Tensor] = {}
-
-    def __call__(self, name: str, rows: int, columns: int) -> Float[Tensor, "r c"]:
-        if name not in self._buffers:
-            self._buffers[name] = self._like.new_empty(self._length)
-        return self._buffers[name][: rows * columns].view(rows, columns)
 
 
 def bounded(largest_logit: float, n: int, m: int, dtype: torch.dtype) -> bool:
@@ -108,18 +95,29 @@ def tiles(
         for k in range(top // width if setting.twin else 0, len(columns)):
             logits = space("logits", len(queries), len(keys[k]))
             torch.mm(scaled, keys[k].T, out=logits)
-            if setting.without_self:
-                _leave_out_self(logits, own, columns[k])
-            taken = [(patch, patch.take(logits)) for patch in setting.target.patches(own, columns[k])]
+            taken = _take(logits, own, columns[k], setting, space)
             if setting.mask is not None:
-                logits.masked_fill_(setting.mask.tile(own, columns[k]), -torch.inf)
+                logits.add_(setting.mask.tile(own, columns[k]).to(logits.dtype), alpha=HIDDEN)
             back = setting.both or (setting.twin and columns[k].start > top)
             yield Tile(rows, columns[k], queries, keys[k], logits, taken, back)
 
 
-def _leave_out_self(logits: Tensor, own: slice, columns: slice) -> None:
+def _take(logits: Tensor, own: slice, columns: slice, setting: Setting, space: Workspace) -> list[Taken]:
+    """Hide each row's own place, where it is no candidate, and set the positives apart."""
     first, last = max(own.start, columns.start), min(own.stop, columns.stop)
-    if first < last:
-        logits[
-            first - own.start : last - own.start, first - columns.start : last - columns.start
-        ].diagonal().fill_(-torch.inf)
+    others = None
+    if setting.without_self and first < last:
+        place = (
+            slice(first - own.start, last - own.start),
+            slice(first - columns.start, last - columns.start),
+        )
+        logits[place].diagonal().fill_(HIDDEN)
+        others = space("others", *logits.shape).fill_(1.0)
+        others[place].diagonal().zero_()
+    taken: list[Taken] = []
+    for number, patch in enumerate(setting.target.patches(own, columns, space)):
+        if isinstance(patch, Rectangle) and setting.bounded and not setting.expected:
+            taken.append(Overlay(patch, logits, others, f"block {number}", space))
+        else:
+            taken.append(Taken(patch, patch.take(logits), others is not None))
+    return taken
