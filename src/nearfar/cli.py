@@ -180,6 +180,20 @@ def verify_sampler(
     raise typer.Exit(0 if verdict.passed else 1)
 
 
+@verify_app.command("ddp")
+def verify_ddp(
+    processes: Annotated[int, typer.Option(help="Processes that train together.")] = 2,
+    loss: Annotated[str, typer.Option(help="The name of one loss, such as InfoNCELoss, or all.")] = "all",
+) -> None:
+    """Do several processes give the loss and gradients of one? Measured under real DDP, for each loss and option."""
+    from nearfar.lab.table import ddp_table
+    from nearfar.training.verify_ddp import verify_ddp
+
+    verdict = verify_ddp(processes, None if loss == "all" else [loss])
+    terminal.console().print(ddp_table(verdict))
+    raise typer.Exit(0 if verdict.passed else 1)
+
+
 @app.callback(invoke_without_command=True)
 def root(
     version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
-from nearfar.contrast.masks import DenseMask, DuplicateMask, IndexMask, Mask, SimilarityMask, as_mask
+from nearfar.contrast.masks import (
+    DenseMask,
+    DuplicateMask,
+    IndexMask,
+    Mask,
+    SimilarityMask,
+    as_mask,
+    checked_mask,
+)
 from nearfar.contrast.normalize import embeddings, unit_rows
-from nearfar.contrast.precision import computing_dtype
+from nearfar.contrast.pairs import few_pairs
+from nearfar.contrast.precision import computing_dtype, uncompiled
 from nearfar.contrast.sigmoid import sigmoid_sums
 from nearfar.contrast.softmax import Extra, NoPositivesWarning, Sums, log_sums, softmax_loss
 from nearfar.contrast.step import Direction, Step
@@ -41,10 +50,13 @@ __all__ = [
     "Target",
     "Weights",
     "as_mask",
+    "checked_mask",
     "computing_dtype",
     "embeddings",
+    "few_pairs",
     "log_sums",
     "sigmoid_sums",
     "softmax_loss",
+    "uncompiled",
     "unit_rows",
 ]

@@ -27,7 +27,7 @@ from nearfar.contrast.sums import Side, Statistics, within
 from nearfar.contrast.tiles import Setting, Tile, tiles
 from nearfar.contrast.workspace import Workspace
 
-__all__ = ["LogSums"]
+__all__ = ["LogSums", "take_in", "views_of"]
 
 
 class LogSums(torch.autograd.Function):
@@ -45,7 +45,7 @@ class LogSums(torch.autograd.Function):
         kept: list[Tile] = []
         with full_precision(a.device):
             for tile in tiles(a, b, scale, setting, space):
-                _take_in(tile, sides, space)
+                take_in(tile, sides, space)
                 if setting.keep:
                     kept.append(tile)
             results = [side.results() for side in sides]
@@ -69,14 +69,14 @@ class LogSums(torch.autograd.Function):
         with full_precision(a.device):
             if setting.keep and not setting.twin:
                 (tile,) = ctx.kept
-                values = tile_slopes(tile, _views(tile, slopes), space)
+                values = tile_slopes(tile, views_of(tile, slopes), space)
                 by_a, by_b = values @ b, values.T @ a
             else:
                 by_a = torch.zeros_like(a)
                 by_b = by_a if setting.twin else torch.zeros_like(b)
                 into_a, into_b = by_a.split(setting.size[0]), by_b.split(setting.size[1])
                 for tile in ctx.kept if setting.keep else tiles(a, b, scale, setting, space):
-                    values = tile_slopes(tile, _views(tile, slopes), space)
+                    values = tile_slopes(tile, views_of(tile, slopes), space)
                     into_a[tile.rows.start // setting.size[0]].addmm_(values, tile.keys)
                     into_b[tile.columns.start // setting.size[1]].addmm_(values.T, tile.queries)
             by_scale = None
@@ -88,14 +88,15 @@ class LogSums(torch.autograd.Function):
             return by_a, by_b.mul_(scale), by_scale, None, None
 
 
-def _views(tile: Tile, sides: list[Any]) -> list[tuple[Any, slice, int]]:
+def views_of(tile: Tile, sides: list[Any]) -> list[tuple[Any, slice, int]]:
     """The queries that a tile is about: those of its rows and, where it counts for them, those of its columns."""
     views = [(sides[0], tile.rows, 1)]
     return [*views, (sides[-1], tile.columns, 0)] if tile.back else views
 
 
-def _take_in(tile: Tile, sides: list[Side], space: Workspace) -> None:
-    setting, views = sides[0].setting, _views(tile, sides)
+def take_in(tile: Tile, sides: list[Side], space: Workspace) -> None:
+    """Add a tile to the sums of its queries. Its logits are overwritten."""
+    setting, views = sides[0].setting, views_of(tile, sides)
     for side, at, axis in views:
         for taken in tile.taken:
             inner = taken.patch.rows if axis == 1 else taken.patch.columns

@@ -14,7 +14,16 @@ from torch import Tensor
 from nearfar.contrast.normalize import unit_rows
 from nearfar.errors import NearfarError
 
-__all__ = ["DenseMask", "DuplicateMask", "IndexMask", "Mask", "SimilarityMask", "as_mask", "turned"]
+__all__ = [
+    "DenseMask",
+    "DuplicateMask",
+    "IndexMask",
+    "Mask",
+    "SimilarityMask",
+    "as_mask",
+    "checked_mask",
+    "turned",
+]
 
 # The cosine of a row with its own copy misses 1 by a few roundings of float32.
 ROUNDING = 1e-6
@@ -46,6 +55,8 @@ class _Joined:
     def __or__(self, other: Mask | Tensor) -> _Joined:
         return _Joined(self, as_mask(other))
 
+    __ror__ = __or__
+
 
 class DenseMask:
     """A matrix that is there already.
@@ -71,6 +82,8 @@ class DenseMask:
     def __or__(self, other: Mask | Tensor) -> _Joined:
         return _Joined(self, as_mask(other))
 
+    __ror__ = __or__
+
 
 class DuplicateMask:
     """Leaves out pairs of equal labels, such as the ids of their texts; ``key_labels`` if the keys have others.
@@ -93,6 +106,8 @@ class DuplicateMask:
 
     def __or__(self, other: Mask | Tensor) -> _Joined:
         return _Joined(self, as_mask(other))
+
+    __ror__ = __or__
 
 
 class SimilarityMask:
@@ -122,6 +137,8 @@ class SimilarityMask:
     def __or__(self, other: Mask | Tensor) -> _Joined:
         return _Joined(self, as_mask(other))
 
+    __ror__ = __or__
+
 
 class IndexMask:
     """Leaves out the listed columns of each row, and the same pairs the other way round: spatial neighbours.
@@ -139,6 +156,10 @@ class IndexMask:
     def __init__(self, index: Int[Tensor, "n k"]) -> None:
         n = len(index)
         self.shape = (n, n)
+        if index.device.type == "cpu" and index.numel() and int(index.max()) >= n:
+            raise NearfarError(
+                f"index holds {int(index.max())}, but there are {n} rows: it takes positions in the batch, -1 for none"
+            )
         there = index >= 0
         row = torch.arange(n, device=index.device).unsqueeze(1).expand_as(index)[there]
         keys = torch.unique(torch.cat([row * n + index[there], index[there] * n + row]))
@@ -157,6 +178,8 @@ class IndexMask:
     def __or__(self, other: Mask | Tensor) -> _Joined:
         return _Joined(self, as_mask(other))
 
+    __ror__ = __or__
+
 
 class _Turned:
     """A mask seen from the keys."""
@@ -171,6 +194,16 @@ class _Turned:
 def turned(mask: Mask) -> Mask:
     """The mask of the keys as queries."""
     return mask if mask.symmetric else _Turned(mask)
+
+
+def checked_mask(mask: Mask | Tensor, n: int, m: int) -> Mask:
+    """A mask for n queries and m keys; ``NearfarError`` if it is for others."""
+    mask = as_mask(mask)
+    if mask.shape != (n, m):
+        raise NearfarError(
+            f"mask is for {mask.shape} pairs, but there are {(n, m)}; it is true where a pair is left out"
+        )
+    return mask
 
 
 def as_mask(mask: Mask | Tensor) -> Mask:

@@ -8,38 +8,42 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from nearfar.contrast.precision import full_precision
 from nearfar.errors import NearfarError
 
 __all__ = ["embeddings", "unit_rows"]
 
+#: so few numbers that calls cost more than the arithmetic; and lengths whose squares neither overflow nor vanish
+FEW, ORDINARY = 1 << 17, 1e-15
 
-def unit_rows(x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+
+def unit_rows(x: Float[Tensor, "n d"], name: str | None = None) -> Float[Tensor, "n d"]:
     """Rows brought to unit length, without overflow or underflow on the way; rows of zeros stay zero.
 
-    Their gradient is finite too: that of the identity.
+    Their gradient is finite too: that of the identity. With a ``name``, a row that is not finite is an error on the
+    CPU.
 
     >>> unit_rows(torch.tensor([[3e30, 4e30], [0.0, 0.0]]))
     tensor([[0.6000, 0.8000],
             [0.0000, 0.0000]])
     """
-    if x.device.type == "cpu" and x.numel() <= _FEW and x.numel():
-        # Few and ordinary rows: two operations of PyTorch are quicker than careful ones.
+    if x.device.type == "cpu" and 0 < x.numel() <= FEW:
         length = torch.linalg.vector_norm(x, dim=1, keepdim=True)
         shortest, longest = torch.aminmax(length.detach())
-        if shortest > _ORDINARY and longest < 1.0 / _ORDINARY:
+        if shortest > ORDINARY and longest < 1.0 / ORDINARY:  # false for NaN
             return x / length
-    return _UnitRows.apply(x)
-
-
-_FEW, _ORDINARY = 1 << 17, 1e-15
+    unit: Tensor = _UnitRows.apply(x, name)
+    return unit
 
 
 class _UnitRows(torch.autograd.Function):
     """Keeps the result and the lengths, where plain operations would keep every step between."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, name: str | None) -> Tensor:
         largest = x.abs().amax(dim=1, keepdim=True) if x.shape[1] else x.new_zeros(len(x), 1)
+        if name is not None and x.device.type == "cpu" and not bool(largest.isfinite().all()):
+            _say_which(x, name)
         largest = torch.where(largest == 0, 1.0, largest)
         unit = x / largest
         length = torch.linalg.vector_norm(unit, dim=1, keepdim=True)
@@ -49,15 +53,14 @@ class _UnitRows(torch.autograd.Function):
         return unit
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         unit, length = ctx.saved_tensors
         (gradient,) = gradients
-        along = torch.linalg.vecdot(unit, gradient).unsqueeze(1)
-        return (
-            torch.addcmul(gradient, unit, along, value=-1).div_(length)
-            if not torch.is_grad_enabled()
-            else (gradient - unit * along) / length
-        )
+        with full_precision(unit.device):
+            along = torch.linalg.vecdot(unit, gradient).unsqueeze(1)
+        if torch.is_grad_enabled():  # a graph of this backward is wanted
+            return (gradient - unit * along) / length, None
+        return torch.addcmul(gradient, unit, along, value=-1).div_(length), None
 
 
 def embeddings(x: Tensor, name: str, normalize: bool, dtype: torch.dtype) -> Float[Tensor, "n d"]:
@@ -70,14 +73,20 @@ def embeddings(x: Tensor, name: str, normalize: bool, dtype: torch.dtype) -> Flo
         raise NearfarError(
             f"{name} is {tuple(x.shape)} {x.dtype}; a loss takes a matrix of floating point (rows, dimensions)"
         )
-    # A sum is finite only if all its terms are, but a sum of finite terms may overflow: then look closer.
-    if x.device.type == "cpu" and not x.detach().sum(dtype=torch.float64).isfinite():
-        bad = (~x.detach().isfinite().all(dim=1)).nonzero().flatten().tolist()
-        if bad:
-            shown = ", ".join(map(str, bad[:5])) + (", …" if len(bad) > 5 else "")
-            raise NearfarError(
-                f"{name} is not finite in {len(bad)} of {len(x)} rows (row {shown}): look at what the encoder gives "
-                "for them; a learning rate too high or a row of missing input are the usual reasons"
-            )
     x = x.to(dtype)
-    return unit_rows(x) if normalize else x
+    if normalize:
+        return unit_rows(x, name)
+    # A sum is finite only if all its terms are; in double precision, finite terms do not overflow it.
+    if x.device.type == "cpu" and not x.detach().sum(dtype=torch.float64).isfinite():
+        _say_which(x, name)
+    return x
+
+
+def _say_which(x: Tensor, name: str) -> None:
+    bad = (~x.detach().isfinite().all(dim=1)).nonzero().flatten().tolist()
+    if bad:
+        shown = ", ".join(map(str, bad[:5])) + (", …" if len(bad) > 5 else "")
+        raise NearfarError(
+            f"{name} is not finite in {len(bad)} of {len(x)} rows (row {shown}): look at what the encoder gives for "
+            "them; a learning rate too high or a row of missing input are the usual reasons"
+        )

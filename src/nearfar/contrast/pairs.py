@@ -1,8 +1,8 @@
 """The kernel for few pairs: where a batch is so small that calls cost more than products, one matrix and few calls.
 
-The same numbers as ``kernel.LogSums`` with ``OwnPair`` and the mean of its losses. With the odds of the rest,
-Σ exp(s_ij) / exp(s_ii), a loss is log(1 + odds), which keeps its digits near convergence as well; that is in range
-only while logits are below about 40.
+The same numbers as ``softmax_loss`` with ``OwnPair``. With the odds of the rest, Σ exp(s_ij) / exp(s_ii), a loss is
+log(1 + odds), which keeps its digits near convergence as well; that is in range only while logits are below about 40,
+and for rows that are neither zero nor far out of scale. ``few_pairs`` declines the others.
 """
 
 from __future__ import annotations
@@ -10,49 +10,98 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
+from nearfar.contrast.masks import Mask
+from nearfar.contrast.normalize import ORDINARY
 from nearfar.contrast.precision import full_precision, no_second_derivative
+from nearfar.contrast.step import Step
+from nearfar.contrast.tiles import KEPT, bounded
 
-__all__ = ["FEW_PAIRS", "PairLosses"]
-
-#: queries × keys up to which this is quicker
-FEW_PAIRS = 1 << 20
+__all__ = ["few_pairs"]
 
 
-class PairLosses(torch.autograd.Function):
-    """The mean loss and, left in ``found``, what its record is made from: odds, total and powers of the rest."""
+def few_pairs(
+    a: Float[Tensor, "n d"],
+    b: Float[Tensor, "m d"],
+    scale: float | Tensor,
+    both: bool,
+    normalize: bool,
+    mask: Mask | None = None,
+) -> tuple[Float[Tensor, ""], Step] | None:
+    """The mean loss of partners i and i, and what its record is made of; None where this is not the place for it."""
+    n, m = len(a), len(b)
+    alike = a.dtype == b.dtype and a.dtype in (torch.float32, torch.float64) and a.shape[1] == b.shape[1]
+    if not alike or not 0 < n * m <= KEPT or a.device.type != "cpu" or b.device.type != "cpu":
+        return None
+    if isinstance(scale, Tensor) and scale.numel() != 1:
+        return None
+    value = scale.detach().item() if isinstance(scale, Tensor) else float(scale)
+    lengths = [torch.linalg.vector_norm(x.detach(), dim=1, keepdim=True) for x in (a, b)]
+    largest = 1.0 if normalize else 1.001
+    for length in lengths:
+        shortest, longest = (end.item() for end in torch.aminmax(length))
+        if not (shortest > ORDINARY and longest < 1.0 / ORDINARY):  # NaN is neither
+            return None
+        largest *= 1.001 if normalize else longest
+    if not (value > 0 and bounded(2 * value * largest, n, m, a.dtype)):
+        return None
+    if isinstance(scale, Tensor):
+        scale = scale.reshape(()).to(a)
+    left_out = None if mask is None else mask.tile(slice(0, n), slice(0, m))
+    found: list[Tensor] = []
+    loss: Tensor = _PairLosses.apply(a, b, scale, lengths if normalize else None, both, left_out, found)
+    return loss, Step.few(loss, found, m, value, mask is not None)
+
+
+class _PairLosses(torch.autograd.Function):
+    """Normalising, product, losses and their mean; odds, total and powers of the rest are left in ``found``."""
 
     @staticmethod
     def forward(
-        ctx: Any, a: Tensor, b: Tensor, scale: Tensor, both: bool, mask: Tensor | None, found: list[Tensor]
+        ctx: Any,
+        a: Tensor,
+        b: Tensor,
+        scale: Tensor | float,
+        lengths: list[Tensor] | None,
+        both: bool,
+        mask: Tensor | None,
+        found: list[Tensor],
     ) -> Tensor:
+        if lengths is not None:
+            a, b = a / lengths[0], b / lengths[1]
         with full_precision(a.device):
-            queries = a * scale
-            powers = torch.mm(queries, b.T).exp_()
-            diagonal = powers.diagonal()
-            own = diagonal.clone()
-            diagonal.zero_()
-            if mask is not None:
-                powers.mul_(mask.logical_not().to(powers.dtype))
-            total = torch.stack([powers.sum(1), powers.sum(0)]) if both else powers.sum(1).unsqueeze(0)
-            odds = total / own
-            value = odds.log1p().mean()
-        found.extend([odds, total, powers])
-        ctx.save_for_backward(a, b, scale, queries, powers, own, total)
-        return value
+            powers = torch.mm(a, b.T).mul_(scale).exp_()
+        diagonal = powers.diagonal()
+        own = diagonal.clone()
+        diagonal.zero_()
+        if mask is not None:
+            powers.mul_(mask.logical_not().to(powers))
+        total = torch.stack([powers.sum(1), powers.sum(0)]) if both else powers.sum(1).unsqueeze(0)
+        odds = total / own
+        found += [odds, total, powers]
+        ctx.save_for_backward(a, b, powers, own, total, scale if isinstance(scale, Tensor) else None)
+        ctx.scale, ctx.lengths = None if isinstance(scale, Tensor) else scale, lengths
+        return odds.log1p().mean()
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> Any:
         no_second_derivative()
-        a, b, scale, queries, powers, own, total = ctx.saved_tensors
-        with full_precision(a.device):
-            factor = (upstream[0] / total.numel()) / (total + own)
-            if len(factor) > 1:
-                values = (factor[0].unsqueeze(1) + factor[1]).mul_(powers)
-            else:
-                values = powers * factor[0].unsqueeze(1)
-            values.diagonal().copy_((total * factor).sum(0).neg_())
-            by_a = values @ b
-            by_scale = torch.linalg.vecdot(a, by_a).sum() if ctx.needs_input_grad[2] else None
-            return by_a.mul_(scale), values.T @ queries, by_scale, None, None, None
+        a, b, powers, own, total, scale = ctx.saved_tensors
+        scale = ctx.scale if scale is None else scale
+        factor = (upstream[0] * scale / total.numel()) / (total + own)
+        if len(factor) > 1:
+            values = (factor[0].unsqueeze(1) + factor[1]).mul_(powers)
+        else:
+            values = powers * factor[0].unsqueeze(1)
+        values.diagonal().copy_((total * factor).sum(0).neg_())
+        with full_precision(a.device):  # a vecdot is a product too
+            by_a, by_b = values @ b, values.T @ a
+            along = torch.linalg.vecdot(a, by_a).unsqueeze(1)
+            across = None if ctx.lengths is None else torch.linalg.vecdot(b, by_b).unsqueeze(1)
+        by_scale = along.sum() / scale if ctx.needs_input_grad[2] else None
+        if across is not None:
+            by_a.addcmul_(a, along, value=-1).div_(ctx.lengths[0])
+            by_b.addcmul_(b, across, value=-1).div_(ctx.lengths[1])
+        return by_a, by_b, by_scale, None, None, None, None

@@ -50,6 +50,9 @@ class Patch(Protocol):
     def put(self, tile: Float[Tensor, "r c"], values: Tensor) -> None:
         """Write values to the positions."""
 
+    def at(self, tile: Float[Tensor, "r c"]) -> Tensor:
+        """What stands at the positions."""
+
     def spread(self, vector: Float[Tensor, " r"], axis: int) -> Tensor:
         """One number per row (``axis`` 1) or column (0) of the patch, repeated for its positions."""
 
@@ -77,6 +80,9 @@ class Diagonal:
 
     def put(self, tile: Float[Tensor, "r c"], values: Tensor) -> None:
         tile[self.rows, self.columns].diagonal().copy_(values)
+
+    def at(self, tile: Float[Tensor, "r c"]) -> Tensor:
+        return tile[self.rows, self.columns].diagonal()
 
     def spread(self, vector: Tensor, axis: int) -> Tensor:
         return vector
@@ -123,6 +129,9 @@ class Rectangle:
         else:
             view.add_(values)  # what is not taken has value 0 here, what was taken is 0 there
 
+    def at(self, tile: Float[Tensor, "r c"]) -> Tensor:
+        return tile[self.rows, self.columns]
+
     def spread(self, vector: Tensor, axis: int) -> Tensor:
         return vector.unsqueeze(axis)
 
@@ -158,6 +167,9 @@ class Entries:
 
     def put(self, tile: Float[Tensor, "r c"], values: Tensor) -> None:
         tile[self.row, self.column] = values
+
+    def at(self, tile: Float[Tensor, "r c"]) -> Tensor:
+        return tile[self.row, self.column]
 
     def spread(self, vector: Tensor, axis: int) -> Tensor:
         return vector[self.row if axis == 1 else self.column]

@@ -1,14 +1,20 @@
-"""What the kernels keep to: full precision under autocast, and first derivatives only."""
+"""What the kernels keep to: full precision under autocast, first derivatives, no compilation of their tile loops."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import ParamSpec, TypeVar
 
 import torch
 
 from nearfar.errors import NearfarError
 
-__all__ = ["computing_dtype", "full_precision", "no_second_derivative"]
+__all__ = ["computing_dtype", "full_precision", "no_second_derivative", "uncompiled"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
@@ -38,3 +44,20 @@ def no_second_derivative() -> None:
             "derivative (create_graph=True, gradient penalties) write the loss with plain operations, such as "
             "torch.nn.functional.cross_entropy(a @ b.T * scale, torch.arange(len(a)))"
         )
+
+
+def uncompiled(function: Callable[P, R]) -> Callable[P, R]:
+    """Leave a function out of ``torch.compile``: the graph ends before it and goes on behind it.
+
+    As ``torch.compiler.disable``, which however loads the compiler where it decorates (seconds at import) and costs
+    more at each call than the losses of a small batch.
+    """
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if torch.compiler.is_compiling():
+            eager: Callable[P, R] = torch.compiler.disable(function)
+            return eager(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return call

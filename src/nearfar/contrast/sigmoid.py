@@ -12,13 +12,12 @@ from nearfar.contrast.masks import Mask
 from nearfar.contrast.patches import is_shown
 from nearfar.contrast.precision import full_precision, no_second_derivative
 from nearfar.contrast.targets import Target
-from nearfar.contrast.tiles import TILE, Setting, tiles
+from nearfar.contrast.tiles import Setting, tile_size, tiles
 from nearfar.contrast.workspace import Workspace
 
 __all__ = ["sigmoid_sums"]
 
 
-@torch.compiler.disable
 def sigmoid_sums(
     a: Float[Tensor, "n d"],
     b: Float[Tensor, "m d"],
@@ -37,10 +36,9 @@ def sigmoid_sums(
     Then, without gradient, the largest logit of the rest, the sum of its probabilities, and the size of the rest
     where a mask leaves some out. Weights of a target only say what is a positive.
     """
-    height, width = tile or TILE
     setting = Setting(
         target=target, mask=mask, offset=offset, without_self=False, both=False, twin=False, inside=False,
-        expected=False, bounded=False, size=(min(height, len(a)), min(width, len(b))), keep=False,
+        expected=False, bounded=False, size=tile_size(len(a), len(b), a.device, tile=tile), keep=False,
     )  # fmt: skip
     found: list[Tensor] = []
     positive, rest = _Sigmoid.apply(a, b, scale, bias, setting, found)
@@ -58,12 +56,18 @@ class _Sigmoid(torch.autograd.Function):
             for tile in tiles(a, b, scale, setting, Workspace(a, setting.size)):
                 for taken in tile.taken:
                     patch, logits = taken.patch, taken.logits
-                    values = torch.nn.functional.softplus(-(logits + bias), threshold=50.0)
-                    values = torch.where(
-                        logits > -torch.inf, values, 0.0
-                    )  # positions of a patch that are none
+                    # A position of the patch that is no positive is hidden, or one of the other direction alone.
+                    values = torch.nn.functional.softplus(-(logits + bias), threshold=50.0) * taken.counts(1)
                     at = slice(tile.rows.start + patch.rows.start, tile.rows.start + patch.rows.stop)
                     positive[at] += patch.sum(values, 1)
+                    strangers = taken.strangers(1)
+                    if strangers is not None:
+                        values = torch.nn.functional.softplus(logits + bias, threshold=50.0) * strangers
+                        rest[at] += patch.sum(values, 1)
+                        push[at] += patch.sum(torch.sigmoid(logits + bias) * strangers, 1)
+                        left[at] += patch.sum(strangers, 1)
+                        shown = torch.where(strangers > 0, logits, -torch.inf)
+                        hardest[at] = torch.maximum(hardest[at], patch.amax(shown, 1))
                 torch.maximum(hardest[tile.rows], tile.logits.amax(1), out=hardest[tile.rows])
                 if setting.mask is not None:
                     left[tile.rows] += is_shown(tile.logits).to(a.dtype).sum(1)
@@ -88,8 +92,12 @@ class _Sigmoid(torch.autograd.Function):
                 for taken in tile.taken:
                     patch, logits = taken.patch, taken.logits
                     at = slice(tile.rows.start + patch.rows.start, tile.rows.start + patch.rows.stop)
-                    slopes = torch.sigmoid(-(logits + bias)) * -patch.spread(by_positive[at], 1)
-                    patch.put(values, torch.where(is_shown(logits), slopes, 0.0))
+                    slopes = torch.sigmoid(-(logits + bias)) * taken.counts(1)
+                    slopes *= -patch.spread(by_positive[at], 1)
+                    strangers = taken.strangers(1)
+                    if strangers is not None:
+                        slopes += torch.sigmoid(logits + bias) * strangers * patch.spread(by_rest[at], 1)
+                    patch.put(values, slopes)
                 by_bias += values.sum()
                 by_a[tile.rows].addmm_(values, tile.keys)
                 by_b[tile.columns].addmm_(values.T, tile.queries)

@@ -7,11 +7,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nearfar.contrast.patches import HIDDEN
-from nearfar.contrast.sums import TINY, Side, rest_share, within
+from nearfar.contrast.sums import Side, rest_share, tiny, within
 from nearfar.contrast.taken import Taken
 from nearfar.contrast.tiles import Tile, Workspace
 
 __all__ = ["Slopes", "tile_slopes"]
+
+#: below every logit of a bounded tile; a hidden one, times a slope as large as 1 / sum, would overflow
+LEAST = -1e3
 
 
 class Slopes:
@@ -29,6 +32,7 @@ class Slopes:
     ) -> None:
         self.setting, self.side = side.setting, side
         rest, positive, excess, expected = results
+        least = tiny(rest)
         g_rest, g_positive, g_excess, g_expected = upstream
         self.factor = torch.zeros_like(rest) if g_rest is None else g_rest
         self.own = torch.zeros_like(rest) if g_positive is None else g_positive
@@ -41,7 +45,7 @@ class Slopes:
             self.own = self.own + self.own_linear * (1 - expected)
         if self.setting.bounded:
             assert side.total is not None
-            total = side.total.clamp(min=TINY)
+            total = side.total.clamp(min=least)
             self.factor = self.factor / total
             self.linear = None if self.linear is None else self.linear / total
         else:
@@ -50,13 +54,13 @@ class Slopes:
         if target.single:
             self.positive = torch.where(positive > -torch.inf, positive, torch.inf)
         elif self.setting.bounded:
-            self.normaliser = side.sum_of("positive_total").clamp(min=TINY)
+            self.normaliser = side.sum_of("positive_total").clamp(min=least)
         else:
             self.positive = torch.where(positive > -torch.inf, positive, torch.inf)
         if g_excess is not None and not self.setting.inside:
-            self.unit = 1.0 / side.sum_of("positives" if target.binary else "mass").clamp(min=TINY)
+            self.unit = 1.0 / side.sum_of("positives" if target.binary else "mass").clamp(min=least)
         elif g_excess is not None and self.setting.bounded:
-            self.unit = side.sum_of("weighted").clamp(min=TINY)
+            self.unit = side.sum_of("weighted").clamp(min=least)
         elif g_excess is not None and excess is not None:
             mean = positive - excess
             self.unit = torch.where(mean > -torch.inf, mean, torch.inf)
@@ -70,15 +74,31 @@ class Slopes:
 
     def positives(self, taken: Taken, at: slice, axis: int) -> Tensor:
         """By the logits of the positives of a tile."""
-        target, patch = self.setting.target, taken.patch
+        target = self.setting.target
         if target.single and self.own_linear is None:
             return self.own[at]
+        strangers = taken.strangers(axis)
+        values = self._positives(taken, at, axis)
+        return values if strangers is None else values.add_(self._strangers(taken, strangers, at, axis))
+
+    def _strangers(self, taken: Taken, strangers: Tensor, at: slice, axis: int) -> Tensor:
+        patch = taken.patch
+        factor = patch.spread(self.factor[at], axis)
+        if self.linear is not None:
+            factor = factor + taken.finite() * patch.spread(self.linear[at], axis)
+        logits = torch.add(taken.logits, strangers - 1, alpha=-HIDDEN)
+        if not self.setting.bounded:
+            logits = logits - patch.spread(self.shift[at], axis)
+        return logits.exp_().mul_(factor)
+
+    def _positives(self, taken: Taken, at: slice, axis: int) -> Tensor:
+        target, patch = self.setting.target, taken.patch
         # Of a single positive the share is 1 to the last digit: it is divided by itself, or had itself subtracted.
         share = taken.room("share")
         if self.setting.bounded and not target.single:
-            torch.div(taken.powers(), patch.spread(self.normaliser[at], axis), out=share)
+            torch.div(taken.powers(axis), patch.spread(self.normaliser[at], axis), out=share)
         else:
-            torch.sub(taken.logits, patch.spread(self.positive[at], axis), out=share).exp_()
+            torch.sub(taken.own(axis), patch.spread(self.positive[at], axis), out=share).exp_()
         values = torch.mul(share, patch.spread(self.own[at], axis), out=taken.room(f"slopes {axis}"))
         if self.own_linear is not None:
             values += share * taken.finite() * patch.spread(self.own_linear[at], axis)
@@ -88,9 +108,11 @@ class Slopes:
         if not self.setting.inside:
             torch.mul(taken.weights(axis), patch.spread(self.unit[at], axis), out=due)
         elif self.setting.bounded:
-            torch.mul(taken.weights(axis), taken.powers(), out=due).div_(patch.spread(self.unit[at], axis))
+            torch.mul(taken.weights(axis), taken.powers(axis), out=due).div_(
+                patch.spread(self.unit[at], axis)
+            )
         else:
-            torch.sub(taken.logits, patch.spread(self.unit[at], axis), out=due).exp_().mul_(
+            torch.sub(taken.own(axis), patch.spread(self.unit[at], axis), out=due).exp_().mul_(
                 taken.weights(axis)
             )
         return values.add_(share.sub_(due).mul_(patch.spread(self.excess[at], axis)))
@@ -121,10 +143,10 @@ def _plain(taken: Taken, views: list[tuple[Slopes, slice, int]]) -> Tensor:
         by_weight.append(taken.patch.spread(excess * slope.unit[at], axis))
     share, due = taken.room("share"), taken.room("due")
     if len(views) == 1:
-        torch.mul(taken.powers(), by_power[0], out=share)
+        torch.mul(taken.powers(1), by_power[0], out=share)
         torch.mul(taken.weights(1), by_weight[0], out=due)
     else:
-        torch.add(*by_power, out=share).mul_(taken.powers())
+        torch.add(*by_power, out=share).mul_(taken.powers(1))
         torch.add(*by_weight, out=due).mul_(taken.weights(1))
     return share.sub_(due)
 
@@ -135,11 +157,11 @@ def _bounded(tile: Tile, views: list[tuple[Slopes, slice, int]], space: Workspac
     linear = any(slope.linear is not None for slope, _, _ in views)
     if setting.keep:  # forward left the powers
         powers = tile.logits
-        logits = powers.log().clamp_(min=HIDDEN) if linear else None
+        logits = powers.log() if linear else None
     else:
         logits = tile.logits.clone() if linear else None
         for taken in tile.taken:
-            taken.powers()  # while the logits are there
+            taken.powers(1)  # while the logits are there
         powers = tile.logits.exp_()
         for taken in tile.taken:
             taken.leave(powers)
@@ -148,6 +170,8 @@ def _bounded(tile: Tile, views: list[tuple[Slopes, slice, int]], space: Workspac
     if not linear:
         torch.add(first.factor[at].unsqueeze(1), views[1][0].factor[views[1][1]], out=values)
         return values.mul_(powers)
+    if logits is not None:
+        logits.clamp_(min=LEAST)
     values.zero_()
     for slope, at, axis in views:
         values.add_(slope.factor[at].unsqueeze(axis))

@@ -13,13 +13,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nearfar.contrast.kernel import LogSums
-from nearfar.contrast.masks import Mask, as_mask, turned
-from nearfar.contrast.pairs import FEW_PAIRS, PairLosses
+from nearfar.contrast.masks import Mask, checked_mask, turned
+from nearfar.contrast.patches import HIDDEN, is_shown
 from nearfar.contrast.precision import full_precision
 from nearfar.contrast.step import Step
 from nearfar.contrast.sums import Statistics
-from nearfar.contrast.targets import Nobody, OwnPair, Target
-from nearfar.contrast.tiles import KEPT, TILE, TWIN_TILE, Setting, bounded
+from nearfar.contrast.targets import Nobody, Target
+from nearfar.contrast.tiles import Setting, bounded, tile_size
 from nearfar.errors import NearfarError
 
 __all__ = ["Extra", "NoPositivesWarning", "Sums", "log_sums", "softmax_loss"]
@@ -38,6 +38,12 @@ class Sums(NamedTuple):
     expected: Float[Tensor, " n"] | None
     statistics: Statistics
 
+    def mean_logit(self) -> Float[Tensor, " n"]:
+        """The mean logit under the softmax, which ``expected=True`` asks for."""
+        if self.expected is None:
+            raise NearfarError("the mean logit was not computed: call log_sums with expected=True")
+        return self.expected
+
     def losses(self) -> Float[Tensor, " n"]:
         """The loss of each query; 0, without a gradient, where it has no positive."""
         gap = self.rest - self.positive
@@ -48,7 +54,6 @@ class Sums(NamedTuple):
         return value if self.excess is None else value + self.excess
 
 
-@torch.compiler.disable
 def log_sums(
     a: Float[Tensor, "n d"],
     b: Float[Tensor, "m d"] | None,
@@ -75,11 +80,7 @@ def log_sums(
     """
     n, m = len(a), len(a if b is None else b)
     twin = b is None and target.symmetric and (mask is None or mask.symmetric) and offset == 0
-    size = tile or ((n, m) if n * m <= KEPT else TILE)
-    if twin and tile is None and n * m > KEPT:
-        size = (TWIN_TILE, TWIN_TILE)  # square, so that tiles meet the diagonal in their corners
-    if twin and size[0] != size[1]:
-        size = (min(size), min(size)) if n > min(size) or m > min(size) else (n, n)
+    size = tile_size(n, m, a.device, twin, tile)
     setting = Setting(
         target=target,
         mask=mask,
@@ -90,8 +91,8 @@ def log_sums(
         inside=inside,
         expected=expected,
         bounded=_bounded(a, b, scale, unit),
-        size=(min(size[0], n), min(size[1], m)),
-        keep=size[0] >= n and size[1] >= m,
+        size=size,
+        keep=size == (n, m),
     )
     found: list[Statistics] = []
     flat = LogSums.apply(a, a if b is None else b, scale, setting, found)
@@ -144,13 +145,7 @@ def softmax_loss(
     n, keys = len(a), a if b is None else b
     if target.shape != (n, len(keys)):
         raise NearfarError(f"the target is for {target.shape} pairs, but there are {(n, len(keys))}")
-    mask = None if mask is None else as_mask(mask)
-    if mask is not None and mask.shape != target.shape:
-        raise NearfarError(
-            f"mask is for {mask.shape} pairs, but there are {target.shape}; it is true where a pair is left out"
-        )
-    if _is_small(target, extras, rows, tile, n * len(keys)) and _bounded(a, b, 2 * scale, unit):
-        return _few_pairs(a, keys, scale, both, mask)
+    mask = None if mask is None else checked_mask(mask, *target.shape)
     sums, queries, valid = _sums(
         a, b, scale, target, both, mask, rows, without_self=without_self, inside=inside, unit=unit, tile=tile
     )
@@ -196,32 +191,6 @@ def _sums(
     return found, queries, valid
 
 
-def _is_small(
-    target: Target,
-    extras: Sequence[Extra | None],
-    rows: slice | None,
-    tile: tuple[int, int] | None,
-    pairs: int,
-) -> bool:
-    return (
-        isinstance(target, OwnPair)
-        and not any(extras)
-        and rows is None
-        and tile is None
-        and pairs <= FEW_PAIRS
-    )
-
-
-@torch.compiler.disable
-def _few_pairs(
-    a: Tensor, b: Tensor, scale: Tensor, both: bool, mask: Mask | None
-) -> tuple[Float[Tensor, ""], Step]:
-    found: list[Tensor] = []
-    left_out = None if mask is None else mask.tile(slice(0, len(a)), slice(0, len(b)))
-    loss = PairLosses.apply(a, b, scale, both, left_out, found)
-    return loss, Step.few(loss, found, len(b), scale, mask is not None)
-
-
 def _valid(statistics: Statistics) -> Tensor | float:
     positives = statistics.positives
     if isinstance(positives, float):
@@ -239,6 +208,8 @@ def _valid(statistics: Statistics) -> Tensor | float:
 
 def _with_extra(sums: Sums, queries: Tensor, extra: Extra, scale: Tensor, unit: bool, offset: int) -> Sums:
     keys, n, old = extra.keys, len(queries), sums.statistics
+    if keys.shape[-2] == 0:
+        return sums
     if keys.ndim == 3:
         part = slice(offset, offset + n)
         with full_precision(keys.device):
@@ -247,8 +218,6 @@ def _with_extra(sums: Sums, queries: Tensor, extra: Extra, scale: Tensor, unit: 
             logits = logits.masked_fill(extra.mask.tile(part, slice(0, keys.shape[1])), -torch.inf)
         rest, hardest = torch.logsumexp(logits, 1), logits.detach().amax(1)
         candidates: Tensor | float = (logits.detach() > -torch.inf).sum(1).to(logits.dtype)
-    elif len(keys) == 0:
-        return sums
     else:
         nobody = Nobody(offset + n, len(keys))
         (found,) = log_sums(queries, keys, scale, nobody, mask=extra.mask, offset=offset, unit=unit)
@@ -256,4 +225,7 @@ def _with_extra(sums: Sums, queries: Tensor, extra: Extra, scale: Tensor, unit: 
     statistics = replace(
         old, hardest=torch.maximum(old.hardest, hardest), candidates=old.candidates + candidates
     )
-    return sums._replace(rest=torch.logsumexp(torch.stack([sums.rest, rest]), 0), statistics=statistics)
+    # Not of -inf and -inf, a row all of whose negatives are left out: that has a gradient of NaN.
+    joined = torch.logsumexp(torch.stack([sums.rest, rest]).clamp(min=HIDDEN), 0)
+    joined = torch.where(is_shown(joined), joined, -torch.inf)
+    return sums._replace(rest=joined, statistics=statistics)

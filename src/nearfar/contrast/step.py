@@ -30,7 +30,7 @@ class Step:
 
     value: Float[Tensor, ""]
     directions: Sequence[Direction]
-    scale: Tensor
+    scale: Tensor | float
     inside: bool = False
     few_pairs: tuple[list[Tensor], int, bool] | None = None
 
@@ -46,9 +46,9 @@ class Step:
         return cls(value.detach(), directions, scale.detach(), inside)
 
     @classmethod
-    def few(cls, value: Tensor, found: list[Tensor], keys: int, scale: Tensor, masked: bool) -> Step:
-        """From ``PairLosses``; what its record needs beyond the loss is computed when it is read."""
-        return cls(value.detach(), (), scale.detach(), few_pairs=(found, keys, masked))
+    def few(cls, value: Tensor, found: list[Tensor], keys: int, scale: float, masked: bool) -> Step:
+        """From ``few_pairs``; what its record needs beyond the loss is computed when it is read."""
+        return cls(value.detach(), (), scale, few_pairs=(found, keys, masked))
 
     def numbers(self) -> Float[Tensor, " numbers"]:
         """The fields of a ``nearfar.losses.Record`` in their order, on the device."""
@@ -56,7 +56,7 @@ class Step:
             directions = self.directions if self.few_pairs is None else _few_directions(*self.few_pairs)
             parts = torch.stack([_direction(direction, self.inside) for direction in directions])
             means, least = parts.mean(0), parts[:, 2].amin()
-            scale = self.scale.to(means.dtype).to(means.device)
+            scale = torch.as_tensor(self.scale).to(means)
             finite = self.value.isfinite().to(means.dtype)
             return torch.cat([means[:2], least[None], means[3:], scale[None], finite[None]])
 

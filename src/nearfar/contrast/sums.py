@@ -9,14 +9,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nearfar.contrast.patches import is_shown
+from nearfar.contrast.patches import HIDDEN, is_shown
 from nearfar.contrast.taken import Taken
 from nearfar.contrast.tiles import Setting
 
-__all__ = ["Side", "Statistics", "finite", "rest_share", "within"]
+__all__ = ["Side", "Statistics", "finite", "rest_share", "tiny", "within"]
 
-#: keeps a division from 0/0; below every sum of exponentials that is not 0
-TINY = 1e-38
+
+def tiny(like: Tensor) -> float:
+    """Keeps a division from 0/0: below every sum of exponentials that is not 0."""
+    return torch.finfo(like.dtype).tiny
 
 
 @dataclass
@@ -42,6 +44,7 @@ class Side:
 
     def __init__(self, n: int, others: int, like: Tensor, setting: Setting) -> None:
         self.n, self.others, self.setting, self._like = n, others, setting, like
+        self._tiny = tiny(like)
         # Of the rest, of the positives, of the positives by weight; each is set by the first tile that has any.
         self.top: Any = None
         self.total: Any = None
@@ -112,6 +115,9 @@ class Side:
             return
         self._add("positives", at, patch.sum(taken.counts(axis), axis))
         self._add_powers("positive", taken, axis, at, None)
+        strangers = taken.strangers(axis)
+        if strangers is not None:
+            self._add_strangers(taken, strangers, axis, at)
         if not setting.has_excess:
             return
         if not setting.target.binary:
@@ -127,20 +133,38 @@ class Side:
     def _add_powers(self, name: str, taken: Taken, axis: int, at: slice, weight: Tensor | None) -> None:
         patch, total = taken.patch, "weighted" if name == "weighted" else "positive_total"
         if self.setting.bounded:
-            powers = taken.powers()
+            powers = taken.powers(axis)
             if weight is not None:
                 powers = torch.mul(powers, weight, out=taken.room("weighted"))
             self._add(total, at, patch.sum(powers, axis))
             if self.setting.expected and weight is None:
                 self._add("positive_moment", at, patch.sum(powers * taken.finite(), axis))
             return
-        logits = taken.logits if weight is None else taken.logits + weight.log()
+        logits = taken.own(axis) if weight is None else taken.own(axis) + weight.log()
         top = patch.amax(logits, axis)
         powers = torch.exp(logits - patch.spread(finite(top), axis))
         more: tuple[Any, ...] = ()
         if self.setting.expected and weight is None:
             more = ("positive_moment", patch.sum(powers * taken.finite(), axis))
         self._join(f"{name}_top", total, at, top, patch.sum(powers, axis), *more)
+
+    def _add_strangers(self, taken: Taken, strangers: Tensor, axis: int, at: slice) -> None:
+        """Positives of the other direction alone are a part of the rest that is not in the tile."""
+        patch, setting = taken.patch, self.setting
+        if setting.mask is not None:
+            self._add("left", at, patch.sum(strangers, axis))
+        logits = torch.add(taken.logits, strangers - 1, alpha=-HIDDEN)
+        top = patch.amax(logits, axis)
+        powers = torch.exp(logits if setting.bounded else logits - patch.spread(finite(top), axis))
+        total = patch.sum(powers, axis)
+        moment = ("moment", patch.sum(powers * taken.finite(), axis)) if setting.expected else ()
+        if not setting.bounded:
+            self._join("top", "total", at, top, total, *moment)
+            return
+        self._add("total", at, total)
+        self._raise("top", at, top.exp())
+        if moment:
+            self._add(*moment[:1], at, *moment[1:])
 
     def add_rest(
         self, tile: Tensor, at: slice, axis: int, spare: Tensor | None, logits: Tensor | None
@@ -169,7 +193,8 @@ class Side:
         everyone = slice(0, self.n)
         rest = self.total.log() if setting.bounded else self.total.log().add_(self.top)
         if setting.target.single:
-            positive = self._at("positive_top", everyone, -torch.inf)
+            none = self.positive_top is None  # and stays so: a record asks
+            positive = torch.full_like(rest, -torch.inf) if none else self.positive_top[everyone]
         else:
             positive = self._at("positive_total", everyone, 0.0).log()
             if not setting.bounded:
@@ -184,7 +209,7 @@ class Side:
                 if not setting.bounded:
                     mean = mean + self._at("weighted_top", everyone, -torch.inf)
             else:
-                mean = mean / (positives if binary else self._at("mass", everyone, 0.0)).clamp(min=TINY)
+                mean = mean / (positives if binary else self._at("mass", everyone, 0.0)).clamp(min=self._tiny)
             excess = torch.where(positives > 0, positive - mean, 0.0)
         if setting.expected:
             share = rest_share(rest, positive)
@@ -193,8 +218,8 @@ class Side:
             else:
                 ours = self._at("positive_moment", everyone, 0.0) / self._at(
                     "positive_total", everyone, 0.0
-                ).clamp(min=TINY)
-            expected = share * (self.moment / self.total.clamp(min=TINY)) + (1 - share) * ours
+                ).clamp(min=self._tiny)
+            expected = share * (self.moment / self.total.clamp(min=self._tiny)) + (1 - share) * ours
         return rest, positive, excess, expected
 
     def statistics(self) -> Statistics:
@@ -211,11 +236,11 @@ class Side:
         if self.setting.inside:
             floor: Tensor | float = 0.0
             if not target.binary:
-                floor = -self._at("heaviest", everyone, -torch.inf).clamp(min=TINY).log()
+                floor = -self._at("heaviest", everyone, -torch.inf).clamp(min=self._tiny).log()
         elif target.binary:
             floor = positives.clamp(min=1).log()
         else:
-            floor = mass.clamp(min=TINY)
+            floor = mass.clamp(min=self._tiny)
             floor = floor.log() - self._at("w_log_w", everyone, 0.0) / floor
         return Statistics(hardest, candidates, positives, mass, floor)
 

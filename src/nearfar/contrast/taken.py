@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from nearfar.contrast.patches import Patch, Rectangle, is_shown
+from nearfar.contrast.patches import HIDDEN, Patch, Rectangle, is_shown
 from nearfar.contrast.workspace import Workspace
 
 __all__ = ["Overlay", "Taken"]
@@ -23,6 +23,29 @@ class Taken:
     def __init__(self, patch: Patch, logits: Tensor, holds_self: bool) -> None:
         self.patch, self.logits, self._holds_self = patch, logits, holds_self
         self._known: dict[str, Tensor] = {}
+        self._open: Tensor | None = None
+
+    def leave_out(self, mask: Tensor) -> None:
+        """Take note of a mask of the tile (1 where a pair is left out): it holds for strangers, not for positives."""
+        if self.patch.weight_back is not None:
+            self._open = 1.0 - self.patch.at(mask)
+
+    def strangers(self, axis: int) -> Tensor | None:
+        """1 where a position is a positive of the other direction's query alone, and so belongs to the rest here."""
+        if self.patch.weight_back is None:
+            return None
+
+        def others() -> Tensor:
+            there = is_shown(self.logits).to(self.logits.dtype) - self.counts(axis)
+            return there if self._open is None else there * self._open
+
+        return self._once("strangers", axis, others)
+
+    def own(self, axis: int) -> Tensor:
+        """The logits, hidden where there is no positive of the queries."""
+        if self.patch.weight_back is None:
+            return self.logits
+        return self._once("own", axis, lambda: torch.add(self.logits, self.counts(axis) - 1, alpha=-HIDDEN))
 
     def counts(self, axis: int) -> Tensor:
         """1 where there is a positive, else 0."""
@@ -51,9 +74,9 @@ class Taken:
         """Weight times logit."""
         return self.finite() if self._weight(axis) is None else self.weights(axis) * self.finite()
 
-    def powers(self) -> Tensor:
-        """Exponentials of the logits, for logits that are in range."""
-        return self._once("powers", 1, lambda: self.logits.exp())
+    def powers(self, axis: int) -> Tensor:
+        """Exponentials of the positives' logits, for logits that are in range; 0 where there is none."""
+        return self._once("powers", axis, lambda: self.own(axis).exp())
 
     def w_log_w(self, axis: int) -> Tensor:
         """Weight times its logarithm, 0 for 0."""
@@ -124,14 +147,14 @@ class Overlay(Taken):
     def held(self, axis: int) -> Tensor:
         return self._once("held", 1, lambda: torch.mul(self.weights(1), self.logits, out=self.room("held")))
 
-    def powers(self) -> Tensor:
+    def powers(self, axis: int) -> Tensor:
         return self._once(
             "powers", 1, lambda: torch.exp(self.logits, out=self.room("powers")).mul_(self.counts(1))
         )
 
     def leave(self, powers: Tensor) -> None:
         # x - x and x - 0: nothing is rounded.
-        powers[self.patch.rows, self.patch.columns].sub_(self.powers())
+        powers[self.patch.rows, self.patch.columns].sub_(self.powers(1))
 
     def put(self, tile: Tensor, values: Tensor) -> None:
         tile[self.patch.rows, self.patch.columns].add_(values)

@@ -96,15 +96,18 @@ class SameClass:
                 )
         self.shape = (len(labels), len(key_labels))
         self.symmetric = key_labels is labels
-        self.labels, self.key_labels = labels, key_labels
+        # Numbers of the classes, in their order: of any type of label, there is one after the last.
+        every = labels if self.symmetric else torch.cat([labels, key_labels])
+        codes = torch.unique(every, return_inverse=True)[1]
+        self.labels = codes[: len(labels)]
+        self.key_labels = self.labels if self.symmetric else codes[len(labels) :]
         # On a device, knowing the ranges would mean waiting for it at every tile.
-        self._ordered = labels.device.type == "cpu" and _ascending(labels) and _ascending(key_labels)
-        # Numbers of the classes as floats, exact up to 16 million classes: they compare into floats, and quickly.
-        codes = torch.unique(
-            labels if self.symmetric else torch.cat([labels, key_labels]), return_inverse=True
-        )[1]
-        self._codes = codes[: len(labels)].float()
-        self._key_codes = self._codes if self.symmetric else codes[len(labels) :].float()
+        self._ordered = (
+            labels.device.type == "cpu" and _ascending(self.labels) and _ascending(self.key_labels)
+        )
+        # As floats, exact up to 16 million classes, they compare into floats, and quickly.
+        self._codes = self.labels.float()
+        self._key_codes = self._codes if self.symmetric else self.key_labels.float()
 
     def turned(self) -> SameClass:
         return SameClass(self.key_labels, self.labels)
@@ -200,19 +203,27 @@ class SparseWeights:
     def __init__(self, index: Int[Tensor, "n k"], weight: Float[Tensor, "n k"], m: int) -> None:
         n = len(index)
         self.shape = (n, m)
+        if index.device.type == "cpu" and index.numel():
+            if int(index.max()) >= m:
+                raise NearfarError(
+                    f"index holds {int(index.max())}, but there are {m} columns; -1 stands for none"
+                )
+            if not bool((weight >= 0).all()):
+                raise NearfarError(
+                    "weight must be numbers that are 0 or more; some are below 0 or not a number"
+                )
         # One pass scores both directions, so that an entry of one of them stands in the list of both.
         row = torch.arange(n, device=index.device).unsqueeze(1).expand_as(index)
         there = (index >= 0) & (weight > 0)
         row, column, value = row[there], index[there].long(), weight[there].detach().to(torch.float32)
-        keys, where = torch.unique(torch.cat([row * m + column, column * m + row]), return_inverse=True)
-        ahead, back = where.split(len(value))
+        # With more keys than queries, or fewer, some point back to nobody.
+        backward = (column < n) & (row < m)
+        positions = torch.cat([row * m + column, (column * m + row)[backward]])
+        keys, where = torch.unique(positions, return_inverse=True)
+        ahead, back = where[: len(value)], where[len(value) :]
         self._row, self._column = keys // m, keys % m
         self._weight = value.new_zeros(len(keys)).index_add_(0, ahead, value)
-        self._back = value.new_zeros(len(keys)).index_add_(0, back, value)
-        inside = (self._row < n) & (self._column < m)
-        if not bool(inside.all()):  # more keys than queries: what points back from beyond them is nobody's
-            self._row, self._column = self._row[inside], self._column[inside]
-            self._weight, self._back = self._weight[inside], self._back[inside]
+        self._back = value.new_zeros(len(keys)).index_add_(0, back, value[backward])
         self._starts = torch.searchsorted(self._row, torch.arange(n + 1, device=row.device)).tolist()
         self.symmetric = n == m
 

@@ -16,15 +16,43 @@ from nearfar.contrast.patches import HIDDEN, Rectangle
 from nearfar.contrast.taken import Overlay, Taken
 from nearfar.contrast.targets import Target
 from nearfar.contrast.workspace import Workspace
+from nearfar.errors import NearfarError
 
-__all__ = ["Setting", "Tile", "tiles"]
+__all__ = ["Setting", "Tile", "bounded", "tile_size", "tiles"]
 
-#: rows × columns of a tile: large enough for the matrix product, small enough for the cache
+#: rows × columns of a tile on a CPU: large enough for the matrix product, small enough for the cache
 TILE = (1024, 1024)
 #: of queries that are their own keys: smaller, as tiles on the diagonal do half their work for nothing
 TWIN_TILE = 512
 #: up to this many pairs, one tile is the whole matrix, and backward finds it where forward left it
 KEPT = 1 << 20
+#: logarithm of the largest upstream gradient
+ROOM = math.log(2.0**24)
+#: on an accelerator a tile of a CPU's size would take longer to start than to compute
+ACCELERATOR_TILE, ACCELERATOR_KEPT = (4096, 8192), 1 << 24
+
+
+def tile_size(
+    n: int, m: int, device: torch.device, twin: bool = False, tile: tuple[int, int] | None = None
+) -> tuple[int, int]:
+    """Rows and columns of a tile for n queries and m keys; ``tile`` is a wish.
+
+    >>> tile_size(300, 300, torch.device("cpu")), tile_size(9000, 9000, torch.device("cpu"), twin=True)
+    ((300, 300), (512, 512))
+    """
+    on_cpu = device.type == "cpu"
+    if tile is not None and min(tile) < 1:
+        raise NearfarError(f"tile is {tile}; it is a number of rows and one of columns, 1 or more each")
+    if tile is None and n * m <= (KEPT if on_cpu else ACCELERATOR_KEPT):
+        return n, m
+    if tile is None:
+        tile = TILE if on_cpu else ACCELERATOR_TILE
+        if twin:
+            tile = (TWIN_TILE, TWIN_TILE) if on_cpu else (tile[0], tile[0])
+    height, width = min(tile[0], n), min(tile[1], m)
+    if twin:  # square, so that tiles meet the diagonal in their corners
+        height = width = min(height, width)
+    return height, width
 
 
 @dataclass(frozen=True)
@@ -70,14 +98,16 @@ class Tile(NamedTuple):
 
 
 def bounded(largest_logit: float, n: int, m: int, dtype: torch.dtype) -> bool:
-    """Whether sums of exponentials stay in range without a shift: up to about 78 in float32.
+    """Whether sums of exponentials stay in range without a shift: logits up to about 70 in float32.
+
+    So do the quotients of backward: an upstream gradient of up to 2^24, as loss scaling has, over the least sum.
 
     A constant shift fails silently beyond: the sums of some rows underflow to 0. CLIP's scale of 100 is beyond.
 
     >>> bounded(14.3, 8192, 8192, torch.float32), bounded(100.0, 8192, 8192, torch.float32)
     (True, False)
     """
-    return largest_logit + math.log(max(n, m, 2)) < math.log(torch.finfo(dtype).max) - 1.0
+    return largest_logit + max(math.log(max(n, m)), ROOM) < math.log(torch.finfo(dtype).max) - 1.0
 
 
 def tiles(
@@ -97,7 +127,10 @@ def tiles(
             torch.mm(scaled, keys[k].T, out=logits)
             taken = _take(logits, own, columns[k], setting, space)
             if setting.mask is not None:
-                logits.add_(setting.mask.tile(own, columns[k]).to(logits.dtype), alpha=HIDDEN)
+                left_out = setting.mask.tile(own, columns[k]).to(logits)
+                logits.add_(left_out, alpha=HIDDEN)
+                for each in taken:
+                    each.leave_out(left_out)
             back = setting.both or (setting.twin and columns[k].start > top)
             yield Tile(rows, columns[k], queries, keys[k], logits, taken, back)
 
@@ -116,7 +149,7 @@ def _take(logits: Tensor, own: slice, columns: slice, setting: Setting, space: W
         others[place].diagonal().zero_()
     taken: list[Taken] = []
     for number, patch in enumerate(setting.target.patches(own, columns, space)):
-        if isinstance(patch, Rectangle) and setting.bounded and not setting.expected:
+        if isinstance(patch, Rectangle) and setting.bounded and not setting.expected and setting.mask is None:
             taken.append(Overlay(patch, logits, others, f"block {number}", space))
         else:
             taken.append(Taken(patch, patch.take(logits), others is not None))

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nearfar.contrast import Extra, Mask, as_mask, computing_dtype, embeddings
+from nearfar.contrast import Extra, Mask, checked_mask, computing_dtype, embeddings
 from nearfar.errors import NearfarError
 
 __all__ = ["Negatives", "Ready", "check_temperature", "extras_of", "ready", "scale_of"]
@@ -48,10 +48,11 @@ def scale_of(scale: float | Tensor, like: Tensor) -> Tensor:
         if scale.numel() != 1:
             raise NearfarError(f"scale has shape {tuple(scale.shape)}; one number is needed, 1 / temperature")
         value = scale.detach().item() if scale.device.type == "cpu" else 1.0
-        scale = scale.reshape(()).to(like.dtype)
+        scale = scale.reshape(()).to(like)
     else:
         value = float(scale)
-        scale = torch.full((), value, dtype=like.dtype, device=like.device)
+        # On the CPU, wherever the embeddings are: what depends on its size is then known without waiting for a device.
+        scale = torch.tensor(value, dtype=like.dtype)
     if not (value > 0 and math.isfinite(value)):
         raise NearfarError(
             f"scale is {value}, but it must be a finite number above 0: it is 1 / temperature, such as 14.3. Of a "
@@ -95,9 +96,6 @@ def extras_of(
                 f"negatives are {tuple(keys.shape)}; (further rows, {ready.a.shape[1]}) or, for each query its own, "
                 f"({len(ready.a)}, k, {ready.a.shape[1]}) is needed"
             )
-        checked = None if mask is None else as_mask(mask)
-        wanted = (len(ready.a), keys.shape[-2])
-        if checked is not None and checked.shape != wanted:
-            raise NearfarError(f"negatives_mask is for {checked.shape} pairs, but there are {wanted}")
+        checked = None if mask is None else checked_mask(mask, len(ready.a), keys.shape[-2])
         extras.append(Extra(flat.reshape(keys.shape), checked))
     return extras

@@ -5,7 +5,7 @@ from __future__ import annotations
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from nearfar.contrast import Mask, OwnPair, Step, softmax_loss
+from nearfar.contrast import Mask, OwnPair, Step, checked_mask, few_pairs, softmax_loss, uncompiled
 from nearfar.errors import NearfarError
 from nearfar.functional._arguments import Negatives, check_temperature, extras_of, ready
 
@@ -54,6 +54,7 @@ def info_nce(
     )[0]
 
 
+@uncompiled
 def info_nce_step(
     a: Tensor,
     b: Tensor,
@@ -68,9 +69,20 @@ def info_nce_step(
     tile: tuple[int, int] | None = None,
 ) -> tuple[Float[Tensor, ""], Step]:
     """``info_nce``, and what its record is made of."""
-    temperature = check_temperature(temperature)
-    given = ready(a, b, 1.0 / temperature if scale is None else scale, normalize)
+    scale = 1.0 / check_temperature(temperature) if scale is None else scale
     n, m = len(a), len(b)
+    if (
+        negatives is None
+        and rows is None
+        and tile is None
+        and a.ndim == b.ndim == 2
+        and (n == m or (n < m and not symmetric))
+    ):
+        left_out = None if mask is None else checked_mask(mask, n, m)
+        small = few_pairs(a, b, scale, symmetric, normalize, left_out)
+        if small is not None:
+            return small
+    given = ready(a, b, scale, normalize)
     if n != m and (symmetric or m < n):
         raise NearfarError(
             f"a has {n} rows and b {m}; row i of b is the partner of row i of a, and only with symmetric=False may b "

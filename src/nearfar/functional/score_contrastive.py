@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from nearfar.contrast import Columns, Step, softmax_loss
+from nearfar.contrast import Columns, Step, softmax_loss, uncompiled
 from nearfar.errors import NearfarError
 from nearfar.functional._arguments import check_temperature, ready
 
@@ -136,6 +136,7 @@ def bidirectional_score_contrastive(
     )[0]
 
 
+@uncompiled
 def score_contrastive_step(
     z: Tensor,
     scores: Tensor,
@@ -162,7 +163,7 @@ def score_contrastive_step(
         scores, top_k_percent=top, bottom_k_percent=bottom, min_samples=least, threshold=threshold
     )
     if not len(split.anchors):
-        return first.sum() * 0.0, None, split
+        return first[:0].sum(), None, split
     anchors, positives = first[split.anchors], first[split.positives]
     held = positives.detach() if detach_positives else positives
     rest = [first[split.middle]] if middle == "negatives" else []

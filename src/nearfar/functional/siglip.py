@@ -6,7 +6,16 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from nearfar.contrast import Direction, Mask, OwnPair, Statistics, Step, as_mask, sigmoid_sums
+from nearfar.contrast import (
+    Direction,
+    Mask,
+    OwnPair,
+    Statistics,
+    Step,
+    checked_mask,
+    sigmoid_sums,
+    uncompiled,
+)
 from nearfar.errors import NearfarError
 from nearfar.functional._arguments import ready
 
@@ -40,6 +49,7 @@ def siglip(
     return siglip_step(a, b, logit_scale, logit_bias, normalize, mask, rows, tile)[0]
 
 
+@uncompiled
 def siglip_step(
     a: Tensor,
     b: Tensor,
@@ -55,11 +65,14 @@ def siglip_step(
     n = len(first)
     if len(second) != n:
         raise NearfarError(f"a has {n} rows and b {len(second)}; row i of b is the partner of row i of a")
-    bias = torch.as_tensor(logit_bias, dtype=first.dtype, device=first.device).reshape(())
+    bias = torch.as_tensor(logit_bias, dtype=first.dtype, device=first.device)
+    if bias.numel() != 1 or (bias.device.type == "cpu" and not bias.detach().isfinite().all()):
+        raise NearfarError(f"logit_bias is {logit_bias}; one finite number is needed, they start at -10")
+    bias = bias.reshape(())
     part = slice(0, n) if rows is None else slice(*rows.indices(n))
-    mask = None if mask is None else as_mask(mask)
-    if mask is not None and mask.shape != (n, n):
-        raise NearfarError(f"mask is for {mask.shape} pairs, but there are {(n, n)}")
+    if part.step not in (None, 1) or part.start >= part.stop:
+        raise NearfarError(f"rows is {part}; at least one row, without steps, is needed")
+    mask = None if mask is None else checked_mask(mask, n, n)
     positive, rest, hardest, push, left = sigmoid_sums(
         first[part], second, scale, bias, OwnPair(n), mask=mask, offset=part.start, tile=tile
     )
@@ -88,6 +101,6 @@ class _Sigmoid(Step):
         return torch.stack(
             [
                 candidates.mean(), one[0], one[0], one[0] * 0, torch.exp(-direction.losses).mean(), share.mean(),
-                guess.mean(), one[0] * 0, self.scale.to(one), self.value.isfinite().to(one),
+                guess.mean(), one[0] * 0, torch.as_tensor(self.scale).to(one), self.value.isfinite().to(one),
             ]
         )  # fmt: skip

@@ -8,7 +8,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from nearfar.contrast import IndexMask, OwnPair, SparseWeights, Step, Target, log_sums, softmax_loss
+from nearfar.contrast import (
+    IndexMask,
+    OwnPair,
+    SparseWeights,
+    Step,
+    Target,
+    log_sums,
+    softmax_loss,
+    uncompiled,
+)
 from nearfar.errors import NearfarError
 from nearfar.functional._arguments import ready
 from nearfar.functional.info_nce import clamp_scale
@@ -57,6 +66,7 @@ def spatial(
     )[0]  # fmt: skip
 
 
+@uncompiled
 def spatial_step(
     image: Tensor,
     text: Tensor,
@@ -103,7 +113,7 @@ def spatial_step(
     losses = [direction.losses() for direction in sums]
     # positive - excess is the mean logit under the target
     held = [s.positive if s.excess is None else s.positive - s.excess for s in sums]
-    pull = torch.stack([s.expected - q for s, q in zip(sums, held, strict=True)]).mean() / scale
+    pull = torch.stack([s.mean_logit() - q for s, q in zip(sums, held, strict=True)]).mean() / scale
     cross_entropy = torch.stack(losses).mean()
     loss = cross_entropy + temp_reg_weight * pull.square()
     return loss, Step.of(loss, losses, sums, scale, False), reached
@@ -115,6 +125,8 @@ def _check(index: Tensor, alpha: Tensor, factor: float, n: int) -> tuple[Tensor,
             f"neighbor_index is {tuple(index.shape)} and neighbor_alpha {tuple(alpha.shape)}; both are ({n}, k): for "
             "each row of the batch the positions of its neighbours in the batch, -1 for none, and their weights"
         )
+    if index.dtype.is_floating_point:
+        raise NearfarError(f"neighbor_index is {index.dtype}; positions in the batch are whole numbers")
     if not factor >= 0:
         raise NearfarError(f"neighbor_alpha_scale is {factor}, but it must be 0 or more")
     if index.device.type == "cpu" and index.numel():
@@ -123,6 +135,8 @@ def _check(index: Tensor, alpha: Tensor, factor: float, n: int) -> tuple[Tensor,
                 f"neighbor_index holds {int(index.max())}, but the batch has {n} rows: it takes positions in the "
                 "batch, not in the data set"
             )
-        if not bool((alpha >= 0).all()):
-            raise NearfarError("neighbor_alpha must be 0 or more; some are below 0 or not a number")
+        if not bool(((alpha >= 0) & alpha.isfinite()).all()):
+            raise NearfarError(
+                "neighbor_alpha must be finite, 0 or more; some are below 0, infinite or not a number"
+            )
     return index, alpha

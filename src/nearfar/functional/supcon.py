@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from nearfar.contrast import LabelOverlap, Mask, SameClass, Step, softmax_loss
+from nearfar.contrast import LabelOverlap, Mask, SameClass, Step, softmax_loss, uncompiled
 from nearfar.contrast.tiles import KEPT
 from nearfar.errors import NearfarError
 from nearfar.functional._arguments import check_temperature, ready
@@ -54,6 +54,7 @@ def supcon(
     )[0]
 
 
+@uncompiled
 def supcon_step(
     z: Tensor,
     labels: Tensor,
@@ -83,9 +84,10 @@ def supcon_step(
         if other is not None or memory_labels is None:
             raise NearfarError("memory needs memory_labels, and goes with one view only (other=None)")
         _check_labels(memory_labels, len(memory), "memory_labels", "memory")
+    if memory is not None and memory_labels is not None and len(memory):
         kept = ready(memory, first, 1.0, normalize, ("memory", "z")).a
         keys = torch.cat([first, kept.to(first.dtype)])
-        target = SameClass(labels, torch.cat([labels, memory_labels.to(labels)]))
+        target = SameClass(labels, torch.cat([labels, memory_labels.to(labels.device)]))
         return softmax_loss(first, keys, scale, target, without_self=True, **options)
     if other is not None:
         if len(first) != len(second):
@@ -135,6 +137,7 @@ def multi_label_supcon(
     return multi_label_supcon_step(z, labels, temperature, weights, sum, neutral, normalize, rows, tile)[0]
 
 
+@uncompiled
 def multi_label_supcon_step(
     z: Tensor,
     labels: Tensor,

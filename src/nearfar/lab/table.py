@@ -8,10 +8,12 @@ from nearfar.batching import SamplerVerdict
 from nearfar.lab.compare import Comparison
 from nearfar.metrics import Difference, Estimate
 from nearfar.training.run_folder import RunFolder
+from nearfar.training.verify_ddp import DdpVerdict
 
 __all__ = [
     "cluster_table",
     "comparison_tables",
+    "ddp_table",
     "metric_words",
     "metrics_table",
     "short_number",
@@ -147,4 +149,26 @@ def cluster_table(verdict: SamplerVerdict) -> Table:
             for row in verdict.rows
         ]
         table.add_row(str(batch + 1), *cells)
+    return table
+
+
+def ddp_table(verdict: DdpVerdict) -> Table:
+    """The self-test of distributed training: each loss and option against one process, and what it promises."""
+    title = f"verify ddp, {verdict.processes} processes: {'passed' if verdict.passed else 'FAILED'}"
+    caption = (
+        "ratio, cosine: gradient of the encoder to that of one process. A wrong setup must be found out."
+    )
+    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
+    for column in ("loss, option", "ratio", "cosine", "scale\nratio", "loss\ndifference", "verdict"):
+        left = column in ("loss, option", "verdict")
+        table.add_column(column, justify="left" if left else "right", no_wrap=not left, overflow="fold")
+    words = {"exact": "exact", "by definition": "by definition: ", "wrong": "found out: "}
+    for k, row in enumerate(verdict.rows):
+        if not k or row.loss != verdict.rows[k - 1].loss:
+            table.add_section()
+            table.add_row(row.loss, style="bold")
+        scale = "" if row.scale_ratio is None else f"{row.scale_ratio:.3f}"
+        numbers = [f"{row.ratio:.3f}", f"{row.cosine:.4f}", scale, f"{row.loss_difference:.1e}"]
+        text = (words[row.promise] if row.passed else f"FAILED, {row.promise}: ") + row.reason
+        table.add_row(f"  {row.option}", *numbers, text, style=None if row.passed else "bold red")
     return table

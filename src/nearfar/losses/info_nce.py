@@ -115,4 +115,4 @@ def at_clamp(step: Step | None, max_scale: float | None) -> dict[str, float]:
     """Whether the scale of a step stood at its clamp."""
     if step is None or max_scale is None:
         return {}
-    return {"at_clamp": float(step.scale.item() >= max_scale * (1 - 1e-6))}
+    return {"at_clamp": float(float(step.scale) >= max_scale * (1 - 1e-6))}

@@ -1,0 +1,158 @@
+"""The one-sided gap between two groups' scores as a module, with a queue against its small-sample bias."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from nearfar.errors import NearfarError
+from nearfar.functional.wasserstein import check_form, check_scores, quantiles
+
+__all__ = ["WassersteinGapLoss", "WassersteinRecord"]
+
+
+@dataclass(frozen=True)
+class WassersteinRecord:
+    """What a ``WassersteinGapLoss`` saw in its last call.
+
+    ``gap``: the value. ``reverse_gap``: the same the other way round; gap − reverse_gap is the difference of the means,
+    and their sum the 1-Wasserstein distance. ``lower_scores``, ``upper_scores``: scores of the batch; ``lower_queued``,
+    ``upper_queued``: earlier ones that joined them. ``groups_missing``: groups (0, 1 or 2) without a score in the
+    batch. ``floor``: the least the loss can be, 0.
+    """
+
+    gap: float
+    reverse_gap: float
+    lower_scores: float
+    upper_scores: float
+    lower_queued: float
+    upper_queued: float
+    groups_missing: float
+    floor: float = 0.0
+
+    def to_dict(self) -> dict[str, float]:
+        """The fields as a mapping, as the log of a run takes them."""
+        return asdict(self)
+
+
+class WassersteinGapLoss(nn.Module):
+    """Raise the lower group's scores to the upper group's, quantile by quantile, and never the other way round.
+
+    ``form``: "exact" integral of the two step functions, or "interpolated", see ``nearfar.functional.wasserstein_gap``.
+    ``detach_upper=True`` moves the lower group alone. Called with two vectors of scores it returns a 0-d tensor;
+    ``record`` holds the ``WassersteinRecord`` of that call (None before the first).
+
+    A few scores of one distribution never have the same quantiles as a few others, so that the gap of equal groups is
+    far above 0. With ``queue_size`` (256 is usual) up to that many earlier scores of each group, detached, join the
+    batch's. In training mode each call reads the queue and then appends to it; in ``eval()`` it is neither read nor
+    written, and the value depends on the arguments alone. Content, pointer and fill level are in ``state_dict``.
+
+    The gradient is that of the value: with n scores and k queued ones, each score stands for 1 / (n + k) of the
+    distribution, so that gradients are n / (n + k) of what they are without a queue. ``rescale_gradient=True``
+    multiplies them by (n + k) / n: no longer the derivative of the value, but an estimate of the gap's derivative in
+    which all scores, the queued ones too, move with the model; its size does not change while the queue fills.
+
+    A batch without one of the groups gives 0 with gradient 0, unless the queue stands in for the missing one;
+    ``record.groups_missing`` says so either way.
+
+    Raises ``NearfarError`` for scores that are not one axis of floating numbers, and for such that are not finite (on
+    the CPU, and with a queue everywhere, for one NaN would stay in it).
+
+    >>> loss = WassersteinGapLoss(queue_size=256)
+    >>> women, men = torch.tensor([0.5, 0.7, 0.6], requires_grad=True), torch.tensor([0.9, 0.6, 0.8, 0.7])
+    >>> value = loss(women, men)
+    >>> round(value.item(), 4), round(loss.record.reverse_gap, 4)
+    (0.15, 0.0)
+    >>> value = loss(women, men)  # the same scores, now with the first three and four beside them
+    >>> round(value.item(), 4), loss.record.lower_queued, loss.record.upper_queued
+    (0.15, 3.0, 4.0)
+    """
+
+    lower_queue: Tensor
+    upper_queue: Tensor
+    pointer: Tensor
+    filled: Tensor
+
+    def __init__(
+        self,
+        form: str = "exact",
+        queue_size: int = 0,
+        detach_upper: bool = True,
+        rescale_gradient: bool = False,
+    ) -> None:
+        super().__init__()
+        check_form(form)
+        if isinstance(queue_size, bool) or not isinstance(queue_size, int) or queue_size < 0:
+            raise NearfarError(f"queue_size is {queue_size!r}; it is a number of scores, 0 for no queue")
+        self.form, self.queue_size = form, queue_size
+        self.detach_upper, self.rescale_gradient = detach_upper, rescale_gradient
+        if queue_size:
+            self.register_buffer("lower_queue", torch.zeros(queue_size))
+            self.register_buffer("upper_queue", torch.zeros(queue_size))
+            self.register_buffer("pointer", torch.zeros(2, dtype=torch.long))
+            self.register_buffer("filled", torch.zeros(2, dtype=torch.long))
+        self._seen: tuple[Tensor, tuple[int, int, int, int]] | None = None
+
+    @property
+    def record(self) -> WassersteinRecord | None:
+        """The record of the last call. Reading it waits for the device."""
+        if self._seen is None:
+            return None
+        gaps, sizes = self._seen
+        gap, reverse = gaps.tolist()
+        lower, upper, lower_queued, upper_queued = map(float, sizes)
+        missing = float((lower == 0) + (upper == 0))
+        return WassersteinRecord(gap, reverse, lower, upper, lower_queued, upper_queued, missing)
+
+    def forward(
+        self, lower_scores: Float[Tensor, " n"], upper_scores: Float[Tensor, " m"]
+    ) -> Float[Tensor, ""]:
+        queued = bool(self.queue_size) and self.training
+        batch = {"lower_scores": lower_scores, "upper_scores": upper_scores}
+        for name, scores in batch.items():
+            check_scores(scores, name, queued or scores.device.type == "cpu")
+        current = (lower_scores, upper_scores.detach() if self.detach_upper else upper_scores)
+        # Reads the device: but so did whoever picked the rows of each group.
+        earlier = self.filled.tolist() if queued else [0, 0]
+        lower, upper = (self._joined(group, earlier[group], current[group]) for group in (0, 1))
+        found = quantiles(lower, upper, self.form)
+        value = found.gap()
+        with torch.no_grad():
+            reverse = (found.width * torch.relu(found.lower - found.upper)).sum()
+            self._seen = (
+                torch.stack([value.detach(), reverse]),
+                (len(lower_scores), len(upper_scores), *earlier),
+            )
+            if queued:
+                self._push(0, lower_scores)
+                self._push(1, upper_scores)
+        return value
+
+    def _joined(self, group: int, earlier: int, scores: Tensor) -> Tensor:
+        """The batch's scores and the queued ones, which carry no gradient."""
+        if not earlier:
+            return scores
+        if self.rescale_gradient and len(scores):
+            still = scores.detach()
+            scores = still + (scores - still) * ((len(scores) + earlier) / len(scores))
+        return torch.cat([scores, self._queue(group)[:earlier]])
+
+    def _push(self, group: int, scores: Tensor) -> None:
+        """Append to the ring; of more than it holds, the last."""
+        latest, queue = scores.detach()[-self.queue_size :], self._queue(group)
+        places = (self.pointer[group] + torch.arange(len(latest), device=queue.device)) % self.queue_size
+        queue[places] = latest.to(queue)
+        self.pointer[group] = (self.pointer[group] + len(latest)) % self.queue_size
+        self.filled[group] = (self.filled[group] + len(latest)).clamp(max=self.queue_size)
+
+    def _queue(self, group: int) -> Tensor:
+        return self.upper_queue if group else self.lower_queue
+
+    def extra_repr(self) -> str:
+        return (
+            f"form={self.form!r}, queue_size={self.queue_size}, detach_upper={self.detach_upper}, "
+            f"rescale_gradient={self.rescale_gradient}"
+        )
