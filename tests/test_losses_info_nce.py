@@ -9,9 +9,11 @@ import pickle
 import pytest
 import torch
 
+import oracles
+from nearfar.contrast import DuplicateMask
 from nearfar.errors import NearfarError
-from nearfar.functional import info_nce
-from nearfar.losses import InfoNCELoss, Record, duplicate_mask, false_negative_mask
+from nearfar.functional import clip, info_nce
+from nearfar.losses import ClipLoss, InfoNCELoss, Record, duplicate_mask, false_negative_mask
 
 
 def batch(n: int, d: int = 6, seed: int = 0, m: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -244,3 +246,237 @@ def test_false_negative_mask_by_loops():
 def test_bad_input(call, message):
     with pytest.raises(NearfarError, match=message):
         call()
+
+
+# -- every option against the oracle ----------------------------------------------------------------------------
+
+MORE, OTHERS, MINED = (batch(n, 6, seed=seed)[0] for n, seed in ((5, 30), (3, 31), (8 * 2, 32)))
+MINED = MINED.reshape(8, 2, 6)
+MASK = torch.rand(8, 8, generator=torch.Generator().manual_seed(33)) < 0.4
+NEGATIVES = {
+    "none": ((None, None), (None, None)),
+    "shared": ((MORE, None), (None, None)),
+    "mined": ((MINED, None), (None, None)),
+    "both ways": ((MORE, MINED), (None, None)),
+    "second only": ((None, MORE), (None, None)),
+    "masked": ((MORE, OTHERS), (torch.rand(8, 5) < 0.5, DuplicateMask(torch.arange(8) % 3, torch.arange(3)))),
+    "mined, masked": ((MINED, MINED.flip(0)), (torch.eye(8, 2) > 0, torch.ones(8, 2) > 0)),
+}
+
+
+def dense(mask):
+    return (
+        mask
+        if mask is None or isinstance(mask, torch.Tensor)
+        else mask.tile(*(slice(0, n) for n in mask.shape))
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [0.2, 14.0, 38.0, 44.0, 69.0, 72.0, 100.0, 1000.0])
+@pytest.mark.parametrize("kind", NEGATIVES)
+def test_values_and_gradients_of_every_option(kind, scale, dtype):
+    rows, masks = NEGATIVES[kind]
+    a, b = (x.to(dtype).requires_grad_() for x in batch(8))
+    s = torch.tensor(
+        scale, dtype=torch.float64 if dtype == torch.float64 else torch.float32, requires_grad=True
+    )
+    exact = oracles.double(a, b, s)
+    more = [None if x is None else x.to(dtype) for x in rows]
+    single = 1e-5 + 3e-6 * scale
+    slack = {
+        torch.float64: 1e-9,
+        torch.float32: single,
+        torch.bfloat16: 1e-2 + single,
+        torch.float16: 2e-3 + single,
+    }
+    for mask, tile in ((None, None), (MASK, None), (MASK, (3, 5)), (None, (8, 3))):
+        options = {"mask": mask, "tile": tile, "scale": s}
+        if kind != "none":
+            options |= {"negatives": tuple(more), "negatives_mask": masks}
+        wide = [None if x is None else x.double() for x in more]
+        directions = oracles.info_nce(
+            *exact, mask=mask, negatives=wide, negatives_masks=[dense(x) for x in masks]
+        )
+        value = info_nce(a, b, **options)
+        oracles.agree(value, (a, b, s), oracles.mean(directions), exact, slack[dtype], floor=1e-3 * scale)
+        if rows[1] is None:
+            options["negatives"] = more[0]
+            options["negatives_mask"] = masks[0]
+            value = info_nce(a, b, symmetric=False, **options)
+            oracles.agree(
+                value, (a, b, s), oracles.mean(directions[:1]), exact, slack[dtype], floor=1e-3 * scale
+            )
+
+
+@pytest.mark.parametrize("kind", NEGATIVES)
+def test_parts_and_records_of_every_option(kind):
+    rows, masks = NEGATIVES[kind]
+    a, b = (x.requires_grad_() for x in batch(8))
+    options = {} if kind == "none" else {"negatives": rows, "negatives_mask": masks}
+    loss = InfoNCELoss(temperature=0.2)
+    directions = oracles.info_nce(
+        a, b, 5.0, mask=MASK, negatives=rows, negatives_masks=[dense(x) for x in masks]
+    )
+    for part in (None, slice(0, 3), slice(3, 4), slice(-4, None)):
+        value = loss(a, b, MASK, rows=part, **options)
+        oracles.agree(value, (a, b), oracles.mean(directions, part), (a, b), 1e-9)
+        assert loss.record.to_dict() == pytest.approx(oracles.record(directions, 5.0, part))
+
+
+@pytest.mark.parametrize("length", [0.1, 1.5, 2.2, 3.0, 1000.0])
+def test_long_vectors_that_are_not_brought_to_unit_length(length):
+    for tile in (None, (3, 5)):
+        a, b = ((x / x.norm(dim=1).max() * length).float().requires_grad_() for x in batch(8))
+        u, v = oracles.double(a, b)
+        value = info_nce(a, b, temperature=0.1, normalize=False, negatives=MORE.float(), tile=tile)
+        exact = oracles.mean(oracles.info_nce(u, v, 10.0, normalize=False, negatives=(MORE, None)))
+        oracles.agree(value, (a, b), exact, (u, v), 1e-4 + 1e-6 * length**2)
+        value = info_nce(a, b, temperature=0.1, normalize=False, tile=tile)
+        exact = oracles.mean(oracles.info_nce(u, v, 10.0, normalize=False))
+        oracles.agree(value, (a, b), exact, (u, v), 1e-4 + 1e-6 * length**2)
+
+
+@pytest.mark.parametrize("scale", [17.0, 60.0, 120.0])
+@pytest.mark.parametrize("options", [{}, {"tile": (2, 3)}, {"tile": (9, 9)}, {"negatives": -torch.eye(5)}])
+def test_near_convergence_the_gradient_keeps_its_digits(scale, options):
+    generator = torch.Generator().manual_seed(0)
+    apart = 13.0 / scale  # of any two rows the cosine is 1 - apart, so that the loss is about exp(-13)
+    rows = torch.cat([torch.full((4, 1), (1 - apart) ** 0.5), apart**0.5 * torch.eye(4)], 1)
+    noise = 0.04 * apart**0.5 * torch.randn(2, 4, 5, generator=generator)
+    a, b = ((rows + each).requires_grad_() for each in noise)
+    u, v = oracles.double(a, b)
+    more = (options["negatives"].double(), None) if "negatives" in options else (None, None)
+    exact = oracles.mean(oracles.info_nce(u, v, scale, negatives=more))
+    assert 1e-8 < exact.item() < 1e-4
+    oracles.agree(info_nce(a, b, scale=scale, **options), (a, b), exact, (u, v), 1e-4, floor=0.0)
+
+
+def test_plain_cross_entropy_does_not_keep_them():
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.eye(4) * 8 + 0.2 * torch.randn(4, 4, generator=generator) for _ in range(2))
+    a, b = a.requires_grad_(), b.requires_grad_()
+    u, v = oracles.double(a, b)
+    exact = torch.autograd.grad(oracles.mean(oracles.info_nce(u, v, 17.0, symmetric=False)), u)[0]
+    scores = torch.nn.functional.normalize(a) @ torch.nn.functional.normalize(b).T * 17.0
+    naive = torch.autograd.grad(torch.nn.functional.cross_entropy(scores, torch.arange(4)), a)[0]
+    assert oracles.error(naive, exact, 0.0) > 1e-3
+
+
+def test_a_row_all_of_whose_negatives_are_left_out():
+    for shape in ((4, 6), (1, 4, 6)):
+        a, b = (x.requires_grad_() for x in batch(1))
+        negatives = torch.ones(*shape, dtype=torch.float64)
+        mask = torch.ones(1, 4, dtype=torch.bool)
+        value = info_nce(a, b, negatives=negatives, negatives_mask=mask)
+        assert value.item() == 0.0
+        assert all((x == 0).all() for x in torch.autograd.grad(value, (a, b)))
+        loss = InfoNCELoss()
+        loss(a, b, negatives=negatives, negatives_mask=mask)
+        assert (loss.record.candidates, loss.record.hardest_share, loss.record.uniform_level) == (
+            1.0,
+            0.0,
+            0.0,
+        )
+
+
+def test_no_further_negatives_are_none():
+    a, b = batch(4)
+    for nothing in (torch.empty(0, 6), torch.empty(4, 0, 6), (None, None), (torch.empty(0, 6), None)):
+        assert info_nce(a, b, negatives=nothing).item() == pytest.approx(info_nce(a, b).item(), rel=1e-12)
+
+
+def test_further_negatives_get_a_gradient_of_their_own():
+    a, b = batch(8)
+    for shape in ((5, 6), (8, 2, 6)):
+        rows = torch.randn(
+            shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64
+        ).requires_grad_()
+        (exact,) = oracles.double(rows)
+        wanted = oracles.mean(oracles.info_nce(a, b, 5.0, negatives=(exact, None)))
+        oracles.agree(info_nce(a, b, scale=5.0, negatives=rows), (rows,), wanted, (exact,), 1e-9)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_small_path_equals_the_kernel(symmetric):
+    # Up to half the limit of a shift-free sum the small path is taken, beyond it the kernel: no step between.
+    a, b = (x.float().requires_grad_() for x in batch(8))
+    for scale in (30.0, 40.0, 42.0, 43.0, 45.0, 60.0):
+        for mask in (None, MASK):
+            found = info_nce(a, b, scale=scale, symmetric=symmetric, mask=mask)
+            kernel = info_nce(a, b, scale=scale, symmetric=symmetric, mask=mask, tile=(8, 8))
+            oracles.agree(found, (a, b), kernel, (a, b), 2e-4)
+            one, other = InfoNCELoss(1 / scale, symmetric), InfoNCELoss(1 / scale, symmetric)
+            one(a, b, mask)
+            other(a, b, mask, rows=slice(0, 8))
+            assert one.record.to_dict() == pytest.approx(other.record.to_dict(), rel=1e-4, abs=1e-6)
+
+
+def test_a_scale_that_learns_and_one_that_does_not():
+    a, b = batch(8)
+    for scale in (5.0, 90.0):
+        log_scale = torch.tensor(math.log(scale), dtype=torch.float64, requires_grad=True)
+        value = info_nce(a, b, scale=log_scale.exp())
+        exact = log_scale.detach().clone().requires_grad_()
+        oracles.agree(value, (log_scale,), oracles.mean(oracles.info_nce(a, b, exact.exp())), (exact,), 1e-8)
+        for same in (
+            scale,
+            torch.tensor(scale),
+            torch.tensor([scale]),
+            torch.tensor(scale).half(),
+            int(scale),
+        ):
+            assert info_nce(a, b, scale=same).item() == pytest.approx(value.item(), rel=1e-5)
+        moving = torch.tensor(scale, dtype=torch.float64, requires_grad=True)
+        value = info_nce(a, b, scale=moving)
+        with torch.no_grad():
+            moving.mul_(2.0)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            value.backward()
+
+
+def test_clip_and_its_clamp():
+    a, b = batch(8)
+    loss = ClipLoss(max_scale=10.0)
+    for scale, at in ((5.0, 0.0), (10.0, 1.0), (20.0, 1.0)):
+        s = torch.tensor(scale, dtype=torch.float64, requires_grad=True)
+        value = loss(a, b, s, MASK)
+        exact = s.detach().clone().requires_grad_()
+        wanted = oracles.mean(oracles.info_nce(a, b, exact.clamp(max=10.0), mask=MASK))
+        oracles.agree(value, (s,), wanted, (exact,), 1e-9)
+        assert loss.record.extra == {"at_clamp": at}
+        assert loss.record.scale == pytest.approx(min(scale, 10.0))
+        assert loss(a, b, scale, MASK).item() == pytest.approx(value.item(), rel=1e-12)
+        assert clip(a, b, scale, max_scale=10.0, mask=MASK).item() == pytest.approx(value.item(), rel=1e-12)
+    free = ClipLoss(normalize=False)
+    assert free(a, b, 2.0).item() == pytest.approx(
+        oracles.mean(oracles.info_nce(a, b, 2.0, normalize=False)).item()
+    )
+    assert free.record.extra == {}
+    parts = [ClipLoss()(a, b, 5.0, rows=rows).item() for rows in (slice(0, 3), slice(3, 8))]
+    assert sum(parts) == pytest.approx(clip(a, b, 5.0).item())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"negatives": torch.ones(3, 4)}, "negatives are"),
+        ({"negatives": torch.ones(3, 2, 6)}, "negatives are"),
+        ({"negatives": torch.ones(6)}, "matrix"),
+        ({"negatives": torch.full((3, 6), math.nan)}, "negatives is not finite in 3 of 3 rows"),
+        ({"negatives": (None, torch.ones(3, 6)), "symmetric": False}, "one direction only"),
+        (
+            {"negatives": torch.ones(3, 6), "negatives_mask": torch.ones(8, 4, dtype=torch.bool)},
+            "mask is for",
+        ),
+        ({"negatives": torch.ones(3, 6), "negatives_mask": torch.ones(8, 3)}, "Boolean"),
+        ({"mask": torch.ones(8, 7, dtype=torch.bool)}, "mask is for"),
+        ({"scale": torch.ones(2)}, "one number"),
+        ({"scale": -1.0}, "finite number above 0"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(NearfarError, match=message):
+        info_nce(*batch(8), **options)
+    with pytest.raises(NearfarError, match="max_scale"):
+        ClipLoss(max_scale=-1.0)

@@ -11,7 +11,7 @@ from torch import nn
 from nearfar.batching import RandomBatchSampler
 from nearfar.losses import InfoNCELoss
 from nearfar.metrics import rank_estimates, retrieval_ranks
-from nearfar.training.system import Evaluation, StepOutput, decayed_groups
+from nearfar.training.system import EncodingSystem, Evaluation, StepOutput, decayed_groups
 
 N, DIM = 70, 6
 
@@ -44,7 +44,7 @@ class ToyModel(nn.Module):
         self.b = nn.Sequential(nn.Linear(DIM, 16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, 8))
 
 
-class ToySystem:
+class ToySystem(EncodingSystem):
     name, monitor = "toy", "MRR"
 
     def __init__(self, config: Any, data_seed: int = 0) -> None:
@@ -75,11 +75,17 @@ class ToySystem:
     def on_epoch(self, epoch: int, sampler: Any, say: Any) -> dict[str, Any]:
         return {"sampler": "random"}
 
-    def training_step(self, model: Any, batch: Any) -> StepOutput:
-        return StepOutput(self.loss(model.a(batch[0]), model.b(batch[1])))
+    def split(self, batch: Any, rows: int) -> list[Any]:
+        return list(zip(batch[0].split(rows), batch[1].split(rows), strict=True))
+
+    def encode(self, model: Any, batch: Any) -> dict[str, torch.Tensor]:
+        return {"a": model.a(batch[0]), "b": model.b(batch[1])}
+
+    def loss_of(self, model: Any, embeddings: Any, batch: Any) -> StepOutput:
+        return StepOutput(self.loss(embeddings["a"], embeddings["b"]))
 
     def embed(self, model: Any, batch: Any) -> dict[str, torch.Tensor]:
-        return {"a": model.a(batch[0]), "b": model.b(batch[1])}
+        return self.encode(model, batch)
 
     def evaluate(self, outputs: Any, split: str, final: bool) -> Evaluation:
         ranks = retrieval_ranks(outputs["a"], outputs["b"])
@@ -118,6 +124,7 @@ def toy_config(**changes: Any) -> Any:
                 "devices": 1,
                 "precision": "32-true",
                 "accumulate": 1,
+                "cached_chunk": None,
                 "gradient_clip": 1.0,
                 "deterministic": True,
                 "threads": None,

@@ -153,8 +153,8 @@ class Overlay(Taken):
         )
 
     def leave(self, powers: Tensor) -> None:
-        # x - x and x - 0: nothing is rounded.
-        powers[self.patch.rows, self.patch.columns].sub_(self.powers(1))
+        view = powers[self.patch.rows, self.patch.columns]
+        view.addcmul_(view, self.counts(1), value=-1)  # x - x and x - 0: nothing is rounded
 
     def put(self, tile: Tensor, values: Tensor) -> None:
         tile[self.patch.rows, self.patch.columns].add_(values)

@@ -190,7 +190,8 @@ class SparseWeights:
     """A few weighted positives for each row: spatial neighbours, mined positives.
 
     ``index`` (n, k) holds columns, -1 for none; ``weight`` (n, k) what they weigh, 0 or more. An entry named twice
-    weighs the sum. For both directions of a pair of views, column i has the positives of row i (``weight_back``).
+    weighs the sum, or ``most`` if that is less. For both directions of a pair of views, column i has the positives of
+    row i (``weight_back``).
 
     >>> target = SparseWeights(torch.tensor([[1], [-1]]), torch.tensor([[0.5], [0.5]]), m=2)
     >>> patch = target.patches(slice(0, 2), slice(0, 2))[0]
@@ -200,7 +201,9 @@ class SparseWeights:
 
     binary = single = False
 
-    def __init__(self, index: Int[Tensor, "n k"], weight: Float[Tensor, "n k"], m: int) -> None:
+    def __init__(
+        self, index: Int[Tensor, "n k"], weight: Float[Tensor, "n k"], m: int, most: float | None = None
+    ) -> None:
         n = len(index)
         self.shape = (n, m)
         if index.device.type == "cpu" and index.numel():
@@ -224,6 +227,8 @@ class SparseWeights:
         self._row, self._column = keys // m, keys % m
         self._weight = value.new_zeros(len(keys)).index_add_(0, ahead, value)
         self._back = value.new_zeros(len(keys)).index_add_(0, back, value[backward])
+        if most is not None:
+            self._weight, self._back = self._weight.clamp(max=most), self._back.clamp(max=most)
         self._starts = torch.searchsorted(self._row, torch.arange(n + 1, device=row.device)).tolist()
         self.symmetric = n == m
 

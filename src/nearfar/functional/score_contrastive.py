@@ -87,8 +87,9 @@ def adaptive_score_contrastive(
     """Mean over anchors i of log Σ_c exp(s_ic) - log Σ_p exp(s_ip): low scores are pulled to high ones.
 
     Positives p and anchors are chosen by ``split_scores``; candidates c are both, without i. ``middle="negatives"``
-    adds the rows between as candidates. ``detach_positives`` keeps the positives where they are. No gradient goes to
-    ``scores``. The sum over positives stands inside the logarithm: the nearest positive alone can satisfy an anchor.
+    adds the rows between as candidates. ``detach_positives`` lets anchors move to positives, not positives to
+    anchors. No gradient goes to ``scores``. The sum over positives stands inside the logarithm: the nearest positive
+    alone can satisfy an anchor.
 
     0, without a gradient, where there are no anchors or positives; ``AdaptiveScoreContrastiveLoss`` says so in its
     record. Floor 0; guessing gives ln(candidates / positives).

@@ -95,7 +95,10 @@ def spatial_step(
         own = torch.arange(n, device=index.device).unsqueeze(1)
         weight = alpha * neighbor_alpha_scale if neighbors == "soft" else (alpha > 0).to(alpha.dtype)
         target = SparseWeights(
-            torch.cat([own, index], 1), torch.cat([torch.ones_like(own).to(weight), weight], 1), n
+            torch.cat([own, index], 1),
+            torch.cat([torch.ones_like(own).to(weight), weight], 1),
+            n,
+            most=1.0 if neighbors == "positive" else None,
         )
     elif neighbors == "mask":
         mask = IndexMask(torch.where(alpha > 0, index, -1))

@@ -4,29 +4,41 @@ from __future__ import annotations
 
 from nearfar.contrast import DuplicateMask, IndexMask, NoPositivesWarning, SimilarityMask
 from nearfar.losses.base import ContrastiveLoss
+from nearfar.losses.focal import FocalLoss, FocalRecord
 from nearfar.losses.info_nce import ClipLoss, InfoNCELoss
 from nearfar.losses.masks import duplicate_mask, false_negative_mask
+from nearfar.losses.memory import CrossBatchMemory
+from nearfar.losses.objective import GradientShares, Objective, ObjectiveRecord
 from nearfar.losses.record import Record
 from nearfar.losses.score_contrastive import AdaptiveScoreContrastiveLoss, BidirectionalScoreContrastiveLoss
 from nearfar.losses.siglip import SigLipLoss
 from nearfar.losses.spatial import SpatialLoss
 from nearfar.losses.supcon import MultiLabelSupConLoss, SupConLoss
+from nearfar.losses.wasserstein import WassersteinGapLoss, WassersteinRecord
 
 __all__ = [
     "AdaptiveScoreContrastiveLoss",
     "BidirectionalScoreContrastiveLoss",
     "ClipLoss",
     "ContrastiveLoss",
+    "CrossBatchMemory",
     "DuplicateMask",
+    "FocalLoss",
+    "FocalRecord",
+    "GradientShares",
     "IndexMask",
     "InfoNCELoss",
     "MultiLabelSupConLoss",
     "NoPositivesWarning",
+    "Objective",
+    "ObjectiveRecord",
     "Record",
     "SigLipLoss",
     "SimilarityMask",
     "SpatialLoss",
     "SupConLoss",
+    "WassersteinGapLoss",
+    "WassersteinRecord",
     "duplicate_mask",
     "false_negative_mask",
 ]

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from nearfar.training.fit import initial_model
 from nearfar.training.module import consecutive
-from nearfar.training.system import System
+from nearfar.training.system import System, step_of
 
 __all__ = ["describe"]
 
@@ -35,7 +35,9 @@ def describe(system: System, config: Any, console: Any) -> dict[str, Any]:
     batches = list(sampler)
     # With accumulation a step costs several batches; the time is per batch, so nothing changes.
     with torch.random.fork_rng():
-        per_batch, loss = _time_steps(system, copy.deepcopy(model), dataset, batches[: STEPS + 1])
+        per_batch, loss = _time_steps(
+            system, copy.deepcopy(model), dataset, batches[: STEPS + 1], config.trainer.get("cached_chunk")
+        )
     evaluation = 0.0
     validation = system.dataset("val")
     if validation is not None:
@@ -63,14 +65,16 @@ def describe(system: System, config: Any, console: Any) -> dict[str, Any]:
     return found
 
 
-def _time_steps(system: Any, model: Any, dataset: Any, batches: list[list[int]]) -> tuple[float, float]:
+def _time_steps(
+    system: Any, model: Any, dataset: Any, batches: list[list[int]], cached_chunk: int | None
+) -> tuple[float, float]:
     """Median seconds of forward, backward and update, the first batch (warm-up) left out; the first loss."""
     optimizer = torch.optim.AdamW(system.parameter_groups(model), lr=0.0)
     model.train()
     times, first = [], float("nan")
     for i, positions in enumerate(batches):
         start = time.perf_counter()
-        output = system.training_step(model, dataset.__getitems__(positions))
+        output = step_of(system, model, dataset.__getitems__(positions), cached_chunk)
         optimizer.zero_grad()
         output.loss.backward()
         optimizer.step()

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from nearfar.errors import NearfarError
+from nearfar.losses.memory import CrossBatchMemory
 from nearfar.schedules import learning_rate_factor
 from nearfar.training.checkpoint import Checkpoint, generator_state, load_generator_state
-from nearfar.training.system import Evaluation, StepOutput, System, TrainSampler, collect
+from nearfar.training.system import Evaluation, StepOutput, System, TrainSampler, collect, step_of
 
 __all__ = ["RunModule", "loader"]
 
@@ -153,9 +154,9 @@ class RunModule(L.LightningModule):
         """AdamW and a learning-rate factor per optimiser step; a resumed run loads the state of both."""
         config = self.config
         groups = self.system.parameter_groups(self.model)
-        # One pass over all weights instead of one per tensor and operation. Not with float16 scaling, which must look
-        # at the gradients between unscaling and clipping.
-        fused = config.trainer.precision != "16-mixed"
+        # One pass over all weights instead of one per tensor and operation. Not in mixed precision, where Lightning
+        # does not clip the gradients of an optimiser that could unscale them by itself.
+        fused = config.trainer.precision == "32-true"
         optimizer = torch.optim.AdamW(groups, lr=config.lr, fused=fused)
         total = max(1, self.total_steps())
         rule = learning_rate_factor(config.lr_schedule, warmup=config.warmup)
@@ -207,11 +208,14 @@ class RunModule(L.LightningModule):
                 self.trainer.precision_plugin.load_state_dict(self._resume.precision)
         else:
             torch.manual_seed(self.config.seed + 1)
+            for module in self.model.modules():
+                if isinstance(module, CrossBatchMemory):
+                    module.clear()  # rows that came with the weights (init_from) belong to another run's data
         self._resume = None
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """One batch."""
-        output = self.system.training_step(self.model, batch)
+        output = step_of(self.system, self.model, batch, self.config.trainer.get("cached_chunk"))
         self.last = output
         return output.loss
 

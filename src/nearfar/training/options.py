@@ -154,6 +154,7 @@ TRAINING: dict[str, Rule] = {
     "trainer.accelerator": Choice(("auto", "cpu", "gpu", "cuda", "mps")),
     "trainer.precision": Choice(("32-true", "16-mixed", "bf16-mixed")),
     "trainer.accumulate": Number(1, whole=True),
+    "trainer.cached_chunk": Number(1, whole=True, optional=True),
     "trainer.gradient_clip": Number(0, optional=True),
     "trainer.deterministic": Switch(),
     "trainer.threads": Number(1, whole=True, optional=True),
@@ -171,6 +172,12 @@ def check_training_options(config: Any) -> None:
     if config.start_epoch is not None and config.resume_from is None:
         raise NearfarError(
             f"start_epoch={config.start_epoch} counts the epochs of a resumed run: it needs resume_from=RUN."
+        )
+    chunk, size = config.trainer.cached_chunk, config.get("batch_size")
+    if chunk is not None and isinstance(size, int) and chunk >= size:
+        raise NearfarError(
+            f"trainer.cached_chunk={chunk} with batch_size={size}: the batch is one chunk, which costs a second "
+            "forward pass and saves nothing. Raise batch_size, lower trainer.cached_chunk, or set it to null."
         )
     _check_logger(option(config, "logger"))
     _check_device(config.trainer, option(config, "trainer.devices"))

@@ -2,11 +2,13 @@
 
 A system is one job from data to metrics. The loop, the run folder and exact resume know nothing of molecules
 or images: they see a dataset that hands out batches, a batch sampler, a module that turns a batch into a loss
-and outputs, and a function that turns the collected outputs of a split into estimates.
+and outputs, and a function that turns the collected outputs of a split into estimates. A system that encodes rows
+and scores them afterwards says so (``EncodingSystem``), and can then train on batches larger than memory.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,9 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from nearfar.errors import NearfarError
 from nearfar.metrics import Estimate
+from nearfar.training.cached import cached_embeddings
 
-__all__ = ["BatchDataset", "Evaluation", "StepOutput", "System", "TrainSampler"]
+__all__ = ["BatchDataset", "EncodingSystem", "Evaluation", "StepOutput", "System", "TrainSampler"]
 
 
 @dataclass
@@ -114,6 +118,48 @@ class System(Protocol):
 
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """Optimiser groups, e.g. without weight decay for biases and scales."""
+
+
+class EncodingSystem(ABC):
+    """A system whose step encodes every row by itself and scores all embeddings together.
+
+    It defines these three and gets ``training_step``; ``trainer.cached_chunk`` then encodes a batch in chunks
+    (``nearfar.training.cached``).
+    """
+
+    @abstractmethod
+    def split(self, batch: Any, rows: int) -> Sequence[Any]:
+        """The batch in parts of at most ``rows`` rows, in order."""
+
+    @abstractmethod
+    def encode(self, model: nn.Module, batch: Any) -> Any:
+        """Embeddings of a batch or of a part of it: a tensor (rows, …), or several in a tuple, list or dictionary."""
+
+    @abstractmethod
+    def loss_of(self, model: nn.Module, embeddings: Any, batch: Any) -> StepOutput:
+        """The loss of the embeddings of a whole batch; called once a step."""
+
+    def training_step(self, model: nn.Module, batch: Any) -> StepOutput:
+        """The loss of one batch."""
+        return self.loss_of(model, self.encode(model, batch), batch)
+
+    def cached_step(self, model: nn.Module, batch: Any, rows: int) -> StepOutput:
+        """The same, within rounding, with the activations of ``rows`` rows in memory at a time."""
+        parts = self.split(batch, rows)
+        embeddings = cached_embeddings(lambda part: self.encode(model, part), parts, model)
+        return self.loss_of(model, embeddings, batch)
+
+
+def step_of(system: System, model: nn.Module, batch: Any, cached_chunk: int | None = None) -> StepOutput:
+    """One training step of ``system``, ``cached_chunk`` rows at a time where that is given."""
+    if cached_chunk is None:
+        return system.training_step(model, batch)
+    if not isinstance(system, EncodingSystem):
+        raise NearfarError(
+            f"trainer.cached_chunk={cached_chunk}: system '{system.name}' does not say how its rows are encoded (it is "
+            "no EncodingSystem); set trainer.cached_chunk=null."
+        )
+    return system.cached_step(model, batch, cached_chunk)
 
 
 def decayed_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

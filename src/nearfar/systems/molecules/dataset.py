@@ -39,6 +39,21 @@ class MoleculeBatch:
     def pin_memory(self) -> MoleculeBatch:
         return self._each(lambda part: part.pin_memory())
 
+    def split(self, rows: int) -> list[MoleculeBatch]:
+        """The batch in parts of ``rows`` rows, the last one perhaps shorter."""
+        parts = [
+            part.split(rows) for part in (self.positions, self.text, self.structure_group, self.text_group)
+        ]
+        count = len(parts[0])
+        graphs = [None] * count if self.graph is None else _split_graph(self.graph, rows)
+        fingerprints = [None] * count if self.fingerprint is None else self.fingerprint.split(rows)
+        return [
+            MoleculeBatch(positions, text, graph, fingerprint, structure_group, text_group)
+            for positions, text, structure_group, text_group, graph, fingerprint in zip(
+                *parts, graphs, fingerprints, strict=True
+            )
+        ]
+
     def _each(self, move: Any) -> MoleculeBatch:
         return MoleculeBatch(
             move(self.positions),
@@ -48,6 +63,25 @@ class MoleculeBatch:
             move(self.structure_group),
             move(self.text_group),
         )
+
+
+def _split_graph(graph: GraphBatch, molecules: int) -> list[GraphBatch]:
+    """Parts of ``molecules`` graphs each; atoms and edges lie in the order of their molecules."""
+    first = torch.arange(0, graph.num_graphs, molecules, device=graph.x.device)
+    atoms = torch.searchsorted(graph.batch, first)
+    edges = torch.searchsorted(graph.batch[graph.edge_index[0]], first)
+    starts = torch.stack([first, atoms, edges], dim=1).tolist()
+    ends = [*starts[1:], [graph.num_graphs, len(graph.x), len(graph.edge_attr)]]
+    return [
+        GraphBatch(
+            x=graph.x[atom:last_atom],
+            edge_index=graph.edge_index[:, edge:last_edge] - atom,
+            edge_attr=graph.edge_attr[edge:last_edge],
+            batch=graph.batch[atom:last_atom] - molecule,
+            num_graphs=last - molecule,
+        )
+        for (molecule, atom, edge), (last, last_atom, last_edge) in zip(starts, ends, strict=True)
+    ]
 
 
 class MoleculeDataset(Dataset[MoleculeBatch]):

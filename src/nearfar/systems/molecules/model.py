@@ -14,6 +14,7 @@ from nearfar.models import ProjectionHead
 from nearfar.systems.molecules.dataset import MoleculeBatch
 from nearfar.systems.molecules.fingerprint_encoder import FingerprintEncoder
 from nearfar.systems.molecules.graph_transformer import GraphTransformer
+from nearfar.systems.molecules.memory import PairMemory
 
 __all__ = ["MOLECULE_ENCODERS", "TEXT_HEADS", "MoleculeTextModel"]
 
@@ -37,6 +38,9 @@ class MoleculeTextModel(nn.Module):
             network, see `FingerprintEncoder`.
         text_dropout: of the text head's hidden layer ("mlp").
         temperature: of the loss; with ``learn_temperature`` where learning starts.
+        memory: so many pairs of earlier batches are kept as further negatives (`PairMemory`), with
+            ``memory_of_vectors`` also the frozen text vectors of theirs. Weights of a model with another memory can
+            be loaded: this one is then empty.
 
     ``scale()`` is the learned 1 / temperature, at most 100 as in CLIP, or ``None`` where it does not learn
     and the loss's own temperature holds.
@@ -65,6 +69,8 @@ class MoleculeTextModel(nn.Module):
         text_dropout: float = 0.1,
         temperature: float = 0.07,
         learn_temperature: bool = False,
+        memory: int = 0,
+        memory_of_vectors: bool = False,
     ) -> None:
         super().__init__()
         _check_choice("molecule_encoder", molecule_encoder, MOLECULE_ENCODERS)
@@ -96,6 +102,10 @@ class MoleculeTextModel(nn.Module):
             )
         self.text = _text_head(text_head, text_dim, self.dim, text_dropout)
         self.log_scale = nn.Parameter(torch.tensor(-math.log(temperature)), requires_grad=learn_temperature)
+        self.memory = (
+            PairMemory(memory, self.dim, text_dim if memory_of_vectors else None) if memory else None
+        )
+        self.register_load_state_dict_pre_hook(_own_memory)
 
     @classmethod
     def from_config(cls, config: Any, text_dim: int, fingerprint_dim: int | None) -> MoleculeTextModel:
@@ -115,6 +125,8 @@ class MoleculeTextModel(nn.Module):
             input_dropout=config.input_dropout,
             temperature=config.temperature,
             learn_temperature=config.learn_temperature,
+            memory=config.get("memory", 0),
+            memory_of_vectors=config.false_negative_threshold is not None,
         )
 
     def encode_molecules(self, batch: MoleculeBatch) -> Float[Tensor, "b d"]:
@@ -142,6 +154,18 @@ class MoleculeTextModel(nn.Module):
 
     def _missing(self, what: str) -> NearfarError:
         return NearfarError(f"molecule_encoder={self.molecule_encoder} reads {what}, and the batch has none.")
+
+
+def _own_memory(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Loading weights: a memory of another size, or of none, gives way to the model's own, which is empty."""
+    mine = {f"{prefix}{key}": value for key, value in model.state_dict().items() if key.startswith("memory.")}
+    theirs = {key: value for key, value in state.items() if key.startswith(f"{prefix}memory.")}
+    if {key: value.shape for key, value in mine.items()} != {
+        key: value.shape for key, value in theirs.items()
+    }:
+        for key in theirs:
+            del state[key]
+        state.update(mine)
 
 
 def _text_head(kind: str, text_dim: int, dim: int, dropout: float) -> nn.Module:

@@ -47,6 +47,7 @@ OPTIONS: dict[str, Rule] = {
     "group_size": Number(2, whole=True, optional=True),
     "false_negative_threshold": Number(optional=True),
     "mask_duplicates": Switch(),
+    "memory": Number(0, whole=True),
     "augment_atoms": _SHARE,
     "augment_bonds": _SHARE,
     "bootstrap": Number(0, whole=True),

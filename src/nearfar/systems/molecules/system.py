@@ -29,7 +29,7 @@ from nearfar.systems.molecules.features import MoleculeFeatures
 from nearfar.systems.molecules.model import MoleculeTextModel
 from nearfar.systems.molecules.options import check_options, data_paths
 from nearfar.training.batches import build_sampler, check_batches, epoch_record, neighbors_needed
-from nearfar.training.system import Evaluation, StepOutput, decayed_groups
+from nearfar.training.system import EncodingSystem, Evaluation, StepOutput, decayed_groups
 
 __all__ = ["MoleculeSystem"]
 
@@ -38,7 +38,7 @@ KS = (1, 5, 10)
 DIRECTIONS = ("text_to_molecule", "molecule_to_text")
 
 
-class MoleculeSystem:
+class MoleculeSystem(EncodingSystem):
     """Trains a molecule encoder (and a head over frozen text embeddings) so that pairs find each other."""
 
     name = "molecules"
@@ -156,11 +156,30 @@ class MoleculeSystem:
         """Weight decay for matrices alone."""
         return decayed_groups(model, self.config.weight_decay)
 
-    def training_step(self, model: Any, batch: Any) -> StepOutput:
+    def split(self, batch: Any, rows: int) -> list[Any]:
+        """The batch in parts."""
+        return batch.split(rows)
+
+    def encode(self, model: Any, batch: Any) -> dict[str, Tensor]:
+        """Both embeddings of every pair."""
+        return {"molecules": model.encode_molecules(batch), "texts": model.encode_texts(batch.text)}
+
+    def loss_of(self, model: Any, embeddings: Mapping[str, Tensor], batch: Any) -> StepOutput:
         """InfoNCE in both directions; duplicates and likely false negatives are no negatives."""
-        molecules, texts = model.encode_molecules(batch), model.encode_texts(batch.text)
-        loss = self.loss(molecules, texts, mask=self._mask(batch), scale=model.scale())
-        return StepOutput(loss, self._record)
+        molecules, texts = embeddings["molecules"], embeddings["texts"]
+        mask, scale, memory = self._mask(batch), model.scale(), model.memory
+        if memory is None:
+            return StepOutput(self.loss(molecules, texts, mask, scale), self._record)
+        negatives, left_out = None, None
+        if memory.filled:
+            config = self.config
+            negatives = (memory.texts.rows(), memory.molecules.rows() if self.loss.symmetric else None)
+            both = memory.left_out(batch, config.mask_duplicates, config.false_negative_threshold)
+            left_out = (both, both)
+        loss = self.loss(molecules, texts, mask, scale, negatives, left_out)
+        age = memory.age()
+        memory.push(molecules, texts, batch)
+        return StepOutput(loss, lambda: self._record() | {"memory_age": age.item()})
 
     def _record(self) -> dict[str, float]:
         return self.loss.record.to_dict() if self.loss.record is not None else {}
@@ -177,7 +196,7 @@ class MoleculeSystem:
     # -- evaluation ------------------------------------------------------------------------------------------
     def embed(self, model: Any, batch: Any) -> dict[str, Tensor]:
         """Both embeddings of every pair."""
-        return {"molecules": model.encode_molecules(batch), "texts": model.encode_texts(batch.text)}
+        return self.encode(model, batch)
 
     def evaluate(self, outputs: Mapping[str, Tensor], split: str, final: bool) -> Evaluation:
         """Retrieval in both directions with the whole split as gallery."""

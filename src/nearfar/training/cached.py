@@ -1,0 +1,218 @@
+"""Batches larger than memory: encode in chunks without keeping their graphs, score all rows together, encode again.
+
+A contrastive loss needs all embeddings of its batch at once, but an encoder can work row by row. Its activations take
+nearly all memory, so only one chunk's are alive at a time: the price is a second forward pass (GradCache, Gao, Zhang,
+Han and Callan, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", RepL4NLP 2021).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils import _pytree as pytree
+
+from nearfar.errors import NearfarError
+from nearfar.training.checkpoint import generator_state
+from nearfar.training.replay import Chunk, Replay
+
+__all__ = ["cached_embeddings", "cached_loss"]
+
+
+def cached_loss(
+    encode: Callable[[Any], Any],
+    chunks: Iterable[Any],
+    loss: Callable[[Any], Any],
+    model: nn.Module | None = None,
+) -> Any:
+    """``loss`` of the embeddings of all ``chunks``; its ``backward`` encodes the chunks again, one at a time.
+
+    The same as ``loss(cached_embeddings(encode, chunks, model))``. What ``loss`` returns is returned as it is: a 0-d
+    tensor, or anything that holds one.
+
+    >>> from nearfar.losses import InfoNCELoss
+    >>> encoder, loss = nn.Linear(16, 8), InfoNCELoss()
+    >>> text = torch.randn(64, 8)
+    >>> images = torch.randn(64, 16)
+    >>> value = cached_loss(encoder, images.split(10), lambda z: loss(z, text))
+    >>> value.backward()
+    >>> plain = torch.autograd.grad(loss(encoder(images), text), encoder.weight)[0]
+    >>> torch.allclose(encoder.weight.grad, plain, atol=1e-5)
+    True
+    """
+    return loss(cached_embeddings(encode, chunks, model))
+
+
+def cached_embeddings(
+    encode: Callable[[Any], Any], chunks: Iterable[Any], model: nn.Module | None = None
+) -> Any:
+    """The embeddings of all chunks in one piece, with a gradient but without the graphs of the chunks.
+
+    ``encode(chunk)`` gives a tensor (rows, …), or several in a tuple, list or dictionary; what comes back has the same
+    form, with the rows of all chunks in their order. It is used like the output of a layer: with any loss, under
+    accumulation, ``GradScaler``, clipping, Lightning, with several forwards before a backward. ``backward`` encodes
+    each chunk once more, with the dropout masks and autocast settings of the first time, and gives their gradients to
+    everything that ``encode`` used, and to chunks that need one. Value and gradient are those of the plain batch
+    encoded in these chunks, within rounding, and the random generators end where that would leave them.
+
+    Memory: the graph of one chunk, all embeddings, and one more copy of the gradients. Time: one more forward pass.
+
+    ``model`` (``encode`` itself where it is a module) must be given if a layer keeps running statistics, as BatchNorm
+    does while it trains: the second pass must not count the chunks again. Such layers see the statistics of a chunk
+    instead of the batch, of which a warning tells.
+
+    With several processes let DistributedDataParallel hold the whole step, as Lightning does, and not the encoder
+    alone: gradients are then exchanged once, and ranks may have different numbers of chunks. Encoders sharded by FSDP
+    are not supported.
+
+    Raises ``NearfarError`` without chunks, for outputs that are no rows, for a chunk that does not come out the same
+    again (it draws from a generator other than PyTorch's own on CPU and CUDA, or was changed in place), for weights
+    that change between forward and backward, for checkpointing with ``use_reentrant=True``, and for a wrapper of
+    several processes inside ``encode``. A second backward needs ``retain_graph=True``, as elsewhere; gradients of
+    gradients are not available.
+    """
+    chunks = list(chunks)
+    if not chunks:
+        raise NearfarError("there are no chunks to encode: give at least one, for instance batch.split(64)")
+    if model is None and isinstance(encode, nn.Module):
+        model = encode
+    if model is not None:
+        _check_model(model)
+    first = _FirstPass(encode, model)
+    for chunk in chunks:
+        first.add(chunk)
+    return first.embeddings()
+
+
+class _FirstPass:
+    """Encodes chunk after chunk, notes what their gradients will belong to, and drops their graphs.
+
+    The graph is made although it is dropped: it alone knows which parameters a closure used, and an encoder may take
+    other kernels, with other roundings, where no graph is made.
+    """
+
+    def __init__(self, encode: Callable[[Any], Any], model: nn.Module | None) -> None:
+        self.encode, self.model = encode, model
+        self.chunks: list[Chunk] = []
+        self.form: Any = None
+        self.parts: list[list[Tensor]] = []  # of each output, one for each chunk
+        self.learns: list[bool] = []  # whether an output has a gradient at all
+        # By identity: a leaf of the chunks' graphs, and the tensor that takes its gradient.
+        self.leaves: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def add(self, content: Any) -> None:
+        origins: dict[int, Tensor] = {}
+        if torch.is_grad_enabled():
+            content = pytree.tree_map_only(Tensor, lambda tensor: _cut(tensor, origins), content)
+        generators = generator_state()
+        outputs, form = pytree.tree_flatten(self.encode(content))
+        if not self.chunks:
+            self.form, self.parts, self.learns = form, [[] for _ in outputs], [False for _ in outputs]
+        _check_outputs(outputs, form, self.form, len(self.chunks))
+        for leaf in _leaves(outputs, self.model):
+            self.leaves.setdefault(id(leaf), (leaf, origins.get(id(leaf), leaf)))
+        for i, output in enumerate(outputs):
+            self.learns[i] |= output.requires_grad
+            self.parts[i].append(output.detach())
+        self.chunks.append(Chunk(content, generators, [len(output) for output in outputs]))
+
+    def embeddings(self) -> Any:
+        learning = [parts for parts, learns in zip(self.parts, self.learns, strict=True) if learns]
+        attached: Iterator[Tensor] = iter(())
+        if learning:
+            if self.model is not None:
+                _warn_of_statistics(self.model)
+            leaves, origins = zip(*self.leaves.values(), strict=True)
+            expected = [parts[0] for parts in self.parts]
+            replay = Replay(self.encode, self.model, self.chunks, self.learns, expected, leaves)
+            attached = iter(replay.attach(learning, origins))
+        whole = [
+            next(attached) if learns else torch.cat(parts)
+            for parts, learns in zip(self.parts, self.learns, strict=True)
+        ]
+        return pytree.tree_unflatten(whole, self.form)
+
+
+def _cut(tensor: Tensor, origins: dict[int, Tensor]) -> Tensor:
+    """A leaf in place of a tensor with a history, which the outer backward walks, once."""
+    if not tensor.requires_grad or tensor.is_leaf:
+        return tensor
+    leaf = tensor.detach().requires_grad_()
+    origins[id(leaf)] = tensor
+    return leaf
+
+
+def _leaves(outputs: Sequence[Tensor], model: nn.Module | None) -> Iterator[Tensor]:
+    """The leaves of the graph behind ``outputs``: parameters, and inputs that need a gradient."""
+    yield from (output for output in outputs if output.is_leaf and output.requires_grad)
+    waiting: list[Any] = [output.grad_fn for output in outputs if output.grad_fn is not None]
+    seen = set()
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if (leaf := getattr(node, "variable", None)) is not None:
+            yield leaf
+        else:
+            _check_node(node, model)
+        waiting.extend(behind for behind, _ in node.next_functions if behind is not None)
+
+
+_WRAPPED = (
+    "let the wrapper hold the whole step: a module whose forward makes the chunks, calls cached_loss and returns the "
+    "loss, as Lightning's DDP strategy has it"
+)
+
+
+def _check_node(node: Any, model: nn.Module | None) -> None:
+    name = node.name()
+    if "CheckpointFunction" in name:
+        raise NearfarError(
+            "encode uses torch.utils.checkpoint with use_reentrant=True, which hides what it trains; set "
+            "use_reentrant=False (in transformers: gradient_checkpointing_kwargs={'use_reentrant': False})"
+        )
+    if "DDPSink" in name:
+        raise NearfarError(f"encode calls a DistributedDataParallel wrapper for each chunk; {_WRAPPED}")
+    counts = "BatchNorm" in name and getattr(node, "_saved_running_mean", None) is not None
+    if counts and node._saved_training and model is None:
+        raise NearfarError(
+            "encode holds a BatchNorm in training, whose running statistics would count every chunk twice: pass "
+            "model=, the module that holds it. It will see the statistics of a chunk, not of the batch; LayerNorm "
+            "does not depend on other rows, nor does BatchNorm after .eval()"
+        )
+
+
+def _check_model(model: nn.Module) -> None:
+    wrappers = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
+    found = sorted({c.__name__ for m in model.modules() for c in type(m).__mro__} & wrappers)
+    if found:
+        raise NearfarError(f"the encoder holds a {found[0]} wrapper, called for each chunk; {_WRAPPED}")
+
+
+def _check_outputs(outputs: Sequence[Any], form: Any, expected: Any, number: int) -> None:
+    if form != expected:
+        raise NearfarError(f"encode gave {form} for chunk {number}, but {expected} for the first one")
+    wrong = [output for output in outputs if not isinstance(output, Tensor) or output.ndim == 0]
+    if wrong or not outputs:
+        found = "nothing"
+        if wrong:
+            found = "a single number" if isinstance(wrong[0], Tensor) else f"a {type(wrong[0]).__name__}"
+        raise NearfarError(
+            f"encode gave {found} for chunk {number}; it must give tensors whose first dimension counts rows. A scale "
+            "or a bias that learns belongs into the loss"
+        )
+
+
+def _warn_of_statistics(model: nn.Module) -> None:
+    layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training]
+    if layers:
+        warnings.warn(
+            f"{len(layers)} {type(layers[0]).__name__} layers train with the statistics of a chunk, not of the whole "
+            "batch: the result depends on the size of the chunks",
+            stacklevel=4,
+        )
