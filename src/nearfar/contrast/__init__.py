@@ -10,6 +10,7 @@ from nearfar.contrast.masks import (
     SimilarityMask,
     as_mask,
     checked_mask,
+    join_masks,
 )
 from nearfar.contrast.normalize import embeddings, unit_rows
 from nearfar.contrast.pairs import few_pairs
@@ -54,6 +55,7 @@ __all__ = [
     "computing_dtype",
     "embeddings",
     "few_pairs",
+    "join_masks",
     "log_sums",
     "sigmoid_sums",
     "softmax_loss",

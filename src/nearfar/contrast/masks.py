@@ -5,6 +5,7 @@ A mask is true where a pair is *left out* of the candidates. Positives always st
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -22,6 +23,7 @@ __all__ = [
     "SimilarityMask",
     "as_mask",
     "checked_mask",
+    "join_masks",
     "turned",
 ]
 
@@ -194,6 +196,14 @@ class _Turned:
 def turned(mask: Mask) -> Mask:
     """The mask of the keys as queries."""
     return mask if mask.symmetric else _Turned(mask)
+
+
+def join_masks(masks: Sequence[Mask]) -> Mask | None:
+    """What any of them leaves out; None where there are none."""
+    joined: Mask | None = None
+    for mask in masks:
+        joined = mask if joined is None else _Joined(joined, mask)
+    return joined
 
 
 def checked_mask(mask: Mask | Tensor, n: int, m: int) -> Mask:

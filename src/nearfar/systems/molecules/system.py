@@ -12,9 +12,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from nearfar.batching import Neighbors, nearest_neighbors
+from nearfar.contrast import DuplicateMask, Mask, SimilarityMask, join_masks
 from nearfar.data.cache import cached_arrays, content_key
 from nearfar.errors import NearfarError
-from nearfar.losses import InfoNCELoss, duplicate_mask, false_negative_mask
+from nearfar.losses import InfoNCELoss
 from nearfar.metrics import Estimate, rank_estimates, retrieval_ranks
 from nearfar.models.text import TextEncoder, build_text_encoder, embed_texts, save_text_encoder
 from nearfar.systems.molecules.data import (
@@ -184,14 +185,14 @@ class MoleculeSystem(EncodingSystem):
     def _record(self) -> dict[str, float]:
         return self.loss.record.to_dict() if self.loss.record is not None else {}
 
-    def _mask(self, batch: Any) -> Tensor | None:
-        mask = None
+    def _mask(self, batch: Any) -> Mask | None:
+        """Pairs that are no negatives, a tile at a time; a row's own partner stays in whatever the mask says."""
+        masks: list[Mask] = []
         if self.config.mask_duplicates:
-            mask = duplicate_mask(batch.structure_group) | duplicate_mask(batch.text_group)
+            masks += [DuplicateMask(batch.structure_group), DuplicateMask(batch.text_group)]
         if self.config.false_negative_threshold is not None:
-            similar = false_negative_mask(batch.text, self.config.false_negative_threshold)
-            mask = similar if mask is None else mask | similar
-        return mask
+            masks.append(SimilarityMask(batch.text, self.config.false_negative_threshold))
+        return join_masks(masks)
 
     # -- evaluation ------------------------------------------------------------------------------------------
     def embed(self, model: Any, batch: Any) -> dict[str, Tensor]:
