@@ -19,16 +19,8 @@ from nearfar.contrast.sigmoid import sigmoid_sums
 from nearfar.contrast.softmax import Extra, NoPositivesWarning, Sums, log_sums, softmax_loss
 from nearfar.contrast.step import Direction, Step
 from nearfar.contrast.sums import Statistics
-from nearfar.contrast.targets import (
-    Columns,
-    LabelOverlap,
-    Nobody,
-    OwnPair,
-    SameClass,
-    SparseWeights,
-    Target,
-    Weights,
-)
+from nearfar.contrast.targets import Columns, Nobody, OwnPair, SameClass, Target
+from nearfar.contrast.weighted_targets import LabelOverlap, SparseWeights, Weights
 
 __all__ = [
     "Columns",

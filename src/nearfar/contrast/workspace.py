@@ -5,7 +5,7 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["Workspace"]
+__all__ = ["Workspace", "room_for"]
 
 
 class Workspace:
@@ -26,3 +26,12 @@ class Workspace:
         if name not in self._buffers:
             self._buffers[name] = self._like.new_empty(self._length)
         return self._buffers[name][: rows * columns].view(rows, columns)
+
+
+def room_for(
+    space: Workspace | None, like: Tensor, name: str, rows: int, columns: int
+) -> Float[Tensor, "r c"]:
+    """A buffer for numbers like ``like``; fresh memory where those of the workspace are of another dtype."""
+    if space is None or space.dtype != like.dtype:
+        return like.new_empty(rows, columns)
+    return space(name, rows, columns)

@@ -1,0 +1,170 @@
+"""Targets whose positives weigh differently: labels in common, sparse neighbours, any matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from nearfar.contrast.patches import Entries, Patch, Rectangle
+from nearfar.contrast.precision import full_precision
+from nearfar.contrast.workspace import Workspace, room_for
+from nearfar.errors import NearfarError
+
+__all__ = ["LabelOverlap", "SparseWeights", "Weights"]
+
+
+class LabelOverlap:
+    """Positives weigh what their labels have in common.
+
+    ``jaccard`` (default): labels of both / labels of either, for multi-hot rows (n, labels). Otherwise the dot
+    product of the rows plus ``offset``, for rules that are sums over labels.
+
+    >>> labels = torch.tensor([[1, 1, 0], [0, 1, 0], [0, 0, 1]])
+    >>> LabelOverlap(labels).patches(slice(0, 1), slice(0, 3))[0].weight
+    tensor([[1.0000, 0.5000, 0.0000]])
+    """
+
+    binary = single = False
+
+    def __init__(
+        self, labels: Float[Tensor, "n labels"], *, jaccard: bool = True, offset: float = 0.0
+    ) -> None:
+        if labels.ndim != 2:
+            raise NearfarError(f"labels are {tuple(labels.shape)}; a matrix (rows, labels) is needed")
+        self.shape = (len(labels), len(labels))
+        self._rows, self._jaccard, self._offset = labels.to(torch.float32), jaccard, offset
+        self._sizes = self._rows.sum(1)
+        self.symmetric = True
+
+    def turned(self) -> LabelOverlap:
+        return self
+
+    def has_positives(self, without_self: bool) -> Bool[Tensor, " n"]:
+        if not self._jaccard and self._offset > 0:
+            return torch.full(
+                (len(self._rows),), len(self._rows) > int(without_self), device=self._rows.device
+            )
+        shared = (self._rows > 0).sum(0) > int(without_self)
+        return ((self._rows > 0) & shared).any(1)
+
+    def patches(self, rows: slice, columns: slice, space: Workspace | None = None) -> Sequence[Patch]:
+        mine, theirs = self._rows[rows], self._rows[columns]
+        weight = room_for(space, mine, "overlap", len(mine), len(theirs))
+        with full_precision(mine.device):
+            torch.mm(mine, theirs.T, out=weight)
+        if self._jaccard:
+            union = room_for(space, mine, "union", len(mine), len(theirs))
+            torch.add(self._sizes[rows, None], self._sizes[None, columns], out=union).sub_(weight)
+            weight.div_(union.clamp_(min=1e-3))  # rows without labels: 0 / 0
+        elif self._offset:
+            weight.add_(self._offset)
+        return (Rectangle(slice(0, weight.shape[0]), slice(0, weight.shape[1]), weight),)
+
+
+class SparseWeights:
+    """A few weighted positives for each row: spatial neighbours, mined positives.
+
+    ``index`` (n, k) holds columns, -1 for none; ``weight`` (n, k) what they weigh, 0 or more. An entry named twice
+    weighs the sum, or ``most`` if that is less. For both directions of a pair of views, column i has the positives of
+    row i (``weight_back``).
+
+    >>> target = SparseWeights(torch.tensor([[1], [-1]]), torch.tensor([[0.5], [0.5]]), m=2)
+    >>> patch = target.patches(slice(0, 2), slice(0, 2))[0]
+    >>> patch.row.tolist(), patch.column.tolist(), patch.weight.tolist(), patch.weight_back.tolist()
+    ([0, 1], [1, 0], [0.5, 0.0], [0.0, 0.5])
+    """
+
+    binary = single = False
+
+    def __init__(
+        self, index: Int[Tensor, "n k"], weight: Float[Tensor, "n k"], m: int, most: float | None = None
+    ) -> None:
+        n = len(index)
+        self.shape = (n, m)
+        if index.device.type == "cpu" and index.numel():
+            if int(index.max()) >= m:
+                raise NearfarError(
+                    f"index holds {int(index.max())}, but there are {m} columns; -1 stands for none"
+                )
+            if not bool((weight >= 0).all()):
+                raise NearfarError(
+                    "weight must be numbers that are 0 or more; some are below 0 or not a number"
+                )
+        # One pass scores both directions, so that an entry of one of them stands in the list of both.
+        row = torch.arange(n, device=index.device).unsqueeze(1).expand_as(index)
+        there = (index >= 0) & (weight > 0)
+        row, column, value = row[there], index[there].long(), weight[there].detach().to(torch.float32)
+        # With more keys than queries, or fewer, some point back to nobody.
+        backward = (column < n) & (row < m)
+        positions = torch.cat([row * m + column, (column * m + row)[backward]])
+        keys, where = torch.unique(positions, return_inverse=True)
+        ahead, back = where[: len(value)], where[len(value) :]
+        self._row, self._column = keys // m, keys % m
+        self._weight = value.new_zeros(len(keys)).index_add_(0, ahead, value)
+        self._back = value.new_zeros(len(keys)).index_add_(0, back, value[backward])
+        if most is not None:
+            self._weight, self._back = self._weight.clamp(max=most), self._back.clamp(max=most)
+        self._starts = torch.searchsorted(self._row, torch.arange(n + 1, device=row.device)).tolist()
+        self.symmetric = n == m
+
+    def turned(self) -> SparseWeights:
+        if not self.symmetric:
+            raise NearfarError(
+                f"sparse weights of {self.shape} pairs have no second direction: it takes as many keys"
+            )
+        return self  # by definition, see above
+
+    def has_positives(self, without_self: bool) -> Bool[Tensor, " n"]:
+        there = (self._weight > 0) & ~(without_self & (self._row == self._column))
+        return torch.zeros(self.shape[0], device=there.device).index_add_(0, self._row, there.float()) > 0
+
+    def patches(self, rows: slice, columns: slice, space: Workspace | None = None) -> Sequence[Patch]:
+        part = slice(self._starts[rows.start], self._starts[rows.stop])
+        column = self._column[part]
+        here = ((column >= columns.start) & (column < columns.stop)).nonzero().squeeze(1)
+        if not len(here):
+            return ()
+        return (
+            Entries(
+                self._row[part][here] - rows.start,
+                column[here] - columns.start,
+                (rows.stop - rows.start, columns.stop - columns.start),
+                self._weight[part][here],
+                self._back[part][here],
+            ),
+        )
+
+
+class Weights:
+    """Any weights: a matrix (n, m) of numbers that are 0 or more. The only target that stores all pairs.
+
+    The columns as queries have the weights of the transposed matrix.
+
+    >>> Weights(torch.eye(2)).patches(slice(0, 1), slice(0, 2))[0].weight
+    tensor([[1., 0.]])
+    """
+
+    binary = single = symmetric = False
+
+    def __init__(self, matrix: Float[Tensor, "n m"]) -> None:
+        if matrix.ndim != 2:
+            raise NearfarError(f"weights are {tuple(matrix.shape)}; a matrix (queries, keys) is needed")
+        if matrix.device.type == "cpu" and not bool((matrix >= 0).all()):
+            raise NearfarError("weights must be numbers that are 0 or more; some are below 0 or not a number")
+        self.shape, self.matrix = (matrix.shape[0], matrix.shape[1]), matrix.detach()
+
+    def turned(self) -> Weights:
+        return Weights(self.matrix.T)
+
+    def has_positives(self, without_self: bool) -> Bool[Tensor, " n"]:
+        there = self.matrix > 0
+        if without_self:
+            there = there.clone().fill_diagonal_(False)
+        return there.any(1)
+
+    def patches(self, rows: slice, columns: slice, space: Workspace | None = None) -> Sequence[Patch]:
+        weight = self.matrix[rows, columns]
+        return (Rectangle(slice(0, weight.shape[0]), slice(0, weight.shape[1]), weight),)
