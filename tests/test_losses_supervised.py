@@ -315,3 +315,17 @@ def test_classes_of_one_and_everybody_in_one_class():
 def test_bad_input(call, message):
     with pytest.raises(NearfarError, match=message):
         call(draw(N, 5))
+
+
+@pytest.mark.parametrize("n", [12, 1100])
+@pytest.mark.parametrize("options", [{}, {"sum": "inside"}, {"weights": "legacy", "sum": "outside"}])
+def test_a_scaled_loss_with_lonely_rows_has_a_scaled_gradient(n, options):
+    """Loss scaling in mixed precision multiplies by 65,536 and more; rows without positives must not overflow it."""
+    z = torch.randn(n, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    labels = torch.zeros(n, 3, dtype=torch.long)
+    labels[:4, 0] = 1
+    loss = MultiLabelSupConLoss(**options)
+    (plain,) = torch.autograd.grad(loss(z, labels), z)
+    for factor in (2.0**16, 2.0**24):
+        (scaled,) = torch.autograd.grad(loss(z, labels) * factor, z)
+        assert torch.equal(scaled, plain * factor)

@@ -218,4 +218,10 @@ def checked_mask(mask: Mask | Tensor, n: int, m: int) -> Mask:
 
 def as_mask(mask: Mask | Tensor) -> Mask:
     """A Boolean matrix as a mask; a mask as it is."""
-    return DenseMask(mask) if isinstance(mask, Tensor) else mask
+    if isinstance(mask, Tensor):
+        return DenseMask(mask)
+    if not hasattr(mask, "tile"):
+        raise NearfarError(
+            f"mask is a {type(mask).__name__}; a Boolean tensor or a mask of nearfar.losses is needed"
+        )
+    return mask

@@ -73,6 +73,8 @@ def embeddings(x: Tensor, name: str, normalize: bool, dtype: torch.dtype) -> Flo
         raise NearfarError(
             f"{name} is {tuple(x.shape)} {x.dtype}; a loss takes a matrix of floating point (rows, dimensions)"
         )
+    if x.shape[1] == 0:
+        raise NearfarError(f"{name} is {tuple(x.shape)}: rows of no dimension have no similarity")
     x = x.to(dtype)
     if normalize:
         return unit_rows(x, name)

@@ -33,7 +33,13 @@ def few_pairs(
     """The mean loss of partners i and i, and what its record is made of; None where this is not the place for it."""
     n, m = len(a), len(b)
     alike = a.dtype == b.dtype and a.dtype in (torch.float32, torch.float64) and a.shape[1] == b.shape[1]
-    if not alike or not 0 < n * m <= KEPT or a.device.type != "cpu" or b.device.type != "cpu":
+    if (
+        not alike
+        or not 0 < n * m <= KEPT
+        or a.shape[1] == 0
+        or a.device.type != "cpu"
+        or b.device.type != "cpu"
+    ):
         return None
     if isinstance(scale, Tensor) and scale.numel() != 1:
         return None

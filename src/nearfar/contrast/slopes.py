@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nearfar.contrast.patches import HIDDEN
+from nearfar.contrast.patches import HIDDEN, is_shown
 from nearfar.contrast.sums import Side, rest_share, tiny, within
 from nearfar.contrast.taken import Taken
 from nearfar.contrast.tiles import Tile, Workspace
@@ -31,7 +31,7 @@ class Slopes:
         upstream: tuple[Tensor | None, ...],
     ) -> None:
         self.setting, self.side = side.setting, side
-        rest, positive, excess, expected = results
+        rest, positive, _, expected = results
         least = tiny(rest)
         g_rest, g_positive, g_excess, g_expected = upstream
         self.factor = torch.zeros_like(rest) if g_rest is None else g_rest
@@ -56,14 +56,16 @@ class Slopes:
         elif self.setting.bounded:
             self.normaliser = side.sum_of("positive_total").clamp(min=least)
         else:
-            self.positive = torch.where(positive > -torch.inf, positive, torch.inf)
+            self.positive, self.normaliser = _shift_and_total(side, "positive_top", "positive_total")
+        if self.excess is not None:
+            # Without positives it is 0 whatever the logits are; 0 / 0 below would say otherwise to a scaled loss.
+            self.excess = torch.where(side.sum_of("positives") > 0, self.excess, 0.0)
         if g_excess is not None and not self.setting.inside:
             self.unit = 1.0 / side.sum_of("positives" if target.binary else "mass").clamp(min=least)
         elif g_excess is not None and self.setting.bounded:
             self.unit = side.sum_of("weighted").clamp(min=least)
-        elif g_excess is not None and excess is not None:
-            mean = positive - excess
-            self.unit = torch.where(mean > -torch.inf, mean, torch.inf)
+        elif g_excess is not None:
+            self.drawn, self.unit = _shift_and_total(side, "weighted_top", "weighted")
 
     @property
     def is_plain(self) -> bool:
@@ -99,6 +101,8 @@ class Slopes:
             torch.div(taken.powers(axis), patch.spread(self.normaliser[at], axis), out=share)
         else:
             torch.sub(taken.own(axis), patch.spread(self.positive[at], axis), out=share).exp_()
+            if not target.single:
+                share.div_(patch.spread(self.normaliser[at], axis))
         values = torch.mul(share, patch.spread(self.own[at], axis), out=taken.room(f"slopes {axis}"))
         if self.own_linear is not None:
             values += share * taken.finite() * patch.spread(self.own_linear[at], axis)
@@ -112,10 +116,16 @@ class Slopes:
                 patch.spread(self.unit[at], axis)
             )
         else:
-            torch.sub(taken.own(axis), patch.spread(self.unit[at], axis), out=due).exp_().mul_(
-                taken.weights(axis)
-            )
+            torch.sub(taken.own(axis), patch.spread(self.drawn[at], axis), out=due).exp_()
+            due.mul_(taken.weights(axis)).div_(patch.spread(self.unit[at], axis))
         return values.add_(share.sub_(due).mul_(patch.spread(self.excess[at], axis)))
+
+
+def _shift_and_total(side: Side, top: str, total: str) -> tuple[Tensor, Tensor]:
+    """A log-sum in two parts: joined, its rounding would drown the difference of two shares that are nearly 1."""
+    highest = side._at(top, slice(0, side.n), -torch.inf)
+    totals = side.sum_of(total)
+    return torch.where(is_shown(highest), highest, torch.inf), totals.clamp(min=tiny(totals))
 
 
 def tile_slopes(tile: Tile, views: list[tuple[Slopes, slice, int]], space: Workspace) -> Float[Tensor, "r c"]:

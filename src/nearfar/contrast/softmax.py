@@ -146,6 +146,8 @@ def softmax_loss(
     if target.shape != (n, len(keys)):
         raise NearfarError(f"the target is for {target.shape} pairs, but there are {(n, len(keys))}")
     mask = None if mask is None else checked_mask(mask, *target.shape)
+    if rows is not None and not isinstance(rows, slice):
+        raise NearfarError(f"rows is a {type(rows).__name__}; a slice is needed, such as slice(0, 16)")
     sums, queries, valid = _sums(
         a, b, scale, target, both, mask, rows, without_self=without_self, inside=inside, unit=unit, tile=tile
     )

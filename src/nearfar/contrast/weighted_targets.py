@@ -35,7 +35,8 @@ class LabelOverlap:
         if labels.ndim != 2:
             raise NearfarError(f"labels are {tuple(labels.shape)}; a matrix (rows, labels) is needed")
         self.shape = (len(labels), len(labels))
-        self._rows, self._jaccard, self._offset = labels.to(torch.float32), jaccard, offset
+        dtype = labels.dtype if labels.dtype.is_floating_point else torch.float32
+        self._rows, self._jaccard, self._offset = labels.to(dtype), jaccard, offset
         self._sizes = self._rows.sum(1)
         self.symmetric = True
 
@@ -96,7 +97,7 @@ class SparseWeights:
         # One pass scores both directions, so that an entry of one of them stands in the list of both.
         row = torch.arange(n, device=index.device).unsqueeze(1).expand_as(index)
         there = (index >= 0) & (weight > 0)
-        row, column, value = row[there], index[there].long(), weight[there].detach().to(torch.float32)
+        row, column, value = row[there], index[there].long(), weight[there].detach()
         # With more keys than queries, or fewer, some point back to nobody.
         backward = (column < n) & (row < m)
         positions = torch.cat([row * m + column, (column * m + row)[backward]])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple, SupportsFloat
 
 import torch
 from torch import Tensor
@@ -11,7 +11,16 @@ from torch import Tensor
 from nearfar.contrast import Extra, Mask, checked_mask, computing_dtype, embeddings
 from nearfar.errors import NearfarError
 
-__all__ = ["Negatives", "Ready", "check_temperature", "extras_of", "ready", "scale_of"]
+__all__ = [
+    "Negatives",
+    "Ready",
+    "check_temperature",
+    "check_tensors",
+    "extras_of",
+    "number",
+    "ready",
+    "scale_of",
+]
 
 #: further negatives: rows for the first direction, or a pair of rows for both
 Negatives = Tensor | tuple[Tensor | None, Tensor | None]
@@ -29,6 +38,7 @@ def ready(
     a: Tensor, b: Tensor | None, scale: float | Tensor, normalize: bool, names: tuple[str, str] = ("a", "b")
 ) -> Ready:
     """Check and prepare embeddings; without ``b`` the first stands for both."""
+    check_tensors(**{names[0]: a} if b is None else {names[0]: a, names[1]: b})
     dtype = computing_dtype(a) if b is None else computing_dtype(a, b)
     first = embeddings(a, names[0], normalize, dtype)
     second = first if b is None else embeddings(b, names[1], normalize, dtype)
@@ -42,6 +52,15 @@ def ready(
     return Ready(first, second, scale_of(scale, first))
 
 
+def check_tensors(**values: Any) -> None:
+    """``NearfarError`` unless all of these are tensors."""
+    for name, value in values.items():
+        if not isinstance(value, Tensor):
+            raise NearfarError(
+                f"{name} is a {type(value).__name__}; pass a tensor, such as torch.as_tensor({name})"
+            )
+
+
 def scale_of(scale: float | Tensor, like: Tensor) -> Tensor:
     """A scale as a 0-d tensor beside the embeddings; its gradient goes through."""
     if isinstance(scale, Tensor):
@@ -50,7 +69,7 @@ def scale_of(scale: float | Tensor, like: Tensor) -> Tensor:
         value = scale.detach().item() if scale.device.type == "cpu" else 1.0
         scale = scale.reshape(()).to(like)
     else:
-        value = float(scale)
+        value = any_number("scale", scale)
         # On the CPU, wherever the embeddings are: what depends on its size is then known without waiting for a device.
         scale = torch.tensor(value, dtype=like.dtype)
     if not (value > 0 and math.isfinite(value)):
@@ -61,11 +80,35 @@ def scale_of(scale: float | Tensor, like: Tensor) -> Tensor:
     return scale
 
 
+def number(name: str, value: Any, least: float | None = None) -> float:
+    """A finite number, ``least`` or more where that is given; ``NearfarError`` for anything else."""
+    value = any_number(name, value)
+    if not math.isfinite(value) or (least is not None and value < least):
+        bound = "" if least is None else f", {least} or more,"
+        raise NearfarError(f"{name} is {value}; a finite number{bound} is needed")
+    return value
+
+
+def any_number(name: str, value: Any) -> float:
+    """A number, infinite ones and NaN too; ``NearfarError`` for anything else, text above all."""
+    if isinstance(value, Tensor) and value.numel() == 1 and not value.requires_grad:
+        value = value.item()
+    if isinstance(value, (bool, str, Tensor)) or not isinstance(value, SupportsFloat):
+        raise NearfarError(f"{name} is {value!r}; a number is needed")
+    return float(value)
+
+
 def check_temperature(temperature: float) -> float:
-    """The temperature as a number; ``NearfarError`` unless it is above 0."""
-    if not (temperature > 0 and math.isfinite(temperature)):
-        raise NearfarError(f"temperature is {temperature}, but it must be above 0; 0.05 to 0.1 is usual")
-    return float(temperature)
+    """The temperature as a number; ``NearfarError`` unless it is above 0 and no weight that learns."""
+    if isinstance(temperature, Tensor) and temperature.requires_grad:
+        raise NearfarError(
+            "temperature is a tensor that learns, and a loss has no weights: give the model a log scale and pass its "
+            "exponential as scale= (InfoNCELoss) or logit_scale (ClipLoss)"
+        )
+    value = number("temperature", temperature)
+    if not value > 0:
+        raise NearfarError(f"temperature is {value}, but it must be above 0; 0.05 to 0.1 is usual")
+    return value
 
 
 def extras_of(
@@ -77,9 +120,15 @@ def extras_of(
 ) -> list[Extra | None]:
     """Further negatives of each direction, prepared like the embeddings."""
     if negatives is None:
+        if masks is not None:
+            raise NearfarError("negatives_mask leaves out further negatives, but negatives were not given")
         return []
-    rows = negatives if isinstance(negatives, tuple) else (negatives, None)
-    left_out = masks if isinstance(masks, tuple) else (masks, None)
+    rows = _pair("negatives", negatives)
+    if masks is not None and not isinstance(masks, (tuple, list)) and None not in rows:
+        raise NearfarError(
+            "two sets of further negatives were given and one negatives_mask; pass a pair of masks, None for none"
+        )
+    left_out = _pair("negatives_mask", masks)
     if rows[1] is not None and not both:
         raise NearfarError(
             "two sets of further negatives were given, but symmetric=False has one direction only"
@@ -87,8 +136,11 @@ def extras_of(
     extras: list[Extra | None] = []
     for keys, mask in zip(rows, left_out, strict=True):
         if keys is None:
+            if mask is not None:
+                raise NearfarError("negatives_mask has a mask where negatives has None")
             extras.append(None)
             continue
+        check_tensors(negatives=keys)
         flat = keys.reshape(-1, keys.shape[-1]) if keys.ndim == 3 else keys
         flat = embeddings(flat, "negatives", normalize, ready.a.dtype)
         if flat.shape[1] != ready.a.shape[1] or (keys.ndim == 3 and len(keys) != len(ready.a)):
@@ -99,3 +151,11 @@ def extras_of(
         checked = None if mask is None else checked_mask(mask, len(ready.a), keys.shape[-2])
         extras.append(Extra(flat.reshape(keys.shape), checked))
     return extras
+
+
+def _pair(name: str, value: Any) -> tuple[Any, Any]:
+    if not isinstance(value, (tuple, list)):
+        return value, None
+    if len(value) != 2:
+        raise NearfarError(f"{name} has {len(value)} parts; one, or a pair for both directions, is needed")
+    return value[0], value[1]

@@ -7,7 +7,15 @@ from torch import Tensor
 
 from nearfar.contrast import Mask, OwnPair, Step, checked_mask, few_pairs, softmax_loss, uncompiled
 from nearfar.errors import NearfarError
-from nearfar.functional._arguments import Negatives, check_temperature, extras_of, ready
+from nearfar.functional._arguments import (
+    Negatives,
+    any_number,
+    check_temperature,
+    check_tensors,
+    extras_of,
+    number,
+    ready,
+)
 
 __all__ = ["clip", "info_nce", "info_nce_step"]
 
@@ -69,10 +77,15 @@ def info_nce_step(
     tile: tuple[int, int] | None = None,
 ) -> tuple[Float[Tensor, ""], Step]:
     """``info_nce``, and what its record is made of."""
-    scale = 1.0 / check_temperature(temperature) if scale is None else scale
+    if scale is None:
+        scale = 1.0 / check_temperature(temperature)
+    elif not isinstance(scale, Tensor):
+        scale = any_number("scale", scale)
+    check_tensors(a=a, b=b)
     n, m = len(a), len(b)
     if (
         negatives is None
+        and negatives_mask is None
         and rows is None
         and tile is None
         and a.ndim == b.ndim == 2
@@ -127,6 +140,10 @@ def clamp_scale(scale: float | Tensor, max_scale: float | None) -> float | Tenso
     """The scale, at most ``max_scale``; its gradient is that of the clamp."""
     if max_scale is None:
         return scale
-    if not max_scale > 0:
+    if not number("max_scale", max_scale) > 0:
         raise NearfarError(f"max_scale is {max_scale}, but it must be above 0; CLIP's is 100")
-    return scale.clamp(max=max_scale) if isinstance(scale, Tensor) else min(float(scale), max_scale)
+    if not isinstance(scale, Tensor):
+        return min(number("scale", scale), max_scale)
+    if scale.device.type == "cpu" and not bool(scale.detach().isfinite().all()):
+        return scale  # refused where every scale is looked at: a clamp would hide it
+    return scale.clamp(max=max_scale)

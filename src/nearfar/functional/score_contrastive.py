@@ -10,12 +10,13 @@ from torch import Tensor
 
 from nearfar.contrast import Columns, Step, softmax_loss, uncompiled
 from nearfar.errors import NearfarError
-from nearfar.functional._arguments import check_temperature, ready
+from nearfar.functional._arguments import check_temperature, check_tensors, number, ready
 
 __all__ = [
     "ScoreSplit",
     "adaptive_score_contrastive",
     "bidirectional_score_contrastive",
+    "check_split_options",
     "score_contrastive_step",
     "split_scores",
 ]
@@ -51,12 +52,8 @@ def split_scores(
     >>> split_scores(torch.tensor([0.9, 0.95, 0.99, 0.97]), threshold=0.5).anchors.tolist()
     []
     """
+    check_split_options(top_k_percent, bottom_k_percent, min_samples, threshold)
     n = len(scores)
-    for share, name in ((top_k_percent, "top_k_percent"), (bottom_k_percent, "bottom_k_percent")):
-        if not 0 < share <= 1:
-            raise NearfarError(f"{name} is {share}, but it is a share of the batch: above 0, at most 1")
-    if min_samples < 1:
-        raise NearfarError(f"min_samples is {min_samples}, but it must be 1 or more")
     order = torch.sort(scores.detach(), stable=True).indices
     if threshold is not None:
         high = int((scores > threshold).sum())
@@ -69,6 +66,19 @@ def split_scores(
     if n < 2 * min_samples or min(high, low) < min_samples:
         return ScoreSplit(order[:0], order[:0], order)
     return ScoreSplit(order[:low], order[n - high :], order[low : n - high])
+
+
+def check_split_options(
+    top_k_percent: float, bottom_k_percent: float, min_samples: int, threshold: float | None
+) -> None:
+    """``NearfarError`` for options that cannot be."""
+    for share, name in ((top_k_percent, "top_k_percent"), (bottom_k_percent, "bottom_k_percent")):
+        if not 0 < number(name, share) <= 1:
+            raise NearfarError(f"{name} is {share}, but it is a share of the batch: above 0, at most 1")
+    if number("min_samples", min_samples) < 1:
+        raise NearfarError(f"min_samples is {min_samples}, but it must be 1 or more")
+    if threshold is not None:
+        number("threshold", threshold)
 
 
 def adaptive_score_contrastive(
@@ -152,6 +162,9 @@ def score_contrastive_step(
     if middle not in ("ignore", "negatives"):
         raise NearfarError(f"middle is {middle!r}; it is 'ignore' or 'negatives'")
     first, _, scale = ready(z, None, 1.0 / check_temperature(temperature), normalize, ("z", "z"))
+    check_tensors(scores=scores)
+    for name, weight in zip(("anchor_weight", "positive_weight"), weights, strict=True):
+        number(name, weight, least=0)
     if scores.shape != (len(z),):
         raise NearfarError(f"scores are {tuple(scores.shape)} for {len(z)} rows of z; one for each is needed")
     if scores.device.type == "cpu" and not bool(scores.detach().isfinite().all()):

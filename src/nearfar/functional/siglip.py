@@ -69,6 +69,8 @@ def siglip_step(
     if bias.numel() != 1 or (bias.device.type == "cpu" and not bias.detach().isfinite().all()):
         raise NearfarError(f"logit_bias is {logit_bias}; one finite number is needed, they start at -10")
     bias = bias.reshape(())
+    if rows is not None and not isinstance(rows, slice):
+        raise NearfarError(f"rows is a {type(rows).__name__}; a slice is needed, such as slice(0, 16)")
     part = slice(0, n) if rows is None else slice(*rows.indices(n))
     if part.step not in (None, 1) or part.start >= part.stop:
         raise NearfarError(f"rows is {part}; at least one row, without steps, is needed")

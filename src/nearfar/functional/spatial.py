@@ -19,7 +19,7 @@ from nearfar.contrast import (
     uncompiled,
 )
 from nearfar.errors import NearfarError
-from nearfar.functional._arguments import ready
+from nearfar.functional._arguments import check_tensors, number, ready
 from nearfar.functional.info_nce import clamp_scale
 
 __all__ = ["spatial", "spatial_step"]
@@ -82,12 +82,13 @@ def spatial_step(
     tile: tuple[int, int] | None = None,
 ) -> tuple[Float[Tensor, ""], Step, Tensor]:
     """``spatial``, what its record is made of, and the share of rows that have a neighbour in the batch."""
+    check_spatial_options(neighbor_alpha_scale, temp_reg_weight, neighbors)
     a, b, scale = ready(image, text, clamp_scale(logit_scale, max_scale), normalize, ("image", "text"))
     n = len(a)
     if len(b) != n:
         raise NearfarError(f"image has {n} rows and text {len(b)}; row i of both is the same spot")
-    index, alpha = _check(neighbor_index, neighbor_alpha, neighbor_alpha_scale, n)
-    index, alpha = index.to(a.device), alpha.to(a.device, torch.float32)
+    index, alpha = _check(neighbor_index, neighbor_alpha, n)
+    index, alpha = index.to(a.device), alpha.to(a)
     reached = ((index >= 0) & (alpha > 0)).any(1).to(a.dtype).mean() if index.shape[1] else a.new_zeros(())
     target: Target = OwnPair(n)
     mask = None
@@ -102,8 +103,6 @@ def spatial_step(
         )
     elif neighbors == "mask":
         mask = IndexMask(torch.where(alpha > 0, index, -1))
-    elif neighbors != "none":
-        raise NearfarError(f"neighbors is {neighbors!r}; it is 'soft', 'positive', 'mask' or 'none'")
     if temp_reg_weight == 0:
         options: dict[str, Any] = {"both": True, "mask": mask, "unit": normalize, "rows": rows, "tile": tile}
         return *softmax_loss(a, b, scale, target, **options), reached
@@ -122,21 +121,29 @@ def spatial_step(
     return loss, Step.of(loss, losses, sums, scale, False), reached
 
 
-def _check(index: Tensor, alpha: Tensor, factor: float, n: int) -> tuple[Tensor, Tensor]:
+def check_spatial_options(neighbor_alpha_scale: float, temp_reg_weight: float, neighbors: str) -> None:
+    """``NearfarError`` for options that cannot be."""
+    number("neighbor_alpha_scale", neighbor_alpha_scale, least=0)
+    number("temp_reg_weight", temp_reg_weight, least=0)
+    if neighbors not in ("soft", "positive", "mask", "none"):
+        raise NearfarError(f"neighbors is {neighbors!r}; it is 'soft', 'positive', 'mask' or 'none'")
+
+
+def _check(index: Tensor, alpha: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    check_tensors(neighbor_index=index, neighbor_alpha=alpha)
     if index.ndim != 2 or len(index) != n or alpha.shape != index.shape:
         raise NearfarError(
             f"neighbor_index is {tuple(index.shape)} and neighbor_alpha {tuple(alpha.shape)}; both are ({n}, k): for "
             "each row of the batch the positions of its neighbours in the batch, -1 for none, and their weights"
         )
-    if index.dtype.is_floating_point:
+    if index.dtype.is_floating_point or index.dtype == torch.bool:
         raise NearfarError(f"neighbor_index is {index.dtype}; positions in the batch are whole numbers")
-    if not factor >= 0:
-        raise NearfarError(f"neighbor_alpha_scale is {factor}, but it must be 0 or more")
     if index.device.type == "cpu" and index.numel():
-        if int(index.max()) >= n:
+        low, high = (int(end) for end in torch.aminmax(index))
+        if high >= n or low < -1:
             raise NearfarError(
-                f"neighbor_index holds {int(index.max())}, but the batch has {n} rows: it takes positions in the "
-                "batch, not in the data set"
+                f"neighbor_index holds {high if high >= n else low}, but the batch has {n} rows: it takes positions in "
+                "the batch, not in the data set, and -1 for none"
             )
         if not bool(((alpha >= 0) & alpha.isfinite()).all()):
             raise NearfarError(

@@ -11,9 +11,9 @@ from torch import Tensor
 from nearfar.contrast import LabelOverlap, Mask, SameClass, Step, softmax_loss, uncompiled
 from nearfar.contrast.tiles import KEPT
 from nearfar.errors import NearfarError
-from nearfar.functional._arguments import check_temperature, ready
+from nearfar.functional._arguments import check_temperature, check_tensors, ready
 
-__all__ = ["multi_label_supcon", "multi_label_supcon_step", "supcon", "supcon_step"]
+__all__ = ["inside_of", "multi_label_supcon", "multi_label_supcon_step", "supcon", "supcon_step"]
 
 
 def supcon(
@@ -71,13 +71,15 @@ def supcon_step(
 ) -> tuple[Float[Tensor, ""], Step]:
     """``supcon``, and what its record is made of."""
     options: dict[str, Any] = {
-        "inside": _inside(sum),
+        "inside": inside_of(sum),
         "unit": normalize,
         "mask": mask,
         "rows": rows,
         "tile": tile,
     }
     first, second, scale = ready(z, other, 1.0 / check_temperature(temperature), normalize, ("z", "other"))
+    if memory is None and memory_labels is not None:
+        raise NearfarError("memory_labels were given without memory, the rows that they belong to")
     _check_labels(labels, len(z), "labels", "z")
     labels = labels.to(z.device)
     if memory is not None:
@@ -122,10 +124,10 @@ def multi_label_supcon(
     counts for nothing; the sum stands outside the logarithm, with Q_ij = W_ij / Σ_j W_ij. (As SupCon for multi-label
     rows, after Małkiński and Mańdziuk 2022, "Multi-Label Contrastive Learning for Abstract Visual Reasoning".)
 
-    ``weights="legacy"``: ``labels`` are codes, one per aspect, and ``neutral`` is the code that also stands for absent
-    aspects; W_ij = Σ_a match_a (1 + neither is neutral) / (2 A) + 0.1, and the loss is -log(Σ_j W_ij exp(s_ij) / Σ_j
-    exp(s_ij)), the sum inside. Agreement about nothing counts as agreement there: a collapsed encoder scores
-    -ln(mean W), already near the floor -ln(max W). Prefer Jaccard.
+    ``weights="legacy"``: ``labels`` are codes, one per aspect; ``neutral`` (0) is the code that also stands for absent
+    aspects, every other one a polarity. W_ij = Σ_a match_a (1 + neither is neutral) / (2 A) + 0.1, and the loss is
+    -log(Σ_j W_ij exp(s_ij) / Σ_j exp(s_ij)), the sum inside. Agreement about nothing counts as agreement there: a
+    collapsed encoder scores -ln(mean W), already near the floor -ln(max W). Prefer Jaccard.
 
     ``sum`` overrides where the sum stands. Rows that share nothing with another row are left out and counted. Floor
     for a sum outside: the entropy of Q.
@@ -151,19 +153,22 @@ def multi_label_supcon_step(
 ) -> tuple[Float[Tensor, ""], Step]:
     """``multi_label_supcon``, and what its record is made of."""
     first, _, scale = ready(z, None, 1.0 / check_temperature(temperature), normalize, ("z", "z"))
+    check_tensors(labels=labels)
     if labels.ndim != 2 or len(labels) != len(z):
         raise NearfarError(
             f"labels are {tuple(labels.shape)} for {len(z)} rows of z; one row of labels for each is needed"
         )
+    if labels.shape[1] == 0:
+        raise NearfarError("labels have no column; at least one label or aspect is needed")
     labels = labels.to(z.device)
     if weights == "jaccard":
         if z.device.type == "cpu" and not bool(((labels == 0) | (labels == 1)).all()):
             raise NearfarError(
                 "labels for weights='jaccard' are multi-hot, 0 or 1; codes of polarities are for weights='legacy'"
             )
-        target, inside = LabelOverlap(labels), _inside(sum or "outside")
+        target, inside = LabelOverlap(labels.to(first.dtype)), inside_of(sum or "outside")
     elif weights == "legacy":
-        target, inside = _legacy(labels, neutral), _inside(sum or "inside")
+        target, inside = _legacy(labels, neutral, first.dtype), inside_of(sum or "inside")
     else:
         raise NearfarError(f"weights is {weights!r}; it is 'jaccard' or 'legacy'")
     return softmax_loss(
@@ -171,23 +176,24 @@ def multi_label_supcon_step(
     )
 
 
-def _legacy(codes: Tensor, neutral: int) -> LabelOverlap:
+def _legacy(codes: Tensor, neutral: int, dtype: torch.dtype) -> LabelOverlap:
     """Matches are dot products of one-hot codes; those that are not neutral count twice."""
     if codes.dtype.is_floating_point and bool((codes != codes.round()).any()):
         raise NearfarError("labels for weights='legacy' are codes, one whole number for each aspect")
     kinds, where = torch.unique(codes, return_inverse=True)
-    hot = torch.nn.functional.one_hot(where, len(kinds)).flatten(1).to(torch.float32)
-    twice = (kinds != neutral).to(torch.float32).repeat(codes.shape[1])
+    hot = torch.nn.functional.one_hot(where, len(kinds)).flatten(1).to(dtype)
+    twice = (kinds != neutral).to(dtype).repeat(codes.shape[1])
     return LabelOverlap(hot * ((1 + twice) / (2 * codes.shape[1])).sqrt(), jaccard=False, offset=0.1)
 
 
-def _inside(sum: str) -> bool:
+def inside_of(sum: str) -> bool:
     if sum not in ("outside", "inside"):
         raise NearfarError(f"sum is {sum!r}; it stands 'outside' or 'inside' the logarithm")
     return sum == "inside"
 
 
 def _check_labels(labels: Tensor, n: int, name: str, of: str) -> None:
+    check_tensors(**{name: labels})
     if labels.shape != (n,):
         raise NearfarError(
             f"{name} are {tuple(labels.shape)} for {n} rows of {of}; one label for each row is needed"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from nearfar.contrast import Step
@@ -23,6 +25,10 @@ class ContrastiveLoss(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self._step: Step | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self._step = None  # a call that fails leaves no record, least of all that of the call before
+        return super().__call__(*args, **kwargs)
 
     @property
     def record(self) -> Record | None:

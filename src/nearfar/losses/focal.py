@@ -20,8 +20,8 @@ class FocalRecord:
     """What a focal loss saw in its last call.
 
     ``labels``: how many counted. ``labels_left_out``: equal to ``ignore_index``. ``aspects_left_out``: aspects without
-    a label. ``p_true``: mean probability of the true class. ``hardest_share``: share of the gradient on the logits that
-    comes from the tenth of the labels with the lowest probability (0.1: spread evenly; 1: all of it).
+    a label. ``p_true``: mean probability of the true class. ``hardest_share``: share of the gradient on the logits
+    that comes from the tenth of the labels with the lowest probability (0.1: spread evenly; 1: all of it).
     ``uniform_level``: the loss of guessing, all classes alike. ``floor``: the least the loss can be, 0. ``finite``:
     false where the loss is infinite or not a number.
 

@@ -22,9 +22,9 @@ __all__ = ["GradientShares", "Objective", "ObjectiveRecord"]
 class GradientShares:
     """What each term's gradient contributes on some tensors, g_k being that of the unweighted term.
 
-    ``shares``: ‖w_k g_k‖ / Σ_j ‖w_j g_j‖, by name; all 0 where no term has a gradient. ``cosines``: between w_j g_j and
-    w_k g_k, for pairs of terms that both have one: −1 is a tug of war, 0 is no concern of each other. ``connected``:
-    whether the tensors take part in the term at all, for the terms whose weight is not 0.
+    ``shares``: ‖w_k g_k‖ / Σ_j ‖w_j g_j‖, by name; all 0 where no term has a gradient. ``cosines``: between w_j g_j
+    and w_k g_k, for pairs of terms that both have one: −1 is a tug of war, 0 is no concern of each other.
+    ``connected``: whether the tensors take part in the term at all, for the terms whose weight is not 0.
     """
 
     shares: dict[str, float]

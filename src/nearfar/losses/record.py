@@ -15,7 +15,8 @@ class Record:
 
     ``candidates``: rows each query chose from, its positives included. ``positives_per_row``, ``positives_min``, and
     ``rows_without_positives``, which are left out of the loss. ``p_positive``: mean of exp(-loss), the probability
-    given to the positive; of several, their geometric mean (sum outside the logarithm) or all of it (sum inside).
+    given to the positive; of several, their geometric mean (sum outside the logarithm) or all of it (sum inside; of
+    weighted ones, the mean weight of what is drawn).
     ``hardest_share``: how much of the push away from negatives goes to the hardest one (1: all of it; 1 / number of
     negatives: spread evenly; 0 where there is no negative). ``uniform_level``: the loss of guessing, when all
     candidates score alike. ``floor``: the least the loss can reach. ``scale``: 1 / temperature, as it was used.

@@ -6,8 +6,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nearfar.errors import NearfarError
-from nearfar.functional._arguments import check_temperature
-from nearfar.functional.score_contrastive import Middle, ScoreSplit, score_contrastive_step
+from nearfar.functional._arguments import check_temperature, number
+from nearfar.functional.score_contrastive import (
+    Middle,
+    ScoreSplit,
+    check_split_options,
+    score_contrastive_step,
+)
 from nearfar.losses.base import ContrastiveLoss
 from nearfar.losses.record import Record
 
@@ -55,11 +60,13 @@ class AdaptiveScoreContrastiveLoss(ContrastiveLoss):
         self.temperature = check_temperature(temperature)
         if middle not in ("ignore", "negatives"):
             raise NearfarError(f"middle is {middle!r}; it is 'ignore' or 'negatives'")
+        check_split_options(top_k_percent, bottom_k_percent, min_samples, threshold)
         self.options = (top_k_percent, bottom_k_percent, min_samples, threshold)
         self.middle, self.detach_positives, self.normalize = middle, detach_positives, normalize
         self._split: tuple[ScoreSplit, Tensor] | None = None
 
     def forward(self, z: Float[Tensor, "n d"], scores: Float[Tensor, " n"]) -> Float[Tensor, ""]:
+        self._split = None
         loss, self._step, split = score_contrastive_step(
             z, scores, self.options, self.temperature, self.middle, self.detach_positives, self.normalize,
             self._weights
@@ -134,7 +141,10 @@ class BidirectionalScoreContrastiveLoss(AdaptiveScoreContrastiveLoss):
             threshold,
             normalize,
         )
-        self._weights = (anchor_weight, positive_weight)
+        self._weights = (
+            number("anchor_weight", anchor_weight, 0),
+            number("positive_weight", positive_weight, 0),
+        )
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, anchor_weight={self._weights[0]}, positive_weight={self._weights[1]}"

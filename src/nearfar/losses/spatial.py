@@ -6,7 +6,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nearfar.functional.info_nce import clamp_scale
-from nearfar.functional.spatial import Neighbors, spatial_step
+from nearfar.functional.spatial import Neighbors, check_spatial_options, spatial_step
 from nearfar.losses.base import ContrastiveLoss
 from nearfar.losses.info_nce import at_clamp
 
@@ -42,6 +42,7 @@ class SpatialLoss(ContrastiveLoss):
     ) -> None:
         super().__init__()
         clamp_scale(1.0, max_scale)
+        check_spatial_options(neighbor_alpha_scale, temp_reg_weight, neighbors)
         self.neighbor_alpha_scale, self.temp_reg_weight = neighbor_alpha_scale, temp_reg_weight
         self.neighbors, self.max_scale, self.normalize = neighbors, max_scale, normalize
         self._reached: Tensor | None = None

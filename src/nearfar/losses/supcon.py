@@ -10,7 +10,7 @@ from torch import Tensor
 from nearfar.contrast import Mask
 from nearfar.errors import NearfarError
 from nearfar.functional._arguments import check_temperature
-from nearfar.functional.supcon import multi_label_supcon_step, supcon_step
+from nearfar.functional.supcon import inside_of, multi_label_supcon_step, supcon_step
 from nearfar.losses.base import ContrastiveLoss
 
 __all__ = ["MultiLabelSupConLoss", "SupConLoss"]
@@ -43,8 +43,7 @@ class SupConLoss(ContrastiveLoss):
     ) -> None:
         super().__init__()
         self.temperature = check_temperature(temperature)
-        if sum not in ("outside", "inside"):
-            raise NearfarError(f"sum is {sum!r}; it stands 'outside' or 'inside' the logarithm")
+        inside_of(sum)
         self.sum = sum
         self.normalize = normalize
         self.own_pair = own_pair
@@ -98,6 +97,8 @@ class MultiLabelSupConLoss(ContrastiveLoss):
         self.temperature = check_temperature(temperature)
         if weights not in ("jaccard", "legacy"):
             raise NearfarError(f"weights is {weights!r}; it is 'jaccard' or 'legacy'")
+        if sum is not None:
+            inside_of(sum)
         self.weights, self.sum, self.neutral, self.normalize = weights, sum, neutral, normalize
 
     def forward(
@@ -112,4 +113,4 @@ class MultiLabelSupConLoss(ContrastiveLoss):
         return loss
 
     def extra_repr(self) -> str:
-        return f"temperature={self.temperature}, weights={self.weights!r}, sum={self.sum!r}"
+        return f"temperature={self.temperature}, weights={self.weights!r}, sum={self.sum!r}, neutral={self.neutral}"

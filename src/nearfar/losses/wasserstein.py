@@ -18,10 +18,10 @@ __all__ = ["WassersteinGapLoss", "WassersteinRecord"]
 class WassersteinRecord:
     """What a ``WassersteinGapLoss`` saw in its last call.
 
-    ``gap``: the value. ``reverse_gap``: the same the other way round; gap − reverse_gap is the difference of the means,
-    and their sum the 1-Wasserstein distance. ``lower_scores``, ``upper_scores``: scores of the batch; ``lower_queued``,
-    ``upper_queued``: earlier ones that joined them. ``groups_missing``: groups (0, 1 or 2) without a score in the
-    batch. ``floor``: the least the loss can be, 0.
+    ``gap``: the value. ``reverse_gap``: the same the other way round; gap − reverse_gap is the difference of the
+    means, and their sum the 1-Wasserstein distance. ``lower_scores``, ``upper_scores``: scores of the batch;
+    ``lower_queued``, ``upper_queued``: earlier ones that joined them. ``groups_missing``: groups (0, 1 or 2) without
+    a score in the batch. ``floor``: the least the loss can be, 0.
     """
 
     gap: float
@@ -41,9 +41,10 @@ class WassersteinRecord:
 class WassersteinGapLoss(nn.Module):
     """Raise the lower group's scores to the upper group's, quantile by quantile, and never the other way round.
 
-    ``form``: "exact" integral of the two step functions, or "interpolated", see ``nearfar.functional.wasserstein_gap``.
-    ``detach_upper=True`` moves the lower group alone. Called with two vectors of scores it returns a 0-d tensor;
-    ``record`` holds the ``WassersteinRecord`` of that call (None before the first).
+    ``form``: "exact" integral of the two step functions, or "interpolated", see
+    ``nearfar.functional.wasserstein_gap``. ``detach_upper=True`` moves the lower group alone. Called with two vectors
+    of scores it returns a 0-d tensor; ``record`` holds the ``WassersteinRecord`` of that call (None before the
+    first).
 
     A few scores of one distribution never have the same quantiles as a few others, so that the gap of equal groups is
     far above 0. With ``queue_size`` (256 is usual) up to that many earlier scores of each group, detached, join the

@@ -20,6 +20,8 @@ __all__ = ["join_arguments", "nothing"]
 FURTHER = ("negatives", "memory")
 #: arguments about pairs of the whole batch: nothing that could be gathered
 MASKS = ("mask", "negatives_mask")
+#: arguments that are one number, in whatever shape
+NUMBERS = ("scale", "logit_scale", "logit_bias")
 
 
 def join_arguments(
@@ -46,7 +48,7 @@ def join_arguments(
     rows = {
         key: tensor
         for name, value in arguments.items()
-        if name not in shared and name not in MASKS
+        if name not in shared and name not in MASKS and name not in NUMBERS
         for key, tensor in _parts(name, value)
         if tensor.ndim
     }

@@ -66,9 +66,21 @@ def ring_loss(loss: nn.Module, arguments: Mapping[str, Any]) -> Float[Tensor, ""
             f"rows of a per rank are {counts['a']}, of b {counts['b']}; row i of both belong together"
         )
     dtype, total = computing_dtype(a, b), sum(counts["a"])
-    a, b = (embeddings(x, name, loss.normalize, dtype) for x, name in ((a, "a"), (b, "b")))
-    scale = scale_of(scale, a)
-    *rests, positive, hardest = ring_sums(a, b, scale, counts["a"], both)
+    device, problem = a.device, None
+    factor = torch.ones((), dtype=dtype)
+    try:
+        a, b = (embeddings(x, name, loss.normalize, dtype) for x, name in ((a, "a"), (b, "b")))
+        factor = scale_of(scale, a)
+    except NearfarError as error:
+        problem = error
+    # A rank that stops alone would leave the others waiting for its block.
+    failed = torch.tensor(float(problem is not None), device=device)
+    dist.all_reduce(failed)
+    if problem is not None:
+        raise problem
+    if failed:
+        raise NearfarError(f"{int(failed)} other rank(s) cannot take this step; their own message says why")
+    *rests, positive, hardest = ring_sums(a, b, factor, counts["a"], both)
     rests = rests if both else rests[:1]
     losses = [torch.nn.functional.softplus(rest - positive, threshold=50.0) for rest in rests]
     value = whole_value(torch.stack([each.sum() for each in losses]).sum() / (total * len(losses)))
@@ -78,7 +90,7 @@ def ring_loss(loss: nn.Module, arguments: Mapping[str, Any]) -> Float[Tensor, ""
             Direction(each.detach(), rest.detach(), Statistics(most, float(total), 1.0, 1.0, 0.0))
             for each, rest, most in zip(losses, rests, hardest, strict=False)
         ],
-        scale.detach(),
+        factor.detach(),
     )
     return value
 
