@@ -107,3 +107,15 @@ def test_weighted_targets_keep_double_precision():
     assert MultiLabelSupConLoss(weights="legacy")(z, labels).item() == pytest.approx(
         (total / 6).item(), rel=1e-13
     )
+
+
+def test_a_scale_at_its_clamp_keeps_its_gradient():
+    """open_clip holds the log scale at ln(100); its exponential is 100.0000076 in float32."""
+    log_scale = torch.tensor(4.605170185988092, requires_grad=True)
+    assert log_scale.exp() > 100
+    ClipLoss(max_scale=100)(Z, Z.roll(1, 0), log_scale.exp()).backward()
+    assert log_scale.grad is not None
+    assert log_scale.grad > 1
+    beyond = torch.tensor(4.7, requires_grad=True)
+    ClipLoss(max_scale=100)(Z, Z.roll(1, 0), beyond.exp()).backward()
+    assert beyond.grad == 0

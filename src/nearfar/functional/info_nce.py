@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -146,4 +147,5 @@ def clamp_scale(scale: float | Tensor, max_scale: float | None) -> float | Tenso
         return min(number("scale", scale), max_scale)
     if scale.device.type == "cpu" and not bool(scale.detach().isfinite().all()):
         return scale  # refused where every scale is looked at: a clamp would hide it
-    return scale.clamp(max=max_scale)
+    # A log scale held at ln(max_scale) comes back a rounding larger, and must not lose its gradient there.
+    return torch.where(scale > max_scale * (1 + 1e-6), max_scale, scale)
