@@ -176,7 +176,7 @@ class MoleculeSystem(EncodingSystem):
             config = self.config
             negatives = (memory.texts.rows(), memory.molecules.rows() if self.loss.symmetric else None)
             both = memory.left_out(batch, config.mask_duplicates, config.false_negative_threshold)
-            left_out = (both, both)
+            left_out = (both, both if self.loss.symmetric else None)
         loss = self.loss(molecules, texts, mask, scale, negatives, left_out)
         age = memory.age()
         memory.push(molecules, texts, batch)
