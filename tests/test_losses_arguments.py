@@ -5,16 +5,21 @@ from __future__ import annotations
 import pytest
 import torch
 
+from nearfar.contrast import OwnPair, softmax_loss
 from nearfar.errors import NearfarError
 from nearfar.losses import (
     AdaptiveScoreContrastiveLoss,
     BidirectionalScoreContrastiveLoss,
     ClipLoss,
+    FocalLoss,
     InfoNCELoss,
     MultiLabelSupConLoss,
+    NoPositivesWarning,
+    Objective,
     SigLipLoss,
     SpatialLoss,
     SupConLoss,
+    WassersteinGapLoss,
 )
 
 Z = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
@@ -74,6 +79,32 @@ def test_a_failed_call_leaves_no_record():
         with pytest.raises(NearfarError, match="not finite"):
             loss(Z * NAN, *more)
         assert loss.record is None
+
+
+def test_failed_terms_leave_no_record_either():
+    good, bad = torch.tensor(1.0), torch.tensor(NAN)
+    focal, gap, objective = FocalLoss(), WassersteinGapLoss(), Objective({"a": 1.0})
+    for module, ok, not_ok in (
+        (focal, (Z, LABELS % 4), (Z * NAN, LABELS % 4)),
+        (gap, (Z[:, 0], Z[:, 1]), (Z[:, 0] * NAN, Z[:, 1])),
+        (objective, ({"a": good},), ({"a": bad},)),
+    ):
+        module(*ok)
+        assert module.record is not None
+        with pytest.raises(NearfarError):
+            module(*not_ok)
+        assert module.record is None
+
+
+def test_parts_of_a_batch_without_positives_say_so_as_the_whole_does():
+    for rows in (None, slice(0, 3)):
+        with pytest.warns(NoPositivesWarning, match="no row of this batch"):
+            assert SupConLoss()(Z, torch.arange(6), rows=rows).item() == 0.0
+
+
+def test_both_directions_need_a_partner_for_each():
+    with pytest.raises(NearfarError, match="each needs its partner"):
+        softmax_loss(Z, torch.cat([Z, QUEUE]), torch.tensor(1.0), OwnPair(6, 11), both=True)
 
 
 def test_each_direction_has_its_own_mask():

@@ -9,7 +9,8 @@ from torch import Tensor
 from nearfar.contrast.patches import HIDDEN, is_shown
 from nearfar.contrast.sums import Side, rest_share, tiny, within
 from nearfar.contrast.taken import Taken
-from nearfar.contrast.tiles import Tile, Workspace
+from nearfar.contrast.tiles import Tile
+from nearfar.contrast.workspace import Workspace
 
 __all__ = ["Slopes", "tile_slopes"]
 
@@ -123,7 +124,7 @@ class Slopes:
 
 def _shift_and_total(side: Side, top: str, total: str) -> tuple[Tensor, Tensor]:
     """A log-sum in two parts: joined, its rounding would drown the difference of two shares that are nearly 1."""
-    highest = side._at(top, slice(0, side.n), -torch.inf)
+    highest = side.top_of(top)
     totals = side.sum_of(total)
     return torch.where(is_shown(highest), highest, torch.inf), totals.clamp(min=tiny(totals))
 

@@ -79,6 +79,11 @@ def log_sums(
     the gradients.
     """
     n, m = len(a), len(a if b is None else b)
+    if both and target.shape[0] != target.shape[1] and target.single:
+        raise NearfarError(
+            f"{target.shape[0]} queries and {target.shape[1]} keys: in both directions each needs its partner; "
+            "both=False is for one"
+        )
     twin = b is None and target.symmetric and (mask is None or mask.symmetric) and offset == 0
     size = tile_size(n, m, a.device, twin, tile)
     setting = Setting(
@@ -189,7 +194,7 @@ def _sums(
     for query, key, towards, left_out in turns:
         queries.append(query[rows])
         found += log_sums(query[rows], key, scale, towards, mask=left_out, offset=rows.start, **options)
-        valid.append(towards.has_positives(without).sum().clamp(min=1))
+        valid.append(_count(towards.has_positives(without), 5))
     return found, queries, valid
 
 
@@ -197,13 +202,18 @@ def _valid(statistics: Statistics) -> Tensor | float:
     positives = statistics.positives
     if isinstance(positives, float):
         return float(len(statistics.hardest))
-    count = (positives > 0).sum()
+    return _count(positives > 0, 6)
+
+
+def _count(valid: Tensor, level: int) -> Tensor:
+    """How many rows have a positive; a warning where none has."""
+    count = valid.sum()
     if count.device.type == "cpu" and not count:
         warnings.warn(
             "no row of this batch has a positive: the loss is 0 and nothing is learned from it. Put items that belong "
             "together into one batch (a class-balanced sampler, larger batches, two views of each item)",
             NoPositivesWarning,
-            stacklevel=6,
+            stacklevel=level,
         )
     return count.clamp(min=1)
 

@@ -72,6 +72,10 @@ class Side:
         """One of the sums, of all queries; 0 where no tile had any."""
         return self._at(name, slice(0, self.n), 0.0)
 
+    def top_of(self, name: str) -> Tensor:
+        """One of the maxima, of all queries; -inf where no tile had any."""
+        return self._at(name, slice(0, self.n), -torch.inf)
+
     def _is_first(self, name: str, at: slice) -> bool:
         return at.start == 0 and at.stop == self.n and getattr(self, name) is None
 
@@ -190,58 +194,55 @@ class Side:
     def results(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """``rest``, ``positive``, ``excess``, ``expected`` of each query."""
         setting, binary = self.setting, self.setting.target.binary
-        everyone = slice(0, self.n)
         rest = self.total.log() if setting.bounded else self.total.log().add_(self.top)
         if setting.target.single:
             none = self.positive_top is None  # and stays so: a record asks
-            positive = torch.full_like(rest, -torch.inf) if none else self.positive_top[everyone]
+            positive = torch.full_like(rest, -torch.inf) if none else self.positive_top
         else:
-            positive = self._at("positive_total", everyone, 0.0).log()
+            positive = self.sum_of("positive_total").log()
             if not setting.bounded:
-                top = self._at("positive_top", everyone, -torch.inf)
+                top = self.top_of("positive_top")
                 positive = torch.where(positive > -torch.inf, positive + top, -torch.inf)
         excess = expected = None
         if setting.has_excess:
-            positives = self._at("positives", everyone, 0.0)
-            mean = self._at("weighted", everyone, 0.0)
+            positives = self.sum_of("positives")
+            mean = self.sum_of("weighted")
             if setting.inside:
                 mean = mean.log()
                 if not setting.bounded:
-                    mean = mean + self._at("weighted_top", everyone, -torch.inf)
+                    mean = mean + self.top_of("weighted_top")
             else:
-                mean = mean / (positives if binary else self._at("mass", everyone, 0.0)).clamp(min=self._tiny)
+                mean = mean / (positives if binary else self.sum_of("mass")).clamp(min=self._tiny)
             excess = torch.where(positives > 0, positive - mean, 0.0)
         if setting.expected:
             share = rest_share(rest, positive)
             if setting.target.single:
                 ours = finite(positive)
             else:
-                ours = self._at("positive_moment", everyone, 0.0) / self._at(
-                    "positive_total", everyone, 0.0
-                ).clamp(min=self._tiny)
+                ours = self.sum_of("positive_moment") / self.sum_of("positive_total").clamp(min=self._tiny)
             expected = share * (self.moment / self.total.clamp(min=self._tiny)) + (1 - share) * ours
         return rest, positive, excess, expected
 
     def statistics(self) -> Statistics:
         """What the record needs."""
-        target, everyone = self.setting.target, slice(0, self.n)
+        target = self.setting.target
         hardest = self.top.log() if self.setting.bounded else self.top
         if target.single:
             held = 0.0 if self.positive_top is None else 1.0
             candidates = float(self.others) if self.left is None else self.left + held
             return Statistics(hardest, candidates, held, held, 0.0)
-        positives = self._at("positives", everyone, 0.0)
+        positives = self.sum_of("positives")
         candidates = float(self.others) if self.left is None else self.left + positives
-        mass = positives if target.binary else self._at("mass", everyone, 0.0)
+        mass = positives if target.binary else self.sum_of("mass")
         if self.setting.inside:
             floor: Tensor | float = 0.0
             if not target.binary:
-                floor = -self._at("heaviest", everyone, -torch.inf).clamp(min=self._tiny).log()
+                floor = -self.top_of("heaviest").clamp(min=self._tiny).log()
         elif target.binary:
             floor = positives.clamp(min=1).log()
         else:
             floor = mass.clamp(min=self._tiny)
-            floor = floor.log() - self._at("w_log_w", everyone, 0.0) / floor
+            floor = floor.log() - self.sum_of("w_log_w") / floor
         return Statistics(hardest, candidates, positives, mass, floor)
 
 

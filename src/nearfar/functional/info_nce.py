@@ -8,7 +8,7 @@ from torch import Tensor
 
 from nearfar.contrast import Mask, OwnPair, Step, checked_mask, few_pairs, softmax_loss, uncompiled
 from nearfar.errors import NearfarError
-from nearfar.functional._arguments import (
+from nearfar.functional.arguments import (
     Negatives,
     any_number,
     check_temperature,

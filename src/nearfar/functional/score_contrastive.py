@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nearfar.contrast import Columns, Step, softmax_loss, uncompiled
 from nearfar.errors import NearfarError
-from nearfar.functional._arguments import check_temperature, check_tensors, number, ready
+from nearfar.functional.arguments import check_temperature, check_tensors, number, ready
 
 __all__ = [
     "ScoreSplit",

@@ -17,7 +17,7 @@ from nearfar.contrast import (
     uncompiled,
 )
 from nearfar.errors import NearfarError
-from nearfar.functional._arguments import ready
+from nearfar.functional.arguments import ready
 
 __all__ = ["siglip", "siglip_step"]
 

@@ -19,7 +19,7 @@ from nearfar.contrast import (
     uncompiled,
 )
 from nearfar.errors import NearfarError
-from nearfar.functional._arguments import check_tensors, number, ready
+from nearfar.functional.arguments import check_tensors, number, ready
 from nearfar.functional.info_nce import clamp_scale
 
 __all__ = ["spatial", "spatial_step"]

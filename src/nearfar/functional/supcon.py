@@ -11,7 +11,7 @@ from torch import Tensor
 from nearfar.contrast import LabelOverlap, Mask, SameClass, Step, softmax_loss, uncompiled
 from nearfar.contrast.tiles import KEPT
 from nearfar.errors import NearfarError
-from nearfar.functional._arguments import check_temperature, check_tensors, ready
+from nearfar.functional.arguments import check_temperature, check_tensors, ready
 
 __all__ = ["inside_of", "multi_label_supcon", "multi_label_supcon_step", "supcon", "supcon_step"]
 

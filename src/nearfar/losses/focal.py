@@ -108,6 +108,7 @@ class FocalLoss(nn.Module):
     def forward(
         self, logits: Float[Tensor, "*rows c"], labels: Int[Tensor, "*rows"]
     ) -> Float[Tensor, ""] | Float[Tensor, "*rows"]:
+        self._found = None  # a call that fails leaves no record
         value, self._found = focal_step(
             logits, labels, self.gamma, self.alpha, self.reduction, self.ignore_index
         )

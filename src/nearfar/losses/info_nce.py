@@ -6,7 +6,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from nearfar.contrast import Mask, Step
-from nearfar.functional._arguments import Negatives, check_temperature
+from nearfar.functional.arguments import Negatives, check_temperature
 from nearfar.functional.info_nce import clamp_scale, info_nce_step
 from nearfar.losses.base import ContrastiveLoss
 

@@ -139,6 +139,7 @@ class Objective(nn.Module):
         total: float | None = None,
         on: Tensor | Iterable[Tensor] | None = None,
     ) -> Float[Tensor, ""]:
+        self._seen = None  # a call that fails leaves no record
         weights = self.weights(position, total)
         self._check(values, weights)
         gradient = None if on is None else _measure(values, weights, on)

@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nearfar.errors import NearfarError
-from nearfar.functional._arguments import check_temperature, number
+from nearfar.functional.arguments import check_temperature, number
 from nearfar.functional.score_contrastive import (
     Middle,
     ScoreSplit,

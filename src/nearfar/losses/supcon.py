@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nearfar.contrast import Mask
 from nearfar.errors import NearfarError
-from nearfar.functional._arguments import check_temperature
+from nearfar.functional.arguments import check_temperature
 from nearfar.functional.supcon import inside_of, multi_label_supcon_step, supcon_step
 from nearfar.losses.base import ContrastiveLoss
 

@@ -111,6 +111,7 @@ class WassersteinGapLoss(nn.Module):
     def forward(
         self, lower_scores: Float[Tensor, " n"], upper_scores: Float[Tensor, " m"]
     ) -> Float[Tensor, ""]:
+        self._seen = None  # a call that fails leaves no record
         queued = bool(self.queue_size) and self.training
         batch = {"lower_scores": lower_scores, "upper_scores": upper_scores}
         for name, scores in batch.items():

@@ -25,9 +25,10 @@ from nearfar.contrast.kernel import take_in, views_of
 from nearfar.contrast.precision import full_precision
 from nearfar.contrast.slopes import Slopes, tile_slopes
 from nearfar.contrast.sums import Side
-from nearfar.contrast.tiles import TILE, Setting, Workspace, tiles
+from nearfar.contrast.tiles import TILE, Setting, tiles
+from nearfar.contrast.workspace import Workspace
 from nearfar.errors import NearfarError
-from nearfar.functional._arguments import scale_of
+from nearfar.functional.arguments import scale_of
 from nearfar.functional.info_nce import clamp_scale
 from nearfar.losses import ClipLoss, InfoNCELoss
 from nearfar.training.gather import row_counts, whole_value
