@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from nearfar.contrast.precision import full_precision, no_second_derivative
-from nearfar.contrast.slopes import Slopes, tile_slopes
+from nearfar.contrast.scattered import Scattered
+from nearfar.contrast.slopes import Slopes, positive_slopes, tile_slopes
 from nearfar.contrast.sums import Side, Statistics, within
 from nearfar.contrast.tiles import Setting, Tile, tiles
 from nearfar.contrast.workspace import Workspace
@@ -42,17 +43,22 @@ class LogSums(torch.autograd.Function):
         sides = [Side(len(a), len(b) - without, a, setting)]
         if setting.both:
             sides.append(Side(len(b), len(a) - without, a, setting))
+        alone = Scattered.of(setting.target, setting.offset, setting.both, setting.size, a)
         kept: list[Tile] = []
         with full_precision(a.device):
-            for tile in tiles(a, b, scale, setting, space):
+            for tile in tiles(a, b, scale, setting, space, alone):
                 take_in(tile, sides, space)
                 if setting.keep:
                     kept.append(tile)
+            if alone is not None:
+                taken = alone.taken(setting.without_self)
+                for axis, side in zip((1, 0), sides, strict=False):
+                    side.add_positives(taken, slice(0, side.n), axis)
             results = [side.results() for side in sides]
         found.extend(side.statistics() for side in sides)
         flat = [value for result in results for value in result]
         ctx.save_for_backward(a, b, scale, *flat)
-        ctx.setting, ctx.kept, ctx.sides = setting, kept, sides
+        ctx.setting, ctx.kept, ctx.sides, ctx.alone = setting, kept, sides, alone
         ctx.set_materialize_grads(False)
         return tuple(flat)
 
@@ -61,27 +67,40 @@ class LogSums(torch.autograd.Function):
         no_second_derivative()
         a, b, scale, *flat = ctx.saved_tensors
         setting: Setting = ctx.setting
+        alone: Scattered | None = ctx.alone
         slopes = [
             Slopes(side, tuple(flat[4 * i : 4 * i + 4]), upstream[4 * i : 4 * i + 4])
             for i, side in enumerate(ctx.sides)
         ]
         space = Workspace(a, setting.size)
+        by_alone = torch.empty(0)
+        if alone is not None:
+            taken = alone.taken(setting.without_self)
+            parts = [(side, slice(0, side.side.n), axis) for axis, side in zip((1, 0), slopes, strict=False)]
+            by_alone = positive_slopes(taken, parts)
+
+        def tile_by_tile(tile: Tile) -> Tensor:
+            values = tile_slopes(tile, views_of(tile, slopes), space)
+            if alone is not None:
+                alone.put(tile.number, values, by_alone)
+            return values
+
         with full_precision(a.device):
             if setting.keep and not setting.twin:
                 (tile,) = ctx.kept
-                values = tile_slopes(tile, views_of(tile, slopes), space)
+                values = tile_by_tile(tile)
                 by_a, by_b = values @ b, values.T @ a
             else:
                 by_a = torch.zeros_like(a)
                 by_b = by_a if setting.twin else torch.zeros_like(b)
                 into_a, into_b = by_a.split(setting.size[0]), by_b.split(setting.size[1])
                 for tile in ctx.kept if setting.keep else tiles(a, b, scale, setting, space):
-                    values = tile_slopes(tile, views_of(tile, slopes), space)
+                    values = tile_by_tile(tile)
                     into_a[tile.rows.start // setting.size[0]].addmm_(values, tile.keys)
                     into_b[tile.columns.start // setting.size[1]].addmm_(values.T, tile.queries)
             by_scale = None
             if ctx.needs_input_grad[2]:  # Σ_ij slope_ij a_i·b_j, which the products hold already
-                by_scale = torch.linalg.vecdot(a, by_a).sum() * (0.5 if setting.twin else 1.0)
+                by_scale = torch.dot(a.flatten(), by_a.flatten()) * (0.5 if setting.twin else 1.0)
             by_a.mul_(scale)
             if setting.twin:
                 return by_a, None, by_scale, None, None

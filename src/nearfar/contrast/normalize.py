@@ -15,6 +15,8 @@ __all__ = ["embeddings", "unit_rows"]
 
 #: so few numbers that calls cost more than the arithmetic; and lengths whose squares neither overflow nor vanish
 FEW, ORDINARY = 1 << 17, 1e-15
+#: rows at a time in backward
+_PART = 1024
 
 
 def unit_rows(x: Float[Tensor, "n d"], name: str | None = None) -> Float[Tensor, "n d"]:
@@ -29,8 +31,7 @@ def unit_rows(x: Float[Tensor, "n d"], name: str | None = None) -> Float[Tensor,
     """
     if x.device.type == "cpu" and 0 < x.numel() <= FEW:
         length = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-        shortest, longest = torch.aminmax(length.detach())
-        if shortest > ORDINARY and longest < 1.0 / ORDINARY:  # false for NaN
+        if _ordinary(length.detach()):
             return x / length
     unit: Tensor = _UnitRows.apply(x, name)
     return unit
@@ -41,15 +42,12 @@ class _UnitRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, name: str | None) -> Tensor:
-        largest = x.abs().amax(dim=1, keepdim=True) if x.shape[1] else x.new_zeros(len(x), 1)
-        if name is not None and x.device.type == "cpu" and not bool(largest.isfinite().all()):
-            _say_which(x, name)
-        largest = torch.where(largest == 0, 1.0, largest)
-        unit = x / largest
-        length = torch.linalg.vector_norm(unit, dim=1, keepdim=True)
-        length = torch.where(length == 0, 1.0, length)
-        unit.div_(length)
-        ctx.save_for_backward(unit, length.mul_(largest))
+        length = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+        if x.device.type == "cpu" and len(x) and _ordinary(length):
+            unit = x / length
+        else:
+            unit, length = _any_length(x, name)
+        ctx.save_for_backward(unit, length)
         return unit
 
     @staticmethod
@@ -57,10 +55,32 @@ class _UnitRows(torch.autograd.Function):
         unit, length = ctx.saved_tensors
         (gradient,) = gradients
         with full_precision(unit.device):
-            along = torch.linalg.vecdot(unit, gradient).unsqueeze(1)
-        if torch.is_grad_enabled():  # a graph of this backward is wanted
-            return (gradient - unit * along) / length, None
-        return torch.addcmul(gradient, unit, along, value=-1).div_(length), None
+            if torch.is_grad_enabled():  # a graph of this backward is wanted
+                return (gradient - unit * torch.linalg.vecdot(unit, gradient).unsqueeze(1)) / length, None
+            out = torch.empty_like(gradient)
+            parts = (x.split(_PART) for x in (unit, gradient, length, out))
+            for own, given, size, into in zip(*parts, strict=True):  # whole, it would take a third matrix
+                along = torch.linalg.vecdot(own, given).unsqueeze(1)
+                torch.addcmul(given, own, along, value=-1, out=into).div_(size)
+        return out, None
+
+
+def _ordinary(length: Float[Tensor, "n 1"]) -> bool:
+    """Whether no square on the way to these lengths has overflowed or vanished; false for NaN."""
+    shortest, longest = torch.aminmax(length)
+    return bool(shortest > ORDINARY) and bool(longest < 1.0 / ORDINARY)
+
+
+def _any_length(x: Float[Tensor, "n d"], name: str | None) -> tuple[Tensor, Tensor]:
+    """Unit rows and lengths of rows of any size, by way of their largest number; a row of zeros has length 1."""
+    largest = x.abs().amax(dim=1, keepdim=True) if x.shape[1] else x.new_zeros(len(x), 1)
+    if name is not None and x.device.type == "cpu" and not bool(largest.isfinite().all()):
+        _say_which(x, name)
+    largest = torch.where(largest == 0, 1.0, largest)
+    unit = x / largest
+    length = torch.linalg.vector_norm(unit, dim=1, keepdim=True)
+    length = torch.where(length == 0, 1.0, length)
+    return unit.div_(length), length.mul_(largest)
 
 
 def embeddings(x: Tensor, name: str, normalize: bool, dtype: torch.dtype) -> Float[Tensor, "n d"]:

@@ -1,11 +1,8 @@
-"""The positives of a tile: where they stand in it and what they weigh.
+"""Where positives stand and what they weigh.
 
 The kernel takes their logits out of a tile, works on them apart, and puts their gradient back. Three shapes are
-enough for every target: a diagonal (own partners), a rectangle (classes, overlaps, explicit weights) and single
-entries (sparse neighbours).
-
-``weight`` holds the weights of the queries in the rows, ``weight_back`` those of the queries in the columns; None
-stands for 1 everywhere. A position may weigh nothing in one of the directions.
+enough for every target: a diagonal (own partners), a rectangle (classes, overlaps, explicit weights) and, of the whole
+matrix, single entries (sparse neighbours).
 """
 
 from __future__ import annotations
@@ -18,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-__all__ = ["HIDDEN", "Diagonal", "Entries", "Patch", "Rectangle", "is_shown"]
+__all__ = ["HIDDEN", "Diagonal", "Entries", "Patch", "Positions", "Rectangle", "is_shown"]
 
 #: a logit that takes no part: its exponential is 0, and 0 times it is 0, as 0 times -inf would not be
 HIDDEN = -1e30
@@ -29,29 +26,18 @@ def is_shown(logits: Tensor) -> Tensor:
     return logits > 0.5 * HIDDEN
 
 
-class Patch(Protocol):
-    """Positions of a tile. ``take``, ``put`` see the tile; the rest sees values at the positions alone."""
+class Positions(Protocol):
+    """Some positions of a matrix, with one value each.
 
-    @property
-    def rows(self) -> slice: ...
-
-    @property
-    def columns(self) -> slice: ...
+    ``weight`` holds the weights of the queries in the rows, ``weight_back`` those of the queries in the columns; None
+    stands for 1 everywhere, or for the same as the rows'. A position may weigh nothing in one of the directions.
+    """
 
     @property
     def weight(self) -> Tensor | None: ...
 
     @property
     def weight_back(self) -> Tensor | None: ...
-
-    def take(self, tile: Float[Tensor, "r c"]) -> Tensor:
-        """The values at the positions, copied; they are hidden in the tile from now on."""
-
-    def put(self, tile: Float[Tensor, "r c"], values: Tensor) -> None:
-        """Write values to the positions."""
-
-    def at(self, tile: Float[Tensor, "r c"]) -> Tensor:
-        """What stands at the positions."""
 
     def spread(self, vector: Float[Tensor, " r"], axis: int) -> Tensor:
         """One number per row (``axis`` 1) or column (0) of the patch, repeated for its positions."""
@@ -61,6 +47,22 @@ class Patch(Protocol):
 
     def amax(self, values: Tensor, axis: int) -> Tensor:
         """Maxima along the rows (``axis`` 1) or the columns (0); hidden or -inf where there is no position."""
+
+
+class Patch(Positions, Protocol):
+    """Positions of a tile."""
+
+    @property
+    def rows(self) -> slice: ...
+
+    @property
+    def columns(self) -> slice: ...
+
+    def take(self, tile: Float[Tensor, "r c"]) -> Tensor:
+        """The values at the positions, copied; they are hidden in the tile from now on."""
+
+    def put(self, tile: Float[Tensor, "r c"], values: Tensor) -> None:
+        """Write values to the positions."""
 
 
 @dataclass(frozen=True)
@@ -80,9 +82,6 @@ class Diagonal:
 
     def put(self, tile: Float[Tensor, "r c"], values: Tensor) -> None:
         tile[self.rows, self.columns].diagonal().copy_(values)
-
-    def at(self, tile: Float[Tensor, "r c"]) -> Tensor:
-        return tile[self.rows, self.columns].diagonal()
 
     def spread(self, vector: Tensor, axis: int) -> Tensor:
         return vector
@@ -129,9 +128,6 @@ class Rectangle:
         else:
             view.add_(values)  # what is not taken has value 0 here, what was taken is 0 there
 
-    def at(self, tile: Float[Tensor, "r c"]) -> Tensor:
-        return tile[self.rows, self.columns]
-
     def spread(self, vector: Tensor, axis: int) -> Tensor:
         return vector.unsqueeze(axis)
 
@@ -144,32 +140,16 @@ class Rectangle:
 
 @dataclass(frozen=True)
 class Entries:
-    """Single positions: ``row[e]``, ``column[e]`` within the tile, none of them twice."""
+    """Single positions ``row[e]``, ``column[e]`` of a matrix, none of them twice.
+
+    They are no patch of a tile: ``scattered`` collects them over all tiles and scores them together.
+    """
 
     row: Int[Tensor, " e"]
     column: Int[Tensor, " e"]
     shape: tuple[int, int]
     weight: Tensor | None = None
     weight_back: Tensor | None = None
-
-    @property
-    def rows(self) -> slice:
-        return slice(0, self.shape[0])
-
-    @property
-    def columns(self) -> slice:
-        return slice(0, self.shape[1])
-
-    def take(self, tile: Float[Tensor, "r c"]) -> Tensor:
-        values = tile[self.row, self.column]
-        tile[self.row, self.column] = HIDDEN
-        return values
-
-    def put(self, tile: Float[Tensor, "r c"], values: Tensor) -> None:
-        tile[self.row, self.column] = values
-
-    def at(self, tile: Float[Tensor, "r c"]) -> Tensor:
-        return tile[self.row, self.column]
 
     def spread(self, vector: Tensor, axis: int) -> Tensor:
         return vector[self.row if axis == 1 else self.column]

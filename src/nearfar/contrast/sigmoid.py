@@ -11,6 +11,9 @@ from torch import Tensor
 from nearfar.contrast.masks import Mask
 from nearfar.contrast.patches import is_shown
 from nearfar.contrast.precision import full_precision, no_second_derivative
+from nearfar.contrast.scattered import Scattered
+from nearfar.contrast.sums import within
+from nearfar.contrast.taken import Taken
 from nearfar.contrast.targets import Target
 from nearfar.contrast.tiles import Setting, tile_size, tiles
 from nearfar.contrast.workspace import Workspace
@@ -52,31 +55,24 @@ class _Sigmoid(torch.autograd.Function):
     ) -> Any:
         positive, rest, push, left = (a.new_zeros(len(a)) for _ in range(4))
         hardest = a.new_full((len(a),), -torch.inf)
+        alone = Scattered.of(setting.target, setting.offset, False, setting.size, a)
         with full_precision(a.device):
-            for tile in tiles(a, b, scale, setting, Workspace(a, setting.size)):
+            for tile in tiles(a, b, scale, setting, Workspace(a, setting.size), alone):
                 for taken in tile.taken:
-                    patch, logits = taken.patch, taken.logits
-                    # A position of the patch that is no positive is hidden, or one of the other direction alone.
-                    values = torch.nn.functional.softplus(-(logits + bias), threshold=50.0) * taken.counts(1)
-                    at = slice(tile.rows.start + patch.rows.start, tile.rows.start + patch.rows.stop)
-                    positive[at] += patch.sum(values, 1)
-                    strangers = taken.strangers(1)
-                    if strangers is not None:
-                        values = torch.nn.functional.softplus(logits + bias, threshold=50.0) * strangers
-                        rest[at] += patch.sum(values, 1)
-                        push[at] += patch.sum(torch.sigmoid(logits + bias) * strangers, 1)
-                        left[at] += patch.sum(strangers, 1)
-                        shown = torch.where(strangers > 0, logits, -torch.inf)
-                        hardest[at] = torch.maximum(hardest[at], patch.amax(shown, 1))
+                    at = within(tile.rows, taken.patch.rows)
+                    positive[at] += taken.patch.sum(_missing(taken, bias), 1)
                 torch.maximum(hardest[tile.rows], tile.logits.amax(1), out=hardest[tile.rows])
                 if setting.mask is not None:
                     left[tile.rows] += is_shown(tile.logits).to(a.dtype).sum(1)
                 values = torch.nn.functional.softplus(tile.logits.add_(bias), threshold=50.0)
                 rest[tile.rows] += values.sum(1)
                 push[tile.rows] += tile.logits.sigmoid_().sum(1)
+            if alone is not None:
+                every = alone.taken(False)
+                positive += every.patch.sum(_missing(every, bias), 1)
         found.extend([hardest + bias, push, left])
         ctx.save_for_backward(a, b, scale, bias)
-        ctx.setting = setting
+        ctx.setting, ctx.alone = setting, alone
         return positive, rest
 
     @staticmethod
@@ -86,20 +82,29 @@ class _Sigmoid(torch.autograd.Function):
         setting: Setting = ctx.setting
         by_positive, by_rest = upstream
         by_a, by_b, by_bias = torch.zeros_like(a), torch.zeros_like(b), torch.zeros_like(bias)
+        alone: Scattered | None = ctx.alone
+        by_alone = None
+        if alone is not None:
+            by_alone = _pull(alone.taken(False), bias, by_positive)
         with full_precision(a.device):
             for tile in tiles(a, b, scale, setting, Workspace(a, setting.size)):
                 values = tile.logits.add_(bias).sigmoid_().mul_(by_rest[tile.rows].unsqueeze(1))
                 for taken in tile.taken:
-                    patch, logits = taken.patch, taken.logits
-                    at = slice(tile.rows.start + patch.rows.start, tile.rows.start + patch.rows.stop)
-                    slopes = torch.sigmoid(-(logits + bias)) * taken.counts(1)
-                    slopes *= -patch.spread(by_positive[at], 1)
-                    strangers = taken.strangers(1)
-                    if strangers is not None:
-                        slopes += torch.sigmoid(logits + bias) * strangers * patch.spread(by_rest[at], 1)
-                    patch.put(values, slopes)
+                    at = within(tile.rows, taken.patch.rows)
+                    taken.put(values, _pull(taken, bias, by_positive[at]))
+                if alone is not None and by_alone is not None:
+                    alone.put(tile.number, values, by_alone)
                 by_bias += values.sum()
                 by_a[tile.rows].addmm_(values, tile.keys)
                 by_b[tile.columns].addmm_(values.T, tile.queries)
-            by_scale = torch.linalg.vecdot(a, by_a).sum() if ctx.needs_input_grad[2] else None
+            by_scale = torch.dot(a.flatten(), by_a.flatten()) if ctx.needs_input_grad[2] else None
             return by_a.mul_(scale), by_b.mul_(scale), by_scale, by_bias, None, None
+
+
+def _missing(taken: Taken, bias: Tensor) -> Tensor:
+    """What each positive lacks; a position of the patch that is none after all is hidden, and counts for nothing."""
+    return torch.nn.functional.softplus(-(taken.logits + bias), threshold=50.0) * taken.counts(1)
+
+
+def _pull(taken: Taken, bias: Tensor, upstream: Tensor) -> Tensor:
+    return torch.sigmoid(-(taken.logits + bias)) * taken.counts(1) * -taken.patch.spread(upstream, 1)

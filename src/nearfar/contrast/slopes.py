@@ -12,7 +12,7 @@ from nearfar.contrast.taken import Taken
 from nearfar.contrast.tiles import Tile
 from nearfar.contrast.workspace import Workspace
 
-__all__ = ["Slopes", "tile_slopes"]
+__all__ = ["Slopes", "positive_slopes", "tile_slopes"]
 
 #: below every logit of a bounded tile; a hidden one, times a slope as large as 1 / sum, would overflow
 LEAST = -1e3
@@ -138,12 +138,16 @@ def tile_slopes(tile: Tile, views: list[tuple[Slopes, slice, int]], space: Works
         parts = [
             (slope, within(at, patch.rows if axis == 1 else patch.columns), axis) for slope, at, axis in views
         ]
-        if all(slope.is_plain for slope in (view[0] for view in views)) and patch.weight_back is None:
-            taken.put(values, _plain(taken, parts))
-        else:
-            found = [slope.positives(taken, at, axis) for slope, at, axis in parts]
-            taken.put(values, found[0] if len(found) == 1 else found[0].add_(found[1]))
+        taken.put(values, positive_slopes(taken, parts))
     return values
+
+
+def positive_slopes(taken: Taken, views: list[tuple[Slopes, slice, int]]) -> Tensor:
+    """By the logits of positives, both directions added; ``views`` are the queries that they belong to."""
+    if all(slope.is_plain for slope, _, _ in views) and taken.patch.weight_back is None:
+        return _plain(taken, views)
+    found = [slope.positives(taken, at, axis) for slope, at, axis in views]
+    return found[0] if len(found) == 1 else found[0].add_(found[1])
 
 
 def _plain(taken: Taken, views: list[tuple[Slopes, slice, int]]) -> Tensor:

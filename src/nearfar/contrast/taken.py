@@ -1,4 +1,4 @@
-"""The positives of one tile, with what both directions need of them computed once."""
+"""Positives on their own, with what both directions need of them computed once."""
 
 from __future__ import annotations
 
@@ -7,28 +7,25 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from nearfar.contrast.patches import HIDDEN, Patch, Rectangle, is_shown
+from nearfar.contrast.patches import HIDDEN, Patch, Positions, Rectangle, is_shown
 from nearfar.contrast.workspace import Workspace
 
-__all__ = ["Overlay", "Taken"]
+__all__ = ["Lifted", "Overlay", "Taken"]
 
 
 class Taken:
-    """Positives taken out of a tile: a patch and the logits at its positions, hidden where there is none after all.
+    """Positives and the logits at their positions, hidden where there is none after all.
 
     What the methods give has the form of these logits. ``axis`` is 1 for queries in the rows, 0 for queries in the
     columns; only weights that differ between them are computed twice.
     """
 
-    def __init__(self, patch: Patch, logits: Tensor, holds_self: bool) -> None:
+    def __init__(
+        self, patch: Positions, logits: Tensor, holds_self: bool, is_open: Tensor | None = None
+    ) -> None:
         self.patch, self.logits, self._holds_self = patch, logits, holds_self
         self._known: dict[str, Tensor] = {}
-        self._open: Tensor | None = None
-
-    def leave_out(self, mask: Tensor) -> None:
-        """Take note of a mask of the tile (1 where a pair is left out): it holds for strangers, not for positives."""
-        if self.patch.weight_back is not None:
-            self._open = 1.0 - self.patch.at(mask)
+        self._open = is_open  # 0 where a mask leaves a pair out: that holds for strangers, not for positives
 
     def strangers(self, axis: int) -> Tensor | None:
         """1 where a position is a positive of the other direction's query alone, and so belongs to the rest here."""
@@ -87,13 +84,6 @@ class Taken:
 
         return self._once("w_log_w", axis, compute)
 
-    def leave(self, powers: Tensor) -> None:
-        """See that only the rest is left in the exponentials of the tile. Hidden logits have none."""
-
-    def put(self, tile: Tensor, values: Tensor) -> None:
-        """Write values to the positions of a tile that has none there."""
-        self.patch.put(tile, values)
-
     def room(self, name: str) -> Tensor:
         """A buffer in the form of the logits."""
         return torch.empty_like(self.logits)
@@ -113,7 +103,20 @@ class Taken:
         return values * is_shown(self.logits).to(values.dtype)
 
 
-class Overlay(Taken):
+class Lifted(Taken):
+    """Positives taken out of a tile."""
+
+    patch: Patch
+
+    def leave(self, powers: Tensor) -> None:
+        """See that only the rest is left in the exponentials of the tile. Hidden logits have none."""
+
+    def put(self, tile: Tensor, values: Tensor) -> None:
+        """Write values to the positions of a tile that has none there."""
+        self.patch.put(tile, values)
+
+
+class Overlay(Lifted):
     """Positives that stay in the tile: a block whose exponentials are in range, split by multiplying with 0 and 1.
 
     Hiding many logits would cost more than the matrix product: exponentials far out of range, and choices by a

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from nearfar.contrast.patches import Diagonal, Patch, Rectangle
+from nearfar.contrast.patches import Diagonal, Entries, Patch, Rectangle
 from nearfar.contrast.workspace import Workspace, room_for
 from nearfar.errors import NearfarError
 
@@ -35,6 +35,24 @@ class Target(Protocol):
         """The positives among these rows and columns, in coordinates of the tile; ``space`` lends buffers for
         weights."""
 
+    def entries(self, rows: slice, both: bool) -> Entries | None:
+        """Positives of these rows that stand alone and are in no patch, rows counted from the first of them; with
+        ``both`` also those of the columns as queries."""
+        return None
+
+    def dense(self, like: Tensor) -> Float[Tensor, "n m"]:
+        """All weights, 0 where there is no positive, as numbers like ``like``: for few rows."""
+        n, m = self.shape
+        patches = self.patches(slice(0, n), slice(0, m))
+        if len(patches) == 1 and patches[0].weight is not None and patches[0].weight.shape == (n, m):
+            return patches[0].weight.to(like.dtype)
+        matrix = torch.zeros(n, m, dtype=like.dtype, device=like.device)
+        for patch in patches:
+            block = matrix[patch.rows, patch.columns]
+            weight = torch.ones_like(block) if patch.weight is None else patch.weight.to(like.dtype)
+            patch.put(matrix, weight.diagonal() if isinstance(patch, Diagonal) else weight)
+        return matrix
+
     def turned(self) -> Target:
         """The target of the columns as queries."""
 
@@ -42,7 +60,7 @@ class Target(Protocol):
         """Which queries have a positive, itself not counted where ``without_self``."""
 
 
-class OwnPair:
+class OwnPair(Target):
     """Row i belongs to column i: InfoNCE, CLIP, SigLIP. Columns beyond the rows are negatives only.
 
     >>> OwnPair(4).patches(slice(0, 2), slice(2, 4)), len(OwnPair(4).patches(slice(2, 4), slice(2, 4)))
@@ -73,7 +91,7 @@ class OwnPair:
         )
 
 
-class SameClass:
+class SameClass(Target):
     """All rows of the query's class are its positives: SupCon. ``key_labels`` if the keys are other rows.
 
     Rows in the order of their labels are fastest: most tiles then hold no positive at all.
@@ -137,7 +155,7 @@ class SameClass:
         return (Rectangle(r, c, same),)
 
 
-class Columns:
+class Columns(Target):
     """The same columns are the positives of every query: anchors that are pulled towards a chosen set.
 
     >>> Columns(2, 6, slice(4, 6)).patches(slice(0, 2), slice(3, 6))[0].columns
@@ -168,7 +186,7 @@ class Columns:
         )
 
 
-class Nobody:
+class Nobody(Target):
     """No positives at all: further candidates, such as a memory of earlier batches."""
 
     binary = single = True

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from nearfar.contrast.masks import Mask
 from nearfar.contrast.patches import HIDDEN, Rectangle
-from nearfar.contrast.taken import Overlay, Taken
+from nearfar.contrast.scattered import Scattered
+from nearfar.contrast.taken import Lifted, Overlay
 from nearfar.contrast.targets import Target
 from nearfar.contrast.workspace import Workspace
 from nearfar.errors import NearfarError
@@ -92,7 +93,9 @@ class Tile(NamedTuple):
     queries: Float[Tensor, "r d"]
     keys: Float[Tensor, "c d"]
     logits: Float[Tensor, "r c"]
-    taken: list[Taken]
+    taken: list[Lifted]
+    #: its place in the walk
+    number: int
     #: its columns are queries in their own right (false on the diagonal of twins, where the rows say it all)
     back: bool
 
@@ -111,31 +114,40 @@ def bounded(largest_logit: float, n: int, m: int, dtype: torch.dtype) -> bool:
 
 
 def tiles(
-    a: Float[Tensor, "n d"], b: Float[Tensor, "m d"], scale: Tensor, setting: Setting, space: Workspace
+    a: Float[Tensor, "n d"],
+    b: Float[Tensor, "m d"],
+    scale: Tensor,
+    setting: Setting,
+    space: Workspace,
+    collect: Scattered | None = None,
 ) -> Iterator[Tile]:
-    """All tiles, one after the other in the same buffer; rows change last."""
+    """All tiles, one after the other in the same buffer; rows change last. ``collect`` takes its entries out."""
     n, m = len(a), len(b)
     height, width = setting.size
     columns = [slice(left, min(left + width, m)) for left in range(0, m, width)]
     keys = b.split(width)
+    spare = a.new_empty(height, a.shape[1])
     for top, queries in zip(range(0, n, height), a.split(height), strict=True):
         rows = slice(top, top + len(queries))
         own = slice(rows.start + setting.offset, rows.stop + setting.offset)
-        scaled = queries * scale
+        scaled = torch.mul(queries, scale, out=spare[: len(queries)])
         for k in range(top // width if setting.twin else 0, len(columns)):
             logits = space("logits", len(queries), len(keys[k]))
             torch.mm(scaled, keys[k].T, out=logits)
             taken = _take(logits, own, columns[k], setting, space)
+            number = top // height * len(columns) + k
+            if collect is not None:
+                collect.take(number, logits)
             if setting.mask is not None:
                 left_out = setting.mask.tile(own, columns[k]).to(logits)
                 logits.add_(left_out, alpha=HIDDEN)
-                for each in taken:
-                    each.leave_out(left_out)
+                if collect is not None:
+                    collect.leave_out(number, left_out)
             back = setting.both or (setting.twin and columns[k].start > top)
-            yield Tile(rows, columns[k], queries, keys[k], logits, taken, back)
+            yield Tile(rows, columns[k], queries, keys[k], logits, taken, number, back)
 
 
-def _take(logits: Tensor, own: slice, columns: slice, setting: Setting, space: Workspace) -> list[Taken]:
+def _take(logits: Tensor, own: slice, columns: slice, setting: Setting, space: Workspace) -> list[Lifted]:
     """Hide each row's own place, where it is no candidate, and set the positives apart."""
     first, last = max(own.start, columns.start), min(own.stop, columns.stop)
     others = None
@@ -147,10 +159,10 @@ def _take(logits: Tensor, own: slice, columns: slice, setting: Setting, space: W
         logits[place].diagonal().fill_(HIDDEN)
         others = space("others", *logits.shape).fill_(1.0)
         others[place].diagonal().zero_()
-    taken: list[Taken] = []
+    taken: list[Lifted] = []
     for number, patch in enumerate(setting.target.patches(own, columns, space)):
         if isinstance(patch, Rectangle) and setting.bounded and not setting.expected and setting.mask is None:
             taken.append(Overlay(patch, logits, others, f"block {number}", space))
         else:
-            taken.append(Taken(patch, patch.take(logits), others is not None))
+            taken.append(Lifted(patch, patch.take(logits), others is not None))
     return taken

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from nearfar.contrast.patches import Entries, Patch, Rectangle
 from nearfar.contrast.precision import full_precision
+from nearfar.contrast.targets import Target
 from nearfar.contrast.workspace import Workspace, room_for
 from nearfar.errors import NearfarError
 
 __all__ = ["LabelOverlap", "SparseWeights", "Weights"]
 
 
-class LabelOverlap:
+class LabelOverlap(Target):
     """Positives weigh what their labels have in common.
 
     ``jaccard`` (default): labels of both / labels of either, for multi-hot rows (n, labels). Otherwise the dot
@@ -65,7 +66,7 @@ class LabelOverlap:
         return (Rectangle(slice(0, weight.shape[0]), slice(0, weight.shape[1]), weight),)
 
 
-class SparseWeights:
+class SparseWeights(Target):
     """A few weighted positives for each row: spatial neighbours, mined positives.
 
     ``index`` (n, k) holds columns, -1 for none; ``weight`` (n, k) what they weigh, 0 or more. An entry named twice
@@ -73,18 +74,17 @@ class SparseWeights:
     row i (``weight_back``).
 
     >>> target = SparseWeights(torch.tensor([[1], [-1]]), torch.tensor([[0.5], [0.5]]), m=2)
-    >>> patch = target.patches(slice(0, 2), slice(0, 2))[0]
-    >>> patch.row.tolist(), patch.column.tolist(), patch.weight.tolist(), patch.weight_back.tolist()
+    >>> found = target.entries(slice(0, 2), both=True)
+    >>> found.row.tolist(), found.column.tolist(), found.weight.tolist(), found.weight_back.tolist()
     ([0, 1], [1, 0], [0.5, 0.0], [0.0, 0.5])
     """
 
-    binary = single = False
+    binary = single = symmetric = False
 
     def __init__(
         self, index: Int[Tensor, "n k"], weight: Float[Tensor, "n k"], m: int, most: float | None = None
     ) -> None:
-        n = len(index)
-        self.shape = (n, m)
+        self.shape = (len(index), m)
         if index.device.type == "cpu" and index.numel():
             if int(index.max()) >= m:
                 raise NearfarError(
@@ -94,52 +94,49 @@ class SparseWeights:
                 raise NearfarError(
                     "weight must be numbers that are 0 or more; some are below 0 or not a number"
                 )
-        # One pass scores both directions, so that an entry of one of them stands in the list of both.
-        row = torch.arange(n, device=index.device).unsqueeze(1).expand_as(index)
-        there = (index >= 0) & (weight > 0)
-        row, column, value = row[there], index[there].long(), weight[there].detach()
-        # With more keys than queries, or fewer, some point back to nobody.
-        backward = (column < n) & (row < m)
-        positions = torch.cat([row * m + column, (column * m + row)[backward]])
-        keys, where = torch.unique(positions, return_inverse=True)
-        ahead, back = where[: len(value)], where[len(value) :]
-        self._row, self._column = keys // m, keys % m
-        self._weight = value.new_zeros(len(keys)).index_add_(0, ahead, value)
-        self._back = value.new_zeros(len(keys)).index_add_(0, back, value[backward])
-        if most is not None:
-            self._weight, self._back = self._weight.clamp(max=most), self._back.clamp(max=most)
-        self._starts = torch.searchsorted(self._row, torch.arange(n + 1, device=row.device)).tolist()
-        self.symmetric = n == m
+        self._index, self._weight, self._most = index, weight.detach(), most
 
     def turned(self) -> SparseWeights:
-        if not self.symmetric:
+        if self.shape[0] != self.shape[1]:
             raise NearfarError(
                 f"sparse weights of {self.shape} pairs have no second direction: it takes as many keys"
             )
         return self  # by definition, see above
 
     def has_positives(self, without_self: bool) -> Bool[Tensor, " n"]:
-        there = (self._weight > 0) & ~(without_self & (self._row == self._column))
-        return torch.zeros(self.shape[0], device=there.device).index_add_(0, self._row, there.float()) > 0
+        own = torch.arange(self.shape[0], device=self._index.device).unsqueeze(1)
+        return ((self._index >= 0) & (self._weight > 0) & ~(without_self & (self._index == own))).any(1)
 
     def patches(self, rows: slice, columns: slice, space: Workspace | None = None) -> Sequence[Patch]:
-        part = slice(self._starts[rows.start], self._starts[rows.stop])
-        column = self._column[part]
-        here = ((column >= columns.start) & (column < columns.stop)).nonzero().squeeze(1)
-        if not len(here):
-            return ()
-        return (
-            Entries(
-                self._row[part][here] - rows.start,
-                column[here] - columns.start,
-                (rows.stop - rows.start, columns.stop - columns.start),
-                self._weight[part][here],
-                self._back[part][here],
-            ),
-        )
+        return ()
+
+    def entries(self, rows: slice, both: bool) -> Entries:
+        n, m = self.shape
+        row = torch.arange(n, device=self._index.device).unsqueeze(1).expand_as(self._index)
+        there = (self._index >= 0) & (self._weight > 0)
+        row, column, value = row[there], self._index[there].long(), self._weight[there]
+        if not both:
+            ahead = (row >= rows.start) & (row < rows.stop)
+            row, column, value = row[ahead] - rows.start, column[ahead], value[ahead]
+            keys, where = torch.unique(row * m + column, return_inverse=True)
+            return Entries(keys // m, keys % m, (rows.stop - rows.start, m), self._sum(keys, where, value))
+        # One pass scores both directions, so that an entry of one of them stands in the list of both.
+        keys, where = torch.unique(torch.cat([row * m + column, column * m + row]), return_inverse=True)
+        weight, back = (self._sum(keys, part, value) for part in where.split(len(value)))
+        return Entries(keys // m, keys % m, (n, m), weight, back)
+
+    def dense(self, like: Tensor) -> Float[Tensor, "n m"]:
+        matrix = torch.zeros(self.shape, dtype=like.dtype, device=like.device)
+        there = self._index >= 0
+        matrix.scatter_add_(1, self._index.clamp(min=0).long(), (self._weight * there).to(like.dtype))
+        return matrix if self._most is None else matrix.clamp_(max=self._most)
+
+    def _sum(self, keys: Tensor, where: Tensor, value: Tensor) -> Tensor:
+        found = value.new_zeros(len(keys)).index_add_(0, where, value)
+        return found if self._most is None else found.clamp_(max=self._most)
 
 
-class Weights:
+class Weights(Target):
     """Any weights: a matrix (n, m) of numbers that are 0 or more. The only target that stores all pairs.
 
     The columns as queries have the weights of the transposed matrix.
