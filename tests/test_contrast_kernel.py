@@ -341,7 +341,7 @@ def test_a_row_without_positives_is_not_moved_by_who_points_at_it():
         gradient = torch.autograd.grad(value, x)[0]
         assert (gradient[1:] == 0).all()
         assert (gradient[0] != 0).any()
-        assert step.directions[0].losses[1:].tolist() == [0.0, 0.0]
+        assert step.directions()[0].losses[1:].tolist() == [0.0, 0.0]
         assert Record.of(step).rows_without_positives == 2.0
 
 
@@ -465,7 +465,9 @@ def test_unit_rows_at_the_ends_of_the_range():
         exact = torch.autograd.grad((torch.nn.functional.normalize(each) ** 3).sum(), each)[0]
         assert oracles.error(found, exact) < 1e-12
     rows = draw(3, 2).requires_grad_()
-    assert torch.autograd.gradgradcheck(unit_rows, rows)
+    assert torch.autograd.gradcheck(unit_rows, rows)
+    with pytest.raises(NearfarError, match="first derivatives only"):
+        torch.autograd.grad(unit_rows(rows).sum(), rows, create_graph=True)
 
 
 @pytest.mark.parametrize(

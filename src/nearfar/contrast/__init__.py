@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from nearfar.contrast.few import few_rows
 from nearfar.contrast.masks import (
     DenseMask,
     DuplicateMask,
@@ -47,6 +48,7 @@ __all__ = [
     "computing_dtype",
     "embeddings",
     "few_pairs",
+    "few_rows",
     "join_masks",
     "log_sums",
     "sigmoid_sums",

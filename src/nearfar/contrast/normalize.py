@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nearfar.contrast.precision import full_precision
+from nearfar.contrast.precision import full_precision, no_second_derivative
 from nearfar.errors import NearfarError
 
 __all__ = ["embeddings", "unit_rows"]
 
-#: so few numbers that calls cost more than the arithmetic; and lengths whose squares neither overflow nor vanish
-FEW, ORDINARY = 1 << 17, 1e-15
+#: lengths whose squares neither overflow nor vanish, above this and below its inverse
+ORDINARY = 1e-15
 #: rows at a time in backward
 _PART = 1024
 
@@ -29,10 +30,6 @@ def unit_rows(x: Float[Tensor, "n d"], name: str | None = None) -> Float[Tensor,
     tensor([[0.6000, 0.8000],
             [0.0000, 0.0000]])
     """
-    if x.device.type == "cpu" and 0 < x.numel() <= FEW:
-        length = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-        if _ordinary(length.detach()):
-            return x / length
     unit: Tensor = _UnitRows.apply(x, name)
     return unit
 
@@ -52,17 +49,21 @@ class _UnitRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        no_second_derivative()  # lengths are kept as numbers
         unit, length = ctx.saved_tensors
         (gradient,) = gradients
+        out = torch.empty_like(gradient)
         with full_precision(unit.device):
-            if torch.is_grad_enabled():  # a graph of this backward is wanted
-                return (gradient - unit * torch.linalg.vecdot(unit, gradient).unsqueeze(1)) / length, None
-            out = torch.empty_like(gradient)
-            parts = (x.split(_PART) for x in (unit, gradient, length, out))
-            for own, given, size, into in zip(*parts, strict=True):  # whole, it would take a third matrix
+            for part in _parts(len(unit)):
+                own, given = unit[part], gradient[part]
                 along = torch.linalg.vecdot(own, given).unsqueeze(1)
-                torch.addcmul(given, own, along, value=-1, out=into).div_(size)
+                torch.addcmul(given, own, along, value=-1, out=out[part]).div_(length[part])
         return out, None
+
+
+def _parts(n: int) -> Iterator[slice]:
+    """Some rows at a time: of all at once, a product would be as large as they are."""
+    return (slice(start, start + _PART) for start in range(0, n, _PART))
 
 
 def _ordinary(length: Float[Tensor, "n 1"]) -> bool:

@@ -1,12 +1,12 @@
 """The kernel for few pairs: where a batch is so small that calls cost more than products, one matrix and few calls.
 
 The same numbers as ``softmax_loss`` with ``OwnPair``. With the odds of the rest, Σ exp(s_ij) / exp(s_ii), a loss is
-log(1 + odds), which keeps its digits near convergence as well; that is in range only while logits are below about 40,
-and for rows that are neither zero nor far out of scale. ``few_pairs`` declines the others.
+log(1 + odds), which keeps its digits near convergence as well.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,10 +14,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nearfar.contrast.masks import Mask
-from nearfar.contrast.normalize import ORDINARY
 from nearfar.contrast.precision import full_precision, no_second_derivative
-from nearfar.contrast.step import Step
-from nearfar.contrast.tiles import KEPT, bounded
+from nearfar.contrast.small import small_batch
+from nearfar.contrast.step import Direction, Step
+from nearfar.contrast.sums import Statistics
 
 __all__ = ["few_pairs"]
 
@@ -31,34 +31,27 @@ def few_pairs(
     mask: Mask | None = None,
 ) -> tuple[Float[Tensor, ""], Step] | None:
     """The mean loss of partners i and i, and what its record is made of; None where this is not the place for it."""
+    found = small_batch(a, b, scale, normalize)
+    if found is None:
+        return None
     n, m = len(a), len(b)
-    alike = a.dtype == b.dtype and a.dtype in (torch.float32, torch.float64) and a.shape[1] == b.shape[1]
-    if (
-        not alike
-        or not 0 < n * m <= KEPT
-        or a.shape[1] == 0
-        or a.device.type != "cpu"
-        or b.device.type != "cpu"
-    ):
-        return None
-    if isinstance(scale, Tensor) and scale.numel() != 1:
-        return None
-    value = scale.detach().item() if isinstance(scale, Tensor) else float(scale)
-    lengths = [torch.linalg.vector_norm(x.detach(), dim=1, keepdim=True) for x in (a, b)]
-    largest = 1.0 if normalize else 1.001
-    for length in lengths:
-        shortest, longest = (end.item() for end in torch.aminmax(length))
-        if not (shortest > ORDINARY and longest < 1.0 / ORDINARY):  # NaN is neither
-            return None
-        largest *= 1.001 if normalize else longest
-    if not (value > 0 and bounded(2 * value * largest, n, m, a.dtype)):
-        return None
-    if isinstance(scale, Tensor):
-        scale = scale.reshape(()).to(a)
     left_out = None if mask is None else mask.tile(slice(0, n), slice(0, m))
-    found: list[Tensor] = []
-    loss: Tensor = _PairLosses.apply(a, b, scale, lengths if normalize else None, both, left_out, found)
-    return loss, Step.few(loss, found, m, value, mask is not None)
+    kept: list[Tensor] = []
+    loss: Tensor = _PairLosses.apply(a, b, found.scale, found.lengths, both, left_out, kept)
+    look = partial(_directions, kept, m, mask is not None)
+    return loss, Step(loss.detach(), look, found.value)
+
+
+def _directions(kept: list[Tensor], keys: int, masked: bool) -> list[Direction]:
+    odds, total, powers = kept
+    directions = []
+    for k, axis in enumerate((1, 0)[: len(odds)]):
+        candidates: Tensor | float = float(keys)
+        if masked:
+            candidates = (powers > 0).sum(axis).to(odds.dtype) + 1.0
+        statistics = Statistics(powers.amax(axis).log(), candidates, 1.0, 1.0, 0.0)
+        directions.append(Direction(odds[k].log1p(), total[k].log(), statistics))
+    return directions
 
 
 class _PairLosses(torch.autograd.Function):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,13 +27,15 @@ class Direction:
 
 @dataclass(frozen=True)
 class Step:
-    """One call: its value, its directions, the scale it used, and whether weights stood inside the logarithm."""
+    """One call: its value, its directions, the scale it used, and whether weights stood inside the logarithm.
+
+    The directions are looked at when somebody asks for the record: what it needs beyond the loss is computed then.
+    """
 
     value: Float[Tensor, ""]
-    directions: Sequence[Direction]
+    directions: Callable[[], Sequence[Direction]]
     scale: Tensor | float
     inside: bool = False
-    few_pairs: tuple[list[Tensor], int, bool] | None = None
 
     @classmethod
     def of(
@@ -43,18 +46,12 @@ class Step:
             Direction(each.detach(), direction.rest.detach(), direction.statistics)
             for each, direction in zip(losses, sums, strict=True)
         ]
-        return cls(value.detach(), directions, scale.detach(), inside)
-
-    @classmethod
-    def few(cls, value: Tensor, found: list[Tensor], keys: int, scale: float, masked: bool) -> Step:
-        """From ``few_pairs``; what its record needs beyond the loss is computed when it is read."""
-        return cls(value.detach(), (), scale, few_pairs=(found, keys, masked))
+        return cls(value.detach(), partial(list, directions), scale.detach(), inside)
 
     def numbers(self) -> Float[Tensor, " numbers"]:
         """The fields of a ``nearfar.losses.Record`` in their order, on the device."""
         with torch.no_grad():
-            directions = self.directions if self.few_pairs is None else _few_directions(*self.few_pairs)
-            parts = torch.stack([_direction(direction, self.inside) for direction in directions])
+            parts = torch.stack([_direction(direction, self.inside) for direction in self.directions()])
             means, least = parts.mean(0), parts[:, 2].amin()
             scale = torch.as_tensor(self.scale).to(means)
             finite = self.value.isfinite().to(means.dtype)
@@ -89,15 +86,3 @@ def _direction(direction: Direction, inside: bool) -> Float[Tensor, " numbers"]:
             mean(like + statistics.floor),
         ]
     )
-
-
-def _few_directions(found: list[Tensor], keys: int, masked: bool) -> list[Direction]:
-    odds, total, powers = found
-    directions = []
-    for k, axis in enumerate((1, 0)[: len(odds)]):
-        candidates: Tensor | float = float(keys)
-        if masked:
-            candidates = (powers > 0).sum(axis).to(odds.dtype) + 1.0
-        statistics = Statistics(powers.amax(axis).log(), candidates, 1.0, 1.0, 0.0)
-        directions.append(Direction(odds[k].log1p(), total[k].log(), statistics))
-    return directions

@@ -10,6 +10,7 @@ their own keys, i weighs for j what j weighs for i. ``turned`` is the target of 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -41,7 +42,7 @@ class Target(Protocol):
         return None
 
     def dense(self, like: Tensor) -> Float[Tensor, "n m"]:
-        """All weights, 0 where there is no positive, as numbers like ``like``: for few rows."""
+        """All weights, 0 where there is no positive, as numbers like ``like`` that nobody else holds: for few rows."""
         n, m = self.shape
         patches = self.patches(slice(0, n), slice(0, m))
         if len(patches) == 1 and patches[0].weight is not None and patches[0].weight.shape == (n, m):
@@ -113,29 +114,48 @@ class SameClass(Target):
                 )
         self.shape = (len(labels), len(key_labels))
         self.symmetric = key_labels is labels
-        # Numbers of the classes, in their order: of any type of label, there is one after the last.
-        every = labels if self.symmetric else torch.cat([labels, key_labels])
-        codes = torch.unique(every, return_inverse=True)[1]
-        self.labels = codes[: len(labels)]
-        self.key_labels = self.labels if self.symmetric else codes[len(labels) :]
-        # On a device, knowing the ranges would mean waiting for it at every tile.
-        self._ordered = (
-            labels.device.type == "cpu" and _ascending(self.labels) and _ascending(self.key_labels)
-        )
-        # As floats, exact up to 16 million classes, they compare into floats, and quickly.
-        self._codes = self.labels.float()
-        self._key_codes = self._codes if self.symmetric else self.key_labels.float()
+        self._given = (labels, key_labels)
+
+    @cached_property
+    def _classes(self) -> tuple[Tensor, Tensor]:
+        """Numbers of the classes, in their order: of any type of label, there is one after the last."""
+        labels, key_labels = self._given
+        if self.symmetric:
+            codes = torch.unique(labels, return_inverse=True)[1]
+            return codes, codes
+        codes = torch.unique(torch.cat([labels, key_labels]), return_inverse=True)[1]
+        return codes[: len(labels)], codes[len(labels) :]
+
+    @cached_property
+    def _codes(self) -> tuple[Tensor, Tensor]:
+        """The same as floats, exact up to 16 million classes: they compare into floats, and quickly."""
+        labels, key_labels = self._classes
+        codes = labels.float()
+        return codes, codes if self.symmetric else key_labels.float()
+
+    @cached_property
+    def _ordered(self) -> bool:
+        """On a device, knowing the ranges would mean waiting for it at every tile."""
+        labels, key_labels = self._classes
+        return labels.device.type == "cpu" and _ascending(labels) and _ascending(key_labels)
 
     def turned(self) -> SameClass:
-        return SameClass(self.key_labels, self.labels)
+        labels, key_labels = self._given
+        return SameClass(key_labels, None if self.symmetric else labels)
 
     def has_positives(self, without_self: bool) -> Bool[Tensor, " n"]:
-        classes, counts = torch.unique(self.key_labels, return_counts=True)
-        where = torch.searchsorted(classes, self.labels).clamp(max=len(classes) - 1)
-        return (classes[where] == self.labels) & (counts[where] > int(without_self))
+        labels, key_labels = self._classes
+        classes, counts = torch.unique(key_labels, return_counts=True)
+        where = torch.searchsorted(classes, labels).clamp(max=len(classes) - 1)
+        return (classes[where] == labels) & (counts[where] > int(without_self))
+
+    def dense(self, like: Tensor) -> Float[Tensor, "n m"]:
+        labels, key_labels = self._given
+        same = torch.empty(self.shape, dtype=like.dtype, device=like.device)
+        return torch.eq(labels.unsqueeze(1), key_labels, out=same)
 
     def patches(self, rows: slice, columns: slice, space: Workspace | None = None) -> Sequence[Patch]:
-        labels, key_labels = self.labels[rows], self.key_labels[columns]
+        labels, key_labels = self._classes[0][rows], self._classes[1][columns]
         r, c = slice(0, len(labels)), slice(0, len(key_labels))
         if self._ordered:
             low = max(int(labels[0]), int(key_labels[0]))
@@ -149,7 +169,7 @@ class SameClass(Target):
                 return ()
             if low == high:
                 return (Rectangle(r, c),)
-        mine, theirs = self._codes[rows][r], self._key_codes[columns][c]
+        mine, theirs = self._codes[0][rows][r], self._codes[1][columns][c]
         same = room_for(space, mine, "same", len(mine), len(theirs))
         torch.eq(mine.unsqueeze(1), theirs, out=same)
         return (Rectangle(r, c, same),)

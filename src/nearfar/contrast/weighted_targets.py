@@ -166,3 +166,6 @@ class Weights(Target):
     def patches(self, rows: slice, columns: slice, space: Workspace | None = None) -> Sequence[Patch]:
         weight = self.matrix[rows, columns]
         return (Rectangle(slice(0, weight.shape[0]), slice(0, weight.shape[1]), weight),)
+
+    def dense(self, like: Tensor) -> Float[Tensor, "n m"]:
+        return self.matrix.to(like, copy=True)

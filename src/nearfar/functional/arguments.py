@@ -91,6 +91,10 @@ def number(name: str, value: Any, least: float | None = None) -> float:
 
 def any_number(name: str, value: Any) -> float:
     """A number, infinite ones and NaN too; ``NearfarError`` for anything else, text above all."""
+    if (
+        type(value) is float
+    ):  # nearly always, and to ask a protocol takes as long as ten of a tensor's operations
+        return value
     if isinstance(value, Tensor) and value.numel() == 1 and not value.requires_grad:
         value = value.item()
     if isinstance(value, (bool, str, Tensor)) or not isinstance(value, SupportsFloat):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -82,7 +84,7 @@ def siglip_step(
     candidates = float(n) if mask is None else left + 1.0
     step = _Sigmoid(
         loss.detach(),
-        [Direction(positive.detach(), push, Statistics(hardest, candidates, 1.0, 1.0, 0.0))],
+        partial(list, [Direction(positive.detach(), push, Statistics(hardest, candidates, 1.0, 1.0, 0.0))]),
         scale.detach(),
     )
     return loss, step
@@ -92,7 +94,7 @@ class _Sigmoid(Step):
     """A pair's probability is its own: it is not shared with the other candidates."""
 
     def numbers(self) -> Float[Tensor, " numbers"]:
-        ((direction),) = self.directions
+        (direction,) = self.directions()
         one = torch.ones_like(direction.losses)
         candidates = one * direction.statistics.candidates
         # By the derivative of softplus, the push on a negative is its own probability.

@@ -8,7 +8,16 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from nearfar.contrast import LabelOverlap, Mask, SameClass, Step, softmax_loss, uncompiled
+from nearfar.contrast import (
+    LabelOverlap,
+    Mask,
+    SameClass,
+    Step,
+    computing_dtype,
+    few_rows,
+    softmax_loss,
+    uncompiled,
+)
 from nearfar.contrast.tiles import KEPT
 from nearfar.errors import NearfarError
 from nearfar.functional.arguments import check_temperature, check_tensors, ready
@@ -70,14 +79,18 @@ def supcon_step(
     tile: tuple[int, int] | None = None,
 ) -> tuple[Float[Tensor, ""], Step]:
     """``supcon``, and what its record is made of."""
-    options: dict[str, Any] = {
-        "inside": inside_of(sum),
-        "unit": normalize,
-        "mask": mask,
-        "rows": rows,
-        "tile": tile,
-    }
-    first, second, scale = ready(z, other, 1.0 / check_temperature(temperature), normalize, ("z", "other"))
+    factor = 1.0 / check_temperature(temperature)
+    inside = inside_of(sum)
+    whole = memory is None and memory_labels is None and mask is None and rows is None and tile is None
+    if whole and _fit(z, other, labels):
+        few = few_rows(
+            z, other, factor, SameClass(labels), both=other is not None, inside=inside, normalize=normalize,
+            without_self=other is None or not own_pair,
+        )  # fmt: skip
+        if few is not None:
+            return few[0], few[2]
+    options: dict[str, Any] = {"inside": inside, "unit": normalize, "mask": mask, "rows": rows, "tile": tile}
+    first, second, scale = ready(z, other, factor, normalize, ("z", "other"))
     if memory is None and memory_labels is not None:
         raise NearfarError("memory_labels were given without memory, the rows that they belong to")
     _check_labels(labels, len(z), "labels", "z")
@@ -152,25 +165,30 @@ def multi_label_supcon_step(
     tile: tuple[int, int] | None = None,
 ) -> tuple[Float[Tensor, ""], Step]:
     """``multi_label_supcon``, and what its record is made of."""
-    first, _, scale = ready(z, None, 1.0 / check_temperature(temperature), normalize, ("z", "z"))
-    check_tensors(labels=labels)
+    factor = 1.0 / check_temperature(temperature)
+    check_tensors(z=z, labels=labels)
     if labels.ndim != 2 or len(labels) != len(z):
         raise NearfarError(
             f"labels are {tuple(labels.shape)} for {len(z)} rows of z; one row of labels for each is needed"
         )
     if labels.shape[1] == 0:
         raise NearfarError("labels have no column; at least one label or aspect is needed")
-    labels = labels.to(z.device)
+    labels, dtype = labels.to(z.device), computing_dtype(z)
     if weights == "jaccard":
         if z.device.type == "cpu" and not bool(((labels == 0) | (labels == 1)).all()):
             raise NearfarError(
                 "labels for weights='jaccard' are multi-hot, 0 or 1; codes of polarities are for weights='legacy'"
             )
-        target, inside = LabelOverlap(labels.to(first.dtype)), inside_of(sum or "outside")
+        target, inside = LabelOverlap(labels.to(dtype)), inside_of(sum or "outside")
     elif weights == "legacy":
-        target, inside = _legacy(labels, neutral, first.dtype), inside_of(sum or "inside")
+        target, inside = _legacy(labels, neutral, dtype), inside_of(sum or "inside")
     else:
         raise NearfarError(f"weights is {weights!r}; it is 'jaccard' or 'legacy'")
+    if rows is None and tile is None:
+        few = few_rows(z, None, factor, target, without_self=True, inside=inside, normalize=normalize)
+        if few is not None:
+            return few[0], few[2]
+    first, _, scale = ready(z, None, factor, normalize, ("z", "z"))
     return softmax_loss(
         first, None, scale, target, without_self=True, inside=inside, unit=normalize, rows=rows, tile=tile
     )
@@ -198,3 +216,12 @@ def _check_labels(labels: Tensor, n: int, name: str, of: str) -> None:
         raise NearfarError(
             f"{name} are {tuple(labels.shape)} for {n} rows of {of}; one label for each row is needed"
         )
+
+
+def _fit(z: Any, other: Any, labels: Any) -> bool:
+    """Whether these can be what they should be; if not, the long way says what is wrong."""
+    if not all(isinstance(x, Tensor) for x in (z, z if other is None else other, labels)):
+        return False
+    return (
+        labels.shape == z.shape[:1] and (other is None or len(other) == len(z)) and labels.device == z.device
+    )

@@ -12,6 +12,7 @@ contrastive loss come out of one round here.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -85,14 +86,11 @@ def ring_loss(loss: nn.Module, arguments: Mapping[str, Any]) -> Float[Tensor, ""
     rests = rests if both else rests[:1]
     losses = [torch.nn.functional.softplus(rest - positive, threshold=50.0) for rest in rests]
     value = whole_value(torch.stack([each.sum() for each in losses]).sum() / (total * len(losses)))
-    loss._step = Step(
-        value.detach(),
-        [
-            Direction(each.detach(), rest.detach(), Statistics(most, float(total), 1.0, 1.0, 0.0))
-            for each, rest, most in zip(losses, rests, hardest, strict=False)
-        ],
-        factor.detach(),
-    )
+    directions = [
+        Direction(each.detach(), rest.detach(), Statistics(most, float(total), 1.0, 1.0, 0.0))
+        for each, rest, most in zip(losses, rests, hardest, strict=False)
+    ]
+    loss._step = Step(value.detach(), partial(list, directions), factor.detach())
     return value
 
 
