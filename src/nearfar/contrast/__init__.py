@@ -17,6 +17,7 @@ from nearfar.contrast.normalize import embeddings, unit_rows
 from nearfar.contrast.pairs import few_pairs
 from nearfar.contrast.precision import computing_dtype, uncompiled
 from nearfar.contrast.sigmoid import sigmoid_sums
+from nearfar.contrast.sigmoid_pairs import few_sigmoid_pairs, sigmoid_directions
 from nearfar.contrast.softmax import Extra, NoPositivesWarning, Sums, log_sums, softmax_loss
 from nearfar.contrast.step import Direction, Step
 from nearfar.contrast.sums import Statistics
@@ -49,8 +50,10 @@ __all__ = [
     "embeddings",
     "few_pairs",
     "few_rows",
+    "few_sigmoid_pairs",
     "join_masks",
     "log_sums",
+    "sigmoid_directions",
     "sigmoid_sums",
     "softmax_loss",
     "uncompiled",

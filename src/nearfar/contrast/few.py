@@ -41,12 +41,16 @@ def few_rows(
     averaged over rows and directions; all rows must have a positive then, and the sum stands outside the logarithm.
     """
     given = small_batch(a, b, scale, normalize)
-    if given is None:
+    if given is None or len(a) * len(a if b is None else b) > target.few_pairs:
         return None
-    weights = [_Weights.of(target, a, 1, without_self)]
+    weights = [_Weights.of(target.dense(a), target.binary, 1, without_self)]
     if both:
-        turned = target if target.symmetric else target.turned()
-        weights.append(_Weights.of(turned, a, 0, without_self))
+        turned = target.turned()
+        weights.append(
+            weights[0].turned(target.symmetric)
+            if turned is target
+            else _Weights.of(turned.dense(a).T.contiguous(), target.binary, 0, without_self)
+        )
     if not all(each.rows for each in weights):
         return None
     found: list[_Side] = []
@@ -70,17 +74,20 @@ class _Weights(NamedTuple):
     axis: int
 
     @classmethod
-    def of(cls, target: Target, like: Tensor, axis: int, without_self: bool) -> _Weights:
-        weight = target.dense(like)
+    def of(cls, weight: Tensor, binary: bool, axis: int, without_self: bool) -> _Weights:
         if without_self:
             weight.diagonal().zero_()  # not fill_diagonal_, which is slow
-        if axis == 0 and not target.symmetric:
-            weight = weight.T.contiguous()
         mass = weight.sum(axis)
         valid = mass > 0
         count = int(valid.sum())
-        member = weight if target.binary else weight.sign()
+        member = weight if binary else weight.sign()
         return cls(weight, member, mass, None if count == len(mass) else valid, count, axis)
+
+    def turned(self, symmetric: bool) -> _Weights:
+        """The same for the queries in the columns."""
+        if symmetric:
+            return self._replace(axis=0)
+        return self._replace(weight=self.weight.T.contiguous(), member=self.member.T.contiguous(), axis=0)
 
 
 class _Setting(NamedTuple):
@@ -194,14 +201,18 @@ class _FewRows(torch.autograd.Function):
         no_second_derivative()
         a, b, scale = ctx.saved_tensors
         scale = ctx.scale if scale is None else scale
+        sides: list[_Side] = ctx.sides
         values: Tensor | None = None
-        for side in ctx.sides:
-            if by_loss is not None:
-                found = side.slopes().mul_(by_loss / (side.weights.rows * len(ctx.sides)))
-                values = found if values is None else values.add_(found)
-            if by_gap is not None and ctx.expected is not None:
-                found = side.gap_slopes(*ctx.expected).mul_(by_gap / (len(side.losses) * len(ctx.sides)))
-                values = found if values is None else values.add_(found)
+        factor: Tensor | float = 1.0
+        if by_loss is not None:
+            values, factor = sides[0].slopes(), by_loss / (sides[0].weights.rows * len(sides))
+            for side in sides[1:]:
+                values.add_(side.slopes(), alpha=sides[0].weights.rows / side.weights.rows)
+        if by_gap is not None and ctx.expected is not None:
+            gaps = [side.gap_slopes(*ctx.expected) for side in sides]
+            total = gaps[0] if len(gaps) == 1 else gaps[0].add_(gaps[1])
+            total.mul_(by_gap / (len(a) * len(sides)))
+            values, factor = total if values is None else total.add_(values.mul_(factor)), 1.0
         if values is None:
             return (None,) * 6
         with full_precision(a.device):  # a vecdot is a product too
@@ -213,10 +224,11 @@ class _FewRows(torch.autograd.Function):
                 by_b = values.T @ a
             along = torch.linalg.vecdot(a, by_a).unsqueeze(1)
             across = None if b is None else torch.linalg.vecdot(b, by_b).unsqueeze(1)
-        by_scale = along.sum() * (0.5 if b is None else 1.0) if ctx.needs_input_grad[2] else None
+        by_scale = along.sum() * (factor * (0.5 if b is None else 1.0)) if ctx.needs_input_grad[2] else None
+        factor = factor * scale
         for x, by_x, dots, k in ((a, by_a, along, 0), (b, by_b, across, 1)):
             if by_x is not None:
-                by_x.mul_(scale)
                 if ctx.lengths is not None:
-                    by_x.addcmul_(x, dots * scale, value=-1).div_(ctx.lengths[k])
+                    by_x.addcmul_(x, dots, value=-1).div_(ctx.lengths[k])
+                by_x.mul_(factor)
         return by_a, by_b, by_scale, None, None, None

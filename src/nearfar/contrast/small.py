@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -23,11 +24,15 @@ class SmallBatch(NamedTuple):
 
 
 def small_batch(
-    a: Float[Tensor, "n d"], b: Float[Tensor, "m d"] | None, scale: float | Tensor, normalize: bool
+    a: Float[Tensor, "n d"],
+    b: Float[Tensor, "m d"] | None,
+    scale: float | Tensor,
+    normalize: bool,
+    any_logit: bool = False,
 ) -> SmallBatch | None:
     """None where the pairs are many, or a short way would not be exact: on another device or in half precision, for
-    rows that are zero or far out of scale, and for logits whose exponentials, or the quotients of these, are out of
-    range. Whatever is wrong with the arguments is left to the long way to say.
+    rows that are zero or far out of scale, and (but for ``any_logit``) for logits whose exponentials, or the quotients
+    of these, are out of range. Whatever is wrong with the arguments is left to the long way to say.
     """
     b = a if b is None else b
     if (
@@ -54,7 +59,7 @@ def small_batch(
             return None
         largest *= 1.001 if normalize else longest ** (2 if b is a else 1)
         lengths.append(length)
-    if not (value > 0 and bounded(2 * value * largest, len(a), len(b), a.dtype)):
+    if not (0 < value < math.inf and (any_logit or bounded(2 * value * largest, len(a), len(b), a.dtype))):
         return None
     if isinstance(scale, Tensor):
         scale = scale.reshape(()).to(a)

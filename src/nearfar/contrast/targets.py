@@ -31,6 +31,8 @@ class Target(Protocol):
     binary: bool
     single: bool
     symmetric: bool
+    #: up to so many pairs, the matrix of all weights is quicker than a walk over tiles
+    few_pairs: int = 1 << 20
 
     def patches(self, rows: slice, columns: slice, space: Workspace | None = None) -> Sequence[Patch]:
         """The positives among these rows and columns, in coordinates of the tile; ``space`` lends buffers for

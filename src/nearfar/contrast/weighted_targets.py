@@ -80,6 +80,7 @@ class SparseWeights(Target):
     """
 
     binary = single = symmetric = False
+    few_pairs = 1 << 17  # most of the matrix is 0, and a walk over tiles does nothing for that
 
     def __init__(
         self, index: Int[Tensor, "n k"], weight: Float[Tensor, "n k"], m: int, most: float | None = None

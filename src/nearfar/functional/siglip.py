@@ -15,11 +15,13 @@ from nearfar.contrast import (
     Statistics,
     Step,
     checked_mask,
+    few_sigmoid_pairs,
+    sigmoid_directions,
     sigmoid_sums,
     uncompiled,
 )
 from nearfar.errors import NearfarError
-from nearfar.functional.arguments import ready
+from nearfar.functional.arguments import check_tensors, ready
 
 __all__ = ["siglip", "siglip_step"]
 
@@ -63,14 +65,18 @@ def siglip_step(
     tile: tuple[int, int] | None = None,
 ) -> tuple[Float[Tensor, ""], Step]:
     """``siglip``, and what its record is made of."""
+    check_tensors(a=a, b=b)
+    bias = _bias(logit_bias, a)
+    if mask is None and rows is None and tile is None:
+        few = few_sigmoid_pairs(a, b, logit_scale, bias, normalize)
+        if few is not None:
+            look = partial(sigmoid_directions, few[1])
+            return few[0], _Sigmoid(few[0].detach(), look, _value(logit_scale))
     first, second, scale = ready(a, b, logit_scale, normalize)
+    bias = bias.to(first)
     n = len(first)
     if len(second) != n:
         raise NearfarError(f"a has {n} rows and b {len(second)}; row i of b is the partner of row i of a")
-    bias = torch.as_tensor(logit_bias, dtype=first.dtype, device=first.device)
-    if bias.numel() != 1 or (bias.device.type == "cpu" and not bias.detach().isfinite().all()):
-        raise NearfarError(f"logit_bias is {logit_bias}; one finite number is needed, they start at -10")
-    bias = bias.reshape(())
     if rows is not None and not isinstance(rows, slice):
         raise NearfarError(f"rows is a {type(rows).__name__}; a slice is needed, such as slice(0, 16)")
     part = slice(0, n) if rows is None else slice(*rows.indices(n))
@@ -88,6 +94,18 @@ def siglip_step(
         scale.detach(),
     )
     return loss, step
+
+
+def _bias(bias: float | Tensor, like: Tensor) -> Float[Tensor, ""]:
+    dtype = torch.promote_types(like.dtype, torch.float32) if like.dtype.is_floating_point else torch.float32
+    bias = torch.as_tensor(bias, dtype=dtype, device=like.device)
+    if bias.numel() != 1 or (bias.device.type == "cpu" and not bias.detach().isfinite().all()):
+        raise NearfarError(f"logit_bias is {bias}; one finite number is needed, they start at -10")
+    return bias.reshape(())
+
+
+def _value(scale: float | Tensor) -> float | Tensor:
+    return scale.detach() if isinstance(scale, Tensor) else scale
 
 
 class _Sigmoid(Step):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -10,10 +11,14 @@ from torch import Tensor
 
 from nearfar.contrast import (
     IndexMask,
+    Mask,
     OwnPair,
     SparseWeights,
     Step,
     Target,
+    computing_dtype,
+    few_pairs,
+    few_rows,
     log_sums,
     softmax_loss,
     uncompiled,
@@ -83,13 +88,16 @@ def spatial_step(
 ) -> tuple[Float[Tensor, ""], Step, Tensor]:
     """``spatial``, what its record is made of, and the share of rows that have a neighbour in the batch."""
     check_spatial_options(neighbor_alpha_scale, temp_reg_weight, neighbors)
-    a, b, scale = ready(image, text, clamp_scale(logit_scale, max_scale), normalize, ("image", "text"))
-    n = len(a)
-    if len(b) != n:
-        raise NearfarError(f"image has {n} rows and text {len(b)}; row i of both is the same spot")
+    factor = clamp_scale(logit_scale, max_scale)
+    check_tensors(image=image, text=text)
+    n = len(image)
+    if len(text) != n:
+        raise NearfarError(f"image has {n} rows and text {len(text)}; row i of both is the same spot")
     index, alpha = _check(neighbor_index, neighbor_alpha, n)
-    index, alpha = index.to(a.device), alpha.to(a)
-    reached = ((index >= 0) & (alpha > 0)).any(1).to(a.dtype).mean() if index.shape[1] else a.new_zeros(())
+    index, alpha = index.to(image.device), alpha.to(image.device, computing_dtype(image, text))
+    reached = alpha.new_zeros(())
+    if index.shape[1]:
+        reached = ((index >= 0) & (alpha > 0)).any(1).to(alpha.dtype).mean()
     target: Target = OwnPair(n)
     mask = None
     if neighbors in ("soft", "positive"):
@@ -103,6 +111,11 @@ def spatial_step(
         )
     elif neighbors == "mask":
         mask = IndexMask(torch.where(alpha > 0, index, -1))
+    if rows is None and tile is None:
+        small = _small(image, text, factor, target, mask, temp_reg_weight, normalize)
+        if small is not None:
+            return *small, reached
+    a, b, scale = ready(image, text, factor, normalize, ("image", "text"))
     if temp_reg_weight == 0:
         options: dict[str, Any] = {"both": True, "mask": mask, "unit": normalize, "rows": rows, "tile": tile}
         return *softmax_loss(a, b, scale, target, **options), reached
@@ -119,6 +132,31 @@ def spatial_step(
     cross_entropy = torch.stack(losses).mean()
     loss = cross_entropy + temp_reg_weight * pull.square()
     return loss, Step.of(loss, losses, sums, scale, False), reached
+
+
+def _small(
+    a: Tensor,
+    b: Tensor,
+    scale: float | Tensor,
+    target: Target,
+    mask: Mask | None,
+    temp_reg_weight: float,
+    normalize: bool,
+) -> tuple[Float[Tensor, ""], Step] | None:
+    """The same for a small batch, and None for others."""
+    if target.single and temp_reg_weight == 0:
+        return few_pairs(a, b, scale, True, normalize, mask)
+    if mask is not None:
+        return None
+    expected = temp_reg_weight != 0
+    few = few_rows(a, b, scale, target, both=True, normalize=normalize, expected=expected)
+    if few is None:
+        return None
+    loss, gap, step = few
+    if not expected:
+        return loss, step
+    loss = loss + temp_reg_weight * (gap / scale).square()
+    return loss, replace(step, value=loss.detach())
 
 
 def check_spatial_options(neighbor_alpha_scale: float, temp_reg_weight: float, neighbors: str) -> None:
