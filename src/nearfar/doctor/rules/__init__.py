@@ -1,0 +1,33 @@
+"""All rules, one module per theme."""
+
+from nearfar.doctor.rule import RuleBook
+from nearfar.doctor.rules import (
+    batches,
+    curriculum,
+    embeddings,
+    evaluation,
+    loss,
+    machine,
+    positives,
+    significance,
+    temperature,
+)
+
+__all__ = ["RULES"]
+
+#: in the order in which findings of one severity are told
+RULES = RuleBook(
+    rule
+    for theme in (
+        loss,
+        positives,
+        curriculum,
+        batches,
+        temperature,
+        embeddings,
+        evaluation,
+        significance,
+        machine,
+    )
+    for rule in theme.RULES
+)

@@ -1,0 +1,286 @@
+"""What the batches held: hardness promised and delivered, false negatives, duplicates, old rows."""
+
+from __future__ import annotations
+
+import math
+
+from nearfar.doctor.finding import Evidence, Remedy
+from nearfar.doctor.phases import hard_epochs, means_hard
+from nearfar.doctor.rule import Rule, TooLittle
+from nearfar.doctor.rules._remedies import advice, scaled, short
+from nearfar.doctor.series import mean
+from nearfar.doctor.signals import Signals
+
+__all__ = ["RULES"]
+
+#: realised over nominal hardness below which a promise is broken; greedy batches of k = 100, r = .5 end at .76 of it
+DEPLETED = 0.8
+#: the same of what exceeds random hardness, last quarter over first, a noisier measure
+EXCESS_DEPLETED, LAST_TO_FIRST = 0.6, 0.7
+#: hardness over random from which batches count as harder at all
+HARDER = 1.1
+#: anchors with a likely false negative: named, and worth masking
+SOME_FALSE, MANY_FALSE = 0.02, 0.1
+#: share of rows with an unmasked copy, at which one row in a hundred is told to flee its own positive
+COPIES = 0.01
+#: steps over which embeddings drift slowly enough to serve as negatives
+SLOW_DRIFT = 1000
+#: difference of the guessing levels, in nats, and of the losses, that makes two compositions two scales
+OTHER_SCALE, OTHER_LOSS = 0.05, 0.1
+
+
+def _hard_lists(signals: Signals, name: str) -> list[tuple[float, ...]]:
+    return [
+        values
+        for epoch, values in signals.lists(name)
+        if hard_epochs(signals, epoch) and all(map(math.isfinite, values))
+    ]
+
+
+def _depleted(signals: Signals) -> Evidence | None:
+    if not means_hard(signals):
+        return None
+    realised = _hard_lists(signals, "realised_hard")
+    promised = [v[0] for v in _hard_lists(signals, "nominal_hard")] or [
+        v[0] for v in _hard_lists(signals, "hard_ratio")
+    ]
+    if not promised and signals.number("hard_ratio"):
+        promised = [signals.number("hard_ratio") or 0.0]
+    if realised and promised and mean(promised) > 0:
+        whole, last = mean([mean(v) for v in realised]), mean([v[-1] for v in realised])
+        nominal = mean(promised)
+        if min(whole, last) >= DEPLETED * nominal:
+            return None
+        where = "the last quarter of an epoch" if last < whole else "an epoch"
+        return Evidence(
+            f"{nominal:.2f} of a batch was to be hard; {whole:.2f} were, and {last:.2f} in {where} (mean of "
+            f"{len(realised)} "
+            "epochs).",
+            {"nominal": nominal, "realised": whole, "realised_last_quarter": last},
+        )
+    quarters = [v for v in _hard_lists(signals, "hardness") if len(v) > 1]
+    chance = signals.number("hardness_random")
+    if quarters and chance is not None:
+        first, last = mean([v[0] for v in quarters]), mean([v[-1] for v in quarters])
+        if first < HARDER * chance or last - chance >= EXCESS_DEPLETED * (first - chance):
+            return None
+        return Evidence(
+            f"{first:.2f} of an item's nearest neighbours share its batch in the first quarter of an epoch, "
+            f"{last:.2f} in the "
+            f"last; random batches hold {chance:.2f}.",
+            {"hardness_first": first, "hardness_last": last, "hardness_random": chance},
+        )
+    level = _hard_lists(signals, "last_to_first")
+    if not level:
+        raise TooLittle("no hard epoch was logged")
+    ratio = mean([v[0] for v in level])
+    if ratio >= LAST_TO_FIRST:
+        return None
+    return Evidence(
+        f"The last tenth of an epoch is {ratio:.2f} as hard as the first.", {"last_to_first": ratio}
+    )
+
+
+def _depletion_remedy(signals: Signals) -> Remedy:
+    more = scaled(signals, "hardness_k", 2) or "hardness_k=100"
+    words = "Compose the epoch from the whole neighbour graph, so that hardness stays level; a larger k lasts longer."
+    if signals.text("order") == "greedy":
+        return Remedy("sampler.order=level", words, (more, "sampler=partition"))
+    return Remedy("sampler=partition", words, (more,))
+
+
+def _not_harder(signals: Signals) -> Evidence | None:
+    if not means_hard(signals):
+        return None
+    hardness = _hard_lists(signals, "hardness")
+    chance = [mean(v) for v in _hard_lists(signals, "hardness_random")]
+    if not chance and signals.number("hardness_random") is not None:
+        chance = [signals.number("hardness_random") or 0.0]
+    if not hardness or not chance:
+        raise TooLittle("no hard epoch was logged")
+    found, expected = mean([mean(v) for v in hardness]), mean(chance)
+    if expected <= 0 or found > HARDER * expected:
+        return None
+    return Evidence(
+        f"{found:.2f} of an item's nearest neighbours share its batch, random batches hold {expected:.2f} (mean of "
+        f"{len(hardness)} hard epochs).",
+        {"hardness": found, "hardness_random": expected},
+    )
+
+
+def _false_negatives(signals: Signals) -> Evidence | None:
+    threshold = signals.number("false_negative_threshold")
+    at = f" (similarity {threshold:g} or more)" if threshold is not None else ""
+    share = signals.series("false_negative_share").finite()
+    if share:
+        candidates = signals.number("candidates") or signals.number("batch_size") or 0.0
+        late = share.tail()
+        expected = late.mean() * max(candidates - 1, 1)
+        anchors = 1 - math.exp(-expected)
+        where = late.where_text()
+        text = f"{late.mean():.2%} of the negatives are likely positives{at} in {where}, {expected:.2f} for each row"
+    else:
+        # The plan counts pairs before any mask; a threshold among the options masks them.
+        if signals.context.get("false_negative_threshold") is not None:
+            return None
+        hit = signals.series("anchors_with_false_negative").finite()
+        pairs = signals.series("false_negatives").finite().tail()
+        if hit:
+            late, anchors = hit.tail(), hit.tail().mean()
+            text = f"{anchors:.1%} of the rows have a likely positive{at} among their negatives in {late.where_text()}"
+        else:
+            size = signals.number("candidates") or signals.number("batch_size") or 2.0
+            anchors = 1 - math.exp(-pairs.mean() * (size - 1))
+            text = f"{pairs.mean():.2%} of the in-batch pairs are likely positives{at}"
+    if not anchors >= SOME_FALSE:
+        return None
+    severity = "warning" if anchors >= MANY_FALSE else "note"
+    return Evidence(text + ".", {"rows_with_false_negative": anchors}, severity=severity)  # type: ignore[arg-type]
+
+
+def _filter(signals: Signals) -> Remedy:
+    threshold = signals.number("false_negative_threshold") or 0.95
+    if signals.context.get("false_negative_threshold") is not None:
+        return Remedy(
+            f"false_negative_threshold={short(threshold - 0.05)}",
+            "The mask lets some through: lower its threshold.",
+        )
+    return Remedy(
+        f"false_negative_threshold={short(threshold)}", "Mask negatives as similar as that to the positive."
+    )
+
+
+def _duplicates(signals: Signals) -> Evidence | None:
+    share = signals.series("duplicate_keys").finite()
+    if not share or share.mean() <= COPIES:
+        return None
+    return Evidence(
+        f"{share.mean():.1%} of the rows have an equal other row among their negatives in {share.where_text()}.",
+        {"duplicate_keys": share.mean()},
+    )
+
+
+def _duplicate_remedy(signals: Signals) -> Remedy:
+    if signals.context.get("mask_duplicates") is True:
+        return Remedy(
+            "", "They are equal, and yet not marked as such: remove them from the data, or mark them."
+        )
+    return Remedy("mask_duplicates=true", "Mask equal rows, or remove them from the data.")
+
+
+def _epoch_steps(signals: Signals) -> float | None:
+    ends = signals.series("train_loss")
+    if ends:
+        first = ends.points[0]
+        return first.step / first.epoch if first.epoch else None
+    points = [p for p in signals.series("memory_age").points if p.epoch is not None]
+    last = max((p.epoch for p in points if p.epoch is not None), default=0)
+    inside = [p.step for p in points if p.epoch is not None and p.epoch < last]
+    return max(inside) / (last - 1) if inside else None
+
+
+def _stale(signals: Signals) -> Evidence | None:
+    age = signals.series("memory_age").finite().tail()
+    epoch = _epoch_steps(signals)
+    limit = min(epoch or SLOW_DRIFT, SLOW_DRIFT)
+    if not age or age.mean() <= limit:
+        return None
+    what = "an epoch has" if epoch is not None and epoch <= SLOW_DRIFT else "embeddings drift slowly over"
+    return Evidence(
+        f"The oldest row of the memory is {age.mean():.0f} steps old in {age.where_text()}; {what} {limit:.0f} steps.",
+        {"memory_age": age.mean(), "limit": limit},
+    )
+
+
+def _shorter_memory(signals: Signals) -> Remedy:
+    found, memory = _stale(signals), signals.number("memory")
+    if found is None or not memory:
+        return Remedy("", "Keep fewer rows: at most those of one epoch.")
+    rows = int(memory * found.numbers["limit"] / found.numbers["memory_age"])
+    return Remedy(f"memory={rows}", "Keep fewer rows: at most those of one epoch.")
+
+
+def _composition(signals: Signals) -> Evidence | None:
+    ours, theirs = signals.number("uniform_level"), signals.number("val_uniform_level")
+    if ours is None or theirs is None:
+        a, b = signals.number("candidates"), signals.number("val_candidates")
+        ours, theirs = (math.log(a), math.log(b)) if a and b and min(a, b) > 0 else (None, None)
+    if ours is not None and theirs is not None and abs(ours - theirs) > OTHER_SCALE:
+        return Evidence(
+            f"Guessing costs {ours:.3f} in training batches and {theirs:.3f} in validation batches: their losses "
+            "have other "
+            "scales.",
+            {"uniform_level": ours, "val_uniform_level": theirs},
+        )
+    same = signals.series("train_loss_same_composition").finite()
+    loss = (signals.series("loss").finite() or signals.series("train_loss").finite()).tail()
+    if not same or not loss or not means_hard(signals):
+        return None
+    apart = loss.mean() - same.tail().mean()
+    if abs(apart) <= OTHER_LOSS + 2 * loss.error():
+        return None
+    return Evidence(
+        f"Training rows cost {loss.mean():.3f} in the sampler's batches and {same.tail().mean():.3f} in random "
+        "ones: compare "
+        "val_loss with the latter.",
+        {"loss": loss.mean(), "train_loss_same_composition": same.tail().mean()},
+    )
+
+
+RULES = (
+    Rule(
+        "hardness-not-above-random", "error", "Hard batches are no harder than random ones.",
+        (("hardness", "hardness_random"),), _not_harder,
+        looks_at="`hardness` over `hardness_random`, epochs of hard batches", threshold=f"at most {HARDER:g} times",
+        cause="The neighbour list is in another order than the data, or hard_ratio is very small.",
+        remedy=advice("Compare the ids of the neighbour list with the loader's (sampler.check_ids, "
+                      "neighbors.aligned_to); nearfar verify sampler shows that the sampler itself works."),
+        source="an A/A check: a sampler that does nothing must be told from one that does",
+    ),
+    Rule(
+        "hardness-depleted", "warning", "Batches are less hard than was asked for: neighbours run out.",
+        (("realised_hard", "nominal_hard"), ("realised_hard", "hard_ratio"), ("hardness", "hardness_random"),
+         ("last_to_first",)), _depleted,
+        looks_at="`realised_hard` over `nominal_hard`; without them `hardness` by quarter, or `last_to_first`; "
+        "epochs of "
+        "hard batches",
+        threshold=f"below {DEPLETED:g} in the last quarter or on the whole; {EXCESS_DEPLETED:g} of the excess over "
+        f"random; {LAST_TO_FIRST:g}",
+        cause="Every item is used once, and pivots use up their neighbours: a small hardness_k gives fewer hard items.",
+        remedy=_depletion_remedy,
+        source="greedy batches of 32 from 4,000: k = 10, r = .5 realises 19 %; GCBS (Sachidananda et al. 2023)",
+    ),
+    Rule(
+        "false-negatives", "warning", "Likely positives are treated as negatives.",
+        (("false_negative_share",), ("anchors_with_false_negative",), ("false_negatives",)), _false_negatives,
+        looks_at="`false_negative_share` × candidates; or the plan's `anchors_with_false_negative` where no mask "
+        "is set",
+        threshold=f"a note from {SOME_FALSE:.0%} of the rows, a warning from {MANY_FALSE:.0%}",
+        cause="Near-duplicates in one batch: neighbours of one text are often the same thing said twice.",
+        remedy=_filter, source="RocketQA (Qu et al. 2021): MRR@10 32.4 falls to 26.0 unfiltered, 36.4 denoised",
+    ),
+    Rule(
+        "duplicates", "warning", "Copies of a row are its negatives.", (("duplicate_keys",),), _duplicates,
+        looks_at="`duplicate_keys`, whole run", threshold=f"more than {COPIES:.0%} of the rows",
+        cause="The batch holds equal rows, from oversampling or repeated data, and no mask tells that they are equal.",
+        remedy=_duplicate_remedy, source="a copy of the positive among the negatives has gradient against itself",
+    ),
+    Rule(
+        "queue-stale", "warning", "The memory holds rows of an encoder that is long gone.", (("memory_age",),), _stale,
+        looks_at="`memory_age`, last quarter, beside the steps of an epoch", threshold=f"more than one epoch or "
+        f"{SLOW_DRIFT} "
+        "steps",
+        cause="The memory is longer than the epoch: it holds every row several times, some of them the batch's own.",
+        remedy=_shorter_memory, source="XBM (Wang et al. 2020): embeddings drift slowly, over about a thousand steps",
+    ),
+    Rule(
+        "composition-differs", "note", "Training and validation loss are of batches composed otherwise.",
+        (("uniform_level", "val_uniform_level"), ("candidates", "val_candidates"),
+         ("loss", "train_loss_same_composition"), ("train_loss", "train_loss_same_composition")), _composition,
+        looks_at="`uniform_level` beside `val_uniform_level`; `loss` beside `train_loss_same_composition`",
+        threshold=f"{OTHER_SCALE:g} nats of guessing, {OTHER_LOSS:g} nats of loss",
+        cause="Another batch size, mask, memory or sampler in training than in validation.",
+        remedy=advice("Read train_loss_same_composition beside val_loss: the same rows, the same composition."),
+        source="the loss of a batch depends on who is in it",
+    ),
+)  # fmt: skip
