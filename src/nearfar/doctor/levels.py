@@ -110,7 +110,7 @@ def _level(signals: Signals, name: str, names: list[str], by_floor: bool) -> Lev
     loss = loss.finite()
     for prefix in prefixes:
         guess = _uniform(signals, loss, prefix)
-        floor = _beside(signals, loss, f"{prefix}floor")
+        floor = _floor(signals, loss, prefix)
         if guess is None and by_floor and floor:
             guess = _constant(loss, math.inf), ""
         if loss and guess is not None:
@@ -137,6 +137,17 @@ def _uniform(signals: Signals, loss: Series, prefix: str) -> tuple[Series, str] 
         return None
     size *= signals.number("world_size") or 1.0
     return _constant(loss, math.log(size)), "ln(batch_size)"
+
+
+def _floor(signals: Signals, loss: Series, prefix: str) -> Series:
+    known = _beside(signals, loss, f"{prefix}floor")
+    kind = (signals.text("loss") or "").lower()
+    if known or prefix or "supcon" not in kind or "inside" in kind or "multi" in kind:
+        return known
+    positives = _beside(signals, loss, "positives_per_row")
+    return Series(
+        "floor", tuple(Point(p.row, p.step, p.epoch, math.log(max(p.value, 1.0))) for p in positives.points)
+    )
 
 
 def _beside(signals: Signals, loss: Series, name: str) -> Series:

@@ -40,9 +40,10 @@ class Rule:
 
     def judge(self, signals: Signals) -> Finding | Unjudged | None:
         """The finding, None where there is nothing to say, or what was missing for saying either."""
-        missing = [[f for f in fields if not signals.has(f)] for fields in self.needs]
+        missing: list[list[str]] = [[f for f in fields if not signals.has(f)] for fields in self.needs]
         if all(missing):
-            lacks = tuple(min(missing, key=lambda fields: len(fields)))
+            fewest = min(len(fields) for fields in missing)
+            lacks = tuple(next(fields for fields in missing if len(fields) == fewest))
             return Unjudged(self.id, f"lacks {', '.join(lacks)}", lacks)
         try:
             found = self.look(signals)

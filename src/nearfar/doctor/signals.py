@@ -16,6 +16,8 @@ __all__ = ["Signals"]
 
 #: fields whose null stands for NaN, since that is how a run's log writes one
 _NAN_IF_NULL = ("loss", "train_loss")
+#: fields of a view, as a log of one view alone may call them
+_OF_A_VIEW = ("effective_rank", "rank_limit", "dimensions", "variance", "uniformity", "mean_cosine")
 _PLACE = ("kind", "epoch", "step", "val", "estimates")
 
 
@@ -23,8 +25,9 @@ class Signals:
     """The records of a run, by field.
 
     ``records`` are the objects of a ``train_log.jsonl``, oldest first: mappings with ``kind``, ``epoch`` (from 1) and
-    ``step``, all three optional, and numbers; ``context`` is what does not change during the run. ``nearfar.doctor.fields``
-    lists both. NaN and infinities may be numbers or the texts "NaN", "Infinity", "-Infinity".
+    ``step``, all three optional, and numbers; ``context`` is what does not change during the run.
+    ``nearfar.doctor.fields`` lists both. NaN and infinities may be numbers or the texts "NaN", "Infinity",
+    "-Infinity".
 
     Raises ``NearfarError`` for records that are no mappings and for known fields that are not numeric. Text in an
     unknown field is nobody's signal and is left out.
@@ -166,6 +169,8 @@ class Signals:
         value = plain(value)
         if value is None:
             return
+        if name in _OF_A_VIEW:
+            name = f"embeddings/{name}"
         if name in TEXTS or (isinstance(value, str) and name in CONTEXT and not is_field(name)):
             if isinstance(value, str):
                 self._texts[name] = value

@@ -21,6 +21,8 @@ EXCESS_DEPLETED, LAST_TO_FIRST = 0.6, 0.7
 HARDER = 1.1
 #: anchors with a likely false negative: named, and worth masking
 SOME_FALSE, MANY_FALSE = 0.02, 0.1
+#: rows of a batch where the log does not say
+USUAL_BATCH = 64.0
 #: share of rows with an unmasked copy, at which one row in a hundred is told to flee its own positive
 COPIES = 0.01
 #: steps over which embeddings drift slowly enough to serve as negatives
@@ -113,7 +115,7 @@ def _false_negatives(signals: Signals) -> Evidence | None:
     at = f" (similarity {threshold:g} or more)" if threshold is not None else ""
     share = signals.series("false_negative_share").finite()
     if share:
-        candidates = signals.number("candidates") or signals.number("batch_size") or 0.0
+        candidates = signals.number("candidates") or signals.number("batch_size") or USUAL_BATCH
         late = share.tail()
         expected = late.mean() * max(candidates - 1, 1)
         anchors = 1 - math.exp(-expected)
@@ -129,7 +131,7 @@ def _false_negatives(signals: Signals) -> Evidence | None:
             late, anchors = hit.tail(), hit.tail().mean()
             text = f"{anchors:.1%} of the rows have a likely positive{at} among their negatives in {late.where_text()}"
         else:
-            size = signals.number("candidates") or signals.number("batch_size") or 2.0
+            size = signals.number("candidates") or signals.number("batch_size") or USUAL_BATCH
             anchors = 1 - math.exp(-pairs.mean() * (size - 1))
             text = f"{pairs.mean():.2%} of the in-batch pairs are likely positives{at}"
     if not anchors >= SOME_FALSE:
@@ -205,7 +207,7 @@ def _composition(signals: Signals) -> Evidence | None:
     if ours is None or theirs is None:
         a, b = signals.number("candidates"), signals.number("val_candidates")
         ours, theirs = (math.log(a), math.log(b)) if a and b and min(a, b) > 0 else (None, None)
-    if ours is not None and theirs is not None and abs(ours - theirs) > OTHER_SCALE:
+    if ours and theirs and abs(ours - theirs) > OTHER_SCALE:
         return Evidence(
             f"Guessing costs {ours:.3f} in training batches and {theirs:.3f} in validation batches: their losses "
             "have other "

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 from nearfar.doctor.finding import Evidence, Remedy
-from nearfar.doctor.phases import STILL, monitor, switch_epoch
+from nearfar.doctor.phases import STILL, metric_margin, monitor, switch_epoch
 from nearfar.doctor.rule import Rule, TooLittle
 from nearfar.doctor.rules._remedies import lower_learning_rate, short
-from nearfar.doctor.series import level_noise, mean
+from nearfar.doctor.series import mean
 from nearfar.doctor.signals import Signals
 
 __all__ = ["RULES"]
 
 #: rise of the loss at the switch, as a share of itself, that is more than epoch means scatter by
 LOSS_RISES = 0.02
-#: fall of the metric, as a share of itself, that counts, in each of this many epochs
+#: fall of the metric, as a share of itself, that counts, over the last of this many epochs
 METRIC_FALLS, EPOCHS = 0.02, 2
 #: what the system's notes start from where the run does not say
 RATIO, NEIGHBORS = 0.6, 50
 
 
 def _switch(signals: Signals) -> tuple[int, float, float, float, list[float], float, str]:
-    """Epoch, loss before and after, metric before and in each epoch after, its scatter and its name."""
+    """Epoch, loss before and after, metric before and in each epoch after, what it must move by, and its name."""
     start = switch_epoch(signals)
     if start is None:
         raise TooLittle("the log shows no switch from random to hard batches")
@@ -33,8 +33,8 @@ def _switch(signals: Signals) -> tuple[int, float, float, float, list[float], fl
     after = [values[epoch] for epoch in values if epoch >= start]
     if not (before_loss and after_loss and before and after):
         raise TooLittle(f"loss and metric are not logged both before and after the switch at epoch {start}")
-    noise = level_noise(list(values.values()))
-    return start, before_loss[0], max(after_loss[:2]), before[0], after, noise, metric.name
+    margin = metric_margin(before[0], list(values.values()))
+    return start, before_loss[0], max(after_loss[:2]), before[0], after, margin, metric.name
 
 
 def _sentence(
@@ -54,21 +54,22 @@ def _sentence(
 
 
 def _healthy(signals: Signals) -> Evidence | None:
-    start, loss, risen, before, after, _, name = _switch(signals)
+    start, loss, risen, before, after, margin, name = _switch(signals)
     level = mean(after[-EPOCHS:])
-    if risen <= loss * (1 + LOSS_RISES) or level <= before:
+    if risen <= loss * (1 + LOSS_RISES) or level <= before + margin:
         return None
     return _sentence(start, (loss, risen), (before, level), name, start + len(after) - 1)
 
 
 def _diverging(signals: Signals) -> Evidence | None:
-    start, loss, risen, before, after, noise, name = _switch(signals)
+    start, loss, risen, before, after, margin, name = _switch(signals)
     if len(after) < EPOCHS:
         raise TooLittle(f"{len(after)} epoch after the switch at epoch {start}; two are needed")
-    margin = max(METRIC_FALLS * abs(before), STILL * abs(before), 2 * noise)
-    if risen <= loss * (1 + LOSS_RISES) or any(value >= before - margin for value in after[-EPOCHS:]):
+    level, every = mean(after[-EPOCHS:]), max(after[-EPOCHS:])
+    fallen = before - level > max(METRIC_FALLS * abs(before), margin) and every < before - STILL * abs(before)
+    if risen <= loss * (1 + LOSS_RISES) or not fallen:
         return None
-    return _sentence(start, (loss, risen), (before, mean(after[-EPOCHS:])), name, start + len(after) - 1)
+    return _sentence(start, (loss, risen), (before, level), name, start + len(after) - 1)
 
 
 def _remedies(signals: Signals) -> Remedy:
@@ -101,16 +102,17 @@ RULES = (
     Rule(
         "curriculum-diverging", "warning", "Since hard batches began the loss is higher and the metric falls.", _NEEDS,
         _diverging, looks_at=_LOOKS,
-        threshold=f"loss up by {LOSS_RISES:.0%}, and the metric below its level before the switch by "
-        f"{METRIC_FALLS:.0%} "
-        f"and twice its scatter in each of the last {EPOCHS} epochs",
+        threshold=f"loss up by {LOSS_RISES:.0%}; the metric of the last {EPOCHS} epochs below its level before "
+        "the switch "
+        f"by {METRIC_FALLS:.0%} and three times its scatter, each by {STILL:.0%}",
         cause="The negatives are harder than the model can use: false negatives among them, too many at once, or "
         "too early.",
         remedy=_remedies, source="Robinson et al. 2021, hard negatives; Qu et al. 2021, RocketQA: unfiltered ones hurt",
     ),
     Rule(
         "curriculum-healthy", "note", "The loss rose when hard batches began and the metric goes on rising: healthy.",
-        _NEEDS, _healthy, looks_at=_LOOKS, threshold=f"loss up by {LOSS_RISES:.0%}, metric above its level before",
+        _NEEDS, _healthy, looks_at=_LOOKS, threshold=f"loss up by {LOSS_RISES:.0%}; metric above its level "
+        f"before by {STILL:.0%} and three times its scatter",
         cause="Harder candidates cost more; the loss of another composition is another scale.",
         remedy=lambda signals: Remedy("", "Nothing to do."),
         source="losses of batches composed otherwise are not comparable; the metric is",

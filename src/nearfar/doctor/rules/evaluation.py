@@ -9,7 +9,7 @@ from typing import Any
 
 from nearfar.doctor.finding import Evidence
 from nearfar.doctor.numbers import estimate_of, number, plain
-from nearfar.doctor.phases import lower_is_better, monitor
+from nearfar.doctor.phases import lower_is_better, main_metric
 from nearfar.doctor.rule import Rule, TooLittle
 from nearfar.doctor.rules._remedies import advice
 from nearfar.doctor.signals import Signals
@@ -19,7 +19,7 @@ __all__ = ["RULES", "of_splits"]
 
 _CUTOFF = re.compile(r"(?:^|[/_ ])(?:r|recall|hits?|hit_rate|top|success)[@_-]?(\d+)$", re.IGNORECASE)
 #: ratio of galleries from which chance differs enough to be seen, and from which it misleads
-OTHER_GALLERY, OTHER_BY_FAR = 1.1, 2.0
+OTHER_GALLERY, OTHER_BY_FAR = 1.1, 4.0
 
 
 def of_splits(signals: Signals) -> Iterator[tuple[str, str, dict[str, Any]]]:
@@ -161,7 +161,7 @@ def _shared(value: Any) -> float:
 
 def _baseline(signals: Signals) -> Evidence | None:
     baselines = signals.mapping("baselines")
-    main = monitor(signals).name or signals.text("monitor")
+    main = main_metric(signals, [name for _, name, _ in of_splits(signals)])
     judged = 0
     for split, name, estimate in of_splits(signals):
         baseline, kind = _lookup(baselines, split, name), "the constant baseline"

@@ -113,7 +113,7 @@ def _at_floor(signals: Signals) -> Evidence | None:
                 "above_floor": late.mean(),
                 "share_at_floor": share,
             },
-            severity="warning" if share >= LONG_AT_FLOOR else None,
+            severity="warning" if share >= LONG_AT_FLOOR and floor > AT_FLOOR else None,
         )
     return None
 
@@ -184,7 +184,8 @@ def _saturated(signals: Signals) -> Evidence | None:
 
 def _overfits(signals: Signals) -> Evidence | None:
     metric = monitor(signals)
-    values = metric.by_epoch()
+    # Another composition since a switch: neither loss nor metric can be told from it.
+    values = {} if switch_epoch(signals) is not None else metric.by_epoch()
     loss = signals.series("val_loss").finite()
     train = (signals.series("train_loss_same_composition") or signals.series("train_loss")).finite()
     falling = len(train) > 2 and train.tail(least=2).mean() < train.values[len(train) // 2]
@@ -246,9 +247,8 @@ RULES = (
         "loss-at-floor", "note", "The loss is at its floor: these batches have nothing left to teach.",
         (*CHANCE_NEEDS, ("*/raw", "*/floor"), ("loss", "floor")), _at_floor,
         looks_at="`loss` − `floor` (0 where no floor is logged), last quarter",
-        threshold=f"{AT_FLOOR:.2f} nats, the targets having 95 % of their probability; a warning from "
-        f"{LONG_AT_FLOOR:.0%} "
-        "of the log on",
+        threshold=f"{AT_FLOOR:.2f} nats, the targets having 95 % of their probability; a warning where a "
+        f"floor above 0 is kept for {LONG_AT_FLOOR:.0%} of the log",
         cause="The targets are met as far as they can be. The size of such a loss is its floor, not room to improve.",
         remedy=_floor_remedy, source="cross-entropy is at least the entropy of its target (Gibbs)",
     ),

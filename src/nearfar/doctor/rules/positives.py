@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from nearfar.doctor.finding import Evidence, Remedy
 from nearfar.doctor.rule import Rule
 from nearfar.doctor.rules._remedies import advice, fixed
@@ -32,16 +34,12 @@ def _without(signals: Signals) -> Evidence | None:
         return None  # such a loss says by its anchors that it had none
     without = signals.series("rows_without_positives").finite().tail()
     rows = signals.number("rows") or signals.number("batch_size") or signals.number("candidates")
-    if not rows or not without:
-        share = (
-            1.0 if without and min(without.values) > 0 and signals.number("positives_per_row") == 0 else 0.0
-        )
-    else:
-        share = min(1.0, without.mean() / rows)
-    if share <= WITHOUT:
+    if not without or (without.mean() < 1 if not rows else without.mean() <= WITHOUT * rows):
         return None
+    share = min(1.0, without.mean() / rows) if rows else math.nan
+    part = f" ({share:.0%})" if rows else ""
     return Evidence(
-        f"{without.mean():.1f} rows per batch ({share:.0%}) have no positive in {without.where_text()}; they are "
+        f"{without.mean():.1f} rows per batch{part} have no positive in {without.where_text()}; they are "
         "left out "
         "of the loss.",
         {"rows_without_positives": without.mean(), "share": share},
@@ -131,10 +129,10 @@ def _anchor_remedy(signals: Signals) -> Remedy:
 RULES = (
     Rule(
         "no-positives", "warning", "Rows have no positive in their batch and teach nothing.",
-        (("rows_without_positives", "rows"), ("rows_without_positives", "batch_size"),
-         ("rows_without_positives", "candidates"), ("rows_without_positives", "positives_per_row")), _without,
+        (("rows_without_positives",),), _without,
         looks_at="`rows_without_positives` over `rows` (or `batch_size`, `candidates`), last quarter",
-        threshold=f"more than {WITHOUT:.0%} of the rows; an error from {NEARLY_ALL:.0%}",
+        threshold=f"more than {WITHOUT:.0%} of the rows (one row where their number is not known); an error from "
+        f"{NEARLY_ALL:.0%}",
         cause="Classes with one row in the batch: there are many classes, or rare ones, and batches are drawn at "
         "random.",
         remedy=fixed("sampler=balanced", "Draw several rows of each class into a batch, or take larger batches."),

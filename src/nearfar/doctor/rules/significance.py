@@ -109,7 +109,11 @@ def _deviation(values: tuple[float, ...]) -> float:
 
 def _noise(signals: Signals) -> Evidence | None:
     judged = 0
-    for metric, difference in signals.mapping("comparison").items():
+    comparison = signals.mapping("comparison")
+    # One difference alone needs no name.
+    if "low" in comparison or "per_seed" in comparison or "values" in comparison:
+        comparison = {"the metric": comparison}
+    for metric, difference in comparison.items():
         found = _interval(metric, difference)
         if found is None:
             continue

@@ -16,6 +16,8 @@ __all__ = ["RULES"]
 AT_CLAMP = 0.5
 #: how close to the clamp is at it: a learned ln(100) is a rounding away from 100
 CLOSE = 1e-4
+#: the clamp of a scale that learned its way up to it, where the log names none
+USUAL_CLAMP = 100.0
 #: factor since the start, and change of its logarithm in the last quarter, from which a scale has not settled
 FACTOR, STILL_MOVING = 2.0, 0.15
 #: fewer values are no course
@@ -32,7 +34,10 @@ def _held(signals: Signals) -> tuple[float, Series, float | None] | None:
     flags = signals.series("at_clamp").finite().tail()
     if flags:
         return mean([float(v >= 0.5) for v in flags.values]), flags, limit
-    scale = signals.series("scale").finite().tail()
+    whole = signals.series("scale").finite()
+    scale = whole.tail()
+    if limit is None and whole and min(whole.values) < USUAL_CLAMP * (1 - CLOSE):
+        limit = USUAL_CLAMP if max(whole.values) <= USUAL_CLAMP * (1 + CLOSE) else None
     if limit is None or not scale:
         return None
     return mean([float(v >= limit * (1 - CLOSE)) for v in scale.values]), scale, limit
@@ -112,7 +117,7 @@ def _risk_remedy(signals: Signals) -> Remedy:
 RULES = (
     Rule(
         "temperature-at-clamp", "warning", "The learned scale is held at its clamp.",
-        (("at_clamp",), ("scale", "scale_max")), _at_clamp,
+        (("at_clamp",), ("scale", "scale_max"), ("scale",)), _at_clamp,
         looks_at="`at_clamp`, or `scale` beside `scale_max`, last quarter", threshold=f"{AT_CLAMP:.0%} of the "
         "steps or more",
         cause="The loss asks for ever sharper logits: training pairs are nearly told apart, or the scale learns "
