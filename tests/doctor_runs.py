@@ -1,5 +1,4 @@
-"""Synthetic runs for the doctor: healthy ones of several kinds, with the noise of real logs, and one planted "
-"fault each."""
+"""Synthetic runs for the doctor: healthy ones with the noise of real logs, and one planted fault each."""
 
 from __future__ import annotations
 
@@ -47,12 +46,9 @@ def estimate(
 
 
 def skeleton(rng: np.random.Generator, level: Callable[[float], float], size: int = 64, epochs: int = EPOCHS,
-             best: float = 0.6, noise: float = 0.04, probed: Callable[[float],
-             float] | None = None) -> Run:  # fmt: skip
-    """A run of InfoNCE on random batches whose mean loss follows ``level`` from 0 to 1 of the run, and in "
-    "random batches
-    ``probed``.
-    """
+             best: float = 0.6, noise: float = 0.04,
+             probed: Callable[[float], float] | None = None) -> Run:  # fmt: skip
+    """A run of InfoNCE whose mean loss follows ``level`` from 0 to 1 of the run, and in random batches ``probed``."""
     probed = probed or level
     records: list[dict[str, Any]] = []
     for epoch in range(1, epochs + 1):
@@ -183,6 +179,14 @@ def spatial(rng: np.random.Generator) -> Run:
     return run.knowing(loss="spatial", sampler="spatial")
 
 
+def spatial_in_part(rng: np.random.Generator) -> Run:
+    """Half of each batch from neighbourhoods, half at random; the scale ends at 30 of 40."""
+    run = skeleton(rng, falling(4.9, 2.1), size=128)
+    run.every("step", rows_with_neighbors=lambda r: 0.45 + 0.05 * rng.normal(), floor=0.5, positives_per_row=1.6,
+              scale=lambda r: 14.3 + 16 * (1 - math.exp(-5 * progress(r))), scale_max=40.0)  # fmt: skip
+    return run.knowing(loss="spatial", sampler="spatial", precision="bf16-mixed")
+
+
 def focal_objective(rng: np.random.Generator) -> Run:
     """0.7 focal and 0.3 contrastive; the total is far below what guessing the contrast costs."""
     run = skeleton(rng, falling(1.6, 0.75))
@@ -258,7 +262,8 @@ def own_log(rng: np.random.Generator) -> Run:
 HEALTHY: dict[str, Callable[[np.random.Generator], Run]] = {
     f.__name__: f
     for f in (random_infonce, converged, clip, supcon, curriculum, curriculum_above_chance, just_switched,
-              hard_from_start, partition, spatial, focal_objective, adversarial, with_memory, siglip, short_run,
+              hard_from_start, partition, spatial, spatial_in_part, focal_objective, adversarial, with_memory,
+              siglip, short_run,
               just_begun, several_processes, own_log)
 }  # fmt: skip
 #: notes that healthy runs may have

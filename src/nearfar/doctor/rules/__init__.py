@@ -3,9 +3,11 @@
 from nearfar.doctor.rule import RuleBook
 from nearfar.doctor.rules import (
     batches,
+    course,
     curriculum,
     embeddings,
     evaluation,
+    hardness,
     loss,
     machine,
     positives,
@@ -19,9 +21,11 @@ __all__ = ["RULES"]
 RULES = RuleBook(
     rule
     for theme in (
+        course,
         loss,
         positives,
         curriculum,
+        hardness,
         batches,
         temperature,
         embeddings,

@@ -168,7 +168,7 @@ def _baseline(signals: Signals) -> Evidence | None:
         if baseline is None and name == main:
             baseline, kind = estimate.get("chance"), "chance"
         value = estimate.get("value")
-        if baseline is None or value is None:
+        if baseline is None or value is None or estimate.get("trivial"):
             continue
         baseline, judged = float(baseline), judged + 1
         sign = -1.0 if lower_is_better(name) else 1.0

@@ -39,8 +39,7 @@ def _without(signals: Signals) -> Evidence | None:
     share = min(1.0, without.mean() / rows) if rows else math.nan
     part = f" ({share:.0%})" if rows else ""
     return Evidence(
-        f"{without.mean():.1f} rows per batch{part} have no positive in {without.where_text()}; they are "
-        "left out "
+        f"{without.mean():.1f} rows per batch{part} have no positive in {without.where_text()}; they are left out "
         "of the loss.",
         {"rows_without_positives": without.mean(), "share": share},
         severity="error" if share >= NEARLY_ALL else None,

@@ -136,8 +136,7 @@ RULES = (
         "common-mode-gain", "warning", "All groups changed alike: this is no change of the "
         "gap.", (("change",),), _common,
         looks_at="`change`: each group's difference", threshold=f"same sign, and the gap moves by at most "
-        f"{COMMON:g} of the "
-        "common change",
+        f"{COMMON:g} of the common change",
         cause="What was changed helps (or hurts) everybody; nothing in it knows the groups.",
         remedy=advice("Report common mode and gap apart, each with an interval."),
         source="an AP gap of .1063 that became .1049 while both groups gained .009",

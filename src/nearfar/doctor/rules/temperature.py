@@ -128,8 +128,7 @@ RULES = (
     Rule(
         "temperature-drift", "warning", "The learned scale does not settle.", (("scale",),), _drift,
         looks_at="ln `scale` over the run", threshold=f"a factor of {FACTOR:g} since the start, and "
-        f"{STILL_MOVING:g} of ln in "
-        "the last quarter, in the same direction",
+        f"{STILL_MOVING:g} of ln in the last quarter, in the same direction",
         cause="The scale follows the ease of the batches rather than the embeddings, or its learning rate is too high.",
         remedy=fixed("learn_temperature=false", "Fix the temperature, clamp the scale, or lower its learning rate."),
         source="Wang and Liu 2021: the temperature sets how much the hardest negatives weigh",
