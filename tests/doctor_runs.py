@@ -113,7 +113,9 @@ def clip(rng: np.random.Generator) -> Run:
     run.every("step", scale=lambda r: 14.29 + 16 * (1 - math.exp(-4 * progress(r))) + 0.05 * rng.normal(),
               scale_max=100.0, at_clamp=0.0)  # fmt: skip
     run.every("step", largest_logit=lambda r: r["scale"] * 0.98)
-    return run.knowing(loss="clip", precision="bf16-mixed", learn_temperature=True)
+    return run.knowing(
+        loss="clip", precision="bf16-mixed", learn_temperature=True, world_size=2, gradient_ratio=0.99
+    )
 
 
 def supcon(rng: np.random.Generator) -> Run:
@@ -225,6 +227,14 @@ def with_memory(rng: np.random.Generator) -> Run:
     )
 
 
+def supcon_with_memory(rng: np.random.Generator) -> Run:
+    """The memory holds half an epoch."""
+    run = supcon(rng).every("step", memory_age=lambda r: min(20.0, r["step"]), candidates=1343.0,
+                            uniform_level=math.log(1343), positives_per_row=150.0, floor=math.log(150),
+                            loss=lambda r: r["loss"] + math.log(20))  # fmt: skip
+    return run.every("probe", val_uniform_level=math.log(1343)).knowing(memory=1280)
+
+
 def siglip(rng: np.random.Generator) -> Run:
     run = skeleton(rng, falling(5.4, 1.2))
     run.every("probe", val_uniform_level=math.log(64) + 1)
@@ -263,6 +273,7 @@ HEALTHY: dict[str, Callable[[np.random.Generator], Run]] = {
     f.__name__: f
     for f in (random_infonce, converged, clip, supcon, curriculum, curriculum_above_chance, just_switched,
               hard_from_start, partition, spatial, spatial_in_part, focal_objective, adversarial, with_memory,
+              supcon_with_memory,
               siglip, short_run,
               just_begun, several_processes, own_log)
 }  # fmt: skip
