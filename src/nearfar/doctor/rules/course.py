@@ -15,6 +15,8 @@ __all__ = ["RULES"]
 
 #: fall of the metric, and rise of the validation loss, from which later epochs are worse than earlier ones
 OVERFIT_METRIC, OVERFIT_LOSS = 0.05, 0.05
+#: fall of the training loss in the second half of a run, as a share of itself, that is one
+FALLS = 0.02
 
 
 def _non_finite(signals: Signals) -> Evidence | None:
@@ -51,7 +53,7 @@ def _overfits(signals: Signals) -> Evidence | None:
     values = {} if switch_epoch(signals) is not None else metric.by_epoch()
     loss = signals.series("val_loss").finite()
     train = (signals.series("train_loss_same_composition") or signals.series("train_loss")).finite()
-    falling = len(train) > 2 and train.tail(least=2).mean() < train.values[len(train) // 2]
+    falling = len(train) > 2 and train.tail(least=2).mean() < (1 - FALLS) * train.values[len(train) // 2]
     if len(loss) >= 5 and falling:
         least, late = min(loss.points, key=lambda p: p.value), loss.tail(least=2)
         rise = late.mean() - least.value

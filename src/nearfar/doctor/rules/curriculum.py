@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from nearfar.doctor.finding import Evidence, Remedy
 from nearfar.doctor.phases import STILL, metric_margin, monitor, switch_epoch
 from nearfar.doctor.rule import Rule, TooLittle
@@ -66,7 +68,11 @@ def _diverging(signals: Signals) -> Evidence | None:
     if len(after) < EPOCHS:
         raise TooLittle(f"{len(after)} epoch after the switch at epoch {start}; two are needed")
     level, every = mean(after[-EPOCHS:]), max(after[-EPOCHS:])
-    fallen = before - level > max(METRIC_FALLS * abs(before), margin) and every < before - STILL * abs(before)
+    course = [before, *after][-EPOCHS - 1 :]
+    # Falling epoch after epoch is no scatter, which the bends of a short curve would be taken for.
+    steadily = all(later < earlier for earlier, later in pairwise(course))
+    margin = METRIC_FALLS * abs(before) if steadily else max(METRIC_FALLS * abs(before), margin)
+    fallen = before - level > margin and every < before - STILL * abs(before)
     if risen <= loss * (1 + LOSS_RISES) or not fallen:
         return None
     return _sentence(start, (loss, risen), (before, level), name, start + len(after) - 1)
@@ -94,7 +100,7 @@ _NEEDS = tuple(
     (loss, metric, phase)
     for loss in ("train_loss", "loss")
     for metric in ("val/*",)
-    for phase in ("random_phase", "curriculum_epoch")
+    for phase in ("random_phase", "curriculum_epoch", "hard_ratio")
 )
 _LOOKS = "`train_loss` (or `loss`) and the monitored `val/*` before and after `random_phase` ends, by epoch"
 
@@ -104,7 +110,7 @@ RULES = (
         _diverging, looks_at=_LOOKS,
         threshold=f"loss up by {LOSS_RISES:.0%}; the metric of the last {EPOCHS} epochs below its level before "
         "the switch "
-        f"by {METRIC_FALLS:.0%} and three times its scatter, each by {STILL:.0%}",
+        f"by {METRIC_FALLS:.0%} and (unless it falls epoch by epoch) three times its scatter, each by {STILL:.0%}",
         cause="The negatives are harder than the model can use: false negatives among them, too many at once, or "
         "too early.",
         remedy=_remedies, source="Robinson et al. 2021, hard negatives; Qu et al. 2021, RocketQA: unfiltered ones hurt",

@@ -22,6 +22,8 @@ AT_CHANCE = 0.05
 ABOVE_CHANCE = -0.03
 #: a level with a standard error above this share of the way is not known well enough to be judged
 TOO_NOISY = 0.05
+#: temperatures at which logits of cosines lie within 4 of each other, and at which they lie 100 and more apart
+BLUNT, SHARP = 0.5, 0.01
 #: nats above the floor at which the targets have 95 % of the probability that they ask for
 AT_FLOOR = -math.log(0.95)
 #: share of the log at the floor from which a run spent its time there
@@ -115,6 +117,27 @@ def _at_floor(signals: Signals) -> Evidence | None:
     return None
 
 
+def _chance_remedy(signals: Signals) -> Remedy:
+    words = "First overfit one batch: if its loss does not fall, the pairs or the gradient are wrong."
+    rate = lower_learning_rate(signals)
+    if (signals.number("temperature") or 0.0) >= BLUNT:
+        return Remedy(
+            "temperature=0.07",
+            "At this temperature all candidates score nearly alike.",
+            (rate,) if rate else (),
+        )
+    return Remedy(rate, f"{words} Then divide the learning rate by 3.")
+
+
+def _above_remedy(signals: Signals) -> Remedy:
+    rate = lower_learning_rate(signals)
+    if 0.0 < (signals.number("temperature") or 1.0) <= SHARP:
+        return Remedy(
+            "temperature=0.07", "At this temperature one wrong candidate costs all.", (rate,) if rate else ()
+        )
+    return Remedy(rate, "Divide the learning rate by 3, then raise the temperature.", ("temperature=0.1",))
+
+
 def _floor_remedy(signals: Signals) -> Remedy:
     floor = signals.number("floor") or 0.0
     several = (signals.number("positives_per_row") or 1.0) > 1.5
@@ -159,8 +182,7 @@ RULES = (
         threshold=f"{ABOVE_CHANCE:.0%} to {AT_CHANCE:.0%} of the way from guessing to the floor",
         cause="Pairs that do not belong together (one side shuffled or indexed in another order), a collapsed encoder, "
         "frozen weights, or a learning rate that is far too high or too low.",
-        remedy=lambda s: Remedy(lower_learning_rate(s), "First overfit one batch: if its loss does not fall, the pairs "
-                                "or the gradient are wrong. Then divide the learning rate by 3."),
+        remedy=_chance_remedy,
         source="a scorer that ranks all candidates alike has the loss ln(candidates) (van den Oord et al. 2018)",
     ),
     Rule(
@@ -170,7 +192,7 @@ RULES = (
         threshold=f"below {ABOVE_CHANCE:.0%} of the way, by two standard errors",
         cause="Confident and wrong: the learning rate is too high for the weights it started from, the temperature too "
         "low, or the positives are not the right ones.",
-        remedy=lambda s: Remedy(lower_learning_rate(s), "Divide the learning rate by 3.", ("temperature=0.1",)),
+        remedy=_above_remedy,
         source="a constant scorer has ln(candidates), so that more is worse than knowing nothing",
     ),
     Rule(
