@@ -60,9 +60,9 @@ def read_run(folder: str | os.PathLike[str]) -> Signals:
     context = _options(path / "config.yaml")
     layout = _json(path / "dataset_layout.json")
     metrics = _json(path / "metrics.json")
-    environment = _json(path / "environment.json")
-    for name in ("batchnorm", "world_size", "gradient_ratio"):
-        for source in (environment, layout, metrics):
+    model = _json(path / "model.json")
+    for name in ("batchnorm", "world_size", "scale_max", "gradient_ratio"):
+        for source in (model, metrics):
             if name in source:
                 context.setdefault(name, source[name])
     for name in ("monitor", "baselines", "groups", "change", "comparison"):

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 __all__ = ["Point", "Series", "level_noise", "mean"]
 
@@ -15,8 +16,7 @@ LAST_PART = 0.25
 BLOCKS = 10
 
 
-@dataclass(frozen=True)
-class Point:
+class Point(NamedTuple):
     """A value, the row of the log it stood in, its step and (where the log says so) its epoch, from 1."""
 
     row: int
@@ -51,6 +51,8 @@ class Series:
 
     def finite(self) -> Series:
         """Without NaN and infinities."""
+        if all(math.isfinite(point.value) for point in self.points):
+            return self
         return self.where(lambda point: math.isfinite(point.value))
 
     def tail(self, share: float = LAST_PART, least: int = 3) -> Series:

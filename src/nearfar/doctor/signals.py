@@ -166,6 +166,10 @@ class Signals:
             self.context["estimates"] = {**self.context["estimates"], **record["estimates"]}
 
     def _put(self, name: str, value: Any, place: tuple[int, float, int | None], where: str) -> None:
+        points = self._points.get(name)
+        if points is not None and type(value) is float:  # nearly every value of a log
+            points.append(Point(*place, value))
+            return
         value = plain(value)
         if value is None:
             return

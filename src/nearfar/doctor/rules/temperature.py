@@ -29,7 +29,9 @@ SINGLE = 500.0
 
 
 def _held(signals: Signals) -> tuple[float, Series, float | None] | None:
-    """The share of the last steps at the clamp, those steps, and the clamp; None where no clamp is known."""
+    """The share of the last steps at the clamp, those steps, and the clamp; None where none is known or none learns."""
+    if signals.context.get("learn_temperature") is False:
+        return None
     limit = signals.number("scale_max")
     flags = signals.series("at_clamp").finite().tail()
     if flags:
