@@ -300,6 +300,13 @@ def at_chance_columns(rng: np.random.Generator) -> Run:
     )
 
 
+def noisy_at_chance(rng: np.random.Generator) -> Run:
+    """Batches of 8, whose loss scatters by a sixth of itself."""
+    return Run(
+        [{"kind": "step", "loss": math.log(8) + 0.35 * rng.normal(), "candidates": 8} for _ in range(120)]
+    )
+
+
 def above_chance(rng: np.random.Generator) -> Run:
     """Two epochs of a pretrained model at a learning rate of 1e-3: 4.3 to 4.6 at ln 32."""
     return skeleton(rng, falling(4.7, 4.3), size=32, epochs=3)
@@ -545,6 +552,7 @@ FAULTS: list[tuple[Callable[[np.random.Generator], Run], str, set[str]]] = [
     (not_finite, "non-finite-loss", set()),
     (at_chance, "loss-at-chance", {"baseline-not-beaten"}),
     (at_chance_columns, "loss-at-chance", set()),
+    (noisy_at_chance, "loss-at-chance", set()),
     (above_chance, "loss-above-chance", set()),
     (hard_above_chance, "loss-above-chance", {"composition-differs"}),
     (contrast_at_floor, "loss-at-floor", set()),

@@ -89,7 +89,6 @@ def _length(series: Mapping[str, list[Any]], lengths: Mapping[str, int]) -> int:
         hint = "; with 'epoch' for each row, fields of an epoch may have one value per epoch"
         raise NearfarError(
             f"series of different lengths: '{other}' has {length} values, '{name}' has {n}. Write None where "
-            "nothing was "
-            f"measured{hint if _of_an_epoch(name) else ''}"
+            f"nothing was measured{hint if _of_an_epoch(name) else ''}"
         )
     return length

@@ -6,15 +6,17 @@ import math
 from dataclasses import dataclass
 
 from nearfar.doctor.rule import TooLittle
-from nearfar.doctor.series import Point, Series
+from nearfar.doctor.series import LAST_PART, Point, Series
 from nearfar.doctor.signals import Signals
 
-__all__ = ["Level", "levels", "terms"]
+__all__ = ["Level", "by_class", "levels", "terms"]
 
 #: losses that are no softmax over candidates: guessing does not cost ln(candidates)
 _OTHER = ("siglip", "focal", "wasserstein", "score", "triplet", "margin", "bce", "mse")
 #: what an objective's contrastive term may be called, where the log does not say whose candidates it has
 _CONTRASTIVE = ("contrast", "nce", "clip", "supcon", "spatial", "pair")
+#: losses whose positives are rows of one class
+_BY_CLASS = ("supcon", "multi", "label", "class")
 #: fewer logged steps than this are no level
 LEAST_STEPS = 5
 LEAST_EPOCHS = 2
@@ -57,12 +59,18 @@ class Level:
             ),
         )
 
-    def settled(self, series: Series) -> Series:
+    def settled(self, series: Series, share: float = LAST_PART) -> Series:
         """The last part of a series over these rows, the first epoch left out where there are more."""
         last = max((p.epoch for p in series.points if p.epoch is not None), default=1)
         if last > 1:
             series = series.where(lambda p: p.epoch is None or p.epoch > 1)
-        return series.tail()
+        return series.tail(share)
+
+
+def by_class(signals: Signals) -> bool | None:
+    """Whether the loss takes rows of one class as positives; None where the log does not name it."""
+    kind = (signals.text("loss") or signals.text("loss_name") or "").lower()
+    return any(word in kind for word in _BY_CLASS) if kind else None
 
 
 def terms(signals: Signals) -> list[str]:

@@ -71,8 +71,8 @@ class Signals:
         if is_sequence(source):
             return cls(source, context)
         raise NearfarError(
-            f"signals are {type(source).__name__}; give a run folder, a list of log records, or a mapping of fields to "
-            "series of numbers"
+            f"signals are {type(source).__name__}; give a run folder, a list of log records, or a mapping of "
+            "fields to series of numbers"
         )
 
     def knowing(self, context: Mapping[str, Any] | None) -> Signals:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from statistics import median
 
 from nearfar.doctor.finding import Evidence, Remedy
 from nearfar.doctor.phases import means_hard
@@ -116,16 +117,21 @@ def _shorter_memory(signals: Signals) -> Remedy:
     return Remedy(f"memory={rows}", "Keep fewer rows: at most those of one epoch.")
 
 
+def _usual(signals: Signals, name: str) -> float | None:
+    """The median over the run: the last batch of an epoch is smaller than the others."""
+    series = signals.series(name).finite()
+    return median(series.values) if series else None
+
+
 def _composition(signals: Signals) -> Evidence | None:
-    ours, theirs = signals.number("uniform_level"), signals.number("val_uniform_level")
+    ours, theirs = _usual(signals, "uniform_level"), _usual(signals, "val_uniform_level")
     if ours is None or theirs is None:
-        a, b = signals.number("candidates"), signals.number("val_candidates")
+        a, b = _usual(signals, "candidates"), _usual(signals, "val_candidates")
         ours, theirs = (math.log(a), math.log(b)) if a and b and min(a, b) > 0 else (None, None)
     if ours and theirs and abs(ours - theirs) > OTHER_SCALE:
         return Evidence(
-            f"Guessing costs {ours:.3f} in training batches and {theirs:.3f} in validation batches: their losses "
-            "have other "
-            "scales.",
+            f"Guessing costs {ours:.3f} in training batches and {theirs:.3f} in validation batches: their "
+            "losses have other scales.",
             {"uniform_level": ours, "val_uniform_level": theirs},
         )
     same = signals.series("train_loss_same_composition").finite()
@@ -136,9 +142,8 @@ def _composition(signals: Signals) -> Evidence | None:
     if abs(apart) <= OTHER_LOSS + 2 * loss.error():
         return None
     return Evidence(
-        f"Training rows cost {loss.mean():.3f} in the sampler's batches and {same.tail().mean():.3f} in random "
-        "ones: compare "
-        "val_loss with the latter.",
+        f"Training rows cost {loss.mean():.3f} in the sampler's batches and {same.tail().mean():.3f} in "
+        "random ones: compare val_loss with the latter.",
         {"loss": loss.mean(), "train_loss_same_composition": same.tail().mean()},
     )
 
@@ -147,8 +152,8 @@ RULES = (
     Rule(
         "false-negatives", "warning", "Likely positives are treated as negatives.",
         (("false_negative_share",), ("anchors_with_false_negative",), ("false_negatives",)), _false_negatives,
-        looks_at="`false_negative_share` × candidates; or the plan's `anchors_with_false_negative` where no mask "
-        "is set",
+        looks_at="`false_negative_share` × candidates; or the plan's `anchors_with_false_negative` where no "
+        "mask is set",
         threshold=f"a note from {SOME_FALSE:.0%} of the rows, a warning from {MANY_FALSE:.0%}",
         cause="Near-duplicates in one batch: neighbours of one text are often the same thing said twice.",
         remedy=_filter, source="RocketQA (Qu et al. 2021): MRR@10 32.4 falls to 26.0 unfiltered, 36.4 denoised",

@@ -60,8 +60,7 @@ def _overfits(signals: Signals) -> Evidence | None:
         if rise > max(OVERFIT_LOSS * abs(least.value), 3 * level_noise(loss.values)):
             return Evidence(
                 f"Validation loss {late.mean():.3f} in {late.where_text()}, {rise:.3f} above its least, "
-                f"{least.value:.3f} at "
-                f"step {least.step:g}; the training loss went on falling.",
+                f"{least.value:.3f} at step {least.step:g}; the training loss went on falling.",
                 {"val_loss": late.mean(), "least_val_loss": least.value, "least_step": least.step},
             )
     if len(values) >= 5 and falling:
@@ -70,9 +69,8 @@ def _overfits(signals: Signals) -> Evidence | None:
         fall = values[best] - late_mean
         if fall > max(OVERFIT_METRIC * abs(values[best]), 3 * level_noise(list(values.values()))):
             return Evidence(
-                f"{metric.name} was {abs(values[best]):.3f} at epoch {best} and is {abs(late_mean):.3f} at the "
-                "end; the "
-                "training loss went on falling.",
+                f"{metric.name} was {abs(values[best]):.3f} at epoch {best} and is {abs(late_mean):.3f} at "
+                "the end; the training loss went on falling.",
                 {"best": values[best], "best_epoch": float(best), "last": late_mean},
             )
     return None
@@ -83,8 +81,8 @@ RULES = (
         "non-finite-loss", "error", "The loss is not a finite number.",
         (("loss",), ("train_loss",), ("finite",)), _non_finite,
         looks_at="`loss`, `train_loss`, `finite`", threshold="any value",
-        cause="Overflow in half precision, a learning rate that is too high, or inputs that are not finite. From the "
-        "first such step on the weights are lost.",
+        cause="Overflow in half precision, a learning rate that is too high, or inputs that are not finite. "
+        "From the first such step on the weights are lost.",
         remedy=_finite_remedy, source="IEEE 754: NaN stays NaN",
     ),
     Rule(

@@ -90,8 +90,8 @@ def _remedies(signals: Signals) -> Remedy:
     return Remedy(
         f"hard_ratio={short(lower)}",
         f"In this order: lower hard_ratio ({short(now)} to {short(lower)}), raise hardness_k ({short(k)} to "
-        f"{short(2 * k)}), "
-        f"divide the learning rate by 3; then move the curriculum later (epoch {start} to {2 * start}).",
+        f"{short(2 * k)}), divide the learning rate by 3; then move the curriculum later (epoch {start} to "
+        f"{2 * start}).",
         then,
     )
 
@@ -108,11 +108,11 @@ RULES = (
     Rule(
         "curriculum-diverging", "warning", "Since hard batches began the loss is higher and the metric falls.", _NEEDS,
         _diverging, looks_at=_LOOKS,
-        threshold=f"loss up by {LOSS_RISES:.0%}; the metric of the last {EPOCHS} epochs below its level before "
-        "the switch "
-        f"by {METRIC_FALLS:.0%} and (unless it falls epoch by epoch) three times its scatter, each by {STILL:.0%}",
-        cause="The negatives are harder than the model can use: false negatives among them, too many at once, or "
-        "too early.",
+        threshold=f"loss up by {LOSS_RISES:.0%}; the metric of the last {EPOCHS} epochs below its level "
+        f"before the switch by {METRIC_FALLS:.0%} and (unless it falls epoch by epoch) three times its "
+        f"scatter, each by {STILL:.0%}",
+        cause="The negatives are harder than the model can use: false negatives among them, too many at "
+        "once, or too early.",
         remedy=_remedies, source="Robinson et al. 2021, hard negatives; Qu et al. 2021, RocketQA: unfiltered ones hurt",
     ),
     Rule(

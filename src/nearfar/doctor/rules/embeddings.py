@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from nearfar.doctor.finding import Evidence, Remedy
+from nearfar.doctor.levels import by_class
 from nearfar.doctor.rule import Rule
 from nearfar.doctor.rules._remedies import advice, lower_learning_rate, scaled
 from nearfar.doctor.series import Series
@@ -76,6 +77,8 @@ def _room(signals: Signals, view: str) -> float | None:
         return None
     if rows is not None:
         known.append(rows - 1)
+    if by_class(signals) is False:
+        return min(known)
     classes, positives = signals.number("classes"), signals.number("positives_per_row")
     batch = signals.number("rows") or signals.number("batch_size") or signals.number("candidates")
     if classes is None and positives is not None and positives > 1 and batch is not None:
@@ -102,8 +105,8 @@ def _dimensional(signals: Signals) -> Evidence | None:
 def _dimensional_remedy(signals: Signals) -> Remedy:
     return Remedy(
         scaled(signals, "temperature", 0.5),
-        "A lower temperature spreads embeddings; less augmentation and a projection head in training keep more "
-        "directions.",
+        "A lower temperature spreads embeddings; less augmentation and a projection head in training keep "
+        "more directions.",
     )
 
 
@@ -134,8 +137,8 @@ RULES = (
         looks_at="`*/variance`, `*/mean_cosine`, `*/uniformity`, last probes",
         threshold=f"variance below {NO_VARIANCE:g}, mean cosine above {ONE_DIRECTION:g}, uniformity above "
         f"{NOT_UNIFORM:g}",
-        cause="Nothing pushes rows apart: no negatives, a temperature so high that all candidates score alike, or a "
-        "learning rate that drove an activation to 0.",
+        cause="Nothing pushes rows apart: no negatives, a temperature so high that all candidates score "
+        "alike, or a learning rate that drove an activation to 0.",
         remedy=_collapse_remedy, source="Wang and Isola 2020, alignment and uniformity",
     ),
     Rule(

@@ -199,8 +199,7 @@ RULES = (
         (("splits",), ("leaks",)), _leak,
         looks_at="`splits`: ids and hashes; `leaks`", threshold="one shared id, or equal hashes",
         cause="The test loader reads validation data, rows stand twice in the source, or the split is by row "
-        "where it must "
-        "be by group.",
+        "where it must be by group.",
         remedy=advice("Remove the shared rows from one of the splits, and split by the group that repeats."),
         source="Kapoor and Narayanan 2023, leakage and the reproducibility crisis",
     ),

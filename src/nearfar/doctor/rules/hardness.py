@@ -46,8 +46,7 @@ def _depleted(signals: Signals) -> Evidence | None:
         where = "the last quarter of an epoch" if last < whole else "an epoch"
         return Evidence(
             f"{nominal:.2f} of a batch was to be hard; {whole:.2f} were, and {last:.2f} in {where} (mean of "
-            f"{len(realised)} "
-            "epochs).",
+            f"{len(realised)} epochs).",
             {"nominal": nominal, "realised": whole, "realised_last_quarter": last},
         )
     quarters = [v for v in _hard_lists(signals, "hardness") if len(v) > 1]
@@ -58,8 +57,7 @@ def _depleted(signals: Signals) -> Evidence | None:
             return None
         return Evidence(
             f"{first:.2f} of an item's nearest neighbours share its batch in the first quarter of an epoch, "
-            f"{last:.2f} in the "
-            f"last; random batches hold {chance:.2f}.",
+            f"{last:.2f} in the last; random batches hold {chance:.2f}.",
             {"hardness_first": first, "hardness_last": last, "hardness_random": chance},
         )
     level = _hard_lists(signals, "last_to_first")
@@ -94,8 +92,8 @@ def _not_harder(signals: Signals) -> Evidence | None:
     if expected <= 0 or found > HARDER * expected:
         return None
     return Evidence(
-        f"{found:.2f} of an item's nearest neighbours share its batch, random batches hold {expected:.2f} (mean of "
-        f"{len(hardness)} hard epochs).",
+        f"{found:.2f} of an item's nearest neighbours share its batch, random batches hold {expected:.2f} "
+        f"(mean of {len(hardness)} hard epochs).",
         {"hardness": found, "hardness_random": expected},
     )
 
@@ -114,11 +112,10 @@ RULES = (
         "hardness-depleted", "warning", "Batches are less hard than was asked for: neighbours run out.",
         (("realised_hard", "nominal_hard"), ("realised_hard", "hard_ratio"), ("hardness", "hardness_random"),
          ("last_to_first",)), _depleted,
-        looks_at="`realised_hard` over `nominal_hard`; without them `hardness` by quarter, or `last_to_first`; "
-        "epochs of "
-        "hard batches",
-        threshold=f"below {DEPLETED:g} in the last quarter or on the whole; {EXCESS_DEPLETED:g} of the excess over "
-        f"random; {LAST_TO_FIRST:g}",
+        looks_at="`realised_hard` over `nominal_hard`; without them `hardness` by quarter, or "
+        "`last_to_first`; epochs of hard batches",
+        threshold=f"below {DEPLETED:g} in the last quarter or on the whole; {EXCESS_DEPLETED:g} of the excess "
+        f"over random; {LAST_TO_FIRST:g}",
         cause="Every item is used once, and pivots use up their neighbours: a small hardness_k gives fewer hard items.",
         remedy=_depletion_remedy,
         source="greedy batches of 32 from 4,000: k = 10, r = .5 realises 19 %; GCBS (Sachidananda et al. 2023)",

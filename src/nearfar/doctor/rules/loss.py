@@ -9,7 +9,7 @@ from nearfar.doctor.levels import Level, levels
 from nearfar.doctor.phases import hard_epochs, metric_rises, monitor, switch_epoch
 from nearfar.doctor.rule import Rule, TooLittle
 from nearfar.doctor.rules._remedies import advice, lower_learning_rate
-from nearfar.doctor.series import mean
+from nearfar.doctor.series import LAST_PART, mean
 from nearfar.doctor.signals import Signals
 
 __all__ = ["RULES"]
@@ -21,7 +21,7 @@ AT_CHANCE = 0.05
 #: hundredths of it
 ABOVE_CHANCE = -0.03
 #: a level with a standard error above this share of the way is not known well enough to be judged
-TOO_NOISY = 0.05
+TOO_NOISY = 0.02
 #: temperatures at which logits of cosines lie within 4 of each other, and at which they lie 100 and more apart
 BLUNT, SHARP = 0.5, 0.01
 #: nats above the floor at which the targets have 95 % of the probability that they ask for
@@ -53,16 +53,25 @@ def _hard_and_learning(signals: Signals) -> bool:
 
 
 def _at_chance(signals: Signals) -> Evidence | None:
+    planned = signals.number("epochs")
+    if signals.last_epoch == 1 and planned is not None and planned > 1:
+        raise TooLittle(f"only the first of {planned:.0f} epochs was logged")
     noisy = 0
     found = levels(signals)
     for level in found:
-        way = level.settled(level.way())
-        if not way:
-            continue
-        if way.error() > TOO_NOISY:
+        # A run at chance is there throughout: where the last quarter scatters too much, more of it is as good.
+        whole = level.way()
+        shares = [s for s in (LAST_PART, 0.5, 0.75) if level.settled(whole, s).error() <= TOO_NOISY]
+        way = level.settled(whole, shares[0] if shares else LAST_PART)
+        if not shares:
             noisy += 1
-        elif ABOVE_CHANCE <= way.mean() <= AT_CHANCE and not _hard_and_learning(signals):
-            return _evidence(level)
+        elif not way:
+            continue
+        # What is not worse than guessing by two standard errors is as good.
+        elif way.mean() + 2 * way.error() >= ABOVE_CHANCE and way.mean() <= AT_CHANCE:
+            if _hard_and_learning(signals):
+                continue
+            return _evidence(level, shares[0])
     if noisy == len(found):
         raise TooLittle("the loss scatters too much for its level to be known; log more steps")
     return None
@@ -75,13 +84,13 @@ def _above_chance(signals: Signals) -> Evidence | None:
         if way and last is not None and last <= 1 and len({p.epoch for p in way.points}) == 1:
             raise TooLittle("only the first epoch was logged, in which a loss may lie above guessing")
         if way and way.mean() + 2 * way.error() < ABOVE_CHANCE and not _hard_and_learning(signals):
-            return _evidence(level)
+            return _evidence(level, LAST_PART)
     return None
 
 
-def _evidence(level: Level) -> Evidence:
-    loss, uniform = level.settled(level.loss), level.settled(level.uniform)
-    way = level.settled(level.way())
+def _evidence(level: Level, share: float) -> Evidence:
+    loss, uniform = level.settled(level.loss, share), level.settled(level.uniform, share)
+    way = level.settled(level.way(), share)
     what = "loss" if level.name == "loss" else f"term {level.name}"
     basis = f", taken as {level.assumed}" if level.assumed else ""
     return Evidence(
@@ -103,9 +112,8 @@ def _at_floor(signals: Signals) -> Evidence | None:
         floor = level.floor.tail().mean()
         what = "loss" if level.name == "loss" else f"term {level.name}"
         return Evidence(
-            f"The {what} is {level.loss.tail().mean():.3f} in {late.where_text()}, {late.mean():.3f} above its "
-            "floor of "
-            f"{floor:.3f}; {share:.0%} of the log lies there.",
+            f"The {what} is {level.loss.tail().mean():.3f} in {late.where_text()}, {late.mean():.3f} above "
+            f"its floor of {floor:.3f}; {share:.0%} of the log lies there.",
             {
                 "loss": level.loss.tail().mean(),
                 "floor": floor,
@@ -177,11 +185,11 @@ def _saturated(signals: Signals) -> Evidence | None:
 RULES = (
     Rule(
         "loss-at-chance", "error", "The loss stays at chance: nothing is learned.", CHANCE_NEEDS, _at_chance,
-        looks_at="`loss` beside `uniform_level`, ln(`candidates`) or ln(`batch_size`), last quarter, first epoch "
-        "left out",
+        looks_at="`loss` beside `uniform_level`, ln(`candidates`) or ln(`batch_size`), last quarter, first "
+        "epoch left out",
         threshold=f"{ABOVE_CHANCE:.0%} to {AT_CHANCE:.0%} of the way from guessing to the floor",
-        cause="Pairs that do not belong together (one side shuffled or indexed in another order), a collapsed encoder, "
-        "frozen weights, or a learning rate that is far too high or too low.",
+        cause="Pairs that do not belong together (one side shuffled or indexed in another order), a "
+        "collapsed encoder, frozen weights, or a learning rate that is far too high or too low.",
         remedy=_chance_remedy,
         source="a scorer that ranks all candidates alike has the loss ln(candidates) (van den Oord et al. 2018)",
     ),
@@ -190,8 +198,8 @@ RULES = (
         _above_chance,
         looks_at="the same; silent while hard batches are new, or raise the metric",
         threshold=f"below {ABOVE_CHANCE:.0%} of the way, by two standard errors",
-        cause="Confident and wrong: the learning rate is too high for the weights it started from, the temperature too "
-        "low, or the positives are not the right ones.",
+        cause="Confident and wrong: the learning rate is too high for the weights it started from, the "
+        "temperature too low, or the positives are not the right ones.",
         remedy=_above_remedy,
         source="a constant scorer has ln(candidates), so that more is worse than knowing nothing",
     ),

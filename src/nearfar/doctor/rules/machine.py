@@ -52,8 +52,8 @@ RULES = (
         "gradient-scale", "error", "Several processes do not give the gradient of "
         "one.", (("gradient_ratio",),), _gradient,
         looks_at="`gradient_ratio`", threshold=f"more than {RATIO:.0%} off 1",
-        cause="Features gathered without their gradient, or a loss scaled by the number of processes or of accumulated "
-        "batches.",
+        cause="Features gathered without their gradient, or a loss scaled by the number of processes or of "
+        "accumulated batches.",
         remedy=advice("Wrap the loss with nearfar.training.distributed and certify it with nearfar verify ddp."),
         source="DistributedDataParallel averages gradients; a loss over gathered rows needs their sum",
     ),

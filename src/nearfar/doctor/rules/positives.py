@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from nearfar.doctor.finding import Evidence, Remedy
+from nearfar.doctor.levels import by_class
 from nearfar.doctor.rule import Rule
 from nearfar.doctor.rules._remedies import advice, fixed
 from nearfar.doctor.series import Series, mean
@@ -26,8 +27,6 @@ NO_ANCHORS = 0.5
 #: difference between a group's share among anchors and in the batch below which the score does not pick the group
 BLIND = 0.05
 
-_BY_CLASS = ("supcon", "multi", "label", "class")
-
 
 def _without(signals: Signals) -> Evidence | None:
     if signals.has("anchors"):
@@ -39,8 +38,8 @@ def _without(signals: Signals) -> Evidence | None:
     share = min(1.0, without.mean() / rows) if rows else math.nan
     part = f" ({share:.0%})" if rows else ""
     return Evidence(
-        f"{without.mean():.1f} rows per batch{part} have no positive in {without.where_text()}; they are left out "
-        "of the loss.",
+        f"{without.mean():.1f} rows per batch{part} have no positive in {without.where_text()}; they are left "
+        "out of the loss.",
         {"rows_without_positives": without.mean(), "share": share},
         severity="error" if share >= NEARLY_ALL else None,
     )
@@ -50,12 +49,12 @@ def _few(signals: Signals) -> Evidence | None:
     if signals.has("anchors") or signals.has("rows_with_neighbors"):
         return None
     count = signals.series("positives_per_row").finite().tail()
-    kind = (signals.text("loss") or signals.text("loss_name") or "").lower()
-    by_class = any(word in kind for word in _BY_CLASS) or signals.number("classes") is not None
-    # A loss of pairs has exactly one positive in every row; anything else counts them by class.
-    if not by_class and all(value == 1.0 for value in count.values):
-        return None
-    if count.mean() >= FEW:
+    classes = by_class(signals)
+    if classes is None:
+        # A loss of pairs has exactly one positive in every row; anything else counts them by class.
+        pairs = all(value == 1.0 for value in count.values)
+        classes = signals.number("classes") is not None or not pairs
+    if not classes or count.mean() >= FEW:
         return None
     return Evidence(
         f"{count.mean():.2f} positives per row in {count.where_text()}.",
@@ -93,8 +92,8 @@ def _no_anchors(signals: Signals) -> Evidence | None:
     if share < NO_ANCHORS:
         return None
     return Evidence(
-        f"{share:.0%} of the logged steps in {anchors.tail().where_text()} have no anchors, so that the loss is "
-        "0 there.",
+        f"{share:.0%} of the logged steps in {anchors.tail().where_text()} have no anchors, so that the loss "
+        "is 0 there.",
         {"steps_without_anchors": share},
     )
 
@@ -107,7 +106,7 @@ def _blind(signals: Signals) -> Evidence | None:
         return None
     group = max(gaps, key=lambda name: anchors[name].mean())
     return Evidence(
-        f"The largest difference between a group's share among the anchors and in the batch is "
+        "The largest difference between a group's share among the anchors and in the batch is "
         f"{max(map(abs, gaps.values())):.3f}; {group} has {anchors[group].mean():.0%} of the anchors and "
         f"{batch[group].mean():.0%} of the batch.",
         {f"gap/{name}": gap for name, gap in gaps.items()},
@@ -130,10 +129,10 @@ RULES = (
         "no-positives", "warning", "Rows have no positive in their batch and teach nothing.",
         (("rows_without_positives",),), _without,
         looks_at="`rows_without_positives` over `rows` (or `batch_size`, `candidates`), last quarter",
-        threshold=f"more than {WITHOUT:.0%} of the rows (one row where their number is not known); an error from "
-        f"{NEARLY_ALL:.0%}",
-        cause="Classes with one row in the batch: there are many classes, or rare ones, and batches are drawn at "
-        "random.",
+        threshold=f"more than {WITHOUT:.0%} of the rows (one row where their number is not known); an error "
+        f"from {NEARLY_ALL:.0%}",
+        cause="Classes with one row in the batch: there are many classes, or rare ones, and batches are "
+        "drawn at random.",
         remedy=fixed("sampler=balanced", "Draw several rows of each class into a batch, or take larger batches."),
         source="rows without a positive are left out of the mean (Khosla et al. 2020, SupCon, sums over positives)",
     ),

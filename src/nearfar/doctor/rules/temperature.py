@@ -76,8 +76,8 @@ def _drift(signals: Signals) -> Evidence | None:
     if abs(total) < math.log(FACTOR) or abs(late) < STILL_MOVING or total * late < 0:
         return None
     return Evidence(
-        f"The scale went from {scale.values[0]:.1f} to {scale.values[-1]:.1f} in {scale.where_text()}, by a factor of "
-        f"{math.exp(late):.2f} in the last quarter alone.",
+        f"The scale went from {scale.values[0]:.1f} to {scale.values[-1]:.1f} in {scale.where_text()}, by a "
+        f"factor of {math.exp(late):.2f} in the last quarter alone.",
         {"first": scale.values[0], "last": scale.values[-1], "last_quarter": math.exp(late)},
     )
 
@@ -122,8 +122,8 @@ RULES = (
         (("at_clamp",), ("scale", "scale_max"), ("scale",)), _at_clamp,
         looks_at="`at_clamp`, or `scale` beside `scale_max`, last quarter", threshold=f"{AT_CLAMP:.0%} of the "
         "steps or more",
-        cause="The loss asks for ever sharper logits: training pairs are nearly told apart, or the scale learns "
-        "too fast.",
+        cause="The loss asks for ever sharper logits: training pairs are nearly told apart, or the scale "
+        "learns too fast.",
         remedy=fixed("learn_temperature=false", "Fix the temperature, or give the scale a learning rate of its own."),
         source="CLIP (Radford et al. 2021) clamps at 100 against instability; there the temperature no longer learns",
     ),
@@ -139,8 +139,7 @@ RULES = (
         "numerical-risk", "warning", "Logits are larger than this precision tells apart.",
         (("largest_logit",), ("scale",), ("temperature",)), _risk,
         looks_at="`largest_logit` (or `scale`, 1 / `temperature`) beside `precision`", threshold=f"{HALF:g} in "
-        "16 bits, "
-        f"{SINGLE:g} in 32",
+        f"16 bits, {SINGLE:g} in 32",
         cause="The temperature is very low, or has collapsed while it learned.",
         remedy=_risk_remedy, source="IEEE 754: bf16 has 8 significant bits, so that numbers beyond 64 lie .5 apart",
     ),
