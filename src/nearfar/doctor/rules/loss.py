@@ -59,18 +59,19 @@ def _at_chance(signals: Signals) -> Evidence | None:
     noisy = 0
     found = levels(signals)
     for level in found:
-        # A run at chance is there throughout: where the last quarter scatters too much, more of it is as good.
         whole = level.way()
+        late = level.settled(whole)
+        if not late or late.mean() - 2 * late.error() > AT_CHANCE:
+            continue  # on its way, whatever it scatters
+        # A run at chance is there throughout: where the last quarter scatters too much, more of it is as good.
         shares = [s for s in (LAST_PART, 0.5, 0.75) if level.settled(whole, s).error() <= TOO_NOISY]
-        way = level.settled(whole, shares[0] if shares else LAST_PART)
         if not shares:
             noisy += 1
-        elif not way:
             continue
+        way = level.settled(whole, shares[0])
         # What is not worse than guessing by two standard errors is as good.
-        elif way.mean() + 2 * way.error() >= ABOVE_CHANCE and way.mean() <= AT_CHANCE:
-            if _hard_and_learning(signals):
-                continue
+        none = way.mean() + 2 * way.error() >= ABOVE_CHANCE and way.mean() <= AT_CHANCE
+        if none and not _hard_and_learning(signals):
             return _evidence(level, shares[0])
     if noisy == len(found):
         raise TooLittle("the loss scatters too much for its level to be known; log more steps")
