@@ -140,6 +140,21 @@ def test_remedies_are_computed_from_the_run() -> None:
     assert next(f for f in later if f.id == "curriculum-diverging").then[1] == "lr=0.0001"
 
 
+@pytest.mark.parametrize(
+    ("context", "override"),
+    [
+        ({"lr": 3e-3}, "lr=0.001"),
+        ({"lr": 1e-9}, "lr=0.001"),
+        ({"lr": 1e-3, "temperature": 5.0}, "temperature=0.07"),
+        ({}, ""),
+    ],
+)
+def test_what_to_try_at_chance_depends_on_the_options(context: dict[str, float], override: str) -> None:
+    (finding,) = diagnose({"loss": [3.47] * 20, "candidates": 32}, context)
+    assert finding.override == override
+    assert finding.advice
+
+
 def test_what_could_not_be_judged_is_said() -> None:
     found = diagnose({"loss": [4.0 - 0.1 * i for i in range(30)], "candidates": 64})
     assert found.healthy

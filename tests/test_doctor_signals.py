@@ -96,6 +96,12 @@ def test_arrays_tensors_flags_and_gaps_are_numbers() -> None:
     assert run.series("floor").points == (Point(1, 2.0, None, 0.5),)
 
 
+def test_a_table_reads_as_its_columns_do() -> None:
+    pandas = pytest.importorskip("pandas")
+    table = pandas.DataFrame({"loss": [3.47] * 20, "candidates": [32] * 20})
+    assert diagnose(table).ids == ["loss-at-chance"]
+
+
 def test_lists_within_a_field_keep_their_epoch() -> None:
     run = Signals.of({"hardness": [[1.0, 2.0], [3.0, 4.0]], "epoch": [1, 2]})
     assert run.lists("hardness") == [(1, (1.0, 2.0)), (2, (3.0, 4.0))]

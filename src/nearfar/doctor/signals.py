@@ -65,6 +65,10 @@ class Signals:
             from nearfar.doctor.run import read_run
 
             return read_run(source).knowing(context)
+        if hasattr(source, "to_dict") and hasattr(
+            source, "columns"
+        ):  # a pandas table, which nothing here imports
+            source = source.to_dict("list")
         if isinstance(source, Mapping):
             rows, found = columns_to_rows(source)
             return cls(rows, found | dict(context or {}))

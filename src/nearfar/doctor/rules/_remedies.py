@@ -7,7 +7,7 @@ from collections.abc import Callable
 from nearfar.doctor.finding import Remedy
 from nearfar.doctor.signals import Signals
 
-__all__ = ["advice", "fixed", "lower_learning_rate", "scaled", "short"]
+__all__ = ["advice", "fixed", "lower_learning_rate", "peak_learning_rate", "scaled", "short"]
 
 
 def short(value: float) -> str:
@@ -35,9 +35,14 @@ def scaled(signals: Signals, name: str, factor: float) -> str:
     return f"{name}={short(value * factor)}" if value else ""
 
 
+def peak_learning_rate(signals: Signals) -> float:
+    """The highest learning rate, 0 where it is not known."""
+    if signals.context.get("lr") is not None:
+        return signals.number("lr") or 0.0
+    return max(signals.series("lr").finite().values, default=0.0)
+
+
 def lower_learning_rate(signals: Signals) -> str:
     """A third of the peak learning rate."""
-    if signals.context.get("lr") is not None:
-        return scaled(signals, "lr", 1 / 3)
-    peak = max(signals.series("lr").finite().values, default=0.0)
+    peak = peak_learning_rate(signals)
     return f"lr={short(peak / 3)}" if peak else ""

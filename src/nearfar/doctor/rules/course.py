@@ -14,7 +14,7 @@ from nearfar.doctor.signals import Signals
 __all__ = ["RULES"]
 
 #: fall of the metric, and rise of the validation loss, from which later epochs are worse than earlier ones
-OVERFIT_METRIC, OVERFIT_LOSS = 0.05, 0.05
+OVERFIT_METRIC, OVERFIT_LOSS = 0.05, 0.1
 #: fall of the training loss in the second half of a run, as a share of itself, that is one
 FALLS = 0.02
 
@@ -89,8 +89,8 @@ RULES = (
         "overfitting", "note", "Later epochs are worse than earlier ones on validation.",
         (("val_loss", "train_loss"), ("val_loss", "train_loss_same_composition"), ("val/*", "train_loss")), _overfits,
         looks_at="`val_loss` and the monitored metric beside the training loss",
-        threshold=f"{OVERFIT_METRIC:.0%} worse than the best, and three times the scatter, while the training "
-        "loss falls",
+        threshold=f"metric {OVERFIT_METRIC:.0%}, loss {OVERFIT_LOSS:.0%} worse than the best, and three times "
+        "the scatter, while the training loss falls",
         cause="The model learns its training rows by heart.",
         remedy=fixed("patience=5", "Stop early, or regularise: input dropout, augmentation, more data."),
         source="Prechelt 1998, Early stopping — but when?",

@@ -8,7 +8,7 @@ from nearfar.doctor.finding import Evidence, Remedy
 from nearfar.doctor.levels import Level, levels
 from nearfar.doctor.phases import hard_epochs, metric_rises, monitor, switch_epoch
 from nearfar.doctor.rule import Rule, TooLittle
-from nearfar.doctor.rules._remedies import advice, lower_learning_rate
+from nearfar.doctor.rules._remedies import advice, lower_learning_rate, peak_learning_rate
 from nearfar.doctor.series import LAST_PART, mean
 from nearfar.doctor.signals import Signals
 
@@ -24,6 +24,8 @@ ABOVE_CHANCE = -0.03
 TOO_NOISY = 0.02
 #: temperatures at which logits of cosines lie within 4 of each other, and at which they lie 100 and more apart
 BLUNT, SHARP = 0.5, 0.01
+#: learning rates below this move no encoder from its start
+STANDSTILL = 1e-6
 #: nats above the floor at which the targets have 95 % of the probability that they ask for
 AT_FLOOR = -math.log(0.95)
 #: share of the log at the floor from which a run spent its time there
@@ -135,6 +137,8 @@ def _chance_remedy(signals: Signals) -> Remedy:
             "At this temperature all candidates score nearly alike.",
             (rate,) if rate else (),
         )
+    if 0.0 < peak_learning_rate(signals) < STANDSTILL:
+        return Remedy("lr=0.001", "At this learning rate nothing moves.")
     return Remedy(rate, f"{words} Then divide the learning rate by 3.")
 
 
