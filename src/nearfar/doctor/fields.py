@@ -34,7 +34,7 @@ FIELDS: dict[str, dict[str, str]] = {
         "positives": "rows that it takes as positives",
         "middle_share": "share of rows that it takes as neither",
         "score_gap": "mean score of its positives less that of its anchors",
-        "memory_age": "steps since the oldest row of a memory was pushed",
+        "memory_age": "mean age of a memory's rows, in steps",
         "duplicate_keys": "share of rows with an equal other row that is not masked",
         "false_negative_share": "share of negatives, not masked, that are likely positives",
         "gradient_norm": "norm of all gradients before clipping",

@@ -104,7 +104,8 @@ def _stale(signals: Signals) -> Evidence | None:
         return None
     what = "an epoch has" if epoch is not None and epoch <= SLOW_DRIFT else "embeddings drift slowly over"
     return Evidence(
-        f"The oldest row of the memory is {age.mean():.0f} steps old in {age.where_text()}; {what} {limit:.0f} steps.",
+        f"The rows of the memory are {age.mean():.0f} steps old on average in {age.where_text()}; {what} "
+        f"{limit:.0f} steps.",
         {"memory_age": age.mean(), "limit": limit},
     )
 

@@ -21,7 +21,7 @@ AT_CHANCE = 0.05
 #: hundredths of it
 ABOVE_CHANCE = -0.03
 #: a level with a standard error above this share of the way is not known well enough to be judged
-TOO_NOISY = 0.02
+TOO_NOISY = 0.025
 #: temperatures at which logits of cosines lie within 4 of each other, and at which they lie 100 and more apart
 BLUNT, SHARP = 0.5, 0.01
 #: learning rates below this move no encoder from its start
@@ -66,7 +66,7 @@ def _at_chance(signals: Signals) -> Evidence | None:
         if not late or late.mean() - 2 * late.error() > AT_CHANCE:
             continue  # on its way, whatever it scatters
         # A run at chance is there throughout: where the last quarter scatters too much, more of it is as good.
-        shares = [s for s in (LAST_PART, 0.5, 0.75) if level.settled(whole, s).error() <= TOO_NOISY]
+        shares = [s for s in (LAST_PART, 0.5, 0.75, 1.0) if level.settled(whole, s).error() <= TOO_NOISY]
         if not shares:
             noisy += 1
             continue

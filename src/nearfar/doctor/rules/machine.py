@@ -11,7 +11,7 @@ from nearfar.doctor.signals import Signals
 
 __all__ = ["RULES"]
 
-#: rows per process below which batch statistics cost accuracy (a point at 8, three at 4, ten at 2)
+#: rows per process below which batch statistics cost accuracy (a point at 8, four at 4, eleven at 2)
 SMALL_BATCH = 16
 #: distance of a gradient ratio from 1 that is more than rounding and another order of sums
 RATIO = 0.05
