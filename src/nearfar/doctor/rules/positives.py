@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from nearfar.doctor.finding import Evidence, Remedy
 from nearfar.doctor.levels import by_class
 from nearfar.doctor.rule import Rule
@@ -35,13 +33,13 @@ def _without(signals: Signals) -> Evidence | None:
     rows = signals.number("rows") or signals.number("batch_size") or signals.number("candidates")
     if not without or (without.mean() < 1 if not rows else without.mean() <= WITHOUT * rows):
         return None
-    share = min(1.0, without.mean() / rows) if rows else math.nan
-    part = f" ({share:.0%})" if rows else ""
+    share = min(1.0, without.mean() / rows) if rows else None
+    part = "" if share is None else f" ({share:.0%})"
     return Evidence(
         f"{without.mean():.1f} rows per batch{part} have no positive in {without.where_text()}; they are left "
         "out of the loss.",
-        {"rows_without_positives": without.mean(), "share": share},
-        severity="error" if share >= NEARLY_ALL else None,
+        {"rows_without_positives": without.mean()} | ({} if share is None else {"share": share}),
+        severity="error" if share is not None and share >= NEARLY_ALL else None,
     )
 
 
