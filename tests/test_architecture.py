@@ -17,6 +17,7 @@ FLOORS = [
     {"overrides"},
     {"lab", "systems"},
     {"training"},
+    {"doctor"},
     {"batching", "metrics", "data", "models"},
     {"losses"},
     {"functional"},

@@ -44,7 +44,7 @@ def nearfar(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedPro
 def test_help_lists_the_verbs() -> None:
     shown = nearfar("--help")
     assert shown.returncode == 0
-    for verb in ("train", "compare", "report", "embed", "search", "verify", "data"):
+    for verb in ("train", "compare", "doctor", "report", "embed", "search", "verify", "data"):
         assert verb in shown.stdout
 
 
@@ -58,6 +58,7 @@ def test_mistakes_are_messages_and_not_tracebacks(tmp_path: Path) -> None:
         ("train",): "say which experiment",
         ("compare", "nowhere"): "no such run",
         ("report", "nowhere"): "no such file",
+        ("doctor", "nowhere"): "no such folder",
         ("search", "nowhere", "a text"): "no such run",
         ("train", "resume_from=nowhere"): "no such run",
         ("train", "experiment=molecules", "data.train=nowhere.tsv"): "no such file",

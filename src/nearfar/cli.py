@@ -94,6 +94,28 @@ def compare(
 
 
 @app.command()
+def doctor(
+    run: Annotated[Path, typer.Argument(help="A run folder, finished or not.")],
+    json_: Annotated[
+        bool, typer.Option("--json", help="Print what doctor.json holds, and nothing else.")
+    ] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Exit with 1 where there is a warning or an error.")
+    ] = False,
+) -> None:
+    """Say why a run stalls: findings with evidence, cause and what to try; written to doctor.json as well."""
+    from nearfar.lab.doctor_text import examine, print_diagnosis
+
+    console = terminal.console()
+    found = examine(run)
+    if json_:
+        console.print_json(data=found.to_dict())
+    else:
+        print_diagnosis(found, run, console)
+    raise typer.Exit(1 if strict and not found.healthy else 0)
+
+
+@app.command()
 def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
     """Write report.html of a finished run anew and print its table."""
     from nearfar.lab.report import write_report

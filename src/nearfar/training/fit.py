@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from torch import nn
 
+from nearfar.doctor import Diagnosis, diagnose
 from nearfar.errors import NearfarError
 from nearfar.training.callbacks import Interrupted, RunRecorder, stop_signals
 from nearfar.training.checkpoint import Checkpoint, find_checkpoint
@@ -26,7 +27,7 @@ from nearfar.training.resume import Resume
 from nearfar.training.run_folder import RunFolder, environment, write_atomically
 from nearfar.training.system import Evaluation, System
 
-__all__ = ["evaluate", "fit", "initial_model", "quiet_lightning"]
+__all__ = ["evaluate", "fit", "initial_model", "quiet_lightning", "write_diagnosis"]
 
 Say = Callable[[str], None]
 
@@ -166,6 +167,7 @@ def fit(
     split = "test" if "test" in outputs else "val"
     folder.write_json("examples.json", system.report_examples(outputs[split], split))
     write_metrics(folder, system, module, results, seconds)
+    write_diagnosis(folder, say)
     return folder
 
 
@@ -182,6 +184,16 @@ def evaluate(
         trainer.test(shell, dataloaders=shell.evaluation_loader(split), verbose=False)
     assert shell.evaluation is not None
     return shell.evaluation, shell.outputs
+
+
+def write_diagnosis(folder: RunFolder, say: Say) -> Diagnosis:
+    """``doctor.json``: what the finished run looks like to the doctor; warnings and errors are said."""
+    found = diagnose(folder.path)
+    folder.write_json("doctor.json", found.to_dict())
+    say(f"doctor: {found.verdict}")
+    for finding in found.of("error", "warning"):
+        say(f"  {finding}")
+    return found
 
 
 def write_metrics(

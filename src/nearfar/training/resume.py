@@ -130,4 +130,5 @@ class Resume:
             "changed": self.changed,
         }
         folder.write_json("resumed.json", [*history, entry])
-        (folder.path / "metrics.json").unlink(missing_ok=True)
+        for name in ("metrics.json", "doctor.json"):
+            (folder.path / name).unlink(missing_ok=True)

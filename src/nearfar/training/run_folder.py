@@ -120,6 +120,7 @@ class RunFolder:
         """Remove what an earlier run of this name left; first of all that it was finished."""
         for name in (
             "metrics.json",
+            "doctor.json",
             "resumed.json",
             "per_item.npz",
             "examples.json",

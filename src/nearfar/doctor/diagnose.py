@@ -1,0 +1,89 @@
+"""From signals to findings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from nearfar.doctor.finding import SEVERITIES, Finding, Unjudged
+from nearfar.doctor.rules import RULES
+from nearfar.doctor.signals import Signals
+
+__all__ = ["Diagnosis", "diagnose"]
+
+
+class Diagnosis(list[Finding]):
+    """The findings, the gravest first, and in ``unjudged`` the rules that could not be judged and why.
+
+    A rule in neither has looked and found nothing. ``verdict`` is one line.
+    """
+
+    def __init__(self, findings: Iterable[Finding], unjudged: Iterable[Unjudged], judged: int) -> None:
+        super().__init__(findings)
+        self.unjudged = list(unjudged)
+        self.judged = judged
+
+    @property
+    def ids(self) -> list[str]:
+        """The ids of what was found."""
+        return [finding.id for finding in self]
+
+    def of(self, *severities: str) -> list[Finding]:
+        """The findings of some severities."""
+        return [finding for finding in self if finding.severity in severities]
+
+    @property
+    def healthy(self) -> bool:
+        """Whether there is neither a warning nor an error."""
+        return not self.of("warning", "error")
+
+    @property
+    def verdict(self) -> str:
+        """One line: how grave it is, what leads, and how much could be judged."""
+        counts = [(len(self.of(severity)), severity) for severity in reversed(SEVERITIES)]
+        told = ", ".join(f"{n} {word}{'s' if n > 1 else ''}" for n, word in counts if n)
+        names = ", ".join(finding.id for finding in self.of("warning", "error"))
+        judged = f"{self.judged} of {self.judged + len(self.unjudged)} rules could be judged"
+        if names:
+            return f"{told}: {names} ({judged})"
+        return f"no warning, no error{f'; {told}' if told else ''} ({judged})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, as ``doctor.json`` holds it."""
+        return {
+            "verdict": self.verdict,
+            "healthy": self.healthy,
+            "findings": [finding.to_dict() for finding in self],
+            "judged": self.judged,
+            "unjudged": [{"id": u.id, "reason": u.reason, "lacks": list(u.lacks)} for u in self.unjudged],
+        }
+
+
+def diagnose(signals: Any, context: Mapping[str, Any] | None = None) -> Diagnosis:
+    """What is wrong, or remarkably right, with a run.
+
+    ``signals`` is a run folder (path), a list of log records, a mapping of fields to series of one length (a single
+    number is a constant), or ``Signals``. ``context`` states what does not change during the run and goes over what
+    the signals know of it. ``nearfar.doctor.fields`` and docs/doctor.md list all names; the more fields, the more
+    rules can be judged.
+
+    Raises ``NearfarError`` for other input, series of different lengths, and fields that are not numeric.
+
+    >>> found = diagnose({"loss": [4.16, 4.15, 4.17, 4.16, 4.15, 4.16, 4.16, 4.15], "candidates": 64})
+    >>> found.ids, found[0].severity
+    (['loss-at-chance'], 'error')
+    >>> print(found[0].evidence["text"])
+    Mean loss 4.157 in steps 6 to 8; guessing costs 4.159, taken as ln(candidates) (+0% of the way to the floor).
+    >>> "collapse" in [rule.id for rule in found.unjudged]
+    True
+    """
+    read = Signals.of(signals, context)
+    findings, unjudged = [], []
+    for rule in RULES:
+        found = rule.judge(read)
+        if isinstance(found, Finding):
+            findings.append(found)
+        elif found is not None:
+            unjudged.append(found)
+    findings.sort(key=lambda finding: -SEVERITIES.index(finding.severity))
+    return Diagnosis(findings, unjudged, len(RULES) - len(unjudged))

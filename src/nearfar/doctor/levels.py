@@ -1,0 +1,168 @@
+"""Where a loss stands between its floor and guessing: the scale on which losses can be read at all."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from nearfar.doctor.rule import TooLittle
+from nearfar.doctor.series import LAST_PART, Point, Series
+from nearfar.doctor.signals import Signals
+
+__all__ = ["Level", "by_class", "levels", "terms"]
+
+#: losses that are no softmax over candidates: guessing does not cost ln(candidates)
+_OTHER = ("siglip", "focal", "wasserstein", "score", "triplet", "margin", "bce", "mse")
+#: what an objective's contrastive term may be called, where the log does not say whose candidates it has
+_CONTRASTIVE = ("contrast", "nce", "clip", "supcon", "spatial", "pair")
+#: losses whose positives are rows of one class
+_BY_CLASS = ("supcon", "multi", "label", "class")
+#: fewer logged steps than this are no level
+LEAST_STEPS = 5
+LEAST_EPOCHS = 2
+
+
+@dataclass(frozen=True)
+class Level:
+    """A loss beside what guessing costs and its floor, over the run (the last two as series over the same rows).
+
+    ``name`` is "loss", or that of an objective's term. ``assumed`` says what guessing was taken to cost where the log
+    does not hold it. ``contrast`` says whether it is a choice among candidates, whose distance from the floor is read
+    in nats.
+    """
+
+    name: str
+    loss: Series
+    uniform: Series
+    floor: Series
+    assumed: str
+    contrast: bool
+
+    def way(self) -> Series:
+        """How far from guessing (0) to the floor (1) the loss has come; below 0 it is worse than guessing."""
+        points = []
+        for loss, uniform, floor in zip(
+            self.loss.points, self.uniform.values, self.floor.values, strict=True
+        ):
+            room = uniform - floor
+            if room > 0:
+                points.append(Point(loss.row, loss.step, loss.epoch, (uniform - loss.value) / room))
+        return Series(self.name, tuple(points))
+
+    def above_floor(self) -> Series:
+        """Nats above the floor."""
+        return Series(
+            self.name,
+            tuple(
+                Point(p.row, p.step, p.epoch, p.value - floor)
+                for p, floor in zip(self.loss.points, self.floor.values, strict=True)
+            ),
+        )
+
+    def settled(self, series: Series, share: float = LAST_PART) -> Series:
+        """The last part of a series over these rows, the first epoch left out where there are more."""
+        last = max((p.epoch for p in series.points if p.epoch is not None), default=1)
+        if last > 1:
+            series = series.where(lambda p: p.epoch is None or p.epoch > 1)
+        return series.tail(share)
+
+
+def by_class(signals: Signals) -> bool | None:
+    """Whether the loss takes rows of one class as positives; None where the log does not name it."""
+    kind = (signals.text("loss") or signals.text("loss_name") or "").lower()
+    return any(word in kind for word in _BY_CLASS) if kind else None
+
+
+def terms(signals: Signals) -> list[str]:
+    """The terms of an objective, by the weights in the log."""
+    return list(signals.named("*/weight"))
+
+
+def levels(signals: Signals, by_floor: bool = False) -> list[Level]:
+    """Every loss whose place between floor and guessing is known; ``by_floor``: also those of which the floor alone is.
+
+    Raises ``TooLittle`` where the log has too few values or does not say what guessing costs.
+    """
+    names = terms(signals)
+    found = [level for name in names or ["loss"] if (level := _level(signals, name, names, by_floor))]
+    if not found:
+        raise TooLittle(
+            "no loss whose chance level is known: log uniform_level or candidates with it, or state batch_size"
+        )
+    enough = [
+        level
+        for level in found
+        if len(level.loss) >= (LEAST_EPOCHS if _per_epoch(level.loss) else LEAST_STEPS)
+    ]
+    if not enough:
+        raise TooLittle(f"only {max(len(level.loss) for level in found)} logged values of the loss")
+    return enough
+
+
+def _per_epoch(loss: Series) -> bool:
+    epochs = [point.epoch for point in loss.points]
+    return None not in epochs and len(set(epochs)) == len(epochs)
+
+
+def _level(signals: Signals, name: str, names: list[str], by_floor: bool) -> Level | None:
+    if names:
+        loss = signals.series(f"{name}/raw") or signals.series(f"{name}/value")
+        own = [other for other in names if any(word in other.lower() for word in _CONTRASTIVE)]
+        prefixes = [f"{name}/"] + ([""] if own == [name] else [])
+    else:
+        loss, prefixes = signals.series("loss").finite(), [""]
+        epochs = signals.series("train_loss").finite()
+        # A short run logs few steps, but the mean of every epoch.
+        if len(loss) < LEAST_STEPS and len(epochs) >= LEAST_EPOCHS:
+            loss = epochs
+    loss = loss.finite()
+    for prefix in prefixes:
+        guess = _uniform(signals, loss, prefix)
+        floor = _floor(signals, loss, prefix)
+        if guess is None and by_floor and floor:
+            guess = _constant(loss, math.inf), ""
+        if loss and guess is not None:
+            uniform, assumed = guess
+            choice = any(signals.has(f"{prefix}{field}") for field in ("candidates", "p_positive"))
+            contrast = choice or bool(assumed) or (bool(floor) and floor.mean() > 0)
+            return Level(name, loss, uniform, floor if floor else _constant(loss, 0.0), assumed, contrast)
+    return None
+
+
+def _uniform(signals: Signals, loss: Series, prefix: str) -> tuple[Series, str] | None:
+    known = _beside(signals, loss, f"{prefix}uniform_level")
+    if known:
+        return known, ""
+    kind = (signals.text("loss") or signals.text("loss_name") or "").lower()
+    if any(word in kind for word in _OTHER) or signals.has("anchors"):
+        return None
+    candidates = _beside(signals, loss, f"{prefix}candidates")
+    if candidates and min(candidates.values) > 1:
+        points = tuple(Point(p.row, p.step, p.epoch, math.log(p.value)) for p in candidates.points)
+        return Series("uniform_level", points), "ln(candidates)"
+    size = signals.number("batch_size") or signals.number("rows")
+    if prefix or size is None or size <= 1:
+        return None
+    size *= signals.number("world_size") or 1.0
+    return _constant(loss, math.log(size)), "ln(batch_size)"
+
+
+def _floor(signals: Signals, loss: Series, prefix: str) -> Series:
+    known = _beside(signals, loss, f"{prefix}floor")
+    kind = (signals.text("loss") or "").lower()
+    if known or prefix or "supcon" not in kind or "inside" in kind or "multi" in kind:
+        return known
+    positives = _beside(signals, loss, "positives_per_row")
+    return Series(
+        "floor", tuple(Point(p.row, p.step, p.epoch, math.log(max(p.value, 1.0))) for p in positives.points)
+    )
+
+
+def _beside(signals: Signals, loss: Series, name: str) -> Series:
+    if not signals.series(name).finite():
+        return Series(name)
+    return signals.paired(loss, name, lambda _, other: other)
+
+
+def _constant(loss: Series, value: float) -> Series:
+    return Series("", tuple(Point(p.row, p.step, p.epoch, value) for p in loss.points))

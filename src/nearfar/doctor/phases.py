@@ -1,0 +1,115 @@
+"""Which batches were meant to be hard, when they began, and how the metric that matters went meanwhile."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from nearfar.doctor.series import Point, Series, level_noise, mean
+from nearfar.doctor.signals import Signals
+
+__all__ = [
+    "hard_epochs",
+    "lower_is_better",
+    "main_metric",
+    "means_hard",
+    "metric_margin",
+    "metric_rises",
+    "monitor",
+    "switch_epoch",
+]
+
+HARD_SAMPLERS = ("hard", "partition")
+#: a metric that moved by less than this share of itself did not move, however little it scatters
+STILL = 0.01
+_LOWER = re.compile(r"rank|loss|error|ece|\bmse\b|\bmae\b|distance|\bgap\b|perplexity", re.IGNORECASE)
+_PREFERRED = ("MRR", "mAP", "AP", "NDCG", "F1", "accuracy", "acc", "R@1", "recall@1")
+
+
+def means_hard(signals: Signals) -> bool:
+    """Whether batches were meant to be hard: by the sampler's name (an option that another sampler ignores says
+    nothing) or, without it, by the share of hard items; a log of hardness that says neither is taken as one of hard
+    batches.
+    """
+    sampler = signals.text("sampler")
+    if sampler is not None:
+        return sampler in HARD_SAMPLERS
+    shares = [signals.number(name) for name in ("nominal_hard", "hard_ratio")]
+    known = [share for share in shares if share is not None]
+    return max(known) > 0 if known else signals.has("hardness")
+
+
+def switch_epoch(signals: Signals) -> int | None:
+    """The first epoch of hard batches after random ones; None without such a switch in the log."""
+    last = signals.last_epoch or 0
+    phases = signals.series("random_phase").by_epoch()
+    if phases:
+        hard = [epoch for epoch, random in phases.items() if random < 0.5]
+        random = [epoch for epoch, value in phases.items() if value >= 0.5]
+        return min(hard) if hard and random and min(random) < min(hard) else None
+    ratios = signals.series("hard_ratio").by_epoch()
+    if ratios and next(iter(ratios.values())) == 0 and signals.text("sampler") in (None, *HARD_SAMPLERS):
+        return next((epoch for epoch, ratio in ratios.items() if ratio > 0), None)
+    start = signals.number("curriculum_epoch")
+    if not start or signals.text("sampler") not in (None, *HARD_SAMPLERS) or last <= start:
+        return None
+    return int(start) + 1
+
+
+def hard_epochs(signals: Signals, epoch: int | None) -> bool:
+    """Whether the batches of an epoch were meant to be hard."""
+    if not means_hard(signals):
+        return False
+    phases = signals.series("random_phase").by_epoch()
+    if epoch in phases:
+        return phases[epoch] < 0.5
+    start = signals.number("curriculum_epoch") or 0.0
+    return epoch is None or epoch > start
+
+
+def lower_is_better(metric: str) -> bool:
+    """Whether a metric of this name is better when it is lower.
+
+    >>> lower_is_better("text_to_molecule/median_rank"), lower_is_better("MRR")
+    (True, False)
+    """
+    return _LOWER.search(metric) is not None
+
+
+def monitor(signals: Signals) -> Series:
+    """The validation metric that matters, as a series that rises when it gets better; empty where there is none."""
+    found = signals.named("val/*")
+    name = main_metric(signals, list(found))
+    if name is None:
+        return Series("")
+    series = found[name]
+    if lower_is_better(name):
+        return Series(name, tuple(Point(p.row, p.step, p.epoch, -p.value) for p in series.points))
+    return Series(name, series.points)
+
+
+def main_metric(signals: Signals, names: Sequence[str]) -> str | None:
+    """The metric that the run watches or, where it does not say, the usual one among ``names``."""
+    watched = (signals.text("monitor") or "").removeprefix("val/")
+    if watched in names:
+        return watched
+    candidates = [metric for metric in names if not lower_is_better(metric)] or list(names)
+    ranked = [m for wanted in _PREFERRED for m in candidates if m.lower().endswith(wanted.lower())]
+    return (ranked or candidates or [None])[0]  # type: ignore[list-item]
+
+
+def metric_rises(signals: Signals, since: int) -> bool:
+    """Whether the metric stands higher than at epoch ``since``, by more than it scatters."""
+    values = monitor(signals).by_epoch()
+    before = values.get(since)
+    after = [value for epoch, value in values.items() if epoch > since]
+    if before is None or not after:
+        return False
+    return mean(after[-2:]) > before + metric_margin(before, list(values.values()))
+
+
+def metric_margin(before: float, values: Sequence[float]) -> float:
+    """How much a mean of two epochs must differ from one before to have moved: a share of it, and three times the
+    scatter, which such a difference exceeds by chance in one of a hundred runs.
+    """
+    return max(STILL * abs(before), 3 * level_noise(values))

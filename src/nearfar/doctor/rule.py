@@ -1,0 +1,100 @@
+"""A rule: which fields it needs, what it looks for in them, and what to do about it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import SupportsIndex, overload
+
+from nearfar.doctor.finding import Evidence, Finding, Remedy, Severity, Unjudged
+from nearfar.doctor.signals import Signals
+from nearfar.errors import NearfarError, nearest_name
+
+__all__ = ["Rule", "RuleBook", "TooLittle"]
+
+
+class TooLittle(Exception):
+    """The fields are there, but do not suffice for a judgement; the text says why."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One thing that can be wrong (or right) with a run.
+
+    ``needs``: alternatives, each a tuple of fields (``*`` stands for any name) that suffices for a judgement. ``look``
+    takes the signals and returns ``Evidence``, or None where all is well, or raises ``TooLittle``. ``remedy`` computes
+    what to try from the signals. ``looks_at`` and ``threshold`` say in words what the code does, for the
+    documentation.
+    """
+
+    id: str
+    severity: Severity
+    title: str
+    needs: tuple[tuple[str, ...], ...]
+    look: Callable[[Signals], Evidence | None]
+    looks_at: str
+    threshold: str
+    cause: str
+    remedy: Callable[[Signals], Remedy]
+    source: str
+
+    def judge(self, signals: Signals) -> Finding | Unjudged | None:
+        """The finding, None where there is nothing to say, or what was missing for saying either."""
+        missing: list[list[str]] = [[f for f in fields if not signals.has(f)] for fields in self.needs]
+        if all(missing):
+            fewest = min(len(fields) for fields in missing)
+            lacks = tuple(next(fields for fields in missing if len(fields) == fewest))
+            return Unjudged(self.id, f"lacks {', '.join(lacks)}", lacks)
+        try:
+            found = self.look(signals)
+        except TooLittle as reason:
+            return Unjudged(self.id, str(reason))
+        if found is None:
+            return None
+        remedy = self.remedy(signals)
+        return Finding(
+            id=self.id,
+            severity=found.severity or self.severity,
+            title=found.title or self.title,
+            evidence={"text": found.text, **found.numbers},
+            cause=self.cause,
+            override=remedy.override,
+            advice=remedy.advice,
+            then=remedy.then,
+            source=self.source,
+        )
+
+
+class RuleBook(tuple[Rule, ...]):
+    """All rules in order; one is also found, and asked for, by its id.
+
+    >>> from nearfar.doctor import RULES
+    >>> RULES["target-inert"].severity, "target-inert" in RULES, RULES[0].id
+    ('warning', True, 'non-finite-loss')
+    """
+
+    def __new__(cls, rules: Iterable[Rule]) -> RuleBook:
+        book = super().__new__(cls, tuple(rules))
+        ids = [rule.id for rule in book]
+        assert len(set(ids)) == len(ids), "two rules of one id"
+        return book
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """The ids in order."""
+        return tuple(rule.id for rule in self)
+
+    def __contains__(self, item: object) -> bool:
+        return item in self.ids if isinstance(item, str) else super().__contains__(item)
+
+    @overload
+    def __getitem__(self, key: SupportsIndex | str) -> Rule: ...
+    @overload
+    def __getitem__(self, key: slice) -> tuple[Rule, ...]: ...
+    def __getitem__(self, key: SupportsIndex | str | slice) -> Rule | tuple[Rule, ...]:
+        if not isinstance(key, str):
+            return super().__getitem__(key)
+        for rule in self:
+            if rule.id == key:
+                return rule
+        raise NearfarError(f"there is no rule '{key}'; {nearest_name(key, self.ids)}")

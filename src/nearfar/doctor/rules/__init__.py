@@ -1,0 +1,37 @@
+"""All rules, one module per theme."""
+
+from nearfar.doctor.rule import RuleBook
+from nearfar.doctor.rules import (
+    batches,
+    course,
+    curriculum,
+    embeddings,
+    evaluation,
+    hardness,
+    loss,
+    machine,
+    positives,
+    significance,
+    temperature,
+)
+
+__all__ = ["RULES"]
+
+#: in the order in which findings of one severity are told
+RULES = RuleBook(
+    rule
+    for theme in (
+        course,
+        loss,
+        positives,
+        curriculum,
+        hardness,
+        batches,
+        temperature,
+        embeddings,
+        evaluation,
+        significance,
+        machine,
+    )
+    for rule in theme.RULES
+)

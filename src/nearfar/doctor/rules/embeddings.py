@@ -1,0 +1,167 @@
+"""Whether embeddings use the room they have."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from nearfar.doctor.finding import Evidence, Remedy
+from nearfar.doctor.levels import by_class
+from nearfar.doctor.rule import Rule
+from nearfar.doctor.rules._remedies import advice, lower_learning_rate, scaled
+from nearfar.doctor.series import Series
+from nearfar.doctor.signals import Signals
+
+__all__ = ["RULES"]
+
+#: variance (1: uniform on the sphere) and mean cosine at which all rows are one; the two add up to about 1
+NO_VARIANCE, ONE_DIRECTION = 0.05, 0.95
+#: uniformity of rows with mean cosine .95; well spread ones have about -4
+NOT_UNIFORM = -0.2
+#: share of the directions that could be used, below which most of the space is empty
+FEW_DIRECTIONS = 0.1
+#: distance of the two views' means (0: one cloud, 2: opposite points) from which they are two clouds
+APART = 0.8
+#: skewness of k-occurrence from which few keys answer most queries; 0 where all are found alike
+HUBS = 3.0
+
+
+def _views(signals: Signals, pattern: str) -> Iterator[tuple[str, Series]]:
+    """Each view with its last probes: at the start of a run embeddings may be anything."""
+    for view, series in signals.named(pattern).items():
+        yield view, series.tail(least=1)
+
+
+def _collapsed(signals: Signals) -> dict[str, tuple[str, float, Series]]:
+    found = {}
+    for view, series in _views(signals, "*/uniformity"):
+        if series.mean() > NOT_UNIFORM:
+            found[view] = ("uniformity", series.mean(), series)
+    for view, series in _views(signals, "*/mean_cosine"):
+        if series.mean() > ONE_DIRECTION:
+            found[view] = ("mean cosine", series.mean(), series)
+    for view, series in _views(signals, "*/variance"):
+        if series.mean() < NO_VARIANCE:
+            found[view] = ("variance", series.mean(), series)
+    return found
+
+
+def _collapse(signals: Signals) -> Evidence | None:
+    found = _collapsed(signals)
+    if not found:
+        return None
+    parts = [
+        f"{what} of {view} is {value:.3f} in {where.where_text()}"
+        for view, (what, value, where) in found.items()
+    ]
+    text = "; ".join(parts)
+    return Evidence(
+        text[0].upper() + text[1:] + ".",
+        {f"{view}/{what.replace(' ', '_')}": value for view, (what, value, _) in found.items()},
+    )
+
+
+def _collapse_remedy(signals: Signals) -> Remedy:
+    words = "Look for a loss without negatives, a temperature near 1, or a learning rate that killed the last layer."
+    temperature = signals.number("temperature") or 0.0
+    if temperature >= 0.5:
+        return Remedy("temperature=0.07", words)
+    return Remedy(lower_learning_rate(signals), words)
+
+
+def _room(signals: Signals, view: str) -> float | None:
+    """The directions a view could use; of a loss by classes, those that tell its classes apart."""
+    limits = [signals.series(f"{view}/{name}").finite() for name in ("rank_limit", "dimensions")]
+    known = [series.tail(least=1).mean() for series in limits if series]
+    rows = signals.number("probe_rows")
+    if not known:
+        return None
+    if rows is not None:
+        known.append(rows - 1)
+    if by_class(signals) is False:
+        return min(known)
+    classes, positives = signals.number("classes"), signals.number("positives_per_row")
+    batch = signals.number("rows") or signals.number("batch_size") or signals.number("candidates")
+    if classes is None and positives is not None and positives > 1 and batch is not None:
+        classes = batch / (positives + 1)
+    if classes is not None:
+        known.append(max(classes - 1, 1.0))
+    return min(known)
+
+
+def _dimensional(signals: Signals) -> Evidence | None:
+    collapsed = _collapsed(signals)
+    for view, rank in _views(signals, "*/effective_rank"):
+        room = _room(signals, view)
+        if room is None or view in collapsed or rank.mean() >= FEW_DIRECTIONS * room:
+            continue
+        return Evidence(
+            f"The embeddings of {view} have an effective rank of {rank.mean():.1f} out of {room:.0f} in "
+            f"{rank.where_text()}.",
+            {f"{view}/effective_rank": rank.mean(), f"{view}/rank_limit": room},
+        )
+    return None
+
+
+def _dimensional_remedy(signals: Signals) -> Remedy:
+    return Remedy(
+        scaled(signals, "temperature", 0.5),
+        "A lower temperature spreads embeddings; less augmentation and a projection head in training keep "
+        "more directions.",
+    )
+
+
+def _gap(signals: Signals) -> Evidence | None:
+    gap = signals.series("modality_gap").finite().tail(least=1)
+    if not gap or gap.mean() <= APART:
+        return None
+    return Evidence(
+        f"The views' mean directions are {gap.mean():.2f} apart in {gap.where_text()}.",
+        {"modality_gap": gap.mean()},
+    )
+
+
+def _hubs(signals: Signals) -> Evidence | None:
+    skew = signals.series("hubness").finite().tail(least=1)
+    if not skew or skew.mean() <= HUBS:
+        return None
+    return Evidence(
+        f"How often a key is among the ten nearest has a skewness of {skew.mean():.1f} in {skew.where_text()}.",
+        {"hubness": skew.mean()},
+    )
+
+
+RULES = (
+    Rule(
+        "collapse", "error", "The embeddings have collapsed into one direction.",
+        (("*/variance",), ("*/mean_cosine",), ("*/uniformity",)), _collapse,
+        looks_at="`*/variance`, `*/mean_cosine`, `*/uniformity`, last probes",
+        threshold=f"variance below {NO_VARIANCE:g}, mean cosine above {ONE_DIRECTION:g}, uniformity above "
+        f"{NOT_UNIFORM:g}",
+        cause="Nothing pushes rows apart: no negatives, a temperature so high that all candidates score "
+        "alike, or a learning rate that drove an activation to 0.",
+        remedy=_collapse_remedy, source="Wang and Isola 2020, alignment and uniformity",
+    ),
+    Rule(
+        "dimensional-collapse", "warning", "The embeddings use few of their dimensions.",
+        (("*/effective_rank", "*/rank_limit"), ("*/effective_rank", "*/dimensions")), _dimensional,
+        looks_at="`*/effective_rank` over `*/rank_limit` (at most classes − 1 for a loss by classes), last probes",
+        threshold=f"below {FEW_DIRECTIONS:.0%}",
+        cause="Strong augmentation, a deep linear head, or a high temperature let the spectrum fall.",
+        remedy=_dimensional_remedy, source="Jing et al. 2022, dimensional collapse; Roy and Vetterli 2007, "
+        "effective rank",
+    ),
+    Rule(
+        "modality-gap", "note", "The two views lie in two separate clouds.", (("modality_gap",),), _gap,
+        looks_at="`modality_gap`, last probes", threshold=f"above {APART:g}",
+        cause="Encoders start in different cones, and a low temperature has no reason to join them.",
+        remedy=advice("No fault where queries only meet keys; do not mix the views in one index."),
+        source="Liang et al. 2022, Mind the gap",
+    ),
+    Rule(
+        "hubness", "note", "A few keys are near to nearly every query.", (("hubness",),), _hubs,
+        looks_at="`hubness`, last probes", threshold=f"above {HUBS:g}",
+        cause="In many dimensions points near the mean are near to all; queries far from all keys make it worse.",
+        remedy=advice("Centre the embeddings, or score with a local scaling (CSLS) at search time."),
+        source="Radovanović et al. 2010, hubs in space",
+    ),
+)  # fmt: skip

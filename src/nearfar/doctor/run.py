@@ -1,0 +1,142 @@
+"""A run folder as signals: its log, and what its configuration, data and metrics say of the whole."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from nearfar.doctor.signals import Signals
+from nearfar.errors import NearfarError
+
+__all__ = ["read_run"]
+
+#: options by the names of the context, and where ``config.yaml`` has them
+_OPTIONS = {
+    **{
+        name: name
+        for name in [
+            "batch_size",
+            "epochs",
+            "lr",
+            "temperature",
+            "learn_temperature",
+            "memory",
+            "curriculum_epoch",
+            "hard_ratio",
+            "hardness_k",
+            "false_negative_threshold",
+            "mask_duplicates",
+            "scale_max",
+            "classes",
+            "monitor",
+        ]
+    },
+    "precision": "trainer.precision",
+    "accumulate": "trainer.accumulate",
+    "sampler": "sampler.name",
+    "order": "sampler.order",
+    "loss": "loss.name",
+}
+#: counts that tell two lists of rows apart which are only numbered alike
+_COUNTS = ("structures", "texts", "scaffolds", "rows_without_ring")
+
+
+def read_run(folder: str | os.PathLike[str]) -> Signals:
+    """The signals of a run folder, finished or not: a run without ``metrics.json`` is judged by its log.
+
+    Raises ``NearfarError`` where there is neither a log nor a configuration, or a file cannot be read.
+    """
+    path = Path(folder)
+    if path.name == "train_log.jsonl":
+        path = path.parent
+    if not (path / "train_log.jsonl").exists() and not (path / "config.yaml").exists():
+        what = (
+            "there is no such folder" if not path.is_dir() else "it has no train_log.jsonl and no config.yaml"
+        )
+        raise NearfarError(f"{path} is not a run: {what}. Runs lie in runs/ unless runs_dir= says otherwise.")
+    context = _options(path / "config.yaml")
+    layout = _json(path / "dataset_layout.json")
+    metrics = _json(path / "metrics.json")
+    model = _json(path / "model.json")
+    for name in ("batchnorm", "world_size", "scale_max", "gradient_ratio"):
+        for source in (model, metrics):
+            if name in source:
+                context.setdefault(name, source[name])
+    for name in ("monitor", "baselines", "groups", "change", "comparison"):
+        if metrics.get(name) is not None:
+            context[name] = metrics[name]
+    context["metrics"] = metrics.get("splits") or {}
+    context["splits"] = _splits(layout.get("splits") or {}, context["metrics"])
+    context["leaks"] = layout.get("leaks") or {}
+    return Signals(_log(path / "train_log.jsonl"), {k: v for k, v in context.items() if v is not None})
+
+
+def _options(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    import yaml  # comes with Hydra, which wrote the file
+
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise NearfarError(f"{path}: not valid YAML ({error}). The file was edited or damaged.") from None
+    found = {}
+    for name, key in _OPTIONS.items():
+        value: Any = config
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        if value is not None:
+            found[name] = value
+    return found
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise NearfarError(f"{path}: not valid JSON ({error}). The file was edited or damaged.") from None
+    return found if isinstance(found, dict) else {}
+
+
+def _log(path: Path) -> Iterator[dict[str, Any]]:
+    """The records; a line that a killed process cut off is no record."""
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if isinstance(record, dict):
+                yield record
+
+
+def _splits(layout: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Rows and hash of each split.
+
+    Files without an id column number their rows alike, so that two splits of one length may have one hash of ids. The
+    other counts of the layout, and the hash of the content that stands with the metrics, tell them apart.
+    """
+    found = {name: {"rows": part.get("rows"), "hash": part.get("split_hash") or part.get("hash")}
+             | {key: part[key] for key in ("ids", "gallery") if key in part}
+             for name, part in layout.items() if isinstance(part, Mapping)}  # fmt: skip
+    for name, part in layout.items():
+        for other, second in layout.items():
+            if other <= name or not (isinstance(part, Mapping) and isinstance(second, Mapping)):
+                continue
+            told_apart = any(part.get(key) != second.get(key) for key in _COUNTS)
+            if part.get("rows") == second.get("rows") and told_apart:
+                found[name]["hash"], found[other]["hash"] = f"{name}: by number", f"{other}: by number"
+    for name, estimates in metrics.items():
+        hashes = {
+            (e.get("protocol") or {}).get("split") for e in estimates.values() if isinstance(e, Mapping)
+        }
+        if len(hashes) == 1 and (content := hashes.pop()) is not None:
+            found.setdefault(name, {})["content"] = content
+    return found

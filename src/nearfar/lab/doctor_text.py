@@ -1,0 +1,77 @@
+"""A diagnosis in the terminal: the verdict first, then each finding with what to do, then what could not be judged."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from nearfar.doctor import Diagnosis, Finding, Unjudged, diagnose, read_run
+from nearfar.terminal import say
+from nearfar.training.run_folder import RunFolder
+
+__all__ = ["command", "examine", "print_diagnosis"]
+
+_STYLES = {"error": "bold red", "warning": "bold yellow", "note": "bold cyan"}
+
+
+def examine(run: Path) -> Diagnosis:
+    """Diagnose a run folder and write its ``doctor.json``."""
+    signals = read_run(run)
+    found = diagnose(signals)
+    folder = run.parent if run.name == "train_log.jsonl" else run
+    RunFolder(folder).write_json("doctor.json", found.to_dict())
+    return found
+
+
+def command(overrides: Iterable[str], run: Path) -> str:
+    """The overrides as a command: the run's own ones, from its configuration, and then these, which win.
+
+    >>> command(["hard_ratio=0.4"], Path("no/such/run"))
+    'nearfar train experiment=NAME hard_ratio=0.4'
+    """
+    new = [part for text in overrides for part in text.split()]
+    keys = {part.split("=")[0] for part in new}
+    kept = [part for part in _own_overrides(run) if part.split("=")[0].lstrip("+~") not in keys]
+    return shlex.join(["nearfar", "train", *(kept or ["experiment=NAME"]), *new])
+
+
+def _own_overrides(run: Path) -> list[str]:
+    folder = RunFolder(run)
+    if not folder.started:
+        return []
+    return [str(part) for part in folder.config().get("overrides") or [] if not str(part).startswith("name=")]
+
+
+def print_diagnosis(found: Diagnosis, run: Path, console: Any) -> None:
+    """Print it; lines are not wrapped, so that commands can be copied."""
+    say(console, f"{run}: {found.verdict}", style="bold green" if found.healthy else "bold red")
+    for finding in found:
+        say(console, "")
+        _print_finding(finding, run, console)
+    if found.unjudged:
+        say(console, "")
+        say(console, "Not judged, and so neither well nor ill:", style="bold")
+        for reason, ids in _by_reason(found.unjudged).items():
+            say(console, f"  {', '.join(ids)}: {reason}", style="dim")
+
+
+def _print_finding(finding: Finding, run: Path, console: Any) -> None:
+    say(console, finding.severity, style=_STYLES[finding.severity], end=" ")
+    say(console, f"{finding.id}: {finding.title}", style="bold")
+    say(console, f"  seen   {finding.evidence['text']}")
+    say(console, f"  cause  {finding.cause}")
+    say(console, f"  do     {finding.advice}")
+    if finding.override:
+        say(console, f"  try    {command([finding.override], run)}", style="green")
+    if finding.then:
+        say(console, f"  then   {', then '.join(finding.then)}")
+    say(console, f"  source {finding.source}", style="dim")
+
+
+def _by_reason(unjudged: Iterable[Unjudged]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for rule in unjudged:
+        found.setdefault(rule.reason, []).append(rule.id)
+    return found
