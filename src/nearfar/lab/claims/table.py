@@ -1,0 +1,86 @@
+"""Claims as tables for the terminal: what there is, and what came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+from nearfar.lab.claims.ledger import Claim
+from nearfar.lab.claims.verdict import OPEN, REFUTED, SUPPORTED
+
+if TYPE_CHECKING:
+    from nearfar.lab.claims.run import Outcome
+    from nearfar.metrics import Estimate
+
+__all__ = ["claim_table", "outcome_table", "quantity_line"]
+
+STYLES = {SUPPORTED: "green", REFUTED: "red", OPEN: "yellow", "yes": "green", "no": "red"}
+
+
+def claim_table(claims: Sequence[Claim]) -> Table:
+    """The ledger: each statement, what a check on paper gave, and the experiment or what it waits for."""
+    table = Table(title=f"{len(claims)} claims", title_justify="left")
+    for column in ("claim", "row", "statement", "on paper", "experiment, seeds"):
+        table.add_column(column, no_wrap=column in ("row", "on paper"))
+    group = None
+    for claim in claims:
+        if claim.group != group:
+            table.add_section()
+            group = claim.group
+        seeds = f", {claim.seeds}" if claim.seeds else ""
+        how = f"waits for: {claim.waits_for}" if claim.waits_for else claim.experiment + seeds
+        table.add_row(claim.id, claim.row, claim.statement, claim.check[0], how)
+    return table
+
+
+def outcome_table(outcomes: Sequence[Outcome], waiting: Sequence[Claim]) -> Table:
+    """Each claim with its quantities, its verdict, and whether the prediction held; the other quantities are in
+    ``claims.json``.
+    """
+    if any(outcome.quick for outcome in outcomes):
+        title = "claims · quick: shows that everything runs; these verdicts are no results"
+    else:
+        title = "claims · 95 % intervals, in brackets what was claimed (c) and predicted (p)"
+    table = Table(title=title, title_justify="left", show_lines=True)
+    table.add_column("claim", overflow="fold", min_width=18)
+    table.add_column("statement", ratio=2)
+    table.add_column("quantity [95 % interval]", ratio=3)
+    table.add_column("verdict", min_width=9)
+    table.add_column("prediction held", min_width=10)
+    for outcome in outcomes:
+        lines = [quantity_line(outcome, name) for name in outcome.claim.quantities]
+        table.add_row(
+            outcome.claim.id,
+            outcome.claim.statement,
+            "\n".join(lines),
+            *(f"[{STYLES[word]}]{word}[/]" for word in (outcome.verdict, outcome.held)),
+        )
+    for claim in waiting:
+        table.add_row(claim.id, claim.statement, f"waits for: {claim.waits_for}", "–", "–", style="dim")
+    return table
+
+
+def quantity_line(outcome: Outcome, name: str) -> str:
+    """``greedy −0.066 [−0.070, −0.062] (c > 0, p < 0)``, safe for Rich."""
+    assert outcome.claim.prediction is not None
+    sides = (("c", outcome.claim.criterion), ("p", outcome.claim.prediction.criterion))
+    conditions = ", ".join(f"{letter} {criterion[name]}" for letter, criterion in sides if name in criterion)
+    return f"{name} {estimate_words(outcome.estimates[name])} ({conditions})".replace("[", r"\[")
+
+
+def estimate_words(estimate: Estimate) -> str:
+    """The value with as many decimals as its interval supports, and the interval where there is one.
+
+    >>> from nearfar.metrics import Estimate
+    >>> estimate_words(Estimate(-0.0658, -0.0697, -0.0619, 0.0, 5, False, "greedy"))
+    '−0.0658 [−0.0697, −0.0619]'
+    >>> estimate_words(Estimate(26805.0, 26805.0, 26805.0, 0.0, 1, False, "total"))
+    '26805'
+    """
+    if estimate.low == estimate.high == estimate.value:
+        return f"{estimate.value:.5g}".replace("-", "−")
+    decimals = 4 if max(abs(estimate.low), abs(estimate.high)) < 0.1 else 3
+    numbers = (f"{number:.{decimals}f}" for number in (estimate.value, estimate.low, estimate.high))
+    return "{} [{}, {}]".format(*numbers).replace("-", "−")
