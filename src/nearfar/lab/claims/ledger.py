@@ -121,6 +121,8 @@ def _claim(entry: Any, file: str, at: int) -> Claim:
         raise NearfarError(f"{where} is {entry!r}; a claim is a list of fields, beginning with 'id: NAME'.")
     where = f"{file}, claim '{entry.get('id', at)}'"
     waits = "waits_for" in entry
+    if waits and "experiment" in entry:
+        raise NearfarError(f"{where} has an experiment and waits_for; leave one of the two out.")
     required = ALWAYS + (("waits_for",) if waits else TESTED)
     allowed = (*required, "row", "prediction") if waits else required + OPTIONAL
     for name in required:
@@ -142,7 +144,9 @@ def _claim(entry: Any, file: str, at: int) -> Claim:
         "group": Path(file).stem,
     }
     if waits:
-        words = str(entry.get("prediction", "")).strip()
+        words = entry.get("prediction", "")
+        if not isinstance(words, str):
+            raise NearfarError(f"{where}: while it waits, prediction is words alone, not {words!r}.")
         return Claim(
             **common, waits_for=str(entry["waits_for"]), prediction=Prediction(words, {}) if words else None
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from rich.markup import escape
 from rich.table import Table
 
 from nearfar.lab.claims.ledger import Claim
@@ -31,7 +32,7 @@ def claim_table(claims: Sequence[Claim]) -> Table:
             group = claim.group
         seeds = f", {claim.seeds}" if claim.seeds else ""
         how = f"waits for: {claim.waits_for}" if claim.waits_for else claim.experiment + seeds
-        table.add_row(claim.id, claim.row, claim.statement, claim.check[0], how)
+        table.add_row(*map(escape, (claim.id, claim.row, claim.statement, claim.check[0], how)))
     return table
 
 
@@ -52,22 +53,23 @@ def outcome_table(outcomes: Sequence[Outcome], waiting: Sequence[Claim]) -> Tabl
     for outcome in outcomes:
         lines = [quantity_line(outcome, name) for name in outcome.claim.quantities]
         table.add_row(
-            outcome.claim.id,
-            outcome.claim.statement,
+            escape(outcome.claim.id),
+            escape(outcome.claim.statement),
             "\n".join(lines),
             *(f"[{STYLES[word]}]{word}[/]" for word in (outcome.verdict, outcome.held)),
         )
     for claim in waiting:
-        table.add_row(claim.id, claim.statement, f"waits for: {claim.waits_for}", "–", "–", style="dim")
+        texts = (claim.id, claim.statement, f"waits for: {claim.waits_for}")
+        table.add_row(*map(escape, texts), "–", "–", style="dim")
     return table
 
 
 def quantity_line(outcome: Outcome, name: str) -> str:
-    """``greedy −0.066 [−0.070, −0.062] (c > 0, p < 0)``, safe for Rich."""
+    """``greedy −0.066 [−0.070, −0.062] (c > 0, p < 0)``, its brackets no markup for Rich."""
     assert outcome.claim.prediction is not None
     sides = (("c", outcome.claim.criterion), ("p", outcome.claim.prediction.criterion))
     conditions = ", ".join(f"{letter} {criterion[name]}" for letter, criterion in sides if name in criterion)
-    return f"{name} {estimate_words(outcome.estimates[name])} ({conditions})".replace("[", r"\[")
+    return escape(f"{name} {estimate_words(outcome.estimates[name])} ({conditions})")
 
 
 def estimate_words(estimate: Estimate) -> str:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nearfar.batching import BalancedBatchSampler
+from nearfar.errors import NearfarError
 from nearfar.lab.claims.pairs import mix
 from nearfar.lab.claims.training import encoder, fit, probe
 from nearfar.losses import SupConLoss
@@ -44,6 +45,11 @@ def run(
     lr: float = 1e-3,
 ) -> dict[str, float]:
     """Train once for each number of positives, on equally many batches of the same size."""
+    needed = -(-batch_size // (min(positives) + 1))
+    if needed > classes:
+        raise NearfarError(
+            f"{min(positives)} positives per anchor in a batch of {batch_size} take {needed} classes, not {classes}"
+        )
     g = torch.Generator().manual_seed(seed)
     items = classes * per_class
     label = torch.cat([torch.arange(items) % classes, torch.randint(classes, (test,), generator=g)])
