@@ -42,7 +42,7 @@ class Outcome:
     options: Mapping[str, Any]
     seeds: int
     quick: bool
-    seconds: float
+    cpu_seconds: float
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for ``claims.json``."""
@@ -54,7 +54,7 @@ class Outcome:
             "options": dict(self.options),
             "seeds": self.seeds,
             "quick": self.quick,
-            "seconds": round(self.seconds, 2),
+            "cpu_seconds": round(self.cpu_seconds, 2),
             "verdict": self.verdict,
             "criterion": {name: str(condition) for name, condition in claim.criterion.items()},
             "prediction": {
@@ -63,7 +63,7 @@ class Outcome:
                 "held": self.held,
             },
             "quantities": {
-                name: {"words": self.words[name], **estimate.to_dict(), "per_seed": list(self.per_seed[name])}
+                name: {"words": self.words[name]} | _plain(estimate) | {"per_seed": list(self.per_seed[name])}
                 for name, estimate in self.estimates.items()
             },
         }
@@ -99,7 +99,7 @@ def run_claim(
     experiment = _checked(claim) if experiment is None else experiment
     options = {**claim.options, **(claim.quick if quick else {})}
     number = (seeds or (QUICK_SEEDS if quick else claim.seeds)) if experiment.seeded else 0
-    started = time.perf_counter()
+    started = time.process_time()
     with _one_thread():
         if experiment.seeded:
             found = [experiment.run(seed, **options) for seed in range(number)]
@@ -120,7 +120,7 @@ def run_claim(
         options=_all_options(experiment, options),
         seeds=number,
         quick=quick,
-        seconds=time.perf_counter() - started,
+        cpu_seconds=time.process_time() - started,
     )
 
 
@@ -182,6 +182,13 @@ def _estimate(name: str, values: Sequence[float | Share], seeded: bool, where: s
         n, value, low, high, method = 1, numbers[0], numbers[0], numbers[0], "computed: no interval"
     protocol = {"interval": method, "confidence": CONFIDENCE, "seeds": len(numbers) if seeded else 0}
     return Estimate(value, low, high, math.nan, n, False, name, protocol)
+
+
+def _plain(estimate: Estimate) -> dict[str, Any]:
+    """An estimate without what a quantity of an experiment does not have: a chance level."""
+    return {
+        key: value for key, value in estimate.to_dict().items() if key not in ("metric", "chance", "trivial")
+    }
 
 
 def _all_options(experiment: Experiment, given: Mapping[str, Any]) -> dict[str, Any]:

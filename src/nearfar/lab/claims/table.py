@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from nearfar.lab.claims.run import Outcome
     from nearfar.metrics import Estimate
 
-__all__ = ["claim_table", "outcome_table", "quantity_line"]
+__all__ = ["claim_table", "estimate_words", "outcome_table"]
 
 STYLES = {SUPPORTED: "green", REFUTED: "red", OPEN: "yellow", "yes": "green", "no": "red"}
 
@@ -43,33 +43,34 @@ def outcome_table(outcomes: Sequence[Outcome], waiting: Sequence[Claim]) -> Tabl
     if any(outcome.quick for outcome in outcomes):
         title = "claims · quick: shows that everything runs; these verdicts are no results"
     else:
-        title = "claims · 95 % intervals, in brackets what was claimed (c) and predicted (p)"
+        title = "claims"
     table = Table(title=title, title_justify="left", show_lines=True)
-    table.add_column("claim", overflow="fold", min_width=18)
-    table.add_column("statement", ratio=2)
-    table.add_column("quantity [95 % interval]", ratio=3)
-    table.add_column("verdict", min_width=9)
-    table.add_column("prediction held", min_width=10)
+    table.add_column("claim", ratio=4)
+    table.add_column("quantity, 95 % interval", ratio=5)
+    table.add_column("verdict", ratio=2)
+    table.add_column("prediction held", ratio=2)
     for outcome in outcomes:
-        lines = [quantity_line(outcome, name) for name in outcome.claim.quantities]
-        table.add_row(
-            escape(outcome.claim.id),
-            escape(outcome.claim.statement),
-            "\n".join(lines),
-            *(f"[{STYLES[word]}]{word}[/]" for word in (outcome.verdict, outcome.held)),
-        )
+        verdict, held = (f"[{STYLES[word]}]{word}[/]" for word in (outcome.verdict, outcome.held))
+        table.add_row(_heading(outcome.claim), _quantities(outcome), verdict, held)
     for claim in waiting:
-        texts = (claim.id, claim.statement, f"waits for: {claim.waits_for}")
-        table.add_row(*map(escape, texts), "–", "–", style="dim")
+        table.add_row(_heading(claim), escape(f"waits for: {claim.waits_for}"), "–", "–", style="dim")
     return table
 
 
-def quantity_line(outcome: Outcome, name: str) -> str:
-    """``greedy −0.066 [−0.070, −0.062] (c > 0, p < 0)``, its brackets no markup for Rich."""
+def _heading(claim: Claim) -> str:
+    return f"[bold]{escape(claim.id)}[/]\n{escape(claim.statement)}"
+
+
+def _quantities(outcome: Outcome) -> str:
+    """Two lines for each: name and value with interval; what was claimed and predicted of it."""
     assert outcome.claim.prediction is not None
-    sides = (("c", outcome.claim.criterion), ("p", outcome.claim.prediction.criterion))
-    conditions = ", ".join(f"{letter} {criterion[name]}" for letter, criterion in sides if name in criterion)
-    return escape(f"{name} {estimate_words(outcome.estimates[name])} ({conditions})")
+    sides = (("claimed", outcome.claim.criterion), ("predicted", outcome.claim.prediction.criterion))
+    lines = []
+    for name in outcome.claim.quantities:
+        conditions = ", ".join(f"{side} {criterion[name]}" for side, criterion in sides if name in criterion)
+        lines.append(escape(f"{name} {estimate_words(outcome.estimates[name])}"))
+        lines.append(f"[dim]  {escape(conditions)}[/]")
+    return "\n".join(lines)
 
 
 def estimate_words(estimate: Estimate) -> str:
