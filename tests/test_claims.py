@@ -402,6 +402,14 @@ def test_terminal_takes_a_ledger_of_ones_own(tmp_path: Path) -> None:
     assert isinstance(CliRunner().invoke(app, ["claims", "S4-10", "--seeds", "0"]).exception, NearfarError)
 
 
+def test_the_ledger_in_the_documentation_runs(tmp_path: Path) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "claims.md").read_text()
+    file = tmp_path / "own.yaml"
+    file.write_text(page.split("```yaml\n")[1].split("```")[0])
+    outcome = run_claim(read_ledger([file])[0], seeds=2)
+    assert outcome.estimates["level"].value > 0
+
+
 def test_list_is_light_and_whole() -> None:
     code = (
         "import sys; sys.argv = ['nearfar', 'claims', '--list']\nfrom nearfar.cli import app\n"

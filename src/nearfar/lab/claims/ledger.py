@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -49,10 +49,10 @@ class Claim:
     group: str
     row: str = ""
     experiment: str = ""
-    options: Mapping[str, Any] = ()  # type: ignore[assignment]
-    quick: Mapping[str, Any] = ()  # type: ignore[assignment]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    quick: Mapping[str, Any] = field(default_factory=dict)
     seeds: int = 0
-    criterion: Criterion = ()  # type: ignore[assignment]
+    criterion: Criterion = field(default_factory=dict)
     prediction: Prediction | None = None
     waits_for: str = ""
 

@@ -7,8 +7,8 @@ itself did. Once more with near-duplicates in the training set, which hard batch
 
 from __future__ import annotations
 
-from nearfar.batching import HardNegativeSampler, RandomBatchSampler, nearest_neighbors
-from nearfar.lab.claims.pairs import clustered_pairs
+from nearfar.batching import BatchSampler, HardNegativeSampler, RandomBatchSampler, nearest_neighbors
+from nearfar.lab.claims.pairs import Pairs, clustered_pairs
 from nearfar.lab.claims.training import encoder, fit_pairs, mrr
 
 QUANTITIES = {
@@ -42,23 +42,31 @@ def run(
             seed, items, test, clusters=clusters, spread=spread, noise=noise, duplicates=share
         )
         near = nearest_neighbors(pairs.text, hardness_k)
-        curves = {}
-        for name, sampler in {
-            "hard": HardNegativeSampler(near, batch_size, hard_ratio, hardness_k, switch, seed=seed),
-            "random": RandomBatchSampler(items, batch_size, seed=seed),
-        }.items():
-            model = encoder(seed, pairs.view.shape[1], pairs.text.shape[1])
-            losses, scores = [0.0], [0.0]  # index: epochs done
-
-            def note(epoch: int, loss: float) -> None:
-                losses.append(loss)  # noqa: B023
-                scores.append(mrr(model, unseen) if epoch in (switch, switch + further) else 0.0)  # noqa: B023
-
-            fit_pairs(model, pairs, sampler, switch + further, after=note)
-            curves[name] = losses, scores
-        losses, scores = curves["hard"]
+        hard = HardNegativeSampler(near, batch_size, hard_ratio, hardness_k, switch, seed=seed)
+        losses, scores = _curves(seed, pairs, unseen, hard, switch, further)
+        _, on_random = _curves(
+            seed, pairs, unseen, RandomBatchSampler(items, batch_size, seed=seed), switch, further
+        )
+        last = switch + further
         if not share:
             found["loss_rise"] = losses[switch + 1] - losses[switch]
-        found["mrr_rise" + suffix] = scores[switch + further] - scores[switch]
-        found["mrr_beside_random" + suffix] = scores[switch + further] - curves["random"][1][switch + further]
+        found["mrr_rise" + suffix] = scores[last] - scores[switch]
+        found["mrr_beside_random" + suffix] = scores[last] - on_random[last]
     return found
+
+
+def _curves(
+    seed: int, pairs: Pairs, unseen: Pairs, sampler: BatchSampler, switch: int, further: int
+) -> tuple[dict[int, float], dict[int, float]]:
+    """The mean loss of each epoch, and MRR at the switch and at the end, by the number of epochs done."""
+    model = encoder(seed, pairs.view.shape[1], pairs.text.shape[1])
+    losses: dict[int, float] = {}
+    scores: dict[int, float] = {}
+
+    def note(epoch: int, loss: float) -> None:
+        losses[epoch] = loss
+        if epoch in (switch, switch + further):
+            scores[epoch] = mrr(model, unseen)
+
+    fit_pairs(model, pairs, sampler, switch + further, after=note)
+    return losses, scores

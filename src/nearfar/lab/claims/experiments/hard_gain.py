@@ -70,7 +70,7 @@ def misaligned(near: Neighbors, seed: int) -> Neighbors:
     """A neighbour list as it is when it was computed in another order than the data's: wrong, without an error.
 
     >>> misaligned(Neighbors(np.array([[1], [0], [3], [2]])), 0).indices.ravel().tolist()
-    [2, 3, 0, 1]
+    [3, 2, 1, 0]
     """
     order = np.random.default_rng(seed).permutation(near.n)
     return Neighbors(np.argsort(order)[near.indices[order]].astype(np.int32))

@@ -62,23 +62,24 @@ def run(
             features = torch.nn.functional.normalize(model(view), dim=-1)
         return probe(features[:items], label[:items], features[items:], label[items:])
 
-    untrained = accuracy(encoder(seed, view.shape[1], dims))
-    found, seen = [], []
-    for number in positives:
+    def trained(number: int) -> tuple[float, float]:
+        """Accuracy, and the positives per anchor that the loss saw."""
         model, loss = encoder(seed, view.shape[1], dims), SupConLoss(0.1)
         optimizer = torch.optim.Adam(model.parameters(), lr=lr)
         sampler = BalancedBatchSampler(label[:items], batch_size, number + 1, seed=seed, drop_last=True)
         counts: list[float] = []
 
         def of_batch(batch: Tensor) -> Tensor:
-            value = loss(model(view[batch]), label[batch])  # noqa: B023
-            counts.append(loss.record.positives_per_row if loss.record else 0.0)  # noqa: B023
+            value = loss(model(view[batch]), label[batch])
+            counts.append(loss.record.positives_per_row if loss.record else 0.0)
             return value
 
         for _ in range(epochs):
             fit(model, sampler, of_batch, optimizer)
-        found.append(accuracy(model))
-        seen.append(sum(counts) / len(counts))
+        return accuracy(model), sum(counts) / len(counts)
+
+    untrained = accuracy(encoder(seed, view.shape[1], dims))
+    found, seen = zip(*map(trained, positives), strict=True)
     slope = np.polyfit(np.log2(np.array(positives, dtype=float)), found, 1)[0]
     return {
         "accuracy_fewest": found[0],

@@ -7,6 +7,8 @@ the grid) nearly all. The loss with neighbours against the same loss without, fr
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
@@ -45,43 +47,42 @@ def run(
     """Train four encoders: random or compact batches, with or without neighbours; test on another slide."""
     if side % tile:
         raise NearfarError(f"side={side} spots cannot be cut into tiles of {tile}; give a multiple")
-    g = torch.Generator().manual_seed(seed)
-    image, text = _two_slides(side, dims, smooth, noise, g)
+    image, text = _two_slides(side, dims, smooth, noise, torch.Generator().manual_seed(seed))
     near = _neighbors(side)
-    reached: dict[str, list[float]] = {"random": [], "compact": []}
-    mass: dict[str, list[float]] = {"random": [], "compact": []}
-    recall = {}
-    for batches in ("random", "compact"):
-        for kind in ("soft", "none"):
-            model = nn.ModuleList([encoder(2 * seed + at, image.shape[-1], dims) for at in (0, 1)])
-            optimizer = torch.optim.Adam(model.parameters(), lr=lr)
-            loss = SpatialLoss(
-                alpha_scale, temp_reg_weight=0.0, neighbors="soft" if kind == "soft" else "none"
-            )
+    found: dict[str, float] = {}
 
-            def of_batch(batch: Tensor) -> Tensor:
-                index = positions_in_batch(near[batch], batch, side * side)
-                alpha = torch.full(index.shape, 1 / len(STEPS))
-                a, b = model[0](image[0, batch]), model[1](text[0, batch])  # noqa: B023
-                value = loss(a, b, SCALE, index, alpha)  # noqa: B023
-                if kind == "soft":  # noqa: B023
-                    taken = alpha_scale * (alpha * (index >= 0)).sum(1)
-                    reached[batches].append(float((taken > 0).float().mean()))  # noqa: B023
-                    mass[batches].append(float((taken / (1 + taken)).mean()))  # noqa: B023
-                return value
+    def trained(batches: str, kind: Literal["soft", "none"]) -> tuple[float, float, float]:
+        """R@10 on the other slide; share of rows with a neighbour in the batch; mass that a target gives them."""
+        model = nn.ModuleList([encoder(2 * seed + at, image.shape[-1], dims) for at in (0, 1)])
+        optimizer = torch.optim.Adam(model.parameters(), lr=lr)
+        loss = SpatialLoss(alpha_scale, temp_reg_weight=0.0, neighbors=kind)
+        reached: list[float] = []
+        mass: list[float] = []
 
-            order = torch.Generator().manual_seed(seed)  # the same batches with and without neighbours
-            for _ in range(epochs):
-                fit(model, _batches(batches, side, tile, order), of_batch, optimizer)
-            with torch.no_grad():
-                ranks = retrieval_ranks(model[0](image[1]), model[1](text[1]))
-            recall[batches, kind] = float(ranks.hits(10).mean())
-    found = {}
+        def of_batch(batch: Tensor) -> Tensor:
+            index = positions_in_batch(near[batch], batch, side * side)
+            alpha = torch.full(index.shape, 1 / len(STEPS))
+            taken = alpha_scale * (alpha * (index >= 0)).sum(1)
+            reached.append(float((taken > 0).float().mean()))
+            mass.append(float((taken / (1 + taken)).mean()))
+            return loss(model[0](image[0, batch]), model[1](text[0, batch]), SCALE, index, alpha)
+
+        order = torch.Generator().manual_seed(seed)  # the same batches with and without neighbours
+        for _ in range(epochs):
+            fit(model, _batches(batches, side, tile, order), of_batch, optimizer)
+        with torch.no_grad():
+            ranks = retrieval_ranks(model[0](image[1]), model[1](text[1]))
+        return float(ranks.hits(10).mean()), sum(reached) / len(reached), sum(mass) / len(mass)
+
     for batches in ("random", "compact"):
-        found[f"effect_{batches}"] = recall[batches, "soft"] - recall[batches, "none"]
-        found[f"reached_{batches}"] = sum(reached[batches]) / len(reached[batches])
-        found[f"mass_{batches}"] = sum(mass[batches]) / len(mass[batches])
-        found[f"recall_{batches}"] = recall[batches, "none"]
+        with_neighbors, reached, mass = trained(batches, "soft")
+        without, _, _ = trained(batches, "none")
+        found |= {
+            f"effect_{batches}": with_neighbors - without,
+            f"reached_{batches}": reached,
+            f"mass_{batches}": mass,
+            f"recall_{batches}": without,
+        }
     return found
 
 

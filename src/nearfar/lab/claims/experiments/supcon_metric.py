@@ -61,28 +61,24 @@ def run(
     data = _labelled_views(seed, items + test, dims, within, noise)
     supcon = SupConLoss(0.07, sum="inside", own_pair=False)
     usual, infonce = SupConLoss(0.07), InfoNCELoss(0.07)
+    positives: list[float] = []
+
+    def failing(a: Tensor, b: Tensor, label: Tensor) -> Tensor:
+        value = supcon(a, label, other=b)
+        positives.append(supcon.record.positives_per_row if supcon.record else 0.0)
+        return value
+
     losses: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
         "infonce": lambda a, b, label: infonce(a, b),
-        "supcon": lambda a, b, label: supcon(a, label, other=b),
+        "supcon": failing,
         "usual": lambda a, b, label: usual(a, label, other=b),
     }
-    pair, accuracy, positives = {}, {}, []
+    pair, accuracy = {}, {"untrained": _probe(_encoders(seed, data, dims), data, items)}
     for name, loss in losses.items():
-        models = nn.ModuleList([encoder(2 * seed + side, data.first.shape[1], dims) for side in (0, 1)])
-        optimizer = torch.optim.Adam(models.parameters(), lr=lr)
-        if name == "infonce":
-            accuracy["untrained"] = _probe(models, data, items)
-
-        def of_batch(batch: Tensor) -> Tensor:
-            a, b = models[0](data.first[batch]), models[1](data.second[batch])  # noqa: B023
-            value = loss(a, b, data.label[batch])  # noqa: B023
-            if name == "supcon" and supcon.record is not None:  # noqa: B023
-                positives.append(supcon.record.positives_per_row)
-            return value
-
-        sampler = RandomBatchSampler(items, batch_size, seed=seed, drop_last=True)
-        for _ in range(epochs):
-            fit(models, sampler, of_batch, optimizer)
+        models = _encoders(seed, data, dims)
+        _train(
+            models, data, loss, RandomBatchSampler(items, batch_size, seed=seed, drop_last=True), epochs, lr
+        )
         with torch.no_grad():
             pair[name] = _pair(models[0](data.first[items:]), models[1](data.second[items:]), batch_size)
         accuracy[name] = _probe(models, data, items)
@@ -97,6 +93,27 @@ def run(
         "probe_difference_usual": accuracy["usual"] - accuracy["infonce"],
         "positives": sum(positives) / len(positives),
     }
+
+
+def _encoders(seed: int, data: _Views, dims: int) -> nn.ModuleList:
+    return nn.ModuleList([encoder(2 * seed + side, data.first.shape[1], dims) for side in (0, 1)])
+
+
+def _train(
+    models: nn.ModuleList,
+    data: _Views,
+    loss: Callable[[Tensor, Tensor, Tensor], Tensor],
+    sampler: RandomBatchSampler,
+    epochs: int,
+    lr: float,
+) -> None:
+    optimizer = torch.optim.Adam(models.parameters(), lr=lr)
+
+    def of_batch(batch: Tensor) -> Tensor:
+        return loss(models[0](data.first[batch]), models[1](data.second[batch]), data.label[batch])
+
+    for _ in range(epochs):
+        fit(models, sampler, of_batch, optimizer)
 
 
 def _labelled_views(seed: int, n: int, dims: int, within: float, noise: float) -> _Views:
