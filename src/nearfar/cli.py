@@ -130,6 +130,47 @@ def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
 
 
 @app.command()
+def claims(
+    wanted: Annotated[
+        list[str] | None, typer.Argument(help="Claims by id, row or group; all of them by default.")
+    ] = None,
+    list_: Annotated[bool, typer.Option("--list", help="Show the claims, run nothing.")] = False,
+    seeds: Annotated[
+        int | None, typer.Option(help="Seeds of each experiment instead of the ledger's.")
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Tiny settings that show that everything runs; no results.")
+    ] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="A folder for claims.json, with every quantity and seed."),
+    ] = None,
+    ledger: Annotated[
+        list[Path] | None,
+        typer.Option(help="A ledger of your own (YAML) instead of the one that comes along."),
+    ] = None,
+) -> None:
+    """Test statements by experiment: supported, refuted or not distinguishable, and did the prediction hold?"""
+    from nearfar.lab.claims import choose, read_ledger
+    from nearfar.lab.claims.table import claim_table, outcome_table
+
+    chosen, console = choose(read_ledger(ledger), wanted or []), terminal.console()
+    if list_:
+        console.print(claim_table(chosen))
+        return
+    from nearfar.lab.claims.run import run_claims, write_outcomes
+
+    progress = terminal.console(stderr=True)
+    outcomes = run_claims(
+        chosen, seeds=seeds, quick=quick, told=lambda c: terminal.say(progress, f"{c.id} …")
+    )
+    waiting = [claim for claim in chosen if claim.waits_for]
+    console.print(outcome_table(outcomes, waiting))
+    if output is not None:
+        terminal.say(console, f"written: {write_outcomes(outcomes, waiting, output)}")
+
+
+@app.command()
 def embed(
     run: Annotated[Path, typer.Argument(help="A run folder or checkpoint.")],
     data: Annotated[Path, typer.Argument(help="A table with SMILES and/or text columns.")],

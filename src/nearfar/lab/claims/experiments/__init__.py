@@ -1,0 +1,74 @@
+"""The experiments: one module each, called by its name in the ledger.
+
+A module has ``run(seed, *, option=…)``, which returns a number (or a ``Share``) for each quantity, and ``QUANTITIES``,
+which says in words what each one is. ``run`` without a ``seed`` is a computation: nothing in it is left to chance.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from nearfar.errors import NearfarError, nearest_name
+
+__all__ = ["Experiment", "Share", "load", "names"]
+
+
+class Share(NamedTuple):
+    """So many hits among ``n`` independent draws; pooled over seeds, with Wilson's interval."""
+
+    hits: int
+    n: int
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What a module offers: its function, the options that takes, and its quantities in words."""
+
+    name: str
+    run: Callable[..., Mapping[str, float | Share]]
+    options: tuple[str, ...]
+    seeded: bool
+    quantities: Mapping[str, str]
+
+    def check_options(self, options: Mapping[str, Any], where: str) -> None:
+        """Raise for an option that ``run`` does not take."""
+        for name in options:
+            if name not in self.options:
+                raise NearfarError(
+                    f"{where}: experiment '{self.name}' has no option '{name}'; {nearest_name(name, self.options)}"
+                )
+
+    def check_quantities(self, wanted: list[str], where: str) -> None:
+        """Raise for a quantity that ``run`` does not give."""
+        for name in wanted:
+            if name not in self.quantities:
+                raise NearfarError(
+                    f"{where}: experiment '{self.name}' gives no '{name}'; {nearest_name(name, self.quantities)}"
+                )
+
+
+def names() -> list[str]:
+    """Every experiment, without loading any."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def load(name: str) -> Experiment:
+    """Import an experiment.
+
+    >>> load("loss_ceiling").seeded, load("small_k").seeded
+    (False, True)
+    """
+    module = importlib.import_module(f"{__name__}.{name}")
+    parameters = inspect.signature(module.run).parameters
+    return Experiment(
+        name,
+        module.run,
+        tuple(option for option in parameters if option != "seed"),
+        "seed" in parameters,
+        module.QUANTITIES,
+    )

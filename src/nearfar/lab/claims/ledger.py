@@ -1,0 +1,196 @@
+"""The ledger: claims as YAML, each with the condition under which it is true and a prediction made beforehand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from nearfar.errors import NearfarError, nearest_name
+from nearfar.lab.claims import experiments
+from nearfar.lab.claims.verdict import Condition
+
+__all__ = ["Claim", "Prediction", "choose", "read_ledger"]
+
+Criterion = Mapping[str, Condition]
+
+#: verdicts of an analysis on paper
+CODES = ("OK", "WRONG", "ARTEFACT", "UNTESTED", "NOISE", "DOUBTFUL")
+ALWAYS = ("id", "statement", "source", "check")
+TESTED = ("experiment", "criterion", "prediction")
+OPTIONAL = ("row", "options", "quick", "seeds")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What was expected before the experiment ran: in words, and as conditions that can fail."""
+
+    words: str
+    criterion: Criterion
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A statement and how it is tested.
+
+    ``check``: the verdict code of an analysis on paper, and what it found. ``experiment``: a module of
+    ``nearfar.lab.claims.experiments``, called with ``options`` (``quick`` replaces some of them in a quick run) for
+    ``seeds`` seeds; 0 for a computation without chance. ``criterion``: the condition on each quantity that must hold
+    for the statement to be true. A claim without experiment says in ``waits_for`` what it needs. ``row`` is its place
+    in the notes it comes from, ``group`` the file it stands in.
+    """
+
+    id: str
+    statement: str
+    source: str
+    check: tuple[str, str]
+    group: str
+    row: str = ""
+    experiment: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    quick: Mapping[str, Any] = field(default_factory=dict)
+    seeds: int = 0
+    criterion: Criterion = field(default_factory=dict)
+    prediction: Prediction | None = None
+    waits_for: str = ""
+
+    @property
+    def quantities(self) -> list[str]:
+        """What claim and prediction speak of, in that order."""
+        predicted = self.prediction.criterion if self.prediction else {}
+        return list(dict.fromkeys([*self.criterion, *predicted]))
+
+
+def read_ledger(files: Sequence[Path] | None = None) -> list[Claim]:
+    """The claims of ``files``, by default of those that come with nearfar, checked.
+
+    Raises ``NearfarError`` with file and claim for what is missing, unknown, or no condition.
+
+    >>> "small-k-is-harder" in [claim.id for claim in read_ledger()]
+    True
+    """
+    import yaml
+
+    if files is None:
+        folder = resources.files("nearfar.lab.claims").joinpath("statements")
+        texts = {f.name: f.read_text(encoding="utf-8") for f in folder.iterdir() if f.name.endswith(".yaml")}
+        # Experiments first: what waits for something is read last.
+        texts = dict(
+            sorted(texts.items(), key=lambda pair: (pair[0] == "waiting.yaml", pair[0] != "measured.yaml"))
+        )
+    else:
+        missing = [file for file in files if not file.is_file()]
+        if missing:
+            raise NearfarError(f"{missing[0]}: no such ledger.")
+        texts = {str(file): file.read_text(encoding="utf-8") for file in files}
+    claims: dict[str, Claim] = {}
+    for name, text in texts.items():
+        try:
+            entries = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise NearfarError(f"{name} is not YAML: {error}") from error
+        if not isinstance(entries, list) or not entries:
+            raise NearfarError(f"{name} holds no list of claims; each begins with '- id: NAME'.")
+        for at, entry in enumerate(entries, 1):
+            claim = _claim(entry, name, at)
+            if claim.id in claims:
+                raise NearfarError(f"{name}: there are two claims '{claim.id}'; give one another id.")
+            claims[claim.id] = claim
+    return list(claims.values())
+
+
+def choose(claims: Sequence[Claim], wanted: Iterable[str]) -> list[Claim]:
+    """The claims named by id, row of the notes, or group; all of them where none is named.
+
+    >>> [claim.id for claim in choose(read_ledger(), ["S2-5"])]
+    ['small-k-is-harder']
+    """
+    words = list(wanted)
+    names = {name for claim in claims for name in (claim.id, claim.row, claim.group) if name}
+    for word in words:
+        if word not in names:
+            raise NearfarError(f"there is no claim '{word}': {nearest_name(word, names)}")
+    return [c for c in claims if not words or {c.id, c.row, c.group} & set(words)]
+
+
+def _claim(entry: Any, file: str, at: int) -> Claim:
+    where = f"{file}, claim {at}"
+    if not isinstance(entry, Mapping):
+        raise NearfarError(f"{where} is {entry!r}; a claim is a list of fields, beginning with 'id: NAME'.")
+    where = f"{file}, claim '{entry.get('id', at)}'"
+    waits = "waits_for" in entry
+    if waits and "experiment" in entry:
+        raise NearfarError(f"{where} has an experiment and waits_for; leave one of the two out.")
+    required = ALWAYS + (("waits_for",) if waits else TESTED)
+    allowed = (*required, "row", "prediction") if waits else required + OPTIONAL
+    for name in required:
+        if entry.get(name) in (None, "", {}):
+            raise NearfarError(f"{where} has no '{name}'; it needs {', '.join(required)}.")
+    for name in entry:
+        if name not in allowed:
+            raise NearfarError(f"{where}: there is no field '{name}'; {nearest_name(str(name), allowed)}")
+    check = entry["check"]
+    if not isinstance(check, Mapping) or set(check) != {"verdict", "found"} or check["verdict"] not in CODES:
+        raise NearfarError(
+            f"{where}: check is {check!r}; it takes verdict (one of {', '.join(CODES)}) and found, in words."
+        )
+    texts = {name: str(entry[name]).strip() for name in ("id", "statement", "source")}
+    common: dict[str, Any] = {
+        **texts,
+        "row": str(entry.get("row", "")),
+        "check": (check["verdict"], str(check["found"]).strip()),
+        "group": Path(file).stem,
+    }
+    if waits:
+        words = entry.get("prediction", "")
+        if not isinstance(words, str):
+            raise NearfarError(f"{where}: while it waits, prediction is words alone, not {words!r}.")
+        return Claim(
+            **common, waits_for=str(entry["waits_for"]), prediction=Prediction(words, {}) if words else None
+        )
+    known = experiments.names()
+    if entry["experiment"] not in known:
+        raise NearfarError(
+            f"{where}: there is no experiment '{entry['experiment']}'; {nearest_name(str(entry['experiment']), known)}"
+        )
+    prediction = entry["prediction"]
+    if not isinstance(prediction, Mapping) or set(prediction) != {"words", "criterion"}:
+        raise NearfarError(f"{where}: prediction is {prediction!r}; it takes words and criterion.")
+    seeds = entry.get("seeds", 0)
+    if isinstance(seeds, bool) or not isinstance(seeds, int) or seeds < 0 or seeds == 1:
+        raise NearfarError(
+            f"{where}: seeds is {seeds!r}; give the number of seeds, at least 2 for an interval, or 0 where nothing "
+            "is left to chance."
+        )
+    return Claim(
+        **common,
+        experiment=entry["experiment"],
+        options=_mapping(entry.get("options", {}), f"{where}: options"),
+        quick=_mapping(entry.get("quick", {}), f"{where}: quick"),
+        seeds=seeds,
+        criterion=_criterion(entry["criterion"], f"{where}: criterion"),
+        prediction=Prediction(
+            str(prediction["words"]).strip(), _criterion(prediction["criterion"], f"{where}: prediction")
+        ),
+    )
+
+
+def _mapping(found: Any, where: str) -> dict[str, Any]:
+    if not isinstance(found, Mapping):
+        raise NearfarError(f"{where} is {found!r}; write name: value for each.")
+    return dict(found)
+
+
+def _criterion(found: Any, where: str) -> dict[str, Condition]:
+    if not isinstance(found, Mapping) or not found:
+        raise NearfarError(
+            f"{where} is {found!r}; write a condition for each quantity: {{gain: {{greater_than: 0}}}}."
+        )
+    for name in found:
+        if not isinstance(name, str):
+            raise NearfarError(
+                f"{where}: a quantity is called {name!r}; YAML reads on, off, yes and no as truth: put it in quotes."
+            )
+    return {name: Condition.read(value, f"{where} on '{name}'") for name, value in found.items()}
