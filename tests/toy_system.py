@@ -131,6 +131,8 @@ def toy_config(**changes: Any) -> Any:
                 "workers": 0,
                 "eval_batch_size": 16,
                 "log_every": 2,
+                "probe_every": None,
+                "probe_rows": 256,
                 "checkpoint_minutes": 60.0,
                 "checkpoint_steps": None,
             },

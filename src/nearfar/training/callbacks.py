@@ -1,4 +1,4 @@
-"""What happens around the steps: the log, checkpoints, early stopping, a clean stop."""
+"""What happens around the steps: the log, probes, checkpoints, early stopping, a clean stop."""
 
 from __future__ import annotations
 
@@ -10,8 +10,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
+import torch
+from torch import Tensor
 
+from nearfar.training.facts import highest_scale, model_facts
 from nearfar.training.module import RunModule
+from nearfar.training.probe import Probe
 from nearfar.training.run_folder import RunFolder, same_file
 
 __all__ = ["Interrupted", "RunRecorder", "stop_signals"]
@@ -53,7 +57,7 @@ def stop_signals() -> Iterator[_StopRequest]:
 
 
 class RunRecorder(L.Callback):
-    """Writes ``train_log.jsonl`` and the checkpoints of a run, and stops it early.
+    """Writes ``train_log.jsonl``, ``model.json`` and the checkpoints of a run, and stops it early.
 
     ``checkpoints/last.ckpt`` is the newest state (every ``checkpoint_minutes``, at each epoch's end, and when the
     run is asked to stop), ``checkpoints/best.ckpt`` the best by validation. Both names are stable; older ones
@@ -65,6 +69,9 @@ class RunRecorder(L.Callback):
         self._saved_at = time.monotonic()
         self._epoch_started = time.perf_counter()
         self._last_logged: tuple[int, float] | None = None
+        self._probe: Probe | None = None
+        self._scale_max: dict[str, float] = {}
+        self._gradient_norm: Tensor | None = None
 
     # -- log -------------------------------------------------------------------------------------------------
     def _log(self, trainer: L.Trainer, record: dict[str, Any]) -> None:
@@ -77,6 +84,21 @@ class RunRecorder(L.Callback):
         for logger in trainer.loggers:
             logger.log_metrics(flat, step=record["step"])
 
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Choose the rows of the probe, and write what the run is made of."""
+        assert isinstance(module, RunModule)
+        config = self.config
+        facts = model_facts(module.model, module.system)
+        if config.trainer.probe_rows:
+            size = int(config.get("batch_size") or config.trainer.probe_rows)
+            self._probe = Probe(module.system, config.trainer.probe_rows, size, config.seed)
+            with trainer.precision_plugin.val_step_context():
+                facts["views"] = self._probe.views(module.model, trainer.strategy.batch_to_device)
+        highest = highest_scale(module.model, module.system)
+        self._scale_max = {} if highest is None else {"scale_max": highest}
+        if trainer.is_global_zero:
+            self.folder.write_json("model.json", facts | {"world_size": trainer.world_size})
+
     def on_train_epoch_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Write what the sampler promises for this epoch, before its first step."""
         assert isinstance(module, RunModule)
@@ -86,30 +108,28 @@ class RunRecorder(L.Callback):
             record = {"kind": "plan", "epoch": module.epoch + 1, "step": module.step}
             self._log(trainer, record | module.epoch_logs)
 
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, module: L.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Of a logged step, the norm of all gradients: unscaled by now, and not yet clipped."""
+        assert isinstance(module, RunModule)
+        if module.logged_step is not None:
+            gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
+            self._gradient_norm = torch.nn.utils.get_total_norm([g for g in gradients if g is not None])
+
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count and log the step; save if it is time or if somebody asked to stop."""
+        """Count and log the step; probe and save if it is time, or if somebody asked to stop."""
         assert isinstance(module, RunModule)
         module.count_batch()
-        every = self.config.trainer.log_every
-        if module.at_boundary and module.step % every == 0:
-            now = time.perf_counter()
-            record = {
-                "kind": "step",
-                "epoch": module.epoch + 1,
-                "step": module.step,
-                "batch": module.batches,
-                "lr": trainer.optimizers[0].param_groups[0]["lr"],
-                "loss": module.last.loss.item(),
-                **module.last.logs(),
-            }
-            if self._last_logged and module.step > self._last_logged[0]:
-                seconds = (now - self._last_logged[1]) / (module.step - self._last_logged[0])
-                record["seconds_per_step"] = round(seconds, 6)
-            self._last_logged = (module.step, now)
-            self._log(trainer, record)
+        if module.at_boundary and module.step % self.config.trainer.log_every == 0:
+            self._log_step(trainer, module)
         last = module.batches == module.epoch_batches
+        probe_every = self.config.trainer.probe_every
+        # After the last batch of an epoch the epoch's own probe follows.
+        if probe_every and module.at_boundary and module.step % probe_every == 0 and not last:
+            self._log_probe(trainer, module)
         due = time.monotonic() - self._saved_at > 60 * self.config.trainer.checkpoint_minutes
         steps = self.config.trainer.checkpoint_steps
         due = due or bool(steps and module.step % steps == 0)
@@ -119,10 +139,48 @@ class RunRecorder(L.Callback):
             if self.request.asked:
                 raise Interrupted(str(self.folder))
 
+    def _log_step(self, trainer: L.Trainer, module: RunModule) -> None:
+        now = time.perf_counter()
+        record = {
+            "kind": "step",
+            "epoch": module.epoch + 1,
+            "step": module.step,
+            "batch": module.batches,
+            "rows": module.rows,
+            "lr": trainer.optimizers[0].param_groups[0]["lr"],
+            "loss": module.last.loss.item(),
+            **module.gradient_logs,
+            **self._scale_max,
+            **module.last.logs(),
+        }
+        if trainer.world_size > 1:
+            record["world_size"] = trainer.world_size
+        if self._gradient_norm is not None:
+            norm, clip = self._gradient_norm.item(), self.config.trainer.gradient_clip
+            record |= {"gradient_norm": norm, "clipped": bool(clip) and norm > clip}
+        if self._last_logged and module.step > self._last_logged[0]:
+            seconds = (now - self._last_logged[1]) / (module.step - self._last_logged[0])
+            record["seconds_per_step"] = round(seconds, 6)
+        self._last_logged, self._gradient_norm = (module.step, now), None
+        self._log(trainer, record)
+
+    def _log_probe(self, trainer: L.Trainer, module: RunModule) -> None:
+        if self._probe is None:
+            return
+        started = time.perf_counter()
+        with trainer.precision_plugin.val_step_context():
+            found = self._probe.record(module.model, trainer.strategy.batch_to_device)
+        seconds = time.perf_counter() - started
+        record = {"kind": "probe", "epoch": module.epoch + 1, "step": module.step, **found}
+        self._log(trainer, record | {"seconds": round(seconds, 6)})
+        if self._last_logged:  # no time of a step
+            self._last_logged = (self._last_logged[0], self._last_logged[1] + seconds)
+
     # -- epochs ----------------------------------------------------------------------------------------------
     def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Log the epoch, remember the best, save, and stop early where that was asked for."""
         assert isinstance(module, RunModule)
+        self._log_probe(trainer, module)
         evaluation, module.evaluation = module.evaluation, None
         record: dict[str, Any] = {"kind": "epoch", "epoch": module.epoch + 1, "step": module.step}
         record["train_loss"] = module.loss_mean.value()

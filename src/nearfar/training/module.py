@@ -100,9 +100,11 @@ class RunModule(L.LightningModule):
         self.data_hash, self.say = data_hash, say
         self.epoch, self.batches, self.step = 0, 0, 0
         self.epoch_batches = 0
+        self._rows: list[int] = []  # of the batches still to come when the epoch's loader was made
         self.loss_mean = Mean()
         self.best: dict[str, Any] = {"value": None, "epoch": None, "epochs_without_gain": 0}
         self.last: StepOutput
+        self.gradient_logs: dict[str, float] = {}
         self.evaluation: Evaluation | None = None
         self.evaluation_split = "val"
         self.outputs: dict[str, Tensor] = {}
@@ -134,6 +136,7 @@ class RunModule(L.LightningModule):
                 self.batches, self._partial_epoch, self.loss_mean = 0, False, Mean()
         batches = list(self.sampler)
         self.epoch_batches = self.batches + len(batches)
+        self._rows = [len(batch) for batch in batches]
         dataset.set_epoch(self.epoch)
         pin = torch.cuda.is_available() and self.config.trainer.accelerator != "cpu"
         return loader(dataset, batches, self.config.trainer.workers, pin)
@@ -217,6 +220,8 @@ class RunModule(L.LightningModule):
         """One batch."""
         output = step_of(self.system, self.model, batch, self.config.trainer.get("cached_chunk"))
         self.last = output
+        if self.logged_step is not None:
+            self.gradient_logs = output.gradient_logs()
         return output.loss
 
     def count_batch(self) -> None:
@@ -244,6 +249,19 @@ class RunModule(L.LightningModule):
         self.evaluation = self.system.evaluate(self.outputs, self.evaluation_split, final=True)
 
     # -- state -----------------------------------------------------------------------------------------------
+    @property
+    def logged_step(self) -> int | None:
+        """The number of the step that the batch at hand will end, if it is logged; before the optimiser has stepped."""
+        accumulate, batch = int(self.config.trainer.accumulate), self.batches + 1
+        step = self._step_at_start + self.trainer.global_step + 1
+        ends = batch % accumulate == 0 or batch == self.epoch_batches
+        return step if ends and step % self.config.trainer.log_every == 0 else None
+
+    @property
+    def rows(self) -> int:
+        """Rows of the last batch that was counted."""
+        return self._rows[self.batches - 1 - (self.epoch_batches - len(self._rows))]
+
     @property
     def at_boundary(self) -> bool:
         """Whether the last batch ended in an optimiser step, so that no half-summed gradient is lost."""
