@@ -22,7 +22,7 @@ from nearfar.contrast import NoPositivesWarning
 from nearfar.errors import NearfarError
 from nearfar.metrics import embedding_health
 from nearfar.training.checkpoint import generator_state, load_generator_state
-from nearfar.training.system import EncodingSystem, System, collect
+from nearfar.training.system import EncodingSystem, System, collect, modules_of
 
 __all__ = ["Probe", "untouched"]
 
@@ -44,10 +44,7 @@ def untouched(model: nn.Module, system: Any = None) -> Iterator[Callable[[], Non
     >>> model.training, model[0].running_mean
     (True, tensor([0., 0., 0.]))
     """
-    own = (
-        [part for part in vars(system).values() if isinstance(part, nn.Module)] if system is not None else []
-    )
-    modules = list(dict.fromkeys(module for part in [model, *own] for module in part.modules()))
+    modules = modules_of(model, system)
     modes = [module.training for module in modules]
     state = _State(modules)
     weights = [(weight, weight._version) for weight in model.parameters()]

@@ -191,6 +191,14 @@ def decayed_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]
     return groups
 
 
+def modules_of(model: nn.Module, system: Any = None) -> list[nn.Module]:
+    """Every module of ``model``, and of the modules that ``system`` holds itself, such as its losses; each once."""
+    own = (
+        [part for part in vars(system).values() if isinstance(part, nn.Module)] if system is not None else []
+    )
+    return list(dict.fromkeys(module for part in [model, *own] for module in part.modules()))
+
+
 def collect(outputs: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Concatenate the outputs of a split's batches, on the CPU."""
     if not outputs:
