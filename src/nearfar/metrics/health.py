@@ -57,7 +57,7 @@ def effective_rank(embeddings: Rows, center: bool = True) -> float:
     (1.0, 0.0)
     """
     x = _rows(embeddings)
-    return _effective_rank(x - x.mean(0) if center else x, x.square().sum().item(), _precision(embeddings))
+    return _effective_rank(x - x.mean(0) if center else x, _whole(x), _precision(embeddings))
 
 
 def variance(embeddings: Rows) -> float:
@@ -169,8 +169,7 @@ def embedding_health(
     health: dict[str, float] = {}
     for name, x in units.items():
         n, d = x.shape
-        rounding = _precision(views[name])
-        found = {"effective_rank": _effective_rank(x - x.mean(0), x.square().sum().item(), rounding)}
+        found = {"effective_rank": _effective_rank(x - x.mean(0), _whole(x), _precision(views[name]))}
         found |= {"rank_limit": float(min(n - 1, d)), "dimensions": float(d), "variance": _variance(x)}
         if n > 1:
             found |= {"uniformity": _uniformity(x, 2.0), "mean_cosine": _mean_cosine(x)}
@@ -191,6 +190,12 @@ def embedding_health(
 
 
 # -- of rows that are ready ----------------------------------------------------------------------------------
+def _whole(x: Float64[Tensor, "n d"]) -> float:
+    """The sum of all squares."""
+    flat = x.flatten()
+    return float(flat @ flat)
+
+
 def _effective_rank(x: Float64[Tensor, "n d"], whole: float, rounding: float) -> float:
     """``whole``: sum of squares before centring, by which rounding is judged."""
     gram = x @ x.T if x.shape[0] <= x.shape[1] else x.T @ x
@@ -203,12 +208,12 @@ def _effective_rank(x: Float64[Tensor, "n d"], whole: float, rounding: float) ->
 
 
 def _variance(x: Float64[Tensor, "n d"]) -> float:
-    return float(x.var(0, correction=0).sum())
+    return float(_whole(x - x.mean(0)) / len(x))
 
 
 def _mean_cosine(x: Float64[Tensor, "n d"]) -> float:
     n = len(x)
-    return float((x.sum(0).square().sum() - x.square().sum()) / (n * (n - 1)))
+    return float((x.sum(0).square().sum() - _whole(x)) / (n * (n - 1)))
 
 
 def _uniformity(x: Float64[Tensor, "n d"], t: float) -> float:

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
-import torch
 from torch import Tensor
 
 from nearfar.training.facts import highest_scale, model_facts
@@ -71,7 +70,6 @@ class RunRecorder(L.Callback):
         self._last_logged: tuple[int, float] | None = None
         self._probe: Probe | None = None
         self._scale_max: dict[str, float] = {}
-        self._gradient_norm: Tensor | None = None
 
     # -- log -------------------------------------------------------------------------------------------------
     def _log(self, trainer: L.Trainer, record: dict[str, Any]) -> None:
@@ -108,22 +106,13 @@ class RunRecorder(L.Callback):
             record = {"kind": "plan", "epoch": module.epoch + 1, "step": module.step}
             self._log(trainer, record | module.epoch_logs)
 
-    def on_before_optimizer_step(
-        self, trainer: L.Trainer, module: L.LightningModule, optimizer: torch.optim.Optimizer
-    ) -> None:
-        """Of a logged step, the norm of all gradients: unscaled by now, and not yet clipped."""
-        assert isinstance(module, RunModule)
-        if module.logged_step is not None:
-            gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
-            self._gradient_norm = torch.nn.utils.get_total_norm([g for g in gradients if g is not None])
-
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count and log the step; probe and save if it is time, or if somebody asked to stop."""
         assert isinstance(module, RunModule)
         module.count_batch()
-        if module.at_boundary and module.step % self.config.trainer.log_every == 0:
+        if module.logged:
             self._log_step(trainer, module)
         last = module.batches == module.epoch_batches
         probe_every = self.config.trainer.probe_every
@@ -155,21 +144,23 @@ class RunRecorder(L.Callback):
         }
         if trainer.world_size > 1:
             record["world_size"] = trainer.world_size
-        if self._gradient_norm is not None:
-            norm, clip = self._gradient_norm.item(), self.config.trainer.gradient_clip
+        if module.gradient_norm is not None:
+            norm, clip = module.gradient_norm.item(), self.config.trainer.gradient_clip
             record |= {"gradient_norm": norm, "clipped": bool(clip) and norm > clip}
         if self._last_logged and module.step > self._last_logged[0]:
             seconds = (now - self._last_logged[1]) / (module.step - self._last_logged[0])
             record["seconds_per_step"] = round(seconds, 6)
-        self._last_logged, self._gradient_norm = (module.step, now), None
+        self._last_logged = (module.step, now)
         self._log(trainer, record)
 
-    def _log_probe(self, trainer: L.Trainer, module: RunModule) -> None:
+    def _log_probe(
+        self, trainer: L.Trainer, module: RunModule, validated: dict[str, Tensor] | None = None
+    ) -> None:
         if self._probe is None:
             return
         started = time.perf_counter()
         with trainer.precision_plugin.val_step_context():
-            found = self._probe.record(module.model, trainer.strategy.batch_to_device)
+            found = self._probe.record(module.model, trainer.strategy.batch_to_device, validated)
         seconds = time.perf_counter() - started
         record = {"kind": "probe", "epoch": module.epoch + 1, "step": module.step, **found}
         self._log(trainer, record | {"seconds": round(seconds, 6)})
@@ -180,8 +171,8 @@ class RunRecorder(L.Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Log the epoch, remember the best, save, and stop early where that was asked for."""
         assert isinstance(module, RunModule)
-        self._log_probe(trainer, module)
         evaluation, module.evaluation = module.evaluation, None
+        self._log_probe(trainer, module, module.outputs if evaluation is not None else None)
         record: dict[str, Any] = {"kind": "epoch", "epoch": module.epoch + 1, "step": module.step}
         record["train_loss"] = module.loss_mean.value()
         record["seconds"] = round(time.perf_counter() - self._epoch_started, 3)

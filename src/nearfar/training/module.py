@@ -104,7 +104,11 @@ class RunModule(L.LightningModule):
         self.loss_mean = Mean()
         self.best: dict[str, Any] = {"value": None, "epoch": None, "epochs_without_gain": 0}
         self.last: StepOutput
-        self.gradient_logs: dict[str, float] = {}
+        # Of the step at hand: whether it will be logged, what its graph told, and the norm before clipping.
+        self.logged, self.gradient_logs = False, dict[str, float]()
+        self.gradient_norm: Tensor | None = None
+        # Read once: looking an option up in a configuration takes longer than a step may wait.
+        self.accumulate, self.log_every = int(config.trainer.accumulate), int(config.trainer.log_every)
         self.evaluation: Evaluation | None = None
         self.evaluation_split = "val"
         self.outputs: dict[str, Tensor] = {}
@@ -220,9 +224,27 @@ class RunModule(L.LightningModule):
         """One batch."""
         output = step_of(self.system, self.model, batch, self.config.trainer.get("cached_chunk"))
         self.last = output
-        if self.logged_step is not None:
+        batch_number, step = self.batches + 1, self._step_at_start + self.trainer.global_step + 1
+        ends = batch_number % self.accumulate == 0 or batch_number == self.epoch_batches
+        self.logged = ends and step % self.log_every == 0
+        if self.logged:
             self.gradient_logs = output.gradient_logs()
         return output.loss
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by norm as Lightning does, and keep the norm for the log; without clipping, take it of logged steps."""
+        weights = list(self.trainer.precision_plugin.main_params(optimizer))
+        self.gradient_norm = None
+        if gradient_clip_val:
+            self.gradient_norm = torch.nn.utils.clip_grad_norm_(weights, gradient_clip_val)
+        elif self.logged:
+            gradients = [weight.grad for weight in weights if weight.grad is not None]
+            self.gradient_norm = torch.nn.utils.get_total_norm(gradients)
 
     def count_batch(self) -> None:
         """Count the batch just trained on; Lightning has stepped the optimiser by now if it was due."""
@@ -250,14 +272,6 @@ class RunModule(L.LightningModule):
 
     # -- state -----------------------------------------------------------------------------------------------
     @property
-    def logged_step(self) -> int | None:
-        """The number of the step that the batch at hand will end, if it is logged; before the optimiser has stepped."""
-        accumulate, batch = int(self.config.trainer.accumulate), self.batches + 1
-        step = self._step_at_start + self.trainer.global_step + 1
-        ends = batch % accumulate == 0 or batch == self.epoch_batches
-        return step if ends and step % self.config.trainer.log_every == 0 else None
-
-    @property
     def rows(self) -> int:
         """Rows of the last batch that was counted."""
         return self._rows[self.batches - 1 - (self.epoch_batches - len(self._rows))]
@@ -265,8 +279,7 @@ class RunModule(L.LightningModule):
     @property
     def at_boundary(self) -> bool:
         """Whether the last batch ended in an optimiser step, so that no half-summed gradient is lost."""
-        accumulate = int(self.config.trainer.accumulate)
-        return self.batches % accumulate == 0 or self.batches == self.epoch_batches
+        return self.batches % self.accumulate == 0 or self.batches == self.epoch_batches
 
     @property
     def exhausted(self) -> bool:

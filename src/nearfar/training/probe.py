@@ -118,13 +118,23 @@ class Probe:
             views = self.system.embed(model, ready(self._batch(self.split, self.positions[:2])))
         return {name: view.shape[1] for name, view in _views(views).items()}
 
-    def record(self, model: nn.Module, ready: Callable[[Any], Any]) -> dict[str, Any]:
-        """The fields of a ``probe`` record. ``ready`` brings a batch to where the model is."""
+    def record(
+        self, model: nn.Module, ready: Callable[[Any], Any], validated: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Any]:
+        """The fields of a ``probe`` record.
+
+        ``ready`` brings a batch to where the model is. ``validated`` are outputs of the whole validation split, where
+        these very weights have just given them, a row for each of its items: they are not embedded again.
+        """
+        dataset = self.system.dataset(self.split)
+        items = 0 if dataset is None else len(dataset)
+        if self.split != "val" or not validated or any(len(out) != items for out in validated.values()):
+            validated = None
         record: dict[str, Any] = {"probe_rows": len(self.positions), "probe_split": self.split}
         with untouched(model, self.system) as put_back, warnings.catch_warnings():
             warnings.simplefilter("ignore", NoPositivesWarning)  # random batches may have none
             seen = _Pass(self, model, ready, put_back)
-            seen.over(self.split, self.positions, embed=True)
+            seen.over(self.split, self.positions, embed=True, known=validated)
             views = _views(collect(seen.views))
             bad = [name for name, view in views.items() if not bool(view.isfinite().all())]
             if bad:
@@ -160,22 +170,35 @@ class _Pass:
         self.losses: list[dict[str, float]] = []
         self.problem: str | None = None
 
-    def over(self, split: str, positions: Int[np.ndarray, " n"], embed: bool) -> None:
-        """Look at these rows; ``embed`` keeps their embeddings and the loss's record."""
+    def over(
+        self,
+        split: str,
+        positions: Int[np.ndarray, " n"],
+        embed: bool,
+        known: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Look at these rows; ``embed`` keeps their embeddings and the loss's record.
+
+        ``known``: the embeddings of the whole split.
+        """
         size = self.probe.size
         for start in range(0, len(positions), size):
             chosen = positions[start : start + size]
             batch = self.ready(self.probe._batch(split, chosen))
-            self._batch(batch, embed, loss=len(chosen) == size and self.probe.full > 0)
+            views = {name: view[chosen] for name, view in known.items()} if known else None
+            self._batch(batch, embed, views, loss=len(chosen) == size and self.probe.full > 0)
 
-    def _batch(self, batch: Any, embed: bool, loss: bool) -> None:
+    def _batch(self, batch: Any, embed: bool, views: dict[str, Tensor] | None, loss: bool) -> None:
         system: Any = self.probe.system
         encoding = isinstance(system, EncodingSystem)
-        encoded: Any = system.encode(self.model, batch) if encoding else None
+        # A system that is evaluated on what it encodes need not encode it twice.
+        same = encoding and type(system).embed is EncodingSystem.embed
+        encoded: Any = None
+        if encoding and loss:
+            encoded = self.ready(views) if same and views else system.encode(self.model, batch)
         if embed:
-            # A system that is evaluated on what it encodes need not encode it twice.
-            same = encoding and type(system).embed is EncodingSystem.embed
-            self.views.append(encoded if same else system.embed(self.model, batch))
+            known = views or (encoded if same else None)
+            self.views.append(known or system.embed(self.model, batch))
         if not loss or self.problem:
             return
         try:
