@@ -98,16 +98,28 @@ def plain(batch: Any) -> Any:
 
 
 # -- the run does not notice ---------------------------------------------------------------------------------
-@pytest.mark.parametrize("system", [ToySystem, BusySystem])
+@pytest.mark.parametrize(
+    ("system", "changes"),
+    [
+        (ToySystem, {}),
+        (BusySystem, {}),
+        (BusySystem, {"trainer__precision": "bf16-mixed", "trainer__workers": 1}),
+        (ToySystem, {"trainer__cached_chunk": 3}),
+    ],
+    ids=["plain", "state", "half precision", "cached"],
+)
 def test_weights_are_the_same_bits_with_and_without_recording(
-    tmp_path: Path, system: type[ToySystem]
+    tmp_path: Path, system: type[ToySystem], changes: dict[str, Any]
 ) -> None:
+    changes = {"epochs": 2, **changes}
     often = train(
         tmp_path / "often",
-        toy_config(trainer__probe_every=1, trainer__log_every=1, trainer__probe_rows=16),
+        toy_config(trainer__probe_every=1, trainer__log_every=1, trainer__probe_rows=16, **changes),
         system,
     )
-    rarely = train(tmp_path / "rarely", toy_config(trainer__probe_rows=0, trainer__log_every=1000), system)
+    rarely = train(
+        tmp_path / "rarely", toy_config(trainer__probe_rows=0, trainer__log_every=1000, **changes), system
+    )
     a, b = Checkpoint.load(often.path), Checkpoint.load(rarely.path)
     assert states_equal(a, b)
     assert {"_extra_state" in key for key in a.model} == ({True, False} if system is BusySystem else {False})

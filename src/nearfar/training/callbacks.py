@@ -12,7 +12,7 @@ from typing import Any
 import lightning as L
 from torch import Tensor
 
-from nearfar.training.facts import highest_scale, model_facts
+from nearfar.training.facts import model_facts
 from nearfar.training.module import RunModule
 from nearfar.training.probe import Probe
 from nearfar.training.run_folder import RunFolder, same_file
@@ -92,8 +92,7 @@ class RunRecorder(L.Callback):
             self._probe = Probe(module.system, config.trainer.probe_rows, size, config.seed)
             with trainer.precision_plugin.val_step_context():
                 facts["views"] = self._probe.views(module.model, trainer.strategy.batch_to_device)
-        highest = highest_scale(module.model, module.system)
-        self._scale_max = {} if highest is None else {"scale_max": highest}
+        self._scale_max = {key: facts[key] for key in ("scale_max",) if key in facts}
         if trainer.is_global_zero:
             self.folder.write_json("model.json", facts | {"world_size": trainer.world_size})
 
