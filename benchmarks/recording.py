@@ -38,6 +38,7 @@ class Alternating(RunRecorder):
     """Records every other epoch, the first one too, and keeps the time of each part."""
 
     epochs: list[dict[str, Any]] = []  # noqa: RUF012  # one run in one process
+    within = False
 
     def _timed(self, what: str, work: Callable[..., None], *args: Any) -> None:
         began = time.perf_counter()
@@ -63,8 +64,8 @@ class Alternating(RunRecorder):
     def _log_step(self, *args: Any) -> None:
         self._timed("records", super()._log_step, *args)
 
-    def _log_probe(self, *args: Any) -> None:
-        self._timed("probe", super()._log_probe, *args)
+    def _log_probe(self, trainer: Any, module: Any, validated: Any = None) -> None:
+        self._timed("probe", super()._log_probe, trainer, module, None if self.within else validated)
 
 
 def percent(name: str, shares: list[float]) -> None:
@@ -84,7 +85,11 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--items", type=int, default=26_000, help="of the embedded set; 80 % of them train")
     parser.add_argument("--probe-rows", type=int, default=256)
+    parser.add_argument(
+        "--within", action="store_true", help="a probe as within an epoch: it embeds validation rows itself"
+    )
     args = parser.parse_args()
+    Alternating.within = args.within
     torch.set_num_threads(1)
     fit_module.RunRecorder = Alternating  # type: ignore[misc]
     with tempfile.TemporaryDirectory() as folder:
