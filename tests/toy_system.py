@@ -21,6 +21,7 @@ class ToyDataset:
 
     def __init__(self, x: torch.Tensor, y: torch.Tensor) -> None:
         self.x, self.y, self.epoch = x, y, 0
+        self.noise = 0.01
 
     def __len__(self) -> int:
         return len(self.x)
@@ -33,7 +34,7 @@ class ToyDataset:
 
     def __getitems__(self, positions: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         generator = torch.Generator().manual_seed(1000 * self.epoch + positions[0])
-        noise = 0.01 * torch.randn(len(positions), DIM, generator=generator)
+        noise = self.noise * torch.randn(len(positions), DIM, generator=generator)
         return self.x[positions] + noise, self.y[positions]
 
 
@@ -131,6 +132,8 @@ def toy_config(**changes: Any) -> Any:
                 "workers": 0,
                 "eval_batch_size": 16,
                 "log_every": 2,
+                "probe_every": None,
+                "probe_rows": 256,
                 "checkpoint_minutes": 60.0,
                 "checkpoint_steps": None,
             },

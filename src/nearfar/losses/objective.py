@@ -31,6 +31,12 @@ class GradientShares:
     cosines: dict[tuple[str, str], float]
     connected: dict[str, bool]
 
+    def to_dict(self) -> dict[str, float]:
+        """Flat, as the log of a run takes it: ``NAME/share``, ``NAME/connected`` and ``NAME/cosine/OTHER``."""
+        flat = {f"{name}/share": share for name, share in self.shares.items()}
+        flat |= {f"{name}/connected": float(yes) for name, yes in self.connected.items()}
+        return flat | {f"{a}/cosine/{b}": cosine for (a, b), cosine in self.cosines.items()}
+
 
 @dataclass(frozen=True)
 class ObjectiveRecord:
@@ -51,11 +57,7 @@ class ObjectiveRecord:
                 flat[f"{name}/raw"] = self.raw[name]
                 flat[f"{name}/weighted"] = weight * self.raw[name] if weight else 0.0
             flat[f"{name}/weight"] = weight
-        if self.gradient is not None:
-            flat |= {f"{name}/share": share for name, share in self.gradient.shares.items()}
-            flat |= {f"{name}/connected": float(yes) for name, yes in self.gradient.connected.items()}
-            flat |= {f"{a}/cosine/{b}": cosine for (a, b), cosine in self.gradient.cosines.items()}
-        return flat
+        return flat if self.gradient is None else flat | self.gradient.to_dict()
 
 
 class Objective(nn.Module):

@@ -4,25 +4,46 @@ from __future__ import annotations
 
 from nearfar.metrics.comparison import Difference, compare, paired_difference
 from nearfar.metrics.estimate import Estimate, comparable, split_hash
+from nearfar.metrics.health import (
+    alignment,
+    effective_rank,
+    embedding_health,
+    hubness,
+    mean_cosine,
+    modality_gap,
+    uniformity,
+    variance,
+)
 from nearfar.metrics.intervals import bootstrap_mean, few_runs, mean_interval, wilson
 from nearfar.metrics.ranks import Ranks
 from nearfar.metrics.recall import RecallAtK
 from nearfar.metrics.retrieval import rank_estimates, retrieval_metrics, retrieval_ranks
+from nearfar.metrics.signals import batch_signals, group_signals
 
 __all__ = [
     "Difference",
     "Estimate",
     "Ranks",
     "RecallAtK",
+    "alignment",
+    "batch_signals",
     "bootstrap_mean",
     "comparable",
     "compare",
+    "effective_rank",
+    "embedding_health",
     "few_runs",
+    "group_signals",
+    "hubness",
+    "mean_cosine",
     "mean_interval",
+    "modality_gap",
     "paired_difference",
     "rank_estimates",
     "retrieval_metrics",
     "retrieval_ranks",
     "split_hash",
+    "uniformity",
+    "variance",
     "wilson",
 ]

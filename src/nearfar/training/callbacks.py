@@ -1,4 +1,4 @@
-"""What happens around the steps: the log, checkpoints, early stopping, a clean stop."""
+"""What happens around the steps: the log, probes, checkpoints, early stopping, a clean stop."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
+from torch import Tensor
 
+from nearfar.training.facts import model_facts
 from nearfar.training.module import RunModule
+from nearfar.training.probe import Probe
 from nearfar.training.run_folder import RunFolder, same_file
 
 __all__ = ["Interrupted", "RunRecorder", "stop_signals"]
@@ -53,7 +56,7 @@ def stop_signals() -> Iterator[_StopRequest]:
 
 
 class RunRecorder(L.Callback):
-    """Writes ``train_log.jsonl`` and the checkpoints of a run, and stops it early.
+    """Writes ``train_log.jsonl``, ``model.json`` and the checkpoints of a run, and stops it early.
 
     ``checkpoints/last.ckpt`` is the newest state (every ``checkpoint_minutes``, at each epoch's end, and when the
     run is asked to stop), ``checkpoints/best.ckpt`` the best by validation. Both names are stable; older ones
@@ -65,6 +68,8 @@ class RunRecorder(L.Callback):
         self._saved_at = time.monotonic()
         self._epoch_started = time.perf_counter()
         self._last_logged: tuple[int, float] | None = None
+        self._probe: Probe | None = None
+        self._scale_max: dict[str, float] = {}
 
     # -- log -------------------------------------------------------------------------------------------------
     def _log(self, trainer: L.Trainer, record: dict[str, Any]) -> None:
@@ -76,6 +81,20 @@ class RunRecorder(L.Callback):
         flat = {f"{record['kind']}/{k}": v for k, v in flat.items()}
         for logger in trainer.loggers:
             logger.log_metrics(flat, step=record["step"])
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Choose the rows of the probe, and write what the run is made of."""
+        assert isinstance(module, RunModule)
+        config = self.config
+        facts = model_facts(module.model, module.system)
+        if config.trainer.probe_rows:
+            size = int(config.get("batch_size") or config.trainer.probe_rows)
+            self._probe = Probe(module.system, config.trainer.probe_rows, size, config.seed)
+            with trainer.precision_plugin.val_step_context():
+                facts["views"] = self._probe.views(module.model, trainer.strategy.batch_to_device)
+        self._scale_max = {key: facts[key] for key in ("scale_max",) if key in facts}
+        if trainer.is_global_zero:
+            self.folder.write_json("model.json", facts | {"world_size": trainer.world_size})
 
     def on_train_epoch_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Write what the sampler promises for this epoch, before its first step."""
@@ -89,27 +108,16 @@ class RunRecorder(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count and log the step; save if it is time or if somebody asked to stop."""
+        """Count and log the step; probe and save if it is time, or if somebody asked to stop."""
         assert isinstance(module, RunModule)
         module.count_batch()
-        every = self.config.trainer.log_every
-        if module.at_boundary and module.step % every == 0:
-            now = time.perf_counter()
-            record = {
-                "kind": "step",
-                "epoch": module.epoch + 1,
-                "step": module.step,
-                "batch": module.batches,
-                "lr": trainer.optimizers[0].param_groups[0]["lr"],
-                "loss": module.last.loss.item(),
-                **module.last.logs(),
-            }
-            if self._last_logged and module.step > self._last_logged[0]:
-                seconds = (now - self._last_logged[1]) / (module.step - self._last_logged[0])
-                record["seconds_per_step"] = round(seconds, 6)
-            self._last_logged = (module.step, now)
-            self._log(trainer, record)
+        if module.logged:
+            self._log_step(trainer, module)
         last = module.batches == module.epoch_batches
+        probe_every = self.config.trainer.probe_every
+        # After the last batch of an epoch the epoch's own probe follows.
+        if probe_every and module.at_boundary and module.step % probe_every == 0 and not last:
+            self._log_probe(trainer, module)
         due = time.monotonic() - self._saved_at > 60 * self.config.trainer.checkpoint_minutes
         steps = self.config.trainer.checkpoint_steps
         due = due or bool(steps and module.step % steps == 0)
@@ -119,11 +127,51 @@ class RunRecorder(L.Callback):
             if self.request.asked:
                 raise Interrupted(str(self.folder))
 
+    def _log_step(self, trainer: L.Trainer, module: RunModule) -> None:
+        now = time.perf_counter()
+        record = {
+            "kind": "step",
+            "epoch": module.epoch + 1,
+            "step": module.step,
+            "batch": module.batches,
+            "rows": module.rows,
+            "lr": trainer.optimizers[0].param_groups[0]["lr"],
+            "loss": module.last.loss.item(),
+            **module.gradient_logs,
+            **self._scale_max,
+            **module.last.logs(),
+        }
+        if trainer.world_size > 1:
+            record["world_size"] = trainer.world_size
+        if module.gradient_norm is not None:
+            norm, clip = module.gradient_norm.item(), self.config.trainer.gradient_clip
+            record |= {"gradient_norm": norm, "clipped": bool(clip) and norm > clip}
+        if self._last_logged and module.step > self._last_logged[0]:
+            seconds = (now - self._last_logged[1]) / (module.step - self._last_logged[0])
+            record["seconds_per_step"] = round(seconds, 6)
+        self._last_logged = (module.step, now)
+        self._log(trainer, record)
+
+    def _log_probe(
+        self, trainer: L.Trainer, module: RunModule, validated: dict[str, Tensor] | None = None
+    ) -> None:
+        if self._probe is None:
+            return
+        started = time.perf_counter()
+        with trainer.precision_plugin.val_step_context():
+            found = self._probe.record(module.model, trainer.strategy.batch_to_device, validated)
+        seconds = time.perf_counter() - started
+        record = {"kind": "probe", "epoch": module.epoch + 1, "step": module.step, **found}
+        self._log(trainer, record | {"seconds": round(seconds, 6)})
+        if self._last_logged:  # no time of a step
+            self._last_logged = (self._last_logged[0], self._last_logged[1] + seconds)
+
     # -- epochs ----------------------------------------------------------------------------------------------
     def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Log the epoch, remember the best, save, and stop early where that was asked for."""
         assert isinstance(module, RunModule)
         evaluation, module.evaluation = module.evaluation, None
+        self._log_probe(trainer, module, module.outputs if evaluation is not None else None)
         record: dict[str, Any] = {"kind": "epoch", "epoch": module.epoch + 1, "step": module.step}
         record["train_loss"] = module.loss_mean.value()
         record["seconds"] = round(time.perf_counter() - self._epoch_started, 3)

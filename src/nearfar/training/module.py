@@ -100,9 +100,15 @@ class RunModule(L.LightningModule):
         self.data_hash, self.say = data_hash, say
         self.epoch, self.batches, self.step = 0, 0, 0
         self.epoch_batches = 0
+        self._rows: list[int] = []  # of the batches still to come when the epoch's loader was made
         self.loss_mean = Mean()
         self.best: dict[str, Any] = {"value": None, "epoch": None, "epochs_without_gain": 0}
         self.last: StepOutput
+        # Of the step at hand: whether it will be logged, what its graph told, and the norm before clipping.
+        self.logged, self.gradient_logs = False, dict[str, float]()
+        self.gradient_norm: Tensor | None = None
+        # Read once: looking an option up in a configuration takes longer than a step may wait.
+        self.accumulate, self.log_every = int(config.trainer.accumulate), int(config.trainer.log_every)
         self.evaluation: Evaluation | None = None
         self.evaluation_split = "val"
         self.outputs: dict[str, Tensor] = {}
@@ -134,6 +140,7 @@ class RunModule(L.LightningModule):
                 self.batches, self._partial_epoch, self.loss_mean = 0, False, Mean()
         batches = list(self.sampler)
         self.epoch_batches = self.batches + len(batches)
+        self._rows = [len(batch) for batch in batches]
         dataset.set_epoch(self.epoch)
         pin = torch.cuda.is_available() and self.config.trainer.accelerator != "cpu"
         return loader(dataset, batches, self.config.trainer.workers, pin)
@@ -217,7 +224,27 @@ class RunModule(L.LightningModule):
         """One batch."""
         output = step_of(self.system, self.model, batch, self.config.trainer.get("cached_chunk"))
         self.last = output
+        batch_number, step = self.batches + 1, self._step_at_start + self.trainer.global_step + 1
+        ends = batch_number % self.accumulate == 0 or batch_number == self.epoch_batches
+        self.logged = ends and step % self.log_every == 0
+        if self.logged:
+            self.gradient_logs = output.gradient_logs()
         return output.loss
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by norm as Lightning does, and keep the norm for the log; without clipping, take it of logged steps."""
+        weights = list(self.trainer.precision_plugin.main_params(optimizer))
+        self.gradient_norm = None
+        if gradient_clip_val:
+            self.gradient_norm = torch.nn.utils.clip_grad_norm_(weights, gradient_clip_val)
+        elif self.logged:
+            gradients = [weight.grad for weight in weights if weight.grad is not None]
+            self.gradient_norm = torch.nn.utils.get_total_norm(gradients)
 
     def count_batch(self) -> None:
         """Count the batch just trained on; Lightning has stepped the optimiser by now if it was due."""
@@ -245,10 +272,14 @@ class RunModule(L.LightningModule):
 
     # -- state -----------------------------------------------------------------------------------------------
     @property
+    def rows(self) -> int:
+        """Rows of the last batch that was counted."""
+        return self._rows[self.batches - 1 - (self.epoch_batches - len(self._rows))]
+
+    @property
     def at_boundary(self) -> bool:
         """Whether the last batch ended in an optimiser step, so that no half-summed gradient is lost."""
-        accumulate = int(self.config.trainer.accumulate)
-        return self.batches % accumulate == 0 or self.batches == self.epoch_batches
+        return self.batches % self.accumulate == 0 or self.batches == self.epoch_batches
 
     @property
     def exhausted(self) -> bool:

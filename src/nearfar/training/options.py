@@ -161,6 +161,8 @@ TRAINING: dict[str, Rule] = {
     "trainer.workers": Number(0, whole=True),
     "trainer.eval_batch_size": Number(1, whole=True),
     "trainer.log_every": Number(1, whole=True),
+    "trainer.probe_every": Number(1, whole=True, optional=True),
+    "trainer.probe_rows": Number(0, whole=True),
     "trainer.checkpoint_minutes": Number(0),
     "trainer.checkpoint_steps": Number(1, whole=True, optional=True),
 }

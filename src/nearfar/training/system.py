@@ -27,13 +27,15 @@ __all__ = ["BatchDataset", "EncodingSystem", "Evaluation", "StepOutput", "System
 
 @dataclass
 class StepOutput:
-    """One training step: the loss to descend, and a function that gives further numbers for the log.
+    """One training step: the loss to descend, and functions that give further numbers for the log.
 
-    ``logs`` is called for logged steps only: reading numbers off a device makes it wait.
+    Both are called for logged steps only: reading numbers off a device makes it wait. ``logs`` is called after the
+    step; ``gradient_logs`` before its backward, while the graph is there, as ``Objective.measure_shares`` needs it.
     """
 
     loss: Tensor
     logs: Callable[[], dict[str, float]] = dict
+    gradient_logs: Callable[[], dict[str, float]] = dict
 
 
 @dataclass
@@ -102,7 +104,10 @@ class System(Protocol):
         """Called before an epoch (counted from 0): applies schedules, returns numbers for the log."""
 
     def training_step(self, model: nn.Module, batch: Any) -> StepOutput:
-        """The loss of one batch."""
+        """The loss of one batch.
+
+        A probe asks for it in eval mode, too, and puts buffers back as they were; weights must not be changed then.
+        """
 
     def embed(self, model: nn.Module, batch: Any) -> dict[str, Tensor]:
         """What evaluation needs of one batch; rows are concatenated over the split."""
@@ -124,7 +129,8 @@ class EncodingSystem(ABC):
     """A system whose step encodes every row by itself and scores all embeddings together.
 
     It defines these three and gets ``training_step``; ``trainer.cached_chunk`` then encodes a batch in chunks
-    (``nearfar.training.cached``).
+    (``nearfar.training.cached``). It also gets ``embed``, for evaluation on what it trains; another evaluation, as
+    before a projection head, overrides it.
     """
 
     @abstractmethod
@@ -137,11 +143,24 @@ class EncodingSystem(ABC):
 
     @abstractmethod
     def loss_of(self, model: nn.Module, embeddings: Any, batch: Any) -> StepOutput:
-        """The loss of the embeddings of a whole batch; called once a step."""
+        """The loss of the embeddings of a whole batch; called once a step.
+
+        A probe asks for it in eval mode, too, and puts buffers back as they were; weights must not be changed then.
+        """
 
     def training_step(self, model: nn.Module, batch: Any) -> StepOutput:
         """The loss of one batch."""
         return self.loss_of(model, self.encode(model, batch), batch)
+
+    def embed(self, model: nn.Module, batch: Any) -> dict[str, Tensor]:
+        """What ``encode`` gives, where that is a dictionary."""
+        encoded = self.encode(model, batch)
+        if not isinstance(encoded, dict):
+            raise NearfarError(
+                f"encode of {type(self).__name__} gives a {type(encoded).__name__}, and evaluation needs names: let it "
+                "give a dictionary, or define embed"
+            )
+        return encoded
 
     def cached_step(self, model: nn.Module, batch: Any, rows: int) -> StepOutput:
         """The same, within rounding, with the activations of ``rows`` rows in memory at a time."""
@@ -170,6 +189,14 @@ def decayed_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]
     if plain:
         groups.append({"params": plain, "weight_decay": 0.0})
     return groups
+
+
+def modules_of(model: nn.Module, system: Any = None) -> list[nn.Module]:
+    """Every module of ``model``, and of the modules that ``system`` holds itself, such as its losses; each once."""
+    own = (
+        [part for part in vars(system).values() if isinstance(part, nn.Module)] if system is not None else []
+    )
+    return list(dict.fromkeys(module for part in [model, *own] for module in part.modules()))
 
 
 def collect(outputs: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

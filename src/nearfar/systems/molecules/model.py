@@ -42,8 +42,8 @@ class MoleculeTextModel(nn.Module):
             ``memory_of_vectors`` also the frozen text vectors of theirs. Weights of a model with another memory can
             be loaded: this one is then empty.
 
-    ``scale()`` is the learned 1 / temperature, at most 100 as in CLIP, or ``None`` where it does not learn
-    and the loss's own temperature holds.
+    ``scale()`` is the learned 1 / temperature, at most ``max_scale`` = 100 as in CLIP, or ``None`` (both) where it
+    does not learn and the loss's own temperature holds.
 
     >>> model = MoleculeTextModel(text_dim=24, fingerprint_dim=64, embedding_dim=16)
     >>> model.encode_texts(torch.zeros(3, 24)).shape
@@ -101,6 +101,7 @@ class MoleculeTextModel(nn.Module):
                 input_dropout,
             )
         self.text = _text_head(text_head, text_dim, self.dim, text_dropout)
+        self.max_scale = _MAX_SCALE if learn_temperature else None
         self.log_scale = nn.Parameter(torch.tensor(-math.log(temperature)), requires_grad=learn_temperature)
         self.memory = (
             PairMemory(memory, self.dim, text_dim if memory_of_vectors else None) if memory else None
@@ -148,9 +149,9 @@ class MoleculeTextModel(nn.Module):
 
     def scale(self) -> Float[Tensor, ""] | None:
         """1 / temperature where it is learned, else None."""
-        if not self.log_scale.requires_grad:
+        if self.max_scale is None:
             return None
-        return self.log_scale.exp().clamp(max=_MAX_SCALE)
+        return self.log_scale.exp().clamp(max=self.max_scale)
 
     def _missing(self, what: str) -> NearfarError:
         return NearfarError(f"molecule_encoder={self.molecule_encoder} reads {what}, and the batch has none.")

@@ -16,7 +16,7 @@ from nearfar.contrast import DuplicateMask, Mask, SimilarityMask, join_masks
 from nearfar.data.cache import cached_arrays, content_key
 from nearfar.errors import NearfarError
 from nearfar.losses import InfoNCELoss
-from nearfar.metrics import Estimate, rank_estimates, retrieval_ranks
+from nearfar.metrics import Estimate, batch_signals, rank_estimates, retrieval_ranks
 from nearfar.models.text import TextEncoder, build_text_encoder, embed_texts, save_text_encoder
 from nearfar.systems.molecules.data import (
     MoleculeData,
@@ -29,7 +29,13 @@ from nearfar.systems.molecules.examples import retrieval_examples
 from nearfar.systems.molecules.features import MoleculeFeatures
 from nearfar.systems.molecules.model import MoleculeTextModel
 from nearfar.systems.molecules.options import check_options, data_paths
-from nearfar.training.batches import build_sampler, check_batches, epoch_record, neighbors_needed
+from nearfar.training.batches import (
+    LIKELY_FALSE_NEGATIVE,
+    build_sampler,
+    check_batches,
+    epoch_record,
+    neighbors_needed,
+)
 from nearfar.training.system import EncodingSystem, Evaluation, StepOutput, decayed_groups
 
 __all__ = ["MoleculeSystem"]
@@ -170,7 +176,7 @@ class MoleculeSystem(EncodingSystem):
         molecules, texts = embeddings["molecules"], embeddings["texts"]
         mask, scale, memory = self._mask(batch), model.scale(), model.memory
         if memory is None:
-            return StepOutput(self.loss(molecules, texts, mask, scale), self._record)
+            return StepOutput(self.loss(molecules, texts, mask, scale), lambda: self._record(batch, mask))
         negatives, left_out = None, None
         if memory.filled:
             config = self.config
@@ -180,25 +186,27 @@ class MoleculeSystem(EncodingSystem):
         loss = self.loss(molecules, texts, mask, scale, negatives, left_out)
         age = memory.age()
         memory.push(molecules, texts, batch)
-        return StepOutput(loss, lambda: self._record() | {"memory_age": age.item()})
+        return StepOutput(loss, lambda: self._record(batch, mask) | {"memory_age": age.item()})
 
-    def _record(self) -> dict[str, float]:
-        return self.loss.record.to_dict() if self.loss.record is not None else {}
+    def _record(self, batch: Any, mask: Mask | None) -> dict[str, float]:
+        """The loss's record, and what it cannot know: copies and likely false negatives among the batch's negatives."""
+        assert self.loss.record is not None
+        record = self.loss.record.to_dict()
+        # Embeddings have unit length: no logit is beyond the scale.
+        record["largest_logit"] = record["scale"]
+        threshold = self.config.false_negative_threshold
+        threshold = LIKELY_FALSE_NEGATIVE if threshold is None else threshold
+        likely = SimilarityMask(batch.text, threshold)
+        return record | batch_signals(join_masks(_same_content(batch)), likely, left_out=mask)
 
     def _mask(self, batch: Any) -> Mask | None:
         """Pairs that are no negatives, a tile at a time; a row's own partner stays in whatever the mask says."""
-        masks: list[Mask] = []
-        if self.config.mask_duplicates:
-            masks += [DuplicateMask(batch.structure_group), DuplicateMask(batch.text_group)]
+        masks = _same_content(batch) if self.config.mask_duplicates else []
         if self.config.false_negative_threshold is not None:
             masks.append(SimilarityMask(batch.text, self.config.false_negative_threshold))
         return join_masks(masks)
 
     # -- evaluation ------------------------------------------------------------------------------------------
-    def embed(self, model: Any, batch: Any) -> dict[str, Tensor]:
-        """Both embeddings of every pair."""
-        return self.encode(model, batch)
-
     def evaluate(self, outputs: Mapping[str, Tensor], split: str, final: bool) -> Evaluation:
         """Retrieval in both directions with the whole split as gallery."""
         part = self.data.splits[split]
@@ -221,6 +229,11 @@ class MoleculeSystem(EncodingSystem):
     def save_assets(self, folder: Path) -> None:
         """The fitted text encoder, without which new texts could not be embedded."""
         save_text_encoder(self.text_encoder, folder / "text_encoder")
+
+
+def _same_content(batch: Any) -> list[Mask]:
+    """Pairs of rows with the same structure, or the same text."""
+    return [DuplicateMask(batch.structure_group), DuplicateMask(batch.text_group)]
 
 
 def cached_neighbors(directions: Float[np.ndarray, "n d"], k: int, ids: list[str]) -> Neighbors:
