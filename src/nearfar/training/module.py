@@ -100,6 +100,7 @@ class RunModule(L.LightningModule):
         self.data_hash, self.say = data_hash, say
         self.epoch, self.batches, self.step = 0, 0, 0
         self.epoch_batches = 0
+        self.cut = False  # whether trainer.max_steps ends this epoch before its last batch
         self.loss_mean = Mean()
         self.best: dict[str, Any] = {"value": None, "epoch": None, "epochs_without_gain": 0}
         self.last: StepOutput
@@ -134,6 +135,9 @@ class RunModule(L.LightningModule):
                 self.batches, self._partial_epoch, self.loss_mean = 0, False, Mean()
         batches = list(self.sampler)
         self.epoch_batches = self.batches + len(batches)
+        if self.steps_left is not None:
+            batches = batches[: self.steps_left * int(self.config.trainer.accumulate)]
+        self.cut = self.batches + len(batches) < self.epoch_batches
         dataset.set_epoch(self.epoch)
         pin = torch.cuda.is_available() and self.config.trainer.accelerator != "cpu"
         return loader(dataset, batches, self.config.trainer.workers, pin)
@@ -146,8 +150,8 @@ class RunModule(L.LightningModule):
         return loader(dataset, consecutive(len(dataset), self.config.trainer.eval_batch_size))
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
-        """The validation split in order."""
-        return self.evaluation_loader("val")
+        """The validation split in order; nothing where the epoch is cut: it is no epoch's result."""
+        return [] if self.cut else self.evaluation_loader("val")
 
     # -- optimiser -------------------------------------------------------------------------------------------
     def configure_optimizers(self) -> Any:
@@ -249,6 +253,12 @@ class RunModule(L.LightningModule):
         """Whether the last batch ended in an optimiser step, so that no half-summed gradient is lost."""
         accumulate = int(self.config.trainer.accumulate)
         return self.batches % accumulate == 0 or self.batches == self.epoch_batches
+
+    @property
+    def steps_left(self) -> int | None:
+        """Optimiser steps until ``trainer.max_steps``; None without one."""
+        most = self.config.trainer.get("max_steps")
+        return None if most is None else max(0, int(most) - self.step)
 
     @property
     def exhausted(self) -> bool:

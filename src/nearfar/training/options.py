@@ -163,6 +163,7 @@ TRAINING: dict[str, Rule] = {
     "trainer.log_every": Number(1, whole=True),
     "trainer.checkpoint_minutes": Number(0),
     "trainer.checkpoint_steps": Number(1, whole=True, optional=True),
+    "trainer.max_steps": Number(1, whole=True, optional=True),
 }
 
 
