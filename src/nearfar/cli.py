@@ -108,6 +108,55 @@ def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
 
 
 @app.command()
+def doctor(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    what_if: Annotated[
+        bool, typer.Option("--what-if", help="Frozen batches of the run under each counterfactual.")
+    ] = False,
+    try_: Annotated[
+        int | None,
+        typer.Option("--try", help="So many steps with the first prescription against as many without."),
+    ] = None,
+    override: Annotated[
+        list[str] | None,
+        typer.Option(help="key=value: what to try, or a further counterfactual; may be repeated."),
+    ] = None,
+    batches: Annotated[int, typer.Option(help="With --what-if: how many batches.")] = 8,
+    checkpoint: Annotated[str, typer.Option(help="With --what-if: last or best.")] = "last",
+    seeds: Annotated[int, typer.Option(help="With --try: draws of batches.")] = 1,
+    start_epoch: Annotated[
+        int | None, typer.Option(help="With --try: the epoch from which the schedules go on.")
+    ] = None,
+) -> None:
+    """Ask a run what its batches could have been (--what-if), and whether a prescription helps (--try N)."""
+    console = terminal.console()
+
+    def say(text: str) -> None:
+        terminal.say(console, text, style="dim")
+
+    if not what_if and try_ is None:
+        raise typer.BadParameter("give --what-if or --try N")
+    if what_if:
+        from nearfar.lab.what_if import what_if as ask
+        from nearfar.lab.what_if_table import read_what_if, what_if_table
+
+        further = [override] if override else []
+        found = ask(run, checkpoint=checkpoint, batches=batches, overrides=further, say=say)
+        console.print(what_if_table(found))
+        for line in read_what_if(found):
+            terminal.say(console, line)
+    if try_ is not None:
+        from nearfar.lab.trial import try_prescription
+        from nearfar.lab.what_if_table import read_trial, trial_table
+
+        trial = try_prescription(run, try_, overrides=override, seeds=seeds, start_epoch=start_epoch, say=say)
+        console.print(trial_table(trial))
+        for line in read_trial(trial):
+            terminal.say(console, line)
+        terminal.say(console, f"trial: {trial.folder}")
+
+
+@app.command()
 def embed(
     run: Annotated[Path, typer.Argument(help="A run folder or checkpoint.")],
     data: Annotated[Path, typer.Argument(help="A table with SMILES and/or text columns.")],

@@ -110,7 +110,7 @@ def _changes(base: Sequence[Outcome], found: Sequence[Outcome]) -> tuple[str, Me
     change = Mean.of([b.loss - a.loss for a, b in pairs])
     if change is None:
         return "a loss is not finite", None, None
-    for name, words in (("floor", "the floor is"), ("uniform_level", "guessing costs")):
+    for name, words in (("floor", "its floor is"), ("uniform_level", "guessing costs")):
         levels = [(a.record.get(name), b.record.get(name)) for a, b in pairs]
         if any(level is None for both in levels for level in both):
             return f"the system logs no {name}", None, None
@@ -120,7 +120,7 @@ def _changes(base: Sequence[Outcome], found: Sequence[Outcome]) -> tuple[str, Me
         if differ:
             a, b = np.mean(np.asarray(levels, dtype=np.float64), axis=0)
             above = Mean.of([(b.above_guessing or 0.0) - (a.above_guessing or 0.0) for a, b in pairs])
-            reason = f"{words} {b:.4g} instead of {a:.4g} nats"
+            reason = f"{words} {b - a:+.2g} nats ({b:.4g} instead of {a:.4g})"
             return reason, None, above if name == "uniform_level" else None
     above = Mean.of([(b.above_guessing or 0.0) - (a.above_guessing or 0.0) for a, b in pairs])
     return "", change, above

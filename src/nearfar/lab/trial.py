@@ -33,7 +33,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Trial:
-    """``overrides`` tried for ``steps`` optimiser steps from ``start_step``, from epoch ``epoch`` (from 1) of the schedules.
+    """``overrides`` tried for ``steps`` optimiser steps from ``start_step`` on; schedules at epoch ``epoch`` (from 1).
 
     ``before``, ``unchanged``, ``changed``: validation metrics at the start and of each arm, means over ``seeds``;
     ``differences``: changed − unchanged, paired item by item; ``refused``: metrics that are not compared, and why.
