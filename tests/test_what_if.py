@@ -196,6 +196,36 @@ def test_the_first_rows_of_a_double_batch_keep_their_dropout(run: RunFolder) -> 
     assert all(row["gradient_cosine"] == pytest.approx(1.0, abs=1e-6) for row in effect.per_batch)
 
 
+def test_a_batch_encoded_in_chunks_is_the_same_batch(tmp_path: Path) -> None:
+    asked = [Counterfactual("c", ("trainer.cached_chunk=5",)), Counterfactual("t", ("temperature=0.1",))]
+    run = trained(tmp_path / "run", epochs=1, batch_size=16)
+    whole, sharper = what_if(run.path, counterfactuals=asked, training=False, write=False).effects
+    for row in whole.per_batch:
+        assert row["gradient_cosine"] == pytest.approx(1.0, abs=1e-6)
+        assert row["embedding_cosine"] == pytest.approx(1.0, abs=1e-6)
+    assert whole.change is not None
+    assert whole.change.value == pytest.approx(0.0, abs=1e-6)
+    chunked = trained(tmp_path / "chunked", epochs=1, batch_size=16, trainer__cached_chunk=5)
+    state = Checkpoint.load(run.path)
+    state.save(chunked.checkpoints / "last.ckpt")
+    again = what_if(chunked.path, counterfactuals=asked[1:], training=False, write=False).effects[0]
+    assert again.gradient_cosine is not None
+    assert sharper.gradient_cosine is not None
+    assert again.gradient_cosine.value == pytest.approx(sharper.gradient_cosine.value, abs=1e-6)
+
+
+def test_schedules_of_the_loss_stand_at_the_epoch_of_the_checkpoint(run: RunFolder) -> None:
+    def scheduled(self: OptionsToy, epoch: int, sampler: Any, say: Any) -> dict[str, Any]:
+        self.loss.temperature = 0.2 + 0.1 * epoch
+        return {}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("what_if_toy.OptionsToy.on_epoch", scheduled)
+        found = what_if(run.path, counterfactuals=[NOTHING], write=False)
+    assert found.temperature == pytest.approx(0.3), "the second epoch"
+    assert only(found).inert
+
+
 # -- what is asked and what is refused -------------------------------------------------------------------------
 def test_every_standard_question_is_answered_or_refused_with_its_reason(run: RunFolder) -> None:
     found = what_if(run.path, overrides=[["hard_ratio=0.9", "sampler=hard"], ["lrr=1"]], write=False)
@@ -230,7 +260,7 @@ def test_refusals_give_reasons(tmp_path: Path) -> None:
     reasons = {each.name: each.reason for each in what_if(run.path, write=False).refused}
     assert "already so: false_negative_threshold=0.9" in reasons["false negatives removed"]
     assert "already so: mask_duplicates=true" in reasons["duplicates masked"]
-    assert f"a batch of {2 * N} rows is larger than the training set" in reasons["batch doubled"]
+    assert f"batch_size={2 * N} is larger than the training set of {N} items" in reasons["batch doubled"]
     assert f"hardness_k={N + 30}" in reasons["hard batches"]
     assert f"hardness_k={N + 30}" in reasons["partition batches"]
     assert len(reasons) == 5

@@ -101,11 +101,9 @@ def explicit_loss(
     for first, second in ((a, b), (b, a))[: 2 if symmetric else 1]:
         rows = []
         for i in range(len(first)):
-            scores = [
-                (first[i] * second[j]).sum() / temperature
-                for j in range(len(second))
-                if j == i or not left_out[i, j]
-            ]
-            rows.append(torch.logsumexp(torch.stack(scores), 0) - (first[i] * second[i]).sum() / temperature)
+            candidates = ~left_out[i]
+            candidates[i] = True
+            scores = (second @ first[i] / temperature)[candidates]
+            rows.append(torch.logsumexp(scores, 0) - first[i] @ second[i] / temperature)
         directions.append(torch.stack(rows).mean())
     return torch.stack(directions).mean()

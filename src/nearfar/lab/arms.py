@@ -138,7 +138,10 @@ class Arms:
                 tried = f"{' '.join(self.overrides)} cannot be tried on this state: " if changed else ""
                 raise NearfarError(f"{tried}{error}") from None
             if module.step != self.state.step + self.steps:
-                raise NearfarError(f"{arm}: the schedules ended at step {module.step}; ask for fewer steps.")
+                raise NearfarError(
+                    f"{arm} ended at step {module.step} and not {self.state.step + self.steps}: is the run still "
+                    "being trained?"
+                )
             found = _evaluated(system, module.model, config, folder)
             kept = self.home / f"{arm},seed={seed}"
             kept.mkdir()

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from nearfar.errors import NearfarError
+from nearfar.training.cached import cached_embeddings
 from nearfar.training.checkpoint import Checkpoint
 from nearfar.training.fit import initial_model, load_weights
 from nearfar.training.system import EncodingSystem, System
@@ -49,16 +51,23 @@ class Bench:
     """A system and the state of a run, on which single batches are evaluated.
 
     ``training=True`` evaluates in training mode, with dropout: the gradient that training descends. The masks come
-    from ``seed`` and the number of the batch alone. Single precision, whatever the run trained in.
+    from ``seed`` and the number of the batch alone. Single precision, whatever the run trained in. ``chunk``: rows that
+    are encoded at a time without their graphs, as ``trainer.cached_chunk`` asks for.
 
     Raises ``NearfarError`` where the state does not fit the system, or would not be taken over whole.
     """
 
     def __init__(
-        self, system: System, checkpoint: Checkpoint, seed: int, device: torch.device, training: bool = True
+        self,
+        system: System,
+        checkpoint: Checkpoint,
+        seed: int,
+        device: torch.device,
+        training: bool = True,
+        chunk: int | None = None,
     ) -> None:
         self.system, self.state, self.seed = system, checkpoint.model, seed
-        self.device, self.training = device, training
+        self.device, self.training, self.chunk = device, training, chunk
         self.model = initial_model(system, seed)
         load_weights(self.model, checkpoint, system, "the run's checkpoint")
         self._check_state()
@@ -114,11 +123,18 @@ class Bench:
         pieces = []
         for k, part in enumerate([batch] if size <= rows else self.system.split(batch, rows)):
             torch.manual_seed(_seed(self.seed, number, k))
-            pieces.append(pytree.tree_flatten(self.system.encode(self.model, part)))
+            pieces.append(pytree.tree_flatten(self._embeddings(part)))
         if len(pieces) == 1:
             return pytree.tree_unflatten(*pieces[0])
         whole = [torch.cat(leaves) for leaves in zip(*(leaves for leaves, _ in pieces), strict=True)]
         return pytree.tree_unflatten(whole, pieces[0][1])
+
+    def _embeddings(self, part: Any) -> Any:
+        assert isinstance(self.system, EncodingSystem)
+        if self.chunk is None:
+            return self.system.encode(self.model, part)
+        parts = self.system.split(part, self.chunk)
+        return cached_embeddings(partial(self.system.encode, self.model), parts, self.model)
 
 
 def _same(a: Any, b: Any) -> bool:

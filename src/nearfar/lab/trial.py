@@ -109,14 +109,16 @@ def try_prescription(
             f"(learning rate {rates[0]:.2g} to {rates[1]:.2g})"
         )
         before, monitor = arms.before()
+        if monitor not in before.per_item:
+            raise NearfarError(
+                f"{monitor} has no item scores on the validation split: there is nothing to pair."
+            )
         numbers = tuple(int(config.seed) + k for k in range(seeds))
         results = [(arms.run(False, seed, say), arms.run(True, seed, say)) for seed in numbers]
         unchanged, changed = [a for a, _ in results], [b for _, b in results]
         differences, refused = _compare(unchanged, changed)
         if monitor not in differences:
-            raise NearfarError(
-                f"{monitor} cannot be compared: {refused.get(monitor, 'it has no item scores')}."
-            )
+            raise NearfarError(f"{monitor} cannot be compared: {refused[monitor]}.")
         trial = Trial(
             run=str(folder),
             overrides=asked,

@@ -60,7 +60,6 @@ class WhatIf:
 class _Frozen:
     """Batches of one configuration at one epoch, and a bench to evaluate them on."""
 
-    system: System
     bench: Bench
     batches: list[list[int]]
 
@@ -98,7 +97,7 @@ def what_if(
     config, state = folder.config(), Checkpoint.load(path)
     epoch = max(0, min(state.epoch, int(config.epochs) - 1))
 
-    def frozen(overrides: Sequence[str], draw: bool) -> _Frozen:
+    def frozen(overrides: Sequence[str]) -> _Frozen:
         asked = altered(config, overrides)
         system = build_system(asked)
         system.prepare(lambda _: None)
@@ -108,14 +107,15 @@ def what_if(
                 f"{folder}: the data are others than the run was trained on (split hash {state.data_hash}, now "
                 f"{found})."
             )
-        bench = Bench(system, state, int(config.seed), _device(config.trainer), training)
+        chunk = asked.trainer.get("cached_chunk")
+        bench = Bench(system, state, int(config.seed), _device(config.trainer), training, chunk)
         dataset = system.dataset("train")
         assert dataset is not None
         dataset.set_epoch(epoch)
-        return _Frozen(system, bench, _drawn(system, epoch) if draw else [])
+        return _Frozen(bench, _drawn(system, epoch))
 
     with quiet_arithmetic(config.trainer.threads, config.trainer.deterministic):
-        run_itself = frozen([], draw=True)
+        run_itself = frozen([])
         places = _places(run_itself.batches, batches)
         chosen = [run_itself.batches[place] for place in places]
         rows = len(chosen[0])
@@ -133,7 +133,7 @@ def what_if(
                 continue
             say(f"what if: {each.name} ({' '.join(each.overrides) or 'no override'})")
             try:
-                other = frozen(each.overrides, draw=each.batch == "own")
+                other = frozen(each.overrides)
                 asked = _asked(each, run_itself.batches, places, other.batches)
                 found = [other.bench.outcome(batch, i, rows) for i, batch in enumerate(asked)]
                 effects.append(
@@ -166,7 +166,7 @@ def _device(settings: Any) -> torch.device:
 
 
 def _drawn(system: System, epoch: int) -> list[list[int]]:
-    """Every batch that an epoch would have."""
+    """Every batch that an epoch would have; the system's schedules are then at this epoch too."""
     sampler = system.build_sampler()
     system.on_epoch(epoch, sampler, lambda _: None)
     sampler.set_epoch(epoch)
