@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from nearfar.lab.counterfactuals import Counterfactual
 from nearfar.lab.one_batch import Outcome, cosine, norm
@@ -77,7 +78,7 @@ def effect_of(
         row: dict[str, float | None] = {"loss": b.loss, "above_guessing": b.above_guessing}
         row |= {name: b.record.get(name) for name in RECORDED}
         row["gradient_cosine"] = cosine(a.parameters, b.parameters)
-        row["gradient_ratio"] = _ratio(norm(b.parameters), norm(a.parameters))
+        row["gradient_ratio"] = _ratio(a, b)
         row["embedding_cosine"] = cosine(a.embeddings, b.embeddings) if same and a.embeddings else None
         numbers.append(row)
     reason, change, above = _changes(base, found)
@@ -85,10 +86,7 @@ def effect_of(
         name: Mean.of([row[name] for row in numbers], 1.0 if name.endswith("cosine") else math.inf)
         for name in ("loss", *RECORDED, *GRADIENTS)
     }
-    inert = all(same_rows) and all(
-        a.loss == b.loss and row["gradient_cosine"] == 1.0 and row["gradient_ratio"] == 1.0
-        for a, b, row in zip(base, found, numbers, strict=True)
-    )
+    inert = all(same_rows) and all(_identical(a, b) for a, b in zip(base, found, strict=True))
     return Effect(
         each,
         change=change,
@@ -100,8 +98,20 @@ def effect_of(
     )
 
 
-def _ratio(a: float, b: float) -> float | None:
-    return a / b if b else None
+def _ratio(a: Outcome, b: Outcome) -> float | None:
+    """The norm of b's gradient over that of a's."""
+    both = sorted(a.parameters.keys() & b.parameters.keys())
+    below, above = (norm({name: each.parameters[name] for name in both}) for each in (a, b))
+    return above / below if below else None
+
+
+def _identical(a: Outcome, b: Outcome) -> bool:
+    same_names = a.parameters.keys() == b.parameters.keys()
+    return (
+        same_names
+        and a.loss == b.loss
+        and all(torch.equal(g, b.parameters[n]) for n, g in a.parameters.items())
+    )
 
 
 def _changes(base: Sequence[Outcome], found: Sequence[Outcome]) -> tuple[str, Mean | None, Mean | None]:

@@ -2,8 +2,8 @@
 
 A loss falls when a mask removes candidates, and that is no gain: guessing has become cheaper too. So every loss stands
 beside its own uniform level and floor, and two losses are subtracted only where these are the same. The cosine between
-gradients needs no such care: near 1 the change would move the weights as the run does; far below what other rows of
-the same kind have, it would train something else.
+gradients needs no such care: near 1 the change would move the weights as the run does. Where it draws other rows as
+well, the cosine that other rows of the run's own kind have is the yardstick.
 """
 
 from __future__ import annotations
