@@ -100,38 +100,6 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, system: System, origi
         ) from None
 
 
-def fit(
-    system: System,
-    config: Any,
-    folder: RunFolder,
-    resume: Resume | None = None,
-    say: Say = print,
-    console: Console | None = None,
-) -> RunFolder:
-    """Train ``system`` (already prepared) into ``folder`` and evaluate its best checkpoint.
-
-    Raises ``Interrupted`` after a Ctrl-C, with a checkpoint in place from which ``resume_from`` goes on.
-    """
-    with quiet_lightning(), torch.random.fork_rng(), stop_signals() as request:
-        module = train(system, config, folder, request, resume, say, console)
-        seconds = module.seconds()
-        results, outputs = {}, {}
-        best = find_checkpoint(folder.path, prefer="best")
-        load_weights(module.model, Checkpoint.load(best), system, str(best))
-        for split in ("val", "test"):
-            found = evaluate(system, module.model, config, folder, split)
-            if request.asked:
-                raise Interrupted(str(folder))
-            if found is not None:
-                results[split], outputs[split] = found
-    if not results:
-        raise NearfarError("there is neither a validation nor a test split: nothing to evaluate on.")
-    split = "test" if "test" in outputs else "val"
-    folder.write_json("examples.json", system.report_examples(outputs[split], split))
-    write_metrics(folder, system, module, results, seconds)
-    return folder
-
-
 def train(
     system: System,
     config: Any,
@@ -195,6 +163,38 @@ def _over(module: RunModule) -> tuple[str, str] | None:
     if module.steps_left == 0:
         return f"all {module.step} steps are done", "trainer.max_steps"
     return None
+
+
+def fit(
+    system: System,
+    config: Any,
+    folder: RunFolder,
+    resume: Resume | None = None,
+    say: Say = print,
+    console: Console | None = None,
+) -> RunFolder:
+    """Train ``system`` (already prepared) into ``folder`` and evaluate its best checkpoint.
+
+    Raises ``Interrupted`` after a Ctrl-C, with a checkpoint in place from which ``resume_from`` goes on.
+    """
+    with quiet_lightning(), torch.random.fork_rng(), stop_signals() as request:
+        module = train(system, config, folder, request, resume, say, console)
+        seconds = module.seconds()
+        results, outputs = {}, {}
+        best = find_checkpoint(folder.path, prefer="best")
+        load_weights(module.model, Checkpoint.load(best), system, str(best))
+        for split in ("val", "test"):
+            found = evaluate(system, module.model, config, folder, split)
+            if request.asked:
+                raise Interrupted(str(folder))
+            if found is not None:
+                results[split], outputs[split] = found
+    if not results:
+        raise NearfarError("there is neither a validation nor a test split: nothing to evaluate on.")
+    split = "test" if "test" in outputs else "val"
+    folder.write_json("examples.json", system.report_examples(outputs[split], split))
+    write_metrics(folder, system, module, results, seconds)
+    return folder
 
 
 def evaluate(
