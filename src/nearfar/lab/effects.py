@@ -11,7 +11,7 @@ import torch
 
 from nearfar.lab.counterfactuals import Counterfactual
 from nearfar.lab.one_batch import Outcome, cosine, norm
-from nearfar.metrics import paired_difference
+from nearfar.metrics import few_runs
 
 __all__ = ["Effect", "Mean", "effect_of"]
 
@@ -35,8 +35,8 @@ class Mean:
         numbers = np.asarray(values, dtype=np.float64)
         if len(numbers) < 2:
             return cls(float(numbers[0]))
-        found = paired_difference(numbers, np.zeros_like(numbers))
-        return cls(found.value, max(found.low, -bound), min(found.high, bound))
+        low, high = few_runs(numbers)
+        return cls(float(numbers.mean()), max(low, -bound), min(high, bound))
 
 
 @dataclass(frozen=True)

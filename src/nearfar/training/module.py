@@ -100,7 +100,6 @@ class RunModule(L.LightningModule):
         self.data_hash, self.say = data_hash, say
         self.epoch, self.batches, self.step = 0, 0, 0
         self.epoch_batches = 0
-        self.cut = False  # whether trainer.max_steps ends this epoch before its last batch
         self.loss_mean = Mean()
         self.best: dict[str, Any] = {"value": None, "epoch": None, "epochs_without_gain": 0}
         self.last: StepOutput
@@ -108,6 +107,7 @@ class RunModule(L.LightningModule):
         self.evaluation_split = "val"
         self.outputs: dict[str, Tensor] = {}
         self.epoch_logs: dict[str, Any] = {}
+        self.cut = False  # whether trainer.max_steps ends this epoch before its last batch
         self.seconds_before, self.started_at = 0.0, time.perf_counter()
         self._resume, self._partial_epoch = resume, False
         self._parts: list[dict[str, Tensor]] = []
@@ -135,11 +135,11 @@ class RunModule(L.LightningModule):
                 self.batches, self._partial_epoch, self.loss_mean = 0, False, Mean()
         batches = list(self.sampler)
         self.epoch_batches = self.batches + len(batches)
+        dataset.set_epoch(self.epoch)
+        pin = torch.cuda.is_available() and self.config.trainer.accelerator != "cpu"
         if self.steps_left is not None:
             batches = batches[: self.steps_left * int(self.config.trainer.accumulate)]
         self.cut = self.batches + len(batches) < self.epoch_batches
-        dataset.set_epoch(self.epoch)
-        pin = torch.cuda.is_available() and self.config.trainer.accelerator != "cpu"
         return loader(dataset, batches, self.config.trainer.workers, pin)
 
     def evaluation_loader(self, split: str) -> DataLoader[Any] | list[Any]:
