@@ -161,6 +161,40 @@ def test_resume_under_new_values(tmp_path: Path) -> None:
     assert Checkpoint.load(first.path).epoch == 2, "the first run is untouched"
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_run_cut_by_max_steps_goes_on_as_if_it_had_not_been(tmp_path: Path, accumulate: int) -> None:
+    whole = train(tmp_path / "whole", toy_config(trainer__accumulate=accumulate))
+    per_epoch = {1: 9, 2: 5}[accumulate]
+    previous = None
+    for steps in (per_epoch - 2, per_epoch + 3, 2 * per_epoch, None):  # two cuts in mid-epoch, one at an end
+        config = toy_config(trainer__accumulate=accumulate, trainer__max_steps=steps)
+        resume = None if previous is None else Resume.find(str(previous.path), config)
+        assert resume is None or resume.changed.keys() == {"trainer.max_steps"}
+        previous = train(tmp_path / f"until {steps}", config, resume)
+        state = Checkpoint.load(previous.path)
+        assert state.step == (steps or 4 * per_epoch)
+        assert state.epoch == state.step // per_epoch
+        assert previous.finished
+        epochs = [record["epoch"] for record in previous.log() if record["kind"] == "epoch"]
+        assert epochs == list(range(1, state.epoch + 1)), "an epoch that was cut has no record"
+    for name in ("last.ckpt", "best.ckpt"):
+        assert states_equal(
+            Checkpoint.load(whole.checkpoints / name), Checkpoint.load(previous.checkpoints / name)
+        ), name
+    assert records(whole) == records(previous)
+    assert whole.read_json("metrics.json")["splits"] == previous.read_json("metrics.json")["splits"]
+
+
+def test_all_steps_done_is_said_and_nothing_trained(tmp_path: Path) -> None:
+    config = toy_config(trainer__max_steps=11)
+    first = train(tmp_path / "first", config)
+    said: list[str] = []
+    before = Checkpoint.load(first.path)
+    fit(toy(config), config, RunFolder(first.path), Resume.find(str(first.path), config), said.append)
+    assert any("all 11 steps are done" in line and "trainer.max_steps=" in line for line in said)
+    assert states_equal(before, Checkpoint.load(first.path))
+
+
 def test_start_epoch(tmp_path: Path) -> None:
     config = toy_config()
     first = train(tmp_path / "first", config)

@@ -102,16 +102,59 @@ def doctor(
     strict: Annotated[
         bool, typer.Option("--strict", help="Exit with 1 where there is a warning or an error.")
     ] = False,
+    what_if: Annotated[
+        bool, typer.Option("--what-if", help="Frozen batches of the run under each counterfactual.")
+    ] = False,
+    try_: Annotated[
+        int | None,
+        typer.Option("--try", help="So many steps with the first prescription against as many without."),
+    ] = None,
+    override: Annotated[
+        list[str] | None,
+        typer.Option(help="key=value: what to try, or a further counterfactual; may be repeated."),
+    ] = None,
+    batches: Annotated[int, typer.Option(help="With --what-if: how many batches.")] = 8,
+    checkpoint: Annotated[str, typer.Option(help="With --what-if: last or best.")] = "last",
+    seeds: Annotated[int, typer.Option(help="With --try: draws of batches.")] = 1,
+    start_epoch: Annotated[
+        int | None, typer.Option(help="With --try: the epoch from which the schedules go on.")
+    ] = None,
 ) -> None:
-    """Say why a run stalls: findings with evidence, cause and what to try; written to doctor.json as well."""
+    """Say why a run stalls: findings with evidence, cause and what to try; written to doctor.json as well.
+
+    [bold]--what-if[/bold] asks what the run's batches could have been, [bold]--try N[/bold] whether a prescription
+    helps.
+    """
     from nearfar.lab.doctor_text import examine, print_diagnosis
 
     console = terminal.console()
-    found = examine(run)
+
+    def say(text: str) -> None:
+        terminal.say(console, text, style="dim")
+
+    found = examine(run, say)
     if json_:
         console.print_json(data=found.to_dict())
-    else:
+    elif not what_if and try_ is None:
         print_diagnosis(found, run, console)
+    if what_if:
+        from nearfar.lab.what_if import what_if as ask
+        from nearfar.lab.what_if_table import read_what_if, what_if_table
+
+        further = [override] if override else []
+        answer = ask(run, checkpoint=checkpoint, batches=batches, overrides=further, say=say)
+        console.print(what_if_table(answer))
+        for line in read_what_if(answer):
+            terminal.say(console, line)
+    if try_ is not None:
+        from nearfar.lab.trial import try_prescription
+        from nearfar.lab.what_if_table import read_trial, trial_table
+
+        trial = try_prescription(run, try_, overrides=override, seeds=seeds, start_epoch=start_epoch, say=say)
+        console.print(trial_table(trial))
+        for line in read_trial(trial):
+            terminal.say(console, line)
+        terminal.say(console, f"trial: {trial.folder}")
     raise typer.Exit(1 if strict and not found.healthy else 0)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,15 @@ __all__ = ["command", "examine", "print_diagnosis"]
 _STYLES = {"error": "bold red", "warning": "bold yellow", "note": "bold cyan"}
 
 
-def examine(run: Path) -> Diagnosis:
-    """Diagnose a run folder and write its ``doctor.json``."""
+def examine(run: Path, tell: Callable[[str], None] = print) -> Diagnosis:
+    """Diagnose a run folder and write its ``doctor.json``; where that cannot be written, ``tell`` is told so."""
     signals = read_run(run)
     found = diagnose(signals)
     folder = run.parent if run.name == "train_log.jsonl" else run
-    RunFolder(folder).write_json("doctor.json", found.to_dict())
+    try:
+        RunFolder(folder).write_json("doctor.json", found.to_dict())
+    except OSError as error:
+        tell(f"doctor.json was not written: {error}")
     return found
 
 

@@ -17,27 +17,27 @@ from nearfar.training.module import RunModule
 from nearfar.training.probe import Probe
 from nearfar.training.run_folder import RunFolder, same_file
 
-__all__ = ["Interrupted", "RunRecorder", "stop_signals"]
+__all__ = ["Interrupted", "RunRecorder", "StopRequest", "stop_signals"]
 
 
 class Interrupted(Exception):
     """Training was asked to stop and has written a checkpoint from which it resumes exactly."""
 
 
-class _StopRequest:
+class StopRequest:
     """Set by the first Ctrl-C (or SIGTERM); the run stops after the current step."""
 
     asked = False
 
 
 @contextmanager
-def stop_signals() -> Iterator[_StopRequest]:
+def stop_signals() -> Iterator[StopRequest]:
     """Turn Ctrl-C and SIGTERM into a request; a second Ctrl-C stops at once.
 
     Stopping inside a step would leave an optimiser that has moved half of the weights, so the request waits
     for the end of the step.
     """
-    request = _StopRequest()
+    request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
@@ -63,7 +63,7 @@ class RunRecorder(L.Callback):
     are replaced.
     """
 
-    def __init__(self, folder: RunFolder, config: Any, request: _StopRequest) -> None:
+    def __init__(self, folder: RunFolder, config: Any, request: StopRequest) -> None:
         self.folder, self.config, self.request = folder, config, request
         self._saved_at = time.monotonic()
         self._epoch_started = time.perf_counter()
@@ -170,6 +170,14 @@ class RunRecorder(L.Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Log the epoch, remember the best, save, and stop early where that was asked for."""
         assert isinstance(module, RunModule)
+        if module.cut:
+            # The state in mid-epoch, so that a resumed run with more steps goes on as if it had not been cut.
+            module.say(f"trainer.max_steps={module.step}: ended in epoch {module.epoch + 1}")
+            self._save(trainer, module)
+            trainer.should_stop = True
+            if self.request.asked:
+                raise Interrupted(str(self.folder))
+            return
         evaluation, module.evaluation = module.evaluation, None
         self._log_probe(trainer, module, module.outputs if evaluation is not None else None)
         record: dict[str, Any] = {"kind": "epoch", "epoch": module.epoch + 1, "step": module.step}
@@ -194,6 +202,8 @@ class RunRecorder(L.Callback):
             module.say(
                 f"stopped early: {module.system.monitor} has not risen for {self.config.patience} epochs"
             )
+            trainer.should_stop = True
+        if module.steps_left == 0:
             trainer.should_stop = True
         if self.request.asked:
             raise Interrupted(str(self.folder))

@@ -18,7 +18,7 @@ from torch import nn
 
 from nearfar.doctor import Diagnosis, diagnose
 from nearfar.errors import NearfarError
-from nearfar.training.callbacks import Interrupted, RunRecorder, stop_signals
+from nearfar.training.callbacks import Interrupted, RunRecorder, StopRequest, stop_signals
 from nearfar.training.checkpoint import Checkpoint, find_checkpoint
 from nearfar.training.loggers import build_loggers
 from nearfar.training.module import RunModule
@@ -27,7 +27,15 @@ from nearfar.training.resume import Resume
 from nearfar.training.run_folder import RunFolder, environment, write_atomically
 from nearfar.training.system import Evaluation, System
 
-__all__ = ["evaluate", "fit", "initial_model", "quiet_lightning", "write_diagnosis"]
+__all__ = [
+    "evaluate",
+    "fit",
+    "initial_model",
+    "load_weights",
+    "quiet_lightning",
+    "train",
+    "write_diagnosis",
+]
 
 Say = Callable[[str], None]
 
@@ -42,6 +50,7 @@ def quiet_lightning() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
+        warnings.filterwarnings("ignore", message=".*Total length of `list`.*")  # no validation
         warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
         try:
             yield
@@ -84,7 +93,8 @@ def _trainer(config: Any, folder: RunFolder, callbacks: list[L.Callback], epochs
     )
 
 
-def _load_weights(model: nn.Module, checkpoint: Checkpoint, system: System, origin: str) -> None:
+def load_weights(model: nn.Module, checkpoint: Checkpoint, system: System, origin: str) -> None:
+    """The weights of a checkpoint into ``model``; says so where they belong to another system or model."""
     if checkpoint.system != system.name:
         raise NearfarError(
             f"{origin}: weights of system '{checkpoint.system}' cannot start a run of '{system.name}'."
@@ -99,17 +109,18 @@ def _load_weights(model: nn.Module, checkpoint: Checkpoint, system: System, orig
         ) from None
 
 
-def fit(
+def train(
     system: System,
     config: Any,
     folder: RunFolder,
+    request: StopRequest,
     resume: Resume | None = None,
     say: Say = print,
     console: Console | None = None,
-) -> RunFolder:
-    """Train ``system`` (already prepared) into ``folder`` and evaluate its best checkpoint.
+) -> RunModule:
+    """The training of ``fit`` alone: what comes back holds the weights of the last step.
 
-    Raises ``Interrupted`` after a Ctrl-C, with a checkpoint in place from which ``resume_from`` goes on.
+    Called within ``quiet_lightning()``, a fork of the generators and ``stop_signals()``, which gives ``request``.
     """
     layout = system.layout()
     data_hash = layout["data_hash"]
@@ -118,10 +129,10 @@ def fit(
     checkpoint = None
     if resume is not None:
         checkpoint = resume.checkpoint_for(system.name, data_hash, config)
-        _load_weights(model, checkpoint, system, str(resume.path))
+        load_weights(model, checkpoint, system, str(resume.path))
     elif config.init_from:
         path = find_checkpoint(config.init_from, prefer="best")
-        _load_weights(model, Checkpoint.load(path), system, str(path))
+        load_weights(model, Checkpoint.load(path), system, str(path))
         say(f"weights from {path}")
 
     if resume is None:
@@ -140,24 +151,49 @@ def fit(
         folder.write_text("train_log.jsonl", "")
 
     module = RunModule(system, model, sampler, config, data_hash, checkpoint, say)
-    with quiet_lightning(), torch.random.fork_rng(), stop_signals() as request:
-        callbacks: list[L.Callback] = [RunRecorder(folder, config, request)]
-        if console is not None:
-            callbacks.append(ProgressBar(console))
-        epochs_left = config.epochs - module.epoch
-        if epochs_left > 0 and not module.exhausted:
-            trainer = _trainer(config, folder, callbacks, epochs_left)
-            trainer.fit(module)
-        elif checkpoint is not None:
-            done = "stopped early" if module.exhausted else f"all {config.epochs} epochs are done"
-            say(f"{done}; evaluating (raise {'patience' if module.exhausted else 'epochs'}= to go on)")
-        seconds = module.seconds()
+    callbacks: list[L.Callback] = [RunRecorder(folder, config, request)]
+    if console is not None:
+        callbacks.append(ProgressBar(console))
+    epochs_left = config.epochs - module.epoch
+    over = _over(module)
+    if over is None:
+        _trainer(config, folder, callbacks, epochs_left).fit(module)
+    elif checkpoint is not None:
+        say(f"{over[0]}; evaluating (raise {over[1]}= to go on)")
+    return module
 
+
+def _over(module: RunModule) -> tuple[str, str] | None:
+    """Why there is nothing left to train, and the option that would let it go on."""
+    if module.exhausted:
+        return "stopped early", "patience"
+    if module.epoch >= module.config.epochs:
+        return f"all {module.config.epochs} epochs are done", "epochs"
+    if module.steps_left == 0:
+        return f"all {module.step} steps are done", "trainer.max_steps"
+    return None
+
+
+def fit(
+    system: System,
+    config: Any,
+    folder: RunFolder,
+    resume: Resume | None = None,
+    say: Say = print,
+    console: Console | None = None,
+) -> RunFolder:
+    """Train ``system`` (already prepared) into ``folder`` and evaluate its best checkpoint.
+
+    Raises ``Interrupted`` after a Ctrl-C, with a checkpoint in place from which ``resume_from`` goes on.
+    """
+    with quiet_lightning(), torch.random.fork_rng(), stop_signals() as request:
+        module = train(system, config, folder, request, resume, say, console)
+        seconds = module.seconds()
         results, outputs = {}, {}
         best = find_checkpoint(folder.path, prefer="best")
-        _load_weights(model, Checkpoint.load(best), system, str(best))
+        load_weights(module.model, Checkpoint.load(best), system, str(best))
         for split in ("val", "test"):
-            found = evaluate(system, model, config, folder, split)
+            found = evaluate(system, module.model, config, folder, split)
             if request.asked:
                 raise Interrupted(str(folder))
             if found is not None:
@@ -213,7 +249,8 @@ def write_metrics(
         {
             "system": system.name,
             "monitor": system.monitor,
-            "best_epoch": module.best["epoch"],
+            # Cut before its first epoch was over, a run is evaluated as it stands.
+            "best_epoch": module.best["epoch"] or module.epoch + 1,
             "epochs": module.epoch,
             "steps": module.step,
             "train_seconds": round(seconds, 2),

@@ -113,6 +113,7 @@ class RunModule(L.LightningModule):
         self.evaluation_split = "val"
         self.outputs: dict[str, Tensor] = {}
         self.epoch_logs: dict[str, Any] = {}
+        self.cut = False  # whether trainer.max_steps ends this epoch before its last batch
         self.seconds_before, self.started_at = 0.0, time.perf_counter()
         self._resume, self._partial_epoch = resume, False
         self._parts: list[dict[str, Tensor]] = []
@@ -143,6 +144,9 @@ class RunModule(L.LightningModule):
         self._rows = [len(batch) for batch in batches]
         dataset.set_epoch(self.epoch)
         pin = torch.cuda.is_available() and self.config.trainer.accelerator != "cpu"
+        if self.steps_left is not None:
+            batches = batches[: self.steps_left * int(self.config.trainer.accumulate)]
+        self.cut = self.batches + len(batches) < self.epoch_batches
         return loader(dataset, batches, self.config.trainer.workers, pin)
 
     def evaluation_loader(self, split: str) -> DataLoader[Any] | list[Any]:
@@ -153,8 +157,8 @@ class RunModule(L.LightningModule):
         return loader(dataset, consecutive(len(dataset), self.config.trainer.eval_batch_size))
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
-        """The validation split in order."""
-        return self.evaluation_loader("val")
+        """The validation split in order; nothing where the epoch is cut: it is no epoch's result."""
+        return [] if self.cut else self.evaluation_loader("val")
 
     # -- optimiser -------------------------------------------------------------------------------------------
     def configure_optimizers(self) -> Any:
@@ -280,6 +284,12 @@ class RunModule(L.LightningModule):
     def at_boundary(self) -> bool:
         """Whether the last batch ended in an optimiser step, so that no half-summed gradient is lost."""
         return self.batches % self.accumulate == 0 or self.batches == self.epoch_batches
+
+    @property
+    def steps_left(self) -> int | None:
+        """Optimiser steps until ``trainer.max_steps``; None without one."""
+        most = self.config.trainer.get("max_steps")
+        return None if most is None else max(0, int(most) - self.step)
 
     @property
     def exhausted(self) -> bool:

@@ -126,9 +126,11 @@ class RunFolder:
             "examples.json",
             "report.html",
             "train_log.jsonl",
+            "what_if.json",
         ):
             (self.path / name).unlink(missing_ok=True)
-        shutil.rmtree(self.checkpoints, ignore_errors=True)
+        for folder in (self.checkpoints, self.path / "trials"):
+            shutil.rmtree(folder, ignore_errors=True)
 
     # -- whole files ---------------------------------------------------------------------------------------
     def write_text(self, name: str, text: str) -> Path:

@@ -1,0 +1,215 @@
+"""One batch under a run's weights: its loss, its record and its gradients, and nothing of the run is moved.
+
+Every evaluation starts from the same state (weights, running statistics, memories) and the same generators, so that
+two of them differ by what was changed between them and by nothing else: the same batch twice gives the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from nearfar.errors import NearfarError
+from nearfar.training.cached import cached_embeddings
+from nearfar.training.checkpoint import Checkpoint
+from nearfar.training.fit import initial_model, load_weights
+from nearfar.training.system import EncodingSystem, System
+
+__all__ = ["Bench", "Outcome", "cosine", "norm", "quiet_arithmetic"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A batch evaluated: the loss in nats, the numbers its step would log, and gradients in CPU memory.
+
+    ``parameters``: by name, of all that are trained. ``embeddings``: of each embedding of an ``EncodingSystem``, row
+    by row; None where an embedding has no gradient (a frozen one), empty for other systems.
+    """
+
+    loss: float
+    record: Mapping[str, float]
+    parameters: Mapping[str, Tensor]
+    embeddings: Sequence[Tensor | None]
+
+    @property
+    def above_guessing(self) -> float | None:
+        """Loss − uniform level: how much worse than guessing (below 0: better); None where no level is logged."""
+        level = self.record.get("uniform_level")
+        return None if level is None else self.loss - level
+
+
+class Bench:
+    """A system and the state of a run, on which single batches are evaluated.
+
+    ``training=True`` evaluates in training mode, with dropout: the gradient that training descends. The masks come
+    from ``seed`` and the number of the batch alone. Single precision, whatever the run trained in. ``chunk``: rows that
+    are encoded at a time without their graphs, as ``trainer.cached_chunk`` asks for.
+
+    Raises ``NearfarError`` where the state does not fit the system, or would not be taken over whole.
+    """
+
+    def __init__(
+        self,
+        system: System,
+        checkpoint: Checkpoint,
+        seed: int,
+        device: torch.device,
+        training: bool = True,
+        chunk: int | None = None,
+    ) -> None:
+        self.system, self.state, self.seed = system, checkpoint.model, seed
+        self.device, self.training, self.chunk = device, training, chunk
+        self.model = initial_model(system, seed)
+        load_weights(self.model, checkpoint, system, "the run's checkpoint")
+        self._check_state()
+        self.model.to(device)
+
+    def _check_state(self) -> None:
+        """A model may replace what does not fit it, such as a memory of another size: then it starts elsewhere."""
+        mine = self.model.state_dict()
+        both = mine.keys() & self.state.keys()
+        other = (mine.keys() ^ self.state.keys()) | {k for k in both if not _same(mine[k], self.state[k])}
+        if other:
+            raise NearfarError(
+                f"this would start from another state than the run's ({', '.join(sorted(other)[:3])}): it "
+                "changes what the model keeps."
+            )
+
+    def outcome(self, positions: Sequence[int], number: int, rows: int) -> Outcome:
+        """The batch at ``positions`` of the training set, encoded ``rows`` rows at a time.
+
+        ``number``: of the batch, from which dropout draws. A larger batch that begins with the same rows has the same
+        embeddings of these.
+        """
+        dataset = self.system.dataset("train")
+        assert dataset is not None
+        self.model.load_state_dict(self.state)
+        self.model.train(self.training)
+        self.model.zero_grad(set_to_none=True)
+        batch = _moved(dataset.__getitems__(list(positions)), self.device)
+        with torch.random.fork_rng(), torch.enable_grad():
+            if isinstance(self.system, EncodingSystem):
+                embeddings = self._encode(batch, len(positions), number, rows)
+                for leaf in _learning(embeddings):
+                    leaf.retain_grad()
+                output = self.system.loss_of(self.model, embeddings, batch)
+            else:
+                embeddings = None
+                torch.manual_seed(_seed(self.seed, number, 0))
+                output = self.system.training_step(self.model, batch)
+            if output.loss.requires_grad:
+                output.loss.backward()
+        record = {k: float(v) for k, v in output.logs().items() if isinstance(v, (bool, int, float))}
+        parameters = {
+            name: p.grad.detach().float().cpu().clone()
+            for name, p in self.model.named_parameters()
+            if p.grad is not None
+        }
+        leaves = [leaf for leaf in pytree.tree_leaves(embeddings) if isinstance(leaf, Tensor)]
+        gradients = [None if leaf.grad is None else leaf.grad.float().cpu() for leaf in leaves]
+        return Outcome(float(output.loss.detach()), record, parameters, gradients)
+
+    def _encode(self, batch: Any, size: int, number: int, rows: int) -> Any:
+        assert isinstance(self.system, EncodingSystem)
+        pieces = []
+        for k, part in enumerate([batch] if size <= rows else self.system.split(batch, rows)):
+            torch.manual_seed(_seed(self.seed, number, k))
+            pieces.append(pytree.tree_flatten(self._embeddings(part)))
+        if len(pieces) == 1:
+            return pytree.tree_unflatten(*pieces[0])
+        whole = [torch.cat(leaves) for leaves in zip(*(leaves for leaves, _ in pieces), strict=True)]
+        return pytree.tree_unflatten(whole, pieces[0][1])
+
+    def _embeddings(self, part: Any) -> Any:
+        assert isinstance(self.system, EncodingSystem)
+        if self.chunk is None:
+            return self.system.encode(self.model, part)
+        parts = self.system.split(part, self.chunk)
+        return cached_embeddings(partial(self.system.encode, self.model), parts, self.model)
+
+
+def _same(a: Any, b: Any) -> bool:
+    return torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else bool(a == b)
+
+
+def _learning(embeddings: Any) -> Iterator[Tensor]:
+    for leaf in pytree.tree_leaves(embeddings):
+        if isinstance(leaf, Tensor) and leaf.requires_grad:
+            yield leaf
+
+
+def _seed(seed: int, number: int, part: int) -> int:
+    return int(np.random.SeedSequence((seed, number, part)).generate_state(1, np.uint64)[0] >> 1)
+
+
+def _moved(batch: Any, device: torch.device) -> Any:
+    from lightning.fabric.utilities.apply_func import move_data_to_device
+
+    return move_data_to_device(batch, device)
+
+
+def cosine(a: Mapping[str, Tensor] | Sequence[Tensor | None], b: Any) -> float:
+    """Of two gradients, over what has a gradient in both, in float64; NaN where one of them is 0.
+
+    Sequences are embeddings' gradients: of the longer one the first rows are taken.
+
+    >>> cosine({"w": torch.tensor([1.0, 0.0])}, {"w": torch.tensor([3.0, 4.0])})
+    0.6
+    """
+    dot = first = second = 0.0
+    for x, y in _pairs(a, b):
+        x, y = x.double(), y.double()
+        dot, first, second = (
+            dot + (x * y).sum().item(),
+            first + (x * x).sum().item(),
+            second + (y * y).sum().item(),
+        )
+    if not first * second > 0:
+        return math.nan
+    # sqrt(x · x) is x without a rounding, so that a gradient has the cosine 1 with itself.
+    return min(1.0, max(-1.0, dot / math.sqrt(first * second)))
+
+
+def norm(gradient: Mapping[str, Tensor]) -> float:
+    """The Euclidean norm of all of a gradient.
+
+    >>> norm({"w": torch.tensor([3.0]), "b": torch.tensor([4.0])})
+    5.0
+    """
+    return math.sqrt(sum((g.double() ** 2).sum().item() for g in gradient.values()))
+
+
+def _pairs(a: Any, b: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    if isinstance(a, Mapping):
+        yield from ((a[name], b[name]) for name in a if name in b)
+        return
+    for x, y in zip(a, b, strict=True):
+        if x is not None and y is not None:
+            rows = min(len(x), len(y))
+            yield x[:rows], y[:rows]
+
+
+@contextmanager
+def quiet_arithmetic(threads: int | None, deterministic: bool) -> Iterator[None]:
+    """The run's threads and deterministic kernels while a block runs; before and after it, what the caller had."""
+    before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    if threads:
+        torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(
+        deterministic or before[1], warn_only=warn_only or torch.cuda.is_available()
+    )
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before[0])
+        torch.use_deterministic_algorithms(before[1], warn_only=warn_only)

@@ -1,0 +1,109 @@
+"""The toy system with the options that counterfactuals change, planted false negatives and planted duplicates."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torch import nn
+
+from nearfar.batching import nearest_neighbors
+from nearfar.contrast import DuplicateMask, SimilarityMask, join_masks
+from nearfar.losses import InfoNCELoss
+from nearfar.training.batches import build_sampler, neighbors_needed
+from nearfar.training.fit import fit
+from nearfar.training.run_folder import RunFolder
+from nearfar.training.system import StepOutput
+from toy_system import N, ToyModel, ToySystem, toy_config
+
+
+class OptionsToy(ToySystem):
+    """Rows 0 and 1 mean nearly the same (a false negative), rows 2 and 3 are copies."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.loss = InfoNCELoss(config.temperature, symmetric=config.loss.symmetric)
+
+    def prepare(self, say: Any) -> None:
+        super().prepare(say)
+        x, y = self.sets["train"].x, self.sets["train"].y
+        x[1], y[1] = x[0] + 0.05, y[0] + 0.05
+        x[3], y[3] = x[2], y[2]
+
+    def build_model(self) -> nn.Module:
+        model = ToyModel()
+        if self.config.batchnorm:
+            model.a.insert(1, nn.BatchNorm1d(16))
+        return model
+
+    def build_sampler(self) -> Any:
+        neighbors = nearest_neighbors(self.sets["train"].y, neighbors_needed(self.config, N))
+        return build_sampler(self.config, N, neighbors)
+
+    def loss_of(self, model: Any, embeddings: Any, batch: Any) -> StepOutput:
+        masks: list[Any] = []
+        if self.config.mask_duplicates:
+            masks.append(DuplicateMask((batch[1] * 1e4).sum(1).long()))
+        if self.config.false_negative_threshold is not None:
+            masks.append(SimilarityMask(batch[1], self.config.false_negative_threshold))
+        value = self.loss(embeddings["a"], embeddings["b"], join_masks(masks))
+        record = self.loss.record
+        assert record is not None
+        return StepOutput(value, record.to_dict)
+
+
+def check(config: Any) -> None:
+    """Every option of the toy may have any value."""
+
+
+def options(**changes: Any) -> Any:
+    """The configuration of an ``OptionsToy``."""
+    config = OmegaConf.merge(
+        toy_config(),
+        {
+            "name": None,
+            "runs_dir": "runs",
+            "exists": "number",
+            "needs_init_from": False,
+            "temperature": 0.2,
+            "false_negative_threshold": None,
+            "mask_duplicates": False,
+            "batchnorm": False,
+            "sampler": {"name": "random"},
+            "loss": {"name": "infonce", "symmetric": True},
+            "hard_ratio": 0.5,
+            "hardness_k": 10,
+            "curriculum_epoch": 0,
+            "group_size": None,
+        },
+    )
+    for key, value in changes.items():
+        OmegaConf.update(config, key.replace("__", "."), value)
+    return config
+
+
+def trained(folder: Path, **changes: Any) -> RunFolder:
+    """A run of the toy."""
+    config = options(**changes)
+    system = OptionsToy(config)
+    system.prepare(print)
+    return fit(system, config, RunFolder(folder), say=lambda _: None)
+
+
+def explicit_loss(
+    a: torch.Tensor, b: torch.Tensor, temperature: float, left_out: torch.Tensor, symmetric: bool = True
+) -> torch.Tensor:
+    """InfoNCE as a loop over rows, without the pairs that are left out."""
+    a, b = (each / each.norm(dim=1, keepdim=True) for each in (a, b))
+    directions = []
+    for first, second in ((a, b), (b, a))[: 2 if symmetric else 1]:
+        rows = []
+        for i in range(len(first)):
+            candidates = ~left_out[i]
+            candidates[i] = True
+            scores = (second @ first[i] / temperature)[candidates]
+            rows.append(torch.logsumexp(scores, 0) - first[i] @ second[i] / temperature)
+        directions.append(torch.stack(rows).mean())
+    return torch.stack(directions).mean()
