@@ -13,6 +13,7 @@ import torch
 from nearfar.errors import NearfarError
 from nearfar.metrics import (
     Estimate,
+    Ranks,
     RecallAtK,
     bootstrap_mean,
     comparable,
@@ -23,7 +24,7 @@ from nearfar.metrics import (
     split_hash,
     wilson,
 )
-from nearfar.metrics.intervals import order_statistics
+from nearfar.metrics.intervals import median_places, order_statistics
 from nearfar.metrics.quantiles import t_quantile
 
 
@@ -214,8 +215,34 @@ def test_quantiles_and_intervals_against_scipy():
 def test_the_interval_follows_the_data():
     assert mean_interval(np.ones(50))[2] == "Wilson"
     assert mean_interval(np.r_[np.ones(45), np.zeros(5)])[2] == "Wilson"
-    assert mean_interval(np.r_[np.ones(30), np.zeros(30)])[2] == "bootstrap (BCa)"
-    assert mean_interval(np.r_[np.ones(30), np.zeros(30)], resamples=0)[2] == "Wilson"
+    graded = np.random.default_rng(0).random(200)
+    assert mean_interval(graded)[2] == "bootstrap (BCa)"
+    assert mean_interval(graded, resamples=0)[2] == "Wilson, effective n"
+    assert mean_interval(graded[:40])[2] == "Wilson, effective n"
+    assert mean_interval(np.array([0.3])) == (0.0, 1.0, "none: one item")
+
+
+def test_graded_scores_vary_less_than_hits():
+    graded = np.random.default_rng(0).random(40)
+    low, high, _ = mean_interval(graded)
+    widest = wilson(float(graded.mean()), 40)
+    assert widest[0] < low < graded.mean() < high < widest[1]
+    # Without variation nothing says how much there is: as wide as for hits.
+    low, high, _ = mean_interval(np.full(40, 0.25))
+    assert high - low > 0.97 * np.subtract(*wilson(0.25, 40)[::-1])
+
+
+def test_the_median_is_bounded_between_places():
+    for n in (6, 11, 100, 3000):
+        low, high = median_places(n)
+        first, last = order_statistics(n)
+        assert first <= low < first + 1
+        assert low + high == pytest.approx(n + 1)
+        assert last - 1 < high <= last
+    assert median_places(4) == (0.0, 5.0)
+    ranks = Ranks.of([0, 2, 9], tied=[0, 0, 0], gallery=10)
+    assert ranks.at_place(2) == 3.0
+    assert ranks.at_place(2.5) == 6.5
 
 
 @pytest.mark.parametrize(("n", "difficulty"), [(40, 8.0), (150, 2.0)])

@@ -16,7 +16,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from nearfar.errors import NearfarError
 from nearfar.metrics.estimate import Estimate, comparable
-from nearfar.metrics.quantiles import check_confidence, t_quantile
+from nearfar.metrics.quantiles import check_confidence
+from nearfar.metrics.seeds import difference_half_width
 
 __all__ = ["Difference", "compare", "paired_difference"]
 
@@ -67,15 +68,8 @@ def paired_difference(
 ) -> Difference:
     """The mean of ``a − b`` for scores (S, n) of the same S seeds on the same n items; (n,) is one seed.
 
-    Differences are seen as mean + seed effect + item effect + rest. With v_s the variance over seeds of the
-    seed means divided by S, v_i the variance over items of the item means divided by n, and v_r that of the
-    rest divided by S·n (part of both), the half-width h is given by
-
-        h² = max(t²_{S−1} v_s + t²_{n−1} (v_i − v_r), t²_{n−1} v_i),
-
-    so that each source of chance has the t quantile of its own degrees of freedom. (Satterthwaite's single t
-    covers only 87 to 94 % with two or three seeds that differ; this keeps 95 % for normal effects in
-    simulation, see ``benchmarks/comparison.py``, and is wide with two seeds because two seeds say little.)
+    The interval covers both sources of chance, seeds and items; how, and how often it covers the truth, says
+    ``nearfar.metrics.seeds``. It is wide with two seeds because two seeds say little.
 
     With one seed the interval covers items only, and ``scope`` says so. Raises ``NearfarError`` for shapes
     that differ, fewer than two items, or scores that are not finite.
@@ -101,7 +95,9 @@ def paired_difference(
         raise NearfarError(f"{n} item gives no interval; score at least two")
     value = float(differences.mean())
     per_seed = differences.mean(axis=1)
-    half = math.sqrt(_squared_half_width(differences, 0.5 + confidence / 2))
+    low, high = min(float(first.min()), float(second.min())), max(float(first.max()), float(second.max()))
+    scale = 1.0 if low >= 0.0 and high <= 1.0 else high - low
+    half = difference_half_width(differences, scale, 0.5 + confidence / 2)
     base = float(second.mean())
     return Difference(
         value=value,
@@ -152,21 +148,6 @@ def compare(a: Estimate, b: Estimate) -> Difference:
         confidence=float(a.protocol.get("confidence", 0.95)),
         scope="items only, unpaired",
     )
-
-
-def _squared_half_width(differences: NDArray[np.float64], level: float) -> float:
-    seeds, n = differences.shape
-    of_items = differences.mean(axis=0)
-    item_part = t_quantile(level, n - 1) ** 2
-    v_items = float(of_items.var(ddof=1)) / n
-    if seeds == 1:
-        return item_part * v_items
-    of_seeds = differences.mean(axis=1)
-    seed_part = t_quantile(level, seeds - 1) ** 2
-    v_seeds = float(of_seeds.var(ddof=1)) / seeds
-    rest = differences - of_seeds[:, None] - of_items[None, :] + differences.mean()
-    v_rest = float((rest**2).sum()) / ((seeds - 1) * (n - 1)) / (seeds * n)
-    return max(seed_part * v_seeds + item_part * (v_items - v_rest), item_part * v_items)
 
 
 def _scores(scores: ArrayLike, name: str) -> NDArray[np.float64]:

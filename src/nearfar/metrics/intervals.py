@@ -1,8 +1,9 @@
 """Intervals for means, shares, medians and few seeds; each method where it is valid.
 
-Resampling is honest only where the sample shows its variation. A hundred hits in a hundred queries would give
-the interval [1, 1]; there Wilson's score interval takes over, which for any score between 0 and 1 is at least
-as wide as the truth asks (among distributions on [0, 1] with a given mean, the 0/1 one varies most).
+Resampling is honest only where the sample shows its variation: a hundred hits in a hundred queries would give
+the interval [1, 1]. Shares therefore have Wilson's score interval throughout, and graded scores have it where
+they show little variation, with their own variance in place of a share's (among distributions on [0, 1] with a
+given mean, the 0/1 one varies most). How often each kind covers the truth: ``benchmarks/coverage.py``.
 """
 
 from __future__ import annotations
@@ -17,10 +18,24 @@ from numpy.typing import ArrayLike, NDArray
 from nearfar.errors import NearfarError
 from nearfar.metrics.quantiles import check_confidence, normal_quantile, t_quantile
 
-__all__ = ["bootstrap_mean", "few_runs", "mean_interval", "order_statistics", "wilson"]
+__all__ = [
+    "bootstrap_mean",
+    "count_differing",
+    "few_runs",
+    "mean_interval",
+    "median_places",
+    "order_statistics",
+    "score_interval",
+    "score_variance",
+    "wilson",
+]
 
-# With fewer expected hits, misses or differing items, the resampled distribution is too coarse to trust.
-_ENOUGH = 10
+# With fewer expected hits, misses or differing items, the resampled distribution is too coarse to trust: from ten
+# on, fifty reciprocal ranks of mean .13 covered 91 %.
+_ENOUGH = 30
+# Beside the items that differ from the most common score, so many are counted in that vary as hits do: few skewed
+# scores do not show their tail. Without them twenty reciprocal ranks of mean .13 covered 86 %, with them 94 %.
+_UNSEEN = 4
 # Numbers drawn at once while resampling: 4 MB of indices.
 _CHUNK = 1 << 19
 
@@ -37,12 +52,47 @@ def wilson(share: float, n: int, confidence: float = 0.95) -> tuple[float, float
         raise NearfarError(
             f"no interval for a share of {share!r} among {n} items: the share is 0 to 1, n >= 1"
         )
-    z2 = normal_quantile(0.5 + confidence / 2) ** 2
-    middle = (share + z2 / (2 * n)) / (1 + z2 / n)
-    half = math.sqrt(z2 * (share * (1 - share) + z2 / (4 * n)) / n) / (1 + z2 / n)
-    return (0.0 if share == 0.0 else max(middle - half, 0.0)), (
-        1.0 if share == 1.0 else min(middle + half, 1.0)
+    return score_interval(share, normal_quantile(0.5 + confidence / 2) ** 2 / n)
+
+
+def score_interval(mean: float, width: float) -> tuple[float, float]:
+    """All p in [0, 1] with (mean − p)² ≤ ``width`` · p (1 − p): bounded, and skewed towards the middle near the ends.
+
+    With ``width`` z²/n this is Wilson's interval for a share; with h²/(m (1 − m)) it is the interval m ± h bent
+    so that it stays within [0, 1].
+
+    >>> score_interval(0.0, 0.04)
+    (0.0, 0.03846...)
+    """
+    middle = (mean + width / 2) / (1 + width)
+    half = math.sqrt(width * (mean * (1 - mean) + width / 4)) / (1 + width)
+    return (0.0 if mean <= 0.0 else max(middle - half, 0.0)), (
+        1.0 if mean >= 1.0 else min(middle + half, 1.0)
     )
+
+
+def score_variance(values: NDArray[np.float64], differing: int | None = None) -> float:
+    """The variance of scores in [0, 1] as a share of m (1 − m), which hits and misses have; 0 < result ≤ 1.
+
+    The fewer scores differ from the most common one (``differing``; counted, unless it is given), the nearer the
+    result is to 1.
+
+    >>> score_variance(np.array([0.0, 1.0, 1.0])), score_variance(np.full(12, 0.25))
+    (1.0, 1.0)
+    >>> round(score_variance(np.linspace(0, 1, 101)), 2)
+    0.37
+    """
+    mean = float(values.mean())
+    most = mean * (1 - mean)
+    own = min(float(values.var()) / most, 1.0) if most > 0.0 else 1.0
+    if differing is None:
+        differing = count_differing(values)
+    return (differing * own + _UNSEEN) / (differing + _UNSEEN)
+
+
+def count_differing(values: NDArray[np.float64]) -> int:
+    """How many values are not the most common one."""
+    return values.size - int(np.unique(values, return_counts=True)[1].max())
 
 
 def few_runs(values: Sequence[float] | ArrayLike, confidence: float = 0.95) -> tuple[float, float]:
@@ -109,17 +159,23 @@ def bootstrap_mean(
 def mean_interval(
     values: NDArray[np.float64], confidence: float = 0.95, *, resamples: int = 1000, seed: int = 0
 ) -> tuple[float, float, str]:
-    """The interval of a mean of scores in [0, 1] and the method used: bootstrap where valid, else Wilson.
+    """The interval of a mean of scores in [0, 1] and the method used.
 
-    The bootstrap is taken as valid when at least ten hits and ten misses are expected from the mean and at
-    least ten items differ from the most common score; ``resamples=0`` asks for Wilson throughout.
+    Shares (every score 0 or 1) have Wilson's interval. Graded scores are resampled when at least thirty hits and
+    thirty misses are expected from the mean and at least thirty items differ from the most common score; else they have
+    Wilson's interval for as many items as have the same variance. ``resamples=0`` asks for that throughout.
     """
     mean, n = float(values.mean()), values.size
-    _, counts = np.unique(values, return_counts=True)
-    shown = min(n * mean, n * (1 - mean), n - int(counts.max()))
+    if bool(((values == 0.0) | (values == 1.0)).all()):
+        return (*wilson(mean, n, confidence), "Wilson")
+    shown = min(n * mean, n * (1 - mean), count_differing(values))
     if resamples and shown >= _ENOUGH:
         return (*bootstrap_mean(values, confidence, resamples=resamples, seed=seed), "bootstrap (BCa)")
-    return (*wilson(min(max(mean, 0.0), 1.0), n, confidence), "Wilson")
+    if n == 1:
+        return 0.0, 1.0, "none: one item"
+    width = t_quantile(0.5 + confidence / 2, n - 1) ** 2 * score_variance(values) / n
+    ends = score_interval(min(max(mean, 0.0), 1.0), width)
+    return (*ends, "Wilson, effective n")
 
 
 def order_statistics(n: int, confidence: float = 0.95) -> tuple[int, int]:
@@ -132,12 +188,33 @@ def order_statistics(n: int, confidence: float = 0.95) -> tuple[int, int]:
     ((0, 6), (40, 61))
     """
     check_confidence(confidence)
-    below = np.arange(n + 1)
-    log_factorial = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, n + 1)))])
-    log_mass = log_factorial[n] - log_factorial - log_factorial[::-1] - n * math.log(2.0)
-    cumulated = np.cumsum(np.exp(log_mass))
-    low = int(below[cumulated <= 0.5 - confidence / 2].size)
+    low = int((_half_binomial(n) <= 0.5 - confidence / 2).sum())
     return low, n + 1 - low
+
+
+def median_places(n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Places (1 … n, fractions between) whose values bound the median of ``n`` items (Hettmansperger and Sheather 1986).
+
+    ``order_statistics`` covers too often, 98.8 % with eleven items, since places are whole; between two places
+    the interval reaches its level for continuous values. 0 and n + 1 where no value of the sample bounds it.
+
+    >>> median_places(5), [round(place, 2) for place in median_places(11)]
+    ((0.0, 6.0), [2.92, 9.08])
+    """
+    first, last = order_statistics(n, confidence)
+    if first < 1 or last - first < 2:
+        return float(first), float(last)
+    outside = 2 * _half_binomial(n)
+    wide, narrow = 1 - float(outside[first - 1]), 1 - float(outside[first])
+    share = (wide - confidence) / (wide - narrow)
+    inward = (n - first) * share / (first + (n - 2 * first) * share)
+    return first + inward, last - inward
+
+
+def _half_binomial(n: int) -> NDArray[np.float64]:
+    """The distribution function of ``n`` fair coins at 0 … n."""
+    log_factorial = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, n + 1)))])
+    return np.cumsum(np.exp(log_factorial[n] - log_factorial - log_factorial[::-1] - n * math.log(2.0)))
 
 
 def _resampled_means(x: NDArray[np.float64], resamples: int, rng: np.random.Generator) -> NDArray[np.float64]:

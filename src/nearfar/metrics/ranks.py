@@ -124,6 +124,12 @@ class Ranks:
         cumulated = np.cumsum(self.distribution())
         return float(np.searchsorted(cumulated, (place - 0.5) * (1 - 1e-12)) + 1)
 
+    def at_place(self, place: float) -> float:
+        """The rank at a place that may lie between two queries, interpolated."""
+        below = int(place)
+        low = self.order_statistic(below)
+        return low if below == place else low + (place - below) * (self.order_statistic(below + 1) - low)
+
     def median(self) -> float:
         """The median rank over queries and over the orders within ties."""
         cumulated = np.cumsum(self.distribution())

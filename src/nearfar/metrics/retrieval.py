@@ -13,7 +13,7 @@ from torch import Tensor
 from nearfar.errors import NearfarError
 from nearfar.metrics.counting import TILE, Counts, Side, count_ranks
 from nearfar.metrics.estimate import Estimate
-from nearfar.metrics.intervals import mean_interval, order_statistics
+from nearfar.metrics.intervals import mean_interval, median_places
 from nearfar.metrics.ranks import Ranks
 from nearfar.metrics.relevance import read_relevance
 
@@ -82,9 +82,9 @@ def retrieval_metrics(
     counted in the protocol.
 
     Ties count by expectation, so that collapsed embeddings score chance. ``k >= gallery`` is marked trivial.
-    Intervals at level ``confidence`` are from ``bootstrap`` resamples of the queries (BCa) where that is
-    valid, Wilson's near 0 and 1, and order statistics for the median rank; they speak of new queries, not of
-    new trainings. ``split`` (see ``split_hash``) names the evaluated items; estimates without it are not
+    Intervals at level ``confidence`` are Wilson's for R@k, from ``bootstrap`` resamples of the queries (BCa) for
+    the MRR where that is valid and Wilson's near 0 and 1, and from order statistics for the median rank; they
+    speak of new queries, not of new trainings. ``split`` (see ``split_hash``) names the evaluated items; estimates without it are not
     comparable.
 
     Half precision inputs are scored in float32; memory is a few tiles, whatever n and m. Embeddings with NaN
@@ -226,9 +226,9 @@ def rank_estimates(
 
 def _median_rank(ranks: Ranks, guess: Ranks, confidence: float, protocol: dict[str, Any]) -> Estimate:
     n = len(ranks.better)
-    first, last = order_statistics(n, confidence)
-    low = ranks.order_statistic(first) if first >= 1 else 1.0
-    high = ranks.order_statistic(last) if last <= n else float(ranks.gallery - int(ranks.relevant.min()) + 1)
+    first, last = median_places(n, confidence)
+    low = ranks.at_place(first) if first >= 1 else 1.0
+    high = ranks.at_place(last) if last <= n else float(ranks.gallery - int(ranks.relevant.min()) + 1)
     trivial = bool((ranks.relevant == ranks.gallery).all())
     own_protocol = {**protocol, "interval": "order statistics"}
     return Estimate(ranks.median(), low, high, guess.median(), n, trivial, "median_rank", own_protocol)
