@@ -1,6 +1,6 @@
 """How often each kind of interval that nearfar prints covers the truth, at 95 %.
 
-    python benchmarks/coverage.py                 # every kind, about five minutes on one core
+    python benchmarks/coverage.py                 # every kind, about two minutes on one core
     python benchmarks/coverage.py --repeats 400   # a look
 
 Each line is one setting: the share of draws whose interval covers, and the mean width. Shares of hits are not drawn
@@ -218,9 +218,8 @@ def main() -> None:
     for kind in dict.fromkeys(row[0] for row in rows):
         found = np.array([row[2] for row in rows if row[0] == kind])
         inside = int(((found >= 0.93) & (found <= 0.97)).sum())
-        print(
-            f"{kind:28} {len(found):8d}  {found.mean():.3f}  {found.min():.3f}  {found.max():.3f}  {inside}/{len(found)}"
-        )
+        ends = f"{found.mean():.3f}  {found.min():.3f}  {found.max():.3f}"
+        print(f"{kind:28} {len(found):8d}  {ends}  {inside}/{len(found)}")
 
 
 if __name__ == "__main__":

@@ -84,8 +84,8 @@ def retrieval_metrics(
     Ties count by expectation, so that collapsed embeddings score chance. ``k >= gallery`` is marked trivial.
     Intervals at level ``confidence`` are Wilson's for R@k, from ``bootstrap`` resamples of the queries (BCa) for
     the MRR where that is valid and Wilson's near 0 and 1, and from order statistics for the median rank; they
-    speak of new queries, not of new trainings. ``split`` (see ``split_hash``) names the evaluated items; estimates without it are not
-    comparable.
+    speak of new queries, not of new trainings. ``split`` (see ``split_hash``) names the evaluated items;
+    estimates without it are not comparable.
 
     Half precision inputs are scored in float32; memory is a few tiles, whatever n and m. Embeddings with NaN
     or infinite numbers raise ``NearfarError`` with their rows.

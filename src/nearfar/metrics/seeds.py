@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 from jaxtyping import Float
 from numpy import ndarray
 
@@ -33,6 +32,7 @@ def seeds_interval(scores: Float[ndarray, "seeds n"], confidence: float = 0.95) 
     Scores within [0, 1] have an interval within [0, 1], bent as Wilson's is, so that it also covers where nearly
     all are hits; for one seed it is that of ``mean_interval``. Other scores have mean ± h.
 
+    >>> import numpy as np
     >>> hits = np.ones((5, 40))
     >>> hits[0, 0] = hits[3, 7] = 0.0
     >>> low, high, method = seeds_interval(hits)
