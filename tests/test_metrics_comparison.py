@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from nearfar.errors import NearfarError
-from nearfar.metrics import Estimate, compare, paired_difference
+from nearfar.metrics import Estimate, compare, holm, paired_difference
 from nearfar.metrics.quantiles import t_quantile
 
 
@@ -117,3 +117,32 @@ def test_compare_two_estimates():
     assert result.verdict == "worse"
     assert compare(estimate(0.5), estimate(0.51)).verdict == "not distinguishable"
     json.dumps(compare(estimate(0.5), estimate(0.0)).to_dict(), allow_nan=False)
+
+
+def test_p_is_where_the_interval_begins_to_touch_zero():
+    stats = pytest.importorskip("scipy.stats")
+    rng = np.random.default_rng(7)
+    a, b = rng.random((2, 40))
+    assert paired_difference(a + 0.1, b).p == pytest.approx(stats.ttest_rel(a + 0.1, b).pvalue, rel=1e-4)
+    base = rng.random((3, 60))
+    found = paired_difference(base + 0.03 + 0.1 * rng.standard_normal((3, 60)), base)
+    for confidence, covers in ((1 - found.p + 1e-5, True), (1 - found.p - 1e-5, False)):
+        assert (abs(found.value) <= found.spread.half_width(0.5 + confidence / 2)) == covers
+    assert math.isnan(compare(estimate(0.5), estimate(0.6)).p)
+
+
+def test_holm_by_its_definition():
+    rng = np.random.default_rng(8)
+    base = rng.random((4, 200))
+    gains = {f"arm {k}": 0.004 * k for k in range(5)}
+    found = {
+        name: paired_difference(base + gain + 0.1 * rng.standard_normal((4, 200)), base)
+        for name, gain in gains.items()
+    }
+    verdicts = holm(found)
+    ordered = sorted(found, key=lambda name: found[name].p)
+    for k, name in enumerate(ordered):
+        rejected = all(found[other].p <= 0.05 / (5 - j) for j, other in enumerate(ordered[: k + 1]))
+        assert (verdicts[name] != "not distinguishable") == rejected
+    with pytest.raises(NearfarError, match="no p of unpaired"):
+        holm({"unpaired": compare(estimate(0.5), estimate(0.6))})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nearfar.metrics.comparison import Difference, compare, paired_difference
+from nearfar.metrics.comparison import Difference, compare, holm, paired_difference
 from nearfar.metrics.estimate import Estimate, comparable, split_hash
 from nearfar.metrics.health import (
     alignment,
@@ -18,6 +18,7 @@ from nearfar.metrics.intervals import bootstrap_mean, few_runs, mean_interval, w
 from nearfar.metrics.ranks import Ranks
 from nearfar.metrics.recall import RecallAtK
 from nearfar.metrics.retrieval import rank_estimates, retrieval_metrics, retrieval_ranks
+from nearfar.metrics.seeds import seeds_interval
 from nearfar.metrics.signals import batch_signals, group_signals
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "embedding_health",
     "few_runs",
     "group_signals",
+    "holm",
     "hubness",
     "mean_cosine",
     "mean_interval",
@@ -42,6 +44,7 @@ __all__ = [
     "rank_estimates",
     "retrieval_metrics",
     "retrieval_ranks",
+    "seeds_interval",
     "split_hash",
     "uniformity",
     "variance",

@@ -8,8 +8,9 @@ the test set is a sample. The interval here covers both.
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -17,9 +18,11 @@ from numpy.typing import ArrayLike, NDArray
 from nearfar.errors import NearfarError
 from nearfar.metrics.estimate import Estimate, comparable
 from nearfar.metrics.quantiles import check_confidence
-from nearfar.metrics.seeds import difference_half_width
+from nearfar.metrics.seeds import Spread, spread_of_difference
 
-__all__ = ["Difference", "compare", "paired_difference"]
+__all__ = ["Difference", "compare", "holm", "paired_difference"]
+
+Key = TypeVar("Key", bound=Hashable)
 
 _LOWER_IS_BETTER = frozenset({"median_rank"})
 
@@ -30,7 +33,8 @@ class Difference:
 
     ``n`` counts items and ``seeds`` trainings of each side; ``per_seed`` holds the mean difference of each
     seed, ``relative`` is the difference as a share of b's mean (NaN where that is 0), ``scope`` says what the
-    interval speaks of, and ``verdict`` is "better", "worse" or "not distinguishable", said of a.
+    interval speaks of, and ``verdict`` is "better", "worse" or "not distinguishable", said of a. ``spread``
+    is what the interval was made from.
     """
 
     value: float
@@ -44,6 +48,7 @@ class Difference:
     metric: str
     confidence: float
     scope: str
+    spread: Spread | None = None
 
     def __str__(self) -> str:
         relative = "" if math.isnan(self.relative) else f", {self.relative:+.1%}"
@@ -55,7 +60,13 @@ class Difference:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as strict JSON takes them; an undefined relative difference becomes ``None``."""
-        return asdict(self) | {"relative": None if math.isnan(self.relative) else self.relative}
+        fields = {name: value for name, value in asdict(self).items() if name != "spread"}
+        return fields | {"relative": None if math.isnan(self.relative) else self.relative}
+
+    @property
+    def p(self) -> float:
+        """One minus the confidence at which the interval begins to touch 0; NaN of unpaired differences."""
+        return math.nan if self.spread is None else self.spread.p_value(self.value)
 
 
 def paired_difference(
@@ -97,7 +108,8 @@ def paired_difference(
     per_seed = differences.mean(axis=1)
     low, high = min(float(first.min()), float(second.min())), max(float(first.max()), float(second.max()))
     scale = 1.0 if low >= 0.0 and high <= 1.0 else high - low
-    half = difference_half_width(differences, scale, 0.5 + confidence / 2)
+    spread = spread_of_difference(differences, scale)
+    half = spread.half_width(0.5 + confidence / 2)
     base = float(second.mean())
     return Difference(
         value=value,
@@ -111,7 +123,34 @@ def paired_difference(
         metric=metric,
         confidence=confidence,
         scope="seeds and items" if seeds > 1 else "items only: one seed cannot show what another would give",
+        spread=spread,
     )
+
+
+def holm(differences: Mapping[Key, Difference], confidence: float = 0.95) -> dict[Key, str]:
+    """Verdicts that hold for all of several differences at once, by Holm's step-down rule (1979).
+
+    The chance that any of them is "better" or "worse" without a true difference is at most 1 − ``confidence``,
+    however they depend on each other. The smallest p must be below (1 − confidence) / N, the next below
+    (1 − confidence) / (N − 1), and so on; the first that is not ends it.
+
+    >>> base = np.random.default_rng(0).random((3, 400))
+    >>> noise = 0.02 * np.random.default_rng(1).standard_normal((3, 400))
+    >>> holm({"a": paired_difference(base + 0.05 + noise, base), "b": paired_difference(base + noise, base)})
+    {'a': 'better', 'b': 'not distinguishable'}
+    """
+    check_confidence(confidence)
+    p = {key: difference.p for key, difference in differences.items()}
+    unknown = [str(key) for key, value in p.items() if math.isnan(value)]
+    if unknown:
+        raise NearfarError(f"no p of {', '.join(unknown)}: Holm's rule needs paired differences")
+    verdicts = dict.fromkeys(differences, "not distinguishable")
+    ordered = sorted(differences, key=lambda key: p[key])
+    for left, key in zip(range(len(ordered), 0, -1), ordered, strict=True):
+        if p[key] > (1 - confidence) / left:
+            break
+        verdicts[key] = differences[key].verdict
+    return verdicts
 
 
 def compare(a: Estimate, b: Estimate) -> Difference:

@@ -109,7 +109,7 @@ class Estimate:
 def comparable(a: Estimate, b: Estimate) -> str | None:
     """Why ``a`` and ``b`` must not be compared, or ``None`` if they may be.
 
-    Comparable estimates have the same metric, the same stated split and otherwise the same protocol (the
+    Comparable estimates have the same metric, chance level and stated split and otherwise the same protocol (the
     method and level of the interval may differ), and neither is trivial. An unstated split is not the same
     split.
 
@@ -129,6 +129,8 @@ def comparable(a: Estimate, b: Estimate) -> str | None:
         return "neither states its split; pass split=split_hash(ids) to the metric"
     if a.n != b.n:
         return f"number of items differs: {a.n} and {b.n}"
+    if not math.isclose(a.chance, b.chance, rel_tol=1e-6, abs_tol=1e-12):
+        return f"chance level differs: {a.chance:g} and {b.chance:g}; they stand against different baselines"
     if a.trivial or b.trivial:
         return f"{a.metric} is trivial here: the cut-off reaches the gallery, and every model scores the same"
     return None

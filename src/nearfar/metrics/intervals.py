@@ -195,8 +195,9 @@ def order_statistics(n: int, confidence: float = 0.95) -> tuple[int, int]:
 def median_places(n: int, confidence: float = 0.95) -> tuple[float, float]:
     """Places (1 … n, fractions between) whose values bound the median of ``n`` items.
 
-    After Hettmansperger and Sheather (1986): ``order_statistics`` covers too often, 98.8 % with eleven items, since places are whole; between two places
-    the interval reaches its level for continuous values. 0 and n + 1 where no value of the sample bounds it.
+    After Hettmansperger and Sheather (1986): ``order_statistics`` covers too often, 98.8 % with eleven items, since
+    places are whole; between two places the interval reaches its level for continuous values. 0 and n + 1 where
+    no value of the sample bounds it.
 
     >>> median_places(5), [round(place, 2) for place in median_places(11)]
     ((0.0, 6.0), [2.92, 9.08])

@@ -48,7 +48,7 @@ def t_quantile(p: float, df: float) -> float:
     # I_x(df/2, 1/2) = tail has its root x in (0, 1); t = sqrt(df (1/x - 1)). Bisection on log x keeps the
     # far tails of small df exact, where x is tiny.
     low, high = -745.0, 0.0
-    for _ in range(200):
+    for _ in range(64):  # 745 / 2^64 is below the rounding of log x
         middle = 0.5 * (low + high)
         if _incomplete_beta(df / 2.0, 0.5, middle) < tail:
             low = middle

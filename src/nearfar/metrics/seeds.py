@@ -15,6 +15,7 @@ whose w = A / (A + B) covers up to 97.8 %; the squares and the factor were found
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 from jaxtyping import Float
 from numpy import ndarray
@@ -23,7 +24,49 @@ from nearfar.errors import NearfarError
 from nearfar.metrics.intervals import mean_interval, score_interval, score_variance
 from nearfar.metrics.quantiles import check_confidence, t_quantile
 
-__all__ = ["difference_half_width", "seeds_interval"]
+__all__ = ["Spread", "seeds_interval", "spread_of_difference"]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """What is known of the error of a mean over ``seeds`` × ``n`` scores.
+
+    ``of_seeds`` is A and ``beside`` is B of the module's text; ``of_items`` is the variance of the mean over items.
+    """
+
+    seeds: int
+    n: int
+    of_items: float
+    of_seeds: float = 0.0
+    beside: float = 0.0
+
+    def half_width(self, level: float) -> float:
+        """h, for an interval whose upper end has this ``level`` (.975 for 95 %)."""
+        of_many = t_quantile(level, self.n - 1)
+        a, b = self.of_seeds, self.beside
+        if self.seeds == 1 or a == 0.0:
+            return of_many * math.sqrt(self.of_items)
+        weight = a**2 / (a**2 + ((self.seeds - 1) / 2 * b) ** 2)
+        half = (weight * t_quantile(level, self.seeds - 1) + (1 - weight) * of_many) * math.sqrt(a + b)
+        # Two seeds may agree by luck: the interval is never narrower than one standard error of the items.
+        return max(half, math.sqrt(self.of_items))
+
+    def p_value(self, value: float) -> float:
+        """One minus the confidence at which the interval around ``value`` begins to touch 0.
+
+        >>> round(Spread(seeds=1, n=1000, of_items=0.01).p_value(0.1962), 3)
+        0.05
+        """
+        low, high = 0.0, 1.0  # of log10 p: from 1 down to 1e-12
+        if abs(value) <= self.half_width(0.5):
+            return 1.0
+        for _ in range(25):
+            middle = 0.5 * (low + high)
+            if self.half_width(1 - 0.5 * 10 ** (-12 * middle)) < abs(value):
+                low = middle
+            else:
+                high = middle
+        return float(10 ** (-12 * low))
 
 
 def seeds_interval(scores: Float[ndarray, "seeds n"], confidence: float = 0.95) -> tuple[float, float, str]:
@@ -54,13 +97,13 @@ def seeds_interval(scores: Float[ndarray, "seeds n"], confidence: float = 0.95) 
         return (*score_interval(mean, t_quantile(level, n - 1) ** 2 / n), "seeds and items")
     # Several seeds show of every item how it varies: the number of items counts, not that of the differing ones.
     items = score_variance(of_items, n) * most / n if bounded else float(of_items.var(ddof=1)) / n
-    half = _half_width(scores, items, level)
+    half = _spread(scores, items).half_width(level)
     ends = score_interval(mean, half**2 / most) if bounded else (mean - half, mean + half)
     return (*ends, "seeds and items" if seeds > 1 else "items")
 
 
-def difference_half_width(differences: Float[ndarray, "seeds n"], scale: float, level: float) -> float:
-    """The half-width h for the mean of differences (S, n) between two arms.
+def spread_of_difference(differences: Float[ndarray, "seeds n"], scale: float) -> Spread:
+    """The error of the mean of differences (S, n) between two arms.
 
     Where most items do not differ, the few that do show too little of the variance: with two items in a hundred that
     differ, 13 % of samples show none, and the interval would be [0, 0]. Two further items are counted in, in
@@ -73,23 +116,15 @@ def difference_half_width(differences: Float[ndarray, "seeds n"], scale: float, 
     unseen = 2.0 * (1.0 - differing.size / n)
     size = float((differing**2).mean()) if differing.size else scale**2
     total = float(((of_items - of_items.mean()) ** 2).sum()) + unseen * size
-    return _half_width(differences, total / (n + unseen - 1) / (n + unseen), level)
+    return _spread(differences, total / (n + unseen - 1) / (n + unseen))
 
 
-def _half_width(scores: Float[ndarray, "seeds n"], items: float, level: float) -> float:
-    """h, with ``items`` the variance of the mean over items (of which the rest of seeds × items is a part)."""
+def _spread(scores: Float[ndarray, "seeds n"], of_items: float) -> Spread:
+    """The parts of the error, of which that over items is given."""
     seeds, n = scores.shape
-    of_many = t_quantile(level, n - 1)
     if seeds == 1:
-        return of_many * math.sqrt(items)
-    of_seeds, of_items = scores.mean(axis=1), scores.mean(axis=0)
-    rest = scores - of_seeds[:, None] - of_items[None, :] + scores.mean()
+        return Spread(seeds, n, of_items)
+    rows, columns = scores.mean(axis=1), scores.mean(axis=0)
+    rest = scores - rows[:, None] - columns[None, :] + scores.mean()
     shared = float((rest**2).sum()) / ((seeds - 1) * (n - 1)) / (seeds * n)
-    a = float(of_seeds.var(ddof=1)) / seeds
-    b = max(items - shared, 0.0)
-    if a == 0.0:
-        return of_many * math.sqrt(items)
-    weight = a**2 / (a**2 + ((seeds - 1) / 2 * b) ** 2)
-    half = (weight * t_quantile(level, seeds - 1) + (1 - weight) * of_many) * math.sqrt(a + b)
-    # Two seeds may agree by luck: the interval is never narrower than one standard error of the items.
-    return max(half, math.sqrt(items))
+    return Spread(seeds, n, of_items, float(rows.var(ddof=1)) / seeds, max(of_items - shared, 0.0))
