@@ -1,174 +1,77 @@
 """Compare runs honestly.
 
 Runs are grouped into arms (the same configuration but for the seed), arms are paired on seeds and items, and
-every difference comes with an interval and a verdict. Two arms whose metric, split or gallery differ are not
-compared: the reason is given instead.
+every difference comes with an interval and a verdict. Two arms whose metric, split, gallery or protocol differ are
+not compared: the reason is given instead.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from nearfar.errors import NearfarError, nearest_name
-from nearfar.metrics import Difference, Estimate, comparable, paired_difference
-from nearfar.training.resume import NOT_PART_OF_A_RUN, changed_values, flatten
-from nearfar.training.run_folder import RunFolder
+from nearfar.lab.groups import Arm, find_runs, group_runs, load_scores
+from nearfar.lab.losses import LossReading, read_losses
+from nearfar.metrics import Difference, comparable, holm, paired_difference, seeds_interval
+from nearfar.training.resume import flatten
 
-__all__ = ["Arm", "Comparison", "compare_runs", "find_runs"]
-
-#: keys by which runs of one arm may differ
-WITHIN_ARM = ("seed", "needs_init_from", "trainer.threads", "trainer.workers", "trainer.log_every")
+__all__ = ["Arm", "Comparison", "Mean", "compare_runs", "find_runs"]
 
 
-@dataclass
-class Arm:
-    """Runs that differ in their seed alone; ``parts`` are what sets them apart from the other arms."""
+@dataclass(frozen=True)
+class Mean:
+    """The mean of an arm over its seeds, with its interval and the method of that."""
 
-    parts: list[str]
-    runs: dict[int, RunFolder]
-    config: Any
-    estimates: dict[int, dict[str, Estimate]] = field(default_factory=dict)
-    per_item: dict[int, dict[str, np.ndarray]] = field(default_factory=dict)
-    ids: np.ndarray | None = None
-
-    @property
-    def label(self) -> str:
-        """``sampler=hard, lr=0.1``, or the run's name where there is one arm only."""
-        return ", ".join(self.parts) or self.runs[min(self.runs)].name
+    value: float
+    low: float
+    high: float
+    method: str
 
 
 @dataclass
 class Comparison:
-    """What was compared with what, and what came of it."""
+    """What was compared with what, and what came of it.
+
+    ``summary[arm][metric]`` is an arm's mean, ``differences[arm][metric]`` its paired difference from the baseline,
+    ``together[arm][metric]`` the verdict that holds for all differences at once (Holm); ``refused`` says of an arm, or
+    of "arm: metric", why it is not compared; ``notes`` what a reader has to know; ``losses`` what can be said
+    of the training losses.
+    """
 
     arms: list[Arm]
     baseline: Arm
     split: str
+    monitor: str
     seeds: list[int]
-    summary: dict[str, dict[str, Difference]]  # arm → metric → mean over seeds with interval (against zero)
-    differences: dict[str, dict[str, Difference]]  # arm → metric → difference from the baseline
-    refused: dict[str, str]  # arm → why it cannot be compared
+    summary: dict[str, dict[str, Mean]]
+    differences: dict[str, dict[str, Difference]]
+    refused: dict[str, str]
+    together: dict[str, dict[str, str]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    losses: dict[str, LossReading] = field(default_factory=dict)
 
+    @property
+    def looked_at(self) -> int:
+        """How many differences were judged."""
+        return sum(len(found) for found in self.differences.values())
 
-def find_runs(paths: Sequence[Path]) -> list[RunFolder]:
-    """Finished runs among ``paths`` and below them, in order of their names; unfinished ones are an error."""
-    folders: list[RunFolder] = []
-    for path in paths:
-        if not path.exists():
-            raise NearfarError(f"{path}: no such run.")
-        if (path / "config.yaml").exists():
-            found = [path]
-        else:
-            found = sorted(config.parent for config in path.rglob("config.yaml"))
-            # A run's own folder may hold other config.yaml files, such as those of a logger.
-            found = [run for run in found if not any(other in run.parents for other in found)]
-        if not found:
-            raise NearfarError(f"{path}: neither a run nor a folder of runs (no config.yaml in it).")
-        folders += [RunFolder(run) for run in found]
-    unfinished = [str(folder) for folder in folders if not folder.finished]
-    if unfinished:
-        raise NearfarError(
-            "not finished: "
-            + ", ".join(unfinished)
-            + ". Go on with: nearfar train resume_from=RUN, or leave them out."
-        )
-    if len(folders) < 2:
-        raise NearfarError(f"a comparison needs at least two runs; found {len(folders)}.")
-    return folders
-
-
-def _group(folders: Sequence[RunFolder]) -> list[Arm]:
-    arms: list[Arm] = []
-    for folder in folders:
-        config = folder.config()
-        for arm in arms:
-            if all(key in WITHIN_ARM for key in changed_values(arm.config, config)):
-                if config.seed in arm.runs:
-                    raise NearfarError(
-                        f"{folder} and {arm.runs[config.seed]} are the same configuration and seed: leave one out."
-                    )
-                arm.runs[config.seed] = folder
-                break
-        else:
-            arms.append(Arm([], {config.seed: folder}, config))
-    for arm, parts in zip(arms, _parts([flatten(arm.config) for arm in arms]), strict=True):
-        arm.parts = parts
-    return arms
-
-
-def _parts(configs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """For each configuration what sets it apart from the others, as ``key=value``.
-
-    A group is called by its name alone (``sampler=hard``, ``text_encoder=ngram``): its options follow from that, and
-    are told only where configurations of the same name differ in them.
-
-    >>> _parts([{"sampler.name": "hard", "sampler.order": "level"}, {"sampler.name": "random"}])
-    [['sampler=hard'], ['sampler=random']]
-    """
-    keys = sorted(
-        {key for c in configs for key in c if any(other.get(key) != c.get(key) for other in configs)}
-    )
-    keys = [k for k in keys if k not in WITHIN_ARM and k.split(".")[0] not in NOT_PART_OF_A_RUN]
-    named = {k.split(".")[0]: k for k in keys if k.endswith((".name", ".kind"))}
-    keys.sort(key=lambda k: (k.split(".")[0], k not in named.values(), k))
-    found = []
-    for config in configs:
-        parts = []
-        for key in keys:
-            group = key.split(".")[0]
-            name = named.get(group)
-            if name == key:
-                parts.append(f"{group}={_value(config.get(key))}")
-                continue
-            peers = [c for c in configs if name is None or c.get(name) == config.get(name)]
-            if any(peer.get(key) != config.get(key) for peer in peers):
-                parts.append(f"{key}={_value(config.get(key))}")
-        found.append(parts)
-    return found
-
-
-def _value(value: Any) -> str:
-    """As it is written on the command line: ``[3,5]``, ``null``, ``true``."""
-    if isinstance(value, list):
-        return "[" + ",".join(map(_value, value)) + "]"
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    return str(value)
-
-
-def _load(arm: Arm, split: str) -> None:
-    for seed, folder in sorted(arm.runs.items()):
-        metrics = folder.read_json("metrics.json")["splits"]
-        if split not in metrics:
-            raise NearfarError(f"{folder} has no split '{split}', only {', '.join(metrics)}.")
-        arm.estimates[seed] = {name: Estimate.from_dict(value) for name, value in metrics[split].items()}
-        with np.load(folder.path / "per_item.npz") as arrays:
-            prefix = f"{split}/"
-            ids = arrays[prefix + "ids"]
-            arm.per_item[seed] = {
-                key[len(prefix) :]: arrays[key]
-                for key in arrays.files
-                if key.startswith(prefix) and key != prefix + "ids"
-            }
-        first = next(iter(arm.estimates))
-        if arm.ids is None:
-            arm.ids = ids
-        if not np.array_equal(arm.ids, ids) or _hashes(arm, seed) != _hashes(arm, first):
-            raise NearfarError(
-                f"{folder} was evaluated on other items than {arm.runs[first]}: their data changed between these "
-                "seeds of one configuration. Leave one out, or train it anew."
+    @property
+    def worse(self) -> list[str]:
+        """The arms that are worse than the baseline by the monitored metric, or could not be compared by it."""
+        return [
+            arm.label
+            for arm in self.arms
+            if arm is not self.baseline
+            and (
+                (found := self.differences.get(arm.label, {}).get(self.monitor)) is None
+                or found.verdict == "worse"
             )
-
-
-def _hashes(arm: Arm, seed: int) -> set[Any]:
-    """The splits that a run's estimates say they were measured on."""
-    return {estimate.protocol.get("split") for estimate in arm.estimates[seed].values()}
+        ]
 
 
 def _why_not(a: Arm, b: Arm) -> str | None:
@@ -177,15 +80,30 @@ def _why_not(a: Arm, b: Arm) -> str | None:
     if len(a.ids) != len(b.ids) or not np.array_equal(a.ids, b.ids):
         return f"other items: {len(a.ids)} and {len(b.ids)} ids that are not the same"
     if not set(a.runs) & set(b.runs):
-        return f"no seed in common: {sorted(a.runs)} and {sorted(b.runs)}"
+        return (
+            f"no seed in common: {sorted(a.runs)} and {sorted(b.runs)}; train one of them on the other's seeds "
+            "(nearfar train -m … seed=…)"
+        )
     return None
 
 
-def _refuse_metrics(a: Arm, b: Arm) -> dict[str, str]:
-    """Metrics that these two arms have in common and that cannot be compared, with the reason."""
-    first, second = next(iter(a.estimates.values())), next(iter(b.estimates.values()))
-    reasons = {name: comparable(first[name], second[name]) for name in first if name in second}
-    return {name: reason for name, reason in reasons.items() if reason}
+def _refuse_metrics(a: Arm, b: Arm, common: Sequence[int]) -> dict[str, str]:
+    """Metrics of either arm that cannot be compared in every seed they have in common, with the reason."""
+    reasons: dict[str, str] = {}
+    for seed in common:
+        first, second = a.estimates[seed], b.estimates[seed]
+        for name in {**first, **second}:
+            if name not in first or name not in second:
+                missing = a if name not in first else b
+                reasons.setdefault(name, f"not measured in {missing.label}")
+            elif reason := comparable(first[name], second[name]):
+                reasons.setdefault(name, reason)
+        for name in {**a.per_item[seed], **b.per_item[seed]}:
+            if name not in first and name not in second:
+                reasons.setdefault(name, "has scores but no estimate that says how they were measured")
+            elif name not in a.per_item[seed] or name not in b.per_item[seed]:
+                reasons.setdefault(name, "has no score for every item in both arms")
+    return reasons
 
 
 def compare_runs(paths: Sequence[Path], baseline: str | None = None, split: str | None = None) -> Comparison:
@@ -193,43 +111,69 @@ def compare_runs(paths: Sequence[Path], baseline: str | None = None, split: str 
 
     Raises ``NearfarError`` for runs that are unfinished or of different systems, and for an unknown baseline.
     """
-    arms = _group(find_runs(paths))
+    arms = group_runs(find_runs(paths))
     systems = {arm.config.system for arm in arms}
     if len(systems) > 1:
         raise NearfarError(f"runs of different systems cannot be compared: {', '.join(sorted(systems))}.")
+    metrics = [folder.read_json("metrics.json") for arm in arms for folder in arm.runs.values()]
     if split is None:
-        every = [folder.read_json("metrics.json")["splits"] for arm in arms for folder in arm.runs.values()]
-        split = "test" if all("test" in splits for splits in every) else "val"
+        split = "test" if all("test" in found["splits"] for found in metrics) else "val"
     for arm in arms:
-        _load(arm, split)
+        load_scores(arm, split)
     base = _baseline(arms, baseline)
     seeds = sorted(set.intersection(*(set(arm.runs) for arm in arms)))
-    summary: dict[str, dict[str, Difference]] = {}
-    differences: dict[str, dict[str, Difference]] = {}
-    refused: dict[str, str] = {}
+    made = Comparison(arms, base, split, metrics[0]["monitor"], seeds, {}, {}, {})
     for arm in arms:
-        summary[arm.label] = {}
-        for name in next(iter(arm.per_item.values())):
-            scores = np.stack([arm.per_item[seed][name] for seed in sorted(arm.runs)])
-            summary[arm.label][name] = paired_difference(scores, np.zeros_like(scores))
-        if arm is base:
-            continue
-        reason = _why_not(base, arm)
-        if reason:
-            refused[arm.label] = reason
-            continue
-        common = sorted(set(arm.runs) & set(base.runs))
-        not_these = _refuse_metrics(base, arm)
-        refused |= {f"{arm.label}: {name}": why for name, why in not_these.items()}
-        differences[arm.label] = {
-            name: paired_difference(
-                np.stack([arm.per_item[seed][name] for seed in common]),
-                np.stack([base.per_item[seed][name] for seed in common]),
-            )
-            for name in next(iter(base.per_item.values()))
-            if name in next(iter(arm.per_item.values())) and name not in not_these
-        }
-    return Comparison(arms, base, split, seeds, summary, differences, refused)
+        made.summary[arm.label] = _means(arm)
+        if arm is not base:
+            _against(made, arm)
+    flat = {(arm, name): d for arm, found in made.differences.items() for name, d in found.items()}
+    for (label, name), verdict in holm(flat).items():
+        made.together.setdefault(label, {})[name] = verdict
+    made.losses = {arm.label: read_losses(base, arm) for arm in arms if arm is not base}
+    return made
+
+
+def _means(arm: Arm) -> dict[str, Mean]:
+    means = {}
+    for name in next(iter(arm.per_item.values())):
+        scores = np.stack([arm.per_item[seed][name] for seed in sorted(arm.runs)]).astype(np.float64)
+        means[name] = Mean(float(scores.mean()), *seeds_interval(scores))
+    return means
+
+
+def _against(made: Comparison, arm: Arm) -> None:
+    """Compare one arm with the baseline and write the outcome into ``made``."""
+    base = made.baseline
+    if reason := _why_not(base, arm):
+        made.refused[arm.label] = reason
+        return
+    common = sorted(set(arm.runs) & set(base.runs))
+    for one, other in ((arm, base), (base, arm)):
+        alone = sorted(set(one.runs) - set(other.runs))
+        note = f"{one.label}: seeds {alone} are left out of the difference, {other.label} has none of them."
+        if alone and note not in made.notes:
+            made.notes.append(note)
+    if len(common) == 1:
+        made.notes.append(
+            f"{arm.label}: one seed in common with the baseline. The interval is over items only; another seed may "
+            "fall otherwise."
+        )
+    # A metric without scores of single items, such as the median rank, is shown by its arms and has no difference.
+    paired = set(base.per_item[common[0]]) | set(arm.per_item[common[0]])
+    not_these = {
+        k: v for k, v in _refuse_metrics(base, arm, common).items() if k in paired or k == made.monitor
+    }
+    made.refused |= {f"{arm.label}: {name}": why for name, why in not_these.items()}
+    made.differences[arm.label] = {
+        name: paired_difference(
+            np.stack([arm.per_item[seed][name] for seed in common]),
+            np.stack([base.per_item[seed][name] for seed in common]),
+            metric=name,
+        )
+        for name in base.per_item[common[0]]
+        if name in arm.per_item[common[0]] and name not in not_these
+    }
 
 
 def _squeezed(label: str) -> str:

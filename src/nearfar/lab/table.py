@@ -6,6 +6,8 @@ from rich.table import Table
 
 from nearfar.batching import SamplerVerdict
 from nearfar.lab.compare import Comparison
+from nearfar.lab.sweep import Sweep, read_sweep
+from nearfar.lab.words import interval_words, metric_words, short_number
 from nearfar.metrics import Difference, Estimate
 from nearfar.training.run_folder import RunFolder
 from nearfar.training.verify_ddp import DdpVerdict
@@ -17,32 +19,12 @@ __all__ = [
     "metric_words",
     "metrics_table",
     "short_number",
+    "sweep_table",
     "verdict_table",
 ]
 
-
-def short_number(value: float) -> str:
-    """Three decimals; two digits for small numbers such as a chance level, which 0.000 would hide.
-
-    >>> [short_number(value) for value in (0.5861, 0.000385, 0.0, 1300.5)]
-    ['0.586', '0.00038', '0.000', '1300.5']
-    """
-    if abs(value) >= 10:
-        return f"{value:.1f}"
-    return f"{value:.2g}" if 0 < abs(value) < 0.005 else f"{value:.3f}"
-
-
-def metric_words(metric: str, separator: str = " ") -> str:
-    """A metric's name as people read it.
-
-    >>> metric_words("text_to_molecule/median_rank", " · ")
-    'text → molecule · median rank'
-    """
-    return metric.replace("_to_", " → ").replace("/", separator).replace("_", " ")
-
-
-def _interval(low: float, high: float) -> str:
-    return f"[{short_number(low)}, {short_number(high)}]"
+#: with more arms than this, a sweep's table takes the place of one table for each arm
+FEW = 4
 
 
 def metrics_table(folder: RunFolder) -> Table:
@@ -58,7 +40,7 @@ def metrics_table(folder: RunFolder) -> Table:
         table.add_row(
             metric_words(name),
             short_number(estimate.value),
-            _interval(estimate.low, estimate.high),
+            interval_words(estimate.low, estimate.high),
             short_number(estimate.chance),
             str(estimate.protocol.get("gallery", "")),
             str(estimate.n) + (" (trivial)" if estimate.trivial else ""),
@@ -89,15 +71,26 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
         )
         for arm in comparison.arms:
             found = comparison.summary[arm.label].get(name)
-            row.append(f"{short_number(found.value)} {_interval(found.low, found.high)}" if found else "–")
+            row.append(
+                f"{short_number(found.value)} {interval_words(found.low, found.high)}" if found else "–"
+            )
         arms.add_row(*row)
-    tables = [arms]
+    sweep = read_sweep(comparison)
+    few = sweep is None or len(comparison.arms) <= FEW
+    tables = [arms] if few else []
+    if sweep is not None:
+        tables.append(sweep_table(comparison, sweep))
     for label, differences in comparison.differences.items():
+        if not few and sweep is not None and (sweep.best is None or label != sweep.best.label):
+            continue  # the sweep's table has a line for each; the best is shown in full
+        several = comparison.looked_at > 1
         table = Table(title=f"{label} − {comparison.baseline.label}", title_justify="left")
         for column in ("metric", "difference", "95 % interval", "per seed", "verdict"):
             table.add_column(
                 column, justify="right" if column in ("difference", "95 % interval") else "left", no_wrap=True
             )
+        if several:
+            table.add_column(f"all {comparison.looked_at} judged\ntogether (Holm)")
         for name, d in differences.items():
             table.add_row(
                 metric_words(name),
@@ -105,6 +98,7 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
                 f"[{d.low:+.3f}, {d.high:+.3f}]",
                 " ".join(f"{value:+.3f}" for value in d.per_seed),
                 f"[{_verdict_style(d)}]{d.verdict}[/]",
+                *([comparison.together[label][name]] if several else []),
             )
         tables.append(table)
     for label, reason in comparison.refused.items():
@@ -113,6 +107,32 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
         table.add_row(reason)
         tables.append(table)
     return tables
+
+
+def sweep_table(comparison: Comparison, sweep: Sweep) -> Table:
+    """One line for each arm: its values on the axes, its mean and its difference from the baseline by the monitor."""
+    name = comparison.monitor
+    title = f"sweep · {metric_words(name)} · {comparison.split} · against {comparison.baseline.label}"
+    table = Table(title=title, title_justify="left")
+    for axis in sweep.axes:
+        table.add_column(axis, justify="right")
+    for column in ("seeds", "mean", "95 % interval", "difference", "95 % interval", "verdict"):
+        table.add_column(column, justify="left" if column == "verdict" else "right", no_wrap=True)
+    for cell in sweep.cells:
+        mean = comparison.summary[cell.arm.label].get(name)
+        row = [*cell.values.values(), str(len(cell.arm.runs))]
+        row += [short_number(mean.value), interval_words(mean.low, mean.high)] if mean else ["–", "–"]
+        d = comparison.differences.get(cell.arm.label, {}).get(name)
+        if d is not None:
+            row += [
+                f"{d.value:+.3f}",
+                f"[{d.low:+.3f}, {d.high:+.3f}]",
+                f"[{_verdict_style(d)}]{d.verdict}[/]",
+            ]
+        else:
+            row += ["", "", "baseline" if cell.arm is comparison.baseline else "not compared"]
+        table.add_row(*row, style="bold" if cell.arm is sweep.best else None)
+    return table
 
 
 def verdict_table(verdict: SamplerVerdict) -> Table:

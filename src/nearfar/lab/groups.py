@@ -1,0 +1,163 @@
+"""Runs on disk grouped into arms: the same configuration but for the seed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nearfar.errors import NearfarError
+from nearfar.metrics import Estimate
+from nearfar.training.resume import NOT_PART_OF_A_RUN, changed_values, flatten
+from nearfar.training.run_folder import RunFolder
+
+__all__ = ["Arm", "apart", "find_runs", "group_runs", "load_scores"]
+
+#: keys by which runs of one arm may differ
+WITHIN_ARM = ("seed", "needs_init_from", "trainer.threads", "trainer.workers", "trainer.log_every")
+
+
+@dataclass
+class Arm:
+    """Runs that differ in their seed alone; ``parts`` are what sets them apart from the other arms."""
+
+    parts: list[str]
+    runs: dict[int, RunFolder]
+    config: Any
+    estimates: dict[int, dict[str, Estimate]] = field(default_factory=dict)
+    per_item: dict[int, dict[str, np.ndarray]] = field(default_factory=dict)
+    ids: np.ndarray | None = None
+
+    @property
+    def label(self) -> str:
+        """``sampler=hard, lr=0.1``, or the run's name where there is one arm only."""
+        return ", ".join(self.parts) or self.runs[min(self.runs)].name
+
+
+def find_runs(paths: Sequence[Path]) -> list[RunFolder]:
+    """Finished runs among ``paths`` and below them, in order of their names; unfinished ones are an error."""
+    folders: list[RunFolder] = []
+    for path in paths:
+        if not path.exists():
+            raise NearfarError(f"{path}: no such run.")
+        if (path / "config.yaml").exists():
+            found = [path]
+        else:
+            found = sorted(config.parent for config in path.rglob("config.yaml"))
+            # A run's own folder may hold other config.yaml files, such as those of a logger.
+            found = [run for run in found if not any(other in run.parents for other in found)]
+        if not found:
+            raise NearfarError(f"{path}: neither a run nor a folder of runs (no config.yaml in it).")
+        folders += [RunFolder(run) for run in found]
+    unfinished = [str(folder) for folder in folders if not folder.finished]
+    if unfinished:
+        raise NearfarError(
+            "not finished: "
+            + ", ".join(unfinished)
+            + ". Go on with: nearfar train resume_from=RUN, or leave them out."
+        )
+    if len(folders) < 2:
+        raise NearfarError(f"a comparison needs at least two runs; found {len(folders)}.")
+    return folders
+
+
+def group_runs(folders: Sequence[RunFolder]) -> list[Arm]:
+    """Arms in the order of their first runs; one seed of one configuration twice is an error."""
+    arms: list[Arm] = []
+    for folder in folders:
+        config = folder.config()
+        for arm in arms:
+            if all(key in WITHIN_ARM for key in changed_values(arm.config, config)):
+                if config.seed in arm.runs:
+                    raise NearfarError(
+                        f"{folder} and {arm.runs[config.seed]} are the same configuration and seed: leave one out."
+                    )
+                arm.runs[config.seed] = folder
+                break
+        else:
+            arms.append(Arm([], {config.seed: folder}, config))
+    for arm, parts in zip(arms, _parts([flatten(arm.config) for arm in arms]), strict=True):
+        arm.parts = parts
+    return arms
+
+
+def apart(configs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The keys in which flat configurations differ, beside those by which runs of one arm may.
+
+    >>> apart([{"lr": 0.1, "seed": 0}, {"lr": 0.2, "seed": 1}])
+    ['lr']
+    """
+    keys = sorted(
+        {key for c in configs for key in c if any(other.get(key) != c.get(key) for other in configs)}
+    )
+    return [k for k in keys if k not in WITHIN_ARM and k.split(".")[0] not in NOT_PART_OF_A_RUN]
+
+
+def _parts(configs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """For each configuration what sets it apart from the others, as ``key=value``.
+
+    A group is called by its name alone (``sampler=hard``, ``text_encoder=ngram``): its options follow from that, and
+    are told only where configurations of the same name differ in them.
+
+    >>> _parts([{"sampler.name": "hard", "sampler.order": "level"}, {"sampler.name": "random"}])
+    [['sampler=hard'], ['sampler=random']]
+    """
+    keys = apart(configs)
+    named = {k.split(".")[0]: k for k in keys if k.endswith((".name", ".kind"))}
+    keys.sort(key=lambda k: (k.split(".")[0], k not in named.values(), k))
+    found = []
+    for config in configs:
+        parts = []
+        for key in keys:
+            group = key.split(".")[0]
+            name = named.get(group)
+            if name == key:
+                parts.append(f"{group}={_value(config.get(key))}")
+                continue
+            peers = [c for c in configs if name is None or c.get(name) == config.get(name)]
+            if any(peer.get(key) != config.get(key) for peer in peers):
+                parts.append(f"{key}={_value(config.get(key))}")
+        found.append(parts)
+    return found
+
+
+def _value(value: Any) -> str:
+    """As it is written on the command line: ``[3,5]``, ``null``, ``true``."""
+    if isinstance(value, list):
+        return "[" + ",".join(map(_value, value)) + "]"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value)
+
+
+def load_scores(arm: Arm, split: str) -> None:
+    """Read estimates and the scores of every item into ``arm``; seeds on different items are an error."""
+    for seed, folder in sorted(arm.runs.items()):
+        metrics = folder.read_json("metrics.json")["splits"]
+        if split not in metrics:
+            raise NearfarError(f"{folder} has no split '{split}', only {', '.join(metrics)}.")
+        arm.estimates[seed] = {name: Estimate.from_dict(value) for name, value in metrics[split].items()}
+        with np.load(folder.path / "per_item.npz") as arrays:
+            prefix = f"{split}/"
+            ids = arrays[prefix + "ids"]
+            arm.per_item[seed] = {
+                key[len(prefix) :]: arrays[key]
+                for key in arrays.files
+                if key.startswith(prefix) and key != prefix + "ids"
+            }
+        first = next(iter(arm.estimates))
+        if arm.ids is None:
+            arm.ids = ids
+        if not np.array_equal(arm.ids, ids) or _hashes(arm, seed) != _hashes(arm, first):
+            raise NearfarError(
+                f"{folder} was evaluated on other items than {arm.runs[first]}: their data changed between these "
+                "seeds of one configuration. Leave one out, or train it anew."
+            )
+
+
+def _hashes(arm: Arm, seed: int) -> set[Any]:
+    """The splits that a run's estimates say they were measured on."""
+    return {estimate.protocol.get("split") for estimate in arm.estimates[seed].values()}
