@@ -102,6 +102,7 @@ def test_reports_stand_alone(runs: Path) -> None:
     for outside in ("http://", "https://", "<script", "src="):
         assert outside not in page.replace("http://www.w3.org", "").replace("https://www.w3.org", ""), outside
     assert "Training loss" in page
+    assert "Embeddings" in page
     assert metrics_table(run).row_count == 5
 
 

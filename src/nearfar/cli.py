@@ -77,6 +77,12 @@ def compare(
         Path | None,
         typer.Option(help="Where report.html goes; by default into the folder common to the runs."),
     ] = None,
+    fail_on_worse: Annotated[
+        bool,
+        typer.Option(
+            "--fail-on-worse", help="Exit with 1 if an arm is worse than the baseline or not compared."
+        ),
+    ] = False,
 ) -> None:
     """Compare runs: paired differences with interval and verdict, or why they cannot be compared."""
     from nearfar.lab.compare import compare_runs
@@ -91,6 +97,8 @@ def compare(
     for paragraph in read_comparison(comparison):
         terminal.say(console, paragraph + "\n")
     terminal.say(console, f"report: {write_comparison(comparison, output)}")
+    if fail_on_worse and comparison.worse:
+        raise typer.Exit(1)
 
 
 @app.command()

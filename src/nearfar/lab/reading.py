@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from nearfar.lab.compare import Arm, Comparison
-from nearfar.lab.table import metric_words
+from nearfar.lab.sweep import read_sweep
+from nearfar.lab.table import FEW
+from nearfar.lab.words import metric_words
 
 __all__ = ["read_comparison"]
 
@@ -27,10 +29,16 @@ def _mean(values: list[float]) -> float:
 
 
 def read_comparison(comparison: Comparison) -> list[str]:
-    """One paragraph for each arm beside the baseline."""
+    """A sweep's verdict, a paragraph for each arm beside the baseline (of many the best), then what to know."""
     paragraphs = []
-    monitor = comparison.arms[0].runs[min(comparison.arms[0].runs)].read_json("metrics.json")["monitor"]
-    for arm in comparison.arms:
+    monitor = comparison.monitor
+    sweep = read_sweep(comparison)
+    arms = comparison.arms
+    if sweep is not None and sweep.best is not None:
+        paragraphs.append(sweep.verdict)
+        if len(arms) > FEW:
+            arms = [sweep.best]
+    for arm in arms:
         difference = comparison.differences.get(arm.label, {}).get(monitor)
         if difference is None:
             continue
@@ -50,11 +58,19 @@ def read_comparison(comparison: Comparison) -> list[str]:
                 f" {len(apart)} of the {len(others) - 1} other metrics {own}; one in twenty does so by chance, and "
                 "they are not independent."
             )
+        if comparison.looked_at > 1:
+            held = [m for m, v in comparison.together[arm.label].items() if v != "not distinguishable"]
+            text += f" Judged together with all {comparison.looked_at} differences looked at (Holm), " + (
+                f"{', '.join(map(metric_words, held))} still differ{'s' if len(held) == 1 else ''}."
+                if held
+                else "none differs."
+            )
         plans = _plans(arm)
         if plans and arm.config.get("sampler", {}).get("name") in ("hard", "partition"):
             text += " " + _batches(plans, arm, difference.verdict == "better")
         paragraphs.append(text)
-    return paragraphs
+        paragraphs.append(f"{arm.label}: {comparison.losses[arm.label]}.")
+    return paragraphs + comparison.notes
 
 
 def _batches(plans: list[dict[str, Any]], arm: Arm, gained: bool) -> str:

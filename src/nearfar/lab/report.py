@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from nearfar.lab.charts import hardness_chart, intervals_chart, line_chart
+from nearfar.lab.charts import band_chart, heat_map, intervals_chart
 from nearfar.lab.reading import read_comparison
-from nearfar.lab.table import metric_words, short_number
+from nearfar.lab.run_charts import comparison_curves, embedding_map, training_charts
+from nearfar.lab.sweep import Sweep, read_sweep
+from nearfar.lab.table import FEW
+from nearfar.lab.verdict import run_verdict
+from nearfar.lab.words import metric_words, short_number
 from nearfar.metrics import Estimate
 from nearfar.training.run_folder import RunFolder, write_atomically
 
@@ -36,34 +39,10 @@ def _environment() -> Environment:
     )
     environment.filters["number"] = lambda value: "–" if value is None else short_number(value)
     environment.filters["signed"] = lambda v: f"{v:+.3f}"
+    environment.filters["figure"] = lambda v: f"{v:.4g}" if isinstance(v, float) else str(v)
+    environment.filters["words"] = metric_words
     environment.filters["arrow"] = lambda name: metric_words(name, " · ")
     return environment
-
-
-def _of_kind(folder: RunFolder, kind: str) -> list[dict[str, Any]]:
-    return [record for record in folder.log() if record.get("kind") == kind]
-
-
-def training_charts(folder: RunFolder, monitor: str) -> list[Markup]:
-    """Loss against its uniform level, validation metric, realised hardness."""
-    steps, epochs, plans = (_of_kind(folder, kind) for kind in ("step", "epoch", "plan"))
-    charts = []
-    if steps:
-        levels = {}
-        if steps[-1].get("uniform_level") is not None:
-            levels["guessing (ln of the candidates)"] = steps[-1]["uniform_level"]
-        loss = {"loss": ([s["step"] for s in steps], [s["loss"] for s in steps])}
-        charts.append(line_chart("Training loss", loss, "optimiser step", "loss (nats)", levels))
-    names = list(epochs[0].get("val") or {}) if epochs else []
-    shown = [name for name in names if name == monitor or name.endswith(("MRR", "R@10"))]
-    if shown:
-        x = [e["epoch"] for e in epochs]
-        curves = {metric_words(name): (x, [e["val"][name] for e in epochs]) for name in shown}
-        charts.append(line_chart("Validation", curves, "epoch", "value"))
-    plans = [plan for plan in plans if plan.get("hardness")]
-    if plans:
-        charts.append(hardness_chart({"realised": plans}, plans[0].get("hardness_random")))
-    return [Markup(chart) for chart in charts]
 
 
 def _examples(folder: RunFolder) -> dict[str, list[dict[str, Any]]]:
@@ -95,10 +74,12 @@ def write_report(folder: RunFolder) -> Path:
             path=str(folder.path),
             metrics=metrics,
             tables=tables,
-            charts=training_charts(folder, metrics["monitor"]),
+            verdict=run_verdict(folder),
+            charts=training_charts(folder, metrics, tables),
+            map=embedding_map(folder),
             examples=_examples(folder),
             layout=layout,
-            plans=[plan for plan in _of_kind(folder, "plan") if plan.get("hardness")],
+            plans=[plan for plan in folder.log() if plan.get("kind") == "plan" and plan.get("hardness")],
             config=(folder.path / "config.yaml").read_text(),
             environment=folder.read_json("environment.json"),
             resumed=folder.read_json("resumed.json") if (folder.path / "resumed.json").exists() else [],
@@ -112,38 +93,26 @@ def comparison_page(comparison: Comparison, path: Path) -> str:
 
     Links to the runs lead from ``path``, where the page is going to lie.
     """
-    curves: dict[str, tuple[list[float], list[float]]] = {}
-    plans: dict[str, list[Mapping[str, Any]]] = {}
-    monitor = ""
-    random_level = None
-    for arm in comparison.arms:
-        for seed, folder in sorted(arm.runs.items()):
-            monitor = folder.read_json("metrics.json")["monitor"]
-            epochs = [e for e in _of_kind(folder, "epoch") if e.get("val")]
-            if epochs:
-                label = f"{arm.label} · seed {seed}"
-                curves[label] = ([e["epoch"] for e in epochs], [e["val"][monitor] for e in epochs])
-        found = [p for p in _of_kind(arm.runs[min(arm.runs)], "plan") if p.get("hardness")]
-        if found:
-            plans[arm.label] = list(found)
-            random_level = found[0].get("hardness_random", random_level)
-    charts = []
-    if curves:
-        charts.append(
-            line_chart(f"Validation {metric_words(monitor)}", curves, "epoch", metric_words(monitor))
-        )
-    if plans:
-        charts.append(hardness_chart(plans, random_level))
+    sweep = read_sweep(comparison)
+    many = len(comparison.arms) > FEW and sweep is not None
+    shown = [sweep.best] if many and sweep is not None and sweep.best is not None else None
+    charts = comparison_curves(comparison, [comparison.baseline, *shown] if shown else comparison.arms)
     for label, differences in comparison.differences.items():
-        rows = [(metric_words(n), d.value, d.low, d.high) for n, d in differences.items() if "rank" not in n]
+        if shown and label != shown[0].label:
+            continue
+        rows = [(metric_words(n), d.value, d.low, d.high) for n, d in differences.items()]
         charts.append(
             intervals_chart(
                 f"{label} − {comparison.baseline.label}", rows, "paired difference, 95 % interval"
             )
         )
     first = next(iter(next(iter(comparison.arms[0].estimates.values())).values()))
-    best = max(comparison.arms, key=lambda arm: next(iter(comparison.summary[arm.label].values())).value)
-    shown = best.runs[min(best.runs)]
+    best = max(
+        (arm for arm in comparison.arms if comparison.monitor in comparison.summary[arm.label]),
+        key=lambda arm: comparison.summary[arm.label][comparison.monitor].value,
+        default=comparison.baseline,
+    )
+    run = best.runs[min(best.runs)]
     return (
         _environment()
         .get_template("comparison.html")
@@ -151,9 +120,12 @@ def comparison_page(comparison: Comparison, path: Path) -> str:
             comparison=comparison,
             first=first,
             charts=[Markup(chart) for chart in charts],
-            monitor=monitor,
+            monitor=comparison.monitor,
+            sweep=sweep,
+            pictures=[Markup(picture) for picture in sweep_pictures(comparison, sweep)] if sweep else [],
+            shown=[arm.label for arm in shown] if shown else list(comparison.differences),
             reading=read_comparison(comparison),
-            examples=_examples(shown),
+            examples=_examples(run),
             example_run=f"{best.label}, seed {min(best.runs)}",
             runs=[
                 (arm.label, seed, folder.name, os.path.relpath(folder.path.resolve(), path.resolve().parent))
@@ -164,12 +136,34 @@ def comparison_page(comparison: Comparison, path: Path) -> str:
     )
 
 
+def sweep_pictures(comparison: Comparison, sweep: Sweep) -> list[str]:
+    """A heat map for each pair of numeric axes, a line with its band for one; values by the monitored metric."""
+    name = comparison.monitor
+    words = metric_words(name)
+    base = comparison.summary[comparison.baseline.label].get(name)
+    pictures = []
+    for sheet in sweep.sheets:
+        found = {
+            at: (mean.value, mean.low, mean.high)
+            for at, arm in sheet.cells.items()
+            if (mean := comparison.summary[arm.label].get(name)) is not None
+        }
+        title = f"{words}{' · ' if sheet.title else ''}{sheet.title}"
+        if sheet.y is not None:
+            best = next((at for at, arm in sheet.cells.items() if arm is sweep.best), None)
+            pictures.append(heat_map(title, found, sheet.x, sheet.y, best))
+        else:
+            levels = {f"baseline {comparison.baseline.label}": base.value} if base else None
+            pictures.append(band_chart(title, {x: v for (x, _), v in found.items()}, sheet.x, words, levels))
+    return pictures
+
+
 def write_comparison(comparison: Comparison, output: Path | None = None) -> Path:
     """Write the comparison's ``report.html`` and ``comparison.json``; returns the path of the former."""
     folders = [str(run.path.resolve()) for arm in comparison.arms for run in arm.runs.values()]
     common = Path(os.path.commonpath(folders))
     path = output or common / "report.html"
-    if path.is_dir():
+    if path.is_dir() or not path.suffix:
         path = path / "report.html"
     if output is None and (common / "config.yaml").exists():
         path = common / "comparison.html"  # one run lies inside the other: its own report stays
@@ -180,8 +174,18 @@ def write_comparison(comparison: Comparison, output: Path | None = None) -> Path
         "differences": {
             a: {m: d.to_dict() for m, d in ds.items()} for a, ds in comparison.differences.items()
         },
+        "together": comparison.together,
         "refused": comparison.refused,
+        "notes": comparison.notes,
+        "losses": {arm: str(reading) for arm, reading in comparison.losses.items()},
     }
+    if (sweep := read_sweep(comparison)) is not None:
+        content["sweep"] = {
+            "axes": sweep.axes,
+            "best": sweep.best.label if sweep.best else None,
+            "chosen_on": sweep.chosen_on,
+            "verdict": sweep.verdict,
+        }
     text = json.dumps(content, indent=2, ensure_ascii=False)
     write_atomically(path.with_name("comparison.json"), lambda file: file.write(text.encode()))
     page = comparison_page(comparison, path)

@@ -20,6 +20,7 @@ from nearfar.doctor import Diagnosis, diagnose
 from nearfar.errors import NearfarError
 from nearfar.training.callbacks import Interrupted, RunRecorder, StopRequest, stop_signals
 from nearfar.training.checkpoint import Checkpoint, find_checkpoint
+from nearfar.training.embedding_map import write_map
 from nearfar.training.loggers import build_loggers
 from nearfar.training.module import RunModule
 from nearfar.training.progress import ProgressBar
@@ -202,6 +203,7 @@ def fit(
         raise NearfarError("there is neither a validation nor a test split: nothing to evaluate on.")
     split = "test" if "test" in outputs else "val"
     folder.write_json("examples.json", system.report_examples(outputs[split], split))
+    write_map(folder, outputs[split])
     write_metrics(folder, system, module, results, seconds)
     write_diagnosis(folder, say)
     return folder

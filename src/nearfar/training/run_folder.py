@@ -124,6 +124,7 @@ class RunFolder:
             "resumed.json",
             "per_item.npz",
             "examples.json",
+            "map.npz",
             "report.html",
             "train_log.jsonl",
             "what_if.json",
