@@ -8,6 +8,7 @@ the same does not end the sweep; it is listed when the others are done.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hydra.core.override_parser.types import IntervalSweep
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nearfar import terminal
@@ -51,6 +53,14 @@ FLAGS_WITH_VALUE = (
     "--config-name",
     "-cn",
 )
+#: Hydra's sweepers and launchers that come as packages of their own: the module, and the extra that brings it
+PLUGINS = {
+    ("hydra/sweeper", "optuna"): ("hydra_plugins.hydra_optuna_sweeper", "search"),
+    ("hydra/sweeper", "search"): ("hydra_plugins.hydra_optuna_sweeper", "search"),
+    ("hydra/launcher", "joblib"): ("hydra_plugins.hydra_joblib_launcher", "train"),
+    ("hydra/launcher", "submitit"): ("hydra_plugins.hydra_submitit_launcher", "slurm"),
+    ("hydra/launcher", "ray"): ("hydra_plugins.hydra_ray_launcher", "ray"),
+}
 #: where runs of a sweep, perhaps in other processes, note that they failed
 FAILURES = "NEARFAR_SWEEP_FAILURES"
 SWEPT = "NEARFAR_SWEPT"
@@ -192,7 +202,7 @@ def run_one(
     return folder
 
 
-def _job(config: DictConfig) -> str:
+def _job(config: DictConfig) -> str | float:
     """What Hydra calls for every run, in this process or in one of its launcher's workers."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
@@ -204,7 +214,8 @@ def _job(config: DictConfig) -> str:
     task = list(settings.overrides.task)
     try:
         first = OmegaConf.is_missing(settings.job, "num") or settings.job.num == 0
-        return str(run_one(config, task, sweep, terminal.console(), swept, together, first))
+        folder = run_one(config, task, sweep, terminal.console(), swept, together, first)
+        return _objective(folder) if "optuna" in str(settings.sweeper.get("_target_", "")) else str(folder)
     except Exception as error:
         code = terminal.report_error(error)
         if not sweep or code == 130:
@@ -212,6 +223,17 @@ def _job(config: DictConfig) -> str:
         with open(os.environ[FAILURES], "a") as file:
             file.write(json.dumps({"run": " ".join(task), "why": str(error)}) + "\n")
         return "failed"
+
+
+def _objective(folder: RunFolder) -> float:
+    """What a search climbs: the monitored metric on validation. Test is for the comparison afterwards."""
+    metrics = folder.read_json("metrics.json")
+    found = metrics["splits"].get("val", {}).get(metrics["monitor"])
+    if found is None:
+        raise NearfarError(
+            f"{folder}: a search needs {metrics['monitor']} on a validation split, and there is none."
+        )
+    return float(found["value"])
 
 
 def launch(arguments: Sequence[str], console: Any) -> None:
@@ -224,9 +246,12 @@ def launch(arguments: Sequence[str], console: Any) -> None:
     sweep = "-m" in flags or "--multirun" in flags
     own_configs = {"--config-dir", "-cd", "--config-name", "-cn", "--hydra-help", "--version"} & set(flags)
     if not own_configs:
-        _check_runs([o for o in overrides if not o.startswith("hydra")], sweep)
+        search = _check_plugins(overrides)
+        _check_runs([o for o in overrides if not o.startswith("hydra")], sweep, search)
     swept = [] if own_configs else [str(o.key_or_group) for o in parse(overrides) if o.is_sweep_override()]
-    handle, failures = tempfile.mkstemp(prefix="nearfar-", suffix=".jsonl")
+    handle, failures = tempfile.mkstemp(
+        prefix="nearfar-", suffix=".jsonl", dir=_shared(overrides) if sweep else None
+    )
     os.close(handle)
     os.environ |= {SWEPT: json.dumps(swept), FAILURES: failures}
     sys.argv = ["nearfar train", *flags, *overrides]
@@ -240,14 +265,50 @@ def launch(arguments: Sequence[str], console: Any) -> None:
         raise NearfarError("\n".join(lines))
 
 
-def _check_runs(overrides: Sequence[str], sweep: bool) -> None:
+def _shared(overrides: Sequence[str]) -> Path:
+    """A folder that the workers of a launcher see too, on whatever node they run."""
+    given = [o.split("=", 1)[1].strip("'\"") for o in overrides if o.startswith("runs_dir=")]
+    folder = (Path(given[-1] if given else "runs") / ".sweeps").absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _check_plugins(overrides: Sequence[str]) -> bool:
+    """Whether a search draws the values; a launcher or sweeper that is not installed is an error."""
+    for text in overrides:
+        key, _, value = text.partition("=")
+        module, extra = PLUGINS.get((key, value.split("_")[0]), ("", ""))
+        if module and importlib.util.find_spec(module) is None:
+            raise NearfarError(f"{text} needs a plugin that is not installed: pip install 'nearfar[{extra}]'")
+    return any(text in ("hydra/sweeper=optuna", "hydra/sweeper=search") for text in overrides)
+
+
+def _check_runs(overrides: Sequence[str], sweep: bool, search: bool = False) -> None:
     from nearfar.systems import check_config
 
-    runs = list(expand(overrides))
+    runs = list(expand(_ends(overrides) if search else overrides))
     if len(runs) > 1 and not sweep:
         raise NearfarError(f"these options are a sweep of {len(runs)} runs: add -m to carry it out.")
     for run in runs:
         check_config(compose_config(run))
+
+
+def _ends(overrides: Sequence[str]) -> list[str]:
+    """Both ends in place of an interval that a search draws from: they are checked, and with them what lies between.
+
+    >>> _ends(["lr=tag(log,interval(1e-4,1e-2))", "epochs=3"])
+    ['lr=0.0001,0.01', 'epochs=3']
+    """
+    checked = []
+    for text, parsed in zip(overrides, parse(overrides), strict=True):
+        interval = parsed.value()
+        if isinstance(interval, IntervalSweep):
+            ends = (interval.start, interval.end)
+            if not all(isinstance(end, int) for end in ends):
+                ends = (float(ends[0] or 0), float(ends[1] or 0))
+            text = f"{parsed.get_key_element()}={ends[0]},{ends[1]}"
+        checked.append(text)
+    return checked
 
 
 def dry_run(arguments: Sequence[str], console: Any) -> None:

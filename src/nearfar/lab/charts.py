@@ -25,6 +25,8 @@ __all__ = [
 
 COLOURS = ("#2563a8", "#c2571a", "#2f8f5b", "#8a4fa0", "#a08a1a", "#5b6673")
 INK = "#39424e"
+#: names longer than this stand one to a line in a legend
+LONG = 26
 
 
 class Chart:
@@ -33,10 +35,10 @@ class Chart:
     def __init__(self, title: str, xlabel: str, ylabel: str, width: float = 4.6, height: float = 2.9) -> None:
         self.figure = Figure(figsize=(width, height), layout="constrained")
         self.axis: Any = self.figure.add_subplot()
-        self.axis.set_title(title, loc="left", fontsize=10, color=INK)
-        self.axis.set_xlabel(xlabel, fontsize=8, color=INK)
-        self.axis.set_ylabel(ylabel, fontsize=8, color=INK)
-        self.axis.tick_params(labelsize=8, colors=INK, length=2)
+        self.axis.set_title(title, loc="left", fontsize=10.5, color=INK)
+        self.axis.set_xlabel(xlabel, fontsize=9, color=INK)
+        self.axis.set_ylabel(ylabel, fontsize=9, color=INK)
+        self.axis.tick_params(labelsize=8.5, colors=INK, length=2)
         self.axis.grid(axis="y", color="#e4e7eb", linewidth=0.7)
         self.axis.set_axisbelow(True)
         for side in ("top", "right"):
@@ -46,10 +48,11 @@ class Chart:
 
     def legend(self) -> None:
         """A legend, where more than one thing is drawn."""
-        if len(self.axis.get_legend_handles_labels()[1]) > 1:
+        names = self.axis.get_legend_handles_labels()[1]
+        if len(names) > 1:
             self.figure.legend(
                 loc="outside lower center",
-                ncols=2,
+                ncols=2 if max(map(len, names)) <= LONG else 1,
                 fontsize=8,
                 frameon=False,
                 labelcolor=INK,
@@ -66,7 +69,7 @@ class Chart:
                 xycoords=("axes fraction", "data"),
                 ha="right",
                 va="bottom",
-                fontsize=7,
+                fontsize=8,
                 color="#6b7683",
             )
 

@@ -91,7 +91,8 @@ def _last(run: RunFolder) -> tuple[float | None, dict[str, Any]]:
 
 def _why_not(base: Arm, arm: Arm, first: dict[str, Any], second: dict[str, Any]) -> str | None:
     a, b = flatten(base.config), flatten(arm.config)
-    for key in sorted(set(a) | set(b)):
+    # The sampler first: its options follow from it.
+    for key in sorted(set(a) | set(b), key=lambda key: (not key.startswith("sampler"), key)):
         part = key.split(".")[0]
         if a.get(key) == b.get(key):
             continue

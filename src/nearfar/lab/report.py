@@ -64,7 +64,7 @@ def write_report(folder: RunFolder) -> Path:
     layout = folder.read_json("dataset_layout.json")
     tables = {
         split: [(name, Estimate.from_dict(content)) for name, content in found.items()]
-        for split, found in metrics["splits"].items()
+        for split, found in sorted(metrics["splits"].items())  # test before val
     }
     page = (
         _environment()
@@ -121,6 +121,7 @@ def comparison_page(comparison: Comparison, path: Path) -> str:
             first=first,
             charts=[Markup(chart) for chart in charts],
             monitor=comparison.monitor,
+            kind=_kind(comparison, sweep),
             sweep=sweep,
             pictures=[Markup(picture) for picture in sweep_pictures(comparison, sweep)] if sweep else [],
             shown=[arm.label for arm in shown] if shown else list(comparison.differences),
@@ -134,6 +135,17 @@ def comparison_page(comparison: Comparison, path: Path) -> str:
             ],
         )
     )
+
+
+def _kind(comparison: Comparison, sweep: Sweep | None) -> str:
+    """The colour of the first paragraph: of the best arm, or of the only one beside the baseline."""
+    label = (
+        sweep.best.label
+        if sweep is not None and sweep.best is not None
+        else next(iter(comparison.differences), "")
+    )
+    found = comparison.differences.get(label, {}).get(comparison.monitor)
+    return {"better": "good", "worse": "bad"}.get(found.verdict if found else "", "unsure")
 
 
 def sweep_pictures(comparison: Comparison, sweep: Sweep) -> list[str]:

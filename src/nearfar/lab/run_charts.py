@@ -55,8 +55,8 @@ def training_charts(
             levels["floor of the loss"] = steps[-1]["floor"]
         loss = {"training": _series(steps, "loss")}
         if _series(probes, "val_loss")[0]:
-            loss["validation, batches composed at random"] = _series(probes, "val_loss")
-            loss["training, composed at random"] = _series(probes, "train_loss_same_composition")
+            loss["validation, random batches"] = _series(probes, "val_loss")
+            loss["training, random batches"] = _series(probes, "train_loss_same_composition")
         loss = {name: line for name, line in loss.items() if line[0]}
         charts.append(line_chart("Training loss", loss, "optimiser step", "loss (nats)", levels))
     charts += _validation(epochs, metrics["monitor"], dict(tables.get("val", ())))
@@ -99,14 +99,14 @@ def _health(probes: Sequence[Mapping[str, Any]]) -> list[str]:
             levels = {"most that is possible": limit} if top > 0.25 * limit else {}
         if lines:
             charts.append(line_chart(title, lines, "optimiser step", unit, levels))
-    pair = {"alignment (lower: partners nearer)": _series(probes, "alignment")}
-    pair |= {
-        f"uniformity of {view} (lower: more spread)": _series(probes, f"{view}/uniformity") for view in views
-    }
+    pair = {"alignment of partners": _series(probes, "alignment")}
+    pair |= {f"uniformity, {view}": _series(probes, f"{view}/uniformity") for view in views}
     pair["gap between the views"] = _series(probes, "modality_gap")
     pair = {name: line for name, line in pair.items() if line[0]}
     if pair:
-        charts.append(line_chart("Alignment, uniformity, gap", pair, "optimiser step", ""))
+        charts.append(
+            line_chart("Alignment, uniformity, gap (lower: nearer, more spread)", pair, "optimiser step", "")
+        )
     return charts
 
 
