@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,6 +28,8 @@ COLOURS = ("#2563a8", "#c2571a", "#2f8f5b", "#8a4fa0", "#a08a1a", "#5b6673")
 INK = "#39424e"
 #: names longer than this stand one to a line in a legend
 LONG = 26
+#: characters of a title in one line
+TITLE = 40
 
 
 class Chart:
@@ -35,7 +38,7 @@ class Chart:
     def __init__(self, title: str, xlabel: str, ylabel: str, width: float = 4.6, height: float = 2.9) -> None:
         self.figure = Figure(figsize=(width, height), layout="constrained")
         self.axis: Any = self.figure.add_subplot()
-        self.axis.set_title(title, loc="left", fontsize=10.5, color=INK)
+        self.axis.set_title(textwrap.fill(title, TITLE), loc="left", fontsize=10.5, color=INK)
         self.axis.set_xlabel(xlabel, fontsize=9, color=INK)
         self.axis.set_ylabel(ylabel, fontsize=9, color=INK)
         self.axis.tick_params(labelsize=8.5, colors=INK, length=2)
@@ -124,7 +127,7 @@ def hardness_chart(plans: Mapping[str, Sequence[Mapping[str, Any]]], random_leve
 
 def intervals_chart(title: str, rows: Sequence[tuple[str, float, float, float]], xlabel: str) -> str:
     """Horizontal intervals (name, value, low, high) around a zero line."""
-    chart = Chart(title, xlabel, "", height=0.9 + 0.32 * len(rows))
+    chart = Chart(title, xlabel, "", height=1.1 + 0.3 * len(rows))
     for i, (_, value, low, high) in enumerate(reversed(rows)):
         colour = COLOURS[2] if low > 0 else COLOURS[1] if high < 0 else COLOURS[5]
         chart.axis.plot([low, high], [i, i], color=colour, linewidth=2)
