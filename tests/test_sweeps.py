@@ -10,7 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hydra import compose, initialize_config_module
+from typer.testing import CliRunner
 
+from nearfar.cli import app
 from nearfar.errors import NearfarError
 from nearfar.lab.compare import compare_runs
 from nearfar.lab.reading import read_comparison
@@ -231,3 +233,15 @@ def test_a_search_climbs_validation(source: Path, tmp_path: Path) -> None:
     folder.write_json("metrics.json", metrics)
     with pytest.raises(NearfarError, match=r"needs .* on a validation split"):
         _objective(RunFolder(folder.path))
+
+
+def test_the_command_fails_on_worse_where_that_is_asked(source: Path, tmp_path: Path) -> None:
+    grid(source, tmp_path, {(0.01, 1): 0.3, (0.02, 1): 0.0})
+    runner = CliRunner()
+    command = ["compare", str(tmp_path), "--baseline", "lr=0.01"]
+    assert runner.invoke(app, command).exit_code == 0
+    result = runner.invoke(app, [*command, "--fail-on-worse"])
+    assert "worse" in result.output
+    assert result.exit_code == 1
+    better = [*command[:-1], "lr=0.02", "--fail-on-worse"]
+    assert runner.invoke(app, better).exit_code == 0

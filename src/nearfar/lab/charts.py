@@ -120,7 +120,7 @@ def hardness_chart(plans: Mapping[str, Sequence[Mapping[str, Any]]], random_leve
         "Realised hardness through the epochs",
         series,
         "epoch (four quarters each)",
-        "nearest neighbours in the same batch",
+        "near neighbours in one batch",
         {"random batches": random_level} if random_level is not None else None,
     )
 
