@@ -2,14 +2,15 @@
 
 Two sources of chance are at work, the seed of a training and the sample of items, and there are few seeds. With
 the variance of the mean split into what the seeds show (A, with S − 1 degrees of freedom) and the rest (B, many
-degrees), no single t quantile is right: Satterthwaite's covers 87 to 94 % with two or three seeds, and adding the
-two squares 99 %. Here the half-width is
+degrees), no single t quantile is right: Satterthwaite's covers as little as 87 % with two seeds and 92 % with three, and
+adding the two squares up to 98.7 %. Here the half-width is
 
     h = (w t_{S−1} + (1 − w) t_{n−1}) √(A + B),   w = A² / (A² + ((S − 1) B / 2)²),
 
 which has the right quantile where one source rules and turns from one to the other fast enough: 93.8 to 97.2 % over
 two to ten seeds and every ratio of A to B (``benchmarks/coverage.py``). The form is that of Cochran and Cox (1950),
-whose w = A / (A + B) covers up to 97.8 %; the squares and the factor were found by search.
+whose w = A / (A + B) covers up to 97.8 %; the squares and the factor were found by search
+(``benchmarks/interval_methods.py``).
 """
 
 from __future__ import annotations
