@@ -2,8 +2,8 @@
 
 Two sources of chance are at work, the seed of a training and the sample of items, and there are few seeds. With
 the variance of the mean split into what the seeds show (A, with S − 1 degrees of freedom) and the rest (B, many
-degrees), no single t quantile is right: Satterthwaite's covers as little as 87 % with two seeds and 92 % with three, and
-adding the two squares up to 98.7 %. Here the half-width is
+degrees), no single t quantile is right: Satterthwaite's covers as little as 87 % with two seeds and 92 % with three,
+and adding the two squares up to 98.7 %. Here the half-width is
 
     h = (w t_{S−1} + (1 − w) t_{n−1}) √(A + B),   w = A² / (A² + ((S − 1) B / 2)²),
 
