@@ -40,6 +40,7 @@ def run(tmp_path: Path) -> RunFolder:
 
 
 def test_the_verdict_stands_first_and_findings_have_evidence(run: RunFolder) -> None:
+    (run.path / "doctor.json").unlink(missing_ok=True)
     assert "has not judged this run" in run_verdict(run).health
     note = FINDING | {"id": "duplicates", "severity": "note", "title": "Copies.", "override": "", "then": []}
     run.write_json("doctor.json", {"findings": [note, FINDING], "unjudged": []})

@@ -121,6 +121,17 @@ def test_the_lead_of_the_best_of_equal_arms() -> None:
         assert expected_lead(arms, 1.0) == pytest.approx(simulated, rel=0.06)
 
 
+def test_runs_that_the_doctor_warns_of_are_named(source: Path, tmp_path: Path) -> None:
+    comparison = compare_runs([grid(source, tmp_path, {(0.01, 1): 0.0, (0.02, 1): 0.0})])
+    run = comparison.arms[1].runs[1]
+    run.write_json(
+        "doctor.json", {"findings": [{"id": "collapse", "severity": "error", "title": "Collapse."}]}
+    )
+    named = [line for line in read_comparison(comparison) if "doctor" in line]
+    assert len(named) == 1
+    assert "seed 1: the doctor found collapse" in named[0]
+
+
 def test_losses_are_compared_only_where_they_measure_the_same(source: Path, tmp_path: Path) -> None:
     def arm(name: str, lr: float, change: dict[str, float] | None = None, config: str = "") -> None:
         for seed in (0, 1):

@@ -7,6 +7,7 @@ from typing import Any
 from nearfar.lab.compare import Arm, Comparison
 from nearfar.lab.sweep import read_sweep
 from nearfar.lab.table import FEW
+from nearfar.lab.verdict import run_verdict
 from nearfar.lab.words import metric_words
 
 __all__ = ["read_comparison"]
@@ -70,7 +71,20 @@ def read_comparison(comparison: Comparison) -> list[str]:
             text += " " + _batches(plans, arm, difference.verdict == "better")
         paragraphs.append(text)
         paragraphs.append(f"{arm.label}: {comparison.losses[arm.label]}.")
-    return paragraphs + comparison.notes
+    return [*paragraphs, *comparison.notes, *_unhealthy(comparison)]
+
+
+def _unhealthy(comparison: Comparison) -> list[str]:
+    """A line for each run in which the doctor found an error or a warning: its numbers may not be what they seem."""
+    lines = []
+    for arm in comparison.arms:
+        for seed, run in sorted(arm.runs.items()):
+            grave = [f["id"] for f in run_verdict(run).findings if f["severity"] != "note"]
+            if grave:
+                lines.append(
+                    f"{arm.label}, seed {seed}: the doctor found {', '.join(grave)} (nearfar doctor {run})."
+                )
+    return lines
 
 
 def _batches(plans: list[dict[str, Any]], arm: Arm, gained: bool) -> str:
