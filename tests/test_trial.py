@@ -225,9 +225,3 @@ def test_molecules_from_the_command_line(tmp_path: Path) -> None:
         assert effects[name]["counterfactual"]["overrides"][1] == "learn_temperature=false"
     assert "worse" in told.output
     assert "moved back" in told.output
-
-
-def test_a_doctor_without_a_question_says_what_can_be_asked(tmp_path: Path) -> None:
-    told = CliRunner().invoke(app, ["doctor", str(tmp_path)])
-    assert told.exit_code != 0
-    assert "--what-if" in told.output
