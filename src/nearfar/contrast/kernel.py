@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nearfar.contrast.normalize import through_length_, unit_and_length
 from nearfar.contrast.precision import full_precision, no_second_derivative
 from nearfar.contrast.scattered import Scattered
 from nearfar.contrast.slopes import Slopes, positive_slopes, tile_slopes
@@ -38,6 +39,12 @@ class LogSums(torch.autograd.Function):
     def forward(
         ctx: Any, a: Tensor, b: Tensor, scale: Tensor, setting: Setting, found: list[Statistics]
     ) -> Any:
+        lengths: list[Tensor] = []
+        if setting.normalize:
+            same = a is b
+            a, length = unit_and_length(a)
+            b, other = (a, length) if same else unit_and_length(b)
+            lengths = [length, other]
         space = Workspace(a, setting.size)
         without = int(setting.without_self)
         sides = [Side(len(a), len(b) - without, a, setting)]
@@ -57,7 +64,7 @@ class LogSums(torch.autograd.Function):
             results = [side.results() for side in sides]
         found.extend(side.statistics() for side in sides)
         flat = [value for result in results for value in result]
-        ctx.save_for_backward(a, b, scale, *flat)
+        ctx.save_for_backward(a, b, scale, *flat, *lengths)
         ctx.setting, ctx.kept, ctx.sides, ctx.alone = setting, kept, sides, alone
         ctx.set_materialize_grads(False)
         return tuple(flat)
@@ -66,6 +73,7 @@ class LogSums(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor | None) -> Any:
         no_second_derivative()
         a, b, scale, *flat = ctx.saved_tensors
+        lengths = [flat.pop() for _ in range(2 * ctx.setting.normalize)][::-1]
         setting: Setting = ctx.setting
         alone: Scattered | None = ctx.alone
         slopes = [
@@ -101,10 +109,13 @@ class LogSums(torch.autograd.Function):
             by_scale = None
             if ctx.needs_input_grad[2]:  # Σ_ij slope_ij a_i·b_j, which the products hold already
                 by_scale = torch.dot(a.flatten(), by_a.flatten()) * (0.5 if setting.twin else 1.0)
-            by_a.mul_(scale)
-            if setting.twin:
-                return by_a, None, by_scale, None, None
-            return by_a, by_b.mul_(scale), by_scale, None, None
+            outcome = [by_a, None if setting.twin else by_b]
+            for by_x, x, length in zip(outcome, (a, b), lengths or (None, None), strict=True):
+                if by_x is not None and length is None:
+                    by_x.mul_(scale)
+                elif by_x is not None:
+                    through_length_(by_x, x, length, scale)
+            return *outcome, by_scale, None, None
 
 
 def views_of(tile: Tile, sides: list[Any]) -> list[tuple[Any, slice, int]]:

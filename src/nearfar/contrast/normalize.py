@@ -12,7 +12,7 @@ from torch import Tensor
 from nearfar.contrast.precision import full_precision, no_second_derivative
 from nearfar.errors import NearfarError
 
-__all__ = ["embeddings", "unit_rows"]
+__all__ = ["embeddings", "through_length_", "unit_and_length", "unit_rows"]
 
 #: lengths whose squares neither overflow nor vanish, above this and below its inverse
 ORDINARY = 1e-15
@@ -39,11 +39,7 @@ class _UnitRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, name: str | None) -> Tensor:
-        length = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-        if x.device.type == "cpu" and len(x) and _ordinary(length):
-            unit = x / length
-        else:
-            unit, length = _any_length(x, name)
+        unit, length = unit_and_length(x, name)
         ctx.save_for_backward(unit, length)
         return unit
 
@@ -59,6 +55,25 @@ class _UnitRows(torch.autograd.Function):
                 along = torch.linalg.vecdot(own, given).unsqueeze(1)
                 torch.addcmul(given, own, along, value=-1, out=out[part]).div_(length[part])
         return out, None
+
+
+def unit_and_length(
+    x: Float[Tensor, "n d"], name: str | None = None
+) -> tuple[Float[Tensor, "n d"], Float[Tensor, "n 1"]]:
+    """Rows at unit length and the length of each, 1 for a row of zeros. With a ``name``, as ``unit_rows``."""
+    length = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    if x.device.type == "cpu" and len(x) and _ordinary(length):
+        return x / length, length
+    return _any_length(x, name)
+
+
+def through_length_(by_unit: Tensor, unit: Tensor, length: Tensor, factor: Tensor) -> Tensor:
+    """Derivatives by unit rows become, in place, ``factor`` times those by the rows themselves."""
+    for part in _parts(len(unit)):
+        own, given = unit[part], by_unit[part]
+        along = torch.linalg.vecdot(own, given).unsqueeze(1)
+        given.addcmul_(own, along, value=-1).mul_(factor).div_(length[part])
+    return by_unit
 
 
 def _parts(n: int) -> Iterator[slice]:
@@ -84,8 +99,8 @@ def _any_length(x: Float[Tensor, "n d"], name: str | None) -> tuple[Tensor, Tens
     return unit.div_(length), length.mul_(largest)
 
 
-def embeddings(x: Tensor, name: str, normalize: bool, dtype: torch.dtype) -> Float[Tensor, "n d"]:
-    """``x`` in the precision of the computation and, if wanted, at unit length.
+def embeddings(x: Tensor, name: str, normalize: bool | None, dtype: torch.dtype) -> Float[Tensor, "n d"]:
+    """``x`` in the precision of the computation and, if wanted, at unit length; None leaves that to the kernel.
 
     Raises ``NearfarError`` where it is no matrix and, on the CPU, where a row is not finite. Elsewhere the look would
     make every step wait for the device: the loss is NaN there, and its record says so.
@@ -99,8 +114,10 @@ def embeddings(x: Tensor, name: str, normalize: bool, dtype: torch.dtype) -> Flo
     x = x.to(dtype)
     if normalize:
         return unit_rows(x, name)
-    # A sum is finite only if all its terms are; in double precision, finite terms do not overflow it.
-    if x.device.type == "cpu" and not x.detach().sum(dtype=torch.float64).isfinite():
+    # A sum is finite only if all its terms are; in double precision, finite terms do not overflow it. Lengths are
+    # quicker, and who is not finite is looked at closely anyway.
+    whole = torch.linalg.vector_norm(x.detach()) if normalize is None else x.detach().sum(dtype=torch.float64)
+    if x.device.type == "cpu" and not whole.isfinite():
         _say_which(x, name)
     return x
 

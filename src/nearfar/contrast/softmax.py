@@ -67,13 +67,14 @@ def log_sums(
     inside: bool = False,
     expected: bool = False,
     unit: bool = False,
+    normalize: bool = False,
     tile: tuple[int, int] | None = None,
 ) -> list[Sums]:
     """The kernel's sums for the queries ``a`` against the keys ``b`` and, with ``both``, for the keys as queries.
 
     ``b=None``: the queries are the keys, each without itself where ``without_self``. Query 0 is row ``offset`` of the
-    target and the mask. ``unit`` promises rows of unit length. ``tile`` sets the tile by hand; by default it is chosen
-    by size.
+    target and the mask. ``normalize`` brings rows to unit length, with less memory than ``unit_rows`` before it;
+    ``unit`` promises that they are. ``tile`` sets the tile by hand; by default it is chosen by size.
 
     Each list element is one direction. Differentiable once, in ``a``, ``b`` and ``scale``; memory is O(n + m) beside
     the gradients.
@@ -91,11 +92,12 @@ def log_sums(
         mask=mask,
         offset=offset,
         without_self=without_self,
+        normalize=normalize,
         both=both,
         twin=twin,
         inside=inside,
         expected=expected,
-        bounded=_bounded(a, b, scale, unit),
+        bounded=_bounded(a, b, scale, unit or normalize),
         size=size,
         keep=size == (n, m),
     )
@@ -137,6 +139,7 @@ def softmax_loss(
     without_self: bool = False,
     inside: bool = False,
     unit: bool = False,
+    normalize: bool = False,
     rows: slice | None = None,
     tile: tuple[int, int] | None = None,
 ) -> tuple[Float[Tensor, ""], Step]:
@@ -154,9 +157,12 @@ def softmax_loss(
     if rows is not None and not isinstance(rows, slice):
         raise NearfarError(f"rows is a {type(rows).__name__}; a slice is needed, such as slice(0, 16)")
     sums, queries, valid = _sums(
-        a, b, scale, target, both, mask, rows, without_self=without_self, inside=inside, unit=unit, tile=tile
-    )
+        a, b, scale, target, both, mask, rows, without_self=without_self, inside=inside, unit=unit, normalize=normalize,
+        tile=tile,
+    )  # fmt: skip
     offset = 0 if rows is None else rows.indices(n)[0]
+    if normalize and any(extra is not None for extra in extras):
+        raise NearfarError("further negatives go with rows that are at unit length already: unit=True")
     for k, extra in enumerate(extras):
         if extra is not None:
             sums[k] = _with_extra(sums[k], queries[k], extra, scale, unit, offset)

@@ -61,6 +61,7 @@ class Setting:
     """What one call computes, apart from its tensors.
 
     ``offset``: query 0 is row ``offset`` of the target (and key ``offset`` is the same item, for ``without_self``).
+    ``normalize``: rows are brought to unit length first.
     ``both``: the keys are queries too. ``twin``: queries and keys are the same rows; only tiles on and above the
     diagonal are computed. ``bounded``: no logit is so large that its exponential overflows, so that no shift is
     needed. ``inside``: weights of the positives stand inside the logarithm. ``expected``: the mean logit under the
@@ -71,6 +72,7 @@ class Setting:
     mask: Mask | None
     offset: int
     without_self: bool
+    normalize: bool
     both: bool
     twin: bool
     inside: bool

@@ -35,9 +35,14 @@ class Ready(NamedTuple):
 
 
 def ready(
-    a: Tensor, b: Tensor | None, scale: float | Tensor, normalize: bool, names: tuple[str, str] = ("a", "b")
+    a: Tensor,
+    b: Tensor | None,
+    scale: float | Tensor,
+    normalize: bool | None,
+    names: tuple[str, str] = ("a", "b"),
 ) -> Ready:
-    """Check and prepare embeddings; without ``b`` the first stands for both."""
+    """Check and prepare embeddings; without ``b`` the first stands for both. ``normalize=None``: the kernel brings
+    them to unit length, and looks whether they are finite."""
     check_tensors(**{names[0]: a} if b is None else {names[0]: a, names[1]: b})
     dtype = computing_dtype(a) if b is None else computing_dtype(a, b)
     first = embeddings(a, names[0], normalize, dtype)

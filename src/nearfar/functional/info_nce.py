@@ -96,7 +96,9 @@ def info_nce_step(
         small = few_pairs(a, b, scale, symmetric, normalize, left_out)
         if small is not None:
             return small
-    given = ready(a, b, scale, normalize)
+    # Further negatives are scored beside the kernel, and need rows of unit length themselves.
+    inside = normalize and negatives is None
+    given = ready(a, b, scale, None if inside else normalize)
     if n != m and (symmetric or m < n):
         raise NearfarError(
             f"a has {n} rows and b {m}; row i of b is the partner of row i of a, and only with symmetric=False may b "
@@ -108,7 +110,8 @@ def info_nce_step(
         both=symmetric,
         mask=mask,
         extras=extras_of(negatives, negatives_mask, given, symmetric, normalize),
-        unit=normalize,
+        unit=normalize and not inside,
+        normalize=inside,
         rows=rows,
         tile=tile,
     )

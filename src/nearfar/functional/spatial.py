@@ -115,16 +115,22 @@ def spatial_step(
         small = _small(image, text, factor, target, mask, temp_reg_weight, normalize)
         if small is not None:
             return *small, reached
-    a, b, scale = ready(image, text, factor, normalize, ("image", "text"))
+    a, b, scale = ready(image, text, factor, None if normalize else False, ("image", "text"))
     if temp_reg_weight == 0:
-        options: dict[str, Any] = {"both": True, "mask": mask, "unit": normalize, "rows": rows, "tile": tile}
+        options: dict[str, Any] = {
+            "both": True,
+            "mask": mask,
+            "normalize": normalize,
+            "rows": rows,
+            "tile": tile,
+        }
         return *softmax_loss(a, b, scale, target, **options), reached
     if rows is not None:
         raise NearfarError(
             "the regulariser of SpatialLoss squares a mean over the whole batch, so that parts of a batch do not add "
             "up to it: with rows= (local_loss) set temp_reg_weight=0"
         )
-    sums = log_sums(a, b, scale, target, both=True, mask=mask, expected=True, unit=normalize, tile=tile)
+    sums = log_sums(a, b, scale, target, both=True, mask=mask, expected=True, normalize=normalize, tile=tile)
     losses = [direction.losses() for direction in sums]
     # positive - excess is the mean logit under the target
     held = [s.positive if s.excess is None else s.positive - s.excess for s in sums]

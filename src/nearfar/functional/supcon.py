@@ -89,8 +89,11 @@ def supcon_step(
         )  # fmt: skip
         if few is not None:
             return few[0], few[2]
-    options: dict[str, Any] = {"inside": inside, "unit": normalize, "mask": mask, "rows": rows, "tile": tile}
-    first, second, scale = ready(z, other, factor, normalize, ("z", "other"))
+    # A memory joins rows of unit length.
+    raw = normalize and memory is None
+    options: dict[str, Any] = {"inside": inside, "mask": mask, "rows": rows, "tile": tile}
+    options |= {"normalize": raw, "unit": normalize and not raw}
+    first, second, scale = ready(z, other, factor, None if raw else normalize, ("z", "other"))
     if memory is None and memory_labels is not None:
         raise NearfarError("memory_labels were given without memory, the rows that they belong to")
     _check_labels(labels, len(z), "labels", "z")
@@ -188,9 +191,17 @@ def multi_label_supcon_step(
         few = few_rows(z, None, factor, target, without_self=True, inside=inside, normalize=normalize)
         if few is not None:
             return few[0], few[2]
-    first, _, scale = ready(z, None, factor, normalize, ("z", "z"))
+    first, _, scale = ready(z, None, factor, None if normalize else False, ("z", "z"))
     return softmax_loss(
-        first, None, scale, target, without_self=True, inside=inside, unit=normalize, rows=rows, tile=tile
+        first,
+        None,
+        scale,
+        target,
+        without_self=True,
+        inside=inside,
+        normalize=normalize,
+        rows=rows,
+        tile=tile,
     )
 
 

@@ -178,6 +178,7 @@ def _setting(target: Target, counts: list[int], both: bool) -> Setting:
         mask=None,
         offset=0,
         without_self=False,
+        normalize=False,
         both=both,
         twin=False,
         inside=False,
