@@ -99,13 +99,18 @@ class LogSums(torch.autograd.Function):
                 values = tile_by_tile(tile)
                 by_a, by_b = values @ b, values.T @ a
             else:
-                by_a = torch.zeros_like(a)
-                by_b = by_a if setting.twin else torch.zeros_like(b)
+                by_a = torch.empty_like(a) if len(b) else torch.zeros_like(a)
+                by_b = by_a if setting.twin else torch.empty_like(b)
+                begun: set[tuple[str, int]] = set()  # blocks of rows that hold something
                 into_a, into_b = by_a.split(setting.size[0]), by_b.split(setting.size[1])
                 for tile in ctx.kept if setting.keep else tiles(a, b, scale, setting, space):
                     values = tile_by_tile(tile)
-                    into_a[tile.rows.start // setting.size[0]].addmm_(values, tile.keys)
-                    into_b[tile.columns.start // setting.size[1]].addmm_(values.T, tile.queries)
+                    k, at = tile.rows.start // setting.size[0], tile.columns.start // setting.size[1]
+                    _add_product(into_a[k], values, tile.keys, first=("a", k) not in begun)
+                    begun.add(("a", k))
+                    side = "a" if setting.twin else "b"
+                    _add_product(into_b[at], values.T, tile.queries, first=(side, at) not in begun)
+                    begun.add((side, at))
             by_scale = None
             if ctx.needs_input_grad[2]:  # Σ_ij slope_ij a_i·b_j, which the products hold already
                 by_scale = torch.dot(a.flatten(), by_a.flatten()) * (0.5 if setting.twin else 1.0)
@@ -116,6 +121,13 @@ class LogSums(torch.autograd.Function):
                 elif by_x is not None:
                     through_length_(by_x, x, length, scale)
             return *outcome, by_scale, None, None
+
+
+def _add_product(into: Tensor, one: Tensor, other: Tensor, first: bool) -> None:
+    if first:
+        torch.mm(one, other, out=into)
+    else:
+        into.addmm_(one, other)
 
 
 def views_of(tile: Tile, sides: list[Any]) -> list[tuple[Any, slice, int]]:

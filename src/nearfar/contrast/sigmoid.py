@@ -40,8 +40,8 @@ def sigmoid_sums(
     where a mask leaves some out. Weights of a target only say what is a positive.
     """
     setting = Setting(
-        target=target, mask=mask, offset=offset, without_self=False, normalize=False, both=False, twin=False, inside=False,
-        expected=False, bounded=False, size=tile_size(len(a), len(b), a.device, tile=tile), keep=False,
+        target=target, mask=mask, offset=offset, without_self=False, normalize=False, both=False, twin=False,
+        inside=False, expected=False, bounded=False, size=tile_size(len(a), len(b), a.device, tile=tile), keep=False,
     )  # fmt: skip
     found: list[Tensor] = []
     positive, rest = _Sigmoid.apply(a, b, scale, bias, setting, found)
