@@ -43,129 +43,146 @@ def few_rows(
     given = small_batch(a, b, scale, normalize)
     if given is None or len(a) * len(a if b is None else b) > target.few_pairs:
         return None
-    weights = [_Weights.of(target.dense(a), target.binary, 1, without_self)]
-    if both:
-        turned = target.turned()
-        weights.append(
-            weights[0].turned(target.symmetric)
-            if turned is target
-            else _Weights.of(turned.dense(a).T.contiguous(), target.binary, 0, without_self)
-        )
-    if not all(each.rows for each in weights):
+    if both and target.shape[0] != target.shape[1]:
         return None
-    found: list[_Side] = []
-    setting = _Setting(weights, target.binary, without_self, inside, expected)
+    weights = _Weights.of(target, a, both, without_self)
+    if weights is None:
+        return None
+    setting = _Setting(weights, both, target.binary, without_self, inside, expected)
+    found: list[_Sums] = []
     loss, gap = _FewRows.apply(a, b, given.scale, given.lengths, setting, found)
     return loss, gap, Step(loss.detach(), partial(_directions, found), given.value, inside)
 
 
-def _directions(sides: list[_Side]) -> list[Direction]:
-    return [side.direction() for side in sides]
-
-
 class _Weights(NamedTuple):
-    """What the positives weigh for the queries in the rows (``axis`` 1) or the columns (0), as a matrix (n, m)."""
+    """What the positives of each query weigh; of both directions (2, n, n) only where they are not the same matrix."""
 
-    weight: Float[Tensor, "n m"]
-    member: Float[Tensor, "n m"]  # 1 where there is a positive, else 0
-    mass: Float[Tensor, " n"]
-    valid: Tensor | None  # which queries have a positive; None where all do
-    rows: int
-    axis: int
+    weight: Float[Tensor, "*two n m"]
+    member: Float[Tensor, "*two n m"]  # 1 where there is a positive, else 0
+    mass: Float[Tensor, "*two n"]
+    part: Tensor | None  # of each query in the mean, 0 where it has no positive; None where all have one
 
     @classmethod
-    def of(cls, weight: Tensor, binary: bool, axis: int, without_self: bool) -> _Weights:
+    def of(cls, target: Target, like: Tensor, both: bool, without_self: bool) -> _Weights | None:
+        """None where a direction has no positive at all."""
+        weight = target.dense(like)
+        if both and not target.symmetric:
+            turned = target.turned()
+            if turned is not target:
+                weight = torch.stack([weight, turned.dense(like)])
         if without_self:
-            weight.diagonal().zero_()  # not fill_diagonal_, which is slow
-        mass = weight.sum(axis)
-        valid = mass > 0
-        count = int(valid.sum())
-        member = weight if binary else weight.sign()
-        return cls(weight, member, mass, None if count == len(mass) else valid, count, axis)
-
-    def turned(self, symmetric: bool) -> _Weights:
-        """The same for the queries in the columns."""
-        if symmetric:
-            return self._replace(axis=0)
-        return self._replace(weight=self.weight.T.contiguous(), member=self.member.T.contiguous(), axis=0)
+            weight.diagonal(dim1=-2, dim2=-1).zero_()  # not fill_diagonal_, which is slow
+        mass = weight.sum(-1)
+        part = None
+        if not mass.min() > 0:
+            valid = (mass > 0).to(mass)
+            count = valid.sum(-1, keepdim=True)
+            if not count.min() > 0:
+                return None
+            part = valid / count
+        return cls(weight, weight if target.binary else weight.sign(), mass, part)
 
 
 class _Setting(NamedTuple):
-    weights: list[_Weights]
+    weights: _Weights
+    both: bool
     binary: bool
     without_self: bool
     inside: bool
     expected: bool
 
 
-class _Side:
-    """One direction: its sums and losses, and the derivatives of their mean by the logits."""
+class _Sums:
+    """Sums and losses of the queries, of one direction (n) or of both (2, n), and derivatives by their logits."""
 
-    def __init__(self, weights: _Weights, logits: Tensor, powers: Tensor, setting: _Setting) -> None:
-        self.weights, self.setting = weights, setting
-        axis, least = weights.axis, tiny(powers)
+    def __init__(self, logits: Float[Tensor, "*two n m"], setting: _Setting) -> None:
+        self.setting, weights = setting, setting.weights
+        powers = logits.exp()
+        if setting.without_self:
+            powers.diagonal(dim1=-2, dim2=-1).zero_()
+        least = tiny(powers)
         self.own = powers * weights.member
         self.rest = powers - self.own  # x - x and x - 0: nothing is rounded
-        self.rest_sum, own_sum = self.rest.sum(axis), self.own.sum(axis)
-        self.own_sum = own_sum if weights.valid is None else own_sum.clamp_(min=least)
+        self.rest_sum, self.own_sum = self.rest.sum(-1), self.own.sum(-1)
+        if weights.part is not None:
+            self.own_sum.clamp_(min=least)
         self.total = self.rest_sum + self.own_sum
         losses = (self.rest_sum / self.own_sum).log1p_()
         self.due: Tensor | None = None  # what each positive should have of the positives' probability
         if setting.inside and not setting.binary:
             self.due = self.own * weights.weight
-            weighted = self.due.sum(axis).clamp_(min=least)
-            self.due /= weighted.unsqueeze(axis)
+            weighted = self.due.sum(-1).clamp_(min=least)
+            self.due /= weighted.unsqueeze(-1)
             losses += (self.own_sum / weighted).log_()
         elif not setting.inside:
-            self.due = weights.weight / weights.mass.clamp(min=least).unsqueeze(axis)
-            self.held = (self.due * logits).sum(axis)
+            self.due = weights.weight / weights.mass.clamp(min=least).unsqueeze(-1)
+            self.held = (self.due * logits).sum(-1)
             losses += self.own_sum.log().sub_(self.held)
-        self.losses = losses if weights.valid is None else torch.where(weights.valid, losses, 0.0)
+        if weights.part is not None:
+            losses = torch.where(weights.part > 0, losses, 0.0)
+        self.losses = losses
         if setting.expected:
-            self.mean = (powers * logits).sum(axis) / self.total
+            self.logits, self.powers = logits, powers
+            self.mean_logit = (powers * logits).sum(-1) / self.total
 
-    def slopes(self) -> Float[Tensor, "n m"]:
-        """By the logits, of the sum of the losses."""
-        axis = self.weights.axis
-        share = self.own / self.own_sum.unsqueeze(axis)
+    def mean(self) -> Float[Tensor, ""]:
+        """The mean loss of the queries that have a positive, averaged over the directions."""
+        part = self.setting.weights.part
+        return self.losses.mean() if part is None else (self.losses * part).sum(-1).mean()
+
+    def gap(self) -> Float[Tensor, ""]:
+        """The mean logit under the softmax over that under the target."""
+        return (self.mean_logit - self.held).mean()
+
+    def slopes(self) -> tuple[Float[Tensor, "*two n m"], float]:
+        """By the logits, of the mean loss: up to a factor, which is cheaper to apply later."""
+        share = self.own / self.own_sum.unsqueeze(-1)
+        of_rest = (self.rest_sum / self.total).unsqueeze(-1)
         # Apart from the share that it has beyond its due, a positive loses what the rest has: of a single one the first
         # is 0 to the last digit.
-        values = share.clone() if self.due is None else share - self.due
-        if self.due is None:
-            values.mul_((-self.rest_sum / self.total).unsqueeze(axis))
-        else:
-            values.addcmul_(share, (self.rest_sum / self.total).unsqueeze(axis), value=-1)
-        each = self.total.reciprocal()
-        if self.weights.valid is not None:
-            each = torch.where(self.weights.valid, each, 0.0)
-        return values.addcmul_(self.rest, each.unsqueeze(axis))
+        beyond = torch.zeros_like(share) if self.due is None else share - self.due
+        values = beyond.addcmul_(share, of_rest, value=-1)
+        values.addcmul_(self.rest, self.total.reciprocal().unsqueeze(-1))
+        part = self.setting.weights.part
+        if part is None:
+            return values, 1.0 / self.losses.numel()
+        directions = 1.0 if self.losses.ndim == 1 else 0.5
+        return values.mul_(part.unsqueeze(-1)), directions
 
-    def gap_slopes(self, logits: Tensor, powers: Tensor) -> Float[Tensor, "n m"]:
-        """By the logits, of the sum of the gaps between the mean logits under softmax and target."""
+    def gap_slopes(self) -> Float[Tensor, "*two n m"]:
+        """By the logits, of the gap."""
         assert self.due is not None
-        axis = self.weights.axis
-        values = (logits + (1 - self.mean).unsqueeze(axis)).mul_(powers).div_(self.total.unsqueeze(axis))
-        return values.sub_(self.due)
+        values = (self.logits + (1 - self.mean_logit).unsqueeze(-1)).mul_(self.powers)
+        values.div_(self.total.unsqueeze(-1)).sub_(self.due)
+        return values.div_(self.losses.numel())
 
-    def direction(self) -> Direction:
+    def directions(self) -> list[Direction]:
         """What the record needs."""
-        weights, axis = self.weights, self.weights.axis
-        candidates = float(self.own.shape[axis] - self.setting.without_self)
-        positives = weights.member.sum(axis)
-        floor: Tensor | float = 0.0
+        weights, like = self.setting.weights, self.losses
+        candidates = float(self.own.shape[-1] - self.setting.without_self)
+        positives = weights.member.sum(-1).expand_as(like)
+        floor = torch.zeros_like(like)
         if self.setting.binary and not self.setting.inside:
             floor = positives.clamp(min=1).log()
         elif not self.setting.binary and self.setting.inside:
-            floor = -weights.weight.amax(axis).clamp(min=tiny(self.own)).log()
+            floor = -weights.weight.amax(-1).clamp(min=tiny(like)).log()
         elif not self.setting.binary and self.due is not None:
-            floor = torch.special.entr(self.due).sum(axis)
-        hardest = self.rest.amax(axis).log()
-        statistics = Statistics(hardest, candidates, positives, weights.mass, floor)
-        return Direction(self.losses, self.rest_sum.log(), statistics)
+            floor = torch.special.entr(self.due).sum(-1)
+        rows = (like, self.rest_sum.log(), self.rest.amax(-1).log(), positives, weights.mass, floor)
+        return [
+            Direction(losses, rest, Statistics(hardest, candidates, count, mass, least))
+            for losses, rest, hardest, count, mass, least in zip(
+                *(x.expand_as(like).reshape(-1, like.shape[-1]) for x in rows), strict=True
+            )
+        ]
+
+
+def _directions(found: list[_Sums]) -> list[Direction]:
+    return found[0].directions()
 
 
 class _FewRows(torch.autograd.Function):
-    """Normalising, product, losses and their mean; the sides are left in ``found``."""
+    """Normalising, product, losses and their mean; the sums are left in ``found``."""
 
     @staticmethod
     def forward(
@@ -175,46 +192,39 @@ class _FewRows(torch.autograd.Function):
         scale: Tensor | float,
         lengths: tuple[Tensor, Tensor] | None,
         setting: _Setting,
-        found: list[_Side],
+        found: list[_Sums],
     ) -> tuple[Tensor, Tensor]:
         if lengths is not None:
             a, b = a / lengths[0], None if b is None else b / lengths[1]
         with full_precision(a.device):
             logits = torch.mm(a, (a if b is None else b).T).mul_(scale)
-        powers = logits.exp()
-        if setting.without_self:
-            powers.diagonal().zero_()
-        found += [_Side(weights, logits, powers, setting) for weights in setting.weights]
+        if setting.both:
+            logits = torch.stack([logits, logits.T])
+        sums = _Sums(logits, setting)
+        found.append(sums)
         ctx.save_for_backward(a, b, scale if isinstance(scale, Tensor) else None)
-        ctx.scale, ctx.lengths, ctx.sides = None if isinstance(scale, Tensor) else scale, lengths, found
-        ctx.expected = (logits, powers) if setting.expected else None
+        ctx.scale, ctx.lengths, ctx.sums = None if isinstance(scale, Tensor) else scale, lengths, sums
         ctx.set_materialize_grads(False)
-        means = [side.losses.sum() / side.weights.rows for side in found]
-        mean = means[0] if len(means) == 1 else (means[0] + means[1]) * 0.5
-        gap = a.new_zeros(())
-        if setting.expected:
-            gap = torch.stack([side.mean - side.held for side in found]).mean()
-        return mean, gap
+        return sums.mean(), sums.gap() if setting.expected else a.new_zeros(())
 
     @staticmethod
     def backward(ctx: Any, by_loss: Tensor | None, by_gap: Tensor | None) -> Any:
         no_second_derivative()
         a, b, scale = ctx.saved_tensors
         scale = ctx.scale if scale is None else scale
-        sides: list[_Side] = ctx.sides
+        sums: _Sums = ctx.sums
         values: Tensor | None = None
         factor: Tensor | float = 1.0
         if by_loss is not None:
-            values, factor = sides[0].slopes(), by_loss / (sides[0].weights.rows * len(sides))
-            for side in sides[1:]:
-                values.add_(side.slopes(), alpha=sides[0].weights.rows / side.weights.rows)
-        if by_gap is not None and ctx.expected is not None:
-            gaps = [side.gap_slopes(*ctx.expected) for side in sides]
-            total = gaps[0] if len(gaps) == 1 else gaps[0].add_(gaps[1])
-            total.mul_(by_gap / (len(a) * len(sides)))
-            values, factor = total if values is None else total.add_(values.mul_(factor)), 1.0
+            values, factor = sums.slopes()
+            factor = by_loss * factor
+        if by_gap is not None and sums.setting.expected:
+            by_gaps = sums.gap_slopes().mul_(by_gap)
+            values, factor = by_gaps if values is None else by_gaps.add_(values.mul_(factor)), 1.0
         if values is None:
             return (None,) * 6
+        if sums.setting.both:
+            values = values[0].add_(values[1].T)
         with full_precision(a.device):  # a vecdot is a product too
             by_a = values @ (a if b is None else b)
             by_b = None
