@@ -215,11 +215,25 @@ def test_misaligned_neighbours_are_detected(clustered, near):
     misaligned = Neighbors(nearest_neighbors(clustered[other], 50).indices)
     for wrong in (PartitionBatchSampler(misaligned, 20), HardNegativeSampler(misaligned, 20, 0.7, 50)):
         assert not check_harder_than_random(wrong, clustered, raises=False).harder
+        found = check_harder_than_random(wrong, clustered, raises=False)
+        assert found.aligned is False
+        assert "another order" in found.advice
     assert not check_harder_than_random(RandomBatchSampler(2000, 20), clustered, raises=False).harder
     with pytest.raises(NearfarError, match="1999 embeddings"):
         check_harder_than_random(sampler, clustered[:-1])
     with pytest.raises(NearfarError, match="too few"):
         check_harder_than_random(RandomBatchSampler(2000, 2000), clustered)
+
+
+def test_batches_no_harder_for_another_reason_than_the_order(clustered, near):
+    # Nearly all items in one batch: chance holds as near ones, in whatever order the list is.
+    sampler = HardNegativeSampler(near, 1000, 0.05, 50)
+    found = check_harder_than_random(sampler, clustered, raises=False)
+    assert not found.harder
+    assert found.aligned
+    assert found.batches > 2  # of several epochs
+    with pytest.raises(NearfarError, match="the right order"):
+        check_harder_than_random(sampler, clustered)
 
 
 @pytest.mark.parametrize("seed", range(5))

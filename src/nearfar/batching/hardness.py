@@ -149,6 +149,10 @@ def measure_hardness(
     )
 
 
+#: epochs are planned until there are so many batches, but no more epochs than that
+ENOUGH_BATCHES, MOST_EPOCHS = 64, 16
+
+
 def in_batch_similarity(
     embeddings: Tensor | NDArray[np.floating], batches: Iterable[Sequence[int] | NDArray[np.integer]]
 ) -> NDArray[np.float64]:
@@ -178,7 +182,9 @@ class SimilarityCheck:
     """Mean cosine inside the batches of a sampler against random batches of the same sizes.
 
     ``difference`` comes with an interval (``low``, ``high``) of ``z`` = difference / standard error;
-    ``harder`` says whether the whole interval lies above 0.
+    ``harder`` says whether the whole interval lies above 0. ``aligned`` says whether the sampler's listed neighbours
+    are near in these embeddings at all (None where it has no list): if they are, batches that are no harder than random
+    ones are so for another reason than a list in the wrong order.
     """
 
     similarity: float
@@ -189,6 +195,20 @@ class SimilarityCheck:
     z: float
     batches: int
     harder: bool
+    aligned: bool | None = None
+
+    @property
+    def advice(self) -> str:
+        """What to do where batches are not harder."""
+        if self.aligned:
+            return (
+                "the neighbours are in the right order, so that random batches of this size hold as near ones already: "
+                "take smaller batches, a lower hardness_k or a higher hard_ratio"
+            )
+        return (
+            "most likely the neighbours were computed in another order than the dataset's. Compare ids "
+            "(sampler.check_ids), realign with neighbors.aligned_to(ids), or raise a hard_ratio that is very small"
+        )
 
     def __str__(self) -> str:
         return (
@@ -214,7 +234,8 @@ def check_harder_than_random(
     computed in another order make batches random without any error; here that shows as a difference that is
     not above 0 by ``errors`` standard errors, and raises `NearfarError` (``raises=False`` returns the verdict
     instead). ``ids`` of the rows are compared first if given. ``epoch`` chooses the epoch, by default the
-    first one after the curriculum. An iterable of batches does instead of a sampler.
+    first one after the curriculum; where an epoch has few batches, those of the next ones count as well. An
+    iterable of batches does instead of a sampler.
     """
     from nearfar.batching.base import BatchSampler
 
@@ -225,7 +246,13 @@ def check_harder_than_random(
         if len(rows) != sampler.n:
             raise NearfarError(f"there are {len(rows)} embeddings, but the sampler is over {sampler.n} items")
         start = getattr(sampler, "curriculum_epoch", 0)
-        batches: list[Any] = sampler.plan(max(sampler.epoch, start) if epoch is None else epoch).batches()
+        first = max(sampler.epoch, start) if epoch is None else epoch
+        batches: list[Any] = []
+        for number in range(first, first + MOST_EPOCHS):
+            found_batches = sampler.plan(number).batches()
+            batches += found_batches
+            if len(batches) >= ENOUGH_BATCHES or len(found_batches) < 2:
+                break
     else:
         batches = [np.asarray(batch) for batch in sampler]
     batches = [batch for batch in batches if len(batch) >= 2]
@@ -251,13 +278,23 @@ def check_harder_than_random(
         z=difference / error,
         batches=len(batches),
         harder=difference > errors * error,
+        aligned=_aligned(rows, getattr(sampler, "neighbors", None), errors, seed),
     )
     if raises and not check.harder:
-        raise NearfarError(
-            f"these batches are not harder than random ones ({check}): most likely the neighbours were "
-            f"computed in "
-            "another order than the dataset's. Compare ids (sampler.check_ids), realign with "
-            "neighbors.aligned_to(ids), "
-            "or use a higher hard_ratio if it is very small"
-        )
+        raise NearfarError(f"these batches are not harder than random ones ({check}): {check.advice}")
     return check
+
+
+def _aligned(rows: NDArray[np.float32], neighbors: Neighbors | None, errors: float, seed: int) -> bool | None:
+    """Are listed neighbours nearer than random rows, by ``errors`` standard errors?"""
+    if neighbors is None or neighbors.n != len(rows):
+        return None
+    rng = np.random.default_rng(seed)
+    at = rng.choice(len(rows), min(len(rows), 2000), replace=False)
+    listed = neighbors.indices[at, 0]
+    there = listed >= 0
+    at, listed = at[there], listed[there]
+    if len(at) < 2:
+        return None
+    gain = (rows[at] * (rows[listed] - rows[rng.permutation(len(rows))[: len(at)]])).sum(1, dtype=np.float64)
+    return bool(gain.mean() > errors * max(gain.std(ddof=1) / np.sqrt(len(gain)), 1e-9))

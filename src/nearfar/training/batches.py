@@ -138,7 +138,7 @@ def check_batches(config: Any, sampler: Any, embeddings: np.ndarray, say: Callab
     if config.sampler.name not in ("hard", "partition"):
         return
     if config.sampler.name == "partition":
-        say(f"A/A check: {check_harder_than_random(sampler, embeddings)}")
+        _say_how_hard(sampler, embeddings, say)
         return
     # A schedule may begin with random batches (hard_ratio 0): what is checked is the hardest it will come to.
     first, hardest = sampler.hard_ratio, max(_values(config.hard_ratio, config.epochs))
@@ -147,6 +147,16 @@ def check_batches(config: Any, sampler: Any, embeddings: np.ndarray, say: Callab
         return
     sampler.hard_ratio = hardest
     try:
-        say(f"A/A check: {check_harder_than_random(sampler, embeddings)}")
+        _say_how_hard(sampler, embeddings, say)
     finally:
         sampler.hard_ratio = first
+
+
+def _say_how_hard(sampler: Any, embeddings: np.ndarray, say: Callable[[str], None]) -> None:
+    found = check_harder_than_random(sampler, embeddings, raises=False)
+    say(f"A/A check: {found}")
+    if found.harder:
+        return
+    if not found.aligned:
+        raise NearfarError(f"these batches are not harder than random ones ({found}): {found.advice}")
+    say(f"warning: these batches are not harder than random ones; {found.advice}")
