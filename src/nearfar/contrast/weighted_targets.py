@@ -91,7 +91,7 @@ class SparseWeights(Target):
                 raise NearfarError(
                     f"index holds {int(index.max())}, but there are {m} columns; -1 stands for none"
                 )
-            if not bool((weight >= 0).all()):
+            if not weight.amin().item() >= 0:  # nor is NaN
                 raise NearfarError(
                     "weight must be numbers that are 0 or more; some are below 0 or not a number"
                 )

@@ -189,7 +189,8 @@ def _check(index: Tensor, alpha: Tensor, n: int) -> tuple[Tensor, Tensor]:
                 f"neighbor_index holds {high if high >= n else low}, but the batch has {n} rows: it takes positions in "
                 "the batch, not in the data set, and -1 for none"
             )
-        if not bool(((alpha >= 0) & alpha.isfinite()).all()):
+        least, most = (end.item() for end in torch.aminmax(alpha))
+        if not (least >= 0 and most < torch.inf):  # NaN is neither
             raise NearfarError(
                 "neighbor_alpha must be finite, 0 or more; some are below 0, infinite or not a number"
             )
