@@ -53,6 +53,11 @@ def print_diagnosis(found: Diagnosis, run: Path, console: Any) -> None:
     for finding in found:
         say(console, "")
         _print_finding(finding, run, console)
+    say(console, "")
+    say(
+        console, f"next   nearfar doctor {shlex.quote(str(run))} --what-if   what its batches could have been"
+    )
+    say(console, f"       nearfar doctor {shlex.quote(str(run))} --try 100   whether a change helps")
     if found.unjudged:
         say(console, "")
         say(console, "Not judged, and so neither well nor ill:", style="bold")

@@ -136,8 +136,9 @@ def read_trial(trial: Trial) -> list[str]:
     others = [name for name in trial.differences if name != trial.monitor]
     apart = [name for name in others if trial.differences[name].verdict != "not distinguishable"]
     if apart:
+        differ = "differs by its own interval" if len(apart) == 1 else "differ by their own intervals"
         lines.append(
-            f"{len(apart)} of the {len(others)} other metrics differ by their own intervals; one in twenty does so by "
+            f"{len(apart)} of the {len(others)} other metrics {differ}; one in twenty does so by "
             "chance, and they are not independent."
         )
     first, last = trial.learning_rates
