@@ -108,8 +108,12 @@ def log_sum(values: Tensor) -> Tensor:
     return (values - top).exp().sum().log() + top
 
 
-def losses(direction: Table) -> list[Tensor | None]:
-    """The loss of each query, None where it has no positive."""
+def losses(direction: Table, denominator: str = "all") -> list[Tensor | None]:
+    """The loss of each query, None where it has no positive.
+
+    ``denominator``: each positive against "all" candidates, against the negatives and itself ("own"), or against the
+    "negatives" alone.
+    """
     found: list[Tensor | None] = []
     scores = direction.scores.unbind(0)
     for i, row in enumerate(scores):
@@ -118,6 +122,15 @@ def losses(direction: Table) -> list[Tensor | None]:
             found.append(None)
             continue
         everybody, weights = row[ours | rest], direction.weights[i][ours]
+        if denominator == "own":
+            each = [log_sum(torch.cat([row[rest], s.view(1)])) - s for s in row[ours].unbind(0)]
+            found.append((torch.stack(each) * weights / weights.sum()).sum())
+            continue
+        if denominator == "negatives":
+            if not rest.any():
+                found.append(row.sum() * 0.0)
+                continue
+            everybody = row[rest]
         if direction.inside:
             found.append(log_sum(everybody) - log_sum(row[ours] + weights.log()))
         else:
@@ -125,11 +138,11 @@ def losses(direction: Table) -> list[Tensor | None]:
     return found
 
 
-def mean(directions: Sequence[Table], rows: slice | None = None) -> Tensor:
+def mean(directions: Sequence[Table], rows: slice | None = None, denominator: str = "all") -> Tensor:
     """Averaged over the queries that have a positive, and over the directions; of some rows only, their part of it."""
     parts = []
     for direction in directions:
-        every = losses(direction)
+        every = losses(direction, denominator)
         valid = sum(each is not None for each in every)
         some = [each for each in every[rows or slice(None)] if each is not None]
         zero = direction.scores.sum() * 0.0
@@ -148,16 +161,21 @@ def expected(direction: Table) -> tuple[list[Tensor], list[Tensor]]:
     return found, held
 
 
-def record(directions: Sequence[Table], scale: float, rows: slice | None = None) -> dict[str, float]:
-    """The fields of a record, each by its definition."""
+def record(
+    directions: Sequence[Table], scale: float, rows: slice | None = None, denominator: str = "all"
+) -> dict[str, float]:
+    """The fields of a record, each by its definition (for rows of unit length)."""
     columns: dict[str, list[float]] = {}
     least = math.inf
     for direction in directions:
         numbers: dict[str, list[float]] = {name: [] for name in ("c", "n", "p", "h", "u", "f")}
         without = 0.0
-        for i, loss in list(enumerate(losses(direction)))[rows or slice(None)]:
+        # A positive's probability is one among all, also where the loss leaves it out.
+        every = losses(direction, "own" if denominator == "own" else "all")
+        for i, loss in list(enumerate(every))[rows or slice(None)]:
             ours, rest = direction.positives[i], direction.rest[i]
-            numbers["c"].append(float((ours | rest).sum()))
+            among = {"all": ours.sum(), "own": 1, "negatives": 0}[denominator] + rest.sum()
+            numbers["c"].append(float(among))
             numbers["n"].append(float(ours.sum()))
             push = torch.softmax(direction.scores[i].detach()[rest], 0)
             if len(push):
@@ -167,8 +185,15 @@ def record(directions: Sequence[Table], scale: float, rows: slice | None = None)
                 continue
             weights = direction.weights[i][ours]
             numbers["p"].append(math.exp(-loss.item()))
-            candidates = math.log(numbers["c"][-1])
-            if direction.inside:
+            candidates = math.log(max(1.0, numbers["c"][-1]))
+            if denominator == "negatives":
+                share = math.log(weights.sum().item()) if direction.inside else 0.0
+                numbers["u"].append(candidates - share)
+                numbers["f"].append(candidates - 2 * scale - share if rest.any() else 0.0)
+            elif denominator == "own":
+                numbers["u"].append(candidates)
+                numbers["f"].append(0.0)
+            elif direction.inside:
                 numbers["u"].append(candidates - math.log(weights.sum().item()))
                 numbers["f"].append(-math.log(weights.max().item()))
             else:
@@ -254,8 +279,10 @@ def info_nce(
     mask: Tensor | None = None,
     negatives: Sequence[Tensor | None] = (None, None),
     negatives_masks: Sequence[Tensor | None] = (None, None),
+    in_batch: bool = True,
 ) -> list[Table]:
-    there = table(cosines(a, b, normalize) * scale, own_pair(len(a), len(b)), masked=mask)
+    others = None if in_batch else ~torch.eye(len(a), dtype=torch.bool)
+    there = table(cosines(a, b, normalize) * scale, own_pair(len(a), len(b)), others, mask)
     found = []
     for direction, query, more, masked in zip(
         (there, turned(there)), (a, b), negatives, negatives_masks, strict=True
@@ -271,7 +298,7 @@ def info_nce(
 
 def supcon(
     z: Tensor,
-    labels: Tensor,
+    labels: Tensor | None,
     scale: float | Tensor,
     inside: bool = False,
     normalize: bool = True,
@@ -280,8 +307,14 @@ def supcon(
     memory: Tensor | None = None,
     memory_labels: Tensor | None = None,
     mask: Tensor | None = None,
+    positives: Tensor | None = None,
+    in_batch: bool = True,
 ) -> list[Table]:
     n = len(z)
+    if memory is not None and not in_batch:
+        weights = same_class(labels, memory_labels) if positives is None else positives
+        return [table(cosines(z, memory, normalize) * scale, weights, None, mask, inside)]
+    weights = same_class(labels) if positives is None else positives
     self = torch.eye(n, dtype=torch.bool)
     if memory is not None and memory_labels is not None:
         keys, key_labels = torch.cat([z, memory]), torch.cat([labels.long(), memory_labels.long()])
@@ -290,9 +323,9 @@ def supcon(
         return [table(scores, same_class(labels, key_labels), self, mask, inside)]
     if other is not None:
         absent = None if own_pair else self
-        there = table(cosines(z, other, normalize) * scale, same_class(labels), absent, mask, inside)
+        there = table(cosines(z, other, normalize) * scale, weights, absent, mask, inside)
         return [there, turned(there)]
-    return [table(cosines(z, z, normalize) * scale, same_class(labels), self, mask, inside)]
+    return [table(cosines(z, z, normalize) * scale, weights, self, mask, inside)]
 
 
 def multi_label(

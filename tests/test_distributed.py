@@ -432,6 +432,8 @@ def test_one_process_is_the_loss_itself_and_says_so_once() -> None:
 
 
 def test_losses_that_are_not_sums_over_rows_have_no_local_form() -> None:
+    with pytest.raises(NearfarError, match="one value for each row"):
+        DistributedLoss(InfoNCELoss(reduction="none"), local_loss=True)
     with pytest.raises(NearfarError, match="Toy cannot be taken apart"):
         DistributedLoss(Toy(), local_loss=True)
     with pytest.raises(NearfarError, match="no such argument"):
@@ -488,6 +490,9 @@ def test_what_the_ring_cannot_do_it_says(ranks: Any) -> None:
         DistributedLoss(SupConLoss(), ring=True)
     with pytest.raises(NearfarError, match="leave the other options out"):
         DistributedLoss(ClipLoss(), ring=True, local_loss=True)
+    for options in ({"in_batch": False}, {"denominator": "negatives"}, {"reduction": "none"}):
+        with pytest.raises(NearfarError, match="is not supported, only"):
+            DistributedLoss(InfoNCELoss(**options), ring=True)
 
 
 # -- the self-test ---------------------------------------------------------------------------------------------

@@ -16,9 +16,10 @@ from nearfar.contrast.masks import (
 from nearfar.contrast.normalize import embeddings, unit_rows
 from nearfar.contrast.pairs import few_pairs
 from nearfar.contrast.precision import computing_dtype, uncompiled
+from nearfar.contrast.query_losses import Sums, check_denominator, check_reduction
 from nearfar.contrast.sigmoid import sigmoid_sums
 from nearfar.contrast.sigmoid_pairs import few_sigmoid_pairs, sigmoid_directions
-from nearfar.contrast.softmax import Extra, NoPositivesWarning, Sums, log_sums, softmax_loss
+from nearfar.contrast.softmax import Extra, NoPositivesWarning, log_sums, softmax_loss
 from nearfar.contrast.step import Direction, Step
 from nearfar.contrast.sums import Statistics
 from nearfar.contrast.targets import Columns, Nobody, OwnPair, SameClass, Target
@@ -45,6 +46,8 @@ __all__ = [
     "Target",
     "Weights",
     "as_mask",
+    "check_denominator",
+    "check_reduction",
     "checked_mask",
     "computing_dtype",
     "embeddings",

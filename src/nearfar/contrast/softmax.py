@@ -16,42 +16,18 @@ from nearfar.contrast.kernel import LogSums
 from nearfar.contrast.masks import Mask, checked_mask, turned
 from nearfar.contrast.patches import HIDDEN, is_shown
 from nearfar.contrast.precision import full_precision
+from nearfar.contrast.query_losses import Sums, as_recorded, each_alone, partners
 from nearfar.contrast.step import Step
 from nearfar.contrast.sums import Statistics
 from nearfar.contrast.targets import Nobody, Target
 from nearfar.contrast.tiles import Setting, bounded, tile_size
 from nearfar.errors import NearfarError
 
-__all__ = ["Extra", "NoPositivesWarning", "Sums", "log_sums", "softmax_loss"]
+__all__ = ["Extra", "NoPositivesWarning", "log_sums", "softmax_loss"]
 
 
 class NoPositivesWarning(UserWarning):
     """No row of a batch has a positive, so that its loss is 0 and teaches nothing."""
-
-
-class Sums(NamedTuple):
-    """What the kernel says of each query of one direction; ``nearfar.contrast.kernel`` defines the fields."""
-
-    rest: Float[Tensor, " n"]
-    positive: Float[Tensor, " n"]
-    excess: Float[Tensor, " n"] | None
-    expected: Float[Tensor, " n"] | None
-    statistics: Statistics
-
-    def mean_logit(self) -> Float[Tensor, " n"]:
-        """The mean logit under the softmax, which ``expected=True`` asks for."""
-        if self.expected is None:
-            raise NearfarError("the mean logit was not computed: call log_sums with expected=True")
-        return self.expected
-
-    def losses(self) -> Float[Tensor, " n"]:
-        """The loss of each query; 0, without a gradient, where it has no positive."""
-        gap = self.rest - self.positive
-        if not isinstance(self.statistics.positives, float):
-            gap = torch.where(self.statistics.positives > 0, gap, -torch.inf)
-        # Beyond the threshold softplus gives its argument: at 50 that is exact in float64 too.
-        value = torch.nn.functional.softplus(gap, threshold=50.0)
-        return value if self.excess is None else value + self.excess
 
 
 def log_sums(
@@ -142,13 +118,20 @@ def softmax_loss(
     normalize: bool = False,
     rows: slice | None = None,
     tile: tuple[int, int] | None = None,
-) -> tuple[Float[Tensor, ""], Step]:
+    in_batch: bool = True,
+    denominator: str = "all",
+    reduction: str = "mean",
+) -> tuple[Float[Tensor, ""] | Float[Tensor, " n"], Step]:
     """The mean loss of the queries that have a positive, averaged over both directions where there are two.
 
-    ``extras`` are further negatives of the first and the second direction. ``rows`` names the only queries of this
-    call: the value is then the sum over them divided by the number of valid rows of the whole batch, so that the parts
-    of a batch add up to it. The other arguments are those of ``log_sums``. The ``Step`` holds what a record is made
-    of.
+    ``extras`` are further negatives of the first and the second direction; ``in_batch=False`` makes them the only ones
+    beside the own partner (of ``OwnPair``). ``rows`` names the only queries of this call: the value is then the sum
+    over them divided by the number of valid rows of the whole batch, so that the parts of a batch add up to it.
+
+    ``denominator``: a positive is told apart from "all" candidates, from the negatives and itself, each on its "own"
+    (sum outside), or from the "negatives" alone. ``reduction`` "sum" adds up, "none" gives the loss of each query;
+    both still average over directions. The other arguments are those of ``log_sums``. The ``Step`` holds what a
+    record is made of.
     """
     n, keys = len(a), a if b is None else b
     if target.shape != (n, len(keys)):
@@ -156,23 +139,47 @@ def softmax_loss(
     mask = None if mask is None else checked_mask(mask, *target.shape)
     if rows is not None and not isinstance(rows, slice):
         raise NearfarError(f"rows is a {type(rows).__name__}; a slice is needed, such as slice(0, 16)")
-    sums, queries, valid = _sums(
-        a, b, scale, target, both, mask, rows, without_self=without_self, inside=inside, unit=unit, normalize=normalize,
-        tile=tile,
-    )  # fmt: skip
-    offset = 0 if rows is None else rows.indices(n)[0]
-    if normalize and any(extra is not None for extra in extras):
-        raise NearfarError("further negatives go with rows that are at unit length already: unit=True")
-    for k, extra in enumerate(extras):
+    if normalize and (denominator == "own" or not in_batch or any(extra is not None for extra in extras)):
+        raise NearfarError("scores beside the kernel go with rows that are at unit length already: unit=True")
+    options: dict[str, Any] = {
+        "without_self": without_self, "inside": inside, "unit": unit, "normalize": normalize, "tile": tile,
+    }  # fmt: skip
+    part = slice(0, n) if rows is None else slice(*rows.indices(n))
+    if rows is not None and (part.step != 1 or part.start >= part.stop):
+        raise NearfarError(f"rows is {rows}; at least one row, without steps, is needed")
+    asked = _asked(a, b, scale, target, both, mask, None if rows is None else part, in_batch, options)
+    losses, sums = [], []
+    for k, direction in enumerate(asked):
+        found, extra = direction.sums, extras[k] if k < len(extras) else None
         if extra is not None:
-            sums[k] = _with_extra(sums[k], queries[k], extra, scale, unit, offset)
-    losses = [direction.losses() for direction in sums]
-    means = [each.sum() / count for each, count in zip(losses, valid, strict=True)]
-    loss = means[0] if len(means) == 1 else (means[0] + means[1]) * 0.5
-    return loss, Step.of(loss, losses, sums, scale, inside)
+            found = _with_extra(found, direction.queries, extra, scale, unit, part.start)
+        if denominator == "own":
+            positives = (target.turned() if k else target).listed(part, without_self)
+            losses.append(each_alone(found, direction.queries, direction.keys, scale, positives))
+        else:
+            losses.append(found.losses(denominator))
+        sums.append(as_recorded(found, denominator, inside, scale, unit or normalize))
+    means = [each.sum() / direction.valid for each, direction in zip(losses, asked, strict=True)]
+    mean = means[0] if len(means) == 1 else (means[0] + means[1]) * 0.5
+    # What goes to the record as p(positive) is a probability, also where the loss is none.
+    recorded = losses if denominator != "negatives" else [each.losses() for each in sums]
+    step = Step.of(mean, recorded, sums, scale, inside)
+    if reduction == "mean":
+        return mean, step
+    each_row = losses[0] if len(losses) == 1 else (losses[0] + losses[1]) * 0.5
+    return each_row.sum() if reduction == "sum" else each_row, step
 
 
-def _sums(
+class _Asked(NamedTuple):
+    """One direction: the sums of its queries, their keys, and how many rows of the whole batch count."""
+
+    sums: Sums
+    queries: Tensor
+    keys: Tensor
+    valid: Tensor | float
+
+
+def _asked(
     a: Tensor,
     b: Tensor | None,
     scale: Tensor,
@@ -180,28 +187,29 @@ def _sums(
     both: bool,
     mask: Mask | None,
     rows: slice | None,
-    **options: Any,
-) -> tuple[list[Sums], list[Tensor], list[Tensor | float]]:
-    """Sums, queries and number of valid rows of each direction."""
+    in_batch: bool,
+    options: dict[str, Any],
+) -> list[_Asked]:
     keys = a if b is None else b
-    if rows is None:
-        sums = log_sums(a, b, scale, target, both=both, mask=mask, **options)
-        return sums, [a, keys], [_valid(direction.statistics) for direction in sums]
-    rows = slice(*rows.indices(len(a)))
-    if rows.step != 1 or rows.start >= rows.stop:
-        raise NearfarError(f"rows is {rows}; at least one row, without steps, is needed")
-    turns = [(a, keys, target, mask)]
-    if both:
-        turns.append((keys, a, target.turned(), None if mask is None else turned(mask)))
-    found: list[Sums] = []
-    queries: list[Tensor] = []
-    valid: list[Tensor | float] = []
-    without = options["without_self"]
-    for query, key, towards, left_out in turns:
-        queries.append(query[rows])
-        found += log_sums(query[rows], key, scale, towards, mask=left_out, offset=rows.start, **options)
-        valid.append(_count(towards.has_positives(without), 5))
-    return found, queries, valid
+    sides = [(a, keys), (keys, a)][: 1 + both]
+    asked = []
+    if not in_batch:
+        part = slice(0, len(a)) if rows is None else rows
+        alone = partners(a[part], keys[part], scale)
+        for query, key in sides:
+            asked.append(_Asked(alone, query[part], key, float(len(a))))
+    elif rows is None:
+        found = log_sums(a, b, scale, target, both=both, mask=mask, **options)
+        for sums, (query, key) in zip(found, sides, strict=True):
+            asked.append(_Asked(sums, query, key, _valid(sums.statistics)))
+    else:
+        for k, (query, key) in enumerate(sides):
+            towards = target.turned() if k else target
+            left_out = turned(mask) if k and mask is not None else mask
+            (sums,) = log_sums(query[rows], key, scale, towards, mask=left_out, offset=rows.start, **options)
+            valid = _count(towards.has_positives(options["without_self"]), 5)
+            asked.append(_Asked(sums, query[rows], key, valid))
+    return asked
 
 
 def _valid(statistics: Statistics) -> Tensor | float:

@@ -62,6 +62,15 @@ class Target(Protocol):
     def has_positives(self, without_self: bool) -> Bool[Tensor, " n"]:
         """Which queries have a positive, itself not counted where ``without_self``."""
 
+    def listed(
+        self, rows: slice, without_self: bool
+    ) -> tuple[Int[Tensor, " p"], Int[Tensor, " p"], Float[Tensor, " p"]]:
+        """All positives of these rows: row, counted from the first of them, column, and weight."""
+        weight = self.dense(torch.empty(0, dtype=torch.float64))[rows]
+        row, column = weight.nonzero(as_tuple=True)
+        row, column = _without_self(row, column, rows, without_self)
+        return row, column, weight[row, column]
+
 
 class OwnPair(Target):
     """Row i belongs to column i: InfoNCE, CLIP, SigLIP. Columns beyond the rows are negatives only.
@@ -151,6 +160,18 @@ class SameClass(Target):
         where = torch.searchsorted(classes, labels).clamp(max=len(classes) - 1)
         return (classes[where] == labels) & (counts[where] > int(without_self))
 
+    def listed(
+        self, rows: slice, without_self: bool
+    ) -> tuple[Int[Tensor, " p"], Int[Tensor, " p"], Float[Tensor, " p"]]:
+        labels, key_labels = self._classes
+        labels, (ordered, order) = labels[rows], torch.sort(key_labels, stable=True)
+        first = torch.searchsorted(ordered, labels)
+        counts = torch.searchsorted(ordered, labels, right=True) - first
+        row = torch.arange(len(labels), device=labels.device).repeat_interleave(counts)
+        place = torch.arange(len(row), device=labels.device) - (counts.cumsum(0) - counts)[row]
+        row, column = _without_self(row, order[first[row] + place], rows, without_self)
+        return row, column, torch.ones_like(row, dtype=torch.float32)
+
     def dense(self, like: Tensor) -> Float[Tensor, "n m"]:
         labels, key_labels = self._given
         same = torch.empty(self.shape, dtype=like.dtype, device=like.device)
@@ -225,6 +246,13 @@ class Nobody(Target):
 
     def has_positives(self, without_self: bool) -> Bool[Tensor, " n"]:
         return torch.zeros(self.shape[0], dtype=torch.bool)
+
+
+def _without_self(row: Tensor, column: Tensor, rows: slice, without_self: bool) -> tuple[Tensor, Tensor]:
+    if not without_self:
+        return row, column
+    others = row + rows.start != column
+    return row[others], column[others]
 
 
 def _ascending(labels: Tensor) -> bool:

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from nearfar.contrast import Mask, OwnPair, Step, checked_mask, few_pairs, softmax_loss, uncompiled
+from nearfar.contrast import (
+    Extra,
+    Mask,
+    OwnPair,
+    Step,
+    check_denominator,
+    check_reduction,
+    checked_mask,
+    few_pairs,
+    softmax_loss,
+    uncompiled,
+)
 from nearfar.errors import NearfarError
 from nearfar.functional.arguments import (
     Negatives,
@@ -32,9 +45,12 @@ def info_nce(
     mask: Bool[Tensor, "n m"] | Mask | None = None,
     negatives: Negatives | None = None,
     negatives_mask: Bool[Tensor, "n q"] | Mask | tuple[Mask | Tensor | None, ...] | None = None,
+    in_batch: bool = True,
+    denominator: Literal["all", "negatives"] = "all",
+    reduction: Literal["mean", "sum", "none"] = "mean",
     rows: slice | None = None,
     tile: tuple[int, int] | None = None,
-) -> Float[Tensor, ""]:
+) -> Float[Tensor, ""] | Float[Tensor, " n"]:
     """The mean cross-entropy of picking ``b[i]`` for ``a[i]`` among all rows of ``b`` (van den Oord et al. 2018).
 
     With scores s_ij = cos(a_i, b_j) / temperature: mean over i of log Σ_j exp(s_ij) - s_ii. ``symmetric=True``
@@ -48,6 +64,14 @@ def info_nce(
     theirs. ``negatives_mask`` leaves some of them out. ``rows`` makes only those rows queries; such parts add up to
     the whole loss. ``tile`` sets the size of the tiles by hand.
 
+    ``in_batch=False``: a query chooses between its own partner and ``negatives`` alone, as in MoCo (He et al. 2020);
+    rows of the batch are no negatives of each other, and no product of all with all is made.
+    ``denominator="negatives"`` takes the partner out of the sum, log Σ_{j≠i} exp(s_ij) - s_ii: decoupled contrastive
+    learning (Yeh et al. 2022, arXiv:2110.06848), where a pair that is found already is pulled as strongly as any
+    other. Guessing gives ln(number of negatives), and the loss goes below 0; a query without negatives has 0.
+    ``reduction`` "sum" adds the rows up, "none" gives the loss of each row (n,); with ``symmetric`` a row's is the
+    mean of its two directions.
+
     Memory is O(n d): no matrix of all pairs is stored above about a thousand rows. Half precision inputs are scored in
     float32, and the result is float32 then. One row alone has loss 0. Range: 0 (floor) to infinity; guessing is
     ln(number of candidates).
@@ -57,10 +81,15 @@ def info_nce(
     0.7437
     >>> info_nce(torch.ones(4, 2), torch.ones(4, 2)).exp().round().item()
     4.0
+    >>> queue = -torch.ones(9, 4)
+    >>> moco = info_nce(torch.eye(4), torch.eye(4), symmetric=False, negatives=queue, in_batch=False)
+    >>> moco < info_nce(torch.eye(4), torch.eye(4), symmetric=False, negatives=queue)
+    tensor(True)
     """
     return info_nce_step(
-        a, b, temperature, scale, symmetric, normalize, mask, negatives, negatives_mask, rows, tile
-    )[0]
+        a, b, temperature, scale, symmetric, normalize, mask, negatives, negatives_mask, rows, tile,
+        in_batch, denominator, reduction
+    )[0]  # fmt: skip
 
 
 @uncompiled
@@ -76,7 +105,10 @@ def info_nce_step(
     negatives_mask: Mask | Tensor | tuple[Mask | Tensor | None, ...] | None = None,
     rows: slice | None = None,
     tile: tuple[int, int] | None = None,
-) -> tuple[Float[Tensor, ""], Step]:
+    in_batch: bool = True,
+    denominator: str = "all",
+    reduction: str = "mean",
+) -> tuple[Float[Tensor, ""] | Float[Tensor, " n"], Step]:
     """``info_nce``, and what its record is made of."""
     if scale is None:
         scale = 1.0 / check_temperature(temperature)
@@ -89,6 +121,9 @@ def info_nce_step(
         and negatives_mask is None
         and rows is None
         and tile is None
+        and in_batch
+        and denominator == "all"
+        and reduction == "mean"
         and a.ndim == b.ndim == 2
         and (n == m or (n < m and not symmetric))
     ):
@@ -104,17 +139,46 @@ def info_nce_step(
             f"a has {n} rows and b {m}; row i of b is the partner of row i of a, and only with symmetric=False may b "
             "have further rows as negatives"
         )
+    extras = extras_of(negatives, negatives_mask, given, symmetric, normalize)
+    if not in_batch:
+        _check_alone(n, m, extras, symmetric, mask is not None)
     return softmax_loss(
         *given,
         OwnPair(n, m),
         both=symmetric,
         mask=mask,
-        extras=extras_of(negatives, negatives_mask, given, symmetric, normalize),
+        extras=extras,
         unit=normalize and not inside,
         normalize=inside,
         rows=rows,
         tile=tile,
+        in_batch=in_batch,
+        denominator="negatives" if check_denominator(denominator) == "negatives" else "all",
+        reduction=check_reduction(reduction),
     )
+
+
+def _check_alone(n: int, m: int, extras: list[Extra | None], symmetric: bool, masked: bool) -> None:
+    """``NearfarError`` where a direction would have nothing but its partner to choose from."""
+    if None in (extras or [None])[: 1 + symmetric]:
+        raise NearfarError(
+            "in_batch=False: a query chooses between its partner and the given negatives, but negatives is None"
+            + (
+                " in a direction; symmetric=True needs a pair of them, one for each, and symmetric=False one"
+                if symmetric
+                else ""
+            )
+        )
+    if masked or n != m:
+        raise NearfarError(
+            "in_batch=False: "
+            + (
+                "mask leaves out pairs of the batch"
+                if masked
+                else f"b has {m - n} rows more than a as negatives"
+            )
+            + ", but other rows of the batch are no candidates; pass further rows as negatives, and negatives_mask"
+        )
 
 
 def clip(

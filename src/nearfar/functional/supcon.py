@@ -1,4 +1,4 @@
-"""Supervised contrastive losses: rows of the same class, or with labels in common, belong together."""
+"""The supervised contrastive loss: rows of the same class belong together."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from nearfar.contrast import (
-    LabelOverlap,
     Mask,
     SameClass,
     Step,
-    computing_dtype,
+    Weights,
+    check_denominator,
+    check_reduction,
     few_rows,
     softmax_loss,
     uncompiled,
@@ -22,13 +23,14 @@ from nearfar.contrast.tiles import KEPT
 from nearfar.errors import NearfarError
 from nearfar.functional.arguments import check_temperature, check_tensors, ready
 
-__all__ = ["inside_of", "multi_label_supcon", "multi_label_supcon_step", "supcon", "supcon_step"]
+__all__ = ["inside_of", "supcon", "supcon_step"]
 
 
 def supcon(
     z: Float[Tensor, "n d"],
-    labels: Int[Tensor, " n"],
+    labels: Int[Tensor, " n"] | None = None,
     *,
+    positives: Bool[Tensor, "n m"] | Float[Tensor, "n m"] | None = None,
     temperature: float = 0.1,
     sum: Literal["outside", "inside"] = "outside",
     normalize: bool = True,
@@ -36,10 +38,13 @@ def supcon(
     own_pair: bool = True,
     memory: Float[Tensor, "q d"] | None = None,
     memory_labels: Int[Tensor, " q"] | None = None,
-    mask: Bool[Tensor, "n n"] | Mask | None = None,
+    in_batch: bool = True,
+    mask: Bool[Tensor, "n m"] | Mask | None = None,
+    denominator: Literal["all", "own", "negatives"] = "all",
+    reduction: Literal["mean", "sum", "none"] = "mean",
     rows: slice | None = None,
     tile: tuple[int, int] | None = None,
-) -> Float[Tensor, ""]:
+) -> Float[Tensor, ""] | Float[Tensor, " n"]:
     """The supervised contrastive loss (Khosla et al. 2020): all rows of a class are each other's positives.
 
     ``sum="outside"`` is their L_out: mean over positives p of log Σ_c exp(s_ic) - s_ip, candidates c all rows but i.
@@ -49,7 +54,18 @@ def supcon(
 
     ``other`` is another view of the same rows: candidates are then its rows, in both directions, and
     ``own_pair=False`` takes a row's own partner out of both positives and candidates. ``memory`` adds rows of earlier
-    batches as candidates and positives. ``mask`` leaves out negatives, ``rows`` makes only those rows queries.
+    batches as candidates and positives; with ``in_batch=False`` they are the only ones, such as the rows of a
+    reference set. ``mask`` leaves out negatives, ``rows`` makes only those rows queries.
+
+    ``positives`` stands in for labels: a matrix (n, candidates), true or what it weighs where column j is a positive
+    of row i. Columns are the rows of the batch or of ``other`` (there, and back), then those of ``memory``.
+
+    ``denominator``: "all" candidates; "own", each positive is told apart from the negatives on its own, its sisters
+    left out, 1/|P| Σ_p log(1 + Σ_{negatives} exp(s_ic - s_ip)): NT-Xent with several positives, of floor 0 (sum
+    outside; memory O(positive pairs)); "negatives" alone, log Σ_{negatives} exp(s_ic) - mean s_ip, decoupled
+    contrastive learning (Yeh et al. 2022, arXiv:2110.06848), which goes below 0. Guessing gives ln(negatives + 1) and
+    ln(negatives). A row with positives only has 0 in both. ``reduction`` "sum" adds the rows up, "none" gives the
+    loss of each row (n,), 0 where it has no positive; of two views, the mean of its two directions.
 
     Floor: ln(positives) for a sum outside (all positives equal), 0 for a sum inside; guessing gives ln(candidates),
     less ln(positives) for a sum inside.
@@ -57,16 +73,20 @@ def supcon(
     >>> z = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
     >>> round(supcon(z, torch.tensor([0, 0, 1, 1]), temperature=1.0).item(), 4)
     0.5514
+    >>> views = torch.cat([z, z])  # SimCLR: two views of each item, and no other class
+    >>> round(supcon(views, torch.arange(4).repeat(2), temperature=1.0).item(), 4)
+    1.4977
     """
     return supcon_step(
-        z, labels, temperature, sum, normalize, other, own_pair, memory, memory_labels, mask, rows, tile
-    )[0]
+        z, labels, temperature, sum, normalize, other, own_pair, memory, memory_labels, mask, rows, tile,
+        in_batch, positives, denominator, reduction
+    )[0]  # fmt: skip
 
 
 @uncompiled
 def supcon_step(
     z: Tensor,
-    labels: Tensor,
+    labels: Tensor | None = None,
     temperature: float = 0.1,
     sum: str = "outside",
     normalize: bool = True,
@@ -77,142 +97,108 @@ def supcon_step(
     mask: Tensor | Mask | None = None,
     rows: slice | None = None,
     tile: tuple[int, int] | None = None,
-) -> tuple[Float[Tensor, ""], Step]:
+    in_batch: bool = True,
+    positives: Tensor | None = None,
+    denominator: str = "all",
+    reduction: str = "mean",
+) -> tuple[Float[Tensor, ""] | Float[Tensor, " n"], Step]:
     """``supcon``, and what its record is made of."""
     factor = 1.0 / check_temperature(temperature)
     inside = inside_of(sum)
+    if check_denominator(denominator) == "own" and inside:
+        raise NearfarError(
+            "denominator='own' tells each positive apart by itself, so that their sum stands outside the logarithm: "
+            "sum='outside'"
+        )
+    plain = denominator == "all" and check_reduction(reduction) == "mean" and positives is None
     whole = memory is None and memory_labels is None and mask is None and rows is None and tile is None
-    if whole and _fit(z, other, labels):
+    if plain and whole and labels is not None and _fit(z, other, labels):
         few = few_rows(
             z, other, factor, SameClass(labels), both=other is not None, inside=inside, normalize=normalize,
             without_self=other is None or not own_pair,
         )  # fmt: skip
         if few is not None:
             return few[0], few[2]
-    # A memory joins rows of unit length.
-    raw = normalize and memory is None
-    options: dict[str, Any] = {"inside": inside, "mask": mask, "rows": rows, "tile": tile}
-    options |= {"normalize": raw, "unit": normalize and not raw}
+    # A memory joins rows of unit length, and single pairs are scored beside the kernel.
+    raw = normalize and memory is None and denominator != "own"
+    options: dict[str, Any] = {
+        "inside": inside, "mask": mask, "rows": rows, "tile": tile, "normalize": raw, "unit": normalize and not raw,
+        "denominator": denominator, "reduction": reduction,
+    }  # fmt: skip
     first, second, scale = ready(z, other, factor, None if raw else normalize, ("z", "other"))
+    _check_views(len(first), None if other is None else len(second), memory, in_batch)
+    _check_who(len(first), labels, positives, memory, memory_labels)
+    keys, alone = None if other is None else second, in_batch
+    if memory is not None and len(memory):
+        kept = ready(memory, first, 1.0, normalize, ("memory", "z")).a.to(first.dtype)
+        keys = torch.cat([first, kept]) if in_batch else kept
+    elif other is not None:
+        options["both"], alone = True, not own_pair
+    if positives is not None:
+        return softmax_loss(
+            first, keys, scale, _explicit(positives, first, keys), without_self=alone, **options
+        )
+    assert labels is not None
+    labels = labels.to(z.device)
+    if keys is not None and memory is not None and memory_labels is not None:
+        theirs = memory_labels.to(labels.device)
+        same = SameClass(labels, torch.cat([labels, theirs]) if in_batch else theirs)
+        return softmax_loss(first, keys, scale, same, without_self=alone, **options)
+    whole = keys is None and rows is None and mask is None
+    if not (whole and z.device.type == "cpu" and len(z) ** 2 > KEPT):
+        return softmax_loss(first, keys, scale, SameClass(labels), without_self=alone, **options)
+    # In the order of their labels, positives stand together and most tiles hold none.
+    labels, order = torch.sort(labels, stable=True)
+    loss, step = softmax_loss(first[order], None, scale, SameClass(labels), without_self=True, **options)
+    return loss if reduction != "none" else loss[order.argsort()], step
+
+
+def _check_views(n: int, others: int | None, memory: Tensor | None, in_batch: bool) -> None:
+    """``NearfarError`` unless the candidates are one of: the batch, another view of it, a memory, batch and memory."""
+    if others is not None and others != n:
+        raise NearfarError(f"z has {n} rows and other {others}; they are two views of the same rows")
+    if memory is not None and others is not None:
+        raise NearfarError("memory goes with one view only (other=None)")
+    if not in_batch and (memory is None or not len(memory)):
+        raise NearfarError(
+            "in_batch=False leaves the rows of memory as the only candidates, and there are none; until a memory is "
+            "filled, use in_batch=True"
+        )
+
+
+def _check_who(
+    n: int,
+    labels: Tensor | None,
+    positives: Tensor | None,
+    memory: Tensor | None,
+    memory_labels: Tensor | None,
+) -> None:
+    """``NearfarError`` unless labels or a matrix say who belongs together."""
     if memory is None and memory_labels is not None:
         raise NearfarError("memory_labels were given without memory, the rows that they belong to")
-    _check_labels(labels, len(z), "labels", "z")
-    labels = labels.to(z.device)
+    if positives is not None:
+        if labels is not None or memory_labels is not None:
+            raise NearfarError("positives says who belongs together: leave labels and memory_labels out")
+        return
+    if labels is None:
+        raise NearfarError("neither labels nor positives were given; one of them says who belongs together")
+    _check_labels(labels, n, "labels", "z")
     if memory is not None:
-        if other is not None or memory_labels is None:
-            raise NearfarError("memory needs memory_labels, and goes with one view only (other=None)")
+        if memory_labels is None:
+            raise NearfarError("memory needs memory_labels, one for each of its rows")
         _check_labels(memory_labels, len(memory), "memory_labels", "memory")
-    if memory is not None and memory_labels is not None and len(memory):
-        kept = ready(memory, first, 1.0, normalize, ("memory", "z")).a
-        keys = torch.cat([first, kept.to(first.dtype)])
-        target = SameClass(labels, torch.cat([labels, memory_labels.to(labels.device)]))
-        return softmax_loss(first, keys, scale, target, without_self=True, **options)
-    if other is not None:
-        if len(first) != len(second):
-            raise NearfarError(
-                f"z has {len(first)} rows and other {len(second)}; they are two views of the same rows"
-            )
-        return softmax_loss(
-            first, second, scale, SameClass(labels), both=True, without_self=not own_pair, **options
-        )
-    if rows is None and mask is None and z.device.type == "cpu" and len(z) ** 2 > KEPT:
-        # In the order of their labels, positives stand together and most tiles hold none.
-        labels, order = torch.sort(labels, stable=True)
-        first = first[order]
-    return softmax_loss(first, None, scale, SameClass(labels), without_self=True, **options)
 
 
-def multi_label_supcon(
-    z: Float[Tensor, "n d"],
-    labels: Int[Tensor, "n labels"],
-    *,
-    temperature: float = 0.1,
-    weights: Literal["jaccard", "legacy"] = "jaccard",
-    sum: Literal["outside", "inside"] | None = None,
-    neutral: int = 0,
-    normalize: bool = True,
-    rows: slice | None = None,
-    tile: tuple[int, int] | None = None,
-) -> Float[Tensor, ""]:
-    """A supervised contrastive loss for rows with several labels: positives weigh what they have in common.
-
-    ``weights="jaccard"``: ``labels`` is multi-hot; W_ij = labels of both / labels of either, so that what neither has
-    counts for nothing; the sum stands outside the logarithm, with Q_ij = W_ij / Σ_j W_ij. (As SupCon for multi-label
-    rows, after Małkiński and Mańdziuk 2022, "Multi-Label Contrastive Learning for Abstract Visual Reasoning".)
-
-    ``weights="legacy"``: ``labels`` are codes, one per aspect; ``neutral`` (0) is the code that also stands for absent
-    aspects, every other one a polarity. W_ij = Σ_a match_a (1 + neither is neutral) / (2 A) + 0.1, and the loss is
-    -log(Σ_j W_ij exp(s_ij) / Σ_j exp(s_ij)), the sum inside. Agreement about nothing counts as agreement there: a
-    collapsed encoder scores -ln(mean W), already near the floor -ln(max W). Prefer Jaccard.
-
-    ``sum`` overrides where the sum stands. Rows that share nothing with another row are left out and counted. Floor
-    for a sum outside: the entropy of Q.
-
-    >>> z = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
-    >>> round(multi_label_supcon(z, torch.tensor([[1, 0], [1, 1], [0, 1]]), temperature=1.0).item(), 4)
-    0.6066
-    """
-    return multi_label_supcon_step(z, labels, temperature, weights, sum, neutral, normalize, rows, tile)[0]
-
-
-@uncompiled
-def multi_label_supcon_step(
-    z: Tensor,
-    labels: Tensor,
-    temperature: float = 0.1,
-    weights: str = "jaccard",
-    sum: str | None = None,
-    neutral: int = 0,
-    normalize: bool = True,
-    rows: slice | None = None,
-    tile: tuple[int, int] | None = None,
-) -> tuple[Float[Tensor, ""], Step]:
-    """``multi_label_supcon``, and what its record is made of."""
-    factor = 1.0 / check_temperature(temperature)
-    check_tensors(z=z, labels=labels)
-    if labels.ndim != 2 or len(labels) != len(z):
+def _explicit(positives: Tensor, queries: Tensor, keys: Tensor | None) -> Weights:
+    """A matrix of positives as a target."""
+    check_tensors(positives=positives)
+    n, m = len(queries), len(queries if keys is None else keys)
+    if positives.shape != (n, m):
         raise NearfarError(
-            f"labels are {tuple(labels.shape)} for {len(z)} rows of z; one row of labels for each is needed"
+            f"positives are {tuple(positives.shape)}, but there are {n} rows and {m} candidates; a matrix ({n}, {m}) "
+            "is needed, true (or a weight) where the column is a positive of the row"
         )
-    if labels.shape[1] == 0:
-        raise NearfarError("labels have no column; at least one label or aspect is needed")
-    labels, dtype = labels.to(z.device), computing_dtype(z)
-    if weights == "jaccard":
-        if z.device.type == "cpu" and not bool((labels * labels == labels).all()):
-            raise NearfarError(
-                "labels for weights='jaccard' are multi-hot, 0 or 1; codes of polarities are for weights='legacy'"
-            )
-        target, inside = LabelOverlap(labels.to(dtype)), inside_of(sum or "outside")
-    elif weights == "legacy":
-        target, inside = _legacy(labels, neutral, dtype), inside_of(sum or "inside")
-    else:
-        raise NearfarError(f"weights is {weights!r}; it is 'jaccard' or 'legacy'")
-    if rows is None and tile is None:
-        few = few_rows(z, None, factor, target, without_self=True, inside=inside, normalize=normalize)
-        if few is not None:
-            return few[0], few[2]
-    first, _, scale = ready(z, None, factor, None if normalize else False, ("z", "z"))
-    return softmax_loss(
-        first,
-        None,
-        scale,
-        target,
-        without_self=True,
-        inside=inside,
-        normalize=normalize,
-        rows=rows,
-        tile=tile,
-    )
-
-
-def _legacy(codes: Tensor, neutral: int, dtype: torch.dtype) -> LabelOverlap:
-    """Matches are dot products of one-hot codes; those that are not neutral count twice."""
-    if codes.dtype.is_floating_point and bool((codes != codes.round()).any()):
-        raise NearfarError("labels for weights='legacy' are codes, one whole number for each aspect")
-    kinds, where = torch.unique(codes, return_inverse=True)
-    hot = torch.nn.functional.one_hot(where, len(kinds)).flatten(1).to(dtype)
-    twice = (kinds != neutral).to(dtype).repeat(codes.shape[1])
-    return LabelOverlap(hot * ((1 + twice) / (2 * codes.shape[1])).sqrt(), jaccard=False, offset=0.1)
+    return Weights(positives.to(queries))
 
 
 def inside_of(sum: str) -> bool:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from nearfar.contrast import Mask, Step
+from nearfar.contrast import Mask, Step, check_denominator, check_reduction
 from nearfar.functional.arguments import Negatives, check_temperature
 from nearfar.functional.info_nce import clamp_scale, info_nce_step
 from nearfar.losses.base import ContrastiveLoss
@@ -19,7 +21,11 @@ class InfoNCELoss(ContrastiveLoss):
     ``temperature`` divides the cosines (0.001 and up; smaller looks only at the hardest negatives), ``symmetric``
     averages both directions, ``normalize=False`` takes dot products of the embeddings as they are.
 
-    Called with two (n, d) matrices it returns a 0-d tensor. ``mask`` (n, n) leaves pairs out, see
+    ``in_batch=False`` chooses between the own partner and the given ``negatives`` alone (MoCo);
+    ``denominator="negatives"`` takes the partner out of the sum (decoupled contrastive learning); ``reduction`` is
+    "mean", "sum" or "none", the loss of each row.
+
+    Called with two (n, d) matrices it returns a 0-d tensor (of "none" (n,)). ``mask`` (n, n) leaves pairs out, see
     ``nearfar.losses.false_negative_mask``; ``scale`` replaces 1 / temperature and may be a tensor that learns;
     ``negatives`` are further candidates, as from a ``CrossBatchMemory``. ``nearfar.functional.info_nce`` describes
     them all.
@@ -34,11 +40,21 @@ class InfoNCELoss(ContrastiveLoss):
     (8.0, 2.079, True)
     """
 
-    def __init__(self, temperature: float = 0.07, symmetric: bool = True, normalize: bool = True) -> None:
+    def __init__(
+        self,
+        temperature: float = 0.07,
+        symmetric: bool = True,
+        normalize: bool = True,
+        in_batch: bool = True,
+        denominator: Literal["all", "negatives"] = "all",
+        reduction: Literal["mean", "sum", "none"] = "mean",
+    ) -> None:
         super().__init__()
         self.temperature = check_temperature(temperature)
         self.symmetric = symmetric
         self.normalize = normalize
+        self.in_batch = in_batch
+        self.denominator, self.reduction = check_denominator(denominator), check_reduction(reduction)
 
     def forward(
         self,
@@ -49,7 +65,7 @@ class InfoNCELoss(ContrastiveLoss):
         negatives: Negatives | None = None,
         negatives_mask: Mask | Tensor | tuple[Mask | Tensor | None, ...] | None = None,
         rows: slice | None = None,
-    ) -> Float[Tensor, ""]:
+    ) -> Float[Tensor, ""] | Float[Tensor, " n"]:
         loss, self._step = info_nce_step(
             a,
             b,
@@ -61,11 +77,17 @@ class InfoNCELoss(ContrastiveLoss):
             negatives,
             negatives_mask,
             rows,
+            in_batch=self.in_batch,
+            denominator=self.denominator,
+            reduction=self.reduction,
         )
         return loss
 
     def extra_repr(self) -> str:
-        return f"temperature={self.temperature}, symmetric={self.symmetric}, normalize={self.normalize}"
+        usual = {"in_batch": True, "denominator": "all", "reduction": "mean"}
+        said = {name: getattr(self, name) for name in usual}
+        more = "".join(f", {name}={value!r}" for name, value in said.items() if value != usual[name])
+        return f"temperature={self.temperature}, symmetric={self.symmetric}, normalize={self.normalize}{more}"
 
 
 class ClipLoss(ContrastiveLoss):

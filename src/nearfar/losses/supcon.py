@@ -7,10 +7,11 @@ from typing import Literal
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from nearfar.contrast import Mask
+from nearfar.contrast import Mask, check_denominator, check_reduction
 from nearfar.errors import NearfarError
 from nearfar.functional.arguments import check_temperature
-from nearfar.functional.supcon import inside_of, multi_label_supcon_step, supcon_step
+from nearfar.functional.multi_label_supcon import multi_label_supcon_step
+from nearfar.functional.supcon import inside_of, supcon_step
 from nearfar.losses.base import ContrastiveLoss
 
 __all__ = ["MultiLabelSupConLoss", "SupConLoss"]
@@ -22,7 +23,10 @@ class SupConLoss(ContrastiveLoss):
     ``sum="outside"`` (their L_out) asks for all positives, ``"inside"`` is content with the nearest. Called with
     embeddings (n, d) and labels (n,). ``other`` is a second view of the same rows to contrast with,
     ``own_pair=False`` then leaves out a row's own partner; ``memory`` and ``memory_labels`` add rows of earlier
-    batches. ``nearfar.functional.supcon`` has the definitions.
+    batches; with ``in_batch=False`` these are the only candidates. ``positives``, a matrix, stands in for labels.
+    ``denominator="own"`` is NT-Xent with several positives, ``"negatives"`` decoupled contrastive learning;
+    ``reduction`` is "mean", "sum" or "none", the loss of each row.
+    ``nearfar.functional.supcon`` has the definitions.
 
     Floor: ln(positives) outside, 0 inside. Guessing: ln(candidates), less ln(positives) for a sum inside. Rows
     without a positive are left out and counted; a batch without any is 0 and warns.
@@ -40,32 +44,40 @@ class SupConLoss(ContrastiveLoss):
         sum: Literal["outside", "inside"] = "outside",
         normalize: bool = True,
         own_pair: bool = True,
+        denominator: Literal["all", "own", "negatives"] = "all",
+        reduction: Literal["mean", "sum", "none"] = "mean",
+        in_batch: bool = True,
     ) -> None:
         super().__init__()
         self.temperature = check_temperature(temperature)
         inside_of(sum)
+        self.denominator, self.reduction = check_denominator(denominator), check_reduction(reduction)
         self.sum = sum
         self.normalize = normalize
-        self.own_pair = own_pair
+        self.own_pair, self.in_batch = own_pair, in_batch
 
     def forward(
         self,
         z: Float[Tensor, "n d"],
-        labels: Int[Tensor, " n"],
+        labels: Int[Tensor, " n"] | None = None,
         other: Float[Tensor, "n d"] | None = None,
         memory: Float[Tensor, "q d"] | None = None,
         memory_labels: Int[Tensor, " q"] | None = None,
-        mask: Bool[Tensor, "n n"] | Mask | None = None,
+        mask: Bool[Tensor, "n m"] | Mask | None = None,
         rows: slice | None = None,
-    ) -> Float[Tensor, ""]:
+        positives: Bool[Tensor, "n m"] | Float[Tensor, "n m"] | None = None,
+    ) -> Float[Tensor, ""] | Float[Tensor, " n"]:
         loss, self._step = supcon_step(
             z, labels, self.temperature, self.sum, self.normalize, other, self.own_pair, memory, memory_labels, mask,
-            rows
+            rows, in_batch=self.in_batch, positives=positives, denominator=self.denominator, reduction=self.reduction,
         )  # fmt: skip
         return loss
 
     def extra_repr(self) -> str:
-        return f"temperature={self.temperature}, sum={self.sum!r}, normalize={self.normalize}"
+        usual = {"own_pair": True, "denominator": "all", "reduction": "mean", "in_batch": True}
+        said = {name: getattr(self, name) for name in usual}
+        more = "".join(f", {name}={value!r}" for name, value in said.items() if value != usual[name])
+        return f"temperature={self.temperature}, sum={self.sum!r}, normalize={self.normalize}{more}"
 
 
 class MultiLabelSupConLoss(ContrastiveLoss):

@@ -146,10 +146,17 @@ CASES: dict[str, Case] = {
     "InfoNCELoss, one direction": Case(lambda: losses.InfoNCELoss(symmetric=False), _pair, ring=True),
     "InfoNCELoss, mined negatives": Case(losses.InfoNCELoss, _mined),
     "InfoNCELoss, memory": Case(losses.InfoNCELoss, _memory, shared=("negatives",)),
+    "InfoNCELoss, given negatives only": Case(
+        lambda: losses.InfoNCELoss(symmetric=False, in_batch=False), _mined
+    ),
+    "InfoNCELoss, decoupled": Case(lambda: losses.InfoNCELoss(denominator="negatives"), _pair),
     "ClipLoss": Case(losses.ClipLoss, _clip, ring=True),
     "SupConLoss": Case(losses.SupConLoss, _supcon),
     "SupConLoss, two views": Case(
         losses.SupConLoss, lambda out, batch: _supcon(out, batch) | {"other": out[1]}
+    ),
+    "SupConLoss, each positive alone": Case(
+        lambda: losses.SupConLoss(denominator="own", reduction="sum"), _supcon
     ),
     "MultiLabelSupConLoss": Case(
         losses.MultiLabelSupConLoss, lambda out, batch: {"z": out[0], "labels": batch.multi_hot}

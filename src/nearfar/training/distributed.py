@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from nearfar.errors import NearfarError
 from nearfar.training.gather import whole_value, world_size
 from nearfar.training.rank_arguments import join_arguments, nothing
-from nearfar.training.ring import RING_LOSSES, ring_loss
+from nearfar.training.ring import check_ring, ring_loss
 
 __all__ = ["DistributedLoss"]
 
@@ -77,9 +77,13 @@ class DistributedLoss(nn.Module):
                 f"local_loss=True: {name} cannot be taken apart by rows (its forward has no 'rows'); leave local_loss "
                 "out, then every rank computes the whole loss, with the same gradients"
             )
-        if ring and not isinstance(loss, RING_LOSSES):
-            known = " and ".join(each.__name__ for each in RING_LOSSES)
-            raise NearfarError(f"ring=True: there is no ring version of {name}, only of {known}")
+        if local_loss and getattr(loss, "reduction", "mean") == "none":
+            raise NearfarError(
+                f"local_loss=True adds up the parts of the ranks, and {name} with reduction='none' has one value for "
+                "each row; leave local_loss out, then every rank has those of the whole batch"
+            )
+        if ring:
+            check_ring(loss)
         if ring and (local_loss or not gather_with_grad):
             raise NearfarError(
                 "ring=True computes the own rows with exact gradients; leave the other options out"

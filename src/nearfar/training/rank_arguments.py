@@ -19,7 +19,7 @@ __all__ = ["join_arguments", "nothing"]
 #: arguments whose rows are not rows of the batch, but further ones
 FURTHER = ("negatives", "memory")
 #: arguments about pairs of the whole batch: nothing that could be gathered
-MASKS = ("mask", "negatives_mask")
+MASKS = ("mask", "negatives_mask", "positives")
 #: arguments that are one number, in whatever shape
 NUMBERS = ("scale", "logit_scale", "logit_bias")
 
@@ -61,7 +61,8 @@ def join_arguments(
     if paired:
         _check_partners(name, counts)
     before, own = sum(first[: dist.get_rank()]), first[dist.get_rank()]
-    _check_mask(arguments.get("mask"), own, sum(first))
+    for pairs in ("mask", "positives"):
+        _check_mask(pairs, arguments.get(pairs), own, sum(first))
     _check_further(rows, {key: x for name in shared for key, x in _parts(name, arguments.get(name))})
     found = {name: gather_rows(tensor, counts[name], with_grad) for name, tensor in rows.items()}
     for name in positions:
@@ -87,11 +88,11 @@ def _check_partners(name: str, counts: dict[str, list[int]]) -> None:
             )
 
 
-def _check_mask(mask: Any, own: int, total: int) -> None:
+def _check_mask(name: str, mask: Any, own: int, total: int) -> None:
     if mask is not None and tuple(mask.shape) != (total, total):
         raise NearfarError(
-            f"mask is {tuple(mask.shape)}, but the batch of all ranks has {total} rows, {own} of them here. A mask "
-            "of the own rows would leave pairs of two ranks unmasked: make it from gathered values, such as "
+            f"{name} is {tuple(mask.shape)}, but the batch of all ranks has {total} rows, {own} of them here. One of "
+            "the own rows would say nothing of pairs of two ranks: make it from gathered values, such as "
             "duplicate_mask(gather(labels)), with nearfar.training.gather"
         )
 

@@ -34,7 +34,7 @@ from nearfar.functional.info_nce import clamp_scale
 from nearfar.losses import ClipLoss, InfoNCELoss
 from nearfar.training.gather import row_counts, whole_value
 
-__all__ = ["RING_LOSSES", "ring_loss", "ring_sums"]
+__all__ = ["RING_LOSSES", "check_ring", "ring_loss", "ring_sums"]
 
 #: losses that have a ring version
 RING_LOSSES: tuple[type[nn.Module], ...] = (InfoNCELoss, ClipLoss)
@@ -52,16 +52,19 @@ def ring_loss(loss: nn.Module, arguments: Mapping[str, Any]) -> Float[Tensor, ""
                 f"ring=True: {name} is not supported, as it would be needed for the rows of other ranks; use "
                 "local_loss=True, which needs more memory and takes it"
             )
+    for name, usual in (("in_batch", True), ("denominator", "all"), ("reduction", "mean")):
+        if getattr(loss, name, usual) != usual:
+            raise NearfarError(
+                f"ring=True: {name}={getattr(loss, name)!r} is not supported; use local_loss=True"
+            )
     if isinstance(loss, ClipLoss):
         a, b, both = arguments["image"], arguments["text"], True
         scale = clamp_scale(arguments["logit_scale"], loss.max_scale)
-    elif isinstance(loss, InfoNCELoss):
+    else:
+        assert isinstance(loss, InfoNCELoss)
         a, b, both = arguments["a"], arguments["b"], loss.symmetric
         given = arguments.get("scale")
         scale = 1.0 / loss.temperature if given is None else given
-    else:
-        known = " and ".join(each.__name__ for each in RING_LOSSES)
-        raise NearfarError(f"ring=True: there is no ring version of {type(loss).__name__}, only of {known}")
     counts = row_counts({"a": a, "b": b})
     if counts["a"] != counts["b"]:
         raise NearfarError(
@@ -92,6 +95,20 @@ def ring_loss(loss: nn.Module, arguments: Mapping[str, Any]) -> Float[Tensor, ""
     ]
     loss._step = Step(value.detach(), partial(list, directions), factor.detach())
     return value
+
+
+def check_ring(loss: nn.Module) -> None:
+    """``NearfarError`` unless there is a ring version of this loss with its options."""
+    if not isinstance(loss, RING_LOSSES):
+        known = " and ".join(each.__name__ for each in RING_LOSSES)
+        raise NearfarError(f"ring=True: there is no ring version of {type(loss).__name__}, only of {known}")
+    for name, usual in (("in_batch", True), ("denominator", "all"), ("reduction", "mean")):
+        found = getattr(loss, name, usual)
+        if found != usual:
+            raise NearfarError(
+                f"ring=True: {name}={found!r} is not supported, only {usual!r}; use another wrapping, such as "
+                "local_loss=True"
+            )
 
 
 def ring_sums(
