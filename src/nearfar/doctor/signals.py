@@ -24,10 +24,10 @@ _PLACE = ("kind", "epoch", "step", "val", "estimates")
 class Signals:
     """The records of a run, by field.
 
-    ``records`` are the objects of a ``train_log.jsonl``, oldest first: mappings with ``kind``, ``epoch`` (from 1, or
-    from 0 throughout) and ``step``, all three optional, and numbers; ``context`` is what does not change during the run.
-    ``nearfar.doctor.fields`` lists both. NaN and infinities may be numbers or the texts "NaN", "Infinity",
-    "-Infinity".
+    ``records`` are the objects of a ``train_log.jsonl``, oldest first: mappings with ``kind``, ``epoch`` (from 1; a
+    log that counts from 0 is read as one) and ``step``, all three optional, and numbers; ``context`` is what does not
+    change during the run. ``nearfar.doctor.fields`` lists both. NaN and infinities may be numbers or the texts "NaN",
+    "Infinity", "-Infinity".
 
     Raises ``NearfarError`` for records that are no mappings and for known fields that are not numeric. Text in an
     unknown field is nobody's signal and is left out.

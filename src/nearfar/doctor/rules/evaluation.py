@@ -194,12 +194,13 @@ def _baseline(signals: Signals) -> Evidence | None:
 def _baseline_remedy(signals: Signals) -> Remedy:
     found = _baseline(signals)
     if found is not None and found.title is not None:
-        return Remedy("", "Nothing that was learned carries over to these rows: see what is found of the loss, of "
-                      "positives and of splits, and check that queries and keys of a pair stand in one order.")  # fmt: skip
-    return Remedy(
-        "",
-        "Report the baseline beside the metric, and choose one that a constant cannot score on (macro F1).",
-    )
+        words = (
+            "Nothing that was learned carries over to these rows: see what else is found, and check that queries "
+            "and keys of a pair stand in one order."
+        )
+    else:
+        words = "Report the baseline beside the metric, and choose one that a constant cannot score on (macro F1)."
+    return Remedy("", words)
 
 
 def _lookup(baselines: Mapping[str, Any], split: str, name: str) -> float | None:

@@ -129,8 +129,8 @@ RULES = (
     Rule(
         "temperature-at-clamp", "warning", "The learned scale is held at its clamp.",
         (("at_clamp",), ("scale", "scale_max"), ("scale",), ("temperature",)), _at_clamp,
-        looks_at="`at_clamp`, or `scale` (1 / `temperature`) beside `scale_max`, last quarter", threshold=f"{AT_CLAMP:.0%} of the "
-        "steps or more",
+        looks_at="`at_clamp`, or `scale` (1 / `temperature`) beside `scale_max`, last quarter",
+        threshold=f"{AT_CLAMP:.0%} of the steps or more",
         cause="The loss asks for ever sharper logits: training pairs are nearly told apart, or the scale "
         "learns too fast.",
         remedy=fixed("learn_temperature=false", "Fix the temperature, or give the scale a learning rate of its own."),
@@ -138,8 +138,9 @@ RULES = (
     ),
     Rule(
         "temperature-drift", "warning", "The learned scale does not settle.", (("scale",), ("temperature",)), _drift,
-        looks_at="ln `scale` (−ln `temperature`) over the run", threshold=f"a factor of {FACTOR:g} since the start, and "
-        f"{STILL_MOVING:g} of ln in the last quarter, in the same direction",
+        looks_at="ln `scale` (−ln `temperature`) over the run",
+        threshold=f"a factor of {FACTOR:g} since the start, and {STILL_MOVING:g} of ln in "
+        "the last quarter, in the same direction",
         cause="The scale follows the ease of the batches rather than the embeddings, or its learning rate is too high.",
         remedy=fixed("learn_temperature=false", "Fix the temperature, clamp the scale, or lower its learning rate."),
         source="Wang and Liu 2021: the temperature sets how much the hardest negatives weigh",
