@@ -1,5 +1,5 @@
-"""Logs as users write them, to be judged without a look at the rules: bare and complete, short and long, in every form
-that ``diagnose`` takes. ``PLANTED`` names the one fault in each, ``HEALTHY`` has none.
+"""Logs as users write them, most of them written without a look at the rules: bare and complete, short and long, in
+every form that ``diagnose`` takes. ``PLANTED`` names the one fault in each, ``HEALTHY`` has none.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""The doctor against logs that were written without a look at its rules: every planted fault is named, and the healthy
-stay without warnings and errors.
+"""The doctor against logs as users write them: every planted fault is named, and the healthy stay without warnings and
+errors.
 """
 
 from __future__ import annotations
