@@ -9,6 +9,7 @@ import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -276,6 +277,7 @@ PLANTED: list[tuple[str, str, Any, dict[str, Any]]] = [
 
 
 # -- what is well --------------------------------------------------------------------------------------------
+@cache
 def healthy(seed: int) -> dict[str, tuple[Any, dict[str, Any]]]:
     """Logs and contexts without a fault, by kind, with noise of a seed."""
     rng = random.Random(seed)
