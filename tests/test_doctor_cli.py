@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +63,15 @@ def test_the_command_is_the_runs_own_with_the_override_in_place(tmp_path: Path) 
     )
     found = command(["hard_ratio=0.4 lr=1e-4"], tmp_path)
     assert found == "nearfar train experiment=molecules 'data.dir=my data' hard_ratio=0.4 lr=1e-4"
+
+
+def test_quotes_that_nothing_needs_are_left_out_of_the_command(tmp_path: Path) -> None:
+    RunFolder(tmp_path).write_json(
+        "config.yaml", {"overrides": ["data.train='/data/a.tsv'", "hard_ratio='0.3 -> 0.6'"]}
+    )
+    assert command([], tmp_path) == (
+        "nearfar train data.train=/data/a.tsv " + shlex.quote("hard_ratio='0.3 -> 0.6'")
+    )
 
 
 def test_a_run_ends_with_its_diagnosis(tmp_path: Path) -> None:

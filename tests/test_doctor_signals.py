@@ -211,6 +211,50 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
         diagnose(tmp_path)
 
 
+def test_a_log_that_cannot_be_read_is_no_healthy_run(tmp_path: Path) -> None:
+    log = tmp_path / "train_log.jsonl"
+    for text in (b"not a record\nnor this\n", bytes(range(128, 200))):
+        log.write_bytes(text)
+        with pytest.raises(NearfarError, match="is a JSON object"):
+            read_run(tmp_path)
+    log.write_text('{"global_step": 1, "train/nce": 3.2}\n')
+    with pytest.raises(
+        NearfarError, match="none of the fields is one the doctor knows: global_step, train/nce"
+    ):
+        read_run(tmp_path)
+    log.write_text("")
+    assert diagnose(tmp_path).verdict.startswith("nothing is known of this run (0 of")
+
+
+def test_lines_that_are_no_records_are_counted(tmp_path: Path) -> None:
+    lines = [
+        '{"step": 1, "loss": 4.1, "candidates": 64}',
+        '{"step": 2, "lo',
+        "[1, 2]",
+        "",
+        '{"step": 3, "loss": 3.9}',
+    ]
+    (tmp_path / "train_log.jsonl").write_text("\n".join(lines))
+    found = diagnose(tmp_path)
+    assert found.unread == found.to_dict()["unread"] == 2
+    assert "2 unreadable lines of the log left out" in found.verdict
+    assert read_run(tmp_path).series("loss").values == (4.1, 3.9)
+
+
+def test_epochs_may_be_counted_from_0() -> None:
+    from_0 = Signals([{"epoch": k / 2, "loss": 4.0} for k in range(4)])
+    assert [point.epoch for point in from_0.series("loss").points] == [1, 1, 2, 2]
+    # A look at the untrained model does not make the first epoch of training the second.
+    before = Signals([{"epoch": 0, "val": {"MRR": 0.01}}, {"epoch": 1, "loss": 4.0}])
+    assert before.series("loss").points[0].epoch == 1
+
+
+def test_text_is_kept_by_epoch() -> None:
+    signals = Signals([{"epoch": 1, "sampler": "random"}, {"epoch": 2, "sampler": "hard"}, {"loss": 1.0}])
+    assert signals.text("sampler") == "hard"
+    assert signals.texts("sampler") == {1: "random", 2: "hard"}
+
+
 def test_unknown_text_is_nobodys_signal() -> None:
     assert diagnose([{"loss": 1.0, "host": "a", "note": ["b"]} for _ in range(9)]).healthy
 

@@ -51,7 +51,8 @@ def columns_to_rows(columns: Mapping[str, Any]) -> tuple[list[dict[str, Any]], d
     for name, values in series.items():
         if len(values) == length:
             for row, value in zip(rows, values, strict=True):
-                row[name] = value
+                if value is not None:
+                    row[name] = value
         else:
             for at, value in zip(by_epoch, values, strict=True):
                 rows[at][name] = value

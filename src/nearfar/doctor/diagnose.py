@@ -15,11 +15,15 @@ __all__ = ["Diagnosis", "diagnose"]
 class Diagnosis(list[Finding]):
     """The findings, the gravest first, and in ``unjudged`` the rules that could not be judged and why.
 
-    A rule in neither has looked and found nothing. ``verdict`` is one line.
+    A rule in neither has looked and found nothing. ``verdict`` is one line. ``unread`` counts lines of the log that
+    are no records.
     """
 
-    def __init__(self, findings: Iterable[Finding], unjudged: Iterable[Unjudged], judged: int) -> None:
+    def __init__(
+        self, findings: Iterable[Finding], unjudged: Iterable[Unjudged], judged: int, unread: int = 0
+    ) -> None:
         super().__init__(findings)
+        self.unread = unread
         self.unjudged = list(unjudged)
         self.judged = judged
 
@@ -44,6 +48,10 @@ class Diagnosis(list[Finding]):
         told = ", ".join(f"{n} {word}{'s' if n > 1 else ''}" for n, word in counts if n)
         names = ", ".join(finding.id for finding in self.of("warning", "error"))
         judged = f"{self.judged} of {self.judged + len(self.unjudged)} rules could be judged"
+        if self.unread:
+            judged += f"; {self.unread} unreadable line{'s' if self.unread > 1 else ''} of the log left out"
+        if not self.judged:
+            return f"nothing is known of this run ({judged})"
         if names:
             return f"{told}: {names} ({judged})"
         return f"no warning, no error{f'; {told}' if told else ''} ({judged})"
@@ -55,6 +63,7 @@ class Diagnosis(list[Finding]):
             "healthy": self.healthy,
             "findings": [finding.to_dict() for finding in self],
             "judged": self.judged,
+            "unread": self.unread,
             "unjudged": [{"id": u.id, "reason": u.reason, "lacks": list(u.lacks)} for u in self.unjudged],
         }
 
@@ -86,4 +95,4 @@ def diagnose(signals: Any, context: Mapping[str, Any] | None = None) -> Diagnosi
         elif found is not None:
             unjudged.append(found)
     findings.sort(key=lambda finding: -SEVERITIES.index(finding.severity))
-    return Diagnosis(findings, unjudged, len(RULES) - len(unjudged))
+    return Diagnosis(findings, unjudged, len(RULES) - len(unjudged), read.unread)

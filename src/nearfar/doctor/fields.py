@@ -25,6 +25,7 @@ FIELDS: dict[str, dict[str, str]] = {
         "uniform_level": "what guessing costs",
         "floor": "the least the loss can be",
         "scale": "1 / temperature",
+        "temperature": "read where no `scale` is logged",
         "scale_max": "where the scale is clamped",
         "at_clamp": "1 where the scale stands there",
         "largest_logit": "scale × largest cosine, or its bound",

@@ -12,7 +12,8 @@ from nearfar.doctor.signals import Signals
 __all__ = ["Level", "by_class", "levels", "terms"]
 
 #: losses that are no softmax over candidates: guessing does not cost ln(candidates)
-_OTHER = ("siglip", "focal", "wasserstein", "score", "triplet", "margin", "bce", "mse")
+_OTHER = ("siglip", "focal", "wasserstein", "score", "triplet", "margin", "bce", "mse", "vicreg", "barlow", "byol",
+          "simsiam", "cosine")  # fmt: skip
 #: what an objective's contrastive term may be called, where the log does not say whose candidates it has
 _CONTRASTIVE = ("contrast", "nce", "clip", "supcon", "spatial", "pair")
 #: losses whose positives are rows of one class
@@ -141,8 +142,8 @@ def _uniform(signals: Signals, loss: Series, prefix: str) -> tuple[Series, str] 
         points = tuple(Point(p.row, p.step, p.epoch, math.log(p.value)) for p in candidates.points)
         return Series("uniform_level", points), "ln(candidates)"
     size = signals.number("batch_size") or signals.number("rows")
-    if prefix or size is None or size <= 1:
-        return None
+    if prefix or size is None or size <= 1 or signals.number("memory"):
+        return None  # with a memory there are more candidates than the batch has, and not in every direction
     size *= signals.number("world_size") or 1.0
     return _constant(loss, math.log(size)), "ln(batch_size)"
 

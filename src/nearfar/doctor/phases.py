@@ -47,6 +47,10 @@ def switch_epoch(signals: Signals) -> int | None:
         hard = [epoch for epoch, random in phases.items() if random < 0.5]
         random = [epoch for epoch, value in phases.items() if value >= 0.5]
         return min(hard) if hard and random and min(random) < min(hard) else None
+    samplers = signals.texts("sampler")
+    hard = [epoch for epoch, sampler in samplers.items() if sampler in HARD_SAMPLERS]
+    if hard and min(samplers) < min(hard):
+        return min(hard)
     ratios = signals.series("hard_ratio").by_epoch()
     if ratios and next(iter(ratios.values())) == 0 and signals.text("sampler") in (None, *HARD_SAMPLERS):
         return next((epoch for epoch, ratio in ratios.items() if ratio > 0), None)
@@ -63,8 +67,13 @@ def hard_epochs(signals: Signals, epoch: int | None) -> bool:
     phases = signals.series("random_phase").by_epoch()
     if epoch in phases:
         return phases[epoch] < 0.5
-    start = signals.number("curriculum_epoch") or 0.0
-    return epoch is None or epoch > start
+    if (sampler := signals.texts("sampler").get(epoch or 0)) is not None:
+        return sampler in HARD_SAMPLERS and not _before_curriculum(signals, epoch)
+    return not _before_curriculum(signals, epoch)
+
+
+def _before_curriculum(signals: Signals, epoch: int | None) -> bool:
+    return epoch is not None and epoch <= (signals.number("curriculum_epoch") or 0.0)
 
 
 def lower_is_better(metric: str) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +68,13 @@ def read_run(folder: str | os.PathLike[str]) -> Signals:
     for name in ("monitor", "baselines", "groups", "change", "comparison"):
         if metrics.get(name) is not None:
             context[name] = metrics[name]
-    context["metrics"] = metrics.get("splits") or {}
-    context["splits"] = _splits(layout.get("splits") or {}, context["metrics"])
-    context["leaks"] = layout.get("leaks") or {}
-    return Signals(_log(path / "train_log.jsonl"), {k: v for k, v in context.items() if v is not None})
+    final = metrics.get("splits") or {}
+    context |= {"metrics": final, "splits": _splits(layout.get("splits") or {}, final)}
+    context["leaks"] = layout.get("leaks")
+    records, unread = _log(path / "train_log.jsonl")
+    signals = Signals(records, {k: v for k, v in context.items() if v is not None and v != {}})
+    signals.unread = unread
+    return signals
 
 
 def _options(path: Path) -> dict[str, Any]:
@@ -103,18 +106,27 @@ def _json(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _log(path: Path) -> Iterator[dict[str, Any]]:
-    """The records; a line that a killed process cut off is no record."""
+def _log(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The records, and how many lines are none, such as one that a killed process cut off."""
     if not path.exists():
-        return
-    with path.open(encoding="utf-8") as file:
-        for line in file:
+        return [], 0
+    records, unread = [], 0
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in filter(str.strip, file):
             try:
                 record = json.loads(line)
             except json.JSONDecodeError:
-                continue
+                record = None
             if isinstance(record, dict):
-                yield record
+                records.append(record)
+            else:
+                unread += 1
+    if unread and not records:
+        raise NearfarError(
+            f"{path}: none of its {unread} lines is a JSON object. A log has one object per line, such as "
+            '{"step": 20, "loss": 3.9, "candidates": 64}.'
+        )
+    return records, unread
 
 
 def _splits(layout: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -24,10 +24,10 @@ _PLACE = ("kind", "epoch", "step", "val", "estimates")
 class Signals:
     """The records of a run, by field.
 
-    ``records`` are the objects of a ``train_log.jsonl``, oldest first: mappings with ``kind``, ``epoch`` (from 1) and
-    ``step``, all three optional, and numbers; ``context`` is what does not change during the run.
-    ``nearfar.doctor.fields`` lists both. NaN and infinities may be numbers or the texts "NaN", "Infinity",
-    "-Infinity".
+    ``records`` are the objects of a ``train_log.jsonl``, oldest first: mappings with ``kind``, ``epoch`` (from 1; a
+    log that counts from 0 is read as one) and ``step``, all three optional, and numbers; ``context`` is what does not
+    change during the run. ``nearfar.doctor.fields`` lists both. NaN and infinities may be numbers or the texts "NaN",
+    "Infinity", "-Infinity".
 
     Raises ``NearfarError`` for records that are no mappings and for known fields that are not numeric. Text in an
     unknown field is nobody's signal and is left out.
@@ -43,7 +43,10 @@ class Signals:
         self.context: dict[str, Any] = dict(context or {})
         self._points: dict[str, list[Point]] = {}
         self._lists: dict[str, list[tuple[int | None, tuple[float, ...]]]] = {}
-        self._texts: dict[str, str] = {}
+        self._texts: dict[str, list[tuple[int | None, str]]] = {}
+        self.unread = 0  # lines of the log that were no records
+        records = list(records)
+        self._first = _first_epoch(records)
         for row, record in enumerate(records):
             if not isinstance(record, Mapping):
                 raise NearfarError(
@@ -85,6 +88,7 @@ class Signals:
             return self
         other = Signals((), self.context | dict(context))
         other._points, other._lists, other._texts = self._points, self._lists, self._texts
+        other.unread = self.unread
         return other
 
     # -- reading -------------------------------------------------------------------------------------------
@@ -116,9 +120,15 @@ class Signals:
         return series.tail().mean() if series else None
 
     def text(self, name: str) -> str | None:
-        """What context or log say in words."""
+        """What context or log say in words; of a log, the last."""
         value = self.context.get(name)
-        return value if isinstance(value, str) else self._texts.get(name)
+        if isinstance(value, str):
+            return value
+        return self._texts[name][-1][1] if name in self._texts else None
+
+    def texts(self, name: str) -> dict[int, str]:
+        """What the log says in words, by epoch: {} where it says nothing or names no epochs."""
+        return {epoch: text for epoch, text in self._texts.get(name, ()) if epoch is not None}
 
     def mapping(self, name: str) -> Mapping[str, Any]:
         """A mapping of the context; empty where it is not known."""
@@ -156,7 +166,8 @@ class Signals:
         where = f"record {row + 1} of the log"
         step = number(record.get("step"), "step", where)
         epoch = number(record.get("epoch"), "epoch", where)
-        place = (row, float(row + 1) if step is None else step, None if epoch is None else int(epoch))
+        at = None if epoch is None or not math.isfinite(epoch) else math.floor(epoch) + 1 - self._first
+        place = (row, float(row + 1) if step is None else step, at)
         for name, value in record.items():
             if name in _PLACE:
                 continue
@@ -181,7 +192,7 @@ class Signals:
             name = f"embeddings/{name}"
         if name in TEXTS or (isinstance(value, str) and name in CONTEXT and not is_field(name)):
             if isinstance(value, str):
-                self._texts[name] = value
+                self._texts.setdefault(name, []).append((place[2], value))
             return
         if is_sequence(value):
             if is_field(name):
@@ -219,6 +230,18 @@ class Signals:
                 for p in first.points
             ),
         )
+
+
+def _first_epoch(records: Iterable[Any]) -> int:
+    """0 for a log that counts the epochs of its training from 0, as many loops do; otherwise 1."""
+    for record in records:
+        trains = isinstance(record, Mapping) and any(
+            record.get(name) is not None for name in ("loss", "train_loss")
+        )
+        epoch = number(record.get("epoch"), "epoch", "the log") if trains else None
+        if epoch is not None and 0 <= epoch < 1:
+            return 0
+    return 1
 
 
 def _mapping(value: Any, name: str, where: str) -> Mapping[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -13,6 +14,8 @@ from nearfar.training.run_folder import RunFolder
 
 __all__ = ["command", "examine", "print_diagnosis"]
 
+#: a value in quotes that it does not need, which the shell's own would make unreadable
+_QUOTED = re.compile(r"^([^=]+=)'([\w./:@-]+)'$")
 _STYLES = {"error": "bold red", "warning": "bold yellow", "note": "bold cyan"}
 
 
@@ -44,12 +47,13 @@ def _own_overrides(run: Path) -> list[str]:
     folder = RunFolder(run)
     if not folder.started:
         return []
-    return [str(part) for part in folder.config().get("overrides") or [] if not str(part).startswith("name=")]
+    found = [str(part) for part in folder.config().get("overrides") or []]
+    return [_QUOTED.sub(r"\1\2", part) for part in found if not part.startswith("name=")]
 
 
 def print_diagnosis(found: Diagnosis, run: Path, console: Any) -> None:
     """Print it; lines are not wrapped, so that commands can be copied."""
-    say(console, f"{run}: {found.verdict}", style="bold green" if found.healthy else "bold red")
+    say(console, f"{run}: {found.verdict}", style=_style(found))
     for finding in found:
         say(console, "")
         _print_finding(finding, run, console)
@@ -63,6 +67,12 @@ def print_diagnosis(found: Diagnosis, run: Path, console: Any) -> None:
         say(console, "Not judged, and so neither well nor ill:", style="bold")
         for reason, ids in _by_reason(found.unjudged).items():
             say(console, f"  {', '.join(ids)}: {reason}", style="dim")
+
+
+def _style(found: Diagnosis) -> str:
+    if not found.judged:
+        return "bold yellow"
+    return "bold green" if found.healthy else "bold red"
 
 
 def _print_finding(finding: Finding, run: Path, console: Any) -> None:

@@ -100,7 +100,7 @@ _NEEDS = tuple(
     (loss, metric, phase)
     for loss in ("train_loss", "loss")
     for metric in ("val/*",)
-    for phase in ("random_phase", "curriculum_epoch", "hard_ratio")
+    for phase in ("random_phase", "curriculum_epoch", "hard_ratio", "sampler")
 )
 _LOOKS = "`train_loss` (or `loss`) and the monitored `val/*` before and after `random_phase` ends, by epoch"
 

@@ -23,6 +23,8 @@ FEW_DIRECTIONS = 0.1
 APART = 0.8
 #: skewness of k-occurrence from which few keys answer most queries; 0 where all are found alike
 HUBS = 3.0
+#: temperatures at which all candidates score alike, and at which one of them takes the whole gradient
+BLUNT, SHARP = 0.5, 0.005
 
 
 def _views(signals: Signals, pattern: str) -> Iterator[tuple[str, Series]]:
@@ -61,9 +63,9 @@ def _collapse(signals: Signals) -> Evidence | None:
 
 
 def _collapse_remedy(signals: Signals) -> Remedy:
-    words = "Look for a loss without negatives, a temperature near 1, or a learning rate that killed the last layer."
+    words = "Look for a loss without negatives, an extreme temperature, or a learning rate that killed the last layer."
     temperature = signals.number("temperature") or 0.0
-    if temperature >= 0.5:
+    if temperature >= BLUNT or 0 < temperature <= SHARP:
         return Remedy("temperature=0.07", words)
     return Remedy(lower_learning_rate(signals), words)
 
@@ -138,7 +140,7 @@ RULES = (
         threshold=f"variance below {NO_VARIANCE:g}, mean cosine above {ONE_DIRECTION:g}, uniformity above "
         f"{NOT_UNIFORM:g}",
         cause="Nothing pushes rows apart: no negatives, a temperature so high that all candidates score "
-        "alike, or a learning rate that drove an activation to 0.",
+        "alike or so low that only one of them counts, or a learning rate that drove an activation to 0.",
         remedy=_collapse_remedy, source="Wang and Isola 2020, alignment and uniformity",
     ),
     Rule(

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from itertools import combinations
 from typing import Any
 
-from nearfar.doctor.finding import Evidence
+from nearfar.doctor.finding import Evidence, Remedy
 from nearfar.doctor.numbers import estimate_of, number, plain
 from nearfar.doctor.phases import lower_is_better, main_metric
 from nearfar.doctor.rule import Rule, TooLittle
@@ -17,7 +17,11 @@ from nearfar.errors import NearfarError
 
 __all__ = ["RULES", "of_splits"]
 
-_CUTOFF = re.compile(r"(?:^|[/_ ])(?:r|recall|hits?|hit_rate|top|success)[@_-]?(\d+)$", re.IGNORECASE)
+#: names of a share of queries that find their own among the first k
+_CUTOFF = re.compile(
+    r"(?:^|[/_ .-])(?:r|recall|hits?|hit_rate|top|success|acc|accuracy)(?:@|_at_|[_-])?(\d+)(?:_acc(?:uracy)?)?$",
+    re.IGNORECASE,
+)
 #: ratio of galleries from which chance differs enough to be seen, and from which it misleads
 OTHER_GALLERY, OTHER_BY_FAR = 1.1, 4.0
 
@@ -180,10 +184,23 @@ def _baseline(signals: Signals) -> Evidence | None:
         return Evidence(
             f"{name} on {split} is {value:.3f}{interval}; {kind} scores {baseline:.3f}.",
             {"value": value, "baseline": baseline},
+            title="The metric that matters is at chance." if kind == "chance" else None,
         )
     if not judged:
         raise TooLittle("no metric stands beside a baseline or chance level")
     return None
+
+
+def _baseline_remedy(signals: Signals) -> Remedy:
+    found = _baseline(signals)
+    if found is not None and found.title is not None:
+        words = (
+            "Nothing that was learned carries over to these rows: see what else is found, and check that queries "
+            "and keys of a pair stand in one order."
+        )
+    else:
+        words = "Report the baseline beside the metric, and choose one that a constant cannot score on (macro F1)."
+    return Remedy("", words)
 
 
 def _lookup(baselines: Mapping[str, Any], split: str, name: str) -> float | None:
@@ -226,8 +243,7 @@ RULES = (
         looks_at="every metric beside `baselines`; the monitored one beside its chance",
         threshold="the value, or the near end of its interval, does not exceed it",
         cause="The metric rewards what most rows have anyway, or nothing was learned.",
-        remedy=advice("Report the baseline beside the metric, and choose one that a constant cannot score on "
-        "(macro F1)."),
+        remedy=_baseline_remedy,
         source="a constant 'neutral' scores 80.3 weighted F1 where 80 % are neutral",
     ),
 )  # fmt: skip

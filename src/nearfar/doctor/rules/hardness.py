@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 from nearfar.doctor.finding import Evidence, Remedy
 from nearfar.doctor.phases import hard_epochs, means_hard
@@ -17,47 +18,84 @@ __all__ = ["RULES"]
 DEPLETED = 0.8
 #: the same of what exceeds random hardness, last quarter over first, a noisier measure
 EXCESS_DEPLETED, LAST_TO_FIRST = 0.6, 0.7
+QUARTERS = 4
 #: hardness over random from which batches count as harder at all
 HARDER = 1.1
 
 
-def _hard_lists(signals: Signals, name: str) -> list[tuple[float, ...]]:
+Entries = list[tuple[int | None, tuple[float, ...]]]
+
+
+def _hard(signals: Signals, name: str) -> Entries:
+    """(epoch, values) of a field in epochs of hard batches."""
     return [
-        values
+        (epoch, values)
         for epoch, values in signals.lists(name)
         if hard_epochs(signals, epoch) and all(map(math.isfinite, values))
     ]
 
 
+def _hard_lists(signals: Signals, name: str) -> list[tuple[float, ...]]:
+    return [values for _, values in _hard(signals, name)]
+
+
+def _quarters(entries: Entries) -> list[tuple[float, ...]]:
+    """By quarter of each epoch. Of a log with a value for each batch they are means; of one with a value for each
+    epoch, or that names no epochs, the whole log is taken in quarters. [] of fewer than four values.
+    """
+    if any(len(values) > 1 for _, values in entries):
+        return [values for _, values in entries if len(values) > 1]
+    by_epoch: dict[int | None, list[float]] = {}
+    for epoch, values in entries:
+        by_epoch.setdefault(epoch, []).append(values[0])
+    courses = [course for course in by_epoch.values() if len(course) >= QUARTERS]
+    if not courses and len(entries) >= QUARTERS:
+        courses = [[values[0] for _, values in entries]]
+    return [tuple(mean(part) for part in _cut(course)) for course in courses]
+
+
+def _cut(course: list[float]) -> list[list[float]]:
+    ends = [round(i * len(course) / QUARTERS) for i in range(QUARTERS + 1)]
+    return [course[a:b] for a, b in pairwise(ends)]
+
+
 def _depleted(signals: Signals) -> Evidence | None:
     if not means_hard(signals):
         return None
-    realised = _hard_lists(signals, "realised_hard")
+    realised = _hard(signals, "realised_hard")
     promised = [v[0] for v in _hard_lists(signals, "nominal_hard")] or [
         v[0] for v in _hard_lists(signals, "hard_ratio")
     ]
     if not promised and signals.number("hard_ratio"):
         promised = [signals.number("hard_ratio") or 0.0]
     if realised and promised and mean(promised) > 0:
-        whole, last = mean([mean(v) for v in realised]), mean([v[-1] for v in realised])
-        nominal = mean(promised)
-        if min(whole, last) >= DEPLETED * nominal:
+        # A schedule changes the promise: each value is read against its own.
+        own = promised if len(promised) == len(realised) else [mean(promised)] * len(realised)
+        shares: Entries = [
+            (epoch, tuple(value / nominal for value in values))
+            for (epoch, values), nominal in zip(realised, own, strict=True)
+            if nominal > 0
+        ]
+        by_quarter = _quarters(shares) or [values for _, values in shares]
+        whole, last = mean([mean(v) for v in by_quarter]), mean([v[-1] for v in by_quarter])
+        if min(whole, last) >= DEPLETED:
             return None
-        where = "the last quarter of an epoch" if last < whole else "an epoch"
+        nominal = mean(promised)
+        late = f", and {last * nominal:.2f} in the last quarter" if last < whole else ""
+        epochs = f" of an epoch (mean of {len(by_quarter)} epochs)" if len(by_quarter) > 1 else ""
         return Evidence(
-            f"{nominal:.2f} of a batch was to be hard; {whole:.2f} were, and {last:.2f} in {where} (mean of "
-            f"{len(realised)} epochs).",
-            {"nominal": nominal, "realised": whole, "realised_last_quarter": last},
+            f"{nominal:.2f} of a batch was to be hard; {whole * nominal:.2f} were{late}{epochs}.",
+            {"nominal": nominal, "realised": whole * nominal, "realised_last_quarter": last * nominal},
         )
-    quarters = [v for v in _hard_lists(signals, "hardness") if len(v) > 1]
+    quarters = _quarters(_hard(signals, "hardness"))
     chance = signals.number("hardness_random")
     if quarters and chance is not None:
         first, last = mean([v[0] for v in quarters]), mean([v[-1] for v in quarters])
         if first < HARDER * chance or last - chance >= EXCESS_DEPLETED * (first - chance):
             return None
         return Evidence(
-            f"{first:.2f} of an item's nearest neighbours share its batch in the first quarter of an epoch, "
-            f"{last:.2f} in the last; random batches hold {chance:.2f}.",
+            f"{first:.2f} of an item's nearest neighbours share its batch in the first quarter, {last:.2f} in the "
+            f"last; random batches hold {chance:.2f}.",
             {"hardness_first": first, "hardness_last": last, "hardness_random": chance},
         )
     level = _hard_lists(signals, "last_to_first")

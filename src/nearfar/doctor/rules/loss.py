@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from nearfar.doctor.finding import Evidence, Remedy
 from nearfar.doctor.levels import Level, levels
 from nearfar.doctor.phases import hard_epochs, metric_rises, monitor, switch_epoch
 from nearfar.doctor.rule import Rule, TooLittle
 from nearfar.doctor.rules._remedies import advice, lower_learning_rate, peak_learning_rate
-from nearfar.doctor.series import LAST_PART, mean
+from nearfar.doctor.series import LAST_PART, Series, mean
 from nearfar.doctor.signals import Signals
 
 __all__ = ["RULES"]
@@ -26,6 +27,10 @@ TOO_NOISY = 0.025
 BLUNT, SHARP = 0.5, 0.01
 #: learning rates below this move no encoder from its start
 STANDSTILL = 1e-6
+#: change over the run, as a share of the way, that is none
+STILL = 0.02
+UNMOVED_TITLE = "The loss is worse than guessing, and has not moved since the start."
+ONE_BATCH = "First overfit one batch: if its loss does not fall, the pairs or the gradient are wrong."
 #: nats above the floor at which the targets have 95 % of the probability that they ask for
 AT_FLOOR = -math.log(0.95)
 #: share of the log at the floor from which a run spent its time there
@@ -87,8 +92,17 @@ def _above_chance(signals: Signals) -> Evidence | None:
         if way and last is not None and last <= 1 and len({p.epoch for p in way.points}) == 1:
             raise TooLittle("only the first epoch was logged, in which a loss may lie above guessing")
         if way and way.mean() + 2 * way.error() < ABOVE_CHANCE and not _hard_and_learning(signals):
-            return _evidence(level, LAST_PART)
+            found = _evidence(level, LAST_PART)
+            return replace(found, title=UNMOVED_TITLE) if _unmoved(level) else found
     return None
+
+
+def _unmoved(level: Level) -> bool:
+    """Whether the loss ends where it began: it never learned, rather than learned the wrong thing."""
+    way = level.way()
+    count = len(way.tail())
+    first, last = Series(way.name, way.points[:count]), way.tail()
+    return abs(last.mean() - first.mean()) <= max(STILL, 2 * math.hypot(first.error(), last.error()))
 
 
 def _evidence(level: Level, share: float) -> Evidence:
@@ -96,9 +110,14 @@ def _evidence(level: Level, share: float) -> Evidence:
     way = level.settled(level.way(), share)
     what = "loss" if level.name == "loss" else f"term {level.name}"
     basis = f", taken as {level.assumed}" if level.assumed else ""
+    worse = loss.mean() - uniform.mean()
+    stands = (
+        f"{worse:.3f} nats less"
+        if way.mean() < ABOVE_CHANCE
+        else f"{way.mean():+.0%} of the way to the floor"
+    )
     return Evidence(
-        f"Mean {what} {loss.mean():.3f} in {loss.where_text()}; guessing costs {uniform.mean():.3f}{basis} "
-        f"({way.mean():+.0%} of the way to the floor).",
+        f"Mean {what} {loss.mean():.3f} in {loss.where_text()}; guessing costs {uniform.mean():.3f}{basis} ({stands}).",
         {"loss": loss.mean(), "uniform_level": uniform.mean(), "way": way.mean(), "way_error": way.error()},
     )
 
@@ -129,7 +148,6 @@ def _at_floor(signals: Signals) -> Evidence | None:
 
 
 def _chance_remedy(signals: Signals) -> Remedy:
-    words = "First overfit one batch: if its loss does not fall, the pairs or the gradient are wrong."
     rate = lower_learning_rate(signals)
     if (signals.number("temperature") or 0.0) >= BLUNT:
         return Remedy(
@@ -139,16 +157,20 @@ def _chance_remedy(signals: Signals) -> Remedy:
         )
     if 0.0 < peak_learning_rate(signals) < STANDSTILL:
         return Remedy("lr=0.001", "At this learning rate nothing moves.")
-    return Remedy(rate, f"{words} Then divide the learning rate by 3.")
+    return Remedy(rate, f"{ONE_BATCH} Then divide the learning rate by 3.")
 
 
 def _above_remedy(signals: Signals) -> Remedy:
     rate = lower_learning_rate(signals)
+    if 0.0 < peak_learning_rate(signals) < STANDSTILL:
+        return Remedy("lr=0.001", "At this learning rate nothing moves.")
     if 0.0 < (signals.number("temperature") or 1.0) <= SHARP:
         return Remedy(
             "temperature=0.07", "At this temperature one wrong candidate costs all.", (rate,) if rate else ()
         )
-    return Remedy(rate, "Divide the learning rate by 3, then raise the temperature.", ("temperature=0.1",))
+    words = "ivide the learning rate by 3, then raise the temperature."
+    unmoved = any(_unmoved(level) for level in levels(signals))
+    return Remedy(rate, f"{ONE_BATCH} Then d{words}" if unmoved else f"D{words}", ("temperature=0.1",))
 
 
 def _floor_remedy(signals: Signals) -> Remedy:
@@ -204,7 +226,8 @@ RULES = (
         looks_at="the same; silent while hard batches are new, or raise the metric",
         threshold=f"below {ABOVE_CHANCE:.0%} of the way, by two standard errors",
         cause="Confident and wrong: the learning rate is too high for the weights it started from, the "
-        "temperature too low, or the positives are not the right ones.",
+        "temperature too low, or the positives are not the right ones. Where the loss has not moved at all: no "
+        "gradient reaches the weights, as an untrained encoder lies somewhat above guessing at low temperatures.",
         remedy=_above_remedy,
         source="a constant scorer has ln(candidates), so that more is worse than knowing nothing",
     ),

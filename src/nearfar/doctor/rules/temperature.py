@@ -28,6 +28,15 @@ HALF = 64.0
 SINGLE = 500.0
 
 
+def _scale(signals: Signals) -> Series:
+    """The scale over the run, or what a log of the temperature says of it."""
+    scale = signals.series("scale").finite().where(lambda p: p.value > 0)
+    if scale:
+        return scale
+    temperature = signals.series("temperature").finite().where(lambda p: p.value > 0)
+    return Series("scale", tuple(p._replace(value=1 / p.value) for p in temperature.points))
+
+
 def _held(signals: Signals) -> tuple[float, Series, float | None] | None:
     """The share of the last steps at the clamp, those steps, and the clamp; None where none is known or none learns."""
     if signals.context.get("learn_temperature") is False:
@@ -36,7 +45,7 @@ def _held(signals: Signals) -> tuple[float, Series, float | None] | None:
     flags = signals.series("at_clamp").finite().tail()
     if flags:
         return mean([float(v >= 0.5) for v in flags.values]), flags, limit
-    whole = signals.series("scale").finite()
+    whole = _scale(signals)
     scale = whole.tail()
     if limit is None and whole and min(whole.values) < USUAL_CLAMP * (1 - CLOSE):
         limit = USUAL_CLAMP if max(whole.values) <= USUAL_CLAMP * (1 + CLOSE) else None
@@ -53,15 +62,15 @@ def _at_clamp(signals: Signals) -> Evidence | None:
     if share < AT_CLAMP:
         return None
     at = f" of {limit:g}" if limit is not None else ""
-    scale = signals.number("scale")
+    scale = _scale(signals).tail().mean()
     return Evidence(
         f"The scale stands at its clamp{at} in {share:.0%} of the logged steps in {where.where_text()}.",
-        {"share_at_clamp": share} | ({"scale": scale} if scale is not None else {}),
+        {"share_at_clamp": share} | ({"scale": scale} if math.isfinite(scale) else {}),
     )
 
 
 def _drift(signals: Signals) -> Evidence | None:
-    scale = signals.series("scale").finite().where(lambda p: p.value > 0)
+    scale = _scale(signals)
     held = _held(signals)
     if held is not None and held[0] >= AT_CLAMP:
         return None
@@ -85,7 +94,7 @@ def _drift(signals: Signals) -> Evidence | None:
 def _risk(signals: Signals) -> Evidence | None:
     half = _half(signals)
     limit = HALF if half else SINGLE
-    largest = signals.series("largest_logit").finite() or signals.series("scale").finite()
+    largest = signals.series("largest_logit").finite() or _scale(signals)
     if largest:
         late = largest.tail()
         value, where = max(late.values), f" in {late.where_text()}"
@@ -119,18 +128,19 @@ def _risk_remedy(signals: Signals) -> Remedy:
 RULES = (
     Rule(
         "temperature-at-clamp", "warning", "The learned scale is held at its clamp.",
-        (("at_clamp",), ("scale", "scale_max"), ("scale",)), _at_clamp,
-        looks_at="`at_clamp`, or `scale` beside `scale_max`, last quarter", threshold=f"{AT_CLAMP:.0%} of the "
-        "steps or more",
+        (("at_clamp",), ("scale", "scale_max"), ("scale",), ("temperature",)), _at_clamp,
+        looks_at="`at_clamp`, or `scale` (1 / `temperature`) beside `scale_max`, last quarter",
+        threshold=f"{AT_CLAMP:.0%} of the steps or more",
         cause="The loss asks for ever sharper logits: training pairs are nearly told apart, or the scale "
         "learns too fast.",
         remedy=fixed("learn_temperature=false", "Fix the temperature, or give the scale a learning rate of its own."),
         source="CLIP (Radford et al. 2021) clamps at 100 against instability; there the temperature no longer learns",
     ),
     Rule(
-        "temperature-drift", "warning", "The learned scale does not settle.", (("scale",),), _drift,
-        looks_at="ln `scale` over the run", threshold=f"a factor of {FACTOR:g} since the start, and "
-        f"{STILL_MOVING:g} of ln in the last quarter, in the same direction",
+        "temperature-drift", "warning", "The learned scale does not settle.", (("scale",), ("temperature",)), _drift,
+        looks_at="ln `scale` (−ln `temperature`) over the run",
+        threshold=f"a factor of {FACTOR:g} since the start, and {STILL_MOVING:g} of ln in "
+        "the last quarter, in the same direction",
         cause="The scale follows the ease of the batches rather than the embeddings, or its learning rate is too high.",
         remedy=fixed("learn_temperature=false", "Fix the temperature, clamp the scale, or lower its learning rate."),
         source="Wang and Liu 2021: the temperature sets how much the hardest negatives weigh",
