@@ -165,6 +165,10 @@ def embedding_health(
     {'texts/effective_rank': 7.89, 'texts/rank_limit': 8.0, 'texts/dimensions': 8.0, 'texts/variance': 0.97,
      'texts/uniformity': -3.05, 'texts/mean_cosine': 0.02, 'alignment': 0.73, 'modality_gap': 0.13, 'hubness': 0.29}
     """
+    if not isinstance(views, Mapping):
+        raise NearfarError(
+            f"views is a {type(views).__name__}; a mapping of names to rows is needed, such as {{'texts': rows}}"
+        )
     units = {name: _unit(view, name) for name, view in views.items()}
     health: dict[str, float] = {}
     for name, x in units.items():
