@@ -14,6 +14,8 @@ from nearfar.contrast.workspace import Workspace
 
 __all__ = ["Slopes", "positive_slopes", "tile_slopes"]
 
+#: rows of a tile that are worked on together
+STRIP = 256
 #: below every logit of a bounded tile; a hidden one, times a slope as large as 1 / sum, would overflow
 LEAST = -1e3
 
@@ -168,7 +170,6 @@ def _plain(taken: Taken, views: list[tuple[Slopes, slice, int]]) -> Tensor:
 
 def _bounded(tile: Tile, views: list[tuple[Slopes, slice, int]], space: Workspace) -> Tensor:
     setting, (first, at, _) = views[0][0].setting, views[0]
-    values = space("values", *tile.logits.shape)
     linear = any(slope.linear is not None for slope, _, _ in views)
     if setting.keep:  # forward left the powers
         powers = tile.logits
@@ -180,11 +181,18 @@ def _bounded(tile: Tile, views: list[tuple[Slopes, slice, int]], space: Workspac
         powers = tile.logits.exp_()
         for taken in tile.taken:
             taken.leave(powers)
+    values = space("values", *tile.logits.shape) if linear or setting.keep else powers
     if not linear and len(views) == 1:
         return torch.mul(powers, first.factor[at].unsqueeze(1), out=values)
     if not linear:
-        torch.add(first.factor[at].unsqueeze(1), views[1][0].factor[views[1][1]], out=values)
-        return values.mul_(powers)
+        rows, columns = first.factor[at].unsqueeze(1), views[1][0].factor[views[1][1]]
+        # In strips, so that the sum of the two factors does not leave the cache.
+        for strip, power, into in zip(
+            rows.split(STRIP), powers.split(STRIP), values.split(STRIP), strict=True
+        ):
+            factor = torch.add(strip, columns, out=space("factor", *into.shape))
+            torch.mul(power, factor, out=into)
+        return values
     if logits is not None:
         logits.clamp_(min=LEAST)
     values.zero_()

@@ -144,7 +144,7 @@ RULES = (
         cause="The neighbour list is in another order than the data; or a batch is so large a part of few rows that "
         "chance brings as many neighbours together; or hard_ratio is very small.",
         remedy=advice("Compare the ids of the neighbour list with the loader's (sampler.check_ids, "
-                      "neighbors.aligned_to); if they agree, take smaller batches or sampler=random, which is as good."),
+                      "neighbors.aligned_to); if they agree, take smaller batches, or sampler=random."),
         source="an A/A check: a sampler that does nothing must be told from one that does",
     ),
     Rule(
