@@ -1,4 +1,4 @@
-"""Do the intervals cover the truth? A few settings of ``benchmarks/coverage.py``, with fixed seeds."""
+"""Do the intervals cover the truth? A few settings of ``benchmarks/interval_coverage.py``, with fixed seeds."""
 
 from __future__ import annotations
 

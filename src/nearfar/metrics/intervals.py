@@ -3,7 +3,7 @@
 Resampling is honest only where the sample shows its variation: a hundred hits in a hundred queries would give
 the interval [1, 1]. Shares therefore have Wilson's score interval throughout, and graded scores have it where
 they show little variation, with their own variance in place of a share's (among distributions on [0, 1] with a
-given mean, the 0/1 one varies most). How often each kind covers the truth: ``benchmarks/coverage.py``.
+given mean, the 0/1 one varies most). How often each kind covers the truth: ``benchmarks/interval_coverage.py``.
 """
 
 from __future__ import annotations

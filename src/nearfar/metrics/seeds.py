@@ -8,8 +8,8 @@ and adding the two squares up to 98.7 %. Here the half-width is
     h = (w t_{S−1} + (1 − w) t_{n−1}) √(A + B),   w = A² / (A² + ((S − 1) B / 2)²),
 
 which has the right quantile where one source rules and turns from one to the other fast enough: 93.8 to 97.2 % over
-two to ten seeds and every ratio of A to B (``benchmarks/coverage.py``). The form is that of Cochran and Cox (1950),
-whose w = A / (A + B) covers up to 97.8 %; the squares and the factor were found by search
+two to ten seeds and every ratio of A to B (``benchmarks/interval_coverage.py``). The form is that of Cochran and Cox
+(1950), whose w = A / (A + B) covers up to 97.8 %; the squares and the factor were found by search
 (``benchmarks/interval_methods.py``).
 """
 
