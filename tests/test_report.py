@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 
+from nearfar.errors import NearfarError
 from nearfar.lab.report import write_report
 from nearfar.lab.run_charts import embedding_map
 from nearfar.lab.verdict import run_verdict
 from nearfar.training.embedding_map import project, write_map
 from nearfar.training.run_folder import RunFolder
+from nearfar.training.sections import Picture, Section, Table, write_sections
 from test_resume import train
 from toy_system import toy_config
 
@@ -142,3 +144,38 @@ def test_the_map_is_the_projection_on_two_components(tmp_path: Path) -> None:
     drawn = embedding_map(folder)
     assert drawn is not None
     assert (drawn["rows"], drawn["links"]) == (40, 40)
+
+
+def test_a_system_shows_tables_and_pictures_of_its_own(run: RunFolder) -> None:
+    page = write_report(run).read_text()
+    assert "<figure>" not in page
+    table = Table(["true", "on", "under"], [["on", 7, 1], ["<under>", 0.25, None]], "Confusion.", shaded=True)
+    pictures = [Picture(b"\xff\xd8\xff\xe0", "a photo"), Picture("<svg id='own'></svg>", "a drawing")]
+    write_sections(run, [Section("Where it errs", "Rows are truth.", [table], pictures)])
+    page = write_report(run).read_text()
+    for words in (
+        "<h2>Where it errs</h2>",
+        "rgba(37, 99, 168, 0.48)",
+        "&lt;under&gt;",
+        "0.250",
+        "–",
+        "data:image/jpeg;base64,/9j/4A==",
+        "<svg id='own'></svg>",
+        "a drawing",
+    ):
+        assert words in page, words
+    with pytest.raises(NearfarError, match="row 0 has 1 cells, and there are 2 columns"):
+        Table(["a", "b"], [[1]])
+
+
+def test_a_baseline_stands_beside_its_metric_and_a_gallery_only_where_there_is_one(run: RunFolder) -> None:
+    metrics = run.read_json("metrics.json")
+    assert "<th>gallery</th>" in write_report(run).read_text()
+    name = metrics["monitor"]
+    for estimate in metrics["splits"]["val"].values():
+        del estimate["protocol"]["gallery"]
+    run.write_json("metrics.json", metrics | {"baselines": {name: 0.4321}})
+    page = write_report(run).read_text()
+    assert "<th>gallery</th>" not in page
+    assert "<th>baseline</th>" in page
+    assert "<td>0.432</td>" in page

@@ -19,6 +19,7 @@ from nearfar.lab.verdict import run_verdict
 from nearfar.lab.words import metric_words, short_number
 from nearfar.metrics import Estimate
 from nearfar.training.run_folder import RunFolder, write_atomically
+from nearfar.training.sections import read_sections
 
 if TYPE_CHECKING:
     from nearfar.lab.compare import Comparison
@@ -42,7 +43,22 @@ def _environment() -> Environment:
     environment.filters["figure"] = lambda v: f"{v:.4g}" if isinstance(v, float) else str(v)
     environment.filters["words"] = metric_words
     environment.filters["arrow"] = lambda name: metric_words(name, " · ")
+    environment.filters["cell"] = _cell
+    environment.filters["tint"] = _tint
+    environment.filters["drawn"] = Markup  # drawn by us, not by the user's data
     return environment
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "–"
+    return short_number(value) if isinstance(value, float) else str(value)
+
+
+def _tint(value: float, row: list[Any]) -> str:
+    """The colour of a cell by its share of the row's numbers."""
+    total = sum(cell for cell in row if isinstance(cell, int | float))
+    return f"rgba(37, 99, 168, {0.55 * value / total if total else 0.0:.2f})"
 
 
 def _examples(folder: RunFolder) -> dict[str, list[dict[str, Any]]]:
@@ -75,6 +91,8 @@ def write_report(folder: RunFolder) -> Path:
             metrics=metrics,
             tables=tables,
             verdict=run_verdict(folder),
+            evaluated=next(iter(tables)),
+            sections=read_sections(folder),
             charts=training_charts(folder, metrics, tables),
             map=embedding_map(folder),
             examples=_examples(folder),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from nearfar.metrics.comparison import Difference, compare, holm, paired_difference
+from nearfar.metrics.counts import by_group, count_estimate, f1_macro, f1_micro, item_values, share
 from nearfar.metrics.estimate import Estimate, comparable, split_hash
 from nearfar.metrics.health import (
     alignment,
@@ -29,14 +30,19 @@ __all__ = [
     "alignment",
     "batch_signals",
     "bootstrap_mean",
+    "by_group",
     "comparable",
     "compare",
+    "count_estimate",
     "effective_rank",
     "embedding_health",
+    "f1_macro",
+    "f1_micro",
     "few_runs",
     "group_signals",
     "holm",
     "hubness",
+    "item_values",
     "mean_cosine",
     "mean_interval",
     "modality_gap",
@@ -45,6 +51,7 @@ __all__ = [
     "retrieval_metrics",
     "retrieval_ranks",
     "seeds_interval",
+    "share",
     "split_hash",
     "uniformity",
     "variance",

@@ -19,6 +19,7 @@ from nearfar.errors import NearfarError
 from nearfar.metrics.quantiles import check_confidence, normal_quantile, t_quantile
 
 __all__ = [
+    "bootstrap_levels",
     "bootstrap_mean",
     "count_differing",
     "few_runs",
@@ -144,16 +145,31 @@ def bootstrap_mean(
     if resamples < 100:
         raise NearfarError(f"resamples is {resamples}; the ends of an interval need at least 100")
     means = _resampled_means(x, resamples, np.random.default_rng(seed))
-    levels = [0.5 - confidence / 2, 0.5 + confidence / 2]
-    deviations = x - x.mean()
-    spread = float((deviations**2).sum())
-    if method == "bca" and spread > 0.0:
-        below = float(np.mean(means < x.mean()) + 0.5 * np.mean(means == x.mean()))
-        bias = normal_quantile(min(max(below, 1 / resamples), 1 - 1 / resamples))
-        acceleration = float((deviations**3).sum()) / (6 * spread**1.5)
-        levels = [_accelerated(level, bias, acceleration) for level in levels]
+    levels = (0.5 - confidence / 2, 0.5 + confidence / 2)
+    if method == "bca":
+        levels = bootstrap_levels(means, float(x.mean()), x - x.mean(), confidence)
     low, high = np.quantile(means, levels)
     return float(low), float(high)
+
+
+def bootstrap_levels(
+    resampled: NDArray[np.float64], value: float, influence: NDArray[np.float64], confidence: float = 0.95
+) -> tuple[float, float]:
+    """The percentiles of a statistic's ``resampled`` values that bound it, corrected for bias and skewness.
+
+    ``influence``: by how much each item pulls the statistic, with mean 0 (Efron 1987, BCa). Items that all pull alike
+    leave the plain percentiles.
+    """
+    levels = 0.5 - confidence / 2, 0.5 + confidence / 2
+    spread = float((influence**2).sum())
+    if spread <= 0.0:
+        return levels
+    below = float(np.mean(resampled < value) + 0.5 * np.mean(resampled == value))
+    edge = 1 / len(resampled)
+    bias = normal_quantile(min(max(below, edge), 1 - edge))
+    acceleration = float((influence**3).sum()) / (6 * spread**1.5)
+    low, high = (_accelerated(level, bias, acceleration) for level in levels)
+    return low, high
 
 
 def mean_interval(

@@ -26,6 +26,7 @@ from nearfar.training.module import RunModule
 from nearfar.training.progress import ProgressBar
 from nearfar.training.resume import Resume
 from nearfar.training.run_folder import RunFolder, environment, write_atomically
+from nearfar.training.sections import write_sections
 from nearfar.training.system import Evaluation, System
 
 __all__ = [
@@ -203,6 +204,8 @@ def fit(
         raise NearfarError("there is neither a validation nor a test split: nothing to evaluate on.")
     split = "test" if "test" in outputs else "val"
     folder.write_json("examples.json", system.report_examples(outputs[split], split))
+    sections = getattr(system, "report_sections", None)
+    write_sections(folder, sections(outputs[split], split) if sections else ())
     write_map(folder, outputs[split])
     write_metrics(folder, system, module, results, seconds)
     write_diagnosis(folder, say)
@@ -243,12 +246,14 @@ def write_metrics(
         arrays[f"{split}/ids"] = np.asarray(list(result.ids), dtype=np.str_)
         for name, values in result.per_item.items():
             arrays[f"{split}/{name}"] = np.asarray(values, dtype=np.float32)
+    facts = results["test" if "test" in results else "val"].facts
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]  # numpy's stub wants allow_pickle first
     write_atomically(folder.path / "per_item.npz", lambda file: file.write(buffer.getvalue()))
     folder.write_json(
         "metrics.json",
-        {
+        dict(facts)
+        | {
             "system": system.name,
             "monitor": system.monitor,
             # Cut before its first epoch was over, a run is evaluated as it stands.

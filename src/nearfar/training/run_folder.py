@@ -124,6 +124,7 @@ class RunFolder:
             "resumed.json",
             "per_item.npz",
             "examples.json",
+            "sections.json",
             "map.npz",
             "report.html",
             "train_log.jsonl",

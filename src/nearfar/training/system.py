@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from nearfar.errors import NearfarError
 from nearfar.metrics import Estimate
 from nearfar.training.cached import cached_embeddings
+from nearfar.training.sections import Section
 
 __all__ = ["BatchDataset", "EncodingSystem", "Evaluation", "StepOutput", "System", "TrainSampler"]
 
@@ -42,13 +43,17 @@ class StepOutput:
 class Evaluation:
     """A split's estimates and, for paired comparison, the score of every item under each metric.
 
-    ``per_item[metric]`` has one number per item in the order of ``ids``.
+    ``per_item[metric]`` has one number per item in the order of ``ids``; of a metric that is no mean, such as F1,
+    the values of ``nearfar.metrics.item_values``. ``facts`` stand at the top level of ``metrics.json``, where the
+    doctor and the report read them: ``baselines``, ``groups``, ``change``, ``comparison`` (docs/run_folder.md). Those
+    of test count where there is a test split.
     """
 
     split: str
     estimates: dict[str, Estimate]
     ids: Sequence[str] = ()
     per_item: Mapping[str, np.ndarray] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 class BatchDataset(Protocol):
@@ -117,6 +122,10 @@ class System(Protocol):
 
     def report_examples(self, outputs: Mapping[str, Tensor], split: str) -> list[dict[str, Any]]:
         """Examples for the report: right, nearly and wrong."""
+
+    def report_sections(self, outputs: Mapping[str, Tensor], split: str) -> Sequence[Section]:
+        """Tables and pictures of the system's own for the report, such as a confusion matrix; may be left out."""
+        return ()
 
     def save_assets(self, folder: Path) -> None:
         """Whatever is needed later to embed new inputs with this run (text encoder, feature scales)."""
