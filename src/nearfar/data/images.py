@@ -1,0 +1,176 @@
+"""Pictures into the program: any usual file as (height, width, 3) uint8, and crops and resizes of that."""
+
+from __future__ import annotations
+
+import struct
+import threading
+import warnings
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import UInt8
+
+from nearfar.errors import NearfarError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = ["crop", "image_size", "read_image", "resize", "stack"]
+
+MAX_PIXELS = 500_000_000  # a slide of 20,000 × 20,000 fits; a file that claims more is more likely damaged
+# What decoders raise at files that are damaged, beside OSError.
+_BROKEN = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    KeyError,
+    struct.error,
+    zlib.error,
+    MemoryError,
+)
+_lock = threading.Lock()
+
+
+def read_image(path: str | Path) -> UInt8[np.ndarray, "h w 3"]:
+    """The picture in a file, upright, in RGB.
+
+    The camera's orientation (EXIF) is applied. Greyscale becomes three equal colours, CMYK and palettes are converted,
+    16-bit values keep their upper 8 bits, transparent pixels lie on white; of an animation the first frame is read.
+
+    Raises:
+        NearfarError: no such file, a file that is damaged or cut off or no picture, more than 500 million pixels.
+
+    >>> import tempfile
+    >>> from PIL import Image
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     Image.new("L", (4, 2), 200).save(f"{folder}/grey.png")
+    ...     picture = read_image(f"{folder}/grey.png")
+    >>> picture.shape, picture[0, 0].tolist()
+    ((2, 4, 3), [200, 200, 200])
+    """
+    from PIL import ImageOps
+
+    path = Path(path)
+    try:
+        with _opened(path) as image:
+            image.load()
+            return np.asarray(_rgb(ImageOps.exif_transpose(image), path))
+    except NearfarError:
+        raise
+    except _BROKEN as error:
+        raise _unreadable(path, error) from None
+
+
+def image_size(path: str | Path) -> tuple[int, int]:
+    """(height, width) of the picture as `read_image` gives it, from the head of the file alone."""
+    path = Path(path)
+    try:
+        with _opened(path) as image:
+            turned = image.getexif().get(274, 1) in (5, 6, 7, 8)  # orientations with exchanged sides
+            return (image.width, image.height) if turned else (image.height, image.width)
+    except _BROKEN as error:
+        if isinstance(error, NearfarError):
+            raise
+        raise _unreadable(path, error) from None
+
+
+def resize(pixels: UInt8[np.ndarray, "h w 3"], size: tuple[int, int]) -> UInt8[np.ndarray, "hs ws 3"]:
+    """The picture at ``size`` = (height, width), bilinear, each new pixel a mean over what it covers."""
+    return crop(pixels, (0, 0, pixels.shape[1], pixels.shape[0]), size)
+
+
+def crop(
+    pixels: UInt8[np.ndarray, "h w 3"], box: Sequence[float], size: tuple[int, int]
+) -> UInt8[np.ndarray, "hs ws 3"]:
+    """The part of a picture in ``box`` = (left, top, right, bottom), in pixels, resized to ``size`` = (height, width).
+
+    What of the box lies outside the picture is cut off before it is resized; sides are not kept in proportion.
+
+    Raises:
+        NearfarError: a box without area inside the picture.
+
+    >>> crop(np.zeros((10, 20, 3), np.uint8), (5, -3, 40, 5), (8, 8)).shape
+    (8, 8, 3)
+    """
+    from PIL import Image
+
+    height, width = pixels.shape[:2]
+    left, top, right, bottom = (float(value) for value in box)
+    inside = (max(left, 0.0), max(top, 0.0), min(right, float(width)), min(bottom, float(height)))
+    if not (inside[0] < inside[2] and inside[1] < inside[3]):
+        raise NearfarError(
+            f"the box ({left:g}, {top:g}, {right:g}, {bottom:g}) covers nothing of a picture of {width} × {height} "
+            "pixels; boxes are (left, top, right, bottom)"
+        )
+    part = Image.fromarray(pixels).resize(size[::-1], Image.Resampling.BILINEAR, box=inside)
+    return np.asarray(part)
+
+
+def stack(pictures: Sequence[UInt8[np.ndarray, "h w 3"]]) -> UInt8[np.ndarray, "n 3 h w"]:
+    """Pictures of one size as the image encoders take them: colours before rows.
+
+    >>> stack([np.zeros((4, 6, 3), np.uint8)] * 2).shape
+    (2, 3, 4, 6)
+    """
+    shapes = {picture.shape for picture in pictures}
+    if len(shapes) != 1:
+        raise NearfarError(
+            f"pictures of one size are needed, but there are {sorted(shapes) or 'none'}: resize them"
+        )
+    return np.ascontiguousarray(np.stack(pictures).transpose(0, 3, 1, 2))
+
+
+def _opened(path: Path) -> Image.Image:
+    """Pillow's image; its own limit, below the size of a tissue slide, gives way to MAX_PIXELS."""
+    try:
+        from PIL import Image, UnidentifiedImageError
+    except ImportError:
+        raise NearfarError("reading pictures needs Pillow: pip install 'nearfar[image]'.") from None
+    if not path.is_file():
+        raise NearfarError(f"{path}: no such file.")
+    with _lock:  # the limit is a global of Pillow's
+        before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            image: Image.Image = Image.open(path)
+        except UnidentifiedImageError:
+            raise NearfarError(
+                f"{path} is no picture that can be read, or its beginning is damaged."
+            ) from None
+        finally:
+            Image.MAX_IMAGE_PIXELS = before
+    if image.width * image.height > MAX_PIXELS:
+        image.close()
+        raise NearfarError(
+            f"{path} claims {image.width} × {image.height} pixels, more than {MAX_PIXELS:,}: cut it into tiles, or it "
+            "is damaged."
+        )
+    return image
+
+
+def _rgb(image: Any, path: Path) -> Any:
+    if image.mode.startswith("I;16"):
+        values = np.asarray(image)
+        return np.repeat((values >> 8).astype(np.uint8)[..., None], 3, axis=2)
+    if image.mode in ("I", "F"):
+        raise NearfarError(
+            f"{path} holds 32-bit values (mode {image.mode}), whose range a picture does not say: convert it to "
+            "8 or 16 bits."
+        )
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        from PIL import Image
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a palette's transparency in bytes is what is converted here
+            image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+def _unreadable(path: Path, error: BaseException) -> NearfarError:
+    return NearfarError(f"{path} cannot be read: {str(error) or type(error).__name__}. Is it complete?")

