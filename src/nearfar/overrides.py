@@ -35,7 +35,16 @@ __all__ = [
 
 CONFIGS = "nearfar.configs"
 #: options whose value is a path and may hold what Hydra's grammar would read as syntax
-PATHS = ("resume_from", "init_from", "data.train", "data.val", "data.test", "data.dir", "text_encoder.model")
+PATHS = (
+    "resume_from",
+    "init_from",
+    "data.train",
+    "data.val",
+    "data.test",
+    "data.dir",
+    "text_encoder.model",
+    "image_encoder.name",
+)
 
 
 def parse(overrides: Sequence[str]) -> list[Override]:
