@@ -710,3 +710,23 @@ def test_a_batch_without_positives_warns_and_is_zero():
             value = supcon(z, torch.arange(rows))
         assert value.item() == 0.0
         assert (torch.autograd.grad(value, z)[0] == 0).all()
+
+
+@pytest.mark.parametrize("tile", [None, (2, 3)])
+def test_sparse_weights_with_an_own_weight_are_those_with_the_diagonal_listed(tile) -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 6, 4, generator=generator, dtype=torch.float64)
+    index = torch.tensor([[1, 0], [1, -1], [5, 5], [-1, -1], [0, 2], [3, 4]])
+    weight = torch.rand(6, 2, generator=generator, dtype=torch.float64)
+    own = torch.arange(6).unsqueeze(1)
+    listed = SparseWeights(torch.cat([own, index], 1), torch.cat([torch.full((6, 1), 0.7), weight], 1), 6)
+    short = SparseWeights(index, weight, 6, own=0.7)
+    torch.testing.assert_close(short.dense(a), listed.dense(a))
+    for without_self in (False, True):
+        assert torch.equal(short.has_positives(without_self), listed.has_positives(without_self))
+    losses = [softmax_loss(a, b, torch.tensor(5.0), t, both=True, tile=tile)[0] for t in (short, listed)]
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(
+        SparseWeights(index, weight, 6, most=1.0, own=0.7).dense(a),
+        listed.dense(a).clamp(max=1.0),
+    )

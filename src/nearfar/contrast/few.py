@@ -102,7 +102,8 @@ class _Sums:
             powers.diagonal(dim1=-2, dim2=-1).zero_()
         least = tiny(powers)
         self.own = powers * weights.member
-        self.rest = powers - self.own  # x - x and x - 0: nothing is rounded
+        # x - x and x - 0: nothing is rounded
+        self.rest = powers - self.own if setting.expected else powers.sub_(self.own)
         self.rest_sum, self.own_sum = self.rest.sum(-1), self.own.sum(-1)
         if weights.part is not None:
             self.own_sum.clamp_(min=least)
@@ -115,7 +116,8 @@ class _Sums:
             self.due /= weighted.unsqueeze(-1)
             losses += (self.own_sum / weighted).log_()
         elif not setting.inside:
-            self.due = weights.weight / weights.mass.clamp(min=least).unsqueeze(-1)
+            mass = weights.mass if weights.part is None else weights.mass.clamp(min=least)
+            self.due = weights.weight / mass.unsqueeze(-1)
             self.held = (self.due * logits).sum(-1)
             losses += self.own_sum.log().sub_(self.held)
         if weights.part is not None:
@@ -136,13 +138,14 @@ class _Sums:
 
     def slopes(self) -> tuple[Float[Tensor, "*two n m"], float]:
         """By the logits, of the mean loss: up to a factor, which is cheaper to apply later."""
-        share = self.own / self.own_sum.unsqueeze(-1)
-        of_rest = (self.rest_sum / self.total).unsqueeze(-1)
+        own_sum = self.own_sum.unsqueeze(-1)
+        of_rest = (self.rest_sum / self.total / self.own_sum).unsqueeze(-1)
+        values = self.rest / self.total.unsqueeze(-1)
         # Apart from the share that it has beyond its due, a positive loses what the rest has: of a single one the first
         # is 0 to the last digit.
-        beyond = torch.zeros_like(share) if self.due is None else share - self.due
-        values = beyond.addcmul_(share, of_rest, value=-1)
-        values.addcmul_(self.rest, self.total.reciprocal().unsqueeze(-1))
+        values.addcmul_(self.own, of_rest, value=-1)
+        if self.due is not None:
+            values += (self.own / own_sum).sub_(self.due)
         part = self.setting.weights.part
         if part is None:
             return values, 1.0 / self.losses.numel()

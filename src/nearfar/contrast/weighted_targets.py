@@ -70,8 +70,9 @@ class SparseWeights(Target):
     """A few weighted positives for each row: spatial neighbours, mined positives.
 
     ``index`` (n, k) holds columns, -1 for none; ``weight`` (n, k) what they weigh, 0 or more. An entry named twice
-    weighs the sum, or ``most`` if that is less. For both directions of a pair of views, column i has the positives of
-    row i (``weight_back``).
+    weighs the sum, or ``most`` if that is less; ``own`` is added to what column i weighs for row i. For both
+    directions of a pair of views, column i has the positives of row i (``weight_back``). ``checked``: somebody has
+    looked at the ranges already.
 
     >>> target = SparseWeights(torch.tensor([[1], [-1]]), torch.tensor([[0.5], [0.5]]), m=2)
     >>> found = target.entries(slice(0, 2), both=True)
@@ -83,10 +84,16 @@ class SparseWeights(Target):
     few_pairs = 1 << 17  # most of the matrix is 0, and a walk over tiles does nothing for that
 
     def __init__(
-        self, index: Int[Tensor, "n k"], weight: Float[Tensor, "n k"], m: int, most: float | None = None
+        self,
+        index: Int[Tensor, "n k"],
+        weight: Float[Tensor, "n k"],
+        m: int,
+        most: float | None = None,
+        own: float = 0.0,
+        checked: bool = False,
     ) -> None:
         self.shape = (len(index), m)
-        if index.device.type == "cpu" and index.numel():
+        if index.device.type == "cpu" and index.numel() and not checked:
             if int(index.max()) >= m:
                 raise NearfarError(
                     f"index holds {int(index.max())}, but there are {m} columns; -1 stands for none"
@@ -95,7 +102,7 @@ class SparseWeights(Target):
                 raise NearfarError(
                     "weight must be numbers that are 0 or more; some are below 0 or not a number"
                 )
-        self._index, self._weight, self._most = index, weight.detach(), most
+        self._index, self._weight, self._most, self._own = index, weight.detach(), most, own
 
     def turned(self) -> SparseWeights:
         if self.shape[0] != self.shape[1]:
@@ -105,17 +112,23 @@ class SparseWeights(Target):
         return self  # by definition, see above
 
     def has_positives(self, without_self: bool) -> Bool[Tensor, " n"]:
-        own = torch.arange(self.shape[0], device=self._index.device).unsqueeze(1)
-        return ((self._index >= 0) & (self._weight > 0) & ~(without_self & (self._index == own))).any(1)
+        own = torch.arange(self.shape[0], device=self._index.device)
+        there = (self._index >= 0) & (self._weight > 0) & ~(without_self & (self._index == own.unsqueeze(1)))
+        return there.any(1) | ((own < self.shape[1]) & (self._own > 0 and not without_self))
 
     def patches(self, rows: slice, columns: slice, space: Workspace | None = None) -> Sequence[Patch]:
         return ()
 
     def entries(self, rows: slice, both: bool) -> Entries:
         n, m = self.shape
-        row = torch.arange(n, device=self._index.device).unsqueeze(1).expand_as(self._index)
+        each = torch.arange(n, device=self._index.device)
         there = (self._index >= 0) & (self._weight > 0)
-        row, column, value = row[there], self._index[there].long(), self._weight[there]
+        row, column = each.unsqueeze(1).expand_as(self._index)[there], self._index[there].long()
+        value = self._weight[there]
+        if self._own > 0:
+            each = each[:m]
+            row, column = torch.cat([each, row]), torch.cat([each, column])
+            value = torch.cat([torch.full_like(each, self._own, dtype=value.dtype), value])
         if not both:
             ahead = (row >= rows.start) & (row < rows.stop)
             row, column, value = row[ahead] - rows.start, column[ahead], value[ahead]
@@ -130,6 +143,8 @@ class SparseWeights(Target):
         matrix = torch.zeros(self.shape, dtype=like.dtype, device=like.device)
         there = self._index >= 0
         matrix.scatter_add_(1, self._index.clamp(min=0).long(), (self._weight * there).to(like.dtype))
+        if self._own > 0:
+            matrix.diagonal().add_(self._own)
         return matrix if self._most is None else matrix.clamp_(max=self._most)
 
     def _sum(self, keys: Tensor, where: Tensor, value: Tensor) -> Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -85,8 +87,8 @@ def spatial_step(
     normalize: bool = True,
     rows: slice | None = None,
     tile: tuple[int, int] | None = None,
-) -> tuple[Float[Tensor, ""], Step, Tensor]:
-    """``spatial``, what its record is made of, and the share of rows that have a neighbour in the batch."""
+) -> tuple[Float[Tensor, ""], Step, Callable[[], float]]:
+    """``spatial``, what its record is made of, and what tells the share of rows that have a neighbour in the batch."""
     check_spatial_options(neighbor_alpha_scale, temp_reg_weight, neighbors)
     factor = clamp_scale(logit_scale, max_scale)
     check_tensors(image=image, text=text)
@@ -95,20 +97,13 @@ def spatial_step(
         raise NearfarError(f"image has {n} rows and text {len(text)}; row i of both is the same spot")
     index, alpha = _check(neighbor_index, neighbor_alpha, n)
     index, alpha = index.to(image.device), alpha.to(image.device, computing_dtype(image, text))
-    reached = alpha.new_zeros(())
-    if index.shape[1]:
-        reached = ((index >= 0) & (alpha > 0)).any(1).to(alpha.dtype).mean()
+    reached = partial(_reached, index, alpha)
     target: Target = OwnPair(n)
     mask = None
-    if neighbors in ("soft", "positive"):
-        own = torch.arange(n, device=index.device).unsqueeze(1)
-        weight = alpha * neighbor_alpha_scale if neighbors == "soft" else (alpha > 0).to(alpha.dtype)
-        target = SparseWeights(
-            torch.cat([own, index], 1),
-            torch.cat([torch.ones_like(own).to(weight), weight], 1),
-            n,
-            most=1.0 if neighbors == "positive" else None,
-        )
+    if neighbors == "soft":
+        target = SparseWeights(index, alpha * neighbor_alpha_scale, n, own=1.0, checked=True)
+    elif neighbors == "positive":
+        target = SparseWeights(index, (alpha > 0).to(alpha.dtype), n, most=1.0, own=1.0, checked=True)
     elif neighbors == "mask":
         mask = IndexMask(torch.where(alpha > 0, index, -1))
     if rows is None and tile is None:
@@ -163,6 +158,13 @@ def _small(
         return loss, step
     loss = loss + temp_reg_weight * (gap / scale).square()
     return loss, replace(step, value=loss.detach())
+
+
+def _reached(index: Tensor, alpha: Tensor) -> float:
+    """The share of rows that have a neighbour in the batch; looked at when somebody asks."""
+    if not index.shape[1]:
+        return 0.0
+    return ((index >= 0) & (alpha > 0)).any(1).float().mean().item()
 
 
 def check_spatial_options(neighbor_alpha_scale: float, temp_reg_weight: float, neighbors: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -45,7 +47,7 @@ class SpatialLoss(ContrastiveLoss):
         check_spatial_options(neighbor_alpha_scale, temp_reg_weight, neighbors)
         self.neighbor_alpha_scale, self.temp_reg_weight = neighbor_alpha_scale, temp_reg_weight
         self.neighbors, self.max_scale, self.normalize = neighbors, max_scale, normalize
-        self._reached: Tensor | None = None
+        self._reached: Callable[[], float] | None = None
 
     def forward(
         self,
@@ -63,7 +65,7 @@ class SpatialLoss(ContrastiveLoss):
         return loss
 
     def _extra(self) -> dict[str, float]:
-        reached = {} if self._reached is None else {"rows_with_neighbors": self._reached.item()}
+        reached = {} if self._reached is None else {"rows_with_neighbors": self._reached()}
         return reached | at_clamp(self._step, self.max_scale)
 
     def extra_repr(self) -> str:
