@@ -10,6 +10,7 @@ import pytest
 
 from nearfar.errors import NearfarError
 from nearfar.lab.compare import compare_runs, find_runs
+from nearfar.lab.reading import read_comparison
 from nearfar.lab.report import write_comparison, write_report
 from nearfar.lab.table import comparison_tables, metrics_table
 from nearfar.training.run_folder import RunFolder
@@ -199,3 +200,38 @@ def test_shares_of_hard_items_are_shown(runs: Path, tmp_path: Path) -> None:
     page = write_report(folder).read_text()
     for words in ("hard share asked", "<td>0.625</td>", "0.620 0.610 0.600 0.593", "<td>–</td>"):
         assert words in page, words
+
+
+@pytest.mark.parametrize(
+    ("diagnosis", "rows", "words"),
+    [
+        (None, 9000, "has not judged the run"),
+        ([], 9000, "The doctor found nothing wrong with them"),
+        ([], 70, "few items: 70 training rows"),
+        (
+            ["hardness-depleted", "temperature-drift"],
+            9000,
+            "Hardness is used up (it fell to .7); try order=level.",
+        ),
+    ],
+)
+def test_hard_batches_that_did_not_help_are_read_with_the_doctor(
+    runs: Path, tmp_path: Path, diagnosis: list[str] | None, rows: int, words: str
+) -> None:
+    for name, sampler in (("a", "random"), ("b", "hard")):
+        folder = RunFolder(tmp_path / name)
+        folder.path.mkdir()
+        for file in ("metrics.json", "per_item.npz", "train_log.jsonl"):
+            (folder.path / file).write_bytes((runs / "lr=0.01,seed=0" / file).read_bytes())
+        config = (runs / "lr=0.01,seed=0" / "config.yaml").read_text()
+        folder.write_text("config.yaml", config + f"sampler:\n  name: {sampler}\n")
+        folder.write_json("dataset_layout.json", {"splits": {"train": {"rows": rows}}})
+        plan = {"kind": "plan", "hardness": [8.0, 7.0], "hardness_random": 2.0, "last_to_first": 0.7}
+        folder.append(plan if sampler == "hard" else {"kind": "plan"})
+        if diagnosis is not None:
+            finding = {"severity": "warning", "title": "Hardness is used up.", "override": "order=level"}
+            found = [finding | {"id": id, "evidence": "it fell to .7"} for id in diagnosis]
+            folder.write_json("doctor.json", {"findings": found, "unjudged": []})
+    text = " ".join(read_comparison(compare_runs([tmp_path], baseline="sampler=random")))
+    assert words in text
+    assert text.count("Hardness is used up") == ("used up" in words)  # of the batches, nothing else

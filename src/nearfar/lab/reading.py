@@ -12,9 +12,9 @@ from nearfar.lab.words import metric_words
 
 __all__ = ["read_comparison"]
 
-#: share of anchors with a likely false negative, and fall of hardness in an epoch, from which they are named
-MANY_FALSE_NEGATIVES = 0.02
-DEPLETED = 0.9
+#: what the doctor says of batches that may be why hard ones did not help
+OF_BATCHES = ("hardness-depleted", "hardness-not-above-random", "false-negatives", "duplicates")
+#: training rows below which random batches of a usual size hold many near neighbours
 FEW_ITEMS = 5000
 
 
@@ -91,40 +91,31 @@ def _batches(plans: list[dict[str, Any]], arm: Arm, gained: bool) -> str:
     hardness = _mean([value for plan in plans for value in plan["hardness"]])
     chance = plans[0]["hardness_random"]
     level = _mean([plan["last_to_first"] for plan in plans if plan.get("last_to_first") is not None] or [1.0])
-    anchors = _mean([plan["anchors_with_false_negative"] or 0.0 for plan in plans])
-    threshold = plans[0]["false_negative_threshold"]
     text = (
         f"Its batches were {hardness / chance:.1f} times as hard as random ones ({hardness:.1f} of an item's nearest "
         f"neighbours in its batch, random {chance:.1f}), the last tenth of an epoch at {level:.2f} of the first."
     )
     if gained:
         return text
-    causes = []
-    if level < DEPLETED:
-        causes.append(
-            f"depletion: hardness fell to {level:.2f} within an epoch (try sampler=partition or order=level)"
-        )
-    if anchors > MANY_FALSE_NEGATIVES and arm.config.get("false_negative_threshold") is None:
-        causes.append(
-            f"false negatives: {anchors:.1%} of the anchors had an in-batch negative with a text of cosine "
-            f"{threshold:g} or more (try false_negative_threshold={threshold:g})"
-        )
-    rows = (
-        arm.runs[min(arm.runs)]
-        .read_json("dataset_layout.json")
-        .get("splits", {})
-        .get("train", {})
-        .get("rows")
-    )
+    run = arm.runs[min(arm.runs)]
+    judged = run_verdict(run)
+    causes = [_cause(found) for found in judged.findings if found["id"] in OF_BATCHES]
+    rows = run.read_json("dataset_layout.json").get("splits", {}).get("train", {}).get("rows")
     if rows is not None and rows < FEW_ITEMS:
         causes.append(
             f"few items: {rows} training rows, so that random batches already hold many near neighbours"
         )
-    if hardness < 2 * chance:
-        causes.append("little contrast: the batches were hardly harder than random ones (raise hard_ratio)")
     if causes:
         return text + " Measured and in question as causes: " + "; ".join(causes) + "."
+    if not judged.judged:
+        return text + " Whether they were sound is not known: nearfar doctor has not judged the run."
     return (
         text
-        + " None of depletion, false negatives or too few items was measured: hardness itself did not help here."
+        + " The doctor found nothing wrong with them, and items are not few: hardness itself did not help here."
     )
+
+
+def _cause(finding: dict[str, Any]) -> str:
+    """A finding of the doctor in half a sentence, with what it prescribes."""
+    words = f"{finding['title'].rstrip('.')} ({finding['text'].rstrip('.')})"
+    return words + (f"; try {finding['override']}" if finding["override"] else "")
