@@ -33,6 +33,9 @@ from nearfar.overrides import (
     single_config,
     with_saved_overrides,
 )
+from nearfar.training import ranks
+from nearfar.training.options import processes_to_start
+from nearfar.training.restart import run_processes
 from nearfar.training.resume import Resume, changed_values
 from nearfar.training.run_folder import RunFolder
 
@@ -167,17 +170,22 @@ def run_one(
     from nearfar.training.fit import fit
 
     check_config(config)
+    if ranks.count() > 1:
+        config.trainer.devices = ranks.on_this_machine()
     overrides = absolute_paths(config, overrides)
-    folder, resume = choose_folder(config, overrides, sweep, swept)
+    folder, resume = ranks.from_first(lambda: choose_folder(config, overrides, sweep, swept))
     prefix = f"{folder.name}: " if together else ""
+    first_process = ranks.is_first()
 
     def say(text: str) -> None:
+        if not first_process:
+            return
         for line in text.splitlines():
             terminal.say(console, prefix + line)
 
     if config.exists == "skip" and folder.finished and resume is None:
         say(f"{folder}: finished before, kept")
-        if not (folder.path / "report.html").exists():
+        if first_process and not (folder.path / "report.html").exists():
             write_report(folder)
         return folder
     say(f"run {folder}")
@@ -193,8 +201,10 @@ def run_one(
             not_saved = ("resume_from=", "start_epoch=", "exists=")
             config.overrides = [o for o in overrides if not o.startswith(not_saved)]
     system = build_system(config)
-    system.prepare(say if first or not together else lambda _: None)
+    ranks.one_after_the_other(lambda: system.prepare(say if first or not together else lambda _: None))
     fit(system, config, folder, resume, say, None if together else console)
+    if not first_process:
+        return folder
     report = write_report(folder)
     if not together:
         console.print(metrics_table(folder))
@@ -217,12 +227,19 @@ def _job(config: DictConfig) -> str | float:
         folder = run_one(config, task, sweep, terminal.console(), swept, together, first)
         return _objective(folder) if "optuna" in str(settings.sweeper.get("_target_", "")) else str(folder)
     except Exception as error:
-        code = terminal.report_error(error)
+        code = terminal.report_error(error, shown=_shown_here(error))
         if not sweep or code == 130:
             raise SystemExit(code) from None
         with open(os.environ[FAILURES], "a") as file:
             file.write(json.dumps({"run": " ".join(task), "why": str(error)}) + "\n")
         return "failed"
+
+
+def _shown_here(error: Exception) -> bool:
+    """Whether this process, of those that train together, is to show its error."""
+    if type(error).__name__ == "Interrupted":  # of all at once
+        return ranks.is_first()
+    return ranks.may_speak()
 
 
 def _objective(folder: RunFolder) -> float:
@@ -237,7 +254,20 @@ def _objective(folder: RunFolder) -> float:
 
 
 def launch(arguments: Sequence[str], console: Any) -> None:
-    """``nearfar train …``: check every run, then let Hydra carry out the job or the sweep."""
+    """``nearfar train …``: check every run, then let Hydra carry out the job or the sweep.
+
+    A run of several processes is started anew as so many (``training/restart.py``), unless this is one of them.
+    """
+    try:
+        ranks.start()
+        _launch(arguments)
+    except Exception as error:
+        if ranks.count() == 1:
+            raise
+        raise SystemExit(terminal.report_error(error, shown=_shown_here(error))) from None
+
+
+def _launch(arguments: Sequence[str]) -> None:
     import hydra
 
     words = {arguments[i + 1] for i, a in enumerate(arguments[:-1]) if a in FLAGS_WITH_VALUE}
@@ -247,7 +277,13 @@ def launch(arguments: Sequence[str], console: Any) -> None:
     own_configs = {"--config-dir", "-cd", "--config-name", "-cn", "--hydra-help", "--version"} & set(flags)
     if not own_configs:
         search = _check_plugins(overrides)
-        _check_runs([o for o in overrides if not o.startswith("hydra")], sweep, search)
+        configs = _check_runs([o for o in overrides if not o.startswith("hydra")], sweep, search)
+        _check_processes(configs, sweep)
+        if ranks.count() == 1 and (processes := processes_to_start(configs[0].trainer)) > 1:
+            code, why = run_processes(processes, "nearfar.cli", ["train", *arguments])
+            if why:
+                raise NearfarError(why)
+            raise SystemExit(code)
     swept = [] if own_configs else [str(o.key_or_group) for o in parse(overrides) if o.is_sweep_override()]
     handle, failures = tempfile.mkstemp(
         prefix="nearfar-", suffix=".jsonl", dir=_shared(overrides) if sweep else None
@@ -283,14 +319,25 @@ def _check_plugins(overrides: Sequence[str]) -> bool:
     return any(text in ("hydra/sweeper=optuna", "hydra/sweeper=search") for text in overrides)
 
 
-def _check_runs(overrides: Sequence[str], sweep: bool, search: bool = False) -> None:
+def _check_processes(configs: Sequence[DictConfig], sweep: bool) -> None:
+    """A sweep starts its runs in processes of its own choosing, which cannot be several at a time for each."""
+    if sweep and (ranks.count() > 1 or any(processes_to_start(config.trainer) > 1 for config in configs)):
+        raise NearfarError(
+            "a sweep (-m) trains each run in one process: set trainer.devices=1, or start the runs one by one, as in "
+            "a shell's loop over seed=."
+        )
+
+
+def _check_runs(overrides: Sequence[str], sweep: bool, search: bool = False) -> list[DictConfig]:
     from nearfar.systems import check_config
 
     runs = list(expand(_ends(overrides) if search else overrides))
     if len(runs) > 1 and not sweep:
         raise NearfarError(f"these options are a sweep of {len(runs)} runs: add -m to carry it out.")
-    for run in runs:
-        check_config(compose_config(run))
+    configs = [compose_config(run) for run in runs]
+    for config in configs:
+        check_config(config)
+    return configs
 
 
 def _ends(overrides: Sequence[str]) -> list[str]:

@@ -61,18 +61,24 @@ def mendable(error: Exception) -> str | None:
     return None
 
 
-def report_error(error: Exception) -> int:
-    """Print an error the user can mend as a message, any other with its traceback; return the exit code."""
+def report_error(error: Exception, shown: bool = True) -> int:
+    """Print an error the user can mend as a message, any other with its traceback; return the exit code.
+
+    ``shown=False``: another process has said it, and the exit code is all that is wanted.
+    """
     out = console(stderr=True)
     if type(error).__name__ == "Interrupted":
-        say(out, f"stopped; the run is saved. Go on with: nearfar train 'resume_from={error}'")
+        if shown:
+            say(out, f"stopped; the run is saved. Go on with: nearfar train 'resume_from={error}'")
         return 130
     message = mendable(error)
     if message is not None and not os.environ.get("NEARFAR_TRACEBACK"):
-        say(out, "error", style="bold red", end=" ")
-        say(out, message)
+        if shown:
+            say(out, "error", style="bold red", end=" ")
+            say(out, message)
         return 2
-    import traceback
+    if shown:
+        import traceback
 
-    traceback.print_exception(error)
+        traceback.print_exception(error)
     return 1

@@ -12,6 +12,7 @@ from typing import Any
 import lightning as L
 from torch import Tensor
 
+from nearfar.training import ranks
 from nearfar.training.facts import model_facts
 from nearfar.training.module import RunModule
 from nearfar.training.probe import Probe
@@ -32,6 +33,21 @@ class StopRequest:
 
     asked = False
 
+    def listen(self) -> None:
+        """Let Ctrl-C and SIGTERM ask from now on, whoever has listened before.
+
+        Lightning puts a handler of its own in front of those it finds, which waits for the other processes in the
+        middle of whatever this one is doing.
+        """
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, self._ask)
+
+    def _ask(self, number: int, frame: Any) -> None:
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = True
+
 
 @contextmanager
 def stop_signals() -> Iterator[StopRequest]:
@@ -45,12 +61,8 @@ def stop_signals() -> Iterator[StopRequest]:
         yield request
         return
 
-    def ask(number: int, frame: Any) -> None:
-        if request.asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        request.asked = True
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    request.listen()
     try:
         yield request
     finally:
@@ -88,6 +100,7 @@ class RunRecorder(L.Callback):
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Choose the rows of the probe, and write what the run is made of."""
         assert isinstance(module, RunModule)
+        self.request.listen()
         config = self.config
         facts = model_facts(module.model, module.system)
         if config.trainer.probe_rows:
@@ -125,19 +138,27 @@ class RunRecorder(L.Callback):
         steps = self.config.trainer.checkpoint_steps
         due = due or bool(steps and module.step % steps == 0)
         # After the last batch of an epoch the epoch's own checkpoint follows, with its validation done.
-        if (self.request.asked or due) and module.at_boundary and not last:
-            self._save(trainer, module)
-            if self.request.asked:
+        if module.at_boundary and not last:
+            asked, due = ranks.any_rank(self._asked, due)
+            if asked or due:
+                self._save(trainer, module)
+            if asked:
                 raise Interrupted(str(self.folder))
+
+    @property
+    def _asked(self) -> bool:
+        """Whether this process was asked to stop, or has nobody left who could ask."""
+        return self.request.asked or ranks.abandoned()
 
     def _log_step(self, trainer: L.Trainer, module: RunModule) -> None:
         now = time.perf_counter()
+        own = module.sharing.rows_of(module.rows, ranks.rank())
         record = {
             "kind": "step",
             "epoch": module.epoch + 1,
             "step": module.step,
             "batch": module.batches,
-            "rows": module.rows,
+            "rows": own if module.sharing.describes_own_rows else module.rows,
             "lr": trainer.optimizers[0].param_groups[0]["lr"],
             "loss": module.last.loss.item(),
             **module.gradient_logs,
@@ -145,7 +166,7 @@ class RunRecorder(L.Callback):
             **module.last.logs(),
         }
         if trainer.world_size > 1:
-            record["world_size"] = trainer.world_size
+            record |= {"world_size": trainer.world_size, "rows_per_rank": own}
         if module.gradient_norm is not None:
             norm, clip = module.gradient_norm.item(), self.config.trainer.gradient_clip
             record |= {"gradient_norm": norm, "clipped": bool(clip) and norm > clip}
@@ -187,8 +208,7 @@ class RunRecorder(L.Callback):
             module.say(f"trainer.max_steps={module.step}: ended in epoch {module.epoch + 1}")
             self._save(trainer, module)
             trainer.should_stop = True
-            if self.request.asked:
-                raise Interrupted(str(self.folder))
+            self._stop_if_asked()
             return
         evaluation, module.evaluation = module.evaluation, None
         if self._ends_with_probe(module):
@@ -199,7 +219,9 @@ class RunRecorder(L.Callback):
         gained = True
         if evaluation is not None:
             record["val"] = {name: estimate.value for name, estimate in evaluation.estimates.items()}
-            value = record["val"][module.system.monitor]
+            # One process decides for all: other machines may round it otherwise.
+            found = record["val"]
+            value = ranks.from_first(lambda: float(found[module.system.monitor]))
             gained = module.best["value"] is None or value > module.best["value"]
             if gained:
                 module.best = {"value": value, "epoch": module.epoch + 1, "epochs_without_gain": 0}
@@ -218,7 +240,11 @@ class RunRecorder(L.Callback):
             trainer.should_stop = True
         if module.steps_left == 0:
             trainer.should_stop = True
-        if self.request.asked:
+        self._stop_if_asked()
+
+    def _stop_if_asked(self) -> None:
+        (asked,) = ranks.any_rank(self._asked)
+        if asked:
             raise Interrupted(str(self.folder))
 
     def _save(self, trainer: L.Trainer, module: RunModule, best: bool = False) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from nearfar.errors import NearfarError
+from nearfar.training import ranks
 from nearfar.training.run_folder import write_atomically
 
 __all__ = ["Checkpoint", "find_checkpoint", "generator_state", "load_generator_state"]
@@ -37,7 +38,9 @@ class Checkpoint:
     scheduler: dict[str, Any] | None = None
     precision: dict[str, Any] = field(default_factory=dict)
     sampler: dict[str, Any] = field(default_factory=dict)
+    #: of the first process; those of the others, if there are any, in ``other_generators``
     generators: dict[str, Any] = field(default_factory=dict)
+    other_generators: list[dict[str, Any]] = field(default_factory=list)
     meters: dict[str, Any] = field(default_factory=dict)
     best: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
@@ -46,6 +49,16 @@ class Checkpoint:
     def save(self, path: Path) -> None:
         """Write the checkpoint atomically."""
         write_atomically(path, lambda file: torch.save(_shallow(self), file))
+
+    @property
+    def processes(self) -> int:
+        """How many processes trained together when the checkpoint was taken."""
+        return 1 + len(self.other_generators)
+
+    def generators_of(self, rank: int) -> dict[str, Any] | None:
+        """The generators of a process, where there was one of that number."""
+        every = [self.generators, *self.other_generators]
+        return every[rank] if rank < len(every) else None
 
     @classmethod
     def load(cls, path: str | Path) -> Checkpoint:
@@ -92,9 +105,14 @@ def find_checkpoint(path: str | Path, prefer: str = "last") -> Path:
 
 
 def generator_state() -> dict[str, Any]:
-    """The generators that dropout draws from: PyTorch's own, on the CPU and on every CUDA device."""
+    """The generators that dropout draws from: PyTorch's own, on the CPU and on every CUDA device.
+
+    One of several processes looks at its own device alone.
+    """
     state: dict[str, Any] = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and ranks.count() > 1:
+        state["cuda"] = [torch.cuda.get_rng_state()]
+    elif torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state_all()
     return state
 
@@ -103,5 +121,9 @@ def load_generator_state(state: Mapping[str, Any]) -> None:
     """Set the generators back to a saved state."""
     if "cpu" in state:
         torch.set_rng_state(state["cpu"])
-    if torch.cuda.is_available() and len(state.get("cuda", ())) == torch.cuda.device_count():
+    if not torch.cuda.is_available():
+        return
+    if ranks.count() > 1 and len(state.get("cuda", ())) == 1:
+        torch.cuda.set_rng_state(state["cuda"][0])
+    elif len(state.get("cuda", ())) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])

@@ -18,6 +18,7 @@ from torch import nn
 
 from nearfar.doctor import Diagnosis, diagnose
 from nearfar.errors import NearfarError
+from nearfar.training import ranks
 from nearfar.training.callbacks import Interrupted, RunRecorder, StopRequest, stop_signals
 from nearfar.training.checkpoint import Checkpoint, find_checkpoint
 from nearfar.training.embedding_map import write_map
@@ -27,6 +28,7 @@ from nearfar.training.progress import ProgressBar
 from nearfar.training.resume import Resume
 from nearfar.training.run_folder import RunFolder, environment, write_atomically
 from nearfar.training.sections import write_sections
+from nearfar.training.shared_step import check_shared
 from nearfar.training.system import Evaluation, System
 
 __all__ = [
@@ -50,6 +52,7 @@ def quiet_lightning() -> Iterator[None]:
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*`broadcast_buffers` is deprecated.*")
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
         warnings.filterwarnings("ignore", message=".*Total length of `list`.*")  # no validation
@@ -75,11 +78,14 @@ def _trainer(config: Any, folder: RunFolder, callbacks: list[L.Callback], epochs
     # On a GPU some scatter kernels have no deterministic form: that is worth a warning and not the end of the run.
     on_gpu = torch.cuda.is_available() and settings.accelerator != "cpu"
     deterministic: Any = ("warn" if on_gpu else True) if settings.deterministic else False
+    here = ranks.on_this_machine()
     return L.Trainer(
         default_root_dir=folder.path,
         max_epochs=epochs,
         accelerator=settings.accelerator,
-        devices=settings.devices,
+        devices=here,
+        num_nodes=ranks.count() // here,
+        **_together(),
         precision=settings.precision,
         accumulate_grad_batches=settings.accumulate,
         gradient_clip_val=settings.gradient_clip or None,
@@ -90,9 +96,22 @@ def _trainer(config: Any, folder: RunFolder, callbacks: list[L.Callback], epochs
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        logger=build_loggers(config.logger, folder.path, folder.name) or False,
+        logger=(ranks.is_first() and build_loggers(config.logger, folder.path, folder.name)) or False,
         callbacks=callbacks,
     )
+
+
+def _together() -> dict[str, Any]:
+    """How Lightning trains in several processes, which are there already."""
+    if ranks.count() == 1:
+        return {}
+    from lightning.fabric.plugins.environments import TorchElasticEnvironment
+    from lightning.pytorch.strategies import DDPStrategy
+
+    # A weight may have no part in a step, as where a term of the loss is switched off. Buffers are the same on all
+    # ranks: a memory gets the rows of all, and statistics of a batch are refused.
+    strategy = DDPStrategy(find_unused_parameters=True, broadcast_buffers=False)
+    return {"strategy": strategy, "plugins": [TorchElasticEnvironment()]}
 
 
 def load_weights(model: nn.Module, checkpoint: Checkpoint, system: System, origin: str) -> None:
@@ -137,22 +156,22 @@ def train(
         load_weights(model, Checkpoint.load(path), system, str(path))
         say(f"weights from {path}")
 
+    module = RunModule(system, model, sampler, config, data_hash, checkpoint, say)
+    check_shared(system, model, module.sharing)
     if resume is None:
         system.check_sampler(sampler, say)
-    folder.path.mkdir(parents=True, exist_ok=True)
-    if resume is None:
-        folder.clear()
-    folder.write_text("config.yaml", OmegaConf.to_yaml(config, resolve=True))
-    folder.write_json("environment.json", environment())
-    folder.write_json("dataset_layout.json", layout)
-    system.save_assets(folder.path)
-    if resume is not None and checkpoint is not None:
-        resume.carry_over(folder, checkpoint)
-        say(f"resumed at epoch {checkpoint.epoch + 1}, step {checkpoint.step}, from {resume.path}")
-    else:
-        folder.write_text("train_log.jsonl", "")
-
-    module = RunModule(system, model, sampler, config, data_hash, checkpoint, say)
+    if told := module.sharing.describe(config.get("batch_size")):
+        say(told)
+    ranks.any_rank()  # all have read what they go on from
+    if ranks.is_first():
+        _begin(folder, config, system, layout, resume, checkpoint)
+    if checkpoint is not None:
+        say(f"resumed at epoch {checkpoint.epoch + 1}, step {checkpoint.step}, from {resume and resume.path}")
+        if checkpoint.processes != ranks.count():
+            say(
+                f"that run had {checkpoint.processes} process(es), this one has {ranks.count()}: batches, schedules and "
+                "optimiser go on, dropout draws something else and sums are rounded otherwise"
+            )
     callbacks: list[L.Callback] = [RunRecorder(folder, config, request)]
     if console is not None:
         callbacks.append(ProgressBar(console))
@@ -163,6 +182,28 @@ def train(
     elif checkpoint is not None:
         say(f"{over[0]}; evaluating (raise {over[1]}= to go on)")
     return module
+
+
+def _begin(
+    folder: RunFolder,
+    config: Any,
+    system: System,
+    layout: dict[str, Any],
+    resume: Resume | None,
+    checkpoint: Checkpoint | None,
+) -> None:
+    """Everything that stands in a run folder before the first step."""
+    folder.path.mkdir(parents=True, exist_ok=True)
+    if resume is None:
+        folder.clear()
+    folder.write_text("config.yaml", OmegaConf.to_yaml(config, resolve=True))
+    folder.write_json("environment.json", environment())
+    folder.write_json("dataset_layout.json", layout)
+    system.save_assets(folder.path)
+    if resume is not None and checkpoint is not None:
+        resume.carry_over(folder, checkpoint)
+    else:
+        folder.write_text("train_log.jsonl", "")
 
 
 def _over(module: RunModule) -> tuple[str, str] | None:
@@ -186,11 +227,24 @@ def fit(
 ) -> RunFolder:
     """Train ``system`` (already prepared) into ``folder`` and evaluate its best checkpoint.
 
+    Called on every process of those that train together (``nearfar.training.ranks.start``); they part after the last
+    step, and the first alone evaluates.
+
     Raises ``Interrupted`` after a Ctrl-C, with a checkpoint in place from which ``resume_from`` goes on.
     """
+    devices = config.trainer.devices
+    if isinstance(devices, int) and devices > 1 and ranks.count() == 1:
+        raise NearfarError(
+            f"trainer.devices={devices}, but this process is alone: nearfar train starts the others, or torchrun; or "
+            "set trainer.devices=1."
+        )
     with quiet_lightning(), torch.random.fork_rng(), stop_signals() as request:
         module = train(system, config, folder, request, resume, say, console)
         seconds = module.seconds()
+        others = not ranks.is_first()
+        ranks.leave()
+        if others:
+            return folder
         results, outputs = {}, {}
         best = find_checkpoint(folder.path, prefer="best")
         load_weights(module.model, Checkpoint.load(best), system, str(best))

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -19,7 +20,9 @@ from torch.utils.data import DataLoader
 from nearfar.errors import NearfarError
 from nearfar.losses.memory import CrossBatchMemory
 from nearfar.schedules import learning_rate_factor
+from nearfar.training import ranks
 from nearfar.training.checkpoint import Checkpoint, generator_state, load_generator_state
+from nearfar.training.shared_step import Sharing
 from nearfar.training.system import Evaluation, StepOutput, System, TrainSampler, collect, step_of
 
 __all__ = ["RunModule", "loader"]
@@ -52,6 +55,13 @@ def consecutive(n: int, batch_size: int) -> list[list[int]]:
     [[0, 1], [2, 3], [4]]
     """
     return [list(range(start, min(start + batch_size, n))) for start in range(0, n, batch_size)]
+
+
+def _seed(seed: int, rank: int, step: int = 0) -> int:
+    """What dropout starts from: of the first process always the same, of each other one something else."""
+    if rank == 0:
+        return seed + 1
+    return int(np.random.SeedSequence([seed + 1, rank, step]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 class Mean:
@@ -100,6 +110,7 @@ class RunModule(L.LightningModule):
         self.data_hash, self.say = data_hash, say
         self.epoch, self.batches, self.step = 0, 0, 0
         self.epoch_batches = 0
+        self.sharing = Sharing.of(config)
         self._rows: list[int] = []  # of the batches still to come when the epoch's loader was made
         self.loss_mean = Mean()
         self.best: dict[str, Any] = {"value": None, "epoch": None, "epochs_without_gain": 0}
@@ -214,11 +225,15 @@ class RunModule(L.LightningModule):
         """Set the generators that dropout draws from: last of all, so that nothing draws in between."""
         self.started_at = time.perf_counter()
         if self._resume is not None:
-            load_generator_state(self._resume.generators)
+            state = self._resume.generators_of(ranks.rank())
+            if state is None:  # there were fewer processes
+                torch.manual_seed(_seed(self.config.seed, ranks.rank(), self.step))
+            else:
+                load_generator_state(state)
             if self._resume.precision:
                 self.trainer.precision_plugin.load_state_dict(self._resume.precision)
         else:
-            torch.manual_seed(self.config.seed + 1)
+            torch.manual_seed(_seed(self.config.seed, ranks.rank()))
             for module in self.model.modules():
                 if isinstance(module, CrossBatchMemory):
                     module.clear()  # rows that came with the weights (init_from) belong to another run's data
@@ -226,7 +241,12 @@ class RunModule(L.LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """One batch."""
-        output = step_of(self.system, self.model, batch, self.config.trainer.get("cached_chunk"))
+        chunk = self.config.trainer.get("cached_chunk")
+        if self.trainer.world_size > 1:
+            rows = self._rows_at(self.batches)
+            output = self.sharing.step(self.system, self.model, batch, rows, chunk)
+        else:
+            output = step_of(self.system, self.model, batch, chunk)
         self.last = output
         batch_number, step = self.batches + 1, self._step_at_start + self.trainer.global_step + 1
         ends = batch_number % self.accumulate == 0 or batch_number == self.epoch_batches
@@ -278,7 +298,10 @@ class RunModule(L.LightningModule):
     @property
     def rows(self) -> int:
         """Rows of the last batch that was counted."""
-        return self._rows[self.batches - 1 - (self.epoch_batches - len(self._rows))]
+        return self._rows_at(self.batches - 1)
+
+    def _rows_at(self, batch: int) -> int:
+        return self._rows[batch - (self.epoch_batches - len(self._rows))]
 
     @property
     def at_boundary(self) -> bool:
@@ -308,9 +331,10 @@ class RunModule(L.LightningModule):
         self.loss_mean = Mean()
 
     def checkpoint(self) -> Checkpoint:
-        """The state of the run, between two steps."""
+        """The state of the run, between two steps; with several processes all of them must ask for it."""
         optimizer: Any = self.optimizers(use_pl_optimizer=False)
         scheduler: Any = self.lr_schedulers()
+        generators = ranks.gathered(generator_state()) or [{}]
         return Checkpoint(
             system=self.system.name,
             epoch=self.epoch,
@@ -322,7 +346,8 @@ class RunModule(L.LightningModule):
             scheduler=scheduler.state_dict(),
             precision=self.trainer.precision_plugin.state_dict(),
             sampler=dict(self.sampler.state_dict(position=self.batches)) if self.batches else {},
-            generators=generator_state(),
+            generators=generators[0],
+            other_generators=generators[1:],
             meters=self.loss_mean.state_dict(),
             best=dict(self.best),
             seconds=self.seconds(),

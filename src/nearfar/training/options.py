@@ -15,9 +15,20 @@ import torch
 from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
 
 from nearfar.errors import NearfarError, nearest_name
+from nearfar.training import ranks
 from nearfar.training.loggers import KNOWN as LOGGERS
 
-__all__ = ["Choice", "Number", "Rule", "Switch", "Text", "check_table", "check_training_options", "option"]
+__all__ = [
+    "Choice",
+    "Number",
+    "Rule",
+    "Switch",
+    "Text",
+    "check_table",
+    "check_training_options",
+    "option",
+    "processes_to_start",
+]
 
 
 class Rule(Protocol):
@@ -155,6 +166,9 @@ TRAINING: dict[str, Rule] = {
     "trainer.precision": Choice(("32-true", "16-mixed", "bf16-mixed")),
     "trainer.accumulate": Number(1, whole=True),
     "trainer.cached_chunk": Number(1, whole=True, optional=True),
+    "trainer.local_loss": Switch(),
+    "trainer.gather_with_grad": Switch(),
+    "trainer.ring": Switch(),
     "trainer.gradient_clip": Number(0, optional=True),
     "trainer.deterministic": Switch(),
     "trainer.threads": Number(1, whole=True, optional=True),
@@ -177,13 +191,33 @@ def check_training_options(config: Any) -> None:
             f"start_epoch={config.start_epoch} counts the epochs of a resumed run: it needs resume_from=RUN."
         )
     chunk, size = config.trainer.cached_chunk, config.get("batch_size")
-    if chunk is not None and isinstance(size, int) and chunk >= size:
+    devices = option(config, "trainer.devices")
+    _check_device(config.trainer, devices)
+    processes = max(ranks.count(), devices if isinstance(devices, int) else 1)
+    rows = -(-size // processes) if isinstance(size, int) else None
+    if chunk is not None and rows is not None and chunk >= rows:
+        each = f" and {processes} processes" if processes > 1 else ""
         raise NearfarError(
-            f"trainer.cached_chunk={chunk} with batch_size={size}: the batch is one chunk, which costs a second "
+            f"trainer.cached_chunk={chunk} with batch_size={size}{each}: the batch is one chunk, which costs a second "
             "forward pass and saves nothing. Raise batch_size, lower trainer.cached_chunk, or set it to null."
         )
+    if rows is not None and processes > 1 and size < 2 * processes:
+        raise NearfarError(
+            f"batch_size={size} is that of all {processes} processes together: each needs 2 rows or more. Raise it, or "
+            "lower trainer.devices."
+        )
+    if config.trainer.ring and (config.trainer.local_loss or not config.trainer.gather_with_grad):
+        raise NearfarError("trainer.ring=true computes own rows with exact gradients; leave the other options out.")
     _check_logger(option(config, "logger"))
-    _check_device(config.trainer, option(config, "trainer.devices"))
+
+
+def processes_to_start(settings: Any) -> int:
+    """How many processes ``trainer.devices`` stands for on this machine: as it says, or one for each GPU (auto)."""
+    if settings.devices != "auto":
+        return int(settings.devices)
+    if settings.accelerator in ("cpu", "mps") or not torch.cuda.is_available():
+        return 1
+    return max(1, torch.cuda.device_count())
 
 
 def _check_logger(names: Any) -> None:
@@ -205,12 +239,23 @@ def _check_device(settings: Any, devices: Any) -> None:
             f"trainer.accelerator={accelerator}: PyTorch sees no such device here; take auto or cpu."
         )
     on_cpu = accelerator == "cpu" or not (cuda or mps)
-    count = torch.cuda.device_count() if cuda and accelerator not in ("cpu", "mps") else 1
-    one = devices == 1 and isinstance(devices, int) and not isinstance(devices, bool)
-    if not one and not (devices == "auto" and count == 1):
+    whole = isinstance(devices, int) and not isinstance(devices, bool) and devices >= 1
+    if not whole and devices != "auto":
         raise NearfarError(
-            f"trainer.devices={_shown(devices)}: one device per run for now; set trainer.devices=1 "
-            "(CUDA_VISIBLE_DEVICES chooses which)."
+            f"trainer.devices={_shown(devices)}: the number of processes on this machine, or auto, is needed "
+            "(CUDA_VISIBLE_DEVICES chooses among GPUs)."
+        )
+    if whole and devices > 1 and not on_cpu:
+        there_are = torch.cuda.device_count() if cuda and accelerator != "mps" else 1
+        if devices > there_are:
+            raise NearfarError(
+                f"trainer.devices={devices}: PyTorch sees {there_are} GPU(s) here. Each process takes one; lower it, or "
+                "take trainer.accelerator=cpu."
+            )
+    if ranks.count() > 1 and devices not in (1, "auto", ranks.on_this_machine()):
+        raise NearfarError(
+            f"trainer.devices={devices}, but {ranks.on_this_machine()} processes were started on this machine; leave "
+            "it out, then their number counts."
         )
     if settings.precision == "16-mixed" and on_cpu:
         # Lightning would go on in bf16-mixed with no more than a warning.

@@ -1,0 +1,228 @@
+"""Processes that train one run together: who this one is, and how all of them agree.
+
+Started by torchrun, by Slurm (``srun``) or by ``nearfar train trainer.devices=N`` itself (``training/restart.py``), every
+process runs the same program. The first alone speaks and writes. Whatever decides how long a run goes on, such as
+Ctrl-C or a clock, is agreed on by all: a process that stopped alone would leave the others waiting.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from nearfar.errors import NearfarError
+
+__all__ = [
+    "any_rank",
+    "count",
+    "from_first",
+    "gathered",
+    "is_first",
+    "leave",
+    "may_speak",
+    "one_after_the_other",
+    "rank",
+    "start",
+]
+
+T = TypeVar("T")
+
+#: The others wait so long while one of them reads data or evaluates. A process that ends is noticed at once, by those
+#: that wait for it and by what started it, so that this need not be short.
+WAIT = timedelta(days=2)
+#: what torchrun sets for a process, and what Slurm's variables are translated into
+VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+_store: Any = None
+_parent: int | None = None
+
+
+def start() -> int:
+    """Join the processes that torchrun or Slurm has started; the number of them, 1 where there is no other.
+
+    CPU tensors travel by gloo, those of a GPU by NCCL.
+    """
+    global _store, _parent
+    if dist.is_initialized():
+        return count()
+    _take_from_slurm()
+    promised = os.environ.get("WORLD_SIZE", "1")
+    if not promised.isdigit() or int(promised) <= 1:
+        return 1
+    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise NearfarError(
+            f"WORLD_SIZE={promised} promises several processes, but {', '.join(missing)} is not set. Start them with "
+            f"trainer.devices={promised}, with torchrun or with srun; or unset WORLD_SIZE."
+        )
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    store, own, world = next(iter(dist.rendezvous("env://", timeout=WAIT)))
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+        store=dist.PrefixStore("nearfar", store),
+        rank=own,
+        world_size=world,
+        timeout=WAIT,
+    )
+    _store, _parent = store, os.getppid()
+    if own:
+        warnings.simplefilter("ignore")  # the first process says it
+    return int(world)
+
+
+def leave() -> None:
+    """Wait for the others and part from them; each goes on as a process of its own."""
+    global _store, _parent
+    if not dist.is_initialized():
+        return
+    any_rank()
+    dist.destroy_process_group()
+    _store = _parent = None
+    for name in list(os.environ):
+        if name in VARIABLES or name.startswith("TORCHELASTIC_"):
+            del os.environ[name]
+
+
+def _take_from_slurm() -> None:
+    """Under ``srun`` with several tasks: torchrun's variables for this task.
+
+    The variables of the step, not of the job: a batch script that starts nothing by ``srun`` is one process, however
+    many tasks its job may have.
+    """
+    if "WORLD_SIZE" in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) <= 1:
+        return
+    from lightning.fabric.plugins.environments import SLURMEnvironment
+
+    environment = SLURMEnvironment(auto_requeue=False)
+    nodes = int(os.environ.get("SLURM_STEP_NUM_NODES", "1"))
+    tasks = int(os.environ["SLURM_STEP_NUM_TASKS"])
+    if tasks % nodes:
+        raise NearfarError(
+            f"{tasks} tasks on {nodes} nodes: every node needs as many as the others; use srun --ntasks-per-node."
+        )
+    os.environ |= {
+        "MASTER_ADDR": environment.main_address,
+        "MASTER_PORT": str(environment.main_port),
+        "WORLD_SIZE": str(tasks),
+        "LOCAL_WORLD_SIZE": str(tasks // nodes),
+        "RANK": os.environ["SLURM_PROCID"],
+        "LOCAL_RANK": os.environ["SLURM_LOCALID"],
+        "GROUP_RANK": os.environ.get("SLURM_NODEID", "0"),
+    }
+
+
+def count() -> int:
+    """How many processes train together; 1 where this one is alone.
+
+    >>> count(), rank(), is_first()
+    (1, 0, True)
+    """
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def on_this_machine() -> int:
+    """How many of them run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", count())) if count() > 1 else 1
+
+
+def rank() -> int:
+    """The number of this process, from 0."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def is_first() -> bool:
+    """Whether this process is the one that speaks and writes."""
+    return rank() == 0
+
+
+def any_rank(*flags: bool) -> tuple[bool, ...]:
+    """For each flag whether it is true on any rank. Collective; with several processes also a point where all meet.
+
+    >>> any_rank(True, False)
+    (True, False)
+    """
+    if count() == 1:
+        return flags
+    found = torch.tensor([0, *flags], dtype=torch.int32)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return tuple(bool(value) for value in found[1:].tolist())
+
+
+def abandoned() -> bool:
+    """Whether what has started these processes is gone, as after ``kill -9``: nobody would stop them any more."""
+    return _parent is not None and os.getppid() != _parent
+
+
+def from_first(make: Callable[[], T]) -> T:
+    """What ``make`` gives on the first rank, where alone it is called. Collective.
+
+    >>> from_first(lambda: 3)
+    3
+    """
+    if count() == 1:
+        return make()
+    content: list[Any] = [make() if is_first() else None]
+    dist.broadcast_object_list(content, src=0, device=torch.device("cpu"))
+    found: T = content[0]
+    return found
+
+
+def gathered(value: T) -> list[T]:
+    """The values of all ranks, in order, on the first; empty on the others. Collective.
+
+    >>> gathered(3)
+    [3]
+    """
+    if count() == 1:
+        return [value]
+    found: list[Any] = [None] * count()
+    # Of all to all: gather to one is not offered by every backend.
+    dist.all_gather_object(found, value)
+    return found if is_first() else []
+
+
+def one_after_the_other(work: Callable[[], object]) -> None:
+    """``work`` on the first rank, then on the others together: these find in the cache what the first has left there.
+
+    Not only for the time. What is computed once is the same for all.
+    """
+    if is_first():
+        work()
+    any_rank()
+    if not is_first():
+        work()
+    any_rank()
+
+
+def may_speak() -> bool:
+    """Whether an error of this process is the first of all, to be shown; those of the others come of it.
+
+    A process that ends breaks the calls in which the others wait for it, and each of these would report that.
+    """
+    if count() == 1 or _store is None:
+        return True
+    try:
+        return int(_store.add("nearfar/errors", 1)) == 1
+    except RuntimeError:  # the store went down with the process that held it
+        return False
+
+
+def ended_by(code: int) -> str:
+    """How a process ended, in words, from its exit code.
+
+    >>> ended_by(-9), ended_by(1)
+    ('was killed (SIGKILL; if nobody did, the machine may have run out of memory)', 'ended with exit code 1')
+    """
+    if code >= 0:
+        return f"ended with exit code {code}"
+    name = signal.Signals(-code).name
+    guess = "; if nobody did, the machine may have run out of memory" if name == "SIGKILL" else ""
+    return f"was killed ({name}{guess})"

@@ -1,0 +1,247 @@
+"""One training step on several processes: each encodes its rows, and the loss sees those of all.
+
+Every rank has the whole batch of the sampler, as one process would, so that augmentation, labels and masks are those of
+one process. It encodes its own part, the embeddings are gathered, and ``EncodingSystem.loss_of`` is called with the
+embeddings and the batch of all rows: a system needs no code for it. What DistributedDataParallel makes of the ranks'
+gradients, their mean, is then the gradient of one process (``nearfar.training.gather``).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils import _pytree as pytree
+
+from nearfar.errors import NearfarError
+from nearfar.training import ranks
+from nearfar.training.cached import cached_embeddings
+from nearfar.training.distributed import DistributedLoss
+from nearfar.training.gather import gather_rows, row_counts, whole_value
+from nearfar.training.rank_arguments import nothing
+from nearfar.training.ring import check_ring, ring_loss
+from nearfar.training.system import EncodingSystem, StepOutput, System
+
+__all__ = ["Sharing", "check_shared"]
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """How the rows of a batch are shared out: the options of ``trainer`` by these names.
+
+    - ``local_loss``: each rank computes the part of its rows in every loss that takes ``rows``, instead of all.
+    - ``gather_with_grad=False``: embeddings of other ranks are constants (not exact).
+    - ``ring``: embeddings are not gathered; `InfoNCELoss` and `ClipLoss` get those of other ranks a block at a time.
+    """
+
+    local_loss: bool = False
+    gather_with_grad: bool = True
+    ring: bool = False
+
+    @classmethod
+    def of(cls, config: Any) -> Sharing:
+        """From a run's configuration."""
+        settings = config.trainer
+        return cls(
+            bool(settings.get("local_loss", False)),
+            bool(settings.get("gather_with_grad", True)),
+            bool(settings.get("ring", False)),
+        )
+
+    @property
+    def describes_own_rows(self) -> bool:
+        """Whether the loss's record describes a rank's rows, not those of the batch."""
+        return ranks.count() > 1 and (self.local_loss or self.ring)
+
+    def describe(self, batch_size: int | None) -> str | None:
+        """What several processes do, in one line for the first lines of a run; of one, which options do nothing."""
+        world = ranks.count()
+        given = {
+            "local_loss": self.local_loss,
+            "gather_with_grad": not self.gather_with_grad,
+            "ring": self.ring,
+        }
+        names = [name for name, value in given.items() if value]
+        if world == 1:
+            if not names:
+                return None
+            return f"one process: {' and '.join(names)} {'have' if len(names) > 1 else 'has'} no effect"
+        rows = "" if batch_size is None else f" of {batch_size} rows, {-(-batch_size // world)} in each"
+        how = "every process computes the whole loss"
+        if self.local_loss:
+            how = "every process computes the loss of its rows against all (local_loss)"
+        if self.ring:
+            how = "embeddings pass from process to process (ring)"
+        exact = "" if self.gather_with_grad else "; gradients are not exact (gather_with_grad=false)"
+        return f"{world} processes share every batch{rows}; {how}{exact}"
+
+    def rows_of(self, rows: int, rank: int) -> int:
+        """How many rows of a batch of ``rows`` are those of ``rank``.
+
+        >>> [Sharing().rows_of(5, rank) for rank in range(1)]
+        [5]
+        """
+        size = -(-rows // ranks.count())
+        return max(0, min(size, rows - rank * size))
+
+    def step(
+        self, system: Any, model: nn.Module, batch: Any, rows: int, chunk: int | None = None
+    ) -> StepOutput:
+        """The loss of a batch of ``rows`` rows, ``chunk`` of them encoded at a time; every rank calls it together."""
+        parts = system.split(batch, -(-rows // ranks.count()))
+        here = ranks.rank() < len(parts)
+        # A rank without rows encodes some of another's and keeps none: its weights get gradients of 0, for which
+        # DistributedDataParallel would otherwise wait.
+        part = parts[ranks.rank()] if here else parts[0]
+        if chunk is None:
+            own = system.encode(model, part)
+        else:
+            own = cached_embeddings(
+                lambda some: system.encode(model, some), system.split(part, chunk), model
+            )
+        if not here:
+            own = pytree.tree_map_only(Tensor, lambda tensor: tensor[:0], own)
+        if self.ring:
+            return self._in_a_ring(system, model, own, part, len(parts))
+        embeddings, counts = _gathered(own, self.gather_with_grad)
+        if not self.local_loss:
+            return system.loss_of(model, embeddings, batch)  # type: ignore[no-any-return]
+        with _replaced(losses_of(system), lambda loss: self._part_of(loss, counts)):
+            return system.loss_of(model, embeddings, batch)  # type: ignore[no-any-return]
+
+    def _in_a_ring(self, system: Any, model: nn.Module, own: Any, part: Any, parts: int) -> StepOutput:
+        if parts < ranks.count():
+            raise NearfarError(
+                f"trainer.ring=true: a batch has rows for {parts} of the {ranks.count()} processes. Take a batch_size "
+                "that leaves no such rest, or trainer.local_loss=true instead."
+            )
+        values: list[Tensor] = []
+
+        def around(loss: nn.Module) -> Callable[..., Tensor]:
+            signature = inspect.signature(loss.forward)
+
+            def forward(*args: Any, **kwargs: Any) -> Tensor:
+                values.append(ring_loss(loss, signature.bind(*args, **kwargs).arguments))
+                return values[-1]
+
+            return forward
+
+        with _replaced(losses_of(system), around):
+            output: StepOutput = system.loss_of(model, own, part)
+        if len(values) != 1 or output.loss is not values[0]:
+            raise NearfarError(
+                f"trainer.ring=true: the loss of system '{system.name}' is more than one contrastive loss, and the rest "
+                "of it would see the rows of one process alone; use trainer.local_loss=true."
+            )
+        return output
+
+    def _part_of(self, loss: nn.Module, counts: list[int]) -> Callable[..., Tensor]:
+        """``loss.forward`` for this rank's share of the rows that it is given, with the value of all."""
+        forward, signature = loss.forward, inspect.signature(loss.forward)
+
+        def part(*args: Any, **kwargs: Any) -> Tensor:
+            given = signature.bind(*args, **kwargs)
+            first = next(iter(given.arguments.values()))
+            own = self._share(len(first), counts)
+            if own.start == own.stop:
+                return whole_value(nothing(given.arguments.values()))
+            return whole_value(forward(*args, **{**kwargs, "rows": own}))
+
+        return part
+
+    def _share(self, rows: int, counts: list[int]) -> slice:
+        own, world = ranks.rank(), ranks.count()
+        if rows == sum(counts):
+            return slice(sum(counts[:own]), sum(counts[: own + 1]))
+        if not self.gather_with_grad:
+            raise NearfarError(
+                f"trainer.gather_with_grad=false: a loss gets {rows} rows of a batch of {sum(counts)}, so that it does "
+                "not show which are this process's; leave it true."
+            )
+        return slice(rows * own // world, rows * (own + 1) // world)
+
+
+def losses_of(system: Any) -> list[nn.Module]:
+    """The losses that ``system`` holds and that can be taken apart by rows."""
+    held = [part for part in vars(system).values() if isinstance(part, nn.Module)]
+    every = dict.fromkeys(module for part in held for module in part.modules())
+    return [module for module in every if "rows" in inspect.signature(module.forward).parameters]
+
+
+@contextmanager
+def _replaced(
+    losses: Sequence[nn.Module], make: Callable[[nn.Module], Callable[..., Tensor]]
+) -> Iterator[None]:
+    """Another ``forward`` for some modules, while a step runs: what else calls them, such as a probe, gets their own."""
+    for loss in losses:
+        loss.__dict__["forward"] = make(loss)
+    try:
+        yield
+    finally:
+        for loss in losses:
+            loss.__dict__.pop("forward", None)
+
+
+def _gathered(own: Any, with_grad: bool) -> tuple[Any, list[int]]:
+    """Embeddings of all ranks in the form of those of one, and how many rows of the first each rank has."""
+    leaves, form = pytree.tree_flatten(own)
+    wrong = [type(leaf).__name__ for leaf in leaves if not isinstance(leaf, Tensor)]
+    if wrong or not leaves:
+        raise NearfarError(
+            f"encode gives {wrong[0] if wrong else 'nothing'}; embeddings are tensors (rows, …), alone or several"
+        )
+    named = {f"embedding {i}": leaf for i, leaf in enumerate(leaves)}
+    counts = row_counts(named)
+    whole = [gather_rows(leaf, counts[name], with_grad) for name, leaf in named.items()]
+    return pytree.tree_unflatten(whole, form), counts["embedding 0"]
+
+
+def check_shared(system: System, model: nn.Module, sharing: Sharing) -> None:
+    """Refuse, with words, what several processes would not compute as one does."""
+    if ranks.count() == 1:
+        return
+    if not isinstance(system, EncodingSystem):
+        raise NearfarError(
+            f"system '{system.name}' does not say how its rows are encoded (it is no EncodingSystem), so that its "
+            "batches cannot be shared out between processes; set trainer.devices=1."
+        )
+    layers = [
+        name for name, module in model.named_modules() if isinstance(module, _BatchNorm) and module.training
+    ]
+    if layers:
+        raise NearfarError(
+            f"{len(layers)} layers normalise by the statistics of the batch ({layers[0]}, …), and a process sees its "
+            "own rows alone: they would not train as in one process. Freeze these layers, take an encoder with another "
+            "normalisation, or set trainer.devices=1."
+        )
+    wrapped = [part for part in vars(system).values() if isinstance(part, DistributedLoss)]
+    if wrapped:
+        raise NearfarError(
+            f"system '{system.name}' wraps its loss in DistributedLoss, and would gather rows that are gathered "
+            "already: let it hold the loss itself."
+        )
+    if sharing.ring and (sharing.local_loss or not sharing.gather_with_grad):
+        raise NearfarError("trainer.ring=true computes own rows with exact gradients; leave the other options out.")
+    if not (sharing.local_loss or sharing.ring):
+        return
+    option = "ring" if sharing.ring else "local_loss"
+    found = losses_of(system)
+    if not found:
+        raise NearfarError(
+            f"trainer.{option}=true: system '{system.name}' holds no loss that can be taken apart by rows; set it to "
+            "false, then every process computes the whole loss, with the same gradients."
+        )
+    for loss in found:
+        if sharing.ring:
+            check_ring(loss)
+        elif getattr(loss, "reduction", "mean") == "none":
+            raise NearfarError(
+                f"trainer.local_loss=true adds up the parts of the processes, and {type(loss).__name__} with "
+                "reduction='none' has a value for each row; set trainer.local_loss=false."
+            )
