@@ -17,8 +17,9 @@ from nearfar.errors import NearfarError
 from nearfar.overrides import compose_config
 from nearfar.systems.molecules.features import MoleculeFeatures
 from nearfar.systems.molecules.options import check_options, data_paths
+from nearfar.training import ranks
 from nearfar.training.batches import build_sampler
-from nearfar.training.options import check_training_options
+from nearfar.training.options import check_training_options, processes_to_start
 from nearfar.training.resume import flatten
 
 HARD = "sampler=hard"
@@ -41,10 +42,11 @@ def test_every_experiment_passes(name: str) -> None:
 BAD = {
     "trainer.precision=foo": "no such choice; known: 16-mixed, 32-true, bf16-mixed",
     "trainer.precision=16": "no such choice",
-    "trainer.devices=x": "one device per run for now",
-    "trainer.devices=2": "one device per run for now",
-    "trainer.devices=true": "one device per run for now",
-    "trainer.devices=[0,1]": "one device per run for now",
+    "trainer.devices=x": "the number of processes on this machine, or auto, is needed",
+    "trainer.devices=0": "the number of processes",
+    "trainer.devices=true": "the number of processes",
+    "trainer.devices=[0,1]": "the number of processes",
+    "trainer.local_loss=1": "true or false is needed",
     "trainer.accelerator=gpux": "did you mean 'gpu'",
     "trainer.accelerator=null": "no such choice",
     "trainer.accumulate=0": "out of range: at least 1",
@@ -215,9 +217,22 @@ def test_devices_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     check(composed("trainer.precision=16-mixed", "trainer.accelerator=gpu"))
-    with pytest.raises(NearfarError, match="one device per run"):
-        check(composed("trainer.devices=auto"))
-    check(composed("trainer.devices=auto", "trainer.accelerator=cpu"))
+    for devices, processes in (("auto", 2), (2, 2), (1, 1)):
+        config = composed(f"trainer.devices={devices}")
+        check(config)
+        assert processes_to_start(config.trainer) == processes
+    with pytest.raises(NearfarError, match=r"3 processes on this machine, and PyTorch sees 2 GPU"):
+        check(composed("trainer.devices=3"))
+    on_cpu = composed("trainer.devices=auto", "trainer.accelerator=cpu")
+    check(on_cpu)
+    assert processes_to_start(on_cpu.trainer) == 1
+    check(composed("trainer.devices=3", "trainer.accelerator=cpu"))
+    monkeypatch.setattr(ranks, "count", lambda: 2)
+    monkeypatch.setattr(ranks, "on_this_machine", lambda: 2)
+    check(composed("trainer.devices=2"))
+    check(composed())
+    with pytest.raises(NearfarError, match=r"trainer.devices=3, but 2 processes were started"):
+        check(composed("trainer.devices=3", "trainer.accelerator=cpu"))
 
 
 def test_a_deleted_option_is_missed() -> None:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from typer.testing import CliRunner
 
 from nearfar.cli import app
 from nearfar.errors import NearfarError
@@ -23,7 +27,7 @@ from nearfar.training.fit import fit
 from nearfar.training.resume import Resume
 from nearfar.training.run_folder import RunFolder
 from nearfar.training.shared_step import Sharing, check_shared
-from processes import together
+from processes import SECONDS, together
 from test_resume import records, silent, states_equal
 from tiny_molecules import split_files
 from toy_system import ToyModel, ToySystem, toy, toy_config
@@ -71,8 +75,8 @@ def compare(one: Path, several: Path, exact: bool = True) -> None:
         assert same or (not exact and name != "lr"), name
     first, second = Checkpoint.load(one), Checkpoint.load(several)
     assert (first.epoch, first.step) == (second.epoch, second.step)
-    assert first.optimizer is not None and second.optimizer is not None
-    states = [each.optimizer["state"] for each in (first, second)]
+    found: list[Any] = [each.optimizer for each in (first, second)]
+    states = [optimizer["state"] for optimizer in found]
     assert states[0].keys() == states[1].keys() != set(), "a weight that no step uses is left alone"
     a, b = (torch.cat([state[key]["exp_avg"].flatten() for key in state]).double() for state in states)
     apart = ((a - b).norm() / a.norm()).item()
@@ -108,7 +112,9 @@ def test_losses_and_gradients_of_one_process(tmp_path: Path, world: int, options
     assert last["rows_per_rank"] == -(-rows // world)
     own = config.trainer.get("local_loss") or config.trainer.get("ring")
     assert last["rows"] == (last["rows_per_rank"] if own else rows)
-    assert last["world_size"] == RunFolder(tmp_path / "several").read_json("model.json")["world_size"] == world
+    assert (
+        last["world_size"] == RunFolder(tmp_path / "several").read_json("model.json")["world_size"] == world
+    )
     metrics = [RunFolder(tmp_path / name).read_json("metrics.json")["splits"] for name in ("one", "several")]
     assert metrics[0]["val"]["MRR"]["value"] == pytest.approx(metrics[1]["val"]["MRR"]["value"], abs=1e-3)
 
@@ -120,6 +126,18 @@ def test_the_comparison_can_fail(tmp_path: Path) -> None:
     config.trainer.gather_with_grad = False
     assert together(train_steadily, tmp_path / "several", config) == [None, None]
     compare(tmp_path / "one", tmp_path / "several", exact=False)
+
+
+def test_early_stopping_and_a_last_step_are_agreed_on(tmp_path: Path) -> None:
+    config = toy_config(
+        trainer__devices=2, epochs=30, lr=1e-9, patience=2, min_epochs=5, trainer__probe_rows=0
+    )
+    together(train_toy, tmp_path / "early", config)
+    assert len([r for r in RunFolder(tmp_path / "early").log() if r["kind"] == "epoch"]) == 5
+    config = toy_config(trainer__devices=2, trainer__max_steps=11, trainer__probe_rows=0)
+    together(train_toy, tmp_path / "cut", config)
+    assert Checkpoint.load(tmp_path / "cut").step == 11
+    assert RunFolder(tmp_path / "cut").finished
 
 
 def train_molecules(folder: Path, config: Any) -> None:
@@ -140,7 +158,9 @@ def test_molecules_with_masks_and_a_memory(tmp_path: Path, monkeypatch: pytest.M
     config.trainer.devices = 2
     assert together(train_molecules, tmp_path / "several", config) == [None, None]
     compare(tmp_path / "one", tmp_path / "several")
-    logs = [[r for r in RunFolder(tmp_path / name).log() if r["kind"] == "step"] for name in ("one", "several")]
+    logs = [
+        [r for r in RunFolder(tmp_path / name).log() if r["kind"] == "step"] for name in ("one", "several")
+    ]
     for name in ("candidates", "duplicate_keys", "false_negative_share", "memory_age", "scale"):
         assert logs[0][-1][name] == pytest.approx(logs[1][-1][name], rel=1e-4), name
 
@@ -241,6 +261,36 @@ def test_an_error_of_one_process_ends_all_and_is_shown_once(tmp_path: Path) -> N
     assert not first[1]
 
 
+def test_the_command_starts_its_processes_and_ctrl_c_stops_them(tmp_path: Path) -> None:
+    sized = ["batch_size=32", "epochs=1000", "fingerprint_hidden=16", "embedding_dim=8", "sampler=random"]
+    options = ["trainer.devices=2", "trainer.log_every=1", "trainer.accelerator=cpu", "trainer.probe_rows=0"]
+    where = ["experiment=molecules", "molecule_encoder=fingerprint", f"runs_dir={tmp_path}", "name=run"]
+    command = [sys.executable, "-m", "nearfar.cli", "train", *where, *sized, *options, *split_files(tmp_path)]
+    environment = os.environ | {"NEARFAR_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    folder = RunFolder(tmp_path / "run")
+    try:
+        end = time.monotonic() + 2 * SECONDS
+        while process.poll() is None and len(list(folder.log())) < 5:
+            assert time.monotonic() < end, "no step was logged"
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        said, _ = process.communicate(timeout=SECONDS)
+    finally:
+        process.kill()
+    assert process.returncode == 130, said
+    assert said.count("2 processes share every batch of 32 rows, 16 in each") == 1
+    assert said.count("stopped; the run is saved") == 1
+    assert "Traceback" not in said
+    assert "Warning" not in said
+    saved = Checkpoint.load(folder.path)
+    assert saved.processes == 2
+    assert saved.step >= 4
+    assert folder.config().trainer.devices == 2
+
+
 # -- what is refused ----------------------------------------------------------------------------------------------
 def test_what_cannot_be_shared_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     system, model = toy(toy_config()), ToyModel()
@@ -278,6 +328,47 @@ def test_one_process_says_what_has_no_effect() -> None:
     assert Sharing(local_loss=True).describe(8) == "one process: local_loss has no effect"
     both = Sharing(local_loss=True, gather_with_grad=False).describe(None)
     assert both == "one process: local_loss and gather_with_grad have no effect"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["-m", "seed=0,1"], "trains each run in one process"),
+        (["batch_size=1"], "batch_size=1"),
+        (["trainer.ring=true", "trainer.local_loss=true"], "leave the other options out"),
+        (["batch_size=64", "trainer.cached_chunk=32"], "and 2 processes: the batch is one chunk"),
+    ],
+)
+def test_options_that_are_refused_before_a_process_starts(overrides: list[str], message: str) -> None:
+    command = ["train", "experiment=molecules", "trainer.devices=2", "trainer.accelerator=cpu", *overrides]
+    result = CliRunner().invoke(app, command)
+    assert isinstance(result.exception, NearfarError), result.output
+    assert message in str(result.exception)
+
+
+def test_torchrun_and_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (*ranks.VARIABLES, "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SLURM_NTASKS", "4")  # of the job: this is its script, one process
+    assert ranks.start() == 1
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(NearfarError, match="RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not set"):
+        ranks.start()
+    monkeypatch.delenv("WORLD_SIZE")
+    step = {"STEP_NUM_TASKS": 4, "STEP_NUM_NODES": 2, "PROCID": 3, "LOCALID": 1, "NODEID": 1, "JOB_ID": 94321}
+    for name, value in step.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    monkeypatch.setenv("SLURM_STEP_NODELIST", "node[7-8]")
+    for name in ranks.VARIABLES:
+        monkeypatch.setenv(name, "")  # so that they are put back
+        monkeypatch.delenv(name)
+    ranks._take_from_slurm()
+    found = [os.environ[name] for name in ranks.VARIABLES]
+    assert found == ["3", "1", "4", "2", "1", "node7", "19321"]
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "3")
+    monkeypatch.delenv("WORLD_SIZE")
+    with pytest.raises(NearfarError, match="3 tasks on 2 nodes"):
+        ranks._take_from_slurm()
 
 
 def test_fit_alone_refuses_several_devices(tmp_path: Path) -> None:

@@ -56,6 +56,8 @@ FLAGS_WITH_VALUE = (
     "--config-name",
     "-cn",
 )
+#: Hydra's flags that show something and train nothing
+SHOWING = {"--cfg", "-c", "--info", "-i", "--help", "-h", "--hydra-help"}
 #: Hydra's sweepers and launchers that come as packages of their own: the module, and the extra that brings it
 PLUGINS = {
     ("hydra/sweeper", "optuna"): ("hydra_plugins.hydra_optuna_sweeper", "search"),
@@ -279,7 +281,8 @@ def _launch(arguments: Sequence[str]) -> None:
         search = _check_plugins(overrides)
         configs = _check_runs([o for o in overrides if not o.startswith("hydra")], sweep, search)
         _check_processes(configs, sweep)
-        if ranks.count() == 1 and (processes := processes_to_start(configs[0].trainer)) > 1:
+        processes = processes_to_start(configs[0].trainer)
+        if processes > 1 and ranks.count() == 1 and not {*flags} & SHOWING:
             code, why = run_processes(processes, "nearfar.cli", ["train", *arguments])
             if why:
                 raise NearfarError(why)

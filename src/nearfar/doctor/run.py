@@ -65,6 +65,9 @@ def read_run(folder: str | os.PathLike[str]) -> Signals:
         for source in (model, metrics):
             if name in source:
                 context.setdefault(name, source[name])
+    # A run's batch is that of all its processes; in what the doctor reads it is that of one, as logs of others have it.
+    if "batch_size" in context:
+        context["batch_size"] /= context.get("world_size") or 1
     for name in ("monitor", "baselines", "groups", "change", "comparison"):
         if metrics.get(name) is not None:
             context[name] = metrics[name]

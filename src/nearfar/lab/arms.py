@@ -49,6 +49,8 @@ class Arms:
         """The run's configuration, made to go on from its checkpoint for so many steps."""
         common = [f"trainer.max_steps={self.state.step + self.steps}", "patience=null"]
         saved = RunFolder.of(self.path).config()
+        if saved.trainer.devices != 1:  # a batch is the same, however many processes share it
+            common.append("trainer.devices=1")
         config = altered(saved, [*common, *(self.overrides if changed else ())])
         config.logger, config.resume_from, config.start_epoch = None, str(self.path), start
         config.seed = saved.seed if seed is None else seed

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from nearfar.training.fit import initial_model
 from nearfar.training.module import consecutive
+from nearfar.training.options import processes_to_start
 from nearfar.training.system import System, step_of
 
 __all__ = ["describe"]
@@ -43,6 +44,8 @@ def describe(system: System, config: Any, console: Any) -> dict[str, Any]:
     if validation is not None:
         evaluation = _time_evaluation(system, model, validation, config.trainer.eval_batch_size)
     epoch = per_batch * len(batches) + evaluation
+    if (processes := processes_to_start(config.trainer)) > 1:
+        console.print(f"timed in one process with whole batches; trainer.devices={processes} share them")
     weights = _megabytes(model.parameters())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
     found = {

@@ -102,10 +102,11 @@ def _trainer(config: Any, folder: RunFolder, callbacks: list[L.Callback], epochs
 
 
 def _together() -> dict[str, Any]:
-    """How Lightning trains in several processes, which are there already."""
+    """How Lightning trains in several processes, which are there already, or in one, whatever Slurm may have set."""
+    from lightning.fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
+
     if ranks.count() == 1:
-        return {}
-    from lightning.fabric.plugins.environments import TorchElasticEnvironment
+        return {"plugins": [LightningEnvironment()]}
     from lightning.pytorch.strategies import DDPStrategy
 
     # A weight may have no part in a step, as where a term of the loss is switched off. Buffers are the same on all
@@ -169,8 +170,8 @@ def train(
         say(f"resumed at epoch {checkpoint.epoch + 1}, step {checkpoint.step}, from {resume and resume.path}")
         if checkpoint.processes != ranks.count():
             say(
-                f"that run had {checkpoint.processes} process(es), this one has {ranks.count()}: batches, schedules and "
-                "optimiser go on, dropout draws something else and sums are rounded otherwise"
+                f"that run had {checkpoint.processes} process(es), this one has {ranks.count()}: batches, schedules "
+                "and optimiser go on, dropout draws something else and sums are rounded otherwise"
             )
     callbacks: list[L.Callback] = [RunRecorder(folder, config, request)]
     if console is not None:

@@ -201,13 +201,15 @@ def check_training_options(config: Any) -> None:
             f"trainer.cached_chunk={chunk} with batch_size={size}{each}: the batch is one chunk, which costs a second "
             "forward pass and saves nothing. Raise batch_size, lower trainer.cached_chunk, or set it to null."
         )
-    if rows is not None and processes > 1 and size < 2 * processes:
+    if rows is not None and processes > 1 and size < processes:
         raise NearfarError(
-            f"batch_size={size} is that of all {processes} processes together: each needs 2 rows or more. Raise it, or "
+            f"batch_size={size} is that of all {processes} processes together: each needs a row. Raise it, or "
             "lower trainer.devices."
         )
     if config.trainer.ring and (config.trainer.local_loss or not config.trainer.gather_with_grad):
-        raise NearfarError("trainer.ring=true computes own rows with exact gradients; leave the other options out.")
+        raise NearfarError(
+            "trainer.ring=true computes own rows with exact gradients; leave the other options out."
+        )
     _check_logger(option(config, "logger"))
 
 
@@ -245,13 +247,13 @@ def _check_device(settings: Any, devices: Any) -> None:
             f"trainer.devices={_shown(devices)}: the number of processes on this machine, or auto, is needed "
             "(CUDA_VISIBLE_DEVICES chooses among GPUs)."
         )
-    if whole and devices > 1 and not on_cpu:
-        there_are = torch.cuda.device_count() if cuda and accelerator != "mps" else 1
-        if devices > there_are:
-            raise NearfarError(
-                f"trainer.devices={devices}: PyTorch sees {there_are} GPU(s) here. Each process takes one; lower it, or "
-                "take trainer.accelerator=cpu."
-            )
+    processes = max(devices if whole else 1, ranks.on_this_machine())
+    gpus = torch.cuda.device_count() if cuda and accelerator != "mps" else 1
+    if processes > gpus and not on_cpu:
+        raise NearfarError(
+            f"{processes} processes on this machine, and PyTorch sees {gpus} GPU(s): each takes one. Lower "
+            "trainer.devices, or take trainer.accelerator=cpu."
+        )
     if ranks.count() > 1 and devices not in (1, "auto", ranks.on_this_machine()):
         raise NearfarError(
             f"trainer.devices={devices}, but {ranks.on_this_machine()} processes were started on this machine; leave "

@@ -1,8 +1,8 @@
 """Processes that train one run together: who this one is, and how all of them agree.
 
-Started by torchrun, by Slurm (``srun``) or by ``nearfar train trainer.devices=N`` itself (``training/restart.py``), every
-process runs the same program. The first alone speaks and writes. Whatever decides how long a run goes on, such as
-Ctrl-C or a clock, is agreed on by all: a process that stopped alone would leave the others waiting.
+Started by torchrun, by Slurm (``srun``) or by ``nearfar train trainer.devices=N`` itself (``training/restart.py``),
+every process runs the same program. The first alone speaks and writes. Whatever decides how long a run goes on, such
+as Ctrl-C or a clock, is agreed on by all: a process that stopped alone would leave the others waiting.
 """
 
 from __future__ import annotations
@@ -20,13 +20,16 @@ import torch.distributed as dist
 from nearfar.errors import NearfarError
 
 __all__ = [
+    "abandoned",
     "any_rank",
     "count",
+    "ended_by",
     "from_first",
     "gathered",
     "is_first",
     "leave",
     "may_speak",
+    "on_this_machine",
     "one_after_the_other",
     "rank",
     "start",
@@ -38,7 +41,15 @@ T = TypeVar("T")
 #: that wait for it and by what started it, so that this need not be short.
 WAIT = timedelta(days=2)
 #: what torchrun sets for a process, and what Slurm's variables are translated into
-VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+VARIABLES = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
 
 _store: Any = None
 _parent: int | None = None
@@ -56,17 +67,21 @@ def start() -> int:
     promised = os.environ.get("WORLD_SIZE", "1")
     if not promised.isdigit() or int(promised) <= 1:
         return 1
-    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    missing = [
+        name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ
+    ]
     if missing:
         raise NearfarError(
             f"WORLD_SIZE={promised} promises several processes, but {', '.join(missing)} is not set. Start them with "
             f"trainer.devices={promised}, with torchrun or with srun; or unset WORLD_SIZE."
         )
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    store, own, world = next(iter(dist.rendezvous("env://", timeout=WAIT)))
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", promised))
+    by_gpu = torch.cuda.is_available() and here <= torch.cuda.device_count()
+    if by_gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    store, own, world = next(iter(dist.rendezvous("env://")))
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+        "cpu:gloo,cuda:nccl" if by_gpu else "gloo",
         store=dist.PrefixStore("nearfar", store),
         rank=own,
         world_size=world,
@@ -101,16 +116,18 @@ def _take_from_slurm() -> None:
         return
     from lightning.fabric.plugins.environments import SLURMEnvironment
 
-    environment = SLURMEnvironment(auto_requeue=False)
     nodes = int(os.environ.get("SLURM_STEP_NUM_NODES", "1"))
     tasks = int(os.environ["SLURM_STEP_NUM_TASKS"])
     if tasks % nodes:
         raise NearfarError(
             f"{tasks} tasks on {nodes} nodes: every node needs as many as the others; use srun --ntasks-per-node."
         )
+    listed = os.environ.get("SLURM_STEP_NODELIST", os.environ.get("SLURM_NODELIST", "localhost"))
+    job = "".join(filter(str.isdigit, os.environ.get("SLURM_JOB_ID", "0")))
     os.environ |= {
-        "MASTER_ADDR": environment.main_address,
-        "MASTER_PORT": str(environment.main_port),
+        "MASTER_ADDR": os.environ.get("MASTER_ADDR", SLURMEnvironment.resolve_root_node_address(listed)),
+        # the same on all nodes, and not that of another job on this one
+        "MASTER_PORT": os.environ.get("MASTER_PORT", str(15000 + int(job[-4:] or 0))),
         "WORLD_SIZE": str(tasks),
         "LOCAL_WORLD_SIZE": str(tasks // nodes),
         "RANK": os.environ["SLURM_PROCID"],

@@ -1,7 +1,7 @@
 """``nearfar train trainer.devices=N``: the same command again, in N processes on this machine.
 
-The engine is torchrun's (``torch.distributed.launcher``), called from Python: it starts the processes, passes signals on
-to them, and ends all where one fails. What they have to say they say themselves.
+The engine is torchrun's (``torch.distributed.launcher``), called from Python: it starts the processes, passes signals
+on to them, and ends all where one fails. What they have to say they say themselves.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ def run_processes(processes: int, module: str, arguments: Sequence[str]) -> tupl
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    # In every process DistributedDataParallel would warn that all weights were used, which is no news.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // processes)))
     config = LaunchConfig(
         min_nodes=1,
@@ -41,6 +42,7 @@ def run_processes(processes: int, module: str, arguments: Sequence[str]) -> tupl
         monitor_interval=0.1,
         shutdown_timeout=GRACE,
     )
+    logging.disable(logging.CRITICAL)  # this process has nothing to say: those that it starts have
     try:
         elastic_launch(config, sys.executable)("-m", module, *arguments)
     except SignalException:
@@ -51,6 +53,8 @@ def run_processes(processes: int, module: str, arguments: Sequence[str]) -> tupl
         if code < 0:
             return 1, f"process {rank} of {processes} {ended_by(code)}"
         return code, None
+    finally:
+        logging.disable(logging.NOTSET)
     return 0, None
 
 

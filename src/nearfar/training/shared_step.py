@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
@@ -102,18 +101,16 @@ class Sharing:
         if chunk is None:
             own = system.encode(model, part)
         else:
-            own = cached_embeddings(
-                lambda some: system.encode(model, some), system.split(part, chunk), model
-            )
+            own = cached_embeddings(lambda some: system.encode(model, some), system.split(part, chunk), model)
         if not here:
             own = pytree.tree_map_only(Tensor, lambda tensor: tensor[:0], own)
         if self.ring:
             return self._in_a_ring(system, model, own, part, len(parts))
         embeddings, counts = _gathered(own, self.gather_with_grad)
         if not self.local_loss:
-            return system.loss_of(model, embeddings, batch)  # type: ignore[no-any-return]
+            return system.loss_of(model, embeddings, batch)
         with _replaced(losses_of(system), lambda loss: self._part_of(loss, counts)):
-            return system.loss_of(model, embeddings, batch)  # type: ignore[no-any-return]
+            return system.loss_of(model, embeddings, batch)
 
     def _in_a_ring(self, system: Any, model: nn.Module, own: Any, part: Any, parts: int) -> StepOutput:
         if parts < ranks.count():
@@ -136,8 +133,8 @@ class Sharing:
             output: StepOutput = system.loss_of(model, own, part)
         if len(values) != 1 or output.loss is not values[0]:
             raise NearfarError(
-                f"trainer.ring=true: the loss of system '{system.name}' is more than one contrastive loss, and the rest "
-                "of it would see the rows of one process alone; use trainer.local_loss=true."
+                f"trainer.ring=true: the loss of system '{system.name}' is more than one contrastive loss, and the "
+                "rest of it would see the rows of one process alone; use trainer.local_loss=true."
             )
         return output
 
@@ -178,7 +175,7 @@ def losses_of(system: Any) -> list[nn.Module]:
 def _replaced(
     losses: Sequence[nn.Module], make: Callable[[nn.Module], Callable[..., Tensor]]
 ) -> Iterator[None]:
-    """Another ``forward`` for some modules, while a step runs: what else calls them, such as a probe, gets their own."""
+    """Another ``forward`` for some modules while a step runs; a probe gets their own."""
     for loss in losses:
         loss.__dict__["forward"] = make(loss)
     try:
@@ -227,7 +224,9 @@ def check_shared(system: System, model: nn.Module, sharing: Sharing) -> None:
             "already: let it hold the loss itself."
         )
     if sharing.ring and (sharing.local_loss or not sharing.gather_with_grad):
-        raise NearfarError("trainer.ring=true computes own rows with exact gradients; leave the other options out.")
+        raise NearfarError(
+            "trainer.ring=true computes own rows with exact gradients; leave the other options out."
+        )
     if not (sharing.local_loss or sharing.ring):
         return
     option = "ring" if sharing.ring else "local_loss"
