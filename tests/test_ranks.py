@@ -316,6 +316,13 @@ def test_what_cannot_be_shared_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(NearfarError, match="reduction='none'"):
         check_shared(system, model, Sharing(local_loss=True))
 
+    class Own(ToySystem):
+        def training_step(self, model: Any, batch: Any) -> Any:
+            raise AssertionError
+
+    with pytest.raises(NearfarError, match="a training_step of its own"):
+        check_shared(Own(toy_config()), ToyModel(), Sharing())
+
     class Plain:
         name = "plain"
 

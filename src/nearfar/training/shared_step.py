@@ -208,6 +208,11 @@ def check_shared(system: System, model: nn.Module, sharing: Sharing) -> None:
             f"system '{system.name}' does not say how its rows are encoded (it is no EncodingSystem), so that its "
             "batches cannot be shared out between processes; set trainer.devices=1."
         )
+    if type(system).training_step is not EncodingSystem.training_step:
+        raise NearfarError(
+            f"system '{system.name}' has a training_step of its own, which sees the rows of one process alone; set "
+            "trainer.devices=1."
+        )
     layers = [
         name for name, module in model.named_modules() if isinstance(module, _BatchNorm) and module.training
     ]
