@@ -16,11 +16,12 @@ from nearfar.batching import (
     Neighbors,
     PartitionBatchSampler,
     RandomBatchSampler,
+    SpatialBatchSampler,
     nearest_neighbors,
 )
 from nearfar.errors import NearfarError
 
-KINDS = ["random", "balanced", "level", "greedy", "filtered", "partition", "blocks"]
+KINDS = ["random", "balanced", "level", "greedy", "filtered", "partition", "blocks", "spatial", "tiles"]
 
 
 def points(n, d=6, seed=0):
@@ -33,6 +34,10 @@ def make(kind, n, batch_size, **options):
     if kind == "balanced":
         labels = np.random.default_rng(1).choice(5, n, p=[0.5, 0.3, 0.15, 0.04, 0.01])
         return BalancedBatchSampler(labels, batch_size, **options)
+    if kind in ("spatial", "tiles"):
+        slides = np.random.default_rng(1).choice(4, n, p=[0.5, 0.3, 0.15, 0.05])
+        size = batch_size if kind == "tiles" else None
+        return SpatialBatchSampler(points(n, 2), slides, batch_size, size, **options)
     near = nearest_neighbors(points(n), min(8, n - 1))
     k = near.k
     group = max(1, batch_size // 3)

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from nearfar.batching.neighbors import nearest_neighbors as nearest_neighbors
     from nearfar.batching.partition import PartitionBatchSampler as PartitionBatchSampler
     from nearfar.batching.random import RandomBatchSampler as RandomBatchSampler
+    from nearfar.batching.spatial import SpatialBatchSampler as SpatialBatchSampler
+    from nearfar.batching.spatial import positions_in_batch as positions_in_batch
+    from nearfar.batching.spatial import weight_in_batch as weight_in_batch
     from nearfar.batching.verify import SamplerVerdict as SamplerVerdict
     from nearfar.batching.verify import verify_sampler as verify_sampler
 
@@ -40,11 +43,14 @@ _HOME = {
     "RandomBatchSampler": "random",
     "SamplerVerdict": "verify",
     "SimilarityCheck": "hardness",
+    "SpatialBatchSampler": "spatial",
     "check_harder_than_random": "hardness",
     "in_batch_similarity": "hardness",
     "measure_hardness": "hardness",
     "nearest_neighbors": "neighbors",
+    "positions_in_batch": "spatial",
     "verify_sampler": "verify",
+    "weight_in_batch": "spatial",
 }
 __all__ = list(_HOME)
 

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from nearfar.errors import NearfarError
+from nearfar.batching import BatchSampler, RandomBatchSampler, SpatialBatchSampler, positions_in_batch
 from nearfar.lab.claims.pairs import mix
 from nearfar.lab.claims.training import encoder, fit
 from nearfar.losses import SpatialLoss
@@ -45,10 +45,13 @@ def run(
     lr: float = 1e-3,
 ) -> dict[str, float]:
     """Train four encoders: random or compact batches, with or without neighbours; test on another slide."""
-    if side % tile:
-        raise NearfarError(f"side={side} spots cannot be cut into tiles of {tile}; give a multiple")
     image, text = _two_slides(side, dims, smooth, noise, torch.Generator().manual_seed(seed))
     near = _neighbors(side)
+    place, size = torch.cartesian_prod(torch.arange(side), torch.arange(side)), tile * tile
+    samplers: dict[str, BatchSampler] = {
+        "random": RandomBatchSampler(len(place), size, seed=seed),
+        "compact": SpatialBatchSampler(place, None, size, size, seed=seed),
+    }
     found: dict[str, float] = {}
 
     def trained(batches: str, kind: Literal["soft", "none"]) -> tuple[float, float, float]:
@@ -60,21 +63,22 @@ def run(
         mass: list[float] = []
 
         def of_batch(batch: Tensor) -> Tensor:
-            index = positions_in_batch(near[batch], batch, side * side)
+            index = positions_in_batch(near[batch], batch)
             alpha = torch.full(index.shape, 1 / len(STEPS))
             taken = alpha_scale * (alpha * (index >= 0)).sum(1)
             reached.append(float((taken > 0).float().mean()))
             mass.append(float((taken / (1 + taken)).mean()))
             return loss(model[0](image[0, batch]), model[1](text[0, batch]), SCALE, index, alpha)
 
-        order = torch.Generator().manual_seed(seed)  # the same batches with and without neighbours
-        for _ in range(epochs):
-            fit(model, _batches(batches, side, tile, order), of_batch, optimizer)
+        sampler = samplers[batches]
+        for epoch in range(epochs):  # the same batches with and without neighbours
+            sampler.set_epoch(epoch)
+            fit(model, sampler, of_batch, optimizer)
         with torch.no_grad():
             ranks = retrieval_ranks(model[0](image[1]), model[1](text[1]))
         return float(ranks.hits(10).mean()), sum(reached) / len(reached), sum(mass) / len(mass)
 
-    for batches in ("random", "compact"):
+    for batches in samplers:
         with_neighbors, reached, mass = trained(batches, "soft")
         without, _, _ = trained(batches, "none")
         found |= {
@@ -86,35 +90,12 @@ def run(
     return found
 
 
-def positions_in_batch(neighbors: Tensor, batch: Tensor, spots: int) -> Tensor:
-    """Where each neighbour stands in the batch, -1 for none and for those that are not in it.
-
-    >>> positions_in_batch(torch.tensor([[7, -1], [3, 5]]), torch.tensor([5, 7]), 9)
-    tensor([[ 1, -1],
-            [-1,  0]])
-    """
-    place = torch.full((spots + 1,), -1)  # the last place stands for "none"
-    place[batch] = torch.arange(len(batch))
-    return place[neighbors]
-
-
 def _neighbors(side: int) -> Tensor:
     """Four neighbours of each spot, -1 beyond the edge."""
     at = torch.stack(torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij"), -1).view(-1, 1, 2)
     other = at + STEPS
     inside = ((other >= 0) & (other < side)).all(-1)
     return torch.where(inside, other[..., 0] * side + other[..., 1], -1)
-
-
-def _batches(kind: str, side: int, tile: int, generator: torch.Generator) -> list[list[int]]:
-    spots = torch.arange(side * side).view(side, side)
-    if kind == "random":
-        order = torch.randperm(side * side, generator=generator).view(-1, tile * tile)
-    else:
-        shift = torch.randint(tile, (2,), generator=generator).tolist()
-        tiles = spots.roll(shift, (0, 1)).unfold(0, tile, tile).unfold(1, tile, tile).reshape(-1, tile * tile)
-        order = tiles[torch.randperm(len(tiles), generator=generator)]
-    return order.tolist()
 
 
 def _two_slides(side: int, dims: int, smooth: int, noise: float, g: torch.Generator) -> tuple[Tensor, Tensor]:
