@@ -13,6 +13,7 @@ from nearfar.batching import (
     Neighbors,
     PartitionBatchSampler,
     RandomBatchSampler,
+    SpatialBatchSampler,
     check_harder_than_random,
     measure_hardness,
 )
@@ -21,7 +22,9 @@ from nearfar.schedules import schedule
 
 __all__ = ["build_sampler", "check_batches", "epoch_record", "neighbors_needed"]
 
+#: samplers of items of any kind, and of those that have a place on a slide
 SAMPLERS = ("random", "balanced", "hard", "partition")
+SPATIAL_SAMPLERS = ("random", "balanced", "spatial")
 
 #: an item's nearest neighbours that hardness counts: at most so many, and of a small set its nearest tenth
 HARDNESS_NEIGHBORS = 100
@@ -50,8 +53,18 @@ def neighbors_needed(config: Any, n: int) -> int:
     return min(n - 1, max(largest, HARDNESS_NEIGHBORS))
 
 
-def build_sampler(config: Any, n: int, neighbors: Neighbors | None, labels: np.ndarray | None = None) -> Any:
-    """The sampler that ``config.sampler.name`` names, over items 0 … n − 1."""
+def build_sampler(
+    config: Any,
+    n: int,
+    neighbors: Neighbors | None,
+    labels: np.ndarray | None = None,
+    places: tuple[np.ndarray, np.ndarray] | None = None,
+) -> Any:
+    """The sampler that ``config.sampler.name`` names, over items 0 … n − 1.
+
+    ``neighbors`` is what hard batches are made of, ``labels`` what balanced ones are; ``places``, positions (n, 2) and
+    slides (n,), what spatial ones are.
+    """
     name, size, seed = config.sampler.name, config.batch_size, config.seed
     if size > n:
         raise NearfarError(f"batch_size={size} is larger than the training set of {n} items; lower it.")
@@ -65,6 +78,10 @@ def build_sampler(config: Any, n: int, neighbors: Neighbors | None, labels: np.n
                 "sampler=balanced needs class labels, and this data has none; use sampler=random."
             )
         return BalancedBatchSampler(labels, size, seed=seed)
+    if name == "spatial":
+        if places is None:
+            raise NearfarError("sampler=spatial needs items with a place on a slide, and this data has none.")
+        return SpatialBatchSampler(*places, size, config.sampler.get("tile_size"), seed=seed)
     if name == "hard":
         assert neighbors is not None
         return HardNegativeSampler(
@@ -88,7 +105,7 @@ def build_sampler(config: Any, n: int, neighbors: Neighbors | None, labels: np.n
             false_negative_threshold=config.false_negative_threshold,
             seed=seed,
         )
-    raise NearfarError(f"sampler={name}: there is no such sampler; {nearest_name(str(name), SAMPLERS)}")
+    raise NearfarError(f"sampler={name}: there is no such sampler; {nearest_name(str(name), (*SAMPLERS, "spatial"))}")
 
 
 def epoch_record(
