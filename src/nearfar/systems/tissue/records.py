@@ -10,12 +10,12 @@ import numpy as np
 from jaxtyping import Float, Float32, Int64, UInt8
 from numpy.typing import NDArray
 
-from nearfar.data.splits import split_hash
+from nearfar.data.cache import content_key
 from nearfar.errors import NearfarError, nearest_name
 
-__all__ = ["Tissue", "Values"]
+__all__ = ["Tissue", "Values", "joined"]
 
-#: what expression holds: counts of molecules, or log(1 + counts per ``target_sum`` counts of the spot)
+#: what expression holds: counts of molecules, or log(1 + counts per so many counts of the spot)
 Values = Literal["counts", "log1p"]
 
 
@@ -24,41 +24,50 @@ class Tissue:
     """The spots of one or several slides, in the order of the slides.
 
     Attributes:
-        ids: ``SLIDE/SPOT`` of every spot, each once.
-        slides: (n,) which of ``slide_names`` a spot lies on, rising.
+        ids: a name for every spot, each once.
+        slides: (n,) which of ``slide_names`` a spot lies on, never falling.
         slide_names: the slides, in order.
-        patients: whom each slide is from, one name for each slide.
-        positions: (n, 2) x and y on the slide, in pixels of its image.
+        positions: (n, 2) x and y on the slide.
         neighbors: (n, k) positions in this tissue of the spots nearest to each on its slide, -1 for none.
-        alpha: (n, k) their weights, 0 or more, each row of sum 1 (or 0 without neighbours).
+        alpha: (n, k) their weights, 0 or more, each row of sum 1 (0 without neighbours).
         expression: (n, g) float32, see ``values``; may be memory-mapped.
-        patches: (n, h, w, 3) what is seen at each spot; may be memory-mapped.
         genes: what the columns of ``expression`` are.
-        values: "counts" or "log1p".
-        totals: (n,) counts of each spot over all genes that were measured, those left out as well.
-        content: a hash of everything above, by which results are kept (`nearfar.data.cache`).
+        patches: (n, h, w, 3) what is seen at each spot; may be memory-mapped.
+        patients: whom each slide is from; None: every slide is from somebody else.
+        values: "log1p" or "counts".
+        totals: (n,) counts of a spot over all genes that were measured, those left out as well; None: not known.
+        content: a hash of all this, by which results are kept (`nearfar.data.cache`); computed where it is not given.
+
+    >>> spot = np.zeros((2, 4, 4, 3), np.uint8)
+    >>> near, alpha = np.array([[1], [0]]), np.ones((2, 1), np.float32)
+    >>> one = Tissue(["a", "b"], np.zeros(2, int), ["S"], np.eye(2), near, alpha, np.eye(2, dtype=np.float32), ["g", "h"],
+    ...     spot)
+    >>> two = joined([one, replace(one, ids=["c", "d"], slide_names=["T"])])
+    >>> two.neighbors.ravel().tolist(), two.select(["T"]).neighbors.ravel().tolist()
+    ([1, 0, 3, 2], [1, 0])
     """
 
     ids: Sequence[str]
     slides: Int64[np.ndarray, " n"]
     slide_names: Sequence[str]
-    patients: Sequence[str]
     positions: Float[np.ndarray, "n 2"]
     neighbors: Int64[np.ndarray, "n k"]
     alpha: Float32[np.ndarray, "n k"]
     expression: Float32[np.ndarray, "n g"]
-    patches: UInt8[np.ndarray, "n h w 3"]
     genes: Sequence[str]
-    values: Values
-    totals: Float[np.ndarray, " n"]
-    content: str
+    patches: UInt8[np.ndarray, "n h w 3"]
+    patients: Sequence[str] | None = None
+    values: Values = "log1p"
+    totals: Float[np.ndarray, " n"] | None = None
+    content: str = ""
 
     def __post_init__(self) -> None:
         n = len(self.ids)
         for name in ("slides", "positions", "neighbors", "alpha", "expression", "patches", "totals"):
-            if len(getattr(self, name)) != n:
-                raise NearfarError(f"{name}: {len(getattr(self, name))} rows for {n} spots.")
-        if len(self.patients) != len(self.slide_names):
+            part = getattr(self, name)
+            if part is not None and len(part) != n:
+                raise NearfarError(f"{name}: {len(part)} rows for {n} spots.")
+        if self.patients is not None and len(self.patients) != len(self.slide_names):
             raise NearfarError(f"{len(self.patients)} patients for {len(self.slide_names)} slides: one each.")
         if self.expression.shape[1] != len(self.genes):
             raise NearfarError(
@@ -66,18 +75,23 @@ class Tissue:
             )
         if self.neighbors.shape != self.alpha.shape:
             raise NearfarError(
-                f"neighbors are {self.neighbors.shape} and alpha {self.alpha.shape}: one weight each."
+                f"neighbors are {self.neighbors.shape} and alpha {self.alpha.shape}: a weight each."
             )
+        if len(self.slides) and np.diff(self.slides).min(initial=0) < 0:
+            raise NearfarError("spots must stand in the order of their slides; sort them by slide.")
+        if not self.content:
+            parts = [list(self.ids), self.slides, list(self.slide_names), self.positions, self.neighbors]
+            parts += [self.alpha, self.expression, list(self.genes), self.patches, self.values]
+            object.__setattr__(self, "content", content_key(*parts))
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    @property
-    def split_hash(self) -> str:
-        """The hash of the ids, by which estimates know that they are about the same spots."""
-        return split_hash(self.ids)
+    def rows_of(self, slide: int) -> NDArray[np.int64]:
+        """Where the spots of a slide stand."""
+        return np.flatnonzero(self.slides == slide)
 
-    def of_slides(self, names: Sequence[str]) -> Tissue:
+    def select(self, names: Sequence[str]) -> Tissue:
         """The spots of some slides, in the order of this tissue. Neighbours lie on the own slide, so none is lost.
 
         Arrays stay memory-mapped where the slides stand side by side, and are copied otherwise.
@@ -90,38 +104,76 @@ class Tissue:
                 raise NearfarError(f"there is no slide {name!r}; {nearest_name(name, self.slide_names)}.")
         kept = [at for at, name in enumerate(self.slide_names) if name in set(names)]
         if not kept:
-            raise NearfarError("a tissue of no slide is asked for; name one or more.")
+            raise NearfarError("spots of no slide are asked for; name one or more slides.")
         rows = np.flatnonzero(np.isin(self.slides, kept))
-        place = np.full(len(self), -1, np.int64)
+        place = np.full(len(self) + 1, -1, np.int64)  # the last stands for "no neighbour"
         place[rows] = np.arange(len(rows))
-        beside = self.neighbors[rows]
         # A run of rows is a view, so that nothing is read from a memory map before it is used.
         run = len(rows) > 0 and int(rows[-1]) - int(rows[0]) + 1 == len(rows)
         part: Any = slice(int(rows[0]), int(rows[-1]) + 1) if run else rows
+        chosen = [self.slide_names[at] for at in kept]
         return replace(
             self,
             ids=[self.ids[row] for row in rows.tolist()],
             slides=np.searchsorted(np.array(kept), self.slides[rows]).astype(np.int64),
-            slide_names=[self.slide_names[at] for at in kept],
-            patients=[self.patients[at] for at in kept],
+            slide_names=chosen,
             positions=self.positions[part],
-            neighbors=np.where(beside >= 0, place[beside], -1),
+            neighbors=place[self.neighbors[rows]],
             alpha=self.alpha[part],
             expression=self.expression[part],
             patches=self.patches[part],
-            totals=self.totals[part],
-            content=f"{self.content}:{','.join(self.slide_names[at] for at in kept)}",
+            patients=None if self.patients is None else [self.patients[at] for at in kept],
+            totals=None if self.totals is None else self.totals[part],
+            content=content_key(self.content, chosen),
         )
 
-    def with_expression(
-        self, expression: Float32[np.ndarray, "n g"], genes: Sequence[str], values: Values
-    ) -> Tissue:
-        """The same spots with other columns or another measure of expression."""
-        from nearfar.data.cache import content_key
 
-        content = content_key(self.content, list(genes), values)
-        return replace(self, expression=expression, genes=list(genes), values=values, content=content)
+def joined(parts: Sequence[Tissue]) -> Tissue:
+    """Tissues of the same genes, patch size and number of neighbours as one.
 
-    def rows_of(self, slide: int) -> NDArray[np.int64]:
-        """Where the spots of a slide stand."""
-        return np.flatnonzero(self.slides == slide)
+    Raises:
+        NearfarError: nothing to join, parts that do not fit, a slide or a spot that two of them hold.
+    """
+    if not parts:
+        raise NearfarError("there is no tissue to join.")
+    first = parts[0]
+    for part in parts[1:]:
+        for what in ("genes", "values"):
+            if getattr(part, what) != getattr(first, what):
+                raise NearfarError(
+                    f"slides {', '.join(first.slide_names)} and {', '.join(part.slide_names)} differ in their {what}."
+                )
+        for what in ("patches", "neighbors"):
+            if getattr(part, what).shape[1:] != getattr(first, what).shape[1:]:
+                raise NearfarError(
+                    f"{what} of slides {', '.join(first.slide_names)} and {', '.join(part.slide_names)} differ in shape."
+                )
+    names = [name for part in parts for name in part.slide_names]
+    ids = [spot for part in parts for spot in part.ids]
+    for what, held in (("slide", names), ("spot", ids)):
+        if len(set(held)) != len(held):
+            twice = sorted(name for name in set(held) if held.count(name) > 1)[:3]
+            raise NearfarError(f"{what} {', '.join(twice)} stands in two of the tissues that are joined.")
+    spots = np.cumsum([0, *(len(part) for part in parts)])
+    slides = np.cumsum([0, *(len(part.slide_names) for part in parts)])
+
+    def each(name: str) -> Any:
+        return np.concatenate([getattr(part, name) for part in parts])
+
+    return Tissue(
+        ids=ids,
+        slides=np.concatenate([p.slides + at for p, at in zip(parts, slides, strict=False)]).astype(np.int64),
+        slide_names=names,
+        positions=each("positions"),
+        neighbors=np.concatenate(
+            [np.where(p.neighbors >= 0, p.neighbors + at, -1) for p, at in zip(parts, spots, strict=False)]
+        ),
+        alpha=each("alpha"),
+        expression=each("expression"),
+        genes=first.genes,
+        patches=each("patches"),
+        patients=[who for part in parts for who in part.patients or part.slide_names],
+        values=first.values,
+        totals=None if any(part.totals is None for part in parts) else each("totals"),
+        content=content_key("joined", [part.content for part in parts]),
+    )
