@@ -25,6 +25,7 @@ __all__ = ["build_sampler", "check_batches", "epoch_record", "neighbors_needed"]
 #: samplers of items of any kind, and of those that have a place on a slide
 SAMPLERS = ("random", "balanced", "hard", "partition")
 SPATIAL_SAMPLERS = ("random", "balanced", "spatial")
+ALL_SAMPLERS = (*SAMPLERS, "spatial")
 
 #: an item's nearest neighbours that hardness counts: at most so many, and of a small set its nearest tenth
 HARDNESS_NEIGHBORS = 100
@@ -105,7 +106,7 @@ def build_sampler(
             false_negative_threshold=config.false_negative_threshold,
             seed=seed,
         )
-    raise NearfarError(f"sampler={name}: there is no such sampler; {nearest_name(str(name), (*SAMPLERS, "spatial"))}")
+    raise NearfarError(f"sampler={name}: there is no such sampler; {nearest_name(str(name), ALL_SAMPLERS)}")
 
 
 def epoch_record(

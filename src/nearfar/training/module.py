@@ -276,6 +276,15 @@ class RunModule(L.LightningModule):
         self.step = self._step_at_start + self.trainer.global_step
         self.loss_mean.add(self.last.loss)
 
+    def on_validation_epoch_start(self) -> None:
+        """Let the system see the weights that are evaluated, as for references that it compares a split with."""
+        if start := getattr(self.system, "start_evaluation", None):
+            start(self.model)
+
+    def on_test_epoch_start(self) -> None:
+        """The same before the evaluation of ``evaluation_split``."""
+        self.on_validation_epoch_start()
+
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Collect what the metrics need."""
         self._parts.append({k: v.detach().cpu() for k, v in self.system.embed(self.model, batch).items()})

@@ -117,6 +117,12 @@ class System(Protocol):
     def embed(self, model: nn.Module, batch: Any) -> dict[str, Tensor]:
         """What evaluation needs of one batch; rows are concatenated over the split."""
 
+    def start_evaluation(self, model: nn.Module) -> None:
+        """Called before the batches of a split are embedded, in eval mode without gradients; may be left out.
+
+        For what ``evaluate`` needs of the same weights beside the split, such as the embeddings of training rows.
+        """
+
     def evaluate(self, outputs: Mapping[str, Tensor], split: str, final: bool) -> Evaluation:
         """Estimates of a split from its collected outputs; ``final`` asks for every interval."""
 

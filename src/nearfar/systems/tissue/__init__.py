@@ -1,0 +1,1 @@
+"""Tissue patch ↔ gene expression with spatial neighbours."""

@@ -1,0 +1,126 @@
+"""The slides of an experiment: read or generated, divided into splits by slide, counted and named by content."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nearfar.data.cache import content_key
+from nearfar.errors import NearfarError, nearest_name
+from nearfar.systems.tissue.generated import generated_tissue
+from nearfar.systems.tissue.options import slide_names
+from nearfar.systems.tissue.records import Tissue
+
+__all__ = ["Tissue", "TissueData", "divided", "load_data"]
+
+
+@dataclass(frozen=True)
+class TissueData:
+    """The splits of one experiment, all with the same genes, and how they came about."""
+
+    splits: dict[str, Tissue]
+    source: str
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def genes(self) -> list[str]:
+        """The genes of every split, in order."""
+        return list(self.splits["train"].genes)
+
+    def hash_of(self, *names: str) -> str:
+        """Names the content of splits (of all without names): sixteen hexadecimal digits."""
+        return content_key(*(self.splits[name].content for name in names or self.splits))[:16]
+
+    def layout(self) -> dict[str, Any]:
+        """The content of ``dataset_layout.json``."""
+        return {
+            "system": "tissue",
+            "source": self.source,
+            "splits": {
+                name: {
+                    "rows": len(tissue),
+                    "slides": dict(zip(tissue.slide_names, np.bincount(tissue.slides).tolist(), strict=True)),
+                    "patients": sorted(set(tissue.patients or ())),
+                    "split_hash": self.hash_of(name),
+                }
+                for name, tissue in self.splits.items()
+            },
+            "genes": len(self.genes),
+            "neighbors": int(self.splits["train"].neighbors.shape[1]),
+            "patch": list(self.splits["train"].patches.shape[1:3]),
+            "notes": dict(self.notes),
+            "leaks": {},
+            "data_hash": self.hash_of(),
+        }
+
+    def summary(self) -> str:
+        """A line for each split."""
+        lines = []
+        for name, tissue in self.splits.items():
+            slides = ", ".join(tissue.slide_names[:8]) + (", …" if len(tissue.slide_names) > 8 else "")
+            lines.append(f"{name}: {len(tissue)} spots of {len(tissue.slide_names)} slide(s) ({slides})")
+        return "\n".join([*lines, f"{len(self.genes)} genes, {self.source}"])
+
+
+def load_data(options: Any, say: Callable[[str], None]) -> TissueData:
+    """The splits that ``data`` asks for: slides in a folder of shards, or generated ones."""
+    if options.dir is None:
+        say("data: generated slides; give data.dir= for your own")
+        tissue = generated_tissue(options)
+        tests = max(1, options.slides // 4)
+        names = list(tissue.slide_names)
+        usual = {"train": names[: -tests - 1], "val": names[-tests - 1 : -tests], "test": names[-tests:]}
+        splits = divided(names, options, usual, "the generated tissue")
+        notes = {"signal": options.signal, "noise": options.noise}
+        return TissueData(_of_slides(tissue, splits), "generated slides", notes)
+    folder = Path(str(options.dir)).expanduser()
+    if not folder.is_dir():
+        raise NearfarError(f"data.dir={folder}: no such folder.")
+    from nearfar.systems.tissue.shard_dataset import read_shards, read_splits
+
+    given = read_splits(folder)
+    everything = given.pop("all", None) or [name for names in given.values() for name in names]
+    splits = divided(everything, options, given, str(folder))
+    wanted = [name for names in splits.values() for name in names]
+    tissue = read_shards(folder, slides=wanted, genes=options.genes, genes_of=splits["train"])
+    return TissueData(_of_slides(tissue, splits), f"shards in {folder.name}")
+
+
+def _of_slides(tissue: Tissue, splits: Mapping[str, Sequence[str]]) -> dict[str, Tissue]:
+    return {name: tissue.select(slides) for name, slides in splits.items()}
+
+
+def divided(
+    slides: Sequence[str], options: Any, otherwise: Mapping[str, Sequence[str]], where: str
+) -> dict[str, list[str]]:
+    """The slides of every split: as ``hold_out`` and ``val`` name them, or else as ``otherwise`` says.
+
+    An unknown slide or one in two splits is an error, and so are no slides to train on, or none to validate or test on.
+    """
+    named = {
+        "val": slide_names(options.val, "data.val"),
+        "test": slide_names(options.hold_out, "data.hold_out"),
+    }
+    for key, names in (("data.hold_out", named["test"]), ("data.val", named["val"])):
+        for name in names:
+            if name not in slides:
+                raise NearfarError(f"{key}={name}: {where} has no such slide; {nearest_name(name, slides)}")
+    both = sorted(set(named["test"]) & set(named["val"]))
+    if both:
+        raise NearfarError(f"slide {', '.join(both)} is in data.hold_out and in data.val: one split each.")
+    splits = {name: list(found) for name, found in otherwise.items() if found}
+    if named["test"] or named["val"]:
+        taken = {*named["test"], *named["val"]}
+        splits = {"train": [name for name in slides if name not in taken]}
+        splits |= {name: list(found) for name, found in named.items() if found}
+    if not splits.get("test") and not splits.get("val"):
+        raise NearfarError(
+            f"{where} says nothing of splits: name the slides to test on, data.hold_out=SLIDE, of {', '.join(slides)}."
+        )
+    if not splits.get("train"):
+        raise NearfarError("no slide is left to train on: data.hold_out and data.val take all of them.")
+    return splits

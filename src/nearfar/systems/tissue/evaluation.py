@@ -1,0 +1,143 @@
+"""What a tissue model is judged by: who finds whom, in the whole split and on each slide, and how surely."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from nearfar.functional import info_nce
+from nearfar.metrics import Estimate, Ranks, few_runs, rank_estimates, retrieval_ranks
+from nearfar.metrics.quantiles import t_quantile
+
+__all__ = ["DIRECTIONS", "KS", "Scores", "information", "retrieval"]
+
+KS = (1, 5, 10)
+DIRECTIONS = ("image_to_gene", "gene_to_image")
+
+
+@dataclass
+class Scores:
+    """Estimates, the scores of single spots behind them, and means of single slides, all by the metric's name."""
+
+    estimates: dict[str, Estimate] = field(default_factory=dict)
+    per_item: dict[str, np.ndarray] = field(default_factory=dict)
+    by_slide: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+def retrieval(
+    images: Float[Tensor, "n d"],
+    genes: Float[Tensor, "n d"],
+    slides: Int[np.ndarray, " n"],
+    names: Sequence[str],
+    neighbors: Int[np.ndarray, "n k"],
+    *,
+    split: str,
+    bootstrap: int,
+) -> Scores:
+    """R@k, MRR and median rank in both directions, with three galleries and answers.
+
+    - ``image_to_gene/R@k``: the whole split as gallery; the own spot is right.
+    - ``own_slide/image_to_gene/R@k``: the query's own slide as gallery (split of several slides alone); the interval
+      is over slides, each slide's mean is in ``by_slide``.
+    - ``vicinity/image_to_gene/R@k``: the whole split; the own spot or one of its neighbours is right.
+
+    ``neighbors`` are positions in the split, -1 for none.
+    """
+    found = Scores()
+    both = retrieval_ranks(images, genes, both=True)
+    for direction, ranks in zip(DIRECTIONS, both, strict=True):
+        _add(found, direction, ranks, split, bootstrap)
+    near = [[at, *(j for j in row if j >= 0)] for at, row in enumerate(neighbors.tolist())]
+    both = retrieval_ranks(images, genes, near, both=True)
+    for direction, ranks in zip(DIRECTIONS, both, strict=True):
+        _add(found, f"vicinity/{direction}", ranks, split, bootstrap)
+    if len(names) > 1:
+        _own_slides(found, images, genes, slides, names, split)
+    else:
+        for direction in DIRECTIONS:
+            for metric in (*(f"R@{k}" for k in KS), "MRR"):
+                name = f"{direction}/{metric}"
+                found.by_slide[name] = {names[0]: found.estimates[name].value}
+    return found
+
+
+def _add(found: Scores, name: str, ranks: Ranks, split: str, bootstrap: int) -> None:
+    numbers = rank_estimates(ranks, KS, bootstrap=bootstrap, split=split)
+    found.estimates |= {f"{name}/{metric}": estimate for metric, estimate in numbers.items()}
+    found.per_item |= {f"{name}/R@{k}": ranks.hits(k) for k in KS}
+    found.per_item[f"{name}/MRR"] = ranks.reciprocal()
+
+
+def _own_slides(
+    found: Scores,
+    images: Float[Tensor, "n d"],
+    genes: Float[Tensor, "n d"],
+    slides: Int[np.ndarray, " n"],
+    names: Sequence[str],
+    split: str,
+) -> None:
+    """Each slide a gallery of its own, and the mean over slides with an interval over slides."""
+    metrics = [*(f"R@{k}" for k in KS), "MRR"]
+    scores = {f"{d}/{m}": np.zeros(len(slides)) for d in DIRECTIONS for m in metrics}
+    chances: dict[str, list[float]] = {name: [] for name in scores}
+    trivial = dict.fromkeys(scores, True)
+    galleries = []
+    for slide, name in enumerate(names):
+        own = np.flatnonzero(slides == slide)
+        galleries.append(len(own))
+        at = torch.from_numpy(own)
+        for direction, ranks in zip(
+            DIRECTIONS, retrieval_ranks(images[at], genes[at], both=True), strict=True
+        ):
+            guess = ranks.chance()
+            for metric in metrics:
+                each, chance = _of(ranks, metric), _of(guess, metric)
+                full = f"{direction}/{metric}"
+                scores[full][own] = each
+                chances[full].append(float(chance.mean()))
+                trivial[full] &= bool((chance == 1).all())
+                found.by_slide.setdefault(full, {})[name] = float(each.mean())
+    for full, values in scores.items():
+        means = list(found.by_slide[full].values())
+        low, high = few_runs(means)
+        share = np.array(galleries)[slides] * len(names) / len(slides)  # a slide counts as much as another
+        protocol = {
+            "direction": full.split("/")[0], "gallery": round(float(np.mean(galleries)), 1), "slides": len(names),
+            "relevant_per_query": 1, "similarity": "cosine", "ties": "expected", "split": split,
+            "interval": "t over slides", "confidence": 0.95,
+        }  # fmt: skip
+        name = f"own_slide/{full}"
+        found.per_item[name] = values / share
+        found.estimates[name] = Estimate(
+            float(np.mean(means)), max(low, 0.0), min(high, 1.0), float(np.mean(chances[full])), len(values),
+            trivial[full], full.split("/")[1], protocol,
+        )  # fmt: skip
+
+
+def _of(ranks: Ranks, metric: str) -> np.ndarray:
+    return ranks.reciprocal() if metric == "MRR" else ranks.hits(int(metric.split("@")[1]))
+
+
+def information(
+    images: Float[Tensor, "n d"], genes: Float[Tensor, "n d"], scale: float, *, split: str
+) -> tuple[Estimate, Float[np.ndarray, " n"]]:
+    """How far the loss of CLIP over the whole split lies below guessing, in nats: ln n − ClipLoss.
+
+    Every arm is measured by this same loss, at its own scale, whatever it was trained with: losses with different
+    targets have different floors. It bounds the mutual information of the two views from below (van den Oord et al.
+    2018); 0 is guessing, below 0 is worse than that.
+    """
+    loss = info_nce(images.float(), genes.float(), scale=scale, reduction="none")
+    values = math.log(len(images)) - loss.double().numpy()
+    n, mean = len(values), float(values.mean())
+    half = t_quantile(0.975, max(n - 1, 1)) * float(values.std(ddof=1)) / math.sqrt(n) if n > 1 else math.inf
+    protocol = {
+        "gallery": n, "loss": "ClipLoss", "split": split, "interval": "normal over spots", "confidence": 0.95,
+    }  # fmt: skip
+    return Estimate(mean, mean - half, mean + half, 0.0, n, n < 2, "ln n - ClipLoss", protocol), values

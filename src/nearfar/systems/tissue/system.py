@@ -1,0 +1,228 @@
+"""Tissue patch ↔ gene expression as a system: slides, encoders, batches of tiles, spatial targets and metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from nearfar.batching import weight_in_batch
+from nearfar.losses import ClipLoss, SpatialLoss
+from nearfar.models.text import TextEncoder, build_text_encoder, embed_texts, save_text_encoder
+from nearfar.systems.tissue.data import TissueData, load_data
+from nearfar.systems.tissue.dataset import TissueBatch, TissueDataset
+from nearfar.systems.tissue.features import ImageFeatures, gene_sentences
+from nearfar.systems.tissue.judge import Judge
+from nearfar.systems.tissue.model import TissueModel
+from nearfar.systems.tissue.options import check_options
+from nearfar.systems.tissue.report import examples, sections
+from nearfar.training.batches import build_sampler
+from nearfar.training.distributed import DistributedLoss
+from nearfar.training.gather import world_size
+from nearfar.training.sections import Section
+from nearfar.training.system import EncodingSystem, Evaluation, StepOutput, decayed_groups
+
+__all__ = ["TissueSystem"]
+
+Say = Callable[[str], None]
+
+
+class TissueSystem(EncodingSystem):
+    """Trains two towers so that the patch and the expression of a spot find each other."""
+
+    name = "tissue"
+    monitor = "image_to_gene/MRR"
+
+    def __init__(self, config: Any) -> None:
+        check_options(config)
+        self.config = config
+        self.features = ImageFeatures.from_config(config)
+        self.distributed = DistributedLoss(
+            _loss(config), local_loss=config.local_loss, gather_with_grad=config.gather_with_grad
+        )
+        self.data: TissueData
+        self.judge: Judge
+        self.text_encoder: TextEncoder | None = None
+        self._image_description = ""
+        self._datasets: dict[str, TissueDataset] = {}
+
+    @property
+    def loss(self) -> nn.Module:
+        """Over the batches of all processes; the plain loss where there is one."""
+        return self.distributed if world_size() > 1 else self.distributed.loss
+
+    # -- data ------------------------------------------------------------------------------------------------
+    def prepare(self, say: Say) -> None:
+        """Read the slides, compute or find frozen features, embed gene sentences."""
+        config = self.config
+        self.data = load_data(config.data, say)
+        say(self.data.summary())
+        genes = self._gene_inputs()
+        for name, tissue in self.data.splits.items():
+            images, self._image_description = self.features.read(tissue, config.seed)
+            self._datasets[name] = TissueDataset(
+                images,
+                genes[name],
+                tissue.neighbors,
+                tissue.alpha,
+                augment=config.augment and name == "train" and not self.features.frozen,
+                seed=config.seed,
+            )
+        say(f"image encoder: {self._image_description}")
+        if self.text_encoder is not None:
+            say(f"gene sentences of {config.sentence_genes} names: {self.text_encoder.description}")
+        say(self.distributed.describe())
+        if config.loss.name == "clip":
+            say("loss=clip: neighbors, neighbor_alpha_scale and temp_reg_weight have no effect")
+        self.judge = Judge(config, self.data)
+
+    def _gene_inputs(self) -> dict[str, np.ndarray]:
+        """What the gene tower reads of every split."""
+        if self.config.gene_encoder == "mlp":
+            return {name: tissue.expression for name, tissue in self.data.splits.items()}
+        options = {key: value for key, value in self.config.text_encoder.items() if key != "kind"}
+        sentences = {
+            name: gene_sentences(tissue.expression, self.data.genes, self.config.sentence_genes)
+            for name, tissue in self.data.splits.items()
+        }
+        encoder = build_text_encoder(self.config.text_encoder.kind, **options).fit(sentences["train"])
+        self.text_encoder = encoder
+        return {name: embed_texts(encoder, texts) for name, texts in sentences.items()}
+
+    def layout(self) -> dict[str, Any]:
+        """Counts, hashes, and which encoders are really used."""
+        encoder = self.text_encoder
+        return self.data.layout() | {
+            "image_encoder": self._image_description,
+            "gene_encoder": "network over expression"
+            if encoder is None
+            else f"sentences of {self.config.sentence_genes} gene names: {encoder.description}",
+        }
+
+    def dataset(self, split: str) -> TissueDataset | None:
+        """The dataset of a split, or None."""
+        return self._datasets.get(split)
+
+    # -- batches ---------------------------------------------------------------------------------------------
+    def build_sampler(self) -> Any:
+        """The sampler that the configuration names."""
+        train = self.data.splits["train"]
+        return build_sampler(
+            self.config, len(train), None, labels=train.slides, places=(train.positions, train.slides)
+        )
+
+    def check_sampler(self, sampler: Any, say: Say) -> None:
+        """Nothing to refuse: what the batches hold is said of every epoch."""
+
+    def on_epoch(self, epoch: int, sampler: Any, say: Say) -> dict[str, Any]:
+        """Count whose neighbours are in the batch, and how much of its target they get."""
+        sampler.set_epoch(epoch)
+        train = self.data.splits["train"]
+        weight = weight_in_batch(sampler.plan(), train.neighbors, train.alpha)
+        reached, mass = float((weight > 0).mean()), float(self._mass(weight, sampler.plan()).mean())
+        if epoch == 0:
+            said = f"{reached:.2%} of the rows have a spatial neighbour in their batch"
+            of_target = (
+                "" if self.config.loss.name == "clip" else f"; neighbours get {mass:.3f} of the target"
+            )
+            say(said + of_target)
+            if self.config.loss.name == "spatial" and reached < 0.1:
+                say("warning: the spatial target is all but inert in these batches; take sampler=spatial")
+        return {"sampler": self.config.sampler.name, "neighbors_in_batch": reached, "neighbor_mass": mass}
+
+    def _mass(self, weight: np.ndarray, plan: Any) -> np.ndarray:
+        """Share of each row's target that lies on neighbours, 0 under losses that give them none."""
+        config = self.config
+        if config.loss.name == "clip" or config.neighbors in ("none", "mask"):
+            return np.zeros_like(weight)
+        if config.neighbors == "positive":
+            train = self.data.splits["train"]
+            weight = weight_in_batch(plan, train.neighbors, (train.alpha > 0).astype(np.float64))
+            return np.asarray(weight / (1 + weight))
+        return np.asarray(config.neighbor_alpha_scale * weight / (1 + config.neighbor_alpha_scale * weight))
+
+    # -- model and loss --------------------------------------------------------------------------------------
+    def build_model(self) -> nn.Module:
+        """Both towers of the configured kinds."""
+        config, train = self.config, self._datasets["train"]
+        encoder = None if self.features.frozen else self.features.encoder()
+        return TissueModel(
+            train.genes,
+            images=train.features,
+            encoder=encoder,
+            embedding_dim=config.embedding_dim,
+            hidden=config.hidden,
+            dropout=config.dropout,
+            temperature=config.temperature,
+            learn_temperature=config.learn_temperature,
+            max_scale=config.max_scale,
+        )
+
+    def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """Weight decay for matrices alone."""
+        return decayed_groups(model, self.config.weight_decay)
+
+    def split(self, batch: Any, rows: int) -> list[TissueBatch]:
+        """The batch in parts."""
+        parts: list[TissueBatch] = batch.split(rows)
+        return parts
+
+    def encode(self, model: Any, batch: Any) -> dict[str, Tensor]:
+        """Both embeddings of every spot."""
+        return {"images": model.encode_images(batch.images), "genes": model.encode_genes(batch.genes)}
+
+    def embed(self, model: Any, batch: Any) -> dict[str, Tensor]:
+        """The embeddings, and the scale at which the model reads their cosines."""
+        scale = model.scale().clamp(max=self.config.max_scale)
+        return self.encode(model, batch) | {"scale": scale.expand(len(batch))}
+
+    def loss_of(self, model: Any, embeddings: Mapping[str, Tensor], batch: Any) -> StepOutput:
+        """The loss of CLIP, or with targets that give neighbours a share."""
+        images, genes, scale = embeddings["images"], embeddings["genes"], model.scale()
+        neighbors = () if self.config.loss.name == "clip" else (batch.neighbor_index, batch.neighbor_alpha)
+        loss = self.loss(images, genes, scale, *neighbors)
+        return StepOutput(loss, self._record)
+
+    def _record(self) -> dict[str, float]:
+        record: dict[str, float] = self.distributed.record.to_dict()
+        return record | {"largest_logit": record["scale"]}  # embeddings have unit length
+
+    # -- evaluation ------------------------------------------------------------------------------------------
+    @torch.no_grad()
+    def start_evaluation(self, model: Any) -> None:
+        """Embed the expression of the training spots, from which that of others is predicted."""
+        device = next(model.parameters()).device
+        parts = self._datasets["train"].genes.split(4096)
+        self.judge.references = torch.cat(
+            [model.encode_genes(part.to(device)).float().cpu() for part in parts]
+        )
+
+    def evaluate(self, outputs: Mapping[str, Tensor], split: str, final: bool) -> Evaluation:
+        """Retrieval in both directions, the loss of CLIP, and correlations of expression predicted by retrieval."""
+        return self.judge.evaluate(outputs, split, final)
+
+    def report_examples(self, outputs: Mapping[str, Tensor], split: str) -> list[dict[str, Any]]:
+        """Patches with the spots found for them: right, nearly, wrong."""
+        return examples(self.data.splits[split], self.data.genes, outputs["images"], outputs["genes"])
+
+    def report_sections(self, outputs: Mapping[str, Tensor], split: str) -> Sequence[Section]:
+        """A table of the slides, and a gene over a slide as measured and as predicted."""
+        return sections(self.judge, outputs, split)
+
+    def save_assets(self, folder: Path) -> None:
+        """The names of the genes in order, and the fitted text encoder of gene sentences."""
+        (folder / "genes.txt").write_text("\n".join(self.data.genes) + "\n", encoding="utf-8")
+        if self.text_encoder is not None:
+            save_text_encoder(self.text_encoder, folder / "text_encoder")
+
+
+def _loss(config: Any) -> ClipLoss | SpatialLoss:
+    if config.loss.name == "clip":
+        return ClipLoss(max_scale=config.max_scale)
+    return SpatialLoss(
+        config.neighbor_alpha_scale, config.temp_reg_weight, config.neighbors, max_scale=config.max_scale
+    )
