@@ -40,8 +40,8 @@ class Tissue:
 
     >>> spot = np.zeros((2, 4, 4, 3), np.uint8)
     >>> near, alpha = np.array([[1], [0]]), np.ones((2, 1), np.float32)
-    >>> one = Tissue(["a", "b"], np.zeros(2, int), ["S"], np.eye(2), near, alpha, np.eye(2, dtype=np.float32), ["g", "h"],
-    ...     spot)
+    >>> expression = np.eye(2, dtype=np.float32)
+    >>> one = Tissue(["a", "b"], np.zeros(2, int), ["S"], np.eye(2), near, alpha, expression, ["g", "h"], spot)
     >>> two = joined([one, replace(one, ids=["c", "d"], slide_names=["T"])])
     >>> two.neighbors.ravel().tolist(), two.select(["T"]).neighbors.ravel().tolist()
     ([1, 0, 3, 2], [1, 0])
@@ -146,7 +146,8 @@ def joined(parts: Sequence[Tissue]) -> Tissue:
         for what in ("patches", "neighbors"):
             if getattr(part, what).shape[1:] != getattr(first, what).shape[1:]:
                 raise NearfarError(
-                    f"{what} of slides {', '.join(first.slide_names)} and {', '.join(part.slide_names)} differ in shape."
+                    f"{what} of slides {', '.join(first.slide_names)} and {', '.join(part.slide_names)} differ in "
+                    "shape."
                 )
     names = [name for part in parts for name in part.slide_names]
     ids = [spot for part in parts for spot in part.ids]

@@ -1,0 +1,319 @@
+"""Slides into WebDataset shards: a sample for each spot, the same bytes for the same input, going on where it stopped.
+
+A folder of shards has ``SLIDE-0000.tar`` …, ``index.json``, ``train_samples.txt``, ``val_samples.txt``,
+``test_samples.txt``, ``rejected.tsv`` (every spot that was left out) and ``slides/`` with what each slide says of
+itself: the entry that makes it finished, and sums of its genes, from which variable genes of any slides are chosen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from nearfar.data.cache import content_key
+from nearfar.data.rejections import Rejections
+from nearfar.errors import NearfarError
+from nearfar.systems.tissue.genes import GeneSums, common_genes, normalized, read_genes, variable_genes
+from nearfar.systems.tissue.neighborhood import RULE, neighbor_scale, spatial_neighbors
+from nearfar.systems.tissue.patches import Box, codec
+from nearfar.systems.tissue.records import Tissue
+from nearfar.systems.tissue.shard_index import ShardIndex, SlideEntry
+from nearfar.systems.tissue.shard_options import ShardOptions
+from nearfar.systems.tissue.slide_folder import SlideFolder, Spots
+from nearfar.systems.tissue.slide_splits import (
+    check_splits,
+    divide,
+    patients_of,
+    read_split_files,
+    write_split_files,
+)
+from nearfar.systems.tissue.slides import Slide, SlideCounts, find_slides
+
+__all__ = ["Watch", "Written", "write_shards", "write_tissue"]
+
+VERSION = 1  # of what a slide is made into; part of every slide's key
+#: told of progress: what is done ("counts" or "shards"), the slide, spots done, spots in all (0: kept as it was)
+Watch = Callable[[str, str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Written:
+    """What came of writing: the index, which slides were written and which were there, and rejected spots."""
+
+    index: ShardIndex
+    splits: dict[str, list[str]]
+    written: list[str]
+    kept: list[str]
+    dropped: dict[str, dict[str, int]]
+    rejections: Rejections
+
+    def summary(self) -> str:
+        """A few lines for a terminal."""
+        slides = self.index.slides
+        spots, files = sum(s.spots for s in slides), sum(len(s.shards) for s in slides)
+        size = sum(f.bytes for s in slides for f in s.shards) / 1e6
+        pixels = self.index.patch["pixels"]
+        lines = [
+            f"{spots:,} spots of {len(slides)} slide(s) in {files} shard(s), {size:,.1f} MB: patches of "
+            f"{pixels} × {pixels} pixels, {len(self.index.genes):,} genes",
+            f"written: {', '.join(self.written) or 'nothing'}; kept as they were: {', '.join(self.kept) or 'none'}",
+            "; ".join(f"{name}: {len(names)} slide(s)" for name, names in self.splits.items()),
+        ]
+        if len(self.rejections):
+            lines.append(self.rejections.summary() + "; all of them are in rejected.tsv")
+        lines += [f"slide {name} has no usable spot and is left out" for name in self.dropped]
+        return "\n".join(lines)
+
+
+def write_shards(
+    source: str | Path, output: str | Path, options: ShardOptions | None = None, watch: Watch | None = None
+) -> Written:
+    """Write the slides of a folder as shards.
+
+    Slides that were finished by an earlier call with the same files and options are kept, all others are written anew.
+    One slide's picture is in memory at a time.
+
+    Raises:
+        NearfarError: an unknown layout, broken files, a slide or patient in two splits, no usable spot, an ``output``
+            that holds shards of other slides.
+    """
+    options, watch = options or ShardOptions(), watch or (lambda *_: None)
+    slides = {slide.name: slide for slide in find_slides(source)}
+    folder = SlideFolder(Path(output))
+    folder.prepare(list(slides))
+    said: dict[str, str | None] = {name: slide.patient() for name, slide in slides.items()}
+    patients = patients_of(said, options.patients)
+    hashes = {name: [_sha256(path) for path in slide.files()] for name, slide in slides.items()}
+    dropped: dict[str, dict[str, int]] = {}
+    sums: dict[str, GeneSums] = {}
+    rejected: dict[str, list[tuple[str, str, str]]] = {}
+    for name, slide in slides.items():
+        key = content_key("sums", VERSION, hashes[name], options.of_patches(), options.target_sum)
+        read = folder.read_sums(name, key)
+        if read is None:
+            counts, _, _ = _usable(slide, options)
+            read = _sums(counts, options.target_sum), counts.rejected
+            folder.write_sums(name, key, *read)
+        sums[name], rejected[name] = read
+        watch("counts", name, sums[name].spots, sums[name].spots)
+        if not sums[name].spots:
+            dropped[name] = _by_reason(rejected[name])
+            del sums[name]
+    if not sums:
+        raise NearfarError(
+            f"{source}: of {len(slides)} slides none has a spot that can be used: {_tally(rejected).summary()}."
+        )
+    splits = _splits(Path(source), list(sums), patients, options)
+    genes, how = _genes(sums, splits["train"], options)
+    expression = {"values": options.values, "target_sum": options.target_sum, "genes": how}
+    written, kept, entries = [], [], []
+    for name in sums:
+        parts = [VERSION, hashes[name], options.of_samples(), genes, patients[name], codec()]
+        key = content_key("shards", *parts)
+        entry = folder.finished(name, key)
+        if entry is None:
+            entry = _write_slide(folder, slides[name], patients[name], genes, options, key, watch)
+            written.append(name)
+        else:
+            kept.append(name)
+            watch("shards", name, entry.spots, 0)
+        entries.append(entry)
+    patch = {
+        "pixels": options.stored,
+        "field": f"{options.patch} pixels"
+        if options.patch_um is None
+        else f"{options.patch_um:g} micrometres",
+        "jpg_quality": options.quality,
+        "encoder": codec(),
+    }
+    index = ShardIndex(folder.path, genes, expression, patch, {"k": options.neighbors, "rule": RULE}, entries)
+    write_split_files(folder.path, splits)
+    folder.write_rejected(rejected)
+    index.write(splits)
+    return Written(index, splits, written, kept, dropped, _tally(rejected))
+
+
+def write_tissue(
+    tissue: Tissue,
+    output: str | Path,
+    splits: Mapping[str, Sequence[str]] | None = None,
+    *,
+    quality: int = 90,
+    target_sum: float = 1e4,
+    spots_per_shard: int = 4096,
+) -> ShardIndex:
+    """Write a tissue that is in memory as shards; without ``splits`` all its slides train.
+
+    Patches lose a little, as jpg does; everything else is kept. ``target_sum`` states how "log1p" expression was
+    normalised, or is to be. Returns the index.
+    """
+    folder = SlideFolder(Path(output))
+    folder.prepare(list(tissue.slide_names))
+    divided = {name: list(slides) for name, slides in (splits or {"train": tissue.slide_names}).items()}
+    check_splits(divided, list(tissue.slide_names))
+    if tissue.patches.shape[1] != tissue.patches.shape[2]:
+        raise NearfarError(f"patches of {tissue.patches.shape[1:3]} pixels: squares are needed.")
+    entries = []
+    for at, name in enumerate(tissue.slide_names):
+        rows = tissue.rows_of(at)
+        first = int(rows[0]) if len(rows) else 0
+        patches, near = tissue.patches[rows], tissue.neighbors[rows]
+        expression = np.asarray(tissue.expression[rows])
+        totals = expression.sum(1) if tissue.totals is None else tissue.totals[rows]
+        key = content_key("tissue", VERSION, tissue.content, name, quality, spots_per_shard, codec())
+        entry = folder.finished(name, key)
+        if entry is None:
+            spots = Spots(
+                slide=name,
+                patient=name if tissue.patients is None else tissue.patients[at],
+                names=[tissue.ids[row] for row in rows.tolist()],
+                positions=tissue.positions[rows],
+                neighbors=np.where(near >= 0, near - first, -1),
+                alpha=tissue.alpha[rows],
+                expression=expression,
+                totals=totals,
+                sigma=neighbor_scale(tissue.positions[rows], tissue.neighbors.shape[1]),
+            )
+            values = normalized(expression, totals, target_sum) if tissue.values == "counts" else expression
+            folder.write_sums(name, key, GeneSums.of(values, tissue.genes), [])
+            entry = folder.write(spots, patches.__getitem__, quality, spots_per_shard, key)
+        entries.append(entry)
+    index = ShardIndex(
+        folder.path,
+        list(tissue.genes),
+        {"values": tissue.values, "target_sum": target_sum, "genes": "as in the tissue that was written"},
+        {"pixels": tissue.patches.shape[1], "field": "not known", "jpg_quality": quality, "encoder": codec()},
+        {"k": tissue.neighbors.shape[1], "rule": "as in the tissue that was written"},
+        entries,
+    )
+    write_split_files(folder.path, divided)
+    folder.write_rejected({})
+    index.write(divided)
+    return index
+
+
+def _usable(slide: Slide, options: ShardOptions) -> tuple[SlideCounts, list[Box], int]:
+    """The spots of a slide that have counts and a picture, what is cut around each, and its side."""
+    counts = slide.read_counts()
+    totals = counts.totals()
+    enough = totals >= options.min_counts
+    reason = f"fewer than {options.min_counts} counts"
+    counts = counts.keep(enough, reason, [f"{total:g} counts" for total in totals.tolist()])
+    side = options.field(slide.name, counts.pixel_size)
+    boxes = slide.boxes(counts, side)
+    inside, details = slide.check_boxes(counts, boxes)
+    kept = counts.keep(inside, "no picture", details)
+    return kept, [box for box, there in zip(boxes, inside.tolist(), strict=True) if there], side
+
+
+def _write_slide(
+    folder: SlideFolder,
+    slide: Slide,
+    patient: str,
+    genes: list[str],
+    options: ShardOptions,
+    key: str,
+    watch: Watch,
+) -> SlideEntry:
+    counts, boxes, side = _usable(slide, options)
+    totals = counts.totals()
+    expression = counts.columns(genes)
+    if options.values == "log1p":
+        expression = normalized(expression, totals, options.target_sum)
+    elif expression.max(initial=0) < 2**16 and (expression == np.round(expression)).all():
+        expression = expression.astype(np.uint16)
+    neighbors, alpha = spatial_neighbors(counts.positions, options.neighbors)
+    sigma = neighbor_scale(counts.positions, options.neighbors)
+    spots = Spots(
+        slide.name, patient, counts.spots, counts.positions, neighbors, alpha, expression, totals, sigma,
+        counts.pixel_size, side, _by_reason(counts.rejected),
+    )  # fmt: skip
+    watch("shards", slide.name, 0, len(boxes))
+    with slide.open_pictures() as pictures:
+
+        def patch(row: int) -> np.ndarray:
+            watch("shards", slide.name, row + 1, len(boxes))
+            return pictures.patch(counts.spots[row], boxes[row], options.stored)
+
+        return folder.write(spots, patch, options.quality, options.spots_per_shard, key)
+
+
+def _sums(counts: SlideCounts, target_sum: float) -> GeneSums:
+    """Sums over a slide, some spots at a time: dense, a Visium slide has 300 MB."""
+    genes = sorted(set(counts.genes))
+    totals, n = counts.totals(), len(counts.spots)
+    total, squares = np.zeros(len(genes)), np.zeros(len(genes))
+    for start in range(0, n, 256):
+        rows = np.arange(start, min(start + 256, n))
+        part = SlideCounts([""] * len(rows), counts.positions[rows], counts.genes, counts.counts[rows])
+        own = GeneSums.of(normalized(part.columns(genes), totals[rows], target_sum), genes)
+        total, squares = total + own.total, squares + own.squares
+    return GeneSums(genes, n, total, squares)
+
+
+def _genes(
+    sums: Mapping[str, GeneSums], train: Sequence[str], options: ShardOptions
+) -> tuple[list[str], str]:
+    """The genes of the shards, and how they were chosen."""
+    common = common_genes({name: slide.genes for name, slide in sums.items()})
+    if options.genes is None:
+        return common, f"all {len(common)} that every slide has"
+    if isinstance(options.genes, Path):
+        genes = read_genes(options.genes)
+        missing = sorted(set(genes) - set(common))
+        if missing:
+            raise NearfarError(
+                f"{options.genes}: {len(missing)} of {len(genes)} genes are not in every slide, first "
+                f"{', '.join(missing[:5])}."
+            )
+        return genes, f"as listed in {options.genes.name}"
+    genes = variable_genes({name: sums[name] for name in train}, options.genes, common)
+    return genes, (
+        f"{len(genes)} of {len(common)} that every slide has, of the largest variance of log1p expression within the "
+        f"{len(train)} training slides"
+    )
+
+
+def _splits(
+    source: Path, slides: list[str], patients: Mapping[str, str], options: ShardOptions
+) -> dict[str, list[str]]:
+    found = {} if options.splits_given else read_split_files(source)
+    if found:
+        check_splits(found, slides, patients if options.split_by == "patient" else None, str(source))
+        if not found.get("train"):
+            raise NearfarError(f"{source}/train_samples.txt lists no slide to train on.")
+        return {name: found.get(name, []) for name in ("train", "val", "test")}
+    return divide(
+        slides,
+        patients,
+        val=options.val,
+        test=options.test,
+        val_fraction=options.val_fraction,
+        test_fraction=options.test_fraction,
+        by=options.split_by,
+        seed=options.seed,
+    )
+
+
+def _by_reason(rejected: Sequence[tuple[str, str, str]]) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for _, reason, _ in rejected:
+        found[reason] = found.get(reason, 0) + 1
+    return found
+
+
+def _tally(rejected: Mapping[str, Sequence[tuple[str, str, str]]]) -> Rejections:
+    found = Rejections()
+    for slide, spots in rejected.items():
+        for spot, reason, detail in spots:
+            found.add(reason, value=f"{slide}/{spot}", detail=detail)
+    return found
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

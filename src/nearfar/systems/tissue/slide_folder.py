@@ -1,0 +1,201 @@
+"""The files of a folder of shards, slide by slide: what is finished stays, what is half written is done again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float, Float32, Int64, Shaped, UInt8
+
+from nearfar.errors import NearfarError
+from nearfar.systems.tissue.genes import GeneSums
+from nearfar.systems.tissue.patches import encode_jpeg
+from nearfar.systems.tissue.shard_index import ShardFile, SlideEntry, write_json
+from nearfar.systems.tissue.tar_shards import ShardWriter, npy
+from nearfar.training.run_folder import write_atomically
+
+__all__ = ["SlideFolder", "Spots"]
+
+Rejected = Sequence[tuple[str, str, str]]
+
+
+@dataclass(frozen=True)
+class Spots:
+    """The spots of a slide as they are written; ``neighbors`` are positions on the slide, -1 for none."""
+
+    slide: str
+    patient: str
+    names: list[str]
+    positions: Float[np.ndarray, "n 2"]
+    neighbors: Int64[np.ndarray, "n k"]
+    alpha: Float32[np.ndarray, "n k"]
+    expression: Shaped[np.ndarray, "n g"]
+    totals: Float[np.ndarray, " n"]
+    sigma: float
+    pixel_size: float | None = None
+    side: int | None = None
+    rejected: dict[str, int] = field(default_factory=dict)
+
+
+class SlideFolder:
+    """A folder of shards that is being written."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def prepare(self, slides: Sequence[str]) -> None:
+        """Make the folder and take away what a killed process left half written.
+
+        Raises:
+            NearfarError: slides whose files would have one name, or a folder that has shards of other slides.
+        """
+        stems: dict[str, str] = {}
+        for name in slides:
+            if stems.setdefault(_stem(name), name) != name:
+                raise NearfarError(
+                    f"slides {stems[_stem(name)]!r} and {name!r} would share files; rename one."
+                )
+        if self.path.exists() and not self.path.is_dir():
+            raise NearfarError(f"{self.path} is a file; name a folder for the shards.")
+        (self.path / "slides").mkdir(parents=True, exist_ok=True)
+        there = {path.stem for path in (self.path / "slides").glob("*.json")}
+        other = sorted(there - stems.keys())
+        if other:
+            raise NearfarError(
+                f"{self.path} holds shards of other slides ({', '.join(other[:5])}): take another folder, or remove it."
+            )
+        for path in [*self.path.glob(".*.tmp"), *(self.path / "slides").glob(".*.tmp")]:
+            path.unlink()
+
+    def finished(self, slide: str, key: str) -> SlideEntry | None:
+        """The entry of a slide that was written from the same input, and whose shards are all there."""
+        try:
+            saved = json.loads(self._entry(slide).read_text(encoding="utf-8"))
+            entry = SlideEntry.from_dict(saved)
+        except (OSError, ValueError, TypeError, KeyError):
+            return None
+        whole = all(_size(self.path / shard.name) == shard.bytes for shard in entry.shards)
+        return entry if entry.key == key and whole else None
+
+    def write(
+        self,
+        spots: Spots,
+        patch: Callable[[int], UInt8[np.ndarray, "p p 3"]],
+        quality: int,
+        spots_per_shard: int,
+        key: str,
+    ) -> SlideEntry:
+        """Write the shards of a slide, then the entry that says that they are finished.
+
+        Args:
+            patch: the patch of a spot by its position on the slide, asked for in order.
+        """
+        # While shards of a slide are replaced, neither it nor the folder counts as finished.
+        self._entry(spots.slide).unlink(missing_ok=True)
+        (self.path / "index.json").unlink(missing_ok=True)
+        stem = _stem(spots.slide)
+        n = len(spots.names)
+        shards = []
+        for number, start in enumerate(range(0, n, spots_per_shard)):
+            path = self.path / f"{stem}-{number:04d}.tar"
+            rows = range(start, min(start + spots_per_shard, n))
+
+            def fill(file: object, rows: range = rows) -> None:
+                writer = ShardWriter(file)  # type: ignore[arg-type]
+                for row in rows:
+                    parts = {"jpg": encode_jpeg(patch(row), quality), "npy": npy(spots.expression[row])}
+                    writer.add(f"{stem}-{row:06d}", parts | {"json": _facts(spots, row)})
+                writer.close()
+
+            write_atomically(path, fill)
+            with open(path, "rb") as stream:
+                digest = hashlib.file_digest(stream, "sha256").hexdigest()
+            shards.append(ShardFile(path.name, len(rows), path.stat().st_size, digest))
+        for path in self.path.glob(f"{stem}-*.tar"):
+            # Further shards of an earlier writing; -(digits) alone, since a slide may be called A and another A-1.
+            if re.fullmatch(re.escape(stem) + r"-\d{4,}\.tar", path.name) and path.name not in {
+                s.name for s in shards
+            }:
+                path.unlink()
+        entry = SlideEntry(
+            spots.slide,
+            spots.patient,
+            n,
+            shards,
+            spots.sigma,
+            spots.pixel_size,
+            spots.side,
+            spots.rejected,
+            key,
+        )
+        write_json(self._entry(spots.slide), entry.as_dict())
+        return entry
+
+    def read_sums(self, slide: str, key: str | None = None) -> tuple[GeneSums, Rejected] | None:
+        """Sums of a slide's genes and its rejected spots; None if there are none (or none of this ``key``)."""
+        try:
+            with np.load(self._sums(slide), allow_pickle=False) as held:
+                if key is not None and str(held["key"]) != key:
+                    return None
+                sums = GeneSums(held["genes"].tolist(), int(held["spots"]), held["total"], held["squares"])
+                return sums, [(str(a), str(b), str(c)) for a, b, c in held["rejected"].tolist()]
+        except (OSError, ValueError, KeyError, EOFError):
+            return None
+
+    def write_sums(self, slide: str, key: str, sums: GeneSums, rejected: Rejected) -> None:
+        """Keep both for the next call, and for readers that choose genes."""
+        arrays = {
+            "key": np.array(key),
+            "genes": np.array(sums.genes, np.str_),
+            "spots": np.array(sums.spots),
+            "total": sums.total,
+            "squares": sums.squares,
+            "rejected": np.array(rejected, np.str_).reshape(-1, 3),
+        }
+        write_atomically(self._sums(slide), lambda file: np.savez(file, **arrays))  # type: ignore[arg-type]
+
+    def write_rejected(self, rejected: Mapping[str, Rejected]) -> None:
+        """``rejected.tsv``: every spot that was left out, and why."""
+        lines = ["slide\tspot\treason\tdetail\n"]
+        lines += ["\t".join((slide, *spot)) + "\n" for slide, spots in rejected.items() for spot in spots]
+        write_atomically(self.path / "rejected.tsv", lambda file: file.write("".join(lines).encode()))
+
+    def _entry(self, slide: str) -> Path:
+        return self.path / "slides" / f"{_stem(slide)}.json"
+
+    def _sums(self, slide: str) -> Path:
+        return self.path / "slides" / f"{_stem(slide)}.npz"
+
+
+def _facts(spots: Spots, row: int) -> bytes:
+    """What a sample says of its spot beside patch and expression."""
+    near = [
+        (at, weight)
+        for at, weight in zip(spots.neighbors[row].tolist(), spots.alpha[row], strict=True)
+        if at >= 0
+    ]
+    facts = {
+        "id": spots.names[row],
+        "slide": spots.slide,
+        "patient": spots.patient,
+        "x": float(spots.positions[row, 0]),
+        "y": float(spots.positions[row, 1]),
+        "total": float(spots.totals[row]),
+        "neighbors": [spots.names[at] for at, _ in near],
+        "alpha": [float(f"{weight:.9g}") for _, weight in near],  # nine digits give the float32 back
+    }
+    return json.dumps(facts, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def _stem(name: str) -> str:
+    """The name of a slide as part of a file's: WebDataset ends a key at the first dot."""
+    return re.sub(r"[^A-Za-z0-9_-]", "_", name)
+
+
+def _size(path: Path) -> int | None:
+    return path.stat().st_size if path.is_file() else None

@@ -1,0 +1,181 @@
+"""A slide as it comes from a laboratory: counts at spots and a picture, whatever files they are in."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from nearfar.data.images import image_size
+from nearfar.errors import NearfarError
+from nearfar.systems.tissue.patches import Box, box_around, cut, read_large
+
+__all__ = ["Pictures", "Slide", "SlideCounts", "WholeImage", "find_slides"]
+
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".bmp")
+
+
+@dataclass
+class SlideCounts:
+    """What was measured on a slide.
+
+    Attributes:
+        spots: the name of every spot, each once.
+        positions: (n, 2) x and y in pixels of the picture.
+        genes: names of the columns; a name may stand twice, its columns are then added.
+        counts: (n, g) a scipy CSR matrix of counts, 0 or more.
+        rejected: spot, reason and detail of what cannot be used, the same spots being left out above.
+        pixel_size: micrometres per pixel, None where nothing says so.
+    """
+
+    spots: list[str]
+    positions: Float[np.ndarray, "n 2"]
+    genes: list[str]
+    counts: Any
+    rejected: list[tuple[str, str, str]] = field(default_factory=list)
+    pixel_size: float | None = None
+
+    def keep(self, kept: np.ndarray, reason: str, details: Sequence[str]) -> SlideCounts:
+        """Without the spots where ``kept`` is False; ``details`` are those of all spots."""
+        gone = [(self.spots[at], reason, details[at]) for at in np.flatnonzero(~kept).tolist()]
+        rows = np.flatnonzero(kept)
+        return SlideCounts(
+            [self.spots[at] for at in rows.tolist()],
+            self.positions[rows],
+            self.genes,
+            self.counts[rows],
+            self.rejected + gone,
+            self.pixel_size,
+        )
+
+    def columns(self, genes: Sequence[str]) -> Float[np.ndarray, "n g"]:
+        """Counts of ``genes``, in that order, as a dense float32 array."""
+        from scipy.sparse import csr_matrix
+
+        place = {gene: at for at, gene in enumerate(genes)}
+        to = np.array([place.get(gene, -1) for gene in self.genes])
+        used = np.flatnonzero(to >= 0)
+        spread = csr_matrix(
+            (np.ones(len(used), np.float32), (used, to[used])), shape=(len(self.genes), len(genes))
+        )
+        return np.asarray((self.counts @ spread).toarray(), np.float32)
+
+    def totals(self) -> Float[np.ndarray, " n"]:
+        """All counts of each spot."""
+        return np.asarray(self.counts.sum(axis=1), np.float64).ravel()
+
+
+class Pictures(Protocol):
+    """Where patches come from while a slide is open."""
+
+    def patch(self, spot: str, box: Box, pixels: int) -> UInt8[np.ndarray, "p p 3"]: ...
+
+
+class Slide(ABC):
+    """A slide's files. Nothing is read before it is asked for, and the picture only while it is open."""
+
+    name: str
+
+    @abstractmethod
+    def files(self) -> list[Path]:
+        """All files that the slide is read from: their content decides whether shards are up to date."""
+
+    @abstractmethod
+    def read_counts(self) -> SlideCounts:
+        """Counts and places of the spots; unusable spots are rejected, not raised."""
+
+    @abstractmethod
+    def check_boxes(self, counts: SlideCounts, boxes: Sequence[Box]) -> tuple[np.ndarray, list[str]]:
+        """For each spot, whether its picture can be cut, and if not, why; from the heads of files alone."""
+
+    @abstractmethod
+    def open_pictures(self) -> AbstractContextManager[Pictures]:
+        """The picture, in memory or open until the context ends."""
+
+    def patient(self) -> str | None:
+        """Whom the slide is from, where its own files say so."""
+        return None
+
+    def boxes(self, counts: SlideCounts, field: float) -> list[Box]:
+        """The squares of ``field`` pixels around the spots."""
+        return [box_around(x, y, field) for x, y in counts.positions.tolist()]
+
+
+class WholeImage:
+    """Patches out of one picture in memory."""
+
+    def __init__(self, pixels: UInt8[np.ndarray, "h w 3"]) -> None:
+        self.pixels = pixels
+
+    def patch(self, spot: str, box: Box, pixels: int) -> UInt8[np.ndarray, "p p 3"]:
+        return cut(self.pixels, box, pixels)
+
+    @classmethod
+    @contextmanager
+    def opened(cls, path: Path) -> Iterator[Pictures]:
+        """The picture of a file, given back at the end, so that two large ones are never held at once."""
+        whole = cls(read_large(path))
+        try:
+            yield whole
+        finally:
+            whole.pixels = np.empty((0, 0, 3), np.uint8)
+
+
+def boxes_inside(path: Path | None, boxes: Sequence[Box]) -> tuple[np.ndarray, list[str]]:
+    """Which boxes lie wholly in a picture, and what is wrong with each other one."""
+    if path is None:
+        return np.zeros(len(boxes), bool), ["the slide has no picture"] * len(boxes)
+    height, width = image_size(path)
+    corners = np.array(boxes).reshape(-1, 4)
+    kept = (corners[:, :2] >= 0).all(1) & (corners[:, 2] <= width) & (corners[:, 3] <= height)
+    return kept, [f"{tuple(box)} is not inside {width} × {height} pixels" for box in boxes]
+
+
+def by_stem(folder: Path, endings: Sequence[str], tail: str = "") -> dict[str, Path]:
+    """Files of a folder by their name without ``tail`` and ending.
+
+    Raises:
+        NearfarError: two files of one name.
+    """
+    found: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        ending = next((end for end in endings if path.name.lower().endswith(end)), None)
+        if ending is None or path.name.startswith(".") or not path.is_file():
+            continue
+        name = re.sub(f"({tail})$", "", path.name[: -len(ending)]) if tail else path.name[: -len(ending)]
+        if name in found:
+            raise NearfarError(
+                f"{folder}: {found[name].name} and {path.name} are both of slide {name}; keep one."
+            )
+        found[name] = path
+    return found
+
+
+def find_slides(source: str | Path) -> list[Slide]:
+    """The slides in a folder, of whichever layout it has, by name.
+
+    Raises:
+        NearfarError: no such folder, an unknown layout (with what is expected), a slide that lacks a file.
+    """
+    from nearfar.systems.tissue import spatial_transcriptomics, visium
+
+    folder = Path(source)
+    if not folder.is_dir():
+        raise NearfarError(f"{folder}: no such folder.")
+    for layout in (spatial_transcriptomics, visium):
+        found: list[Slide] | None = layout.slides_of(folder)
+        if found is not None:
+            return found
+    there = ", ".join(sorted(path.name for path in folder.iterdir())[:10]) or "nothing"
+    raise NearfarError(
+        f"{folder} has none of the layouts that are read; in it: {there}. Expected: counts/*.tsv[.gz], spots/*.tsv and "
+        "images/*.jpg (Spatial Transcriptomics); st/*.h5ad with patches/*.h5 or wsis/*.tif (HEST-1k); "
+        "or *.h5ad with pictures of the same names beside them (Visium)."
+    )
