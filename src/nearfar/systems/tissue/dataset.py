@@ -12,7 +12,6 @@ from jaxtyping import Float, Int, Shaped, UInt8
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from nearfar.batching import positions_in_batch
 from nearfar.errors import NearfarError
 
 __all__ = ["TissueBatch", "TissueDataset"]
@@ -20,13 +19,16 @@ __all__ = ["TissueBatch", "TissueDataset"]
 
 @dataclass
 class TissueBatch:
-    """One batch: what both towers read of its spots, and where their spatial neighbours stand in the batch."""
+    """One batch: what both towers read of its spots, and their spatial neighbours with weights.
+
+    ``positions`` and ``neighbors`` (-1 for none) are positions in the split.
+    """
 
     positions: Int[Tensor, " b"]
     images: Shaped[Tensor, "b ..."]
     genes: Float[Tensor, "b g"]
-    neighbor_index: Int[Tensor, "b k"]
-    neighbor_alpha: Float[Tensor, "b k"]
+    neighbors: Int[Tensor, "b k"]
+    alpha: Float[Tensor, "b k"]
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -38,7 +40,7 @@ class TissueBatch:
         return self._each(lambda part: part.pin_memory())
 
     def split(self, rows: int) -> list[TissueBatch]:
-        """Parts of ``rows`` rows, the last perhaps shorter; neighbours keep their places in the whole batch."""
+        """Parts of ``rows`` rows, the last perhaps shorter."""
         parts = [getattr(self, each.name).split(rows) for each in fields(self)]
         return [TissueBatch(*part) for part in zip(*parts, strict=True)]
 
@@ -107,8 +109,8 @@ class TissueDataset(Dataset[TissueBatch]):
             positions=chosen,
             images=self._images(chosen),
             genes=self.genes[chosen],
-            neighbor_index=positions_in_batch(self.neighbors[chosen], chosen),
-            neighbor_alpha=self.alpha[chosen],
+            neighbors=self.neighbors[chosen],
+            alpha=self.alpha[chosen],
         )
 
     def _images(self, chosen: Int[Tensor, " b"]) -> Tensor:

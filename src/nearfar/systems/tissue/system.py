@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nearfar.batching import weight_in_batch
+from nearfar.batching import positions_in_batch, weight_in_batch
 from nearfar.losses import ClipLoss, SpatialLoss
 from nearfar.models.text import TextEncoder, build_text_encoder, embed_texts, save_text_encoder
 from nearfar.systems.tissue.data import TissueData, load_data
@@ -22,7 +22,7 @@ from nearfar.systems.tissue.options import check_options
 from nearfar.systems.tissue.report import examples, sections
 from nearfar.training.batches import build_sampler
 from nearfar.training.distributed import DistributedLoss
-from nearfar.training.gather import world_size
+from nearfar.training.gather import gather, world_size
 from nearfar.training.sections import Section
 from nearfar.training.system import EncodingSystem, Evaluation, StepOutput, decayed_groups
 
@@ -42,7 +42,10 @@ class TissueSystem(EncodingSystem):
         self.config = config
         self.features = ImageFeatures.from_config(config)
         self.distributed = DistributedLoss(
-            _loss(config), local_loss=config.local_loss, gather_with_grad=config.gather_with_grad
+            _loss(config),
+            local_loss=config.local_loss,
+            gather_with_grad=config.gather_with_grad,
+            in_whole=() if config.loss.name == "clip" else ("neighbor_index",),
         )
         self.data: TissueData
         self.judge: Judge
@@ -75,7 +78,10 @@ class TissueSystem(EncodingSystem):
         say(f"image encoder: {self._image_description}")
         if self.text_encoder is not None:
             say(f"gene sentences of {config.sentence_genes} names: {self.text_encoder.description}")
-        say(self.distributed.describe())
+        if world_size() == 1:
+            say("one process: local_loss and gather_with_grad have no effect")
+        else:
+            say(self.distributed.describe())
         if config.loss.name == "clip":
             say("loss=clip: neighbors, neighbor_alpha_scale and temp_reg_weight have no effect")
         self.judge = Judge(config, self.data)
@@ -183,9 +189,11 @@ class TissueSystem(EncodingSystem):
     def loss_of(self, model: Any, embeddings: Mapping[str, Tensor], batch: Any) -> StepOutput:
         """The loss of CLIP, or with targets that give neighbours a share."""
         images, genes, scale = embeddings["images"], embeddings["genes"], model.scale()
-        neighbors = () if self.config.loss.name == "clip" else (batch.neighbor_index, batch.neighbor_alpha)
-        loss = self.loss(images, genes, scale, *neighbors)
-        return StepOutput(loss, self._record)
+        if self.config.loss.name == "clip":
+            return StepOutput(self.loss(images, genes, scale), self._record)
+        # A spot of one process may have its neighbour on another: both are rows of the batch of all.
+        index = positions_in_batch(batch.neighbors, gather(batch.positions))
+        return StepOutput(self.loss(images, genes, scale, index, batch.alpha), self._record)
 
     def _record(self) -> dict[str, float]:
         record: dict[str, float] = self.distributed.record.to_dict()
