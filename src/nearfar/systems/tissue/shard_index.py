@@ -20,7 +20,7 @@ FORMAT = "shards_v1"
 
 @dataclass(frozen=True)
 class ShardFile:
-    """One tar file of a slide."""
+    """A file of a slide, as seen from the folder, and how many spots are in it."""
 
     name: str
     samples: int
@@ -30,7 +30,7 @@ class ShardFile:
 
 @dataclass(frozen=True)
 class SlideEntry:
-    """One slide: its shards, its neighbourhood's σ in pixels, and what was left out.
+    """One slide: its shards, the table of its spots (ids, places, neighbours), σ in pixels, and what was left out.
 
     ``key`` names the files and options that it was made from; ``rejected`` counts spots by reason.
     """
@@ -39,6 +39,7 @@ class SlideEntry:
     patient: str
     spots: int
     shards: list[ShardFile]
+    table: ShardFile
     sigma: float
     pixel_size: float | None
     side: int | None
@@ -50,7 +51,11 @@ class SlideEntry:
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> SlideEntry:
-        return cls(**{**saved, "shards": [ShardFile(**each) for each in saved["shards"]]})
+        files = {
+            "shards": [ShardFile(**each) for each in saved["shards"]],
+            "table": ShardFile(**saved["table"]),
+        }
+        return cls(**{**saved, **files})
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,7 @@ class ShardIndex:
         expression: ``values`` ("log1p" or "counts"), ``target_sum``, and how the genes were chosen.
         patch: ``pixels``, and the field that they show.
         neighbors: ``k`` and the rule.
-        slides: in the order of names.
+        slides: their entries, in the order of names.
     """
 
     folder: Path
@@ -80,7 +85,7 @@ class ShardIndex:
             FORMAT,
             self.genes,
             self.expression,
-            [[s.name, s.patient, [f.sha256 for f in s.shards]] for s in self.slides],
+            [[s.name, *(f.sha256 for f in [*s.shards, s.table])] for s in self.slides],
         )
 
     def entry(self, name: str) -> SlideEntry:
@@ -147,7 +152,7 @@ def read_index(folder: str | Path) -> ShardIndex:
             raise
         raise NearfarError(f"{path} is damaged: {error}. Write the shards anew.") from None
     for slide in slides:
-        for shard in slide.shards:
+        for shard in [*slide.shards, slide.table]:
             at = folder / shard.name
             size = at.stat().st_size if at.is_file() else None
             if size != shard.bytes:

@@ -79,7 +79,7 @@ class SlideFolder:
             entry = SlideEntry.from_dict(saved)
         except (OSError, ValueError, TypeError, KeyError):
             return None
-        whole = all(_size(self.path / shard.name) == shard.bytes for shard in entry.shards)
+        whole = all(_size(self.path / file.name) == file.bytes for file in [*entry.shards, entry.table])
         return entry if entry.key == key and whole else None
 
     def write(
@@ -113,26 +113,17 @@ class SlideFolder:
                 writer.close()
 
             write_atomically(path, fill)
-            with open(path, "rb") as stream:
-                digest = hashlib.file_digest(stream, "sha256").hexdigest()
-            shards.append(ShardFile(path.name, len(rows), path.stat().st_size, digest))
+            shards.append(self._file(path, len(rows)))
         for path in self.path.glob(f"{stem}-*.tar"):
             # Further shards of an earlier writing; -(digits) alone, since a slide may be called A and another A-1.
             if re.fullmatch(re.escape(stem) + r"-\d{4,}\.tar", path.name) and path.name not in {
                 s.name for s in shards
             }:
                 path.unlink()
+        table = self._write_table(spots)
         entry = SlideEntry(
-            spots.slide,
-            spots.patient,
-            n,
-            shards,
-            spots.sigma,
-            spots.pixel_size,
-            spots.side,
-            spots.rejected,
-            key,
-        )
+            spots.slide, spots.patient, n, shards, table, spots.sigma, spots.pixel_size, spots.side, spots.rejected, key
+        )  # fmt: skip
         write_json(self._entry(spots.slide), entry.as_dict())
         return entry
 
@@ -165,11 +156,29 @@ class SlideFolder:
         lines += ["\t".join((slide, *spot)) + "\n" for slide, spots in rejected.items() for spot in spots]
         write_atomically(self.path / "rejected.tsv", lambda file: file.write("".join(lines).encode()))
 
+    def _write_table(self, spots: Spots) -> ShardFile:
+        """What the samples say of their spots, once more as arrays: readers need not parse a text for each spot."""
+        path = self.path / "slides" / f"{_stem(spots.slide)}.spots.npz"
+        arrays = {
+            "ids": np.array(spots.names, np.str_),
+            "positions": np.asarray(spots.positions, np.float64),
+            "neighbors": np.asarray(spots.neighbors, np.int64),
+            "alpha": np.asarray(spots.alpha, np.float32),
+            "totals": np.asarray(spots.totals, np.float64),
+        }
+        write_atomically(path, lambda file: np.savez(file, **arrays))  # type: ignore[arg-type]
+        return self._file(path, len(spots.names))
+
+    def _file(self, path: Path, rows: int) -> ShardFile:
+        with open(path, "rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        return ShardFile(path.relative_to(self.path).as_posix(), rows, path.stat().st_size, digest)
+
     def _entry(self, slide: str) -> Path:
         return self.path / "slides" / f"{_stem(slide)}.json"
 
     def _sums(self, slide: str) -> Path:
-        return self.path / "slides" / f"{_stem(slide)}.npz"
+        return self.path / "slides" / f"{_stem(slide)}.genes.npz"
 
 
 def _facts(spots: Spots, row: int) -> bytes:

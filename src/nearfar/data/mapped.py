@@ -1,0 +1,112 @@
+"""Arrays too large for memory, kept by what they were computed from and mapped from disk.
+
+The counterpart of `nearfar.data.cache` for arrays that are filled once and then read in pieces, in any order: one
+``.npy`` file each, in a folder that appears whole by an atomic rename.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nearfar.data.cache import cache_dir, content_key
+
+__all__ = ["mapped_arrays"]
+
+#: shape and dtype of an array
+Layout = tuple[tuple[int, ...], Any]
+
+
+def mapped_arrays(
+    kind: str,
+    key: Any,
+    layout: Mapping[str, Layout],
+    fill: Callable[[dict[str, np.ndarray]], None],
+) -> dict[str, np.ndarray]:
+    """Arrays of the given shapes, from the cache if they are there, else made and filled by ``fill``.
+
+    Args:
+        kind, key: as in `nearfar.data.cache.cached_arrays`.
+        layout: shape and dtype of each array, by name.
+        fill: writes into all of them; they begin as zeros.
+
+    What is returned is mapped copy-on-write: changing it changes no file. An entry of another layout or length is made
+    anew with a warning; where the disk has no room or cannot be written, arrays are filled in memory, with a warning.
+
+    >>> os.environ["NEARFAR_CACHE"] = tempfile.mkdtemp()
+    >>> def fill(arrays):
+    ...     arrays["x"][:] = [1, 2]
+    >>> mapped_arrays("example", "numbers", {"x": ((2,), "int16")}, fill)["x"].tolist()
+    [1, 2]
+    >>> mapped_arrays("example", "numbers", {"x": ((2,), "int16")}, None)["x"].tolist()  # not filled again
+    [1, 2]
+    >>> del os.environ["NEARFAR_CACHE"]
+    """
+    place = cache_dir() / kind / content_key(key)
+    found = _open(place, layout)
+    if found is not None:
+        return found
+    beside: Path | None = None
+    try:
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            beside = Path(tempfile.mkdtemp(dir=place.parent, prefix=".writing-"))
+            arrays = {name: _create(beside / f"{name}.npy", *shape) for name, shape in layout.items()}
+        except OSError as error:
+            warnings.warn(f"{place} was not written: {error}; arrays are held in memory", stacklevel=2)
+            held = {name: np.zeros(shape, dtype) for name, (shape, dtype) in layout.items()}
+            fill(held)
+            return held
+        fill(arrays)
+        for array in arrays.values():
+            if isinstance(array, np.memmap):
+                array.flush()
+        del arrays
+        if place.exists():  # another process was first, or what was there is damaged
+            if (there := _open(place, layout, warn=False)) is not None:
+                return there
+            shutil.rmtree(place)
+        try:
+            os.rename(beside, place)
+        except OSError:  # another process was first, just now
+            if _open(place, layout, warn=False) is None:
+                raise
+        found = _open(place, layout)
+        assert found is not None
+        return found
+    finally:
+        if beside is not None:
+            shutil.rmtree(beside, ignore_errors=True)
+
+
+def _create(path: Path, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """An array on disk, of zeros. Its room is reserved: running out of it later would kill the process."""
+    array: np.ndarray = np.lib.format.open_memmap(path, "w+", np.dtype(dtype), shape)
+    if hasattr(os, "posix_fallocate") and array.nbytes:
+        with open(path, "r+b") as stream:
+            os.posix_fallocate(stream.fileno(), 0, path.stat().st_size)
+    return array
+
+
+def _open(place: Path, layout: Mapping[str, Layout], warn: bool = True) -> dict[str, np.ndarray] | None:
+    if not place.is_dir():
+        return None
+    try:
+        found = {}
+        for name, (shape, dtype) in layout.items():
+            array = np.load(place / f"{name}.npy", mmap_mode="c", allow_pickle=False)
+            if array.shape != tuple(shape) or array.dtype != np.dtype(dtype):
+                raise ValueError(f"{name} is {array.dtype} {array.shape}")
+            found[name] = array
+        return found
+    except (OSError, ValueError, EOFError) as error:
+        if warn:
+            warnings.warn(f"cache entry {place} is damaged ({error}); it is made anew", stacklevel=3)
+        return None

@@ -1,0 +1,203 @@
+"""Shards as a tissue: decoded once into memory-mapped arrays that are kept by content, then read from there."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nearfar.data.cache import content_key
+from nearfar.data.mapped import mapped_arrays
+from nearfar.errors import NearfarError, nearest_name
+from nearfar.systems.tissue.genes import normalized, variable_genes
+from nearfar.systems.tissue.neighborhood import spatial_neighbors
+from nearfar.systems.tissue.patches import decode_jpeg
+from nearfar.systems.tissue.records import Tissue
+from nearfar.systems.tissue.shard_index import ShardFile, ShardIndex, SlideEntry, read_index
+from nearfar.systems.tissue.slide_folder import SlideFolder
+from nearfar.systems.tissue.tar_shards import ArrayReader, samples
+
+__all__ = ["read_shards"]
+
+_VERSION = 1  # of what is kept; part of the cache key
+_ROWS = 256  # of expression normalised at a time
+
+
+def read_shards(
+    folder: str | Path,
+    slides: Sequence[str] | None = None,
+    *,
+    genes: int | Sequence[str] | None = None,
+    genes_of: Sequence[str] | None = None,
+    neighbors: int | None = None,
+    told: Callable[[int], None] | None = None,
+) -> Tissue:
+    """The spots of a folder of shards, expression as log1p.
+
+    The first call reads the shards, compares each with its hash, decodes the patches and writes arrays to the cache
+    (`nearfar.data.mapped`); later calls with the same slides and genes map those.
+
+    Args:
+        folder: what `nearfar data shards` wrote.
+        slides: which of its slides; None takes all.
+        genes: names of genes, or how many, the most variable within ``genes_of``; None takes all that are stored.
+        genes_of: training slides. Needed where ``genes`` is a number: genes chosen with test slides would leak.
+        neighbors: nearest spots of each; None takes those that the shards state, another number computes them.
+        told: called with the number of spots of each shard that was read.
+
+    Raises:
+        NearfarError: no finished shards, a slide or gene that is not there, a damaged shard (which one).
+    """
+    index = read_index(folder)
+    names = [slide.name for slide in index.slides] if slides is None else list(dict.fromkeys(slides))
+    entries = sorted((index.entry(name) for name in names), key=lambda entry: entry.name)
+    if not entries:
+        raise NearfarError(f"{folder}: spots of no slide are asked for; name one or more slides.")
+    tables = [_table(index, entry) for entry in entries]
+    columns = _columns(index, genes, genes_of)
+    chosen = [index.genes[column] for column in columns.tolist()]
+    key = [_VERSION, index.content, [entry.name for entry in entries], chosen]
+    n, pixels = sum(entry.spots for entry in entries), index.patch["pixels"]
+    layout = {"patches": ((n, pixels, pixels, 3), np.uint8), "expression": ((n, len(chosen)), np.float32)}
+    totals = np.concatenate([table["totals"] for table in tables])
+    arrays = mapped_arrays(
+        "tissue", key, layout, lambda into: _decode_all(index, entries, columns, totals, into, told)
+    )
+    k = neighbors or index.neighbors["k"]
+    if k != index.neighbors["k"]:
+        for table in tables:
+            table["neighbors"], table["alpha"] = spatial_neighbors(table["positions"], k)
+    first = np.cumsum([0, *(entry.spots for entry in entries)]).tolist()
+    near = [
+        np.where(table["neighbors"] >= 0, table["neighbors"] + start, -1)
+        for table, start in zip(tables, first, strict=False)
+    ]
+    return Tissue(
+        ids=[
+            f"{entry.name}/{spot}"
+            for entry, table in zip(entries, tables, strict=True)
+            for spot in table["ids"].tolist()
+        ],
+        slides=np.repeat(np.arange(len(entries)), [entry.spots for entry in entries]),
+        slide_names=[entry.name for entry in entries],
+        positions=np.concatenate([table["positions"] for table in tables]),
+        neighbors=np.concatenate(near),
+        alpha=np.concatenate([table["alpha"] for table in tables]),
+        genes=chosen,
+        patients=[entry.patient for entry in entries],
+        totals=totals,
+        content=content_key(key, k),
+        expression=arrays["expression"],
+        patches=arrays["patches"],
+    )
+
+
+def _columns(
+    index: ShardIndex, genes: int | Sequence[str] | None, genes_of: Sequence[str] | None
+) -> np.ndarray:
+    """Which of the stored genes are wanted, in the order that is asked for."""
+    place = {gene: at for at, gene in enumerate(index.genes)}
+    if genes is None:
+        return np.arange(len(index.genes))
+    if isinstance(genes, int):
+        if not genes_of:
+            raise NearfarError(
+                f"{genes} variable genes are asked for; say of which training slides (genes_of)."
+            )
+        folder, sums = SlideFolder(index.folder), {}
+        for name in genes_of:
+            read = folder.read_sums(index.entry(name).name)
+            if read is None:
+                raise NearfarError(
+                    f"{index.folder}/slides lacks the sums of slide {name}. Write the shards anew."
+                )
+            sums[name] = read[0]
+        genes = variable_genes(sums, genes, index.genes)
+    for gene in genes:
+        if gene not in place:
+            raise NearfarError(f"{index.folder} has no gene {gene!r}; {nearest_name(gene, place)}.")
+    return np.array([place[gene] for gene in genes])
+
+
+def _table(index: ShardIndex, entry: SlideEntry) -> dict[str, np.ndarray]:
+    """What a slide's table says of its spots."""
+    with np.load(io.BytesIO(_checked(index, entry.table)), allow_pickle=False) as held:
+        return {name: held[name] for name in held.files}
+
+
+def _checked(index: ShardIndex, file: ShardFile) -> bytes:
+    """The bytes of a file, if they are those that were written."""
+    path = index.folder / file.name
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise NearfarError(f"{path} cannot be read: {error}.") from None
+    if hashlib.sha256(data).hexdigest() != file.sha256:
+        raise NearfarError(
+            f"{path} is not what was written: its hash differs. Copy it again, or write it anew."
+        )
+    return data
+
+
+def _decode_all(
+    index: ShardIndex,
+    entries: Sequence[SlideEntry],
+    columns: np.ndarray,
+    totals: np.ndarray,
+    into: dict[str, np.ndarray],
+    told: Callable[[int], None] | None = None,
+) -> None:
+    """Decode the shards of some slides into the arrays ``patches`` and ``expression``, several at a time."""
+    jobs, at = [], 0
+    for entry in entries:
+        for shard in entry.shards:
+            jobs.append((shard, slice(at, at + shard.samples)))
+            at += shard.samples
+    use = None if np.array_equal(columns, np.arange(len(index.genes))) else columns
+
+    def work(job: tuple[ShardFile, slice]) -> int:
+        shard, rows = job
+        _decode(index, shard, use, totals[rows], into["patches"][rows], into["expression"][rows])
+        return shard.samples
+
+    # Hashing and decoding let go of the interpreter's lock, so that threads use several cores.
+    with ThreadPoolExecutor(max(1, min(len(jobs), os.cpu_count() or 1, 8))) as pool:
+        for count in pool.map(work, jobs):
+            if told is not None:
+                told(count)
+
+
+def _decode(
+    index: ShardIndex,
+    shard: ShardFile,
+    columns: Any,
+    totals: np.ndarray,
+    patches: np.ndarray,
+    expression: np.ndarray,
+) -> None:
+    path = index.folder / shard.name
+    read, row, key = ArrayReader(), 0, "(the first)"
+    data = memoryview(_checked(index, shard))
+    try:
+        for name, parts in samples(data, str(path)):
+            key = name
+            decode_jpeg(parts["jpg"], patches[row])
+            values = read(parts["npy"])
+            expression[row] = values if columns is None else values[columns]
+            row += 1
+    except (KeyError, ValueError, OSError, IndexError) as error:
+        if isinstance(error, NearfarError):
+            raise
+        raise NearfarError(f"{path}: sample {key} cannot be read ({error}). Write the shards anew.") from None
+    if row != shard.samples:
+        raise NearfarError(f"{path} holds {row} samples and not {shard.samples}. Write the shards anew.")
+    if index.expression["values"] == "counts":
+        for start in range(0, row, _ROWS):
+            part = slice(start, start + _ROWS)
+            expression[part] = normalized(expression[part], totals[part], index.expression["target_sum"])
