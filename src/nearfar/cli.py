@@ -73,6 +73,12 @@ def compare(
         str | None, typer.Option(help="The arm to compare with, by its label, e.g. sampler=random.")
     ] = None,
     split: Annotated[str | None, typer.Option(help="test or val; test where there is one.")] = None,
+    over: Annotated[
+        str | None,
+        typer.Option(
+            help="The option by which the folds of a cross-validation differ, e.g. data.hold_out: they are one arm."
+        ),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option(help="Where report.html goes; by default into the folder common to the runs."),
@@ -90,7 +96,7 @@ def compare(
     from nearfar.lab.report import write_comparison
     from nearfar.lab.table import comparison_tables
 
-    comparison = compare_runs(runs, baseline=baseline, split=split)
+    comparison = compare_runs(runs, baseline=baseline, split=split, over=over)
     console = terminal.console()
     for table in comparison_tables(comparison):
         console.print(table)

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from nearfar.errors import NearfarError, nearest_name
+from nearfar.lab.folds import FoldReading, join_folds, read_folds
 from nearfar.lab.groups import Arm, find_runs, group_runs, load_scores
 from nearfar.lab.losses import LossReading, read_losses
 from nearfar.metrics import Difference, comparable, holm, paired_difference, seeds_interval
@@ -40,7 +41,8 @@ class Comparison:
     ``summary[arm][metric]`` is an arm's mean, ``differences[arm][metric]`` its paired difference from the baseline,
     ``together[arm][metric]`` the verdict that holds for all differences at once (Holm); ``refused`` says of an arm, or
     of "arm: metric", why it is not compared; ``notes`` what a reader has to know; ``losses`` what can be said
-    of the training losses.
+    of the training losses. Of a cross-validation, ``over`` is the option by which its folds differ, and
+    ``by_fold[arm][metric]`` the differences fold by fold.
     """
 
     arms: list[Arm]
@@ -54,6 +56,8 @@ class Comparison:
     together: dict[str, dict[str, str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     losses: dict[str, LossReading] = field(default_factory=dict)
+    over: str | None = None
+    by_fold: dict[str, dict[str, FoldReading]] = field(default_factory=dict)
 
     @property
     def looked_at(self) -> int:
@@ -106,8 +110,13 @@ def _refuse_metrics(a: Arm, b: Arm, common: Sequence[int]) -> dict[str, str]:
     return reasons
 
 
-def compare_runs(paths: Sequence[Path], baseline: str | None = None, split: str | None = None) -> Comparison:
+def compare_runs(
+    paths: Sequence[Path], baseline: str | None = None, split: str | None = None, over: str | None = None
+) -> Comparison:
     """Group the runs below ``paths`` into arms and compare each with the baseline arm.
+
+    ``over`` names the option by which the folds of a cross-validation differ, such as ``data.hold_out``: runs that
+    differ in it (and in their seed) alone are one arm.
 
     Raises ``NearfarError`` for runs that are unfinished or of different systems, and for an unknown baseline.
     """
@@ -120,13 +129,17 @@ def compare_runs(paths: Sequence[Path], baseline: str | None = None, split: str 
         split = "test" if all("test" in found["splits"] for found in metrics) else "val"
     for arm in arms:
         load_scores(arm, split)
+    if over is not None:
+        arms = join_folds(arms, over)
     base = _baseline(arms, baseline)
     seeds = sorted(set.intersection(*(set(arm.runs) for arm in arms)))
-    made = Comparison(arms, base, split, metrics[0]["monitor"], seeds, {}, {}, {})
+    made = Comparison(arms, base, split, metrics[0]["monitor"], seeds, {}, {}, {}, over=over)
     for arm in arms:
         made.summary[arm.label] = _means(arm)
         if arm is not base:
             _against(made, arm)
+            if over is not None:
+                made.by_fold[arm.label] = read_folds(base, arm, list(made.differences.get(arm.label, {})))
     flat = {(arm, name): d for arm, found in made.differences.items() for name, d in found.items()}
     for (label, name), verdict in holm(flat).items():
         made.together.setdefault(label, {})[name] = verdict

@@ -14,7 +14,7 @@ from nearfar.metrics import Estimate
 from nearfar.training.resume import NOT_PART_OF_A_RUN, changed_values, flatten
 from nearfar.training.run_folder import RunFolder
 
-__all__ = ["Arm", "apart", "find_runs", "group_runs", "load_scores"]
+__all__ = ["Arm", "apart", "arm_parts", "find_runs", "group_runs", "load_scores"]
 
 #: keys by which runs of one arm may differ
 WITHIN_ARM = ("seed", "needs_init_from", "trainer.threads", "trainer.workers", "trainer.log_every")
@@ -22,7 +22,11 @@ WITHIN_ARM = ("seed", "needs_init_from", "trainer.threads", "trainer.workers", "
 
 @dataclass
 class Arm:
-    """Runs that differ in their seed alone; ``parts`` are what sets them apart from the other arms."""
+    """Runs that differ in their seed alone; ``parts`` are what sets them apart from the other arms.
+
+    Of a cross-validation (``nearfar.lab.folds``), ``folds`` holds the runs of each fold and ``sizes`` the number of its
+    items; ``runs`` are then those of the first.
+    """
 
     parts: list[str]
     runs: dict[int, RunFolder]
@@ -30,11 +34,18 @@ class Arm:
     estimates: dict[int, dict[str, Estimate]] = field(default_factory=dict)
     per_item: dict[int, dict[str, np.ndarray]] = field(default_factory=dict)
     ids: np.ndarray | None = None
+    folds: dict[str, dict[int, RunFolder]] = field(default_factory=dict)
+    sizes: list[int] = field(default_factory=list)
 
     @property
     def label(self) -> str:
         """``sampler=hard, lr=0.1``, or the run's name where there is one arm only."""
         return ", ".join(self.parts) or self.runs[min(self.runs)].name
+
+    def every_run(self) -> list[tuple[str, int, RunFolder]]:
+        """(fold, seed, run) of all runs; the fold is empty where there are none."""
+        folds = self.folds or {"": self.runs}
+        return [(fold, seed, run) for fold, runs in folds.items() for seed, run in sorted(runs.items())]
 
 
 def find_runs(paths: Sequence[Path]) -> list[RunFolder]:
@@ -79,9 +90,14 @@ def group_runs(folders: Sequence[RunFolder]) -> list[Arm]:
                 break
         else:
             arms.append(Arm([], {config.seed: folder}, config))
-    for arm, parts in zip(arms, _parts([flatten(arm.config) for arm in arms]), strict=True):
+    for arm, parts in zip(arms, arm_parts([arm.config for arm in arms]), strict=True):
         arm.parts = parts
     return arms
+
+
+def arm_parts(configs: Sequence[Any]) -> list[list[str]]:
+    """For the configuration of each arm what sets it apart from the others, as ``key=value``."""
+    return _parts([flatten(config) for config in configs])
 
 
 def apart(configs: Sequence[Mapping[str, Any]]) -> list[str]:

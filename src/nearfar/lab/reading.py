@@ -78,12 +78,11 @@ def _unhealthy(comparison: Comparison) -> list[str]:
     """A line for each run in which the doctor found an error or a warning: its numbers may not be what they seem."""
     lines = []
     for arm in comparison.arms:
-        for seed, run in sorted(arm.runs.items()):
+        for fold, seed, run in arm.every_run():
             grave = [f["id"] for f in run_verdict(run).findings if f["severity"] != "note"]
             if grave:
-                lines.append(
-                    f"{arm.label}, seed {seed}: the doctor found {', '.join(grave)} (nearfar doctor {run})."
-                )
+                which = f"{arm.label}, {fold}, seed {seed}" if fold else f"{arm.label}, seed {seed}"
+                lines.append(f"{which}: the doctor found {', '.join(grave)} (nearfar doctor {run}).")
     return lines
 
 

@@ -147,9 +147,14 @@ def comparison_page(comparison: Comparison, path: Path) -> str:
             examples=_examples(run),
             example_run=f"{best.label}, seed {min(best.runs)}",
             runs=[
-                (arm.label, seed, folder.name, os.path.relpath(folder.path.resolve(), path.resolve().parent))
+                (
+                    arm.label,
+                    f"{fold}, {seed}" if fold else seed,
+                    folder.name,
+                    os.path.relpath(folder.path.resolve(), path.resolve().parent),
+                )
                 for arm in comparison.arms
-                for seed, folder in arm.runs.items()
+                for fold, seed, folder in arm.every_run()
             ],
         )
     )
@@ -190,7 +195,7 @@ def sweep_pictures(comparison: Comparison, sweep: Sweep) -> list[str]:
 
 def write_comparison(comparison: Comparison, output: Path | None = None) -> Path:
     """Write the comparison's ``report.html`` and ``comparison.json``; returns the path of the former."""
-    folders = [str(run.path.resolve()) for arm in comparison.arms for run in arm.runs.values()]
+    folders = [str(run.path.resolve()) for arm in comparison.arms for _, _, run in arm.every_run()]
     common = Path(os.path.commonpath(folders))
     path = output or common / "report.html"
     if path.is_dir() or not path.suffix:
@@ -200,7 +205,16 @@ def write_comparison(comparison: Comparison, output: Path | None = None) -> Path
     content = {
         "split": comparison.split,
         "baseline": comparison.baseline.label,
-        "arms": {arm.label: {str(s): str(r) for s, r in arm.runs.items()} for arm in comparison.arms},
+        "arms": {
+            arm.label: {f"{fold}/{s}" if fold else str(s): str(r) for fold, s, r in arm.every_run()}
+            for arm in comparison.arms
+        },
+        "means": {
+            a: {m: [v.value, v.low, v.high] for m, v in means.items()}
+            for a, means in comparison.summary.items()
+        },
+        "over": comparison.over,
+        "by_fold": {a: {m: r.to_dict() for m, r in rs.items()} for a, rs in comparison.by_fold.items()},
         "differences": {
             a: {m: d.to_dict() for m, d in ds.items()} for a, ds in comparison.differences.items()
         },

@@ -101,12 +101,34 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
                 *([comparison.together[label][name]] if several else []),
             )
         tables.append(table)
+    tables += [fold_table(comparison, label) for label in comparison.by_fold if comparison.by_fold[label]]
     for label, reason in comparison.refused.items():
         table = Table(title=f"{label}: not compared", title_justify="left")
         table.add_column("why")
         table.add_row(reason)
         tables.append(table)
     return tables
+
+
+def fold_table(comparison: Comparison, label: str) -> Table:
+    """The difference of an arm from the baseline in every fold, and over folds, for each metric."""
+    readings = comparison.by_fold[label]
+    first = next(iter(readings.values()))
+    title = f"{label} − {comparison.baseline.label}, by {comparison.over}; interval over folds (t)"
+    table = Table(title=title, title_justify="left")
+    table.add_column("metric", no_wrap=True)
+    for column in (*first.folds, "mean of folds", "95 % interval"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for metric, reading in readings.items():
+        each = [
+            f"[{_verdict_style(d)}]{d.value:+.3f}[/]"
+            if d.verdict != "not distinguishable"
+            else f"{d.value:+.3f}"
+            for d in reading.folds.values()
+        ]
+        interval = f"[{reading.low:+.3f}, {reading.high:+.3f}]"
+        table.add_row(metric_words(metric), *each, f"{reading.value:+.3f}", interval)
+    return table
 
 
 def sweep_table(comparison: Comparison, sweep: Sweep) -> Table:
