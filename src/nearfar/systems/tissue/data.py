@@ -80,14 +80,17 @@ def load_data(options: Any, say: Callable[[str], None]) -> TissueData:
     folder = Path(str(options.dir)).expanduser()
     if not folder.is_dir():
         raise NearfarError(f"data.dir={folder}: no such folder.")
-    from nearfar.systems.tissue.shard_dataset import read_shards, read_splits
+    from nearfar.systems.tissue.shard_dataset import read_shards
+    from nearfar.systems.tissue.shard_index import read_index, read_splits
 
-    given = read_splits(folder)
-    everything = given.pop("all", None) or [name for names in given.values() for name in names]
-    splits = divided(everything, options, given, str(folder))
+    there = [slide.name for slide in read_index(folder).slides]
+    splits = divided(there, options, read_splits(folder), str(folder))
     wanted = [name for names in splits.values() for name in names]
-    tissue = read_shards(folder, slides=wanted, genes=options.genes, genes_of=splits["train"])
-    return TissueData(_of_slides(tissue, splits), f"shards in {folder.name}")
+    tissue = read_shards(
+        folder, wanted, genes=options.genes, genes_of=splits["train"], neighbors=options.neighbors
+    )
+    notes = {"genes": f"{len(tissue.genes)} most variable over the training slides"}
+    return TissueData(_of_slides(tissue, splits), f"shards in {folder.name}", notes)
 
 
 def _of_slides(tissue: Tissue, splits: Mapping[str, Sequence[str]]) -> dict[str, Tissue]:

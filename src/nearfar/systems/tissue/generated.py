@@ -21,7 +21,6 @@ from nearfar.systems.tissue.records import Tissue
 __all__ = ["CONTENT", "content_of", "expressed", "generated_tissue", "grid", "rendered"]
 
 _VERSION = 1  # part of the cache key
-_MOST_PIXELS = 32  # of a patch: nothing finer is drawn
 
 #: what a patch shows of a spot's content, in order
 CONTENT = ("nuclei", "size of nuclei", "eosin", "darkness of nuclei", "fibres", "holes")
@@ -38,7 +37,7 @@ def generated_tissue(options: Any) -> Tissue:
     """
     names = ("slides", "side", "signal", "noise", "generated_genes", "generated_seed")
     key: dict[str, Any] = {name: options[name] for name in names}
-    key["pixels"] = min(int(options.patch), _MOST_PIXELS)
+    key["pixels"] = int(options.patch)
     arrays = cached_arrays("tissue-slides", ["generated", _VERSION, key], lambda: _slides(key))
     slides, spots, genes = key["slides"], key["side"] ** 2, key["generated_genes"]
     near, alpha = spatial_neighbors(grid(key["side"]), int(options.neighbors))
