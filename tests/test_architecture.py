@@ -13,7 +13,7 @@ import nearfar
 
 SOURCE = Path(nearfar.__file__).parent
 FLOORS = [
-    {"cli", "launch"},
+    {"cli", "data_cli", "launch"},
     {"overrides"},
     {"lab", "systems"},
     {"training"},

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from nearfar import terminal
+from nearfar.data_cli import data_app
 
 app = typer.Typer(
     name="nearfar",
@@ -23,6 +24,7 @@ verify_app = typer.Typer(
     no_args_is_help=True, help="Self-tests that certify a part of nearfar on this machine."
 )
 app.add_typer(verify_app, name="verify")
+app.add_typer(data_app, name="data")
 
 SmilesColumn = Annotated[
     str | None, typer.Option(help="The table's SMILES column, if it is not found by name.")
@@ -272,7 +274,7 @@ def search(
     trained(run).search_and_print(query, molecule, k, gallery, html, terminal.console(), columns)
 
 
-@app.command(context_settings=HYDRA)
+@data_app.command("read", context_settings=HYDRA)
 def data(context: typer.Context) -> None:
     """Read an experiment's data and show what was taken, rejected and why: experiment=NAME data.train=…"""
     from nearfar.overrides import single_config

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from nearfar.systems.tissue.patches import Box, codec
 from nearfar.systems.tissue.records import Tissue
 from nearfar.systems.tissue.shard_index import ShardIndex, SlideEntry
 from nearfar.systems.tissue.shard_options import ShardOptions
-from nearfar.systems.tissue.slide_folder import SlideFolder, Spots
+from nearfar.systems.tissue.slide_folder import Rejected, SlideFolder, Spots
 from nearfar.systems.tissue.slide_splits import (
     check_splits,
     divide,
@@ -36,8 +37,8 @@ from nearfar.systems.tissue.slides import Slide, SlideCounts, find_slides
 __all__ = ["Watch", "Written", "write_shards", "write_tissue"]
 
 VERSION = 1  # of what a slide is made into; part of every slide's key
-#: told of progress: what is done ("counts" or "shards"), the slide, spots done, spots in all (0: kept as it was)
-Watch = Callable[[str, str, int, int], None]
+#: told of progress: "counts" and slides that were read of all slides, "shards" and spots that were written of all spots
+Watch = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Written:
     splits: dict[str, list[str]]
     written: list[str]
     kept: list[str]
-    dropped: dict[str, dict[str, int]]
+    dropped: list[str]
     rejections: Rejections
 
     def summary(self) -> str:
@@ -88,21 +89,10 @@ def write_shards(
     said: dict[str, str | None] = {name: slide.patient() for name, slide in slides.items()}
     patients = patients_of(said, options.patients)
     hashes = {name: [_sha256(path) for path in slide.files()] for name, slide in slides.items()}
-    dropped: dict[str, dict[str, int]] = {}
-    sums: dict[str, GeneSums] = {}
-    rejected: dict[str, list[tuple[str, str, str]]] = {}
-    for name, slide in slides.items():
-        key = content_key("sums", VERSION, hashes[name], options.of_patches(), options.target_sum)
-        read = folder.read_sums(name, key)
-        if read is None:
-            counts, _, _ = _usable(slide, options)
-            read = _sums(counts, options.target_sum), counts.rejected
-            folder.write_sums(name, key, *read)
-        sums[name], rejected[name] = read
-        watch("counts", name, sums[name].spots, sums[name].spots)
-        if not sums[name].spots:
-            dropped[name] = _by_reason(rejected[name])
-            del sums[name]
+    sums, rejected = _survey(folder, slides, hashes, options, watch)
+    dropped = [name for name, slide in sums.items() if not slide.spots]
+    for name in dropped:
+        del sums[name]
     if not sums:
         raise NearfarError(
             f"{source}: of {len(slides)} slides none has a spot that can be used: {_tally(rejected).summary()}."
@@ -110,17 +100,20 @@ def write_shards(
     splits = _splits(Path(source), list(sums), patients, options)
     genes, how = _genes(sums, splits["train"], options)
     expression = {"values": options.values, "target_sum": options.target_sum, "genes": how}
-    written, kept, entries = [], [], []
+    written: list[str] = []
+    kept: list[str] = []
+    entries = []
+    done, total = 0, sum(slide.spots for slide in sums.values())
     for name in sums:
         parts = [VERSION, hashes[name], options.of_samples(), genes, patients[name], codec()]
         key = content_key("shards", *parts)
         entry = folder.finished(name, key)
+        (written if entry is None else kept).append(name)
         if entry is None:
-            entry = _write_slide(folder, slides[name], patients[name], genes, options, key, watch)
-            written.append(name)
-        else:
-            kept.append(name)
-            watch("shards", name, entry.spots, 0)
+            told = partial(_told, watch, done, total)
+            entry = _write_slide(folder, slides[name], patients[name], genes, options, key, told)
+        done += entry.spots
+        watch("shards", done, total)
         entries.append(entry)
     patch = {
         "pixels": options.stored,
@@ -196,6 +189,28 @@ def write_tissue(
     return index
 
 
+def _survey(
+    folder: SlideFolder,
+    slides: Mapping[str, Slide],
+    hashes: Mapping[str, list[str]],
+    options: ShardOptions,
+    watch: Watch,
+) -> tuple[dict[str, GeneSums], dict[str, Rejected]]:
+    """For each slide the sums of its genes over the spots that can be used, and the spots that cannot."""
+    sums, rejected = {}, {}
+    for at, (name, slide) in enumerate(slides.items()):
+        watch("counts", at, len(slides))
+        key = content_key("sums", VERSION, hashes[name], options.of_patches(), options.target_sum)
+        read = folder.read_sums(name, key)
+        if read is None:
+            counts, _, _ = _usable(slide, options)
+            read = _sums(counts, options.target_sum), counts.rejected
+            folder.write_sums(name, key, *read)
+        sums[name], rejected[name] = read
+    watch("counts", len(slides), len(slides))
+    return sums, rejected
+
+
 def _usable(slide: Slide, options: ShardOptions) -> tuple[SlideCounts, list[Box], int]:
     """The spots of a slide that have counts and a picture, what is cut around each, and its side."""
     counts = slide.read_counts()
@@ -217,7 +232,7 @@ def _write_slide(
     genes: list[str],
     options: ShardOptions,
     key: str,
-    watch: Watch,
+    watch: Callable[[int], None],
 ) -> SlideEntry:
     counts, boxes, side = _usable(slide, options)
     totals = counts.totals()
@@ -232,11 +247,10 @@ def _write_slide(
         slide.name, patient, counts.spots, counts.positions, neighbors, alpha, expression, totals, sigma,
         counts.pixel_size, side, _by_reason(counts.rejected),
     )  # fmt: skip
-    watch("shards", slide.name, 0, len(boxes))
     with slide.open_pictures() as pictures:
 
         def patch(row: int) -> np.ndarray:
-            watch("shards", slide.name, row + 1, len(boxes))
+            watch(row)
             return pictures.patch(counts.spots[row], boxes[row], options.stored)
 
         return folder.write(spots, patch, options.quality, options.spots_per_shard, key)
@@ -299,14 +313,18 @@ def _splits(
     )
 
 
-def _by_reason(rejected: Sequence[tuple[str, str, str]]) -> dict[str, int]:
+def _told(watch: Watch, before: int, total: int, spots: int) -> None:
+    watch("shards", before + spots, total)
+
+
+def _by_reason(rejected: Rejected) -> dict[str, int]:
     found: dict[str, int] = {}
     for _, reason, _ in rejected:
         found[reason] = found.get(reason, 0) + 1
     return found
 
 
-def _tally(rejected: Mapping[str, Sequence[tuple[str, str, str]]]) -> Rejections:
+def _tally(rejected: Mapping[str, Rejected]) -> Rejections:
     found = Rejections()
     for slide, spots in rejected.items():
         for spot, reason, detail in spots:

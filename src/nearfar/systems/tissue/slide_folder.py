@@ -19,8 +19,9 @@ from nearfar.systems.tissue.shard_index import ShardFile, SlideEntry, write_json
 from nearfar.systems.tissue.tar_shards import ShardWriter, npy
 from nearfar.training.run_folder import write_atomically
 
-__all__ = ["SlideFolder", "Spots"]
+__all__ = ["Rejected", "SlideFolder", "Spots"]
 
+#: spot, reason and detail of spots that were left out
 Rejected = Sequence[tuple[str, str, str]]
 
 

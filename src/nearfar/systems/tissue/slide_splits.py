@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import IO, Literal
 
 import numpy as np
 
@@ -42,7 +43,11 @@ def write_split_files(folder: Path, splits: Mapping[str, Sequence[str]]) -> None
     """Write the three files, empty for a split of no slides."""
     for split in SPLITS:
         text = "".join(f"{name}\n" for name in splits.get(split, ()))
-        write_atomically(folder / f"{split}_samples.txt", lambda file, text=text: file.write(text.encode()))
+        write_atomically(folder / f"{split}_samples.txt", partial(_put, text.encode()))
+
+
+def _put(content: bytes, file: IO[bytes]) -> None:
+    file.write(content)
 
 
 def check_splits(

@@ -85,7 +85,8 @@ class ArrayReader:
     """
 
     def __init__(self) -> None:
-        self._head, self._dtype, self._shape = b"", np.dtype(np.float32), (0,)
+        self._head, self._dtype = b"", np.dtype(np.float32)
+        self._shape: tuple[int, ...] = (0,)
 
     def __call__(self, data: memoryview) -> np.ndarray:
         if not self._head or data[: len(self._head)] != self._head:
