@@ -8,7 +8,7 @@ itself: the entry that makes it finished, and sums of its genes, from which vari
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,10 +18,9 @@ import numpy as np
 from nearfar.data.cache import content_key
 from nearfar.data.rejections import Rejections
 from nearfar.errors import NearfarError
-from nearfar.systems.tissue.genes import GeneSums, common_genes, normalized, read_genes, variable_genes
+from nearfar.systems.tissue.genes import normalized
 from nearfar.systems.tissue.neighborhood import RULE, neighbor_scale, spatial_neighbors
-from nearfar.systems.tissue.patches import Box, codec
-from nearfar.systems.tissue.records import Tissue
+from nearfar.systems.tissue.patches import codec
 from nearfar.systems.tissue.shard_index import ShardIndex, SlideEntry
 from nearfar.systems.tissue.shard_options import ShardOptions
 from nearfar.systems.tissue.slide_folder import Rejected, SlideFolder, Spots
@@ -32,9 +31,10 @@ from nearfar.systems.tissue.slide_splits import (
     read_split_files,
     write_split_files,
 )
-from nearfar.systems.tissue.slides import Slide, SlideCounts, find_slides
+from nearfar.systems.tissue.slide_survey import choose_genes, survey, usable
+from nearfar.systems.tissue.slides import Slide, find_slides
 
-__all__ = ["Watch", "Written", "write_shards", "write_tissue"]
+__all__ = ["Watch", "Written", "write_shards"]
 
 VERSION = 1  # of what a slide is made into; part of every slide's key
 #: told of progress: "counts" and slides that were read of all slides, "shards" and spots that were written of all spots
@@ -89,7 +89,7 @@ def write_shards(
     said: dict[str, str | None] = {name: slide.patient() for name, slide in slides.items()}
     patients = patients_of(said, options.patients)
     hashes = {name: [_sha256(path) for path in slide.files()] for name, slide in slides.items()}
-    sums, rejected = _survey(folder, slides, hashes, options, watch)
+    sums, rejected = survey(folder, slides, hashes, options, watch)
     dropped = [name for name, slide in sums.items() if not slide.spots]
     for name in dropped:
         del sums[name]
@@ -98,7 +98,7 @@ def write_shards(
             f"{source}: of {len(slides)} slides none has a spot that can be used: {_tally(rejected).summary()}."
         )
     splits = _splits(Path(source), list(sums), patients, options)
-    genes, how = _genes(sums, splits["train"], options)
+    genes, how = choose_genes(sums, splits["train"], options)
     expression = {"values": options.values, "target_sum": options.target_sum, "genes": how}
     written: list[str] = []
     kept: list[str] = []
@@ -130,101 +130,6 @@ def write_shards(
     return Written(index, splits, written, kept, dropped, _tally(rejected))
 
 
-def write_tissue(
-    tissue: Tissue,
-    output: str | Path,
-    splits: Mapping[str, Sequence[str]] | None = None,
-    *,
-    quality: int = 90,
-    target_sum: float = 1e4,
-    spots_per_shard: int = 4096,
-) -> ShardIndex:
-    """Write a tissue that is in memory as shards; without ``splits`` all its slides train.
-
-    Patches lose a little, as jpg does; everything else is kept. ``target_sum`` states how "log1p" expression was
-    normalised, or is to be. Returns the index.
-    """
-    folder = SlideFolder(Path(output))
-    folder.prepare(list(tissue.slide_names))
-    divided = {name: list(slides) for name, slides in (splits or {"train": tissue.slide_names}).items()}
-    check_splits(divided, list(tissue.slide_names))
-    if tissue.patches.shape[1] != tissue.patches.shape[2]:
-        raise NearfarError(f"patches of {tissue.patches.shape[1:3]} pixels: squares are needed.")
-    entries = []
-    for at, name in enumerate(tissue.slide_names):
-        rows = tissue.rows_of(at)
-        first = int(rows[0]) if len(rows) else 0
-        patches, near = tissue.patches[rows], tissue.neighbors[rows]
-        expression = np.asarray(tissue.expression[rows])
-        totals = expression.sum(1) if tissue.totals is None else tissue.totals[rows]
-        key = content_key("tissue", VERSION, tissue.content, name, quality, spots_per_shard, codec())
-        entry = folder.finished(name, key)
-        if entry is None:
-            spots = Spots(
-                slide=name,
-                patient=name if tissue.patients is None else tissue.patients[at],
-                names=[tissue.ids[row] for row in rows.tolist()],
-                positions=tissue.positions[rows],
-                neighbors=np.where(near >= 0, near - first, -1),
-                alpha=tissue.alpha[rows],
-                expression=expression,
-                totals=totals,
-                sigma=neighbor_scale(tissue.positions[rows], tissue.neighbors.shape[1]),
-            )
-            values = normalized(expression, totals, target_sum) if tissue.values == "counts" else expression
-            folder.write_sums(name, key, GeneSums.of(values, tissue.genes), [])
-            entry = folder.write(spots, patches.__getitem__, quality, spots_per_shard, key)
-        entries.append(entry)
-    index = ShardIndex(
-        folder.path,
-        list(tissue.genes),
-        {"values": tissue.values, "target_sum": target_sum, "genes": "as in the tissue that was written"},
-        {"pixels": tissue.patches.shape[1], "field": "not known", "jpg_quality": quality, "encoder": codec()},
-        {"k": tissue.neighbors.shape[1], "rule": "as in the tissue that was written"},
-        entries,
-    )
-    write_split_files(folder.path, divided)
-    folder.write_rejected({})
-    index.write(divided)
-    return index
-
-
-def _survey(
-    folder: SlideFolder,
-    slides: Mapping[str, Slide],
-    hashes: Mapping[str, list[str]],
-    options: ShardOptions,
-    watch: Watch,
-) -> tuple[dict[str, GeneSums], dict[str, Rejected]]:
-    """For each slide the sums of its genes over the spots that can be used, and the spots that cannot."""
-    sums, rejected = {}, {}
-    for at, (name, slide) in enumerate(slides.items()):
-        watch("counts", at, len(slides))
-        key = content_key("sums", VERSION, hashes[name], options.of_patches(), options.target_sum)
-        read = folder.read_sums(name, key)
-        if read is None:
-            counts, _, _ = _usable(slide, options)
-            read = _sums(counts, options.target_sum), counts.rejected
-            folder.write_sums(name, key, *read)
-        sums[name], rejected[name] = read
-    watch("counts", len(slides), len(slides))
-    return sums, rejected
-
-
-def _usable(slide: Slide, options: ShardOptions) -> tuple[SlideCounts, list[Box], int]:
-    """The spots of a slide that have counts and a picture, what is cut around each, and its side."""
-    counts = slide.read_counts()
-    totals = counts.totals()
-    enough = totals >= options.min_counts
-    reason = f"fewer than {options.min_counts} counts"
-    counts = counts.keep(enough, reason, [f"{total:g} counts" for total in totals.tolist()])
-    side = options.field(slide.name, counts.pixel_size)
-    boxes = slide.boxes(counts, side)
-    inside, details = slide.check_boxes(counts, boxes)
-    kept = counts.keep(inside, "no picture", details)
-    return kept, [box for box, there in zip(boxes, inside.tolist(), strict=True) if there], side
-
-
 def _write_slide(
     folder: SlideFolder,
     slide: Slide,
@@ -234,7 +139,7 @@ def _write_slide(
     key: str,
     watch: Callable[[int], None],
 ) -> SlideEntry:
-    counts, boxes, side = _usable(slide, options)
+    counts, boxes, side = usable(slide, options)
     totals = counts.totals()
     expression = counts.columns(genes)
     if options.values == "log1p":
@@ -254,42 +159,6 @@ def _write_slide(
             return pictures.patch(counts.spots[row], boxes[row], options.stored)
 
         return folder.write(spots, patch, options.quality, options.spots_per_shard, key)
-
-
-def _sums(counts: SlideCounts, target_sum: float) -> GeneSums:
-    """Sums over a slide, some spots at a time: dense, a Visium slide has 300 MB."""
-    genes = sorted(set(counts.genes))
-    totals, n = counts.totals(), len(counts.spots)
-    total, squares = np.zeros(len(genes)), np.zeros(len(genes))
-    for start in range(0, n, 256):
-        rows = np.arange(start, min(start + 256, n))
-        part = SlideCounts([""] * len(rows), counts.positions[rows], counts.genes, counts.counts[rows])
-        own = GeneSums.of(normalized(part.columns(genes), totals[rows], target_sum), genes)
-        total, squares = total + own.total, squares + own.squares
-    return GeneSums(genes, n, total, squares)
-
-
-def _genes(
-    sums: Mapping[str, GeneSums], train: Sequence[str], options: ShardOptions
-) -> tuple[list[str], str]:
-    """The genes of the shards, and how they were chosen."""
-    common = common_genes({name: slide.genes for name, slide in sums.items()})
-    if options.genes is None:
-        return common, f"all {len(common)} that every slide has"
-    if isinstance(options.genes, Path):
-        genes = read_genes(options.genes)
-        missing = sorted(set(genes) - set(common))
-        if missing:
-            raise NearfarError(
-                f"{options.genes}: {len(missing)} of {len(genes)} genes are not in every slide, first "
-                f"{', '.join(missing[:5])}."
-            )
-        return genes, f"as listed in {options.genes.name}"
-    genes = variable_genes({name: sums[name] for name in train}, options.genes, common)
-    return genes, (
-        f"{len(genes)} of {len(common)} that every slide has, of the largest variance of log1p expression within the "
-        f"{len(train)} training slides"
-    )
 
 
 def _splits(

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 
-from nearfar.data.images import image_size
 from nearfar.errors import NearfarError
-from nearfar.systems.tissue.patches import Box, box_around, cut, read_large
+from nearfar.systems.tissue.patches import Box, box_around
+from nearfar.systems.tissue.slide_image import Pictures
 
-__all__ = ["Pictures", "Slide", "SlideCounts", "WholeImage", "find_slides"]
-
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".bmp")
+__all__ = ["Slide", "SlideCounts", "by_stem", "find_slides"]
 
 
 @dataclass
@@ -72,12 +70,6 @@ class SlideCounts:
         return np.asarray(self.counts.sum(axis=1), np.float64).ravel()
 
 
-class Pictures(Protocol):
-    """Where patches come from while a slide is open."""
-
-    def patch(self, spot: str, box: Box, pixels: int) -> UInt8[np.ndarray, "p p 3"]: ...
-
-
 class Slide(ABC):
     """A slide's files. Nothing is read before it is asked for, and the picture only while it is open."""
 
@@ -106,36 +98,6 @@ class Slide(ABC):
     def boxes(self, counts: SlideCounts, field: float) -> list[Box]:
         """The squares of ``field`` pixels around the spots."""
         return [box_around(x, y, field) for x, y in counts.positions.tolist()]
-
-
-class WholeImage:
-    """Patches out of one picture in memory."""
-
-    def __init__(self, pixels: UInt8[np.ndarray, "h w 3"]) -> None:
-        self.pixels = pixels
-
-    def patch(self, spot: str, box: Box, pixels: int) -> UInt8[np.ndarray, "p p 3"]:
-        return cut(self.pixels, box, pixels)
-
-    @classmethod
-    @contextmanager
-    def opened(cls, path: Path) -> Iterator[Pictures]:
-        """The picture of a file, given back at the end, so that two large ones are never held at once."""
-        whole = cls(read_large(path))
-        try:
-            yield whole
-        finally:
-            whole.pixels = np.empty((0, 0, 3), np.uint8)
-
-
-def boxes_inside(path: Path | None, boxes: Sequence[Box]) -> tuple[np.ndarray, list[str]]:
-    """Which boxes lie wholly in a picture, and what is wrong with each other one."""
-    if path is None:
-        return np.zeros(len(boxes), bool), ["the slide has no picture"] * len(boxes)
-    height, width = image_size(path)
-    corners = np.array(boxes).reshape(-1, 4)
-    kept = (corners[:, :2] >= 0).all(1) & (corners[:, 2] <= width) & (corners[:, 3] <= height)
-    return kept, [f"{tuple(box)} is not inside {width} × {height} pixels" for box in boxes]
 
 
 def by_stem(folder: Path, endings: Sequence[str], tail: str = "") -> dict[str, Path]:

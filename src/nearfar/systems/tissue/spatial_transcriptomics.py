@@ -19,15 +19,8 @@ import numpy as np
 from nearfar.data.tables import read_table
 from nearfar.errors import NearfarError
 from nearfar.systems.tissue.patches import Box
-from nearfar.systems.tissue.slides import (
-    IMAGE_ENDINGS,
-    Pictures,
-    Slide,
-    SlideCounts,
-    WholeImage,
-    boxes_inside,
-    by_stem,
-)
+from nearfar.systems.tissue.slide_image import IMAGE_ENDINGS, Pictures, boxes_inside, open_image
+from nearfar.systems.tissue.slides import Slide, SlideCounts, by_stem
 
 __all__ = ["SpatialTranscriptomicsSlide", "slides_of"]
 
@@ -140,7 +133,7 @@ class SpatialTranscriptomicsSlide(Slide):
 
     def open_pictures(self) -> AbstractContextManager[Pictures]:
         assert self.image is not None
-        return WholeImage.opened(self.image)
+        return open_image(self.image)
 
     def _places(self) -> dict[str, tuple[float, float, bool]]:
         """x and y in pixels, and whether a spot is selected, by its name."""

@@ -19,15 +19,14 @@ import numpy as np
 from nearfar.errors import NearfarError
 from nearfar.systems.tissue.h5ad import read_h5ad
 from nearfar.systems.tissue.patches import Box, box_around, cut
-from nearfar.systems.tissue.slides import (
+from nearfar.systems.tissue.slide_image import (
     IMAGE_ENDINGS,
     Pictures,
-    Slide,
-    SlideCounts,
-    WholeImage,
     boxes_inside,
-    by_stem,
+    open_image,
+    pixel_size_of,
 )
+from nearfar.systems.tissue.slides import Slide, SlideCounts, by_stem
 
 __all__ = ["VisiumSlide", "slides_of"]
 
@@ -78,6 +77,8 @@ class VisiumSlide(Slide):
             found.pixel_size = float(said)
         elif diameter:
             found.pixel_size = SPOT_DIAMETER / diameter
+        elif self.image is not None:
+            found.pixel_size = pixel_size_of(self.image)
         return found
 
     def patient(self) -> str | None:
@@ -110,7 +111,7 @@ class VisiumSlide(Slide):
         if self.patches is not None:
             return _PatchFile.opened(self.patches)
         assert self.image is not None
-        return WholeImage.opened(self.image)
+        return open_image(self.image)
 
     def _notes(self) -> dict[str, Any]:
         if self.notes is None:

@@ -1,0 +1,137 @@
+"""The picture of a slide while patches are cut from it: whole in memory, or by regions where its format allows that.
+
+Pictures of the formats that OpenSlide knows (tiled and pyramidal TIFF, SVS, NDPI …) are read by regions and may be of
+any size; of all others one at a time is in memory, 3 bytes a pixel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from jaxtyping import UInt8
+
+from nearfar.data.images import image_size
+from nearfar.errors import NearfarError
+from nearfar.systems.tissue.patches import Box, cut, read_large
+
+__all__ = ["IMAGE_ENDINGS", "Pictures", "boxes_inside", "open_image", "picture_size", "pixel_size_of"]
+
+_BY_REGION = (".tif", ".tiff", ".svs", ".ndpi", ".scn", ".bif", ".mrxs")
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", *_BY_REGION)
+
+
+class Pictures(Protocol):
+    """Where patches come from while a slide is open."""
+
+    def patch(self, spot: str, box: Box, pixels: int) -> UInt8[np.ndarray, "p p 3"]: ...
+
+
+class _Whole:
+    """A picture in memory."""
+
+    def __init__(self, pixels: UInt8[np.ndarray, "h w 3"]) -> None:
+        self.pixels = pixels
+
+    def patch(self, spot: str, box: Box, pixels: int) -> UInt8[np.ndarray, "p p 3"]:
+        return cut(self.pixels, box, pixels)
+
+
+class _Regions:
+    """A picture on disk."""
+
+    def __init__(self, slide: Any, path: Path) -> None:
+        self.slide, self.path = slide, path
+
+    def patch(self, spot: str, box: Box, pixels: int) -> UInt8[np.ndarray, "p p 3"]:
+        left, top, right, bottom = box
+        side = (right - left, bottom - top)
+        try:
+            region = np.asarray(self.slide.read_region((left, top), 0, side))
+        except Exception as error:  # OpenSlide's own, which name no file
+            raise NearfarError(f"{self.path} cannot be read around spot {spot}: {error}.") from None
+        # What was not scanned is transparent, and lies on white.
+        opaque = region[..., 3:].astype(np.uint16)
+        flat = (region[..., :3] * opaque + 255 * (255 - opaque)) // 255
+        return cut(flat.astype(np.uint8), (0, 0, *side), pixels)
+
+
+@contextmanager
+def open_image(path: Path) -> Iterator[Pictures]:
+    """The picture of a file, given back at the end, so that two large ones are never held at once.
+
+    Raises:
+        NearfarError: a file that cannot be read, or is too large to be read whole (with what would help).
+    """
+    slide = _openslide(path)
+    if slide is not None:
+        with slide:
+            yield _Regions(slide, path)
+        return
+    whole = _Whole(read_large(path))
+    try:
+        yield whole
+    finally:
+        whole.pixels = np.empty((0, 0, 3), np.uint8)
+
+
+def picture_size(path: Path) -> tuple[int, int]:
+    """(height, width), from the head of the file."""
+    slide = _openslide(path)
+    if slide is None:
+        try:
+            return image_size(path)
+        except NearfarError as error:
+            if path.suffix.lower() not in _BY_REGION or _installed():
+                raise
+            raise NearfarError(
+                f"{error} Slide scans are read with OpenSlide: pip install 'nearfar[tissue]'."
+            ) from None
+    with slide:
+        width, height = slide.dimensions
+        return int(height), int(width)
+
+
+def pixel_size_of(path: Path) -> float | None:
+    """Micrometres per pixel where the picture itself says so."""
+    slide = _openslide(path)
+    if slide is None:
+        return None
+    with slide:
+        said = slide.properties.get("openslide.mpp-x")
+        return float(said) if said else None
+
+
+def boxes_inside(path: Path | None, boxes: Sequence[Box]) -> tuple[np.ndarray, list[str]]:
+    """Which boxes lie wholly in a picture, and what is wrong with each other one."""
+    if path is None:
+        return np.zeros(len(boxes), bool), ["the slide has no picture"] * len(boxes)
+    height, width = picture_size(path)
+    corners = np.array(boxes).reshape(-1, 4)
+    kept = (corners[:, :2] >= 0).all(1) & (corners[:, 2] <= width) & (corners[:, 3] <= height)
+    return kept, [f"{tuple(box)} is not inside {width} × {height} pixels" for box in boxes]
+
+
+def _installed() -> bool:
+    try:
+        import openslide  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def _openslide(path: Path) -> Any:
+    """The file as OpenSlide opens it, or None: another format, or OpenSlide is not installed."""
+    if path.suffix.lower() not in _BY_REGION or not _installed():
+        return None
+    import openslide
+
+    if openslide.OpenSlide.detect_format(str(path)) is None:
+        return None
+    try:
+        return openslide.OpenSlide(str(path))
+    except openslide.OpenSlideError as error:
+        raise NearfarError(f"{path} cannot be read: {error}. Is it complete?") from None
