@@ -101,7 +101,7 @@ class Tissue:
         """
         for name in names:
             if name not in self.slide_names:
-                raise NearfarError(f"there is no slide {name!r}; {nearest_name(name, self.slide_names)}.")
+                raise NearfarError(f"there is no slide {name!r}; {nearest_name(name, self.slide_names)}")
         kept = [at for at, name in enumerate(self.slide_names) if name in set(names)]
         if not kept:
             raise NearfarError("spots of no slide are asked for; name one or more slides.")

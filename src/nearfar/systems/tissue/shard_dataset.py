@@ -121,7 +121,7 @@ def _columns(
         genes = variable_genes(sums, genes, index.genes)
     for gene in genes:
         if gene not in place:
-            raise NearfarError(f"{index.folder} has no gene {gene!r}; {nearest_name(gene, place)}.")
+            raise NearfarError(f"{index.folder} has no gene {gene!r}; {nearest_name(gene, place)}")
     return np.array([place[gene] for gene in genes])
 
 

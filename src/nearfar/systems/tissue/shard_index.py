@@ -94,7 +94,7 @@ class ShardIndex:
             if slide.name == name:
                 return slide
         names = [slide.name for slide in self.slides]
-        raise NearfarError(f"{self.folder} has no slide {name!r}; {nearest_name(name, names)}.")
+        raise NearfarError(f"{self.folder} has no slide {name!r}; {nearest_name(name, names)}")
 
     def write(self, splits: Mapping[str, Sequence[str]]) -> Path:
         """Write ``index.json``; the splits are the ones at the time of writing, the split files decide."""

@@ -64,7 +64,7 @@ def check_splits(
                 raise NearfarError(f"{where + ': ' if where else ''}slide {name} stands twice in {split}.")
             if slides is not None and name not in slides:
                 raise NearfarError(
-                    f"{split} names slide {name!r}, which is not there; {nearest_name(name, slides)}."
+                    f"{split} names slide {name!r}, which is not there; {nearest_name(name, slides)}"
                 )
     check_disjoint(splits, what="slide")
     if patients is not None:
@@ -131,7 +131,7 @@ def _named(names: Sequence[str], slides: Sequence[str], patients: Mapping[str, s
         elif by == "patient" and name in patients.values():
             found += [slide for slide in slides if patients[slide] == name]
         else:
-            raise NearfarError(f"there is no slide {name!r}; {nearest_name(name, slides)}.")
+            raise NearfarError(f"there is no slide {name!r}; {nearest_name(name, slides)}")
     return found
 
 
