@@ -40,6 +40,7 @@ OPTIONAL = {
         "torch_geometric",
         "transformers",
     ),
+    "tissue": ("h5py", "openslide", "simplejpeg"),
     "loggers": ("mlflow", "tensorboard", "wandb"),
 }
 
