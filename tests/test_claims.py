@@ -281,15 +281,15 @@ def test_compact_batches_bring_neighbours_and_shuffled_ones_do_not(monkeypatch: 
     found = spatial_batches.run(0, side=16, epochs=1)
     assert found["reached_compact"] > 0.99
     assert found["reached_random"] < 0.8
-    whole = spatial_batches._neighbors(16)
+    whole = spatial_batches.grid_neighbors(16)
     shuffled = whole[torch.randperm(256, generator=torch.Generator().manual_seed(0))]
-    monkeypatch.setattr(spatial_batches, "_neighbors", lambda side: shuffled)
+    monkeypatch.setattr(spatial_batches, "grid_neighbors", lambda side: shuffled)
     broken = spatial_batches.run(0, side=16, epochs=1)
     assert broken["reached_compact"] < 0.8
 
 
 def test_grid_neighbours_against_a_loop() -> None:
-    found = spatial_batches._neighbors(5)
+    found = spatial_batches.grid_neighbors(5)
     for row in range(5):
         for column in range(5):
             steps = ((0, 1), (1, 0), (0, -1), (-1, 0))

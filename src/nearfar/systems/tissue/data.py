@@ -70,7 +70,16 @@ def load_data(options: Any, say: Callable[[str], None]) -> TissueData:
     """The splits that ``data`` asks for: slides in a folder of shards, or generated ones."""
     if options.dir is None:
         say("data: generated slides; give data.dir= for your own")
-        tissue = generated_tissue(options)
+        tissue = generated_tissue(
+            options.slides,
+            options.side,
+            options.signal,
+            options.noise,
+            genes=options.generated_genes,
+            patch=options.patch,
+            neighbors=options.neighbors,
+            seed=options.generated_seed,
+        )
         tests = max(1, options.slides // 4)
         names = list(tissue.slide_names)
         usual = {"train": names[: -tests - 1], "val": names[-tests - 1 : -tests], "test": names[-tests:]}

@@ -30,20 +30,32 @@ SMOOTH = 1.6
 _DEPTH, _LOADING = 2000.0, 0.6
 
 
-def generated_tissue(options: Any) -> Tissue:
-    """``slides`` slides of ``side`` × ``side`` spots, by the options of ``data``; kept in the cache.
+def generated_tissue(
+    slides: int = 8,
+    side: int = 16,
+    signal: float = 0.8,
+    noise: float = 0.5,
+    *,
+    genes: int = 200,
+    patch: int = 32,
+    neighbors: int = 6,
+    seed: int = 0,
+) -> Tissue:
+    """``slides`` slides of ``side`` × ``side`` spots, kept in the cache.
 
-    All slides have the same loadings of genes on content; patients are as many as slides.
+    ``signal`` is the share of content that is smooth over a slide, ``noise`` the spread of what a patch of ``patch``
+    pixels shows beside it. All slides have the same loadings of genes on content; each is of another patient.
     """
-    names = ("slides", "side", "signal", "noise", "generated_genes", "generated_seed")
-    key: dict[str, Any] = {name: options[name] for name in names}
-    key["pixels"] = int(options.patch)
+    key: dict[str, Any] = {
+        "slides": slides, "side": side, "signal": float(signal), "noise": float(noise), "genes": genes, "pixels": patch,
+        "seed": seed,
+    }  # fmt: skip
     arrays = cached_arrays("tissue-slides", ["generated", _VERSION, key], lambda: _slides(key))
-    slides, spots, genes = key["slides"], key["side"] ** 2, key["generated_genes"]
-    near, alpha = spatial_neighbors(grid(key["side"]), int(options.neighbors))
+    spots, places = side * side, grid(side)
+    near, alpha = spatial_neighbors(places, neighbors)
     of_slide = np.repeat(np.arange(slides), spots)
     shift = spots * of_slide[:, None]
-    neighbors = np.tile(near, (slides, 1))
+    beside = np.tile(near, (slides, 1))
     counts = arrays["counts"].astype(np.float32)
     totals = counts.sum(axis=1)
     slide_names = [f"slide{number + 1}" for number in range(slides)]
@@ -52,22 +64,22 @@ def generated_tissue(options: Any) -> Tissue:
         slides=of_slide,
         slide_names=slide_names,
         patients=slide_names,
-        positions=np.tile(grid(key["side"]), (slides, 1)),
-        neighbors=np.where(neighbors >= 0, neighbors + shift, -1),
+        positions=np.tile(places, (slides, 1)),
+        neighbors=np.where(beside >= 0, beside + shift, -1),
         alpha=np.tile(alpha, (slides, 1)).astype(np.float32),
         expression=np.log1p(counts / np.maximum(totals, 1)[:, None] * 1e4),
         patches=arrays["patches"],
         genes=[f"gene{number + 1}" for number in range(genes)],
         values="log1p",
         totals=totals,
-        content=content_key("generated", _VERSION, key, int(options.neighbors)),
+        content=content_key("generated", _VERSION, key, neighbors),
     )
 
 
 def _slides(key: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Counts and patches of all slides; slide s is the same whatever their number."""
-    seed = key["generated_seed"]
-    loadings = np.random.default_rng(seed).standard_normal((len(CONTENT), key["generated_genes"]))
+    seed = key["seed"]
+    loadings = np.random.default_rng(seed).standard_normal((len(CONTENT), key["genes"]))
     counts, patches = [], []
     for number in range(key["slides"]):
         rng = np.random.default_rng([seed, number])

@@ -45,8 +45,8 @@ def run(
     lr: float = 1e-3,
 ) -> dict[str, float]:
     """Train four encoders: random or compact batches, with or without neighbours; test on another slide."""
-    image, text = _two_slides(side, dims, smooth, noise, torch.Generator().manual_seed(seed))
-    near = _neighbors(side)
+    image, text = two_slides(side, dims, smooth, noise, torch.Generator().manual_seed(seed))
+    near = grid_neighbors(side)
     place, size = torch.cartesian_prod(torch.arange(side), torch.arange(side)), tile * tile
     samplers: dict[str, BatchSampler] = {
         "random": RandomBatchSampler(len(place), size, seed=seed),
@@ -90,7 +90,7 @@ def run(
     return found
 
 
-def _neighbors(side: int) -> Tensor:
+def grid_neighbors(side: int) -> Tensor:
     """Four neighbours of each spot, -1 beyond the edge."""
     at = torch.stack(torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij"), -1).view(-1, 1, 2)
     other = at + STEPS
@@ -98,7 +98,7 @@ def _neighbors(side: int) -> Tensor:
     return torch.where(inside, other[..., 0] * side + other[..., 1], -1)
 
 
-def _two_slides(side: int, dims: int, smooth: int, noise: float, g: torch.Generator) -> tuple[Tensor, Tensor]:
+def two_slides(side: int, dims: int, smooth: int, noise: float, g: torch.Generator) -> tuple[Tensor, Tensor]:
     """Image and text of a slide to train on and one to test on, (2, spots, features)."""
     field = torch.randn(2, dims, side + smooth - 1, side + smooth - 1, generator=g)
     field = (
