@@ -94,12 +94,15 @@ def load_data(options: Any, say: Callable[[str], None]) -> TissueData:
 
     there = [slide.name for slide in read_index(folder).slides]
     splits = divided(there, options, read_splits(folder), str(folder))
-    wanted = [name for names in splits.values() for name in names]
-    tissue = read_shards(
-        folder, wanted, genes=options.genes, genes_of=splits["train"], neighbors=options.neighbors
-    )
-    notes = {"genes": f"{len(tissue.genes)} most variable over the training slides"}
-    return TissueData(_of_slides(tissue, splits), f"shards in {folder.name}", notes)
+    # Each by itself: a split then has a memory map of its own, wherever its slides stand in the folder.
+    parts = {
+        name: read_shards(
+            folder, slides, genes=options.genes, genes_of=splits["train"], neighbors=options.neighbors
+        )
+        for name, slides in splits.items()
+    }
+    notes = {"genes": f"{len(parts['train'].genes)} most variable over the training slides"}
+    return TissueData(parts, f"shards in {folder.name}", notes)
 
 
 def _of_slides(tissue: Tissue, splits: Mapping[str, Sequence[str]]) -> dict[str, Tissue]:
