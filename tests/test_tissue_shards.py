@@ -608,7 +608,7 @@ def test_hest_patches_are_read_by_barcode(tmp_path: Path) -> None:
     names, _, _ = slide_of(4)
     (tmp_path / "in" / "patches").mkdir()
     (tmp_path / "in" / "metadata").mkdir()
-    (tmp_path / "in" / "metadata" / "H1.json").write_text('{"patient": "Patient 3"}')
+    (tmp_path / "in" / "metadata" / "H1.json").write_text('{"patient": "P3", "dataset_title": "Breast"}')
     rows = np.random.default_rng(0).permutation(len(names))[:-2]  # in another order, and two are missing
     pixels = np.stack([picture(50 + at, 40, 40) for at in rows])
     with h5py.File(tmp_path / "in" / "patches" / "H1.h5", "w") as held:
@@ -617,7 +617,7 @@ def test_hest_patches_are_read_by_barcode(tmp_path: Path) -> None:
     written = write_shards(tmp_path / "in", tmp_path / "out", options(patch=40, pixels=20, genes=None))
     assert written.rejections.counts == {"no picture": 2}
     tissue = read_shards(tmp_path / "out")
-    assert tissue.patients == ["Patient 3"]
+    assert tissue.patients == ["Breast: P3"]
     for row, spot in enumerate(tissue.ids):
         at = rows.tolist().index(names.index(spot.split("/")[1]))
         wanted = pixels[at].reshape(20, 2, 20, 2, 3).mean((1, 3))

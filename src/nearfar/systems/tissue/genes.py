@@ -84,7 +84,9 @@ def variable_genes(sums: Mapping[str, GeneSums], count: int, among: Sequence[str
         {name: slide.genes for name, slide in sums.items()} | ({} if among is None else {"": among})
     )
     if count > len(genes):
-        raise NearfarError(f"{count} genes are asked for, but the slides have {len(genes)} in common.")
+        raise NearfarError(
+            f"{count} genes are asked for, but the slides have {len(genes)} in common: take fewer, or genes=all."
+        )
     around = np.zeros(len(genes))
     for slide in sums.values():
         place = {gene: at for at, gene in enumerate(slide.genes)}

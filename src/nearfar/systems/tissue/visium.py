@@ -82,8 +82,11 @@ class VisiumSlide(Slide):
         return found
 
     def patient(self) -> str | None:
-        said = self._notes().get("patient")
-        return None if said in (None, "", "nan") else str(said)
+        notes = self._notes()
+        said, study = notes.get("patient"), notes.get("dataset_title")
+        if said in (None, "", "nan"):
+            return None
+        return f"{study}: {said}" if study else str(said)  # every study of HEST-1k has a "Patient 1"
 
     def boxes(self, counts: SlideCounts, field: float) -> list[Box]:
         if self.patches is None:
