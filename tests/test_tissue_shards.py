@@ -378,10 +378,13 @@ def test_a_folder_of_other_slides_is_not_mixed(source: Path, shards: Path, tmp_p
 
 def test_a_slide_without_picture_is_left_out(tmp_path: Path) -> None:
     folder = write_st(tmp_path / "in", {"A": 1, "B": 2})
+    write_shards(folder, tmp_path / "out", options())
     (folder / "images" / "B.jpg").unlink()
     written = write_shards(folder, tmp_path / "out", options())
     assert (written.dropped, written.splits["train"]) == (["B"], ["A"])
     assert written.rejections.counts["no picture"] == 20
+    assert [path.name for path in (tmp_path / "out").glob("*.tar")] == ["A-0000.tar"]
+    assert read_shards(tmp_path / "out").slide_names == ["A"]
     (folder / "images" / "A.jpg").unlink()
     with pytest.raises(NearfarError, match="of 2 slides none"):
         write_shards(folder, tmp_path / "none", options())

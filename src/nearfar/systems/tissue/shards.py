@@ -92,6 +92,7 @@ def write_shards(
     sums, rejected = survey(folder, slides, hashes, options, watch)
     dropped = [name for name, slide in sums.items() if not slide.spots]
     for name in dropped:
+        folder.discard(name)
         del sums[name]
     if not sums:
         raise NearfarError(

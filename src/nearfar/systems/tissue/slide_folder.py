@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -115,18 +115,27 @@ class SlideFolder:
 
             write_atomically(path, fill)
             shards.append(self._file(path, len(rows)))
-        for path in self.path.glob(f"{stem}-*.tar"):
-            # Further shards of an earlier writing; -(digits) alone, since a slide may be called A and another A-1.
-            if re.fullmatch(re.escape(stem) + r"-\d{4,}\.tar", path.name) and path.name not in {
-                s.name for s in shards
-            }:
-                path.unlink()
+        self._remove_shards(stem, but={shard.name for shard in shards})
         table = self._write_table(spots)
         entry = SlideEntry(
             spots.slide, spots.patient, n, shards, table, spots.sigma, spots.pixel_size, spots.side, spots.rejected, key
         )  # fmt: skip
         write_json(self._entry(spots.slide), entry.as_dict())
         return entry
+
+    def discard(self, slide: str) -> None:
+        """Take away what an earlier call wrote of a slide that has no usable spot any more."""
+        if self._entry(slide).exists():
+            self._entry(slide).unlink()
+            (self.path / "index.json").unlink(missing_ok=True)
+            (self.path / "slides" / f"{_stem(slide)}.spots.npz").unlink(missing_ok=True)
+            self._remove_shards(_stem(slide))
+
+    def _remove_shards(self, stem: str, but: Collection[str] = ()) -> None:
+        """Shards of an earlier writing; the digits tell those of A from those of a slide called A-1."""
+        for path in self.path.glob(f"{stem}-*.tar"):
+            if re.fullmatch(re.escape(stem) + r"-\d{4,}\.tar", path.name) and path.name not in but:
+                path.unlink()
 
     def read_sums(self, slide: str, key: str | None = None) -> tuple[GeneSums, Rejected] | None:
         """Sums of a slide's genes and its rejected spots; None if there are none (or none of this ``key``)."""
