@@ -1,8 +1,7 @@
-"""One of two processes at its first step: ``tissue_ranks.py RANK FOLDER OVERRIDES…``."""
+"""The first step of the tissue system in one process or two."""
 
 from __future__ import annotations
 
-import sys
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -57,13 +56,10 @@ def all_gradients(rank: int, world: int, overrides: list[str]) -> dict[str, dict
     return found
 
 
-def main() -> None:
-    rank, folder = int(sys.argv[1]), Path(sys.argv[2])
+def one_rank(rank: int, folder: Path, overrides: list[str]) -> None:
+    """A process of two: writes its gradients to ``folder``."""
     torch.set_num_threads(1)
     store = f"file://{folder / 'store'}"
     dist.init_process_group("gloo", store, timedelta(seconds=60), rank=rank, world_size=2)
-    torch.save(all_gradients(rank, 2, sys.argv[3:]), folder / f"{rank}.pt")
-
-
-if __name__ == "__main__":
-    main()
+    torch.save(all_gradients(rank, 2, overrides), folder / f"{rank}.pt")
+    dist.destroy_process_group()
