@@ -141,7 +141,7 @@ def test_a_spatial_target_in_random_batches_is_found_inert(tmp_path: Path) -> No
         "batch_size=4",
         "epochs=1",
         "bootstrap=0",
-        "trainer.log_every=4",
+        "trainer.log_every=1",
     ]
     inert = run(tmp_path, "name=random", "sampler=random", *options)
     (plan,) = (r for r in inert.log() if r["kind"] == "plan")

@@ -202,7 +202,7 @@ def write_comparison(comparison: Comparison, output: Path | None = None) -> Path
         path = path / "report.html"
     if output is None and (common / "config.yaml").exists():
         path = common / "comparison.html"  # one run lies inside the other: its own report stays
-    content = {
+    content: dict[str, Any] = {
         "split": comparison.split,
         "baseline": comparison.baseline.label,
         "arms": {
