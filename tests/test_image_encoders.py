@@ -112,19 +112,39 @@ def test_transformers_without_preprocessor_or_weights(resnet: str, tmp_path: Pat
     assert "random" not in build_image_encoder("transformers", resnet).description
 
 
-def test_transformers_model_without_maps_is_refused(tmp_path: Path) -> None:
+def test_a_model_of_tokens_has_features_and_no_maps(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.ViTConfig(
-        hidden_size=8,
+        hidden_size=16,
         num_hidden_layers=1,
-        num_attention_heads=1,
-        intermediate_size=8,
-        image_size=64,
+        num_attention_heads=2,
+        intermediate_size=16,
+        image_size=32,
         patch_size=16,
     )
     transformers.ViTModel(config).save_pretrained(tmp_path)
-    with pytest.raises(NearfarError, match="maps at strides 16 and 32 is needed"):
-        build_image_encoder("transformers", str(tmp_path))
+    encoder = build_image_encoder("transformers", str(tmp_path)).eval()
+    pixels = torch.rand(2, 3, 32, 32)
+    found = encoder(pixels)
+    assert found.shape == (2, encoder.width) == (2, 16)
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    alone = transformers.ViTModel.from_pretrained(tmp_path).eval()((pixels - mean) / std)
+    torch.testing.assert_close(found, alone.pooler_output)
+    assert encoder(torch.rand(2, 3, 48, 64)).shape == (2, 16)  # resized to what it was trained at
+    with pytest.raises(NearfarError, match="it gives tokens, and a map"):
+        encoder.feature_map(pixels)
+    clip = transformers.CLIPConfig(
+        text_config={"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16},
+        vision_config={"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16,
+                       "image_size": 32, "patch_size": 16},
+    )  # fmt: skip
+    transformers.CLIPModel(clip).save_pretrained(tmp_path / "clip")
+    tower = build_image_encoder("transformers", str(tmp_path / "clip"))
+    assert tower(pixels).shape == (2, tower.width) == (2, 24)
+
+
+def test_a_model_that_takes_no_picture_is_refused(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
     config = transformers.BertConfig(
         hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=20
     )

@@ -1,4 +1,8 @@
-"""Any convolutional transformers model as an image encoder, by hub name or folder: ResNet, RegNet, ConvNeXT, …"""
+"""Any vision model of transformers as an image encoder, by hub name or folder.
+
+Convolutional ones (ResNet, RegNet, ConvNeXT, …) have features and maps; those that give tokens (ViT, DINOv2, the image
+tower of CLIP, …) features alone.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
+from jaxtyping import Float, Shaped
+from torch import Tensor, nn
 
 from nearfar.errors import NearfarError
 from nearfar.models.hub import commit_in_cache, no_progress_bar, why_unreachable
@@ -23,7 +27,10 @@ _TRIAL = 64  # pixels of the picture that tells which maps a network has
 
 
 class TransformersImageEncoder(ImageEncoder):
-    """A vision model of the transformers library whose hidden states are maps.
+    """A vision model of the transformers library.
+
+    One whose hidden states are maps sees pictures of any size. One that gives tokens sees them resized to the size that
+    it was trained at; its features are its own pooled output or, without that, the mean of the tokens. It has no maps.
 
     Args:
         name: a name on the Hugging Face hub, or a folder with the model.
@@ -32,7 +39,7 @@ class TransformersImageEncoder(ImageEncoder):
         revision: a branch, tag or commit of a hub model.
 
     Mean and standard deviation of the colours are those of the model's preprocessor; where it has none, those of
-    ImageNet, and ``description`` says so. A model that gives tokens instead of maps (ViT) is refused with an error.
+    ImageNet, and ``description`` says so.
     """
 
     kind = "transformers"
@@ -45,7 +52,13 @@ class TransformersImageEncoder(ImageEncoder):
         revision: str = "main",
     ) -> None:
         network, colours, known = _load(name, pretrained, revision)
-        maps = _channels(network, name)
+        network = getattr(network, "vision_model", network)
+        side = getattr(network.config, "image_size", None)
+        self.side: int | None = side if isinstance(side, int) else None
+        maps = _channels(network, name, self.side)
+        self.tokens = not maps
+        if self.tokens:
+            maps = dict.fromkeys(STRIDES, int(network.config.hidden_size))
         commit = "" if Path(name).is_dir() else commit_in_cache(name, revision)[:12]
         origin = "trained weights" + (f", commit {commit}" if commit else "") if pretrained else None
         super().__init__(name, origin, (maps[16], maps[32]), colours[0], colours[1], frozen)
@@ -59,6 +72,24 @@ class TransformersImageEncoder(ImageEncoder):
             "" if self.colours_known else "; it has no preprocessor, colours are normalised as for ImageNet"
         )
         return super().description + usual
+
+    def forward(self, pixels: Shaped[Tensor, "n 3 h w"]) -> Float[Tensor, "n width"]:
+        if not self.tokens:
+            return super().forward(pixels)
+        x = self.normalized(pixels)
+        if self.side is not None and x.shape[2:] != (self.side, self.side):
+            x = nn.functional.interpolate(x, (self.side, self.side), mode="bilinear", antialias=True)
+        out = self.network(x)
+        pooled: Tensor | None = getattr(out, "pooler_output", None)
+        return out.last_hidden_state.mean(1) if pooled is None else pooled
+
+    def feature_map(self, pixels: Shaped[Tensor, "n 3 h w"], stride: int = 32) -> Float[Tensor, "n c hs ws"]:
+        if self.tokens:
+            raise NearfarError(
+                f"image_encoder.name={self.name}: it gives tokens, and a map of features is needed here: take a "
+                "convolutional network, such as microsoft/resnet-18."
+            )
+        return super().feature_map(pixels, stride)
 
     def stages(self, x: Float[Tensor, "n 3 h w"], stride: int) -> Float[Tensor, "n c hs ws"]:
         size = [-(-side // stride) for side in x.shape[2:]]
@@ -103,12 +134,24 @@ def _maps(network: Any, x: Float[Tensor, "n 3 h w"]) -> list[Tensor]:
     return [state for state in states if state.ndim == 4]
 
 
-def _channels(network: Any, name: str) -> dict[int, int]:
-    """Channels of the last map at each stride, found by looking."""
+def _channels(network: Any, name: str, side: int | None) -> dict[int, int]:
+    """Channels of the last map at each stride, found by looking; none where the network gives tokens."""
     mode = network.training
     try:
         with torch.no_grad():
-            shapes = [m.shape for m in _maps(network.eval(), torch.zeros(1, 3, _TRIAL, _TRIAL))]
+            network.eval()
+            try:
+                shapes = [m.shape for m in _maps(network, torch.zeros(1, 3, _TRIAL, _TRIAL))]
+            except ValueError:  # a network of tokens takes one size alone
+                if side is None:
+                    raise
+                shapes = [m.shape for m in _maps(network, torch.zeros(1, 3, side, side))]
+                if shapes:
+                    raise
+            if not shapes:
+                out = network(torch.zeros(1, 3, side or _TRIAL, side or _TRIAL))
+                if out.last_hidden_state.ndim == 3 and hasattr(network.config, "hidden_size"):
+                    return {}
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise NearfarError(
             f"image_encoder.name={name}: it does not take a picture ({str(error)[:200]})."
@@ -118,8 +161,8 @@ def _channels(network: Any, name: str) -> dict[int, int]:
     found = {stride: [s[1] for s in shapes if s[2] == s[3] == _TRIAL // stride] for stride in STRIDES}
     if not all(found.values()):
         raise NearfarError(
-            f"image_encoder.name={name}: a convolutional network with maps at strides 16 and 32 is needed, such as "
-            "microsoft/resnet-18; this model has none."
+            f"image_encoder.name={name}: a network with maps at strides 16 and 32, such as microsoft/resnet-18, or one "
+            "that gives tokens is needed; this model has neither."
         )
     return {stride: int(channels[-1]) for stride, channels in found.items()}
 
