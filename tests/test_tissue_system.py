@@ -176,6 +176,15 @@ def test_the_share_of_neighbours_is_counted_as_the_loss_counts_it() -> None:
     assert f"{record['neighbors_in_batch']:.2%}" in said[0]
 
 
+def test_a_temperature_that_does_not_learn_is_that_of_the_options() -> None:
+    learned, fixed = (
+        prepared(*more).build_model() for more in ([], ["learn_temperature=false", "temperature=0.2"])
+    )
+    fixed.load_state_dict(learned.state_dict())
+    assert fixed.scale().item() == pytest.approx(5.0)
+    assert learned.scale().item() == pytest.approx(1 / 0.07)
+
+
 def killed_after(every: list[str], step: int) -> None:
     count, training_step = 0, TissueSystem.training_step
 

@@ -83,6 +83,8 @@ class TissueModel(nn.Module):
         self.gene = _head(genes.shape[1], hidden, embedding_dim, dropout)
         self.max_scale = max_scale
         self.log_scale = nn.Parameter(torch.tensor(-math.log(temperature)), requires_grad=learn_temperature)
+        # What does not learn is an option and no weight: other weights, as of a checkpoint, do not bring their own.
+        self.fixed_scale = None if learn_temperature else 1.0 / temperature
 
     def encode_images(self, images: Shaped[Tensor, "b ..."]) -> Float[Tensor, "b d"]:
         """Pixels (b, 3, h, w), or frozen features (b, f), of a batch."""
@@ -94,7 +96,9 @@ class TissueModel(nn.Module):
 
     def scale(self) -> Float[Tensor, ""]:
         """1 / temperature; the loss clamps it at ``max_scale``."""
-        return self.log_scale.exp()
+        return (
+            self.log_scale.exp() if self.fixed_scale is None else self.log_scale.new_tensor(self.fixed_scale)
+        )
 
 
 def _head(width: int, hidden: int, out: int, dropout: float) -> nn.Module:

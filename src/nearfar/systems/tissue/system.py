@@ -62,7 +62,7 @@ class TissueSystem(EncodingSystem):
     def prepare(self, say: Say) -> None:
         """Read the slides, compute or find frozen features, embed gene sentences."""
         config = self.config
-        self.data = load_data(config.data, say)
+        self.data = self.load_data(say)
         say(self.data.summary())
         genes = self._gene_inputs()
         for name, tissue in self.data.splits.items():
@@ -85,6 +85,10 @@ class TissueSystem(EncodingSystem):
         if config.loss.name == "clip":
             say("loss=clip: neighbors, neighbor_alpha_scale and temp_reg_weight have no effect")
         self.judge = Judge(config, self.data)
+
+    def load_data(self, say: Say) -> TissueData:
+        """The splits, from shards or generated; computes no features."""
+        return load_data(self.config.data, say)
 
     def _gene_inputs(self) -> dict[str, np.ndarray]:
         """What the gene tower reads of every split."""
