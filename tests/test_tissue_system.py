@@ -20,9 +20,11 @@ from nearfar.overrides import compose_config, with_saved_overrides
 from nearfar.systems import build_system, check_config
 from nearfar.systems.tissue.system import TissueSystem
 from nearfar.training.checkpoint import Checkpoint
+from nearfar.training.fit import fit
 from nearfar.training.resume import flatten
 from nearfar.training.run_folder import RunFolder
-from tissue_ranks import all_gradients, one_rank
+from processes import together
+from test_ranks import compare
 
 QUIET = Console(file=open(os.devnull, "w"))  # noqa: SIM115
 SMALL = [
@@ -223,27 +225,40 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path) -> None:
     )
 
 
-def test_two_processes_have_the_first_gradients_of_one(tmp_path: Path) -> None:
-    arguments = overrides("batch_size=32", "sampler=spatial")
-    # Forked: a fresh process would spend its time on imports.
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=one_rank, args=(rank, tmp_path, arguments)) for rank in (0, 1)]
-    for process in processes:
-        process.start()
-    one = all_gradients(0, 1, arguments)
-    for process in processes:
-        process.join(120)
-    assert [process.exitcode for process in processes] == [0, 0]
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
-    for name, whole in one.items():
-        assert (
-            name == "clip" or whole["reached"] > 0.9
-        )  # neighbours are there, some of them on the other rank
-        for ranks in (first, second):
-            for key, value in whole.items():
-                if key != "reached":
-                    torch.testing.assert_close(ranks[name][key], value, rtol=1e-9, atol=1e-12)
-    assert not torch.allclose(one["spatial"]["loss"], one["mask"]["loss"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["neighbors=soft"],
+        ["local_loss=true", "temp_reg_weight=0", "neighbors=positive"],
+        ["loss=clip", "local_loss=true"],
+    ],
+    ids=["spatial", "local", "clip"],
+)
+def test_two_processes_have_the_losses_and_gradients_of_one(tmp_path: Path, options: list[str]) -> None:
+    """Neighbours of a spot may be encoded by the other process; uneven batches, every step looked at."""
+    shared = ["dropout=0.0", "batch_size=31", "trainer.log_every=1", "trainer.probe_rows=0", *options]
+    run(tmp_path, "name=one", *shared)
+    every = overrides(f"runs_dir={tmp_path}", "name=two", *shared)
+    config = compose_config(every)
+    config.trainer.devices = 2
+    assert together(train_in_two, config, tmp_path / "two") == [None, None]
+    compare(tmp_path / "one", tmp_path / "two")
+    last = [r for r in RunFolder(tmp_path / "two").log() if r["kind"] == "step"][-1]
+    assert last["world_size"] == 2
+
+
+def train_in_two(config: Any, folder: Path) -> None:
+    system = build_system(config)
+    system.prepare(lambda _: None)
+    fit(system, config, RunFolder(folder), say=lambda _: None)
+
+
+def test_one_process_says_what_has_no_effect() -> None:
+    said: list[str] = []
+    build_system(compose_config(overrides("local_loss=true"))).prepare(said.append)
+    assert any("local_loss and gather_with_grad have no effect" in line for line in said)
+    config = compose_config(overrides("local_loss=true"))
+    assert (config.trainer.local_loss, config.trainer.gather_with_grad) == (True, True)
 
 
 @pytest.mark.parametrize(

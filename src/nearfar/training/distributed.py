@@ -32,9 +32,8 @@ class DistributedLoss(nn.Module):
 
     Tensors (n, …) are this rank's rows and are gathered; numbers (0-d), such as a learnable scale, and whatever is
     no tensor are passed as they are. Arguments that hold positions in the batch, named by the loss in ``positions``,
-    are moved to the rank's place in the whole batch, unless ``in_whole`` names them: these are positions in the batch
-    of all ranks already, so that a row may name one of another rank. A ``mask`` of pairs must be one of the whole
-    batch. ``shared`` names tensors that are the same on all ranks, such as the rows of a memory, and are not gathered.
+    are moved to the rank's place in the whole batch. A ``mask`` of pairs must be one of the whole batch. ``shared``
+    names tensors that are the same on all ranks, such as the rows of a memory, and are not gathered.
 
     - ``local_loss=False``: each rank computes the whole loss. Any loss.
     - ``local_loss=True``: each rank computes the part of its own rows against all, 1 / ranks of the work and
@@ -65,7 +64,6 @@ class DistributedLoss(nn.Module):
         gather_with_grad: bool = True,
         ring: bool = False,
         shared: Collection[str] = (),
-        in_whole: Collection[str] = (),
     ) -> None:
         super().__init__()
         self.loss = loss
@@ -90,13 +88,9 @@ class DistributedLoss(nn.Module):
             raise NearfarError(
                 "ring=True computes the own rows with exact gradients; leave the other options out"
             )
-        self.positions = set(getattr(loss, "positions", ())) - set(in_whole)
-        for option, given in (("shared", self.shared), ("in_whole", set(in_whole))):
-            unknown = sorted(given - names.keys())
-            if unknown:
-                raise NearfarError(
-                    f"{option}={unknown}: {name} has no such argument; it takes {', '.join(names)}"
-                )
+        unknown = sorted(self.shared - names.keys())
+        if unknown:
+            raise NearfarError(f"shared={unknown}: {name} has no such argument; it takes {', '.join(names)}")
 
     @property
     def record(self) -> Any:
@@ -133,7 +127,7 @@ class DistributedLoss(nn.Module):
             return ring_loss(self.loss, given.arguments)
         arguments, own = join_arguments(
             given.arguments,
-            positions=self.positions,
+            positions=getattr(self.loss, "positions", ()),
             shared=self.shared,
             with_grad=self.gather_with_grad,
             # A loss of single rows, such as the distance of two sets of scores, takes as many as it is given.

@@ -20,9 +20,8 @@ from nearfar.systems.tissue.judge import Judge
 from nearfar.systems.tissue.model import TissueModel
 from nearfar.systems.tissue.options import check_options
 from nearfar.systems.tissue.report import examples, sections
+from nearfar.training import ranks
 from nearfar.training.batches import build_sampler
-from nearfar.training.distributed import DistributedLoss
-from nearfar.training.gather import gather, world_size
 from nearfar.training.sections import Section
 from nearfar.training.system import EncodingSystem, Evaluation, StepOutput, decayed_groups
 
@@ -41,22 +40,12 @@ class TissueSystem(EncodingSystem):
         check_options(config)
         self.config = config
         self.features = ImageFeatures.from_config(config)
-        self.distributed = DistributedLoss(
-            _loss(config),
-            local_loss=config.local_loss,
-            gather_with_grad=config.gather_with_grad,
-            in_whole=() if config.loss.name == "clip" else ("neighbor_index",),
-        )
+        self.loss = _loss(config)
         self.data: TissueData
         self.judge: Judge
         self.text_encoder: TextEncoder | None = None
         self._image_description = ""
         self._datasets: dict[str, TissueDataset] = {}
-
-    @property
-    def loss(self) -> nn.Module:
-        """Over the batches of all processes; the plain loss where there is one."""
-        return self.distributed if world_size() > 1 else self.distributed.loss
 
     # -- data ------------------------------------------------------------------------------------------------
     def prepare(self, say: Say) -> None:
@@ -78,10 +67,8 @@ class TissueSystem(EncodingSystem):
         say(f"image encoder: {self._image_description}")
         if self.text_encoder is not None:
             say(f"gene sentences of {config.sentence_genes} names: {self.text_encoder.description}")
-        if world_size() == 1:
+        if ranks.count() == 1:
             say("one process: local_loss and gather_with_grad have no effect")
-        else:
-            say(self.distributed.describe())
         if config.loss.name == "clip":
             say("loss=clip: neighbors, neighbor_alpha_scale and temp_reg_weight have no effect")
         self.judge = Judge(config, self.data)
@@ -195,12 +182,12 @@ class TissueSystem(EncodingSystem):
         images, genes, scale = embeddings["images"], embeddings["genes"], model.scale()
         if self.config.loss.name == "clip":
             return StepOutput(self.loss(images, genes, scale), self._record)
-        # A spot of one process may have its neighbour on another: both are rows of the batch of all.
-        index = positions_in_batch(batch.neighbors, gather(batch.positions))
+        index = positions_in_batch(batch.neighbors, batch.positions)
         return StepOutput(self.loss(images, genes, scale, index, batch.alpha), self._record)
 
     def _record(self) -> dict[str, float]:
-        record: dict[str, float] = self.distributed.record.to_dict()
+        assert self.loss.record is not None
+        record: dict[str, float] = self.loss.record.to_dict()
         return record | {"largest_logit": record["scale"]}  # embeddings have unit length
 
     # -- evaluation ------------------------------------------------------------------------------------------
