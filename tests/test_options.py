@@ -16,7 +16,7 @@ from nearfar.configs import experiments
 from nearfar.errors import NearfarError
 from nearfar.overrides import compose_config
 from nearfar.systems.molecules.features import MoleculeFeatures
-from nearfar.systems.molecules.options import check_options, data_paths
+from nearfar.systems.molecules.options import check_options
 from nearfar.training import ranks
 from nearfar.training.batches import build_sampler
 from nearfar.training.options import check_training_options, processes_to_start

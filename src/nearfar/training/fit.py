@@ -36,6 +36,7 @@ __all__ = [
     "fit",
     "initial_model",
     "load_weights",
+    "outputs_of",
     "quiet_lightning",
     "train",
     "write_diagnosis",
@@ -249,6 +250,8 @@ def fit(
         results, outputs = {}, {}
         best = find_checkpoint(folder.path, prefer="best")
         load_weights(module.model, Checkpoint.load(best), system, str(best))
+        if calibrate := getattr(system, "calibrate", None):
+            calibrate(lambda split: outputs_of(system, module.model, config, folder, split), say)
         for split in ("val", "test"):
             found = evaluate(system, module.model, config, folder, split)
             if request.asked:
@@ -267,19 +270,25 @@ def fit(
     return folder
 
 
+def outputs_of(
+    system: System, model: nn.Module, config: Any, folder: RunFolder, split: str
+) -> dict[str, torch.Tensor]:
+    """What ``system.embed`` gives of a split's rows, in order."""
+    shell = RunModule(system, model, None, config, "")
+    with quiet_lightning():
+        trainer = _trainer(OmegaConf.merge(config, {"logger": None}), folder, [], 1)
+        trainer.test(shell, dataloaders=shell.evaluation_loader(split), verbose=False)
+    return shell.outputs
+
+
 def evaluate(
     system: System, model: nn.Module, config: Any, folder: RunFolder, split: str
 ) -> tuple[Evaluation, dict[str, torch.Tensor]] | None:
     """Estimates, with intervals, of one split; None where the system has no such split."""
     if system.dataset(split) is None:
         return None
-    shell = RunModule(system, model, None, config, "")
-    shell.evaluation_split = split
-    with quiet_lightning():
-        trainer = _trainer(OmegaConf.merge(config, {"logger": None}), folder, [], 1)
-        trainer.test(shell, dataloaders=shell.evaluation_loader(split), verbose=False)
-    assert shell.evaluation is not None
-    return shell.evaluation, shell.outputs
+    outputs = outputs_of(system, model, config, folder, split)
+    return system.evaluate(outputs, split, final=True), outputs
 
 
 def write_diagnosis(folder: RunFolder, say: Say) -> Diagnosis:
