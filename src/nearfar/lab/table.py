@@ -32,7 +32,9 @@ def metrics_table(folder: RunFolder) -> Table:
     metrics = folder.read_json("metrics.json")
     splits = metrics["splits"]
     split = "test" if "test" in splits else next(iter(splits))
-    table = Table(title=f"{folder} · {split} · best epoch, {metrics['best_epoch']}", title_justify="left")
+    members = metrics.get("members")
+    what = f"ensemble of {len(members)} runs" if members else f"best epoch, {metrics['best_epoch']}"
+    table = Table(title=f"{folder} · {split} · {what}", title_justify="left")
     for column in ("metric", "value", "95 % interval", "chance", "gallery", "n"):
         table.add_column(column, justify="left" if column == "metric" else "right", no_wrap=True)
     for name, content in splits[split].items():

@@ -40,6 +40,7 @@ __all__ = [
     "quiet_lightning",
     "train",
     "write_diagnosis",
+    "write_results",
 ]
 
 Say = Callable[[str], None]
@@ -260,14 +261,35 @@ def fit(
                 results[split], outputs[split] = found
     if not results:
         raise NearfarError("there is neither a validation nor a test split: nothing to evaluate on.")
+    about = {
+        # Cut before its first epoch was over, a run is evaluated as it stands.
+        "best_epoch": module.best["epoch"] or module.epoch + 1,
+        "epochs": module.epoch,
+        "steps": module.step,
+        "train_seconds": round(seconds, 2),
+    }
+    write_results(folder, system, results, outputs, about)
+    write_diagnosis(folder, say)
+    return folder
+
+
+def write_results(
+    folder: RunFolder,
+    system: System,
+    results: dict[str, Evaluation],
+    outputs: dict[str, dict[str, torch.Tensor]],
+    about: dict[str, Any],
+) -> None:
+    """What came of the evaluation: examples, tables and map of the reported split, scores, and last the metrics.
+
+    ``about`` stands in ``metrics.json`` beside the estimates and says how the model came about.
+    """
     split = "test" if "test" in outputs else "val"
     folder.write_json("examples.json", system.report_examples(outputs[split], split))
     sections = getattr(system, "report_sections", None)
     write_sections(folder, sections(outputs[split], split) if sections else ())
     write_map(folder, outputs[split])
-    write_metrics(folder, system, module, results, seconds)
-    write_diagnosis(folder, say)
-    return folder
+    write_metrics(folder, system, results, about)
 
 
 def outputs_of(
@@ -302,7 +324,7 @@ def write_diagnosis(folder: RunFolder, say: Say) -> Diagnosis:
 
 
 def write_metrics(
-    folder: RunFolder, system: System, module: RunModule, results: dict[str, Evaluation], seconds: float
+    folder: RunFolder, system: System, results: dict[str, Evaluation], about: dict[str, Any]
 ) -> None:
     """``per_item.npz`` and then ``metrics.json``: a run that has its metrics is finished."""
     arrays: dict[str, np.ndarray] = {}
@@ -320,11 +342,7 @@ def write_metrics(
         | {
             "system": system.name,
             "monitor": system.monitor,
-            # Cut before its first epoch was over, a run is evaluated as it stands.
-            "best_epoch": module.best["epoch"] or module.epoch + 1,
-            "epochs": module.epoch,
-            "steps": module.step,
-            "train_seconds": round(seconds, 2),
+            **about,
             "splits": {
                 split: {name: estimate.to_dict() for name, estimate in result.estimates.items()}
                 for split, result in results.items()

@@ -125,6 +125,10 @@ class System(Protocol):
         ``outputs`` collects what ``embed`` gives of any split that ``dataset`` knows, under the best weights.
         """
 
+    def average(self, outputs: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """The outputs of several trainings on the same rows as those of one, for ``nearfar ensemble``; may be left out."""
+        raise NotImplementedError
+
     def evaluate(self, outputs: Mapping[str, Tensor], split: str, final: bool) -> Evaluation:
         """Estimates of a split from its collected outputs; ``final`` asks for every interval."""
 

@@ -1,7 +1,10 @@
 import re
 from collections import Counter
-import numpy as np, torch
+
+import numpy as np
+import torch
 from torch import nn
+
 from nearfar.models.text.tokens import TokenTable
 
 

@@ -218,7 +218,8 @@ def _assemble(
         notes["thresholds"] = "epoch and thresholds are chosen on val"
     else:
         notes["reported"] = (
-            f"no test file: results are on val ({Path(parts['val'].source).name}), by which the best epoch is chosen too"
+            f"no test file: results are on val ({Path(parts['val'].source).name}), "
+            "by which the best epoch is chosen too"
         )
         if tune_fraction:
             train, tune = _hold_out(train, tune_fraction, "tune", seed)

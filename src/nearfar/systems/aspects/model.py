@@ -66,6 +66,11 @@ class AspectModel(nn.Module):
             else None
         )
 
+    def heads(self) -> list[nn.Parameter]:
+        """All weights but the encoder's."""
+        own = {id(p) for p in self.encoder.parameters()}
+        return [p for p in self.parameters() if id(p) not in own]
+
     def encode(self, tokens: TokenBatch) -> Float[Tensor, "b a d"]:
         """A review as one vector for each aspect."""
         states = self.encoder(tokens)[0]

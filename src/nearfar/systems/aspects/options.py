@@ -37,6 +37,7 @@ OPTIONS: dict[str, Rule] = {
     "oversample_frequency": Number(0, 1, inside=True),
     "oversample_most": Number(1, whole=True),
     "thresholds": Choice(KINDS),
+    "logit_adjustment": Number(0.0, 2.0),
     "bootstrap": Number(0, whole=True),
     "sampler.name": Choice(("random",)),
     "data.train": _PATH,

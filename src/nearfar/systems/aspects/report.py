@@ -1,4 +1,4 @@
-"""What the report shows of an aspect run beside the estimates: the baseline, confusions, calibration, the worst reviews."""
+"""What the report shows of an aspect run beside the estimates: baselines, confusions, calibration, the worst reviews."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def hardest_section(
     found: Int[ndarray, "n a"],
     scheme: LabelScheme,
 ) -> Section:
-    """The reviews with the largest loss, with what was wrong: mistakes of the model, and labels that may be mistakes."""
+    """The reviews with the largest loss, and what was wrong: mistakes of the model, and labels that may be mistakes."""
     known = truth >= 0
     true = np.take_along_axis(probabilities, np.maximum(truth, 0)[..., None], axis=-1)[..., 0]
     loss = np.where(known, -np.log(np.maximum(true, 1e-12)), 0.0).sum(axis=1)

@@ -18,7 +18,7 @@ from nearfar.metrics import Estimate
 from nearfar.systems.aspects.balance import repeats
 from nearfar.systems.aspects.data import AspectData, load_embedded, load_files
 from nearfar.systems.aspects.dataset import AspectDataset
-from nearfar.systems.aspects.decision import Decision, choose_decision
+from nearfar.systems.aspects.decision import Decision, choose_decision, polarity_weights
 from nearfar.systems.aspects.encoder import build_encoder
 from nearfar.systems.aspects.linear import NAME as LINEAR
 from nearfar.systems.aspects.linear import linear_answers
@@ -34,7 +34,7 @@ from nearfar.systems.aspects.report import (
 )
 from nearfar.systems.aspects.scores import Scores, score_split
 from nearfar.training.sections import Section
-from nearfar.training.system import EncodingSystem, Evaluation, StepOutput, decayed_groups
+from nearfar.training.system import EncodingSystem, Evaluation, StepOutput
 
 __all__ = ["AspectSystem"]
 
@@ -58,6 +58,7 @@ class AspectSystem(EncodingSystem):
         self._linear: dict[str, np.ndarray] = {}
         self._linear_estimates: dict[str, dict[str, Estimate]] = {}
         self._usual: np.ndarray
+        self._weights: np.ndarray | None = None
         self._epoch = 0
 
     # -- data ------------------------------------------------------------------------------------------------
@@ -84,11 +85,12 @@ class AspectSystem(EncodingSystem):
             temperature=config.temperature,
             reduction=config.reduction,
         )
-        self.decision = Decision.plain(len(scheme.aspects))
         asked = {name: split.texts for name, split in self.data.splits.items() if name in ("val", "test")}
         self._linear = linear_answers(train.texts, train.codes, asked)
         counts = np.stack([(train.codes == kind).sum(axis=0) for kind in range(scheme.classes)], axis=1)
         self._usual = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+        self._weights = polarity_weights(counts[:, 1:], config.logit_adjustment)
+        self.decision = Decision.plain(len(scheme.aspects), self._weights)
 
     def load_data(self, say: Say) -> AspectData:
         """The splits, from the configured files or the embedded set; fits nothing."""
@@ -155,8 +157,8 @@ class AspectSystem(EncodingSystem):
         """Nothing can be misaligned; what oversampling does is said."""
         if self.config.balance == "oversample":
             say(
-                f"balance=oversample: an epoch has {sampler.n} rows made of {len(self.data.train)} reviews; its training "
-                "loss is of repeated rows"
+                f"balance=oversample: an epoch has {sampler.n} rows made of {len(self.data.train)} reviews; its "
+                "training loss is of repeated rows"
             )
 
     def on_epoch(self, epoch: int, sampler: Any, say: Say) -> dict[str, Any]:
@@ -179,8 +181,20 @@ class AspectSystem(EncodingSystem):
         )
 
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        """Weight decay for matrices alone."""
-        return decayed_groups(model, self.config.weight_decay)
+        """Weight decay for matrices that are no embeddings; a pretrained encoder has a learning rate of its own."""
+        every: Any = model
+        rate = getattr(self.encoder, "lr", None)
+        tables = [m.weight for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
+        groups = []
+        for parameters, lr in ((every.encoder.parameters(), rate), (every.heads(), None)):
+            trained = [p for p in parameters if p.requires_grad]
+            plain = [p for p in trained if p.ndim < 2 or any(p is table for table in tables)]
+            decayed = [p for p in trained if not any(p is other for other in plain)]
+            for some, decay in ((decayed, self.config.weight_decay), (plain, 0.0)):
+                if some:
+                    own = {} if lr is None else {"lr": float(lr)}
+                    groups.append({"params": some, "weight_decay": decay} | own)
+        return groups
 
     def split(self, batch: Any, rows: int) -> Sequence[Any]:
         """The batch in parts."""
@@ -209,6 +223,13 @@ class AspectSystem(EncodingSystem):
         }
 
     # -- evaluation ------------------------------------------------------------------------------------------
+    def average(self, outputs: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """The mean of the probabilities, and the vectors side by side: lengths of several models need not agree."""
+        return {
+            "review": torch.cat([nn.functional.normalize(each["review"], dim=1) for each in outputs], dim=1),
+            "probabilities": torch.stack([each["probabilities"] for each in outputs]).mean(dim=0),
+        }
+
     def calibrate(self, outputs: Callable[[str], Mapping[str, Tensor]], say: Say) -> None:
         """Choose thresholds on the split that is there for it, which is never the reported one."""
         split = self.data.threshold_split
@@ -217,7 +238,8 @@ class AspectSystem(EncodingSystem):
             say("thresholds: none chosen, an aspect is mentioned from a probability of one half on")
             return
         probabilities = outputs(split)["probabilities"].double().numpy()
-        self.decision = choose_decision(kind, self.data.splits[split].codes, probabilities, split)
+        truth = self.data.splits[split].codes
+        self.decision = choose_decision(kind, truth, probabilities, split, self._weights)
         say(f"thresholds: chosen on {split} ({kind})")
 
     def _scores(self, split: str, codes: np.ndarray, probabilities: np.ndarray | None, final: bool) -> Scores:
