@@ -46,7 +46,9 @@ def write_ensemble(runs: Sequence[Path], output: Path | None = None, say: Say = 
     folders = find_runs(runs)
     kind, data = _same(folders)
     members = [str(folder.path) for folder in folders]
-    place = output or Path(os.path.commonpath([folder.path.resolve().parent for folder in folders])) / "ensemble"
+    place = (
+        output or Path(os.path.commonpath([folder.path.resolve().parent for folder in folders])) / "ensemble"
+    )
     if (place / "config.yaml").exists() or (place / "metrics.json").exists():
         raise NearfarError(f"{place} is a run already: give another folder with --output.")
     first: System | None = None

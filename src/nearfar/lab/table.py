@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rich.markup import escape
 from rich.table import Table
 
 from nearfar.batching import SamplerVerdict
@@ -62,7 +63,7 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
     arms.add_column("chance", justify="right")
     arms.add_column("gallery", justify="right")
     for arm in comparison.arms:
-        arms.add_column(f"{arm.label}\n{len(arm.runs)} seeds", justify="right")
+        arms.add_column(f"{escape(arm.label)}\n{len(arm.runs)} seeds", justify="right")
     for name in comparison.summary[comparison.arms[0].label]:
         row = [metric_words(name)]
         estimate = first.get(name)
@@ -86,7 +87,7 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
         if not few and sweep is not None and (sweep.best is None or label != sweep.best.label):
             continue  # the sweep's table has a line for each; the best is shown in full
         several = comparison.looked_at > 1
-        table = Table(title=f"{label} − {comparison.baseline.label}", title_justify="left")
+        table = Table(title=escape(f"{label} − {comparison.baseline.label}"), title_justify="left")
         for column in ("metric", "difference", "95 % interval", "per seed", "verdict"):
             table.add_column(
                 column, justify="right" if column in ("difference", "95 % interval") else "left", no_wrap=True
@@ -104,7 +105,7 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
             )
         tables.append(table)
     for label, reason in comparison.refused.items():
-        table = Table(title=f"{label}: not compared", title_justify="left")
+        table = Table(title=escape(f"{label}: not compared"), title_justify="left")
         table.add_column("why")
         table.add_row(reason)
         tables.append(table)

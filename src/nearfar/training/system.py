@@ -117,9 +117,7 @@ class System(Protocol):
     def embed(self, model: nn.Module, batch: Any) -> dict[str, Tensor]:
         """What evaluation needs of one batch; rows are concatenated over the split."""
 
-    def calibrate(
-        self, outputs: Callable[[str], Mapping[str, Tensor]], say: Callable[[str], None]
-    ) -> None:
+    def calibrate(self, outputs: Callable[[str], Mapping[str, Tensor]], say: Callable[[str], None]) -> None:
         """Called once before the final evaluation: choose thresholds and the like; may be left out.
 
         ``outputs`` collects what ``embed`` gives of any split that ``dataset`` knows, under the best weights.

@@ -82,9 +82,7 @@ class PretrainedTextModel:
     def save(self, folder: str | Path) -> None:
         """Write name and options; the trained weights are in the run's checkpoints."""
         options = {name: getattr(self, name) for name in ("model", "max_length", "revision", "lr", "freeze")}
-        write_spec(
-            folder, {"kind": self.kind, "options": options, "fingerprint": self._source.fingerprint()}
-        )
+        write_spec(folder, {"kind": self.kind, "options": options, "fingerprint": self._source.fingerprint()})
 
     @classmethod
     def load(cls, folder: str | Path) -> PretrainedTextModel:
