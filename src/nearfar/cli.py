@@ -188,7 +188,7 @@ def ensemble(
         typer.Option("--output", "-o", help="Its folder; by default ensemble beside the runs."),
     ] = None,
 ) -> None:
-    """Average what several runs say, evaluate that on their split, and write it as a run that compare and report read."""
+    """Average what several runs say, evaluate that, and write it as a run that compare and report read."""
     from nearfar.lab.ensemble import write_ensemble
     from nearfar.lab.table import metrics_table
 

@@ -37,8 +37,8 @@ def write_ensemble(runs: Sequence[Path], output: Path | None = None, say: Say = 
     """Average the outputs of ``runs`` (folders of runs count as their runs) and write them as a run of its own.
 
     Every member reads its data and its best checkpoint again. What is chosen on validation, such as thresholds, is
-    chosen for the average. The configuration is that of the first member, with the members under ``ensemble`` and, where
-    members differ, a list of their values: to ``nearfar compare`` it is an arm of its own.
+    chosen for the average. The configuration is that of the first member, with the members under ``ensemble`` and,
+    where members differ, a list of their values: to ``nearfar compare`` it is an arm of its own.
 
     Raises ``NearfarError`` for fewer than two runs, other systems or data than the first one's, and for a system whose
     outputs cannot be averaged.

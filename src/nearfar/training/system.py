@@ -124,7 +124,7 @@ class System(Protocol):
         """
 
     def average(self, outputs: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """The outputs of several trainings on the same rows as those of one, for ``nearfar ensemble``; may be left out."""
+        """The outputs of several trainings on the same rows as those of one (``nearfar ensemble``); may be left out."""
         raise NotImplementedError
 
     def evaluate(self, outputs: Mapping[str, Tensor], split: str, final: bool) -> Evaluation:

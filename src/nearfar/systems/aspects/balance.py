@@ -1,8 +1,8 @@
 """How often a review comes in an epoch: rare labels are repeated.
 
 A label on a share f of the reviews asks for max(1, √(t / f)) copies of them, and a review has as many as its rarest
-label asks for (repeat factor sampling, Gupta et al. 2019, LVIS). Fractions are rounded by a draw that the seed fixes, so
-that an epoch has the same length throughout.
+label asks for (repeat factor sampling, Gupta et al. 2019, LVIS). Fractions are rounded by a draw that the seed fixes,
+so that an epoch has the same length throughout.
 """
 
 from __future__ import annotations

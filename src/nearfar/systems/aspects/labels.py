@@ -1,8 +1,8 @@
 """Aspects and polarities: how files write them, and the codes they become.
 
 A review has one code per aspect: 0 not mentioned, 1 negative, 2 neutral, 3 positive, −1 not known (what stood there
-could not be read). An aspect that files mention without polarity, such as UIT-ViSFD's ``{OTHERS}``, is neutral where it is
-mentioned: it has a single pair.
+could not be read). An aspect that files mention without polarity, such as UIT-ViSFD's ``{OTHERS}``, is neutral where it
+is mentioned: it has a single pair.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the report shows of an aspect run beside the estimates: baselines, confusions, calibration, the worst reviews."""
+"""What a report shows of an aspect run beside the estimates: baselines, confusions, calibration, the worst reviews."""
 
 from __future__ import annotations
 
