@@ -2,7 +2,7 @@
 
 People who write on a phone double letters, leave diacritics out, and place a Vietnamese tone mark on either vowel
 ("hòa", "hoà"). Here a word is spelled with its tone mark at the end, and its pieces are those of that spelling and
-those of the letters without any mark, so that "tốt", "tôt" and "tot" have much in common. Numbers keep their shape alone.
+those of the letters without any mark, so that "tốt", "tôt" and "tot" have much in common. Numbers keep their shape.
 """
 
 from __future__ import annotations
