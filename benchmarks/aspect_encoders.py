@@ -27,7 +27,7 @@ from nearfar.batching.lengths import LengthBatchSampler
 from nearfar.metrics.classification import detection_counts, pair_counts
 from nearfar.metrics.counts import f1_macro, f1_micro
 from nearfar.models.dropout import Dropout
-from nearfar.models.text.recurrent import _windows
+from nearfar.models.text.recurrent import word_windows
 from nearfar.models.text.tokens import TokenBatch
 from nearfar.models.text.trainable import WordTextEncoder
 from nearfar.schedules import learning_rate_factor
@@ -65,7 +65,7 @@ class Convolutions(Bag):
 
     def forward(self, tokens: TokenBatch) -> tuple[Tensor, Tensor]:
         x = self.embedding(tokens)
-        seen = [F.gelu(layer(_windows(x, w))) for w, layer in zip(self.widths, self.maps, strict=True)]
+        seen = [F.gelu(layer(word_windows(x, w))) for w, layer in zip(self.widths, self.maps, strict=True)]
         return _with_mean(torch.cat([*seen, x], dim=-1) * tokens.mask[..., None], tokens)
 
 
@@ -88,7 +88,7 @@ class Transformer(Bag):
         return _with_mean(x * tokens.mask[..., None], tokens)
 
 
-class MeanAndTop(nn.Module):
+class MeanPooling(nn.Module):
     """In place of an attention for each aspect: the mean over all states, the same for each."""
 
     def __init__(self, aspects: int) -> None:
@@ -129,7 +129,7 @@ def build(kind: dict[str, Any], data: AspectData) -> tuple[WordTextEncoder, nn.M
     model = AspectModel(network, len(data.scheme.aspects), data.scheme.classes, projection_dim=0)
     model.dropout = Dropout(0.4)
     if kind.get("pooled"):
-        model.attention = MeanAndTop(len(data.scheme.aspects))
+        model.attention = MeanPooling(len(data.scheme.aspects))
     return encoder, model
 
 

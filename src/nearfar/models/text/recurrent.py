@@ -13,7 +13,7 @@ from nearfar.models.dropout import Dropout
 from nearfar.models.text.tokens import TokenBatch
 from nearfar.models.text.words import PADDING, UNKNOWN
 
-__all__ = ["BidirectionalLSTM", "RecurrentTextEncoder", "WordEmbedding"]
+__all__ = ["BidirectionalLSTM", "RecurrentTextEncoder", "WordEmbedding", "word_windows"]
 
 
 class WordEmbedding(nn.Module):
@@ -168,14 +168,20 @@ class RecurrentTextEncoder(nn.Module):
         for lstm in self.lstms:
             states = self.dropout(lstm(states, tokens.mask))
         windows = [
-            F.gelu(c(_windows(states, w))) for w, c in zip(self.widths, self.convolutions, strict=True)
+            F.gelu(c(word_windows(states, w))) for w, c in zip(self.widths, self.convolutions, strict=True)
         ]
         states = torch.cat([*windows, states], dim=-1) * tokens.mask[..., None]
         return states, states.sum(1) / tokens.mask.sum(1, keepdim=True).clamp(min=1)
 
 
-def _windows(x: Float[Tensor, "b t d"], width: int) -> Float[Tensor, "b t e"]:
-    """Beside each state its neighbours, ``width`` in all; a convolution is then a matrix product, which is faster."""
+def word_windows(x: Float[Tensor, "b t d"], width: int) -> Float[Tensor, "b t e"]:
+    """Each state with its neighbours, ``width`` in all, and zeros beyond the ends; of an even width one more before.
+
+    A linear layer over these is a convolution; as one product of matrices it is the faster one on a processor.
+
+    >>> word_windows(torch.tensor([[[1.0], [2.0], [3.0]]]), 3).tolist()
+    [[[0.0, 1.0, 2.0], [1.0, 2.0, 3.0], [2.0, 3.0, 0.0]]]
+    """
     if width == 1:
         return x
     places = x.shape[1]

@@ -23,9 +23,9 @@ from nearfar.models.text.words import UNKNOWN, WordVocabulary
 
 __all__ = ["WordTextEncoder"]
 
-_VERSION = 1  # of the vectors' computation; part of the cache key
+_VERSION = 2  # of the vectors' computation; part of the cache key
 _VOCABULARY_FILE = "vocabulary.json"
-_SCALE = 0.7  # standard deviation of the first vectors
+_SCALE = 0.7  # root mean square of the first vectors' entries
 
 
 class WordTextEncoder:

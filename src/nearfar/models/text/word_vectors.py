@@ -26,7 +26,7 @@ def context_vectors(
 
     Levy and Goldberg (2014) show that skip-gram factorises this matrix; with a few thousand texts the factorisation
     needs a few seconds. The row of a piece is the sum of the rows of its words: it lies in the space of the words, and
-    so does an unknown word made of pieces. Entries have standard deviation 1 over all words;
+    so does an unknown word made of pieces. Entries of words have a root mean square of 1;
     dimensions beyond the number of contexts are 0. Row 0 of the pieces and rows 0 and 1 of the words are 0.
 
     >>> vocabulary = WordVocabulary.fit(["pin trâu", "pin khỏe", "màn hình đẹp"], min_piece_count=1)
@@ -54,7 +54,7 @@ def context_vectors(
         information = _positive_information(counts, frequency[contexts] ** _SMOOTHING)
         axes = _axes(information[:words], dims)
         vectors[:, : axes.shape[1]] = information @ axes
-        vectors /= max(float(vectors[:words].std()), 1e-9)
+        vectors /= max(float(np.sqrt((vectors[:words] ** 2).mean())), 1e-9)
     vectors[: UNKNOWN + 1] = 0
     vectors[words] = 0
     return vectors[:words], vectors[words:]
