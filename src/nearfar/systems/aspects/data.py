@@ -143,7 +143,7 @@ def load_files(
     return _assemble(read, names, notes, val_fraction, tune_fraction, seed)
 
 
-def load_embedded(n: int = 3000, seed: int = 0) -> AspectData:
+def load_embedded(n: int = 4000, seed: int = 0) -> AspectData:
     """Generated reviews: a first run without any data, split 8 : 1 : 1; says nothing of real reviews."""
     records, aspects = embedded_records(n, seed)
     order = np.random.default_rng(seed).permutation(len(records))

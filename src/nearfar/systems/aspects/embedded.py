@@ -1,7 +1,8 @@
 """A generated set for a first run without data: reviews of phones put together from phrases, labels included.
 
-What is said of one aspect can be said of all ("is great", "could be better"), so that which saying belongs to which
-aspect is a question of order and not of words. It shows how the system works. Nothing follows from its scores.
+Half of what is said fits one aspect alone ("drains by noon"), the other half all of them ("could be better"), so that
+which saying belongs to which aspect is a question of order too. It shows how the system works. Nothing follows from its
+scores.
 """
 
 from __future__ import annotations
@@ -27,6 +28,15 @@ _SAYINGS = {
     NEUTRAL: ("is average", "is neither good nor bad", "is as expected", "is all right"),
     NEGATIVE: ("is bad", "could be better", "is not great", "is not what I wanted"),
 }
+_OWN_SAYINGS = {
+    "BATTERY": {POSITIVE: "lasts two days", NEUTRAL: "lasts a day", NEGATIVE: "drains by noon"},
+    "CAMERA": {POSITIVE: "came out sharp", NEUTRAL: "is usable by day", NEGATIVE: "came out blurred"},
+    "DESIGN": {POSITIVE: "feels solid", NEUTRAL: "looks like any other", NEGATIVE: "scratches at once"},
+    "PERFORMANCE": {POSITIVE: "runs smoothly", NEUTRAL: "takes a moment", NEGATIVE: "lags and freezes"},
+    "PRICE": {POSITIVE: "is a bargain", NEUTRAL: "is in the usual range", NEGATIVE: "is too high"},
+    "SCREEN": {POSITIVE: "shows rich colours", NEUTRAL: "is readable indoors", NEGATIVE: "flickers"},
+    "SERVICE": {POSITIVE: "was friendly", NEUTRAL: "took the stated time", NEGATIVE: "never answered"},
+}
 _BETWEEN = ("", "", ", to be honest,", " of this phone", " for me")
 _JOINS = (", ", ". ", " and ", " but ", "; ", "... ")
 _FILLERS = (
@@ -39,7 +49,7 @@ _FILLERS = (
 )
 
 
-def embedded_records(n: int = 3000, seed: int = 0) -> tuple[Records, list[str]]:
+def embedded_records(n: int = 4000, seed: int = 0) -> tuple[Records, list[str]]:
     """``n`` different reviews and the aspects that they speak of; the same for the same ``n`` and ``seed``."""
     rng = np.random.default_rng(seed)
     aspects = sorted(_THINGS)
@@ -54,6 +64,8 @@ def embedded_records(n: int = 3000, seed: int = 0) -> tuple[Records, list[str]]:
             aspect = aspects[a]
             code = int(rng.choice([POSITIVE, NEUTRAL, NEGATIVE], p=[0.55, 0.1, 0.35]))
             thing, between, said = (_one(rng, some) for some in (_THINGS[aspect], _BETWEEN, _SAYINGS[code]))
+            if rng.random() < 0.5:
+                said = _OWN_SAYINGS[aspect][code]
             parts.append(f"{thing}{between} {said}")
             labels[aspect] = code
         text = parts[0]
