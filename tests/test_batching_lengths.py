@@ -1,4 +1,4 @@
-"""Batches by length: every item as often as it should, the epochs a function of the seed, little padding, exact resume."""
+"""Batches by length: every item as often as it should, epochs a function of the seed, little padding, resume."""
 
 from __future__ import annotations
 
@@ -70,7 +70,11 @@ def test_ranks_share_an_epoch() -> None:
 
 @pytest.mark.parametrize(
     ("repeats", "message"),
-    [(np.zeros(403, int), "at least 1"), (np.ones(403), "whole numbers"), (np.ones(3, int), "one number for each")],
+    [
+        (np.zeros(403, int), "at least 1"),
+        (np.ones(403), "whole numbers"),
+        (np.ones(3, int), "one number for each"),
+    ],
 )
 def test_bad_repeats(repeats: np.ndarray, message: str) -> None:
     with pytest.raises(NearfarError, match=message):

@@ -13,6 +13,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from nearfar.configs import experiments
+from nearfar.data.split_files import data_paths
 from nearfar.errors import NearfarError
 from nearfar.overrides import compose_config
 from nearfar.systems.molecules.features import MoleculeFeatures

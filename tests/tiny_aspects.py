@@ -40,7 +40,7 @@ def write_columns(path: Path, records: Records, chosen: Sequence[int], aspects: 
 def split_folder(folder: Path, n: int = 300, test: bool = True, seed: int = 0) -> Path:
     """Train.csv, Dev.csv and perhaps Test.csv in the layout of UIT-ViSFD."""
     records = reviews(n, seed)
-    parts = {"Train": range(0, n * 6 // 10), "Dev": range(n * 6 // 10, n * 8 // 10)}
+    parts = {"Train": range(n * 6 // 10), "Dev": range(n * 6 // 10, n * 8 // 10)}
     if test:
         parts["Test"] = range(n * 8 // 10, n)
     folder.mkdir(parents=True, exist_ok=True)

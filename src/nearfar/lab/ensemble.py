@@ -71,7 +71,9 @@ def write_ensemble(runs: Sequence[Path], output: Path | None = None, say: Say = 
     averaged = {split: first.average(every) for split, every in collected.items()}
     if calibrate := getattr(first, "calibrate", None):
         calibrate(lambda split: averaged[split], say)
-    reported = {split: averaged[split] for split in ("val", "test") if split in averaged}
+    reported: dict[str, dict[str, Tensor]] = {
+        split: averaged[split] for split in ("val", "test") if split in averaged
+    }
     results: dict[str, Evaluation] = {
         split: first.evaluate(outputs, split, final=True) for split, outputs in reported.items()
     }

@@ -62,7 +62,7 @@ class Decision:
     def to_dict(self, aspects: Sequence[str]) -> dict[str, Any]:
         """As ``metrics.json`` holds it."""
         values = dict(zip(aspects, self.thresholds, strict=True))
-        found = {"kind": self.kind, "chosen_on": self.chosen_on or None, "thresholds": values}
+        found: dict[str, Any] = {"kind": self.kind, "chosen_on": self.chosen_on or None, "thresholds": values}
         if self.weights is not None:
             found["polarity_weights"] = dict(zip(aspects, self.weights, strict=True))
         return found

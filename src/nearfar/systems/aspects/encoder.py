@@ -40,5 +40,7 @@ def load_encoder(folder: str | Path) -> Any:
     """The encoder that a run saved."""
     kind = str(read_spec(folder)["kind"])
     if kind not in ENCODERS:
-        raise NearfarError(f"{folder}: an encoder of kind '{kind}' is not one that is trained with the aspects.")
+        raise NearfarError(
+            f"{folder}: an encoder of kind '{kind}' is not one that is trained with the aspects."
+        )
     return ENCODERS[kind].load(folder)

@@ -6,7 +6,7 @@ linear SVM over its classes (Fan et al. 2008, LIBLINEAR). It has no options to t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Int
@@ -23,7 +23,7 @@ _VERSION = 1  # of what is computed here; part of the cache's key
 def linear_answers(
     texts: Sequence[str],
     codes: Int[ndarray, "n a"],
-    asked: dict[str, Sequence[str]],
+    asked: Mapping[str, Sequence[str]],
     cache: bool = True,
 ) -> dict[str, Int[ndarray, "m a"]]:
     """The baseline's answers for each list of texts in ``asked``; fitted on ``texts`` and ``codes``, kept by content.
@@ -50,7 +50,7 @@ def linear_answers(
 
 
 def _fit(
-    texts: Sequence[str], codes: Int[ndarray, "n a"], asked: dict[str, Sequence[str]]
+    texts: Sequence[str], codes: Int[ndarray, "n a"], asked: Mapping[str, Sequence[str]]
 ) -> dict[str, Int[ndarray, "m a"]]:
     from scipy.sparse import hstack
     from sklearn.feature_extraction.text import TfidfVectorizer

@@ -111,7 +111,8 @@ class AspectObjective(nn.Module):
         assert self.contrast is not None
         if self.contrast.weights == "jaccard":
             aspects: Any = self._aspects
-            return (codes[:, aspects] == self._polarities).long()
+            polarities: Any = self._polarities
+            return (codes[:, aspects] == polarities).long()
         legacy = torch.zeros_like(codes)  # absent, neutral and not known are one code
         legacy[codes == NEGATIVE] = NEGATIVE
         legacy[codes == POSITIVE] = POSITIVE
