@@ -298,6 +298,7 @@ def outputs_of(
 ) -> dict[str, torch.Tensor]:
     """What ``system.embed`` gives of a split's rows, in order."""
     shell = RunModule(system, model, None, config, "")
+    shell.evaluation_split = split
     with quiet_lightning():
         trainer = _trainer(OmegaConf.merge(config, {"logger": None}), folder, [], 1)
         trainer.test(shell, dataloaders=shell.evaluation_loader(split), verbose=False)

@@ -121,6 +121,7 @@ class RunModule(L.LightningModule):
         # Read once: looking an option up in a configuration takes longer than a step may wait.
         self.accumulate, self.log_every = int(config.trainer.accumulate), int(config.trainer.log_every)
         self.evaluation: Evaluation | None = None
+        self.evaluation_split = "val"
         self.outputs: dict[str, Tensor] = {}
         self.epoch_logs: dict[str, Any] = {}
         self.cut = False  # whether trainer.max_steps ends this epoch before its last batch
@@ -289,7 +290,7 @@ class RunModule(L.LightningModule):
         self.validation_step(batch, batch_idx)
 
     def on_test_epoch_end(self) -> None:
-        """The outputs of the split that was passed over."""
+        """The outputs of ``evaluation_split``."""
         self.outputs, self._parts = collect(self._parts), []
 
     # -- state -----------------------------------------------------------------------------------------------
