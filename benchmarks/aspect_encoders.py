@@ -14,7 +14,7 @@ import argparse
 import copy
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +110,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "no first vectors": {"vectors": False},
     "no pieces": {"pieces": None},
     "lstm": {"widths": ()},
-    "lstm 128": {"hidden": 128},
+    "half as wide": {"hidden": 128},
+    "wider": {"hidden": 384},
     "two lstms": {"layers": 2},
     "cnn": {"network": Convolutions},
     "transformer": {"network": Transformer},
@@ -203,51 +204,47 @@ def main() -> None:
     torch.set_num_threads(1)
     folder = Path(os.environ["NEARFAR_DATA"]) / "visfd"
     data = load_files({"train": folder / "Train.csv", "val": args.val}, val_fraction=0.15, tune_fraction=0.0)
-    counts = np.stack([(data.train.codes == k).sum(axis=0) for k in range(1, data.scheme.classes)], axis=1)
-    limits = (THRESHOLD,) * len(data.scheme.aspects)
     print(f"{len(data.train)} reviews to train, {len(data.val)} held out; epochs {args.epochs}, lr {args.lr}")
-    print(
-        "| encoder | seeds | aspect F1 micro | macro | sentiment F1 micro | macro | the same at τ = 0 | CPU s |"
-    )
+    print("| encoder | seeds | aspect F1 micro | macro | sentiment F1 micro | macro | τ = 0 | CPU s |")
     print("|---|---|---|---|---|---|---|---|")
     for name in args.only:
-        rows: list[list[float]] = []
-        if name == "linear":
-            start = time.process_time()
-            codes = linear_answers(data.train.texts, data.train.codes, {"val": data.val.texts}, cache=False)[
-                "val"
-            ]
-            rows.append([*score(data, codes), 0.0, 0.0, time.process_time() - start])
-        summed: Any = 0.0
-        for seed in range(args.seeds if name != "linear" else 0):
-            probabilities, seconds = fit(KINDS[name], data, args, seed)
-            summed = summed + probabilities
-            weighted = Decision("one", limits, "", _rows(polarity_weights(counts, TAU))).codes(probabilities)
-            plain = score(data, Decision("one", limits).codes(probabilities))
-            rows.append([*score(data, weighted), *plain[2:], seconds])
-        print(_line(name, np.array(rows)), flush=True)
-        if len(rows) > 1:
-            weighted = Decision("one", limits, "", _rows(polarity_weights(counts, TAU))).codes(
-                summed / len(rows)
-            )
-            print(
-                _line(f"{name}, all seeds together", np.array([[*score(data, weighted), 0, 0, 0]])),
-                flush=True,
-            )
+        for line in linear_lines(data) if name == "linear" else lines(name, data, args):
+            print(line, flush=True)
 
 
-def _rows(weights: np.ndarray | None) -> Any:
-    return None if weights is None else tuple(map(tuple, weights.tolist()))
+def linear_lines(data: AspectData) -> Iterator[str]:
+    """The linear baseline in one line of the table."""
+    start = time.process_time()
+    asked = {"val": data.val.texts}
+    codes = linear_answers(data.train.texts, data.train.codes, asked, cache=False)["val"]
+    yield line("linear", np.array([score(data, codes)]), time.process_time() - start)
 
 
-def _line(name: str, rows: np.ndarray) -> str:
-    cells = [
-        f"{column.mean():.1f}" + (f" ± {column.std(ddof=1):.1f}" if len(rows) > 1 else "")
-        for column in rows.T[:4]
-    ]
-    pair_micro, pair_macro, seconds = rows[:, 4:].mean(axis=0)
-    cells += [f"{pair_micro:.1f} / {pair_macro:.1f}", f"{seconds:.0f}"]
-    return f"| {name} | {len(rows)} | {' | '.join(cells)} |"
+def lines(name: str, data: AspectData, args: argparse.Namespace) -> Iterator[str]:
+    """One kind over the seeds, and its seeds as one ensemble (their mean probabilities)."""
+    counts = np.stack([(data.train.codes == k).sum(axis=0) for k in range(1, data.scheme.classes)], axis=1)
+    limits = (THRESHOLD,) * len(data.scheme.aspects)
+    weights = tuple(map(tuple, np.asarray(polarity_weights(counts, TAU)).tolist()))
+
+    def scores(probabilities: np.ndarray) -> list[float]:
+        plain = score(data, Decision("one", limits).codes(probabilities))
+        return [*score(data, Decision("one", limits, "", weights).codes(probabilities)), *plain[2:]]
+
+    found = [fit(KINDS[name], data, args, seed) for seed in range(args.seeds)]
+    seconds = float(np.mean([seconds for _, seconds in found]))
+    yield line(name, np.array([scores(probabilities) for probabilities, _ in found]), seconds)
+    if args.seeds > 1:
+        together = np.mean([probabilities for probabilities, _ in found], axis=0)
+        yield line(f"{name}: the seeds' mean", np.array([scores(together)]), seconds * args.seeds)
+
+
+def line(name: str, rows: np.ndarray, seconds: float) -> str:
+    """Means, with standard deviations over seeds."""
+    cells = [f"{column.mean():.1f}" for column in rows.T]
+    if len(rows) > 1:
+        cells = [f"{cell} ± {s:.1f}" for cell, s in zip(cells, rows.std(axis=0, ddof=1), strict=True)]
+    without = " / ".join(cells[4:]) or "–"
+    return f"| {name} | {len(rows)} | {' | '.join(cells[:4])} | {without} | {seconds:.0f} |"
 
 
 if __name__ == "__main__":
