@@ -61,7 +61,7 @@ class AspectModel(nn.Module):
         self.weight = nn.Parameter(torch.randn(aspects, classes, width) * 0.5 * width**-0.5)
         self.bias = nn.Parameter(torch.zeros(aspects, classes))
         self.projection = (
-            ProjectionHead(aspects * width, 2 * projection_dim, projection_dim, norm="layer")
+            ProjectionHead(aspects * width, projection_dim, projection_dim, norm="layer")
             if projection_dim
             else None
         )
