@@ -1,9 +1,9 @@
 """What the objective costs: training steps of the aspect system beside the same encoder under plain cross-entropy.
 
-    python benchmarks/aspects_speed.py --dir FOLDER          # Train.csv, Dev.csv of UIT-ViSFD; without: generated reviews
+    python benchmarks/aspects_speed.py --dir FOLDER      # Train.csv and Dev.csv of UIT-ViSFD; without: generated reviews
 
-Arms take turns step by step on the same batches, so that what else the machine does falls on all of them alike. Times are
-processor seconds of this process (``--wall``: by the clock), medians over steps, with the range over rounds.
+Arms take turns step by step on the same batches, so that what else the machine does falls on all of them alike. Times
+are processor seconds of this process (``--wall``: by the clock), medians over steps, with the range over rounds.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import time
 
 import numpy as np
 import torch
+
 from nearfar.overrides import compose_config
 from nearfar.systems import build_system
 from nearfar.training.fit import initial_model
@@ -26,7 +27,9 @@ ARMS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--dir", help="folder of UIT-ViSFD")
     parser.add_argument("--steps", type=int, default=60, help="steps of each arm in a round")
     parser.add_argument("--rounds", type=int, default=3)

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from nearfar.batching import RandomBatchSampler
 from nearfar.lab.claims.training import encoder, fit
 from nearfar.metrics import f1_macro, f1_micro
-from nearfar.metrics.classification import class_counts, expected_calibration_error, pair_counts, weighted_f1
 from nearfar.metrics.classification import calibration_counts as calibration
+from nearfar.metrics.classification import class_counts, expected_calibration_error, pair_counts, weighted_f1
 from nearfar.systems.aspects.labels import ABSENT, NEUTRAL, LabelScheme
 from nearfar.systems.aspects.objective import AspectObjective, class_weights
 

@@ -1,7 +1,7 @@
 """Does a low training loss on repeated rows leave nothing to improve?
 
-A classifier is trained on rows that are repeated until its training loss is as low as the notes' 0.076. How well it does
-on other rows, and what twice as many *different* rows would have given, says how much was left.
+A classifier is trained on rows that are repeated until its training loss is as low as the notes' 0.076. How well it
+does on other rows, and what twice as many *different* rows would have given, says how much was left.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def run(
     test: int = 4000,
     dims: int = 32,
     classes: int = 3,
-    noise: float = 1.0,
+    noise: float = 2.0,
     target: float = 0.076,
     most_epochs: int = 300,
 ) -> dict[str, float]:
