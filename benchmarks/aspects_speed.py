@@ -1,6 +1,6 @@
 """What the objective costs: training steps of the aspect system beside the same encoder under plain cross-entropy.
 
-    python benchmarks/aspects_speed.py --dir FOLDER      # Train.csv and Dev.csv of UIT-ViSFD; without: generated reviews
+    python benchmarks/aspects_speed.py --dir FOLDER     # Train.csv and Dev.csv of UIT-ViSFD; without: generated
 
 Arms take turns step by step on the same batches, so that what else the machine does falls on all of them alike. Times
 are processor seconds of this process (``--wall``: by the clock), medians over steps, with the range over rounds.

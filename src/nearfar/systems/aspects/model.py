@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from nearfar.models import ProjectionHead
+from nearfar.models.dropout import Dropout
 from nearfar.models.text.tokens import TokenBatch
 
 __all__ = ["AspectAttention", "AspectModel"]
@@ -57,7 +58,7 @@ class AspectModel(nn.Module):
         width: Any = encoder.width
         self.encoder = encoder
         self.attention = AspectAttention(aspects, width)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.weight = nn.Parameter(torch.randn(aspects, classes, width) * 0.5 * width**-0.5)
         self.bias = nn.Parameter(torch.zeros(aspects, classes))
         self.projection = (
