@@ -19,6 +19,7 @@ from nearfar.lab.compare import compare_runs
 from nearfar.lab.ensemble import write_ensemble
 from nearfar.launch import run_one
 from nearfar.overrides import compose_config
+from nearfar.systems import build_system
 from nearfar.systems.aspects.decision import Decision, choose_decision, polarity_weights
 from nearfar.systems.aspects.labels import LabelScheme
 from nearfar.systems.aspects.linear import linear_answers
@@ -122,10 +123,16 @@ def test_without_a_test_file_thresholds_come_from_train(tmp_path: Path) -> None:
     metrics = run(tmp_path, data, "name=run", "thresholds=aspect").read_json("metrics.json")
     assert metrics["splits"].keys() == {"val"}
     assert (metrics["reported"], metrics["decision"]["chosen_on"]) == ("val", "tune")
-    none = run(tmp_path, data, "name=none", "thresholds=none")
-    assert none.read_json("metrics.json")["decision"]["chosen_on"] is None
-    assert set(none.read_json("metrics.json")["decision"]["thresholds"].values()) == {0.5}
-    assert "tune" not in none.read_json("dataset_layout.json")["splits"]
+    config = compose_config(
+        ["experiment=aspects", "data=visfd", f"data.dir={data}", *SMALL, "thresholds=none"]
+    )
+    system: Any = build_system(config)
+    system.prepare(lambda _: None)
+    assert "tune" not in system.layout()["splits"]
+    said: list[str] = []
+    system.calibrate(lambda split: pytest.fail(f"looked at {split}"), said.append)
+    assert "none chosen" in said[0]
+    assert set(system.decision.thresholds) == {0.5}
 
 
 @pytest.mark.parametrize(
@@ -182,8 +189,9 @@ def test_an_ensemble_is_a_run(tmp_path: Path, folder: Path, finished: RunFolder)
         write_ensemble([finished.path, other.path], tmp_path / "both")
     with pytest.raises(NearfarError, match="ensemble itself"):
         write_ensemble([finished.path, made.path], tmp_path / "third")
-    data = split_folder(tmp_path / "data", n=150)
-    stranger = run(tmp_path, data, "name=stranger")
+    stranger = RunFolder(Path(shutil.copytree(finished.path, tmp_path / "stranger")))
+    layout = stranger.read_json("dataset_layout.json")
+    stranger.write_json("dataset_layout.json", layout | {"data_hash": "another"})
     with pytest.raises(NearfarError, match="other data"):
         write_ensemble([finished.path, stranger.path], tmp_path / "third")
 
