@@ -106,6 +106,13 @@ def test_the_log_has_every_term_and_its_share_of_the_gradient(finished: RunFolde
     assert probes[-1]["review/effective_rank"] > 1
 
 
+def test_the_doctor_calls_the_baseline_by_its_name(finished: RunFolder) -> None:
+    """Four epochs over 120 reviews are no match for a linear model."""
+    (found,) = (f for f in finished.read_json("doctor.json")["findings"] if f["id"] == "baseline-not-beaten")
+    assert found["title"] == "TF-IDF + linear SVM does as well."
+    assert "simpler model" in found["advice"]
+
+
 def test_the_report_shows_baseline_confusions_and_the_worst_reviews(finished: RunFolder) -> None:
     titles = [section["title"] for section in finished.read_json("sections.json")]
     assert titles == ["Beside the baselines", "Confusions", "Calibration", "Reviews with the largest loss"]

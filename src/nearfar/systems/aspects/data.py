@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
-from numpy import ndarray
 
 from nearfar.data.rejections import Rejections
 from nearfar.data.splits import check_disjoint
@@ -19,6 +17,7 @@ from nearfar.systems.aspects.embedded import embedded_records
 from nearfar.systems.aspects.labels import LabelScheme
 from nearfar.systems.aspects.readers import read_records
 from nearfar.systems.aspects.records import AspectSplit, Records, text_key
+from nearfar.systems.aspects.splits import hold_out, separate
 
 __all__ = ["AspectData", "load_embedded", "load_files"]
 
@@ -204,10 +203,10 @@ def _assemble(
         for name, r in read.items()
     }
     sources = [records.source_layout() for records in read.values()]
-    left_out = _separate(parts)
+    left_out = separate(parts)
     train = parts["train"]
     if "val" not in parts:
-        train, parts["val"] = _hold_out(train, val_fraction, "val", seed)
+        train, parts["val"] = hold_out(train, val_fraction, "val", seed)
         notes["val"] = (
             f"no val file: {len(parts['val'])} of {len(train) + len(parts['val'])} training reviews were held out "
             f"(fraction {val_fraction:g}, seed {seed})"
@@ -222,7 +221,7 @@ def _assemble(
             "by which the best epoch is chosen too"
         )
         if tune_fraction:
-            train, tune = _hold_out(train, tune_fraction, "tune", seed)
+            train, tune = hold_out(train, tune_fraction, "tune", seed)
             notes["thresholds"] = (
                 f"thresholds are chosen on {len(tune)} training reviews that were held out (fraction {tune_fraction:g})"
             )
@@ -230,49 +229,3 @@ def _assemble(
             notes["thresholds"] = "no thresholds are chosen: no split is left for it (data.tune_fraction=0)"
     scheme = LabelScheme.of(aspects, train.codes)
     return AspectData(scheme, train, parts["val"], parts.get("test"), tune, sources, notes, left_out)
-
-
-def _separate(parts: dict[str, AspectSplit]) -> dict[str, int]:
-    """Take texts that stand twice out of ``parts``, in place: train gives way to val and test, val to test; of copies
-    in train with the same labels one stays. Official val and test rows stay as they are."""
-    keys = {name: [text_key(text) for text in split.texts] for name, split in parts.items()}
-    left_out: dict[str, int] = {}
-    for name, others in (("train", ("val", "test")), ("val", ("test",))):
-        if name not in parts:
-            continue
-        taken = set().union(*(keys[other] for other in others if other in keys))
-        crossing = np.array([key in taken for key in keys[name]], dtype=bool)
-        repeated = np.zeros(len(crossing), dtype=bool)
-        if name == "train":
-            seen: set[tuple[str, bytes]] = set()
-            for i, key in enumerate(keys[name]):
-                content = (key, parts[name].codes[i].tobytes())
-                repeated[i] = content in seen
-                seen.add(content)
-        for words, which in (
-            (f"{name}, its text also stands in {' or '.join(o for o in others if o in keys)}", crossing),
-            (f"{name}, the same text and labels again", repeated & ~crossing),
-        ):
-            if which.any():
-                left_out[words] = int(which.sum())
-        kept = np.flatnonzero(~crossing & ~repeated)
-        if not len(kept):
-            raise NearfarError(f"every text of {name} also stands in another split: nothing is left of it.")
-        parts[name] = parts[name].take(kept, name)
-        keys[name] = [keys[name][i] for i in kept]
-    return left_out
-
-
-def _hold_out(split: AspectSplit, fraction: float, name: str, seed: int) -> tuple[AspectSplit, AspectSplit]:
-    """Two parts that share no text, drawn by ``seed``; copies of a text stay together."""
-    keys = [text_key(text) for text in split.texts]
-    distinct = sorted(set(keys))
-    out = max(1, round(fraction * len(distinct)))
-    if len(distinct) - out < 2:
-        raise NearfarError(
-            f"{split.source} has {len(distinct)} different texts: too few to hold {out} of them out as {name}."
-        )
-    drawn: Int[ndarray, " n"] = np.random.default_rng([seed, len(distinct)]).permutation(len(distinct))[:out]
-    chosen = {distinct[i] for i in drawn}
-    held = np.array([key in chosen for key in keys])
-    return split.take(np.flatnonzero(~held), split.name), split.take(np.flatnonzero(held), name)
