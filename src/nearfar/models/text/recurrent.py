@@ -146,7 +146,7 @@ class RecurrentTextEncoder(nn.Module):
         self,
         embedding: nn.Module,
         dims: int,
-        hidden: int = 256,
+        hidden: int = 384,
         widths: Sequence[int] = (1, 3),
         layers: int = 1,
         dropout: float = 0.2,

@@ -59,7 +59,7 @@ class WordTextEncoder:
     def __init__(
         self,
         dims: int = 128,
-        hidden: int = 256,
+        hidden: int = 384,
         widths: Sequence[int] = (1, 3),
         layers: int = 1,
         pieces: tuple[int, int] | None = (2, 5),
