@@ -31,6 +31,8 @@ from tiny_aspects import split_folder
 
 QUIET = Console(file=open(os.devnull, "w"))  # noqa: SIM115
 SMALL = [
+    "gamma=2",
+    "contrastive=jaccard",
     "epochs=2",
     "batch_size=32",
     "projection_dim=8",
@@ -227,7 +229,7 @@ def test_a_lower_calibration_error_is_better(
     for name in ("test/calibration/ECE", "test/aspect/F1_micro"):
         changed[name] = changed[name] + change
     np.savez(other.path / "per_item.npz", **changed)
-    (found,) = compare_runs([finished.path, other.path], baseline="gamma=2.0").differences.values()
+    (found,) = compare_runs([finished.path, other.path], baseline="gamma=2").differences.values()
     assert found["calibration/ECE"].verdict == verdict
     assert found["aspect/F1_micro"].verdict != verdict
 
