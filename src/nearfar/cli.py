@@ -189,6 +189,24 @@ def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
 
 
 @app.command()
+def ensemble(
+    runs: Annotated[list[Path], typer.Argument(help="Finished runs on the same data, two or more.")],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Its folder; by default ensemble beside the runs."),
+    ] = None,
+) -> None:
+    """Average what several runs say, evaluate that, and write it as a run that compare and report read."""
+    from nearfar.lab.ensemble import write_ensemble
+    from nearfar.lab.table import metrics_table
+
+    console = terminal.console()
+    folder = write_ensemble(runs, output, lambda text: terminal.say(console, text, style="dim"))
+    console.print(metrics_table(folder))
+    terminal.say(console, f"report: {folder.path / 'report.html'}")
+
+
+@app.command()
 def claims(
     wanted: Annotated[
         list[str] | None, typer.Argument(help="Claims by id, row or group; all of them by default.")

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from nearfar.batching.hardness import measure_hardness as measure_hardness
     from nearfar.batching.layout import Layout as Layout
     from nearfar.batching.layout import Plan as Plan
+    from nearfar.batching.lengths import LengthBatchSampler as LengthBatchSampler
     from nearfar.batching.neighbors import Neighbors as Neighbors
     from nearfar.batching.neighbors import nearest_neighbors as nearest_neighbors
     from nearfar.batching.partition import PartitionBatchSampler as PartitionBatchSampler
@@ -37,6 +38,7 @@ _HOME = {
     "HardNegativeSampler": "hard_negative",
     "HardnessReport": "hardness",
     "Layout": "layout",
+    "LengthBatchSampler": "lengths",
     "Neighbors": "neighbors",
     "PartitionBatchSampler": "partition",
     "Plan": "layout",

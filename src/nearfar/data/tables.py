@@ -15,7 +15,7 @@ from nearfar.data.delimited import decode, find_delimiter, records_of
 from nearfar.data.rejections import Rejections
 from nearfar.errors import NearfarError, nearest_name
 
-__all__ = ["Table", "read_table"]
+__all__ = ["Table", "read_table", "table_header"]
 
 _TEXT_SUFFIXES = (".tsv", ".txt", ".tab", ".csv")
 _PARQUET_SUFFIXES = (".parquet", ".pq")
@@ -95,6 +95,27 @@ def read_table(
             f"{path}: none of its {table.n_rows} rows is usable; {table.rejections.summary()}."
         )
     return table
+
+
+def table_header(path: str | Path) -> list[str]:
+    """The headers of a table, for files whose columns have no fixed names; errors as of `read_table`."""
+    path = Path(path)
+    _require_file(path)
+    suffix = path.suffix.lower()
+    if suffix in _PARQUET_SUFFIXES:
+        import pyarrow
+        import pyarrow.parquet
+
+        try:
+            return list(pyarrow.parquet.read_schema(path).names)
+        except (pyarrow.ArrowException, OSError) as error:
+            raise NearfarError(f"{path} cannot be read as Parquet: {str(error).splitlines()[0]}") from None
+    lines = [line.removesuffix("\r") for line in decode(path).split("\n")]
+    start = next((i for i, line in enumerate(lines) if line.strip()), None)
+    if start is None:
+        raise NearfarError(f"{path} holds nothing but blank lines.")
+    _, header = next(records_of(lines, start, find_delimiter(suffix, lines[start]), Rejections()), (0, []))
+    return header
 
 
 def _require_file(path: Path) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from nearfar.doctor.phases import lower_is_better
 from nearfar.errors import NearfarError, nearest_name
 from nearfar.lab.folds import FoldReading, join_folds, read_folds
 from nearfar.lab.groups import Arm, find_runs, group_runs, load_scores
@@ -183,6 +184,7 @@ def _against(made: Comparison, arm: Arm) -> None:
             np.stack([arm.per_item[seed][name] for seed in common]),
             np.stack([base.per_item[seed][name] for seed in common]),
             metric=name,
+            higher_is_better=not lower_is_better(name),
         )
         for name in base.per_item[common[0]]
         if name in arm.per_item[common[0]] and name not in not_these
@@ -195,8 +197,9 @@ def _squeezed(label: str) -> str:
 
 def _baseline(arms: list[Arm], wanted: str | None) -> Arm:
     if wanted is None:
-        random = [arm for arm in arms if flatten(arm.config).get("sampler.name") == "random"]
-        return random[0] if random else arms[0]
+        single = [arm for arm in arms if not arm.config.get("ensemble")] or arms
+        random = [arm for arm in single if flatten(arm.config).get("sampler.name") == "random"]
+        return random[0] if random else single[0]
     sought = _squeezed(wanted)
     matches = [arm for arm in arms if sought in map(_squeezed, arm.parts)] or [
         arm for arm in arms if sought == _squeezed(arm.label)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rich.markup import escape
 from rich.table import Table
 
 from nearfar.batching import SamplerVerdict
@@ -32,7 +33,9 @@ def metrics_table(folder: RunFolder) -> Table:
     metrics = folder.read_json("metrics.json")
     splits = metrics["splits"]
     split = "test" if "test" in splits else next(iter(splits))
-    table = Table(title=f"{folder} · {split} · best epoch, {metrics['best_epoch']}", title_justify="left")
+    members = metrics.get("members")
+    what = f"ensemble of {len(members)} runs" if members else f"best epoch, {metrics['best_epoch']}"
+    table = Table(title=f"{folder} · {split} · {what}", title_justify="left")
     for column in ("metric", "value", "95 % interval", "chance", "gallery", "n"):
         table.add_column(column, justify="left" if column == "metric" else "right", no_wrap=True)
     for name, content in splits[split].items():
@@ -60,7 +63,7 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
     arms.add_column("chance", justify="right")
     arms.add_column("gallery", justify="right")
     for arm in comparison.arms:
-        arms.add_column(f"{arm.label}\n{len(arm.runs)} seeds", justify="right")
+        arms.add_column(f"{escape(arm.label)}\n{len(arm.runs)} seeds", justify="right")
     for name in comparison.summary[comparison.arms[0].label]:
         row = [metric_words(name)]
         estimate = first.get(name)
@@ -84,7 +87,7 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
         if not few and sweep is not None and (sweep.best is None or label != sweep.best.label):
             continue  # the sweep's table has a line for each; the best is shown in full
         several = comparison.looked_at > 1
-        table = Table(title=f"{label} − {comparison.baseline.label}", title_justify="left")
+        table = Table(title=escape(f"{label} − {comparison.baseline.label}"), title_justify="left")
         for column in ("metric", "difference", "95 % interval", "per seed", "verdict"):
             table.add_column(
                 column, justify="right" if column in ("difference", "95 % interval") else "left", no_wrap=True
@@ -103,7 +106,7 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
         tables.append(table)
     tables += [fold_table(comparison, label) for label in comparison.by_fold if comparison.by_fold[label]]
     for label, reason in comparison.refused.items():
-        table = Table(title=f"{label}: not compared", title_justify="left")
+        table = Table(title=escape(f"{label}: not compared"), title_justify="left")
         table.add_column("why")
         table.add_row(reason)
         tables.append(table)

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from nearfar.doctor.phases import lower_is_better
 from nearfar.errors import NearfarError
 from nearfar.lab.arms import Arms
 from nearfar.lab.one_batch import quiet_arithmetic
@@ -201,5 +202,5 @@ def _compare(
             refused[name] = reason
             continue
         a, b = (np.stack([np.asarray(e.per_item[name]) for e in arm]) for arm in (changed, unchanged))
-        differences[name] = paired_difference(a, b, metric=name)
+        differences[name] = paired_difference(a, b, metric=name, higher_is_better=not lower_is_better(name))
     return differences, refused

@@ -15,6 +15,7 @@ __all__ = ["OPTIONS", "SYSTEMS", "TRAINED", "build_system", "check_config", "tra
 SYSTEMS = {
     "molecules": "nearfar.systems.molecules.system:MoleculeSystem",
     "tissue": "nearfar.systems.tissue.system:TissueSystem",
+    "aspects": "nearfar.systems.aspects.system:AspectSystem",
 }
 
 
@@ -39,6 +40,7 @@ TRAINED = {"molecules": "nearfar.systems.molecules.search:TrainedMolecules"}
 OPTIONS = {
     "molecules": "nearfar.systems.molecules.options:check_options",
     "tissue": "nearfar.systems.tissue.options:check_options",
+    "aspects": "nearfar.systems.aspects.options:check_options",
 }
 
 

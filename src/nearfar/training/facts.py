@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
+from nearfar.models.dropout import Dropout
 from nearfar.training.system import modules_of
 
 __all__ = ["highest_scale", "model_facts"]
@@ -28,7 +29,7 @@ def model_facts(model: nn.Module, system: Any = None) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in model.parameters()),
         "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "batchnorm": sum(isinstance(m, _BatchNorm) and m.training for m in modules),
-        "dropout": max((m.p for m in modules if isinstance(m, _DropoutNd)), default=0.0),
+        "dropout": max((m.p for m in modules if isinstance(m, _DropoutNd | Dropout)), default=0.0),
     }
     highest = highest_scale(model, system)
     return facts if highest is None else facts | {"scale_max": highest}

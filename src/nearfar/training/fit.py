@@ -36,9 +36,11 @@ __all__ = [
     "fit",
     "initial_model",
     "load_weights",
+    "outputs_of",
     "quiet_lightning",
     "train",
     "write_diagnosis",
+    "write_results",
 ]
 
 Say = Callable[[str], None]
@@ -56,6 +58,7 @@ def quiet_lightning() -> Iterator[None]:
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
         warnings.filterwarnings("ignore", message=".*Total length of `list`.*")  # no validation
+        warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")  # frozen parts
         warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
         try:
             yield
@@ -249,6 +252,8 @@ def fit(
         results, outputs = {}, {}
         best = find_checkpoint(folder.path, prefer="best")
         load_weights(module.model, Checkpoint.load(best), system, str(best))
+        if calibrate := getattr(system, "calibrate", None):
+            calibrate(lambda split: outputs_of(system, module.model, config, folder, split), say)
         for split in ("val", "test"):
             found = evaluate(system, module.model, config, folder, split)
             if request.asked:
@@ -257,14 +262,47 @@ def fit(
                 results[split], outputs[split] = found
     if not results:
         raise NearfarError("there is neither a validation nor a test split: nothing to evaluate on.")
+    about = {
+        # Cut before its first epoch was over, a run is evaluated as it stands.
+        "best_epoch": module.best["epoch"] or module.epoch + 1,
+        "epochs": module.epoch,
+        "steps": module.step,
+        "train_seconds": round(seconds, 2),
+    }
+    write_results(folder, system, results, outputs, about)
+    write_diagnosis(folder, say)
+    return folder
+
+
+def write_results(
+    folder: RunFolder,
+    system: System,
+    results: dict[str, Evaluation],
+    outputs: dict[str, dict[str, torch.Tensor]],
+    about: dict[str, Any],
+) -> None:
+    """What came of the evaluation: examples, tables and map of the reported split, scores, and last the metrics.
+
+    ``about`` stands in ``metrics.json`` beside the estimates and says how the model came about.
+    """
     split = "test" if "test" in outputs else "val"
     folder.write_json("examples.json", system.report_examples(outputs[split], split))
     sections = getattr(system, "report_sections", None)
     write_sections(folder, sections(outputs[split], split) if sections else ())
     write_map(folder, outputs[split])
-    write_metrics(folder, system, module, results, seconds)
-    write_diagnosis(folder, say)
-    return folder
+    write_metrics(folder, system, results, about)
+
+
+def outputs_of(
+    system: System, model: nn.Module, config: Any, folder: RunFolder, split: str
+) -> dict[str, torch.Tensor]:
+    """What ``system.embed`` gives of a split's rows, in order."""
+    shell = RunModule(system, model, None, config, "")
+    shell.evaluation_split = split
+    with quiet_lightning():
+        trainer = _trainer(OmegaConf.merge(config, {"logger": None}), folder, [], 1)
+        trainer.test(shell, dataloaders=shell.evaluation_loader(split), verbose=False)
+    return shell.outputs
 
 
 def evaluate(
@@ -273,13 +311,8 @@ def evaluate(
     """Estimates, with intervals, of one split; None where the system has no such split."""
     if system.dataset(split) is None:
         return None
-    shell = RunModule(system, model, None, config, "")
-    shell.evaluation_split = split
-    with quiet_lightning():
-        trainer = _trainer(OmegaConf.merge(config, {"logger": None}), folder, [], 1)
-        trainer.test(shell, dataloaders=shell.evaluation_loader(split), verbose=False)
-    assert shell.evaluation is not None
-    return shell.evaluation, shell.outputs
+    outputs = outputs_of(system, model, config, folder, split)
+    return system.evaluate(outputs, split, final=True), outputs
 
 
 def write_diagnosis(folder: RunFolder, say: Say) -> Diagnosis:
@@ -293,7 +326,7 @@ def write_diagnosis(folder: RunFolder, say: Say) -> Diagnosis:
 
 
 def write_metrics(
-    folder: RunFolder, system: System, module: RunModule, results: dict[str, Evaluation], seconds: float
+    folder: RunFolder, system: System, results: dict[str, Evaluation], about: dict[str, Any]
 ) -> None:
     """``per_item.npz`` and then ``metrics.json``: a run that has its metrics is finished."""
     arrays: dict[str, np.ndarray] = {}
@@ -311,11 +344,7 @@ def write_metrics(
         | {
             "system": system.name,
             "monitor": system.monitor,
-            # Cut before its first epoch was over, a run is evaluated as it stands.
-            "best_epoch": module.best["epoch"] or module.epoch + 1,
-            "epochs": module.epoch,
-            "steps": module.step,
-            "train_seconds": round(seconds, 2),
+            **about,
             "splits": {
                 split: {name: estimate.to_dict() for name, estimate in result.estimates.items()}
                 for split, result in results.items()

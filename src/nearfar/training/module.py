@@ -276,14 +276,18 @@ class RunModule(L.LightningModule):
         self.step = self._step_at_start + self.trainer.global_step
         self.loss_mean.add(self.last.loss)
 
-    def on_validation_epoch_start(self) -> None:
-        """Let the system see the weights that are evaluated, as for references that it compares a split with."""
-        if start := getattr(self.system, "start_evaluation", None):
-            start(self.model)
+    def on_validation_start(self) -> None:
+        """What the system's metrics need beyond the split itself."""
+        self._before_evaluation("val", final=False)
 
-    def on_test_epoch_start(self) -> None:
-        """The same before the evaluation of ``evaluation_split``."""
-        self.on_validation_epoch_start()
+    def on_test_start(self) -> None:
+        """The same, for the last evaluation."""
+        self._before_evaluation(self.evaluation_split, final=True)
+
+    def _before_evaluation(self, split: str, final: bool) -> None:
+        ready = getattr(self.system, "before_evaluation", None)
+        if ready is not None:
+            ready(self.model, split, final)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Collect what the metrics need."""
@@ -299,9 +303,8 @@ class RunModule(L.LightningModule):
         self.validation_step(batch, batch_idx)
 
     def on_test_epoch_end(self) -> None:
-        """Estimates, with every interval, of the split that ``evaluation_split`` names."""
+        """The outputs of ``evaluation_split``."""
         self.outputs, self._parts = collect(self._parts), []
-        self.evaluation = self.system.evaluate(self.outputs, self.evaluation_split, final=True)
 
     # -- state -----------------------------------------------------------------------------------------------
     @property

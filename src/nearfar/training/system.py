@@ -117,11 +117,18 @@ class System(Protocol):
     def embed(self, model: nn.Module, batch: Any) -> dict[str, Tensor]:
         """What evaluation needs of one batch; rows are concatenated over the split."""
 
-    def start_evaluation(self, model: nn.Module) -> None:
-        """Called before the batches of a split are embedded, in eval mode without gradients; may be left out.
+    def before_evaluation(self, model: nn.Module, split: str, final: bool) -> None:
+        """Called in eval mode, without gradients, before a split is embedded: for metrics that need more than that
+        split, such as a probe fitted on training rows. May be left out."""
 
-        For what ``evaluate`` needs of the same weights beside the split, such as the embeddings of training rows.
-        """
+    def calibrate(self, outputs: Callable[[str], Mapping[str, Tensor]], say: Callable[[str], None]) -> None:
+        """Called once before the final evaluation: choose thresholds and the like; may be left out.
+
+        ``outputs`` collects what ``embed`` gives of any split that ``dataset`` knows, under the best weights.
+
+    def average(self, outputs: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """The outputs of several trainings on the same rows as those of one (``nearfar ensemble``); may be left out."""
+        raise NotImplementedError
 
     def evaluate(self, outputs: Mapping[str, Tensor], split: str, final: bool) -> Evaluation:
         """Estimates of a split from its collected outputs; ``final`` asks for every interval."""

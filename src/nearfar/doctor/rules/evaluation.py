@@ -22,6 +22,7 @@ _CUTOFF = re.compile(
     r"(?:^|[/_ .-])(?:r|recall|hits?|hit_rate|top|success|acc|accuracy)(?:@|_at_|[_-])?(\d+)(?:_acc(?:uracy)?)?$",
     re.IGNORECASE,
 )
+_CONSTANT = "the constant baseline"
 #: ratio of galleries from which chance differs enough to be seen, and from which it misleads
 OTHER_GALLERY, OTHER_BY_FAR = 1.1, 4.0
 
@@ -168,7 +169,7 @@ def _baseline(signals: Signals) -> Evidence | None:
     main = main_metric(signals, [name for _, name, _ in of_splits(signals)])
     judged = 0
     for split, name, estimate in of_splits(signals):
-        baseline, kind = _lookup(baselines, split, name), "the constant baseline"
+        baseline, kind = _lookup(baselines, split, name)
         if baseline is None and name == main:
             baseline, kind = estimate.get("chance"), "chance"
         value = estimate.get("value")
@@ -181,10 +182,11 @@ def _baseline(signals: Signals) -> Evidence | None:
         if sign * (worst - baseline) > 0:
             continue
         interval = "" if low is None else f" [{estimate.get('low'):.3f}, {estimate.get('high'):.3f}]"
+        title = None if kind == _CONSTANT else f"{kind} does as well."
         return Evidence(
             f"{name} on {split} is {value:.3f}{interval}; {kind} scores {baseline:.3f}.",
             {"value": value, "baseline": baseline},
-            title="The metric that matters is at chance." if kind == "chance" else None,
+            title="The metric that matters is at chance." if kind == "chance" else title,
         )
     if not judged:
         raise TooLittle("no metric stands beside a baseline or chance level")
@@ -193,7 +195,9 @@ def _baseline(signals: Signals) -> Evidence | None:
 
 def _baseline_remedy(signals: Signals) -> Remedy:
     found = _baseline(signals)
-    if found is not None and found.title is not None:
+    if found is not None and found.title is not None and "chance" not in found.title:
+        words = "The simpler model is as good here: look at what the other one costs, at its training, and at the data."
+    elif found is not None and found.title is not None:
         words = (
             "Nothing that was learned carries over to these rows: see what else is found, and check that queries "
             "and keys of a pair stand in one order."
@@ -203,11 +207,13 @@ def _baseline_remedy(signals: Signals) -> Remedy:
     return Remedy("", words)
 
 
-def _lookup(baselines: Mapping[str, Any], split: str, name: str) -> float | None:
+def _lookup(baselines: Mapping[str, Any], split: str, name: str) -> tuple[float | None, str]:
+    """The score of the baseline and what it is called: a constant, unless the entry has a ``name``."""
     found = baselines.get(name, baselines.get(f"val/{name}"))
     if found is None and isinstance(baselines.get(split), Mapping):
         found = baselines[split].get(name)
-    return None if found is None else estimate_of(found, name)["value"]
+    kind = str(found["name"]) if isinstance(found, Mapping) and "name" in found else _CONSTANT
+    return None if found is None else estimate_of(found, name)["value"], kind
 
 
 RULES = (

@@ -86,25 +86,38 @@ def run_claims(
     if seeds is not None and seeds < 1:
         raise NearfarError(f"seeds is {seeds}; give a number of at least 1 (one alone gives no interval)")
     outcomes = []
+    ran: dict[str, list[Mapping[str, float | Share]]] = {}
     for claim in tested:
         told(claim)
-        outcomes.append(run_claim(claim, found[claim.id], seeds=seeds, quick=quick))
+        outcomes.append(run_claim(claim, found[claim.id], seeds=seeds, quick=quick, ran=ran))
     return outcomes
 
 
 def run_claim(
-    claim: Claim, experiment: Experiment | None = None, *, seeds: int | None = None, quick: bool = False
+    claim: Claim,
+    experiment: Experiment | None = None,
+    *,
+    seeds: int | None = None,
+    quick: bool = False,
+    ran: dict[str, list[Mapping[str, float | Share]]] | None = None,
 ) -> Outcome:
-    """Run one claim over its seeds (0, 1, …) and judge claim and prediction."""
+    """Run one claim over its seeds (0, 1, …) and judge claim and prediction.
+
+    ``ran`` holds what experiments gave before, for claims that ask the same experiment under the same options.
+    """
     experiment = _checked(claim) if experiment is None else experiment
     options = {**claim.options, **(claim.quick if quick else {})}
     number = (seeds or (QUICK_SEEDS if quick else claim.seeds)) if experiment.seeded else 0
     started = time.process_time()
-    with _one_thread():
-        if experiment.seeded:
-            found = [experiment.run(seed, **options) for seed in range(number)]
-        else:
-            found = [experiment.run(**options)]
+    ran = {} if ran is None else ran
+    key = repr((experiment.name, sorted(options.items()), number))
+    if key not in ran:
+        with _one_thread():
+            if experiment.seeded:
+                ran[key] = [experiment.run(seed, **options) for seed in range(number)]
+            else:
+                ran[key] = [experiment.run(**options)]
+    found = ran[key]
     values: dict[str, list[float | Share]] = {
         name: [one[name] for one in found] for name in experiment.quantities
     }

@@ -95,7 +95,7 @@ class TransformerTextEncoder:
 
     def encode(self, texts: Sequence[str]) -> Float[np.ndarray, "n d"]:
         """(n, hidden size) float32."""
-        tokenizer, network = self._load()
+        tokenizer, network = self.parts()
         out = np.zeros((len(texts), int(network.config.hidden_size)), dtype=np.float32)
         # Stable order by length: little padding, and the same batches for the same texts.
         order = np.argsort([len(text) for text in texts], kind="stable")
@@ -150,7 +150,8 @@ class TransformerTextEncoder:
             pooled = (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
         return torch.nn.functional.normalize(pooled, dim=-1) if self.normalize else pooled
 
-    def _load(self) -> tuple[Any, Any]:
+    def parts(self) -> tuple[Any, Any]:
+        """Tokenizer and network, read when they are first asked for."""
         if self._loaded is None:
             try:
                 from transformers import AutoModel, AutoTokenizer
@@ -185,7 +186,7 @@ class TransformerTextEncoder:
             return digest.hexdigest()[:32]
         commit = commit_in_cache(self.model, self.revision)
         if not commit:
-            self._load()
+            self.parts()
             commit = commit_in_cache(self.model, self.revision)
         return f"{self.model}@{commit or self.revision}"
 

@@ -1,8 +1,7 @@
-"""The options of the molecule system: their ranges, and where its files are."""
+"""The options of the molecule system and their ranges."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -15,7 +14,7 @@ from nearfar.systems.molecules.model import MOLECULE_ENCODERS, TEXT_HEADS
 from nearfar.training.batches import SAMPLERS
 from nearfar.training.options import Choice, Number, Rule, Switch, Text, check_table, option
 
-__all__ = ["check_options", "data_paths"]
+__all__ = ["check_options"]
 
 _PATH = Text(optional=True, number=True)
 _SHARE = Number(0.0, 0.99)
@@ -67,12 +66,6 @@ OPTIONS: dict[str, Rule] = {
     "data.split_seed": Number(0, 2**32 - 1, whole=True),
     "text_encoder.kind": Text(),
 }
-SPLIT_NAMES = {
-    "train": ("train", "training"),
-    "val": ("val", "validation", "valid", "dev"),
-    "test": ("test",),
-}
-ENDINGS = (".txt", ".tsv", ".csv", ".parquet")
 
 
 def check_options(config: Any) -> None:
@@ -150,38 +143,3 @@ def _named_values(rule: Any) -> tuple[float, ...]:
         case Piecewise(points):
             return tuple(value for _, value in points)
     return ()
-
-
-def data_paths(data: Any) -> dict[str, Path | None]:
-    """The files of the splits: as given by name, or found in ``data.dir``.
-
-    Raises ``NearfarError`` if a file is missing, or if there is a val or test file and nothing to train on.
-    """
-    paths: dict[str, Path | None] = {
-        name: None if data[name] is None else Path(str(data[name])) for name in SPLIT_NAMES
-    }
-    if data.dir is not None:
-        folder = Path(str(data.dir))
-        if not folder.is_dir():
-            raise NearfarError(f"data.dir={folder}: no such folder.")
-        for split, names in SPLIT_NAMES.items():
-            found = [
-                folder / f"{name}{end}"
-                for name in names
-                for end in ENDINGS
-                if (folder / f"{name}{end}").exists()
-            ]
-            if paths[split] is None and found:
-                paths[split] = found[0]
-        if paths["train"] is None:
-            there = ", ".join(sorted(p.name for p in folder.iterdir())[:10]) or "nothing"
-            raise NearfarError(
-                f"data.dir={folder}: there is no train file ({', '.join('train' + e for e in ENDINGS)}). "
-                f"In it: {there}. Name the files with data.train=, data.val=, data.test=."
-            )
-    for split, path in paths.items():
-        if path is not None and not path.exists():
-            raise NearfarError(f"data.{split}={path}: no such file.")
-    if paths["train"] is None and (paths["val"] or paths["test"]):
-        raise NearfarError("data.val or data.test is given, but no data.train to learn from.")
-    return paths

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from nearfar.batching import Neighbors, nearest_neighbors
 from nearfar.contrast import DuplicateMask, Mask, SimilarityMask, join_masks
 from nearfar.data.cache import cached_arrays, content_key
+from nearfar.data.split_files import data_paths
 from nearfar.errors import NearfarError
 from nearfar.losses import InfoNCELoss
 from nearfar.metrics import Estimate, batch_signals, rank_estimates, retrieval_ranks
@@ -28,7 +29,7 @@ from nearfar.systems.molecules.data import (
 from nearfar.systems.molecules.examples import retrieval_examples
 from nearfar.systems.molecules.features import MoleculeFeatures
 from nearfar.systems.molecules.model import MoleculeTextModel
-from nearfar.systems.molecules.options import check_options, data_paths
+from nearfar.systems.molecules.options import check_options
 from nearfar.training.batches import (
     LIKELY_FALSE_NEGATIVE,
     build_sampler,

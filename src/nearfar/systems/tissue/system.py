@@ -192,7 +192,7 @@ class TissueSystem(EncodingSystem):
 
     # -- evaluation ------------------------------------------------------------------------------------------
     @torch.no_grad()
-    def start_evaluation(self, model: Any) -> None:
+    def before_evaluation(self, model: Any, split: str, final: bool) -> None:
         """Embed the expression of the training spots, from which that of others is predicted."""
         device = next(model.parameters()).device
         parts = self._datasets["train"].genes.split(4096)

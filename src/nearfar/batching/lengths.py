@@ -1,0 +1,113 @@
+"""Batches of texts of similar length, and items that come several times an epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+from numpy import ndarray
+from numpy.typing import NDArray
+
+from nearfar.batching.base import BatchSampler, digest
+from nearfar.batching.layout import Layout, Plan, whole
+from nearfar.errors import NearfarError
+
+__all__ = ["LengthBatchSampler"]
+
+
+class LengthBatchSampler(BatchSampler):
+    """Random batches whose items have similar lengths, so that little is padded.
+
+    An epoch is a random order; windows of ``window`` batches are sorted by length, cut into batches, and the batches
+    shuffled. ``window=1`` is plain random order.
+
+    ``repeats``: how often each item comes in an epoch, at least once. The copies of an item are spread evenly over the
+    epoch: they meet in no batch as long as there are more than ``window`` batches for each copy.
+
+    >>> lengths = np.array([3, 90, 4, 80, 5, 70])
+    >>> sampler = LengthBatchSampler(lengths, 3)
+    >>> sorted(sorted(batch) for batch in sampler)
+    [[0, 2, 4], [1, 3, 5]]
+    >>> twice = LengthBatchSampler(lengths, 2, repeats=np.array([1, 2, 1, 1, 1, 2]))
+    >>> len(twice), sorted(i for batch in twice for i in batch)
+    (4, [0, 1, 1, 2, 3, 4, 5, 5])
+    """
+
+    def __init__(
+        self,
+        lengths: Int[ndarray, " n"],
+        batch_size: int,
+        *,
+        repeats: Int[ndarray, " n"] | None = None,
+        window: int = 8,
+        seed: int = 0,
+        drop_last: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        ids: Sequence[Any] | NDArray[Any] | None = None,
+    ) -> None:
+        self.lengths = np.asarray(lengths)
+        counts = np.ones(len(self.lengths), dtype=np.int64) if repeats is None else np.asarray(repeats)
+        if self.lengths.ndim != 1 or counts.shape != self.lengths.shape:
+            raise NearfarError(
+                f"lengths have shape {self.lengths.shape} and repeats {counts.shape}; one number for each item"
+            )
+        if counts.dtype.kind not in "iu" or (len(counts) and counts.min() < 1):
+            raise NearfarError("repeats are whole numbers of at least 1: how often an item comes in an epoch")
+        # Every copy is an item of the plan; positions are those of the items.
+        self._items = np.repeat(np.arange(len(counts)), counts).astype(np.int32)
+        first = np.cumsum(counts) - counts
+        self._copy = np.arange(len(self._items)) - np.repeat(first, counts)
+        self._counts = counts
+        super().__init__(
+            len(self._items),
+            batch_size,
+            seed=seed,
+            drop_last=drop_last,
+            rank=rank,
+            world_size=world_size,
+            ids=None if ids is None else np.asarray(ids)[self._items],
+        )
+        self.window = whole("window", window, 1)
+
+    def _identity(self) -> dict[str, Any]:
+        return {"lengths": digest(self.lengths), "repeats": digest(self._counts), "window": self.window}
+
+    def _compose(self, epoch: int, options: Mapping[str, Any]) -> Plan:
+        rng = np.random.default_rng([self.seed, epoch])
+        layout = self.layout
+        place = (self._copy + rng.random(len(self._counts))[self._items]) / self._counts[self._items]
+        order = self._items[np.argsort(place, kind="stable")][: layout.total]
+        if self.window > 1:
+            order = _sorted_windows(order, self.lengths, layout, self.window, rng)
+        return Plan(layout, order)
+
+
+def _sorted_windows(
+    order: NDArray[np.int32],
+    lengths: NDArray[Any],
+    layout: Layout,
+    window: int,
+    rng: np.random.Generator,
+) -> NDArray[np.int32]:
+    order = order.copy()
+    starts = layout.starts
+    step = window * layout.world_size
+    for first in range(0, len(starts) - 1, step):
+        span = slice(starts[first], starts[min(first + step, len(starts) - 1)])
+        order[span] = order[span][np.argsort(lengths[order[span]], kind="stable")]
+    sizes = np.diff(starts)
+    full = np.flatnonzero(sizes == sizes[0])
+    shuffled = np.arange(len(sizes))
+    # Ranks of one step keep together: the batches that they get at once have similar lengths, too.
+    if layout.world_size == 1:
+        shuffled[full] = full[rng.permutation(len(full))]
+    else:
+        steps = np.flatnonzero(sizes[:: layout.world_size] == sizes[0])
+        new = steps[rng.permutation(len(steps))]
+        ranks = np.arange(layout.world_size)
+        old_places = (steps[:, None] * layout.world_size + ranks).ravel()
+        shuffled[old_places] = (new[:, None] * layout.world_size + ranks).ravel()
+    return np.concatenate([order[starts[b] : starts[b + 1]] for b in shuffled])

@@ -1,0 +1,140 @@
+"""Several runs as one: what they say is averaged, thresholds are chosen anew, and the result is a run folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf, open_dict
+from torch import Tensor
+
+from nearfar.errors import NearfarError
+from nearfar.lab.groups import WITHIN_ARM, find_runs
+from nearfar.lab.report import write_report
+from nearfar.systems import build_system
+from nearfar.training.checkpoint import Checkpoint, find_checkpoint
+from nearfar.training.fit import (
+    initial_model,
+    load_weights,
+    outputs_of,
+    quiet_lightning,
+    write_diagnosis,
+    write_results,
+)
+from nearfar.training.resume import changed_values
+from nearfar.training.run_folder import RunFolder, environment
+from nearfar.training.system import Evaluation, System
+
+__all__ = ["write_ensemble"]
+
+Say = Callable[[str], None]
+
+
+def write_ensemble(runs: Sequence[Path], output: Path | None = None, say: Say = lambda _: None) -> RunFolder:
+    """Average the outputs of ``runs`` (folders of runs count as their runs) and write them as a run of its own.
+
+    Every member reads its data and its best checkpoint again. What is chosen on validation, such as thresholds, is
+    chosen for the average. The configuration is that of the first member, with the members under ``ensemble`` and,
+    where members differ, a list of their values: to ``nearfar compare`` it is an arm of its own.
+
+    Raises ``NearfarError`` for fewer than two runs, other systems or data than the first one's, and for a system whose
+    outputs cannot be averaged.
+    """
+    folders = find_runs(runs)
+    kind, data = _same(folders)
+    members = [str(folder.path) for folder in folders]
+    place = (
+        output or Path(os.path.commonpath([folder.path.resolve().parent for folder in folders])) / "ensemble"
+    )
+    if (place / "config.yaml").exists() or (place / "metrics.json").exists():
+        raise NearfarError(f"{place} is a run already: give another folder with --output.")
+    first: System | None = None
+    collected: dict[str, list[dict[str, Tensor]]] = {}
+    for folder in folders:
+        config = folder.config()
+        system = build_system(config)
+        if not _averages(system):
+            raise NearfarError(f"system '{kind}' does not say how its outputs are averaged.")
+        system.prepare(lambda _: None)
+        if (found := system.layout()["data_hash"]) != data:
+            raise NearfarError(
+                f"{folder}: its data has changed since (hash {data}, now {found}); train it anew, or leave it out."
+            )
+        say(f"{folder.name} …")
+        for split, outputs in _outputs(system, config, folder).items():
+            collected.setdefault(split, []).append(outputs)
+        first = first or system
+    assert first is not None
+    averaged = {split: first.average(every) for split, every in collected.items()}
+    if calibrate := getattr(first, "calibrate", None):
+        calibrate(lambda split: averaged[split], say)
+    reported: dict[str, dict[str, Tensor]] = {
+        split: averaged[split] for split in ("val", "test") if split in averaged
+    }
+    results: dict[str, Evaluation] = {
+        split: first.evaluate(outputs, split, final=True) for split, outputs in reported.items()
+    }
+    target = RunFolder(place)
+    target.path.mkdir(parents=True, exist_ok=True)
+    target.write_text("config.yaml", OmegaConf.to_yaml(_config(folders, members), resolve=True))
+    target.write_json("environment.json", environment())
+    target.write_json("dataset_layout.json", first.layout())
+    write_results(target, first, results, reported, _about(folders))
+    write_diagnosis(target, say)
+    write_report(target)
+    return target
+
+
+def _averages(system: Any) -> bool:
+    return callable(getattr(system, "average", None))
+
+
+def _same(folders: Sequence[RunFolder]) -> tuple[str, str]:
+    """The system and the hash of the data that all runs have in common."""
+    first = folders[0]
+    kind, data = first.config().system, first.read_json("dataset_layout.json")["data_hash"]
+    for folder in folders[1:]:
+        if folder.config().system != kind:
+            raise NearfarError(f"{folder} is a run of '{folder.config().system}', {first} of '{kind}'.")
+        if folder.read_json("dataset_layout.json")["data_hash"] != data:
+            raise NearfarError(f"{folder} and {first} were trained on other data: they cannot speak as one.")
+    for folder in folders:
+        if folder.read_json("metrics.json").get("members"):
+            raise NearfarError(f"{folder} is an ensemble itself: name its members instead.")
+    return str(kind), str(data)
+
+
+def _outputs(system: System, config: Any, folder: RunFolder) -> dict[str, dict[str, Tensor]]:
+    """Outputs of every split but train, by the run's best checkpoint."""
+    model = initial_model(system, config.seed)
+    path = find_checkpoint(folder.path, prefer="best")
+    load_weights(model, Checkpoint.load(path), system, str(path))
+    splits = [split for split in system.layout()["splits"] if split != "train"]
+    with quiet_lightning(), torch.random.fork_rng():
+        return {split: outputs_of(system, model, config, folder, split) for split in splits}
+
+
+def _config(folders: Sequence[RunFolder], members: list[str]) -> Any:
+    configs = [folder.config() for folder in folders]
+    config = configs[0].copy()
+    differing = {key for other in configs[1:] for key in changed_values(config, other)}
+    with open_dict(config):
+        for key in sorted(differing - set(WITHIN_ARM)):
+            OmegaConf.update(config, key, [OmegaConf.select(each, key) for each in configs], force_add=True)
+        config.ensemble = " + ".join(Path(member).name for member in members)
+        config.name, config.overrides = None, []
+    return config
+
+
+def _about(folders: Sequence[RunFolder]) -> dict[str, Any]:
+    every: list[Mapping[str, Any]] = [folder.read_json("metrics.json") for folder in folders]
+    return {
+        "members": [str(folder.path) for folder in folders],
+        "best_epoch": None,
+        "epochs": sum(each["epochs"] for each in every),
+        "steps": sum(each["steps"] for each in every),
+        "train_seconds": round(sum(each["train_seconds"] for each in every), 2),
+    }

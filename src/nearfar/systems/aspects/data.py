@@ -1,0 +1,231 @@
+"""The data of the aspect system: from files or the embedded set to splits that share no text and are counted."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nearfar.data.rejections import Rejections
+from nearfar.data.splits import check_disjoint
+from nearfar.errors import NearfarError, nearest_name
+from nearfar.systems.aspects.embedded import embedded_records
+from nearfar.systems.aspects.labels import LabelScheme
+from nearfar.systems.aspects.readers import read_records
+from nearfar.systems.aspects.records import AspectSplit, Records, text_key
+from nearfar.systems.aspects.splits import hold_out, separate
+
+__all__ = ["AspectData", "load_embedded", "load_files"]
+
+
+@dataclass(frozen=True)
+class AspectData:
+    """The splits of one experiment, their aspects, and how they came about.
+
+    ``tune``: the part of train on which thresholds are chosen where val is what is reported; None where val serves, or
+    where none was asked for. ``reported``: "test", or "val" where there is no test file.
+    """
+
+    scheme: LabelScheme
+    train: AspectSplit
+    val: AspectSplit | None
+    test: AspectSplit | None
+    tune: AspectSplit | None
+    sources: list[dict[str, Any]]
+    notes: dict[str, str] = field(default_factory=dict)
+    left_out: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def splits(self) -> dict[str, AspectSplit]:
+        """The splits that exist, by name."""
+        there = {"train": self.train, "val": self.val, "test": self.test, "tune": self.tune}
+        return {name: split for name, split in there.items() if split is not None}
+
+    @property
+    def reported(self) -> str:
+        """The split that the results are on."""
+        return "test" if self.test is not None else "val"
+
+    @property
+    def threshold_split(self) -> str | None:
+        """The split on which thresholds may be chosen: never the one that is reported."""
+        if self.test is not None and self.val is not None:
+            return "val"
+        return "tune" if self.tune is not None else None
+
+    def layout(self) -> dict[str, Any]:
+        """The content of ``dataset_layout.json``: aspects, sources with rejections, counts, hashes, leaks."""
+        aspects = self.scheme.aspects
+        texts = {name: [text_key(text) for text in split.texts] for name, split in self.splits.items()}
+        return {
+            "system": "aspects",
+            "aspects": list(aspects),
+            "pairs": self.scheme.pair_names,
+            "sources": self.sources,
+            "splits": {name: split.layout(aspects) for name, split in self.splits.items()},
+            "reported": self.reported,
+            "thresholds_on": self.threshold_split,
+            "repeats_left_out": self.left_out,
+            "notes": self.notes,
+            "leaks": check_disjoint(texts, what="text", on_leak="count"),
+        }
+
+    def summary(self) -> str:
+        """A few lines for a log: reviews of each split, what was turned away, what the results are on."""
+        lines = [f"aspects: {', '.join(self.scheme.aspects)}; {len(self.scheme.pairs)} aspect-polarity pairs"]
+        for name, split in self.splits.items():
+            mentions = int((split.codes > 0).sum())
+            lines.append(f"{name}: {len(split)} reviews, {mentions} mentions of aspects ({split.source})")
+        for source in self.sources:
+            for what in ("rejections", "unread_labels"):
+                seen = Rejections.from_dict(source[what])
+                if len(seen):
+                    text = seen.summary() if what == "rejections" else _unread_words(seen)
+                    lines.append(f"{source['path']}: {text}")
+        for where, count in self.left_out.items():
+            lines.append(f"left out of {where}: {count}")
+        return "\n".join([*lines, *self.notes.values()])
+
+
+def _unread_words(seen: Rejections) -> str:
+    return (
+        seen.summary().replace("rows rejected", "labels not read").replace("row rejected", "label not read")
+    )
+
+
+def load_files(
+    paths: Mapping[str, Path | None],
+    *,
+    text_column: str | None = None,
+    label_column: str | None = None,
+    aspects: Sequence[str] | None = None,
+    id_column: str | None = None,
+    min_mentions: int = 5,
+    val_fraction: float = 0.1,
+    tune_fraction: float = 0.1,
+    seed: int = 0,
+) -> AspectData:
+    """Reviews from files: see `read_records` for what a file may look like.
+
+    Args:
+        paths: the files of "train", "val" and "test"; without val a part of train is held out, without test the
+            results are on val.
+        aspects: their names; where null, what train mentions at least ``min_mentions`` times.
+        tune_fraction: without a test file, so much of train is held out for thresholds (0: there are none).
+        seed: of what is held out.
+
+    Raises:
+        NearfarError: what `read_records` raises, an aspect that train lacks, too few reviews.
+    """
+    options: dict[str, Any] = {
+        "text_column": text_column,
+        "label_column": label_column,
+        "id_column": id_column,
+    }
+    train_path = paths["train"]
+    assert train_path is not None
+    read = {"train": read_records(train_path, aspects=aspects, **options)}
+    names = aspects if aspects is not None else _aspects(read["train"], min_mentions)
+    columns = list(names) if read["train"].layout == "one column per aspect" else None
+    for name in ("val", "test"):
+        if (path := paths.get(name)) is not None:
+            read[name] = read_records(path, aspects=columns, **options)
+    notes: dict[str, str] = {}
+    for name, records in read.items():
+        _count_unknown(name, records, names)
+        if records.layout == "label field" and (bare := _without_polarity(records, names)):
+            notes["no polarity"] = f"mentioned without polarity, taken as neutral: {', '.join(bare)}"
+    return _assemble(read, names, notes, val_fraction, tune_fraction, seed)
+
+
+def load_embedded(n: int = 4000, seed: int = 0) -> AspectData:
+    """Generated reviews: a first run without any data, split 8 : 1 : 1; says nothing of real reviews."""
+    records, aspects = embedded_records(n, seed)
+    order = np.random.default_rng(seed).permutation(len(records))
+    tenth = max(1, len(order) // 10)
+    parts = {"test": order[:tenth], "val": order[tenth : 2 * tenth], "train": order[2 * tenth :]}
+    read = {name: records.take(sorted(parts[name].tolist())) for name in ("train", "val", "test")}
+    notes = {"data": f"{len(records)} generated reviews (seed {seed}): they show how it works, and no result"}
+    return _assemble(read, aspects, notes, 0.1, 0.0, seed)
+
+
+def _aspects(records: Records, least: int) -> list[str]:
+    """Aspects that are mentioned often enough, under their most frequent spelling, in alphabetical order."""
+    spellings: dict[str, Counter[str]] = {}
+    for labels in records.labels:
+        for aspect, code in labels.items():
+            if code > 0:
+                spellings.setdefault(aspect.casefold(), Counter())[aspect] += 1
+    kept = []
+    for seen in spellings.values():
+        if seen.total() >= least:
+            kept.append(seen.most_common(1)[0][0])
+    if not kept:
+        raise NearfarError(
+            f"{records.source} mentions no aspect {least} times; lower data.min_mentions, or see what was read with "
+            "nearfar data."
+        )
+    return sorted(kept)
+
+
+def _count_unknown(split: str, records: Records, aspects: Sequence[str]) -> None:
+    known = {aspect.casefold() for aspect in aspects}
+    for row, labels in zip(records.ids, records.labels, strict=True):
+        for aspect in labels:
+            if aspect.casefold() not in known:
+                near = nearest_name(aspect, aspects).rstrip(".")
+                line = int(row) if row.isdigit() else None
+                records.unread.add(f"aspect that is not one of train's ({split})", line, aspect, near)
+
+
+def _without_polarity(records: Records, aspects: Sequence[str]) -> list[str]:
+    codes = records.codes(aspects)
+    return [name for a, name in enumerate(aspects) if set(np.unique(codes[:, a])) == {0, 2}]
+
+
+def _assemble(
+    read: dict[str, Records],
+    aspects: Sequence[str],
+    notes: dict[str, str],
+    val_fraction: float,
+    tune_fraction: float,
+    seed: int,
+) -> AspectData:
+    # Files first: what is held out of train afterwards is a part of these rows, whatever ids say.
+    parts = {
+        name: AspectSplit(
+            name, r.source, r.texts, r.codes(aspects), [f"{Path(r.source).name}:{i}" for i in r.ids]
+        )
+        for name, r in read.items()
+    }
+    sources = [records.source_layout() for records in read.values()]
+    left_out = separate(parts)
+    train = parts["train"]
+    if "val" not in parts:
+        train, parts["val"] = hold_out(train, val_fraction, "val", seed)
+        notes["val"] = (
+            f"no val file: {len(parts['val'])} of {len(train) + len(parts['val'])} training reviews were held out "
+            f"(fraction {val_fraction:g}, seed {seed})"
+        )
+    tune = None
+    if "test" in parts:
+        notes["reported"] = f"results are on {Path(parts['test'].source).name} (test)"
+        notes["thresholds"] = "epoch and thresholds are chosen on val"
+    else:
+        notes["reported"] = (
+            f"no test file: results are on val ({Path(parts['val'].source).name}), "
+            "by which the best epoch is chosen too"
+        )
+        if tune_fraction:
+            train, tune = hold_out(train, tune_fraction, "tune", seed)
+            notes["thresholds"] = (
+                f"thresholds are chosen on {len(tune)} training reviews that were held out (fraction {tune_fraction:g})"
+            )
+        else:
+            notes["thresholds"] = "no thresholds are chosen: no split is left for it (data.tune_fraction=0)"
+    scheme = LabelScheme.of(aspects, train.codes)
+    return AspectData(scheme, train, parts["val"], parts.get("test"), tune, sources, notes, left_out)

@@ -1,0 +1,120 @@
+"""The objective: classification of every aspect and contrast of the reviews, each visible in every step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from nearfar.functional.focal import focal_alpha
+from nearfar.losses import FocalLoss, MultiLabelSupConLoss, Objective
+from nearfar.systems.aspects.labels import NEGATIVE, NEUTRAL, POSITIVE, UNKNOWN, LabelScheme
+
+__all__ = ["ALPHAS", "CONTRASTS", "AspectObjective", "class_weights"]
+
+CONTRASTS = ("none", "jaccard", "legacy")
+ALPHAS = ("none", "counts", "sqrt")
+
+
+def class_weights(codes: Int[Tensor, "n a"], classes: int, kind: str) -> Float[Tensor, "a c"] | None:
+    """Weights of the classes of each aspect from their counts: N / n ("counts"), its root ("sqrt"), or None ("none").
+
+    A class without a row counts as one: no row has its weight.
+
+    >>> class_weights(torch.tensor([[0], [0], [0], [2]]), 3, "counts")
+    tensor([[1.6667, 5.0000, 5.0000]])
+    """
+    if kind == "none":
+        return None
+    counts = torch.stack([(codes == kind_).sum(0) for kind_ in range(classes)], dim=1).clamp(min=1)
+    weights = focal_alpha(counts.double())
+    return (weights if kind == "counts" else weights.sqrt()).float()
+
+
+class AspectObjective(nn.Module):
+    """focal_weight · focal + contrastive_weight · contrastive.
+
+    Args:
+        scheme: aspects and pairs.
+        alpha: (A, C) weights of the classes, see `class_weights`.
+        focal_weight, contrastive_weight: of the terms; numbers or schedules over epochs.
+        gamma: focus of the focal loss; 0 is cross-entropy.
+        contrastive: "jaccard" (reviews belong together by the aspect-polarity pairs that both have), "legacy" (the
+            reference's rule, in which absent counts as neutral), or "none".
+        temperature: of the contrastive term.
+        reduction: of the focal loss, see `FocalLoss`.
+    """
+
+    def __init__(
+        self,
+        scheme: LabelScheme,
+        alpha: Float[Tensor, "a c"] | None = None,
+        *,
+        focal_weight: Any = 0.7,
+        contrastive_weight: Any = 0.3,
+        gamma: float = 2.0,
+        contrastive: str = "jaccard",
+        temperature: float = 0.1,
+        reduction: str = "weighted_mean",
+    ) -> None:
+        super().__init__()
+        self.focal = FocalLoss(gamma, alpha, reduction, ignore_index=UNKNOWN)
+        terms = {"focal": focal_weight}
+        self.contrast: MultiLabelSupConLoss | None = None
+        if contrastive != "none":
+            weights: Any = contrastive
+            self.contrast = MultiLabelSupConLoss(temperature, weights=weights)
+            terms["contrastive"] = contrastive_weight
+        self.objective = Objective(terms)
+        pairs = torch.tensor(scheme.pairs, dtype=torch.int64).reshape(-1, 2)
+        self.register_buffer("_aspects", pairs[:, 0], persistent=False)
+        self.register_buffer("_polarities", pairs[:, 1], persistent=False)
+        self.values: dict[str, Tensor] = {}
+        self._place: tuple[float, float] = (0.0, 1.0)
+
+    def forward(
+        self,
+        logits: Float[Tensor, "b a c"],
+        projection: Float[Tensor, "b d"] | None,
+        codes: Int[Tensor, "b a"],
+        epoch: int = 0,
+        epochs: int = 1,
+    ) -> Float[Tensor, ""]:
+        """The sum; ``projection`` is not needed where there is no contrast."""
+        self._place = (float(epoch), float(epochs))
+        self.values = {"focal": self.focal(logits, codes)}
+        if self.contrast is not None:
+            assert projection is not None
+            self.values["contrastive"] = self.contrast(projection, self._targets(codes))
+        return self.objective(self.values, *self._place)
+
+    def shares(self, on: Sequence[Tensor]) -> dict[str, float]:
+        """Each term's share of the gradient on ``on``; before the backward pass of the last call."""
+        return self.objective.measure_shares(self.values, list(on), *self._place).to_dict()
+
+    def record(self) -> dict[str, float]:
+        """Numbers of the last call for the log: of the terms, of the contrast, of the classification."""
+        assert self.objective.record is not None
+        found = self.objective.record.to_dict()
+        if self.focal.record is not None:
+            names = ("uniform_level", "floor", "p_true", "hardest_share", "labels")
+            seen = self.focal.record.to_dict()
+            found |= {f"focal/{name}": seen[name] for name in names}
+        if self.contrast is not None and self.contrast.record is not None:
+            found |= self.contrast.record.to_dict()
+        return found
+
+    def _targets(self, codes: Int[Tensor, "b a"]) -> Int[Tensor, "b k"]:
+        assert self.contrast is not None
+        if self.contrast.weights == "jaccard":
+            aspects: Any = self._aspects
+            polarities: Any = self._polarities
+            return (codes[:, aspects] == polarities).long()
+        legacy = torch.zeros_like(codes)  # absent, neutral and not known are one code
+        legacy[codes == NEGATIVE] = NEGATIVE
+        legacy[codes == POSITIVE] = POSITIVE
+        assert NEUTRAL not in (NEGATIVE, POSITIVE)
+        return legacy

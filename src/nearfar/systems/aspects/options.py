@@ -1,0 +1,95 @@
+"""The options of the aspect system and their ranges."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from nearfar.errors import NearfarError
+from nearfar.schedules import learning_rate_factor
+from nearfar.systems.aspects.decision import KINDS
+from nearfar.systems.aspects.objective import ALPHAS, CONTRASTS
+from nearfar.training.options import Choice, Number, Rule, Text, check_table, option
+
+__all__ = ["check_options", "encoder_options"]
+
+_PATH = Text(optional=True, number=True)
+_SHARE = Number(0.0, 0.99)
+
+OPTIONS: dict[str, Rule] = {
+    "seed": Number(0, 2**32 - 1, whole=True),
+    "epochs": Number(1, 100_000, whole=True),
+    "batch_size": Number(2, whole=True),
+    "lr": Number(0.0),
+    "weight_decay": Number(0.0),
+    "lr_schedule": Text(),
+    "warmup": Number(0.0, 0.99),
+    "gamma": Number(0.0),
+    "alpha": Choice(ALPHAS),
+    "reduction": Choice(("weighted_mean", "mean")),
+    "contrastive": Choice(CONTRASTS),
+    "temperature": Number(1e-4),
+    "projection_dim": Number(1, whole=True),
+    "head_dropout": _SHARE,
+    "balance": Choice(("none", "oversample")),
+    "oversample_frequency": Number(0, 1, inside=True),
+    "oversample_most": Number(1, whole=True),
+    "thresholds": Choice(KINDS),
+    "logit_adjustment": Number(0.0, 2.0),
+    "bootstrap": Number(0, whole=True),
+    "sampler.name": Choice(("random",)),
+    "data.train": _PATH,
+    "data.val": _PATH,
+    "data.test": _PATH,
+    "data.dir": _PATH,
+    "data.text_column": Text(optional=True),
+    "data.label_column": Text(optional=True),
+    "data.id_column": Text(optional=True),
+    "data.min_mentions": Number(1, whole=True),
+    "data.val_fraction": Number(0, 1, inside=True),
+    "data.tune_fraction": Number(0, 0.9),
+    "data.split_seed": Number(0, 2**32 - 1, whole=True),
+    "data.embedded_size": Number(50, whole=True, optional=True),
+    "text_encoder.kind": Text(),
+}
+
+
+def check_options(config: Any) -> None:
+    """Raise ``NearfarError`` for the first option that is of the wrong type, out of range, or without effect."""
+    check_table(config, OPTIONS)
+    learning_rate_factor(config.lr_schedule, warmup=config.warmup)
+    for name in ("focal_weight", "contrastive_weight"):
+        _check_weight(name, option(config, name))
+    aspects = config.data.aspects
+    if aspects is not None and (isinstance(aspects, str) or not isinstance(aspects, Sequence) or not aspects):
+        raise NearfarError(f"data.aspects={aspects}: a list of names is needed, such as [Battery,Camera].")
+    if aspects is not None and len({str(a).casefold() for a in aspects}) < len(aspects):
+        raise NearfarError(f"data.aspects={list(aspects)}: an aspect is named twice.")
+    if 0 < config.bootstrap < 100:
+        raise NearfarError(
+            f"bootstrap={config.bootstrap}: the ends of an interval need at least 100 resamples; "
+            "0 asks for intervals without resampling."
+        )
+    from nearfar.systems.aspects.encoder import build_encoder
+
+    build_encoder(**encoder_options(config))
+
+
+def encoder_options(config: Any) -> dict[str, Any]:
+    """The group ``text_encoder`` as keyword arguments."""
+    found = OmegaConf.to_container(config.text_encoder, resolve=True)
+    assert isinstance(found, dict)
+    return {str(key): value for key, value in found.items()}
+
+
+def _check_weight(name: str, value: Any) -> None:
+    from nearfar.losses import Objective
+
+    try:
+        weights = Objective({name: value}).weights(position=0.0, total=1.0)
+    except NearfarError as error:
+        raise NearfarError(f"{name}={value}: {error}") from None
+    if weights[name] < 0:
+        raise NearfarError(f"{name}={value}: a weight of at least 0 is needed.")

@@ -1,0 +1,124 @@
+"""Reviews with their labels, as read from one source, and the splits made of them."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+from numpy import ndarray
+
+from nearfar.data.rejections import Rejections
+from nearfar.data.splits import split_hash
+from nearfar.systems.aspects.labels import POLARITIES
+
+__all__ = ["AspectSplit", "Records", "text_key"]
+
+
+def text_key(text: str) -> str:
+    """What two copies of a text have in common: letter case, line breaks and the form of accents do not count.
+
+    >>> text_key("Pin  TRÂU\\n") == text_key("pin trâu")
+    True
+    """
+    return " ".join(unicodedata.normalize("NFC", text).casefold().split())
+
+
+@dataclass
+class Records:
+    """The reviews of one source: ``labels[i]`` maps aspects, as they are written there, to codes.
+
+    ``rejections`` counts rows that were turned away, ``unread`` labels and columns that were, the row staying.
+    """
+
+    source: str
+    texts: list[str]
+    labels: list[dict[str, int]]
+    ids: list[str]
+    n_rows: int
+    layout: str
+    rejections: Rejections = field(default_factory=Rejections)
+    unread: Rejections = field(default_factory=Rejections)
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def take(self, chosen: Sequence[int]) -> Records:
+        """The chosen reviews, in that order."""
+        return Records(
+            self.source,
+            [self.texts[i] for i in chosen],
+            [self.labels[i] for i in chosen],
+            [self.ids[i] for i in chosen],
+            self.n_rows,
+            self.layout,
+            self.rejections,
+            self.unread,
+        )
+
+    def codes(self, aspects: Sequence[str]) -> Int[ndarray, "n a"]:
+        """Codes (n, A) in the order of ``aspects``; letter case does not count, what is not labelled is 0."""
+        place = {aspect.casefold(): i for i, aspect in enumerate(aspects)}
+        codes = np.zeros((len(self), len(aspects)), dtype=np.int64)
+        for row, labels in enumerate(self.labels):
+            for aspect, code in labels.items():
+                if (column := place.get(aspect.casefold())) is not None:
+                    codes[row, column] = code
+        return codes
+
+    def source_layout(self) -> dict[str, Any]:
+        """What ``dataset_layout.json`` says of the source."""
+        return {
+            "path": self.source,
+            "layout": self.layout,
+            "rows": self.n_rows,
+            "taken": len(self),
+            "rejections": self.rejections.as_dict(),
+            "unread_labels": self.unread.as_dict(),
+        }
+
+
+@dataclass(frozen=True)
+class AspectSplit:
+    """A split: texts, codes (n, A), ids, and where it comes from."""
+
+    name: str
+    source: str
+    texts: list[str]
+    codes: Int[ndarray, "n a"]
+    ids: list[str]
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def take(self, chosen: Int[ndarray, " m"], name: str) -> AspectSplit:
+        """Some of its reviews as a split of their own."""
+        return AspectSplit(
+            name,
+            self.source,
+            [self.texts[i] for i in chosen],
+            self.codes[chosen],
+            [self.ids[i] for i in chosen],
+        )
+
+    def layout(self, aspects: Sequence[str]) -> dict[str, Any]:
+        """Counts and hash."""
+        counts = {
+            aspect: {
+                name: int((self.codes[:, a] == kind).sum()) for kind, name in enumerate(POLARITIES, start=1)
+            }
+            for a, aspect in enumerate(aspects)
+        }
+        return {
+            "rows": len(self),
+            "source": self.source,
+            "texts": len({text_key(text) for text in self.texts}),
+            "mentions": counts,
+            "unknown_labels": int((self.codes < 0).sum()),
+            "label_combinations": len(Counter(map(tuple, self.codes.tolist()))),
+            "split_hash": split_hash(self.ids),
+        }

@@ -1,0 +1,302 @@
+"""Aspect sentiment as a system: data, model, objective, thresholds and metrics put together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from nearfar.batching import LengthBatchSampler
+from nearfar.data.cache import content_key
+from nearfar.data.split_files import data_paths
+from nearfar.errors import NearfarError
+from nearfar.metrics import Estimate
+from nearfar.systems.aspects.balance import repeats
+from nearfar.systems.aspects.data import AspectData, load_embedded, load_files
+from nearfar.systems.aspects.dataset import AspectDataset
+from nearfar.systems.aspects.decision import Decision, choose_decision, polarity_weights
+from nearfar.systems.aspects.encoder import build_encoder
+from nearfar.systems.aspects.linear import NAME as LINEAR
+from nearfar.systems.aspects.linear import linear_answers
+from nearfar.systems.aspects.model import AspectModel
+from nearfar.systems.aspects.objective import AspectObjective, class_weights
+from nearfar.systems.aspects.options import check_options, encoder_options
+from nearfar.systems.aspects.records import AspectSplit
+from nearfar.systems.aspects.report import (
+    baseline_section,
+    calibration_section,
+    confusion_section,
+    hardest_section,
+)
+from nearfar.systems.aspects.scores import Scores, score_split
+from nearfar.training.sections import Section
+from nearfar.training.system import EncodingSystem, Evaluation, StepOutput
+
+__all__ = ["AspectSystem"]
+
+Say = Callable[[str], None]
+
+
+class AspectSystem(EncodingSystem):
+    """Trains a text encoder to say which aspects a review mentions, and how, with reviews contrasted beside it."""
+
+    name = "aspects"
+    monitor = "sentiment/F1_micro"
+
+    def __init__(self, config: Any) -> None:
+        check_options(config)
+        self.config = config
+        self.data: AspectData
+        self.encoder: Any
+        self.objective: AspectObjective
+        self.decision: Decision
+        self._datasets: dict[str, AspectDataset] = {}
+        self._linear: dict[str, np.ndarray] = {}
+        self._linear_estimates: dict[str, dict[str, Estimate]] = {}
+        self._usual: np.ndarray
+        self._weights: np.ndarray | None = None
+        self._epoch = 0
+
+    # -- data ------------------------------------------------------------------------------------------------
+    def prepare(self, say: Say) -> None:
+        """Read and check the data, fit tokenizer and linear baseline on the training texts."""
+        config = self.config
+        self.data = self.load_data(say)
+        say(self.data.summary())
+        train, scheme = self.data.train, self.data.scheme
+        self.encoder = build_encoder(**encoder_options(config)).fit(train.texts)
+        say(f"text encoder: {self.encoder.description}")
+        for name, split in self.data.splits.items():
+            self._datasets[name] = AspectDataset(
+                self.encoder.tokenize(split.texts), torch.from_numpy(split.codes)
+            )
+        codes = torch.from_numpy(train.codes)
+        self.objective = AspectObjective(
+            scheme,
+            class_weights(codes, scheme.classes, config.alpha),
+            focal_weight=_plain(config.focal_weight),
+            contrastive_weight=_plain(config.contrastive_weight),
+            gamma=config.gamma,
+            contrastive=config.contrastive,
+            temperature=config.temperature,
+            reduction=config.reduction,
+        )
+        asked = {name: split.texts for name, split in self.data.splits.items() if name in ("val", "test")}
+        self._linear = linear_answers(train.texts, train.codes, asked)
+        counts = np.stack([(train.codes == kind).sum(axis=0) for kind in range(scheme.classes)], axis=1)
+        self._usual = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+        self._weights = polarity_weights(counts[:, 1:], config.logit_adjustment)
+        self.decision = Decision.plain(len(scheme.aspects), self._weights)
+
+    def load_data(self, say: Say) -> AspectData:
+        """The splits, from the configured files or the embedded set; fits nothing."""
+        data = self.config.data
+        if data.embedded_size is not None:
+            say(
+                "data: generated reviews, for a first run; give data=visfd, phone_aspects or csv for real ones"
+            )
+            return load_embedded(data.embedded_size, data.split_seed)
+        paths = data_paths(data)
+        if paths["train"] is None:
+            raise NearfarError(
+                "give the files: data.dir=FOLDER (with Train, Dev or validation, and Test files) or data.train=FILE; "
+                "data=aspects_embedded needs none."
+            )
+        return load_files(
+            paths,
+            text_column=data.text_column,
+            label_column=data.label_column,
+            aspects=None if data.aspects is None else [str(name) for name in data.aspects],
+            id_column=data.id_column,
+            min_mentions=data.min_mentions,
+            val_fraction=data.val_fraction,
+            tune_fraction=data.tune_fraction if self.config.thresholds != "none" else 0.0,
+            seed=data.split_seed,
+        )
+
+    def layout(self) -> dict[str, Any]:
+        """Counts, rejections, hashes, and which encoder is really used."""
+        encoder = {"kind": self.encoder.kind, "description": self.encoder.description}
+        return self.data.layout() | {
+            "data_hash": self.content_hash(*self.data.splits.values()),
+            "text_encoder": encoder,
+            "baseline": LINEAR,
+        }
+
+    @staticmethod
+    def content_hash(*splits: AspectSplit) -> str:
+        """Names the content of splits: sixteen hexadecimal digits of ids, texts and codes, in order."""
+        return content_key(*([s.ids, s.texts, s.codes] for s in splits))[:16]
+
+    def dataset(self, split: str) -> AspectDataset | None:
+        """The dataset of a split, or None."""
+        return self._datasets.get(split)
+
+    # -- batches ---------------------------------------------------------------------------------------------
+    def build_sampler(self) -> Any:
+        """Random batches of similar length; with ``balance=oversample`` rare labels come several times."""
+        config, train = self.config, self.data.train
+        if config.batch_size > len(train):
+            raise NearfarError(
+                f"batch_size={config.batch_size} is larger than the training set of {len(train)} reviews; lower it."
+            )
+        copies = None
+        if config.balance == "oversample":
+            pairs = self.data.scheme.pair_array
+            copies = repeats(
+                train.codes, pairs, config.oversample_frequency, config.oversample_most, config.seed
+            )
+        lengths = self._datasets["train"].tokens.lengths
+        return LengthBatchSampler(lengths, config.batch_size, repeats=copies, seed=config.seed)
+
+    def check_sampler(self, sampler: Any, say: Say) -> None:
+        """Nothing can be misaligned; what oversampling does is said."""
+        if self.config.balance == "oversample":
+            say(
+                f"balance=oversample: an epoch has {sampler.n} rows made of {len(self.data.train)} reviews; its "
+                "training loss is of repeated rows"
+            )
+
+    def on_epoch(self, epoch: int, sampler: Any, say: Say) -> dict[str, Any]:
+        """The place in the schedules of the weights."""
+        self._epoch = epoch
+        weights = self.objective.objective.weights(float(epoch), float(self.config.epochs))
+        record = {f"{name}/weight": weight for name, weight in weights.items()}
+        return {"sampler": "random", "rows": sampler.n, "reviews": len(self.data.train)} | record
+
+    # -- model and loss --------------------------------------------------------------------------------------
+    def build_model(self) -> nn.Module:
+        """A fresh model."""
+        config, scheme = self.config, self.data.scheme
+        return AspectModel(
+            self.encoder.build(),
+            len(scheme.aspects),
+            scheme.classes,
+            projection_dim=config.projection_dim if config.contrastive != "none" else 0,
+            dropout=config.head_dropout,
+        )
+
+    def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """Weight decay for matrices that are no embeddings; a pretrained encoder has a learning rate of its own."""
+        every: Any = model
+        rate = getattr(self.encoder, "lr", None)
+        tables = [m.weight for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
+        groups = []
+        for parameters, lr in ((every.encoder.parameters(), rate), (every.heads(), None)):
+            trained = [p for p in parameters if p.requires_grad]
+            plain = [p for p in trained if p.ndim < 2 or any(p is table for table in tables)]
+            decayed = [p for p in trained if not any(p is other for other in plain)]
+            for some, decay in ((decayed, self.config.weight_decay), (plain, 0.0)):
+                if some:
+                    own = {} if lr is None else {"lr": float(lr)}
+                    groups.append({"params": some, "weight_decay": decay} | own)
+        return groups
+
+    def split(self, batch: Any, rows: int) -> Sequence[Any]:
+        """The batch in parts."""
+        parts: Sequence[Any] = batch.split(rows)
+        return parts
+
+    def encode(self, model: Any, batch: Any) -> dict[str, Tensor]:
+        """A review as one vector for each aspect (b, A, d)."""
+        return {"aspects": model.encode(batch.tokens)}
+
+    def loss_of(self, model: Any, embeddings: Mapping[str, Tensor], batch: Any) -> StepOutput:
+        """The objective; its terms' shares of the gradient are measured where both begin, on the review's vectors."""
+        aspects = embeddings["aspects"]
+        objective = self.objective.to(aspects.device)
+        loss = objective(
+            model.classify(aspects), model.project(aspects), batch.codes, self._epoch, self.config.epochs
+        )
+        return StepOutput(loss, objective.record, lambda: objective.shares([aspects]))
+
+    def embed(self, model: Any, batch: Any) -> dict[str, Tensor]:
+        """Probabilities (b, A, C), and the review as one vector, the mean over its aspects."""
+        aspects = model.encode(batch.tokens)
+        return {
+            "review": aspects.mean(dim=1).float(),
+            "probabilities": model.classify(aspects).float().softmax(dim=-1),
+        }
+
+    # -- evaluation ------------------------------------------------------------------------------------------
+    def average(self, outputs: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """The mean of the probabilities, and the vectors side by side: lengths of several models need not agree."""
+        return {
+            "review": torch.cat([nn.functional.normalize(each["review"], dim=1) for each in outputs], dim=1),
+            "probabilities": torch.stack([each["probabilities"] for each in outputs]).mean(dim=0),
+        }
+
+    def calibrate(self, outputs: Callable[[str], Mapping[str, Tensor]], say: Say) -> None:
+        """Choose thresholds on the split that is there for it, which is never the reported one."""
+        split = self.data.threshold_split
+        kind = self.config.thresholds if split is not None else "none"
+        if split is None or kind == "none":
+            say("thresholds: none chosen, an aspect is mentioned from a probability of one half on")
+            return
+        probabilities = outputs(split)["probabilities"].double().numpy()
+        truth = self.data.splits[split].codes
+        self.decision = choose_decision(kind, truth, probabilities, split, self._weights)
+        say(f"thresholds: chosen on {split} ({kind})")
+
+    def _scores(self, split: str, codes: np.ndarray, probabilities: np.ndarray | None, final: bool) -> Scores:
+        part = self.data.splits[split]
+        return score_split(
+            part.codes,
+            codes,
+            self.data.scheme,
+            probabilities,
+            self._usual,
+            split=self.content_hash(part),
+            bootstrap=self.config.bootstrap if final else 0,
+        )
+
+    def evaluate(self, outputs: Mapping[str, Tensor], split: str, final: bool) -> Evaluation:
+        """Every score of the split; in the final evaluation with the linear baseline beside it."""
+        probabilities = outputs["probabilities"].double().numpy()
+        found = self._scores(split, self.decision.codes(probabilities), probabilities, final)
+        facts: dict[str, Any] = {}
+        if final:
+            self._linear_estimates[split] = self._scores(split, self._linear[split], None, final).estimates
+            overall = {
+                where: {
+                    name: e.to_dict() | {"name": LINEAR} for name, e in every.items() if name.count("/") < 2
+                }
+                for where, every in self._linear_estimates.items()
+            }
+            facts = {
+                "baselines": overall,
+                "decision": self.decision.to_dict(self.data.scheme.aspects),
+                "reported": self.data.reported,
+            }
+        return Evaluation(split, found.estimates, self.data.splits[split].ids, found.per_item, facts)
+
+    def report_examples(self, outputs: Mapping[str, Tensor], split: str) -> list[dict[str, Any]]:
+        """None in the form of queries and hits: reviews stand in `report_sections`."""
+        return []
+
+    def report_sections(self, outputs: Mapping[str, Tensor], split: str) -> list[Section]:
+        """The linear baseline beside the result, confusion tables, calibration, reviews with the largest loss."""
+        part, scheme = self.data.splits[split], self.data.scheme
+        probabilities = outputs["probabilities"].double().numpy()
+        codes = self.decision.codes(probabilities)
+        estimates = self._scores(split, codes, probabilities, final=True).estimates
+        return [
+            baseline_section(estimates, self._linear_estimates[split], LINEAR, scheme.aspects),
+            confusion_section(part.codes, codes, scheme),
+            calibration_section(part.codes, probabilities),
+            hardest_section(part.texts, part.codes, probabilities, codes, scheme),
+        ]
+
+    def save_assets(self, folder: Path) -> None:
+        """The fitted text encoder, without which new reviews could not be read."""
+        self.encoder.save(folder / "text_encoder")
+
+
+def _plain(weight: Any) -> Any:
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_container(weight) if OmegaConf.is_config(weight) else weight
