@@ -12,7 +12,10 @@ if TYPE_CHECKING:
 
 __all__ = ["OPTIONS", "SYSTEMS", "TRAINED", "build_system", "check_config", "trained"]
 
-SYSTEMS = {"molecules": "nearfar.systems.molecules.system:MoleculeSystem"}
+SYSTEMS = {
+    "molecules": "nearfar.systems.molecules.system:MoleculeSystem",
+    "relations": "nearfar.systems.relations.system:RelationSystem",
+}
 
 
 def build_system(config: Any) -> System:
@@ -33,7 +36,10 @@ def build_system(config: Any) -> System:
 #: system → what loads a trained run of it
 TRAINED = {"molecules": "nearfar.systems.molecules.search:TrainedMolecules"}
 #: system → what checks its options; light, so that a whole sweep is checked before it starts
-OPTIONS = {"molecules": "nearfar.systems.molecules.options:check_options"}
+OPTIONS = {
+    "molecules": "nearfar.systems.molecules.options:check_options",
+    "relations": "nearfar.systems.relations.options:check_options",
+}
 
 
 def check_config(config: Any) -> None:

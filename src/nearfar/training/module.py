@@ -276,6 +276,19 @@ class RunModule(L.LightningModule):
         self.step = self._step_at_start + self.trainer.global_step
         self.loss_mean.add(self.last.loss)
 
+    def on_validation_start(self) -> None:
+        """What the system's metrics need beyond the split itself."""
+        self._before_evaluation("val", final=False)
+
+    def on_test_start(self) -> None:
+        """The same, for the last evaluation."""
+        self._before_evaluation(self.evaluation_split, final=True)
+
+    def _before_evaluation(self, split: str, final: bool) -> None:
+        ready = getattr(self.system, "before_evaluation", None)
+        if ready is not None:
+            ready(self.model, split, final)
+
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Collect what the metrics need."""
         self._parts.append({k: v.detach().cpu() for k, v in self.system.embed(self.model, batch).items()})

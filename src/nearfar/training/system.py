@@ -117,6 +117,10 @@ class System(Protocol):
     def embed(self, model: nn.Module, batch: Any) -> dict[str, Tensor]:
         """What evaluation needs of one batch; rows are concatenated over the split."""
 
+    def before_evaluation(self, model: nn.Module, split: str, final: bool) -> None:
+        """Called in eval mode, without gradients, before a split is embedded: for metrics that need more than the split,
+        such as a probe fitted on training rows; may be left out."""
+
     def evaluate(self, outputs: Mapping[str, Tensor], split: str, final: bool) -> Evaluation:
         """Estimates of a split from its collected outputs; ``final`` asks for every interval."""
 
