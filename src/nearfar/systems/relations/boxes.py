@@ -98,7 +98,10 @@ def spatial_numbers(
 
 
 def _relative(
-    s: NDArray[np.float64], o: NDArray[np.float64], centres: list[NDArray[np.float64]], shared: NDArray[np.float64]
+    s: NDArray[np.float64],
+    o: NDArray[np.float64],
+    centres: list[NDArray[np.float64]],
+    shared: NDArray[np.float64],
 ) -> NDArray[np.float64]:
     size_s, size_o = s[:, 2:] - s[:, :2], o[:, 2:] - o[:, :2]
     d = centres[1] - centres[0]

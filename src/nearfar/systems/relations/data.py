@@ -91,7 +91,9 @@ class RelationData:
             )
             guessed = int((~part.size_known).sum())
             if guessed:
-                lines.append(f"{name}: of {guessed} pairs the picture's size is taken from its boxes: there is no photo")
+                lines.append(
+                    f"{name}: of {guessed} pairs the picture's size is taken from its boxes: there is no photo"
+                )
         if len(self.rejections):
             lines.append(self.rejections.summary())
         lines += [f"{count} {what}" for what, count in self.notes.items()]
@@ -144,7 +146,9 @@ def _read(data: Any, rejections: Rejections) -> tuple[list[Triple], dict[str, Ph
     for split, path in files.items():
         triples += LAYOUTS[data.layout].read(path, None if split == "whole" else split, rejections)
     if not triples:
-        raise NearfarError(f"{', '.join(map(str, files.values()))}: no annotated relation. {rejections.summary()}.")
+        raise NearfarError(
+            f"{', '.join(map(str, files.values()))}: no annotated relation. {rejections.summary()}."
+        )
     folder = data.images if data.images is not None else data.dir
     if folder is None:
         folder = next(iter(files.values())).parent
@@ -186,23 +190,26 @@ def _split(pairs: Pairs, data: Any) -> tuple[np.ndarray, str]:
         codes = np.array([SPLITS.index(name) if name else 0 for name in pairs.declared])
         if "val" in declared:
             return codes, "as the files say"
-        train = list(dict.fromkeys(image for image, code in zip(pairs.image, codes, strict=True) if code == 0))
+        train = list(
+            dict.fromkeys(image for image, code in zip(pairs.image, codes, strict=True) if code == 0)
+        )
         held = set(_drawn(train, data.val_fraction, data.split_seed))
         codes[[image in held for image in pairs.image]] = 1
-        return codes, f"as the files say; val: {data.val_fraction:g} of the training pictures, seed {data.split_seed}"
+        return (
+            codes,
+            f"as the files say; val: {data.val_fraction:g} of the training pictures, seed {data.split_seed}",
+        )
     test = _drawn(images, data.test_fraction, data.split_seed)
     rest = [image for image in images if image not in set(test)]
     val = _drawn(rest, data.val_fraction / (1 - data.test_fraction), data.split_seed + 1)
-    code = {image: 2 for image in test} | {image: 1 for image in val}
+    code = dict.fromkeys(test, 2) | dict.fromkeys(val, 1)
     codes = np.array([code.get(image, 0) for image in pairs.image])
     return codes, (
         f"by picture: val {data.val_fraction:g}, test {data.test_fraction:g} of the pictures, seed {data.split_seed}"
     )
 
 
-def _folds(
-    pairs: Pairs, images: Sequence[str], folds: int, fold: int, data: Any
-) -> tuple[np.ndarray, str]:
+def _folds(pairs: Pairs, images: Sequence[str], folds: int, fold: int, data: Any) -> tuple[np.ndarray, str]:
     if folds > len(images):
         raise NearfarError(f"data.folds={folds}: there are {len(images)} pictures.")
     order = np.random.default_rng([int(data.split_seed), folds]).permutation(len(images))
@@ -240,5 +247,3 @@ def _check(data: RelationData) -> None:
         )
     if missing:
         data.notes |= {f"training pairs of “{relation}”: it cannot be predicted": 0 for relation in missing}
-
-

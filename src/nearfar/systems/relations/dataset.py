@@ -109,7 +109,9 @@ class RelationDataset(Dataset[RelationBatch]):
         seen = np.zeros(len(pairs), bool) if visual is None else ~np.isnan(visual).any(axis=1)
         self.seen = torch.from_numpy(seen)
         self.visual = None if visual is None else torch.from_numpy(np.nan_to_num(visual))
-        self.names = None if names is None else torch.from_numpy(np.ascontiguousarray(names, dtype=np.float32))
+        self.names = (
+            None if names is None else torch.from_numpy(np.ascontiguousarray(names, dtype=np.float32))
+        )
         self.jitter, self.variant, self.scaler, self.seed = jitter, variant, scaler, seed
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 

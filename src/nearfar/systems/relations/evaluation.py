@@ -90,7 +90,9 @@ def judge(
             stem = metric.removesuffix("/accuracy")
             table = _per_class(classes, truth, len(relations), kept)
             always = _per_class(np.full_like(truth, constant), truth, len(relations), kept).sum(axis=0)
-            there = np.flatnonzero(table.sum(axis=(0, 2)) > 0)  # a relation that is neither there nor said has no F1
+            there = np.flatnonzero(
+                table.sum(axis=(0, 2)) > 0
+            )  # a relation that is neither there nor said has no F1
             add(f"{stem}/macro_F1", table[:, there], f1_macro, float(f1_macro(always[there].astype(float))))
             for c in there:
                 by_chance = float(f1_micro(always[[c]].astype(float)))
@@ -134,7 +136,12 @@ def pair_retrieval(
         hits[batch.numpy(), 0] = np.mean([ranks.hits(1) for ranks in both], axis=0)
         hits[batch.numpy(), 1] = 1
     _, sums = by_group(hits, list(images))
-    protocol = {"gallery": size, "pairs": int(hits[:, 1].sum()), "interval_over": "pictures", "question": "which pair"}
+    protocol = {
+        "gallery": size,
+        "pairs": int(hits[:, 1].sum()),
+        "interval_over": "pictures",
+        "question": "which pair",
+    }
     estimate = count_estimate(
         sums, share, PAIR, chance=1 / size, split=split, protocol=protocol, resamples=bootstrap
     )

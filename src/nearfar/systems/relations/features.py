@@ -51,7 +51,9 @@ def crop_features(
     for image, wanted in boxes.items():
         computed = False
 
-        def compute(image: str = image, wanted: dict[tuple[float, ...], int] = wanted) -> dict[str, np.ndarray]:
+        def compute(
+            image: str = image, wanted: dict[tuple[float, ...], int] = wanted
+        ) -> dict[str, np.ndarray]:
             nonlocal computed
             computed = True
             return {"features": _encode(encoder, photos[image].read(), list(wanted), size)}
@@ -63,7 +65,9 @@ def crop_features(
             rejections.add("damaged photo", None, image, str(error))
         if computed and not announced and len(boxes) > 50:
             announced = True
-            say(f"features of the crops in {len(boxes)} pictures: the first time this takes a while, then they are kept")
+            say(
+                f"features of the crops in {len(boxes)} pictures: the first time this takes a while, then they are kept"
+            )
     return [_rows(part, boxes, features, encoder.width) for part in parts]
 
 
@@ -85,5 +89,3 @@ def _rows(
             places = [boxes[image][tuple(box[i].tolist())] for box in (part.subject_box, part.object_box)]
             rows[i] = features[image][places].reshape(-1)
     return rows
-
-

@@ -83,5 +83,3 @@ def _layers(sizes: tuple[int, ...], dropout: float) -> nn.Sequential:
             layers += [nn.ReLU(), nn.Dropout(dropout)]
         layers.append(nn.Linear(a, b))
     return nn.Sequential(*layers)
-
-

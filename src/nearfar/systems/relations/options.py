@@ -82,7 +82,12 @@ def check_options(config: Any) -> None:
         raise NearfarError("data.folds: scenes hold kinds of things out of training, which folds would undo.")
     if not config.pixels and data.photos == "required":
         raise NearfarError("data.photos=required, but pixels=false looks at none.")
-    if not config.pixels and not config.categories and not config.box_jitter and config.loss.name == "infonce":
+    if (
+        not config.pixels
+        and not config.categories
+        and not config.box_jitter
+        and config.loss.name == "infonce"
+    ):
         raise NearfarError(
             "pixels=false, categories=false and box_jitter=0 leave the boxes as the only view: there is nothing to "
             "contrast. Set box_jitter=0.05 or categories=true."

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from numpy import ndarray
 
 from nearfar.errors import NearfarError
@@ -54,10 +54,13 @@ class RelationProbe:
         self._parts: list[_Part] = []
 
     def fit(self, blocks: Blocks, label: Int[ndarray, " n"]) -> RelationProbe:
-        """Learn from training pairs; a single class is predicted always."""
+        """Learn from training pairs that have any of the parts; a single class is predicted always."""
+        present = _present(blocks)
+        if present.any() and not present.all():
+            blocks, label = {name: rows[present] for name, rows in blocks.items()}, label[present]
         self._parts = [_part(name, rows) for name, rows in blocks.items()]
-        self.only = int(label[0]) if len(np.unique(label)) == 1 else None
-        if self.only is not None:
+        self._classes = np.unique(label)
+        if len(self._classes) == 1:
             return self
         rows = self.rows(blocks)
         if self.kind == "rbf":
@@ -70,17 +73,33 @@ class RelationProbe:
             self._classifier = RidgeClassifier(alpha=RIDGE * len(rows)).fit(rows, label)
         return self
 
+    def scores(self, blocks: Blocks, count: int) -> Float[ndarray, "n count"]:
+        """How much speaks for each of ``count`` classes; −∞ for those that no training pair had."""
+        n = len(next(iter(blocks.values())))
+        found = np.full((n, count), -np.inf)
+        if len(self._classes) == 1:
+            found[:, self._classes] = 0.0
+            return found
+        values = self._classifier.decision_function(self.rows(blocks))
+        found[:, self._classes] = np.stack([-values, values], axis=1) if values.ndim == 1 else values
+        return found
+
     def predict(self, blocks: Blocks) -> Int[ndarray, " n"]:
         """The class of every pair."""
-        if self.only is not None:
-            return np.full(len(next(iter(blocks.values()))), self.only)
-        return np.asarray(self._classifier.predict(self.rows(blocks)), dtype=np.int64)
+        count = int(self._classes.max()) + 1
+        return self.scores(blocks, count).argmax(axis=1)
 
     def rows(self, blocks: Blocks) -> Float[ndarray, "n d"]:
         """What the classifier sees."""
         return np.concatenate(
             [np.nan_to_num((blocks[part.name] - part.mean) * part.scale) for part in self._parts], axis=1
         )
+
+
+def _present(blocks: Blocks) -> Bool[ndarray, " n"]:
+    """Which pairs have any of the parts."""
+    found: Bool[ndarray, " n"] = np.any([~np.isnan(rows).any(axis=1) for rows in blocks.values()], axis=0)
+    return found
 
 
 def _part(name: str, rows: Float[ndarray, "n d"]) -> _Part:
@@ -98,5 +117,3 @@ def sample_rows(label: Int[ndarray, " n"], most: int, seed: int = 0) -> Int[ndar
     if len(label) <= most:
         return np.arange(len(label))
     return np.sort(np.random.default_rng([seed, len(label)]).choice(len(label), most, replace=False))
-
-

@@ -171,10 +171,14 @@ def collect_pairs(
         for box in (row.subject_box, row.object_box):
             problem, inside = _fit(box, width, height)
             if problem:
-                rejections.add(problem, row.row, shown, f"box {_shown(box)} in {width:g} × {height:g} ({row.image})")
+                rejections.add(
+                    problem, row.row, shown, f"box {_shown(box)} in {width:g} × {height:g} ({row.image})"
+                )
                 break
             if known and max(abs(a - b) for a, b in zip(box, inside, strict=True)) > _TOLERANCE:
-                notes["boxes cut at the picture's border"] = notes.get("boxes cut at the picture's border", 0) + 1
+                notes["boxes cut at the picture's border"] = (
+                    notes.get("boxes cut at the picture's border", 0) + 1
+                )
             boxes.append(inside)
         if len(boxes) < 2:
             continue

@@ -43,14 +43,18 @@ class BatchesBySort(BatchSampler):
         sizes = self.layout.sizes
         full = int((sizes == self.batch_size).sum())
         head = order[: full * self.batch_size].reshape(full, self.batch_size)
-        return Plan(self.layout, np.concatenate([rng.permutation(head).reshape(-1), order[full * self.batch_size :]]))
+        return Plan(
+            self.layout, np.concatenate([rng.permutation(head).reshape(-1), order[full * self.batch_size :]])
+        )
 
 
 def build_sampler(config: Any, label: ndarray, seen: Bool[ndarray, " n"]) -> BatchSampler:
     """The sampler that ``sampler=`` names: random batches, or equal shares of every relation (small ones repeat)."""
     name, size, seed = config.sampler.name, int(config.batch_size), int(config.seed)
     if size > len(label):
-        raise NearfarError(f"batch_size={size} is larger than the training set of {len(label)} pairs; lower it.")
+        raise NearfarError(
+            f"batch_size={size} is larger than the training set of {len(label)} pairs; lower it."
+        )
     if name == "random":
         if seen.all() or not seen.any():
             return RandomBatchSampler(len(label), size, seed=seed)

@@ -97,7 +97,17 @@ def composed_scenes(
             row = len(triples) + 1
             boxes = pair.subject_box, pair.object_box
             triples.append(
-                Triple(name, pair.subject, boxes[0], pair.relation, pair.object, boxes[1], row, scene.size(), split)
+                Triple(
+                    name,
+                    pair.subject,
+                    boxes[0],
+                    pair.relation,
+                    pair.object,
+                    boxes[1],
+                    row,
+                    scene.size(),
+                    split,
+                )
             )
     return triples, photos
 
@@ -111,12 +121,16 @@ def _place(relation: str, left: float, right: float, held_out: bool, rng: np.ran
         objects = [kind for kind in objects if kind not in HOLLOW]
     subjects = [kind for kind in kinds if kind not in SUPPORTS and kind not in HOLLOW]
     object_ = objects[rng.integers(len(objects))]
-    subject = [kind for kind in subjects if kind != object_][rng.integers(len(subjects) - (object_ in subjects))]
+    subject = [kind for kind in subjects if kind != object_][
+        rng.integers(len(subjects) - (object_ in subjects))
+    ]
     boxes = _WHERE[relation](left, right, rng)
     return _Pair(relation, subject, object_, *boxes)
 
 
-def _sized(rng: np.random.Generator, low: float, high: float, shape: tuple[float, float]) -> tuple[float, float]:
+def _sized(
+    rng: np.random.Generator, low: float, high: float, shape: tuple[float, float]
+) -> tuple[float, float]:
     """Width and height: a height between two bounds, and a shape (width / height) between two others."""
     height = rng.uniform(low, high)
     return height * rng.uniform(*shape), height
@@ -203,7 +217,11 @@ def _outside(left: float, right: float, rng: np.random.Generator) -> tuple[Box, 
     side = -1 if rng.random() < 0.5 else 1
     x = left + w * rng.uniform(0.3, 0.9) if side < 0 else right - width - w * rng.uniform(0.3, 0.9)
     box = (x, _FLOOR - height, x + width, float(_FLOOR))
-    at = max(left, x - w * rng.uniform(0.5, 1.0)) if side < 0 else min(right - w, x + width - w * rng.uniform(0, 0.5))
+    at = (
+        max(left, x - w * rng.uniform(0.5, 1.0))
+        if side < 0
+        else min(right - w, x + width - w * rng.uniform(0, 0.5))
+    )
     bottom = _FLOOR + rng.uniform(0, 22)
     return (at, bottom - h, at + w, bottom), box
 
@@ -240,7 +258,9 @@ def _draw(pairs: Sequence[_Pair], rng: np.random.Generator) -> UInt8[ndarray, "h
             stands = bottom > 190 or touches is not None
             if stands:
                 flat = max(3, (right - left) // 9)
-                ImageDraw.Draw(shade).ellipse((left, bottom - flat, right, bottom + flat // 2), fill=(0, 0, 0, 120))
+                ImageDraw.Draw(shade).ellipse(
+                    (left, bottom - flat, right, bottom + flat // 2), fill=(0, 0, 0, 120)
+                )
             canvas = Image.alpha_composite(canvas, shade)
             thing: Any = draw_thing(kind, right - left, bottom - top, rng)
             canvas.alpha_composite(thing, (max(left, 0), max(top, 0)))

@@ -24,9 +24,12 @@ from nearfar.systems.relations.features import crop_features
 from nearfar.systems.relations.model import RelationModel
 from nearfar.systems.relations.objective import ViewLoss
 from nearfar.systems.relations.options import check_options
+from nearfar.systems.relations.predictions import Predictions
 from nearfar.systems.relations.probe import RelationProbe, sample_rows
 from nearfar.systems.relations.sampler import build_sampler
+from nearfar.systems.relations.sections import sections
 from nearfar.training.fit import initial_model
+from nearfar.training.sections import Section
 from nearfar.training.system import EncodingSystem, Evaluation, StepOutput, decayed_groups
 
 __all__ = ["RelationSystem"]
@@ -52,8 +55,9 @@ class RelationSystem(EncodingSystem):
         self._encoders: dict[str, str] = {}
         self._train: Rows = {}
         self._untrained: dict[str, Rows] = {}
-        #: of each split's last full evaluation: predicted class by metric
-        self.predicted: dict[str, dict[str, ndarray]] = {}
+        self._pairs_asked = 0  # of a batch of pair retrieval
+        #: of each split's last full evaluation
+        self.predictions: dict[str, Predictions] = {}
         self.judged: dict[str, Judged] = {}
 
     # -- data ------------------------------------------------------------------------------------------------
@@ -91,6 +95,11 @@ class RelationSystem(EncodingSystem):
                 "the photos with data.images=, or set box_jitter=0.05 or categories=true."
             )
 
+        second = [np.ones(len(d), bool) if d.names is not None and d.visual is None else d.seen.numpy()
+                  for name, d in self._datasets.items() if name != "train"]  # fmt: skip
+        # One size in every split, so that their chance is the same.
+        self._pairs_asked = min(int(config.batch_size), *(int(rows.sum()) for rows in second), len(second[0]))
+
     def _visual(self, say: Say) -> dict[str, ndarray]:
         """Standardised features of both crops, where there is any photo to train on."""
         config, splits = self.config, self.data.splits
@@ -127,7 +136,10 @@ class RelationSystem(EncodingSystem):
             known = sorted({*part.subject, *part.object})
             vectors = dict(zip(known, embed_texts(encoder, known), strict=True))
             found[name] = np.stack(
-                [np.concatenate([vectors[a], vectors[b]]) for a, b in zip(part.subject, part.object, strict=True)]
+                [
+                    np.concatenate([vectors[a], vectors[b]])
+                    for a, b in zip(part.subject, part.object, strict=True)
+                ]
             ).astype(np.float32)
         return found
 
@@ -152,7 +164,9 @@ class RelationSystem(EncodingSystem):
     def check_sampler(self, sampler: Any, say: Say) -> None:
         """Say how batches are made; neither sampler can be out of step with the data."""
         same = self._same_class(sampler)
-        say(f"batches of {self.config.batch_size}, {self.config.sampler.name}: {same:.0%} of negatives share the relation")
+        say(
+            f"batches of {self.config.batch_size}, {self.config.sampler.name}: {same:.0%} of negatives share the relation"
+        )
 
     def on_epoch(self, epoch: int, sampler: Any, say: Say) -> dict[str, Any]:
         """What the batches of this epoch hold."""
@@ -205,7 +219,10 @@ class RelationSystem(EncodingSystem):
         if final:
             fresh = initial_model(self, self.config.seed).to(next(model.parameters()).device).eval()
             every = np.arange(len(self._datasets[split]))
-            self._untrained = {"train": self._embedded(fresh, "train", at), split: self._embedded(fresh, split, every)}
+            self._untrained = {
+                "train": self._embedded(fresh, "train", at),
+                split: self._embedded(fresh, split, every),
+            }
 
     @torch.no_grad()
     def _embedded(self, model: nn.Module, split: str, at: ndarray) -> Rows:
@@ -255,33 +272,38 @@ class RelationSystem(EncodingSystem):
         train = {name: rows for name, rows in self._train.items() if name != "at"}
         train_label = self._datasets["train"].label.numpy()[at]
         wanted = self.looks_at(list(blocks))
-        predicted = {LINEAR: _predict("linear", train, blocks, wanted[FUSED], train_label)}
+        count = len(self.data.relations)
+        scores = {LINEAR: _scores("linear", train, blocks, wanted[FUSED], train_label, count)}
         if final:
             for metric, names in wanted.items():
                 first, second = train, blocks
                 if metric.startswith("untrained"):
                     first, second = self._untrained["train"], self._untrained[split]
-                predicted[metric] = _predict("rbf", first, second, names, train_label)
+                scores[metric] = _scores("rbf", first, second, names, train_label, count)
+        predicted = {metric: found.argmax(axis=1) for metric, found in scores.items()}
         judged = self._judge(predicted, split, label, final)
         pair = self._pair_retrieval(outputs, split, final)
         if pair is not None:
             judged.estimates[PAIR], judged.per_image[PAIR] = pair
         if final:
-            self.predicted[split], self.judged[split] = predicted, judged
+            self.predictions[split] = Predictions(
+                part.ids, part.image, label, self._datasets[split].seen.numpy(), self.data.relations, scores
+            )
+            self.judged[split] = judged
         constant = np.bincount(self._datasets["train"].label.numpy()).argmax()
         always = float((label == constant).mean())
         baselines = {metric: always for metric in judged.estimates if metric.endswith("/accuracy")}
         return Evaluation(split, judged.estimates, judged.images, judged.per_image, {"baselines": baselines})
 
-    def _judge(
-        self, predicted: Mapping[str, ndarray], split: str, label: ndarray, final: bool
-    ) -> Judged:
+    def _judge(self, predicted: Mapping[str, ndarray], split: str, label: ndarray, final: bool) -> Judged:
         part, relations = self.data.splits[split], self.data.relations
         constant = int(np.bincount(self._datasets["train"].label.numpy()).argmax())
         how = {"split": self.data.content_hash(split), "bootstrap": self.config.bootstrap if final else 0}
         order = [FUSED, LINEAR, *predicted]
         ordered = {metric: predicted[metric] for metric in dict.fromkeys(order) if metric in predicted}
-        judged = judge(ordered, label, part.image, relations, constant, detailed=(FUSED, LINEAR) if final else (), **how)
+        judged = judge(
+            ordered, label, part.image, relations, constant, detailed=(FUSED, LINEAR) if final else (), **how
+        )
         seen = self._datasets[split].seen.numpy()
         if final and seen.any() and not seen.all():
             some = {f"with_photo/{metric}": classes for metric, classes in ordered.items()}
@@ -301,7 +323,7 @@ class RelationSystem(EncodingSystem):
             outputs[second],
             rows,
             part.image,
-            int(self.config.batch_size),
+            self._pairs_asked,
             split=self.data.content_hash(split),
             bootstrap=self.config.bootstrap if final else 0,
         )
@@ -311,6 +333,15 @@ class RelationSystem(EncodingSystem):
         """None of the kind that retrieval shows: the sections have pictures."""
         return []
 
+    def report_sections(self, outputs: Mapping[str, Tensor], split: str) -> Sequence[Section]:
+        """Probes beside controls, the confusion table, pair retrieval by itself, pairs with their boxes."""
+        return sections(self.data.splits[split], self.predictions[split], self.judged[split])
+
+    def save_results(self, folder: Path) -> None:
+        """What every pair was called, for re-scoring and pooled cross-validation."""
+        for split, predictions in self.predictions.items():
+            predictions.save(folder / f"predictions_{split}.npz")
+
     def save_assets(self, folder: Path) -> None:
         """Nothing beside the checkpoint: the data and the configuration give the rest."""
 
@@ -319,7 +350,7 @@ def _unseen_as_nan(rows: ndarray, seen: ndarray) -> ndarray:
     return rows if seen.all() else np.where(seen[:, None], rows, np.nan)
 
 
-def _predict(kind: str, train: Rows, test: Rows, names: Sequence[str], label: ndarray) -> ndarray:
-    """Classes of the test pairs, by a probe fitted on the training pairs' blocks of these names."""
+def _scores(kind: str, train: Rows, test: Rows, names: Sequence[str], label: ndarray, count: int) -> ndarray:
+    """For each class of the test pairs how much speaks for it, by a probe fitted on the training pairs' blocks."""
     probe = RelationProbe(kind).fit({name: train[name] for name in names}, label)
-    return probe.predict({name: test[name] for name in names})
+    return probe.scores({name: test[name] for name in names}, count)

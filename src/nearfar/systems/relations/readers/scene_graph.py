@@ -12,7 +12,12 @@ from nearfar.systems.relations.records import Box, Triple
 
 __all__ = ["FILES", "read"]
 
-FILES = (("sg_train_annotations.json",), ("sg_val_annotations.json",), ("sg_test_annotations.json",), ("annotations.json",))
+FILES = (
+    ("sg_train_annotations.json",),
+    ("sg_val_annotations.json",),
+    ("sg_test_annotations.json",),
+    ("annotations.json",),
+)
 
 
 def read(path: Path, split: str | None, rejections: Rejections) -> Iterator[Triple]:

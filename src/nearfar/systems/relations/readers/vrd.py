@@ -12,7 +12,12 @@ from nearfar.systems.relations.records import Triple
 
 __all__ = ["FILES", "read"]
 
-FILES = (("annotations_train.json",), ("annotations_val.json",), ("annotations_test.json",), ("annotations.json",))
+FILES = (
+    ("annotations_train.json",),
+    ("annotations_val.json",),
+    ("annotations_test.json",),
+    ("annotations.json",),
+)
 
 
 def read(path: Path, split: str | None, rejections: Rejections) -> Iterator[Triple]:
