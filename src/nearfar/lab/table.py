@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 from rich.table import Table
 
 from nearfar.batching import SamplerVerdict
@@ -16,6 +19,8 @@ __all__ = [
     "cluster_table",
     "comparison_tables",
     "ddp_table",
+    "differences_table",
+    "estimates_table",
     "metric_words",
     "metrics_table",
     "short_number",
@@ -27,25 +32,48 @@ __all__ = [
 FEW = 4
 
 
-def metrics_table(folder: RunFolder) -> Table:
-    """The estimates of a run: value, interval, chance, gallery."""
-    metrics = folder.read_json("metrics.json")
-    splits = metrics["splits"]
-    split = "test" if "test" in splits else next(iter(splits))
-    table = Table(title=f"{folder} · {split} · best epoch, {metrics['best_epoch']}", title_justify="left")
-    for column in ("metric", "value", "95 % interval", "chance", "gallery", "n"):
+def estimates_table(title: str, estimates: Mapping[str, Estimate]) -> Table:
+    """Value, interval and chance of each, and the gallery where one of them has any."""
+    galleries = any("gallery" in estimate.protocol for estimate in estimates.values())
+    table = Table(title=title, title_justify="left")
+    for column in ("metric", "value", "95 % interval", "chance", *(["gallery"] if galleries else []), "n"):
         table.add_column(column, justify="left" if column == "metric" else "right", no_wrap=True)
-    for name, content in splits[split].items():
-        estimate = Estimate.from_dict(content)
+    for name, estimate in estimates.items():
         table.add_row(
             metric_words(name),
             short_number(estimate.value),
             interval_words(estimate.low, estimate.high),
             short_number(estimate.chance),
-            str(estimate.protocol.get("gallery", "")),
+            *([str(estimate.protocol.get("gallery", ""))] if galleries else []),
             str(estimate.n) + (" (trivial)" if estimate.trivial else ""),
         )
     return table
+
+
+def differences_table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Rows of ``pairs``, ``minus``, ``difference``, ``low``, ``high``, ``verdict``."""
+    table = Table(title=title, title_justify="left")
+    for column in ("pairs", "minus", "difference", "95 % interval", "verdict"):
+        table.add_column(column, justify="left", no_wrap=True)
+    for row in rows:
+        style = {"better": "green", "worse": "red"}.get(row["verdict"], "yellow")
+        table.add_row(
+            row["pairs"],
+            row["minus"],
+            f"{row['difference']:+.3f}",
+            f"[{row['low']:+.3f}, {row['high']:+.3f}]",
+            f"[{style}]{row['verdict']}[/{style}]",
+        )
+    return table
+
+
+def metrics_table(folder: RunFolder) -> Table:
+    """The estimates of a run: value, interval, chance, gallery."""
+    metrics = folder.read_json("metrics.json")
+    splits = metrics["splits"]
+    split = "test" if "test" in splits else next(iter(splits))
+    estimates = {name: Estimate.from_dict(content) for name, content in splits[split].items()}
+    return estimates_table(f"{folder} · {split} · best epoch, {metrics['best_epoch']}", estimates)
 
 
 def _verdict_style(difference: Difference) -> str:

@@ -118,8 +118,8 @@ class System(Protocol):
         """What evaluation needs of one batch; rows are concatenated over the split."""
 
     def before_evaluation(self, model: nn.Module, split: str, final: bool) -> None:
-        """Called in eval mode, without gradients, before a split is embedded: for metrics that need more than the split,
-        such as a probe fitted on training rows; may be left out."""
+        """Called in eval mode, without gradients, before a split is embedded: for metrics that need more than that
+        split, such as a probe fitted on training rows. May be left out."""
 
     def evaluate(self, outputs: Mapping[str, Tensor], split: str, final: bool) -> Evaluation:
         """Estimates of a split from its collected outputs; ``final`` asks for every interval."""
@@ -132,7 +132,7 @@ class System(Protocol):
         return ()
 
     def save_results(self, folder: Path) -> None:
-        """Results beyond estimates, such as what was said of every item; called after the last evaluation; may be left out."""
+        """Results beyond estimates, such as what was said of every item; after the last evaluation. May be left out."""
 
     def save_assets(self, folder: Path) -> None:
         """Whatever is needed later to embed new inputs with this run (text encoder, feature scales)."""

@@ -92,7 +92,7 @@ class RelationData:
             guessed = int((~part.size_known).sum())
             if guessed:
                 lines.append(
-                    f"{name}: of {guessed} pairs the picture's size is taken from its boxes: there is no photo"
+                    f"{name}: of {guessed} pairs the picture's size is guessed from its boxes (no photo)"
                 )
         if len(self.rejections):
             lines.append(self.rejections.summary())
@@ -144,7 +144,11 @@ def _read(data: Any, rejections: Rejections) -> tuple[list[Triple], dict[str, Ph
     files = annotation_files(data.layout, data)
     triples: list[Triple] = []
     for split, path in files.items():
-        triples += LAYOUTS[data.layout].read(path, None if split == "whole" else split, rejections)
+        own, images = (
+            None if split == "whole" else split,
+            None if data.images is None else Path(str(data.images)),
+        )
+        triples += LAYOUTS[data.layout].read(path, own, rejections, images)
     if not triples:
         raise NearfarError(
             f"{', '.join(map(str, files.values()))}: no annotated relation. {rejections.summary()}."

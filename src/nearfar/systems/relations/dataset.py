@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,7 +41,7 @@ class Scaler:
 
 @dataclass
 class RelationBatch:
-    """One batch. ``visual`` is 0 where ``seen`` is False; ``jittered`` are numbers of boxes as another would draw them."""
+    """One batch. ``visual`` is 0 where ``seen`` is False; ``jittered``: numbers of boxes as another would draw them."""
 
     positions: Int[Tensor, " b"]
     visual: Float[Tensor, "b v"] | None
@@ -55,25 +56,19 @@ class RelationBatch:
         return len(self.positions)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> RelationBatch:
-        return RelationBatch(
-            **{
-                field.name: None if part is None else part.to(device, non_blocking=non_blocking)
-                for field in fields(self)
-                for part in [getattr(self, field.name)]
-            }
-        )
+        return RelationBatch(**self._each(lambda part: part.to(device, non_blocking=non_blocking)))
 
     def split(self, rows: int) -> list[RelationBatch]:
         """The batch in parts of ``rows`` rows, the last one perhaps shorter."""
-        parts = {
-            field.name: None if part is None else part.split(rows)
-            for field in fields(self)
-            for part in [getattr(self, field.name)]
-        }
+        parts = self._each(lambda part: part.split(rows))
         return [
-            RelationBatch(**{name: None if part is None else part[i] for name, part in parts.items()})
+            RelationBatch(**{name: part and part[i] for name, part in parts.items()})
             for i in range(len(self.positions.split(rows)))
         ]
+
+    def _each(self, change: Callable[[Tensor], Any]) -> dict[str, Any]:
+        parts = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: None if part is None else change(part) for name, part in parts.items()}
 
 
 class RelationDataset(Dataset[RelationBatch]):

@@ -94,7 +94,7 @@ def judge(
                 table.sum(axis=(0, 2)) > 0
             )  # a relation that is neither there nor said has no F1
             add(f"{stem}/macro_F1", table[:, there], f1_macro, float(f1_macro(always[there].astype(float))))
-            for c in there:
+            for c in there.tolist():
                 by_chance = float(f1_micro(always[[c]].astype(float)))
                 add(f"{stem}/F1_{relations[c].replace(' ', '_')}", table[:, [c]], f1_micro, by_chance)
     return found

@@ -66,7 +66,7 @@ def crop_features(
         if computed and not announced and len(boxes) > 50:
             announced = True
             say(
-                f"features of the crops in {len(boxes)} pictures: the first time this takes a while, then they are kept"
+                f"features of the crops in {len(boxes)} pictures: the first time this takes a while; they are kept"
             )
     return [_rows(part, boxes, features, encoder.width) for part in parts]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch.nn.functional as F
@@ -59,7 +60,7 @@ class RelationModel(nn.Module):
         )
 
     def forward(self, batch: RelationBatch) -> dict[str, Float[Tensor, "b d"]]:
-        """The embeddings of a batch: "spatial", and "visual" (0 where nothing is seen), "names", "jittered" where there are."""
+        """The embeddings of a batch: "spatial" and, where there are, "visual" (0 if unseen), "names", "jittered"."""
         found = {"spatial": F.normalize(self.spatial(batch.numbers), dim=1)}
         if self.visual is not None:
             if batch.visual is None:
@@ -78,7 +79,7 @@ class RelationModel(nn.Module):
 def _layers(sizes: tuple[int, ...], dropout: float) -> nn.Sequential:
     """Linear maps with ReLU and dropout between them."""
     layers: list[nn.Module] = []
-    for i, (a, b) in enumerate(zip(sizes, sizes[1:], strict=False)):
+    for i, (a, b) in enumerate(pairwise(sizes)):
         if i:
             layers += [nn.ReLU(), nn.Dropout(dropout)]
         layers.append(nn.Linear(a, b))

@@ -74,7 +74,8 @@ def check_options(config: Any) -> None:
     data = config.data
     if data.val_fraction + data.test_fraction >= 1:
         raise NearfarError(
-            f"data.val_fraction={data.val_fraction} and data.test_fraction={data.test_fraction} leave nothing to train on."
+            f"data.val_fraction={data.val_fraction} and data.test_fraction={data.test_fraction} leave nothing to "
+            "train on."
         )
     if data.folds is not None and data.fold >= data.folds:
         raise NearfarError(f"data.fold={data.fold}: the folds are numbered 0 to {data.folds - 1}.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -52,10 +53,10 @@ def pair_picture(pairs: Pairs, i: int) -> bytes:
     canvas = Image.new("RGB", size, (232, 234, 238))
     photo: Any = pairs.photos.get(pairs.image[i])
     if photo is not None:
-        try:
+        with suppress(
+            NearfarError
+        ):  # damaged: it is listed among the rejections, and its boxes are shown on grey
             canvas = Image.fromarray(photo.read()).resize(size)
-        except NearfarError:
-            pass  # damaged: it is listed among the rejections, and its boxes are shown on grey
     draw = ImageDraw.Draw(canvas)
     for box, colour, name in (
         (pairs.object_box[i], _OBJECT, pairs.object[i]),

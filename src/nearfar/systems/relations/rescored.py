@@ -65,12 +65,15 @@ def pool(runs: Sequence[Path], bootstrap: int = 1000) -> tuple[Judged, list[dict
     found = Predictions.pooled([Predictions.load(path, "test") for path in runs])
     constant = int(np.bincount(found.truth).argmax())
     said = found.said() | {"majority/accuracy": np.full_like(found.truth, constant)}
-    how = {"bootstrap": bootstrap}
-    judged = judge(said, found.truth, found.image, found.relations, constant, detailed=(FUSED,), **how)
+    judged = judge(
+        said, found.truth, found.image, found.relations, constant, detailed=(FUSED,), bootstrap=bootstrap
+    )
     kinds: list[tuple[str, Judged]] = [("", judged)]
     if found.seen.any() and not found.seen.all():
         some = {f"with_photo/{metric}": classes for metric, classes in said.items()}
-        here = judge(some, found.truth, found.image, found.relations, constant, rows=found.seen, **how)
+        here = judge(
+            some, found.truth, found.image, found.relations, constant, rows=found.seen, bootstrap=bootstrap
+        )
         judged.estimates |= here.estimates
         judged.per_image |= here.per_image
         kinds.append(("with_photo/", judged))

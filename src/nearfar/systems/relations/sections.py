@@ -24,8 +24,8 @@ def sections(pairs: Pairs, found: Predictions, judged: Judged) -> list[Section]:
     shown = [
         Section(
             "Is it the views, or the boxes alone?",
-            "The same probe on the fused embedding and on what it is made of. Differences are paired, pair by pair, and "
-            "their intervals are over pictures.",
+            "The same probe on the fused embedding and on what it is made of. Differences are paired, and their "
+            "intervals are over pictures.",
             [_controls(judged, prefix) for prefix in _kinds(judged)] + [_differences(judged)],
         ),
         Section(
@@ -48,8 +48,8 @@ def sections(pairs: Pairs, found: Predictions, judged: Judged) -> list[Section]:
         shown.append(
             Section(
                 "Pair retrieval: another question",
-                "Which of a batch of pairs of boxes belongs to these crops? An encoder that knows the relation and nothing "
-                "else is bad at this, so that its number stands in no column with the probe's.",
+                "Which of a batch of pairs of boxes belongs to these crops? An encoder that knows the relation and "
+                "nothing else is bad at this, so that its number stands in no column with the probe's.",
                 [Table(["", "share", "low", "high", "chance", "candidates", "pairs"], [row])],
             )
         )

@@ -164,9 +164,8 @@ class RelationSystem(EncodingSystem):
     def check_sampler(self, sampler: Any, say: Say) -> None:
         """Say how batches are made; neither sampler can be out of step with the data."""
         same = self._same_class(sampler)
-        say(
-            f"batches of {self.config.batch_size}, {self.config.sampler.name}: {same:.0%} of negatives share the relation"
-        )
+        how = f"batches of {self.config.batch_size}, {self.config.sampler.name}"
+        say(f"{how}: {same:.0%} of negatives share the relation")
 
     def on_epoch(self, epoch: int, sampler: Any, say: Say) -> dict[str, Any]:
         """What the batches of this epoch hold."""
@@ -298,18 +297,26 @@ class RelationSystem(EncodingSystem):
     def _judge(self, predicted: Mapping[str, ndarray], split: str, label: ndarray, final: bool) -> Judged:
         part, relations = self.data.splits[split], self.data.relations
         constant = int(np.bincount(self._datasets["train"].label.numpy()).argmax())
-        how = {"split": self.data.content_hash(split), "bootstrap": self.config.bootstrap if final else 0}
+        split_hash, bootstrap = self.data.content_hash(split), self.config.bootstrap if final else 0
         order = [FUSED, LINEAR, *predicted]
         ordered = {metric: predicted[metric] for metric in dict.fromkeys(order) if metric in predicted}
-        judged = judge(
-            ordered, label, part.image, relations, constant, detailed=(FUSED, LINEAR) if final else (), **how
-        )
-        seen = self._datasets[split].seen.numpy()
-        if final and seen.any() and not seen.all():
-            some = {f"with_photo/{metric}": classes for metric, classes in ordered.items()}
-            here = judge(some, label, part.image, relations, constant, rows=seen, **how)
-            judged.estimates |= here.estimates
-            judged.per_image |= here.per_image
+        seen, every = self._datasets[split].seen.numpy(), np.ones(len(part), bool)
+        parts = {"": every} | ({"with_photo/": seen} if final and seen.any() and not seen.all() else {})
+        judged = Judged(list(dict.fromkeys(part.image)), {}, {})
+        for prefix, rows in parts.items():
+            found = judge(
+                {prefix + metric: classes for metric, classes in ordered.items()},
+                label,
+                part.image,
+                relations,
+                constant,
+                detailed=(FUSED, LINEAR) if final else (),
+                split=split_hash,
+                bootstrap=bootstrap,
+                rows=rows,
+            )
+            judged.estimates |= found.estimates
+            judged.per_image |= found.per_image
         return judged
 
     def _pair_retrieval(self, outputs: Mapping[str, Tensor], split: str, final: bool) -> Any:

@@ -1,4 +1,4 @@
-"""Drawn things of which scenes are composed: each a few shapes in a box of any size, with shade and a play of colour."""
+"""Drawn things of which scenes are composed: each a few shapes in a box of any size, with shade and light."""
 
 from __future__ import annotations
 
@@ -170,8 +170,8 @@ def _cabinet(p: _Pen) -> None:
 
 
 def _frame(p: _Pen) -> None:
-    for box in ((0, 0, 1, 0.1), (0, 0.9, 1, 1), (0, 0, 0.08, 1), (0.92, 0, 1, 1)):
-        p.block(*box, p.main)
+    for x0, y0, x1, y1 in ((0, 0, 1, 0.1), (0, 0.9, 1, 1), (0, 0, 0.08, 1), (0.92, 0, 1, 1)):
+        p.block(x0, y0, x1, y1, p.main)
 
 
 def _hoop(p: _Pen) -> None:

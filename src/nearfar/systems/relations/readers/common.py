@@ -16,13 +16,13 @@ __all__ = ["corner_box", "name_of", "read_json", "yyxx_box"]
 def read_json(path: Path, kind: type, what: str) -> Any:
     """The content of a JSON file, which must be a ``kind`` (dict or list) with ``what`` in it."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8-sig"))
+        found: Any = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise NearfarError(f"{path}: cannot be read ({error.strerror}).") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise NearfarError(f"{path}: not valid JSON ({error}). Is it complete?") from None
     if not isinstance(found, kind):
-        wanted = {dict: "an object", list: "a list"}[kind]
+        wanted = "an object" if kind is dict else "a list"
         raise NearfarError(f"{path}: {wanted} with {what} is needed, but it holds a {type(found).__name__}.")
     return found
 

@@ -1,4 +1,4 @@
-"""The scene-graph release of VRD (`sg_{train,test}_annotations.json`): objects with boxes x, y, w, h, and relations between them."""
+"""The scene-graph release of VRD, `sg_{train,test}_annotations.json`: objects with boxes, and their relations."""
 
 from __future__ import annotations
 
@@ -12,15 +12,14 @@ from nearfar.systems.relations.records import Box, Triple
 
 __all__ = ["FILES", "read"]
 
-FILES = (
-    ("sg_train_annotations.json",),
-    ("sg_val_annotations.json",),
-    ("sg_test_annotations.json",),
-    ("annotations.json",),
-)
+FILES = {
+    "train": "sg_train_annotations.json",
+    "val": "sg_val_annotations.json",
+    "test": "sg_test_annotations.json",
+}
 
 
-def read(path: Path, split: str | None, rejections: Rejections) -> Iterator[Triple]:
+def read(path: Path, split: str | None, rejections: Rejections, images: Path | None) -> Iterator[Triple]:
     """Every annotated relation; an object of several names goes by its first."""
     row = 0
     for place, picture in enumerate(read_json(path, list, "pictures")):

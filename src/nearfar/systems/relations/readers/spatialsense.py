@@ -11,11 +11,11 @@ from nearfar.systems.relations.records import Triple
 
 __all__ = ["FILES", "read"]
 
-FILES: tuple[tuple[str, ...], ...] = ((), (), (), ("annotations.json",))
+FILES = {"whole": "annotations.json"}
 _SPLITS = {"train": "train", "valid": "val", "val": "val", "test": "test"}
 
 
-def read(path: Path, split: str | None, rejections: Rejections) -> Iterator[Triple]:
+def read(path: Path, split: str | None, rejections: Rejections, images: Path | None) -> Iterator[Triple]:
     """The relations that hold (``label`` true); boxes are [y0, y1, x0, x1], pictures state size and split."""
     row = 0
     for place, picture in enumerate(read_json(path, list, "pictures")):

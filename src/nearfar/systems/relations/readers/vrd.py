@@ -12,15 +12,15 @@ from nearfar.systems.relations.records import Triple
 
 __all__ = ["FILES", "read"]
 
-FILES = (
-    ("annotations_train.json",),
-    ("annotations_val.json",),
-    ("annotations_test.json",),
-    ("annotations.json",),
-)
+FILES = {
+    "train": "annotations_train.json",
+    "val": "annotations_val.json",
+    "test": "annotations_test.json",
+    "whole": "annotations.json",
+}
 
 
-def read(path: Path, split: str | None, rejections: Rejections) -> Iterator[Triple]:
+def read(path: Path, split: str | None, rejections: Rejections, images: Path | None) -> Iterator[Triple]:
     """Every annotated relation; rows are counted over the file.
 
     ``predicates.json`` and ``objects.json`` beside the file have the names. Picture sizes are not in it.
