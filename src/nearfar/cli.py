@@ -290,7 +290,8 @@ def crossval(
 ) -> None:
     """Cross-validation: train once a fold (experiment=NAME key=value …), judge all test sets together.
 
-    The runs are a sweep over [bold]data.fold[/bold] under [bold]name=[/bold]; [bold]exists=skip[/bold] keeps finished ones.
+    The runs are a sweep over [bold]data.fold[/bold] called [bold]name=[/bold]; [bold]exists=skip[/bold] keeps what is
+    finished.
     """
     from nearfar.lab.crossval import cross_validate
     from nearfar.lab.table import differences_table, estimates_table

@@ -66,7 +66,8 @@ class RelationProbe:
         if self.kind == "rbf":
             from sklearn.svm import SVC
 
-            self._classifier = SVC(C=COST, gamma=GAMMA, cache_size=500).fit(rows, label)
+            self._rows = rows
+            self._classifier = SVC(C=COST, kernel="precomputed", cache_size=500).fit(_gaussian(rows, rows), label)
         else:
             from sklearn.linear_model import RidgeClassifier
 
@@ -80,7 +81,8 @@ class RelationProbe:
         if len(self._classes) == 1:
             found[:, self._classes] = 0.0
             return found
-        values = self._classifier.decision_function(self.rows(blocks))
+        rows = self.rows(blocks)
+        values = self._classifier.decision_function(_gaussian(rows, self._rows) if self.kind == "rbf" else rows)
         found[:, self._classes] = np.stack([-values, values], axis=1) if values.ndim == 1 else values
         return found
 
@@ -94,6 +96,12 @@ class RelationProbe:
         return np.concatenate(
             [np.nan_to_num((blocks[part.name] - part.mean) * part.scale) for part in self._parts], axis=1
         )
+
+
+def _gaussian(a: Float[ndarray, "n d"], b: Float[ndarray, "m d"]) -> Float[ndarray, "n m"]:
+    """exp(−γ |x − y|²), from one matrix product: many times faster than row by row where rows are long."""
+    squares = (a**2).sum(1)[:, None] + (b**2).sum(1)[None] - 2 * (a @ b.T)
+    return np.exp(-GAMMA * np.maximum(squares, 0)).astype(np.float64)
 
 
 def _present(blocks: Blocks) -> Bool[ndarray, " n"]:

@@ -215,13 +215,17 @@ class RelationSystem(EncodingSystem):
         label = self._datasets["train"].label.numpy()
         at = sample_rows(label, most)
         self._train = self._embedded(model, "train", at) | {"at": at}
-        if final:
+        if final and self._last(split):
             fresh = initial_model(self, self.config.seed).to(next(model.parameters()).device).eval()
             every = np.arange(len(self._datasets[split]))
             self._untrained = {
                 "train": self._embedded(fresh, "train", at),
                 split: self._embedded(fresh, split, every),
             }
+
+    def _last(self, split: str) -> bool:
+        """Whether the results of a run are those of this split."""
+        return split == "test" or "test" not in self.data.splits
 
     @torch.no_grad()
     def _embedded(self, model: nn.Module, split: str, at: ndarray) -> Rows:
@@ -274,7 +278,9 @@ class RelationSystem(EncodingSystem):
         count = len(self.data.relations)
         scores = {LINEAR: _scores("linear", train, blocks, wanted[FUSED], train_label, count)}
         if final:
-            for metric, names in wanted.items():
+            # Controls belong to the split that the result is read from.
+            here = wanted if self._last(split) else {FUSED: wanted[FUSED]}
+            for metric, names in here.items():
                 first, second = train, blocks
                 if metric.startswith("untrained"):
                     first, second = self._untrained["train"], self._untrained[split]

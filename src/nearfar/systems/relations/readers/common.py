@@ -21,7 +21,7 @@ def read_json(path: Path, kind: type, what: str) -> Any:
         raise NearfarError(f"{path}: cannot be read ({error.strerror}).") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise NearfarError(f"{path}: not valid JSON ({error}). Is it complete?") from None
-    if not isinstance(found, kind):
+    if type(found) is not kind:
         wanted = "an object" if kind is dict else "a list"
         raise NearfarError(f"{path}: {wanted} with {what} is needed, but it holds a {type(found).__name__}.")
     return found

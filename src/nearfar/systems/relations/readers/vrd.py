@@ -25,10 +25,10 @@ def read(path: Path, split: str | None, rejections: Rejections, images: Path | N
 
     ``predicates.json`` and ``objects.json`` beside the file have the names. Picture sizes are not in it.
     """
-    images = read_json(path, dict, "the relations of each picture")
+    pictures = read_json(path, dict, "the relations of each picture")
     predicates, objects = (_names(path.with_name(name)) for name in ("predicates.json", "objects.json"))
     row = 0
-    for image, relations in images.items():
+    for image, relations in pictures.items():
         if not isinstance(relations, list):
             rejections.add("relations of a picture are no list", None, image)
             continue
