@@ -2,8 +2,8 @@
 
     python benchmarks/relations_speed.py [--pairs 26805] [--epochs 50] [--width 512] [--threads 2]
 
-The features are random and mean nothing; sizes, heads, batches of 24 and probes after each epoch
-are those of ``experiment=relations`` with ResNet-18 features (512 for each crop). Early stopping is off, and so is the last
+The features are random and mean nothing; sizes, heads, batches of 24 and probes after each epoch are those of
+``experiment=relations`` with ResNet-18 features (512 for each crop). Early stopping is off, and so is the last
 evaluation.
 """
 
@@ -63,7 +63,9 @@ def main() -> None:
         ["experiment=relations", f"epochs={chosen.epochs}", "patience=null", "trainer.accelerator=cpu"]
     )
     system = RelationSystem(config)
-    parts = {name: pairs(n, name, rng) for name, n in (("train", chosen.pairs), ("val", 2000), ("test", 2000))}
+    parts = {
+        name: pairs(n, name, rng) for name, n in (("train", chosen.pairs), ("val", 2000), ("test", 2000))
+    }
     system.data = RelationData(parts, TOP5, "generated", "generated", Rejections())
     numbers = {
         name: spatial_numbers(part.subject_box, part.object_box, part.size, config.spatial)
@@ -86,8 +88,8 @@ def main() -> None:
         train(system, config, run, request, say=lambda text: print(text, flush=True))
         whole, used = time.perf_counter() - started, time.process_time() - used
     print(
-        f"{chosen.epochs} epochs over {chosen.pairs} pairs, batches of {config.batch_size}, {chosen.threads} threads, an "
-        f"evaluation after each epoch: {whole:.0f} s ({used:.0f} s of a processor)"
+        f"{chosen.epochs} epochs over {chosen.pairs} pairs, batches of {config.batch_size}, {chosen.threads} threads, "
+        f"an evaluation after each epoch: {whole:.0f} s ({used:.0f} s of a processor)"
     )
 
 

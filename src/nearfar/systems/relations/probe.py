@@ -67,7 +67,9 @@ class RelationProbe:
             from sklearn.svm import SVC
 
             self._rows = rows
-            self._classifier = SVC(C=COST, kernel="precomputed", cache_size=500).fit(_gaussian(rows, rows), label)
+            self._classifier = SVC(C=COST, kernel="precomputed", cache_size=500).fit(
+                _gaussian(rows, rows), label
+            )
         else:
             from sklearn.linear_model import RidgeClassifier
 
@@ -82,7 +84,9 @@ class RelationProbe:
             found[:, self._classes] = 0.0
             return found
         rows = self.rows(blocks)
-        values = self._classifier.decision_function(_gaussian(rows, self._rows) if self.kind == "rbf" else rows)
+        values = self._classifier.decision_function(
+            _gaussian(rows, self._rows) if self.kind == "rbf" else rows
+        )
         found[:, self._classes] = np.stack([-values, values], axis=1) if values.ndim == 1 else values
         return found
 
