@@ -52,7 +52,7 @@ ENTRY: dict[str, Any] = {
     "prediction": {"words": "It is.", "criterion": {"above": {"less_than": 0}}},
 }
 LEDGER = {claim.id: claim for claim in read_ledger()}
-TESTED = [claim for claim in LEDGER.values() if claim.experiment]
+TESTED = [claim for claim in LEDGER.values() if claim.experiment and not claim.waits_for]
 
 
 def ledger(tmp_path: Path, *entries: Any) -> Path:
@@ -196,7 +196,7 @@ def test_every_claim_runs_quickly_and_repeats(claim: Claim, outcomes: dict[str, 
 
 
 def test_every_experiment_is_used() -> None:
-    assert {claim.experiment for claim in TESTED} == set(names())
+    assert {claim.experiment for claim in LEDGER.values() if claim.experiment} == set(names())
 
 
 def test_intervals_are_those_of_the_metrics(outcomes: dict[str, Outcome]) -> None:

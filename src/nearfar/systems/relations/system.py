@@ -38,6 +38,7 @@ Say = Callable[[str], None]
 Rows = dict[str, Float[ndarray, "n d"]]
 FUSED, LINEAR = "probe/accuracy", "linear_probe/accuracy"
 _CHUNK = 2048  # training rows embedded at a time
+_PAIRS_WATCHED = 960  # pairs of pair retrieval after each epoch; all of them in the end
 
 
 class RelationSystem(EncodingSystem):
@@ -163,16 +164,19 @@ class RelationSystem(EncodingSystem):
 
     def check_sampler(self, sampler: Any, say: Say) -> None:
         """Say how batches are made; neither sampler can be out of step with the data."""
-        same = self._same_class(sampler)
+        same = self.same_class_negatives(sampler)
         how = f"batches of {self.config.batch_size}, {self.config.sampler.name}"
         say(f"{how}: {same:.0%} of negatives share the relation")
 
     def on_epoch(self, epoch: int, sampler: Any, say: Say) -> dict[str, Any]:
         """What the batches of this epoch hold."""
         sampler.set_epoch(epoch)
-        return {"sampler": self.config.sampler.name, "same_class_negatives": self._same_class(sampler)}
+        return {
+            "sampler": self.config.sampler.name,
+            "same_class_negatives": self.same_class_negatives(sampler),
+        }
 
-    def _same_class(self, sampler: Any, batches: int = 200) -> float:
+    def same_class_negatives(self, sampler: Any, batches: int = 200) -> float:
         """The share of other rows of a batch that have an anchor's relation."""
         label, same, all_ = self._datasets["train"].label.numpy(), 0, 0
         for batch in sampler.plan().batches()[:batches]:
@@ -331,6 +335,8 @@ class RelationSystem(EncodingSystem):
             return None
         part = self.data.splits[split]
         rows = self._datasets[split].seen.numpy() if second == "visual" else np.ones(len(part), bool)
+        if not final:  # a curve needs no more
+            rows = rows & (np.cumsum(rows) <= _PAIRS_WATCHED)
         return pair_retrieval(
             outputs["spatial"],
             outputs[second],
