@@ -13,7 +13,7 @@ import nearfar
 
 SOURCE = Path(nearfar.__file__).parent
 FLOORS = [
-    {"cli", "launch"},
+    {"cli", "launch", "crossval"},
     {"overrides"},
     {"lab", "systems"},
     {"training"},

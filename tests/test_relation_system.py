@@ -14,8 +14,8 @@ import torch
 from rich.console import Console
 
 from nearfar.batching import RandomBatchSampler
+from nearfar.crossval import cross_validate
 from nearfar.errors import NearfarError
-from nearfar.lab.crossval import cross_validate
 from nearfar.launch import run_one
 from nearfar.overrides import compose_config, expand
 from nearfar.systems import build_system

@@ -170,13 +170,14 @@ def doctor(
 def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
     """Write report.html of a finished run anew and print its table."""
     from nearfar.lab.report import write_report
-    from nearfar.lab.table import metrics_table
+    from nearfar.lab.table import metrics_tables
     from nearfar.training.run_folder import RunFolder
 
     folder = RunFolder(run)
     path = write_report(folder)
     console = terminal.console()
-    console.print(metrics_table(folder))
+    for table in metrics_tables(folder):
+        console.print(table)
     terminal.say(console, f"report: {path}")
 
 
@@ -293,7 +294,7 @@ def crossval(
     The runs are a sweep over [bold]data.fold[/bold] called [bold]name=[/bold]; [bold]exists=skip[/bold] keeps what is
     finished.
     """
-    from nearfar.lab.crossval import cross_validate
+    from nearfar.crossval import cross_validate
     from nearfar.lab.table import differences_table, estimates_table
     from nearfar.launch import launch
 

@@ -10,7 +10,7 @@ from rich.table import Table
 from nearfar.batching import SamplerVerdict
 from nearfar.lab.compare import Comparison
 from nearfar.lab.sweep import Sweep, read_sweep
-from nearfar.lab.words import interval_words, metric_words, short_number
+from nearfar.lab.words import by_question, interval_words, metric_words, short_number
 from nearfar.metrics import Difference, Estimate
 from nearfar.training.run_folder import RunFolder
 from nearfar.training.verify_ddp import DdpVerdict
@@ -22,7 +22,7 @@ __all__ = [
     "differences_table",
     "estimates_table",
     "metric_words",
-    "metrics_table",
+    "metrics_tables",
     "short_number",
     "sweep_table",
     "verdict_table",
@@ -67,13 +67,17 @@ def differences_table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
-def metrics_table(folder: RunFolder) -> Table:
-    """The estimates of a run: value, interval, chance, gallery."""
+def metrics_tables(folder: RunFolder) -> list[Table]:
+    """The estimates of a run: value, interval, chance, gallery; a table for each question that they answer."""
     metrics = folder.read_json("metrics.json")
     splits = metrics["splits"]
     split = "test" if "test" in splits else next(iter(splits))
     estimates = {name: Estimate.from_dict(content) for name, content in splits[split].items()}
-    return estimates_table(f"{folder} · {split} · best epoch, {metrics['best_epoch']}", estimates)
+    title = f"{folder} · {split} · best epoch, {metrics['best_epoch']}"
+    return [
+        estimates_table(title + (f" · {question}" if question else ""), found)
+        for question, found in by_question(estimates).items()
+    ]
 
 
 def _verdict_style(difference: Difference) -> str:

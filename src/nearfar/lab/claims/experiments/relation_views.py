@@ -9,16 +9,17 @@ not trained on. A seed draws other pictures for the test, another start and othe
 from __future__ import annotations
 
 import os
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from omegaconf import OmegaConf
 
 from nearfar.errors import NearfarError
 from nearfar.lab.claims.training import fit
 from nearfar.metrics import RecallAtK
-from nearfar.overrides import compose_config
 from nearfar.systems.relations.names import ALL10, TOP5
 from nearfar.systems.relations.objective import LOSSES, ViewLoss
 from nearfar.systems.relations.probe import RelationProbe
@@ -111,17 +112,31 @@ def _system(seed: int, relations: tuple[str, ...], batch_size: int) -> RelationS
         raise NearfarError(
             "this claim is judged on real boxes: NEARFAR_DATA must name a folder with vrd in it."
         )
-    chosen = ",".join(relations)
-    config = compose_config(
-        [
-            "experiment=relations", "data=vrd", f"data.dir='{folder}'", "data.photos=none", "pixels=false",
-            "categories=true", f"relations=[{chosen}]", f"batch_size={batch_size}", f"data.split_seed={seed}",
-            "data.val_fraction=0.02", f"seed={seed}",
-        ]
-    )  # fmt: skip
+    changes = {
+        "seed": seed,
+        "relations": list(relations),
+        "batch_size": batch_size,
+        "pixels": False,
+        "categories": True,
+        "data": {"dir": str(folder), "photos": "none", "split_seed": seed, "val_fraction": 0.02},
+        "text_encoder": {"min_df": 1, "max_df": 1.0},
+    }
+    parts = {
+        "data": "vrd",
+        "text_encoder": "ngram",
+        "image_encoder": "small",
+        "sampler": "random",
+        "loss": "infonce",
+    }
+    groups = {group: _yaml(group, choice) for group, choice in parts.items()}
+    config = OmegaConf.merge(_yaml("system", "relations"), groups, changes)
     system = RelationSystem(config)
     system.prepare(lambda _: None)
     return system
+
+
+def _yaml(group: str, choice: str) -> Any:
+    return OmegaConf.create(resources.files("nearfar.configs").joinpath(group, f"{choice}.yaml").read_text())
 
 
 def _sets(system: RelationSystem) -> dict[str, Any]:
