@@ -23,7 +23,8 @@ LOSSES = ("infonce", "supcon", "supcon_inside")
 class ViewLoss(nn.Module):
     """A contrastive loss between all views that a pair has.
 
-    "infonce"        a pair's own partner against all others of the batch, in both directions. Rows that are the same
+    "infonce"        a pair's own partner against all others of the batch, in both directions unless ``symmetric`` is
+                     false. Rows that are the same
                      two boxes (an annotator gave them two relations) are no negatives of each other.
     "supcon"         all pairs of the same relation are positives, sum outside the logarithm (Khosla et al. 2020).
     "supcon_inside"  the variant of which the notes say that it fails: cross-modal, sum inside the logarithm, a pair's
@@ -34,14 +35,14 @@ class ViewLoss(nn.Module):
     rows; rows that have no company are left out and counted.
     """
 
-    def __init__(self, name: str = "infonce", temperature: float = 0.07) -> None:
+    def __init__(self, name: str = "infonce", temperature: float = 0.07, symmetric: bool = True) -> None:
         super().__init__()
         if name not in LOSSES:
             raise NearfarError(f"loss={name}: {nearest_name(str(name), LOSSES)}")
         self.name = name
         self.contrast: InfoNCELoss | SupConLoss
         if name == "infonce":
-            self.contrast = InfoNCELoss(temperature, normalize=False)
+            self.contrast = InfoNCELoss(temperature, symmetric=symmetric, normalize=False)
         elif name == "supcon":
             self.contrast = SupConLoss(temperature, normalize=False)
         else:

@@ -68,6 +68,8 @@ def check_options(config: Any) -> None:
     check_table(config, OPTIONS)
     chosen_relations(config.relations)
     learning_rate_factor(config.lr_schedule, warmup=config.warmup)
+    if "symmetric" in config.loss:
+        Switch().check("loss.symmetric", config.loss.symmetric)
     check_image_encoder(**_group(config.image_encoder))
     # No weights are read and nothing is fitted here: the encoder looks at its options alone.
     build_text_encoder(**_group(config.text_encoder))

@@ -50,7 +50,7 @@ class RelationSystem(EncodingSystem):
     def __init__(self, config: Any) -> None:
         check_options(config)
         self.config = config
-        self.loss = ViewLoss(config.loss.name, config.temperature)
+        self.loss = ViewLoss(config.loss.name, config.temperature, config.loss.get("symmetric", True))
         self.data: RelationData
         self._datasets: dict[str, RelationDataset] = {}
         self._encoders: dict[str, str] = {}
@@ -301,7 +301,8 @@ class RelationSystem(EncodingSystem):
             self.judged[split] = judged
         constant = np.bincount(self._datasets["train"].label.numpy()).argmax()
         always = float((label == constant).mean())
-        baselines = {metric: always for metric in judged.estimates if metric.endswith("/accuracy")}
+        # Controls may well be no better than that: it is what they are for.
+        baselines = {metric: always for metric in (FUSED, LINEAR) if metric in judged.estimates}
         return Evaluation(split, judged.estimates, judged.images, judged.per_image, {"baselines": baselines})
 
     def _judge(self, predicted: Mapping[str, ndarray], split: str, label: ndarray, final: bool) -> Judged:
