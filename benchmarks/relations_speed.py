@@ -76,7 +76,7 @@ def main() -> None:
         features = rng.standard_normal((len(part), 2 * chosen.width), dtype=np.float32)
         label = system.data.labels(name)
         system._datasets[name] = RelationDataset(part, label, scaler(numbers[name]), features, None)
-    system._pairs_asked = config.batch_size
+    system._pairs_asked, system.loss.repeated = config.batch_size, False
     with (
         tempfile.TemporaryDirectory() as folder,
         quiet_lightning(),

@@ -235,6 +235,7 @@ def test_loss_weighs_terms_by_their_rows() -> None:
     seen, rest = torch.tensor([0, 1, 2, 5]), torch.tensor([3, 4])
 
     def infonce(a: torch.Tensor, b: torch.Tensor) -> float:
+        a, b = (torch.nn.functional.normalize(x, dim=1) for x in (a, b))
         logits = (a @ b.T).double() / 0.07
         target = torch.arange(len(a))
         both = [torch.nn.functional.cross_entropy(x, target) for x in (logits, logits.T)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Any
 
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -16,7 +15,7 @@ __all__ = ["RelationModel"]
 
 
 class RelationModel(nn.Module):
-    """A head for each view; every embedding has unit length.
+    """A head for each view. Embeddings are not normalised: losses look at directions, and see to that themselves.
 
     Args:
         numbers: how many numbers describe the boxes: k → 64 → 128 → ``dim``, ReLU, ``spatial_dropout``.
@@ -61,18 +60,18 @@ class RelationModel(nn.Module):
 
     def forward(self, batch: RelationBatch) -> dict[str, Float[Tensor, "b d"]]:
         """The embeddings of a batch: "spatial" and, where there are, "visual" (0 if unseen), "names", "jittered"."""
-        found = {"spatial": F.normalize(self.spatial(batch.numbers), dim=1)}
+        found = {"spatial": self.spatial(batch.numbers)}
         if self.visual is not None:
             if batch.visual is None:
                 raise NearfarError("this model looks at pixels, and the batch has none")
-            embedded = F.normalize(self.visual(batch.visual), dim=1)
+            embedded = self.visual(batch.visual)
             found["visual"] = embedded if bool(batch.seen.all()) else embedded * batch.seen[:, None]
         if self.names is not None:
             if batch.names is None:
                 raise NearfarError("this model reads names, and the batch has none")
-            found["names"] = F.normalize(self.names(batch.names), dim=1)
+            found["names"] = self.names(batch.names)
         if batch.jittered is not None and self.training:
-            found["jittered"] = F.normalize(self.spatial(batch.jittered), dim=1)
+            found["jittered"] = self.spatial(batch.jittered)
         return found
 
 

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from itertools import combinations
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -32,21 +31,25 @@ class ViewLoss(nn.Module):
 
     Each two views are contrasted over the rows that have both. A row with boxes alone (no photo, no names) has the
     boxes as another annotator would have drawn them for its second view ("jittered"). Terms are weighted by their
-    rows; rows that have no company are left out and counted.
+    rows; rows that have no company are left out and counted. ``repeated=False`` says that no two rows are the same two
+    boxes, and saves looking.
     """
 
-    def __init__(self, name: str = "infonce", temperature: float = 0.07, symmetric: bool = True) -> None:
+    def __init__(
+        self, name: str = "infonce", temperature: float = 0.07, symmetric: bool = True, repeated: bool = True
+    ) -> None:
         super().__init__()
+        self.repeated = repeated
         if name not in LOSSES:
             raise NearfarError(f"loss={name}: {nearest_name(str(name), LOSSES)}")
         self.name = name
         self.contrast: InfoNCELoss | SupConLoss
         if name == "infonce":
-            self.contrast = InfoNCELoss(temperature, symmetric=symmetric, normalize=False)
+            self.contrast = InfoNCELoss(temperature, symmetric=symmetric)
         elif name == "supcon":
-            self.contrast = SupConLoss(temperature, normalize=False)
+            self.contrast = SupConLoss(temperature)
         else:
-            self.contrast = SupConLoss(temperature, sum="inside", own_pair=False, normalize=False)
+            self.contrast = SupConLoss(temperature, sum="inside", own_pair=False)
         self.seen: dict[str, Any] = {}
 
     def forward(self, views: Mapping[str, Tensor], batch: RelationBatch) -> Float[Tensor, ""]:
@@ -68,8 +71,7 @@ class ViewLoss(nn.Module):
         if isinstance(self.contrast, SupConLoss):
             value: Tensor = self.contrast(a, label, other=b)
             return value
-        repeated = len(torch.unique(group)) < len(group)
-        found: Tensor = self.contrast(a, b, DuplicateMask(group) if repeated else None)
+        found: Tensor = self.contrast(a, b, DuplicateMask(group) if self.repeated else None)
         return found
 
     def record(self) -> dict[str, float]:

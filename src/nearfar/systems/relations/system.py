@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from numpy import ndarray
 from torch import Tensor, nn
@@ -76,6 +77,7 @@ class RelationSystem(EncodingSystem):
             name: spatial_numbers(part.subject_box, part.object_box, part.size, config.spatial)
             for name, part in splits.items()
         }
+        self.loss.repeated = len(np.unique(splits["train"].group)) < len(splits["train"])
         scaler = Scaler.of(numbers["train"])
         visual, names = self._visual(say), self._names(say)
         for name, part in splits.items():
@@ -207,6 +209,10 @@ class RelationSystem(EncodingSystem):
         """The embeddings of every view."""
         found: dict[str, Tensor] = model(batch)
         return found
+
+    def embed(self, model: Any, batch: Any) -> dict[str, Tensor]:
+        """The same at unit length; a view that a pair has not stays 0."""
+        return {name: F.normalize(view, dim=1) for name, view in self.encode(model, batch).items()}
 
     def loss_of(self, model: Any, embeddings: Mapping[str, Tensor], batch: Any) -> StepOutput:
         """Every two views of a pair are brought together."""

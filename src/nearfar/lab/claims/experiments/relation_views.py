@@ -175,7 +175,7 @@ def _trained(
 def _embedded(system: RelationSystem, model: torch.nn.Module) -> dict[str, dict[str, np.ndarray]]:
     found = {}
     for split, dataset in _sets(system).items():
-        views = model(dataset.__getitems__(list(range(len(dataset)))))
+        views = system.embed(model, dataset.__getitems__(list(range(len(dataset)))))
         found[split] = {name: views[name].numpy() for name in ("spatial", "names")}
     return found
 
