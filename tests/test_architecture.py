@@ -13,7 +13,7 @@ import nearfar
 
 SOURCE = Path(nearfar.__file__).parent
 FLOORS = [
-    {"cli", "data_cli", "launch"},
+    {"cli", "data_cli", "launch", "crossval"},
     {"overrides"},
     {"lab", "systems"},
     {"training"},

@@ -52,7 +52,7 @@ ENTRY: dict[str, Any] = {
     "prediction": {"words": "It is.", "criterion": {"above": {"less_than": 0}}},
 }
 LEDGER = {claim.id: claim for claim in read_ledger()}
-TESTED = [claim for claim in LEDGER.values() if claim.experiment]
+TESTED = [claim for claim in LEDGER.values() if claim.experiment and not claim.waits_for]
 
 
 def ledger(tmp_path: Path, *entries: Any) -> Path:
@@ -196,7 +196,7 @@ def test_every_claim_runs_quickly_and_repeats(claim: Claim, outcomes: dict[str, 
 
 
 def test_every_experiment_is_used() -> None:
-    assert {claim.experiment for claim in TESTED} == set(names())
+    assert {claim.experiment for claim in LEDGER.values() if claim.experiment} == set(names())
 
 
 def test_intervals_are_those_of_the_metrics(outcomes: dict[str, Outcome]) -> None:
@@ -419,3 +419,18 @@ def test_list_is_light_and_whole() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip().endswith("False False")
     assert f"{len(LEDGER)} claims" in done.stdout
+
+
+def test_claims_on_real_data_wait_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = ledger(tmp_path, {**ENTRY, "needs": "boxes"})
+    monkeypatch.delenv("NEARFAR_DATA", raising=False)
+    (claim,) = read_ledger([file])
+    assert "the folder boxes below NEARFAR_DATA" in claim.waits_for
+    assert run_claims([claim]) == []
+    (tmp_path / "boxes").mkdir()
+    monkeypatch.setenv("NEARFAR_DATA", str(tmp_path))
+    (claim,) = read_ledger([file])
+    assert not claim.waits_for
+    assert len(run_claims([claim])) == 1
+    with pytest.raises(NearfarError, match="needs is 3"):
+        read_ledger([ledger(tmp_path, {**ENTRY, "needs": 3})])

@@ -12,7 +12,7 @@ from nearfar.errors import NearfarError
 from nearfar.lab.compare import compare_runs, find_runs
 from nearfar.lab.reading import read_comparison
 from nearfar.lab.report import write_comparison, write_report
-from nearfar.lab.table import comparison_tables, metrics_table
+from nearfar.lab.table import comparison_tables, metrics_tables
 from nearfar.training.run_folder import RunFolder
 from test_resume import train
 from toy_system import toy_config
@@ -104,7 +104,7 @@ def test_reports_stand_alone(runs: Path) -> None:
         assert outside not in page.replace("http://www.w3.org", "").replace("https://www.w3.org", ""), outside
     assert "Training loss" in page
     assert "Embeddings" in page
-    assert metrics_table(run).row_count == 5
+    assert metrics_tables(run)[0].row_count == 5
 
 
 def copied(source: Path, target: Path, replace: dict[str, str] | None = None) -> RunFolder:

@@ -178,13 +178,14 @@ def doctor(
 def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
     """Write report.html of a finished run anew and print its table."""
     from nearfar.lab.report import write_report
-    from nearfar.lab.table import metrics_table
+    from nearfar.lab.table import metrics_tables
     from nearfar.training.run_folder import RunFolder
 
     folder = RunFolder(run)
     path = write_report(folder)
     console = terminal.console()
-    console.print(metrics_table(folder))
+    for table in metrics_tables(folder):
+        console.print(table)
     terminal.say(console, f"report: {path}")
 
 
@@ -198,11 +199,12 @@ def ensemble(
 ) -> None:
     """Average what several runs say, evaluate that, and write it as a run that compare and report read."""
     from nearfar.lab.ensemble import write_ensemble
-    from nearfar.lab.table import metrics_table
+    from nearfar.lab.table import metrics_tables
 
     console = terminal.console()
     folder = write_ensemble(runs, output, lambda text: terminal.say(console, text, style="dim"))
-    console.print(metrics_table(folder))
+    for table in metrics_tables(folder):
+        console.print(table)
     terminal.say(console, f"report: {folder.path / 'report.html'}")
 
 
@@ -290,6 +292,44 @@ def search(
 
     columns = {"smiles": smiles_column, "text": text_column, "id": id_column}
     trained(run).search_and_print(query, molecule, k, gallery, html, terminal.console(), columns)
+
+
+@app.command()
+def rescore(
+    run: Annotated[Path, typer.Argument(help="A finished run of the relation system.")],
+    classes: Annotated[
+        str, typer.Option(help="top5, all10, or names with commas: the classes to judge it on.")
+    ] = "top5",
+    split: Annotated[str | None, typer.Option(help="test or val; test where there is one.")] = None,
+) -> None:
+    """Judge an older model on some of its classes: what fewer classes are worth without any training."""
+    from nearfar.lab.table import estimates_table
+    from nearfar.systems import judged_again
+
+    chosen = classes if classes in ("top5", "all10") else [name.strip() for name in classes.split(",")]
+    found = judged_again(run, "rescore").rescore(run, chosen, split)
+    terminal.console().print(estimates_table(f"{run} · {classes}", found))
+
+
+@app.command(context_settings=HYDRA)
+def crossval(
+    context: typer.Context,
+    folds: Annotated[int, typer.Option(help="How many folds; every picture is in the test set of one.")] = 5,
+) -> None:
+    """Cross-validation: train once a fold (experiment=NAME key=value …), judge all test sets together.
+
+    The runs are a sweep over [bold]data.fold[/bold] called [bold]name=[/bold]; [bold]exists=skip[/bold] keeps what is
+    finished.
+    """
+    from nearfar.crossval import cross_validate
+    from nearfar.lab.table import differences_table, estimates_table
+    from nearfar.launch import launch
+
+    console = terminal.console()
+    found = cross_validate(list(context.args), folds, lambda arguments: launch(arguments, console))
+    console.print(estimates_table(f"{found.folder} · {folds} folds, every pair once", found.estimates))
+    console.print(differences_table("fused probe minus control, paired", found.differences))
+    terminal.say(console, f"written: {found.folder / 'crossval.json'}")
 
 
 @data_app.command("read", context_settings=HYDRA)

@@ -167,7 +167,7 @@ def run_one(
     what its data are.
     """
     from nearfar.lab.report import write_report
-    from nearfar.lab.table import metrics_table
+    from nearfar.lab.table import metrics_tables
     from nearfar.systems import build_system, check_config
     from nearfar.training.fit import fit
 
@@ -209,7 +209,8 @@ def run_one(
         return folder
     report = write_report(folder)
     if not together:
-        console.print(metrics_table(folder))
+        for table in metrics_tables(folder):
+            console.print(table)
     say(f"report: {report}")
     return folder
 

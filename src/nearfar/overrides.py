@@ -42,6 +42,7 @@ PATHS = (
     "data.val",
     "data.test",
     "data.dir",
+    "data.images",
     "text_encoder.model",
     "image_encoder.name",
 )

@@ -16,7 +16,7 @@ from nearfar.lab.run_charts import comparison_curves, embedding_map, training_ch
 from nearfar.lab.sweep import Sweep, read_sweep
 from nearfar.lab.table import FEW
 from nearfar.lab.verdict import run_verdict
-from nearfar.lab.words import metric_words, short_number
+from nearfar.lab.words import by_question, metric_words, short_number
 from nearfar.metrics import Estimate
 from nearfar.training.run_folder import RunFolder, write_atomically
 from nearfar.training.sections import read_sections
@@ -89,7 +89,11 @@ def write_report(folder: RunFolder) -> Path:
             name=folder.name,
             path=str(folder.path),
             metrics=metrics,
-            tables=tables,
+            tables={
+                (split, question): list(found.items())
+                for split, rows in tables.items()
+                for question, found in by_question(dict(rows)).items()
+            },
             verdict=run_verdict(folder),
             evaluated=next(iter(tables)),
             sections=read_sections(folder),

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 from rich.markup import escape
 from rich.table import Table
 
 from nearfar.batching import SamplerVerdict
 from nearfar.lab.compare import Comparison
 from nearfar.lab.sweep import Sweep, read_sweep
-from nearfar.lab.words import interval_words, metric_words, short_number
+from nearfar.lab.words import by_question, interval_words, metric_words, short_number
 from nearfar.metrics import Difference, Estimate
 from nearfar.training.run_folder import RunFolder
 from nearfar.training.verify_ddp import DdpVerdict
@@ -17,8 +20,10 @@ __all__ = [
     "cluster_table",
     "comparison_tables",
     "ddp_table",
+    "differences_table",
+    "estimates_table",
     "metric_words",
-    "metrics_table",
+    "metrics_tables",
     "short_number",
     "sweep_table",
     "verdict_table",
@@ -28,27 +33,54 @@ __all__ = [
 FEW = 4
 
 
-def metrics_table(folder: RunFolder) -> Table:
-    """The estimates of a run: value, interval, chance, gallery."""
-    metrics = folder.read_json("metrics.json")
-    splits = metrics["splits"]
-    split = "test" if "test" in splits else next(iter(splits))
-    members = metrics.get("members")
-    what = f"ensemble of {len(members)} runs" if members else f"best epoch, {metrics['best_epoch']}"
-    table = Table(title=f"{folder} · {split} · {what}", title_justify="left")
-    for column in ("metric", "value", "95 % interval", "chance", "gallery", "n"):
+def estimates_table(title: str, estimates: Mapping[str, Estimate]) -> Table:
+    """Value, interval and chance of each, and the gallery where one of them has any."""
+    galleries = any("gallery" in estimate.protocol for estimate in estimates.values())
+    table = Table(title=title, title_justify="left")
+    for column in ("metric", "value", "95 % interval", "chance", *(["gallery"] if galleries else []), "n"):
         table.add_column(column, justify="left" if column == "metric" else "right", no_wrap=True)
-    for name, content in splits[split].items():
-        estimate = Estimate.from_dict(content)
+    for name, estimate in estimates.items():
         table.add_row(
             metric_words(name),
             short_number(estimate.value),
             interval_words(estimate.low, estimate.high),
             short_number(estimate.chance),
-            str(estimate.protocol.get("gallery", "")),
+            *([str(estimate.protocol.get("gallery", ""))] if galleries else []),
             str(estimate.n) + (" (trivial)" if estimate.trivial else ""),
         )
     return table
+
+
+def differences_table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Rows of ``pairs``, ``minus``, ``difference``, ``low``, ``high``, ``verdict``."""
+    table = Table(title=title, title_justify="left")
+    for column in ("pairs", "minus", "difference", "95 % interval", "verdict"):
+        table.add_column(column, justify="left", no_wrap=True)
+    for row in rows:
+        style = {"better": "green", "worse": "red"}.get(row["verdict"], "yellow")
+        table.add_row(
+            row["pairs"],
+            row["minus"],
+            f"{row['difference']:+.3f}",
+            f"[{row['low']:+.3f}, {row['high']:+.3f}]",
+            f"[{style}]{row['verdict']}[/{style}]",
+        )
+    return table
+
+
+def metrics_tables(folder: RunFolder) -> list[Table]:
+    """The estimates of a run: value, interval, chance, gallery; a table for each question that they answer."""
+    metrics = folder.read_json("metrics.json")
+    splits = metrics["splits"]
+    split = "test" if "test" in splits else next(iter(splits))
+    estimates = {name: Estimate.from_dict(content) for name, content in splits[split].items()}
+    members = metrics.get("members")
+    what = f"ensemble of {len(members)} runs" if members else f"best epoch, {metrics['best_epoch']}"
+    title = f"{folder} · {split} · {what}"
+    return [
+        estimates_table(title + (f" · {question}" if question else ""), found)
+        for question, found in by_question(estimates).items()
+    ]
 
 
 def _verdict_style(difference: Difference) -> str:

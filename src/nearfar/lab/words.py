@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-__all__ = ["interval_words", "metric_words", "short_number"]
+from collections.abc import Mapping
+
+from nearfar.metrics import Estimate
+
+__all__ = ["by_question", "interval_words", "metric_words", "short_number"]
 
 
 def short_number(value: float) -> str:
@@ -23,6 +27,17 @@ def metric_words(metric: str, separator: str = " ") -> str:
     'text → molecule · median rank'
     """
     return metric.replace("_to_", " → ").replace("/", separator).replace("_", " ")
+
+
+def by_question(estimates: Mapping[str, Estimate]) -> dict[str, dict[str, Estimate]]:
+    """Estimates by the question that their protocol states, "" where it states none.
+
+    Numbers that answer different questions, such as a probe's accuracy and pair retrieval, stand in no column together.
+    """
+    found: dict[str, dict[str, Estimate]] = {}
+    for name, estimate in estimates.items():
+        found.setdefault(str(estimate.protocol.get("question", "")), {})[name] = estimate
+    return found
 
 
 def interval_words(low: float, high: float) -> str:

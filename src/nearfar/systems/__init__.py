@@ -10,12 +10,13 @@ from nearfar.errors import NearfarError, nearest_name
 if TYPE_CHECKING:
     from nearfar.training.system import System
 
-__all__ = ["OPTIONS", "SYSTEMS", "TRAINED", "build_system", "check_config", "trained"]
+__all__ = ["OPTIONS", "SYSTEMS", "TRAINED", "build_system", "check_config", "judged_again", "trained"]
 
 SYSTEMS = {
     "molecules": "nearfar.systems.molecules.system:MoleculeSystem",
     "tissue": "nearfar.systems.tissue.system:TissueSystem",
     "aspects": "nearfar.systems.aspects.system:AspectSystem",
+    "relations": "nearfar.systems.relations.system:RelationSystem",
 }
 
 
@@ -34,6 +35,8 @@ def build_system(config: Any) -> System:
     return system
 
 
+#: system → the module that judges its finished runs again: ``rescore``, ``pool``
+JUDGED_AGAIN = {"relations": "nearfar.systems.relations.rescored"}
 #: system → what loads a trained run of it
 TRAINED = {"molecules": "nearfar.systems.molecules.search:TrainedMolecules"}
 #: system → what checks its options; light, so that a whole sweep is checked before it starts
@@ -41,6 +44,7 @@ OPTIONS = {
     "molecules": "nearfar.systems.molecules.options:check_options",
     "tissue": "nearfar.systems.tissue.options:check_options",
     "aspects": "nearfar.systems.aspects.options:check_options",
+    "relations": "nearfar.systems.relations.options:check_options",
 }
 
 
@@ -59,6 +63,21 @@ def check_config(config: Any) -> None:
         )
     module, name = OPTIONS[config.system].split(":")
     getattr(importlib.import_module(module), name)(config)
+
+
+def judged_again(run: Any, what: str) -> Any:
+    """The module that judges finished runs of ``run``'s system again; ``what`` is the word for it in messages."""
+    from nearfar.training.run_folder import RunFolder
+
+    folder = RunFolder(run)
+    if not folder.finished:
+        raise NearfarError(f"{folder}: no finished run is here.")
+    system = str(folder.config().system)
+    if system not in JUDGED_AGAIN:
+        raise NearfarError(
+            f"{folder}: {what} is for runs of {', '.join(JUDGED_AGAIN)}, and this is one of '{system}'."
+        )
+    return importlib.import_module(JUDGED_AGAIN[system])
 
 
 def trained(run: Any) -> Any:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from nearfar.training.run_folder import RunFolder, write_atomically
+from nearfar.training.system import whole_rows
 
 __all__ = ["project", "write_map"]
 
@@ -38,7 +39,10 @@ def project(outputs: Mapping[str, Tensor], rows: int = ROWS) -> dict[str, np.nda
     views = {name: tensor for name, tensor in matrices.items() if tensor.shape == shape}
     if min(shape) < 2:
         return None
-    units = {name: normalize(tensor[:rows].double().cpu(), dim=1) for name, tensor in views.items()}
+    views = {name: tensor[:rows] for name, tensor in whole_rows(views).items()}
+    if not views:
+        return None
+    units = {name: normalize(tensor.double().cpu(), dim=1) for name, tensor in views.items()}
     together = torch.cat(list(units.values()))
     if not bool(together.isfinite().all()):
         return None

@@ -290,6 +290,9 @@ def write_results(
     sections = getattr(system, "report_sections", None)
     write_sections(folder, sections(outputs[split], split) if sections else ())
     write_map(folder, outputs[split])
+    save_results = getattr(system, "save_results", None)
+    if save_results is not None:
+        save_results(folder.path)
     write_metrics(folder, system, results, about)
 
 

@@ -22,7 +22,7 @@ from nearfar.contrast import NoPositivesWarning
 from nearfar.errors import NearfarError
 from nearfar.metrics import embedding_health
 from nearfar.training.checkpoint import generator_state, load_generator_state
-from nearfar.training.system import EncodingSystem, System, collect, modules_of
+from nearfar.training.system import EncodingSystem, System, collect, modules_of, whole_rows
 
 __all__ = ["Probe", "untouched"]
 
@@ -135,7 +135,7 @@ class Probe:
             warnings.simplefilter("ignore", NoPositivesWarning)  # random batches may have none
             seen = _Pass(self, model, ready, put_back)
             seen.over(self.split, self.positions, embed=True, known=validated)
-            views = _views(collect(seen.views))
+            views = whole_rows(_views(collect(seen.views)))
             bad = [name for name, view in views.items() if not bool(view.isfinite().all())]
             if bad:
                 return record | {"finite": False}

@@ -126,6 +126,8 @@ class RunFolder:
             "examples.json",
             "sections.json",
             "map.npz",
+            "predictions_val.npz",
+            "predictions_test.npz",
             "report.html",
             "train_log.jsonl",
             "what_if.json",

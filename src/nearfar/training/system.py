@@ -125,6 +125,7 @@ class System(Protocol):
         """Called once before the final evaluation: choose thresholds and the like; may be left out.
 
         ``outputs`` collects what ``embed`` gives of any split that ``dataset`` knows, under the best weights.
+        """
 
     def average(self, outputs: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """The outputs of several trainings on the same rows as those of one (``nearfar ensemble``); may be left out."""
@@ -139,6 +140,9 @@ class System(Protocol):
     def report_sections(self, outputs: Mapping[str, Tensor], split: str) -> Sequence[Section]:
         """Tables and pictures of the system's own for the report, such as a confusion matrix; may be left out."""
         return ()
+
+    def save_results(self, folder: Path) -> None:
+        """Results beyond estimates, such as what was said of every item; after the last evaluation. May be left out."""
 
     def save_assets(self, folder: Path) -> None:
         """Whatever is needed later to embed new inputs with this run (text encoder, feature scales)."""
@@ -219,6 +223,25 @@ def modules_of(model: nn.Module, system: Any = None) -> list[nn.Module]:
         [part for part in vars(system).values() if isinstance(part, nn.Module)] if system is not None else []
     )
     return list(dict.fromkeys(module for part in [model, *own] for module in part.modules()))
+
+
+def whole_rows(views: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The rows that have every view: a row of zeros is a view that its item does not have (a pair without a photo).
+
+    A view that fewer than two rows have is left out.
+
+    >>> views = {"a": torch.ones(3, 2), "b": torch.tensor([[1.0, 0], [0, 0], [0, 1]]), "c": torch.zeros(3, 2)}
+    >>> {name: len(view) for name, view in whole_rows(views).items()}
+    {'a': 2, 'b': 2}
+    """
+    there = {name: (view != 0).any(dim=1) for name, view in views.items()}
+    kept = {name: rows for name, rows in there.items() if int(rows.sum()) > 1}
+    if len(kept) == len(views) and all(bool(rows.all()) for rows in kept.values()):
+        return dict(views)
+    if not kept:
+        return {}
+    every = torch.stack(list(kept.values())).all(dim=0)
+    return {name: views[name][every] for name in kept}
 
 
 def collect(outputs: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -20,7 +21,7 @@ Criterion = Mapping[str, Condition]
 CODES = ("OK", "WRONG", "ARTEFACT", "UNTESTED", "NOISE", "DOUBTFUL")
 ALWAYS = ("id", "statement", "source", "check")
 TESTED = ("experiment", "criterion", "prediction")
-OPTIONAL = ("row", "options", "quick", "seeds")
+OPTIONAL = ("row", "options", "quick", "seeds", "needs")
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ class Claim:
     ``check``: the verdict code of an analysis on paper, and what it found. ``experiment``: a module of
     ``nearfar.lab.claims.experiments``, called with ``options`` (``quick`` replaces some of them in a quick run) for
     ``seeds`` seeds; 0 for a computation without chance. ``criterion``: the condition on each quantity that must hold
-    for the statement to be true. A claim without experiment says in ``waits_for`` what it needs. ``row`` is its place
+    for the statement to be true. A claim without experiment says in ``waits_for`` what it needs; one with an experiment
+    on real data waits where ``needs``, a folder below ``NEARFAR_DATA``, is not there. ``row`` is its place
     in the notes it comes from, ``group`` the file it stands in.
     """
 
@@ -166,6 +168,7 @@ def _claim(entry: Any, file: str, at: int) -> Claim:
         )
     return Claim(
         **common,
+        waits_for=_missing(entry.get("needs"), where),
         experiment=entry["experiment"],
         options=_mapping(entry.get("options", {}), f"{where}: options"),
         quick=_mapping(entry.get("quick", {}), f"{where}: quick"),
@@ -174,6 +177,20 @@ def _claim(entry: Any, file: str, at: int) -> Claim:
         prediction=Prediction(
             str(prediction["words"]).strip(), _criterion(prediction["criterion"], f"{where}: prediction")
         ),
+    )
+
+
+def _missing(folder: Any, where: str) -> str:
+    """What a claim on real data waits for; nothing where the folder is there, or none is needed."""
+    if folder is None:
+        return ""
+    if not isinstance(folder, str) or not folder:
+        raise NearfarError(f"{where}: needs is {folder!r}; give the name of a folder below NEARFAR_DATA.")
+    data = os.environ.get("NEARFAR_DATA")
+    return (
+        ""
+        if data and (Path(data) / folder).is_dir()
+        else f"real data: the folder {folder} below NEARFAR_DATA"
     )
 
 

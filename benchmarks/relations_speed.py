@@ -1,0 +1,97 @@
+"""How long the relation system takes once the features of the crops are there: 50 epochs over 26,805 generated pairs.
+
+    python benchmarks/relations_speed.py [--pairs 26805] [--epochs 50] [--width 512] [--threads 2]
+
+The features are random and mean nothing; sizes, heads, batches of 24 and probes after each epoch are those of
+``experiment=relations`` with ResNet-18 features (512 for each crop). Early stopping is off, and so is the last
+evaluation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from nearfar.data.rejections import Rejections
+from nearfar.overrides import compose_config
+from nearfar.systems.relations.boxes import spatial_numbers
+from nearfar.systems.relations.data import RelationData
+from nearfar.systems.relations.dataset import RelationDataset, Scaler
+from nearfar.systems.relations.names import TOP5
+from nearfar.systems.relations.records import Pairs
+from nearfar.systems.relations.system import RelationSystem
+from nearfar.training.callbacks import stop_signals
+from nearfar.training.fit import quiet_lightning, train
+from nearfar.training.run_folder import RunFolder
+
+SHARES = np.array([13071, 4995, 2951, 4108, 1680]) / 26805
+
+
+def pairs(n: int, name: str, rng: np.random.Generator) -> Pairs:
+    corner, size = rng.uniform(0, 300, (2, n, 2)), rng.uniform(20, 200, (2, n, 2))
+    boxes = np.concatenate([corner, corner + size], axis=2)
+    said = rng.choice(len(TOP5), n, p=SHARES)
+    images = [f"{name} {i // 6}" for i in range(n)]
+    return Pairs(
+        [f"{name} {i}" for i in range(n)],
+        images,
+        ["thing"] * n,
+        ["thing"] * n,
+        [TOP5[c] for c in said],
+        boxes[0],
+        boxes[1],
+        np.full((n, 2), 500.0),
+        np.ones(n, bool),
+        np.arange(n),
+        [None] * n,
+    )
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser()
+    for name, default in (("pairs", 26805), ("epochs", 50), ("width", 512), ("threads", 2)):
+        arguments.add_argument(f"--{name}", type=int, default=default)
+    chosen = arguments.parse_args()
+    torch.set_num_threads(chosen.threads)
+    rng = np.random.default_rng(0)
+    config = compose_config(
+        ["experiment=relations", f"epochs={chosen.epochs}", "patience=null", "trainer.accelerator=cpu"]
+    )
+    system = RelationSystem(config)
+    parts = {
+        name: pairs(n, name, rng) for name, n in (("train", chosen.pairs), ("val", 2000), ("test", 2000))
+    }
+    system.data = RelationData(parts, TOP5, "generated", "generated", Rejections())
+    numbers = {
+        name: spatial_numbers(part.subject_box, part.object_box, part.size, config.spatial)
+        for name, part in parts.items()
+    }
+    scaler = Scaler.of(numbers["train"])
+    for name, part in parts.items():
+        features = rng.standard_normal((len(part), 2 * chosen.width), dtype=np.float32)
+        label = system.data.labels(name)
+        system._datasets[name] = RelationDataset(part, label, scaler(numbers[name]), features, None)
+    system._pairs_asked, system.loss.repeated = config.batch_size, False
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        quiet_lightning(),
+        torch.random.fork_rng(),
+        stop_signals() as request,
+    ):
+        started, used = time.perf_counter(), time.process_time()
+        run = RunFolder(Path(folder) / "run")
+        train(system, config, run, request, say=lambda text: print(text, flush=True))
+        whole, used = time.perf_counter() - started, time.process_time() - used
+    print(
+        f"{chosen.epochs} epochs over {chosen.pairs} pairs, batches of {config.batch_size}, {chosen.threads} threads, "
+        f"an evaluation after each epoch: {whole:.0f} s ({used:.0f} s of a processor)"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""The statements on spatial relations, on boxes that people have drawn.
+
+Annotations of Visual Relationship Detection below ``NEARFAR_DATA``: the two views of a pair are the numbers of its
+boxes and the names of its objects, since photos are few. InfoNCE, the supervised loss that was said to fail and the
+usual one train on the same batches from the same start; pair retrieval and a probe are asked on pictures that were
+not trained on. A seed draws other pictures for the test, another start and other batches.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import OmegaConf
+
+from nearfar.errors import NearfarError
+from nearfar.lab.claims.training import fit
+from nearfar.metrics import RecallAtK
+from nearfar.systems.relations.names import ALL10, TOP5
+from nearfar.systems.relations.objective import LOSSES, ViewLoss
+from nearfar.systems.relations.probe import RelationProbe
+from nearfar.systems.relations.system import RelationSystem
+from nearfar.training.fit import initial_model
+
+QUANTITIES = {
+    "pair_infonce": "exact-pair retrieval in the batch (chance 1 / batch), InfoNCE",
+    "pair_supcon_inside": "the same, supervised loss that was said to fail",
+    "pair_supcon": "the same, usual supervised loss",
+    "pair_class_only": "the same, an encoder that gives the relation and nothing else",
+    "probe_infonce": "probe accuracy (RBF-SVM on the two embeddings alone), InfoNCE",
+    "probe_supcon_inside": "the same, supervised loss that was said to fail",
+    "probe_supcon": "the same, usual supervised loss",
+    "probe_untrained": "the same, before training",
+    "probe_raw": "the same probe on the numbers of the boxes and the vectors of the names, nothing learned",
+    "inside_minus_infonce": "supervised loss that was said to fail minus InfoNCE, probe accuracy",
+    "supcon_minus_infonce": "usual supervised loss minus InfoNCE, probe accuracy",
+    "inside_minus_infonce_pair": "supervised loss that was said to fail minus InfoNCE, exact-pair retrieval",
+    "trained_minus_untrained": "InfoNCE minus the untrained encoder, probe accuracy",
+    "positives": "positives per anchor that the supervised loss saw, own pair left out",
+    "same_class_negatives": "share of an anchor's negatives in a random batch that have its relation",
+    "balanced_minus_random": "InfoNCE on batches of equal shares minus on random ones, probe accuracy",
+    "ten_classes": "probe accuracy of the model of ten relations, on pairs of all ten",
+    "rescored": "the same model on pairs of the five relations, choosing among these",
+    "rescored_gain": "the latter minus the former: what fewer classes are worth without training",
+    "new_minus_rescored": "the model trained on five relations minus the rescored one, the same pairs",
+}
+
+
+def run(
+    seed: int, *, epochs: int = 8, batch_size: int = 24, lr: float = 1e-3, images: float = 1.0
+) -> dict[str, float]:
+    """Train every loss on five relations, and InfoNCE on ten; ``images`` is the share of pictures to train on."""
+    five = _system(seed, TOP5, batch_size)
+    blocks: dict[str, Any] = {"untrained": _embedded(five, initial_model(five, seed).eval())}
+    records: list[float] = []
+    for name in LOSSES:
+        model, seen = _trained(five, name, "random", seed, epochs, lr, images)
+        blocks[name] = _embedded(five, model)
+        records += seen if name == "supcon_inside" else []
+    balanced, _ = _trained(five, "infonce", "balanced", seed, epochs, lr, images)
+    blocks["balanced"] = _embedded(five, balanced)
+    label = {split: five.data.labels(split) for split in ("train", "test")}
+    scores = {name: _accuracy(found, label, len(TOP5)) for name, found in blocks.items()}
+    raw = {
+        split: {"numbers": d.numbers.numpy(), "words": d.names.numpy()} for split, d in _sets(five).items()
+    }
+    tests = {name: blocks[name]["test"] for name in LOSSES}
+    pair = {name: _pair(found["spatial"], found["names"], batch_size) for name, found in tests.items()}
+    known = np.eye(len(TOP5))[label["test"]]
+    ten = _system(seed, ALL10, batch_size)
+    all_, rescored, new = _fewer(five, ten, blocks["infonce"], seed, epochs, lr, images)
+    return {
+        **{f"pair_{name}": value for name, value in pair.items()},
+        "pair_class_only": _pair(known, known, batch_size),
+        **{f"probe_{name}": scores[name] for name in (*LOSSES, "untrained")},
+        "probe_raw": _accuracy(raw, label, len(TOP5)),
+        "inside_minus_infonce": scores["supcon_inside"] - scores["infonce"],
+        "supcon_minus_infonce": scores["supcon"] - scores["infonce"],
+        "inside_minus_infonce_pair": pair["supcon_inside"] - pair["infonce"],
+        "trained_minus_untrained": scores["infonce"] - scores["untrained"],
+        "positives": float(np.mean(records)),
+        "same_class_negatives": five.same_class_negatives(five.build_sampler()),
+        "balanced_minus_random": scores["balanced"] - scores["infonce"],
+        "ten_classes": all_,
+        "rescored": rescored,
+        "rescored_gain": rescored - all_,
+        "new_minus_rescored": new - rescored,
+    }
+
+
+def _fewer(
+    five: RelationSystem, ten: RelationSystem, of_five: Any, seed: int, epochs: int, lr: float, images: float
+) -> tuple[float, float, float]:
+    """Ten classes on all pairs; the same model, and the model of five, on the pairs of five relations."""
+    model, _ = _trained(ten, "infonce", "random", seed, epochs, lr, images)
+    found, label = _embedded(ten, model), {split: ten.data.labels(split) for split in ("train", "test")}
+    scores = RelationProbe().fit(found["train"], label["train"]).scores(found["test"], len(ALL10))
+    rows = label["test"] < len(TOP5)  # the five are the first of the ten
+    among = scores[rows][:, : len(TOP5)].argmax(axis=1)
+    new = _accuracy(of_five, {split: five.data.labels(split) for split in label}, len(TOP5))
+    all_ = float((scores.argmax(axis=1) == label["test"]).mean())
+    return all_, float((among == label["test"][rows]).mean()), new
+
+
+def _system(seed: int, relations: tuple[str, ...], batch_size: int) -> RelationSystem:
+    folder = Path(os.environ.get("NEARFAR_DATA", "")) / "vrd"
+    if not (folder / "annotations.json").is_file():
+        raise NearfarError(
+            "this claim is judged on real boxes: NEARFAR_DATA must name a folder with vrd in it."
+        )
+    changes = {
+        "seed": seed,
+        "relations": list(relations),
+        "batch_size": batch_size,
+        "pixels": False,
+        "categories": True,
+        "data": {"dir": str(folder), "photos": "none", "split_seed": seed, "val_fraction": 0.02},
+        "text_encoder": {"min_df": 1, "max_df": 1.0},
+    }
+    parts = {
+        "data": "vrd",
+        "text_encoder": "ngram",
+        "image_encoder": "small",
+        "sampler": "random",
+        "loss": "infonce",
+    }
+    groups = {group: _yaml(group, choice) for group, choice in parts.items()}
+    config = OmegaConf.merge(_yaml("system", "relations"), groups, changes)
+    system = RelationSystem(config)
+    system.prepare(lambda _: None)
+    return system
+
+
+def _yaml(group: str, choice: str) -> Any:
+    return OmegaConf.create(resources.files("nearfar.configs").joinpath(group, f"{choice}.yaml").read_text())
+
+
+def _sets(system: RelationSystem) -> dict[str, Any]:
+    return {split: system.dataset(split) for split in ("train", "test")}
+
+
+def _trained(
+    system: RelationSystem, loss: str, sampler: str, seed: int, epochs: int, lr: float, images: float
+) -> tuple[torch.nn.Module, list[float]]:
+    """A model after some epochs, and the positives per row that its loss saw."""
+    model, contrast, positives = initial_model(system, seed), ViewLoss(loss), list[float]()
+    dataset = system.dataset("train")
+    assert dataset is not None
+    system.config.sampler.name = sampler
+    batches = system.build_sampler()
+    system.config.sampler.name = "random"
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+
+    def of_batch(at: torch.Tensor) -> torch.Tensor:
+        batch = dataset.__getitems__(at.tolist())
+        value = contrast(model(batch), batch)
+        record = contrast.contrast.record
+        positives.append(record.positives_per_row if record else 0.0)
+        return value
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for epoch in range(epochs):
+            batches.set_epoch(epoch)
+            every = list(batches)
+            fit(model, every[: max(1, round(images * len(every)))], of_batch, optimizer)
+    return model.eval(), positives
+
+
+@torch.no_grad()
+def _embedded(system: RelationSystem, model: torch.nn.Module) -> dict[str, dict[str, np.ndarray]]:
+    found = {}
+    for split, dataset in _sets(system).items():
+        views = system.embed(model, dataset.__getitems__(list(range(len(dataset)))))
+        found[split] = {name: views[name].numpy() for name in ("spatial", "names")}
+    return found
+
+
+def _accuracy(blocks: Any, label: Any, count: int) -> float:
+    probe = RelationProbe().fit(blocks["train"], label["train"])
+    return float((probe.scores(blocks["test"], count).argmax(axis=1) == label["test"]).mean())
+
+
+def _pair(first: np.ndarray, second: np.ndarray, batch_size: int) -> float:
+    """Share of rows whose own partner is the nearest of a random batch; ties count by expectation."""
+    order = np.random.default_rng(0).permutation(len(first))
+    whole = [order[at : at + batch_size] for at in range(0, len(order) - batch_size + 1, batch_size)]
+    a, b = torch.from_numpy(first), torch.from_numpy(second)
+    return float(np.mean([float(RecallAtK(1)(a[at] @ b[at].T)) for at in whole]))

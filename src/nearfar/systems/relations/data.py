@@ -1,0 +1,253 @@
+"""The splits of the relation system: read, checked, and cut by picture, so that no photo is on two sides."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nearfar.data.cache import content_key
+from nearfar.data.rejections import Rejections
+from nearfar.data.splits import check_disjoint, split_hash
+from nearfar.errors import NearfarError
+from nearfar.systems.relations.names import chosen_relations
+from nearfar.systems.relations.readers import LAYOUTS, annotation_files
+from nearfar.systems.relations.records import File, Pairs, Photo, Triple, collect_pairs
+from nearfar.systems.relations.scenes import composed_scenes
+
+__all__ = ["RelationData", "load_data", "photo_index"]
+
+_ENDINGS = {".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff"}
+SPLITS = ("train", "val", "test")
+
+
+@dataclass
+class RelationData:
+    """The pairs of each split, the classes, and what was turned away on the way here."""
+
+    splits: dict[str, Pairs]
+    relations: tuple[str, ...]
+    source: str
+    how_split: str
+    rejections: Rejections
+    notes: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def train(self) -> Pairs:
+        """The training pairs."""
+        return self.splits["train"]
+
+    def labels(self, split: str) -> np.ndarray:
+        """The class of every pair, as an index into ``relations``."""
+        place = {name: i for i, name in enumerate(self.relations)}
+        return np.array([place[name] for name in self.splits[split].relation], dtype=np.int64)
+
+    def content_hash(self, *splits: str) -> str:
+        """Sixteen digits that name the content of some splits (all of them by default), and the classes."""
+        names = splits or tuple(self.splits)
+        return content_key(list(self.relations), *(self.splits[name].content() for name in names))[:16]
+
+    def layout(self) -> dict[str, Any]:
+        """What ``dataset_layout.json`` says of the data."""
+        images = {name: sorted(set(part.image)) for name, part in self.splits.items()}
+        return {
+            "source": self.source,
+            "relations": list(self.relations),
+            "split": self.how_split,
+            "splits": {
+                name: {
+                    "rows": len(part),
+                    "images": len(images[name]),
+                    "rows_with_photo": int(part.has_photo.sum()),
+                    "images_with_photo": len(part.photos),
+                    "sizes_from_boxes": int((~part.size_known).sum()),
+                    "pairs_with_several_relations": len(part) - len(np.unique(part.group)),
+                    "relations": part.counts(),
+                    "majority": part.counts()[next(iter(part.counts()))] / len(part),
+                    "hash": split_hash(part.ids),
+                }
+                for name, part in self.splits.items()
+            },
+            "leaks": {},  # splits are disjoint in their pictures, or the run does not start
+            "rejections": self.rejections.as_dict(),
+            "notes": self.notes,
+        }
+
+    def summary(self) -> str:
+        """Lines for the terminal."""
+        lines = [f"data: {self.source}; {self.how_split}"]
+        for name, part in self.splits.items():
+            counts = part.counts()
+            most = next(iter(counts))
+            photos = int(part.has_photo.sum())
+            lines.append(
+                f"{name}: {len(part)} pairs in {len(set(part.image))} pictures, {photos} of them with a photo; "
+                + ", ".join(f"{relation} {count}" for relation, count in counts.items())
+                + f"; always “{most}” is right in {counts[most] / len(part):.3f}"
+            )
+            guessed = int((~part.size_known).sum())
+            if guessed:
+                lines.append(
+                    f"{name}: of {guessed} pairs the picture's size is guessed from its boxes (no photo)"
+                )
+        if len(self.rejections):
+            lines.append(self.rejections.summary())
+        lines += [f"{count} {what}" for what, count in self.notes.items()]
+        return "\n".join(lines)
+
+
+def load_data(config: Any) -> RelationData:
+    """The splits that the configuration describes.
+
+    Raises:
+        NearfarError: missing or unreadable files, no usable pair, a split without pairs, photos on two sides.
+    """
+    data, relations = config.data, chosen_relations(config.relations)
+    rejections, notes = Rejections(), dict[str, int]()
+    if data.layout == "scenes":
+        triples, photos = composed_scenes(
+            int(data.size), relations, int(data.split_seed), (data.val_fraction, data.test_fraction)
+        )
+        source = f"{data.size} composed scenes of drawn things (no photos; kinds of test in no other split)"
+    else:
+        triples, photos, source = _read(data, rejections)
+    pairs = collect_pairs(
+        triples,
+        {} if data.photos == "none" else photos,
+        relations,
+        synonyms=data.synonyms,
+        rejections=rejections,
+        notes=notes,
+        photos_required=data.photos == "required",
+    )
+    wanted = len({row.image for row in triples})
+    missing = wanted - len({row.image for row in triples} & set(photos))
+    if missing and data.photos != "none":
+        notes["annotated pictures without a photo"] = missing
+    codes, how = _split(pairs, data)
+    parts = {
+        name: pairs.take(np.flatnonzero(codes == code).tolist())
+        for code, name in enumerate(SPLITS)
+        if (codes == code).any()
+    }
+    check_disjoint({name: sorted(set(part.image)) for name, part in parts.items()}, "picture")
+    found = RelationData(parts, relations, source, how, rejections, notes)
+    _check(found)
+    return found
+
+
+def _read(data: Any, rejections: Rejections) -> tuple[list[Triple], dict[str, Photo], str]:
+    files = annotation_files(data.layout, data)
+    triples: list[Triple] = []
+    for split, path in files.items():
+        own, images = (
+            None if split == "whole" else split,
+            None if data.images is None else Path(str(data.images)),
+        )
+        triples += LAYOUTS[data.layout].read(path, own, rejections, images)
+    if not triples:
+        raise NearfarError(
+            f"{', '.join(map(str, files.values()))}: no annotated relation. {rejections.summary()}."
+        )
+    folder = data.images if data.images is not None else data.dir
+    if folder is None:
+        folder = next(iter(files.values())).parent
+    photos = photo_index(Path(str(folder)), {triple.image for triple in triples})
+    return triples, dict(photos), f"{data.layout}: {', '.join(str(path) for path in files.values())}"
+
+
+def photo_index(folder: Path, wanted: set[str]) -> dict[str, File]:
+    """The photos of these pictures, wherever below the folder they lie.
+
+    A name may hold folders of its own ("train2017/1.jpg"). Where no file has a picture's name one that differs in its
+    ending alone is taken: some releases keep GIFs as JPEGs.
+    """
+    if not folder.is_dir():
+        raise NearfarError(f"data.images={folder}: no such folder.")
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _ENDINGS)
+    by_name: dict[str, list[Path]] = {}
+    for path in files:
+        by_name.setdefault(path.name, []).append(path)
+        by_name.setdefault(path.stem, []).append(path)
+    found = {}
+    for image in wanted:
+        name = Path(image)
+        for path in [*by_name.get(name.name, []), *by_name.get(name.stem, [])]:
+            ending = path.with_suffix("").parts[-len(name.parts) :]
+            if ending == name.with_suffix("").parts:
+                found[image] = File(path)
+                break
+    return found
+
+
+def _split(pairs: Pairs, data: Any) -> tuple[np.ndarray, str]:
+    """0, 1 or 2 for every pair, and how that came about."""
+    declared = {name for name in pairs.declared if name is not None}
+    images = list(dict.fromkeys(pairs.image))
+    if data.folds is not None:
+        return _folds(pairs, images, int(data.folds), int(data.fold), data)
+    if "train" in declared:
+        codes = np.array([SPLITS.index(name) if name else 0 for name in pairs.declared])
+        if "val" in declared:
+            return codes, "as the files say"
+        train = list(
+            dict.fromkeys(image for image, code in zip(pairs.image, codes, strict=True) if code == 0)
+        )
+        held = set(_drawn(train, data.val_fraction, data.split_seed))
+        codes[[image in held for image in pairs.image]] = 1
+        return (
+            codes,
+            f"as the files say; val: {data.val_fraction:g} of the training pictures, seed {data.split_seed}",
+        )
+    test = _drawn(images, data.test_fraction, data.split_seed)
+    rest = [image for image in images if image not in set(test)]
+    val = _drawn(rest, data.val_fraction / (1 - data.test_fraction), data.split_seed + 1)
+    code = dict.fromkeys(test, 2) | dict.fromkeys(val, 1)
+    codes = np.array([code.get(image, 0) for image in pairs.image])
+    return codes, (
+        f"by picture: val {data.val_fraction:g}, test {data.test_fraction:g} of the pictures, seed {data.split_seed}"
+    )
+
+
+def _folds(pairs: Pairs, images: Sequence[str], folds: int, fold: int, data: Any) -> tuple[np.ndarray, str]:
+    if folds > len(images):
+        raise NearfarError(f"data.folds={folds}: there are {len(images)} pictures.")
+    order = np.random.default_rng([int(data.split_seed), folds]).permutation(len(images))
+    of = {images[i]: place % folds for place, i in enumerate(order)}
+    rest = [image for image in images if of[image] != fold]
+    held = set(_drawn(rest, data.val_fraction, data.split_seed + 1))
+    codes = np.array([2 if of[image] == fold else 1 if image in held else 0 for image in pairs.image])
+    return codes, f"cross-validation by picture: fold {fold + 1} of {folds} is test, seed {data.split_seed}"
+
+
+def _drawn(images: Sequence[str], share: float, seed: int) -> list[str]:
+    """A share of the pictures, chosen by (seed, the picture's name) alone: more pictures change no one's side.
+
+    >>> few, many = (_drawn([f"{i}.jpg" for i in range(n)], 0.3, 0) for n in (100, 200))
+    >>> len(few), set(few) == {name for name in many if int(name[:-4]) < 100}
+    (27, True)
+    """
+    top = 16**12
+    return [image for image in images if int(content_key("split", int(seed), image)[:12], 16) < share * top]
+
+
+def _check(data: RelationData) -> None:
+    train = data.splits.get("train")
+    if train is None or len(train) < 2:
+        raise NearfarError("the training split holds fewer than two pairs: give more pictures.")
+    for name in ("val", "test"):
+        if name not in data.splits and name == "val":
+            raise NearfarError("the validation split is empty: raise data.val_fraction, or give data.val=.")
+    counts = Counter(train.relation)
+    missing = [relation for relation in data.relations if relation not in counts]
+    if len(counts) < 2:
+        raise NearfarError(
+            f"the training pairs have one relation alone ({next(iter(counts))}): there is nothing to tell apart. "
+            f"Choose others with relations=; without a training pair are {', '.join(missing)}."
+        )
+    if missing:
+        data.notes |= {f"training pairs of “{relation}”: it cannot be predicted": 0 for relation in missing}

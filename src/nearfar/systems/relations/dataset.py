@@ -1,0 +1,147 @@
+"""Batches of pairs: frozen features of the crops, numbers of the boxes, vectors of the names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from numpy import ndarray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from nearfar.systems.relations.boxes import spatial_numbers
+from nearfar.systems.relations.records import Pairs
+
+__all__ = ["RelationBatch", "RelationDataset", "Scaler"]
+
+
+@dataclass
+class Scaler:
+    """Mean and spread of training numbers; columns that never change are left at 0."""
+
+    mean: Float[ndarray, " d"]
+    spread: Float[ndarray, " d"]
+
+    @classmethod
+    def of(cls, rows: Float[ndarray, "n d"]) -> Scaler:
+        """Of rows without NaN; of none, nothing is moved."""
+        kept = rows[~np.isnan(rows).any(axis=1)].astype(np.float64)
+        if not len(kept):
+            return cls(np.zeros(rows.shape[1]), np.ones(rows.shape[1]))
+        spread = kept.std(axis=0)
+        return cls(kept.mean(axis=0), np.where(spread > 1e-9, spread, np.inf))
+
+    def __call__(self, rows: Float[ndarray, "n d"]) -> Float[ndarray, "n d"]:
+        return ((rows - self.mean) / self.spread).astype(np.float32)
+
+
+@dataclass
+class RelationBatch:
+    """One batch. ``visual`` is 0 where ``seen`` is False; ``jittered``: numbers of boxes as another would draw them."""
+
+    positions: Int[Tensor, " b"]
+    visual: Float[Tensor, "b v"] | None
+    seen: Bool[Tensor, " b"]
+    numbers: Float[Tensor, "b k"]
+    jittered: Float[Tensor, "b k"] | None
+    names: Float[Tensor, "b t"] | None
+    label: Int[Tensor, " b"]
+    group: Int[Tensor, " b"]
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> RelationBatch:
+        return RelationBatch(**self._each(lambda part: part.to(device, non_blocking=non_blocking)))
+
+    def split(self, rows: int) -> list[RelationBatch]:
+        """The batch in parts of ``rows`` rows, the last one perhaps shorter."""
+        parts = self._each(lambda part: part.split(rows))
+        return [
+            RelationBatch(**{name: part and part[i] for name, part in parts.items()})
+            for i in range(len(self.positions.split(rows)))
+        ]
+
+    def _each(self, change: Callable[[Tensor], Any]) -> dict[str, Any]:
+        parts = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: None if part is None else change(part) for name, part in parts.items()}
+
+
+class RelationDataset(Dataset[RelationBatch]):
+    """A split with everything a batch needs; ``__getitems__`` gives a whole `RelationBatch`.
+
+    Args:
+        pairs: the pairs; all other arguments follow their order.
+        label: (n,) classes.
+        numbers: (n, k) standardised numbers of the boxes.
+        visual: (n, v) standardised features of the crops, NaN where there is no photo; None for no pixels at all.
+        names: (n, t) vectors of both categories' names, or None.
+        jitter: with a scaler and a variant, boxes are drawn again with every edge moved by up to this share of the
+            box's size, for pairs that have no second view; 0 for none.
+        seed: of the jitter, which is drawn from (seed, epoch, first position of the batch) and nothing else.
+    """
+
+    def __init__(
+        self,
+        pairs: Pairs,
+        label: Int[ndarray, " n"],
+        numbers: Float[ndarray, "n k"],
+        visual: Float[ndarray, "n v"] | None,
+        names: Float[ndarray, "n t"] | None,
+        *,
+        jitter: float = 0.0,
+        variant: str = "raw",
+        scaler: Scaler | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.pairs = pairs
+        self.label, self.group = torch.from_numpy(label), torch.from_numpy(pairs.group)
+        self.numbers = torch.from_numpy(numbers)
+        seen = np.zeros(len(pairs), bool) if visual is None else ~np.isnan(visual).any(axis=1)
+        self.seen = torch.from_numpy(seen)
+        self.visual = None if visual is None else torch.from_numpy(np.nan_to_num(visual))
+        self.names = (
+            None if names is None else torch.from_numpy(np.ascontiguousarray(names, dtype=np.float32))
+        )
+        self.jitter, self.variant, self.scaler, self.seed = jitter, variant, scaler, seed
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch's jitter; in shared memory, so that loader processes see it."""
+        self._epoch.fill_(epoch)
+
+    def __getitem__(self, position: int) -> RelationBatch:
+        return self.__getitems__([position])
+
+    def __getitems__(self, positions: Sequence[int]) -> RelationBatch:
+        at = torch.as_tensor(positions, dtype=torch.int64)
+        seen = self.seen[at]
+        alone = self.names is None and not bool(seen.all())
+        return RelationBatch(
+            at,
+            None if self.visual is None else self.visual[at],
+            seen,
+            self.numbers[at],
+            self._jittered(at.numpy()) if alone and self.jitter and len(at) else None,
+            None if self.names is None else self.names[at],
+            self.label[at],
+            self.group[at],
+        )
+
+    def _jittered(self, at: Int[ndarray, " b"]) -> Float[Tensor, "b k"]:
+        assert self.scaler is not None
+        rng = np.random.default_rng([self.seed, int(self._epoch), int(at[0])])
+        moved = []
+        for boxes in (self.pairs.subject_box[at], self.pairs.object_box[at]):
+            sides = np.tile(boxes[:, 2:] - boxes[:, :2], 2)
+            # At most .45 of a side at each edge: the box keeps an area.
+            moved.append(boxes + min(self.jitter, 0.45) * sides * rng.uniform(-1, 1, boxes.shape))
+        numbers = spatial_numbers(moved[0], moved[1], self.pairs.size[at], self.variant)
+        return torch.from_numpy(self.scaler(numbers))

@@ -1,0 +1,108 @@
+"""The options of the relation system: their ranges, and what would have no effect."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from nearfar.errors import NearfarError
+from nearfar.models.image import check_image_encoder
+from nearfar.models.text import build_text_encoder
+from nearfar.schedules import learning_rate_factor
+from nearfar.systems.relations.boxes import SPATIAL
+from nearfar.systems.relations.names import chosen_relations
+from nearfar.systems.relations.objective import LOSSES
+from nearfar.systems.relations.sampler import SAMPLERS
+from nearfar.training.options import Choice, Number, Rule, Switch, Text, check_table
+
+__all__ = ["check_options"]
+
+_PATH = Text(optional=True, number=True)
+_SHARE = Number(0.0, 0.99)
+OPTIONS: dict[str, Rule] = {
+    "seed": Number(0, 2**32 - 1, whole=True),
+    "epochs": Number(1, 100_000, whole=True),
+    "batch_size": Number(2, whole=True),
+    "lr": Number(0.0),
+    "weight_decay": Number(0.0),
+    "lr_schedule": Text(),
+    "warmup": Number(0.0, 0.99),
+    "temperature": Number(1e-3),
+    "spatial": Choice(SPATIAL),
+    "pixels": Switch(),
+    "categories": Switch(),
+    "keep_inputs": Switch(),
+    "crop_size": Number(32, 1024, whole=True),
+    "visual_hidden": Number(1, whole=True),
+    "embedding_dim": Number(1, whole=True),
+    "visual_dropout": _SHARE,
+    "spatial_dropout": _SHARE,
+    "box_jitter": Number(0.0, 0.45),
+    "probe_rows": Number(10, whole=True),
+    "monitor_rows": Number(10, whole=True),
+    "bootstrap": Number(0, whole=True),
+    "sampler.name": Choice(SAMPLERS),
+    "loss.name": Choice(LOSSES),
+    "data.layout": Choice(("scenes", "vrd", "scene_graph", "spatialsense", "coco")),
+    "data.train": _PATH,
+    "data.val": _PATH,
+    "data.test": _PATH,
+    "data.dir": _PATH,
+    "data.images": _PATH,
+    "data.photos": Choice(("optional", "required", "none")),
+    "data.synonyms": Switch(),
+    "data.val_fraction": Number(0, 1, inside=True),
+    "data.test_fraction": Number(0, 1),
+    "data.split_seed": Number(0, 2**32 - 1, whole=True),
+    "data.folds": Number(2, whole=True, optional=True),
+    "data.fold": Number(0, whole=True),
+    "data.size": Number(10, whole=True),
+    "image_encoder.kind": Text(),
+    "text_encoder.kind": Text(),
+}
+
+
+def check_options(config: Any) -> None:
+    """Raise ``NearfarError`` for the first option that is of the wrong type, out of range, or without effect."""
+    check_table(config, OPTIONS)
+    chosen_relations(config.relations)
+    learning_rate_factor(config.lr_schedule, warmup=config.warmup)
+    if "symmetric" in config.loss:
+        Switch().check("loss.symmetric", config.loss.symmetric)
+    check_image_encoder(**_group(config.image_encoder))
+    # No weights are read and nothing is fitted here: the encoder looks at its options alone.
+    build_text_encoder(**_group(config.text_encoder))
+    data = config.data
+    if data.val_fraction + data.test_fraction >= 1:
+        raise NearfarError(
+            f"data.val_fraction={data.val_fraction} and data.test_fraction={data.test_fraction} leave nothing to "
+            "train on."
+        )
+    if data.folds is not None and data.fold >= data.folds:
+        raise NearfarError(f"data.fold={data.fold}: the folds are numbered 0 to {data.folds - 1}.")
+    if data.folds is not None and data.layout == "scenes":
+        raise NearfarError("data.folds: scenes hold kinds of things out of training, which folds would undo.")
+    if not config.pixels and data.photos == "required":
+        raise NearfarError("data.photos=required, but pixels=false looks at none.")
+    if (
+        not config.pixels
+        and not config.categories
+        and not config.box_jitter
+        and config.loss.name == "infonce"
+    ):
+        raise NearfarError(
+            "pixels=false, categories=false and box_jitter=0 leave the boxes as the only view: there is nothing to "
+            "contrast. Set box_jitter=0.05 or categories=true."
+        )
+    if 0 < config.bootstrap < 100:
+        raise NearfarError(
+            f"bootstrap={config.bootstrap}: the ends of an interval need at least 100 resamples; "
+            "0 asks for intervals without resampling."
+        )
+
+
+def _group(options: Any) -> dict[str, Any]:
+    found = OmegaConf.to_container(options, resolve=True)
+    assert isinstance(found, dict)
+    return {str(key): value for key, value in found.items()}

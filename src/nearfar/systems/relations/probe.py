@@ -1,0 +1,131 @@
+"""What frozen embeddings know of the relation: an RBF-SVM and a linear classifier, fitted on training pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+from numpy import ndarray
+
+from nearfar.errors import NearfarError
+
+__all__ = ["Blocks", "RelationProbe", "sample_rows"]
+
+#: parts of a pair's embedding by name, (n, d) each; a row of NaN is a part that this pair has not
+Blocks = Mapping[str, Float[ndarray, "n d"]]
+#: of the RBF kernel, where every part has variance 1 in all; on the annotations of VRD .3 to .7 scored the same
+GAMMA = 0.5
+#: of the support vector machine; 1 to 10 scored the same
+COST = 3.0
+#: of the linear classifier, as a share of the rows
+RIDGE = 1e-3
+
+
+@dataclass
+class _Part:
+    """How a part is centred and scaled."""
+
+    name: str
+    mean: Float[ndarray, " d"]
+    scale: float
+
+
+class RelationProbe:
+    """A classifier on the parts of an embedding put side by side.
+
+    Every part is centred and scaled to a variance of 1 in all, whatever its length, so that 256 coordinates of an
+    embedding do not drown 29 numbers of the boxes. A part that a pair has not is 0, the mean; parts that few training
+    pairs have weigh less, by the root of their share. With kind "rbf" the classifier is a support vector machine with
+    a Gaussian kernel (γ = 0.5, C = 3), with "linear" least squares on one-hot labels with a ridge: fixed before any
+    test, so that nothing is tuned on one.
+
+    >>> rows = np.array([[0.0], [0.1], [1.0], [1.1]])
+    >>> probe = RelationProbe("linear").fit({"x": rows}, np.array([0, 0, 1, 1]))
+    >>> probe.predict({"x": np.array([[-1.0], [2.0]])})
+    array([0, 1])
+    """
+
+    def __init__(self, kind: str = "rbf") -> None:
+        if kind not in ("rbf", "linear"):
+            raise NearfarError(f"probe={kind}: rbf or linear")
+        self.kind = kind
+        self._parts: list[_Part] = []
+
+    def fit(self, blocks: Blocks, label: Int[ndarray, " n"]) -> RelationProbe:
+        """Learn from training pairs that have any of the parts; a single class is predicted always."""
+        present = _present(blocks)
+        if present.any() and not present.all():
+            blocks, label = {name: rows[present] for name, rows in blocks.items()}, label[present]
+        self._parts = [_part(name, rows) for name, rows in blocks.items()]
+        self._classes = np.unique(label)
+        if len(self._classes) == 1:
+            return self
+        rows = self.rows(blocks)
+        if self.kind == "rbf":
+            from sklearn.svm import SVC
+
+            self._rows = rows
+            self._classifier = SVC(C=COST, kernel="precomputed", cache_size=500).fit(
+                _gaussian(rows, rows), label
+            )
+        else:
+            from sklearn.linear_model import RidgeClassifier
+
+            self._classifier = RidgeClassifier(alpha=RIDGE * len(rows)).fit(rows, label)
+        return self
+
+    def scores(self, blocks: Blocks, count: int) -> Float[ndarray, "n count"]:
+        """How much speaks for each of ``count`` classes; −∞ for those that no training pair had."""
+        n = len(next(iter(blocks.values())))
+        found = np.full((n, count), -np.inf)
+        if len(self._classes) == 1:
+            found[:, self._classes] = 0.0
+            return found
+        rows = self.rows(blocks)
+        values = self._classifier.decision_function(
+            _gaussian(rows, self._rows) if self.kind == "rbf" else rows
+        )
+        found[:, self._classes] = np.stack([-values, values], axis=1) if values.ndim == 1 else values
+        return found
+
+    def predict(self, blocks: Blocks) -> Int[ndarray, " n"]:
+        """The class of every pair."""
+        count = int(self._classes.max()) + 1
+        return self.scores(blocks, count).argmax(axis=1)
+
+    def rows(self, blocks: Blocks) -> Float[ndarray, "n d"]:
+        """What the classifier sees."""
+        return np.concatenate(
+            [np.nan_to_num((blocks[part.name] - part.mean) * part.scale) for part in self._parts], axis=1
+        )
+
+
+def _gaussian(a: Float[ndarray, "n d"], b: Float[ndarray, "m d"]) -> Float[ndarray, "n m"]:
+    """exp(−γ |x − y|²), from one matrix product: many times faster than row by row where rows are long."""
+    squares = (a**2).sum(1)[:, None] + (b**2).sum(1)[None] - 2 * (a @ b.T)
+    return np.exp(-GAMMA * np.maximum(squares, 0)).astype(np.float64)
+
+
+def _present(blocks: Blocks) -> Bool[ndarray, " n"]:
+    """Which pairs have any of the parts."""
+    found: Bool[ndarray, " n"] = np.any([~np.isnan(rows).any(axis=1) for rows in blocks.values()], axis=0)
+    return found
+
+
+def _part(name: str, rows: Float[ndarray, "n d"]) -> _Part:
+    present = ~np.isnan(rows).any(axis=1)
+    if not present.any():
+        return _Part(name, np.zeros(rows.shape[1]), 0.0)
+    kept = rows[present].astype(np.float64)
+    variance = float(kept.var(axis=0).sum())
+    share = float(present.mean())
+    return _Part(name, kept.mean(axis=0), float(np.sqrt(share / variance)) if variance > 1e-12 else 0.0)
+
+
+def sample_rows(label: Int[ndarray, " n"], most: int, seed: int = 0) -> Int[ndarray, " m"]:
+    """At most so many rows, in order: all of them, or a random sample that (n, seed) determine."""
+    if len(label) <= most:
+        return np.arange(len(label))
+    return np.sort(np.random.default_rng([seed, len(label)]).choice(len(label), most, replace=False))

@@ -1,0 +1,261 @@
+"""Pairs of objects with their relation: what the readers agree on, checked, and columns of those that are fit."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from jaxtyping import Bool, Float, Int, UInt8
+from numpy import ndarray
+
+from nearfar.data.cache import content_key
+from nearfar.data.images import image_size, read_image
+from nearfar.data.rejections import Rejections
+from nearfar.errors import NearfarError
+from nearfar.systems.relations.names import relation_of
+
+__all__ = ["Box", "File", "Pairs", "Photo", "Triple", "collect_pairs"]
+
+#: (left, top, right, bottom) in pixels
+Box = tuple[float, float, float, float]
+_TOLERANCE = 2.0  # pixels by which annotators' boxes cross the border of a picture without a word
+
+
+class Triple(NamedTuple):
+    """One annotated relation as a reader found it; ``row`` is its place in the file, for messages."""
+
+    image: str
+    subject: str
+    subject_box: Box
+    predicate: str
+    object: str
+    object_box: Box
+    row: int
+    size: tuple[float, float] | None = None  # width, height where the file states them
+    split: str | None = None
+
+
+class Photo(Protocol):
+    """A picture that can be had: a file, or a scene that is drawn."""
+
+    def read(self) -> UInt8[ndarray, "h w 3"]: ...
+
+    def key(self) -> str:
+        """Names the content, for caches."""
+
+    def size(self) -> tuple[float, float]:
+        """Width and height."""
+
+
+@dataclass(frozen=True)
+class File:
+    """A photo on disk."""
+
+    path: Path
+
+    def read(self) -> UInt8[ndarray, "h w 3"]:
+        return read_image(self.path)
+
+    def key(self) -> str:
+        return content_key(self.path.read_bytes())
+
+    def size(self) -> tuple[float, float]:
+        height, width = image_size(self.path)
+        return float(width), float(height)
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Columns of usable pairs, in the order of their source.
+
+    ``group`` is the same for rows that are the same two boxes of one picture, which an annotator may have given two
+    relations. ``size_known`` is False where neither a photo nor the file says how large the picture is: then ``size``
+    is the extent of the picture's boxes, a lower bound.
+    """
+
+    ids: list[str]
+    image: list[str]
+    subject: list[str]
+    object: list[str]
+    relation: list[str]
+    subject_box: Float[ndarray, "n 4"]
+    object_box: Float[ndarray, "n 4"]
+    size: Float[ndarray, "n 2"]
+    size_known: Bool[ndarray, " n"]
+    group: Int[ndarray, " n"]
+    declared: list[str | None]  # the split that the source states
+    photos: Mapping[str, Photo] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def has_photo(self) -> Bool[ndarray, " n"]:
+        """Whether there are pixels of each pair."""
+        return np.array([image in self.photos for image in self.image], dtype=bool)
+
+    def take(self, positions: Sequence[int] | Int[ndarray, " m"]) -> Pairs:
+        """Some of the pairs."""
+        at = np.asarray(positions, dtype=np.int64)
+
+        def chosen(column: list[Any]) -> list[Any]:
+            return [column[i] for i in at]
+
+        image = chosen(self.image)
+        kept = set(image)
+        return Pairs(
+            chosen(self.ids),
+            image,
+            chosen(self.subject),
+            chosen(self.object),
+            chosen(self.relation),
+            self.subject_box[at],
+            self.object_box[at],
+            self.size[at],
+            self.size_known[at],
+            self.group[at],
+            chosen(self.declared),
+            {name: photo for name, photo in self.photos.items() if name in kept},
+        )
+
+    def counts(self) -> dict[str, int]:
+        """How many pairs of each relation."""
+        return dict(Counter(self.relation).most_common())
+
+    def content(self) -> list[Any]:
+        """Everything that training can depend on, for hashes."""
+        photos = sorted((name, photo.key()) for name, photo in self.photos.items())
+        boxes = [self.subject_box, self.object_box, self.size]
+        return [self.ids, self.subject, self.object, self.relation, *boxes, photos]
+
+
+def collect_pairs(
+    triples: Iterable[Triple],
+    photos: Mapping[str, Photo],
+    relations: Sequence[str],
+    *,
+    synonyms: bool,
+    rejections: Rejections,
+    notes: dict[str, int],
+    photos_required: bool = False,
+) -> Pairs:
+    """The pairs whose boxes and relation can be used; all others are counted in ``rejections``.
+
+    A row is turned away for a predicate that is none of the ten relations (or none of ``relations``), a box without
+    area or wholly outside the picture, a row that was there before and, with ``photos_required``, a missing photo.
+    Boxes that cross the border are cut at it, and ``notes`` counts those that cross it by more than 2 pixels.
+    """
+    rows = list(triples)
+    extent = _extents(rows, photos)
+    kept: list[tuple[Triple, str, Box, Box]] = []
+    seen: set[tuple[str, Box, Box, str]] = set()
+    wanted = set(relations)
+    for row in rows:
+        shown = f"{row.subject} {row.predicate} {row.object}"
+        relation = relation_of(row.predicate, synonyms)
+        if relation is None:
+            rejections.add("no spatial relation", row.row, row.predicate)
+            continue
+        if relation not in wanted:
+            rejections.add("relation not chosen", row.row, row.predicate)
+            continue
+        if photos_required and row.image not in photos:
+            rejections.add("missing photo", row.row, row.image)
+            continue
+        (width, height), known = extent[row.image]
+        boxes = []
+        for box in (row.subject_box, row.object_box):
+            problem, inside = _fit(box, width, height)
+            if problem:
+                rejections.add(
+                    problem, row.row, shown, f"box {_shown(box)} in {width:g} × {height:g} ({row.image})"
+                )
+                break
+            if known and max(abs(a - b) for a, b in zip(box, inside, strict=True)) > _TOLERANCE:
+                notes["boxes cut at the picture's border"] = (
+                    notes.get("boxes cut at the picture's border", 0) + 1
+                )
+            boxes.append(inside)
+        if len(boxes) < 2:
+            continue
+        key = (row.image, boxes[0], boxes[1], relation)
+        if key in seen:
+            rejections.add("repeated", row.row, shown, row.image)
+            continue
+        seen.add(key)
+        kept.append((row, relation, boxes[0], boxes[1]))
+    return _columns(kept, photos, extent)
+
+
+def _extents(
+    rows: Sequence[Triple], photos: Mapping[str, Photo]
+) -> dict[str, tuple[tuple[float, float], bool]]:
+    """Width and height of every picture, and whether they are known or the extent of its boxes."""
+    found: dict[str, tuple[tuple[float, float], bool]] = {}
+    reach: dict[str, list[float]] = {}
+    for row in rows:
+        if row.image not in found:
+            photo = photos.get(row.image)
+            if photo is not None:
+                found[row.image] = (photo.size(), True)
+            elif row.size is not None and min(row.size) > 0:
+                found[row.image] = (row.size, True)
+        if row.image not in found:
+            far = reach.setdefault(row.image, [1.0, 1.0])
+            for box in (row.subject_box, row.object_box):
+                if np.isfinite(box).all():
+                    far[0], far[1] = max(far[0], box[2]), max(far[1], box[3])
+    return found | {name: ((far[0], far[1]), False) for name, far in reach.items()}
+
+
+def _fit(box: Box, width: float, height: float) -> tuple[str, Box]:
+    """What is wrong with a box ("" where nothing is), and the part of it inside the picture."""
+    if not np.isfinite(box).all():
+        return "box is no numbers", box
+    left, top, right, bottom = (float(value) for value in box)
+    if left >= right or top >= bottom:
+        return "box without area", box
+    inside = (max(left, 0.0), max(top, 0.0), min(right, width), min(bottom, height))
+    if inside[0] >= inside[2] or inside[1] >= inside[3]:
+        return "box outside the picture", box
+    return "", inside
+
+
+def _shown(box: Box) -> str:
+    return "(" + ", ".join(f"{value:g}" for value in box) + ")"
+
+
+def _columns(
+    kept: Sequence[tuple[Triple, str, Box, Box]],
+    photos: Mapping[str, Photo],
+    extent: Mapping[str, tuple[tuple[float, float], bool]],
+) -> Pairs:
+    if not kept:
+        raise NearfarError("no pair with a usable relation and boxes is left: see the rejections above.")
+    pairs: dict[tuple[str, Box, Box], int] = {}
+    count: Counter[str] = Counter()
+    ids, group = [], []
+    for row, _, first, second in kept:
+        group.append(pairs.setdefault((row.image, first, second), len(pairs)))
+        ids.append(f"{row.image}#{count[row.image]}")
+        count[row.image] += 1
+    images = [row.image for row, *_ in kept]
+    used = set(images)
+    return Pairs(
+        ids,
+        images,
+        [row.subject for row, *_ in kept],
+        [row.object for row, *_ in kept],
+        [relation for _, relation, *_ in kept],
+        np.array([first for _, _, first, _ in kept], dtype=np.float64),
+        np.array([second for *_, second in kept], dtype=np.float64),
+        np.array([extent[image][0] for image in images], dtype=np.float64),
+        np.array([extent[image][1] for image in images], dtype=bool),
+        np.array(group, dtype=np.int64),
+        [row.split for row, *_ in kept],
+        {name: photo for name, photo in photos.items() if name in used},
+    )

@@ -1,0 +1,382 @@
+"""Spatial relations as a system: pixels and boxes of a pair of objects, aligned; a probe on the frozen embedding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from numpy import ndarray
+from torch import Tensor, nn
+
+from nearfar.data.rejections import Rejections
+from nearfar.errors import NearfarError
+from nearfar.models.image import build_image_encoder
+from nearfar.models.text import build_text_encoder, embed_texts
+from nearfar.systems.relations.boxes import names_of, spatial_numbers
+from nearfar.systems.relations.data import RelationData, load_data
+from nearfar.systems.relations.dataset import RelationDataset, Scaler
+from nearfar.systems.relations.evaluation import PAIR, Judged, judge, pair_retrieval
+from nearfar.systems.relations.features import crop_features
+from nearfar.systems.relations.model import RelationModel
+from nearfar.systems.relations.objective import ViewLoss
+from nearfar.systems.relations.options import check_options
+from nearfar.systems.relations.predictions import Predictions
+from nearfar.systems.relations.probe import RelationProbe, sample_rows
+from nearfar.systems.relations.sampler import build_sampler
+from nearfar.systems.relations.sections import sections
+from nearfar.training.fit import initial_model
+from nearfar.training.sections import Section
+from nearfar.training.system import EncodingSystem, Evaluation, StepOutput, decayed_groups
+
+__all__ = ["RelationSystem"]
+
+Say = Callable[[str], None]
+Rows = dict[str, Float[ndarray, "n d"]]
+FUSED, LINEAR = "probe/accuracy", "linear_probe/accuracy"
+_CHUNK = 2048  # training rows embedded at a time
+_PAIRS_WATCHED = 960  # pairs of pair retrieval after each epoch; all of them in the end
+
+
+class RelationSystem(EncodingSystem):
+    """Aligns the views of a pair of objects, and asks a probe on the embedding for their relation."""
+
+    name = "relations"
+    monitor = LINEAR
+
+    def __init__(self, config: Any) -> None:
+        check_options(config)
+        self.config = config
+        self.loss = ViewLoss(config.loss.name, config.temperature, config.loss.get("symmetric", True))
+        self.data: RelationData
+        self._datasets: dict[str, RelationDataset] = {}
+        self._encoders: dict[str, str] = {}
+        self._train: Rows = {}
+        self._untrained: dict[str, Rows] = {}
+        self._pairs_asked = 0  # of a batch of pair retrieval
+        #: of each split's last full evaluation
+        self.predictions: dict[str, Predictions] = {}
+        self.judged: dict[str, Judged] = {}
+
+    # -- data ------------------------------------------------------------------------------------------------
+    def load_data(self, say: Say) -> RelationData:
+        """The splits, from the configured files or composed; encodes nothing."""
+        return load_data(self.config)
+
+    def prepare(self, say: Say) -> None:
+        """Read and check the data, encode crops and names (or take them from the cache), standardise."""
+        config = self.config
+        self.data = self.load_data(say)
+        say(self.data.summary())
+        splits = self.data.splits
+        numbers = {
+            name: spatial_numbers(part.subject_box, part.object_box, part.size, config.spatial)
+            for name, part in splits.items()
+        }
+        self.loss.repeated = len(np.unique(splits["train"].group)) < len(splits["train"])
+        scaler = Scaler.of(numbers["train"])
+        visual, names = self._visual(say), self._names(say)
+        for name, part in splits.items():
+            self._datasets[name] = RelationDataset(
+                part,
+                self.data.labels(name),
+                scaler(numbers[name]),
+                visual.get(name),
+                names.get(name),
+                jitter=config.box_jitter if name == "train" else 0.0,
+                variant=config.spatial,
+                scaler=scaler,
+                seed=config.seed,
+            )
+        if not self._datasets["train"].seen.any() and not config.categories and not config.box_jitter:
+            raise NearfarError(
+                "no training pair has a second view: no photo was found, and categories=false and box_jitter=0. Give "
+                "the photos with data.images=, or set box_jitter=0.05 or categories=true."
+            )
+
+        second = [np.ones(len(d), bool) if d.names is not None and d.visual is None else d.seen.numpy()
+                  for name, d in self._datasets.items() if name != "train"]  # fmt: skip
+        # One size in every split, so that their chance is the same.
+        self._pairs_asked = min(int(config.batch_size), *(int(rows.sum()) for rows in second), len(second[0]))
+
+    def _visual(self, say: Say) -> dict[str, ndarray]:
+        """Standardised features of both crops, where there is any photo to train on."""
+        config, splits = self.config, self.data.splits
+        if not config.pixels or not splits["train"].photos:
+            reason = "pixels=false" if not config.pixels else "no training pair has a photo"
+            self._encoders["visual"] = f"none ({reason})"
+            say(f"pixels: none, {reason}")
+            return {}
+        options = {key: value for key, value in config.image_encoder.items() if key != "kind"}
+        encoder = build_image_encoder(config.image_encoder.kind, frozen=True, seed=0, **options)
+        self._encoders["visual"] = encoder.description
+        say(f"pixels: crops of {config.crop_size} × {config.crop_size} through {encoder.description}")
+        damaged = Rejections()
+        rows = crop_features(splits.values(), encoder, config.crop_size, say, damaged)
+        if len(damaged):
+            say(damaged.summary())
+            self.data.rejections.extend(damaged)
+        found = dict(zip(splits, rows, strict=True))
+        scaler = Scaler.of(found["train"])
+        return {name: scaler(part) for name, part in found.items()}
+
+    def _names(self, say: Say) -> dict[str, ndarray]:
+        """Vectors of subject and object, side by side; the encoder is fitted on names of the training pairs alone."""
+        if not self.config.categories:
+            return {}
+        options = {key: value for key, value in self.config.text_encoder.items() if key != "kind"}
+        train = self.data.train
+        encoder = build_text_encoder(self.config.text_encoder.kind, **options)
+        encoder = encoder.fit(sorted({*train.subject, *train.object}))
+        self._encoders["names"] = encoder.description
+        say(f"names: {encoder.description}")
+        found = {}
+        for name, part in self.data.splits.items():
+            known = sorted({*part.subject, *part.object})
+            vectors = dict(zip(known, embed_texts(encoder, known), strict=True))
+            found[name] = np.stack(
+                [
+                    np.concatenate([vectors[a], vectors[b]])
+                    for a, b in zip(part.subject, part.object, strict=True)
+                ]
+            ).astype(np.float32)
+        return found
+
+    def layout(self) -> dict[str, Any]:
+        """Counts, rejections, hashes, and which encoders are really used."""
+        return self.data.layout() | {
+            "data_hash": self.data.content_hash(),
+            "spatial": {"variant": self.config.spatial, "numbers": list(names_of(self.config.spatial))},
+            "encoders": self._encoders,
+        }
+
+    def dataset(self, split: str) -> RelationDataset | None:
+        """The dataset of a split, or None."""
+        return self._datasets.get(split)
+
+    # -- batches ---------------------------------------------------------------------------------------------
+    def build_sampler(self) -> Any:
+        """Random batches, or equal shares of every relation."""
+        train = self._datasets["train"]
+        return build_sampler(self.config, train.label.numpy(), train.seen.numpy())
+
+    def check_sampler(self, sampler: Any, say: Say) -> None:
+        """Say how batches are made; neither sampler can be out of step with the data."""
+        same = self.same_class_negatives(sampler)
+        how = f"batches of {self.config.batch_size}, {self.config.sampler.name}"
+        say(f"{how}: {same:.0%} of negatives share the relation")
+
+    def on_epoch(self, epoch: int, sampler: Any, say: Say) -> dict[str, Any]:
+        """What the batches of this epoch hold."""
+        sampler.set_epoch(epoch)
+        return {
+            "sampler": self.config.sampler.name,
+            "same_class_negatives": self.same_class_negatives(sampler),
+        }
+
+    def same_class_negatives(self, sampler: Any, batches: int = 200) -> float:
+        """The share of other rows of a batch that have an anchor's relation."""
+        label, same, all_ = self._datasets["train"].label.numpy(), 0, 0
+        for batch in sampler.plan().batches()[:batches]:
+            counts = np.bincount(label[batch])
+            same, all_ = same + int((counts * (counts - 1)).sum()), all_ + len(batch) * (len(batch) - 1)
+        return same / max(all_, 1)
+
+    # -- model and loss --------------------------------------------------------------------------------------
+    def build_model(self) -> nn.Module:
+        """A head for each view."""
+        train = self._datasets["train"]
+        return RelationModel.from_config(
+            self.config,
+            train.numbers.shape[1],
+            None if train.visual is None else train.visual.shape[1],
+            None if train.names is None else train.names.shape[1],
+        )
+
+    def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """Weight decay for matrices alone."""
+        return decayed_groups(model, self.config.weight_decay)
+
+    def split(self, batch: Any, rows: int) -> list[Any]:
+        """The batch in parts."""
+        return batch.split(rows)
+
+    def encode(self, model: Any, batch: Any) -> dict[str, Tensor]:
+        """The embeddings of every view."""
+        found: dict[str, Tensor] = model(batch)
+        return found
+
+    def embed(self, model: Any, batch: Any) -> dict[str, Tensor]:
+        """The same at unit length; a view that a pair has not stays 0."""
+        return {name: F.normalize(view, dim=1) for name, view in self.encode(model, batch).items()}
+
+    def loss_of(self, model: Any, embeddings: Mapping[str, Tensor], batch: Any) -> StepOutput:
+        """Every two views of a pair are brought together."""
+        return StepOutput(self.loss(embeddings, batch), self.loss.record)
+
+    # -- evaluation ------------------------------------------------------------------------------------------
+    def before_evaluation(self, model: nn.Module, split: str, final: bool) -> None:
+        """Embed training pairs, on which the probes are fitted; for the last evaluation an untrained model's too."""
+        most = self.config.probe_rows if final else self.config.monitor_rows
+        label = self._datasets["train"].label.numpy()
+        at = sample_rows(label, most)
+        self._train = self._embedded(model, "train", at) | {"at": at}
+        if final and self._last(split):
+            fresh = initial_model(self, self.config.seed).to(next(model.parameters()).device).eval()
+            every = np.arange(len(self._datasets[split]))
+            self._untrained = {
+                "train": self._embedded(fresh, "train", at),
+                split: self._embedded(fresh, split, every),
+            }
+
+    def _last(self, split: str) -> bool:
+        """Whether the results of a run are those of this split."""
+        return split == "test" or "test" not in self.data.splits
+
+    @torch.no_grad()
+    def _embedded(self, model: nn.Module, split: str, at: ndarray) -> Rows:
+        dataset, device = self._datasets[split], next(model.parameters()).device
+        parts: list[dict[str, Tensor]] = []
+        for start in range(0, len(at), _CHUNK):
+            batch = dataset.__getitems__(at[start : start + _CHUNK].tolist()).to(device)
+            parts.append({name: view.float().cpu() for name, view in self.embed(model, batch).items()})
+        outputs = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        return self._blocks(outputs, split, at)
+
+    def _blocks(self, outputs: Mapping[str, Tensor], split: str, at: ndarray) -> Rows:
+        """Everything that a probe may look at, by name; embeddings begin with "view"."""
+        dataset = self._datasets[split]
+        seen = dataset.seen.numpy()[at]
+        found: Rows = {"numbers": dataset.numbers.numpy()[at]}
+        if dataset.visual is not None:
+            found["pixels"] = _unseen_as_nan(dataset.visual.numpy()[at], seen)
+        if dataset.names is not None:
+            found["words"] = dataset.names.numpy()[at]
+        for name, view in outputs.items():
+            rows = view.numpy()
+            found[f"view {name}"] = _unseen_as_nan(rows, seen) if name == "visual" else rows
+        return found
+
+    def looks_at(self, names: Sequence[str]) -> dict[str, list[str]]:
+        """Metric → the blocks that its classifier sees, out of those that there are."""
+        learned = [name for name in names if name.startswith("view ")]
+        kept = [name for name in names if name in ("numbers", "words")] if self.config.keep_inputs else []
+        fused = learned + kept
+        chosen = {
+            FUSED: fused,
+            "untrained/accuracy": fused,
+            "raw_features/accuracy": [name for name in names if not name.startswith("view ")],
+            "spatial_only/accuracy": [name for name in fused if name in ("view spatial", "numbers")],
+            "numbers_only/accuracy": ["numbers"],
+            "visual_only/accuracy": [name for name in names if name == "view visual"],
+            "categories_only/accuracy": [name for name in names if name == "words"],
+        }
+        return {metric: found for metric, found in chosen.items() if found}
+
+    def evaluate(self, outputs: Mapping[str, Tensor], split: str, final: bool) -> Evaluation:
+        """Probe accuracy, with its controls when ``final``, and pair retrieval."""
+        part, label = self.data.splits[split], self.data.labels(split)
+        blocks = self._blocks(outputs, split, np.arange(len(part)))
+        at = self._train["at"]
+        train = {name: rows for name, rows in self._train.items() if name != "at"}
+        train_label = self._datasets["train"].label.numpy()[at]
+        wanted = self.looks_at(list(blocks))
+        count = len(self.data.relations)
+        scores = {LINEAR: _scores("linear", train, blocks, wanted[FUSED], train_label, count)}
+        if final:
+            # Controls belong to the split that the result is read from.
+            here = wanted if self._last(split) else {FUSED: wanted[FUSED]}
+            for metric, names in here.items():
+                first, second = train, blocks
+                if metric.startswith("untrained"):
+                    first, second = self._untrained["train"], self._untrained[split]
+                scores[metric] = _scores("rbf", first, second, names, train_label, count)
+        predicted = {metric: found.argmax(axis=1) for metric, found in scores.items()}
+        judged = self._judge(predicted, split, label, final)
+        pair = self._pair_retrieval(outputs, split, final)
+        if pair is not None:
+            judged.estimates[PAIR], judged.per_image[PAIR] = pair
+        if final:
+            self.predictions[split] = Predictions(
+                part.ids, part.image, label, self._datasets[split].seen.numpy(), self.data.relations, scores
+            )
+            self.judged[split] = judged
+        constant = np.bincount(self._datasets["train"].label.numpy()).argmax()
+        always = float((label == constant).mean())
+        # Controls may well be no better than that: it is what they are for.
+        baselines = {metric: always for metric in (FUSED, LINEAR) if metric in judged.estimates}
+        return Evaluation(split, judged.estimates, judged.images, judged.per_image, {"baselines": baselines})
+
+    def _judge(self, predicted: Mapping[str, ndarray], split: str, label: ndarray, final: bool) -> Judged:
+        part, relations = self.data.splits[split], self.data.relations
+        constant = int(np.bincount(self._datasets["train"].label.numpy()).argmax())
+        split_hash, bootstrap = self.data.content_hash(split), self.config.bootstrap if final else 0
+        order = [FUSED, LINEAR, *predicted]
+        ordered = {metric: predicted[metric] for metric in dict.fromkeys(order) if metric in predicted}
+        seen, every = self._datasets[split].seen.numpy(), np.ones(len(part), bool)
+        parts = {"": every} | ({"with_photo/": seen} if final and seen.any() and not seen.all() else {})
+        judged = Judged(list(dict.fromkeys(part.image)), {}, {})
+        for prefix, rows in parts.items():
+            found = judge(
+                {prefix + metric: classes for metric, classes in ordered.items()},
+                label,
+                part.image,
+                relations,
+                constant,
+                detailed=(FUSED, LINEAR) if final else (),
+                split=split_hash,
+                bootstrap=bootstrap,
+                rows=rows,
+            )
+            judged.estimates |= found.estimates
+            judged.per_image |= found.per_image
+        return judged
+
+    def _pair_retrieval(self, outputs: Mapping[str, Tensor], split: str, final: bool) -> Any:
+        second = "visual" if "visual" in outputs else "names" if "names" in outputs else None
+        if second is None:
+            return None
+        part = self.data.splits[split]
+        rows = self._datasets[split].seen.numpy() if second == "visual" else np.ones(len(part), bool)
+        if not final:  # a curve needs no more
+            rows = rows & (np.cumsum(rows) <= _PAIRS_WATCHED)
+        return pair_retrieval(
+            outputs["spatial"],
+            outputs[second],
+            rows,
+            part.image,
+            self._pairs_asked,
+            split=self.data.content_hash(split),
+            bootstrap=self.config.bootstrap if final else 0,
+        )
+
+    # -- report ----------------------------------------------------------------------------------------------
+    def report_examples(self, outputs: Mapping[str, Tensor], split: str) -> list[dict[str, Any]]:
+        """None of the kind that retrieval shows: the sections have pictures."""
+        return []
+
+    def report_sections(self, outputs: Mapping[str, Tensor], split: str) -> Sequence[Section]:
+        """Probes beside controls, the confusion table, pair retrieval by itself, pairs with their boxes."""
+        return sections(self.data.splits[split], self.predictions[split], self.judged[split])
+
+    def save_results(self, folder: Path) -> None:
+        """What every pair was called, for re-scoring and pooled cross-validation."""
+        for split, predictions in self.predictions.items():
+            predictions.save(folder / f"predictions_{split}.npz")
+
+    def save_assets(self, folder: Path) -> None:
+        """Nothing beside the checkpoint: the data and the configuration give the rest."""
+
+
+def _unseen_as_nan(rows: ndarray, seen: ndarray) -> ndarray:
+    return rows if seen.all() else np.where(seen[:, None], rows, np.nan)
+
+
+def _scores(kind: str, train: Rows, test: Rows, names: Sequence[str], label: ndarray, count: int) -> ndarray:
+    """For each class of the test pairs how much speaks for it, by a probe fitted on the training pairs' blocks."""
+    probe = RelationProbe(kind).fit({name: train[name] for name in names}, label)
+    return probe.scores({name: test[name] for name in names}, count)
