@@ -108,7 +108,7 @@ def load_data(config: Any) -> RelationData:
     """
     data, relations = config.data, chosen_relations(config.relations)
     rejections, notes = Rejections(), dict[str, int]()
-    if data.layout == "scenes":
+    if data.layout == "composed":
         triples, photos = composed_scenes(
             int(data.size), relations, int(data.split_seed), (data.val_fraction, data.test_fraction)
         )

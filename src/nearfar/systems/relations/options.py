@@ -44,7 +44,7 @@ OPTIONS: dict[str, Rule] = {
     "bootstrap": Number(0, whole=True),
     "sampler.name": Choice(SAMPLERS),
     "loss.name": Choice(LOSSES),
-    "data.layout": Choice(("scenes", "vrd", "scene_graph", "spatialsense", "coco")),
+    "data.layout": Choice(("composed", "vrd", "scene_graph", "spatialsense", "coco")),
     "data.train": _PATH,
     "data.val": _PATH,
     "data.test": _PATH,
@@ -81,7 +81,7 @@ def check_options(config: Any) -> None:
         )
     if data.folds is not None and data.fold >= data.folds:
         raise NearfarError(f"data.fold={data.fold}: the folds are numbered 0 to {data.folds - 1}.")
-    if data.folds is not None and data.layout == "scenes":
+    if data.folds is not None and data.layout == "composed":
         raise NearfarError("data.folds: scenes hold kinds of things out of training, which folds would undo.")
     if not config.pixels and data.photos == "required":
         raise NearfarError("data.photos=required, but pixels=false looks at none.")
