@@ -27,13 +27,14 @@ class DetectorOutput:
 
     ``logits``: over c classes and, last, "nothing". ``boxes``: centre x, centre y, width, height as shares of the
     picture. ``features``: embeddings of the last layer. ``earlier``: outputs of earlier layers, for auxiliary losses;
-    empty for a detector that does not hand them out.
+    empty for a detector that does not hand them out. ``repeat``: how many queries learn from one true box.
     """
 
     logits: Float[Tensor, "n q c+1"]
     boxes: Float[Tensor, "n q 4"]
     features: Float[Tensor, "n q d"]
     earlier: list[DetectorOutput] = field(default_factory=list)
+    repeat: int = 1
 
     def probabilities(self) -> Float[Tensor, "n q c"]:
         """Probability of each class; what is left to 1 is that of "nothing"."""

@@ -59,6 +59,13 @@ class ImageEncoder(nn.Module):
         """The network over normalised pixels, up to the map at this stride."""
         raise NotImplementedError
 
+    def continued(self, early: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d hs ws"]:
+        """The map at stride 32 from that at stride 16, so that the first half of a network can be computed once."""
+        raise NearfarError(
+            f"image_encoder={self.kind} cannot be cut at stride 16: its first half cannot be kept. Take mobilenet, "
+            "efficientnet or small."
+        )
+
     @property
     def pretrained(self) -> bool:
         """Whether the network started from trained weights."""
