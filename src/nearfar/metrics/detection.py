@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from nearfar.errors import NearfarError
 
-__all__ = ["IOUS", "Boxes", "DetectionEvidence", "detection_evidence"]
+__all__ = ["IOUS", "Boxes", "DetectionEvidence", "box_overlap", "detection_evidence"]
 
 IOUS = np.linspace(0.5, 0.95, 10)
 RECALLS = np.linspace(0.0, 1.0, 101)
@@ -309,7 +309,7 @@ def _match_picture(
     ignore = hit.copy()
     if not len(true):
         return hit, ignore
-    overlap = _overlap(found, true, crowd)
+    overlap = box_overlap(found, true, crowd)
     least = np.minimum(IOUS, 1 - _LEAST_IOU)[:, None]
     taken = np.zeros((len(IOUS), len(true)), bool)
     rows = np.arange(len(IOUS))
@@ -328,10 +328,11 @@ def _match_picture(
     return hit, ignore
 
 
-def _overlap(
-    found: Float[ndarray, "k 4"], true: Float[ndarray, "m 4"], crowd: Bool[ndarray, " m"]
+def box_overlap(
+    found: Float[ndarray, "k 4"], true: Float[ndarray, "m 4"], crowd: Bool[ndarray, " m"] | None = None
 ) -> Float[ndarray, "k m"]:
-    """IoU; of a crowd, the share of the detection inside it."""
+    """IoU of boxes given by their corners; of a crowd, the share of the detection inside it."""
+    crowd = np.zeros(len(true), bool) if crowd is None else crowd
     low = np.maximum(found[:, None, :2], true[None, :, :2])
     high = np.minimum(found[:, None, 2:], true[None, :, 2:])
     shared = (high - low).clip(min=0).prod(axis=2)

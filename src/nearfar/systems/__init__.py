@@ -12,7 +12,11 @@ if TYPE_CHECKING:
 
 __all__ = ["OPTIONS", "SYSTEMS", "TRAINED", "build_system", "check_config", "trained"]
 
-SYSTEMS = {"molecules": "nearfar.systems.molecules.system:MoleculeSystem"}
+SYSTEMS = {
+    "molecules": "nearfar.systems.molecules.system:MoleculeSystem",
+    "detector": "nearfar.systems.detector.system:DetectorSystem",
+    "fair_detection": "nearfar.systems.fair_detection.system:FairDetectionSystem",
+}
 
 
 def build_system(config: Any) -> System:
@@ -33,7 +37,11 @@ def build_system(config: Any) -> System:
 #: system → what loads a trained run of it
 TRAINED = {"molecules": "nearfar.systems.molecules.search:TrainedMolecules"}
 #: system → what checks its options; light, so that a whole sweep is checked before it starts
-OPTIONS = {"molecules": "nearfar.systems.molecules.options:check_options"}
+OPTIONS = {
+    "molecules": "nearfar.systems.molecules.options:check_options",
+    "detector": "nearfar.systems.detector.options:check_options",
+    "fair_detection": "nearfar.systems.fair_detection.options:check_options",
+}
 
 
 def check_config(config: Any) -> None:

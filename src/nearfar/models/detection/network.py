@@ -30,7 +30,7 @@ class SmallDetector(Detector):
     """An image encoder, a mixed map at stride 16, proposals, and a decoder of a few layers.
 
     Args:
-        encoder: pictures to maps; its batch norms keep the statistics they came with.
+        encoder: pictures to maps; the batch norms of a trained one keep the statistics they came with.
         classes: see `Detector`.
         queries: how many proposals are looked at.
         width: d, a multiple of 4 and of ``heads``.
@@ -62,7 +62,11 @@ class SmallDetector(Detector):
         self.size = nn.Parameter(torch.zeros(2))
         self.content = nn.Linear(width, width)
         self.layers = nn.ModuleList(_Layer(width, heads, dropout) for _ in range(layers))
+        #: whether the encoder's first half has learned, so that maps kept of it are stale
+        self.moved: Tensor
+        self.register_buffer("moved", torch.tensor(False))
         self.heads = nn.ModuleList(_Head(width, len(self.classes)) for _ in range(layers))
+        self.train()
 
     def forward(self, pixels: Float[Tensor, "n 3 h w"]) -> DetectorOutput:
         return self.decode(self.early(pixels))
@@ -97,9 +101,10 @@ class SmallDetector(Detector):
         return DetectorOutput(output.logits, output.boxes, output.features, earlier[:-1])
 
     def train(self, mode: bool = True) -> SmallDetector:
-        """Training mode; batches of a few pictures are too small for the encoder's statistics, which stay."""
+        """Training mode; the statistics of a trained encoder stay, because a few pictures would spoil them."""
         super().train(mode)
-        self.encoder.eval()
+        if self.encoder.pretrained:
+            self.encoder.eval()
         return self
 
 
