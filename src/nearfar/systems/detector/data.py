@@ -13,6 +13,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from nearfar.data.cache import content_key
 from nearfar.data.coco import CocoSplit, coco_files, read_coco
 from nearfar.data.images import read_image
 from nearfar.data.splits import check_disjoint
@@ -20,7 +21,7 @@ from nearfar.errors import NearfarError
 from nearfar.models.detection import Target
 from nearfar.systems.detector.views import View, make_view
 
-__all__ = ["DetectionBatch", "DetectionDataset", "read_splits", "relative_boxes"]
+__all__ = ["DetectionBatch", "DetectionData", "DetectionDataset", "read_splits", "relative_boxes"]
 
 
 def read_splits(data: Any, say: Callable[[str], None] = print) -> dict[str, CocoSplit]:
@@ -63,10 +64,33 @@ def read_splits(data: Any, say: Callable[[str], None] = print) -> dict[str, Coco
         read = {"train": train, "val": val, "test": test}
     read = {name: read[name] for name in ("train", "val", "test") if name in read}
     check_disjoint({name: split.ids for name, split in read.items()}, "picture")
-    for name, split in read.items():
-        counts = ", ".join(f"{found['images']} {group}" for group, found in split.layout()["groups"].items())
-        say(f"{name}: {len(split)} pictures{f' ({counts})' * bool(counts)}, {len(split.boxes)} boxes")
     return read
+
+
+@dataclass(frozen=True)
+class DetectionData:
+    """The splits of one experiment, as ``nearfar data`` shows them and a run records them."""
+
+    splits: dict[str, CocoSplit]
+
+    def layout(self) -> dict[str, Any]:
+        """Counts, groups, rejections and hashes of each split, and one hash of all content."""
+        return {
+            "splits": {name: {"n": len(split), **split.layout()} for name, split in self.splits.items()},
+            "classes": list(self.splits["train"].categories),
+            "data_hash": content_key([split.content for split in self.splits.values()])[:16],
+        }
+
+    def summary(self) -> str:
+        """A line for each split: pictures, those of each group, boxes."""
+        lines = []
+        for name, split in self.splits.items():
+            groups = split.layout()["groups"]
+            counts = ", ".join(f"{found['images']} {group}" for group, found in groups.items())
+            lines.append(
+                f"{name}: {len(split)} pictures{f' ({counts})' * bool(counts)}, {len(split.boxes)} boxes"
+            )
+        return "\n".join(lines)
 
 
 def _folder(data: Any) -> Path:

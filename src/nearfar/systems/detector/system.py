@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nearfar.data.cache import content_key
 from nearfar.data.coco import CocoSplit
 from nearfar.errors import NearfarError
 from nearfar.metrics.detection import Boxes, detection_evidence
@@ -19,7 +18,7 @@ from nearfar.metrics.detection_estimates import detection_estimates
 from nearfar.metrics.detection_evaluator import check_evidence
 from nearfar.models.detection import DetectorOutput
 from nearfar.models.detection.boxes import corners, iou
-from nearfar.systems.detector.data import DetectionBatch, DetectionDataset, read_splits
+from nearfar.systems.detector.data import DetectionBatch, DetectionData, DetectionDataset, read_splits
 from nearfar.systems.detector.evaluate import constant_boxes, found_boxes, true_boxes
 from nearfar.systems.detector.maps import kept_maps
 from nearfar.systems.detector.model import build_detector, build_encoder
@@ -53,7 +52,9 @@ class DetectorSystem:
     def prepare(self, say: Say) -> None:
         """Read and check the data, and keep the maps of the frozen epochs."""
         config, size = self.config, int(self.config.data.image_size)
-        self.splits = read_splits(config.data, say)
+        data = self.load_data(say)
+        say(data.summary())
+        self.splits = data.splits
         self._true = {name: true_boxes(split) for name, split in self.splits.items()}
         encoder = build_encoder(config).eval()
         self._description = encoder.description
@@ -73,13 +74,15 @@ class DetectorSystem:
                 seed=int(config.seed),
             )
 
+    def load_data(self, say: Say) -> DetectionData:
+        """The splits of the configured files."""
+        return DetectionData(read_splits(self.config.data, say))
+
     def layout(self) -> dict[str, Any]:
         """Counts, rejections, hashes, groups, and the encoder in use."""
         return {
             "system": self.name,
-            "splits": {name: {"n": len(split), **split.layout()} for name, split in self.splits.items()},
-            "data_hash": content_key([split.content for split in self.splits.values()])[:16],
-            "classes": list(self.classes),
+            **DetectionData(self.splits).layout(),
             "image_encoder": self._description,
         }
 
