@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +13,8 @@ from torch import Tensor
 from nearfar.data.coco import CocoSplit
 from nearfar.data.images import read_image, resize, stack
 from nearfar.models.detection import Target
+from nearfar.models.detection.boxes import to_centre
+from nearfar.systems.detector.data import relative_boxes
 
 __all__ = ["PictureBatch", "PictureDataset", "with_group"]
 
@@ -31,13 +33,14 @@ class PictureBatch:
         return len(self.positions)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PictureBatch:
-        moved = [part.to(device, non_blocking=non_blocking) for part in (self.positions, self.pictures, self.lower)]
-        return PictureBatch(self.split, *moved, [target.to(device, non_blocking) for target in self.targets])
+        return self._each(lambda part: part.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> PictureBatch:
-        parts = (self.positions, self.pictures, self.lower)
-        targets = [Target(t.labels.pin_memory(), t.boxes.pin_memory()) for t in self.targets]
-        return PictureBatch(self.split, *(part.pin_memory() for part in parts), targets)
+        return self._each(lambda part: part.pin_memory())
+
+    def _each(self, move: Callable[[Tensor], Tensor]) -> PictureBatch:
+        targets = [Target(move(target.labels), move(target.boxes)) for target in self.targets]
+        return PictureBatch(self.split, move(self.positions), move(self.pictures), move(self.lower), targets)
 
     @property
     def pixels(self) -> Float[Tensor, "b 3 h w"]:
@@ -46,14 +49,19 @@ class PictureBatch:
 
 
 class PictureDataset:
-    """A split, called ``name``, as the detector sees it: every picture at ``size`` × ``size`` pixels, read when it is asked for.
+    """A split, called ``name``, as the detector sees it: pictures of ``size`` × ``size`` pixels, read when asked for.
 
     ``labels``: the detector's label of each category. ``lower``: the position in ``split.groups`` of the group that is
     found less well.
     """
 
     def __init__(
-        self, split: CocoSplit, name: str, size: int, labels: Sequence[int] | Int[np.ndarray, " c"], lower: int = 0
+        self,
+        split: CocoSplit,
+        name: str,
+        size: int,
+        labels: Sequence[int] | Int[np.ndarray, " c"],
+        lower: int = 0,
     ) -> None:
         self.split, self.name, self.size, self.lower = split, name, size, lower
         self.group = np.array([image.group for image in split.images])
@@ -69,9 +77,7 @@ class PictureDataset:
         return self.__getitems__([position])
 
     def __getitems__(self, positions: list[int]) -> PictureBatch:
-        pictures = [
-            resize(read_image(self.split.images[i].path), (self.size, self.size)) for i in positions
-        ]
+        pictures = [resize(read_image(self.split.images[i].path), (self.size, self.size)) for i in positions]
         return PictureBatch(
             self.name,
             torch.tensor(positions),
@@ -82,14 +88,9 @@ class PictureDataset:
 
     def target(self, position: int) -> Target:
         """True boxes of one picture: centre and size as shares of it; crowds are no boxes to learn."""
-        own = np.arange(len(self.split.boxes))[self.split.of_image(position)]
-        own = own[~self.split.crowd[own]]
-        image, boxes = self.split.images[position], self.split.boxes[own]
-        shares = boxes / [image.width, image.height, image.width, image.height]
-        centred = np.concatenate([shares[:, :2] + shares[:, 2:] / 2, shares[:, 2:]], axis=1)
-        return Target(
-            torch.from_numpy(self._labels[self.split.label[own]]), torch.from_numpy(centred.astype(np.float32))
-        )
+        boxes, labels = relative_boxes(self.split, position)
+        centred = to_centre(torch.from_numpy(boxes.astype(np.float32)))
+        return Target(torch.from_numpy(self._labels[labels]), centred)
 
 
 def with_group(split: CocoSplit) -> CocoSplit:

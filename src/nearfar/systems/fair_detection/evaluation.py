@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -17,18 +16,19 @@ from nearfar.metrics.detection import Boxes, DetectionEvidence, detection_eviden
 from nearfar.metrics.detection_estimates import Change, detection_change, detection_estimates
 from nearfar.metrics.intervals import bootstrap_levels
 from nearfar.metrics.quantiles import normal_quantile
+from nearfar.systems.detector.evaluate import constant_boxes, found_boxes, true_boxes
 
-__all__ = ["GOAL", "Findings", "constant_box", "gap_closed", "judge", "true_boxes"]
+__all__ = ["GOAL", "METRICS", "Findings", "detected", "gap_closed", "judge", "ordered"]
 
 #: share of the gap that is to be closed
 GOAL = 0.15
 METRICS = ("AP", "AR")
-KINDS = ("clean", "random", "perturbed")
+KINDS = ("perturbed", "clean", "random")
 
 
 @dataclass
 class Findings:
-    """Evidence of a split by kind of picture (``clean``, ``random``, ``perturbed``) and what came of it.
+    """Evidence of a split by kind of picture (``perturbed``, ``clean``, ``random``) and what came of it.
 
     ``changes[metric]``: of perturbed against clean pictures, as ``detection_change`` names them; ``controls`` the same
     of random perturbations of the same size.
@@ -47,43 +47,43 @@ class Findings:
         cls,
         outputs: Mapping[str, Tensor],
         split: CocoSplit,
-        labels: NDArray[np.int64],
+        train: CocoSplit,
         groups: tuple[str, str],
-        baseline: Float[np.ndarray, " 4"],
         resamples: int,
         final: bool,
         seed: int = 0,
     ) -> Findings:
-        """From the detections of a split, (n, queries, 6): corners as shares, score, label.
+        """From the detections of a split, see ``detected``.
 
-        ``groups``: the one that is found less well, and the other. ``baseline``: the box that a constant answer gives
-        (``constant_box``): what it scores is the chance level. Only ``final`` asks for every interval and for changes.
+        ``groups``: the one that is found less well, and the other. What the mean box of ``train``, given for every
+        picture, scores is the chance level. Only ``final`` asks for every interval and for changes.
         """
-        true = true_boxes(split, labels, groups)
+        true = ordered(true_boxes(split), split.groups, groups)
         evidence = {
-            kind: detection_evidence(found_boxes(outputs[kind].numpy(), split), true, len(split), groups)
-            for kind in (KINDS if final else ("clean", "perturbed"))
+            kind: detection_evidence(detected(outputs[kind], split), true, len(split), groups)
+            for kind in (KINDS if final else KINDS[:2])
         }
-        constant = detection_evidence(_constant(baseline, split, true), true, len(split), groups).statistics()
+        constant = detection_evidence(constant_boxes(train, split), true, len(split), groups).statistics()
         chance = {name: float(value[0]) for name, value in constant.items() if not name.endswith("/gap")}
         hashed = split.content
-        estimates, per_item = {}, {}
-        for kind, found in evidence.items():
+        estimates: dict[str, Estimate] = {}
+        per_item: dict[str, NDArray[np.float64]] = {}
+        for kind, matched in evidence.items():
             draws = resamples if final else 0
             numbers, items = detection_estimates(
-                found, split=hashed, chance=chance, resamples=draws, seed=seed
+                matched, split=hashed, chance=chance, resamples=draws, seed=seed
             )
             prefix = "" if kind == "perturbed" else f"{kind}/"
-            kept = [name for name in numbers if not prefix or (final and name.split("/")[0] in METRICS)]
+            kept = [name for name in numbers if name.split("/")[0] in METRICS and (final or not prefix)]
             estimates |= {prefix + name: numbers[name] for name in kept}
             if kind == "perturbed":
                 # A gap of either sign is no score: what compares runs is how much of it is closed.
-                per_item |= {name: items[name] for name in items if not name.endswith("/gap")}
+                per_item |= {name: items[name] for name in kept if not name.endswith("/gap")}
         for metric in METRICS:
-            estimate, items = gap_closed(
+            estimate, values = gap_closed(
                 evidence["clean"], evidence["perturbed"], metric, resamples if final else 0, hashed, seed
             )
-            estimates[estimate.metric], per_item[estimate.metric] = estimate, items
+            estimates[estimate.metric], per_item[estimate.metric] = estimate, values
         made = cls(evidence, estimates, per_item, {}, {})
         if final:
             draws = max(resamples, 100)
@@ -98,7 +98,6 @@ class Findings:
     def facts(self) -> dict[str, Any]:
         """For the top level of ``metrics.json``: what the doctor's rules on groups and differences read."""
         groups = self.evidence["clean"].groups
-        perturbed = {metric: self.estimates for metric in METRICS}
         return {
             "baselines": {
                 name: self.estimates[name].chance
@@ -106,8 +105,8 @@ class Findings:
                 if "/" not in name or name.split("/")[1] in groups
             },
             "groups": {
-                metric: {group: found[f"{metric}/{group}"].value for group in groups}
-                for metric, found in perturbed.items()
+                metric: {group: self.estimates[f"{metric}/{group}"].value for group in groups}
+                for metric in METRICS
             },
             "change": {
                 metric: {group: found[f"{metric}/{group}"].value for group in groups}
@@ -193,35 +192,18 @@ def gap_closed(
 
 
 # -- boxes ---------------------------------------------------------------------------------------------------
-def true_boxes(split: CocoSplit, labels: NDArray[np.int64], groups: tuple[str, str]) -> Boxes:
-    """The true boxes of a split with the detector's labels, and groups by their positions in ``groups``."""
-    place = np.array([groups.index(name) for name in split.groups] + [-1])
-    corners = np.concatenate([split.boxes[:, :2], split.boxes[:, :2] + split.boxes[:, 2:]], axis=1)
-    # What stands in a picture of one group counts for that group, also where the box has no attribute of its own.
-    of_picture = np.array([image.group for image in split.images])[split.image]
-    group = place[np.where(split.group >= 0, split.group, of_picture)]
-    return Boxes(corners, labels[split.label], split.image, crowd=split.crowd, group=group)
+def ordered(true: Boxes, names: tuple[str, ...], groups: tuple[str, str]) -> Boxes:
+    """The same boxes with their groups as positions in ``groups`` instead of ``names``."""
+    assert true.group is not None
+    place = np.array([groups.index(name) for name in names] + [-1])
+    return replace(true, group=place[true.group])
 
 
-def found_boxes(detections: Float[np.ndarray, "n q 6"], split: CocoSplit) -> Boxes:
-    """All detections of a split in pixels of its pictures."""
-    n, q = detections.shape[:2]
-    picture = np.repeat(np.arange(n), q)
-    sizes = np.array([[i.width, i.height, i.width, i.height] for i in split.images], np.float64)
-    rows = detections.reshape(n * q, 6).astype(np.float64)
-    return Boxes(rows[:, :4] * sizes[picture], rows[:, 5].astype(np.int64), picture, scores=rows[:, 4])
-
-
-def constant_box(split: CocoSplit) -> Float[np.ndarray, " 4"]:
-    """The box (corners, as shares of the picture) that an answer without a look would give: the median of all."""
-    sizes = np.array([[i.width, i.height] for i in split.images], np.float64)[split.image]
-    low, extent = split.boxes[:, :2] / sizes, split.boxes[:, 2:] / sizes
-    return np.median(np.concatenate([low, low + extent], axis=1), axis=0)
-
-
-def _constant(box: Float[np.ndarray, " 4"], split: CocoSplit, true: Boxes) -> Boxes:
-    """That box in every picture, with the most frequent label."""
-    n = len(split)
-    label = np.bincount(true.labels).argmax()
-    rows = np.concatenate([box, [1.0, label]])
-    return found_boxes(np.broadcast_to(rows, (n, 1, 6)), split)
+def detected(detections: Tensor, split: CocoSplit) -> Boxes:
+    """Detections (n, queries, 6) of a split: corners as shares of the picture, score, position of the category."""
+    parts = {
+        "boxes": detections[..., :4],
+        "scores": detections[..., 4:5],
+        "labels": detections[..., 5:].long(),
+    }
+    return found_boxes(split, parts)

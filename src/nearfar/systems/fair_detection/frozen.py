@@ -1,4 +1,4 @@
-"""Which detector is judged: one that was given, or one that is trained on the same pictures first; and who is behind."""
+"""Which detector is judged, one that was given or one that is trained first; and which group it finds less well."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from omegaconf import OmegaConf
 
 from nearfar.data.cache import cache_dir, content_key
@@ -20,8 +18,9 @@ from nearfar.errors import NearfarError, nearest_name
 from nearfar.metrics.detection import detection_evidence
 from nearfar.metrics.detection_estimates import detection_estimates
 from nearfar.models.detection import Detector
+from nearfar.systems.detector.evaluate import true_boxes
 from nearfar.systems.detector.load import load_detector
-from nearfar.systems.fair_detection.evaluation import found_boxes, true_boxes
+from nearfar.systems.fair_detection.evaluation import detected
 from nearfar.systems.fair_detection.looks import Looks
 from nearfar.systems.fair_detection.options import data_of
 
@@ -35,7 +34,7 @@ _ROWS = 32
 def frozen_detector(config: Any, splits: dict[str, CocoSplit], say: Say) -> Detector:
     """``config.detector`` by name (see ``load_detector``), or a small one trained on the training pictures.
 
-    What is trained is kept in the cache under pictures and options, so that the runs of a sweep judge the same detector.
+    What is trained is kept in the cache under pictures and options, so that runs of a sweep judge the same one.
     """
     if config.detector is not None:
         return load_detector(str(config.detector))
@@ -45,7 +44,9 @@ def frozen_detector(config: Any, splits: dict[str, CocoSplit], say: Say) -> Dete
     plain = OmegaConf.to_container(nested, resolve=True)
     assert isinstance(plain, dict)
     place = {key: value for key, value in plain["data"].items() if key not in ("dir", "scenes")}
-    key = content_key([_VERSION, plain | {"data": place, "trainer": None}, *(s.content for s in splits.values())])
+    key = content_key(
+        [_VERSION, plain | {"data": place, "trainer": None}, *(s.content for s in splits.values())]
+    )
     folder = cache_dir() / "detectors" / key[:16]
     if not (folder / "metrics.json").exists():
         _train(nested, folder, say)
@@ -55,7 +56,7 @@ def frozen_detector(config: Any, splits: dict[str, CocoSplit], say: Say) -> Dete
 
 def _training_config(config: Any, data: Any, options: Any) -> Any:
     """A configuration of ``experiment=detector``: its options, our data, and what every run has."""
-    common = {
+    common: dict[str, Any] = {
         "name": None,
         "exists": "number",
         "runs_dir": "runs",
@@ -70,7 +71,9 @@ def _training_config(config: Any, data: Any, options: Any) -> Any:
         "seed": 0,  # not the run's: another seed of the generator is no other detector
     }
     trainer = OmegaConf.merge(config.trainer, {"gradient_clip": 1.0, "eval_batch_size": 32, "probe_rows": 64})
-    trainer = OmegaConf.merge(trainer, {"max_steps": None, "log_every": 20, "accumulate": 1, "cached_chunk": None})
+    trainer = OmegaConf.merge(
+        trainer, {"max_steps": None, "log_every": 20, "accumulate": 1, "cached_chunk": None}
+    )
     return OmegaConf.merge(common, {"trainer": trainer, "data": data}, options)
 
 
@@ -95,18 +98,17 @@ def _train(config: Any, folder: Path, say: Say) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def lower_group(
-    config: Any, looks: Looks, split: CocoSplit, labels: NDArray[np.int64], names: tuple[str, ...], say: Say
-) -> tuple[str, str]:
-    """The group that the detector finds less well (``lower_group``, or by AP on clean validation pictures), the other."""
+def lower_group(config: Any, looks: Looks, split: CocoSplit, say: Say) -> tuple[str, str]:
+    """The group that is found less well (``lower_group``, or by AP on clean validation pictures), and the other."""
+    names = split.groups
     if config.lower_group is not None:
         lower = str(config.lower_group)
         if lower not in names:
             raise NearfarError(f"lower_group={lower}: there is no such group; {nearest_name(lower, names)}")
         return lower, next(name for name in names if name != lower)
     pair = (names[0], names[1])
-    found = torch.cat([part["found"] for part in _clean(looks, len(split), config)]).cpu().numpy()
-    evidence = detection_evidence(found_boxes(found, split), true_boxes(split, labels, pair), len(split), pair)
+    found = torch.cat([part["found"] for part in _clean(looks, len(split), config)]).cpu()
+    evidence = detection_evidence(detected(found, split), true_boxes(split), len(split), pair)
     numbers, _ = detection_estimates(evidence, resamples=0)
     a, b = (numbers[f"AP/{name}"].value for name in pair)
     gap = numbers["AP/gap"]

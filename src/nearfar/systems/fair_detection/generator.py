@@ -40,6 +40,7 @@ class PerturbationGenerator(nn.Module):
         self.up = nn.ModuleList(_block(a + b, a) for a, b in reversed(list(pairwise(widths))))
         self.end = nn.Conv2d(channels, 3, 1)
         nn.init.zeros_(self.end.weight)
+        assert self.end.bias is not None
         nn.init.zeros_(self.end.bias)
         self.multiple = 2 ** (levels - 1)
 
@@ -56,9 +57,7 @@ class PerturbationGenerator(nn.Module):
         return epsilon * torch.tanh(self.end(x)[..., :height, :width])
 
 
-def perturbed(
-    pixels: Float[Tensor, "n 3 h w"], delta: Float[Tensor, "n 3 h w"]
-) -> Float[Tensor, "n 3 h w"]:
+def perturbed(pixels: Float[Tensor, "n 3 h w"], delta: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n 3 h w"]:
     """The perturbed picture, with values that a picture can have: clamped to 0 … 1.
 
     >>> perturbed(torch.tensor([0.25, 0.875]), torch.tensor([0.25, 0.25]))

@@ -25,7 +25,7 @@ class FairModel(nn.Module):
         head_hidden, head_dim: sizes of the head.
         queue, form, rescale_gradient: see ``WassersteinGapLoss``.
 
-    ``epsilon``, the bound of the perturbation, is a buffer: a checkpoint is evaluated with the bound it was trained with.
+    ``epsilon``, the bound of the perturbation, is a buffer: a checkpoint is evaluated with the bound of its epoch.
 
     >>> model = FairModel(width=256)
     >>> model.perturbation(torch.rand(2, 3, 32, 32)).shape

@@ -69,7 +69,11 @@ def check_options(config: Any) -> None:
     check_table(config, OPTIONS)
     learning_rate_factor(config.lr_schedule, warmup=config.warmup)
     AdaptiveScoreContrastiveLoss(
-        config.temperature, config.top_k_percent, config.bottom_k_percent, config.min_samples, threshold=config.threshold
+        config.temperature,
+        config.top_k_percent,
+        config.bottom_k_percent,
+        config.min_samples,
+        threshold=config.threshold,
     )
     if config.batch_size < 2 * config.min_samples and "contrastive" in _active(config):
         raise NearfarError(
@@ -106,8 +110,8 @@ def epsilon_schedule(config: Any) -> Schedule:
     """The bound of the perturbation by epoch: up to ``epsilon_final``, held there, down to ``epsilon_min``.
 
     >>> from types import SimpleNamespace as Options
-    >>> rule = epsilon_schedule(Options(epsilon=0.05, epsilon_final=0.1, epsilon_min=0.09, warmup_epochs=8, hold_epochs=6,
-    ...                                 cooldown_epochs=16))
+    >>> lengths = {"warmup_epochs": 8, "hold_epochs": 6, "cooldown_epochs": 16}
+    >>> rule = epsilon_schedule(Options(epsilon=0.05, epsilon_final=0.1, epsilon_min=0.09, **lengths))
     >>> [round(rule(epoch), 4) for epoch in (0, 4, 8, 13, 22, 30, 40)]
     [0.05, 0.075, 0.1, 0.1, 0.095, 0.09, 0.09]
     """

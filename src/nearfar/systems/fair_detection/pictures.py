@@ -42,8 +42,8 @@ def panel(
 ) -> Picture:
     """Three pictures side by side. The middle one is the perturbation: grey is none, black and white are ∓ ``bound``.
 
-    ``true``: corners as shares of the picture. ``before``, ``after``: detections (corners, score, label), of which as many
-    as there are true boxes are drawn, best first.
+    ``true``: corners as shares of the picture. ``before``, ``after``: detections (corners, score, label),
+    of which as many as there are true boxes are drawn, best first.
     """
     from PIL import Image
 

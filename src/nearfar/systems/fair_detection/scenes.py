@@ -78,11 +78,11 @@ def scenes_folder(data: Any) -> Path:
     """The folder, in COCO format, of the scenes that ``data`` describes; drawn once and kept in the cache.
 
     ``data.train``, ``data.val``, ``data.test``: how many pictures; ``data.image_size``: their side in pixels;
-    ``data.contrast``: of clear figures; ``data.faint_contrast``: that of faint ones as a share of it; ``data.faint_share``:
-    share of faint ones in train (half of val and test are); ``data.split_seed``. The group is the attribute
-    ``visibility`` of picture and box.
+    ``data.contrast``: of clear figures; ``data.faint_contrast``: that of faint ones as a share of it;
+    ``data.faint_share``: share of faint ones in train (half of val and test are); ``data.split_seed``. The group
+    is the attribute ``visibility`` of picture and box.
     """
-    options = {
+    options: dict[str, Any] = {
         "sizes": [int(data[split]) for split in ("train", "val", "test")],
         "image_size": int(data.image_size),
         "contrast": float(data.contrast),
@@ -99,7 +99,9 @@ def scenes_folder(data: Any) -> Path:
         (temporary / "images").mkdir()
         for number, (split, n) in enumerate(zip(("train", "val", "test"), options["sizes"], strict=True)):
             share = options["faint_share"] if split == "train" else 0.5
-            _write_split(temporary, split, n, share, np.random.default_rng([options["seed"], number]), options)
+            _write_split(
+                temporary, split, n, share, np.random.default_rng([options["seed"], number]), options
+            )
         try:
             os.replace(temporary, folder)
         except OSError:  # another process has drawn the same scenes meanwhile

@@ -57,7 +57,9 @@ def _metric_table(metric: str, groups: tuple[str, str], findings: Findings) -> T
     }
     for words, name in names.items():
         change, control = findings.changes[metric][name], findings.controls[metric][name]
-        rows.append([words, change.before, control.after, change.after, _interval(change), _interval(control)])
+        rows.append(
+            [words, change.before, control.after, change.after, _interval(change), _interval(control)]
+        )
     columns = [metric, "clean", "random", "perturbed", "perturbed − clean", "random − clean"]
     caption = (
         "Changes with 95 % intervals over pictures, paired. Random: each picture's own perturbation with its pixels in "
@@ -89,7 +91,9 @@ def _other_gaps(outputs: Mapping[str, Tensor], dataset: PictureDataset, groups: 
     rows.insert(2, ["score gap", before, after, f"{after - before:+.4f}"])
     rows.append(["‖δ‖∞, mean over pictures", 0.0, float(sizes[:, 0].mean()), ""])
     rows.append(["‖δ‖₂, mean over pictures", 0.0, float(sizes[:, 1].mean()), ""])
-    caption = "A picture's score is the mean probability of the true class over the queries matched with its boxes."
+    caption = (
+        "A picture's score is the mean probability of the true class over the queries matched with its boxes."
+    )
     return Table(["", "clean", "perturbed", "change"], rows, caption)
 
 

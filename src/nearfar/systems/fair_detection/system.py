@@ -1,4 +1,4 @@
-"""The fair-detection system: a perturbation trained against a frozen detector, judged by group on clean and perturbed."""
+"""The fair-detection system: a perturbation trained against a frozen detector, judged by group."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor, nn
 
 from nearfar.batching import BalancedBatchSampler
@@ -19,7 +17,7 @@ from nearfar.metrics import group_signals
 from nearfar.models.detection import Detector
 from nearfar.systems.detector.data import read_splits
 from nearfar.systems.fair_detection.data import PictureBatch, PictureDataset, with_group
-from nearfar.systems.fair_detection.evaluation import Findings, constant_box
+from nearfar.systems.fair_detection.evaluation import Findings
 from nearfar.systems.fair_detection.frozen import frozen_detector, lower_group, weights_key
 from nearfar.systems.fair_detection.generator import perturbed
 from nearfar.systems.fair_detection.looks import Looks
@@ -63,7 +61,7 @@ class FairDetectionSystem:
         for name, split in found.items():
             if not len(self.splits[name]):
                 raise NearfarError(
-                    f"{split.source}: no picture has a box and one of the groups {', '.join(split.groups) or '(none)'}; "
+                    f"{split.source}: no picture has a box and one of the groups {split.groups}; "
                     f"data.group_key={data.group_key} names the attribute."
                 )
             if less := len(split) - len(self.splits[name]):
@@ -72,16 +70,14 @@ class FairDetectionSystem:
             raise NearfarError("there is no validation split to choose the epoch by: set data.val_fraction.")
         self.detector = frozen_detector(config, found, say)
         say(f"detector: {self.detector.description}, frozen")
-        self._labels = np.array([self.detector.label(name) for name in self.splits["train"].categories])
-        names = self.splits["train"].groups
+        labels = [self.detector.label(name) for name in self.splits["train"].categories]
         for name, split in self.splits.items():
-            self._datasets[name] = PictureDataset(split, name, data.image_size, self._labels)
-        self.looks = Looks(self.detector, config, self._datasets)
-        self.groups = lower_group(config, self.looks, self.splits["val"], self._labels, names, say)
+            self._datasets[name] = PictureDataset(split, name, data.image_size, labels)
+        self.looks = Looks(self.detector, labels, config, self._datasets)
+        self.groups = lower_group(config, self.looks, self.splits["val"], say)
         for dataset in self._datasets.values():
-            dataset.lower = names.index(self.groups[0])
+            dataset.lower = dataset.split.groups.index(self.groups[0])
         self._weights = weights_key(self.detector)
-        self._baseline = constant_box(self.splits["train"])
 
     def layout(self) -> dict[str, Any]:
         """Counts, rejections and hashes of the splits, and the detector really used."""
@@ -155,7 +151,9 @@ class FairDetectionSystem:
             lambda: self.objective.sum.measure_shares(losses.values, delta, **place).to_dict(),
         )
 
-    def _record(self, losses: Losses, delta: Tensor, batch: PictureBatch, model: FairModel) -> dict[str, float]:
+    def _record(
+        self, losses: Losses, delta: Tensor, batch: PictureBatch, model: FairModel
+    ) -> dict[str, float]:
         """Under the names of the system's page, and those that the doctor knows."""
         values = {name: value.item() for name, value in losses.values.items()}
         assert self.objective.sum.record is not None
@@ -183,12 +181,10 @@ class FairDetectionSystem:
         """AP and AR per group and their gap, perturbed against clean."""
         part = self.splits[split]
         found = Findings.of(
-            outputs, part, self._labels, self.groups, self._baseline, self.config.bootstrap, final, self.config.seed
+            outputs, part, self.splits["train"], self.groups, self.config.bootstrap, final, self.config.seed
         )
         self._findings[split] = found
-        return Evaluation(
-            split, found.estimates, part.ids, found.per_item, found.facts() if final else {}
-        )
+        return Evaluation(split, found.estimates, part.ids, found.per_item, found.facts() if final else {})
 
     def report_examples(self, outputs: Mapping[str, Tensor], split: str) -> list[dict[str, Any]]:
         """None: pictures stand in sections of their own."""
