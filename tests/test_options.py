@@ -15,8 +15,8 @@ from omegaconf import OmegaConf
 from nearfar.configs import experiments
 from nearfar.errors import NearfarError
 from nearfar.overrides import compose_config
-from nearfar.systems.molecules.features import MoleculeFeatures
 from nearfar.systems import check_config
+from nearfar.systems.molecules.features import MoleculeFeatures
 from nearfar.systems.molecules.options import check_options, data_paths
 from nearfar.training import ranks
 from nearfar.training.batches import build_sampler
