@@ -1,8 +1,8 @@
 """How often intervals of AP, and of the gap in AP between two groups, hold the true value.
 
 Pictures are simulated: one true box each and three detections around it, those of group a with more noise. The true
-value is that of 8,000 pictures. Of many samples of few pictures, the share of intervals that hold it, for three kinds of
-interval, and how much higher AP is on average than its true value.
+value is that of 8,000 pictures. Of many samples of few pictures: the share of intervals that hold it, for three kinds
+of interval, and how much higher AP is on average than its true value.
 
     python benchmarks/detection_intervals.py                        # 250 samples of 80 pictures, 120 of 195
 """
