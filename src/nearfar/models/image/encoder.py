@@ -117,7 +117,7 @@ class ImageEncoder(nn.Module):
             pixels = pixels.to(self.mean.dtype) / 255
         elif not pixels.is_floating_point():
             raise NearfarError(f"pixels are {pixels.dtype}: uint8, or floats from 0 to 1, are needed")
-        elif pixels.numel() and not 0 <= float(pixels.min()) <= float(pixels.max()) <= 1:
+        elif pixels.numel() and not 0 <= float(pixels.detach().min()) <= float(pixels.detach().max()) <= 1:
             low, high = float(pixels.min()), float(pixels.max())
             raise NearfarError(
                 f"pixels range from {low:.3g} to {high:.3g}: floats from 0 to 1 are needed "

@@ -39,7 +39,8 @@ def frozen_detector(config: Any, splits: dict[str, CocoSplit], say: Say) -> Dete
     if config.detector is not None:
         return load_detector(str(config.detector))
     data = data_of(config)
-    options = config.detector_training["scenes" if data.kind == "scenes" else "photos"]
+    kind = "scenes" if data.kind == "scenes" else "photos"
+    options = config.detector_training[kind]
     nested = _training_config(config, data, options)
     plain = OmegaConf.to_container(nested, resolve=True)
     assert isinstance(plain, dict)
@@ -49,7 +50,12 @@ def frozen_detector(config: Any, splits: dict[str, CocoSplit], say: Say) -> Dete
     )
     folder = cache_dir() / "detectors" / key[:16]
     if not (folder / "metrics.json").exists():
-        _train(nested, folder, say)
+        try:
+            _train(nested, folder, say)
+        except NearfarError as error:
+            raise NearfarError(
+                f"training a detector first, with the options of detector_training.{kind}: {error}"
+            ) from None
     say(f"detector: trained on {splits['train'].source}, kept in {folder}")
     return load_detector(folder)
 
