@@ -166,7 +166,9 @@ def test_set_loss_does_not_depend_on_the_order_of_queries_or_boxes() -> None:
         order = torch.tensor([3, 1, 4, 0, 2])
         moved = DetectorOutput(output.logits[:, order], output.boxes[:, order], output.features[:, order])
         turned = [Target(t.labels.flip(0), t.boxes.flip(0)) for t in targets]
-        assert float(loss(moved, turned)) == pytest.approx(float(loss(output, targets)), rel=1e-12)
+        assert float(loss(moved, turned).detach()) == pytest.approx(
+            float(loss(output, targets).detach()), rel=1e-12
+        )
 
 
 def test_quality_loss_is_least_where_scores_are_the_overlap() -> None:
@@ -270,6 +272,35 @@ def test_decoding_a_kept_map_is_the_whole_network() -> None:
             assert torch.equal(whole.boxes, parts.boxes)
             expected = encoder.stages(encoder.normalized(pixels), 32)
             torch.testing.assert_close(encoder.continued(encoder.feature_map(pixels, 16)), expected)
+
+
+@pytest.mark.parametrize("kind", ["small", "efficientnet", "mobilenet"])
+def test_freezing_folds_every_batch_norm_and_changes_nothing(kind: str) -> None:
+    encoder = build_image_encoder(kind, pretrained=False, seed=0)
+    g = torch.Generator().manual_seed(0)
+    for layer in encoder.modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            with torch.no_grad():
+                for tensor, low in (
+                    (layer.running_mean, -0.2),
+                    (layer.weight, 0.7),
+                    (layer.running_var, 0.7),
+                ):
+                    tensor.copy_(low + 0.5 * torch.rand(tensor.shape, generator=g))  # type: ignore[union-attr]
+    detector = SmallDetector(encoder, ("person",), queries=4, width=16, heads=2).eval()
+    pixels = torch.rand(2, 3, 64, 64, generator=g).requires_grad_()
+    targets = [Target(torch.tensor([0]), torch.tensor([[0.5, 0.5, 0.4, 0.6]]))] * 2
+
+    def numbers() -> list[torch.Tensor]:
+        output = detector(pixels)
+        (slope,) = torch.autograd.grad(detector.set_loss(output, targets), pixels)
+        return [output.logits.detach(), output.boxes.detach(), slope]
+
+    before = numbers()
+    detector.freeze()
+    assert not any(isinstance(layer, torch.nn.BatchNorm2d) for layer in detector.modules())
+    for old, new in zip(before, numbers(), strict=True):
+        torch.testing.assert_close(new, old, atol=1e-4, rtol=1e-3)
 
 
 def test_a_transformers_detr_is_read_from_a_folder(tmp_path: Path) -> None:

@@ -74,6 +74,7 @@ def _compute(
         positions = range(start, min(start + _ROWS, len(dataset)))
         shown = [dataset.show(i, view, (seed, number, i)) for i in positions]
         pixels = torch.from_numpy(np.stack([pixels for pixels, _ in shown]))
+        pixels = pixels.contiguous(memory_format=torch.channels_last)  # as the detector has them
         targets += [target for _, target in shown]
         with torch.no_grad():
             found = encoder.feature_map(pixels, 16)
