@@ -96,20 +96,22 @@ def test_wrong_options_are_refused(overrides: list[str], message: str) -> None:
 
 # -- scenes --------------------------------------------------------------------------------------------------
 def test_only_the_contrast_tells_the_groups_apart() -> None:
-    same = [make_scene(np.random.default_rng(7), 64, contrast) for contrast in (0.3, 0.1)]
-    assert same[0][1] == same[1][1], "the same figure in the same place"
+    clear, faint = (make_scene(np.random.default_rng(7), 64, 0.3, left) for left in (1.0, 0.35))
+    assert clear[1] == faint[1], "the same figure in the same place"
+    spread = [float(np.std(picture, (0, 1)).mean()) for picture in (clear[0], faint[0])]
+    assert spread[1] / spread[0] == pytest.approx(0.35, abs=0.02)
     excess = {}
-    for contrast in (0.3, 0.1):
+    for haze in (1.0, 0.35):
         found = []
         for seed in range(20):
-            picture, (left, top, width, height) = make_scene(np.random.default_rng(seed), 64, contrast)
+            picture, (left, top, width, height) = make_scene(np.random.default_rng(seed), 64, 0.3, haze)
             # The trunk: the middle of the box a third from its top.
             row, column = int(top + 0.35 * height), int(left + 0.5 * width)
             inside = picture[row - 1 : row + 2, column - 1 : column + 2].mean((0, 1)) / 255
             found.append(np.abs(inside - np.median(picture, (0, 1)) / 255).mean())
-        excess[contrast] = np.median(found)
-    assert 0.2 < excess[0.3] < 0.4
-    assert 0.05 < excess[0.1] < 0.18
+        excess[haze] = np.median(found)
+    assert 0.2 < excess[1.0] < 0.4
+    assert excess[0.35] / excess[1.0] == pytest.approx(0.35, abs=0.05)
 
 
 def test_scenes_are_coco_files_and_are_drawn_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,9 +17,10 @@ __all__ = ["PerturbationGenerator", "perturbed"]
 class PerturbationGenerator(nn.Module):
     """δ = ε · tanh(u(x)), u a U-Net (Ronneberger et al. 2015) on pixels from 0 to 1; every |δ| is at most ε.
 
-    ``channels`` of the first level double with each of the ``levels`` − 1 halvings of the picture. Group norm, so that
-    a picture's perturbation does not depend on its batch. Pictures of any size: their edges are repeated up to
-    the next multiple of 2^(levels − 1), and the result is cut.
+    Four pixels that form a square are twelve channels of one place, at the input and at the output (Shi et al. 2016):
+    no detail is lost, and a layer costs a quarter. ``channels`` of the first level double with each of the
+    ``levels`` − 1 halvings that follow. Group norm, so that a picture's perturbation does not depend on its batch. Pictures of any
+    size: their edges are repeated up to the next multiple of 2^levels, and the result is cut.
 
     The last layer starts at 0: before training nothing is changed, and the first step departs from the clean picture.
 
@@ -35,18 +36,19 @@ class PerturbationGenerator(nn.Module):
         if not 1 <= levels <= 6:
             raise NearfarError(f"generator.levels={levels} is out of range: 1 to 6.")
         widths = [channels * 2**level for level in range(levels)]
-        self.start = _block(3, channels)
+        self.start = _block(12, channels)
         self.down = nn.ModuleList(_block(a, b, stride=2) for a, b in pairwise(widths))
         self.up = nn.ModuleList(_block(a + b, a) for a, b in reversed(list(pairwise(widths))))
-        self.end = nn.Conv2d(channels, 3, 1)
+        self.end = nn.Conv2d(channels, 12, 1)
         nn.init.zeros_(self.end.weight)
         assert self.end.bias is not None
         nn.init.zeros_(self.end.bias)
-        self.multiple = 2 ** (levels - 1)
+        self.multiple = 2**levels
 
     def forward(self, pixels: Float[Tensor, "n 3 h w"], epsilon: float) -> Float[Tensor, "n 3 h w"]:
         height, width = pixels.shape[-2:]
-        x = _padded(pixels - 0.5, self.multiple)
+        x = F.pixel_unshuffle(_padded(pixels - 0.5, self.multiple), 2)
+        x = x.contiguous(memory_format=torch.channels_last)  # a quarter faster on a CPU
         maps = [self.start(x)]
         for block in self.down:
             maps.append(block(maps[-1]))
@@ -54,7 +56,7 @@ class PerturbationGenerator(nn.Module):
         for block in self.up:
             x = F.interpolate(x, scale_factor=2.0, mode="nearest")
             x = block(torch.cat([maps.pop(), x], dim=1))
-        return epsilon * torch.tanh(self.end(x)[..., :height, :width])
+        return epsilon * torch.tanh(F.pixel_shuffle(self.end(x), 2)[..., :height, :width])
 
 
 def perturbed(pixels: Float[Tensor, "n 3 h w"], delta: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n 3 h w"]:
@@ -76,8 +78,8 @@ def _block(channels: int, out: int, stride: int = 1) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(channels, out, 3, stride, 1, bias=False),
         nn.GroupNorm(out // 8, out),
-        nn.SiLU(inplace=True),
+        nn.ReLU(inplace=True),
         nn.Conv2d(out, out, 3, 1, 1, bias=False),
         nn.GroupNorm(out // 8, out),
-        nn.SiLU(inplace=True),
+        nn.ReLU(inplace=True),
     )

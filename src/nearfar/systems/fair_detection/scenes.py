@@ -2,8 +2,8 @@
 
 A gap that is known to be there, for a known reason, tells a method that closes it from one that does not. A figure is
 drawn with head, body, arms and legs in a pose of its own; around it lie things that are no figures. Pose, place, size,
-background and other things are drawn the same way in both groups. The contrast alone differs: of ``faint`` figures it
-is the share ``faint_contrast`` of that of ``clear`` ones.
+colours and other things are drawn the same way in both groups. The contrast alone differs: ``faint`` pictures stand in
+a haze that leaves the share ``faint_contrast`` of every difference from the background's colour.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from nearfar.training.options import Number, Rule
 
 __all__ = ["GROUPS", "check_scenes", "make_scene", "scenes_folder"]
 
-VERSION = 1
+VERSION = 3
 GROUPS = ("faint", "clear")
 #: drawn so many times larger and then reduced, so that edges are smooth
 _FINER = 3
@@ -50,12 +50,12 @@ def check_scenes(data: Any) -> None:
 
 
 def make_scene(
-    rng: np.random.Generator, size: int, contrast: float
+    rng: np.random.Generator, size: int, contrast: float, left: float = 1.0
 ) -> tuple[UInt8[np.ndarray, "h w 3"], tuple[float, float, float, float]]:
     """One picture of ``size`` × ``size`` pixels and the box (left, top, width, height) of its figure.
 
     ``contrast``: by how much the figure's colour differs from the background's mean on average over the three colours,
-    0 to 1, up or down.
+    0 to 1, up or down. ``left``: the share of all differences that haze leaves.
 
     >>> picture, box = make_scene(np.random.default_rng(0), 96, 0.4)
     >>> picture.shape, all(edge >= 0 for edge in box)
@@ -63,14 +63,14 @@ def make_scene(
     """
     base = rng.uniform(0.35, 0.65, 3)
     picture = base + _texture(rng, size)
-    for _ in range(rng.integers(1, 4)):
+    for _ in range(rng.integers(0, 3)):
         mask = _thing(rng, size)
         picture += mask[..., None] * _colour(rng, rng.uniform(0.05, 0.4))
     mask, box = _figure(rng, size)
     picture = picture * (1 - mask[..., None]) + mask[..., None] * (
         base + _colour(rng, contrast) + 0.3 * _texture(rng, size)
     )
-    picture += rng.normal(0.0, _NOISE, picture.shape)
+    picture = base + left * (picture - base + rng.normal(0.0, _NOISE, picture.shape))
     return (picture.clip(0, 1) * 255).round().astype(np.uint8), box
 
 
@@ -78,8 +78,8 @@ def scenes_folder(data: Any) -> Path:
     """The folder, in COCO format, of the scenes that ``data`` describes; drawn once and kept in the cache.
 
     ``data.train``, ``data.val``, ``data.test``: how many pictures; ``data.image_size``: their side in pixels;
-    ``data.contrast``: of clear figures; ``data.faint_contrast``: that of faint ones as a share of it;
-    ``data.faint_share``: share of faint ones in train (half of val and test are); ``data.split_seed``. The group
+    ``data.contrast``: of figures; ``data.faint_contrast``: what haze leaves of it in faint pictures;
+    ``data.faint_share``: share of faint pictures in train (half of val and test are); ``data.split_seed``. The group
     is the attribute ``visibility`` of picture and box.
     """
     options: dict[str, Any] = {
@@ -120,8 +120,8 @@ def _write_split(
     faint = rng.permutation(n) < round(n * faint_share)
     images, annotations = [], []
     for i, is_faint in enumerate(faint.tolist(), 1):
-        contrast = options["contrast"] * (options["faint_contrast"] if is_faint else 1.0)
-        picture, box = make_scene(rng, options["image_size"], contrast)
+        left = options["faint_contrast"] if is_faint else 1.0
+        picture, box = make_scene(rng, options["image_size"], options["contrast"], left)
         name, group = f"{split}_{i:05d}.png", GROUPS[0] if is_faint else GROUPS[1]
         Image.fromarray(picture).save(folder / "images" / name)
         side = options["image_size"]
@@ -192,7 +192,7 @@ def _figure(
     """Head, body, two arms and two legs, and the box around what was drawn."""
     canvas, draw = _canvas(size)
     reach = size * _FINER
-    tall = rng.uniform(0.4, 0.8) * reach
+    tall = rng.uniform(0.5, 0.85) * reach
     x = rng.uniform(0.3, 0.7) * reach
     top = rng.uniform(0.04, 0.96 - tall / reach) * reach
     head, neck, hip = 0.085 * tall, top + 0.19 * tall, top + 0.55 * tall
@@ -201,7 +201,7 @@ def _figure(
     draw.ellipse((x - head, top, x + head, top + 2 * head), fill=255)
     draw.rounded_rectangle((x - width, neck, x + width, hip), radius=width / 2, fill=255)
     for side in (-1, 1):
-        arm, leg = rng.uniform(-0.3, 1.6), rng.uniform(0.0, 0.45)
+        arm, leg = rng.uniform(-0.2, 0.9), rng.uniform(0.0, 0.4)
         shoulder = (x + side * width * 0.8, neck + thick / 2)
         hand = (shoulder[0] + side * 0.33 * tall * math.sin(arm), shoulder[1] + 0.33 * tall * math.cos(arm))
         joint = (x + side * width * 0.5, hip - thick / 2)

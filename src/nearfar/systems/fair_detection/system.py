@@ -15,7 +15,7 @@ from nearfar.data.splits import check_disjoint
 from nearfar.errors import NearfarError
 from nearfar.metrics import group_signals
 from nearfar.models.detection import Detector
-from nearfar.systems.detector.data import read_splits
+from nearfar.systems.detector.data import DetectionData, read_splits
 from nearfar.systems.fair_detection.data import PictureBatch, PictureDataset, with_group
 from nearfar.systems.fair_detection.evaluation import Findings
 from nearfar.systems.fair_detection.frozen import frozen_detector, lower_group, weights_key
@@ -55,29 +55,37 @@ class FairDetectionSystem:
     def prepare(self, say: Say) -> None:
         """Read the pictures, load (or, for generated scenes, train) the detector, see which group is behind."""
         config = self.config
-        data = data_of(config)
-        found = read_splits(data, say)
-        self.splits = {name: with_group(split) for name, split in found.items()}
-        for name, split in found.items():
-            if not len(self.splits[name]):
-                raise NearfarError(
-                    f"{split.source}: no picture has a box and one of the groups {split.groups}; "
-                    f"data.group_key={data.group_key} names the attribute."
-                )
-            if less := len(split) - len(self.splits[name]):
-                say(f"{name}: {less} pictures without a group or a box to find are left out")
+        read = self.load_data(say)
+        say(read.summary())
+        self.splits = read.splits
         if "val" not in self.splits:
             raise NearfarError("there is no validation split to choose the epoch by: set data.val_fraction.")
-        self.detector = frozen_detector(config, found, say)
+        self.detector = frozen_detector(config, self.splits, say)
         say(f"detector: {self.detector.description}, frozen")
         labels = [self.detector.label(name) for name in self.splits["train"].categories]
+        size = int(data_of(config).image_size)
         for name, split in self.splits.items():
-            self._datasets[name] = PictureDataset(split, name, data.image_size, labels)
+            self._datasets[name] = PictureDataset(split, name, size, labels)
         self.looks = Looks(self.detector, labels, config, self._datasets)
         self.groups = lower_group(config, self.looks, self.splits["val"], say)
         for dataset in self._datasets.values():
             dataset.lower = dataset.split.groups.index(self.groups[0])
         self._weights = weights_key(self.detector)
+
+    def load_data(self, say: Say) -> DetectionData:
+        """The splits; of their pictures those that have a group and a box to find."""
+        data = data_of(self.config)
+        found = read_splits(data, say)
+        splits = {name: with_group(split) for name, split in found.items()}
+        for name, split in found.items():
+            if not len(splits[name]):
+                raise NearfarError(
+                    f"{split.source}: no picture has a box and one of the groups {split.groups}; "
+                    f"data.group_key={data.group_key} names the attribute."
+                )
+            if less := len(split) - len(splits[name]):
+                say(f"{name}: {less} pictures without a group or a box to find are left out")
+        return DetectionData(splits)
 
     def layout(self) -> dict[str, Any]:
         """Counts, rejections and hashes of the splits, and the detector really used."""
