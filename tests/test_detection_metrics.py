@@ -184,7 +184,10 @@ def test_intervals_cover() -> None:
 def test_a_change_is_paired_and_falls_into_two_modes() -> None:
     worse, true = one_each(5, 100, 8.0, 8.0)
     better = Boxes(
-        worse.boxes * 0.85 + np.repeat(true.boxes, 3, axis=0) * 0.15, worse.labels, worse.picture, worse.scores
+        worse.boxes * 0.85 + np.repeat(true.boxes, 3, axis=0) * 0.15,
+        worse.labels,
+        worse.picture,
+        worse.scores,
     )
     before, after = (detection_evidence(found, true, 100, GROUPS) for found in (worse, better))
     change = detection_change(before, after, resamples=400)
