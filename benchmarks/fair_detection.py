@@ -1,7 +1,7 @@
 """How long an epoch of fair detection takes: 1,211 pictures of 224 × 224 pixels against a small MobileNetV2 detector.
 
 A step is that of the system (read pictures, perturb, detect, three losses, back to the pixels, clip, update), by
-default with the detector of ``experiment=detector`` at random weights, which cost what trained ones cost. The medians of
+default with the detector of ``experiment=detector`` at random weights, which cost what trained ones do. The medians of
 the steps are multiplied up to the epoch; the validation after it is counted for as many pictures as are held out.
 
     python benchmarks/fair_detection.py                 # two threads

@@ -7,6 +7,8 @@ new batches in evaluation mode, where batch normalisation uses its running stati
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -50,9 +52,7 @@ def run(
             optimizer.step()
         with torch.no_grad():
             embedded = [normalize(head(torch.cat([row, x[1:]]))[0], dim=0) for x, _ in new]
-            found[f"wobble_{norm}"] = float(
-                1 - torch.stack([a @ b for a, b in zip(embedded, embedded[1:], strict=False)]).mean()
-            )
+            found[f"wobble_{norm}"] = float(1 - torch.stack([a @ b for a, b in pairwise(embedded)]).mean())
             head.eval()
             found[f"loss_{norm}"] = float(torch.stack([loss(head(x), s) for x, s in new]).mean())
     return found | {"ratio": found["loss_batch"] / found["loss_layer"]}
