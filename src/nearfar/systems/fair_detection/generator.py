@@ -19,8 +19,8 @@ class PerturbationGenerator(nn.Module):
 
     Four pixels that form a square are twelve channels of one place, at the input and at the output (Shi et al. 2016):
     no detail is lost, and a layer costs a quarter. ``channels`` of the first level double with each of the
-    ``levels`` − 1 halvings that follow. Group norm, so that a picture's perturbation does not depend on its batch. Pictures of any
-    size: their edges are repeated up to the next multiple of 2^levels, and the result is cut.
+    ``levels`` − 1 halvings that follow. Group norm, so that a picture's perturbation does not depend on its batch.
+    Pictures of any size: their edges are repeated up to the next multiple of 2^levels, and the result is cut.
 
     The last layer starts at 0: before training nothing is changed, and the first step departs from the clean picture.
 
