@@ -188,6 +188,7 @@ def test_quality_loss_is_least_where_scores_are_the_overlap() -> None:
     assert at(reached) == pytest.approx(0.0, abs=1e-12)
 
 
+@torch.no_grad()
 def test_earlier_layers_and_repeats_add_up() -> None:
     output, targets = random_output(3)
     other, _ = random_output(4)
@@ -341,7 +342,7 @@ def test_a_transformers_detr_is_read_from_a_folder(tmp_path: Path) -> None:
     labels = [{"class_labels": t.labels, "boxes": t.boxes} for t in targets]
     theirs = network(pixel_values=normal, labels=labels)
     torch.testing.assert_close(output.logits, theirs.logits)
-    assert float(detector.set_loss(output, targets)) == pytest.approx(float(theirs.loss), rel=1e-5)
+    torch.testing.assert_close(detector.set_loss(output, targets), theirs.loss)
     detector.set_loss(output, targets).backward()
     assert float(pixels.grad.abs().sum()) > 0  # type: ignore[union-attr]
     assert TransformersDetector(str(tmp_path), size=96)(pixels).boxes.shape == (2, 6, 4)
@@ -468,14 +469,12 @@ def test_resume_is_exact_across_the_switch_from_kept_maps(tmp_path: Path, folder
         "trainer.checkpoint_steps=1",
     ]
     whole = run(tmp_path, folder, *common, "name=whole")
-    for steps in (1, 3):
-        cut = run(tmp_path, folder, *common, f"name=cut{steps}", f"trainer.max_steps={steps}")
-        resumed = run(tmp_path, folder, *common, f"name=resumed{steps}", f"resume_from={cut.path}")
-        a, b = Checkpoint.load(whole.path), Checkpoint.load(resumed.path)
-        assert all(torch.equal(a.model[key], b.model[key]) for key in a.model)
-        assert bool(a.model["moved"])
-        first, second = (f.read_json("metrics.json")["splits"] for f in (whole, resumed))
-        assert first == second
+    cut = run(tmp_path, folder, *common, "name=cut", "trainer.max_steps=1")
+    resumed = run(tmp_path, folder, *common, "name=resumed", f"resume_from={cut.path}")
+    a, b = Checkpoint.load(whole.path), Checkpoint.load(resumed.path)
+    assert all(torch.equal(a.model[key], b.model[key]) for key in a.model)
+    assert bool(a.model["moved"])
+    assert whole.read_json("metrics.json")["splits"] == resumed.read_json("metrics.json")["splits"]
     plans = [r for r in whole.log() if r["kind"] == "plan"]
     assert [p["frozen"] for p in plans] == [True, False]
 
