@@ -13,7 +13,7 @@ __all__ = ["Level", "by_class", "levels", "terms"]
 
 #: losses that are no softmax over candidates: guessing does not cost ln(candidates)
 _OTHER = ("siglip", "focal", "wasserstein", "score", "triplet", "margin", "bce", "mse", "vicreg", "barlow", "byol",
-          "simsiam", "cosine")  # fmt: skip
+          "simsiam", "cosine", "detection")  # fmt: skip
 #: what an objective's contrastive term may be called, where the log does not say whose candidates it has
 _CONTRASTIVE = ("contrast", "nce", "clip", "supcon", "spatial", "pair")
 #: losses whose positives are rows of one class

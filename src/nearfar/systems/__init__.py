@@ -13,10 +13,12 @@ if TYPE_CHECKING:
 __all__ = ["OPTIONS", "SYSTEMS", "TRAINED", "build_system", "check_config", "judged_again", "trained"]
 
 SYSTEMS = {
-    "molecules": "nearfar.systems.molecules.system:MoleculeSystem",
-    "tissue": "nearfar.systems.tissue.system:TissueSystem",
     "aspects": "nearfar.systems.aspects.system:AspectSystem",
+    "detector": "nearfar.systems.detector.system:DetectorSystem",
+    "fair_detection": "nearfar.systems.fair_detection.system:FairDetectionSystem",
+    "molecules": "nearfar.systems.molecules.system:MoleculeSystem",
     "relations": "nearfar.systems.relations.system:RelationSystem",
+    "tissue": "nearfar.systems.tissue.system:TissueSystem",
 }
 
 
@@ -41,10 +43,12 @@ JUDGED_AGAIN = {"relations": "nearfar.systems.relations.rescored"}
 TRAINED = {"molecules": "nearfar.systems.molecules.search:TrainedMolecules"}
 #: system → what checks its options; light, so that a whole sweep is checked before it starts
 OPTIONS = {
-    "molecules": "nearfar.systems.molecules.options:check_options",
-    "tissue": "nearfar.systems.tissue.options:check_options",
     "aspects": "nearfar.systems.aspects.options:check_options",
+    "detector": "nearfar.systems.detector.options:check_options",
+    "fair_detection": "nearfar.systems.fair_detection.options:check_options",
+    "molecules": "nearfar.systems.molecules.options:check_options",
     "relations": "nearfar.systems.relations.options:check_options",
+    "tissue": "nearfar.systems.tissue.options:check_options",
 }
 
 

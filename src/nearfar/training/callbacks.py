@@ -13,6 +13,7 @@ import lightning as L
 from torch import Tensor
 
 from nearfar.training import ranks
+from nearfar.training.checkpoint import epoch_path
 from nearfar.training.facts import model_facts
 from nearfar.training.module import RunModule
 from nearfar.training.probe import Probe
@@ -75,7 +76,8 @@ class RunRecorder(L.Callback):
 
     ``checkpoints/last.ckpt`` is the newest state (every ``checkpoint_minutes``, at each epoch's end, and when the
     run is asked to stop), ``checkpoints/best.ckpt`` the best by validation. Both names are stable; older ones
-    are replaced.
+    are replaced. With ``checkpoint_epochs=N`` the state after every N-th epoch is kept beside them
+    (``epoch_path``).
     """
 
     def __init__(self, folder: RunFolder, config: Any, request: StopRequest) -> None:
@@ -257,6 +259,9 @@ class RunRecorder(L.Callback):
                 same_file(last.with_name("best.ckpt"), last)
             else:
                 checkpoint.save(last)
+            every = self.config.trainer.get("checkpoint_epochs")
+            if every and module.batches == 0 and module.epoch % every == 0:
+                same_file(last, epoch_path(self.folder.checkpoints, module.epoch))
         self._saved_at = time.monotonic()
 
 

@@ -19,7 +19,7 @@ from nearfar.errors import NearfarError
 from nearfar.training import ranks
 from nearfar.training.run_folder import write_atomically
 
-__all__ = ["Checkpoint", "find_checkpoint", "generator_state", "load_generator_state"]
+__all__ = ["Checkpoint", "epoch_path", "find_checkpoint", "generator_state", "load_generator_state"]
 
 FORMAT = 1
 
@@ -84,6 +84,15 @@ class Checkpoint:
 def _shallow(checkpoint: Checkpoint) -> dict[str, Any]:
     """The fields as a plain dictionary, tensors shared (``dataclasses.asdict`` would copy every weight)."""
     return {f.name: getattr(checkpoint, f.name) for f in fields(checkpoint)}
+
+
+def epoch_path(folder: Path, epoch: int) -> Path:
+    """Where the state after ``epoch`` epochs is kept, if ``trainer.checkpoint_epochs`` asks for it.
+
+    >>> epoch_path(Path("checkpoints"), 7).name
+    'epoch_0007.ckpt'
+    """
+    return folder / f"epoch_{epoch:04d}.ckpt"
 
 
 def find_checkpoint(path: str | Path, prefer: str = "last") -> Path:

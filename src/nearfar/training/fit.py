@@ -57,6 +57,7 @@ def quiet_lightning() -> Iterator[None]:
         warnings.filterwarnings("ignore", message=".*`broadcast_buffers` is deprecated.*")
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
+        warnings.filterwarnings("ignore", message=".*in eval mode at the start.*")  # frozen parts are
         warnings.filterwarnings("ignore", message=".*Total length of `list`.*")  # no validation
         warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")  # frozen parts
         warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")

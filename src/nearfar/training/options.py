@@ -179,6 +179,7 @@ TRAINING: dict[str, Rule] = {
     "trainer.probe_rows": Number(0, whole=True),
     "trainer.checkpoint_minutes": Number(0),
     "trainer.checkpoint_steps": Number(1, whole=True, optional=True),
+    "trainer.checkpoint_epochs": Number(1, whole=True, optional=True),
     "trainer.max_steps": Number(1, whole=True, optional=True),
 }
 

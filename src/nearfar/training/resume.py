@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nearfar.errors import NearfarError
-from nearfar.training.checkpoint import Checkpoint, find_checkpoint
+from nearfar.training.checkpoint import Checkpoint, epoch_path, find_checkpoint
 from nearfar.training.run_folder import RunFolder, same_file
 
 __all__ = ["Resume", "changed_values", "flatten"]
@@ -110,14 +110,32 @@ class Resume:
             checkpoint.meters = {}
         return checkpoint
 
+    def _best(self, checkpoint: Checkpoint) -> Path:
+        """The best checkpoint as of this one: ``best.ckpt`` may be of a later epoch, which is then forgotten.
+
+        Where the best of the earlier epochs is kept nowhere, this checkpoint stands for it, until an epoch has been
+        trained: the memory of a best value without its weights would choose by what is not there.
+        """
+        epoch = checkpoint.best.get("epoch")
+        if epoch is None:
+            return self.path
+        folder = self.folder.checkpoints
+        for path in (folder / "best.ckpt", epoch_path(folder, epoch)):
+            if path.is_file() and (path == self.path or Checkpoint.load(path).epoch == epoch):
+                return path
+        if epoch != checkpoint.epoch:
+            checkpoint.best = {"value": None, "epoch": checkpoint.epoch, "epochs_without_gain": 0}
+        return self.path
+
     def carry_over(self, folder: RunFolder, checkpoint: Checkpoint) -> None:
         """Bring log and best checkpoint into ``folder`` as they were at the checkpoint, and record the resume."""
         if folder.path.resolve() != self.folder.path.resolve():
             folder.checkpoints.mkdir(parents=True, exist_ok=True)
             if self.folder.log_path.exists():
                 shutil.copyfile(self.folder.log_path, folder.log_path)
-            best = self.folder.checkpoints / "best.ckpt"
-            same_file(best if best.exists() else self.path, folder.checkpoints / "best.ckpt")
+        best = self._best(checkpoint)
+        if best != folder.checkpoints / "best.ckpt":
+            same_file(best, folder.checkpoints / "best.ckpt")
         if self.path != folder.checkpoints / "last.ckpt":
             # Whatever came after this checkpoint is gone; killed now, the run goes on from here.
             same_file(self.path, folder.checkpoints / "last.ckpt")

@@ -63,9 +63,14 @@ class EfficientNetImageEncoder(ImageEncoder):
 
     def stages(self, x: Float[Tensor, "n 3 h w"], stride: int) -> Float[Tensor, "n c hs ws"]:
         x = F.relu6(self._bn0(self._conv_stem(x)))
-        for block in self._blocks[: _BLOCKS_AT_16 if stride == 16 else None]:
+        for block in self._blocks[:_BLOCKS_AT_16]:
             x = block(x)
-        return x if stride == 16 else F.relu6(self._bn1(self._conv_head(x)))
+        return x if stride == 16 else self.continued(x)
+
+    def continued(self, early: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d hs ws"]:
+        for block in self._blocks[_BLOCKS_AT_16:]:
+            early = block(early)
+        return F.relu6(self._bn1(self._conv_head(early)))
 
 
 class _Block(nn.Module):

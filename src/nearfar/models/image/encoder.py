@@ -59,6 +59,13 @@ class ImageEncoder(nn.Module):
         """The network over normalised pixels, up to the map at this stride."""
         raise NotImplementedError
 
+    def continued(self, early: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d hs ws"]:
+        """The map at stride 32 from that at stride 16, so that the first half of a network can be computed once."""
+        raise NearfarError(
+            f"image_encoder={self.kind} cannot be cut at stride 16: its first half cannot be kept. Take mobilenet, "
+            "efficientnet or small."
+        )
+
     @property
     def pretrained(self) -> bool:
         """Whether the network started from trained weights."""
@@ -110,7 +117,7 @@ class ImageEncoder(nn.Module):
             pixels = pixels.to(self.mean.dtype) / 255
         elif not pixels.is_floating_point():
             raise NearfarError(f"pixels are {pixels.dtype}: uint8, or floats from 0 to 1, are needed")
-        elif pixels.numel() and not 0 <= float(pixels.min()) <= float(pixels.max()) <= 1:
+        elif pixels.numel() and not 0 <= float(pixels.detach().min()) <= float(pixels.detach().max()) <= 1:
             low, high = float(pixels.min()), float(pixels.max())
             raise NearfarError(
                 f"pixels range from {low:.3g} to {high:.3g}: floats from 0 to 1 are needed "

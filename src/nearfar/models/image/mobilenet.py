@@ -55,7 +55,11 @@ class MobileNetImageEncoder(ImageEncoder):
         self.finish()
 
     def stages(self, x: Float[Tensor, "n 3 h w"], stride: int) -> Float[Tensor, "n c hs ws"]:
-        return self.features[: _LAST_AT_16 + 1](x) if stride == 16 else self.features(x)
+        early = self.features[: _LAST_AT_16 + 1](x)
+        return early if stride == 16 else self.continued(early)
+
+    def continued(self, early: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d hs ws"]:
+        return self.features[_LAST_AT_16 + 1 :](early)
 
 
 class _InvertedResidual(nn.Module):

@@ -45,8 +45,11 @@ class SmallImageEncoder(ImageEncoder):
         self.finish()
 
     def stages(self, x: Float[Tensor, "n 3 h w"], stride: int) -> Float[Tensor, "n c hs ws"]:
-        x = self.to_16(x)
-        return x if stride == 16 else self.to_32(x)
+        early = self.to_16(x)
+        return early if stride == 16 else self.continued(early)
+
+    def continued(self, early: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d hs ws"]:
+        return self.to_32(early)
 
 
 def _conv(channels: int, out: int, stride: int) -> nn.Sequential:

@@ -1,0 +1,208 @@
+"""A small detector that learns from about a thousand pictures: every place of the map proposes, a few queries decide.
+
+A DETR from scratch needs hundreds of epochs, because a query first has to learn where to look. Here each place of the
+stride-16 map proposes one box, the best proposals become the queries, and each decoder layer looks at all places and,
+closely, at points inside the query's own box, before it moves the box (after Zhu et al., 2021; Liu et al., 2022).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from nearfar.models.detection.boxes import corners
+from nearfar.models.detection.detector import Detector, DetectorOutput
+from nearfar.models.detection.fold import fold_batch_norms
+from nearfar.models.detection.set_loss import SetLoss
+from nearfar.models.image import ImageEncoder
+
+__all__ = ["SmallDetector"]
+
+GRID = 5  # points of a box along each side that a query looks at
+PROPOSALS_PER_BOX = 6  # places that learn from one true box
+
+
+class SmallDetector(Detector):
+    """An image encoder, a mixed map at stride 16, proposals, and a decoder of a few layers.
+
+    Args:
+        encoder: pictures to maps; the batch norms of a trained one keep the statistics they came with.
+        classes: see `Detector`.
+        queries: how many proposals are looked at.
+        width: d, a multiple of 4 and of ``heads``.
+        layers: of the decoder.
+        heads: of its attention.
+        dropout: in the decoder.
+        loss: see `Detector`.
+    """
+
+    def __init__(
+        self,
+        encoder: ImageEncoder,
+        classes: Sequence[str],
+        queries: int = 20,
+        width: int = 128,
+        layers: int = 2,
+        heads: int = 4,
+        dropout: float = 0.1,
+        loss: SetLoss | None = None,
+    ) -> None:
+        super().__init__(classes, width, f"{layers} decoder layers over {encoder.description}", loss)
+        self.encoder = encoder
+        self.queries = queries
+        self.narrow_16 = nn.Conv2d(encoder.channels[16], width, 1)
+        self.narrow_32 = nn.Conv2d(encoder.channels[32], width, 1)
+        self.mix = nn.Sequential(_Mixer(width), _Mixer(width))
+        self.norm = nn.LayerNorm(width)
+        self.propose = _Head(width, len(self.classes))
+        self.size = nn.Parameter(torch.zeros(2))
+        self.content = nn.Linear(width, width)
+        self.layers = nn.ModuleList(_Layer(width, heads, dropout) for _ in range(layers))
+        #: whether the encoder's first half has learned, so that maps kept of it are stale
+        self.moved: Tensor
+        self.register_buffer("moved", torch.tensor(False))
+        self.heads = nn.ModuleList(_Head(width, len(self.classes)) for _ in range(layers))
+        self.train()
+
+    def forward(self, pixels: Float[Tensor, "n 3 h w"]) -> DetectorOutput:
+        return self.decode(self.early(pixels))
+
+    def early(self, pixels: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n c hs ws"]:
+        """The encoder's map at stride 16."""
+        # Colours last in memory: a quarter faster on a CPU.
+        return self.encoder.feature_map(pixels.contiguous(memory_format=torch.channels_last), 16)
+
+    def decode(self, early: Float[Tensor, "n c hs ws"]) -> DetectorOutput:
+        """Everything after ``early``."""
+        early = early.contiguous(memory_format=torch.channels_last)
+        late = self.encoder.continued(early)
+        mixed = self.narrow_16(early) + F.interpolate(
+            self.narrow_32(late), size=early.shape[2:], mode="bilinear", align_corners=False
+        )
+        mixed = self.norm(self.mix(mixed).permute(0, 2, 3, 1))
+        n, h, w, d = mixed.shape
+        places = _places(h, w, mixed)
+        memory = mixed.flatten(1, 2)
+        where = sine(places[:, :2], d)
+        anchors = torch.cat([_logit(places), self.size.expand(h * w, 2)], dim=1)
+        proposals = self.propose(memory, anchors.expand(n, -1, -1), PROPOSALS_PER_BOX)
+        best = proposals.logits.softmax(-1)[..., -1].topk(min(self.queries, h * w), largest=False)[1]
+        rows = torch.arange(n, device=best.device)[:, None]
+        boxes, content = proposals.boxes[rows, best].detach(), self.content(memory[rows, best])
+        earlier = [proposals]
+        for layer, head in zip(self.layers, self.heads, strict=True):
+            content = layer(content, boxes, memory, where, mixed)
+            output = head(content, _logit(boxes))
+            boxes = output.boxes.detach()
+            earlier.append(output)
+        return DetectorOutput(output.logits, output.boxes, output.features, earlier[:-1])
+
+    def freeze(self) -> SmallDetector:
+        """See `Detector.freeze`; the encoder's batch norms are folded into its convolutions, a quarter faster again."""
+        super().freeze()
+        fold_batch_norms(self.encoder)
+        self.encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return self.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> SmallDetector:
+        """Training mode; the statistics of a trained encoder stay, because a few pictures would spoil them."""
+        super().train(mode)
+        if self.encoder.pretrained:
+            self.encoder.eval()
+        return self
+
+
+class _Mixer(nn.Module):
+    """A look at the neighbours, channel by channel, then across channels."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.near = nn.Conv2d(width, width, 5, padding=2, groups=width)
+        self.norm = nn.LayerNorm(width)
+        self.across = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+
+    def forward(self, x: Float[Tensor, "n d h w"]) -> Float[Tensor, "n d h w"]:
+        near = self.norm(self.near(x).permute(0, 2, 3, 1))
+        return x + self.across(near).permute(0, 3, 1, 2)
+
+
+class _Head(nn.Module):
+    """Logits, and a box relative to a reference, of each embedding."""
+
+    def __init__(self, width: int, classes: int) -> None:
+        super().__init__()
+        self.classify = nn.Linear(width, classes + 1)
+        last = nn.Linear(width, 4)
+        self.box = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), last)
+        with torch.no_grad():
+            last.weight.zero_()
+            last.bias.zero_()
+            self.classify.bias.zero_()
+            self.classify.bias[-1] = 3.0  # nearly every query says "nothing"
+
+    def forward(self, x: Tensor, reference: Tensor, repeat: int = 1) -> DetectorOutput:
+        return DetectorOutput(self.classify(x), (self.box(x) + reference).sigmoid(), x, repeat=repeat)
+
+
+class _Layer(nn.Module):
+    """Queries look at each other, at all places, and at points inside their boxes."""
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.position = nn.Sequential(nn.Linear(2 * width, width), nn.ReLU(), nn.Linear(width, width))
+        self.among = nn.MultiheadAttention(width, heads, dropout, batch_first=True)
+        self.around = nn.MultiheadAttention(width, heads, dropout, batch_first=True)
+        self.squeeze = nn.Linear(width, width // 4)
+        self.within = nn.Linear(width // 4 * GRID * GRID, width)
+        self.think = nn.Sequential(
+            nn.Linear(width, 2 * width), nn.ReLU(), nn.Dropout(dropout), nn.Linear(2 * width, width)
+        )
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(4))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, boxes: Tensor, memory: Tensor, where: Tensor, mixed: Tensor) -> Tensor:
+        own = self.position(sine(boxes, 2 * x.shape[-1]))
+        q = x + own
+        x = self.norms[0](x + self.dropout(self.among(q, q, x, need_weights=False)[0]))
+        looked = self.around(x + own, memory + where, memory, need_weights=False)[0]
+        x = self.norms[1](x + self.dropout(looked))
+        x = self.norms[2](x + self.dropout(self.within(inside(self.squeeze(mixed), boxes))))
+        return self.norms[3](x + self.dropout(self.think(x)))
+
+
+def inside(mixed: Float[Tensor, "n h w d"], boxes: Float[Tensor, "n q 4"]) -> Float[Tensor, "n q points"]:
+    """The map at ``GRID`` × ``GRID`` points of each box, from its edge to its other edge."""
+    n, q = boxes.shape[:2]
+    steps = torch.linspace(0, 1, GRID, device=boxes.device, dtype=boxes.dtype)
+    left, top, right, bottom = corners(boxes)[..., None].unbind(-2)
+    x = (left + (right - left) * steps)[:, :, None, :].expand(n, q, GRID, GRID)
+    y = (top + (bottom - top) * steps)[:, :, :, None].expand(n, q, GRID, GRID)
+    points = torch.stack([x, y], dim=-1) * 2 - 1
+    found = F.grid_sample(
+        mixed.permute(0, 3, 1, 2), points.flatten(2, 3), padding_mode="border", align_corners=False
+    )
+    return found.permute(0, 2, 3, 1).flatten(2)
+
+
+def sine(values: Float[Tensor, "*n k"], width: int) -> Float[Tensor, "*n width"]:
+    """Each of k numbers in [0, 1] as ``width // k`` sines and cosines of growing wavelength."""
+    k = values.shape[-1]
+    half = width // k // 2
+    rate = 2 * math.pi * 100 ** (torch.arange(half, device=values.device, dtype=values.dtype) / half) / 10
+    angle = values[..., None] * rate
+    return torch.cat([angle.sin(), angle.cos()], dim=-1).flatten(-2)
+
+
+def _places(h: int, w: int, like: Tensor) -> Float[Tensor, "hw 2"]:
+    y = (torch.arange(h, device=like.device, dtype=like.dtype) + 0.5) / h
+    x = (torch.arange(w, device=like.device, dtype=like.dtype) + 0.5) / w
+    return torch.stack([x.repeat(h), y.repeat_interleave(w)], dim=1)
+
+
+def _logit(values: Tensor) -> Tensor:
+    return values.clamp(1e-3, 1 - 1e-3).logit()

@@ -1,0 +1,227 @@
+"""The detector as a system: kept maps at first, then the whole network; AP, AR and the gap of two groups."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from nearfar.data.coco import CocoSplit
+from nearfar.errors import NearfarError
+from nearfar.metrics.detection import Boxes, detection_evidence
+from nearfar.metrics.detection_estimates import detection_estimates
+from nearfar.metrics.detection_evaluator import check_evidence
+from nearfar.models.detection import DetectorOutput
+from nearfar.models.detection.boxes import corners, iou
+from nearfar.systems.detector.data import DetectionBatch, DetectionData, DetectionDataset, read_splits
+from nearfar.systems.detector.evaluate import constant_boxes, found_boxes, true_boxes
+from nearfar.systems.detector.maps import kept_maps
+from nearfar.systems.detector.model import build_detector, build_encoder
+from nearfar.systems.detector.options import check_options
+from nearfar.systems.detector.pictures import pictures_section
+from nearfar.systems.detector.views import View
+from nearfar.training.batches import build_sampler
+from nearfar.training.sections import Section
+from nearfar.training.system import Evaluation, StepOutput
+
+__all__ = ["DetectorSystem"]
+
+Say = Callable[[str], None]
+
+
+class DetectorSystem:
+    """Trains a small detector on boxes in COCO format."""
+
+    name = "detector"
+    monitor = "AP"
+
+    def __init__(self, config: Any) -> None:
+        check_options(config)
+        self.config = config
+        self.splits: dict[str, CocoSplit] = {}
+        self._datasets: dict[str, DetectionDataset] = {}
+        self._true: dict[str, Boxes] = {}
+        self._description = ""
+
+    # -- data ------------------------------------------------------------------------------------------------
+    def prepare(self, say: Say) -> None:
+        """Read and check the data, and keep the maps of the frozen epochs."""
+        config, size = self.config, int(self.config.data.image_size)
+        data = self.load_data(say)
+        say(data.summary())
+        self.splits = data.splits
+        self._true = {name: true_boxes(split) for name, split in self.splits.items()}
+        encoder = build_encoder(config).eval()
+        self._description = encoder.description
+        say(f"image encoder: {encoder.description}")
+        view = View(crop=float(config.crop), colours=float(config.colours))
+        for name, split in self.splits.items():
+            train, maps = name == "train", []
+            if config.frozen_epochs and name in ("train", "val"):
+                views = int(config.views) if train else 1
+                maps = kept_maps(split, encoder, size, views, view, config.seed, say if train else _quiet)
+            self._datasets[name] = DetectionDataset(
+                split,
+                size,
+                maps=maps,
+                maps_until=int(config.frozen_epochs) if train else 0,
+                augment=view if train else None,
+                seed=int(config.seed),
+            )
+
+    def load_data(self, say: Say) -> DetectionData:
+        """The splits of the configured files."""
+        return DetectionData(read_splits(self.config.data, say))
+
+    def layout(self) -> dict[str, Any]:
+        """Counts, rejections, hashes, groups, and the encoder in use."""
+        return {
+            "system": self.name,
+            **DetectionData(self.splits).layout(),
+            "image_encoder": self._description,
+        }
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of what is to be found."""
+        return self.splits["train"].categories
+
+    def dataset(self, split: str) -> DetectionDataset | None:
+        """The dataset of a split, or None."""
+        return self._datasets.get(split)
+
+    # -- batches ---------------------------------------------------------------------------------------------
+    def build_sampler(self) -> Any:
+        """Random batches, or batches in which the groups are evenly represented."""
+        train = self.splits["train"]
+        groups = np.array([image.group for image in train.images]) if train.groups else None
+        return build_sampler(self.config, len(train), None, groups)
+
+    def check_sampler(self, sampler: Any, say: Say) -> None:
+        """Nothing is promised about the batches."""
+
+    def on_epoch(self, epoch: int, sampler: Any, say: Say) -> dict[str, Any]:
+        """Which part learns."""
+        frozen = epoch < self.config.frozen_epochs
+        if epoch == self.config.frozen_epochs and epoch:
+            say(f"epoch {epoch + 1}: the whole encoder learns from now on")
+        return {"sampler": self.config.sampler.name, "frozen": frozen}
+
+    # -- model and loss --------------------------------------------------------------------------------------
+    def build_model(self) -> nn.Module:
+        """The image encoder with its weights, and the rest freshly initialised."""
+        return build_detector(self.config, self.classes)
+
+    def parameter_groups(self, model: Any) -> list[dict[str, Any]]:
+        """The encoder learns more slowly; weight decay for matrices alone."""
+        rate = float(self.config.lr)
+        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+        for name, weight in model.named_parameters():
+            groups.setdefault((name.startswith("encoder."), weight.ndim >= 2), []).append(weight)
+        return [
+            {
+                "params": weights,
+                "lr": rate * float(self.config.encoder_lr) if encoder else rate,
+                "weight_decay": float(self.config.weight_decay) if matrices else 0.0,
+            }
+            for (encoder, matrices), weights in groups.items()
+        ]
+
+    def training_step(self, model: Any, batch: DetectionBatch) -> StepOutput:
+        """The set loss of all layers."""
+        if model.training and batch.maps is None:
+            model.moved.fill_(True)
+        output = self._output(model, batch)
+        return StepOutput(model.set_loss(output, batch.targets), lambda: _record(model, output, batch))
+
+    def _output(self, model: Any, batch: DetectionBatch) -> DetectorOutput:
+        """From kept maps while they are those of the encoder, else from pixels."""
+        if batch.maps is not None and not bool(model.moved):
+            found: DetectorOutput = model.decode(batch.maps)
+        elif batch.pixels is not None:
+            found = model(batch.pixels)
+        else:
+            raise NearfarError(
+                "the kept maps are those of the untrained encoder, and this one has learned: frozen_epochs was raised "
+                "beyond the epoch that the run had reached. Set it back."
+            )
+        return found
+
+    def embed(self, model: Any, batch: DetectionBatch) -> dict[str, Tensor]:
+        """Boxes, scores and labels of all queries."""
+        output = self._output(model, batch)
+        scores, labels = output.probabilities().max(-1)
+        return {
+            "boxes": corners(output.boxes).clamp(0, 1),
+            "scores": scores[..., None],
+            "labels": labels[..., None],
+        }
+
+    # -- evaluation ------------------------------------------------------------------------------------------
+    def evaluate(self, outputs: Mapping[str, Tensor], split: str, final: bool) -> Evaluation:
+        """AP, AP50, AP75, AR; with groups those of each and the gap; beside them what one constant box scores."""
+        data, true = self.splits[split], self._true[split]
+        found = found_boxes(data, outputs)
+        evidence = detection_evidence(found, true, len(data), data.groups)
+        constant = constant_boxes(self.splits["train"], data)
+        baseline = detection_evidence(constant, true, len(data), data.groups).statistics()
+        # A constant has a gap, too, but no small gap is better than another for being larger than that.
+        chance = {name: float(value[0]) for name, value in baseline.items() if not name.endswith("/gap")}
+        estimates, per_item = detection_estimates(
+            evidence,
+            split=data.content,
+            chance=chance,
+            resamples=int(self.config.bootstrap) if final else 0,
+        )
+        facts: dict[str, Any] = {}
+        if final:
+            facts["baselines"] = {name: value for name, value in chance.items() if name in estimates}
+            if data.groups:
+                facts["groups"] = {
+                    metric: {group: estimates[f"{metric}/{group}"].value for group in data.groups}
+                    for metric in ("AP", "AR")
+                    if all(f"{metric}/{group}" in estimates for group in data.groups)
+                }
+            if self.config.check_evaluator:
+                own = {name: float(value[0]) for name, value in evidence.statistics().items()}
+                far = check_evidence(found, true, len(data), data.groups, own)
+                facts["evaluator"] = {"name": "faster-coco-eval", "largest_difference": far}
+        return Evaluation(split, estimates, data.ids, per_item, facts)
+
+    def report_examples(self, outputs: Mapping[str, Tensor], split: str) -> list[dict[str, Any]]:
+        """None: pictures are a section of their own."""
+        return []
+
+    def report_sections(self, outputs: Mapping[str, Tensor], split: str) -> Sequence[Section]:
+        """Pictures with their true boxes and what was found."""
+        return [
+            pictures_section(self.splits[split], self._true[split], found_boxes(self.splits[split], outputs))
+        ]
+
+    def save_assets(self, folder: Path) -> None:
+        """Classes and description, without which the weights could not be loaded."""
+        about = {"classes": list(self.classes), "description": f"trained over {self._description}"}
+        (folder / "detector.json").write_text(json.dumps(about, ensure_ascii=False, indent=1))
+
+
+def _record(model: Any, output: DetectorOutput, batch: DetectionBatch) -> dict[str, float]:
+    """Of the pairs of the last layer: mean IoU and mean probability of the true class."""
+    matches = model.match(output, batch.targets)
+    fits, scores = [], []
+    probabilities, boxes = output.probabilities().detach(), corners(output.boxes.detach())
+    for i, (match, target) in enumerate(zip(matches, batch.targets, strict=True)):
+        true = corners(target.boxes[match.targets])
+        fits.append(iou(boxes[i, match.queries], true))
+        scores.append(probabilities[i, match.queries, target.labels[match.targets]])
+    if not any(len(fit) for fit in fits):
+        return {}
+    return {"matched_iou": float(torch.cat(fits).mean()), "matched_score": float(torch.cat(scores).mean())}
+
+
+def _quiet(_: str) -> None:
+    pass

@@ -1,0 +1,209 @@
+"""What the perturbation did: AP and AR of two groups on clean, perturbed and noisy pictures, the gap, and a verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from nearfar.data.coco import CocoSplit
+from nearfar.metrics import Estimate
+from nearfar.metrics.detection import Boxes, DetectionEvidence, detection_evidence
+from nearfar.metrics.detection_estimates import Change, detection_change, detection_estimates
+from nearfar.metrics.intervals import bootstrap_levels
+from nearfar.metrics.quantiles import normal_quantile
+from nearfar.systems.detector.evaluate import constant_boxes, found_boxes, true_boxes
+
+__all__ = ["GOAL", "METRICS", "Findings", "detected", "gap_closed", "judge", "ordered"]
+
+#: share of the gap that is to be closed
+GOAL = 0.15
+METRICS = ("AP", "AR")
+KINDS = ("perturbed", "clean", "random")
+
+
+@dataclass
+class Findings:
+    """Evidence of a split by kind of picture (``perturbed``, ``clean``, ``random``) and what came of it.
+
+    ``changes[metric]``: of perturbed against clean pictures, as ``detection_change`` names them; ``controls`` the same
+    of random perturbations of the same size.
+    """
+
+    evidence: dict[str, DetectionEvidence]
+    estimates: dict[str, Estimate]
+    per_item: dict[str, NDArray[np.float64]]
+    changes: dict[str, dict[str, Change]]
+    controls: dict[str, dict[str, Change]]
+    verdict: str = ""
+    reached: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        outputs: Mapping[str, Tensor],
+        split: CocoSplit,
+        train: CocoSplit,
+        groups: tuple[str, str],
+        resamples: int,
+        final: bool,
+        seed: int = 0,
+    ) -> Findings:
+        """From the detections of a split, see ``detected``.
+
+        ``groups``: the one that is found less well, and the other. What the mean box of ``train``, given for every
+        picture, scores is the chance level. Only ``final`` asks for every interval and for changes.
+        """
+        true = ordered(true_boxes(split), split.groups, groups)
+        evidence = {
+            kind: detection_evidence(detected(outputs[kind], split), true, len(split), groups)
+            for kind in (KINDS if final else KINDS[:2])
+        }
+        constant = detection_evidence(constant_boxes(train, split), true, len(split), groups).statistics()
+        chance = {name: float(value[0]) for name, value in constant.items() if not name.endswith("/gap")}
+        hashed = split.content
+        estimates: dict[str, Estimate] = {}
+        per_item: dict[str, NDArray[np.float64]] = {}
+        for kind, matched in evidence.items():
+            draws = resamples if final else 0
+            numbers, items = detection_estimates(
+                matched, split=hashed, chance=chance, resamples=draws, seed=seed
+            )
+            prefix = "" if kind == "perturbed" else f"{kind}/"
+            kept = [name for name in numbers if name.split("/")[0] in METRICS and (final or not prefix)]
+            estimates |= {prefix + name: numbers[name] for name in kept}
+            if kind == "perturbed":
+                # A gap of either sign is no score: what compares runs is how much of it is closed.
+                per_item |= {name: items[name] for name in kept if not name.endswith("/gap")}
+        for metric in METRICS:
+            estimate, values = gap_closed(
+                evidence["clean"], evidence["perturbed"], metric, resamples if final else 0, hashed, seed
+            )
+            estimates[estimate.metric], per_item[estimate.metric] = estimate, values
+        made = cls(evidence, estimates, per_item, {}, {})
+        if final:
+            draws = max(resamples, 100)
+            for metric in METRICS:
+                for kind, into in (("perturbed", made.changes), ("random", made.controls)):
+                    into[metric] = detection_change(
+                        evidence["clean"], evidence[kind], metric, resamples=draws, seed=seed
+                    )
+            made.reached, made.verdict = judge(made.changes["AP"], estimates["clean/AP/gap"], groups)
+        return made
+
+    def facts(self) -> dict[str, Any]:
+        """For the top level of ``metrics.json``: what the doctor's rules on groups and differences read."""
+        groups = self.evidence["clean"].groups
+        return {
+            "baselines": {
+                name: self.estimates[name].chance
+                for name in self.estimates
+                if "/" not in name or name.split("/")[1] in groups
+            },
+            "groups": {
+                metric: {group: self.estimates[f"{metric}/{group}"].value for group in groups}
+                for metric in METRICS
+            },
+            "change": {
+                metric: {group: found[f"{metric}/{group}"].value for group in groups}
+                for metric, found in self.changes.items()
+            },
+            "comparison": {
+                f"size of the {metric} gap": found["gap size"].as_dict()
+                for metric, found in self.changes.items()
+            },
+            "modes": {
+                metric: {name: found[name].as_dict() for name in ("common mode", f"{metric}/gap")}
+                for metric, found in self.changes.items()
+            },
+            "verdict": {"reached": self.reached, "goal": GOAL, "words": self.verdict},
+        }
+
+
+def judge(changes: Mapping[str, Change], clean_gap: Estimate, groups: tuple[str, str]) -> tuple[bool, str]:
+    """Whether the goal is reached (AP gap at least 15 % smaller, its interval excludes 0, no group lower), in words."""
+    gap, common = changes["gap size"], changes["common mode"]
+    each = {group: changes[f"AP/{group}"] for group in groups}
+    lost = [group for group, change in each.items() if change.value < 0]
+    share = -gap.relative
+    size = f"AP gap {gap.before:.4f} → {gap.after:.4f}, {gap.value:+.4f} [{gap.low:+.4f}, {gap.high:+.4f}]"
+    listed = ", ".join(f"{g} {c.value:+.4f} [{c.low:+.4f}, {c.high:+.4f}]" for g, c in each.items())
+    words = f"{size} ({gap.relative:+.1%}); {listed}."
+    if gap.distinguishable and gap.value > 0:
+        return False, f"The gap grew. {words}"
+    if gap.distinguishable:
+        short = [] if share >= GOAL else [f"by less than {GOAL:.0%}"]
+        short += [f"{group} scores lower than on clean pictures" for group in lost]
+        if not short:
+            return True, f"Reached: the gap is smaller by {share:.0%} and no group scores lower. {words}"
+        return False, f"The gap is smaller, but the goal is missed ({'; '.join(short)}). {words}"
+    why = "The change of the gap is not distinguishable from none"
+    if clean_gap.low <= 0 <= clean_gap.high:
+        why += f", and so is the gap itself on clean pictures ([{clean_gap.low:+.4f}, {clean_gap.high:+.4f}])"
+    if common.distinguishable:
+        why += f"; what changed is common to both groups ({common.value:+.4f} [{common.low:+.4f}, {common.high:+.4f}])"
+    return False, f"{why}. {words}"
+
+
+def gap_closed(
+    clean: DetectionEvidence,
+    perturbed: DetectionEvidence,
+    metric: str = "AP",
+    resamples: int = 0,
+    split: str | None = None,
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> tuple[Estimate, NDArray[np.float64]]:
+    """By how much the gap became smaller, less what either group lost for it; and a value of every picture.
+
+        |gap on clean pictures| − |gap on perturbed ones| − Σ_group max(0, its score on clean ones − on perturbed ones)
+
+    Raising the group behind by x gives x, lowering the group ahead gives 0, and so does raising both alike. No
+    perturbation gives 0, which is the chance level. The epoch is chosen by this number.
+    """
+    lower, upper = clean.groups
+
+    def parts(weights: NDArray[np.float64] | None) -> NDArray[np.float64]:
+        a, b = clean.statistics(weights), perturbed.statistics(weights)
+        gain = np.abs(a[f"{metric}/gap"]) - np.abs(b[f"{metric}/gap"])
+        for group in (lower, upper):
+            gain = gain - np.maximum(0.0, a[f"{metric}/{group}"] - b[f"{metric}/{group}"])
+        return gain
+
+    value = float(parts(None)[0])
+    without = parts(1.0 - np.eye(clean.n))
+    pull = np.where(np.isfinite(without), (clean.n - 1) * (value - without), 0.0)
+    items = value + pull - pull.mean()
+    if resamples:
+        drawn = parts(clean.resamples(resamples, seed))
+        drawn = drawn[np.isfinite(drawn)]
+        low, high = np.quantile(drawn, bootstrap_levels(drawn, value, items - value, confidence))
+        method = "bootstrap over pictures (BCa), paired"
+    else:
+        spread = normal_quantile(0.5 + confidence / 2) * float(items.std(ddof=1)) / clean.n**0.5
+        low, high, method = value - spread, value + spread, "normal, jackknife over pictures"
+    protocol = {"split": split, "interval": method, "confidence": confidence, "detections": 100}
+    name = f"{metric}/gap_closed"
+    return Estimate(value, float(low), float(high), 0.0, clean.n, False, name, protocol), items
+
+
+# -- boxes ---------------------------------------------------------------------------------------------------
+def ordered(true: Boxes, names: tuple[str, ...], groups: tuple[str, str]) -> Boxes:
+    """The same boxes with their groups as positions in ``groups`` instead of ``names``."""
+    assert true.group is not None
+    place = np.array([groups.index(name) for name in names] + [-1])
+    return replace(true, group=place[true.group])
+
+
+def detected(detections: Tensor, split: CocoSplit) -> Boxes:
+    """Detections (n, queries, 6) of a split: corners as shares of the picture, score, position of the category."""
+    parts = {
+        "boxes": detections[..., :4],
+        "scores": detections[..., 4:5],
+        "labels": detections[..., 5:].long(),
+    }
+    return found_boxes(split, parts)

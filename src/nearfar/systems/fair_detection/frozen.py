@@ -1,0 +1,139 @@
+"""Which detector is judged, one that was given or one that is trained first; and which group it finds less well."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from nearfar.data.cache import cache_dir, content_key
+from nearfar.data.coco import CocoSplit
+from nearfar.errors import NearfarError, nearest_name
+from nearfar.metrics.detection import detection_evidence
+from nearfar.metrics.detection_estimates import detection_estimates
+from nearfar.models.detection import Detector
+from nearfar.systems.detector.evaluate import true_boxes
+from nearfar.systems.detector.load import load_detector
+from nearfar.systems.fair_detection.evaluation import detected
+from nearfar.systems.fair_detection.looks import Looks
+from nearfar.systems.fair_detection.options import data_of
+
+__all__ = ["frozen_detector", "lower_group", "weights_key"]
+
+Say = Callable[[str], None]
+_VERSION = 1
+_ROWS = 32
+
+
+def frozen_detector(config: Any, splits: dict[str, CocoSplit], say: Say) -> Detector:
+    """``config.detector`` by name (see ``load_detector``), or a small one trained on the training pictures.
+
+    What is trained is kept in the cache under pictures and options, so that runs of a sweep judge the same one.
+    """
+    if config.detector is not None:
+        return load_detector(str(config.detector))
+    data = data_of(config)
+    kind = "scenes" if data.kind == "scenes" else "photos"
+    options = config.detector_training[kind]
+    nested = _training_config(config, data, options)
+    plain = OmegaConf.to_container(nested, resolve=True)
+    assert isinstance(plain, dict)
+    place = {key: value for key, value in plain["data"].items() if key not in ("dir", "scenes")}
+    key = content_key(
+        [_VERSION, plain | {"data": place, "trainer": None}, *(s.content for s in splits.values())]
+    )
+    folder = cache_dir() / "detectors" / key[:16]
+    if not (folder / "metrics.json").exists():
+        try:
+            _train(nested, folder, say)
+        except NearfarError as error:
+            raise NearfarError(
+                f"training a detector first, with the options of detector_training.{kind}: {error}"
+            ) from None
+    say(f"detector: trained on {splits['train'].source}, kept in {folder}")
+    return load_detector(folder)
+
+
+def _training_config(config: Any, data: Any, options: Any) -> Any:
+    """A configuration of ``experiment=detector``: its options, our data, and what every run has."""
+    common: dict[str, Any] = {
+        "name": None,
+        "exists": "number",
+        "runs_dir": "runs",
+        "resume_from": None,
+        "start_epoch": None,
+        "init_from": None,
+        "needs_init_from": False,
+        "patience": None,
+        "min_epochs": 1,
+        "logger": None,
+        "overrides": [],
+        "seed": 0,  # not the run's: another seed of the generator is no other detector
+    }
+    trainer = OmegaConf.merge(config.trainer, {"gradient_clip": 1.0, "eval_batch_size": 32, "probe_rows": 64})
+    trainer = OmegaConf.merge(
+        trainer, {"max_steps": None, "log_every": 20, "accumulate": 1, "cached_chunk": None}
+    )
+    return OmegaConf.merge(common, {"trainer": trainer, "data": data}, options)
+
+
+def _train(config: Any, folder: Path, say: Say) -> None:
+    from nearfar.systems import build_system
+    from nearfar.training.fit import fit
+    from nearfar.training.run_folder import RunFolder
+
+    say("no detector= is given: one is trained on these pictures first, and kept")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".training-"))
+    try:
+        system = build_system(config)
+        system.prepare(lambda text: say(f"  {text}"))
+        fit(system, config, RunFolder(temporary), say=lambda text: say(f"  {text}"))
+        try:
+            os.replace(temporary, folder)
+        except OSError:  # another run of a sweep has trained the same one meanwhile
+            if not (folder / "metrics.json").exists():
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def lower_group(config: Any, looks: Looks, split: CocoSplit, say: Say) -> tuple[str, str]:
+    """The group that is found less well (``lower_group``, or by AP on clean validation pictures), and the other."""
+    names = split.groups
+    if config.lower_group is not None:
+        lower = str(config.lower_group)
+        if lower not in names:
+            raise NearfarError(f"lower_group={lower}: there is no such group; {nearest_name(lower, names)}")
+        return lower, next(name for name in names if name != lower)
+    pair = (names[0], names[1])
+    found = torch.cat([part["found"] for part in _clean(looks, len(split), config)]).cpu()
+    evidence = detection_evidence(detected(found, split), true_boxes(split), len(split), pair)
+    numbers, _ = detection_estimates(evidence, resamples=0)
+    a, b = (numbers[f"AP/{name}"].value for name in pair)
+    gap = numbers["AP/gap"]
+    say(
+        f"clean validation pictures: AP {names[0]} {a:.3f}, {names[1]} {b:.3f}, "
+        f"difference {gap.value:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}]"
+    )
+    return pair if a <= b else (pair[1], pair[0])
+
+
+def _clean(looks: Looks, n: int, config: Any) -> list[dict[str, torch.Tensor]]:
+    on_gpu = torch.cuda.is_available() and config.trainer.accelerator != "cpu"
+    device = torch.device("cuda" if on_gpu else "cpu")
+    dataset = looks.datasets["val"]
+    rows = [list(range(start, min(start + _ROWS, n))) for start in range(0, n, _ROWS)]
+    return [looks.clean(dataset.__getitems__(positions).to(device)) for positions in rows]
+
+
+def weights_key(detector: Detector) -> str:
+    """Names the detector's weights: sixteen hexadecimal digits."""
+    state = detector.state_dict()
+    return content_key({name: tensor.cpu().numpy() for name, tensor in state.items()})[:16]

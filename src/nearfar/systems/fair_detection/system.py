@@ -1,0 +1,212 @@
+"""The fair-detection system: a perturbation trained against a frozen detector, judged by group."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from nearfar.batching import BalancedBatchSampler
+from nearfar.data.cache import content_key
+from nearfar.data.coco import CocoSplit
+from nearfar.data.splits import check_disjoint
+from nearfar.errors import NearfarError
+from nearfar.metrics import group_signals
+from nearfar.models.detection import Detector
+from nearfar.systems.detector.data import DetectionData, read_splits
+from nearfar.systems.fair_detection.data import PictureBatch, PictureDataset, with_group
+from nearfar.systems.fair_detection.evaluation import Findings
+from nearfar.systems.fair_detection.frozen import frozen_detector, lower_group, weights_key
+from nearfar.systems.fair_detection.generator import perturbed
+from nearfar.systems.fair_detection.looks import Looks
+from nearfar.systems.fair_detection.model import FairModel
+from nearfar.systems.fair_detection.objective import FairObjective, Losses
+from nearfar.systems.fair_detection.options import check_options, data_of, epsilon_schedule
+from nearfar.systems.fair_detection.sections import report_sections
+from nearfar.training.sections import Section
+from nearfar.training.system import Evaluation, StepOutput, decayed_groups
+
+__all__ = ["FairDetectionSystem"]
+
+Say = Callable[[str], None]
+
+
+class FairDetectionSystem:
+    """Trains a generator of bounded perturbations so that a frozen detector finds both groups alike."""
+
+    name = "fair_detection"
+    monitor = "AP/gap_closed"
+
+    def __init__(self, config: Any) -> None:
+        check_options(config)
+        self.config = config
+        self.objective = FairObjective(config)
+        self.bound = epsilon_schedule(config)
+        self.detector: Detector
+        self.splits: dict[str, CocoSplit]
+        self.groups: tuple[str, str]  # the one that is found less well, the other
+        self.epoch = 0
+        self._datasets: dict[str, PictureDataset] = {}
+        self._findings: dict[str, Findings] = {}
+
+    # -- data ------------------------------------------------------------------------------------------------
+    def prepare(self, say: Say) -> None:
+        """Read the pictures, load (or, for generated scenes, train) the detector, see which group is behind."""
+        config = self.config
+        read = self.load_data(say)
+        say(read.summary())
+        self.splits = read.splits
+        if "val" not in self.splits:
+            raise NearfarError("there is no validation split to choose the epoch by: set data.val_fraction.")
+        self.detector = frozen_detector(config, self.splits, say)
+        say(f"detector: {self.detector.description}, frozen")
+        labels = [self.detector.label(name) for name in self.splits["train"].categories]
+        size = int(data_of(config).image_size)
+        for name, split in self.splits.items():
+            self._datasets[name] = PictureDataset(split, name, size, labels)
+        self.looks = Looks(self.detector, labels, config, self._datasets)
+        self.groups = lower_group(config, self.looks, self.splits["val"], say)
+        for dataset in self._datasets.values():
+            dataset.lower = dataset.split.groups.index(self.groups[0])
+        self._weights = weights_key(self.detector)
+
+    def load_data(self, say: Say) -> DetectionData:
+        """The splits; of their pictures those that have a group and a box to find."""
+        data = data_of(self.config)
+        found = read_splits(data, say)
+        splits = {name: with_group(split) for name, split in found.items()}
+        for name, split in found.items():
+            if not len(splits[name]):
+                raise NearfarError(
+                    f"{split.source}: no picture has a box and one of the groups {split.groups}; "
+                    f"data.group_key={data.group_key} names the attribute."
+                )
+            if less := len(split) - len(splits[name]):
+                say(f"{name}: {less} pictures without a group or a box to find are left out")
+        return DetectionData(splits)
+
+    def layout(self) -> dict[str, Any]:
+        """Counts, rejections and hashes of the splits, and the detector really used."""
+        ids = {name: split.ids for name, split in self.splits.items()}
+        return {
+            "data_hash": content_key([split.content for split in self.splits.values()], self._weights)[:16],
+            "splits": {name: split.layout() | {"rows": len(split)} for name, split in self.splits.items()},
+            "leaks": check_disjoint(ids, "picture", on_leak="count"),
+            "detector": {
+                "description": self.detector.description,
+                "weights": self._weights,
+                "classes": len(self.detector.classes),
+                "width": self.detector.width,
+            },
+            "lower_group": self.groups[0],
+            "upper_group": self.groups[1],
+        }
+
+    def dataset(self, split: str) -> PictureDataset | None:
+        """The dataset of a split, or None."""
+        return self._datasets.get(split)
+
+    # -- batches ---------------------------------------------------------------------------------------------
+    def build_sampler(self) -> Any:
+        """Batches with equal shares of the two groups; of an odd batch, one more of either in turn."""
+        train, size = self._datasets["train"], self.config.batch_size
+        if size > len(train):
+            raise NearfarError(f"batch_size={size} is larger than the training set of {len(train)} pictures.")
+        return BalancedBatchSampler(
+            train.group, size, repeat=True, seed=self.config.seed, ids=self.splits["train"].ids
+        )
+
+    def check_sampler(self, sampler: Any, say: Say) -> None:
+        """Nothing is promised that would have to be checked."""
+
+    def on_epoch(self, epoch: int, sampler: Any, say: Say) -> dict[str, Any]:
+        """The bound of the perturbation and the weights of the losses of this epoch."""
+        self.epoch = epoch
+        control = self.config.control
+        if epoch == 0 and control in ("none", "random"):
+            say(f"control={control}: nothing is trained, every epoch is the same but for its bound")
+        weights = self.objective.sum.weights(epoch, self.config.epochs)
+        return {"epsilon": self.bound(epoch)} | {f"{name}/weight": w for name, w in weights.items()}
+
+    # -- model and loss --------------------------------------------------------------------------------------
+    def build_model(self) -> nn.Module:
+        """Generator, projection head and score queues."""
+        return FairModel.from_config(self.config, self.detector.width)
+
+    def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """Weight decay for matrices alone."""
+        return decayed_groups(model, self.config.weight_decay)
+
+    def training_step(self, model: Any, batch: PictureBatch) -> StepOutput:
+        """One batch: perturb, detect, and descend the three losses."""
+        if model.training:  # in eval mode the bound is that of the checkpoint
+            model.epsilon.fill_(self.bound(self.epoch))
+        pixels = batch.pixels
+        delta = self.looks.perturbation(model, batch, pixels)
+        if self.config.control in ("none", "random"):
+            zero = 0.0 * sum(parameter.sum() for parameter in model.parameters())
+            return StepOutput(zero, lambda: _sizes(perturbed(pixels, delta) - pixels))
+        changed = perturbed(pixels, delta)
+        output = self.looks.detect(changed)
+        losses = self.objective(model, self.detector, output, batch.targets, batch.lower)
+        place = {"position": self.epoch, "total": self.config.epochs}
+        total = self.objective.sum(losses.values, **place)
+        return StepOutput(
+            total,
+            lambda: self._record(losses, changed - pixels, batch, model),
+            lambda: self.objective.sum.measure_shares(losses.values, delta, **place).to_dict(),
+        )
+
+    def _record(
+        self, losses: Losses, delta: Tensor, batch: PictureBatch, model: FairModel
+    ) -> dict[str, float]:
+        """Under the names of the system's page, and those that the doctor knows."""
+        values = {name: value.item() for name, value in losses.values.items()}
+        assert self.objective.sum.record is not None
+        assert self.objective.contrastive.record is not None
+        lower, scores = batch.lower.bool(), losses.scores.detach()
+        named = [self.groups[0] if is_lower else self.groups[1] for is_lower in lower.tolist()]
+        by_group = group_signals(named, scores, self.objective.anchors(scores), losses.features)
+        record = {
+            "loss_contrastive": values["contrastive"],
+            "loss_wasserstein": values["wasserstein"],
+            "loss_det": values["detection"],
+            "score_f": by_group.get(f"score/{self.groups[0]}", float("nan")),
+            "score_m": by_group.get(f"score/{self.groups[1]}", float("nan")),
+            "epsilon": float(model.epsilon),
+        }
+        terms = {k: v for k, v in self.objective.sum.record.to_dict().items() if k != "total"}
+        return record | self.objective.record() | _sizes(delta) | by_group | terms
+
+    # -- evaluation ------------------------------------------------------------------------------------------
+    def embed(self, model: Any, batch: PictureBatch) -> dict[str, Tensor]:
+        """Detections, image scores and features of clean, perturbed and randomly perturbed pictures."""
+        return self.looks.at(model, batch)
+
+    def evaluate(self, outputs: Mapping[str, Tensor], split: str, final: bool) -> Evaluation:
+        """AP and AR per group and their gap, perturbed against clean."""
+        part = self.splits[split]
+        found = Findings.of(
+            outputs, part, self.splits["train"], self.groups, self.config.bootstrap, final, self.config.seed
+        )
+        self._findings[split] = found
+        return Evaluation(split, found.estimates, part.ids, found.per_item, found.facts() if final else {})
+
+    def report_examples(self, outputs: Mapping[str, Tensor], split: str) -> list[dict[str, Any]]:
+        """None: pictures stand in sections of their own."""
+        return []
+
+    def report_sections(self, outputs: Mapping[str, Tensor], split: str) -> Sequence[Section]:
+        """What became of each group and of the gap, and pictures."""
+        return report_sections(outputs, self._datasets[split], self.groups, self._findings[split], self.looks)
+
+    def save_assets(self, folder: Path) -> None:
+        """Nothing beside the checkpoint is needed to perturb new pictures."""
+
+
+def _sizes(delta: Tensor) -> dict[str, float]:
+    """The largest change of a value in the batch, and the mean length of a picture's perturbation."""
+    flat = delta.detach().flatten(1)
+    return {"delta_linf": flat.abs().max().item(), "delta_l2": flat.norm(dim=1).mean().item()}
