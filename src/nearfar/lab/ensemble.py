@@ -26,7 +26,7 @@ from nearfar.training.fit import (
 )
 from nearfar.training.resume import changed_values
 from nearfar.training.run_folder import RunFolder, environment
-from nearfar.training.system import Evaluation, System
+from nearfar.training.system import Evaluation, System, hook
 
 __all__ = ["write_ensemble"]
 
@@ -56,7 +56,7 @@ def write_ensemble(runs: Sequence[Path], output: Path | None = None, say: Say = 
     for folder in folders:
         config = folder.config()
         system = build_system(config)
-        if not _averages(system):
+        if hook(system, "average") is None:
             raise NearfarError(f"system '{kind}' does not say how its outputs are averaged.")
         system.prepare(lambda _: None)
         if (found := system.layout()["data_hash"]) != data:
@@ -68,8 +68,10 @@ def write_ensemble(runs: Sequence[Path], output: Path | None = None, say: Say = 
             collected.setdefault(split, []).append(outputs)
         first = first or system
     assert first is not None
-    averaged = {split: first.average(every) for split, every in collected.items()}
-    if calibrate := getattr(first, "calibrate", None):
+    average = hook(first, "average")
+    assert average is not None
+    averaged = {split: average(every) for split, every in collected.items()}
+    if calibrate := hook(first, "calibrate"):
         calibrate(lambda split: averaged[split], say)
     reported: dict[str, dict[str, Tensor]] = {
         split: averaged[split] for split in ("val", "test") if split in averaged
@@ -86,10 +88,6 @@ def write_ensemble(runs: Sequence[Path], output: Path | None = None, say: Say = 
     write_diagnosis(target, say)
     write_report(target)
     return target
-
-
-def _averages(system: Any) -> bool:
-    return callable(getattr(system, "average", None))
 
 
 def _same(folders: Sequence[RunFolder]) -> tuple[str, str]:

@@ -29,7 +29,7 @@ from nearfar.training.resume import Resume
 from nearfar.training.run_folder import RunFolder, environment, write_atomically
 from nearfar.training.sections import write_sections
 from nearfar.training.shared_step import check_shared
-from nearfar.training.system import Evaluation, System
+from nearfar.training.system import Evaluation, System, hook
 
 __all__ = [
     "evaluate",
@@ -253,7 +253,7 @@ def fit(
         results, outputs = {}, {}
         best = find_checkpoint(folder.path, prefer="best")
         load_weights(module.model, Checkpoint.load(best), system, str(best))
-        if calibrate := getattr(system, "calibrate", None):
+        if calibrate := hook(system, "calibrate"):
             calibrate(lambda split: outputs_of(system, module.model, config, folder, split), say)
         for split in ("val", "test"):
             found = evaluate(system, module.model, config, folder, split)
@@ -288,11 +288,10 @@ def write_results(
     """
     split = "test" if "test" in outputs else "val"
     folder.write_json("examples.json", system.report_examples(outputs[split], split))
-    sections = getattr(system, "report_sections", None)
+    sections = hook(system, "report_sections")
     write_sections(folder, sections(outputs[split], split) if sections else ())
     write_map(folder, outputs[split])
-    save_results = getattr(system, "save_results", None)
-    if save_results is not None:
+    if save_results := hook(system, "save_results"):
         save_results(folder.path)
     write_metrics(folder, system, results, about)
 

@@ -23,7 +23,7 @@ from nearfar.schedules import learning_rate_factor
 from nearfar.training import ranks
 from nearfar.training.checkpoint import Checkpoint, generator_state, load_generator_state
 from nearfar.training.shared_step import Sharing
-from nearfar.training.system import Evaluation, StepOutput, System, TrainSampler, collect, step_of
+from nearfar.training.system import Evaluation, StepOutput, System, TrainSampler, collect, hook, step_of
 
 __all__ = ["RunModule", "loader"]
 
@@ -285,8 +285,7 @@ class RunModule(L.LightningModule):
         self._before_evaluation(self.evaluation_split, final=True)
 
     def _before_evaluation(self, split: str, final: bool) -> None:
-        ready = getattr(self.system, "before_evaluation", None)
-        if ready is not None:
+        if ready := hook(self.system, "before_evaluation"):
             ready(self.model, split, final)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:

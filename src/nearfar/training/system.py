@@ -23,7 +23,16 @@ from nearfar.metrics import Estimate
 from nearfar.training.cached import cached_embeddings
 from nearfar.training.sections import Section
 
-__all__ = ["BatchDataset", "EncodingSystem", "Evaluation", "StepOutput", "System", "TrainSampler"]
+__all__ = [
+    "BatchDataset",
+    "EncodingSystem",
+    "Evaluation",
+    "Hooks",
+    "StepOutput",
+    "System",
+    "TrainSampler",
+    "hook",
+]
 
 
 @dataclass
@@ -117,38 +126,46 @@ class System(Protocol):
     def embed(self, model: nn.Module, batch: Any) -> dict[str, Tensor]:
         """What evaluation needs of one batch; rows are concatenated over the split."""
 
-    def before_evaluation(self, model: nn.Module, split: str, final: bool) -> None:
-        """Called in eval mode, without gradients, before a split is embedded: for metrics that need more than that
-        split, such as a probe fitted on training rows. May be left out."""
-
-    def calibrate(self, outputs: Callable[[str], Mapping[str, Tensor]], say: Callable[[str], None]) -> None:
-        """Called once before the final evaluation: choose thresholds and the like; may be left out.
-
-        ``outputs`` collects what ``embed`` gives of any split that ``dataset`` knows, under the best weights.
-        """
-
-    def average(self, outputs: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """The outputs of several trainings on the same rows as those of one (``nearfar ensemble``); may be left out."""
-        raise NotImplementedError
-
     def evaluate(self, outputs: Mapping[str, Tensor], split: str, final: bool) -> Evaluation:
         """Estimates of a split from its collected outputs; ``final`` asks for every interval."""
 
     def report_examples(self, outputs: Mapping[str, Tensor], split: str) -> list[dict[str, Any]]:
         """Examples for the report: right, nearly and wrong."""
 
-    def report_sections(self, outputs: Mapping[str, Tensor], split: str) -> Sequence[Section]:
-        """Tables and pictures of the system's own for the report, such as a confusion matrix; may be left out."""
-        return ()
-
-    def save_results(self, folder: Path) -> None:
-        """Results beyond estimates, such as what was said of every item; after the last evaluation. May be left out."""
-
     def save_assets(self, folder: Path) -> None:
         """Whatever is needed later to embed new inputs with this run (text encoder, feature scales)."""
 
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """Optimiser groups, e.g. without weight decay for biases and scales."""
+
+
+class Hooks(Protocol):
+    """What a system may define besides; none of it is needed. ``hook`` finds it."""
+
+    def before_evaluation(self, model: nn.Module, split: str, final: bool) -> None:
+        """Called in eval mode, without gradients, before a split is embedded: for metrics that need more than that
+        split, such as a probe fitted on training rows."""
+
+    def calibrate(self, outputs: Callable[[str], Mapping[str, Tensor]], say: Callable[[str], None]) -> None:
+        """Called once before the final evaluation: choose thresholds and the like.
+
+        ``outputs`` collects what ``embed`` gives of any split that ``dataset`` knows, under the best weights.
+        """
+
+    def average(self, outputs: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """The outputs of several trainings on the same rows as those of one (``nearfar ensemble``)."""
+
+    def report_sections(self, outputs: Mapping[str, Tensor], split: str) -> Sequence[Section]:
+        """Tables and pictures of the system's own for the report, such as a confusion matrix."""
+
+    def save_results(self, folder: Path) -> None:
+        """Results beyond estimates, such as what was said of every item; after the last evaluation."""
+
+
+def hook(system: Any, name: str) -> Callable[..., Any] | None:
+    """What ``system`` does at a point that ``Hooks`` names; None where it does nothing there."""
+    found = getattr(system, name, None)
+    return found if callable(found) else None
 
 
 class EncodingSystem(ABC):
