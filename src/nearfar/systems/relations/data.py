@@ -229,7 +229,7 @@ def _drawn(images: Sequence[str], share: float, seed: int) -> list[str]:
 
     >>> few, many = (_drawn([f"{i}.jpg" for i in range(n)], 0.3, 0) for n in (100, 200))
     >>> len(few), set(few) == {name for name in many if int(name[:-4]) < 100}
-    (27, True)
+    (35, True)
     """
     top = 16**12
     return [image for image in images if int(content_key("split", int(seed), image)[:12], 16) < share * top]
