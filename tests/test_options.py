@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from nearfar.configs import experiments
 from nearfar.errors import NearfarError
 from nearfar.overrides import compose_config
+from nearfar.systems import check_config
 from nearfar.systems.molecules.features import MoleculeFeatures
 from nearfar.systems.molecules.options import check_options, data_paths
 from nearfar.training import ranks
@@ -34,9 +35,13 @@ def composed(*overrides: str) -> Any:
     return compose_config(["experiment=molecules", *overrides])
 
 
+#: what an experiment asks its user for
+ASKED = {"fine_tune": ["init_from=runs/first"], "tissue_sections": ["data.dir=shards"]}
+
+
 @pytest.mark.parametrize("name", experiments())
 def test_every_experiment_passes(name: str) -> None:
-    check(compose_config([f"experiment={name}"]))
+    check_config(compose_config([f"experiment={name}", *ASKED.get(name, [])]))
 
 
 BAD = {
