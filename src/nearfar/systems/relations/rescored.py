@@ -10,6 +10,7 @@ import numpy as np
 
 from nearfar.errors import NearfarError
 from nearfar.metrics import Estimate
+from nearfar.systems.relations.blocks import FUSED
 from nearfar.systems.relations.evaluation import Judged, judge
 from nearfar.systems.relations.names import chosen_relations
 from nearfar.systems.relations.predictions import Predictions
@@ -17,7 +18,6 @@ from nearfar.training.run_folder import RunFolder
 
 __all__ = ["pool", "rescore"]
 
-FUSED = "probe/accuracy"
 CONTROLS = ("spatial_only", "visual_only", "categories_only", "raw_features", "numbers_only", "untrained")
 
 

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
 from numpy import ndarray
 from torch import Tensor, nn
 
@@ -17,6 +16,7 @@ from nearfar.data.rejections import Rejections
 from nearfar.errors import NearfarError
 from nearfar.models.image import build_image_encoder
 from nearfar.models.text import build_text_encoder, embed_texts
+from nearfar.systems.relations.blocks import FUSED, LINEAR, Rows, blocks_of, looks_at, scored
 from nearfar.systems.relations.boxes import names_of, spatial_numbers
 from nearfar.systems.relations.data import RelationData, load_data
 from nearfar.systems.relations.dataset import RelationDataset, Scaler
@@ -26,7 +26,7 @@ from nearfar.systems.relations.model import RelationModel
 from nearfar.systems.relations.objective import ViewLoss
 from nearfar.systems.relations.options import check_options
 from nearfar.systems.relations.predictions import Predictions
-from nearfar.systems.relations.probe import RelationProbe, sample_rows
+from nearfar.systems.relations.probe import sample_rows
 from nearfar.systems.relations.sampler import build_sampler
 from nearfar.systems.relations.sections import sections
 from nearfar.training.fit import initial_model
@@ -36,8 +36,6 @@ from nearfar.training.system import EncodingSystem, Evaluation, StepOutput, deca
 __all__ = ["RelationSystem"]
 
 Say = Callable[[str], None]
-Rows = dict[str, Float[ndarray, "n d"]]
-FUSED, LINEAR = "probe/accuracy", "linear_probe/accuracy"
 _CHUNK = 2048  # training rows embedded at a time
 _PAIRS_WATCHED = 960  # pairs of pair retrieval after each epoch; all of them in the end
 
@@ -245,48 +243,18 @@ class RelationSystem(EncodingSystem):
             batch = dataset.__getitems__(at[start : start + _CHUNK].tolist()).to(device)
             parts.append({name: view.float().cpu() for name, view in self.embed(model, batch).items()})
         outputs = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        return self._blocks(outputs, split, at)
-
-    def _blocks(self, outputs: Mapping[str, Tensor], split: str, at: ndarray) -> Rows:
-        """Everything that a probe may look at, by name; embeddings begin with "view"."""
-        dataset = self._datasets[split]
-        seen = dataset.seen.numpy()[at]
-        found: Rows = {"numbers": dataset.numbers.numpy()[at]}
-        if dataset.visual is not None:
-            found["pixels"] = _unseen_as_nan(dataset.visual.numpy()[at], seen)
-        if dataset.names is not None:
-            found["words"] = dataset.names.numpy()[at]
-        for name, view in outputs.items():
-            rows = view.numpy()
-            found[f"view {name}"] = _unseen_as_nan(rows, seen) if name == "visual" else rows
-        return found
-
-    def looks_at(self, names: Sequence[str]) -> dict[str, list[str]]:
-        """Metric → the blocks that its classifier sees, out of those that there are."""
-        learned = [name for name in names if name.startswith("view ")]
-        kept = [name for name in names if name in ("numbers", "words")] if self.config.keep_inputs else []
-        fused = learned + kept
-        chosen = {
-            FUSED: fused,
-            "untrained/accuracy": fused,
-            "raw_features/accuracy": [name for name in names if not name.startswith("view ")],
-            "spatial_only/accuracy": [name for name in fused if name in ("view spatial", "numbers")],
-            "numbers_only/accuracy": ["numbers"],
-            "visual_only/accuracy": [name for name in names if name == "view visual"],
-            "categories_only/accuracy": [name for name in names if name == "words"],
-        }
-        return {metric: found for metric, found in chosen.items() if found}
+        return blocks_of(dataset, outputs, at)
 
     def evaluate(self, outputs: Mapping[str, Tensor], split: str, final: bool) -> Evaluation:
         """Probe accuracy, with its controls when ``final``, and pair retrieval."""
         part, label = self.data.splits[split], self.data.labels(split)
-        blocks = self._blocks(outputs, split, np.arange(len(part)))
+        blocks = blocks_of(self._datasets[split], outputs, np.arange(len(part)))
         at = self._train["at"]
         train = {name: rows for name, rows in self._train.items() if name != "at"}
         train_label = self._datasets["train"].label.numpy()[at]
-        wanted = self.looks_at(list(blocks))
+        wanted = looks_at(list(blocks), self.config.keep_inputs)
         count = len(self.data.relations)
-        scores = {LINEAR: _scores("linear", train, blocks, wanted[FUSED], train_label, count)}
+        scores = {LINEAR: scored("linear", train, blocks, wanted[FUSED], train_label, count)}
         if final:
             # Controls belong to the split that the result is read from.
             here = wanted if self._last(split) else {FUSED: wanted[FUSED]}
@@ -294,7 +262,7 @@ class RelationSystem(EncodingSystem):
                 first, second = train, blocks
                 if metric.startswith("untrained"):
                     first, second = self._untrained["train"], self._untrained[split]
-                scores[metric] = _scores("rbf", first, second, names, train_label, count)
+                scores[metric] = scored("rbf", first, second, names, train_label, count)
         predicted = {metric: found.argmax(axis=1) for metric, found in scores.items()}
         judged = self._judge(predicted, split, label, final)
         pair = self._pair_retrieval(outputs, split, final)
@@ -370,13 +338,3 @@ class RelationSystem(EncodingSystem):
 
     def save_assets(self, folder: Path) -> None:
         """Nothing beside the checkpoint: the data and the configuration give the rest."""
-
-
-def _unseen_as_nan(rows: ndarray, seen: ndarray) -> ndarray:
-    return rows if seen.all() else np.where(seen[:, None], rows, np.nan)
-
-
-def _scores(kind: str, train: Rows, test: Rows, names: Sequence[str], label: ndarray, count: int) -> ndarray:
-    """For each class of the test pairs how much speaks for it, by a probe fitted on the training pairs' blocks."""
-    probe = RelationProbe(kind).fit({name: train[name] for name in names}, label)
-    return probe.scores({name: test[name] for name in names}, count)
