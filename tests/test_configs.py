@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import tomllib
 from importlib import resources
 from pathlib import Path
 
@@ -12,9 +14,10 @@ from nearfar.configs import experiments
 from nearfar.errors import NearfarError
 from nearfar.launch import _check_runs, choose_folder, run_name
 from nearfar.overrides import compose_config, expand, merge_overrides, quote_paths, with_saved_overrides
-from nearfar.systems import check_config
+from nearfar.systems import SYSTEMS, check_config
 from nearfar.training.run_folder import RunFolder
 
+PYPROJECT = Path(__file__).parents[1] / "pyproject.toml"
 REQUIRED = {"fine_tune": ["init_from=runs/some"]}
 
 
@@ -134,3 +137,11 @@ def test_resume_takes_the_overrides_of_the_saved_run(tmp_path: Path) -> None:
     resumed = with_saved_overrides([f"resume_from={folder.path}", "epochs=40"])
     assert resumed == ["experiment=cold_start", "lr=0.002", f"resume_from={folder.path}", "epochs=40"]
     assert merge_overrides(["a=1"], ["a=2"]) == ["a=2"]
+
+
+@pytest.mark.skipif(not PYPROJECT.exists(), reason="installed without its sources")
+def test_every_system_has_an_extra_that_is_tested() -> None:
+    """An error that names an extra (``nearfar.systems.build_system``) must name one that there is."""
+    extras = tomllib.loads(PYPROJECT.read_text())["project"]["optional-dependencies"]
+    assert set(SYSTEMS) <= set(extras)
+    assert set(SYSTEMS) <= set(re.findall(r"\w+", extras["dev"][0]))
