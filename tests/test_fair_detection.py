@@ -49,7 +49,7 @@ SMALL = [
     "bootstrap=100",
     "pictures=2",
     "trainer.log_every=1",
-    "trainer.accelerator=cpu",
+    "device=cpu",
     "trainer.threads=1",
 ]
 
