@@ -49,7 +49,7 @@ SMALL = [
     "bootstrap=100",
     "pictures=2",
     "trainer.log_every=1",
-    "trainer.accelerator=cpu",
+    "device=cpu",
     "trainer.threads=1",
 ]
 
@@ -119,8 +119,8 @@ def test_the_result_is_judged_by_group(whole: RunFolder) -> None:
         assert change[group] == pytest.approx(
             test[f"AP/{group}"]["value"] - test[f"clean/AP/{group}"]["value"]
         )
-    size = metrics["comparison"]["size of the AP gap"]
-    assert size["before"] == pytest.approx(abs(test["clean/AP/gap"]["value"]))
+    assert metrics["comparison"]["AP gap"]["before"] == pytest.approx(test["clean/AP/gap"]["value"])
+    assert metrics["modes"]["AP"]["gap size"]["before"] == pytest.approx(abs(test["clean/AP/gap"]["value"]))
     assert metrics["verdict"]["reached"] in (True, False)
     assert metrics["baselines"]["AP"] == pytest.approx(test["AP"]["chance"])
     found = {finding["id"] for finding in whole.read_json("doctor.json")["findings"]}

@@ -293,6 +293,11 @@ def test_verdicts() -> None:
     reached, words = verdict(start, evidence(200, 0.15, 0.9))
     assert not reached
     assert words.startswith("The gap grew")
+    reached, words = verdict(evidence(200, 0.8, 0.9), evidence(200, 0.95, 0.1))
+    assert not reached
+    assert words.startswith("The gap turned over and grew")
+    reached, words = verdict(start, evidence(200, 0.93, 0.9))
+    assert reached, "a gap that is closed and a little more: the interval of its size would cover 0"
     level = evidence(200, 0.6, 0.6)
     assert "and so is the gap itself on clean pictures" in verdict(level, level)[1]
 
@@ -304,6 +309,7 @@ def test_a_small_gain_is_no_goal() -> None:
 
     changes = {
         "gap size": change(0.2, 0.18, 0.01),
+        "AP/gap": change(0.2, 0.18, 0.01),
         "common mode": change(0.5, 0.52, 0.01),
         "AP/faint": change(0.4, 0.43, 0.01),
         "AP/clear": change(0.6, 0.61, 0.01),
@@ -314,7 +320,7 @@ def test_a_small_gain_is_no_goal() -> None:
     reached, words = judge(changes, clean, GROUPS)
     assert not reached
     assert "by less than 15%" in words
-    changes["gap size"] = change(0.2, 0.18, 0.03)
+    changes["AP/gap"] = change(0.2, 0.18, 0.03)
     assert "what changed is common to both groups" in judge(changes, clean, GROUPS)[1]
 
 

@@ -113,11 +113,10 @@ class Findings:
                 for metric, found in self.changes.items()
             },
             "comparison": {
-                f"size of the {metric} gap": found["gap size"].as_dict()
-                for metric, found in self.changes.items()
+                f"{metric} gap": found[f"{metric}/gap"].as_dict() for metric, found in self.changes.items()
             },
             "modes": {
-                metric: {name: found[name].as_dict() for name in ("common mode", f"{metric}/gap")}
+                metric: {name: found[name].as_dict() for name in ("common mode", "gap size", f"{metric}/gap")}
                 for metric, found in self.changes.items()
             },
             "verdict": {"reached": self.reached, "goal": GOAL, "words": self.verdict},
@@ -125,16 +124,23 @@ class Findings:
 
 
 def judge(changes: Mapping[str, Change], clean_gap: Estimate, groups: tuple[str, str]) -> tuple[bool, str]:
-    """Whether the goal is reached (AP gap at least 15 % smaller, its interval excludes 0, no group lower), in words."""
-    gap, common = changes["gap size"], changes["common mode"]
+    """Whether the goal is reached, in words: the AP gap at least 15 % smaller, its change not 0, no group lower.
+
+    How much smaller is said of the gap's size; whether it changed at all, of the signed gap, whose direction was fixed
+    on other pictures: the interval of a size is no guide near a size of 0.
+    """
+    gap, size, common = changes["AP/gap"], changes["gap size"], changes["common mode"]
     each = {group: changes[f"AP/{group}"] for group in groups}
     lost = [group for group, change in each.items() if change.value < 0]
-    share = -gap.relative
-    size = f"AP gap {gap.before:.4f} → {gap.after:.4f}, {gap.value:+.4f} [{gap.low:+.4f}, {gap.high:+.4f}]"
+    share = -size.relative
     listed = ", ".join(f"{g} {c.value:+.4f} [{c.low:+.4f}, {c.high:+.4f}]" for g, c in each.items())
-    words = f"{size} ({gap.relative:+.1%}); {listed}."
-    if gap.distinguishable and gap.value > 0:
-        return False, f"The gap grew. {words}"
+    words = (
+        f"AP gap ({groups[1]} − {groups[0]}) {gap.before:+.4f} → {gap.after:+.4f}, {gap.value:+.4f} "
+        f"[{gap.low:+.4f}, {gap.high:+.4f}], its size {size.relative:+.1%}; {listed}."
+    )
+    if gap.distinguishable and size.value >= 0:
+        turned = gap.before * gap.after < 0
+        return False, f"The gap {'turned over and ' if turned else ''}grew. {words}"
     if gap.distinguishable:
         short = [] if share >= GOAL else [f"by less than {GOAL:.0%}"]
         short += [f"{group} scores lower than on clean pictures" for group in lost]

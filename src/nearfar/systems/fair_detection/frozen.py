@@ -76,7 +76,11 @@ def _training_config(config: Any, data: Any, options: Any) -> Any:
         "overrides": [],
         "seed": 0,  # not the run's: another seed of the generator is no other detector
     }
-    trainer = OmegaConf.merge(config.trainer, {"gradient_clip": 1.0, "eval_batch_size": 32, "probe_rows": 64})
+    # Resolved: what they refer to at our top level is not there.
+    own, data = (
+        OmegaConf.create(OmegaConf.to_container(part, resolve=True)) for part in (config.trainer, data)
+    )
+    trainer = OmegaConf.merge(own, {"gradient_clip": 1.0, "eval_batch_size": 32, "probe_rows": 64})
     trainer = OmegaConf.merge(
         trainer, {"max_steps": None, "log_every": 20, "accumulate": 1, "cached_chunk": None}
     )
