@@ -280,19 +280,19 @@ def test_reading_is_silent_and_the_summary_tells(tmp_path, pairs):
 
 
 def test_examples_count_ties_by_expectation():
-    from nearfar.systems.molecules.examples import retrieval_examples
+    from nearfar.systems.molecules.examples import molecule_examples
     from nearfar.systems.molecules.records import Records, make_splits
 
     smiles = ["C" * n for n in range(1, 6)]
     records = Records("test", [*"abcde"], smiles, [f"text {s}" for s in smiles], ["chain:"] * 5)
     split = make_splits({"train": records})["train"]
-    same = retrieval_examples(split, torch.ones(5, 3), torch.ones(5, 3))
+    same = molecule_examples(split, torch.ones(5, 3), torch.ones(5, 3))
     assert {example["rank"] for example in same} == {3}  # the mean of 1 … 5
     assert {example["kind"] for example in same} == {"nearly"}
-    distinct = retrieval_examples(split, torch.eye(5), torch.eye(5))
+    distinct = molecule_examples(split, torch.eye(5), torch.eye(5))
     assert {(example["rank"], example["kind"]) for example in distinct} == {(1, "right")}
     pair = torch.eye(5)[[0, 0, 2, 3, 4]]
-    ranks = sorted(example["rank"] for example in retrieval_examples(split, pair, pair))
+    ranks = sorted(example["rank"] for example in molecule_examples(split, pair, pair))
     assert ranks == [1, 1, 1, 1.5, 1.5]
 
 

@@ -15,15 +15,20 @@ import torch
 from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
 
 from nearfar.errors import NearfarError, nearest_name
+from nearfar.schedules import learning_rate_factor
 from nearfar.training import ranks
 from nearfar.training.loggers import KNOWN as LOGGERS
 
 __all__ = [
+    "FILE",
+    "LEARNING",
+    "SHARE",
     "Choice",
     "Number",
     "Rule",
     "Switch",
     "Text",
+    "check_learning_options",
     "check_table",
     "check_training_options",
     "option",
@@ -149,6 +154,33 @@ def check_table(config: Any, table: Mapping[str, Rule]) -> None:
     """Check every option of ``table``; the first that breaks its rule is an error."""
     for name, rule in table.items():
         rule.check(name, option(config, name))
+
+
+#: a file or folder that need not be given, and a share that leaves something, such as a dropout
+FILE, SHARE = Text(optional=True, number=True), Number(0.0, 0.99)
+
+#: what every system that learns by epochs has
+LEARNING: dict[str, Rule] = {
+    "seed": Number(0, 2**32 - 1, whole=True),
+    "epochs": Number(1, 100_000, whole=True),
+    "batch_size": Number(2, whole=True),
+    "lr": Number(0.0),
+    "weight_decay": Number(0.0),
+    "lr_schedule": Text(),
+    "warmup": SHARE,
+    "bootstrap": Number(0, whole=True),
+}
+
+
+def check_learning_options(config: Any, table: Mapping[str, Rule]) -> None:
+    """Check ``LEARNING`` and the ``table`` of a system; raise ``NearfarError`` for the first option that is wrong."""
+    check_table(config, LEARNING | dict(table))
+    learning_rate_factor(config.lr_schedule, warmup=config.warmup)
+    if 0 < config.bootstrap < 100:
+        raise NearfarError(
+            f"bootstrap={config.bootstrap}: the ends of an interval need at least 100 resamples; "
+            "0 asks for intervals without resampling."
+        )
 
 
 TRAINING: dict[str, Rule] = {

@@ -8,42 +8,31 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from nearfar.errors import NearfarError
-from nearfar.schedules import learning_rate_factor
 from nearfar.systems.aspects.decision import KINDS
 from nearfar.systems.aspects.objective import ALPHAS, CONTRASTS
-from nearfar.training.options import Choice, Number, Rule, Text, check_table, option
+from nearfar.training.options import FILE, SHARE, Choice, Number, Rule, Text, check_learning_options, option
 
 __all__ = ["check_options", "encoder_options"]
 
-_PATH = Text(optional=True, number=True)
-_SHARE = Number(0.0, 0.99)
 
 OPTIONS: dict[str, Rule] = {
-    "seed": Number(0, 2**32 - 1, whole=True),
-    "epochs": Number(1, 100_000, whole=True),
-    "batch_size": Number(2, whole=True),
-    "lr": Number(0.0),
-    "weight_decay": Number(0.0),
-    "lr_schedule": Text(),
-    "warmup": Number(0.0, 0.99),
     "gamma": Number(0.0),
     "alpha": Choice(ALPHAS),
     "reduction": Choice(("weighted_mean", "mean")),
     "contrastive": Choice(CONTRASTS),
     "temperature": Number(1e-4),
     "projection_dim": Number(1, whole=True),
-    "head_dropout": _SHARE,
+    "head_dropout": SHARE,
     "balance": Choice(("none", "oversample")),
     "oversample_frequency": Number(0, 1, inside=True),
     "oversample_most": Number(1, whole=True),
     "thresholds": Choice(KINDS),
     "logit_adjustment": Number(0.0, 2.0),
-    "bootstrap": Number(0, whole=True),
     "sampler.name": Choice(("random",)),
-    "data.train": _PATH,
-    "data.val": _PATH,
-    "data.test": _PATH,
-    "data.dir": _PATH,
+    "data.train": FILE,
+    "data.val": FILE,
+    "data.test": FILE,
+    "data.dir": FILE,
     "data.text_column": Text(optional=True),
     "data.label_column": Text(optional=True),
     "data.id_column": Text(optional=True),
@@ -58,8 +47,7 @@ OPTIONS: dict[str, Rule] = {
 
 def check_options(config: Any) -> None:
     """Raise ``NearfarError`` for the first option that is of the wrong type, out of range, or without effect."""
-    check_table(config, OPTIONS)
-    learning_rate_factor(config.lr_schedule, warmup=config.warmup)
+    check_learning_options(config, OPTIONS)
     for name in ("focal_weight", "contrastive_weight"):
         _check_weight(name, option(config, name))
     aspects = config.data.aspects
@@ -67,11 +55,6 @@ def check_options(config: Any) -> None:
         raise NearfarError(f"data.aspects={aspects}: a list of names is needed, such as [Battery,Camera].")
     if aspects is not None and len({str(a).casefold() for a in aspects}) < len(aspects):
         raise NearfarError(f"data.aspects={list(aspects)}: an aspect is named twice.")
-    if 0 < config.bootstrap < 100:
-        raise NearfarError(
-            f"bootstrap={config.bootstrap}: the ends of an interval need at least 100 resamples; "
-            "0 asks for intervals without resampling."
-        )
     from nearfar.systems.aspects.encoder import build_encoder
 
     build_encoder(**encoder_options(config))

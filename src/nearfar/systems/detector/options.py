@@ -6,9 +6,8 @@ from typing import Any
 
 from nearfar.errors import NearfarError
 from nearfar.models.image import check_image_encoder
-from nearfar.schedules import learning_rate_factor
 from nearfar.systems.detector.model import encoder_options
-from nearfar.training.options import Choice, Number, Rule, Switch, Text, check_table
+from nearfar.training.options import SHARE, Choice, Number, Rule, Switch, Text, check_learning_options
 
 __all__ = ["DATA", "check_data", "check_options"]
 
@@ -21,21 +20,14 @@ DATA: dict[str, Rule] = {
     "data.split_seed": Number(0, 2**32 - 1, whole=True),
 }
 OPTIONS: dict[str, Rule] = {
-    "seed": Number(0, 2**32 - 1, whole=True),
-    "epochs": Number(1, 100_000, whole=True),
     "frozen_epochs": Number(0, whole=True),
     "views": Number(1, 1000, whole=True),
-    "batch_size": Number(2, whole=True),
-    "lr": Number(0.0),
     "encoder_lr": Number(0.0),
-    "weight_decay": Number(0.0),
-    "lr_schedule": Text(),
-    "warmup": Number(0.0, 0.99),
     "queries": Number(1, whole=True),
     "width": Number(4, whole=True),
     "layers": Number(1, whole=True),
     "heads": Number(1, whole=True),
-    "dropout": Number(0.0, 0.99),
+    "dropout": SHARE,
     "class_cost": Number(0.0),
     "class_weight": Number(0.0),
     "l1_weight": Number(0.0),
@@ -43,7 +35,6 @@ OPTIONS: dict[str, Rule] = {
     "quality": Number(0.0, optional=True),
     "crop": Number(0.05, 1.0),
     "colours": Number(0.0, 0.9),
-    "bootstrap": Number(0, whole=True),
     "check_evaluator": Switch(),
     "sampler.name": Choice(("random", "balanced")),
     **DATA,
@@ -52,18 +43,12 @@ OPTIONS: dict[str, Rule] = {
 
 def check_options(config: Any) -> None:
     """Raise ``NearfarError`` for the first option that is of the wrong type, out of range, or without effect."""
-    check_table(config, OPTIONS)
+    check_learning_options(config, OPTIONS)
     check_data(config.data)
-    learning_rate_factor(config.lr_schedule, warmup=config.warmup)
     options = encoder_options(config)
     check_image_encoder(**options)
     if config.width % 4 or config.width % config.heads:
         raise NearfarError(f"width={config.width} must be a multiple of 4 and of heads={config.heads}.")
-    if 0 < config.bootstrap < 100:
-        raise NearfarError(
-            f"bootstrap={config.bootstrap}: the ends of an interval need at least 100 resamples; 0 asks for intervals "
-            "without resampling."
-        )
     if config.frozen_epochs:
         _check_frozen(config, options)
     if config.trainer.cached_chunk is not None:

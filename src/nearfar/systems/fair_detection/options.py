@@ -6,10 +6,10 @@ from typing import Any
 
 from nearfar.errors import NearfarError
 from nearfar.losses import AdaptiveScoreContrastiveLoss
-from nearfar.schedules import Linear, Piecewise, Schedule, learning_rate_factor
+from nearfar.schedules import Linear, Piecewise, Schedule
 from nearfar.systems.detector.options import check_data
 from nearfar.systems.fair_detection.scenes import check_scenes
-from nearfar.training.options import Choice, Number, Rule, Switch, Text, check_table
+from nearfar.training.options import Choice, Number, Rule, Switch, Text, check_learning_options
 
 __all__ = ["CONTROLS", "check_options", "data_of", "epsilon_schedule", "term_weights"]
 
@@ -20,14 +20,7 @@ TERMS = ("contrastive", "wasserstein", "detection")
 _WEIGHT = Number(0.0)
 _BOUND = Number(0.0, 1.0)
 OPTIONS: dict[str, Rule] = {
-    "seed": Number(0, 2**32 - 1, whole=True),
-    "epochs": Number(1, 100_000, whole=True),
-    "batch_size": Number(2, whole=True),
-    "lr": Number(0.0),
     "lr_g": Number(0.0),
-    "lr_schedule": Text(),
-    "warmup": Number(0.0, 0.99),
-    "weight_decay": Number(0.0),
     "max_norm": Number(0.0),
     "control": Choice(CONTROLS),
     "detector": Text(optional=True, number=True),
@@ -59,15 +52,13 @@ OPTIONS: dict[str, Rule] = {
     "rescale_gradient": Switch(),
     "beta": _WEIGHT,
     "beta_final": _WEIGHT,
-    "bootstrap": Number(0, whole=True),
     "pictures": Number(0, 100, whole=True),
 }
 
 
 def check_options(config: Any) -> None:
     """Raise ``NearfarError`` for the first option that is of the wrong type, out of range, or without effect."""
-    check_table(config, OPTIONS)
-    learning_rate_factor(config.lr_schedule, warmup=config.warmup)
+    check_learning_options(config, OPTIONS)
     AdaptiveScoreContrastiveLoss(
         config.temperature,
         config.top_k_percent,
@@ -79,10 +70,6 @@ def check_options(config: Any) -> None:
         raise NearfarError(
             f"batch_size={config.batch_size} has no room for min_samples={config.min_samples} anchors and as many "
             f"positives: no batch would have a contrastive loss. Take at least batch_size={2 * config.min_samples}."
-        )
-    if 0 < config.bootstrap < 100:
-        raise NearfarError(
-            f"bootstrap={config.bootstrap}: the ends of an interval need at least 100 resamples; 0 asks for none."
         )
     if config.control not in ("none", "random") and not any(_largest(config, term) for term in TERMS):
         raise NearfarError(

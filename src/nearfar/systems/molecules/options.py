@@ -8,25 +8,26 @@ from omegaconf import OmegaConf
 
 from nearfar.errors import NearfarError
 from nearfar.models.text import build_text_encoder
-from nearfar.schedules import Constant, Linear, Piecewise, Step, learning_rate_factor, schedule
+from nearfar.schedules import Constant, Linear, Piecewise, Step, schedule
 from nearfar.systems.molecules.features import MoleculeFeatures
 from nearfar.systems.molecules.model import MOLECULE_ENCODERS, TEXT_HEADS
 from nearfar.training.batches import SAMPLERS
-from nearfar.training.options import Choice, Number, Rule, Switch, Text, check_table, option
+from nearfar.training.options import (
+    FILE,
+    SHARE,
+    Choice,
+    Number,
+    Rule,
+    Switch,
+    Text,
+    check_learning_options,
+    option,
+)
 
 __all__ = ["check_options"]
 
-_PATH = Text(optional=True, number=True)
-_SHARE = Number(0.0, 0.99)
 
 OPTIONS: dict[str, Rule] = {
-    "seed": Number(0, 2**32 - 1, whole=True),
-    "epochs": Number(1, 100_000, whole=True),
-    "batch_size": Number(2, whole=True),
-    "lr": Number(0.0),
-    "weight_decay": Number(0.0),
-    "lr_schedule": Text(),
-    "warmup": Number(0.0, 0.99),
     "temperature": Number(1e-4),
     "learn_temperature": Switch(),
     "molecule_encoder": Choice(MOLECULE_ENCODERS),
@@ -34,11 +35,11 @@ OPTIONS: dict[str, Rule] = {
     "layers": Number(1, whole=True),
     "heads": Number(1, whole=True),
     "hidden": Number(1, whole=True),
-    "dropout": _SHARE,
+    "dropout": SHARE,
     "embedding_dim": Number(1, whole=True),
     "fingerprint_hidden": Number(1, whole=True),
-    "fingerprint_dropout": _SHARE,
-    "input_dropout": _SHARE,
+    "fingerprint_dropout": SHARE,
+    "input_dropout": SHARE,
     "fingerprint_bits": Number(8, 2**20, whole=True),
     "fingerprint_radius": Number(0, 100, whole=True),
     "fingerprint_chirality": Switch(),
@@ -47,16 +48,15 @@ OPTIONS: dict[str, Rule] = {
     "false_negative_threshold": Number(optional=True),
     "mask_duplicates": Switch(),
     "memory": Number(0, whole=True),
-    "augment_atoms": _SHARE,
-    "augment_bonds": _SHARE,
-    "bootstrap": Number(0, whole=True),
+    "augment_atoms": SHARE,
+    "augment_bonds": SHARE,
     "sampler.name": Choice(SAMPLERS),
     "loss.name": Choice(("infonce",)),
     "loss.symmetric": Switch(),
-    "data.train": _PATH,
-    "data.val": _PATH,
-    "data.test": _PATH,
-    "data.dir": _PATH,
+    "data.train": FILE,
+    "data.val": FILE,
+    "data.test": FILE,
+    "data.dir": FILE,
     "data.smiles_column": Text(optional=True),
     "data.text_column": Text(optional=True),
     "data.id_column": Text(optional=True),
@@ -70,8 +70,7 @@ OPTIONS: dict[str, Rule] = {
 
 def check_options(config: Any) -> None:
     """Raise ``NearfarError`` for the first option that is of the wrong type, out of range, or without effect."""
-    check_table(config, OPTIONS)
-    learning_rate_factor(config.lr_schedule, warmup=config.warmup)
+    check_learning_options(config, OPTIONS)
     MoleculeFeatures.from_config(config)
     # No weights are read and nothing is fitted here: the encoder looks at its options alone.
     encoder = OmegaConf.to_container(config.text_encoder, resolve=True)
@@ -79,11 +78,6 @@ def check_options(config: Any) -> None:
     build_text_encoder(**{str(key): value for key, value in encoder.items()})
     if config.molecule_encoder != "fingerprint" and config.hidden % config.heads:
         raise NearfarError(f"hidden={config.hidden} must be a multiple of heads={config.heads}.")
-    if 0 < config.bootstrap < 100:
-        raise NearfarError(
-            f"bootstrap={config.bootstrap}: the ends of an interval need at least 100 resamples; "
-            "0 asks for intervals without resampling."
-        )
     if config.learn_temperature and config.temperature < 0.01:
         raise NearfarError(
             f"temperature={config.temperature}: a learned temperature is held at .01 or more; start there or higher."

@@ -26,7 +26,7 @@ from nearfar.systems.molecules.data import (
     load_embedded,
     load_files,
 )
-from nearfar.systems.molecules.examples import retrieval_examples
+from nearfar.systems.molecules.examples import molecule_examples
 from nearfar.systems.molecules.features import MoleculeFeatures
 from nearfar.systems.molecules.model import MoleculeTextModel
 from nearfar.systems.molecules.options import check_options
@@ -225,7 +225,7 @@ class MoleculeSystem(EncodingSystem):
 
     def report_examples(self, outputs: Mapping[str, Tensor], split: str) -> list[dict[str, Any]]:
         """Texts with their nearest molecules: right, nearly, wrong."""
-        return retrieval_examples(self.data.splits[split], outputs["texts"], outputs["molecules"])
+        return molecule_examples(self.data.splits[split], outputs["texts"], outputs["molecules"])
 
     def save_assets(self, folder: Path) -> None:
         """The fitted text encoder, without which new texts could not be embedded."""

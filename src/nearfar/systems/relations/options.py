@@ -9,25 +9,15 @@ from omegaconf import OmegaConf
 from nearfar.errors import NearfarError
 from nearfar.models.image import check_image_encoder
 from nearfar.models.text import build_text_encoder
-from nearfar.schedules import learning_rate_factor
 from nearfar.systems.relations.boxes import SPATIAL
 from nearfar.systems.relations.names import chosen_relations
 from nearfar.systems.relations.objective import LOSSES
 from nearfar.systems.relations.sampler import SAMPLERS
-from nearfar.training.options import Choice, Number, Rule, Switch, Text, check_table
+from nearfar.training.options import FILE, SHARE, Choice, Number, Rule, Switch, Text, check_learning_options
 
 __all__ = ["check_options"]
 
-_PATH = Text(optional=True, number=True)
-_SHARE = Number(0.0, 0.99)
 OPTIONS: dict[str, Rule] = {
-    "seed": Number(0, 2**32 - 1, whole=True),
-    "epochs": Number(1, 100_000, whole=True),
-    "batch_size": Number(2, whole=True),
-    "lr": Number(0.0),
-    "weight_decay": Number(0.0),
-    "lr_schedule": Text(),
-    "warmup": Number(0.0, 0.99),
     "temperature": Number(1e-3),
     "spatial": Choice(SPATIAL),
     "pixels": Switch(),
@@ -36,20 +26,19 @@ OPTIONS: dict[str, Rule] = {
     "crop_size": Number(32, 1024, whole=True),
     "visual_hidden": Number(1, whole=True),
     "embedding_dim": Number(1, whole=True),
-    "visual_dropout": _SHARE,
-    "spatial_dropout": _SHARE,
+    "visual_dropout": SHARE,
+    "spatial_dropout": SHARE,
     "box_jitter": Number(0.0, 0.45),
     "probe_rows": Number(10, whole=True),
     "monitor_rows": Number(10, whole=True),
-    "bootstrap": Number(0, whole=True),
     "sampler.name": Choice(SAMPLERS),
     "loss.name": Choice(LOSSES),
     "data.layout": Choice(("composed", "vrd", "scene_graph", "spatialsense", "coco")),
-    "data.train": _PATH,
-    "data.val": _PATH,
-    "data.test": _PATH,
-    "data.dir": _PATH,
-    "data.images": _PATH,
+    "data.train": FILE,
+    "data.val": FILE,
+    "data.test": FILE,
+    "data.dir": FILE,
+    "data.images": FILE,
     "data.photos": Choice(("optional", "required", "none")),
     "data.synonyms": Switch(),
     "data.val_fraction": Number(0, 1, inside=True),
@@ -65,9 +54,8 @@ OPTIONS: dict[str, Rule] = {
 
 def check_options(config: Any) -> None:
     """Raise ``NearfarError`` for the first option that is of the wrong type, out of range, or without effect."""
-    check_table(config, OPTIONS)
+    check_learning_options(config, OPTIONS)
     chosen_relations(config.relations)
-    learning_rate_factor(config.lr_schedule, warmup=config.warmup)
     if "symmetric" in config.loss:
         Switch().check("loss.symmetric", config.loss.symmetric)
     check_image_encoder(**_group(config.image_encoder))
@@ -94,11 +82,6 @@ def check_options(config: Any) -> None:
         raise NearfarError(
             "pixels=false, categories=false and box_jitter=0 leave the boxes as the only view: there is nothing to "
             "contrast. Set box_jitter=0.05 or categories=true."
-        )
-    if 0 < config.bootstrap < 100:
-        raise NearfarError(
-            f"bootstrap={config.bootstrap}: the ends of an interval need at least 100 resamples; "
-            "0 asks for intervals without resampling."
         )
 
 

@@ -11,21 +11,13 @@ from nearfar.errors import NearfarError
 from nearfar.functional.spatial import check_spatial_options
 from nearfar.models.image import check_image_encoder
 from nearfar.models.text import build_text_encoder
-from nearfar.schedules import learning_rate_factor
 from nearfar.systems.tissue.features import ImageFeatures
 from nearfar.training.batches import SPATIAL_SAMPLERS
-from nearfar.training.options import Choice, Number, Rule, Switch, Text, check_table, option
+from nearfar.training.options import SHARE, Choice, Number, Rule, Switch, Text, check_learning_options, option
 
 __all__ = ["check_options", "slide_names"]
 
 OPTIONS: dict[str, Rule] = {
-    "seed": Number(0, 2**32 - 1, whole=True),
-    "epochs": Number(1, 100_000, whole=True),
-    "batch_size": Number(2, whole=True),
-    "lr": Number(0.0),
-    "weight_decay": Number(0.0),
-    "lr_schedule": Text(),
-    "warmup": Number(0.0, 0.99),
     "temperature": Number(1e-4),
     "learn_temperature": Switch(),
     "max_scale": Number(1e-3),
@@ -40,11 +32,10 @@ OPTIONS: dict[str, Rule] = {
     "sentence_genes": Number(1, whole=True),
     "embedding_dim": Number(1, whole=True),
     "hidden": Number(1, whole=True),
-    "dropout": Number(0.0, 0.99),
+    "dropout": SHARE,
     "retrieve": Number(1, whole=True),
     "variable_genes": Number(1, whole=True),
     "expressed_genes": Number(1, whole=True),
-    "bootstrap": Number(0, whole=True),
     "sampler.name": Choice(SPATIAL_SAMPLERS),
     "loss.name": Choice(("clip", "spatial")),
     "image_encoder.kind": Text(),
@@ -64,14 +55,8 @@ OPTIONS: dict[str, Rule] = {
 
 def check_options(config: Any) -> None:
     """Raise ``NearfarError`` for the first option that is of the wrong type, out of range, or without effect."""
-    check_table(config, OPTIONS)
-    learning_rate_factor(config.lr_schedule, warmup=config.warmup)
+    check_learning_options(config, OPTIONS)
     check_spatial_options(config.neighbor_alpha_scale, config.temp_reg_weight, config.neighbors)
-    if 0 < config.bootstrap < 100:
-        raise NearfarError(
-            f"bootstrap={config.bootstrap}: the ends of an interval need at least 100 resamples; "
-            "0 asks for intervals without resampling."
-        )
     if config.temperature * config.max_scale < 1:
         raise NearfarError(
             f"temperature={config.temperature} means a scale of {1 / config.temperature:.4g}, beyond "

@@ -9,7 +9,6 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
@@ -17,6 +16,7 @@ from nearfar.metrics import paired_difference
 from nearfar.systems.tissue.data import Tissue
 from nearfar.systems.tissue.expression import pearson
 from nearfar.systems.tissue.features import gene_sentences
+from nearfar.training.examples import retrieval_examples
 from nearfar.training.sections import Picture, Section, Table
 
 if TYPE_CHECKING:
@@ -24,57 +24,23 @@ if TYPE_CHECKING:
 
 __all__ = ["examples", "gene_map", "sections"]
 
-#: how many hits are shown, and examples of each kind
-HITS, EXAMPLES = 5, 3
 _NAMES = 8  # genes named beside a patch
 _LOW, _HIGH = np.array([247.0, 247.0, 240.0]), np.array([122.0, 4.0, 80.0])
 
 
 def examples(
-    tissue: Tissue,
-    genes: Sequence[str],
-    images: Float[Tensor, "n d"],
-    vectors: Float[Tensor, "n d"],
-    seed: int = 0,
+    tissue: Tissue, genes: Sequence[str], images: Float[Tensor, "n d"], vectors: Float[Tensor, "n d"]
 ) -> list[dict[str, Any]]:
-    """Patches whose own expression came first (right), up to tenth (nearly) and later (wrong), chosen by ``seed``."""
-    images, vectors = (torch.nn.functional.normalize(x.float(), dim=1) for x in (images, vectors))
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    wanted = {"right": EXAMPLES, "nearly": EXAMPLES, "wrong": EXAMPLES}
-    found: list[dict[str, Any]] = []
-    for query in order[:2000].tolist():
-        scores = vectors @ images[query]
-        # Ties count by expectation, as in the metrics.
-        equal = int((scores == scores[query]).sum())
-        rank = 1 + int((scores > scores[query]).sum()) + (equal - 1) / 2
-        kind = "right" if rank == 1 else "nearly" if rank <= 10 else "wrong"
-        if not wanted[kind]:
-            continue
-        wanted[kind] -= 1
-        best = scores.topk(min(HITS, len(scores))).indices.tolist()
-        found.append(
-            {
-                "kind": kind,
-                "query": {"text": tissue.ids[query], "svg": _patch(tissue.patches[query])},
-                "rank": int(rank) if rank == int(rank) else rank,
-                "gallery": len(tissue),
-                "items": [
-                    {
-                        "rank": place + 1,
-                        "score": float(scores[item]),
-                        "correct": item == query,
-                        "text": f"{tissue.ids[item]}: "
-                        + gene_sentences(tissue.expression[[item]], genes, _NAMES)[0],
-                        "svg": _patch(tissue.patches[item]),
-                    }
-                    for place, item in enumerate(best)
-                ],
-            }
-        )
-        if not any(wanted.values()):
-            break
-    kinds = ("right", "nearly", "wrong")
-    return sorted(found, key=lambda example: kinds.index(example["kind"]))
+    """Patches with the spots whose expression was found for them: right, nearly, wrong."""
+
+    def query(spot: int) -> dict[str, Any]:
+        return {"text": tissue.ids[spot], "svg": _patch(tissue.patches[spot])}
+
+    def item(spot: int) -> dict[str, Any]:
+        names = gene_sentences(tissue.expression[[spot]], genes, _NAMES)[0]
+        return query(spot) | {"text": f"{tissue.ids[spot]}: {names}"}
+
+    return retrieval_examples(images, vectors, query, item)
 
 
 def sections(judge: Judge, outputs: Mapping[str, Tensor], split: str) -> list[Section]:
