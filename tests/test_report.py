@@ -179,3 +179,13 @@ def test_a_baseline_stands_beside_its_metric_and_a_gallery_only_where_there_is_o
     assert "<th>gallery</th>" not in page
     assert "<th>baseline</th>" in page
     assert "<td>0.432</td>" in page
+
+
+def test_baselines_by_split_and_with_a_name(run: RunFolder) -> None:
+    metrics = run.read_json("metrics.json")
+    name = metrics["monitor"]
+    entry = {"value": 0.4321, "name": "a simpler model"}
+    run.write_json("metrics.json", metrics | {"baselines": {"val": {name: entry}}})
+    assert write_report(run).read_text().count("<td>0.432</td>") == 1
+    run.write_json("metrics.json", metrics | {"baselines": {"test": {name: entry}}})
+    assert "<th>baseline</th>" not in write_report(run).read_text()

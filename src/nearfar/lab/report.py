@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,6 +76,17 @@ def _examples(folder: RunFolder) -> dict[str, list[dict[str, Any]]]:
     return kinds
 
 
+def _baselines(given: Mapping[str, Any], reported: str, split: str) -> dict[str, float]:
+    """What simpler answers score on ``split``, by metric.
+
+    ``given`` is by metric for the ``reported`` split, or by split; an entry is a number or has a ``value``.
+    """
+    by_split = {name: entry for name, entry in given.items() if name in ("train", "val", "test")}
+    own = by_split.get(split, {}) if by_split else given if split == reported else {}
+    values = {name: entry["value"] if isinstance(entry, Mapping) else entry for name, entry in own.items()}
+    return {name: float(value) for name, value in values.items() if value is not None}
+
+
 def write_report(folder: RunFolder) -> Path:
     """Write ``report.html`` of a finished run and return its path."""
     metrics = folder.read_json("metrics.json")
@@ -95,7 +108,7 @@ def write_report(folder: RunFolder) -> Path:
                 for question, found in by_question(dict(rows)).items()
             },
             verdict=run_verdict(folder),
-            evaluated=next(iter(tables)),
+            baselines=partial(_baselines, metrics.get("baselines") or {}, next(iter(tables))),
             sections=read_sections(folder),
             charts=training_charts(folder, metrics, tables),
             map=embedding_map(folder),
