@@ -120,7 +120,7 @@ def test_scenes_are_coco_files_and_are_drawn_once(tmp_path: Path, monkeypatch: p
     data.image_size = 32
     folder = scenes_folder(data)
     train = json.loads((folder / "train.json").read_text())
-    assert sum(image["visibility"] == "faint" for image in train["images"]) == 2
+    assert sum(image["visibility"] == "faint" for image in train["images"]) == 5
     test = json.loads((folder / "test.json").read_text())
     assert sum(image["visibility"] == "faint" for image in test["images"]) == 5
     assert all((folder / "images" / image["file_name"]).is_file() for image in test["images"])

@@ -56,7 +56,7 @@ def frozen_detector(config: Any, splits: dict[str, CocoSplit], say: Say) -> Dete
             raise NearfarError(
                 f"training a detector first, with the options of detector_training.{kind}: {error}"
             ) from None
-    say(f"detector: trained on {splits['train'].source}, kept in {folder}")
+    say(f"detector: kept in {folder}")
     return load_detector(folder)
 
 
@@ -84,6 +84,7 @@ def _training_config(config: Any, data: Any, options: Any) -> Any:
     trainer = OmegaConf.merge(
         trainer, {"max_steps": None, "log_every": 20, "accumulate": 1, "cached_chunk": None}
     )
+    # Options may hold data of the detector's own: scenes in another haze than the one it is judged in.
     return OmegaConf.merge(common, {"trainer": trainer, "data": data}, options)
 
 
