@@ -18,7 +18,7 @@ from nearfar.crossval import cross_validate
 from nearfar.errors import NearfarError
 from nearfar.launch import run_one
 from nearfar.overrides import compose_config, expand
-from nearfar.systems import build_system
+from nearfar.systems import build_system, check_config
 from nearfar.systems.relations.dataset import RelationBatch, Scaler
 from nearfar.systems.relations.evaluation import confusion, judge, pair_retrieval
 from nearfar.systems.relations.model import RelationModel
@@ -387,3 +387,13 @@ def test_damaged_photos_cost_their_pixels_alone(tmp_path: Path) -> None:
     layout = run(tmp_path, folder, "epochs=1").read_json("dataset_layout.json")
     assert layout["rejections"]["by_reason"]["damaged photo"] == 1
     assert sum(split["images"] for split in layout["splits"].values()) == 40
+
+
+def test_the_sum_of_a_supervised_loss_is_an_option_of_its_own() -> None:
+    """What the doctor prescribes where a sum inside the logarithm asks for the nearest positive alone."""
+    assert ViewLoss("supcon").contrast.sum == "outside"
+    inside, mended = ViewLoss("supcon_inside"), ViewLoss("supcon_inside", sum="outside")
+    assert (inside.contrast.sum, mended.contrast.sum) == ("inside", "outside")
+    assert not mended.contrast.own_pair
+    with pytest.raises(NearfarError, match=r"loss\.sum=both: no such choice"):
+        check_config(compose_config(["experiment=relations", "loss=supcon", "loss.sum=both"]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import combinations
-from typing import Any
+from typing import Any, Literal
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -31,12 +31,17 @@ class ViewLoss(nn.Module):
 
     Each two views are contrasted over the rows that have both. A row with boxes alone (no photo, no names) has the
     boxes as another annotator would have drawn them for its second view ("jittered"). Terms are weighted by their
-    rows; rows that have no company are left out and counted. ``repeated=False`` says that no two rows are the same two
-    boxes, and saves looking.
+    rows; rows that have no company are left out and counted. ``sum``: of a supervised loss, where it is to be another
+    than the name says. ``repeated=False`` says that no two rows are the same two boxes, and saves looking.
     """
 
     def __init__(
-        self, name: str = "infonce", temperature: float = 0.07, symmetric: bool = True, repeated: bool = True
+        self,
+        name: str = "infonce",
+        temperature: float = 0.07,
+        symmetric: bool = True,
+        repeated: bool = True,
+        sum: Literal["outside", "inside"] | None = None,
     ) -> None:
         super().__init__()
         self.repeated = repeated
@@ -46,10 +51,11 @@ class ViewLoss(nn.Module):
         self.contrast: InfoNCELoss | SupConLoss
         if name == "infonce":
             self.contrast = InfoNCELoss(temperature, symmetric=symmetric)
-        elif name == "supcon":
-            self.contrast = SupConLoss(temperature)
         else:
-            self.contrast = SupConLoss(temperature, sum="inside", own_pair=False)
+            inside = name == "supcon_inside"
+            self.contrast = SupConLoss(
+                temperature, sum=sum or ("inside" if inside else "outside"), own_pair=not inside
+            )
         self.seen: dict[str, Any] = {}
 
     def forward(self, views: Mapping[str, Tensor], batch: RelationBatch) -> Float[Tensor, ""]:

@@ -58,6 +58,8 @@ def check_options(config: Any) -> None:
     chosen_relations(config.relations)
     if "symmetric" in config.loss:
         Switch().check("loss.symmetric", config.loss.symmetric)
+    if "sum" in config.loss:
+        Choice(("outside", "inside")).check("loss.sum", config.loss.sum)
     check_image_encoder(**_group(config.image_encoder))
     # No weights are read and nothing is fitted here: the encoder looks at its options alone.
     build_text_encoder(**_group(config.text_encoder))

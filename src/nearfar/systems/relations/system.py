@@ -49,7 +49,12 @@ class RelationSystem(EncodingSystem):
     def __init__(self, config: Any) -> None:
         check_options(config)
         self.config = config
-        self.loss = ViewLoss(config.loss.name, config.temperature, config.loss.get("symmetric", True))
+        self.loss = ViewLoss(
+            config.loss.name,
+            config.temperature,
+            config.loss.get("symmetric", True),
+            sum=config.loss.get("sum"),
+        )
         self.data: RelationData
         self._datasets: dict[str, RelationDataset] = {}
         self._encoders: dict[str, str] = {}
