@@ -18,6 +18,7 @@ from nearfar.metrics.detection import Boxes, detection_evidence
 from nearfar.metrics.detection_estimates import Change, detection_change
 from nearfar.models.detection import Detector, DetectorOutput, Target
 from nearfar.overrides import compose_config
+from nearfar.systems.detector.scenes import make_scene, scenes_folder
 from nearfar.systems.fair_detection.evaluation import gap_closed, judge, ordered
 from nearfar.systems.fair_detection.generator import PerturbationGenerator, perturbed
 from nearfar.systems.fair_detection.looks import shuffled
@@ -25,7 +26,6 @@ from nearfar.systems.fair_detection.model import FairModel
 from nearfar.systems.fair_detection.objective import FairObjective, picture_scores
 from nearfar.systems.fair_detection.options import check_options, epsilon_schedule, term_weights
 from nearfar.systems.fair_detection.pictures import chosen, panel
-from nearfar.systems.fair_detection.scenes import make_scene, scenes_folder
 
 GROUPS = ("faint", "clear")
 

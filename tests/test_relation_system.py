@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 
 from nearfar.batching import RandomBatchSampler
+from nearfar.contrast import NoPositivesWarning
 from nearfar.crossval import cross_validate
 from nearfar.errors import NearfarError
 from nearfar.launch import run_one
@@ -397,3 +398,12 @@ def test_the_sum_of_a_supervised_loss_is_an_option_of_its_own() -> None:
     assert not mended.contrast.own_pair
     with pytest.raises(NearfarError, match=r"loss\.sum=both: no such choice"):
         check_config(compose_config(["experiment=relations", "loss=supcon", "loss.sum=both"]))
+
+
+def test_a_batch_without_two_views_in_common_says_so() -> None:
+    batch = batch_of([True, False, False])
+    views = {
+        name: torch.randn(3, 4, generator=torch.Generator().manual_seed(0)) for name in ("visual", "spatial")
+    }
+    with pytest.warns(NoPositivesWarning, match="box_jitter"):
+        assert ViewLoss()(views, batch) == 0

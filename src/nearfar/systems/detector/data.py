@@ -95,7 +95,7 @@ class DetectionData:
 
 def _folder(data: Any) -> Path:
     if data.kind == "scenes":
-        from nearfar.systems.fair_detection.scenes import scenes_folder
+        from nearfar.systems.detector.scenes import scenes_folder
 
         return scenes_folder(data)
     if data.dir is None:

@@ -8,7 +8,7 @@ from nearfar.errors import NearfarError
 from nearfar.losses import AdaptiveScoreContrastiveLoss
 from nearfar.schedules import Linear, Piecewise, Schedule
 from nearfar.systems.detector.options import check_data
-from nearfar.systems.fair_detection.scenes import check_scenes
+from nearfar.systems.detector.scenes import check_scenes
 from nearfar.training.options import Choice, Number, Rule, Switch, Text, check_learning_options
 
 __all__ = ["CONTROLS", "check_options", "data_of", "epsilon_schedule", "term_weights"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from itertools import combinations
 from typing import Any, Literal
@@ -9,7 +10,7 @@ from typing import Any, Literal
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nearfar.contrast import DuplicateMask
+from nearfar.contrast import DuplicateMask, NoPositivesWarning
 from nearfar.errors import NearfarError, nearest_name
 from nearfar.losses import InfoNCELoss, SupConLoss
 from nearfar.systems.relations.dataset import RelationBatch
@@ -63,6 +64,13 @@ class ViewLoss(nn.Module):
         total = sum(len(batch) if rows is None else len(rows) for *_, rows in terms)
         loss = views["spatial"].sum() * 0.0
         self.seen = {"rows_contrasted": total, "terms": len(terms)}
+        if not terms:
+            warnings.warn(
+                "no two rows of this batch have two views in common: the loss is 0 and nothing is learned. Take "
+                "larger batches, or set box_jitter=0.05, which gives every pair a second view.",
+                NoPositivesWarning,
+                stacklevel=2,
+            )
         for first, second, rows in terms:
             count = len(batch) if rows is None else len(rows)
             if rows is None:

@@ -218,7 +218,7 @@ def _canvas(size: int) -> tuple[Any, Any]:
     try:
         from PIL import Image, ImageDraw
     except ImportError:
-        raise NearfarError("drawing scenes needs Pillow: pip install 'nearfar[fair_detection]'.") from None
+        raise NearfarError("drawing scenes needs Pillow: pip install 'nearfar[detector]'.") from None
     canvas = Image.new("L", (size * _FINER, size * _FINER), 0)
     return canvas, ImageDraw.Draw(canvas)
 
