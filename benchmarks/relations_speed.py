@@ -10,6 +10,7 @@ evaluation.
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 import time
 from pathlib import Path
@@ -87,9 +88,12 @@ def main() -> None:
         run = RunFolder(Path(folder) / "run")
         train(system, config, run, request, say=lambda text: print(text, flush=True))
         whole, used = time.perf_counter() - started, time.process_time() - used
+        log = map(json.loads, (run.path / "train_log.jsonl").read_text().splitlines())
+        epochs = [record["seconds"] for record in log if record["kind"] == "epoch"]
     print(
         f"{chosen.epochs} epochs over {chosen.pairs} pairs, batches of {config.batch_size}, {chosen.threads} threads, "
-        f"an evaluation after each epoch: {whole:.0f} s ({used:.0f} s of a processor)"
+        f"an evaluation after each epoch: {whole:.1f} s ({used:.1f} s of a processor); an epoch: "
+        f"{np.median(epochs):.2f} s"
     )
 
 

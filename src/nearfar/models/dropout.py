@@ -37,8 +37,10 @@ class Dropout(nn.Module):
             return x
         size = math.prod(x.shape)
         bits = torch.empty((size + 7) // 8, dtype=torch.int64, device=x.device).random_(-(2**63), None)
-        kept = bits.view(torch.uint8)[:size].view(x.shape) >= self._zeroed
-        return x * kept.to(x.dtype).mul_(256 / (256 - self._zeroed))
+        draws = bits.view(torch.uint8)[:size].view(x.shape)
+        # Written as 0.0 and 1.0: booleans would take longer to make, and again to multiply.
+        kept = torch.ge(draws, self._zeroed, out=torch.empty_like(x))
+        return x * kept.mul_(256 / (256 - self._zeroed))
 
     def extra_repr(self) -> str:
         return f"p={self.p}"

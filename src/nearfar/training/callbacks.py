@@ -87,6 +87,10 @@ class RunRecorder(L.Callback):
         self._last_logged: tuple[int, float] | None = None
         self._probe: Probe | None = None
         self._scale_max: dict[str, float] = {}
+        # Read once: looking an option up in a configuration takes longer than a step may wait.
+        trainer = config.trainer
+        self._probe_every, self._save_steps = trainer.probe_every, trainer.checkpoint_steps
+        self._save_seconds = 60 * float(trainer.checkpoint_minutes)
 
     # -- log -------------------------------------------------------------------------------------------------
     def _log(self, trainer: L.Trainer, record: dict[str, Any]) -> None:
@@ -132,13 +136,11 @@ class RunRecorder(L.Callback):
         if module.logged:
             self._log_step(trainer, module)
         last = module.batches == module.epoch_batches
-        probe_every = self.config.trainer.probe_every
         # After the last batch of an epoch the epoch's own probe follows.
-        if probe_every and module.at_boundary and module.step % probe_every == 0 and not last:
+        if self._probe_every and module.at_boundary and module.step % self._probe_every == 0 and not last:
             self._log_probe(trainer, module)
-        due = time.monotonic() - self._saved_at > 60 * self.config.trainer.checkpoint_minutes
-        steps = self.config.trainer.checkpoint_steps
-        due = due or bool(steps and module.step % steps == 0)
+        due = time.monotonic() - self._saved_at > self._save_seconds
+        due = due or bool(self._save_steps and module.step % self._save_steps == 0)
         # After the last batch of an epoch the epoch's own checkpoint follows, with its validation done.
         if module.at_boundary and not last:
             asked, due = ranks.any_rank(self._asked, due)
@@ -182,7 +184,7 @@ class RunRecorder(L.Callback):
         """Whether the epoch that ends is probed: all are, but of short ones about one in ``PROBE_STEPS`` steps, the
         first and the last, since a probe costs about a step. A function of the step alone, so that a resumed run probes
         where the run would have."""
-        if self.config.trainer.probe_every or module.epoch in (0, self.config.epochs - 1):
+        if self._probe_every or module.epoch in (0, self.config.epochs - 1):
             return True
         began = module.step - module.steps_per_epoch()
         return module.step // PROBE_STEPS > began // PROBE_STEPS

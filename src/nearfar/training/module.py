@@ -120,6 +120,7 @@ class RunModule(L.LightningModule):
         self.gradient_norm: Tensor | None = None
         # Read once: looking an option up in a configuration takes longer than a step may wait.
         self.accumulate, self.log_every = int(config.trainer.accumulate), int(config.trainer.log_every)
+        self.cached_chunk = config.trainer.get("cached_chunk")
         self.evaluation: Evaluation | None = None
         self.evaluation_split = "val"
         self.outputs: dict[str, Tensor] = {}
@@ -135,6 +136,13 @@ class RunModule(L.LightningModule):
             self.seconds_before = resume.seconds
             self._partial_epoch = resume.batches > 0
         self._step_at_start = self.step
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Lightning notes which hook it calls, about fifty times a step, and a module looks for a parameter each time.
+        if name == "_current_fx_name":
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
 
     # -- data ------------------------------------------------------------------------------------------------
     def train_dataloader(self) -> DataLoader[Any]:
@@ -170,6 +178,10 @@ class RunModule(L.LightningModule):
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         """The validation split in order; nothing where the epoch is cut: it is no epoch's result."""
         return [] if self.cut else self.evaluation_loader("val")
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """The batch on ``device``; loaders give batches in the machine's own memory."""
+        return batch if device.type == "cpu" else super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     # -- optimiser -------------------------------------------------------------------------------------------
     def configure_optimizers(self) -> Any:
@@ -241,7 +253,7 @@ class RunModule(L.LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """One batch."""
-        chunk = self.config.trainer.get("cached_chunk")
+        chunk = self.cached_chunk
         if self.trainer.world_size > 1:
             rows = self._rows_at(self.batches)
             output = self.sharing.step(self.system, self.model, batch, rows, chunk)
@@ -262,11 +274,13 @@ class RunModule(L.LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip by norm as Lightning does, and keep the norm for the log; without clipping, take it of logged steps."""
-        weights = list(self.trainer.precision_plugin.main_params(optimizer))
         self.gradient_norm = None
+        if not gradient_clip_val and not self.logged:
+            return
+        weights = list(self.trainer.precision_plugin.main_params(optimizer))
         if gradient_clip_val:
             self.gradient_norm = torch.nn.utils.clip_grad_norm_(weights, gradient_clip_val)
-        elif self.logged:
+        else:
             gradients = [weight.grad for weight in weights if weight.grad is not None]
             self.gradient_norm = torch.nn.utils.get_total_norm(gradients)
 

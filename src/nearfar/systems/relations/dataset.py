@@ -122,17 +122,21 @@ class RelationDataset(Dataset[RelationBatch]):
 
     def __getitems__(self, positions: Sequence[int]) -> RelationBatch:
         at = torch.as_tensor(positions, dtype=torch.int64)
-        seen = self.seen[at]
+
+        def rows(part: Tensor) -> Tensor:
+            return part.index_select(0, at)  # half the time of part[at]
+
+        seen = rows(self.seen)
         alone = self.names is None and not bool(seen.all())
         return RelationBatch(
             at,
-            None if self.visual is None else self.visual[at],
+            None if self.visual is None else rows(self.visual),
             seen,
-            self.numbers[at],
+            rows(self.numbers),
             self._jittered(at.numpy()) if alone and self.jitter and len(at) else None,
-            None if self.names is None else self.names[at],
-            self.label[at],
-            self.group[at],
+            None if self.names is None else rows(self.names),
+            rows(self.label),
+            rows(self.group),
         )
 
     def _jittered(self, at: Int[ndarray, " b"]) -> Float[Tensor, "b k"]:

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from nearfar.errors import NearfarError
+from nearfar.models.dropout import Dropout
 from nearfar.systems.relations.dataset import RelationBatch
 
 __all__ = ["RelationModel"]
@@ -80,6 +81,6 @@ def _layers(sizes: tuple[int, ...], dropout: float) -> nn.Sequential:
     layers: list[nn.Module] = []
     for i, (a, b) in enumerate(pairwise(sizes)):
         if i:
-            layers += [nn.ReLU(), nn.Dropout(dropout)]
+            layers += [nn.ReLU(), Dropout(dropout)]
         layers.append(nn.Linear(a, b))
     return nn.Sequential(*layers)

@@ -37,7 +37,7 @@ __all__ = ["RelationSystem"]
 
 Say = Callable[[str], None]
 _CHUNK = 2048  # training rows embedded at a time
-_PAIRS_WATCHED = 960  # pairs of pair retrieval after each epoch; all of them in the end
+_PAIRS_WATCHED = 480  # pairs of pair retrieval after each epoch; all of them in the end
 
 
 class RelationSystem(EncodingSystem):
@@ -61,6 +61,7 @@ class RelationSystem(EncodingSystem):
         self._train: Rows = {}
         self._untrained: dict[str, Rows] = {}
         self._pairs_asked = 0  # of a batch of pair retrieval
+        self._hashes: dict[str, str] = {}  # of the splits: asked for after every epoch
         #: of each split's last full evaluation
         self.predictions: dict[str, Predictions] = {}
         self.judged: dict[str, Judged] = {}
@@ -287,7 +288,7 @@ class RelationSystem(EncodingSystem):
     def _judge(self, predicted: Mapping[str, ndarray], split: str, label: ndarray, final: bool) -> Judged:
         part, relations = self.data.splits[split], self.data.relations
         constant = int(np.bincount(self._datasets["train"].label.numpy()).argmax())
-        split_hash, bootstrap = self.data.content_hash(split), self.config.bootstrap if final else 0
+        split_hash, bootstrap = self._hash(split), self.config.bootstrap if final else 0
         order = [FUSED, LINEAR, *predicted]
         ordered = {metric: predicted[metric] for metric in dict.fromkeys(order) if metric in predicted}
         seen, every = self._datasets[split].seen.numpy(), np.ones(len(part), bool)
@@ -309,6 +310,11 @@ class RelationSystem(EncodingSystem):
             judged.per_image |= found.per_image
         return judged
 
+    def _hash(self, split: str) -> str:
+        if split not in self._hashes:
+            self._hashes[split] = self.data.content_hash(split)
+        return self._hashes[split]
+
     def _pair_retrieval(self, outputs: Mapping[str, Tensor], split: str, final: bool) -> Any:
         second = "visual" if "visual" in outputs else "names" if "names" in outputs else None
         if second is None:
@@ -323,7 +329,7 @@ class RelationSystem(EncodingSystem):
             rows,
             part.image,
             self._pairs_asked,
-            split=self.data.content_hash(split),
+            split=self._hash(split),
             bootstrap=self.config.bootstrap if final else 0,
         )
 
