@@ -74,7 +74,7 @@ class _Weights(NamedTuple):
             weight.diagonal(dim1=-2, dim2=-1).zero_()  # not fill_diagonal_, which is slow
         mass = weight.sum(-1)
         part = None
-        if not mass.min() > 0:
+        if (without_self or not target.everybody) and not mass.min() > 0:
             valid = (mass > 0).to(mass)
             count = valid.sum(-1, keepdim=True)
             if not count.min() > 0:
@@ -122,9 +122,9 @@ class _Sums:
             losses += self.own_sum.log().sub_(self.held)
         if weights.part is not None:
             losses = torch.where(weights.part > 0, losses, 0.0)
-        self.losses = losses
+        self.losses, self.logits = losses, logits
         if setting.expected:
-            self.logits, self.powers = logits, powers
+            self.powers = powers
             self.mean_logit = (powers * logits).sum(-1) / self.total
 
     def mean(self) -> Float[Tensor, ""]:
@@ -138,19 +138,40 @@ class _Sums:
 
     def slopes(self) -> tuple[Float[Tensor, "*two n m"], float]:
         """By the logits, of the mean loss: up to a factor, which is cheaper to apply later."""
-        own_sum = self.own_sum.unsqueeze(-1)
         of_rest = (self.rest_sum / self.total / self.own_sum).unsqueeze(-1)
-        values = self.rest / self.total.unsqueeze(-1)
         # Apart from the share that it has beyond its due, a positive loses what the rest has: of a single one the first
         # is 0 to the last digit.
+        if self.due is None:
+            values = self.rest / self.total.unsqueeze(-1)
+        else:
+            values = (self.own / self.own_sum.unsqueeze(-1)).sub_(self.due)
+            values.addcdiv_(self.rest, self.total.unsqueeze(-1))
         values.addcmul_(self.own, of_rest, value=-1)
-        if self.due is not None:
-            values += (self.own / own_sum).sub_(self.due)
         part = self.setting.weights.part
         if part is None:
             return values, 1.0 / self.losses.numel()
         directions = 1.0 if self.losses.ndim == 1 else 0.5
         return values.mul_(part.unsqueeze(-1)), directions
+
+    def along(
+        self,
+        values: Tensor,
+        scale: Tensor | float,
+        a: Tensor,
+        by_a: Tensor,
+        b: Tensor | None,
+        by_b: Tensor | None,
+    ) -> tuple[Float[Tensor, "n 1"], Float[Tensor, "m 1"] | None]:
+        """Each row's product with its derivative: from the logits, where these are fewer numbers than the rows."""
+        if a.shape[1] < values.shape[1]:
+            across = None if b is None else torch.linalg.vecdot(b, by_b).unsqueeze(1)
+            return torch.linalg.vecdot(a, by_a).unsqueeze(1), across
+        logits = self.logits[0] if self.setting.both else self.logits
+        product = (values * logits).mul_(1.0 / scale)
+        rows, columns = product.sum(1), product.sum(0)
+        return (
+            ((rows + columns).unsqueeze(1), None) if b is None else (rows.unsqueeze(1), columns.unsqueeze(1))
+        )
 
     def gap_slopes(self) -> Float[Tensor, "*two n m"]:
         """By the logits, of the gap."""
@@ -196,7 +217,7 @@ class _FewRows(torch.autograd.Function):
         lengths: tuple[Tensor, Tensor] | None,
         setting: _Setting,
         found: list[_Sums],
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         if lengths is not None:
             a, b = a / lengths[0], None if b is None else b / lengths[1]
         with full_precision(a.device):
@@ -208,7 +229,7 @@ class _FewRows(torch.autograd.Function):
         ctx.save_for_backward(a, b, scale if isinstance(scale, Tensor) else None)
         ctx.scale, ctx.lengths, ctx.sums = None if isinstance(scale, Tensor) else scale, lengths, sums
         ctx.set_materialize_grads(False)
-        return sums.mean(), sums.gap() if setting.expected else a.new_zeros(())
+        return sums.mean(), sums.gap() if setting.expected else None
 
     @staticmethod
     def backward(ctx: Any, by_loss: Tensor | None, by_gap: Tensor | None) -> Any:
@@ -235,13 +256,12 @@ class _FewRows(torch.autograd.Function):
                 by_a.addmm_(values.T, a)
             else:
                 by_b = values.T @ a
-            along = torch.linalg.vecdot(a, by_a).unsqueeze(1)
-            across = None if b is None else torch.linalg.vecdot(b, by_b).unsqueeze(1)
+            along, across = sums.along(values, scale, a, by_a, b, by_b)
         by_scale = along.sum() * (factor * (0.5 if b is None else 1.0)) if ctx.needs_input_grad[2] else None
         factor = factor * scale
         for x, by_x, dots, k in ((a, by_a, along, 0), (b, by_b, across, 1)):
-            if by_x is not None:
-                if ctx.lengths is not None:
-                    by_x.addcmul_(x, dots, value=-1).div_(ctx.lengths[k])
+            if by_x is not None and ctx.lengths is not None:
+                by_x.addcmul_(x, dots, value=-1).mul_(factor / ctx.lengths[k])
+            elif by_x is not None:
                 by_x.mul_(factor)
         return by_a, by_b, by_scale, None, None, None

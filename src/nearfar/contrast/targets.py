@@ -31,6 +31,8 @@ class Target(Protocol):
     binary: bool
     single: bool
     symmetric: bool
+    #: whether every query is sure to have a positive, where itself counts as one
+    everybody: bool = False
     #: up to so many pairs, the matrix of all weights is quicker than a walk over tiles
     few_pairs: int = 1 << 20
 

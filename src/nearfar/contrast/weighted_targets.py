@@ -72,7 +72,7 @@ class SparseWeights(Target):
     ``index`` (n, k) holds columns, -1 for none; ``weight`` (n, k) what they weigh, 0 or more. An entry named twice
     weighs the sum, or ``most`` if that is less; ``own`` is added to what column i weighs for row i. For both
     directions of a pair of views, column i has the positives of row i (``weight_back``). ``checked``: somebody has
-    looked at the ranges already.
+    looked at the ranges already, ``complete``: and has seen no -1.
 
     >>> target = SparseWeights(torch.tensor([[1], [-1]]), torch.tensor([[0.5], [0.5]]), m=2)
     >>> found = target.entries(slice(0, 2), both=True)
@@ -91,8 +91,10 @@ class SparseWeights(Target):
         most: float | None = None,
         own: float = 0.0,
         checked: bool = False,
+        complete: bool = False,
     ) -> None:
         self.shape = (len(index), m)
+        self.everybody = own > 0 and len(index) <= m
         if index.device.type == "cpu" and index.numel() and not checked:
             if int(index.max()) >= m:
                 raise NearfarError(
@@ -103,6 +105,7 @@ class SparseWeights(Target):
                     "weight must be numbers that are 0 or more; some are below 0 or not a number"
                 )
         self._index, self._weight, self._most, self._own = index, weight.detach(), most, own
+        self._complete = complete
 
     def turned(self) -> SparseWeights:
         if self.shape[0] != self.shape[1]:
@@ -141,8 +144,11 @@ class SparseWeights(Target):
 
     def dense(self, like: Tensor) -> Float[Tensor, "n m"]:
         matrix = torch.zeros(self.shape, dtype=like.dtype, device=like.device)
-        there = self._index >= 0
-        matrix.scatter_add_(1, self._index.clamp(min=0).long(), (self._weight * there).to(like.dtype))
+        if self._complete:
+            matrix.scatter_add_(1, self._index.long(), self._weight.to(like.dtype))
+        else:
+            weight = self._weight * (self._index >= 0)
+            matrix.scatter_add_(1, self._index.clamp(min=0).long(), weight.to(like.dtype))
         if self._own > 0:
             matrix.diagonal().add_(self._own)
         return matrix if self._most is None else matrix.clamp_(max=self._most)

@@ -95,15 +95,19 @@ def spatial_step(
     n = len(image)
     if len(text) != n:
         raise NearfarError(f"image has {n} rows and text {len(text)}; row i of both is the same spot")
-    index, alpha = _check(neighbor_index, neighbor_alpha, n)
+    index, alpha, complete = _check(neighbor_index, neighbor_alpha, n)
     index, alpha = index.to(image.device), alpha.to(image.device, computing_dtype(image, text))
     reached = partial(_reached, index, alpha)
     target: Target = OwnPair(n)
     mask = None
     if neighbors == "soft":
-        target = SparseWeights(index, alpha * neighbor_alpha_scale, n, own=1.0, checked=True)
+        target = SparseWeights(
+            index, alpha * neighbor_alpha_scale, n, own=1.0, checked=True, complete=complete
+        )
     elif neighbors == "positive":
-        target = SparseWeights(index, (alpha > 0).to(alpha.dtype), n, most=1.0, own=1.0, checked=True)
+        target = SparseWeights(
+            index, (alpha > 0).to(alpha.dtype), n, most=1.0, own=1.0, checked=True, complete=complete
+        )
     elif neighbors == "mask":
         mask = IndexMask(torch.where(alpha > 0, index, -1))
     if rows is None and tile is None:
@@ -175,7 +179,8 @@ def check_spatial_options(neighbor_alpha_scale: float, temp_reg_weight: float, n
         raise NearfarError(f"neighbors is {neighbors!r}; it is 'soft', 'positive', 'mask' or 'none'")
 
 
-def _check(index: Tensor, alpha: Tensor, n: int) -> tuple[Tensor, Tensor]:
+def _check(index: Tensor, alpha: Tensor, n: int) -> tuple[Tensor, Tensor, bool]:
+    """The same, and whether it is known that no position is missing (-1)."""
     check_tensors(neighbor_index=index, neighbor_alpha=alpha)
     if index.ndim != 2 or len(index) != n or alpha.shape != index.shape:
         raise NearfarError(
@@ -184,6 +189,7 @@ def _check(index: Tensor, alpha: Tensor, n: int) -> tuple[Tensor, Tensor]:
         )
     if index.dtype.is_floating_point or index.dtype == torch.bool:
         raise NearfarError(f"neighbor_index is {index.dtype}; positions in the batch are whole numbers")
+    complete = False
     if index.device.type == "cpu" and index.numel():
         low, high = (int(end) for end in torch.aminmax(index))
         if high >= n or low < -1:
@@ -191,9 +197,10 @@ def _check(index: Tensor, alpha: Tensor, n: int) -> tuple[Tensor, Tensor]:
                 f"neighbor_index holds {high if high >= n else low}, but the batch has {n} rows: it takes positions in "
                 "the batch, not in the data set, and -1 for none"
             )
+        complete = low >= 0
         least, most = (end.item() for end in torch.aminmax(alpha))
         if not (least >= 0 and most < torch.inf):  # NaN is neither
             raise NearfarError(
                 "neighbor_alpha must be finite, 0 or more; some are below 0, infinite or not a number"
             )
-    return index, alpha
+    return index, alpha, complete

@@ -181,7 +181,9 @@ class RunModule(L.LightningModule):
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """The batch on ``device``; loaders give batches in the machine's own memory."""
-        return batch if device.type == "cpu" else super().transfer_batch_to_device(batch, device, dataloader_idx)
+        return (
+            batch if device.type == "cpu" else super().transfer_batch_to_device(batch, device, dataloader_idx)
+        )
 
     # -- optimiser -------------------------------------------------------------------------------------------
     def configure_optimizers(self) -> Any:
