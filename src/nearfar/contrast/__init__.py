@@ -14,6 +14,7 @@ from nearfar.contrast.masks import (
     join_masks,
 )
 from nearfar.contrast.normalize import embeddings, unit_rows
+from nearfar.contrast.one_direction import one_direction_loss
 from nearfar.contrast.pairs import few_pairs
 from nearfar.contrast.precision import computing_dtype, uncompiled
 from nearfar.contrast.query_losses import Sums, check_denominator, check_reduction
@@ -56,6 +57,7 @@ __all__ = [
     "few_sigmoid_pairs",
     "join_masks",
     "log_sums",
+    "one_direction_loss",
     "sigmoid_directions",
     "sigmoid_sums",
     "softmax_loss",

@@ -17,6 +17,7 @@ from nearfar.contrast import (
     check_reduction,
     checked_mask,
     few_pairs,
+    one_direction_loss,
     softmax_loss,
     uncompiled,
 )
@@ -116,7 +117,8 @@ def info_nce_step(
         scale = any_number("scale", scale)
     check_tensors(a=a, b=b)
     n, m = len(a), len(b)
-    if (
+    left_out = None
+    whole = (
         negatives is None
         and negatives_mask is None
         and rows is None
@@ -126,7 +128,8 @@ def info_nce_step(
         and reduction == "mean"
         and a.ndim == b.ndim == 2
         and (n == m or (n < m and not symmetric))
-    ):
+    )
+    if whole:
         left_out = None if mask is None else checked_mask(mask, n, m)
         small = few_pairs(a, b, scale, symmetric, normalize, left_out)
         if small is not None:
@@ -139,6 +142,10 @@ def info_nce_step(
             f"a has {n} rows and b {m}; row i of b is the partner of row i of a, and only with symmetric=False may b "
             "have further rows as negatives"
         )
+    if whole and not symmetric:
+        found = one_direction_loss(*given, normalize, left_out)
+        if found is not None:
+            return found
     extras = extras_of(negatives, negatives_mask, given, symmetric, normalize)
     if not in_batch:
         _check_alone(n, m, extras, symmetric, mask is not None)
