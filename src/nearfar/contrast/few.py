@@ -21,6 +21,9 @@ from nearfar.contrast.targets import Target
 
 __all__ = ["few_rows"]
 
+#: up to so many rows, adding the transposed derivatives is quicker than a second product with them
+TURNED = 512
+
 
 def few_rows(
     a: Float[Tensor, "n d"],
@@ -250,12 +253,13 @@ class _FewRows(torch.autograd.Function):
         if sums.setting.both:
             values = values[0].add_(values[1].T)
         with full_precision(a.device):  # a vecdot is a product too
-            by_a = values @ (a if b is None else b)
             by_b = None
-            if b is None:
-                by_a.addmm_(values.T, a)
+            if b is not None:
+                by_a, by_b = values @ b, values.T @ a
+            elif len(a) <= TURNED:
+                by_a = (values + values.T) @ a
             else:
-                by_b = values.T @ a
+                by_a = (values @ a).addmm_(values.T, a)
             along, across = sums.along(values, scale, a, by_a, b, by_b)
         by_scale = along.sum() * (factor * (0.5 if b is None else 1.0)) if ctx.needs_input_grad[2] else None
         factor = factor * scale
