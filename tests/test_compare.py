@@ -46,6 +46,23 @@ def test_arms_pairs_and_verdict(runs: Path) -> None:
     assert comparison_tables(comparison)
 
 
+def test_numbers_of_different_questions_stand_in_no_table_together(runs: Path, tmp_path: Path) -> None:
+    folders = [copied(runs / f"lr={lr},seed=0", tmp_path / lr) for lr in ("0.01", "1e-12")]
+    for folder in folders:
+        metrics, scores = folder.read_json("metrics.json"), dict(np.load(folder.path / "per_item.npz"))
+        found = metrics["splits"]["val"]
+        found["pair/R@1"] = found["MRR"] | {"protocol": found["MRR"]["protocol"] | {"question": "which pair"}}
+        np.savez(folder.path / "per_item.npz", **scores, **{"val/pair/R@1": scores["val/MRR"]})
+        folder.write_json("metrics.json", metrics)
+    comparison = compare_runs([tmp_path], baseline="lr=1e-12")
+    assert comparison.by_question(["MRR", "pair/R@1"]) == {"": ["MRR"], "which pair": ["pair/R@1"]}
+    rows = {str(table.title): list(table.columns[0].cells) for table in comparison_tables(comparison)}
+    assert rows["arms · val"] == rows["lr=0.01 − lr=1e-12"] == ["MRR"]
+    assert rows["arms · val · which pair"] == rows["lr=0.01 − lr=1e-12 · which pair"] == ["pair R@1"]
+    page = write_comparison(comparison, tmp_path / "page.html").read_text()
+    assert "<h2>lr=0.01 − lr=1e-12 · which pair</h2>" in page
+
+
 def test_an_arm_against_itself_is_not_distinguishable(runs: Path, tmp_path: Path) -> None:
     for seed in range(3):
         source = runs / f"lr=0.01,seed={seed}"

@@ -8,7 +8,7 @@ not compared: the reason is given instead.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from nearfar.errors import NearfarError, nearest_name
 from nearfar.lab.folds import FoldReading, join_folds, read_folds
 from nearfar.lab.groups import Arm, find_runs, group_runs, load_scores
 from nearfar.lab.losses import LossReading, read_losses
+from nearfar.lab.words import by_question
 from nearfar.metrics import Difference, comparable, holm, paired_difference, seeds_interval
 from nearfar.training.resume import flatten
 
@@ -64,6 +65,15 @@ class Comparison:
     def looked_at(self) -> int:
         """How many differences were judged."""
         return sum(len(found) for found in self.differences.values())
+
+    def by_question(self, metrics: Iterable[str]) -> dict[str, list[str]]:
+        """Metrics by the question that they answer: numbers of different questions stand in no table together."""
+        metrics, first = list(metrics), next(iter(self.arms[0].estimates.values()))
+        known = {name: first[name] for name in metrics if name in first}
+        found = {question: list(rows) for question, rows in by_question(known).items()}
+        if rest := [name for name in metrics if name not in first]:
+            found.setdefault("", []).extend(rest)
+        return found
 
     @property
     def worse(self) -> list[str]:

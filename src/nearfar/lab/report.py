@@ -135,12 +135,11 @@ def comparison_page(comparison: Comparison, path: Path) -> str:
     for label, differences in comparison.differences.items():
         if shown and label != shown[0].label:
             continue
-        rows = [(metric_words(n), d.value, d.low, d.high) for n, d in differences.items()]
-        charts.append(
-            intervals_chart(
-                f"{label} − {comparison.baseline.label}", rows, "paired difference, 95 % interval"
-            )
-        )
+        for question, metrics in comparison.by_question(differences).items():
+            found = [(metric, differences[metric]) for metric in metrics]
+            rows = [(metric_words(metric), d.value, d.low, d.high) for metric, d in found]
+            title = f"{label} − {comparison.baseline.label}" + (f" · {question}" if question else "")
+            charts.append(intervals_chart(title, rows, "paired difference, 95 % interval"))
     first = next(iter(next(iter(comparison.arms[0].estimates.values())).values()))
     best = max(
         (arm for arm in comparison.arms if comparison.monitor in comparison.summary[arm.label]),

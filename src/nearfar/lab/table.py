@@ -89,14 +89,42 @@ def _verdict_style(difference: Difference) -> str:
 
 def comparison_tables(comparison: Comparison) -> list[Table]:
     """Two tables: the arms as they are, and their paired differences from the baseline with a verdict."""
+    arms = [
+        _arms_table(comparison, question, metrics)
+        for question, metrics in comparison.by_question(comparison.summary[comparison.arms[0].label]).items()
+    ]
+    sweep = read_sweep(comparison)
+    few = sweep is None or len(comparison.arms) <= FEW
+    tables = arms if few else []
+    if sweep is not None:
+        tables.append(sweep_table(comparison, sweep))
+    for label, differences in comparison.differences.items():
+        if not few and sweep is not None and (sweep.best is None or label != sweep.best.label):
+            continue  # the sweep's table has a line for each; the best is shown in full
+        for question, metrics in comparison.by_question(differences).items():
+            tables.append(_differences_of(comparison, label, question, metrics))
+    for label, readings in comparison.by_fold.items():
+        for question, metrics in comparison.by_question(readings).items():
+            tables.append(fold_table(comparison, label, question, metrics))
+    for label, reason in comparison.refused.items():
+        table = Table(title=escape(f"{label}: not compared"), title_justify="left")
+        table.add_column("why")
+        table.add_row(reason)
+        tables.append(table)
+    return tables
+
+
+def _arms_table(comparison: Comparison, question: str, metrics: Sequence[str]) -> Table:
     first = next(iter(comparison.arms[0].estimates.values()))
-    arms = Table(title=f"arms · {comparison.split}", title_justify="left")
-    arms.add_column("metric", no_wrap=True)
-    arms.add_column("chance", justify="right")
-    arms.add_column("gallery", justify="right")
+    title = " · ".join(part for part in ("arms", comparison.split, question) if part)
+    table = Table(title=title, title_justify="left")
+    table.add_column("metric", no_wrap=True)
+    table.add_column("chance", justify="right")
+    table.add_column("gallery", justify="right")
     for arm in comparison.arms:
-        arms.add_column(f"{escape(arm.label)}\n{len(arm.runs)} seeds", justify="right")
-    for name in comparison.summary[comparison.arms[0].label]:
+        seeds = f"{len(arm.runs)} seed" + "s" * (len(arm.runs) != 1)
+        table.add_column(f"{escape(arm.label)}\n{seeds}", justify="right")
+    for name in metrics:
         row = [metric_words(name)]
         estimate = first.get(name)
         row += (
@@ -109,52 +137,45 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
             row.append(
                 f"{short_number(found.value)} {interval_words(found.low, found.high)}" if found else "–"
             )
-        arms.add_row(*row)
-    sweep = read_sweep(comparison)
-    few = sweep is None or len(comparison.arms) <= FEW
-    tables = [arms] if few else []
-    if sweep is not None:
-        tables.append(sweep_table(comparison, sweep))
-    for label, differences in comparison.differences.items():
-        if not few and sweep is not None and (sweep.best is None or label != sweep.best.label):
-            continue  # the sweep's table has a line for each; the best is shown in full
-        several = comparison.looked_at > 1
-        table = Table(title=escape(f"{label} − {comparison.baseline.label}"), title_justify="left")
-        for column in ("metric", "difference", "95 % interval", "per seed", "verdict"):
-            table.add_column(
-                column, justify="right" if column in ("difference", "95 % interval") else "left", no_wrap=True
-            )
-        if several:
-            table.add_column(f"all {comparison.looked_at} judged\ntogether (Holm)")
-        for name, d in differences.items():
-            table.add_row(
-                metric_words(name),
-                f"{d.value:+.3f}",
-                f"[{d.low:+.3f}, {d.high:+.3f}]",
-                " ".join(f"{value:+.3f}" for value in d.per_seed),
-                f"[{_verdict_style(d)}]{d.verdict}[/]",
-                *([comparison.together[label][name]] if several else []),
-            )
-        tables.append(table)
-    tables += [fold_table(comparison, label) for label in comparison.by_fold if comparison.by_fold[label]]
-    for label, reason in comparison.refused.items():
-        table = Table(title=escape(f"{label}: not compared"), title_justify="left")
-        table.add_column("why")
-        table.add_row(reason)
-        tables.append(table)
-    return tables
+        table.add_row(*row)
+    return table
 
 
-def fold_table(comparison: Comparison, label: str) -> Table:
-    """The difference of an arm from the baseline in every fold, and over folds, for each metric."""
+def _differences_of(comparison: Comparison, label: str, question: str, metrics: Sequence[str]) -> Table:
+    several = comparison.looked_at > 1
+    title = f"{label} − {comparison.baseline.label}" + (f" · {question}" if question else "")
+    table = Table(title=escape(title), title_justify="left")
+    for column in ("metric", "difference", "95 % interval", "per seed", "verdict"):
+        table.add_column(
+            column, justify="right" if column in ("difference", "95 % interval") else "left", no_wrap=True
+        )
+    if several:
+        table.add_column(f"all {comparison.looked_at} judged\ntogether (Holm)")
+    for name in metrics:
+        d = comparison.differences[label][name]
+        table.add_row(
+            metric_words(name),
+            f"{d.value:+.3f}",
+            f"[{d.low:+.3f}, {d.high:+.3f}]",
+            " ".join(f"{value:+.3f}" for value in d.per_seed),
+            f"[{_verdict_style(d)}]{d.verdict}[/]",
+            *([comparison.together[label][name]] if several else []),
+        )
+    return table
+
+
+def fold_table(comparison: Comparison, label: str, question: str, metrics: Sequence[str]) -> Table:
+    """The difference of an arm from the baseline in every fold, and over folds, for each metric of a question."""
     readings = comparison.by_fold[label]
     first = next(iter(readings.values()))
     title = f"{label} − {comparison.baseline.label}, by {comparison.over}; interval over folds (t)"
+    title += f" · {question}" if question else ""
     table = Table(title=title, title_justify="left")
     table.add_column("metric", no_wrap=True)
     for column in (*first.folds, "mean of folds", "95 % interval"):
         table.add_column(column, justify="right", no_wrap=True)
-    for metric, reading in readings.items():
+    for metric in metrics:
+        reading = readings[metric]
         each = [
             f"[{_verdict_style(d)}]{d.value:+.3f}[/]"
             if d.verdict != "not distinguishable"
