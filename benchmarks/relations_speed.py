@@ -23,6 +23,7 @@ from nearfar.overrides import compose_config
 from nearfar.systems.relations.boxes import spatial_numbers
 from nearfar.systems.relations.data import RelationData
 from nearfar.systems.relations.dataset import RelationDataset, Scaler
+from nearfar.systems.relations.examiner import Examiner
 from nearfar.systems.relations.names import TOP5
 from nearfar.systems.relations.records import Pairs
 from nearfar.systems.relations.system import RelationSystem
@@ -77,7 +78,8 @@ def main() -> None:
         features = rng.standard_normal((len(part), 2 * chosen.width), dtype=np.float32)
         label = system.data.labels(name)
         system._datasets[name] = RelationDataset(part, label, scaler(numbers[name]), features, None)
-    system._pairs_asked, system.loss.repeated = config.batch_size, False
+    system.examiner = Examiner(config, system.data, system._datasets, system.embed)
+    system.loss.repeated = False
     with (
         tempfile.TemporaryDirectory() as folder,
         quiet_lightning(),

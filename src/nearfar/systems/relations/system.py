@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from numpy import ndarray
 from torch import Tensor, nn
@@ -16,17 +15,15 @@ from nearfar.data.rejections import Rejections
 from nearfar.errors import NearfarError
 from nearfar.models.image import build_image_encoder
 from nearfar.models.text import build_text_encoder, embed_texts
-from nearfar.systems.relations.blocks import FUSED, LINEAR, Rows, blocks_of, looks_at, scored
+from nearfar.systems.relations.blocks import LINEAR
 from nearfar.systems.relations.boxes import names_of, spatial_numbers
 from nearfar.systems.relations.data import RelationData, load_data
 from nearfar.systems.relations.dataset import RelationDataset, Scaler
-from nearfar.systems.relations.evaluation import PAIR, Judged, judge, pair_retrieval
+from nearfar.systems.relations.examiner import Examiner
 from nearfar.systems.relations.features import crop_features
 from nearfar.systems.relations.model import RelationModel
 from nearfar.systems.relations.objective import ViewLoss
 from nearfar.systems.relations.options import check_options
-from nearfar.systems.relations.predictions import Predictions
-from nearfar.systems.relations.probe import sample_rows
 from nearfar.systems.relations.sampler import build_sampler
 from nearfar.systems.relations.sections import sections
 from nearfar.training.fit import initial_model
@@ -36,8 +33,6 @@ from nearfar.training.system import EncodingSystem, Evaluation, StepOutput, deca
 __all__ = ["RelationSystem"]
 
 Say = Callable[[str], None]
-_CHUNK = 2048  # training rows embedded at a time
-_PAIRS_WATCHED = 480  # pairs of pair retrieval after each epoch; all of them in the end
 
 
 class RelationSystem(EncodingSystem):
@@ -58,13 +53,7 @@ class RelationSystem(EncodingSystem):
         self.data: RelationData
         self._datasets: dict[str, RelationDataset] = {}
         self._encoders: dict[str, str] = {}
-        self._train: Rows = {}
-        self._untrained: dict[str, Rows] = {}
-        self._pairs_asked = 0  # of a batch of pair retrieval
-        self._hashes: dict[str, str] = {}  # of the splits: asked for after every epoch
-        #: of each split's last full evaluation
-        self.predictions: dict[str, Predictions] = {}
-        self.judged: dict[str, Judged] = {}
+        self.examiner: Examiner
 
     # -- data ------------------------------------------------------------------------------------------------
     def load_data(self, say: Say) -> RelationData:
@@ -101,11 +90,7 @@ class RelationSystem(EncodingSystem):
                 "no training pair has a second view: no photo was found, and categories=false and box_jitter=0. Give "
                 "the photos with data.images=, or set box_jitter=0.05 or categories=true."
             )
-
-        second = [np.ones(len(d), bool) if d.names is not None and d.visual is None else d.seen.numpy()
-                  for name, d in self._datasets.items() if name != "train"]  # fmt: skip
-        # One size in every split, so that their chance is the same.
-        self._pairs_asked = min(int(config.batch_size), *(int(rows.sum()) for rows in second), len(second[0]))
+        self.examiner = Examiner(config, self.data, self._datasets, self.embed)
 
     def _visual(self, say: Say) -> dict[str, ndarray]:
         """Standardised features of both crops, where there is any photo to train on."""
@@ -224,114 +209,12 @@ class RelationSystem(EncodingSystem):
 
     # -- evaluation ------------------------------------------------------------------------------------------
     def before_evaluation(self, model: nn.Module, split: str, final: bool) -> None:
-        """Embed training pairs, on which the probes are fitted; for the last evaluation an untrained model's too."""
-        most = self.config.probe_rows if final else self.config.monitor_rows
-        label = self._datasets["train"].label.numpy()
-        at = sample_rows(label, most)
-        self._train = self._embedded(model, "train", at) | {"at": at}
-        if final and self._last(split):
-            fresh = initial_model(self, self.config.seed).to(next(model.parameters()).device).eval()
-            every = np.arange(len(self._datasets[split]))
-            self._untrained = {
-                "train": self._embedded(fresh, "train", at),
-                split: self._embedded(fresh, split, every),
-            }
-
-    def _last(self, split: str) -> bool:
-        """Whether the results of a run are those of this split."""
-        return split == "test" or "test" not in self.data.splits
-
-    @torch.no_grad()
-    def _embedded(self, model: nn.Module, split: str, at: ndarray) -> Rows:
-        dataset, device = self._datasets[split], next(model.parameters()).device
-        parts: list[dict[str, Tensor]] = []
-        for start in range(0, len(at), _CHUNK):
-            batch = dataset.__getitems__(at[start : start + _CHUNK].tolist()).to(device)
-            parts.append({name: view.float().cpu() for name, view in self.embed(model, batch).items()})
-        outputs = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        return blocks_of(dataset, outputs, at)
+        """Embed the training pairs on which the probes are fitted."""
+        self.examiner.look_at_train(model, split, final, lambda: initial_model(self, self.config.seed))
 
     def evaluate(self, outputs: Mapping[str, Tensor], split: str, final: bool) -> Evaluation:
         """Probe accuracy, with its controls when ``final``, and pair retrieval."""
-        part, label = self.data.splits[split], self.data.labels(split)
-        blocks = blocks_of(self._datasets[split], outputs, np.arange(len(part)))
-        at = self._train["at"]
-        train = {name: rows for name, rows in self._train.items() if name != "at"}
-        train_label = self._datasets["train"].label.numpy()[at]
-        wanted = looks_at(list(blocks), self.config.keep_inputs)
-        count = len(self.data.relations)
-        scores = {LINEAR: scored("linear", train, blocks, wanted[FUSED], train_label, count)}
-        if final:
-            # Controls belong to the split that the result is read from.
-            here = wanted if self._last(split) else {FUSED: wanted[FUSED]}
-            for metric, names in here.items():
-                first, second = train, blocks
-                if metric.startswith("untrained"):
-                    first, second = self._untrained["train"], self._untrained[split]
-                scores[metric] = scored("rbf", first, second, names, train_label, count)
-        predicted = {metric: found.argmax(axis=1) for metric, found in scores.items()}
-        judged = self._judge(predicted, split, label, final)
-        pair = self._pair_retrieval(outputs, split, final)
-        if pair is not None:
-            judged.estimates[PAIR], judged.per_image[PAIR] = pair
-        if final:
-            self.predictions[split] = Predictions(
-                part.ids, part.image, label, self._datasets[split].seen.numpy(), self.data.relations, scores
-            )
-            self.judged[split] = judged
-        constant = np.bincount(self._datasets["train"].label.numpy()).argmax()
-        always = float((label == constant).mean())
-        # Controls may well be no better than that: it is what they are for.
-        baselines = {metric: always for metric in (FUSED, LINEAR) if metric in judged.estimates}
-        return Evaluation(split, judged.estimates, judged.images, judged.per_image, {"baselines": baselines})
-
-    def _judge(self, predicted: Mapping[str, ndarray], split: str, label: ndarray, final: bool) -> Judged:
-        part, relations = self.data.splits[split], self.data.relations
-        constant = int(np.bincount(self._datasets["train"].label.numpy()).argmax())
-        split_hash, bootstrap = self._hash(split), self.config.bootstrap if final else 0
-        order = [FUSED, LINEAR, *predicted]
-        ordered = {metric: predicted[metric] for metric in dict.fromkeys(order) if metric in predicted}
-        seen, every = self._datasets[split].seen.numpy(), np.ones(len(part), bool)
-        parts = {"": every} | ({"with_photo/": seen} if final and seen.any() and not seen.all() else {})
-        judged = Judged(list(dict.fromkeys(part.image)), {}, {})
-        for prefix, rows in parts.items():
-            found = judge(
-                {prefix + metric: classes for metric, classes in ordered.items()},
-                label,
-                part.image,
-                relations,
-                constant,
-                detailed=(FUSED, LINEAR) if final else (),
-                split=split_hash,
-                bootstrap=bootstrap,
-                rows=rows,
-            )
-            judged.estimates |= found.estimates
-            judged.per_image |= found.per_image
-        return judged
-
-    def _hash(self, split: str) -> str:
-        if split not in self._hashes:
-            self._hashes[split] = self.data.content_hash(split)
-        return self._hashes[split]
-
-    def _pair_retrieval(self, outputs: Mapping[str, Tensor], split: str, final: bool) -> Any:
-        second = "visual" if "visual" in outputs else "names" if "names" in outputs else None
-        if second is None:
-            return None
-        part = self.data.splits[split]
-        rows = self._datasets[split].seen.numpy() if second == "visual" else np.ones(len(part), bool)
-        if not final:  # a curve needs no more
-            rows = rows & (np.cumsum(rows) <= _PAIRS_WATCHED)
-        return pair_retrieval(
-            outputs["spatial"],
-            outputs[second],
-            rows,
-            part.image,
-            self._pairs_asked,
-            split=self._hash(split),
-            bootstrap=self.config.bootstrap if final else 0,
-        )
+        return self.examiner.examine(outputs, split, final)
 
     # -- report ----------------------------------------------------------------------------------------------
     def report_examples(self, outputs: Mapping[str, Tensor], split: str) -> list[dict[str, Any]]:
@@ -340,11 +223,12 @@ class RelationSystem(EncodingSystem):
 
     def report_sections(self, outputs: Mapping[str, Tensor], split: str) -> Sequence[Section]:
         """Probes beside controls, the confusion table, pair retrieval by itself, pairs with their boxes."""
-        return sections(self.data.splits[split], self.predictions[split], self.judged[split])
+        examiner = self.examiner
+        return sections(self.data.splits[split], examiner.predictions[split], examiner.judged[split])
 
     def save_results(self, folder: Path) -> None:
         """What every pair was called, for re-scoring and pooled cross-validation."""
-        for split, predictions in self.predictions.items():
+        for split, predictions in self.examiner.predictions.items():
             predictions.save(folder / f"predictions_{split}.npz")
 
     def save_assets(self, folder: Path) -> None:
