@@ -28,7 +28,8 @@ from nearfar.systems.relations.names import TOP5
 from nearfar.systems.relations.records import Pairs
 from nearfar.systems.relations.system import RelationSystem
 from nearfar.training.callbacks import stop_signals
-from nearfar.training.fit import quiet_lightning, train
+from nearfar.training.fit import train
+from nearfar.training.lightning_trainer import quiet_lightning
 from nearfar.training.run_folder import RunFolder
 
 SHARES = np.array([13071, 4995, 2951, 4108, 1680]) / 26805

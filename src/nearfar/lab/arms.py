@@ -19,10 +19,13 @@ from nearfar.systems import build_system, check_config
 from nearfar.training.altered import altered
 from nearfar.training.callbacks import Interrupted, stop_signals
 from nearfar.training.checkpoint import Checkpoint
-from nearfar.training.fit import evaluate, initial_model, load_weights, quiet_lightning, train
+from nearfar.training.fit import train
+from nearfar.training.lightning_trainer import quiet_lightning
+from nearfar.training.results import evaluate
 from nearfar.training.resume import Resume
 from nearfar.training.run_folder import RunFolder
 from nearfar.training.system import Evaluation, System
+from nearfar.training.weights import initial_model, load_weights
 
 __all__ = ["Arms"]
 

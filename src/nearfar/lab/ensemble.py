@@ -16,17 +16,12 @@ from nearfar.lab.groups import WITHIN_ARM, find_runs
 from nearfar.lab.report import write_report
 from nearfar.systems import build_system
 from nearfar.training.checkpoint import Checkpoint, find_checkpoint
-from nearfar.training.fit import (
-    initial_model,
-    load_weights,
-    outputs_of,
-    quiet_lightning,
-    write_diagnosis,
-    write_results,
-)
+from nearfar.training.lightning_trainer import quiet_lightning
+from nearfar.training.results import outputs_of, write_diagnosis, write_results
 from nearfar.training.resume import changed_values
 from nearfar.training.run_folder import RunFolder, environment
 from nearfar.training.system import Evaluation, System, hook
+from nearfar.training.weights import initial_model, load_weights
 
 __all__ = ["write_ensemble"]
 

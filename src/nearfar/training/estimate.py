@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from nearfar.training.fit import initial_model
 from nearfar.training.module import consecutive
 from nearfar.training.options import processes_to_start
 from nearfar.training.system import System, step_of
+from nearfar.training.weights import initial_model
 
 __all__ = ["describe"]
 

@@ -26,9 +26,9 @@ from nearfar.systems.relations.objective import ViewLoss
 from nearfar.systems.relations.options import check_options
 from nearfar.systems.relations.sampler import build_sampler
 from nearfar.systems.relations.sections import sections
-from nearfar.training.fit import initial_model
 from nearfar.training.sections import Section
 from nearfar.training.system import EncodingSystem, Evaluation, StepOutput, decayed_groups
+from nearfar.training.weights import initial_model
 
 __all__ = ["RelationSystem"]
 
