@@ -40,7 +40,7 @@ def no_second_derivative() -> None:
     """Raise where a backward is asked for a graph of itself."""
     if torch.is_grad_enabled():
         raise NearfarError(
-            "nearfar's losses give first derivatives only: they compute their tiles again in backward. For a second "
+            "nearfar's losses give first derivatives only, which their kernels write down themselves. For a second "
             "derivative (create_graph=True, gradient penalties) write the loss with plain operations, such as "
             "torch.nn.functional.cross_entropy(a @ b.T * scale, torch.arange(len(a)))"
         )
