@@ -175,4 +175,8 @@ def test_derivatives_through_lengths(rows: int) -> None:
     exact = torch.autograd.grad(torch.nn.functional.normalize(x), x, by_unit * 7)[0]
     torch.testing.assert_close(torch.autograd.grad(unit_rows(x), x, by_unit * 7)[0], exact)
     factor = torch.tensor(7.0, dtype=torch.float64)
-    torch.testing.assert_close(through_length_(by_unit.clone(), unit, length, factor), exact)
+    for rows_given, are_unit in ((unit, True), (x.detach(), False)):
+        found = by_unit.clone()
+        total = through_length_(found, rows_given, length, factor, are_unit)
+        torch.testing.assert_close(found, exact)
+        torch.testing.assert_close(total, (unit * by_unit).sum())

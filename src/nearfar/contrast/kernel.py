@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nearfar.contrast.normalize import through_length_, unit_and_length
+from nearfar.contrast.normalize import lengths_of, through_length_, unit_and_length
 from nearfar.contrast.precision import full_precision, no_second_derivative
 from nearfar.contrast.scattered import Scattered
 from nearfar.contrast.slopes import Slopes, positive_slopes, tile_slopes
@@ -40,9 +40,13 @@ class LogSums(torch.autograd.Function):
         ctx: Any, a: Tensor, b: Tensor, scale: Tensor, setting: Setting, found: list[Statistics]
     ) -> Any:
         lengths: list[Tensor] = []
+        walked: Tensor | None = None  # lengths of queries that are brought to unit length on the walk
         if setting.normalize:
             same = a is b
-            a, length = unit_and_length(a)
+            walked = None if same or setting.keep else lengths_of(a)
+            length = walked
+            if length is None:
+                a, length = unit_and_length(a)
             b, other = (a, length) if same else unit_and_length(b)
             lengths = [length, other]
         space = Workspace(a, setting.size)
@@ -53,7 +57,7 @@ class LogSums(torch.autograd.Function):
         alone = Scattered.of(setting.target, setting.offset, setting.both, setting.size, a)
         kept: list[Tile] = []
         with full_precision(a.device):
-            for tile in tiles(a, b, scale, setting, space, alone):
+            for tile in tiles(a, b, scale, setting, space, alone, walked):
                 take_in(tile, sides, space)
                 if setting.keep:
                     kept.append(tile)
@@ -66,6 +70,8 @@ class LogSums(torch.autograd.Function):
         flat = [value for result in results for value in result]
         ctx.save_for_backward(a, b, scale, *flat, *lengths)
         ctx.setting, ctx.kept, ctx.sides, ctx.alone = setting, kept, sides, alone
+        ctx.walked = walked is not None
+        ctx.space = space  # fresh memory for the same tiles would cost page faults
         ctx.set_materialize_grads(False)
         return tuple(flat)
 
@@ -80,7 +86,7 @@ class LogSums(torch.autograd.Function):
             Slopes(side, tuple(flat[4 * i : 4 * i + 4]), upstream[4 * i : 4 * i + 4])
             for i, side in enumerate(ctx.sides)
         ]
-        space = Workspace(a, setting.size)
+        space: Workspace = ctx.space
         by_alone = torch.empty(0)
         if alone is not None:
             taken = alone.taken(setting.without_self)
@@ -103,7 +109,8 @@ class LogSums(torch.autograd.Function):
                 by_b = by_a if setting.twin else torch.empty_like(b)
                 begun: set[tuple[str, int]] = set()  # blocks of rows that hold something
                 into_a, into_b = by_a.split(setting.size[0]), by_b.split(setting.size[1])
-                for tile in ctx.kept if setting.keep else tiles(a, b, scale, setting, space):
+                walked = lengths[0] if ctx.walked else None
+                for tile in ctx.kept if setting.keep else tiles(a, b, scale, setting, space, lengths=walked):
                     values = tile_by_tile(tile)
                     k, at = tile.rows.start // setting.size[0], tile.columns.start // setting.size[1]
                     _add_product(into_a[k], values, tile.keys, first=("a", k) not in begun)
@@ -111,15 +118,19 @@ class LogSums(torch.autograd.Function):
                     side = "a" if setting.twin else "b"
                     _add_product(into_b[at], values.T, tile.queries, first=(side, at) not in begun)
                     begun.add((side, at))
-            by_scale = None
-            if ctx.needs_input_grad[2]:  # Σ_ij slope_ij a_i·b_j, which the products hold already
-                by_scale = torch.dot(a.flatten(), by_a.flatten()) * (0.5 if setting.twin else 1.0)
-            outcome = [by_a, None if setting.twin else by_b]
-            for by_x, x, length in zip(outcome, (a, b), lengths or (None, None), strict=True):
-                if by_x is not None and length is None:
+            outcome, wanted = [by_a, None if setting.twin else by_b], ctx.needs_input_grad[2]
+            along: Tensor | None = None  # Σ_ij slope_ij a_i·b_j, which the products hold already
+            if not lengths:
+                along = torch.dot(a.flatten(), by_a.flatten()) if wanted else None
+                for by_x in [by_a] if setting.twin else [by_a, by_b]:
                     by_x.mul_(scale)
-                elif by_x is not None:
-                    through_length_(by_x, x, length, scale)
+            else:
+                along = through_length_(by_a, a, lengths[0], scale, are_unit=not ctx.walked)
+                if not setting.twin:
+                    through_length_(by_b, b, lengths[1], scale)
+            by_scale = None
+            if wanted and along is not None:
+                by_scale = along * (0.5 if setting.twin else 1.0)
             return *outcome, by_scale, None, None
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from nearfar.contrast.precision import full_precision, no_second_derivative
 from nearfar.errors import NearfarError
 
-__all__ = ["embeddings", "through_length_", "unit_and_length", "unit_rows"]
+__all__ = ["embeddings", "lengths_of", "through_length_", "unit_and_length", "unit_rows"]
 
 #: lengths whose squares neither overflow nor vanish, above this and below its inverse
 ORDINARY = 1e-15
@@ -67,13 +67,28 @@ def unit_and_length(
     return _any_length(x, name)
 
 
-def through_length_(by_unit: Tensor, unit: Tensor, length: Tensor, factor: Tensor) -> Tensor:
-    """Derivatives by unit rows become, in place, ``factor`` times those by the rows themselves."""
-    for part in _parts(len(unit)):
-        own, given = unit[part], by_unit[part]
+def through_length_(
+    by_unit: Tensor, rows: Tensor, length: Tensor, factor: Tensor, are_unit: bool = True
+) -> Float[Tensor, ""]:
+    """Derivatives by unit rows become, in place, ``factor`` times those by the rows themselves.
+
+    Without ``are_unit``, ``rows`` are those themselves. The result is the product of unit rows and derivatives, all
+    added up.
+    """
+    total = by_unit.new_zeros(())
+    for part in _parts(len(rows)):
+        own, given = rows[part] if are_unit else rows[part] / length[part], by_unit[part]
         along = torch.linalg.vecdot(own, given).unsqueeze(1)
-        given.addcmul_(own, along, value=-1).mul_(factor).div_(length[part])
-    return by_unit
+        total += along.sum()
+        given.addcmul_(own, along, value=-1).mul_(factor / length[part])
+    return total
+
+
+def lengths_of(x: Float[Tensor, "n d"]) -> Float[Tensor, "n 1"] | None:
+    """The length of each row; None where a plain division by it would not do: rows of zeros, of extreme size, on
+    another device."""
+    length = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    return length if x.device.type == "cpu" and len(x) and _ordinary(length) else None
 
 
 def _parts(n: int) -> Iterator[slice]:

@@ -102,12 +102,15 @@ class _OneDirection(torch.autograd.Function):
             share = 1.0 / len(a)
             if wanted.scale and by_a is not None:
                 outcome[2] = torch.dot(a.flatten(), by_a.flatten()) * share
+            factor = scale * share
             for k, (by_x, x, asked) in enumerate(((by_a, a, wanted.a), (by_b, b, wanted.b))):
-                if by_x is not None and asked:
-                    factor = scale * share
-                    outcome[k] = (
-                        through_length_(by_x, x, lengths[k], factor) if lengths else by_x.mul_(factor)
-                    )
+                if by_x is None or not asked:
+                    continue
+                if lengths is None:
+                    by_x.mul_(factor)
+                else:
+                    through_length_(by_x, x, lengths[k], factor)
+                outcome[k] = by_x
         ctx.save_for_backward(*outcome)
         return found.losses.mean()
 

@@ -15,7 +15,7 @@ from nearfar.contrast.workspace import Workspace
 __all__ = ["Slopes", "positive_slopes", "tile_slopes"]
 
 #: rows of a tile that are worked on together
-STRIP = 256
+STRIP = 512
 #: below every logit of a bounded tile; a hidden one, times a slope as large as 1 / sum, would overflow
 LEAST = -1e3
 
@@ -187,11 +187,11 @@ def _bounded(tile: Tile, views: list[tuple[Slopes, slice, int]], space: Workspac
     if not linear:
         rows, columns = first.factor[at].unsqueeze(1), views[1][0].factor[views[1][1]]
         # In strips, so that the sum of the two factors does not leave the cache.
-        for strip, power, into in zip(
-            rows.split(STRIP), powers.split(STRIP), values.split(STRIP), strict=True
-        ):
-            factor = torch.add(strip, columns, out=space("factor", *into.shape))
-            torch.mul(power, factor, out=into)
+        factors, parts = space("factor", min(STRIP, len(powers)), powers.shape[1]), powers.split(STRIP)
+        into = parts if values is powers else values.split(STRIP)
+        for strip, power, result in zip(rows.split(STRIP), parts, into, strict=True):
+            factor = torch.add(strip, columns, out=factors[: len(strip)])
+            torch.mul(power, factor, out=result)
         return values
     if logits is not None:
         logits.clamp_(min=LEAST)

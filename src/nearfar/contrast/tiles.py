@@ -122,16 +122,23 @@ def tiles(
     setting: Setting,
     space: Workspace,
     collect: Scattered | None = None,
+    lengths: Float[Tensor, "n 1"] | None = None,
 ) -> Iterator[Tile]:
-    """All tiles, one after the other in the same buffer; rows change last. ``collect`` takes its entries out."""
+    """All tiles, one after the other in the same buffer; rows change last. ``collect`` takes its entries out.
+
+    With ``lengths``, each row of ``a`` is divided by its own, in a buffer that holds a tile's queries at a time.
+    """
     n, m = len(a), len(b)
     height, width = setting.size
     columns = [slice(left, min(left + width, m)) for left in range(0, m, width)]
     keys = b.split(width)
     spare = a.new_empty(height, a.shape[1])
+    unit = None if lengths is None else torch.empty_like(spare)
     for top, queries in zip(range(0, n, height), a.split(height), strict=True):
         rows = slice(top, top + len(queries))
         own = slice(rows.start + setting.offset, rows.stop + setting.offset)
+        if unit is not None and lengths is not None:
+            queries = torch.div(queries, lengths[rows], out=unit[: len(queries)])
         scaled = torch.mul(queries, scale, out=spare[: len(queries)])
         for k in range(top // width if setting.twin else 0, len(columns)):
             logits = space("logits", len(queries), len(keys[k]))
