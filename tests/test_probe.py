@@ -25,7 +25,8 @@ from nearfar.systems import build_system
 from nearfar.training.checkpoint import Checkpoint
 from nearfar.training.facts import highest_scale, model_facts
 from nearfar.training.fit import fit
-from nearfar.training.module import RunModule, consecutive
+from nearfar.training.loading import consecutive
+from nearfar.training.module import RunModule
 from nearfar.training.options import check_training_options
 from nearfar.training.probe import Probe, untouched
 from nearfar.training.resume import Resume

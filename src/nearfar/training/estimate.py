@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from nearfar.training.module import consecutive
+from nearfar.training.loading import consecutive
 from nearfar.training.options import processes_to_start
 from nearfar.training.system import System, step_of
 from nearfar.training.weights import initial_model
