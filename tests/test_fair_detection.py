@@ -271,6 +271,12 @@ def prepared(tmp_path: Path, groups: list[str | None], *more: str) -> Any:
     return system, said
 
 
+@pytest.mark.parametrize(("given", "rate"), [([], 1e-3), (["data.dir=pictures"], 1e-4), (["lr_g=0.5"], 0.5)])
+def test_scenes_and_photos_have_their_own_learning_rate(given: list[str], rate: float) -> None:
+    config = compose_config(["experiment=fair_detection", *given])
+    assert config.lr_g == config.lr == rate
+
+
 def test_ones_own_pictures(tmp_path: Path) -> None:
     system, said = prepared(tmp_path, ["f", "m"] * 12 + [None], "lower_group=m")
     assert system.groups == ("m", "f")

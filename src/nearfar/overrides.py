@@ -47,6 +47,11 @@ PATHS = (
     "image_encoder.name",
 )
 
+#: in a configuration, ``${given:${data.dir},1,2}`` is 1 where the option has a value and 2 where it has none
+OmegaConf.register_new_resolver(
+    "given", lambda value, then, otherwise: otherwise if value is None else then, replace=True
+)
+
 
 def parse(overrides: Sequence[str]) -> list[Override]:
     """Read ``key=value`` texts by Hydra's grammar; one that does not fit is an error that says how to quote it."""
