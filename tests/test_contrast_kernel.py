@@ -30,6 +30,7 @@ from nearfar.contrast import (
     softmax_loss,
     unit_rows,
 )
+from nearfar.contrast.reductions import common_shift
 from nearfar.contrast.tiles import bounded, tile_size
 from nearfar.errors import NearfarError
 from nearfar.functional import (
@@ -248,6 +249,38 @@ def test_both_sides_of_the_limit_of_sums_without_a_shift(dtype, part, anti):
             value = info_nce(x, y, scale=scale, normalize=not long, tile=tile)
             exact = oracles.mean(oracles.info_nce(u, v, scale, normalize=not long))
             oracles.agree(value, (x, y), exact, (u, v), tolerance, floor=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("apart", [0.0, 20.0, 40.0, 47.0, 53.0, 60.0, 90.0, 300.0])
+def test_both_sides_of_the_limit_of_a_single_shift(dtype, apart):
+    # The largest logits of the queries, and of the keys, lie so far apart; more than 100 are too large without a shift.
+    angle = torch.linspace(0.0, 0.05, 6).double().unsqueeze(1)
+    lengths = torch.cat([torch.ones(3, 1), torch.full((3, 1), 400.0 / (400.0 + apart))]).double()
+    a = torch.cat([angle.cos(), angle.sin()], 1) * lengths
+    b = torch.cat([angle.cos(), -angle.sin()], 1)
+    scale, index, alpha = 400.0 + apart, torch.tensor([[1], [2], [3], [4], [5], [0]]), torch.ones(6, 1)
+    tops = (a @ b.T * scale).masked_fill(torch.eye(6, dtype=torch.bool), -torch.inf).amax(1)
+    assert (common_shift([tops]) is None) == (apart > 50)
+    x, y = (v.to(dtype).requires_grad_() for v in (a, b))
+    u, v = oracles.double(x, y)
+    tolerance = 2e-3 if dtype == torch.float32 else 1e-9
+    for tile in (None, (3, 4)):
+        value = info_nce(x, y, scale=scale, normalize=False, tile=tile)
+        oracles.agree(
+            value,
+            (x, y),
+            oracles.mean(oracles.info_nce(u, v, scale, normalize=False)),
+            (u, v),
+            tolerance,
+            floor=1e-3,
+        )
+        for weight in (0.0, 0.05):  # with the mean logit under the softmax
+            value = spatial(x, y, scale, index, alpha, temp_reg_weight=weight, normalize=False, tile=tile)
+            exact = oracles.spatial(u, v, scale, index, alpha, normalize=False)
+            oracles.agree(
+                value, (x, y), oracles.spatial_value(exact, scale, weight), (u, v), tolerance, floor=1e-3
+            )
 
 
 @pytest.mark.parametrize("scale", [40.0, 60.0, 69.0, 71.0, 80.0, 86.0])

@@ -14,9 +14,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nearfar.contrast.precision import full_precision, no_second_derivative
+from nearfar.contrast.reductions import tiny
 from nearfar.contrast.small import small_batch
 from nearfar.contrast.step import Direction, Step
-from nearfar.contrast.sums import Statistics, tiny
+from nearfar.contrast.sums import Statistics
 from nearfar.contrast.targets import Target
 
 __all__ = ["few_rows"]

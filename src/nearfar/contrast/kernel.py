@@ -23,9 +23,10 @@ from torch import Tensor
 
 from nearfar.contrast.normalize import lengths_of, through_length_, unit_and_length
 from nearfar.contrast.precision import full_precision, no_second_derivative
+from nearfar.contrast.reductions import common_shift, finite, top_of, within
 from nearfar.contrast.scattered import Scattered
 from nearfar.contrast.slopes import Slopes, positive_slopes, tile_slopes
-from nearfar.contrast.sums import Side, Statistics, within
+from nearfar.contrast.sums import Side, Statistics
 from nearfar.contrast.tiles import Setting, Tile, tiles
 from nearfar.contrast.workspace import Workspace
 
@@ -156,14 +157,33 @@ def take_in(tile: Tile, sides: list[Side], space: Workspace) -> None:
             side.add_positives(taken, within(at, inner), axis)
         if setting.mask is not None:
             side.count(tile.logits, at, axis)
-    spare = copy = None
-    if setting.bounded:
-        if setting.expected:
-            copy = space("copy", *tile.logits.shape).copy_(tile.logits)
-        tile.logits.exp_()
-        for taken in tile.taken:
-            taken.leave(tile.logits)
-    else:
-        spare = space("spare", *tile.logits.shape)
+    if not setting.bounded:
+        _add_shifted(tile, views, space)
+        return
+    weighted: Tensor | None = None
+    if setting.expected:
+        weighted = space("weighted", *tile.logits.shape).copy_(tile.logits)
+    powers = tile.logits.exp_()
+    for taken in tile.taken:
+        taken.leave(powers)
+    if weighted is not None:
+        weighted.mul_(powers)
     for side, at, axis in views:
-        side.add_rest(tile.logits, at, axis, spare, copy)
+        side.add_rest(powers, at, axis, weighted)
+
+
+def _add_shifted(tile: Tile, views: list[tuple[Side, slice, int]], space: Workspace) -> None:
+    """Add the rest of a tile whose exponentials may overflow: with one shift, if possible, or one for each query."""
+    setting, logits = views[0][0].setting, tile.logits
+    tops = [top_of(logits, axis) for _, _, axis in views]
+    shift = common_shift(tops)
+    in_place = shift is not None and not (setting.keep or setting.expected)
+    powers = logits if in_place else space("values", *logits.shape)
+    weighted: Tensor | None = None
+    for k, ((side, at, axis), top) in enumerate(zip(views, tops, strict=True)):
+        if k == 0 or shift is None:
+            torch.sub(logits, finite(top).unsqueeze(axis) if shift is None else shift, out=powers).exp_()
+            if setting.expected:
+                weighted = torch.mul(powers, logits, out=space("spare", *logits.shape))
+        factor = None if shift is None else torch.exp(shift - top)
+        side.add_shifted_rest(powers, at, axis, weighted, top, factor)

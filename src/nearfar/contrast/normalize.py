@@ -77,10 +77,12 @@ def through_length_(
     """
     total = by_unit.new_zeros(())
     for part in _parts(len(rows)):
-        own, given = rows[part] if are_unit else rows[part] / length[part], by_unit[part]
+        own, given, long = rows[part], by_unit[part], length[part]
         along = torch.linalg.vecdot(own, given).unsqueeze(1)
+        if not are_unit:
+            along.div_(long)
         total += along.sum()
-        given.addcmul_(own, along, value=-1).mul_(factor / length[part])
+        given.addcmul_(own, along if are_unit else along.div_(long), value=-1).mul_(factor / long)
     return total
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from nearfar.contrast.masks import Mask
 from nearfar.contrast.patches import is_shown
 from nearfar.contrast.precision import full_precision, no_second_derivative
+from nearfar.contrast.reductions import within
 from nearfar.contrast.scattered import Scattered
-from nearfar.contrast.sums import within
 from nearfar.contrast.taken import Taken
 from nearfar.contrast.targets import Target
 from nearfar.contrast.tiles import Setting, tile_size, tiles

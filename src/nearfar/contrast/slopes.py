@@ -6,16 +6,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from nearfar.contrast.fused import times_sum
 from nearfar.contrast.patches import HIDDEN, is_shown
-from nearfar.contrast.sums import Side, rest_share, tiny, within
+from nearfar.contrast.reductions import common_shift, rest_share, tiny, within
+from nearfar.contrast.sums import Side
 from nearfar.contrast.taken import Taken
 from nearfar.contrast.tiles import Tile
 from nearfar.contrast.workspace import Workspace
 
 __all__ = ["Slopes", "positive_slopes", "tile_slopes"]
 
-#: rows of a tile that are worked on together
-STRIP = 512
 #: below every logit of a bounded tile; a hidden one, times a slope as large as 1 / sum, would overflow
 LEAST = -1e3
 
@@ -169,49 +169,66 @@ def _plain(taken: Taken, views: list[tuple[Slopes, slice, int]]) -> Tensor:
 
 
 def _bounded(tile: Tile, views: list[tuple[Slopes, slice, int]], space: Workspace) -> Tensor:
-    setting, (first, at, _) = views[0][0].setting, views[0]
-    linear = any(slope.linear is not None for slope, _, _ in views)
-    if setting.keep:  # forward left the powers
-        powers = tile.logits
-        logits = powers.log() if linear else None
-    else:
-        logits = tile.logits.clone() if linear else None
+    if any(slope.linear is not None for slope, _, _ in views):
+        return _linear(tile, views, space)
+    keep = views[0][0].setting.keep  # forward left the powers, for any number of backwards
+    if not keep:
         for taken in tile.taken:
             taken.powers(1)  # while the logits are there
+    values = space("values", *tile.logits.shape) if keep else tile.logits
+    powers = tile.logits if keep else tile.logits.exp_()
+    _times_factors(powers, [slope.factor[at] for slope, at, _ in views], values)
+    if not keep:
+        for taken in tile.taken:
+            taken.leave(values)
+    return values
+
+
+def _linear(tile: Tile, views: list[tuple[Slopes, slice, int]], space: Workspace) -> Tensor:
+    if views[0][0].setting.keep:
+        powers, logits = tile.logits, tile.logits.log()
+    else:
+        logits = tile.logits.clone()
+        for taken in tile.taken:
+            taken.powers(1)
         powers = tile.logits.exp_()
         for taken in tile.taken:
             taken.leave(powers)
-    values = space("values", *tile.logits.shape) if linear or setting.keep else powers
-    if not linear and len(views) == 1:
-        return torch.mul(powers, first.factor[at].unsqueeze(1), out=values)
-    if not linear:
-        rows, columns = first.factor[at].unsqueeze(1), views[1][0].factor[views[1][1]]
-        # In strips, so that the sum of the two factors does not leave the cache.
-        factors, parts = space("factor", min(STRIP, len(powers)), powers.shape[1]), powers.split(STRIP)
-        into = parts if values is powers else values.split(STRIP)
-        for strip, power, result in zip(rows.split(STRIP), parts, into, strict=True):
-            factor = torch.add(strip, columns, out=factors[: len(strip)])
-            torch.mul(power, factor, out=result)
-        return values
-    if logits is not None:
-        logits.clamp_(min=LEAST)
-    values.zero_()
+    logits.clamp_(min=LEAST)
+    values = space("values", *tile.logits.shape).zero_()
     for slope, at, axis in views:
         values.add_(slope.factor[at].unsqueeze(axis))
-        if slope.linear is not None and logits is not None:
+        if slope.linear is not None:
             values.addcmul_(logits, slope.linear[at].unsqueeze(axis))
     return values.mul_(powers)
 
 
 def _shifted(tile: Tile, views: list[tuple[Slopes, slice, int]], space: Workspace) -> Tensor:
-    values = None
-    for slope, at, axis in views:
-        into = space("values" if values is None else "spare", *tile.logits.shape)
+    common = None
+    if not any(slope.linear is not None for slope, _, _ in views):
+        common = common_shift([slope.shift[at] for slope, at, _ in views])
+    if common is not None:
+        values = space("values", *tile.logits.shape) if views[0][0].setting.keep else tile.logits
+        torch.sub(tile.logits, common, out=values).exp_()
+        return _times_factors(
+            values, [slope.factor[at] * torch.exp(common - slope.shift[at]) for slope, at, _ in views], values
+        )
+    values = space("values", *tile.logits.shape)
+    for k, (slope, at, axis) in enumerate(views):
+        into = space("spare", *values.shape) if k else values
         torch.sub(tile.logits, slope.shift[at].unsqueeze(axis), out=into).exp_()
         factor = slope.factor[at].unsqueeze(axis)
         if slope.linear is not None:
             factor = (tile.logits * slope.linear[at].unsqueeze(axis)).add_(factor)
         into.mul_(factor)
-        values = into if values is None else values.add_(into)
-    assert values is not None
+        if k:
+            values.add_(into)
     return values
+
+
+def _times_factors(powers: Tensor, factors: list[Tensor], out: Tensor) -> Tensor:
+    """Powers times the factor of their row and, where there is one, that of their column added."""
+    rows, *columns = factors
+    if columns:
+        return times_sum(powers, rows.unsqueeze(1), columns[0], out=out)
+    return torch.mul(powers, rows.unsqueeze(1), out=out)

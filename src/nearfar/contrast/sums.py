@@ -10,15 +10,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nearfar.contrast.patches import HIDDEN, is_shown
+from nearfar.contrast.reductions import finite, rest_share, tiny, top_of, total_of
 from nearfar.contrast.taken import Taken
 from nearfar.contrast.tiles import Setting
 
-__all__ = ["Side", "Statistics", "finite", "rest_share", "tiny", "within"]
-
-
-def tiny(like: Tensor) -> float:
-    """Keeps a division from 0/0: below every sum of exponentials that is not 0."""
-    return torch.finfo(like.dtype).tiny
+__all__ = ["Side", "Statistics"]
 
 
 @dataclass
@@ -45,6 +41,7 @@ class Side:
     def __init__(self, n: int, others: int, like: Tensor, setting: Setting) -> None:
         self.n, self.others, self.setting, self._like = n, others, setting, like
         self._tiny = tiny(like)
+        self._parts: dict[tuple[str, int, int], Tensor] = {}
         # Of the rest, of the positives, of the positives by weight; each is set by the first tile that has any.
         self.top: Any = None
         self.total: Any = None
@@ -62,11 +59,14 @@ class Side:
 
     # -- sums ------------------------------------------------------------------------------------------------
     def _at(self, name: str, at: slice, start: float) -> Tensor:
-        values = getattr(self, name)
-        if values is None:
-            values = torch.full((self.n,), start, dtype=self._like.dtype, device=self._like.device)
-            setattr(self, name, values)
-        return values[at]
+        part = self._parts.get((name, at.start, at.stop))
+        if part is None:
+            values = getattr(self, name)
+            if values is None:
+                values = torch.full((self.n,), start, dtype=self._like.dtype, device=self._like.device)
+                setattr(self, name, values)
+            part = self._parts[name, at.start, at.stop] = values[at]
+        return part
 
     def sum_of(self, name: str) -> Tensor:
         """One of the sums, of all queries; 0 where no tile had any."""
@@ -170,21 +170,26 @@ class Side:
         if moment:
             self._add(*moment[:1], at, *moment[1:])
 
-    def add_rest(
-        self, tile: Tensor, at: slice, axis: int, spare: Tensor | None, logits: Tensor | None
+    def add_rest(self, powers: Tensor, at: slice, axis: int, weighted: Tensor | None) -> None:
+        """Take in the rest of a tile, exponentials as they are; ``weighted`` by the logits where that is wanted."""
+        self._add("total", at, total_of(powers, axis))
+        self._raise("top", at, top_of(powers, axis))
+        if weighted is not None:
+            self._add("moment", at, total_of(weighted, axis))
+
+    def add_shifted_rest(
+        self,
+        powers: Tensor,
+        at: slice,
+        axis: int,
+        weighted: Tensor | None,
+        top: Tensor,
+        factor: Tensor | None = None,
     ) -> None:
-        """Take in the rest of a tile: exp(logits) where bounded, logits otherwise (``spare`` is overwritten then)."""
-        if self.setting.bounded:
-            self._add("total", at, total_of(tile, axis))
-            self._raise("top", at, top_of(tile, axis))
-            if logits is not None:
-                self._add("moment", at, total_of(tile * logits, axis))
-            return
-        top = top_of(tile, axis)
-        powers = torch.sub(tile, finite(top).unsqueeze(axis), out=spare).exp_()
-        total = total_of(powers, axis)
-        more = ("moment", total_of(powers.mul_(tile), axis)) if self.setting.expected else ()
-        self._join("top", "total", at, top, total, *more)
+        """The same of exponentials from which the largest logit, ``top``, is taken off, or is so by ``factor``."""
+        sums = [total_of(x, axis) for x in (powers, weighted) if x is not None]
+        total, *moment = sums if factor is None else [x.mul_(factor) for x in sums]
+        self._join("top", "total", at, top, total, *(["moment", *moment] if moment else []))
 
     def count(self, logits: Tensor, at: slice, axis: int) -> None:
         """Count the candidates that a mask has left in the rest."""
@@ -244,41 +249,3 @@ class Side:
             floor = mass.clamp(min=self._tiny)
             floor = floor.log() - self.sum_of("w_log_w") / floor
         return Statistics(hardest, candidates, positives, mass, floor)
-
-
-def total_of(tile: Float[Tensor, "r c"], axis: int) -> Tensor:
-    """Sums along the rows (``axis`` 1) or the columns (0)."""
-    strips = _strips(tile, axis)
-    return tile.sum(axis) if strips is None else strips.sum(1).sum(0)
-
-
-def top_of(tile: Float[Tensor, "r c"], axis: int) -> Tensor:
-    """Maxima along the rows (``axis`` 1) or the columns (0)."""
-    strips = _strips(tile, axis)
-    return tile.amax(axis) if strips is None else strips.amax(1).amax(0)
-
-
-def _strips(tile: Tensor, axis: int) -> Tensor | None:
-    """Down long columns, a tile is read in strips of rows: in one go, which is a column after the other for the memory,
-    it takes half as long again."""
-    rows, columns = tile.shape
-    return tile.view(16, -1, columns) if axis == 0 and rows >= 256 and rows % 16 == 0 else None
-
-
-def rest_share(rest: Tensor, positive: Tensor) -> Tensor:
-    """The probability of the rest; 0 where there is none."""
-    return torch.sigmoid(torch.where(rest > -torch.inf, rest - positive, -torch.inf))
-
-
-def within(outer: slice, inner: slice) -> slice:
-    """``inner``, counted from the start of ``outer``, in the coordinates of ``outer``.
-
-    >>> within(slice(10, 20), slice(2, 5))
-    slice(12, 15, None)
-    """
-    return slice(outer.start + inner.start, outer.start + inner.stop)
-
-
-def finite(top: Tensor) -> Tensor:
-    """A shift to subtract: 0 where there was nothing to take the maximum of."""
-    return torch.where(is_shown(top), top, 0.0)

@@ -21,11 +21,17 @@ class Workspace:
         self._like, self._length = like, size[0] * size[1]
         self.dtype = like.dtype
         self._buffers: dict[str, Tensor] = {}
+        self._views: dict[tuple[str, int, int], Tensor] = {}
 
     def __call__(self, name: str, rows: int, columns: int) -> Float[Tensor, "r c"]:
-        if name not in self._buffers:
-            self._buffers[name] = self._like.new_empty(self._length)
-        return self._buffers[name][: rows * columns].view(rows, columns)
+        view = self._views.get((name, rows, columns))
+        if view is None:
+            if name not in self._buffers:
+                self._buffers[name] = self._like.new_empty(self._length)
+            view = self._views[name, rows, columns] = self._buffers[name][: rows * columns].view(
+                rows, columns
+            )
+        return view
 
 
 def room_for(

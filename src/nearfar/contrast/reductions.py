@@ -1,0 +1,79 @@
+"""Sums and maxima of a tile along one side, and the shifts and shares that are made of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from nearfar.contrast.patches import HIDDEN, is_shown
+
+__all__ = ["common_shift", "finite", "rest_share", "tiny", "top_of", "total_of", "within"]
+
+#: how far maxima may lie apart for a single shift
+SPAN = 50.0
+
+
+def tiny(like: Tensor) -> float:
+    """Keeps a division from 0/0: below every sum of exponentials that is not 0."""
+    return torch.finfo(like.dtype).tiny
+
+
+def total_of(tile: Float[Tensor, "r c"], axis: int) -> Tensor:
+    """Sums along the rows (``axis`` 1) or the columns (0)."""
+    strips = _strips(tile, axis)
+    return tile.sum(axis) if strips is None else strips.sum(1).sum(0)
+
+
+def top_of(tile: Float[Tensor, "r c"], axis: int) -> Tensor:
+    """Maxima along the rows (``axis`` 1) or the columns (0)."""
+    strips = _strips(tile, axis)
+    return tile.amax(axis) if strips is None else strips.amax(1).amax(0)
+
+
+def _strips(tile: Tensor, axis: int) -> Tensor | None:
+    """Down long columns, a tile is read in strips of rows: in one go, which is a column after the other for the memory,
+    it takes half as long again."""
+    rows, columns = tile.shape
+    return tile.view(16, -1, columns) if axis == 0 and rows >= 256 and rows % 16 == 0 else None
+
+
+def common_shift(tops: Iterable[Tensor]) -> float | None:
+    """One shift for all exponentials of a tile, if these lie so close together that it is as good for each as its own;
+    None if not, where a query has no logit at all, and on another device, which would have to be waited for.
+
+    The least of them then is e^-50, and what a sum loses below the smallest number, e^-37 of it or less, is less than
+    its last digit.
+
+    >>> common_shift([torch.tensor([40.0, 70.0])]), common_shift([torch.tensor([10.0, 70.0])])
+    (70.0, None)
+    """
+    highest, lowest = -math.inf, math.inf
+    for top in tops:
+        if top.device.type != "cpu":
+            return None
+        least, most = (end.item() for end in torch.aminmax(top))
+        highest, lowest = max(highest, most), min(lowest, least)
+    return highest if highest >= lowest > 0.5 * HIDDEN and highest - lowest <= SPAN else None
+
+
+def rest_share(rest: Tensor, positive: Tensor) -> Tensor:
+    """The probability of the rest; 0 where there is none."""
+    return torch.sigmoid(torch.where(rest > -torch.inf, rest - positive, -torch.inf))
+
+
+def within(outer: slice, inner: slice) -> slice:
+    """``inner``, counted from the start of ``outer``, in the coordinates of ``outer``.
+
+    >>> within(slice(10, 20), slice(2, 5))
+    slice(12, 15, None)
+    """
+    return slice(outer.start + inner.start, outer.start + inner.stop)
+
+
+def finite(top: Tensor) -> Tensor:
+    """A shift to subtract: 0 where there was nothing to take the maximum of."""
+    return torch.where(is_shown(top), top, 0.0)
