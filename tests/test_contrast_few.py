@@ -150,7 +150,7 @@ def test_the_gap_of_the_regulariser(weight: float) -> None:
 def test_what_is_not_small(change, scale: float) -> None:
     x = change(draw(N, D).float())
     assert small_batch(x, None, scale, normalize=True) is None
-    assert few_sigmoid_pairs(x, x, -1.0 if scale > 50 else scale, -1.0, True) is None
+    assert few_sigmoid_pairs(x, x, -1.0 if scale > 50 else scale, torch.tensor(-1.0), True) is None
 
 
 def test_nothing_has_a_positive() -> None:

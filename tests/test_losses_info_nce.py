@@ -431,6 +431,14 @@ def test_a_scale_that_learns_and_one_that_does_not():
         value = info_nce(a, b, scale=moving)
         with torch.no_grad():
             moving.mul_(2.0)
+        exact = torch.tensor(scale, dtype=torch.float64, requires_grad=True)
+        oracles.mean(oracles.info_nce(a, b, exact)).backward()
+        value.backward()  # the derivative at the scale that the loss was computed with, whatever has become of it
+        assert moving.grad.item() == pytest.approx(exact.grad.item(), rel=1e-8)
+        moving = torch.tensor(scale, dtype=torch.float64, requires_grad=True)
+        value = info_nce(a, b, scale=moving, tile=(4, 4))
+        with torch.no_grad():
+            moving.mul_(2.0)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             value.backward()
 

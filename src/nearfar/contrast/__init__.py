@@ -19,7 +19,7 @@ from nearfar.contrast.pairs import few_pairs
 from nearfar.contrast.precision import computing_dtype, uncompiled
 from nearfar.contrast.query_losses import Sums, check_denominator, check_reduction
 from nearfar.contrast.sigmoid import sigmoid_sums
-from nearfar.contrast.sigmoid_pairs import few_sigmoid_pairs, sigmoid_directions
+from nearfar.contrast.sigmoid_pairs import few_sigmoid_pairs
 from nearfar.contrast.softmax import Extra, NoPositivesWarning, log_sums, softmax_loss
 from nearfar.contrast.step import Direction, Step
 from nearfar.contrast.sums import Statistics
@@ -58,7 +58,6 @@ __all__ = [
     "join_masks",
     "log_sums",
     "one_direction_loss",
-    "sigmoid_directions",
     "sigmoid_sums",
     "softmax_loss",
     "uncompiled",

@@ -52,13 +52,14 @@ def small_batch(
     value = scale.detach().item() if isinstance(scale, Tensor) else float(scale)
     lengths: list[Tensor] = []
     largest = 1.0 if normalize else 1.001
-    for x in (a,) if b is a else (a, b):
-        length = torch.linalg.vector_norm(x.detach(), dim=1, keepdim=True)
-        shortest, longest = (end.item() for end in torch.aminmax(length))
-        if not (shortest > ORDINARY and longest < 1.0 / ORDINARY):  # NaN is neither
-            return None
-        largest *= 1.001 if normalize else longest ** (2 if b is a else 1)
-        lengths.append(length)
+    with torch.inference_mode():
+        for x in (a,) if b is a else (a, b):
+            length = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+            shortest, longest = (end.item() for end in torch.aminmax(length))
+            if not (shortest > ORDINARY and longest < 1.0 / ORDINARY):  # NaN is neither
+                return None
+            largest *= 1.001 if normalize else longest ** (2 if b is a else 1)
+            lengths.append(length)
     if not (0 < value < math.inf and (any_logit or bounded(2 * value * largest, len(a), len(b), a.dtype))):
         return None
     if isinstance(scale, Tensor):

@@ -38,7 +38,7 @@ class LabelOverlap(Target):
         self.shape = (len(labels), len(labels))
         dtype = labels.dtype if labels.dtype.is_floating_point else torch.float32
         self._rows, self._jaccard, self._offset = labels.to(dtype), jaccard, offset
-        self._sizes = self._rows.sum(1)
+        self._sizes = self._rows.sum(1).clamp_(min=1e-3)  # rows without labels: 0 / 0
         self.symmetric = True
 
     def turned(self) -> LabelOverlap:
@@ -60,10 +60,19 @@ class LabelOverlap(Target):
         if self._jaccard:
             union = room_for(space, mine, "union", len(mine), len(theirs))
             torch.add(self._sizes[rows, None], self._sizes[None, columns], out=union).sub_(weight)
-            weight.div_(union.clamp_(min=1e-3))  # rows without labels: 0 / 0
+            weight.div_(union)
         elif self._offset:
             weight.add_(self._offset)
         return (Rectangle(slice(0, weight.shape[0]), slice(0, weight.shape[1]), weight),)
+
+    def dense(self, like: Tensor) -> Float[Tensor, "n n"]:
+        with full_precision(like.device):
+            weight = torch.mm(self._rows, self._rows.T)
+        if self._jaccard:
+            weight /= (self._sizes.unsqueeze(1) + self._sizes).sub_(weight)
+        elif self._offset:
+            weight += self._offset
+        return weight.to(like.dtype)
 
 
 class SparseWeights(Target):

@@ -73,7 +73,7 @@ def multi_label_supcon_step(
         raise NearfarError("labels have no column; at least one label or aspect is needed")
     labels, dtype = labels.to(z.device), computing_dtype(z)
     if weights == "jaccard":
-        if z.device.type == "cpu" and not bool((labels * labels == labels).all()):
+        if z.device.type == "cpu" and not torch.equal(labels * labels, labels):
             raise NearfarError(
                 "labels for weights='jaccard' are multi-hot, 0 or 1; codes of polarities are for weights='legacy'"
             )

@@ -16,7 +16,6 @@ from nearfar.contrast import (
     Step,
     checked_mask,
     few_sigmoid_pairs,
-    sigmoid_directions,
     sigmoid_sums,
     uncompiled,
 )
@@ -70,8 +69,7 @@ def siglip_step(
     if mask is None and rows is None and tile is None:
         few = few_sigmoid_pairs(a, b, logit_scale, bias, normalize)
         if few is not None:
-            look = partial(sigmoid_directions, few[1])
-            return few[0], _Sigmoid(few[0].detach(), look, _value(logit_scale))
+            return few[0], _Sigmoid(few[0].detach(), few[1], _value(logit_scale))
     first, second, scale = ready(a, b, logit_scale, normalize)
     bias = bias.to(first)
     n = len(first)

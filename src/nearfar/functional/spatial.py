@@ -153,12 +153,11 @@ def _small(
         return few_pairs(a, b, scale, True, normalize, mask)
     if mask is not None:
         return None
-    expected = temp_reg_weight != 0
-    few = few_rows(a, b, scale, target, both=True, normalize=normalize, expected=expected)
+    few = few_rows(a, b, scale, target, both=True, normalize=normalize, expected=temp_reg_weight != 0)
     if few is None:
         return None
     loss, gap, step = few
-    if not expected:
+    if gap is None:
         return loss, step
     loss = loss + temp_reg_weight * (gap / scale).square()
     return loss, replace(step, value=loss.detach())
