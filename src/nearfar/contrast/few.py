@@ -59,7 +59,7 @@ class _Weights(NamedTuple):
 
     weight: Float[Tensor, "*two n m"]
     member: Float[Tensor, "*two n m"]  # 1 where there is a positive, else 0
-    mass: Float[Tensor, "*two n"]
+    mass: Float[Tensor, "*two n 1"]
     part: Tensor | None  # of each query in the mean, 0 where it has no positive; None where all have one
     missing: Tensor | None  # 1 where a query has no positive, else 0; None likewise
 
@@ -73,11 +73,11 @@ class _Weights(NamedTuple):
                 weight = torch.stack([weight, turned.dense(like)])
         if without_self:
             weight.diagonal(dim1=-2, dim2=-1).zero_()  # not fill_diagonal_, which is slow
-        mass = weight.sum(-1)
+        mass = weight.sum(-1, keepdim=True)
         part = missing = None
         if (without_self or not target.everybody) and not mass.min().item() > 0:
             missing = (mass == 0).to(mass)
-            count = mass.shape[-1] - missing.sum(-1, keepdim=True)
+            count = mass.shape[-2] - missing.sum(-2, keepdim=True)
             if not count.min().item() > 0:
                 return None
             part = (1 - missing) / count
@@ -106,7 +106,7 @@ class _Sums:
         self.own = powers * weights.member
         # x - x and x - 0: nothing is rounded
         self.rest = powers - self.own if self.expected else powers.sub_(self.own)
-        self.rest_sum, self.own_sum = self.rest.sum(-1), self.own.sum(-1)
+        self.rest_sum, self.own_sum = self.rest.sum(-1, keepdim=True), self.own.sum(-1, keepdim=True)
         mass = weights.mass
         if weights.missing is not None:  # any numbers but 0 for who takes no part in the mean
             self.own_sum += weights.missing
@@ -117,29 +117,29 @@ class _Sums:
         self.due: Tensor | None = None  # what each positive should have of the positives' probability
         if self.inside and not self.binary:
             self.due = self.own * weights.weight
-            weighted = self.due.sum(-1)
+            weighted = self.due.sum(-1, keepdim=True)
             if weights.missing is not None:
                 weighted += weights.missing
-            self.due /= weighted.unsqueeze(-1)
+            self.due /= weighted
             losses += (self.own_sum / weighted).log_()
         elif not self.inside:
-            self.due = weights.weight / mass.unsqueeze(-1)
-            self.held = (self.due * logits).sum(-1)
+            self.due = weights.weight / mass
+            self.held = (self.due * logits).sum(-1, keepdim=True)
             losses += self.own_sum.log().sub_(self.held)
         self.losses = losses
         values = [self._mean(losses)]
         if self.expected:
             self.powers, self.stacked = powers, logits
-            self.mean_logit = (powers * logits).sum(-1) / self.total
+            self.mean_logit = (powers * logits).sum(-1, keepdim=True) / self.total
             values.append((self.mean_logit - self.held).mean())
         return values
 
-    def _mean(self, losses: Float[Tensor, "*two n"]) -> Float[Tensor, ""]:
+    def _mean(self, losses: Float[Tensor, "*two n 1"]) -> Float[Tensor, ""]:
         part = self.weights.part
         if part is None:
             return losses.mean()
         total = torch.dot(losses.flatten(), part.expand_as(losses).flatten())
-        return total if losses.ndim == 1 else total * 0.5
+        return total if losses.ndim == 2 else total * 0.5
 
     def slopes(
         self, by_loss: float | None, by_gap: float | None = None, /
@@ -153,27 +153,30 @@ class _Sums:
             factor *= by_loss
             if by_gap is not None:
                 values, factor = self._slopes_of_gap().mul_(by_gap).add_(values, alpha=factor), 1.0
-        return (values[0].add_(values[1].T) if self.both else values), factor
+        if self.both:
+            rows, columns = values
+            values = rows.add_(columns.T)
+        return values, factor
 
     def _slopes_of_loss(self) -> tuple[Float[Tensor, "*two n m"], float]:
-        of_rest = (self.odds / self.total).unsqueeze(-1)
+        of_rest = self.odds / self.total
         # With the sign turned. Apart from the share that it has beyond its due, a positive loses what the rest has: of
         # a single one the first is 0 to the last digit.
         if self.due is None:
             values = self.own * of_rest
         else:
-            values = torch.addcdiv(self.due, self.own, self.own_sum.unsqueeze(-1), value=-1)
+            values = torch.addcdiv(self.due, self.own, self.own_sum, value=-1)
             values.addcmul_(self.own, of_rest)
-        values.addcdiv_(self.rest, self.total.unsqueeze(-1), value=-1)
+        values.addcdiv_(self.rest, self.total, value=-1)
         part = self.weights.part
         if part is None:
             return values, -1.0 / self.losses.numel()
-        return values.mul_(part.unsqueeze(-1)), -1.0 if self.losses.ndim == 1 else -0.5
+        return values.mul_(part), -1.0 if self.losses.ndim == 2 else -0.5
 
     def _slopes_of_gap(self) -> Float[Tensor, "*two n m"]:
         assert self.due is not None
-        values = (self.stacked + (1 - self.mean_logit).unsqueeze(-1)).mul_(self.powers)
-        values.div_(self.total.unsqueeze(-1)).sub_(self.due)
+        values = (self.stacked + (1 - self.mean_logit)).mul_(self.powers)
+        values.div_(self.total).sub_(self.due)
         return values.div_(self.losses.numel())
 
     def products(self, slopes: Float[Tensor, "n m"]) -> Float[Tensor, "n m"]:
@@ -182,7 +185,7 @@ class _Sums:
 
     def directions(self) -> list[Direction]:
         """What the record needs."""
-        weights, like = self.weights, self.losses
+        weights, like = self.weights, self.losses.squeeze(-1)
         candidates = float(self.own.shape[-1] - self.without_self)
         positives = weights.member.sum(-1).expand_as(like)
         floor = torch.zeros_like(like)
@@ -192,7 +195,8 @@ class _Sums:
             floor = -weights.weight.amax(-1).clamp(min=tiny(like)).log()
         elif not self.binary and self.due is not None:
             floor = torch.special.entr(self.due).sum(-1)
-        rows = (like, self.rest_sum.log(), self.rest.amax(-1).log(), positives, weights.mass, floor)
+        rest, mass = self.rest_sum.squeeze(-1), weights.mass.squeeze(-1)
+        rows = (like, rest.log(), self.rest.amax(-1).log(), positives, mass, floor)
         return [
             Direction(losses, rest, Statistics(hardest, candidates, count, mass, least))
             for losses, rest, hardest, count, mass, least in zip(

@@ -190,7 +190,7 @@ def _check(index: Tensor, alpha: Tensor, n: int) -> tuple[Tensor, Tensor, bool]:
         raise NearfarError(f"neighbor_index is {index.dtype}; positions in the batch are whole numbers")
     complete = False
     if index.device.type == "cpu" and index.numel():
-        low, high = (int(end) for end in torch.aminmax(index))
+        low, high = (end.item() for end in torch.aminmax(index))
         if high >= n or low < -1:
             raise NearfarError(
                 f"neighbor_index holds {high if high >= n else low}, but the batch has {n} rows: it takes positions in "
