@@ -8,13 +8,15 @@ Peers that are not installed are left out: pytorch-metric-learning, info-nce-pyt
 open_clip's loss is written out here, since that package needs torchvision.
 
 Each step is forward and backward, float32, embeddings to gradients, normalisation included. Repeats alternate between
-the ways, so that a disturbance meets all of them, and what was measured while other processes were busy is measured
-again (Linux). *Least* and *median* are over the repeats; all ratios are of the least. *MB* is the peak of what
-PyTorch's allocator held during two steps beyond the inputs, gradients included, as ``torch.profiler`` counts it for
-all ways alike (on a GPU: ``torch.cuda.max_memory_allocated``).
+the ways, so that a disturbance meets all of them; each begins with a step that does not count, since a way finds the
+memory that the one before has left; and what was measured while other processes were busy is measured again (Linux).
+*Least* and *median* are over the repeats. A ratio is the median over repeats of the quotient within each: the speed of
+a shared machine moves by half within an hour, and the least of two ways need not be of the same minute. *MB* is the
+peak of what PyTorch's allocator held during two steps beyond the inputs, gradients included, as ``torch.profiler``
+counts it for all ways alike (on a GPU: ``torch.cuda.max_memory_allocated``).
 
 Bare products are the matrix products alone: one for the logits, one to compute them again and two for the gradients
-(the second is not needed where the batch is one tile). *of tiles*: in the tiles that nearfar uses, over *least*;
+(the second is not needed where the batch is one tile). *of tiles*: in the tiles that nearfar uses, over the way;
 *of full*: the same products full size, whose result takes n² numbers.
 """
 
@@ -57,9 +59,12 @@ Ways = dict[str, Step]
 
 
 class Row(NamedTuple):
-    least: float
-    median: float
+    seconds: list[float]
     megabytes: float
+
+    def over(self, other: Row) -> float:
+        """How many times as long as the other, repeat by repeat."""
+        return statistics.median(x / y for x, y in zip(self.seconds, other.seconds, strict=True))
 
 
 class Case(NamedTuple):
@@ -311,7 +316,7 @@ def faster(factor: float, than: str = PLAIN) -> Callable[[dict[str, Row]], str]:
     def check(rows: dict[str, Row]) -> str:
         if than not in rows:
             return f"bar: {factor} x as fast as {than}: not measured"
-        found = rows[than].least / rows[OURS].least
+        found = rows[than].over(rows[OURS])
         return bar(f"at least {factor} x as fast as {than}", found, found >= factor)
 
     return check
@@ -319,7 +324,7 @@ def faster(factor: float, than: str = PLAIN) -> Callable[[dict[str, Row]], str]:
 
 def within(factor: float, of: str) -> Callable[[dict[str, Row]], str]:
     def check(rows: dict[str, Row]) -> str:
-        found = rows[OURS].least / rows[of].least
+        found = rows[OURS].over(rows[of])
         return bar(f"at most {factor} x the time of {of}", found, found <= factor)
 
     return check
@@ -335,7 +340,7 @@ def under(megabytes: float) -> Callable[[dict[str, Row]], str]:
 
 def share(least: float) -> Callable[[dict[str, Row]], str]:
     def check(rows: dict[str, Row]) -> str:
-        found = rows[TILES].least / rows[OURS_RECORD].least
+        found = rows[TILES].over(rows[OURS_RECORD])
         return bar(f"at least {least} of the bare products in tiles, record read", found, found >= least)
 
     return check
@@ -416,6 +421,7 @@ def timed(ways: Ways, repeats: int, device: str) -> tuple[dict[str, list[float]]
         at = repeat % len(names)
         for name in names[at:] + names[:at]:
             for _ in range(20):
+                ways[name]()
                 began, others = time.perf_counter(), cpu_of_others()
                 found = run(ways[name], calls[name])
                 # The clock of /proc/stat has steps of a hundredth of a second.
@@ -487,14 +493,14 @@ def measure(name: str, case: Case, repeats: int, device: str, shrink: int) -> li
     rows = {}
     for way, found in seconds.items():
         memory = math.nan if way in (TILES, FULL) else peak_memory(case.ways(n, case.d, device)[way], device)
-        rows[way] = Row(min(found), statistics.median(found), memory)
-    fast = [rows[way].least if way in rows else math.nan for way in (PLAIN, TILES, FULL)]
+        rows[way] = Row(found, memory)
     print(
         f"  {'':32} {'least ms':>9} {'median ms':>9} {'x plain':>8} {'MB':>8} {'of tiles':>9} {'of full':>8}"
     )
     for way, row in rows.items():
-        ratios = [number(value / row.least, 2) for value in fast]
-        print(f"  {way:32} {row.least * 1e3:9.2f} {row.median * 1e3:9.2f} {ratios[0]:>8} "
+        ratios = ["-" if x not in rows else number(rows[x].over(row), 2) for x in (PLAIN, TILES, FULL)]
+        least, median = min(row.seconds), statistics.median(row.seconds)
+        print(f"  {way:32} {least * 1e3:9.2f} {median * 1e3:9.2f} {ratios[0]:>8} "
               f"{number(row.megabytes, 1):>8} {ratios[1]:>9} {ratios[2]:>8}", flush=True)  # fmt: skip
     said = [check(rows) for check in (case.bars if device == "cpu" else GPU_BARS.get(name, ()))]
     for line in said:

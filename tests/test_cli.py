@@ -5,7 +5,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +14,8 @@ from nearfar.cli import app
 from nearfar.errors import NearfarError
 from nearfar.terminal import report_error
 from nearfar.training.run_folder import RunFolder
+
+pytestmark = pytest.mark.usefixtures("module_cache")
 
 SMALL = [
     "epochs=1",
@@ -83,13 +84,6 @@ def test_verify_sampler() -> None:
 
 
 # -- a trained run -------------------------------------------------------------------------------------------
-@pytest.fixture(scope="module", autouse=True)
-def _cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NEARFAR_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     """A tiny run on a file whose columns have names of their own."""

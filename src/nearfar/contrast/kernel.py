@@ -32,6 +32,9 @@ from nearfar.contrast.workspace import Workspace
 
 __all__ = ["LogSums", "take_in", "views_of"]
 
+#: rows of a tile whose exponentials are read for their sums while they are near
+STRIP = 512
+
 
 class LogSums(torch.autograd.Function):
     """``rest``, ``positive``, ``excess``, ``expected`` of the queries and, with ``both``, of the keys as queries."""
@@ -161,6 +164,13 @@ def take_in(tile: Tile, sides: list[Side], space: Workspace) -> None:
         _add_shifted(tile, views, space)
         return
     weighted: Tensor | None = None
+    if not tile.taken and not setting.expected:
+        for top in range(0, len(tile.logits), STRIP):
+            powers = tile.logits[top : top + STRIP].exp_()
+            for side, at, axis in views:
+                part = slice(top, top + len(powers))
+                side.add_rest(powers, within(at, part) if axis == 1 else at, axis, weighted)
+        return
     if setting.expected:
         weighted = space("weighted", *tile.logits.shape).copy_(tile.logits)
     powers = tile.logits.exp_()

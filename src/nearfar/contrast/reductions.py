@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nearfar.contrast.patches import HIDDEN, is_shown
 
-__all__ = ["common_shift", "finite", "rest_share", "tiny", "top_of", "total_of", "within"]
+__all__ = ["common_shift", "finite", "rest_share", "tiny", "top_of", "top_of_powers", "total_of", "within"]
 
 #: how far maxima may lie apart for a single shift
 SPAN = 50.0
@@ -32,6 +32,14 @@ def top_of(tile: Float[Tensor, "r c"], axis: int) -> Tensor:
     """Maxima along the rows (``axis`` 1) or the columns (0)."""
     strips = _strips(tile, axis)
     return tile.amax(axis) if strips is None else strips.amax(1).amax(0)
+
+
+def top_of_powers(powers: Float[Tensor, "r c"], axis: int) -> Tensor:
+    """The same of exponentials, which are never below 0: those compare as the whole numbers that their bits make, and
+    quicker, since a maximum of floats looks for NaN at every step."""
+    if powers.dtype != torch.float32:
+        return top_of(powers, axis)
+    return top_of(powers.view(torch.int32), axis).view(torch.float32)
 
 
 def _strips(tile: Tensor, axis: int) -> Tensor | None:

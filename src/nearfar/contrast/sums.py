@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nearfar.contrast.patches import HIDDEN, is_shown
-from nearfar.contrast.reductions import finite, rest_share, tiny, top_of, total_of
+from nearfar.contrast.reductions import finite, rest_share, tiny, top_of_powers, total_of
 from nearfar.contrast.taken import Taken
 from nearfar.contrast.tiles import Setting
 
@@ -173,7 +173,7 @@ class Side:
     def add_rest(self, powers: Tensor, at: slice, axis: int, weighted: Tensor | None) -> None:
         """Take in the rest of a tile, exponentials as they are; ``weighted`` by the logits where that is wanted."""
         self._add("total", at, total_of(powers, axis))
-        self._raise("top", at, top_of(powers, axis))
+        self._raise("top", at, top_of_powers(powers, axis))
         if weighted is not None:
             self._add("moment", at, total_of(weighted, axis))
 
