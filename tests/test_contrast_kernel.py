@@ -610,6 +610,22 @@ def test_without_a_graph_the_value_is_the_same(name):
 
 
 @every_loss
+@pytest.mark.parametrize("normalize", [True, False])
+def test_what_comes_out_is_anybodys(name, normalize):
+    # Small batches are computed in inference mode, whose tensors take no part in a graph and cannot be changed.
+    a, b = (x.detach().mul_(0.3).requires_grad_() for x in views())
+    log_scale = torch.tensor(1.0, requires_grad=True)
+    value = CALLS[name](a, b, **({} if normalize or name.startswith("scores") else {"normalize": False}))
+    total = value * log_scale + info_nce(a, b, scale=log_scale.exp(), normalize=normalize)
+    total = total + siglip(a, b, log_scale.exp(), log_scale - 3.0, normalize=normalize)
+    total.backward()
+    for x in (value, a.grad, b.grad, log_scale.grad):
+        assert not x.is_inference()
+    torch.nn.utils.clip_grad_norm_([a, b, log_scale], 0.1)
+    torch.optim.SGD([a, b, log_scale], lr=0.1, momentum=0.9).step()
+
+
+@every_loss
 def test_a_gradient_for_one_side_only(name):
     a, b = views()
     _, (by_a, by_b) = gradients(name, a, b)
