@@ -9,13 +9,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from nearfar.batching import BatchSampler
+from nearfar.batching import BatchSampler, HardNegativeSampler, RandomBatchSampler, nearest_neighbors
 from nearfar.lab.claims.pairs import Pairs
 from nearfar.losses import InfoNCELoss, SimilarityMask
 from nearfar.metrics import retrieval_ranks
 from nearfar.models import ProjectionHead
 
-__all__ = ["encoder", "fit", "fit_pairs", "mrr", "probe"]
+__all__ = ["encoder", "fit", "fit_pairs", "mrr", "probe", "random_and_hard"]
 
 
 def encoder(seed: int, inputs: int, outputs: int, hidden: int = 128) -> ProjectionHead:
@@ -77,6 +77,32 @@ def mrr(model: nn.Module, pairs: Pairs) -> float:
     """Mean reciprocal rank of each text's view among all views; chance is about ln(n) / n."""
     model.eval()
     return float(retrieval_ranks(pairs.text, model(pairs.view)).reciprocal().mean())
+
+
+def random_and_hard(
+    seed: int,
+    pairs: Pairs,
+    unseen: Pairs,
+    *,
+    batch_size: int,
+    hard_ratio: float,
+    hardness_k: int,
+    epochs: int,
+    temperature: float = 0.07,
+) -> tuple[float, float]:
+    """MRR after random batches and after batches of which ``hard_ratio`` are hard, from the same start."""
+    samplers: list[BatchSampler] = [
+        RandomBatchSampler(len(pairs), batch_size, seed=seed),
+        HardNegativeSampler(
+            nearest_neighbors(pairs.text, hardness_k), batch_size, hard_ratio, hardness_k, seed=seed
+        ),
+    ]
+    reached = []
+    for sampler in samplers:
+        model = encoder(seed, pairs.view.shape[1], pairs.text.shape[1])
+        fit_pairs(model, pairs, sampler, epochs, temperature=temperature)
+        reached.append(mrr(model, unseen))
+    return reached[0], reached[1]
 
 
 def probe(

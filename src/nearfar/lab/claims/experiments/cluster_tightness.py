@@ -6,9 +6,8 @@ far as the centres lie from the origin. Tight clusters have harder negatives, an
 
 from __future__ import annotations
 
-from nearfar.batching import BatchSampler, HardNegativeSampler, RandomBatchSampler, nearest_neighbors
 from nearfar.lab.claims.pairs import clustered_pairs
-from nearfar.lab.claims.training import encoder, fit_pairs, mrr
+from nearfar.lab.claims.training import random_and_hard
 
 QUANTITIES = {
     "random_loose": "MRR after random batches, loose clusters",
@@ -39,17 +38,16 @@ def run(
     found: dict[str, float] = {}
     for name, spread in zip(("loose", "middle", "tight", "tightest"), spreads, strict=True):
         pairs, unseen = clustered_pairs(seed, items, test, clusters=clusters, spread=spread, noise=noise)
-        near = nearest_neighbors(pairs.text, hardness_k)
-        samplers: list[BatchSampler] = [
-            RandomBatchSampler(items, batch_size, seed=seed),
-            HardNegativeSampler(near, batch_size, hard_ratio, hardness_k, seed=seed),
-        ]
-        reached = []
-        for sampler in samplers:
-            model = encoder(seed, pairs.view.shape[1], pairs.text.shape[1])
-            fit_pairs(model, pairs, sampler, epochs)
-            reached.append(mrr(model, unseen))
-        found[f"random_{name}"], found[f"gain_{name}"] = reached[0], reached[1] - reached[0]
+        on_random, on_hard = random_and_hard(
+            seed,
+            pairs,
+            unseen,
+            batch_size=batch_size,
+            hard_ratio=hard_ratio,
+            hardness_k=hardness_k,
+            epochs=epochs,
+        )
+        found[f"random_{name}"], found[f"gain_{name}"] = on_random, on_hard - on_random
     found["tight_minus_loose"] = found["gain_tight"] - found["gain_loose"]
     found["tightest_minus_middle"] = found["gain_tightest"] - found["gain_middle"]
     return {name: found[name] for name in QUANTITIES}

@@ -6,9 +6,8 @@ The temperature weighs hard negatives itself (Wang and Liu 2021, "Understanding 
 
 from __future__ import annotations
 
-from nearfar.batching import BatchSampler, HardNegativeSampler, RandomBatchSampler, nearest_neighbors
 from nearfar.lab.claims.pairs import clustered_pairs
-from nearfar.lab.claims.training import encoder, fit_pairs, mrr
+from nearfar.lab.claims.training import random_and_hard
 
 QUANTITIES = {
     "random_low": "MRR after random batches, low temperature",
@@ -36,18 +35,12 @@ def run(
 ) -> dict[str, float]:
     """Train with both kinds of batches at both temperatures."""
     pairs, unseen = clustered_pairs(seed, items, test, clusters=clusters, spread=spread, noise=noise)
-    near = nearest_neighbors(pairs.text, hardness_k)
     found: dict[str, float] = {}
     for name, temperature in (("low", low), ("high", high)):
-        samplers: list[BatchSampler] = [
-            RandomBatchSampler(items, batch_size, seed=seed),
-            HardNegativeSampler(near, batch_size, hard_ratio, hardness_k, seed=seed),
-        ]
-        reached = []
-        for sampler in samplers:
-            model = encoder(seed, pairs.view.shape[1], pairs.text.shape[1])
-            fit_pairs(model, pairs, sampler, epochs, temperature=temperature)
-            reached.append(mrr(model, unseen))
-        found[f"random_{name}"], found[f"gain_{name}"] = reached[0], reached[1] - reached[0]
+        on_random, on_hard = random_and_hard(
+            seed, pairs, unseen, batch_size=batch_size, hard_ratio=hard_ratio, hardness_k=hardness_k, epochs=epochs,
+            temperature=temperature,
+        )  # fmt: skip
+        found[f"random_{name}"], found[f"gain_{name}"] = on_random, on_hard - on_random
     found["interaction"] = found["gain_low"] - found["gain_high"]
     return {name: found[name] for name in QUANTITIES}
