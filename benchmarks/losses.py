@@ -1,6 +1,6 @@
 """Time and memory of a loss and its gradients beside other libraries, and the share of the bare matrix products.
 
-    python benchmarks/losses.py                            # all but the largest, about 20 minutes on two cores
+    python benchmarks/losses.py                            # all but the largest, half an hour on two cores
     python benchmarks/losses.py --only both-8192x256       # one case; --list has the names
     python benchmarks/losses.py --large                    # 65,536 rows too, some minutes more
 

@@ -626,6 +626,15 @@ def test_what_comes_out_is_anybodys(name, normalize):
 
 
 @every_loss
+def test_a_value_that_nobody_uses_moves_nothing(name):
+    a, b = views()
+    value = CALLS[name](a, b)
+    nothing = torch._C._functions.UndefinedGrad()(value)
+    for found in torch.autograd.grad(nothing, (a, b), torch.tensor(1.0), allow_unused=True):
+        assert found is None or not found.any()
+
+
+@every_loss
 def test_a_gradient_for_one_side_only(name):
     a, b = views()
     _, (by_a, by_b) = gradients(name, a, b)

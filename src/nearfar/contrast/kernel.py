@@ -165,8 +165,9 @@ def take_in(tile: Tile, sides: list[Side], space: Workspace) -> None:
         return
     weighted: Tensor | None = None
     if not tile.taken and not setting.expected:
-        for top in range(0, len(tile.logits), STRIP):
-            powers = tile.logits[top : top + STRIP].exp_()
+        height = STRIP if tile.logits.device.type == "cpu" else len(tile.logits)
+        for top in range(0, len(tile.logits), height):
+            powers = tile.logits[top : top + height].exp_()
             for side, at, axis in views:
                 part = slice(top, top + len(powers))
                 side.add_rest(powers, within(at, part) if axis == 1 else at, axis, weighted)

@@ -64,8 +64,7 @@ class _OneMatrix(torch.autograd.Function):
         given: SmallBatch,
         scores: Scores,
     ) -> tuple[Tensor, ...]:
-        ctx.given, ctx.scores, ctx.twin = given, scores, b is None
-        ctx.unit = None
+        ctx.given, ctx.scores, ctx.unit = given, scores, None
         with torch.inference_mode(), full_precision(a.device):
             if given.lengths is not None:
                 a, b = a / given.lengths[0], None if b is None else b / given.lengths[1]
@@ -79,6 +78,8 @@ class _OneMatrix(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> Any:
         no_second_derivative()
+        if all(value is None for value in upstream):
+            return (None,) * 6
         given: SmallBatch = ctx.given
         scores: Scores = ctx.scores
         a, b = ctx.saved_tensors if ctx.unit is None else ctx.unit

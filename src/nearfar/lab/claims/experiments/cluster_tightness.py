@@ -11,7 +11,7 @@ from nearfar.lab.claims.training import random_and_hard
 
 QUANTITIES = {
     "random_loose": "MRR after random batches, loose clusters",
-    "random_tight": "MRR after random batches, the tightest clusters",
+    "random_tight": "MRR after random batches, tight clusters",
     "gain_loose": "gain of half hard batches in MRR, loose clusters",
     "gain_middle": "the same, clusters in between",
     "gain_tight": "the same, tight clusters",
