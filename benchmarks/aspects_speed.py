@@ -16,7 +16,7 @@ import torch
 
 from nearfar.overrides import compose_config
 from nearfar.systems import build_system
-from nearfar.training.weights import initial_model
+from nearfar.training.state import initial_model
 
 ARMS = {
     "cross-entropy": ["gamma=0", "contrastive=none", "focal_weight=1"],

@@ -23,7 +23,7 @@ from nearfar.models.detection.network import SmallDetector
 from nearfar.models.image import build_image_encoder
 from nearfar.overrides import compose_config
 from nearfar.systems.fair_detection.system import FairDetectionSystem
-from nearfar.training.weights import initial_model
+from nearfar.training.state import initial_model
 
 PICTURES, HELD_OUT = 1211, 182
 

@@ -23,18 +23,18 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from nearfar.training.recorder import Recorder
 from rich.console import Console
 
 import nearfar.training.fit as fit_module
 from nearfar.launch import run_one
 from nearfar.metrics import few_runs
 from nearfar.overrides import compose_config
-from nearfar.training.callbacks import RunRecorder
 
 NEVER = 10**9
 
 
-class Alternating(RunRecorder):
+class Alternating(Recorder):
     """Records every other epoch, the first one too, and keeps the time of each part."""
 
     epochs: list[dict[str, Any]] = []  # noqa: RUF012  # one run in one process
@@ -45,27 +45,28 @@ class Alternating(RunRecorder):
         work(*args)
         self.epochs[-1][what] += time.perf_counter() - began
 
-    def on_train_start(self, trainer: Any, module: Any) -> None:
-        super().on_train_start(trainer, module)
-        self._always, self._every = self._probe, module.log_every
+    def start(self, loop: Any) -> None:
+        super().start(loop)
+        self._always, self._every = self._probe, loop.log_every
 
-    def on_train_epoch_start(self, trainer: Any, module: Any) -> None:
-        recorded = module.epoch % 2 == 0
+    def epoch_started(self, loop: Any) -> None:
+        recorded = loop.state.epoch % 2 == 0
         self._probe = self._always if recorded else None
-        module.log_every = self._every if recorded else NEVER
-        super().on_train_epoch_start(trainer, module)
+        loop.log_every = self._every if recorded else NEVER
+        super().epoch_started(loop)
         now = time.perf_counter()
         self.epochs.append({"recorded": recorded, "began": now, "steps": 0.0, "records": 0.0, "probe": 0.0})
 
-    def on_train_batch_end(self, *args: Any) -> None:
-        super().on_train_batch_end(*args)
+    def batch_done(self, loop: Any) -> None:
+        super().batch_done(loop)
         self.epochs[-1]["steps"] = time.perf_counter() - self.epochs[-1]["began"]
 
-    def _log_step(self, *args: Any) -> None:
-        self._timed("records", super()._log_step, *args)
+    def log_step(self, loop: Any) -> None:
+        self._timed("records", super().log_step, loop)
+        self.epochs[-1]["steps"] = time.perf_counter() - self.epochs[-1]["began"]
 
-    def _log_probe(self, trainer: Any, module: Any, validated: Any = None) -> None:
-        self._timed("probe", super()._log_probe, trainer, module, None if self.within else validated)
+    def log_probe(self, loop: Any, validated: Any = None) -> None:
+        self._timed("probe", super().log_probe, loop, None if self.within else validated)
 
 
 def percent(name: str, shares: list[float]) -> None:
@@ -91,7 +92,7 @@ def main() -> None:
     args = parser.parse_args()
     Alternating.within = args.within
     torch.set_num_threads(1)
-    fit_module.RunRecorder = Alternating  # type: ignore[misc]
+    fit_module.Recorder = Alternating  # type: ignore[misc]
     with tempfile.TemporaryDirectory() as folder:
         overrides = [
             "experiment=molecules",

@@ -27,9 +27,8 @@ from nearfar.systems.relations.examiner import Examiner
 from nearfar.systems.relations.names import TOP5
 from nearfar.systems.relations.records import Pairs
 from nearfar.systems.relations.system import RelationSystem
-from nearfar.training.callbacks import stop_signals
 from nearfar.training.fit import train
-from nearfar.training.lightning_trainer import quiet_lightning
+from nearfar.training.loop import stop_signals
 from nearfar.training.run_folder import RunFolder
 
 SHARES = np.array([13071, 4995, 2951, 4108, 1680]) / 26805
@@ -83,7 +82,6 @@ def main() -> None:
     system.loss.repeated = False
     with (
         tempfile.TemporaryDirectory() as folder,
-        quiet_lightning(),
         torch.random.fork_rng(),
         stop_signals() as request,
     ):

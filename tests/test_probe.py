@@ -23,12 +23,12 @@ from nearfar.metrics import embedding_health
 from nearfar.overrides import compose_config
 from nearfar.systems import build_system
 from nearfar.training.checkpoint import Checkpoint
-from nearfar.training.facts import highest_scale, model_facts
+from nearfar.training.evaluation import consecutive
 from nearfar.training.fit import fit
-from nearfar.training.loading import consecutive
-from nearfar.training.module import RunModule
+from nearfar.training.loop import TrainingLoop
 from nearfar.training.options import check_training_options
 from nearfar.training.probe import Probe, untouched
+from nearfar.training.recorder import highest_scale, model_facts
 from nearfar.training.resume import Resume
 from nearfar.training.run_folder import RunFolder
 from nearfar.training.system import EncodingSystem, StepOutput, collect
@@ -383,16 +383,17 @@ def test_gradient_norm_is_that_of_the_whole_gradient_before_clipping(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accumulate: int, clip: float
 ) -> None:
     seen: dict[int, float] = {}
-    before = RunModule.configure_gradient_clipping
+    before = TrainingLoop._clip_gradients
 
-    def watching(self: RunModule, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+    def watching(self: TrainingLoop) -> Any:
         gradients = [p.grad.flatten() for p in self.model.parameters() if p.grad is not None]
-        seen[self.trainer.global_step + 1] = torch.cat(gradients).double().norm().item()
-        before(self, optimizer, *args, **kwargs)
+        seen[self.state.step + 1] = torch.cat(gradients).double().norm().item()
+        norm = before(self)
         after = torch.cat([p.grad.flatten() for p in self.model.parameters() if p.grad is not None]).norm()
         assert not clip or after <= clip * 1.001
+        return norm
 
-    monkeypatch.setattr(RunModule, "configure_gradient_clipping", watching)
+    monkeypatch.setattr(TrainingLoop, "_clip_gradients", watching)
     config = toy_config(trainer__accumulate=accumulate, trainer__gradient_clip=clip, epochs=2)
     steps = of_kind(train(tmp_path / "run", config, ToySystem), "step")
     assert len(steps) == max(seen) // 2
@@ -402,10 +403,15 @@ def test_gradient_norm_is_that_of_the_whole_gradient_before_clipping(
     assert any(r["clipped"] for r in steps) == (clip == 0.05)
 
 
-def test_clipping_is_the_one_of_lightning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clipping_is_the_one_of_pytorch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = toy_config(trainer__gradient_clip=0.05)
     ours = train(tmp_path / "ours", config, ToySystem)
-    monkeypatch.delattr(RunModule, "configure_gradient_clipping")
+
+    def plain(self: TrainingLoop) -> torch.Tensor:
+        weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
+        return torch.nn.utils.clip_grad_norm_(weights, 0.05)
+
+    monkeypatch.setattr(TrainingLoop, "_clip_gradients", plain)
     theirs = train(tmp_path / "theirs", config, ToySystem)
     assert states_equal(Checkpoint.load(ours.path), Checkpoint.load(theirs.path))
 

@@ -20,10 +20,10 @@ from nearfar.errors import NearfarError
 from nearfar.overrides import compose_config
 from nearfar.systems import build_system
 from nearfar.training import ranks
-from nearfar.training.callbacks import Interrupted
 from nearfar.training.checkpoint import Checkpoint
 from nearfar.training.distributed import DistributedLoss
 from nearfar.training.fit import fit
+from nearfar.training.loop import Interrupted
 from nearfar.training.resume import Resume
 from nearfar.training.run_folder import RunFolder
 from nearfar.training.shared_step import Sharing, check_shared

@@ -14,7 +14,7 @@ from nearfar.errors import NearfarError
 from nearfar.lab.report import write_report
 from nearfar.lab.run_charts import embedding_map
 from nearfar.lab.verdict import run_verdict
-from nearfar.training.embedding_map import project, write_map
+from nearfar.training.results import project, write_map
 from nearfar.training.run_folder import RunFolder
 from nearfar.training.sections import Picture, Section, Table, write_sections
 from test_resume import train

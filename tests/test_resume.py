@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from nearfar.errors import NearfarError
-from nearfar.training.callbacks import Interrupted
 from nearfar.training.checkpoint import Checkpoint
 from nearfar.training.fit import fit
+from nearfar.training.loop import Interrupted
 from nearfar.training.resume import Resume
 from nearfar.training.run_folder import RunFolder
 from toy_system import ToySystem, toy, toy_config

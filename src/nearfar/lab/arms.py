@@ -17,15 +17,14 @@ from nearfar.errors import NearfarError
 from nearfar.schedules import learning_rate_factor
 from nearfar.systems import build_system, check_config
 from nearfar.training.altered import altered
-from nearfar.training.callbacks import Interrupted, stop_signals
 from nearfar.training.checkpoint import Checkpoint
+from nearfar.training.evaluation import evaluate
 from nearfar.training.fit import train
-from nearfar.training.lightning_trainer import quiet_lightning
-from nearfar.training.results import evaluate
+from nearfar.training.loop import Interrupted, stop_signals
 from nearfar.training.resume import Resume
 from nearfar.training.run_folder import RunFolder
+from nearfar.training.state import initial_model, load_weights
 from nearfar.training.system import Evaluation, System
-from nearfar.training.weights import initial_model, load_weights
 
 __all__ = ["Arms"]
 
@@ -124,7 +123,7 @@ class Arms:
         system = self.system(config)
         model = initial_model(system, config.seed)
         load_weights(model, self.state, system, str(self.path))
-        return _evaluated(system, model, config, RunFolder(self.home)), system.monitor
+        return _evaluated(system, model, config), system.monitor
 
     def run(self, changed: bool, seed: int, say: Callable[[str], None]) -> Evaluation:
         """Train one arm and evaluate what its last step left."""
@@ -135,19 +134,19 @@ class Arms:
             folder = RunFolder(place)
             resume = Resume.find(str(self.path), config)
             try:
-                with quiet_lightning(), torch.random.fork_rng(), stop_signals() as request:
-                    module = train(system, config, folder, request, resume, lambda _: None)
+                with torch.random.fork_rng(), stop_signals() as request:
+                    loop = train(system, config, folder, request, resume, lambda _: None)
             except Interrupted:
                 raise KeyboardInterrupt from None  # nothing of a trial is worth going on with
             except NearfarError as error:
                 tried = f"{' '.join(self.overrides)} cannot be tried on this state: " if changed else ""
                 raise NearfarError(f"{tried}{error}") from None
-            if module.step != self.state.step + self.steps:
+            if loop.state.step != self.state.step + self.steps:
                 raise NearfarError(
-                    f"{arm} ended at step {module.step} and not {self.state.step + self.steps}: is the run still "
+                    f"{arm} ended at step {loop.state.step} and not {self.state.step + self.steps}: is the run still "
                     "being trained?"
                 )
-            found = _evaluated(system, module.model, config, folder)
+            found = _evaluated(system, loop.model, config)
             kept = self.home / f"{arm},seed={seed}"
             kept.mkdir()
             for name in KEPT:
@@ -157,8 +156,8 @@ class Arms:
         return found
 
 
-def _evaluated(system: System, model: nn.Module, config: Any, folder: RunFolder) -> Evaluation:
+def _evaluated(system: System, model: nn.Module, config: Any) -> Evaluation:
     with torch.random.fork_rng():
-        found = evaluate(system, model, config, folder, "val")
+        found = evaluate(system, model, config, "val")
     assert found is not None
     return found[0]

@@ -16,12 +16,12 @@ from nearfar.lab.groups import WITHIN_ARM, find_runs
 from nearfar.lab.report import write_report
 from nearfar.systems import build_system
 from nearfar.training.checkpoint import Checkpoint, find_checkpoint
-from nearfar.training.lightning_trainer import quiet_lightning
-from nearfar.training.results import outputs_of, write_diagnosis, write_results
+from nearfar.training.evaluation import outputs_of
+from nearfar.training.results import write_diagnosis, write_results
 from nearfar.training.resume import changed_values
 from nearfar.training.run_folder import RunFolder, environment
+from nearfar.training.state import initial_model, load_weights
 from nearfar.training.system import Evaluation, System, hook
-from nearfar.training.weights import initial_model, load_weights
 
 __all__ = ["write_ensemble"]
 
@@ -106,8 +106,8 @@ def _outputs(system: System, config: Any, folder: RunFolder) -> dict[str, dict[s
     path = find_checkpoint(folder.path, prefer="best")
     load_weights(model, Checkpoint.load(path), system, str(path))
     splits = [split for split in system.layout()["splits"] if split != "train"]
-    with quiet_lightning(), torch.random.fork_rng():
-        return {split: outputs_of(system, model, config, folder, split) for split in splits}
+    with torch.random.fork_rng():
+        return {split: outputs_of(system, model, config, split) for split in splits}
 
 
 def _config(folders: Sequence[RunFolder], members: list[str]) -> Any:

@@ -21,8 +21,8 @@ from torch.utils import _pytree as pytree
 from nearfar.errors import NearfarError
 from nearfar.training.cached import cached_embeddings
 from nearfar.training.checkpoint import Checkpoint
+from nearfar.training.state import initial_model, load_weights
 from nearfar.training.system import EncodingSystem, System
-from nearfar.training.weights import initial_model, load_weights
 
 __all__ = ["Bench", "Outcome", "cosine", "norm", "quiet_arithmetic"]
 

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from nearfar.training.loading import consecutive
+from nearfar.training.evaluation import consecutive
 from nearfar.training.options import processes_to_start
+from nearfar.training.state import initial_model
 from nearfar.training.system import System, step_of
-from nearfar.training.weights import initial_model
 
 __all__ = ["describe"]
 

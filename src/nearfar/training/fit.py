@@ -5,24 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import lightning as L
 import torch
 from omegaconf import OmegaConf
 from rich.console import Console
 
 from nearfar.errors import NearfarError
 from nearfar.training import ranks
-from nearfar.training.callbacks import Interrupted, RunRecorder, StopRequest, stop_signals
 from nearfar.training.checkpoint import Checkpoint, find_checkpoint
-from nearfar.training.lightning_trainer import build_trainer, quiet_lightning
-from nearfar.training.module import RunModule
-from nearfar.training.progress import ProgressBar
-from nearfar.training.results import evaluate, outputs_of, write_diagnosis, write_results
+from nearfar.training.evaluation import evaluate, outputs_of
+from nearfar.training.loop import Interrupted, StopRequest, TrainingLoop, stop_signals
+from nearfar.training.recorder import Recorder
+from nearfar.training.results import write_diagnosis, write_results
 from nearfar.training.resume import Resume
 from nearfar.training.run_folder import RunFolder, environment
 from nearfar.training.shared_step import check_shared
+from nearfar.training.state import initial_model, load_weights
 from nearfar.training.system import System, hook
-from nearfar.training.weights import initial_model, load_weights
 
 __all__ = ["fit", "train"]
 
@@ -37,10 +35,10 @@ def train(
     resume: Resume | None = None,
     say: Say = print,
     console: Console | None = None,
-) -> RunModule:
-    """The training of ``fit`` alone: what comes back holds the weights of the last step.
+) -> TrainingLoop:
+    """The training of ``fit`` alone: the loop that is returned holds the weights and the state of the last step.
 
-    Called within ``quiet_lightning()``, a fork of the generators and ``stop_signals()``, which gives ``request``.
+    Called within a fork of the generators and ``stop_signals()``, which gives ``request``.
     """
     layout = system.layout()
     data_hash = layout["data_hash"]
@@ -55,12 +53,13 @@ def train(
         load_weights(model, Checkpoint.load(path), system, str(path))
         say(f"weights from {path}")
 
-    module = RunModule(system, model, sampler, config, data_hash, checkpoint, say)
-    check_shared(system, model, module.sharing)
+    recorder = Recorder(folder, config, console)
+    loop = TrainingLoop(system, model, sampler, config, data_hash, recorder, request, checkpoint, say)
+    check_shared(system, model, loop.sharing)
     if resume is None:
         system.check_sampler(sampler, say)
-    if told := module.sharing.describe(config.get("batch_size")):
-        say(told)
+    if line := loop.sharing.describe(config.get("batch_size")):
+        say(line)
     ranks.any_rank()  # all have read what they go on from
     if ranks.is_first():
         _begin(folder, config, system, layout, resume, checkpoint)
@@ -71,16 +70,12 @@ def train(
                 f"that run had {checkpoint.processes} process(es), this one has {ranks.count()}: batches, schedules "
                 "and optimiser go on, dropout draws something else and sums are rounded otherwise"
             )
-    callbacks: list[L.Callback] = [RunRecorder(folder, config, request)]
-    if console is not None:
-        callbacks.append(ProgressBar(console))
-    epochs_left = config.epochs - module.epoch
-    over = _over(module)
+    over = loop.finished
     if over is None:
-        build_trainer(config, folder, callbacks, epochs_left).fit(module)
+        loop.run()
     elif checkpoint is not None:
         say(f"{over[0]}; evaluating (raise {over[1]}= to go on)")
-    return module
+    return loop
 
 
 def _begin(
@@ -105,17 +100,6 @@ def _begin(
         folder.write_text("train_log.jsonl", "")
 
 
-def _over(module: RunModule) -> tuple[str, str] | None:
-    """Why there is nothing left to train, and the option that would let it go on."""
-    if module.exhausted:
-        return "stopped early", "patience"
-    if module.epoch >= module.config.epochs:
-        return f"all {module.config.epochs} epochs are done", "epochs"
-    if module.steps_left == 0:
-        return f"all {module.step} steps are done", "trainer.max_steps"
-    return None
-
-
 def fit(
     system: System,
     config: Any,
@@ -137,31 +121,31 @@ def fit(
             f"trainer.devices={devices}, but this process is alone: nearfar train starts the others, or torchrun; or "
             "set trainer.devices=1."
         )
-    with quiet_lightning(), torch.random.fork_rng(), stop_signals() as request:
-        module = train(system, config, folder, request, resume, say, console)
-        seconds = module.seconds()
+    with torch.random.fork_rng(), stop_signals() as request:
+        loop = train(system, config, folder, request, resume, say, console)
+        model, state, seconds = loop.model, loop.state, loop.state.seconds()
         others = not ranks.is_first()
         ranks.leave()
         if others:
             return folder
         results, outputs = {}, {}
         best = find_checkpoint(folder.path, prefer="best")
-        load_weights(module.model, Checkpoint.load(best), system, str(best))
+        load_weights(model, Checkpoint.load(best), system, str(best))
         if calibrate := hook(system, "calibrate"):
-            calibrate(lambda split: outputs_of(system, module.model, config, folder, split), say)
+            calibrate(lambda split: outputs_of(system, model, config, split), say)
         for split in ("val", "test"):
-            found = evaluate(system, module.model, config, folder, split)
+            evaluated = evaluate(system, model, config, split)
             if request.asked:
                 raise Interrupted(str(folder))
-            if found is not None:
-                results[split], outputs[split] = found
+            if evaluated is not None:
+                results[split], outputs[split] = evaluated
     if not results:
         raise NearfarError("there is neither a validation nor a test split: nothing to evaluate on.")
     about = {
         # Cut before its first epoch was over, a run is evaluated as it stands.
-        "best_epoch": module.best["epoch"] or module.epoch + 1,
-        "epochs": module.epoch,
-        "steps": module.step,
+        "best_epoch": state.best["epoch"] or state.epoch + 1,
+        "epochs": state.epoch,
+        "steps": state.step,
         "train_seconds": round(seconds, 2),
     }
     write_results(folder, system, results, outputs, about)

@@ -17,7 +17,6 @@ from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue
 from nearfar.errors import NearfarError, nearest_name
 from nearfar.schedules import learning_rate_factor
 from nearfar.training import ranks
-from nearfar.training.loggers import KNOWN as LOGGERS
 
 __all__ = [
     "FILE",
@@ -160,6 +159,9 @@ def check_table(config: Any, table: Mapping[str, Rule]) -> None:
 FILE, SHARE = Text(optional=True, number=True), Number(0.0, 0.99)
 
 #: what every system that learns by epochs has
+#: loggers beside the run's own log
+LOGGERS = ("tensorboard", "mlflow", "wandb")
+
 LEARNING: dict[str, Rule] = {
     "seed": Number(0, 2**32 - 1, whole=True),
     "epochs": Number(1, 100_000, whole=True),

@@ -1,39 +1,39 @@
-"""What comes of a run: a split's outputs and estimates, and the files that hold them."""
+"""The results of a run: the files that hold its estimates, scores, examples, map and diagnosis."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import OmegaConf
-from torch import nn
+from torch import Tensor
+from torch.nn.functional import normalize
 
 from nearfar.doctor import Diagnosis, diagnose
-from nearfar.training.embedding_map import write_map
-from nearfar.training.lightning_trainer import build_trainer, quiet_lightning
-from nearfar.training.module import RunModule
 from nearfar.training.run_folder import RunFolder, write_atomically
 from nearfar.training.sections import write_sections
-from nearfar.training.system import Evaluation, System, hook
+from nearfar.training.system import Evaluation, System, hook, whole_rows
 
-__all__ = ["evaluate", "outputs_of", "write_diagnosis", "write_metrics", "write_results"]
+__all__ = ["project", "write_diagnosis", "write_map", "write_metrics", "write_results"]
 
 Say = Callable[[str], None]
+
+#: rows on the map of embeddings; the first of the split, which is in no order of difficulty
+MAP_ROWS = 300
 
 
 def write_results(
     folder: RunFolder,
     system: System,
     results: dict[str, Evaluation],
-    outputs: dict[str, dict[str, torch.Tensor]],
+    outputs: dict[str, dict[str, Tensor]],
     about: dict[str, Any],
 ) -> None:
-    """What came of the evaluation: examples, tables and map of the reported split, scores, and last the metrics.
+    """Examples, tables and map of the reported split, scores, and last the metrics.
 
-    ``about`` stands in ``metrics.json`` beside the estimates and says how the model came about.
+    ``about`` stands in ``metrics.json`` beside the estimates and says how the model was trained.
     """
     split = "test" if "test" in outputs else "val"
     folder.write_json("examples.json", system.report_examples(outputs[split], split))
@@ -43,28 +43,6 @@ def write_results(
     if save_results := hook(system, "save_results"):
         save_results(folder.path)
     write_metrics(folder, system, results, about)
-
-
-def outputs_of(
-    system: System, model: nn.Module, config: Any, folder: RunFolder, split: str
-) -> dict[str, torch.Tensor]:
-    """What ``system.embed`` gives of a split's rows, in order."""
-    shell = RunModule(system, model, None, config, "")
-    shell.evaluation_split = split
-    with quiet_lightning():
-        trainer = build_trainer(OmegaConf.merge(config, {"logger": None}), folder, [], 1)
-        trainer.test(shell, dataloaders=shell.evaluation_loader(split), verbose=False)
-    return shell.outputs
-
-
-def evaluate(
-    system: System, model: nn.Module, config: Any, folder: RunFolder, split: str
-) -> tuple[Evaluation, dict[str, torch.Tensor]] | None:
-    """Estimates, with intervals, of one split; None where the system has no such split."""
-    if system.dataset(split) is None:
-        return None
-    outputs = outputs_of(system, model, config, folder, split)
-    return system.evaluate(outputs, split, final=True), outputs
 
 
 def write_diagnosis(folder: RunFolder, say: Say) -> Diagnosis:
@@ -103,3 +81,53 @@ def write_metrics(
             },
         },
     )
+
+
+def project(outputs: Mapping[str, Tensor], rows: int = MAP_ROWS) -> dict[str, np.ndarray] | None:
+    """Coordinates (rows, 2) as ``view/NAME`` for every view in one common space, and the share of variance they hold.
+
+    Views are the matrices of floats with as many columns and rows as the first; None where there is none. Rows are
+    scaled to unit length, since losses see directions only. Components have the sign that makes their largest
+    weight positive, so that the same embeddings give the same map.
+
+    >>> found = project({"texts": torch.eye(6), "molecules": torch.eye(6).flip(0), "labels": torch.arange(6)})
+    >>> sorted(found), found["view/texts"].shape
+    (['explained', 'view/molecules', 'view/texts'], (6, 2))
+    """
+    matrices = {
+        name: tensor for name, tensor in outputs.items() if tensor.ndim == 2 and tensor.is_floating_point()
+    }
+    if not matrices:
+        return None
+    shape = next(iter(matrices.values())).shape
+    views = {name: tensor for name, tensor in matrices.items() if tensor.shape == shape}
+    if min(shape) < 2:
+        return None
+    views = {name: tensor[:rows] for name, tensor in whole_rows(views).items()}
+    if not views:
+        return None
+    units = {name: normalize(tensor.double().cpu(), dim=1) for name, tensor in views.items()}
+    together = torch.cat(list(units.values()))
+    if not bool(together.isfinite().all()):
+        return None
+    middle = together.mean(0)
+    _, singular, components = torch.linalg.svd(together - middle, full_matrices=False)
+    axes = components[:2]
+    largest = axes.abs().argmax(1, keepdim=True)
+    axes = axes * axes.gather(1, largest).sign()
+    variance = float((singular**2).sum())
+    explained = float((singular[:2] ** 2).sum()) / variance if variance > 0.0 else 1.0
+    found = {
+        f"view/{name}": ((unit - middle) @ axes.T).numpy().astype(np.float32) for name, unit in units.items()
+    }
+    return found | {"explained": np.float64(explained)}
+
+
+def write_map(folder: RunFolder, outputs: Mapping[str, Tensor]) -> None:
+    """``map.npz`` of a run, where its outputs hold embeddings."""
+    found = project(outputs)
+    if found is None:
+        return
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **found)  # type: ignore[arg-type]  # numpy's stub wants allow_pickle first
+    write_atomically(folder.path / "map.npz", lambda file: file.write(buffer.getvalue()))

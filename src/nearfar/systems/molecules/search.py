@@ -26,7 +26,7 @@ from nearfar.systems.molecules.records import COLUMNS, Records, make_splits, rea
 from nearfar.systems.molecules.smiles import canonical_smiles, parse_smiles
 from nearfar.terminal import say
 from nearfar.training.checkpoint import Checkpoint, find_checkpoint
-from nearfar.training.loading import consecutive
+from nearfar.training.evaluation import consecutive
 from nearfar.training.run_folder import RunFolder, write_atomically
 
 __all__ = ["Hit", "Hits", "TrainedMolecules"]

@@ -27,8 +27,8 @@ from nearfar.systems.relations.options import check_options
 from nearfar.systems.relations.sampler import build_sampler
 from nearfar.systems.relations.sections import sections
 from nearfar.training.sections import Section
+from nearfar.training.state import initial_model
 from nearfar.training.system import EncodingSystem, Evaluation, StepOutput, decayed_groups
-from nearfar.training.weights import initial_model
 
 __all__ = ["RelationSystem"]
 

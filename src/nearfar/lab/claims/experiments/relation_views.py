@@ -24,7 +24,7 @@ from nearfar.systems.relations.names import ALL10, TOP5
 from nearfar.systems.relations.objective import LOSSES, ViewLoss
 from nearfar.systems.relations.probe import RelationProbe
 from nearfar.systems.relations.system import RelationSystem
-from nearfar.training.weights import initial_model
+from nearfar.training.state import initial_model
 
 QUANTITIES = {
     "pair_infonce": "exact-pair retrieval in the batch (chance 1 / batch), InfoNCE",
