@@ -77,8 +77,8 @@ def main() -> None:
     for name, part in parts.items():
         features = rng.standard_normal((len(part), 2 * chosen.width), dtype=np.float32)
         label = system.data.labels(name)
-        system._datasets[name] = RelationDataset(part, label, scaler(numbers[name]), features, None)
-    system.examiner = Examiner(config, system.data, system._datasets, system.embed)
+        system.datasets[name] = RelationDataset(part, label, scaler(numbers[name]), features, None)
+    system.examiner = Examiner(config, system.data, system.datasets, system.embed)
     system.loss.repeated = False
     with (
         tempfile.TemporaryDirectory() as folder,

@@ -26,7 +26,7 @@ from nearfar.training.fit import fit
 from nearfar.training.options import check_training_options
 from nearfar.training.resume import Resume
 from nearfar.training.run_folder import RunFolder
-from nearfar.training.system import EncodingSystem, StepOutput, step_of
+from nearfar.training.system import StepOutput, System
 from test_resume import records, states_equal
 from toy_system import ToySystem, toy, toy_config
 
@@ -686,18 +686,18 @@ def test_kill_and_resume_in_chunks_is_bit_identical(tmp_path: Path, accumulate: 
 
 
 def test_who_can_train_in_chunks() -> None:
-    class Whole:
-        name = "whole"
+    class Whole(ToySystem):
+        name, encode = "whole", System.encode
 
-        def training_step(self, model: Any, batch: Any) -> str:
+        def training_step(self, model: Any, batch: Any) -> Any:
             return "the whole batch"
 
-    whole: Any = Whole()
-    assert step_of(whole, nn.Identity(), None) == "the whole batch"
-    with pytest.raises(NearfarError, match="system 'whole' does not say how its rows are encoded"):
-        step_of(whole, nn.Identity(), None, 4)
+    whole: Any = Whole(toy_config())
+    assert whole.step(nn.Identity(), None) == "the whole batch"
+    with pytest.raises(NearfarError, match="system 'whole' does not encode its rows one by one"):
+        whole.step(nn.Identity(), None, 4)
     with pytest.raises(TypeError, match="abstract method"):
-        EncodingSystem()  # type: ignore[abstract]
+        System()  # type: ignore[abstract]
 
 
 def test_a_chunk_as_large_as_the_batch_is_refused() -> None:

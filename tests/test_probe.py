@@ -31,7 +31,7 @@ from nearfar.training.probe import Probe, untouched
 from nearfar.training.recorder import highest_scale, model_facts
 from nearfar.training.resume import Resume
 from nearfar.training.run_folder import RunFolder
-from nearfar.training.system import EncodingSystem, StepOutput, collect
+from nearfar.training.system import StepOutput, System, collect
 from test_resume import killed_after, records, silent, states_equal
 from tiny_molecules import split_files
 from toy_system import N, ToyModel, ToySystem, toy_config
@@ -54,7 +54,7 @@ class BusyModel(ToyModel):
 class BusySystem(ToySystem):
     """Two losses in an objective, one of which draws on a memory, and a dataset that draws like a careless one."""
 
-    embed = EncodingSystem.embed
+    embed = System.embed
 
     def prepare(self, say: Any) -> None:
         super().prepare(say)
@@ -241,7 +241,7 @@ def final_system(config: Any, folder: RunFolder) -> tuple[Any, Any]:
 def test_probe_numbers_equal_those_computed_by_hand(busy: RunFolder) -> None:
     config = toy_config()
     system, model = final_system(config, busy)
-    system.sets["train"].set_epoch(config.epochs - 1)
+    system.datasets["train"].set_epoch(config.epochs - 1)
     logged = of_kind(busy, "probe")[-1]
     probe = Probe(system, 256, config.batch_size, config.seed)
     assert sorted(probe.positions) == list(range(20))
@@ -249,7 +249,7 @@ def test_probe_numbers_equal_those_computed_by_hand(busy: RunFolder) -> None:
     model.eval()
     with torch.no_grad():
         # At the end of an epoch validation has embedded all rows, in its own batches.
-        batches = [system.sets["val"].__getitems__(rows) for rows in consecutive(20, 16)]
+        batches = [system.datasets["val"].__getitems__(rows) for rows in consecutive(20, 16)]
         whole = collect([system.encode(model, batch) for batch in batches])
         health = embedding_health({name: view[probe.positions] for name, view in whole.items()})
         for name, value in health.items():
@@ -257,7 +257,7 @@ def test_probe_numbers_equal_those_computed_by_hand(busy: RunFolder) -> None:
 
         def loss(split: str, positions: Any) -> float:
             if split == "train":
-                z = system.encode(model, system.sets["train"].__getitems__(positions.tolist()))
+                z = system.encode(model, system.datasets["train"].__getitems__(positions.tolist()))
             else:
                 z = {name: view[positions] for name, view in whole.items()}
             scores = torch.nn.functional.cosine_similarity(z["a"], z["b"])
@@ -277,10 +277,10 @@ def test_probe_numbers_equal_those_computed_by_hand(busy: RunFolder) -> None:
 
 def test_rows_that_validation_has_embedded_are_not_embedded_again(busy: RunFolder) -> None:
     system, model = final_system(toy_config(), busy)
-    system.sets["val"].noise = 0.0  # that of the toy depends on the batch
+    system.datasets["val"].noise = 0.0  # that of the toy depends on the batch
     probe = Probe(system, 15, 8, seed=0)
     with untouched(model):
-        validated = system.encode(model, system.sets["val"].__getitems__(list(range(20))))
+        validated = system.encode(model, system.datasets["val"].__getitems__(list(range(20))))
     asked: list[int] = []
     encode = system.encode
 
@@ -312,7 +312,7 @@ class Without(ToySystem):
     """A system without validation rows."""
 
     def dataset(self, split: str) -> Any:
-        return self.sets["train"] if split == "train" else None
+        return self.datasets["train"] if split == "train" else None
 
 
 def test_without_validation_the_probe_takes_training_rows() -> None:

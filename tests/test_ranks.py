@@ -27,6 +27,7 @@ from nearfar.training.loop import Interrupted
 from nearfar.training.resume import Resume
 from nearfar.training.run_folder import RunFolder
 from nearfar.training.shared_step import Sharing, check_shared
+from nearfar.training.system import System
 from processes import SECONDS, together
 from test_resume import records, silent, states_equal
 from tiny_molecules import split_files
@@ -323,11 +324,11 @@ def test_what_cannot_be_shared_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(NearfarError, match="a training_step of its own"):
         check_shared(Own(toy_config()), ToyModel(), Sharing())
 
-    class Plain:
-        name = "plain"
+    class Plain(ToySystem):
+        encode = System.encode
 
-    with pytest.raises(NearfarError, match="no EncodingSystem"):
-        check_shared(Plain(), model, Sharing())  # type: ignore[arg-type]
+    with pytest.raises(NearfarError, match="defines no encode"):
+        check_shared(Plain(toy_config()), model, Sharing())
 
 
 def test_one_process_says_what_has_no_effect() -> None:

@@ -67,10 +67,10 @@ def frozen(run: RunFolder, rows: int) -> tuple[Any, Any, Any]:
     sampler = system.build_sampler()
     sampler.set_epoch(epoch)
     order = [position for batch in sampler for position in batch][:rows]
-    system.sets["train"].set_epoch(epoch)
+    system.datasets["train"].set_epoch(epoch)
     model = system.build_model()
     model.load_state_dict(state.model)
-    x, y = system.sets["train"].__getitems__(order)
+    x, y = system.datasets["train"].__getitems__(order)
     return model.double().eval(), x.double(), y.double()
 
 

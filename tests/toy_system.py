@@ -11,7 +11,7 @@ from torch import nn
 from nearfar.batching import RandomBatchSampler
 from nearfar.losses import InfoNCELoss
 from nearfar.metrics import rank_estimates, retrieval_ranks
-from nearfar.training.system import EncodingSystem, Evaluation, StepOutput, decayed_groups
+from nearfar.training.system import Evaluation, StepOutput, System
 
 N, DIM = 70, 6
 
@@ -45,7 +45,7 @@ class ToyModel(nn.Module):
         self.b = nn.Sequential(nn.Linear(DIM, 16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, 8))
 
 
-class ToySystem(EncodingSystem):
+class ToySystem(System):
     name, monitor = "toy", "MRR"
 
     def __init__(self, config: Any, data_seed: int = 0) -> None:
@@ -56,7 +56,7 @@ class ToySystem(EncodingSystem):
         generator = torch.Generator().manual_seed(self.data_seed)
         x = torch.randn(N + 20, DIM, generator=generator)
         y = x @ torch.randn(DIM, DIM, generator=generator)
-        self.sets = {"train": ToyDataset(x[:N], y[:N]), "val": ToyDataset(x[N:], y[N:])}
+        self.datasets = {"train": ToyDataset(x[:N], y[:N]), "val": ToyDataset(x[N:], y[N:])}
 
     def layout(self) -> dict[str, Any]:
         return {"data_hash": f"toy{self.data_seed}"}
@@ -67,15 +67,6 @@ class ToySystem(EncodingSystem):
     def build_sampler(self) -> Any:
         return RandomBatchSampler(N, self.config.batch_size, seed=self.config.seed)
 
-    def check_sampler(self, sampler: Any, say: Any) -> None:
-        pass
-
-    def dataset(self, split: str) -> Any:
-        return self.sets.get(split)
-
-    def on_epoch(self, epoch: int, sampler: Any, say: Any) -> dict[str, Any]:
-        return {"sampler": "random"}
-
     def split(self, batch: Any, rows: int) -> list[Any]:
         return list(zip(batch[0].split(rows), batch[1].split(rows), strict=True))
 
@@ -85,22 +76,10 @@ class ToySystem(EncodingSystem):
     def loss_of(self, model: Any, embeddings: Any, batch: Any) -> StepOutput:
         return StepOutput(self.loss(embeddings["a"], embeddings["b"]))
 
-    def embed(self, model: Any, batch: Any) -> dict[str, torch.Tensor]:
-        return self.encode(model, batch)
-
     def evaluate(self, outputs: Any, split: str, final: bool) -> Evaluation:
         ranks = retrieval_ranks(outputs["a"], outputs["b"])
         estimates = rank_estimates(ranks, split="toy")
         return Evaluation(split, estimates, [str(i) for i in range(20)], {"MRR": ranks.reciprocal()})
-
-    def report_examples(self, outputs: Any, split: str) -> list[dict[str, Any]]:
-        return []
-
-    def save_assets(self, folder: Any) -> None:
-        pass
-
-    def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        return decayed_groups(model, self.config.get("weight_decay", 0.01))
 
 
 def toy_config(**changes: Any) -> Any:
@@ -112,6 +91,7 @@ def toy_config(**changes: Any) -> Any:
             "epochs": 4,
             "batch_size": 8,
             "lr": 1e-2,
+            "weight_decay": 0.01,
             "lr_schedule": "cosine",
             "warmup": 0.1,
             "patience": None,

@@ -28,7 +28,7 @@ class OptionsToy(ToySystem):
 
     def prepare(self, say: Any) -> None:
         super().prepare(say)
-        x, y = self.sets["train"].x, self.sets["train"].y
+        x, y = self.datasets["train"].x, self.datasets["train"].y
         x[1], y[1] = x[0] + 0.05, y[0] + 0.05
         x[3], y[3] = x[2], y[2]
 
@@ -39,7 +39,7 @@ class OptionsToy(ToySystem):
         return model
 
     def build_sampler(self) -> Any:
-        neighbors = nearest_neighbors(self.sets["train"].y, neighbors_needed(self.config, N))
+        neighbors = nearest_neighbors(self.datasets["train"].y, neighbors_needed(self.config, N))
         return build_sampler(self.config, N, neighbors)
 
     def loss_of(self, model: Any, embeddings: Any, batch: Any) -> StepOutput:

@@ -21,7 +21,7 @@ from nearfar.training.results import write_diagnosis, write_results
 from nearfar.training.resume import changed_values
 from nearfar.training.run_folder import RunFolder, environment
 from nearfar.training.state import initial_model, load_weights
-from nearfar.training.system import Evaluation, System, hook
+from nearfar.training.system import Evaluation, System
 
 __all__ = ["write_ensemble"]
 
@@ -51,7 +51,7 @@ def write_ensemble(runs: Sequence[Path], output: Path | None = None, say: Say = 
     for folder in folders:
         config = folder.config()
         system = build_system(config)
-        if hook(system, "average") is None:
+        if not system.defines("average"):
             raise NearfarError(f"system '{kind}' does not say how its outputs are averaged.")
         system.prepare(lambda _: None)
         if (found := system.layout()["data_hash"]) != data:
@@ -63,11 +63,8 @@ def write_ensemble(runs: Sequence[Path], output: Path | None = None, say: Say = 
             collected.setdefault(split, []).append(outputs)
         first = first or system
     assert first is not None
-    average = hook(first, "average")
-    assert average is not None
-    averaged = {split: average(every) for split, every in collected.items()}
-    if calibrate := hook(first, "calibrate"):
-        calibrate(lambda split: averaged[split], say)
+    averaged = {split: first.average(every) for split, every in collected.items()}
+    first.calibrate(lambda split: averaged[split], say)
     reported: dict[str, dict[str, Tensor]] = {
         split: averaged[split] for split in ("val", "test") if split in averaged
     }

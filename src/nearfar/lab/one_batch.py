@@ -22,7 +22,7 @@ from nearfar.errors import NearfarError
 from nearfar.training.cached import cached_embeddings
 from nearfar.training.checkpoint import Checkpoint
 from nearfar.training.state import initial_model, load_weights
-from nearfar.training.system import EncodingSystem, System
+from nearfar.training.system import System
 
 __all__ = ["Bench", "Outcome", "cosine", "norm", "quiet_arithmetic"]
 
@@ -31,8 +31,8 @@ __all__ = ["Bench", "Outcome", "cosine", "norm", "quiet_arithmetic"]
 class Outcome:
     """A batch evaluated: the loss in nats, the numbers its step would log, and gradients in CPU memory.
 
-    ``parameters``: by name, of all that are trained. ``embeddings``: of each embedding of an ``EncodingSystem``, row
-    by row; None where an embedding has no gradient (a frozen one), empty for other systems.
+    ``parameters``: by name, of all that are trained. ``embeddings``: of each embedding, row by row, of a system that
+    encodes rows; None where an embedding has no gradient (a frozen one), empty for other systems.
     """
 
     loss: float
@@ -97,7 +97,7 @@ class Bench:
         self.model.zero_grad(set_to_none=True)
         batch = _moved(dataset.__getitems__(list(positions)), self.device)
         with torch.random.fork_rng(), torch.enable_grad():
-            if isinstance(self.system, EncodingSystem):
+            if self.system.defines("encode"):
                 embeddings = self._encode(batch, len(positions), number, rows)
                 for leaf in _learning(embeddings):
                     leaf.retain_grad()
@@ -119,7 +119,6 @@ class Bench:
         return Outcome(float(output.loss.detach()), record, parameters, gradients)
 
     def _encode(self, batch: Any, size: int, number: int, rows: int) -> Any:
-        assert isinstance(self.system, EncodingSystem)
         pieces = []
         for k, part in enumerate([batch] if size <= rows else self.system.split(batch, rows)):
             torch.manual_seed(_seed(self.seed, number, k))
@@ -130,7 +129,6 @@ class Bench:
         return pytree.tree_unflatten(whole, pieces[0][1])
 
     def _embeddings(self, part: Any) -> Any:
-        assert isinstance(self.system, EncodingSystem)
         if self.chunk is None:
             return self.system.encode(self.model, part)
         parts = self.system.split(part, self.chunk)

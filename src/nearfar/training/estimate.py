@@ -14,7 +14,7 @@ from rich.table import Table
 from nearfar.training.evaluation import consecutive
 from nearfar.training.options import processes_to_start
 from nearfar.training.state import initial_model
-from nearfar.training.system import System, step_of
+from nearfar.training.system import System
 
 __all__ = ["describe"]
 
@@ -77,7 +77,7 @@ def _time_steps(
     times, first = [], float("nan")
     for i, positions in enumerate(batches):
         start = time.perf_counter()
-        output = step_of(system, model, dataset.__getitems__(positions), cached_chunk)
+        output = system.step(model, dataset.__getitems__(positions), cached_chunk)
         optimizer.zero_grad()
         output.loss.backward()
         optimizer.step()

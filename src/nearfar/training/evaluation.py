@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from nearfar.training import ranks
 from nearfar.training.fabric import build_fabric
-from nearfar.training.system import Evaluation, System, collect, hook
+from nearfar.training.system import Evaluation, System, collect
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -71,8 +71,7 @@ def embed_split(
     assert dataset is not None
     parts = []
     with _without_gradients(model):
-        if ready := hook(system, "before_evaluation"):
-            ready(model, split, final)
+        system.before_evaluation(model, split, final)
         for batch in loader(dataset, consecutive(len(dataset), config.trainer.eval_batch_size)):
             if fabric.device.type != "cpu":
                 batch = fabric.to_device(batch)

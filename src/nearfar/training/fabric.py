@@ -28,7 +28,10 @@ def build_fabric(config: Any) -> Fabric:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     _set_determinism(settings)
-    for name in ("lightning.fabric", "lightning.pytorch"):  # banners; which of the two speaks depends on imports
+    for name in (
+        "lightning.fabric",
+        "lightning.pytorch",
+    ):  # banners; which of the two speaks depends on imports
         logging.getLogger(name).setLevel(logging.ERROR)
     here = ranks.on_this_machine()
     common: dict[str, Any] = {

@@ -20,7 +20,7 @@ from nearfar.training.resume import Resume
 from nearfar.training.run_folder import RunFolder, environment
 from nearfar.training.shared_step import check_shared
 from nearfar.training.state import initial_model, load_weights
-from nearfar.training.system import System, hook
+from nearfar.training.system import System
 
 __all__ = ["fit", "train"]
 
@@ -131,8 +131,7 @@ def fit(
         results, outputs = {}, {}
         best = find_checkpoint(folder.path, prefer="best")
         load_weights(model, Checkpoint.load(best), system, str(best))
-        if calibrate := hook(system, "calibrate"):
-            calibrate(lambda split: outputs_of(system, model, config, split), say)
+        system.calibrate(lambda split: outputs_of(system, model, config, split), say)
         for split in ("val", "test"):
             evaluated = evaluate(system, model, config, split)
             if request.asked:

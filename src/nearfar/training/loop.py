@@ -28,7 +28,7 @@ from nearfar.training.recorder import Recorder
 from nearfar.training.run_folder import same_file
 from nearfar.training.shared_step import Sharing
 from nearfar.training.state import Mean, RunState, build_optimizer, dropout_seed
-from nearfar.training.system import Evaluation, StepOutput, System, TrainSampler, step_of
+from nearfar.training.system import Evaluation, StepOutput, System, TrainSampler
 
 __all__ = ["Interrupted", "StopRequest", "TrainingLoop", "stop_signals"]
 
@@ -347,7 +347,7 @@ class _Step(nn.Module):
             rows = loop._rows_at(loop.state.batches)
             output = loop.sharing.step(loop.system, self.model, self.batch, rows, loop.cached_chunk)
         else:
-            output = step_of(loop.system, self.model, self.batch, loop.cached_chunk)
+            output = loop.system.step(self.model, self.batch, loop.cached_chunk)
         self.batch = None
         loop.last = output
         if loop.logged:

@@ -22,7 +22,7 @@ from nearfar.contrast import NoPositivesWarning
 from nearfar.errors import NearfarError
 from nearfar.metrics import embedding_health
 from nearfar.training.checkpoint import generator_state, load_generator_state
-from nearfar.training.system import EncodingSystem, System, collect, modules_of, whole_rows
+from nearfar.training.system import System, collect, modules_of, whole_rows
 
 __all__ = ["Probe", "untouched"]
 
@@ -190,9 +190,9 @@ class _Pass:
 
     def _batch(self, batch: Any, embed: bool, views: dict[str, Tensor] | None, loss: bool) -> None:
         system: Any = self.probe.system
-        encoding = isinstance(system, EncodingSystem)
+        encoding = system.defines("encode")
         # A system that is evaluated on what it encodes need not encode it twice.
-        same = encoding and type(system).embed is EncodingSystem.embed
+        same = encoding and not system.defines("embed")
         encoded: Any = None
         if encoding and loss:
             encoded = self.ready(views) if same and views else system.encode(self.model, batch)

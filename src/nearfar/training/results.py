@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 from nearfar.doctor import Diagnosis, diagnose
 from nearfar.training.run_folder import RunFolder, write_atomically
 from nearfar.training.sections import write_sections
-from nearfar.training.system import Evaluation, System, hook, whole_rows
+from nearfar.training.system import Evaluation, System, whole_rows
 
 __all__ = ["project", "write_diagnosis", "write_map", "write_metrics", "write_results"]
 
@@ -37,11 +37,9 @@ def write_results(
     """
     split = "test" if "test" in outputs else "val"
     folder.write_json("examples.json", system.report_examples(outputs[split], split))
-    sections = hook(system, "report_sections")
-    write_sections(folder, sections(outputs[split], split) if sections else ())
+    write_sections(folder, system.report_sections(outputs[split], split))
     write_map(folder, outputs[split])
-    if save_results := hook(system, "save_results"):
-        save_results(folder.path)
+    system.save_results(folder.path)
     write_metrics(folder, system, results, about)
 
 

@@ -1,7 +1,7 @@
 """One training step on several processes: each encodes its rows, and the loss sees those of all.
 
 Every rank has the whole batch of the sampler, as one process would, so that augmentation, labels and masks are those of
-one process. It encodes its own part, the embeddings are gathered, and ``EncodingSystem.loss_of`` is called with the
+one process. It encodes its own part, the embeddings are gathered, and ``System.loss_of`` is called with the
 embeddings and the batch of all rows: a system needs no code for it. What DistributedDataParallel makes of the ranks'
 gradients, their mean, is then the gradient of one process (``nearfar.training.gather``).
 """
@@ -25,7 +25,7 @@ from nearfar.training.distributed import DistributedLoss
 from nearfar.training.gather import gather_rows, row_counts, whole_value
 from nearfar.training.rank_arguments import nothing
 from nearfar.training.ring import check_ring, ring_loss
-from nearfar.training.system import EncodingSystem, StepOutput, System
+from nearfar.training.system import StepOutput, System
 
 __all__ = ["Sharing", "check_shared"]
 
@@ -203,12 +203,12 @@ def check_shared(system: System, model: nn.Module, sharing: Sharing) -> None:
     """Refuse, with words, what several processes would not compute as one does."""
     if ranks.count() == 1:
         return
-    if not isinstance(system, EncodingSystem):
+    if not system.defines("encode"):
         raise NearfarError(
-            f"system '{system.name}' does not say how its rows are encoded (it is no EncodingSystem), so that its "
+            f"system '{system.name}' does not encode its rows one by one (it defines no encode), so that its "
             "batches cannot be shared out between processes; set trainer.devices=1."
         )
-    if type(system).training_step is not EncodingSystem.training_step:
+    if system.defines("training_step"):
         raise NearfarError(
             f"system '{system.name}' has a training_step of its own, which sees the rows of one process alone; set "
             "trainer.devices=1."

@@ -2,8 +2,7 @@
 
 A system is one job from data to metrics. The loop, the run folder and exact resume know nothing of molecules
 or images: they see a dataset that hands out batches, a batch sampler, a module that turns a batch into a loss
-and outputs, and a function that turns the collected outputs of a split into estimates. A system that encodes rows
-and scores them afterwards says so (``EncodingSystem``), and can then train on batches larger than memory.
+and outputs, and a function that turns the collected outputs of a split into estimates.
 """
 
 from __future__ import annotations
@@ -25,13 +24,10 @@ from nearfar.training.sections import Section
 
 __all__ = [
     "BatchDataset",
-    "EncodingSystem",
     "Evaluation",
-    "Hooks",
     "StepOutput",
     "System",
     "TrainSampler",
-    "hook",
 ]
 
 
@@ -89,62 +85,108 @@ class TrainSampler(Protocol):
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
-class System(Protocol):
-    """One complete job. Built from its configuration; reads its data in ``prepare``."""
+class System(ABC):
+    """One complete job, from data to metrics. Built from its configuration; reads its data in ``prepare``.
+
+    A minimal system writes seven methods: ``prepare``, ``layout``, ``build_model``, ``build_sampler``, ``encode``,
+    ``loss_of`` and ``evaluate``; ``encode`` and ``loss_of`` give it cached batches (``trainer.cached_chunk``), several
+    processes and probes. A system whose rows are not encoded one by one writes ``training_step`` and ``embed``
+    instead of those two. Everything else has a default.
+    """
 
     name: str
     #: the estimate that chooses the best checkpoint, and that early stopping watches (higher is better)
     monitor: str
+    config: Any
+    #: ``train``, ``val``, ``test``, as far as there are any; filled by ``prepare``
+    datasets: Mapping[str, BatchDataset]
 
+    # -- data ------------------------------------------------------------------------------------------------
+    @abstractmethod
     def prepare(self, say: Callable[[str], None]) -> None:
         """Read, check and featurise the data; ``say`` announces what is really used."""
 
+    @abstractmethod
     def layout(self) -> dict[str, Any]:
         """What goes into ``dataset_layout.json``: counts, rejections, split hashes, encoders in use."""
 
-    def build_model(self) -> nn.Module:
-        """A freshly initialised model; draws from the generator that ``seed`` has set."""
+    def dataset(self, split: str) -> BatchDataset | None:
+        """The dataset of ``train``, ``val`` or ``test``; None where there is no such split."""
+        return self.datasets.get(split)
 
+    # -- batches ---------------------------------------------------------------------------------------------
+    @abstractmethod
     def build_sampler(self) -> TrainSampler:
         """The training sampler."""
 
     def check_sampler(self, sampler: Any, say: Callable[[str], None]) -> None:
         """Called once before training: refuse a sampler that does not do what its name says."""
 
-    def dataset(self, split: str) -> BatchDataset | None:
-        """The dataset of ``train``, ``val`` or ``test``; None where there is no such split."""
-
     def on_epoch(self, epoch: int, sampler: Any, say: Callable[[str], None]) -> dict[str, Any]:
         """Called before an epoch (counted from 0): applies schedules, returns numbers for the log."""
+        return {}
 
-    def training_step(self, model: nn.Module, batch: Any) -> StepOutput:
-        """The loss of one batch.
+    # -- model and loss --------------------------------------------------------------------------------------
+    @abstractmethod
+    def build_model(self) -> nn.Module:
+        """A freshly initialised model; draws from the generator that ``seed`` has set."""
+
+    def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """Optimiser groups; by default no weight decay for biases, norms and scales."""
+        return decayed_groups(model, self.config.weight_decay)
+
+    def split(self, batch: Any, rows: int) -> Sequence[Any]:
+        """The batch in parts of at most ``rows`` rows, in order."""
+        parts: Sequence[Any] = batch.split(rows)
+        return parts
+
+    def encode(self, model: nn.Module, batch: Any) -> Any:
+        """Embeddings of a batch or of a part of it: a tensor (rows, …), or several in a tuple, list or dictionary."""
+        raise NearfarError(f"system '{self.name}' defines neither encode and loss_of nor training_step")
+
+    def loss_of(self, model: nn.Module, embeddings: Any, batch: Any) -> StepOutput:
+        """The loss of the embeddings of a whole batch; called once a step.
 
         A probe asks for it in eval mode, too, and puts buffers back as they were; weights must not be changed then.
         """
+        raise NearfarError(f"system '{self.name}' defines encode and no loss_of")
 
+    def training_step(self, model: nn.Module, batch: Any) -> StepOutput:
+        """The loss of one batch, under the same rule as ``loss_of``."""
+        return self.loss_of(model, self.encode(model, batch), batch)
+
+    def step(self, model: nn.Module, batch: Any, cached_chunk: int | None = None) -> StepOutput:
+        """One training step; with ``cached_chunk``, the same within rounding, with the activations of so many rows in
+        memory at a time (``nearfar.training.cached``)."""
+        if cached_chunk is None:
+            return self.training_step(model, batch)
+        if not self.defines("encode"):
+            raise NearfarError(
+                f"trainer.cached_chunk={cached_chunk}: system '{self.name}' does not encode its rows one by one (it "
+                "defines no encode); set trainer.cached_chunk=null."
+            )
+        parts = self.split(batch, cached_chunk)
+        embeddings = cached_embeddings(lambda part: self.encode(model, part), parts, model)
+        return self.loss_of(model, embeddings, batch)
+
+    # -- evaluation ------------------------------------------------------------------------------------------
     def embed(self, model: nn.Module, batch: Any) -> dict[str, Tensor]:
-        """What evaluation needs of one batch; rows are concatenated over the split."""
-
-    def evaluate(self, outputs: Mapping[str, Tensor], split: str, final: bool) -> Evaluation:
-        """Estimates of a split from its collected outputs; ``final`` asks for every interval."""
-
-    def report_examples(self, outputs: Mapping[str, Tensor], split: str) -> list[dict[str, Any]]:
-        """Examples for the report: right, nearly and wrong."""
-
-    def save_assets(self, folder: Path) -> None:
-        """Whatever is needed later to embed new inputs with this run (text encoder, feature scales)."""
-
-    def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        """Optimiser groups, e.g. without weight decay for biases and scales."""
-
-
-class Hooks(Protocol):
-    """What a system may define besides; none of it is needed. ``hook`` finds it."""
+        """What evaluation needs of one batch, by default the result of ``encode``; joined over a split."""
+        encoded = self.encode(model, batch)
+        if not isinstance(encoded, dict):
+            raise NearfarError(
+                f"encode of {type(self).__name__} gives a {type(encoded).__name__}, and evaluation needs names: let it "
+                "give a dictionary, or define embed"
+            )
+        return encoded
 
     def before_evaluation(self, model: nn.Module, split: str, final: bool) -> None:
         """Called in eval mode, without gradients, before a split is embedded: for metrics that need more than that
         split, such as a probe fitted on training rows."""
+
+    @abstractmethod
+    def evaluate(self, outputs: Mapping[str, Tensor], split: str, final: bool) -> Evaluation:
+        """Estimates of a split from its collected outputs; ``final`` asks for every interval."""
 
     def calibrate(self, outputs: Callable[[str], Mapping[str, Tensor]], say: Callable[[str], None]) -> None:
         """Called once before the final evaluation: choose thresholds and the like.
@@ -154,74 +196,26 @@ class Hooks(Protocol):
 
     def average(self, outputs: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """The outputs of several trainings on the same rows as those of one (``nearfar ensemble``)."""
+        raise NearfarError(f"system '{self.name}' does not say how its outputs are averaged.")
+
+    # -- results ---------------------------------------------------------------------------------------------
+    def report_examples(self, outputs: Mapping[str, Tensor], split: str) -> list[dict[str, Any]]:
+        """Examples for the report: right, nearly and wrong."""
+        return []
 
     def report_sections(self, outputs: Mapping[str, Tensor], split: str) -> Sequence[Section]:
         """Tables and pictures of the system's own for the report, such as a confusion matrix."""
+        return ()
+
+    def save_assets(self, folder: Path) -> None:
+        """Whatever is needed later to embed new inputs with this run (text encoder, feature scales)."""
 
     def save_results(self, folder: Path) -> None:
-        """Results beyond estimates, such as what was said of every item; after the last evaluation."""
+        """Results beyond estimates, such as the prediction for every item; after the last evaluation."""
 
-
-def hook(system: Any, name: str) -> Callable[..., Any] | None:
-    """What ``system`` does at a point that ``Hooks`` names; None where it does nothing there."""
-    found = getattr(system, name, None)
-    return found if callable(found) else None
-
-
-class EncodingSystem(ABC):
-    """A system whose step encodes every row by itself and scores all embeddings together.
-
-    It defines these three and gets ``training_step``; ``trainer.cached_chunk`` then encodes a batch in chunks
-    (``nearfar.training.cached``). It also gets ``embed``, for evaluation on what it trains; another evaluation, as
-    before a projection head, overrides it.
-    """
-
-    @abstractmethod
-    def split(self, batch: Any, rows: int) -> Sequence[Any]:
-        """The batch in parts of at most ``rows`` rows, in order."""
-
-    @abstractmethod
-    def encode(self, model: nn.Module, batch: Any) -> Any:
-        """Embeddings of a batch or of a part of it: a tensor (rows, …), or several in a tuple, list or dictionary."""
-
-    @abstractmethod
-    def loss_of(self, model: nn.Module, embeddings: Any, batch: Any) -> StepOutput:
-        """The loss of the embeddings of a whole batch; called once a step.
-
-        A probe asks for it in eval mode, too, and puts buffers back as they were; weights must not be changed then.
-        """
-
-    def training_step(self, model: nn.Module, batch: Any) -> StepOutput:
-        """The loss of one batch."""
-        return self.loss_of(model, self.encode(model, batch), batch)
-
-    def embed(self, model: nn.Module, batch: Any) -> dict[str, Tensor]:
-        """What ``encode`` gives, where that is a dictionary."""
-        encoded = self.encode(model, batch)
-        if not isinstance(encoded, dict):
-            raise NearfarError(
-                f"encode of {type(self).__name__} gives a {type(encoded).__name__}, and evaluation needs names: let it "
-                "give a dictionary, or define embed"
-            )
-        return encoded
-
-    def cached_step(self, model: nn.Module, batch: Any, rows: int) -> StepOutput:
-        """The same, within rounding, with the activations of ``rows`` rows in memory at a time."""
-        parts = self.split(batch, rows)
-        embeddings = cached_embeddings(lambda part: self.encode(model, part), parts, model)
-        return self.loss_of(model, embeddings, batch)
-
-
-def step_of(system: System, model: nn.Module, batch: Any, cached_chunk: int | None = None) -> StepOutput:
-    """One training step of ``system``, ``cached_chunk`` rows at a time where that is given."""
-    if cached_chunk is None:
-        return system.training_step(model, batch)
-    if not isinstance(system, EncodingSystem):
-        raise NearfarError(
-            f"trainer.cached_chunk={cached_chunk}: system '{system.name}' does not say how its rows are encoded (it is "
-            "no EncodingSystem); set trainer.cached_chunk=null."
-        )
-    return system.cached_step(model, batch, cached_chunk)
+    def defines(self, method: str) -> bool:
+        """Whether this system has a method of its own where ``System`` has a default."""
+        return getattr(type(self), method) is not getattr(System, method)
 
 
 def decayed_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -34,14 +34,14 @@ from nearfar.systems.aspects.report import (
 )
 from nearfar.systems.aspects.scores import Scores, score_split
 from nearfar.training.sections import Section
-from nearfar.training.system import EncodingSystem, Evaluation, StepOutput
+from nearfar.training.system import Evaluation, StepOutput, System
 
 __all__ = ["AspectSystem"]
 
 Say = Callable[[str], None]
 
 
-class AspectSystem(EncodingSystem):
+class AspectSystem(System):
     """Trains a text encoder to say which aspects a review mentions, and how, with reviews contrasted beside it."""
 
     name = "aspects"
@@ -54,7 +54,7 @@ class AspectSystem(EncodingSystem):
         self.encoder: Any
         self.objective: AspectObjective
         self.decision: Decision
-        self._datasets: dict[str, AspectDataset] = {}
+        self.datasets: dict[str, AspectDataset] = {}
         self._linear: dict[str, np.ndarray] = {}
         self._linear_estimates: dict[str, dict[str, Estimate]] = {}
         self._usual: np.ndarray
@@ -71,7 +71,7 @@ class AspectSystem(EncodingSystem):
         self.encoder = build_encoder(**encoder_options(config)).fit(train.texts)
         say(f"text encoder: {self.encoder.description}")
         for name, split in self.data.splits.items():
-            self._datasets[name] = AspectDataset(
+            self.datasets[name] = AspectDataset(
                 self.encoder.tokenize(split.texts), torch.from_numpy(split.codes)
             )
         codes = torch.from_numpy(train.codes)
@@ -132,10 +132,6 @@ class AspectSystem(EncodingSystem):
         """Names the content of splits: sixteen hexadecimal digits of ids, texts and codes, in order."""
         return content_key(*([s.ids, s.texts, s.codes] for s in splits))[:16]
 
-    def dataset(self, split: str) -> AspectDataset | None:
-        """The dataset of a split, or None."""
-        return self._datasets.get(split)
-
     # -- batches ---------------------------------------------------------------------------------------------
     def build_sampler(self) -> Any:
         """Random batches of similar length; with ``balance=oversample`` rare labels come several times."""
@@ -150,7 +146,7 @@ class AspectSystem(EncodingSystem):
             copies = repeats(
                 train.codes, pairs, config.oversample_frequency, config.oversample_most, config.seed
             )
-        lengths = self._datasets["train"].tokens.lengths
+        lengths = self.datasets["train"].tokens.lengths
         return LengthBatchSampler(lengths, config.batch_size, repeats=copies, seed=config.seed)
 
     def check_sampler(self, sampler: Any, say: Say) -> None:
@@ -195,11 +191,6 @@ class AspectSystem(EncodingSystem):
                     own = {} if lr is None else {"lr": float(lr)}
                     groups.append({"params": some, "weight_decay": decay} | own)
         return groups
-
-    def split(self, batch: Any, rows: int) -> Sequence[Any]:
-        """The batch in parts."""
-        parts: Sequence[Any] = batch.split(rows)
-        return parts
 
     def encode(self, model: Any, batch: Any) -> dict[str, Tensor]:
         """A review as one vector for each aspect (b, A, d)."""
@@ -273,10 +264,6 @@ class AspectSystem(EncodingSystem):
                 "reported": self.data.reported,
             }
         return Evaluation(split, found.estimates, self.data.splits[split].ids, found.per_item, facts)
-
-    def report_examples(self, outputs: Mapping[str, Tensor], split: str) -> list[dict[str, Any]]:
-        """None in the form of queries and hits: reviews stand in `report_sections`."""
-        return []
 
     def report_sections(self, outputs: Mapping[str, Tensor], split: str) -> list[Section]:
         """The linear baseline beside the result, confusion tables, calibration, reviews with the largest loss."""

@@ -27,14 +27,14 @@ from nearfar.systems.detector.pictures import pictures_section
 from nearfar.systems.detector.views import View
 from nearfar.training.batches import build_sampler
 from nearfar.training.sections import Section
-from nearfar.training.system import Evaluation, StepOutput
+from nearfar.training.system import Evaluation, StepOutput, System
 
 __all__ = ["DetectorSystem"]
 
 Say = Callable[[str], None]
 
 
-class DetectorSystem:
+class DetectorSystem(System):
     """Trains a small detector on boxes in COCO format."""
 
     name = "detector"
@@ -44,7 +44,7 @@ class DetectorSystem:
         check_options(config)
         self.config = config
         self.splits: dict[str, CocoSplit] = {}
-        self._datasets: dict[str, DetectionDataset] = {}
+        self.datasets: dict[str, DetectionDataset] = {}
         self._true: dict[str, Boxes] = {}
         self._description = ""
 
@@ -65,7 +65,7 @@ class DetectorSystem:
             if config.frozen_epochs and name in ("train", "val"):
                 views = int(config.views) if train else 1
                 maps = kept_maps(split, encoder, size, views, view, config.seed, say if train else _quiet)
-            self._datasets[name] = DetectionDataset(
+            self.datasets[name] = DetectionDataset(
                 split,
                 size,
                 maps=maps,
@@ -91,19 +91,12 @@ class DetectorSystem:
         """Names of what is to be found."""
         return self.splits["train"].categories
 
-    def dataset(self, split: str) -> DetectionDataset | None:
-        """The dataset of a split, or None."""
-        return self._datasets.get(split)
-
     # -- batches ---------------------------------------------------------------------------------------------
     def build_sampler(self) -> Any:
         """Random batches, or batches in which the groups are evenly represented."""
         train = self.splits["train"]
         groups = np.array([image.group for image in train.images]) if train.groups else None
         return build_sampler(self.config, len(train), None, groups)
-
-    def check_sampler(self, sampler: Any, say: Say) -> None:
-        """Nothing is promised about the batches."""
 
     def on_epoch(self, epoch: int, sampler: Any, say: Say) -> dict[str, Any]:
         """Which part learns."""
@@ -192,10 +185,6 @@ class DetectorSystem:
                 far = check_evidence(found, true, len(data), data.groups, own)
                 facts["evaluator"] = {"name": "faster-coco-eval", "largest_difference": far}
         return Evaluation(split, estimates, data.ids, per_item, facts)
-
-    def report_examples(self, outputs: Mapping[str, Tensor], split: str) -> list[dict[str, Any]]:
-        """None: pictures are a section of their own."""
-        return []
 
     def report_sections(self, outputs: Mapping[str, Tensor], split: str) -> Sequence[Section]:
         """Pictures with their true boxes and what was found."""

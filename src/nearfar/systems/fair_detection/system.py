@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -26,14 +25,14 @@ from nearfar.systems.fair_detection.objective import FairObjective, Losses
 from nearfar.systems.fair_detection.options import check_options, data_of, epsilon_schedule
 from nearfar.systems.fair_detection.sections import report_sections
 from nearfar.training.sections import Section
-from nearfar.training.system import Evaluation, StepOutput, decayed_groups
+from nearfar.training.system import Evaluation, StepOutput, System
 
 __all__ = ["FairDetectionSystem"]
 
 Say = Callable[[str], None]
 
 
-class FairDetectionSystem:
+class FairDetectionSystem(System):
     """Trains a generator of bounded perturbations so that a frozen detector finds both groups alike."""
 
     name = "fair_detection"
@@ -48,7 +47,7 @@ class FairDetectionSystem:
         self.splits: dict[str, CocoSplit]
         self.groups: tuple[str, str]  # the one that is found less well, the other
         self.epoch = 0
-        self._datasets: dict[str, PictureDataset] = {}
+        self.datasets: dict[str, PictureDataset] = {}
         self._findings: dict[str, Findings] = {}
 
     # -- data ------------------------------------------------------------------------------------------------
@@ -65,10 +64,10 @@ class FairDetectionSystem:
         labels = [self.detector.label(name) for name in self.splits["train"].categories]
         size = int(data_of(config).image_size)
         for name, split in self.splits.items():
-            self._datasets[name] = PictureDataset(split, name, size, labels)
-        self.looks = Looks(self.detector, labels, config, self._datasets)
+            self.datasets[name] = PictureDataset(split, name, size, labels)
+        self.looks = Looks(self.detector, labels, config, self.datasets)
         self.groups = lower_group(config, self.looks, self.splits["val"], say)
-        for dataset in self._datasets.values():
+        for dataset in self.datasets.values():
             dataset.lower = dataset.split.groups.index(self.groups[0])
         self._weights = weights_key(self.detector)
 
@@ -104,22 +103,15 @@ class FairDetectionSystem:
             "upper_group": self.groups[1],
         }
 
-    def dataset(self, split: str) -> PictureDataset | None:
-        """The dataset of a split, or None."""
-        return self._datasets.get(split)
-
     # -- batches ---------------------------------------------------------------------------------------------
     def build_sampler(self) -> Any:
         """Batches with equal shares of the two groups; of an odd batch, one more of either in turn."""
-        train, size = self._datasets["train"], self.config.batch_size
+        train, size = self.datasets["train"], self.config.batch_size
         if size > len(train):
             raise NearfarError(f"batch_size={size} is larger than the training set of {len(train)} pictures.")
         return BalancedBatchSampler(
             train.group, size, repeat=True, seed=self.config.seed, ids=self.splits["train"].ids
         )
-
-    def check_sampler(self, sampler: Any, say: Say) -> None:
-        """Nothing is promised that would have to be checked."""
 
     def on_epoch(self, epoch: int, sampler: Any, say: Say) -> dict[str, Any]:
         """The bound of the perturbation and the weights of the losses of this epoch."""
@@ -134,10 +126,6 @@ class FairDetectionSystem:
     def build_model(self) -> nn.Module:
         """Generator, projection head and score queues."""
         return FairModel.from_config(self.config, self.detector.width)
-
-    def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        """Weight decay for matrices alone."""
-        return decayed_groups(model, self.config.weight_decay)
 
     def training_step(self, model: Any, batch: PictureBatch) -> StepOutput:
         """One batch: perturb, detect, and descend the three losses."""
@@ -194,16 +182,9 @@ class FairDetectionSystem:
         self._findings[split] = found
         return Evaluation(split, found.estimates, part.ids, found.per_item, found.facts() if final else {})
 
-    def report_examples(self, outputs: Mapping[str, Tensor], split: str) -> list[dict[str, Any]]:
-        """None: pictures stand in sections of their own."""
-        return []
-
     def report_sections(self, outputs: Mapping[str, Tensor], split: str) -> Sequence[Section]:
         """What became of each group and of the gap, and pictures."""
-        return report_sections(outputs, self._datasets[split], self.groups, self._findings[split], self.looks)
-
-    def save_assets(self, folder: Path) -> None:
-        """Nothing beside the checkpoint is needed to perturb new pictures."""
+        return report_sections(outputs, self.datasets[split], self.groups, self._findings[split], self.looks)
 
 
 def _sizes(delta: Tensor) -> dict[str, float]:

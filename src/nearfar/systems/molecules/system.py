@@ -37,7 +37,7 @@ from nearfar.training.batches import (
     epoch_record,
     neighbors_needed,
 )
-from nearfar.training.system import EncodingSystem, Evaluation, StepOutput, decayed_groups
+from nearfar.training.system import Evaluation, StepOutput, System
 
 __all__ = ["MoleculeSystem"]
 
@@ -46,7 +46,7 @@ KS = (1, 5, 10)
 DIRECTIONS = ("text_to_molecule", "molecule_to_text")
 
 
-class MoleculeSystem(EncodingSystem):
+class MoleculeSystem(System):
     """Trains a molecule encoder (and a head over frozen text embeddings) so that pairs find each other."""
 
     name = "molecules"
@@ -61,7 +61,7 @@ class MoleculeSystem(EncodingSystem):
         self.text_encoder: TextEncoder
         self.neighbors: Neighbors
         self._directions: np.ndarray  # of the training texts, see text_directions
-        self._datasets: dict[str, MoleculeDataset] = {}
+        self.datasets: dict[str, MoleculeDataset] = {}
 
     # -- data ------------------------------------------------------------------------------------------------
     def prepare(self, say: Say) -> None:
@@ -78,14 +78,14 @@ class MoleculeSystem(EncodingSystem):
         self.text_encoder = build_text_encoder(config.text_encoder.kind, **options).fit(train.texts)
         say(f"text encoder: {self.text_encoder.description}")
         for name, split in self.data.splits.items():
-            self._datasets[name] = self.features.dataset(
+            self.datasets[name] = self.features.dataset(
                 split,
                 embed_texts(self.text_encoder, split.texts),
                 mask_atoms=config.augment_atoms if name == "train" else 0.0,
                 mask_bonds=config.augment_bonds if name == "train" else 0.0,
                 seed=config.seed,
             )
-        self._directions = text_directions(self._datasets["train"].text.numpy(), say)
+        self._directions = text_directions(self.datasets["train"].text.numpy(), say)
         k = neighbors_needed(config, len(train))
         self.neighbors = cached_neighbors(self._directions, k, train.ids)
 
@@ -116,7 +116,7 @@ class MoleculeSystem(EncodingSystem):
                 "kind": self.text_encoder.kind,
                 "name": self.text_encoder.name,
                 "description": self.text_encoder.description,
-                "dimensions": int(self._datasets["train"].text.shape[1]),
+                "dimensions": int(self.datasets["train"].text.shape[1]),
             },
             "molecule_encoder": self.features.description,
             "neighbors": {
@@ -134,10 +134,6 @@ class MoleculeSystem(EncodingSystem):
         Ids alone would not tell two versions of a file apart, and files without ids number their rows alike.
         """
         return content_key(*([s.ids, s.smiles, s.texts] for s in splits))[:16]
-
-    def dataset(self, split: str) -> MoleculeDataset | None:
-        """The dataset of a split, or None."""
-        return self._datasets.get(split)
 
     # -- batches ---------------------------------------------------------------------------------------------
     def build_sampler(self) -> Any:
@@ -157,16 +153,8 @@ class MoleculeSystem(EncodingSystem):
     # -- model and loss --------------------------------------------------------------------------------------
     def build_model(self) -> nn.Module:
         """Molecule encoder and text head of the configured kind."""
-        text_dim = int(self._datasets["train"].text.shape[1])
+        text_dim = int(self.datasets["train"].text.shape[1])
         return MoleculeTextModel.from_config(self.config, text_dim, self.features.fingerprint_dim)
-
-    def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        """Weight decay for matrices alone."""
-        return decayed_groups(model, self.config.weight_decay)
-
-    def split(self, batch: Any, rows: int) -> list[Any]:
-        """The batch in parts."""
-        return batch.split(rows)
 
     def encode(self, model: Any, batch: Any) -> dict[str, Tensor]:
         """Both embeddings of every pair."""

@@ -28,14 +28,14 @@ from nearfar.systems.relations.sampler import build_sampler
 from nearfar.systems.relations.sections import sections
 from nearfar.training.sections import Section
 from nearfar.training.state import initial_model
-from nearfar.training.system import EncodingSystem, Evaluation, StepOutput, decayed_groups
+from nearfar.training.system import Evaluation, StepOutput, System
 
 __all__ = ["RelationSystem"]
 
 Say = Callable[[str], None]
 
 
-class RelationSystem(EncodingSystem):
+class RelationSystem(System):
     """Aligns the views of a pair of objects, and asks a probe on the embedding for their relation."""
 
     name = "relations"
@@ -51,7 +51,7 @@ class RelationSystem(EncodingSystem):
             sum=config.loss.get("sum"),
         )
         self.data: RelationData
-        self._datasets: dict[str, RelationDataset] = {}
+        self.datasets: dict[str, RelationDataset] = {}
         self._encoders: dict[str, str] = {}
         self.examiner: Examiner
 
@@ -74,7 +74,7 @@ class RelationSystem(EncodingSystem):
         scaler = Scaler.of(numbers["train"])
         visual, names = self._visual(say), self._names(say)
         for name, part in splits.items():
-            self._datasets[name] = RelationDataset(
+            self.datasets[name] = RelationDataset(
                 part,
                 self.data.labels(name),
                 scaler(numbers[name]),
@@ -85,12 +85,12 @@ class RelationSystem(EncodingSystem):
                 scaler=scaler,
                 seed=config.seed,
             )
-        if not self._datasets["train"].seen.any() and not config.categories and not config.box_jitter:
+        if not self.datasets["train"].seen.any() and not config.categories and not config.box_jitter:
             raise NearfarError(
                 "no training pair has a second view: no photo was found, and categories=false and box_jitter=0. Give "
                 "the photos with data.images=, or set box_jitter=0.05 or categories=true."
             )
-        self.examiner = Examiner(config, self.data, self._datasets, self.embed)
+        self.examiner = Examiner(config, self.data, self.datasets, self.embed)
 
     def _visual(self, say: Say) -> dict[str, ndarray]:
         """Standardised features of both crops, where there is any photo to train on."""
@@ -143,14 +143,10 @@ class RelationSystem(EncodingSystem):
             "encoders": self._encoders,
         }
 
-    def dataset(self, split: str) -> RelationDataset | None:
-        """The dataset of a split, or None."""
-        return self._datasets.get(split)
-
     # -- batches ---------------------------------------------------------------------------------------------
     def build_sampler(self) -> Any:
         """Random batches, or equal shares of every relation."""
-        train = self._datasets["train"]
+        train = self.datasets["train"]
         return build_sampler(self.config, train.label.numpy(), train.seen.numpy())
 
     def check_sampler(self, sampler: Any, say: Say) -> None:
@@ -169,7 +165,7 @@ class RelationSystem(EncodingSystem):
 
     def same_class_negatives(self, sampler: Any, batches: int = 200) -> float:
         """The share of other rows of a batch that have an anchor's relation."""
-        label, same, all_ = self._datasets["train"].label.numpy(), 0, 0
+        label, same, all_ = self.datasets["train"].label.numpy(), 0, 0
         for batch in sampler.plan().batches()[:batches]:
             counts = np.bincount(label[batch])
             same, all_ = same + int((counts * (counts - 1)).sum()), all_ + len(batch) * (len(batch) - 1)
@@ -178,21 +174,13 @@ class RelationSystem(EncodingSystem):
     # -- model and loss --------------------------------------------------------------------------------------
     def build_model(self) -> nn.Module:
         """A head for each view."""
-        train = self._datasets["train"]
+        train = self.datasets["train"]
         return RelationModel.from_config(
             self.config,
             train.numbers.shape[1],
             None if train.visual is None else train.visual.shape[1],
             None if train.names is None else train.names.shape[1],
         )
-
-    def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        """Weight decay for matrices alone."""
-        return decayed_groups(model, self.config.weight_decay)
-
-    def split(self, batch: Any, rows: int) -> list[Any]:
-        """The batch in parts."""
-        return batch.split(rows)
 
     def encode(self, model: Any, batch: Any) -> dict[str, Tensor]:
         """The embeddings of every view."""
@@ -217,10 +205,6 @@ class RelationSystem(EncodingSystem):
         return self.examiner.examine(outputs, split, final)
 
     # -- report ----------------------------------------------------------------------------------------------
-    def report_examples(self, outputs: Mapping[str, Tensor], split: str) -> list[dict[str, Any]]:
-        """None of the kind that retrieval shows: the sections have pictures."""
-        return []
-
     def report_sections(self, outputs: Mapping[str, Tensor], split: str) -> Sequence[Section]:
         """Probes beside controls, the confusion table, pair retrieval by itself, pairs with their boxes."""
         examiner = self.examiner
@@ -230,6 +214,3 @@ class RelationSystem(EncodingSystem):
         """What every pair was called, for re-scoring and pooled cross-validation."""
         for split, predictions in self.examiner.predictions.items():
             predictions.save(folder / f"predictions_{split}.npz")
-
-    def save_assets(self, folder: Path) -> None:
-        """Nothing beside the checkpoint: the data and the configuration give the rest."""

@@ -14,7 +14,7 @@ from nearfar.batching import positions_in_batch, weight_in_batch
 from nearfar.losses import ClipLoss, SpatialLoss
 from nearfar.models.text import TextEncoder, build_text_encoder, embed_texts, save_text_encoder
 from nearfar.systems.tissue.data import TissueData, load_data
-from nearfar.systems.tissue.dataset import TissueBatch, TissueDataset
+from nearfar.systems.tissue.dataset import TissueDataset
 from nearfar.systems.tissue.features import ImageFeatures, gene_sentences
 from nearfar.systems.tissue.judge import Judge
 from nearfar.systems.tissue.model import TissueModel
@@ -23,14 +23,14 @@ from nearfar.systems.tissue.report import examples, sections
 from nearfar.training import ranks
 from nearfar.training.batches import build_sampler
 from nearfar.training.sections import Section
-from nearfar.training.system import EncodingSystem, Evaluation, StepOutput, decayed_groups
+from nearfar.training.system import Evaluation, StepOutput, System
 
 __all__ = ["TissueSystem"]
 
 Say = Callable[[str], None]
 
 
-class TissueSystem(EncodingSystem):
+class TissueSystem(System):
     """Trains two towers so that the patch and the expression of a spot find each other."""
 
     name = "tissue"
@@ -45,7 +45,7 @@ class TissueSystem(EncodingSystem):
         self.judge: Judge
         self.text_encoder: TextEncoder | None = None
         self._image_description = ""
-        self._datasets: dict[str, TissueDataset] = {}
+        self.datasets: dict[str, TissueDataset] = {}
 
     # -- data ------------------------------------------------------------------------------------------------
     def prepare(self, say: Say) -> None:
@@ -56,7 +56,7 @@ class TissueSystem(EncodingSystem):
         genes = self._gene_inputs()
         for name, tissue in self.data.splits.items():
             images, self._image_description = self.features.read(tissue, config.seed)
-            self._datasets[name] = TissueDataset(
+            self.datasets[name] = TissueDataset(
                 images,
                 genes[name],
                 tissue.neighbors,
@@ -100,10 +100,6 @@ class TissueSystem(EncodingSystem):
             else f"sentences of {self.config.sentence_genes} gene names: {encoder.description}",
         }
 
-    def dataset(self, split: str) -> TissueDataset | None:
-        """The dataset of a split, or None."""
-        return self._datasets.get(split)
-
     # -- batches ---------------------------------------------------------------------------------------------
     def build_sampler(self) -> Any:
         """The sampler that the configuration names."""
@@ -111,9 +107,6 @@ class TissueSystem(EncodingSystem):
         return build_sampler(
             self.config, len(train), None, labels=train.slides, places=(train.positions, train.slides)
         )
-
-    def check_sampler(self, sampler: Any, say: Say) -> None:
-        """Nothing to refuse: what the batches hold is said of every epoch."""
 
     def on_epoch(self, epoch: int, sampler: Any, say: Say) -> dict[str, Any]:
         """Count whose neighbours are in the batch, and how much of its target they get."""
@@ -145,7 +138,7 @@ class TissueSystem(EncodingSystem):
     # -- model and loss --------------------------------------------------------------------------------------
     def build_model(self) -> nn.Module:
         """Both towers of the configured kinds."""
-        config, train = self.config, self._datasets["train"]
+        config, train = self.config, self.datasets["train"]
         encoder = None if self.features.frozen else self.features.encoder()
         return TissueModel(
             train.genes,
@@ -158,15 +151,6 @@ class TissueSystem(EncodingSystem):
             learn_temperature=config.learn_temperature,
             max_scale=config.max_scale,
         )
-
-    def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        """Weight decay for matrices alone."""
-        return decayed_groups(model, self.config.weight_decay)
-
-    def split(self, batch: Any, rows: int) -> list[TissueBatch]:
-        """The batch in parts."""
-        parts: list[TissueBatch] = batch.split(rows)
-        return parts
 
     def encode(self, model: Any, batch: Any) -> dict[str, Tensor]:
         """Both embeddings of every spot."""
@@ -195,7 +179,7 @@ class TissueSystem(EncodingSystem):
     def before_evaluation(self, model: Any, split: str, final: bool) -> None:
         """Embed the expression of the training spots, from which that of others is predicted."""
         device = next(model.parameters()).device
-        parts = self._datasets["train"].genes.split(4096)
+        parts = self.datasets["train"].genes.split(4096)
         self.judge.references = torch.cat(
             [model.encode_genes(part.to(device)).float().cpu() for part in parts]
         )
