@@ -17,7 +17,7 @@ from nearfar.lab.trial import Trial, try_prescription
 from nearfar.lab.what_if_table import read_trial, trial_table
 from nearfar.launch import run_one
 from nearfar.overrides import compose_config
-from nearfar.systems import OPTIONS, SYSTEMS
+from nearfar.systems import _REGISTERED, Registration
 from nearfar.training.checkpoint import Checkpoint
 from nearfar.training.run_folder import RunFolder
 from test_what_if import hashes
@@ -28,8 +28,7 @@ from what_if_toy import trained
 @pytest.fixture(scope="module", autouse=True)
 def _registered(tmp_path_factory: pytest.TempPathFactory) -> Any:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(SYSTEMS, "toy", "what_if_toy:OptionsToy")
-        patch.setitem(OPTIONS, "toy", "what_if_toy:check")
+        patch.setitem(_REGISTERED, "toy", Registration("what_if_toy:OptionsToy", "what_if_toy:check"))
         patch.setenv("NEARFAR_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
 

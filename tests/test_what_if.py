@@ -18,7 +18,7 @@ from nearfar.lab.counterfactuals import Counterfactual, Refused, standard
 from nearfar.lab.effects import Effect
 from nearfar.lab.what_if import WhatIf, what_if
 from nearfar.lab.what_if_table import read_what_if, what_if_table
-from nearfar.systems import OPTIONS, SYSTEMS
+from nearfar.systems import _REGISTERED, Registration
 from nearfar.training.altered import altered
 from nearfar.training.checkpoint import Checkpoint
 from nearfar.training.run_folder import RunFolder
@@ -31,8 +31,7 @@ NOTHING = Counterfactual("nothing")
 @pytest.fixture(scope="module", autouse=True)
 def _registered() -> Any:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(SYSTEMS, "toy", "what_if_toy:OptionsToy")
-        patch.setitem(OPTIONS, "toy", "what_if_toy:check")
+        patch.setitem(_REGISTERED, "toy", Registration("what_if_toy:OptionsToy", "what_if_toy:check"))
         yield
 
 

@@ -52,9 +52,11 @@ def train(
     """
     if list_:
         from nearfar.configs import experiments
+        from nearfar.systems import config_packages
 
-        width = max(map(len, experiments()))
-        for name, line in experiments().items():
+        known = experiments(config_packages())
+        width = max(map(len, known))
+        for name, line in known.items():
             typer.echo(f"{name:<{width}}  {line}")
         return
     arguments = list(context.args)
@@ -304,10 +306,10 @@ def rescore(
 ) -> None:
     """Judge an older model on some of its classes: what fewer classes are worth without any training."""
     from nearfar.lab.table import estimates_table
-    from nearfar.systems import judged_again
+    from nearfar.systems import reevaluator
 
     chosen = classes if classes in ("top5", "all10") else [name.strip() for name in classes.split(",")]
-    found = judged_again(run, "rescore").rescore(run, chosen, split)
+    found = reevaluator(run, "rescore").rescore(run, chosen, split)
     terminal.console().print(estimates_table(f"{run} · {classes}", found))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from nearfar.errors import NearfarError
 from nearfar.metrics import Estimate
 from nearfar.overrides import compose_config, merge_overrides
-from nearfar.systems import judged_again
+from nearfar.systems import reevaluator
 from nearfar.training.run_folder import RunFolder
 
 __all__ = ["CrossValidation", "cross_validate"]
@@ -51,7 +51,7 @@ def cross_validate(
     missing = [str(run) for run in runs if not RunFolder(run).finished]
     if missing:
         raise NearfarError(f"not finished: {', '.join(missing)}")
-    judged, differences = judged_again(runs[0], "crossval").pool(runs)
+    judged, differences = reevaluator(runs[0], "crossval").pool(runs)
     RunFolder(folder).write_json(
         "crossval.json",
         {

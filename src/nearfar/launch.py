@@ -30,6 +30,7 @@ from nearfar.overrides import (
     expand,
     parse,
     quote_paths,
+    searchpath,
     single_config,
     with_saved_overrides,
 )
@@ -294,7 +295,7 @@ def _launch(arguments: Sequence[str]) -> None:
     )
     os.close(handle)
     os.environ |= {SWEPT: json.dumps(swept), FAILURES: failures}
-    sys.argv = ["nearfar train", *flags, *overrides]
+    sys.argv = ["nearfar train", *flags, *overrides, *searchpath()]
     try:
         hydra.main(version_base="1.3", config_path="pkg://" + CONFIGS, config_name="train")(_job)()
         failed = [json.loads(line) for line in Path(failures).read_text().splitlines()]

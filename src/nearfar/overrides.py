@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nearfar.configs import experiments
 from nearfar.errors import NearfarError, nearest_name
+from nearfar.systems import config_packages
 from nearfar.training.checkpoint import find_checkpoint
 from nearfar.training.resume import flatten
 from nearfar.training.run_folder import RunFolder
@@ -29,6 +30,7 @@ __all__ = [
     "merge_overrides",
     "parse",
     "quote_paths",
+    "searchpath",
     "single_config",
     "with_saved_overrides",
 ]
@@ -111,10 +113,16 @@ def merge_overrides(earlier: Sequence[str], later: Sequence[str]) -> list[str]:
     return list({text.split("=")[0].lstrip("+~"): text for text in [*earlier, *later]}.values())
 
 
+def searchpath() -> list[str]:
+    """The override by which Hydra sees the configurations of systems outside nearfar; none where there are none."""
+    packages = config_packages()
+    return [f"hydra.searchpath=[{','.join('pkg://' + package for package in packages)}]"] if packages else []
+
+
 def compose_config(overrides: Sequence[str]) -> DictConfig:
     """The configuration that these overrides compose, with every mistake answered by the nearest name."""
     values = dict(text.split("=", 1) for text in overrides if "=" in text)
-    known = experiments()
+    known = experiments(config_packages())
     if "experiment" not in values:
         raise NearfarError(
             "say which experiment to run: experiment=NAME, with NAME one of " + ", ".join(known)
@@ -129,7 +137,7 @@ def compose_config(overrides: Sequence[str]) -> DictConfig:
             )
     try:
         with initialize_config_module(CONFIGS, version_base="1.3"):
-            return compose("train", overrides=list(overrides))
+            return compose("train", overrides=[*overrides, *searchpath()])
     except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: a group set to null
         raise NearfarError(_explain(error, overrides)) from None
 
@@ -160,7 +168,7 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
         base = [o for o in overrides if o.split("=")[0].lstrip("+~") in groups]
         try:
             with initialize_config_module(CONFIGS, version_base="1.3"):
-                keys = list(flatten(compose("train", overrides=base)))
+                keys = list(flatten(compose("train", overrides=[*base, *searchpath()])))
         except (HydraException, OmegaConfBaseException):
             keys = []
         return f"there is no option '{key}': {nearest_name(key, [*keys, *groups])}"

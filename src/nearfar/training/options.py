@@ -158,10 +158,10 @@ def check_table(config: Any, table: Mapping[str, Rule]) -> None:
 #: a file or folder that need not be given, and a share that leaves something, such as a dropout
 FILE, SHARE = Text(optional=True, number=True), Number(0.0, 0.99)
 
-#: what every system that learns by epochs has
 #: loggers beside the run's own log
 LOGGERS = ("tensorboard", "mlflow", "wandb")
 
+#: what every system that learns by epochs has
 LEARNING: dict[str, Rule] = {
     "seed": Number(0, 2**32 - 1, whole=True),
     "epochs": Number(1, 100_000, whole=True),

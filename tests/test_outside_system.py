@@ -1,0 +1,90 @@
+"""A system that a package outside nearfar registers: its experiment trains by name, and mistakes in it are named."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+POINTS = "[nearfar.systems]\ntoy = {value}\n"
+SYSTEM = """
+from nearfar.systems import Registration
+from nearfar.training.options import check_learning_options
+
+REGISTRATION = Registration("toy_system:ToySystem", "outside.nearfar:check_options", configs="outside.configs")
+OTHER = "no registration"
+
+
+def check_options(config):
+    check_learning_options(config, {})
+"""
+OPTIONS = """# @package _global_
+system: toy
+epochs: 2
+batch_size: 8
+lr: 0.01
+weight_decay: 0.0
+lr_schedule: constant
+warmup: 0.0
+bootstrap: 0
+"""
+EXPERIMENT = """# @package _global_
+# Noisy linear pairs, from outside
+defaults:
+  - override /system: toy
+"""
+
+
+def install(folder: Path, value: str = "outside.nearfar:REGISTRATION") -> None:
+    """What pip leaves of a package: its modules, and the metadata that names its entry points."""
+    files = {
+        "outside/__init__.py": "",
+        "outside/nearfar.py": SYSTEM,
+        "outside/configs/__init__.py": "",
+        "outside/configs/system/toy.yaml": OPTIONS,
+        "outside/configs/experiment/toy.yaml": EXPERIMENT,
+        "outside-1.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: outside\nVersion: 1.0\n",
+        "outside-1.0.dist-info/entry_points.txt": POINTS.format(value=value),
+    }
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+
+
+def nearfar(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    paths = [str(folder), str(TESTS), os.environ.get("PYTHONPATH", "")]
+    return subprocess.run(
+        [sys.executable, "-m", "nearfar.cli", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+    )
+
+
+def test_it_trains_by_the_name_of_its_experiment(tmp_path: Path) -> None:
+    install(tmp_path)
+    listed = nearfar(tmp_path, "train", "--list")
+    assert "Noisy linear pairs, from outside" in listed.stdout
+    run = nearfar(tmp_path, "train", "experiment=toy", "name=run", "trainer.accelerator=cpu", "epochs=1")
+    assert run.returncode == 0, run.stderr
+    metrics = json.loads((tmp_path / "runs" / "run" / "metrics.json").read_text())
+    assert (metrics["system"], metrics["epochs"]) == ("toy", 1)
+    wrong = nearfar(tmp_path, "train", "experiment=toy", "batch_size=one")
+    assert wrong.returncode == 2
+    assert "batch_size=one" in wrong.stderr
+
+
+@pytest.mark.parametrize(
+    ("value", "message"), [("outside.nearfar:OTHER", "has to be a nearfar.systems.Registration")]
+)
+def test_a_faulty_registration_is_named(tmp_path: Path, value: str, message: str) -> None:
+    install(tmp_path, value)
+    refused = nearfar(tmp_path, "train", "experiment=relations")
+    assert refused.returncode == 2
+    assert message in refused.stderr
