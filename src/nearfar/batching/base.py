@@ -132,25 +132,26 @@ class BatchSampler:
     def drop_last(self) -> bool:
         """True if the incomplete last step is left out. Read by a framework that cuts batches for several processes.
 
-        accelerate hands each process every P-th batch and makes up for an uneven end with batches that come twice,
-        or with fewer on some ranks; a last batch that borrowed an item makes it lose whole batches. So this raises
-        ``NearfarError`` unless all batches are full and the cut can be even; ``layout.drop_last`` never does.
+        accelerate hands every process each P-th batch. An uneven end it fills with items that come twice, or leaves
+        ranks with different numbers of batches; a batch that lent an item (`Layout`) makes it lose whole batches. So
+        reading this raises ``NearfarError`` unless all batches are full. ``layout.drop_last`` is the plain option.
         """
         name = type(self).__name__
         own = (
-            "build it in each process with rank=accelerator.process_index, world_size=accelerator.num_processes and "
-            "give its loader to nobody who cuts it again (leave it out of accelerator.prepare; with Lightning "
-            "Trainer(use_distributed_sampler=False))"
+            "build it in each process with rank= and world_size= (accelerator.process_index and .num_processes, or "
+            "trainer.global_rank and .world_size), and let nothing cut its batches again: do not pass its loader to "
+            "accelerator.prepare, give Lightning Trainer(use_distributed_sampler=False)"
         )
         if self.layout.world_size > 1:
             raise NearfarError(
-                f"this {name} yields the batches of rank {self.rank} of {self.layout.world_size}, and a framework "
-                f"wants to cut them for several processes once more, which would leave items out; {own}"
+                f"a framework (accelerate, Lightning) wants to cut the batches of this {name} for several processes, "
+                f"but they are those of rank {self.rank} of {self.layout.world_size} already: the second cut would "
+                f"leave items out. Instead, {own}"
             )
         if not self.layout.drop_last:
             raise NearfarError(
-                f"a framework such as accelerate wants to cut the batches of this {name} for several processes. With "
-                "drop_last=False their end is uneven: items would be lost or come twice, or ranks would have "
+                f"a framework (accelerate, Lightning) wants to cut the batches of this {name} for several processes. "
+                "With drop_last=False their end may be uneven: items would be lost or come twice, or ranks have "
                 f"different numbers of batches. Build the sampler with drop_last=True, or {own}"
             )
         return True
