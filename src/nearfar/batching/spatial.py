@@ -68,7 +68,9 @@ class SpatialBatchSampler(BatchSampler):
         )
         names = np.zeros(n, np.int64) if slides is None else canonical_ids(slides, "slides")
         if len(names) != n:
-            raise NearfarError(f"there are {n} positions, but slides of shape {names.shape}; give one slide per item")
+            raise NearfarError(
+                f"there are {n} positions, but slides of shape {names.shape}; give one slide per item"
+            )
         if names.dtype.kind == "O":
             raise NearfarError("slides are named by numbers and by texts; name all of them in one way")
         self.slide_names, slide = np.unique(names, return_inverse=True)
