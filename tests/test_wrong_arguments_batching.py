@@ -43,7 +43,21 @@ PLAN = RandomBatchSampler(N, 4).plan()
 RAGGED = [[1, 2], [3]]
 FRAME = pd.DataFrame({"a": ["x", "y"], "b": [1, 2]})
 OBJECTS = np.array([object(), None])
-NOT_WHOLE = [None, "4", 2.5, float("nan"), -1, [4], RAGGED, OBJECTS, FRAME, True, torch.tensor(1.5), {}]
+NOT_WHOLE = [
+    None,
+    "4",
+    2.5,
+    float("nan"),
+    -1,
+    [4],
+    RAGGED,
+    OBJECTS,
+    FRAME,
+    True,
+    torch.tensor(1.5),
+    torch.tensor([4]),
+    {},
+]
 NOT_A_NUMBER = ["0.5", float("nan"), [0.5], RAGGED, OBJECTS, FRAME, True, torch.ones(2), {}, object()]
 NOT_AN_ARRAY = [None, "abc", 3, RAGGED, OBJECTS, FRAME, {}, object(), [["a", "b"]], torch.ones(2, 2, 2)]
 NOT_POSITIONS = [*NOT_AN_ARRAY, RING.astype(float), np.full((N, 2), 99), [[None]] * N]

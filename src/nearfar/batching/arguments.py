@@ -20,7 +20,8 @@ def whole(name: str, value: Any, least: int) -> int:
     """A whole number of at least ``least`` as Python's own, or a clear error. NumPy's and 0-d tensors count too."""
     try:
         # A Boolean of torch would pass as 0 or 1.
-        number = None if _is_boolean(value) else operator.index(value)
+        scalar = not _is_boolean(value) and getattr(value, "shape", ()) == ()
+        number = operator.index(value) if scalar else None
     except (TypeError, ValueError, RuntimeError):
         number = None
     if number is None or number < least:
