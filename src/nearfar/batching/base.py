@@ -152,7 +152,8 @@ class BatchSampler:
             raise NearfarError(
                 f"a framework (accelerate, Lightning) wants to cut the batches of this {name} for several processes. "
                 "With drop_last=False their end may be uneven: items would be lost or come twice, or ranks have "
-                f"different numbers of batches. Build the sampler with drop_last=True, or {own}"
+                f"different numbers of batches. Build the sampler with drop_last=True, or {own}. To predict, use a "
+                "plain DataLoader(dataset, batch_size)"
             )
         return True
 
