@@ -88,8 +88,8 @@ def compare(vectors: np.ndarray, near: Neighbors, batch_size: int, epochs: int) 
         began = time.perf_counter()
         sampler = make()
         built = time.perf_counter() - began
-        iter(sampler)  # compiled here, or read from the cache
-        seconds = best_of(lambda s=sampler: iter(s), 2 * epochs)
+        next(iter(sampler))  # compiled here, or read from the cache
+        seconds = best_of(lambda s=sampler: next(iter(s)), 2 * epochs)
         report(name, seconds, [sampler.plan(epoch) for epoch in range(epochs)], near)
         if built > 0.01:
             print(f"{'  construction':38} {built:8.4f}")

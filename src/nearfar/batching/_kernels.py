@@ -5,6 +5,9 @@ counter-based generator that is passed in (`state`, one ``uint64``), so a plan d
 arguments. They work on ``int32`` neighbour lists of shape (n, k) in which -1 means "no neighbour", and
 release the GIL.
 
+Nothing is read or written out of bounds, whatever the lists hold: a neighbour that is no position counts as none,
+one that comes twice is drawn once, and where the numbers of places and items do not agree a loop ends in an error.
+
 Words used below: a *slot* is a run of consecutive places in the plan that is filled around one pivot; one or
 more slots make a *batch*. ``close[i]`` says how many leading neighbours of item ``i`` are too similar to be
 its negatives.
@@ -75,9 +78,9 @@ def shuffled(n: int, state: UInt64) -> Int32:
 @njit(cache=True, nogil=True, inline="always")
 def _clashes(item: int, batch: int, nearest: Int32, close: Int32, place: Int32) -> bool:
     """Is an item too similar to this one already in the batch?"""
-    for a in range(close[item]):
+    for a in range(min(close[item], nearest.shape[1])):
         other = nearest[item, a]
-        if other >= 0 and place[other] == batch:
+        if 0 <= other < len(place) and place[other] == batch:
             return True
     return False
 
@@ -97,8 +100,10 @@ def _draw_filler(
 
     If the whole look-ahead clashes, the first unused item is taken all the same: every item comes once.
     """
-    while used[pool[first]]:
+    while first < len(pool) and used[pool[first]]:
         first += 1
+    if first == len(pool):
+        raise RuntimeError("a plan has more places than items")
     if not filtered:
         return pool[first], first + 1
     at, seen = first, 0
@@ -137,6 +142,7 @@ def compose_groups(
     such.
     """
     n, slots = len(close), len(slot_batch)
+    k = min(k, nearest.shape[1])
     plan = np.empty(slot_start[slots], np.int32)
     hard = np.zeros(slot_start[slots], np.bool_)
     # Availability is asked for most often, so it has a byte per item, which stays in cache; the batch of an
@@ -167,7 +173,7 @@ def compose_groups(
             if m < want:
                 for a in range(close[centre], k):
                     item = nearest[centre, a]
-                    if item >= 0 and not used[item]:
+                    if 0 <= item < n and not used[item]:
                         unused[found] = item
                         found += 1
             drawn = 0
@@ -176,6 +182,8 @@ def compose_groups(
                 item = unused[pick]
                 unused[pick] = unused[drawn]
                 drawn += 1
+                if used[item]:  # named twice in the row, and drawn already
+                    continue
                 if filtered:
                     if _clashes(item, batch, nearest, close, place):
                         continue
@@ -213,8 +221,13 @@ def grouped(label: Int32, start: Int64) -> Int32:
     for item in range(len(label)):
         here = label[item]
         if here >= 0:
+            if here >= len(at) or at[here] >= start[here + 1]:
+                raise RuntimeError("a label has more items than places")
             order[at[here]] = item
             at[here] += 1
+    for here in range(len(at)):
+        if at[here] != start[here + 1]:
+            raise RuntimeError("a label has fewer items than places")
     return order
 
 
@@ -224,15 +237,18 @@ def _count_votes(
 ) -> int:
     """How many of an item's first ``width`` neighbours are in each slot; one too close vetoes its slot."""
     count = 0
-    for a in range(max(width, close[item])):
+    for a in range(min(max(width, close[item]), nearest.shape[1])):
         other = nearest[item, a]
-        slot = label[other] if other >= 0 else -1
+        slot = label[other] if 0 <= other < len(label) else -1
         if slot < 0:
             continue
         if votes[slot] == 0:
             seen[count] = slot
             count += 1
-        votes[slot] += 1 if a >= close[item] else -1_000_000
+        if a >= close[item]:
+            votes[slot] += 1
+        elif votes[slot] > -2_000_000_000:  # thousands of vetoes must not wrap around
+            votes[slot] -= 1_000_000
     return count
 
 
@@ -245,7 +261,7 @@ def propagate(
     A slot never shrinks below ``low`` nor grows above ``high``. Items with label -1 stay out. Stops early
     when a pass moves fewer than one item in a thousand; returns the number of moves.
     """
-    n = len(label)
+    n, width = len(label), min(width, nearest.shape[1])
     votes = np.zeros(len(size), np.int32)
     seen = np.empty(nearest.shape[1] + 1, np.int32)
     total = 0
@@ -259,7 +275,7 @@ def propagate(
                 inside = 0
                 for a in range(width):
                     other = nearest[item, a]
-                    inside += other >= 0 and label[other] == here
+                    inside += 0 <= other < n and label[other] == here
                 if 2 * inside >= width:  # a majority cannot be outvoted
                     continue
             count = _count_votes(item, width, nearest, close, label, votes, seen)
@@ -290,7 +306,7 @@ def balance(
     best slot with room, and moved in that order. What has no neighbour in any slot with room moves in the
     last round to the first that has room, the least attached items first. Returns the number of moves.
     """
-    n, slots = len(label), len(size)
+    n, slots, width = len(label), len(size), min(width, nearest.shape[1])
     votes = np.zeros(slots, np.int32)
     seen = np.empty(nearest.shape[1] + 1, np.int32)
     moved = 0
@@ -334,8 +350,10 @@ def balance(
             if size[here] <= target[here]:
                 continue
             if last and (best < 0 or size[best] >= target[best]):
-                while size[room] >= target[room]:
+                while room < slots and size[room] >= target[room]:
                     room += 1
+                if room == slots:
+                    raise RuntimeError("the blocks have fewer places than items")
                 best = room
                 for slot in range(room, min(slots, room + _LOOK_AHEAD)):
                     if size[slot] < target[slot] and not _clashes(item, slot, nearest, close, label):
@@ -387,9 +405,11 @@ def count_inside(items: Int32, nearest: Int32, k: int, close: Int32, label: Int3
     false = np.zeros(len(items), np.int32)
     for row in range(len(items)):
         item = items[row]
-        for a in range(max(k, close[item])):
+        if not 0 <= item < len(label):
+            continue
+        for a in range(min(max(k, close[item]), nearest.shape[1])):
             other = nearest[item, a]
-            if other >= 0 and label[other] == label[item]:
+            if 0 <= other < len(label) and label[other] == label[item]:
                 inside[row] += a < k
                 false[row] += a < close[item]
     return inside, false

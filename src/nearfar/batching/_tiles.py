@@ -15,9 +15,6 @@ Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
 Float64 = NDArray[np.float64]
 
-# Pieces waiting to be cut: halves of halves, so that twice the bits of a position are more than enough.
-_DEPTH = 128
-
 
 @njit(cache=True, nogil=True)
 def _select(order: Int32, key: Float64, begin: int, end: int, at: int) -> None:
@@ -53,7 +50,9 @@ def cut_tiles(order: Int32, x: Float64, y: Float64, bounds: Int64, first: Int64)
     ``order`` holds the items slide by slide, ``x`` and ``y`` their coordinates by item; ``bounds`` where each tile
     begins in ``order`` (one more for the end), ``first`` the first tile of each slide (one more for the end).
     """
-    waiting = np.empty((_DEPTH, 2), np.int64)
+    waiting = np.empty(
+        (len(bounds) + 1, 2), np.int64
+    )  # pieces that wait to be cut: never more than there are tiles
     for slide in range(len(first) - 1):
         waiting[0, 0], waiting[0, 1] = first[slide], first[slide + 1]
         count = 1

@@ -4,40 +4,48 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
+from torch.utils.data import Sampler
 
-from nearfar.batching.layout import Layout, Plan, whole
+from nearfar.batching.arguments import plain, whole
+from nearfar.batching.layout import Layout, Plan
 from nearfar.errors import NearfarError
+from nearfar.ids import canonical_ids, first_difference, kind_of
 
-__all__ = ["BatchSampler", "as_ids", "compare_ids", "digest"]
+__all__ = ["BatchSampler", "as_ids", "check_not_rebuilt", "compare_ids", "digest"]
 
 log = logging.getLogger("nearfar.batching")
 
 
 def digest(*arrays: Any) -> str:
-    """A short hash of arrays, of at most about 20,000 evenly spaced rows of each."""
+    """A short hash of arrays, of at most about 20,000 evenly spaced rows of each.
+
+    It depends on the kind and width of the numbers: give arrays in one form, as `as_ids` makes them.
+    """
     h = hashlib.blake2b(digest_size=12)
     for array in arrays:
         a = np.asarray(array)
         rows = np.ascontiguousarray(a[:: max(1, len(a) // 20_000)]) if a.ndim else a
         h.update(f"{a.shape}{a.dtype.kind}".encode())
-        h.update("\x1f".join(map(str, rows)).encode() if a.dtype == object else rows.tobytes())
+        h.update("\x1f".join(map(repr, rows)).encode() if a.dtype == object else rows.tobytes())
     return h.hexdigest()
 
 
 class BatchSampler:
     """Base of the samplers: an epoch is a pure function of (seed, epoch, options), cut by a `Layout`.
 
-    Iterating yields lists of positions, ready for ``DataLoader(dataset, batch_sampler=sampler)``. Each pass
-    through to its end moves on to the next epoch by itself; ``set_epoch`` chooses one. A pass that was broken
-    off starts the same epoch again.
+    Iterating yields lists of positions, ready for ``DataLoader(dataset, batch_sampler=sampler)``. Every pass is a new
+    epoch, as with ``DataLoader(shuffle=True)``: a pass whose predecessor yielded a batch, to its end or not, moves on
+    to the next epoch. ``set_epoch`` chooses one, up to the first batch of the pass; ``load_state_dict`` goes on in
+    the middle of one. An iterator of which no batch was asked uses up nothing.
 
     A subclass writes ``_compose(epoch, options)`` and names in ``_changeable`` the options that may be set
-    between epochs; a plan is made with the values they have when the iteration starts.
+    between epochs; a plan is made with the values they have when its first batch is drawn.
 
     ``batch_size`` counts the items of one rank. A global batch is ``world_size`` consecutive batches of the
     plan; rank r takes the r-th of them whole, so that items put together stay together on a rank. All ranks
@@ -57,6 +65,7 @@ class BatchSampler:
         world_size: int = 1,
         ids: Sequence[Any] | NDArray[Any] | None = None,
     ) -> None:
+        check_not_rebuilt(type(self).__name__, n)
         self.layout = Layout(n, batch_size, world_size, drop_last)
         self.seed = whole("seed", seed, 0)
         self.rank = whole("rank", rank, 0)
@@ -64,10 +73,12 @@ class BatchSampler:
             raise NearfarError(
                 f"rank {rank} does not exist: world_size={world_size} has ranks 0 to {world_size - 1}"
             )
-        self.ids = None if ids is None else as_ids(ids, n)
+        self.ids = None if ids is None else as_ids(ids, self.n)
         self._epoch = 0
+        self._begun = (
+            False  # whether a pass has yielded a batch of this epoch, so that the next pass moves on
+        )
         self._drawn = 0
-        self._finished = False
         self._options: dict[str, Any] = {}  # of the plan that is being drawn
         self._resume: tuple[int, dict[str, Any]] | None = None
         self._pass = 0
@@ -112,18 +123,63 @@ class BatchSampler:
         """Batches the next pass yields: ``len(self)``, or fewer after a state of mid-epoch was loaded."""
         return self.layout.steps - (self._resume[0] if self._resume else 0)
 
+    @property
+    def sampler(self) -> BatchSampler:
+        """The sampler itself: Lightning and accelerate call ``set_epoch`` of a batch sampler's ``sampler``."""
+        return self
+
+    @property
+    def drop_last(self) -> bool:
+        """True if the incomplete last step is left out. Read by a framework that cuts batches for several processes.
+
+        accelerate hands every process each P-th batch. An uneven end it fills with items that come twice, or leaves
+        ranks with different numbers of batches; a batch that lent an item (`Layout`) makes it lose whole batches. So
+        reading this raises ``NearfarError`` unless all batches are full. ``layout.drop_last`` is the plain option.
+        """
+        name = type(self).__name__
+        own = (
+            "build it in each process with rank= and world_size= (accelerator.process_index and .num_processes, or "
+            "trainer.global_rank and .world_size), and let nothing cut its batches again: do not pass its loader to "
+            "accelerator.prepare, give Lightning Trainer(use_distributed_sampler=False)"
+        )
+        if self.layout.world_size > 1:
+            raise NearfarError(
+                f"a framework (accelerate, Lightning) wants to cut the batches of this {name} for several processes, "
+                f"but they are those of rank {self.rank} of {self.layout.world_size} already: the second cut would "
+                f"leave items out. Instead, {own}"
+            )
+        if not self.layout.drop_last:
+            raise NearfarError(
+                f"a framework (accelerate, Lightning) wants to cut the batches of this {name} for several processes. "
+                "With drop_last=False their end may be uneven: items would be lost or come twice, or ranks have "
+                f"different numbers of batches. Build the sampler with drop_last=True, or {own}. To predict, use a "
+                "plain DataLoader(dataset, batch_size)"
+            )
+        return True
+
     def __len__(self) -> int:
         """Batches per epoch on this rank."""
         return self.layout.steps
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch of the next pass. A loaded position is kept if it belongs to that epoch."""
+        """Choose the epoch of the next pass, or of one that has yielded no batch yet; the same epoch starts again.
+
+        A loaded position is kept if it belongs to that epoch, and given up with a warning otherwise.
+        """
         epoch = whole("epoch", epoch, 0)
-        if epoch != self._epoch:
+        if epoch != self._epoch and self._resume:
+            position, steps = self._resume[0], self.layout.steps
             self._resume = None
+            if position < steps:
+                warnings.warn(
+                    f"set_epoch({epoch}): the loaded position, batch {position} of {steps} of epoch {self._epoch}, is "
+                    f"given up, and epoch {epoch} starts at its beginning; to go on there, let the training loop "
+                    f"begin at epoch {self._epoch} (accelerate: loader.set_epoch(sampler.epoch))",
+                    stacklevel=2,
+                )
         if self._resume is None:
             self._drawn, self._options, self._running = 0, {}, None
-        self._epoch, self._finished = epoch, False
+        self._epoch, self._begun = epoch, False
 
     def plan(self, epoch: int | None = None) -> Plan:
         """The batches of an epoch (by default the current one) under the current options; changes nothing."""
@@ -133,24 +189,41 @@ class BatchSampler:
         return {name: getattr(self, name) for name in self._changeable}
 
     def __iter__(self) -> Iterator[list[int]]:
-        if self._finished:
-            self._epoch, self._finished = self._epoch + 1, False
+        self._next_epoch()
+        self._pass += 1  # an older iterator must not move the state of a newer one
+        return self._draw(self._pass)
+
+    def _next_epoch(self) -> None:
+        if self._begun:
+            self._epoch, self._begun = self._epoch + 1, False
+            self._drawn, self._options, self._running = 0, {}, None
+
+    def _draw(self, ticket: int) -> Iterator[list[int]]:
+        # What a pass is, is settled at its first batch: Lightning makes the iterator first and sets the epoch then.
+        self._next_epoch()
+        if ticket != self._pass:  # made before another iterator, and drawn from after it
+            self._pass += 1
+            ticket = self._pass
+        epoch = self._epoch
         start, options = self._resume or (0, self._current())
         self._resume = None
-        self._drawn, self._options = start, options
-        self._pass += 1
-        self._running = self._compose(self._epoch, options)
-        self._announce(self._epoch, self._running)
-        return self._draw(self._running, start, self._pass)
-
-    def _draw(self, plan: Plan, start: int, ticket: int) -> Iterator[list[int]]:
+        self._begun, self._drawn, self._options = True, start, options
+        plan = self._running = self._compose(epoch, options)
+        self._announce(epoch, plan)
         for step in range(start, self.layout.steps):
             batch = plan.batch(step, self.rank).tolist()
-            if ticket == self._pass:  # an older iterator must not move the state of a newer one
-                self._drawn = step + 1
+            if ticket == self._pass:
+                if epoch == self._epoch:
+                    self._begun, self._drawn, self._options, self._running = True, step + 1, options, plan
+                else:
+                    self._pass += 1
+                    warnings.warn(
+                        f"set_epoch({self._epoch}) came after the first batch of a pass: this pass goes on with epoch "
+                        f"{epoch}, the next one is epoch {self._epoch}. Call it before the loader is iterated; a "
+                        "loader with workers draws batches at once",
+                        stacklevel=2,
+                    )
             yield batch
-        if ticket == self._pass:
-            self._finished = True
 
     # ---- state
 
@@ -162,7 +235,7 @@ class BatchSampler:
             "drop_last": self.layout.drop_last,
             "seed": self.seed,
             "ids": None if self.ids is None else digest(self.ids),
-            **self._identity(),
+            **plain(self._identity()),
         }
 
     def state_dict(self, position: int | None = None) -> dict[str, Any]:
@@ -171,7 +244,7 @@ class BatchSampler:
         ``position`` is the number of batches of the epoch that were really *used*. Pass it when a loader with
         prefetching stands between sampler and training: the sampler itself only knows how many were drawn.
         """
-        options = self._current()
+        options = plain(self._current())
         if self._resume:
             drawn, planned = self._resume
         else:
@@ -185,7 +258,7 @@ class BatchSampler:
             "fingerprint": self._fingerprint(),
             "epoch": self._epoch,
             "position": position,
-            "planned": planned if position else options,
+            "planned": plain(planned) if position else options,
             "options": options,
         }
 
@@ -195,8 +268,13 @@ class BatchSampler:
         Options that may change between epochs are taken from the state; setting one afterwards acts from the
         next epoch on. A state of another sampler, of other data or of other fixed options is refused.
         """
-        if not isinstance(state, Mapping) or "fingerprint" not in state:
+        if not isinstance(state, Mapping) or not isinstance(state.get("fingerprint"), Mapping):
             raise NearfarError("this is not the state of a batch sampler (no 'fingerprint' in it)")
+        missing = [key for key in ("sampler", "epoch", "position", "planned", "options") if key not in state]
+        if missing:
+            raise NearfarError(f"the state of the sampler lacks {', '.join(missing)}; it is damaged")
+        if state.get("version", 1) != 1:
+            raise NearfarError(f"the state has version {state['version']!r}; this nearfar reads version 1")
         if state["sampler"] != type(self).__name__:
             raise NearfarError(f"the state belongs to a {state['sampler']}, this is a {type(self).__name__}")
         mine, saved = self._fingerprint(), state["fingerprint"]
@@ -213,10 +291,13 @@ class BatchSampler:
             raise NearfarError(
                 f"the state has position {position}, but an epoch has {self.layout.steps} batches"
             )
+        epoch = whole("epoch in the state", state["epoch"], 0)
+        for part in ("options", "planned"):
+            if not isinstance(state[part], Mapping) or {*self._changeable} - {*state[part]}:
+                raise NearfarError(f"'{part}' in the state does not name {', '.join(self._changeable)}")
         for name in self._changeable:
             setattr(self, name, state["options"][name])
-        self._epoch = whole("epoch in the state", state["epoch"], 0)
-        self._finished = False
+        self._epoch, self._begun = epoch, False
         self._pass += 1  # iterators from before the load no longer count
         self._drawn, self._options, self._running = position, dict(state["planned"]), None
         self._resume = (position, dict(state["planned"])) if position else None
@@ -229,29 +310,44 @@ class BatchSampler:
             raise NearfarError(
                 f"this {type(self).__name__} has no ids to compare; pass ids= to it or to nearest_neighbors"
             )
-        compare_ids(self.ids, as_ids(ids, len(ids)), "sampler", "dataset")
+        compare_ids(self.ids, canonical_ids(ids), "sampler", "dataset")
+
+
+def check_not_rebuilt(name: str, items: Any) -> None:
+    """Say it where Lightning builds a batch sampler anew around a sampler of its own."""
+    if isinstance(items, Sampler):
+        raise NearfarError(
+            f"a {type(items).__name__} was given to {name} in place of its items: Lightning does so to cut batches for "
+            f"several processes, and to predict. Train with Trainer(use_distributed_sampler=False) and {name}(…, "
+            "rank=trainer.global_rank, world_size=trainer.world_size); predict with DataLoader(dataset, batch_size)"
+        )
 
 
 def as_ids(ids: Sequence[Any] | NDArray[Any], n: int) -> NDArray[Any]:
-    """Ids as an array, one per item."""
-    array = np.asarray(ids)
-    if array.ndim != 1 or len(array) != n:
-        raise NearfarError(f"there are {n} items, but ids of shape {array.shape}; give one id per item")
+    """Ids in their canonical form (`nearfar.ids`), one per item."""
+    array = canonical_ids(ids)
+    if len(array) != n:
+        raise NearfarError(f"there are {n} items, but {len(array)} ids; give one id per item")
     return array
 
 
 def compare_ids(left: NDArray[Any], right: NDArray[Any], left_name: str, right_name: str) -> None:
-    """Raise, naming the first difference, unless two arrays of ids are equal in order."""
+    """Raise, naming the first difference, unless two arrays of canonical ids are equal in order."""
     if len(left) != len(right):
         raise NearfarError(f"the {left_name} has {len(left)} items, the {right_name} {len(right)}")
-    bad = np.flatnonzero(np.asarray(left).astype(str) != np.asarray(right).astype(str))
-    if len(bad):
-        at = int(bad[0])
-        hint = ""
-        if np.array_equal(np.sort(left.astype(str)), np.sort(right.astype(str))):
-            hint = "; the ids are the same in another order: use neighbors.aligned_to(ids)"
-        raise NearfarError(
-            f"ids of {left_name} and {right_name} differ at {len(bad)} of {len(left)} positions, first at "
-            f"{at}: "
-            f"{left[at]!r} against {right[at]!r}{hint}"
+    count, at = first_difference(left, right)
+    if not count:
+        return
+    hint = ""
+    if kind_of(left) != kind_of(right):
+        hint = (
+            f"; the ids of the {left_name} are {kind_of(left)}, those of the {right_name} {kind_of(right)}: 1 and '1' "
+            "are different ids, so convert one side, for example with [str(i) for i in ids]"
         )
+    elif sorted(map(repr, left.tolist())) == sorted(map(repr, right.tolist())):
+        hint = "; the ids are the same in another order: use neighbors.aligned_to(ids)"
+    a, b = left[at : at + 1].tolist()[0], right[at : at + 1].tolist()[0]
+    raise NearfarError(
+        f"ids of {left_name} and {right_name} differ at {count} of {len(left)} positions, first at {at}: "
+        f"{a!r} against {b!r}{hint}"
+    )

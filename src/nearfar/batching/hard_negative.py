@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nearfar.batching.layout import Plan, whole
+from nearfar.batching.arguments import number, whole
+from nearfar.batching.layout import Plan
 from nearfar.batching.leveling import building_sequence
 from nearfar.batching.neighbor_sampler import NeighborSampler, checked_group_size
 from nearfar.batching.neighbors import Neighbors
@@ -85,7 +86,7 @@ class HardNegativeSampler(NeighborSampler):
         world_size: int = 1,
         ids: Sequence[Any] | NDArray[Any] | None = None,
     ) -> None:
-        if order not in _ORDERS:
+        if not isinstance(order, str) or order not in _ORDERS:
             raise NearfarError(f"order {order!r} is unknown; {nearest_name(str(order), _ORDERS)}")
         super().__init__(
             neighbors,
@@ -112,9 +113,7 @@ class HardNegativeSampler(NeighborSampler):
 
     @hard_ratio.setter
     def hard_ratio(self, value: float) -> None:
-        if not 0.0 <= value <= 1.0:
-            raise NearfarError(f"hard_ratio is {value}; give a share from 0 (random batches) to 1")
-        self._hard_ratio = float(value)
+        self._hard_ratio = number("hard_ratio", value, 0.0, 1.0, "a share from 0 (random batches) to 1")
 
     @property
     def hardness_k(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from nearfar.batching.arguments import array, number, whole
 from nearfar.batching.layout import Plan
 from nearfar.batching.neighbors import Neighbors, _as_rows, as_neighbors
 from nearfar.errors import NearfarError
@@ -101,11 +102,14 @@ def measure_hardness(
     >>> report.neighbors, report.random
     (2.0, 2.0)
     """
+    _check_plan(plan)
     near = as_neighbors(neighbors)
     if near.n != plan.layout.n:
         raise NearfarError(f"the plan is over {plan.layout.n} items, the neighbour list over {near.n}")
-    k = near.k if k is None else k
-    if not 1 <= k <= near.k:
+    k = near.k if k is None else whole("k", k, 1)
+    threshold = None if threshold is None else number("threshold", threshold)
+    sample = None if sample is None else whole("sample", sample, 1)
+    if k > near.k:
         raise NearfarError(f"k={k}, but {near.k} neighbours per item are stored")
     from nearfar.batching import _kernels
 
@@ -149,6 +153,11 @@ def measure_hardness(
     )
 
 
+def _check_plan(plan: Any) -> None:
+    if not isinstance(plan, Plan):
+        raise NearfarError(f"plan is a {type(plan).__name__}; give the plan of a sampler: sampler.plan()")
+
+
 #: epochs are planned until there are so many batches, but no more epochs than that
 ENOUGH_BATCHES, MOST_EPOCHS = 64, 16
 
@@ -163,7 +172,27 @@ def in_batch_similarity(
     >>> in_batch_similarity(np.array([[1.0, 0.0], [2.0, 0.0], [0.0, 1.0]]), [[0, 1], [0, 2]]).tolist()
     [1.0, 0.0]
     """
-    return _similarity(_as_rows(embeddings, "cosine"), batches)
+    rows = _as_rows(embeddings, "cosine")
+    return _similarity(rows, _as_batches("batches", batches, len(rows)))
+
+
+def _as_batches(name: str, batches: Any, n: int) -> list[NDArray[np.integer]]:
+    """Checked batches of positions; any iterable of sequences of whole numbers."""
+    needs = "batches of positions: an iterable of lists of whole numbers"
+    if isinstance(batches, (str, bytes, Mapping)) or not isinstance(batches, Iterable):
+        raise NearfarError(f"{name} is a {type(batches).__name__}; give {needs}")
+    checked = []
+    for at, batch in enumerate(batches):
+        members = array(f"batch {at} of {name}", batch, needs, "iu")
+        if members.ndim != 1:
+            raise NearfarError(f"batch {at} of {name} has shape {members.shape}; give {needs}")
+        if members.size and (members.min() < 0 or members.max() >= n):
+            raise NearfarError(
+                f"batch {at} of {name} holds positions {members.min()} to {members.max()}, but there are {n} "
+                "embeddings"
+            )
+        checked.append(members)
+    return checked
 
 
 def _similarity(rows: NDArray[np.float32], batches: Iterable[Any]) -> NDArray[np.float64]:
@@ -240,6 +269,9 @@ def check_harder_than_random(
     from nearfar.batching.base import BatchSampler
 
     rows = _as_rows(embeddings, "cosine")
+    max_batches, seed = whole("max_batches", max_batches, 2), whole("seed", seed, 0)
+    errors = number("errors", errors, 0.0, advice="a number of standard errors, such as 3")
+    epoch = None if epoch is None else whole("epoch", epoch, 0)
     if isinstance(sampler, BatchSampler):
         if ids is not None:
             sampler.check_ids(ids)
@@ -248,13 +280,17 @@ def check_harder_than_random(
         start = getattr(sampler, "curriculum_epoch", 0)
         first = max(sampler.epoch, start) if epoch is None else epoch
         batches: list[Any] = []
-        for number in range(first, first + MOST_EPOCHS):
-            found_batches = sampler.plan(number).batches()
+        for at in range(first, first + MOST_EPOCHS):
+            found_batches = sampler.plan(at).batches()
             batches += found_batches
             if len(batches) >= ENOUGH_BATCHES or len(found_batches) < 2:
                 break
     else:
-        batches = [np.asarray(batch) for batch in sampler]
+        batches = _as_batches("sampler", sampler, len(rows))
+        if ids is not None:
+            raise NearfarError(
+                "ids are compared with those of a sampler, and plain batches were given; leave out ids"
+            )
     batches = [batch for batch in batches if len(batch) >= 2]
     if len(batches) < 2:
         raise NearfarError(

@@ -4,21 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from nearfar.batching.arguments import array, flag, whole
 from nearfar.errors import NearfarError
 
 __all__ = ["Layout", "Plan", "whole"]
-
-
-def whole(name: str, value: Any, least: int) -> int:
-    """A whole number of at least ``least``, or a clear error."""
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
-        raise NearfarError(f"{name} is {value!r}; give a whole number of at least {least}")
-    return int(value)
 
 
 @dataclass(frozen=True)
@@ -49,6 +42,9 @@ class Layout:
         n = whole("the number of items", self.n, 0)
         size = whole("batch_size", self.batch_size, 1)
         ranks = whole("world_size", self.world_size, 1)
+        drop_last = flag("drop_last", self.drop_last)
+        for name, value in {"n": n, "batch_size": size, "world_size": ranks, "drop_last": drop_last}.items():
+            object.__setattr__(self, name, value)  # Python's own numbers: a state is plain whatever came in
         if n < 2 * ranks and not (size == 1 and n >= ranks):
             raise NearfarError(
                 f"{n} items on {ranks} rank(s) leave a rank fewer than 2, which has nothing to contrast; "
@@ -105,7 +101,7 @@ class Layout:
         [0, 3, 6, 10, 13, 16, 20]
         """
         sizes = np.diff(self.starts)
-        groups = -(-sizes // group_size)
+        groups = -(-sizes // whole("group_size", group_size, 1))
         batch = np.repeat(np.arange(len(sizes)), groups)
         turn = np.arange(len(batch)) - np.repeat(np.cumsum(groups) - groups, groups)
         begin = self.starts[:-1][batch] + sizes[batch] * turn // groups[batch]
@@ -126,8 +122,34 @@ class Plan:
     hard: NDArray[np.bool_] | None = None
     nominal: float | None = None
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.layout, Layout):
+            raise NearfarError(f"layout is a {type(self.layout).__name__}; give a Layout")
+        order = array(
+            "order", self.order, f"the positions of a plan, ({self.layout.total},) whole numbers", "iu"
+        )
+        if order.shape != (self.layout.total,):
+            raise NearfarError(f"order has shape {order.shape}, but the plan has {self.layout.total} places")
+        # Compiled code counts by these positions.
+        if order.size and (order.min() < 0 or order.max() >= self.layout.n):
+            raise NearfarError(
+                f"order holds {order.min()} to {order.max()}; positions go from 0 to {self.layout.n - 1}"
+            )
+        object.__setattr__(self, "order", np.ascontiguousarray(order, np.int32))
+        if self.hard is not None:
+            hard = array("hard", self.hard, "a Boolean for every place of the plan, or None", "b")
+            if hard.shape != order.shape:
+                raise NearfarError(f"hard has shape {hard.shape}, order {order.shape}; one Boolean per place")
+            object.__setattr__(self, "hard", hard)
+
     def batch(self, step: int, rank: int = 0) -> NDArray[np.int32]:
         """The positions of one batch."""
+        step, rank = whole("step", step, 0), whole("rank", rank, 0)
+        if step >= self.layout.steps or rank >= self.layout.world_size:
+            raise NearfarError(
+                f"batch {step} of rank {rank} does not exist: there are {self.layout.steps} steps and "
+                f"{self.layout.world_size} rank(s)"
+            )
         at = step * self.layout.world_size + rank
         return self.order[self.layout.starts[at] : self.layout.starts[at + 1]]
 

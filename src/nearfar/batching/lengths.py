@@ -10,8 +10,9 @@ from jaxtyping import Int
 from numpy import ndarray
 from numpy.typing import NDArray
 
-from nearfar.batching.base import BatchSampler, digest
-from nearfar.batching.layout import Layout, Plan, whole
+from nearfar.batching.arguments import array, whole
+from nearfar.batching.base import BatchSampler, as_ids, check_not_rebuilt, digest
+from nearfar.batching.layout import Layout, Plan
 from nearfar.errors import NearfarError
 
 __all__ = ["LengthBatchSampler"]
@@ -48,14 +49,21 @@ class LengthBatchSampler(BatchSampler):
         world_size: int = 1,
         ids: Sequence[Any] | NDArray[Any] | None = None,
     ) -> None:
-        self.lengths = np.asarray(lengths)
-        counts = np.ones(len(self.lengths), dtype=np.int64) if repeats is None else np.asarray(repeats)
-        if self.lengths.ndim != 1 or counts.shape != self.lengths.shape:
+        check_not_rebuilt(type(self).__name__, lengths)
+        self.lengths = _one_each("lengths", lengths, "the length of every item, (n,) whole numbers")
+        counts = np.ones(len(self.lengths), dtype=np.int64)
+        if repeats is not None:
+            counts = _one_each("repeats", repeats, "how often an item comes in an epoch, (n,) whole numbers")
+        if counts.shape != self.lengths.shape:
             raise NearfarError(
                 f"lengths have shape {self.lengths.shape} and repeats {counts.shape}; one number for each item"
             )
-        if counts.dtype.kind not in "iu" or (len(counts) and counts.min() < 1):
+        if len(counts) and counts.min() < 1:
             raise NearfarError("repeats are whole numbers of at least 1: how often an item comes in an epoch")
+        if int(counts.sum()) > np.iinfo(np.int32).max:
+            raise NearfarError(
+                f"repeats make {int(counts.sum())} items of an epoch; 32-bit positions hold fewer"
+            )
         # Every copy is an item of the plan; positions are those of the items.
         self._items = np.repeat(np.arange(len(counts)), counts).astype(np.int32)
         first = np.cumsum(counts) - counts
@@ -68,7 +76,7 @@ class LengthBatchSampler(BatchSampler):
             drop_last=drop_last,
             rank=rank,
             world_size=world_size,
-            ids=None if ids is None else np.asarray(ids)[self._items],
+            ids=None if ids is None else as_ids(ids, len(counts))[self._items],
         )
         self.window = whole("window", window, 1)
 
@@ -83,6 +91,13 @@ class LengthBatchSampler(BatchSampler):
         if self.window > 1:
             order = _sorted_windows(order, self.lengths, layout, self.window, rng)
         return Plan(layout, order)
+
+
+def _one_each(name: str, value: Any, needs: str) -> NDArray[np.int64]:
+    numbers = array(name, value, needs, "iu")
+    if numbers.ndim != 1:
+        raise NearfarError(f"{name} have shape {numbers.shape}; give {needs}")
+    return numbers.astype(np.int64)
 
 
 def _sorted_windows(

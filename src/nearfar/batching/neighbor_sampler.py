@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nearfar.batching.base import BatchSampler, compare_ids, log
+from nearfar.batching.arguments import number, whole
+from nearfar.batching.base import BatchSampler, check_not_rebuilt, compare_ids, log
 from nearfar.batching.hardness import HardnessReport, measure_hardness
-from nearfar.batching.layout import Plan, whole
+from nearfar.batching.layout import Plan
 from nearfar.batching.neighbors import Neighbors, as_neighbors
 from nearfar.errors import NearfarError
 
@@ -32,6 +33,7 @@ class NeighborSampler(BatchSampler):
         ids: Sequence[Any] | NDArray[Any] | None,
         **options: Any,
     ) -> None:
+        check_not_rebuilt(type(self).__name__, neighbors)
         self.neighbors = as_neighbors(neighbors)
         if ids is None:
             ids = self.neighbors.ids
@@ -48,9 +50,9 @@ class NeighborSampler(BatchSampler):
 
     @false_negative_threshold.setter
     def false_negative_threshold(self, value: float | None) -> None:
-        if value is not None and not value >= -1.0:
-            raise NearfarError(
-                f"false_negative_threshold is {value}; give a similarity such as 0.95, or None"
+        if value is not None:
+            value = number(
+                "false_negative_threshold", value, -1.0, advice="a similarity such as 0.95, or None"
             )
         self._close = self.neighbors.too_close(value)
         self._threshold = value
@@ -76,6 +78,8 @@ class NeighborSampler(BatchSampler):
         stand for all.
         """
         running = self._running if epoch is None else None
+        if sample is not None:
+            sample = whole("sample", sample, 1)
         return self._measure(running or self.plan(epoch), threshold, sample)
 
     def _measure(

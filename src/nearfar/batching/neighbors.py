@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,22 +11,27 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from nearfar.batching.arguments import array, flag, number, whole
 from nearfar.batching.base import as_ids, compare_ids, digest
 from nearfar.errors import NearfarError, nearest_name
+from nearfar.ids import canonical_ids
 
 __all__ = ["Neighbors", "as_neighbors", "nearest_neighbors"]
 
 # From here on an exact search takes minutes on a few cores, and an index is tried first.
 APPROXIMATE_FROM = 50_000
 _METRICS = ("cosine", "dot")
+_ROWS = 65_536  # rows looked at together
 
 
 @dataclass(frozen=True, eq=False)
 class Neighbors:
     """The ``k`` nearest neighbours of each of ``n`` items, nearest first, by position in the embeddings.
 
-    An item is never its own neighbour. ``indices`` (n, k) int32, with -1 where there is none;
-    ``similarities`` (n, k) float32, falling along each row, or None for lists that came without. ``ids``
+    An item is never its own neighbour, and a row names nobody twice: of a neighbour that comes again (lists that
+    were joined, rows padded with their last neighbour) the first, nearest place is kept, with a warning that counts
+    them. ``indices`` (n, k) int32, with -1 where there is none, at the end of the row; ``similarities`` (n, k)
+    float32, falling along each row (-inf where there is no neighbour), or None for lists that came without. ``ids``
     names the items, so that a list in one order cannot be used with a dataset in another. ``exact``,
     ``index`` and ``recall`` say how the list was found: ``recall`` is 1 for an exact search, otherwise the
     share of true neighbours found for ``queries`` sampled items, and None if unknown.
@@ -41,37 +47,23 @@ class Neighbors:
     queries: int = 0
 
     def __post_init__(self) -> None:
-        indices = np.asarray(self.indices)
-        if indices.ndim != 2 or not np.issubdtype(indices.dtype, np.integer):
-            raise NearfarError(
-                f"neighbour indices must be whole numbers of shape (n, k), not {indices.dtype} "
-                f"{indices.shape}"
-            )
-        n = len(indices)
-        for begin in range(0, n, 65_536):  # in blocks: no second array of n x k
-            block = indices[begin : begin + 65_536]
-            if block.size and (block.min() < -1 or block.max() >= n):
-                raise NearfarError(
-                    f"neighbour indices must be positions from 0 to {n - 1} (or -1 for none); rows from "
-                    f"{begin} hold "
-                    f"{block.min()} to {block.max()}: they belong to another set of items"
-                )
-            own = np.flatnonzero((block == np.arange(begin, begin + len(block))[:, None]).any(1))
-            if len(own):
-                raise NearfarError(
-                    f"item {begin + own[0]} is listed as its own neighbour; build the list with "
-                    f"nearest_neighbors"
-                )
-        object.__setattr__(self, "indices", np.ascontiguousarray(indices, dtype=np.int32))
-        if self.similarities is not None:
-            values = np.ascontiguousarray(self.similarities, dtype=np.float32)
+        needs = "positions of neighbours as whole numbers of shape (n, k), with -1 for none"
+        indices = array("neighbour indices", self.indices, needs, "iu")
+        if indices.ndim != 2 or not indices.shape[1]:
+            raise NearfarError(f"neighbour indices have shape {indices.shape}; give {needs}")
+        values = self.similarities
+        if values is not None:
+            values = array("similarities", values, "numbers of the shape of the neighbour indices, or None")
             if values.shape != indices.shape:
                 raise NearfarError(
                     f"similarities {values.shape} do not match neighbour indices {indices.shape}"
                 )
-            object.__setattr__(self, "similarities", values)
+            values = np.ascontiguousarray(values, dtype=np.float32)
+        indices, values = _as_sets(indices, values)
+        object.__setattr__(self, "indices", indices)
+        object.__setattr__(self, "similarities", values)
         if self.ids is not None:
-            object.__setattr__(self, "ids", as_ids(self.ids, n))
+            object.__setattr__(self, "ids", as_ids(self.ids, len(indices)))
 
     @property
     def n(self) -> int:
@@ -87,7 +79,7 @@ class Neighbors:
         """Raise unless ``ids`` are the ids of this list, in its order."""
         if self.ids is None:
             raise NearfarError("these neighbours carry no ids to compare; pass ids= to nearest_neighbors")
-        compare_ids(self.ids, np.asarray(ids), "neighbour list", "dataset")
+        compare_ids(self.ids, canonical_ids(ids), "neighbour list", "dataset")
 
     def aligned_to(self, ids: Sequence[Any] | NDArray[Any]) -> Neighbors:
         """The same list for the same items in the order of ``ids``.
@@ -98,8 +90,9 @@ class Neighbors:
         """
         if self.ids is None:
             raise NearfarError("these neighbours carry no ids to align by; pass ids= to nearest_neighbors")
-        position = {str(name): at for at, name in enumerate(self.ids)}
-        wanted = [str(name) for name in ids]
+        position = {name: at for at, name in enumerate(self.ids.tolist())}
+        asked = canonical_ids(ids)
+        wanted = asked.tolist()
         unknown = [name for name in wanted if name not in position]
         if unknown or len(wanted) != self.n or len(set(wanted)) != self.n or len(position) != self.n:
             raise NearfarError(
@@ -107,7 +100,7 @@ class Neighbors:
                 f"for "
                 f"{len(wanted)} with {len(set(wanted))} distinct ids, {len(unknown)} of them unknown"
                 + (
-                    f" (first {unknown[0]!r}; {nearest_name(unknown[0], list(position)[:1000])})"
+                    f" (first {unknown[0]!r}; {nearest_name(str(unknown[0]), map(str, list(position)[:1000]))})"
                     if unknown
                     else ""
                 )
@@ -118,7 +111,7 @@ class Neighbors:
         target[source] = np.arange(self.n, dtype=np.int32)
         target[-1] = -1  # so that "none" stays none
         values = None if self.similarities is None else self.similarities[source]
-        return replace(self, indices=target[self.indices[source]], similarities=values, ids=np.asarray(ids))
+        return replace(self, indices=target[self.indices[source]], similarities=values, ids=asked)
 
     def too_close(self, threshold: float | None) -> NDArray[np.int32]:
         """How many leading neighbours of each item are at least so similar, (n,); 0 without a threshold.
@@ -127,19 +120,21 @@ class Neighbors:
         """
         if threshold is None:
             return np.zeros(self.n, np.int32)
+        threshold = number("threshold", threshold, advice="a similarity such as 0.95, or None")
         if self.similarities is None:
             raise NearfarError(
                 "false_negative_threshold needs similarities, and this neighbour list has none; "
                 "build it with nearest_neighbors"
             )
         count = np.empty(self.n, np.int32)
-        for begin in range(0, self.n, 65_536):
-            values = self.similarities[begin : begin + 65_536]
-            if values.shape[1] > 1 and (np.diff(values, axis=1) > 1e-6).any():
+        for begin in range(0, self.n, _ROWS):
+            values = self.similarities[begin : begin + _ROWS]
+            if (values[:, 1:] - 1e-6 > values[:, :-1]).any():
                 raise NearfarError(
                     "similarities must fall along each row, from the nearest neighbour outwards"
                 )
-            count[begin : begin + len(values)] = (values >= threshold).sum(1)
+            real = self.indices[begin : begin + len(values)] >= 0
+            count[begin : begin + len(values)] = ((values >= threshold) & real).sum(1)
         return count
 
     def fingerprint(self) -> str:
@@ -149,11 +144,89 @@ class Neighbors:
 
 def as_neighbors(neighbors: Neighbors | NDArray[np.integer] | Tensor) -> Neighbors:
     """Neighbours as they are, or an (n, k) array of indices wrapped as such."""
-    if isinstance(neighbors, Neighbors):
-        return neighbors
-    if isinstance(neighbors, Tensor):
-        neighbors = neighbors.detach().cpu().numpy()
-    return Neighbors(np.asarray(neighbors))
+    return neighbors if isinstance(neighbors, Neighbors) else Neighbors(neighbors)  # type: ignore[arg-type]
+
+
+def _as_sets(
+    indices: NDArray[Any], values: NDArray[np.float32] | None
+) -> tuple[NDArray[np.int32], NDArray[np.float32] | None]:
+    """Checked rows in which nobody comes twice and -1 stands at the end; copies only where something changes."""
+    n = len(indices)
+    result = np.ascontiguousarray(indices, np.int32) if n <= np.iinfo(np.int32).max else None
+    if result is None:
+        raise NearfarError(f"{n} items do not fit the 32-bit positions of a plan")
+    repeats, rows, first = 0, 0, -1
+    own_result, own_values = False, False  # the caller's own arrays are never written to
+    for begin in range(0, n, _ROWS):  # in blocks: no second array of n x k
+        given = indices[begin : begin + _ROWS]
+        if given.size and (
+            given.min() < -1 or given.max() >= n
+        ):  # before the cut to 32 bits, which would wrap
+            raise NearfarError(
+                f"neighbour indices must be positions from 0 to {n - 1} (or -1 for none); rows from {begin} hold "
+                f"{given.min()} to {given.max()}: they belong to another set of items"
+            )
+        block = result[begin : begin + _ROWS]
+        own = np.flatnonzero((block == np.arange(begin, begin + len(block))[:, None]).any(1))
+        if len(own):
+            raise NearfarError(
+                f"item {begin + own[0]} is listed as its own neighbour; build the list with nearest_neighbors"
+            )
+        none = block < 0
+        ordered = np.sort(block, axis=1)
+        twice = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(1)
+        mend = np.flatnonzero(twice | (none[:, :-1] & ~none[:, 1:]).any(1))
+        if len(mend):
+            drop = _come_again(block[mend])
+            repeats, rows = repeats + int(drop.sum()), rows + int(twice.sum())
+            first = begin + int(np.argmax(twice)) if first < 0 and twice.any() else first
+            gone = drop | none[mend]
+            order = np.argsort(gone, axis=1, kind="stable")  # what stays keeps its order
+            if not own_result:
+                result, own_result = result.copy(), True
+            kept = np.take_along_axis(block[mend], order, 1)
+            gone = np.take_along_axis(gone, order, 1)
+            result[begin + mend] = np.where(gone, -1, kept)
+            if values is not None:
+                values, own_values = values if own_values else values.copy(), True
+                values[begin + mend] = np.take_along_axis(values[begin + mend], order, 1)
+        if values is not None:
+            values, own_values = _checked(values, result, begin, own_values)
+    if repeats:
+        warnings.warn(
+            f"{repeats} neighbours in {rows} of {n} rows come a second time in their row, first in row {first}; each "
+            "is kept once, where it is nearest, and the row is shorter. Rows that are padded should end in -1",
+            stacklevel=4,
+        )
+    return result, values
+
+
+def _checked(
+    values: NDArray[np.float32], indices: NDArray[np.int32], begin: int, own: bool
+) -> tuple[NDArray[np.float32], bool]:
+    """Similarities of a block of rows: numbers where there is a neighbour, -inf where there is none."""
+    part, none = values[begin : begin + _ROWS], indices[begin : begin + _ROWS] < 0
+    bad = np.isnan(part) & ~none
+    if bad.any():
+        row = int(np.argmax(bad.any(1)))
+        raise NearfarError(
+            f"similarities hold {int(bad.sum())} NaN, first in row {begin + row}; leave them out"
+        )
+    if (none & (part != -np.inf)).any():
+        values, own = values if own else values.copy(), True
+        values[begin : begin + _ROWS][none] = -np.inf
+    return values, own
+
+
+def _come_again(block: NDArray[np.int32]) -> NDArray[np.bool_]:
+    """True where a neighbour stands in its row a second time."""
+    order = np.argsort(block, axis=1, kind="stable")  # the first of equals stays first
+    ordered = np.take_along_axis(block, order, 1)
+    again = np.zeros(block.shape, bool)
+    again[:, 1:] = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
+    placed = np.empty_like(again)
+    np.put_along_axis(placed, order, again, 1)
+    return placed
 
 
 def nearest_neighbors(
@@ -181,14 +254,14 @@ def nearest_neighbors(
     >>> near.indices.ravel().tolist(), near.exact
     ([1, 0, 3, 2], True)
     """
-    if metric not in _METRICS:
+    if not isinstance(metric, str) or metric not in _METRICS:
         raise NearfarError(f"metric {metric!r} is unknown; {nearest_name(str(metric), _METRICS)}")
-    if not 0.0 < min_recall <= 1.0:
-        raise NearfarError(f"min_recall is {min_recall}; give a share above 0, at most 1")
+    min_recall = number("min_recall", min_recall, np.nextafter(0.0, 1.0), 1.0, "a share above 0, at most 1")
+    seed = whole("seed", seed, 0)
+    exact = None if exact is None else flag("exact", exact)
     rows = _as_rows(embeddings, metric)
     n = len(rows)
-    if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
-        raise NearfarError(f"k is {k!r}; give a whole number of at least 1")
+    k = whole("k", k, 1)
     if k > n - 1:
         raise NearfarError(f"k={k} neighbours were asked for, but each of {n} items has only {n - 1} others")
     names = None if ids is None else as_ids(ids, n)
@@ -215,14 +288,8 @@ def nearest_neighbors(
 
 def _as_rows(embeddings: Tensor | NDArray[np.floating], metric: str) -> NDArray[np.float32]:
     """Checked float32 rows, of unit length for the cosine; a copy only where something changes."""
-    if isinstance(embeddings, Tensor):
-        embeddings = embeddings.detach().cpu().float().numpy()
-    rows = np.asarray(embeddings)
-    if (
-        rows.ndim != 2
-        or not rows.size
-        or not (np.issubdtype(rows.dtype, np.floating) or np.issubdtype(rows.dtype, np.integer))
-    ):
+    rows = array("embeddings", embeddings, "numbers of shape (n, d)")
+    if rows.ndim != 2 or not rows.size:
         raise NearfarError(f"embeddings must be numbers of shape (n, d), not {rows.dtype} {rows.shape}")
     rows = np.ascontiguousarray(rows, dtype=np.float32)
     length = np.sqrt(np.einsum("nd,nd->n", rows, rows, dtype=np.float64))

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nearfar.batching.layout import Plan, whole
+from nearfar.batching.arguments import whole
+from nearfar.batching.layout import Plan
 from nearfar.batching.leveling import building_sequence, even_out
 from nearfar.batching.neighbor_sampler import NeighborSampler, checked_group_size
 from nearfar.batching.neighbors import Neighbors

@@ -11,9 +11,11 @@ from jaxtyping import Float, Int
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from nearfar.batching.arguments import array, whole
 from nearfar.batching.base import BatchSampler, digest
-from nearfar.batching.layout import Plan, whole
+from nearfar.batching.layout import Plan
 from nearfar.errors import NearfarError
+from nearfar.ids import canonical_ids
 
 __all__ = ["SpatialBatchSampler", "positions_in_batch", "weight_in_batch"]
 
@@ -64,17 +66,19 @@ class SpatialBatchSampler(BatchSampler):
         super().__init__(
             n, batch_size, seed=seed, drop_last=drop_last, rank=rank, world_size=world_size, ids=ids
         )
-        names = np.zeros(n, np.int64) if slides is None else np.asarray(slides)
-        if names.shape != (n,):
+        names = np.zeros(n, np.int64) if slides is None else canonical_ids(slides, "slides")
+        if len(names) != n:
             raise NearfarError(
                 f"there are {n} positions, but slides of shape {names.shape}; give one slide per item"
             )
+        if names.dtype.kind == "O":
+            raise NearfarError("slides are named by numbers and by texts; name all of them in one way")
         self.slide_names, slide = np.unique(names, return_inverse=True)
         self.slides = slide.reshape(-1).astype(np.int64)
         default = max(min(_LEAST, self.batch_size), self.batch_size // _TILES)
         self.tile_size = default if tile_size is None else whole("tile_size", tile_size, 1)
         if self.tile_size > self.batch_size:
-            raise NearfarError(f"tile_size={tile_size} is larger than a batch of {self.batch_size}")
+            raise NearfarError(f"tile_size={self.tile_size} is larger than a batch of {self.batch_size}")
         self._digest = digest(self.positions, self.slides)
 
     def _identity(self) -> dict[str, Any]:
@@ -167,6 +171,14 @@ def positions_in_batch(neighbors: Int[Tensor, "b k"], batch: Int[Tensor, " b"]) 
     tensor([[ 1, -1],
             [-1,  0]])
     """
+    for name, tensor, dims in (("neighbors", neighbors, 2), ("batch", batch, 1)):
+        if not isinstance(tensor, Tensor) or tensor.is_floating_point() or tensor.dtype == torch.bool:
+            kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise NearfarError(f"{name} is {kind}; give a tensor of whole numbers: the numbers of items")
+        if tensor.ndim != dims:
+            raise NearfarError(f"{name} has shape {tuple(tensor.shape)}; it has {dims} dimension(s)")
+    if not len(batch):
+        raise NearfarError("batch is empty; give the numbers of its items")
     ordered, place = batch.sort()
     at = torch.searchsorted(ordered, neighbors).clamp(max=len(batch) - 1)
     return torch.where(ordered[at] == neighbors, place[at], -1)
@@ -186,23 +198,39 @@ def weight_in_batch(
     >>> weight_in_batch(plan, np.array([[1], [2], [-1], [2]]))
     array([1., 0., 0., 1.])
     """
-    near = np.asarray(neighbors)
+    if not isinstance(plan, Plan):
+        raise NearfarError(f"plan is a {type(plan).__name__}; give the plan of a sampler: sampler.plan()")
+    near = array("neighbors", neighbors, "the positions of each item's neighbours, (n, k), -1 for none", "iu")
     if near.ndim != 2 or len(near) != plan.layout.n:
         raise NearfarError(
             f"neighbors of shape {near.shape} for {plan.layout.n} items; (n, k) is needed, -1 for none"
         )
+    if near.size and (near.min() < -1 or near.max() >= plan.layout.n):
+        raise NearfarError(
+            f"neighbors holds {near.min()} to {near.max()}; positions go from 0 to {plan.layout.n - 1}, -1 is none"
+        )
+    if weights is not None:
+        weights = array("weights", weights, f"a number for each neighbour, {near.shape}").astype(np.float64)
+        if weights.shape != near.shape:
+            raise NearfarError(
+                f"weights have shape {weights.shape}, neighbors {near.shape}; give one for each"
+            )
+        if np.isnan(weights[near >= 0]).any():
+            raise NearfarError("weights hold NaN; a neighbour without a weight is left out with -1")
+    near = near.astype(np.int64)
     label = plan.labels()
     step = np.where(label < 0, -1, label // plan.layout.world_size)
     used = plan.order
     near = near[used]
     inside = (near >= 0) & (step[near] == step[used][:, None])
-    weight = np.ones(near.shape) if weights is None else np.asarray(weights, np.float64)[used]
+    weight = np.ones(near.shape) if weights is None else weights[used]
     total: NDArray[np.float64] = np.where(inside, weight, 0.0).sum(axis=1)
     return total
 
 
 def _places(positions: ArrayLike | Tensor) -> NDArray[np.float64]:
-    places = np.asarray(positions, np.float64)
+    needs = "numbers of shape (n, 2), the place of every item on its slide"
+    places = array("positions", positions, needs).astype(np.float64)
     if places.ndim != 2 or places.shape[1] != 2:
         raise NearfarError(
             f"positions have shape {places.shape}; give (n, 2), the place of every item on its slide"

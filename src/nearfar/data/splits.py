@@ -7,6 +7,7 @@ from itertools import combinations
 from typing import Any, Literal
 
 from nearfar.errors import NearfarError
+from nearfar.ids import plain_ids
 from nearfar.metrics.estimate import split_hash
 
 __all__ = ["check_disjoint", "split_hash"]
@@ -19,6 +20,8 @@ def check_disjoint(
     keep: int = 3,
 ) -> dict[str, dict[str, Any]]:
     """Look for values that stand in two splits: the leak that makes a test score look better than it is.
+
+    Values are compared as ids are (`nearfar.ids`): 1 and "1" differ, containers and integer widths do not.
 
     Args:
         splits: the ids (or canonical structures, or texts) of each split.
@@ -36,13 +39,17 @@ def check_disjoint(
     Traceback (most recent call last):
     nearfar.errors.NearfarError: Split leak: train and test share 1 id (1 row of test): 2. ...
     """
-    values = {name: list(items) for name, items in splits.items()}
+    values = {name: plain_ids(items, f"{what}s of {name}") for name, items in splits.items()}
     leaks: dict[str, dict[str, Any]] = {}
     for first, second in combinations(values, 2):
         shared = set(values[first]) & set(values[second])
         if shared:
             rows = sum(value in shared for value in values[second])
-            leaks[f"{first}/{second}"] = {"shared": len(shared), "rows": rows, "first": sorted(shared)[:keep]}
+            leaks[f"{first}/{second}"] = {
+                "shared": len(shared),
+                "rows": rows,
+                "first": sorted(map(str, shared))[:keep],
+            }
     if leaks and on_leak == "error":
         parts = []
         for pair, leak in leaks.items():

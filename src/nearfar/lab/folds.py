@@ -110,7 +110,9 @@ def _pooled(estimates: Sequence[Estimate]) -> Estimate:
     """One estimate for all folds, each item counted once; its interval is the widest, and its gallery a range."""
     weight = np.array([estimate.n for estimate in estimates], float) / sum(e.n for e in estimates)
     galleries = sorted({e.protocol["gallery"] for e in estimates if "gallery" in e.protocol})
-    protocol = dict(estimates[0].protocol) | {"split": split_hash(e.protocol.get("split") for e in estimates)}
+    protocol = dict(estimates[0].protocol) | {
+        "split": split_hash(str(e.protocol.get("split")) for e in estimates)
+    }
     if galleries:
         protocol["gallery"] = galleries[0] if len(galleries) == 1 else f"{galleries[0]}–{galleries[-1]}"
     return Estimate(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -48,6 +50,10 @@ class CrossBatchMemory(nn.Module):
 
     def __init__(self, size: int, dim: int, ids: bool = False) -> None:
         super().__init__()
+        try:
+            size, dim = operator.index(size), operator.index(dim)  # Python's own numbers, whatever came in
+        except TypeError:
+            raise NearfarError(f"size={size!r}, dim={dim!r}: a memory counts in whole numbers") from None
         if size < 1 or dim < 1:
             raise NearfarError(
                 f"size={size}, dim={dim}: a memory has at least one row of at least one number"

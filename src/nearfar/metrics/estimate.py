@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nearfar.errors import NearfarError
+from nearfar.ids import plain_ids
 
 __all__ = ["Estimate", "comparable", "split_hash"]
 
@@ -139,12 +140,15 @@ def comparable(a: Estimate, b: Estimate) -> str | None:
 def split_hash(ids: Iterable[object]) -> str:
     """Sixteen hexadecimal digits that identify a set of item ids, in whatever order they come.
 
+    Equal ids in another container or integer width are equal, 1 and "1" are not (`nearfar.ids`). An id that comes
+    twice counts twice. Raises ``NearfarError`` for a missing id, and for anything that is no collection of ids.
+
     >>> split_hash(["b", "a"]) == split_hash(["a", "b"])
     True
     """
     # repr tells 1 from "1"; the length prefix keeps ("ab", "c") apart from ("a", "bc").
     digest = hashlib.sha256()
-    for text in sorted(repr(item) for item in ids):
+    for text in sorted(map(repr, plain_ids(ids))):
         digest.update(f"{len(text)}:{text}".encode())
     return digest.hexdigest()[:16]
 

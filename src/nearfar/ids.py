@@ -1,0 +1,158 @@
+"""Ids of items in one canonical form, so that equal ids are equal wherever they are compared or hashed.
+
+An id is a whole number, a text, or a tuple of such. The container (list, tuple, NumPy array, pandas Series or
+Index, torch tensor) and the width of a number or of a text never matter; bytes are text in UTF-8, paths, UUIDs and
+dates are their text, and a whole number that a table stored as floating point is that whole number. ``1`` and
+``"1"`` are different ids everywhere. A missing id (None, NaN, NaT, pandas' NA) is an error: it names no item.
+Ids may repeat; what needs distinct ones says so.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping, Set
+from datetime import date
+from decimal import Decimal
+from typing import Any
+from uuid import UUID
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nearfar.errors import NearfarError
+
+__all__ = ["canonical_ids", "first_difference", "kind_of", "plain_ids"]
+
+_ADVICE = "give one id per item: a list, an array, a pandas Series or a tensor of whole numbers or texts"
+
+
+def canonical_ids(ids: Any, what: str = "ids") -> NDArray[Any]:
+    """One id per item as an array (n,): int64, text of the least width, or objects where ids are of several kinds.
+
+    Whole numbers beyond int64 come as uint64 or objects. ``what`` names the argument in messages. Raises
+    ``NearfarError`` for anything that is no flat collection in an order (a single text, a table, a set, ragged
+    lists), and for a missing id.
+
+    >>> canonical_ids([1, 2]).dtype == canonical_ids(np.array([1, 2], np.uint8)).dtype
+    True
+    >>> canonical_ids(np.array(["a", "b"], "<U9")).dtype, canonical_ids([b"a", 1]).tolist()
+    (dtype('<U1'), ['a', 1])
+    """
+    if isinstance(ids, (Set, Mapping)) and not hasattr(ids, "mapping"):  # the views of a dict are in order
+        raise NearfarError(f"{what} are a {type(ids).__name__}, which has no order; {_ADVICE}")
+    return _canonical(ids, what)
+
+
+def plain_ids(ids: Any, what: str = "ids") -> list[Any]:
+    """Ids as Python's own numbers and texts; sets and generators too.
+
+    >>> plain_ids(np.array([3, 4], np.int16)), plain_ids(name for name in (np.str_("a"), b"b"))
+    ([3, 4], ['a', 'b'])
+    """
+    values: list[Any] = _canonical(ids, what).tolist()
+    return values
+
+
+def kind_of(ids: NDArray[Any]) -> str:
+    """What canonical ids are, in words."""
+    return {"i": "whole numbers", "u": "whole numbers", "U": "text"}.get(ids.dtype.kind, "of several kinds")
+
+
+def first_difference(left: NDArray[Any], right: NDArray[Any]) -> tuple[int, int]:
+    """At how many places equally long canonical ids differ, and the first of them (-1 where none).
+
+    >>> first_difference(canonical_ids(["a", "b", "c"]), canonical_ids(["a", "c", "b"]))
+    (2, 1)
+    """
+    if left.dtype.kind == right.dtype.kind and left.dtype.kind != "O":
+        bad = np.flatnonzero(left != right)
+    else:
+        pairs = zip(left.tolist(), right.tolist(), strict=True)
+        bad = np.array([at for at, (a, b) in enumerate(pairs) if a != b or type(a) is not type(b)], np.int64)
+    return len(bad), int(bad[0]) if len(bad) else -1
+
+
+def _canonical(ids: Any, what: str) -> NDArray[Any]:
+    values = _flat(ids, what)
+    if isinstance(values, np.ndarray):
+        if values.dtype.kind == "i" or (
+            values.dtype.kind == "u" and not (len(values) and values.max() > np.iinfo(np.int64).max)
+        ):
+            return np.ascontiguousarray(values, np.int64)
+        if values.dtype.kind == "U":
+            return np.array(values.tolist(), dtype=np.str_).reshape(-1)
+        if values.dtype.kind == "M" and not np.isnat(values).any():
+            values = values.astype(str)
+        values = values.tolist()
+    kinds = set(map(type, values))
+    plain = (
+        values if kinds in ({int}, {str}) else [_plain(value, at, what) for at, value in enumerate(values)]
+    )
+    kinds = set(map(type, plain))
+    if kinds == {str}:
+        return np.array(plain, dtype=np.str_)
+    if kinds <= {int}:
+        try:
+            return np.array(plain, np.int64)
+        except OverflowError:
+            pass
+    mixed = np.empty(len(plain), object)
+    for at, value in enumerate(plain):  # a slice would take tuples apart
+        mixed[at] = value
+    return mixed
+
+
+def _flat(ids: Any, what: str) -> NDArray[Any] | list[Any]:
+    """The values in a row: an array (n,), or a list."""
+    if ids is None or isinstance(ids, (str, bytes, Mapping)) or not isinstance(ids, Iterable):
+        shown = repr(ids) if len(repr(ids)) < 60 else f"a {type(ids).__name__}"
+        raise NearfarError(f"{what} are {shown}; {_ADVICE}")
+    if isinstance(ids, (list, tuple, range, Set, Iterator)):
+        return list(ids)
+    if hasattr(ids, "detach"):  # a tensor, which this floor need not import
+        ids = ids.detach().cpu()
+        ids = (ids.double() if ids.is_floating_point() else ids).numpy()
+    elif not isinstance(ids, np.ndarray) and hasattr(ids, "to_pylist"):
+        ids = ids.to_pylist()
+    elif not isinstance(ids, np.ndarray) and hasattr(ids, "to_numpy"):
+        ids = ids.to_numpy()
+    if isinstance(ids, np.ndarray):
+        if ids.ndim != 1:
+            raise NearfarError(f"{what} have shape {ids.shape}; {_ADVICE}")
+        return ids
+    return list(ids)
+
+
+def _plain(value: Any, at: int, what: str) -> Any:
+    if (
+        hasattr(value, "item") and getattr(value, "shape", None) == ()
+    ):  # NumPy's scalars, 0-d arrays and tensors
+        value = str(value) if isinstance(value, np.datetime64) and value == value else value.item()
+    if value is None or type(value).__name__ in ("NAType", "NaTType"):
+        raise NearfarError(
+            f"{what}: item {at} has none ({value!r}); an id that is missing names no item. Give it one, or leave "
+            "the item out"
+        )
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, str):
+        return str(value)
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            raise NearfarError(f"{what}: item {at} is {value!r}, which is no text in UTF-8") from None
+    if isinstance(value, float):
+        if math.isnan(value):
+            return _plain(None, at, what)
+        return int(value) if value.is_integer() else float(value)
+    if isinstance(value, tuple):
+        return tuple(_plain(part, at, what) for part in value)
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, (UUID, date, Decimal)):
+        return str(value)
+    raise NearfarError(f"{what}: item {at} is a {type(value).__name__}; {_ADVICE}")
