@@ -157,9 +157,6 @@ def _read_each(
 ) -> tuple[NDArray[np.float64], NDArray[np.uint8]]:
     found = np.full(len(values), np.nan)
     cells = np.zeros(len(values), np.uint8)
-    texts = any(
-        isinstance(value, str) for value in values
-    )  # among which a loss that is NaN is a text as well
     for at, value in enumerate(values):
         if value is None:
             cells[at] = Cell.NULL
