@@ -23,6 +23,7 @@ FLOORS = [
     {"functional"},
     {"contrast"},
     {"schedules", "labels", "configs", "terminal"},
+    {"arguments"},
     {"errors"},
 ]
 LEVEL = {name: level for level, floor in enumerate(FLOORS) for name in floor}
