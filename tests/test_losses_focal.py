@@ -304,7 +304,7 @@ def test_the_module_equals_the_function_and_can_be_copied():
         (lambda: FocalLoss(alpha=torch.ones(2, 4))(*batch(5, 3)), r"\(A, C\)"),
         (lambda: focal_loss(torch.ones(3, 2), torch.zeros(3, 1).long()), "without the last axis"),
         (lambda: focal_loss(torch.ones(3, 1), torch.zeros(3).long()), "at least two classes"),
-        (lambda: focal_loss(torch.ones(3, 2), torch.zeros(3)), "integer classes"),
+        (lambda: focal_loss(torch.ones(3, 2), torch.full((3,), 0.5)), "no class: whole numbers"),
         (lambda: focal_loss(torch.ones(3, 2), torch.zeros(3).bool()), "integer classes"),
         (lambda: focal_loss(torch.ones(3, 2).long(), torch.zeros(3).long()), "floating logits"),
         (lambda: focal_loss(torch.ones(3, 2), torch.tensor([0, 1, 2])), "label 2 of row 2 is no class"),
