@@ -308,7 +308,7 @@ def test_the_module_equals_the_function_and_can_be_copied():
         (lambda: focal_loss(torch.ones(3, 2), torch.zeros(3).bool()), "integer classes"),
         (lambda: focal_loss(torch.ones(3, 2).long(), torch.zeros(3).long()), "floating logits"),
         (lambda: focal_loss(torch.ones(3, 2), torch.tensor([0, 1, 2])), "label 2 of row 2 is no class"),
-        (lambda: focal_loss(torch.ones(2, 2, 2), torch.tensor([[0, 1], [0, -1]])), "row 1, position 1"),
+        (lambda: focal_loss(torch.ones(2, 2, 2), torch.tensor([[0, 1], [0, -2]])), "row 1, position 1"),
         (lambda: focal_loss(torch.tensor([[0.0, 1.0], [math.nan, 0.0]]), torch.tensor([0, 1])), "row 1"),
         (lambda: focal_loss(torch.tensor([[0.0, -math.inf]]), torch.tensor([0])), "row 0"),
         (lambda: focal_alpha([3, 0, 5]), "class 1 has count 0"),

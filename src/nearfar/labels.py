@@ -198,6 +198,10 @@ def missing_labels(labels: Tensor) -> Bool[Tensor, " n"]:
     >>> missing_labels(torch.tensor([0, -1, 3]))
     tensor([False,  True, False])
     """
+    if not isinstance(labels, Tensor):
+        raise NearfarError(
+            f"labels is a {type(labels).__name__}; pass a tensor, such as that of label_tensor(labels)"
+        )
     missing = labels == MISSING
     return missing | labels.isnan() if labels.is_floating_point() else missing
 
@@ -215,6 +219,8 @@ def apart(labels: Int[Tensor, " n"], first: int = 0) -> Int[Tensor, " n"]:
             [1, 0, 0, 1]], dtype=torch.int32)
     """
     labels = whole_labels(labels)
+    if labels.ndim != 1:
+        raise NearfarError(f"labels have shape {tuple(labels.shape)}; one for each row is needed")
     return torch.where(labels == MISSING, _own_classes(len(labels), first, labels.device), labels)
 
 

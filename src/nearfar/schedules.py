@@ -215,7 +215,9 @@ def learning_rate_factor(
     def factor(step: float, total: float) -> float:
         step, total = number("step", step), number("total", total)
         if total < 1 or step < 0:
-            raise NearfarError(f"step {step} of {total}: steps count from 0, and a run has at least one")
+            raise NearfarError(
+                f"step is {step:g} and total {total:g}: steps count from 0, and a run has at least one"
+            )
         rising = math.ceil(warmup * total)
         if step < rising:
             return (step + 1) / rising
@@ -245,7 +247,7 @@ def _read(spec: Any) -> Schedule:
         fields = {str(key): value for key, value in spec.items()}
         kind = str(fields.pop("kind", ""))
         if kind not in _KINDS:
-            raise NearfarError(f"a schedule's kind is {kind!r}: {nearest_name(kind, _KINDS)}")
+            raise NearfarError(f"spec: a schedule's kind is {kind!r}: {nearest_name(kind, _KINDS)}")
         try:
             return _KINDS[kind](**fields)
         except TypeError as error:
@@ -296,7 +298,11 @@ def _number(value: Any, name: str) -> float:
 
 
 def _listed(name: str, values: Any, what: str) -> list[Any]:
-    if isinstance(values, (str, bytes, Mapping, set)) or not isinstance(values, Iterable):
+    if (
+        isinstance(values, (str, bytes, Mapping, set))
+        or not isinstance(values, Iterable)
+        or getattr(values, "ndim", 1) == 0
+    ):
         raise NearfarError(f"{name} is {shown(values)}; a list of {what} is needed")
     return list(values)
 

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from nearfar.arguments import flag, shown
 from nearfar.batching.base import BatchSampler, digest
 from nearfar.batching.layout import Layout, Plan, whole
 from nearfar.errors import NearfarError
@@ -63,13 +64,17 @@ class BalancedBatchSampler(BatchSampler):
         ids: Sequence[Any] | NDArray[Any] | None = None,
     ) -> None:
         code, self.classes = label_codes(labels)
+        flag("drop_last", drop_last)
+        if ids is not None:
+            try:
+                np.asarray(ids)
+            except (TypeError, ValueError):
+                raise NearfarError(f"ids are {shown(ids)}; one id for each item is needed") from None
         super().__init__(
             len(code), batch_size, seed=seed, drop_last=drop_last, rank=rank, world_size=world_size, ids=ids
         )
         self.samples_per_class = whole("samples_per_class", samples_per_class, 1)
-        if not isinstance(repeat, bool | np.bool_):
-            raise NearfarError(f"repeat is {repeat!r}; it is True or False")
-        self.repeat = bool(repeat)
+        self.repeat = flag("repeat", repeat)
         self.unlabelled = int((code < 0).sum())
         if self.unlabelled:
             if self.unlabelled == len(code):

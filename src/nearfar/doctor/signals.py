@@ -37,15 +37,18 @@ class Signals:
     def __init__(
         self, records: Iterable[Mapping[str, Any]], context: Mapping[str, Any] | None = None
     ) -> None:
+        if isinstance(records, (str, bytes, Mapping)) or not is_series(records):
+            raise NearfarError(
+                f"records is {type(records).__name__}; a list of mappings of fields to numbers is needed. "
+                "Signals.of takes folders, tables and mappings of series"
+            )
+        _check_context(context)
         self._take(read_records(records), context, null_is_nan=True)
 
     @classmethod
     def of(cls, source: Any, context: Mapping[str, Any] | None = None) -> Signals:
         """From any of the forms that ``diagnose`` takes."""
-        if context is not None and not isinstance(context, Mapping):
-            raise NearfarError(
-                f"context is {type(context).__name__}; a mapping such as {{'batch_size': 64}} is needed"
-            )
+        _check_context(context)
         if isinstance(source, Signals):
             return source.knowing(context)
         if hasattr(source, "__fspath__") or isinstance(source, str):
@@ -220,6 +223,13 @@ class Signals:
         beside = np.full(len(self._steps), other.mean())
         beside[other.rows] = other.numbers
         return first.having(combine(first.numbers, beside[first.rows]))
+
+
+def _check_context(context: Any) -> None:
+    if context is not None and not isinstance(context, Mapping):
+        raise NearfarError(
+            f"context is {type(context).__name__}; a mapping such as {{'batch_size': 64}} is needed"
+        )
 
 
 def _placed(log: Columns, name: str) -> NDArray[np.float64]:

@@ -97,6 +97,8 @@ def check_part(rows: Any, tile: Any = None) -> None:
         if not isinstance(tile, (tuple, list)) or len(tile) != 2:
             raise NearfarError(f"tile is {shown(tile)}; two sizes are needed, (rows, columns)")
         for size in tile:
+            if not hasattr(size, "__index__"):
+                raise NearfarError(f"tile is {shown(tile)}; two whole numbers are needed, (rows, columns)")
             whole_number("tile", size, 1)
 
 
@@ -163,7 +165,8 @@ def extras_of(
             raise NearfarError("negatives_mask leaves out further negatives, but negatives were not given")
         return []
     rows = _pair("negatives", negatives)
-    if masks is not None and not isinstance(masks, (tuple, list)) and None not in rows:
+    check_tensors(negatives=next((part for part in rows if part is not None), torch.empty(0)))
+    if masks is not None and not isinstance(masks, (tuple, list)) and all(part is not None for part in rows):
         raise NearfarError(
             "two sets of further negatives were given and one negatives_mask; pass a pair of masks, None for none"
         )
@@ -181,7 +184,9 @@ def extras_of(
             continue
         check_tensors(negatives=keys)
         if keys.ndim not in (2, 3):
-            raise NearfarError(f"negatives are {tuple(keys.shape)}; a matrix of rows (q, d), or (n, k, d), is needed")
+            raise NearfarError(
+                f"negatives are {tuple(keys.shape)}; a matrix of rows (q, d), or (n, k, d), is needed"
+            )
         flat = keys.reshape(-1, keys.shape[-1]) if keys.ndim == 3 else keys
         flat = embeddings(flat, "negatives", normalize, ready.a.dtype)
         if flat.shape[1] != ready.a.shape[1] or (keys.ndim == 3 and len(keys) != len(ready.a)):

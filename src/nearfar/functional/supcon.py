@@ -118,7 +118,8 @@ def supcon_step(
     factor = 1.0 / check_temperature(temperature)
     check_words(sum=sum, denominator=denominator, reduction=reduction)
     check_flags(normalize=normalize, own_pair=own_pair, in_batch=in_batch)
-    check_matrices(z=z, **({} if other is None else {"other": other}))
+    views = {"z": z, "other": other, "memory": memory}
+    check_matrices(**{name: view for name, view in views.items() if view is not None or name == "z"})
     check_part(rows, tile)
     if labels is not None:
         labels = _labels(labels, len(z), "labels", "z")

@@ -190,22 +190,25 @@ class Objective(nn.Module):
             raise NearfarError(f"values is {shown(values)}; a mapping of names to 0-d tensors is needed")
         for name in values:
             if name not in self.terms:
-                raise NearfarError(f"there is no term {name!r}: {nearest_name(str(name), self.terms)}")
+                raise NearfarError(
+                    f"values: there is no term {name!r}: {nearest_name(str(name), self.terms)}"
+                )
         for name, weight in weights.items():
             if name not in values and (weight != 0.0 or not values):
                 raise NearfarError(
-                    f"the value of term {name!r} (weight {weight:g}) is missing; given: {', '.join(values) or 'none'}"
+                    f"values: the value of term {name!r} (weight {weight:g}) is missing; given: "
+                    f"{', '.join(values) or 'none'}"
                 )
         for name, value in values.items():
             if not isinstance(value, Tensor) or value.ndim != 0 or not value.is_floating_point():
                 what = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else shown(value)
                 raise NearfarError(
-                    f"the value of term {name!r} is {what}; a 0-d floating tensor is needed (.mean())"
+                    f"values: the value of term {name!r} is {what}; a 0-d floating tensor is needed (.mean())"
                 )
             if value.device.type == "cpu" and not bool(value.detach().isfinite()):
                 raise NearfarError(
-                    f"the value of term {name!r} is {value.item()}; the step must not be taken. Look at what went into "
-                    "this loss, and at the learning rate"
+                    f"values: the value of term {name!r} is {value.item()}; the step must not be taken. Look at what "
+                    "went into this loss, and at the learning rate"
                 )
 
     def extra_repr(self) -> str:
