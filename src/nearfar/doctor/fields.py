@@ -36,6 +36,7 @@ FIELDS: dict[str, dict[str, str]] = {
         "anchors": "rows that a loss by score takes as anchors",
         "positives": "rows that it takes as positives",
         "middle_share": "share of rows that it takes as neither",
+        "scores_missing": "rows that have no score",
         "score_gap": "mean score of its positives less that of its anchors",
         "memory_age": "mean age of a memory's rows, in steps",
         "duplicate_keys": "share of rows with an equal other row that is not masked",
