@@ -150,7 +150,10 @@ def _cells(column: Any) -> Any:
     if isinstance(column, np.ndarray) and type(column) is np.ndarray and column.ndim == 1:
         return column
     if _of_pandas(column):
-        # Columns of nullable types say which cells are empty only one by one.
+        if not isinstance(column.dtype, np.dtype) and getattr(column.dtype, "kind", "O") in "fiub":
+            return np.ma.masked_array(
+                column.to_numpy(float, na_value=np.nan), np.asarray(column.isna(), bool)
+            )
         array = column.to_numpy() if isinstance(column.dtype, np.dtype) else None
         if array is not None and array.dtype.kind in "fiub":
             return array

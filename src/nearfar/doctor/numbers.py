@@ -146,9 +146,15 @@ def read_cells(
         except OverflowError:
             return _read_each(values, name, where, known)
     cells = np.full(len(found), Cell.NUMBER, np.uint8)
+    if isinstance(found, np.ma.MaskedArray):
+        found, empty = found.filled(np.nan), np.ma.getmaskarray(found)
+    else:
+        empty = None
     if not np.isfinite(found).all():
         cells[np.isnan(found)] = Cell.NAN
         cells[np.isinf(found)] = Cell.WRITTEN_NAN
+    if empty is not None:
+        cells[empty] = Cell.EMPTY
     return found, cells
 
 
@@ -162,7 +168,9 @@ def _read_each(
             cells[at] = Cell.NULL
             continue
         try:
-            read = number(value, name, where(at))
+            read = _plain_number(value)
+            if read is None:
+                read = number(value, name, where(at))
         except NearfarError:
             if known:
                 raise
@@ -175,6 +183,16 @@ def _read_each(
         else:
             cells[at] = Cell.WRITTEN_NAN if isinstance(value, str) or math.isinf(read) else Cell.NAN
     return found, cells
+
+
+def _plain_number(value: Any) -> float | None:
+    """The number of a text that is plainly one, as nearly every cell of a CSV file; None for anything else."""
+    if type(value) is not str or "_" in value:
+        return None
+    try:
+        return float(value)
+    except ValueError:
+        return None
 
 
 def numbers(values: Sequence[Any], name: str, where: str) -> tuple[float, ...]:

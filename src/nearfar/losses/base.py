@@ -39,24 +39,29 @@ class ContrastiveLoss(nn.Module):
         value = super().__call__(*args, **kwargs)
         if self._masked and not self._looked and isinstance(value, Tensor) and value.device.type == "cpu":
             self._looked = True  # once; later, and on a device, whoever reads the record hears of it
-            _ = self.record
+            self._warn_of(self._read(), 3)
         return value
 
     @property
     def record(self) -> Record | None:
-        if self._step is None:
-            return None
-        found = Record.of(self._step, **self._extra())
-        if self._masked and found.rows_without_negatives and not self._warned:
+        found = self._read()
+        self._warn_of(found, 3)
+        return found
+
+    def _read(self) -> Record | None:
+        return None if self._step is None else Record.of(self._step, **self._extra())
+
+    def _warn_of(self, found: Record | None, level: int) -> None:
+        """Say once that a mask leaves rows without a negative."""
+        if self._masked and found is not None and found.rows_without_negatives and not self._warned:
             self._warned = True
             warnings.warn(
                 f"mask leaves {found.rows_without_negatives:g} rows of a batch no negative: their loss says nothing, "
                 "and nothing is learned from them. Leave out fewer pairs (a higher threshold), or take larger or more "
                 "varied batches; record.rows_without_negatives counts such rows in every step",
                 NoNegativesWarning,
-                stacklevel=3,
+                stacklevel=level,
             )
-        return found
 
     def _extra(self) -> dict[str, float]:
         """Numbers of this loss alone."""
