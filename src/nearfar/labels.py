@@ -39,6 +39,8 @@ def is_missing(label: Any) -> bool:
         return label.strip() in _TEXTS
     if type(label).__name__ in _TYPES:
         return True
+    if type(label).__name__ == "Decimal":
+        return bool(label.is_nan() or label == MISSING)
     if isinstance(label, np.datetime64 | np.timedelta64):
         return bool(np.isnat(label))
     return (

@@ -293,7 +293,7 @@ def read_records(records: Iterable[Any]) -> Columns:
                 place = cells[name] = ([], [])
             place[0].append(row)
             place[1].append(value)
-        if record.get("estimates"):
+        if "estimates" in record:
             estimates |= _mapping(record["estimates"], "estimates", _where(row))
     for at, value in zip(*cells.get("val", ((), ())), strict=True):
         for name, metric in _mapping(value, "val", _where(at)).items():
