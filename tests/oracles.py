@@ -169,7 +169,7 @@ def record(
     least = math.inf
     for direction in directions:
         numbers: dict[str, list[float]] = {name: [] for name in ("c", "n", "p", "h", "u", "f")}
-        without = 0.0
+        without = alone = 0.0
         # A positive's probability is one among all, also where the loss leaves it out.
         every = losses(direction, "own" if denominator == "own" else "all")
         for i, loss in list(enumerate(every))[rows or slice(None)]:
@@ -180,6 +180,8 @@ def record(
             push = torch.softmax(direction.scores[i].detach()[rest], 0)
             if len(push):
                 numbers["h"].append(push.max().item())
+            else:
+                alone += 1.0
             if loss is None:
                 without += 1.0
                 continue
@@ -202,7 +204,7 @@ def record(
                 numbers["f"].append(-sum(q * math.log(q) for q in share))
         least = min(least, *numbers["n"])
         means = {name: sum(values) / max(1, len(values)) for name, values in numbers.items()}
-        for name, value in (means | {"without": without}).items():
+        for name, value in (means | {"without": without, "alone": alone}).items():
             columns.setdefault(name, []).append(value)
     average = {name: sum(values) / len(values) for name, values in columns.items()}
     return {
@@ -210,6 +212,7 @@ def record(
         "positives_per_row": average["n"],
         "positives_min": least,
         "rows_without_positives": average["without"],
+        "rows_without_negatives": average["alone"],
         "p_positive": average["p"],
         "hardest_share": average["h"],
         "uniform_level": average["u"],

@@ -22,7 +22,8 @@ FLOORS = [
     {"losses"},
     {"functional"},
     {"contrast"},
-    {"schedules", "configs", "terminal", "ids"},
+    {"schedules", "labels", "configs", "terminal", "ids"},
+    {"arguments"},
     {"errors"},
 ]
 LEVEL = {name: level for level, floor in enumerate(FLOORS) for name in floor}

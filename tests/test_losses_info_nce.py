@@ -143,7 +143,9 @@ def test_one_row_has_no_one_to_be_told_apart_from():
     assert value.item() == 0.0
     assert a.grad is not None
     assert (a.grad == 0).all()
-    assert loss.record == Record(1.0, 1.0, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0, pytest.approx(1 / 0.07))
+    assert loss.record == Record(
+        1.0, 1.0, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0, pytest.approx(1 / 0.07), rows_without_negatives=1.0
+    )
 
 
 def test_masked_duplicates_are_as_if_absent():
@@ -189,6 +191,7 @@ def test_record_by_loops(symmetric):
         "positives_per_row": 1.0,
         "positives_min": 1.0,
         "rows_without_positives": 0.0,
+        "rows_without_negatives": sum(count == 1 for count in candidates) / 2,
         "p_positive": mean(positives),
         "hardest_share": mean(hardest),
         "uniform_level": mean([math.log(c) for c in candidates]),

@@ -150,6 +150,7 @@ def test_record_by_loops(kind, middle):
     mean = lambda rows: sum(SCORES[rows].tolist()) / len(rows)  # noqa: E731
     assert found.pop("anchors") == len(anchors) == 4
     assert found.pop("positives") == len(positives)
+    assert found.pop("scores_missing") == 0
     assert found.pop("middle_share") == pytest.approx(len(between) / N)
     assert found.pop("score_gap") == pytest.approx(mean(positives) - mean(anchors), rel=1e-5)
     assert found == pytest.approx(oracles.record(directions, 5.0), rel=1e-6)
@@ -213,7 +214,7 @@ def test_near_convergence_the_gradient_keeps_its_digits():
         (lambda z: adaptive_score_contrastive(z, SCORES[:4]), "one for each"),
         (lambda z: adaptive_score_contrastive(z, SCORES[:, None]), "one for each"),
         (
-            lambda z: adaptive_score_contrastive(z, SCORES.index_fill(0, torch.tensor([3, 6]), math.nan)),
+            lambda z: adaptive_score_contrastive(z, SCORES.index_fill(0, torch.tensor([3, 6]), math.inf)),
             "row 3, 6",
         ),
         (lambda z: adaptive_score_contrastive(z, SCORES.index_fill(0, torch.tensor([3]), math.inf)), "row 3"),

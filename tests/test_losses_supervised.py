@@ -22,8 +22,8 @@ MULTI = torch.tensor(
      [0, 0, 0, 1], [1, 0, 1, 0], [0, 0, 0, 0]]
 )  # fmt: skip
 CODES = torch.tensor(
-    [[0, 0, -1], [0, 1, -1], [-1, -1, 0], [0, 0, 0], [1, 1, 1], [0, 1, -1], [0, -1, -1], [1, 0, -1], [-1, 0, 1],
-     [-1, 1, 0], [0, 0, 0]]
+    [[0, 0, 2], [0, 1, 2], [2, 2, 0], [0, 0, 0], [1, 1, 1], [0, 1, 2], [0, 2, 2], [1, 0, 2], [2, 0, 1],
+     [2, 1, 0], [0, 0, 0]]
 )  # fmt: skip
 TEMPERATURES = [5.0, 0.5, 0.07, 0.01, 0.001]
 
@@ -293,12 +293,12 @@ def test_classes_of_one_and_everybody_in_one_class():
     ("call", "message"),
     [
         (lambda z: supcon(z, LABELS[:4]), "one label for each row"),
-        (lambda z: supcon(z, LABELS.double()), "whole number"),
+        (lambda z: supcon(z, LABELS + 0.5), "whole number"),
         (lambda z: supcon(z, LABELS, sum="between"), "'outside' or 'inside'"),
         (lambda z: supcon(z, LABELS, temperature=0.0), "above 0"),
         (lambda z: supcon(z, LABELS, memory=z), "memory_labels"),
         (lambda z: supcon(z, LABELS, memory=z, memory_labels=LABELS, other=z), "one view"),
-        (lambda z: supcon(z, LABELS, memory=z, memory_labels=LABELS.double()), "whole number"),
+        (lambda z: supcon(z, LABELS, memory=z, memory_labels=LABELS + 0.5), "whole number"),
         (lambda z: supcon(z, LABELS, memory=z[:, :2], memory_labels=LABELS), "same dimensions"),
         (lambda z: supcon(z, LABELS, other=z[:4]), "two views"),
         (lambda z: supcon(z, LABELS, mask=torch.zeros(3, 3, dtype=torch.bool)), "mask is for"),
@@ -306,7 +306,7 @@ def test_classes_of_one_and_everybody_in_one_class():
         (lambda z: multi_label_supcon(z, LABELS), "one row of labels"),
         (lambda z: multi_label_supcon(z, CODES), "multi-hot"),
         (lambda z: multi_label_supcon(z, MULTI, weights="dice"), "'jaccard' or 'legacy'"),
-        (lambda z: multi_label_supcon(z, MULTI * 0.5, weights="legacy"), "codes"),
+        (lambda z: multi_label_supcon(z, MULTI * 0.5, weights="legacy"), "whole numbers"),
         (lambda z: SupConLoss(sum="between"), "'outside' or 'inside'"),
         (lambda z: MultiLabelSupConLoss(weights="dice"), "'jaccard' or 'legacy'"),
         (lambda z: MultiLabelSupConLoss(sum="between")(z, MULTI), "'outside' or 'inside'"),

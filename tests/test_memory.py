@@ -181,7 +181,7 @@ def test_what_cannot_be_pushed(features: torch.Tensor, ids: torch.Tensor | None,
 
 
 def test_misuse() -> None:
-    with pytest.raises(NearfarError, match="size=0"):
+    with pytest.raises(NearfarError, match="size is 0"):
         CrossBatchMemory(0, 3)
     plain = CrossBatchMemory(2, DIM)
     with pytest.raises(NearfarError, match="keeps no ids"):

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
+import torch
+import yaml
 
 from nearfar.errors import NearfarError
 from nearfar.schedules import (
@@ -43,6 +46,21 @@ def test_whole_numbers():
     assert all(isinstance(value, int) for value in values)
     assert table("linear 0 -> 1", 3) == [0, 0.5, 1]
     assert table(2.5, 1, integer=True) == [3]
+
+
+def test_numbers_of_yaml_numpy_and_torch_are_numbers():
+    """YAML 1.1 reads 1e-4 as a text, and OmegaConf hands it on as one."""
+    spec = yaml.safe_load("{kind: linear, start: 1e-4, end: 1.0e-3}")
+    assert isinstance(spec["start"], str)
+    assert table(spec, 2) == [1e-4, 1e-3]
+    assert table("1e-4", 1) == table(np.float64(1e-4), 1) == [1e-4]
+    assert table({"kind": "step", "values": ["1e-4", 2, np.int64(3)]}, 3) == [1e-4, 2, 3]
+    assert table({"kind": "piecewise", "points": [["0", "1e-3"], [2, torch.tensor(3)]]}, 3)[-1] == 3
+    assert table(torch.tensor(0.5), 1) == table(np.array(0.5), 1) == [0.5]
+    assert Constant("1e-4") == Constant(1e-4)
+    assert warmup_hold_cooldown("0", "1e-2", warmup="2", hold=1, cooldown=1)(2) == 0.01
+    assert learning_rate_factor("linear", warmup="1e-1")(9, 100) == 1.0
+    assert Linear(0, 1)(np.int64(1), np.float64(3)) == 0.5
 
 
 @pytest.mark.parametrize("total", [1, 2, 3, 7, 20, 50])
@@ -87,8 +105,23 @@ def test_warmup_hold_cooldown():
         ("0.3 -> x", "'x' is no number"),
         ("0.3 ->", "no number"),
         ("", "no number"),
-        (math.nan, "no number"),
+        (math.nan, "no schedule"),
         (True, "no schedule"),
+        (np.True_, "no schedule"),
+        (math.inf, "no schedule"),
+        ("1 -> inf", "'inf' is no number"),
+        ("nan", "nan"),
+        (float, "no schedule"),
+        ({"kind": "constant", "value": math.nan}, "value is nan"),
+        ({"kind": "constant", "value": True}, "value is True"),
+        ({"kind": "constant", "value": None}, "value is None"),
+        ({"kind": "linear", "start": 0, "end": "x"}, "end is 'x'"),
+        ({"kind": "step", "values": "12"}, "values is '12'"),
+        ({"kind": "step", "values": 3}, "values is 3"),
+        ({"kind": "step", "values": [1, math.inf]}, "values is inf"),
+        ({"kind": "piecewise", "points": [0, 1]}, "points is 0"),
+        ({"kind": "piecewise", "points": [[0, 1, 2]]}, "a pair"),
+        ({"kind": "piecewise", "points": [[0, math.nan]]}, "points is nan"),
         (None, "no schedule"),
         ("linear 0.3", "from one number to another"),
         ("constant 1 -> 2", "one number"),

@@ -1,18 +1,20 @@
 """Values that change over training, as pure functions of the position.
 
 Nothing here counts steps: the same epoch gives the same value, so that a resumed run continues where it was
-and a table of the whole run can be printed before it starts.
+and a table of the whole run can be printed before it starts. Numbers are finite; they may be NumPy's or a 0-d
+tensor's, and texts, since YAML reads 1e-4 as one.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Protocol
 
+from nearfar.arguments import choice, flag, number, shown
 from nearfar.errors import NearfarError, nearest_name
 
 __all__ = [
@@ -43,6 +45,9 @@ class Constant:
 
     value: float
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "value", _number(self.value, "value"))
+
     def __call__(self, epoch: float, total: float | None = None) -> float:
         _check_position(epoch, total)
         return self.value
@@ -58,6 +63,10 @@ class Linear:
 
     start: float
     end: float
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "start", _number(self.start, "start"))
+        object.__setattr__(self, "end", _number(self.end, "end"))
 
     def __call__(self, epoch: float, total: float | None = None) -> float:
         last = _check_position(epoch, total, needs_total="linear") - 1
@@ -77,8 +86,10 @@ class Step:
     values: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        if not self.values:
+        values = tuple(_number(value, "values") for value in _listed("values", self.values, "numbers"))
+        if not values:
             raise NearfarError("a step schedule has no values; give at least one")
+        object.__setattr__(self, "values", values)
 
     def __call__(self, epoch: float, total: float | None = None) -> float:
         length = _check_position(epoch, total, needs_total="step")
@@ -102,10 +113,8 @@ class Piecewise:
     interpolation: str = "linear"
 
     def __post_init__(self) -> None:
-        if self.interpolation not in ("linear", "step"):
-            hint = nearest_name(self.interpolation, ["linear", "step"])
-            raise NearfarError(f"interpolation is {self.interpolation!r}: {hint}")
-        points = tuple((float(at), float(value)) for at, value in self.points)
+        choice("interpolation", self.interpolation, ["linear", "step"])
+        points = tuple(_point(point) for point in _listed("points", self.points, "pairs (epoch, value)"))
         if not points:
             raise NearfarError("a piecewise schedule has no points; give pairs (epoch, value)")
         if any(after[0] <= before[0] for before, after in pairwise(points)):
@@ -118,6 +127,7 @@ class Piecewise:
         if not before:
             return self.points[0][1]
         at, value = before[-1]
+        epoch = float(epoch)
         if self.interpolation == "step" or len(before) == len(self.points):
             return value
         next_at, next_value = self.points[len(before)]
@@ -132,7 +142,7 @@ class _Whole:
     inner: Schedule
 
     def __call__(self, epoch: float, total: float | None = None) -> int:
-        return math.floor(self.inner(epoch, total) + 0.5)
+        return math.floor(number("the value of the schedule", self.inner(epoch, total)) + 0.5)
 
 
 def warmup_hold_cooldown(
@@ -144,6 +154,9 @@ def warmup_hold_cooldown(
     >>> curve(1), curve(4), curve(7.5), curve(10)
     (0.5, 1.0, 0.5, 0.0)
     """
+    low, high = _number(low, "low"), _number(high, "high")
+    warmup, hold = _number(warmup, "warmup"), _number(hold, "hold")
+    cooldown = _number(cooldown, "cooldown")
     if min(warmup, hold, cooldown) < 0:
         raise NearfarError(
             f"warmup={warmup}, hold={hold} and cooldown={cooldown} are lengths and cannot be negative"
@@ -178,7 +191,7 @@ def schedule(spec: Any, *, integer: bool = False) -> Schedule:
     nearfar.errors.NearfarError: schedule 'liner 0.3 -> 0.8': 'liner' is no kind, did you mean 'linear'?
     """
     built = _read(spec)
-    return _Whole(built) if integer else built
+    return _Whole(built) if flag("integer", integer) else built
 
 
 def learning_rate_factor(
@@ -193,15 +206,18 @@ def learning_rate_factor(
     >>> [round(factor(step, 100), 3) for step in (0, 9, 10, 55, 100)]
     [0.1, 1.0, 1.0, 0.5, 0.0]
     """
-    if name not in _DECAYS:
-        raise NearfarError(f"learning-rate schedule is {name!r}: {nearest_name(name, _DECAYS)}")
+    choice("the name of the learning-rate schedule", name, _DECAYS)
+    warmup, final = _number(warmup, "warmup"), _number(final, "final")
     if not 0.0 <= warmup < 1.0:
         raise NearfarError(f"warmup is {warmup}, but it is a share of the steps from 0 to below 1")
     decay = _DECAYS[name]
 
-    def factor(step: int, total: int) -> float:
+    def factor(step: float, total: float) -> float:
+        step, total = number("step", step), number("total", total)
         if total < 1 or step < 0:
-            raise NearfarError(f"step {step} of {total}: steps count from 0, and a run has at least one")
+            raise NearfarError(
+                f"step is {step:g} and total {total:g}: steps count from 0, and a run has at least one"
+            )
         rising = math.ceil(warmup * total)
         if step < rising:
             return (step + 1) / rising
@@ -219,30 +235,34 @@ _DECAYS: dict[str, Callable[[float], float]] = {
 _KINDS: dict[str, Callable[..., Schedule]] = {
     "constant": Constant,
     "linear": Linear,
-    "step": lambda values: Step(tuple(_number(value, values) for value in values)),
+    "step": Step,
     "piecewise": Piecewise,
 }
 
 
 def _read(spec: Any) -> Schedule:
-    if isinstance(spec, bool):
-        raise NearfarError(f"{spec!r} is no schedule; give a number, such as 0.5, or '0.3 -> 0.6 -> 0.8'")
-    if isinstance(spec, int | float):
-        return Constant(_number(spec, spec))
     if isinstance(spec, str):
         return _read_text(spec)
     if isinstance(spec, Mapping):
         fields = {str(key): value for key, value in spec.items()}
         kind = str(fields.pop("kind", ""))
         if kind not in _KINDS:
-            raise NearfarError(f"a schedule's kind is {kind!r}: {nearest_name(kind, _KINDS)}")
+            raise NearfarError(f"spec: a schedule's kind is {kind!r}: {nearest_name(kind, _KINDS)}")
         try:
             return _KINDS[kind](**fields)
         except TypeError as error:
-            raise NearfarError(f"the {kind} schedule does not take {fields}: {error}") from error
-    if callable(spec):
+            raise NearfarError(f"the {kind} schedule does not take {shown(fields)}: {error}") from error
+        except NearfarError as error:
+            raise NearfarError(f"the {kind} schedule: {error}") from None
+    if callable(spec) and not isinstance(spec, type):
         return spec
-    raise NearfarError(f"{spec!r} is no schedule; give a number, '0.3 -> 0.6 -> 0.8', or a mapping with kind")
+    try:
+        return Constant(number("spec", spec))
+    except NearfarError:
+        raise NearfarError(
+            f"spec is {shown(spec)}, which is no schedule; give a finite number, such as 0.5, '0.3 -> 0.6 -> 0.8', or "
+            "a mapping with kind"
+        ) from None
 
 
 def _read_text(text: str) -> Schedule:
@@ -251,7 +271,7 @@ def _read_text(text: str) -> Schedule:
     if word is not None and word not in ("constant", "linear", "step"):
         hint = nearest_name(word, ["constant", "linear", "step"])
         raise NearfarError(f"schedule {text!r}: {word!r} is no kind, {hint}")
-    values = tuple(_number(part.strip(), text) for part in re.split(r"->|→", numbers))
+    values = tuple(_of_text(part.strip(), text) for part in re.split(r"->|→", numbers))
     if word == "linear":
         if len(values) != 2:
             raise NearfarError(
@@ -263,23 +283,47 @@ def _read_text(text: str) -> Schedule:
     return Step(values) if len(values) > 1 else Constant(values[0])
 
 
-def _number(value: Any, of: Any) -> float:
+def _of_text(part: str, text: str) -> float:
     try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise NearfarError(f"schedule {of!r}: {value!r} is no number; write for example '0.3 -> 0.6 -> 0.8'")
-    return number
+        return number("", part, text=True)
+    except NearfarError:
+        raise NearfarError(
+            f"schedule {text!r}: {part!r} is no number that is finite; write for example '0.3 -> 0.6 -> 0.8'"
+        ) from None
+
+
+def _number(value: Any, name: str) -> float:
+    """A finite number, as a text too: YAML 1.1 reads 1e-4 as one."""
+    return number(name, value, text=True)
+
+
+def _listed(name: str, values: Any, what: str) -> list[Any]:
+    if (
+        isinstance(values, (str, bytes, Mapping, set))
+        or not isinstance(values, Iterable)
+        or getattr(values, "ndim", 1) == 0
+    ):
+        raise NearfarError(f"{name} is {shown(values)}; a list of {what} is needed")
+    return list(values)
+
+
+def _point(point: Any) -> tuple[float, float]:
+    pair = _listed("points", point, "pairs (epoch, value)")
+    if len(pair) != 2:
+        raise NearfarError(f"points hold {shown(point)}; each is a pair (epoch, value)")
+    return _number(pair[0], "the epoch of one of the points"), _number(
+        pair[1], "the value of one of the points"
+    )
 
 
 def _check_position(epoch: float, total: float | None, needs_total: str | None = None) -> float:
-    if not epoch >= 0:
+    if not number("epoch", epoch) >= 0:
         raise NearfarError(f"a schedule starts at epoch 0, but was asked for epoch {epoch}")
-    if total is not None and not total > 0:
-        raise NearfarError(f"the total is {total} epochs, but a run has more than 0")
     if total is None:
         if needs_total is not None:
             raise NearfarError(f"a {needs_total} schedule needs the length of the run; call it with total=")
         return math.inf
-    return total
+    length = number("total", total)
+    if not length > 0:
+        raise NearfarError(f"the total is {total} epochs, but a run has more than 0")
+    return length

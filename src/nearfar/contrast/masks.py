@@ -12,8 +12,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from nearfar.arguments import number
 from nearfar.contrast.normalize import unit_rows
 from nearfar.errors import NearfarError
+from nearfar.labels import apart, whole_labels
 
 __all__ = [
     "DenseMask",
@@ -70,10 +72,10 @@ class DenseMask:
 
     symmetric = False  # may be so, but looking costs more than it saves
 
-    def __init__(self, matrix: Bool[Tensor, "n m"]) -> None:
+    def __init__(self, matrix: Bool[Tensor, "n m"], name: str = "mask") -> None:
         if matrix.ndim != 2 or matrix.dtype != torch.bool:
             raise NearfarError(
-                f"mask is {tuple(matrix.shape)} {matrix.dtype}; it takes a Boolean matrix (queries, keys), true "
+                f"{name} is {tuple(matrix.shape)} {matrix.dtype}; it takes a Boolean matrix (queries, keys), true "
                 "where a pair is left out"
             )
         self.shape, self._matrix = (matrix.shape[0], matrix.shape[1]), matrix
@@ -90,18 +92,22 @@ class DenseMask:
 class DuplicateMask:
     """Leaves out pairs of equal labels, such as the ids of their texts; ``key_labels`` if the keys have others.
 
+    A missing label (−1, NaN) is equal to no other, so that its row stays a negative.
+
     >>> DuplicateMask(torch.tensor([7, 3, 7])).tile(slice(0, 1), slice(0, 3))
     tensor([[ True, False,  True]])
     """
 
     def __init__(self, labels: Int[Tensor, " n"], key_labels: Int[Tensor, " m"] | None = None) -> None:
         key_labels = labels if key_labels is None else key_labels
-        for found in (labels, key_labels):
+        given = {"labels": whole_labels(labels), "key_labels": whole_labels(key_labels, "key_labels")}
+        for name, found in given.items():
             if found.ndim != 1:
-                raise NearfarError(f"labels have shape {tuple(found.shape)}; the mask takes one for each row")
+                raise NearfarError(f"{name} have shape {tuple(found.shape)}; the mask takes one for each row")
         self.shape = (len(labels), len(key_labels))
-        self._labels, self._key_labels = labels, key_labels
         self.symmetric = key_labels is labels
+        self._labels = apart(given["labels"])
+        self._key_labels = self._labels if self.symmetric else apart(given["key_labels"], len(labels))
 
     def tile(self, rows: slice, columns: slice) -> Bool[Tensor, "r c"]:
         return self._labels[rows, None] == self._key_labels[None, columns]
@@ -122,11 +128,14 @@ class SimilarityMask:
     symmetric = True
 
     def __init__(self, reference: Float[Tensor, "n d"], threshold: float = 0.95) -> None:
-        if reference.ndim != 2:
-            raise NearfarError(
-                f"text embeddings have shape {tuple(reference.shape)}; the mask takes (rows, dimensions)"
+        if not isinstance(reference, Tensor) or reference.ndim != 2 or reference.is_complex():
+            what = (
+                tuple(reference.shape) if isinstance(reference, Tensor) else f"a {type(reference).__name__}"
             )
-        if not -1.0 <= threshold <= 1.0:
+            raise NearfarError(
+                f"reference, the text embeddings, is {what}; the mask takes a tensor (rows, dimensions)"
+            )
+        if not -1.0 <= number("threshold", threshold) <= 1.0:
             raise NearfarError(f"threshold is {threshold}, but it is a cosine: -1 to 1, usually 0.9 to 0.99")
         self.shape, self._threshold = (len(reference), len(reference)), threshold
         wide = torch.promote_types(reference.dtype, torch.float32)
@@ -156,6 +165,20 @@ class IndexMask:
     symmetric = True
 
     def __init__(self, index: Int[Tensor, "n k"]) -> None:
+        if (
+            not isinstance(index, Tensor)
+            or index.ndim != 2
+            or index.is_floating_point()
+            or index.is_complex()
+        ):
+            what = (
+                f"{tuple(index.shape)} {index.dtype}"
+                if isinstance(index, Tensor)
+                else f"a {type(index).__name__}"
+            )
+            raise NearfarError(
+                f"index is {what}; whole positions in the batch are needed, a tensor (rows, k)"
+            )
         n = len(index)
         self.shape = (n, n)
         if index.device.type == "cpu" and index.numel() and int(index.max()) >= n:
@@ -206,22 +229,24 @@ def join_masks(masks: Sequence[Mask]) -> Mask | None:
     return joined
 
 
-def checked_mask(mask: Mask | Tensor, n: int, m: int) -> Mask:
-    """A mask for n queries and m keys; ``NearfarError`` if it is for others."""
-    mask = as_mask(mask)
-    if mask.shape != (n, m):
+def checked_mask(mask: Mask | Tensor, n: int, m: int, name: str = "mask") -> Mask:
+    """A mask for n queries and m keys; ``NearfarError``, which calls it ``name``, if it is for others."""
+    mask = as_mask(mask, name)
+    if tuple(mask.shape) != (n, m):
         raise NearfarError(
-            f"mask is for {mask.shape} pairs, but there are {(n, m)}; it is true where a pair is left out"
+            f"{name} is for {mask.shape} pairs, but there are {(n, m)}; it is true where a pair is left out"
         )
     return mask
 
 
-def as_mask(mask: Mask | Tensor) -> Mask:
+def as_mask(mask: Mask | Tensor, name: str = "mask") -> Mask:
     """A Boolean matrix as a mask; a mask as it is."""
     if isinstance(mask, Tensor):
-        return DenseMask(mask)
-    if not hasattr(mask, "tile"):
+        return DenseMask(mask, name)
+    # NumPy's arrays and pandas' tables have shapes too, and even a method of the name.
+    if not (hasattr(mask, "tile") and hasattr(mask, "symmetric")) or isinstance(mask, type):
         raise NearfarError(
-            f"mask is a {type(mask).__name__}; a Boolean tensor or a mask of nearfar.losses is needed"
+            f"{name} is a {type(mask).__name__}; a Boolean tensor or a mask of nearfar.losses is needed, true where a "
+            "pair is left out"
         )
     return mask

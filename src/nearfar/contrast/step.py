@@ -55,11 +55,12 @@ class Step:
             means, least = parts.mean(0), parts[:, 2].amin()
             scale = torch.as_tensor(self.scale).to(means)
             finite = self.value.isfinite().to(means.dtype)
-            return torch.cat([means[:2], least[None], means[3:], scale[None], finite[None]])
+            return torch.cat([means[:2], least[None], means[3:-1], scale[None], means[-1:], finite[None]])
 
 
 def _direction(direction: Direction, inside: bool) -> Float[Tensor, " numbers"]:
-    """Candidates, positives (mean, least), rows without, p, hardest share, uniform level, floor."""
+    """Candidates, positives (mean, least), rows without, p, hardest share, uniform level, floor, and the rows that
+    have no negative."""
     losses, statistics = direction.losses, direction.statistics
     like = torch.zeros_like(losses)
     candidates, positives = like + statistics.candidates, like + statistics.positives
@@ -84,5 +85,6 @@ def _direction(direction: Direction, inside: bool) -> Float[Tensor, " numbers"]:
             share.sum() / has_rest.sum().clamp(min=1),
             mean(guess),
             mean(like + statistics.floor),
+            (~has_rest).sum().to(losses.dtype),
         ]
     )

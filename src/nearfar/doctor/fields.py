@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
-__all__ = ["CONTEXT", "FIELDS", "OF_AN_EPOCH", "TEXTS", "is_field", "matches"]
+__all__ = ["CONTEXT", "FIELDS", "LISTED", "OF_AN_EPOCH", "TEXTS", "is_field", "matches"]
 
 #: fields of a log, by where ``nearfar train`` writes them
 FIELDS: dict[str, dict[str, str]] = {
@@ -20,6 +21,7 @@ FIELDS: dict[str, dict[str, str]] = {
         "rows_without_positives": "rows that have none, and are left out",
         "rows": "rows of the batch, of this process",
         "world_size": "processes that train together",
+        "rows_without_negatives": "rows that a mask leaves nobody to be pushed away from",
         "p_positive": "probability given to the positive",
         "hardest_share": "share of the push that goes to the hardest negative",
         "uniform_level": "what guessing costs",
@@ -34,6 +36,7 @@ FIELDS: dict[str, dict[str, str]] = {
         "anchors": "rows that a loss by score takes as anchors",
         "positives": "rows that it takes as positives",
         "middle_share": "share of rows that it takes as neither",
+        "scores_missing": "rows that have no score",
         "score_gap": "mean score of its positives less that of its anchors",
         "memory_age": "mean age of a memory's rows, in steps",
         "duplicate_keys": "share of rows with an equal other row that is not masked",
@@ -136,8 +139,11 @@ _WILD = {name: re.compile(re.escape(name).replace(r"\*", ".+")) for name in (*FI
 _PLAIN = {name for table in FIELDS.values() for name in table if "*" not in name}
 #: fields of which there is one value per epoch, so that their column may be as long as there are epochs
 OF_AN_EPOCH = (*FIELDS["plan"], *FIELDS["epoch"], *FIELDS["probe"])
+#: fields that may have a value for each quarter of an epoch
+LISTED = tuple(FIELDS["plan"])
 
 
+@lru_cache(maxsize=1 << 16)
 def matches(pattern: str, name: str) -> bool:
     """Whether ``name`` is what ``pattern`` means.
 
@@ -147,6 +153,7 @@ def matches(pattern: str, name: str) -> bool:
     return pattern == name or (pattern in _WILD and _WILD[pattern].fullmatch(name) is not None)
 
 
+@lru_cache(maxsize=1 << 14)
 def is_field(name: str) -> bool:
     """Whether a log may hold a field of this name."""
     return name in _PLAIN or any(wild.fullmatch(name) for wild in _WILD.values())

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple, SupportsFloat
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from nearfar.arguments import any_number, flag, number, shown, whole_number
 from nearfar.contrast import Extra, Mask, checked_mask, computing_dtype, embeddings
 from nearfar.errors import NearfarError
 
 __all__ = [
     "Negatives",
     "Ready",
+    "any_number",
+    "check_flags",
+    "check_matrices",
+    "check_part",
     "check_temperature",
     "check_tensors",
+    "check_words",
     "extras_of",
     "number",
     "ready",
@@ -40,6 +46,7 @@ def ready(
     scale: float | Tensor,
     normalize: bool | None,
     names: tuple[str, str] = ("a", "b"),
+    scale_name: str = "scale",
 ) -> Ready:
     """Check and prepare embeddings; without ``b`` the first stands for both. ``normalize=None``: the kernel brings
     them to unit length, and looks whether they are finite."""
@@ -54,57 +61,82 @@ def ready(
             f"{names[0]} is {tuple(a.shape)} and {names[1]} is {tuple(second.shape)}; both need the same dimensions "
             "(columns): end both encoders with a projection to one size"
         )
-    return Ready(first, second, scale_of(scale, first))
+    return Ready(first, second, scale_of(scale, first, scale_name))
 
 
 def check_tensors(**values: Any) -> None:
     """``NearfarError`` unless all of these are tensors."""
     for name, value in values.items():
         if not isinstance(value, Tensor):
+            how = f"{name}.to_numpy()" if hasattr(value, "to_numpy") else name
             raise NearfarError(
-                f"{name} is a {type(value).__name__}; pass a tensor, such as torch.as_tensor({name})"
+                f"{name} is a {type(value).__name__}; pass a tensor, such as torch.as_tensor({how})"
             )
 
 
-def scale_of(scale: float | Tensor, like: Tensor) -> Tensor:
+def check_matrices(**values: Any) -> None:
+    """``NearfarError`` unless all of these are tensors (rows, dimensions) of floating point; looks at no value."""
+    check_tensors(**values)
+    for name, value in values.items():
+        if value.ndim != 2 or not value.is_floating_point():
+            raise NearfarError(
+                f"{name} is {tuple(value.shape)} {value.dtype}; a loss takes a matrix of floating point (rows, "
+                "dimensions)"
+            )
+
+
+def check_part(rows: Any, tile: Any = None) -> None:
+    """``NearfarError`` unless ``rows`` is a slice of whole numbers or None, and ``tile`` two sizes or None."""
+    if rows is not None:
+        if not isinstance(rows, slice):
+            raise NearfarError(f"rows is a {type(rows).__name__}; a slice is needed, such as slice(0, 16)")
+        for end in (rows.start, rows.stop, rows.step):
+            if end is not None and (isinstance(end, bool) or not hasattr(end, "__index__")):
+                raise NearfarError(f"rows is {shown(rows)}; the ends of the slice are whole numbers")
+    if tile is not None:
+        if not isinstance(tile, (tuple, list)) or len(tile) != 2:
+            raise NearfarError(f"tile is {shown(tile)}; two sizes are needed, (rows, columns)")
+        for size in tile:
+            if not hasattr(size, "__index__"):
+                raise NearfarError(f"tile is {shown(tile)}; two whole numbers are needed, (rows, columns)")
+            whole_number("tile", size, 1)
+
+
+def check_words(**values: Any) -> None:
+    """``NearfarError`` unless all of these are texts; whoever takes them knows which."""
+    for name, value in values.items():
+        if not isinstance(value, str):
+            raise NearfarError(f"{name} is {shown(value)}; a word is needed")
+
+
+def check_flags(**values: Any) -> None:
+    """``NearfarError`` unless all of these are True or False."""
+    for name, value in values.items():
+        if value is not True and value is not False:
+            flag(name, value)
+
+
+def scale_of(scale: float | Tensor, like: Tensor, name: str = "scale") -> Tensor:
     """A scale as a 0-d tensor beside the embeddings; its gradient goes through."""
     if isinstance(scale, Tensor):
         if scale.numel() != 1:
-            raise NearfarError(f"scale has shape {tuple(scale.shape)}; one number is needed, 1 / temperature")
+            raise NearfarError(
+                f"{name} has shape {tuple(scale.shape)}; one number is needed, 1 / temperature"
+            )
+        if scale.dtype == torch.bool or scale.is_complex():
+            raise NearfarError(f"{name} is a tensor of {scale.dtype}; a number is needed, 1 / temperature")
         value = scale.detach().item() if scale.device.type == "cpu" else 1.0
         scale = scale.reshape(()).to(like)
     else:
-        value = any_number("scale", scale)
+        value = any_number(name, scale)
         # On the CPU, wherever the embeddings are: what depends on its size is then known without waiting for a device.
         scale = torch.tensor(value, dtype=like.dtype)
     if not (value > 0 and math.isfinite(value)):
         raise NearfarError(
-            f"scale is {value}, but it must be a finite number above 0: it is 1 / temperature, such as 14.3. Of a "
+            f"{name} is {value}, but it must be a finite number above 0: it is 1 / temperature, such as 14.3. Of a "
             "learned log scale, pass the exponential"
         )
     return scale
-
-
-def number(name: str, value: Any, least: float | None = None) -> float:
-    """A finite number, ``least`` or more where that is given; ``NearfarError`` for anything else."""
-    value = any_number(name, value)
-    if not math.isfinite(value) or (least is not None and value < least):
-        bound = "" if least is None else f", {least} or more,"
-        raise NearfarError(f"{name} is {value}; a finite number{bound} is needed")
-    return value
-
-
-def any_number(name: str, value: Any) -> float:
-    """A number, infinite ones and NaN too; ``NearfarError`` for anything else, text above all."""
-    if (
-        type(value) is float
-    ):  # nearly always, and to ask a protocol takes as long as ten of a tensor's operations
-        return value
-    if isinstance(value, Tensor) and value.numel() == 1 and not value.requires_grad:
-        value = value.item()
-    if isinstance(value, (bool, str, Tensor)) or not isinstance(value, SupportsFloat):
-        raise NearfarError(f"{name} is {value!r}; a number is needed")
-    return float(value)
 
 
 def check_temperature(temperature: float) -> float:
@@ -133,7 +165,8 @@ def extras_of(
             raise NearfarError("negatives_mask leaves out further negatives, but negatives were not given")
         return []
     rows = _pair("negatives", negatives)
-    if masks is not None and not isinstance(masks, (tuple, list)) and None not in rows:
+    check_tensors(negatives=next((part for part in rows if part is not None), torch.empty(0)))
+    if masks is not None and not isinstance(masks, (tuple, list)) and all(part is not None for part in rows):
         raise NearfarError(
             "two sets of further negatives were given and one negatives_mask; pass a pair of masks, None for none"
         )
@@ -150,6 +183,10 @@ def extras_of(
             extras.append(None)
             continue
         check_tensors(negatives=keys)
+        if keys.ndim not in (2, 3):
+            raise NearfarError(
+                f"negatives are {tuple(keys.shape)}; a matrix of rows (q, d), or (n, k, d), is needed"
+            )
         flat = keys.reshape(-1, keys.shape[-1]) if keys.ndim == 3 else keys
         flat = embeddings(flat, "negatives", normalize, ready.a.dtype)
         if flat.shape[1] != ready.a.shape[1] or (keys.ndim == 3 and len(keys) != len(ready.a)):
@@ -157,7 +194,7 @@ def extras_of(
                 f"negatives are {tuple(keys.shape)}; (further rows, {ready.a.shape[1]}) or, for each query its own, "
                 f"({len(ready.a)}, k, {ready.a.shape[1]}) is needed"
             )
-        checked = None if mask is None else checked_mask(mask, len(ready.a), keys.shape[-2])
+        checked = None if mask is None else checked_mask(mask, len(ready.a), keys.shape[-2], "negatives_mask")
         extras.append(Extra(flat.reshape(keys.shape), checked))
     return extras
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from nearfar.errors import NearfarError, nearest_name
+from nearfar.arguments import any_number, choice, flag, shown, whole_number
+from nearfar.errors import NearfarError
+from nearfar.functional.arguments import check_tensors
+from nearfar.labels import MISSING, whole_labels
 
 __all__ = ["Focal", "check_alpha", "check_options", "focal_alpha", "focal_loss", "focal_step"]
 
@@ -40,9 +43,9 @@ def focal_loss(
     that γ = 0 is ``torch.nn.functional.cross_entropy(..., weight=alpha)`` and the level of α cancels. "mean" divides
     by the number of labels instead; "sum"; "none" gives each label's own, 0 where there is no label.
 
-    A label equal to ``ignore_index`` is none: it counts in no sum, and its logits may be anything. An aspect without
-    labels (or with α = 0 for all of them) is left out of the mean over aspects; without any label the value is 0, with
-    gradient 0.
+    A label equal to ``ignore_index``, −1 or NaN is none: it counts in no sum, and its logits may be anything. An aspect
+    without labels (or with α = 0 for all of them) is left out of the mean over aspects; without any label the value is
+    0, with gradient 0.
 
     Half precision is computed in float32, and the result is float32 then. Value and gradient are finite for every
     γ ≥ 0 and p from 0 to 1. Range 0 to infinity, floor 0; guessing gives (1 − 1/C)^γ ln C for α = 1.
@@ -86,10 +89,15 @@ def focal_step(
 ) -> tuple[Tensor, Focal]:
     """``focal_loss``, and what its record is made of."""
     check_options(gamma, reduction)
-    labels = _checked(logits, labels, ignore_index)
+    check_tensors(logits=logits)
+    ignore_index = whole_number("ignore_index", ignore_index)
+    check_tensors(labels=labels)
+    if labels.dtype == torch.bool:
+        raise NearfarError("labels are torch.bool; integer classes are needed (labels.long())")
+    labels = _checked(logits, whole_labels(labels), ignore_index)
     with torch.autocast(logits.device.type, enabled=False):
         scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        labelled = labels != ignore_index
+        labelled = _labelled(labels, ignore_index)
         known = labels.masked_fill(~labelled, 0).unsqueeze(-1)
         scores = scores.masked_fill(~labelled.unsqueeze(-1), 0.0)
         others = torch.logsumexp(scores.scatter(-1, known, -torch.inf), -1)
@@ -134,7 +142,8 @@ def focal_alpha(
     tensor([[0.6250, 2.5000],
             [1.0000, 1.0000]])
     """
-    table = torch.as_tensor(counts).detach()
+    flag("normalized", normalized)
+    table = _weights("counts", counts)
     if table.ndim not in (1, 2) or table.shape[-1] < 2:
         raise NearfarError(
             f"counts have shape {tuple(table.shape)}; one count for each class, (classes,) with at least two, or "
@@ -171,15 +180,15 @@ def _share(weight: Tensor, labelled: Tensor, reduction: str) -> Tensor:
 
 def check_options(gamma: float, reduction: str) -> None:
     """``NearfarError`` unless γ is 0 or more and the reduction is known."""
+    gamma = any_number("gamma", gamma)
     if not (gamma >= 0 and math.isfinite(gamma)):
         raise NearfarError(f"gamma is {gamma}, but it must be 0 (cross-entropy) or more; 2 is usual")
-    if reduction not in REDUCTIONS:
-        raise NearfarError(f"reduction is {reduction!r}: {nearest_name(str(reduction), REDUCTIONS)}")
+    choice("reduction", reduction, REDUCTIONS)
 
 
 def check_alpha(alpha: Alpha, shape: tuple[int, ...] | None = None) -> Tensor:
     """Class weights as a tensor; with ``shape``, checked against logits of that shape; on the CPU, their values."""
-    weights = torch.as_tensor(alpha).detach()
+    weights = _weights("alpha", alpha)
     if not weights.is_floating_point():
         weights = weights.to(torch.get_default_dtype())
     if weights.ndim not in (1, 2) or weights.numel() == 0:
@@ -199,28 +208,43 @@ def check_alpha(alpha: Alpha, shape: tuple[int, ...] | None = None) -> Tensor:
     return weights
 
 
+def _weights(name: str, values: Any) -> Tensor:
+    """Numbers by class as a tensor."""
+    try:
+        table = torch.as_tensor(values).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise NearfarError(
+            f"{name} is {shown(values)}; a number for each class, or for each aspect and class, is needed ({error})"
+        ) from None
+    if table.is_complex() or table.dtype == torch.bool:
+        raise NearfarError(f"{name} holds {table.dtype}; numbers are needed")
+    return table
+
+
+def _labelled(labels: Tensor, ignore_index: int) -> Tensor:
+    """Which labels count; nothing waits for a device."""
+    there = labels != ignore_index
+    return there if ignore_index == MISSING else there & (labels != MISSING)
+
+
 def _checked(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
-    """The labels as int64, in which a negative ``ignore_index`` is one (in uint8 it is not)."""
+    """The labels, int64 (in uint8 no negative ``ignore_index`` is one); ``NearfarError`` for what does not fit."""
     if logits.ndim == 0 or logits.shape[-1] < 2 or labels.shape != logits.shape[:-1]:
         raise NearfarError(
             f"logits are {tuple(logits.shape)} and labels {tuple(labels.shape)}; logits (..., C) with at least two "
             "classes and labels of the same shape without the last axis are needed"
         )
-    if not logits.is_floating_point() or labels.is_floating_point() or labels.dtype == torch.bool:
-        raise NearfarError(
-            f"logits are {logits.dtype} and labels {labels.dtype}; floating logits and integer classes are needed "
-            "(labels.long())"
-        )
-    labels = labels.long()
+    if not logits.is_floating_point():
+        raise NearfarError(f"logits are {logits.dtype}; floating logits and integer classes are needed")
     if logits.device.type != "cpu":
         return labels
-    labelled = labels != ignore_index
+    labelled = _labelled(labels, ignore_index)
     wrong = labelled & ((labels < 0) | (labels >= logits.shape[-1]))
     if bool(wrong.any()):
         at = wrong.nonzero()[0].tolist()
         raise NearfarError(
             f"label {labels[tuple(at)].item()} {_place(at)} is no class: they are 0 to {logits.shape[-1] - 1}, and "
-            f"{ignore_index} where there is no label (ignore_index)"
+            f"{ignore_index} (ignore_index), -1 or NaN where there is no label"
         )
     if not bool(logits.detach().isfinite().all()):
         wrong = labelled & ~logits.detach().isfinite().all(-1)

@@ -25,14 +25,17 @@ from nearfar.errors import NearfarError
 from nearfar.functional.arguments import (
     Negatives,
     any_number,
+    check_flags,
+    check_matrices,
+    check_part,
     check_temperature,
-    check_tensors,
+    check_words,
     extras_of,
     number,
     ready,
 )
 
-__all__ = ["clip", "info_nce", "info_nce_step"]
+__all__ = ["clip", "clip_step", "info_nce", "info_nce_step"]
 
 
 def info_nce(
@@ -109,13 +112,17 @@ def info_nce_step(
     in_batch: bool = True,
     denominator: str = "all",
     reduction: str = "mean",
+    names: tuple[str, str, str] = ("a", "b", "scale"),
 ) -> tuple[Float[Tensor, ""] | Float[Tensor, " n"], Step]:
-    """``info_nce``, and what its record is made of."""
+    """``info_nce``, and what its record is made of; ``names`` are what its caller calls the first three."""
     if scale is None:
         scale = 1.0 / check_temperature(temperature)
     elif not isinstance(scale, Tensor):
-        scale = any_number("scale", scale)
-    check_tensors(a=a, b=b)
+        scale = any_number(names[2], scale)
+    check_matrices(**{names[0]: a, names[1]: b})
+    check_flags(symmetric=symmetric, normalize=normalize, in_batch=in_batch)
+    check_words(denominator=denominator, reduction=reduction)
+    check_part(rows, tile)
     n, m = len(a), len(b)
     left_out = None
     whole = (
@@ -136,11 +143,11 @@ def info_nce_step(
             return small
     # Further negatives are scored beside the kernel, and need rows of unit length themselves.
     inside = normalize and negatives is None
-    given = ready(a, b, scale, None if inside else normalize)
+    given = ready(a, b, scale, None if inside else normalize, names[:2], names[2])
     if n != m and (symmetric or m < n):
         raise NearfarError(
-            f"a has {n} rows and b {m}; row i of b is the partner of row i of a, and only with symmetric=False may b "
-            "have further rows as negatives"
+            f"{names[0]} has {n} rows and {names[1]} {m}; row i of both is a pair, and only with symmetric=False may "
+            "the second have further rows as negatives"
         )
     if whole and not symmetric:
         found = one_direction_loss(*given, normalize, left_out)
@@ -207,19 +214,38 @@ def clip(
     >>> clip(torch.eye(4), torch.eye(4), 100.0, max_scale=1.0) == clip(torch.eye(4), torch.eye(4), 1.0)
     tensor(True)
     """
+    return clip_step(image, text, logit_scale, max_scale, normalize, mask, rows)[0]
+
+
+def clip_step(
+    image: Tensor,
+    text: Tensor,
+    logit_scale: float | Tensor,
+    max_scale: float | None = None,
+    normalize: bool = True,
+    mask: Tensor | Mask | None = None,
+    rows: slice | None = None,
+) -> tuple[Float[Tensor, ""], Step]:
+    """``clip``, and what its record is made of."""
     scale = clamp_scale(logit_scale, max_scale)
-    return info_nce(image, text, scale=scale, normalize=normalize, mask=mask, rows=rows)
+    names = ("image", "text", "logit_scale")
+    return info_nce_step(image, text, scale=scale, normalize=normalize, mask=mask, rows=rows, names=names)
 
 
-def clamp_scale(scale: float | Tensor, max_scale: float | None) -> float | Tensor:
+def clamp_scale(scale: float | Tensor, max_scale: float | None, name: str = "logit_scale") -> float | Tensor:
     """The scale, at most ``max_scale``; its gradient is that of the clamp."""
+    if scale is None:
+        raise NearfarError(
+            f"{name} is None; pass the scale, 1 / temperature, such as 14.3 or model.log_scale.exp()"
+        )
     if max_scale is None:
         return scale
     if not number("max_scale", max_scale) > 0:
-        raise NearfarError(f"max_scale is {max_scale}, but it must be above 0; CLIP's is 100")
+        raise NearfarError(f"max_scale is {max_scale!r}, but it must be above 0; CLIP's is 100")
     if not isinstance(scale, Tensor):
-        return min(number("scale", scale), max_scale)
-    if scale.device.type == "cpu" and not bool(scale.detach().isfinite().all()):
+        return min(number(name, scale), max_scale)
+    one_number = scale.numel() == 1 and scale.dtype != torch.bool and not scale.is_complex()
+    if not one_number or (scale.device.type == "cpu" and not bool(scale.detach().isfinite().all())):
         return scale  # refused where every scale is looked at: a clamp would hide it
     # A log scale held at ln(max_scale) comes back a rounding larger, and must not lose its gradient there.
     return torch.where(scale > max_scale * (1 + 1e-6), max_scale, scale)

@@ -11,8 +11,17 @@ from torch import Tensor
 
 from nearfar.contrast import LabelOverlap, Step, computing_dtype, few_rows, softmax_loss, uncompiled
 from nearfar.errors import NearfarError
-from nearfar.functional.arguments import check_temperature, check_tensors, ready
+from nearfar.functional.arguments import (
+    check_flags,
+    check_matrices,
+    check_part,
+    check_temperature,
+    check_words,
+    number,
+    ready,
+)
 from nearfar.functional.supcon import inside_of
+from nearfar.labels import MISSING, whole_labels
 
 __all__ = ["multi_label_supcon", "multi_label_supcon_step"]
 
@@ -40,6 +49,9 @@ def multi_label_supcon(
     -log(Σ_j W_ij exp(s_ij) / Σ_j exp(s_ij)), the sum inside. Agreement about nothing counts as agreement there: a
     collapsed encoder scores -ln(mean W), already near the floor -ln(max W). Prefer Jaccard.
 
+    An entry of ``labels`` that is −1 (or NaN) is not known, and nobody has it in common with the row; a row of such
+    entries alone has no positives.
+
     ``sum`` overrides where the sum stands. Rows that share nothing with another row are left out and counted. Floor
     for a sum outside: the entropy of Q.
 
@@ -64,7 +76,11 @@ def multi_label_supcon_step(
 ) -> tuple[Float[Tensor, ""], Step]:
     """``multi_label_supcon``, and what its record is made of."""
     factor = 1.0 / check_temperature(temperature)
-    check_tensors(z=z, labels=labels)
+    check_matrices(z=z)
+    check_words(weights=weights, **({} if sum is None else {"sum": sum}))
+    check_flags(normalize=normalize)
+    check_part(rows, tile)
+    labels = whole_labels(labels)
     if labels.ndim != 2 or len(labels) != len(z):
         raise NearfarError(
             f"labels are {tuple(labels.shape)} for {len(z)} rows of z; one row of labels for each is needed"
@@ -73,13 +89,14 @@ def multi_label_supcon_step(
         raise NearfarError("labels have no column; at least one label or aspect is needed")
     labels, dtype = labels.to(z.device), computing_dtype(z)
     if weights == "jaccard":
+        labels = labels.masked_fill(labels == MISSING, 0)
         if z.device.type == "cpu" and not torch.equal(labels * labels, labels):
             raise NearfarError(
                 "labels for weights='jaccard' are multi-hot, 0 or 1; codes of polarities are for weights='legacy'"
             )
         target, inside = LabelOverlap(labels.to(dtype)), inside_of(sum or "outside")
     elif weights == "legacy":
-        target, inside = _legacy(labels, neutral, dtype), inside_of(sum or "inside")
+        target, inside = _legacy(labels, number("neutral", neutral), dtype), inside_of(sum or "inside")
     else:
         raise NearfarError(f"weights is {weights!r}; it is 'jaccard' or 'legacy'")
     if rows is None and tile is None:
@@ -100,11 +117,20 @@ def multi_label_supcon_step(
     )
 
 
-def _legacy(codes: Tensor, neutral: int, dtype: torch.dtype) -> LabelOverlap:
+def _legacy(codes: Tensor, neutral: float, dtype: torch.dtype) -> LabelOverlap:
     """Matches are dot products of one-hot codes; those that are not neutral count twice."""
-    if codes.dtype.is_floating_point and bool((codes != codes.round()).any()):
-        raise NearfarError("labels for weights='legacy' are codes, one whole number for each aspect")
     kinds, where = torch.unique(codes, return_inverse=True)
-    hot = torch.nn.functional.one_hot(where, len(kinds)).flatten(1).to(dtype)
+    hot = torch.nn.functional.one_hot(where, len(kinds)).to(dtype)
     twice = (kinds != neutral).to(dtype).repeat(codes.shape[1])
-    return LabelOverlap(hot * ((1 + twice) / (2 * codes.shape[1])).sqrt(), jaccard=False, offset=0.1)
+    missing = codes == MISSING
+    offset = 0.1
+    if bool((kinds == MISSING).any()):  # a code that is not known matches none
+        hot = hot.masked_fill(missing.unsqueeze(2), 0.0)
+    hot = hot.flatten(1) * ((1 + twice) / (2 * codes.shape[1])).sqrt()
+    unknown = missing.all(1)
+    if bool(
+        unknown.any()
+    ):  # what all pairs have in common, as a label that rows of which nothing is known lack
+        hot = torch.cat([hot, (~unknown).to(dtype).unsqueeze(1) * offset**0.5], 1)
+        offset = 0.0
+    return LabelOverlap(hot, jaccard=False, offset=offset)

@@ -8,9 +8,18 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from nearfar.arguments import whole_number
 from nearfar.contrast import Columns, Step, softmax_loss, uncompiled
 from nearfar.errors import NearfarError
-from nearfar.functional.arguments import check_temperature, check_tensors, number, ready
+from nearfar.functional.arguments import (
+    check_flags,
+    check_matrices,
+    check_temperature,
+    check_tensors,
+    check_words,
+    number,
+    ready,
+)
 
 __all__ = [
     "ScoreSplit",
@@ -45,7 +54,8 @@ def split_scores(
     By rank: the floor(n · share) highest are positives, the lowest anchors, at least ``min_samples`` of each; where
     the two would overlap, the n // 2 highest and the n - n // 2 lowest. Below 2 · ``min_samples`` rows there are
     neither. By threshold: positives score above it, anchors do not; fewer than ``min_samples`` on a side means
-    neither. Ties are broken by position.
+    neither. Ties are broken by position. A row whose score is missing (NaN) is in the middle, and n counts the others;
+    on a device, counting them waits for it.
 
     >>> split_scores(torch.tensor([0.9, 0.1, 0.5, 0.8, 0.2])).anchors.tolist()
     [1, 4]
@@ -53,8 +63,11 @@ def split_scores(
     []
     """
     check_split_options(top_k_percent, bottom_k_percent, min_samples, threshold)
-    n = len(scores)
-    order = torch.sort(scores.detach(), stable=True).indices
+    check_scores(scores)
+    order = torch.sort(scores.detach(), stable=True).indices  # NaN comes last
+    missing = int(scores.detach().isnan().sum())
+    order, unknown = order[: len(scores) - missing], order[len(scores) - missing :]
+    n = len(order)
     if threshold is not None:
         high = int((scores > threshold).sum())
         low = n - high
@@ -64,8 +77,24 @@ def split_scores(
         if high + low > n:
             high, low = n // 2, n - n // 2
     if n < 2 * min_samples or min(high, low) < min_samples:
-        return ScoreSplit(order[:0], order[:0], order)
-    return ScoreSplit(order[:low], order[n - high :], order[low : n - high])
+        return ScoreSplit(order[:0], order[:0], torch.cat([order, unknown]))
+    middle = torch.cat([order[low : n - high], unknown]) if missing else order[low : n - high]
+    return ScoreSplit(order[:low], order[n - high :], middle)
+
+
+def check_scores(scores: Tensor) -> None:
+    """``NearfarError`` unless these are scores, one axis of them; on the CPU none may be infinite."""
+    check_tensors(scores=scores)
+    if scores.ndim != 1 or scores.is_complex() or scores.dtype == torch.bool:
+        raise NearfarError(
+            f"scores are {tuple(scores.shape)} {scores.dtype}; one number for each row is needed"
+        )
+    if scores.device.type == "cpu" and bool(scores.detach().isinf().any()):
+        where = scores.detach().isinf().nonzero().flatten().tolist()
+        raise NearfarError(
+            f"scores are not finite in row {', '.join(map(str, where[:5]))}: they cannot be ranked. NaN stands for a "
+            "score that is missing"
+        )
 
 
 def check_split_options(
@@ -75,7 +104,7 @@ def check_split_options(
     for share, name in ((top_k_percent, "top_k_percent"), (bottom_k_percent, "bottom_k_percent")):
         if not 0 < number(name, share) <= 1:
             raise NearfarError(f"{name} is {share}, but it is a share of the batch: above 0, at most 1")
-    if number("min_samples", min_samples) < 1:
+    if whole_number("min_samples", min_samples) < 1:
         raise NearfarError(f"min_samples is {min_samples}, but it must be 1 or more")
     if threshold is not None:
         number("threshold", threshold)
@@ -97,9 +126,9 @@ def adaptive_score_contrastive(
     """Mean over anchors i of log Σ_c exp(s_ic) - log Σ_p exp(s_ip): low scores are pulled to high ones.
 
     Positives p and anchors are chosen by ``split_scores``; candidates c are both, without i. ``middle="negatives"``
-    adds the rows between as candidates. ``detach_positives`` lets anchors move to positives, not positives to
-    anchors. No gradient goes to ``scores``. The sum over positives stands inside the logarithm: the nearest positive
-    alone can satisfy an anchor.
+    adds the rows between as candidates, and those whose score is missing (NaN). ``detach_positives`` lets anchors move
+    to positives, not positives to anchors. No gradient goes to ``scores``. The sum over positives stands inside the
+    logarithm: the nearest positive alone can satisfy an anchor.
 
     0, without a gradient, where there are no anchors or positives; ``AdaptiveScoreContrastiveLoss`` says so in its
     record. Floor 0; guessing gives ln(candidates / positives).
@@ -159,19 +188,17 @@ def score_contrastive_step(
     weights: tuple[float, float],
 ) -> tuple[Float[Tensor, ""], Step | None, ScoreSplit]:
     """The loss, what its record is made of (None where nobody is pulled), and the split."""
+    check_words(middle=middle)
+    check_flags(detach_positives=detach_positives, normalize=normalize)
     if middle not in ("ignore", "negatives"):
         raise NearfarError(f"middle is {middle!r}; it is 'ignore' or 'negatives'")
+    check_matrices(z=z)
     first, _, scale = ready(z, None, 1.0 / check_temperature(temperature), normalize, ("z", "z"))
     check_tensors(scores=scores)
     for name, weight in zip(("anchor_weight", "positive_weight"), weights, strict=True):
         number(name, weight, least=0)
     if scores.shape != (len(z),):
         raise NearfarError(f"scores are {tuple(scores.shape)} for {len(z)} rows of z; one for each is needed")
-    if scores.device.type == "cpu" and not bool(scores.detach().isfinite().all()):
-        where = (~scores.detach().isfinite()).nonzero().flatten().tolist()
-        raise NearfarError(
-            f"scores are not finite in row {', '.join(map(str, where[:5]))}: they cannot be ranked"
-        )
     top, bottom, least, threshold = options
     split = split_scores(
         scores, top_k_percent=top, bottom_k_percent=bottom, min_samples=least, threshold=threshold

@@ -20,7 +20,7 @@ from nearfar.contrast import (
     uncompiled,
 )
 from nearfar.errors import NearfarError
-from nearfar.functional.arguments import check_tensors, ready
+from nearfar.functional.arguments import any_number, check_flags, check_matrices, check_part, ready
 
 __all__ = ["siglip", "siglip_step"]
 
@@ -64,19 +64,21 @@ def siglip_step(
     tile: tuple[int, int] | None = None,
 ) -> tuple[Float[Tensor, ""], Step]:
     """``siglip``, and what its record is made of."""
-    check_tensors(a=a, b=b)
+    check_matrices(a=a, b=b)
+    check_flags(normalize=normalize)
+    check_part(rows, tile)
+    if not isinstance(logit_scale, Tensor):
+        logit_scale = any_number("logit_scale", logit_scale)
     bias = _bias(logit_bias, a)
     if mask is None and rows is None and tile is None:
         few = few_sigmoid_pairs(a, b, logit_scale, bias, normalize)
         if few is not None:
             return few[0], _Sigmoid(few[0].detach(), few[1], _value(logit_scale))
-    first, second, scale = ready(a, b, logit_scale, normalize)
+    first, second, scale = ready(a, b, logit_scale, normalize, scale_name="logit_scale")
     bias = bias.to(first)
     n = len(first)
     if len(second) != n:
         raise NearfarError(f"a has {n} rows and b {len(second)}; row i of b is the partner of row i of a")
-    if rows is not None and not isinstance(rows, slice):
-        raise NearfarError(f"rows is a {type(rows).__name__}; a slice is needed, such as slice(0, 16)")
     part = slice(0, n) if rows is None else slice(*rows.indices(n))
     if part.step not in (None, 1) or part.start >= part.stop:
         raise NearfarError(f"rows is {part}; at least one row, without steps, is needed")
@@ -96,7 +98,12 @@ def siglip_step(
 
 def _bias(bias: float | Tensor, like: Tensor) -> Float[Tensor, ""]:
     dtype = torch.promote_types(like.dtype, torch.float32) if like.dtype.is_floating_point else torch.float32
-    bias = torch.as_tensor(bias, dtype=dtype, device=like.device)
+    if not isinstance(bias, Tensor):
+        bias = any_number("logit_bias", bias)
+    bias = torch.as_tensor(bias, device=like.device)
+    if bias.dtype == torch.bool or bias.is_complex():
+        raise NearfarError(f"logit_bias is a tensor of {bias.dtype}; one finite number is needed")
+    bias = bias.to(dtype)
     if bias.numel() != 1 or (bias.device.type == "cpu" and not bias.detach().isfinite().all()):
         raise NearfarError(f"logit_bias is {bias}; one finite number is needed, they start at -10")
     return bias.reshape(())
@@ -121,6 +128,7 @@ class _Sigmoid(Step):
         return torch.stack(
             [
                 candidates.mean(), one[0], one[0], one[0] * 0, torch.exp(-direction.losses).mean(), share.mean(),
-                guess.mean(), one[0] * 0, torch.as_tensor(self.scale).to(one), self.value.isfinite().to(one),
+                guess.mean(), one[0] * 0, torch.as_tensor(self.scale).to(one),
+                (candidates <= 1).sum().to(one), self.value.isfinite().to(one),
             ]
         )  # fmt: skip

@@ -26,7 +26,16 @@ from nearfar.contrast import (
     uncompiled,
 )
 from nearfar.errors import NearfarError
-from nearfar.functional.arguments import check_tensors, number, ready
+from nearfar.functional.arguments import (
+    any_number,
+    check_flags,
+    check_matrices,
+    check_part,
+    check_tensors,
+    check_words,
+    number,
+    ready,
+)
 from nearfar.functional.info_nce import clamp_scale
 
 __all__ = ["spatial", "spatial_step"]
@@ -91,7 +100,11 @@ def spatial_step(
     """``spatial``, what its record is made of, and what tells the share of rows that have a neighbour in the batch."""
     check_spatial_options(neighbor_alpha_scale, temp_reg_weight, neighbors)
     factor = clamp_scale(logit_scale, max_scale)
-    check_tensors(image=image, text=text)
+    if not isinstance(factor, Tensor):
+        factor = any_number("logit_scale", factor)
+    check_matrices(image=image, text=text)
+    check_flags(normalize=normalize)
+    check_part(rows, tile)
     n = len(image)
     if len(text) != n:
         raise NearfarError(f"image has {n} rows and text {len(text)}; row i of both is the same spot")
@@ -114,7 +127,7 @@ def spatial_step(
         small = _small(image, text, factor, target, mask, temp_reg_weight, normalize)
         if small is not None:
             return *small, reached
-    a, b, scale = ready(image, text, factor, None if normalize else False, ("image", "text"))
+    a, b, scale = ready(image, text, factor, None if normalize else False, ("image", "text"), "logit_scale")
     if temp_reg_weight == 0:
         options: dict[str, Any] = {
             "both": True,
@@ -174,6 +187,7 @@ def check_spatial_options(neighbor_alpha_scale: float, temp_reg_weight: float, n
     """``NearfarError`` for options that cannot be."""
     number("neighbor_alpha_scale", neighbor_alpha_scale, least=0)
     number("temp_reg_weight", temp_reg_weight, least=0)
+    check_words(neighbors=neighbors)
     if neighbors not in ("soft", "positive", "mask", "none"):
         raise NearfarError(f"neighbors is {neighbors!r}; it is 'soft', 'positive', 'mask' or 'none'")
 
@@ -186,7 +200,9 @@ def _check(index: Tensor, alpha: Tensor, n: int) -> tuple[Tensor, Tensor, bool]:
             f"neighbor_index is {tuple(index.shape)} and neighbor_alpha {tuple(alpha.shape)}; both are ({n}, k): for "
             "each row of the batch the positions of its neighbours in the batch, -1 for none, and their weights"
         )
-    if index.dtype.is_floating_point or index.dtype == torch.bool:
+    if alpha.is_complex() or alpha.dtype == torch.bool:
+        raise NearfarError(f"neighbor_alpha is {alpha.dtype}; weights are numbers, 0 or more")
+    if index.dtype.is_floating_point or index.dtype == torch.bool or index.is_complex():
         raise NearfarError(f"neighbor_index is {index.dtype}; positions in the batch are whole numbers")
     complete = False
     if index.device.type == "cpu" and index.numel():
@@ -197,9 +213,13 @@ def _check(index: Tensor, alpha: Tensor, n: int) -> tuple[Tensor, Tensor, bool]:
                 "the batch, not in the data set, and -1 for none"
             )
         complete = low >= 0
+        if not complete:  # what stands beside no neighbour weighs nothing, NaN included
+            alpha = alpha.masked_fill(index < 0, 0)
         least, most = (end.item() for end in torch.aminmax(alpha))
         if not (least >= 0 and most < torch.inf):  # NaN is neither
             raise NearfarError(
                 "neighbor_alpha must be finite, 0 or more; some are below 0, infinite or not a number"
             )
+    elif index.numel():
+        alpha = alpha.masked_fill(index < 0, 0)
     return index, alpha, complete

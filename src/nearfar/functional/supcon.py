@@ -21,7 +21,16 @@ from nearfar.contrast import (
 )
 from nearfar.contrast.tiles import KEPT
 from nearfar.errors import NearfarError
-from nearfar.functional.arguments import check_temperature, check_tensors, ready
+from nearfar.functional.arguments import (
+    check_flags,
+    check_matrices,
+    check_part,
+    check_temperature,
+    check_tensors,
+    check_words,
+    ready,
+)
+from nearfar.labels import apart, whole_labels
 
 __all__ = ["inside_of", "supcon", "supcon_step"]
 
@@ -51,6 +60,9 @@ def supcon(
     ``sum="inside"`` is log Σ_c exp(s_ic) - log Σ_p exp(s_ip), which the nearest positive alone can satisfy; their L_in
     divides the inner sum by the number of positives, which adds the constant ln(positives). No factor
     temperature / base temperature. Rows without a positive are left out of the mean and counted.
+
+    ``labels`` are whole numbers, −1 (or NaN) where one is missing: such a row is nobody's positive and has none but
+    its own partner in ``other``; it stays a negative of all.
 
     ``other`` is another view of the same rows: candidates are then its rows, in both directions, and
     ``own_pair=False`` takes a row's own partner out of both positives and candidates. ``memory`` adds rows of earlier
@@ -104,6 +116,13 @@ def supcon_step(
 ) -> tuple[Float[Tensor, ""] | Float[Tensor, " n"], Step]:
     """``supcon``, and what its record is made of."""
     factor = 1.0 / check_temperature(temperature)
+    check_words(sum=sum, denominator=denominator, reduction=reduction)
+    check_flags(normalize=normalize, own_pair=own_pair, in_batch=in_batch)
+    views = {"z": z, "other": other, "memory": memory}
+    check_matrices(**{name: view for name, view in views.items() if view is not None or name == "z"})
+    check_part(rows, tile)
+    if labels is not None:
+        labels = _labels(labels, len(z), "labels", "z")
     inside = inside_of(sum)
     if check_denominator(denominator) == "own" and inside:
         raise NearfarError(
@@ -112,7 +131,8 @@ def supcon_step(
         )
     plain = denominator == "all" and check_reduction(reduction) == "mean" and positives is None
     whole = memory is None and memory_labels is None and mask is None and rows is None and tile is None
-    if plain and whole and labels is not None and _fit(z, other, labels):
+    fit = labels is not None and labels.device == z.device and (other is None or len(other) == len(z))
+    if plain and whole and labels is not None and fit:
         few = few_rows(
             z, other, factor, SameClass(labels), both=other is not None, inside=inside, normalize=normalize,
             without_self=other is None or not own_pair,
@@ -127,7 +147,7 @@ def supcon_step(
     }  # fmt: skip
     first, second, scale = ready(z, other, factor, None if raw else normalize, ("z", "other"))
     _check_views(len(first), None if other is None else len(second), memory, in_batch)
-    _check_who(len(first), labels, positives, memory, memory_labels)
+    _check_who(labels, positives, memory, memory_labels)
     keys, alone = None if other is None else second, in_batch
     if memory is not None and len(memory):
         kept = ready(memory, first, 1.0, normalize, ("memory", "z")).a.to(first.dtype)
@@ -141,7 +161,7 @@ def supcon_step(
     assert labels is not None
     labels = labels.to(z.device)
     if keys is not None and memory is not None and memory_labels is not None:
-        theirs = memory_labels.to(labels.device)
+        theirs = _labels(memory_labels, len(memory), "memory_labels", "memory", len(z)).to(labels.device)
         same = SameClass(labels, torch.cat([labels, theirs]) if in_batch else theirs)
         return softmax_loss(first, keys, scale, same, without_self=alone, **options)
     whole = keys is None and rows is None and mask is None
@@ -167,7 +187,6 @@ def _check_views(n: int, others: int | None, memory: Tensor | None, in_batch: bo
 
 
 def _check_who(
-    n: int,
     labels: Tensor | None,
     positives: Tensor | None,
     memory: Tensor | None,
@@ -182,23 +201,25 @@ def _check_who(
         return
     if labels is None:
         raise NearfarError("neither labels nor positives were given; one of them says who belongs together")
-    _check_labels(labels, n, "labels", "z")
-    if memory is not None:
-        if memory_labels is None:
-            raise NearfarError("memory needs memory_labels, one for each of its rows")
-        _check_labels(memory_labels, len(memory), "memory_labels", "memory")
+    if memory is not None and memory_labels is None:
+        raise NearfarError("memory needs memory_labels, one for each of its rows")
 
 
 def _explicit(positives: Tensor, queries: Tensor, keys: Tensor | None) -> Weights:
     """A matrix of positives as a target."""
     check_tensors(positives=positives)
+    if positives.is_complex():
+        raise NearfarError(f"positives are {positives.dtype}; true, or what a pair weighs, is needed")
     n, m = len(queries), len(queries if keys is None else keys)
     if positives.shape != (n, m):
         raise NearfarError(
             f"positives are {tuple(positives.shape)}, but there are {n} rows and {m} candidates; a matrix ({n}, {m}) "
             "is needed, true (or a weight) where the column is a positive of the row"
         )
-    return Weights(positives.to(queries))
+    try:
+        return Weights(positives.to(queries))
+    except NearfarError as error:
+        raise NearfarError(f"positives: {error}") from None
 
 
 def inside_of(sum: str) -> bool:
@@ -207,18 +228,11 @@ def inside_of(sum: str) -> bool:
     return sum == "inside"
 
 
-def _check_labels(labels: Tensor, n: int, name: str, of: str) -> None:
-    check_tensors(**{name: labels})
+def _labels(labels: Tensor, n: int, name: str, of: str, first: int = 0) -> Tensor:
+    """One whole number for each row, and a class of its own for each that is missing."""
+    labels = whole_labels(labels, name)
     if labels.shape != (n,):
         raise NearfarError(
             f"{name} are {tuple(labels.shape)} for {n} rows of {of}; one label for each row is needed"
         )
-
-
-def _fit(z: Any, other: Any, labels: Any) -> bool:
-    """Whether these can be what they should be; if not, the long way says what is wrong."""
-    if not all(isinstance(x, Tensor) for x in (z, z if other is None else other, labels)):
-        return False
-    return (
-        labels.shape == z.shape[:1] and (other is None or len(other) == len(z)) and labels.device == z.device
-    )
+    return apart(labels, first)

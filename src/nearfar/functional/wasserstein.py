@@ -8,7 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nearfar.errors import NearfarError, nearest_name
+from nearfar.arguments import choice, flag
+from nearfar.errors import NearfarError
+from nearfar.functional.arguments import check_tensors
 
 __all__ = ["FORMS", "Quantiles", "check_form", "check_scores", "quantiles", "wasserstein_gap"]
 
@@ -47,6 +49,8 @@ def wasserstein_gap(
     0.0
     """
     check_form(form)
+    flag("detach_upper", detach_upper)
+    check_tensors(lower_scores=lower_scores, upper_scores=upper_scores)
     check_scores(lower_scores, "lower_scores", lower_scores.device.type == "cpu")
     check_scores(upper_scores, "upper_scores", upper_scores.device.type == "cpu")
     return quantiles(lower_scores, upper_scores.detach() if detach_upper else upper_scores, form).gap()
@@ -100,12 +104,12 @@ def _stretch(values: Float[Tensor, " n"], length: int) -> Float[Tensor, " length
 
 def check_form(form: str) -> None:
     """``NearfarError`` unless the form is known."""
-    if form not in FORMS:
-        raise NearfarError(f"form is {form!r}: {nearest_name(str(form), FORMS)}")
+    choice("form", form, FORMS)
 
 
 def check_scores(scores: Tensor, name: str, values: bool) -> None:
     """``NearfarError`` unless these are scores; ``values`` asks for finite ones, which waits for the device."""
+    check_tensors(**{name: scores})
     if scores.ndim != 1 or not scores.is_floating_point():
         raise NearfarError(
             f"{name} are {tuple(scores.shape)} {scores.dtype}; one axis of floating scores is needed (flatten them)"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from nearfar.contrast import DuplicateMask, IndexMask, NoPositivesWarning, SimilarityMask
-from nearfar.losses.base import ContrastiveLoss
+from nearfar.losses.base import ContrastiveLoss, NoNegativesWarning
 from nearfar.losses.focal import FocalLoss, FocalRecord
 from nearfar.losses.info_nce import ClipLoss, InfoNCELoss
 from nearfar.losses.masks import duplicate_mask, false_negative_mask
@@ -29,6 +29,7 @@ __all__ = [
     "IndexMask",
     "InfoNCELoss",
     "MultiLabelSupConLoss",
+    "NoNegativesWarning",
     "NoPositivesWarning",
     "Objective",
     "ObjectiveRecord",

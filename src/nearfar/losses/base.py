@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from nearfar.contrast import Step
 from nearfar.losses.record import Record
 
-__all__ = ["ContrastiveLoss"]
+__all__ = ["ContrastiveLoss", "NoNegativesWarning"]
+
+
+class NoNegativesWarning(UserWarning):
+    """A mask leaves rows of a batch no negative: they take part in the loss and teach nothing."""
 
 
 class ContrastiveLoss(nn.Module):
@@ -25,14 +30,38 @@ class ContrastiveLoss(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self._step: Step | None = None
+        self._masked = False  # whether a mask was given in the last call
+        self._looked = self._warned = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self._step = None  # a call that fails leaves no record, least of all that of the call before
-        return super().__call__(*args, **kwargs)
+        # A call that fails leaves no record, least of all that of the call before.
+        self._step, self._masked = None, False
+        value = super().__call__(*args, **kwargs)
+        if self._masked and not self._looked and isinstance(value, Tensor) and value.device.type == "cpu":
+            self._looked = True  # once; later, and on a device, whoever reads the record hears of it
+            self._warn_of(self._read(), 3)
+        return value
 
     @property
     def record(self) -> Record | None:
+        found = self._read()
+        self._warn_of(found, 3)
+        return found
+
+    def _read(self) -> Record | None:
         return None if self._step is None else Record.of(self._step, **self._extra())
+
+    def _warn_of(self, found: Record | None, level: int) -> None:
+        """Say once that a mask leaves rows without a negative."""
+        if self._masked and found is not None and found.rows_without_negatives and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"mask leaves {found.rows_without_negatives:g} rows of a batch no negative: their loss says nothing, "
+                "and nothing is learned from them. Leave out fewer pairs (a higher threshold), or take larger or more "
+                "varied batches; record.rows_without_negatives counts such rows in every step",
+                NoNegativesWarning,
+                stacklevel=level,
+            )
 
     def _extra(self) -> dict[str, float]:
         """Numbers of this loss alone."""

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
+from nearfar.arguments import whole_number
 from nearfar.functional.focal import Alpha, Focal, check_alpha, check_options, focal_of_margin, focal_step
 
 __all__ = ["FocalLoss", "FocalRecord"]
@@ -19,9 +20,9 @@ __all__ = ["FocalLoss", "FocalRecord"]
 class FocalRecord:
     """What a focal loss saw in its last call.
 
-    ``labels``: how many counted. ``labels_left_out``: equal to ``ignore_index``. ``aspects_left_out``: aspects without
-    a label. ``p_true``: mean probability of the true class. ``hardest_share``: share of the gradient on the logits
-    that comes from the tenth of the labels with the lowest probability (0.1: spread evenly; 1: all of it).
+    ``labels``: how many counted. ``labels_left_out``: equal to ``ignore_index``, or missing. ``aspects_left_out``:
+    aspects without a label. ``p_true``: mean probability of the true class. ``hardest_share``: share of the gradient
+    on the logits that comes from the tenth of the labels with the lowest probability (0.1: spread evenly; 1: all).
     ``uniform_level``: the loss of guessing, all classes alike. ``floor``: the least the loss can be, 0. ``finite``:
     false where the loss is infinite or not a number.
 
@@ -66,7 +67,7 @@ class FocalLoss(nn.Module):
 
     ``gamma``: focus, 0 is (weighted) cross-entropy. ``alpha``: a weight for each class (C,), or each aspect and class
     (A, C); see ``focal_alpha``. ``reduction``: "weighted_mean" divides by Σ α_y for each aspect and averages the
-    aspects, "mean" divides by the number of labels, "sum", "none". ``ignore_index``: the label that is none.
+    aspects, "mean" divides by the number of labels, "sum", "none". ``ignore_index``: a label that is none, as −1 is.
 
     Called with logits (..., C) and labels (...) it returns a 0-d tensor ("none": one of the labels' shape). With logits
     (B, A, C), A counts aspects. ``record`` holds the ``FocalRecord`` of that call (None before the first); reading it
@@ -96,7 +97,8 @@ class FocalLoss(nn.Module):
     ) -> None:
         super().__init__()
         check_options(gamma, reduction)
-        self.gamma, self.reduction, self.ignore_index = float(gamma), reduction, ignore_index
+        self.gamma, self.reduction = float(gamma), reduction
+        self.ignore_index = whole_number("ignore_index", ignore_index)
         weights = None if alpha is None else check_alpha(alpha).clone()
         self.register_buffer("alpha", weights, persistent=False)
         self._found: Focal | None = None

@@ -8,8 +8,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from nearfar.contrast import Mask, Step, check_denominator, check_reduction
-from nearfar.functional.arguments import Negatives, check_temperature
-from nearfar.functional.info_nce import clamp_scale, info_nce_step
+from nearfar.functional.arguments import Negatives, check_flags, check_temperature, check_words
+from nearfar.functional.info_nce import clamp_scale, clip_step, info_nce_step
 from nearfar.losses.base import ContrastiveLoss
 
 __all__ = ["ClipLoss", "InfoNCELoss"]
@@ -50,6 +50,8 @@ class InfoNCELoss(ContrastiveLoss):
         reduction: Literal["mean", "sum", "none"] = "mean",
     ) -> None:
         super().__init__()
+        check_flags(symmetric=symmetric, normalize=normalize, in_batch=in_batch)
+        check_words(denominator=denominator, reduction=reduction)
         self.temperature = check_temperature(temperature)
         self.symmetric = symmetric
         self.normalize = normalize
@@ -81,6 +83,7 @@ class InfoNCELoss(ContrastiveLoss):
             denominator=self.denominator,
             reduction=self.reduction,
         )
+        self._masked = mask is not None or negatives_mask is not None
         return loss
 
     def extra_repr(self) -> str:
@@ -109,6 +112,7 @@ class ClipLoss(ContrastiveLoss):
     def __init__(self, max_scale: float | None = None, normalize: bool = True) -> None:
         super().__init__()
         clamp_scale(1.0, max_scale)
+        check_flags(normalize=normalize)
         self.max_scale = max_scale
         self.normalize = normalize
 
@@ -120,10 +124,8 @@ class ClipLoss(ContrastiveLoss):
         mask: Bool[Tensor, "n n"] | Mask | None = None,
         rows: slice | None = None,
     ) -> Float[Tensor, ""]:
-        scale = clamp_scale(logit_scale, self.max_scale)
-        loss, self._step = info_nce_step(
-            image, text, scale=scale, normalize=self.normalize, mask=mask, rows=rows
-        )
+        loss, self._step = clip_step(image, text, logit_scale, self.max_scale, self.normalize, mask, rows)
+        self._masked = mask is not None
         return loss
 
     def _extra(self) -> dict[str, float]:

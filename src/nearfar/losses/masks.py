@@ -8,6 +8,8 @@ from torch import Tensor
 
 from nearfar.contrast import unit_rows
 from nearfar.errors import NearfarError
+from nearfar.functional.arguments import check_tensors, number
+from nearfar.labels import apart, whole_labels
 
 __all__ = ["duplicate_mask", "false_negative_mask"]
 
@@ -27,11 +29,12 @@ def false_negative_mask(text: Float[Tensor, "n d"], threshold: float = 0.95) -> 
             [ True, False, False],
             [False, False, False]])
     """
-    if text.ndim != 2:
+    check_tensors(text=text)
+    if text.ndim != 2 or text.is_complex():
         raise NearfarError(
-            f"text embeddings have shape {tuple(text.shape)}; the mask takes (rows, dimensions)"
+            f"text embeddings have shape {tuple(text.shape)}; the mask takes numbers (rows, dimensions)"
         )
-    if not -1.0 <= threshold <= 1.0:
+    if not -1.0 <= number("threshold", threshold) <= 1.0:
         raise NearfarError(f"threshold is {threshold}, but it is a cosine: -1 to 1, usually 0.9 to 0.99")
     with torch.autocast(text.device.type, enabled=False):
         unit = unit_rows(text.to(torch.promote_types(text.dtype, torch.float32)))
@@ -40,11 +43,14 @@ def false_negative_mask(text: Float[Tensor, "n d"], threshold: float = 0.95) -> 
 
 @torch.no_grad()
 def duplicate_mask(labels: Int[Tensor, " n"]) -> Bool[Tensor, "n n"]:
-    """True where two different rows have the same label, such as the id of their text.
+    """True where two different rows have the same label, such as the id of their text; a label that is missing (−1,
+    NaN) is that of no other row.
 
     >>> duplicate_mask(torch.tensor([7, 3, 7]))[0]
     tensor([False, False,  True])
     """
+    labels = whole_labels(labels)
     if labels.ndim != 1:
         raise NearfarError(f"labels have shape {tuple(labels.shape)}; the mask takes one label for each row")
+    labels = apart(labels)
     return (labels[:, None] == labels[None, :]).fill_diagonal_(False)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import operator
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from nearfar.arguments import flag, whole_number
 from nearfar.errors import NearfarError
+from nearfar.functional.arguments import check_tensors
+from nearfar.labels import apart, whole_labels
 
 __all__ = ["CrossBatchMemory"]
 
@@ -20,7 +22,7 @@ class CrossBatchMemory(nn.Module):
     encoder of moving averages this is the queue of MoCo (He et al. 2020).
 
     ``dim`` is the length of an embedding, ``ids=True`` keeps a whole number with each row: what tells rows that are
-    no negatives of each other, such as the class or the number of the item.
+    no negatives of each other, such as the class or the number of the item, −1 where it is not known.
 
     After each step ``push`` the batch; ``rows()`` are the negatives of the next one, without a gradient. A row is
     handed out only after it was pushed: a new memory has none, ``(0, dim)``. Everything is in the state, so that a
@@ -50,14 +52,8 @@ class CrossBatchMemory(nn.Module):
 
     def __init__(self, size: int, dim: int, ids: bool = False) -> None:
         super().__init__()
-        try:
-            size, dim = operator.index(size), operator.index(dim)  # Python's own numbers, whatever came in
-        except TypeError:
-            raise NearfarError(f"size={size!r}, dim={dim!r}: a memory counts in whole numbers") from None
-        if size < 1 or dim < 1:
-            raise NearfarError(
-                f"size={size}, dim={dim}: a memory has at least one row of at least one number"
-            )
+        size, dim = whole_number("size", size, 1), whole_number("dim", dim, 1)
+        ids = flag("ids", ids)
         self.size, self.dim = size, dim
         self.register_buffer("_rows", torch.zeros(size, dim))
         self.register_buffer("_ids", torch.zeros(size, dtype=torch.int64) if ids else None)
@@ -82,6 +78,7 @@ class CrossBatchMemory(nn.Module):
         Raises ``NearfarError`` for another shape, for ``ids`` that are missing or not expected, and, on the CPU, for
         rows that are not finite: they would spoil the loss of many steps.
         """
+        check_tensors(features=features)
         if features.ndim != 2 or features.shape[1] != self.dim or not features.is_floating_point():
             raise NearfarError(
                 f"features are {tuple(features.shape)} {features.dtype}; this memory keeps rows (n, {self.dim}) of "
@@ -93,10 +90,12 @@ class CrossBatchMemory(nn.Module):
                 if ids is None
                 else "this memory keeps no ids; make it with CrossBatchMemory(…, ids=True)"
             )
-        if ids is not None and (ids.shape != features.shape[:1] or ids.is_floating_point()):
-            raise NearfarError(
-                f"ids are {tuple(ids.shape)} {ids.dtype}; {len(features)} rows need one whole number each"
-            )
+        if ids is not None:
+            check_tensors(ids=ids)
+            if ids.shape != features.shape[:1] or ids.is_floating_point() or ids.is_complex():
+                raise NearfarError(
+                    f"ids are {tuple(ids.shape)} {ids.dtype}; {len(features)} rows need one whole number each"
+                )
         if features.device.type == "cpu" and not features.isfinite().all():
             bad = (~features.isfinite().all(dim=1)).nonzero().flatten().tolist()
             raise NearfarError(
@@ -139,12 +138,16 @@ class CrossBatchMemory(nn.Module):
         return self._steps - self._born[: self.filled]
 
     def same(self, ids: Int[Tensor, " n"]) -> Bool[Tensor, "n filled"]:
-        """True where a row of the memory has the id of a query, so that it is no negative of it."""
+        """True where a row of the memory has the id of a query, so that it is no negative of it.
+
+        An id that is missing (−1) is nobody's, so that the row stays a negative.
+        """
+        ids = whole_labels(ids, "ids")
         if ids.ndim != 1:
             raise NearfarError(
                 f"ids have shape {tuple(ids.shape)}; one whole number for each query is needed"
             )
-        return ids[:, None] == self.ids().to(ids.device)[None, :]
+        return apart(ids)[:, None] == self.ids().to(ids.device)[None, :]
 
     def get_extra_state(self) -> Tensor:
         """The rows and the steps counted so far: pointer, fill level and ages follow from them."""

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from nearfar.arguments import any_number, number, shown
 from nearfar.errors import NearfarError, nearest_name
 from nearfar.schedules import Constant, Schedule, schedule
 
@@ -92,6 +93,10 @@ class Objective(nn.Module):
 
     def __init__(self, terms: Mapping[str, Any]) -> None:
         super().__init__()
+        if not isinstance(terms, Mapping):
+            raise NearfarError(
+                f"terms is {shown(terms)}; a mapping of names to weights is needed, such as {{'contrastive': 1.0}}"
+            )
         if not terms:
             raise NearfarError(
                 "an objective has no terms; give names and weights, such as {'contrastive': 1.0}"
@@ -128,7 +133,9 @@ class Objective(nn.Module):
                 raise NearfarError(
                     f"the weight of term {name!r} changes over the run; pass position= (and total=), such as the epoch"
                 )
-            value = float(weight(0.0 if position is None else position, total))
+            place = 0.0 if position is None else number("position", position, 0)
+            length = None if total is None else number("total", total, above=0)
+            value = any_number(f"the weight of term {name!r}", weight(place, length))
             if not math.isfinite(value):
                 raise NearfarError(f"the weight of term {name!r} is {value} at position {position}")
             found[name] = value
@@ -179,24 +186,29 @@ class Objective(nn.Module):
         return _measure(values, weights, on)
 
     def _check(self, values: Mapping[str, Tensor], weights: dict[str, float]) -> None:
+        if not isinstance(values, Mapping):
+            raise NearfarError(f"values is {shown(values)}; a mapping of names to 0-d tensors is needed")
         for name in values:
             if name not in self.terms:
-                raise NearfarError(f"there is no term {name!r}: {nearest_name(str(name), self.terms)}")
+                raise NearfarError(
+                    f"values: there is no term {name!r}: {nearest_name(str(name), self.terms)}"
+                )
         for name, weight in weights.items():
             if name not in values and (weight != 0.0 or not values):
                 raise NearfarError(
-                    f"the value of term {name!r} (weight {weight:g}) is missing; given: {', '.join(values) or 'none'}"
+                    f"values: the value of term {name!r} (weight {weight:g}) is missing; given: "
+                    f"{', '.join(values) or 'none'}"
                 )
         for name, value in values.items():
             if not isinstance(value, Tensor) or value.ndim != 0 or not value.is_floating_point():
-                what = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else repr(value)
+                what = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else shown(value)
                 raise NearfarError(
-                    f"the value of term {name!r} is {what}; a 0-d floating tensor is needed (.mean())"
+                    f"values: the value of term {name!r} is {what}; a 0-d floating tensor is needed (.mean())"
                 )
             if value.device.type == "cpu" and not bool(value.detach().isfinite()):
                 raise NearfarError(
-                    f"the value of term {name!r} is {value.item()}; the step must not be taken. Look at what went into "
-                    "this loss, and at the learning rate"
+                    f"values: the value of term {name!r} is {value.item()}; the step must not be taken. Look at what "
+                    "went into this loss, and at the learning rate"
                 )
 
     def extra_repr(self) -> str:
@@ -206,7 +218,16 @@ class Objective(nn.Module):
 def _measure(
     values: Mapping[str, Tensor], weights: dict[str, float], on: Tensor | Iterable[Tensor]
 ) -> GradientShares:
+    if not isinstance(on, Iterable) or isinstance(on, (str, Mapping)):
+        raise NearfarError(
+            f"on is {shown(on)}; a tensor or several are needed, such as an embedding or parameters"
+        )
     tensors = [on] if isinstance(on, Tensor) else list(on)
+    for tensor in tensors:
+        if not isinstance(tensor, Tensor):
+            raise NearfarError(
+                f"on holds {shown(tensor)}; tensors are needed, such as an embedding or parameters"
+            )
     wanted = [tensor for tensor in tensors if tensor.requires_grad]
     if not wanted:
         raise NearfarError(

@@ -20,7 +20,8 @@ class Record:
     ``hardest_share``: how much of the push away from negatives goes to the hardest one (1: all of it; 1 / number of
     negatives: spread evenly; 0 where there is no negative). ``uniform_level``: the loss of guessing, when all
     candidates score alike. ``floor``: the least the loss can reach. ``scale``: 1 / temperature, as it was used.
-    ``finite``: false where the loss is infinite or not a number.
+    ``finite``: false where the loss is infinite or not a number. ``rows_without_negatives``: rows that nobody is pushed
+    away from, since a mask leaves out all others or all are positives.
 
     ``extra`` holds further numbers of a certain loss; ``to_dict`` puts them beside the others.
     """
@@ -36,12 +37,13 @@ class Record:
     scale: float
     finite: bool = True
     extra: dict[str, float] = field(default_factory=dict)
+    rows_without_negatives: float = 0.0
 
     @classmethod
     def of(cls, step: Step, **extra: float) -> Record:
         """Read a step off its device."""
-        *numbers, finite = step.numbers().tolist()
-        return cls(*numbers, bool(finite), extra)  # type: ignore[call-arg]
+        *numbers, alone, finite = step.numbers().tolist()
+        return cls(*numbers, bool(finite), extra, alone)  # type: ignore[call-arg]
 
     def to_dict(self) -> dict[str, float]:
         """The fields as a mapping, as the log of a run takes them."""

@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nearfar.errors import NearfarError
-from nearfar.functional.arguments import check_temperature, number
+from nearfar.functional.arguments import check_flags, check_temperature, check_words, number
 from nearfar.functional.score_contrastive import (
     Middle,
     ScoreSplit,
@@ -28,7 +28,8 @@ class AdaptiveScoreContrastiveLoss(ContrastiveLoss):
 
     A batch without anchors or without positives gives 0 without a gradient, and says so: ``record.extra["anchors"]``
     is 0. With a fixed threshold below all scores that is every batch. ``record.extra`` also holds the number of
-    positives, the realised share of the middle, and the score gap between positives and anchors.
+    positives, the realised share of the middle, the rows whose score is missing (NaN: neither anchor nor positive),
+    and the score gap between positives and anchors.
 
     Floor 0; guessing gives ln(candidates / positives).
 
@@ -58,6 +59,8 @@ class AdaptiveScoreContrastiveLoss(ContrastiveLoss):
     ) -> None:
         super().__init__()
         self.temperature = check_temperature(temperature)
+        check_words(middle=middle)
+        check_flags(detach_positives=detach_positives, normalize=normalize)
         if middle not in ("ignore", "negatives"):
             raise NearfarError(f"middle is {middle!r}; it is 'ignore' or 'negatives'")
         check_split_options(top_k_percent, bottom_k_percent, min_samples, threshold)
@@ -94,6 +97,7 @@ class AdaptiveScoreContrastiveLoss(ContrastiveLoss):
             "anchors": float(len(split.anchors)),
             "positives": float(len(split.positives)),
             "middle_share": len(split.middle) / max(1, len(scores)),
+            "scores_missing": float(scores.isnan().sum()),
             "score_gap": gap,
         }
 

@@ -6,6 +6,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from nearfar.contrast import Mask
+from nearfar.functional.arguments import check_flags
 from nearfar.functional.siglip import siglip_step
 from nearfar.losses.base import ContrastiveLoss
 
@@ -30,6 +31,7 @@ class SigLipLoss(ContrastiveLoss):
 
     def __init__(self, normalize: bool = True) -> None:
         super().__init__()
+        check_flags(normalize=normalize)
         self.normalize = normalize
 
     def forward(
@@ -42,6 +44,7 @@ class SigLipLoss(ContrastiveLoss):
         rows: slice | None = None,
     ) -> Float[Tensor, ""]:
         loss, self._step = siglip_step(a, b, logit_scale, logit_bias, self.normalize, mask, rows)
+        self._masked = mask is not None
         return loss
 
     def extra_repr(self) -> str:

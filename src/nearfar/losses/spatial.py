@@ -7,6 +7,7 @@ from collections.abc import Callable
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from nearfar.functional.arguments import check_flags
 from nearfar.functional.info_nce import clamp_scale
 from nearfar.functional.spatial import Neighbors, check_spatial_options, spatial_step
 from nearfar.losses.base import ContrastiveLoss
@@ -44,6 +45,7 @@ class SpatialLoss(ContrastiveLoss):
     ) -> None:
         super().__init__()
         clamp_scale(1.0, max_scale)
+        check_flags(normalize=normalize)
         check_spatial_options(neighbor_alpha_scale, temp_reg_weight, neighbors)
         self.neighbor_alpha_scale, self.temp_reg_weight = neighbor_alpha_scale, temp_reg_weight
         self.neighbors, self.max_scale, self.normalize = neighbors, max_scale, normalize
@@ -62,6 +64,7 @@ class SpatialLoss(ContrastiveLoss):
             image, text, logit_scale, neighbor_index, neighbor_alpha, self.neighbor_alpha_scale, self.temp_reg_weight,
             self.neighbors, self.max_scale, self.normalize, rows,
         )  # fmt: skip
+        self._masked = self.neighbors == "mask"
         return loss
 
     def _extra(self) -> dict[str, float]:

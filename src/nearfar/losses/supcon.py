@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nearfar.contrast import Mask, check_denominator, check_reduction
 from nearfar.errors import NearfarError
-from nearfar.functional.arguments import check_temperature
+from nearfar.functional.arguments import check_flags, check_temperature, check_words, number
 from nearfar.functional.multi_label_supcon import multi_label_supcon_step
 from nearfar.functional.supcon import inside_of, supcon_step
 from nearfar.losses.base import ContrastiveLoss
@@ -29,7 +29,8 @@ class SupConLoss(ContrastiveLoss):
     ``nearfar.functional.supcon`` has the definitions.
 
     Floor: ln(positives) outside, 0 inside. Guessing: ln(candidates), less ln(positives) for a sum inside. Rows
-    without a positive are left out and counted; a batch without any is 0 and warns.
+    without a positive are left out and counted; a batch without any is 0 and warns. A row whose label is missing (−1
+    or NaN) is such a row, and a negative of all others.
 
     >>> import torch
     >>> loss = SupConLoss()
@@ -50,6 +51,8 @@ class SupConLoss(ContrastiveLoss):
     ) -> None:
         super().__init__()
         self.temperature = check_temperature(temperature)
+        check_words(sum=sum, denominator=denominator, reduction=reduction)
+        check_flags(normalize=normalize, own_pair=own_pair, in_batch=in_batch)
         inside_of(sum)
         self.denominator, self.reduction = check_denominator(denominator), check_reduction(reduction)
         self.sum = sum
@@ -71,6 +74,7 @@ class SupConLoss(ContrastiveLoss):
             z, labels, self.temperature, self.sum, self.normalize, other, self.own_pair, memory, memory_labels, mask,
             rows, in_batch=self.in_batch, positives=positives, denominator=self.denominator, reduction=self.reduction,
         )  # fmt: skip
+        self._masked = mask is not None
         return loss
 
     def extra_repr(self) -> str:
@@ -107,9 +111,13 @@ class MultiLabelSupConLoss(ContrastiveLoss):
     ) -> None:
         super().__init__()
         self.temperature = check_temperature(temperature)
+        check_words(weights=weights)
+        check_flags(normalize=normalize)
+        number("neutral", neutral)
         if weights not in ("jaccard", "legacy"):
             raise NearfarError(f"weights is {weights!r}; it is 'jaccard' or 'legacy'")
         if sum is not None:
+            check_words(sum=sum)
             inside_of(sum)
         self.weights, self.sum, self.neutral, self.normalize = weights, sum, neutral, normalize
 

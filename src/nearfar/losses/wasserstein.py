@@ -8,7 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from nearfar.arguments import flag, whole_number
 from nearfar.errors import NearfarError
+from nearfar.functional.arguments import check_tensors
 from nearfar.functional.wasserstein import check_form, check_scores, quantiles
 
 __all__ = ["WassersteinGapLoss", "WassersteinRecord"]
@@ -86,10 +88,13 @@ class WassersteinGapLoss(nn.Module):
     ) -> None:
         super().__init__()
         check_form(form)
-        if isinstance(queue_size, bool) or not isinstance(queue_size, int) or queue_size < 0:
-            raise NearfarError(f"queue_size is {queue_size!r}; it is a number of scores, 0 for no queue")
+        try:
+            queue_size = whole_number("queue_size", queue_size, 0)
+        except NearfarError as error:
+            raise NearfarError(f"{error}: a number of scores, 0 for no queue") from None
         self.form, self.queue_size = form, queue_size
-        self.detach_upper, self.rescale_gradient = detach_upper, rescale_gradient
+        self.detach_upper = flag("detach_upper", detach_upper)
+        self.rescale_gradient = flag("rescale_gradient", rescale_gradient)
         if queue_size:
             self.register_buffer("lower_queue", torch.zeros(queue_size))
             self.register_buffer("upper_queue", torch.zeros(queue_size))
@@ -114,6 +119,7 @@ class WassersteinGapLoss(nn.Module):
         self._seen = None  # a call that fails leaves no record
         queued = bool(self.queue_size) and self.training
         batch = {"lower_scores": lower_scores, "upper_scores": upper_scores}
+        check_tensors(**batch)
         for name, scores in batch.items():
             check_scores(scores, name, queued or scores.device.type == "cpu")
         current = (lower_scores, upper_scores.detach() if self.detach_upper else upper_scores)

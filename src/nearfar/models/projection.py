@@ -7,7 +7,8 @@ from collections.abc import Callable
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nearfar.errors import NearfarError, nearest_name
+from nearfar.arguments import any_number, choice, whole_number
+from nearfar.errors import NearfarError
 
 __all__ = ["ProjectionHead"]
 
@@ -44,26 +45,31 @@ class ProjectionHead(nn.Module):
     ) -> None:
         super().__init__()
         for name, size in (("in_features", in_features), ("hidden", hidden), ("out_features", out_features)):
-            if size < 1:
+            if whole_number(name, size) < 1:
                 raise NearfarError(f"{name} is {size}, but a layer has at least one unit")
-        if not 0.0 <= dropout < 1.0:
+        in_features, hidden, out_features = int(in_features), int(hidden), int(out_features)
+        if not 0.0 <= any_number("dropout", dropout) < 1.0:
             raise NearfarError(f"dropout is {dropout}, but it is a probability from 0 to below 1")
-        if norm is not None and norm not in _NORMS:
-            raise NearfarError(f"norm is {norm!r}: {nearest_name(norm, _NORMS)}, or None")
-        if activation not in _ACTIVATIONS:
-            raise NearfarError(f"activation is {activation!r}: {nearest_name(activation, _ACTIVATIONS)}")
+        if norm is not None:
+            choice("norm", norm, _NORMS)
+        choice("activation", activation, _ACTIVATIONS)
         middle = [_NORMS[norm](hidden)] if norm is not None else []
         self.layers = nn.Sequential(
             nn.Linear(in_features, hidden),
             *middle,
             _ACTIVATIONS[activation](),
-            nn.Dropout(dropout),
+            nn.Dropout(float(dropout)),
             nn.Linear(hidden, out_features),
         )
         self.in_features = in_features
         self.out_features = out_features
 
     def forward(self, x: Float[Tensor, "n in"]) -> Float[Tensor, "n out"]:
+        if not isinstance(x, Tensor) or x.ndim == 0 or not x.is_floating_point():
+            what = f"{tuple(x.shape)} {x.dtype}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+            raise NearfarError(f"x is {what}; a floating tensor (rows, {self.in_features}) is needed")
         if x.shape[-1] != self.in_features:
-            raise NearfarError(f"the head takes {self.in_features} features, but the input has {x.shape[-1]}")
+            raise NearfarError(
+                f"x: the head takes {self.in_features} features, but the input has {x.shape[-1]}"
+            )
         return self.layers(x)
