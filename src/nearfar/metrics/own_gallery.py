@@ -14,6 +14,9 @@ __all__ = ["equal_keys", "warn_of_own_keys"]
 _SAME = 1 - 1e-5
 # Numbers looked at together.
 _PART = 1 << 20
+# Columns by which equal rows are looked for, and rows from which "most" is judged.
+_COLUMNS = 32
+_ROWS = 512
 
 
 def warn_of_own_keys(
@@ -77,7 +80,7 @@ def equal_keys(queries: Tensor, keys: Tensor) -> Int64[Tensor, " n"]:
     tensor([-1,  1])
     """
     dtype = torch.promote_types(queries.dtype, keys.dtype)
-    of_queries, of_keys = _codes(queries, dtype), _codes(keys, dtype)
+    of_queries, of_keys = _codes(queries, keys, dtype)
     ordered, order = of_keys.sort(stable=True)
     at = torch.searchsorted(ordered, of_queries).clamp(max=len(keys) - 1)
     candidates = (ordered[at] == of_queries).nonzero().flatten()
@@ -87,16 +90,26 @@ def equal_keys(queries: Tensor, keys: Tensor) -> Int64[Tensor, " n"]:
         same = (queries[part].to(dtype) == keys[key].to(dtype)).all(1)
         place[part[same]] = key[same]
     if len(queries) == len(keys):  # of several equal keys the one at the query's position is named
-        for rows in torch.arange(len(queries), device=queries.device).split(
-            max(_PART // queries.shape[1], 1)
-        ):
+        for rows in (place >= 0).nonzero().flatten().split(max(_PART // queries.shape[1], 1)):
             same = (queries[rows].to(dtype) == keys[rows].to(dtype)).all(1)
             place[rows[same]] = rows[same]
     return place
 
 
-def _codes(rows: Tensor, dtype: torch.dtype) -> Int64[Tensor, " n"]:
-    """A number for each row that equal rows share, and different ones almost never."""
+def _codes(
+    queries: Tensor, keys: Tensor, dtype: torch.dtype
+) -> tuple[Int64[Tensor, " n"], Int64[Tensor, " m"]]:
+    """A number for each row that equal rows share, and different ones hardly ever: of some columns if those tell."""
+    d = queries.shape[1]
+    if d > 2 * _COLUMNS:
+        some = torch.linspace(0, d - 1, _COLUMNS, device=keys.device).long()
+        few = _codes_of(queries[:, some], dtype), _codes_of(keys[:, some], dtype)
+        if 2 * len(few[1].unique()) > len(keys):
+            return few
+    return _codes_of(queries, dtype), _codes_of(keys, dtype)
+
+
+def _codes_of(rows: Tensor, dtype: torch.dtype) -> Int64[Tensor, " n"]:
     d = rows.shape[1]
     generator = torch.Generator().manual_seed(0)
     factors = (torch.randint(-(2**62), 2**62, (d,), generator=generator) * 2 + 1).to(rows.device)
@@ -121,14 +134,14 @@ def _most_near_own(queries: Tensor, keys: Tensor) -> bool:
     n = len(queries)
     if n != len(keys) or n < 2:
         return False
-    near, beside, telling = 0, 0, 0
-    for rows in torch.arange(n, device=queries.device).split(max(_PART // queries.shape[1], 1)):
-        a = torch.nn.functional.normalize(queries[rows].double(), dim=1)
-        b, c = (torch.nn.functional.normalize(keys[at % n].double(), dim=1) for at in (rows, rows + 1))
-        near += int(((a * b).sum(1) > _SAME).sum())
-        beside += int(((a * c).sum(1) > _SAME).sum())
-        telling += int(_several_magnitudes(queries[rows]).sum())
-    return 2 * near > n and 4 * beside < n and 2 * telling > n
+    rows = torch.linspace(0, n - 1, min(n, _ROWS), device=queries.device).long()
+    a, b, c = (
+        torch.nn.functional.normalize(x.double(), dim=1)
+        for x in (queries[rows], keys[rows], keys[(rows + 1) % n])
+    )
+    near, beside = (int(((a * x).sum(1) > _SAME).sum()) for x in (b, c))
+    telling = int(_several_magnitudes(queries[rows]).sum())
+    return 2 * near > len(rows) and 4 * beside < len(rows) and 2 * telling > len(rows)
 
 
 def _several_magnitudes(rows: Tensor) -> Bool[Tensor, " k"]:
