@@ -22,7 +22,7 @@ FLOORS = [
     {"losses"},
     {"functional"},
     {"contrast"},
-    {"schedules", "configs", "terminal"},
+    {"schedules", "labels", "configs", "terminal"},
     {"errors"},
 ]
 LEVEL = {name: level for level, floor in enumerate(FLOORS) for name in floor}

@@ -27,7 +27,8 @@ class Layout:
 
     ``batch_size`` is the batch of one rank. Every item is used once, with three exceptions that ``remainder``
     counts: the ``n % world_size`` items that cannot be shared equally; with ``drop_last`` all items of the
-    incomplete last step; and a single item that is left when it cannot borrow company. Where the last batch
+    incomplete last step; and a single item that is left when it cannot borrow company. ``left_out`` items that a
+    sampler never draws are counted as well. Where the last batch
     would hold one item (no negatives, and an error in a batch norm), the batch before it gives it a second
     one.
 
@@ -44,9 +45,10 @@ class Layout:
     batch_size: int
     world_size: int = 1
     drop_last: bool = False
+    left_out: int = 0
 
     def __post_init__(self) -> None:
-        n = whole("the number of items", self.n, 0)
+        n = whole("the number of items", self.n, 0) - whole("left_out", self.left_out, 0)
         size = whole("batch_size", self.batch_size, 1)
         ranks = whole("world_size", self.world_size, 1)
         if n < 2 * ranks and not (size == 1 and n >= ranks):
@@ -65,7 +67,7 @@ class Layout:
     @cached_property
     def sizes(self) -> NDArray[np.int64]:
         """The size of one rank's batch in each step, (steps,)."""
-        per_rank, size = self.n // self.world_size, self.batch_size
+        per_rank, size = (self.n - self.left_out) // self.world_size, self.batch_size
         full, rest = divmod(per_rank, size)
         sizes = [size] * full
         if rest and not self.drop_last:

@@ -1,90 +1,266 @@
-"""Anyone's own log: a mapping of fields to series of one length, with what is known of the run mixed in."""
+"""Anyone's own log as columns: a table, a mapping of fields to series, a list of rows."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from nearfar.doctor.fields import CONTEXT, OF_AN_EPOCH, is_field, matches
-from nearfar.doctor.numbers import is_sequence, number, plain
+import numpy as np
+
+from nearfar.doctor.fields import CONTEXT, LISTED, OF_AN_EPOCH, TEXTS, is_field, matches
+from nearfar.doctor.numbers import Cell, is_empty, is_series, number, plain, read_cells
 from nearfar.errors import NearfarError
 
-__all__ = ["columns_to_rows"]
+__all__ = ["Columns", "read_columns", "read_records", "table_columns"]
 
-_PLACE = ("step", "epoch")
 #: lists that are no series
 _NAMES = ("loss_weight_names",)
+#: fields of a view, as a log of one view alone may call them
+_OF_A_VIEW = ("effective_rank", "rank_limit", "dimensions", "variance", "uniformity", "mean_cosine")
+#: fields of a record that are no signals
+_PLACE = ("kind", "val", "estimates")
 
 
-def columns_to_rows(columns: Mapping[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Records and context of a mapping of series; a single number is a constant.
+@dataclass
+class Columns:
+    """A log of ``length`` rows: for each numeric field the rows that have a cell, the numbers, and what the cells hold
+    (``Cell``); lists and texts by row; and what is said of the run as a whole.
+
+    ``table``: the fields that came from a table of pandas, where an empty cell is a NaN.
+    """
+
+    length: int
+    fields: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]] = field(default_factory=dict)
+    lists: dict[str, list[tuple[int, tuple[float, ...]]]] = field(default_factory=dict)
+    texts: dict[str, list[tuple[int, str]]] = field(default_factory=dict)
+    context: dict[str, Any] = field(default_factory=dict)
+    table: set[str] = field(default_factory=set)
+
+    def put(self, name: str, rows: Any, values: Any) -> None:
+        """Read the cells of one field. Raises ``NearfarError``, naming field and row, for what is no number."""
+        rows = np.asarray(rows, np.int64)
+        if name in _OF_A_VIEW:
+            name = f"embeddings/{name}"
+        known = is_field(name)
+        if not isinstance(values, np.ndarray) or values.dtype.kind not in "fiub":
+            rows, values = self._set_apart(name, rows, list(values), known)
+        if len(values):
+            found, cells = read_cells(
+                values, name, lambda at: _where(rows[at]), known or name in ("step", "epoch")
+            )
+            if known or name in ("step", "epoch") or (cells != Cell.EMPTY).any():
+                self.fields[name] = rows, found, cells
+
+    def _set_apart(
+        self, name: str, rows: np.ndarray, values: list[Any], known: bool
+    ) -> tuple[np.ndarray, list[Any]]:
+        """Texts and lists are kept by themselves; what is left are numbers, or should be."""
+        if set(map(type, values)) <= {float, int, bool, type(None)}:
+            return rows, values
+        if name in TEXTS or (not known and name in CONTEXT):
+            texts = [
+                (int(row), value) for row, value in zip(rows, values, strict=True) if isinstance(value, str)
+            ]
+            texts = [(row, value) for row, value in texts if not is_empty(value)]
+            if texts:
+                self.texts[name] = texts
+            if name in TEXTS:
+                return rows[:0], []
+            kept = [at for at, value in enumerate(values) if not isinstance(value, str)]
+            rows, values = rows[kept], [values[at] for at in kept]
+        listed = [at for at, value in enumerate(values) if is_series(value)]
+        if listed and known:
+            if not any(matches(pattern, name) for pattern in LISTED):
+                raise NearfarError(
+                    f"{_where(rows[listed[0]])}: the field '{name}' is a {type(values[listed[0]]).__name__} of "
+                    "several values, and a number is needed; give one value for each row, such as its mean"
+                )
+            self.lists[name] = [
+                (int(rows[at]), tuple(_listed(plain(values[at]), name, _where(rows[at])))) for at in listed
+            ]
+        if listed:
+            kept = sorted(set(range(len(values))) - set(listed))
+            rows, values = rows[kept], [values[at] for at in kept]
+        return rows, values
+
+
+def _listed(values: Iterable[Any], name: str, where: str) -> list[float]:
+    found = (number(value, name, where) for value in values)
+    return [float("nan") if value is None else value for value in found]
+
+
+def _where(row: int) -> str:
+    return f"record {row + 1} of the log"
+
+
+def table_columns(table: Any) -> dict[str, Any] | None:
+    """The columns of a table of pandas, polars, pyarrow or NumPy, by name; None for anything else.
+
+    Nothing is imported for it. Columns of several levels are joined with "/"; an index called ``step`` or ``epoch``
+    is read as a column.
+
+    >>> import pandas
+    >>> frame = pandas.DataFrame({"loss": [4.1, 3.9]}, index=pandas.Index([10, 20], name="step"))
+    >>> {name: list(column) for name, column in table_columns(frame).items()}
+    {'step': [10, 20], 'loss': [4.1, 3.9]}
+    """
+    fields = getattr(getattr(table, "dtype", None), "names", None)
+    if fields:  # an array of records
+        return {name: table[name] for name in fields}
+    if hasattr(table, "iloc") and hasattr(table, "columns"):
+        pairs = [(_joined(name), table.iloc[:, at]) for at, name in enumerate(table.columns)]
+        names = {name for name, _ in pairs}
+        levels = enumerate(getattr(table.index, "names", ()))
+        pairs = [
+            (name, table.index.get_level_values(at))
+            for at, name in levels
+            if name in ("step", "epoch") and name not in names
+        ] + pairs
+    elif hasattr(table, "column_names") and hasattr(table, "itercolumns"):
+        pairs = list(zip(table.column_names, table.itercolumns(), strict=True))
+    elif hasattr(table, "get_columns") and hasattr(table, "columns"):
+        pairs = list(zip(table.columns, table.get_columns(), strict=True))
+    elif hasattr(table, "collect_schema"):
+        raise NearfarError("the log is a table that is not computed yet; pass table.collect()")
+    else:
+        return None
+    columns = dict(pairs)
+    if len(columns) < len(pairs):
+        every = [name for name, _ in pairs]
+        twice = next(name for name in every if every.count(name) > 1)
+        raise NearfarError(f"the table has several columns '{twice}'; rename them, or drop all but one")
+    return columns
+
+
+def _joined(name: Any) -> str:
+    """The name of a column, of several levels joined."""
+    if isinstance(name, tuple):
+        return "/".join(str(part) for part in name if not is_empty(part) and part == part)
+    return str(name)
+
+
+def _of_pandas(column: Any) -> bool:
+    """Whether an empty cell of this column is a NaN, so that NaN does not say which it is."""
+    return hasattr(column, "to_numpy") and type(column).__module__.partition(".")[0] == "pandas"
+
+
+def _cells(column: Any) -> Any:
+    """The cells of a column: an array of numbers, or a list."""
+    if isinstance(column, np.ndarray) and type(column) is np.ndarray and column.ndim == 1:
+        return column
+    if _of_pandas(column):
+        # Columns of nullable types say which cells are empty only one by one.
+        array = column.to_numpy() if isinstance(column.dtype, np.dtype) else None
+        if array is not None and array.dtype.kind in "fiub":
+            return array
+        values = list(column)
+        if any(
+            isinstance(value, str) for value in values
+        ):  # among which a loss that is NaN is a text as well
+            values = [None if isinstance(value, float) and value != value else value for value in values]
+        return values
+    return list(plain(column))
+
+
+def read_columns(columns: Mapping[Any, Any]) -> Columns:
+    """The log that a mapping of series is; a single number is a constant.
 
     Series have one length, with None where nothing was measured. Where ``epoch`` says which epoch each row belongs to,
     fields of an epoch (plans, probes, validation metrics) may instead have one value per epoch. A log whose rows all
     hold such fields and no ``epoch`` has one row per epoch.
 
-    >>> columns_to_rows({"loss": [4.1, 3.9], "candidates": 64, "sampler": "random"})
-    ([{'loss': 4.1, 'candidates': 64.0}, {'loss': 3.9, 'candidates': 64.0}], {'sampler': 'random'})
+    >>> log = read_columns({"loss": [4.1, 3.9], "candidates": 64, "sampler": "random"})
+    >>> log.length, log.fields["candidates"][1].tolist(), log.context
+    (2, [64.0, 64.0], {'sampler': 'random'})
     """
-    columns = {str(name): plain(value) for name, value in columns.items()}
+    given = {_joined(name): value for name, value in columns.items()}
+    inner = given.get("val")
+    inner = inner if isinstance(inner, Mapping) else table_columns(inner)
+    if inner is not None:
+        del given["val"]
+        given |= {f"val/{name}": value for name, value in inner.items()}
     context: dict[str, Any] = {}
-    series: dict[str, list[Any]] = {}
+    series: dict[str, Any] = {}
     constants: dict[str, Any] = {}
-    if isinstance(columns.get("val"), Mapping):
-        columns |= {f"val/{name}": plain(value) for name, value in columns.pop("val").items()}
-    for name, value in columns.items():
-        if is_sequence(value) and name not in _NAMES:
-            series[name] = list(value)
+    table = set()
+    for name, value in given.items():
+        if isinstance(value, (set, frozenset)):
+            raise NearfarError(f"the log: the field '{name}' is a set, which has no order; pass a list")
+        if hasattr(value, "columns") and table_columns(value) is not None:
+            raise NearfarError(
+                f"the log: the field '{name}' is a table with {len(table_columns(value) or ())} columns, and a series "
+                "of one value per row is needed"
+            )
+        if is_series(value) and name not in _NAMES:
+            if _of_pandas(value):
+                table.add(name)
+            series[name] = _cells(value)
             continue
+        if not isinstance(value, Mapping):
+            value = plain(value)
         if name in CONTEXT:
             context[name] = value
-        if isinstance(value, str) and name in CONTEXT:
+        if isinstance(value, str) and name in CONTEXT and (not is_field(name) or not _is_number(value)):
             continue
         if is_field(name):
             constants[name] = number(value, name, "the log")
         elif name not in CONTEXT:
             constants[name] = value
-    lengths = {name: len(values) for name, values in series.items()}
-    length = _length(series, lengths)
-    rows: list[dict[str, Any]] = [{} for _ in range(length)]
-    by_epoch = _epochs(series, length)
+    length, ends = _length(series)
+    log = Columns(length, context=context, table=table)
     for name, values in series.items():
         if len(values) == length:
-            for row, value in zip(rows, values, strict=True):
-                if value is not None:
-                    row[name] = value
+            rows: Any = np.arange(length)
+            if not isinstance(values, np.ndarray) and None in values:  # nothing was measured there
+                rows = [at for at, value in enumerate(values) if value is not None]
+                values = [value for value in values if value is not None]
         else:
-            for at, value in zip(by_epoch, values, strict=True):
-                rows[at][name] = value
-    for row in rows:
-        row |= {name: value for name, value in constants.items() if value is not None}
-    if "epoch" not in series and any(_of_an_epoch(name) and None not in v for name, v in series.items()):
-        for at, row in enumerate(rows):
-            row["epoch"] = at + 1
-    return rows, context
+            rows = ends
+        log.put(name, rows, values)
+    for name, value in constants.items():
+        if value is not None and not is_series(value) and not isinstance(value, Mapping):
+            log.put(name, np.arange(length), [value] * length)
+    if "epoch" not in series and any(_of_an_epoch(name) and _complete(log, name) for name in series):
+        log.put("epoch", np.arange(length), np.arange(1, length + 1))
+    return log
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return number(text, "", "") is not None
+    except NearfarError:
+        return False
+
+
+def _complete(log: Columns, name: str) -> bool:
+    if name in log.lists:
+        return len(log.lists[name]) == log.length
+    rows, _, cells = log.fields.get(name, ((), (), np.zeros(0)))
+    return len(rows) == log.length and bool((cells != Cell.EMPTY).all())
 
 
 def _of_an_epoch(name: str) -> bool:
     return any(matches(pattern, name) for pattern in OF_AN_EPOCH)
 
 
-def _epochs(series: Mapping[str, list[Any]], length: int) -> list[int]:
-    """The last row of each epoch, to which fields of an epoch belong; the first for plans would do as well."""
-    epochs = series.get("epoch")
-    if epochs is None or len(epochs) != length:
-        return []
-    return [at for at in range(length) if at + 1 == length or epochs[at + 1] != epochs[at]]
-
-
-def _length(series: Mapping[str, list[Any]], lengths: Mapping[str, int]) -> int:
+def _length(series: Mapping[str, Any]) -> tuple[int, np.ndarray]:
+    """The number of rows, and the last row of each epoch, to which fields of an epoch belong; the first for plans would
+    do as well."""
+    nothing = np.zeros(0, np.int64)
     if not series:
-        return 1
-    long = {name: n for name, n in lengths.items() if not _of_an_epoch(name)} or dict(lengths)
-    length = next((long[name] for name in ("loss", *_PLACE) if name in long), next(iter(long.values())))
-    allowed = {length}
-    epochs = len(_epochs(series, length)) if lengths.get("epoch") == length else length
+        return 1, nothing
+    lengths = {name: len(values) for name, values in series.items()}
+    long = {name: n for name, n in lengths.items() if not _of_an_epoch(name)} or lengths
+    length = next(
+        (long[name] for name in ("loss", "step", "epoch") if name in long), next(iter(long.values()))
+    )
+    ends = nothing
+    if lengths.get("epoch") == length and length:
+        epochs = read_cells(series["epoch"], "epoch", lambda at: _where(at), True)[0]
+        ends = np.flatnonzero(np.append(epochs[1:] != epochs[:-1], True))
     for name, n in lengths.items():
-        if n in allowed or (_of_an_epoch(name) and n == epochs):
+        if n == length or (_of_an_epoch(name) and len(ends) == n):
             continue
         other = next(k for k, v in lengths.items() if v == length)
         hint = "; with 'epoch' for each row, fields of an epoch may have one value per epoch"
@@ -92,4 +268,53 @@ def _length(series: Mapping[str, list[Any]], lengths: Mapping[str, int]) -> int:
             f"series of different lengths: '{other}' has {length} values, '{name}' has {n}. Write None where "
             f"nothing was measured{hint if _of_an_epoch(name) else ''}"
         )
-    return length
+    return length, ends
+
+
+def read_records(records: Iterable[Any]) -> Columns:
+    """The log that a list of rows is: mappings of fields to numbers, as ``train_log.jsonl`` or ``csv.DictReader`` has
+    them. Raises ``NearfarError`` for a row that is no mapping."""
+    cells: dict[str, tuple[list[int], list[Any]]] = {}
+    estimates: dict[str, Any] = {}
+    row = -1
+    for row, record in enumerate(records):
+        if not isinstance(record, Mapping):
+            raise NearfarError(
+                f"record {row + 1} of the log is {type(record).__name__}, not a mapping of fields to numbers"
+            )
+        if None in record.values() and _all_text(record):
+            record = {name: "" if value is None else value for name, value in record.items()}
+        for name, value in record.items():
+            place = cells.get(name)
+            if place is None:
+                place = cells[name] = ([], [])
+            place[0].append(row)
+            place[1].append(value)
+        if record.get("estimates"):
+            estimates |= _mapping(record["estimates"], "estimates", _where(row))
+    for at, value in zip(*cells.get("val", ((), ())), strict=True):
+        for name, metric in _mapping(value, "val", _where(at)).items():
+            place = cells.setdefault(f"val/{name}", ([], []))
+            place[0].append(at)
+            place[1].append(metric)
+    log = Columns(row + 1, context={"estimates": estimates} if estimates else {})
+    for name, (rows, values) in cells.items():
+        if name not in _PLACE:
+            log.put(_joined(name), rows, values)
+    return log
+
+
+def _all_text(record: Mapping[Any, Any]) -> bool:
+    """Whether a record is a row of a CSV file: a None in it is a cell that a short row lacks."""
+    values = [value for name, value in record.items() if value is not None and name not in TEXTS]
+    return bool(values) and all(isinstance(value, (str, list)) for value in values)
+
+
+def _mapping(value: Any, name: str, where: str) -> Mapping[str, Any]:
+    if is_empty(value):
+        return {}
+    if not isinstance(value, Mapping):
+        raise NearfarError(
+            f"{where}: {name} is {type(value).__name__}; a mapping of metrics to numbers is needed"
+        )
+    return value

@@ -16,14 +16,20 @@ class Diagnosis(list[Finding]):
     """The findings, the gravest first, and in ``unjudged`` the rules that could not be judged and why.
 
     A rule in neither has looked and found nothing. ``verdict`` is one line. ``unread`` counts lines of the log that
-    are no records.
+    are no records; ``assumed`` says what was taken for granted in reading it, such as empty cells of a table.
     """
 
     def __init__(
-        self, findings: Iterable[Finding], unjudged: Iterable[Unjudged], judged: int, unread: int = 0
+        self,
+        findings: Iterable[Finding],
+        unjudged: Iterable[Unjudged],
+        judged: int,
+        unread: int = 0,
+        assumed: Iterable[str] = (),
     ) -> None:
         super().__init__(findings)
         self.unread = unread
+        self.assumed = list(assumed)
         self.unjudged = list(unjudged)
         self.judged = judged
 
@@ -50,6 +56,7 @@ class Diagnosis(list[Finding]):
         judged = f"{self.judged} of {self.judged + len(self.unjudged)} rules could be judged"
         if self.unread:
             judged += f"; {self.unread} unreadable line{'s' if self.unread > 1 else ''} of the log left out"
+        judged += "".join(f"; {text}" for text in self.assumed)
         if not self.judged:
             return f"nothing is known of this run ({judged})"
         if names:
@@ -64,6 +71,7 @@ class Diagnosis(list[Finding]):
             "findings": [finding.to_dict() for finding in self],
             "judged": self.judged,
             "unread": self.unread,
+            "assumed": self.assumed,
             "unjudged": [{"id": u.id, "reason": u.reason, "lacks": list(u.lacks)} for u in self.unjudged],
         }
 
@@ -71,10 +79,11 @@ class Diagnosis(list[Finding]):
 def diagnose(signals: Any, context: Mapping[str, Any] | None = None) -> Diagnosis:
     """What is wrong, or remarkably right, with a run.
 
-    ``signals`` is a run folder (path), a list of log records, a mapping of fields to series of one length (a single
-    number is a constant), or ``Signals``. ``context`` states what does not change during the run and goes over what
-    the signals know of it. ``nearfar.doctor.fields`` and docs/doctor.md list all names; the more fields, the more
-    rules can be judged.
+    ``signals`` is a run folder (path), a table (pandas, polars, pyarrow), a list of log records or of rows as
+    ``csv.DictReader`` gives them, a mapping of fields to series of one length (a single number is a constant), or
+    ``Signals``. An empty cell was not measured; docs/doctor.md says when a NaN is one. ``context`` states what does
+    not change during the run and goes over what the signals know of it. ``nearfar.doctor.fields`` and docs/doctor.md
+    list all names; the more fields, the more rules can be judged.
 
     Raises ``NearfarError`` for other input, series of different lengths, and fields that are not numeric.
 
@@ -95,4 +104,4 @@ def diagnose(signals: Any, context: Mapping[str, Any] | None = None) -> Diagnosi
         elif found is not None:
             unjudged.append(found)
     findings.sort(key=lambda finding: -SEVERITIES.index(finding.severity))
-    return Diagnosis(findings, unjudged, len(RULES) - len(unjudged), read.unread)
+    return Diagnosis(findings, unjudged, len(RULES) - len(unjudged), read.unread, read.assumed)

@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
-__all__ = ["CONTEXT", "FIELDS", "OF_AN_EPOCH", "TEXTS", "is_field", "matches"]
+__all__ = ["CONTEXT", "FIELDS", "LISTED", "OF_AN_EPOCH", "TEXTS", "is_field", "matches"]
 
 #: fields of a log, by where ``nearfar train`` writes them
 FIELDS: dict[str, dict[str, str]] = {
@@ -136,8 +137,11 @@ _WILD = {name: re.compile(re.escape(name).replace(r"\*", ".+")) for name in (*FI
 _PLAIN = {name for table in FIELDS.values() for name in table if "*" not in name}
 #: fields of which there is one value per epoch, so that their column may be as long as there are epochs
 OF_AN_EPOCH = (*FIELDS["plan"], *FIELDS["epoch"], *FIELDS["probe"])
+#: fields that may have a value for each quarter of an epoch
+LISTED = tuple(FIELDS["plan"])
 
 
+@lru_cache(maxsize=1 << 16)
 def matches(pattern: str, name: str) -> bool:
     """Whether ``name`` is what ``pattern`` means.
 
@@ -147,6 +151,7 @@ def matches(pattern: str, name: str) -> bool:
     return pattern == name or (pattern in _WILD and _WILD[pattern].fullmatch(name) is not None)
 
 
+@lru_cache(maxsize=1 << 14)
 def is_field(name: str) -> bool:
     """Whether a log may hold a field of this name."""
     return name in _PLAIN or any(wild.fullmatch(name) for wild in _WILD.values())

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
+
 from nearfar.doctor.rule import TooLittle
-from nearfar.doctor.series import LAST_PART, Point, Series
+from nearfar.doctor.series import LAST_PART, Series
 from nearfar.doctor.signals import Signals
 
 __all__ = ["Level", "by_class", "levels", "terms"]
@@ -41,30 +43,20 @@ class Level:
 
     def way(self) -> Series:
         """How far from guessing (0) to the floor (1) the loss has come; below 0 it is worse than guessing."""
-        points = []
-        for loss, uniform, floor in zip(
-            self.loss.points, self.uniform.values, self.floor.values, strict=True
-        ):
-            room = uniform - floor
-            if room > 0:
-                points.append(Point(loss.row, loss.step, loss.epoch, (uniform - loss.value) / room))
-        return Series(self.name, tuple(points))
+        room = self.uniform.numbers - self.floor.numbers
+        there = room > 0
+        with np.errstate(invalid="ignore"):  # where guessing is not known, its level is infinite
+            way = (self.uniform.numbers - self.loss.numbers)[there] / room[there]
+        return self.loss.part(there).having(way, self.name)
 
     def above_floor(self) -> Series:
         """Nats above the floor."""
-        return Series(
-            self.name,
-            tuple(
-                Point(p.row, p.step, p.epoch, p.value - floor)
-                for p, floor in zip(self.loss.points, self.floor.values, strict=True)
-            ),
-        )
+        return self.loss.having(self.loss.numbers - self.floor.numbers, self.name)
 
     def settled(self, series: Series, share: float = LAST_PART) -> Series:
         """The last part of a series over these rows, the first epoch left out where there are more."""
-        last = max((p.epoch for p in series.points if p.epoch is not None), default=1)
-        if last > 1:
-            series = series.where(lambda p: p.epoch is None or p.epoch > 1)
+        if (series.last_epoch() or 1) > 1:
+            series = series.part(~(series.epochs <= 1))  # those of no epoch stay
         return series.tail(share)
 
 
@@ -101,8 +93,7 @@ def levels(signals: Signals, by_floor: bool = False) -> list[Level]:
 
 
 def _per_epoch(loss: Series) -> bool:
-    epochs = [point.epoch for point in loss.points]
-    return None not in epochs and len(set(epochs)) == len(epochs)
+    return not np.isnan(loss.epochs).any() and len(np.unique(loss.epochs)) == len(loss)
 
 
 def _level(signals: Signals, name: str, names: list[str], by_floor: bool) -> Level | None:
@@ -138,9 +129,8 @@ def _uniform(signals: Signals, loss: Series, prefix: str) -> tuple[Series, str] 
     if any(word in kind for word in _OTHER) or signals.has("anchors"):
         return None
     candidates = _beside(signals, loss, f"{prefix}candidates")
-    if candidates and min(candidates.values) > 1:
-        points = tuple(Point(p.row, p.step, p.epoch, math.log(p.value)) for p in candidates.points)
-        return Series("uniform_level", points), "ln(candidates)"
+    if candidates and candidates.numbers.min() > 1:
+        return candidates.having(np.log(candidates.numbers), "uniform_level"), "ln(candidates)"
     size = signals.number("batch_size") or signals.number("rows")
     if prefix or size is None or size <= 1 or signals.number("memory"):
         return None  # with a memory there are more candidates than the batch has, and not in every direction
@@ -154,9 +144,7 @@ def _floor(signals: Signals, loss: Series, prefix: str) -> Series:
     if known or prefix or "supcon" not in kind or "inside" in kind or "multi" in kind:
         return known
     positives = _beside(signals, loss, "positives_per_row")
-    return Series(
-        "floor", tuple(Point(p.row, p.step, p.epoch, math.log(max(p.value, 1.0))) for p in positives.points)
-    )
+    return positives.having(np.log(np.maximum(positives.numbers, 1.0)), "floor")
 
 
 def _beside(signals: Signals, loss: Series, name: str) -> Series:
@@ -166,4 +154,4 @@ def _beside(signals: Signals, loss: Series, name: str) -> Series:
 
 
 def _constant(loss: Series, value: float) -> Series:
-    return Series("", tuple(Point(p.row, p.step, p.epoch, value) for p in loss.points))
+    return loss.having(value, "")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from nearfar.doctor.series import Point, Series, level_noise, mean
+from nearfar.doctor.series import Series, level_noise, mean
 from nearfar.doctor.signals import Signals
 
 __all__ = [
@@ -93,8 +93,8 @@ def monitor(signals: Signals) -> Series:
         return Series("")
     series = found[name]
     if lower_is_better(name):
-        return Series(name, tuple(Point(p.row, p.step, p.epoch, -p.value) for p in series.points))
-    return Series(name, series.points)
+        return series.having(-series.numbers, name)
+    return series.having(series.numbers, name)
 
 
 def main_metric(signals: Signals, names: Sequence[str]) -> str | None:

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from nearfar.doctor.columns import columns_to_rows
-from nearfar.doctor.fields import CONTEXT, TEXTS, is_field, matches
-from nearfar.doctor.numbers import is_sequence, number, numbers, plain
-from nearfar.doctor.series import Point, Series
+import numpy as np
+from numpy.typing import NDArray
+
+from nearfar.doctor.columns import Columns, read_columns, read_records, table_columns
+from nearfar.doctor.fields import CONTEXT, is_field, matches
+from nearfar.doctor.gaps import LOSSES, settle_gaps
+from nearfar.doctor.numbers import Cell, is_series, plain
+from nearfar.doctor.series import Series
 from nearfar.errors import NearfarError, nearest_name
 
 __all__ = ["Signals"]
-
-#: fields whose null stands for NaN, since that is how a run's log writes one
-_NAN_IF_NULL = ("loss", "train_loss")
-#: fields of a view, as a log of one view alone may call them
-_OF_A_VIEW = ("effective_rank", "rank_limit", "dimensions", "variance", "uniformity", "mean_cosine")
-_PLACE = ("kind", "epoch", "step", "val", "estimates")
 
 
 class Signals:
@@ -40,20 +37,7 @@ class Signals:
     def __init__(
         self, records: Iterable[Mapping[str, Any]], context: Mapping[str, Any] | None = None
     ) -> None:
-        self.context: dict[str, Any] = dict(context or {})
-        self._points: dict[str, list[Point]] = {}
-        self._lists: dict[str, list[tuple[int | None, tuple[float, ...]]]] = {}
-        self._texts: dict[str, list[tuple[int | None, str]]] = {}
-        self.unread = 0  # lines of the log that were no records
-        records = list(records)
-        self._first = _first_epoch(records)
-        for row, record in enumerate(records):
-            if not isinstance(record, Mapping):
-                raise NearfarError(
-                    f"record {row + 1} of the log is {type(record).__name__}, not a mapping of fields to numbers"
-                )
-            self._take(row, record)
-        self._check_known()
+        self._take(read_records(records), context, null_is_nan=True)
 
     @classmethod
     def of(cls, source: Any, context: Mapping[str, Any] | None = None) -> Signals:
@@ -68,15 +52,22 @@ class Signals:
             from nearfar.doctor.run import read_run
 
             return read_run(source).knowing(context)
-        if hasattr(source, "to_dict") and hasattr(
-            source, "columns"
-        ):  # a pandas table, which nothing here imports
-            source = source.to_dict("list")
-        if isinstance(source, Mapping):
-            rows, found = columns_to_rows(source)
-            return cls(rows, found | dict(context or {}))
-        if is_sequence(source):
-            return cls(source, context)
+        table = table_columns(source)
+        if table is None and hasattr(source, "name") and is_series(source):
+            if source.name is None:
+                raise NearfarError(
+                    "signals are a series without a name; pass a mapping that names it, such as {'loss': series}"
+                )
+            table = {str(source.name): source}
+        columns = source if table is None else table
+        read = cls.__new__(cls)
+        if isinstance(columns, Mapping):
+            log = read_columns(columns)
+            read._take(log, log.context | dict(context or {}), null_is_nan=False, ordered=True)
+            return read
+        if is_series(source) and (isinstance(source, Iterator) or hasattr(source, "__len__")):
+            read._take(read_records(source), context, null_is_nan=True, ordered=True)
+            return read
         raise NearfarError(
             f"signals are {type(source).__name__}; give a run folder, a list of log records, or a mapping of "
             "fields to series of numbers"
@@ -86,27 +77,30 @@ class Signals:
         """The same run, with ``context`` beside (and over) what is known of it."""
         if not context:
             return self
-        other = Signals((), self.context | dict(context))
-        other._points, other._lists, other._texts = self._points, self._lists, self._texts
-        other.unread = self.unread
+        other = Signals.__new__(Signals)
+        other.__dict__ |= self.__dict__
+        other.context = self.context | dict(context)
         return other
 
     # -- reading -------------------------------------------------------------------------------------------
     def series(self, name: str) -> Series:
         """A field over the run; empty where the log lacks it."""
-        return Series(name, tuple(self._points.get(name, ())))
+        if name not in self._fields:
+            return Series(name)
+        rows, numbers = self._fields[name]
+        return Series.of(name, rows, self._steps[rows], self._epochs[rows], numbers)
 
     def lists(self, name: str) -> list[tuple[int | None, tuple[float, ...]]]:
         """A field that may be a list, such as quarters of an epoch: (epoch, values) for each record that has it."""
         if name in self._lists:
-            return self._lists[name]
-        return [(point.epoch, (point.value,)) for point in self._points.get(name, ())]
+            return [(self._epoch(row), values) for row, values in self._lists[name]]
+        return [(point.epoch, (point.value,)) for point in self.series(name).points]
 
     def named(self, pattern: str) -> dict[str, Series]:
         """The series of a field like ``*/share``, by what stands for the star; without NaN and infinities."""
         before, after = pattern.split("*")
         found = {}
-        for name in self._points:
+        for name in self._fields:
             if matches(pattern, name) and "/cosine/" not in name:
                 found[name[len(before) : len(name) - len(after)]] = self.series(name).finite()
         return {name: series for name, series in found.items() if series}
@@ -128,7 +122,8 @@ class Signals:
 
     def texts(self, name: str) -> dict[int, str]:
         """What the log says in words, by epoch: {} where it says nothing or names no epochs."""
-        return {epoch: text for epoch, text in self._texts.get(name, ()) if epoch is not None}
+        by_epoch = ((self._epoch(row), text) for row, text in self._texts.get(name, ()))
+        return {epoch: text for epoch, text in by_epoch if epoch is not None}
 
     def mapping(self, name: str) -> Mapping[str, Any]:
         """A mapping of the context; empty where it is not known."""
@@ -148,68 +143,63 @@ class Signals:
             return True
         if pattern in self._texts:
             return True
-        return any(matches(pattern, name) for name in (*self._points, *self._lists))
+        return any(matches(pattern, name) for name in (*self._fields, *self._lists))
 
     @property
     def fields(self) -> tuple[str, ...]:
         """The names of all series."""
-        return tuple(self._points) + tuple(self._lists)
+        return tuple(self._fields) + tuple(self._lists)
 
     @property
     def last_epoch(self) -> int | None:
         """The last epoch that the log speaks of."""
-        found = [p.epoch for points in self._points.values() for p in points[-1:] if p.epoch is not None]
-        return max(found, default=None)
+        last = [self._epoch(int(rows[-1])) for rows, _ in self._fields.values()]
+        return max((epoch for epoch in last if epoch is not None), default=None)
 
     # -- building ------------------------------------------------------------------------------------------
-    def _take(self, row: int, record: Mapping[str, Any]) -> None:
-        where = f"record {row + 1} of the log"
-        step = number(record.get("step"), "step", where)
-        epoch = number(record.get("epoch"), "epoch", where)
-        at = None if epoch is None or not math.isfinite(epoch) else math.floor(epoch) + 1 - self._first
-        place = (row, float(row + 1) if step is None else step, at)
-        for name, value in record.items():
-            if name in _PLACE:
-                continue
-            if name in _NAN_IF_NULL and value is None:
-                value = math.nan
-            self._put(str(name), value, place, where)
-        for name, value in _mapping(record.get("val"), "val", where).items():
-            self._put(f"val/{name}", value, place, where)
-        if record.get("estimates"):
-            self.context.setdefault("estimates", {})
-            self.context["estimates"] = {**self.context["estimates"], **record["estimates"]}
+    def _take(
+        self, log: Columns, context: Mapping[str, Any] | None, null_is_nan: bool, ordered: bool = False
+    ) -> None:
+        """Keep what was measured; ``ordered``: bring rows that do not come in the order of their steps into it."""
+        self.context: dict[str, Any] = dict(log.context) | dict(context or {})
+        self.unread = 0  # lines of the log that were no records
+        first = _first_epoch(log)
+        #: what was taken for granted in reading, in sentences
+        self.assumed = settle_gaps(log, null_is_nan)
+        place = np.arange(log.length)
+        steps, epochs = _placed(log, "step"), np.floor(_placed(log, "epoch"))
+        order = _order(steps, epochs) if ordered else None
+        self._steps = np.where(np.isnan(steps), place + 1.0, steps)
+        self._epochs = np.where(np.isfinite(epochs), epochs + 1 - first, np.nan)
+        if order is not None:
+            self._steps, self._epochs = self._steps[order], self._epochs[order]
+            place = np.argsort(order)
+            self.assumed.append("rows brought into the order of their steps")
+        self._fields: dict[str, tuple[NDArray[np.int64], NDArray[np.float64]]] = {}
+        for name, (rows, numbers, cells) in log.fields.items():
+            kept = cells != Cell.EMPTY
+            if name not in ("step", "epoch") and kept.any():
+                rows, numbers = place[rows[kept]], numbers[kept]
+                if order is not None:
+                    by_place = np.argsort(rows)
+                    rows, numbers = rows[by_place], numbers[by_place]
+                self._fields[name] = rows, numbers
+        self._lists = {
+            name: sorted((int(place[row]), values) for row, values in entries)
+            for name, entries in log.lists.items()
+        }
+        self._texts = {
+            name: sorted((int(place[row]), text) for row, text in entries)
+            for name, entries in log.texts.items()
+        }
+        self._check_known()
 
-    def _put(self, name: str, value: Any, place: tuple[int, float, int | None], where: str) -> None:
-        points = self._points.get(name)
-        if points is not None and type(value) is float:  # nearly every value of a log
-            points.append(Point(*place, value))
-            return
-        value = plain(value)
-        if value is None:
-            return
-        if name in _OF_A_VIEW:
-            name = f"embeddings/{name}"
-        if name in TEXTS or (isinstance(value, str) and name in CONTEXT and not is_field(name)):
-            if isinstance(value, str):
-                self._texts.setdefault(name, []).append((place[2], value))
-            return
-        if is_sequence(value):
-            if is_field(name):
-                self._lists.setdefault(name, []).append((place[2], numbers(value, name, where)))
-            return
-        if isinstance(value, (Mapping, str)) and not is_field(name):
-            try:
-                found = number(value, name, where)
-            except NearfarError:
-                return
-        else:
-            found = number(value, name, where)
-        if found is not None:
-            self._points.setdefault(name, []).append(Point(*place, found))
+    def _epoch(self, row: int) -> int | None:
+        epoch = self._epochs[row]
+        return None if np.isnan(epoch) else int(epoch)
 
     def _check_known(self) -> None:
-        names = (*self._points, *self._lists, *self.context)
+        names = (*self._fields, *self._lists, *self.context)
         if names and not any(is_field(name) or name in CONTEXT for name in names):
             offer = nearest_name(names[0], ["loss", "candidates", "uniform_level", "batch_size", "val/MRR"])
             raise NearfarError(
@@ -218,37 +208,50 @@ class Signals:
             )
 
     # -- comparing -----------------------------------------------------------------------------------------
-    def paired(self, first: Series, second: str, combine: Callable[[float, float], float]) -> Series:
-        """``combine`` of two fields where they stand in one record; elsewhere with the mean of the second."""
+    def paired(
+        self,
+        first: Series,
+        second: str,
+        combine: Callable[[NDArray[np.float64], NDArray[np.float64]], NDArray[np.float64]],
+    ) -> Series:
+        """``combine`` of two fields, as arrays, where they stand in one record; elsewhere with the mean of the
+        second."""
         other = self.series(second).finite()
-        by_row = {point.row: point.value for point in other.points}
-        middle = other.mean()
-        return Series(
-            first.name,
-            tuple(
-                Point(p.row, p.step, p.epoch, combine(p.value, by_row.get(p.row, middle)))
-                for p in first.points
-            ),
-        )
+        beside = np.full(len(self._steps), other.mean())
+        beside[other.rows] = other.numbers
+        return first.having(combine(first.numbers, beside[first.rows]))
 
 
-def _first_epoch(records: Iterable[Any]) -> int:
+def _placed(log: Columns, name: str) -> NDArray[np.float64]:
+    """What each row says of its step or epoch; NaN where it says nothing."""
+    found = np.full(log.length, np.nan)
+    if name in log.fields:
+        rows, numbers, _ = log.fields[name]
+        found[rows] = numbers
+    return found
+
+
+def _first_epoch(log: Columns) -> int:
     """0 for a log that counts the epochs of its training from 0, as many loops do; otherwise 1."""
-    for record in records:
-        trains = isinstance(record, Mapping) and any(
-            record.get(name) is not None for name in ("loss", "train_loss")
-        )
-        epoch = number(record.get("epoch"), "epoch", "the log") if trains else None
-        if epoch is not None and 0 <= epoch < 1:
-            return 0
+    epochs = _placed(log, "epoch")
+    for name in LOSSES:
+        if name in log.fields:
+            rows, _, cells = log.fields[name]
+            trained = epochs[rows[(cells != Cell.EMPTY) & (cells != Cell.NULL)]]
+            if ((trained >= 0) & (trained < 1)).any():
+                return 0
     return 1
 
 
-def _mapping(value: Any, name: str, where: str) -> Mapping[str, Any]:
-    if value is None:
-        return {}
-    if not isinstance(value, Mapping):
-        raise NearfarError(
-            f"{where}: {name} is {type(value).__name__}; a mapping of metrics to numbers is needed"
-        )
-    return value
+def _order(steps: NDArray[np.float64], epochs: NDArray[np.float64]) -> NDArray[np.int64] | None:
+    """The order of the rows by epoch and step; None where they have it, or their places do not say."""
+    known = np.isfinite(steps).all() and len(steps) > 0
+    if np.isfinite(epochs).all() and known:
+        order = np.lexsort((steps, epochs))
+    elif known and len(np.unique(steps)) == len(steps):  # otherwise they may count anew in each epoch
+        order = np.argsort(steps, kind="stable")
+    elif np.isfinite(epochs).all() and len(np.unique(epochs)) == len(epochs):
+        order = np.argsort(epochs, kind="stable")
+    else:
+        return None
+    return None if (np.diff(order) > 0).all() else order

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import numpy as np
 
 from nearfar.doctor.finding import Evidence, Remedy
 from nearfar.doctor.phases import monitor, switch_epoch
@@ -23,15 +23,18 @@ def _non_finite(signals: Signals) -> Evidence | None:
     bad = {}
     for name in ("loss", "train_loss"):
         series = signals.series(name)
-        bad[name] = series.where(lambda p: not math.isfinite(p.value))
-    bad["finite"] = signals.series("finite").where(lambda p: p.value < 0.5)
+        bad[name] = series.part(~np.isfinite(series.numbers))
+    flags = signals.series("finite")
+    bad["finite"] = flags.part(flags.numbers < 0.5)
     worst = max(bad.values(), key=len)
     if not worst:
         return None
-    first, whole = worst.points[0], len(signals.series(worst.name))
+    first, whole = worst.part(slice(0, 1)).points[0], len(signals.series(worst.name))
     epoch = "" if first.epoch is None else f" (epoch {first.epoch})"
+    basis = "".join(f" ({text})" for text in signals.assumed if f"'{worst.name}'" in text)
     return Evidence(
-        f"{len(worst)} of {whole} logged values of the loss are not finite, first at step {first.step:g}{epoch}.",
+        f"{len(worst)} of {whole} logged values of the loss are not finite, first at step {first.step:g}{epoch}"
+        f"{basis}.",
         {"not_finite": float(len(worst)), "of": float(whole), "first_step": first.step},
     )
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import numpy as np
+
 from nearfar.doctor.finding import Evidence, Remedy
 from nearfar.doctor.levels import Level, levels
 from nearfar.doctor.phases import hard_epochs, metric_rises, monitor, switch_epoch
 from nearfar.doctor.rule import Rule, TooLittle
 from nearfar.doctor.rules._remedies import advice, lower_learning_rate, peak_learning_rate
-from nearfar.doctor.series import LAST_PART, Series, mean
+from nearfar.doctor.series import LAST_PART, mean
 from nearfar.doctor.signals import Signals
 
 __all__ = ["RULES"]
@@ -88,8 +90,7 @@ def _at_chance(signals: Signals) -> Evidence | None:
 def _above_chance(signals: Signals) -> Evidence | None:
     for level in levels(signals):
         way = level.settled(level.way())
-        last = way.points[-1].epoch if way else None
-        if way and last is not None and last <= 1 and len({p.epoch for p in way.points}) == 1:
+        if way and way.epochs[-1] <= 1 and len(np.unique(way.epochs)) == 1:
             raise TooLittle("only the first epoch was logged, in which a loss may lie above guessing")
         if way and way.mean() + 2 * way.error() < ABOVE_CHANCE and not _hard_and_learning(signals):
             found = _evidence(level, LAST_PART)
@@ -101,7 +102,7 @@ def _unmoved(level: Level) -> bool:
     """Whether the loss ends where it began: it never learned, rather than learned the wrong thing."""
     way = level.way()
     count = len(way.tail())
-    first, last = Series(way.name, way.points[:count]), way.tail()
+    first, last = way.part(slice(0, count)), way.tail()
     return abs(last.mean() - first.mean()) <= max(STILL, 2 * math.hypot(first.error(), last.error()))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from nearfar.doctor.finding import Evidence, Remedy
 from nearfar.doctor.levels import by_class
 from nearfar.doctor.rule import Rule
@@ -64,7 +66,11 @@ def _many(signals: Signals) -> Evidence | None:
     if signals.has("anchors"):
         return None
     count = signals.series("positives_per_row").finite()
-    share = signals.paired(count, "candidates", lambda a, b: a / b if b else 0.0).finite().tail()
+    share = (
+        signals.paired(count, "candidates", lambda a, b: np.divide(a, b, out=np.zeros_like(a), where=b != 0))
+        .finite()
+        .tail()
+    )
     if not share or share.mean() < MANY:
         return None
     return Evidence(

@@ -30,11 +30,13 @@ SINGLE = 500.0
 
 def _scale(signals: Signals) -> Series:
     """The scale over the run, or what a log of the temperature says of it."""
-    scale = signals.series("scale").finite().where(lambda p: p.value > 0)
+    scale = signals.series("scale").finite()
+    scale = scale.part(scale.numbers > 0)
     if scale:
         return scale
-    temperature = signals.series("temperature").finite().where(lambda p: p.value > 0)
-    return Series("scale", tuple(p._replace(value=1 / p.value) for p in temperature.points))
+    temperature = signals.series("temperature").finite()
+    temperature = temperature.part(temperature.numbers > 0)
+    return temperature.having(1 / temperature.numbers, "scale")
 
 
 def _held(signals: Signals) -> tuple[float, Series, float | None] | None:
