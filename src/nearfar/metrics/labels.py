@@ -1,7 +1,7 @@
 """Labels of items, of whatever type, as codes: equal labels have one code, a missing label has none.
 
-−1, NaN, None and ``pandas.NA`` say that the label is not known. Such an item is relevant to nobody and has nobody
-relevant to it, not even items that miss their label too.
+What says that a label is not known (−1, NaN, None and the like) is the rule of ``nearfar.labels``. Such an item is relevant
+to nobody and has nobody relevant to it, not even items that miss their label too.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nearfar.errors import NearfarError
+from nearfar.labels import is_missing
 from nearfar.metrics.arguments import described
 
-__all__ = ["entries", "is_missing", "label_codes"]
+__all__ = ["entries", "label_codes"]
 
 
 def label_codes(**sides: Any) -> list[NDArray[np.int64]]:
@@ -86,29 +87,13 @@ def entries(name: str, values: Any) -> list[Any]:
     return [value.item() if isinstance(value, Tensor) and value.ndim == 0 else value for value in values]
 
 
-def is_missing(label: Any) -> bool:
-    """Whether a label says that it is not known."""
-    if label is None or type(label).__name__ in ("NAType", "NaTType"):
-        return True
-    if isinstance(label, (bool, str)):
-        return False
-    if isinstance(label, (int, float, np.integer, np.floating)):
-        return bool(label != label or label == -1)
-    return isinstance(label, (np.datetime64, np.timedelta64)) and bool(np.isnat(label))
-
-
 def _column(name: str, labels: Any) -> NDArray[Any]:
     """Labels in int64 where they are whole numbers (−1: missing), as objects where they are not."""
     if isinstance(labels, Tensor) and labels.layout == torch.strided and labels.ndim == 1:
         labels = labels.detach().cpu()
         labels = (labels.double() if labels.is_floating_point() else labels).numpy()
     if isinstance(labels, np.ndarray) and labels.ndim == 1 and not np.ma.isMaskedArray(labels):
-        if labels.dtype.kind in "US" and bool((labels == labels.dtype.type("nan")).any()):
-            raise NearfarError(
-                f"{name} is a NumPy array of text that holds 'nan', which is what NumPy makes of a missing "
-                "value among texts; pass a list with None there, or an array of dtype object"
-            )
-        return _numbers(labels) if labels.dtype.kind in "biuf" else _objects(labels.tolist())
+        return _numbers(name, labels) if labels.dtype.kind in "biuf" else _objects(labels.tolist())
     values = entries(name, labels)
     kinds = {type(value) for value in values}
     if kinds and all(issubclass(kind, (int, float, np.integer, np.floating)) for kind in kinds):
@@ -116,15 +101,17 @@ def _column(name: str, labels: Any) -> NDArray[Any]:
             # One by one: NumPy would turn 64-bit numbers of both signs into floats.
             fits = all(-(2**63) <= int(value) < 2**63 for value in values)
             return np.array([int(v) for v in values], dtype=np.int64) if fits else _objects(values)
-        return _numbers(np.array([float(value) for value in values]), values)
+        return _numbers(name, np.array([float(value) for value in values]), values)
     return _objects(values)
 
 
-def _numbers(array: NDArray[Any], originals: list[Any] | None = None) -> NDArray[Any]:
+def _numbers(name: str, array: NDArray[Any], originals: list[Any] | None = None) -> NDArray[Any]:
     if array.dtype.kind in "bi" or (array.dtype.kind == "u" and (not array.size or int(array.max()) < 2**63)):
         return array.astype(np.int64)
     if array.dtype.kind == "f":
         wide = array.astype(np.float64)
+        if np.isinf(wide).any():
+            raise NearfarError(f"{name} hold {wide[np.isinf(wide)][0]}, which is no label")
         known = ~np.isnan(wide)
         if (wide[known] == np.floor(wide[known])).all() and (np.abs(wide[known]) < 2**53).all():
             return np.where(known, wide, -1).astype(np.int64)
