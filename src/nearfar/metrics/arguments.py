@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,9 +14,18 @@ from torch import Tensor
 
 from nearfar.errors import NearfarError
 
-__all__ = ["described", "flag", "function", "instance", "number", "numbers", "text", "whole", "whole_numbers"]
-
-T = TypeVar("T")
+__all__ = [
+    "described",
+    "flag",
+    "function",
+    "instance",
+    "number",
+    "numbers",
+    "real",
+    "text",
+    "whole",
+    "whole_numbers",
+]
 
 
 def whole(name: str, value: Any, least: int | None = 0, what: str = "a whole number") -> int:
@@ -48,6 +57,15 @@ def number(name: str, value: Any, least: float = -math.inf, most: float = math.i
     return result
 
 
+def real(name: str, value: Any) -> float:
+    """A number, NaN and infinite ones too, as a plain float."""
+    if isinstance(value, (Tensor, np.ndarray)) and value.ndim == 0:
+        value = value.item()
+    if _is_boolean(value) or not isinstance(value, (int, float, np.integer, np.floating)):
+        raise NearfarError(f"{name} is {described(value)}; a number is needed")
+    return float(value)
+
+
 def flag(name: str, value: Any) -> bool:
     """True or False; a text such as "no" would count as true."""
     if not isinstance(value, (bool, np.bool_)):
@@ -64,7 +82,7 @@ def text(name: str, value: Any, allowed: Iterable[str] | None = None) -> str:
     return value
 
 
-def instance(name: str, value: Any, kind: type[T]) -> T:
+def instance(name: str, value: Any, kind: type) -> Any:
     """An object of this class."""
     if not isinstance(value, kind):
         raise NearfarError(f"{name} is {described(value)}; a {kind.__name__} is needed")

@@ -1,7 +1,7 @@
 """Labels of items, of whatever type, as codes: equal labels have one code, a missing label has none.
 
-What says that a label is not known (−1, NaN, None and the like) is the rule of ``nearfar.labels``. Such an item is relevant
-to nobody and has nobody relevant to it, not even items that miss their label too.
+What says that a label is not known (−1, NaN, None and the like) is the rule of ``nearfar.labels``. Such an item is
+relevant to nobody and has nobody relevant to it, not even items that miss their label too.
 """
 
 from __future__ import annotations
