@@ -243,7 +243,7 @@ def target(name: str) -> Callable[..., Any]:
     if "." in name:
         owner, method = name.split(".")
         return getattr(OBJECTS[owner], method)
-    return next(getattr(module, name) for module in MODULES if hasattr(module, name))
+    return next(getattr(module, name) for module in MODULES if name in module.__all__)
 
 
 def test_every_public_name_is_in_the_table():

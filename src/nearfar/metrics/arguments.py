@@ -27,6 +27,9 @@ __all__ = [
     "whole_numbers",
 ]
 
+#: beyond it a count is a slip, and floats no longer hold it
+_MOST = 2**53
+
 
 def whole(name: str, value: Any, least: int | None = 0, what: str = "a whole number") -> int:
     """A whole number, ``least`` or more; NumPy's and 0-d tensors of integers are some, Booleans and text are none."""
@@ -34,7 +37,7 @@ def whole(name: str, value: Any, least: int | None = 0, what: str = "a whole num
         result = None if _is_boolean(value) else operator.index(value)
     except (TypeError, ValueError, RuntimeError):
         result = None
-    if result is None or (least is not None and result < least):
+    if result is None or result > _MOST or (least is not None and result < least):
         bound = "" if least is None else f", {least} or more,"
         raise NearfarError(f"{name} is {described(value)}; {what}{bound} is needed")
     return result
@@ -63,7 +66,10 @@ def real(name: str, value: Any) -> float:
         value = value.item()
     if _is_boolean(value) or not isinstance(value, (int, float, np.integer, np.floating)):
         raise NearfarError(f"{name} is {described(value)}; a number is needed")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise NearfarError(f"{name} is a number beyond the largest float") from None
 
 
 def flag(name: str, value: Any) -> bool:
@@ -155,16 +161,23 @@ def _as_array(name: str, values: Any) -> NDArray[Any]:
             f"{name} is no array of numbers ({error}); its rows need one length and one kind"
         ) from None
     if array.dtype == object and array.size and all(_plain_number(value) for value in array.flat):
-        array = array.astype(np.float64)
+        try:
+            array = array.astype(np.float64)
+        except OverflowError:
+            raise NearfarError(f"{name} holds a number beyond the largest float") from None
     return array
 
 
-def _of_tensor(name: str, values: Tensor) -> NDArray[Any]:
+def check_dense(name: str, values: Tensor) -> None:
+    """An error for a tensor whose numbers do not lie in memory, one beside the other."""
     if values.layout != torch.strided or values.device.type == "meta" or values.is_quantized:
         raise NearfarError(
-            f"{name} is a {values.layout} tensor of {values.dtype} on {values.device}; numbers in a dense one "
-            "are needed"
+            f"{name} is a {values.layout} tensor of {values.dtype} on {values.device}; a dense one is needed"
         )
+
+
+def _of_tensor(name: str, values: Tensor) -> NDArray[Any]:
+    check_dense(name, values)
     values = values.detach().cpu()
     return (values.double() if values.is_floating_point() else values).numpy()
 

@@ -154,6 +154,9 @@ def constant_polarity(truth: Int[ndarray, "n a"], polarities: int) -> Int[ndarra
     [2, 3]
     """
     truth, polarities = _codes("truth", truth), whole("polarities", polarities, 1)
+    polarities = min(
+        polarities, max(1, int(truth.max(initial=1)))
+    )  # what nobody says is not the most frequent
     counts = np.stack([(truth == kind).sum(axis=0) for kind in range(1, polarities + 1)])
     return 1 + counts.argmax(axis=0)
 

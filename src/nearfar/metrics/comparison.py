@@ -56,7 +56,10 @@ class Difference:
             object.__setattr__(self, name, real(name, getattr(self, name)))
         for name in ("n", "seeds"):
             object.__setattr__(self, name, whole(name, getattr(self, name)))
-        object.__setattr__(self, "per_seed", tuple(numbers("per_seed", self.per_seed, finite=False).tolist()))
+        per_seed = numbers("per_seed", self.per_seed, finite=False)
+        if per_seed.ndim != 1:
+            raise NearfarError(f"per_seed has shape {per_seed.shape}; one number for each seed is needed")
+        object.__setattr__(self, "per_seed", tuple(per_seed.tolist()))
         text("verdict", self.verdict, ("better", "worse", "not distinguishable"))
         text("metric", self.metric)
         text("scope", self.scope)

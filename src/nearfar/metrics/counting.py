@@ -18,7 +18,7 @@ from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from nearfar.errors import NearfarError
-from nearfar.metrics.arguments import numbers
+from nearfar.metrics.arguments import check_dense, numbers
 from nearfar.metrics.relevance import Relevance
 
 __all__ = ["Counts", "Side", "count_ranks"]
@@ -45,8 +45,8 @@ class Side:
         if len(bad):
             shown = ", ".join(str(int(i)) for i in bad[:5]) + (", …" if len(bad) > 5 else "")
             raise NearfarError(
-                f"{name} hold NaN or infinite numbers in {len(bad)} of {len(norms)} rows: {shown}; "
-                "a diverged model or an empty input makes such rows"
+                f"{name} hold NaN or infinite numbers in {len(bad)} of {len(norms)} rows: {shown}; a diverged "
+                "model or an empty input makes such rows"
             )
         if normalize:
             self.factor = torch.where(norms > 0, 1 / norms.clamp_min(1e-300), 0.0)
@@ -76,10 +76,9 @@ def _as_rows(rows: Any, name: str) -> Tensor:
         raise NearfarError(
             f"{name} have shape {tuple(rows.shape)}; embeddings are a matrix (items, dimensions)"
         )
-    if rows.layout != torch.strided or rows.is_complex() or rows.is_quantized or rows.device.type == "meta":
-        raise NearfarError(
-            f"{name} are a {rows.layout} tensor of {rows.dtype} on {rows.device}; embeddings are dense real numbers"
-        )
+    check_dense(name, rows)
+    if rows.is_complex():
+        raise NearfarError(f"{name} are {rows.dtype}; embeddings are real numbers")
     if not rows.is_floating_point():
         return rows.to(torch.float64)
     return rows.to(torch.float32) if torch.finfo(rows.dtype).bits < 16 else rows

@@ -98,8 +98,8 @@ def by_group(
     lacking = [i for i, group in enumerate(groups) if group is None or group != group]
     if lacking:
         raise NearfarError(
-            f"groups has no name in {len(lacking)} of {len(groups)} rows, the first is row {lacking[0]}; give each "
-            "such row a group of its own, or leave it out"
+            f"groups has no name in {len(lacking)} of {len(groups)} rows, the first is row {lacking[0]}; give "
+            "each such row a group of its own, or leave it out"
         )
     try:
         names = list(dict.fromkeys(groups))
@@ -132,11 +132,27 @@ def item_values(counts: Float[ndarray, "n ..."], statistic: Statistic) -> Float[
     index = np.arange(flat.size)
     moved[index, index] += step
     moved[flat.size + index, index] -= step
-    values = statistic(moved.reshape(-1, *mean.shape) * n)
+    values = _values(statistic, moved.reshape(-1, *mean.shape) * n, (len(moved),))
     slope = (values[: flat.size] - values[flat.size :]) / (2 * step)
     found: NDArray[np.float64] = (counts - mean).reshape(n, -1) @ slope
     # Differences leave a mean of 1e-9 or so, and the mean is to be the statistic.
-    return found - found.mean() + float(statistic(counts.sum(axis=0)))
+    return found - found.mean() + float(_values(statistic, counts.sum(axis=0), ()))
+
+
+def _values(statistic: Statistic, sums: NDArray[np.float64], shape: tuple[int, ...]) -> NDArray[np.float64]:
+    """What the function that the user gave makes of sums, checked: it meets them here first."""
+    try:
+        values = np.asarray(statistic(sums), dtype=np.float64)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise NearfarError(
+            f"statistic fails for sums of these counts, of shape {sums.shape}: {type(error).__name__}: {error}"
+        ) from error
+    if values.shape != shape:
+        raise NearfarError(
+            f"statistic gives {values.shape} for sums of these counts, of shape {sums.shape}; one number for "
+            f"each set of sums, {shape}, is needed"
+        )
+    return values
 
 
 def count_estimate(
@@ -178,7 +194,7 @@ def count_estimate(
             f"resamples is {resamples}; the ends of an interval need at least 100, and 0 means none"
         )
     seed = whole("seed", seed)
-    value = float(statistic(counts.sum(axis=0)))
+    value = float(_values(statistic, counts.sum(axis=0), ()))
     if not 0.0 <= value <= 1.0:
         raise NearfarError(f"{metric} is {value}: count_estimate is for statistics between 0 and 1")
     n = len(counts)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nearfar.contrast import unit_rows
 from nearfar.errors import NearfarError
-from nearfar.metrics.arguments import described, flag, number, numbers, whole
+from nearfar.metrics.arguments import check_dense, described, flag, number, numbers, whole
 
 __all__ = [
     "alignment",
@@ -175,7 +175,7 @@ def embedding_health(
             f"views is a {type(views).__name__}; a mapping of names to rows is needed, such as {{'texts': rows}}"
         )
     k = whole("k", k, 1, "the number of neighbours, a whole number")
-    units = {name: _unit(view, name) for name, view in views.items()}
+    units = {name: _unit(view, f"views: {name}") for name, view in views.items()}
     health: dict[str, float] = {}
     for name, x in units.items():
         n, d = x.shape
@@ -288,8 +288,7 @@ def _rows(embeddings: Rows, name: str = "embeddings") -> Float64[Tensor, "n d"]:
         raise NearfarError(
             f"{name} are {tuple(x.shape)} {x.dtype}; a matrix of floating point (rows, dimensions) is needed"
         )
-    if x.layout != torch.strided or x.device.type == "meta":
-        raise NearfarError(f"{name} are a {x.layout} tensor on {x.device}; a dense one is needed")
+    check_dense(name, x)
     x = x.cpu().double()
     if not bool(x.isfinite().all()):
         bad = (~x.isfinite().all(dim=1)).nonzero().flatten().tolist()
@@ -325,8 +324,8 @@ def _partners(
 ) -> tuple[Float64[Tensor, "n d"], Float64[Tensor, "n d"]]:
     if x.shape != y.shape:
         raise NearfarError(
-            f"{names[0]} are {tuple(x.shape)} and {names[1]} {tuple(y.shape)}; partners are rows of equal position and "
-            "length"
+            f"{names[0]} are {tuple(x.shape)} and {names[1]} {tuple(y.shape)}; partners are rows of equal "
+            "position and length"
         )
     return x, y
 

@@ -176,8 +176,8 @@ def checked_scores(name: str, values: ArrayLike) -> NDArray[np.float64]:
     if outside.any():
         raise NearfarError(
             f"{name} holds {int(outside.sum())} of {scores.size} values outside 0 to 1, such as "
-            f"{scores[outside].flat[0]:g}, and this interval is for scores within; for a mean of other numbers take "
-            "few_runs (few of them) or bootstrap_mean"
+            f"{scores[outside].flat[0]:g}, and this interval is for scores within; for a mean of other numbers "
+            "take few_runs (few of them) or bootstrap_mean"
         )
     return scores.clip(0.0, 1.0)
 

@@ -10,13 +10,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from nearfar.errors import NearfarError
 from nearfar.labels import is_missing
-from nearfar.metrics.arguments import described
+from nearfar.metrics.arguments import check_dense, described
 
 __all__ = ["entries", "label_codes"]
 
@@ -30,7 +29,7 @@ def label_codes(**sides: Any) -> list[NDArray[np.int64]]:
 
     >>> label_codes(queries=["cat", None, "dog"], keys=np.array(["dog", "cat"], dtype=object))
     [array([ 0, -1,  1]), array([1, 0])]
-    >>> label_codes(queries=torch.tensor([3, -1]), keys=np.array([np.nan, 3.0]))
+    >>> label_codes(queries=np.array([3, -1]), keys=np.array([np.nan, 3.0]))
     [array([ 0, -1]), array([-1,  0])]
     """
     columns = {name: _column(name, labels) for name, labels in sides.items()}
@@ -61,7 +60,8 @@ def label_codes(**sides: Any) -> list[NDArray[np.int64]]:
 def entries(name: str, values: Any) -> list[Any]:
     """The values of a list, array, tensor or column as a list of plain Python objects."""
     if isinstance(values, Tensor):
-        if values.layout != torch.strided or values.ndim != 1:
+        check_dense(name, values)
+        if values.ndim != 1:
             raise NearfarError(
                 f"{name} is {described(values)}; a plain one with one entry for each item is needed"
             )
@@ -89,7 +89,8 @@ def entries(name: str, values: Any) -> list[Any]:
 
 def _column(name: str, labels: Any) -> NDArray[Any]:
     """Labels in int64 where they are whole numbers (−1: missing), as objects where they are not."""
-    if isinstance(labels, Tensor) and labels.layout == torch.strided and labels.ndim == 1:
+    if isinstance(labels, Tensor) and labels.ndim == 1:
+        check_dense(name, labels)
         labels = labels.detach().cpu()
         labels = (labels.double() if labels.is_floating_point() else labels).numpy()
     if isinstance(labels, np.ndarray) and labels.ndim == 1 and not np.ma.isMaskedArray(labels):

@@ -67,9 +67,8 @@ class Ranks:
             n = len(counts) if n is None and counts.ndim == 1 else n
             if counts.shape != (n,) or (counts < 0).any():
                 raise NearfarError(
-                    f"{name} has shape {counts.shape} and begins with {counts.ravel()[:3].tolist()}; it holds a count "
-                    "from "
-                    "0 up for each query, in one dimension"
+                    f"{name} has shape {counts.shape} and begins with {counts.ravel()[:3].tolist()}; it holds "
+                    f"a count from 0 up for each query, in one dimension, and better has {n} of them"
                 )
             object.__setattr__(self, name, counts)
         for name, least in (("gallery", 1), ("without_relevant", 0), ("without_label", 0)):
@@ -86,8 +85,8 @@ class Ranks:
         if len(wrong):
             i = int(wrong[0])
             raise NearfarError(
-                f"better {self.better[i]}, tied {self.tied[i]}, relevant_tied {self.relevant_tied[i]} and relevant "
-                f"{self.relevant[i]} of query {i} do not fit a gallery of {most[i]} keys"
+                f"better {self.better[i]}, tied {self.tied[i]}, relevant_tied {self.relevant_tied[i]} and "
+                f"relevant {self.relevant[i]} of query {i} do not fit a gallery of {most[i]} keys"
             )
 
     def of_each(self) -> Int64[ndarray, " n"]:
@@ -161,6 +160,7 @@ class Ranks:
 
     def at_place(self, place: float) -> float:
         """The rank at a place that may lie between two queries, interpolated."""
+        place = arguments.number("place", place, 1, max(len(self.better), 1))
         below = int(place)
         low = self.order_statistic(below)
         return low if below == place else low + (place - below) * (self.order_statistic(below + 1) - low)

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from nearfar.errors import NearfarError
-from nearfar.metrics.arguments import described, flag, numbers, whole, whole_numbers
+from nearfar.metrics.arguments import check_dense, described, flag, numbers, whole, whole_numbers
 from nearfar.metrics.estimate import Estimate
 from nearfar.metrics.ranks import Ranks
 from nearfar.metrics.retrieval import rank_estimates
@@ -116,6 +116,7 @@ def _checked(logits: Any, targets: Any, leave_one_out: Any) -> tuple[Tensor, Ten
         raise NearfarError(
             f"logits are {described(logits)}; recall takes a matrix of scores (rows, candidates)"
         )
+    check_dense("logits", logits)
     n, m = logits.shape
     if not logits.is_floating_point():
         logits = logits.double()
@@ -138,8 +139,8 @@ def _right(targets: Any, n: int, m: int, others: Candidates, device: torch.devic
             )
         if others is not None:
             raise NearfarError(
-                "leave_one_out takes the diagonal away, which is right by default: pass targets=, such as the Boolean "
-                "matrix labels[:, None] == labels"
+                "leave_one_out takes the diagonal away, which is right by default: pass targets=, such as the "
+                "Boolean matrix labels[:, None] == labels"
             )
         return torch.arange(n, device=device)
     if not isinstance(targets, Tensor):
@@ -157,14 +158,14 @@ def _right(targets: Any, n: int, m: int, others: Candidates, device: torch.devic
         or targets.dtype == torch.bool
     ):
         raise NearfarError(
-            f"targets are {n} column indices, one for each row, or a Boolean matrix ({n}, {m}), not "
-            f"{tuple(targets.shape)} {targets.dtype}"
+            f"targets of logits ({n}, {m}) are {n} column indices, one for each row, or a Boolean matrix of "
+            f"their shape, not {tuple(targets.shape)} {targets.dtype}"
         )
     targets = targets.to(device).long()
     if bool(((targets < 0) | (targets >= m)).any()):
         raise NearfarError(
-            f"targets lie between {int(targets.min())} and {int(targets.max())}, "
-            f"but the columns between 0 and {m - 1}"
+            f"targets lie between {int(targets.min())} and {int(targets.max())}, but the columns between 0 and "
+            f"{m - 1}"
         )
     if others is not None and bool((targets == torch.arange(n, device=device)).any()):
         raise NearfarError("targets name a row's own column, which leave_one_out takes away")

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nearfar.errors import NearfarError
-from nearfar.metrics.arguments import described
+from nearfar.metrics.arguments import check_dense, described
 from nearfar.metrics.item_ids import ItemIds
 from nearfar.metrics.labels import label_codes
 from nearfar.metrics.relevance import Relevance
@@ -68,6 +68,8 @@ def read_relevance(
         return _from_labels(relevant, n, m, device, own)
     if hasattr(relevant, "tocsr"):
         return _from_scipy(relevant, n, m, device, own)
+    if isinstance(relevant, Tensor) and relevant.device.type == "meta":
+        check_dense("relevant", relevant)
     if isinstance(relevant, Tensor) and relevant.layout != torch.strided:
         return _from_sparse(relevant, n, m, device, own)
     if hasattr(relevant, "columns") and hasattr(relevant, "to_numpy"):

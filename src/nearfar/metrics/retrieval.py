@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nearfar.errors import NearfarError
-from nearfar.metrics.arguments import flag, instance, text, whole
+from nearfar.metrics.arguments import flag, instance, text, whole, whole_numbers
 from nearfar.metrics.counting import TILE, Counts, Side, count_ranks
 from nearfar.metrics.estimate import Estimate
 from nearfar.metrics.intervals import mean_interval, median_places
@@ -348,7 +348,7 @@ def _checked_ks(ks: Iterable[int] | int) -> tuple[int, ...]:
     if isinstance(ks, (str, bytes, Mapping)):
         raise NearfarError(f"ks is {ks!r}; cut-offs are whole numbers, such as ks=(1, 5, 10)")
     if isinstance(ks, (Tensor, np.ndarray)):
-        ks = ks.tolist()
+        ks = whole_numbers("ks", ks).ravel().tolist()
     wanted = tuple(ks) if isinstance(ks, Iterable) else (ks,)
     for k in wanted:
         whole("ks: a cut-off", k, 1)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nearfar.contrast import Mask, as_mask, unit_rows
 from nearfar.errors import NearfarError
-from nearfar.metrics.arguments import numbers, whole_numbers
+from nearfar.metrics.arguments import check_dense, numbers, whole_numbers
 from nearfar.metrics.labels import entries
 
 __all__ = ["batch_signals", "group_signals"]
@@ -111,14 +111,14 @@ def group_signals(
         values = torch.from_numpy(numbers("scores", scores, finite=False))
         if values.shape != (n,):
             raise NearfarError(
-                f"scores have shape {tuple(values.shape)}; one for each of the {n} rows is needed"
+                f"scores have shape {tuple(values.shape)}; one for each of the {n} rows of groups is needed"
             )
         signals |= {f"score/{name}": float(values[rows].mean()) for name, rows in members.items()}
     if features is not None:
         x = torch.from_numpy(numbers("features", features, finite=False))
         if x.ndim != 2 or len(x) != n:
             raise NearfarError(
-                f"features have shape {tuple(x.shape)}; one row for each of the {n} rows is needed"
+                f"features have shape {tuple(x.shape)}; one row for each of the {n} rows of groups is needed"
             )
         means = [unit_rows(x)[rows].mean(0) for rows in members.values()]
         gaps = [float(torch.linalg.vector_norm(a - b)) for a, b in combinations(means, 2)]
@@ -136,6 +136,7 @@ def _mask(name: str, mask: Any) -> Mask:
 
 def _tensor(name: str, values: Any) -> Tensor:
     if isinstance(values, Tensor):
+        check_dense(name, values)
         return values.detach().cpu()
     boolean = isinstance(values, np.ndarray) and values.dtype == bool
     boolean = boolean or (
@@ -156,7 +157,7 @@ def _anchors(anchors: Tensor, n: int) -> Tensor:
         or bool(((positions < 0) | (positions >= n)).any())
     ):
         raise NearfarError(
-            f"anchors are {tuple(anchors.shape)} {anchors.dtype}; they are positions in the batch of {n} rows, or a "
-            "Boolean for each row"
+            f"anchors are {tuple(anchors.shape)} {anchors.dtype}; they are positions in the {n} rows of "
+            "groups, or a Boolean for each row"
         )
     return positions
