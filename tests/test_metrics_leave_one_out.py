@@ -259,6 +259,7 @@ def test_no_false_alarms():
         ((rows_of(3), rows_of(3)), {"leave_one_out": True}, "takes that key away"),
         ((rows_of(3), rows_of(3), [1, 1, 0]), {"leave_one_out": True}, "query 1 names itself"),
         ((rows_of(3), rows_of(3), ([1, 2, 3], [1, 2, 3])), {"leave_one_out": True}, "other than itself"),
+        ((rows_of(9), rows_of(9), [1, 2] + [1] * 7), {"leave_one_out": True}, "9 queries name 2 keys"),
         ((rows_of(3), rows_of(3), [1, 2, 0]), {"leave_one_out": [0, 1]}, "leave_one_out has shape"),
         ((rows_of(3), rows_of(3), [1, 2, 0]), {"leave_one_out": [0, 1, 3]}, "positions from 0 to 3"),
         (
@@ -273,6 +274,18 @@ def test_no_false_alarms():
 def test_bad_requests_are_named(arguments, options, message):
     with pytest.raises(NearfarError, match=message):
         retrieval_ranks(*arguments, **options)
+
+
+def test_positions_that_look_like_labels_go_in_as_lists():
+    """What the error says to do."""
+    x, place = rows_of(9), [1, 2] + [1] * 7
+    ranks = retrieval_ranks(x, x, [[p] for p in place], leave_one_out=True)
+    expected = loop(x, x, lambda i, j: j == place[i], lambda i: {i})
+    assert as_table(ranks) == expected
+    label = [0] * 5 + [1] * 4
+    assert as_table(retrieval_ranks(x, x, (label, label), leave_one_out=True)) == loop(
+        x, x, lambda i, j: label[i] == label[j], lambda i: {i}
+    )
 
 
 def test_tiles_give_what_the_whole_matrix_gives():

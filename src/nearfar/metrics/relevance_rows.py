@@ -97,14 +97,24 @@ def _of_positions(array: Any, n: int, m: int) -> tuple[Tensor, Tensor]:
 
 
 def _other_than_own(pairs: tuple[Tensor, Tensor], own: NDArray[np.int64] | None) -> tuple[Tensor, Tensor]:
-    """The pairs, unless a query names itself as its one key, which ``leave_one_out`` takes away."""
+    """The pairs of one key for each query, unless they are class labels to all appearances.
+
+    Where queries are keys, labels come to mind as soon as positions. Then a query names itself, which ``leave_one_out``
+    takes away, or few keys are named by all.
+    """
     if own is not None:
-        itself = (pairs[1] == torch.from_numpy(own)[pairs[0]]).nonzero().flatten()
-        if len(itself):
+        rows, columns = pairs
+        itself = (columns == torch.from_numpy(own)[rows]).nonzero().flatten()
+        few = len(columns) >= 8 and 4 * len(columns.unique()) <= len(columns)
+        if len(itself) or few:
+            what = (
+                f"query {int(rows[itself[0]])} names itself as its relevant key, which leave_one_out takes away"
+                if len(itself)
+                else f"{len(columns)} queries name {len(columns.unique())} keys in all"
+            )
             raise NearfarError(
-                f"relevant: query {int(pairs[0][itself[0]])} names itself as its relevant key, which "
-                "leave_one_out takes away. One integer for each query is the position of its key; class "
-                "labels go in as a tuple, relevant=(labels, labels)"
+                f"relevant: {what}. One integer for each query is the position of its key; class labels go in as a "
+                "tuple, relevant=(labels, labels), and positions that are meant so as lists, [[p] for p in relevant]"
             )
     return pairs
 
