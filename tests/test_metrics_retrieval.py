@@ -145,6 +145,52 @@ def test_recall_at_k_clamps_counts_ties_and_estimates():
     assert RecallAtK(12).estimate(torch.zeros(10, 12)).trivial
 
 
+def test_recall_at_k_of_one_labelled_batch():
+    """Rows of the same label are right, a row is no candidate of itself; against a loop, with ties."""
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randint(0, 3, (30, 3), generator=generator).float()
+    labels = torch.randint(0, 12, (30,), generator=generator)
+    scores, right = x @ x.T, labels[:, None] == labels
+    values = []
+    for i in range(30):
+        others = [j for j in range(30) if j != i]
+        wanted = [j for j in others if labels[j] == labels[i]]
+        if wanted:
+            best = max(scores[i, j] for j in wanted)
+            better = sum(bool(scores[i, j] > best) for j in others)
+            level = [j for j in others if scores[i, j] == best]
+            hit = sum(j in wanted for j in level) / len(level)
+            values.append(0.0 if better else hit)
+    recall = RecallAtK(1)
+    assert recall(scores, right, leave_one_out=True).item() == pytest.approx(np.mean(values))
+    assert recall(scores, right.numpy(), leave_one_out=True).item() == pytest.approx(np.mean(values))
+    estimate = recall.estimate(scores, right, leave_one_out=True)
+    assert estimate.value == pytest.approx(np.mean(values))
+    assert (estimate.n, estimate.protocol["gallery"]) == (len(values), 29)
+    assert estimate.protocol["without_relevant"] == 30 - len(values)
+    flat = torch.zeros(12, 12)
+    same = torch.arange(12)[:, None] // 3 == torch.arange(12) // 3
+    assert recall(flat, same, leave_one_out=True).item() == pytest.approx(2 / 11)
+    after = (torch.arange(12) + 1) % 12
+    assert recall(flat, after, leave_one_out=True).item() == pytest.approx(1 / 11)
+    assert recall.estimate(flat, after, leave_one_out=True).chance == pytest.approx(1 / 11)
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (None, "leave_one_out takes the diagonal away"),
+        (torch.tensor([0, 0, 1]), "own column"),
+        (torch.eye(3, dtype=torch.bool), "nothing to score"),
+        (np.array([True, False, True]), "targets"),
+        ([0.5, 1.0, 2.0], "targets holds fractions"),
+    ],
+)
+def test_recall_at_k_of_one_set_refuses(targets, message):
+    with pytest.raises(NearfarError, match=message):
+        RecallAtK(1)(torch.ones(3, 3), targets, leave_one_out=True)
+
+
 def test_recall_at_k_refuses():
     with pytest.raises(NearfarError, match="NaN in 1 of 2 rows"):
         RecallAtK(1)(torch.tensor([[1.0, 0.0], [torch.nan, 0.0]]))

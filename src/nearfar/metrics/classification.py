@@ -8,6 +8,7 @@ that intervals resample items and comparisons pair them.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -15,6 +16,8 @@ from numpy import ndarray
 from numpy.typing import NDArray
 
 from nearfar.errors import NearfarError
+from nearfar.labels import is_missing
+from nearfar.metrics.arguments import described, numbers, text, whole, whole_numbers
 from nearfar.metrics.counts import f1_macro, f1_micro
 
 __all__ = [
@@ -37,7 +40,7 @@ def detection_counts(truth: Int[ndarray, "n a"], found: Int[ndarray, "n a"]) -> 
     >>> detection_counts(np.array([[1, 0, -1]]), np.array([[3, 2, 1]])).astype(int).tolist()
     [[[1, 0, 0], [0, 1, 0], [0, 0, 0]]]
     """
-    _check(truth, found)
+    truth, found = _checked(truth, found)
     return _counts(truth > 0, found > 0, truth >= 0)
 
 
@@ -51,8 +54,8 @@ def pair_counts(
     >>> pair_counts(np.array([[1]]), np.array([[2]]), pairs).astype(int).tolist()
     [[[0, 0, 1], [0, 1, 0]]]
     """
-    _check(truth, found)
-    aspects, polarities = pairs[:, 0], pairs[:, 1]
+    truth, found = _checked(truth, found)
+    aspects, polarities = _pairs(pairs, truth.shape[1]).T
     return _counts(truth[:, aspects] == polarities, found[:, aspects] == polarities, truth[:, aspects] >= 0)
 
 
@@ -64,14 +67,19 @@ def class_counts(
     >>> class_counts(np.array([[1]]), np.array([[0]]), 2).astype(int).tolist()
     [[[[0, 1, 0], [0, 0, 1]]]]
     """
-    _check(truth, found)
-    kinds = np.arange(classes)
+    truth, found = _checked(truth, found)
+    kinds = np.arange(whole("classes", classes, 1))
+    for name, codes in (("truth", truth), ("found", found)):
+        if codes.size and codes.max() >= classes:
+            raise NearfarError(
+                f"{name} holds the code {codes.max()}, but classes={classes} has the codes 0 to {classes - 1}"
+            )
     return _counts(truth[..., None] == kinds, found[..., None] == kinds, (truth >= 0)[..., None])
 
 
 def exact_counts(truth: Int[ndarray, "n a"], found: Int[ndarray, "n a"]) -> Float[ndarray, "n 2"]:
     """(every known aspect right, 1) for each item, for ``nearfar.metrics.share``."""
-    _check(truth, found)
+    truth, found = _checked(truth, found)
     right = ((truth == found) | (truth < 0)).all(axis=1)
     return np.stack([right, np.ones(len(right))], axis=1).astype(np.float64)
 
@@ -86,9 +94,20 @@ def calibration_counts(
 
     Bins of equal width over (0, 1], as in Guo et al. 2017.
     """
-    if bins < 1:
-        raise NearfarError(f"bins is {bins}; at least one is needed")
-    place = np.clip(np.ceil(np.asarray(confidence, dtype=np.float64) * bins).astype(int) - 1, 0, bins - 1)
+    bins = whole("bins", bins, 1, "at least one bin, a whole number")
+    confidence, right, known = (
+        numbers("confidence", confidence),
+        _flags("right", right),
+        _flags("known", known),
+    )
+    for name, values in (("confidence", confidence), ("right", right), ("known", known)):
+        if values.ndim != 2 or values.shape != confidence.shape:
+            raise NearfarError(
+                f"{name} has shape {values.shape} and confidence {confidence.shape}; both are (items, questions)"
+            )
+    if ((confidence < -1e-6) | (confidence > 1 + 1e-6))[known].any():
+        raise NearfarError("confidence holds values outside 0 to 1; it is a probability")
+    place = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
     found = np.zeros((len(place), bins, 3))
     item = np.arange(len(place))[:, None]
     for slot, value in enumerate((known, np.where(known, confidence, 0.0), known & right)):
@@ -102,6 +121,7 @@ def expected_calibration_error(sums: Float[ndarray, "*rows bins 3"]) -> Float[nd
     >>> float(expected_calibration_error(np.array([[10.0, 9.0, 7.0], [10.0, 6.0, 6.0]])))
     0.1
     """
+    sums = _sums(sums, 2)
     total = sums[..., 0].sum(axis=-1)
     gaps = np.abs(sums[..., 1] - sums[..., 2]).sum(axis=-1)
     return np.divide(gaps, total, out=np.zeros(np.shape(gaps)), where=total != 0)
@@ -115,6 +135,7 @@ def weighted_f1(sums: Float[ndarray, "*rows a c 3"]) -> Float[ndarray, "*rows"]:
     >>> round(float(weighted_f1(np.array([[[9.0, 1.0, 0.0], [0.0, 0.0, 1.0]]]))), 3)
     0.853
     """
+    sums = _sums(sums, 3)
     support = sums[..., 0] + sums[..., 2]
     doubled = 2 * sums[..., 0]
     below = doubled + sums[..., 1] + sums[..., 2]
@@ -132,6 +153,10 @@ def constant_polarity(truth: Int[ndarray, "n a"], polarities: int) -> Int[ndarra
     >>> constant_polarity(np.array([[1, 0], [2, 3], [2, 0]]), 3).tolist()
     [2, 3]
     """
+    truth, polarities = _codes("truth", truth), whole("polarities", polarities, 1)
+    polarities = min(
+        polarities, max(1, int(truth.max(initial=1)))
+    )  # what nobody says is not the most frequent
     counts = np.stack([(truth == kind).sum(axis=0) for kind in range(1, polarities + 1)])
     return 1 + counts.argmax(axis=0)
 
@@ -145,6 +170,7 @@ def constant_detection(truth: Int[ndarray, "n a"], average: str = "micro") -> fl
     >>> round(constant_detection(truth), 3), round(constant_detection(truth, "macro"), 3)
     (0.75, 0.629)
     """
+    truth = _codes("truth", truth)
     return _best_constant(
         truth, np.where(truth > 0, 1, truth), np.ones(truth.shape[1], dtype=int), average, detection_counts
     )
@@ -154,6 +180,8 @@ def constant_pairs(
     truth: Int[ndarray, "n a"], pairs: Int[ndarray, "k 2"], polarities: int, average: str = "micro"
 ) -> float:
     """The best F1 over pairs of an answer that is the same for every item: each aspect has its usual polarity."""
+    truth = _codes("truth", truth)
+    pairs = _pairs(pairs, truth.shape[1])
     usual = constant_polarity(truth, polarities)
     hits = np.where(truth == usual, 1, 0)
     return _best_constant(truth, hits, usual, average, lambda a, b: pair_counts(a, b, pairs))
@@ -166,10 +194,9 @@ def _best_constant(
     average: str,
     counts: Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.float64]],
 ) -> float:
+    text("average", average, ("micro", "macro"))
     if average == "macro":
         return float(f1_macro(counts(truth, np.broadcast_to(answer, truth.shape)).sum(axis=0)))
-    if average != "micro":
-        raise NearfarError(f"average is {average!r}; it is 'micro' or 'macro'")
     order = np.argsort(-(hits > 0).sum(axis=0), kind="stable")
     best = 0.0
     for k in range(1, len(order) + 1):
@@ -186,8 +213,49 @@ def _counts(
     return np.stack(parts, axis=-1).astype(np.float64)
 
 
-def _check(truth: NDArray[np.int64], found: NDArray[np.int64]) -> None:
-    if truth.ndim != 2 or truth.shape != found.shape:
+def _checked(truth: Any, found: Any) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    true, seen = _codes("truth", truth), _codes("found", found)
+    if true.shape != seen.shape:
+        raise NearfarError(f"truth has shape {true.shape} and found {seen.shape}; both are (items, aspects)")
+    return true, seen
+
+
+def _codes(name: str, codes: Any) -> NDArray[np.int64]:
+    """Codes (items, aspects) in int64; NaN and None say, as −1 does, that one is not known."""
+    if isinstance(codes, (list, tuple)) or (isinstance(codes, np.ndarray) and codes.dtype.kind == "O"):
+        rows = list(codes)
+        if any(not isinstance(row, (list, tuple, np.ndarray)) for row in rows):
+            raise NearfarError(f"{name} is {described(codes)}; codes are (items, aspects)")
+        codes = [[-1 if is_missing(code) else code for code in row] for row in rows]
+    array = numbers(name, codes, finite=False)
+    array = np.where(np.isnan(array), -1.0, array)
+    if array.ndim != 2 or not (array == np.floor(array)).all() or np.isinf(array).any():
+        raise NearfarError(f"{name} has shape {array.shape}; whole numbers (items, aspects) are needed")
+    return array.astype(np.int64)
+
+
+def _pairs(pairs: Any, aspects: int) -> NDArray[np.int64]:
+    array = whole_numbers("pairs", pairs)
+    if array.ndim != 2 or array.shape[1] != 2:
+        raise NearfarError(f"pairs have shape {array.shape}; (pairs, 2), aspect and polarity, is needed")
+    if array.size and not 0 <= array[:, 0].min() <= array[:, 0].max() < aspects:
         raise NearfarError(
-            f"true codes are {truth.shape} and found ones {found.shape}; both are (items, aspects)"
+            f"pairs name aspects {array[:, 0].min()} to {array[:, 0].max()}, but there are 0 to {aspects - 1}"
         )
+    return array
+
+
+def _flags(name: str, values: Any) -> NDArray[np.bool_]:
+    array = numbers(name, values)
+    if not ((array == 0) | (array == 1)).all():
+        raise NearfarError(f"{name} holds other values than True and False")
+    return array.astype(bool)
+
+
+def _sums(sums: Any, least: int) -> NDArray[np.float64]:
+    array = numbers("sums", sums)
+    if array.ndim < least or array.shape[-1] != 3:
+        raise NearfarError(
+            f"sums have shape {array.shape}; {least} or more dimensions are needed, the last of 3"
+        )
+    return array

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from nearfar.errors import NearfarError
+from nearfar.metrics.arguments import described, flag, instance, numbers, real, text, whole
 from nearfar.metrics.estimate import Estimate, comparable
 from nearfar.metrics.quantiles import check_confidence
 from nearfar.metrics.seeds import Spread, spread_of_difference
@@ -49,6 +50,22 @@ class Difference:
     confidence: float
     scope: str
     spread: Spread | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("value", "low", "high", "relative"):
+            object.__setattr__(self, name, real(name, getattr(self, name)))
+        for name in ("n", "seeds"):
+            object.__setattr__(self, name, whole(name, getattr(self, name)))
+        per_seed = numbers("per_seed", self.per_seed, finite=False)
+        if per_seed.ndim != 1:
+            raise NearfarError(f"per_seed has shape {per_seed.shape}; one number for each seed is needed")
+        object.__setattr__(self, "per_seed", tuple(per_seed.tolist()))
+        text("verdict", self.verdict, ("better", "worse", "not distinguishable"))
+        text("metric", self.metric)
+        text("scope", self.scope)
+        object.__setattr__(self, "confidence", check_confidence(self.confidence))
+        if self.spread is not None:
+            instance("spread", self.spread, Spread)
 
     def __str__(self) -> str:
         relative = "" if math.isnan(self.relative) else f", {self.relative:+.1%}"
@@ -94,6 +111,8 @@ def paired_difference(
     'not distinguishable'
     """
     check_confidence(confidence)
+    text("metric", metric)
+    flag("higher_is_better", higher_is_better)
     first, second = _scores(a, "a"), _scores(b, "b")
     if first.shape != second.shape:
         raise NearfarError(
@@ -103,7 +122,7 @@ def paired_difference(
     differences = first - second
     seeds, n = differences.shape
     if n < 2:
-        raise NearfarError(f"{n} item gives no interval; score at least two")
+        raise NearfarError(f"a and b are of {n} item, which gives no interval; score at least two")
     value = float(differences.mean())
     per_seed = differences.mean(axis=1)
     low, high = min(float(first.min()), float(second.min())), max(float(first.max()), float(second.max()))
@@ -140,6 +159,12 @@ def holm(differences: Mapping[Key, Difference], confidence: float = 0.95) -> dic
     {'a': 'better', 'b': 'not distinguishable'}
     """
     check_confidence(confidence)
+    if not isinstance(differences, Mapping):
+        raise NearfarError(
+            f"differences is {described(differences)}; a mapping of names to differences is needed"
+        )
+    for key, difference in differences.items():
+        instance(f"differences[{key!r}]", difference, Difference)
     p = {key: difference.p for key, difference in differences.items()}
     unknown = [str(key) for key, value in p.items() if math.isnan(value)]
     if unknown:
@@ -166,7 +191,7 @@ def compare(a: Estimate, b: Estimate) -> Difference:
     >>> print(compare(a, b))
     R@1 difference +0.1200 [+0.0634, +0.1766], +24.0%: better (n 600; interval over items only, unpaired)
     """
-    reason = comparable(a, b)
+    reason = comparable(a, b)  # which checks that both are estimates
     if reason is None and a.protocol.get("confidence") != b.protocol.get("confidence"):
         reason = f"confidence differs: {a.protocol.get('confidence')} and {b.protocol.get('confidence')}"
     if reason is not None:
@@ -190,7 +215,7 @@ def compare(a: Estimate, b: Estimate) -> Difference:
 
 
 def _scores(scores: ArrayLike, name: str) -> NDArray[np.float64]:
-    array = np.atleast_2d(np.asarray(scores, dtype=np.float64))
+    array = np.atleast_2d(numbers(name, scores, finite=False))
     if array.ndim != 2 or array.size == 0:
         raise NearfarError(
             f"{name} has shape {array.shape}; scores are (seeds, items), or (items,) for one seed"

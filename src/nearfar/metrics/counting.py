@@ -2,19 +2,23 @@
 
 The score matrix is never stored. A float32 product settles every entry that is clearly above or below its
 threshold; the few within the product's rounding error of it are scored again in float64. So ties are ties of
-the embeddings themselves, wherever in a tile the duplicates fall, and counts agree with a float64 loop.
+the embeddings themselves, wherever in a tile the duplicates fall, and counts agree with a float64 loop. Where a
+query's own key is left out, its score is −∞: below every threshold.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from nearfar.errors import NearfarError
+from nearfar.metrics.arguments import check_dense, numbers
 from nearfar.metrics.relevance import Relevance
 
 __all__ = ["Counts", "Side", "count_ranks"]
@@ -32,13 +36,8 @@ class Side:
     score 0 with everything.
     """
 
-    def __init__(self, rows: Float[Tensor, "n d"], name: str, normalize: bool) -> None:
-        if rows.ndim != 2 or rows.shape[0] == 0 or rows.shape[1] == 0:
-            raise NearfarError(
-                f"{name} have shape {tuple(rows.shape)}; embeddings are a matrix (items, dimensions)"
-            )
-        if not rows.is_floating_point():
-            rows = rows.to(torch.float32)
+    def __init__(self, rows: Any, name: str, normalize: bool) -> None:
+        rows = _as_rows(rows, name)
         self.rows = rows.detach().to("cpu") if rows.device.type == "mps" else rows.detach()
         step = max(_GATHER // rows.shape[1], 1)
         norms = torch.cat([torch.linalg.vector_norm(part.double(), dim=1) for part in self.rows.split(step)])
@@ -46,8 +45,8 @@ class Side:
         if len(bad):
             shown = ", ".join(str(int(i)) for i in bad[:5]) + (", …" if len(bad) > 5 else "")
             raise NearfarError(
-                f"{name} hold NaN or infinite numbers in {len(bad)} of {len(norms)} rows: {shown}; "
-                "a diverged model or an empty input makes such rows"
+                f"{name} hold NaN or infinite numbers in {len(bad)} of {len(norms)} rows: {shown}; a diverged "
+                "model or an empty input makes such rows"
             )
         if normalize:
             self.factor = torch.where(norms > 0, 1 / norms.clamp_min(1e-300), 0.0)
@@ -65,6 +64,24 @@ class Side:
         """The scaled rows; a product of two scaled rows is at most 1."""
         wide = self.rows[at].to(torch.promote_types(self.rows.dtype, dtype))
         return (wide * self.factor[at, None].to(wide.dtype)).to(dtype)
+
+
+def _as_rows(rows: Any, name: str) -> Tensor:
+    """Embeddings as a matrix of floating point numbers; whole numbers become float64, which holds them exactly."""
+    if not isinstance(rows, Tensor):
+        plain = isinstance(rows, np.ndarray) and rows.dtype.kind == "f" and rows.dtype.itemsize <= 8
+        array = np.ascontiguousarray(rows, rows.dtype.newbyteorder("=")) if plain else None
+        rows = torch.as_tensor(numbers(name, rows, finite=False) if array is None else array)
+    if rows.ndim != 2 or 0 in rows.shape:
+        raise NearfarError(
+            f"{name} have shape {tuple(rows.shape)}; embeddings are a matrix (items, dimensions)"
+        )
+    check_dense(name, rows)
+    if rows.is_complex():
+        raise NearfarError(f"{name} are {rows.dtype}; embeddings are real numbers")
+    if not rows.is_floating_point():
+        return rows.to(torch.float64)
+    return rows.to(torch.float32) if torch.finfo(rows.dtype).bits < 16 else rows
 
 
 @dataclass
@@ -113,6 +130,8 @@ def _count_sparse(
             shape = rows.stop - rows.start, columns.stop - columns.start
             score = buffer[: shape[0] * shape[1]].view(shape)
             torch.mm(queries.tile(rows, torch.float32), key_tile, out=score)
+            if relevance.own is not None:
+                score[relevance.own_entries(rows, columns)] = -torch.inf
             relevant = None
             for half, own, other, axis in zip(sides, (rows, columns), (columns, rows), (1, 0), strict=False):
                 lines = half.count(score, own, axis, mask[: score.numel()].view(shape))
@@ -177,6 +196,8 @@ def _count_dense(
             key_tile = keys.tile(columns, torch.float64).T
             for rows in _slices(len(queries), tile[0]):
                 score = queries.tile(rows, torch.float64) @ key_tile
+                if relevance.own is not None:
+                    score[relevance.own_entries(rows, columns)] = -torch.inf
                 yield rows, columns, score, relevance.tile(rows, columns)
 
     best = [torch.full((len(s),), -torch.inf, dtype=torch.float64, device=device) for s in (queries, keys)]

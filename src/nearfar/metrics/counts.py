@@ -22,8 +22,10 @@ from numpy import ndarray
 from numpy.typing import ArrayLike, NDArray
 
 from nearfar.errors import NearfarError
+from nearfar.metrics.arguments import flag, function, instance, number, numbers, text, whole
 from nearfar.metrics.estimate import Estimate
 from nearfar.metrics.intervals import bootstrap_levels, score_interval, wilson
+from nearfar.metrics.labels import entries
 from nearfar.metrics.quantiles import check_confidence, t_quantile
 
 __all__ = ["Statistic", "by_group", "count_estimate", "f1_macro", "f1_micro", "item_values", "share"]
@@ -40,6 +42,7 @@ def share(sums: Float[ndarray, "*rows 2"]) -> Float[ndarray, "*rows"]:
     >>> float(share(np.array([3.0, 4.0])))
     0.75
     """
+    sums = _sums(sums, 2)
     return _ratio(sums[..., 0], sums[..., 1])
 
 
@@ -49,7 +52,7 @@ def f1_micro(sums: Float[ndarray, "*rows classes 3"]) -> Float[ndarray, "*rows"]
     >>> float(f1_micro(np.array([[3.0, 1.0, 1.0], [1.0, 0.0, 2.0]])))
     0.666...
     """
-    return _f1(sums.sum(axis=-2))
+    return _f1(_sums(sums, 3, classes=True).sum(axis=-2))
 
 
 def f1_macro(sums: Float[ndarray, "*rows classes 3"]) -> Float[ndarray, "*rows"]:
@@ -58,7 +61,15 @@ def f1_macro(sums: Float[ndarray, "*rows classes 3"]) -> Float[ndarray, "*rows"]
     >>> float(f1_macro(np.array([[3.0, 1.0, 1.0], [1.0, 0.0, 2.0]])))
     0.625
     """
-    return _f1(sums).mean(axis=-1)
+    return _f1(_sums(sums, 3, classes=True)).mean(axis=-1)
+
+
+def _sums(sums: ArrayLike, kinds: int, classes: bool = False) -> NDArray[np.float64]:
+    array = numbers("sums", sums)
+    if array.ndim < 1 + classes or array.shape[-1] != kinds or (classes and not array.shape[-2]):
+        wanted = f"(…, classes, {kinds})" if classes else f"(…, {kinds})"
+        raise NearfarError(f"sums have shape {array.shape}; {wanted} is needed")
+    return array
 
 
 def _f1(sums: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -78,9 +89,24 @@ def by_group(
     >>> by_group(np.array([[1.0, 1.0], [0.0, 1.0], [1.0, 1.0]]), ["a", "b", "a"])
     (['a', 'b'], array([[2., 2.], [0., 1.]]))
     """
-    if len(groups) != len(counts):
-        raise NearfarError(f"{len(counts)} rows of counts and {len(groups)} groups: one group for each row")
-    names = list(dict.fromkeys(groups))
+    counts = numbers("counts", counts)
+    groups = entries("groups", groups)
+    if not counts.ndim or len(groups) != len(counts):
+        raise NearfarError(
+            f"counts have shape {counts.shape} and groups {len(groups)} entries: one group for each row"
+        )
+    lacking = [i for i, group in enumerate(groups) if group is None or group != group]
+    if lacking:
+        raise NearfarError(
+            f"groups has no name in {len(lacking)} of {len(groups)} rows, the first is row {lacking[0]}; give "
+            "each such row a group of its own, or leave it out"
+        )
+    try:
+        names = list(dict.fromkeys(groups))
+    except TypeError:
+        raise NearfarError(
+            "groups holds lists or other values that are no names; numbers or texts are needed"
+        ) from None
     place = {name: i for i, name in enumerate(names)}
     sums = np.zeros((len(names), *counts.shape[1:]))
     np.add.at(sums, [place[group] for group in groups], counts)
@@ -97,6 +123,7 @@ def item_values(counts: Float[ndarray, "n ..."], statistic: Statistic) -> Float[
     [1.0, 0.0, 1.0, 1.0]
     """
     counts = _checked(counts)
+    function("statistic", statistic)
     n, mean = len(counts), counts.mean(axis=0)
     flat = mean.ravel()
     # Central differences on the means: θ is homogeneous of degree 0 (a ratio), so that means serve as sums do.
@@ -105,11 +132,27 @@ def item_values(counts: Float[ndarray, "n ..."], statistic: Statistic) -> Float[
     index = np.arange(flat.size)
     moved[index, index] += step
     moved[flat.size + index, index] -= step
-    values = statistic(moved.reshape(-1, *mean.shape) * n)
+    values = _values(statistic, moved.reshape(-1, *mean.shape) * n, (len(moved),))
     slope = (values[: flat.size] - values[flat.size :]) / (2 * step)
     found: NDArray[np.float64] = (counts - mean).reshape(n, -1) @ slope
     # Differences leave a mean of 1e-9 or so, and the mean is to be the statistic.
-    return found - found.mean() + float(statistic(counts.sum(axis=0)))
+    return found - found.mean() + float(_values(statistic, counts.sum(axis=0), ()))
+
+
+def _values(statistic: Statistic, sums: NDArray[np.float64], shape: tuple[int, ...]) -> NDArray[np.float64]:
+    """What the function that the user gave makes of sums, checked: it meets them here first."""
+    try:
+        values = np.asarray(statistic(sums), dtype=np.float64)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise NearfarError(
+            f"statistic fails for sums of these counts, of shape {sums.shape}: {type(error).__name__}: {error}"
+        ) from error
+    if values.shape != shape:
+        raise NearfarError(
+            f"statistic gives {values.shape} for sums of these counts, of shape {sums.shape}; one number for "
+            f"each set of sums, {shape}, is needed"
+        )
+    return values
 
 
 def count_estimate(
@@ -139,7 +182,19 @@ def count_estimate(
     """
     check_confidence(confidence)
     counts = _checked(counts)
-    value = float(statistic(counts.sum(axis=0)))
+    function("statistic", statistic)
+    text("metric", metric)
+    chance, trivial = number("chance", chance), flag("trivial", trivial)
+    if split is not None:
+        text("split", split)
+    if protocol is not None:
+        instance("protocol", protocol, Mapping)
+    if 0 < whole("resamples", resamples) < 100:
+        raise NearfarError(
+            f"resamples is {resamples}; the ends of an interval need at least 100, and 0 means none"
+        )
+    seed = whole("seed", seed)
+    value = float(_values(statistic, counts.sum(axis=0), ()))
     if not 0.0 <= value <= 1.0:
         raise NearfarError(f"{metric} is {value}: count_estimate is for statistics between 0 and 1")
     n = len(counts)
@@ -191,11 +246,11 @@ def _resampled(
 
 
 def _checked(counts: ArrayLike) -> NDArray[np.float64]:
-    array = np.asarray(counts, dtype=np.float64)
+    array = numbers("counts", counts, finite=False)
     if array.ndim < 2 or not len(array):
         raise NearfarError(
             f"counts have shape {array.shape}: one row of counts for each of some items is needed"
         )
     if not np.isfinite(array).all():
-        raise NearfarError(f"{int((~np.isfinite(array)).sum())} counts are not finite")
+        raise NearfarError(f"counts: {int((~np.isfinite(array)).sum())} counts are not finite")
     return array

@@ -17,6 +17,8 @@ from numpy import ndarray
 from numpy.typing import NDArray
 
 from nearfar.errors import NearfarError
+from nearfar.metrics import arguments
+from nearfar.metrics.arguments import described, instance, numbers, whole_numbers
 
 __all__ = ["IOUS", "Boxes", "DetectionEvidence", "box_overlap", "detection_evidence"]
 
@@ -43,15 +45,31 @@ class Boxes:
     group: Int[ndarray, " m"] | None = None
 
     def __post_init__(self) -> None:
-        m = len(self.boxes)
-        if self.boxes.shape != (m, 4):
-            raise NearfarError(f"boxes have shape {self.boxes.shape}: (boxes, 4) is needed")
+        boxes = numbers("boxes", self.boxes, finite=False)
+        if boxes.ndim != 2 or boxes.shape[1] != 4:
+            if boxes.size:
+                raise NearfarError(f"boxes have shape {boxes.shape}: (boxes, 4) is needed")
+            boxes = np.zeros((0, 4))
+        m = len(boxes)
+        object.__setattr__(self, "boxes", boxes)
         for name in ("labels", "picture", "scores", "crowd", "group"):
             values = getattr(self, name)
-            if values is not None and values.shape != (m,):
+            if values is None and name in ("scores", "crowd", "group"):
+                continue
+            if name == "scores":
+                values = numbers(name, values, finite=False)
+            elif name == "crowd":
+                values = numbers(name, values)
+                if not ((values == 0) | (values == 1)).all():
+                    raise NearfarError("crowd holds other values than True and False")
+                values = values.astype(bool)
+            else:
+                values = whole_numbers(name, values)
+            object.__setattr__(self, name, values)
+            if values.shape != (m,):
                 raise NearfarError(f"{name} have shape {values.shape}: one for each of {m} boxes is needed")
-        numbers = [self.boxes] if self.scores is None else [self.boxes, self.scores]
-        if not all(np.isfinite(array).all() for array in numbers):
+        every = [self.boxes] if self.scores is None else [self.boxes, self.scores]
+        if not all(np.isfinite(array).all() for array in every):
             raise NearfarError("boxes and scores must be finite: did the detector diverge?")
 
     def __len__(self) -> int:
@@ -149,6 +167,7 @@ class DetectionEvidence:
         """
         if weights is None:
             weights = np.ones((1, self.n))
+        weights = numbers("weights", weights)
         if weights.ndim != 2 or weights.shape[1] != self.n:
             raise NearfarError(f"weights have shape {weights.shape}: (rows, {self.n} pictures) is needed")
         detections = max(1, max((len(r.picture) for r in self.whole.rankings), default=1))
@@ -168,7 +187,8 @@ class DetectionEvidence:
 
     def resamples(self, rows: int, seed: int = 0) -> Float[ndarray, "r n"]:
         """Weights of bootstrap resamples of the pictures, each group among itself."""
-        rng = np.random.default_rng(seed)
+        rows = arguments.whole("rows", rows)
+        rng = np.random.default_rng(arguments.whole("seed", seed))
         weights = np.zeros((rows, self.n))
         for stratum in np.unique(self.strata):
             members = np.flatnonzero(self.strata == stratum)
@@ -219,6 +239,15 @@ def detection_evidence(
     >>> float(scores["AP50"][0]), float(scores["AR"][0])
     (0.504..., 0.5)
     """
+    instance("found", found, Boxes)
+    instance("true", true, Boxes)
+    n = arguments.whole("n", n, 1)
+    if (
+        isinstance(groups, (str, bytes))
+        or not isinstance(groups, Sequence)
+        or not all(isinstance(g, str) for g in groups)
+    ):
+        raise NearfarError(f"groups is {described(groups)}; two names are needed, or none")
     if found.scores is None:
         raise NearfarError("detections need scores")
     for name, boxes in (("found", found), ("true", true)):
@@ -332,7 +361,13 @@ def box_overlap(
     found: Float[ndarray, "k 4"], true: Float[ndarray, "m 4"], crowd: Bool[ndarray, " m"] | None = None
 ) -> Float[ndarray, "k m"]:
     """IoU of boxes given by their corners; of a crowd, the share of the detection inside it."""
-    crowd = np.zeros(len(true), bool) if crowd is None else crowd
+    found, true = (numbers(name, boxes) for name, boxes in (("found", found), ("true", true)))
+    for name, boxes in (("found", found), ("true", true)):
+        if boxes.ndim != 2 or boxes.shape[1] != 4:
+            raise NearfarError(f"{name} has shape {boxes.shape}: (boxes, 4) is needed")
+    crowd = np.zeros(len(true), bool) if crowd is None else numbers("crowd", crowd) != 0
+    if crowd.shape != (len(true),):
+        raise NearfarError(f"crowd has shape {crowd.shape}: one for each of {len(true)} true boxes is needed")
     low = np.maximum(found[:, None, :2], true[None, :, :2])
     high = np.minimum(found[:, None, 2:], true[None, :, 2:])
     shared = (high - low).clip(min=0).prod(axis=2)

@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nearfar.errors import NearfarError
+from nearfar.metrics import arguments
+from nearfar.metrics.arguments import instance, real, text
 from nearfar.metrics.detection import DetectionEvidence
 from nearfar.metrics.estimate import Estimate
 from nearfar.metrics.intervals import bootstrap_levels
@@ -35,6 +37,13 @@ def detection_estimates(
     names of the statistics; 0 where it is not given, as for a gap.
     """
     check_confidence(confidence)
+    instance("evidence", evidence, DetectionEvidence)
+    for name, mapping in (("chance", chance), ("protocol", protocol)):
+        if mapping is not None:
+            instance(name, mapping, Mapping)
+    if split is not None:
+        text("split", split)
+    resamples, seed = arguments.whole("resamples", resamples), arguments.whole("seed", seed)
     values = evidence.item_values()
     drawn = evidence.statistics(evidence.resamples(resamples, seed)) if resamples else {}
     size = {None: evidence.n} | {
@@ -50,7 +59,7 @@ def detection_estimates(
             theta,
             low,
             high,
-            dict(chance or {}).get(name, 0.0),
+            real(f"chance[{name!r}]", (chance or {}).get(name, 0.0)),
             size[group],
             False,
             name,
@@ -126,6 +135,10 @@ def detection_change(
         NearfarError: the two are of other pictures or groups.
     """
     check_confidence(confidence)
+    instance("before", before, DetectionEvidence)
+    instance("after", after, DetectionEvidence)
+    text("metric", metric)
+    resamples, seed = arguments.whole("resamples", resamples), arguments.whole("seed", seed)
     same = (
         before.n == after.n and before.groups == after.groups and np.array_equal(before.strata, after.strata)
     )

@@ -16,6 +16,8 @@ from typing import Any
 
 from nearfar.errors import NearfarError
 from nearfar.ids import plain_ids
+from nearfar.metrics import arguments
+from nearfar.metrics.arguments import described, flag, instance, real, whole
 
 __all__ = ["Estimate", "comparable", "split_hash"]
 
@@ -53,6 +55,15 @@ class Estimate:
     metric: str
     protocol: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
+    def __post_init__(self) -> None:
+        # Plain numbers, of whatever type they came: what is written to a file has no others.
+        for name in ("value", "low", "high", "chance"):
+            object.__setattr__(self, name, real(name, getattr(self, name)))
+        object.__setattr__(self, "n", whole("n", self.n))
+        object.__setattr__(self, "trivial", flag("trivial", self.trivial))
+        arguments.text("metric", self.metric)
+        instance("protocol", self.protocol, Mapping)
+
     def __str__(self) -> str:
         notes = [f"chance {_number(self.chance, None)}"]
         if "gallery" in self.protocol:
@@ -73,8 +84,7 @@ class Estimate:
         return f"{self.value:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
 
     def to_dict(self) -> dict[str, Any]:
-        """A mapping that strict JSON can hold: NaN and infinities become the strings Python's ``float`` "
-        "reads."""
+        """A mapping that strict JSON can hold: NaN and infinities become the texts that ``float`` reads."""
         return {
             "metric": self.metric,
             "value": _to_json(self.value),
@@ -89,6 +99,8 @@ class Estimate:
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Estimate:
         """The estimate that ``to_dict`` wrote; a missing field is an error that names it."""
+        if not isinstance(record, Mapping):
+            raise NearfarError(f"record is {described(record)}; the mapping that to_dict gives is needed")
         required = ("value", "low", "high", "chance", "n", "trivial", "metric")
         missing = [name for name in required if name not in record]
         if missing:
@@ -96,14 +108,14 @@ class Estimate:
                 f"not the record of an estimate: {', '.join(missing)} missing in {dict(record)!r}"
             )
         return cls(
-            value=float(record["value"]),
-            low=float(record["low"]),
-            high=float(record["high"]),
-            chance=float(record["chance"]),
-            n=int(record["n"]),
-            trivial=bool(record["trivial"]),
-            metric=str(record["metric"]),
-            protocol=dict(record.get("protocol", {})),
+            value=_from_json("value", record["value"]),
+            low=_from_json("low", record["low"]),
+            high=_from_json("high", record["high"]),
+            chance=_from_json("chance", record["chance"]),
+            n=record["n"],
+            trivial=record["trivial"],
+            metric=record["metric"],
+            protocol=dict(instance("protocol", record.get("protocol", {}), Mapping)),
         )
 
 
@@ -121,6 +133,8 @@ def comparable(a: Estimate, b: Estimate) -> str | None:
     >>> comparable(a, Estimate(0.9, 0.8, 1.0, 0.1, 100, False, "R@1", {**protocol, "gallery": 10}))
     'gallery differs: 100 and 10'
     """
+    instance("a", a, Estimate)
+    instance("b", b, Estimate)
     if a.metric != b.metric:
         return f"metric differs: {a.metric} and {b.metric}"
     for key in sorted((set(a.protocol) | set(b.protocol)) - _NOT_IDENTITY):
@@ -156,6 +170,13 @@ def split_hash(ids: Iterable[object]) -> str:
 def _to_json(number: float) -> float | str:
     json_number = float(number)
     return json_number if math.isfinite(json_number) else json.dumps(json_number)
+
+
+def _from_json(name: str, number: Any) -> float:
+    """A number, or the text that ``to_dict`` makes of NaN and the infinities."""
+    if isinstance(number, str) and number in ("NaN", "nan", "Infinity", "-Infinity", "inf", "-inf"):
+        return float(number)
+    return real(name, number)
 
 
 def _decimals(low: float, high: float) -> int:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from nearfar.contrast import unit_rows
 from nearfar.errors import NearfarError
+from nearfar.metrics.arguments import check_dense, described, flag, number, numbers, whole
 
 __all__ = [
     "alignment",
@@ -56,6 +57,7 @@ def effective_rank(embeddings: Rows, center: bool = True) -> float:
     >>> round(effective_rank(line), 6), effective_rank(torch.ones(9, 3))
     (1.0, 0.0)
     """
+    flag("center", center)
     x = _rows(embeddings)
     return _effective_rank(x - x.mean(0) if center else x, _whole(x), _precision(embeddings))
 
@@ -92,6 +94,7 @@ def uniformity(embeddings: Rows, t: float = 2.0) -> float:
     >>> round(uniformity(torch.eye(6)), 6), uniformity(torch.ones(6, 3))
     (-4.0, 0.0)
     """
+    t = number("t", t)
     if not t > 0:
         raise NearfarError(f"t is {t}; uniformity takes a number above 0, usually 2")
     return _uniformity(_pairable(_unit(embeddings)), t)
@@ -107,6 +110,9 @@ def alignment(queries: Rows, keys: Rows, alpha: float = 2.0) -> float:
     >>> alignment(torch.eye(3), torch.eye(3)), round(alignment(torch.eye(2), torch.eye(2).flip(0)), 6)
     (0.0, 2.0)
     """
+    alpha = number("alpha", alpha)
+    if not alpha > 0:
+        raise NearfarError(f"alpha is {alpha}; alignment takes a number above 0, usually 2")
     return _alignment(*_partners(_unit(queries, "queries"), _unit(keys, "keys")), alpha)
 
 
@@ -137,8 +143,7 @@ def hubness(queries: Rows, keys: Rows, k: int = HUB_NEIGHBORS) -> float:
     >>> hubness(keys, keys, k=1), round(hubness(torch.tensor([[2.0, 1, 0, 0]] * 5), keys, k=1), 3)
     (0.0, 1.155)
     """
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-        raise NearfarError(f"k is {k!r}; the number of neighbours is a whole number from 1 up")
+    k = whole("k", k, 1, "the number of neighbours, a whole number")
     return _hubness(_unit(queries, "queries"), _unit(keys, "keys"), k)
 
 
@@ -169,7 +174,8 @@ def embedding_health(
         raise NearfarError(
             f"views is a {type(views).__name__}; a mapping of names to rows is needed, such as {{'texts': rows}}"
         )
-    units = {name: _unit(view, name) for name, view in views.items()}
+    k = whole("k", k, 1, "the number of neighbours, a whole number")
+    units = {name: _unit(view, f"views: {name}") for name, view in views.items()}
     health: dict[str, float] = {}
     for name, x in units.items():
         n, d = x.shape
@@ -178,6 +184,14 @@ def embedding_health(
         if n > 1:
             found |= {"uniformity": _uniformity(x, 2.0), "mean_cosine": _mean_cosine(x)}
         health |= {f"{name}/{key}": value for key, value in found.items()}
+    if pairs is not None and (
+        isinstance(pairs, (str, bytes, Mapping))
+        or not isinstance(pairs, Sequence)
+        or not all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in pairs)
+    ):
+        raise NearfarError(
+            f"pairs is {described(pairs)}; a list of pairs of names is needed, [('texts', 'images')]"
+        )
     if pairs is None:
         pairs = [(a, b) for a, b in combinations(units, 2) if units[a].shape == units[b].shape]
     for pair in pairs:
@@ -269,16 +283,30 @@ def _products(
 
 # -- making them ready ---------------------------------------------------------------------------------------
 def _rows(embeddings: Rows, name: str = "embeddings") -> Float64[Tensor, "n d"]:
-    x = torch.as_tensor(embeddings).detach()
+    x = _tensor(embeddings, name)
     if x.ndim != 2 or 0 in x.shape or not x.is_floating_point():
         raise NearfarError(
             f"{name} are {tuple(x.shape)} {x.dtype}; a matrix of floating point (rows, dimensions) is needed"
         )
+    check_dense(name, x)
     x = x.cpu().double()
     if not bool(x.isfinite().all()):
         bad = (~x.isfinite().all(dim=1)).nonzero().flatten().tolist()
         raise NearfarError(f"{name} are not finite in {len(bad)} of {len(x)} rows, first in row {bad[0]}")
     return x
+
+
+def _tensor(embeddings: Rows, name: str) -> Tensor:
+    """A tensor of the precision that came in; lists and tables are float64."""
+    if isinstance(embeddings, Tensor):
+        return embeddings.detach()
+    if (
+        isinstance(embeddings, np.ndarray)
+        and embeddings.dtype.kind in "biuf"
+        and embeddings.dtype.itemsize <= 8
+    ):
+        return torch.from_numpy(np.array(embeddings, embeddings.dtype.newbyteorder("=")))
+    return torch.from_numpy(numbers(name, embeddings, finite=False))
 
 
 def _unit(embeddings: Rows, name: str = "embeddings") -> Float64[Tensor, "n d"]:
@@ -296,11 +324,11 @@ def _partners(
 ) -> tuple[Float64[Tensor, "n d"], Float64[Tensor, "n d"]]:
     if x.shape != y.shape:
         raise NearfarError(
-            f"{names[0]} are {tuple(x.shape)} and {names[1]} {tuple(y.shape)}; partners are rows of equal position and "
-            "length"
+            f"{names[0]} are {tuple(x.shape)} and {names[1]} {tuple(y.shape)}; partners are rows of equal "
+            "position and length"
         )
     return x, y
 
 
 def _precision(embeddings: Rows) -> float:
-    return torch.finfo(torch.as_tensor(embeddings).dtype).eps
+    return torch.finfo(_tensor(embeddings, "embeddings").dtype).eps

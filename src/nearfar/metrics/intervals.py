@@ -16,11 +16,13 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from nearfar.errors import NearfarError
+from nearfar.metrics.arguments import number, numbers, text, whole
 from nearfar.metrics.quantiles import check_confidence, normal_quantile, t_quantile
 
 __all__ = [
     "bootstrap_levels",
     "bootstrap_mean",
+    "checked_scores",
     "count_differing",
     "few_runs",
     "mean_interval",
@@ -37,6 +39,8 @@ _ENOUGH = 30
 # Beside the items that differ from the most common score, so many are counted in that vary as hits do: few skewed
 # scores do not show their tail. Without them twenty reciprocal ranks of mean .13 covered 86 %, with them 94 %.
 _UNSEEN = 4
+# By which the expectation of a score may pass 1.
+_ROUNDING = 1e-9
 # Numbers drawn at once while resampling: 4 MB of indices.
 _CHUNK = 1 << 19
 
@@ -49,10 +53,7 @@ def wilson(share: float, n: int, confidence: float = 0.95) -> tuple[float, float
     (0.839, 1.0)
     """
     check_confidence(confidence)
-    if n < 1 or not 0.0 <= share <= 1.0:
-        raise NearfarError(
-            f"no interval for a share of {share!r} among {n} items: the share is 0 to 1, n >= 1"
-        )
+    n, share = whole("n", n, 1), number("share", share, 0.0, 1.0)
     return score_interval(share, normal_quantile(0.5 + confidence / 2) ** 2 / n)
 
 
@@ -104,9 +105,9 @@ def few_runs(values: Sequence[float] | ArrayLike, confidence: float = 0.95) -> t
     (0.325, 0.375)
     """
     check_confidence(confidence)
-    x = np.asarray(values, dtype=np.float64).ravel()
+    x = numbers("values", values).ravel()
     if x.size == 0:
-        raise NearfarError("no interval without values: pass one number for each seed")
+        raise NearfarError("values is empty, and gives no interval: pass one number for each seed")
     if x.size == 1:
         return -math.inf, math.inf
     half = t_quantile(0.5 + confidence / 2, x.size - 1) * float(x.std(ddof=1)) / math.sqrt(x.size)
@@ -135,15 +136,11 @@ def bootstrap_mean(
     True
     """
     check_confidence(confidence)
-    x = np.asarray(values, dtype=np.float64).ravel()
-    if x.size == 0 or not np.isfinite(x).all():
-        raise NearfarError(
-            f"cannot resample {x.size} values of which {int((~np.isfinite(x)).sum())} are not finite"
-        )
-    if method not in ("bca", "percentile"):
-        raise NearfarError(f"method is {method!r}, but it is 'bca' or 'percentile'")
-    if resamples < 100:
-        raise NearfarError(f"resamples is {resamples}; the ends of an interval need at least 100")
+    x = numbers("values", values).ravel()
+    if x.size == 0:
+        raise NearfarError("values is empty, and gives no interval: pass one number for each item")
+    text("method", method, ("bca", "percentile"))
+    resamples, seed = whole("resamples", resamples, 100), whole("seed", seed)
     means = _resampled_means(x, resamples, np.random.default_rng(seed))
     levels = (0.5 - confidence / 2, 0.5 + confidence / 2)
     if method == "bca":
@@ -172,6 +169,19 @@ def bootstrap_levels(
     return low, high
 
 
+def checked_scores(name: str, values: ArrayLike) -> NDArray[np.float64]:
+    """Scores in [0, 1], up to rounding; others and NaN raise ``NearfarError`` with their number."""
+    scores = numbers(name, values)
+    outside = (scores < -_ROUNDING) | (scores > 1 + _ROUNDING)
+    if outside.any():
+        raise NearfarError(
+            f"{name} holds {int(outside.sum())} of {scores.size} values outside 0 to 1, such as "
+            f"{scores[outside].flat[0]:g}, and this interval is for scores within; for a mean of other numbers "
+            "take few_runs (few of them) or bootstrap_mean"
+        )
+    return scores.clip(0.0, 1.0)
+
+
 def mean_interval(
     values: NDArray[np.float64], confidence: float = 0.95, *, resamples: int = 1000, seed: int = 0
 ) -> tuple[float, float, str]:
@@ -181,6 +191,11 @@ def mean_interval(
     thirty misses are expected from the mean and at least thirty items differ from the most common score; else they have
     Wilson's interval for as many items as have the same variance. ``resamples=0`` asks for that throughout.
     """
+    check_confidence(confidence)
+    values = checked_scores("values", values).ravel()
+    if not values.size:
+        raise NearfarError("values is empty, and gives no interval: pass one score for each item")
+    resamples, seed = whole("resamples", resamples), whole("seed", seed)
     mean, n = float(values.mean()), values.size
     if bool(((values == 0.0) | (values == 1.0)).all()):
         return (*wilson(mean, n, confidence), "Wilson")
@@ -204,6 +219,7 @@ def order_statistics(n: int, confidence: float = 0.95) -> tuple[int, int]:
     ((0, 6), (40, 61))
     """
     check_confidence(confidence)
+    n = whole("n", n)
     low = int((_half_binomial(n) <= 0.5 - confidence / 2).sum())
     return low, n + 1 - low
 

@@ -11,15 +11,17 @@ from functools import lru_cache
 from statistics import NormalDist
 
 from nearfar.errors import NearfarError
+from nearfar.metrics.arguments import number
 
 __all__ = ["check_confidence", "normal_quantile", "t_quantile"]
 
 
 def check_confidence(confidence: float) -> float:
     """``confidence`` as a float if it is a level strictly between 0 and 1, an error otherwise."""
-    if not 0.0 < confidence < 1.0:
+    level = number("confidence", confidence)
+    if not 0.0 < level < 1.0:
         raise NearfarError(f"confidence is {confidence!r}, but it is a level between 0 and 1, such as 0.95")
-    return float(confidence)
+    return level
 
 
 def normal_quantile(p: float) -> float:

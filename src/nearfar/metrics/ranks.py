@@ -10,7 +10,7 @@ by construction.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float64, Int64
@@ -18,6 +18,8 @@ from numpy import ndarray
 from torch import digamma, from_numpy
 
 from nearfar.errors import NearfarError
+from nearfar.metrics import arguments
+from nearfar.metrics.arguments import flag, text, whole, whole_numbers
 
 __all__ = ["Ranks"]
 
@@ -29,6 +31,11 @@ class Ranks:
     ``relevant`` is the number of relevant keys, ``gallery`` that of all keys, ``without_relevant`` counts the
     queries that were left out, ``direction`` says which side asked, ``normalized`` whether the scores are
     cosines.
+
+    With ``leave_one_out`` no query is a candidate of itself. ``gallery`` is then the number of others, and where only
+    some queries are among the keys, ``candidates`` holds each one's number. ``without_label`` of the queries
+    that were
+    left out have no label.
 
     >>> ranks = Ranks.of([0, 3], tied=[0, 0], gallery=10)
     >>> ranks.hits(1), ranks.reciprocal(), ranks.median()
@@ -47,34 +54,60 @@ class Ranks:
     without_relevant: int = 0
     direction: str = "queries to keys"
     normalized: bool = True
+    candidates: Int64[ndarray, " n"] | None = None
+    leave_one_out: bool = False
+    without_label: int = 0
+
+    def __post_init__(self) -> None:
+        n = None
+        for name in ("better", "tied", "relevant_tied", "relevant", "queries", "candidates"):
+            if getattr(self, name) is None and name == "candidates":
+                continue
+            counts = whole_numbers(name, getattr(self, name))
+            n = len(counts) if n is None and counts.ndim == 1 else n
+            if counts.shape != (n,) or (counts < 0).any():
+                raise NearfarError(
+                    f"{name} has shape {counts.shape} and begins with {counts.ravel()[:3].tolist()}; it holds "
+                    f"a count from 0 up for each query, in one dimension, and better has {n} of them"
+                )
+            object.__setattr__(self, name, counts)
+        for name, least in (("gallery", 1), ("without_relevant", 0), ("without_label", 0)):
+            object.__setattr__(self, name, whole(name, getattr(self, name), least))
+        text("direction", self.direction)
+        flag("normalized", self.normalized)
+        flag("leave_one_out", self.leave_one_out)
+        most = self.of_each()
+        wrong = np.flatnonzero(
+            (self.relevant_tied > self.relevant)
+            | (self.better + self.tied + self.relevant > most)
+            | (most > self.gallery)
+        )
+        if len(wrong):
+            i = int(wrong[0])
+            raise NearfarError(
+                f"better {self.better[i]}, tied {self.tied[i]}, relevant_tied {self.relevant_tied[i]} and "
+                f"relevant {self.relevant[i]} of query {i} do not fit a gallery of {most[i]} keys"
+            )
+
+    def of_each(self) -> Int64[ndarray, " n"]:
+        """How many keys each query could be given."""
+        return np.full(len(self.better), self.gallery) if self.candidates is None else self.candidates
 
     @classmethod
     def of(cls, better: list[int], *, tied: list[int], gallery: int) -> Ranks:
         """Ranks with one relevant key per query, from plain lists of counts."""
-        ones = np.ones(len(better), dtype=np.int64)
-        positions = np.arange(len(better), dtype=np.int64)
-        counts = (np.array(better, dtype=np.int64), np.array(tied, dtype=np.int64))
-        return cls(*counts, ones, ones, positions, gallery)
+        counts = whole_numbers("better", better), whole_numbers("tied", tied)
+        ones = np.ones(counts[0].size, dtype=np.int64)
+        return cls(*counts, ones, ones, np.arange(counts[0].size), gallery)
 
     def chance(self) -> Ranks:
         """The same queries before a scorer that cannot tell the keys apart."""
-        irrelevant = self.gallery - self.relevant
-        return Ranks(
-            np.zeros_like(irrelevant),
-            irrelevant,
-            self.relevant,
-            self.relevant,
-            self.queries,
-            self.gallery,
-            self.without_relevant,
-            self.direction,
-            self.normalized,
-        )
+        irrelevant = self.of_each() - self.relevant
+        return replace(self, better=np.zeros_like(irrelevant), tied=irrelevant, relevant_tied=self.relevant)
 
     def hits(self, k: int) -> Float64[ndarray, " n"]:
         """Probability that a relevant key is among the first ``k``: 0 or 1 where no tie straddles the cut."""
-        if k < 1:
-            raise NearfarError(f"k is {k}, but the first place is k=1")
+        k = whole("k", k, 1)
         drawn = np.minimum(np.maximum(k - self.better, 0), self.tied + self.relevant_tied)
         certain = drawn > self.tied
         hit = certain.astype(np.float64)
@@ -121,11 +154,13 @@ class Ranks:
 
     def order_statistic(self, place: float) -> float:
         """The rank of the query at ``place`` (1 … n) when queries are sorted by rank."""
+        place = arguments.number("place", place, 1, max(len(self.better), 1))
         cumulated = np.cumsum(self.distribution())
         return float(np.searchsorted(cumulated, (place - 0.5) * (1 - 1e-12)) + 1)
 
     def at_place(self, place: float) -> float:
         """The rank at a place that may lie between two queries, interpolated."""
+        place = arguments.number("place", place, 1, max(len(self.better), 1))
         below = int(place)
         low = self.order_statistic(below)
         return low if below == place else low + (place - below) * (self.order_statistic(below + 1) - low)
@@ -140,8 +175,7 @@ class Ranks:
         return (lower + upper) / 2
 
     def _ties_among_several(self) -> Iterator[tuple[Int64[ndarray, " rows"], Float64[ndarray, " places"]]]:
-        """For each kind of tie with several relevant keys: its queries, and the law of the best one's "
-        "place."""
+        """For each kind of tie with several relevant keys: its queries, and the law of the best one's place."""
         rows = np.flatnonzero((self.tied > 0) & (self.relevant_tied > 1))
         kinds, which = np.unique(
             np.stack([self.tied[rows], self.relevant_tied[rows]]), axis=1, return_inverse=True
@@ -156,8 +190,7 @@ class Ranks:
 
 
 def _some_drawn(tied: ndarray, relevant: ndarray, drawn: ndarray) -> ndarray:
-    """Probability that ``drawn`` items of tied + relevant ones hold a relevant one: 1 − C(t, s) / C(t + "
-    "r, s)."""
+    """Probability that ``drawn`` items of tied + relevant ones hold a relevant one: 1 − C(t, s) / C(t + r, s)."""
     t, r, s = (from_numpy(x.astype(np.float64)) for x in (tied, relevant, drawn))
     log_none = (t + 1).lgamma() - (t - s + 1).lgamma() + (t + r - s + 1).lgamma() - (t + r + 1).lgamma()
     return (-log_none.expm1()).numpy()

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal, overload
 
 import numpy as np
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from nearfar.errors import NearfarError
+from nearfar.metrics.arguments import flag, instance, text, whole, whole_numbers
 from nearfar.metrics.counting import TILE, Counts, Side, count_ranks
 from nearfar.metrics.estimate import Estimate
 from nearfar.metrics.intervals import mean_interval, median_places
+from nearfar.metrics.item_ids import ItemIds
+from nearfar.metrics.own_gallery import warn_of_own_keys
+from nearfar.metrics.quantiles import check_confidence
 from nearfar.metrics.ranks import Ranks
-from nearfar.metrics.relevance import read_relevance
+from nearfar.metrics.relevance_forms import read_relevance
 
 __all__ = ["rank_estimates", "retrieval_metrics", "retrieval_ranks"]
 
 Embeddings = Float[Tensor, "n d"] | np.ndarray
+#: query i is key i, or the position of each query among the keys
+LeaveOneOut = bool | Sequence[int] | np.ndarray | Tensor
 
 
 @overload
@@ -31,6 +37,9 @@ def retrieval_metrics(
     *,
     both: Literal[False] = False,
     normalize: bool = True,
+    leave_one_out: LeaveOneOut = False,
+    query_ids: Sequence[Any] | None = None,
+    key_ids: Sequence[Any] | None = None,
     confidence: float = 0.95,
     bootstrap: int = 1000,
     seed: int = 0,
@@ -48,6 +57,9 @@ def retrieval_metrics(
     *,
     both: Literal[True],
     normalize: bool = True,
+    leave_one_out: LeaveOneOut = False,
+    query_ids: Sequence[Any] | None = None,
+    key_ids: Sequence[Any] | None = None,
     confidence: float = 0.95,
     bootstrap: int = 1000,
     seed: int = 0,
@@ -64,6 +76,9 @@ def retrieval_metrics(
     *,
     both: bool = False,
     normalize: bool = True,
+    leave_one_out: LeaveOneOut = False,
+    query_ids: Sequence[Any] | None = None,
+    key_ids: Sequence[Any] | None = None,
     confidence: float = 0.95,
     bootstrap: int = 1000,
     seed: int = 0,
@@ -75,11 +90,20 @@ def retrieval_metrics(
     ``queries`` (n, d) are ranked against all ``keys`` (m, d) by cosine, or by dot product with
     ``normalize=False``. ``both=True`` gives the pair (queries to keys, keys to queries) from one product.
 
-    ``relevant`` states who belongs to whom: ``None`` pairs by position; a 1-d integer tensor holds the index
-    of each query's key (−1: none); a list of lists the indices of each query's keys; a tuple ``(query_labels,
-    key_labels)`` makes equal labels relevant, which is how duplicates of the positive are declared; a Boolean
-    (n, m) matrix may be dense or sparse. The best relevant key decides. Queries without any are left out and
-    counted in the protocol.
+    ``relevant`` states who belongs to whom: ``None`` pairs by position; a list of integers holds the index
+    of each query's key (−1: none); a list of lists, sets or arrays the indices of each query's keys; a tuple
+    ``(query_labels, key_labels)`` makes equal labels relevant (a missing one, −1, NaN or None, is equal to none);
+    a (n, m) matrix of Booleans or of 0 and 1 may be dense, nested lists or sparse; a dictionary ``{query id: {key
+    id: grade}}`` or ``{query id: key ids}`` needs ``query_ids`` and ``key_ids``, the ids in the order of the
+    rows, with
+    which lists hold ids too. The best relevant key decides. Queries without any are left out and counted in the
+    protocol. What is none of these, or could be two of them, raises ``NearfarError``.
+
+    ``leave_one_out=True`` is for one set of labelled items that are queries and keys at once: no query is a
+    candidate of itself, and the chance level and the gallery are those of the others. Query i is key i, or the
+    key of its
+    id where there are ids; for queries that are part of the keys pass each one's position, −1 for one that is not
+    among them. Without it a query that stands in its own gallery is warned of.
 
     Ties count by expectation, so that collapsed embeddings score chance. ``k >= gallery`` is marked trivial.
     Intervals at level ``confidence`` are Wilson's for R@k, from ``bootstrap`` resamples of the queries (BCa) for
@@ -96,10 +120,25 @@ def retrieval_metrics(
     >>> scores = retrieval_metrics(queries, keys, ks=(1,))
     >>> scores["R@1"].value, scores["MRR"].value, scores["R@1"].chance
     (0.75, 0.875, 0.25)
+    >>> birds, species = torch.randn(50, 16, generator=torch.Generator().manual_seed(0)), torch.arange(50) // 5
+    >>> alone = retrieval_metrics(birds, birds, (species, species), ks=(1,), leave_one_out=True)["R@1"]
+    >>> alone.protocol["gallery"], round(alone.chance, 4)
+    (49, 0.0816)
     """
     wanted = _checked_ks(ks)
+    _check_interval(confidence, bootstrap, seed, split)
     options: dict[str, Any] = {"confidence": confidence, "bootstrap": bootstrap, "seed": seed, "split": split}
-    ranks = retrieval_ranks(queries, keys, relevant, both=both, normalize=normalize, tile=tile)
+    ranks = _ranks_of(
+        queries,
+        keys,
+        relevant,
+        both,
+        normalize,
+        tile,
+        leave_one_out=leave_one_out,
+        query_ids=query_ids,
+        key_ids=key_ids,
+    )
     if isinstance(ranks, tuple):
         return rank_estimates(ranks[0], wanted, **options), rank_estimates(ranks[1], wanted, **options)
     return rank_estimates(ranks, wanted, **options)
@@ -113,6 +152,9 @@ def retrieval_ranks(
     *,
     both: Literal[False] = False,
     normalize: bool = True,
+    leave_one_out: LeaveOneOut = False,
+    query_ids: Sequence[Any] | None = None,
+    key_ids: Sequence[Any] | None = None,
     tile: tuple[int, int] = TILE,
 ) -> Ranks: ...
 
@@ -125,6 +167,9 @@ def retrieval_ranks(
     *,
     both: Literal[True],
     normalize: bool = True,
+    leave_one_out: LeaveOneOut = False,
+    query_ids: Sequence[Any] | None = None,
+    key_ids: Sequence[Any] | None = None,
     tile: tuple[int, int] = TILE,
 ) -> tuple[Ranks, Ranks]: ...
 
@@ -137,6 +182,9 @@ def retrieval_ranks(
     *,
     both: bool,
     normalize: bool = True,
+    leave_one_out: LeaveOneOut = False,
+    query_ids: Sequence[Any] | None = None,
+    key_ids: Sequence[Any] | None = None,
     tile: tuple[int, int] = TILE,
 ) -> Ranks | tuple[Ranks, Ranks]: ...
 
@@ -148,6 +196,9 @@ def retrieval_ranks(
     *,
     both: bool = False,
     normalize: bool = True,
+    leave_one_out: LeaveOneOut = False,
+    query_ids: Sequence[Any] | None = None,
+    key_ids: Sequence[Any] | None = None,
     tile: tuple[int, int] = TILE,
 ) -> Ranks | tuple[Ranks, Ranks]:
     """Per query counts behind every rank metric; arguments as in ``retrieval_metrics``.
@@ -158,25 +209,63 @@ def retrieval_ranks(
     >>> retrieval_ranks(torch.eye(3), torch.eye(3)[[0, 0, 2]]).expected()
     array([1.5, 2. , 1. ])
     """
-    sides = _side(queries, "queries", normalize), _side(keys, "keys", normalize)
+    return _ranks_of(
+        queries,
+        keys,
+        relevant,
+        both,
+        normalize,
+        tile,
+        leave_one_out=leave_one_out,
+        query_ids=query_ids,
+        key_ids=key_ids,
+    )
+
+
+def _ranks_of(
+    queries: Embeddings,
+    keys: Embeddings,
+    relevant: Any,
+    both: bool,
+    normalize: bool,
+    tile: tuple[int, int],
+    *,
+    leave_one_out: LeaveOneOut,
+    query_ids: Sequence[Any] | None,
+    key_ids: Sequence[Any] | None,
+) -> Ranks | tuple[Ranks, Ranks]:
+    flag("both", both)
+    flag("normalize", normalize)
+    tile = _checked_tile(tile)
+    sides = Side(queries, "queries", normalize), Side(keys, "keys", normalize)
     if sides[0].rows.shape[1] != sides[1].rows.shape[1]:
         raise NearfarError(
-            f"queries have {sides[0].rows.shape[1]} dimensions and keys {sides[1].rows.shape[1]}; "
-            "a similarity needs both in one space"
+            f"queries have {sides[0].rows.shape[1]} dimensions and keys {sides[1].rows.shape[1]}; a similarity "
+            "needs both in one space"
         )
     if sides[0].rows.device != sides[1].rows.device:
         raise NearfarError(
             f"queries are on {sides[0].rows.device} and keys on {sides[1].rows.device}; move one of them"
         )
-    relevance = read_relevance(relevant, len(sides[0]), len(sides[1]), sides[0].rows.device)
+    ids = ItemIds(len(sides[0]), len(sides[1]), query_ids, key_ids)
+    own = ids.own(leave_one_out)
+    relevance = read_relevance(relevant, ids, sides[0].rows.device, own)
     numbers = relevance.counts()
     if not bool(numbers[0].any()):
-        raise NearfarError("no query has a relevant key, so that there is nothing to score; check relevant=")
+        raise NearfarError(
+            "no query has a relevant key"
+            + ("" if own is None else " other than itself, which leave_one_out takes away")
+            + ", so that there is nothing to score; check relevant="
+        )
+    warn_of_own_keys(sides[0].rows, sides[1].rows, relevance.own, relevant is None)
     counts = count_ranks(*sides, relevance, both=both, tile=tile)
-    forward = _ranks(counts[0], numbers[0], len(sides[1]), "queries to keys", normalize)
+    candidates = relevance.candidates()
+    forward = _ranks(counts[0], numbers[0], candidates[0], "queries to keys", normalize)
+    forward = replace(forward, leave_one_out=own is not None, without_label=relevance.without_label[0])
     if counts[1] is None:
         return forward
-    return forward, _ranks(counts[1], numbers[1], len(sides[0]), "keys to queries", normalize)
+    backward = _ranks(counts[1], numbers[1], candidates[1], "keys to queries", normalize)
+    return forward, replace(backward, leave_one_out=own is not None, without_label=relevance.without_label[1])
 
 
 def rank_estimates(
@@ -196,8 +285,12 @@ def rank_estimates(
     >>> scores["R@5"].trivial, scores["median_rank"].chance
     (True, 3.0)
     """
+    wanted = _checked_ks(ks)
+    _check_interval(confidence, bootstrap, seed, split)
+    if not len(instance("ranks", ranks, Ranks).better):
+        raise NearfarError("ranks are of no query; there is nothing to estimate")
     guess = ranks.chance()
-    per_query = {f"R@{k}": (ranks.hits(k), guess.hits(k)) for k in _checked_ks(ks)}
+    per_query = {f"R@{k}": (ranks.hits(k), guess.hits(k)) for k in wanted}
     per_query["MRR"] = (ranks.reciprocal(), guess.reciprocal())
     most = int(ranks.relevant.max())
     protocol = {
@@ -210,6 +303,11 @@ def rank_estimates(
         "split": split,
         "confidence": confidence,
     }
+    # Only where they hold, so that estimates of before stay comparable with those that they equal.
+    if ranks.leave_one_out:
+        protocol["leave_one_out"] = True
+    if ranks.without_label:
+        protocol["without_label"] = ranks.without_label
     n = len(ranks.better)
     estimates = {}
     for name, (scores, chances) in per_query.items():
@@ -228,28 +326,47 @@ def _median_rank(ranks: Ranks, guess: Ranks, confidence: float, protocol: dict[s
     n = len(ranks.better)
     first, last = median_places(n, confidence)
     low = ranks.at_place(first) if first >= 1 else 1.0
-    high = ranks.at_place(last) if last <= n else float(ranks.gallery - int(ranks.relevant.min()) + 1)
-    trivial = bool((ranks.relevant == ranks.gallery).all())
+    high = ranks.at_place(last) if last <= n else float((ranks.of_each() - ranks.relevant).max() + 1)
+    trivial = bool((ranks.relevant == ranks.of_each()).all())
     own_protocol = {**protocol, "interval": "order statistics"}
     return Estimate(ranks.median(), low, high, guess.median(), n, trivial, "median_rank", own_protocol)
 
 
-def _ranks(counts: Counts, relevant: Tensor, gallery: int, direction: str, normalize: bool) -> Ranks:
+def _ranks(counts: Counts, relevant: Tensor, candidates: Tensor, direction: str, normalize: bool) -> Ranks:
     scored = relevant.nonzero().flatten()
-    columns = (counts.better, counts.tied, counts.relevant_tied, relevant)
-    better, tied, relevant_tied, of_all = (column[scored].cpu().numpy() for column in columns)
+    columns = (counts.better, counts.tied, counts.relevant_tied, relevant, candidates)
+    better, tied, relevant_tied, of_all, most = (column[scored].cpu().numpy() for column in columns)
     left_out = len(relevant) - len(scored)
-    positions = scored.cpu().numpy()
-    return Ranks(better, tied, relevant_tied, of_all, positions, gallery, left_out, direction, normalize)
+    gallery = int(most.max()) if len(most) else 1
+    ranks = Ranks(
+        better, tied, relevant_tied, of_all, scored.cpu().numpy(), gallery, left_out, direction, normalize
+    )
+    return ranks if (most == gallery).all() else replace(ranks, candidates=most)
 
 
-def _side(rows: Embeddings, name: str, normalize: bool) -> Side:
-    return Side(torch.as_tensor(rows), name, normalize)
-
-
-def _checked_ks(ks: Iterable[int]) -> tuple[int, ...]:
-    wanted = tuple(ks)
+def _checked_ks(ks: Iterable[int] | int) -> tuple[int, ...]:
+    if isinstance(ks, (str, bytes, Mapping)):
+        raise NearfarError(f"ks is {ks!r}; cut-offs are whole numbers, such as ks=(1, 5, 10)")
+    if isinstance(ks, (Tensor, np.ndarray)):
+        ks = whole_numbers("ks", ks).ravel().tolist()
+    wanted = tuple(ks) if isinstance(ks, Iterable) else (ks,)
     for k in wanted:
-        if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
-            raise NearfarError(f"ks holds {k!r}, but a cut-off is a whole number from 1 up")
-    return tuple(int(k) for k in wanted)
+        whole("ks: a cut-off", k, 1)
+    return tuple(dict.fromkeys(int(k) for k in wanted))
+
+
+def _checked_tile(tile: tuple[int, int]) -> tuple[int, int]:
+    if not isinstance(tile, (tuple, list)) or len(tile) != 2:
+        raise NearfarError(f"tile is {tile!r}; it is a pair of whole numbers (queries, keys)")
+    return whole("tile: the number of queries", tile[0], 1), whole("tile: the number of keys", tile[1], 1)
+
+
+def _check_interval(confidence: float, bootstrap: int, seed: int, split: str | None) -> None:
+    check_confidence(confidence)
+    if 0 < whole("bootstrap", bootstrap) < 100:
+        raise NearfarError(
+            f"bootstrap is {bootstrap}; the ends of an interval need at least 100, and 0 means none"
+        )
+    whole("seed", seed)
+    if split is not None:
+        text("split", split)

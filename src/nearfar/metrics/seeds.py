@@ -22,6 +22,7 @@ from jaxtyping import Float
 from numpy import ndarray
 
 from nearfar.errors import NearfarError
+from nearfar.metrics.arguments import numbers
 from nearfar.metrics.intervals import mean_interval, score_interval, score_variance
 from nearfar.metrics.quantiles import check_confidence, t_quantile
 
@@ -84,9 +85,12 @@ def seeds_interval(scores: Float[ndarray, "seeds n"], confidence: float = 0.95) 
     (0.95, 0.998, 'seeds and items')
     """
     check_confidence(confidence)
+    scores = numbers("scores", scores)
+    if scores.ndim != 2 or 0 in scores.shape:
+        raise NearfarError(f"scores have shape {scores.shape}; they are (seeds, items)")
     seeds, n = scores.shape
     if n < 2:
-        raise NearfarError(f"{n} item gives no interval; score at least two")
+        raise NearfarError(f"scores are of {n} item, which gives no interval; score at least two")
     level = 0.5 + confidence / 2
     bounded = bool(((scores >= 0.0) & (scores <= 1.0)).all())
     if seeds == 1 and bounded:

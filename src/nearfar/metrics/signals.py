@@ -13,6 +13,8 @@ from torch import Tensor
 
 from nearfar.contrast import Mask, as_mask, unit_rows
 from nearfar.errors import NearfarError
+from nearfar.metrics.arguments import check_dense, numbers, whole_numbers
+from nearfar.metrics.labels import entries
 
 __all__ = ["batch_signals", "group_signals"]
 
@@ -40,11 +42,11 @@ def batch_signals(
     >>> batch_signals(copies=texts), batch_signals(copies=texts, left_out=texts)
     ({'duplicate_keys': 0.5}, {'duplicate_keys': 0.0})
     """
-    masks = {name: as_mask(m) for name, m in (("copies", copies), ("likely", likely)) if m is not None}
+    masks = {name: _mask(name, m) for name, m in (("copies", copies), ("likely", likely)) if m is not None}
     if not masks:
         return {}
     shape = next(iter(masks.values())).shape
-    outside = None if left_out is None else as_mask(left_out)
+    outside = None if left_out is None else _mask("left_out", left_out)
     for name, mask in {**masks, "left_out": outside}.items():
         if mask is not None and mask.shape != shape:
             raise NearfarError(
@@ -91,37 +93,56 @@ def group_signals(
     >>> round(group_signals([0, 1], features=torch.tensor([[3.0, 0.0], [0.0, 5.0]]))["feature_gap"], 3)
     1.414
     """
-    labels = groups.tolist() if isinstance(groups, (Tensor, np.ndarray)) else list(groups)
+    dimensions = getattr(groups, "ndim", 1)
+    labels = entries("groups", groups) if dimensions == 1 else []
     n = len(labels)
-    if not n or any(isinstance(label, list) for label in labels):
+    if not n or any(isinstance(label, (list, tuple, dict, set)) for label in labels):
         raise NearfarError("groups hold one name or number for each row of a batch, and at least one")
     names = [str(label) for label in labels]
     members = {name: torch.tensor([other == name for other in names]) for name in sorted(set(names))}
     signals = {f"group_share/{name}": int(rows.sum()) / n for name, rows in members.items()}
     if anchors is not None:
-        chosen = _anchors(torch.as_tensor(anchors).cpu(), n)
+        chosen = _anchors(_tensor("anchors", anchors), n)
         if len(chosen):
             signals |= {
                 f"anchor_share/{name}": float(rows[chosen].double().mean()) for name, rows in members.items()
             }
     if scores is not None:
-        values = torch.as_tensor(scores).detach().cpu().double()
+        values = torch.from_numpy(numbers("scores", scores, finite=False))
         if values.shape != (n,):
             raise NearfarError(
-                f"scores have shape {tuple(values.shape)}; one for each of the {n} rows is needed"
+                f"scores have shape {tuple(values.shape)}; one for each of the {n} rows of groups is needed"
             )
         signals |= {f"score/{name}": float(values[rows].mean()) for name, rows in members.items()}
     if features is not None:
-        x = torch.as_tensor(features).detach().cpu().double()
+        x = torch.from_numpy(numbers("features", features, finite=False))
         if x.ndim != 2 or len(x) != n:
             raise NearfarError(
-                f"features have shape {tuple(x.shape)}; one row for each of the {n} rows is needed"
+                f"features have shape {tuple(x.shape)}; one row for each of the {n} rows of groups is needed"
             )
         means = [unit_rows(x)[rows].mean(0) for rows in members.values()]
         gaps = [float(torch.linalg.vector_norm(a - b)) for a, b in combinations(means, 2)]
         if gaps:
             signals["feature_gap"] = max(gaps)
     return signals
+
+
+def _mask(name: str, mask: Any) -> Mask:
+    try:
+        return as_mask(torch.from_numpy(mask) if isinstance(mask, np.ndarray) else mask)
+    except (NearfarError, TypeError) as error:
+        raise NearfarError(f"{name}: {error}") from None
+
+
+def _tensor(name: str, values: Any) -> Tensor:
+    if isinstance(values, Tensor):
+        check_dense(name, values)
+        return values.detach().cpu()
+    boolean = isinstance(values, np.ndarray) and values.dtype == bool
+    boolean = boolean or (
+        isinstance(values, list) and bool(values) and all(isinstance(v, bool) for v in values)
+    )
+    return torch.tensor(values) if boolean else torch.from_numpy(whole_numbers(name, values))
 
 
 def _anchors(anchors: Tensor, n: int) -> Tensor:
@@ -136,7 +157,7 @@ def _anchors(anchors: Tensor, n: int) -> Tensor:
         or bool(((positions < 0) | (positions >= n)).any())
     ):
         raise NearfarError(
-            f"anchors are {tuple(anchors.shape)} {anchors.dtype}; they are positions in the batch of {n} rows, or a "
-            "Boolean for each row"
+            f"anchors are {tuple(anchors.shape)} {anchors.dtype}; they are positions in the {n} rows of "
+            "groups, or a Boolean for each row"
         )
     return positions
