@@ -65,7 +65,10 @@ def test_a_group_of_a_box_counts_before_that_of_its_picture(tmp_path: Path) -> N
 def test_a_picture_takes_the_group_on_which_its_boxes_agree(tmp_path: Path) -> None:
     images = [{"id": i, "file_name": f"{i}.png"} for i in (1, 2, 3)]
     boxes = [(1, "a"), (1, "a"), (2, "a"), (2, "b"), (3, "other")]
-    annotations = [{"image_id": i, "category_id": 7, "bbox": [1, 1, 2, 2], "age": age} for i, age in boxes]
+    annotations = [
+        {"image_id": i, "category_id": 7, "bbox": [1, 1, 2, k + 2], "age": age}
+        for k, (i, age) in enumerate(boxes)
+    ]
     write(tmp_path)
     path = write(tmp_path, images=images, annotations=annotations)
     split = read_coco(path, group_key="age", groups=["a", "b"])

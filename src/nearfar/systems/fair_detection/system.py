@@ -89,11 +89,11 @@ class FairDetectionSystem:
 
     def layout(self) -> dict[str, Any]:
         """Counts, rejections and hashes of the splits, and the detector really used."""
-        ids = {name: split.ids for name, split in self.splits.items()}
+        digests = {name: [image.digest for image in split.images] for name, split in self.splits.items()}
         return {
             "data_hash": content_key([split.content for split in self.splits.values()], self._weights)[:16],
             "splits": {name: split.layout() | {"rows": len(split)} for name, split in self.splits.items()},
-            "leaks": check_disjoint(ids, "picture", on_leak="count"),
+            "leaks": check_disjoint(digests, "picture", on_leak="count"),
             "detector": {
                 "description": self.detector.description,
                 "weights": self._weights,
