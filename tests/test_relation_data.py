@@ -104,7 +104,7 @@ def test_extreme_boxes_stay_finite() -> None:
 
 def read(layout: str, path: Path) -> tuple[list[Any], Rejections]:
     rejections = Rejections()
-    return list(LAYOUTS[layout].read(path, None, rejections, None)), rejections
+    return list(LAYOUTS[layout].read(path, None, rejections, None, None)), rejections
 
 
 def test_vrd_boxes_are_y_then_x(tmp_path: Path) -> None:
@@ -245,8 +245,8 @@ def test_every_kind_of_bad_pair_is_counted(tmp_path: Path) -> None:
         "box is no numbers": 1,
         "relation not chosen": 1,
     }
-    assert data.notes["boxes cut at the picture's border"] == 1
-    assert data.notes["annotated pictures without a photo"] == 5
+    assert data.notes["boxes_cut_at_border"] == 1
+    assert data.notes["pictures_without_photo"] == 5
     assert (
         sum(part.subject_box.max() <= 240 or not part.size_known.all() for part in data.splits.values()) >= 1
     )
@@ -266,7 +266,8 @@ def test_synonyms_are_a_switch(tmp_path: Path) -> None:
     )
     assert "below" in with_.train.relation
     assert "below" not in without.train.relation  # it is called "beneath" here
-    assert any("below" in note for note in without.notes)
+    assert without.notes["relations_without_training_pairs"] == ["below"]
+    assert "no training pair of “below”: it cannot be predicted" in without.summary()
 
 
 def test_splits_are_by_picture_and_stay_when_pictures_come(tmp_path: Path) -> None:

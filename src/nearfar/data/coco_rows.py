@@ -288,7 +288,7 @@ def group_values(
     """The two values of the group attribute; none without a ``key``."""
     if key is None:
         if groups is not None:
-            raise NearfarError(f"groups={list(groups)}: say which attribute holds them with group_key=NAME.")
+            raise NearfarError(f"groups={list(groups)}: say which attribute holds them with data.group_key=NAME.")
         return ()
     rows = [*boxes, *(row for row, _ in pictures.values())]
     seen = Counter(value for row in rows if (value := attribute(row, key)) is not None)
@@ -301,7 +301,7 @@ def group_values(
     values = tuple(sorted(seen)) if groups is None else tuple(str(value) for value in groups)
     if len(set(values)) != 2:
         raise NearfarError(
-            f"{path}: group_key={key} needs exactly two values, and has {there}. Name two with groups=[A,B]."
+            f"{path}: group_key={key} needs exactly two values, and has {there}. Name two with data.groups=[A,B]."
         )
     for value in values:
         if value not in seen:

@@ -114,7 +114,7 @@ class PictureFiles:
                 alike[0] if all(filecmp.cmp(alike[0], path, shallow=False) for path in alike[1:]) else None
             )
         if chosen is None:
-            return PictureFile(None, "several pictures of this name", ", ".join(names[:3]))
+            return PictureFile(None, "several pictures of one name", ", ".join(names[:3]))
         return PictureFile(
             chosen, others=tuple(n for n in names if n != str(chosen.relative_to(self.folder)))
         )

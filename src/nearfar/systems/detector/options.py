@@ -13,7 +13,7 @@ __all__ = ["DATA", "check_data", "check_options"]
 
 DATA: dict[str, Rule] = {
     "data.kind": Choice(("coco", "scenes")),
-    "data.category": Text(optional=True),
+    "data.category": Text(optional=True, number=True),
     "data.group_key": Text(optional=True),
     "data.image_size": Number(32, 4096, whole=True),
     "data.val_fraction": Number(0, 1, inside=True),

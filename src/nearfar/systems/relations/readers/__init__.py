@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nearfar.data.coco import coco_files
+from nearfar.data.coco_files import coco_files, given_files
 from nearfar.data.rejections import Rejections
 from nearfar.errors import NearfarError, nearest_name
 from nearfar.systems.relations.readers import coco, scene_graph, spatialsense, vrd
@@ -15,7 +15,8 @@ from nearfar.systems.relations.records import Triple
 
 __all__ = ["LAYOUTS", "Layout", "annotation_files"]
 
-Reader = Callable[[Path, str | None, Rejections, Path | None], Iterator[Triple]]
+#: of a file, its split, for rejections, the folder of the photos and the data folder, where they are named
+Reader = Callable[[Path, str | None, Rejections, Path | None, Path | None], Iterator[Triple]]
 
 
 @dataclass(frozen=True)
@@ -46,14 +47,8 @@ def annotation_files(layout: str, data: Any) -> dict[str, Path]:
     """
     if layout not in LAYOUTS:
         raise NearfarError(f"data.layout={layout}: {nearest_name(str(layout), LAYOUTS)}")
-    given = {split: Path(str(data[split])) for split in ("train", "val", "test") if data[split] is not None}
-    for split, path in given.items():
-        if not path.is_file():
-            raise NearfarError(f"data.{split}={path}: no such file.")
-    if "train" in given:
+    if given := given_files(data):
         return given
-    if given:
-        raise NearfarError("data.val or data.test is given, but no data.train to learn from.")
     known = LAYOUTS[layout]
     expected = (
         " or ".join(known.files[name] for name in ("train", "whole") if name in known.files) or "train.json"

@@ -19,7 +19,13 @@ FILES = {
 }
 
 
-def read(path: Path, split: str | None, rejections: Rejections, images: Path | None) -> Iterator[Triple]:
+def read(
+    path: Path,
+    split: str | None,
+    rejections: Rejections,
+    images: Path | None = None,
+    folder: Path | None = None,
+) -> Iterator[Triple]:
     """Every annotated relation; an object of several names goes by its first."""
     row = 0
     for place, picture in enumerate(read_json(path, list, "pictures")):

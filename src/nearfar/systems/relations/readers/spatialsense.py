@@ -15,7 +15,13 @@ FILES = {"whole": "annotations.json"}
 _SPLITS = {"train": "train", "valid": "val", "val": "val", "test": "test"}
 
 
-def read(path: Path, split: str | None, rejections: Rejections, images: Path | None) -> Iterator[Triple]:
+def read(
+    path: Path,
+    split: str | None,
+    rejections: Rejections,
+    images: Path | None = None,
+    folder: Path | None = None,
+) -> Iterator[Triple]:
     """The relations that hold (``label`` true); boxes are [y0, y1, x0, x1], pictures state size and split."""
     row = 0
     for place, picture in enumerate(read_json(path, list, "pictures")):

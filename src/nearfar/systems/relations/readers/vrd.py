@@ -20,7 +20,13 @@ FILES = {
 }
 
 
-def read(path: Path, split: str | None, rejections: Rejections, images: Path | None) -> Iterator[Triple]:
+def read(
+    path: Path,
+    split: str | None,
+    rejections: Rejections,
+    images: Path | None = None,
+    folder: Path | None = None,
+) -> Iterator[Triple]:
     """Every annotated relation; rows are counted over the file.
 
     ``predicates.json`` and ``objects.json`` beside the file have the names. Picture sizes are not in it.
