@@ -15,7 +15,7 @@ from jaxtyping import Int
 
 from nearfar.data.coco_boxes import NoBoxError, box_of
 from nearfar.data.picture_check import check_pictures
-from nearfar.data.picture_files import PictureFiles
+from nearfar.data.picture_files import PictureFile, PictureFiles
 from nearfar.data.rejections import Rejections
 from nearfar.errors import NearfarError, nearest_name
 
@@ -101,8 +101,9 @@ def usable_pictures(
 ) -> Pictures:
     """Each usable picture by its id; the others are counted. Every file is decoded once (`check_pictures`)."""
     found = Pictures()
-    sought: dict[str, tuple[int, dict[str, Any], str, tuple[int | None, int | None], Path]] = {}
-    taken: dict[Path, str] = {}
+    sought: dict[str, tuple[int, dict[str, Any], str, tuple[int | None, int | None], PictureFile]] = {}
+    names_of: dict[Path, set[str]] = {}
+    unsure: set[Path] = set()
     named = _names_by_id(rows)
     for number, row in enumerate(rows, 1):
         key, name = row_key(row.get("id")), row.get("file_name")
@@ -113,7 +114,7 @@ def usable_pictures(
             found.left_out.add(key)
             rejections.add("one id of several pictures", number, name, f"id {key}")
             continue
-        if key in sought or key in found.left_out or key in found.alias:
+        if key in sought or key in found.left_out:
             rejections.add("repeated picture", number, name, f"id {key}")
             continue
         width, height = _side(row.get("width")), _side(row.get("height"))
@@ -121,24 +122,35 @@ def usable_pictures(
             found.left_out.add(key)
             rejections.add("width or height that is no number", number, name)
             continue
-        size = None if width is None or height is None else (width, height)
-        file = files.find(name, size)
+        file = files.find(name, None if width is None or height is None else (width, height))
         if file.path is None:
             found.left_out.add(key)
             rejections.add(file.reason, number, name, file.detail)
+            continue
+        sought[key] = number, row, name, (width, height), file
+        names_of.setdefault(file.path, set()).add(name)
+        if file.shortened:
+            unsure.add(file.path)
+    taken: dict[Path, str] = {}
+    for key, (number, _, name, _, file) in list(sought.items()):
+        assert file.path is not None
+        if file.path in unsure and len(names_of[file.path]) > 1:
+            found.left_out.add(key)
+            rejections.add("several pictures of one name", number, name, f"each would be {file.path}")
+            del sought[key]
         elif file.path in taken:
             found.alias[key] = taken[file.path]
             rejections.add("repeated picture", number, name, f"its boxes are those of id {taken[file.path]}")
+            del sought[key]
         else:
             taken[file.path] = key
-            sought[key] = number, row, name, (width, height), file.path
             if file.others:
                 found.several_files += 1
                 found.first_of_several = (
                     found.first_of_several or f"{file.path}, not {', '.join(file.others)}"
                 )
-    checked = check_pictures([path for *_, path in sought.values()], say)
-    for (key, (number, row, name, stated, path)), seen in zip(sought.items(), checked, strict=True):
+    checked = check_pictures(list(taken), say)
+    for (key, (number, row, name, stated, _)), path, seen in zip(sought.items(), taken, checked, strict=True):
         size = (seen.width, seen.height)
         if seen.problem:
             found.left_out.add(key)
@@ -288,7 +300,9 @@ def group_values(
     """The two values of the group attribute; none without a ``key``."""
     if key is None:
         if groups is not None:
-            raise NearfarError(f"groups={list(groups)}: say which attribute holds them with data.group_key=NAME.")
+            raise NearfarError(
+                f"groups={list(groups)}: say which attribute holds them with data.group_key=NAME."
+            )
         return ()
     rows = [*boxes, *(row for row, _ in pictures.values())]
     seen = Counter(value for row in rows if (value := attribute(row, key)) is not None)

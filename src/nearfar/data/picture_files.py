@@ -20,12 +20,16 @@ __all__ = ["PictureFile", "PictureFiles", "name_parts", "split_in"]
 
 
 class PictureFile(NamedTuple):
-    """The file of a picture, or why there is none; ``others``: files of the same name that were not taken."""
+    """The file of a picture, or why there is none.
+
+    ``others``: files of the same name that were not taken. ``shortened``: found without all folders of the name.
+    """
 
     path: Path | None
     reason: str = ""
     detail: str = ""
     others: tuple[str, ...] = ()
+    shortened: bool = False
 
 
 def split_in(name: str) -> str | None:
@@ -94,7 +98,7 @@ class PictureFiles:
         for skipped in range(1, len(parts)) if not same else ():
             shorter = self._in_roots(parts[skipped:])
             if shorter is not None:
-                return PictureFile(shorter)
+                return PictureFile(shorter, shortened=True)
         return self._one_of(same, direct, size)
 
     def _one_of(self, same: list[Path], direct: Path | None, size: tuple[int, int] | None) -> PictureFile:
