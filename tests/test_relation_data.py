@@ -25,6 +25,7 @@ from nearfar.systems.relations.things import HELD_OUT, THINGS
 from tiny_relations import write_photo, write_vrd
 
 pytest.importorskip("PIL")
+pytestmark = pytest.mark.usefixtures("module_cache")
 
 
 def config(*overrides: str) -> DictConfig:
@@ -312,6 +313,88 @@ def test_photos_are_found_below_the_folder_also_under_another_ending(tmp_path: P
     write_photo(tmp_path / "deep" / "er" / "3.png", 0)
     data = load_data(config("data=vrd", f"data.dir={tmp_path}"))
     assert {name for part in data.splits.values() for name in part.photos} == {"3.jpg"}
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>404 Not Found</html>", b"half"])
+def test_a_damaged_photo_costs_the_pixels_of_its_pairs(tmp_path: Path, content: bytes) -> None:
+    write_vrd(tmp_path, 20)
+    photo = tmp_path / "images" / "3.jpg"
+    photo.write_bytes(photo.read_bytes()[:400] if content == b"half" else content)
+    data = load_data(config("data=vrd", f"data.dir={tmp_path}"))
+    assert data.rejections.counts["damaged photo"] == 1
+    assert sum(len(part) for part in data.splits.values()) == sum(
+        len(part)
+        for part in load_data(config("data=vrd", f"data.dir={tmp_path}", "data.photos=none")).splits.values()
+    )
+    assert sum(len(part.photos) for part in data.splits.values()) == 19
+    assert "1 annotated pictures without a photo that can be used" in data.summary()
+    required = load_data(config("data=vrd", f"data.dir={tmp_path}", "data.photos=required"))
+    assert required.rejections.counts["missing photo"] == 3
+
+
+def write_scene_graph(folder: Path, n: int = 20, **size: int) -> Path:
+    pictures = [
+        {
+            "filename": f"{i}.jpg",
+            **size,
+            "objects": [
+                {"names": ["cup"], "bbox": {"x": 10, "y": 20 + i, "w": 50, "h": 60}},
+                {"names": ["table"], "bbox": {"x": 5, "y": 90, "w": 100, "h": 100}},
+            ],
+            "relationships": [{"objects": [0, 1], "relationship": ["on", "above"][i % 2]}],
+        }
+        for i in range(n)
+    ]
+    (folder / "sg_train_annotations.json").write_text(json.dumps(pictures))
+    return folder
+
+
+def test_a_photo_of_a_different_size_is_not_cropped(tmp_path: Path) -> None:
+    write_scene_graph(tmp_path, width=1024, height=768)
+    for i in range(20):
+        write_photo(tmp_path / f"{i}.jpg", i, (1024 if i == 3 else 240, 240))
+    data = load_data(config("data=scene_graph", f"data.dir={tmp_path}"))
+    assert data.rejections.counts["photo of a different size"] == 20
+    assert "240 × 240 in truth, 1024 × 768 in the file" in data.summary()
+    assert not any(part.photos for part in data.splits.values())
+    assert {tuple(size) for part in data.splits.values() for size in part.size.tolist()} == {(1024, 768)}
+
+
+def test_of_two_photos_of_one_name_none_is_taken_without_a_word(tmp_path: Path) -> None:
+    write_scene_graph(tmp_path, width=240, height=240)
+    for folder, side in (("a", 240), ("thumbs", 120)):
+        (tmp_path / folder).mkdir()
+        for i in range(20):
+            write_photo(tmp_path / folder / f"{i}.jpg", i, (side, side))
+    data = load_data(config("data=scene_graph", f"data.dir={tmp_path}"))
+    photos = [photo for part in data.splits.values() for photo in part.photos.values()]
+    assert {photo.path.parent.name for photo in photos} == {"a"}  # type: ignore[attr-defined]
+    assert data.notes["pictures_of_several_files"] == 20
+    assert "not thumbs/0.jpg" in data.summary()
+    write_scene_graph(tmp_path, width=0, height=0)  # no size: nothing tells which of them
+    unknown = load_data(config("data=scene_graph", f"data.dir={tmp_path}"))
+    assert unknown.rejections.counts["several photos of one name"] == 20
+    assert not any(part.photos for part in unknown.splits.values())
+    named = load_data(config("data=scene_graph", f"data.dir={tmp_path}", f"data.images={tmp_path}/a"))
+    assert len(named.rejections) == 0, "the advice works"
+    assert sum(len(part.photos) for part in named.splits.values()) == 20
+
+
+def test_coco_pictures_of_one_name_in_two_splits(tmp_path: Path) -> None:
+    boxes = [[10, 10, 50, 50], [70, 10, 50, 50], [10, 120, 50, 60]]
+    for k, split in enumerate(("train", "valid", "test")):
+        (tmp_path / split).mkdir()
+        images, annotations = [], []
+        for i in range(4):
+            write_photo(tmp_path / split / f"{i}.jpg", 4 * k + i)
+            images.append({"id": i, "file_name": f"{i}.jpg"})
+            annotations += [{"image_id": i, "category_id": 1, "bbox": box} for box in boxes]
+        content = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "cup"}]}
+        (tmp_path / split / "_annotations.coco.json").write_text(json.dumps(content))
+    data = load_data(config("data=coco", f"data.dir={tmp_path}", "relations=all10"))
+    for split, folder in (("train", "train"), ("val", "valid"), ("test", "test")):
+        assert {photo.path.parent.name for photo in data.splits[split].photos.values()} == {folder}  # type: ignore[attr-defined]
+        assert len(data.splits[split].photos) == 4
 
 
 def test_scenes_hold_classes_out_and_keep_boxes_inside() -> None:
