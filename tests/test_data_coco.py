@@ -182,6 +182,7 @@ def test_hashes_name_pictures_and_content(tmp_path: Path) -> None:
         ({"images": []}, {}, "none of its 0 pictures is usable"),
         ({"images": [{"id": 1, "file_name": "x.png"}]}, {}, r"name their folder with data\.images=FOLDER"),
         ({"annotations": []}, {}, "none of its 0 boxes is usable"),
+        ({"categories": []}, {}, "names none; rows such as"),
         ({"categories": None}, {}, "no list of objects 'categories'"),
         ({"annotations": [[1]]}, {}, "no list of objects 'annotations'"),
         ({}, {"group_key": "sx"}, "did you mean 'sex'"),
@@ -308,6 +309,19 @@ def test_of_cocos_own_files_the_instances_are_read(tmp_path: Path) -> None:
         coco_files(tmp_path)
 
 
+def test_a_file_outside_the_folder_of_the_pictures_and_links_in_a_circle(tmp_path: Path) -> None:
+    exported(tmp_path / "photos", {"a.json": "boxes"}, "x/y")
+    (tmp_path / "photos" / "a.json").rename(tmp_path / "a.json")
+    (tmp_path / "photos" / "round").symlink_to(tmp_path / "photos")
+    assert len(read_coco(tmp_path / "a.json", folder=tmp_path / "photos")) == 4
+    (tmp_path / "circle").symlink_to(tmp_path)
+    told: list[str] = []
+    assert coco_files(tmp_path, told.append) == {"whole": tmp_path / "a.json"}
+    (tmp_path / "b.json").write_text(json.dumps({"images": [], "annotations": []}))
+    coco_files(tmp_path, told.append)
+    assert told == ["not read: b.json (data.train=FILE reads a file by name)"]
+
+
 def test_a_file_or_an_archive_in_the_place_of_a_folder(tmp_path: Path) -> None:
     path = write(tmp_path)
     with pytest.raises(NearfarError, match=f"data.train={path}"):
@@ -349,6 +363,8 @@ def test_a_picture_of_a_different_folder_is_not_taken_for_a_missing_one(tmp_path
     # Nor one that lies in the folder of a different split.
     exported(tmp_path / "b", {"annotations/instances_train.json": "boxes"}, "images/val")
     with pytest.raises(NearfarError, match="missing picture 4"):
+        read_coco(tmp_path / "b/annotations/instances_train.json", folder=tmp_path / "b")
+    with pytest.raises(NearfarError, match=r"images/val/1\.png is of a different split"):
         read_coco(tmp_path / "b/annotations/instances_train.json", folder=tmp_path / "b")
     # Nor is one file two pictures whose folders are not there.
     doubled = exported(

@@ -210,9 +210,11 @@ def read_coco(
     )
     pictures = usable_pictures(content["images"], files, rejections, say)
     if not pictures.rows:
+        elsewhere = {"missing picture", "several pictures of one name", "picture of a different size"}
+        hint = f" Pictures were sought in {files.folder}: name their folder with data.images=FOLDER."
         raise NearfarError(
-            f"{path}: none of its {len(content['images'])} pictures is usable; {rejections.summary()}. Pictures were "
-            f"sought in {files.folder}: name their folder with data.images=FOLDER."
+            f"{path}: none of its {len(content['images'])} pictures is usable; {rejections.summary()}."
+            + hint * bool(elsewhere & rejections.counts.keys())
         )
     rows = content["annotations"]
     tiny = _within_first_pixel(path, rows, pictures)
@@ -284,6 +286,11 @@ def _categories(path: Path, content: dict[str, Any], wanted: Sequence[str] | Non
             raise NearfarError(
                 f"{path}: the category id {key} is both '{by_id[key]}' and '{text}'. Give each its own."
             )
+    if not by_id:
+        raise NearfarError(
+            f"{path}: its list of categories names none; rows such as {{'id': 1, 'name': 'person'}} are needed, with "
+            "the ids that category_id refers to."
+        )
     used = {row_key(row.get("category_id")) for row in content["annotations"]}
     parents = {str(row.get("supercategory")).strip() for row in rows}
     # Exporters list the project itself as a category of no box, above all others.

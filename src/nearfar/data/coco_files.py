@@ -56,7 +56,9 @@ def coco_files(folder: str | Path, say: Callable[[str], None] | None = None) -> 
             chosen[split] = best[0]
     if "train" not in chosen and "whole" not in chosen:
         raise NearfarError(_nothing(folder, there))
-    unread = [path for path in there if path not in chosen.values() and _may_hold_boxes(path)]
+    unread = [
+        path for path in there if path not in chosen.values() and _has_words(path, "images", "annotations")
+    ]
     if unread and say is not None:
         names = ", ".join(str(path.relative_to(folder)) for path in unread[:_SHOWN])
         say(f"not read: {names}{' …' * (len(unread) > _SHOWN)} (data.train=FILE reads a file by name)")
@@ -92,10 +94,13 @@ def picture_files(path: Path, images: Path | None = None, folder: Path | None = 
             raise NearfarError(f"{images}: no such folder of pictures (data.images).")
         return PictureFiles(images, [images], given=True)
     own = path.parent
-    top = folder if folder is not None and own.is_relative_to(folder) else own
-    if top == own and folder is None and own.name.lower() in _BESIDE:
-        top = own.parent
-    split = _split(path, top)
+    if folder is None:
+        top = own.parent if own.name.lower() in _BESIDE else own
+    else:
+        inside = own.resolve().is_relative_to(folder.resolve())
+        own = folder / own.resolve().relative_to(folder.resolve()) if inside else folder
+        top = folder
+    split = _split(own / path.name, top)
     names = ["_".join(path.stem.split("_")[1:]) or path.stem, path.stem]
     names += [own.name] if own != top and own.name.lower() not in _BESIDE else []
     names += [*SPLIT_NAMES[split]] if split else ["default"]
@@ -113,11 +118,15 @@ def _json_files(folder: Path) -> list[Path]:
     for depth in range(_DEPTH):
         found += sorted(folder.glob("*/" * depth + "*.[jJ][sS][oO][nN]"))
     hidden = (".", "__MACOSX")
-    return [
+    shown = [
         path
         for path in found
         if path.is_file() and not any(part.startswith(hidden) for part in path.relative_to(folder).parts)
     ]
+    by_place: dict[Path, Path] = {}  # links may lead to one file by several ways
+    for path in shown:
+        by_place.setdefault(path.resolve(), path)
+    return list(by_place.values())
 
 
 def _split(path: Path, folder: Path) -> str | None:
@@ -143,13 +152,17 @@ def _best(paths: list[Path], whole: bool) -> list[Path]:
 
 def _may_hold_boxes(path: Path) -> bool:
     """Whether the words of a COCO file with boxes or outlines occur in it, without reading it as JSON."""
-    if path.stem.lower().startswith(_NO_BOXES) or not path.stat().st_size:
+    if path.stem.lower().startswith(_NO_BOXES) or not _has_words(path, "images", "annotations"):
+        return False
+    return _has_words(path, "bbox") or _has_words(path, "segmentation")
+
+
+def _has_words(path: Path, *words: str) -> bool:
+    if not path.stat().st_size:
         return False
     with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as text:
-        if text[:2] in (b"\xff\xfe", b"\xfe\xff"):
-            return True  # UTF-16: its words are not to be found so
-        words = all(text.find(f'"{word}"'.encode()) >= 0 for word in ("images", "annotations"))
-        return words and any(text.find(f'"{word}"'.encode()) >= 0 for word in ("bbox", "segmentation"))
+        utf16 = text[:2] in (b"\xff\xfe", b"\xfe\xff")  # words are not to be found so
+        return utf16 or all(text.find(f'"{word}"'.encode()) >= 0 for word in words)
 
 
 def _nothing(folder: Path, there: list[Path]) -> str:

@@ -99,6 +99,8 @@ def _look(path: Path) -> tuple[int, int, str]:
 
 
 def _pillow() -> str:
-    import PIL
-
+    try:
+        import PIL
+    except ImportError:
+        raise NearfarError("reading pictures needs Pillow: pip install 'nearfar[image]'.") from None
     return PIL.__version__

@@ -92,18 +92,20 @@ class PictureFiles:
         direct = self._in_roots(parts)
         if direct is not None and self.given:
             return PictureFile(direct)
-        same = [path for path in self._named(parts) if self._may_be_ours(path, len(parts))]
+        named = list(self._named(parts))
+        same = [path for path in named if self._may_be_ours(path, len(parts))]
         if direct is not None:
             same = [direct, *(path for path in same if not _same_file(path, direct))]
         for skipped in range(1, len(parts)) if not same else ():
             shorter = self._in_roots(parts[skipped:])
             if shorter is not None:
                 return PictureFile(shorter, shortened=True)
+        if not same:
+            where = f"{named[0].relative_to(self.folder)} is of a different split; " if named else ""
+            return PictureFile(None, "missing picture", f"{where}sought below {self.folder}")
         return self._one_of(same, direct, size)
 
     def _one_of(self, same: list[Path], direct: Path | None, size: tuple[int, int] | None) -> PictureFile:
-        if not same:
-            return PictureFile(None, "missing picture", f"sought below {self.folder}")
         if len(same) == 1:
             return PictureFile(same[0])
         fitting = [path for path in same if size is not None and _size(path) == size]

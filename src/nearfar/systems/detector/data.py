@@ -65,6 +65,11 @@ def read_splits(data: Any, say: Callable[[str], None] = print) -> dict[str, Coco
         for sentence in [*split.remarks(), *_unknown(read.get("train"), split, data.category is not None)]:
             say(f"{name}: {path}: {sentence}")
         read[name] = split
+    if read["train"].crowd.all():
+        raise NearfarError(
+            f"{read['train'].source}: every box is one around a crowd (iscrowd=1): there is none to learn from. Give "
+            "boxes around single objects, with iscrowd=0."
+        )
     if "test" not in read:
         fraction = float(data.val_fraction)
         train = read.pop("train")
