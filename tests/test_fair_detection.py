@@ -310,5 +310,8 @@ def test_an_unknown_group_is_refused(tmp_path: Path) -> None:
 
 
 def test_three_groups_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(NearfarError, match="needs exactly two values"):
+    with pytest.raises(NearfarError, match=r"needs exactly two values.*data\.groups=\[A,B\]"):
         prepared(tmp_path, ["f", "m", "x"] * 8)
+    system, said = prepared(tmp_path / "again", ["f", "m", "x"] * 8, "data.groups=[m,f]")
+    assert sum(len(split) for split in system.splits.values()) == 16, "the advice works"
+    assert any("sex of neither group: x 8" in line for line in said)

@@ -18,7 +18,7 @@ from nearfar.overrides import compose_config
 from nearfar.systems.relations.boxes import SPATIAL, names_of, spatial_numbers
 from nearfar.systems.relations.data import load_data
 from nearfar.systems.relations.names import ALL10, TOP5, chosen_relations, relation_of, table
-from nearfar.systems.relations.readers import LAYOUTS
+from nearfar.systems.relations.readers import LAYOUTS, Places
 from nearfar.systems.relations.readers.coco import geometric_relation
 from nearfar.systems.relations.scenes import HEIGHT, WIDTH, composed_scenes
 from nearfar.systems.relations.things import HELD_OUT, THINGS
@@ -105,7 +105,7 @@ def test_extreme_boxes_stay_finite() -> None:
 
 def read(layout: str, path: Path) -> tuple[list[Any], Rejections]:
     rejections = Rejections()
-    return list(LAYOUTS[layout].read(path, None, rejections, None, None)), rejections
+    return list(LAYOUTS[layout].read(path, None, rejections, Places())), rejections
 
 
 def test_vrd_boxes_are_y_then_x(tmp_path: Path) -> None:
@@ -150,6 +150,11 @@ def test_scene_graph(tmp_path: Path) -> None:
     path.write_text(json.dumps([picture, {"filename": "2.jpg"}]))
     triples, rejections = read("scene_graph", path)
     assert len(triples) == 1
+    for size, expected in ((("200", 100.0), (200, 100)), ((None, 100), None), ((0, 0), None)):
+        changed = picture | {"width": size[0], "height": size[1]}
+        path.write_text(json.dumps([changed, changed | {"relationships": None}, [1]]))
+        again, rejected = read("scene_graph", path)
+        assert (again[0].size, rejected.counts["malformed picture"]) == (expected, 2)
     assert triples[0][:6] == ("1.jpg", "cat", (10, 20, 40, 60), "on", "sofa", (0, 30, 90, 90))
     assert triples[0].size == (200, 100)
     assert rejections.counts == {"malformed row": 2, "malformed picture": 1}
@@ -395,6 +400,14 @@ def test_coco_pictures_of_one_name_in_two_splits(tmp_path: Path) -> None:
     for split, folder in (("train", "train"), ("val", "valid"), ("test", "test")):
         assert {photo.path.parent.name for photo in data.splits[split].photos.values()} == {folder}  # type: ignore[attr-defined]
         assert len(data.splits[split].photos) == 4
+    (tmp_path / "thumbs").mkdir()
+    (tmp_path / "person_keypoints_train.json").write_bytes(
+        (tmp_path / "train" / "_annotations.coco.json").read_bytes()
+    )
+    write_photo(tmp_path / "thumbs" / "1.jpg", 0, (20, 20))
+    again = load_data(config("data=coco", f"data.dir={tmp_path}", "relations=all10"))
+    assert again.notes["remarks"][0].startswith("not read: person_keypoints_train.json")
+    assert "files of one name in several folders (first: " in again.summary()
 
 
 def test_scenes_hold_classes_out_and_keep_boxes_inside() -> None:

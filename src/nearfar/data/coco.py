@@ -123,8 +123,8 @@ class CocoSplit:
         )
 
     def remarks(self) -> list[str]:
-        """Sentences on what was rejected, chosen among several, or made of something else."""
-        said = [self.rejections.summary()] if len(self.rejections) else []
+        """Sentences on what was chosen among several, made of something else, or left out; not on rejections."""
+        said = []
         if self.outlines:
             said.append(f"{self.outlines} boxes are those around polygons, for want of a bbox")
         if self.several_files:

@@ -62,7 +62,12 @@ def read_splits(data: Any, say: Callable[[str], None] = print) -> dict[str, Coco
         )
         if not read:
             categories, groups = list(split.categories), list(split.groups) or None
-        for sentence in [*split.remarks(), *_unknown(read.get("train"), split, data.category is not None)]:
+        rejected = [split.rejections.summary()] if len(split.rejections) else []
+        for sentence in [
+            *rejected,
+            *split.remarks(),
+            *_unknown(read.get("train"), split, data.category is not None),
+        ]:
             say(f"{name}: {path}: {sentence}")
         read[name] = split
     if read["train"].crowd.all():

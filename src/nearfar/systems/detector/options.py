@@ -60,7 +60,7 @@ def check_options(config: Any) -> None:
 def _check_frozen(config: Any, options: dict[str, Any]) -> None:
     if config.frozen_epochs > config.epochs:
         raise NearfarError(
-            f"frozen_epochs={config.frozen_epochs} of epochs={config.epochs}: there are not so many."
+            f"frozen_epochs={config.frozen_epochs} of epochs={config.epochs}: there are not so many; lower it."
         )
     if options["kind"] == "small" or options.get("pretrained") is False:
         raise NearfarError(

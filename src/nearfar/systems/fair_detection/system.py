@@ -113,7 +113,9 @@ class FairDetectionSystem:
         """Batches with equal shares of the two groups; of an odd batch, one more of either in turn."""
         train, size = self._datasets["train"], self.config.batch_size
         if size > len(train):
-            raise NearfarError(f"batch_size={size} is larger than the training set of {len(train)} pictures.")
+            raise NearfarError(
+                f"batch_size={size} is larger than the training set of {len(train)} pictures; lower it."
+            )
         return BalancedBatchSampler(
             train.group, size, repeat=True, seed=self.config.seed, ids=self.splits["train"].ids
         )

@@ -17,7 +17,7 @@ from nearfar.data.rejections import Rejections
 from nearfar.data.splits import check_disjoint, split_hash
 from nearfar.errors import NearfarError
 from nearfar.systems.relations.names import chosen_relations
-from nearfar.systems.relations.readers import LAYOUTS, annotation_files
+from nearfar.systems.relations.readers import LAYOUTS, Places, annotation_files
 from nearfar.systems.relations.records import File, Pairs, Photo, Triple, collect_pairs
 from nearfar.systems.relations.scenes import composed_scenes
 
@@ -103,7 +103,8 @@ class RelationData:
 
     def _remarks(self) -> list[str]:
         """The notes as sentences."""
-        lines, notes = [], self.notes
+        notes = self.notes
+        lines = list(notes.get("remarks", ()))
         if count := notes.get("boxes_cut_at_border"):
             lines.append(f"{count} boxes cut at the picture's border")
         if count := notes.get("pictures_without_photo"):
@@ -166,16 +167,19 @@ def load_data(config: Any) -> RelationData:
 def _read(
     data: Any, rejections: Rejections, notes: dict[str, Any]
 ) -> tuple[list[Triple], dict[str, Photo], str]:
-    files = annotation_files(data.layout, data)
     images, folder = (None if value is None else Path(str(value)) for value in (data.images, data.dir))
+    places = Places(images, folder)
+    files = annotation_files(data.layout, data, places.remarks.append)
     triples: list[Triple] = []
     for split, path in files.items():
         own = None if split == "whole" else split
-        triples += LAYOUTS[data.layout].read(path, own, rejections, images, folder)
+        triples += LAYOUTS[data.layout].read(path, own, rejections, places)
     if not triples:
         raise NearfarError(
             f"{', '.join(map(str, files.values()))}: no annotated relation. {rejections.summary()}."
         )
+    if places.remarks:
+        notes["remarks"] = places.remarks
     source = f"{data.layout}: {', '.join(str(path) for path in files.values())}"
     triples = _told_apart(triples)
     if data.photos == "none":

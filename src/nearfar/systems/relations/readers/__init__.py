@@ -11,12 +11,12 @@ from nearfar.data.coco_files import coco_files, given_files
 from nearfar.data.rejections import Rejections
 from nearfar.errors import NearfarError, nearest_name
 from nearfar.systems.relations.readers import coco, scene_graph, spatialsense, vrd
+from nearfar.systems.relations.readers.common import Places
 from nearfar.systems.relations.records import Triple
 
-__all__ = ["LAYOUTS", "Layout", "annotation_files"]
+__all__ = ["LAYOUTS", "Layout", "Places", "annotation_files"]
 
-#: of a file, its split, for rejections, the folder of the photos and the data folder, where they are named
-Reader = Callable[[Path, str | None, Rejections, Path | None, Path | None], Iterator[Triple]]
+Reader = Callable[[Path, str | None, Rejections, Places], Iterator[Triple]]
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Layout:
 
     read: Reader
     files: Mapping[str, str] = field(default_factory=dict)
-    find: Callable[[Path], dict[str, Path]] | None = None
+    find: Callable[[Path, Callable[[str], None]], dict[str, Path]] | None = None
 
 
 LAYOUTS: dict[str, Layout] = {
@@ -40,7 +40,7 @@ LAYOUTS: dict[str, Layout] = {
 }
 
 
-def annotation_files(layout: str, data: Any) -> dict[str, Path]:
+def annotation_files(layout: str, data: Any, say: Callable[[str], None] = lambda _: None) -> dict[str, Path]:
     """The annotation files by split, as given or found in the folder ("whole": one file with every split, or none).
 
     Raises ``NearfarError`` if a file or the folder is missing, or if there is nothing to train on.
@@ -61,7 +61,7 @@ def annotation_files(layout: str, data: Any) -> dict[str, Path]:
     if not folder.is_dir():
         raise NearfarError(f"data.dir={folder}: no such folder.")
     if known.find is not None:
-        return known.find(folder)
+        return known.find(folder, say)
     found = {split: folder / name for split, name in known.files.items() if (folder / name).is_file()}
     if "train" in found:
         found.pop("whole", None)
