@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--dir", required=True, help="a folder in COCO format")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--steps", type=int, default=6, help="timed steps of each kind, after one of each")
-    parser.add_argument("--encoder", default="mobilenet", choices=("mobilenet", "efficientnet"))
+    parser.add_argument("--encoder", default="efficientnet", choices=("efficientnet", "mobilenet"))
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory() as folder:

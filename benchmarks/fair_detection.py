@@ -1,8 +1,9 @@
-"""How long an epoch of fair detection takes: 1,211 pictures of 224 × 224 pixels against a small MobileNetV2 detector.
+"""How long an epoch of fair detection takes: 1,211 pictures of 224 × 224 pixels against a small detector.
 
 A step is that of the system (read pictures, perturb, detect, three losses, back to the pixels, clip, update), by
-default with the detector of ``experiment=detector`` at random weights, which cost what trained ones do. The medians of
-the steps are multiplied up to the epoch; the validation after it is counted for as many pictures as are held out.
+default with the detector of ``experiment=detector`` (``--encoder``) at random weights, which cost what trained ones do.
+The medians of the steps are multiplied up to the epoch; the validation after it is counted for as many pictures as are
+held out.
 
     python benchmarks/fair_detection.py                 # two threads
     python benchmarks/fair_detection.py --threads 1
@@ -28,9 +29,9 @@ from nearfar.training.state import initial_model
 PICTURES, HELD_OUT = 1211, 182
 
 
-def untrained(*_: Any) -> Any:
-    """The default detector of photos, without weights of any package."""
-    encoder = build_image_encoder("mobilenet", pretrained=False, seed=0)
+def untrained(kind: str) -> Any:
+    """The detector of photos over an encoder without weights of any package."""
+    encoder = build_image_encoder(kind, pretrained=False, seed=0)
     torch.manual_seed(0)
     return SmallDetector(encoder, ("person",)).freeze()
 
@@ -78,6 +79,7 @@ def main() -> None:
     parser.add_argument("--data-dir")
     parser.add_argument("--group-key", default="gender")
     parser.add_argument("--detector")
+    parser.add_argument("--encoder", default="efficientnet", choices=("efficientnet", "mobilenet"))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     overrides = ["experiment=fair_detection", "trainer.accelerator=cpu"]
@@ -89,7 +91,7 @@ def main() -> None:
     if options.detector:
         overrides.append(f"detector='{options.detector}'")
     else:
-        system_module.frozen_detector = untrained  # type: ignore[assignment]
+        system_module.frozen_detector = lambda *_: untrained(options.encoder)  # type: ignore[assignment]
     config = compose_config(overrides)
     system: Any = FairDetectionSystem(config)
     system.prepare(print)

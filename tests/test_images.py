@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import struct
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from nearfar.data import images
-from nearfar.data.images import crop, image_size, read_image, resize, stack
+from nearfar.data.images import check_image, crop, image_size, read_image, resize, stack
 from nearfar.errors import NearfarError
 
 Image = pytest.importorskip("PIL.Image")
@@ -54,7 +57,7 @@ def test_orientation_is_applied(tmp_path: Path, picture: np.ndarray, orientation
     path = tmp_path / "p.png"
     Image.fromarray(np.ascontiguousarray(stored)).save(path, exif=exif)
     np.testing.assert_array_equal(read_image(path), picture)
-    assert image_size(path) == picture.shape[:2]
+    assert image_size(path) == check_image(path) == picture.shape[:2]
 
 
 def test_modes(tmp_path: Path, picture: np.ndarray) -> None:
@@ -72,8 +75,11 @@ def test_modes(tmp_path: Path, picture: np.ndarray) -> None:
     Image.fromarray(deep).save(tmp_path / "deep.png")
     np.testing.assert_array_equal(read_image(tmp_path / "deep.png")[..., 1], picture[..., 0])
     Image.fromarray(deep.astype(np.float32)).save(tmp_path / "float.tiff")
-    with pytest.raises(NearfarError, match=r"float.tiff holds 32-bit values"):
-        read_image(tmp_path / "float.tiff")
+    for look in (read_image, check_image):
+        with pytest.raises(NearfarError, match=r"float.tiff holds 32-bit values"):
+            look(tmp_path / "float.tiff")
+    image.save(tmp_path / "moving.gif", save_all=True, append_images=[Image.new("RGB", (48, 32))] * 3)
+    assert near(read_image(tmp_path / "moving.gif"), picture)
 
 
 def test_transparent_pixels_lie_on_white(tmp_path: Path, picture: np.ndarray) -> None:
@@ -114,6 +120,50 @@ def test_large_files_are_no_bombs_and_the_limit_is_put_back(
     with pytest.raises(NearfarError, match="14000 × 14000 pixels, more than 1,000,000"):
         read_image(tmp_path / "slide.png")
     assert before == Image.MAX_IMAGE_PIXELS
+
+
+@pytest.mark.parametrize("ending", ["jpg", "png", "gif", "webp", "tiff", "avif"])
+def test_a_whole_decode_says_what_reading_says(tmp_path: Path, ending: str) -> None:
+    rng = np.random.default_rng(0)
+    picture = rng.integers(0, 256, (24, 40, 3), dtype=np.uint8)
+    path = tmp_path / f"p.{ending}"
+    try:
+        Image.fromarray(picture).save(path)
+    except (KeyError, OSError):
+        pytest.skip(f"this Pillow writes no {ending}")
+    data = path.read_bytes()
+    assert check_image(path) == (24, 40)
+
+    def readable(look: Callable[[Path], object]) -> bool:
+        try:
+            look(path)
+        except NearfarError:  # anything else fails the test
+            return False
+        return True
+
+    for cut in np.linspace(1, len(data) - 1, 25).astype(int):
+        path.write_bytes(data[:cut])
+        assert readable(check_image) == readable(read_image)
+    for _ in range(25):
+        damaged = np.frombuffer(data, np.uint8).copy()
+        damaged[rng.integers(0, len(data), 5)] = rng.integers(0, 256, 5)
+        path.write_bytes(damaged.tobytes())
+        assert readable(check_image) == readable(read_image)
+
+
+def test_a_bomb_is_refused_by_its_head_and_no_format_starts_a_program(tmp_path: Path) -> None:
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    head = struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)
+    body = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(99))) + chunk(b"IEND", b"")
+    (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + body)
+    (tmp_path / "p.jpg").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EOF\n")
+    for look in (check_image, image_size, read_image):
+        with pytest.raises(NearfarError, match=r"bomb\.png claims 100000 × 100000 pixels"):
+            look(tmp_path / "bomb.png")
+        with pytest.raises(NearfarError, match=r"p\.jpg is no picture"):
+            look(tmp_path / "p.jpg")
 
 
 def test_crop_is_the_mean_over_what_a_pixel_covers() -> None:

@@ -18,13 +18,14 @@ from nearfar.overrides import compose_config
 from nearfar.systems.relations.boxes import SPATIAL, names_of, spatial_numbers
 from nearfar.systems.relations.data import load_data
 from nearfar.systems.relations.names import ALL10, TOP5, chosen_relations, relation_of, table
-from nearfar.systems.relations.readers import LAYOUTS
+from nearfar.systems.relations.readers import LAYOUTS, Places
 from nearfar.systems.relations.readers.coco import geometric_relation
 from nearfar.systems.relations.scenes import HEIGHT, WIDTH, composed_scenes
 from nearfar.systems.relations.things import HELD_OUT, THINGS
 from tiny_relations import write_photo, write_vrd
 
 pytest.importorskip("PIL")
+pytestmark = pytest.mark.usefixtures("module_cache")
 
 
 def config(*overrides: str) -> DictConfig:
@@ -104,7 +105,7 @@ def test_extreme_boxes_stay_finite() -> None:
 
 def read(layout: str, path: Path) -> tuple[list[Any], Rejections]:
     rejections = Rejections()
-    return list(LAYOUTS[layout].read(path, None, rejections, None)), rejections
+    return list(LAYOUTS[layout].read(path, None, rejections, Places())), rejections
 
 
 def test_vrd_boxes_are_y_then_x(tmp_path: Path) -> None:
@@ -149,6 +150,11 @@ def test_scene_graph(tmp_path: Path) -> None:
     path.write_text(json.dumps([picture, {"filename": "2.jpg"}]))
     triples, rejections = read("scene_graph", path)
     assert len(triples) == 1
+    for size, expected in ((("200", 100.0), (200, 100)), ((None, 100), None), ((0, 0), None)):
+        changed = picture | {"width": size[0], "height": size[1]}
+        path.write_text(json.dumps([changed, changed | {"relationships": None}, [1]]))
+        again, rejected = read("scene_graph", path)
+        assert (again[0].size, rejected.counts["malformed picture"]) == (expected, 2)
     assert triples[0][:6] == ("1.jpg", "cat", (10, 20, 40, 60), "on", "sofa", (0, 30, 90, 90))
     assert triples[0].size == (200, 100)
     assert rejections.counts == {"malformed row": 2, "malformed picture": 1}
@@ -245,8 +251,8 @@ def test_every_kind_of_bad_pair_is_counted(tmp_path: Path) -> None:
         "box is no numbers": 1,
         "relation not chosen": 1,
     }
-    assert data.notes["boxes cut at the picture's border"] == 1
-    assert data.notes["annotated pictures without a photo"] == 5
+    assert data.notes["boxes_cut_at_border"] == 1
+    assert data.notes["pictures_without_photo"] == 5
     assert (
         sum(part.subject_box.max() <= 240 or not part.size_known.all() for part in data.splits.values()) >= 1
     )
@@ -266,7 +272,8 @@ def test_synonyms_are_a_switch(tmp_path: Path) -> None:
     )
     assert "below" in with_.train.relation
     assert "below" not in without.train.relation  # it is called "beneath" here
-    assert any("below" in note for note in without.notes)
+    assert without.notes["relations_without_training_pairs"] == ["below"]
+    assert "no training pair of “below”: it cannot be predicted" in without.summary()
 
 
 def test_splits_are_by_picture_and_stay_when_pictures_come(tmp_path: Path) -> None:
@@ -311,6 +318,96 @@ def test_photos_are_found_below_the_folder_also_under_another_ending(tmp_path: P
     write_photo(tmp_path / "deep" / "er" / "3.png", 0)
     data = load_data(config("data=vrd", f"data.dir={tmp_path}"))
     assert {name for part in data.splits.values() for name in part.photos} == {"3.jpg"}
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>404 Not Found</html>", b"half"])
+def test_a_damaged_photo_costs_the_pixels_of_its_pairs(tmp_path: Path, content: bytes) -> None:
+    write_vrd(tmp_path, 20)
+    photo = tmp_path / "images" / "3.jpg"
+    photo.write_bytes(photo.read_bytes()[:400] if content == b"half" else content)
+    data = load_data(config("data=vrd", f"data.dir={tmp_path}"))
+    assert data.rejections.counts["damaged photo"] == 1
+    assert sum(len(part) for part in data.splits.values()) == sum(
+        len(part)
+        for part in load_data(config("data=vrd", f"data.dir={tmp_path}", "data.photos=none")).splits.values()
+    )
+    assert sum(len(part.photos) for part in data.splits.values()) == 19
+    assert "1 annotated pictures without a photo that can be used" in data.summary()
+    required = load_data(config("data=vrd", f"data.dir={tmp_path}", "data.photos=required"))
+    assert required.rejections.counts["missing photo"] == 3
+
+
+def write_scene_graph(folder: Path, n: int = 20, **size: int) -> Path:
+    pictures = [
+        {
+            "filename": f"{i}.jpg",
+            **size,
+            "objects": [
+                {"names": ["cup"], "bbox": {"x": 10, "y": 20 + i, "w": 50, "h": 60}},
+                {"names": ["table"], "bbox": {"x": 5, "y": 90, "w": 100, "h": 100}},
+            ],
+            "relationships": [{"objects": [0, 1], "relationship": ["on", "above"][i % 2]}],
+        }
+        for i in range(n)
+    ]
+    (folder / "sg_train_annotations.json").write_text(json.dumps(pictures))
+    return folder
+
+
+def test_a_photo_of_a_different_size_is_not_cropped(tmp_path: Path) -> None:
+    write_scene_graph(tmp_path, width=1024, height=768)
+    for i in range(20):
+        write_photo(tmp_path / f"{i}.jpg", i, (1024 if i == 3 else 240, 240))
+    data = load_data(config("data=scene_graph", f"data.dir={tmp_path}"))
+    assert data.rejections.counts["photo of a different size"] == 20
+    assert "240 × 240 in truth, 1024 × 768 in the file" in data.summary()
+    assert not any(part.photos for part in data.splits.values())
+    assert {tuple(size) for part in data.splits.values() for size in part.size.tolist()} == {(1024, 768)}
+
+
+def test_of_two_photos_of_one_name_none_is_taken_without_a_word(tmp_path: Path) -> None:
+    write_scene_graph(tmp_path, width=240, height=240)
+    for folder, side in (("a", 240), ("thumbs", 120)):
+        (tmp_path / folder).mkdir()
+        for i in range(20):
+            write_photo(tmp_path / folder / f"{i}.jpg", i, (side, side))
+    data = load_data(config("data=scene_graph", f"data.dir={tmp_path}"))
+    photos = [photo for part in data.splits.values() for photo in part.photos.values()]
+    assert {photo.path.parent.name for photo in photos} == {"a"}  # type: ignore[attr-defined]
+    assert data.notes["pictures_of_several_files"] == 20
+    assert "not thumbs/0.jpg" in data.summary()
+    write_scene_graph(tmp_path, width=0, height=0)  # no size: nothing tells which of them
+    unknown = load_data(config("data=scene_graph", f"data.dir={tmp_path}"))
+    assert unknown.rejections.counts["several photos of one name"] == 20
+    assert not any(part.photos for part in unknown.splits.values())
+    named = load_data(config("data=scene_graph", f"data.dir={tmp_path}", f"data.images={tmp_path}/a"))
+    assert len(named.rejections) == 0, "the advice works"
+    assert sum(len(part.photos) for part in named.splits.values()) == 20
+
+
+def test_coco_pictures_of_one_name_in_two_splits(tmp_path: Path) -> None:
+    boxes = [[10, 10, 50, 50], [70, 10, 50, 50], [10, 120, 50, 60]]
+    for k, split in enumerate(("train", "valid", "test")):
+        (tmp_path / split).mkdir()
+        images, annotations = [], []
+        for i in range(4):
+            write_photo(tmp_path / split / f"{i}.jpg", 4 * k + i)
+            images.append({"id": i, "file_name": f"{i}.jpg"})
+            annotations += [{"image_id": i, "category_id": 1, "bbox": box} for box in boxes]
+        content = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "cup"}]}
+        (tmp_path / split / "_annotations.coco.json").write_text(json.dumps(content))
+    data = load_data(config("data=coco", f"data.dir={tmp_path}", "relations=all10"))
+    for split, folder in (("train", "train"), ("val", "valid"), ("test", "test")):
+        assert {photo.path.parent.name for photo in data.splits[split].photos.values()} == {folder}  # type: ignore[attr-defined]
+        assert len(data.splits[split].photos) == 4
+    (tmp_path / "thumbs").mkdir()
+    (tmp_path / "person_keypoints_train.json").write_bytes(
+        (tmp_path / "train" / "_annotations.coco.json").read_bytes()
+    )
+    write_photo(tmp_path / "thumbs" / "1.jpg", 0, (20, 20))
+    again = load_data(config("data=coco", f"data.dir={tmp_path}", "relations=all10"))
+    assert again.notes["remarks"][0].startswith("not read: person_keypoints_train.json")
+    assert "files of one name in several folders (first: " in again.summary()
 
 
 def test_scenes_hold_classes_out_and_keep_boxes_inside() -> None:

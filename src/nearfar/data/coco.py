@@ -7,23 +7,27 @@ are named by their file name, because ids of different files count from 1 alike.
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from nearfar.data.cache import content_key
+from nearfar.data.coco_boxes import NoBoxError, box_of, check_units
+from nearfar.data.coco_files import coco_files, picture_files
 from nearfar.data.coco_rows import (
     Categories,
     CocoImage,
+    Pictures,
     attribute,
     group_position,
     group_values,
-    is_key,
+    row_key,
     usable_boxes,
     usable_pictures,
     with_groups,
@@ -34,8 +38,6 @@ from nearfar.errors import NearfarError, nearest_name
 
 __all__ = ["CocoImage", "CocoSplit", "coco_files", "read_coco"]
 
-_SPLITS = {"train": ("train",), "val": ("val", "valid", "dev"), "test": ("test",)}
-
 
 @dataclass(frozen=True)
 class CocoSplit:
@@ -45,7 +47,9 @@ class CocoSplit:
     ``images``. ``label``: position in ``categories``. ``group``: position in ``groups``, −1 where the box has neither
     value; its own attribute counts before that of its picture. ``crowd``: boxes around many objects (``iscrowd``).
     ``clipped``: boxes that reached beyond the edge and were cut there. ``left_out``: boxes of categories that were not
-    asked for.
+    asked for. ``outlines``: boxes around polygons, of annotations without one. ``other_groups``: boxes and pictures
+    with a value of the attribute that is neither of the two. ``several_files``: pictures whose name other files have,
+    too.
     """
 
     source: Path
@@ -61,6 +65,10 @@ class CocoSplit:
     rejections: Rejections = field(default_factory=Rejections)
     clipped: int = 0
     left_out: Mapping[str, int] = field(default_factory=dict)
+    outlines: int = 0
+    other_groups: Mapping[str, int] = field(default_factory=dict)
+    several_files: int = 0
+    first_of_several: str = ""
 
     def __len__(self) -> int:
         """How many pictures."""
@@ -70,6 +78,11 @@ class CocoSplit:
     def ids(self) -> list[str]:
         """The pictures' names."""
         return [image.name for image in self.images]
+
+    @property
+    def files(self) -> list[str]:
+        """The pictures' files, each by one path however it was reached: names of two splits may be alike."""
+        return [os.path.realpath(image.path) for image in self.images]
 
     @property
     def hash(self) -> str:
@@ -109,6 +122,22 @@ class CocoSplit:
             crowd=self.crowd[boxes],
         )
 
+    def remarks(self) -> list[str]:
+        """Sentences on what was chosen among several, made of something else, or left out; not on rejections."""
+        said = []
+        if self.outlines:
+            said.append(f"{self.outlines} boxes are those around polygons, for want of a bbox")
+        if self.several_files:
+            said.append(
+                f"{self.several_files} pictures have files of one name in several folders (first: "
+                f"{self.first_of_several}); data.images=FOLDER chooses"
+            )
+        if self.left_out:
+            said.append(f"boxes of other categories, left out: {_listed(self.left_out)}")
+        if self.other_groups:
+            said.append(f"{self.group_key} of neither group: {_listed(self.other_groups)}")
+        return said
+
     def layout(self) -> dict[str, Any]:
         """What ``dataset_layout.json`` holds of it."""
         pictures = Counter(image.group for image in self.images)
@@ -125,6 +154,9 @@ class CocoSplit:
             "crowds": int(self.crowd.sum()),
             "clipped": self.clipped,
             "left_out": dict(self.left_out),
+            "outlines": self.outlines,
+            "pictures_of_several_files": self.several_files,
+            "other_groups": dict(self.other_groups),
             "group_key": self.group_key,
             "groups": {
                 name: {"images": pictures[i], "boxes": boxes[i]} for i, name in enumerate(self.groups)
@@ -135,85 +167,67 @@ class CocoSplit:
         }
 
 
-def coco_files(folder: str | Path) -> dict[str, Path]:
-    """The files of a data folder by split: ``train.json``, ``val.json``, ``instances_train2017.json`` and the like, in
-    the folder or in its ``annotations``.
-
-    Raises:
-        NearfarError: no such folder, no file for ``train``, two files for one split.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise NearfarError(f"data.dir={folder}: no such folder.")
-    there = sorted([*folder.glob("*.json"), *folder.glob("annotations/*.json")])
-    found = {
-        split: [path for path in there if any(word in _words(path) for word in words)]
-        for split, words in _SPLITS.items()
-    }
-    for split, paths in found.items():
-        if len(paths) > 1:
-            names = ", ".join(str(path.relative_to(folder)) for path in paths)
-            raise NearfarError(
-                f"data.dir={folder}: several files could be {split}: {names}. Keep one of them there."
-            )
-    if not found["train"]:
-        names = ", ".join(path.name for path in there) or "no .json file"
-        raise NearfarError(f"data.dir={folder}: there is no train.json (COCO format). In it: {names}.")
-    return {split: paths[0] for split, paths in found.items() if paths}
-
-
-def _words(path: Path) -> list[str]:
-    """``instances_train2017`` → instances, train."""
-    return path.stem.lower().replace("validation", "val").replace("-", "_").rstrip("0123456789").split("_")
-
-
 def read_coco(
     path: str | Path,
     images: str | Path | None = None,
     *,
     categories: Sequence[str] | None = None,
+    missing_categories: Literal["error", "allow"] = "error",
     group_key: str | None = None,
     groups: Sequence[str] | None = None,
+    folder: str | Path | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> CocoSplit:
-    """Read a COCO-format file and look at the head of each of its pictures.
+    """Read a COCO-format file and decode each of its pictures once.
 
     Args:
         path: the JSON file with ``images``, ``annotations`` and ``categories``.
-        images: the folder of the pictures; None looks into ``images``, a folder called as the file, and the file's own
-            folder, and takes the first that holds one of them.
+        images: the folder of the pictures; None looks where exporters put them (`picture_files`).
         categories: names of the categories to keep, which then have this order; None keeps all, in the file's order.
+            The case of letters does not count.
+        missing_categories: whether some of them, but not all, may be missing in the file.
         group_key: the name of an attribute with two values, on a box or a picture, at its top level or under
             ``attributes``.
         groups: the two values; None takes those that occur, sorted.
+        folder: the data folder, below which pictures are sought; None: that of the file.
+        say: is told what takes long.
 
-    Rejected and counted are pictures that are missing, unreadable, of another size than the file says or without an id
-    of their own; and boxes that are no four finite numbers, without area, outside their picture, of an unknown category
-    or of a picture that is not there.
+    Rejected and counted are pictures that are missing, unreadable, of a different size than the file says, without an
+    id of their own, or of a name that several files have; and boxes that are no four finite numbers, without area,
+    outside their picture, of an unknown category, of a picture that is not there, or there a second time. An annotation
+    without a box has that around its polygons. Ids and numbers may be in quotes, sizes may be missing.
 
     Raises:
-        NearfarError: an unreadable file, one without the three lists, no usable picture or box, an unknown category, a
-            group attribute without exactly two values.
+        NearfarError: an unreadable file, one without the three lists, no usable picture or box, boxes in other units,
+            an unknown category, an id of two categories, a group attribute without exactly two values.
     """
     path = Path(path)
     content = _load(path)
     rejections = Rejections()
-    names = _categories(path, content["categories"], categories)
-    root = _root(path, images, content["images"])
-    pictures = dict(usable_pictures(content["images"], root, rejections))
-    if not pictures:
+    names = _categories(path, content, categories, missing_categories == "allow")
+    files = picture_files(
+        path, None if images is None else Path(images), None if folder is None else Path(folder)
+    )
+    pictures = usable_pictures(content["images"], files, rejections, say)
+    if not pictures.rows:
+        elsewhere = {"missing picture", "several pictures of one name", "picture of a different size"}
+        hint = f" Pictures were sought in {files.folder}: name their folder with data.images=FOLDER."
         raise NearfarError(
-            f"{path}: none of its {len(content['images'])} pictures is usable; {rejections.summary()}. Pictures were "
-            f"sought in {root}."
+            f"{path}: none of its {len(content['images'])} pictures is usable; {rejections.summary()}."
+            + hint * bool(elsewhere & rejections.counts.keys())
         )
-    kept = usable_boxes(content["annotations"], pictures, names, categories is not None, rejections)
+    rows = content["annotations"]
+    tiny = _within_first_pixel(path, rows, pictures)
+    kept = usable_boxes(rows, pictures, names, rejections, group_key, tiny)
     if not kept.boxes:
+        others = f" Left out as other categories: {_listed(kept.left_out)}." if kept.left_out else ""
         raise NearfarError(
-            f"{path}: none of its {len(content['annotations'])} boxes is usable; {rejections.summary()}."
+            f"{path}: none of its {len(content['annotations'])} boxes is usable; {rejections.summary()}.{others}"
         )
     order = sorted(range(len(kept.boxes)), key=lambda i: kept.image[i])
-    values = group_values(path, group_key, groups, pictures, kept.raw)
+    values = group_values(path, group_key, groups, pictures.rows, kept.raw)
     own = [attribute(kept.raw[i], group_key) for i in order]
-    of_image = [attribute(raw, group_key) for raw, _ in pictures.values()]
+    of_image = [attribute(raw, group_key) for raw, _ in pictures.rows.values()]
     image = np.array([kept.image[i] for i in order], np.int64)
     group = [
         group_position(values, of_image[position] if value is None else value)
@@ -221,18 +235,24 @@ def read_coco(
     ]
     return CocoSplit(
         source=path,
-        images=with_groups([picture for _, picture in pictures.values()], of_image, values, image, group),
+        images=with_groups(
+            [picture for _, picture in pictures.rows.values()], of_image, values, image, group
+        ),
         categories=tuple(names.wanted),
         boxes=np.array([kept.boxes[i] for i in order], np.float64),
         image=image,
         label=np.array([kept.label[i] for i in order], np.int64),
         group=np.array(group, np.int64),
-        crowd=np.array([bool(kept.raw[i].get("iscrowd", 0)) for i in order]),
+        crowd=np.array([kept.crowd[i] for i in order]),
         groups=values,
         group_key=group_key,
         rejections=rejections,
         clipped=kept.clipped,
         left_out=dict(kept.left_out),
+        outlines=kept.outlines,
+        other_groups=Counter(v for v in (*own, *of_image) if v is not None and v not in values),
+        several_files=pictures.several_files,
+        first_of_several=pictures.first_of_several,
     )
 
 
@@ -241,41 +261,71 @@ def _load(path: Path) -> dict[str, Any]:
         raise NearfarError(f"There is no file {path}.")
     try:
         content = json.loads(path.read_bytes())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise NearfarError(f"{path} is no JSON file, or is cut off: {error}.") from None
     if not isinstance(content, dict):
         raise NearfarError(f"{path}: a COCO file is an object with images, annotations and categories.")
     for name in ("images", "annotations", "categories"):
         rows = content.get(name)
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            there = ", ".join(sorted(content)) or "nothing"
+            there = ", ".join(sorted(content)[:8]) or "nothing"
             raise NearfarError(
                 f"{path} has no list of objects '{name}', which a COCO file needs. It has {there}."
             )
     return content
 
 
-def _categories(path: Path, rows: list[dict[str, Any]], wanted: Sequence[str] | None) -> Categories:
-    by_id = {row.get("id"): str(row.get("name", row.get("id"))) for row in rows if is_key(row.get("id"))}
-    names = list(dict.fromkeys(by_id.values()))
-    for name in wanted or ():
-        if name not in names:
-            raise NearfarError(f"{path} has no category {name!r}; {nearest_name(name, names)}")
-    return Categories(by_id, names if wanted is None else list(wanted))
+def _categories(path: Path, content: dict[str, Any], wanted: Sequence[str] | None, some: bool) -> Categories:
+    rows, by_id = content["categories"], dict[str, str]()
+    for row in rows:
+        key, name = row_key(row.get("id")), row.get("name")
+        if key is None:
+            continue
+        text = key if name is None else str(name).strip()
+        if by_id.setdefault(key, text) != text:
+            raise NearfarError(
+                f"{path}: the category id {key} is both '{by_id[key]}' and '{text}'. Give each its own."
+            )
+    if not by_id:
+        raise NearfarError(
+            f"{path}: its list of categories names none; rows such as {{'id': 1, 'name': 'person'}} are needed, with "
+            "the ids that category_id refers to."
+        )
+    used = {row_key(row.get("category_id")) for row in content["annotations"]}
+    parents = {str(row.get("supercategory")).strip() for row in rows}
+    # Exporters list the project itself as a category of no box, above all others.
+    names = list(dict.fromkeys(name for key, name in by_id.items() if key in used or name not in parents))
+    if wanted is None:
+        return Categories(by_id, names)
+    plain = {name.casefold(): name for name in wanted}
+    known = {
+        key: plain.get(name.casefold(), name) if name not in wanted else name for key, name in by_id.items()
+    }
+    missing = [name for name in wanted if name not in known.values()]
+    if missing and not (some and len(missing) < len(wanted)):
+        raise NearfarError(
+            f"{path} has no category {missing[0]!r}; {nearest_name(missing[0], names)}. data.category=NAME chooses "
+            "one, data.category=null takes all."
+        )
+    return Categories(known, list(wanted))
 
 
-def _root(path: Path, images: str | Path | None, rows: list[dict[str, Any]]) -> Path:
-    if images is not None:
-        if not Path(images).is_dir():
-            raise NearfarError(f"{images}: no such folder of pictures.")
-        return Path(images)
-    base = path.parent.parent if path.parent.name == "annotations" else path.parent
-    name = "_".join(path.stem.split("_")[1:]) or path.stem  # instances_train2017 → train2017
-    tried = list(dict.fromkeys([base / "images", base / path.stem, base / name, base]))
-    for folder in tried:
-        if any((folder / str(row.get("file_name", ""))).is_file() for row in rows[:20]):
-            return folder
-    raise NearfarError(
-        f"{path}: its pictures are not to be found. Sought in {', '.join(map(str, tried))}; the first is called "
-        f"{rows[0].get('file_name') if rows else 'nothing: the list of images is empty'}."
-    )
+def _within_first_pixel(path: Path, rows: list[dict[str, Any]], pictures: Pictures) -> set[int]:
+    """Positions of annotations whose box lies there; a file with boxes in other units is refused."""
+    at, boxes, sizes = [], [], []
+    for position, row in enumerate(rows):
+        picture = pictures.of(row)
+        if picture is not None:
+            try:
+                box, _ = box_of(row)
+            except NoBoxError:
+                continue
+            at.append(position)
+            boxes.append(box)
+            sizes.append((picture.width, picture.height))
+    return {at[i] for i in np.flatnonzero(check_units(path, boxes, sizes)) if min(boxes[i][2:]) > 0}
+
+
+def _listed(counts: Mapping[str, int]) -> str:
+    most = sorted(counts.items(), key=lambda item: -item[1])
+    return ", ".join(f"{name} {count}" for name, count in most[:8]) + " …" * (len(most) > 8)

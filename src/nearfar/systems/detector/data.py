@@ -15,37 +15,66 @@ from torch.utils.data import Dataset
 
 from nearfar.data.cache import content_key
 from nearfar.data.coco import CocoSplit, coco_files, read_coco
+from nearfar.data.coco_files import given_files
 from nearfar.data.images import read_image
 from nearfar.data.splits import check_disjoint
 from nearfar.errors import NearfarError
 from nearfar.models.detection import Target
 from nearfar.systems.detector.views import View, make_view
 
-__all__ = ["DetectionBatch", "DetectionData", "DetectionDataset", "read_splits", "relative_boxes"]
+__all__ = [
+    "DetectionBatch",
+    "DetectionData",
+    "DetectionDataset",
+    "equal_bytes",
+    "read_splits",
+    "relative_boxes",
+]
 
 
 def read_splits(data: Any, say: Callable[[str], None] = print) -> dict[str, CocoSplit]:
-    """The splits ``train``, ``val`` and perhaps ``test`` of a data configuration (``configs/data/coco.yaml``).
+    """The splits ``train``, ``val`` and ``test`` of a data configuration (``configs/data/pictures.yaml``).
 
+    Files are named by ``data.train`` and so on, or found in ``data.dir`` (`nearfar.data.coco_files.coco_files`).
     Three files are taken as they are named. Where there is a val file and no test file, the val file is the test
     split, and ``data.val_fraction`` of train, stratified by group, is what epochs are chosen on: a number that was
     chosen on is none to report. Where there is a train file alone, both are held out of it.
 
     Raises:
-        NearfarError: unreadable files (see `read_coco`), other categories or groups in val and test than in train, a
-            picture in two splits, too few pictures to hold any out.
+        NearfarError: unreadable files (see `read_coco`), none of train's categories or groups in val or test, one
+            picture file in two splits, too few pictures to hold any out.
     """
-    folder = _folder(data)
-    files = coco_files(folder)
+    folder, files = _files(data, say)
     groups = None if data.groups is None else [str(name) for name in data.groups]
     categories = None if data.category is None else [str(data.category)]
+    images = None if data.kind == "scenes" or data.images is None else Path(str(data.images))
     read: dict[str, CocoSplit] = {}
     for name, path in files.items():
-        read[name] = read_coco(path, categories=categories, group_key=data.group_key, groups=groups)
-        if name == "train":
-            categories, groups = list(read["train"].categories), list(read["train"].groups) or None
-        if len(read[name].rejections):
-            say(f"{name}: {path}: {read[name].rejections.summary()}")
+        split = read_coco(
+            path,
+            images,
+            categories=categories,
+            missing_categories="allow" if read else "error",
+            group_key=data.group_key,
+            groups=groups,
+            folder=folder,
+            say=say,
+        )
+        if not read:
+            categories, groups = list(split.categories), list(split.groups) or None
+        rejected = [split.rejections.summary()] if len(split.rejections) else []
+        for sentence in [
+            *rejected,
+            *split.remarks(),
+            *_unknown(read.get("train"), split, data.category is not None),
+        ]:
+            say(f"{name}: {path}: {sentence}")
+        read[name] = split
+    if read["train"].crowd.all():
+        raise NearfarError(
+            f"{read['train'].source}: every box is one around a crowd (iscrowd=1): there is none to learn from. Give "
+            "boxes around single objects, with iscrowd=0."
+        )
     if "test" not in read:
         fraction = float(data.val_fraction)
         train = read.pop("train")
@@ -62,9 +91,40 @@ def read_splits(data: Any, say: Callable[[str], None] = print) -> dict[str, Coco
             train, test = _hold_out(train, fraction, int(data.split_seed))
             train, val = _hold_out(train, fraction, int(data.split_seed) + 1)
         read = {"train": train, "val": val, "test": test}
+    elif "val" not in read:
+        fraction = float(data.val_fraction)
+        say(f"there is no file for val: {fraction:.0%} of train is held out to choose epochs on")
+        read["train"], read["val"] = _hold_out(read["train"], fraction, int(data.split_seed))
     read = {name: read[name] for name in ("train", "val", "test") if name in read}
-    check_disjoint({name: split.ids for name, split in read.items()}, "picture")
+    check_disjoint({name: split.files for name, split in read.items()}, "picture")
+    for sentence in equal_bytes(read):
+        say(sentence)
     return read
+
+
+def equal_bytes(splits: dict[str, CocoSplit]) -> list[str]:
+    """A sentence for every two splits that hold pictures of the same bytes: one may be a copy of the other."""
+    digests = {name: [image.digest for image in split.images] for name, split in splits.items()}
+    shared = check_disjoint(digests, "picture", on_leak="count")
+    return [
+        f"{' and '.join(pair.split('/'))}: {leak['rows']} pictures of the second are byte for byte in the first, too: "
+        "a leak, if they are copies"
+        for pair, leak in shared.items()
+    ]
+
+
+def _unknown(train: CocoSplit | None, split: CocoSplit, one: bool) -> list[str]:
+    """What the training file has no box or no name of, and this file has; and the other way round."""
+    if train is None:
+        return []
+    told = []
+    if split.left_out and not one:
+        told.append("the training file does not have these categories: nothing is learned of them")
+    known, here = set(train.label.tolist()), set(split.label.tolist())
+    names = [train.categories[i] for i in sorted(here - known)]
+    if names:
+        told.append(f"no training box of {', '.join(names)}: it cannot be found")
+    return told
 
 
 @dataclass(frozen=True)
@@ -93,16 +153,25 @@ class DetectionData:
         return "\n".join(lines)
 
 
-def _folder(data: Any) -> Path:
+def _files(data: Any, say: Callable[[str], None]) -> tuple[Path | None, dict[str, Path]]:
+    """The data folder, where there is one, and the file of each split."""
     if data.kind == "scenes":
         from nearfar.systems.detector.scenes import scenes_folder
 
-        return scenes_folder(data)
-    if data.dir is None:
-        raise NearfarError(
-            "data.dir is needed: a folder with train.json (COCO format) and pictures. Or data=scenes draws pictures."
-        )
-    return Path(str(data.dir))
+        folder = scenes_folder(data)
+        return folder, coco_files(folder)
+    place = None if data.dir is None else Path(str(data.dir))
+    files = given_files(data)
+    if not files:
+        if place is None:
+            raise NearfarError(
+                "data.dir is needed: a folder with train.json (COCO format) and pictures. Or name the files: "
+                "data.train=FILE, data.images=FOLDER. Or experiment=detector_scenes draws pictures."
+            )
+        found = coco_files(place, say)
+        files = {"train": found.get("train") or found["whole"]}
+        files |= {name: found[name] for name in ("val", "test") if name in found}
+    return place, files
 
 
 def _hold_out(split: CocoSplit, fraction: float, seed: int) -> tuple[CocoSplit, CocoSplit]:
@@ -115,8 +184,8 @@ def _hold_out(split: CocoSplit, fraction: float, seed: int) -> tuple[CocoSplit, 
         held[members[: round(fraction * len(members))]] = True
     if held.all() or not held.any():
         raise NearfarError(
-            f"{split.source}: data.val_fraction={fraction:g} of {len(split)} pictures leaves a split empty; give more "
-            "pictures, or files val.json and test.json."
+            f"{split.source}: data.val_fraction={fraction:g} of {len(split)} pictures leaves a split empty. Raise "
+            "data.val_fraction (0.4, say), give more pictures, or name files with data.val=FILE data.test=FILE."
         )
     return split.take(np.flatnonzero(~held)), split.take(np.flatnonzero(held))
 

@@ -62,7 +62,8 @@ def pictures_hash(split: CocoSplit) -> str:
     """Names the bytes of all pictures, in order."""
     digest = hashlib.sha256()
     for image in split.images:
-        digest.update(hashlib.sha256(image.path.read_bytes()).digest())
+        known = image.digest or hashlib.sha256(image.path.read_bytes()).hexdigest()
+        digest.update(bytes.fromhex(known))
     return digest.hexdigest()
 
 

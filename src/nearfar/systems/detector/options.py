@@ -7,14 +7,14 @@ from typing import Any
 from nearfar.errors import NearfarError
 from nearfar.models.image import check_image_encoder
 from nearfar.systems.detector.model import encoder_options
-from nearfar.training.options import SHARE, Choice, Number, Rule, Switch, Text, check_learning_options
+from nearfar.training.options import FILE, SHARE, Choice, Number, Rule, Switch, Text, check_learning_options
 
 __all__ = ["DATA", "check_data", "check_options"]
 
 DATA: dict[str, Rule] = {
     "data.kind": Choice(("coco", "scenes")),
+    "data.category": Text(optional=True, number=True),
     "data.group_key": Text(optional=True),
-    "data.category": Text(optional=True),
     "data.image_size": Number(32, 4096, whole=True),
     "data.val_fraction": Number(0, 1, inside=True),
     "data.split_seed": Number(0, 2**32 - 1, whole=True),
@@ -60,7 +60,7 @@ def check_options(config: Any) -> None:
 def _check_frozen(config: Any, options: dict[str, Any]) -> None:
     if config.frozen_epochs > config.epochs:
         raise NearfarError(
-            f"frozen_epochs={config.frozen_epochs} of epochs={config.epochs}: there are not so many."
+            f"frozen_epochs={config.frozen_epochs} of epochs={config.epochs}: there are not so many; lower it."
         )
     if options["kind"] == "small" or options.get("pretrained") is False:
         raise NearfarError(
@@ -70,7 +70,7 @@ def _check_frozen(config: Any, options: dict[str, Any]) -> None:
     if options["kind"] == "transformers":
         raise NearfarError(
             "frozen_epochs: image_encoder=transformers cannot be cut at stride 16; set frozen_epochs=0, or take "
-            "mobilenet or efficientnet."
+            "image_encoder=efficientnet."
         )
     if config.init_from:
         raise NearfarError(
@@ -79,7 +79,9 @@ def _check_frozen(config: Any, options: dict[str, Any]) -> None:
 
 
 def check_data(data: Any) -> None:
-    """The names of the groups, where they are given."""
+    """The files, where they are named, and the names of the groups."""
+    for name in ("dir", "train", "val", "test", "images") if data.kind == "coco" else ():
+        FILE.check(f"data.{name}", data[name])
     groups = data.groups
     if groups is not None and (isinstance(groups, str) or len(set(groups)) != 2):
         raise NearfarError(f"data.groups={groups}: two names are needed, as in data.groups=[female,male].")

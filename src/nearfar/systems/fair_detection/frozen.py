@@ -44,7 +44,15 @@ def frozen_detector(config: Any, splits: dict[str, CocoSplit], say: Say) -> Dete
     nested = _training_config(config, data, options)
     plain = OmegaConf.to_container(nested, resolve=True)
     assert isinstance(plain, dict)
-    place = {key: value for key, value in plain["data"].items() if key not in ("dir", "scenes")}
+    paths = (
+        "dir",
+        "train",
+        "val",
+        "test",
+        "images",
+    )  # where pictures lie does not count; scenes have numbers there
+    left = ("scenes", *(paths if kind == "photos" else ("dir",)))
+    place = {key: value for key, value in plain["data"].items() if key not in left}
     key = content_key(
         [_VERSION, plain | {"data": place, "trainer": None}, *(s.content for s in splits.values())]
     )

@@ -88,9 +88,10 @@ def check_options(config: Any) -> None:
 
 
 def data_of(config: Any) -> Any:
-    """The data that is really used: the files of ``data.dir``, or without them generated scenes."""
+    """The data that is really used: files in ``data.dir`` or by name, or without them generated scenes."""
     data = config.data
-    return data.scenes if data.kind == "coco" and data.dir is None and "scenes" in data else data
+    named = any(data.get(name) is not None for name in ("dir", "train", "val", "test"))
+    return data if named or data.kind != "coco" or "scenes" not in data else data.scenes
 
 
 def epsilon_schedule(config: Any) -> Schedule:

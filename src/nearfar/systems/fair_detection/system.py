@@ -88,11 +88,11 @@ class FairDetectionSystem(System):
 
     def layout(self) -> dict[str, Any]:
         """Counts, rejections and hashes of the splits, and the detector really used."""
-        ids = {name: split.ids for name, split in self.splits.items()}
+        digests = {name: [image.digest for image in split.images] for name, split in self.splits.items()}
         return {
             "data_hash": content_key([split.content for split in self.splits.values()], self._weights)[:16],
             "splits": {name: split.layout() | {"rows": len(split)} for name, split in self.splits.items()},
-            "leaks": check_disjoint(ids, "picture", on_leak="count"),
+            "leaks": check_disjoint(digests, "picture", on_leak="count"),
             "detector": {
                 "description": self.detector.description,
                 "weights": self._weights,
@@ -108,7 +108,9 @@ class FairDetectionSystem(System):
         """Batches with equal shares of the two groups; of an odd batch, one more of either in turn."""
         train, size = self.datasets["train"], self.config.batch_size
         if size > len(train):
-            raise NearfarError(f"batch_size={size} is larger than the training set of {len(train)} pictures.")
+            raise NearfarError(
+                f"batch_size={size} is larger than the training set of {len(train)} pictures; lower it."
+            )
         return BalancedBatchSampler(
             train.group, size, repeat=True, seed=self.config.seed, ids=self.splits["train"].ids
         )

@@ -11,17 +11,18 @@ from typing import Any
 import numpy as np
 
 from nearfar.data.cache import content_key
+from nearfar.data.picture_check import check_pictures
+from nearfar.data.picture_files import PictureFile, PictureFiles
 from nearfar.data.rejections import Rejections
 from nearfar.data.splits import check_disjoint, split_hash
 from nearfar.errors import NearfarError
 from nearfar.systems.relations.names import chosen_relations
-from nearfar.systems.relations.readers import LAYOUTS, annotation_files
+from nearfar.systems.relations.readers import LAYOUTS, Places, annotation_files
 from nearfar.systems.relations.records import File, Pairs, Photo, Triple, collect_pairs
 from nearfar.systems.relations.scenes import composed_scenes
 
-__all__ = ["RelationData", "load_data", "photo_index"]
+__all__ = ["RelationData", "load_data", "usable_photos"]
 
-_ENDINGS = {".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff"}
 SPLITS = ("train", "val", "test")
 
 
@@ -34,7 +35,9 @@ class RelationData:
     source: str
     how_split: str
     rejections: Rejections
-    notes: dict[str, int] = field(default_factory=dict)
+    notes: dict[str, Any] = field(
+        default_factory=dict
+    )  # counts and lists by short names; `summary` says them
 
     @property
     def train(self) -> Pairs:
@@ -96,8 +99,29 @@ class RelationData:
                 )
         if len(self.rejections):
             lines.append(self.rejections.summary())
-        lines += [f"{count} {what}" for what, count in self.notes.items()]
-        return "\n".join(lines)
+        return "\n".join([*lines, *self._remarks()])
+
+    def _remarks(self) -> list[str]:
+        """The notes as sentences."""
+        notes = self.notes
+        lines = list(notes.get("remarks", ()))
+        if count := notes.get("boxes_cut_at_border"):
+            lines.append(f"{count} boxes cut at the picture's border")
+        if count := notes.get("pictures_without_photo"):
+            lines.append(f"{count} annotated pictures without a photo that can be used")
+        if count := notes.get("pictures_of_several_files"):
+            lines.append(
+                f"{count} pictures have files of one name in several folders (first: "
+                f"{notes['first_of_several_files']}); data.images=FOLDER chooses"
+            )
+        for relation in notes.get("relations_without_training_pairs", ()):
+            held = ", ".join(
+                f"{part.counts().get(relation, 0)} of {name}"
+                for name, part in self.splits.items()
+                if name != "train"
+            )
+            lines.append(f"no training pair of “{relation}”: it cannot be predicted ({held})")
+        return lines
 
 
 def load_data(config: Any) -> RelationData:
@@ -107,17 +131,17 @@ def load_data(config: Any) -> RelationData:
         NearfarError: missing or unreadable files, no usable pair, a split without pairs, photos on two sides.
     """
     data, relations = config.data, chosen_relations(config.relations)
-    rejections, notes = Rejections(), dict[str, int]()
+    rejections, notes = Rejections(), dict[str, Any]()
     if data.layout == "composed":
         triples, photos = composed_scenes(
             int(data.size), relations, int(data.split_seed), (data.val_fraction, data.test_fraction)
         )
         source = f"{data.size} composed scenes of drawn things (no photos; kinds of test in no other split)"
     else:
-        triples, photos, source = _read(data, rejections)
+        triples, photos, source = _read(data, rejections, notes)
     pairs = collect_pairs(
         triples,
-        {} if data.photos == "none" else photos,
+        photos,
         relations,
         synonyms=data.synonyms,
         rejections=rejections,
@@ -127,7 +151,7 @@ def load_data(config: Any) -> RelationData:
     wanted = len({row.image for row in triples})
     missing = wanted - len({row.image for row in triples} & set(photos))
     if missing and data.photos != "none":
-        notes["annotated pictures without a photo"] = missing
+        notes["pictures_without_photo"] = missing
     codes, how = _split(pairs, data)
     parts = {
         name: pairs.take(np.flatnonzero(codes == code).tolist())
@@ -140,48 +164,87 @@ def load_data(config: Any) -> RelationData:
     return found
 
 
-def _read(data: Any, rejections: Rejections) -> tuple[list[Triple], dict[str, Photo], str]:
-    files = annotation_files(data.layout, data)
+def _read(
+    data: Any, rejections: Rejections, notes: dict[str, Any]
+) -> tuple[list[Triple], dict[str, Photo], str]:
+    images, folder = (None if value is None else Path(str(value)) for value in (data.images, data.dir))
+    places = Places(images, folder)
+    files = annotation_files(data.layout, data, places.remarks.append)
     triples: list[Triple] = []
     for split, path in files.items():
-        own, images = (
-            None if split == "whole" else split,
-            None if data.images is None else Path(str(data.images)),
-        )
-        triples += LAYOUTS[data.layout].read(path, own, rejections, images)
+        own = None if split == "whole" else split
+        triples += LAYOUTS[data.layout].read(path, own, rejections, places)
     if not triples:
         raise NearfarError(
             f"{', '.join(map(str, files.values()))}: no annotated relation. {rejections.summary()}."
         )
-    folder = data.images if data.images is not None else data.dir
-    if folder is None:
-        folder = next(iter(files.values())).parent
-    photos = photo_index(Path(str(folder)), {triple.image for triple in triples})
-    return triples, dict(photos), f"{data.layout}: {', '.join(str(path) for path in files.values())}"
+    if places.remarks:
+        notes["remarks"] = places.remarks
+    source = f"{data.layout}: {', '.join(str(path) for path in files.values())}"
+    triples = _told_apart(triples)
+    if data.photos == "none":
+        return triples, {}, source
+    place = images or folder or next(iter(files.values())).parent
+    if not place.is_dir():
+        raise NearfarError(f"data.images={place}: no such folder.")
+    known = [place] if images is not None else [place / "images", place / "photos", place]
+    sought = PictureFiles(place, known, endings=True, given=images is not None)
+    return triples, dict(usable_photos(triples, sought, rejections, notes)), source
 
 
-def photo_index(folder: Path, wanted: set[str]) -> dict[str, File]:
-    """The photos of these pictures, wherever below the folder they lie.
+def _told_apart(triples: list[Triple]) -> list[Triple]:
+    """Pictures of one name that are several files (``train/1.jpg``, ``valid/1.jpg``) go by their paths."""
+    paths: dict[str, set[Path]] = {}
+    for triple in triples:
+        if triple.photo is not None:
+            paths.setdefault(triple.image, set()).add(triple.photo)
+    several = {name for name, files in paths.items() if len(files) > 1}
+    return [row._replace(image=str(row.photo)) if row.image in several else row for row in triples]
+
+
+def usable_photos(
+    triples: Sequence[Triple], files: PictureFiles, rejections: Rejections, notes: dict[str, Any]
+) -> dict[str, File]:
+    """The photo of each picture, decoded once; its pairs are without one where it is damaged or of a different size.
 
     A name may hold folders of its own ("train2017/1.jpg"). Where no file has a picture's name one that differs in its
-    ending alone is taken: some releases keep GIFs as JPEGs.
+    ending alone is taken: some releases keep GIFs as JPEGs. Of several files of one name see `PictureFiles`.
     """
-    if not folder.is_dir():
-        raise NearfarError(f"data.images={folder}: no such folder.")
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _ENDINGS)
-    by_name: dict[str, list[Path]] = {}
-    for path in files:
-        by_name.setdefault(path.name, []).append(path)
-        by_name.setdefault(path.stem, []).append(path)
-    found = {}
-    for image in wanted:
-        name = Path(image)
-        for path in [*by_name.get(name.name, []), *by_name.get(name.stem, [])]:
-            ending = path.with_suffix("").parts[-len(name.parts) :]
-            if ending == name.with_suffix("").parts:
-                found[image] = File(path)
-                break
-    return found
+    stated: dict[str, Triple] = {}
+    for triple in triples:
+        stated.setdefault(triple.image, triple)
+    paths: dict[str, Path] = {}
+    several = []
+    for image, triple in stated.items():
+        found = PictureFile(triple.photo) if triple.photo else files.find(image, _pixels(triple.size))
+        if found.path is not None:
+            paths[image] = found.path
+            if found.others:
+                several.append(f"{found.path}, not {', '.join(found.others)}")
+        elif found.reason != "missing picture":  # those are counted in all
+            rejections.add(
+                "several photos of one name", None, image, f"{found.detail}: data.images=FOLDER chooses"
+            )
+    if several:
+        notes |= {"pictures_of_several_files": len(several), "first_of_several_files": several[0]}
+    photos = {}
+    for (image, path), seen in zip(paths.items(), check_pictures(list(paths.values())), strict=True):
+        size = _pixels(stated[image].size)
+        if seen.problem:
+            rejections.add("damaged photo", None, image, seen.problem)
+        elif size is not None and size != (seen.width, seen.height):
+            detail = f"{seen.width} × {seen.height} in truth, {size[0]} × {size[1]} in the file"
+            rejections.add("photo of a different size", None, image, detail)
+        else:
+            photos[image] = File(path)
+    return photos
+
+
+def _pixels(size: tuple[float, float] | None) -> tuple[int, int] | None:
+    """A stated size in whole pixels; None where it is not stated (0 stands for that, too)."""
+    if size is None or not np.isfinite(size).all() or min(size) <= 0:
+        return None
+    return round(size[0]), round(size[1])
 
 
 def _split(pairs: Pairs, data: Any) -> tuple[np.ndarray, str]:
@@ -215,7 +278,9 @@ def _split(pairs: Pairs, data: Any) -> tuple[np.ndarray, str]:
 
 def _folds(pairs: Pairs, images: Sequence[str], folds: int, fold: int, data: Any) -> tuple[np.ndarray, str]:
     if folds > len(images):
-        raise NearfarError(f"data.folds={folds}: there are {len(images)} pictures.")
+        raise NearfarError(
+            f"data.folds={folds}: there are {len(images)} pictures. Take as many folds at most."
+        )
     order = np.random.default_rng([int(data.split_seed), folds]).permutation(len(images))
     of = {images[i]: place % folds for place, i in enumerate(order)}
     rest = [image for image in images if of[image] != fold]
@@ -238,10 +303,14 @@ def _drawn(images: Sequence[str], share: float, seed: int) -> list[str]:
 def _check(data: RelationData) -> None:
     train = data.splits.get("train")
     if train is None or len(train) < 2:
-        raise NearfarError("the training split holds fewer than two pairs: give more pictures.")
+        raise NearfarError(
+            f"the training split holds fewer than two pairs: give more pictures. {data.rejections.summary()}."
+        )
     for name in ("val", "test"):
         if name not in data.splits and name == "val":
-            raise NearfarError("the validation split is empty: raise data.val_fraction, or give data.val=.")
+            raise NearfarError(
+                "the validation split is empty: raise data.val_fraction, or name the files with data.train=, data.val=."
+            )
     counts = Counter(train.relation)
     missing = [relation for relation in data.relations if relation not in counts]
     if len(counts) < 2:
@@ -250,4 +319,4 @@ def _check(data: RelationData) -> None:
             f"Choose others with relations=; without a training pair are {', '.join(missing)}."
         )
     if missing:
-        data.notes |= {f"training pairs of “{relation}”: it cannot be predicted": 0 for relation in missing}
+        data.notes["relations_without_training_pairs"] = missing

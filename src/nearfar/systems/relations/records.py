@@ -37,6 +37,7 @@ class Triple(NamedTuple):
     row: int
     size: tuple[float, float] | None = None  # width, height where the file states them
     split: str | None = None
+    photo: Path | None = None  # where the reader knows which file the picture is
 
 
 class Photo(Protocol):
@@ -140,7 +141,7 @@ def collect_pairs(
     *,
     synonyms: bool,
     rejections: Rejections,
-    notes: dict[str, int],
+    notes: dict[str, Any],
     photos_required: bool = False,
 ) -> Pairs:
     """The pairs whose boxes and relation can be used; all others are counted in ``rejections``.
@@ -176,9 +177,7 @@ def collect_pairs(
                 )
                 break
             if known and max(abs(a - b) for a, b in zip(box, inside, strict=True)) > _TOLERANCE:
-                notes["boxes cut at the picture's border"] = (
-                    notes.get("boxes cut at the picture's border", 0) + 1
-                )
+                notes["boxes_cut_at_border"] = notes.get("boxes_cut_at_border", 0) + 1
             boxes.append(inside)
         if len(boxes) < 2:
             continue
@@ -188,6 +187,8 @@ def collect_pairs(
             continue
         seen.add(key)
         kept.append((row, relation, boxes[0], boxes[1]))
+    if not kept:
+        raise NearfarError(f"no pair with a usable relation and boxes is left; {rejections.summary()}.")
     return _columns(kept, photos, extent)
 
 
@@ -234,8 +235,6 @@ def _columns(
     photos: Mapping[str, Photo],
     extent: Mapping[str, tuple[tuple[float, float], bool]],
 ) -> Pairs:
-    if not kept:
-        raise NearfarError("no pair with a usable relation and boxes is left: see the rejections above.")
     pairs: dict[tuple[str, Box, Box], int] = {}
     count: Counter[str] = Counter()
     ids, group = [], []

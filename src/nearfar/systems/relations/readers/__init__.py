@@ -7,15 +7,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nearfar.data.coco import coco_files
+from nearfar.data.coco_files import coco_files, given_files
 from nearfar.data.rejections import Rejections
 from nearfar.errors import NearfarError, nearest_name
 from nearfar.systems.relations.readers import coco, scene_graph, spatialsense, vrd
+from nearfar.systems.relations.readers.common import Places
 from nearfar.systems.relations.records import Triple
 
-__all__ = ["LAYOUTS", "Layout", "annotation_files"]
+__all__ = ["LAYOUTS", "Layout", "Places", "annotation_files"]
 
-Reader = Callable[[Path, str | None, Rejections, Path | None], Iterator[Triple]]
+Reader = Callable[[Path, str | None, Rejections, Places], Iterator[Triple]]
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Layout:
 
     read: Reader
     files: Mapping[str, str] = field(default_factory=dict)
-    find: Callable[[Path], dict[str, Path]] | None = None
+    find: Callable[[Path, Callable[[str], None]], dict[str, Path]] | None = None
 
 
 LAYOUTS: dict[str, Layout] = {
@@ -39,21 +40,15 @@ LAYOUTS: dict[str, Layout] = {
 }
 
 
-def annotation_files(layout: str, data: Any) -> dict[str, Path]:
+def annotation_files(layout: str, data: Any, say: Callable[[str], None] = lambda _: None) -> dict[str, Path]:
     """The annotation files by split, as given or found in the folder ("whole": one file with every split, or none).
 
     Raises ``NearfarError`` if a file or the folder is missing, or if there is nothing to train on.
     """
     if layout not in LAYOUTS:
         raise NearfarError(f"data.layout={layout}: {nearest_name(str(layout), LAYOUTS)}")
-    given = {split: Path(str(data[split])) for split in ("train", "val", "test") if data[split] is not None}
-    for split, path in given.items():
-        if not path.is_file():
-            raise NearfarError(f"data.{split}={path}: no such file.")
-    if "train" in given:
+    if given := given_files(data):
         return given
-    if given:
-        raise NearfarError("data.val or data.test is given, but no data.train to learn from.")
     known = LAYOUTS[layout]
     expected = (
         " or ".join(known.files[name] for name in ("train", "whole") if name in known.files) or "train.json"
@@ -66,7 +61,7 @@ def annotation_files(layout: str, data: Any) -> dict[str, Path]:
     if not folder.is_dir():
         raise NearfarError(f"data.dir={folder}: no such folder.")
     if known.find is not None:
-        return known.find(folder)
+        return known.find(folder, say)
     found = {split: folder / name for split, name in known.files.items() if (folder / name).is_file()}
     if "train" in found:
         found.pop("whole", None)

@@ -11,6 +11,7 @@ import numpy as np
 from nearfar.data.cache import content_key
 from nearfar.data.coco import CocoSplit, read_coco
 from nearfar.data.rejections import Rejections
+from nearfar.systems.relations.readers.common import Places
 from nearfar.systems.relations.records import Box, Triple
 
 __all__ = ["geometric_relation", "read"]
@@ -20,14 +21,15 @@ PAIRS_PER_IMAGE = 12
 _SMALLEST = 16.0  # pixels of a box's shorter side
 
 
-def read(path: Path, split: str | None, rejections: Rejections, images: Path | None) -> Iterator[Triple]:
+def read(path: Path, split: str | None, rejections: Rejections, places: Places) -> Iterator[Triple]:
     """Pairs of boxes whose places the rule can tell, at most 12 of a picture; crowds and tiny boxes are left out.
 
     Each two boxes are taken once; which is the subject, and which pairs are taken where there are many, their place in
     the file decides.
     """
-    found = read_coco(path, images)
+    found = read_coco(path, places.images, folder=places.folder)
     rejections.extend(found.rejections)
+    places.remarks += found.remarks()
     row = 0
     for position, picture in enumerate(found.images):
         at = _usable(found, position)
@@ -43,7 +45,9 @@ def read(path: Path, split: str | None, rejections: Rejections, images: Path | N
             row += 1
             names = [found.categories[int(found.label[i])] for i in (first, second)]
             size = (float(picture.width), float(picture.height))
-            yield Triple(picture.name, names[0], boxes[0], relation, names[1], boxes[1], row, size, split)
+            yield Triple(
+                picture.name, names[0], boxes[0], relation, names[1], boxes[1], row, size, split, picture.path
+            )
 
 
 def geometric_relation(subject: Box, object_: Box) -> str | None:

@@ -4,13 +4,38 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from nearfar.errors import NearfarError
 from nearfar.systems.relations.records import Box
 
-__all__ = ["corner_box", "name_of", "read_json", "yyxx_box"]
+__all__ = ["Places", "corner_box", "name_of", "read_json", "rows_of", "stated_size", "yyxx_box"]
+
+
+@dataclass
+class Places:
+    """Where photos are: the folder that was named for them, the data folder. ``remarks``: what a reader has to say."""
+
+    images: Path | None = None
+    folder: Path | None = None
+    remarks: list[str] = field(default_factory=list)
+
+
+def rows_of(values: Any) -> list[Any]:
+    """A list as it is; a TypeError for anything else that could be walked through by mistake."""
+    if not isinstance(values, list):
+        raise TypeError(f"a list is needed, not {type(values).__name__}")
+    return values
+
+
+def stated_size(picture: dict[str, Any]) -> tuple[float, float] | None:
+    """(width, height) of a picture, numbers in quotes as well; None where one is missing, null or 0."""
+    width, height = picture.get("width"), picture.get("height")
+    if width in (None, "", 0) or height in (None, "", 0):
+        return None
+    return float(width), float(height)
 
 
 def read_json(path: Path, kind: type, what: str) -> Any:
@@ -19,7 +44,7 @@ def read_json(path: Path, kind: type, what: str) -> Any:
         found: Any = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise NearfarError(f"{path}: cannot be read ({error.strerror}).") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise NearfarError(f"{path}: not valid JSON ({error}). Is it complete?") from None
     if type(found) is not kind:
         wanted = "an object" if kind is dict else "a list"

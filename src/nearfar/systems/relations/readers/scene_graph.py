@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nearfar.data.rejections import Rejections
-from nearfar.systems.relations.readers.common import corner_box, read_json
+from nearfar.systems.relations.readers.common import Places, corner_box, read_json, rows_of, stated_size
 from nearfar.systems.relations.records import Box, Triple
 
 __all__ = ["FILES", "read"]
@@ -19,15 +19,15 @@ FILES = {
 }
 
 
-def read(path: Path, split: str | None, rejections: Rejections, images: Path | None) -> Iterator[Triple]:
+def read(path: Path, split: str | None, rejections: Rejections, places: Places) -> Iterator[Triple]:
     """Every annotated relation; an object of several names goes by its first."""
     row = 0
     for place, picture in enumerate(read_json(path, list, "pictures")):
         try:
             image = str(picture["filename"])
-            size = (float(picture["width"]), float(picture["height"]))
-            objects, relations = picture["objects"], picture["relationships"]
-        except (KeyError, TypeError, ValueError) as error:
+            size = stated_size(picture)
+            objects, relations = picture["objects"], rows_of(picture["relationships"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             rejections.add("malformed picture", place + 1, "", f"{type(error).__name__}: {error}")
             continue
         for relation in relations:

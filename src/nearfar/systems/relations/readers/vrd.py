@@ -7,7 +7,7 @@ from pathlib import Path
 
 from nearfar.data.rejections import Rejections
 from nearfar.errors import NearfarError
-from nearfar.systems.relations.readers.common import name_of, read_json, yyxx_box
+from nearfar.systems.relations.readers.common import Places, name_of, read_json, yyxx_box
 from nearfar.systems.relations.records import Triple
 
 __all__ = ["FILES", "read"]
@@ -20,7 +20,7 @@ FILES = {
 }
 
 
-def read(path: Path, split: str | None, rejections: Rejections, images: Path | None) -> Iterator[Triple]:
+def read(path: Path, split: str | None, rejections: Rejections, places: Places) -> Iterator[Triple]:
     """Every annotated relation; rows are counted over the file.
 
     ``predicates.json`` and ``objects.json`` beside the file have the names. Picture sizes are not in it.
