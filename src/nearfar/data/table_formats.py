@@ -177,7 +177,9 @@ def read_sheet(path: Path) -> Read:
         if _blank(fields):
             rejections.add("blank line", number + 1)
         elif any(fields[width:]):
-            rejections.add("wrong number of fields", number + 1, " | ".join(fields), "cells beyond the header")
+            rejections.add(
+                "wrong number of fields", number + 1, " | ".join(fields), "cells beyond the header"
+            )
         else:
             taken.append(fields[:width] + [""] * (width - len(fields)))
             numbers.append(number + 1)
@@ -225,7 +227,9 @@ def read_json(path: Path, text: str) -> Read:
             rejections.add("no JSON object", number, item)
     header = list(dict.fromkeys(str(key) for item in kept for key in item))
     if not header:
-        raise NearfarError(f"{path} holds no object with a value: a table is a list of objects, or one a line.")
+        raise NearfarError(
+            f"{path} holds no object with a value: a table is a list of objects, or one a line."
+        )
     rows = [[cell_text(item.get(key)) for key in header] for item in kept]
     return header, rows, rows_of, n_rows, 0, rejections, []
 
@@ -265,7 +269,9 @@ def _json_objects(path: Path, whole: Any) -> list[Any]:
         if values and all(isinstance(value, list) and len(value) == len(values[0]) for value in values):
             return [dict(zip(whole, row, strict=True)) for row in zip(*values, strict=True)]
         return [whole]
-    raise NearfarError(f"{path} holds a JSON {type(whole).__name__}: a table is a list of objects, or one a line.")
+    raise NearfarError(
+        f"{path} holds a JSON {type(whole).__name__}: a table is a list of objects, or one a line."
+    )
 
 
 # -- Parquet -------------------------------------------------------------------------------------------------

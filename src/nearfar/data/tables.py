@@ -31,6 +31,7 @@ __all__ = [
     "RawTable",
     "Table",
     "choose_columns",
+    "column_key",
     "is_placeholder",
     "open_table",
     "read_table",
@@ -252,24 +253,28 @@ def choose_columns(
     overrides: Mapping[str, str | None],
     optional: Collection[str],
     naming: str,
+    introduction: str = "Its header line has",
 ) -> dict[str, int]:
-    """Which position of the header holds which wanted column; arguments and errors as of `read_table`."""
+    """Which position of the header holds which wanted column; arguments and errors as of `read_table`.
+
+    ``introduction`` begins the sentence that lists the columns in an error.
+    """
     by_key: dict[str, list[int]] = {}
     for position, head in enumerate(header):
-        by_key.setdefault(_key(head), []).append(position)
+        by_key.setdefault(column_key(head), []).append(position)
     there = ", ".join(repr(head) for head in header[:40]) + (", …" if len(header) > 40 else "")
     used: dict[str, int] = {}
     for name, aliases in columns.items():
         override = overrides.get(name)
         wanted = [override] if override is not None else list(aliases)
-        found = next((_key(alias) for alias in wanted if _key(alias) in by_key), None)
+        found = next((column_key(alias) for alias in wanted if column_key(alias) in by_key), None)
         if found is None:
             if override is None and name in optional:
                 continue
             sought = repr(override) if override is not None else f"for {name} ({', '.join(aliases)})"
             near = nearest_name(wanted[0], header)
             raise NearfarError(
-                f"{path} has no column {sought}. Its header line has {there}; {near}. "
+                f"{path} has no column {sought}. {introduction} {there}; {near}. "
                 f"Name the column with {naming.format(name=name)}."
             )
         matches = by_key[found]
@@ -281,12 +286,15 @@ def choose_columns(
                 if same
                 else f"Choose with {naming.format(name=name)} as it is written there"
             )
-            raise NearfarError(
-                f"{path} has {len(matches)} columns that could be {name}: {there}. {advice}."
-            )
+            raise NearfarError(f"{path} has {len(matches)} columns that could be {name}: {there}. {advice}.")
         used[name] = exact[0] if exact else matches[0]
     return used
 
 
-def _key(name: str) -> str:
+def column_key(name: str) -> str:
+    """What two spellings of a header have in common.
+
+    >>> column_key("#Canonical SMILES") == column_key("canonical_smiles")
+    True
+    """
     return name.strip().lstrip("#").strip().strip("\ufeff\"'").lower().replace("-", "_").replace(" ", "_")
