@@ -191,7 +191,7 @@ def _read_smi(path: Path, text: str, columns: Mapping[str, Sequence[str]]) -> Ra
             numbered.append((number, line))
     if not numbered:
         raise NearfarError(f"{path} holds nothing but blank lines.")
-    line, first = numbered[0]
+    header_line, first = numbered[0]
     if "\t" in first or ("," in first and parse_smiles(first.split()[0])[0] is None):
         found = read_delimited(path, text, ".tsv")
         return RawTable(
@@ -216,7 +216,7 @@ def _read_smi(path: Path, text: str, columns: Mapping[str, Sequence[str]]) -> Ra
     header = head if named else rows[0]
     numbers = [number for number, _ in numbered[1:]]
     n_rows = len(numbers) + len(rejections)
-    return RawTable(path, header, rows[1:], numbers, n_rows, line, rejections)
+    return RawTable(path, header, rows[1:], numbers, n_rows, header_line, rejections)
 
 
 # -- SDF -----------------------------------------------------------------------------------------------------
