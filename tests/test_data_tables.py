@@ -128,7 +128,8 @@ def test_bad_files(tmp_path):
         "header.tsv": (b"smiles\ttext\n", "has a header but no rows"),
         "latin.csv": ("smiles,text\nC,gas\nC,Säure\n".encode("latin-1"), "line 3: byte 0xe4"),
         "short.tsv": (b"smiles\ttext\nC\nCC\n", "none of its 2 rows is usable; 2 rows rejected"),
-        "table.xlsx": (b"PK", "cannot tell the format"),
+        "table.xlsx": (b"PK", "cannot be read as a spreadsheet"),
+        "table.doc": (b"x", "cannot tell the format"),
     }
     for name, (content, words) in cases.items():
         path = write(tmp_path, name, content)

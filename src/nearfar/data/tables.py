@@ -1,33 +1,110 @@
-"""Tables of text from files that other people wrote: TSV, CSV and Parquet, read without surprises.
+"""Tables of text from files that other people wrote: delimited text, spreadsheets, JSON and Parquet, without surprises.
 
-Two habits of real files decide how the reader works. Prose holds quotation marks, so a tab-separated file is
-split at tabs and line ends alone: a parser that honours quotes would merge hundreds of rows into one. And a
-broken row should cost one row: it is counted in `Rejections` and reading goes on with the next line.
+`open_table` reads a whole file as text, whatever its format; `read_table` takes the wanted columns out of it. A broken
+row costs one row: it is counted in `Rejections` and reading goes on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nearfar.data.delimited import decode, find_delimiter, records_of
+from nearfar.data.delimited import decode, read_delimited
 from nearfar.data.rejections import Rejections
+from nearfar.data.table_formats import (
+    JSON_SUFFIXES,
+    PARQUET_SUFFIXES,
+    REFUSED,
+    SHEET_SUFFIXES,
+    content_of,
+    full_suffix,
+    parquet_header,
+    read_json,
+    read_parquet,
+    read_sheet,
+)
 from nearfar.errors import NearfarError, nearest_name
 
-__all__ = ["Table", "read_table", "table_header"]
+__all__ = [
+    "TABLE_SUFFIXES",
+    "RawTable",
+    "Table",
+    "choose_columns",
+    "column_key",
+    "is_placeholder",
+    "open_table",
+    "read_table",
+    "require_file",
+    "unknown_suffix",
+]
 
 _TEXT_SUFFIXES = (".tsv", ".txt", ".tab", ".csv")
-_PARQUET_SUFFIXES = (".parquet", ".pq")
+TABLE_SUFFIXES = _TEXT_SUFFIXES + JSON_SUFFIXES + SHEET_SUFFIXES + PARQUET_SUFFIXES
+"""What a table may be called; each also with ``.gz`` behind it, or alone in a ``.zip``."""
+
+_PLACEHOLDERS = frozenset(
+    ("nan", "none", "null", "nil", "na", "n/a", "#n/a", "<na>", "n.a.", "-", "--", "---", "?", "missing")
+)
+
+
+@dataclass
+class RawTable:
+    """A whole file as text: ``rows[i]`` has a field for each name in ``header``.
+
+    ``numbers[i]`` is the line (spreadsheet, Parquet: the row) where row i stood, ``n_rows`` the rows of the file, used
+    or rejected; ``notes`` say how it was read where that is no matter of course.
+    """
+
+    path: Path
+    header: list[str]
+    rows: list[list[str]]
+    numbers: list[int]
+    n_rows: int
+    header_line: int = 1
+    rejections: Rejections = field(default_factory=Rejections)
+    notes: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def column(self, position: int) -> list[str]:
+        """One column as a list."""
+        return [row[position] for row in self.rows]
+
+    def without_header(self) -> RawTable:
+        """The same table where the first line is a row like the others; columns are called 1, 2, …"""
+        return RawTable(
+            self.path,
+            [str(i + 1) for i in range(len(self.header))],
+            [self.header, *self.rows],
+            [self.header_line, *self.numbers],
+            self.n_rows + 1,
+            self.header_line,
+            self.rejections,
+            self.notes,
+        )
+
+    def take(self, used: Mapping[str, int]) -> Table:
+        """The columns at the positions ``used`` under new names; raises ``NearfarError`` where there is no row."""
+        if self.n_rows == 0:
+            raise NearfarError(f"{self.path} has a header but no rows.")
+        if not self.rows:
+            raise NearfarError(
+                f"{self.path}: none of its {self.n_rows} rows is usable; {self.rejections.summary()}."
+            )
+        columns = {name: self.column(position) for name, position in used.items()}
+        headers = {name: self.header[position] for name, position in used.items()}
+        return Table(self.path, columns, self.numbers, headers, self.n_rows, self.rejections, self.notes)
 
 
 @dataclass
 class Table:
     """The wanted columns of one file, as text.
 
-    ``columns[name][i]`` is the value of row i, ``rows[i]`` the line (Parquet: row, counted from 1) where it
+    ``columns[name][i]`` is the value of row i, ``rows[i]`` the line (spreadsheet, Parquet: the row) where it
     stood, ``used[name]`` the header under which the column was found, ``n_rows`` the rows of the file, used
-    or rejected.
+    or rejected; ``notes`` say how it was read where that is no matter of course.
     """
 
     path: Path
@@ -36,6 +113,7 @@ class Table:
     used: dict[str, str]
     n_rows: int
     rejections: Rejections = field(default_factory=Rejections)
+    notes: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -53,21 +131,24 @@ def read_table(
     overrides: Mapping[str, str | None] | None = None,
     optional: Collection[str] = (),
     naming: str = "{name}_column=NAME",
+    encoding: str | None = None,
+    encoding_option: str = "",
 ) -> Table:
-    """Read the wanted columns of a TSV/TXT, CSV or Parquet file.
+    """Read the wanted columns of a table.
 
     Args:
-        path: the file; its suffix says what it is. A byte-order mark is understood, UTF-8 is expected.
+        path: the file; its suffix says what it is (`TABLE_SUFFIXES`).
         columns: for each wanted column the headers under which it may stand, best first; letter case, spaces
             and ``-`` against ``_`` do not matter.
         overrides: the header to use for a wanted column, instead of the aliases (``None``: use the aliases).
         optional: wanted columns that may be missing.
         naming: how the caller's users give the header of the column ``{name}``, for the message that asks
             them to.
+        encoding, encoding_option: see `open_table`.
 
     Raises:
-        NearfarError: missing or empty file, a folder, other bytes than UTF-8, no row, a missing column (with
-            the columns that are there and the nearest name), or no usable row at all.
+        NearfarError: what `open_table` raises, no row, a missing column (with the columns that are there and the
+            nearest name), or no usable row at all.
 
     >>> import tempfile
     >>> file = Path(tempfile.mkdtemp()) / "pairs.tsv"
@@ -76,49 +157,71 @@ def read_table(
     >>> table["text"], table.used["smiles"], table.rejections.counts
     (['An "alcohol".'], 'SMILES', {'wrong number of fields': 1})
     """
+
+    def choose(header: Sequence[str]) -> dict[str, int]:
+        return choose_columns(Path(path), header, columns, overrides or {}, optional, naming)
+
+    raw = open_table(path, encoding, encoding_option, lambda header: sorted(set(choose(header).values())))
+    return raw.take(choose(raw.header))
+
+
+def open_table(
+    path: str | Path,
+    encoding: str | None = None,
+    encoding_option: str = "",
+    needed: Callable[[Sequence[str]], Sequence[int]] | None = None,
+) -> RawTable:
+    """A whole table as text.
+
+    Args:
+        path: delimited text (`read_delimited`), a spreadsheet, JSON, JSON lines or Parquet; see `TABLE_SUFFIXES`.
+        encoding: of a text file; null: UTF-8, or UTF-16 with its mark.
+        encoding_option: how the caller's users give the encoding, for the message that asks them to.
+        needed: the positions of the header that are needed; of Parquet, which may hold pictures, only those are read.
+
+    Raises:
+        NearfarError: a missing or empty file, a folder, an unknown suffix, bytes of an encoding that is not the given
+            one, content that is not what the suffix says.
+    """
     path = Path(path)
-    _require_file(path)
-    suffix = path.suffix.lower()
-    if suffix in _PARQUET_SUFFIXES:
-        table = _read_parquet(path, columns, overrides or {}, optional, naming)
-    elif suffix in _TEXT_SUFFIXES:
-        table = _read_text(path, columns, overrides or {}, optional, naming)
-    else:
-        known = ", ".join(_TEXT_SUFFIXES + _PARQUET_SUFFIXES)
-        raise NearfarError(
-            f"{path}: cannot tell the format from the suffix '{path.suffix}'; rename it to one of {known}."
-        )
-    if table.n_rows == 0:
-        raise NearfarError(f"{path} has a header but no rows.")
-    if len(table) == 0:
-        raise NearfarError(
-            f"{path}: none of its {table.n_rows} rows is usable; {table.rejections.summary()}."
-        )
-    return table
+    require_file(path)
+    suffix = full_suffix(path)
+    if suffix in PARQUET_SUFFIXES:
+        names = parquet_header(path)
+        header = names if needed is None else [names[position] for position in needed(names)]
+        rows = read_parquet(path, header)
+        return RawTable(path, header, rows, list(range(1, len(rows) + 1)), len(rows))
+    if suffix in SHEET_SUFFIXES:
+        return RawTable(path, *read_sheet(path))
+    if suffix not in _TEXT_SUFFIXES + JSON_SUFFIXES:
+        raise unknown_suffix(path, TABLE_SUFFIXES)
+    text = decode(path, content_of(path), encoding, encoding_option)
+    if suffix in JSON_SUFFIXES:
+        return RawTable(path, *read_json(path, text))
+    found = read_delimited(path, text, suffix)
+    return RawTable(
+        path,
+        found.header,
+        found.rows,
+        found.numbers,
+        found.n_rows,
+        found.header_line,
+        found.rejections,
+        found.notes,
+    )
 
 
-def table_header(path: str | Path) -> list[str]:
-    """The headers of a table, for files whose columns have no fixed names; errors as of `read_table`."""
-    path = Path(path)
-    _require_file(path)
-    suffix = path.suffix.lower()
-    if suffix in _PARQUET_SUFFIXES:
-        import pyarrow
-        import pyarrow.parquet
-
-        try:
-            return list(pyarrow.parquet.read_schema(path).names)
-        except (pyarrow.ArrowException, OSError) as error:
-            raise NearfarError(f"{path} cannot be read as Parquet: {str(error).splitlines()[0]}") from None
-    lines = [line.removesuffix("\r") for line in decode(path).split("\n")]
-    start = next((i for i, line in enumerate(lines) if line.strip()), None)
-    if start is None:
-        raise NearfarError(f"{path} holds nothing but blank lines.")
-    _, header = next(records_of(lines, start, find_delimiter(suffix, lines[start]), Rejections()), (0, []))
-    return header
+def unknown_suffix(path: Path, known: Sequence[str]) -> NearfarError:
+    """The error for a file whose format is not read."""
+    suffix = full_suffix(path)
+    if suffix in REFUSED:
+        return NearfarError(f"{path}: {suffix} is not read. {REFUSED[suffix]}.")
+    names = ", ".join(known)
+    return NearfarError(f"{path}: cannot tell the format from the suffix '{suffix}'; known: {names}.")
 
 
-def _require_file(path: Path) -> None:
+def require_file(path: Path) -> None:
+    """Raise ``NearfarError`` for a folder, a missing file or an empty one."""
     if path.is_dir():
         inside = sorted(p.name for p in path.iterdir())[:8]
         raise NearfarError(f"{path} is a folder, not a file; it holds {', '.join(inside) or 'nothing'}.")
@@ -134,106 +237,64 @@ def _require_file(path: Path) -> None:
         raise NearfarError(f"{path} is empty (0 bytes).")
 
 
-def _read_text(
-    path: Path,
-    columns: Mapping[str, Sequence[str]],
-    overrides: Mapping[str, str | None],
-    optional: Collection[str],
-    naming: str,
-) -> Table:
-    # Not str.splitlines: prose holds line separators (U+2028, form feeds) that do not end a row.
-    lines = [line.removesuffix("\r") for line in decode(path).split("\n")]
-    while lines and not lines[-1]:
-        lines.pop()
-    start = next((i for i, line in enumerate(lines) if line.strip()), None)
-    if start is None:
-        raise NearfarError(f"{path} holds nothing but blank lines.")
-    delimiter = find_delimiter(path.suffix.lower(), lines[start])
-    rejections = Rejections()
-    records = records_of(lines, start, delimiter, rejections)
-    _, header = next(records, (0, []))
-    used = _resolve(path, header, columns, overrides, optional, naming)
-    where = {name: header.index(head) for name, head in used.items()}
-    taken: dict[str, list[str]] = {name: [] for name in used}
-    rows: list[int] = []
-    n_rows = 0
-    for number, fields in records:
-        n_rows += 1
-        if len(fields) != len(header):
-            detail = f"{len(fields)} fields, the header has {len(header)}"
-            rejections.add("wrong number of fields", number, delimiter.join(fields), detail)
-            continue
-        rows.append(number)
-        for name, position in where.items():
-            taken[name].append(fields[position])
-    n_rows += sum(rejections.counts.get(reason, 0) for reason in ("blank line", "broken quoting"))
-    return Table(path, taken, rows, used, n_rows, rejections)
+def is_placeholder(text: str) -> bool:
+    """Whether a cell of prose holds nothing but a word for *missing*; no rule for other columns (``N`` is ammonia).
+
+    >>> [is_placeholder(text) for text in ("N/A", " nan ", "-", "none of it", "N")]
+    [True, True, True, False, False]
+    """
+    return text.strip().casefold() in _PLACEHOLDERS
 
 
-def _read_parquet(
-    path: Path,
-    columns: Mapping[str, Sequence[str]],
-    overrides: Mapping[str, str | None],
-    optional: Collection[str],
-    naming: str,
-) -> Table:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        header = list(pyarrow.parquet.read_schema(path).names)
-        used = _resolve(path, header, columns, overrides, optional, naming)
-        data = pyarrow.parquet.read_table(path, columns=sorted(set(used.values())))
-    except (pyarrow.ArrowException, OSError) as error:
-        raise NearfarError(f"{path} cannot be read as Parquet: {str(error).splitlines()[0]}") from None
-    taken = {
-        name: [_as_text(value) for value in data.column(head).to_pylist()] for name, head in used.items()
-    }
-    return Table(path, taken, list(range(1, data.num_rows + 1)), used, data.num_rows)
-
-
-def _as_text(value: object) -> str:
-    if value is None or value != value:  # missing, or NaN
-        return ""
-    if isinstance(value, float) and value.is_integer():  # an integer column with gaps is stored as float
-        return str(int(value))
-    return str(value)
-
-
-def _resolve(
+def choose_columns(
     path: Path,
     header: Sequence[str],
     columns: Mapping[str, Sequence[str]],
     overrides: Mapping[str, str | None],
     optional: Collection[str],
     naming: str,
-) -> dict[str, str]:
-    """Which header holds which wanted column."""
-    by_key: dict[str, list[str]] = {}
-    for head in header:
-        by_key.setdefault(_key(head), []).append(head)
-    there = ", ".join(repr(head) for head in header)
-    used: dict[str, str] = {}
+    introduction: str = "Its header line has",
+) -> dict[str, int]:
+    """Which position of the header holds which wanted column; arguments and errors as of `read_table`.
+
+    ``introduction`` begins the sentence that lists the columns in an error.
+    """
+    by_key: dict[str, list[int]] = {}
+    for position, head in enumerate(header):
+        by_key.setdefault(column_key(head), []).append(position)
+    there = ", ".join(repr(head) for head in header[:40]) + (", …" if len(header) > 40 else "")
+    used: dict[str, int] = {}
     for name, aliases in columns.items():
         override = overrides.get(name)
         wanted = [override] if override is not None else list(aliases)
-        found = next((_key(alias) for alias in wanted if _key(alias) in by_key), None)
+        found = next((column_key(alias) for alias in wanted if column_key(alias) in by_key), None)
         if found is None:
             if override is None and name in optional:
                 continue
             sought = repr(override) if override is not None else f"for {name} ({', '.join(aliases)})"
             near = nearest_name(wanted[0], header)
             raise NearfarError(
-                f"{path} has no column {sought}. Its header line has {there}; {near}. "
+                f"{path} has no column {sought}. {introduction} {there}; {near}. "
                 f"Name the column with {naming.format(name=name)}."
             )
         matches = by_key[found]
-        exact = [head for head in matches if head in wanted]
+        exact = [position for position in matches if header[position] in wanted]
         if len(matches) > 1 and len(exact) != 1:
-            raise NearfarError(f"{path} has {len(matches)} columns that could be {name}: {there}.")
+            same = len({header[position] for position in matches}) == 1
+            advice = (
+                "Rename all but one"
+                if same
+                else f"Choose with {naming.format(name=name)} as it is written there"
+            )
+            raise NearfarError(f"{path} has {len(matches)} columns that could be {name}: {there}. {advice}.")
         used[name] = exact[0] if exact else matches[0]
     return used
 
 
-def _key(name: str) -> str:
-    return name.strip().strip("\ufeff\"'").lower().replace("-", "_").replace(" ", "_")
+def column_key(name: str) -> str:
+    """What two spellings of a header have in common.
+
+    >>> column_key("#Canonical SMILES") == column_key("canonical_smiles")
+    True
+    """
+    return name.strip().lstrip("#").strip().strip("\ufeff\"'").lower().replace("-", "_").replace(" ", "_")

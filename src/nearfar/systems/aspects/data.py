@@ -14,7 +14,7 @@ from nearfar.data.rejections import Rejections
 from nearfar.data.splits import check_disjoint
 from nearfar.errors import NearfarError, nearest_name
 from nearfar.systems.aspects.embedded import embedded_records
-from nearfar.systems.aspects.labels import LabelScheme
+from nearfar.systems.aspects.labels import POLARITIES, LabelScheme, code_words
 from nearfar.systems.aspects.readers import read_records
 from nearfar.systems.aspects.records import AspectSplit, Records, text_key
 from nearfar.systems.aspects.splits import hold_out, separate
@@ -81,6 +81,7 @@ class AspectData:
             mentions = int((split.codes > 0).sum())
             lines.append(f"{name}: {len(split)} reviews, {mentions} mentions of aspects ({split.source})")
         for source in self.sources:
+            lines += [f"{source['path']}: {note}" for note in source["reading"]]
             for what in ("rejections", "unread_labels"):
                 seen = Rejections.from_dict(source[what])
                 if len(seen):
@@ -102,6 +103,10 @@ def load_files(
     *,
     text_column: str | None = None,
     label_column: str | None = None,
+    aspect_column: str | None = None,
+    polarity_column: str | None = None,
+    polarities: Mapping[Any, Any] | None = None,
+    encoding: str | None = None,
     aspects: Sequence[str] | None = None,
     id_column: str | None = None,
     min_mentions: int = 5,
@@ -114,16 +119,21 @@ def load_files(
     Args:
         paths: the files of "train", "val" and "test"; without val a part of train is held out, without test the
             results are on val.
+        polarities: what words or numbers mean, see `code_words`.
         aspects: their names; where null, what train mentions at least ``min_mentions`` times.
         tune_fraction: without a test file, so much of train is held out for thresholds (0: there are none).
         seed: of what is held out.
 
     Raises:
-        NearfarError: what `read_records` raises, an aspect that train lacks, too few reviews.
+        NearfarError: what `read_records` raises, an aspect that train lacks, too few reviews, no label to learn from.
     """
     options: dict[str, Any] = {
         "text_column": text_column,
         "label_column": label_column,
+        "aspect_column": aspect_column,
+        "polarity_column": polarity_column,
+        "polarities": code_words(polarities),
+        "encoding": encoding,
         "id_column": id_column,
     }
     train_path = paths["train"]
@@ -160,31 +170,68 @@ def _aspects(records: Records, least: int) -> list[str]:
         for aspect, code in labels.items():
             if code > 0:
                 spellings.setdefault(aspect.casefold(), Counter())[aspect] += 1
-    kept = []
-    for seen in spellings.values():
-        if seen.total() >= least:
-            kept.append(seen.most_common(1)[0][0])
-    if not kept:
+    counts = {seen.most_common(1)[0][0]: seen.total() for seen in spellings.values()}
+    kept = [aspect for aspect, count in counts.items() if count >= least]
+    if not counts:
+        seen = f"; {_unread_words(records.unread)}" if len(records.unread) else ""
         raise NearfarError(
-            f"{records.source} mentions no aspect {least} times; lower data.min_mentions, or see what was read with "
-            "nearfar data."
+            f"{records.source}: none of its {len(records)} reviews has a label that can be read{seen}."
+        )
+    if not kept:
+        top = max(counts, key=lambda aspect: counts[aspect])
+        raise NearfarError(
+            f"{records.source} mentions none of its {len(counts)} aspects {least} times; the commonest, {top!r}, comes "
+            f"{counts[top]} times. data.min_mentions={counts[top]} keeps it."
         )
     return sorted(kept)
 
 
 def _count_unknown(split: str, records: Records, aspects: Sequence[str]) -> None:
     known = {aspect.casefold() for aspect in aspects}
+    reason = (
+        "aspect that is rare or was not chosen" if split == "train" else "aspect that is not one of train's"
+    )
     for row, labels in zip(records.ids, records.labels, strict=True):
         for aspect in labels:
             if aspect.casefold() not in known:
                 near = nearest_name(aspect, aspects).rstrip(".")
-                line = int(row) if row.isdigit() else None
-                records.unread.add(f"aspect that is not one of train's ({split})", line, aspect, near)
+                line = int(row) if row.isdecimal() and row.isascii() and len(row) < 19 else None
+                records.unread.add(f"{reason} ({split})", line, aspect, near)
 
 
 def _without_polarity(records: Records, aspects: Sequence[str]) -> list[str]:
     codes = records.codes(aspects)
     return [name for a, name in enumerate(aspects) if set(np.unique(codes[:, a])) == {0, 2}]
+
+
+def _read_words(records: Records) -> str:
+    words = [*records.notes, records.rejections.summary()]
+    return "; ".join([*words, _unread_words(records.unread)] if len(records.unread) else words) + "."
+
+
+def _unknown_to_train(scheme: LabelScheme, parts: Mapping[str, AspectSplit | None]) -> dict[str, str]:
+    """What train never says: aspects without any mention, and pairs that only val or test have, with their counts."""
+    mentioned = {a for a, _ in scheme.pairs}
+    notes = {}
+    if never := [name for a, name in enumerate(scheme.aspects) if a not in mentioned]:
+        notes["never in train"] = f"train never mentions {', '.join(never)}: nothing can be learned of it"
+    for split, part in parts.items():
+        if part is None:
+            continue
+        counts = {
+            f"{name} {POLARITIES[kind - 1]}": count
+            for a, name in enumerate(scheme.aspects)
+            for kind in range(1, scheme.classes)
+            if (a, kind) not in scheme.pairs and (count := int((part.codes[:, a] == kind).sum()))
+        }
+        if counts:
+            shown = ", ".join(f"{pair} {count}" for pair, count in list(counts.items())[:8])
+            more = f" and {len(counts) - 8} more" if len(counts) > 8 else ""
+            notes[f"unknown to train ({split})"] = (
+                f"{split} has {sum(counts.values())} labels of {len(counts)} aspect-polarity pairs that train never "
+                f"has, and that no model can learn from it: {shown}{more}"
+            )
+    return notes
 
 
 def _assemble(
@@ -228,4 +275,11 @@ def _assemble(
         else:
             notes["thresholds"] = "no thresholds are chosen: no split is left for it (data.tune_fraction=0)"
     scheme = LabelScheme.of(aspects, train.codes)
+    if not scheme.pairs:
+        raise NearfarError(
+            f"{train.source}: the {len(train)} reviews left for training mention none of the aspects "
+            f"({', '.join(aspects[:12])}): there is no label to learn from. See what was read: "
+            f"{_read_words(read['train'])}"
+        )
+    notes |= _unknown_to_train(scheme, {"val": parts["val"], "test": parts.get("test")})
     return AspectData(scheme, train, parts["val"], parts.get("test"), tune, sources, notes, left_out)

@@ -61,15 +61,25 @@ def _fit(
         TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=few),
         TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), sublinear_tf=True, min_df=few),
     ]
-    features = hstack([part.fit_transform(texts) for part in parts]).tocsr()
-    of = {name: hstack([part.transform(some) for part in parts]).tocsr() for name, some in asked.items()}
+    fitted = []
+    for part in parts:
+        try:
+            fitted.append((part, part.fit_transform(texts)))
+        except ValueError:  # no term is left: texts of single letters, or no term that stands in two texts
+            continue
+    if fitted:
+        features = hstack([matrix for _, matrix in fitted]).tocsr()
+        of = {
+            name: hstack([part.transform(some) for part, _ in fitted]).tocsr() for name, some in asked.items()
+        }
     answers = {name: np.zeros((len(some), codes.shape[1]), dtype=np.int64) for name, some in asked.items()}
     for aspect in range(codes.shape[1]):
         known = np.flatnonzero(codes[:, aspect] >= 0)
-        classes = np.unique(codes[known, aspect])
-        if len(classes) == 1:
+        classes, counts = np.unique(codes[known, aspect], return_counts=True)
+        if len(classes) < 2 or not fitted:
+            # Nothing to tell apart, or nothing to tell it by: the commonest class; without any label, not mentioned.
             for found in answers.values():
-                found[:, aspect] = classes[0]
+                found[:, aspect] = classes[np.argmax(counts)] if len(classes) else 0
             continue
         model = LinearSVC(random_state=0).fit(features[known], codes[known, aspect])
         for name, found in answers.items():

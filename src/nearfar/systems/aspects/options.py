@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
+from nearfar.data.split_files import Encoding
 from nearfar.errors import NearfarError
 from nearfar.systems.aspects.decision import KINDS
+from nearfar.systems.aspects.labels import code_words
 from nearfar.systems.aspects.objective import ALPHAS, CONTRASTS
 from nearfar.training.options import FILE, SHARE, Choice, Number, Rule, Text, check_learning_options, option
 
@@ -33,9 +35,12 @@ OPTIONS: dict[str, Rule] = {
     "data.val": FILE,
     "data.test": FILE,
     "data.dir": FILE,
-    "data.text_column": Text(optional=True),
-    "data.label_column": Text(optional=True),
-    "data.id_column": Text(optional=True),
+    "data.text_column": Text(optional=True, number=True),
+    "data.label_column": Text(optional=True, number=True),
+    "data.id_column": Text(optional=True, number=True),
+    "data.aspect_column": Text(optional=True, number=True),
+    "data.polarity_column": Text(optional=True, number=True),
+    "data.encoding": Encoding(),
     "data.min_mentions": Number(1, whole=True),
     "data.val_fraction": Number(0, 1, inside=True),
     "data.tune_fraction": Number(0, 0.9),
@@ -55,9 +60,21 @@ def check_options(config: Any) -> None:
         raise NearfarError(f"data.aspects={aspects}: a list of names is needed, such as [Battery,Camera].")
     if aspects is not None and len({str(a).casefold() for a in aspects}) < len(aspects):
         raise NearfarError(f"data.aspects={list(aspects)}: an aspect is named twice.")
+    _check_polarities(config.data.polarities)
     from nearfar.systems.aspects.encoder import build_encoder
 
     build_encoder(**encoder_options(config))
+
+
+def _check_polarities(given: Any) -> None:
+    if given is None:
+        return
+    if not isinstance(given, Mapping | DictConfig):
+        raise NearfarError(
+            f"data.polarities={given}: what words or numbers mean is needed, such as "
+            "'data.polarities={1: positive, 2: negative, 3: neutral, 0: none}'."
+        )
+    code_words(dict(given.items()))
 
 
 def encoder_options(config: Any) -> dict[str, Any]:

@@ -1,28 +1,53 @@
-"""Readers: the label field of UIT-ViSFD, one column per aspect, any table with a text column, Parquet included.
+"""Readers of tables of reviews: label fields, one column per aspect, one row per aspect.
 
 Each broken row costs one row, each label that cannot be read costs that label: both are counted, and the first of each
-kind are kept for ``dataset_layout.json``.
+kind are kept for ``dataset_layout.json``. Which layout a table has is decided by its cells; a table whose labels mean
+nothing to the reader is an error, never a table without labels.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from nearfar.data.rejections import Rejections
-from nearfar.data.tables import Table, read_table, table_header
+from nearfar.data.table_formats import full_suffix
+from nearfar.data.tables import RawTable, choose_columns, column_key, is_placeholder, open_table, require_file
 from nearfar.errors import NearfarError, nearest_name
-from nearfar.systems.aspects.labels import ABSENT, UNKNOWN, parse_field, polarity_code
+from nearfar.systems.aspects.corpora import Sentence, read_vlsp, read_xml, starts_vlsp
+from nearfar.systems.aspects.labels import ABSENT, UNKNOWN, parse_field, polarities_advice, polarity_code
 from nearfar.systems.aspects.records import Records
 
 __all__ = ["TEXT_COLUMNS", "read_records"]
 
-TEXT_COLUMNS = ("comment", "data", "text", "review", "content", "sentence", "body")
-LABEL_COLUMNS = ("label", "labels", "aspects")
-ID_COLUMNS = ("id", "review_id")
+TEXT_COLUMNS = (
+    *("comment", "data", "text", "review", "content", "sentence", "body"),
+    *("review_text", "reviews", "raw_text", "sentences"),
+)
+LABEL_COLUMNS = ("label", "labels", "aspects", "opinions", "aspect_sentiments")
+ASPECT_COLUMNS = ("aspect", "aspect_category", "category", "aspect_term", "term", "target", "entity")
+POLARITY_COLUMNS = ("polarity", "sentiment", "aspect_polarity", "aspect_sentiment", "label", "class")
+ID_COLUMNS = ("id", "review_id", "sentence_id")
 #: share of a column's filled cells that must be polarities for it to count as an aspect
 ASPECT_SHARE = 0.5
+_NO_ASPECT = frozenset(("", "null", "none", "nan", "noaspectterm", "n/a", "-"))
+_Code = Callable[[str], int]
+
+
+@dataclass(frozen=True)
+class _Options:
+    text: str | None
+    label: str | None
+    aspect: str | None
+    polarity: str | None
+    identity: str | None
+    aspects: Sequence[str] | None
+    words: Mapping[str, int] | None
+
+    def code(self, cell: str) -> int:
+        return polarity_code(cell, self.words)
 
 
 def read_records(
@@ -30,112 +55,223 @@ def read_records(
     *,
     text_column: str | None = None,
     label_column: str | None = None,
+    aspect_column: str | None = None,
+    polarity_column: str | None = None,
     aspects: Sequence[str] | None = None,
     id_column: str | None = None,
+    polarities: Mapping[str, int] | None = None,
+    encoding: str | None = None,
 ) -> Records:
     """The reviews of a file.
 
     Args:
-        path: CSV, TSV or Parquet.
+        path: a table (`open_table`), XML of SemEval or MAMS, or the text files of VLSP-2018.
         text_column: its header; found by the usual names where null.
-        label_column: the column of ``{ASPECT#Polarity};…`` fields. Where null, a column called ``label`` whose fields
-            have that form, else one column per aspect.
+        label_column: the column of fields that hold all labels of a review (`parse_field`). Where null, a column called
+            ``label`` whose fields have one of those forms.
+        aspect_column, polarity_column: of a table with a row for each label of a review. Where null, columns with the
+            usual names whose cells are polarities, and none. In XML ``aspect_column`` says what counts as the aspect:
+            ``category`` (where there are any) or ``term``.
         aspects: the columns that are aspects; where null, those whose cells are polarities.
         id_column: its header; without one, rows are named after their line.
+        polarities: codes of further words or numbers, see `code_words`.
+        encoding: of text files; null: UTF-8, or UTF-16 with its mark.
 
     Raises:
-        NearfarError: an unreadable file, a missing column, no aspect column, no usable row.
+        NearfarError: an unreadable file, a missing column, labels that cannot be read, no usable row.
     """
     path = Path(path)
-    header = table_header(path)
-    field = _label_column(header, label_column, aspects)
-    wanted: dict[str, Sequence[str]] = {"text": TEXT_COLUMNS, "id": ID_COLUMNS}
-    overrides = {"text": text_column, "id": id_column}
-    if field is not None:
-        wanted["label"] = [field]
-        table = _read(path, wanted, overrides)
-        return _from_field(path, table)
-    found = _text_header(header, text_column)
-    if aspects is not None:
-        for aspect in aspects:
-            if aspect.casefold() not in [head.strip().casefold() for head in header]:
-                raise NearfarError(
-                    f"{path} has no column {aspect!r} for that aspect; {nearest_name(aspect, header)}"
-                )
-        columns = [h for h in header if h.strip().casefold() in [a.casefold() for a in aspects]]
-    else:
-        columns = [head for head in header if head != found and head != id_column and head.strip()]
-    wanted |= {f"aspect {i}": [head] for i, head in enumerate(columns)}
-    return _from_columns(path, _read(path, wanted, overrides), columns, given=aspects is not None)
+    options = _Options(
+        text_column, label_column, aspect_column, polarity_column, id_column, aspects, polarities
+    )
+    require_file(path)
+    suffix = full_suffix(path)
+    if suffix == ".xml":
+        sentences, layout, rejections = read_xml(path, aspect_column)
+        return _from_sentences(path, sentences, layout, rejections, options)
+    if suffix == ".txt" and starts_vlsp(path):
+        sentences, rejections = read_vlsp(path, encoding, polarities)
+        return _from_sentences(path, sentences, "VLSP text", rejections, options)
+    raw = open_table(path, encoding, "data.encoding")
+    if label_column is not None:
+        return _from_field(raw, options, label_column)
+    if aspect_column is not None or polarity_column is not None:
+        return _from_rows(raw, options)
+    heads = [column_key(head) for head in raw.header]
+    if aspects is not None and any(column_key(aspect) in heads for aspect in aspects):
+        return _from_columns(raw, options)
+    fields = [head for head in raw.header if column_key(head) in LABEL_COLUMNS]
+    for head in fields:
+        if _is_field(raw.column(raw.header.index(head)), polarities):
+            return _from_field(raw, options, head)
+    if _has_row_per_label(raw, options):
+        return _from_rows(raw, options)
+    if fields and any(raw.column(raw.header.index(fields[0]))):
+        return _from_field(raw, options, fields[0])
+    return _from_columns(raw, options)
 
 
-def _read(path: Path, wanted: dict[str, Sequence[str]], overrides: dict[str, str | None]) -> Table:
-    return read_table(path, wanted, overrides, optional=("id",), naming="data.{name}_column=NAME")
+# -- fields that hold all labels of a review -----------------------------------------------------------------
+def _is_field(cells: Sequence[str], words: Mapping[str, int] | None) -> bool:
+    filled = [cell for cell in cells if cell.strip()][:1000]
+    return bool(filled) and sum(bool(parse_field(cell, words)[0]) for cell in filled) > len(filled) / 2
 
 
-def _label_column(header: Sequence[str], given: str | None, aspects: Sequence[str] | None) -> str | None:
-    if given is not None:
-        return given
-    if aspects is not None and any(a.casefold() in [h.casefold() for h in header] for a in aspects):
-        return None
-    return next((head for head in header if head.strip().casefold() in LABEL_COLUMNS), None)
-
-
-def _text_header(header: Sequence[str], given: str | None) -> str | None:
-    if given is not None:
-        return given
-    lower = {head.strip().casefold(): head for head in header}
-    return next((lower[name] for name in TEXT_COLUMNS if name in lower), None)
-
-
-def _from_field(path: Path, table: Table) -> Records:
-    rejections, unread_labels = table.rejections, Rejections()
-    taken: list[tuple[str, dict[str, int], str]] = []
-    unread_rows = 0
-    for i, (text, label) in enumerate(zip(table["text"], table["label"], strict=True)):
-        labels, unread = parse_field(label)
-        unread_rows += bool(label.strip()) and not labels
-        if not text.strip():
-            rejections.add("empty text", table.rows[i])
-            continue
+def _from_field(raw: RawTable, options: _Options, column: str) -> Records:
+    reader = _Reader(raw, options, {"label": [column]}, {"label": column})
+    labels = reader.column("label")
+    unread_rows, first = 0, ""
+    for i in reader.usable():
+        found, unread = parse_field(labels[i], options.words)
+        if labels[i].strip() and not any(code != UNKNOWN for code in found.values()) and unread:
+            unread_rows, first = unread_rows + 1, first or labels[i]
         for part in unread:
-            unread_labels.add("label that cannot be read", table.rows[i], part)
-        taken.append((text, labels, _id(table, i)))
-    if unread_rows > len(table) / 2:
+            reader.unread.add("label that cannot be read", raw.numbers[i], part)
+        reader.add(i, found)
+    filled = sum(bool(cell.strip()) for cell in labels)
+    if unread_rows > filled / 2:
+        head = reader.used["label"]
         raise NearfarError(
-            f"{path}: {unread_rows} of {len(table)} fields of column '{table.used['label']}' hold no label of the form "
-            "{ASPECT#Polarity}. For one column per aspect give data.aspects=[NAME,NAME,…]."
+            f"{raw.path}: {unread_rows} of {filled} fields of column '{head}' hold no label of the form "
+            f"{{ASPECT#Polarity}} or {{ASPECT, polarity}} (first: {first[:80]!r}). For a row per aspect "
+            f"give data.aspect_column=NAME data.polarity_column={head}; for one column per aspect "
+            "data.aspects=[NAME,NAME,…]. " + (_advice_for_field(labels, options) if "{" in first else "")
         )
-    return _records(path, table, taken, "label field", unread_labels)
+    return reader.records("label field")
 
 
-def _from_columns(path: Path, table: Table, columns: Sequence[str], given: bool) -> Records:
-    rejections, unread = table.rejections, Rejections()
-    cells = {head: [polarity_code(value) for value in table[f"aspect {i}"]] for i, head in enumerate(columns)}
-    words = {head: Counter(table[f"aspect {i}"]) for i, head in enumerate(columns)}
-    aspects = [head for head in columns if given or _is_aspect(cells[head])]
-    for head in columns:
-        if head not in aspects:
-            first = ", ".join(repr(word) for word, _ in words[head].most_common(3))
-            unread.add("column that is no aspect", None, head, f"its commonest values are {first}")
-    if not aspects:
-        raise NearfarError(
-            f"{path} has no column of polarities (Positive, Negative, Neutral, or empty), and none called label with "
-            "{ASPECT#Polarity} fields. Name the columns with data.aspects=[NAME,NAME,…]."
+def _advice_for_field(cells: Sequence[str], options: _Options) -> str:
+    """The words that stand where polarities would, where fields have the form and other words."""
+    tails = [part.rsplit("#", 1)[-1] for cell in cells for part in parse_field(cell, options.words)[1]]
+    tails = [part.rsplit(",", 1)[-1].strip() for part in tails]
+    common = [word for word, _ in Counter(tails).most_common(8)]
+    return polarities_advice(common, options.words)
+
+
+# -- one column per aspect -----------------------------------------------------------------------------------
+def _from_columns(raw: RawTable, options: _Options) -> Records:
+    reader = _Reader(raw, options)
+    others = {reader.used_position("text"), reader.used_position("id")}
+    positions = [i for i, head in enumerate(raw.header) if i not in others and head.strip()]
+    if options.aspects is not None:
+        keys = {column_key(aspect): aspect for aspect in options.aspects}
+        for key, aspect in keys.items():
+            if key not in [column_key(head) for head in raw.header]:
+                raise NearfarError(
+                    f"{raw.path} has no column {aspect!r} for that aspect; {nearest_name(aspect, raw.header)}"
+                )
+        positions = [i for i, head in enumerate(raw.header) if column_key(head) in keys]
+    names = Counter(column_key(raw.header[i]) for i in positions)
+    cells = {i: raw.column(i) for i in positions}
+    codes = {i: [options.code(value) for value in cells[i]] for i in positions}
+    aspects = [i for i in positions if _is_aspect(codes[i])]
+    _require_readable(raw, options, positions, aspects, cells, codes)
+    for i in aspects:
+        if names[column_key(raw.header[i])] > 1:
+            raise NearfarError(f"{raw.path} has two columns {raw.header[i]!r}; rename one or leave it out.")
+    for i in positions:
+        if i not in aspects and options.aspects is None:
+            words = (
+                f"its commonest values are {', '.join(repr(w) for w, _ in Counter(cells[i]).most_common(3))}"
+            )
+            if _are_codes([cell for cell in cells[i] if cell.strip()]):
+                words += "; if these are polarities, say so with data.polarities={NUMBER: MEANING, …}"
+            reader.unread.add("column that is no aspect", None, raw.header[i], words)
+    if options.aspects is not None:
+        aspects = positions
+    for i in reader.usable():
+        labels = {raw.header[a].strip(): codes[a][i] for a in aspects if codes[a][i] != ABSENT}
+        for a in aspects:
+            if codes[a][i] == UNKNOWN:
+                value = f"{raw.header[a]}: {cells[a][i]}"
+                reader.unread.add("polarity that is none", raw.numbers[i], value)
+        reader.add(i, labels)
+    return reader.records("one column per aspect")
+
+
+def _require_readable(
+    raw: RawTable,
+    options: _Options,
+    positions: Sequence[int],
+    aspects: Sequence[int],
+    cells: Mapping[int, Sequence[str]],
+    codes: Mapping[int, Sequence[int]],
+) -> None:
+    """Raise where columns that are aspects, or look like it, hold values that nothing is known of."""
+    strange = {i: _strange(cells[i], codes[i]) for i in positions if i not in aspects}
+    if options.aspects is not None:
+        unreadable = [i for i in strange if strange[i]]
+    else:
+        coded = [i for i in strange if _are_codes(strange[i])]
+        # A column of numbers beside aspects in words may be the stars of a review; without such aspects it is what the
+        # file has of labels, and as many columns as aspects are no coincidence.
+        unreadable = coded if not aspects or len(coded) > 2 else []
+    if unreadable:
+        names = ", ".join(repr(raw.header[i]) for i in unreadable[:6]) + (
+            ", …" if len(unreadable) > 6 else ""
         )
-    where = {head: i for i, head in enumerate(columns)}
-    taken = []
-    for i, text in enumerate(table["text"]):
-        if not text.strip():
-            rejections.add("empty text", table.rows[i])
-            continue
-        labels = {head.strip(): cells[head][i] for head in aspects if cells[head][i] != ABSENT}
-        for head in aspects:
-            if cells[head][i] == UNKNOWN:
-                value = f"{head}: {table[f'aspect {where[head]}'][i]}"
-                unread.add("polarity that is none", table.rows[i], value)
-        taken.append((text, labels, _id(table, i)))
-    return _records(path, table, taken, "one column per aspect", unread)
+        values = list(dict.fromkeys(value for i in unreadable for value in strange[i]))
+        shown = ", ".join(repr(value) for value in sorted(values)[:12])
+        only = (
+            ""
+            if options.aspects is not None
+            else " Columns that are no aspects are left out by data.aspects=[NAME,NAME,…]."
+        )
+        raise NearfarError(
+            f"{raw.path}: {'column' if len(unreadable) == 1 else 'columns'} {names}: most values are no polarities "
+            f"({shown}). {polarities_advice(values, options.words)}{only}"
+        )
+    if not aspects and options.aspects is None:
+        usual = ", ".join(repr(head) for head in raw.header[:12])
+        raise NearfarError(
+            f"{raw.path} has no column of polarities (Positive, Negative, Neutral, or empty), none called label with "
+            "{ASPECT#Polarity} fields, and no aspect and polarity columns. Its columns are "
+            f"{usual}. Name the columns of aspects with data.aspects=[NAME,NAME,…], or, where each row is one label, "
+            "those of aspect and polarity with data.aspect_column=NAME data.polarity_column=NAME."
+        )
+    if len(aspects) == 1 and options.aspects is None:
+        _refuse_hidden_rows(raw, aspects[0], positions, cells)
+
+
+def _refuse_hidden_rows(
+    raw: RawTable, polarity: int, positions: Sequence[int], cells: Mapping[int, Sequence[str]]
+) -> None:
+    """One column of polarities and texts that repeat with another column changing: rows are labels, not reviews."""
+    texts = choose_columns(raw.path, raw.header, {"text": TEXT_COLUMNS}, {}, ("text",), "")
+    if "text" not in texts:
+        return
+    counted = Counter(raw.column(texts["text"]))
+    if len(counted) > 0.8 * len(raw):
+        return
+    repeated = [i for i, text in enumerate(raw.column(texts["text"])) if counted[text] > 1]
+    for i in positions:
+        values = {cells[i][row] for row in repeated}
+        pairs = {(raw.rows[row][texts["text"]], cells[i][row]) for row in repeated}
+        if i != polarity and 1 < len(values) <= len(repeated) / 2 and len(pairs) > 0.9 * len(repeated):
+            name, head = raw.header[i], raw.header[polarity]
+            raise NearfarError(
+                f"{raw.path}: {len(repeated)} rows repeat a text while '{name}' changes, and '{head}' is the only "
+                f"column of polarities: is each row one label? Then give 'data.aspect_column={name}' "
+                f"'data.polarity_column={head}'; if '{head}' is an aspect, give 'data.aspects=[{head}]'."
+            )
+
+
+def _strange(cells: Sequence[str], codes: Sequence[int]) -> list[str]:
+    """The different values of a column that are no polarities, where these are most of what stands there."""
+    if _is_aspect(codes):
+        return []
+    return list(
+        dict.fromkeys(cell.strip() for cell, code in zip(cells, codes, strict=True) if code == UNKNOWN)
+    )
+
+
+def _are_codes(values: Sequence[str]) -> bool:
+    """Whether values look like numbers for polarities: few whole ones between -5 and 5."""
+    try:
+        numbers = {float(value) for value in values}
+    except ValueError:
+        return False
+    return 2 <= len(numbers) <= 7 and all(n.is_integer() and abs(n) <= 5 for n in numbers)
 
 
 def _is_aspect(codes: Sequence[int]) -> bool:
@@ -143,16 +279,161 @@ def _is_aspect(codes: Sequence[int]) -> bool:
     return bool(filled) and sum(code != UNKNOWN for code in filled) > ASPECT_SHARE * len(filled)
 
 
-def _id(table: Table, i: int) -> str:
-    return table["id"][i] if "id" in table and table["id"][i].strip() else str(table.rows[i])
+# -- one row per label ---------------------------------------------------------------------------------------
+def _has_row_per_label(raw: RawTable, options: _Options) -> bool:
+    """Whether a table has an aspect and a polarity column by name whose cells are what these names say."""
+    wanted = {"aspect": ASPECT_COLUMNS, "polarity": POLARITY_COLUMNS}
+    used = choose_columns(raw.path, raw.header, wanted, {}, tuple(wanted), "data.{name}_column=NAME")
+    if len(used) < 2 or used["aspect"] == used["polarity"]:
+        return False
+    aspects, polarities = raw.column(used["aspect"]), raw.column(used["polarity"])
+    if _is_aspect([options.code(cell) for cell in aspects]) or _is_field(polarities, options.words):
+        return False
+    codes = [options.code(cell) for cell in polarities]
+    if _is_aspect(codes) or _are_codes([cell for cell in polarities if cell.strip()]):
+        beside = [i for i in range(len(raw.header)) if i not in used.values()]
+        wide = sum(_is_aspect([options.code(cell) for cell in raw.column(i)]) for i in beside)
+        return wide < 2
+    return len(set(polarities)) <= 12
 
 
-def _records(
-    path: Path, table: Table, taken: list[tuple[str, dict[str, int], str]], layout: str, unread: Rejections
-) -> Records:
-    if not taken:
+def _from_rows(raw: RawTable, options: _Options) -> Records:
+    wanted = {"aspect": ASPECT_COLUMNS, "polarity": POLARITY_COLUMNS}
+    overrides = {"aspect": options.aspect, "polarity": options.polarity}
+    reader = _Reader(raw, options, wanted, overrides)
+    aspects, polarities = reader.column("aspect"), reader.column("polarity")
+    codes = [options.code(cell) for cell in polarities]
+    if strange := _strange(polarities, codes):
+        shown = ", ".join(repr(value) for value in sorted(strange)[:12])
         raise NearfarError(
-            f"{path}: none of its {table.n_rows} rows is usable; {table.rejections.summary()}."
+            f"{raw.path}: most values of column '{reader.used['polarity']}' are no polarities ({shown}). "
+            + polarities_advice(strange, options.words)
         )
-    texts, labels, ids = (list(part) for part in zip(*taken, strict=True))
-    return Records(str(path), texts, labels, ids, table.n_rows, layout, table.rejections, unread)
+    sentences = []
+    for i in reader.usable():
+        aspect = " ".join(aspects[i].split())
+        named = aspect.casefold() not in _NO_ASPECT
+        if named and codes[i] in (UNKNOWN, ABSENT):
+            word = polarities[i].strip() or "empty"
+            reader.unread.add("polarity that is none", raw.numbers[i], f"{aspect}: {word}")
+        label = [(aspect, codes[i] if codes[i] != ABSENT else UNKNOWN)] if named else []
+        sentences.append(Sentence(reader.texts[i], label, reader.identity(i), raw.numbers[i]))
+    layout = f"one row per label (aspect: {reader.used['aspect']}, polarity: {reader.used['polarity']})"
+    found = _from_sentences(raw.path, sentences, layout, raw.rejections, options, raw.n_rows, reader.unread)
+    found.notes[:0] = raw.notes
+    return found
+
+
+def _from_sentences(
+    path: Path,
+    sentences: Sequence[Sentence],
+    layout: str,
+    rejections: Rejections,
+    options: _Options,
+    n_rows: int | None = None,
+    unread: Rejections | None = None,
+) -> Records:
+    """Reviews of sentences whose labels come one at a time: what has the same text is one review."""
+    unread = Rejections() if unread is None else unread
+    records = Records(
+        str(path), [], [], [], n_rows or len(sentences) + len(rejections), layout, rejections, unread
+    )
+    place: dict[str, int] = {}
+    taken: set[str] = set()
+    again = 0
+    for sentence in sentences:
+        text = sentence.text
+        if not text.strip() or is_placeholder(text):
+            rejections.add("empty text", sentence.number, text)
+            continue
+        key = " ".join(text.split())
+        if key not in place:
+            place[key] = len(records.texts)
+            identity = sentence.identity if sentence.identity not in taken else str(sentence.number)
+            taken.add(identity)
+            records.texts.append(text)
+            records.labels.append({})
+            records.ids.append(identity)
+        labels = records.labels[place[key]]
+        for aspect, code in sentence.labels:
+            name = next((a for a in labels if a.casefold() == aspect.casefold()), aspect)
+            before = labels.get(name)
+            again += before is not None and before == code
+            if code == UNKNOWN and sentence.words.get(aspect):
+                unread.add(
+                    "polarity that is none", sentence.number, f"{aspect}: {sentence.words.get(aspect)}"
+                )
+            if before is not None and UNKNOWN not in (before, code) and before != code:
+                unread.add("contradicting labels of one text and aspect", sentence.number, aspect)
+            labels[name] = code if before in (None, code) else UNKNOWN
+    if not records.texts:
+        raise NearfarError(f"{path}: none of its {records.n_rows} rows is usable; {rejections.summary()}.")
+    mentions = sum(len(labels) for labels in records.labels)
+    note = f"{layout}: {len(sentences)} rows became {len(records)} reviews with {mentions} labels"
+    records.notes.append(note + (f"; {again} repeat a label" if again else ""))
+    return records
+
+
+# -- what all layouts share ----------------------------------------------------------------------------------
+class _Reader:
+    """Texts and ids of a table, its further columns by name, and the reviews taken from it."""
+
+    def __init__(
+        self,
+        raw: RawTable,
+        options: _Options,
+        further: Mapping[str, Sequence[str]] | None = None,
+        overrides: Mapping[str, str | None] | None = None,
+    ) -> None:
+        wanted: dict[str, Sequence[str]] = {"text": TEXT_COLUMNS, "id": ID_COLUMNS, **(further or {})}
+        given = {"text": options.text, "id": options.identity, **(overrides or {})}
+        naming = "data.{name}_column=NAME"
+        self.raw = raw
+        self._used = choose_columns(raw.path, raw.header, wanted, given, ("id",), naming)
+        self._table = raw.take(self._used)
+        self.used = self._table.used
+        self.texts = self._table["text"]
+        self.unread = Rejections()
+        self._taken: list[tuple[str, dict[str, int], str]] = []
+
+    def column(self, name: str) -> list[str]:
+        return self._table[name]
+
+    def used_position(self, name: str) -> int | None:
+        return self._used.get(name)
+
+    def identity(self, i: int) -> str:
+        named = "id" in self._table and self._table["id"][i].strip()
+        return self._table["id"][i] if named else str(self.raw.numbers[i])
+
+    def usable(self) -> list[int]:
+        """Positions of rows with a text; the others are counted."""
+        good = []
+        for i, text in enumerate(self.texts):
+            if not text.strip() or is_placeholder(text):
+                self.raw.rejections.add("empty text", self.raw.numbers[i], text)
+            else:
+                good.append(i)
+        return good
+
+    def add(self, i: int, labels: dict[str, int]) -> None:
+        self._taken.append((self.texts[i], labels, self.identity(i)))
+
+    def records(self, layout: str) -> Records:
+        raw = self.raw
+        if not self._taken:
+            raise NearfarError(
+                f"{raw.path}: none of its {raw.n_rows} rows is usable; {raw.rejections.summary()}."
+            )
+        texts, labels, ids = (list(part) for part in zip(*self._taken, strict=True))
+        return Records(
+            str(raw.path),
+            texts,
+            labels,
+            ids,
+            raw.n_rows,
+            layout,
+            raw.rejections,
+            self.unread,
+            list(raw.notes),
+        )

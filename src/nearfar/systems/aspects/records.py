@@ -32,7 +32,8 @@ def text_key(text: str) -> str:
 class Records:
     """The reviews of one source: ``labels[i]`` maps aspects, as they are written there, to codes.
 
-    ``rejections`` counts rows that were turned away, ``unread`` labels and columns that were, the row staying.
+    ``rejections`` counts rows that were turned away, ``unread`` labels and columns that were, the row staying;
+    ``notes`` say how the file was read where that is no matter of course.
     """
 
     source: str
@@ -43,6 +44,7 @@ class Records:
     layout: str
     rejections: Rejections = field(default_factory=Rejections)
     unread: Rejections = field(default_factory=Rejections)
+    notes: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -58,6 +60,7 @@ class Records:
             self.layout,
             self.rejections,
             self.unread,
+            self.notes,
         )
 
     def codes(self, aspects: Sequence[str]) -> Int[ndarray, "n a"]:
@@ -77,6 +80,7 @@ class Records:
             "layout": self.layout,
             "rows": self.n_rows,
             "taken": len(self),
+            "reading": self.notes,
             "rejections": self.rejections.as_dict(),
             "unread_labels": self.unread.as_dict(),
         }

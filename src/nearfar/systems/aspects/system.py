@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nearfar.batching import LengthBatchSampler
 from nearfar.data.cache import content_key
-from nearfar.data.split_files import data_paths
+from nearfar.data.split_files import column_name, data_paths
 from nearfar.errors import NearfarError
 from nearfar.metrics import Estimate
 from nearfar.systems.aspects.balance import repeats
@@ -108,10 +108,15 @@ class AspectSystem(System):
             )
         return load_files(
             paths,
-            text_column=data.text_column,
-            label_column=data.label_column,
+            text_column=column_name(data.text_column),
+            label_column=column_name(data.label_column),
+            # Runs of earlier versions have none of these options.
+            aspect_column=column_name(data.get("aspect_column")),
+            polarity_column=column_name(data.get("polarity_column")),
+            polarities=_plain(data.get("polarities")),
+            encoding=data.get("encoding"),
             aspects=None if data.aspects is None else [str(name) for name in data.aspects],
-            id_column=data.id_column,
+            id_column=column_name(data.id_column),
             min_mentions=data.min_mentions,
             val_fraction=data.val_fraction,
             tune_fraction=data.tune_fraction if self.config.thresholds != "none" else 0.0,

@@ -68,6 +68,7 @@ class MoleculeData:
             )
         lines += self.notes.values()
         for source in self.sources:
+            lines += [f"{source['split']}: {source['path']}: {note}" for note in source.get("reading", ())]
             rejections = Rejections.from_dict(source["rejections"])
             # What was left out of the embedded set is its own selection, and no row of the user's.
             if "path" in source and len(rejections):
@@ -124,19 +125,21 @@ def load_files(
     smiles_column: str | None = None,
     text_column: str | None = None,
     id_column: str | None = None,
+    encoding: str | None = None,
     val_fraction: float = 0.1,
     val_split: HoldOut = "scaffold",
     seed: int = 0,
     on_leak: Literal["count", "error"] = "count",
     cache: bool = True,
 ) -> MoleculeData:
-    """Pairs from TSV, CSV or Parquet files with a SMILES and a text column (ChEBI-20: ``description``).
+    """Pairs from files with structures and texts: tables (ChEBI-20: ``description``), lists of SMILES, SDF.
 
     Args:
         train, val, test: one file per split. Without ``val`` a part of train is held out; without ``test``
             there is none, and the layout says so.
         smiles_column, text_column, id_column: headers, where the usual ones do not fit. Without ids a row is
-            named after its line.
+            named after its line. In a file without a header line they are numbers of columns.
+        encoding: of text files; null: UTF-8, or UTF-16 with its mark.
         val_fraction, val_split: how much of train is held out, and whether by whole scaffolds (harder, and
             nearer to new chemistry) or at random (nearer to a random test file).
         on_leak: what to do if two splits share a structure: count (``layout`` and ``summary`` tell), or raise.
@@ -151,7 +154,7 @@ def load_files(
         raise NearfarError(f"data.val_fraction must lie between 0 and 1, got {val_fraction}.")
     paths = {"train": train, "val": val, "test": test}
     read = {
-        name: read_records(path, smiles_column, text_column, id_column, cache)
+        name: read_records(path, smiles_column, text_column, id_column, cache, encoding=encoding)
         for name, path in paths.items()
         if path is not None
     }

@@ -6,6 +6,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from nearfar.data.split_files import Encoding
 from nearfar.errors import NearfarError
 from nearfar.models.text import build_text_encoder
 from nearfar.schedules import Constant, Linear, Piecewise, Step, schedule
@@ -57,9 +58,10 @@ OPTIONS: dict[str, Rule] = {
     "data.val": FILE,
     "data.test": FILE,
     "data.dir": FILE,
-    "data.smiles_column": Text(optional=True),
-    "data.text_column": Text(optional=True),
-    "data.id_column": Text(optional=True),
+    "data.smiles_column": Text(optional=True, number=True),
+    "data.text_column": Text(optional=True, number=True),
+    "data.id_column": Text(optional=True, number=True),
+    "data.encoding": Encoding(),
     "data.val_fraction": Number(0, 1, inside=True),
     "data.val_split": Choice(("scaffold", "random")),
     "data.embedded_size": Number(10, whole=True, optional=True),

@@ -12,16 +12,23 @@ from jaxtyping import Int
 
 from nearfar.data.rejections import Rejections
 from nearfar.data.splits import split_hash
-from nearfar.data.tables import read_table
+from nearfar.data.tables import is_placeholder
 from nearfar.errors import NearfarError
+from nearfar.systems.molecules.structure_files import read_structures
 from nearfar.systems.molecules.structures import examine_structures
 
 __all__ = ["COLUMNS", "MoleculeSplit", "Records", "read_records"]
 
 COLUMNS: Mapping[str, Sequence[str]] = {
-    "smiles": ("smiles", "canonical_smiles", "isomeric_smiles", "mol", "structure"),
-    "text": ("description", "text", "caption", "name", "sentence"),
-    "id": ("cid", "id", "chebi_id", "chebi", "molecule_id", "key"),
+    "smiles": ("smiles", "canonical_smiles", "isomeric_smiles", "mol", "structure", "inchi"),
+    "text": (
+        *("description", "text", "caption", "name", "sentence"),
+        *("definition", "iupac_name", "pubchem_iupac_name", "chebi_name", "generic_name", "common_name"),
+    ),
+    "id": (
+        *("cid", "id", "chebi_id", "chebi", "molecule_id", "key"),
+        *("pubchem_compound_cid", "chembl_id", "drugbank_id", "zinc_id"),
+    ),
 }
 """Headers that are recognised, best first; letter case does not matter."""
 
@@ -108,19 +115,21 @@ def read_records(
     *,
     columns: Mapping[str, Sequence[str]] = COLUMNS,
     naming: str = "data.{name}_column=NAME",
+    encoding: str | None = None,
+    encoding_option: str = "data.encoding",
 ) -> Records:
-    """Read pairs from a TSV, CSV or Parquet file; rows that cannot be used are counted with their reason.
+    """Read pairs from a file of structures (`read_structures`); rows that cannot be used are counted with their reason.
 
-    Rejected: an empty SMILES or text, a SMILES that is no molecule, a row that repeats an earlier structure
-    *and* text. The same structure with another text, or the same text for another structure, is kept: groups
-    mark it. A repeated id gets a suffix (``702#2``), so that ids name rows. ``columns`` are the headers that
-    are looked for, ``naming`` how a message asks for another one (see `read_table`).
+    Rejected: an empty SMILES or text, a text that only says that it is missing (``N/A``, ``nan``), a SMILES that is no
+    molecule, a row that repeats an earlier structure *and* text. The same structure with another text, or the same text
+    for another structure, is kept: groups mark it. A repeated id gets a suffix (``702#2``), so that ids name rows.
+    ``columns`` are the headers that are looked for, ``naming`` how a message asks for another one (see `read_table`).
 
     Raises:
-        NearfarError: whatever `read_table` finds, or that no row is left.
+        NearfarError: whatever `read_structures` finds, or that no row is left.
     """
     overrides = {"smiles": smiles_column, "text": text_column, "id": id_column}
-    table = read_table(path, columns, overrides, optional=("id",), naming=naming)
+    table = read_structures(path, columns, overrides, ("id",), naming, encoding, encoding_option)
     records = Records(str(path), rejections=table.rejections)
     ids = table["id"] if "id" in table else [f"row{row}" for row in table.rows]
     structures = examine_structures(table["smiles"], cache)
@@ -131,10 +140,12 @@ def read_records(
             " ".join(table["text"][position].split()),
             structures[position],
         )
-        if not raw.strip():
+        if not raw.strip() or (structure.problem and is_placeholder(raw)):
             records.rejections.add("empty SMILES", row, ids[position])
         elif not text:
             records.rejections.add("empty text", row, raw)
+        elif is_placeholder(text):
+            records.rejections.add("no text", row, raw, f"only {text!r}")
         elif structure.problem:
             records.rejections.add("unparsable SMILES", row, raw, structure.problem)
         elif (pair := (structure.canonical, text_key(text))) in pairs:
@@ -155,6 +166,7 @@ def read_records(
         "rows_used": len(records),
         "columns": table.used,
         "ids_made_unique": repeated,
+        "reading": table.notes,
     }
     return records
 

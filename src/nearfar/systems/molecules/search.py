@@ -15,8 +15,8 @@ from jaxtyping import Float
 from torch import nn
 
 from nearfar.data.cache import cached_array, content_key
-from nearfar.data.split_files import data_paths
-from nearfar.data.tables import Table, read_table
+from nearfar.data.split_files import column_name, data_paths
+from nearfar.data.tables import Table
 from nearfar.errors import NearfarError
 from nearfar.models.text import TextEncoder, embed_texts, load_text_encoder
 from nearfar.systems.molecules.examples import draw
@@ -24,6 +24,7 @@ from nearfar.systems.molecules.features import MoleculeFeatures
 from nearfar.systems.molecules.model import MoleculeTextModel
 from nearfar.systems.molecules.records import COLUMNS, Records, make_splits, read_records
 from nearfar.systems.molecules.smiles import canonical_smiles, parse_smiles
+from nearfar.systems.molecules.structure_files import read_structures
 from nearfar.terminal import say
 from nearfar.training.checkpoint import Checkpoint, find_checkpoint
 from nearfar.training.evaluation import consecutive
@@ -140,13 +141,20 @@ class TrainedMolecules:
 
     def _headers(self) -> dict[str, list[str]]:
         """The headers to look for in a new table: first those that the run was trained with, then the usual ones."""
-        own = {name: self.config.data[f"{name}_column"] for name in COLUMNS}
-        return {name: [*([own[name]] if own[name] else []), *usual] for name, usual in COLUMNS.items()}
+        own = {name: column_name(self.config.data[f"{name}_column"]) for name in COLUMNS}
+        return {name: [*filter(None, [own[name]]), *usual] for name, usual in COLUMNS.items()}
 
     def _records(self, path: Path | None, columns: Columns) -> Records:
         if path is not None:
             given = (columns.get("smiles"), columns.get("text"), columns.get("id"))
-            return read_records(path, *given, columns=self._headers(), naming=OPTION)
+            return read_records(
+                path,
+                *given,
+                columns=self._headers(),
+                naming=OPTION,
+                encoding=self.config.data.get("encoding"),
+                encoding_option="",
+            )
         from nearfar.systems.molecules.system import MoleculeSystem
 
         try:
@@ -246,7 +254,9 @@ class TrainedMolecules:
         """
         _require_writable(output, "embeddings.npz")
         optional = ("id", "smiles", "text")
-        table = read_table(data, self._headers(), columns, optional=optional, naming=OPTION)
+        table = read_structures(
+            data, self._headers(), columns or {}, optional, OPTION, self.config.data.get("encoding")
+        )
         if "smiles" not in table and "text" not in table:
             raise NearfarError(
                 f"{data}: neither a SMILES nor a text column; name one with --smiles-column NAME or "

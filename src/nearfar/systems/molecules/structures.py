@@ -13,7 +13,7 @@ from nearfar.systems.molecules.smiles import canonical_smiles, parse_smiles, rdk
 
 __all__ = ["Structure", "examine_structures"]
 
-_VERSION = 1  # part of the cache key
+_VERSION = 2  # part of the cache key
 
 
 class Structure(NamedTuple):

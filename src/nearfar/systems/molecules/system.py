@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from nearfar.batching import Neighbors, nearest_neighbors
 from nearfar.contrast import DuplicateMask, Mask, SimilarityMask, join_masks
 from nearfar.data.cache import cached_arrays, content_key
-from nearfar.data.split_files import data_paths
+from nearfar.data.split_files import column_name, data_paths
 from nearfar.errors import NearfarError
 from nearfar.losses import InfoNCELoss
 from nearfar.metrics import Estimate, batch_signals, rank_estimates, retrieval_ranks
@@ -100,9 +100,10 @@ class MoleculeSystem(System):
             paths["train"],
             paths["val"],
             paths["test"],
-            smiles_column=data.smiles_column,
-            text_column=data.text_column,
-            id_column=data.id_column,
+            smiles_column=column_name(data.smiles_column),
+            text_column=column_name(data.text_column),
+            id_column=column_name(data.id_column),
+            encoding=data.get("encoding"),  # runs of earlier versions have no such option
             val_fraction=data.val_fraction,
             val_split=data.val_split,
             seed=data.split_seed,
