@@ -42,6 +42,8 @@ from nearfar.training.run_folder import RunFolder
 
 __all__ = ["dry_run", "launch", "run_one"]
 
+#: bytes of a part of a name; a folder may have 255, of which temporary files need some
+LONGEST_NAME = 200
 NOT_IN_NAME = ("experiment", "name", "runs_dir", "exists", "resume_from", "start_epoch", "logger")
 SUFFIXES = (".tsv", ".txt", ".csv", ".parquet", ".ckpt")
 #: Hydra's flags that take a word after them
@@ -105,6 +107,28 @@ def run_name(overrides: Sequence[str], name: str | None, sweep: bool, swept: Seq
     return f"{name or values['experiment']}/{details or 'default'}"
 
 
+def check_name(name: str) -> None:
+    """``NearfarError`` for the name of a run that could not be a folder below ``runs_dir``.
+
+    >>> check_name("samplers/sampler=hard,seed=0")
+    """
+    parts = name.split("/")
+    problem = None
+    if Path(name).is_absolute() or ".." in parts:
+        problem = "leads out of runs_dir; a run lies below it. Choose another place with runs_dir="
+    elif not all(part.strip() and part != "." for part in parts):
+        problem = "has an empty part; use letters and digits"
+    elif not name.isprintable():
+        problem = "holds control characters; use letters and digits"
+    elif "\\" in name:
+        problem = "holds a backslash; divide parts by /"
+    elif max(len(part.encode()) for part in parts) > LONGEST_NAME:
+        problem = f"has a part of more than {LONGEST_NAME} bytes, which a file system may refuse; give a shorter name"
+    if problem:
+        shown = name if len(name) <= 60 else f"{name[:57]}…"
+        raise NearfarError(f"name={shown!r} {problem}.")
+
+
 def _free(path: Path) -> Path:
     number = 2
     while path.with_name(f"{path.name}-{number}").exists():
@@ -119,8 +143,11 @@ def choose_folder(
     resume = Resume.find(config.resume_from, config) if config.resume_from else None
     if resume is not None and resume.exact and config.name is None and not sweep:
         return resume.folder, resume
-    path = Path(config.runs_dir) / run_name(overrides, config.name, sweep, swept)
+    name = run_name(overrides, config.name, sweep, swept)
+    check_name(name)
+    path = Path(config.runs_dir) / name
     folder = RunFolder(path)
+    folder.check_own()
     if not folder.started:
         return folder, resume
     if config.exists == "number":

@@ -13,12 +13,14 @@ import os
 import sys
 import tempfile
 import warnings
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from nearfar.data.files import read_arrays
+from nearfar.errors import NearfarError
 
 __all__ = ["cache_dir", "cached_array", "cached_arrays", "content_key"]
 
@@ -121,12 +123,11 @@ def cached_array(kind: str, key: Any, compute: Callable[[], np.ndarray], enabled
 
 
 def _read(path: Path) -> dict[str, np.ndarray] | None:
-    try:
-        with np.load(path, allow_pickle=False) as entry:
-            return {name: entry[name] for name in entry.files}
-    except FileNotFoundError:
+    if not os.path.lexists(path):
         return None
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+    try:
+        return read_arrays(path)
+    except NearfarError as error:
         warnings.warn(f"cache entry {path} is damaged ({error}); it is computed anew", stacklevel=4)
         return None
 

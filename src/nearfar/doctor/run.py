@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nearfar.data.files import Maybe, check_shape, parse_json, read_json, read_yaml
 from nearfar.doctor.signals import Signals
 from nearfar.errors import NearfarError
 
@@ -39,6 +39,15 @@ _OPTIONS = {
     "sampler": "sampler.name",
     "order": "sampler.order",
     "loss": "loss.name",
+}
+#: what the doctor reads of the files beside the log
+SHAPES = {
+    "metrics.json": {
+        "splits": Maybe({str: {str: {"protocol": Maybe(dict)}}}),
+        "monitor": Maybe(str),
+        "groups": Maybe(dict),
+    },
+    "dataset_layout.json": {"splits": Maybe({str: dict})},
 }
 #: counts that tell two lists of rows apart which are only numbered alike
 _COUNTS = ("structures", "texts", "scaffolds", "rows_without_ring")
@@ -81,14 +90,10 @@ def read_run(folder: str | os.PathLike[str]) -> Signals:
 
 
 def _options(path: Path) -> dict[str, Any]:
-    if not path.exists():
+    if not os.path.lexists(path):
         return {}
-    import yaml  # comes with Hydra, which wrote the file
-
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise NearfarError(f"{path}: not valid YAML ({error}). The file was edited or damaged.") from None
+    config = read_yaml(path) or {}
+    check_shape(config, dict, str(path))
     found = {}
     for name, key in _OPTIONS.items():
         value: Any = config
@@ -100,25 +105,24 @@ def _options(path: Path) -> dict[str, Any]:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    if not path.exists():
+    if not os.path.lexists(path):
         return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise NearfarError(f"{path}: not valid JSON ({error}). The file was edited or damaged.") from None
-    return found if isinstance(found, dict) else {}
+    content: dict[str, Any] = read_json(path, SHAPES.get(path.name, dict))
+    return content
 
 
 def _log(path: Path) -> tuple[list[dict[str, Any]], int]:
     """The records, and how many lines are none, such as one that a killed process cut off."""
-    if not path.exists():
+    if not os.path.lexists(path):
         return [], 0
+    if not path.is_file():
+        raise NearfarError(f"{path} is no file, and the log of a run is expected in its place.")
     records, unread = [], 0
     with path.open(encoding="utf-8", errors="replace") as file:
         for line in filter(str.strip, file):
             try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
+                record = parse_json(line)
+            except ValueError:
                 record = None
             if isinstance(record, dict):
                 records.append(record)

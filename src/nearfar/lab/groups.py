@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from nearfar.data.files import DAMAGED
 from nearfar.errors import NearfarError
 from nearfar.metrics import Estimate
 from nearfar.training.resume import NOT_PART_OF_A_RUN, changed_values, flatten
@@ -156,14 +157,19 @@ def load_scores(arm: Arm, split: str) -> None:
         if split not in metrics:
             raise NearfarError(f"{folder} has no split '{split}', only {', '.join(metrics)}.")
         arm.estimates[seed] = {name: Estimate.from_dict(value) for name, value in metrics[split].items()}
-        with np.load(folder.path / "per_item.npz") as arrays:
-            prefix = f"{split}/"
-            ids = arrays[prefix + "ids"]
-            arm.per_item[seed] = {
-                key[len(prefix) :]: arrays[key]
-                for key in arrays.files
-                if key.startswith(prefix) and key != prefix + "ids"
-            }
+        arrays, prefix = folder.read_arrays("per_item.npz"), f"{split}/"
+        if prefix + "ids" not in arrays:
+            raise NearfarError(f"{folder.path / 'per_item.npz'}: it has no ids of split '{split}'. {DAMAGED}")
+        ids = arrays[prefix + "ids"]
+        arm.per_item[seed] = {
+            key[len(prefix) :]: array
+            for key, array in arrays.items()
+            if key.startswith(prefix) and key != prefix + "ids"
+        }
+        for name, scores in arm.per_item[seed].items():
+            if scores.ndim < 1 or len(scores) != len(ids) or scores.dtype.kind not in "fiub":
+                form = f"{scores.dtype} {scores.shape} for {len(ids)} items"
+                raise NearfarError(f"{folder.path / 'per_item.npz'}: {name} is {form}. {DAMAGED}")
         first = next(iter(arm.estimates))
         if arm.ids is None:
             arm.ids = ids

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from nearfar.data.files import read_bytes, read_text
+from nearfar.errors import NearfarError
 from nearfar.lab.charts import band_chart, heat_map, intervals_chart
 from nearfar.lab.reading import read_comparison
 from nearfar.lab.run_charts import comparison_curves, embedding_map, training_charts
@@ -115,7 +117,7 @@ def write_report(folder: RunFolder) -> Path:
             examples=_examples(folder),
             layout=layout,
             plans=[plan for plan in folder.log() if plan.get("kind") == "plan" and plan.get("hardness")],
-            config=(folder.path / "config.yaml").read_text(),
+            config=read_text(folder.path / "config.yaml"),
             environment=folder.read_json("environment.json"),
             resumed=folder.read_json("resumed.json") if (folder.path / "resumed.json").exists() else [],
         )
@@ -209,6 +211,14 @@ def sweep_pictures(comparison: Comparison, sweep: Sweep) -> list[str]:
     return pictures
 
 
+def _check_page(path: Path) -> None:
+    """``NearfarError`` where a page would replace one that nearfar has not written."""
+    if os.path.lexists(path) and b"nearfar</title>" not in read_bytes(path)[:4096]:
+        raise NearfarError(
+            f"{path} is there and not a page of nearfar's: it is left as it is. Give --output."
+        )
+
+
 def write_comparison(comparison: Comparison, output: Path | None = None) -> Path:
     """Write the comparison's ``report.html`` and ``comparison.json``; returns the path of the former."""
     folders = [str(run.path.resolve()) for arm in comparison.arms for _, _, run in arm.every_run()]
@@ -246,6 +256,7 @@ def write_comparison(comparison: Comparison, output: Path | None = None) -> Path
             "chosen_on": sweep.chosen_on,
             "verdict": sweep.verdict,
         }
+    _check_page(path)
     text = json.dumps(content, indent=2, ensure_ascii=False)
     write_atomically(path.with_name("comparison.json"), lambda file: file.write(text.encode()))
     page = comparison_page(comparison, path)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from markupsafe import Markup
 
+from nearfar.data.files import DAMAGED
+from nearfar.errors import NearfarError
 from nearfar.lab.charts import hardness_chart, line_chart, map_chart
 from nearfar.lab.words import metric_words
 from nearfar.metrics import Estimate
@@ -112,19 +113,25 @@ def _health(probes: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def embedding_map(folder: RunFolder) -> dict[str, Any] | None:
     """The picture of ``map.npz``, the first two principal components of both views, with the variance they hold."""
-    path = folder.path / "map.npz"
-    if not path.exists():
+    if not folder.has("map.npz"):
         return None
-    with np.load(io.BytesIO(path.read_bytes())) as arrays:
-        explained = float(arrays["explained"])
-        points = {
-            name[5:]: [(float(x), float(y)) for x, y in arrays[name]]
-            for name in arrays.files
-            if name.startswith("view/")
-        }
+    arrays = folder.read_arrays("map.npz")
+    views = {name[5:]: array for name, array in arrays.items() if name.startswith("view/")}
+    explained = arrays.get("explained")
+    if explained is None or explained.size != 1 or explained.dtype.kind != "f" or not views:
+        raise NearfarError(f"{folder.path / 'map.npz'}: not the map of a run's embeddings. {DAMAGED}")
+    for name, array in views.items():
+        if array.ndim != 2 or array.shape[1] != 2 or array.dtype.kind != "f" or not np.isfinite(array).all():
+            raise NearfarError(f"{folder.path / 'map.npz'}: {name} is {array.dtype} {array.shape}. {DAMAGED}")
+    points = {name: [(float(x), float(y)) for x, y in array] for name, array in views.items()}
     rows = len(next(iter(points.values())))
     picture = map_chart("Embeddings in the plane", points, min(LINKS, rows))
-    return {"picture": Markup(picture), "explained": explained, "rows": rows, "links": min(LINKS, rows)}
+    return {
+        "picture": Markup(picture),
+        "explained": float(explained),
+        "rows": rows,
+        "links": min(LINKS, rows),
+    }
 
 
 def comparison_curves(comparison: Comparison, arms: Sequence[Arm]) -> list[str]:

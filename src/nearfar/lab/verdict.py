@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from nearfar.data.files import read_json
 from nearfar.lab.words import metric_words, short_number
 from nearfar.metrics import Estimate
 from nearfar.training.run_folder import RunFolder
@@ -30,15 +30,24 @@ class RunVerdict:
     judged: bool = False
 
 
+def _diagnosis(value: Any) -> str | None:
+    """What is wrong with the content of ``doctor.json``: findings, alone in a list or in a mapping."""
+    findings = value.get("findings", []) if isinstance(value, Mapping) else value
+    if not isinstance(findings, list) or not all(isinstance(each, Mapping) for each in findings):
+        return "holds no list of findings"
+    unjudged = value.get("unjudged", []) if isinstance(value, Mapping) else []
+    return None if isinstance(unjudged, list) else "holds no list of rules that were not judged"
+
+
 def run_verdict(folder: RunFolder) -> RunVerdict:
     """The verdict of a finished run from ``metrics.json`` and, where there is one, ``doctor.json``."""
     metrics = folder.read_json("metrics.json")
     result, above = _result(metrics)
     path = folder.path / "doctor.json"
-    if not path.exists():
+    if not folder.has("doctor.json"):
         health = "The doctor has not judged this run (nearfar doctor RUN)."
         return RunVerdict(result, health, "unsure" if above is None else "good" if above else "bad")
-    content = json.loads(path.read_text())
+    content = read_json(path, _diagnosis)
     found = content.get("findings", []) if isinstance(content, Mapping) else content
     findings = sorted((_readable(f) for f in found), key=lambda f: ORDER.index(f["severity"]))
     grave = [f for f in findings if f["severity"] != "note"]

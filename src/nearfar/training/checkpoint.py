@@ -8,6 +8,7 @@ not in it on purpose: they describe Lightning's loop, not the run, and differ be
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 
+from nearfar.data.files import Maybe, check_shape
 from nearfar.errors import NearfarError
 from nearfar.training import ranks
 from nearfar.training.run_folder import write_atomically
@@ -64,6 +66,7 @@ class Checkpoint:
     def load(cls, path: str | Path) -> Checkpoint:
         """Read a checkpoint; says what is wrong with a file that is none."""
         path = find_checkpoint(path)
+        _check_size(path)
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
@@ -77,8 +80,40 @@ class Checkpoint:
                 f"{path}: checkpoint format {content['format']}, this version of nearfar reads {FORMAT}. "
                 "Use the version of nearfar that wrote it (environment.json beside its run names it)."
             )
+        check_shape(content, SHAPE, str(path))
         known = {f.name for f in fields(cls)}
         return cls(**{key: value for key, value in content.items() if key in known})
+
+
+#: what a file has to hold to be a checkpoint; what the optimiser or the sampler makes of theirs is their own affair
+SHAPE = {
+    "system": str,
+    "epoch": int,
+    "batches": int,
+    "step": int,
+    "model": dict,
+    "data_hash": str,
+    "optimizer": Maybe(dict),
+    "scheduler": Maybe(dict),
+    "precision": Maybe(dict),
+    "sampler": Maybe(dict),
+    "generators": Maybe(dict),
+    "other_generators": Maybe([dict]),
+    "meters": {"total": Maybe(float), "count": Maybe(int)},
+    "best": Maybe(dict),
+    "seconds": Maybe(float),
+}
+
+
+def _check_size(path: Path) -> None:
+    """PyTorch stores without compression: a file that unpacks to more than itself is none of its files."""
+    if not path.is_file():
+        raise NearfarError(f"{path} is no file, and a checkpoint is expected in its place.")
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(member.file_size for member in archive.infolist())
+        if unpacked > path.stat().st_size:
+            raise NearfarError(f"{path} would unpack to {unpacked:,} bytes: not a checkpoint of nearfar.")
 
 
 def _shallow(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from nearfar.training.loop import Interrupted, StopRequest, TrainingLoop, stop_s
 from nearfar.training.recorder import Recorder
 from nearfar.training.results import write_diagnosis, write_results
 from nearfar.training.resume import Resume
-from nearfar.training.run_folder import RunFolder, environment
+from nearfar.training.run_folder import RunFolder, environment, remove_left_over
 from nearfar.training.shared_step import check_shared
 from nearfar.training.state import initial_model, load_weights
 from nearfar.training.system import System
@@ -90,6 +90,10 @@ def _begin(
     folder.path.mkdir(parents=True, exist_ok=True)
     if resume is None:
         folder.clear()
+    else:
+        folder.check_own()
+        remove_left_over(folder.path)
+        remove_left_over(folder.checkpoints)
     folder.write_text("config.yaml", OmegaConf.to_yaml(config, resolve=True))
     folder.write_json("environment.json", environment())
     folder.write_json("dataset_layout.json", layout)

@@ -12,23 +12,76 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
+from nearfar.data.files import DAMAGED, Maybe, check_shape, parse_json, read_arrays, read_json, read_yaml
 from nearfar.errors import NearfarError
 
-__all__ = ["RunFolder", "environment", "same_file", "write_atomically"]
+__all__ = ["RunFolder", "environment", "remove_left_over", "same_file", "write_atomically"]
+
+
+def _number(value: Any) -> str | None:
+    """As ``Estimate.to_dict`` writes numbers: NaN and infinities as text."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return None
+    return (
+        None
+        if value in ("NaN", "Infinity", "-Infinity")
+        else f"is {str(value)[:40]!r}, and a number is expected"
+    )
+
+
+_ESTIMATE = {
+    "metric": str,
+    "value": _number,
+    "low": _number,
+    "high": _number,
+    "chance": _number,
+    "n": int,
+    "trivial": bool,
+    "protocol": dict,
+}
+#: what the files of a run hold, as far as other verbs read it
+SHAPES: dict[str, Any] = {
+    "metrics.json": {
+        "system": str,
+        "monitor": str,
+        "best_epoch": (int, type(None)),
+        "epochs": int,
+        "steps": int,
+        "train_seconds": float,
+        "splits": {str: {str: _ESTIMATE}},
+        "members": Maybe([str]),
+        "baselines": Maybe(dict),
+        "groups": Maybe(dict),
+        "change": Maybe(dict),
+        "comparison": Maybe((dict, list)),
+    },
+    "dataset_layout.json": {"data_hash": str, "splits": Maybe({str: dict})},
+    "environment.json": dict,
+    "model.json": dict,
+    "examples.json": [{"kind": str, "query": dict, "items": [dict]}],
+    "sections.json": [
+        {"title": str, "lead": str, "tables": [dict], "pictures": [{"source": str, "caption": str}]}
+    ],
+    "resumed.json": [dict],
+}
+CONFIG = {"system": str, "seed": int}
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Call ``write(file)`` on a temporary neighbour of ``path``, flush it to disk and rename it into place."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    prefix = f".{path.name}.{os.getpid()}."  # says later who wrote what a kill has left
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=prefix, suffix=".tmp")
     try:
         with os.fdopen(handle, "wb") as file:
             write(file)
@@ -39,6 +92,34 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+_TEMPORARY = re.compile(r"\..+?\.(?:(\d+)\.)?\w*\.?tmp")
+
+
+def remove_left_over(folder: Path) -> None:
+    """Remove temporary files in ``folder`` whose writer was killed: a process that is gone, or this one's number of an
+    earlier time; without a number, those older than an hour."""
+    for path in folder.glob(".*.tmp"):
+        match = _TEMPORARY.fullmatch(path.name)
+        if match is None or not path.is_file():
+            continue
+        if match.group(1) is None:
+            left = time.time() - path.stat().st_mtime > 3600
+        else:
+            left = int(match.group(1)) == os.getpid() or not _is_alive(int(match.group(1)))
+        if left:
+            path.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
 
 
 def same_file(path: Path, second: Path) -> None:
@@ -68,6 +149,16 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     return value
+
+
+def _interpolation(content: Any) -> str | None:
+    """The first value of a configuration that refers to something else."""
+    if isinstance(content, str):
+        return content if "${" in content else None
+    values = (
+        content.values() if isinstance(content, Mapping) else content if isinstance(content, list) else ()
+    )
+    return next(filter(None, map(_interpolation, values)), None)
 
 
 class RunFolder:
@@ -116,8 +207,36 @@ class RunFolder:
         parent = checkpoint.parent
         return cls(parent.parent if parent.name == "checkpoints" else parent)
 
+    @property
+    def is_run(self) -> bool:
+        """Whether this folder is a run of nearfar, by the configuration in it; any version's."""
+        try:
+            check_shape(read_yaml(self.path / "config.yaml"), CONFIG | {"trainer": dict}, "")
+        except NearfarError:
+            return False
+        return True
+
+    def check_own(self) -> None:
+        """``NearfarError`` where there is a folder with content that no run has put there: it is never written into."""
+        if not os.path.lexists(self.path) or self.is_run:
+            return
+        if not self.path.is_dir():
+            raise NearfarError(
+                f"{self.path} is no folder; it is left as it is. Give a different name= or runs_dir=."
+            )
+        content = sorted(path.name for path in self.path.iterdir() if not _TEMPORARY.fullmatch(path.name))
+        if content:
+            shown = ", ".join(map(repr, content[:3])) + (", …" if len(content) > 3 else "")
+            raise NearfarError(
+                f"{self.path} is not a run of nearfar (it holds {shown}), so nothing is written into it. Give a "
+                "different name= or runs_dir=."
+            )
+
     def clear(self) -> None:
         """Remove what an earlier run of this name left; first of all that it was finished."""
+        self.check_own()
+        remove_left_over(self.path)
+        remove_left_over(self.checkpoints)
         for name in (
             "metrics.json",
             "doctor.json",
@@ -147,24 +266,44 @@ class RunFolder:
         """Write a JSON file atomically; numbers that are not finite become ``null``."""
         return self.write_text(name, json.dumps(_plain(content), indent=2, ensure_ascii=False) + "\n")
 
+    def has(self, name: str) -> bool:
+        """Whether there is anything of this name in the run's folder."""
+        return os.path.lexists(self.path / name)
+
     def read_json(self, name: str) -> Any:
-        """Read one of the run's JSON files."""
+        """Read one of the run's JSON files, whose content has the shape that a run gives it."""
         path = self.path / name
-        try:
-            return json.loads(path.read_text())
-        except FileNotFoundError:
-            raise NearfarError(f"{path}: no such file. Is {self.path} a run, and has it finished?") from None
-        except json.JSONDecodeError as error:
-            raise NearfarError(f"{path}: not valid JSON ({error}). The file was edited or damaged.") from None
+        if not self.has(name):
+            raise NearfarError(f"{path}: no such file. Is {self.path} a run, and has it finished?")
+        return read_json(path, SHAPES.get(name, object))
+
+    def read_arrays(self, name: str) -> dict[str, Any]:
+        """Read one of the run's files of arrays."""
+        return read_arrays(self.path / name)
 
     def config(self) -> Any:
-        """The run's configuration, as it was composed and resolved."""
+        """The run's configuration, as it was composed and resolved.
+
+        It holds plain values. An interpolation (``${…}``) could read the environment of whoever opens the run, and is
+        refused.
+        """
         from omegaconf import OmegaConf
+        from omegaconf.errors import OmegaConfBaseException
 
         path = self.path / "config.yaml"
-        if not path.exists():
+        if not self.has("config.yaml"):
             raise NearfarError(f"{self.path} is not a run: it has no config.yaml.")
-        return OmegaConf.load(path)
+        content = read_yaml(path)
+        check_shape(content, CONFIG, str(path))
+        if interpolation := _interpolation(content):
+            raise NearfarError(
+                f"{path}: {interpolation} refers to something else, and a run's configuration holds plain values "
+                "alone. Write the value in its place."
+            )
+        try:
+            return OmegaConf.create(content)
+        except (OmegaConfBaseException, ValueError, TypeError, RecursionError) as error:
+            raise NearfarError(f"{path}: not the configuration of a run ({error}). {DAMAGED}") from None
 
     # -- the log ---------------------------------------------------------------------------------------------
     @property
@@ -180,14 +319,18 @@ class RunFolder:
 
     def log(self) -> Iterator[dict[str, Any]]:
         """The log's records, oldest first; a last line that a killed process cut off is left out."""
-        if not self.log_path.exists():
+        if not self.has("train_log.jsonl"):
             return
-        with self.log_path.open(encoding="utf-8") as file:
+        if not self.log_path.is_file():
+            raise NearfarError(f"{self.log_path} is no file, and the log of a run is expected in its place.")
+        with self.log_path.open(encoding="utf-8", errors="replace") as file:
             for line in file:
                 try:
-                    yield json.loads(line)
-                except json.JSONDecodeError:
+                    record = parse_json(line)
+                except ValueError:
                     continue
+                if isinstance(record, dict):
+                    yield record
 
     def keep_log_until(self, step: int, epochs: int | None = None) -> None:
         """Forget records later than optimiser step ``step``, and of epochs after the first ``epochs``.

@@ -1,0 +1,249 @@
+"""Reading files that anybody may have written: bounded in size and time, checked, and never executed.
+
+A run folder is copied, edited, cut off by a full disk, or comes from a stranger. Whatever is wrong with one of its
+files, the answer is a ``NearfarError`` that names the file: no traceback, no wait for a pipe, no memory without bound.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import stat
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nearfar.errors import NearfarError
+
+__all__ = [
+    "Maybe",
+    "check_shape",
+    "parse_json",
+    "read_arrays",
+    "read_bytes",
+    "read_json",
+    "read_text",
+    "read_yaml",
+]
+
+MEGABYTE = 1 << 20
+#: bytes of a text file: reports of the largest runs stay far below
+TEXT_LIMIT = 512 * MEGABYTE
+#: bytes of a configuration, which people write
+YAML_LIMIT = 4 * MEGABYTE
+#: bytes of the arrays of a file once they are unpacked
+ARRAYS_LIMIT = 16 << 30
+DAMAGED = "The file was edited or damaged."
+
+
+# -- whole files ---------------------------------------------------------------------------------------------
+def read_bytes(path: Path, limit: int = TEXT_LIMIT) -> bytes:
+    """The content of a regular file of at most ``limit`` bytes; pipes and devices are refused, not waited for."""
+    try:
+        # Opening a pipe without a writer would wait for one.
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    except FileNotFoundError:
+        raise NearfarError(f"{path}: no such file.") from None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise NearfarError(f"{path} cannot be read: {reason}.") from None
+    about = os.fstat(handle)
+    if not stat.S_ISREG(about.st_mode):
+        os.close(handle)
+        kind = "a folder" if stat.S_ISDIR(about.st_mode) else "a pipe or a device"
+        raise NearfarError(f"{path} is {kind}, and a file is expected in its place.")
+    with os.fdopen(handle, "rb") as file:
+        if about.st_size > limit:
+            raise NearfarError(
+                f"{path} has {about.st_size:,} bytes; more than {limit:,} are not read. {DAMAGED}"
+            )
+        try:
+            return file.read(limit + 1)[:limit]
+        except OSError as error:
+            raise NearfarError(f"{path} cannot be read: {error.strerror}.") from None
+
+
+def read_text(path: Path, limit: int = TEXT_LIMIT) -> str:
+    """A text file in UTF-8."""
+    try:
+        return read_bytes(path, limit).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise NearfarError(f"{path} is not UTF-8 text (byte {error.start}). {DAMAGED}") from None
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text; ``ValueError`` for whatever is none, also where it is too deep to be read."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def read_json(path: Path, shape: Any = object) -> Any:
+    """A JSON file whose content has a ``shape``, see ``check_shape``."""
+    try:
+        content = parse_json(read_text(path))
+    except NearfarError:
+        raise
+    except ValueError as error:
+        raise NearfarError(f"{path}: not valid JSON ({error}). {DAMAGED}") from None
+    check_shape(content, shape, str(path))
+    return content
+
+
+def read_yaml(path: Path) -> Any:
+    """A YAML file of plain values. Tags that would build objects, and aliases, which can unfold without end, are
+    refused: no run writes them."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                raise yaml.YAMLError("an alias (*name) is not read")
+            return super().compose_node(parent, index)
+
+    text = read_text(path, YAML_LIMIT)
+    try:
+        return yaml.load(text, Loader=Loader)  # a SafeLoader
+    except RecursionError:
+        raise NearfarError(f"{path}: nested too deeply. {DAMAGED}") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
+        reason = " ".join(str(error).split())
+        raise NearfarError(f"{path}: not valid YAML ({reason}). {DAMAGED}") from None
+
+
+# -- arrays --------------------------------------------------------------------------------------------------
+def read_arrays(path: Path, limit: int = ARRAYS_LIMIT) -> dict[str, np.ndarray]:
+    """The arrays of an ``.npz`` file, of at most ``limit`` bytes together; arrays of Python objects are refused.
+
+    What each array declares is compared with what is there before memory is taken for it.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        raise NearfarError(f"{path}: no such file.") from None
+    except (OSError, ValueError) as error:
+        raise NearfarError(f"{path} cannot be read: {error}.") from None
+    if not stat.S_ISREG(mode):
+        raise NearfarError(f"{path} is no regular file, and a file of arrays is expected in its place.")
+    arrays: dict[str, np.ndarray] = {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            total = sum(member.file_size for member in archive.infolist())
+            if total > limit:
+                raise ValueError(f"its arrays take {total:,} bytes, more than {limit:,} are not read")
+            for member in archive.infolist():
+                with archive.open(member) as file:
+                    arrays[member.filename.removesuffix(".npy")] = _array(file, member.file_size)
+    except NearfarError:
+        raise
+    except (OSError, ValueError, EOFError, KeyError, RuntimeError, NotImplementedError) as error:
+        raise NearfarError(f"{path}: not a readable file of arrays ({error}). {DAMAGED}") from None
+    except (zipfile.BadZipFile, zlib.error, MemoryError, SyntaxError, OverflowError) as error:
+        raise NearfarError(f"{path}: not a readable file of arrays ({error}). {DAMAGED}") from None
+    return arrays
+
+
+def _array(file: Any, size: int) -> np.ndarray:
+    """One ``.npy`` member of ``size`` bytes."""
+    version = np.lib.format.read_magic(file)
+    if version not in ((1, 0), (2, 0), (3, 0)):
+        raise ValueError(f"format {version} of an array is unknown")
+    read_header = (
+        np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    )
+    shape, fortran, dtype = read_header(file)
+    if dtype.hasobject:
+        raise ValueError("an array holds Python objects, which could run code")
+    declared = math.prod(shape) * dtype.itemsize
+    if min(shape, default=0) < 0 or declared > size:
+        raise ValueError(f"an array declares {declared:,} bytes and there are {size:,}")
+    data = file.read(declared)
+    if len(data) < declared:
+        raise ValueError(f"an array of {declared:,} bytes ends after {len(data):,}")
+    array = np.frombuffer(bytearray(data), dtype=dtype) if declared else np.empty(math.prod(shape), dtype)
+    return array.reshape(shape[::-1]).T if fortran else array.reshape(shape)
+
+
+# -- shapes --------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Maybe:
+    """A field that may be absent or null."""
+
+    shape: Any
+
+
+def check_shape(value: Any, shape: Any, where: str) -> None:
+    """``NearfarError`` unless ``value`` has a shape, which is given as plain data:
+
+    - a function that returns what is wrong with a value, as in "is negative", or None;
+    - a type, or several in a tuple; a number is ``float`` and may be whole, and a Boolean is no number;
+    - ``[shape]``: a list of such values; ``{str: shape}``: a mapping from text to such values;
+    - ``{"name": shape, …}``: a mapping with these fields, and whatever else; ``Maybe(shape)``: it may lack the field.
+
+    >>> check_shape({"splits": {"val": {"n": 3}}}, {"splits": {str: {"n": int}}}, "metrics.json")
+    >>> check_shape({"splits": [1]}, {"splits": {str: dict}}, "metrics.json")
+    Traceback (most recent call last):
+    nearfar.errors.NearfarError: metrics.json: splits is a list, and a mapping is expected. ...
+    """
+    problem = _problem(value, shape, "")
+    if problem:
+        raise NearfarError(f"{where}: {problem}. {DAMAGED}")
+
+
+def _problem(value: Any, shape: Any, name: str) -> str | None:
+    if callable(shape) and not isinstance(shape, type):
+        return str(problem) if (problem := shape(value)) and not name else problem and f"{name} {problem}"
+    if isinstance(shape, Maybe):
+        return None if value is None else _problem(value, shape.shape, name)
+    if isinstance(shape, dict):
+        if not isinstance(value, Mapping):
+            return _differs(name, value, "a mapping")
+        if str in shape:
+            return _first(_problem(each, shape[str], _join(name, key)) for key, each in value.items())
+        for key, wanted in shape.items():
+            if key not in value and not isinstance(wanted, Maybe):
+                return f"{_join(name, key)} is missing"
+        return _first(_problem(value.get(key), wanted, _join(name, key)) for key, wanted in shape.items())
+    if isinstance(shape, list):
+        if isinstance(value, str) or not isinstance(value, Sequence):
+            return _differs(name, value, "a list")
+        return _first(_problem(each, shape[0], _join(name, k)) for k, each in enumerate(value))
+    kinds = shape if isinstance(shape, tuple) else (shape,)
+    if object in kinds or (isinstance(value, bool) and bool in kinds):
+        return None
+    wider = (*kinds, int) if float in kinds else kinds
+    if isinstance(value, wider) and not (isinstance(value, bool) and bool not in kinds):
+        return None
+    return _differs(name, value, " or ".join(_WORDS.get(kind, kind.__name__) for kind in kinds))
+
+
+_WORDS = {
+    dict: "a mapping",
+    list: "a list",
+    str: "text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    type(None): "null",
+}
+
+
+def _first(problems: Any) -> str | None:
+    return next((problem for problem in problems if problem), None)
+
+
+def _join(name: str, part: Any) -> str:
+    text = str(part)
+    return f"{name}.{text[:60]}" if name else text[:60]
+
+
+def _differs(name: str, value: Any, wanted: str) -> str:
+    kind = next((word for known, word in _WORDS.items() if type(value) is known), f"a {type(value).__name__}")
+    return f"{name or 'the content'} is {kind}, and {wanted} is expected"
