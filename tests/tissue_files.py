@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import gzip
+import json
 import struct
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
+
+if TYPE_CHECKING:
+    from anndata import AnnData
 
 GENES = [f"G{number:02d}" for number in range(12)]
 WIDTH, HEIGHT = 300, 260
@@ -66,46 +71,115 @@ def write_st(folder: Path, slides: dict[str, int], spoiled: bool = False) -> Pat
     return folder
 
 
-def write_h5ad(
-    path: Path, seed: int, kind: str = "csr_matrix", normalised: bool = False, **more: object
-) -> None:
-    """A slide as anndata writes it; ``more``: ``raw`` (counts in raw/X), ``layer`` (in layers/counts), ``outside``."""
-    import h5py
+def slide_data(seed: int, kind: str = "csr_matrix", normalised: bool = False, **more: Any) -> AnnData:
+    """A slide in memory; ``more``: ``raw`` (counts in raw.X), ``layer`` (in layers), ``outside``, ``diameter``."""
+    import pandas as pd
+    from anndata import AnnData
     from scipy.sparse import csc_matrix, csr_matrix
 
     names, places, counts = slide_of(seed)
-    text = h5py.string_dtype()
 
-    def put(held: h5py.Group, key: str, values: np.ndarray, how: str) -> None:
-        if how == "dense":
-            held.create_dataset(key, data=values.astype(np.float32))
-            return
-        sparse = csr_matrix(values) if how == "csr_matrix" else csc_matrix(values)
-        group = held.create_group(key)
-        group.attrs["encoding-type"], group.attrs["shape"] = how, values.shape
-        for part in ("data", "indices", "indptr"):
-            group.create_dataset(part, data=getattr(sparse, part))
+    def matrix(values: np.ndarray) -> Any:
+        how = {"csr_matrix": csr_matrix, "csc_matrix": csc_matrix, "dense": np.asarray}[kind]
+        return how(values.astype(np.float32))
 
-    def frame(held: h5py.Group, key: str, index: list[str]) -> h5py.Group:
-        group = held.create_group(key)
-        group.attrs["_index"] = "_index"
-        group.create_dataset("_index", data=index, dtype=text)
-        return group
+    obs = pd.DataFrame(
+        {"in_tissue": [0 if name in more.get("outside", ()) else 1 for name in names]}, index=names
+    )
+    data = AnnData(matrix(counts), obs, pd.DataFrame(index=GENES), obsm={"spatial": places})
+    if more.get("raw"):
+        data.raw = data
+    if more.get("layer"):
+        data.layers["counts"] = data.X.copy()
+    if normalised:
+        data.X = matrix(np.log1p(counts))
+    if more.get("diameter"):
+        data.uns["spatial"] = {"lib": {"scalefactors": {"spot_diameter_fullres": more["diameter"]}}}
+    return data
 
+
+def write_h5ad(path: Path, seed: int, **more: Any) -> None:
+    """A slide as anndata writes it; ``more`` as of `slide_data`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with h5py.File(path, "w") as held:
-        put(held, "X", np.log1p(counts) if normalised else counts, kind)
-        obs = frame(held, "obs", names)
-        obs.create_dataset("in_tissue", data=[0 if name in more.get("outside", ()) else 1 for name in names])
-        frame(held, "var", GENES)
-        held.create_group("obsm").create_dataset("spatial", data=places)
-        if more.get("layer"):
-            put(held.create_group("layers"), "counts", counts, kind)
-        if more.get("raw"):
-            put(held.create_group("raw"), "X", counts, kind)
-            frame(held["raw"], "var", GENES)
-        if more.get("diameter"):
-            held[f"uns/spatial/{path.stem}/scalefactors/spot_diameter_fullres"] = more["diameter"]
+    slide_data(seed, **more).write_h5ad(path)
+
+
+def write_outs(
+    folder: Path,
+    seed: int,
+    positions: str = "tissue_positions.csv",
+    matrix: str = "h5",
+    scale: float = 0.5,
+    prefix: str = "",
+) -> Path:
+    """``outs/`` as Space Ranger writes it: ``positions`` and ``matrix`` (h5, h5v2, folder, genes) of its versions.
+
+    The picture in ``spatial/`` is ``scale`` times as large as the one that places are in. Spot 3x2 is outside of tissue.
+    """
+    import h5py
+    import pandas as pd
+    from scipy.io import mmwrite
+    from scipy.sparse import csc_matrix
+
+    names, places, counts = slide_of(seed)
+    (folder / "spatial").mkdir(parents=True, exist_ok=True)
+    high = csc_matrix(counts.T.astype(np.int32))
+    ids = [f"ENSG{number:011d}" for number in range(len(GENES))]
+    stem = folder / f"{prefix}filtered_feature_bc_matrix"
+    if matrix in ("h5", "h5v2"):
+        with h5py.File(stem.with_name(stem.name + ".h5"), "w") as held:
+            group = held.create_group("matrix" if matrix == "h5" else "GRCh38")
+            for name in ("data", "indices", "indptr"):
+                group[name] = getattr(high, name)
+            group["shape"] = np.array(high.shape, np.int32)
+            group["barcodes"] = np.array(names, "S20")
+            if matrix == "h5":
+                group["features/id"], group["features/name"] = np.array(ids, "S20"), np.array(GENES, "S20")
+                group["features/feature_type"] = np.array(["Gene Expression"] * len(GENES), "S20")
+            else:
+                group["genes"], group["gene_names"] = np.array(ids, "S20"), np.array(GENES, "S20")
+    else:
+        stem.mkdir()
+        with (
+            gzip.open(stem / "matrix.mtx.gz", "wb")
+            if matrix == "folder"
+            else open(stem / "matrix.mtx", "wb") as file
+        ):
+            mmwrite(file, high)
+        rows = [[a, b] + ["Gene Expression"] * (matrix == "folder") for a, b in zip(ids, GENES, strict=True)]
+        for name, lines in (
+            ("barcodes.tsv", names),
+            ("features.tsv" if matrix == "folder" else "genes.tsv", ["\t".join(row) for row in rows]),
+        ):
+            content = "".join(f"{line}\n" for line in lines).encode()
+            if matrix == "folder":
+                (stem / f"{name}.gz").write_bytes(gzip.compress(content))
+            else:
+                (stem / name).write_bytes(content)
+    table = pd.DataFrame(
+        {
+            "barcode": names,
+            "in_tissue": [int(name != "3x2") for name in names],
+            "array_row": range(len(names)),
+            "array_col": range(len(names)),
+            "pxl_row_in_fullres": places[:, 1],
+            "pxl_col_in_fullres": places[:, 0],
+        }
+    )
+    if positions.endswith(".parquet"):
+        table.to_parquet(folder / "spatial" / positions)
+    else:
+        table.to_csv(folder / "spatial" / positions, index=False, header="_list" not in positions)
+    scales = {
+        "spot_diameter_fullres": 27.5,
+        "tissue_hires_scalef": scale,
+        "tissue_lowres_scalef": scale / 3,
+        "fiducial_diameter_fullres": 40.0,
+    }
+    (folder / "spatial" / "scalefactors_json.json").write_text(json.dumps(scales))
+    small = Image.fromarray(picture(seed)).resize((round(WIDTH * scale), round(HEIGHT * scale)))
+    small.save(folder / "spatial" / "tissue_hires_image.png")
+    return folder
 
 
 def write_tiled_tiff(path: Path, pixels: np.ndarray, tile: int = 64) -> None:

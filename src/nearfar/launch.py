@@ -25,10 +25,10 @@ from nearfar import terminal
 from nearfar.errors import NearfarError
 from nearfar.overrides import (
     CONFIGS,
-    PATHS,
     compose_config,
     expand,
     parse,
+    path_options,
     quote_paths,
     searchpath,
     single_config,
@@ -167,12 +167,9 @@ def choose_folder(
 
 def absolute_paths(config: DictConfig, overrides: Sequence[str]) -> list[str]:
     """Make paths independent of the working directory, in ``config`` and in the overrides that are returned."""
-    changed = {}
-    for key in PATHS:
-        value = OmegaConf.select(config, key)
-        if value and Path(str(value)).expanduser().exists():
-            changed[key] = str(Path(str(value)).expanduser().absolute())
-            OmegaConf.update(config, key, changed[key])
+    changed = {key: str(path.absolute()) for key, path in path_options(config).items()}
+    for key, path in changed.items():
+        OmegaConf.update(config, key, path)
     return [
         quote_paths([f"{key}={changed[key]}"])[0] if (key := text.split("=")[0]) in changed else text
         for text in overrides

@@ -29,6 +29,7 @@ __all__ = [
     "expand",
     "merge_overrides",
     "parse",
+    "path_options",
     "quote_paths",
     "searchpath",
     "single_config",
@@ -36,7 +37,7 @@ __all__ = [
 ]
 
 CONFIGS = "nearfar.configs"
-#: options whose value is a path and may hold what Hydra's grammar would read as syntax
+#: options whose value may be a path (`path_options` says where it is one) and hold what Hydra's grammar reads as syntax
 PATHS = (
     "resume_from",
     "init_from",
@@ -76,10 +77,46 @@ def quote_paths(overrides: Sequence[str]) -> list[str]:
     for text in overrides:
         key, _, value = text.partition("=")
         path = Path(value).expanduser() if value else None
-        if key in PATHS and path is not None and value[0] not in "'\"" and path.exists():
+        # A bare number stays one: options that take a path read its digits, and a count must not become text.
+        number = value.isdecimal() and str(int(value)) == value
+        if key in PATHS and path is not None and not number and value[0] not in "'\"" and _exists(path):
             text = f"{key}='" + str(path).replace("\\", "\\\\").replace("'", "\\'") + "'"
         quoted.append(text)
     return quoted
+
+
+def path_options(config: DictConfig) -> dict[str, Path]:
+    """The options of a configuration that are paths of this machine, and these paths.
+
+    Whether an option means a path is a matter of its system and data. ``data.val`` and ``data.test`` are files beside a
+    ``data.train``; without one they name slides. Numbers in them count pictures. Models are hub names or folders. So a
+    file of the working folder that happens to be called like a slide or a model changes nothing.
+
+    >>> path_options(OmegaConf.create({"data": {"dir": "/", "val": "/"}}))
+    {'data.dir': PosixPath('/')}
+    >>> sorted(path_options(OmegaConf.create({"data": {"train": "/", "val": "/", "test": 800}})))
+    ['data.train', 'data.val']
+    """
+    paths = {}
+    for key in PATHS:
+        value = OmegaConf.select(config, key)
+        if value is None or isinstance(value, bool) or not isinstance(value, (str, int)) or value == "":
+            continue
+        split = key in ("data.train", "data.val", "data.test")
+        if split and (isinstance(value, int) or OmegaConf.select(config, "data.train") is None):
+            continue
+        path = Path(str(value)).expanduser()
+        model = key in ("text_encoder.model", "image_encoder.name")
+        if path.is_dir() if model else _exists(path):
+            paths[key] = path
+    return paths
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name that is too long for one
+        return False
 
 
 def expand(overrides: Sequence[str]) -> Iterator[list[str]]:

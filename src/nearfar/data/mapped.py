@@ -6,6 +6,7 @@ The counterpart of `nearfar.data.cache` for arrays that are filled once and then
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import tempfile
@@ -17,8 +18,22 @@ from typing import Any
 import numpy as np
 
 from nearfar.data.cache import cache_dir, content_key
+from nearfar.errors import NearfarError
 
 __all__ = ["mapped_arrays"]
+
+#: what numpy raises for a file that is no array of its own
+_DAMAGED = (
+    OSError,
+    ValueError,
+    EOFError,
+    TypeError,
+    SyntaxError,
+    KeyError,
+    MemoryError,
+    RecursionError,
+    OverflowError,
+)
 
 #: shape and dtype of an array
 Layout = tuple[tuple[int, ...], Any]
@@ -61,7 +76,14 @@ def mapped_arrays(
             arrays = {name: _create(beside / f"{name}.npy", *shape) for name, shape in layout.items()}
         except OSError as error:
             warnings.warn(f"{place} was not written: {error}; arrays are held in memory", stacklevel=2)
-            held = {name: np.zeros(shape, dtype) for name, (shape, dtype) in layout.items()}
+            try:
+                held = {name: np.zeros(shape, dtype) for name, (shape, dtype) in layout.items()}
+            except MemoryError:
+                size = sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in layout.values())
+                raise NearfarError(
+                    f"{size / 1e9:,.1f} GB are needed, more than there is in memory, and {place.parent} cannot take "
+                    f"them ({error}): make room there, or set NEARFAR_CACHE to a folder that has it."
+                ) from None
             fill(held)
             return held
         fill(arrays)
@@ -69,10 +91,13 @@ def mapped_arrays(
             if isinstance(array, np.memmap):
                 array.flush()
         del arrays
-        if place.exists():  # another process was first, or what was there is damaged
+        if os.path.lexists(place):  # another process was first, or what was there is damaged
             if (there := _open(place, layout, warn=False)) is not None:
                 return there
-            shutil.rmtree(place)
+            if place.is_dir() and not place.is_symlink():
+                shutil.rmtree(place)
+            else:
+                place.unlink()
         try:
             os.rename(beside, place)
         except OSError:  # another process was first, just now
@@ -96,17 +121,20 @@ def _create(path: Path, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 
 
 def _open(place: Path, layout: Mapping[str, Layout], warn: bool = True) -> dict[str, np.ndarray] | None:
-    if not place.is_dir():
+    if not os.path.lexists(place):
         return None
     try:
         found = {}
         for name, (shape, dtype) in layout.items():
-            array = np.load(place / f"{name}.npy", mmap_mode="c", allow_pickle=False)
+            path = place / f"{name}.npy"
+            if not path.is_file() or path.is_symlink() or place.is_symlink():  # a pipe would be waited for
+                raise ValueError(f"{name}.npy is no file of its own")
+            array = np.load(path, mmap_mode="c", allow_pickle=False)
             if array.shape != tuple(shape) or array.dtype != np.dtype(dtype):
                 raise ValueError(f"{name} is {array.dtype} {array.shape}")
             found[name] = array
         return found
-    except (OSError, ValueError, EOFError) as error:
+    except _DAMAGED as error:
         if warn:
             warnings.warn(f"cache entry {place} is damaged ({error}); it is made anew", stacklevel=3)
         return None

@@ -124,14 +124,22 @@ def decode_jpeg(data: bytes | memoryview, into: UInt8[np.ndarray, "h w 3"] | Non
     except ImportError:
         from PIL import Image
 
-        pixels = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+        # No other format is tried: some call programs that are installed.
+        with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
+            _check_side((image.height, image.width), into)
+            pixels = np.asarray(image.convert("RGB"))
     else:
-        if into is not None and simplejpeg.decode_jpeg_header(data)[:2] == into.shape[:2]:
+        # The head is looked at first: what claims to be larger is not decoded.
+        _check_side(simplejpeg.decode_jpeg_header(data)[:2], into)
+        if into is not None:
             return simplejpeg.decode_jpeg(data, buffer=into)
         pixels = simplejpeg.decode_jpeg(data)
     if into is None:
         return pixels
-    if pixels.shape != into.shape:
-        raise ValueError(f"a patch of {pixels.shape[1]} × {pixels.shape[0]} pixels")
     into[...] = pixels
     return into
+
+
+def _check_side(size: tuple[int, ...], into: np.ndarray | None) -> None:
+    if (tuple(size) != into.shape[:2]) if into is not None else size[0] * size[1] > MAX_PIXELS:
+        raise ValueError(f"a patch of {size[1]} × {size[0]} pixels")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,6 +29,14 @@ __all__ = ["read_shards"]
 
 _VERSION = 1  # of what is kept; part of the cache key
 _ROWS = 256  # of expression normalised at a time
+#: kind and shape of the arrays of a slide's table, of n spots with k neighbours each
+_TABLE: dict[str, tuple[Any, ...]] = {
+    "ids": ("U", "n"),
+    "positions": ("f", "n", 2),
+    "neighbors": ("i", "n", "k"),
+    "alpha": ("f", "n", "k"),
+    "totals": ("f", "n"),
+}
 
 
 def read_shards(
@@ -66,6 +76,7 @@ def read_shards(
     n, pixels = sum(entry.spots for entry in entries), index.patch["pixels"]
     layout = {"patches": ((n, pixels, pixels, 3), np.uint8), "expression": ((n, len(chosen)), np.float32)}
     totals = np.concatenate([table["totals"] for table in tables])
+    _check_sizes(index, entries)
     arrays = mapped_arrays(
         "tissue", key, layout, lambda into: _decode_all(index, entries, columns, totals, into, told)
     )
@@ -127,8 +138,32 @@ def _columns(
 
 def _table(index: ShardIndex, entry: SlideEntry) -> dict[str, np.ndarray]:
     """What a slide's table says of its spots."""
-    with np.load(io.BytesIO(_checked(index, entry.table)), allow_pickle=False) as held:
-        return {name: held[name] for name in held.files}
+    path = index.folder / entry.table.name
+    data = _checked(index, entry.table)
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as members:
+            # Written as they are: what is packed could be of any size once it is unpacked.
+            if any(member.file_size > len(data) for member in members.infolist()):
+                raise ValueError("a part claims to be larger than the file")
+        with np.load(io.BytesIO(data), allow_pickle=False) as held:
+            table = {name: held[name] for name in _TABLE}
+        for name, (kind, *shape) in _TABLE.items():
+            wanted = tuple(
+                {"n": entry.spots, "k": index.neighbors["k"]}.get(str(side), side) for side in shape
+            )
+            if table[name].dtype.kind != kind or table[name].shape != wanted:
+                raise ValueError(
+                    f"{name} is {table[name].dtype} {table[name].shape} where {wanted} is needed"
+                )
+            if kind == "f" and not np.isfinite(table[name]).all():
+                raise ValueError(f"{name} holds what is no number")
+        near = table["neighbors"]
+        if near.size and (near.min() < -1 or near.max() >= entry.spots):
+            raise ValueError("a neighbour is no spot of the slide")
+    except (OSError, ValueError, TypeError, KeyError, EOFError, MemoryError, NotImplementedError, RuntimeError,
+            zipfile.BadZipFile, zlib.error) as error:  # fmt: skip
+        raise NearfarError(f"{path} cannot be read: {error}. Write the shards anew.") from None
+    return table
 
 
 def _checked(index: ShardIndex, file: ShardFile) -> bytes:
@@ -143,6 +178,21 @@ def _checked(index: ShardIndex, file: ShardFile) -> bytes:
             f"{path} is not what was written: its hash differs. Copy it again, or write it anew."
         )
     return data
+
+
+def _check_sizes(index: ShardIndex, entries: Sequence[SlideEntry]) -> None:
+    """Nothing is reserved for arrays, and no file is read, of a size that the samples cannot have."""
+    pixels, genes = index.patch["pixels"], len(index.genes)
+    most = 4 * pixels**2 + 8 * genes + 2**16 + 512 * index.neighbors["k"]  # of a sample, with room to spare
+    for entry in entries:
+        for shard in entry.shards:
+            # Three members of two blocks at least; what flat colour takes as jpg is a 400th of its pixels.
+            least = shard.samples * max(6 * 512, 3 * pixels**2 // 1000)
+            if not least <= shard.bytes <= shard.samples * most + 2**16:
+                raise NearfarError(
+                    f"{index.folder / shard.name} has {shard.bytes:,} bytes, which {shard.samples} samples of {pixels} "
+                    f"× {pixels} pixels and {genes} genes cannot have. Write the shards anew."
+                )
 
 
 def _decode_all(
@@ -182,16 +232,29 @@ def _decode(
     expression: np.ndarray,
 ) -> None:
     path = index.folder / shard.name
-    read, row, key = ArrayReader(), 0, "(the first)"
+    read, row, key = ArrayReader((len(index.genes),)), 0, "(the first)"
     data = memoryview(_checked(index, shard))
     try:
         for name, parts in samples(data, str(path)):
             key = name
+            if row == shard.samples:
+                raise ValueError(f"the index knows of {row} samples")
             decode_jpeg(parts["jpg"], patches[row])
             values = read(parts["npy"])
+            if not np.isfinite(values).all():
+                raise ValueError("expression holds what is no number")
             expression[row] = values if columns is None else values[columns]
             row += 1
-    except (KeyError, ValueError, OSError, IndexError) as error:
+    except (
+        KeyError,
+        ValueError,
+        TypeError,
+        OSError,
+        IndexError,
+        SyntaxError,
+        RecursionError,
+        MemoryError,
+    ) as error:
         if isinstance(error, NearfarError):
             raise
         raise NearfarError(f"{path}: sample {key} cannot be read ({error}). Write the shards anew.") from None

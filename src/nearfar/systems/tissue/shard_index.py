@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,6 +17,9 @@ from nearfar.training.run_folder import write_atomically
 __all__ = ["FORMAT", "ShardFile", "ShardIndex", "SlideEntry", "read_index", "read_splits", "write_json"]
 
 FORMAT = "shards_v1"
+#: the names that files of a folder have, seen from it: nothing leads out of it
+_FILE = re.compile(r"(slides/)?[A-Za-z0-9_-][A-Za-z0-9_.-]*")
+_MAX_SIDE = 16_384  # of a patch
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,19 @@ class ShardFile:
     samples: int
     bytes: int
     sha256: str
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> ShardFile:
+        """What ``asdict`` wrote; errors as of `SlideEntry.from_dict`."""
+        file = cls(**saved)
+        if not isinstance(file.name, str) or not isinstance(file.sha256, str):
+            raise TypeError("a file without name or sha256")
+        if not _FILE.fullmatch(file.name):
+            raise ValueError(f"{file.name[:80]!r} is no name of a file of the folder")
+        for value in (file.samples, file.bytes):
+            if not _is_count(value):
+                raise TypeError(f"{file.name} states {value!r} where a number of 0 or more is needed")
+        return file
 
 
 @dataclass(frozen=True)
@@ -51,11 +68,22 @@ class SlideEntry:
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> SlideEntry:
+        """What `as_dict` wrote.
+
+        Raises:
+            ValueError, TypeError, KeyError, AttributeError: something else, or files outside of the folder.
+        """
         files = {
-            "shards": [ShardFile(**each) for each in saved["shards"]],
-            "table": ShardFile(**saved["table"]),
+            "shards": [ShardFile.from_dict(each) for each in saved["shards"]],
+            "table": ShardFile.from_dict(saved["table"]),
         }
-        return cls(**{**saved, **files})
+        entry = cls(**{**saved, **files})
+        for name in ("name", "patient", "key"):
+            if not isinstance(getattr(entry, name), str):
+                raise TypeError(f"{name} of a slide is {getattr(entry, name)!r}, and text is needed")
+        if sum(shard.samples for shard in entry.shards) != entry.spots or entry.table.samples != entry.spots:
+            raise ValueError(f"slide {entry.name} does not hold as many samples as spots")
+        return entry
 
 
 @dataclass(frozen=True)
@@ -147,18 +175,44 @@ def read_index(folder: str | Path) -> ShardIndex:
             raise NearfarError(f"{path}: format {saved.get('format')!r}; this version reads {FORMAT}.")
         slides = [SlideEntry.from_dict(each) for each in saved["slides"]]
         parts = {name: saved[name] for name in ("genes", "expression", "patch", "neighbors")}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        _check_parts(**parts)
+        if len({slide.name for slide in slides}) != len(slides):
+            raise ValueError("a slide stands twice")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, NearfarError):
             raise
         raise NearfarError(f"{path} is damaged: {error}. Write the shards anew.") from None
     for slide in slides:
         for shard in [*slide.shards, slide.table]:
             at = folder / shard.name
+            if at.is_symlink() and not at.resolve().is_relative_to(folder.resolve()):
+                raise NearfarError(f"{at} is a link out of the folder: put the file itself there.")
             size = at.stat().st_size if at.is_file() else None
             if size != shard.bytes:
                 there = "is missing" if size is None else f"has {size} bytes, {shard.bytes} were written"
                 raise NearfarError(f"{at} {there}. Copy the shards again, or write them anew.")
     return ShardIndex(folder=folder, slides=slides, **parts)
+
+
+def _check_parts(genes: Any, expression: Any, patch: Any, neighbors: Any) -> None:
+    """``ValueError`` or ``TypeError`` for parts of an index that nobody wrote so."""
+    if not isinstance(genes, list) or not all(isinstance(gene, str) for gene in genes):
+        raise TypeError("genes are no list of names")
+    if not genes or len(set(genes)) != len(genes):
+        raise ValueError("genes are missing, or one stands twice")
+    if expression["values"] not in ("log1p", "counts"):
+        raise ValueError(f"values are {expression['values']!r}")
+    target = expression["target_sum"]
+    if not isinstance(target, (int, float)) or not 0 < target < float("inf"):
+        raise ValueError(f"target_sum is {target!r}")
+    if not _is_count(patch["pixels"]) or not 1 <= patch["pixels"] <= _MAX_SIDE:
+        raise ValueError(f"patches have a side of {patch['pixels']!r} pixels")
+    if not _is_count(neighbors["k"]) or not 0 <= neighbors["k"] <= 10_000:
+        raise ValueError(f"each spot has {neighbors['k']!r} neighbours")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def read_splits(folder: str | Path) -> dict[str, list[str]]:

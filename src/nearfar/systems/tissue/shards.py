@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -36,7 +36,7 @@ from nearfar.systems.tissue.slides import Slide, find_slides
 
 __all__ = ["Watch", "Written", "write_shards"]
 
-VERSION = 1  # of what a slide is made into; part of every slide's key
+VERSION = 2  # of what a slide is made into; part of every slide's key
 #: told of progress: "counts" and slides that were read of all slides, "shards" and spots that were written of all spots
 Watch = Callable[[str, int, int], None]
 
@@ -51,6 +51,7 @@ class Written:
     kept: list[str]
     dropped: list[str]
     rejections: Rejections
+    remarks: list[str] = field(default_factory=list)
 
     def summary(self) -> str:
         """A few lines for a terminal."""
@@ -67,7 +68,7 @@ class Written:
         if len(self.rejections):
             lines.append(self.rejections.summary() + "; all of them are in rejected.tsv")
         lines += [f"slide {name} has no usable spot and is left out" for name in self.dropped]
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.remarks])
 
 
 def write_shards(
@@ -128,7 +129,8 @@ def write_shards(
     write_split_files(folder.path, splits)
     folder.write_rejected(rejected)
     index.write(splits)
-    return Written(index, splits, written, kept, dropped, _tally(rejected))
+    remarks = [f"slide {name}: {remark}" for name in sums for remark in slides[name].remarks()]
+    return Written(index, splits, written, kept, dropped, _tally(rejected), remarks)
 
 
 def _write_slide(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import zipfile
+import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,7 +80,7 @@ class SlideFolder:
         try:
             saved = json.loads(self._entry(slide).read_text(encoding="utf-8"))
             entry = SlideEntry.from_dict(saved)
-        except (OSError, ValueError, TypeError, KeyError):
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return None
         whole = all(_size(self.path / file.name) == file.bytes for file in [*entry.shards, entry.table])
         return entry if entry.key == key and whole else None
@@ -144,8 +146,19 @@ class SlideFolder:
                 if key is not None and str(held["key"]) != key:
                     return None
                 sums = GeneSums(held["genes"].tolist(), int(held["spots"]), held["total"], held["squares"])
+                if not sums.total.shape == sums.squares.shape == (len(sums.genes),):
+                    return None
                 return sums, [(str(a), str(b), str(c)) for a, b, c in held["rejected"].tolist()]
-        except (OSError, ValueError, KeyError, EOFError):
+        except (
+            OSError,
+            ValueError,
+            TypeError,
+            KeyError,
+            EOFError,
+            MemoryError,
+            zipfile.BadZipFile,
+            zlib.error,
+        ):
             return None
 
     def write_sums(self, slide: str, key: str, sums: GeneSums, rejected: Rejected) -> None:
@@ -163,7 +176,11 @@ class SlideFolder:
     def write_rejected(self, rejected: Mapping[str, Rejected]) -> None:
         """``rejected.tsv``: every spot that was left out, and why."""
         lines = ["slide\tspot\treason\tdetail\n"]
-        lines += ["\t".join((slide, *spot)) + "\n" for slide, spots in rejected.items() for spot in spots]
+        for slide, spots in rejected.items():
+            # A name out of a file may hold a tab or a line end.
+            lines += [
+                "\t".join(re.sub(r"[\t\r\n]", " ", part) for part in (slide, *spot)) + "\n" for spot in spots
+            ]
         write_atomically(self.path / "rejected.tsv", lambda file: file.write("".join(lines).encode()))
 
     def _write_table(self, spots: Spots) -> ShardFile:

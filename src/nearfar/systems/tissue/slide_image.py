@@ -14,11 +14,19 @@ from typing import Any, Protocol
 import numpy as np
 from jaxtyping import UInt8
 
-from nearfar.data.images import image_size
+from nearfar.data.images import image_size, read_image
 from nearfar.errors import NearfarError
 from nearfar.systems.tissue.patches import Box, cut, read_large
 
-__all__ = ["IMAGE_ENDINGS", "Pictures", "boxes_inside", "open_image", "picture_size", "pixel_size_of"]
+__all__ = [
+    "IMAGE_ENDINGS",
+    "Pictures",
+    "boxes_inside",
+    "check_size",
+    "open_image",
+    "picture_size",
+    "pixel_size_of",
+]
 
 _BY_REGION = (".tif", ".tiff", ".svs", ".ndpi", ".scn", ".bif", ".mrxs")
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", *_BY_REGION)
@@ -109,10 +117,45 @@ def boxes_inside(path: Path | None, boxes: Sequence[Box]) -> tuple[np.ndarray, l
     """Which boxes lie wholly in a picture, and what is wrong with each other one."""
     if path is None:
         return np.zeros(len(boxes), bool), ["the slide has no picture"] * len(boxes)
-    height, width = picture_size(path)
+    try:
+        height, width = picture_size(path)
+        _check_end(path)
+    except NearfarError as error:  # counted like a picture that is missing: other slides are not held up
+        return np.zeros(len(boxes), bool), [str(error).replace(str(path), path.name)] * len(boxes)
     corners = np.array(boxes).reshape(-1, 4)
     kept = (corners[:, :2] >= 0).all(1) & (corners[:, 2] <= width) & (corners[:, 3] <= height)
     return kept, [f"{tuple(box)} is not inside {width} × {height} pixels" for box in boxes]
+
+
+def check_size(path: Path, declared: tuple[int, int] | None, where: str) -> None:
+    """``NearfarError`` for a picture of another size than the one that places refer to, as a small copy of it.
+
+    A twentieth is allowed: declared sizes come from small pictures and are rounded.
+    """
+    if declared is None:
+        return
+    try:
+        height, width = picture_size(path)
+    except NearfarError:
+        return  # `boxes_inside` says so
+    if abs(height - declared[0]) > 0.05 * declared[0] or abs(width - declared[1]) > 0.05 * declared[1]:
+        raise NearfarError(
+            f"{path} has {width} × {height} pixels, and {where} says that places are in a picture of {declared[1]} × "
+            f"{declared[0]}: put the full picture there, or remove the small pictures from {where} if they are wrong."
+        )
+
+
+def _check_end(path: Path) -> None:
+    """``NearfarError`` for a picture that breaks off; a JPEG or PNG that ends as it should is not decoded for it."""
+    if _openslide(path) is not None:
+        return  # regions are read by their own places in the file
+    with open(path, "rb") as stream:
+        head = stream.read(8)
+        stream.seek(max(0, path.stat().st_size - 2**16))
+        tail = stream.read()
+    end = b"\xff\xd9" if head.startswith(b"\xff\xd8") else b"IEND" if head.startswith(b"\x89PNG") else None
+    if end is None or end not in tail:
+        read_image(path)
 
 
 def _installed() -> bool:

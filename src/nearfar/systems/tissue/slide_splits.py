@@ -30,6 +30,8 @@ def read_split_files(folder: Path) -> dict[str, list[str]]:
     for split in SPLITS:
         path = folder / f"{split}_samples.txt"
         if path.exists():
+            if not path.is_file():
+                raise NearfarError(f"{path} is no file; a name of a slide on each line is expected.")
             try:
                 lines = path.read_text(encoding="utf-8-sig").splitlines()
             except (OSError, UnicodeDecodeError) as error:

@@ -17,7 +17,7 @@ from nearfar.systems.tissue.slides import Slide, SlideCounts
 
 __all__ = ["choose_genes", "survey", "usable"]
 
-_VERSION = 1  # of the sums; part of their key
+_VERSION = 2  # of the sums; part of their key
 
 
 def survey(

@@ -43,13 +43,18 @@ class SlideCounts:
     def keep(self, kept: np.ndarray, reason: str, details: Sequence[str]) -> SlideCounts:
         """Without the spots where ``kept`` is False; ``details`` are those of all spots."""
         gone = [(self.spots[at], reason, details[at]) for at in np.flatnonzero(~kept).tolist()]
-        rows = np.flatnonzero(kept)
+        left = self.rows(np.flatnonzero(kept))
+        left.rejected = left.rejected + gone
+        return left
+
+    def rows(self, rows: np.ndarray) -> SlideCounts:
+        """The spots at some positions; the others are spots of a different slide, and not rejected."""
         return SlideCounts(
             [self.spots[at] for at in rows.tolist()],
             self.positions[rows],
             self.genes,
             self.counts[rows],
-            self.rejected + gone,
+            self.rejected,
             self.pixel_size,
         )
 
@@ -91,6 +96,10 @@ class Slide(ABC):
     def open_pictures(self) -> AbstractContextManager[Pictures]:
         """The picture, in memory or open until the context ends."""
 
+    def remarks(self) -> list[str]:
+        """What its user should know of how it is read, a sentence each."""
+        return []
+
     def patient(self) -> str | None:
         """Whom the slide is from, where its own files say so."""
         return None
@@ -126,18 +135,25 @@ def find_slides(source: str | Path) -> list[Slide]:
     Raises:
         NearfarError: no such folder, an unknown layout (with what is expected), a slide that lacks a file.
     """
-    from nearfar.systems.tissue import spatial_transcriptomics, visium
+    from nearfar.systems.tissue import space_ranger, spatial_transcriptomics, visium
 
     folder = Path(source)
     if not folder.is_dir():
         raise NearfarError(f"{folder}: no such folder.")
-    for layout in (spatial_transcriptomics, visium):
-        found: list[Slide] | None = layout.slides_of(folder)
-        if found is not None:
-            return found
+    for layout in (spatial_transcriptomics, space_ranger, visium):
+        slides: list[Slide] | None = layout.slides_of(folder)
+        if slides is not None:
+            names = [slide.name for slide in slides]
+            twice = sorted({name for name in names if names.count(name) > 1})
+            if twice:
+                raise NearfarError(
+                    f"{folder}: two slides would be called {', '.join(twice[:5])}; rename one."
+                )
+            return slides
     there = ", ".join(sorted(path.name for path in folder.iterdir())[:10]) or "nothing"
     raise NearfarError(
         f"{folder} has none of the layouts that are read; in it: {there}. Expected: counts/*.tsv[.gz], spots/*.tsv and "
-        "images/*.jpg (Spatial Transcriptomics); st/*.h5ad with patches/*.h5 or wsis/*.tif (HEST-1k); "
-        "or *.h5ad with pictures of the same names beside them (Visium)."
+        "images/*.jpg (Spatial Transcriptomics); filtered_feature_bc_matrix.h5 (or the folder of that name) beside "
+        "spatial/, or folders with outs/ that have them (Space Ranger); st/*.h5ad with patches/*.h5 or wsis/*.tif "
+        "(HEST-1k); or *.h5ad with pictures of the same names beside them (Visium). Unpack *.gz and *.zip first."
     )

@@ -83,50 +83,62 @@ class SpatialTranscriptomicsSlide(Slide):
         from scipy.sparse import csr_matrix, vstack
 
         places = self._places()
-        genes: list[str] = []
+        genes = self._genes()
         names: list[str] = []
+        seen: set[str] = set()  # every spot that has a row, whatever became of it
         rows = []
         rejected: list[tuple[str, str, str]] = []
         for number, line in enumerate(_lines(self.counts), 1):
-            if number == 1:
-                genes = line.split("\t")[1:]
-                continue
             name, _, rest = line.partition("\t")
-            if not name and not rest:
+            if number == 1 or (not name and not rest):
                 continue
             values = _numbers(rest)
-            if values is None or len(values) != len(genes) or not (values >= 0).all():
-                there = (
-                    "a field is no number"
-                    if values is None
-                    else f"{len(values)} fields for {len(genes)} genes"
+            wrong = _what_is_wrong(values, len(genes))
+            if wrong is not None or values is None:
+                rejected.append((name, "unreadable counts", f"line {number}: {wrong}"))
+            elif (values != np.round(values)).any():
+                at = int(np.argmax(values != np.round(values)))
+                raise NearfarError(
+                    f"{self.counts}, line {number}: {values[at]:.6g} of {genes[at]} is no count. Normalised values "
+                    "cannot be turned back: give the counts as they were measured."
                 )
-                if values is not None and len(values) == len(genes):
-                    there = "a count below 0 or not a number"
-                rejected.append((name, "unreadable counts", f"line {number}: {there}"))
-            elif name in names:
+            elif name in seen:
                 rejected.append((name, "spot named twice", f"line {number}"))
             else:
                 names.append(name)
                 rows.append(csr_matrix(values))
-        if not genes or not names:
+            seen.add(name)
+        if not genes or not seen:
             raise NearfarError(
                 f"{self.counts}: no usable row. Expected: a header with the genes, then a line for each spot, its name "
                 "(such as 10x14) and a count for each gene, separated by tabs."
             )
-        found = SlideCounts(names, np.zeros((len(names), 2)), genes, vstack(rows, format="csr"), rejected)
-        known = np.array([name in places for name in names])
-        found = found.keep(known, "no place", [f"{self.spots.name} does not have the spot"] * len(names))
-        selected = np.array([places[name][2] for name in found.spots], bool)
+        counts = vstack(rows, format="csr") if rows else csr_matrix((0, len(genes)), dtype=np.float32)
+        found = SlideCounts(names, np.zeros((len(names), 2)), genes, counts, rejected)
+        known = [isinstance(places.get(name), tuple) for name in names]
+        missing = f"{self.spots.name} does not have the spot"
+        found = found.keep(
+            np.array(known, bool), "no place", [str(places.get(name, missing)) for name in names]
+        )
+        own = [places[name] for name in found.spots]
+        selected = np.array([place[2] for place in own], bool)
         found = found.keep(selected, "not selected", [f"selected is 0 in {self.spots.name}"] * len(selected))
         found.rejected += [
             (name, "no counts", f"{self.counts.name} does not have the spot")
-            for name in places
-            if name not in names and places[name][2]
+            for name, place in places.items()
+            if name not in seen and (isinstance(place, str) or place[2])
         ]
         found.positions = np.array([places[name][:2] for name in found.spots], np.float64).reshape(-1, 2)
         found.pixel_size = _pixel_size(found.positions)
         return found
+
+    def _genes(self) -> list[str]:
+        """The header, without the cell above the names of spots; R writes none there."""
+        lines = _lines(self.counts)
+        header = next(lines, "").split("\t")
+        fields = [line.count("\t") for line, _ in zip(lines, range(20), strict=False)]
+        usual = max(sorted(set(fields)), key=fields.count) if fields else -1
+        return header if header[0] and usual == len(header) else header[1:]
 
     def check_boxes(self, counts: SlideCounts, boxes: Sequence[Box]) -> tuple[np.ndarray, list[str]]:
         return boxes_inside(self.image, boxes)
@@ -135,21 +147,38 @@ class SpatialTranscriptomicsSlide(Slide):
         assert self.image is not None
         return open_image(self.image)
 
-    def _places(self) -> dict[str, tuple[float, float, bool]]:
-        """x and y in pixels, and whether a spot is selected, by its name."""
-        table = read_table(self.spots, _COLUMNS, optional=["selected"])
-        found: dict[str, tuple[float, float, bool]] = {}
+    def _places(self) -> dict[str, tuple[float, float, bool] | str]:
+        """x and y in pixels, and whether a spot is selected, by its name; for a place that cannot be used, why."""
+        table = read_table(
+            self.spots, _COLUMNS, optional=["selected"], naming="the header '{name}', in the file itself"
+        )
+        places: dict[str, tuple[float, float, bool] | str] = {}
         for at, row in enumerate(table.rows):
             try:
                 x, y = (float(table[name][at]) for name in ("x", "y"))
                 place = float(table["pixel_x"][at]), float(table["pixel_y"][at])
-                used = float(table["selected"][at]) != 0 if "selected" in table else True
             except ValueError as error:
                 raise NearfarError(f"{self.spots}, line {row}: {error}.") from None
+            used = self._selected(table["selected"][at], row) if "selected" in table else True
+            name = f"{x:g}x{y:g}"
             if not np.isfinite(place).all():
-                continue
-            found[f"{x:g}x{y:g}"] = (*place, used)
-        return found
+                places[name] = f"its place in {self.spots.name}, line {row}, is not finite"
+            elif name in places and places[name] != (*place, used):
+                places[name] = f"{self.spots.name} has two places of the spot"
+            else:
+                places[name] = (*place, used)
+        return places
+
+    def _selected(self, text: str, row: int) -> bool:
+        word = text.strip().strip('"').lower()
+        if word in ("true", "t", "false", "f"):
+            return word.startswith("t")
+        try:
+            return float(word) != 0
+        except ValueError:
+            raise NearfarError(
+                f"{self.spots}, line {row}: selected is {text!r}; 0 and 1, or TRUE and FALSE, are read."
+            ) from None
 
 
 def _first(folder: Path, names: Sequence[str]) -> Path | None:
@@ -167,6 +196,17 @@ def _lines(path: Path) -> Iterator[str]:
                 yield line.rstrip("\r\n")
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise NearfarError(f"{path} cannot be read: {error}. Is it complete?") from None
+
+
+def _what_is_wrong(values: np.ndarray | None, genes: int) -> str | None:
+    """Why the values of a line cannot be counts of so many genes; None where they can."""
+    if values is None:
+        return "a field is no number"
+    if len(values) != genes:
+        return f"{len(values)} fields for {genes} genes"
+    if not ((values >= 0) & np.isfinite(values)).all():
+        return "a count below 0 or not a number"
+    return None
 
 
 def _numbers(text: str) -> np.ndarray | None:

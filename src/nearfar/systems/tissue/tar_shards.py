@@ -7,6 +7,7 @@ or WebDataset reader takes them; `samples` reads them several times as fast as P
 from __future__ import annotations
 
 import io
+import re
 import tarfile
 from collections.abc import Iterator
 from typing import IO
@@ -18,6 +19,7 @@ from nearfar.errors import NearfarError
 __all__ = ["ArrayReader", "ShardWriter", "npy", "samples"]
 
 _BLOCK = 512
+_NAME = re.compile(r"([A-Za-z0-9_-]+)\.([A-Za-z0-9_.-]+)")
 
 
 class ShardWriter:
@@ -42,9 +44,11 @@ def samples(data: memoryview, where: str) -> Iterator[tuple[str, dict[str, memor
     """The samples of a shard in memory: key and parts by ending, views into ``data``.
 
     Raises:
-        NearfarError: no tar, a member that is no plain file, an archive that is cut off.
+        NearfarError: no tar, a member that is no plain file (links, devices, sparse files), whose name `ShardWriter` would
+            not give it (folders, ``..``) or which stands twice, a size that cannot be, an archive that is cut off.
     """
     at, key, parts = 0, "", dict[str, memoryview]()
+    seen: set[str] = set()
     while at + _BLOCK <= len(data):
         head = bytes(data[at : at + _BLOCK])
         if not head[0]:
@@ -53,17 +57,33 @@ def samples(data: memoryview, where: str) -> Iterator[tuple[str, dict[str, memor
             raise NearfarError(
                 f"{where}: at byte {at} there is no plain member of a tar file. Write the shards anew."
             )
-        name = head[:100].rstrip(b"\0").decode()
-        size = int(head[124:136].rstrip(b"\0 "), 8)
+        name = head[:100].partition(b"\0")[0].decode("utf-8", "replace")
+        match = _NAME.fullmatch(name)
+        if match is None or head[345:346] != b"\0":
+            raise NearfarError(
+                f"{where}: at byte {at} the member {name[:80]!r} is not called SAMPLE.ENDING, without folders. "
+                "Write the shards anew."
+            )
+        digits = head[124:136].strip(b"\0 ")
+        if not digits.isdigit() or re.search(
+            rb"[89]", digits
+        ):  # a sign or a binary number is of no shard of ours
+            raise NearfarError(
+                f"{where}: {name} states a size of {digits.decode('ascii', 'replace')!r}. Write the shards anew."
+            )
+        size = int(digits, 8)
         begin = at + _BLOCK
         at = begin + -(-size // _BLOCK) * _BLOCK
         if begin + size > len(data):
             raise NearfarError(f"{where} is cut off in {name}. Write the shards anew.")
-        stem, _, ending = name.partition(".")
+        stem, ending = match.groups()
         if stem != key:
             if parts:
                 yield key, parts
             key, parts = stem, {}
+        if ending in parts or (not parts and stem in seen):
+            raise NearfarError(f"{where} holds {name} twice. Write the shards anew.")
+        seen.add(stem)
         parts[ending] = data[begin : begin + size]
     if parts:
         yield key, parts
@@ -79,12 +99,16 @@ def npy(values: np.ndarray) -> bytes:
 class ArrayReader:
     """Reads the arrays of .npy parts; the head that all samples share is understood once.
 
+    Raises:
+        ValueError: bytes that are no array of numbers, or of another shape than ``shape`` where that is given.
+
     >>> read = ArrayReader()
     >>> read(memoryview(npy(np.arange(3, dtype=np.int16)))).tolist()
     [0, 1, 2]
     """
 
-    def __init__(self) -> None:
+    def __init__(self, shape: tuple[int, ...] | None = None) -> None:
+        self._wanted = shape
         self._head, self._dtype = b"", np.dtype(np.float32)
         self._shape: tuple[int, ...] = (0,)
 
@@ -92,6 +116,11 @@ class ArrayReader:
         if not self._head or data[: len(self._head)] != self._head:
             stream = io.BytesIO(data)
             np.lib.format.read_magic(stream)
-            self._shape, _, self._dtype = np.lib.format.read_array_header_1_0(stream)
+            shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+            if dtype.kind not in "biuf":
+                raise ValueError(f"values of the kind {dtype}, and numbers are needed")
+            if self._wanted is not None and shape != self._wanted:
+                raise ValueError(f"an array {shape} where {self._wanted} is needed")
+            self._shape, self._dtype = shape, dtype
             self._head = bytes(data[: stream.tell()])
         return np.frombuffer(data, self._dtype, offset=len(self._head)).reshape(self._shape)

@@ -8,21 +8,23 @@ the full picture. The picture is ``wsis/NAME.tif`` (``images/``, or beside the h
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from nearfar.errors import NearfarError
-from nearfar.systems.tissue.h5ad import read_h5ad
+from nearfar.systems.tissue.h5ad import declared_size, read_h5ad, read_sections
 from nearfar.systems.tissue.patches import Box, box_around, cut
+from nearfar.systems.tissue.sections import Section
 from nearfar.systems.tissue.slide_image import (
     IMAGE_ENDINGS,
     Pictures,
     boxes_inside,
+    check_size,
     open_image,
     pixel_size_of,
 )
@@ -49,9 +51,51 @@ def slides_of(folder: Path) -> list[Slide] | None:
     patches = by_stem(folder / "patches", (".h5",)) if (folder / "patches").is_dir() else {}
     notes = by_stem(folder / "metadata", (".json",)) if (folder / "metadata").is_dir() else {}
     return [
-        VisiumSlide(name, path, images.get(name), patches.get(name), notes.get(name))
+        slide
         for name, path in sorted(tables.items())
+        for slide in _slides_of_file(name, path, images, patches, notes)
     ]
+
+
+def _slides_of_file(
+    name: str,
+    path: Path,
+    images: Mapping[str, Path],
+    patches: Mapping[str, Path],
+    notes: Mapping[str, Path],
+) -> list[VisiumSlide]:
+    """The slide of a file, or one for each section that it holds, each with a picture of its own.
+
+    Raises:
+        NearfarError: several sections, and a picture of none of them.
+    """
+    sections = read_sections(path)
+    if len(sections) == 1:
+        return [VisiumSlide(name, path, images.get(name), patches.get(name), notes.get(name), sections[0])]
+    slides = []
+    for section in sections:
+        own = f"{name}-{section.value}"
+        image = next(
+            (images[each] for each in (own, f"{name}_{section.value}", str(section.value)) if each in images),
+            None,
+        )
+        slides.append(
+            VisiumSlide(own, path, image, patches.get(own, patches.get(name)), notes.get(own), section)
+        )
+    if all(slide.image is None and slide.patches is None for slide in slides):
+        column = sections[0].column
+        shown = ", ".join(str(section.value) for section in sections[:5])
+        raise NearfarError(
+            f"{path} holds {len(sections)} sections by obs['{column}'] ({shown}{', …' if len(sections) > 5 else ''}), "
+            f"and each needs a picture of its own beside the file: {slides[0].name}.png and so on (any usual format)."
+            + (
+                f" {images[name].name} cannot be the picture of all of them; if it is, remove obs['{column}'] from the "
+                "file (and what uns['spatial'] says of the other libraries)."
+                if name in images
+                else ""
+            )
+        )
+    return slides
 
 
 @dataclass
@@ -63,18 +107,19 @@ class VisiumSlide(Slide):
     image: Path | None = None
     patches: Path | None = None
     notes: Path | None = None
+    section: Section = field(default_factory=Section)
 
     def files(self) -> list[Path]:
         picture = self.patches or self.image
         return [path for path in (self.table, picture, self.notes) if path is not None]
 
     def read_counts(self) -> SlideCounts:
-        found, diameter = read_h5ad(self.table)
+        found, diameter = read_h5ad(self.table, self.section)
         said = self._notes().get("pixel_size_um_estimated") or self._notes().get("pixel_size_um_embedded")
         if self.patches is not None:
             found.pixel_size = PATCH_PIXEL_SIZE  # of what patches are cut from
         elif said:
-            found.pixel_size = float(said)
+            found.pixel_size = self._number(said)
         elif diameter:
             found.pixel_size = SPOT_DIAMETER / diameter
         elif self.image is not None:
@@ -97,6 +142,12 @@ class VisiumSlide(Slide):
 
     def check_boxes(self, counts: SlideCounts, boxes: Sequence[Box]) -> tuple[np.ndarray, list[str]]:
         if self.patches is None:
+            if self.image is not None:
+                check_size(
+                    self.image,
+                    declared_size(self.table, self.section),
+                    f"uns['spatial'] of {self.table.name}",
+                )
             return boxes_inside(self.image, boxes)
         with _opened(self.patches) as held:
             rows = _rows(held)
@@ -116,12 +167,21 @@ class VisiumSlide(Slide):
         assert self.image is not None
         return open_image(self.image)
 
+    def _number(self, value: Any) -> float:
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = float("nan")
+        if not (np.isfinite(number) and number > 0):
+            raise NearfarError(f"{self.notes}: a pixel of {value!r} micrometres; a number above 0 is needed.")
+        return number
+
     def _notes(self) -> dict[str, Any]:
         if self.notes is None:
             return {}
         try:
             found = json.loads(self.notes.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise NearfarError(f"{self.notes} cannot be read: {error}.") from None
         return found if isinstance(found, dict) else {}
 
@@ -129,17 +189,23 @@ class VisiumSlide(Slide):
 class _PatchFile:
     """Patches that lie ready in an HDF5 file, one read at a time."""
 
-    def __init__(self, held: Any) -> None:
-        self.images, self.rows = held["img"], _rows(held)
+    def __init__(self, held: Any, path: Path) -> None:
+        self.images, self.rows, self.path = held["img"], _rows(held), path
 
     def patch(self, spot: str, box: Box, pixels: int) -> np.ndarray:
-        return cut(np.asarray(self.images[self.rows[spot]])[..., :3], box, pixels)
+        try:
+            pixels_there = np.asarray(self.images[self.rows[spot]])
+        except (OSError, RuntimeError, ValueError) as error:
+            raise NearfarError(
+                f"{self.path}: the patch of spot {spot} cannot be read ({error}). Is the file complete?"
+            ) from None
+        return cut(pixels_there[..., :3], box, pixels)
 
     @classmethod
     @contextmanager
     def opened(cls, path: Path) -> Iterator[Pictures]:
         with _opened(path) as held:
-            yield cls(held)
+            yield cls(held, path)
 
 
 @contextmanager
@@ -157,6 +223,10 @@ def _opened(path: Path) -> Iterator[Any]:
         if held["img"].ndim != 4 or held["img"].dtype != np.uint8 or held["img"].shape[3] < 3:
             raise NearfarError(
                 f"{path}: 'img' is {held['img'].dtype} {held['img'].shape}; (n, h, w, 3) of uint8 is needed."
+            )
+        if held["barcode"].size != len(held["img"]):
+            raise NearfarError(
+                f"{path} holds {len(held['img'])} patches and {held['barcode'].size} barcodes: one each is needed."
             )
         yield held
 
