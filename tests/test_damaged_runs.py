@@ -143,7 +143,9 @@ def test_a_damaged_file_is_named(copy: Path, name: str, damage: str) -> None:
             refusals.append(str(error))
     assert not (copy / "a" / "owned").exists()
     assert not Path("owned").exists()
-    if name in ("metrics.json", "config.yaml", "dataset_layout.json"):
+    if name in ("metrics.json", "config.yaml") or (
+        name == "dataset_layout.json" and damage != "other fields"
+    ):
         assert refusals, "no verb noticed"
     for refusal in refusals:
         assert name in refusal or "not finished" in refusal or "is not a run" in refusal, refusal

@@ -47,7 +47,7 @@ def _own_overrides(run: Path) -> list[str]:
     folder = RunFolder(run)
     if not folder.started:
         return []
-    found = [str(part) for part in folder.config().get("overrides") or []]
+    found = [str(part) for part in folder.config(fields={}).get("overrides") or []]
     return [_QUOTED.sub(r"\1\2", part) for part in found if not part.startswith("name=")]
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from nearfar.data.files import read_bytes, read_text
+from nearfar.data.files import check_shape, read_bytes, read_text
 from nearfar.errors import NearfarError
 from nearfar.lab.charts import band_chart, heat_map, intervals_chart
 from nearfar.lab.reading import read_comparison
@@ -30,6 +30,15 @@ if TYPE_CHECKING:
 
 __all__ = ["comparison_page", "write_comparison", "write_report"]
 
+#: what the first lines of a report say
+HEADING = {
+    "system": str,
+    "monitor": str,
+    "best_epoch": (int, type(None)),
+    "epochs": int,
+    "steps": int,
+    "train_seconds": float,
+}
 #: examples shown of each kind
 SHOWN = 3
 
@@ -92,6 +101,7 @@ def _baselines(given: Mapping[str, Any], reported: str, split: str) -> dict[str,
 def write_report(folder: RunFolder) -> Path:
     """Write ``report.html`` of a finished run and return its path."""
     metrics = folder.read_json("metrics.json")
+    check_shape(metrics, HEADING, str(folder.path / "metrics.json"))
     layout = folder.read_json("dataset_layout.json")
     tables = {
         split: [(name, Estimate.from_dict(content)) for name, content in found.items()]

@@ -52,12 +52,12 @@ _ESTIMATE = {
 #: what the files of a run hold, as far as other verbs read it
 SHAPES: dict[str, Any] = {
     "metrics.json": {
-        "system": str,
+        "system": Maybe(str),
         "monitor": str,
-        "best_epoch": (int, type(None)),
-        "epochs": int,
-        "steps": int,
-        "train_seconds": float,
+        "best_epoch": Maybe(int),
+        "epochs": Maybe(int),
+        "steps": Maybe(int),
+        "train_seconds": Maybe(float),
         "splits": {str: {str: _ESTIMATE}},
         "members": Maybe([str]),
         "baselines": Maybe(dict),
@@ -65,7 +65,7 @@ SHAPES: dict[str, Any] = {
         "change": Maybe(dict),
         "comparison": Maybe((dict, list)),
     },
-    "dataset_layout.json": {"data_hash": str, "splits": Maybe({str: dict})},
+    "dataset_layout.json": {"data_hash": Maybe(str), "splits": Maybe({str: dict})},
     "environment.json": dict,
     "model.json": dict,
     "examples.json": [{"kind": str, "query": dict, "items": [dict]}],
@@ -281,8 +281,8 @@ class RunFolder:
         """Read one of the run's files of arrays."""
         return read_arrays(self.path / name)
 
-    def config(self) -> Any:
-        """The run's configuration, as it was composed and resolved.
+    def config(self, fields: Mapping[str, Any] = CONFIG) -> Any:
+        """The run's configuration, as it was composed and resolved; ``fields`` are those that it has to hold.
 
         It holds plain values. An interpolation (``${…}``) could read the environment of whoever opens the run, and is
         refused.
@@ -294,7 +294,7 @@ class RunFolder:
         if not self.has("config.yaml"):
             raise NearfarError(f"{self.path} is not a run: it has no config.yaml.")
         content = read_yaml(path)
-        check_shape(content, CONFIG, str(path))
+        check_shape(content, dict(fields), str(path))
         if interpolation := _interpolation(content):
             raise NearfarError(
                 f"{path}: {interpolation} refers to something else, and a run's configuration holds plain values "
