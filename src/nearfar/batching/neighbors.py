@@ -170,7 +170,8 @@ def _as_sets(
         own = np.flatnonzero((block == np.arange(begin, begin + len(block))[:, None]).any(1))
         if len(own):
             raise NearfarError(
-                f"item {begin + own[0]} is listed as its own neighbour; build the list with nearest_neighbors"
+                f"item {begin + own[0]} is listed as its own neighbour; put -1 in its place, or build the "
+                "list with nearest_neighbors"
             )
         none = block < 0
         ordered = np.sort(block, axis=1)
