@@ -94,9 +94,10 @@ def _from_labels(
 ) -> Relevance:
     sizes = [len(part) if hasattr(part, "__len__") and not is_single(part) else None for part in relevant]
     if sizes != [n, m]:
-        stated = " and ".join("a single value" if size is None else str(size) for size in sizes) or "nothing"
+        stated = " and ".join("a single value" if size is None else str(size) for size in sizes)
+        stated = f"its parts have {stated}" if len(sizes) == 2 else f"it has {len(sizes)} parts"
         raise NearfarError(
-            f"a tuple states labels, relevant=({n} query labels, {m} key labels), but its parts have {stated}; "
+            f"a tuple states labels, relevant=({n} query labels, {m} key labels), but {stated}; "
             "lists of relevant indices go in as a list, not as a tuple"
         )
     if any(len(getattr(part, "shape", (0,))) != 1 for part in relevant):
