@@ -6,6 +6,7 @@ import csv
 import io
 import math
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -76,6 +77,19 @@ def test_a_loss_that_broke_is_told_from_empty_cells(form: str) -> None:
     assert found[0].evidence["not_finite"] == 5
     assert found[0].evidence["of"] == 25
     assert found[0].evidence["first_step"] == 40
+
+
+def test_a_csv_file_reads_as_its_rows(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.csv"
+    path.write_text("\ufeff" + BROKEN, encoding="utf-8")
+    assert diagnose(path).ids == diagnose(str(path)).ids == ["non-finite-loss"]
+    path.write_text(CSV)
+    assert diagnose(path, {"batch_size": 64}).healthy
+    path.write_bytes(b"\xff\xfe\x00loss")
+    with pytest.raises(NearfarError, match=r"metrics\.csv: not a CSV file"):
+        diagnose(path)
+    with pytest.raises(NearfarError, match="not a run"):
+        diagnose(tmp_path / "none.csv")
 
 
 def test_what_was_assumed_stands_in_the_verdict() -> None:

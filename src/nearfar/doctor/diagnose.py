@@ -79,11 +79,11 @@ class Diagnosis(list[Finding]):
 def diagnose(signals: Any, context: Mapping[str, Any] | None = None) -> Diagnosis:
     """What is wrong, or remarkably right, with a run.
 
-    ``signals`` is a run folder (path), a table (pandas, polars, pyarrow), a list of log records or of rows as
-    ``csv.DictReader`` gives them, a mapping of fields to series of one length (a single number is a constant), or
-    ``Signals``. An empty cell was not measured; docs/doctor.md says when a NaN is one. ``context`` states what does
-    not change during the run and goes over what the signals know of it. ``nearfar.doctor.fields`` and docs/doctor.md
-    list all names; the more fields, the more rules can be judged.
+    ``signals`` is a run folder or a CSV file (path), a table (pandas, polars, pyarrow), a list of log records or of
+    rows as ``csv.DictReader`` gives them, a mapping of fields to series of one length (a single number is a
+    constant), or ``Signals``. An empty cell was not measured; docs/doctor.md says when a NaN is one. ``context``
+    states what does not change during the run and goes over what the signals know of it. ``nearfar.doctor.fields``
+    and docs/doctor.md list all names; the more fields, the more rules can be judged.
 
     Raises ``NearfarError`` for other input, series of different lengths, and fields that are not numeric.
 

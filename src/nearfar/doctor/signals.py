@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -54,7 +56,10 @@ class Signals:
         if hasattr(source, "__fspath__") or isinstance(source, str):
             from nearfar.doctor.run import read_run
 
-            return read_run(source).knowing(context)
+            if os.fspath(source).lower().endswith(".csv") and os.path.isfile(source):
+                source = _csv_rows(source)
+            else:
+                return read_run(source).knowing(context)
         table = table_columns(source)
         if table is None and hasattr(source, "name") and is_series(source):
             if source.name is None:
@@ -223,6 +228,15 @@ class Signals:
         beside = np.full(len(self._steps), other.mean())
         beside[other.rows] = other.numbers
         return first.having(combine(first.numbers, beside[first.rows]))
+
+
+def _csv_rows(path: Any) -> list[dict[str, Any]]:
+    """The rows of a CSV file with a line of names, as a logger writes one."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            return list(csv.DictReader(file))
+    except (UnicodeDecodeError, csv.Error, OSError) as error:
+        raise NearfarError(f"{path}: not a CSV file that can be read ({error})") from None
 
 
 def _check_context(context: Any) -> None:
