@@ -124,19 +124,19 @@ class CocoSplit:
 
     def remarks(self) -> list[str]:
         """Sentences on what was chosen among several, made of something else, or left out; not on rejections."""
-        said = []
+        sentences = []
         if self.outlines:
-            said.append(f"{self.outlines} boxes are those around polygons, for want of a bbox")
+            sentences.append(f"{self.outlines} boxes are those around polygons, for want of a bbox")
         if self.several_files:
-            said.append(
+            sentences.append(
                 f"{self.several_files} pictures have files of one name in several folders (first: "
                 f"{self.first_of_several}); data.images=FOLDER chooses"
             )
         if self.left_out:
-            said.append(f"boxes of other categories, left out: {_listed(self.left_out)}")
+            sentences.append(f"boxes of other categories, left out: {_listed(self.left_out)}")
         if self.other_groups:
-            said.append(f"{self.group_key} of neither group: {_listed(self.other_groups)}")
-        return said
+            sentences.append(f"{self.group_key} of neither group: {_listed(self.other_groups)}")
+        return sentences
 
     def layout(self) -> dict[str, Any]:
         """What ``dataset_layout.json`` holds of it."""

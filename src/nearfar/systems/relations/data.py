@@ -219,14 +219,14 @@ def usable_photos(
     paths: dict[str, Path] = {}
     several = []
     for image, triple in stated.items():
-        found = PictureFile(triple.photo) if triple.photo else files.find(image, _pixels(triple.size))
-        if found.path is not None:
-            paths[image] = found.path
-            if found.others:
-                several.append(f"{found.path}, not {', '.join(found.others)}")
-        elif found.reason != "missing picture":  # those are counted in all
+        file = PictureFile(triple.photo) if triple.photo else files.find(image, _pixels(triple.size))
+        if file.path is not None:
+            paths[image] = file.path
+            if file.others:
+                several.append(f"{file.path}, not {', '.join(file.others)}")
+        elif file.reason != "missing picture":  # those are counted in all
             rejections.add(
-                "several photos of one name", None, image, f"{found.detail}: data.images=FOLDER chooses"
+                "several photos of one name", None, image, f"{file.detail}: data.images=FOLDER chooses"
             )
     if several:
         notes |= {"pictures_of_several_files": len(several), "first_of_several_files": several[0]}
