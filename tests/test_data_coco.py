@@ -470,6 +470,17 @@ def test_boxes_that_reach_over_an_edge_are_no_corners(tmp_path: Path) -> None:
     assert read_coco(tmp_path / "a.json").clipped == 2
 
 
+def test_a_thumbnail_is_known_by_its_boxes_where_no_size_is_stated(tmp_path: Path) -> None:
+    exported(tmp_path, {"a.json": "boxes"}, "images", n=8, image=lambda _: {"width": None, "height": None})
+    Image.new("RGB", (16, 12)).save(tmp_path / "images" / "3.png")
+    read = read_coco(tmp_path / "a.json")
+    assert len(read) == 7
+    assert read.rejections.counts == {
+        "picture that is too small for its boxes": 1,
+        "box of a picture that was left out": 1,
+    }
+
+
 def test_categories_in_other_letters_and_the_project_above_them(tmp_path: Path) -> None:
     exported(tmp_path, {"a.json": "boxes"}, "images")
     path = tmp_path / "a.json"

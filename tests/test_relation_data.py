@@ -365,6 +365,15 @@ def test_a_photo_of_a_different_size_is_not_cropped(tmp_path: Path) -> None:
     assert {tuple(size) for part in data.splits.values() for size in part.size.tolist()} == {(1024, 768)}
 
 
+def test_a_thumbnail_is_known_by_its_boxes_where_no_size_is_stated(tmp_path: Path) -> None:
+    write_vrd(tmp_path, 20)
+    for i in range(5):
+        write_photo(tmp_path / "images" / f"{i}.jpg", i, (60, 60))
+    data = load_data(config("data=vrd", f"data.dir={tmp_path}"))
+    assert data.rejections.counts["photo that is too small for its boxes"] == 5
+    assert sum(len(part.photos) for part in data.splits.values()) == 15
+
+
 def test_of_two_photos_of_one_name_none_is_taken_without_a_word(tmp_path: Path) -> None:
     write_scene_graph(tmp_path, width=240, height=240)
     for folder, side in (("a", 240), ("thumbs", 120)):

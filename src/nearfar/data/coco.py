@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from nearfar.data.cache import content_key
-from nearfar.data.coco_boxes import NoBoxError, box_of, check_units
+from nearfar.data.coco_boxes import NoBoxError, box_of, check_units, too_small_for
 from nearfar.data.coco_files import coco_files, picture_files
 from nearfar.data.coco_rows import (
     Categories,
@@ -124,19 +124,19 @@ class CocoSplit:
 
     def remarks(self) -> list[str]:
         """Sentences on what was chosen among several, made of something else, or left out; not on rejections."""
-        said = []
+        sentences = []
         if self.outlines:
-            said.append(f"{self.outlines} boxes are those around polygons, for want of a bbox")
+            sentences.append(f"{self.outlines} boxes are those around polygons, for want of a bbox")
         if self.several_files:
-            said.append(
+            sentences.append(
                 f"{self.several_files} pictures have files of one name in several folders (first: "
                 f"{self.first_of_several}); data.images=FOLDER chooses"
             )
         if self.left_out:
-            said.append(f"boxes of other categories, left out: {_listed(self.left_out)}")
+            sentences.append(f"boxes of other categories, left out: {_listed(self.left_out)}")
         if self.other_groups:
-            said.append(f"{self.group_key} of neither group: {_listed(self.other_groups)}")
-        return said
+            sentences.append(f"{self.group_key} of neither group: {_listed(self.other_groups)}")
+        return sentences
 
     def layout(self) -> dict[str, Any]:
         """What ``dataset_layout.json`` holds of it."""
@@ -217,7 +217,7 @@ def read_coco(
             + hint * bool(elsewhere & rejections.counts.keys())
         )
     rows = content["annotations"]
-    tiny = _within_first_pixel(path, rows, pictures)
+    tiny = _check_boxes(path, rows, pictures, rejections)
     kept = usable_boxes(rows, pictures, names, rejections, group_key, tiny)
     if not kept.boxes:
         others = f" Left out as other categories: {_listed(kept.left_out)}." if kept.left_out else ""
@@ -310,20 +310,39 @@ def _categories(path: Path, content: dict[str, Any], wanted: Sequence[str] | Non
     return Categories(known, list(wanted))
 
 
-def _within_first_pixel(path: Path, rows: list[dict[str, Any]], pictures: Pictures) -> set[int]:
-    """Positions of annotations whose box lies there; a file with boxes in other units is refused."""
-    at, boxes, sizes = [], [], []
+def _check_boxes(
+    path: Path, rows: list[dict[str, Any]], pictures: Pictures, rejections: Rejections
+) -> set[int]:
+    """Look at all boxes together, before any is cut at an edge.
+
+    A file with boxes in other units is refused; a picture that is too small for its boxes, where no size is stated, is
+    rejected. Returns the positions of annotations whose box lies within the first pixel.
+    """
+    at, boxes, keys = [], [], []
     for position, row in enumerate(rows):
-        picture = pictures.of(row)
-        if picture is not None:
+        if pictures.of(row) is not None:
             try:
                 box, _ = box_of(row)
             except NoBoxError:
                 continue
             at.append(position)
             boxes.append(box)
-            sizes.append((picture.width, picture.height))
-    return {at[i] for i in np.flatnonzero(check_units(path, boxes, sizes)) if min(boxes[i][2:]) > 0}
+            keys.append(pictures.key(row) or "")
+    sizes = [(image.width, image.height) for image in (pictures.rows[key][1] for key in keys)]
+    tiny = {at[i] for i in np.flatnonzero(check_units(path, boxes, sizes)) if min(boxes[i][2:]) > 0}
+    corners: dict[str, list[list[float]]] = {}
+    for key, (left, top, width, height) in zip(keys, boxes, strict=True):
+        if not pictures.rows[key][0].get("width") or not pictures.rows[key][0].get("height"):
+            corners.setdefault(key, []).append([left, top, left + width, top + height])
+    for key, own in corners.items():
+        image = pictures.rows[key][1]
+        if too_small_for(own, image.width, image.height):
+            far = max(box[2] for box in own), max(box[3] for box in own)
+            detail = f"{image.width} × {image.height}, and its boxes reach to {far[0]:g}, {far[1]:g}"
+            rejections.add("picture that is too small for its boxes", None, image.name, detail)
+            pictures.left_out.add(key)
+            del pictures.rows[key]
+    return tiny
 
 
 def _listed(counts: Mapping[str, int]) -> str:

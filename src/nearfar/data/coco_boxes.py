@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 
 from nearfar.errors import NearfarError
 
-__all__ = ["NoBoxError", "box_of", "check_units"]
+__all__ = ["NoBoxError", "box_of", "check_units", "too_small_for"]
 
 _LARGEST = 1e9
 _NUMBER = re.compile(r"\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*")
@@ -75,6 +75,22 @@ def _numbers(values: Sequence[Any], reason: str) -> list[float]:
             raise NoBoxError(reason)
         numbers.append(float(value))
     return numbers
+
+
+def too_small_for(corners: Sequence[Sequence[float]], width: float, height: float) -> bool:
+    """Whether most of these boxes (left, top, right, bottom) reach over a picture's edge by a tenth of its side.
+
+    Where no file says how large a picture was when its boxes were drawn, this is how a thumbnail is known.
+
+    >>> too_small_for([(10, 10, 90, 90), (500, 300, 800, 600)], 128, 96)
+    False
+    >>> too_small_for([(10, 10, 90, 200), (500, 300, 800, 600)], 128, 96)
+    True
+    """
+    box = np.array(corners, np.float64).reshape(-1, 4)
+    box = box[np.isfinite(box).all(1) & (box[:, 2:] > box[:, :2]).all(1)]
+    over = (box[:, 2:] > 1.1 * np.array([width, height]) + _SLACK).any(1)
+    return bool(over.sum() * 2 > len(box))
 
 
 def check_units(

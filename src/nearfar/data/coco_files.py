@@ -40,10 +40,10 @@ def coco_files(folder: str | Path, say: Callable[[str], None] | None = None) -> 
         raise NearfarError(f"data.dir={folder} is a file, not a folder: {how}.")
     if not folder.is_dir():
         raise NearfarError(f"data.dir={folder}: no such folder.")
-    there = _json_files(folder)
+    json_files = _json_files(folder)
     chosen: dict[str, Path] = {}
     for split in (*SPLIT_NAMES, "whole"):
-        paths = [path for path in there if (_split(path, folder) or "whole") == split]
+        paths = [path for path in json_files if (_split(path, folder) or "whole") == split]
         best = _best(paths, whole=split == "whole")
         if len(best) > 1 and not (split == "whole" and "train" in chosen):
             what = "train" if split == "whole" else split
@@ -55,9 +55,11 @@ def coco_files(folder: str | Path, say: Callable[[str], None] | None = None) -> 
         if best and not (split == "whole" and "train" in chosen):
             chosen[split] = best[0]
     if "train" not in chosen and "whole" not in chosen:
-        raise NearfarError(_nothing(folder, there))
+        raise NearfarError(_nothing(folder, json_files))
     unread = [
-        path for path in there if path not in chosen.values() and _has_words(path, "images", "annotations")
+        path
+        for path in json_files
+        if path not in chosen.values() and _has_words(path, "images", "annotations")
     ]
     if unread and say is not None:
         names = ", ".join(str(path.relative_to(folder)) for path in unread[:_SHOWN])
@@ -114,13 +116,13 @@ def picture_files(path: Path, images: Path | None = None, folder: Path | None = 
 
 
 def _json_files(folder: Path) -> list[Path]:
-    found = []
+    paths = []
     for depth in range(_DEPTH):
-        found += sorted(folder.glob("*/" * depth + "*.[jJ][sS][oO][nN]"))
+        paths += sorted(folder.glob("*/" * depth + "*.[jJ][sS][oO][nN]"))
     hidden = (".", "__MACOSX")
     shown = [
         path
-        for path in found
+        for path in paths
         if path.is_file() and not any(part.startswith(hidden) for part in path.relative_to(folder).parts)
     ]
     by_place: dict[Path, Path] = {}  # links may lead to one file by several ways
@@ -165,9 +167,9 @@ def _has_words(path: Path, *words: str) -> bool:
         return utf16 or all(text.find(f'"{word}"'.encode()) >= 0 for word in words)
 
 
-def _nothing(folder: Path, there: list[Path]) -> str:
-    names = ", ".join(str(path.relative_to(folder)) for path in there[:_SHOWN]) or "no .json file"
-    few = [path.name for path in there if path.stem.lower().startswith(_NO_BOXES)]
+def _nothing(folder: Path, json_files: list[Path]) -> str:
+    names = ", ".join(str(path.relative_to(folder)) for path in json_files[:_SHOWN]) or "no .json file"
+    few = [path.name for path in json_files if path.stem.lower().startswith(_NO_BOXES)]
     hint = f" {few[0]} holds no boxes: instances_….json does." if few else ""
     return (
         f"data.dir={folder}: there is no train.json (COCO format), and none for train in a folder below. In it: "

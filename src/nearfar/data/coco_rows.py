@@ -89,8 +89,8 @@ class Pictures:
 
     def of(self, row: Mapping[str, Any]) -> CocoImage | None:
         """The usable picture of an annotation."""
-        found = self.rows.get(self.key(row) or "")
-        return None if found is None else found[1]
+        pair = self.rows.get(self.key(row) or "")
+        return None if pair is None else pair[1]
 
 
 def usable_pictures(
@@ -100,7 +100,7 @@ def usable_pictures(
     say: Callable[[str], None] | None = None,
 ) -> Pictures:
     """Each usable picture by its id; the others are counted. Every file is decoded once (`check_pictures`)."""
-    found = Pictures()
+    pictures = Pictures()
     sought: dict[str, tuple[int, dict[str, Any], str, tuple[int | None, int | None], PictureFile]] = {}
     names_of: dict[Path, set[str]] = {}
     unsure: set[Path] = set()
@@ -111,20 +111,20 @@ def usable_pictures(
             rejections.add("picture without id or file_name", number, row.get("id") if name is None else name)
             continue
         if len(named[key]) > 1:
-            found.left_out.add(key)
+            pictures.left_out.add(key)
             rejections.add("one id of several pictures", number, name, f"id {key}")
             continue
-        if key in sought or key in found.left_out:
+        if key in sought or key in pictures.left_out:
             rejections.add("repeated picture", number, name, f"id {key}")
             continue
         width, height = _side(row.get("width")), _side(row.get("height"))
         if isinstance(width, str) or isinstance(height, str):
-            found.left_out.add(key)
+            pictures.left_out.add(key)
             rejections.add("width or height that is no number", number, name)
             continue
         file = files.find(name, None if width is None or height is None else (width, height))
         if file.path is None:
-            found.left_out.add(key)
+            pictures.left_out.add(key)
             rejections.add(file.reason, number, name, file.detail)
             continue
         sought[key] = number, row, name, (width, height), file
@@ -135,35 +135,35 @@ def usable_pictures(
     for key, (number, _, name, _, file) in list(sought.items()):
         assert file.path is not None
         if file.path in unsure and len(names_of[file.path]) > 1:
-            found.left_out.add(key)
+            pictures.left_out.add(key)
             rejections.add("several pictures of one name", number, name, f"each would be {file.path}")
             del sought[key]
         elif file.path in taken:
-            found.alias[key] = taken[file.path]
+            pictures.alias[key] = taken[file.path]
             rejections.add("repeated picture", number, name, f"its boxes are those of id {taken[file.path]}")
             del sought[key]
         else:
             taken[file.path] = key
             if file.others:
-                found.several_files += 1
-                found.first_of_several = (
-                    found.first_of_several or f"{file.path}, not {', '.join(file.others)}"
+                pictures.several_files += 1
+                pictures.first_of_several = (
+                    pictures.first_of_several or f"{file.path}, not {', '.join(file.others)}"
                 )
     checked = check_pictures(list(taken), say)
     for (key, (number, row, name, stated, _)), path, seen in zip(sought.items(), taken, checked, strict=True):
         size = (seen.width, seen.height)
         if seen.problem:
-            found.left_out.add(key)
+            pictures.left_out.add(key)
             rejections.add("unreadable picture", number, name, seen.problem)
-        elif any(said not in (None, side) for said, side in zip(stated, size, strict=True)):
-            found.left_out.add(key)
+        elif any(value not in (None, side) for value, side in zip(stated, size, strict=True)):
+            pictures.left_out.add(key)
             turned = ", with its sides exchanged (the camera's orientation?)" if stated == size[::-1] else ""
             words = " × ".join("?" if side is None else str(side) for side in stated)
             detail = f"{size[0]} × {size[1]} in truth, {words} in the file{turned}"
             rejections.add("picture of a different size", number, name, detail)
         else:
-            found.rows[key] = row, CocoImage(name, path, *size, digest=seen.digest)
-    return found
+            pictures.rows[key] = row, CocoImage(name, path, *size, digest=seen.digest)
+    return pictures
 
 
 def _names_by_id(rows: list[dict[str, Any]]) -> dict[str | None, set[str]]:

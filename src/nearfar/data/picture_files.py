@@ -137,24 +137,24 @@ class PictureFiles:
                 for key in dict.fromkeys((_plain(path.name), "." + _plain(path.stem))):
                     self._index.setdefault(key, []).append(path)
         exact = [path for path in self._index.get(_plain(parts[-1]), []) if _ends(path, parts, str)]
-        found = exact or [
+        matching = exact or [
             path for path in self._index.get(_plain(parts[-1]), []) if _ends(path, parts, _plain)
         ]
-        if not found and self.endings:
+        if not matching and self.endings:
             stem = (*parts[:-1], Path(parts[-1]).stem)
             also = self._index.get("." + _plain(stem[-1]), [])
-            found = [
+            matching = [
                 path
                 for path in also
                 if path.suffix.lower() in _ENDINGS and _ends(path.with_suffix(""), stem, str)
             ]
-        yield from found
+        yield from matching
 
     def _may_be_ours(self, path: Path, named: int) -> bool:
         """Whether no folder beyond those of the picture's own name says a different split."""
         folders = path.relative_to(self.folder).parts[:-named]
-        said = [split for split in map(split_in, folders) if split is not None]
-        return self.split is None or not said or said[-1] == self.split
+        splits = [split for split in map(split_in, folders) if split is not None]
+        return self.split is None or not splits or splits[-1] == self.split
 
 
 _ENDINGS = {".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff"}

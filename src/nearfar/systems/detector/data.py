@@ -117,14 +117,14 @@ def _unknown(train: CocoSplit | None, split: CocoSplit, one: bool) -> list[str]:
     """What the training file has no box or no name of, and this file has; and the other way round."""
     if train is None:
         return []
-    told = []
+    sentences = []
     if split.left_out and not one:
-        told.append("the training file does not have these categories: nothing is learned of them")
+        sentences.append("the training file does not have these categories: nothing is learned of them")
     known, here = set(train.label.tolist()), set(split.label.tolist())
     names = [train.categories[i] for i in sorted(here - known)]
     if names:
-        told.append(f"no training box of {', '.join(names)}: it cannot be found")
-    return told
+        sentences.append(f"no training box of {', '.join(names)}: it cannot be found")
+    return sentences
 
 
 @dataclass(frozen=True)
@@ -168,9 +168,9 @@ def _files(data: Any, say: Callable[[str], None]) -> tuple[Path | None, dict[str
                 "data.dir is needed: a folder with train.json (COCO format) and pictures. Or name the files: "
                 "data.train=FILE, data.images=FOLDER. Or experiment=detector_scenes draws pictures."
             )
-        found = coco_files(place, say)
-        files = {"train": found.get("train") or found["whole"]}
-        files |= {name: found[name] for name in ("val", "test") if name in found}
+        by_split = coco_files(place, say)
+        files = {"train": by_split.get("train") or by_split["whole"]}
+        files |= {name: by_split[name] for name in ("val", "test") if name in by_split}
     return place, files
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from nearfar.data.cache import content_key
+from nearfar.data.coco_boxes import too_small_for
 from nearfar.data.picture_check import check_pictures
 from nearfar.data.picture_files import PictureFile, PictureFiles
 from nearfar.data.rejections import Rejections
@@ -18,7 +19,7 @@ from nearfar.data.splits import check_disjoint, split_hash
 from nearfar.errors import NearfarError
 from nearfar.systems.relations.names import chosen_relations
 from nearfar.systems.relations.readers import LAYOUTS, Places, annotation_files
-from nearfar.systems.relations.records import File, Pairs, Photo, Triple, collect_pairs
+from nearfar.systems.relations.records import Box, File, Pairs, Photo, Triple, collect_pairs
 from nearfar.systems.relations.scenes import composed_scenes
 
 __all__ = ["RelationData", "load_data", "usable_photos"]
@@ -211,19 +212,21 @@ def usable_photos(
     ending alone is taken: some releases keep GIFs as JPEGs. Of several files of one name see `PictureFiles`.
     """
     stated: dict[str, Triple] = {}
+    boxes: dict[str, list[Box]] = {}
     for triple in triples:
         stated.setdefault(triple.image, triple)
+        boxes.setdefault(triple.image, []).extend((triple.subject_box, triple.object_box))
     paths: dict[str, Path] = {}
     several = []
     for image, triple in stated.items():
-        found = PictureFile(triple.photo) if triple.photo else files.find(image, _pixels(triple.size))
-        if found.path is not None:
-            paths[image] = found.path
-            if found.others:
-                several.append(f"{found.path}, not {', '.join(found.others)}")
-        elif found.reason != "missing picture":  # those are counted in all
+        file = PictureFile(triple.photo) if triple.photo else files.find(image, _pixels(triple.size))
+        if file.path is not None:
+            paths[image] = file.path
+            if file.others:
+                several.append(f"{file.path}, not {', '.join(file.others)}")
+        elif file.reason != "missing picture":  # those are counted in all
             rejections.add(
-                "several photos of one name", None, image, f"{found.detail}: data.images=FOLDER chooses"
+                "several photos of one name", None, image, f"{file.detail}: data.images=FOLDER chooses"
             )
     if several:
         notes |= {"pictures_of_several_files": len(several), "first_of_several_files": several[0]}
@@ -235,6 +238,9 @@ def usable_photos(
         elif size is not None and size != (seen.width, seen.height):
             detail = f"{seen.width} × {seen.height} in truth, {size[0]} × {size[1]} in the file"
             rejections.add("photo of a different size", None, image, detail)
+        elif size is None and too_small_for(boxes[image], seen.width, seen.height):
+            detail = f"{seen.width} × {seen.height}, and most of its boxes reach over its edge"
+            rejections.add("photo that is too small for its boxes", None, image, detail)
         else:
             photos[image] = File(path)
     return photos
