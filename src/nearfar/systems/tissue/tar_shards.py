@@ -44,8 +44,8 @@ def samples(data: memoryview, where: str) -> Iterator[tuple[str, dict[str, memor
     """The samples of a shard in memory: key and parts by ending, views into ``data``.
 
     Raises:
-        NearfarError: no tar, a member that is no plain file (links, devices, sparse files), whose name `ShardWriter` would
-            not give it (folders, ``..``) or which stands twice, a size that cannot be, an archive that is cut off.
+        NearfarError: no tar, a member that is no plain file (links, devices, sparse files), whose name `ShardWriter`
+            would not give it (folders, ``..``) or which stands twice; sizes that cannot be, an archive that is cut off.
     """
     at, key, parts = 0, "", dict[str, memoryview]()
     seen: set[str] = set()
