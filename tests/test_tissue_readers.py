@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -456,6 +457,26 @@ def test_bins_of_several_sizes_are_refused_and_the_advice_works(tmp_path: Path) 
     (tmp_path / "links").mkdir()
     (tmp_path / "links" / "S1").symlink_to(advised)
     assert [slide.name for slide in shards_of(tmp_path / "links", "two", patch=16).index.slides] == ["S1"]
+
+
+def test_nothing_of_a_folder_is_passed_over(tmp_path: Path) -> None:
+    write_outs(tmp_path / "in" / "A" / "outs", 4)
+    write_outs(tmp_path / "in" / "B" / "outs", 5)
+    (tmp_path / "in" / "B" / "outs" / "filtered_feature_bc_matrix.h5").unlink()
+    with pytest.raises(NearfarError, match="outs has spatial/, but no filtered_feature_bc_matrix"):
+        shards_of(tmp_path / "in", patch=16)
+    shutil.rmtree(tmp_path / "in" / "B")
+    write_h5ad(tmp_path / "in" / "C.h5ad", 4)
+    with pytest.raises(NearfarError, match=r"outputs of Space Ranger and C\.h5ad: which"):
+        shards_of(tmp_path / "in", patch=16)
+    (tmp_path / "in" / "C.h5ad").unlink()
+    for name in ("scan.png", "other.png"):  # two pictures of other names: which is it?
+        Image.fromarray(picture(4)).save(tmp_path / "in" / "A" / name)
+    with pytest.raises(NearfarError, match=r"which of other\.png, scan\.png is the full picture\? Call it A"):
+        shards_of(tmp_path / "in", patch=16)
+    (tmp_path / "in" / "A" / "other.png").unlink()
+    shards_of(tmp_path / "in")
+    assert read_shards(tmp_path / "out").positions[0].tolist() == PLACES[1].tolist()  # of the full picture
 
 
 # -- Spatial Transcriptomics ---------------------------------------------------------------------------------
