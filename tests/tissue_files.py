@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import struct
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,7 +102,15 @@ def slide_data(seed: int, kind: str = "csr_matrix", normalised: bool = False, **
 def write_h5ad(path: Path, seed: int, **more: Any) -> None:
     """A slide as anndata writes it; ``more`` as of `slide_data`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    slide_data(seed, **more).write_h5ad(path)
+    with plain_strings():
+        slide_data(seed, **more).write_h5ad(path)
+
+
+def plain_strings() -> AbstractContextManager[None]:
+    """Strings as Python's: anndata 0.12 writes none of those that pandas 3 infers."""
+    import pandas as pd
+
+    return pd.option_context("future.infer_string", False)
 
 
 def write_outs(
@@ -112,9 +121,9 @@ def write_outs(
     scale: float = 0.5,
     prefix: str = "",
 ) -> Path:
-    """``outs/`` as Space Ranger writes it: ``positions`` and ``matrix`` (h5, h5v2, folder, genes) of its versions.
+    """``outs/`` as Space Ranger writes it: ``positions`` and ``matrix`` (h5, h5v2, folder, genes).
 
-    The picture in ``spatial/`` is ``scale`` times as large as the one that places are in. Spot 3x2 is outside of tissue.
+    The picture in ``spatial/`` is ``scale`` times as large as the full one. Spot 3x2 is outside of tissue.
     """
     import h5py
     import pandas as pd

@@ -36,7 +36,9 @@ data_app = typer.Typer(
 def shards(
     source: Annotated[
         Path,
-        typer.Argument(help="Slides: Spatial Transcriptomics (counts, spots, images), or h5ad and pictures."),
+        typer.Argument(
+            help="Slides: Space Ranger's outs, h5ad and pictures, or Spatial Transcriptomics (counts, spots, images)."
+        ),
     ],
     output: Annotated[Path, typer.Argument(help="The folder of shards; finished slides in it are kept.")],
     patch: Annotated[

@@ -22,19 +22,6 @@ from nearfar.errors import NearfarError
 
 __all__ = ["mapped_arrays"]
 
-#: what numpy raises for a file that is no array of its own
-_DAMAGED = (
-    OSError,
-    ValueError,
-    EOFError,
-    TypeError,
-    SyntaxError,
-    KeyError,
-    MemoryError,
-    RecursionError,
-    OverflowError,
-)
-
 #: shape and dtype of an array
 Layout = tuple[tuple[int, ...], Any]
 
@@ -134,7 +121,7 @@ def _open(place: Path, layout: Mapping[str, Layout], warn: bool = True) -> dict[
                 raise ValueError(f"{name} is {array.dtype} {array.shape}")
             found[name] = array
         return found
-    except _DAMAGED as error:
+    except Exception as error:  # numpy raises whatever the text in a file's head leads to
         if warn:
             warnings.warn(f"cache entry {place} is damaged ({error}); it is made anew", stacklevel=3)
         return None

@@ -138,6 +138,7 @@ def _opened(path: Path) -> Iterator[Any]:
     try:
         import anndata
         import h5py
+        import pandas as pd
         from anndata.io import write_elem
     except ImportError as error:
         raise NearfarError(f"{path} is read with {error.name}: pip install 'nearfar[tissue]'.") from None
@@ -155,7 +156,11 @@ def _opened(path: Path) -> Iterator[Any]:
             yield held
             return
         with h5py.File("today.h5ad", "w", driver="core", backing_store=False) as today:
-            with _reading(path, "the layout of anndata before 0.7"):
+            # anndata 0.12 writes no index of the strings that pandas 3 infers.
+            with (
+                _reading(path, "the layout of anndata before 0.7"),
+                pd.option_context("future.infer_string", False),
+            ):
                 write_elem(today, "/", anndata.read_h5ad(path))
             yield today
 

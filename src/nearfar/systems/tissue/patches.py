@@ -125,9 +125,12 @@ def decode_jpeg(data: bytes | memoryview, into: UInt8[np.ndarray, "h w 3"] | Non
         from PIL import Image
 
         # No other format is tried: some call programs that are installed.
-        with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
-            _check_side((image.height, image.width), into)
-            pixels = np.asarray(image.convert("RGB"))
+        try:
+            with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
+                _check_side((image.height, image.width), into)
+                pixels = np.asarray(image.convert("RGB"))
+        except Image.DecompressionBombError as error:
+            raise ValueError(str(error)) from None
     else:
         # The head is looked at first: what claims to be larger is not decoded.
         _check_side(simplejpeg.decode_jpeg_header(data)[:2], into)

@@ -96,8 +96,10 @@ def write_shards(
         folder.discard(name)
         del sums[name]
     if not sums:
+        why = _tally(rejected)
         raise NearfarError(
-            f"{source}: of {len(slides)} slides none has a spot that can be used: {_tally(rejected).summary()}."
+            f"{source}: of {len(slides)} slides none has a spot that can be used: "
+            f"{why.summary() if len(why) else 'their files hold no spots'}."
         )
     splits = _splits(Path(source), list(sums), patients, options)
     genes, how = choose_genes(sums, splits["train"], options)

@@ -55,15 +55,27 @@ def slides_of(folder: Path) -> list[Slide] | None:
         NearfarError: bins of several sizes, of which one has to be named.
     """
     single = _outputs(folder)
-    if single is not None:
-        return [_slide(_name(single), single, folder)]
     slides: list[Slide] = []
-    for sample in sorted(
-        path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")
-    ):
-        outputs = _outputs(sample)
-        if outputs is not None:
-            slides.append(_slide(sample.name, outputs, folder))
+    halves: list[str | None] = []
+    if single is not None:
+        slides = [_slide(_name(single), single, folder)]
+    else:
+        halves = [_half(folder)]
+        for sample in sorted(path for path in folder.iterdir() if path.is_dir() and path.name[0] != "."):
+            outputs = _outputs(sample)
+            if outputs is not None:
+                slides.append(_slide(sample.name, outputs, folder))
+            else:
+                halves.append(_half(sample))
+    tables = sorted(folder.glob("*.h5ad"))
+    half = next((each for each in halves if each is not None), None)
+    if half is not None and (slides or not tables):
+        raise NearfarError(f"{half} Copy the missing part, or take that folder away.")
+    if slides and tables:
+        raise NearfarError(
+            f"{folder} holds outputs of Space Ranger and {tables[0].name}: which of them are the slides? Put each "
+            "kind into a folder of its own."
+        )
     return slides or None
 
 
@@ -84,6 +96,16 @@ def _outputs(folder: Path) -> Path | None:
             )
         if bins and _matrix(bins[0]) is not None:
             return bins[0]
+    return None
+
+
+def _half(folder: Path) -> str | None:
+    """What is missing of a folder of outputs that has one part of the two; None where there is none of it."""
+    for at in (folder / "outs", folder):
+        if (at / "spatial").is_dir():
+            return f"{at} has spatial/, but no {MATRICES[0]}.h5 (or folder of that name) beside it."
+        if at.is_dir() and (matrix := _matrix(at)) is not None:
+            return f"{at} has {matrix.name}, but no folder spatial/ beside it."
     return None
 
 
@@ -114,12 +136,7 @@ def _slide(name: str, outputs: Path, source: Path) -> SpaceRangerSlide:
     for at in (source / "images", source / "wsis", source, above / "images", above, outputs):
         full = full or (by_stem(at, IMAGE_ENDINGS).get(name) if at.is_dir() else None)
     if full is None:
-        own = {
-            path
-            for at in {above, outputs}
-            if at != source or at == outputs
-            for path in by_stem(at, IMAGE_ENDINGS).values()
-        }
+        own = {path for at in {above, outputs} for path in by_stem(at, IMAGE_ENDINGS).values()}
         if len(own) > 1:
             shown = ", ".join(sorted(path.name for path in own)[:5])
             raise NearfarError(

@@ -44,8 +44,8 @@ def samples(data: memoryview, where: str) -> Iterator[tuple[str, dict[str, memor
     """The samples of a shard in memory: key and parts by ending, views into ``data``.
 
     Raises:
-        NearfarError: no tar, a member that is no plain file (links, devices, sparse files), whose name `ShardWriter` would
-            not give it (folders, ``..``) or which stands twice, a size that cannot be, an archive that is cut off.
+        NearfarError: no tar, a member that is no plain file (links, devices, sparse files), whose name `ShardWriter`
+            would not give it (folders, ``..``) or which stands twice; sizes that cannot be, an archive that is cut off.
     """
     at, key, parts = 0, "", dict[str, memoryview]()
     seen: set[str] = set()
@@ -115,8 +115,11 @@ class ArrayReader:
     def __call__(self, data: memoryview) -> np.ndarray:
         if not self._head or data[: len(self._head)] != self._head:
             stream = io.BytesIO(data)
-            np.lib.format.read_magic(stream)
-            shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+            try:
+                np.lib.format.read_magic(stream)
+                shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+            except Exception as error:  # the head is a text that numpy parses, with the errors of a parser
+                raise ValueError(f"no head of an array: {error}") from None
             if dtype.kind not in "biuf":
                 raise ValueError(f"values of the kind {dtype}, and numbers are needed")
             if self._wanted is not None and shape != self._wanted:
