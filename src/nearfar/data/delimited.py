@@ -76,8 +76,8 @@ def decode(path: Path, data: bytes, encoding: str | None = None, option: str = "
         line = data.count(b"\n", 0, error.start) + 1
         byte = data[error.start] if error.start < len(data) else 0
         raise NearfarError(
-            f"{path}, line {line}: byte 0x{byte:02x} (offset {error.start}) is not {chosen}. "
-            + _encoding_advice(data, error.start, option)
+            f"{path}, line {line}: byte 0x{byte:02x} (offset {error.start}) is not "
+            f"{chosen.removesuffix('-sig').upper()}. " + _encoding_advice(data, error.start, option)
         ) from None
     if encoding is None and (wide := _wide_encoding(data)):
         advice = f"give {option}={wide}, or save" if option else "save"
