@@ -62,7 +62,8 @@ def full_suffix(path: Path) -> str:
         return Path(path.stem).suffix.lower()
     if packed == ".zip":
         with _zip(path) as archive:
-            return Path(_member(path, archive)).suffix.lower()
+            inside = Path(_member(path, archive)).suffix.lower()
+            return ".csv" if inside in ("", ".zip") else inside  # as pandas names what it packs
     return packed
 
 
