@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,8 @@ import pytest
 from nearfar.errors import NearfarError
 from nearfar.systems.aspects.balance import repeats
 from nearfar.systems.aspects.data import AspectData, load_embedded, load_files
-from nearfar.systems.aspects.labels import parse_field, polarity_code
+from nearfar.systems.aspects.labels import code_words, parse_field, polarities_advice, polarity_code
+from nearfar.systems.aspects.linear import linear_answers
 from nearfar.systems.aspects.readers import read_records
 from nearfar.systems.aspects.records import text_key
 from tiny_aspects import reviews, split_folder, write_columns, write_field
@@ -157,6 +160,227 @@ def test_unknown_aspects_are_listed_with_the_nearest(tmp_path: Path) -> None:
     assert "labels not read" in data.summary() or "label not read" in data.summary()
     with pytest.raises(NearfarError, match="min_mentions"):
         loaded(folder, min_mentions=10_000)
+
+
+def table(path: Path, header: str, *rows: str, repeat: int = 8) -> Path:
+    """``{i}`` in a row is the number of its repetition."""
+    lines = [row.replace("{i}", str(i)) for i in range(repeat) for row in rows]
+    return written(path, "\n".join([header, *lines]) + "\n")
+
+
+def as_labels(data: AspectData) -> set[tuple[str, str, int]]:
+    """(text, aspect, code) of every label in all splits."""
+    return {
+        (text, data.scheme.aspects[a], int(codes[a]))
+        for split in data.splits.values()
+        for text, codes in zip(split.texts, split.codes, strict=True)
+        for a in np.flatnonzero(codes)
+    }
+
+
+EXPECTED = {(f"t {i}", aspect, code) for i in range(8) for aspect, code in (("bar", 1), ("food", 3))}
+
+
+@pytest.mark.parametrize(
+    ("name", "header", "rows", "options"),
+    [
+        ("a.csv", "id,text,aspect,polarity", ["{i},t {i},food,positive", "{i},t {i},bar,negative"], {}),
+        (
+            "a.csv",
+            "Sentence,Aspect Term,polarity,from,to",
+            ["t {i},food,positive,1,2", "t {i},bar,neg,3,4"],
+            {},
+        ),
+        ("a.tsv", "review\tcategory\tlabel", ["t {i}\tfood\tpos", "t {i}\tbar\tneg"], {}),
+        (
+            "a.csv",
+            "text;subject;verdict",
+            ["t {i};food;1", "t {i};bar;-1.0"],
+            {
+                "aspect_column": "subject",
+                "polarity_column": "verdict",
+                "polarities": {1: "positive", -1: "negative"},
+            },
+        ),
+        ("a.csv", "text,food,bar", ["t {i},1,2"], {"polarities": {1: "positive", 2: "negative", 0: "none"}}),
+        ("a.csv", "text,label", ['t {i},"{food, positive}, {bar, negative}"'], {}),
+        ("a.csv", "text,aspects", ["t {i},\"[('food', 'positive'), ('bar', 'negative')]\""], {}),
+        ("a.csv", "text,labels", ["t {i},food#positive;bar#negative"], {}),
+        ("a.txt", "#0", ["t {i}", "{food, positive}, {bar, negative}", "", "#{i}"], {}),
+        ("a.raw", "", ["t {i}$T$", "food", "positive", "t {i}$T$", "bar", "negative"], {}),
+    ],
+)
+def test_every_layout_gives_the_same_labels(
+    tmp_path: Path, name: str, header: str, rows: list[str], options: dict[str, Any]
+) -> None:
+    data = load_files({"train": table(tmp_path / name, header, *rows)}, tune_fraction=0.0, **options)
+    found = as_labels(data)
+    if name == "a.raw":  # the term stands in the text, which is a different one for each term
+        found = {(text.removesuffix(aspect), aspect, code) for text, aspect, code in found}
+    assert found == EXPECTED
+
+
+def test_rows_that_contradict_each_other_are_counted(tmp_path: Path) -> None:
+    rows = [
+        "t {i},food,positive",
+        "t {i},Food,negative",
+        "t {i},bar,positive",
+        "t {i},bar,positive",
+        "t {i},x,",
+    ]
+    found = read_records(table(tmp_path / "a.csv", "text,aspect,polarity", *rows))
+    assert len(found) == 8
+    assert found.n_rows == 40
+    assert found.labels[0] == {"food": -1, "bar": 3, "x": -1}
+    assert found.unread.counts == {
+        "contradicting labels of one text and aspect": 8,
+        "polarity that is none": 8,
+    }
+    assert "40 rows became 8 reviews with 24 labels; 8 repeat a label" in found.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("header", "rows", "options"),
+    [
+        ("text,FOOD,SERVICE", ["t {i},1,0", "u {i},2,3"], {}),
+        ("text,FOOD,SERVICE", ["t {i},1,0", "u {i},2,3"], {"aspects": ["FOOD", "SERVICE"]}),
+        ("text,FOOD,SERVICE", ["t {i},positive,0", "u {i},negative,1"], {"aspects": ["FOOD", "SERVICE"]}),
+        ("text,aspect,polarity", ["t {i},food,1", "t {i},bar,-1", "t {i},x,0"], {}),
+        ("text,aspect,sentiment", ["t {i},food,good", "t {i},bar,so so"], {}),
+        ("text,label", ["t {i},{FOOD#gut};{BAR#mies}"], {}),
+    ],
+)
+def test_values_that_mean_nothing_are_an_error_whose_option_works(
+    tmp_path: Path, header: str, rows: list[str], options: dict[str, Any]
+) -> None:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    path = table(tmp_path / "a.csv", header, *rows)
+    with pytest.raises(NearfarError, match=r"data\.polarities=") as error:
+        load_files({"train": path}, **options)
+    printed = re.search(r"'(data\.polarities=\{.*?\})'", str(error.value))
+    assert printed is not None
+    mapping = OverridesParser.create().parse_override(printed[1]).value()
+    assert isinstance(mapping, dict)
+    data = load_files({"train": path}, polarities=mapping, min_mentions=1, **options)
+    assert all(not source["unread_labels"]["total"] for source in data.sources)
+    assert len(data.scheme.pairs) >= 1
+
+
+def test_texts_that_repeat_beside_one_column_of_polarities_are_asked_about(tmp_path: Path) -> None:
+    rows = ["t {i},food,positive", "t {i},bar,negative"]
+    path = table(tmp_path / "a.csv", "text,subject,verdict", *rows)
+    with pytest.raises(NearfarError, match=r"'data.aspect_column=subject' 'data.polarity_column=verdict'"):
+        read_records(path)
+    data = load_files({"train": path}, aspect_column="subject", polarity_column="verdict", tune_fraction=0.0)
+    assert as_labels(data) == EXPECTED
+
+
+SENTENCE = (
+    '<sentence id="{i}"><text>t {i}</text><aspectTerms><aspectTerm term="food" polarity="conflict"/></aspectTerms>'
+    '<aspectCategories><aspectCategory category="food" polarity="positive"/><aspectCategory category="bar" '
+    'polarity="negative"/></aspectCategories></sentence>'
+)
+OPINIONS = (
+    '<Review rid="{i}"><sentences><sentence id="{i}:0"><text>t {i}</text><Opinions>'
+    '<Opinion target="NULL" category="food" polarity="positive"/>'
+    '<Opinion target="x" category="bar" polarity="negative"/></Opinions></sentence>'
+    '<sentence id="{i}:1" OutOfScope="TRUE"><text>u {i}</text></sentence></sentences></Review>'
+)
+WHOLE = (
+    '<Review rid="{i}"><sentences><sentence id="{i}:0"><text>t</text></sentence><sentence id="{i}:1"><text>{i}</text>'
+    '</sentence></sentences><Opinions><Opinion category="food" polarity="positive"/>'
+    '<Opinion category="bar" polarity="negative"/></Opinions></Review>'
+)
+
+
+@pytest.mark.parametrize(
+    ("root", "body"), [("sentences", SENTENCE), ("Reviews", OPINIONS), ("Reviews", WHOLE)]
+)
+def test_xml_of_semeval_and_mams(tmp_path: Path, root: str, body: str) -> None:
+    pytest.importorskip("defusedxml")
+    path = table(tmp_path / "a.xml", f"<{root}>", body)
+    written(path, path.read_text() + f"</{root}>")
+    data = load_files({"train": path}, tune_fraction=0.0)
+    assert as_labels(data) == EXPECTED
+    if body is SENTENCE:
+        assert "8 labels by term not used: data.aspect_column=term" in data.summary()
+        with pytest.raises(NearfarError, match="conflict"):
+            load_files({"train": path}, aspect_column="term")
+    if body is OPINIONS:
+        assert data.sources[0]["rejections"]["by_reason"] == {"out of scope": 8}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            '<!DOCTYPE x [<!ENTITY a "b">]><sentences><sentence><text>&a;</text></sentence></sentences>',
+            "entities",
+        ),
+        ('<!DOCTYPE x [<!ENTITY a SYSTEM "file:///etc/passwd">]><x>&a;</x>', "entities"),
+        ("<sentences><sentence>", "cannot be read as XML"),
+        ("<html/>", "its root is <html>"),
+    ],
+)
+def test_xml_that_is_hostile_or_something_else(tmp_path: Path, text: str, message: str) -> None:
+    pytest.importorskip("defusedxml")
+    with pytest.raises(NearfarError, match=message):
+        read_records(written(tmp_path / "a.xml", text))
+
+
+def test_encodings(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes(("comment,label\n" + "Säure,{A#Positive}\n" * 3).encode("cp1252"))
+    with pytest.raises(NearfarError, match=r"data\.encoding=cp1252"):
+        read_records(path)
+    assert read_records(path, encoding="cp1252").texts[0] == "Säure"
+
+
+def test_labels_that_train_lacks_are_told(tmp_path: Path) -> None:
+    train = table(tmp_path / "a.csv", "text,FOOD,BAR", "t {i},positive,", "v {i},,", repeat=20)
+    test = table(tmp_path / "b.csv", "text,FOOD,BAR", "u {i},negative,", "w {i},positive,neutral", repeat=3)
+    data = load_files({"train": train, "test": test}, aspects=["FOOD", "BAR"])
+    assert "train never mentions BAR" in data.summary()
+    assert "test has 6 labels of 2 aspect-polarity pairs that train never has" in data.summary()
+    assert "FOOD negative 3, BAR neutral 3" in data.summary()
+
+
+def test_no_training_on_no_labels_and_no_traceback_of_the_baseline(tmp_path: Path) -> None:
+    empty = table(tmp_path / "a.csv", "text,FOOD", "t {i},", repeat=20)
+    with pytest.raises(NearfarError, match="there is no label to learn from"):
+        load_files({"train": empty}, aspects=["FOOD"])
+    rare = table(tmp_path / "b.csv", "text,label", "t {i},{A{i}#Positive};{B#Negative}", repeat=3)
+    with pytest.raises(NearfarError, match=r"the commonest, 'B', comes 3 times. data.min_mentions=3"):
+        load_files({"train": rare})
+    assert load_files({"train": rare}, min_mentions=3, tune_fraction=0.0).scheme.aspects == ("B",)
+    codes = np.array([[-1, 3], [-1, 0], [-1, 3]])
+    answers = linear_answers(["a", "!", "b"], codes, {"val": ["c", "?"]}, cache=False)
+    assert answers["val"].tolist() == [[0, 3], [0, 3]]
+
+
+def test_placeholders_are_no_reviews(tmp_path: Path) -> None:
+    found = read_records(
+        table(tmp_path / "a.csv", "text,FOOD", "t,positive", "N/A,positive", "nan,negative", repeat=1)
+    )
+    assert (found.texts, found.rejections.counts) == (["t"], {"empty text": 2})
+
+
+def test_what_a_mapping_of_polarities_may_be() -> None:
+    assert code_words({1: "positive", "-1": "Negative", "so so": "neutral", 0: None}) == {
+        "1": 3, "-1": 1, "so so": 2, "0": 0,
+    }  # fmt: skip
+    with pytest.raises(NearfarError, match="1 means 'pos'; known: positive"):
+        code_words({1: "pos"})
+    assert "{0: none, 1: positive, 2: negative, 3: neutral}" in polarities_advice(["3", "0", "1", "2.0"])
+    assert "{x: neutral, 5: positive}" in polarities_advice(["x"], {"5": 3})
+    assert parse_field(
+        json.dumps([{"category": "a", "sentiment": "neg"}, {"aspect": "b", "polarity": None}])
+    ) == (
+        {"a": 1},
+        [],
+    )
+    assert parse_field("[" * 50_000)[0] == {}
 
 
 def test_labels() -> None:

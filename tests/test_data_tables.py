@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
+import json
 import os
+import zipfile
 from pathlib import Path
 
 import pytest
 
 from nearfar.data.rejections import Rejections
-from nearfar.data.tables import read_table
+from nearfar.data.split_files import data_paths
+from nearfar.data.tables import open_table, read_table
 from nearfar.errors import NearfarError
 
 WANTED = {"smiles": ["smiles", "canonical_smiles"], "text": ["description", "text"], "id": ["cid", "id"]}
@@ -142,6 +147,124 @@ def test_bad_files(tmp_path):
         read(tmp_path / "emty.tsv")
     with pytest.raises(NearfarError, match="does not exist"):
         read(tmp_path / "nowhere" / "a.tsv")
+
+
+PAIRS = [("C", "plain"), ("CC", "two\nlines, and a comma"), ("CCC", 'a "quoted" word'), ("CO", "tab\tinside")]
+
+
+@pytest.mark.parametrize("name", ["a.tsv", "a.csv", "a.txt"])
+@pytest.mark.parametrize("mark", ["\t", ",", ";", "|"])
+def test_what_a_library_writes_is_read_whole_whatever_the_delimiter(tmp_path, name, mark):
+    with (tmp_path / name).open("w", newline="") as file:
+        csv.writer(file, delimiter=mark).writerows([("smiles", "text"), *PAIRS])
+    table = read(tmp_path / name)
+    assert list(zip(table["smiles"], table["text"], strict=True)) == PAIRS
+    assert len(table.rejections) == 0
+    assert table.n_rows == 4
+
+
+def test_how_an_ambiguous_file_was_read_is_said(tmp_path):
+    rows = "".join(f'C{"C" * i}\t"text {i},\nsecond half"\n' for i in range(5))
+    (note,) = read(write(tmp_path, "a.tsv", "smiles\ttext\n" + rows)).notes
+    assert "quotation marks enclose fields (5 rows span several lines)" in note
+    stray = "".join(f'C{"C" * i}\t"text" {i} of 3"\n' for i in range(5))
+    table = read(write(tmp_path, "b.tsv", "smiles\ttext\n" + stray))
+    assert table["text"][0] == '"text" 0 of 3"'
+    assert table.notes == []
+
+
+def test_a_quote_that_is_closed_rows_later_takes_no_rows_with_it(tmp_path):
+    rows = [f"{i},C,row {i}" for i in range(30)]
+    rows[5], rows[20] = '5,C,"never closed', '20,C,a tube of 3"'
+    table = read(write(tmp_path, "a.csv", "\n".join(["id,smiles,text", *rows])))
+    assert table.rejections.counts == {"broken quoting": 1}
+    assert len(table) == 29
+
+
+def test_a_very_long_field(tmp_path):
+    text = "word, " * 50_000 + "\nend"
+    table = read(write(tmp_path, "a.csv", f'smiles,text\nC,"{text}"\n'))
+    assert table["text"] == [text]
+
+
+@pytest.mark.parametrize(
+    ("content", "texts"),
+    [
+        ("sep=;\nsmiles;text\nC;a, b\n", ["a, b"]),
+        ("# made by X, in 2020\n# v2\nsmiles,text\nC,gas\n", ["gas"]),
+        ("#smiles,text\nC,#1 gas\n", ["#1 gas"]),
+        ("smiles,text\rC,gas\rCC,b\r", ["gas", "b"]),
+        ("smiles,text,,\nC,gas,,\n", ["gas"]),
+        ("smiles,text\nC,gas,,\n", ["gas"]),
+        ("smiles,text\nC,ga\0s\nCC,b\n", ["b"]),
+    ],
+)
+def test_oddities_of_exporters(tmp_path, content, texts):
+    assert read(write(tmp_path, "a.csv", content))["text"] == texts
+
+
+def test_other_formats_give_the_same_table(tmp_path):
+    openpyxl = pytest.importorskip("openpyxl")
+    rows = [("smiles", "text"), *PAIRS]
+    plain = "".join(f'{s},"{t.replace(chr(34), chr(34) * 2)}"\n' for s, t in rows)
+    book = openpyxl.Workbook()
+    for row in rows:
+        book.active.append(row)
+    book.create_sheet("notes").append(["read me"])
+    book.save(tmp_path / "a.xlsx")
+    (tmp_path / "a.csv.gz").write_bytes(gzip.compress(plain.encode()))
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("inside.csv", plain)
+    objects = [{"smiles": s, "text": t} for s, t in PAIRS]
+    columns = {name: {str(i): row[name] for i, row in enumerate(objects)} for name in ("smiles", "text")}
+    split = {"columns": ["smiles", "text"], "index": [0], "data": [list(row) for row in PAIRS]}
+    for name, value in {"list.json": objects, "columns.json": columns, "split.json": split}.items():
+        write(tmp_path, name, json.dumps(value))
+    write(tmp_path, "a.jsonl", "\n".join(json.dumps(item) for item in objects) + "\nnot json\n[1]\n")
+    for path in sorted(tmp_path.iterdir()):
+        table = read(path)
+        assert list(zip(table["smiles"], table["text"], strict=True)) == PAIRS, path.name
+    assert read(tmp_path / "a.jsonl").rejections.counts == {"no JSON": 1, "no JSON object": 1}
+    assert "sheet 'Sheet' was read, and none of 'notes'" in read(tmp_path / "a.xlsx").notes
+
+
+def test_the_encoding_that_an_error_advises_works(tmp_path):
+    path = write(tmp_path, "a.csv", "smiles,text\nC,Säure\n".encode("cp1252"))
+    with pytest.raises(NearfarError, match=r"data.encoding=cp1252, by which it reads '.*Säure"):
+        open_table(path, encoding_option="data.encoding")
+    assert open_table(path, "cp1252").column(1) == ["Säure"]
+    wide = write(tmp_path, "b.csv", "smiles,text\nC,gas\n".encode("utf-16-le"))
+    with pytest.raises(NearfarError, match=r"data.encoding=utf-16-le"):
+        open_table(wide, encoding_option="data.encoding")
+    assert open_table(wide, "utf-16-le").column(1) == ["gas"]
+    with pytest.raises(NearfarError, match="no such encoding"):
+        open_table(path, "base64")
+
+
+def test_files_that_are_not_what_they_are_called(tmp_path):
+    cases = {
+        "a.csv": (gzip.compress(b"smiles,text\n"), "packed with gzip.*call it a.csv.gz"),
+        "b.csv": (b"PK\x03\x04", "spreadsheet or a zip"),
+        "c.csv.gz": (b"smiles,text\n", "cannot be read"),
+        "d.csv.gz": (gzip.compress(b"smiles,text\n" * 100)[:30], "cannot be read"),
+        "e.json": (b"[" * 100_000, "nested too deeply"),
+        "f.json": (b"3", "a table is a list of objects"),
+        "g.pkl": (b"x", "Loading a pickle runs what is in it"),
+        "h.zip": (b"x", "cannot be read as a zip archive"),
+    }
+    for name, (content, words) in cases.items():
+        with pytest.raises(NearfarError, match=words):
+            read(write(tmp_path, name, content))
+
+
+def test_two_files_for_one_split_are_refused(tmp_path):
+    from omegaconf import OmegaConf
+
+    for name in ("train.csv", "train.parquet"):
+        write(tmp_path, name, "x")
+    data = OmegaConf.create({"dir": str(tmp_path), "train": None, "val": None, "test": None})
+    with pytest.raises(NearfarError, match=r"2 files for train \(train.csv, train.parquet\): say which"):
+        data_paths(data)
 
 
 def test_rejections_keep_the_first_and_count_all():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import importlib.util
 import os
 import re
@@ -13,6 +14,8 @@ import pytest
 import torch
 
 pytest.importorskip("rdkit")
+
+from rdkit import Chem
 
 from nearfar.errors import NearfarError
 from nearfar.systems.molecules.data import MoleculeDataset, load_embedded, load_files
@@ -84,6 +87,122 @@ def test_every_rejected_row_is_counted_with_its_reason(tmp_path):
     assert source["rows_in_file"] == 9
     assert source["rows_used"] == 4
     assert sum(len(split) for split in data.splits.values()) == 4
+
+
+SMILES = ("CCO", "CCN", "CCCO", "c1ccccc1O", "c1ccccc1N", "CC(=O)O", "CCCCC", "CCS", "CCCl", "CCBr")
+
+
+def all_pairs(path: Path, **options) -> set[tuple[str, str]]:
+    data = load_files(path, val_split="random", **options)
+    return {pair for split in data.splits.values() for pair in zip(split.smiles, split.texts, strict=True)}
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "head"),
+    [
+        ("a.smi", "{s} name of {s}", ""),
+        ("a.smi", "{s}\tname of {s}", "# a comment\n\n"),
+        ("a.smi", "{s} name of {s}", "SMILES name\n"),
+        ("a.smiles", "{s} |$a$| name of {s}", ""),
+        ("a.txt", "{s}\tname of {s}", ""),
+        ("a.txt", "{s} name of {s}", ""),
+        ("a.csv", "{s},name of {s}", ""),
+        ("a.csv", '"name of {s}","{s}"', ""),
+        ("a.tsv", '{s}\t"name of\n{s}"', "smiles\tname\n"),
+    ],
+)
+def test_lists_of_structures_with_and_without_a_header(tmp_path, name, line, head):
+    path = tmp_path / name
+    path.write_text(head + "".join(line.format(s=s) + "\n" for s in SMILES))
+    canonical = {s: Chem.MolToSmiles(Chem.MolFromSmiles(s)) for s in SMILES}
+    assert all_pairs(path) == {(canonical[s], f"name of {s}") for s in SMILES}
+    if not head.startswith(("SMILES", "smiles")):
+        assert "no header line" in load_files(path, val_split="random").summary()
+
+
+def test_a_file_without_a_header_loses_no_molecule_and_its_advice_works(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("".join(f"{i}\t{s}\tname of {s}\n" for i, s in enumerate(SMILES)))
+    with pytest.raises(NearfarError, match=r"no header line.*data.text_column=3\."):
+        load_files(path, val_split="random")
+    assert len(all_pairs(path, text_column="3")) == len(SMILES)
+    with pytest.raises(
+        NearfarError, match=r"data.smiles_column=CCO is no column of it.*data.smiles_column=2\."
+    ):
+        load_files(path, smiles_column="CCO", text_column="3", val_split="random")
+    bare = tmp_path / "bare.smi"
+    bare.write_text("\n".join(SMILES))
+    with pytest.raises(NearfarError, match="no text beside it"):
+        load_files(bare)
+
+
+def test_sdf_with_its_data_fields(tmp_path):
+    path = tmp_path / "a.sdf"
+    with Chem.SDWriter(str(path)) as writer:
+        for i, smiles in enumerate(SMILES):
+            molecule = Chem.MolFromSmiles(smiles)
+            molecule.SetProp("NOTE", f"note {i}")
+            molecule.SetProp("_Name", f"title {i}")
+            writer.write(molecule)
+    path.write_text(path.read_text() + "torn\nrubbish\n\nM  END\n>  <NOTE>\nnote\n\n$$$$\n")
+    with pytest.raises(NearfarError, match=r"data fields are 'molfile', 'NOTE', 'title line'.*text_column"):
+        load_files(path)
+    expected = {(Chem.MolToSmiles(Chem.MolFromSmiles(s)), f"note {i}") for i, s in enumerate(SMILES)}
+    assert all_pairs(path, text_column="NOTE") == expected
+    assert {text for _, text in all_pairs(path, text_column="title line")} == {
+        f"title {i}" for i in range(len(SMILES))
+    }
+    packed = tmp_path / "b.sdf.gz"
+    packed.write_bytes(gzip.compress(path.read_bytes().replace(b"\n", b"\r\n")))
+    assert all_pairs(packed, text_column="NOTE") == expected
+    data = load_files(packed, text_column="NOTE", val_split="random")
+    assert data.sources[0]["rejections"]["by_reason"] == {"unreadable molfile": 1}
+    (tmp_path / "a.mol2").write_text("x")
+    with pytest.raises(NearfarError, match=r"\.mol2 is not read. Convert it"):
+        load_files(tmp_path / "a.mol2")
+
+
+def test_atom_maps_are_no_part_of_a_structure(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("smiles,text\nCCO,a\n[CH3:1][CH2:2][OH:3],a\n[CH3:7][CH2:2][OH:3],b\nC[C@H:3](F)O,c\n")
+    val = tmp_path / "b.csv"
+    val.write_text("smiles,text\n[OH:1]CC,z\nC[C@H](F)O,y\n")
+    data = load_files(path, val)
+    assert data.sources[0]["rejections"]["by_reason"] == {"repeated row": 1}
+    assert data.train.smiles[:2] == ["CCO", "CCO"]
+    assert data.leaks["train/val"]["structure"]["shared"] == 2
+
+
+def test_what_is_no_structure_and_what_is_no_text(tmp_path):
+    path = tmp_path / "a.csv"
+    rows = ["CCO>>CC=O,r", "LFQSCWFLJHTTHZ-UHFFFAOYSA-N,k", "[C][C][Branch1][C][O],s", "NaN,x", "None,x"]
+    rows += [
+        "CCO,N/A",
+        "CCN,nan",
+        "CCF,None",
+        "CCCl,-",
+        "N,ammonia",
+        "[Na+].[Cl-],salt",
+        "[NH3]->[Cu],dative",
+    ]
+    rows += ['"InChI=1S/C2H6O/c1-2-3/h3H,2H2,1H3",ethanol']
+    path.write_text("\n".join(["smiles,text", *rows]))
+    data = load_files(path, val_split="random", val_fraction=0.3)
+    kept = {text for split in data.splits.values() for text in split.texts}
+    assert kept == {"ammonia", "salt", "dative", "ethanol"}
+    rejected = data.sources[0]["rejections"]
+    assert rejected["by_reason"] == {"unparsable SMILES": 3, "empty SMILES": 2, "no text": 4}
+    details = [row["detail"] for row in rejected["first"]["unparsable SMILES"]]
+    assert [detail.split(",")[0] for detail in details] == ["a reaction", "an InChIKey", "SELFIES"]
+
+
+def test_an_inchi_column_is_read_where_no_smiles_is(tmp_path):
+    path = tmp_path / "a.tsv"
+    inchi = [Chem.MolToInchi(Chem.MolFromSmiles(s)) for s in SMILES]
+    path.write_text("InChI\ttext\n" + "".join(f"{code}\tt {i}\n" for i, code in enumerate(inchi)))
+    assert {smiles for smiles, _ in all_pairs(path)} == {
+        Chem.MolToSmiles(Chem.MolFromSmiles(s)) for s in SMILES
+    }
 
 
 def test_groups_mark_equal_structures_and_texts(tmp_path):

@@ -8,7 +8,6 @@ enclosing marks and a tab file has marks in its prose. One broken row costs one 
 
 from __future__ import annotations
 
-import codecs
 import csv
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -50,8 +49,9 @@ def require_text_encoding(name: str, option: str = "encoding") -> str:
     nearfar.errors.NearfarError: data.encoding=cp9: no such encoding; utf-8, utf-16, cp1252 and latin-1 are usual.
     """
     try:
-        b"".decode(name)
-        codecs.lookup(name)
+        b"text".decode(name)  # nothing would be looked up for no bytes
+    except UnicodeDecodeError:
+        return name
     except (LookupError, ValueError, TypeError):
         usual = "utf-8, utf-16, cp1252 and latin-1 are usual"
         raise NearfarError(f"{option}={name}: no such encoding; {usual}.") from None
@@ -76,8 +76,8 @@ def decode(path: Path, data: bytes, encoding: str | None = None, option: str = "
         line = data.count(b"\n", 0, error.start) + 1
         byte = data[error.start] if error.start < len(data) else 0
         raise NearfarError(
-            f"{path}, line {line}: byte 0x{byte:02x} (offset {error.start}) is not {chosen}. "
-            + _encoding_advice(data, error.start, option)
+            f"{path}, line {line}: byte 0x{byte:02x} (offset {error.start}) is not "
+            f"{chosen.removesuffix('-sig').upper()}. " + _encoding_advice(data, error.start, option)
         ) from None
     if encoding is None and (wide := _wide_encoding(data)):
         advice = f"give {option}={wide}, or save" if option else "save"
@@ -141,7 +141,7 @@ def read_delimited(path: Path, text: str, suffix: str) -> Delimited:
     start, comments = _after_comments(lines, start, order)
     limit = csv.field_size_limit(max(csv.field_size_limit(), len(text) + 1))
     try:
-        found = _best_reading(lines, start, order, enclosing_usual=suffix == ".csv")
+        found = _best_reading(lines, start, order)
     finally:
         csv.field_size_limit(limit)
     if comments:
@@ -178,11 +178,11 @@ class _Reading:
         return self.rejected + self.swallowed
 
 
-def _best_reading(lines: Sequence[str], start: int, order: str, enclosing_usual: bool) -> Delimited:
+def _best_reading(lines: Sequence[str], start: int, order: str) -> Delimited:
     marks = [mark for mark in order if mark in lines[start]] or [order[0]]
     best: tuple[_Reading, str] | None = None
     for mark in marks:
-        reading, note = _quoting(lines, start, mark, enclosing_usual)
+        reading, note = _quoting(lines, start, mark)
         if best is None or reading.lost < best[0].lost:
             best = (reading, note)
         if reading.lost <= (1 - _GOOD) * (len(lines) - start):
@@ -195,15 +195,18 @@ def _best_reading(lines: Sequence[str], start: int, order: str, enclosing_usual:
     return reading.delimited
 
 
-def _quoting(lines: Sequence[str], start: int, mark: str, enclosing_usual: bool) -> tuple[_Reading, str]:
+def _quoting(lines: Sequence[str], start: int, mark: str) -> tuple[_Reading, str]:
     """The better of two readings: quotation marks enclose fields, or are part of the prose."""
     if not any('"' in line for line in lines[start:]):
         return _read(lines, start, mark, enclosing=False), ""
     enclosing = _read(lines, start, mark, enclosing=True)
     prose = _read(lines, start, mark, enclosing=False)
+    enclosing_usual = mark != "\t"
     if enclosing_usual:
-        # A broken quote in a comma file is damage; only where most rows say otherwise are the marks prose.
-        chosen = prose if prose.lost * 5 < enclosing.lost > (len(lines) - start) / 10 else enclosing
+        # A broken quote in a comma file is damage; only where many rows say otherwise are the marks prose. Lines inside
+        # a field that would do as rows say nothing here: prose is full of commas.
+        strange = (len(lines) - start) / 10
+        chosen = prose if prose.rejected * 5 < enclosing.rejected > strange else enclosing
     else:
         chosen = enclosing if enclosing.lost < prose.lost else prose
     other = prose if chosen is enclosing else enclosing

@@ -40,7 +40,7 @@ REFUSED = {
 }
 _PACKED = (".gz", ".zip")
 _MAGIC = (
-    (b"\x1f\x8b", "packed with gzip", ".csv.gz (or .tsv.gz, .jsonl.gz)"),
+    (b"\x1f\x8b", "packed with gzip", ".gz"),
     (b"PK\x03\x04", "a spreadsheet or a zip archive", ".xlsx or .zip"),
     (b"PAR1", "a Parquet file", ".parquet"),
     (b"\xd0\xcf\x11\xe0", "an old Excel file, which is not read: save it as .xlsx", ".xlsx then"),
@@ -62,7 +62,8 @@ def full_suffix(path: Path) -> str:
         return Path(path.stem).suffix.lower()
     if packed == ".zip":
         with _zip(path) as archive:
-            return Path(_member(path, archive)).suffix.lower()
+            inside = Path(_member(path, archive)).suffix.lower()
+            return ".csv" if inside in ("", ".zip") else inside  # as pandas names what it packs
     return packed
 
 
@@ -83,7 +84,8 @@ def content_of(path: Path) -> bytes:
         data = path.read_bytes()
         for magic, kind, suffix in _MAGIC:
             if data.startswith(magic):
-                raise NearfarError(f"{path} is {kind}, whatever its name says; call it {path.stem}{suffix}.")
+                name = path.name if suffix == ".gz" else path.stem
+                raise NearfarError(f"{path} is {kind}, whatever its name says; call it {name}{suffix}.")
         return data
     except NearfarError:
         raise

@@ -273,8 +273,9 @@ def choose_columns(
                 continue
             sought = repr(override) if override is not None else f"for {name} ({', '.join(aliases)})"
             near = nearest_name(wanted[0], header)
+            near = "" if near.startswith("known: ") else f"; {near.removesuffix('.')}"
             raise NearfarError(
-                f"{path} has no column {sought}. {introduction} {there}; {near}. "
+                f"{path} has no column {sought}. {introduction} {there}{near}. "
                 f"Name the column with {naming.format(name=name)}."
             )
         matches = by_key[found]

@@ -1,20 +1,30 @@
-"""Corpora in formats of their own: the XML of SemEval and MAMS, and the text files of VLSP-2018."""
+"""Corpora in formats of their own: the XML of SemEval and MAMS, and the text files of VLSP, PyABSA and ASTE."""
 
 from __future__ import annotations
 
+import ast
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nearfar.data.delimited import decode, text_lines
+from nearfar.data.delimited import text_lines
 from nearfar.data.rejections import Rejections
 from nearfar.data.table_formats import content_of
 from nearfar.errors import NearfarError
 from nearfar.systems.aspects.labels import UNKNOWN, parse_field, polarity_code
 
-__all__ = ["Sentence", "read_vlsp", "read_xml", "starts_vlsp"]
+__all__ = [
+    "CORPORA",
+    "CORPUS_SUFFIXES",
+    "Sentence",
+    "corpus_kind",
+    "read_three_lines",
+    "read_tuples",
+    "read_vlsp",
+    "read_xml",
+]
 
 _NO_TARGET = ("", "NULL")
 
@@ -34,12 +44,15 @@ class Sentence:
 
 
 # -- XML -----------------------------------------------------------------------------------------------------
-def read_xml(path: Path, what: str | None = None) -> tuple[list[Sentence], str, Rejections]:
+def read_xml(
+    path: Path, what: str | None = None, words: Mapping[str, int] | None = None
+) -> tuple[list[Sentence], str, Rejections]:
     """Sentences of SemEval-2014 and MAMS (aspectTerms, aspectCategories) or of SemEval-2015 and 2016 (Opinions).
 
     Args:
         path: the file; entities, which can fill the memory or name other files, are refused.
         what: what counts as the aspect, ``category`` or ``term``; null: the category, where the file has any.
+        words: codes of further words for polarities.
 
     Returns:
         Sentences, how they were read, what was turned away (sentences that are out of scope).
@@ -78,14 +91,14 @@ def read_xml(path: Path, what: str | None = None) -> tuple[list[Sentence], str, 
         if (node.get("OutOfScope") or "").lower() == "true":
             rejections.add("out of scope", number, _text(node))
             continue
-        labels, words = [], {}
+        labels, bad = [], {}
         for kind, aspect, polarity in _labels(node):
             if kind == chosen:
-                code = polarity_code(polarity) or UNKNOWN
+                code = polarity_code(polarity, words) or UNKNOWN
                 labels.append((aspect, code))
                 if code == UNKNOWN:
-                    words[aspect] = polarity or "empty"
-        sentences.append(Sentence(_text(node), labels, node.get("id") or str(number), number, words))
+                    bad[aspect] = polarity or "empty"
+        sentences.append(Sentence(_text(node), labels, node.get("id") or str(number), number, bad))
     other = "term" if chosen == "category" else "category"
     layout = f"XML, by aspect {chosen}"
     if kinds[other]:
@@ -139,39 +152,108 @@ def _labels(node: Any) -> Iterator[tuple[str, str, str]]:
                 yield "term", target, polarity
 
 
-# -- VLSP ----------------------------------------------------------------------------------------------------
+# -- text ----------------------------------------------------------------------------------------------------
+CORPUS_SUFFIXES = (".txt", ".raw", ".seg", ".dat", ".apc")
 _NUMBER = re.compile(r"#\s*\d+")
+_TUPLES = "####"
+_PLACE = "$T$"
 
 
-def starts_vlsp(path: Path) -> bool:
-    """Whether a text file begins with a line ``#1``."""
-    if path.suffix.lower() != ".txt":
-        return False
-    with path.open("rb") as file:
-        head = file.read(4096).decode("utf-8-sig", errors="replace")
-    lines = [line.strip() for line in text_lines(head) if line.strip()]
-    return bool(lines) and _NUMBER.fullmatch(lines[0]) is not None
+def corpus_kind(text: str) -> str:
+    """The key of `CORPORA` that a text's first lines have the form of, or an empty one."""
+    head = [line.strip() for line in text_lines(text[:20_000]) if line.strip()]
+    if head and _NUMBER.fullmatch(head[0]):
+        return VLSP
+    if head and _TUPLES in head[0] and head[0].partition(_TUPLES)[2].startswith("["):
+        return TUPLES
+    return THREE_LINES if len(head) >= 3 and _PLACE in head[0] and _PLACE not in head[1] + head[2] else ""
 
 
-def read_vlsp(
-    path: Path, encoding: str | None = None, words: Mapping[str, int] | None = None
-) -> tuple[list[Sentence], Rejections]:
-    """Blocks of a line ``#1``, the text, and a line of ``{ENTITY#ATTRIBUTE, polarity}`` labels.
+def read_vlsp(text: str, words: Mapping[str, int] | None = None) -> tuple[list[Sentence], Rejections]:
+    """Blocks of a line ``#1``, the text, and a line of ``{ENTITY#ATTRIBUTE, polarity}`` labels (VLSP-2018).
 
-    Raises:
-        NearfarError: bytes of another encoding.
+    >>> sentences, rejections = read_vlsp("#1\\nPhòng sạch\\n{ROOMS#CLEANLINESS, positive}\\n\\n#2\\n")
+    >>> sentences[0].labels, rejections.counts
+    ([('ROOMS#CLEANLINESS', 3)], {'empty text': 1})
     """
-    lines = text_lines(decode(path, content_of(path), encoding, "data.encoding"))
+    lines = text_lines(text)
     starts = [i for i, line in enumerate(lines) if _NUMBER.fullmatch(line.strip())]
     rejections, sentences = Rejections(), []
     for start, end in zip(starts, [*starts[1:], len(lines)], strict=True):
         block = [line.strip() for line in lines[start + 1 : end] if line.strip()]
         labelled = bool(block) and block[-1].startswith("{")
-        if len(block) < 1 + labelled or not block:
+        if not block[: len(block) - labelled]:
             rejections.add("empty text", start + 1, lines[start])
             continue
         found, unread = parse_field(block[-1], words) if labelled else ({}, [])
-        text = " ".join(block[:-1] if labelled else block)
         bad = {aspect: ", ".join(unread) for aspect, code in found.items() if code == UNKNOWN}
-        sentences.append(Sentence(text, list(found.items()), lines[start].strip(), start + 1, bad))
+        review = " ".join(block[: len(block) - labelled])
+        sentences.append(Sentence(review, list(found.items()), lines[start].strip(), start + 1, bad))
     return sentences, rejections
+
+
+def read_three_lines(text: str, words: Mapping[str, int] | None = None) -> tuple[list[Sentence], Rejections]:
+    """Three lines a label: the text with ``$T$`` for the aspect term, the term, the polarity (``.raw``, PyABSA).
+
+    >>> sentences, _ = read_three_lines("the $T$ is good\\nfood\\npositive\\n")
+    >>> sentences[0].text, sentences[0].labels
+    ('the food is good', [('food', 3)])
+    """
+    numbered = [(i, line.strip()) for i, line in enumerate(text_lines(text), start=1) if line.strip()]
+    rejections, sentences = Rejections(), []
+    position = 0
+    while position < len(numbered):
+        number, line = numbered[position]
+        block = [content for _, content in numbered[position : position + 3]]
+        if _PLACE not in line or len(block) < 3 or any(_PLACE in content for content in block[1:]):
+            rejections.add("no block of three lines", number, line)
+            position += 1
+            continue
+        code = polarity_code(block[2], words) or UNKNOWN
+        bad = {block[1]: block[2]} if code == UNKNOWN else {}
+        review = line.replace(_PLACE, block[1])
+        sentences.append(Sentence(review, [(block[1], code)], str(number), number, bad))
+        position += 3
+    return sentences, rejections
+
+
+def read_tuples(text: str, words: Mapping[str, int] | None = None) -> tuple[list[Sentence], Rejections]:
+    """Lines ``text####[…]`` of triplets and quadruples: ASTE with places of words, ASQP with a category.
+
+    >>> sentences, _ = read_tuples("the food is good####[([1], [3], 'POS')]")
+    >>> sentences[0].labels
+    [('food', 3)]
+    """
+    rejections, sentences = Rejections(), []
+    for number, line in enumerate(text_lines(text), start=1):
+        review, _, literal = line.partition(_TUPLES)
+        try:
+            pairs = [_tuple_label(item, review.split()) for item in ast.literal_eval(literal.strip())]
+        except (ValueError, SyntaxError, TypeError, IndexError, RecursionError, MemoryError):
+            rejections.add("no labels behind ####", number, line)
+            continue
+        labels = [(aspect, polarity_code(word, words) or UNKNOWN) for aspect, word in pairs]
+        bad = {
+            aspect: word for (aspect, word), (_, code) in zip(pairs, labels, strict=True) if code == UNKNOWN
+        }
+        sentences.append(Sentence(review.strip(), labels, str(number), number, bad))
+    return sentences, rejections
+
+
+def _tuple_label(item: Any, review: Sequence[str]) -> tuple[str, str]:
+    """Aspect and polarity of a triplet (places of the term, places of the opinion, polarity) or a quadruple (term,
+    category, polarity, opinion)."""
+    if len(item) == 3 and not isinstance(item[0], str):
+        return " ".join(review[place] for place in item[0]), str(item[2])
+    if len(item) in (3, 4):
+        return str(item[1]), str(item[2])
+    raise ValueError(item)
+
+
+VLSP, THREE_LINES, TUPLES = "blocks of VLSP-2018", "three lines a label with $T$", "lines text####[tuples]"
+CORPORA: dict[str, Callable[[str, Mapping[str, int] | None], tuple[list[Sentence], Rejections]]] = {
+    VLSP: read_vlsp,
+    THREE_LINES: read_three_lines,
+    TUPLES: read_tuples,
+}
+"""Readers of the text corpora, by what a file of each looks like."""

@@ -125,10 +125,11 @@ def polarities_advice(values: Iterable[str], given: Mapping[str, int] | None = N
     plain = [word for word in words if re.fullmatch(r"[-\w][-\w ]*", word)][:12]
     if not plain:
         return "Words such as positive, negative and neutral are needed."
-    numbers = all(re.fullmatch(r"-?\d+", word) for word in plain)
-    if numbers:
+    if all(re.fullmatch(r"-?\d+", word) for word in plain):
         plain.sort(key=int)
-    usual = _USUAL_CODES.get(tuple(plain)) or _by_rank(len(plain))
+        usual = _USUAL_CODES.get(tuple(plain)) or _by_rank(len(plain))
+    else:
+        usual = [_guess(word) for word in plain]
     meanings = dict(zip(plain, usual, strict=True))
     meanings |= {word: ("none", *POLARITIES)[code] for word, code in (given or {}).items()}
     option = ", ".join(f"{word}: {meaning}" for word, meaning in meanings.items())
@@ -138,7 +139,7 @@ def polarities_advice(values: Iterable[str], given: Mapping[str, int] | None = N
     )
 
 
-_USUAL_CODES = {
+_USUAL_CODES: dict[tuple[str, ...], Sequence[str]] = {
     ("-1", "0", "1"): ("negative", "neutral", "positive"),
     ("0", "1", "2"): ("negative", "neutral", "positive"),
     ("0", "1", "2", "3"): ("none", "positive", "negative", "neutral"),  # VLSP-2018 as a table
@@ -147,6 +148,29 @@ _USUAL_CODES = {
 
 def _by_rank(n: int) -> list[str]:
     return ["negative" if 2 * i + 1 < n else "neutral" if 2 * i + 1 == n else "positive" for i in range(n)]
+
+
+_LIKE = {
+    "positive": ("pos", "good", "great", "happy", "satisf", "like", "gut", "bon", "bueno", "tốt", "tích"),
+    "negative": (
+        "neg",
+        "bad",
+        "poor",
+        "unhappy",
+        "dissat",
+        "dislike",
+        "schlecht",
+        "mal",
+        "tệ",
+        "tiêu",
+        "xấu",
+    ),
+}
+
+
+def _guess(word: str) -> str:
+    """A first guess for an example; what a word means is for its user to say."""
+    return next((meaning for meaning, heads in _LIKE.items() if word.startswith(heads)), "neutral")
 
 
 def _word_key(word: str) -> str:

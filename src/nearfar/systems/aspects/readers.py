@@ -12,11 +12,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from nearfar.data.delimited import decode
 from nearfar.data.rejections import Rejections
-from nearfar.data.table_formats import full_suffix
-from nearfar.data.tables import RawTable, choose_columns, column_key, is_placeholder, open_table, require_file
+from nearfar.data.table_formats import content_of, full_suffix
+from nearfar.data.tables import (
+    TABLE_SUFFIXES,
+    RawTable,
+    choose_columns,
+    column_key,
+    is_placeholder,
+    open_table,
+    require_file,
+)
 from nearfar.errors import NearfarError, nearest_name
-from nearfar.systems.aspects.corpora import Sentence, read_vlsp, read_xml, starts_vlsp
+from nearfar.systems.aspects.corpora import CORPORA, CORPUS_SUFFIXES, Sentence, corpus_kind, read_xml
 from nearfar.systems.aspects.labels import ABSENT, UNKNOWN, parse_field, polarities_advice, polarity_code
 from nearfar.systems.aspects.records import Records
 
@@ -65,7 +74,7 @@ def read_records(
     """The reviews of a file.
 
     Args:
-        path: a table (`open_table`), XML of SemEval or MAMS, or the text files of VLSP-2018.
+        path: a table (`open_table`), XML of SemEval or MAMS, or one of the text corpora in `CORPORA`.
         text_column: its header; found by the usual names where null.
         label_column: the column of fields that hold all labels of a review (`parse_field`). Where null, a column called
             ``label`` whose fields have one of those forms.
@@ -87,11 +96,19 @@ def read_records(
     require_file(path)
     suffix = full_suffix(path)
     if suffix == ".xml":
-        sentences, layout, rejections = read_xml(path, aspect_column)
+        sentences, layout, rejections = read_xml(path, aspect_column, polarities)
+        _require_polarities(path, sentences, options)
         return _from_sentences(path, sentences, layout, rejections, options)
-    if suffix == ".txt" and starts_vlsp(path):
-        sentences, rejections = read_vlsp(path, encoding, polarities)
-        return _from_sentences(path, sentences, "VLSP text", rejections, options)
+    if suffix in CORPUS_SUFFIXES:
+        text = decode(path, content_of(path), encoding, "data.encoding")
+        if kind := corpus_kind(text):
+            sentences, rejections = CORPORA[kind](text, polarities)
+            _require_polarities(path, sentences, options)
+            return _from_sentences(path, sentences, kind, rejections, options)
+        if suffix not in TABLE_SUFFIXES:
+            raise NearfarError(
+                f"{path}: its lines are none of {', '.join(CORPORA)}. A table is called .csv, .tsv or .txt."
+            )
     raw = open_table(path, encoding, "data.encoding")
     if label_column is not None:
         return _from_field(raw, options, label_column)
@@ -130,22 +147,38 @@ def _from_field(raw: RawTable, options: _Options, column: str) -> Records:
         reader.add(i, found)
     filled = sum(bool(cell.strip()) for cell in labels)
     if unread_rows > filled / 2:
-        head = reader.used["label"]
         raise NearfarError(
-            f"{raw.path}: {unread_rows} of {filled} fields of column '{head}' hold no label of the form "
-            f"{{ASPECT#Polarity}} or {{ASPECT, polarity}} (first: {first[:80]!r}). For a row per aspect "
-            f"give data.aspect_column=NAME data.polarity_column={head}; for one column per aspect "
-            "data.aspects=[NAME,NAME,…]. " + (_advice_for_field(labels, options) if "{" in first else "")
+            f"{raw.path}: {unread_rows} of {filled} fields of column '{reader.used['label']}' hold no label of the "
+            f"form {{ASPECT#Polarity}} or {{ASPECT, polarity}} (first: {first[:80]!r}). "
+            + _advice_for_field(reader, labels, options)
         )
     return reader.records("label field")
 
 
-def _advice_for_field(cells: Sequence[str], options: _Options) -> str:
-    """The words that stand where polarities would, where fields have the form and other words."""
-    tails = [part.rsplit("#", 1)[-1] for cell in cells for part in parse_field(cell, options.words)[1]]
-    tails = [part.rsplit(",", 1)[-1].strip() for part in tails]
-    common = [word for word, _ in Counter(tails).most_common(8)]
-    return polarities_advice(common, options.words)
+def _advice_for_field(reader: _Reader, cells: Sequence[str], options: _Options) -> str:
+    """What else a table may be whose label column has no fields of labels."""
+    raw, head = reader.raw, reader.used["label"]
+    others = [i for i, name in enumerate(raw.header) if name not in reader.used.values()]
+    aspects = [raw.header[i] for i in others if _is_aspect([options.code(cell) for cell in raw.column(i)])]
+    if any("{" in cell for cell in cells):
+        # Fields have the form and other words than are known: those behind the last mark.
+        parts = [part for cell in cells for part in parse_field(cell, options.words)[1]]
+        tails = [part.replace(",", "#").rsplit("#", 1)[-1].strip() for part in parts]
+        return polarities_advice([word for word, _ in Counter(tails).most_common(8)], options.words)
+    if aspects:
+        return (
+            f"Columns of polarities are there: 'data.aspects=[{','.join(aspects)}]' takes each as an aspect."
+        )
+    rows = f"data.aspect_column=NAME 'data.polarity_column={head}'"
+    if _is_aspect([options.code(cell) for cell in cells]):
+        return (
+            f"They are polarities of no aspect: 'data.aspects=[{head}]' takes them as one aspect called {head}; where "
+            f"a column names the aspect of each row, give {rows}."
+        )
+    return (
+        f"Where a column names the aspect of each row, give {rows}; where each aspect has a column, "
+        "data.aspects=[NAME,NAME,…]."
+    )
 
 
 # -- one column per aspect -----------------------------------------------------------------------------------
@@ -322,6 +355,19 @@ def _from_rows(raw: RawTable, options: _Options) -> Records:
     found = _from_sentences(raw.path, sentences, layout, raw.rejections, options, raw.n_rows, reader.unread)
     found.notes[:0] = raw.notes
     return found
+
+
+def _require_polarities(path: Path, sentences: Sequence[Sentence], options: _Options) -> None:
+    """Raise where most labels have words or numbers for polarities that nothing is known of."""
+    codes = [code for sentence in sentences for _, code in sentence.labels]
+    words = [word for sentence in sentences for word in sentence.words.values()]
+    if codes and not _is_aspect(codes):
+        common = [word for word, _ in Counter(words).most_common(12)]
+        shown = ", ".join(map(repr, common))
+        raise NearfarError(
+            f"{path}: most of its labels have no polarity that is known ({shown}). "
+            + polarities_advice(common, options.words)
+        )
 
 
 def _from_sentences(

@@ -168,7 +168,8 @@ def _numbered(
     if "text" not in used and "text" not in optional:
         if not others:
             raise NearfarError(f"{bare}, and no text beside it. A second column with the texts is needed.")
-        option = naming.format(name="text").replace("NAME", str(others[0] + 1))
+        longest = max(others, key=lambda i: sum(len(row[i]) for row in [raw.header, *raw.rows[:100]]))
+        option = naming.format(name="text").replace("NAME", str(longest + 1))
         raise NearfarError(f"{bare}. Give the number of the column with the texts, such as {option}.")
     return used
 
