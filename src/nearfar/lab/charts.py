@@ -140,7 +140,7 @@ def intervals_chart(title: str, rows: Sequence[tuple[str, float, float, float]],
         chart.axis.plot([low, high], [i, i], color=colour, linewidth=2)
         chart.axis.plot([value], [i], "o", color=colour, markersize=5)
     chart.axis.axvline(0, color="#8b95a1", linewidth=1)
-    chart.axis.set_yticks(range(len(rows)), [name for name, *_ in reversed(rows)])
+    chart.axis.set_yticks(range(len(rows)), [visible(name) for name, *_ in reversed(rows)])
     chart.axis.set_ylim(-0.6, len(rows) - 0.4)
     return chart.svg()
 
