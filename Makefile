@@ -3,6 +3,8 @@ PYTHON ?= python3.11
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+# not --quiet: pip's list of what it downloads is the sign that the install goes on
+PIP    := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
 .PHONY: demo test setup lint types unit clean help
 
@@ -13,12 +15,17 @@ setup: $(STAMP)  ## virtual environment with everything the demo and the tests n
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "nearfar needs Python 3.11 or newer; set PYTHON=..."; exit 1; }
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@echo "1/3  a virtual environment in $(VENV) (a few seconds)"
+	@$(PYTHON) -m venv $(VENV)
+	@echo "2/3  PyTorch (the largest download; about a minute on a fast line)"
+	@$(PIP) torch
+	@echo "3/3  nearfar with all that its demo and tests need (about a minute more)"
+	@$(PIP) --editable '.[dev]'
+	@echo "installed in $(VENV); the next make does not install again"
 	@touch $@
 
 demo: setup  ## train on 20,000 real molecules, random against hard batches, and compare (about 6 minutes)
+	@echo "six runs, two at a time: about 6 minutes on two idle cores; then the comparison"
 	$(BIN)/nearfar train --multirun experiment=molecules_demo sampler=random,hard seed=0,1,2 \
 	    hydra/launcher=joblib hydra.launcher.n_jobs=2
 	$(BIN)/nearfar compare runs/molecules_demo --baseline sampler=random

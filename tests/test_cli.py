@@ -166,6 +166,10 @@ def test_columns_of_a_new_table(run: RunFolder, tmp_path: Path) -> None:
         table.write_text(f"{header}\na,CCO,an alcohol\n")
         assert "1 molecules, 1 texts" in answer("embed", run, table, "-o", output)
         assert "an alcohol" in answer("search", run, "an alcohol", "--gallery", table)
+    table.write_text("id,smiles,text\na,c1cc[nH]c1,an alcohol [red]\n")
+    shown = answer("search", run, "an alcohol", "--gallery", table)
+    assert "c1cc[nH]c1" in shown
+    assert "an alcohol [red]" in shown
     table.write_text("who,what,words\na,CCO,an alcohol\n")
     message = refusal("embed", run, table, "-o", output)
     assert "--smiles-column NAME" in message

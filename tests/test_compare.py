@@ -7,8 +7,11 @@ from urllib.parse import unquote
 
 import numpy as np
 import pytest
+from rich.text import Text
 
+from nearfar import terminal
 from nearfar.errors import NearfarError
+from nearfar.lab.charts import line_chart
 from nearfar.lab.compare import compare_runs, find_runs
 from nearfar.lab.reading import read_comparison
 from nearfar.lab.report import write_comparison, write_report
@@ -252,3 +255,39 @@ def test_hard_batches_that_did_not_help_are_read_with_the_doctor(
     text = " ".join(read_comparison(compare_runs([tmp_path], baseline="sampler=random")))
     assert words in text
     assert text.count("Hardness is used up") == ("used up" in words)  # of the batches, nothing else
+
+
+HOSTILE = "[red]x[/red] <script>alert(1)</script> $\\frac$ \x1b[2J\u202egnp"
+
+
+def test_names_and_metrics_steer_neither_terminal_nor_page(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for lr in ("0.01", "1e-12"):
+        folder = copied(runs / f"lr={lr},seed=0", tmp_path / lr)
+        metrics, scores = folder.read_json("metrics.json"), dict(np.load(folder.path / "per_item.npz"))
+        found = metrics["splits"]["val"]
+        found[HOSTILE] = found["MRR"] | {"metric": HOSTILE}
+        np.savez(folder.path / "per_item.npz", **scores, **{f"val/{HOSTILE}": scores["val/MRR"]})
+        folder.write_json("metrics.json", metrics)
+    comparison = compare_runs([tmp_path], baseline="lr=1e-12")
+    console = terminal.console()
+    for table in [*comparison_tables(comparison), *metrics_tables(folder)]:
+        console.print(table)
+    terminal.say(console, HOSTILE)
+    shown = capsys.readouterr().out
+    assert "[red]x[/red]" in shown
+    assert "\x1b" not in shown
+    assert "\u202e" not in shown
+    assert "\\x1b[2J\\u202egnp" in shown
+    page = write_comparison(comparison, tmp_path / "page.html").read_text()
+    assert "<script>alert" not in page
+    assert "<script>alert" not in line_chart(HOSTILE, {HOSTILE: ([1, 2], [1, 2])}, HOSTILE, HOSTILE)
+
+
+def test_rich_may_colour_what_a_text_may_not() -> None:
+    console = terminal.console()
+    styled = [s for s in console.render(Text("a\x1b[31m\rb\x9bc\td\n", "red")) if s.text.strip()]
+    assert "".join(s.text for s in styled).startswith("a\\x1b[31m")
+    assert all(str(s.style) == "red" for s in styled)
+    assert not any(set("\x1b\r\x9b") & set(s.text) for s in styled)

@@ -3,18 +3,50 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 from typing import Any
 
-__all__ = ["console", "report_error", "say"]
+__all__ = ["console", "report_error", "say", "visible"]
+
+#: characters that steer a terminal or reverse the order of what is read; names and data are shown and steer nothing
+_STEERING = {
+    code: f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
+    for code in (
+        *(code for code in range(0x20) if chr(code) not in "\n\t"),
+        *range(0x7F, 0xA0),
+        *(0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)),
+    )
+}
+
+
+def visible(text: str) -> str:
+    """Text with every character that steers a terminal written out: escape sequences, carriage returns, bidi marks.
+
+    >>> print(visible("a\\x1b[31mred"))
+    a\\x1b[31mred
+    """
+    return text.translate(_STEERING)
+
+
+@cache
+def _console_class() -> Any:
+    """Rich's console, whose own colours and cursor movements pass while those inside a text are written out."""
+    from rich.console import Console
+    from rich.segment import Segment
+
+    class SafeConsole(Console):
+        def render(self, renderable: Any, options: Any = None) -> Any:
+            for segment in super().render(renderable, options):
+                yield segment if segment.control else Segment(visible(segment.text), segment.style)
+
+    return SafeConsole
 
 
 def console(stderr: bool = False) -> Any:
-    """A Rich console for standard output or error."""
-    from rich.console import Console
-
-    made = Console(stderr=stderr)
+    """A Rich console for standard output or error, which no name or text can steer."""
+    made = _console_class()(stderr=stderr)
     # A table for a file or a pipe need not fit eighty columns.
-    return made if made.is_terminal else Console(stderr=stderr, width=120)
+    return made if made.is_terminal else _console_class()(stderr=stderr, width=120)
 
 
 def say(out: Any, text: str, **options: Any) -> None:

@@ -12,7 +12,10 @@ from matplotlib import rc_context
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
+
+from nearfar.terminal import visible
 
 __all__ = [
     "Chart",
@@ -79,11 +82,15 @@ class Chart:
     def svg(self) -> str:
         """The figure as an ``<svg>`` element; the same input gives the same bytes."""
         buffer = io.StringIO()
+        for text in self.figure.findobj(Text):
+            # Names of runs and metrics are no formulas: matplotlib stops at one it cannot read.
+            text.set_parse_math(False)
+            text.set_text(visible(text.get_text()))
         # Identifiers inside the SVG are salted with the title: several charts on one page do not collide.
         with rc_context({"svg.hashsalt": self.axis.get_title(loc="left"), "svg.fonttype": "none"}):
             FigureCanvasSVG(self.figure).print_svg(buffer, metadata={"Date": None, "Creator": None})
-        text = buffer.getvalue()
-        return re.sub(r"\s*<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+        page = buffer.getvalue()
+        return re.sub(r"\s*<metadata>.*?</metadata>", "", page[page.index("<svg") :], flags=re.DOTALL)
 
 
 def line_chart(
@@ -133,7 +140,7 @@ def intervals_chart(title: str, rows: Sequence[tuple[str, float, float, float]],
         chart.axis.plot([low, high], [i, i], color=colour, linewidth=2)
         chart.axis.plot([value], [i], "o", color=colour, markersize=5)
     chart.axis.axvline(0, color="#8b95a1", linewidth=1)
-    chart.axis.set_yticks(range(len(rows)), [name for name, *_ in reversed(rows)])
+    chart.axis.set_yticks(range(len(rows)), [visible(name) for name, *_ in reversed(rows)])
     chart.axis.set_ylim(-0.6, len(rows) - 0.4)
     return chart.svg()
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Table as RichTable
+from rich.text import Text
 
 from nearfar.batching import SamplerVerdict
 from nearfar.lab.compare import Comparison
@@ -33,10 +34,40 @@ __all__ = [
 FEW = 4
 
 
+class Table(RichTable):
+    """Rich's table without markup: names of runs, metrics, options and classes are shown as they are written.
+
+    A cell that is to have a colour is a ``Text`` with a style.
+
+    >>> table = Table("[red]name[/red]")
+    >>> table.add_row("[bold]")
+    >>> from rich.console import Console
+    >>> Console(width=30).print(table.title, *table.columns[0].cells)
+    [red]name[/red] [bold]
+    """
+
+    def __init__(self, title: str, caption: str | None = None, **options: Any) -> None:
+        super().__init__(
+            title=Text(title, style="table.title"),
+            caption=None if caption is None else Text(caption, style="table.caption"),
+            title_justify="left",
+            caption_justify="left",
+            **options,
+        )
+
+    def add_column(self, header: Any = "", *rest: Any, **options: Any) -> None:
+        """A column below a header that is no markup."""
+        super().add_column(escape(header) if isinstance(header, str) else header, *rest, **options)
+
+    def add_row(self, *cells: Any, **options: Any) -> None:
+        """A row whose words are no markup."""
+        super().add_row(*(escape(cell) if isinstance(cell, str) else cell for cell in cells), **options)
+
+
 def estimates_table(title: str, estimates: Mapping[str, Estimate]) -> Table:
     """Value, interval and chance of each, and the gallery where one of them has any."""
     galleries = any("gallery" in estimate.protocol for estimate in estimates.values())
-    table = Table(title=title, title_justify="left")
+    table = Table(title)
     for column in ("metric", "value", "95 % interval", "chance", *(["gallery"] if galleries else []), "n"):
         table.add_column(column, justify="left" if column == "metric" else "right", no_wrap=True)
     for name, estimate in estimates.items():
@@ -53,7 +84,7 @@ def estimates_table(title: str, estimates: Mapping[str, Estimate]) -> Table:
 
 def differences_table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     """Rows of ``pairs``, ``minus``, ``difference``, ``low``, ``high``, ``verdict``."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title)
     for column in ("pairs", "minus", "difference", "95 % interval", "verdict"):
         table.add_column(column, justify="left", no_wrap=True)
     for row in rows:
@@ -63,7 +94,7 @@ def differences_table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
             row["minus"],
             f"{row['difference']:+.3f}",
             f"[{row['low']:+.3f}, {row['high']:+.3f}]",
-            f"[{style}]{row['verdict']}[/{style}]",
+            Text(str(row["verdict"]), style),
         )
     return table
 
@@ -107,7 +138,7 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
         for question, metrics in comparison.by_question(readings).items():
             tables.append(fold_table(comparison, label, question, metrics))
     for label, reason in comparison.refused.items():
-        table = Table(title=escape(f"{label}: not compared"), title_justify="left")
+        table = Table(f"{label}: not compared")
         table.add_column("why")
         table.add_row(reason)
         tables.append(table)
@@ -117,13 +148,13 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
 def _arms_table(comparison: Comparison, question: str, metrics: Sequence[str]) -> Table:
     first = next(iter(comparison.arms[0].estimates.values()))
     title = " · ".join(part for part in ("arms", comparison.split, question) if part)
-    table = Table(title=title, title_justify="left")
+    table = Table(title)
     table.add_column("metric", no_wrap=True)
     table.add_column("chance", justify="right")
     table.add_column("gallery", justify="right")
     for arm in comparison.arms:
         seeds = f"{len(arm.runs)} seed" + "s" * (len(arm.runs) != 1)
-        table.add_column(f"{escape(arm.label)}\n{seeds}", justify="right")
+        table.add_column(f"{arm.label}\n{seeds}", justify="right")
     for name in metrics:
         row = [metric_words(name)]
         estimate = first.get(name)
@@ -144,7 +175,7 @@ def _arms_table(comparison: Comparison, question: str, metrics: Sequence[str]) -
 def _differences_of(comparison: Comparison, label: str, question: str, metrics: Sequence[str]) -> Table:
     several = comparison.looked_at > 1
     title = f"{label} − {comparison.baseline.label}" + (f" · {question}" if question else "")
-    table = Table(title=escape(title), title_justify="left")
+    table = Table(title)
     for column in ("metric", "difference", "95 % interval", "per seed", "verdict"):
         table.add_column(
             column, justify="right" if column in ("difference", "95 % interval") else "left", no_wrap=True
@@ -158,7 +189,7 @@ def _differences_of(comparison: Comparison, label: str, question: str, metrics: 
             f"{d.value:+.3f}",
             f"[{d.low:+.3f}, {d.high:+.3f}]",
             " ".join(f"{value:+.3f}" for value in d.per_seed),
-            f"[{_verdict_style(d)}]{d.verdict}[/]",
+            Text(d.verdict, _verdict_style(d)),
             *([comparison.together[label][name]] if several else []),
         )
     return table
@@ -170,14 +201,14 @@ def fold_table(comparison: Comparison, label: str, question: str, metrics: Seque
     first = next(iter(readings.values()))
     title = f"{label} − {comparison.baseline.label}, by {comparison.over}; interval over folds (t)"
     title += f" · {question}" if question else ""
-    table = Table(title=title, title_justify="left")
+    table = Table(title)
     table.add_column("metric", no_wrap=True)
     for column in (*first.folds, "mean of folds", "95 % interval"):
         table.add_column(column, justify="right", no_wrap=True)
     for metric in metrics:
         reading = readings[metric]
         each = [
-            f"[{_verdict_style(d)}]{d.value:+.3f}[/]"
+            Text(f"{d.value:+.3f}", _verdict_style(d))
             if d.verdict != "not distinguishable"
             else f"{d.value:+.3f}"
             for d in reading.folds.values()
@@ -191,21 +222,21 @@ def sweep_table(comparison: Comparison, sweep: Sweep) -> Table:
     """One line for each arm: its values on the axes, its mean and its difference from the baseline by the monitor."""
     name = comparison.monitor
     title = f"sweep · {metric_words(name)} · {comparison.split} · against {comparison.baseline.label}"
-    table = Table(title=title, title_justify="left")
+    table = Table(title)
     for axis in sweep.axes:
         table.add_column(axis, justify="right")
     for column in ("seeds", "mean", "95 % interval", "difference", "95 % interval", "verdict"):
         table.add_column(column, justify="left" if column == "verdict" else "right", no_wrap=True)
     for cell in sweep.cells:
         mean = comparison.summary[cell.arm.label].get(name)
-        row = [*cell.values.values(), str(len(cell.arm.runs))]
+        row: list[Any] = [*cell.values.values(), str(len(cell.arm.runs))]
         row += [short_number(mean.value), interval_words(mean.low, mean.high)] if mean else ["–", "–"]
         d = comparison.differences.get(cell.arm.label, {}).get(name)
         if d is not None:
             row += [
                 f"{d.value:+.3f}",
                 f"[{d.low:+.3f}, {d.high:+.3f}]",
-                f"[{_verdict_style(d)}]{d.verdict}[/]",
+                Text(d.verdict, _verdict_style(d)),
             ]
         else:
             row += ["", "", "baseline" if cell.arm is comparison.baseline else "not compared"]
@@ -216,7 +247,7 @@ def sweep_table(comparison: Comparison, sweep: Sweep) -> Table:
 def verdict_table(verdict: SamplerVerdict) -> Table:
     """The sampler self-test: each sampler's batches, what the check says of them and what it must say."""
     title = f"verify sampler: {'passed' if verdict.passed else 'FAILED'}"
-    table = Table(title=title, title_justify="left")
+    table = Table(title)
     for column in (
         "sampler",
         "largest cluster",
@@ -237,7 +268,7 @@ def verdict_table(verdict: SamplerVerdict) -> Table:
 
 def cluster_table(verdict: SamplerVerdict) -> Table:
     """Clusters in the first epoch's batches of random and of hard batches, side by side."""
-    table = Table(title="items of each cluster, batch by batch, first epoch", title_justify="left")
+    table = Table("items of each cluster, batch by batch, first epoch")
     table.add_column("batch", justify="right")
     for row in verdict.rows:
         table.add_column(row.name)
@@ -256,7 +287,7 @@ def ddp_table(verdict: DdpVerdict) -> Table:
     caption = (
         "ratio, cosine: gradient of the encoder to that of one process. A wrong setup must be found out."
     )
-    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
+    table = Table(title, caption=caption)
     for column in ("loss, option", "ratio", "cosine", "scale\nratio", "loss\ndifference", "verdict"):
         left = column in ("loss, option", "verdict")
         table.add_column(column, justify="left" if left else "right", no_wrap=not left, overflow="fold")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from rich import box
-from rich.table import Table
+from rich.text import Text
 
 from nearfar.lab.effects import Effect, Mean
-from nearfar.lab.table import metric_words, short_number
+from nearfar.lab.table import Table, metric_words, short_number
 from nearfar.lab.trial import Trial
 from nearfar.lab.what_if import WhatIf
 
@@ -21,7 +21,7 @@ def what_if_table(found: WhatIf) -> Table:
         f"{found.run} · what if · {found.checkpoint}, step {found.step} · "
         f"{found.batches} batches of {found.rows} rows, epoch {found.epoch}"
     )
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=0)
+    table = Table(title, box=box.SIMPLE_HEAD, padding=0)
     table.add_column("what if", no_wrap=True)
     columns = ["loss", "guessing", *["floor"] * floors, "Δ loss", "Δ (loss −\nguessing)"]
     columns += ["cosine\nweights", "cosine\nembedd.", "norm\n×", "p(+)", "hard-\nest"]
@@ -94,7 +94,7 @@ def trial_table(trial: Trial) -> Table:
     title = (
         f"{trial.run} · {' '.join(trial.overrides)} · {trial.steps} steps from step {trial.start_step} · val"
     )
-    table = Table(title=title, title_justify="left")
+    table = Table(title)
     for column in ("metric", "before", "unchanged", "changed", "difference", "95 % interval", "verdict"):
         left = column in ("metric", "verdict")
         table.add_column(column, justify="left" if left else "right", no_wrap=True)
@@ -108,7 +108,7 @@ def trial_table(trial: Trial) -> Table:
             *(short_number(value[name]) if name in value else "–" for value in values),
             f"{d.value:+.4f}",
             f"[{d.low:+.4f}, {d.high:+.4f}]",
-            f"[{colour}]{d.verdict}[/]",
+            Text(d.verdict, colour),
             end_section=name == trial.monitor,
         )
     return table

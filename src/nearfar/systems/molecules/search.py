@@ -223,6 +223,7 @@ class TrainedMolecules:
         columns: Columns | None = None,
     ) -> None:
         """``nearfar search``."""
+        from rich.markup import escape
         from rich.table import Table as Grid
 
         if page is not None:
@@ -236,7 +237,9 @@ class TrainedMolecules:
                 column, overflow="ellipsis", no_wrap=True, justify="right" if not column else "left"
             )
         for hit in hits:
-            table.add_row(str(hit.rank), f"{hit.score:.3f}", hit.id, hit.text[:60], hit.smiles[:60])
+            # As they are written: Rich takes [nH] for a style, and leaves it out.
+            words = (escape(word) for word in (hit.id, hit.text[:60], hit.smiles[:60]))
+            table.add_row(str(hit.rank), f"{hit.score:.3f}", *words)
         console.print(table, soft_wrap=False)
         if page is not None:
             body = (
