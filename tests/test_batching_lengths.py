@@ -79,3 +79,12 @@ def test_ranks_share_an_epoch() -> None:
 def test_bad_repeats(repeats: np.ndarray, message: str) -> None:
     with pytest.raises(NearfarError, match=message):
         LengthBatchSampler(LENGTHS, 16, repeats=repeats)
+
+
+def test_lengths_may_be_any_finite_numbers() -> None:
+    lengths = np.array([3, 90, 4, 80, 5, 70])
+    plan = list(LengthBatchSampler(lengths, 3))
+    assert list(LengthBatchSampler(lengths.astype(np.float32), 3)) == plan
+    assert list(LengthBatchSampler(lengths + 0.5, 3)) == plan
+    whole, widened = LengthBatchSampler(lengths, 3), LengthBatchSampler(lengths.astype(np.float32), 3)
+    widened.load_state_dict(whole.state_dict())

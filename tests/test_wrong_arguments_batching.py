@@ -116,7 +116,7 @@ CASES: dict[str, tuple[Callable[..., Any], dict[str, list[Any]]]] = {
         sampler_of(LengthBatchSampler, lengths=list(range(N))),
         {
             **COMMON,
-            "lengths": [*NOT_AN_ARRAY, [1.5] * N, [None] * N],
+            "lengths": [*NOT_AN_ARRAY, [float("nan")] * N, [None] * N],
             "repeats": [*NOT_AN_ARRAY[1:], [0] * N, [1.5] * N, [None] * N],
             "window": NOT_WHOLE,
         },

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from numpy import ndarray
 from numpy.typing import NDArray
 
@@ -38,7 +38,7 @@ class LengthBatchSampler(BatchSampler):
 
     def __init__(
         self,
-        lengths: Int[ndarray, " n"],
+        lengths: Int[ndarray, " n"] | Float[ndarray, " n"],
         batch_size: int,
         *,
         repeats: Int[ndarray, " n"] | None = None,
@@ -50,7 +50,7 @@ class LengthBatchSampler(BatchSampler):
         ids: Sequence[Any] | NDArray[Any] | None = None,
     ) -> None:
         check_not_rebuilt(type(self).__name__, lengths)
-        self.lengths = _one_each("lengths", lengths, "the length of every item, (n,) whole numbers")
+        self.lengths = _one_each("lengths", lengths, "the length of every item, (n,) finite numbers", "iuf")
         counts = np.ones(len(self.lengths), dtype=np.int64)
         if repeats is not None:
             counts = _one_each("repeats", repeats, "how often an item comes in an epoch, (n,) whole numbers")
@@ -93,11 +93,15 @@ class LengthBatchSampler(BatchSampler):
         return Plan(layout, order)
 
 
-def _one_each(name: str, value: Any, needs: str) -> NDArray[np.int64]:
-    numbers = array(name, value, needs, "iu")
+def _one_each(name: str, value: Any, needs: str, kinds: str = "iu") -> NDArray[Any]:
+    """One number for each item; whole ones as int64, whatever type they came in."""
+    numbers = array(name, value, needs, kinds)
     if numbers.ndim != 1:
         raise NearfarError(f"{name} have shape {numbers.shape}; give {needs}")
-    return numbers.astype(np.int64)
+    if not np.isfinite(numbers).all():
+        raise NearfarError(f"{name} hold numbers that are not finite; give {needs}")
+    whole_numbers = numbers.dtype.kind in "iu" or bool((numbers == np.floor(numbers)).all())
+    return numbers.astype(np.int64 if whole_numbers else np.float64)
 
 
 def _sorted_windows(
