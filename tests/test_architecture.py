@@ -22,7 +22,7 @@ FLOORS = [
     {"losses"},
     {"functional"},
     {"contrast"},
-    {"schedules", "labels", "configs", "terminal", "ids"},
+    {"schedules", "labels", "configs", "terminal", "ids", "directions"},
     {"arguments"},
     {"errors"},
 ]

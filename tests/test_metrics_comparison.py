@@ -146,3 +146,34 @@ def test_holm_by_its_definition():
         assert (verdicts[name] != "not distinguishable") == rejected
     with pytest.raises(NearfarError, match="no p of unpaired"):
         holm({"unpaired": compare(estimate(0.5), estimate(0.6))})
+
+
+# -- which way is better ---------------------------------------------------------------------------------------
+def test_a_growing_gap_is_worse_wherever_it_is_judged() -> None:
+    protocol = {"split": "5f0c", "confidence": 0.95}
+    wide = Estimate(0.30, 0.28, 0.32, 0.0, 600, False, "AP/gap", protocol)
+    narrow = Estimate(0.10, 0.08, 0.12, 0.0, 600, False, "AP/gap", protocol)
+    assert compare(wide, narrow).verdict == "worse"
+    assert compare(narrow, wide).verdict == "better"
+    rng = np.random.default_rng(0)
+    scores = rng.random(400)
+    assert (
+        paired_difference(scores + 0.2, scores + 0.01 * rng.random(400), metric="AP/gap").verdict == "worse"
+    )
+
+
+@pytest.mark.parametrize(
+    ("metric", "higher"),
+    [("MRR", True), ("effective_rank", True), ("piece", True), ("AP/gap", False), ("val/median_rank", False),
+     ("calibration_error", False), ("ECE", False), ("val_loss", False), ("ClipLoss", True)],
+)  # fmt: skip
+def test_an_estimate_says_which_way_it_is_better(metric: str, higher: bool) -> None:
+    estimate = Estimate(0.5, 0.4, 0.6, 0.1, 10, False, metric)
+    assert estimate.higher_is_better is higher
+    assert Estimate.from_dict(estimate.to_dict()) == estimate
+    old = {
+        name: value for name, value in estimate.to_dict().items() if name not in ("higher_is_better", "unit")
+    }
+    assert Estimate.from_dict(old) == estimate, "records of version 0.1"
+    stated = Estimate(0.5, 0.4, 0.6, 0.1, 10, False, metric, {}, not higher, "nats")
+    assert Estimate.from_dict(stated.to_dict()).higher_is_better is not higher

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from nearfar import directions
 from nearfar.doctor.series import Series, level_noise, mean
 from nearfar.doctor.signals import Signals
 
 __all__ = [
     "hard_epochs",
-    "lower_is_better",
     "main_metric",
     "means_hard",
     "metric_margin",
@@ -22,7 +21,6 @@ __all__ = [
 HARD_SAMPLERS = ("hard", "partition")
 #: a metric that moved by less than this share of itself did not move, however little it scatters
 STILL = 0.01
-_LOWER = re.compile(r"rank|loss|error|ece|\bmse\b|\bmae\b|distance|\bgap\b|perplexity", re.IGNORECASE)
 _PREFERRED = ("MRR", "mAP", "AP", "NDCG", "F1", "accuracy", "acc", "R@1", "recall@1")
 
 
@@ -76,13 +74,14 @@ def _before_curriculum(signals: Signals, epoch: int | None) -> bool:
     return epoch is not None and epoch <= (signals.number("curriculum_epoch") or 0.0)
 
 
-def lower_is_better(metric: str) -> bool:
-    """Whether a metric of this name is better when it is lower.
-
-    >>> lower_is_better("text_to_molecule/median_rank"), lower_is_better("MRR")
-    (True, False)
-    """
-    return _LOWER.search(metric) is not None
+def lower_is_better(signals: Signals, metric: str) -> bool:
+    """Whether a metric is better when it is lower: by its final estimates, which say so, or else by its name."""
+    for estimates in signals.mapping("metrics").values():
+        estimate = estimates.get(metric) if isinstance(estimates, Mapping) else None
+        stated = estimate.get("higher_is_better") if isinstance(estimate, Mapping) else None
+        if isinstance(stated, bool):
+            return not stated
+    return directions.lower_is_better(metric)
 
 
 def monitor(signals: Signals) -> Series:
@@ -92,7 +91,7 @@ def monitor(signals: Signals) -> Series:
     if name is None:
         return Series("")
     series = found[name]
-    if lower_is_better(name):
+    if lower_is_better(signals, name):
         return series.having(-series.numbers, name)
     return series.having(series.numbers, name)
 
@@ -102,7 +101,7 @@ def main_metric(signals: Signals, names: Sequence[str]) -> str | None:
     watched = (signals.text("monitor") or "").removeprefix("val/")
     if watched in names:
         return watched
-    candidates = [metric for metric in names if not lower_is_better(metric)] or list(names)
+    candidates = [metric for metric in names if not lower_is_better(signals, metric)] or list(names)
     ranked = [m for wanted in _PREFERRED for m in candidates if m.lower().endswith(wanted.lower())]
     return (ranked or candidates or [None])[0]  # type: ignore[list-item]
 

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 
-from nearfar.doctor.phases import lower_is_better
 from nearfar.errors import NearfarError, nearest_name
 from nearfar.lab.folds import FoldReading, join_folds, read_folds
 from nearfar.lab.groups import Arm, find_runs, group_runs, load_scores
@@ -194,11 +193,17 @@ def _against(made: Comparison, arm: Arm) -> None:
             np.stack([arm.per_item[seed][name] for seed in common]),
             np.stack([base.per_item[seed][name] for seed in common]),
             metric=name,
-            higher_is_better=not lower_is_better(name),
+            higher_is_better=_direction(base, name),
         )
         for name in base.per_item[common[0]]
         if name in arm.per_item[common[0]] and name not in not_these
     }
+
+
+def _direction(arm: Arm, name: str) -> bool | None:
+    """What the arm's estimates say of a metric; None, for its name to say it, where none of them has it."""
+    estimate = next(iter(arm.estimates.values())).get(name)
+    return None if estimate is None else estimate.higher_is_better
 
 
 def _squeezed(label: str) -> str:

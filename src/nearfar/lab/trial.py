@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 
-from nearfar.doctor.phases import lower_is_better
 from nearfar.errors import NearfarError
 from nearfar.lab.arms import Arms
 from nearfar.lab.one_batch import quiet_arithmetic
@@ -202,5 +201,7 @@ def _compare(
             refused[name] = reason
             continue
         a, b = (np.stack([np.asarray(e.per_item[name]) for e in arm]) for arm in (changed, unchanged))
-        differences[name] = paired_difference(a, b, metric=name, higher_is_better=not lower_is_better(name))
+        estimate = first.estimates.get(name)
+        better = None if estimate is None else estimate.higher_is_better
+        differences[name] = paired_difference(a, b, metric=name, higher_is_better=better)
     return differences, refused

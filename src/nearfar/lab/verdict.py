@@ -83,7 +83,7 @@ def _result(metrics: Mapping[str, Any]) -> tuple[str, bool | None]:
             start + f"Guessing scores {chance}, which the interval covers: nothing shows that it learned.",
             False,
         )
-    if (e.value > e.chance) == (metrics["monitor"].rsplit("/", 1)[-1] != "median_rank"):
+    if (e.value > e.chance) == e.higher_is_better:
         times = e.value / e.chance if e.chance else float("nan")
         much = f", {times:.0f} times less" if times >= 2 else ""
         return start + f"Guessing scores {chance}{much}.", True

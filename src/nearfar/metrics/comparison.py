@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from nearfar.directions import lower_is_better
 from nearfar.errors import NearfarError
 from nearfar.metrics.arguments import described, flag, instance, numbers, real, text, whole
 from nearfar.metrics.estimate import Estimate, comparable
@@ -24,8 +25,6 @@ from nearfar.metrics.seeds import Spread, spread_of_difference
 __all__ = ["Difference", "compare", "holm", "paired_difference"]
 
 Key = TypeVar("Key", bound=Hashable)
-
-_LOWER_IS_BETTER = frozenset({"median_rank"})
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ def paired_difference(
     *,
     confidence: float = 0.95,
     metric: str = "score",
-    higher_is_better: bool = True,
+    higher_is_better: bool | None = None,
 ) -> Difference:
     """The mean of ``a − b`` for scores (S, n) of the same S seeds on the same n items; (n,) is one seed.
 
@@ -100,7 +99,8 @@ def paired_difference(
     ``nearfar.metrics.seeds``. It is wide with two seeds because two seeds say little.
 
     With one seed the interval covers items only, and ``scope`` says so. Raises ``NearfarError`` for shapes
-    that differ, fewer than two items, or scores that are not finite.
+    that differ, fewer than two items, or scores that are not finite. ``higher_is_better`` is by default what the
+    name of the ``metric`` says (``Estimate.higher_is_better`` where there is an estimate).
 
     >>> generator = np.random.default_rng(0)
     >>> base = generator.random((3, 400))
@@ -112,6 +112,8 @@ def paired_difference(
     """
     check_confidence(confidence)
     text("metric", metric)
+    if higher_is_better is None:
+        higher_is_better = not lower_is_better(metric)
     flag("higher_is_better", higher_is_better)
     first, second = _scores(a, "a"), _scores(b, "b")
     if first.shape != second.shape:
@@ -206,7 +208,7 @@ def compare(a: Estimate, b: Estimate) -> Difference:
         n=a.n,
         seeds=0,
         per_seed=(),
-        verdict=_verdict(low, high, a.metric not in _LOWER_IS_BETTER),
+        verdict=_verdict(low, high, bool(a.higher_is_better)),
         relative=value / b.value if b.value else math.nan,
         metric=a.metric,
         confidence=float(a.protocol.get("confidence", 0.95)),

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from nearfar.directions import lower_is_better
 from nearfar.errors import NearfarError
 from nearfar.ids import plain_ids
 from nearfar.metrics import arguments
@@ -35,6 +36,10 @@ class Estimate:
     candidates), ``split`` (hash of the item ids, see ``split_hash``), ``direction``, the ``interval`` method,
     its ``confidence``, and what else a metric needs.
 
+    ``higher_is_better`` says which way the metric is better, by default by its name
+    (``nearfar.directions.lower_is_better``); ``unit`` what its value counts, such as "nats", empty for shares and
+    scores without one. Everything that compares or ranks asks these.
+
     ``str`` gives the value, interval, chance level and sizes; a float format gives the numbers alone.
 
     >>> e = Estimate(0.586, 0.569, 0.603, 10 / 3300, 3300, False, "R@10", {"gallery": 3300})
@@ -54,6 +59,8 @@ class Estimate:
     trivial: bool
     metric: str
     protocol: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    higher_is_better: bool | None = None
+    unit: str = ""
 
     def __post_init__(self) -> None:
         # Plain numbers, of whatever type they came: what is written to a file has no others.
@@ -63,6 +70,10 @@ class Estimate:
         object.__setattr__(self, "trivial", flag("trivial", self.trivial))
         arguments.text("metric", self.metric)
         instance("protocol", self.protocol, Mapping)
+        arguments.text("unit", self.unit)
+        if self.higher_is_better is None:
+            object.__setattr__(self, "higher_is_better", not lower_is_better(self.metric))
+        object.__setattr__(self, "higher_is_better", flag("higher_is_better", self.higher_is_better))
 
     def __str__(self) -> str:
         notes = [f"chance {_number(self.chance, None)}"]
@@ -94,6 +105,8 @@ class Estimate:
             "n": self.n,
             "trivial": self.trivial,
             "protocol": dict(self.protocol),
+            "higher_is_better": self.higher_is_better,
+            "unit": self.unit,
         }
 
     @classmethod
@@ -116,6 +129,8 @@ class Estimate:
             trivial=record["trivial"],
             metric=record["metric"],
             protocol=dict(instance("protocol", record.get("protocol", {}), Mapping)),
+            higher_is_better=record.get("higher_is_better"),  # runs of version 0.1 do not say it
+            unit=record.get("unit", ""),
         )
 
 

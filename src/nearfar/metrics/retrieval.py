@@ -329,7 +329,9 @@ def _median_rank(ranks: Ranks, guess: Ranks, confidence: float, protocol: dict[s
     high = ranks.at_place(last) if last <= n else float((ranks.of_each() - ranks.relevant).max() + 1)
     trivial = bool((ranks.relevant == ranks.of_each()).all())
     own_protocol = {**protocol, "interval": "order statistics"}
-    return Estimate(ranks.median(), low, high, guess.median(), n, trivial, "median_rank", own_protocol)
+    return Estimate(
+        ranks.median(), low, high, guess.median(), n, trivial, "median_rank", own_protocol, False, "rank"
+    )
 
 
 def _ranks(counts: Counts, relevant: Tensor, candidates: Tensor, direction: str, normalize: bool) -> Ranks:

@@ -204,8 +204,9 @@ class TrainingLoop:
         else:
             values = {name: estimate.value for name, estimate in validated[0].estimates.items()}
             # One process decides for all: other machines may round it otherwise.
-            value = ranks.from_first(lambda: float(values[monitor]))
-            gained = state.best["value"] is None or value > state.best["value"]
+            value, before = ranks.from_first(lambda: float(values[monitor])), state.best["value"]
+            rises = validated[0].estimates[monitor].higher_is_better
+            gained = before is None or (value > before if rises else value < before)
             if gained:
                 state.best = {"value": value, "epoch": state.epoch + 1, "epochs_without_gain": 0}
             else:
@@ -214,7 +215,7 @@ class TrainingLoop:
         state.end_epoch()
         self._save(best=gained)
         if self.exhausted:
-            self.say(f"stopped early: {monitor} has not risen for {self.config.patience} epochs")
+            self.say(f"stopped early: {monitor} has not become better for {self.config.patience} epochs")
 
     # -- conditions ------------------------------------------------------------------------------------------
     @property

@@ -95,7 +95,7 @@ class System(ABC):
     """
 
     name: str
-    #: the estimate that chooses the best checkpoint, and that early stopping watches (higher is better)
+    #: the estimate that chooses the best checkpoint, and that early stopping watches; it says which way is better
     monitor: str
     config: Any
     #: ``train``, ``val``, ``test``, as far as there are any; filled by ``prepare``

@@ -176,7 +176,7 @@ def _baseline(signals: Signals) -> Evidence | None:
         if baseline is None or value is None or estimate.get("trivial"):
             continue
         baseline, judged = float(baseline), judged + 1
-        sign = -1.0 if lower_is_better(name) else 1.0
+        sign = -1.0 if lower_is_better(signals, name) else 1.0
         low = estimate.get("high" if sign < 0 else "low")
         worst = value if low is None else low
         if sign * (worst - baseline) > 0:

@@ -140,4 +140,6 @@ def information(
     protocol = {
         "gallery": n, "loss": "ClipLoss", "split": split, "interval": "normal over spots", "confidence": 0.95,
     }  # fmt: skip
-    return Estimate(mean, mean - half, mean + half, 0.0, n, n < 2, "ln n - ClipLoss", protocol), values
+    return Estimate(
+        mean, mean - half, mean + half, 0.0, n, n < 2, "ln n - ClipLoss", protocol, True, "nats"
+    ), values
