@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from nearfar.errors import NearfarError
-from nearfar.overrides import compose_config, path_options
+from nearfar.overrides import compose_config, path_options, quote_paths
 from nearfar.systems.tissue.shard_dataset import read_shards
 from nearfar.systems.tissue.shard_options import ShardOptions
 from nearfar.systems.tissue.shards import Written, write_shards
@@ -575,6 +575,7 @@ def test_a_slide_called_like_a_folder_stays_a_slide(tmp_path: Path, monkeypatch:
         (tmp_path / name).mkdir()
     config = compose_config(["experiment=medium_spatial", "data.val=B", "data.hold_out=C", "data.dir=shards"])
     assert path_options(config) == {"data.dir": Path("shards")}
+    assert quote_paths(["data.train=800", "data.dir=shards"]) == ["data.train=800", "data.dir='shards'"]
     config = compose_config(["experiment=molecules", "data.train=train.csv", "data.val=B"])
     assert path_options(config) == {"data.train": Path("train.csv"), "data.val": Path("B")}
     config = compose_config(["experiment=molecules", "text_encoder=transformer", "text_encoder.model=B"])

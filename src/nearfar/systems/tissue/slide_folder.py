@@ -15,7 +15,7 @@ from jaxtyping import Float, Float32, Int64, Shaped, UInt8
 from nearfar.errors import NearfarError
 from nearfar.systems.tissue.genes import GeneSums
 from nearfar.systems.tissue.patches import encode_jpeg
-from nearfar.systems.tissue.shard_index import ShardFile, SlideEntry, write_json
+from nearfar.systems.tissue.shard_index import ShardFile, SlideEntry, check_inside, write_json
 from nearfar.systems.tissue.tar_shards import ShardWriter, npy
 from nearfar.training.run_folder import write_atomically
 
@@ -63,6 +63,7 @@ class SlideFolder:
                 )
         if self.path.exists() and not self.path.is_dir():
             raise NearfarError(f"{self.path} is a file; name a folder for the shards.")
+        check_inside(self.path, self.path / "slides")
         (self.path / "slides").mkdir(parents=True, exist_ok=True)
         there = {path.stem for path in (self.path / "slides").glob("*.json")}
         other = sorted(there - stems.keys())
@@ -139,6 +140,7 @@ class SlideFolder:
 
     def read_sums(self, slide: str, key: str | None = None) -> tuple[GeneSums, Rejected] | None:
         """Sums of a slide's genes and its rejected spots; None if there are none (or none of this ``key``)."""
+        check_inside(self.path, self._sums(slide))
         try:
             with np.load(self._sums(slide), allow_pickle=False) as held:
                 if key is not None and str(held["key"]) != key:
