@@ -265,6 +265,11 @@ def test_an_index_that_is_no_index_is_named(shards: Path, content: bytes) -> Non
     assert len(read_shards(shards)) == 20
 
 
+def test_a_name_too_long_for_a_tar_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(NearfarError, match="a name of 90 letters, and 80 fit into a tar file"):
+        write_shards(write_st(tmp_path / "in", {"a" * 90: 1}), tmp_path / "out", ShardOptions(patch=32))
+
+
 def test_links_out_of_the_folder_are_not_followed(shards: Path, tmp_path: Path) -> None:
     (shards / "A-0000.tar").rename(tmp_path / "outside.tar")
     (shards / "A-0000.tar").symlink_to(tmp_path / "outside.tar")

@@ -225,8 +225,15 @@ def test_files_that_are_no_whole_h5ad_are_named(tmp_path: Path) -> None:
         held["matrix/data"] = [1, 2]
     with pytest.raises(NearfarError, match=r"no 'obs', so it is no AnnData file; it holds matrix"):
         shards_of(tmp_path / "in")
+    (tmp_path / "in" / "V.h5ad").write_bytes(gzip.compress(whole))
+    with pytest.raises(NearfarError, match="packed: unpack it with gunzip"):
+        shards_of(tmp_path / "in")
+    (tmp_path / "in" / "V.h5ad").rename(tmp_path / "in" / "W.h5ad.gz")
+    with pytest.raises(NearfarError, match=r"W is packed \(\.h5ad\.gz\): unpack it first"):
+        shards_of(tmp_path / "in")
+    (tmp_path / "in" / "W.h5ad.gz").unlink()
     save(slide_data(4)[:0], tmp_path / "in" / "V.h5ad")
-    with pytest.raises(NearfarError, match="of 1 slides none has a spot"):
+    with pytest.raises(NearfarError, match="their files hold no spots"):
         shards_of(tmp_path / "in")
 
 
@@ -326,6 +333,22 @@ def test_libraries_that_cannot_be_told_apart_are_refused(tmp_path: Path) -> None
     del data.uns["spatial"]
     save(data, path)
     assert [slide.name for slide in shards_of(tmp_path / "in").index.slides] == ["all"]
+
+
+def test_sections_that_no_column_names_are_noticed(tmp_path: Path) -> None:
+    data = two_sections(uns=False)
+    del data.obs["library_id"]
+    data.obs["array_row"], data.obs["array_col"] = np.arange(40) // 2, np.arange(40) // 2 % 7
+    path = save(data, tmp_path / "in" / "all.h5ad")
+    with pytest.raises(NearfarError, match="same places of the array"):
+        shards_of(tmp_path / "in")
+    data.obs["array_row"] = 0  # filled in, and the same for all
+    save(data, path)
+    assert [slide.spots for slide in shards_of(tmp_path / "in").index.slides] == [40]
+    data.obsm["spatial"] = np.column_stack([data.obsm["spatial"], np.arange(40) % 2])
+    save(data, path)
+    with pytest.raises(NearfarError, match="places at several depths"):
+        shards_of(tmp_path / "in")
 
 
 def test_one_section_of_a_file_that_still_names_two_is_one_slide(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 
 from nearfar.errors import NearfarError
 from nearfar.systems.tissue.counts import no_counts, whole_counts
-from nearfar.systems.tissue.sections import Section, rows_of, sections_of
+from nearfar.systems.tissue.sections import Section, check_one_section, rows_of, sections_of
 from nearfar.systems.tissue.slides import SlideCounts
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["declared_size", "read_h5ad", "read_sections"]
 
-_COUNTS = ("layers/counts", "raw/X", "X")
+_COUNTS = ("layers/counts", "layers/raw_counts", "raw/X", "X")
 _PLACES = ("obsm/spatial", "obsm/X_spatial")
 _ROWS = 1024  # of a dense matrix read at a time
 _X_NAMES = ("x", "pxl_col_in_fullres", "imagecol", "pixel_x", "x_coord", "x_pixel", "col")
@@ -57,8 +57,8 @@ def read_sections(path: Path) -> list[Section]:
 def read_h5ad(path: Path, section: Section | None = None) -> tuple[SlideCounts, float | None]:
     """The spots of a section, and the diameter of a spot in pixels where the file says it.
 
-    Counts are looked for in ``layers/counts``, ``raw/X`` and ``X``; the first that holds whole numbers of 0 or more is
-    taken. Spots without a name or a place, named twice, and with ``in_tissue`` 0 are rejected.
+    Counts are looked for in ``layers/counts``, ``layers/raw_counts``, ``raw/X`` and ``X``; the first that holds whole
+    numbers of 0 or more is taken. Spots without a name or a place, named twice, and with ``in_tissue`` 0 are rejected.
 
     Raises:
         NearfarError: no HDF5 or no AnnData, a part that is damaged, no places, no counts (normalised values cannot be
@@ -67,7 +67,7 @@ def read_h5ad(path: Path, section: Section | None = None) -> tuple[SlideCounts, 
     section = section or Section()
     with _opened(path) as held:
         obs = _frame(held, "obs", path)
-        places = _places(held, path)
+        places, depths = _places(held, path)
         counts, where = _counts(held, path)
         genes = _names(_frame(held, where, path).index)
         unnamed = sum(name is None for name in genes)
@@ -92,6 +92,8 @@ def read_h5ad(path: Path, section: Section | None = None) -> tuple[SlideCounts, 
         spots = spots.rows(rows)
         named = np.array([names[row] is not None for row in rows.tolist()], bool)
         inside = _inside(obs, path)[rows]
+        depth = None if depths is None else depths[rows]
+        check_one_section(obs.iloc[rows], depth, path)
         return _usable(spots, named, inside), _diameter(held, section)
 
 
@@ -145,7 +147,10 @@ def _opened(path: Path) -> Iterator[Any]:
     try:
         held = h5py.File(path, "r")
     except OSError as error:
-        raise NearfarError(f"{path} cannot be read as HDF5: {error}. Is it complete?") from None
+        with open(path, "rb") as stream:
+            packed = stream.read(2) == b"\x1f\x8b"
+        words = "it is packed: unpack it with gunzip" if packed else f"{error}. Is it complete?"
+        raise NearfarError(f"{path} cannot be read as HDF5: {words}") from None
     with held:
         for key in ("obs", "var"):
             if held.get(key) is None:
@@ -271,8 +276,8 @@ def _names(index: Any) -> list[str | None]:
     ]
 
 
-def _places(held: Any, path: Path) -> np.ndarray:
-    """(n, 2) x and y of every spot, from an array or a data frame."""
+def _places(held: Any, path: Path) -> tuple[np.ndarray, np.ndarray | None]:
+    """(n, 2) x and y of every spot, from an array or a data frame; and z where it has one."""
     import pandas as pd
 
     key = next((key for key in _PLACES if key in held), None)
@@ -304,10 +309,10 @@ def _places(held: Any, path: Path) -> np.ndarray:
     except (TypeError, ValueError):
         raise NearfarError(f"{path}: '{key}' holds no numbers; x and y in pixels are needed.") from None
     if places.size == 0 and places.ndim == 2:
-        return np.zeros((len(places), 2))
+        return np.zeros((len(places), 2)), None
     if places.ndim != 2 or places.shape[1] not in (2, 3):
         raise NearfarError(f"{path}: '{key}' is {places.shape}; (spots, 2) is needed, x and y of each spot.")
-    return places[:, :2]
+    return places[:, :2], places[:, 2] if places.shape[1] == 3 else None
 
 
 def _counts(held: Any, path: Path) -> tuple[Any, str]:
@@ -322,7 +327,9 @@ def _counts(held: Any, path: Path) -> tuple[Any, str]:
         if wrong is None:
             return whole_counts(matrix), "raw/var" if key == "raw/X" and "raw/var" in held else "var"
         looked.append(f"{key} ({wrong})")
-    layers = [name for name in held["layers"] if name != "counts"] if "layers" in held else []
+    layers = (
+        [name for name in held["layers"] if name not in ("counts", "raw_counts")] if "layers" in held else []
+    )
     raise NearfarError(
         f"{path} holds no counts: {', '.join(looked) or 'X is missing'}. What is normalised or scaled cannot be turned "
         "back: save the counts as they were measured in layers['counts']"

@@ -21,6 +21,8 @@ from nearfar.training.run_folder import write_atomically
 
 __all__ = ["Rejected", "SlideFolder", "Spots"]
 
+_LONGEST = 80  # letters of a slide's name: a member of a tar file has 100, with number and ending
+
 #: spot, reason and detail of spots that were left out
 Rejected = Sequence[tuple[str, str, str]]
 
@@ -60,6 +62,11 @@ class SlideFolder:
             if stems.setdefault(_stem(name), name) != name:
                 raise NearfarError(
                     f"slides {stems[_stem(name)]!r} and {name!r} would share files; rename one."
+                )
+            if len(_stem(name)) > _LONGEST:
+                raise NearfarError(
+                    f"slide {name[:40]!r}… has a name of {len(name)} letters, and {_LONGEST} fit into a tar "
+                    "file: rename it."
                 )
         if self.path.exists() and not self.path.is_dir():
             raise NearfarError(f"{self.path} is a file; name a folder for the shards.")

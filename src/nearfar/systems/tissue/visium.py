@@ -40,6 +40,11 @@ def slides_of(folder: Path) -> list[Slide] | None:
     """The slides of a folder in this layout, None for another layout."""
     at = folder / "st" if (folder / "st").is_dir() else folder
     tables = by_stem(at, (".h5ad",))
+    packed = sorted(by_stem(at, (".h5ad.gz",)).keys() - tables.keys())
+    if packed:
+        raise NearfarError(
+            f"{at}: {', '.join(packed[:5])} is packed (.h5ad.gz): unpack it first, with gunzip."
+        )
     if not tables:
         return None
     images = {
@@ -80,7 +85,14 @@ def _slides_of_file(
             None,
         )
         slides.append(
-            VisiumSlide(own, path, image, patches.get(own, patches.get(name)), notes.get(own), section)
+            VisiumSlide(
+                own,
+                path,
+                image,
+                patches.get(own, patches.get(name)),
+                notes.get(own, notes.get(name)),
+                section,
+            )
         )
     if all(slide.image is None and slide.patches is None for slide in slides):
         column = sections[0].column
