@@ -267,6 +267,37 @@ def test_forged_h5ad_is_refused(tmp_path: Path, spoil: int) -> None:
         shards_of(tmp_path / "in")
 
 
+def test_patches_of_hest_that_are_forged_are_refused(tmp_path: Path) -> None:
+    save(slide_data(4), tmp_path / "in" / "st" / "H.h5ad", image=False)
+    (tmp_path / "in" / "patches").mkdir()
+    path = tmp_path / "in" / "patches" / "H.h5"
+
+    def refused(message: str, make: Callable[[Any], None]) -> None:
+        path.unlink(missing_ok=True)
+        with h5py.File(path, "w") as held:
+            make(held)
+        with pytest.raises(NearfarError, match=message) as caught:
+            shards_of(tmp_path / "in")
+        assert "H.h5" in str(caught.value)
+
+    names = np.array(NAMES, "S8")
+    with h5py.File(tmp_path / "other.h5", "w") as other:
+        other["img"] = np.zeros((20, 32, 32, 3), np.uint8)
+    refused("lies in a different file", lambda held: held.update(barcode=names) or held.update(
+        img=h5py.ExternalLink(str(tmp_path / "other.h5"), "img")
+    ))  # fmt: skip
+    refused("no array but a group", lambda held: held.create_group("img") and held.update(barcode=names))
+    refused("claims", lambda held: held.update(barcode=names) or held.create_dataset(
+        "img", (10**6, 500, 500, 3), "u1", chunks=(1, 500, 500, 3)
+    ))  # fmt: skip
+    refused("3 patches and 20 barcodes", lambda held: held.update(
+        barcode=names, img=np.zeros((3, 32, 32, 3), np.uint8)
+    ))  # fmt: skip
+    path.write_bytes(b"<html>")
+    with pytest.raises(NearfarError, match=r"H\.h5 cannot be read as HDF5"):
+        shards_of(tmp_path / "in")
+
+
 # -- several sections in one file ----------------------------------------------------------------------------
 
 

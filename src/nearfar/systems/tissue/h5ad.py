@@ -23,7 +23,7 @@ from nearfar.systems.tissue.slides import SlideCounts
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["declared_size", "read_h5ad", "read_sections"]
+__all__ = ["check_node", "declared_size", "read_h5ad", "read_sections"]
 
 _COUNTS = ("layers/counts", "layers/raw_counts", "raw/X", "X")
 _PLACES = ("obsm/spatial", "obsm/X_spatial")
@@ -195,7 +195,7 @@ def _element(held: Any, key: str, path: Path) -> Any:
 
     with _reading(path, f"'{key}'"):
         node = held[key]
-        _check_node(node, key, path)
+        check_node(node, key, path)
         if not _gaps(node):
             return read_elem(node)
         with h5py.File("part.h5", "w", driver="core", backing_store=False) as memory:
@@ -204,8 +204,8 @@ def _element(held: Any, key: str, path: Path) -> Any:
             return read_elem(memory["part"])
 
 
-def _check_node(node: Any, where: str, path: Path) -> None:
-    """Nothing is read from other files, and nothing that claims far more than the file can hold."""
+def check_node(node: Any, where: str, path: Path) -> None:
+    """``NearfarError`` for a part of an HDF5 file that lies in other files, or claims far more than it can hold."""
     import h5py
 
     elsewhere = node.file.driver != "core" and node.file.filename != str(path)
@@ -222,7 +222,7 @@ def _check_node(node: Any, where: str, path: Path) -> None:
             )
         return
     for name in node:
-        _check_node(node[name], f"{where}/{name}", path)
+        check_node(node[name], f"{where}/{name}", path)
 
 
 def _gaps(node: Any) -> bool:
@@ -343,7 +343,7 @@ def _matrix(node: Any, key: str, path: Path) -> Any:
     from anndata.io import sparse_dataset
     from scipy.sparse import csr_matrix, vstack
 
-    _check_node(node, key, path)
+    check_node(node, key, path)
     where = f"{path}: '{key}'"
     if isinstance(node, h5py.Dataset):
         if node.ndim != 2 or node.dtype.kind not in "biuf":
