@@ -23,7 +23,7 @@ from nearfar.systems.tissue.slides import SlideCounts
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["check_node", "declared_size", "read_h5ad", "read_sections"]
+__all__ = ["check_node", "declared_size", "read_h5ad", "read_sections", "reading"]
 
 _COUNTS = ("layers/counts", "layers/raw_counts", "raw/X", "X")
 _PLACES = ("obsm/spatial", "obsm/X_spatial")
@@ -151,7 +151,7 @@ def _opened(path: Path) -> Iterator[Any]:
             packed = stream.read(2) == b"\x1f\x8b"
         words = "it is packed: unpack it with gunzip" if packed else f"{error}. Is it complete?"
         raise NearfarError(f"{path} cannot be read as HDF5: {words}") from None
-    with held:
+    with held, reading(path, "a part"):
         for key in ("obs", "var"):
             if held.get(key) is None:
                 raise NearfarError(
@@ -163,7 +163,7 @@ def _opened(path: Path) -> Iterator[Any]:
         with h5py.File("today.h5ad", "w", driver="core", backing_store=False) as today:
             # anndata 0.12 writes no index of the strings that pandas 3 infers.
             with (
-                _reading(path, "the layout of anndata before 0.7"),
+                reading(path, "the layout of anndata before 0.7"),
                 pd.option_context("future.infer_string", False),
             ):
                 write_elem(today, "/", anndata.read_h5ad(path))
@@ -171,7 +171,8 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 @contextmanager
-def _reading(path: Path, what: str) -> Iterator[None]:
+def reading(path: Path, what: str) -> Iterator[None]:
+    """Turns whatever a damaged HDF5 file leads to into a ``NearfarError`` that names the file and ``what`` of it."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter(
@@ -184,7 +185,7 @@ def _reading(path: Path, what: str) -> Iterator[None]:
         why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         raise NearfarError(
             f"{path}: {what} cannot be read ({why}). "
-            "Does anndata.read_h5ad read the file? If so, write it again with write_h5ad; if not, it is damaged."
+            "Is the file complete? One that anndata.read_h5ad reads can be written again with write_h5ad."
         ) from None
 
 
@@ -193,7 +194,7 @@ def _element(held: Any, key: str, path: Path) -> Any:
     import h5py
     from anndata.io import read_elem
 
-    with _reading(path, f"'{key}'"):
+    with reading(path, f"'{key}'"):
         node = held[key]
         check_node(node, key, path)
         if not _gaps(node):
@@ -321,7 +322,7 @@ def _counts(held: Any, path: Path) -> tuple[Any, str]:
     for key in _COUNTS:
         if key not in held:
             continue
-        with _reading(path, f"'{key}'"):
+        with reading(path, f"'{key}'"):
             matrix = _matrix(held[key], key, path)
         wrong = no_counts(matrix)
         if wrong is None:
