@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -161,10 +161,11 @@ def _opened(path: Path) -> Iterator[Any]:
             yield held
             return
         with h5py.File("today.h5ad", "w", driver="core", backing_store=False) as today:
-            # anndata 0.12 writes no index of the strings that pandas 3 infers.
+            # anndata 0.12 writes no index of the strings that pandas 3 infers; pandas 4 has no such option any more.
+            plain = pd.option_context("future.infer_string", False) if pd.__version__ < "4" else nullcontext()
             with (
                 reading(path, "the layout of anndata before 0.7"),
-                pd.option_context("future.infer_string", False),
+                plain,
             ):
                 write_elem(today, "/", anndata.read_h5ad(path))
             yield today
