@@ -24,7 +24,7 @@ from nearfar.data.mapped import mapped_arrays
 from nearfar.errors import NearfarError
 from nearfar.systems.tissue.patches import decode_jpeg, encode_jpeg
 from nearfar.systems.tissue.shard_dataset import read_shards
-from nearfar.systems.tissue.shard_index import read_index
+from nearfar.systems.tissue.shard_index import read_index, read_splits
 from nearfar.systems.tissue.shard_options import ShardOptions
 from nearfar.systems.tissue.shards import write_shards
 from nearfar.systems.tissue.tar_shards import ArrayReader, npy, samples
@@ -265,6 +265,11 @@ def test_an_index_that_is_no_index_is_named(shards: Path, content: bytes) -> Non
     assert len(read_shards(shards)) == 20
 
 
+def test_a_name_too_long_for_a_tar_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(NearfarError, match="a name of 90 letters, and 80 fit into a tar file"):
+        write_shards(write_st(tmp_path / "in", {"a" * 90: 1}), tmp_path / "out", ShardOptions(patch=32))
+
+
 def test_links_out_of_the_folder_are_not_followed(shards: Path, tmp_path: Path) -> None:
     (shards / "A-0000.tar").rename(tmp_path / "outside.tar")
     (shards / "A-0000.tar").symlink_to(tmp_path / "outside.tar")
@@ -274,10 +279,20 @@ def test_links_out_of_the_folder_are_not_followed(shards: Path, tmp_path: Path) 
     (tmp_path / "outside.tar").rename(shards / "data")
     (shards / "A-0000.tar").symlink_to("data")  # within it
     assert len(read_shards(shards)) == 20
+    (shards / "slides").rename(tmp_path / "slides")
+    (shards / "slides").symlink_to(tmp_path / "slides")
+    with pytest.raises(NearfarError, match="is a link out of the folder"):
+        read_shards(shards)
+    with pytest.raises(NearfarError, match="slides is a link out of the folder"):
+        write_shards(write_st(tmp_path / "in", {"A": 1}), shards, ShardOptions(patch=32, pixels=16, genes=6))
+    (shards / "slides").unlink()
+    (tmp_path / "slides").rename(shards / "slides")
+    (shards / "train_samples.txt").unlink()
+    (shards / "train_samples.txt").symlink_to("/etc/hostname")
+    with pytest.raises(NearfarError, match=r"train_samples\.txt is a link out of the folder"):
+        read_splits(shards)
     (shards / "train_samples.txt").unlink()
     os.mkfifo(shards / "train_samples.txt")
-    from nearfar.systems.tissue.shard_index import read_splits
-
     with pytest.raises(NearfarError, match=r"train_samples\.txt is no file"):
         read_splits(shards)
 

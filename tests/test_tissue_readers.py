@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from nearfar.errors import NearfarError
-from nearfar.overrides import compose_config, path_options
+from nearfar.overrides import compose_config, path_options, quote_paths
 from nearfar.systems.tissue.shard_dataset import read_shards
 from nearfar.systems.tissue.shard_options import ShardOptions
 from nearfar.systems.tissue.shards import Written, write_shards
@@ -199,7 +199,7 @@ def test_a_gene_that_stands_twice_is_added(tmp_path: Path) -> None:
     (lambda d: setattr(d, "X", d.X / 3), "X .*is no whole number.*layers"),
     (lambda d: setattr(d, "X", -d.X), "is below 0"),
     (lambda d: setattr(d, "X", d.X * np.float32("nan")), "is no number"),
-    (lambda d: setattr(d, "X", d.X * np.float32("inf")), "is no number"),
+    (lambda d: setattr(d, "X", np.where(d.X > 3, np.float32("inf"), d.X)), "is no number"),
     (lambda d: setattr(d, "X", None), "X is missing"),
     (lambda d: d.obsm.pop("spatial"), "no 'obsm/spatial'.*in obsm: nothing"),
     (lambda d: d.obsm.update(spatial=PLACES[:, :1]), r"\(20, 1\); \(spots, 2\) is needed"),
@@ -225,8 +225,15 @@ def test_files_that_are_no_whole_h5ad_are_named(tmp_path: Path) -> None:
         held["matrix/data"] = [1, 2]
     with pytest.raises(NearfarError, match=r"no 'obs', so it is no AnnData file; it holds matrix"):
         shards_of(tmp_path / "in")
+    (tmp_path / "in" / "V.h5ad").write_bytes(gzip.compress(whole))
+    with pytest.raises(NearfarError, match="packed: unpack it with gunzip"):
+        shards_of(tmp_path / "in")
+    (tmp_path / "in" / "V.h5ad").rename(tmp_path / "in" / "W.h5ad.gz")
+    with pytest.raises(NearfarError, match=r"W is packed \(\.h5ad\.gz\): unpack it first"):
+        shards_of(tmp_path / "in")
+    (tmp_path / "in" / "W.h5ad.gz").unlink()
     save(slide_data(4)[:0], tmp_path / "in" / "V.h5ad")
-    with pytest.raises(NearfarError, match="of 1 slides none has a spot"):
+    with pytest.raises(NearfarError, match="their files hold no spots"):
         shards_of(tmp_path / "in")
 
 
@@ -257,6 +264,37 @@ def test_forged_h5ad_is_refused(tmp_path: Path, spoil: int) -> None:
             del held["obs/in_tissue"]
             held["obs"].create_dataset("in_tissue", (10**9,), "i8", chunks=(1000,))
     with pytest.raises(NearfarError, match=r"V\.h5ad"):
+        shards_of(tmp_path / "in")
+
+
+def test_patches_of_hest_that_are_forged_are_refused(tmp_path: Path) -> None:
+    save(slide_data(4), tmp_path / "in" / "st" / "H.h5ad", image=False)
+    (tmp_path / "in" / "patches").mkdir()
+    path = tmp_path / "in" / "patches" / "H.h5"
+
+    def refused(message: str, make: Callable[[Any], None]) -> None:
+        path.unlink(missing_ok=True)
+        with h5py.File(path, "w") as held:
+            make(held)
+        with pytest.raises(NearfarError, match=message) as caught:
+            shards_of(tmp_path / "in")
+        assert "H.h5" in str(caught.value)
+
+    names = np.array(NAMES, "S8")
+    with h5py.File(tmp_path / "other.h5", "w") as other:
+        other["img"] = np.zeros((20, 32, 32, 3), np.uint8)
+    refused("lies in a different file", lambda held: held.update(barcode=names) or held.update(
+        img=h5py.ExternalLink(str(tmp_path / "other.h5"), "img")
+    ))  # fmt: skip
+    refused("no array but a group", lambda held: held.create_group("img") and held.update(barcode=names))
+    refused("claims", lambda held: held.update(barcode=names) or held.create_dataset(
+        "img", (10**6, 500, 500, 3), "u1", chunks=(1, 500, 500, 3)
+    ))  # fmt: skip
+    refused("3 patches and 20 barcodes", lambda held: held.update(
+        barcode=names, img=np.zeros((3, 32, 32, 3), np.uint8)
+    ))  # fmt: skip
+    path.write_bytes(b"<html>")
+    with pytest.raises(NearfarError, match=r"H\.h5 cannot be read as HDF5"):
         shards_of(tmp_path / "in")
 
 
@@ -326,6 +364,22 @@ def test_libraries_that_cannot_be_told_apart_are_refused(tmp_path: Path) -> None
     del data.uns["spatial"]
     save(data, path)
     assert [slide.name for slide in shards_of(tmp_path / "in").index.slides] == ["all"]
+
+
+def test_sections_that_no_column_names_are_noticed(tmp_path: Path) -> None:
+    data = two_sections(uns=False)
+    del data.obs["library_id"]
+    data.obs["array_row"], data.obs["array_col"] = np.arange(40) // 2, np.arange(40) // 2 % 7
+    path = save(data, tmp_path / "in" / "all.h5ad")
+    with pytest.raises(NearfarError, match="same places of the array"):
+        shards_of(tmp_path / "in")
+    data.obs["array_row"] = 0  # filled in, and the same for all
+    save(data, path)
+    assert [slide.spots for slide in shards_of(tmp_path / "in").index.slides] == [40]
+    data.obsm["spatial"] = np.column_stack([data.obsm["spatial"], np.arange(40) % 2])
+    save(data, path)
+    with pytest.raises(NearfarError, match="places at several depths"):
+        shards_of(tmp_path / "in")
 
 
 def test_one_section_of_a_file_that_still_names_two_is_one_slide(tmp_path: Path) -> None:
@@ -575,6 +629,7 @@ def test_a_slide_called_like_a_folder_stays_a_slide(tmp_path: Path, monkeypatch:
         (tmp_path / name).mkdir()
     config = compose_config(["experiment=medium_spatial", "data.val=B", "data.hold_out=C", "data.dir=shards"])
     assert path_options(config) == {"data.dir": Path("shards")}
+    assert quote_paths(["data.train=800", "data.dir=shards"]) == ["data.train=800", "data.dir='shards'"]
     config = compose_config(["experiment=molecules", "data.train=train.csv", "data.val=B"])
     assert path_options(config) == {"data.train": Path("train.csv"), "data.val": Path("B")}
     config = compose_config(["experiment=molecules", "text_encoder=transformer", "text_encoder.model=B"])

@@ -5,7 +5,9 @@ from __future__ import annotations
 import gzip
 import json
 import struct
-from contextlib import AbstractContextManager
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -106,11 +108,15 @@ def write_h5ad(path: Path, seed: int, **more: Any) -> None:
         slide_data(seed, **more).write_h5ad(path)
 
 
-def plain_strings() -> AbstractContextManager[None]:
+@contextmanager
+def plain_strings() -> Iterator[None]:
     """Strings as Python's: anndata 0.12 writes none of those that pandas 3 infers."""
     import pandas as pd
 
-    return pd.option_context("future.infer_string", False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The '(future.infer_string|mode.chained_assignment)' option")
+        with pd.option_context("future.infer_string", False):
+            yield
 
 
 def write_outs(

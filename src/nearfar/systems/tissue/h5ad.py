@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,15 +17,15 @@ import numpy as np
 
 from nearfar.errors import NearfarError
 from nearfar.systems.tissue.counts import no_counts, whole_counts
-from nearfar.systems.tissue.sections import Section, rows_of, sections_of
+from nearfar.systems.tissue.sections import Section, check_one_section, rows_of, sections_of
 from nearfar.systems.tissue.slides import SlideCounts
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["declared_size", "read_h5ad", "read_sections"]
+__all__ = ["check_node", "declared_size", "read_h5ad", "read_sections", "reading"]
 
-_COUNTS = ("layers/counts", "raw/X", "X")
+_COUNTS = ("layers/counts", "layers/raw_counts", "raw/X", "X")
 _PLACES = ("obsm/spatial", "obsm/X_spatial")
 _ROWS = 1024  # of a dense matrix read at a time
 _X_NAMES = ("x", "pxl_col_in_fullres", "imagecol", "pixel_x", "x_coord", "x_pixel", "col")
@@ -57,8 +57,8 @@ def read_sections(path: Path) -> list[Section]:
 def read_h5ad(path: Path, section: Section | None = None) -> tuple[SlideCounts, float | None]:
     """The spots of a section, and the diameter of a spot in pixels where the file says it.
 
-    Counts are looked for in ``layers/counts``, ``raw/X`` and ``X``; the first that holds whole numbers of 0 or more is
-    taken. Spots without a name or a place, named twice, and with ``in_tissue`` 0 are rejected.
+    Counts are looked for in ``layers/counts``, ``layers/raw_counts``, ``raw/X`` and ``X``; the first that holds whole
+    numbers of 0 or more is taken. Spots without a name or a place, named twice, and with ``in_tissue`` 0 are rejected.
 
     Raises:
         NearfarError: no HDF5 or no AnnData, a part that is damaged, no places, no counts (normalised values cannot be
@@ -67,7 +67,7 @@ def read_h5ad(path: Path, section: Section | None = None) -> tuple[SlideCounts, 
     section = section or Section()
     with _opened(path) as held:
         obs = _frame(held, "obs", path)
-        places = _places(held, path)
+        places, depths = _places(held, path)
         counts, where = _counts(held, path)
         genes = _names(_frame(held, where, path).index)
         unnamed = sum(name is None for name in genes)
@@ -92,6 +92,8 @@ def read_h5ad(path: Path, section: Section | None = None) -> tuple[SlideCounts, 
         spots = spots.rows(rows)
         named = np.array([names[row] is not None for row in rows.tolist()], bool)
         inside = _inside(obs, path)[rows]
+        depth = None if depths is None else depths[rows]
+        check_one_section(obs.iloc[rows], depth, path)
         return _usable(spots, named, inside), _diameter(held, section)
 
 
@@ -145,8 +147,11 @@ def _opened(path: Path) -> Iterator[Any]:
     try:
         held = h5py.File(path, "r")
     except OSError as error:
-        raise NearfarError(f"{path} cannot be read as HDF5: {error}. Is it complete?") from None
-    with held:
+        with open(path, "rb") as stream:
+            packed = stream.read(2) == b"\x1f\x8b"
+        words = "it is packed: unpack it with gunzip" if packed else f"{error}. Is it complete?"
+        raise NearfarError(f"{path} cannot be read as HDF5: {words}") from None
+    with held, reading(path, "a part"):
         for key in ("obs", "var"):
             if held.get(key) is None:
                 raise NearfarError(
@@ -156,17 +161,19 @@ def _opened(path: Path) -> Iterator[Any]:
             yield held
             return
         with h5py.File("today.h5ad", "w", driver="core", backing_store=False) as today:
-            # anndata 0.12 writes no index of the strings that pandas 3 infers.
+            # anndata 0.12 writes no index of the strings that pandas 3 infers; pandas 4 has no such option any more.
+            plain = pd.option_context("future.infer_string", False) if pd.__version__ < "4" else nullcontext()
             with (
-                _reading(path, "the layout of anndata before 0.7"),
-                pd.option_context("future.infer_string", False),
+                reading(path, "the layout of anndata before 0.7"),
+                plain,
             ):
                 write_elem(today, "/", anndata.read_h5ad(path))
             yield today
 
 
 @contextmanager
-def _reading(path: Path, what: str) -> Iterator[None]:
+def reading(path: Path, what: str) -> Iterator[None]:
+    """Turns whatever a damaged HDF5 file leads to into a ``NearfarError`` that names the file and ``what`` of it."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter(
@@ -179,7 +186,7 @@ def _reading(path: Path, what: str) -> Iterator[None]:
         why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         raise NearfarError(
             f"{path}: {what} cannot be read ({why}). "
-            "Does anndata.read_h5ad read the file? If so, write it again with write_h5ad; if not, it is damaged."
+            "Is the file complete? One that anndata.read_h5ad reads can be written again with write_h5ad."
         ) from None
 
 
@@ -188,9 +195,9 @@ def _element(held: Any, key: str, path: Path) -> Any:
     import h5py
     from anndata.io import read_elem
 
-    with _reading(path, f"'{key}'"):
+    with reading(path, f"'{key}'"):
         node = held[key]
-        _check_node(node, key, path)
+        check_node(node, key, path)
         if not _gaps(node):
             return read_elem(node)
         with h5py.File("part.h5", "w", driver="core", backing_store=False) as memory:
@@ -199,8 +206,8 @@ def _element(held: Any, key: str, path: Path) -> Any:
             return read_elem(memory["part"])
 
 
-def _check_node(node: Any, where: str, path: Path) -> None:
-    """Nothing is read from other files, and nothing that claims far more than the file can hold."""
+def check_node(node: Any, where: str, path: Path) -> None:
+    """``NearfarError`` for a part of an HDF5 file that lies in other files, or claims far more than it can hold."""
     import h5py
 
     elsewhere = node.file.driver != "core" and node.file.filename != str(path)
@@ -217,7 +224,7 @@ def _check_node(node: Any, where: str, path: Path) -> None:
             )
         return
     for name in node:
-        _check_node(node[name], f"{where}/{name}", path)
+        check_node(node[name], f"{where}/{name}", path)
 
 
 def _gaps(node: Any) -> bool:
@@ -271,8 +278,8 @@ def _names(index: Any) -> list[str | None]:
     ]
 
 
-def _places(held: Any, path: Path) -> np.ndarray:
-    """(n, 2) x and y of every spot, from an array or a data frame."""
+def _places(held: Any, path: Path) -> tuple[np.ndarray, np.ndarray | None]:
+    """(n, 2) x and y of every spot, from an array or a data frame; and z where it has one."""
     import pandas as pd
 
     key = next((key for key in _PLACES if key in held), None)
@@ -304,10 +311,10 @@ def _places(held: Any, path: Path) -> np.ndarray:
     except (TypeError, ValueError):
         raise NearfarError(f"{path}: '{key}' holds no numbers; x and y in pixels are needed.") from None
     if places.size == 0 and places.ndim == 2:
-        return np.zeros((len(places), 2))
+        return np.zeros((len(places), 2)), None
     if places.ndim != 2 or places.shape[1] not in (2, 3):
         raise NearfarError(f"{path}: '{key}' is {places.shape}; (spots, 2) is needed, x and y of each spot.")
-    return places[:, :2]
+    return places[:, :2], places[:, 2] if places.shape[1] == 3 else None
 
 
 def _counts(held: Any, path: Path) -> tuple[Any, str]:
@@ -316,13 +323,15 @@ def _counts(held: Any, path: Path) -> tuple[Any, str]:
     for key in _COUNTS:
         if key not in held:
             continue
-        with _reading(path, f"'{key}'"):
+        with reading(path, f"'{key}'"):
             matrix = _matrix(held[key], key, path)
         wrong = no_counts(matrix)
         if wrong is None:
             return whole_counts(matrix), "raw/var" if key == "raw/X" and "raw/var" in held else "var"
         looked.append(f"{key} ({wrong})")
-    layers = [name for name in held["layers"] if name != "counts"] if "layers" in held else []
+    layers = (
+        [name for name in held["layers"] if name not in ("counts", "raw_counts")] if "layers" in held else []
+    )
     raise NearfarError(
         f"{path} holds no counts: {', '.join(looked) or 'X is missing'}. What is normalised or scaled cannot be turned "
         "back: save the counts as they were measured in layers['counts']"
@@ -336,7 +345,7 @@ def _matrix(node: Any, key: str, path: Path) -> Any:
     from anndata.io import sparse_dataset
     from scipy.sparse import csr_matrix, vstack
 
-    _check_node(node, key, path)
+    check_node(node, key, path)
     where = f"{path}: '{key}'"
     if isinstance(node, h5py.Dataset):
         if node.ndim != 2 or node.dtype.kind not in "biuf":

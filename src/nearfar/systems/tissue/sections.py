@@ -19,7 +19,7 @@ from nearfar.errors import NearfarError
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Section", "rows_of", "sections_of"]
+__all__ = ["Section", "check_one_section", "rows_of", "sections_of"]
 
 #: columns that name the section of a spot, surest first
 COLUMNS = (
@@ -96,6 +96,26 @@ def rows_of(section: Section, obs: pd.DataFrame) -> tuple[Bool[np.ndarray, " n"]
     own = np.array([text == section.value for text in texts], bool)
     unknown = np.array([section.first and text is None for text in texts], bool)
     return own, unknown
+
+
+def check_one_section(obs: pd.DataFrame, depths: np.ndarray | None, path: Path) -> None:
+    """``NearfarError`` for spots of one slide that lie in several: at several depths, or twice on the array.
+
+    A place of the array that spots share by chance, or a column that is the same for all, says nothing.
+    """
+    told = None
+    if depths is not None and len(np.unique(depths[np.isfinite(depths)])) > 1:
+        told = "obsm['spatial'] has places at several depths (its third column)"
+    elif {"array_row", "array_col"} <= set(obs.columns):
+        grid = obs[["array_row", "array_col"]].dropna()
+        grid = grid[~grid.index.duplicated()]  # of these the second is rejected by its name
+        if grid.nunique().min() > 1 and grid.duplicated().mean() > 0.05:
+            told = "spots stand on the same places of the array (array_row, array_col)"
+    if told:
+        raise NearfarError(
+            f"{path} holds several sections and does not say which spot is of which: {told}. Write obs['library_id'], "
+            "or a file for each section."
+        )
 
 
 def _divided(obs: pd.DataFrame, column: str) -> list[Section]:

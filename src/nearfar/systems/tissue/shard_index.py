@@ -11,10 +11,19 @@ from typing import Any
 
 from nearfar.data.cache import content_key
 from nearfar.errors import NearfarError, nearest_name
-from nearfar.systems.tissue.slide_splits import check_splits, read_split_files
+from nearfar.systems.tissue.slide_splits import SPLITS, check_splits, read_split_files
 from nearfar.training.run_folder import write_atomically
 
-__all__ = ["FORMAT", "ShardFile", "ShardIndex", "SlideEntry", "read_index", "read_splits", "write_json"]
+__all__ = [
+    "FORMAT",
+    "ShardFile",
+    "ShardIndex",
+    "SlideEntry",
+    "check_inside",
+    "read_index",
+    "read_splits",
+    "write_json",
+]
 
 FORMAT = "shards_v1"
 #: the names that files of a folder have, seen from it: nothing leads out of it
@@ -159,6 +168,7 @@ def read_index(folder: str | Path) -> ShardIndex:
     """
     folder = Path(folder)
     path = folder / "index.json"
+    check_inside(folder, path)
     if not path.is_file():
         unfinished = (folder / "slides").is_dir()
         raise NearfarError(
@@ -185,13 +195,22 @@ def read_index(folder: str | Path) -> ShardIndex:
     for slide in slides:
         for shard in [*slide.shards, slide.table]:
             at = folder / shard.name
-            if at.is_symlink() and not at.resolve().is_relative_to(folder.resolve()):
-                raise NearfarError(f"{at} is a link out of the folder: put the file itself there.")
+            check_inside(folder, at)
             size = at.stat().st_size if at.is_file() else None
             if size != shard.bytes:
                 there = "is missing" if size is None else f"has {size} bytes, {shard.bytes} were written"
                 raise NearfarError(f"{at} {there}. Copy the shards again, or write them anew.")
     return ShardIndex(folder=folder, slides=slides, **parts)
+
+
+def check_inside(folder: Path, path: Path) -> None:
+    """``NearfarError`` for a file of a folder of shards that is, through a link, a file elsewhere."""
+    try:
+        inside = path.resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError):  # links in a circle
+        inside = False
+    if not inside:
+        raise NearfarError(f"{path} is a link out of the folder: put the file itself there.")
 
 
 def _check_parts(genes: Any, expression: Any, patch: Any, neighbors: Any) -> None:
@@ -222,6 +241,8 @@ def read_splits(folder: str | Path) -> dict[str, list[str]]:
         NearfarError: a slide in two splits, or one that has no shards.
     """
     index = read_index(folder)
-    splits = read_split_files(Path(folder))
+    for split in SPLITS:
+        check_inside(index.folder, index.folder / f"{split}_samples.txt")
+    splits = read_split_files(index.folder)
     check_splits(splits, [slide.name for slide in index.slides], where=str(folder))
     return {name: slides for name, slides in splits.items() if slides}

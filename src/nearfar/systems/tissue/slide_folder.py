@@ -15,11 +15,13 @@ from jaxtyping import Float, Float32, Int64, Shaped, UInt8
 from nearfar.errors import NearfarError
 from nearfar.systems.tissue.genes import GeneSums
 from nearfar.systems.tissue.patches import encode_jpeg
-from nearfar.systems.tissue.shard_index import ShardFile, SlideEntry, write_json
+from nearfar.systems.tissue.shard_index import ShardFile, SlideEntry, check_inside, write_json
 from nearfar.systems.tissue.tar_shards import ShardWriter, npy
 from nearfar.training.run_folder import write_atomically
 
 __all__ = ["Rejected", "SlideFolder", "Spots"]
+
+_LONGEST = 80  # letters of a slide's name: a member of a tar file has 100, with number and ending
 
 #: spot, reason and detail of spots that were left out
 Rejected = Sequence[tuple[str, str, str]]
@@ -61,8 +63,14 @@ class SlideFolder:
                 raise NearfarError(
                     f"slides {stems[_stem(name)]!r} and {name!r} would share files; rename one."
                 )
+            if len(_stem(name)) > _LONGEST:
+                raise NearfarError(
+                    f"slide {name[:40]!r}… has a name of {len(name)} letters, and {_LONGEST} fit into a tar "
+                    "file: rename it."
+                )
         if self.path.exists() and not self.path.is_dir():
             raise NearfarError(f"{self.path} is a file; name a folder for the shards.")
+        check_inside(self.path, self.path / "slides")
         (self.path / "slides").mkdir(parents=True, exist_ok=True)
         there = {path.stem for path in (self.path / "slides").glob("*.json")}
         other = sorted(there - stems.keys())
@@ -139,6 +147,7 @@ class SlideFolder:
 
     def read_sums(self, slide: str, key: str | None = None) -> tuple[GeneSums, Rejected] | None:
         """Sums of a slide's genes and its rejected spots; None if there are none (or none of this ``key``)."""
+        check_inside(self.path, self._sums(slide))
         try:
             with np.load(self._sums(slide), allow_pickle=False) as held:
                 if key is not None and str(held["key"]) != key:

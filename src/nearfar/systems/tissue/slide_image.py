@@ -110,7 +110,11 @@ def pixel_size_of(path: Path) -> float | None:
         return None
     with slide:
         said = slide.properties.get("openslide.mpp-x")
-        return float(said) if said else None
+        try:
+            size = float(said or 0)
+        except ValueError:
+            return None
+        return size if 0 < size < float("inf") else None
 
 
 def boxes_inside(path: Path | None, boxes: Sequence[Box]) -> tuple[np.ndarray, list[str]]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from nearfar.errors import NearfarError
+from nearfar.systems.tissue.h5ad import check_node
 
 __all__ = ["read_matrix", "read_matrix_folder"]
 
@@ -35,17 +36,9 @@ def read_matrix(path: Path) -> Matrix:
             names = group["features/name"] if newer else group["gene_names"]
             parts = {name: group[name] for name in ("barcodes", "data", "indices", "indptr", "shape")}
             for name, node in {**parts, "names": names}.items():
-                if (
-                    not isinstance(node, h5py.Dataset)
-                    or node.external
-                    or node.is_virtual
-                    or node.file != held
-                ):
-                    raise NearfarError(f"{path}: '{name}' is no array of this file.")
-                if node.nbytes > 2**26 and node.nbytes > 4096 * max(node.id.get_storage_size(), 1):
-                    raise NearfarError(
-                        f"{path}: '{name}' claims {node.nbytes:,} bytes and does not hold them."
-                    )
+                check_node(node, name, path)
+                if not isinstance(node, h5py.Dataset):
+                    raise NearfarError(f"{path}: '{name}' is no array.")
             genes, barcodes = _texts(names), _texts(parts["barcodes"])
             kinds = (
                 _texts(group["features/feature_type"])

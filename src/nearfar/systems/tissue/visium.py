@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from nearfar.errors import NearfarError
-from nearfar.systems.tissue.h5ad import declared_size, read_h5ad, read_sections
+from nearfar.systems.tissue.h5ad import check_node, declared_size, read_h5ad, read_sections, reading
 from nearfar.systems.tissue.patches import Box, box_around, cut
 from nearfar.systems.tissue.sections import Section
 from nearfar.systems.tissue.slide_image import (
@@ -40,6 +40,11 @@ def slides_of(folder: Path) -> list[Slide] | None:
     """The slides of a folder in this layout, None for another layout."""
     at = folder / "st" if (folder / "st").is_dir() else folder
     tables = by_stem(at, (".h5ad",))
+    packed = sorted(by_stem(at, (".h5ad.gz",)).keys() - tables.keys())
+    if packed:
+        raise NearfarError(
+            f"{at}: {', '.join(packed[:5])} is packed (.h5ad.gz): unpack it first, with gunzip."
+        )
     if not tables:
         return None
     images = {
@@ -80,7 +85,14 @@ def _slides_of_file(
             None,
         )
         slides.append(
-            VisiumSlide(own, path, image, patches.get(own, patches.get(name)), notes.get(own), section)
+            VisiumSlide(
+                own,
+                path,
+                image,
+                patches.get(own, patches.get(name)),
+                notes.get(own, notes.get(name)),
+                section,
+            )
         )
     if all(slide.image is None and slide.patches is None for slide in slides):
         column = sections[0].column
@@ -217,20 +229,27 @@ def _opened(path: Path) -> Iterator[Any]:
     except OSError as error:
         raise NearfarError(f"{path} cannot be read as HDF5: {error}.") from None
     with held:
-        for key in ("img", "barcode"):
-            if key not in held:
-                raise NearfarError(f"{path} has no dataset '{key}'; it holds {', '.join(held) or 'nothing'}.")
-        if held["img"].ndim != 4 or held["img"].dtype != np.uint8 or held["img"].shape[3] < 3:
-            raise NearfarError(
-                f"{path}: 'img' is {held['img'].dtype} {held['img'].shape}; (n, h, w, 3) of uint8 is needed."
-            )
-        if held["barcode"].size != len(held["img"]):
-            raise NearfarError(
-                f"{path} holds {len(held['img'])} patches and {held['barcode'].size} barcodes: one each is needed."
-            )
+        with reading(path, "img and barcode"):
+            for key in ("img", "barcode"):
+                if key not in held:
+                    raise NearfarError(
+                        f"{path} has no dataset '{key}'; it holds {', '.join(held) or 'nothing'}."
+                    )
+                check_node(held[key], key, path)
+                if not isinstance(held[key], h5py.Dataset):
+                    raise NearfarError(f"{path}: '{key}' is no array but a group.")
+            if held["img"].ndim != 4 or held["img"].dtype != np.uint8 or held["img"].shape[3] < 3:
+                raise NearfarError(
+                    f"{path}: 'img' is {held['img'].dtype} {held['img'].shape}; (n, h, w, 3) of uint8 is needed."
+                )
+            if held["barcode"].size != len(held["img"]):
+                raise NearfarError(
+                    f"{path} holds {len(held['img'])} patches and {held['barcode'].size} barcodes: one each is needed."
+                )
         yield held
 
 
 def _rows(held: Any) -> dict[str, int]:
-    names = np.asarray(held["barcode"]).ravel().tolist()
+    with reading(Path(held.filename), "barcode"):
+        names = np.asarray(held["barcode"]).ravel().tolist()
     return {name.decode() if isinstance(name, bytes) else str(name): at for at, name in enumerate(names)}
