@@ -393,3 +393,4 @@ def test_text_of_a_run_is_escaped(copy: Path) -> None:
     assert "onerror=alert(1)>" not in page.replace("&gt;", "")
     assert "script-src" not in page
     assert "default-src 'none'" in page
+    assert "\x1b" not in page

@@ -361,3 +361,5 @@ def test_no_scale_and_no_temperature_is_guessed(value: Any) -> None:
 def test_a_run_that_is_none_is_named() -> None:
     with pytest.raises(NearfarError, match="there is no such folder"):
         read_run("nowhere")
+    with pytest.raises(NearfarError, match="folder is NoneType"):
+        read_run(None)

@@ -72,7 +72,7 @@ OPTIONAL = {
         "torch_geometric",
         "transformers",
     ),
-    "tissue": ("h5py", "openslide", "simplejpeg"),
+    "tissue": ("anndata", "h5py", "openslide", "simplejpeg"),
     "loggers": ("mlflow", "tensorboard", "wandb"),
 }
 

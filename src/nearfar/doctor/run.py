@@ -58,6 +58,8 @@ def read_run(folder: str | os.PathLike[str]) -> Signals:
 
     Raises ``NearfarError`` where there is neither a log nor a configuration, or a file cannot be read.
     """
+    if not isinstance(folder, (str, os.PathLike)):
+        raise NearfarError(f"folder is {type(folder).__name__}; the path of a run's folder is needed")
     path = Path(folder)
     if path.name == "train_log.jsonl":
         path = path.parent

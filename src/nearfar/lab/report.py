@@ -22,6 +22,7 @@ from nearfar.lab.table import FEW
 from nearfar.lab.verdict import run_verdict
 from nearfar.lab.words import by_question, metric_words, short_number
 from nearfar.metrics import Estimate
+from nearfar.terminal import visible
 from nearfar.training.run_folder import RunFolder, write_atomically
 from nearfar.training.sections import read_sections
 
@@ -43,10 +44,16 @@ HEADING = {
 SHOWN = 3
 
 
+def _shown(value: Any) -> Any:
+    """A text of data with what would steer a page's direction or a terminal written out; what we drew as it is."""
+    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
 def _environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("nearfar.lab"),
         autoescape=True,
+        finalize=_shown,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
