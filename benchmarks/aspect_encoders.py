@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from nearfar.batching.lengths import LengthBatchSampler
 from nearfar.metrics.classification import detection_counts, pair_counts
-from nearfar.metrics.counts import f1_macro, f1_micro
+from nearfar.metrics.count_metrics import f1_macro, f1_micro
 from nearfar.models.dropout import Dropout
 from nearfar.models.text.recurrent import word_windows
 from nearfar.models.text.tokens import TokenBatch

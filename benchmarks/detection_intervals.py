@@ -13,8 +13,7 @@ import argparse
 
 import numpy as np
 
-from nearfar.metrics.detection import Boxes, DetectionEvidence, detection_evidence
-from nearfar.metrics.detection_estimates import detection_estimates
+from nearfar.metrics.detection import Boxes, DetectionEvidence, detection_estimates, detection_evidence
 
 NAMES = ("AP", "AP/a", "AP/gap")
 

@@ -1,4 +1,4 @@
-"""Peak memory and time of a training step: the plain batch against chunks (``nearfar.training.cached``).
+"""Peak memory and time of a training step: the plain batch against chunks (``nearfar.training.grad_cache``).
 
 A transformer (layers of width 256, 4 heads, dropout 0.1) sees every sequence of 32 tokens twice, and InfoNCE tells the
 2 x batch embeddings apart. Each row is a process of its own: the peak is that of its resident memory (of the
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from nearfar.losses import InfoNCELoss
-from nearfar.training.cached import cached_loss
+from nearfar.training.grad_cache import cached_loss
 
 TOKENS, WIDTH = 32, 256
 

@@ -248,7 +248,7 @@ def test_self_test_passes_and_shows_its_rows(seed):
 
 
 def test_hard_and_easy_batches_are_evenly_placed():
-    from nearfar.batching.leveling import building_sequence, even_out
+    from nearfar.batching.hard_negative import building_sequence, even_out
 
     values = np.random.default_rng(0).exponential(20.0, 200)
     tenth = 10 * np.arange(200) // 200

@@ -20,9 +20,9 @@ from torch.utils.checkpoint import checkpoint
 
 from nearfar.errors import NearfarError
 from nearfar.losses import InfoNCELoss
-from nearfar.training.cached import cached_embeddings, cached_loss
 from nearfar.training.checkpoint import Checkpoint
 from nearfar.training.fit import fit
+from nearfar.training.grad_cache import cached_embeddings, cached_loss
 from nearfar.training.options import check_training_options
 from nearfar.training.resume import Resume
 from nearfar.training.run_folder import RunFolder

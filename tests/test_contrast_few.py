@@ -20,8 +20,8 @@ from nearfar.contrast import (
     softmax_loss,
     unit_rows,
 )
-from nearfar.contrast.normalize import through_length_, unit_and_length
-from nearfar.contrast.small import small_batch
+from nearfar.contrast.dense import small_batch
+from nearfar.contrast.numerics import through_length_, unit_and_length
 from nearfar.functional import siglip, spatial
 
 N, D = 9, 4

@@ -11,7 +11,7 @@ import oracles
 from nearfar.contrast import as_mask, one_direction_loss
 from nearfar.errors import NearfarError
 from nearfar.functional import info_nce
-from nearfar.functional.info_nce import info_nce_step
+from nearfar.losses.info_nce import info_nce_step
 
 D = 4
 SHAPES = [(1, 1), (3, 4), (9, 9), (10, 10), (7, 11), (1, 9)]

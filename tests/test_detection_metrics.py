@@ -8,8 +8,13 @@ import numpy as np
 import pytest
 
 from nearfar.errors import NearfarError
-from nearfar.metrics.detection import Boxes, box_overlap, detection_evidence
-from nearfar.metrics.detection_estimates import detection_change, detection_estimates
+from nearfar.metrics.detection import (
+    Boxes,
+    box_overlap,
+    detection_change,
+    detection_estimates,
+    detection_evidence,
+)
 from nearfar.metrics.detection_evaluator import check_evidence, evaluator_scores
 
 NAMES = ("AP", "AP50", "AP75", "AR")

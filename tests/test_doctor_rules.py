@@ -14,7 +14,7 @@ import pytest
 
 from doctor_runs import FAULTS, HEALTHY, NOTES, Run
 from nearfar.doctor import CONTEXT, FIELDS, RULES, Diagnosis, Finding, diagnose
-from nearfar.doctor.finding import SEVERITIES
+from nearfar.doctor.rule import SEVERITIES
 
 SEEDS = range(5)
 NAMED = {

@@ -14,8 +14,7 @@ from torch import nn
 
 from nearfar.errors import NearfarError
 from nearfar.losses import AdaptiveScoreContrastiveLoss, WassersteinGapLoss
-from nearfar.metrics.detection import Boxes, detection_evidence
-from nearfar.metrics.detection_estimates import Change, detection_change
+from nearfar.metrics.detection import Boxes, Change, detection_change, detection_evidence
 from nearfar.models.detection import Detector, DetectorOutput, Target
 from nearfar.overrides import compose_config
 from nearfar.systems.detector.scenes import make_scene, scenes_folder
@@ -272,7 +271,7 @@ def test_groups_are_put_in_order() -> None:
 
 
 def verdict(before: Any, after: Any) -> tuple[bool, str]:
-    from nearfar.metrics.detection_estimates import detection_estimates
+    from nearfar.metrics.detection import detection_estimates
 
     changes = detection_change(before, after, "AP", resamples=400)
     clean, _ = detection_estimates(before, resamples=400)

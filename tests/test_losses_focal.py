@@ -11,8 +11,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from nearfar.errors import NearfarError
-from nearfar.functional.focal import focal_alpha, focal_loss
-from nearfar.losses.focal import FocalLoss
+from nearfar.losses.focal import FocalLoss, focal_alpha, focal_loss
 
 GAMMAS = [0.0, 0.1, 0.5, 1.0, 2.0, 5.0]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import oracles
 from nearfar.contrast import DuplicateMask, OwnPair, SameClass, Weights
-from nearfar.contrast.listed import listed_logits
+from nearfar.contrast.softmax import listed_logits
 from nearfar.errors import NearfarError
 from nearfar.functional import info_nce, supcon
 from nearfar.losses import InfoNCELoss, SupConLoss
@@ -300,7 +300,7 @@ def test_positives_listed(without_self):
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 1.0])
 def test_listed_logits_a_part_at_a_time(monkeypatch, share):
     monkeypatch.setattr(
-        "nearfar.contrast.listed.PART", 20
+        "nearfar.contrast.softmax.PART", 20
     )  # four pairs of five numbers, or tiles of two rows
     a, b = draw(N, 5), draw(10, 5, seed=1)
     chosen = torch.rand(N, 10, generator=torch.Generator().manual_seed(0)) < share

@@ -11,8 +11,8 @@ from torch import Tensor
 import oracles
 from nearfar.errors import NearfarError
 from nearfar.functional import adaptive_score_contrastive, bidirectional_score_contrastive
-from nearfar.functional.score_contrastive import split_scores
 from nearfar.losses import AdaptiveScoreContrastiveLoss, BidirectionalScoreContrastiveLoss
+from nearfar.losses.score_contrastive import split_scores
 
 N = 11
 SCORES = torch.tensor([0.9, 0.1, 0.5, 0.7, 0.2, 0.95, 0.3, 0.6, 0.05, 0.8, 0.4])

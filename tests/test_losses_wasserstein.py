@@ -12,8 +12,7 @@ import torch
 from scipy.stats import wasserstein_distance
 
 from nearfar.errors import NearfarError
-from nearfar.functional.wasserstein import wasserstein_gap
-from nearfar.losses.wasserstein import WassersteinGapLoss
+from nearfar.losses.wasserstein import WassersteinGapLoss, wasserstein_gap
 
 SIZES = [(1, 1), (1, 5), (3, 4), (7, 7), (12, 5), (64, 48)]
 

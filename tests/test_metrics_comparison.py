@@ -10,7 +10,7 @@ import pytest
 
 from nearfar.errors import NearfarError
 from nearfar.metrics import Estimate, compare, holm, paired_difference
-from nearfar.metrics.quantiles import t_quantile
+from nearfar.metrics.intervals import t_quantile
 
 
 def test_one_seed_is_the_paired_t_interval_and_says_so():

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nearfar.errors import NearfarError
-from nearfar.metrics import Ranks, comparable, counting, retrieval_metrics, retrieval_ranks, split_hash
+from nearfar.metrics import Ranks, comparable, rank_kernel, retrieval_metrics, retrieval_ranks, split_hash
 
 
 def rows_of(n: int, d: int = 8, seed: int = 0) -> torch.Tensor:
@@ -92,7 +92,7 @@ def test_counts_equal_a_loop_in_both_directions(form, dense, data):
     own_labels = np.array([labels[own] if own >= 0 else 0 for own in chosen])
     matrix = (own_labels[:, None] == labels) & (own_labels[:, None] != -1)
     relevant = (own_labels, labels) if form == "labels" else matrix
-    ways = {"_count_dense": counting._count_dense, "_count_sparse": counting._count_sparse}
+    ways = {"_count_dense": rank_kernel._count_dense, "_count_sparse": rank_kernel._count_sparse}
     expected = loop(queries, keys, lambda i, j: matrix[i, j], lambda i: {chosen[i]})
     if not expected:
         with pytest.raises(NearfarError, match="no query has a relevant key"):
@@ -101,7 +101,7 @@ def test_counts_equal_a_loop_in_both_directions(form, dense, data):
     with pytest.MonkeyPatch.context() as patch:
         if dense is not None:
             for name in ways:
-                patch.setattr(counting, name, ways["_count_dense" if dense else "_count_sparse"])
+                patch.setattr(rank_kernel, name, ways["_count_dense" if dense else "_count_sparse"])
         forward, backward = retrieval_ranks(
             queries, keys, relevant, both=True, leave_one_out=chosen, tile=(5, 7)
         )

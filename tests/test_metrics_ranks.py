@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nearfar.errors import NearfarError
-from nearfar.metrics import Ranks, counting, retrieval_metrics, retrieval_ranks
+from nearfar.metrics import Ranks, rank_kernel, retrieval_metrics, retrieval_ranks
 
 
 def pairs(n: int, m: int, d: int, seed: int = 0, noise: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -72,8 +72,8 @@ def test_several_relevant_items_in_every_form(form, dense, monkeypatch):
         "labels": tuple(part.tolist() for part in labels),
     }[form]
     if not dense:  # few relevant pairs take the float32 pass; make this relevance take it as well
-        original = counting._count_sparse
-        monkeypatch.setattr(counting, "_count_dense", original)
+        original = rank_kernel._count_sparse
+        monkeypatch.setattr(rank_kernel, "_count_dense", original)
     forward, backward = retrieval_ranks(queries, keys, relevant, both=True, tile=(16, 16))
     expected = loop_counts(queries, keys, lists)
     np.testing.assert_array_equal(as_rows(forward), expected)

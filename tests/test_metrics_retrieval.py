@@ -24,8 +24,7 @@ from nearfar.metrics import (
     split_hash,
     wilson,
 )
-from nearfar.metrics.intervals import median_places, order_statistics
-from nearfar.metrics.quantiles import t_quantile
+from nearfar.metrics.intervals import median_places, order_statistics, t_quantile
 
 
 def embeddings(n: int, d: int = 12, noise: float = 2.0, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

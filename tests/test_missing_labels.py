@@ -13,7 +13,6 @@ import torch
 import oracles
 from nearfar.errors import NearfarError
 from nearfar.functional import focal_loss, multi_label_supcon, supcon
-from nearfar.functional.score_contrastive import split_scores
 from nearfar.labels import apart, is_missing, label_codes, label_tensor, whole_labels
 from nearfar.losses import (
     AdaptiveScoreContrastiveLoss,
@@ -29,6 +28,7 @@ from nearfar.losses import (
     SupConLoss,
     duplicate_mask,
 )
+from nearfar.losses.score_contrastive import split_scores
 
 Z = torch.randn(7, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 OTHER = torch.randn(7, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)

@@ -18,7 +18,7 @@ from nearfar.errors import NearfarError
 from nearfar.functional import clip, info_nce, siglip, supcon
 from nearfar.losses import CrossBatchMemory, InfoNCELoss, SupConLoss
 from nearfar.metrics import retrieval_metrics
-from nearfar.training.cached import cached_loss
+from nearfar.training.grad_cache import cached_loss
 
 N, D = 12, 8
 CLASSES = torch.tensor([2, -7, 2, 0, 5, -7, 2, 0, 9, 5, 2, 0])  # classes of four, three, two, two and one

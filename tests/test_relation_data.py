@@ -20,8 +20,7 @@ from nearfar.systems.relations.data import load_data
 from nearfar.systems.relations.names import ALL10, TOP5, chosen_relations, relation_of, table
 from nearfar.systems.relations.readers import LAYOUTS, Places
 from nearfar.systems.relations.readers.coco import geometric_relation
-from nearfar.systems.relations.scenes import HEIGHT, WIDTH, composed_scenes
-from nearfar.systems.relations.things import HELD_OUT, THINGS
+from nearfar.systems.relations.scenes import HEIGHT, HELD_OUT, THINGS, WIDTH, composed_scenes
 from tiny_relations import write_photo, write_vrd
 
 pytest.importorskip("PIL")

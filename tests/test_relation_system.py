@@ -21,12 +21,10 @@ from nearfar.launch import run_one
 from nearfar.overrides import compose_config, expand
 from nearfar.systems import build_system, check_config
 from nearfar.systems.relations.dataset import RelationBatch, Scaler
-from nearfar.systems.relations.evaluation import confusion, judge, pair_retrieval
+from nearfar.systems.relations.evaluation import Predictions, confusion, judge, pair_retrieval, rescore
 from nearfar.systems.relations.model import RelationModel
 from nearfar.systems.relations.objective import LOSSES, ViewLoss
-from nearfar.systems.relations.predictions import Predictions
 from nearfar.systems.relations.probe import RelationProbe, sample_rows
-from nearfar.systems.relations.rescored import rescore
 from nearfar.systems.relations.sampler import BatchesBySort, build_sampler
 from nearfar.training.checkpoint import Checkpoint
 from nearfar.training.run_folder import RunFolder

@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from nearfar.errors import NearfarError
-from nearfar.lab.report import write_report
-from nearfar.lab.run_charts import embedding_map
+from nearfar.lab.report import embedding_map, write_report
 from nearfar.lab.verdict import run_verdict
 from nearfar.training.results import project, write_map
 from nearfar.training.run_folder import RunFolder

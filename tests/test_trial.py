@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 
 from nearfar.cli import app
 from nearfar.errors import NearfarError
+from nearfar.lab.table import read_trial, trial_table
 from nearfar.lab.trial import Trial, try_prescription
-from nearfar.lab.what_if_table import read_trial, trial_table
 from nearfar.launch import run_one
 from nearfar.overrides import compose_config
 from nearfar.systems import _REGISTERED, Registration

@@ -14,10 +14,9 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from nearfar.errors import NearfarError
-from nearfar.lab.counterfactuals import Counterfactual, Refused, standard
-from nearfar.lab.effects import Effect
+from nearfar.lab.counterfactuals import Counterfactual, Effect, Refused, standard
+from nearfar.lab.table import read_what_if, what_if_table
 from nearfar.lab.what_if import WhatIf, what_if
-from nearfar.lab.what_if_table import read_what_if, what_if_table
 from nearfar.systems import _REGISTERED, Registration
 from nearfar.training.altered import altered
 from nearfar.training.checkpoint import Checkpoint

@@ -185,8 +185,7 @@ CALLS: dict[str, dict[str, Any]] = {
     },
 }
 MODULES = [
-    importlib.import_module(f"nearfar.metrics{name}")
-    for name in ("", ".classification", ".detection", ".detection_estimates")
+    importlib.import_module(f"nearfar.metrics{name}") for name in ("", ".classification", ".detection")
 ]
 #: what is made by other functions, and a table
 MADE = {"IOUS", "DetectionEvidence", "Change"}

@@ -156,8 +156,8 @@ def doctor(
     elif not what_if and try_ is None:
         print_diagnosis(found, run, console)
     if what_if:
+        from nearfar.lab.table import read_what_if, what_if_table
         from nearfar.lab.what_if import what_if as ask
-        from nearfar.lab.what_if_table import read_what_if, what_if_table
 
         further = [override] if override else []
         answer = ask(run, checkpoint=checkpoint, batches=batches, overrides=further, say=say)
@@ -165,8 +165,8 @@ def doctor(
         for line in read_what_if(answer):
             terminal.say(console, line)
     if try_ is not None:
+        from nearfar.lab.table import read_trial, trial_table
         from nearfar.lab.trial import try_prescription
-        from nearfar.lab.what_if_table import read_trial, trial_table
 
         trial = try_prescription(run, try_, overrides=override, seeds=seeds, start_epoch=start_epoch, say=say)
         console.print(trial_table(trial))

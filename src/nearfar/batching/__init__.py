@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nearfar.batching.balanced import BalancedBatchSampler as BalancedBatchSampler
     from nearfar.batching.base import BatchSampler as BatchSampler
+    from nearfar.batching.base import Layout as Layout
+    from nearfar.batching.base import Plan as Plan
     from nearfar.batching.hard_negative import HardNegativeSampler as HardNegativeSampler
     from nearfar.batching.hardness import HardnessReport as HardnessReport
     from nearfar.batching.hardness import SimilarityCheck as SimilarityCheck
     from nearfar.batching.hardness import check_harder_than_random as check_harder_than_random
     from nearfar.batching.hardness import in_batch_similarity as in_batch_similarity
     from nearfar.batching.hardness import measure_hardness as measure_hardness
-    from nearfar.batching.layout import Layout as Layout
-    from nearfar.batching.layout import Plan as Plan
     from nearfar.batching.lengths import LengthBatchSampler as LengthBatchSampler
     from nearfar.batching.neighbors import Neighbors as Neighbors
     from nearfar.batching.neighbors import nearest_neighbors as nearest_neighbors
@@ -37,11 +37,11 @@ _HOME = {
     "BatchSampler": "base",
     "HardNegativeSampler": "hard_negative",
     "HardnessReport": "hardness",
-    "Layout": "layout",
+    "Layout": "base",
     "LengthBatchSampler": "lengths",
     "Neighbors": "neighbors",
     "PartitionBatchSampler": "partition",
-    "Plan": "layout",
+    "Plan": "base",
     "RandomBatchSampler": "random",
     "SamplerVerdict": "verify",
     "SimilarityCheck": "hardness",

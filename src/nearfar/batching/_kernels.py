@@ -1,19 +1,14 @@
 """The compiled loops behind the samplers.
 
-All of them are sequential, so a plan does not depend on the number of threads, and all draw from a
-counter-based generator that is passed in (`state`, one ``uint64``), so a plan depends on nothing but its
-arguments. They work on ``int32`` neighbour lists of shape (n, k) in which -1 means "no neighbour", and
-release the GIL.
+All of them are sequential, so a plan does not depend on the number of threads, and all draw from a counter-based
+generator that is passed in (`state`, one ``uint64``), so a plan depends on nothing but its arguments. They work on
+``int32`` neighbour lists of shape (n, k) in which -1 means "no neighbour", and release the GIL.
 
-Nothing is read or written out of bounds, whatever the lists hold: a neighbour that is no position counts as none,
-one that comes twice is drawn once, and where the numbers of places and items do not agree a loop ends in an error.
+Words used below: a *slot* is a run of consecutive places in the plan that is filled around one pivot; one or more
+slots make a *batch*. ``close[i]`` says how many leading neighbours of item ``i`` are too similar to be its negatives.
 
-Words used below: a *slot* is a run of consecutive places in the plan that is filled around one pivot; one or
-more slots make a *batch*. ``close[i]`` says how many leading neighbours of item ``i`` are too similar to be
-its negatives.
-
-They stay in one file because numba keys its on-disk cache by the file of the outermost function: a helper
-changed in another file would leave stale machine code behind.
+They stay in one file because numba keys its on-disk cache by the file of the outermost function: a helper changed in
+a different file would leave stale machine code behind.
 """
 
 from __future__ import annotations
@@ -28,12 +23,14 @@ __all__ = [
     "balance",
     "compose_groups",
     "count_inside",
+    "cut_tiles",
     "grouped",
     "propagate",
     "random_state",
     "separate",
     "shuffled",
 ]
+
 
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
@@ -413,3 +410,68 @@ def count_inside(items: Int32, nearest: Int32, k: int, close: Int32, label: Int3
                 inside[row] += a < k
                 false[row] += a < close[item]
     return inside, false
+
+
+Float64 = NDArray[np.float64]
+
+
+@njit(cache=True, nogil=True)
+def _select(order: Int32, key: Float64, begin: int, end: int, at: int) -> None:
+    """Reorder ``order[begin:end]`` so that no key before place ``at`` is larger than one behind it (Hoare 1961)."""
+    low, high = begin, end - 1
+    while low < high:
+        a, b, c = key[order[low]], key[order[(low + high) // 2]], key[order[high]]
+        pivot = max(min(a, b), min(max(a, b), c))
+        i, j = low, high
+        while i <= j:
+            while key[order[i]] < pivot:
+                i += 1
+            while key[order[j]] > pivot:
+                j -= 1
+            if i <= j:
+                kept = order[i]
+                order[i] = order[j]
+                order[j] = kept
+                i += 1
+                j -= 1
+        if at <= j:
+            high = j
+        elif at >= i:
+            low = i
+        else:
+            return
+
+
+@njit(cache=True, nogil=True)
+def cut_tiles(order: Int32, x: Float64, y: Float64, bounds: Int64, first: Int64) -> None:
+    """Reorder the items of every slide so that each run between two ``bounds`` is compact.
+
+    ``order`` holds the items slide by slide, ``x`` and ``y`` their coordinates by item; ``bounds`` where each tile
+    begins in ``order`` (one more for the end), ``first`` the first tile of each slide (one more for the end).
+    """
+    waiting = np.empty(
+        (len(bounds) + 1, 2), np.int64
+    )  # pieces that wait to be cut: never more than there are tiles
+    for slide in range(len(first) - 1):
+        waiting[0, 0], waiting[0, 1] = first[slide], first[slide + 1]
+        count = 1
+        while count:
+            count -= 1
+            low, high = waiting[count, 0], waiting[count, 1]
+            if high - low < 2:
+                continue
+            begin, end = bounds[low], bounds[high]
+            left, right, bottom, top = np.inf, -np.inf, np.inf, -np.inf
+            for place in range(begin, end):
+                item = order[place]
+                left, right = min(left, x[item]), max(right, x[item])
+                bottom, top = min(bottom, y[item]), max(top, y[item])
+            # The bound nearest to the middle: every tile keeps its exact size.
+            middle = low + 1
+            for tile in range(low + 1, high):
+                if abs(2 * bounds[tile] - begin - end) < abs(2 * bounds[middle] - begin - end):
+                    middle = tile
+            _select(order, x if right - left >= top - bottom else y, begin, end, bounds[middle])
+            waiting[count, 0], waiting[count, 1] = low, middle
+            waiting[count + 1, 0], waiting[count + 1, 1] = middle, high
+            count += 2

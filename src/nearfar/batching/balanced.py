@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nearfar.arguments import flag, shown
-from nearfar.batching.base import BatchSampler, digest
-from nearfar.batching.layout import Layout, Plan, whole
+from nearfar.batching.base import BatchSampler, Layout, Plan, digest, whole
 from nearfar.errors import NearfarError
 from nearfar.labels import label_codes
 

@@ -1,7 +1,8 @@
-"""Batches of a pivot, some of its neighbours, and random items."""
+"""Hard-negative batches: a pivot, some of its neighbours, and random items, equally hard throughout the epoch."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -10,14 +11,179 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nearfar.batching.arguments import number, whole
-from nearfar.batching.layout import Plan
-from nearfar.batching.leveling import building_sequence
-from nearfar.batching.neighbor_sampler import NeighborSampler, checked_group_size
-from nearfar.batching.neighbors import Neighbors
+from nearfar.batching.base import BatchSampler, Plan, check_not_rebuilt, compare_ids, log
+from nearfar.batching.hardness import HardnessReport, measure_hardness
+from nearfar.batching.neighbors import Neighbors, as_neighbors
 from nearfar.batching.random import random_plan
 from nearfar.errors import NearfarError, nearest_name
 
-__all__ = ["HardNegativeSampler"]
+__all__ = ["HardNegativeSampler", "NeighborSampler", "building_sequence", "checked_group_size", "even_out"]
+
+
+def even_out(
+    values: NDArray[np.floating] | NDArray[np.integer], window: NDArray[np.integer], rng: np.random.Generator
+) -> NDArray[np.int64]:
+    """An order of the items in which every stretch has nearly the mean of all ``values``.
+
+    ``window`` says, in rising order, to which window (say a tenth of the epoch) each place belongs. From the
+    most extreme inwards, each item goes to the window that it brings nearest to the mean; within a window,
+    large and small ones are paired.
+
+    >>> values = np.arange(40.0)
+    >>> order = even_out(values, np.arange(40) // 4, np.random.default_rng(0))
+    >>> values[order].reshape(10, 4).sum(1).tolist(), sorted(order.tolist()) == list(range(40))
+    ([78.0, 78.0, 78.0, 78.0, 78.0, 78.0, 78.0, 78.0, 78.0, 78.0], True)
+    """
+    offset = values - np.mean(values)
+    left = np.bincount(window).tolist()
+    content: list[list[int]] = [[] for _ in left]
+    sums = (rng.permutation(len(left)) * 1e-9).tolist()  # ties between empty windows are broken at random
+    for item in np.argsort(-np.abs(offset), kind="stable").tolist():
+        step = float(offset[item])
+        free = [w for w, room in enumerate(left) if room]
+        w = min(free, key=sums.__getitem__) if step > 0 else max(free, key=sums.__getitem__)
+        content[w].append(item)
+        sums[w] += step
+        left[w] -= 1
+    parts = [np.array(items, np.int64) for items in content if items]
+    return np.concatenate([items[_paired(values[items], rng)] for items in parts])
+
+
+def _paired(
+    values: NDArray[np.floating] | NDArray[np.integer], rng: np.random.Generator
+) -> NDArray[np.int64]:
+    """An order in which runs of 2, 4, 8 … neighbours are balanced.
+
+    Extremes are paired, the pairs are paired again by their sums, and so on; which of two comes first is
+    random.
+    """
+    count = len(values)
+    if count < 2:
+        return np.arange(count)
+    # Padded to a power of two with places of mean value, which are taken out again at the end.
+    full = 1 << (count - 1).bit_length()
+    padded = np.full(full, np.mean(values), np.float64)
+    padded[:count] = values
+    runs = rng.permutation(full)[:, None]  # so that ties are broken at random
+    sums = padded[runs[:, 0]]
+    while len(runs) > 1:
+        rank = np.argsort(sums, kind="stable")
+        half = len(runs) // 2
+        low, high = rank[:half], rank[: half - 1 : -1]
+        swap = rng.random(half) < 0.5
+        first, second = np.where(swap, high, low), np.where(swap, low, high)
+        runs = np.concatenate([runs[first], runs[second]], axis=1)
+        sums = sums[first] + sums[second]
+    return runs[0][runs[0] < count]
+
+
+def building_sequence(batch: NDArray[np.int32], rng: np.random.Generator) -> NDArray[np.int32]:
+    """The order in which groups are built, given the batch (groups,) each belongs to.
+
+    Groups built late have fewer unused neighbours to draw from. One group is built for every batch, then a
+    second for every batch, and so on, so that each batch has groups of every stage; within a stage, batches
+    come in an order in which early and late ones are evenly spread over the epoch.
+    """
+    batches = int(batch[-1]) + 1
+    first = np.searchsorted(batch, np.arange(batches))
+    count = np.diff(np.append(first, len(batch)))
+    stages = []
+    for stage in range(int(count.max())):
+        dealt = np.argsort(_paired(np.arange(batches), rng))  # the batch that is built t-th
+        stages.append(first[dealt[count[dealt] > stage]] + stage)
+    return np.concatenate(stages).astype(np.int32)
+
+
+class NeighborSampler(BatchSampler):
+    """Base of `HardNegativeSampler` and `PartitionBatchSampler`."""
+
+    def __init__(
+        self,
+        neighbors: Neighbors | NDArray[np.integer] | Tensor,
+        batch_size: int,
+        *,
+        false_negative_threshold: float | None,
+        curriculum_epoch: int,
+        ids: Sequence[Any] | NDArray[Any] | None,
+        **options: Any,
+    ) -> None:
+        check_not_rebuilt(type(self).__name__, neighbors)
+        self.neighbors = as_neighbors(neighbors)
+        if ids is None:
+            ids = self.neighbors.ids
+        super().__init__(self.neighbors.n, batch_size, ids=ids, **options)
+        if self.neighbors.ids is not None and self.ids is not None:
+            compare_ids(self.neighbors.ids, self.ids, "neighbour list", "sampler")
+        self.false_negative_threshold = false_negative_threshold
+        self.curriculum_epoch = curriculum_epoch
+
+    @property
+    def false_negative_threshold(self) -> float | None:
+        """Similarity from which a neighbour is a likely false negative, to be kept out of the batch."""
+        return self._threshold
+
+    @false_negative_threshold.setter
+    def false_negative_threshold(self, value: float | None) -> None:
+        if value is not None:
+            value = number(
+                "false_negative_threshold", value, -1.0, advice="a similarity such as 0.95, or None"
+            )
+        self._close = self.neighbors.too_close(value)
+        self._threshold = value
+
+    @property
+    def curriculum_epoch(self) -> int:
+        """So many epochs of random batches come first."""
+        return self._curriculum
+
+    @curriculum_epoch.setter
+    def curriculum_epoch(self, value: int) -> None:
+        self._curriculum = whole("curriculum_epoch", value, 0)
+
+    def _identity(self) -> dict[str, Any]:
+        return {"neighbors": self.neighbors.fingerprint()}
+
+    def realised_hardness(
+        self, epoch: int | None = None, *, threshold: float | None = None, sample: int | None = 20_000
+    ) -> HardnessReport:
+        """How hard the batches of an epoch are, per quarter, by default of the one that is being drawn.
+
+        ``threshold`` for likely false negatives defaults to the filter's own; ``sample`` evenly spaced items
+        stand for all.
+        """
+        running = self._running if epoch is None else None
+        if sample is not None:
+            sample = whole("sample", sample, 1)
+        return self._measure(running or self.plan(epoch), threshold, sample)
+
+    def _measure(
+        self, plan: Plan, threshold: float | None = None, sample: int | None = 20_000
+    ) -> HardnessReport:
+        return measure_hardness(
+            plan,
+            self.neighbors,
+            k=getattr(self, "hardness_k", None),
+            threshold=self.false_negative_threshold if threshold is None else threshold,
+            sample=sample,
+        )
+
+    def _announce(self, epoch: int, plan: Plan) -> None:
+        if not log.isEnabledFor(logging.INFO):  # measuring costs more than planning
+            return
+        if epoch == self.curriculum_epoch > 0:
+            log.info(
+                "epoch %d: %d epochs of random batches are over, this is the first hard one", epoch, epoch
+            )
+        log.info("epoch %d: %s", epoch, self._measure(plan))
+
+
+def checked_group_size(value: int, batch_size: int) -> int:
+    """A group size that fits a batch."""
+    value = whole("group_size", value, 1)
+    if value > batch_size:
+        raise NearfarError(f"group_size={value} is larger than a batch of {batch_size}")
+    return value
+
 
 _ORDERS = ("level", "greedy")
 # A batch of 1,024 around one pivot would have at most 100 hard items: large batches need several groups.

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nearfar.batching.arguments import array, number, whole
-from nearfar.batching.layout import Plan
+from nearfar.batching.base import Plan
 from nearfar.batching.neighbors import Neighbors, _as_rows, as_neighbors
 from nearfar.errors import NearfarError
 

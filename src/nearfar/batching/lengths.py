@@ -11,8 +11,7 @@ from numpy import ndarray
 from numpy.typing import NDArray
 
 from nearfar.batching.arguments import array, whole
-from nearfar.batching.base import BatchSampler, as_ids, check_not_rebuilt, digest
-from nearfar.batching.layout import Layout, Plan
+from nearfar.batching.base import BatchSampler, Layout, Plan, as_ids, check_not_rebuilt, digest
 from nearfar.errors import NearfarError
 
 __all__ = ["LengthBatchSampler"]

@@ -10,9 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nearfar.batching.arguments import whole
-from nearfar.batching.layout import Plan
-from nearfar.batching.leveling import building_sequence, even_out
-from nearfar.batching.neighbor_sampler import NeighborSampler, checked_group_size
+from nearfar.batching.base import Plan
+from nearfar.batching.hard_negative import NeighborSampler, building_sequence, checked_group_size, even_out
 from nearfar.batching.neighbors import Neighbors
 from nearfar.batching.random import random_plan
 

@@ -7,8 +7,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from nearfar.batching.base import BatchSampler
-from nearfar.batching.layout import Layout, Plan
+from nearfar.batching.base import BatchSampler, Layout, Plan
 
 __all__ = ["RandomBatchSampler"]
 

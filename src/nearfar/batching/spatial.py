@@ -12,8 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from nearfar.batching.arguments import array, whole
-from nearfar.batching.base import BatchSampler, digest
-from nearfar.batching.layout import Plan
+from nearfar.batching.base import BatchSampler, Plan, digest
 from nearfar.errors import NearfarError
 from nearfar.ids import canonical_ids
 
@@ -85,7 +84,7 @@ class SpatialBatchSampler(BatchSampler):
         return {"tile_size": self.tile_size, "places": self._digest}
 
     def _compose(self, epoch: int, options: Mapping[str, Any]) -> Plan:
-        from nearfar.batching import _kernels, _tiles
+        from nearfar.batching import _kernels
 
         rng = np.random.default_rng([self.seed, epoch])
         used = _kernels.shuffled(self.n, _kernels.random_state(self.seed, epoch))[: self.layout.total]
@@ -96,7 +95,7 @@ class SpatialBatchSampler(BatchSampler):
         pieces = _Pieces(np.bincount(self.slides[order], minlength=len(self.slide_names)), size, rng)
         angle = rng.uniform(0.0, 2 * np.pi, len(self.slide_names))[self.slides]
         (x, y), cos, sin = self.positions.T, np.cos(angle), np.sin(angle)
-        _tiles.cut_tiles(order, x * cos - y * sin, x * sin + y * cos, pieces.bounds, pieces.first)
+        _kernels.cut_tiles(order, x * cos - y * sin, x * sin + y * cos, pieces.bounds, pieces.first)
         return Plan(self.layout, pieces.dealt(order, start, size, rng))
 
 

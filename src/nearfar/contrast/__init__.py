@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nearfar.contrast.few import few_rows
+from nearfar.contrast.dense import few_pairs, few_rows, few_sigmoid_pairs
 from nearfar.contrast.masks import (
     DenseMask,
     DuplicateMask,
@@ -13,18 +13,29 @@ from nearfar.contrast.masks import (
     checked_mask,
     join_masks,
 )
-from nearfar.contrast.normalize import embeddings, unit_rows
+from nearfar.contrast.numerics import computing_dtype, embeddings, uncompiled, unit_rows
 from nearfar.contrast.one_direction import one_direction_loss
-from nearfar.contrast.pairs import few_pairs
-from nearfar.contrast.precision import computing_dtype, uncompiled
-from nearfar.contrast.query_losses import Sums, check_denominator, check_reduction
+from nearfar.contrast.running_sums import Direction, Statistics, Step
 from nearfar.contrast.sigmoid import sigmoid_sums
-from nearfar.contrast.sigmoid_pairs import few_sigmoid_pairs
-from nearfar.contrast.softmax import Extra, NoPositivesWarning, log_sums, softmax_loss
-from nearfar.contrast.step import Direction, Step
-from nearfar.contrast.sums import Statistics
-from nearfar.contrast.targets import Columns, Nobody, OwnPair, SameClass, Target
-from nearfar.contrast.weighted_targets import LabelOverlap, SparseWeights, Weights
+from nearfar.contrast.softmax import (
+    Extra,
+    NoPositivesWarning,
+    Sums,
+    check_denominator,
+    check_reduction,
+    log_sums,
+    softmax_loss,
+)
+from nearfar.contrast.targets import (
+    Columns,
+    LabelOverlap,
+    Nobody,
+    OwnPair,
+    SameClass,
+    SparseWeights,
+    Target,
+    Weights,
+)
 
 __all__ = [
     "Columns",

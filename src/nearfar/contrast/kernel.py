@@ -21,14 +21,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nearfar.contrast.normalize import lengths_of, through_length_, unit_and_length
-from nearfar.contrast.precision import full_precision, no_second_derivative
+from nearfar.contrast.logit_grads import Slopes, positive_slopes, tile_slopes
+from nearfar.contrast.numerics import (
+    full_precision,
+    lengths_of,
+    no_second_derivative,
+    through_length_,
+    unit_and_length,
+)
+from nearfar.contrast.positives import Workspace
 from nearfar.contrast.reductions import common_shift, finite, top_of, within
-from nearfar.contrast.scattered import Scattered
-from nearfar.contrast.slopes import Slopes, positive_slopes, tile_slopes
-from nearfar.contrast.sums import Side, Statistics
-from nearfar.contrast.tiles import Setting, Tile, tiles
-from nearfar.contrast.workspace import Workspace
+from nearfar.contrast.running_sums import Side, Statistics
+from nearfar.contrast.tiles import Scattered, Setting, Tile, tiles
 
 __all__ = ["LogSums", "take_in", "views_of"]
 

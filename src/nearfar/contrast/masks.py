@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from nearfar.arguments import number
-from nearfar.contrast.normalize import unit_rows
+from nearfar.contrast.numerics import unit_rows
 from nearfar.errors import NearfarError
 from nearfar.labels import apart, whole_labels
 

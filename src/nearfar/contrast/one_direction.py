@@ -16,12 +16,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nearfar.contrast.masks import Mask
-from nearfar.contrast.normalize import through_length_, unit_and_length
-from nearfar.contrast.patches import HIDDEN, is_shown
-from nearfar.contrast.precision import full_precision, no_second_derivative
+from nearfar.contrast.numerics import full_precision, no_second_derivative, through_length_, unit_and_length
+from nearfar.contrast.positives import HIDDEN, is_shown
 from nearfar.contrast.reductions import finite
-from nearfar.contrast.step import Direction, Step
-from nearfar.contrast.sums import Statistics
+from nearfar.contrast.running_sums import Direction, Statistics, Step
 from nearfar.contrast.tiles import TILE
 
 __all__ = ["one_direction_loss"]

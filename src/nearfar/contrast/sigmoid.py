@@ -9,14 +9,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nearfar.contrast.masks import Mask
-from nearfar.contrast.patches import is_shown
-from nearfar.contrast.precision import full_precision, no_second_derivative
+from nearfar.contrast.numerics import full_precision, no_second_derivative
+from nearfar.contrast.positives import Taken, Workspace, is_shown
 from nearfar.contrast.reductions import within
-from nearfar.contrast.scattered import Scattered
-from nearfar.contrast.taken import Taken
 from nearfar.contrast.targets import Target
-from nearfar.contrast.tiles import Setting, tile_size, tiles
-from nearfar.contrast.workspace import Workspace
+from nearfar.contrast.tiles import Scattered, Setting, tile_size, tiles
 
 __all__ = ["sigmoid_sums"]
 

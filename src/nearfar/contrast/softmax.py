@@ -1,29 +1,209 @@
-"""Softmax losses over a target: the kernel's sums, further negatives, the mean over rows, the numbers of the
-record."""
+"""Softmax losses over a target: from the kernel's sums to the loss of each query, the mean over rows, and the record.
+
+The denominator of a positive holds "all" candidates (InfoNCE, SupCon), its "own" negatives and itself (NT-Xent with
+several positives), or the "negatives" alone (decoupled contrastive learning).
+"""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from nearfar.contrast.kernel import LogSums
 from nearfar.contrast.masks import Mask, checked_mask, turned
-from nearfar.contrast.patches import HIDDEN, is_shown
-from nearfar.contrast.precision import full_precision
-from nearfar.contrast.query_losses import Sums, as_recorded, each_alone, partners
-from nearfar.contrast.step import Step
-from nearfar.contrast.sums import Statistics
+from nearfar.contrast.numerics import full_precision, no_second_derivative
+from nearfar.contrast.positives import HIDDEN, is_shown
+from nearfar.contrast.running_sums import Statistics, Step
 from nearfar.contrast.targets import Nobody, Target
 from nearfar.contrast.tiles import Setting, bounded, tile_size
 from nearfar.errors import NearfarError
 
-__all__ = ["Extra", "NoPositivesWarning", "log_sums", "softmax_loss"]
+__all__ = [
+    "DENOMINATORS",
+    "REDUCTIONS",
+    "Extra",
+    "NoPositivesWarning",
+    "Sums",
+    "as_recorded",
+    "check_denominator",
+    "check_reduction",
+    "each_alone",
+    "listed_logits",
+    "log_sums",
+    "partners",
+    "softmax_loss",
+]
+
+
+#: numbers of a part: of the rows that are taken out for it, or of its tile
+PART = 1 << 20
+#: a product of all pairs costs as much as taking out so many of them
+DENSE = 1 / 16
+
+
+def listed_logits(
+    queries: Float[Tensor, "n d"],
+    keys: Float[Tensor, "m d"],
+    row: Int[Tensor, " p"],
+    column: Int[Tensor, " p"],
+) -> Float[Tensor, " p"]:
+    """``queries[row[k]] · keys[column[k]]`` for each k; ``row`` ascends, and no pair is named twice.
+
+    Memory is O(pairs), not O(pairs · dimensions).
+
+    >>> listed_logits(torch.eye(2), torch.ones(2, 2), torch.tensor([0, 1, 1]), torch.tensor([1, 0, 1]))
+    tensor([1., 1., 1.])
+    """
+    return _Listed.apply(queries, keys, row, column)
+
+
+class _Listed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, queries: Tensor, keys: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        ctx.save_for_backward(queries, keys, row, column)
+        logits = queries.new_empty(len(row))
+        with full_precision(queries.device):
+            for part, block in _parts(queries, keys, row):
+                if block is None:
+                    logits[part] = torch.linalg.vecdot(queries[row[part]], keys[column[part]])
+                else:
+                    logits[part] = (queries[block] @ keys.T)[row[part] - block.start, column[part]]
+        return logits
+
+    @staticmethod
+    def backward(ctx: Any, by_logits: Tensor) -> Any:
+        no_second_derivative()
+        queries, keys, row, column = ctx.saved_tensors
+        by_queries, by_keys = torch.zeros_like(queries), torch.zeros_like(keys)
+        with full_precision(queries.device):
+            for part, block in _parts(queries, keys, row):
+                if block is None:
+                    factor = by_logits[part].unsqueeze(1)
+                    by_queries.index_add_(0, row[part], keys[column[part]].mul_(factor))
+                    by_keys.index_add_(0, column[part], queries[row[part]].mul_(factor))
+                    continue
+                tile = queries.new_zeros(block.stop - block.start, len(keys))
+                tile[row[part] - block.start, column[part]] = by_logits[part]
+                torch.mm(tile, keys, out=by_queries[block])
+                by_keys.addmm_(tile.T, queries[block])
+        return by_queries, by_keys, None, None
+
+
+def _parts(queries: Tensor, keys: Tensor, row: Tensor) -> Iterator[tuple[slice, slice | None]]:
+    """Parts of the list and, where these are dense, the queries that each is about."""
+    n, m = len(queries), len(keys)
+    if len(row) < DENSE * n * m:
+        size = max(1, PART // max(1, queries.shape[1]))
+        for start in range(0, len(row), size):
+            yield slice(start, min(start + size, len(row))), None
+        return
+    height = max(1, PART // max(1, m))
+    starts = list(range(0, n, height))
+    ends = torch.searchsorted(row, torch.tensor([*starts[1:], n], device=row.device)).tolist()
+    for top, first, last in zip(starts, [0, *ends], ends, strict=False):
+        yield slice(first, last), slice(top, min(top + height, n))
+
+
+DENOMINATORS = ("all", "own", "negatives")
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def check_denominator(denominator: str) -> str:
+    """``NearfarError`` unless it is known."""
+    if denominator not in DENOMINATORS:
+        raise NearfarError(
+            f"denominator is {denominator!r}; it holds 'all' candidates, the positive's 'own' "
+            "negatives and itself, or the 'negatives' alone"
+        )
+    return denominator
+
+
+def check_reduction(reduction: str) -> str:
+    """``NearfarError`` unless it is known."""
+    if reduction not in REDUCTIONS:
+        raise NearfarError(f"reduction is {reduction!r}; it is 'mean', 'sum' or 'none'")
+    return reduction
+
+
+class Sums(NamedTuple):
+    """What the kernel says of each query of one direction; ``nearfar.contrast.kernel`` defines the fields."""
+
+    rest: Float[Tensor, " n"]
+    positive: Float[Tensor, " n"]
+    excess: Float[Tensor, " n"] | None
+    expected: Float[Tensor, " n"] | None
+    statistics: Statistics
+
+    def mean_logit(self) -> Float[Tensor, " n"]:
+        """The mean logit under the softmax, which ``expected=True`` asks for."""
+        if self.expected is None:
+            raise NearfarError("the mean logit was not computed: call log_sums with expected=True")
+        return self.expected
+
+    def losses(self, denominator: str = "all") -> Float[Tensor, " n"]:
+        """The loss of each query; 0, without a gradient, where it has no positive.
+
+        Of the ``denominator`` "negatives" also where it has no negative: nothing is there to be told apart from.
+        """
+        gap = self.rest - self.positive
+        if denominator == "negatives":
+            there = (self.rest > -torch.inf) & (torch.zeros_like(gap) + self.statistics.positives > 0)
+            value = torch.where(there, gap, 0.0)
+            return value if self.excess is None else value + torch.where(there, self.excess, 0.0)
+        if not isinstance(self.statistics.positives, float):
+            gap = torch.where(self.statistics.positives > 0, gap, -torch.inf)
+        # Beyond the threshold softplus gives its argument: at 50 that is exact in float64 too.
+        value = torch.nn.functional.softplus(gap, threshold=50.0)
+        return value if self.excess is None else value + self.excess
+
+
+def partners(a: Float[Tensor, "n d"], b: Float[Tensor, "n d"], scale: Tensor) -> Sums:
+    """The sums of queries whose only candidate in the batch is their partner."""
+    with full_precision(a.device):
+        logits = torch.linalg.vecdot(a, b) * scale
+    nothing = torch.full_like(logits, -torch.inf).detach()
+    return Sums(nothing, logits, None, None, Statistics(nothing, 1.0, 1.0, 1.0, 0.0))
+
+
+def each_alone(
+    sums: Sums,
+    queries: Float[Tensor, "n d"],
+    keys: Float[Tensor, "m d"],
+    scale: Tensor,
+    positives: tuple[Int[Tensor, " p"], Int[Tensor, " p"], Float[Tensor, " p"]],
+) -> Float[Tensor, " n"]:
+    """The loss of queries each of whose positives is told apart from the negatives on its own: their weighted mean."""
+    row, column, weight = (each.to(queries.device) for each in positives)
+    logits = listed_logits(queries, keys, row, column) * scale
+    each = torch.nn.functional.softplus(sums.rest[row] - logits, threshold=50.0)
+    weight, nothing = weight.to(each), torch.zeros_like(sums.rest)
+    mass = nothing.index_add(0, row, weight)
+    return nothing.index_add(0, row, each * weight / mass[row])
+
+
+def as_recorded(sums: Sums, denominator: str, inside: bool, scale: Tensor, unit: bool) -> Sums:
+    """The sums with the candidates and the floor of their denominator.
+
+    Told apart from negatives alone, no loss is below that of a positive at cosine 1 and negatives at -1.
+    """
+    if denominator == "all":
+        return sums
+    old, like = sums.statistics, torch.zeros_like(sums.rest)
+    positives = like + old.positives
+    negatives = old.candidates - positives
+    if denominator == "own":
+        return sums._replace(statistics=replace(old, candidates=negatives + 1.0, floor=0.0))
+    floor = negatives.log() - (2.0 * scale.detach().to(like) if unit else torch.inf)
+    if inside:
+        floor = floor - (like + old.mass).log()
+    floor = torch.where((negatives > 0) & (positives > 0), floor, 0.0)
+    return sums._replace(statistics=replace(old, candidates=negatives, floor=floor))
 
 
 class NoPositivesWarning(UserWarning):

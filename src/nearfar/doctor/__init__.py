@@ -6,8 +6,7 @@ nothing heavy is loaded.
 
 from nearfar.doctor.diagnose import Diagnosis, diagnose
 from nearfar.doctor.fields import CONTEXT, FIELDS
-from nearfar.doctor.finding import Finding, Unjudged
-from nearfar.doctor.rule import Rule
+from nearfar.doctor.rule import Finding, Rule, Unjudged
 from nearfar.doctor.rules import RULES
 from nearfar.doctor.run import read_run
 from nearfar.doctor.signals import Signals

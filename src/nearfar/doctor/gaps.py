@@ -10,9 +10,8 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from nearfar.doctor.columns import Columns
 from nearfar.doctor.fields import FIELDS
-from nearfar.doctor.numbers import Cell
+from nearfar.doctor.log_tables import Cell, Columns
 
 __all__ = ["LOSSES", "settle_gaps"]
 

@@ -10,10 +10,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nearfar.doctor.columns import Columns, read_columns, read_records, table_columns
 from nearfar.doctor.fields import CONTEXT, is_field, matches
 from nearfar.doctor.gaps import LOSSES, settle_gaps
-from nearfar.doctor.numbers import Cell, is_series, plain
+from nearfar.doctor.log_tables import (
+    Cell,
+    Columns,
+    is_series,
+    plain,
+    read_columns,
+    read_records,
+    table_columns,
+)
 from nearfar.doctor.series import Series
 from nearfar.errors import NearfarError, nearest_name
 

@@ -25,8 +25,8 @@ WITHIN_ARM = ("seed", "needs_init_from", "trainer.threads", "trainer.workers", "
 class Arm:
     """Runs that differ in their seed alone; ``parts`` are what sets them apart from the other arms.
 
-    Of a cross-validation (``nearfar.lab.folds``), ``folds`` holds the runs of each fold and ``sizes`` the number of its
-    items; ``runs`` are then those of the first.
+    Of a cross-validation (``nearfar.lab.compare``), ``folds`` holds the runs of each fold and ``sizes`` the number of
+    its items; ``runs`` are then those of the first.
     """
 
     parts: list[str]

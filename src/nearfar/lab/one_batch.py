@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from nearfar.errors import NearfarError
-from nearfar.training.cached import cached_embeddings
 from nearfar.training.checkpoint import Checkpoint
+from nearfar.training.grad_cache import cached_embeddings
 from nearfar.training.state import initial_model, load_weights
 from nearfar.training.system import System
 

@@ -10,7 +10,7 @@ import numpy as np
 from nearfar.lab.compare import Comparison
 from nearfar.lab.groups import Arm
 from nearfar.lab.words import metric_words
-from nearfar.metrics.quantiles import normal_quantile
+from nearfar.metrics.intervals import normal_quantile
 from nearfar.training.resume import flatten
 
 __all__ = ["Cell", "Sheet", "Sweep", "expected_lead", "read_sweep"]

@@ -17,10 +17,9 @@ import numpy as np
 import torch
 
 from nearfar.errors import NearfarError
-from nearfar.lab.counterfactuals import Counterfactual, Refused, standard
-from nearfar.lab.effects import Effect, effect_of
+from nearfar.lab.counterfactuals import Counterfactual, Effect, Refused, effect_of, standard
 from nearfar.lab.one_batch import Bench, quiet_arithmetic
-from nearfar.lab.prescriptions import prescriptions
+from nearfar.lab.trial import prescriptions
 from nearfar.systems import build_system
 from nearfar.training.altered import altered
 from nearfar.training.checkpoint import Checkpoint, find_checkpoint

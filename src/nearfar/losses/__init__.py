@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from nearfar.contrast import DuplicateMask, IndexMask, NoPositivesWarning, SimilarityMask
-from nearfar.losses.base import ContrastiveLoss, NoNegativesWarning
+from nearfar.losses.base import ContrastiveLoss, NoNegativesWarning, Record
 from nearfar.losses.focal import FocalLoss, FocalRecord
 from nearfar.losses.info_nce import ClipLoss, InfoNCELoss
 from nearfar.losses.masks import duplicate_mask, false_negative_mask
 from nearfar.losses.memory import CrossBatchMemory
 from nearfar.losses.objective import GradientShares, Objective, ObjectiveRecord
-from nearfar.losses.record import Record
 from nearfar.losses.score_contrastive import AdaptiveScoreContrastiveLoss, BidirectionalScoreContrastiveLoss
 from nearfar.losses.siglip import SigLipLoss
 from nearfar.losses.spatial import SpatialLoss

@@ -1,18 +1,255 @@
-"""InfoNCE and CLIP as modules."""
+"""InfoNCE and CLIP: every row is told apart from the other rows by its partner."""
 
 from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from nearfar.contrast import Mask, Step, check_denominator, check_reduction
-from nearfar.functional.arguments import Negatives, check_flags, check_temperature, check_words
-from nearfar.functional.info_nce import clamp_scale, clip_step, info_nce_step
+from nearfar.contrast import (
+    Extra,
+    Mask,
+    OwnPair,
+    Step,
+    check_denominator,
+    check_reduction,
+    checked_mask,
+    few_pairs,
+    one_direction_loss,
+    softmax_loss,
+    uncompiled,
+)
+from nearfar.errors import NearfarError
+from nearfar.losses.arguments import (
+    Negatives,
+    any_number,
+    check_flags,
+    check_matrices,
+    check_part,
+    check_temperature,
+    check_words,
+    extras_of,
+    number,
+    ready,
+)
 from nearfar.losses.base import ContrastiveLoss
 
-__all__ = ["ClipLoss", "InfoNCELoss"]
+__all__ = ["ClipLoss", "InfoNCELoss", "clip", "clip_step", "info_nce", "info_nce_step"]
+
+
+def info_nce(
+    a: Float[Tensor, "n d"],
+    b: Float[Tensor, "m d"],
+    *,
+    temperature: float = 0.07,
+    scale: float | Float[Tensor, ""] | None = None,
+    symmetric: bool = True,
+    normalize: bool = True,
+    mask: Bool[Tensor, "n m"] | Mask | None = None,
+    negatives: Negatives | None = None,
+    negatives_mask: Bool[Tensor, "n q"] | Mask | tuple[Mask | Tensor | None, ...] | None = None,
+    in_batch: bool = True,
+    denominator: Literal["all", "negatives"] = "all",
+    reduction: Literal["mean", "sum", "none"] = "mean",
+    rows: slice | None = None,
+    tile: tuple[int, int] | None = None,
+) -> Float[Tensor, ""] | Float[Tensor, " n"]:
+    """The mean cross-entropy of picking ``b[i]`` for ``a[i]`` among all rows of ``b`` (van den Oord et al. 2018).
+
+    With scores s_ij = cos(a_i, b_j) / temperature: mean over i of log Σ_j exp(s_ij) - s_ii. ``symmetric=True``
+    averages both directions, as CLIP does; with ``symmetric=False``, ``b`` may have more rows than ``a``, and those
+    beyond are further negatives.
+
+    ``scale`` replaces 1 / temperature and may be a tensor that learns; ``normalize=False`` takes dot products of the
+    embeddings as they are. ``mask`` is true where a pair is *left out*, such as a duplicate that is no real negative;
+    a row's own partner always stays in. ``negatives`` are further candidates of the queries ``a``: (q, d) for all, as
+    from a memory of earlier batches, or (n, k, d), k mined ones for each; a pair of such gives both directions
+    theirs. ``negatives_mask`` leaves some of them out. ``rows`` makes only those rows queries; such parts add up to
+    the whole loss. ``tile`` sets the size of the tiles by hand.
+
+    ``in_batch=False``: a query chooses between its own partner and ``negatives`` alone, as in MoCo (He et al. 2020);
+    rows of the batch are no negatives of each other, and no product of all with all is made.
+    ``denominator="negatives"`` takes the partner out of the sum, log Σ_{j≠i} exp(s_ij) - s_ii: decoupled contrastive
+    learning (Yeh et al. 2022, arXiv:2110.06848), where a pair that is found already is pulled as strongly as any
+    other. Guessing gives ln(number of negatives), and the loss goes below 0; a query without negatives has 0.
+    ``reduction`` "sum" adds the rows up, "none" gives the loss of each row (n,); with ``symmetric`` a row's is the
+    mean of its two directions.
+
+    Memory is O(n d): no matrix of all pairs is stored above about a thousand rows. Half precision inputs are scored in
+    float32, and the result is float32 then. One row alone has loss 0. Range: 0 (floor) to infinity; guessing is
+    ln(number of candidates).
+
+    >>> import torch
+    >>> round(info_nce(torch.eye(4), torch.eye(4), temperature=1.0).item(), 4)
+    0.7437
+    >>> info_nce(torch.ones(4, 2), torch.ones(4, 2)).exp().round().item()
+    4.0
+    >>> queue = -torch.ones(9, 4)
+    >>> moco = info_nce(torch.eye(4), torch.eye(4), symmetric=False, negatives=queue, in_batch=False)
+    >>> moco < info_nce(torch.eye(4), torch.eye(4), symmetric=False, negatives=queue)
+    tensor(True)
+    """
+    return info_nce_step(
+        a, b, temperature, scale, symmetric, normalize, mask, negatives, negatives_mask, rows, tile,
+        in_batch, denominator, reduction
+    )[0]  # fmt: skip
+
+
+@uncompiled
+def info_nce_step(
+    a: Tensor,
+    b: Tensor,
+    temperature: float = 0.07,
+    scale: float | Tensor | None = None,
+    symmetric: bool = True,
+    normalize: bool = True,
+    mask: Tensor | Mask | None = None,
+    negatives: Negatives | None = None,
+    negatives_mask: Mask | Tensor | tuple[Mask | Tensor | None, ...] | None = None,
+    rows: slice | None = None,
+    tile: tuple[int, int] | None = None,
+    in_batch: bool = True,
+    denominator: str = "all",
+    reduction: str = "mean",
+    names: tuple[str, str, str] = ("a", "b", "scale"),
+) -> tuple[Float[Tensor, ""] | Float[Tensor, " n"], Step]:
+    """``info_nce``, and what its record is made of; ``names`` are what its caller calls the first three."""
+    if scale is None:
+        scale = 1.0 / check_temperature(temperature)
+    elif not isinstance(scale, Tensor):
+        scale = any_number(names[2], scale)
+    check_matrices(**{names[0]: a, names[1]: b})
+    check_flags(symmetric=symmetric, normalize=normalize, in_batch=in_batch)
+    check_words(denominator=denominator, reduction=reduction)
+    check_part(rows, tile)
+    n, m = len(a), len(b)
+    left_out = None
+    whole = (
+        negatives is None
+        and negatives_mask is None
+        and rows is None
+        and tile is None
+        and in_batch
+        and denominator == "all"
+        and reduction == "mean"
+        and a.ndim == b.ndim == 2
+        and (n == m or (n < m and not symmetric))
+    )
+    if whole:
+        left_out = None if mask is None else checked_mask(mask, n, m)
+        small = few_pairs(a, b, scale, symmetric, normalize, left_out)
+        if small is not None:
+            return small
+    # Further negatives are scored beside the kernel, and need rows of unit length themselves.
+    inside = normalize and negatives is None
+    given = ready(a, b, scale, None if inside else normalize, names[:2], names[2])
+    if n != m and (symmetric or m < n):
+        raise NearfarError(
+            f"{names[0]} has {n} rows and {names[1]} {m}; row i of both is a pair, and only with symmetric=False may "
+            "the second have further rows as negatives"
+        )
+    if whole and not symmetric:
+        found = one_direction_loss(*given, normalize, left_out)
+        if found is not None:
+            return found
+    extras = extras_of(negatives, negatives_mask, given, symmetric, normalize)
+    if not in_batch:
+        _check_alone(n, m, extras, symmetric, mask is not None)
+    return softmax_loss(
+        *given,
+        OwnPair(n, m),
+        both=symmetric,
+        mask=mask,
+        extras=extras,
+        unit=normalize and not inside,
+        normalize=inside,
+        rows=rows,
+        tile=tile,
+        in_batch=in_batch,
+        denominator="negatives" if check_denominator(denominator) == "negatives" else "all",
+        reduction=check_reduction(reduction),
+    )
+
+
+def _check_alone(n: int, m: int, extras: list[Extra | None], symmetric: bool, masked: bool) -> None:
+    """``NearfarError`` where a direction would have nothing but its partner to choose from."""
+    if None in (extras or [None])[: 1 + symmetric]:
+        raise NearfarError(
+            "in_batch=False: a query chooses between its partner and the given negatives, but negatives is None"
+            + (
+                " in a direction; symmetric=True needs a pair of them, one for each, and symmetric=False one"
+                if symmetric
+                else ""
+            )
+        )
+    if masked or n != m:
+        raise NearfarError(
+            "in_batch=False: "
+            + (
+                "mask leaves out pairs of the batch"
+                if masked
+                else f"b has {m - n} rows more than a as negatives"
+            )
+            + ", but other rows of the batch are no candidates; pass further rows as negatives, and negatives_mask"
+        )
+
+
+def clip(
+    image: Float[Tensor, "n d"],
+    text: Float[Tensor, "n d"],
+    logit_scale: float | Float[Tensor, ""],
+    *,
+    max_scale: float | None = None,
+    normalize: bool = True,
+    mask: Bool[Tensor, "n n"] | Mask | None = None,
+    rows: slice | None = None,
+) -> Float[Tensor, ""]:
+    """InfoNCE in both directions with the scale given at each call (Radford et al. 2021).
+
+    ``logit_scale`` is the scale itself, already exponentiated. ``max_scale`` clamps it; beyond the clamp its gradient
+    is 0. Otherwise as ``info_nce``.
+
+    >>> import torch
+    >>> clip(torch.eye(4), torch.eye(4), 100.0, max_scale=1.0) == clip(torch.eye(4), torch.eye(4), 1.0)
+    tensor(True)
+    """
+    return clip_step(image, text, logit_scale, max_scale, normalize, mask, rows)[0]
+
+
+def clip_step(
+    image: Tensor,
+    text: Tensor,
+    logit_scale: float | Tensor,
+    max_scale: float | None = None,
+    normalize: bool = True,
+    mask: Tensor | Mask | None = None,
+    rows: slice | None = None,
+) -> tuple[Float[Tensor, ""], Step]:
+    """``clip``, and what its record is made of."""
+    scale = clamp_scale(logit_scale, max_scale)
+    names = ("image", "text", "logit_scale")
+    return info_nce_step(image, text, scale=scale, normalize=normalize, mask=mask, rows=rows, names=names)
+
+
+def clamp_scale(scale: float | Tensor, max_scale: float | None, name: str = "logit_scale") -> float | Tensor:
+    """The scale, at most ``max_scale``; its gradient is that of the clamp."""
+    if scale is None:
+        raise NearfarError(
+            f"{name} is None; pass the scale, 1 / temperature, such as 14.3 or model.log_scale.exp()"
+        )
+    if max_scale is None:
+        return scale
+    if not number("max_scale", max_scale) > 0:
+        raise NearfarError(f"max_scale is {max_scale!r}, but it must be above 0; CLIP's is 100")
+    if not isinstance(scale, Tensor):
+        return min(number(name, scale), max_scale)
+    one_number = scale.numel() == 1 and scale.dtype != torch.bool and not scale.is_complex()
+    if not one_number or (scale.device.type == "cpu" and not bool(scale.detach().isfinite().all())):
+        return scale  # refused where every scale is looked at: a clamp would hide it
+    # A log scale held at ln(max_scale) comes back a rounding larger, and must not lose its gradient there.
+    return torch.where(scale > max_scale * (1 + 1e-6), max_scale, scale)
 
 
 class InfoNCELoss(ContrastiveLoss):
@@ -27,7 +264,7 @@ class InfoNCELoss(ContrastiveLoss):
 
     Called with two (n, d) matrices it returns a 0-d tensor (of "none" (n,)). ``mask`` (n, n) leaves pairs out, see
     ``nearfar.losses.false_negative_mask``; ``scale`` replaces 1 / temperature and may be a tensor that learns;
-    ``negatives`` are further candidates, as from a ``CrossBatchMemory``. ``nearfar.functional.info_nce`` describes
+    ``negatives`` are further candidates, as from a ``CrossBatchMemory``. ``nearfar.losses.info_nce`` describes
     them all.
 
     Range 0 (floor) to infinity; guessing gives ``record.uniform_level``, ln(candidates). Losses of batches of

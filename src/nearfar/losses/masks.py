@@ -8,8 +8,8 @@ from torch import Tensor
 
 from nearfar.contrast import unit_rows
 from nearfar.errors import NearfarError
-from nearfar.functional.arguments import check_tensors, number
 from nearfar.labels import apart, whole_labels
+from nearfar.losses.arguments import check_tensors, number
 
 __all__ = ["duplicate_mask", "false_negative_mask"]
 

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from nearfar.arguments import flag, whole_number
 from nearfar.errors import NearfarError
-from nearfar.functional.arguments import check_tensors
 from nearfar.labels import apart, whole_labels
+from nearfar.losses.arguments import check_tensors
 
 __all__ = ["CrossBatchMemory"]
 

@@ -1,26 +1,237 @@
-"""The spatial loss as a module."""
+"""Two views of spots in a tissue, whose neighbours are partly positives."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any, Literal
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from nearfar.functional.arguments import check_flags
-from nearfar.functional.info_nce import clamp_scale
-from nearfar.functional.spatial import Neighbors, check_spatial_options, spatial_step
+from nearfar.contrast import (
+    IndexMask,
+    Mask,
+    OwnPair,
+    SparseWeights,
+    Step,
+    Target,
+    computing_dtype,
+    few_pairs,
+    few_rows,
+    log_sums,
+    softmax_loss,
+    uncompiled,
+)
+from nearfar.errors import NearfarError
+from nearfar.losses.arguments import (
+    any_number,
+    check_flags,
+    check_matrices,
+    check_part,
+    check_tensors,
+    check_words,
+    number,
+    ready,
+)
 from nearfar.losses.base import ContrastiveLoss
-from nearfar.losses.info_nce import at_clamp
+from nearfar.losses.info_nce import at_clamp, clamp_scale
 
-__all__ = ["SpatialLoss"]
+__all__ = ["SpatialLoss", "spatial", "spatial_step"]
+
+
+Neighbors = Literal["soft", "positive", "mask", "none"]
+
+
+def spatial(
+    image: Float[Tensor, "n d"],
+    text: Float[Tensor, "n d"],
+    logit_scale: float | Float[Tensor, ""],
+    neighbor_index: Int[Tensor, "n k"],
+    neighbor_alpha: Float[Tensor, "n k"],
+    *,
+    neighbor_alpha_scale: float = 0.5,
+    temp_reg_weight: float = 0.05,
+    neighbors: Neighbors = "soft",
+    max_scale: float | None = None,
+    normalize: bool = True,
+    rows: slice | None = None,
+    tile: tuple[int, int] | None = None,
+) -> Float[Tensor, ""]:
+    """CLIP with soft targets: a spot's partner, and in part the partners of its neighbours that are in the batch.
+
+    Row i of the target is q_i = L1-normalised(e_i + c Σ_j α_ij e_j), with c = ``neighbor_alpha_scale``, for both
+    directions. ``neighbor_index`` holds positions *in the batch*, -1 for none; ``neighbor_alpha`` their weights α, 0
+    or more. The loss is the mean cross-entropy of both directions plus ``temp_reg_weight`` · g², where g = E_p[x] -
+    E_q[x], x the cosines, averaged over rows and directions: the derivative of that cross-entropy by the scale.
+
+    ``neighbors``: "soft" as above; "positive": neighbours weigh as much as the partner; "mask": they are no
+    candidates, in either direction; "none": CLIP. ``logit_scale`` is the scale itself, ``max_scale`` clamps it.
+
+    Floor: the mean entropy of q, 0 where no neighbour is in the batch (then the target does nothing:
+    ``record.extra["rows_with_neighbors"]`` of ``SpatialLoss`` says for which share of the rows it does). Guessing
+    gives ln(n). The regulariser is not in floor and guess.
+
+    >>> index, alpha = torch.tensor([[1], [0], [-1]]), torch.ones(3, 1)
+    >>> round(spatial(torch.eye(3), torch.eye(3), 10.0, index, alpha).item(), 3)
+    2.225
+    """
+    return spatial_step(
+        image, text, logit_scale, neighbor_index, neighbor_alpha, neighbor_alpha_scale, temp_reg_weight, neighbors,
+        max_scale, normalize, rows, tile,
+    )[0]  # fmt: skip
+
+
+@uncompiled
+def spatial_step(
+    image: Tensor,
+    text: Tensor,
+    logit_scale: float | Tensor,
+    neighbor_index: Tensor,
+    neighbor_alpha: Tensor,
+    neighbor_alpha_scale: float = 0.5,
+    temp_reg_weight: float = 0.05,
+    neighbors: str = "soft",
+    max_scale: float | None = None,
+    normalize: bool = True,
+    rows: slice | None = None,
+    tile: tuple[int, int] | None = None,
+) -> tuple[Float[Tensor, ""], Step, Callable[[], float]]:
+    """``spatial``, what its record is made of, and what tells the share of rows that have a neighbour in the batch."""
+    check_spatial_options(neighbor_alpha_scale, temp_reg_weight, neighbors)
+    factor = clamp_scale(logit_scale, max_scale)
+    if not isinstance(factor, Tensor):
+        factor = any_number("logit_scale", factor)
+    check_matrices(image=image, text=text)
+    check_flags(normalize=normalize)
+    check_part(rows, tile)
+    n = len(image)
+    if len(text) != n:
+        raise NearfarError(f"image has {n} rows and text {len(text)}; row i of both is the same spot")
+    index, alpha, complete = _check(neighbor_index, neighbor_alpha, n)
+    index, alpha = index.to(image.device), alpha.to(image.device, computing_dtype(image, text))
+    reached = partial(_reached, index, alpha)
+    target: Target = OwnPair(n)
+    mask = None
+    if neighbors == "soft":
+        target = SparseWeights(
+            index, alpha * neighbor_alpha_scale, n, own=1.0, checked=True, complete=complete
+        )
+    elif neighbors == "positive":
+        target = SparseWeights(
+            index, (alpha > 0).to(alpha.dtype), n, most=1.0, own=1.0, checked=True, complete=complete
+        )
+    elif neighbors == "mask":
+        mask = IndexMask(torch.where(alpha > 0, index, -1))
+    if rows is None and tile is None:
+        small = _small(image, text, factor, target, mask, temp_reg_weight, normalize)
+        if small is not None:
+            return *small, reached
+    a, b, scale = ready(image, text, factor, None if normalize else False, ("image", "text"), "logit_scale")
+    if temp_reg_weight == 0:
+        options: dict[str, Any] = {
+            "both": True,
+            "mask": mask,
+            "normalize": normalize,
+            "rows": rows,
+            "tile": tile,
+        }
+        return *softmax_loss(a, b, scale, target, **options), reached
+    if rows is not None:
+        raise NearfarError(
+            "the regulariser of SpatialLoss squares a mean over the whole batch, so that parts of a batch do not add "
+            "up to it: with rows= (local_loss) set temp_reg_weight=0"
+        )
+    sums = log_sums(a, b, scale, target, both=True, mask=mask, expected=True, normalize=normalize, tile=tile)
+    losses = [direction.losses() for direction in sums]
+    # positive - excess is the mean logit under the target
+    held = [s.positive if s.excess is None else s.positive - s.excess for s in sums]
+    pull = torch.stack([s.mean_logit() - q for s, q in zip(sums, held, strict=True)]).mean() / scale
+    cross_entropy = torch.stack(losses).mean()
+    loss = cross_entropy + temp_reg_weight * pull.square()
+    return loss, Step.of(loss, losses, sums, scale, False), reached
+
+
+def _small(
+    a: Tensor,
+    b: Tensor,
+    scale: float | Tensor,
+    target: Target,
+    mask: Mask | None,
+    temp_reg_weight: float,
+    normalize: bool,
+) -> tuple[Float[Tensor, ""], Step] | None:
+    """The same for a small batch, and None for others."""
+    if target.single and temp_reg_weight == 0:
+        return few_pairs(a, b, scale, True, normalize, mask)
+    if mask is not None:
+        return None
+    few = few_rows(a, b, scale, target, both=True, normalize=normalize, expected=temp_reg_weight != 0)
+    if few is None:
+        return None
+    loss, gap, step = few
+    if gap is None:
+        return loss, step
+    loss = loss + temp_reg_weight * (gap / scale).square()
+    return loss, replace(step, value=loss.detach())
+
+
+def _reached(index: Tensor, alpha: Tensor) -> float:
+    """The share of rows that have a neighbour in the batch; looked at when somebody asks."""
+    if not index.shape[1]:
+        return 0.0
+    return ((index >= 0) & (alpha > 0)).any(1).float().mean().item()
+
+
+def check_spatial_options(neighbor_alpha_scale: float, temp_reg_weight: float, neighbors: str) -> None:
+    """``NearfarError`` for options that cannot be."""
+    number("neighbor_alpha_scale", neighbor_alpha_scale, least=0)
+    number("temp_reg_weight", temp_reg_weight, least=0)
+    check_words(neighbors=neighbors)
+    if neighbors not in ("soft", "positive", "mask", "none"):
+        raise NearfarError(f"neighbors is {neighbors!r}; it is 'soft', 'positive', 'mask' or 'none'")
+
+
+def _check(index: Tensor, alpha: Tensor, n: int) -> tuple[Tensor, Tensor, bool]:
+    """The same, and whether it is known that no position is missing (-1)."""
+    check_tensors(neighbor_index=index, neighbor_alpha=alpha)
+    if index.ndim != 2 or len(index) != n or alpha.shape != index.shape:
+        raise NearfarError(
+            f"neighbor_index is {tuple(index.shape)} and neighbor_alpha {tuple(alpha.shape)}; both are ({n}, k): for "
+            "each row of the batch the positions of its neighbours in the batch, -1 for none, and their weights"
+        )
+    if alpha.is_complex() or alpha.dtype == torch.bool:
+        raise NearfarError(f"neighbor_alpha is {alpha.dtype}; weights are numbers, 0 or more")
+    if index.dtype.is_floating_point or index.dtype == torch.bool or index.is_complex():
+        raise NearfarError(f"neighbor_index is {index.dtype}; positions in the batch are whole numbers")
+    complete = False
+    if index.device.type == "cpu" and index.numel():
+        low, high = (end.item() for end in torch.aminmax(index))
+        if high >= n or low < -1:
+            raise NearfarError(
+                f"neighbor_index holds {high if high >= n else low}, but the batch has {n} rows: it takes positions in "
+                "the batch, not in the data set, and -1 for none"
+            )
+        complete = low >= 0
+        if not complete:  # what stands beside no neighbour weighs nothing, NaN included
+            alpha = alpha.masked_fill(index < 0, 0)
+        least, most = (end.item() for end in torch.aminmax(alpha))
+        if not (least >= 0 and most < torch.inf):  # NaN is neither
+            raise NearfarError(
+                "neighbor_alpha must be finite, 0 or more; some are below 0, infinite or not a number"
+            )
+    elif index.numel():
+        alpha = alpha.masked_fill(index < 0, 0)
+    return index, alpha, complete
 
 
 class SpatialLoss(ContrastiveLoss):
     """CLIP whose targets share some mass with the spatial neighbours in the batch.
 
     Called with both views, the scale (already exponentiated) and, for each row, the positions of its neighbours *in
-    the batch* (-1 for none) and their weights. ``nearfar.functional.spatial`` has the definitions and the other ways
+    the batch* (-1 for none) and their weights. ``nearfar.losses.spatial`` has the definitions and the other ways
     to treat ``neighbors``: "positive", "mask", "none".
 
     ``record.extra["rows_with_neighbors"]`` is the share of rows that have a neighbour in the batch at all: at 0 the

@@ -1,20 +1,363 @@
-"""Supervised contrastive losses as modules."""
+"""Supervised contrastive losses: rows of the same class, or with labels in common, are positives of each other."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from nearfar.contrast import Mask, check_denominator, check_reduction
+from nearfar.contrast import (
+    LabelOverlap,
+    Mask,
+    SameClass,
+    Step,
+    Weights,
+    check_denominator,
+    check_reduction,
+    computing_dtype,
+    few_rows,
+    softmax_loss,
+    uncompiled,
+)
+from nearfar.contrast.tiles import KEPT
 from nearfar.errors import NearfarError
-from nearfar.functional.arguments import check_flags, check_temperature, check_words, number
-from nearfar.functional.multi_label_supcon import multi_label_supcon_step
-from nearfar.functional.supcon import inside_of, supcon_step
+from nearfar.labels import MISSING, apart, whole_labels
+from nearfar.losses.arguments import (
+    check_flags,
+    check_matrices,
+    check_part,
+    check_temperature,
+    check_tensors,
+    check_words,
+    number,
+    ready,
+)
 from nearfar.losses.base import ContrastiveLoss
 
-__all__ = ["MultiLabelSupConLoss", "SupConLoss"]
+__all__ = [
+    "MultiLabelSupConLoss",
+    "SupConLoss",
+    "inside_of",
+    "multi_label_supcon",
+    "multi_label_supcon_step",
+    "supcon",
+    "supcon_step",
+]
+
+
+def supcon(
+    z: Float[Tensor, "n d"],
+    labels: Int[Tensor, " n"] | None = None,
+    *,
+    positives: Bool[Tensor, "n m"] | Float[Tensor, "n m"] | None = None,
+    temperature: float = 0.1,
+    sum: Literal["outside", "inside"] = "outside",
+    normalize: bool = True,
+    other: Float[Tensor, "n d"] | None = None,
+    own_pair: bool = True,
+    memory: Float[Tensor, "q d"] | None = None,
+    memory_labels: Int[Tensor, " q"] | None = None,
+    in_batch: bool = True,
+    mask: Bool[Tensor, "n m"] | Mask | None = None,
+    denominator: Literal["all", "own", "negatives"] = "all",
+    reduction: Literal["mean", "sum", "none"] = "mean",
+    rows: slice | None = None,
+    tile: tuple[int, int] | None = None,
+) -> Float[Tensor, ""] | Float[Tensor, " n"]:
+    """The supervised contrastive loss (Khosla et al. 2020): all rows of a class are each other's positives.
+
+    ``sum="outside"`` is their L_out: mean over positives p of log Σ_c exp(s_ic) - s_ip, candidates c all rows but i.
+    ``sum="inside"`` is log Σ_c exp(s_ic) - log Σ_p exp(s_ip), which the nearest positive alone can satisfy; their L_in
+    divides the inner sum by the number of positives, which adds the constant ln(positives). No factor
+    temperature / base temperature. Rows without a positive are left out of the mean and counted.
+
+    ``labels`` are whole numbers, −1 (or NaN) where one is missing: such a row is nobody's positive and has none but
+    its own partner in ``other``; it stays a negative of all.
+
+    ``other`` is another view of the same rows: candidates are then its rows, in both directions, and
+    ``own_pair=False`` takes a row's own partner out of both positives and candidates. ``memory`` adds rows of earlier
+    batches as candidates and positives; with ``in_batch=False`` they are the only ones, such as the rows of a
+    reference set. ``mask`` leaves out negatives, ``rows`` makes only those rows queries.
+
+    ``positives`` stands in for labels: a matrix (n, candidates), true or what it weighs where column j is a positive
+    of row i. Columns are the rows of the batch or of ``other`` (there, and back), then those of ``memory``.
+
+    ``denominator``: "all" candidates; "own", each positive is told apart from the negatives on its own, its sisters
+    left out, 1/|P| Σ_p log(1 + Σ_{negatives} exp(s_ic - s_ip)): NT-Xent with several positives, of floor 0 (sum
+    outside; memory O(positive pairs)); "negatives" alone, log Σ_{negatives} exp(s_ic) - mean s_ip, decoupled
+    contrastive learning (Yeh et al. 2022, arXiv:2110.06848), which goes below 0. Guessing gives ln(negatives + 1) and
+    ln(negatives). A row with positives only has 0 in both. ``reduction`` "sum" adds the rows up, "none" gives the
+    loss of each row (n,), 0 where it has no positive; of two views, the mean of its two directions.
+
+    Floor: ln(positives) for a sum outside (all positives equal), 0 for a sum inside; guessing gives ln(candidates),
+    less ln(positives) for a sum inside.
+
+    >>> z = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
+    >>> round(supcon(z, torch.tensor([0, 0, 1, 1]), temperature=1.0).item(), 4)
+    0.5514
+    >>> views = torch.cat([z, z])  # SimCLR: two views of each item, and no other class
+    >>> round(supcon(views, torch.arange(4).repeat(2), temperature=1.0).item(), 4)
+    1.4977
+    """
+    return supcon_step(
+        z, labels, temperature, sum, normalize, other, own_pair, memory, memory_labels, mask, rows, tile,
+        in_batch, positives, denominator, reduction
+    )[0]  # fmt: skip
+
+
+@uncompiled
+def supcon_step(
+    z: Tensor,
+    labels: Tensor | None = None,
+    temperature: float = 0.1,
+    sum: str = "outside",
+    normalize: bool = True,
+    other: Tensor | None = None,
+    own_pair: bool = True,
+    memory: Tensor | None = None,
+    memory_labels: Tensor | None = None,
+    mask: Tensor | Mask | None = None,
+    rows: slice | None = None,
+    tile: tuple[int, int] | None = None,
+    in_batch: bool = True,
+    positives: Tensor | None = None,
+    denominator: str = "all",
+    reduction: str = "mean",
+) -> tuple[Float[Tensor, ""] | Float[Tensor, " n"], Step]:
+    """``supcon``, and what its record is made of."""
+    factor = 1.0 / check_temperature(temperature)
+    check_words(sum=sum, denominator=denominator, reduction=reduction)
+    check_flags(normalize=normalize, own_pair=own_pair, in_batch=in_batch)
+    views = {"z": z, "other": other, "memory": memory}
+    check_matrices(**{name: view for name, view in views.items() if view is not None or name == "z"})
+    check_part(rows, tile)
+    if labels is not None:
+        labels = _labels(labels, len(z), "labels", "z")
+    inside = inside_of(sum)
+    if check_denominator(denominator) == "own" and inside:
+        raise NearfarError(
+            "denominator='own' tells each positive apart by itself, so that their sum stands outside the logarithm: "
+            "sum='outside'"
+        )
+    plain = denominator == "all" and check_reduction(reduction) == "mean" and positives is None
+    whole = memory is None and memory_labels is None and mask is None and rows is None and tile is None
+    fit = labels is not None and labels.device == z.device and (other is None or len(other) == len(z))
+    if plain and whole and labels is not None and fit:
+        few = few_rows(
+            z, other, factor, SameClass(labels), both=other is not None, inside=inside, normalize=normalize,
+            without_self=other is None or not own_pair,
+        )  # fmt: skip
+        if few is not None:
+            return few[0], few[2]
+    # A memory joins rows of unit length, and single pairs are scored beside the kernel.
+    raw = normalize and memory is None and denominator != "own"
+    options: dict[str, Any] = {
+        "inside": inside, "mask": mask, "rows": rows, "tile": tile, "normalize": raw, "unit": normalize and not raw,
+        "denominator": denominator, "reduction": reduction,
+    }  # fmt: skip
+    first, second, scale = ready(z, other, factor, None if raw else normalize, ("z", "other"))
+    _check_views(len(first), None if other is None else len(second), memory, in_batch)
+    _check_who(labels, positives, memory, memory_labels)
+    keys, alone = None if other is None else second, in_batch
+    if memory is not None and len(memory):
+        kept = ready(memory, first, 1.0, normalize, ("memory", "z")).a.to(first.dtype)
+        keys = torch.cat([first, kept]) if in_batch else kept
+    elif other is not None:
+        options["both"], alone = True, not own_pair
+    if positives is not None:
+        return softmax_loss(
+            first, keys, scale, _explicit(positives, first, keys), without_self=alone, **options
+        )
+    assert labels is not None
+    labels = labels.to(z.device)
+    if keys is not None and memory is not None and memory_labels is not None:
+        theirs = _labels(memory_labels, len(memory), "memory_labels", "memory", len(z)).to(labels.device)
+        same = SameClass(labels, torch.cat([labels, theirs]) if in_batch else theirs)
+        return softmax_loss(first, keys, scale, same, without_self=alone, **options)
+    whole = keys is None and rows is None and mask is None
+    if not (whole and z.device.type == "cpu" and len(z) ** 2 > KEPT):
+        return softmax_loss(first, keys, scale, SameClass(labels), without_self=alone, **options)
+    # In the order of their labels, positives stand together and most tiles hold none.
+    labels, order = torch.sort(labels, stable=True)
+    loss, step = softmax_loss(first[order], None, scale, SameClass(labels), without_self=True, **options)
+    return loss if reduction != "none" else loss[order.argsort()], step
+
+
+def _check_views(n: int, others: int | None, memory: Tensor | None, in_batch: bool) -> None:
+    """``NearfarError`` unless the candidates are one of: the batch, another view of it, a memory, batch and memory."""
+    if others is not None and others != n:
+        raise NearfarError(f"z has {n} rows and other {others}; they are two views of the same rows")
+    if memory is not None and others is not None:
+        raise NearfarError("memory goes with one view only (other=None)")
+    if not in_batch and (memory is None or not len(memory)):
+        raise NearfarError(
+            "in_batch=False leaves the rows of memory as the only candidates, and there are none; until a memory is "
+            "filled, use in_batch=True"
+        )
+
+
+def _check_who(
+    labels: Tensor | None,
+    positives: Tensor | None,
+    memory: Tensor | None,
+    memory_labels: Tensor | None,
+) -> None:
+    """``NearfarError`` unless labels or a matrix say who belongs together."""
+    if memory is None and memory_labels is not None:
+        raise NearfarError("memory_labels were given without memory, the rows that they belong to")
+    if positives is not None:
+        if labels is not None or memory_labels is not None:
+            raise NearfarError("positives says who belongs together: leave labels and memory_labels out")
+        return
+    if labels is None:
+        raise NearfarError("neither labels nor positives were given; one of them says who belongs together")
+    if memory is not None and memory_labels is None:
+        raise NearfarError("memory needs memory_labels, one for each of its rows")
+
+
+def _explicit(positives: Tensor, queries: Tensor, keys: Tensor | None) -> Weights:
+    """A matrix of positives as a target."""
+    check_tensors(positives=positives)
+    if positives.is_complex():
+        raise NearfarError(f"positives are {positives.dtype}; true, or what a pair weighs, is needed")
+    n, m = len(queries), len(queries if keys is None else keys)
+    if positives.shape != (n, m):
+        raise NearfarError(
+            f"positives are {tuple(positives.shape)}, but there are {n} rows and {m} candidates; a matrix ({n}, {m}) "
+            "is needed, true (or a weight) where the column is a positive of the row"
+        )
+    try:
+        return Weights(positives.to(queries))
+    except NearfarError as error:
+        raise NearfarError(f"positives: {error}") from None
+
+
+def inside_of(sum: str) -> bool:
+    if sum not in ("outside", "inside"):
+        raise NearfarError(f"sum is {sum!r}; it stands 'outside' or 'inside' the logarithm")
+    return sum == "inside"
+
+
+def _labels(labels: Tensor, n: int, name: str, of: str, first: int = 0) -> Tensor:
+    """One whole number for each row, and a class of its own for each that is missing."""
+    labels = whole_labels(labels, name)
+    if labels.shape != (n,):
+        raise NearfarError(
+            f"{name} are {tuple(labels.shape)} for {n} rows of {of}; one label for each row is needed"
+        )
+    return apart(labels, first)
+
+
+def multi_label_supcon(
+    z: Float[Tensor, "n d"],
+    labels: Int[Tensor, "n labels"],
+    *,
+    temperature: float = 0.1,
+    weights: Literal["jaccard", "legacy"] = "jaccard",
+    sum: Literal["outside", "inside"] | None = None,
+    neutral: int = 0,
+    normalize: bool = True,
+    rows: slice | None = None,
+    tile: tuple[int, int] | None = None,
+) -> Float[Tensor, ""]:
+    """A supervised contrastive loss for rows with several labels: positives weigh what they have in common.
+
+    ``weights="jaccard"``: ``labels`` is multi-hot; W_ij = labels of both / labels of either, so that what neither has
+    counts for nothing; the sum stands outside the logarithm, with Q_ij = W_ij / Σ_j W_ij. (As SupCon for multi-label
+    rows, after Małkiński and Mańdziuk 2022, "Multi-Label Contrastive Learning for Abstract Visual Reasoning".)
+
+    ``weights="legacy"``: ``labels`` are codes, one per aspect; ``neutral`` (0) is the code that also stands for absent
+    aspects, every other one a polarity. W_ij = Σ_a match_a (1 + neither is neutral) / (2 A) + 0.1, and the loss is
+    -log(Σ_j W_ij exp(s_ij) / Σ_j exp(s_ij)), the sum inside. Agreement about nothing counts as agreement there: a
+    collapsed encoder scores -ln(mean W), already near the floor -ln(max W). Prefer Jaccard.
+
+    An entry of ``labels`` that is −1 (or NaN) is not known, and nobody has it in common with the row; a row of such
+    entries alone has no positives.
+
+    ``sum`` overrides where the sum stands. Rows that share nothing with another row are left out and counted. Floor
+    for a sum outside: the entropy of Q.
+
+    >>> z = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    >>> round(multi_label_supcon(z, torch.tensor([[1, 0], [1, 1], [0, 1]]), temperature=1.0).item(), 4)
+    0.6066
+    """
+    return multi_label_supcon_step(z, labels, temperature, weights, sum, neutral, normalize, rows, tile)[0]
+
+
+@uncompiled
+def multi_label_supcon_step(
+    z: Tensor,
+    labels: Tensor,
+    temperature: float = 0.1,
+    weights: str = "jaccard",
+    sum: str | None = None,
+    neutral: int = 0,
+    normalize: bool = True,
+    rows: slice | None = None,
+    tile: tuple[int, int] | None = None,
+) -> tuple[Float[Tensor, ""], Step]:
+    """``multi_label_supcon``, and what its record is made of."""
+    factor = 1.0 / check_temperature(temperature)
+    check_matrices(z=z)
+    check_words(weights=weights, **({} if sum is None else {"sum": sum}))
+    check_flags(normalize=normalize)
+    check_part(rows, tile)
+    labels = whole_labels(labels)
+    if labels.ndim != 2 or len(labels) != len(z):
+        raise NearfarError(
+            f"labels are {tuple(labels.shape)} for {len(z)} rows of z; one row of labels for each is needed"
+        )
+    if labels.shape[1] == 0:
+        raise NearfarError("labels have no column; at least one label or aspect is needed")
+    labels, dtype = labels.to(z.device), computing_dtype(z)
+    if weights == "jaccard":
+        labels = labels.masked_fill(labels == MISSING, 0)
+        if z.device.type == "cpu" and not torch.equal(labels * labels, labels):
+            raise NearfarError(
+                "labels for weights='jaccard' are multi-hot, 0 or 1; codes of polarities are for weights='legacy'"
+            )
+        target, inside = LabelOverlap(labels.to(dtype)), inside_of(sum or "outside")
+    elif weights == "legacy":
+        target, inside = _legacy(labels, number("neutral", neutral), dtype), inside_of(sum or "inside")
+    else:
+        raise NearfarError(f"weights is {weights!r}; it is 'jaccard' or 'legacy'")
+    if rows is None and tile is None:
+        few = few_rows(z, None, factor, target, without_self=True, inside=inside, normalize=normalize)
+        if few is not None:
+            return few[0], few[2]
+    first, _, scale = ready(z, None, factor, None if normalize else False, ("z", "z"))
+    return softmax_loss(
+        first,
+        None,
+        scale,
+        target,
+        without_self=True,
+        inside=inside,
+        normalize=normalize,
+        rows=rows,
+        tile=tile,
+    )
+
+
+def _legacy(codes: Tensor, neutral: float, dtype: torch.dtype) -> LabelOverlap:
+    """Matches are dot products of one-hot codes; those that are not neutral count twice."""
+    kinds, where = torch.unique(codes, return_inverse=True)
+    hot = torch.nn.functional.one_hot(where, len(kinds)).to(dtype)
+    twice = (kinds != neutral).to(dtype).repeat(codes.shape[1])
+    missing = codes == MISSING
+    offset = 0.1
+    if bool((kinds == MISSING).any()):  # a code that is not known matches none
+        hot = hot.masked_fill(missing.unsqueeze(2), 0.0)
+    hot = hot.flatten(1) * ((1 + twice) / (2 * codes.shape[1])).sqrt()
+    unknown = missing.all(1)
+    if bool(
+        unknown.any()
+    ):  # what all pairs have in common, as a label that rows of which nothing is known lack
+        hot = torch.cat([hot, (~unknown).to(dtype).unsqueeze(1) * offset**0.5], 1)
+        offset = 0.0
+    return LabelOverlap(hot, jaccard=False, offset=offset)
 
 
 class SupConLoss(ContrastiveLoss):
@@ -26,7 +369,7 @@ class SupConLoss(ContrastiveLoss):
     batches; with ``in_batch=False`` these are the only candidates. ``positives``, a matrix, stands in for labels.
     ``denominator="own"`` is NT-Xent with several positives, ``"negatives"`` decoupled contrastive learning;
     ``reduction`` is "mean", "sum" or "none", the loss of each row.
-    ``nearfar.functional.supcon`` has the definitions.
+    ``nearfar.losses.supcon`` has the definitions.
 
     Floor: ln(positives) outside, 0 inside. Guessing: ln(candidates), less ln(positives) for a sum inside. Rows
     without a positive are left out and counted; a batch without any is 0 and warns. A row whose label is missing (−1
@@ -88,7 +431,7 @@ class MultiLabelSupConLoss(ContrastiveLoss):
     """Rows with labels in common belong together as far as they have them in common.
 
     ``weights="jaccard"``: called with embeddings and multi-hot labels (n, labels). ``weights="legacy"``: with codes
-    (n, aspects), where ``neutral`` also stands for absent. ``nearfar.functional.multi_label_supcon`` has the
+    (n, aspects), where ``neutral`` also stands for absent. ``nearfar.losses.supcon`` has the
     definitions, and why to prefer Jaccard.
 
     Floor: the mean entropy of the target (sum outside), -ln of the largest weight (inside); ``record.floor`` has it

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from nearfar.metrics.batch_signals import batch_signals, group_signals
 from nearfar.metrics.comparison import Difference, compare, holm, paired_difference
-from nearfar.metrics.counts import by_group, count_estimate, f1_macro, f1_micro, item_values, share
-from nearfar.metrics.estimate import Estimate, comparable, split_hash
-from nearfar.metrics.health import (
+from nearfar.metrics.count_metrics import by_group, count_estimate, f1_macro, f1_micro, item_values, share
+from nearfar.metrics.embedding_health import (
     alignment,
     effective_rank,
     embedding_health,
@@ -15,12 +15,11 @@ from nearfar.metrics.health import (
     uniformity,
     variance,
 )
+from nearfar.metrics.estimate import Estimate, comparable, split_hash
 from nearfar.metrics.intervals import bootstrap_mean, few_runs, mean_interval, wilson
 from nearfar.metrics.ranks import Ranks
-from nearfar.metrics.recall import RecallAtK
-from nearfar.metrics.retrieval import rank_estimates, retrieval_metrics, retrieval_ranks
+from nearfar.metrics.retrieval import RecallAtK, rank_estimates, retrieval_metrics, retrieval_ranks
 from nearfar.metrics.seeds import seeds_interval
-from nearfar.metrics.signals import batch_signals, group_signals
 
 __all__ = [
     "Difference",

@@ -1,8 +1,8 @@
 """Scores of many questions about one item: is the aspect mentioned, and with which sentiment?
 
 Answers are codes (n, A): 0 for an aspect that is not mentioned, 1 … P for its polarity. A true code below 0 is not
-known: it counts nowhere. Every score here is a function of counts added over items (``nearfar.metrics.counts``), so
-that intervals resample items and comparisons pair them.
+known: it counts nowhere. Every score here is a function of counts added over items (``nearfar.metrics.count_metrics``),
+so that intervals resample items and comparisons pair them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from nearfar.errors import NearfarError
 from nearfar.labels import is_missing
 from nearfar.metrics.arguments import described, numbers, text, whole, whole_numbers
-from nearfar.metrics.counts import f1_macro, f1_micro
+from nearfar.metrics.count_metrics import f1_macro, f1_micro
 
 __all__ = [
     "calibration_counts",

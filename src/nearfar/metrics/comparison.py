@@ -19,7 +19,7 @@ from nearfar.directions import lower_is_better
 from nearfar.errors import NearfarError
 from nearfar.metrics.arguments import described, flag, instance, numbers, real, text, whole
 from nearfar.metrics.estimate import Estimate, comparable
-from nearfar.metrics.quantiles import check_confidence
+from nearfar.metrics.intervals import check_confidence
 from nearfar.metrics.seeds import Spread, spread_of_difference
 
 __all__ = ["Difference", "compare", "holm", "paired_difference"]

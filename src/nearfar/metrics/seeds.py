@@ -23,8 +23,13 @@ from numpy import ndarray
 
 from nearfar.errors import NearfarError
 from nearfar.metrics.arguments import numbers
-from nearfar.metrics.intervals import mean_interval, score_interval, score_variance
-from nearfar.metrics.quantiles import check_confidence, t_quantile
+from nearfar.metrics.intervals import (
+    check_confidence,
+    mean_interval,
+    score_interval,
+    score_variance,
+    t_quantile,
+)
 
 __all__ = ["Spread", "seeds_interval", "spread_of_difference"]
 

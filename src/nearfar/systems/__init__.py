@@ -65,7 +65,7 @@ _REGISTERED: dict[str, Registration] = {
     "molecules": _own(
         "molecules", "MoleculeSystem", trained="nearfar.systems.molecules.search:TrainedMolecules"
     ),
-    "relations": _own("relations", "RelationSystem", reevaluator="nearfar.systems.relations.rescored"),
+    "relations": _own("relations", "RelationSystem", reevaluator="nearfar.systems.relations.evaluation"),
     "tissue": _own("tissue", "TissueSystem"),
 }
 

@@ -23,15 +23,15 @@ from torch.autograd.function import once_differentiable
 
 from nearfar.contrast import Direction, Nobody, OwnPair, Statistics, Step, Target, computing_dtype, embeddings
 from nearfar.contrast.kernel import take_in, views_of
-from nearfar.contrast.precision import full_precision
-from nearfar.contrast.slopes import Slopes, tile_slopes
-from nearfar.contrast.sums import Side
+from nearfar.contrast.logit_grads import Slopes, tile_slopes
+from nearfar.contrast.numerics import full_precision
+from nearfar.contrast.positives import Workspace
+from nearfar.contrast.running_sums import Side
 from nearfar.contrast.tiles import TILE, Setting, tiles
-from nearfar.contrast.workspace import Workspace
 from nearfar.errors import NearfarError
-from nearfar.functional.arguments import scale_of
-from nearfar.functional.info_nce import clamp_scale
 from nearfar.losses import ClipLoss, InfoNCELoss
+from nearfar.losses.arguments import scale_of
+from nearfar.losses.info_nce import clamp_scale
 from nearfar.training.gather import row_counts, whole_value
 
 __all__ = ["RING_LOSSES", "check_ring", "ring_loss", "ring_sums"]

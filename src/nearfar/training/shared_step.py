@@ -20,10 +20,9 @@ from torch.utils import _pytree as pytree
 
 from nearfar.errors import NearfarError
 from nearfar.training import ranks
-from nearfar.training.cached import cached_embeddings
-from nearfar.training.distributed import DistributedLoss
+from nearfar.training.distributed import DistributedLoss, nothing
 from nearfar.training.gather import gather_rows, row_counts, whole_value
-from nearfar.training.rank_arguments import nothing
+from nearfar.training.grad_cache import cached_embeddings
 from nearfar.training.ring import check_ring, ring_loss
 from nearfar.training.system import StepOutput, System
 

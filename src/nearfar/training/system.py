@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from nearfar.errors import NearfarError
 from nearfar.metrics import Estimate
-from nearfar.training.cached import cached_embeddings
+from nearfar.training.grad_cache import cached_embeddings
 from nearfar.training.sections import Section
 
 __all__ = [
@@ -157,7 +157,7 @@ class System(ABC):
 
     def step(self, model: nn.Module, batch: Any, cached_chunk: int | None = None) -> StepOutput:
         """One training step; with ``cached_chunk``, the same within rounding, with the activations of so many rows in
-        memory at a time (``nearfar.training.cached``)."""
+        memory at a time (``nearfar.training.grad_cache``)."""
         if cached_chunk is None:
             return self.training_step(model, batch)
         if not self.defines("encode"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from nearfar.doctor.finding import Remedy
+from nearfar.doctor.rule import Remedy
 from nearfar.doctor.signals import Signals
 
 __all__ = ["advice", "fixed", "lower_learning_rate", "peak_learning_rate", "scaled", "short"]

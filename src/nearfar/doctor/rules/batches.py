@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from statistics import median
 
-from nearfar.doctor.finding import Evidence, Remedy
 from nearfar.doctor.phases import means_hard
-from nearfar.doctor.rule import Rule
+from nearfar.doctor.rule import Evidence, Remedy, Rule
 from nearfar.doctor.rules._remedies import advice, short
 from nearfar.doctor.signals import Signals
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from nearfar.doctor.finding import Evidence, Remedy
 from nearfar.doctor.phases import monitor, switch_epoch
-from nearfar.doctor.rule import Rule
+from nearfar.doctor.rule import Evidence, Remedy, Rule
 from nearfar.doctor.rules._remedies import fixed, lower_learning_rate
 from nearfar.doctor.series import level_noise, mean
 from nearfar.doctor.signals import Signals

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from nearfar.doctor.finding import Evidence, Remedy
 from nearfar.doctor.phases import STILL, metric_margin, monitor, switch_epoch
-from nearfar.doctor.rule import Rule, TooLittle
+from nearfar.doctor.rule import Evidence, Remedy, Rule, TooLittle
 from nearfar.doctor.rules._remedies import lower_learning_rate, short
 from nearfar.doctor.series import mean
 from nearfar.doctor.signals import Signals

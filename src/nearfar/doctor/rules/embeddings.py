@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from nearfar.doctor.finding import Evidence, Remedy
 from nearfar.doctor.levels import by_class
-from nearfar.doctor.rule import Rule
+from nearfar.doctor.rule import Evidence, Remedy, Rule
 from nearfar.doctor.rules._remedies import advice, lower_learning_rate, scaled
 from nearfar.doctor.series import Series
 from nearfar.doctor.signals import Signals

@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from itertools import pairwise
 
-from nearfar.doctor.finding import Evidence, Remedy
 from nearfar.doctor.phases import hard_epochs, means_hard
-from nearfar.doctor.rule import Rule, TooLittle
+from nearfar.doctor.rule import Evidence, Remedy, Rule, TooLittle
 from nearfar.doctor.rules._remedies import advice, scaled
 from nearfar.doctor.series import mean
 from nearfar.doctor.signals import Signals

@@ -7,10 +7,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from nearfar.doctor.finding import Evidence, Remedy
 from nearfar.doctor.levels import Level, levels
 from nearfar.doctor.phases import hard_epochs, metric_rises, monitor, switch_epoch
-from nearfar.doctor.rule import Rule, TooLittle
+from nearfar.doctor.rule import Evidence, Remedy, Rule, TooLittle
 from nearfar.doctor.rules._remedies import advice, lower_learning_rate, peak_learning_rate
 from nearfar.doctor.series import LAST_PART, mean
 from nearfar.doctor.signals import Signals

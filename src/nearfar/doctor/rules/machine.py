@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 
-from nearfar.doctor.finding import Evidence
-from nearfar.doctor.rule import Rule
+from nearfar.doctor.rule import Evidence, Rule
 from nearfar.doctor.rules._remedies import advice, fixed
 from nearfar.doctor.signals import Signals
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from nearfar.doctor.finding import Evidence, Remedy
 from nearfar.doctor.levels import by_class
-from nearfar.doctor.rule import Rule
+from nearfar.doctor.rule import Evidence, Remedy, Rule
 from nearfar.doctor.rules._remedies import advice, fixed
 from nearfar.doctor.series import Series, mean
 from nearfar.doctor.signals import Signals

@@ -6,9 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from nearfar.doctor.finding import Evidence
-from nearfar.doctor.numbers import estimate_of, number, numbers, plain
-from nearfar.doctor.rule import Rule, TooLittle
+from nearfar.doctor.log_tables import estimate_of, number, numbers, plain
+from nearfar.doctor.rule import Evidence, Rule, TooLittle
 from nearfar.doctor.rules._remedies import advice
 from nearfar.doctor.series import mean
 from nearfar.doctor.signals import Signals
@@ -74,7 +73,7 @@ def _interval(metric: str, difference: Any) -> tuple[float, float, float, str] |
 
 
 def _over_seeds(metric: str, found: Mapping[str, Any]) -> tuple[float, float, float, str] | None:
-    from nearfar.metrics.quantiles import t_quantile  # loads PyTorch with its floor
+    from nearfar.metrics.intervals import t_quantile  # loads PyTorch with its floor
 
     where = f"context['comparison']['{metric}']"
     if found.get("per_seed") is not None:

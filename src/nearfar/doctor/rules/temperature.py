@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 
-from nearfar.doctor.finding import Evidence, Remedy
-from nearfar.doctor.rule import Rule, TooLittle
+from nearfar.doctor.rule import Evidence, Remedy, Rule, TooLittle
 from nearfar.doctor.rules._remedies import fixed
 from nearfar.doctor.series import Series, mean
 from nearfar.doctor.signals import Signals

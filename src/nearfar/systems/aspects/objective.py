@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from nearfar.functional.focal import focal_alpha
 from nearfar.losses import FocalLoss, MultiLabelSupConLoss, Objective
+from nearfar.losses.focal import focal_alpha
 from nearfar.systems.aspects.labels import NEGATIVE, NEUTRAL, POSITIVE, UNKNOWN, LabelScheme
 
 __all__ = ["ALPHAS", "CONTRASTS", "AspectObjective", "class_weights"]

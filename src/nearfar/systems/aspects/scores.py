@@ -24,7 +24,7 @@ from nearfar.metrics.classification import (
     pair_counts,
     weighted_f1,
 )
-from nearfar.metrics.counts import Statistic
+from nearfar.metrics.count_metrics import Statistic
 from nearfar.systems.aspects.labels import ABSENT, NEUTRAL, LabelScheme
 
 __all__ = ["HEADLINE", "Scores", "score_split"]

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from nearfar.data.coco import CocoSplit
 from nearfar.errors import NearfarError
-from nearfar.metrics.detection import Boxes, detection_evidence
-from nearfar.metrics.detection_estimates import detection_estimates
+from nearfar.metrics.detection import Boxes, detection_estimates, detection_evidence
 from nearfar.metrics.detection_evaluator import check_evidence
 from nearfar.models.detection import DetectorOutput
 from nearfar.models.detection.boxes import corners, iou

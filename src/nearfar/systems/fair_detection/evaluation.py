@@ -12,10 +12,15 @@ from torch import Tensor
 
 from nearfar.data.coco import CocoSplit
 from nearfar.metrics import Estimate
-from nearfar.metrics.detection import Boxes, DetectionEvidence, detection_evidence
-from nearfar.metrics.detection_estimates import Change, detection_change, detection_estimates
-from nearfar.metrics.intervals import bootstrap_levels
-from nearfar.metrics.quantiles import normal_quantile
+from nearfar.metrics.detection import (
+    Boxes,
+    Change,
+    DetectionEvidence,
+    detection_change,
+    detection_estimates,
+    detection_evidence,
+)
+from nearfar.metrics.intervals import bootstrap_levels, normal_quantile
 from nearfar.systems.detector.evaluate import constant_boxes, found_boxes, true_boxes
 
 __all__ = ["GOAL", "METRICS", "Findings", "detected", "gap_closed", "judge", "ordered"]

@@ -15,8 +15,7 @@ from omegaconf import OmegaConf
 from nearfar.data.cache import cache_dir, content_key
 from nearfar.data.coco import CocoSplit
 from nearfar.errors import NearfarError, nearest_name
-from nearfar.metrics.detection import detection_evidence
-from nearfar.metrics.detection_estimates import detection_estimates
+from nearfar.metrics.detection import detection_estimates, detection_evidence
 from nearfar.models.detection import Detector
 from nearfar.systems.detector.evaluate import true_boxes
 from nearfar.systems.detector.load import load_detector

@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from nearfar.functional.score_contrastive import split_scores
 from nearfar.losses import AdaptiveScoreContrastiveLoss, BidirectionalScoreContrastiveLoss, Objective
+from nearfar.losses.score_contrastive import split_scores
 from nearfar.models.detection import Detector, DetectorOutput, Match, Target
 from nearfar.systems.fair_detection.model import FairModel
 from nearfar.systems.fair_detection.options import term_weights

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nearfar.data.images import read_image, resize
 from nearfar.metrics import group_signals
-from nearfar.metrics.detection_estimates import Change
+from nearfar.metrics.detection import Change
 from nearfar.models.detection.boxes import corners
 from nearfar.systems.fair_detection.data import PictureDataset
 from nearfar.systems.fair_detection.evaluation import METRICS, Findings

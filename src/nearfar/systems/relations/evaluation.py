@@ -1,14 +1,18 @@
-"""Numbers of a split: what the probes say, beside controls and the majority, and pair retrieval by itself.
+"""Metrics of a split: probe accuracy beside controls and the majority, pair retrieval by itself, and judging a run
+again.
 
-The two questions were mixed up before. *Probe accuracy* asks for the relation (chance: the most frequent one);
-*pair retrieval* asks which of B pairs of boxes a pair of crops belongs to (chance 1/B), and an encoder that knows the
-relation and nothing else is bad at it. Intervals of both are over pictures, whose pairs share their luck.
+The two questions were mixed up before. *Probe accuracy* asks for the relation (chance: the most frequent one); *pair
+retrieval* asks which of B pairs of boxes a pair of crops belongs to (chance 1/B), and an encoder that knows the
+relation and nothing else is bad at it. Intervals of both are over pictures, since pairs of one picture are not
+independent. Predictions are kept with the run: re-scoring and cross-validation start from them.
 """
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +21,7 @@ from jaxtyping import Bool, Float, Int
 from numpy import ndarray
 from torch import Tensor
 
+from nearfar.errors import NearfarError
 from nearfar.metrics import (
     Difference,
     Estimate,
@@ -29,8 +34,82 @@ from nearfar.metrics import (
     retrieval_ranks,
     share,
 )
+from nearfar.systems.relations.names import chosen_relations
+from nearfar.systems.relations.probe import FUSED
+from nearfar.training.run_folder import RunFolder, write_atomically
 
-__all__ = ["Judged", "confusion", "judge", "pair_retrieval"]
+__all__ = ["Judged", "Predictions", "confusion", "judge", "pair_retrieval", "pool", "rescore"]
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Pairs, their relation, and by metric how much each classifier found to speak for every class."""
+
+    ids: Sequence[str]
+    image: Sequence[str]
+    truth: Int[ndarray, " n"]
+    seen: Bool[ndarray, " n"]  # whether there is a photo
+    relations: Sequence[str]
+    scores: Mapping[str, Float[ndarray, "n classes"]]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def said(self, among: Sequence[int] | None = None) -> dict[str, Int[ndarray, " n"]]:
+        """The class with the highest score, by metric; ``among`` leaves only some classes to choose from."""
+        out = {}
+        for metric, scores in self.scores.items():
+            if among is None:
+                out[metric] = scores.argmax(axis=1)
+            else:
+                out[metric] = np.asarray(among)[scores[:, list(among)].argmax(axis=1)]
+        return out
+
+    def save(self, path: Path) -> None:
+        """Write a compressed ``.npz``."""
+        arrays = {f"scores/{metric}": scores.astype(np.float32) for metric, scores in self.scores.items()}
+        texts = {"ids": self.ids, "image": self.image, "relations": self.relations}
+        arrays |= {name: np.asarray(list(column), dtype=np.str_) for name, column in texts.items()}
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, truth=self.truth, seen=self.seen, **arrays)  # type: ignore[arg-type]
+        write_atomically(path, lambda file: file.write(buffer.getvalue()))
+
+    @classmethod
+    def load(cls, run: Path, split: str) -> Predictions:
+        """Of a finished run."""
+        path = run / f"predictions_{split}.npz"
+        if not path.is_file():
+            raise NearfarError(
+                f"{path}: there are no predictions; is {run} a finished run of the relation system?"
+            )
+        with np.load(path, allow_pickle=False) as entry:
+            return cls(
+                entry["ids"].tolist(),
+                entry["image"].tolist(),
+                entry["truth"],
+                entry["seen"],
+                entry["relations"].tolist(),
+                {name[7:]: entry[name] for name in entry.files if name.startswith("scores/")},
+            )
+
+    @classmethod
+    def pooled(cls, parts: Sequence[Predictions]) -> Predictions:
+        """Several test sets as one; of the metrics those that all have."""
+        metrics = [name for name in parts[0].scores if all(name in part.scores for part in parts)]
+        if len({tuple(part.relations) for part in parts}) != 1:
+            raise NearfarError("these runs have different relations; they cannot be pooled")
+        ids = [name for part in parts for name in part.ids]
+        if len(set(ids)) != len(ids):
+            raise NearfarError("these test sets share pairs: they are not the folds of one cross-validation")
+        return cls(
+            ids,
+            [image for part in parts for image in part.image],
+            np.concatenate([part.truth for part in parts]),
+            np.concatenate([part.seen for part in parts]),
+            parts[0].relations,
+            {name: np.concatenate([part.scores[name] for part in parts]) for name in metrics},
+        )
+
 
 PAIR = "pair_retrieval/R@1"
 
@@ -159,3 +238,86 @@ def confusion(
     table = np.zeros((count, count), dtype=np.int64)
     np.add.at(table, (truth, classes), 1)
     return table
+
+
+CONTROLS = ("spatial_only", "visual_only", "categories_only", "raw_features", "numbers_only", "untrained")
+
+
+def rescore(run: str | Path, relations: Any = "top5", split: str | None = None) -> dict[str, Estimate]:
+    """An older model on the pairs of some of its relations: what fewer classes are worth without any training.
+
+    "all classes": the classes to choose from stay what they were, and one outside ``relations`` is wrong. "these
+    classes": the best of ``relations`` alone. A new model on these relations has to beat the second.
+
+    Raises ``NearfarError`` for a run of another system, or relations that it does not know.
+    """
+    folder = RunFolder(Path(run))
+    split = split or ("test" if (folder.path / "predictions_test.npz").exists() else "val")
+    found = Predictions.load(folder.path, split)
+    wanted = chosen_relations(relations)
+    unknown = [name for name in wanted if name not in found.relations]
+    if unknown:
+        raise NearfarError(
+            f"{folder}: the model does not know {', '.join(unknown)}; it knows {', '.join(found.relations)}."
+        )
+    among = [list(found.relations).index(name) for name in wanted]
+    rows = np.isin(found.truth, among)
+    if not rows.any():
+        raise NearfarError(f"{folder}: no pair of {split} has one of {', '.join(wanted)}.")
+    kept = found.truth[rows]
+    images = [image for image, row in zip(found.image, rows, strict=True) if row]
+    constant = int(np.bincount(kept).argmax())
+    out: dict[str, Estimate] = {}
+    for words, choice in (("all_classes", None), ("these_classes", among)):
+        said = {metric: classes[rows] for metric, classes in found.said(choice).items() if metric == FUSED}
+        renamed = {
+            f"{metric.removesuffix('/accuracy')}_{words}/accuracy": classes
+            for metric, classes in said.items()
+        }
+        out |= judge(renamed, kept, images, found.relations, constant).estimates
+    return out
+
+
+def pool(runs: Sequence[Path], bootstrap: int = 1000) -> tuple[Judged, list[dict[str, Any]]]:
+    """Cross-validation: every pair judged by the model that did not see its picture; with differences, paired.
+
+    Returns what was judged, and rows of differences of the fused probe from each control, on all pairs and on those
+    with a photo.
+    """
+    found = Predictions.pooled([Predictions.load(path, "test") for path in runs])
+    constant = int(np.bincount(found.truth).argmax())
+    said = found.said() | {"majority/accuracy": np.full_like(found.truth, constant)}
+    judged = judge(
+        said, found.truth, found.image, found.relations, constant, detailed=(FUSED,), bootstrap=bootstrap
+    )
+    kinds: list[tuple[str, Judged]] = [("", judged)]
+    if found.seen.any() and not found.seen.all():
+        some = {f"with_photo/{metric}": classes for metric, classes in said.items()}
+        here = judge(
+            some, found.truth, found.image, found.relations, constant, rows=found.seen, bootstrap=bootstrap
+        )
+        judged.estimates |= here.estimates
+        judged.per_image |= here.per_image
+        kinds.append(("with_photo/", judged))
+    return judged, [row for prefix, part in kinds for row in differences(part, prefix)]
+
+
+def differences(judged: Judged, prefix: str = "") -> list[dict[str, Any]]:
+    """The fused probe minus each control on the same pairs."""
+    rows = []
+    for control in (*CONTROLS, "majority"):
+        metric, other = f"{prefix}{FUSED}", f"{prefix}{control}/accuracy"
+        if other not in judged.per_image:
+            continue
+        found = judged.difference(metric, other)
+        rows.append(
+            {
+                "pairs": "with a photo" if prefix else "all",
+                "minus": control.replace("_", " "),
+                "difference": found.value,
+                "low": found.low,
+                "high": found.high,
+                "verdict": found.verdict,
+            }
+        )
+    return rows

@@ -10,12 +10,10 @@ import torch
 from numpy import ndarray
 from torch import Tensor, nn
 
-from nearfar.systems.relations.blocks import FUSED, LINEAR, Rows, blocks_of, looks_at, scored
 from nearfar.systems.relations.data import RelationData
 from nearfar.systems.relations.dataset import RelationDataset
-from nearfar.systems.relations.evaluation import PAIR, Judged, judge, pair_retrieval
-from nearfar.systems.relations.predictions import Predictions
-from nearfar.systems.relations.probe import sample_rows
+from nearfar.systems.relations.evaluation import PAIR, Judged, Predictions, judge, pair_retrieval
+from nearfar.systems.relations.probe import FUSED, LINEAR, Rows, blocks_of, looks_at, sample_rows, scored
 from nearfar.training.system import Evaluation
 
 __all__ = ["Examiner"]

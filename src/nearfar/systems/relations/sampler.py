@@ -10,8 +10,7 @@ from jaxtyping import Bool
 from numpy import ndarray
 
 from nearfar.batching import BalancedBatchSampler, BatchSampler, RandomBatchSampler
-from nearfar.batching.base import digest
-from nearfar.batching.layout import Plan
+from nearfar.batching.base import Plan, digest
 from nearfar.errors import NearfarError, nearest_name
 
 __all__ = ["SAMPLERS", "BatchesBySort", "build_sampler"]

@@ -15,7 +15,6 @@ from nearfar.data.rejections import Rejections
 from nearfar.errors import NearfarError
 from nearfar.models.image import build_image_encoder
 from nearfar.models.text import build_text_encoder, embed_texts
-from nearfar.systems.relations.blocks import LINEAR
 from nearfar.systems.relations.boxes import names_of, spatial_numbers
 from nearfar.systems.relations.data import RelationData, load_data
 from nearfar.systems.relations.dataset import RelationDataset, Scaler
@@ -24,6 +23,7 @@ from nearfar.systems.relations.features import crop_features
 from nearfar.systems.relations.model import RelationModel
 from nearfar.systems.relations.objective import ViewLoss
 from nearfar.systems.relations.options import check_options
+from nearfar.systems.relations.probe import LINEAR
 from nearfar.systems.relations.sampler import build_sampler
 from nearfar.systems.relations.sections import sections
 from nearfar.training.sections import Section

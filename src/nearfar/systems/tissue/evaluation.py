@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nearfar.functional import info_nce
 from nearfar.metrics import Estimate, Ranks, few_runs, rank_estimates, retrieval_ranks
-from nearfar.metrics.quantiles import t_quantile
+from nearfar.metrics.intervals import t_quantile
 
 __all__ = ["DIRECTIONS", "KS", "Scores", "information", "retrieval"]
 

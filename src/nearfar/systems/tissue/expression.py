@@ -119,7 +119,7 @@ def pearson_estimate(
         low, high = np.quantile(drawn, bootstrap_levels(drawn, value, values - value, confidence)).tolist()
         method = "bootstrap over spots (BCa)"
     else:
-        from nearfar.metrics.quantiles import t_quantile
+        from nearfar.metrics.intervals import t_quantile
 
         half = (
             t_quantile(0.5 + confidence / 2, len(values) - 1) * float(values.std(ddof=1)) / len(values) ** 0.5

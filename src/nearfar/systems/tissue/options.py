@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from nearfar.errors import NearfarError
-from nearfar.functional.spatial import check_spatial_options
+from nearfar.losses.spatial import check_spatial_options
 from nearfar.models.image import check_image_encoder
 from nearfar.models.text import build_text_encoder
 from nearfar.systems.tissue.features import ImageFeatures

@@ -18,6 +18,7 @@ from nearfar.training.run_folder import RunFolder
 
 __all__ = ["LossReading", "read_losses"]
 
+
 #: what the loss of a step says about itself, and how a reader calls it
 LEVELS = {
     "candidates": "candidates of an anchor",

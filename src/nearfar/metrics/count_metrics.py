@@ -24,11 +24,11 @@ from numpy.typing import ArrayLike, NDArray
 from nearfar.errors import NearfarError
 from nearfar.metrics.arguments import flag, function, instance, number, numbers, text, whole
 from nearfar.metrics.estimate import Estimate
-from nearfar.metrics.intervals import bootstrap_levels, score_interval, wilson
+from nearfar.metrics.intervals import bootstrap_levels, check_confidence, score_interval, t_quantile, wilson
 from nearfar.metrics.labels import entries
-from nearfar.metrics.quantiles import check_confidence, t_quantile
 
 __all__ = ["Statistic", "by_group", "count_estimate", "f1_macro", "f1_micro", "item_values", "share"]
+
 
 #: sums (…, m), or (…, classes, m), to one number each; vectorised over the leading axes
 Statistic = Callable[[NDArray[np.float64]], NDArray[np.float64]]

@@ -18,6 +18,7 @@ from nearfar.metrics.labels import entries
 
 __all__ = ["batch_signals", "group_signals"]
 
+
 # Rows whose pairs with all columns are looked at together.
 _TILE = 1024
 

@@ -1,18 +1,30 @@
-"""Rows of unit length, and the check that there is something to bring to unit length."""
+"""Rows of unit length and their derivatives; full precision under autocast; what the kernels refuse."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nearfar.contrast.precision import full_precision, no_second_derivative
 from nearfar.errors import NearfarError
 
-__all__ = ["embeddings", "lengths_of", "through_length_", "unit_and_length", "unit_rows"]
+__all__ = [
+    "computing_dtype",
+    "embeddings",
+    "full_precision",
+    "lengths_of",
+    "no_second_derivative",
+    "through_length_",
+    "uncompiled",
+    "unit_and_length",
+    "unit_rows",
+]
+
 
 #: lengths whose squares neither overflow nor vanish, above this and below its inverse
 ORDINARY = 1e-15
@@ -147,3 +159,53 @@ def _say_which(x: Tensor, name: str) -> None:
             f"{name} is not finite in {len(bad)} of {len(x)} rows (row {shown}): look at what the encoder gives for "
             "them; a learning rate too high or a row of missing input are the usual reasons"
         )
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[object]:
+    """Autocast off: it would take the products in half precision, where scores of 1 / 0.001 have steps of a half."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def computing_dtype(*tensors: torch.Tensor) -> torch.dtype:
+    """The widest of these, and float32 at least.
+
+    >>> computing_dtype(torch.ones(1, dtype=torch.float16))
+    torch.float32
+    """
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+def no_second_derivative() -> None:
+    """Raise where a backward is asked for a graph of itself."""
+    if torch.is_grad_enabled():
+        raise NearfarError(
+            "nearfar's losses give first derivatives only, which their kernels write down themselves. For a second "
+            "derivative (create_graph=True, gradient penalties) write the loss with plain operations, such as "
+            "torch.nn.functional.cross_entropy(a @ b.T * scale, torch.arange(len(a)))"
+        )
+
+
+def uncompiled(function: Callable[P, R]) -> Callable[P, R]:
+    """Leave a function out of ``torch.compile``: the graph ends before it and goes on behind it.
+
+    As ``torch.compiler.disable``, which however loads the compiler where it decorates (seconds at import) and costs
+    more at each call than the losses of a small batch.
+    """
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if torch.compiler.is_compiling():
+            eager: Callable[P, R] = torch.compiler.disable(function)
+            return eager(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return call

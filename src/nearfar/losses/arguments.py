@@ -28,6 +28,7 @@ __all__ = [
     "scale_of",
 ]
 
+
 #: further negatives: rows for the first direction, or a pair of rows for both
 Negatives = Tensor | tuple[Tensor | None, Tensor | None]
 

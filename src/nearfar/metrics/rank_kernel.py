@@ -23,6 +23,7 @@ from nearfar.metrics.relevance import Relevance
 
 __all__ = ["Counts", "Side", "count_ranks"]
 
+
 # A tile of 256 × 1024 scores and its 0/1 mask are 1 MB each: they stay in the cache of a core.
 TILE = (256, 1024)
 # Numbers gathered at once when single pairs are scored in float64: 4 MB for each side.

@@ -6,15 +6,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nearfar.contrast.fused import times_sum
-from nearfar.contrast.patches import HIDDEN, is_shown
-from nearfar.contrast.reductions import common_shift, rest_share, tiny, within
-from nearfar.contrast.sums import Side
-from nearfar.contrast.taken import Taken
+from nearfar.contrast.positives import HIDDEN, Taken, Workspace, is_shown
+from nearfar.contrast.reductions import common_shift, rest_share, times_sum, tiny, within
+from nearfar.contrast.running_sums import Side
 from nearfar.contrast.tiles import Tile
-from nearfar.contrast.workspace import Workspace
 
 __all__ = ["Slopes", "positive_slopes", "tile_slopes"]
+
 
 #: below every logit of a bounded tile; a hidden one, times a slope as large as 1 / sum, would overflow
 LEAST = -1e3

@@ -30,6 +30,7 @@ __all__ = [
     "variance",
 ]
 
+
 Rows = Float[Tensor, "n d"] | np.ndarray
 
 #: neighbours by whose lists hubs are found, as in the paper
