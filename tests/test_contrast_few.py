@@ -15,8 +15,8 @@ from nearfar.contrast import (
     SparseWeights,
     Target,
     Weights,
-    few_rows,
-    few_sigmoid_pairs,
+    dense_sigmoid,
+    dense_softmax,
     softmax_loss,
     unit_rows,
 )
@@ -74,7 +74,7 @@ def test_one_matrix_is_the_walk_over_tiles(
     a, b = (draw(N, D, seed=seed).requires_grad_() for seed in (1, 2))
     scale = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
     options = {"both": both, "without_self": without_self, "inside": inside}
-    few = few_rows(a, b, scale, targets()[name], normalize=normalize, **options)
+    few = dense_softmax(a, b, scale, targets()[name], normalize=normalize, **options)
     assert few is not None
     value, step = softmax_loss(a, b, scale, targets()[name], normalize=normalize, tile=(4, 5), **options)
     torch.testing.assert_close(few[0], value, rtol=1e-12, atol=1e-12)
@@ -87,7 +87,7 @@ def test_one_matrix_is_the_walk_over_tiles(
 def test_rows_that_are_their_own_keys(name: str) -> None:
     z = draw(N, D, seed=1).requires_grad_()
     scale = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
-    few = few_rows(z, None, scale, targets()[name], without_self=True)
+    few = dense_softmax(z, None, scale, targets()[name], without_self=True)
     assert few is not None
     value, step = softmax_loss(
         z, None, scale, targets()[name], without_self=True, normalize=True, tile=(4, 4)
@@ -99,7 +99,7 @@ def test_rows_that_are_their_own_keys(name: str) -> None:
 
 def test_a_matrix_of_the_users_stays_as_it_is() -> None:
     matrix = torch.ones(N, N, dtype=torch.float64)
-    few_rows(draw(N, D), None, 3.0, Weights(matrix), without_self=True)
+    dense_softmax(draw(N, D), None, 3.0, Weights(matrix), without_self=True)
     assert (matrix == 1).all()
 
 
@@ -109,7 +109,7 @@ def test_digits_near_convergence() -> None:
     exact, fine = (x.clone().requires_grad_() for x in (z.double(), z))
     pairs = torch.tensor([0, 0, 1, 1])
     for x in (exact, fine):
-        few = few_rows(x, None, 10.0, SameClass(pairs), without_self=True)
+        few = dense_softmax(x, None, 10.0, SameClass(pairs), without_self=True)
         assert few is not None
         few[0].backward()
     assert exact.grad is not None
@@ -150,11 +150,11 @@ def test_the_gap_of_the_regulariser(weight: float) -> None:
 def test_what_is_not_small(change, scale: float) -> None:
     x = change(draw(N, D).float())
     assert small_batch(x, None, scale, normalize=True) is None
-    assert few_sigmoid_pairs(x, x, -1.0 if scale > 50 else scale, torch.tensor(-1.0), True) is None
+    assert dense_sigmoid(x, x, -1.0 if scale > 50 else scale, torch.tensor(-1.0), True) is None
 
 
 def test_nothing_has_a_positive() -> None:
-    assert few_rows(draw(N, D), None, 3.0, SameClass(torch.arange(N)), without_self=True) is None
+    assert dense_softmax(draw(N, D), None, 3.0, SameClass(torch.arange(N)), without_self=True) is None
 
 
 @pytest.mark.parametrize("normalize", [True, False])

@@ -18,7 +18,7 @@ from nearfar.contrast import (
     DuplicateMask,
     IndexMask,
     LabelOverlap,
-    Nobody,
+    NoPositives,
     NoPositivesWarning,
     OwnPair,
     SameClass,
@@ -390,7 +390,7 @@ def test_sparse_weights_of_more_or_fewer_keys(n, m):
         exact = oracles.mean([oracles.table(u @ v.T * 2.0, oracles.sparse(index, weight, m))])
         oracles.agree(value, (x, y), exact, (u, v), 1e-6)
     with pytest.raises(NearfarError, match="as many keys"):
-        target.turned()
+        target.transposed()
 
 
 def test_chosen_columns_and_nobody():
@@ -405,11 +405,11 @@ def test_chosen_columns_and_nobody():
         )
         exact = oracles.mean([oracles.table(u @ v.T * 1.5, weights, absent, inside=inside)])
         oracles.agree(value, (x, y), exact, (u, v), 1e-9)
-        (sums,) = log_sums(x, y, scale, Nobody(3, 7), tile=tile)
+        (sums,) = log_sums(x, y, scale, NoPositives(3, 7), tile=tile)
         assert torch.allclose(sums.rest, torch.logsumexp(x @ y.T * 1.5, 1))
         assert (sums.positive == -torch.inf).all()
     with pytest.raises(NearfarError, match="one direction"):
-        Columns(3, 7, slice(2, 6)).turned()
+        Columns(3, 7, slice(2, 6)).transposed()
     assert Columns(3, 7, slice(2, 3)).has_positives(True).tolist() == [True, True, False]
 
 
@@ -423,7 +423,7 @@ def test_who_has_positives(name, alone):
         back = torch.where(torch.eye(N, dtype=torch.bool), 0.0, back)
     if not (alone and name == "own"):
         assert target.has_positives(alone).tolist() == there.any(1).tolist()
-        assert target.turned().has_positives(alone).tolist() == (back > 0).any(1).tolist()
+        assert target.transposed().has_positives(alone).tolist() == (back > 0).any(1).tolist()
 
 
 @pytest.mark.parametrize("masked", [name for name in MASKS if name != "none"])

@@ -20,7 +20,7 @@ SHAPES = [(1, 1), (3, 4), (9, 9), (10, 10), (7, 11), (1, 9)]
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of at most 3 × 4, the last ones smaller: no size divides the batch."""
-    for name, value in (("LEAST_ROWS", 1), ("KEPT", 40), ("TILE", (3, 4))):
+    for name, value in (("MIN_ROWS", 1), ("MAX_KEPT_LOGITS", 40), ("TILE", (3, 4))):
         monkeypatch.setattr(module, name, value)
 
 
@@ -136,7 +136,7 @@ def test_the_same_rows_on_both_sides() -> None:
 
 def test_so_many_keys_that_too_few_rows_could_be_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = views(3, 30)
-    monkeypatch.setattr(module, "LEAST_ROWS", 2)
+    monkeypatch.setattr(module, "MIN_ROWS", 2)
     assert one_direction_loss(a, b, torch.tensor(1.0, dtype=torch.float64), True) is None
 
 

@@ -27,7 +27,7 @@ from nearfar.training.evaluation import consecutive
 from nearfar.training.fit import fit
 from nearfar.training.loop import TrainingLoop
 from nearfar.training.options import check_training_options
-from nearfar.training.probe import Probe, untouched
+from nearfar.training.probe import Probe, preserve_state
 from nearfar.training.recorder import highest_scale, model_facts
 from nearfar.training.resume import Resume
 from nearfar.training.run_folder import RunFolder
@@ -162,7 +162,7 @@ def test_untouched_puts_everything_back() -> None:
     memory.push(torch.ones(3, 4))
     system.loss(torch.rand(2), torch.rand(2))
     before = copy.deepcopy((model.state_dict(), system.loss.state_dict(), torch.get_rng_state()))
-    with untouched(model, system) as put_back:
+    with preserve_state(model, system) as put_back:
         for _ in range(2):
             torch.rand(3)
             memory.push(torch.zeros(4, 4))
@@ -193,7 +193,7 @@ def test_an_error_inside_leaves_nothing_behind_either() -> None:
         raise ZeroDivisionError
 
     generator = torch.get_rng_state()
-    with pytest.raises(ZeroDivisionError), untouched(model):
+    with pytest.raises(ZeroDivisionError), preserve_state(model):
         fail()
     assert torch.equal(generator, torch.get_rng_state())
     assert model.training
@@ -203,7 +203,7 @@ def test_an_error_inside_leaves_nothing_behind_either() -> None:
 
 def test_weights_that_move_in_eval_mode_are_an_error() -> None:
     model = nn.Linear(2, 2)
-    with pytest.raises(NearfarError, match=r"model\.training"), untouched(model):
+    with pytest.raises(NearfarError, match=r"model\.training"), preserve_state(model):
         model.weight.mul_(0.9)
 
 
@@ -279,7 +279,7 @@ def test_rows_that_validation_has_embedded_are_not_embedded_again(busy: RunFolde
     system, model = final_system(toy_config(), busy)
     system.datasets["val"].noise = 0.0  # that of the toy depends on the batch
     probe = Probe(system, 15, 8, seed=0)
-    with untouched(model):
+    with preserve_state(model):
         validated = system.encode(model, system.datasets["val"].__getitems__(list(range(20))))
     asked: list[int] = []
     encode = system.encode

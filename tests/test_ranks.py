@@ -182,7 +182,7 @@ def killed_at(folder: Path, config: Any, step: int) -> bool:
     ToySystem.encode = dying  # type: ignore[method-assign]
     with pytest.raises(Exception, match=r"."):
         train_toy(folder, config)
-    return ranks.may_speak()
+    return ranks.is_first_error()
 
 
 def test_kill_and_resume_is_bit_identical(tmp_path: Path) -> None:
@@ -251,7 +251,7 @@ def failing(folder: Path, config: Any) -> tuple[str, bool]:
     try:
         train_toy(folder, config)
     except Exception as error:
-        return str(error), ranks.may_speak()
+        return str(error), ranks.is_first_error()
     return "no error", False
 
 

@@ -158,7 +158,7 @@ def test_resume_under_new_values(tmp_path: Path) -> None:
     assert second.read_json("resumed.json")[0]["changed"]["lr"] == [0.01, 0.005]
     rates = [r["lr"] for r in second.log() if r["kind"] == "step" and r["epoch"] == 3]
     assert max(rates) <= 5e-3
-    assert Checkpoint.load(first.path).epoch == 2, "the first run is untouched"
+    assert Checkpoint.load(first.path).epoch == 2, "the first run is preserve_state"
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

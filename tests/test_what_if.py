@@ -18,8 +18,8 @@ from nearfar.lab.counterfactuals import Counterfactual, Effect, Refused, standar
 from nearfar.lab.table import read_what_if, what_if_table
 from nearfar.lab.what_if import WhatIf, what_if
 from nearfar.systems import _REGISTERED, Registration
-from nearfar.training.altered import altered
 from nearfar.training.checkpoint import Checkpoint
+from nearfar.training.override import override_config
 from nearfar.training.run_folder import RunFolder
 from toy_system import N
 from what_if_toy import OptionsToy, explicit_loss, options, trained
@@ -363,12 +363,12 @@ def test_the_table_fits_and_the_words_name_what_is_not_comparable(run: RunFolder
 )
 def test_what_cannot_be_altered(override: str, message: str) -> None:
     with pytest.raises(NearfarError, match=message):
-        altered(options(), [override])
+        override_config(options(), [override])
 
 
 def test_altered_copies_and_keeps_the_record_of_overrides() -> None:
     config = OmegaConf.merge(options(), {"overrides": ["experiment=toy", "lr=1"]})
-    found = altered(config, ["lr=2", "hard_ratio=0.3 -> 0.6", "sampler=hard"])
+    found = override_config(config, ["lr=2", "hard_ratio=0.3 -> 0.6", "sampler=hard"])
     assert found.overrides == ["experiment=toy", "lr=2", "hard_ratio=0.3 -> 0.6", "sampler=hard"]
     assert (found.lr, found.hard_ratio, found.sampler) == (
         2,

@@ -267,7 +267,7 @@ def _shown_here(error: Exception) -> bool:
     """Whether this process, of those that train together, is to show its error."""
     if type(error).__name__ == "Interrupted":  # of all at once
         return ranks.is_first()
-    return ranks.may_speak()
+    return ranks.is_first_error()
 
 
 def _objective(folder: RunFolder) -> float:

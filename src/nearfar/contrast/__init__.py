@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nearfar.contrast.dense import few_pairs, few_rows, few_sigmoid_pairs
+from nearfar.contrast.dense import dense_own_pairs, dense_sigmoid, dense_softmax
 from nearfar.contrast.masks import (
     DenseMask,
     DuplicateMask,
@@ -29,7 +29,7 @@ from nearfar.contrast.softmax import (
 from nearfar.contrast.targets import (
     Columns,
     LabelOverlap,
-    Nobody,
+    NoPositives,
     OwnPair,
     SameClass,
     SparseWeights,
@@ -46,8 +46,8 @@ __all__ = [
     "IndexMask",
     "LabelOverlap",
     "Mask",
+    "NoPositives",
     "NoPositivesWarning",
-    "Nobody",
     "OwnPair",
     "SameClass",
     "SimilarityMask",
@@ -62,10 +62,10 @@ __all__ = [
     "check_reduction",
     "checked_mask",
     "computing_dtype",
+    "dense_own_pairs",
+    "dense_sigmoid",
+    "dense_softmax",
     "embeddings",
-    "few_pairs",
-    "few_rows",
-    "few_sigmoid_pairs",
     "join_masks",
     "log_sums",
     "one_direction_loss",

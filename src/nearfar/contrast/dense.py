@@ -25,9 +25,17 @@ from nearfar.contrast.numerics import ORDINARY, full_precision, no_second_deriva
 from nearfar.contrast.reductions import times, tiny
 from nearfar.contrast.running_sums import Direction, Statistics, Step
 from nearfar.contrast.targets import Target
-from nearfar.contrast.tiles import KEPT, bounded
+from nearfar.contrast.tiles import DENSE_MAX_PAIRS, bounded
 
-__all__ = ["Scores", "SmallBatch", "few_pairs", "few_rows", "few_sigmoid_pairs", "one_matrix", "small_batch"]
+__all__ = [
+    "Scores",
+    "SmallBatch",
+    "dense_own_pairs",
+    "dense_sigmoid",
+    "dense_softmax",
+    "one_matrix",
+    "small_batch",
+]
 
 
 class SmallBatch(NamedTuple):
@@ -57,7 +65,7 @@ def small_batch(
         or a.dtype not in (torch.float32, torch.float64)
         or a.shape[1] != b.shape[1]
         or a.shape[1] == 0
-        or not 0 < len(a) * len(b) <= KEPT
+        or not 0 < len(a) * len(b) <= DENSE_MAX_PAIRS
         or a.device.type != "cpu"
         or b.device.type != "cpu"
     ):
@@ -92,13 +100,13 @@ class Scores(Protocol):
     def take(self, logits: Float[Tensor, "n m"]) -> Sequence[Float[Tensor, ""]]:
         """The values; the logits may be overwritten."""
 
-    def slopes(
+    def logit_grads(
         self, by_first: float | None, by_second: float | None = None, /
     ) -> tuple[Float[Tensor, "n m"], float]:
-        """Derivatives by the logits, up to a factor, which is cheaper to apply later. None: that value is not used."""
+        """Derivatives with respect to the logits, up to a factor that is applied later; None: an unused value."""
 
-    def products(self, slopes: Float[Tensor, "n m"]) -> Float[Tensor, "n m"] | None:
-        """Slopes times logits; None where the logits are gone."""
+    def products(self, logit_grads: Float[Tensor, "n m"]) -> Float[Tensor, "n m"] | None:
+        """Logit gradients times logits; None where the logits are gone."""
 
 
 def one_matrix(
@@ -146,19 +154,21 @@ class _OneMatrix(torch.autograd.Function):
         by_a, by_b = torch.empty_like(a), None if b is None else torch.empty_like(b)
         by_scale = by_bias = None
         with torch.inference_mode(), full_precision(a.device):  # a vecdot is a product too
-            slopes, factor = scores.slopes(*[None if value is None else value.item() for value in upstream])
+            logit_grads, factor = scores.logit_grads(
+                *[None if value is None else value.item() for value in upstream]
+            )
             if ctx.needs_input_grad[3]:
-                by_bias = slopes.sum() * factor
+                by_bias = logit_grads.sum() * factor
             twice = b is None and len(a) > TURNED
             if b is None and not twice:
-                slopes = slopes + slopes.T
-            times(slopes, a if b is None else b, factor * given.value, out=by_a)
+                logit_grads = logit_grads + logit_grads.T
+            times(logit_grads, a if b is None else b, factor * given.value, out=by_a)
             if twice:
-                by_a.addmm_(slopes.T, a, alpha=factor * given.value)
+                by_a.addmm_(logit_grads.T, a, alpha=factor * given.value)
             if by_b is not None:
-                times(slopes.T, a, factor * given.value, out=by_b)
+                times(logit_grads.T, a, factor * given.value, out=by_b)
             if ctx.needs_input_grad[2] or given.lengths is not None:
-                dots, share = _dots(slopes, scores, a, by_a, b, by_b, twice, factor)
+                dots, share = _dots(logit_grads, scores, a, by_a, b, by_b, twice, factor)
                 if ctx.needs_input_grad[2]:
                     by_scale = dots[0].sum() * (share / given.value * (0.5 if b is None else 1.0))
                 if given.lengths is not None:
@@ -173,7 +183,7 @@ class _OneMatrix(torch.autograd.Function):
 
 
 def _dots(
-    slopes: Tensor,
+    logit_grads: Tensor,
     scores: Scores,
     a: Tensor,
     by_a: Tensor,
@@ -183,7 +193,7 @@ def _dots(
     factor: float,
 ) -> tuple[list[Tensor], float]:
     """Each row's product with its derivative, up to a factor: from the logits where these are fewer numbers."""
-    products = None if a.shape[1] < slopes.shape[1] else scores.products(slopes)
+    products = None if a.shape[1] < logit_grads.shape[1] else scores.products(logit_grads)
     if products is not None:
         dots = [products.sum(1, keepdim=True)]
         if twice:
@@ -197,7 +207,7 @@ def _dots(
     return dots, 1.0
 
 
-def few_rows(
+def dense_softmax(
     a: Float[Tensor, "n d"],
     b: Float[Tensor, "m d"] | None,
     scale: float | Float[Tensor, ""],
@@ -216,7 +226,7 @@ def few_rows(
     averaged over rows and directions; all rows must have a positive then, and the sum stands outside the logarithm.
     """
     given = small_batch(a, b, scale, normalize)
-    if given is None or len(a) * len(a if b is None else b) > target.few_pairs:
+    if given is None or len(a) * len(a if b is None else b) > target.dense_limit:
         return None
     if both and target.shape[0] != target.shape[1]:
         return None
@@ -243,14 +253,14 @@ class _Weights(NamedTuple):
         """None where a direction has no positive at all."""
         weight = target.dense(like)
         if both and not target.symmetric:
-            turned = target.turned()
-            if turned is not target:
-                weight = torch.stack([weight, turned.dense(like)])
+            transposed = target.transposed()
+            if transposed is not target:
+                weight = torch.stack([weight, transposed.dense(like)])
         if without_self:
             weight.diagonal(dim1=-2, dim2=-1).zero_()  # not fill_diagonal_, which is slow
         mass = weight.sum(-1, keepdim=True)
         part = missing = None
-        if (without_self or not target.everybody) and not mass.min().item() > 0:
+        if (without_self or not target.every_row_has_positive) and not mass.min().item() > 0:
             missing = (mass == 0).to(mass)
             count = mass.shape[-2] - missing.sum(-2, keepdim=True)
             if not count.min().item() > 0:
@@ -299,14 +309,14 @@ class _Sums:
             losses += (self.own_sum / weighted).log_()
         elif not self.inside:
             self.due = weights.weight / mass
-            self.held = (self.due * logits).sum(-1, keepdim=True)
-            losses += self.own_sum.log().sub_(self.held)
+            self.target_logit = (self.due * logits).sum(-1, keepdim=True)
+            losses += self.own_sum.log().sub_(self.target_logit)
         self.losses = losses
         values = [self._mean(losses)]
         if self.expected:
             self.powers, self.stacked = powers, logits
             self.mean_logit = (powers * logits).sum(-1, keepdim=True) / self.total
-            values.append((self.mean_logit - self.held).mean())
+            values.append((self.mean_logit - self.target_logit).mean())
         return values
 
     def _mean(self, losses: Float[Tensor, "*two n 1"]) -> Float[Tensor, ""]:
@@ -316,7 +326,7 @@ class _Sums:
         total = torch.dot(losses.flatten(), part.expand_as(losses).flatten())
         return total if losses.ndim == 2 else total * 0.5
 
-    def slopes(
+    def logit_grads(
         self, by_loss: float | None, by_gap: float | None = None, /
     ) -> tuple[Float[Tensor, "n m"], float]:
         """By the logits, of both values, both directions added: up to a factor."""
@@ -354,9 +364,9 @@ class _Sums:
         values.div_(self.total).sub_(self.due)
         return values.div_(self.losses.numel())
 
-    def products(self, slopes: Float[Tensor, "n m"]) -> Float[Tensor, "n m"]:
-        """Slopes times logits."""
-        return slopes * self.logits
+    def products(self, logit_grads: Float[Tensor, "n m"]) -> Float[Tensor, "n m"]:
+        """LogitGrads times logits."""
+        return logit_grads * self.logits
 
     def directions(self) -> list[Direction]:
         """What the record needs."""
@@ -380,7 +390,7 @@ class _Sums:
         ]
 
 
-def few_pairs(
+def dense_own_pairs(
     a: Float[Tensor, "n d"],
     b: Float[Tensor, "m d"],
     scale: float | Tensor,
@@ -417,7 +427,9 @@ class _Odds:
         self.odds = self.total / self.own
         return [self.odds.log1p().mean()]
 
-    def slopes(self, by_loss: float | None, _: float | None = None, /) -> tuple[Float[Tensor, "n m"], float]:
+    def logit_grads(
+        self, by_loss: float | None, _: float | None = None, /
+    ) -> tuple[Float[Tensor, "n m"], float]:
         """By the logits, both directions added, up to a factor."""
         each = 1.0 / (self.total + self.own)
         factor = each[0].unsqueeze(1) + each[1] if self.both else each[0].unsqueeze(1)
@@ -425,22 +437,22 @@ class _Odds:
         values.diagonal().copy_((self.total * each).sum(0).neg_())
         return values, (by_loss or 0.0) / self.total.numel()
 
-    def products(self, slopes: Tensor) -> None:
+    def products(self, logit_grads: Tensor) -> None:
         """The powers stand where the logits were."""
 
     def directions(self) -> list[Direction]:
         """What the record needs."""
-        found = []
+        directions = []
         for k, axis in enumerate((1, 0)[: len(self.odds)]):
             candidates: Tensor | float = float(self.powers.shape[axis])
             if self.mask is not None:
                 candidates = (self.powers > 0).sum(axis).to(self.odds.dtype) + 1.0
             statistics = Statistics(self.powers.amax(axis).log(), candidates, 1.0, 1.0, 0.0)
-            found.append(Direction(self.odds[k].log1p(), self.total[k].log(), statistics))
-        return found
+            directions.append(Direction(self.odds[k].log1p(), self.total[k].log(), statistics))
+        return directions
 
 
-def few_sigmoid_pairs(
+def dense_sigmoid(
     a: Float[Tensor, "n d"],
     b: Float[Tensor, "n d"],
     scale: float | Tensor,
@@ -466,13 +478,15 @@ class _Signed:
         self.logits = logits
         return [torch.nn.functional.softplus(logits, threshold=50.0).sum() / len(logits)]
 
-    def slopes(self, by_loss: float | None, _: float | None = None, /) -> tuple[Float[Tensor, "n n"], float]:
+    def logit_grads(
+        self, by_loss: float | None, _: float | None = None, /
+    ) -> tuple[Float[Tensor, "n n"], float]:
         """By the logits, up to a factor."""
         values = self.logits.sigmoid()
         values.diagonal().neg_()
         return values, (by_loss or 0.0) / len(values)
 
-    def products(self, slopes: Tensor) -> None:
+    def products(self, logit_grads: Tensor) -> None:
         """The bias and the signs have changed the logits."""
 
     def directions(self) -> list[Direction]:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nearfar.contrast.logit_grads import Slopes, positive_slopes, tile_slopes
+from nearfar.contrast.logit_grads import LogitGrads, positive_logit_grads, tile_logit_grads
 from nearfar.contrast.numerics import (
     full_precision,
     lengths_of,
@@ -31,10 +31,10 @@ from nearfar.contrast.numerics import (
 )
 from nearfar.contrast.positives import Workspace
 from nearfar.contrast.reductions import common_shift, finite, top_of, within
-from nearfar.contrast.running_sums import Side, Statistics
+from nearfar.contrast.running_sums import RunningSums, Statistics
 from nearfar.contrast.tiles import Scattered, Setting, Tile, tiles
 
-__all__ = ["LogSums", "take_in", "views_of"]
+__all__ = ["LogSums", "accumulate_tile", "query_views"]
 
 #: rows of a tile whose exponentials are read for their sums while they are near
 STRIP = 512
@@ -45,7 +45,7 @@ class LogSums(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, a: Tensor, b: Tensor, scale: Tensor, setting: Setting, found: list[Statistics]
+        ctx: Any, a: Tensor, b: Tensor, scale: Tensor, setting: Setting, statistics: list[Statistics]
     ) -> Any:
         lengths: list[Tensor] = []
         walked: Tensor | None = None  # lengths of queries that are brought to unit length on the walk
@@ -59,22 +59,22 @@ class LogSums(torch.autograd.Function):
             lengths = [length, other]
         space = Workspace(a, setting.size)
         without = int(setting.without_self)
-        sides = [Side(len(a), len(b) - without, a, setting)]
+        sides = [RunningSums(len(a), len(b) - without, a, setting)]
         if setting.both:
-            sides.append(Side(len(b), len(a) - without, a, setting))
+            sides.append(RunningSums(len(b), len(a) - without, a, setting))
         alone = Scattered.of(setting.target, setting.offset, setting.both, setting.size, a)
         kept: list[Tile] = []
         with full_precision(a.device):
             for tile in tiles(a, b, scale, setting, space, alone, walked):
-                take_in(tile, sides, space)
+                accumulate_tile(tile, sides, space)
                 if setting.keep:
                     kept.append(tile)
             if alone is not None:
-                taken = alone.taken(setting.without_self)
+                block = alone.as_positives(setting.without_self)
                 for axis, side in zip((1, 0), sides, strict=False):
-                    side.add_positives(taken, slice(0, side.n), axis)
+                    side.add_positives(block, slice(0, side.n), axis)
             results = [side.results() for side in sides]
-        found.extend(side.statistics() for side in sides)
+        statistics.extend(side.statistics() for side in sides)
         flat = [value for result in results for value in result]
         ctx.save_for_backward(a, b, scale, *flat, *lengths)
         ctx.setting, ctx.kept, ctx.sides, ctx.alone = setting, kept, sides, alone
@@ -90,19 +90,21 @@ class LogSums(torch.autograd.Function):
         lengths = [flat.pop() for _ in range(2 * ctx.setting.normalize)][::-1]
         setting: Setting = ctx.setting
         alone: Scattered | None = ctx.alone
-        slopes = [
-            Slopes(side, tuple(flat[4 * i : 4 * i + 4]), upstream[4 * i : 4 * i + 4])
+        logit_grads = [
+            LogitGrads(side, tuple(flat[4 * i : 4 * i + 4]), upstream[4 * i : 4 * i + 4])
             for i, side in enumerate(ctx.sides)
         ]
         space: Workspace = ctx.space
         by_alone = torch.empty(0)
         if alone is not None:
-            taken = alone.taken(setting.without_self)
-            parts = [(side, slice(0, side.side.n), axis) for axis, side in zip((1, 0), slopes, strict=False)]
-            by_alone = positive_slopes(taken, parts)
+            block = alone.as_positives(setting.without_self)
+            parts = [
+                (side, slice(0, side.side.n), axis) for axis, side in zip((1, 0), logit_grads, strict=False)
+            ]
+            by_alone = positive_logit_grads(block, parts)
 
         def tile_by_tile(tile: Tile) -> Tensor:
-            values = tile_slopes(tile, views_of(tile, slopes), space)
+            values = tile_logit_grads(tile, query_views(tile, logit_grads), space)
             if alone is not None:
                 alone.put(tile.number, values, by_alone)
             return values
@@ -149,26 +151,26 @@ def _add_product(into: Tensor, one: Tensor, other: Tensor, first: bool) -> None:
         into.addmm_(one, other)
 
 
-def views_of(tile: Tile, sides: list[Any]) -> list[tuple[Any, slice, int]]:
+def query_views(tile: Tile, sides: list[Any]) -> list[tuple[Any, slice, int]]:
     """The queries that a tile is about: those of its rows and, where it counts for them, those of its columns."""
     views = [(sides[0], tile.rows, 1)]
     return [*views, (sides[-1], tile.columns, 0)] if tile.back else views
 
 
-def take_in(tile: Tile, sides: list[Side], space: Workspace) -> None:
+def accumulate_tile(tile: Tile, sides: list[RunningSums], space: Workspace) -> None:
     """Add a tile to the sums of its queries. Its logits are overwritten."""
-    setting, views = sides[0].setting, views_of(tile, sides)
+    setting, views = sides[0].setting, query_views(tile, sides)
     for side, at, axis in views:
-        for taken in tile.taken:
-            inner = taken.patch.rows if axis == 1 else taken.patch.columns
-            side.add_positives(taken, within(at, inner), axis)
+        for block in tile.positives:
+            inner = block.patch.rows if axis == 1 else block.patch.columns
+            side.add_positives(block, within(at, inner), axis)
         if setting.mask is not None:
             side.count(tile.logits, at, axis)
     if not setting.bounded:
         _add_shifted(tile, views, space)
         return
     weighted: Tensor | None = None
-    if not tile.taken and not setting.expected:
+    if not tile.positives and not setting.expected:
         height = STRIP if tile.logits.device.type == "cpu" else len(tile.logits)
         for top in range(0, len(tile.logits), height):
             powers = tile.logits[top : top + height].exp_()
@@ -179,15 +181,15 @@ def take_in(tile: Tile, sides: list[Side], space: Workspace) -> None:
     if setting.expected:
         weighted = space("weighted", *tile.logits.shape).copy_(tile.logits)
     powers = tile.logits.exp_()
-    for taken in tile.taken:
-        taken.leave(powers)
+    for block in tile.positives:
+        block.remove_from(powers)
     if weighted is not None:
         weighted.mul_(powers)
     for side, at, axis in views:
         side.add_rest(powers, at, axis, weighted)
 
 
-def _add_shifted(tile: Tile, views: list[tuple[Side, slice, int]], space: Workspace) -> None:
+def _add_shifted(tile: Tile, views: list[tuple[RunningSums, slice, int]], space: Workspace) -> None:
     """Add the rest of a tile whose exponentials may overflow: with one shift, if possible, or one for each query."""
     setting, logits = views[0][0].setting, tile.logits
     tops = [top_of(logits, axis) for _, _, axis in views]

@@ -1,4 +1,4 @@
-"""Derivatives by the logits of a tile, from the sums of its queries."""
+"""Derivatives with respect to the logits of a tile, from the sums of its queries."""
 
 from __future__ import annotations
 
@@ -6,28 +6,28 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nearfar.contrast.positives import HIDDEN, Taken, Workspace, is_shown
+from nearfar.contrast.positives import MASKED_LOGIT, PositiveLogits, Workspace, is_unmasked
 from nearfar.contrast.reductions import common_shift, rest_share, times_sum, tiny, within
-from nearfar.contrast.running_sums import Side
+from nearfar.contrast.running_sums import RunningSums
 from nearfar.contrast.tiles import Tile
 
-__all__ = ["Slopes", "positive_slopes", "tile_slopes"]
+__all__ = ["LogitGrads", "positive_logit_grads", "tile_logit_grads"]
 
 
-#: below every logit of a bounded tile; a hidden one, times a slope as large as 1 / sum, would overflow
-LEAST = -1e3
+#: below every logit of a bounded tile; a hidden one, times a grads as large as 1 / sum, would overflow
+MIN_LOGIT = -1e3
 
 
-class Slopes:
+class LogitGrads:
     """Derivatives of the upstream value for one direction's queries.
 
-    By a logit of the rest: ``exp(s - rest) (factor + linear s)``; by one of the positives: the same with its own
-    numbers, and the share it has beyond its target share.
+    With respect to a logit of the rest: ``exp(s - rest) (factor + linear s)``; to one of the
+    positives: the same with its own numbers, and the share it has beyond its target share.
     """
 
     def __init__(
         self,
-        side: Side,
+        side: RunningSums,
         results: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
         upstream: tuple[Tensor | None, ...],
     ) -> None:
@@ -75,149 +75,151 @@ class Slopes:
         weighted = not setting.target.binary and not setting.inside and setting.bounded
         return weighted and self.own_linear is None and self.excess is not None
 
-    def positives(self, taken: Taken, at: slice, axis: int) -> Tensor:
+    def positives(self, block: PositiveLogits, at: slice, axis: int) -> Tensor:
         """By the logits of the positives of a tile."""
         target = self.setting.target
         if target.single and self.own_linear is None:
             return self.own[at]
-        strangers = taken.strangers(axis)
-        values = self._positives(taken, at, axis)
-        return values if strangers is None else values.add_(self._strangers(taken, strangers, at, axis))
+        opposite = block.opposite_only(axis)
+        values = self._positives(block, at, axis)
+        return values if opposite is None else values.add_(self._opposite(block, opposite, at, axis))
 
-    def _strangers(self, taken: Taken, strangers: Tensor, at: slice, axis: int) -> Tensor:
-        patch = taken.patch
+    def _opposite(self, block: PositiveLogits, opposite: Tensor, at: slice, axis: int) -> Tensor:
+        patch = block.patch
         factor = patch.spread(self.factor[at], axis)
         if self.linear is not None:
-            factor = factor + taken.finite() * patch.spread(self.linear[at], axis)
-        logits = torch.add(taken.logits, strangers - 1, alpha=-HIDDEN)
+            factor = factor + block.finite() * patch.spread(self.linear[at], axis)
+        logits = torch.add(block.logits, opposite - 1, alpha=-MASKED_LOGIT)
         if not self.setting.bounded:
             logits = logits - patch.spread(self.shift[at], axis)
         return logits.exp_().mul_(factor)
 
-    def _positives(self, taken: Taken, at: slice, axis: int) -> Tensor:
-        target, patch = self.setting.target, taken.patch
+    def _positives(self, block: PositiveLogits, at: slice, axis: int) -> Tensor:
+        target, patch = self.setting.target, block.patch
         # Of a single positive the share is 1 to the last digit: it is divided by itself, or had itself subtracted.
-        share = taken.room("share")
+        share = block.buffer("share")
         if self.setting.bounded and not target.single:
-            torch.div(taken.powers(axis), patch.spread(self.normaliser[at], axis), out=share)
+            torch.div(block.powers(axis), patch.spread(self.normaliser[at], axis), out=share)
         else:
-            torch.sub(taken.own(axis), patch.spread(self.positive[at], axis), out=share).exp_()
+            torch.sub(block.own(axis), patch.spread(self.positive[at], axis), out=share).exp_()
             if not target.single:
                 share.div_(patch.spread(self.normaliser[at], axis))
-        values = torch.mul(share, patch.spread(self.own[at], axis), out=taken.room(f"slopes {axis}"))
+        values = torch.mul(share, patch.spread(self.own[at], axis), out=block.buffer(f"logit_grads {axis}"))
         if self.own_linear is not None:
-            values += share * taken.finite() * patch.spread(self.own_linear[at], axis)
+            values += share * block.finite() * patch.spread(self.own_linear[at], axis)
         if self.excess is None:
             return values
-        due = taken.room("due")
+        due = block.buffer("due")
         if not self.setting.inside:
-            torch.mul(taken.weights(axis), patch.spread(self.unit[at], axis), out=due)
+            torch.mul(block.weights(axis), patch.spread(self.unit[at], axis), out=due)
         elif self.setting.bounded:
-            torch.mul(taken.weights(axis), taken.powers(axis), out=due).div_(
+            torch.mul(block.weights(axis), block.powers(axis), out=due).div_(
                 patch.spread(self.unit[at], axis)
             )
         else:
-            torch.sub(taken.own(axis), patch.spread(self.drawn[at], axis), out=due).exp_()
-            due.mul_(taken.weights(axis)).div_(patch.spread(self.unit[at], axis))
+            torch.sub(block.own(axis), patch.spread(self.drawn[at], axis), out=due).exp_()
+            due.mul_(block.weights(axis)).div_(patch.spread(self.unit[at], axis))
         return values.add_(share.sub_(due).mul_(patch.spread(self.excess[at], axis)))
 
 
-def _shift_and_total(side: Side, top: str, total: str) -> tuple[Tensor, Tensor]:
+def _shift_and_total(side: RunningSums, top: str, total: str) -> tuple[Tensor, Tensor]:
     """A log-sum in two parts: joined, its rounding would drown the difference of two shares that are nearly 1."""
     highest = side.top_of(top)
     totals = side.sum_of(total)
-    return torch.where(is_shown(highest), highest, torch.inf), totals.clamp(min=tiny(totals))
+    return torch.where(is_unmasked(highest), highest, torch.inf), totals.clamp(min=tiny(totals))
 
 
-def tile_slopes(tile: Tile, views: list[tuple[Slopes, slice, int]], space: Workspace) -> Float[Tensor, "r c"]:
+def tile_logit_grads(
+    tile: Tile, views: list[tuple[LogitGrads, slice, int]], space: Workspace
+) -> Float[Tensor, "r c"]:
     """By all logits of a tile, both directions added. Overwrites the tile unless it is kept for another time."""
     setting = views[0][0].setting
     values = _bounded(tile, views, space) if setting.bounded else _shifted(tile, views, space)
-    for taken in tile.taken:
-        patch = taken.patch
+    for block in tile.positives:
+        patch = block.patch
         parts = [
-            (slope, within(at, patch.rows if axis == 1 else patch.columns), axis) for slope, at, axis in views
+            (grads, within(at, patch.rows if axis == 1 else patch.columns), axis) for grads, at, axis in views
         ]
-        taken.put(values, positive_slopes(taken, parts))
+        block.put(values, positive_logit_grads(block, parts))
     return values
 
 
-def positive_slopes(taken: Taken, views: list[tuple[Slopes, slice, int]]) -> Tensor:
+def positive_logit_grads(block: PositiveLogits, views: list[tuple[LogitGrads, slice, int]]) -> Tensor:
     """By the logits of positives, both directions added; ``views`` are the queries that they belong to."""
-    if all(slope.is_plain for slope, _, _ in views) and taken.patch.weight_back is None:
-        return _plain(taken, views)
-    found = [slope.positives(taken, at, axis) for slope, at, axis in views]
-    return found[0] if len(found) == 1 else found[0].add_(found[1])
+    if all(grads.is_plain for grads, _, _ in views) and block.patch.weight_back is None:
+        return _plain(block, views)
+    grads_of = [grads.positives(block, at, axis) for grads, at, axis in views]
+    return grads_of[0] if len(grads_of) == 1 else grads_of[0].add_(grads_of[1])
 
 
-def _plain(taken: Taken, views: list[tuple[Slopes, slice, int]]) -> Tensor:
+def _plain(block: PositiveLogits, views: list[tuple[LogitGrads, slice, int]]) -> Tensor:
     by_power, by_weight = [], []
-    for slope, at, axis in views:
-        own, excess = slope.own[at], slope.excess[at]  # type: ignore[index]
-        by_power.append(taken.patch.spread((own + excess) / slope.normaliser[at], axis))
-        by_weight.append(taken.patch.spread(excess * slope.unit[at], axis))
-    share, due = taken.room("share"), taken.room("due")
+    for grads, at, axis in views:
+        own, excess = grads.own[at], grads.excess[at]  # type: ignore[index]
+        by_power.append(block.patch.spread((own + excess) / grads.normaliser[at], axis))
+        by_weight.append(block.patch.spread(excess * grads.unit[at], axis))
+    share, due = block.buffer("share"), block.buffer("due")
     if len(views) == 1:
-        torch.mul(taken.powers(1), by_power[0], out=share)
-        torch.mul(taken.weights(1), by_weight[0], out=due)
+        torch.mul(block.powers(1), by_power[0], out=share)
+        torch.mul(block.weights(1), by_weight[0], out=due)
     else:
-        torch.add(*by_power, out=share).mul_(taken.powers(1))
-        torch.add(*by_weight, out=due).mul_(taken.weights(1))
+        torch.add(*by_power, out=share).mul_(block.powers(1))
+        torch.add(*by_weight, out=due).mul_(block.weights(1))
     return share.sub_(due)
 
 
-def _bounded(tile: Tile, views: list[tuple[Slopes, slice, int]], space: Workspace) -> Tensor:
-    if any(slope.linear is not None for slope, _, _ in views):
+def _bounded(tile: Tile, views: list[tuple[LogitGrads, slice, int]], space: Workspace) -> Tensor:
+    if any(grads.linear is not None for grads, _, _ in views):
         return _linear(tile, views, space)
     keep = views[0][0].setting.keep  # forward left the powers, for any number of backwards
     if not keep:
-        for taken in tile.taken:
-            taken.powers(1)  # while the logits are there
+        for block in tile.positives:
+            block.powers(1)  # while the logits are there
     values = space("values", *tile.logits.shape) if keep else tile.logits
     powers = tile.logits if keep else tile.logits.exp_()
-    _times_factors(powers, [slope.factor[at] for slope, at, _ in views], values)
+    _times_factors(powers, [grads.factor[at] for grads, at, _ in views], values)
     if not keep:
-        for taken in tile.taken:
-            taken.leave(values)
+        for block in tile.positives:
+            block.remove_from(values)
     return values
 
 
-def _linear(tile: Tile, views: list[tuple[Slopes, slice, int]], space: Workspace) -> Tensor:
+def _linear(tile: Tile, views: list[tuple[LogitGrads, slice, int]], space: Workspace) -> Tensor:
     if views[0][0].setting.keep:
         powers, logits = tile.logits, tile.logits.log()
     else:
         logits = tile.logits.clone()
-        for taken in tile.taken:
-            taken.powers(1)
+        for block in tile.positives:
+            block.powers(1)
         powers = tile.logits.exp_()
-        for taken in tile.taken:
-            taken.leave(powers)
-    logits.clamp_(min=LEAST)
+        for block in tile.positives:
+            block.remove_from(powers)
+    logits.clamp_(min=MIN_LOGIT)
     values = space("values", *tile.logits.shape).zero_()
-    for slope, at, axis in views:
-        values.add_(slope.factor[at].unsqueeze(axis))
-        if slope.linear is not None:
-            values.addcmul_(logits, slope.linear[at].unsqueeze(axis))
+    for grads, at, axis in views:
+        values.add_(grads.factor[at].unsqueeze(axis))
+        if grads.linear is not None:
+            values.addcmul_(logits, grads.linear[at].unsqueeze(axis))
     return values.mul_(powers)
 
 
-def _shifted(tile: Tile, views: list[tuple[Slopes, slice, int]], space: Workspace) -> Tensor:
+def _shifted(tile: Tile, views: list[tuple[LogitGrads, slice, int]], space: Workspace) -> Tensor:
     common = None
-    if not any(slope.linear is not None for slope, _, _ in views):
-        common = common_shift([slope.shift[at] for slope, at, _ in views])
+    if not any(grads.linear is not None for grads, _, _ in views):
+        common = common_shift([grads.shift[at] for grads, at, _ in views])
     if common is not None:
         values = space("values", *tile.logits.shape) if views[0][0].setting.keep else tile.logits
         torch.sub(tile.logits, common, out=values).exp_()
         return _times_factors(
-            values, [slope.factor[at] * torch.exp(common - slope.shift[at]) for slope, at, _ in views], values
+            values, [grads.factor[at] * torch.exp(common - grads.shift[at]) for grads, at, _ in views], values
         )
     values = space("values", *tile.logits.shape)
-    for k, (slope, at, axis) in enumerate(views):
+    for k, (grads, at, axis) in enumerate(views):
         into = space("spare", *values.shape) if k else values
-        torch.sub(tile.logits, slope.shift[at].unsqueeze(axis), out=into).exp_()
-        factor = slope.factor[at].unsqueeze(axis)
-        if slope.linear is not None:
-            factor = (tile.logits * slope.linear[at].unsqueeze(axis)).add_(factor)
+        torch.sub(tile.logits, grads.shift[at].unsqueeze(axis), out=into).exp_()
+        factor = grads.factor[at].unsqueeze(axis)
+        if grads.linear is not None:
+            factor = (tile.logits * grads.linear[at].unsqueeze(axis)).add_(factor)
         into.mul_(factor)
         if k:
             values.add_(into)

@@ -26,7 +26,7 @@ __all__ = [
     "as_mask",
     "checked_mask",
     "join_masks",
-    "turned",
+    "transposed_mask",
 ]
 
 # The cosine of a row with its own copy misses 1 by a few roundings of float32.
@@ -101,9 +101,11 @@ class DuplicateMask:
     def __init__(self, labels: Int[Tensor, " n"], key_labels: Int[Tensor, " m"] | None = None) -> None:
         key_labels = labels if key_labels is None else key_labels
         given = {"labels": whole_labels(labels), "key_labels": whole_labels(key_labels, "key_labels")}
-        for name, found in given.items():
-            if found.ndim != 1:
-                raise NearfarError(f"{name} have shape {tuple(found.shape)}; the mask takes one for each row")
+        for name, values in given.items():
+            if values.ndim != 1:
+                raise NearfarError(
+                    f"{name} have shape {tuple(values.shape)}; the mask takes one for each row"
+                )
         self.shape = (len(labels), len(key_labels))
         self.symmetric = key_labels is labels
         self._labels = apart(given["labels"])
@@ -206,7 +208,7 @@ class IndexMask:
     __ror__ = __or__
 
 
-class _Turned:
+class _TransposedMask:
     """A mask seen from the keys."""
 
     def __init__(self, mask: Mask) -> None:
@@ -216,9 +218,9 @@ class _Turned:
         return self._mask.tile(columns, rows).T
 
 
-def turned(mask: Mask) -> Mask:
+def transposed_mask(mask: Mask) -> Mask:
     """The mask of the keys as queries."""
-    return mask if mask.symmetric else _Turned(mask)
+    return mask if mask.symmetric else _TransposedMask(mask)
 
 
 def join_masks(masks: Sequence[Mask]) -> Mask | None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nearfar.contrast.masks import Mask
 from nearfar.contrast.numerics import full_precision, no_second_derivative, through_length_, unit_and_length
-from nearfar.contrast.positives import HIDDEN, is_shown
+from nearfar.contrast.positives import MASKED_LOGIT, is_unmasked
 from nearfar.contrast.reductions import finite
 from nearfar.contrast.running_sums import Direction, Statistics, Step
 from nearfar.contrast.tiles import TILE
@@ -25,11 +25,11 @@ from nearfar.contrast.tiles import TILE
 __all__ = ["one_direction_loss"]
 
 #: pairs whose logits are kept at a time (16 MB), in tiles as wide as those of the kernel
-KEPT = 1 << 22
+MAX_KEPT_LOGITS = 1 << 22
 #: rows at a time; with fewer, the products are slow
-LEAST_ROWS = 128
+MIN_ROWS = 128
 #: up to this logit no shift is needed: neither sums nor what they are divided by come near the ends of the range
-PLAIN = 40.0
+UNSHIFTED_MAX = 40.0
 
 
 def one_direction_loss(
@@ -45,16 +45,18 @@ def one_direction_loss(
     could be kept. ``normalize`` brings rows to unit length first.
     """
     n, m = len(a), len(b)
-    if a.device.type != "cpu" or not 0 < n <= m or KEPT // m < LEAST_ROWS:
+    if a.device.type != "cpu" or not 0 < n <= m or MAX_KEPT_LOGITS // m < MIN_ROWS:
         return None
     learns = torch.is_grad_enabled()
-    wanted = _Wanted(*(learns and x.requires_grad for x in (a, b, scale)))
-    found = _Found(torch.empty_like(a[:, 0]), torch.empty_like(a[:, 0]), torch.empty_like(a[:, 0]), [])
-    loss: Tensor = _OneDirection.apply(a, b, scale, normalize, mask, wanted, found)
-    return loss, Step(loss.detach(), partial(_directions, found, m, mask is not None), scale.detach())
+    needed = _NeededGrads(*(learns and x.requires_grad for x in (a, b, scale)))
+    numbers = _QueryNumbers(
+        torch.empty_like(a[:, 0]), torch.empty_like(a[:, 0]), torch.empty_like(a[:, 0]), []
+    )
+    loss: Tensor = _OneDirection.apply(a, b, scale, normalize, mask, needed, numbers)
+    return loss, Step(loss.detach(), partial(_directions, numbers, m, mask is not None), scale.detach())
 
 
-class _Wanted(NamedTuple):
+class _NeededGrads(NamedTuple):
     """Derivatives that somebody will ask for."""
 
     a: bool
@@ -62,7 +64,7 @@ class _Wanted(NamedTuple):
     scale: bool
 
 
-class _Found(NamedTuple):
+class _QueryNumbers(NamedTuple):
     """Of each query: its loss, the log-sum and the largest logit of the rest; how many a mask has left, row by row."""
 
     losses: Float[Tensor, " n"]
@@ -71,9 +73,9 @@ class _Found(NamedTuple):
     left: list[Tensor]
 
 
-def _directions(found: _Found, keys: int, masked: bool) -> list[Direction]:
-    candidates: Tensor | float = torch.cat(found.left) + 1.0 if masked else float(keys)
-    return [Direction(found.losses, found.rest, Statistics(found.hardest, candidates, 1.0, 1.0, 0.0))]
+def _directions(numbers: _QueryNumbers, keys: int, masked: bool) -> list[Direction]:
+    candidates: Tensor | float = torch.cat(numbers.left) + 1.0 if masked else float(keys)
+    return [Direction(numbers.losses, numbers.rest, Statistics(numbers.hardest, candidates, 1.0, 1.0, 0.0))]
 
 
 class _OneDirection(torch.autograd.Function):
@@ -85,8 +87,8 @@ class _OneDirection(torch.autograd.Function):
         scale: Tensor,
         normalize: bool,
         mask: Mask | None,
-        wanted: _Wanted,
-        found: _Found,
+        needed: _NeededGrads,
+        numbers: _QueryNumbers,
     ) -> Tensor:
         lengths: tuple[Tensor, Tensor] | None = None
         largest = scale.item()
@@ -96,14 +98,14 @@ class _OneDirection(torch.autograd.Function):
         else:
             largest *= math.prod(torch.linalg.vector_norm(x, dim=1).amax().item() for x in (a, b))
         with full_precision(a.device):  # a vecdot is a product too
-            by_a, by_b = _walk(a, b, scale, mask, wanted, found, plain=largest * 1.001 < PLAIN)
+            by_a, by_b = _walk(a, b, scale, mask, needed, numbers, plain=largest * 1.001 < UNSHIFTED_MAX)
             outcome: list[Tensor | None] = [None, None, None]
             share = 1.0 / len(a)
-            if wanted.scale and by_a is not None:
+            if needed.scale and by_a is not None:
                 outcome[2] = torch.dot(a.flatten(), by_a.flatten()) * share
             factor = scale * share
-            for k, (by_x, x, asked) in enumerate(((by_a, a, wanted.a), (by_b, b, wanted.b))):
-                if by_x is None or not asked:
+            for k, (by_x, x, is_needed) in enumerate(((by_a, a, needed.a), (by_b, b, needed.b))):
+                if by_x is None or not is_needed:
                     continue
                 if lengths is None:
                     by_x.mul_(factor)
@@ -111,7 +113,7 @@ class _OneDirection(torch.autograd.Function):
                     through_length_(by_x, x, lengths[k], factor)
                 outcome[k] = by_x
         ctx.save_for_backward(*outcome)
-        return found.losses.mean()
+        return numbers.losses.mean()
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> Any:
@@ -126,14 +128,20 @@ class _OneDirection(torch.autograd.Function):
 
 
 def _walk(
-    a: Tensor, b: Tensor, scale: Tensor, mask: Mask | None, wanted: _Wanted, found: _Found, plain: bool
+    a: Tensor,
+    b: Tensor,
+    scale: Tensor,
+    mask: Mask | None,
+    needed: _NeededGrads,
+    numbers: _QueryNumbers,
+    plain: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Losses of all queries, row of tiles by row of tiles; of n times the mean loss the derivatives by scale · a and
-    scale · b, as far as they are wanted."""
+    scale · b, as far as they are needed."""
     n, m = len(a), len(b)
-    height, width = min(KEPT // m, TILE[0], n), min(TILE[1], m)
-    by_a = torch.empty_like(a) if wanted.a or wanted.scale else None
-    by_b = torch.zeros_like(b) if wanted.b else None
+    height, width = min(MAX_KEPT_LOGITS // m, TILE[0], n), min(TILE[1], m)
+    by_a = torch.empty_like(a) if needed.a or needed.scale else None
+    by_b = torch.zeros_like(b) if needed.b else None
     columns = [slice(left, min(left + width, m)) for left in range(0, m, width)]
     keys, into = b.split(width), None if by_b is None else by_b.split(width)
     room, spare = a.new_empty(len(columns), height * width), a.new_empty(height, a.shape[1])
@@ -148,9 +156,9 @@ def _walk(
             torch.mm(scaled, key.T, out=tile)
             _take_own(tile, own, rows, at)
             if mask is not None:
-                tile.add_(mask.tile(rows, at).to(tile), alpha=HIDDEN)
+                tile.add_(mask.tile(rows, at).to(tile), alpha=MASKED_LOGIT)
         if mask is not None:
-            found.left.append(torch.stack([is_shown(tile).sum(1) for tile in tiles]).sum(0).to(a.dtype))
+            numbers.left.append(torch.stack([is_unmasked(tile).sum(1) for tile in tiles]).sum(0).to(a.dtype))
         if not plain:
             shift = finite(torch.stack([tile.amax(1) for tile in tiles]).amax(0))
         total, peak = a.new_zeros(len(queries)), a.new_zeros(len(queries))
@@ -164,9 +172,9 @@ def _walk(
         if shift is not None:
             rest, hardest = rest.add_(shift), hardest.add_(shift)
         gap = rest - own
-        found.rest[rows], found.hardest[rows] = rest, hardest
+        numbers.rest[rows], numbers.hardest[rows] = rest, hardest
         # Beyond the threshold softplus gives its argument: at 50 that is exact in float64 too.
-        found.losses[rows] = torch.nn.functional.softplus(gap, threshold=50.0)
+        numbers.losses[rows] = torch.nn.functional.softplus(gap, threshold=50.0)
         missed = gap.sigmoid_().unsqueeze(1)  # the probability that is not the partner's
         weight = torch.where(total > 0, missed[:, 0] / total, 0.0).unsqueeze(1)
         if by_a is not None:
@@ -189,4 +197,4 @@ def _take_own(tile: Tensor, own: Tensor, rows: slice, columns: slice) -> None:
         part = slice(first - rows.start, last - rows.start)
         diagonal = tile[part, first - columns.start : last - columns.start].diagonal()
         own[part] = diagonal
-        diagonal.fill_(HIDDEN)
+        diagonal.fill_(MASKED_LOGIT)

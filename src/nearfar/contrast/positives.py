@@ -17,18 +17,18 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 __all__ = [
-    "HIDDEN",
+    "MASKED_LOGIT",
     "Diagonal",
     "Entries",
-    "Lifted",
-    "Overlay",
+    "ExtractedPositives",
+    "InPlacePositives",
     "Patch",
     "Positions",
+    "PositiveLogits",
     "Rectangle",
-    "Taken",
     "Workspace",
-    "is_shown",
-    "room_for",
+    "buffer_for",
+    "is_unmasked",
 ]
 
 
@@ -58,7 +58,7 @@ class Workspace:
         return view
 
 
-def room_for(
+def buffer_for(
     space: Workspace | None, like: Tensor, name: str, rows: int, columns: int
 ) -> Float[Tensor, "r c"]:
     """A buffer for numbers like ``like``; fresh memory where those of the workspace are of another dtype."""
@@ -68,12 +68,12 @@ def room_for(
 
 
 #: a logit that takes no part: its exponential is 0, and 0 times it is 0, as 0 times -inf would not be
-HIDDEN = -1e30
+MASKED_LOGIT = -1e30
 
 
-def is_shown(logits: Tensor) -> Tensor:
+def is_unmasked(logits: Tensor) -> Tensor:
     """Which logits take part."""
-    return logits > 0.5 * HIDDEN
+    return logits > 0.5 * MASKED_LOGIT
 
 
 class Positions(Protocol):
@@ -127,7 +127,7 @@ class Diagonal:
     def take(self, tile: Float[Tensor, "r c"]) -> Tensor:
         view = tile[self.rows, self.columns].diagonal()
         values = view.clone()
-        view.fill_(HIDDEN)
+        view.fill_(MASKED_LOGIT)
         return values
 
     def put(self, tile: Float[Tensor, "r c"], values: Tensor) -> None:
@@ -165,10 +165,10 @@ class Rectangle:
         view = tile[self.rows, self.columns]
         if self.weight is None:
             values = view.clone()
-            view.fill_(HIDDEN)
+            view.fill_(MASKED_LOGIT)
             return values
-        values = torch.add(view, self.members - 1, alpha=-HIDDEN)
-        view.add_(self.members, alpha=HIDDEN)
+        values = torch.add(view, self.members - 1, alpha=-MASKED_LOGIT)
+        view.add_(self.members, alpha=MASKED_LOGIT)
         return values
 
     def put(self, tile: Float[Tensor, "r c"], values: Tensor) -> None:
@@ -213,7 +213,7 @@ class Entries:
         return values.new_full((size,), -torch.inf).scatter_reduce_(0, line, values, "amax")
 
 
-class Taken:
+class PositiveLogits:
     """Positives and the logits at their positions, hidden where there is none after all.
 
     What the methods give has the form of these logits. ``axis`` is 1 for queries in the rows, 0 for queries in the
@@ -225,24 +225,26 @@ class Taken:
     ) -> None:
         self.patch, self.logits, self._holds_self = patch, logits, holds_self
         self._known: dict[str, Tensor] = {}
-        self._open = is_open  # 0 where a mask leaves a pair out: that holds for strangers, not for positives
+        self._open = is_open  # 0 where a mask leaves a pair out: that holds for opposite, not for positives
 
-    def strangers(self, axis: int) -> Tensor | None:
+    def opposite_only(self, axis: int) -> Tensor | None:
         """1 where a position is a positive of the other direction's query alone, and so belongs to the rest here."""
         if self.patch.weight_back is None:
             return None
 
         def others() -> Tensor:
-            there = is_shown(self.logits).to(self.logits.dtype) - self.counts(axis)
+            there = is_unmasked(self.logits).to(self.logits.dtype) - self.counts(axis)
             return there if self._open is None else there * self._open
 
-        return self._once("strangers", axis, others)
+        return self._once("opposite", axis, others)
 
     def own(self, axis: int) -> Tensor:
         """The logits, hidden where there is no positive of the queries."""
         if self.patch.weight_back is None:
             return self.logits
-        return self._once("own", axis, lambda: torch.add(self.logits, self.counts(axis) - 1, alpha=-HIDDEN))
+        return self._once(
+            "own", axis, lambda: torch.add(self.logits, self.counts(axis) - 1, alpha=-MASKED_LOGIT)
+        )
 
     def counts(self, axis: int) -> Tensor:
         """1 where there is a positive, else 0."""
@@ -267,7 +269,7 @@ class Taken:
             return self.logits
         return self._once("finite", 1, lambda: self._shown(self.logits))
 
-    def held(self, axis: int) -> Tensor:
+    def weighted_logits(self, axis: int) -> Tensor:
         """Weight times logit."""
         return self.finite() if self._weight(axis) is None else self.weights(axis) * self.finite()
 
@@ -280,11 +282,11 @@ class Taken:
 
         def compute() -> Tensor:
             weight = self.weights(axis)
-            return torch.clamp(weight, min=1e-30, out=self.room("w_log_w")).log_().mul_(weight)
+            return torch.clamp(weight, min=1e-30, out=self.buffer("w_log_w")).log_().mul_(weight)
 
         return self._once("w_log_w", axis, compute)
 
-    def room(self, name: str) -> Tensor:
+    def buffer(self, name: str) -> Tensor:
         """A buffer in the form of the logits."""
         return torch.empty_like(self.logits)
 
@@ -300,15 +302,15 @@ class Taken:
     def _shown(self, values: Tensor) -> Tensor:
         if self.patch.weight is None and not self._holds_self:
             return values
-        return values * is_shown(self.logits).to(values.dtype)
+        return values * is_unmasked(self.logits).to(values.dtype)
 
 
-class Lifted(Taken):
+class ExtractedPositives(PositiveLogits):
     """Positives taken out of a tile."""
 
     patch: Patch
 
-    def leave(self, powers: Tensor) -> None:
+    def remove_from(self, powers: Tensor) -> None:
         """See that only the rest is left in the exponentials of the tile. Hidden logits have none."""
 
     def put(self, tile: Tensor, values: Tensor) -> None:
@@ -316,7 +318,7 @@ class Lifted(Taken):
         self.patch.put(tile, values)
 
 
-class Overlay(Lifted):
+class InPlacePositives(ExtractedPositives):
     """Positives that stay in the tile: a block whose exponentials are in range, split by multiplying with 0 and 1.
 
     Hiding many logits would cost more than the matrix product: exponentials far out of range, and choices by a
@@ -332,14 +334,16 @@ class Overlay(Lifted):
         weight = patch.weight
         if weight is None or own is not None or weight.dtype != tile.dtype:
             weight = (
-                self.room("weight").copy_(weight) if weight is not None else self.room("weight").fill_(1.0)
+                self.buffer("weight").copy_(weight)
+                if weight is not None
+                else self.buffer("weight").fill_(1.0)
             )
             if own is not None:
                 weight.mul_(own[patch.rows, patch.columns])
         self._known["weights"] = weight
 
     def counts(self, axis: int) -> Tensor:
-        return self._once("counts", 1, lambda: torch.sign(self.weights(1), out=self.room("counts")))
+        return self._once("counts", 1, lambda: torch.sign(self.weights(1), out=self.buffer("counts")))
 
     def weights(self, axis: int) -> Tensor:
         return self._known["weights"]
@@ -347,21 +351,25 @@ class Overlay(Lifted):
     def finite(self) -> Tensor:
         return self.logits
 
-    def held(self, axis: int) -> Tensor:
-        return self._once("held", 1, lambda: torch.mul(self.weights(1), self.logits, out=self.room("held")))
+    def weighted_logits(self, axis: int) -> Tensor:
+        return self._once(
+            "weighted logits",
+            1,
+            lambda: torch.mul(self.weights(1), self.logits, out=self.buffer("weighted logits")),
+        )
 
     def powers(self, axis: int) -> Tensor:
         return self._once(
-            "powers", 1, lambda: torch.exp(self.logits, out=self.room("powers")).mul_(self.counts(1))
+            "powers", 1, lambda: torch.exp(self.logits, out=self.buffer("powers")).mul_(self.counts(1))
         )
 
-    def leave(self, powers: Tensor) -> None:
+    def remove_from(self, powers: Tensor) -> None:
         view = powers[self.patch.rows, self.patch.columns]
         view.addcmul_(view, self.counts(1), value=-1)  # x - x and x - 0: nothing is rounded
 
     def put(self, tile: Tensor, values: Tensor) -> None:
         tile[self.patch.rows, self.patch.columns].add_(values)
 
-    def room(self, name: str) -> Tensor:
+    def buffer(self, name: str) -> Tensor:
         rows, columns = self.patch.rows, self.patch.columns
         return self._space(f"{self._name} {name}", rows.stop - rows.start, columns.stop - columns.start)

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nearfar.contrast.positives import HIDDEN, is_shown
+from nearfar.contrast.positives import MASKED_LOGIT, is_unmasked
 
 __all__ = [
     "common_shift",
@@ -66,7 +66,7 @@ def times(
 
 
 #: how far maxima may lie apart for a single shift
-SPAN = 50.0
+MAX_SHIFT_SPREAD = 50.0
 
 
 def tiny(like: Tensor) -> float:
@@ -117,7 +117,9 @@ def common_shift(tops: Iterable[Tensor]) -> float | None:
             return None
         least, most = (end.item() for end in torch.aminmax(top))
         highest, lowest = max(highest, most), min(lowest, least)
-    return highest if highest >= lowest > 0.5 * HIDDEN and highest - lowest <= SPAN else None
+    return (
+        highest if highest >= lowest > 0.5 * MASKED_LOGIT and highest - lowest <= MAX_SHIFT_SPREAD else None
+    )
 
 
 def rest_share(rest: Tensor, positive: Tensor) -> Tensor:
@@ -136,4 +138,4 @@ def within(outer: slice, inner: slice) -> slice:
 
 def finite(top: Tensor) -> Tensor:
     """A shift to subtract: 0 where there was nothing to take the maximum of."""
-    return torch.where(is_shown(top), top, 0.0)
+    return torch.where(is_unmasked(top), top, 0.0)

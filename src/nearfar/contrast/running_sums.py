@@ -11,11 +11,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nearfar.contrast.positives import HIDDEN, Taken, is_shown
+from nearfar.contrast.positives import MASKED_LOGIT, PositiveLogits, is_unmasked
 from nearfar.contrast.reductions import finite, rest_share, tiny, top_of_powers, total_of
 from nearfar.contrast.tiles import Setting
 
-__all__ = ["Direction", "Side", "Statistics", "Step"]
+__all__ = ["Direction", "RunningSums", "Statistics", "Step"]
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Statistics:
     floor: Float[Tensor, " n"] | float
 
 
-class Side:
+class RunningSums:
     """Sums of the queries in the rows (``axis`` 1: along them) or in the columns (``axis`` 0).
 
     The first tile that covers all queries sets a sum, others are added to it; so one tile costs no more than its sums.
@@ -112,57 +112,59 @@ class Side:
         now.copy_(joined)
 
     # -- one tile --------------------------------------------------------------------------------------------
-    def add_positives(self, taken: Taken, at: slice, axis: int) -> None:
+    def add_positives(self, block: PositiveLogits, at: slice, axis: int) -> None:
         """Take in the positives of a tile; ``at`` are the patch's queries."""
-        setting, patch = self.setting, taken.patch
+        setting, patch = self.setting, block.patch
         if setting.target.single:
-            self._raise("positive_top", at, taken.logits)
+            self._raise("positive_top", at, block.logits)
             return
-        self._add("positives", at, patch.sum(taken.counts(axis), axis))
-        self._add_powers("positive", taken, axis, at, None)
-        strangers = taken.strangers(axis)
-        if strangers is not None:
-            self._add_strangers(taken, strangers, axis, at)
+        self._add("positives", at, patch.sum(block.counts(axis), axis))
+        self._add_powers("positive", block, axis, at, None)
+        opposite = block.opposite_only(axis)
+        if opposite is not None:
+            self._add_opposite(block, opposite, axis, at)
         if not setting.has_excess:
             return
         if not setting.target.binary:
-            self._add("mass", at, patch.sum(taken.weights(axis), axis))
+            self._add("mass", at, patch.sum(block.weights(axis), axis))
         if setting.inside:
-            self._add_powers("weighted", taken, axis, at, taken.weights(axis))
-            self._raise("heaviest", at, patch.amax(taken.weights(axis), axis))
+            self._add_powers("weighted", block, axis, at, block.weights(axis))
+            self._raise("heaviest", at, patch.amax(block.weights(axis), axis))
             return
-        self._add("weighted", at, patch.sum(taken.held(axis), axis))
+        self._add("weighted", at, patch.sum(block.weighted_logits(axis), axis))
         if not setting.target.binary:
-            self._add("w_log_w", at, patch.sum(taken.w_log_w(axis), axis))
+            self._add("w_log_w", at, patch.sum(block.w_log_w(axis), axis))
 
-    def _add_powers(self, name: str, taken: Taken, axis: int, at: slice, weight: Tensor | None) -> None:
-        patch, total = taken.patch, "weighted" if name == "weighted" else "positive_total"
+    def _add_powers(
+        self, name: str, block: PositiveLogits, axis: int, at: slice, weight: Tensor | None
+    ) -> None:
+        patch, total = block.patch, "weighted" if name == "weighted" else "positive_total"
         if self.setting.bounded:
-            powers = taken.powers(axis)
+            powers = block.powers(axis)
             if weight is not None:
-                powers = torch.mul(powers, weight, out=taken.room("weighted"))
+                powers = torch.mul(powers, weight, out=block.buffer("weighted"))
             self._add(total, at, patch.sum(powers, axis))
             if self.setting.expected and weight is None:
-                self._add("positive_moment", at, patch.sum(powers * taken.finite(), axis))
+                self._add("positive_moment", at, patch.sum(powers * block.finite(), axis))
             return
-        logits = taken.own(axis) if weight is None else taken.own(axis) + weight.log()
+        logits = block.own(axis) if weight is None else block.own(axis) + weight.log()
         top = patch.amax(logits, axis)
         powers = torch.exp(logits - patch.spread(finite(top), axis))
         more: tuple[Any, ...] = ()
         if self.setting.expected and weight is None:
-            more = ("positive_moment", patch.sum(powers * taken.finite(), axis))
+            more = ("positive_moment", patch.sum(powers * block.finite(), axis))
         self._join(f"{name}_top", total, at, top, patch.sum(powers, axis), *more)
 
-    def _add_strangers(self, taken: Taken, strangers: Tensor, axis: int, at: slice) -> None:
+    def _add_opposite(self, block: PositiveLogits, opposite: Tensor, axis: int, at: slice) -> None:
         """Positives of the other direction alone are a part of the rest that is not in the tile."""
-        patch, setting = taken.patch, self.setting
+        patch, setting = block.patch, self.setting
         if setting.mask is not None:
-            self._add("left", at, patch.sum(strangers, axis))
-        logits = torch.add(taken.logits, strangers - 1, alpha=-HIDDEN)
+            self._add("left", at, patch.sum(opposite, axis))
+        logits = torch.add(block.logits, opposite - 1, alpha=-MASKED_LOGIT)
         top = patch.amax(logits, axis)
         powers = torch.exp(logits if setting.bounded else logits - patch.spread(finite(top), axis))
         total = patch.sum(powers, axis)
-        moment = ("moment", patch.sum(powers * taken.finite(), axis)) if setting.expected else ()
+        moment = ("moment", patch.sum(powers * block.finite(), axis)) if setting.expected else ()
         if not setting.bounded:
             self._join("top", "total", at, top, total, *moment)
             return
@@ -194,7 +196,7 @@ class Side:
 
     def count(self, logits: Tensor, at: slice, axis: int) -> None:
         """Count the candidates that a mask has left in the rest."""
-        self._add("left", at, is_shown(logits).to(logits.dtype).sum(axis))
+        self._add("left", at, is_unmasked(logits).to(logits.dtype).sum(axis))
 
     # -- all tiles -------------------------------------------------------------------------------------------
     def results(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nearfar.contrast.masks import Mask
 from nearfar.contrast.numerics import full_precision, no_second_derivative
-from nearfar.contrast.positives import Taken, Workspace, is_shown
+from nearfar.contrast.positives import PositiveLogits, Workspace, is_unmasked
 from nearfar.contrast.reductions import within
 from nearfar.contrast.targets import Target
 from nearfar.contrast.tiles import Scattered, Setting, tile_size, tiles
@@ -40,34 +40,34 @@ def sigmoid_sums(
         target=target, mask=mask, offset=offset, without_self=False, normalize=False, both=False, twin=False,
         inside=False, expected=False, bounded=False, size=tile_size(len(a), len(b), a.device, tile=tile), keep=False,
     )  # fmt: skip
-    found: list[Tensor] = []
-    positive, rest = _Sigmoid.apply(a, b, scale, bias, setting, found)
-    return positive, rest, *found
+    detached: list[Tensor] = []
+    positive, rest = _Sigmoid.apply(a, b, scale, bias, setting, detached)
+    return positive, rest, *detached
 
 
 class _Sigmoid(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, a: Tensor, b: Tensor, scale: Tensor, bias: Tensor, setting: Setting, found: list[Tensor]
+        ctx: Any, a: Tensor, b: Tensor, scale: Tensor, bias: Tensor, setting: Setting, detached: list[Tensor]
     ) -> Any:
         positive, rest, push, left = (a.new_zeros(len(a)) for _ in range(4))
         hardest = a.new_full((len(a),), -torch.inf)
         alone = Scattered.of(setting.target, setting.offset, False, setting.size, a)
         with full_precision(a.device):
             for tile in tiles(a, b, scale, setting, Workspace(a, setting.size), alone):
-                for taken in tile.taken:
-                    at = within(tile.rows, taken.patch.rows)
-                    positive[at] += taken.patch.sum(_missing(taken, bias), 1)
+                for block in tile.positives:
+                    at = within(tile.rows, block.patch.rows)
+                    positive[at] += block.patch.sum(_missing(block, bias), 1)
                 torch.maximum(hardest[tile.rows], tile.logits.amax(1), out=hardest[tile.rows])
                 if setting.mask is not None:
-                    left[tile.rows] += is_shown(tile.logits).to(a.dtype).sum(1)
+                    left[tile.rows] += is_unmasked(tile.logits).to(a.dtype).sum(1)
                 values = torch.nn.functional.softplus(tile.logits.add_(bias), threshold=50.0)
                 rest[tile.rows] += values.sum(1)
                 push[tile.rows] += tile.logits.sigmoid_().sum(1)
             if alone is not None:
-                every = alone.taken(False)
+                every = alone.as_positives(False)
                 positive += every.patch.sum(_missing(every, bias), 1)
-        found.extend([hardest + bias, push, left])
+        detached.extend([hardest + bias, push, left])
         ctx.save_for_backward(a, b, scale, bias)
         ctx.setting, ctx.alone = setting, alone
         return positive, rest
@@ -82,13 +82,13 @@ class _Sigmoid(torch.autograd.Function):
         alone: Scattered | None = ctx.alone
         by_alone = None
         if alone is not None:
-            by_alone = _pull(alone.taken(False), bias, by_positive)
+            by_alone = _pull(alone.as_positives(False), bias, by_positive)
         with full_precision(a.device):
             for tile in tiles(a, b, scale, setting, Workspace(a, setting.size)):
                 values = tile.logits.add_(bias).sigmoid_().mul_(by_rest[tile.rows].unsqueeze(1))
-                for taken in tile.taken:
-                    at = within(tile.rows, taken.patch.rows)
-                    taken.put(values, _pull(taken, bias, by_positive[at]))
+                for block in tile.positives:
+                    at = within(tile.rows, block.patch.rows)
+                    block.put(values, _pull(block, bias, by_positive[at]))
                 if alone is not None and by_alone is not None:
                     alone.put(tile.number, values, by_alone)
                 by_bias += values.sum()
@@ -98,10 +98,10 @@ class _Sigmoid(torch.autograd.Function):
             return by_a.mul_(scale), by_b.mul_(scale), by_scale, by_bias, None, None
 
 
-def _missing(taken: Taken, bias: Tensor) -> Tensor:
+def _missing(block: PositiveLogits, bias: Tensor) -> Tensor:
     """What each positive lacks; a position of the patch that is none after all is hidden, and counts for nothing."""
-    return torch.nn.functional.softplus(-(taken.logits + bias), threshold=50.0) * taken.counts(1)
+    return torch.nn.functional.softplus(-(block.logits + bias), threshold=50.0) * block.counts(1)
 
 
-def _pull(taken: Taken, bias: Tensor, upstream: Tensor) -> Tensor:
-    return torch.sigmoid(-(taken.logits + bias)) * taken.counts(1) * -taken.patch.spread(upstream, 1)
+def _pull(block: PositiveLogits, bias: Tensor, upstream: Tensor) -> Tensor:
+    return torch.sigmoid(-(block.logits + bias)) * block.counts(1) * -block.patch.spread(upstream, 1)

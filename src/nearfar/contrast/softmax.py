@@ -16,11 +16,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nearfar.contrast.kernel import LogSums
-from nearfar.contrast.masks import Mask, checked_mask, turned
+from nearfar.contrast.masks import Mask, checked_mask, transposed_mask
 from nearfar.contrast.numerics import full_precision, no_second_derivative
-from nearfar.contrast.positives import HIDDEN, is_shown
+from nearfar.contrast.positives import MASKED_LOGIT, is_unmasked
 from nearfar.contrast.running_sums import Statistics, Step
-from nearfar.contrast.targets import Nobody, Target
+from nearfar.contrast.targets import NoPositives, Target
 from nearfar.contrast.tiles import Setting, bounded, tile_size
 from nearfar.errors import NearfarError
 
@@ -257,9 +257,9 @@ def log_sums(
         size=size,
         keep=size == (n, m),
     )
-    found: list[Statistics] = []
-    flat = LogSums.apply(a, a if b is None else b, scale, setting, found)
-    return [Sums(*(*flat[4 * i : 4 * i + 4], statistics)) for i, statistics in enumerate(found)]
+    per_query: list[Statistics] = []
+    flat = LogSums.apply(a, a if b is None else b, scale, setting, per_query)
+    return [Sums(*(*flat[4 * i : 4 * i + 4], statistics)) for i, statistics in enumerate(per_query)]
 
 
 def _bounded(a: Tensor, b: Tensor | None, scale: Tensor, unit: bool) -> bool:
@@ -327,19 +327,21 @@ def softmax_loss(
     part = slice(0, n) if rows is None else slice(*rows.indices(n))
     if rows is not None and (part.step != 1 or part.start >= part.stop):
         raise NearfarError(f"rows is {rows}; at least one row, without steps, is needed")
-    asked = _asked(a, b, scale, target, both, mask, None if rows is None else part, in_batch, options)
+    directions = _compute_directions(
+        a, b, scale, target, both, mask, None if rows is None else part, in_batch, options
+    )
     losses, sums = [], []
-    for k, direction in enumerate(asked):
-        found, extra = direction.sums, extras[k] if k < len(extras) else None
+    for k, direction in enumerate(directions):
+        own, extra = direction.sums, extras[k] if k < len(extras) else None
         if extra is not None:
-            found = _with_extra(found, direction.queries, extra, scale, unit, part.start)
+            own = _with_extra(own, direction.queries, extra, scale, unit, part.start)
         if denominator == "own":
-            positives = (target.turned() if k else target).listed(part, without_self)
-            losses.append(each_alone(found, direction.queries, direction.keys, scale, positives))
+            positives = (target.transposed() if k else target).listed(part, without_self)
+            losses.append(each_alone(own, direction.queries, direction.keys, scale, positives))
         else:
-            losses.append(found.losses(denominator))
-        sums.append(as_recorded(found, denominator, inside, scale, unit or normalize))
-    means = [each.sum() / direction.valid for each, direction in zip(losses, asked, strict=True)]
+            losses.append(own.losses(denominator))
+        sums.append(as_recorded(own, denominator, inside, scale, unit or normalize))
+    means = [each.sum() / direction.valid for each, direction in zip(losses, directions, strict=True)]
     mean = means[0] if len(means) == 1 else (means[0] + means[1]) * 0.5
     # What goes to the record as p(positive) is a probability, also where the loss is none.
     recorded = losses if denominator != "negatives" else [each.losses() for each in sums]
@@ -350,7 +352,7 @@ def softmax_loss(
     return each_row.sum() if reduction == "sum" else each_row, step
 
 
-class _Asked(NamedTuple):
+class _DirectionSums(NamedTuple):
     """One direction: the sums of its queries, their keys, and how many rows of the whole batch count."""
 
     sums: Sums
@@ -359,7 +361,7 @@ class _Asked(NamedTuple):
     valid: Tensor | float
 
 
-def _asked(
+def _compute_directions(
     a: Tensor,
     b: Tensor | None,
     scale: Tensor,
@@ -369,27 +371,27 @@ def _asked(
     rows: slice | None,
     in_batch: bool,
     options: dict[str, Any],
-) -> list[_Asked]:
+) -> list[_DirectionSums]:
     keys = a if b is None else b
     sides = [(a, keys), (keys, a)][: 1 + both]
-    asked = []
+    directions = []
     if not in_batch:
         part = slice(0, len(a)) if rows is None else rows
         alone = partners(a[part], keys[part], scale)
         for query, key in sides:
-            asked.append(_Asked(alone, query[part], key, float(len(a))))
+            directions.append(_DirectionSums(alone, query[part], key, float(len(a))))
     elif rows is None:
-        found = log_sums(a, b, scale, target, both=both, mask=mask, **options)
-        for sums, (query, key) in zip(found, sides, strict=True):
-            asked.append(_Asked(sums, query, key, _valid(sums.statistics)))
+        both_ways = log_sums(a, b, scale, target, both=both, mask=mask, **options)
+        for sums, (query, key) in zip(both_ways, sides, strict=True):
+            directions.append(_DirectionSums(sums, query, key, _valid(sums.statistics)))
     else:
         for k, (query, key) in enumerate(sides):
-            towards = target.turned() if k else target
-            left_out = turned(mask) if k and mask is not None else mask
+            towards = target.transposed() if k else target
+            left_out = transposed_mask(mask) if k and mask is not None else mask
             (sums,) = log_sums(query[rows], key, scale, towards, mask=left_out, offset=rows.start, **options)
             valid = _count(towards.has_positives(options["without_self"]), 5)
-            asked.append(_Asked(sums, query[rows], key, valid))
-    return asked
+            directions.append(_DirectionSums(sums, query[rows], key, valid))
+    return directions
 
 
 def _valid(statistics: Statistics) -> Tensor | float:
@@ -425,13 +427,13 @@ def _with_extra(sums: Sums, queries: Tensor, extra: Extra, scale: Tensor, unit: 
         rest, hardest = torch.logsumexp(logits, 1), logits.detach().amax(1)
         candidates: Tensor | float = (logits.detach() > -torch.inf).sum(1).to(logits.dtype)
     else:
-        nobody = Nobody(offset + n, len(keys))
-        (found,) = log_sums(queries, keys, scale, nobody, mask=extra.mask, offset=offset, unit=unit)
-        rest, hardest, candidates = found.rest, found.statistics.hardest, found.statistics.candidates
+        no_positives = NoPositives(offset + n, len(keys))
+        (further,) = log_sums(queries, keys, scale, no_positives, mask=extra.mask, offset=offset, unit=unit)
+        rest, hardest, candidates = further.rest, further.statistics.hardest, further.statistics.candidates
     statistics = replace(
         old, hardest=torch.maximum(old.hardest, hardest), candidates=old.candidates + candidates
     )
     # Not of -inf and -inf, a row all of whose negatives are left out: that has a gradient of NaN.
-    joined = torch.logsumexp(torch.stack([sums.rest, rest]).clamp(min=HIDDEN), 0)
-    joined = torch.where(is_shown(joined), joined, -torch.inf)
+    joined = torch.logsumexp(torch.stack([sums.rest, rest]).clamp(min=MASKED_LOGIT), 0)
+    joined = torch.where(is_unmasked(joined), joined, -torch.inf)
     return sums._replace(rest=joined, statistics=statistics)

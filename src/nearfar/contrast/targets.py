@@ -4,7 +4,7 @@ A target answers one question of the kernel: which positions of this tile are po
 needs to know of the whole batch it keeps in O(batch). Weights need not add up to 1; the kernel normalises them.
 
 ``binary``: all weights are equal. ``single``: each query has at most one positive. ``symmetric``: for queries that
-are their own keys, i weighs for j what j weighs for i. ``turned`` is the target with the keys as queries.
+are their own keys, i weighs for j what j weighs for i. ``transposed`` is the target with the keys as queries.
 """
 
 from __future__ import annotations
@@ -18,10 +18,19 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from nearfar.contrast.numerics import full_precision
-from nearfar.contrast.positives import Diagonal, Entries, Patch, Rectangle, Workspace, room_for
+from nearfar.contrast.positives import Diagonal, Entries, Patch, Rectangle, Workspace, buffer_for
 from nearfar.errors import NearfarError
 
-__all__ = ["Columns", "LabelOverlap", "Nobody", "OwnPair", "SameClass", "SparseWeights", "Target", "Weights"]
+__all__ = [
+    "Columns",
+    "LabelOverlap",
+    "NoPositives",
+    "OwnPair",
+    "SameClass",
+    "SparseWeights",
+    "Target",
+    "Weights",
+]
 
 
 class Target(Protocol):
@@ -32,9 +41,9 @@ class Target(Protocol):
     single: bool
     symmetric: bool
     #: whether every query is sure to have a positive, where itself counts as one
-    everybody: bool = False
+    every_row_has_positive: bool = False
     #: up to so many pairs, the matrix of all weights is quicker than a walk over tiles
-    few_pairs: int = 1 << 20
+    dense_limit: int = 1 << 20
 
     def patches(self, rows: slice, columns: slice, space: Workspace | None = None) -> Sequence[Patch]:
         """The positives among these rows and columns, in coordinates of the tile; ``space`` lends buffers for
@@ -58,7 +67,7 @@ class Target(Protocol):
             patch.put(matrix, weight.diagonal() if isinstance(patch, Diagonal) else weight)
         return matrix
 
-    def turned(self) -> Target:
+    def transposed(self) -> Target:
         """The target of the columns as queries."""
 
     def has_positives(self, without_self: bool) -> Bool[Tensor, " n"]:
@@ -87,7 +96,7 @@ class OwnPair(Target):
     def __init__(self, n: int, m: int | None = None) -> None:
         self.shape = (n, n if m is None else m)
 
-    def turned(self) -> OwnPair:
+    def transposed(self) -> OwnPair:
         return OwnPair(self.shape[1], self.shape[0])
 
     def has_positives(self, without_self: bool) -> Bool[Tensor, " n"]:
@@ -120,10 +129,10 @@ class SameClass(Target):
 
     def __init__(self, labels: Int[Tensor, " n"], key_labels: Int[Tensor, " m"] | None = None) -> None:
         key_labels = labels if key_labels is None else key_labels
-        for found, name in ((labels, "labels"), (key_labels, "key_labels")):
-            if found.ndim != 1 or found.dtype.is_floating_point or found.dtype.is_complex:
+        for given, name in ((labels, "labels"), (key_labels, "key_labels")):
+            if given.ndim != 1 or given.dtype.is_floating_point or given.dtype.is_complex:
                 raise NearfarError(
-                    f"{name} are {tuple(found.shape)} {found.dtype}; one whole number for each row is needed"
+                    f"{name} are {tuple(given.shape)} {given.dtype}; one whole number for each row is needed"
                 )
         self.shape = (len(labels), len(key_labels))
         self.symmetric = key_labels is labels
@@ -152,7 +161,7 @@ class SameClass(Target):
         labels, key_labels = self._classes
         return labels.device.type == "cpu" and _ascending(labels) and _ascending(key_labels)
 
-    def turned(self) -> SameClass:
+    def transposed(self) -> SameClass:
         labels, key_labels = self._given
         return SameClass(key_labels, None if self.symmetric else labels)
 
@@ -195,7 +204,7 @@ class SameClass(Target):
             if low == high:
                 return (Rectangle(r, c),)
         mine, theirs = self._codes[0][rows][r], self._codes[1][columns][c]
-        same = room_for(space, mine, "same", len(mine), len(theirs))
+        same = buffer_for(space, mine, "same", len(mine), len(theirs))
         torch.eq(mine.unsqueeze(1), theirs, out=same)
         return (Rectangle(r, c, same),)
 
@@ -213,7 +222,7 @@ class Columns(Target):
     def __init__(self, n: int, m: int, positives: slice) -> None:
         self.shape, self.positives = (n, m), positives
 
-    def turned(self) -> Target:
+    def transposed(self) -> Target:
         raise NearfarError("a chosen set of columns is a target of one direction only")
 
     def has_positives(self, without_self: bool) -> Bool[Tensor, " n"]:
@@ -231,7 +240,7 @@ class Columns(Target):
         )
 
 
-class Nobody(Target):
+class NoPositives(Target):
     """No positives at all: further candidates, such as a memory of earlier batches."""
 
     binary = single = True
@@ -243,8 +252,8 @@ class Nobody(Target):
     def patches(self, rows: slice, columns: slice, space: Workspace | None = None) -> Sequence[Patch]:
         return ()
 
-    def turned(self) -> Nobody:
-        return Nobody(self.shape[1], self.shape[0])
+    def transposed(self) -> NoPositives:
+        return NoPositives(self.shape[1], self.shape[0])
 
     def has_positives(self, without_self: bool) -> Bool[Tensor, " n"]:
         return torch.zeros(self.shape[0], dtype=torch.bool)
@@ -285,7 +294,7 @@ class LabelOverlap(Target):
         self._sizes = self._rows.sum(1).clamp_(min=1e-3)  # rows without labels: 0 / 0
         self.symmetric = True
 
-    def turned(self) -> LabelOverlap:
+    def transposed(self) -> LabelOverlap:
         return self
 
     def has_positives(self, without_self: bool) -> Bool[Tensor, " n"]:
@@ -298,11 +307,11 @@ class LabelOverlap(Target):
 
     def patches(self, rows: slice, columns: slice, space: Workspace | None = None) -> Sequence[Patch]:
         mine, theirs = self._rows[rows], self._rows[columns]
-        weight = room_for(space, mine, "overlap", len(mine), len(theirs))
+        weight = buffer_for(space, mine, "overlap", len(mine), len(theirs))
         with full_precision(mine.device):
             torch.mm(mine, theirs.T, out=weight)
         if self._jaccard:
-            union = room_for(space, mine, "union", len(mine), len(theirs))
+            union = buffer_for(space, mine, "union", len(mine), len(theirs))
             torch.add(self._sizes[rows, None], self._sizes[None, columns], out=union).sub_(weight)
             weight.div_(union)
         elif self._offset:
@@ -328,13 +337,13 @@ class SparseWeights(Target):
     looked at the ranges already, ``complete``: and has seen no -1.
 
     >>> target = SparseWeights(torch.tensor([[1], [-1]]), torch.tensor([[0.5], [0.5]]), m=2)
-    >>> found = target.entries(slice(0, 2), both=True)
-    >>> found.row.tolist(), found.column.tolist(), found.weight.tolist(), found.weight_back.tolist()
+    >>> entries = target.entries(slice(0, 2), both=True)
+    >>> entries.row.tolist(), entries.column.tolist(), entries.weight.tolist(), entries.weight_back.tolist()
     ([0, 1], [1, 0], [0.5, 0.0], [0.0, 0.5])
     """
 
     binary = single = symmetric = False
-    few_pairs = 1 << 17  # most of the matrix is 0, and a walk over tiles does nothing for that
+    dense_limit = 1 << 17  # most of the matrix is 0, and a walk over tiles does nothing for that
 
     def __init__(
         self,
@@ -347,7 +356,7 @@ class SparseWeights(Target):
         complete: bool = False,
     ) -> None:
         self.shape = (len(index), m)
-        self.everybody = own > 0 and len(index) <= m
+        self.every_row_has_positive = own > 0 and len(index) <= m
         if index.device.type == "cpu" and index.numel() and not checked:
             if int(index.max()) >= m:
                 raise NearfarError(
@@ -360,7 +369,7 @@ class SparseWeights(Target):
         self._index, self._weight, self._most, self._own = index, weight.detach(), most, own
         self._complete = complete
 
-    def turned(self) -> SparseWeights:
+    def transposed(self) -> SparseWeights:
         if self.shape[0] != self.shape[1]:
             raise NearfarError(
                 f"sparse weights of {self.shape} pairs have no second direction: it takes as many keys"
@@ -407,8 +416,8 @@ class SparseWeights(Target):
         return matrix if self._most is None else matrix.clamp_(max=self._most)
 
     def _sum(self, keys: Tensor, where: Tensor, value: Tensor) -> Tensor:
-        found = value.new_zeros(len(keys)).index_add_(0, where, value)
-        return found if self._most is None else found.clamp_(max=self._most)
+        summed = value.new_zeros(len(keys)).index_add_(0, where, value)
+        return summed if self._most is None else summed.clamp_(max=self._most)
 
 
 class Weights(Target):
@@ -429,7 +438,7 @@ class Weights(Target):
             raise NearfarError("weights must be numbers that are 0 or more; some are below 0 or not a number")
         self.shape, self.matrix = (matrix.shape[0], matrix.shape[1]), matrix.detach()
 
-    def turned(self) -> Weights:
+    def transposed(self) -> Weights:
         return Weights(self.matrix.T)
 
     def has_positives(self, without_self: bool) -> Bool[Tensor, " n"]:

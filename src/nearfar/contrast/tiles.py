@@ -17,7 +17,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nearfar.contrast.masks import Mask
-from nearfar.contrast.positives import HIDDEN, Entries, Lifted, Overlay, Rectangle, Taken, Workspace
+from nearfar.contrast.positives import (
+    MASKED_LOGIT,
+    Entries,
+    ExtractedPositives,
+    InPlacePositives,
+    PositiveLogits,
+    Rectangle,
+    Workspace,
+)
 from nearfar.contrast.targets import Target
 from nearfar.errors import NearfarError
 
@@ -28,8 +36,8 @@ class Scattered:
     """Entries of an (n, m) matrix in the order of a walk over its tiles, and their logits once it has passed.
 
     >>> entries = Entries(torch.tensor([0, 1]), torch.tensor([1, 0]), (2, 2), torch.ones(2))
-    >>> found, tile = Scattered(entries, (1, 2), torch.empty(0)), torch.tensor([[5.0, 6.0]])
-    >>> found.take(0, tile), found.logits[0].item(), tile[0, 1].item() < -1e29
+    >>> sparse, tile = Scattered(entries, (1, 2), torch.empty(0)), torch.tensor([[5.0, 6.0]])
+    >>> sparse.take(0, tile), sparse.logits[0].item(), tile[0, 1].item() < -1e29
     (None, 6.0, True)
     """
 
@@ -65,9 +73,9 @@ class Scattered:
         if len(places):
             flat = tile.view(-1)
             torch.index_select(flat, 0, places, out=self.logits[part])
-            flat.index_fill_(0, places, HIDDEN)
+            flat.index_fill_(0, places, MASKED_LOGIT)
 
-    def leave_out(self, number: int, mask: Float[Tensor, "r c"]) -> None:
+    def exclude(self, number: int, mask: Float[Tensor, "r c"]) -> None:
         """Note down where a mask (1 where a pair is left out) leaves the other direction's positives out."""
         if self._open is None:
             self._open = torch.ones_like(self.logits)
@@ -81,9 +89,9 @@ class Scattered:
         if len(places):
             tile.view(-1).index_copy_(0, places, values[part])
 
-    def taken(self, holds_self: bool) -> Taken:
+    def as_positives(self, holds_self: bool) -> PositiveLogits:
         """All entries as positives of one tile."""
-        return Taken(self.patch, self.logits, holds_self, self._open)
+        return PositiveLogits(self.patch, self.logits, holds_self, self._open)
 
     def _of(self, number: int) -> tuple[slice, Tensor]:
         part = slice(self._starts[number], self._starts[number + 1])
@@ -95,11 +103,11 @@ TILE = (1024, 1024)
 #: of queries that are their own keys: smaller, as tiles on the diagonal do half their work for nothing
 TWIN_TILE = 512
 #: up to this many pairs, one tile is the whole matrix, and backward finds it where forward left it
-KEPT = 1 << 20
+DENSE_MAX_PAIRS = 1 << 20
 #: logarithm of the largest upstream gradient
-ROOM = math.log(2.0**24)
+MAX_LOG_UPSTREAM = math.log(2.0**24)
 #: on an accelerator a tile of a CPU's size would take longer to start than to compute
-ACCELERATOR_TILE, ACCELERATOR_KEPT = (4096, 8192), 1 << 24
+ACCELERATOR_TILE, ACCELERATOR_DENSE_MAX_PAIRS = (4096, 8192), 1 << 24
 
 
 def tile_size(
@@ -113,7 +121,7 @@ def tile_size(
     on_cpu = device.type == "cpu"
     if tile is not None and min(tile) < 1:
         raise NearfarError(f"tile is {tile}; it is a number of rows and one of columns, 1 or more each")
-    if tile is None and n * m <= (KEPT if on_cpu else ACCELERATOR_KEPT):
+    if tile is None and n * m <= (DENSE_MAX_PAIRS if on_cpu else ACCELERATOR_DENSE_MAX_PAIRS):
         return n, m
     if tile is None:
         tile = TILE if on_cpu else ACCELERATOR_TILE
@@ -157,14 +165,14 @@ class Setting:
 
 
 class Tile(NamedTuple):
-    """Logits of some queries and keys. Left-out pairs and positives are hidden; ``taken`` are the positives."""
+    """Logits of some queries and keys. Left-out pairs and positives are hidden; ``positives`` are apart."""
 
     rows: slice
     columns: slice
     queries: Float[Tensor, "r d"]
     keys: Float[Tensor, "c d"]
     logits: Float[Tensor, "r c"]
-    taken: list[Lifted]
+    positives: list[ExtractedPositives]
     #: its place in the walk
     number: int
     #: its columns are queries in their own right (false on the diagonal of twins, where the rows say it all)
@@ -181,7 +189,7 @@ def bounded(largest_logit: float, n: int, m: int, dtype: torch.dtype) -> bool:
     >>> bounded(14.3, 8192, 8192, torch.float32), bounded(100.0, 8192, 8192, torch.float32)
     (True, False)
     """
-    return largest_logit + max(math.log(max(n, m)), ROOM) < math.log(torch.finfo(dtype).max) - 1.0
+    return largest_logit + max(math.log(max(n, m)), MAX_LOG_UPSTREAM) < math.log(torch.finfo(dtype).max) - 1.0
 
 
 def tiles(
@@ -212,20 +220,22 @@ def tiles(
         for k in range(top // width if setting.twin else 0, len(columns)):
             logits = space("logits", len(queries), len(keys[k]))
             torch.mm(scaled, keys[k].T, out=logits)
-            taken = _take(logits, own, columns[k], setting, space)
+            positives = _take(logits, own, columns[k], setting, space)
             number = top // height * len(columns) + k
             if collect is not None:
                 collect.take(number, logits)
             if setting.mask is not None:
                 left_out = setting.mask.tile(own, columns[k]).to(logits)
-                logits.add_(left_out, alpha=HIDDEN)
+                logits.add_(left_out, alpha=MASKED_LOGIT)
                 if collect is not None:
-                    collect.leave_out(number, left_out)
+                    collect.exclude(number, left_out)
             back = setting.both or (setting.twin and columns[k].start > top)
-            yield Tile(rows, columns[k], queries, keys[k], logits, taken, number, back)
+            yield Tile(rows, columns[k], queries, keys[k], logits, positives, number, back)
 
 
-def _take(logits: Tensor, own: slice, columns: slice, setting: Setting, space: Workspace) -> list[Lifted]:
+def _take(
+    logits: Tensor, own: slice, columns: slice, setting: Setting, space: Workspace
+) -> list[ExtractedPositives]:
     """Hide each row's own place, where it is no candidate, and set the positives apart."""
     first, last = max(own.start, columns.start), min(own.stop, columns.stop)
     others = None
@@ -234,13 +244,13 @@ def _take(logits: Tensor, own: slice, columns: slice, setting: Setting, space: W
             slice(first - own.start, last - own.start),
             slice(first - columns.start, last - columns.start),
         )
-        logits[place].diagonal().fill_(HIDDEN)
+        logits[place].diagonal().fill_(MASKED_LOGIT)
         others = space("others", *logits.shape).fill_(1.0)
         others[place].diagonal().zero_()
-    taken: list[Lifted] = []
+    positives: list[ExtractedPositives] = []
     for number, patch in enumerate(setting.target.patches(own, columns, space)):
         if isinstance(patch, Rectangle) and setting.bounded and not setting.expected and setting.mask is None:
-            taken.append(Overlay(patch, logits, others, f"block {number}", space))
+            positives.append(InPlacePositives(patch, logits, others, f"block {number}", space))
         else:
-            taken.append(Lifted(patch, patch.take(logits), others is not None))
-    return taken
+            positives.append(ExtractedPositives(patch, patch.take(logits), others is not None))
+    return positives

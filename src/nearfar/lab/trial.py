@@ -28,11 +28,11 @@ from nearfar.lab.one_batch import quiet_arithmetic
 from nearfar.metrics import Difference, comparable, paired_difference
 from nearfar.schedules import learning_rate_factor
 from nearfar.systems import build_system, check_config
-from nearfar.training.altered import altered
 from nearfar.training.checkpoint import Checkpoint, find_checkpoint
 from nearfar.training.evaluation import evaluate
 from nearfar.training.fit import train
 from nearfar.training.loop import Interrupted, stop_signals
+from nearfar.training.override import override_config
 from nearfar.training.resume import Resume
 from nearfar.training.run_folder import RunFolder
 from nearfar.training.state import initial_model, load_weights
@@ -96,7 +96,7 @@ class Arms:
         saved = RunFolder.of(self.path).config()
         if saved.trainer.devices != 1:  # a batch is the same, however many processes share it
             common.append("trainer.devices=1")
-        config = altered(saved, [*common, *(self.overrides if changed else ())])
+        config = override_config(saved, [*common, *(self.overrides if changed else ())])
         config.logger, config.resume_from, config.start_epoch = None, str(self.path), start
         config.seed = saved.seed if seed is None else seed
         check_config(config)

@@ -21,8 +21,8 @@ from nearfar.lab.counterfactuals import Counterfactual, Effect, Refused, effect_
 from nearfar.lab.one_batch import Bench, quiet_arithmetic
 from nearfar.lab.trial import prescriptions
 from nearfar.systems import build_system
-from nearfar.training.altered import altered
 from nearfar.training.checkpoint import Checkpoint, find_checkpoint
+from nearfar.training.override import override_config
 from nearfar.training.run_folder import RunFolder
 from nearfar.training.system import System
 
@@ -97,7 +97,7 @@ def what_if(
     epoch = max(0, min(state.epoch, int(config.epochs) - 1))
 
     def frozen(overrides: Sequence[str]) -> _Frozen:
-        asked = altered(config, overrides)
+        asked = override_config(config, overrides)
         system = build_system(asked)
         system.prepare(lambda _: None)
         found = system.layout()["data_hash"]

@@ -16,7 +16,7 @@ from nearfar.contrast import (
     check_denominator,
     check_reduction,
     checked_mask,
-    few_pairs,
+    dense_own_pairs,
     one_direction_loss,
     softmax_loss,
     uncompiled,
@@ -139,7 +139,7 @@ def info_nce_step(
     )
     if whole:
         left_out = None if mask is None else checked_mask(mask, n, m)
-        small = few_pairs(a, b, scale, symmetric, normalize, left_out)
+        small = dense_own_pairs(a, b, scale, symmetric, normalize, left_out)
         if small is not None:
             return small
     # Further negatives are scored beside the kernel, and need rows of unit length themselves.

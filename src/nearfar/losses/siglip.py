@@ -15,7 +15,7 @@ from nearfar.contrast import (
     Statistics,
     Step,
     checked_mask,
-    few_sigmoid_pairs,
+    dense_sigmoid,
     sigmoid_sums,
     uncompiled,
 )
@@ -72,7 +72,7 @@ def siglip_step(
         logit_scale = any_number("logit_scale", logit_scale)
     bias = _bias(logit_bias, a)
     if mask is None and rows is None and tile is None:
-        few = few_sigmoid_pairs(a, b, logit_scale, bias, normalize)
+        few = dense_sigmoid(a, b, logit_scale, bias, normalize)
         if few is not None:
             return few[0], _Sigmoid(few[0].detach(), few[1], _value(logit_scale))
     first, second, scale = ready(a, b, logit_scale, normalize, scale_name="logit_scale")

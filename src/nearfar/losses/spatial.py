@@ -19,8 +19,8 @@ from nearfar.contrast import (
     Step,
     Target,
     computing_dtype,
-    few_pairs,
-    few_rows,
+    dense_own_pairs,
+    dense_softmax,
     log_sums,
     softmax_loss,
     uncompiled,
@@ -165,10 +165,10 @@ def _small(
 ) -> tuple[Float[Tensor, ""], Step] | None:
     """The same for a small batch, and None for others."""
     if target.single and temp_reg_weight == 0:
-        return few_pairs(a, b, scale, True, normalize, mask)
+        return dense_own_pairs(a, b, scale, True, normalize, mask)
     if mask is not None:
         return None
-    few = few_rows(a, b, scale, target, both=True, normalize=normalize, expected=temp_reg_weight != 0)
+    few = dense_softmax(a, b, scale, target, both=True, normalize=normalize, expected=temp_reg_weight != 0)
     if few is None:
         return None
     loss, gap, step = few

@@ -17,11 +17,11 @@ from nearfar.contrast import (
     check_denominator,
     check_reduction,
     computing_dtype,
-    few_rows,
+    dense_softmax,
     softmax_loss,
     uncompiled,
 )
-from nearfar.contrast.tiles import KEPT
+from nearfar.contrast.tiles import DENSE_MAX_PAIRS
 from nearfar.errors import NearfarError
 from nearfar.labels import MISSING, apart, whole_labels
 from nearfar.losses.arguments import (
@@ -145,7 +145,7 @@ def supcon_step(
     whole = memory is None and memory_labels is None and mask is None and rows is None and tile is None
     fit = labels is not None and labels.device == z.device and (other is None or len(other) == len(z))
     if plain and whole and labels is not None and fit:
-        few = few_rows(
+        few = dense_softmax(
             z, other, factor, SameClass(labels), both=other is not None, inside=inside, normalize=normalize,
             without_self=other is None or not own_pair,
         )  # fmt: skip
@@ -177,7 +177,7 @@ def supcon_step(
         same = SameClass(labels, torch.cat([labels, theirs]) if in_batch else theirs)
         return softmax_loss(first, keys, scale, same, without_self=alone, **options)
     whole = keys is None and rows is None and mask is None
-    if not (whole and z.device.type == "cpu" and len(z) ** 2 > KEPT):
+    if not (whole and z.device.type == "cpu" and len(z) ** 2 > DENSE_MAX_PAIRS):
         return softmax_loss(first, keys, scale, SameClass(labels), without_self=alone, **options)
     # In the order of their labels, positives stand together and most tiles hold none.
     labels, order = torch.sort(labels, stable=True)
@@ -324,7 +324,7 @@ def multi_label_supcon_step(
     else:
         raise NearfarError(f"weights is {weights!r}; it is 'jaccard' or 'legacy'")
     if rows is None and tile is None:
-        few = few_rows(z, None, factor, target, without_self=True, inside=inside, normalize=normalize)
+        few = dense_softmax(z, None, factor, target, without_self=True, inside=inside, normalize=normalize)
         if few is not None:
             return few[0], few[2]
     first, _, scale = ready(z, None, factor, None if normalize else False, ("z", "z"))

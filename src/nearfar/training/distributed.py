@@ -22,7 +22,7 @@ from nearfar.errors import NearfarError
 from nearfar.training.gather import gather_rows, row_counts, whole_value, world_size
 from nearfar.training.ring import check_ring, ring_loss
 
-__all__ = ["DistributedLoss", "join_arguments", "nothing"]
+__all__ = ["DistributedLoss", "join_arguments", "zero_with_grad"]
 
 
 #: arguments whose rows are not rows of the batch, but further ones
@@ -81,7 +81,7 @@ def join_arguments(
     return joined, slice(before, before + own)
 
 
-def nothing(arguments: Iterable[Any]) -> Float[Tensor, ""]:
+def zero_with_grad(arguments: Iterable[Any]) -> Float[Tensor, ""]:
     """0 that depends on all arguments: a rank without rows must take part in backward all the same."""
     tensors = [part for value in arguments for _, part in _parts("", value) if part.dtype.is_floating_point]
     dtype = computing_dtype(*tensors)
@@ -284,7 +284,7 @@ class DistributedLoss(nn.Module):
         if not self.local_loss:
             return self.loss(*given.args, **given.kwargs)
         if own.start == own.stop:
-            return whole_value(nothing(arguments.values()))
+            return whole_value(zero_with_grad(arguments.values()))
         given.arguments["rows"] = own
         return whole_value(self.loss(*given.args, **given.kwargs))
 

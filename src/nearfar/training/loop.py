@@ -322,7 +322,7 @@ class TrainingLoop:
     @property
     def _asked(self) -> bool:
         """Whether this process was asked to stop, or has nobody left who could ask."""
-        return self.request.asked or ranks.abandoned()
+        return self.request.asked or ranks.launcher_died()
 
     def _stop_if_asked(self) -> None:
         (asked,) = ranks.any_rank(self._asked)

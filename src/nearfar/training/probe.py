@@ -24,11 +24,11 @@ from nearfar.metrics import embedding_health
 from nearfar.training.checkpoint import generator_state, load_generator_state
 from nearfar.training.system import System, collect, modules_of, whole_rows
 
-__all__ = ["Probe", "untouched"]
+__all__ = ["Probe", "preserve_state"]
 
 
 @contextmanager
-def untouched(model: nn.Module, system: Any = None) -> Iterator[Callable[[], None]]:
+def preserve_state(model: nn.Module, system: Any = None) -> Iterator[Callable[[], None]]:
     """Eval mode without gradients; then modes, buffers, extra states and random generators as they were.
 
     Buffers (running statistics, memories of earlier batches) are those of ``model`` and of modules that ``system``
@@ -37,7 +37,7 @@ def untouched(model: nn.Module, system: Any = None) -> Iterator[Callable[[], Non
     ``model.training``.
 
     >>> model = nn.Sequential(nn.BatchNorm1d(3), nn.Dropout())
-    >>> with untouched(model) as put_back:
+    >>> with preserve_state(model) as put_back:
     ...     _ = model[0].running_mean.add_(1)
     ...     model.training, torch.is_grad_enabled()
     (False, False)
@@ -114,7 +114,7 @@ class Probe:
 
     def views(self, model: nn.Module, ready: Callable[[Any], Any]) -> dict[str, int]:
         """Names of the embeddings and their length, from two rows."""
-        with untouched(model, self.system):
+        with preserve_state(model, self.system):
             views = self.system.embed(model, ready(self._batch(self.split, self.positions[:2])))
         return {name: view.shape[1] for name, view in _views(views).items()}
 
@@ -131,7 +131,7 @@ class Probe:
         if self.split != "val" or not validated or any(len(out) != items for out in validated.values()):
             validated = None
         record: dict[str, Any] = {"probe_rows": len(self.positions), "probe_split": self.split}
-        with untouched(model, self.system) as put_back, warnings.catch_warnings():
+        with preserve_state(model, self.system) as put_back, warnings.catch_warnings():
             warnings.simplefilter("ignore", NoPositivesWarning)  # random batches may have none
             seen = _Pass(self, model, ready, put_back)
             seen.over(self.split, self.positions, embed=True, known=validated)

@@ -20,15 +20,15 @@ import torch.distributed as dist
 from nearfar.errors import NearfarError
 
 __all__ = [
-    "abandoned",
     "any_rank",
     "count",
     "ended_by",
     "from_first",
     "gathered",
     "is_first",
+    "is_first_error",
+    "launcher_died",
     "leave",
-    "may_speak",
     "on_this_machine",
     "one_after_the_other",
     "rank",
@@ -173,7 +173,7 @@ def any_rank(*flags: bool) -> tuple[bool, ...]:
     return tuple(bool(value) for value in found[1:].tolist())
 
 
-def abandoned() -> bool:
+def launcher_died() -> bool:
     """Whether what has started these processes is gone, as after ``kill -9``: nobody would stop them any more."""
     return _parent is not None and os.getppid() != _parent
 
@@ -219,7 +219,7 @@ def one_after_the_other(work: Callable[[], object]) -> None:
     any_rank()
 
 
-def may_speak() -> bool:
+def is_first_error() -> bool:
     """Whether an error of this process is the first of all, to be shown; those of the others come of it.
 
     A process that ends breaks the calls in which the others wait for it, and each of these would report that.

@@ -21,12 +21,21 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from nearfar.contrast import Direction, Nobody, OwnPair, Statistics, Step, Target, computing_dtype, embeddings
-from nearfar.contrast.kernel import take_in, views_of
-from nearfar.contrast.logit_grads import Slopes, tile_slopes
+from nearfar.contrast import (
+    Direction,
+    NoPositives,
+    OwnPair,
+    Statistics,
+    Step,
+    Target,
+    computing_dtype,
+    embeddings,
+)
+from nearfar.contrast.kernel import accumulate_tile, query_views
+from nearfar.contrast.logit_grads import LogitGrads, tile_logit_grads
 from nearfar.contrast.numerics import full_precision
 from nearfar.contrast.positives import Workspace
-from nearfar.contrast.running_sums import Side
+from nearfar.contrast.running_sums import RunningSums
 from nearfar.contrast.tiles import TILE, Setting, tiles
 from nearfar.errors import NearfarError
 from nearfar.losses import ClipLoss, InfoNCELoss
@@ -136,17 +145,17 @@ class _RingSums(torch.autograd.Function):
         here, others = dist.get_rank(), sum(counts) - 1
         space = Workspace(a, _size(counts))
         home = _setting(OwnPair(len(a)), counts, both)
-        rows = Side(len(a), others, a, home)
+        rows = RunningSums(len(a), others, a, home)
         sums = torch.stack([a.new_full((len(b),), -torch.inf), a.new_zeros(len(b))])  # largest logit, Σ exp
         with full_precision(a.device):
             for block, keys in _round(b, counts):
-                setting = home if block == here else _setting(Nobody(len(a), len(keys)), counts, both)
-                columns = Side(len(keys), others, a, setting)
+                setting = home if block == here else _setting(NoPositives(len(a), len(keys)), counts, both)
+                columns = RunningSums(len(keys), others, a, setting)
                 if block != here:
                     columns.top, columns.total = sums.unbind()
                 if len(a) and len(keys):
                     for tile in tiles(a, keys, scale, setting, space):
-                        take_in(tile, [rows, columns], space)
+                        accumulate_tile(tile, [rows, columns], space)
                     if both:
                         sums = torch.stack([columns.top, columns.total])
                 if both:
@@ -173,10 +182,10 @@ class _RingSums(torch.autograd.Function):
             # What the keys know of themselves as queries travels with them.
             known = torch.stack([back, by_back], 1)
             for (block, keys), (_, sums) in zip(_round(b, counts), _round(known, counts), strict=True):
-                setting = home if block == here else _setting(Nobody(len(a), len(keys)), counts, both)
+                setting = home if block == here else _setting(NoPositives(len(a), len(keys)), counts, both)
                 columns = _slopes(setting, sums[:, 0], sums[:, 1], torch.zeros_like(sums[:, 0]))
                 for tile in tiles(a, keys, scale, setting, space) if len(a) and len(keys) else ():
-                    values = tile_slopes(tile, views_of(tile, [rows, columns]), space)
+                    values = tile_logit_grads(tile, query_views(tile, [rows, columns]), space)
                     by_a[tile.rows].addmm_(values, tile.keys)
                     by_b[tile.columns].addmm_(values.T, tile.queries)
                 by_b = _pass_on(by_b, (counts[block - 1], b.shape[1]))
@@ -206,9 +215,9 @@ def _setting(target: Target, counts: list[int], both: bool) -> Setting:
     )
 
 
-def _slopes(setting: Setting, rest: Tensor, by_rest: Tensor, by_positive: Tensor) -> Slopes:
-    side = Side(len(rest), 0, rest, setting)
-    return Slopes(side, (rest, torch.zeros_like(rest), None, None), (by_rest, by_positive, None, None))
+def _slopes(setting: Setting, rest: Tensor, by_rest: Tensor, by_positive: Tensor) -> LogitGrads:
+    side = RunningSums(len(rest), 0, rest, setting)
+    return LogitGrads(side, (rest, torch.zeros_like(rest), None, None), (by_rest, by_positive, None, None))
 
 
 def _round(block: Tensor, counts: list[int]) -> Iterator[tuple[int, Tensor]]:

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from nearfar.errors import NearfarError
 from nearfar.training import ranks
-from nearfar.training.distributed import DistributedLoss, nothing
+from nearfar.training.distributed import DistributedLoss, zero_with_grad
 from nearfar.training.gather import gather_rows, row_counts, whole_value
 from nearfar.training.grad_cache import cached_embeddings
 from nearfar.training.ring import check_ring, ring_loss
@@ -146,7 +146,7 @@ class Sharing:
             first = next(iter(given.arguments.values()))
             own = self._share(len(first), counts)
             if own.start == own.stop:
-                return whole_value(nothing(given.arguments.values()))
+                return whole_value(zero_with_grad(given.arguments.values()))
             return whole_value(forward(*args, **{**kwargs, "rows": own}))
 
         return part

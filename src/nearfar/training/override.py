@@ -17,12 +17,12 @@ from yaml import YAMLError
 from nearfar.errors import NearfarError, nearest_name
 from nearfar.training.resume import NOT_PART_OF_A_RUN, flatten
 
-__all__ = ["altered"]
+__all__ = ["override_config"]
 
 CONFIGS = "nearfar.configs"
 
 
-def altered(config: Any, overrides: Sequence[str]) -> Any:
+def override_config(config: Any, overrides: Sequence[str]) -> Any:
     """A copy of ``config`` under ``overrides``, each ``key=value`` with the value in YAML.
 
     A key is an option that is there (``lr``, ``loss.symmetric``), or a group by the name of one of its files
@@ -33,7 +33,7 @@ def altered(config: Any, overrides: Sequence[str]) -> Any:
     Raises ``NearfarError`` for another form, for an unknown key or choice, and for a key that says where a run lies.
 
     >>> config = OmegaConf.create({"lr": 0.1, "sampler": {"name": "random"}})
-    >>> changed = altered(config, ["lr=0.2", "sampler=hard"])
+    >>> changed = override_config(config, ["lr=0.2", "sampler=hard"])
     >>> changed.lr, changed.sampler.name, config.lr
     (0.2, 'hard', 0.1)
     """
