@@ -15,20 +15,13 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
-from nearfar.batching import HardNegativeSampler, Neighbors, check_harder_than_random, nearest_neighbors
-from nearfar.cli import app
-from nearfar.errors import NearfarError
-from nearfar.lab.claims import Claim, Condition, choose, combine, read_ledger
-from nearfar.lab.claims.experiments import (
-    Share,
+from claims.experiments import (
     class_shares,
     curriculum_switch,
     fixed_threshold,
     focal_share,
     hard_gain,
-    load,
     mrr_bounds,
-    names,
     near_duplicates,
     positives_per_anchor,
     small_k,
@@ -36,9 +29,14 @@ from nearfar.lab.claims.experiments import (
     supcon_metric,
     wasserstein_bias,
 )
-from nearfar.lab.claims.pairs import COPIES, clustered_pairs
+from claims.pairs import COPIES, clustered_pairs
+from claims.training import encoder, probe
+from nearfar.batching import HardNegativeSampler, Neighbors, check_harder_than_random, nearest_neighbors
+from nearfar.cli import app
+from nearfar.errors import NearfarError
+from nearfar.lab.claims import Claim, Condition, choose, combine, read_ledger
+from nearfar.lab.claims.experiment import Share, load, names
 from nearfar.lab.claims.run import Outcome, run_claim, run_claims
-from nearfar.lab.claims.training import encoder, probe
 from nearfar.metrics import few_runs, wilson
 
 ENTRY: dict[str, Any] = {
@@ -436,3 +434,12 @@ def test_claims_on_real_data_wait_for_it(tmp_path: Path, monkeypatch: pytest.Mon
     assert len(run_claims([claim])) == 1
     with pytest.raises(NearfarError, match="needs is 3"):
         read_ledger([ledger(tmp_path, {**ENTRY, "needs": 3})])
+
+
+def test_without_a_clone_the_command_tells_where_the_ledger_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("nearfar.__file__", str(tmp_path / "lib" / "python" / "nearfar" / "__init__.py"))
+    with pytest.raises(NearfarError, match=r"not part of the installed package.*Clone it"):
+        read_ledger()

@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from nearfar.errors import NearfarError, nearest_name
-from nearfar.lab.claims import experiments
+from nearfar.lab.claims.experiment import claims_folder, names
 from nearfar.lab.claims.verdict import Condition
 
 __all__ = ["Claim", "Prediction", "choose", "read_ledger"]
@@ -37,7 +36,7 @@ class Claim:
     """A statement and how it is tested.
 
     ``check``: the verdict code of an analysis on paper, and what it found. ``experiment``: a module of
-    ``nearfar.lab.claims.experiments``, called with ``options`` (``quick`` replaces some of them in a quick run) for
+    ``claims/experiments``, called with ``options`` (``quick`` replaces some of them in a quick run) for
     ``seeds`` seeds; 0 for a computation without chance. ``criterion``: the condition on each quantity that must hold
     for the statement to be true. A claim without experiment says in ``waits_for`` what it needs; one with an experiment
     on real data waits where ``needs``, a folder below ``NEARFAR_DATA``, is not there. ``row`` is its place
@@ -66,7 +65,7 @@ class Claim:
 
 
 def read_ledger(files: Sequence[Path] | None = None) -> list[Claim]:
-    """The claims of ``files``, by default of those that come with nearfar, checked.
+    """The claims of ``files``, by default of those of the clone, checked.
 
     Raises ``NearfarError`` with file and claim for what is missing, unknown, or no condition.
 
@@ -76,7 +75,7 @@ def read_ledger(files: Sequence[Path] | None = None) -> list[Claim]:
     import yaml
 
     if files is None:
-        folder = resources.files("nearfar.lab.claims").joinpath("statements")
+        folder = claims_folder() / "statements"
         texts = {f.name: f.read_text(encoding="utf-8") for f in folder.iterdir() if f.name.endswith(".yaml")}
         # Experiments first: what waits for something is read last.
         texts = dict(
@@ -152,7 +151,7 @@ def _claim(entry: Any, file: str, at: int) -> Claim:
         return Claim(
             **common, waits_for=str(entry["waits_for"]), prediction=Prediction(words, {}) if words else None
         )
-    known = experiments.names()
+    known = names()
     if entry["experiment"] not in known:
         raise NearfarError(
             f"{where}: there is no experiment '{entry['experiment']}'; {nearest_name(str(entry['experiment']), known)}"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nearfar.errors import NearfarError
-from nearfar.lab.claims.experiments import Experiment, Share, load
+from nearfar.lab.claims.experiment import Experiment, Share, load
 from nearfar.lab.claims.ledger import Claim, Criterion
 from nearfar.lab.claims.verdict import OPEN, REFUTED, SUPPORTED, combine
 from nearfar.metrics import Estimate, few_runs, wilson

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from claims.pairs import clustered_pairs
+from claims.training import encoder, fit_pairs, mrr
 from nearfar.batching import (
     BatchSampler,
     HardNegativeSampler,
@@ -18,8 +20,6 @@ from nearfar.batching import (
     RandomBatchSampler,
     nearest_neighbors,
 )
-from nearfar.lab.claims.pairs import clustered_pairs
-from nearfar.lab.claims.training import encoder, fit_pairs, mrr
 
 QUANTITIES = {
     "random": "MRR after random batches",

@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from claims.training import encoder, fit
 from nearfar.batching import LengthBatchSampler
-from nearfar.lab.claims.training import encoder, fit
 
 QUANTITIES = {
     "train_loss": "cross-entropy on the repeated training rows, nats",

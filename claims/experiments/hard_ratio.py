@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import statistics
 
+from claims.pairs import clustered_pairs
+from claims.training import encoder, fit_pairs, mrr
 from nearfar.batching import HardNegativeSampler, RandomBatchSampler, nearest_neighbors
-from nearfar.lab.claims.pairs import clustered_pairs
-from nearfar.lab.claims.training import encoder, fit_pairs, mrr
 
 QUANTITIES = {
     "half": "MRR after half hard batches",

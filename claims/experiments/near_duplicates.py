@@ -7,9 +7,9 @@ of a batch where it can (``false_negative_threshold``) and out of the loss where
 
 from __future__ import annotations
 
+from claims.pairs import clustered_pairs
+from claims.training import encoder, fit_pairs, mrr
 from nearfar.batching import HardNegativeSampler, RandomBatchSampler, nearest_neighbors
-from nearfar.lab.claims.pairs import clustered_pairs
-from nearfar.lab.claims.training import encoder, fit_pairs, mrr
 
 QUANTITIES = {
     "gain_few": "gain of hard batches over random ones, without a filter, at the smaller share of near-duplicates",

@@ -1,4 +1,4 @@
-"""The experiments: one module each, called by its name in the ledger.
+"""Experiments: modules of the folder ``claims/experiments`` in a clone, called by their names in the ledger.
 
 A module has ``run(seed, *, option=…)``, which returns a number (or a ``Share``) for each quantity, and ``QUANTITIES``,
 which says in words what each one is. ``run`` without a ``seed`` is a computation: nothing in it is left to chance.
@@ -9,13 +9,15 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from nearfar.errors import NearfarError, nearest_name
 
-__all__ = ["Experiment", "Share", "load", "names"]
+__all__ = ["Experiment", "Share", "claims_folder", "load", "names"]
 
 
 class Share(NamedTuple):
@@ -52,9 +54,25 @@ class Experiment:
                 )
 
 
+def claims_folder() -> Path:
+    """The folder ``claims`` of the clone that nearfar is installed from, or of the clone in the working directory.
+
+    Raises ``NearfarError`` where there is neither: the experiments are research and not part of the package.
+    """
+    import nearfar
+
+    for clone in (Path(nearfar.__file__).resolve().parents[2], Path.cwd()):
+        if (clone / "claims" / "statements").is_dir() and (clone / "src" / "nearfar").is_dir():
+            return clone / "claims"
+    raise NearfarError(
+        "the ledger of claims and its experiments are not part of the installed package: they are the folder claims/ "
+        "of nearfar's repository. Clone it, and run nearfar claims in the clone."
+    )
+
+
 def names() -> list[str]:
     """Every experiment, without loading any."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+    return sorted(module.name for module in pkgutil.iter_modules([str(claims_folder() / "experiments")]))
 
 
 def load(name: str) -> Experiment:
@@ -63,7 +81,10 @@ def load(name: str) -> Experiment:
     >>> load("loss_ceiling").seeded, load("small_k").seeded
     (False, True)
     """
-    module = importlib.import_module(f"{__name__}.{name}")
+    clone = str(claims_folder().parent)
+    if clone not in sys.path:
+        sys.path.append(clone)
+    module = importlib.import_module(f"claims.experiments.{name}")
     parameters = inspect.signature(module.run).parameters
     return Experiment(
         name,

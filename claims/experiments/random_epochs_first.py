@@ -5,9 +5,9 @@ The same encoder, data and number of steps; a run goes over to hard batches at o
 
 from __future__ import annotations
 
+from claims.pairs import clustered_pairs
+from claims.training import encoder, fit_pairs, mrr
 from nearfar.batching import HardNegativeSampler, nearest_neighbors
-from nearfar.lab.claims.pairs import clustered_pairs
-from nearfar.lab.claims.training import encoder, fit_pairs, mrr
 
 QUANTITIES = {
     "none": "MRR with hard batches from the start",

@@ -7,9 +7,9 @@ itself did. Once more with near-duplicates in the training set, which hard batch
 
 from __future__ import annotations
 
+from claims.pairs import Pairs, clustered_pairs
+from claims.training import encoder, fit_pairs, mrr
 from nearfar.batching import BatchSampler, HardNegativeSampler, RandomBatchSampler, nearest_neighbors
-from nearfar.lab.claims.pairs import Pairs, clustered_pairs
-from nearfar.lab.claims.training import encoder, fit_pairs, mrr
 
 QUANTITIES = {
     "loss_rise": "mean loss of the first hard epoch minus that of the last random one, nats",

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from claims.pairs import mix
+from claims.training import encoder, fit, probe
 from nearfar.batching import RandomBatchSampler
-from nearfar.lab.claims.pairs import mix
-from nearfar.lab.claims.training import encoder, fit, probe
 from nearfar.losses import InfoNCELoss, SupConLoss
 from nearfar.metrics import RecallAtK
 

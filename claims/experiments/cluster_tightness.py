@@ -6,8 +6,8 @@ far as the centres lie from the origin. Tight clusters have harder negatives, an
 
 from __future__ import annotations
 
-from nearfar.lab.claims.pairs import clustered_pairs
-from nearfar.lab.claims.training import random_and_hard
+from claims.pairs import clustered_pairs
+from claims.training import random_and_hard
 
 QUANTITIES = {
     "random_loose": "MRR after random batches, loose clusters",

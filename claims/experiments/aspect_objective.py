@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from claims.training import encoder, fit
 from nearfar.batching import RandomBatchSampler
-from nearfar.lab.claims.training import encoder, fit
 from nearfar.metrics import f1_macro, f1_micro
 from nearfar.metrics.classification import calibration_counts as calibration
 from nearfar.metrics.classification import class_counts, expected_calibration_error, pair_counts, weighted_f1

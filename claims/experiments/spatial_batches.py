@@ -12,9 +12,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from claims.pairs import mix
+from claims.training import encoder, fit
 from nearfar.batching import BatchSampler, RandomBatchSampler, SpatialBatchSampler, positions_in_batch
-from nearfar.lab.claims.pairs import mix
-from nearfar.lab.claims.training import encoder, fit
 from nearfar.losses import SpatialLoss
 from nearfar.metrics import retrieval_ranks
 

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from omegaconf import OmegaConf
 
+from claims.training import fit
 from nearfar.errors import NearfarError
-from nearfar.lab.claims.training import fit
 from nearfar.metrics import RecallAtK
 from nearfar.systems.relations.names import ALL10, TOP5
 from nearfar.systems.relations.objective import LOSSES, ViewLoss

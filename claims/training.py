@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from claims.pairs import Pairs
 from nearfar.batching import BatchSampler, HardNegativeSampler, RandomBatchSampler, nearest_neighbors
-from nearfar.lab.claims.pairs import Pairs
 from nearfar.losses import InfoNCELoss, SimilarityMask
 from nearfar.metrics import retrieval_ranks
 from nearfar.models import ProjectionHead

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from claims.experiments.spatial_batches import STEPS, grid_neighbors, two_slides
+from claims.training import encoder, fit
 from nearfar.batching import RandomBatchSampler, positions_in_batch
-from nearfar.lab.claims.experiments.spatial_batches import STEPS, grid_neighbors, two_slides
-from nearfar.lab.claims.training import encoder, fit
 from nearfar.losses import ClipLoss, SpatialLoss
 from nearfar.metrics import retrieval_ranks
 

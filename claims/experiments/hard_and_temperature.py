@@ -6,8 +6,8 @@ The temperature weighs hard negatives itself (Wang and Liu 2021, "Understanding 
 
 from __future__ import annotations
 
-from nearfar.lab.claims.pairs import clustered_pairs
-from nearfar.lab.claims.training import random_and_hard
+from claims.pairs import clustered_pairs
+from claims.training import random_and_hard
 
 QUANTITIES = {
     "random_low": "MRR after random batches, low temperature",

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from claims.training import encoder, fit
 from nearfar.batching import (
     BatchSampler,
     RandomBatchSampler,
@@ -20,7 +21,6 @@ from nearfar.batching import (
     positions_in_batch,
     weight_in_batch,
 )
-from nearfar.lab.claims.training import encoder, fit
 from nearfar.losses import SpatialLoss
 from nearfar.metrics import retrieval_ranks
 from nearfar.models import ProjectionHead

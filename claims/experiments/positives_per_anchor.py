@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from claims.pairs import mix
+from claims.training import encoder, fit, probe
 from nearfar.batching import BalancedBatchSampler
 from nearfar.errors import NearfarError
-from nearfar.lab.claims.pairs import mix
-from nearfar.lab.claims.training import encoder, fit, probe
 from nearfar.losses import SupConLoss
 
 QUANTITIES = {
