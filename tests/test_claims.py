@@ -443,3 +443,14 @@ def test_without_a_clone_the_command_tells_where_the_ledger_is(
     monkeypatch.setattr("nearfar.__file__", str(tmp_path / "lib" / "python" / "nearfar" / "__init__.py"))
     with pytest.raises(NearfarError, match=r"not part of the installed package.*Clone it"):
         read_ledger()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"\xff\xfe\x00", b"[" * 100_000, b"- &a [x]\n- *a\n", b"!!python/object/apply:os.getpid []", b"17", b""],
+)
+def test_a_hostile_ledger_is_named(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "own.yaml"
+    file.write_bytes(content)
+    with pytest.raises(NearfarError, match=r"own\.yaml"):
+        read_ledger([file])

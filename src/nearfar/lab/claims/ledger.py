@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nearfar.data.files import read_yaml
 from nearfar.errors import NearfarError, nearest_name
 from nearfar.lab.claims.experiment import claims_folder, names
 from nearfar.lab.claims.verdict import Condition
@@ -72,26 +73,13 @@ def read_ledger(files: Sequence[Path] | None = None) -> list[Claim]:
     >>> "small-k-is-harder" in [claim.id for claim in read_ledger()]
     True
     """
-    import yaml
-
     if files is None:
-        folder = claims_folder() / "statements"
-        texts = {f.name: f.read_text(encoding="utf-8") for f in folder.iterdir() if f.name.endswith(".yaml")}
         # Experiments first: what waits for something is read last.
-        texts = dict(
-            sorted(texts.items(), key=lambda pair: (pair[0] == "waiting.yaml", pair[0] != "measured.yaml"))
-        )
-    else:
-        missing = [file for file in files if not file.is_file()]
-        if missing:
-            raise NearfarError(f"{missing[0]}: no such ledger.")
-        texts = {str(file): file.read_text(encoding="utf-8") for file in files}
+        ledger = sorted((claims_folder() / "statements").glob("*.yaml"))
+        files = sorted(ledger, key=lambda file: (file.name == "waiting.yaml", file.name != "measured.yaml"))
     claims: dict[str, Claim] = {}
-    for name, text in texts.items():
-        try:
-            entries = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise NearfarError(f"{name} is not YAML: {error}") from error
+    for file in files:
+        name, entries = str(file), read_yaml(file)
         if not isinstance(entries, list) or not entries:
             raise NearfarError(f"{name} holds no list of claims; each begins with '- id: NAME'.")
         for at, entry in enumerate(entries, 1):
