@@ -74,6 +74,9 @@ def device(path: Path) -> None:
     path.symlink_to("/dev/zero")
 
 
+LAUGHS = "a0: &a0 [x, x]\n" + "".join(
+    f"a{k}: &a{k} [{', '.join([f'*a{k - 1}'] * 9)}]\n" for k in range(1, 12)
+)
 DAMAGES: dict[str, Callable[[Path], None]] = {
     "empty": text(""),
     "other bytes": text(b"\xff\xfe\x00\x81" * 40),
@@ -88,7 +91,7 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
     "deep mapping": text('{"a":' * 50_000),
     "huge number": text('{"epochs": 1e999, "splits": 1' + "0" * 6000 + "}"),
     "code": text("!!python/object/apply:os.system ['touch owned']"),
-    "aliases": text("a: &a [x,x]\nb: &b [*a,*a,*a,*a]\nc: [*b,*b,*b,*b]\n"),
+    "aliases": text(LAUGHS),
     "zip": text(b"PK\x03\x04" + b"\x00" * 60),
     "folder": folder,
     "pipe": pipe,

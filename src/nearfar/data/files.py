@@ -15,11 +15,12 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from nearfar.errors import NearfarError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 __all__ = [
     "Maybe",
@@ -39,6 +40,8 @@ TEXT_LIMIT = 512 * MEGABYTE
 YAML_LIMIT = 4 * MEGABYTE
 #: bytes of the arrays of a file once they are unpacked
 ARRAYS_LIMIT = 16 << 30
+#: values of a configuration, its aliases written out
+VALUES_LIMIT = 100_000
 DAMAGED = "The file was edited or damaged."
 
 
@@ -98,24 +101,32 @@ def read_json(path: Path, shape: Any = object) -> Any:
 
 
 def read_yaml(path: Path) -> Any:
-    """A YAML file of plain values. Tags that would build objects, and aliases, which can unfold without end, are
-    refused: no run writes them."""
+    """A YAML file of plain values. Tags that would build objects are refused, and aliases that unfold without end."""
     import yaml
-
-    class Loader(yaml.SafeLoader):
-        def compose_node(self, parent: Any, index: Any) -> Any:
-            if self.check_event(yaml.AliasEvent):
-                raise yaml.YAMLError("an alias (*name) is not read")
-            return super().compose_node(parent, index)
 
     text = read_text(path, YAML_LIMIT)
     try:
-        return yaml.load(text, Loader=Loader)  # a SafeLoader
+        content = yaml.safe_load(text)
+        if _unfolded(content, {}) > VALUES_LIMIT:
+            raise ValueError(f"its aliases unfold to more than {VALUES_LIMIT:,} values")
     except RecursionError:
         raise NearfarError(f"{path}: nested too deeply. {DAMAGED}") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
         reason = " ".join(str(error).split())
         raise NearfarError(f"{path}: not valid YAML ({reason}). {DAMAGED}") from None
+    return content
+
+
+def _unfolded(content: Any, known: dict[int, int]) -> int:
+    """How many values there are when every alias is written out; ``known`` by the identity of what holds them."""
+    if not isinstance(content, (dict, list)):
+        return 1
+    if id(content) in known:
+        return known[id(content)]
+    known[id(content)] = VALUES_LIMIT + 1  # of a list that holds itself
+    values = content.values() if isinstance(content, dict) else content
+    known[id(content)] = min(1 + sum(_unfolded(value, known) for value in values), VALUES_LIMIT + 1)
+    return known[id(content)]
 
 
 # -- arrays --------------------------------------------------------------------------------------------------
@@ -152,6 +163,8 @@ def read_arrays(path: Path, limit: int = ARRAYS_LIMIT) -> dict[str, np.ndarray]:
 
 def _array(file: Any, size: int) -> np.ndarray:
     """One ``.npy`` member of ``size`` bytes."""
+    import numpy as np
+
     version = np.lib.format.read_magic(file)
     if version not in ((1, 0), (2, 0), (3, 0)):
         raise ValueError(f"format {version} of an array is unknown")
