@@ -50,11 +50,13 @@ class Layout:
     left_out: int = 0
 
     def __post_init__(self) -> None:
-        n = whole("the number of items", self.n, 0) - whole("left_out", self.left_out, 0)
+        every, left_out = whole("the number of items", self.n, 0), whole("left_out", self.left_out, 0)
+        n = every - left_out
         size = whole("batch_size", self.batch_size, 1)
         ranks = whole("world_size", self.world_size, 1)
         drop_last = flag("drop_last", self.drop_last)
-        for name, value in {"n": n, "batch_size": size, "world_size": ranks, "drop_last": drop_last}.items():
+        given = {"n": every, "batch_size": size, "world_size": ranks, "drop_last": drop_last, "left_out": left_out}
+        for name, value in given.items():
             object.__setattr__(self, name, value)  # Python's own numbers: a state is plain whatever came in
         if n < 2 * ranks and not (size == 1 and n >= ranks):
             raise NearfarError(
