@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import math
 import time
 from pathlib import Path
@@ -214,3 +215,52 @@ def test_a_hundred_thousand_steps_take_a_second_and_thousands_of_columns_too() -
     started = time.process_time()
     assert diagnose(pd.DataFrame(wide)).ids == ["loss-at-chance"]
     assert time.process_time() - started < 3.0
+
+
+@pytest.mark.parametrize("beside", [{}, {"lr": 1e-3}, {"lr": [1e-3 - 1e-6 * i for i in range(100)]}])
+def test_a_loss_logged_now_and_then_is_no_broken_loss_whatever_stands_in_every_row(beside: dict) -> None:
+    """A table that has a row for every step, and a loss every fifth: nothing in the rows says why it is empty."""
+    losses = [4.0 - 0.01 * i if i % 5 == 0 else np.nan for i in range(100)]
+    found = diagnose(frame(step=range(100), loss=losses, **beside))
+    assert found.healthy
+    assert "80 empty cells of 'loss' taken as not measured" in found.verdict
+    broken = losses[:40] + [np.nan] * 60
+    assert diagnose(frame(step=range(100), loss=broken, **beside)).ids == ["non-finite-loss"]
+
+
+@pytest.mark.parametrize("mark", [",", ";", "\t"])
+def test_a_file_of_cells_is_read_whatever_parts_them(tmp_path: Path, mark: str) -> None:
+    path = tmp_path / ("log.tsv" if mark == "\t" else "log.csv")
+    path.write_text("step,loss,candidates\n1,4.1,64\n2,4.0\n".replace(",", mark))
+    assert Signals.of(str(path)).series("loss").values == (4.1, 4.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("step,loss,loss\n1,4.1,4.0\n", "several columns 'loss'"),
+        ("step,loss\n1,4,1\n", "line 2 has 3 cells, but line 1 names 2"),
+        ("step;loss\n1;4,1\n", "'loss' is '4,1'"),
+    ],
+)
+def test_a_file_whose_cells_could_be_of_either_field_is_refused(
+    tmp_path: Path, text: str, words: str
+) -> None:
+    path = tmp_path / "log.csv"
+    path.write_text(text)
+    with pytest.raises(NearfarError, match=words):
+        diagnose(path)
+
+
+def test_json_lines_are_told_how_to_go_in(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"step": 1, "loss": 4.1}\n{"step": 2, "loss": 4.0}\n')
+    with pytest.raises(NearfarError, match=r"is a file.*diagnose\(\[json.loads\(line\)"):
+        diagnose(path)
+    assert diagnose([json.loads(line) for line in path.open()]).healthy
+
+
+@pytest.mark.parametrize(("name", "value"), [("batch_size", "64"), ("lr", [1.0]), ("candidates", "64")])
+def test_context_that_is_no_number_is_named(name: str, value: Any) -> None:
+    with pytest.raises(NearfarError, match=rf"context\['{name}'\]"):
+        diagnose({"loss": [4.1] * 8}, {name: value})

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
-__all__ = ["CONTEXT", "FIELDS", "LISTED", "OF_AN_EPOCH", "TEXTS", "is_field", "matches"]
+__all__ = ["CONTEXT", "FIELDS", "LISTED", "NUMBERS", "OF_AN_EPOCH", "TEXTS", "is_field", "matches"]
 
 #: fields of a log, by where ``nearfar train`` writes them
 FIELDS: dict[str, dict[str, str]] = {
@@ -131,6 +131,30 @@ CONTEXT: dict[str, str] = {
     "change": "{metric: {group: difference between two systems}}",
     "comparison": "{metric: {value, low, high}, or {per_seed}, or {values, baseline} by seed, or {value, sd}}",
 }
+
+#: those of the context that are numbers
+NUMBERS = frozenset(
+    {
+        "batch_size",
+        "epochs",
+        "accumulate",
+        "world_size",
+        "lr",
+        "temperature",
+        "scale_max",
+        "memory",
+        "curriculum_epoch",
+    }
+    | {
+        "hard_ratio",
+        "hardness_k",
+        "false_negative_threshold",
+        "batchnorm",
+        "gradient_ratio",
+        "classes",
+        "gallery",
+    }
+)
 
 #: fields of a log that are text
 TEXTS = frozenset({"kind", "sampler", "loss_name", "probe_split", "time", "precision", "monitor", "order"})

@@ -68,13 +68,10 @@ def _logged(
     measured[rows[cells == Cell.NUMBER]] = True
     last = int(np.flatnonzero(measured).max(initial=-1))
     beside, elsewhere = np.zeros(log.length, bool), np.zeros(log.length, bool)
-    clock = False
-    for other, (where, numbers, found) in _others(log, name).items():
+    for other, (where, _, found) in _others(log, name).items():
         here = np.zeros(log.length, bool)
         here[where[np.isin(found, (Cell.NUMBER, Cell.WRITTEN_NAN))]] = True
-        if here.all():
-            # What stands in every row explains none of them, but it may be the reason why there is a row.
-            clock = clock or bool(len(numbers) and (numbers != numbers[0]).any())
+        if here.all():  # what stands in every row explains none of them
             continue
         known = here[: last + 1]
         with_loss = (
@@ -89,7 +86,7 @@ def _logged(
                 elsewhere |= here
     place = rows
     unexplained = doubtful & ~beside[place] & ~elsewhere[place]
-    if clock and name in log.table:
+    if name in log.table:
         unexplained &= _dense(rows, measured, unexplained, last)
     return (doubtful & beside[place]) | unexplained
 

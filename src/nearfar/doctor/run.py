@@ -64,6 +64,11 @@ def read_run(folder: str | os.PathLike[str]) -> Signals:
     if path.name == "train_log.jsonl":
         path = path.parent
     if not (path / "train_log.jsonl").exists() and not (path / "config.yaml").exists():
+        if path.is_file():
+            raise NearfarError(
+                f"{path} is a file, and of files a log is read as .csv or .tsv. One of JSON lines goes in as a list: "
+                "diagnose([json.loads(line) for line in open(path)])"
+            )
         what = (
             "there is no such folder" if not path.is_dir() else "it has no train_log.jsonl and no config.yaml"
         )

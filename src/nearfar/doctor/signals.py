@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nearfar.doctor.fields import CONTEXT, is_field, matches
+from nearfar.arguments import shown
+from nearfar.doctor.fields import CONTEXT, NUMBERS, TEXTS, is_field, matches
 from nearfar.doctor.gaps import LOSSES, settle_gaps
 from nearfar.doctor.log_tables import (
     Cell,
@@ -63,7 +64,7 @@ class Signals:
         if hasattr(source, "__fspath__") or isinstance(source, str):
             from nearfar.doctor.run import read_run
 
-            if os.fspath(source).lower().endswith(".csv") and os.path.isfile(source):
+            if os.fspath(source).lower().endswith((".csv", ".tsv")) and os.path.isfile(source):
                 source = _csv_rows(source)
             else:
                 return read_run(source).knowing(context)
@@ -238,10 +239,30 @@ class Signals:
 
 
 def _csv_rows(path: Any) -> list[dict[str, Any]]:
-    """The rows of a CSV file with a line of names, as a logger writes one."""
+    """The rows of a CSV file with a line of names, as a logger writes one; cells end at commas, semicolons or tabs.
+
+    A short row lacks its last cells. One with more cells than names, or a name that comes twice, is refused: it would
+    not be clear which cell is which field's.
+    """
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            return list(csv.DictReader(file))
+            head = file.readline()
+            file.seek(0)
+            mark = max(",;\t", key=head.count)
+            rows = csv.reader(file, delimiter=mark)
+            names = next(rows, [])
+            twice = next((name for at, name in enumerate(names) if name and name in names[:at]), None)
+            if twice is not None:
+                raise NearfarError(f"{path} has several columns '{twice}'; rename them, or drop all but one")
+            found = []
+            for row in filter(None, rows):
+                if len(row) > len(names) and any(cell.strip() for cell in row[len(names) :]):
+                    raise NearfarError(
+                        f"{path}: line {rows.line_num} has {len(row)} cells, but line 1 names {len(names)} columns; "
+                        "put texts that hold the separator in quotes, and write decimal points"
+                    )
+                found.append(dict(zip(names, row, strict=False)))
+            return found
     except (UnicodeDecodeError, csv.Error, OSError) as error:
         raise NearfarError(f"{path}: not a CSV file that can be read ({error})") from None
 
@@ -251,6 +272,11 @@ def _check_context(context: Any) -> None:
         raise NearfarError(
             f"context is {type(context).__name__}; a mapping such as {{'batch_size': 64}} is needed"
         )
+    for name, value in (context or {}).items():
+        value = plain(value)
+        wrong = name in NUMBERS and value is not None and not isinstance(value, (int, float))
+        if wrong or (isinstance(value, str) and name not in CONTEXT and name not in TEXTS and is_field(name)):
+            raise NearfarError(f"context['{name}'] is {shown(value)}; a number is needed")
 
 
 def _placed(log: Columns, name: str) -> NDArray[np.float64]:
