@@ -249,3 +249,12 @@ def test_without_hardness_k_a_shorter_list_is_used_whole():
     assert HardNegativeSampler(near, 12).hardness_k == 30
     with pytest.raises(NearfarError, match="only 30"):
         HardNegativeSampler(near, 12, hardness_k=100)
+
+
+def test_a_state_whose_planned_options_are_damaged_is_refused_when_it_is_loaded() -> None:
+    sampler = HardNegativeSampler(np.arange(1, 13)[:, None] % 12, 4)
+    next(iter(sampler))
+    state = sampler.state_dict()
+    for damaged in (dict.fromkeys(state["planned"]), state["planned"] | {"hard_ratio": "x"}):
+        with pytest.raises(NearfarError, match="hard_ratio is"):
+            sampler.load_state_dict({**state, "planned": damaged})

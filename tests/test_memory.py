@@ -166,7 +166,7 @@ def test_the_whole_state_is_in_the_state_of_a_model() -> None:
         (torch.zeros(2, 3, dtype=torch.int64), torch.arange(2), "floating point"),
         (torch.zeros(2, 3), None, "keeps ids, and none were pushed"),
         (torch.zeros(2, 3), torch.arange(3), "2 rows need one whole number each"),
-        (torch.zeros(2, 3), torch.zeros(2), "whole number each"),
+        (torch.zeros(2, 3), torch.full((2,), 0.5), "whole numbers are needed"),
         (torch.tensor([[0.0] * 3, [torch.nan] * 3]), torch.arange(2), "1 of 2 rows, first in row 1"),
         (torch.tensor([[torch.inf, 0.0, 0.0]]), torch.arange(1), "not finite in 1 of 1"),
     ],
@@ -427,3 +427,25 @@ def test_cached_step_of_molecules(files: list[str], encoder: str) -> None:
         model.zero_grad()
     assert len(found[0]) == len(found[1]) > 5
     assert all(torch.allclose(x, y, rtol=1e-9, atol=1e-12) for x, y in zip(*found, strict=True))
+
+
+def test_ids_of_a_memory_are_labels_as_those_of_a_loss_are() -> None:
+    """Whole numbers as floats, with NaN where one is missing, are read by ``push`` as by ``same``."""
+    memory = CrossBatchMemory(4, 2, ids=True)
+    labels = torch.tensor([1.0, float("nan"), 2.0])
+    memory.push(torch.ones(3, 2), labels)
+    assert memory.ids().tolist() == [1, -1, 2]
+    assert memory.same(labels).int().tolist() == [[1, 0, 0], [0, 0, 0], [0, 0, 1]]
+    with pytest.raises(NearfarError, match=r"ids hold 1\.5"):
+        memory.push(torch.ones(3, 2), labels + 0.5)
+
+
+def test_rows_too_large_for_half_precision_are_refused_when_they_are_pushed() -> None:
+    memory = CrossBatchMemory(4, 2).half()
+    with pytest.raises(NearfarError, match=r"features reach 1e\+06.*float16"):
+        memory.push(torch.full((2, 2), 1e6))
+    assert memory.filled == 0
+    memory.push(torch.ones(2, 2))
+    memory = memory.bfloat16()
+    memory.push(torch.full((2, 2), 1e6))
+    assert memory.rows().isfinite().all()

@@ -301,3 +301,15 @@ def test_masks_of_other_types_and_shapes_are_refused(mask: Any) -> None:
     ):
         with pytest.raises(NearfarError, match="mask is"):
             call()
+
+
+@pytest.mark.parametrize(
+    "given", [np.array([[1, 0], [1, 1]]), [[1, 0], [1, 1]], pd.DataFrame([[1, 0], [1, 1]])]
+)
+def test_the_advice_for_labels_that_are_no_tensor_holds_for_several_labels_too(given: object) -> None:
+    with pytest.raises(
+        NearfarError, match=r"torch\..*tensor\(labels.*label_tensor.*whole data set"
+    ) as raised:
+        MultiLabelSupConLoss()(torch.ones(2, 3), given)  # type: ignore[arg-type]
+    inner = given.to_numpy() if "labels.to_numpy()" in str(raised.value) else given  # type: ignore[attr-defined]
+    assert MultiLabelSupConLoss()(torch.randn(2, 3), torch.tensor(inner)).ndim == 0

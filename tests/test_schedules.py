@@ -163,3 +163,11 @@ def test_learning_rate_factors():
         learning_rate_factor("cosin")
     with pytest.raises(NearfarError, match="share"):
         learning_rate_factor(warmup=1.0)
+
+
+@pytest.mark.parametrize("epoch", [2, np.float32(2), np.int64(2), torch.tensor(2)])
+def test_a_value_is_a_plain_number_whatever_the_epoch_is(epoch: float) -> None:
+    for rule in (Linear(0.0, 1.0), Step((0.1, 0.2)), Piecewise([(0, 0.0), (9, 1.0)]), Constant(0.5)):
+        value = rule(epoch, 10)
+        assert type(value) is float
+        assert value == rule(2.0, 10.0)

@@ -173,9 +173,12 @@ def whole_labels(labels: Any, name: str = "labels") -> Tensor:
     tensor([ 2, -1,  0])
     """
     if not isinstance(labels, Tensor):
+        pandas = hasattr(labels, "to_numpy")  # whose arrays may be read-only
+        how = f"torch.tensor({name}.to_numpy())" if pandas else f"torch.as_tensor({name})"
         raise NearfarError(
-            f"{name} is a {type(labels).__name__}; pass a tensor of whole numbers, such as "
-            f"nearfar.labels.label_tensor({name})"
+            f"{name} is a {type(labels).__name__}; pass a tensor of whole numbers: {how}, or for texts and gaps "
+            "nearfar.labels.label_tensor(labels of the whole data set), once and before batches are cut, so "
+            "that a class has one number in all of them"
         )
     if labels.is_complex():
         raise NearfarError(

@@ -72,7 +72,7 @@ class Linear:
         last = _check_position(epoch, total, needs_total="linear") - 1
         if epoch >= last:
             return self.end if last > 0 else self.start
-        return self.start + (self.end - self.start) * epoch / last
+        return self.start + (self.end - self.start) * float(epoch) / last
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,13 @@ class Layout:
         size = whole("batch_size", self.batch_size, 1)
         ranks = whole("world_size", self.world_size, 1)
         drop_last = flag("drop_last", self.drop_last)
-        given = {"n": every, "batch_size": size, "world_size": ranks, "drop_last": drop_last, "left_out": left_out}
+        given = {
+            "n": every,
+            "batch_size": size,
+            "world_size": ranks,
+            "drop_last": drop_last,
+            "left_out": left_out,
+        }
         for name, value in given.items():
             object.__setattr__(self, name, value)  # Python's own numbers: a state is plain whatever came in
         if n < 2 * ranks and not (size == 1 and n >= ranks):
@@ -455,12 +461,15 @@ class BatchSampler:
         for part in ("options", "planned"):
             if not isinstance(state[part], Mapping) or {*self._changeable} - {*state[part]}:
                 raise NearfarError(f"'{part}' in the state does not name {', '.join(self._changeable)}")
+        for name in self._changeable:  # set for a moment: so they are checked as any option is
+            setattr(self, name, state["planned"][name])
+        planned = self._current()
         for name in self._changeable:
             setattr(self, name, state["options"][name])
         self._epoch, self._begun = epoch, False
         self._pass += 1  # iterators from before the load no longer count
-        self._drawn, self._options, self._running = position, dict(state["planned"]), None
-        self._resume = (position, dict(state["planned"])) if position else None
+        self._drawn, self._options, self._running = position, planned, None
+        self._resume = (position, dict(planned)) if position else None
 
     # ---- ids
 

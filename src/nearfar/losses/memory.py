@@ -75,7 +75,7 @@ class CrossBatchMemory(nn.Module):
         """Keep these rows in place of the oldest, without their gradient; of more than ``size`` rows the last.
 
         Raises ``NearfarError`` for another shape, for ``ids`` that are missing or not expected, and, on the CPU, for
-        rows that are not finite: they would spoil the loss of many steps.
+        rows that are not finite or too large for the memory's type: they would spoil the loss of many steps.
         """
         check_tensors(features=features)
         if features.ndim != 2 or features.shape[1] != self.dim or not features.is_floating_point():
@@ -90,8 +90,8 @@ class CrossBatchMemory(nn.Module):
                 else "this memory keeps no ids; make it with CrossBatchMemory(…, ids=True)"
             )
         if ids is not None:
-            check_tensors(ids=ids)
-            if ids.shape != features.shape[:1] or ids.is_floating_point() or ids.is_complex():
+            ids = whole_labels(ids, "ids")
+            if ids.shape != features.shape[:1]:
                 raise NearfarError(
                     f"ids are {tuple(ids.shape)} {ids.dtype}; {len(features)} rows need one whole number each"
                 )
@@ -100,11 +100,17 @@ class CrossBatchMemory(nn.Module):
             raise NearfarError(
                 f"features are not finite in {len(bad)} of {len(features)} rows, first in row {bad[0]}"
             )
+        narrow = features.to(self._rows.dtype)
+        if features.device.type == "cpu" and narrow is not features and not narrow.isfinite().all():
+            raise NearfarError(
+                f"features reach {features.abs().max().item():g}, more than the {self._rows.dtype} of this memory "
+                "holds; normalise them, or keep the memory in torch.bfloat16 or torch.float32"
+            )
         kept = min(len(features), self.size)
         start = (self._pushed + len(features) - kept) % self.size
         first = min(kept, self.size - start)
         born = torch.full((kept,), self._steps)
-        for store, new in ((self._rows, features), (self._ids, ids), (self._born, born)):
+        for store, new in ((self._rows, narrow), (self._ids, ids), (self._born, born)):
             if store is not None and new is not None:
                 new = new[len(new) - kept :].detach()
                 store[start : start + first] = new[:first].to(store.device, store.dtype)
