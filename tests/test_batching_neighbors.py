@@ -120,3 +120,12 @@ def test_a_list_of_other_items_is_refused():
         Neighbors(np.array([[1.0], [0.0]]))
     with pytest.raises(NearfarError, match="do not match"):
         Neighbors(np.array([[1], [0]]), np.ones((2, 2)))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("recall", "0.9"), ("recall", 2.0), ("exact", "no"), ("queries", -1), ("metric", 3), ("index", 3)],
+)
+def test_what_is_said_of_a_list_is_of_the_right_kind(name: str, value: object) -> None:
+    with pytest.raises(NearfarError, match=name):
+        Neighbors(np.array([[1], [0]]), **{name: value})  # type: ignore[arg-type]

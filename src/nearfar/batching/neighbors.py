@@ -64,6 +64,15 @@ class Neighbors:
         object.__setattr__(self, "similarities", values)
         if self.ids is not None:
             object.__setattr__(self, "ids", as_ids(self.ids, len(indices)))
+        for name in ("metric", "index"):
+            if not isinstance(getattr(self, name), str):
+                raise NearfarError(f"{name} is {getattr(self, name)!r}; a text is needed")
+        object.__setattr__(self, "exact", flag("exact", self.exact))
+        object.__setattr__(self, "queries", whole("queries", self.queries, 0))
+        if self.recall is not None:
+            object.__setattr__(
+                self, "recall", number("recall", self.recall, 0, 1, "a share from 0 to 1, or None")
+            )
 
     @property
     def n(self) -> int:
