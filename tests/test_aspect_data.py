@@ -240,6 +240,32 @@ def test_rows_that_contradict_each_other_are_counted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "words", [("positive", "conflict"), ("conflict", "positive"), ("conflict", "negative")]
+)
+def test_a_label_lost_to_one_that_is_not_read_is_counted(tmp_path: Path, words: tuple[str, str]) -> None:
+    rows = [f"t {{i}},food,{word}" for word in words] + ["t {i},bar,positive", "t {i},x,negative"]
+    found = read_records(table(tmp_path / "a.csv", "text,aspect,polarity", *rows))
+    assert found.labels[0]["food"] == -1
+    n = len(found)
+    assert found.unread.counts == {
+        "contradicting labels of one text and aspect": n,
+        "polarity that is none": n,
+    }
+
+
+@pytest.mark.parametrize("polarities", [None, {"0": 0, "1": 3}])
+@pytest.mark.parametrize(
+    "names", ["food_positive,food_negative", "Food Pos,Food Neg", "A#B.positive,A#B.neutral"]
+)
+def test_a_column_for_each_polarity_is_refused(
+    tmp_path: Path, names: str, polarities: dict[str, int] | None
+) -> None:
+    path = table(tmp_path / "a.csv", f"text,{names}", "t {i},1,0", "u {i},0,1", "w {i},0,0")
+    with pytest.raises(NearfarError, match="one aspect by their names"):
+        read_records(path, polarities=polarities)
+
+
+@pytest.mark.parametrize(
     ("header", "rows", "options"),
     [
         ("text,FOOD,SERVICE", ["t {i},1,0", "u {i},2,3"], {}),

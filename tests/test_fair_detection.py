@@ -315,3 +315,19 @@ def test_three_groups_are_refused(tmp_path: Path) -> None:
     system, said = prepared(tmp_path / "again", ["f", "m", "x"] * 8, "data.groups=[m,f]")
     assert sum(len(split) for split in system.splits.values()) == 16, "the advice works"
     assert any("sex of neither group: x 8" in line for line in said)
+
+
+def test_pictures_of_both_groups_are_called_so(tmp_path: Path) -> None:
+    folder = coco_folder(tmp_path / "data", [None] * 12)
+    content = json.loads((folder / "train.json").read_text())
+    content["annotations"] = [
+        {**box, "id": 2 * box["id"] + k, "bbox": [5 + 20 * k, 5, 15, 30], "sex": "fm"[k]}
+        for box in content["annotations"]
+        for k in (0, 1)
+    ]
+    (folder / "train.json").write_text(json.dumps(content))
+    config = compose_config(
+        overrides(tmp_path, f"data.dir={folder}", "data.group_key=sex", "data.image_size=32")
+    )
+    with pytest.raises(NearfarError, match="with boxes of both, a picture belongs to neither"):
+        build_system(config).load_data(lambda line: None)

@@ -162,6 +162,23 @@ def test_sdf_with_its_data_fields(tmp_path):
         load_files(tmp_path / "a.mol2")
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_sdf_cut_inside_a_text_does_not_keep_half_of_it(tmp_path, end):
+    path = tmp_path / "a.sdf"
+    with Chem.SDWriter(str(path)) as writer:
+        for i, smiles in enumerate(SMILES):
+            molecule = Chem.MolFromSmiles(smiles)
+            molecule.SetProp("Definition", f"text of number {i}")
+            writer.write(molecule)
+    whole = path.read_text().rstrip().removesuffix("$$$$")
+    n = len(SMILES)
+    for text, kept in [(whole, n), (whole.rstrip()[:-5], n - 1), (whole.rstrip() + "\n", n - 1)]:
+        path.write_bytes(text.replace("\n", end).encode())
+        assert len(all_pairs(path)) == kept
+        counted = load_files(path, val_split="random").sources[0]["rejections"]["by_reason"]
+        assert counted == ({} if kept == n else {"record cut off": 1})
+
+
 def test_atom_maps_are_no_part_of_a_structure(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("smiles,text\nCCO,a\n[CH3:1][CH2:2][OH:3],a\n[CH3:7][CH2:2][OH:3],b\nC[C@H:3](F)O,c\n")

@@ -7,6 +7,7 @@ nothing to the reader is an error, never a table without labels.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -42,6 +43,9 @@ ID_COLUMNS = ("id", "review_id", "sentence_id")
 #: share of a column's filled cells that must be polarities for it to count as an aspect
 ASPECT_SHARE = 0.5
 _NO_ASPECT = frozenset(("", "null", "none", "nan", "noaspectterm", "n/a", "-"))
+#: names of columns of 0 and 1, and what these hold
+_INDICATOR = re.compile(r"(.+?)[\W_]+(?:pos|positive|neg|negative|neu|neutral)", re.IGNORECASE)
+_INDICATOR_VALUES = frozenset(("", "0", "1", "0.0", "1.0", "true", "false"))
 _Code = Callable[[str], int]
 
 
@@ -231,6 +235,8 @@ def _require_readable(
     codes: Mapping[int, Sequence[int]],
 ) -> None:
     """Raise where columns that are aspects, or look like it, hold values that nothing is known of."""
+    if options.aspects is None:
+        _refuse_indicators(raw, positions, cells)
     strange = {i: _strange(cells[i], codes[i]) for i in positions if i not in aspects}
     if options.aspects is not None:
         unreadable = [i for i in strange if strange[i]]
@@ -264,6 +270,21 @@ def _require_readable(
         )
     if len(aspects) == 1 and options.aspects is None:
         _refuse_hidden_rows(raw, aspects[0], positions, cells)
+
+
+def _refuse_indicators(raw: RawTable, positions: Sequence[int], cells: Mapping[int, Sequence[str]]) -> None:
+    """Columns of 0 and 1 called food_positive, food_negative: no aspects, but pairs of aspect and polarity."""
+    by_aspect: dict[str, list[str]] = {}
+    for i in positions:
+        match = _INDICATOR.fullmatch(raw.header[i].strip())
+        if match and {cell.strip().casefold() for cell in cells[i]} <= _INDICATOR_VALUES:
+            by_aspect.setdefault(match[1].casefold(), []).append(raw.header[i])
+    if pairs := next((names for names in by_aspect.values() if len(names) > 1), None):
+        raise NearfarError(
+            f"{raw.path}: columns {', '.join(map(repr, pairs))} are one aspect by their names, a column of 0 and 1 for "
+            "each polarity, which is not read. Make one column of each aspect, with the words positive, negative or "
+            "neutral, and empty where it is not mentioned."
+        )
 
 
 def _refuse_hidden_rows(
@@ -409,7 +430,7 @@ def _from_sentences(
                 unread.add(
                     "polarity that is none", sentence.number, f"{aspect}: {sentence.words.get(aspect)}"
                 )
-            if before is not None and UNKNOWN not in (before, code) and before != code:
+            if before is not None and before != code:  # one label is lost, whether it is this one or the last
                 unread.add("contradicting labels of one text and aspect", sentence.number, aspect)
             labels[name] = code if before in (None, code) else UNKNOWN
     if not records.texts:

@@ -79,7 +79,8 @@ class FairDetectionSystem(System):
         for name, split in found.items():
             if not len(splits[name]):
                 raise NearfarError(
-                    f"{split.source}: no picture has a box and one of the groups {split.groups}; "
+                    f"{split.source}: of {len(split)} pictures none has a box and belongs to one of the groups "
+                    f"{split.groups}: with boxes of both, a picture belongs to neither. "
                     f"data.group_key={data.group_key} names the attribute."
                 )
             if less := len(split) - len(splits[name]):

@@ -231,6 +231,10 @@ def _read_sdf(path: Path, text: str) -> RawTable:
             records[-1].append(line)
     if not any(line.strip() for line in records[-1]):
         records.pop()
+        cut = False
+    else:  # without $$$$: whole, if a blank line ends its last data field
+        after = text[len(text.rstrip()) :].replace("\r\n", "\n")
+        cut = any(_FIELD.match(line) for line in records[-1]) and len(re.findall(r"[\r\n]", after)) < 2
     if not records:
         raise NearfarError(f"{path} holds no record: each ends with a line $$$$.")
     blocks, fields = zip(*(_parts(record) for record in records), strict=True)
@@ -241,6 +245,9 @@ def _read_sdf(path: Path, text: str) -> RawTable:
         zip(records, fields, _molfiles(blocks), strict=True), start=1
     ):
         title = record[0].strip() if record else ""
+        if cut and number == len(records):
+            rejections.add("record cut off", number, title, "the file ends inside a data field")
+            continue
         if problem:
             rejections.add("unreadable molfile", number, title, problem)
             continue
