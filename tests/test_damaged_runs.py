@@ -20,6 +20,7 @@ from nearfar.doctor import diagnose
 from nearfar.errors import NearfarError
 from nearfar.lab.compare import compare_runs
 from nearfar.lab.doctor_text import print_diagnosis
+from nearfar.lab.ensemble import write_ensemble
 from nearfar.lab.report import write_comparison, write_report
 from nearfar.lab.table import comparison_tables, metrics_tables
 from nearfar.launch import check_name, choose_folder
@@ -289,6 +290,78 @@ def test_a_checkpoint_of_other_types_is_refused(copy: Path, name: str, value: An
         Checkpoint.load(path)
 
 
+def _moment(name: str, value: Any) -> Callable[[dict[str, Any]], object]:
+    return lambda content: content["optimizer"]["state"][0].update({name: value})
+
+
+def _field(*path: str, value: Any) -> Callable[[dict[str, Any]], object]:
+    def forge(content: dict[str, Any]) -> None:
+        for part in path[:-1]:
+            content = content[part]
+        content[path[-1]] = value
+
+    return forge
+
+
+FORGERIES: dict[str, Callable[[dict[str, Any]], object]] = {
+    "moments smaller than their weight": _moment("exp_avg", torch.zeros(1)),
+    "moments that are text": _moment("exp_avg", "x"),
+    "sparse moments": _moment("exp_avg_sq", torch.zeros(16, 6).to_sparse()),
+    "a step that is NaN": _moment("step", torch.tensor(float("nan"))),
+    "no step": _moment("step", None),
+    "a further moment": _moment("momentum", torch.zeros(16, 6)),
+    "no optimiser": _field("optimizer", value={}),
+    "optimiser state of the wrong kind": _field("optimizer", "state", value=[1]),
+    "groups of the wrong kind": _field("optimizer", "param_groups", value=[1, 2]),
+    "a generator that is text": _field("generators", "cpu", value="x"),
+    "a generator of zeros": _field("generators", "cpu", value=torch.zeros(5056, dtype=torch.uint8)),
+    "names of weights that are numbers": _field("model", value={1: torch.zeros(2)}),
+    "a best value that is text": _field("best", "value", value="x"),
+    "a best epoch that is text": _field("best", "epoch", value="x"),
+    "a negative number of batches": _field("batches", value=-1),
+}
+
+
+@pytest.mark.parametrize("forgery", FORGERIES)
+def test_a_forged_state_is_refused_by_name(copy: Path, forgery: str) -> None:
+    """The compiled step of AdamW writes beyond moments that are too small, and the interpreter dies."""
+    run, config = RunFolder(copy / "a"), toy_config(epochs=2)
+    path = run.checkpoints / "last.ckpt"
+    content = torch.load(path, weights_only=True)
+    FORGERIES[forgery](content)
+    path.unlink()  # best.ckpt is the same file
+    torch.save(content, path)
+    system = ToySystem(config)
+    system.prepare(print)
+    with pytest.raises(NearfarError, match=r"last\.ckpt"):
+        fit(system, config, run, Resume.find(str(run), config), say=lambda _: None)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("scheduler", {"step": 1, "optimizer": None, "lr_lambdas": 5}),
+        ("scheduler", None),
+        ("best", {}),
+        ("meters", None),
+        ("other_generators", None),
+    ],
+)
+def test_what_follows_from_the_rest_is_not_taken_from_a_checkpoint(copy: Path, name: str, value: Any) -> None:
+    run, config = RunFolder(copy / "a"), toy_config(epochs=2)
+    path = run.checkpoints / "last.ckpt"
+    content = torch.load(path, weights_only=True)
+    content["optimizer"]["param_groups"][0] |= {"betas": None, "maximize": True}
+    path.unlink()
+    torch.save(content | {name: value}, path)
+    system = ToySystem(config)
+    system.prepare(print)
+    fit(system, config, run, Resume.find(str(run), config), say=lambda _: None)
+    group = torch.load(path, weights_only=True)["optimizer"]["param_groups"][0]
+    assert group["betas"] == (0.9, 0.999)
+    assert group["maximize"] is False
+
+
 def test_readers_name_what_is_wrong(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     path.write_text('{"a": NaN}')
@@ -333,6 +406,43 @@ def test_a_foreign_folder_is_left_alone(tmp_path: Path, exists: str) -> None:
     with pytest.raises(NearfarError, match="is not a run of nearfar"):
         train(place)
     assert (place / "metrics.json").read_text() == (place / "checkpoints/model.pt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "trials"])
+def test_a_link_inside_a_run_is_not_followed(copy: Path, tmp_path: Path, name: str) -> None:
+    run, outside = RunFolder(copy / "a"), tmp_path / "outside"
+    if name == "checkpoints":
+        shutil.copytree(run.checkpoints, outside)
+        shutil.rmtree(run.checkpoints)
+    else:
+        outside.mkdir()
+    (outside / ".last.ckpt.999999999.tmp").write_text("mine")
+    before = {path.name: path.read_bytes() for path in outside.iterdir()}
+    (run.path / name).symlink_to(outside)
+    with pytest.raises(NearfarError, match="link to a different folder"):
+        train(run.path)
+    config = toy_config(epochs=2)
+    system = ToySystem(config)
+    system.prepare(print)
+    with pytest.raises(NearfarError, match="link to a different folder"):
+        fit(system, config, run, Resume.find(str(run), config), say=lambda _: None)
+    assert {path.name: path.read_bytes() for path in outside.iterdir()} == before
+
+
+def test_a_place_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(NearfarError, match="cannot be made: Not a directory"):
+        train(tmp_path / "file" / "x")
+    with pytest.raises(NearfarError, match="cannot be made"):
+        RunFolder(tmp_path / "file").write_json("claims.json", {})
+
+
+def test_an_ensemble_is_not_written_into_a_foreign_folder(copy: Path, tmp_path: Path) -> None:
+    place = tmp_path / "notes"
+    place.mkdir()
+    (place / "examples.json").write_text("mine")
+    with pytest.raises(NearfarError, match="is not a run of nearfar"):
+        write_ensemble([copy / "a", copy / "b"], place)
 
 
 def test_what_a_kill_left_is_removed_at_the_next_start(copy: Path) -> None:

@@ -38,7 +38,7 @@ from nearfar.training import ranks
 from nearfar.training.options import processes_to_start
 from nearfar.training.restart import run_processes
 from nearfar.training.resume import Resume, changed_values
-from nearfar.training.run_folder import RunFolder
+from nearfar.training.run_folder import RunFolder, make_folder
 
 __all__ = ["dry_run", "launch", "run_one"]
 
@@ -334,7 +334,7 @@ def _shared(overrides: Sequence[str]) -> Path:
     """A folder that the workers of a launcher see too, on whatever node they run."""
     given = [o.split("=", 1)[1].strip("'\"") for o in overrides if o.startswith("runs_dir=")]
     folder = (Path(given[-1] if given else "runs") / ".sweeps").absolute()
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     return folder
 
 

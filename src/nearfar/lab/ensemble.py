@@ -19,7 +19,7 @@ from nearfar.training.checkpoint import Checkpoint, find_checkpoint
 from nearfar.training.evaluation import outputs_of
 from nearfar.training.results import write_diagnosis, write_results
 from nearfar.training.resume import changed_values
-from nearfar.training.run_folder import RunFolder, environment
+from nearfar.training.run_folder import RunFolder, environment, make_folder
 from nearfar.training.state import initial_model, load_weights
 from nearfar.training.system import Evaluation, System
 
@@ -46,6 +46,8 @@ def write_ensemble(runs: Sequence[Path], output: Path | None = None, say: Say = 
     )
     if (place / "config.yaml").exists() or (place / "metrics.json").exists():
         raise NearfarError(f"{place} is a run already: give another folder with --output.")
+    target = RunFolder(place)
+    target.check_own()
     first: System | None = None
     collected: dict[str, list[dict[str, Tensor]]] = {}
     for folder in folders:
@@ -71,8 +73,7 @@ def write_ensemble(runs: Sequence[Path], output: Path | None = None, say: Say = 
     results: dict[str, Evaluation] = {
         split: first.evaluate(outputs, split, final=True) for split, outputs in reported.items()
     }
-    target = RunFolder(place)
-    target.path.mkdir(parents=True, exist_ok=True)
+    make_folder(target.path)
     target.write_text("config.yaml", OmegaConf.to_yaml(_config(folders, members), resolve=True))
     target.write_json("environment.json", environment())
     target.write_json("dataset_layout.json", first.layout())

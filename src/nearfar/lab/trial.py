@@ -34,7 +34,7 @@ from nearfar.training.fit import train
 from nearfar.training.loop import Interrupted, stop_signals
 from nearfar.training.override import override_config
 from nearfar.training.resume import Resume
-from nearfar.training.run_folder import RunFolder
+from nearfar.training.run_folder import RunFolder, make_folder
 from nearfar.training.state import initial_model, load_weights
 from nearfar.training.system import Evaluation, System
 
@@ -345,7 +345,8 @@ def _home(folder: RunFolder, overrides: Sequence[str], steps: int) -> Iterator[P
     home, number = folder.path / "trials" / name, 2
     while home.exists():
         home, number = home.with_name(f"{name}-{number}"), number + 1
-    home.mkdir(parents=True)
+    folder.check_own()
+    make_folder(home)
     try:
         yield home
     except BaseException:

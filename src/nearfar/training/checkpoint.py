@@ -47,6 +47,8 @@ class Checkpoint:
     best: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
     format: int = FORMAT
+    #: the file it was read from, which is not written
+    origin: str = "the checkpoint"
 
     def save(self, path: Path) -> None:
         """Write the checkpoint atomically."""
@@ -82,15 +84,22 @@ class Checkpoint:
             )
         check_shape(content, SHAPE, str(path))
         known = {f.name for f in fields(cls)}
-        return cls(**{key: value for key, value in content.items() if key in known})
+        given = {key: value for key, value in content.items() if key in known and value is not None}
+        return cls(**given | {"origin": str(path)})
+
+
+def _count(value: Any) -> str | None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        return f"is {str(value)[:40]!r}, and a whole number from 0 on is expected"
+    return None
 
 
 #: what a file has to hold to be a checkpoint; what the optimiser or the sampler makes of theirs is their own affair
 SHAPE = {
     "system": str,
-    "epoch": int,
-    "batches": int,
-    "step": int,
+    "epoch": _count,
+    "batches": _count,
+    "step": _count,
     "model": dict,
     "data_hash": str,
     "optimizer": Maybe(dict),
@@ -99,8 +108,8 @@ SHAPE = {
     "sampler": Maybe(dict),
     "generators": Maybe(dict),
     "other_generators": Maybe([dict]),
-    "meters": {"total": Maybe(float), "count": Maybe(int)},
-    "best": Maybe(dict),
+    "meters": Maybe({"total": Maybe(float), "count": Maybe(_count)}),
+    "best": Maybe({"value": Maybe(float), "epoch": Maybe(_count), "epochs_without_gain": Maybe(_count)}),
     "seconds": Maybe(float),
 }
 
@@ -118,7 +127,7 @@ def _check_size(path: Path) -> None:
 
 def _shallow(checkpoint: Checkpoint) -> dict[str, Any]:
     """The fields as a plain dictionary, tensors shared (``dataclasses.asdict`` would copy every weight)."""
-    return {f.name: getattr(checkpoint, f.name) for f in fields(checkpoint)}
+    return {f.name: getattr(checkpoint, f.name) for f in fields(checkpoint) if f.name != "origin"}
 
 
 def epoch_path(folder: Path, epoch: int) -> Path:
@@ -161,13 +170,19 @@ def generator_state() -> dict[str, Any]:
     return state
 
 
-def load_generator_state(state: Mapping[str, Any]) -> None:
-    """Set the generators back to a saved state."""
-    if "cpu" in state:
-        torch.set_rng_state(state["cpu"])
-    if not torch.cuda.is_available():
-        return
-    if ranks.count() > 1 and len(state.get("cuda", ())) == 1:
-        torch.cuda.set_rng_state(state["cuda"][0])
-    elif len(state.get("cuda", ())) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
+def load_generator_state(state: Mapping[str, Any], origin: str = "the checkpoint") -> None:
+    """Set the generators back to a saved state; ``NearfarError`` for what is no state of a generator."""
+    try:
+        if "cpu" in state:
+            torch.set_rng_state(state["cpu"])
+        if not torch.cuda.is_available():
+            return
+        if ranks.count() > 1 and len(state.get("cuda", ())) == 1:
+            torch.cuda.set_rng_state(state["cuda"][0])
+        elif len(state.get("cuda", ())) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(state["cuda"])
+    except (TypeError, RuntimeError, AttributeError) as error:
+        raise NearfarError(
+            f"{origin}: it does not hold the state of a generator ({error}); the file was edited or damaged. Take its "
+            "weights alone with init_from=."
+        ) from None

@@ -17,7 +17,7 @@ from nearfar.training.loop import Interrupted, StopRequest, TrainingLoop, stop_s
 from nearfar.training.recorder import Recorder
 from nearfar.training.results import write_diagnosis, write_results
 from nearfar.training.resume import Resume
-from nearfar.training.run_folder import RunFolder, environment, remove_left_over
+from nearfar.training.run_folder import RunFolder, environment, make_folder, remove_left_over
 from nearfar.training.shared_step import check_shared
 from nearfar.training.state import initial_model, load_weights
 from nearfar.training.system import System
@@ -87,7 +87,7 @@ def _begin(
     checkpoint: Checkpoint | None,
 ) -> None:
     """Everything that stands in a run folder before the first step."""
-    folder.path.mkdir(parents=True, exist_ok=True)
+    make_folder(folder.path)
     if resume is None:
         folder.clear()
     else:

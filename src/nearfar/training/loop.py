@@ -282,7 +282,7 @@ class TrainingLoop:
         if generators is None:  # there were fewer processes
             torch.manual_seed(dropout_seed(self.config.seed, ranks.rank(), self.state.step))
         else:
-            load_generator_state(generators)
+            load_generator_state(generators, self._resume.origin)
         if self._resume.precision:
             self.fabric.strategy.precision.load_state_dict(self._resume.precision)
 

@@ -25,7 +25,7 @@ from typing import IO, Any
 from nearfar.data.files import DAMAGED, Maybe, check_shape, parse_json, read_arrays, read_json, read_yaml
 from nearfar.errors import NearfarError
 
-__all__ = ["RunFolder", "environment", "remove_left_over", "same_file", "write_atomically"]
+__all__ = ["RunFolder", "environment", "make_folder", "remove_left_over", "same_file", "write_atomically"]
 
 
 def _number(value: Any) -> str | None:
@@ -77,11 +77,24 @@ SHAPES: dict[str, Any] = {
 CONFIG = {"system": str, "seed": int}
 
 
+def make_folder(path: Path) -> None:
+    """A folder and those above it, if they are not there yet; ``NearfarError`` where that cannot be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise NearfarError(
+            f"{path} cannot be made: {error.strerror or error}. Choose another place with runs_dir= or --output."
+        ) from None
+
+
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Call ``write(file)`` on a temporary neighbour of ``path``, flush it to disk and rename it into place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     prefix = f".{path.name}.{os.getpid()}."  # says later who wrote what a kill has left
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=prefix, suffix=".tmp")
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=prefix, suffix=".tmp")
+    except OSError as error:
+        raise NearfarError(f"{path} cannot be written: {error.strerror or error}.") from None
     try:
         with os.fdopen(handle, "wb") as file:
             write(file)
@@ -217,8 +230,19 @@ class RunFolder:
         return True
 
     def check_own(self) -> None:
-        """``NearfarError`` where there is a folder with content that no run has put there: it is never written into."""
-        if not os.path.lexists(self.path) or self.is_run:
+        """``NearfarError`` where there is a folder with content that no run has put there: it is never written into.
+
+        Neither is what a link inside a run leads to.
+        """
+        if not os.path.lexists(self.path):
+            return
+        if self.is_run:
+            for path in sorted(self.path.iterdir()):
+                if path.is_symlink() and path.is_dir():
+                    raise NearfarError(
+                        f"{path} is a link to a different folder, and a run writes into its own folder alone. Remove "
+                        "the link; to keep a run on a different disk, choose runs_dir=."
+                    )
             return
         if not self.path.is_dir():
             raise NearfarError(

@@ -66,14 +66,11 @@ class RunState:
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> RunState:
         """The state that a checkpoint holds."""
-        return cls(
-            checkpoint.epoch,
-            checkpoint.batches,
-            checkpoint.step,
-            Mean(**checkpoint.meters),
-            dict(checkpoint.best),
-            checkpoint.seconds,
-        )
+        state = cls(checkpoint.epoch, checkpoint.batches, checkpoint.step, seconds_before=checkpoint.seconds)
+        meters, best = checkpoint.meters, checkpoint.best
+        state.loss_mean = Mean(meters.get("total") or 0.0, meters.get("count") or 0)
+        state.best |= {key: best[key] for key in state.best if best.get(key) is not None}
+        return state
 
     def to_dict(self) -> dict[str, Any]:
         """The fields of a ``Checkpoint`` that are counters."""
@@ -117,7 +114,7 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, system: System, origi
         )
     try:
         model.load_state_dict(checkpoint.model)
-    except RuntimeError as error:
+    except (RuntimeError, AttributeError, TypeError) as error:  # the latter two of names that are no text
         first = "; ".join(line.strip() for line in str(error).splitlines()[1:4])
         raise NearfarError(
             f"{origin}: the weights do not fit this model ({first}). "
@@ -145,21 +142,63 @@ def build_optimizer(
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     if resume is None or resume.optimizer is None:
         return optimizer, scheduler
-    # The state is continued; learning rate and weight decay are those of the configuration, which may be new.
-    fresh = [{key: group[key] for key in ("initial_lr", "weight_decay")} for group in optimizer.param_groups]
-    try:
-        optimizer.load_state_dict(resume.optimizer)
-    except ValueError as error:
-        raise NearfarError(
-            f"the optimiser of that run belongs to other weights ({error}): an option changes which weights "
-            "are trained. Take the weights alone with init_from=."
-        ) from None
-    scheduler.load_state_dict(dict(resume.scheduler or {}))
+    # The state of the weights is continued; every option is that of the configuration, which may be new.
+    fresh = [
+        {key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups
+    ]
+    _load_moments(optimizer, resume, fresh)
     # Steps count from the run's start, at the present number of steps per epoch: a new batch size or start_epoch moves
-    # the position in the schedule, and nothing else.
-    scheduler.last_epoch = state.epoch * per_epoch + state.batches // config.trainer.accumulate
-    scheduler.base_lrs = [group["initial_lr"] for group in fresh]
-    for group, new in zip(optimizer.param_groups, fresh, strict=True):
-        group |= new
-        group["lr"] = new["initial_lr"] * factor(scheduler.last_epoch)
+    # the position in the schedule, and nothing else. All else of a schedule follows from that.
+    position = state.epoch * per_epoch + state.batches // config.trainer.accumulate
+    rates = [group["initial_lr"] * factor(position) for group in fresh]
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    scheduler.load_state_dict(
+        {
+            "last_epoch": position,
+            "base_lrs": [group["initial_lr"] for group in fresh],
+            "lr_lambdas": [None] * len(fresh),
+            "_step_count": position + 1,
+            "_last_lr": rates,
+        }
+    )
     return optimizer, scheduler
+
+
+def _load_moments(optimizer: torch.optim.AdamW, resume: Checkpoint, groups: list[dict[str, Any]]) -> None:
+    """What AdamW remembers of each weight, from a checkpoint that anybody may have written.
+
+    Shapes are checked: its compiled step would write beyond the end of a moment that is smaller than its weight.
+    """
+    saved: Any = resume.optimizer
+    try:
+        members = [group["params"] for group in saved["param_groups"]]
+        if len(members) == len(groups):
+            groups = [group | {"params": ids} for group, ids in zip(groups, members, strict=True)]
+        else:
+            groups = [{"params": ids} for ids in members]  # told apart below
+        optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+        for weight, moments in optimizer.state.items():
+            if unfit := _unfit(weight, moments):
+                raise ValueError(unfit)
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else error
+        raise NearfarError(
+            f"{resume.origin}: the optimiser of that run belongs to other weights ({reason}): an option changes which "
+            "weights are trained, or the file was edited or damaged. Take the weights alone with init_from=."
+        ) from None
+
+
+def _unfit(weight: Tensor, moments: Any) -> str | None:
+    """What is wrong with AdamW's memory of a weight."""
+    if sorted(moments) != ["exp_avg", "exp_avg_sq", "step"]:
+        return f"a weight's state holds {', '.join(map(str, moments))[:80]}"
+    step = moments["step"]
+    if not isinstance(step, Tensor) or step.numel() != 1 or not step.is_floating_point() or not step >= 1:
+        return "its number of steps is no number"
+    for name in ("exp_avg", "exp_avg_sq"):
+        value = moments[name]
+        dense = isinstance(value, Tensor) and value.layout == torch.strided and value.device == weight.device
+        if not dense or value.shape != weight.shape or value.dtype != weight.dtype:
+            return f"{name} has not the shape of its weight, {tuple(weight.shape)}"
+    return None
