@@ -55,7 +55,13 @@ class Layout:
         size = whole("batch_size", self.batch_size, 1)
         ranks = whole("world_size", self.world_size, 1)
         drop_last = flag("drop_last", self.drop_last)
-        given = {"n": every, "batch_size": size, "world_size": ranks, "drop_last": drop_last, "left_out": left_out}
+        given = {
+            "n": every,
+            "batch_size": size,
+            "world_size": ranks,
+            "drop_last": drop_last,
+            "left_out": left_out,
+        }
         for name, value in given.items():
             object.__setattr__(self, name, value)  # Python's own numbers: a state is plain whatever came in
         if n < 2 * ranks and not (size == 1 and n >= ranks):
