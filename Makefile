@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 # not --quiet: pip's list of what it downloads is the sign that the install goes on
 PIP    := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test setup lint types unit clean help
+.PHONY: demo test check setup lint types unit quick clean help
 
 help:  ## what there is
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -32,6 +32,8 @@ demo: setup  ## train on 20,000 real molecules, random against hard batches, and
 
 test: setup lint types unit  ## lint, types and tests
 
+check: setup lint types quick  ## lint, types and the fast tests, under two minutes
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -41,6 +43,9 @@ types: setup
 
 unit: setup
 	$(BIN)/pytest
+
+quick: setup
+	$(BIN)/pytest -m "not slow"
 
 clean:  ## remove the environment and every run
 	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache

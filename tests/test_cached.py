@@ -30,6 +30,8 @@ from nearfar.training.system import StepOutput, System
 from test_resume import records, states_equal
 from toy_system import ToySystem, toy, toy_config
 
+pytestmark = pytest.mark.slow  # real runs
+
 Loss = Callable[[Any], Tensor]
 
 

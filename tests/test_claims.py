@@ -39,6 +39,8 @@ from nearfar.lab.claims.experiment import Share, load, names
 from nearfar.lab.claims.run import Outcome, run_claim, run_claims
 from nearfar.metrics import few_runs, wilson
 
+pytestmark = pytest.mark.slow  # real runs
+
 ENTRY: dict[str, Any] = {
     "id": "one",
     "statement": "Guessing is easy.",

@@ -15,7 +15,7 @@ from nearfar.errors import NearfarError
 from nearfar.terminal import report_error
 from nearfar.training.run_folder import RunFolder
 
-pytestmark = pytest.mark.usefixtures("module_cache")
+pytestmark = [pytest.mark.usefixtures("module_cache"), pytest.mark.slow]
 
 SMALL = [
     "epochs=1",

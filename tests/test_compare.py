@@ -20,6 +20,8 @@ from nearfar.training.run_folder import RunFolder
 from test_resume import train
 from toy_system import toy_config
 
+pytestmark = pytest.mark.slow  # real runs
+
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:

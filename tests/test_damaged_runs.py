@@ -31,6 +31,8 @@ from nearfar.training.resume import Resume
 from nearfar.training.run_folder import RunFolder, remove_left_over
 from toy_system import ToySystem, toy_config
 
+pytestmark = pytest.mark.slow  # real runs
+
 
 def train(path: Path, **changes: Any) -> RunFolder:
     system = ToySystem(toy_config(epochs=1, **changes))

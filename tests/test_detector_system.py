@@ -49,7 +49,7 @@ SMALL = [
 ]
 
 
-pytestmark = pytest.mark.usefixtures("module_cache")
+pytestmark = [pytest.mark.usefixtures("module_cache"), pytest.mark.slow]
 
 
 def write(folder: Path, split: str, n: int, seed: int = 0) -> None:

@@ -27,6 +27,8 @@ from nearfar.training.distributed import DistributedLoss
 from nearfar.training.gather import gather
 from nearfar.training.verify_ddp import OPTIONS, DdpVerdict, verify_ddp
 
+pytestmark = pytest.mark.slow  # real runs
+
 SECONDS = 60
 COUNTS = {2: (4, 2), 3: (3, 0, 2)}
 DTYPES = (

@@ -14,6 +14,8 @@ from doctor_battery import PLANTED, Folder, healthy
 from nearfar.doctor import Diagnosis, diagnose
 from test_doctor_rules import NAMED
 
+pytestmark = pytest.mark.slow  # real runs
+
 
 def judge(log: Any, context: dict[str, Any], tmp_path: Path) -> Diagnosis:
     return diagnose(log.write(tmp_path / "run") if isinstance(log, Folder) else log, context or None)

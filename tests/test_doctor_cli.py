@@ -19,6 +19,8 @@ from nearfar.training.run_folder import RunFolder
 from test_doctor_signals import write
 from toy_system import toy, toy_config
 
+pytestmark = pytest.mark.slow  # real runs
+
 RNG = np.random.default_rng(0)
 
 

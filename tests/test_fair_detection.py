@@ -54,7 +54,7 @@ SMALL = [
 ]
 
 
-pytestmark = pytest.mark.usefixtures("module_cache")
+pytestmark = [pytest.mark.usefixtures("module_cache"), pytest.mark.slow]
 
 
 def overrides(tmp_path: Path, *more: str) -> list[str]:

@@ -20,6 +20,8 @@ from nearfar.metrics import Estimate, few_runs, paired_difference
 from nearfar.training.run_folder import RunFolder
 from toy_system import toy_config
 
+pytestmark = pytest.mark.slow  # real runs
+
 SIZES = {"A": 40, "B": 70, "C": 55}
 GAIN = {"A": 0.1, "B": 0.3, "C": 0.2}
 

@@ -21,6 +21,8 @@ from nearfar.models.image.efficientnet import WEIGHTS as EFFICIENTNET
 from nearfar.models.image.mobilenet import WEIGHTS as MOBILENET
 from nearfar.models.image.weights import PackagedWeights
 
+pytestmark = pytest.mark.slow  # real runs
+
 PACKAGED = {
     "mobilenet": (MOBILENET, "classifier.1.weight", "classifier.1.bias"),
     "efficientnet": (EFFICIENTNET, "_fc.weight", "_fc.bias"),

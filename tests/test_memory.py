@@ -229,7 +229,7 @@ SMALL = [
 ]
 
 
-pytestmark = pytest.mark.usefixtures("module_cache")
+pytestmark = [pytest.mark.usefixtures("module_cache"), pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow  # real runs
+
 TESTS = Path(__file__).parent
 POINTS = "[nearfar.systems]\ntoy = {value}\n"
 SYSTEM = """

@@ -36,6 +36,8 @@ from test_resume import killed_after, records, silent, states_equal
 from tiny_molecules import split_files
 from toy_system import N, ToyModel, ToySystem, toy_config
 
+pytestmark = pytest.mark.slow  # real runs
+
 OWN = {"effective_rank", "rank_limit", "dimensions", "variance", "uniformity", "mean_cosine"}
 
 

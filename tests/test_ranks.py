@@ -33,6 +33,8 @@ from test_resume import records, silent, states_equal
 from tiny_molecules import split_files
 from toy_system import ToyModel, ToySystem, toy, toy_config
 
+pytestmark = pytest.mark.slow  # real runs
+
 EVERY_STEP = {"epochs": 2, "trainer__log_every": 1, "trainer__probe_rows": 16, "trainer__threads": 1}
 
 

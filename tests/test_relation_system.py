@@ -47,7 +47,7 @@ SMALL = [
 ]
 
 
-pytestmark = pytest.mark.usefixtures("module_cache")
+pytestmark = [pytest.mark.usefixtures("module_cache"), pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

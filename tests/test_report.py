@@ -19,6 +19,8 @@ from nearfar.training.sections import Picture, Section, Table, write_sections
 from test_resume import train
 from toy_system import toy_config
 
+pytestmark = pytest.mark.slow  # real runs
+
 FINDING = {
     "id": "loss-at-chance",
     "severity": "error",

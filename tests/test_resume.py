@@ -19,6 +19,8 @@ from nearfar.training.resume import Resume
 from nearfar.training.run_folder import RunFolder
 from toy_system import ToySystem, toy, toy_config
 
+pytestmark = pytest.mark.slow  # real runs
+
 
 def silent(text: str) -> None:
     pass

@@ -25,6 +25,8 @@ from test_compare import copied
 from test_resume import train
 from toy_system import toy_config
 
+pytestmark = pytest.mark.slow  # real runs
+
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:

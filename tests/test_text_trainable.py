@@ -19,6 +19,8 @@ from nearfar.models.text.trainable import WordTextEncoder
 from nearfar.models.text.word_vectors import context_vectors
 from nearfar.models.text.words import UNKNOWN, WordVocabulary, spelling, split_words, word_pieces
 
+pytestmark = pytest.mark.slow  # real runs
+
 TEXTS = [
     "Pin trâu, chụp ảnh đẹp",
     "Máy nóng, pin tụt nhanh quá!!!",

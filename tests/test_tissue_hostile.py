@@ -30,6 +30,8 @@ from nearfar.systems.tissue.shards import write_shards
 from nearfar.systems.tissue.tar_shards import ArrayReader, npy, samples
 from tissue_files import picture, write_st
 
+pytestmark = pytest.mark.slow  # real runs
+
 
 @pytest.fixture(autouse=True)
 def bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:

@@ -23,6 +23,8 @@ from nearfar.systems.tissue.shard_options import ShardOptions
 from nearfar.systems.tissue.shards import Written, write_shards
 from tissue_files import GENES, picture, plain_strings, slide_data, slide_of, write_h5ad, write_outs, write_st
 
+pytestmark = pytest.mark.slow  # real runs
+
 pd = pytest.importorskip("pandas")
 ad = pytest.importorskip("anndata")
 h5py = pytest.importorskip("h5py")

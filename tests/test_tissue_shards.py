@@ -38,6 +38,8 @@ from nearfar.systems.tissue.slides import find_slides
 from nearfar.systems.tissue.tar_shards import ShardWriter, samples
 from tissue_files import GENES, picture, slide_of, write_h5ad, write_st, write_tiled_tiff
 
+pytestmark = pytest.mark.slow  # real runs
+
 SLIDES = {"A1": 1, "A2": 2, "B.1": 3}
 SMALL: dict[str, Any] = {"patch": 32, "pixels": 16, "genes": 6, "neighbors": 3}
 

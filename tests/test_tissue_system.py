@@ -46,7 +46,7 @@ SMALL = [
 ]
 
 
-pytestmark = pytest.mark.usefixtures("module_cache")
+pytestmark = [pytest.mark.usefixtures("module_cache"), pytest.mark.slow]
 
 
 def overrides(*more: str) -> list[str]:

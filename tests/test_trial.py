@@ -24,6 +24,8 @@ from test_what_if import hashes
 from tiny_molecules import split_files
 from what_if_toy import trained
 
+pytestmark = pytest.mark.slow  # real runs
+
 
 @pytest.fixture(scope="module", autouse=True)
 def _registered(tmp_path_factory: pytest.TempPathFactory) -> Any:

@@ -24,6 +24,8 @@ from nearfar.training.run_folder import RunFolder
 from toy_system import N
 from what_if_toy import OptionsToy, explicit_loss, options, trained
 
+pytestmark = pytest.mark.slow  # real runs
+
 NOTHING = Counterfactual("nothing")
 
 
