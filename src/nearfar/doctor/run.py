@@ -106,7 +106,7 @@ def _options(path: Path) -> dict[str, Any]:
         value: Any = config
         for part in key.split("."):
             value = value.get(part) if isinstance(value, Mapping) else None
-        if value is not None:
+        if value is not None and not isinstance(value, list):  # of an ensemble, the values of its members
             found[name] = value
     return found
 
