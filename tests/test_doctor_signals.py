@@ -285,3 +285,13 @@ def test_an_interval_over_seeds_covers(seeds: int) -> None:
         found = diagnose({"loss": [1.0]}, {"comparison": {"MRR": {"per_seed": ours - theirs}}})
         noise += "gain-in-noise" in found.ids
     assert 930 <= noise <= 970
+
+
+def test_schedules_and_lists_of_a_configuration_are_no_numbers(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(
+        "system: toy\nseed: 0\nhard_ratio: linear 0.3 -> 0.7\nepochs: [4, 2]\nbatch_size: 64\nsampler: {name: hard}\n"
+    )
+    (tmp_path / "train_log.jsonl").write_text('{"step": 1, "loss": 3.9}\n')
+    signals = read_run(tmp_path)
+    assert (signals.number("hard_ratio"), signals.number("epochs")) == (None, None)
+    assert (signals.number("batch_size"), signals.text("sampler")) == (64.0, "hard")

@@ -40,6 +40,8 @@ _OPTIONS = {
     "order": "sampler.order",
     "loss": "loss.name",
 }
+#: options that are words; the others are numbers or switches
+_TEXTS = ("precision", "sampler", "order", "loss", "monitor")
 #: what the doctor reads of the files beside the log
 SHAPES = {
     "metrics.json": {
@@ -106,7 +108,8 @@ def _options(path: Path) -> dict[str, Any]:
         value: Any = config
         for part in key.split("."):
             value = value.get(part) if isinstance(value, Mapping) else None
-        if value is not None and not isinstance(value, list):  # of an ensemble, the values of its members
+        # A schedule is a text and an ensemble has the values of its members: what the log says of each epoch counts.
+        if isinstance(value, str) if name in _TEXTS else isinstance(value, (bool, int, float)):
             found[name] = value
     return found
 

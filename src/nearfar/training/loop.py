@@ -113,7 +113,8 @@ class TrainingLoop:
         """The batches of the current epoch that have not been trained on yet."""
         state, dataset = self.state, self.system.dataset("train")
         assert dataset is not None
-        with torch.random.fork_rng(devices=[]):  # what a system draws here would be drawn again by a resumed run
+        # What a system draws here, a resumed run would draw again.
+        with torch.random.fork_rng(devices=[]):
             self.epoch_logs = self.system.on_epoch(state.epoch, self.sampler, self.say)
         self.sampler.set_epoch(state.epoch)
         if self._resume is not None and state.batches:
