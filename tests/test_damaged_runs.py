@@ -101,20 +101,22 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
     "broken link": broken_link,
     "device": device,
 }
-FILES = [
-    "metrics.json",
-    "config.yaml",
-    "dataset_layout.json",
-    "environment.json",
-    "model.json",
-    "doctor.json",
-    "examples.json",
-    "sections.json",
-    "resumed.json",
-    "train_log.jsonl",
-    "per_item.npz",
-    "map.npz",
-]
+EVERY = ("doctor", "report", "tables", "compare", "resume")
+#: the files of a run, and the verbs that read them
+FILES = {
+    "metrics.json": EVERY,
+    "config.yaml": EVERY,
+    "dataset_layout.json": ("doctor", "report"),
+    "environment.json": ("report",),
+    "model.json": ("doctor",),
+    "doctor.json": ("report",),
+    "examples.json": ("report",),
+    "sections.json": ("report",),
+    "resumed.json": ("report",),
+    "train_log.jsonl": ("doctor", "report", "compare"),
+    "per_item.npz": ("compare",),
+    "map.npz": ("report",),
+}
 
 
 def verbs(runs: Path) -> dict[str, Callable[[], object]]:
@@ -142,9 +144,10 @@ def test_a_damaged_file_is_named(copy: Path, name: str, damage: str) -> None:
     path.unlink(missing_ok=True)
     DAMAGES[damage](path)
     refusals = []
-    for verb in verbs(copy).values():
+    every = verbs(copy)
+    for verb in FILES[name]:
         try:
-            verb()
+            every[verb]()
         except NearfarError as error:
             refusals.append(str(error))
     assert not (copy / "a" / "owned").exists()
