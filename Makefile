@@ -32,7 +32,7 @@ demo: setup  ## train on 20,000 real molecules, random against hard batches, and
 
 test: setup lint types unit  ## lint, types and tests
 
-check: setup lint types quick  ## lint, types and the fast tests, under two minutes
+check: setup lint types quick  ## lint, types and the tests that train nothing
 
 lint: setup
 	$(BIN)/ruff check .

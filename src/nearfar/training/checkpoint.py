@@ -2,8 +2,7 @@
 
 A checkpoint is taken between two optimiser steps and holds weights, optimiser, learning-rate schedule, the
 sampler's place in its epoch, the generators that dropout draws from, the running means of the epoch and the
-memory of early stopping. Resuming from it continues bit for bit on the CPU. Lightning's own loop counters are
-not in it on purpose: they describe Lightning's loop, not the run, and differ between its versions.
+memory of early stopping. Resuming from it continues bit for bit on the CPU.
 """
 
 from __future__ import annotations
