@@ -2,6 +2,9 @@
 PYTHON ?= python3.11
 VENV   := .venv
 BIN    := $(VENV)/bin
+# processes that share the tests, and threads of each: PyTorch's own would stand in each other's way
+JOBS   ?= 2
+TESTS  := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(JOBS) --dist loadfile
 STAMP  := $(VENV)/.installed
 # not --quiet: pip's list of what it downloads is the sign that the install goes on
 PIP    := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
@@ -42,10 +45,10 @@ types: setup
 	$(BIN)/mypy
 
 unit: setup
-	$(BIN)/pytest
+	$(TESTS)
 
 quick: setup
-	$(BIN)/pytest -m "not slow"
+	$(TESTS) -m "not slow"
 
 clean:  ## remove the environment and every run
 	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache

@@ -23,19 +23,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nearfar.batching.lengths import LengthBatchSampler
+from nearfar.batching.random import LengthBatchSampler
 from nearfar.metrics.classification import detection_counts, pair_counts
 from nearfar.metrics.count_metrics import f1_macro, f1_micro
-from nearfar.models.dropout import Dropout
+from nearfar.models.projection import Dropout
 from nearfar.models.text.recurrent import word_windows
-from nearfar.models.text.tokens import TokenBatch
 from nearfar.models.text.trainable import WordTextEncoder
+from nearfar.models.text.words import TokenBatch
 from nearfar.schedules import learning_rate_factor
 from nearfar.systems.aspects.data import AspectData, load_files
 from nearfar.systems.aspects.dataset import AspectDataset
-from nearfar.systems.aspects.decision import Decision, polarity_weights
-from nearfar.systems.aspects.linear import linear_answers
-from nearfar.systems.aspects.model import AspectModel
+from nearfar.systems.aspects.model import AspectModel, linear_answers
+from nearfar.systems.aspects.scores import Decision, polarity_weights
 
 THRESHOLD = 0.42  # an aspect is mentioned from this probability on
 TAU = 0.3  # polarities by p / share^τ

@@ -20,12 +20,11 @@ import torch
 
 from nearfar.data.rejections import Rejections
 from nearfar.overrides import compose_config
-from nearfar.systems.relations.boxes import spatial_numbers
 from nearfar.systems.relations.data import RelationData
 from nearfar.systems.relations.dataset import RelationDataset, Scaler
-from nearfar.systems.relations.examiner import Examiner
-from nearfar.systems.relations.names import TOP5
-from nearfar.systems.relations.records import Pairs
+from nearfar.systems.relations.evaluation import Examiner
+from nearfar.systems.relations.features import spatial_numbers
+from nearfar.systems.relations.records import TOP5, Pairs
 from nearfar.systems.relations.system import RelationSystem
 from nearfar.training.fit import train
 from nearfar.training.loop import stop_signals

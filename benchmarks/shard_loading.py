@@ -22,9 +22,8 @@ from pathlib import Path
 
 import numpy as np
 
-from nearfar.systems.tissue.dataset import TissueDataset
-from nearfar.systems.tissue.neighborhood import spatial_neighbors
-from nearfar.systems.tissue.records import Tissue
+from nearfar.systems.tissue.data import TissueDataset
+from nearfar.systems.tissue.records import Tissue, spatial_neighbors
 from nearfar.systems.tissue.shard_dataset import read_shards
 from nearfar.systems.tissue.shard_index import read_index
 from nearfar.systems.tissue.shards_from_arrays import write_tissue

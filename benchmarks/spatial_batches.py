@@ -12,7 +12,7 @@ import time
 import numpy as np
 
 from nearfar.batching import RandomBatchSampler, SpatialBatchSampler, weight_in_batch
-from nearfar.systems.tissue.neighborhood import spatial_neighbors
+from nearfar.systems.tissue.records import spatial_neighbors
 
 
 def main() -> None:

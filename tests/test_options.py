@@ -13,16 +13,16 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from nearfar.configs import experiments
-from nearfar.data.split_files import data_paths
+from nearfar.data.splits import data_paths
 from nearfar.errors import NearfarError
 from nearfar.overrides import compose_config
 from nearfar.systems import check_config
-from nearfar.systems.molecules.features import MoleculeFeatures
+from nearfar.systems.molecules.dataset import MoleculeFeatures
 from nearfar.systems.molecules.options import check_options
 from nearfar.training import ranks
 from nearfar.training.batches import build_sampler
+from nearfar.training.checkpoint import flatten
 from nearfar.training.options import check_training_options, processes_to_start
-from nearfar.training.resume import flatten
 
 HARD = "sampler=hard"
 

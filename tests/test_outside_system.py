@@ -12,7 +12,7 @@ import pytest
 
 pytestmark = pytest.mark.slow  # real runs
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parent / "support"
 POINTS = "[nearfar.systems]\ntoy = {value}\n"
 SYSTEM = """
 from nearfar.systems import Registration

@@ -20,9 +20,9 @@ from omegaconf import OmegaConf
 from claims.training import fit
 from nearfar.errors import NearfarError
 from nearfar.metrics import RecallAtK
-from nearfar.systems.relations.names import ALL10, TOP5
-from nearfar.systems.relations.objective import LOSSES, ViewLoss
+from nearfar.systems.relations.model import LOSSES, ViewLoss
 from nearfar.systems.relations.probe import RelationProbe
+from nearfar.systems.relations.records import ALL10, TOP5
 from nearfar.systems.relations.system import RelationSystem
 from nearfar.training.state import initial_model
 

@@ -35,9 +35,9 @@ from nearfar.overrides import (
     with_saved_overrides,
 )
 from nearfar.training import ranks
+from nearfar.training.checkpoint import Resume, changed_values
 from nearfar.training.options import processes_to_start
-from nearfar.training.restart import run_processes
-from nearfar.training.resume import Resume, changed_values
+from nearfar.training.ranks import run_processes
 from nearfar.training.run_folder import RunFolder, make_folder
 
 __all__ = ["dry_run", "launch", "run_one"]

@@ -18,8 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from nearfar.configs import experiments
 from nearfar.errors import NearfarError, nearest_name
 from nearfar.systems import config_packages
-from nearfar.training.checkpoint import find_checkpoint
-from nearfar.training.resume import flatten
+from nearfar.training.checkpoint import find_checkpoint, flatten
 from nearfar.training.run_folder import RunFolder
 
 __all__ = [

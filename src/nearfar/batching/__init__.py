@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from nearfar.batching.hardness import check_harder_than_random as check_harder_than_random
     from nearfar.batching.hardness import in_batch_similarity as in_batch_similarity
     from nearfar.batching.hardness import measure_hardness as measure_hardness
-    from nearfar.batching.lengths import LengthBatchSampler as LengthBatchSampler
     from nearfar.batching.neighbors import Neighbors as Neighbors
     from nearfar.batching.neighbors import nearest_neighbors as nearest_neighbors
     from nearfar.batching.partition import PartitionBatchSampler as PartitionBatchSampler
+    from nearfar.batching.random import LengthBatchSampler as LengthBatchSampler
     from nearfar.batching.random import RandomBatchSampler as RandomBatchSampler
     from nearfar.batching.spatial import SpatialBatchSampler as SpatialBatchSampler
     from nearfar.batching.spatial import positions_in_batch as positions_in_batch
@@ -38,7 +38,7 @@ _HOME = {
     "HardNegativeSampler": "hard_negative",
     "HardnessReport": "hardness",
     "Layout": "base",
-    "LengthBatchSampler": "lengths",
+    "LengthBatchSampler": "random",
     "Neighbors": "neighbors",
     "PartitionBatchSampler": "partition",
     "Plan": "base",

@@ -18,8 +18,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from nearfar.data.cache import content_key
-from nearfar.data.coco_boxes import NoBoxError, box_of, check_units, too_small_for
-from nearfar.data.coco_files import coco_files, picture_files
+from nearfar.data.coco_files import NoBoxError, box_of, check_units, coco_files, picture_files, too_small_for
 from nearfar.data.coco_rows import (
     Categories,
     CocoImage,

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from nearfar.data.coco_boxes import NoBoxError, box_of
+from nearfar.data.coco_files import NoBoxError, box_of
 from nearfar.data.picture_check import check_pictures
 from nearfar.data.picture_files import PictureFile, PictureFiles
 from nearfar.data.rejections import Rejections

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from nearfar.data.images import image_size
-from nearfar.data.split_files import SPLIT_NAMES
+from nearfar.data.splits import SPLIT_NAMES
 from nearfar.errors import NearfarError
 
 __all__ = ["PictureFile", "PictureFiles", "name_parts", "split_in"]

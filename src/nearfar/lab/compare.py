@@ -31,7 +31,7 @@ from nearfar.metrics import (
     seeds_interval,
     split_hash,
 )
-from nearfar.training.resume import changed_values, flatten
+from nearfar.training.checkpoint import changed_values, flatten
 
 __all__ = [
     "Arm",

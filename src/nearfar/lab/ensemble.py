@@ -15,10 +15,9 @@ from nearfar.errors import NearfarError
 from nearfar.lab.groups import WITHIN_ARM, find_runs
 from nearfar.lab.report import write_report
 from nearfar.systems import build_system
-from nearfar.training.checkpoint import Checkpoint, find_checkpoint
+from nearfar.training.checkpoint import Checkpoint, changed_values, find_checkpoint
 from nearfar.training.evaluation import outputs_of
-from nearfar.training.results import write_diagnosis, write_results
-from nearfar.training.resume import changed_values
+from nearfar.training.fit import write_diagnosis, write_results
 from nearfar.training.run_folder import RunFolder, environment, make_folder
 from nearfar.training.state import initial_model, load_weights
 from nearfar.training.system import Evaluation, System

@@ -12,7 +12,7 @@ import numpy as np
 from nearfar.data.files import DAMAGED
 from nearfar.errors import NearfarError
 from nearfar.metrics import Estimate
-from nearfar.training.resume import NOT_PART_OF_A_RUN, changed_values, flatten
+from nearfar.training.checkpoint import NOT_PART_OF_A_RUN, changed_values, flatten
 from nearfar.training.run_folder import RunFolder
 
 __all__ = ["Arm", "apart", "arm_parts", "find_runs", "group_runs", "load_scores"]

@@ -13,7 +13,7 @@ import numpy as np
 
 from nearfar.lab.groups import Arm
 from nearfar.metrics import few_runs
-from nearfar.training.resume import flatten
+from nearfar.training.checkpoint import flatten
 from nearfar.training.run_folder import RunFolder
 
 __all__ = ["LossReading", "read_losses"]

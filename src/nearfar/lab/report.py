@@ -18,10 +18,9 @@ from markupsafe import Markup
 from nearfar.data.files import DAMAGED, check_shape, read_bytes, read_text
 from nearfar.errors import NearfarError
 from nearfar.lab.charts import band_chart, hardness_chart, heat_map, intervals_chart, line_chart, map_chart
-from nearfar.lab.reading import read_comparison
+from nearfar.lab.reading import read_comparison, run_verdict
 from nearfar.lab.sweep import Sweep, read_sweep
 from nearfar.lab.table import FEW
-from nearfar.lab.verdict import run_verdict
 from nearfar.lab.words import by_question, metric_words, short_number
 from nearfar.metrics import Estimate
 from nearfar.terminal import visible

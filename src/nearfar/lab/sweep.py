@@ -11,7 +11,7 @@ from nearfar.lab.compare import Comparison
 from nearfar.lab.groups import Arm
 from nearfar.lab.words import metric_words
 from nearfar.metrics.intervals import normal_quantile
-from nearfar.training.resume import flatten
+from nearfar.training.checkpoint import flatten
 
 __all__ = ["Cell", "Sheet", "Sweep", "expected_lead", "read_sweep"]
 

@@ -28,12 +28,11 @@ from nearfar.lab.one_batch import quiet_arithmetic
 from nearfar.metrics import Difference, comparable, paired_difference
 from nearfar.schedules import learning_rate_factor
 from nearfar.systems import build_system, check_config
-from nearfar.training.checkpoint import Checkpoint, find_checkpoint
+from nearfar.training.checkpoint import Checkpoint, Resume, find_checkpoint
 from nearfar.training.evaluation import evaluate
 from nearfar.training.fit import train
 from nearfar.training.loop import Interrupted, stop_signals
 from nearfar.training.override import override_config
-from nearfar.training.resume import Resume
 from nearfar.training.run_folder import RunFolder, make_folder
 from nearfar.training.state import initial_model, load_weights
 from nearfar.training.system import Evaluation, System

@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from nearfar.errors import NearfarError, nearest_name
-from nearfar.training.resume import NOT_PART_OF_A_RUN, flatten
+from nearfar.training.checkpoint import NOT_PART_OF_A_RUN, flatten
 
 __all__ = ["override_config"]
 

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from nearfar.errors import NearfarError, nearest_name
-from nearfar.models.dropout import Dropout
+from nearfar.models.projection import Dropout
 from nearfar.training import ranks
 from nearfar.training.options import LOGGERS
 from nearfar.training.probe import Probe

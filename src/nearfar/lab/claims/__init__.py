@@ -6,7 +6,6 @@ A claim is written down with the condition under which it is true and with a pre
 
 from __future__ import annotations
 
-from nearfar.lab.claims.ledger import Claim, Prediction, choose, read_ledger
-from nearfar.lab.claims.verdict import Condition, combine
+from nearfar.lab.claims.ledger import Claim, Condition, Prediction, choose, combine, read_ledger
 
 __all__ = ["Claim", "Condition", "Prediction", "choose", "combine", "read_ledger"]

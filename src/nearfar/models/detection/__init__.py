@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from nearfar.models.detection.detector import Detections, Detector, DetectorOutput
-from nearfar.models.detection.set_loss import Match, SetLoss, Target
+from nearfar.models.detection.detector import Detections, Detector, DetectorOutput, Match, SetLoss, Target
 
 __all__ = ["Detections", "Detector", "DetectorOutput", "Match", "SetLoss", "Target"]

@@ -14,8 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nearfar.errors import NearfarError
-from nearfar.models.detection.detector import Detector, DetectorOutput
-from nearfar.models.detection.set_loss import SetLoss
+from nearfar.models.detection.detector import Detector, DetectorOutput, SetLoss
 from nearfar.models.hub import commit_in_cache, no_progress_bar, why_unreachable
 
 __all__ = ["TransformersDetector"]

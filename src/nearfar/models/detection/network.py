@@ -1,9 +1,4 @@
-"""A small detector that learns from about a thousand pictures: every place of the map proposes, a few queries decide.
-
-A DETR from scratch needs hundreds of epochs, because a query first has to learn where to look. Here each place of the
-stride-16 map proposes one box, the best proposals become the queries, and each decoder layer looks at all places and,
-closely, at points inside the query's own box, before it moves the box (after Zhu et al., 2021; Liu et al., 2022).
-"""
+"""A small detector that learns from about a thousand pictures: every place proposes, a few queries decide."""
 
 from __future__ import annotations
 
@@ -14,14 +9,40 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from nearfar.models.detection.boxes import corners
-from nearfar.models.detection.detector import Detector, DetectorOutput
-from nearfar.models.detection.fold import fold_batch_norms
-from nearfar.models.detection.set_loss import SetLoss
+from nearfar.models.detection.detector import Detector, DetectorOutput, SetLoss, corners
 from nearfar.models.image import ImageEncoder
 
-__all__ = ["SmallDetector"]
+__all__ = ["SmallDetector", "fold_batch_norms"]
+
+
+def fold_batch_norms(module: nn.Module) -> int:
+    """Fold each batch norm that stands right after a convolution in the same module; returns how many.
+
+    For modules that apply their children in the order in which they were defined, as the image encoders do. The module
+    must be in eval mode, and keeps the same outputs within rounding; its weights have other names afterwards.
+
+    >>> import torch
+    >>> layer = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).eval()
+    >>> _ = layer[1].running_mean.fill_(0.5)
+    >>> pixels = torch.rand(1, 3, 8, 8)
+    >>> before = layer(pixels)
+    >>> fold_batch_norms(layer), bool(torch.allclose(layer(pixels), before, atol=1e-6))
+    (1, True)
+    """
+    folded = 0
+    last: tuple[str, nn.Module] | None = None
+    for name, child in list(module.named_children()):
+        if isinstance(child, nn.BatchNorm2d) and last is not None and isinstance(last[1], nn.Conv2d):
+            setattr(module, last[0], fuse_conv_bn_eval(last[1], child))
+            setattr(module, name, nn.Identity())
+            folded, last = folded + 1, None
+        else:
+            folded += fold_batch_norms(child)
+            last = (name, child)
+    return folded
+
 
 GRID = 5  # points of a box along each side that a query looks at
 PROPOSALS_PER_BOX = 6  # places that learn from one true box

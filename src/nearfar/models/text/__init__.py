@@ -9,8 +9,8 @@ from nearfar.models.text.build import (
     load_text_encoder,
     save_text_encoder,
 )
-from nearfar.models.text.minilm import MiniLMTextEncoder
 from nearfar.models.text.ngram import NgramTextEncoder
+from nearfar.models.text.pretrained import MiniLMTextEncoder
 from nearfar.models.text.protocol import TextEncoder
 from nearfar.models.text.transformer import TransformerTextEncoder
 

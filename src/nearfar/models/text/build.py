@@ -15,8 +15,8 @@ from jaxtyping import Float
 
 from nearfar.data.cache import cache_dir, cached_array, content_key
 from nearfar.errors import NearfarError, nearest_name
-from nearfar.models.text.minilm import MiniLMTextEncoder
 from nearfar.models.text.ngram import NgramTextEncoder
+from nearfar.models.text.pretrained import MiniLMTextEncoder
 from nearfar.models.text.protocol import TextEncoder, read_spec
 from nearfar.models.text.transformer import TransformerTextEncoder
 

@@ -9,9 +9,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from nearfar.models.dropout import Dropout
-from nearfar.models.text.tokens import TokenBatch
-from nearfar.models.text.words import PADDING, UNKNOWN
+from nearfar.models.projection import Dropout
+from nearfar.models.text.words import PADDING, UNKNOWN, TokenBatch
 
 __all__ = ["BidirectionalLSTM", "RecurrentTextEncoder", "WordEmbedding", "word_windows"]
 

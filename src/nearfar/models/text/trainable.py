@@ -17,9 +17,7 @@ from nearfar.data.cache import cached_arrays
 from nearfar.errors import NearfarError
 from nearfar.models.text.protocol import check_number, read_spec, write_spec
 from nearfar.models.text.recurrent import RecurrentTextEncoder, WordEmbedding
-from nearfar.models.text.tokens import TokenTable
-from nearfar.models.text.word_vectors import context_vectors
-from nearfar.models.text.words import UNKNOWN, WordVocabulary
+from nearfar.models.text.words import UNKNOWN, TokenTable, WordVocabulary, context_vectors
 
 __all__ = ["WordTextEncoder"]
 

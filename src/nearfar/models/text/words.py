@@ -1,22 +1,110 @@
-"""Words of informal text and their pieces: spelling made uniform, without a dictionary of any language.
-
-People who write on a phone double letters, leave diacritics out, and place a Vietnamese tone mark on either vowel
-("hòa", "hoà"). Here a word is spelled with its tone mark at the end, and its pieces are those of that spelling and
-those of the letters without any mark, so that "tốt", "tôt" and "tot" have much in common. Numbers keep their shape.
-"""
+"""Texts as words or pieces of words: vocabularies, bounded batches of tokens, word vectors from files."""
 
 from __future__ import annotations
 
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int, Shaped
+from numpy import ndarray
+from torch import Tensor
+
 from nearfar.errors import NearfarError
 
-__all__ = ["PADDING", "UNKNOWN", "WordVocabulary", "split_words", "word_pieces"]
+__all__ = [
+    "PADDING",
+    "UNKNOWN",
+    "TokenBatch",
+    "TokenTable",
+    "WordVocabulary",
+    "context_vectors",
+    "split_words",
+    "word_pieces",
+]
+
+
+@dataclass
+class TokenBatch:
+    """Padded tokens: every feature is (b, t, …), 0 where ``mask`` (b, t) is false."""
+
+    features: dict[str, Shaped[Tensor, "b t ..."]]
+    mask: Bool[Tensor, "b t"]
+
+    def __len__(self) -> int:
+        return len(self.mask)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.features[name]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> TokenBatch:
+        moved = {name: x.to(device, non_blocking=non_blocking) for name, x in self.features.items()}
+        return TokenBatch(moved, self.mask.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> TokenBatch:
+        pinned = {name: x.pin_memory() for name, x in self.features.items()}
+        return TokenBatch(pinned, self.mask.pin_memory())
+
+    def split(self, rows: int) -> list[TokenBatch]:
+        """Parts of at most ``rows`` texts, padded as far as each part needs."""
+        parts = []
+        for start in range(0, len(self), rows):
+            mask = self.mask[start : start + rows]
+            longest = max(1, int(mask.sum(1).max()))
+            chosen = {name: x[start : start + rows, :longest] for name, x in self.features.items()}
+            parts.append(TokenBatch(chosen, mask[:, :longest]))
+        return parts
+
+
+class TokenTable:
+    """The tokens of all texts of a split.
+
+    ``features``: arrays (tokens, …) by name; ``lengths``: tokens of each text (a text has at least one).
+
+    >>> table = TokenTable({"id": np.array([5, 6, 7])}, [2, 1])
+    >>> batch = table.batch([1, 0])
+    >>> batch["id"].tolist(), batch.mask.tolist()
+    ([[7, 0], [5, 6]], [[True, False], [True, True]])
+    """
+
+    def __init__(
+        self,
+        features: Mapping[str, Shaped[ndarray, "tokens ..."]],
+        lengths: Sequence[int] | Int[ndarray, " n"],
+    ) -> None:
+        self.lengths = np.asarray(lengths, dtype=np.int64)
+        if not len(self.lengths) or self.lengths.min() < 1:
+            raise NearfarError("every text has at least one token; give an empty one a token of its own")
+        self.starts = np.concatenate([[0], np.cumsum(self.lengths)])
+        self.features = {name: torch.from_numpy(np.ascontiguousarray(x)) for name, x in features.items()}
+        for name, x in self.features.items():
+            if len(x) != self.starts[-1]:
+                raise NearfarError(f"feature {name} has {len(x)} rows for {self.starts[-1]} tokens")
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def batch(self, positions: Sequence[int] | Int[Tensor, " b"]) -> TokenBatch:
+        """The texts at these positions, padded to the longest of them."""
+        chosen = np.asarray(positions, dtype=np.int64)
+        lengths = self.lengths[chosen]
+        place = np.arange(int(lengths.max()))
+        mask = place < lengths[:, None]
+        index = torch.from_numpy(np.where(mask, self.starts[chosen][:, None] + place, 0))
+        there = torch.from_numpy(mask)
+        features = {}
+        for name, x in self.features.items():
+            padded = x[index]
+            padded[~there] = 0
+            features[name] = padded
+        return TokenBatch(features, there)
+
 
 PADDING, UNKNOWN = 0, 1  # rows of the embedding; words begin after them
 
@@ -164,3 +252,89 @@ class WordVocabulary:
         """The vocabulary that ``to_dict`` gave."""
         shortest, longest = kept["spans"]
         return cls(kept["words"], kept["pieces"], (int(shortest), int(longest)), int(kept["most"]))
+
+
+_WINDOW = 5  # words to either side; a word at distance k counts 1 / k
+_CONTEXTS = 3000  # the most frequent words serve as contexts
+_SMOOTHING = 0.75  # power of the contexts' frequencies
+_PRIOR = 5.0  # a row of total count n keeps n / (n + 5) of its information: rare words say little
+
+
+def context_vectors(
+    vocabulary: WordVocabulary, texts: Sequence[str], dims: int
+) -> tuple[Float[ndarray, "words d"], Float[ndarray, "pieces d"]]:
+    """Vectors of words and of pieces by a truncated SVD of positive pointwise mutual information.
+
+    Levy and Goldberg (2014) show that skip-gram factorises this matrix; with a few thousand texts the factorisation
+    needs a few seconds. The row of a piece is the sum of the rows of its words: it lies in the space of the words, and
+    so does an unknown word made of pieces. Entries of words have a root mean square of 1;
+    dimensions beyond the number of contexts are 0. Row 0 of the pieces and rows 0 and 1 of the words are 0.
+
+    >>> vocabulary = WordVocabulary.fit(["pin trâu", "pin khỏe", "màn hình đẹp"], min_piece_count=1)
+    >>> words, pieces = context_vectors(vocabulary, ["pin trâu", "pin khỏe", "màn hình đẹp"], 2)
+    >>> words.shape == (8, 2), len(pieces) == len(vocabulary.pieces) + 1
+    (True, True)
+    """
+    from scipy import sparse
+
+    words = len(vocabulary.words) + UNKNOWN + 1
+    together = _cooccurrence([np.asarray(vocabulary.rows(text)) for text in texts], words)
+    found = [vocabulary.pieces_of(word) for word in vocabulary.words]
+    columns = np.repeat(np.arange(UNKNOWN + 1, words), [len(row) for row in found])
+    rows = np.asarray([piece for row in found for piece in row], dtype=np.int64)
+    members = sparse.csr_matrix(
+        (np.ones(len(rows)), (rows, columns)), shape=(len(vocabulary.pieces) + 1, words)
+    )
+    frequency = np.asarray(together.sum(axis=0)).ravel()
+    contexts = np.argsort(-frequency, kind="stable")[:_CONTEXTS]
+    contexts = contexts[frequency[contexts] > 0]
+    shape = (words + len(vocabulary.pieces) + 1, dims)
+    vectors = np.zeros(shape, dtype=np.float32)
+    if len(contexts):
+        counts = sparse.vstack([together, members @ together]).tocsc()[:, contexts].tocoo()
+        information = _positive_information(counts, frequency[contexts] ** _SMOOTHING)
+        axes = _axes(information[:words], dims)
+        vectors[:, : axes.shape[1]] = information @ axes
+        vectors /= max(float(np.sqrt((vectors[:words] ** 2).mean())), 1e-9)
+    vectors[: UNKNOWN + 1] = 0
+    vectors[words] = 0
+    return vectors[:words], vectors[words:]
+
+
+def _cooccurrence(texts: Sequence[ndarray], words: int) -> Any:
+    """(words, words), symmetric: how often two words stand near each other, weighted by 1 / distance."""
+    from scipy import sparse
+
+    total = sparse.csr_matrix((words, words), dtype=np.float64)
+    for distance in range(1, _WINDOW + 1):
+        long = [text for text in texts if len(text) > distance]
+        if not long:
+            break
+        left = np.concatenate([text[:-distance] for text in long])
+        right = np.concatenate([text[distance:] for text in long])
+        known = (left > UNKNOWN) & (right > UNKNOWN)
+        weights = np.full(int(known.sum()), 1 / distance)
+        pairs = sparse.csr_matrix((weights, (left[known], right[known])), shape=(words, words))
+        total = total + pairs + pairs.T
+    return total.tocsr()
+
+
+def _positive_information(counts: Any, contexts: ndarray) -> Any:
+    from scipy import sparse
+
+    rows = np.asarray(counts.sum(axis=1)).ravel()
+    share = contexts / contexts.sum()
+    value = np.log(counts.data / (rows[counts.row] * share[counts.col]))
+    value = np.maximum(value, 0) * rows[counts.row] / (rows[counts.row] + _PRIOR)
+    return sparse.csr_matrix((value, (counts.row, counts.col)), shape=counts.shape)
+
+
+def _axes(matrix: Any, dims: int) -> Float[ndarray, "contexts d"]:
+    """Right singular vectors over the root of their singular values, so that rows times these are U √S."""
+    from sklearn.utils.extmath import randomized_svd
+
+    dims = min(dims, *matrix.shape)
+    _, values, axes = randomized_svd(matrix, dims, n_iter=3, random_state=0)
+    real = values > values[0] * 1e-6
+    axes = axes[real] / np.sqrt(values[real])[:, None]
+    return np.asarray(axes.T)

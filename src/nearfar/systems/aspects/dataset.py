@@ -1,19 +1,40 @@
-"""Batches of reviews: tokens and codes, made whole by index operations."""
+"""Batches of reviews made whole by index operations, and how often a rare label is repeated in an epoch."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Int
+from numpy import ndarray
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from nearfar.errors import NearfarError
-from nearfar.models.text.tokens import TokenBatch, TokenTable
+from nearfar.models.text.words import TokenBatch, TokenTable
 
-__all__ = ["AspectBatch", "AspectDataset"]
+__all__ = ["AspectBatch", "AspectDataset", "repeats"]
+
+
+def repeats(
+    codes: Int[ndarray, "n a"], pairs: Int[ndarray, "k 2"], frequency: float, most: int, seed: int = 0
+) -> Int[ndarray, " n"]:
+    """Copies of each review: at least 1, at most ``most``; ``frequency`` is t, from which on a label is not rare.
+
+    >>> codes = np.array([[3]] * 99 + [[2]])
+    >>> repeats(codes, np.array([[0, 3], [0, 2]]), frequency=0.16, most=10)[-2:].tolist()
+    [1, 4]
+    """
+    wanted = np.ones(len(codes))
+    for aspect, polarity in pairs:
+        there = codes[:, aspect] == polarity
+        share = there.mean()
+        if share > 0:
+            wanted[there] = np.maximum(wanted[there], np.sqrt(frequency / share))
+    rounded = np.floor(wanted + np.random.default_rng(seed).random(len(codes))).astype(np.int64)
+    return np.clip(rounded, 1, most)
 
 
 @dataclass

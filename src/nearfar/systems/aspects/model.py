@@ -1,18 +1,140 @@
-"""One encoder, an attention and a head for each aspect, and a projection for the contrastive term."""
+"""The aspect model: a text encoder, linear and neural heads for aspects and polarity."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
+from numpy import ndarray
 from torch import Tensor, nn
 
+from nearfar.data.cache import cached_arrays
+from nearfar.errors import NearfarError, nearest_name
 from nearfar.models import ProjectionHead
-from nearfar.models.dropout import Dropout
-from nearfar.models.text.tokens import TokenBatch
+from nearfar.models.projection import Dropout
+from nearfar.models.text.pretrained import PretrainedTextModel
+from nearfar.models.text.protocol import read_spec
+from nearfar.models.text.trainable import WordTextEncoder
+from nearfar.models.text.words import TokenBatch
 
-__all__ = ["AspectAttention", "AspectModel"]
+__all__ = [
+    "ENCODERS",
+    "NAME",
+    "AspectAttention",
+    "AspectModel",
+    "build_encoder",
+    "linear_answers",
+    "load_encoder",
+]
+
+
+ENCODERS: dict[str, type[Any]] = {"words": WordTextEncoder, "pretrained": PretrainedTextModel}
+
+
+def build_encoder(kind: str, **options: Any) -> Any:
+    """The encoder called ``kind`` with its options: ``fit(texts)``, ``tokenize(texts)``, ``build()``, ``save(folder)``.
+
+    >>> build_encoder("words", dims=16, hidden=16).kind
+    'words'
+    >>> build_encoder("words", dim=16)
+    Traceback (most recent call last):
+    nearfar.errors.NearfarError: text_encoder=words has no option 'dim'; did you mean 'dims'?
+    """
+    if kind not in ENCODERS:
+        raise NearfarError(
+            f"text_encoder={kind}: no encoder of that kind is trained with the aspects; {nearest_name(kind, ENCODERS)}"
+        )
+    known = list(inspect.signature(ENCODERS[kind]).parameters)
+    for option in options:
+        if option not in known:
+            raise NearfarError(f"text_encoder={kind} has no option {option!r}; {nearest_name(option, known)}")
+    return ENCODERS[kind](**options)
+
+
+def load_encoder(folder: str | Path) -> Any:
+    """The encoder that a run saved."""
+    kind = str(read_spec(folder)["kind"])
+    if kind not in ENCODERS:
+        raise NearfarError(
+            f"{folder}: an encoder of kind '{kind}' is not one that is trained with the aspects."
+        )
+    return ENCODERS[kind].load(folder)
+
+
+NAME = "TF-IDF + linear SVM"
+_VERSION = 1  # of what is computed here; part of the cache's key
+
+
+def linear_answers(
+    texts: Sequence[str],
+    codes: Int[ndarray, "n a"],
+    asked: Mapping[str, Sequence[str]],
+    cache: bool = True,
+) -> dict[str, Int[ndarray, "m a"]]:
+    """The baseline's answers for each list of texts in ``asked``; fitted on ``texts`` and ``codes``, kept by content.
+
+    Labels that are not known (below 0) are left out of their aspect's fit.
+
+    >>> texts = ["good camera", "bad camera", "good price", "bad price"] * 3
+    >>> codes = np.array([[3, 0], [1, 0], [0, 3], [0, 1]] * 3)
+    >>> linear_answers(texts, codes, {"val": ["camera good", "price bad"]}, cache=False)["val"].tolist()
+    [[3, 0], [0, 1]]
+    """
+
+    def fit() -> dict[str, np.ndarray]:
+        return _fit(texts, codes, asked)
+
+    key = [
+        "linear baseline",
+        _VERSION,
+        list(texts),
+        codes,
+        {name: list(some) for name, some in asked.items()},
+    ]
+    return cached_arrays("linear-baseline", key, fit, enabled=cache)
+
+
+def _fit(
+    texts: Sequence[str], codes: Int[ndarray, "n a"], asked: Mapping[str, Sequence[str]]
+) -> dict[str, Int[ndarray, "m a"]]:
+    from scipy.sparse import hstack
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.svm import LinearSVC
+
+    few = 1 if len(texts) < 100 else 2
+    parts = [
+        TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=few),
+        TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), sublinear_tf=True, min_df=few),
+    ]
+    fitted = []
+    for part in parts:
+        try:
+            fitted.append((part, part.fit_transform(texts)))
+        except ValueError:  # no term is left: texts of single letters, or no term that stands in two texts
+            continue
+    if fitted:
+        features = hstack([matrix for _, matrix in fitted]).tocsr()
+        of = {
+            name: hstack([part.transform(some) for part, _ in fitted]).tocsr() for name, some in asked.items()
+        }
+    answers = {name: np.zeros((len(some), codes.shape[1]), dtype=np.int64) for name, some in asked.items()}
+    for aspect in range(codes.shape[1]):
+        known = np.flatnonzero(codes[:, aspect] >= 0)
+        classes, counts = np.unique(codes[known, aspect], return_counts=True)
+        if len(classes) < 2 or not fitted:
+            # Nothing to tell apart, or nothing to tell it by: the commonest class; without any label, not mentioned.
+            for found in answers.values():
+                found[:, aspect] = classes[np.argmax(counts)] if len(classes) else 0
+            continue
+        model = LinearSVC(random_state=0).fit(features[known], codes[known, aspect])
+        for name, found in answers.items():
+            found[:, aspect] = model.predict(of[name])
+    return answers
 
 
 class AspectAttention(nn.Module):

@@ -7,11 +7,11 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from nearfar.data.split_files import Encoding
+from nearfar.data.splits import Encoding
 from nearfar.errors import NearfarError
-from nearfar.systems.aspects.decision import KINDS
 from nearfar.systems.aspects.labels import code_words
 from nearfar.systems.aspects.objective import ALPHAS, CONTRASTS
+from nearfar.systems.aspects.scores import KINDS
 from nearfar.training.options import FILE, SHARE, Choice, Number, Rule, Text, check_learning_options, option
 
 __all__ = ["check_options", "encoder_options"]
@@ -61,7 +61,7 @@ def check_options(config: Any) -> None:
     if aspects is not None and len({str(a).casefold() for a in aspects}) < len(aspects):
         raise NearfarError(f"data.aspects={list(aspects)}: an aspect is named twice.")
     _check_polarities(config.data.polarities)
-    from nearfar.systems.aspects.encoder import build_encoder
+    from nearfar.systems.aspects.model import build_encoder
 
     build_encoder(**encoder_options(config))
 

@@ -12,17 +12,13 @@ from torch import Tensor, nn
 
 from nearfar.batching import LengthBatchSampler
 from nearfar.data.cache import content_key
-from nearfar.data.split_files import column_name, data_paths
+from nearfar.data.splits import column_name, data_paths
 from nearfar.errors import NearfarError
 from nearfar.metrics import Estimate
-from nearfar.systems.aspects.balance import repeats
 from nearfar.systems.aspects.data import AspectData, load_embedded, load_files
-from nearfar.systems.aspects.dataset import AspectDataset
-from nearfar.systems.aspects.decision import Decision, choose_decision, polarity_weights
-from nearfar.systems.aspects.encoder import build_encoder
-from nearfar.systems.aspects.linear import NAME as LINEAR
-from nearfar.systems.aspects.linear import linear_answers
-from nearfar.systems.aspects.model import AspectModel
+from nearfar.systems.aspects.dataset import AspectDataset, repeats
+from nearfar.systems.aspects.model import NAME as LINEAR
+from nearfar.systems.aspects.model import AspectModel, build_encoder, linear_answers
 from nearfar.systems.aspects.objective import AspectObjective, class_weights
 from nearfar.systems.aspects.options import check_options, encoder_options
 from nearfar.systems.aspects.records import AspectSplit
@@ -32,7 +28,7 @@ from nearfar.systems.aspects.report import (
     confusion_section,
     hardest_section,
 )
-from nearfar.systems.aspects.scores import Scores, score_split
+from nearfar.systems.aspects.scores import Decision, Scores, choose_decision, polarity_weights, score_split
 from nearfar.training.sections import Section
 from nearfar.training.system import Evaluation, StepOutput, System
 

@@ -20,7 +20,7 @@ from nearfar.data.images import read_image
 from nearfar.data.splits import check_disjoint
 from nearfar.errors import NearfarError
 from nearfar.models.detection import Target
-from nearfar.systems.detector.views import View, make_view
+from nearfar.systems.detector.dataset import View, make_view
 
 __all__ = [
     "DetectionBatch",

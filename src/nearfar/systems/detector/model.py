@@ -1,17 +1,23 @@
-"""The detector that a configuration describes."""
+"""The detector that a configuration describes, and a frozen detector by name: a run, a transformers folder or a hub
+name.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
-from nearfar.models.detection import SetLoss
+from nearfar.errors import NearfarError
+from nearfar.models.detection import Detector, SetLoss
 from nearfar.models.detection.network import SmallDetector
 from nearfar.models.image import ImageEncoder, build_image_encoder
+from nearfar.training.checkpoint import Checkpoint, find_checkpoint
+from nearfar.training.run_folder import RunFolder
 
-__all__ = ["build_detector", "build_encoder", "encoder_options"]
+__all__ = ["build_detector", "build_encoder", "detector_of_run", "encoder_options", "load_detector"]
 
 
 def encoder_options(config: Any) -> dict[str, Any]:
@@ -46,3 +52,34 @@ def build_detector(config: Any, classes: Sequence[str], trained: bool | None = N
         dropout=config.dropout,
         loss=loss,
     )
+
+
+def load_detector(name: str | Path) -> Detector:
+    """The detector called ``name``, frozen.
+
+    A folder with ``config.yaml`` or a ``.ckpt`` file is a run of ``experiment=detector`` and loads its best checkpoint;
+    anything else is a DETR of the transformers library, by folder or hub name (``facebook/detr-resnet-50``).
+    """
+    path = Path(name)
+    if path.suffix == ".ckpt" or (path / "config.yaml").exists():
+        return detector_of_run(path)
+    from nearfar.models.detection.hub import TransformersDetector
+
+    return TransformersDetector(str(name)).freeze()
+
+
+def detector_of_run(run: str | Path) -> Detector:
+    """The detector that a run of ``experiment=detector`` has trained (its best checkpoint), frozen."""
+    path = find_checkpoint(run, prefer="best")
+    folder = RunFolder.of(path)
+    state = Checkpoint.load(path)
+    if state.system != "detector":
+        raise NearfarError(f"{run}: a run of system '{state.system}', not of 'detector'.")
+    if not (folder.path / "detector.json").exists():
+        raise NearfarError(f"{folder.path}: detector.json is missing; was the folder copied without it?")
+    about = folder.read_json("detector.json")
+    detector = build_detector(folder.config(), about["classes"], trained=False)
+    detector.load_state_dict(state.model)
+    detector.description = about["description"]
+    detector.freeze()
+    return detector

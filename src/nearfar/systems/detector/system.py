@@ -1,4 +1,4 @@
-"""The detector as a system: kept maps at first, then the whole network; AP, AR and the gap of two groups."""
+"""The detector as a system: cached maps at first, then the whole network; AP, AR and the gap of two groups."""
 
 from __future__ import annotations
 
@@ -16,19 +16,55 @@ from nearfar.errors import NearfarError
 from nearfar.metrics.detection import Boxes, detection_estimates, detection_evidence
 from nearfar.metrics.detection_evaluator import check_evidence
 from nearfar.models.detection import DetectorOutput
-from nearfar.models.detection.boxes import corners, iou
-from nearfar.systems.detector.data import DetectionBatch, DetectionData, DetectionDataset, read_splits
-from nearfar.systems.detector.evaluate import constant_boxes, found_boxes, true_boxes
-from nearfar.systems.detector.maps import kept_maps
+from nearfar.models.detection.detector import corners, iou
+from nearfar.systems.detector.data import (
+    DetectionBatch,
+    DetectionData,
+    DetectionDataset,
+    read_splits,
+    relative_boxes,
+)
+from nearfar.systems.detector.dataset import View
 from nearfar.systems.detector.model import build_detector, build_encoder
 from nearfar.systems.detector.options import check_options
-from nearfar.systems.detector.pictures import pictures_section
-from nearfar.systems.detector.views import View
+from nearfar.systems.detector.report import kept_maps, pictures_section
 from nearfar.training.batches import build_sampler
 from nearfar.training.sections import Section
 from nearfar.training.system import Evaluation, StepOutput, System
 
-__all__ = ["DetectorSystem"]
+__all__ = ["DetectorSystem", "constant_boxes", "found_boxes", "true_boxes"]
+
+
+def true_boxes(split: CocoSplit) -> Boxes:
+    """The true boxes of a split, crowds and groups with them, in pixels of its pictures."""
+    corners = np.concatenate([split.boxes[:, :2], split.boxes[:, :2] + split.boxes[:, 2:]], axis=1)
+    return Boxes(corners, split.label, split.image, crowd=split.crowd, group=split.group)
+
+
+def found_boxes(split: CocoSplit, outputs: Mapping[str, Tensor]) -> Boxes:
+    """What was found in each picture of a split: ``boxes`` (n, q, 4) as shares of it, ``scores`` and ``labels``."""
+    boxes = outputs["boxes"].double().numpy()
+    n, q = boxes.shape[:2]
+    return Boxes(
+        (boxes * _sides(split)[:, None]).reshape(n * q, 4),
+        outputs["labels"].numpy().reshape(-1),
+        np.repeat(np.arange(n), q),
+        scores=outputs["scores"].double().numpy().reshape(-1),
+    )
+
+
+def constant_boxes(train: CocoSplit, split: CocoSplit) -> Boxes:
+    """The mean training box, of the commonest class, in every picture of ``split``, all scored alike."""
+    label = int(np.bincount(train.label).argmax())
+    parts = [relative_boxes(train, i) for i in range(len(train))]
+    mean = np.concatenate([boxes[labels == label] for boxes, labels in parts]).mean(axis=0)
+    n = len(split)
+    return Boxes(mean * _sides(split), np.full(n, label), np.arange(n), scores=np.ones(n))
+
+
+def _sides(split: CocoSplit) -> np.ndarray:
+    return np.array([[i.width, i.height, i.width, i.height] for i in split.images], np.float64)
+
 
 Say = Callable[[str], None]
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from nearfar.data.coco import CocoSplit
 from nearfar.data.images import read_image, resize, stack
 from nearfar.models.detection import Target
-from nearfar.models.detection.boxes import to_centre
+from nearfar.models.detection.detector import to_centre
 from nearfar.systems.detector.data import relative_boxes
 
 __all__ = ["PictureBatch", "PictureDataset", "with_group"]

@@ -17,10 +17,9 @@ from nearfar.data.coco import CocoSplit
 from nearfar.errors import NearfarError, nearest_name
 from nearfar.metrics.detection import detection_estimates, detection_evidence
 from nearfar.models.detection import Detector
-from nearfar.systems.detector.evaluate import true_boxes
-from nearfar.systems.detector.load import load_detector
-from nearfar.systems.fair_detection.evaluation import detected
-from nearfar.systems.fair_detection.looks import Looks
+from nearfar.systems.detector.model import load_detector
+from nearfar.systems.detector.system import true_boxes
+from nearfar.systems.fair_detection.evaluation import Looks, detected
 from nearfar.systems.fair_detection.options import data_of
 
 __all__ = ["frozen_detector", "lower_group", "weights_key"]

@@ -16,14 +16,12 @@ from nearfar.metrics import group_signals
 from nearfar.models.detection import Detector
 from nearfar.systems.detector.data import DetectionData, read_splits
 from nearfar.systems.fair_detection.data import PictureBatch, PictureDataset, with_group
-from nearfar.systems.fair_detection.evaluation import Findings
+from nearfar.systems.fair_detection.evaluation import Findings, Looks
 from nearfar.systems.fair_detection.frozen import frozen_detector, lower_group, weights_key
-from nearfar.systems.fair_detection.generator import perturbed
-from nearfar.systems.fair_detection.looks import Looks
-from nearfar.systems.fair_detection.model import FairModel
+from nearfar.systems.fair_detection.model import FairModel, perturbed
 from nearfar.systems.fair_detection.objective import FairObjective, Losses
 from nearfar.systems.fair_detection.options import check_options, data_of, epsilon_schedule
-from nearfar.systems.fair_detection.sections import report_sections
+from nearfar.systems.fair_detection.report import report_sections
 from nearfar.training.sections import Section
 from nearfar.training.system import Evaluation, StepOutput, System
 

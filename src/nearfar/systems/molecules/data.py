@@ -1,30 +1,224 @@
-"""The data of the molecule system: from files or the embedded set to splits that are counted and checked."""
+"""Molecule-text pairs: from files, from the pairs that come with the package, named molecules; and their splits."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import importlib.util
+import json
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from nearfar.data.cache import cached_arrays
 from nearfar.data.rejections import Rejections
 from nearfar.data.splits import check_disjoint
 from nearfar.errors import NearfarError, nearest_name
 from nearfar.systems.molecules.dataset import MoleculeBatch, MoleculeDataset
-from nearfar.systems.molecules.embedded import embedded_records
 from nearfar.systems.molecules.records import MoleculeSplit, Records, make_splits, read_records
-from nearfar.systems.molecules.scaffold import assign_groups
+from nearfar.systems.molecules.smiles import (
+    assign_groups,
+    canonical_smiles,
+    parse_smiles,
+    rdkit_version,
+    scaffold_key,
+)
 
 __all__ = [
     "MoleculeBatch",
     "MoleculeData",
     "MoleculeDataset",
     "MoleculeSplit",
+    "describe",
+    "embedded_records",
+    "is_name",
     "load_embedded",
     "load_files",
 ]
+
+
+_CAS = re.compile(r"\d{2,7}-\d{2}-\d")
+_ANNOTATION = re.compile(r"\s*[\[(](?:(?:\d+ci,?\s*)+|usan|inn|ban|jan|nf|usp|iso|mi|hsdb|mart\.?|van)[\])]")
+_WORD = re.compile(r"[a-z]{3,}")
+# A few letters and a number, a long hexadecimal number, an InChIKey, a ten-letter substance code.
+_CODE = re.compile(
+    r"[a-z]{1,8}[- ]?\d{3,}[\w-]*|[0-9a-f]{8}-[0-9a-f-]+|.*[a-z]{14}-[a-z]{10}-[a-z]|"
+    r"(?=(?:\D*\d){2})[a-z0-9]{8,12}"
+)
+_FORMULA = re.compile(r"(?:[a-z]{1,2}\d+){2,}[a-z0-9.+-]*")
+# Prefixes of registries and vendors, whose entries look like words with a number.
+_REGISTRY = re.compile(
+    r"(?:agn-pc|einecs|elincs|unii|zinc|chebi|chembl|mfcd|nsc|brn|hsdb|ccris|caswell|epa pesticide|ai3|"
+    r"dtxsid|schembl|drugbank|hmdb|kegg|pubchem|molport|stk|ctk|ac1|gtpl|bidd|lmfa|smr|ncgc|cpd|sbb|wln|ec |"
+    r"un |tox21|bspbio|spectrum|prestwick|kbio|divk|inchi|aids|oprea|cambridge|maybridge|mls|albb|akos|bas |"
+    r"cas[- ]|usaf|fema|ins no|e number|sdccgmls|upcmld|doi)[\s:#.-]*[\w./-]*\d[\w./:-]*"
+)
+
+
+def is_name(text: str, formula: str = "", smiles: str = "") -> bool:
+    """Whether ``text`` is a name made of words and not a number, a code or a notation of the structure.
+
+    >>> [is_name(t) for t in ("behenic acid", "112-85-6", "agn-pc-02k8uy", "nsc 32364", "c8h17o2", "l639")]
+    [True, False, False, False, False, False]
+    """
+    lower = text.strip().lower()
+    if not _WORD.search(lower) or ";" in lower or _CAS.search(lower) or len(lower) > 250:
+        return False
+    if lower in (formula.lower(), smiles.lower()) or _FORMULA.fullmatch(lower):
+        return False
+    if "=" in lower or lower.startswith("rcra "):  # a condensed formula, a waste number
+        return False
+    if _CODE.fullmatch(lower) or _REGISTRY.match(lower):
+        return False
+    letters = sum(character.isalpha() for character in lower)
+    return letters >= len(lower) / 3
+
+
+def describe(names: Sequence[str], formula: str = "", smiles: str = "", synonyms: int = 4) -> str:
+    """A sentence from the names of one compound, the systematic one first; empty if none is a name.
+
+    Names that differ in punctuation or word order alone count as one. At most ``synonyms`` follow the first.
+
+    >>> describe(["docosanoic acid", "behenic acid", "112-85-6", "docosanoic  acid", "n-docosanoic acid"])
+    'Docosanoic acid, also known as behenic acid; n-docosanoic acid.'
+    """
+    chosen: list[str] = []
+    seen: set[str] = set()
+    for position, raw in enumerate(names):
+        # Only a systematic name may hold semicolons: it lists the parts of a salt.
+        name = _clean(raw.replace(";", " and ") if position == 0 else raw)
+        key = "".join(sorted(character for character in name if character.isalnum()))
+        if is_name(name, formula, smiles) and key not in seen:
+            seen.add(key)
+            chosen.append(name)
+        if len(chosen) > synonyms:
+            break
+    if not chosen:
+        return ""
+    first = chosen[0][:1].upper() + chosen[0][1:]
+    return first + (", also known as " + "; ".join(chosen[1:]) if chosen[1:] else "") + "."
+
+
+def _clean(name: str) -> str:
+    """Lower case, without registry remarks; Greek letters written ``.alpha.`` lose their dots."""
+    name = _ANNOTATION.sub("", name.strip().lower())
+    name = re.sub(r"\.(alpha|beta|gamma|delta|omega|epsilon)\.", r"\1", name)
+    return " ".join(name.split())
+
+
+_VERSION = 1  # of the selection and of the texts; part of the cache key
+_FILE = "Identifiers/chemical identifiers pubchem large.tsv"
+_SMALLEST, _LARGEST = 4, 100  # heavy atoms
+_FIELDS = ("ids", "smiles", "texts", "scaffolds")
+
+
+def embedded_records(n: int | None = None, seed: int = 0, synonyms: int = 4, cache: bool = True) -> Records:
+    """``n`` compounds (``None``: all usable ones), drawn in an order that ``seed`` fixes.
+
+    Left out, and counted: no carbon, fewer than 4 or more than 100 heavy atoms, no name made of words, the
+    same structure as an earlier compound, a structure that RDKit cannot parse.
+
+    Raises:
+        NearfarError: the package ``chemicals`` is missing, or it has fewer than ``n`` usable compounds.
+    """
+    path = _path()
+    if n is not None and n < 10:
+        raise NearfarError(f"The embedded set needs at least 10 molecules to be split, {n} were asked for.")
+    size = path.stat().st_size
+    key = ["embedded molecules", _VERSION, rdkit_version(), size, n, seed, synonyms, _SMALLEST, _LARGEST]
+    arrays = cached_arrays("molecule-sets", key, lambda: _pack(_select(path, n, seed, synonyms)), cache)
+    records = _unpack(arrays)
+    if n is not None and len(records) < n:
+        raise NearfarError(
+            f"The embedded set has {len(records)} usable molecules, {n} were asked for; "
+            "data.embedded_size=null takes them all."
+        )
+    return records
+
+
+def _path() -> Path:
+    spec = importlib.util.find_spec("chemicals")  # importing the package would cost seconds
+    path = Path(spec.origin).parent / _FILE if spec and spec.origin else None
+    if path is None or not path.is_file():
+        raise NearfarError(
+            "The embedded molecules come with the package chemicals, which is not installed: "
+            "pip install 'nearfar[molecules]', or give files of your own with data.train=FILE."
+        )
+    return path
+
+
+def _select(path: Path, n: int | None, seed: int, synonyms: int) -> Records:
+    lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line]
+    order = np.random.default_rng(seed).permutation(len(lines))
+    records = Records("chemicals: " + path.name)
+    structures: set[str] = set()
+    examined = 0
+    for position in order.tolist():
+        if n is not None and len(records) == n:
+            break
+        examined += 1
+        fields = lines[position].split("\t")
+        _consider(records, structures, position + 1, fields, synonyms)
+    records.notes = {"compounds_in_package": len(lines), "compounds_examined": examined, "seed": seed}
+    return records
+
+
+def _consider(records: Records, structures: set[str], row: int, fields: Sequence[str], synonyms: int) -> None:
+    """Add one compound, or count why not."""
+    rejections: Rejections = records.rejections
+    if len(fields) < 9:
+        rejections.add("wrong number of fields", row, "\t".join(fields))
+        return
+    identity, _cas, formula, _mass, smiles, _inchi, inchikey, *names = fields
+    molecule, reason = parse_smiles(smiles)
+    if molecule is None:
+        rejections.add("unparsable SMILES", row, smiles, reason)
+        return
+    numbers = [atom.GetAtomicNum() for atom in molecule.GetAtoms()]
+    heavy = sum(number > 1 for number in numbers)
+    if 6 not in numbers:
+        rejections.add("no carbon atom", row, smiles)
+    elif heavy < _SMALLEST:
+        rejections.add(f"fewer than {_SMALLEST} heavy atoms", row, smiles)
+    elif heavy > _LARGEST:
+        rejections.add(f"more than {_LARGEST} heavy atoms", row, smiles)
+    elif not (text := describe(names, formula, smiles, synonyms)):
+        rejections.add("no name made of words", row, smiles, "; ".join(names[:4]))
+    elif inchikey in structures:
+        rejections.add("structure seen before (InChIKey)", row, smiles, inchikey)
+    elif (canonical := canonical_smiles(molecule)) in structures:
+        rejections.add("structure seen before (canonical SMILES)", row, smiles, canonical)
+    else:
+        structures.update((inchikey, canonical))
+        records.add(identity, canonical, text, scaffold_key(molecule))
+
+
+def _pack(records: Records) -> dict[str, np.ndarray]:
+    extra = {
+        "source": records.source,
+        "notes": records.notes,
+        "rejections": records.rejections.as_dict(),
+    }
+    arrays = {name: _bytes("\n".join(getattr(records, name))) for name in _FIELDS}
+    return arrays | {"extra": _bytes(json.dumps(extra))}
+
+
+def _unpack(arrays: dict[str, np.ndarray]) -> Records:
+    extra: dict[str, Any] = json.loads(arrays["extra"].tobytes())
+    columns = {name: arrays[name].tobytes().decode().split("\n") for name in _FIELDS}
+    return Records(
+        extra["source"],
+        **columns,
+        rejections=Rejections.from_dict(extra["rejections"]),
+        notes=extra["notes"],
+    )
+
+
+def _bytes(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode(), dtype=np.uint8)
+
 
 HoldOut = Literal["scaffold", "random"]
 

@@ -6,11 +6,11 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from nearfar.data.split_files import Encoding
+from nearfar.data.splits import Encoding
 from nearfar.errors import NearfarError
 from nearfar.models.text import build_text_encoder
 from nearfar.schedules import Constant, Linear, Piecewise, Step, schedule
-from nearfar.systems.molecules.features import MoleculeFeatures
+from nearfar.systems.molecules.dataset import MoleculeFeatures
 from nearfar.systems.molecules.model import MOLECULE_ENCODERS, TEXT_HEADS
 from nearfar.training.batches import SAMPLERS
 from nearfar.training.options import (

@@ -15,16 +15,16 @@ from jaxtyping import Float
 from torch import nn
 
 from nearfar.data.cache import cached_array, content_key
-from nearfar.data.split_files import column_name, data_paths
+from nearfar.data.splits import column_name, data_paths
 from nearfar.data.tables import Table
 from nearfar.errors import NearfarError
 from nearfar.models.text import TextEncoder, embed_texts, load_text_encoder
-from nearfar.systems.molecules.examples import draw
-from nearfar.systems.molecules.features import MoleculeFeatures
+from nearfar.systems.molecules.dataset import MoleculeFeatures
 from nearfar.systems.molecules.model import MoleculeTextModel
 from nearfar.systems.molecules.records import COLUMNS, Records, make_splits, read_records
 from nearfar.systems.molecules.smiles import canonical_smiles, parse_smiles
 from nearfar.systems.molecules.structure_files import read_structures
+from nearfar.systems.molecules.system import draw
 from nearfar.terminal import say
 from nearfar.training.checkpoint import Checkpoint, find_checkpoint
 from nearfar.training.evaluation import consecutive

@@ -1,4 +1,4 @@
-"""Molecule ↔ text retrieval as a system: data, model, batches, loss and metrics put together."""
+"""The molecule system: pairs of molecules and texts, two towers, retrieval in both directions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from nearfar.batching import Neighbors, nearest_neighbors
 from nearfar.contrast import DuplicateMask, Mask, SimilarityMask, join_masks
 from nearfar.data.cache import cached_arrays, content_key
-from nearfar.data.split_files import column_name, data_paths
+from nearfar.data.splits import column_name, data_paths
 from nearfar.errors import NearfarError
 from nearfar.losses import InfoNCELoss
 from nearfar.metrics import Estimate, batch_signals, rank_estimates, retrieval_ranks
@@ -26,10 +26,10 @@ from nearfar.systems.molecules.data import (
     load_embedded,
     load_files,
 )
-from nearfar.systems.molecules.examples import molecule_examples
-from nearfar.systems.molecules.features import MoleculeFeatures
+from nearfar.systems.molecules.dataset import MoleculeFeatures
 from nearfar.systems.molecules.model import MoleculeTextModel
 from nearfar.systems.molecules.options import check_options
+from nearfar.systems.molecules.smiles import quiet_rdkit
 from nearfar.training.batches import (
     LIKELY_FALSE_NEGATIVE,
     build_sampler,
@@ -37,9 +37,47 @@ from nearfar.training.batches import (
     epoch_record,
     neighbors_needed,
 )
+from nearfar.training.sections import retrieval_examples
 from nearfar.training.system import Evaluation, StepOutput, System
 
-__all__ = ["MoleculeSystem"]
+__all__ = ["MoleculeSystem", "draw", "molecule_examples"]
+
+
+def draw(smiles: str, width: int = 220, height: int = 160) -> str:
+    """A molecule as an SVG element.
+
+    >>> draw("CCO").startswith("<svg")
+    True
+    """
+    from rdkit import Chem
+    from rdkit.Chem.Draw import rdMolDraw2D
+
+    with quiet_rdkit():
+        molecule = Chem.MolFromSmiles(smiles)
+    if molecule is None:
+        return ""
+    drawer = rdMolDraw2D.MolDraw2DSVG(width, height)
+    options: Any = drawer.drawOptions()  # RDKit's stubs give its fields the wrong types
+    options.clearBackground = False
+    options.bondLineWidth = 1
+    with quiet_rdkit():
+        rdMolDraw2D.PrepareAndDrawMolecule(drawer, molecule)
+    drawer.FinishDrawing()
+    text: str = drawer.GetDrawingText()
+    return text[text.index("<svg") :].strip()
+
+
+def molecule_examples(
+    split: MoleculeSplit, texts: Float[Tensor, "n d"], molecules: Float[Tensor, "n d"]
+) -> list[dict[str, Any]]:
+    """Texts with the molecules found for them: right, nearly, wrong."""
+
+    def shown(position: int) -> dict[str, Any]:
+        smiles = split.smiles[position]
+        return {"text": split.texts[position], "smiles": smiles, "svg": draw(smiles)}
+
+    return retrieval_examples(texts, molecules, shown, shown)
+
 
 Say = Callable[[str], None]
 KS = (1, 5, 10)

@@ -11,15 +11,14 @@ from typing import Any
 import numpy as np
 
 from nearfar.data.cache import content_key
-from nearfar.data.coco_boxes import too_small_for
+from nearfar.data.coco_files import too_small_for
 from nearfar.data.picture_check import check_pictures
 from nearfar.data.picture_files import PictureFile, PictureFiles
 from nearfar.data.rejections import Rejections
 from nearfar.data.splits import check_disjoint, split_hash
 from nearfar.errors import NearfarError
-from nearfar.systems.relations.names import chosen_relations
 from nearfar.systems.relations.readers import LAYOUTS, Places, annotation_files
-from nearfar.systems.relations.records import Box, File, Pairs, Photo, Triple, collect_pairs
+from nearfar.systems.relations.records import Box, File, Pairs, Photo, Triple, chosen_relations, collect_pairs
 from nearfar.systems.relations.scenes import composed_scenes
 
 __all__ = ["RelationData", "load_data", "usable_photos"]

@@ -1,8 +1,8 @@
-"""Batches of pairs: frozen features of the crops, numbers of the boxes, vectors of the names."""
+"""Batches of pairs as arrays, and the order of the batches when only some pairs have a photo."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -13,10 +13,13 @@ from numpy import ndarray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from nearfar.systems.relations.boxes import spatial_numbers
+from nearfar.batching import BalancedBatchSampler, BatchSampler, RandomBatchSampler
+from nearfar.batching.base import Plan, digest
+from nearfar.errors import NearfarError, nearest_name
+from nearfar.systems.relations.features import spatial_numbers
 from nearfar.systems.relations.records import Pairs
 
-__all__ = ["RelationBatch", "RelationDataset", "Scaler"]
+__all__ = ["SAMPLERS", "BatchesBySort", "RelationBatch", "RelationDataset", "Scaler", "build_sampler"]
 
 
 @dataclass
@@ -149,3 +152,51 @@ class RelationDataset(Dataset[RelationBatch]):
             moved.append(boxes + min(self.jitter, 0.45) * sides * rng.uniform(-1, 1, boxes.shape))
         numbers = spatial_numbers(moved[0], moved[1], self.pairs.size[at], self.variant)
         return torch.from_numpy(self.scaler(numbers))
+
+
+SAMPLERS = ("random", "balanced")
+
+
+class BatchesBySort(BatchSampler):
+    """Random batches in which all rows are marked or none is; at most one batch of an epoch holds both.
+
+    >>> marked = np.arange(40) < 12
+    >>> sorts = [set(marked[batch].tolist()) for batch in BatchesBySort(marked, 4)]
+    >>> sum(len(sort) > 1 for sort in sorts), len(sorts)
+    (0, 10)
+    """
+
+    def __init__(self, marked: Bool[ndarray, " n"], batch_size: int, *, seed: int = 0) -> None:
+        super().__init__(len(marked), batch_size, seed=seed)
+        self.marked = np.asarray(marked, dtype=bool)
+
+    def _identity(self) -> dict[str, Any]:
+        return {"marked": digest(self.marked)}
+
+    def _compose(self, epoch: int, options: Mapping[str, Any]) -> Plan:
+        rng = np.random.default_rng([self.seed, epoch])
+        first, second = (rng.permutation(np.flatnonzero(self.marked == sort)) for sort in (True, False))
+        order = np.concatenate([first, second])[: self.layout.total].astype(np.int32)
+        # Whole batches change places; what is shorter than the others stays last.
+        sizes = self.layout.sizes
+        full = int((sizes == self.batch_size).sum())
+        head = order[: full * self.batch_size].reshape(full, self.batch_size)
+        return Plan(
+            self.layout, np.concatenate([rng.permutation(head).reshape(-1), order[full * self.batch_size :]])
+        )
+
+
+def build_sampler(config: Any, label: ndarray, seen: Bool[ndarray, " n"]) -> BatchSampler:
+    """The sampler that ``sampler=`` names: random batches, or equal shares of every relation (small ones repeat)."""
+    name, size, seed = config.sampler.name, int(config.batch_size), int(config.seed)
+    if size > len(label):
+        raise NearfarError(
+            f"batch_size={size} is larger than the training set of {len(label)} pairs; lower it."
+        )
+    if name == "random":
+        if seen.all() or not seen.any():
+            return RandomBatchSampler(len(label), size, seed=seed)
+        return BatchesBySort(seen, size, seed=seed)
+    if name == "balanced":
+        return BalancedBatchSampler(label, size, repeat=True, seed=seed)
+    raise NearfarError(f"sampler={name}: {nearest_name(str(name), SAMPLERS)}")

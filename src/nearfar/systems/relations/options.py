@@ -9,10 +9,10 @@ from omegaconf import OmegaConf
 from nearfar.errors import NearfarError
 from nearfar.models.image import check_image_encoder
 from nearfar.models.text import build_text_encoder
-from nearfar.systems.relations.boxes import SPATIAL
-from nearfar.systems.relations.names import chosen_relations
-from nearfar.systems.relations.objective import LOSSES
-from nearfar.systems.relations.sampler import SAMPLERS
+from nearfar.systems.relations.dataset import SAMPLERS
+from nearfar.systems.relations.features import SPATIAL
+from nearfar.systems.relations.model import LOSSES
+from nearfar.systems.relations.records import chosen_relations
 from nearfar.training.options import FILE, SHARE, Choice, Number, Rule, Switch, Text, check_learning_options
 
 __all__ = ["check_options"]

@@ -17,8 +17,7 @@ from jaxtyping import UInt8
 from numpy import ndarray
 
 from nearfar.data.cache import content_key
-from nearfar.systems.relations.names import ALL10
-from nearfar.systems.relations.records import Box, Photo, Triple
+from nearfar.systems.relations.records import ALL10, Box, Photo, Triple
 
 if TYPE_CHECKING:
     from PIL import Image

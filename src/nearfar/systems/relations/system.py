@@ -15,17 +15,14 @@ from nearfar.data.rejections import Rejections
 from nearfar.errors import NearfarError
 from nearfar.models.image import build_image_encoder
 from nearfar.models.text import build_text_encoder, embed_texts
-from nearfar.systems.relations.boxes import names_of, spatial_numbers
 from nearfar.systems.relations.data import RelationData, load_data
-from nearfar.systems.relations.dataset import RelationDataset, Scaler
-from nearfar.systems.relations.examiner import Examiner
-from nearfar.systems.relations.features import crop_features
-from nearfar.systems.relations.model import RelationModel
-from nearfar.systems.relations.objective import ViewLoss
+from nearfar.systems.relations.dataset import RelationDataset, Scaler, build_sampler
+from nearfar.systems.relations.evaluation import Examiner
+from nearfar.systems.relations.features import crop_features, names_of, spatial_numbers
+from nearfar.systems.relations.model import RelationModel, ViewLoss
 from nearfar.systems.relations.options import check_options
 from nearfar.systems.relations.probe import LINEAR
-from nearfar.systems.relations.sampler import build_sampler
-from nearfar.systems.relations.sections import sections
+from nearfar.systems.relations.report import sections
 from nearfar.training.sections import Section
 from nearfar.training.state import initial_model
 from nearfar.training.system import Evaluation, StepOutput, System

@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 
 from nearfar.data.cache import cached_arrays, content_key
 from nearfar.errors import NearfarError
-from nearfar.systems.tissue.neighborhood import spatial_neighbors
-from nearfar.systems.tissue.records import Tissue
+from nearfar.systems.tissue.records import Tissue, spatial_neighbors
 
 __all__ = ["CONTENT", "content_of", "expressed", "generated_tissue", "grid", "rendered"]
 

@@ -16,9 +16,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nearfar.errors import NearfarError
-from nearfar.systems.tissue.counts import no_counts, whole_counts
-from nearfar.systems.tissue.sections import Section, check_one_section, rows_of, sections_of
-from nearfar.systems.tissue.slides import SlideCounts
+from nearfar.systems.tissue.slides import (
+    Section,
+    SlideCounts,
+    check_one_section,
+    no_counts,
+    rows_of,
+    sections_of,
+    whole_counts,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -49,7 +55,7 @@ _VERSIONS = {
 
 
 def read_sections(path: Path) -> list[Section]:
-    """The sections of tissue in a file: one, or one for each library (see `nearfar.systems.tissue.sections`)."""
+    """The sections of tissue in a file: one, or one for each library (see `nearfar.systems.tissue.slides`)."""
     with _opened(path) as held:
         return sections_of(_frame(held, "obs", path), list(_libraries(held)), path, _single(held))
 

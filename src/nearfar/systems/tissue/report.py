@@ -16,11 +16,10 @@ from nearfar.metrics import paired_difference
 from nearfar.systems.tissue.data import Tissue
 from nearfar.systems.tissue.expression import pearson
 from nearfar.systems.tissue.features import gene_sentences
-from nearfar.training.examples import retrieval_examples
-from nearfar.training.sections import Picture, Section, Table
+from nearfar.training.sections import Picture, Section, Table, retrieval_examples
 
 if TYPE_CHECKING:
-    from nearfar.systems.tissue.judge import Judge
+    from nearfar.systems.tissue.evaluation import Judge
 
 __all__ = ["examples", "gene_map", "sections"]
 

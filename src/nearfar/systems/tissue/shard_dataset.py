@@ -17,12 +17,17 @@ from nearfar.data.cache import content_key
 from nearfar.data.mapped import mapped_arrays
 from nearfar.errors import NearfarError, nearest_name
 from nearfar.systems.tissue.genes import normalized, variable_genes
-from nearfar.systems.tissue.neighborhood import spatial_neighbors
-from nearfar.systems.tissue.patches import decode_jpeg
-from nearfar.systems.tissue.records import Tissue
-from nearfar.systems.tissue.shard_index import ShardFile, ShardIndex, SlideEntry, read_index
+from nearfar.systems.tissue.records import Tissue, spatial_neighbors
+from nearfar.systems.tissue.shard_index import (
+    ArrayReader,
+    ShardFile,
+    ShardIndex,
+    SlideEntry,
+    read_index,
+    samples,
+)
 from nearfar.systems.tissue.slide_folder import SlideFolder
-from nearfar.systems.tissue.tar_shards import ArrayReader, samples
+from nearfar.systems.tissue.slide_image import decode_jpeg
 
 __all__ = ["read_shards"]
 

@@ -1,29 +1,26 @@
-"""Slides into WebDataset shards: a sample for each spot, the same bytes for the same input, going on where it stopped.
-
-A folder of shards has ``SLIDE-0000.tar`` …, ``index.json``, ``train_samples.txt``, ``val_samples.txt``,
-``test_samples.txt``, ``rejected.tsv`` (every spot that was left out) and ``slides/`` with what each slide says of
-itself: the entry that makes it finished, and sums of its genes, from which variable genes of any slides are chosen.
+"""Slides into WebDataset shards: a sample for each spot, the same bytes for the same input, going on where it
+stopped.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 
 from nearfar.data.cache import content_key
 from nearfar.data.rejections import Rejections
 from nearfar.errors import NearfarError
-from nearfar.systems.tissue.genes import normalized
-from nearfar.systems.tissue.neighborhood import RULE, neighbor_scale, spatial_neighbors
-from nearfar.systems.tissue.patches import codec
+from nearfar.systems.tissue.genes import GeneSums, common_genes, normalized, read_genes, variable_genes
+from nearfar.systems.tissue.records import RULE, Values, neighbor_scale, spatial_neighbors
 from nearfar.systems.tissue.shard_index import ShardIndex, SlideEntry
-from nearfar.systems.tissue.shard_options import ShardOptions
 from nearfar.systems.tissue.slide_folder import Rejected, SlideFolder, Spots
+from nearfar.systems.tissue.slide_image import Box, codec
 from nearfar.systems.tissue.slide_splits import (
     check_splits,
     divide,
@@ -31,10 +28,188 @@ from nearfar.systems.tissue.slide_splits import (
     read_split_files,
     write_split_files,
 )
-from nearfar.systems.tissue.slide_survey import choose_genes, survey, usable
-from nearfar.systems.tissue.slides import Slide, find_slides
+from nearfar.systems.tissue.slides import Slide, SlideCounts, find_slides
 
-__all__ = ["Watch", "Written", "write_shards"]
+__all__ = ["ShardOptions", "Watch", "Written", "choose_genes", "survey", "usable", "write_shards"]
+
+
+@dataclass(frozen=True)
+class ShardOptions:
+    """How slides become shards.
+
+    Attributes:
+        patch: side of the square that is cut around a spot, in pixels of the source.
+        patch_um: the same in micrometres, instead of ``patch``; slides must say how large a pixel is.
+        pixels: side of the stored patch; None: as it was cut (224 with ``patch_um``).
+        quality: of the jpg, 1 to 100.
+        genes: how many genes, the most variable within the training slides; or a file that names them; None: all that
+            every slide has.
+        values: "log1p": normalised, ready for training; "counts": as measured, for readers that choose genes and
+            normalise for themselves (leaving slides out in turn).
+        target_sum: counts of a spot after normalisation.
+        min_counts: spots with fewer counts are rejected.
+        neighbors: nearest spots of the same slide that are written to each.
+        spots_per_shard: largest number of samples in a tar file.
+        val, test, val_fraction, test_fraction, split_by, seed: see `slide_splits.divide`; without any of them the
+            ``*_samples.txt`` of the source are taken, and without those all slides train.
+        patients: see `slide_splits.patients_of`.
+
+    Raises:
+        NearfarError: a value out of its range, or two that contradict each other.
+    """
+
+    patch: int = 224
+    patch_um: float | None = None
+    pixels: int | None = None
+    quality: int = 90
+    genes: int | Path | None = 2000
+    values: Values = "log1p"
+    target_sum: float = 1e4
+    min_counts: int = 10
+    neighbors: int = 6
+    spots_per_shard: int = 4096
+    val: tuple[str, ...] = ()
+    test: tuple[str, ...] = ()
+    val_fraction: float = 0.0
+    test_fraction: float = 0.0
+    split_by: Literal["slide", "patient"] = "slide"
+    seed: int = 0
+    patients: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("patch", "neighbors", "spots_per_shard", "min_counts"):
+            if getattr(self, name) < 1:
+                raise NearfarError(f"{name}={getattr(self, name)}: 1 or more is needed.")
+        if self.patch_um is not None and not self.patch_um > 0:
+            raise NearfarError(f"patch_um={self.patch_um}: a side of more than 0 micrometres is needed.")
+        if isinstance(self.genes, int) and self.genes < 1:
+            raise NearfarError(f"genes={self.genes}: at least one gene is needed.")
+        if not 1 <= self.quality <= 100:
+            raise NearfarError(f"quality={self.quality}: 1 to 100 is needed; 90 is usual.")
+        if not self.target_sum > 0:
+            raise NearfarError(f"target_sum={self.target_sum}: more than 0 is needed; 10000 is usual.")
+        if self.values not in ("log1p", "counts"):
+            raise NearfarError(f"values={self.values!r}; it is 'log1p' or 'counts'.")
+        if self.split_by not in ("slide", "patient"):
+            raise NearfarError(f"split_by={self.split_by!r}; it is 'slide' or 'patient'.")
+        if self.stored < 8:
+            raise NearfarError(f"pixels={self.stored}: a patch of 8 pixels or more is needed.")
+        if self.patch_um is None and self.stored > self.patch:
+            raise NearfarError(
+                f"pixels={self.stored} is more than is cut (patch={self.patch}): that adds no detail. Lower pixels."
+            )
+
+    @property
+    def stored(self) -> int:
+        """Side of the stored patch."""
+        return self.pixels or (self.patch if self.patch_um is None else 224)
+
+    @property
+    def splits_given(self) -> bool:
+        """Whether splits are asked for here."""
+        return bool(self.val or self.test or self.val_fraction or self.test_fraction)
+
+    def field(self, name: str, pixel_size: float | None) -> int:
+        """Side of what is cut from a slide, in its pixels."""
+        if self.patch_um is None:
+            return self.patch
+        if pixel_size is None:
+            raise NearfarError(
+                f"slide {name} does not say how large a pixel is: give patch= in pixels, not patch_um=."
+            )
+        side = round(self.patch_um / pixel_size)
+        if side < self.stored:
+            raise NearfarError(
+                f"slide {name}: {self.patch_um:g} µm are {side} pixels of {pixel_size:.3g} µm, fewer than pixels="
+                f"{self.stored}: lower pixels, or raise patch_um."
+            )
+        return side
+
+    def of_patches(self) -> dict[str, Any]:
+        """What decides which spots can be used and what their patches are."""
+        wanted = ("patch", "patch_um", "min_counts")
+        return {name: value for name, value in asdict(self).items() if name in wanted}
+
+    def of_samples(self) -> dict[str, Any]:
+        """What else decides the bytes of the shards, the genes apart."""
+        wanted = ("quality", "values", "target_sum", "neighbors", "spots_per_shard")
+        return self.of_patches() | {"pixels": self.stored} | {name: getattr(self, name) for name in wanted}
+
+
+_VERSION = 2  # of the sums; part of their key
+
+
+def survey(
+    folder: SlideFolder,
+    slides: Mapping[str, Slide],
+    hashes: Mapping[str, list[str]],
+    options: ShardOptions,
+    watch: Callable[[str, int, int], None],
+) -> tuple[dict[str, GeneSums], dict[str, Rejected]]:
+    """For each slide the sums of its genes over the spots that can be used, and the spots that cannot."""
+    sums, rejected = {}, {}
+    for at, (name, slide) in enumerate(slides.items()):
+        watch("counts", at, len(slides))
+        key = content_key("sums", _VERSION, hashes[name], options.of_patches(), options.target_sum)
+        read = folder.read_sums(name, key)
+        if read is None:
+            counts, _, _ = usable(slide, options)
+            read = _sums(counts, options.target_sum), counts.rejected
+            folder.write_sums(name, key, *read)
+        sums[name], rejected[name] = read
+    watch("counts", len(slides), len(slides))
+    return sums, rejected
+
+
+def usable(slide: Slide, options: ShardOptions) -> tuple[SlideCounts, list[Box], int]:
+    """The spots of a slide that have counts and a picture, what is cut around each, and its side."""
+    counts = slide.read_counts()
+    totals = counts.totals()
+    enough = totals >= options.min_counts
+    reason = f"fewer than {options.min_counts} counts"
+    counts = counts.keep(enough, reason, [f"{total:g} counts" for total in totals.tolist()])
+    side = options.field(slide.name, counts.pixel_size)
+    boxes = slide.boxes(counts, side)
+    inside, details = slide.check_boxes(counts, boxes)
+    kept = counts.keep(inside, "no picture", details)
+    return kept, [box for box, there in zip(boxes, inside.tolist(), strict=True) if there], side
+
+
+def _sums(counts: SlideCounts, target_sum: float) -> GeneSums:
+    """Sums over a slide, some spots at a time: dense, a Visium slide has 300 MB."""
+    genes = sorted(set(counts.genes))
+    totals, n = counts.totals(), len(counts.spots)
+    total, squares = np.zeros(len(genes)), np.zeros(len(genes))
+    for start in range(0, n, 256):
+        rows = np.arange(start, min(start + 256, n))
+        part = SlideCounts([""] * len(rows), counts.positions[rows], counts.genes, counts.counts[rows])
+        own = GeneSums.of(normalized(part.columns(genes), totals[rows], target_sum), genes)
+        total, squares = total + own.total, squares + own.squares
+    return GeneSums(genes, n, total, squares)
+
+
+def choose_genes(
+    sums: Mapping[str, GeneSums], train: Sequence[str], options: ShardOptions
+) -> tuple[list[str], str]:
+    """The genes of the shards, and how they were chosen."""
+    common = common_genes({name: slide.genes for name, slide in sums.items()})
+    if options.genes is None:
+        return common, f"all {len(common)} that every slide has"
+    if isinstance(options.genes, Path):
+        genes = read_genes(options.genes)
+        missing = sorted(set(genes) - set(common))
+        if missing:
+            raise NearfarError(
+                f"{options.genes}: {len(missing)} of {len(genes)} genes are not in every slide, first "
+                f"{', '.join(missing[:5])}."
+            )
+        return genes, f"as listed in {options.genes.name}"
+    genes = variable_genes({name: sums[name] for name in train}, options.genes, common)
+    return genes, (
+        f"{len(genes)} of {len(common)} that every slide has, of the largest variance of log1p expression within the "
+        f"{len(train)} training slides"
+    )
+
 
 VERSION = 2  # of what a slide is made into; part of every slide's key
 #: told of progress: "counts" and slides that were read of all slides, "shards" and spots that were written of all spots

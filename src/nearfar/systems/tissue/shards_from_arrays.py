@@ -10,11 +10,10 @@ import numpy as np
 from nearfar.data.cache import content_key
 from nearfar.errors import NearfarError
 from nearfar.systems.tissue.genes import GeneSums, normalized
-from nearfar.systems.tissue.neighborhood import neighbor_scale
-from nearfar.systems.tissue.patches import codec
-from nearfar.systems.tissue.records import Tissue
+from nearfar.systems.tissue.records import Tissue, neighbor_scale
 from nearfar.systems.tissue.shard_index import ShardIndex
 from nearfar.systems.tissue.slide_folder import SlideFolder, Spots
+from nearfar.systems.tissue.slide_image import codec
 from nearfar.systems.tissue.slide_splits import check_splits, write_split_files
 
 __all__ = ["write_tissue"]

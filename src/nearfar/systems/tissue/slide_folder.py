@@ -14,9 +14,15 @@ from jaxtyping import Float, Float32, Int64, Shaped, UInt8
 
 from nearfar.errors import NearfarError
 from nearfar.systems.tissue.genes import GeneSums
-from nearfar.systems.tissue.patches import encode_jpeg
-from nearfar.systems.tissue.shard_index import ShardFile, SlideEntry, check_inside, write_json
-from nearfar.systems.tissue.tar_shards import ShardWriter, npy
+from nearfar.systems.tissue.shard_index import (
+    ShardFile,
+    ShardWriter,
+    SlideEntry,
+    check_inside,
+    npy,
+    write_json,
+)
+from nearfar.systems.tissue.slide_image import encode_jpeg
 from nearfar.training.run_folder import write_atomically
 
 __all__ = ["Rejected", "SlideFolder", "Spots"]

@@ -20,17 +20,16 @@ from typing import Any
 import numpy as np
 
 from nearfar.errors import NearfarError
-from nearfar.systems.tissue.counts import no_counts, whole_counts
-from nearfar.systems.tissue.patches import Box
 from nearfar.systems.tissue.slide_image import (
     IMAGE_ENDINGS,
+    Box,
     Pictures,
     boxes_inside,
     check_size,
     open_image,
     picture_size,
 )
-from nearfar.systems.tissue.slides import Slide, SlideCounts, by_stem
+from nearfar.systems.tissue.slides import Slide, SlideCounts, by_stem, no_counts, whole_counts
 from nearfar.systems.tissue.space_ranger_matrix import read_matrix, read_matrix_folder
 
 __all__ = ["SpaceRangerSlide", "slides_of"]

@@ -18,8 +18,7 @@ import numpy as np
 
 from nearfar.data.tables import read_table
 from nearfar.errors import NearfarError
-from nearfar.systems.tissue.patches import Box
-from nearfar.systems.tissue.slide_image import IMAGE_ENDINGS, Pictures, boxes_inside, open_image
+from nearfar.systems.tissue.slide_image import IMAGE_ENDINGS, Box, Pictures, boxes_inside, open_image
 from nearfar.systems.tissue.slides import Slide, SlideCounts, by_stem
 
 __all__ = ["SpatialTranscriptomicsSlide", "slides_of"]
@@ -223,7 +222,7 @@ def _numbers(text: str) -> np.ndarray | None:
 
 def _pixel_size(positions: np.ndarray) -> float | None:
     """Micrometres per pixel, from the median distance of a spot to the next."""
-    from nearfar.systems.tissue.neighborhood import neighbor_scale
+    from nearfar.systems.tissue.records import neighbor_scale
 
     pitch = neighbor_scale(positions, 1) if len(positions) > 1 else 0.0
     return PITCH / pitch if pitch > 0 else None

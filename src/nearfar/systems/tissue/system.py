@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from nearfar.batching import positions_in_batch, weight_in_batch
 from nearfar.losses import ClipLoss, SpatialLoss
 from nearfar.models.text import TextEncoder, build_text_encoder, embed_texts, save_text_encoder
-from nearfar.systems.tissue.data import TissueData, load_data
-from nearfar.systems.tissue.dataset import TissueDataset
+from nearfar.systems.tissue.data import TissueData, TissueDataset, load_data
+from nearfar.systems.tissue.evaluation import Judge
 from nearfar.systems.tissue.features import ImageFeatures, gene_sentences
-from nearfar.systems.tissue.judge import Judge
 from nearfar.systems.tissue.model import TissueModel
 from nearfar.systems.tissue.options import check_options
 from nearfar.systems.tissue.report import examples, sections

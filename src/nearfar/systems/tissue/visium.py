@@ -18,17 +18,18 @@ import numpy as np
 
 from nearfar.errors import NearfarError
 from nearfar.systems.tissue.h5ad import check_node, declared_size, read_h5ad, read_sections, reading
-from nearfar.systems.tissue.patches import Box, box_around, cut
-from nearfar.systems.tissue.sections import Section
 from nearfar.systems.tissue.slide_image import (
     IMAGE_ENDINGS,
+    Box,
     Pictures,
+    box_around,
     boxes_inside,
     check_size,
+    cut,
     open_image,
     pixel_size_of,
 )
-from nearfar.systems.tissue.slides import Slide, SlideCounts, by_stem
+from nearfar.systems.tissue.slides import Section, Slide, SlideCounts, by_stem
 
 __all__ = ["VisiumSlide", "slides_of"]
 

@@ -1,0 +1,333 @@
+"""Parts of the fair-detection system: generator, schedules, scenes, losses of a batch, gap and verdict."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from nearfar.errors import NearfarError
+from nearfar.losses import AdaptiveScoreContrastiveLoss, WassersteinGapLoss
+from nearfar.metrics.detection import Boxes, Change, detection_change, detection_evidence
+from nearfar.models.detection import Detector, DetectorOutput, Target
+from nearfar.overrides import compose_config
+from nearfar.systems.detector.scenes import make_scene, scenes_folder
+from nearfar.systems.fair_detection.evaluation import chosen, gap_closed, judge, ordered, panel, shuffled
+from nearfar.systems.fair_detection.model import FairModel, PerturbationGenerator, perturbed
+from nearfar.systems.fair_detection.objective import FairObjective, picture_scores
+from nearfar.systems.fair_detection.options import check_options, epsilon_schedule, term_weights
+
+GROUPS = ("faint", "clear")
+
+
+def config(*overrides: str) -> Any:
+    return compose_config(["experiment=fair_detection", *overrides])
+
+
+# -- generator -----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("height", "width", "levels"), [(32, 32, 3), (30, 45, 3), (17, 9, 4), (8, 8, 1)])
+def test_a_perturbation_is_bounded_and_has_the_pictures_size(height: int, width: int, levels: int) -> None:
+    torch.manual_seed(0)
+    generator = PerturbationGenerator(8, levels)
+    pixels = torch.rand(2, 3, height, width)
+    assert torch.equal(generator(pixels, 0.1), torch.zeros_like(pixels)), "nothing is changed before training"
+    nn.init.normal_(generator.end.weight, std=100.0)
+    delta = generator(pixels, 0.1)
+    assert delta.shape == pixels.shape
+    assert 0.0999 < float(delta.detach().abs().max()) <= 0.1 + 1e-8
+    changed = perturbed(pixels, delta)
+    assert 0.0 <= float(changed.detach().min()) <= float(changed.detach().max()) <= 1.0
+    alone = generator(pixels[:1], 0.1)
+    torch.testing.assert_close(alone, delta[:1], rtol=0, atol=1e-3)  # it depends on no batch
+
+
+def test_the_first_step_has_a_gradient() -> None:
+    generator = PerturbationGenerator(8, 2)
+    perturbed(torch.full((1, 3, 8, 8), 0.5), generator(torch.rand(1, 3, 8, 8), 0.1)).sum().backward()
+    assert generator.end.weight.grad is not None
+    assert float(generator.end.weight.grad.abs().sum()) > 0
+
+
+# -- schedules -----------------------------------------------------------------------------------------------
+def test_the_bound_rises_is_held_and_falls() -> None:
+    rule = epsilon_schedule(config())
+    expected = {0: 0.05, 4: 0.075, 8: 0.10, 13: 0.10, 14: 0.10, 22: 0.095, 30: 0.09, 99: 0.09}
+    assert {epoch: round(rule(epoch), 6) for epoch in expected} == expected
+    assert epsilon_schedule(config("warmup_epochs=0", "hold_epochs=0", "cooldown_epochs=0"))(5) == 0.10
+
+
+def test_weights_of_the_losses() -> None:
+    weights = FairObjective(config()).sum.weights
+    assert weights(0, 30) == pytest.approx({"contrastive": 1 / 3, "wasserstein": 0.2, "detection": 0.5})
+    assert weights(2, 30)["contrastive"] == 1.0
+    assert weights(29, 30)["detection"] == pytest.approx(0.6)
+    alone = FairObjective(config("control=wasserstein")).sum.weights(29, 30)
+    assert alone == {"contrastive": 0.0, "wasserstein": 0.2, "detection": 0.0}
+    assert term_weights(config("contrastive_warmup_epochs=0"))["contrastive"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["epsilon=2"], "epsilon=2 is out of range"),
+        (["batch_size=3"], "batch_size=3 has no room"),
+        (["control=contrastive", "lambda_contrastive=0"], "every loss that it keeps has weight 0"),
+        (["control=nothing"], "no such choice"),
+        (["bootstrap=20"], "at least 100 resamples"),
+        (["head_norm=group"], "no such choice"),
+        (["data.dir=.", "data.group_key=null"], "data.group_key=null"),
+        (["data.scenes.faint_share=1.0"], "data.faint_share=1.0 is out of range"),
+    ],
+)
+def test_wrong_options_are_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(NearfarError, match=message):
+        check_options(config(*overrides))
+
+
+# -- scenes --------------------------------------------------------------------------------------------------
+def test_only_the_contrast_tells_the_groups_apart() -> None:
+    clear, faint = (make_scene(np.random.default_rng(7), 64, 0.3, left) for left in (1.0, 0.35))
+    assert clear[1] == faint[1], "the same figure in the same place"
+    spread = [float(np.std(picture, (0, 1)).mean()) for picture in (clear[0], faint[0])]
+    assert spread[1] / spread[0] == pytest.approx(0.35, abs=0.02)
+    excess = {}
+    for haze in (1.0, 0.35):
+        found = []
+        for seed in range(20):
+            picture, (left, top, width, height) = make_scene(np.random.default_rng(seed), 64, 0.3, haze)
+            # The trunk: the middle of the box a third from its top.
+            row, column = int(top + 0.35 * height), int(left + 0.5 * width)
+            inside = picture[row - 1 : row + 2, column - 1 : column + 2].mean((0, 1)) / 255
+            found.append(np.abs(inside - np.median(picture, (0, 1)) / 255).mean())
+        excess[haze] = np.median(found)
+    assert 0.2 < excess[1.0] < 0.4
+    assert excess[0.35] / excess[1.0] == pytest.approx(0.35, abs=0.05)
+
+
+def test_scenes_are_coco_files_and_are_drawn_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NEARFAR_CACHE", str(tmp_path))
+    data = config("data.scenes.train=20", "data.scenes.val=8", "data.scenes.test=10").data.scenes
+    data.image_size = 32
+    folder = scenes_folder(data)
+    train = json.loads((folder / "train.json").read_text())
+    assert sum(image["visibility"] == "faint" for image in train["images"]) == 5
+    test = json.loads((folder / "test.json").read_text())
+    assert sum(image["visibility"] == "faint" for image in test["images"]) == 5
+    assert all((folder / "images" / image["file_name"]).is_file() for image in test["images"])
+    before = (folder / "test.json").stat().st_mtime_ns
+    assert scenes_folder(data) == folder
+    assert (folder / "test.json").stat().st_mtime_ns == before
+    data.contrast = 0.5
+    assert scenes_folder(data) != folder
+    assert {path.name[0] for path in folder.parent.iterdir()} & {"."} == set(), "nothing half-drawn is left"
+
+
+# -- losses of a batch ---------------------------------------------------------------------------------------
+class Brightness(Detector):
+    """Finds the whole picture, the surer the brighter it is: what closes its gap is known."""
+
+    def __init__(self) -> None:
+        super().__init__(("person",), 4, "brightness")
+        self.slope = nn.Parameter(torch.tensor(20.0))
+
+    def forward(self, pixels: torch.Tensor) -> DetectorOutput:
+        mean = pixels.mean((1, 2, 3))
+        logit = self.slope * (mean - 0.4)
+        logits = torch.stack([logit, torch.zeros_like(logit)], dim=-1)[:, None]
+        boxes = torch.tensor([0.5, 0.5, 1.0, 1.0]).expand(len(pixels), 1, 4)
+        features = torch.stack([mean, 1 - mean, mean**2, torch.ones_like(mean)], dim=-1)[:, None]
+        return DetectorOutput(logits, boxes, features)
+
+
+def whole(n: int) -> list[Target]:
+    return [Target(torch.zeros(1, dtype=torch.long), torch.tensor([[0.5, 0.5, 1.0, 1.0]]))] * n
+
+
+def test_values_are_those_of_the_losses() -> None:
+    torch.manual_seed(0)
+    detector = Brightness().freeze()
+    model = FairModel(4, channels=8, levels=1, head_norm="layer", head_hidden=8, head_dim=4, queue=0)
+    pixels, lower = torch.rand(7, 3, 8, 8), torch.tensor([1, 0, 1, 0, 1, 0, 0])
+    output = detector(pixels)
+    objective = FairObjective(config())
+    found = objective(model, detector, output, whole(7), lower)
+    scores = torch.stack([p[0, 0] for p in output.logits.softmax(-1)])
+    torch.testing.assert_close(found.scores, scores)
+    expected = {
+        "contrastive": AdaptiveScoreContrastiveLoss()(model.head(output.features[:, 0]), scores),
+        "wasserstein": WassersteinGapLoss()(scores[lower == 1], scores[lower == 0]),
+        "detection": detector.set_loss(output, whole(7)),
+    }
+    for name, value in expected.items():
+        torch.testing.assert_close(found.values[name], value, msg=name)
+    order = scores.argsort()
+    assert sorted(objective.anchors(scores).tolist()) == sorted(order[:2].tolist())
+    record = objective.record()
+    assert (record["n_anchor"], record["n_positive"]) == (2.0, 2.0)
+    assert record["middle_share"] == pytest.approx(3 / 7)
+    gap = scores[order[-2:]].mean() - scores[order[:2]].mean()
+    assert record["score_gap"] == pytest.approx(gap.item(), abs=1e-6)
+
+
+def test_the_score_is_a_mean_over_matched_queries() -> None:
+    logits = torch.tensor([[[0.0, 1.0, 0.0], [2.0, 0.0, 0.0], [0.0, 0.0, 3.0]]])
+    boxes = torch.tensor([[[0.2, 0.2, 0.1, 0.1], [0.7, 0.7, 0.2, 0.2], [0.5, 0.5, 0.9, 0.9]]])
+    target = Target(torch.tensor([0, 1]), torch.tensor([[0.7, 0.7, 0.2, 0.2], [0.2, 0.2, 0.1, 0.1]]))
+    output = DetectorOutput(logits, boxes, torch.zeros(1, 3, 4))
+    matches = Brightness().match(output, [target])
+    p = logits.softmax(-1)
+    assert picture_scores(output, [target], matches).item() == pytest.approx(
+        (p[0, 1, 0] + p[0, 0, 1]).item() / 2
+    )
+
+
+@pytest.mark.parametrize("control", ["full", "wasserstein"])
+def test_training_closes_a_gap_that_it_can_close(control: str) -> None:
+    torch.manual_seed(0)
+    detector = Brightness().freeze()
+    options = config(f"control={control}")
+    objective = FairObjective(options)
+    model = FairModel(4, channels=8, levels=2, head_norm="layer", head_hidden=16, head_dim=8)
+    model.epsilon.fill_(0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    lower = torch.tensor([1, 1, 1, 0, 0, 0, 0])
+    level = torch.where(lower == 1, 0.38, 0.48)[:, None, None, None]
+    gaps = []
+    for _ in range(60):
+        pixels = (level + 0.02 * torch.randn(7, 3, 8, 8)).clamp(0, 1)
+        output = detector(perturbed(pixels, model.perturbation(pixels)))
+        losses = objective(model, detector, output, whole(7), lower)
+        loss = objective.sum(losses.values, position=5, total=30)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        scores = losses.scores.detach()
+        gaps.append(float(scores[lower == 0].mean() - scores[lower == 1].mean()))
+    assert gaps[0] > 0.3
+    assert np.mean(gaps[-5:]) < 0.6 * gaps[0]
+    assert detector.slope.grad is None, "the detector is frozen"
+
+
+def test_a_shuffled_perturbation_has_the_same_size() -> None:
+    delta = torch.randn(3, 16, 16)
+    moved = shuffled(delta, torch.Generator().manual_seed(0))
+    assert not torch.equal(moved, delta)
+    assert torch.equal(moved.flatten(1).sort(dim=1).values, delta.flatten(1).sort(dim=1).values)
+
+
+# -- gap and verdict -----------------------------------------------------------------------------------------
+def detections(n: int, quality: np.ndarray, seed: int = 0) -> tuple[Boxes, Boxes]:
+    """One true box a picture, groups in turn; a found one that is off the more, the lower its quality."""
+    rng = np.random.default_rng(seed)
+    true = np.tile([10.0, 10.0, 50.0, 50.0], (n, 1))
+    shift = 20 * (1 - quality)[:, None] * rng.uniform(0.3, 1, (n, 1))
+    zero, each = np.zeros(n, int), np.arange(n)
+    found = Boxes(true + shift, zero, each, scores=rng.uniform(size=n))
+    return found, Boxes(true, zero, each, group=each % 2)
+
+
+def evidence(n: int, faint: float, clear: float) -> Any:
+    found, true = detections(n, np.where(np.arange(n) % 2 == 0, faint, clear))
+    return detection_evidence(found, true, n, GROUPS)
+
+
+@pytest.mark.parametrize(
+    ("faint", "clear", "sign"),
+    [(0.4, 0.9, 0), (0.7, 0.9, 1), (0.4, 0.5, 0), (0.45, 0.95, 0), (0.1, 0.9, -1)],
+    ids=["nothing", "the group behind rises", "the group ahead falls", "both rise", "the group behind falls"],
+)
+def test_what_counts_as_closing_a_gap(faint: float, clear: float, sign: int) -> None:
+    n = 120
+    before, after = evidence(n, 0.4, 0.9), evidence(n, faint, clear)
+    estimate, items = gap_closed(before, after, resamples=200)
+    a, b = ({k: float(v[0]) for k, v in e.statistics().items()} for e in (before, after))
+    by_hand = abs(a["AP/gap"]) - abs(b["AP/gap"])
+    by_hand -= sum(max(0.0, a[f"AP/{g}"] - b[f"AP/{g}"]) for g in GROUPS)
+    assert estimate.value == pytest.approx(by_hand)
+    assert items.mean() == pytest.approx(by_hand)
+    assert estimate.low <= estimate.value <= estimate.high
+    if sign:
+        assert sign * estimate.value > 0.05
+        assert sign * (estimate.low if sign > 0 else estimate.high) > 0
+    elif faint == 0.4:
+        assert estimate.value <= 1e-12
+
+
+def test_groups_are_put_in_order() -> None:
+    _, true = detections(4, np.ones(4))
+    assert true.group is not None
+    turned = ordered(replace(true, group=np.array([0, 1, -1, 0])), ("clear", "faint"), GROUPS)
+    assert turned.group is not None
+    assert turned.group.tolist() == [1, 0, -1, 1]
+
+
+def verdict(before: Any, after: Any) -> tuple[bool, str]:
+    from nearfar.metrics.detection import detection_estimates
+
+    changes = detection_change(before, after, "AP", resamples=400)
+    clean, _ = detection_estimates(before, resamples=400)
+    return judge(changes, clean["AP/gap"], GROUPS)
+
+
+def test_verdicts() -> None:
+    start = evidence(200, 0.4, 0.9)
+    reached, words = verdict(start, evidence(200, 0.7, 0.9))
+    assert reached
+    assert words.startswith("Reached")
+    reached, words = verdict(start, evidence(200, 0.4, 0.5))
+    assert not reached
+    assert "clear scores lower than on clean pictures" in words
+    reached, words = verdict(start, start)
+    assert not reached
+    assert words.startswith("The change of the gap is not distinguishable")
+    reached, words = verdict(start, evidence(200, 0.15, 0.9))
+    assert not reached
+    assert words.startswith("The gap grew")
+    reached, words = verdict(evidence(200, 0.8, 0.9), evidence(200, 0.95, 0.1))
+    assert not reached
+    assert words.startswith("The gap turned over and grew")
+    reached, words = verdict(start, evidence(200, 0.93, 0.9))
+    assert reached, "a gap that is closed and a little more: the interval of its size would cover 0"
+    level = evidence(200, 0.6, 0.6)
+    assert "and so is the gap itself on clean pictures" in verdict(level, level)[1]
+
+
+def test_a_small_gain_is_no_goal() -> None:
+    def change(before: float, after: float, half: float) -> Change:
+        value = after - before
+        return Change(before, after, value, value - half, value + half, value / before)
+
+    changes = {
+        "gap size": change(0.2, 0.18, 0.01),
+        "AP/gap": change(0.2, 0.18, 0.01),
+        "common mode": change(0.5, 0.52, 0.01),
+        "AP/faint": change(0.4, 0.43, 0.01),
+        "AP/clear": change(0.6, 0.61, 0.01),
+    }
+    from nearfar.metrics import Estimate
+
+    clean = Estimate(0.2, 0.1, 0.3, 0.0, 100, False, "AP/gap", {})
+    reached, words = judge(changes, clean, GROUPS)
+    assert not reached
+    assert "by less than 15%" in words
+    changes["AP/gap"] = change(0.2, 0.18, 0.03)
+    assert "what changed is common to both groups" in judge(changes, clean, GROUPS)[1]
+
+
+# -- pictures ------------------------------------------------------------------------------------------------
+def test_pictures_of_both_groups() -> None:
+    groups = np.array([0] * 50 + [1] * 3)
+    positions = chosen(groups, 4, seed=0)
+    assert len(set(positions)) == 4
+    assert sorted(groups[positions].tolist()) == [0, 0, 1, 1]
+    assert len(chosen(groups, 20, seed=0)) == 20
+    clean = np.full((20, 20, 3), 100, np.uint8)
+    rows = np.array([[0.1, 0.1, 0.5, 0.5, 0.9, 0.0]])
+    picture = panel(clean, clean / 255 + 0.05, rows[:, :4], rows, rows, 0.1, "a picture")
+    assert picture.source.startswith("data:image/jpeg")

@@ -1,0 +1,401 @@
+"""The relation system end to end, on tiny photos and on boxes alone: training, resume, probes, re-scoring, folds."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from nearfar.batching import RandomBatchSampler
+from nearfar.contrast import NoPositivesWarning
+from nearfar.crossval import cross_validate
+from nearfar.errors import NearfarError
+from nearfar.launch import run_one
+from nearfar.overrides import compose_config, expand
+from nearfar.systems import build_system, check_config
+from nearfar.systems.relations.dataset import BatchesBySort, RelationBatch, Scaler, build_sampler
+from nearfar.systems.relations.evaluation import Predictions, confusion, judge, pair_retrieval, rescore
+from nearfar.systems.relations.model import LOSSES, RelationModel, ViewLoss
+from nearfar.systems.relations.probe import RelationProbe, sample_rows
+from nearfar.training.checkpoint import Checkpoint
+from nearfar.training.run_folder import RunFolder
+from tiny_relations import write_vrd
+
+pytest.importorskip("PIL")
+QUIET = Console(file=open(os.devnull, "w"))  # noqa: SIM115
+SMALL = [
+    "data=vrd",
+    "image_encoder=small",
+    "image_encoder.features=32",
+    "crop_size=32",
+    "epochs=2",
+    "batch_size=8",
+    "visual_hidden=32",
+    "embedding_dim=16",
+    "bootstrap=100",
+    "trainer.accelerator=cpu",
+    "trainer.threads=1",
+]
+
+
+pytestmark = [pytest.mark.usefixtures("module_cache"), pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty pictures, thirty of them with a photo."""
+    return write_vrd(tmp_path_factory.mktemp("vrd") / "data", 40, 30)
+
+
+def run(tmp_path: Path, folder: Path, *overrides: str) -> RunFolder:
+    every = [
+        "experiment=relations",
+        *SMALL,
+        f"data.dir={folder}",
+        f"runs_dir={tmp_path}",
+        "name=run",
+        *overrides,
+    ]
+    every = list({o.split("=")[0]: o for o in every}.values())
+    return run_one(compose_config(every), every, False, QUIET)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("sampler", ["random", "balanced"])
+def test_every_loss_with_every_sampler(tmp_path: Path, folder: Path, loss: str, sampler: str) -> None:
+    run_folder = run(tmp_path, folder, f"loss={loss}", f"sampler={sampler}", "epochs=1", "categories=true")
+    metrics = run_folder.read_json("metrics.json")
+    test = metrics["splits"]["test"]
+    for name in ("probe", "untrained", "raw_features", "spatial_only", "visual_only", "categories_only"):
+        found = test[f"{name}/accuracy"]
+        assert 0 <= found["low"] <= found["value"] <= found["high"] <= 1
+        assert found["chance"] == metrics["baselines"]["probe/accuracy"]
+        assert found["protocol"]["interval_over"] == "pictures"
+    pair = test["pair_retrieval/R@1"]
+    assert pair["chance"] == 1 / pair["protocol"]["gallery"]
+    assert "with_photo/probe/accuracy" in test
+    layout = run_folder.read_json("dataset_layout.json")
+    assert "random weights" in layout["encoders"]["visual"]
+    assert (
+        layout["rejections"]["by_reason"]["relation not chosen"]
+        if "relation not chosen" in str(layout)
+        else True
+    )
+    page = (run_folder.path / "report.html").read_text()
+    assert "Which relation is taken for which" in page
+    assert "data:image/jpeg;base64" in page
+
+
+def test_boxes_that_tell_the_relation_are_learned(tmp_path: Path, folder: Path) -> None:
+    test = run(tmp_path, folder, "data.photos=none").read_json("metrics.json")["splits"]["test"]
+    assert test["probe/accuracy"]["low"] > test["probe/accuracy"]["chance"] + 0.2
+    assert "pair_retrieval/R@1" not in test  # boxes alone have no second view
+    assert "visual_only/accuracy" not in test
+
+
+@pytest.mark.parametrize("photos", ["optional", "none"])
+def test_killed_run_resumes_bit_for_bit(tmp_path: Path, folder: Path, photos: str) -> None:
+    """With dropout, jittered boxes and, for some pairs, pixels."""
+    options = ["epochs=3", f"data.photos={photos}", "probe_rows=50", "monitor_rows=50"]
+    whole = run(tmp_path, folder, *options, "name=whole")
+    steps = Checkpoint.load(whole.path).step
+    cut = run(tmp_path, folder, *options, "name=cut", f"trainer.max_steps={steps // 2 + 1}")
+    resumed = run(
+        tmp_path, folder, *options, f"resume_from={cut.path}", "trainer.max_steps=null", "name=again"
+    )
+    a, b = Checkpoint.load(whole.path), Checkpoint.load(resumed.path)
+    assert a.step == b.step
+    assert all(torch.equal(a.model[key], b.model[key]) for key in a.model)
+    first, second = (f.read_json("metrics.json")["splits"] for f in (whole, resumed))
+    assert first == second
+
+
+def test_compose_scenes_run(tmp_path: Path) -> None:
+    every = [
+        "experiment=relations",
+        *SMALL[1:],
+        "data.size=40",
+        f"runs_dir={tmp_path}",
+        "name=run",
+        "relations=all10",
+    ]
+    found = run_one(compose_config(every), every, False, QUIET)
+    layout = found.read_json("dataset_layout.json")
+    assert "composed scenes" in layout["source"]
+    assert layout["splits"]["test"]["images"] == 10
+
+
+def test_rescoring_an_older_model(tmp_path: Path, folder: Path) -> None:
+    found = run(tmp_path, folder, "relations=all10")
+    kept = Predictions.load(found.path, "test")
+    scores = rescore(found.path, ["on", "under"])
+    rows = np.isin(kept.truth, [0, 2])
+    said = kept.scores["probe/accuracy"][rows]
+    expected = np.mean(said.argmax(1) == kept.truth[rows])
+    assert scores["probe_all_classes/accuracy"].value == pytest.approx(expected)
+    among = np.array([0, 2])[said[:, [0, 2]].argmax(1)]
+    assert scores["probe_these_classes/accuracy"].value == pytest.approx(np.mean(among == kept.truth[rows]))
+    assert scores["probe_these_classes/accuracy"].value >= scores["probe_all_classes/accuracy"].value
+    with pytest.raises(NearfarError, match="no relation 'wear'"):
+        rescore(found.path, ["on", "wear"])
+    five = run(tmp_path, folder, "name=five")
+    with pytest.raises(NearfarError, match="does not know left of"):
+        rescore(five.path, ["on", "left of"])
+
+
+def test_cross_validation_judges_every_pair_once(tmp_path: Path, folder: Path) -> None:
+    def train(arguments: list[str]) -> None:
+        for overrides in expand([a for a in arguments if not a.startswith("-")]):
+            run_one(compose_config(overrides), overrides, True, QUIET, swept=["data.fold"])
+
+    overrides = [
+        "experiment=relations",
+        *SMALL,
+        "epochs=1",
+        f"data.dir={folder}",
+        f"runs_dir={tmp_path}",
+        "name=cv",
+    ]
+    overrides = list({o.split("=")[0]: o for o in overrides}.values())
+    found = cross_validate(overrides, 2, train)
+    assert found.estimates["probe/accuracy"].protocol["pairs"] == 120 - 0 - sum(1 for _ in ()) - _left_out(
+        found.runs[0]
+    )
+    assert found.estimates["probe/accuracy"].n == 40
+    minus = {(row["pairs"], row["minus"]) for row in found.differences}
+    assert {("all", "visual only"), ("with a photo", "majority"), ("all", "untrained")} <= minus
+    first = next(row for row in found.differences if row["minus"] == "visual only" and row["pairs"] == "all")
+    e = found.estimates
+    assert first["difference"] == pytest.approx(
+        e["probe/accuracy"].value - e["visual_only/accuracy"].value, abs=1e-6
+    )
+    with pytest.raises(NearfarError, match="leave them out"):
+        cross_validate([*overrides, "data.fold=1"], 2, train)
+    with pytest.raises(NearfarError, match="at least two"):
+        cross_validate(overrides, 1, train)
+
+
+def _left_out(run: Path) -> int:
+    layout = json.loads((run / "dataset_layout.json").read_text())
+    return int(layout["rejections"]["total"])
+
+
+def test_untrained_infonce_starts_near_ln_b(folder: Path) -> None:
+    """3.18 for 24 pairs; the notes' 1.46 was a batch of four."""
+    overrides = [
+        "experiment=relations",
+        *SMALL,
+        f"data.dir={folder}",
+        "data.photos=required",
+        "embedding_dim=256",
+    ]
+    system: Any = build_system(compose_config(list({o.split("=")[0]: o for o in overrides}.values())))
+    system.prepare(lambda _: None)
+    torch.manual_seed(0)
+    model = system.build_model().eval()
+    batch = system.dataset("train").__getitems__(list(range(24)))
+    with torch.no_grad():
+        assert system.training_step(model, batch).loss.item() == pytest.approx(math.log(24), abs=0.25)
+
+
+# -- parts -------------------------------------------------------------------------------------------------------------
+def batch_of(seen: list[bool], group: list[int] | None = None) -> RelationBatch:
+    g, n = torch.Generator().manual_seed(0), len(seen)
+    return RelationBatch(
+        torch.arange(n),
+        torch.randn(n, 6, generator=g),
+        torch.tensor(seen),
+        torch.randn(n, 5, generator=g),
+        torch.randn(n, 5, generator=g),
+        None,
+        torch.arange(n) % 2,
+        torch.tensor(group if group else list(range(n))),
+    )
+
+
+def test_loss_weighs_terms_by_their_rows() -> None:
+    batch = batch_of([True, True, True, False, False, True])
+    model = RelationModel(5, 6, hidden=8, dim=4, dropout=0.0, spatial_dropout=0.0).train()
+    views = model(batch)
+    assert not views["visual"][3].any()
+    seen, rest = torch.tensor([0, 1, 2, 5]), torch.tensor([3, 4])
+
+    def infonce(a: torch.Tensor, b: torch.Tensor) -> float:
+        a, b = (torch.nn.functional.normalize(x, dim=1) for x in (a, b))
+        logits = (a @ b.T).double() / 0.07
+        target = torch.arange(len(a))
+        both = [torch.nn.functional.cross_entropy(x, target) for x in (logits, logits.T)]
+        return float(sum(both).detach() / 2)
+
+    expected = infonce(views["visual"][seen], views["spatial"][seen]) * 4 / 6
+    expected += infonce(views["spatial"][rest], views["jittered"][rest]) * 2 / 6
+    loss = ViewLoss("infonce")
+    assert loss(views, batch).item() == pytest.approx(expected, rel=1e-5)
+    assert ViewLoss("infonce", symmetric=False)(views, batch).item() != pytest.approx(expected, rel=1e-3)
+    assert loss.record()["rows_contrasted"] == 6
+
+
+def test_two_relations_of_one_pair_are_no_negatives() -> None:
+    apart, same = batch_of([True] * 4), batch_of([True] * 4, [0, 0, 1, 2])
+    model = RelationModel(5, 6, hidden=8, dim=4).eval()
+    views = model(apart)
+    loss = ViewLoss("infonce")
+    assert loss(views, same).item() < loss(views, apart).item()
+
+
+def test_batches_hold_one_sort(folder: Path) -> None:
+    seen = np.arange(50) % 5 == 0
+    sampler = BatchesBySort(seen, 8, seed=3)
+    batches = list(sampler)
+    assert sorted(i for batch in batches for i in batch) == list(range(50))
+    assert sum(len(set(seen[batch])) > 1 for batch in batches) <= 1
+    sampler.set_epoch(0)
+    half = list(sampler)[:3]
+    other = BatchesBySort(seen, 8, seed=3)
+    iterator = iter(other)
+    assert [next(iterator) for _ in range(3)] == half
+    again = BatchesBySort(seen, 8, seed=3)
+    again.load_state_dict(other.state_dict())
+    assert list(again) == batches[3:]
+    with pytest.raises(NearfarError, match="marked"):
+        BatchesBySort(~seen, 8, seed=3).load_state_dict(other.state_dict())
+    config = compose_config(["experiment=relations", "batch_size=8"])
+    assert isinstance(build_sampler(config, np.zeros(50), np.ones(50, bool)), RandomBatchSampler)
+
+
+def test_probe_equals_scikit_learn_on_scaled_parts() -> None:
+    from sklearn.svm import SVC
+
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(2, 3, (80, 4)), rng.normal(0, 0.1, (80, 6))
+    label = (a[:, 0] + 30 * b[:, 0] > 2).astype(int) + (a[:, 1] > 4)
+    probe = RelationProbe().fit({"a": a[:60], "b": b[:60]}, label[:60])
+    parts = [(x - x[:60].mean(0)) / np.sqrt(x[:60].var(0).sum()) for x in (a, b)]
+    rows = np.concatenate(parts, axis=1)
+    plain = SVC(C=3.0, gamma=0.5).fit(rows[:60], label[:60])
+    np.testing.assert_allclose(
+        probe.scores({"a": a[60:], "b": b[60:]}, 3), plain.decision_function(rows[60:]), atol=1e-6
+    )
+
+
+def test_probe_without_a_part() -> None:
+    rng = np.random.default_rng(1)
+    label = np.arange(60) % 2
+    told = label[:, None] + 0.1 * rng.normal(size=(60, 1))
+    gone = np.full((60, 3), np.nan)
+    both = RelationProbe().fit({"a": told, "b": gone}, label)
+    assert (both.predict({"a": told, "b": gone}) == label).all()
+    # A part that some pairs have: the others are not what is learned from.
+    some = np.where(np.arange(60)[:, None] < 20, told, np.nan)
+    only = RelationProbe("linear").fit({"b": some}, label)
+    assert (only.predict({"b": some})[:20] == label[:20]).all()
+    one = RelationProbe().fit({"a": told}, np.ones(60, int))
+    assert (one.predict({"a": told}) == 1).all()
+    assert one.scores({"a": told}, 3)[0].tolist() == [-np.inf, 0.0, -np.inf]
+    assert len(sample_rows(label, 10)) == 10
+
+
+def test_scaler_leaves_constant_columns_at_zero() -> None:
+    rows = np.array([[1.0, 5], [3, 5], [np.nan, np.nan]])
+    scaled = Scaler.of(rows)(rows)
+    np.testing.assert_allclose(scaled[:2], [[-1, 0], [1, 0]])
+    assert np.isnan(scaled[2]).all()
+
+
+def test_judge_counts_pairs_and_resamples_pictures() -> None:
+    truth = np.array([0, 0, 1, 1, 2, 0])
+    said = np.array([0, 1, 1, 1, 2, 0])
+    images = ["a", "a", "b", "b", "c", "c"]
+    found = judge(
+        {"probe/accuracy": said}, truth, images, ("x", "y", "z"), 0, detailed=("probe/accuracy",), bootstrap=0
+    )
+    e = found.estimates["probe/accuracy"]
+    assert (e.value, e.chance, e.n, e.protocol["pairs"]) == (pytest.approx(5 / 6), 0.5, 3, 6)
+    assert found.estimates["probe/F1_y"].value == pytest.approx(0.8)
+    assert found.estimates["probe/macro_F1"].value == pytest.approx((0.8 + 0.8 + 1) / 3)
+    assert found.per_image["probe/accuracy"].mean() == pytest.approx(5 / 6)
+    some = judge(
+        {"p": said}, truth, images, ("x", "y", "z"), 0, rows=np.array([1, 1, 0, 0, 0, 0], bool), bootstrap=0
+    )
+    assert some.estimates["p"].value == 0.5
+    assert confusion(said, truth, 3).tolist() == [[2, 1, 0], [0, 2, 0], [0, 0, 1]]
+
+
+def test_pair_retrieval_and_its_chance() -> None:
+    g = torch.Generator().manual_seed(0)
+    views, images = torch.randn(50, 8, generator=g), [f"{i // 2}" for i in range(50)]
+    rows = np.ones(50, bool)
+    right = pair_retrieval(views, views, rows, images, 8)
+    assert right is not None
+    assert (right[0].value, right[0].chance, right[0].protocol["pairs"]) == (1, 1 / 8, 48)
+    # All alike: every order is as likely, and the score is the chance. An encoder of two classes is little better.
+    alike = pair_retrieval(torch.ones(50, 8), torch.ones(50, 8), rows, images, 8)
+    assert alike is not None
+    assert alike[0].value == pytest.approx(1 / 8)
+    classes = torch.eye(2)[torch.arange(50) % 2]
+    collapsed = pair_retrieval(classes, classes, rows, images, 8)
+    assert collapsed is not None
+    assert collapsed[0].value < 0.4
+    assert pair_retrieval(views, views, np.arange(50) < 1, images, 8) is None
+    few = pair_retrieval(views, views, np.arange(50) < 5, images, 8)
+    assert few is not None
+    assert few[0].protocol["gallery"] == 5
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["relations=top6"], "top5, all10 or a list"),
+        (["relations=[on,abov]"], "did you mean 'above'"),
+        (["spatial=rw"], "did you mean 'raw'"),
+        (["loss.name=supcn"], "did you mean 'supcon'"),
+        (["sampler=hard"], "no such choice"),
+        (["batch_size=5000"], "is larger than the training set"),
+        (["image_encoder.kind=smal"], "did you mean 'small'"),
+        (["data.val_fraction=0.6", "data.test_fraction=0.5"], "leave nothing to train on"),
+        (["data.folds=3", "data.fold=3"], "numbered 0 to 2"),
+        (["pixels=false", "box_jitter=0"], "the only view"),
+        (["pixels=false", "data.photos=required"], "looks at none"),
+        (["data.photos=none", "box_jitter=0"], "no training pair has a second view"),
+        (["bootstrap=10"], "at least 100 resamples"),
+        (["trainer.cached_chunk=0"], "out of range"),
+    ],
+)
+def test_bad_options_say_what_to_do(tmp_path: Path, folder: Path, overrides: list[str], message: str) -> None:
+    with pytest.raises(NearfarError, match=message):
+        run(tmp_path, folder, *overrides)
+
+
+def test_damaged_photos_cost_their_pixels_alone(tmp_path: Path) -> None:
+    folder = write_vrd(tmp_path / "data", 40, 30)
+    data = (folder / "images" / "3.jpg").read_bytes()
+    (folder / "images" / "3.jpg").write_bytes(data[: len(data) // 2])
+    layout = run(tmp_path, folder, "epochs=1").read_json("dataset_layout.json")
+    assert layout["rejections"]["by_reason"]["damaged photo"] == 1
+    assert sum(split["images"] for split in layout["splits"].values()) == 40
+
+
+def test_the_sum_of_a_supervised_loss_is_an_option_of_its_own() -> None:
+    """What the doctor prescribes where a sum inside the logarithm asks for the nearest positive alone."""
+    assert ViewLoss("supcon").contrast.sum == "outside"
+    inside, mended = ViewLoss("supcon_inside"), ViewLoss("supcon_inside", sum="outside")
+    assert (inside.contrast.sum, mended.contrast.sum) == ("inside", "outside")
+    assert not mended.contrast.own_pair
+    with pytest.raises(NearfarError, match=r"loss\.sum=both: no such choice"):
+        check_config(compose_config(["experiment=relations", "loss=supcon", "loss.sum=both"]))
+
+
+def test_a_batch_without_two_views_in_common_says_so() -> None:
+    batch = batch_of([True, False, False])
+    views = {
+        name: torch.randn(3, 4, generator=torch.Generator().manual_seed(0)) for name in ("visual", "spatial")
+    }
+    with pytest.warns(NoPositivesWarning, match="box_jitter"):
+        assert ViewLoss()(views, batch) == 0

@@ -1,0 +1,301 @@
+"""The tissue system end to end on generated slides: encoders, losses, samplers, resume, processes, bad input."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+from rich.console import Console
+
+from nearfar.errors import NearfarError
+from nearfar.launch import run_one
+from nearfar.overrides import compose_config, with_saved_overrides
+from nearfar.systems import build_system, check_config
+from nearfar.systems.tissue.system import TissueSystem
+from nearfar.training.checkpoint import Checkpoint, flatten
+from nearfar.training.fit import fit
+from nearfar.training.run_folder import RunFolder
+from processes import together
+from test_ranks import compare
+
+QUIET = Console(file=open(os.devnull, "w"))  # noqa: SIM115
+SMALL = [
+    "data.slides=4",
+    "data.side=8",
+    "data.generated_genes=40",
+    "image_encoder=colors",
+    "epochs=2",
+    "batch_size=32",
+    "hidden=16",
+    "embedding_dim=8",
+    "retrieve=10",
+    "variable_genes=20",
+    "expressed_genes=5",
+    "bootstrap=100",
+    "trainer.accelerator=cpu",
+    "trainer.threads=1",
+    "trainer.log_every=2",
+]
+
+
+pytestmark = [pytest.mark.usefixtures("module_cache"), pytest.mark.slow]
+
+
+def overrides(*more: str) -> list[str]:
+    every = ["experiment=medium_spatial", *SMALL, *more]
+    return list({o.split("=")[0]: o for o in every}.values())  # later ones win, as on the command line
+
+
+def run(tmp_path: Path, *more: str) -> RunFolder:
+    every = overrides(f"runs_dir={tmp_path}", *more)
+    return run_one(compose_config(every), every, False, QUIET)
+
+
+def prepared(*more: str) -> Any:
+    system = build_system(compose_config(overrides(*more)))
+    system.prepare(lambda _: None)
+    return system
+
+
+def test_the_two_experiments_differ_in_the_loss_alone() -> None:
+    spatial, normal = (
+        flatten(compose_config([f"experiment=medium_{name}"])) for name in ("spatial", "normal")
+    )
+    assert {key for key in spatial if spatial[key] != normal.get(key)} == {"loss.name"}
+    assert (spatial["loss.name"], normal["loss.name"]) == ("spatial", "clip")
+    assert spatial.keys() == normal.keys()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["loss=spatial", "sampler=spatial"],
+        ["loss=clip", "sampler=random", "image_encoder=small", "image_encoder.features=32", "epochs=1"],
+        ["neighbors=mask", "sampler=spatial", "sampler.tile_size=16", "image_encoder=small", "image_frozen=true",
+         "image_encoder.features=16"],
+        ["neighbors=positive", "sampler=balanced", "gene_encoder=sentence", "sentence_genes=8"],
+    ],
+    ids=["spatial", "clip", "mask", "sentences"],
+)  # fmt: skip
+def test_a_run_from_slides_to_report(tmp_path: Path, options: list[str]) -> None:
+    folder = run(tmp_path, "name=run", *options)
+    metrics = folder.read_json("metrics.json")
+    test, val = metrics["splits"]["test"], metrics["splits"]["val"]
+    assert test["image_to_gene/R@10"]["protocol"]["gallery"] == test["gene_to_image/MRR"]["n"] == 64
+    assert test["image_to_gene/R@10"]["chance"] == pytest.approx(10 / 64)
+    assert test["vicinity/image_to_gene/R@1"]["chance"] > 4 / 64
+    for name in ("gene_pearson/variable", "ridge/gene_pearson/variable", "information"):
+        assert val[name]["low"] < val[name]["value"] < val[name]["high"]
+    with np.load(folder.path / "per_item.npz") as arrays:
+        for name, estimate in test.items():
+            if f"test/{name}" in arrays:
+                assert arrays[f"test/{name}"].mean() == pytest.approx(estimate["value"], abs=1e-5)
+    plans = [r for r in folder.log() if r["kind"] == "plan"]
+    assert all(0 < p["neighbors_in_batch"] <= 1 for p in plans)
+    inert = "loss=clip" in options or "neighbors=mask" in options
+    assert all((p["neighbor_mass"] == 0) == inert for p in plans)
+    assert (folder.path / "genes.txt").read_text().split() == [f"gene{i}" for i in range(1, 41)]
+    page = (folder.path / "report.html").read_text()
+    assert "A gene over a slide" in page
+    assert "ridge on colour" in page
+
+
+def test_several_slides_have_their_own_galleries(tmp_path: Path) -> None:
+    folder = run(tmp_path, "name=run", "data.hold_out=[slide2,slide4]", "data.val=slide1", "data.slides=5")
+    test = folder.read_json("metrics.json")["splits"]["test"]
+    own = test["own_slide/image_to_gene/R@5"]
+    assert own["protocol"]["gallery"] == 64
+    assert own["chance"] == pytest.approx(5 / 64)
+    assert test["image_to_gene/R@5"]["protocol"]["gallery"] == 128
+    by_slide = folder.read_json("metrics.json")["slides"]["image_to_gene/R@5"]
+    assert by_slide.keys() == {"slide2", "slide4"}
+    assert own["value"] == pytest.approx(np.mean(list(by_slide.values())))
+    layout = folder.read_json("dataset_layout.json")["splits"]
+    assert layout["train"]["slides"] == {"slide3": 64, "slide5": 64}
+
+
+def test_it_learns_what_is_there(tmp_path: Path) -> None:
+    folder = run(
+        tmp_path, "name=run", "epochs=20", "lr=0.003", "hidden=64", "embedding_dim=32", "data.side=10"
+    )
+    test = folder.read_json("metrics.json")["splits"]["test"]
+    assert test["image_to_gene/MRR"]["low"] > 2 * test["image_to_gene/MRR"]["chance"]
+    assert test["gene_pearson/variable"]["low"] > 0.1
+    assert test["information"]["value"] > 0.3
+
+
+def test_a_spatial_target_in_random_batches_is_found_inert(tmp_path: Path) -> None:
+    options = [
+        "data.slides=6",
+        "data.side=10",
+        "batch_size=4",
+        "epochs=1",
+        "bootstrap=0",
+        "trainer.log_every=1",
+    ]
+    inert = run(tmp_path, "name=random", "sampler=random", *options)
+    (plan,) = (r for r in inert.log() if r["kind"] == "plan")
+    n = 576  # spots of four slides; about six neighbours, three others in the batch
+    assert plan["neighbors_in_batch"] == pytest.approx(6 * 3 / n, rel=0.5)
+    assert plan["neighbor_mass"] < 0.01
+    assert "target-inert" in {f["id"] for f in inert.read_json("doctor.json")["findings"]}
+    system = prepared("sampler=spatial", *options)
+    said: list[str] = []
+    assert system.on_epoch(0, system.build_sampler(), said.append)["neighbors_in_batch"] > 0.9
+    assert not any("inert" in line for line in said)
+    system = prepared("sampler=random", *options)
+    system.on_epoch(0, system.build_sampler(), said.append)
+    assert "all but inert" in said[-1]
+
+
+def test_the_share_of_neighbours_is_counted_as_the_loss_counts_it() -> None:
+    system = prepared("sampler=spatial")
+    sampler = system.build_sampler()
+    said: list[str] = []
+    record = system.on_epoch(0, sampler, said.append)
+    model, shares, masses = system.build_model(), [], []
+    for positions in sampler:
+        batch = system.dataset("train").__getitems__(positions)
+        logs = system.training_step(model, batch).logs()
+        shares += [logs["rows_with_neighbors"]] * len(positions)
+        inside = torch.isin(batch.neighbors, batch.positions)
+        weight = 0.5 * (batch.alpha * inside).sum(1)
+        masses += (weight / (1 + weight)).tolist()
+    assert record["neighbors_in_batch"] == pytest.approx(np.mean(shares))
+    assert record["neighbor_mass"] == pytest.approx(np.mean(masses), rel=1e-5)
+    assert f"{record['neighbors_in_batch']:.2%}" in said[0]
+
+
+def test_a_temperature_that_does_not_learn_is_that_of_the_options() -> None:
+    learned, fixed = (
+        prepared(*more).build_model() for more in ([], ["learn_temperature=false", "temperature=0.2"])
+    )
+    fixed.load_state_dict(learned.state_dict())
+    assert fixed.scale().item() == pytest.approx(5.0)
+    assert learned.scale().item() == pytest.approx(1 / 0.07)
+
+
+def killed_after(every: list[str], step: int) -> None:
+    count, training_step = 0, TissueSystem.training_step
+
+    def dying(self: Any, model: Any, batch: Any) -> Any:
+        nonlocal count
+        if count == step and model.training:
+            os.kill(os.getpid(), signal.SIGKILL)
+        count += model.training
+        return training_step(self, model, batch)
+
+    TissueSystem.training_step = dying  # type: ignore[method-assign]
+    torch.set_num_threads(1)
+    run_one(compose_config(every), every, False, QUIET)
+
+
+def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path) -> None:
+    """With turned patches, dropout and tiles, killed in the middle of an epoch."""
+    options = ["image_encoder=small", "image_encoder.features=16", "epochs=3", "trainer.checkpoint_steps=1"]
+    whole = run(tmp_path, "name=whole", *options)
+    every = overrides(f"runs_dir={tmp_path}", "name=killed", *options)
+    process = multiprocessing.get_context("fork").Process(target=killed_after, args=(every, 6))
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
+    killed = RunFolder(tmp_path / "killed")
+    assert 0 < Checkpoint.load(killed.path).step < Checkpoint.load(whole.path).step
+    resumed = with_saved_overrides([f"resume_from={killed.path}"])
+    run_one(compose_config(resumed), resumed, False, QUIET)
+    a, b = Checkpoint.load(whole.path), Checkpoint.load(killed.path)
+    assert a.step == b.step
+    assert all(torch.equal(a.model[key], b.model[key]) for key in a.model)
+    assert whole.read_json("metrics.json")["splits"] == killed.read_json("metrics.json")["splits"]
+    other = run(tmp_path, "name=other", *options, "seed=1")  # the comparison can fail
+    assert any(
+        not torch.equal(a.model[key], value) for key, value in Checkpoint.load(other.path).model.items()
+    )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["neighbors=soft"],
+        ["local_loss=true", "temp_reg_weight=0", "neighbors=positive"],
+        ["loss=clip", "local_loss=true"],
+    ],
+    ids=["spatial", "local", "clip"],
+)
+def test_two_processes_have_the_losses_and_gradients_of_one(tmp_path: Path, options: list[str]) -> None:
+    """Neighbours of a spot may be encoded by the other process; uneven batches, every step looked at."""
+    shared = ["dropout=0.0", "batch_size=31", "trainer.log_every=1", "trainer.probe_rows=0", *options]
+    run(tmp_path, "name=one", *shared)
+    every = overrides(f"runs_dir={tmp_path}", "name=two", *shared)
+    config = compose_config(every)
+    config.trainer.devices = 2
+    assert together(train_in_two, config, tmp_path / "two") == [None, None]
+    compare(tmp_path / "one", tmp_path / "two")
+    last = [r for r in RunFolder(tmp_path / "two").log() if r["kind"] == "step"][-1]
+    assert last["world_size"] == 2
+
+
+def train_in_two(config: Any, folder: Path) -> None:
+    system = build_system(config)
+    system.prepare(lambda _: None)
+    fit(system, config, RunFolder(folder), say=lambda _: None)
+
+
+def test_one_process_says_what_has_no_effect() -> None:
+    said: list[str] = []
+    build_system(compose_config(overrides("local_loss=true"))).prepare(said.append)
+    assert any("local_loss and gather_with_grad have no effect" in line for line in said)
+    config = compose_config(overrides("local_loss=true"))
+    assert (config.trainer.local_loss, config.trainer.gather_with_grad) == (True, True)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (
+            "data.hold_out=slide9",
+            "data.hold_out=slide9: the generated tissue has no such slide; did you mean 'slide",
+        ),
+        ("data.dir=/no/such/folder", "no such folder"),
+        ("retrieve=0", "retrieve=0 is out of range"),
+        ("loss.name=spatail", "did you mean 'spatial'"),
+        ("sampler=hard", "sampler.name=hard: no such choice"),
+        ("sampler.tile_size=64", "tile_size=64 is larger than batch_size=32"),
+        ("temperature=0.001", "a scale of 1000, beyond max_scale=40"),
+        ("image_pixels=64", "image_encoder=colors has no network"),
+        ("batch_size=1000", "larger than the training set of 128"),
+        ("bootstrap=10", "at least 100 resamples"),
+        ("neighbors=near", "neighbors=near: no such choice"),
+        ("data.signal=2.0", "data.signal=2.0 is out of range"),
+        ("image_encoder.kind=resnet", "image_encoder='resnet' is unknown"),
+    ],
+)
+def test_bad_input_is_named(tmp_path: Path, change: str, named: str) -> None:
+    with pytest.raises(NearfarError) as error:
+        run(tmp_path, "name=bad", change)
+    assert named in str(error.value)
+
+
+def test_a_slide_in_two_splits_is_an_error() -> None:
+    for options, named in [
+        (["data.hold_out=slide1", "data.val=slide1"], "slide1 is in data.hold_out and in data.val"),
+        (["data.hold_out=[slide1,slide1]"], "named twice"),
+        (["data.hold_out=[slide1,slide2,slide3,slide4]"], "no slide is left to train on"),
+    ]:
+        with pytest.raises(NearfarError, match=named):
+            prepared(*options)
+
+
+def test_options_are_checked_without_any_data() -> None:
+    config = compose_config(overrides())
+    check_config(config)
+    OmegaConf.update(config, "hidden", 2.5)
+    with pytest.raises(NearfarError, match=r"hidden=2\.5: a whole number"):
+        check_config(config)
