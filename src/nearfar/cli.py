@@ -233,7 +233,7 @@ def claims(
 ) -> None:
     """Test statements by experiment: supported, refuted or not distinguishable, and did the prediction hold?"""
     from nearfar.lab.claims import choose, read_ledger
-    from nearfar.lab.claims.run import claim_table, outcome_table
+    from nearfar.lab.claims.table import claim_table, outcome_table
 
     chosen, console = choose(read_ledger(ledger), wanted or []), terminal.console()
     if list_:
