@@ -14,7 +14,7 @@ import time
 import numpy as np
 import torch
 
-from nearfar.overrides import compose_config
+from nearfar.config.compose import compose_config
 from nearfar.systems import build_system
 from nearfar.training.state import initial_model
 

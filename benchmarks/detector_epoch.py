@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from nearfar.metrics import few_runs
-from nearfar.overrides import compose_config
+from nearfar.config.compose import compose_config
 from nearfar.systems import build_system
 
 

@@ -22,7 +22,7 @@ import torch
 import nearfar.systems.fair_detection.system as system_module
 from nearfar.models.detection.network import SmallDetector
 from nearfar.models.image import build_image_encoder
-from nearfar.overrides import compose_config
+from nearfar.config.compose import compose_config
 from nearfar.systems.fair_detection.system import FairDetectionSystem
 from nearfar.training.state import initial_model
 

@@ -28,7 +28,7 @@ from rich.console import Console
 import nearfar.training.fit as fit_module
 from nearfar.launch import run_one
 from nearfar.metrics import few_runs
-from nearfar.overrides import compose_config
+from nearfar.config.compose import compose_config
 from nearfar.training.recorder import Recorder
 
 NEVER = 10**9

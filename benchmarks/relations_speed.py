@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from nearfar.data.rejections import Rejections
-from nearfar.overrides import compose_config
+from nearfar.config.compose import compose_config
 from nearfar.systems.relations.data import RelationData
 from nearfar.systems.relations.dataset import RelationDataset, Scaler
 from nearfar.systems.relations.evaluation import Examiner

@@ -90,7 +90,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     from rich.console import Console
 
     from nearfar.launch import run_one
-    from nearfar.overrides import compose_config
+    from nearfar.config.compose import compose_config
     from tiny_molecules import pairs
 
     folder = tmp_path_factory.mktemp("trained")

@@ -15,13 +15,13 @@ from omegaconf import OmegaConf
 from nearfar.configs import experiments
 from nearfar.data.splits import data_paths
 from nearfar.errors import NearfarError
-from nearfar.overrides import compose_config
+from nearfar.config.compose import compose_config
 from nearfar.systems import check_config
 from nearfar.systems.molecules.dataset import MoleculeFeatures
 from nearfar.systems.molecules.options import check_options
 from nearfar.training import ranks
 from nearfar.training.batches import build_sampler
-from nearfar.training.checkpoint import flatten
+from nearfar.config.compose import flatten
 from nearfar.training.options import check_training_options, processes_to_start
 
 HARD = "sampler=hard"

@@ -9,7 +9,6 @@ not trained on. A seed draws other pictures for the test, another start and othe
 from __future__ import annotations
 
 import os
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,11 @@ import torch
 from omegaconf import OmegaConf
 
 from claims.training import fit
+from nearfar.config.compose import compose_config, read_config
 from nearfar.errors import NearfarError
 from nearfar.metrics import RecallAtK
 from nearfar.systems.relations.model import LOSSES, ViewLoss
+from nearfar.systems.relations.options import RelationOptions
 from nearfar.systems.relations.probe import RelationProbe
 from nearfar.systems.relations.records import ALL10, TOP5
 from nearfar.systems.relations.system import RelationSystem
@@ -119,24 +120,13 @@ def _system(seed: int, relations: tuple[str, ...], batch_size: int) -> RelationS
         "pixels": False,
         "categories": True,
         "data": {"dir": str(folder), "photos": "none", "split_seed": seed, "val_fraction": 0.02},
-        "text_encoder": {"min_df": 1, "max_df": 1.0},
     }
-    parts = {
-        "data": "vrd",
-        "text_encoder": "ngram",
-        "image_encoder": "small",
-        "sampler": "random",
-        "loss": "infonce",
-    }
-    groups = {group: _yaml(group, choice) for group, choice in parts.items()}
-    config = OmegaConf.merge(_yaml("system", "relations"), groups, changes)
-    system = RelationSystem(config)
+    composed = compose_config(["experiment=relations", "data=vrd", "image_encoder=small"])
+    options = read_config(OmegaConf.merge(composed, changes))
+    assert isinstance(options, RelationOptions)
+    system = RelationSystem(options)
     system.prepare(lambda _: None)
     return system
-
-
-def _yaml(group: str, choice: str) -> Any:
-    return OmegaConf.create(resources.files("nearfar.configs").joinpath(group, f"{choice}.yaml").read_text())
 
 
 def _sets(system: RelationSystem) -> dict[str, Any]:

@@ -51,8 +51,8 @@ def train(
     [bold]--cfg job[/bold] prints the composed configuration.
     """
     if list_:
+        from nearfar.config.registry import config_packages
         from nearfar.configs import experiments
-        from nearfar.systems import config_packages
 
         known = experiments(config_packages())
         width = max(map(len, known))
@@ -67,7 +67,7 @@ def train(
         return
     from nearfar.launch import launch
 
-    launch(arguments, terminal.console())
+    launch(arguments)
 
 
 @app.command()
@@ -328,7 +328,7 @@ def crossval(
     from nearfar.launch import launch
 
     console = terminal.console()
-    found = cross_validate(list(context.args), folds, lambda arguments: launch(arguments, console))
+    found = cross_validate(list(context.args), folds, launch)
     console.print(estimates_table(f"{found.folder} · {folds} folds, every pair once", found.estimates))
     console.print(differences_table("fused probe minus control, paired", found.differences))
     terminal.say(console, f"written: {found.folder / 'crossval.json'}")
@@ -337,7 +337,7 @@ def crossval(
 @data_app.command("read", context_settings=HYDRA)
 def data(context: typer.Context) -> None:
     """Read an experiment's data and show what was taken, rejected and why: experiment=NAME data.train=…"""
-    from nearfar.overrides import single_config
+    from nearfar.launch import single_config
     from nearfar.systems import build_system
 
     console = terminal.console()

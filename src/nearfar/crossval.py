@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nearfar.config.compose import compose_config, merge_overrides
 from nearfar.errors import NearfarError
 from nearfar.metrics import Estimate
-from nearfar.overrides import compose_config, merge_overrides
 from nearfar.systems import reevaluator
 from nearfar.training.run_folder import RunFolder
 

@@ -16,35 +16,38 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from hydra.core.override_parser.types import IntervalSweep
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
 
 from nearfar import terminal
-from nearfar.errors import NearfarError
-from nearfar.overrides import (
+from nearfar.config.compose import (
     CONFIGS,
+    changed_values,
     compose_config,
     expand,
+    merge_overrides,
     parse,
     path_options,
     quote_paths,
+    register_configs,
     searchpath,
-    single_config,
-    with_saved_overrides,
 )
+from nearfar.config.options import set_option
+from nearfar.config.registry import role_of
+from nearfar.config.training import RunOptions
+from nearfar.errors import NearfarError
 from nearfar.training import ranks
-from nearfar.training.checkpoint import Resume, changed_values
-from nearfar.training.options import processes_to_start
+from nearfar.training.checkpoint import Resume, find_checkpoint
+from nearfar.training.fabric import processes_to_start
 from nearfar.training.ranks import run_processes
 from nearfar.training.run_folder import RunFolder, make_folder
 
-__all__ = ["dry_run", "launch", "run_one"]
+__all__ = ["dry_run", "launch", "run_one", "single_config", "with_saved_overrides"]
 
 #: bytes of a part of a name; a folder may have 255, of which temporary files need some
 LONGEST_NAME = 200
-NOT_IN_NAME = ("experiment", "name", "runs_dir", "exists", "resume_from", "start_epoch", "logger")
 SUFFIXES = (".tsv", ".txt", ".csv", ".parquet", ".ckpt")
 #: Hydra's flags that take a word after them
 FLAGS_WITH_VALUE = (
@@ -69,9 +72,6 @@ PLUGINS = {
     ("hydra/launcher", "submitit"): ("hydra_plugins.hydra_submitit_launcher", "slurm"),
     ("hydra/launcher", "ray"): ("hydra_plugins.hydra_ray_launcher", "ray"),
 }
-#: where runs of a sweep, perhaps in other processes, note that they failed
-FAILURES = "NEARFAR_SWEEP_FAILURES"
-SWEPT = "NEARFAR_SWEPT"
 
 
 # -- naming --------------------------------------------------------------------------------------------------
@@ -90,7 +90,7 @@ def run_name(overrides: Sequence[str], name: str | None, sweep: bool, swept: Seq
     values = dict(text.lstrip("+").split("=", 1) for text in overrides if "=" in text)
     parts = []
     for key, value in values.items():
-        if key in NOT_IN_NAME or (name and swept and key not in swept):
+        if key == "experiment" or role_of(key) == "place" or (name and swept and key not in swept):
             continue
         if key.startswith(("trainer.", "hydra")) and key not in swept:
             continue
@@ -137,7 +137,7 @@ def _free(path: Path) -> Path:
 
 
 def choose_folder(
-    config: DictConfig, overrides: Sequence[str], sweep: bool, swept: Sequence[str] = ()
+    config: RunOptions, overrides: Sequence[str], sweep: bool, swept: Sequence[str] = ()
 ) -> tuple[RunFolder, Resume | None]:
     """The folder of a run, and the run it continues, by ``exists`` and ``resume_from``."""
     resume = Resume.find(config.resume_from, config) if config.resume_from else None
@@ -165,11 +165,11 @@ def choose_folder(
     return folder, resume
 
 
-def absolute_paths(config: DictConfig, overrides: Sequence[str]) -> list[str]:
+def absolute_paths(config: RunOptions, overrides: Sequence[str]) -> list[str]:
     """Make paths independent of the working directory, in ``config`` and in the overrides that are returned."""
     changed = {key: str(path.absolute()) for key, path in path_options(config).items()}
     for key, path in changed.items():
-        OmegaConf.update(config, key, path)
+        set_option(config, key, path)
     return [
         quote_paths([f"{key}={changed[key]}"])[0] if (key := text.split("=")[0]) in changed else text
         for text in overrides
@@ -178,15 +178,15 @@ def absolute_paths(config: DictConfig, overrides: Sequence[str]) -> list[str]:
 
 # -- running -------------------------------------------------------------------------------------------------
 def run_one(
-    config: DictConfig,
+    config: DictConfig | RunOptions,
     overrides: Sequence[str],
     sweep: bool,
-    console: Any,
+    console: Console,
     swept: Sequence[str] = (),
     together: bool = False,
     first: bool = True,
 ) -> RunFolder:
-    """Carry out one composed configuration.
+    """Carry out one composed configuration, whose options are checked here.
 
     ``together`` with other processes on the same terminal, each line names its run, and only the ``first`` run says
     what its data are.
@@ -196,11 +196,11 @@ def run_one(
     from nearfar.systems import build_system, check_config
     from nearfar.training.fit import fit
 
-    check_config(config)
+    options = check_config(config)
     if ranks.count() > 1:
-        config.trainer.devices = ranks.on_this_machine()
-    overrides = absolute_paths(config, overrides)
-    folder, resume = ranks.from_first(lambda: choose_folder(config, overrides, sweep, swept))
+        options.trainer.devices = ranks.on_this_machine()
+    overrides = absolute_paths(options, overrides)
+    folder, resume = ranks.from_first(lambda: choose_folder(options, overrides, sweep, swept))
     prefix = f"{folder.name}: " if together else ""
     first_process = ranks.is_first()
 
@@ -210,26 +210,22 @@ def run_one(
         for line in text.splitlines():
             terminal.say(console, prefix + line)
 
-    if config.exists == "skip" and folder.finished and resume is None:
+    if options.exists == "skip" and folder.finished and resume is None:
         say(f"{folder}: finished before, kept")
         if first_process and not (folder.path / "report.html").exists():
             write_report(folder)
         return folder
     say(f"run {folder}")
-    with open_dict(config):
-        if resume is not None and resume.exact and folder.path == resume.folder.path:
-            saved = folder.config()  # it keeps its name and place
-            config.name, config.runs_dir, config.overrides = (
-                saved.name,
-                saved.runs_dir,
-                saved.get("overrides", []),
-            )
-        else:
-            not_saved = ("resume_from=", "start_epoch=", "exists=")
-            config.overrides = [o for o in overrides if not o.startswith(not_saved)]
-    system = build_system(config)
+    if resume is not None and resume.exact and folder.path == resume.folder.path:
+        saved = folder.config()  # it keeps its name and place
+        options.name, options.runs_dir = saved.name, saved.runs_dir
+        options.overrides = list(saved.get("overrides", []))
+    else:
+        not_saved = ("resume_from=", "start_epoch=", "exists=")
+        options.overrides = [o for o in overrides if not o.startswith(not_saved)]
+    system = build_system(options)
     ranks.one_after_the_other(lambda: system.prepare(say if first or not together else lambda _: None))
-    fit(system, config, folder, resume, say, None if together else console)
+    fit(system, options, folder, resume, say, None if together else console)
     if not first_process:
         return folder
     report = write_report(folder)
@@ -240,15 +236,17 @@ def run_one(
     return folder
 
 
-def _job(config: DictConfig) -> str | float:
-    """What Hydra calls for every run, in this process or in one of its launcher's workers."""
+def _job(config: DictConfig, swept: Sequence[str], failures: str) -> str | float:
+    """One run of a job or sweep, in this process or in one of a launcher's workers.
+
+    ``swept``: the options that the sweep changes. ``failures``: the file in which a run notes that it failed.
+    """
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
     settings = HydraConfig.get()
     sweep = settings.mode == RunMode.MULTIRUN
     together = sweep and "joblib" in str(settings.launcher.get("_target_", ""))
-    swept = json.loads(os.environ.get(SWEPT, "[]"))
     task = list(settings.overrides.task)
     try:
         first = OmegaConf.is_missing(settings.job, "num") or settings.job.num == 0
@@ -258,7 +256,7 @@ def _job(config: DictConfig) -> str | float:
         code = terminal.report_error(error, shown=_shown_here(error))
         if not sweep or code == 130:
             raise SystemExit(code) from None
-        with open(os.environ[FAILURES], "a") as file:
+        with open(failures, "a") as file:
             file.write(json.dumps({"run": " ".join(task), "why": str(error)}) + "\n")
         return "failed"
 
@@ -273,15 +271,15 @@ def _shown_here(error: Exception) -> bool:
 def _objective(folder: RunFolder) -> float:
     """What a search climbs: the monitored metric on validation. Test is for the comparison afterwards."""
     metrics = folder.read_json("metrics.json")
-    found = metrics["splits"].get("val", {}).get(metrics["monitor"])
-    if found is None:
+    estimate = metrics["splits"].get("val", {}).get(metrics["monitor"])
+    if estimate is None:
         raise NearfarError(
             f"{folder}: a search needs {metrics['monitor']} on a validation split, and there is none."
         )
-    return float(found["value"])
+    return float(estimate["value"])
 
 
-def launch(arguments: Sequence[str], console: Any) -> None:
+def launch(arguments: Sequence[str]) -> None:
     """``nearfar train …``: check every run, then let Hydra carry out the job or the sweep.
 
     A run of several processes is started anew as so many (``training/restart.py``), unless this is one of them.
@@ -305,9 +303,9 @@ def _launch(arguments: Sequence[str]) -> None:
     own_configs = {"--config-dir", "-cd", "--config-name", "-cn", "--hydra-help", "--version"} & set(flags)
     if not own_configs:
         search = _check_plugins(overrides)
-        configs = _check_runs([o for o in overrides if not o.startswith("hydra")], sweep, search)
-        _check_processes(configs, sweep)
-        processes = processes_to_start(configs[0].trainer)
+        runs = _check_runs([o for o in overrides if not o.startswith("hydra")], sweep, search)
+        _check_processes(runs, sweep)
+        processes = processes_to_start(runs[0].trainer)
         if processes > 1 and ranks.count() == 1 and not {*flags} & SHOWING:
             code, why = run_processes(processes, "nearfar.cli", ["train", *arguments])
             if why:
@@ -318,10 +316,16 @@ def _launch(arguments: Sequence[str]) -> None:
         prefix="nearfar-", suffix=".jsonl", dir=_shared(overrides) if sweep else None
     )
     os.close(handle)
-    os.environ |= {SWEPT: json.dumps(swept), FAILURES: failures}
     sys.argv = ["nearfar train", *flags, *overrides, *searchpath()]
+
+    def job(
+        config: DictConfig,
+    ) -> str | float:  # Hydra's launchers send it to their workers with what it closes over
+        return _job(config, swept, failures)
+
+    register_configs()
     try:
-        hydra.main(version_base="1.3", config_path="pkg://" + CONFIGS, config_name="train")(_job)()
+        hydra.main(version_base="1.3", config_path="pkg://" + CONFIGS, config_name="train")(job)()
         failed = [json.loads(line) for line in Path(failures).read_text().splitlines()]
     finally:
         Path(failures).unlink(missing_ok=True)
@@ -348,25 +352,22 @@ def _check_plugins(overrides: Sequence[str]) -> bool:
     return any(text in ("hydra/sweeper=optuna", "hydra/sweeper=search") for text in overrides)
 
 
-def _check_processes(configs: Sequence[DictConfig], sweep: bool) -> None:
+def _check_processes(runs: Sequence[RunOptions], sweep: bool) -> None:
     """A sweep starts its runs in processes of its own choosing, which cannot be several at a time for each."""
-    if sweep and (ranks.count() > 1 or any(processes_to_start(config.trainer) > 1 for config in configs)):
+    if sweep and (ranks.count() > 1 or any(processes_to_start(run.trainer) > 1 for run in runs)):
         raise NearfarError(
             "a sweep (-m) trains each run in one process: set trainer.devices=1, or start the runs one by one, as in "
             "a shell's loop over seed=."
         )
 
 
-def _check_runs(overrides: Sequence[str], sweep: bool, search: bool = False) -> list[DictConfig]:
+def _check_runs(overrides: Sequence[str], sweep: bool, search: bool = False) -> list[RunOptions]:
     from nearfar.systems import check_config
 
     runs = list(expand(_ends(overrides) if search else overrides))
     if len(runs) > 1 and not sweep:
         raise NearfarError(f"these options are a sweep of {len(runs)} runs: add -m to carry it out.")
-    configs = [compose_config(run) for run in runs]
-    for config in configs:
-        check_config(config)
-    return configs
+    return [check_config(compose_config(run)) for run in runs]
 
 
 def _ends(overrides: Sequence[str]) -> list[str]:
@@ -387,10 +388,47 @@ def _ends(overrides: Sequence[str]) -> list[str]:
     return checked
 
 
-def dry_run(arguments: Sequence[str], console: Any) -> None:
+def dry_run(arguments: Sequence[str], console: Console) -> None:
     """``nearfar train --dry-run``."""
     from nearfar.systems import build_system
     from nearfar.training.estimate import describe
 
     config = single_config(arguments)
     describe(build_system(config), config, console)
+
+
+def single_config(arguments: Sequence[str]) -> RunOptions:
+    """The one run that ``key=value`` arguments describe, checked; flags and sweeps are refused."""
+    from nearfar.systems import check_config
+
+    for argument in arguments:
+        if argument.startswith("-"):
+            raise NearfarError(f"{argument} has no meaning here; give key=value options only.")
+    runs = list(expand(with_saved_overrides(quote_paths(arguments))))
+    if len(runs) > 1:
+        raise NearfarError(f"these options are a sweep of {len(runs)} runs; give one value each.")
+    return check_config(compose_config(runs[0]))
+
+
+def with_saved_overrides(overrides: Sequence[str]) -> list[str]:
+    """Put the overrides of the run that ``resume_from`` names before the ones given now."""
+    values = dict(text.split("=", 1) for text in overrides if "=" in text)
+    source = values.get("resume_from", "")
+    if not source or source == "null":
+        return list(overrides)
+    (parsed,) = parse([f"resume_from={source}"])
+    if parsed.is_sweep_override():
+        raise NearfarError("resume_from takes one run; start a sweep for each of them.")
+    saved = RunFolder.of(find_checkpoint(str(parsed.value()))).config()
+    earlier = [str(o) for o in saved.get("overrides", [])]
+    experiment = next((o for o in earlier if o.startswith("experiment=")), None)
+    if experiment and values.get("experiment") not in (None, experiment.split("=", 1)[1]):
+        system_now = compose_config([f"experiment={values['experiment']}"]).system
+        if saved.get("system") != system_now:
+            raise NearfarError(
+                f"resume_from={source}: that run belongs to system '{saved.get('system')}', "
+                f"experiment={values['experiment']} is of system '{system_now}'. Take weights alone with init_from=."
+            )
+    # Names and places of the earlier run are its own.
+    earlier = [o for o in earlier if o.split("=")[0] not in ("name", "runs_dir")]
+    return merge_overrides(earlier, overrides)

@@ -120,7 +120,7 @@ def test_overrides_are_options_of_nearfar_train() -> None:
     pytest.importorskip("hydra")
     from omegaconf import OmegaConf
 
-    from nearfar.overrides import compose_config
+    from nearfar.config.compose import compose_config
     from nearfar.systems import check_config
 
     seen = {text for f in findings() for text in (f.override, *f.then) if text}

@@ -16,7 +16,7 @@ from nearfar.errors import NearfarError
 from nearfar.lab.table import read_trial, trial_table
 from nearfar.lab.trial import Trial, try_prescription
 from nearfar.launch import run_one
-from nearfar.overrides import compose_config
+from nearfar.config.compose import compose_config
 from nearfar.systems import _REGISTERED, Registration
 from nearfar.training.checkpoint import Checkpoint
 from nearfar.training.run_folder import RunFolder

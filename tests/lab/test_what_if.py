@@ -19,7 +19,7 @@ from nearfar.lab.table import read_what_if, what_if_table
 from nearfar.lab.what_if import WhatIf, what_if
 from nearfar.systems import _REGISTERED, Registration
 from nearfar.training.checkpoint import Checkpoint
-from nearfar.training.override import override_config
+from nearfar.config.compose import override_config
 from nearfar.training.run_folder import RunFolder
 from toy_system import N
 from what_if_toy import OptionsToy, explicit_loss, options, trained

@@ -18,7 +18,7 @@ from nearfar.errors import NearfarError
 from nearfar.launch import run_one
 from nearfar.losses import InfoNCELoss
 from nearfar.losses.memory import CrossBatchMemory
-from nearfar.overrides import compose_config
+from nearfar.config.compose import compose_config
 from nearfar.systems import build_system, trained
 from nearfar.systems.molecules.dataset import MoleculeBatch
 from nearfar.systems.molecules.system import MoleculeSystem

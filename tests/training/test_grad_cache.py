@@ -702,7 +702,7 @@ def test_who_can_train_in_chunks() -> None:
 
 
 def test_a_chunk_as_large_as_the_batch_is_refused() -> None:
-    from nearfar.overrides import compose_config
+    from nearfar.config.compose import compose_config
 
     run = ["experiment=molecules", "batch_size=64", "trainer.accelerator=cpu"]
     check_training_options(compose_config([*run, "trainer.cached_chunk=63"]))

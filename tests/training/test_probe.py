@@ -20,7 +20,7 @@ from nearfar.errors import NearfarError
 from nearfar.launch import run_one
 from nearfar.losses import CrossBatchMemory, InfoNCELoss, Objective, WassersteinGapLoss
 from nearfar.metrics import embedding_health
-from nearfar.overrides import compose_config
+from nearfar.config.compose import compose_config
 from nearfar.systems import build_system
 from nearfar.training.checkpoint import Checkpoint, Resume
 from nearfar.training.evaluation import consecutive

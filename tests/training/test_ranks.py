@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from nearfar.cli import app
 from nearfar.errors import NearfarError
-from nearfar.overrides import compose_config
+from nearfar.config.compose import compose_config
 from nearfar.systems import build_system
 from nearfar.training import ranks
 from nearfar.training.checkpoint import Checkpoint, Resume

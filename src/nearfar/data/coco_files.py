@@ -214,7 +214,7 @@ def given_files(data: Any) -> dict[str, Path]:
     Raises:
         NearfarError: a file that is missing, a file for val or test and none to learn from.
     """
-    given = {name: Path(str(data[name])) for name in SPLIT_NAMES if data[name] is not None}
+    given = {name: Path(str(value)) for name in SPLIT_NAMES if (value := getattr(data, name)) is not None}
     for split, path in given.items():
         if not path.is_file():
             raise NearfarError(f"data.{split}={path}: no such file.")

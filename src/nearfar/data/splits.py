@@ -48,7 +48,7 @@ def data_paths(data: Any) -> dict[str, Path | None]:
     file and nothing to train on.
     """
     paths: dict[str, Path | None] = {
-        name: None if data[name] is None else Path(str(data[name])) for name in SPLIT_NAMES
+        name: None if (value := getattr(data, name)) is None else Path(str(value)) for name in SPLIT_NAMES
     }
     if data.dir is not None:
         folder = Path(str(data.dir))

@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 from omegaconf import OmegaConf
 
+from nearfar.config.compose import flatten
 from nearfar.errors import NearfarError, nearest_name
-from nearfar.lab.groups import WITHIN_ARM, Arm, arm_parts, find_runs, group_runs, load_scores
+from nearfar.lab.groups import Arm, apart, arm_parts, find_runs, group_runs, load_scores
 from nearfar.lab.loss_comparison import LossReading, read_losses
 from nearfar.lab.words import by_question
 from nearfar.metrics import (
@@ -31,7 +32,6 @@ from nearfar.metrics import (
     seeds_interval,
     split_hash,
 )
-from nearfar.training.checkpoint import changed_values, flatten
 
 __all__ = [
     "Arm",
@@ -81,7 +81,7 @@ def join_folds(arms: Sequence[Arm], key: str) -> list[Arm]:
     groups: list[list[Arm]] = []
     for arm in arms:
         for group in groups:
-            if all(name == key or name in WITHIN_ARM for name in changed_values(group[0].config, arm.config)):
+            if set(apart([flatten(group[0].config), flatten(arm.config)])) <= {key}:
                 group.append(arm)
                 break
         else:

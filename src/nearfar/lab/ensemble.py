@@ -11,11 +11,12 @@ import torch
 from omegaconf import OmegaConf, open_dict
 from torch import Tensor
 
+from nearfar.config.compose import flatten
 from nearfar.errors import NearfarError
-from nearfar.lab.groups import WITHIN_ARM, find_runs
+from nearfar.lab.groups import apart, find_runs
 from nearfar.lab.report import write_report
 from nearfar.systems import build_system
-from nearfar.training.checkpoint import Checkpoint, changed_values, find_checkpoint
+from nearfar.training.checkpoint import Checkpoint, find_checkpoint
 from nearfar.training.evaluation import outputs_of
 from nearfar.training.fit import write_diagnosis, write_results
 from nearfar.training.run_folder import RunFolder, environment, make_folder
@@ -50,8 +51,7 @@ def write_ensemble(runs: Sequence[Path], output: Path | None = None, say: Say = 
     first: System | None = None
     collected: dict[str, list[dict[str, Tensor]]] = {}
     for folder in folders:
-        config = folder.config()
-        system = build_system(config)
+        system = build_system(folder.config(), saved=True)
         if not system.defines("average"):
             raise NearfarError(f"system '{kind}' does not say how its outputs are averaged.")
         system.prepare(lambda _: None)
@@ -60,7 +60,7 @@ def write_ensemble(runs: Sequence[Path], output: Path | None = None, say: Say = 
                 f"{folder}: its data has changed since (hash {data}, now {found}); train it anew, or leave it out."
             )
         say(f"{folder.name} …")
-        for split, outputs in _outputs(system, config, folder).items():
+        for split, outputs in _outputs(system, folder).items():
             collected.setdefault(split, []).append(outputs)
         first = first or system
     assert first is not None
@@ -97,8 +97,9 @@ def _same(folders: Sequence[RunFolder]) -> tuple[str, str]:
     return str(kind), str(data)
 
 
-def _outputs(system: System, config: Any, folder: RunFolder) -> dict[str, dict[str, Tensor]]:
+def _outputs(system: System, folder: RunFolder) -> dict[str, dict[str, Tensor]]:
     """Outputs of every split but train, by the run's best checkpoint."""
+    config = system.config
     model = initial_model(system, config.seed)
     path = find_checkpoint(folder.path, prefer="best")
     load_weights(model, Checkpoint.load(path), system, str(path))
@@ -110,9 +111,8 @@ def _outputs(system: System, config: Any, folder: RunFolder) -> dict[str, dict[s
 def _config(folders: Sequence[RunFolder], members: list[str]) -> Any:
     configs = [folder.config() for folder in folders]
     config = configs[0].copy()
-    differing = {key for other in configs[1:] for key in changed_values(config, other)}
     with open_dict(config):
-        for key in sorted(differing - set(WITHIN_ARM)):
+        for key in apart([flatten(each) for each in configs]):
             OmegaConf.update(config, key, [OmegaConf.select(each, key) for each in configs], force_add=True)
         config.ensemble = " + ".join(Path(member).name for member in members)
         config.name, config.overrides = None, []

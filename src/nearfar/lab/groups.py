@@ -9,16 +9,14 @@ from typing import Any
 
 import numpy as np
 
+from nearfar.config.compose import flatten
+from nearfar.config.registry import role_of
 from nearfar.data.files import DAMAGED
 from nearfar.errors import NearfarError
 from nearfar.metrics import Estimate
-from nearfar.training.checkpoint import NOT_PART_OF_A_RUN, changed_values, flatten
 from nearfar.training.run_folder import RunFolder
 
 __all__ = ["Arm", "apart", "arm_parts", "find_runs", "group_runs", "load_scores"]
-
-#: keys by which runs of one arm may differ
-WITHIN_ARM = ("seed", "needs_init_from", "trainer.threads", "trainer.workers", "trainer.log_every")
 
 
 @dataclass
@@ -82,7 +80,7 @@ def group_runs(folders: Sequence[RunFolder]) -> list[Arm]:
     for folder in folders:
         config = folder.config()
         for arm in arms:
-            if all(key in WITHIN_ARM for key in changed_values(arm.config, config)):
+            if not apart([flatten(arm.config), flatten(config)]):
                 if config.seed in arm.runs:
                     raise NearfarError(
                         f"{folder} and {arm.runs[config.seed]} are the same configuration and seed: leave one out."
@@ -102,7 +100,7 @@ def arm_parts(configs: Sequence[Any]) -> list[list[str]]:
 
 
 def apart(configs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The keys in which flat configurations differ, beside those by which runs of one arm may.
+    """The keys in which flat configurations differ, without those by which runs of one arm may, such as a seed.
 
     >>> apart([{"lr": 0.1, "seed": 0}, {"lr": 0.2, "seed": 1}])
     ['lr']
@@ -110,7 +108,8 @@ def apart(configs: Sequence[Mapping[str, Any]]) -> list[str]:
     keys = sorted(
         {key for c in configs for key in c if any(other.get(key) != c.get(key) for other in configs)}
     )
-    return [k for k in keys if k not in WITHIN_ARM and k.split(".")[0] not in NOT_PART_OF_A_RUN]
+    system = configs[0].get("system") if configs else None
+    return [key for key in keys if role_of(key, system) not in ("repeat", "place")]
 
 
 def _parts(configs: Sequence[Mapping[str, Any]]) -> list[list[str]]:

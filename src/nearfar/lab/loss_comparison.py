@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from nearfar.config.compose import flatten
+from nearfar.config.registry import role_of
 from nearfar.lab.groups import Arm
 from nearfar.metrics import few_runs
-from nearfar.training.checkpoint import flatten
 from nearfar.training.run_folder import RunFolder
 
 __all__ = ["LossReading", "read_losses"]
@@ -28,16 +29,6 @@ LEVELS = {
 }
 #: how far levels may differ that are means over a batch
 CLOSE = 0.01
-#: options that compose the batches
-COMPOSITION = (
-    "sampler",
-    "hard_ratio",
-    "hardness_k",
-    "curriculum_epoch",
-    "group_size",
-    "batch_size",
-    "memory",
-)
 
 
 @dataclass(frozen=True)
@@ -94,18 +85,12 @@ def _why_not(base: Arm, arm: Arm, first: dict[str, Any], second: dict[str, Any])
     a, b = flatten(base.config), flatten(arm.config)
     # The sampler first: its options follow from it.
     for key in sorted(set(a) | set(b), key=lambda key: (not key.startswith("sampler"), key)):
-        part = key.split(".")[0]
         if a.get(key) == b.get(key):
             continue
-        if part in (
-            "loss",
-            "temperature",
-            "learn_temperature",
-            "false_negative_threshold",
-            "mask_duplicates",
-        ):
+        role = role_of(key, a.get("system"))
+        if role == "loss":
             return f"another loss ({key}: {b.get(key)} and {a.get(key)})"
-        if part in COMPOSITION:
+        if role == "batches":
             return f"batches composed in another way ({key}: {b.get(key)} and {a.get(key)})"
     for name, words in LEVELS.items():
         x, y = first.get(name), second.get(name)

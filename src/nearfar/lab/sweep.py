@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from nearfar.config.compose import flatten
 from nearfar.lab.compare import Comparison
 from nearfar.lab.groups import Arm
 from nearfar.lab.words import metric_words
 from nearfar.metrics.intervals import normal_quantile
-from nearfar.training.checkpoint import flatten
 
 __all__ = ["Cell", "Sheet", "Sweep", "expected_lead", "read_sweep"]
 

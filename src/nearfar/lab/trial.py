@@ -23,6 +23,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from nearfar.config.compose import override_config
+from nearfar.config.training import RunOptions
 from nearfar.errors import NearfarError
 from nearfar.lab.one_batch import quiet_arithmetic
 from nearfar.metrics import Difference, comparable, paired_difference
@@ -32,7 +34,6 @@ from nearfar.training.checkpoint import Checkpoint, Resume, find_checkpoint
 from nearfar.training.evaluation import evaluate
 from nearfar.training.fit import train
 from nearfar.training.loop import Interrupted, stop_signals
-from nearfar.training.override import override_config
 from nearfar.training.run_folder import RunFolder, make_folder
 from nearfar.training.state import initial_model, load_weights
 from nearfar.training.system import Evaluation, System
@@ -89,7 +90,7 @@ class Arms:
     home: Path
     start_epoch: int | None = None
 
-    def config(self, changed: bool, seed: int | None = None, start: int | None = None) -> Any:
+    def config(self, changed: bool, seed: int | None = None, start: int | None = None) -> RunOptions:
         """The run's configuration, made to go on from its checkpoint for so many steps."""
         common = [f"trainer.max_steps={self.state.step + self.steps}", "patience=null"]
         saved = RunFolder.of(self.path).config()
@@ -98,8 +99,7 @@ class Arms:
         config = override_config(saved, [*common, *(self.overrides if changed else ())])
         config.logger, config.resume_from, config.start_epoch = None, str(self.path), start
         config.seed = saved.seed if seed is None else seed
-        check_config(config)
-        return config
+        return check_config(config, saved=True)
 
     def system(self, config: Any) -> System:
         """Built and prepared."""

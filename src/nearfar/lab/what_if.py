@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from nearfar.config.compose import override_config, read_config
 from nearfar.errors import NearfarError
 from nearfar.lab.counterfactuals import Counterfactual, Effect, Refused, effect_of, standard
 from nearfar.lab.one_batch import Bench, quiet_arithmetic
 from nearfar.lab.trial import prescriptions
 from nearfar.systems import build_system
 from nearfar.training.checkpoint import Checkpoint, find_checkpoint
-from nearfar.training.override import override_config
 from nearfar.training.run_folder import RunFolder
 from nearfar.training.system import System
 
@@ -97,7 +97,7 @@ def what_if(
     epoch = max(0, min(state.epoch, int(config.epochs) - 1))
 
     def frozen(overrides: Sequence[str]) -> _Frozen:
-        asked = override_config(config, overrides)
+        asked = read_config(override_config(config, overrides), saved=True)
         system = build_system(asked)
         system.prepare(lambda _: None)
         found = system.layout()["data_hash"]
@@ -106,7 +106,7 @@ def what_if(
                 f"{folder}: the data are others than the run was trained on (split hash {state.data_hash}, now "
                 f"{found})."
             )
-        chunk = asked.trainer.get("cached_chunk")
+        chunk = asked.trainer.cached_chunk
         bench = Bench(system, state, int(config.seed), _device(config.trainer), training, chunk)
         dataset = system.dataset("train")
         assert dataset is not None

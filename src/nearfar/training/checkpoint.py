@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import shutil
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from nearfar.config.compose import changed_values
+from nearfar.config.training import RunOptions
 from nearfar.data.files import Maybe, check_shape
 from nearfar.errors import NearfarError
 from nearfar.training import ranks
@@ -19,10 +21,8 @@ from nearfar.training.run_folder import RunFolder, same_file, write_atomically
 __all__ = [
     "Checkpoint",
     "Resume",
-    "changed_values",
     "epoch_path",
     "find_checkpoint",
-    "flatten",
     "generator_state",
     "load_generator_state",
 ]
@@ -193,50 +193,6 @@ def load_generator_state(state: Mapping[str, Any], origin: str = "the checkpoint
         ) from None
 
 
-#: keys that say where a run lies or how it was started, and not what it computes
-NOT_PART_OF_A_RUN = (
-    "resume_from",
-    "start_epoch",
-    "name",
-    "runs_dir",
-    "exists",
-    "overrides",
-    "logger",
-    "needs_init_from",
-)
-
-
-def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested configuration to dotted keys.
-
-    >>> flatten({"lr": 0.1, "data": {"train": None}})
-    {'lr': 0.1, 'data.train': None}
-    """
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping) or hasattr(value, "items"):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = (
-                list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
-            )
-    return flat
-
-
-def changed_values(before: Any, after: Any) -> dict[str, list[Any]]:
-    """The keys whose value differs, with both values; keys that do not belong to the computation left out.
-
-    >>> changed_values({"lr": 0.1, "name": "a"}, {"lr": 0.2, "name": "b"})
-    {'lr': [0.1, 0.2]}
-    """
-    old, new = flatten(before), flatten(after)
-    return {
-        key: [old.get(key), new.get(key)]
-        for key in sorted(old.keys() | new.keys())
-        if key.split(".")[0] not in NOT_PART_OF_A_RUN and old.get(key) != new.get(key)
-    }
-
-
 @dataclass
 class Resume:
     """A run to go on with: its checkpoint, and what the new configuration changes."""
@@ -247,7 +203,7 @@ class Resume:
     start_epoch: int | None = None
 
     @classmethod
-    def find(cls, resume_from: str, config: Any) -> Resume:
+    def find(cls, resume_from: str, config: RunOptions) -> Resume:
         """Look up ``resume_from`` (a run folder or a checkpoint in one) and compare configurations."""
         path = find_checkpoint(resume_from, prefer="last")
         folder = RunFolder.of(path)
@@ -264,7 +220,7 @@ class Resume:
         """Whether nothing that matters has changed, so that the run continues in its own folder."""
         return not self.changed and self.start_epoch is None
 
-    def checkpoint_for(self, system: str, data_hash: str, config: Any) -> Checkpoint:
+    def checkpoint_for(self, system: str, data_hash: str, config: RunOptions) -> Checkpoint:
         """The checkpoint, checked against the data at hand and moved to ``start_epoch`` if that is given."""
         checkpoint = Checkpoint.load(self.path)
         if checkpoint.system != system:

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from nearfar.config.training import RunOptions
 from nearfar.training.evaluation import consecutive
-from nearfar.training.options import processes_to_start
+from nearfar.training.fabric import processes_to_start
 from nearfar.training.state import initial_model
 from nearfar.training.system import System
 
@@ -25,7 +26,7 @@ def _megabytes(tensors: Any) -> float:
     return sum(t.numel() * t.element_size() for t in tensors) / 2**20
 
 
-def describe(system: System, config: Any, console: Any) -> dict[str, Any]:
+def describe(system: System, config: RunOptions, console: Any) -> dict[str, Any]:
     """Prepare the data, build the model, time a few training steps and print a table; nothing is written."""
     system.prepare(lambda text: console.print(text, markup=False, highlight=False))
     model = initial_model(system, config.seed)
@@ -37,7 +38,7 @@ def describe(system: System, config: Any, console: Any) -> dict[str, Any]:
     # With accumulation a step costs several batches; the time is per batch, so nothing changes.
     with torch.random.fork_rng():
         per_batch, loss = _time_steps(
-            system, copy.deepcopy(model), dataset, batches[: STEPS + 1], config.trainer.get("cached_chunk")
+            system, copy.deepcopy(model), dataset, batches[: STEPS + 1], config.trainer.cached_chunk
         )
     evaluation = 0.0
     validation = system.dataset("val")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from nearfar.config.training import RunOptions
 from nearfar.training import ranks
 from nearfar.training.fabric import build_fabric
 from nearfar.training.system import Evaluation, System, collect
@@ -64,7 +65,7 @@ def _without_gradients(model: nn.Module) -> Iterator[None]:
 
 
 def embed_split(
-    fabric: Fabric, system: System, model: nn.Module, config: Any, split: str, final: bool
+    fabric: Fabric, system: System, model: nn.Module, config: RunOptions, split: str, final: bool
 ) -> dict[str, Tensor]:
     """What ``system.embed`` gives of a split's rows, in order, on the CPU."""
     dataset = system.dataset(split)
@@ -81,14 +82,14 @@ def embed_split(
     return collect(parts)
 
 
-def outputs_of(system: System, model: nn.Module, config: Any, split: str) -> dict[str, Tensor]:
+def outputs_of(system: System, model: nn.Module, config: RunOptions, split: str) -> dict[str, Tensor]:
     """The same for a finished model, brought to the device that ``trainer.accelerator`` names."""
     fabric = build_fabric(config)
     return embed_split(fabric, system, model.to(fabric.device), config, split, final=True)
 
 
 def evaluate(
-    system: System, model: nn.Module, config: Any, split: str
+    system: System, model: nn.Module, config: RunOptions, split: str
 ) -> tuple[Evaluation, dict[str, Tensor]] | None:
     """Estimates, with intervals, and outputs of one split; None where the system has no such split."""
     if system.dataset(split) is None:

@@ -10,15 +10,72 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from nearfar.config.training import RunOptions, TrainerOptions
+from nearfar.errors import NearfarError
 from nearfar.training import ranks
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
-__all__ = ["build_fabric", "distribute"]
+__all__ = ["build_fabric", "check_devices", "distribute", "processes_to_start"]
 
 
-def build_fabric(config: Any) -> Fabric:
+def processes_to_start(trainer: TrainerOptions) -> int:
+    """How many processes ``trainer.devices`` stands for on this machine: as it says, or one for each GPU (auto)."""
+    if trainer.devices != "auto":
+        return int(trainer.devices)
+    if trainer.accelerator in ("cpu", "mps") or not torch.cuda.is_available():
+        return 1
+    return max(1, torch.cuda.device_count())
+
+
+def check_devices(options: RunOptions) -> None:
+    """``NearfarError`` for options that this machine, or the number of its processes, cannot carry out."""
+    trainer = options.trainer
+    _check_accelerator(trainer)
+    processes = max(ranks.count(), trainer.devices if isinstance(trainer.devices, int) else 1)
+    chunk, size = trainer.cached_chunk, options.batch_size
+    rows = -(-size // processes)
+    if chunk is not None and chunk >= rows:
+        each = f" and {processes} processes" if processes > 1 else ""
+        raise NearfarError(
+            f"trainer.cached_chunk={chunk} with batch_size={size}{each}: the batch is one chunk, which costs a second "
+            "forward pass and saves nothing. Raise batch_size, lower trainer.cached_chunk, or set it to null."
+        )
+    if processes > 1 and size < processes:
+        raise NearfarError(
+            f"batch_size={size} is that of all {processes} processes together: each needs a row. Raise it, or "
+            "lower trainer.devices."
+        )
+
+
+def _check_accelerator(trainer: TrainerOptions) -> None:
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    available = {"auto": True, "cpu": True, "gpu": cuda or mps, "cuda": cuda, "mps": mps}
+    accelerator, devices = trainer.accelerator, trainer.devices
+    if not available[accelerator]:
+        raise NearfarError(
+            f"trainer.accelerator={accelerator}: PyTorch sees no such device here; take auto or cpu."
+        )
+    on_cpu = accelerator == "cpu" or not (cuda or mps)
+    processes = max(devices if isinstance(devices, int) else 1, ranks.on_this_machine())
+    gpus = torch.cuda.device_count() if cuda and accelerator != "mps" else 1
+    if processes > gpus and not on_cpu:
+        raise NearfarError(
+            f"{processes} processes on this machine, and PyTorch sees {gpus} GPU(s): each takes one. Lower "
+            "trainer.devices, or take trainer.accelerator=cpu."
+        )
+    if ranks.count() > 1 and devices not in (1, "auto", ranks.on_this_machine()):
+        raise NearfarError(
+            f"trainer.devices={devices}, but {ranks.on_this_machine()} processes were started on this machine; leave "
+            "it out, then their number counts."
+        )
+    if trainer.precision == "16-mixed" and on_cpu:
+        # Fabric would go on in bf16-mixed with no more than a warning.
+        raise NearfarError("trainer.precision=16-mixed needs a GPU; on the CPU take 32-true or bf16-mixed.")
+
+
+def build_fabric(config: RunOptions) -> Fabric:
     """Fabric with the options of ``trainer=``, for this process or for all that train together."""
     from lightning.fabric import Fabric
     from lightning.fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
@@ -57,7 +114,7 @@ def distribute(fabric: Fabric, module: nn.Module) -> Any:
         return fabric.setup_module(module)
 
 
-def _set_determinism(settings: Any) -> None:
+def _set_determinism(settings: TrainerOptions) -> None:
     if not settings.deterministic:
         torch.use_deterministic_algorithms(False)
         return

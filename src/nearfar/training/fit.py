@@ -15,6 +15,8 @@ from rich.console import Console
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from nearfar.config.options import to_dict
+from nearfar.config.training import RunOptions
 from nearfar.doctor import Diagnosis, diagnose
 from nearfar.errors import NearfarError
 from nearfar.training import ranks
@@ -152,7 +154,7 @@ def write_map(folder: RunFolder, outputs: Mapping[str, Tensor]) -> None:
 
 def train(
     system: System,
-    config: Any,
+    config: RunOptions,
     folder: RunFolder,
     request: StopRequest,
     resume: Resume | None = None,
@@ -181,7 +183,7 @@ def train(
     check_shared(system, model, loop.sharing)
     if resume is None:
         system.check_sampler(sampler, say)
-    if line := loop.sharing.describe(config.get("batch_size")):
+    if line := loop.sharing.describe(config.batch_size):
         say(line)
     ranks.any_rank()  # all have read what they go on from
     if ranks.is_first():
@@ -203,7 +205,7 @@ def train(
 
 def _begin(
     folder: RunFolder,
-    config: Any,
+    config: RunOptions,
     system: System,
     layout: dict[str, Any],
     resume: Resume | None,
@@ -217,7 +219,7 @@ def _begin(
         folder.check_own()
         remove_left_over(folder.path)
         remove_left_over(folder.checkpoints)
-    folder.write_text("config.yaml", OmegaConf.to_yaml(config, resolve=True))
+    folder.write_text("config.yaml", OmegaConf.to_yaml(to_dict(config)))
     folder.write_json("environment.json", environment())
     folder.write_json("dataset_layout.json", layout)
     system.save_assets(folder.path)
@@ -229,7 +231,7 @@ def _begin(
 
 def fit(
     system: System,
-    config: Any,
+    config: RunOptions,
     folder: RunFolder,
     resume: Resume | None = None,
     say: Say = print,

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from nearfar.config.training import RunOptions
 from nearfar.errors import NearfarError
 from nearfar.losses.memory import CrossBatchMemory
 from nearfar.training import ranks
@@ -47,7 +48,7 @@ class TrainingLoop:
         system: System,
         model: nn.Module,
         sampler: TrainSampler,
-        config: Any,
+        config: RunOptions,
         data_hash: str,
         recorder: Recorder,
         request: StopRequest,
@@ -63,7 +64,7 @@ class TrainingLoop:
         # Read once: looking an option up in a configuration takes longer than a step may wait.
         trainer = config.trainer
         self.accumulate, self.log_every = int(trainer.accumulate), int(trainer.log_every)
-        self.cached_chunk = trainer.get("cached_chunk")
+        self.cached_chunk = trainer.cached_chunk
         self._clip, self._probe_every = trainer.gradient_clip or 0.0, trainer.probe_every
         self._save_steps, self._save_seconds = (
             trainer.checkpoint_steps,
@@ -241,7 +242,7 @@ class TrainingLoop:
     @property
     def steps_left(self) -> int | None:
         """Optimiser steps until ``trainer.max_steps``; None without one."""
-        most = self.config.trainer.get("max_steps")
+        most = self.config.trainer.max_steps
         return None if most is None else max(0, int(most) - self.state.step)
 
     @property
@@ -315,7 +316,7 @@ class TrainingLoop:
                 same_file(last.with_name("best.ckpt"), last)
             else:
                 checkpoint.save(last)
-            every = self.config.trainer.get("checkpoint_epochs")
+            every = self.config.trainer.checkpoint_epochs
             if every and self.state.batches == 0 and self.state.epoch % every == 0:
                 same_file(last, epoch_path(folder, self.state.epoch))
         self._saved_at = time.monotonic()

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
+from nearfar.config.training import LOGGERS, RunOptions
 from nearfar.errors import NearfarError, nearest_name
 from nearfar.models.projection import Dropout
 from nearfar.training import ranks
-from nearfar.training.options import LOGGERS
 from nearfar.training.probe import Probe
 from nearfar.training.run_folder import RunFolder
 from nearfar.training.system import modules_of
@@ -28,7 +28,7 @@ __all__ = ["Recorder", "build_loggers", "highest_scale", "model_facts"]
 class Recorder:
     """The log of a run. Used as a context, so that loggers and progress bar are closed whatever ends the run."""
 
-    def __init__(self, folder: RunFolder, config: Any, console: Console | None = None) -> None:
+    def __init__(self, folder: RunFolder, config: RunOptions, console: Console | None = None) -> None:
         self.folder, self.config, self.console = folder, config, console
         self.loggers: list[Any] = []
         self._probe: Probe | None = None
@@ -65,7 +65,7 @@ class Recorder:
             self.loggers = build_loggers(config.logger, self.folder)
         facts = model_facts(loop.model, loop.system)
         if config.trainer.probe_rows:
-            size = int(config.get("batch_size") or config.trainer.probe_rows)
+            size = int(config.batch_size or config.trainer.probe_rows)
             self._probe = Probe(loop.system, config.trainer.probe_rows, size, config.seed)
             with loop.fabric.autocast():
                 facts["views"] = self._probe.views(loop.model, loop.to_device)
@@ -102,7 +102,7 @@ class Recorder:
             record |= {"world_size": ranks.count(), "rows_per_rank": own}
         if loop.gradient_norm is not None:
             norm, clip = loop.gradient_norm.item(), self.config.trainer.gradient_clip
-            record |= {"gradient_norm": norm, "clipped": bool(clip) and norm > clip}
+            record |= {"gradient_norm": norm, "clipped": clip is not None and 0 < clip < norm}
         if self._last_logged and state.step > self._last_logged[0]:
             seconds = (now - self._last_logged[1]) / (state.step - self._last_logged[0])
             record["seconds_per_step"] = round(seconds, 6)

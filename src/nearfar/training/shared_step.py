@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
+from nearfar.config.training import RunOptions
 from nearfar.errors import NearfarError
 from nearfar.training import ranks
 from nearfar.training.distributed import DistributedLoss, zero_with_grad
@@ -43,13 +44,13 @@ class Sharing:
     ring: bool = False
 
     @classmethod
-    def of(cls, config: Any) -> Sharing:
+    def of(cls, config: RunOptions) -> Sharing:
         """From a run's configuration."""
         settings = config.trainer
         return cls(
-            bool(settings.get("local_loss", False)),
-            bool(settings.get("gather_with_grad", True)),
-            bool(settings.get("ring", False)),
+            settings.local_loss,
+            settings.gather_with_grad,
+            settings.ring,
         )
 
     @property

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from nearfar.config.training import RunOptions
 from nearfar.errors import NearfarError
 from nearfar.schedules import learning_rate_factor
 from nearfar.training.checkpoint import Checkpoint
@@ -123,7 +124,7 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, system: System, origi
 
 
 def build_optimizer(
-    config: Any, groups: list[dict[str, Any]], state: RunState, batches: int, resume: Checkpoint | None
+    config: RunOptions, groups: list[dict[str, Any]], state: RunState, batches: int, resume: Checkpoint | None
 ) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
     """AdamW and a learning-rate factor per optimiser step; a resumed run gets the state of both.
 

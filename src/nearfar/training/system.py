@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from nearfar.config.training import RunOptions
 from nearfar.errors import NearfarError
 from nearfar.metrics import Estimate
 from nearfar.training.grad_cache import cached_embeddings
@@ -97,7 +98,7 @@ class System(ABC):
     name: str
     #: the estimate that chooses the best checkpoint, and that early stopping watches; it says which way is better
     monitor: str
-    config: Any
+    config: RunOptions
     #: ``train``, ``val``, ``test``, as far as there are any; filled by ``prepare``
     datasets: Mapping[str, BatchDataset]
 

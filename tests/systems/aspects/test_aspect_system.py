@@ -18,7 +18,7 @@ from nearfar.functional import focal_loss, multi_label_supcon
 from nearfar.lab.compare import compare_runs
 from nearfar.lab.ensemble import write_ensemble
 from nearfar.launch import run_one
-from nearfar.overrides import compose_config
+from nearfar.config.compose import compose_config
 from nearfar.systems import build_system
 from nearfar.systems.aspects.labels import LabelScheme
 from nearfar.systems.aspects.model import linear_answers

@@ -16,10 +16,11 @@ from rich.console import Console
 
 from nearfar.errors import NearfarError
 from nearfar.launch import run_one
-from nearfar.overrides import compose_config, with_saved_overrides
+from nearfar.config.compose import compose_config, with_saved_overrides
 from nearfar.systems import build_system, check_config
 from nearfar.systems.tissue.system import TissueSystem
-from nearfar.training.checkpoint import Checkpoint, flatten
+from nearfar.config.compose import flatten
+from nearfar.training.checkpoint import Checkpoint
 from nearfar.training.fit import fit
 from nearfar.training.run_folder import RunFolder
 from processes import together

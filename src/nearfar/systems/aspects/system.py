@@ -20,7 +20,7 @@ from nearfar.systems.aspects.dataset import AspectDataset, repeats
 from nearfar.systems.aspects.model import NAME as LINEAR
 from nearfar.systems.aspects.model import AspectModel, build_encoder, linear_answers
 from nearfar.systems.aspects.objective import AspectObjective, class_weights
-from nearfar.systems.aspects.options import check_options, encoder_options
+from nearfar.systems.aspects.options import AspectOptions
 from nearfar.systems.aspects.records import AspectSplit
 from nearfar.systems.aspects.report import (
     baseline_section,
@@ -43,8 +43,9 @@ class AspectSystem(System):
     name = "aspects"
     monitor = "sentiment/F1_micro"
 
-    def __init__(self, config: Any) -> None:
-        check_options(config)
+    config: AspectOptions
+
+    def __init__(self, config: AspectOptions) -> None:
         self.config = config
         self.data: AspectData
         self.encoder: Any
@@ -64,7 +65,7 @@ class AspectSystem(System):
         self.data = self.load_data(say)
         say(self.data.summary())
         train, scheme = self.data.train, self.data.scheme
-        self.encoder = build_encoder(**encoder_options(config)).fit(train.texts)
+        self.encoder = build_encoder(**config.text_encoder).fit(train.texts)
         say(f"text encoder: {self.encoder.description}")
         for name, split in self.data.splits.items():
             self.datasets[name] = AspectDataset(
@@ -74,8 +75,8 @@ class AspectSystem(System):
         self.objective = AspectObjective(
             scheme,
             class_weights(codes, scheme.classes, config.alpha),
-            focal_weight=_plain(config.focal_weight),
-            contrastive_weight=_plain(config.contrastive_weight),
+            focal_weight=config.focal_weight,
+            contrastive_weight=config.contrastive_weight,
             gamma=config.gamma,
             contrastive=config.contrastive,
             temperature=config.temperature,
@@ -106,11 +107,10 @@ class AspectSystem(System):
             paths,
             text_column=column_name(data.text_column),
             label_column=column_name(data.label_column),
-            # Runs of earlier versions have none of these options.
-            aspect_column=column_name(data.get("aspect_column")),
-            polarity_column=column_name(data.get("polarity_column")),
-            polarities=_plain(data.get("polarities")),
-            encoding=data.get("encoding"),
+            aspect_column=column_name(data.aspect_column),
+            polarity_column=column_name(data.polarity_column),
+            polarities=data.polarities,
+            encoding=data.encoding,
             aspects=None if data.aspects is None else [str(name) for name in data.aspects],
             id_column=column_name(data.id_column),
             min_mentions=data.min_mentions,

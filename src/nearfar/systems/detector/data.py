@@ -21,6 +21,7 @@ from nearfar.data.splits import check_disjoint
 from nearfar.errors import NearfarError
 from nearfar.models.detection import Target
 from nearfar.systems.detector.dataset import View, make_view
+from nearfar.systems.detector.options import PictureData, SceneData
 
 __all__ = [
     "DetectionBatch",
@@ -32,8 +33,8 @@ __all__ = [
 ]
 
 
-def read_splits(data: Any, say: Callable[[str], None] = print) -> dict[str, CocoSplit]:
-    """The splits ``train``, ``val`` and ``test`` of a data configuration (``configs/data/pictures.yaml``).
+def read_splits(data: PictureData | SceneData, say: Callable[[str], None] = print) -> dict[str, CocoSplit]:
+    """The splits ``train``, ``val`` and ``test`` of a data configuration (``data=pictures`` or ``data=scenes``).
 
     Files are named by ``data.train`` and so on, or found in ``data.dir`` (`nearfar.data.coco_files.coco_files`).
     Three files are taken as they are named. Where there is a val file and no test file, the val file is the test
@@ -47,7 +48,7 @@ def read_splits(data: Any, say: Callable[[str], None] = print) -> dict[str, Coco
     folder, files = _files(data, say)
     groups = None if data.groups is None else [str(name) for name in data.groups]
     categories = None if data.category is None else [str(data.category)]
-    images = None if data.kind == "scenes" or data.images is None else Path(str(data.images))
+    images = None if isinstance(data, SceneData) or data.images is None else Path(str(data.images))
     read: dict[str, CocoSplit] = {}
     for name, path in files.items():
         split = read_coco(
@@ -75,8 +76,9 @@ def read_splits(data: Any, say: Callable[[str], None] = print) -> dict[str, Coco
             f"{read['train'].source}: every box is one around a crowd (iscrowd=1): there is none to learn from. Give "
             "boxes around single objects, with iscrowd=0."
         )
+    # Generated scenes have all three files.
+    fraction = data.val_fraction if isinstance(data, PictureData) else 0.0
     if "test" not in read:
-        fraction = float(data.val_fraction)
         train = read.pop("train")
         if "val" in read:
             say(
@@ -92,7 +94,6 @@ def read_splits(data: Any, say: Callable[[str], None] = print) -> dict[str, Coco
             train, val = _hold_out(train, fraction, int(data.split_seed) + 1)
         read = {"train": train, "val": val, "test": test}
     elif "val" not in read:
-        fraction = float(data.val_fraction)
         say(f"there is no file for val: {fraction:.0%} of train is held out to choose epochs on")
         read["train"], read["val"] = _hold_out(read["train"], fraction, int(data.split_seed))
     read = {name: read[name] for name in ("train", "val", "test") if name in read}
@@ -153,9 +154,9 @@ class DetectionData:
         return "\n".join(lines)
 
 
-def _files(data: Any, say: Callable[[str], None]) -> tuple[Path | None, dict[str, Path]]:
+def _files(data: PictureData | SceneData, say: Callable[[str], None]) -> tuple[Path | None, dict[str, Path]]:
     """The data folder, where there is one, and the file of each split."""
-    if data.kind == "scenes":
+    if isinstance(data, SceneData):
         from nearfar.systems.detector.scenes import scenes_folder
 
         folder = scenes_folder(data)

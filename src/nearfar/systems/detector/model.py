@@ -6,34 +6,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import cast
 
-from omegaconf import OmegaConf
-
+from nearfar.config.compose import read_config
 from nearfar.errors import NearfarError
 from nearfar.models.detection import Detector, SetLoss
 from nearfar.models.detection.network import SmallDetector
 from nearfar.models.image import ImageEncoder, build_image_encoder
+from nearfar.systems.detector.options import DetectorOptions, DetectorRecipe
 from nearfar.training.checkpoint import Checkpoint, find_checkpoint
 from nearfar.training.run_folder import RunFolder
 
-__all__ = ["build_detector", "build_encoder", "detector_of_run", "encoder_options", "load_detector"]
+__all__ = ["build_detector", "build_encoder", "detector_of_run", "load_detector"]
 
 
-def encoder_options(config: Any) -> dict[str, Any]:
-    """The options of the image encoder, as ``build_image_encoder`` takes them."""
-    found = OmegaConf.to_container(config.image_encoder, resolve=True)
-    assert isinstance(found, dict)
-    return {str(name): value for name, value in found.items()}
-
-
-def build_encoder(config: Any, trained: bool | None = None) -> ImageEncoder:
+def build_encoder(config: DetectorRecipe, trained: bool | None = None) -> ImageEncoder:
     """The image encoder; ``trained=False`` leaves its weights random, for those of a run to be put in."""
-    options = encoder_options(config)
+    options = config.image_encoder
     return build_image_encoder(**(options if trained is None else options | {"pretrained": trained}))
 
 
-def build_detector(config: Any, classes: Sequence[str], trained: bool | None = None) -> SmallDetector:
+def build_detector(
+    config: DetectorRecipe, classes: Sequence[str], trained: bool | None = None
+) -> SmallDetector:
     """The network with the options of ``config``, freshly initialised around the image encoder."""
     loss = SetLoss(
         class_cost=config.class_cost,
@@ -77,8 +72,8 @@ def detector_of_run(run: str | Path) -> Detector:
         raise NearfarError(f"{run}: a run of system '{state.system}', not of 'detector'.")
     if not (folder.path / "detector.json").exists():
         raise NearfarError(f"{folder.path}: detector.json is missing; was the folder copied without it?")
-    about = folder.read_json("detector.json")
-    detector = build_detector(folder.config(), about["classes"], trained=False)
+    about, options = folder.read_json("detector.json"), read_config(folder.config(), saved=True)
+    detector = build_detector(cast(DetectorOptions, options), about["classes"], trained=False)
     detector.load_state_dict(state.model)
     detector.description = about["description"]
     detector.freeze()

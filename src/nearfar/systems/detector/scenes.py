@@ -22,31 +22,15 @@ from jaxtyping import Float, UInt8
 
 from nearfar.data.cache import cache_dir, content_key
 from nearfar.errors import NearfarError
-from nearfar.training.options import Number, Rule
+from nearfar.systems.detector.options import SceneData
 
-__all__ = ["GROUPS", "check_scenes", "make_scene", "scenes_folder"]
+__all__ = ["GROUPS", "make_scene", "scenes_folder"]
 
 VERSION = 3
 GROUPS = ("faint", "clear")
 #: drawn so many times larger and then reduced, so that edges are smooth
 _FINER = 3
 _NOISE = 0.03
-
-
-SCENES: dict[str, Rule] = {
-    "train": Number(8, whole=True),
-    "val": Number(8, whole=True),
-    "test": Number(8, whole=True),
-    "contrast": Number(0.0, 1.0, inside=True),
-    "faint_contrast": Number(0.0, 1.0),
-    "faint_share": Number(0.0, 1.0, inside=True),
-}
-
-
-def check_scenes(data: Any) -> None:
-    """Raise ``NearfarError`` for the first option of generated scenes that is wrong."""
-    for name, rule in SCENES.items():
-        rule.check(f"data.{name}", data[name])
 
 
 def make_scene(
@@ -74,7 +58,7 @@ def make_scene(
     return (picture.clip(0, 1) * 255).round().astype(np.uint8), box
 
 
-def scenes_folder(data: Any) -> Path:
+def scenes_folder(data: SceneData) -> Path:
     """The folder, in COCO format, of the scenes that ``data`` describes; drawn once and kept in the cache.
 
     ``data.train``, ``data.val``, ``data.test``: how many pictures; ``data.image_size``: their side in pixels;
@@ -83,7 +67,7 @@ def scenes_folder(data: Any) -> Path:
     is the attribute ``visibility`` of picture and box.
     """
     options: dict[str, Any] = {
-        "sizes": [int(data[split]) for split in ("train", "val", "test")],
+        "sizes": [data.train, data.val, data.test],
         "image_size": int(data.image_size),
         "contrast": float(data.contrast),
         "faint_contrast": float(data.faint_contrast),

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from nearfar.config.samplers import Items
 from nearfar.data.coco import CocoSplit
 from nearfar.errors import NearfarError
 from nearfar.metrics.detection import Boxes, detection_estimates, detection_evidence
@@ -26,7 +27,7 @@ from nearfar.systems.detector.data import (
 )
 from nearfar.systems.detector.dataset import View
 from nearfar.systems.detector.model import build_detector, build_encoder
-from nearfar.systems.detector.options import check_options
+from nearfar.systems.detector.options import DetectorOptions
 from nearfar.systems.detector.report import kept_maps, pictures_section
 from nearfar.training.batches import build_sampler
 from nearfar.training.sections import Section
@@ -75,8 +76,9 @@ class DetectorSystem(System):
     name = "detector"
     monitor = "AP"
 
-    def __init__(self, config: Any) -> None:
-        check_options(config)
+    config: DetectorOptions
+
+    def __init__(self, config: DetectorOptions) -> None:
         self.config = config
         self.splits: dict[str, CocoSplit] = {}
         self.datasets: dict[str, DetectionDataset] = {}
@@ -130,8 +132,8 @@ class DetectorSystem(System):
     def build_sampler(self) -> Any:
         """Random batches, or batches in which the groups are evenly represented."""
         train = self.splits["train"]
-        groups = np.array([image.group for image in train.images]) if train.groups else None
-        return build_sampler(self.config, len(train), None, groups)
+        groups = (lambda: np.array([image.group for image in train.images])) if train.groups else None
+        return build_sampler(self.config, Items(len(train), labels=groups))
 
     def on_epoch(self, epoch: int, sampler: Any, say: Say) -> dict[str, Any]:
         """Which part learns."""

@@ -30,6 +30,7 @@ from nearfar.systems.detector.system import constant_boxes, found_boxes, true_bo
 from nearfar.systems.fair_detection.data import PictureBatch, PictureDataset
 from nearfar.systems.fair_detection.model import FairModel, perturbed
 from nearfar.systems.fair_detection.objective import picture_scores
+from nearfar.systems.fair_detection.options import FairDetectionOptions
 from nearfar.training.sections import Picture
 
 __all__ = [
@@ -319,7 +320,11 @@ class Looks:
     """
 
     def __init__(
-        self, detector: Detector, labels: Sequence[int], config: Any, datasets: Mapping[str, PictureDataset]
+        self,
+        detector: Detector,
+        labels: Sequence[int],
+        config: FairDetectionOptions,
+        datasets: Mapping[str, PictureDataset],
     ) -> None:
         # The detector's label -> position of the category, -1 for classes that are not asked for.
         self._category = torch.full((len(detector.classes),), -1)

@@ -6,21 +6,22 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 
+from nearfar.config.options import read_options, to_dict
 from nearfar.data.cache import cache_dir, content_key
 from nearfar.data.coco import CocoSplit
 from nearfar.errors import NearfarError, nearest_name
 from nearfar.metrics.detection import detection_estimates, detection_evidence
 from nearfar.models.detection import Detector
 from nearfar.systems.detector.model import load_detector
+from nearfar.systems.detector.options import DetectorOptions, DetectorRecipe, PictureData, SceneData
 from nearfar.systems.detector.system import true_boxes
 from nearfar.systems.fair_detection.evaluation import Looks, detected
-from nearfar.systems.fair_detection.options import data_of
+from nearfar.systems.fair_detection.options import FairDetectionOptions, FairPictures, SceneRecipe
 
 __all__ = ["frozen_detector", "lower_group", "weights_key"]
 
@@ -29,35 +30,25 @@ _VERSION = 1
 _ROWS = 32
 
 
-def frozen_detector(config: Any, splits: dict[str, CocoSplit], say: Say) -> Detector:
+def frozen_detector(config: FairDetectionOptions, splits: dict[str, CocoSplit], say: Say) -> Detector:
     """``config.detector`` by name (see ``load_detector``), or a small one trained on the training pictures.
 
     What is trained is kept in the cache under pictures and options, so that runs of a sweep judge the same one.
     """
     if config.detector is not None:
         return load_detector(str(config.detector))
-    data = data_of(config)
-    kind = "scenes" if data.kind == "scenes" else "photos"
-    options = config.detector_training[kind]
-    nested = _training_config(config, data, options)
-    plain = OmegaConf.to_container(nested, resolve=True)
-    assert isinstance(plain, dict)
-    paths = (
-        "dir",
-        "train",
-        "val",
-        "test",
-        "images",
-    )  # where pictures lie does not count; scenes have numbers there
-    left = ("scenes", *(paths if kind == "photos" else ("dir",)))
-    place = {key: value for key, value in plain["data"].items() if key not in left}
-    key = content_key(
-        [_VERSION, plain | {"data": place, "trainer": None}, *(s.content for s in splits.values())]
-    )
+    data = config.used_data
+    kind = "scenes" if isinstance(data, SceneData) else "photos"
+    options = _training_options(config, data)
+    # Where pictures lie and how the run is carried out does not count.
+    places = ("dir", "train", "val", "test", "images") if kind == "photos" else ()
+    plain = to_dict(options)
+    plain["data"] = {key: value for key, value in plain["data"].items() if key not in places}
+    key = content_key([_VERSION, plain | {"trainer": None}, *(s.content for s in splits.values())])
     folder = cache_dir() / "detectors" / key[:16]
     if not (folder / "metrics.json").exists():
         try:
-            _train(nested, folder, say)
+            _train(options, folder, say)
         except NearfarError as error:
             raise NearfarError(
                 f"training a detector first, with the options of detector_training.{kind}: {error}"
@@ -66,35 +57,33 @@ def frozen_detector(config: Any, splits: dict[str, CocoSplit], say: Say) -> Dete
     return load_detector(folder)
 
 
-def _training_config(config: Any, data: Any, options: Any) -> Any:
-    """A configuration of ``experiment=detector``: its options, our data, and what every run has."""
-    common: dict[str, Any] = {
-        "name": None,
-        "exists": "number",
-        "runs_dir": "runs",
-        "resume_from": None,
-        "start_epoch": None,
-        "init_from": None,
-        "needs_init_from": False,
-        "patience": None,
-        "min_epochs": 1,
-        "logger": None,
-        "overrides": [],
-        "seed": 0,  # not the run's: another seed of the generator is no other detector
-    }
-    # Resolved: what they refer to at our top level is not there.
-    own, data = (
-        OmegaConf.create(OmegaConf.to_container(part, resolve=True)) for part in (config.trainer, data)
+def _training_options(config: FairDetectionOptions, data: PictureData | SceneData) -> DetectorOptions:
+    """Options of ``experiment=detector``: those of ``detector_training``, our data, our devices."""
+    recipe = (
+        config.detector_training.scenes if isinstance(data, SceneData) else config.detector_training.photos
     )
-    trainer = OmegaConf.merge(own, {"gradient_clip": 1.0, "eval_batch_size": 32, "probe_rows": 64})
-    trainer = OmegaConf.merge(
-        trainer, {"max_steps": None, "log_every": 20, "accumulate": 1, "cached_chunk": None}
+    own = {each.name: getattr(recipe, each.name) for each in fields(DetectorRecipe)}
+    if isinstance(recipe, SceneRecipe):  # in a lighter haze than the one it is judged in
+        data = read_options(SceneData, to_dict(data) | recipe.data)
+    elif isinstance(data, FairPictures):
+        data = PictureData(**{each.name: getattr(data, each.name) for each in fields(PictureData)})
+    trainer = replace(
+        config.trainer,
+        gradient_clip=1.0,
+        eval_batch_size=32,
+        probe_rows=64,
+        max_steps=None,
+        log_every=20,
+        accumulate=1,
+        cached_chunk=None,
     )
-    # Options may hold data of the detector's own: scenes in another haze than the one it is judged in.
-    return OmegaConf.merge(common, {"trainer": trainer, "data": data}, options)
+    # The seed is not the run's: a different seed of the generator is no different detector.
+    options = DetectorOptions(**own, data=data, trainer=trainer, seed=0)
+    options.check()
+    return options
 
 
-def _train(config: Any, folder: Path, say: Say) -> None:
+def _train(config: DetectorOptions, folder: Path, say: Say) -> None:
     from nearfar.systems import build_system
     from nearfar.training.fit import fit
     from nearfar.training.run_folder import RunFolder
@@ -115,7 +104,7 @@ def _train(config: Any, folder: Path, say: Say) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def lower_group(config: Any, looks: Looks, split: CocoSplit, say: Say) -> tuple[str, str]:
+def lower_group(config: FairDetectionOptions, looks: Looks, split: CocoSplit, say: Say) -> tuple[str, str]:
     """The group that is found less well (``lower_group``, or by AP on clean validation pictures), and the other."""
     names = split.groups
     if config.lower_group is not None:
@@ -136,7 +125,7 @@ def lower_group(config: Any, looks: Looks, split: CocoSplit, say: Say) -> tuple[
     return pair if a <= b else (pair[1], pair[0])
 
 
-def _clean(looks: Looks, n: int, config: Any) -> list[dict[str, torch.Tensor]]:
+def _clean(looks: Looks, n: int, config: FairDetectionOptions) -> list[dict[str, torch.Tensor]]:
     on_gpu = torch.cuda.is_available() and config.trainer.accelerator != "cpu"
     device = torch.device("cuda" if on_gpu else "cpu")
     dataset = looks.datasets["val"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from nearfar.errors import NearfarError
 from nearfar.losses import WassersteinGapLoss
 from nearfar.models import ProjectionHead
+from nearfar.systems.fair_detection.options import FairDetectionOptions
 
 __all__ = ["FairModel", "PerturbationGenerator", "perturbed"]
 
@@ -127,7 +127,7 @@ class FairModel(nn.Module):
         self.register_buffer("epsilon", torch.tensor(0.0))
 
     @classmethod
-    def from_config(cls, config: Any, width: int) -> FairModel:
+    def from_config(cls, config: FairDetectionOptions, width: int) -> FairModel:
         """As a system's configuration describes it."""
         return cls(
             width,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -14,7 +13,7 @@ from nearfar.losses import AdaptiveScoreContrastiveLoss, BidirectionalScoreContr
 from nearfar.losses.score_contrastive import split_scores
 from nearfar.models.detection import Detector, DetectorOutput, Match, Target
 from nearfar.systems.fair_detection.model import FairModel
-from nearfar.systems.fair_detection.options import term_weights
+from nearfar.systems.fair_detection.options import FairDetectionOptions, term_weights
 
 __all__ = ["FairObjective", "Losses", "picture_scores"]
 
@@ -50,7 +49,7 @@ class FairObjective:
     the detector.
     """
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: FairDetectionOptions) -> None:
         kind = BidirectionalScoreContrastiveLoss if config.bidirectional else AdaptiveScoreContrastiveLoss
         self.contrastive = kind(
             config.temperature,

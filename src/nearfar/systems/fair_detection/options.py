@@ -1,100 +1,239 @@
-"""The options of the fair-detection system: their ranges, and the schedules they describe."""
+"""The options of the fair-detection system, and the schedules they describe."""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
+from nearfar.config import RunOptions, TrainerOptions, group, option, path, section
+from nearfar.config.options import Text
 from nearfar.errors import NearfarError
-from nearfar.losses import AdaptiveScoreContrastiveLoss
 from nearfar.schedules import Linear, Piecewise, Schedule
-from nearfar.systems.detector.options import check_data
-from nearfar.systems.detector.scenes import check_scenes
-from nearfar.training.options import Choice, Number, Rule, Switch, Text, check_learning_options
+from nearfar.systems.detector.options import DetectorRecipe, PictureData, SceneData, check_groups
 
-__all__ = ["CONTROLS", "check_options", "data_of", "epsilon_schedule", "term_weights"]
+__all__ = ["CONTROLS", "FairDetectionOptions", "FairPictures", "epsilon_schedule", "term_weights"]
 
 #: what is trained: everything; nothing (clean pictures, or noise); or the generator by one of the losses alone
 CONTROLS = ("full", "none", "random", "detection", "wasserstein", "contrastive")
 TERMS = ("contrastive", "wasserstein", "detection")
 
-_WEIGHT = Number(0.0)
-_BOUND = Number(0.0, 1.0)
-OPTIONS: dict[str, Rule] = {
-    "lr_g": Number(0.0),
-    "max_norm": Number(0.0),
-    "control": Choice(CONTROLS),
-    "detector": Text(optional=True, number=True),
-    "lower_group": Text(optional=True, number=True),
-    "epsilon": _BOUND,
-    "epsilon_final": _BOUND,
-    "epsilon_min": _BOUND,
-    "warmup_epochs": Number(0, whole=True),
-    "hold_epochs": Number(0, whole=True),
-    "cooldown_epochs": Number(0, whole=True),
-    "generator.channels": Number(8, 1024, whole=True),
-    "generator.levels": Number(1, 6, whole=True),
-    "head_norm": Choice(("batch", "layer")),
-    "head_hidden": Number(1, whole=True),
-    "head_dim": Number(1, whole=True),
-    "temperature": Number(1e-4),
-    "top_k_percent": Number(0.0, 1.0),
-    "bottom_k_percent": Number(0.0, 1.0),
-    "min_samples": Number(1, whole=True),
-    "threshold": Number(0.0, 1.0, optional=True),
-    "middle": Choice(("ignore", "negatives")),
-    "detach_positives": Switch(),
-    "bidirectional": Switch(),
-    "lambda_contrastive": _WEIGHT,
-    "contrastive_warmup_epochs": Number(0, whole=True),
-    "lambda_wass": _WEIGHT,
-    "wasserstein_form": Choice(("exact", "interpolated")),
-    "score_queue": Number(0, whole=True),
-    "rescale_gradient": Switch(),
-    "beta": _WEIGHT,
-    "beta_final": _WEIGHT,
-    "pictures": Number(0, 100, whole=True),
-}
+
+class _SceneChanges:
+    """Options of generated scenes that are different while a detector is trained."""
+
+    def check(self, name: str, value: Any) -> None:
+        if not isinstance(value, dict):
+            raise NearfarError(
+                f"{name}={value}: options of generated scenes are needed, such as {{contrast: 0.4}}."
+            )
+
+    def __str__(self) -> str:
+        return "options of data.scenes"
 
 
-def check_options(config: Any) -> None:
-    """Raise ``NearfarError`` for the first option that is of the wrong type, out of range, or without effect."""
-    check_learning_options(config, OPTIONS)
-    AdaptiveScoreContrastiveLoss(
-        config.temperature,
-        config.top_k_percent,
-        config.bottom_k_percent,
-        config.min_samples,
-        threshold=config.threshold,
+@dataclass
+class PhotoRecipe(DetectorRecipe):
+    """A detector of photos, as ``experiment=detector`` trains it."""
+
+
+@dataclass
+class SceneRecipe(DetectorRecipe):
+    """A detector of generated scenes from scratch, as ``experiment=detector_scenes`` trains it."""
+
+    data: dict[str, Any] = option(
+        {"faint_contrast": 0.35},
+        "the same figures in a lighter haze than the one it is judged in: that is the planted gap",
+        rule=_SceneChanges(),
     )
-    if config.batch_size < 2 * config.min_samples and "contrastive" in _active(config):
-        raise NearfarError(
-            f"batch_size={config.batch_size} has no room for min_samples={config.min_samples} anchors and as many "
-            f"positives: no batch would have a contrastive loss. Take at least batch_size={2 * config.min_samples}."
+
+
+@dataclass
+class DetectorTraining:
+    """Without ``detector=`` a small one is trained on the training pictures first, with these options."""
+
+    photos: PhotoRecipe = section(PhotoRecipe())
+    scenes: SceneRecipe = section(
+        SceneRecipe(
+            frozen_epochs=0,
+            epochs=24,
+            batch_size=8,
+            encoder_lr=1.0,
+            lr=7e-4,
+            queries=10,
+            width=64,
+            crop=0.8,
+            image_encoder={"kind": "small", "pretrained": False, "features": 128},
         )
-    if config.control not in ("none", "random") and not any(_largest(config, term) for term in TERMS):
-        raise NearfarError(
-            f"control={config.control}: every loss that it keeps has weight 0, so that nothing would be trained "
-            "(lambda_contrastive, lambda_wass, beta)."
+    )
+
+
+@dataclass
+class GeneratorOptions:
+    """The generator of the perturbation, a light U-Net."""
+
+    channels: int = option(16, "of its first level", least=8, most=1024)
+    levels: int = option(3, "each with half the pixels of the one before", least=1, most=6)
+
+
+@dataclass
+class FairPictures(PictureData):
+    """Pictures in COCO format that carry a group of two values; without files, generated scenes with a planted gap."""
+
+    group_key: str | None = "gender"
+    scenes: SceneData = section(SceneData())
+
+
+@dataclass
+class FairDetectionOptions(RunOptions):
+    """Fair person detection by a bounded perturbation."""
+
+    system: str = "fair_detection"
+    detector_training: DetectorTraining = section(DetectorTraining())
+    detector: str | int | None = path(
+        None,
+        "a run of experiment=detector, a transformers folder or hub name (facebook/detr-resnet-50)",
+        model=True,
+    )
+    lower_group: str | int | None = option(
+        None,
+        "the group that is found less well; null: by AP on clean validation pictures",
+        rule=Text(optional=True, number=True),
+    )
+    control: Literal["full", "none", "random", "detection", "wasserstein", "contrastive"] = option(
+        "full", "none, random: nothing is learned; detection, wasserstein, contrastive: that loss alone"
+    )
+    epochs: int = 30
+    batch_size: int = option(7, "pictures of a batch, both groups in equal parts", least=2, role="batches")
+    lr_g: float | None = option(None, "the notes' name of lr; null: what lr says", least=0)
+    lr: float | None = option(  # type: ignore[assignment]
+        None, "learning rate; null: 1e-4 of photos, 1e-3 of generated scenes", least=0
+    )
+    weight_decay: float = 1e-4
+    lr_schedule: str = "constant"
+    max_norm: float | None = option(
+        None, "the notes' name of trainer.gradient_clip; null: what that says", least=0
+    )
+    device: Literal["auto", "cpu", "cuda", "mps"] = option(
+        "auto", "the notes' name of trainer.accelerator; auto: what that says"
+    )
+    epsilon: float = option(
+        0.05, "bound of the perturbation at first, of the range of a value", least=0, most=1
+    )
+    epsilon_final: float = option(0.10, "bound after warmup_epochs", least=0, most=1)
+    epsilon_min: float = option(0.09, "bound at the end of cooldown_epochs", least=0, most=1)
+    warmup_epochs: int = option(8, "epochs in which the bound rises", least=0)
+    hold_epochs: int = option(6, "epochs in which it stays", least=0)
+    cooldown_epochs: int = option(16, "epochs in which it falls", least=0)
+    generator: GeneratorOptions = section(GeneratorOptions())
+    head_norm: Literal["batch", "layer"] = option("batch", "normalisation in the projection head")
+    head_hidden: int = option(512, "width of the projection head", least=1)
+    head_dim: int = option(128, "of the vectors that are contrasted", least=1)
+    lambda_contrastive: float = option(1.0, "weight of the contrast by score", least=0, role="loss")
+    contrastive_warmup_epochs: int = option(3, "epochs until it has its full weight", least=0, role="loss")
+    temperature: float = option(0.1, "of the contrast by score", least=1e-4, role="loss")
+    top_k_percent: float = option(
+        0.4,
+        "share of the pictures with the highest scores, which are positives",
+        least=0,
+        most=1,
+        role="loss",
+    )
+    bottom_k_percent: float = option(
+        0.4, "share with the lowest scores, which are anchors", least=0, most=1, role="loss"
+    )
+    min_samples: int = option(2, "positives and anchors at least", least=1, role="loss")
+    threshold: float | None = option(None, "a fixed score instead of ranks", least=0, most=1, role="loss")
+    middle: Literal["ignore", "negatives"] = option("ignore", "what the others are", role="loss")
+    detach_positives: bool = option(False, "gradients do not reach positives", role="loss")
+    bidirectional: bool = option(False, "both directions", role="loss")
+    lambda_wass: float = option(0.2, "weight of the gap of the groups' scores", least=0, role="loss")
+    wasserstein_form: Literal["exact", "interpolated"] = option(
+        "exact", "how that gap is computed", role="loss"
+    )
+    score_queue: int = option(256, "earlier scores of each group; 0: none", least=0, role="loss")
+    rescale_gradient: bool = option(
+        True, "the gradient as if the queued scores moved with the model", role="loss"
+    )
+    beta: float = option(0.5, "weight of the detector's own loss at first", least=0, role="loss")
+    beta_final: float = option(0.6, "the same at the end", least=0, role="loss")
+    pictures: int = option(6, "in the report", least=0, most=100)
+
+    data: FairPictures | SceneData = group(coco_gender=FairPictures(), scenes=SceneData())
+    trainer: TrainerOptions = section(
+        TrainerOptions(
+            gradient_clip=0.1, eval_batch_size=32, probe_rows=56, log_every=10, checkpoint_epochs=1
         )
-    data = data_of(config)
-    check_data(data)
-    if data.kind == "scenes":
-        check_scenes(data)
-    elif data.group_key is None:
-        raise NearfarError(
-            "data.group_key=null: the system compares two groups; name the attribute that holds them, such as "
-            "data.group_key=gender."
+    )
+
+    def check(self) -> None:
+        self._take_notes_names()
+        super().check()
+        from nearfar.losses import AdaptiveScoreContrastiveLoss
+
+        AdaptiveScoreContrastiveLoss(
+            self.temperature,
+            self.top_k_percent,
+            self.bottom_k_percent,
+            self.min_samples,
+            threshold=self.threshold,
         )
+        if self.batch_size < 2 * self.min_samples and "contrastive" in self.terms:
+            raise NearfarError(
+                f"batch_size={self.batch_size} has no room for min_samples={self.min_samples} anchors and as many "
+                f"positives: no batch would have a contrastive loss. Take at least batch_size={2 * self.min_samples}."
+            )
+        if self.control not in ("none", "random") and not any(self._largest(term) for term in TERMS):
+            raise NearfarError(
+                f"control={self.control}: every loss that it keeps has weight 0, so that nothing would be trained "
+                "(lambda_contrastive, lambda_wass, beta)."
+            )
+        check_groups(self.used_data)
+        if self.used_data.group_key is None:
+            raise NearfarError(
+                "data.group_key=null: the system compares two groups; name the attribute that holds them, such as "
+                "data.group_key=gender."
+            )
+
+    def _take_notes_names(self) -> None:
+        """``lr_g``, ``max_norm``, ``device`` stand for ``lr``, ``trainer.gradient_clip``, ``trainer.accelerator``."""
+        if self.lr_g is not None:
+            self.lr = self.lr_g
+        elif self.lr is None:
+            self.lr = 1e-4 if isinstance(self.used_data, PictureData) else 1e-3
+        if self.max_norm is not None:
+            self.trainer.gradient_clip = self.max_norm
+        if self.device != "auto":
+            self.trainer.accelerator = self.device
+
+    @property
+    def used_data(self) -> PictureData | SceneData:
+        """The data that is really used: files in ``data.dir`` or by name, or without them generated scenes."""
+        data = self.data
+        if not isinstance(data, FairPictures):
+            return data
+        named = any(value is not None for value in (data.dir, data.train, data.val, data.test))
+        return data if named else data.scenes
+
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """The losses that take part."""
+        if self.control in ("none", "random"):
+            return ()
+        return TERMS if self.control == "full" else (self.control,)
+
+    def _largest(self, term: str) -> float:
+        """The largest weight of a loss in the run."""
+        if term not in self.terms:
+            return 0.0
+        weights = {
+            "contrastive": self.lambda_contrastive,
+            "wasserstein": self.lambda_wass,
+            "detection": max(self.beta, self.beta_final),
+        }
+        return weights[term]
 
 
-def data_of(config: Any) -> Any:
-    """The data that is really used: files in ``data.dir`` or by name, or without them generated scenes."""
-    data = config.data
-    named = any(data.get(name) is not None for name in ("dir", "train", "val", "test"))
-    return data if named or data.kind != "coco" or "scenes" not in data else data.scenes
-
-
-def epsilon_schedule(config: Any) -> Schedule:
+def epsilon_schedule(config: FairDetectionOptions) -> Schedule:
     """The bound of the perturbation by epoch: up to ``epsilon_final``, held there, down to ``epsilon_min``.
 
     >>> from types import SimpleNamespace as Options
@@ -114,7 +253,7 @@ def epsilon_schedule(config: Any) -> Schedule:
     return Piecewise(points)
 
 
-def term_weights(config: Any) -> dict[str, Any]:
+def term_weights(config: FairDetectionOptions) -> dict[str, Any]:
     """The weight of each loss over the run, as ``Objective`` takes them; what ``control`` leaves out has weight 0.
 
     The contrastive weight reaches its full size in epoch ``contrastive_warmup_epochs``, in equal steps.
@@ -126,23 +265,4 @@ def term_weights(config: Any) -> dict[str, Any]:
         "wasserstein": float(config.lambda_wass),
         "detection": Linear(float(config.beta), float(config.beta_final)),
     }
-    return {name: weight if name in _active(config) else 0.0 for name, weight in weights.items()}
-
-
-def _active(config: Any) -> tuple[str, ...]:
-    """The losses that take part."""
-    if config.control in ("none", "random"):
-        return ()
-    return TERMS if config.control == "full" else (config.control,)
-
-
-def _largest(config: Any, term: str) -> float:
-    """The largest weight of a loss in the run."""
-    if term not in _active(config):
-        return 0.0
-    names = {
-        "contrastive": ("lambda_contrastive",),
-        "wasserstein": ("lambda_wass",),
-        "detection": ("beta", "beta_final"),
-    }
-    return max(float(config[name]) for name in names[term])
+    return {name: weight if name in config.terms else 0.0 for name, weight in weights.items()}

@@ -20,7 +20,7 @@ from nearfar.systems.fair_detection.evaluation import Findings, Looks
 from nearfar.systems.fair_detection.frozen import frozen_detector, lower_group, weights_key
 from nearfar.systems.fair_detection.model import FairModel, perturbed
 from nearfar.systems.fair_detection.objective import FairObjective, Losses
-from nearfar.systems.fair_detection.options import check_options, data_of, epsilon_schedule
+from nearfar.systems.fair_detection.options import FairDetectionOptions, epsilon_schedule
 from nearfar.systems.fair_detection.report import report_sections
 from nearfar.training.sections import Section
 from nearfar.training.system import Evaluation, StepOutput, System
@@ -36,8 +36,9 @@ class FairDetectionSystem(System):
     name = "fair_detection"
     monitor = "AP/gap_closed"
 
-    def __init__(self, config: Any) -> None:
-        check_options(config)
+    config: FairDetectionOptions
+
+    def __init__(self, config: FairDetectionOptions) -> None:
         self.config = config
         self.objective = FairObjective(config)
         self.bound = epsilon_schedule(config)
@@ -60,7 +61,7 @@ class FairDetectionSystem(System):
         self.detector = frozen_detector(config, self.splits, say)
         say(f"detector: {self.detector.description}, frozen")
         labels = [self.detector.label(name) for name in self.splits["train"].categories]
-        size = int(data_of(config).image_size)
+        size = config.used_data.image_size
         for name, split in self.splits.items():
             self.datasets[name] = PictureDataset(split, name, size, labels)
         self.looks = Looks(self.detector, labels, config, self.datasets)
@@ -71,7 +72,7 @@ class FairDetectionSystem(System):
 
     def load_data(self, say: Say) -> DetectionData:
         """The splits; of their pictures those that have a group and a box to find."""
-        data = data_of(self.config)
+        data = self.config.used_data
         found = read_splits(data, say)
         splits = {name: with_group(split) for name, split in found.items()}
         for name, split in found.items():

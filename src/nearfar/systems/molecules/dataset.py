@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from nearfar.errors import NearfarError
 from nearfar.systems.molecules.fingerprint import FingerprintSpec, compute_fingerprints
 from nearfar.systems.molecules.graph import GraphBatch, GraphTable, mask_atoms, mask_bonds
+from nearfar.systems.molecules.options import MoleculeOptions
 from nearfar.systems.molecules.records import MoleculeSplit
 
 __all__ = ["MoleculeBatch", "MoleculeDataset", "MoleculeFeatures"]
@@ -187,15 +188,11 @@ class MoleculeFeatures:
     fingerprint: FingerprintSpec | None
 
     @classmethod
-    def from_config(cls, config: Any) -> MoleculeFeatures:
-        """From ``molecule_encoder`` and the ``fingerprint`` options, which are checked in any case."""
+    def from_config(cls, config: MoleculeOptions) -> MoleculeFeatures:
+        """From ``molecule_encoder`` and the ``fingerprint`` options."""
         kinds = config.fingerprints
-        if isinstance(kinds, str):
-            kinds = [kinds]
-        if not isinstance(kinds, Sequence) or not all(isinstance(kind, str) for kind in kinds):
-            raise NearfarError(f"fingerprints={kinds}: a list of names is needed, such as [morgan, maccs].")
         spec = FingerprintSpec(
-            kinds=tuple(kinds),
+            kinds=(kinds,) if isinstance(kinds, str) else tuple(kinds),
             radius=config.fingerprint_radius,
             n_bits=config.fingerprint_bits,
             chirality=config.fingerprint_chirality,

@@ -17,6 +17,7 @@ from nearfar.losses.memory import CrossBatchMemory
 from nearfar.models import ProjectionHead
 from nearfar.systems.molecules.dataset import MoleculeBatch
 from nearfar.systems.molecules.graph import ATOM_SIZES, BOND_SIZES, GraphBatch
+from nearfar.systems.molecules.options import MoleculeOptions
 
 __all__ = [
     "MOLECULE_ENCODERS",
@@ -359,7 +360,9 @@ class MoleculeTextModel(nn.Module):
         self.register_load_state_dict_pre_hook(_own_memory)
 
     @classmethod
-    def from_config(cls, config: Any, text_dim: int, fingerprint_dim: int | None) -> MoleculeTextModel:
+    def from_config(
+        cls, config: MoleculeOptions, text_dim: int, fingerprint_dim: int | None
+    ) -> MoleculeTextModel:
         """From the options of the system, by their names."""
         return cls(
             text_dim,
@@ -376,7 +379,7 @@ class MoleculeTextModel(nn.Module):
             input_dropout=config.input_dropout,
             temperature=config.temperature,
             learn_temperature=config.learn_temperature,
-            memory=config.get("memory", 0),
+            memory=config.memory,
             memory_of_vectors=config.false_negative_threshold is not None,
         )
 

@@ -1,141 +1,111 @@
-"""The options of the molecule system and their ranges."""
+"""The options of the molecule system."""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
-from omegaconf import OmegaConf
-
+from nearfar.config import Names, column, fraction, group, option, path, raw_group
+from nearfar.config.samplers import HardBatchOptions
 from nearfar.data.splits import Encoding
 from nearfar.errors import NearfarError
-from nearfar.models.text import build_text_encoder
-from nearfar.schedules import Constant, Linear, Piecewise, Step, schedule
-from nearfar.systems.molecules.dataset import MoleculeFeatures
-from nearfar.systems.molecules.model import MOLECULE_ENCODERS, TEXT_HEADS
-from nearfar.training.batches import SAMPLERS
-from nearfar.training.options import (
-    FILE,
-    SHARE,
-    Choice,
-    Number,
-    Rule,
-    Switch,
-    Text,
-    check_learning_options,
-    option,
-)
+from nearfar.systems.molecules.fingerprint import FINGERPRINT_KINDS
 
-__all__ = ["check_options"]
+__all__ = ["InfoNCEOptions", "MoleculeData", "MoleculeOptions"]
+
+#: parts of a fingerprint by default
+FINGERPRINTS = ["morgan", "maccs", "properties", "functional_groups"]
 
 
-OPTIONS: dict[str, Rule] = {
-    "temperature": Number(1e-4),
-    "learn_temperature": Switch(),
-    "molecule_encoder": Choice(MOLECULE_ENCODERS),
-    "text_head": Choice(TEXT_HEADS),
-    "layers": Number(1, whole=True),
-    "heads": Number(1, whole=True),
-    "hidden": Number(1, whole=True),
-    "dropout": SHARE,
-    "embedding_dim": Number(1, whole=True),
-    "fingerprint_hidden": Number(1, whole=True),
-    "fingerprint_dropout": SHARE,
-    "input_dropout": SHARE,
-    "fingerprint_bits": Number(8, 2**20, whole=True),
-    "fingerprint_radius": Number(0, 100, whole=True),
-    "fingerprint_chirality": Switch(),
-    "curriculum_epoch": Number(0, whole=True),
-    "group_size": Number(2, whole=True, optional=True),
-    "false_negative_threshold": Number(optional=True),
-    "mask_duplicates": Switch(),
-    "memory": Number(0, whole=True),
-    "augment_atoms": SHARE,
-    "augment_bonds": SHARE,
-    "sampler.name": Choice(SAMPLERS),
-    "loss.name": Choice(("infonce",)),
-    "loss.symmetric": Switch(),
-    "data.train": FILE,
-    "data.val": FILE,
-    "data.test": FILE,
-    "data.dir": FILE,
-    "data.smiles_column": Text(optional=True, number=True),
-    "data.text_column": Text(optional=True, number=True),
-    "data.id_column": Text(optional=True, number=True),
-    "data.encoding": Encoding(),
-    "data.val_fraction": Number(0, 1, inside=True),
-    "data.val_split": Choice(("scaffold", "random")),
-    "data.embedded_size": Number(10, whole=True, optional=True),
-    "data.split_seed": Number(0, 2**32 - 1, whole=True),
-    "text_encoder.kind": Text(),
-}
+@dataclass
+class MoleculeData:
+    """Files with structures and texts (tables, .smi, .sdf), or, without ``data.train``, the embedded set."""
+
+    train: str | int | None = path(None, "file of the training pairs")
+    val: str | int | None = path(None, "file of the validation pairs")
+    test: str | int | None = path(None, "file of the test pairs")
+    dir: str | int | None = path(None, "a folder with train, validation (or val) and test files")
+    smiles_column: str | int | None = column("column of the structures; null: found by name")
+    text_column: str | int | None = column("column of the texts; null: found by name")
+    id_column: str | int | None = column("column of ids; null: found by name")
+    encoding: str | None = option(
+        None, "of text files, e.g. cp1252; null: UTF-8, or UTF-16 with its mark", rule=Encoding()
+    )
+    val_fraction: float = option(
+        0.1, "share of train held out where there is no val file", least=0, most=1, inside=True
+    )
+    val_split: Literal["scaffold", "random"] = option("scaffold", "how that part is held out")
+    embedded_size: int | None = option(
+        24000, "molecules of the embedded set, all splits together; null: all", least=10
+    )
+    split_seed: int = option(0, "of that split", least=0, most=2**32 - 1)
 
 
-def check_options(config: Any) -> None:
-    """Raise ``NearfarError`` for the first option that is of the wrong type, out of range, or without effect."""
-    check_learning_options(config, OPTIONS)
-    MoleculeFeatures.from_config(config)
-    # No weights are read and nothing is fitted here: the encoder looks at its options alone.
-    encoder = OmegaConf.to_container(config.text_encoder, resolve=True)
-    assert isinstance(encoder, dict)
-    build_text_encoder(**{str(key): value for key, value in encoder.items()})
-    if config.molecule_encoder != "fingerprint" and config.hidden % config.heads:
-        raise NearfarError(f"hidden={config.hidden} must be a multiple of heads={config.heads}.")
-    if config.learn_temperature and config.temperature < 0.01:
-        raise NearfarError(
-            f"temperature={config.temperature}: a learned temperature is held at .01 or more; start there or higher."
-        )
-    _check_batches(config)
-    threshold = config.false_negative_threshold
-    if threshold is not None and not -1 < threshold <= 1:
-        raise NearfarError(
-            f"false_negative_threshold={threshold}: a cosine between -1 and 1 is needed (.95 is usual)."
-        )
-    if (config.augment_atoms or config.augment_bonds) and config.molecule_encoder == "fingerprint":
-        raise NearfarError(
-            "augment_atoms and augment_bonds act on graphs; molecule_encoder=fingerprint has none."
-        )
+@dataclass
+class InfoNCEOptions:
+    """Each item's own partner against all others of the batch."""
+
+    name: Literal["infonce"] = option("infonce", "the loss")
+    symmetric: bool = option(True, "both directions")
 
 
-def _check_batches(config: Any) -> None:
-    """``hard_ratio``, ``hardness_k``, the curriculum and the order of hard batches."""
-    for value in _values("hard_ratio", config):
-        if not 0 <= value <= 1:
+@dataclass
+class MoleculeOptions(HardBatchOptions):
+    """Molecule ↔ text retrieval."""
+
+    system: str = "molecules"
+    epochs: int = 40
+    batch_size: int = 256
+    warmup: float = 0.1
+    temperature: float = option(
+        0.07, "of the similarities; where a learned one starts", least=1e-4, role="loss"
+    )
+    learn_temperature: bool = option(False, "the temperature is a parameter", role="loss")
+    memory: int = option(
+        0, "pairs of earlier batches that are further negatives, e.g. 4096; 0: none", least=0, role="batches"
+    )
+    mask_duplicates: bool = option(
+        True, "rows with the same text or structure are never each other's negatives", role="loss"
+    )
+
+    molecule_encoder: Literal["fingerprint", "graph", "both"] = option(
+        "fingerprint", "fingerprint: a network over it; graph: a transformer"
+    )
+    embedding_dim: int = option(512, "of the space that molecules and texts share", least=1)
+    text_head: Literal["none", "linear", "mlp"] = option(
+        "linear", "trained on top of the frozen text embeddings"
+    )
+    hidden: int = option(128, "width of the graph transformer", least=1)
+    layers: int = option(4, "of the graph transformer", least=1)
+    heads: int = option(4, "of its attention", least=1)
+    dropout: float = fraction(0.1, "in the graph transformer")
+    fingerprints: Any = option(FINGERPRINTS, "parts of the fingerprint", rule=Names(tuple(FINGERPRINT_KINDS)))
+    fingerprint_bits: int = option(2048, "bits of the Morgan part", least=8, most=2**20)
+    fingerprint_radius: int = option(2, "bonds that the Morgan part looks around an atom", least=0, most=100)
+    fingerprint_chirality: bool = option(True, "mirror images have different fingerprints")
+    fingerprint_hidden: int = option(1024, "width of the fingerprint network", least=1)
+    fingerprint_dropout: float = fraction(0.4, "in the fingerprint network")
+    input_dropout: float = fraction(0.2, "of the fingerprint's bits")
+    augment_atoms: float = fraction(0.0, "share of atoms whose features are masked while training")
+    augment_bonds: float = fraction(0.0, "share of bonds whose features are masked while training")
+
+    data: MoleculeData = group(molecules=MoleculeData(), help="pairs of molecules and texts")
+    text_encoder: dict[str, Any] = raw_group({"kind": "ngram"}, "encoder of the texts", models=("model",))
+    loss: InfoNCEOptions = group(infonce=InfoNCEOptions(), role="loss")
+
+    def check(self) -> None:
+        super().check()
+        # No weights are read and nothing is fitted here: the encoder looks at its options alone.
+        from nearfar.models.text import build_text_encoder
+
+        build_text_encoder(**self.text_encoder)
+        if self.molecule_encoder != "fingerprint" and self.hidden % self.heads:
+            raise NearfarError(f"hidden={self.hidden} must be a multiple of heads={self.heads}.")
+        if self.learn_temperature and self.temperature < 0.01:
             raise NearfarError(
-                f"hard_ratio={config.hard_ratio}: a share of the batch between 0 and 1 is needed."
+                f"temperature={self.temperature}: a learned temperature is held at .01 or more; start there or higher."
             )
-    for value in _values("hardness_k", config):
-        if value < 1:
-            raise NearfarError(f"hardness_k={config.hardness_k}: at least one neighbour is needed.")
-    if any(value != int(value) for value in _named_values(schedule(config.hardness_k))):
-        raise NearfarError(f"hardness_k={config.hardness_k}: a whole number of neighbours is needed.")
-    if "order" in config.sampler:
-        Choice(("level", "greedy")).check("sampler.order", config.sampler.order)
-    if config.sampler.name in ("hard", "partition") and config.curriculum_epoch >= config.epochs:
-        raise NearfarError(
-            f"curriculum_epoch={config.curriculum_epoch} of epochs={config.epochs}: no batch would ever be hard. "
-            "Lower curriculum_epoch, or take sampler=random."
-        )
-
-
-def _values(name: str, config: Any) -> list[float]:
-    """A schedule's value in every epoch."""
-    spec = option(config, name)
-    try:
-        rule = schedule(spec)
-        return [float(rule(epoch, config.epochs)) for epoch in range(config.epochs)]
-    except (TypeError, ValueError) as error:
-        raise NearfarError(f"{name}={spec}: {error}") from None
-
-
-def _named_values(rule: Any) -> tuple[float, ...]:
-    """The values that a schedule was given, without those between them."""
-    match rule:
-        case Constant(value):
-            return (value,)
-        case Linear(start, end):
-            return (start, end)
-        case Step(values):
-            return values
-        case Piecewise(points):
-            return tuple(value for _, value in points)
-    return ()
+        if (self.augment_atoms or self.augment_bonds) and self.molecule_encoder == "fingerprint":
+            raise NearfarError(
+                "augment_atoms and augment_bonds act on graphs; molecule_encoder=fingerprint has none."
+            )

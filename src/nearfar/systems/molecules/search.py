@@ -7,13 +7,14 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import nn
 
+from nearfar.config.compose import read_config
 from nearfar.data.cache import cached_array, content_key
 from nearfar.data.splits import column_name, data_paths
 from nearfar.data.tables import Table
@@ -21,6 +22,7 @@ from nearfar.errors import NearfarError
 from nearfar.models.text import TextEncoder, embed_texts, load_text_encoder
 from nearfar.systems.molecules.dataset import MoleculeFeatures
 from nearfar.systems.molecules.model import MoleculeTextModel
+from nearfar.systems.molecules.options import MoleculeOptions
 from nearfar.systems.molecules.records import COLUMNS, Records, make_splits, read_records
 from nearfar.systems.molecules.smiles import canonical_smiles, parse_smiles
 from nearfar.systems.molecules.structure_files import read_structures
@@ -79,7 +81,7 @@ class TrainedMolecules:
     def __init__(self, run: str | Path) -> None:
         path = find_checkpoint(run, prefer="best")
         self.folder = RunFolder.of(path)
-        self.config = self.folder.config()
+        self.config = cast(MoleculeOptions, read_config(self.folder.config(), saved=True))
         self.checkpoint = path
         self.features = MoleculeFeatures.from_config(self.config)
         self.text_encoder: TextEncoder = load_text_encoder(self.folder.path / "text_encoder")
@@ -141,7 +143,7 @@ class TrainedMolecules:
 
     def _headers(self) -> dict[str, list[str]]:
         """The headers to look for in a new table: first those that the run was trained with, then the usual ones."""
-        own = {name: column_name(self.config.data[f"{name}_column"]) for name in COLUMNS}
+        own = {name: column_name(getattr(self.config.data, f"{name}_column")) for name in COLUMNS}
         return {name: [*filter(None, [own[name]]), *usual] for name, usual in COLUMNS.items()}
 
     def _records(self, path: Path | None, columns: Columns) -> Records:
@@ -152,7 +154,7 @@ class TrainedMolecules:
                 *given,
                 columns=self._headers(),
                 naming=OPTION,
-                encoding=self.config.data.get("encoding"),
+                encoding=self.config.data.encoding,
                 encoding_option="",
             )
         from nearfar.systems.molecules.system import MoleculeSystem
@@ -258,7 +260,7 @@ class TrainedMolecules:
         _require_writable(output, "embeddings.npz")
         optional = ("id", "smiles", "text")
         table = read_structures(
-            data, self._headers(), columns or {}, optional, OPTION, self.config.data.get("encoding")
+            data, self._headers(), columns or {}, optional, OPTION, self.config.data.encoding
         )
         if "smiles" not in table and "text" not in table:
             raise NearfarError(

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from nearfar.batching import Neighbors, nearest_neighbors
+from nearfar.config.samplers import Items
 from nearfar.contrast import DuplicateMask, Mask, SimilarityMask, join_masks
 from nearfar.data.cache import cached_arrays, content_key
 from nearfar.data.splits import column_name, data_paths
@@ -28,7 +29,7 @@ from nearfar.systems.molecules.data import (
 )
 from nearfar.systems.molecules.dataset import MoleculeFeatures
 from nearfar.systems.molecules.model import MoleculeTextModel
-from nearfar.systems.molecules.options import check_options
+from nearfar.systems.molecules.options import MoleculeOptions
 from nearfar.systems.molecules.smiles import quiet_rdkit
 from nearfar.training.batches import (
     LIKELY_FALSE_NEGATIVE,
@@ -90,8 +91,9 @@ class MoleculeSystem(System):
     name = "molecules"
     monitor = "text_to_molecule/MRR"
 
-    def __init__(self, config: Any) -> None:
-        check_options(config)
+    config: MoleculeOptions
+
+    def __init__(self, config: MoleculeOptions) -> None:
         self.config = config
         self.features = MoleculeFeatures.from_config(config)
         self.loss = InfoNCELoss(temperature=config.temperature, symmetric=config.loss.symmetric)
@@ -107,13 +109,12 @@ class MoleculeSystem(System):
         config = self.config
         self.data = self.load_data(say)
         say(self.data.summary())
-        options = {key: value for key, value in config.text_encoder.items() if key != "kind"}
         train = self.data.train
         if len(train) > 5000:
             say(
                 "reading texts and molecules; the first time this takes a minute or two, afterwards it is in the cache"
             )
-        self.text_encoder = build_text_encoder(config.text_encoder.kind, **options).fit(train.texts)
+        self.text_encoder = build_text_encoder(**config.text_encoder).fit(train.texts)
         say(f"text encoder: {self.text_encoder.description}")
         for name, split in self.data.splits.items():
             self.datasets[name] = self.features.dataset(
@@ -141,7 +142,7 @@ class MoleculeSystem(System):
             smiles_column=column_name(data.smiles_column),
             text_column=column_name(data.text_column),
             id_column=column_name(data.id_column),
-            encoding=data.get("encoding"),  # runs of earlier versions have no such option
+            encoding=data.encoding,
             val_fraction=data.val_fraction,
             val_split=data.val_split,
             seed=data.split_seed,
@@ -178,8 +179,8 @@ class MoleculeSystem(System):
     def build_sampler(self) -> Any:
         """The sampler that the configuration names."""
         train = self.data.train
-        labels = _scaffold_labels(train) if self.config.sampler.name == "balanced" else None
-        return build_sampler(self.config, len(train), self.neighbors, labels)
+        items = Items(len(train), self.neighbors, labels=lambda: _scaffold_labels(train))
+        return build_sampler(self.config, items)
 
     def on_epoch(self, epoch: int, sampler: Any, say: Say) -> dict[str, Any]:
         """Apply schedules and measure the batches that come out of them."""

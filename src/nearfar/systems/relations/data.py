@@ -17,6 +17,7 @@ from nearfar.data.picture_files import PictureFile, PictureFiles
 from nearfar.data.rejections import Rejections
 from nearfar.data.splits import check_disjoint, split_hash
 from nearfar.errors import NearfarError
+from nearfar.systems.relations.options import RelationOptions
 from nearfar.systems.relations.readers import LAYOUTS, Places, annotation_files
 from nearfar.systems.relations.records import Box, File, Pairs, Photo, Triple, chosen_relations, collect_pairs
 from nearfar.systems.relations.scenes import composed_scenes
@@ -124,7 +125,7 @@ class RelationData:
         return lines
 
 
-def load_data(config: Any) -> RelationData:
+def load_data(config: RelationOptions) -> RelationData:
     """The splits that the configuration describes.
 
     Raises:

@@ -17,6 +17,7 @@ from nearfar.batching import BalancedBatchSampler, BatchSampler, RandomBatchSamp
 from nearfar.batching.base import Plan, digest
 from nearfar.errors import NearfarError, nearest_name
 from nearfar.systems.relations.features import spatial_numbers
+from nearfar.systems.relations.options import RelationOptions
 from nearfar.systems.relations.records import Pairs
 
 __all__ = ["SAMPLERS", "BatchesBySort", "RelationBatch", "RelationDataset", "Scaler", "build_sampler"]
@@ -186,7 +187,7 @@ class BatchesBySort(BatchSampler):
         )
 
 
-def build_sampler(config: Any, label: ndarray, seen: Bool[ndarray, " n"]) -> BatchSampler:
+def build_sampler(config: RelationOptions, label: ndarray, seen: Bool[ndarray, " n"]) -> BatchSampler:
     """The sampler that ``sampler=`` names: random batches, or equal shares of every relation (small ones repeat)."""
     name, size, seed = config.sampler.name, int(config.batch_size), int(config.seed)
     if size > len(label):

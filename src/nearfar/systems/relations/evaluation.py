@@ -29,6 +29,7 @@ from nearfar.metrics import (
 )
 from nearfar.systems.relations.data import RelationData
 from nearfar.systems.relations.dataset import RelationDataset
+from nearfar.systems.relations.options import RelationOptions
 from nearfar.systems.relations.probe import FUSED, LINEAR, Rows, blocks_of, looks_at, sample_rows, scored
 from nearfar.systems.relations.records import chosen_relations
 from nearfar.training.run_folder import RunFolder, write_atomically
@@ -335,7 +336,11 @@ class Examiner:
     """
 
     def __init__(
-        self, config: Any, data: RelationData, datasets: Mapping[str, RelationDataset], embed: Embed
+        self,
+        config: RelationOptions,
+        data: RelationData,
+        datasets: Mapping[str, RelationDataset],
+        embed: Embed,
     ) -> None:
         self.config, self.data, self.datasets, self.embed = config, data, datasets, embed
         self.label = datasets["train"].label.numpy()

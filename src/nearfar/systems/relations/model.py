@@ -15,6 +15,7 @@ from nearfar.errors import NearfarError, nearest_name
 from nearfar.losses import InfoNCELoss, SupConLoss
 from nearfar.models.projection import Dropout
 from nearfar.systems.relations.dataset import RelationBatch
+from nearfar.systems.relations.options import RelationOptions
 
 __all__ = ["LOSSES", "RelationModel", "ViewLoss"]
 
@@ -51,7 +52,9 @@ class RelationModel(nn.Module):
         self.names = None if names is None else _layers((names, dim, dim), dropout)
 
     @classmethod
-    def from_config(cls, config: Any, numbers: int, visual: int | None, names: int | None) -> RelationModel:
+    def from_config(
+        cls, config: RelationOptions, numbers: int, visual: int | None, names: int | None
+    ) -> RelationModel:
         """From the options of the system, by their names."""
         return cls(
             numbers,

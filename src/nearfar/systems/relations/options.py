@@ -1,93 +1,161 @@
-"""The options of the relation system: their ranges, and what would have no effect."""
+"""The options of the relation system."""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
-from omegaconf import OmegaConf
-
+from nearfar.config import RunOptions, fraction, group, option, path, raw_group, samplers
+from nearfar.config.samplers import SamplerOptions
 from nearfar.errors import NearfarError
-from nearfar.models.image import check_image_encoder
-from nearfar.models.text import build_text_encoder
-from nearfar.systems.relations.dataset import SAMPLERS
-from nearfar.systems.relations.features import SPATIAL
-from nearfar.systems.relations.model import LOSSES
 from nearfar.systems.relations.records import chosen_relations
-from nearfar.training.options import FILE, SHARE, Choice, Number, Rule, Switch, Text, check_learning_options
 
-__all__ = ["check_options"]
-
-OPTIONS: dict[str, Rule] = {
-    "temperature": Number(1e-3),
-    "spatial": Choice(SPATIAL),
-    "pixels": Switch(),
-    "categories": Switch(),
-    "keep_inputs": Switch(),
-    "crop_size": Number(32, 1024, whole=True),
-    "visual_hidden": Number(1, whole=True),
-    "embedding_dim": Number(1, whole=True),
-    "visual_dropout": SHARE,
-    "spatial_dropout": SHARE,
-    "box_jitter": Number(0.0, 0.45),
-    "probe_rows": Number(10, whole=True),
-    "monitor_rows": Number(10, whole=True),
-    "sampler.name": Choice(SAMPLERS),
-    "loss.name": Choice(LOSSES),
-    "data.layout": Choice(("composed", "vrd", "scene_graph", "spatialsense", "coco")),
-    "data.train": FILE,
-    "data.val": FILE,
-    "data.test": FILE,
-    "data.dir": FILE,
-    "data.images": FILE,
-    "data.photos": Choice(("optional", "required", "none")),
-    "data.synonyms": Switch(),
-    "data.val_fraction": Number(0, 1, inside=True),
-    "data.test_fraction": Number(0, 1),
-    "data.split_seed": Number(0, 2**32 - 1, whole=True),
-    "data.folds": Number(2, whole=True, optional=True),
-    "data.fold": Number(0, whole=True),
-    "data.size": Number(10, whole=True),
-    "image_encoder.kind": Text(),
-    "text_encoder.kind": Text(),
-}
+__all__ = ["InfoNCEOptions", "RelationData", "RelationOptions", "SupConInsideOptions", "SupConOptions"]
 
 
-def check_options(config: Any) -> None:
-    """Raise ``NearfarError`` for the first option that is of the wrong type, out of range, or without effect."""
-    check_learning_options(config, OPTIONS)
-    chosen_relations(config.relations)
-    if "symmetric" in config.loss:
-        Switch().check("loss.symmetric", config.loss.symmetric)
-    if "sum" in config.loss:
-        Choice(("outside", "inside")).check("loss.sum", config.loss.sum)
-    check_image_encoder(**_group(config.image_encoder))
-    # No weights are read and nothing is fitted here: the encoder looks at its options alone.
-    build_text_encoder(**_group(config.text_encoder))
-    data = config.data
-    if data.val_fraction + data.test_fraction >= 1:
-        raise NearfarError(
-            f"data.val_fraction={data.val_fraction} and data.test_fraction={data.test_fraction} leave nothing to "
-            "train on."
-        )
-    if data.folds is not None and data.fold >= data.folds:
-        raise NearfarError(f"data.fold={data.fold}: the folds are numbered 0 to {data.folds - 1}.")
-    if data.folds is not None and data.layout == "composed":
-        raise NearfarError("data.folds: scenes hold kinds of things out of training, which folds would undo.")
-    if not config.pixels and data.photos == "required":
-        raise NearfarError("data.photos=required, but pixels=false looks at none.")
-    if (
-        not config.pixels
-        and not config.categories
-        and not config.box_jitter
-        and config.loss.name == "infonce"
-    ):
-        raise NearfarError(
-            "pixels=false, categories=false and box_jitter=0 leave the boxes as the only view: there is nothing to "
-            "contrast. Set box_jitter=0.05 or categories=true."
-        )
+class _Relations:
+    """``top5``, ``all10`` or a list of names."""
+
+    def check(self, name: str, value: Any) -> None:
+        chosen_relations(value)
+
+    def __str__(self) -> str:
+        return "top5, all10, or a list of names"
 
 
-def _group(options: Any) -> dict[str, Any]:
-    found = OmegaConf.to_container(options, resolve=True)
-    assert isinstance(found, dict)
-    return {str(key): value for key, value in found.items()}
+@dataclass
+class RelationData:
+    """Annotated pairs of boxes in one of four layouts, or composed scenes of drawn things with exact boxes."""
+
+    layout: Literal["composed", "vrd", "scene_graph", "spatialsense", "coco"] = option(
+        "composed", "how the annotations are laid out"
+    )
+    dir: str | int | None = path(None, "the folder; photos are found below it by name")
+    train: str | int | None = path(None, "annotation file of the training split")
+    val: str | int | None = path(None, "annotation file of the validation split")
+    test: str | int | None = path(None, "annotation file of the test split")
+    images: str | int | None = path(None, "where the photos are, if not below dir")
+    photos: Literal["optional", "required", "none"] = option(
+        "optional", "optional: pairs without a photo train the boxes alone"
+    )
+    synonyms: bool = option(
+        True, "beneath is below, beside is next to, and so on; false: the ten names alone"
+    )
+    val_fraction: float = option(
+        0.15, "share of the pictures, where no file says what is val", least=0, most=1, inside=True
+    )
+    test_fraction: float = option(0.2, "the same for test, where no file says what is train", least=0, most=1)
+    split_seed: int = option(0, "of the splits", least=0, most=2**32 - 1)
+    folds: int | None = option(
+        None, "cross-validation by picture: so many folds, of which number fold is test", least=2
+    )
+    fold: int = option(0, "the fold that is test, from 0", least=0)
+    size: int = option(1200, "pictures of composed scenes, all splits together; two pairs each", least=10)
+
+
+@dataclass
+class InfoNCEOptions:
+    """Each pair's own view against all others of the batch."""
+
+    name: Literal["infonce"] = option("infonce", "the loss")
+    symmetric: bool = option(True, "both directions")
+
+
+@dataclass
+class SupConOptions:
+    """Supervised contrastive: all items of a class are positives, sum outside the logarithm."""
+
+    name: Literal["supcon"] = option("supcon", "the loss")
+    sum: Literal["outside", "inside"] = option("outside", "where the sum over positives is, of the logarithm")
+
+
+@dataclass
+class SupConInsideOptions:
+    """Cross-modal, sum inside the logarithm, an item's own partner left out: of which it was said that it fails."""
+
+    name: Literal["supcon_inside"] = option("supcon_inside", "the loss")
+    sum: Literal["outside", "inside"] = option("inside", "where the sum over positives is, of the logarithm")
+
+
+@dataclass
+class RelationOptions(RunOptions):
+    """Spatial relations from crops and boxes."""
+
+    system: str = "relations"
+    epochs: int = 50
+    batch_size: int = 24
+    lr: float = 1e-4
+    lr_schedule: str = "constant"
+    patience: int | None = 12
+    min_epochs: int = 30
+    relations: Any = option(
+        "top5",
+        "top5: on, above, under, next to, below; all10; or a list such as [on,under]",
+        rule=_Relations(),
+    )
+    temperature: float = option(0.07, "of the similarities", least=1e-3, role="loss")
+
+    pixels: bool = option(True, "crops are a view where there is a photo; boxes always are one")
+    categories: bool = option(False, "names of subject and object are a view")
+    spatial: Literal["raw", "log", "iou", "relative"] = option("relative", "the numbers of two boxes")
+    crop_size: int = option(128, "pixels of a crop each way", least=32, most=1024)
+    box_jitter: float = option(
+        0.05,
+        "a pair with boxes alone has boxes moved by so much of their size as its second view",
+        least=0,
+        most=0.45,
+    )
+    visual_hidden: int = option(512, "width of the head over pixels", least=1)
+    embedding_dim: int = option(256, "of the shared space", least=1)
+    visual_dropout: float = fraction(0.4, "in the head over pixels")
+    spatial_dropout: float = fraction(0.3, "in the head over boxes")
+    keep_inputs: bool = option(
+        True, "the probe sees the numbers of the boxes (and vectors of the names) beside what was learned"
+    )
+    probe_rows: int = option(5000, "training pairs that the support vector machine sees at most", least=10)
+    monitor_rows: int = option(2000, "the same for the linear probe after each epoch", least=10)
+
+    data: RelationData = group(
+        composed=RelationData(test_fraction=0.25),
+        vrd=RelationData("vrd"),
+        scene_graph=RelationData("scene_graph"),
+        spatialsense=RelationData("spatialsense"),
+        coco=RelationData("coco"),
+    )
+    text_encoder: dict[str, Any] = raw_group({"kind": "ngram"}, "encoder of the names", models=("model",))
+    image_encoder: dict[str, Any] = raw_group(
+        {"kind": "efficientnet"}, "encoder of the crops", models=("name",)
+    )
+    sampler: SamplerOptions = group(random=samplers.random, balanced=samplers.balanced, role="batches")
+    loss: InfoNCEOptions | SupConOptions | SupConInsideOptions = group(
+        infonce=InfoNCEOptions(), supcon=SupConOptions(), supcon_inside=SupConInsideOptions(), role="loss"
+    )
+
+    def check(self) -> None:
+        super().check()
+        # No weights are read and nothing is fitted here: encoders look at their options alone.
+        from nearfar.models.image import check_image_encoder
+        from nearfar.models.text import build_text_encoder
+
+        check_image_encoder(**self.image_encoder)
+        build_text_encoder(**self.text_encoder)
+        data = self.data
+        if data.val_fraction + data.test_fraction >= 1:
+            raise NearfarError(
+                f"data.val_fraction={data.val_fraction} and data.test_fraction={data.test_fraction} leave nothing to "
+                "train on."
+            )
+        if data.folds is not None and data.fold >= data.folds:
+            raise NearfarError(f"data.fold={data.fold}: the folds are numbered 0 to {data.folds - 1}.")
+        if data.folds is not None and data.layout == "composed":
+            raise NearfarError(
+                "data.folds: scenes hold kinds of things out of training, which folds would undo."
+            )
+        if not self.pixels and data.photos == "required":
+            raise NearfarError("data.photos=required, but pixels=false looks at none.")
+        boxes_alone = not self.pixels and not self.categories and not self.box_jitter
+        if boxes_alone and self.loss.name == "infonce":
+            raise NearfarError(
+                "pixels=false, categories=false and box_jitter=0 leave the boxes as the only view: there is nothing to "
+                "contrast. Set box_jitter=0.05 or categories=true."
+            )

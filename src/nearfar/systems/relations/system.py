@@ -20,7 +20,7 @@ from nearfar.systems.relations.dataset import RelationDataset, Scaler, build_sam
 from nearfar.systems.relations.evaluation import Examiner
 from nearfar.systems.relations.features import crop_features, names_of, spatial_numbers
 from nearfar.systems.relations.model import RelationModel, ViewLoss
-from nearfar.systems.relations.options import check_options
+from nearfar.systems.relations.options import RelationOptions
 from nearfar.systems.relations.probe import LINEAR
 from nearfar.systems.relations.report import sections
 from nearfar.training.sections import Section
@@ -38,14 +38,15 @@ class RelationSystem(System):
     name = "relations"
     monitor = LINEAR
 
-    def __init__(self, config: Any) -> None:
-        check_options(config)
+    config: RelationOptions
+
+    def __init__(self, config: RelationOptions) -> None:
         self.config = config
         self.loss = ViewLoss(
             config.loss.name,
             config.temperature,
-            config.loss.get("symmetric", True),
-            sum=config.loss.get("sum"),
+            getattr(config.loss, "symmetric", True),
+            sum=getattr(config.loss, "sum", None),
         )
         self.data: RelationData
         self.datasets: dict[str, RelationDataset] = {}
@@ -97,8 +98,7 @@ class RelationSystem(System):
             self._encoders["visual"] = f"none ({reason})"
             say(f"pixels: none, {reason}")
             return {}
-        options = {key: value for key, value in config.image_encoder.items() if key != "kind"}
-        encoder = build_image_encoder(config.image_encoder.kind, frozen=True, seed=0, **options)
+        encoder = build_image_encoder(**config.image_encoder, frozen=True, seed=0)
         self._encoders["visual"] = encoder.description
         say(f"pixels: crops of {config.crop_size} × {config.crop_size} through {encoder.description}")
         damaged = Rejections()
@@ -114,9 +114,8 @@ class RelationSystem(System):
         """Vectors of subject and object, side by side; the encoder is fitted on names of the training pairs alone."""
         if not self.config.categories:
             return {}
-        options = {key: value for key, value in self.config.text_encoder.items() if key != "kind"}
         train = self.data.train
-        encoder = build_text_encoder(self.config.text_encoder.kind, **options)
+        encoder = build_text_encoder(**self.config.text_encoder)
         encoder = encoder.fit(sorted({*train.subject, *train.object}))
         self._encoders["names"] = encoder.description
         say(f"names: {encoder.description}")

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from nearfar.data.cache import content_key
 from nearfar.errors import NearfarError, nearest_name
 from nearfar.systems.tissue.generated import generated_tissue
+from nearfar.systems.tissue.options import TissueData as DataOptions
 from nearfar.systems.tissue.options import slide_names
 from nearfar.systems.tissue.records import Tissue
 
@@ -70,7 +71,7 @@ class TissueData:
         return "\n".join([*lines, f"{len(self.genes)} genes, {self.source}"])
 
 
-def load_data(options: Any, say: Callable[[str], None]) -> TissueData:
+def load_data(options: DataOptions, say: Callable[[str], None]) -> TissueData:
     """The splits that ``data`` asks for: slides in a folder of shards, or generated ones."""
     if options.dir is None:
         say("data: generated slides; give data.dir= for your own")
@@ -88,7 +89,7 @@ def load_data(options: Any, say: Callable[[str], None]) -> TissueData:
         names = list(tissue.slide_names)
         usual = {"train": names[: -tests - 1], "val": names[-tests - 1 : -tests], "test": names[-tests:]}
         splits = divided(names, options, usual, "the generated tissue")
-        notes = {"signal": options.signal, "noise": options.noise}
+        notes: dict[str, Any] = {"signal": options.signal, "noise": options.noise}
         return TissueData(_of_slides(tissue, splits), "generated slides", notes)
     folder = Path(str(options.dir)).expanduser()
     if not folder.is_dir():

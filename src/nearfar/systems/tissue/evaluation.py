@@ -20,6 +20,7 @@ from nearfar.metrics.intervals import t_quantile
 from nearfar.systems.tissue.data import TissueData
 from nearfar.systems.tissue.expression import pearson_estimate, retrieved_expression
 from nearfar.systems.tissue.features import color_features, ridge_predictions
+from nearfar.systems.tissue.options import TissueOptions
 from nearfar.training.system import Evaluation
 
 __all__ = ["DIRECTIONS", "KS", "RIDGE", "Judge", "Scores", "chosen_genes", "information", "retrieval"]
@@ -181,7 +182,7 @@ class Judge:
 
     references: Tensor
 
-    def __init__(self, config: Any, data: TissueData) -> None:
+    def __init__(self, config: TissueOptions, data: TissueData) -> None:
         self.config, self.data = config, data
         train = data.splits["train"]
         self.retrieve = min(config.retrieve, len(train))

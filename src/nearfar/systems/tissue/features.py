@@ -15,6 +15,7 @@ from torch import nn
 from nearfar.data.cache import cached_array
 from nearfar.errors import NearfarError
 from nearfar.models.image import build_image_encoder
+from nearfar.systems.tissue.options import TissueOptions
 from nearfar.systems.tissue.records import Tissue
 
 __all__ = [
@@ -123,10 +124,10 @@ class ImageFeatures:
     pixels: int | None
 
     @classmethod
-    def from_config(cls, config: Any) -> ImageFeatures:
+    def from_config(cls, config: TissueOptions) -> ImageFeatures:
         """From ``image_encoder``, ``image_frozen`` and ``image_pixels``."""
-        options = {str(key): value for key, value in config.image_encoder.items() if key != "kind"}
-        kind, frozen = config.image_encoder.kind, config.image_frozen
+        options = dict(config.image_encoder)
+        kind, frozen = str(options.pop("kind")), config.image_frozen
         if frozen is None:
             frozen = kind == "colors" or bool(options.get("pretrained", kind != "small"))
         return cls(kind, options, frozen, config.image_pixels)

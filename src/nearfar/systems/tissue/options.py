@@ -1,92 +1,163 @@
-"""The options of the tissue system: their ranges, and which of them go together."""
+"""The options of the tissue system."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
-from omegaconf import OmegaConf
-
+from nearfar.config import RunOptions, fraction, group, option, path, raw_group, samplers
+from nearfar.config.options import Text
+from nearfar.config.samplers import SamplerOptions, SpatialSampler
 from nearfar.errors import NearfarError
-from nearfar.losses.spatial import check_spatial_options
-from nearfar.models.image import check_image_encoder
-from nearfar.models.text import build_text_encoder
-from nearfar.systems.tissue.features import ImageFeatures
-from nearfar.training.batches import SPATIAL_SAMPLERS
-from nearfar.training.options import SHARE, Choice, Number, Rule, Switch, Text, check_learning_options, option
 
-__all__ = ["check_options", "slide_names"]
-
-OPTIONS: dict[str, Rule] = {
-    "temperature": Number(1e-4),
-    "learn_temperature": Switch(),
-    "max_scale": Number(1e-3),
-    "neighbors": Choice(("soft", "positive", "mask", "none")),
-    "neighbor_alpha_scale": Number(0.0),
-    "temp_reg_weight": Number(0.0),
-    "local_loss": Switch(),
-    "gather_with_grad": Switch(),
-    "image_pixels": Number(32, whole=True, optional=True),
-    "augment": Switch(),
-    "gene_encoder": Choice(("mlp", "sentence")),
-    "sentence_genes": Number(1, whole=True),
-    "embedding_dim": Number(1, whole=True),
-    "hidden": Number(1, whole=True),
-    "dropout": SHARE,
-    "retrieve": Number(1, whole=True),
-    "variable_genes": Number(1, whole=True),
-    "expressed_genes": Number(1, whole=True),
-    "sampler.name": Choice(SPATIAL_SAMPLERS),
-    "loss.name": Choice(("clip", "spatial")),
-    "image_encoder.kind": Text(),
-    "text_encoder.kind": Text(),
-    "data.dir": Text(optional=True, number=True),
-    "data.genes": Number(1, whole=True),
-    "data.neighbors": Number(1, whole=True),
-    "data.patch": Number(8, whole=True),
-    "data.slides": Number(3, whole=True),
-    "data.side": Number(4, whole=True),
-    "data.signal": Number(0.0, 1.0),
-    "data.noise": Number(0.0),
-    "data.generated_genes": Number(6, whole=True),
-    "data.generated_seed": Number(0, 2**32 - 1, whole=True),
-}
+__all__ = ["ClipOptions", "SpatialOptions", "TissueData", "TissueOptions", "slide_names"]
 
 
-def check_options(config: Any) -> None:
-    """Raise ``NearfarError`` for the first option that is of the wrong type, out of range, or without effect."""
-    check_learning_options(config, OPTIONS)
-    check_spatial_options(config.neighbor_alpha_scale, config.temp_reg_weight, config.neighbors)
-    if config.temperature * config.max_scale < 1:
-        raise NearfarError(
-            f"temperature={config.temperature} means a scale of {1 / config.temperature:.4g}, beyond "
-            f"max_scale={config.max_scale}: start warmer, or raise max_scale."
-        )
-    _check_encoders(config)
-    if config.sampler.name == "spatial":
-        tile = config.sampler.get("tile_size")
-        Number(1, whole=True, optional=True).check("sampler.tile_size", tile)
-        if tile is not None and tile > config.batch_size:
-            raise NearfarError(f"sampler.tile_size={tile} is larger than batch_size={config.batch_size}.")
-    for name in ("data.hold_out", "data.val"):
-        slide_names(option(config, name), name)
+class _Slides:
+    """Names of slides."""
+
+    def check(self, name: str, value: Any) -> None:
+        slide_names(value, name)
+
+    def __str__(self) -> str:
+        return "a name, or a list of names"
 
 
-def _check_encoders(config: Any) -> None:
-    """No weights are read and nothing is fitted here: encoders look at their options alone."""
-    if config.image_frozen is not None:
-        Switch().check("image_frozen", config.image_frozen)
-    features = ImageFeatures.from_config(config)
-    if features.kind == "colors":
-        if config.image_frozen is False or config.image_pixels is not None:
+@dataclass
+class TissueData:
+    """Slides in a folder of shards, which ``nearfar data shards`` writes; without ``data.dir`` slides are generated."""
+
+    dir: str | int | None = path(None, "a folder of shards")
+    hold_out: Any = option(
+        None,
+        "slides that are the test split, e.g. B4 or [C2,C3]; the others train. null: as the folder's split files say",
+        rule=_Slides(),
+    )
+    val: Any = option(None, "slides of the validation split, likewise", rule=_Slides())
+    genes: int = option(1000, "genes, the most variable over the training slides", least=1)
+    neighbors: int = option(6, "nearest spots of the same slide", least=1)
+    slides: int = option(8, "generated slides; the last quarter is test, one before it validation", least=3)
+    side: int = option(16, "spots along a side of a generated slide", least=4)
+    signal: float = option(
+        0.8,
+        "share of the content that is smooth over the slide: 0, neighbours differ as any two spots; 1, hardly at all",
+        least=0,
+        most=1,
+    )
+    patch: int = option(32, "pixels of a generated patch", least=8)
+    noise: float = option(0.5, "of what a generated patch shows beside the content", least=0)
+    generated_genes: int = option(200, "genes of generated slides", least=6)
+    generated_seed: int = option(0, "of generated slides", least=0, most=2**32 - 1)
+
+
+@dataclass
+class ClipOptions:
+    """InfoNCE in both directions with a learned scale; neighbours are negatives like all others."""
+
+    name: Literal["clip"] = option("clip", "the loss")
+
+
+@dataclass
+class SpatialOptions:
+    """Targets that give spatial neighbours in the batch a share (``neighbors``, ``neighbor_alpha_scale``)."""
+
+    name: Literal["spatial"] = option("spatial", "the loss")
+
+
+@dataclass
+class TissueOptions(RunOptions):
+    """Tissue patch ↔ gene expression."""
+
+    system: str = "tissue"
+    epochs: int = 40
+    batch_size: int = 128
+    weight_decay: float = 0.1
+    warmup: float = 0.1
+    temperature: float = option(
+        0.07, "of the similarities; where a learned one starts", least=1e-4, role="loss"
+    )
+    learn_temperature: bool = option(True, "the temperature is a parameter", role="loss")
+    max_scale: float = option(
+        40.0, "the learned scale 1 / temperature is held there, under either loss", least=1e-3
+    )
+    neighbors: Literal["soft", "positive", "mask", "none"] = option(
+        "soft",
+        "of loss=spatial. soft: a share of the target; positive: as much as the own spot; mask: no negatives; none: "
+        "CLIP",
+        role="loss",
+    )
+    neighbor_alpha_scale: float = option(0.5, "of that share", least=0, role="loss")
+    temp_reg_weight: float = option(0.05, "of the temperature's regularisation", least=0, role="loss")
+    local_loss: bool | None = option(None, "the notes' name of trainer.local_loss; null: what that says")
+    gather_with_grad: bool | None = option(
+        None, "the notes' name of trainer.gather_with_grad; null: what that says"
+    )
+    image_frozen: bool | None = option(
+        None,
+        "null: a network with trained weights is frozen and its features kept, a different one is trained",
+    )
+    image_pixels: int | None = option(
+        None, "patches are resized to this before a network sees them; null leaves them", least=32
+    )
+    augment: bool = option(True, "turn and mirror patches while training (an image encoder that is trained)")
+    gene_encoder: Literal["mlp", "sentence"] = option(
+        "mlp", "mlp: over expression; sentence: names of the top genes through text_encoder"
+    )
+    sentence_genes: int = option(50, "names in a gene sentence", least=1)
+    embedding_dim: int = option(128, "of the shared space", least=1)
+    hidden: int = option(256, "width of the towers", least=1)
+    dropout: float = fraction(0.2, "in the towers")
+    retrieve: int = option(50, "training spots whose expression is averaged for a patch", least=1)
+    variable_genes: int = option(
+        250, "most variable over the training spots: genes that correlations are averaged over", least=1
+    )
+    expressed_genes: int = option(50, "highest mean expression, likewise", least=1)
+
+    data: TissueData = group(
+        tissue=TissueData(),
+        her2st=TissueData(dir="???", hold_out="C6"),
+        help="slides; her2st: six sections of HER2-positive breast tumours (Andersson et al. 2021)",
+    )
+    image_encoder: dict[str, Any] = raw_group({"kind": "small"}, "encoder of the patches", models=("name",))
+    text_encoder: dict[str, Any] = raw_group(
+        {"kind": "ngram"}, "encoder of gene sentences", models=("model",)
+    )
+    sampler: SamplerOptions = group(
+        spatial=samplers.spatial, random=samplers.random, balanced=samplers.balanced, role="batches"
+    )
+    loss: ClipOptions | SpatialOptions = group(spatial=SpatialOptions(), clip=ClipOptions(), role="loss")
+
+    def check(self) -> None:
+        for name in ("local_loss", "gather_with_grad"):
+            if (value := getattr(self, name)) is not None:
+                setattr(self.trainer, name, value)
+        super().check()
+        if self.temperature * self.max_scale < 1:
             raise NearfarError(
-                "image_encoder=colors has no network: leave image_frozen and image_pixels null."
+                f"temperature={self.temperature} means a scale of {1 / self.temperature:.4g}, beyond "
+                f"max_scale={self.max_scale}: start warmer, or raise max_scale."
             )
-    else:
-        check_image_encoder(features.kind, **features.options)
-    encoder = OmegaConf.to_container(config.text_encoder, resolve=True)
-    assert isinstance(encoder, dict)
-    build_text_encoder(**{str(key): value for key, value in encoder.items()})
+        self._check_encoders()
+        tile = self.sampler.tile_size if isinstance(self.sampler, SpatialSampler) else None
+        if tile is not None and tile > self.batch_size:
+            raise NearfarError(f"sampler.tile_size={tile} is larger than batch_size={self.batch_size}.")
+
+    def _check_encoders(self) -> None:
+        """No weights are read and nothing is fitted here: encoders look at their options alone."""
+        from nearfar.models.image import check_image_encoder
+        from nearfar.models.text import build_text_encoder
+        from nearfar.systems.tissue.features import ImageFeatures
+
+        features = ImageFeatures.from_config(self)
+        if features.kind == "colors":
+            if self.image_frozen is False or self.image_pixels is not None:
+                raise NearfarError(
+                    "image_encoder=colors has no network: leave image_frozen and image_pixels null."
+                )
+        else:
+            check_image_encoder(features.kind, **features.options)
+        build_text_encoder(**self.text_encoder)
 
 
 def slide_names(value: Any, name: str) -> tuple[str, ...]:

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from nearfar.batching import positions_in_batch, weight_in_batch
+from nearfar.config.samplers import Items
 from nearfar.losses import ClipLoss, SpatialLoss
 from nearfar.models.text import TextEncoder, build_text_encoder, embed_texts, save_text_encoder
 from nearfar.systems.tissue.data import TissueData, TissueDataset, load_data
 from nearfar.systems.tissue.evaluation import Judge
 from nearfar.systems.tissue.features import ImageFeatures, gene_sentences
 from nearfar.systems.tissue.model import TissueModel
-from nearfar.systems.tissue.options import check_options
+from nearfar.systems.tissue.options import TissueOptions
 from nearfar.systems.tissue.report import examples, sections
 from nearfar.training import ranks
 from nearfar.training.batches import build_sampler
@@ -35,8 +36,9 @@ class TissueSystem(System):
     name = "tissue"
     monitor = "image_to_gene/MRR"
 
-    def __init__(self, config: Any) -> None:
-        check_options(config)
+    config: TissueOptions
+
+    def __init__(self, config: TissueOptions) -> None:
         self.config = config
         self.features = ImageFeatures.from_config(config)
         self.loss = _loss(config)
@@ -80,12 +82,11 @@ class TissueSystem(System):
         """What the gene tower reads of every split."""
         if self.config.gene_encoder == "mlp":
             return {name: tissue.expression for name, tissue in self.data.splits.items()}
-        options = {key: value for key, value in self.config.text_encoder.items() if key != "kind"}
         sentences = {
             name: gene_sentences(tissue.expression, self.data.genes, self.config.sentence_genes)
             for name, tissue in self.data.splits.items()
         }
-        encoder = build_text_encoder(self.config.text_encoder.kind, **options).fit(sentences["train"])
+        encoder = build_text_encoder(**self.config.text_encoder).fit(sentences["train"])
         self.text_encoder = encoder
         return {name: embed_texts(encoder, texts) for name, texts in sentences.items()}
 
@@ -104,7 +105,8 @@ class TissueSystem(System):
         """The sampler that the configuration names."""
         train = self.data.splits["train"]
         return build_sampler(
-            self.config, len(train), None, labels=train.slides, places=(train.positions, train.slides)
+            self.config,
+            Items(len(train), labels=lambda: train.slides, places=(train.positions, train.slides)),
         )
 
     def on_epoch(self, epoch: int, sampler: Any, say: Say) -> dict[str, Any]:
@@ -202,7 +204,7 @@ class TissueSystem(System):
             save_text_encoder(self.text_encoder, folder / "text_encoder")
 
 
-def _loss(config: Any) -> ClipLoss | SpatialLoss:
+def _loss(config: TissueOptions) -> ClipLoss | SpatialLoss:
     if config.loss.name == "clip":
         return ClipLoss(max_scale=config.max_scale)
     return SpatialLoss(

@@ -1,0 +1,352 @@
+"""From overrides to a configuration: parsed, expanded, composed by Hydra, and explained where they are wrong.
+
+The defaults of options and the variants of groups are those that dataclasses declare (``nearfar.config.options``); what
+is left to files are experiments, which choose among them, and the groups of encoders.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import is_dataclass
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_module
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from nearfar.config.options import Option, default_values, option_table, read_options, to_dict, variants_of
+from nearfar.config.registry import config_packages, options_class, role_of, systems
+from nearfar.config.training import RunOptions
+from nearfar.configs import experiments
+from nearfar.errors import NearfarError, nearest_name
+
+__all__ = [
+    "CONFIGS",
+    "changed_values",
+    "compose_config",
+    "expand",
+    "flatten",
+    "merge_overrides",
+    "override_config",
+    "parse",
+    "path_options",
+    "quote_paths",
+    "read_config",
+    "register_configs",
+    "searchpath",
+]
+
+CONFIGS = "nearfar.configs"
+
+#: in a configuration, ``${given:${data.dir},1,2}`` is 1 where the option has a value and 2 where it has none
+OmegaConf.register_new_resolver(
+    "given", lambda value, then, otherwise: otherwise if value is None else then, replace=True
+)
+
+
+def parse(overrides: Sequence[str]) -> list[Override]:
+    """Read ``key=value`` texts by Hydra's grammar; one that does not fit is an error that says how to quote it."""
+    try:
+        return OverridesParser.create().parse_overrides(list(overrides))
+    except OverrideParseException as error:
+        raise NearfarError(
+            f"'{error.override}' is not of the form key=value. Quote a value with spaces, commas or brackets: "
+            "'key=\"a, b\"'."
+        ) from None
+
+
+def quote_paths(overrides: Sequence[str]) -> list[str]:
+    """Quote values that are paths on this machine: ``resume_from=runs/a/seed=1,lr=2`` is neither a sweep nor a mistake.
+
+    >>> quote_paths(["lr=0.1", "resume_from=no/such,path"])
+    ['lr=0.1', 'resume_from=no/such,path']
+    """
+    keys = {
+        key for name in systems() for key, each in option_table(options_class(name)).items() if each.place
+    }
+    quoted = []
+    for text in overrides:
+        key, _, value = text.partition("=")
+        # A bare number stays one: options that take a path read its digits, and a count must not become text.
+        number = value.isdecimal() and str(int(value)) == value
+        if key in keys and value and not number and value[0] not in "'\"":
+            place = Path(value).expanduser()
+            if _exists(place):
+                text = f"{key}='" + str(place).replace("\\", "\\\\").replace("'", "\\'") + "'"
+        quoted.append(text)
+    return quoted
+
+
+def path_options(options: RunOptions) -> dict[str, Path]:
+    """The options that are paths of this machine, and these paths.
+
+    Whether a text means a path is a matter of its option: of ``data.val``, molecules have a file and tissue a slide.
+    Models are hub names or folders. So a file of the working folder that happens to be called like a slide or a model
+    changes nothing.
+    """
+    paths = {}
+    values = flatten(to_dict(options))
+    for key, each in _own_table(options).items():
+        value = values.get(key)
+        if each.place is None or value is None or isinstance(value, bool) or value == "":
+            continue
+        path = Path(str(value)).expanduser()
+        if path.is_dir() if each.place == "model" else _exists(path):
+            paths[key] = path
+    return paths
+
+
+def _own_table(options: RunOptions) -> Mapping[str, Option]:
+    """The options of the variants that were chosen, so that a count of scenes is no path because of another variant."""
+    table: dict[str, Option] = {}
+    chosen = {name: type(value) for name, value in vars(options).items() if is_dataclass(value)}
+    for key, each in option_table(type(options)).items():
+        if key.split(".")[0] not in chosen:
+            table[key] = each
+    for name, cls in chosen.items():
+        table |= {f"{name}.{key}": each for key, each in option_table(cls).items()}
+    return table
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name that is too long for one
+        return False
+
+
+def expand(overrides: Sequence[str]) -> Iterator[list[str]]:
+    """The overrides of every run of a sweep.
+
+    >>> list(expand(["lr=1", "seed=0,1"]))
+    [['lr=1', 'seed=0'], ['lr=1', 'seed=1']]
+    """
+    choices = []
+    for parsed in parse(overrides):
+        if parsed.is_sweep_override():
+            try:
+                values = list(parsed.sweep_string_iterator())
+            except HydraException:
+                raise NearfarError(
+                    f"'{parsed.input_line}': list the values, such as {parsed.key_or_group}=a,b or range(1,4)."
+                ) from None
+            choices.append([f"{parsed.get_key_element()}={value}" for value in values])
+        else:
+            choices.append([str(parsed.input_line)])
+    for combination in itertools.product(*choices):
+        yield list(combination)
+
+
+def merge_overrides(earlier: Sequence[str], later: Sequence[str]) -> list[str]:
+    """Overrides of a saved run followed by new ones; the later wins.
+
+    >>> merge_overrides(["experiment=molecules", "lr=0.1"], ["lr=0.2", "epochs=3"])
+    ['experiment=molecules', 'lr=0.2', 'epochs=3']
+    """
+    return list({text.split("=")[0].lstrip("+~"): text for text in [*earlier, *later]}.values())
+
+
+def searchpath() -> list[str]:
+    """The override by which Hydra sees the configurations of systems outside nearfar; none where there are none."""
+    packages = config_packages()
+    return [f"hydra.searchpath=[{','.join('pkg://' + package for package in packages)}]"] if packages else []
+
+
+@cache
+def _register(named: tuple[str, ...]) -> None:
+    store = ConfigStore.instance()
+    for name in named:
+        cls = options_class(name)
+        store.store(group="system", name=name, node=default_values(cls), package="_global_")
+        for group, variants in variants_of(cls).items():
+            for variant, values in variants.items():
+                store.store(group=group, name=variant, node=values)
+
+
+def register_configs() -> None:
+    """Give Hydra the options of every registered system: their defaults, and the variants of their groups."""
+    _register(tuple(systems()))
+
+
+def compose_config(overrides: Sequence[str]) -> DictConfig:
+    """The configuration that these overrides compose, with every mistake answered by the nearest name.
+
+    Its values are not checked: ``read_config`` does that.
+    """
+    values = dict(text.split("=", 1) for text in overrides if "=" in text)
+    known = experiments(config_packages())
+    if "experiment" not in values:
+        raise NearfarError(
+            "say which experiment to run: experiment=NAME, with NAME one of " + ", ".join(known)
+        )
+    if values["experiment"] not in known:
+        name = values["experiment"]
+        raise NearfarError(f"experiment={name}: there is no such experiment; {nearest_name(name, known)}")
+    for text in overrides:
+        if text[0] in "+~" and not text.lstrip("+~").startswith("hydra"):
+            raise NearfarError(
+                f"'{text}': options are fixed; write {text.lstrip('+~')} to set one that exists."
+            )
+    try:
+        return _compose("train", overrides)
+    except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: a group set to null
+        raise NearfarError(_explain(error, overrides)) from None
+
+
+def _compose(name: str, overrides: Sequence[str] = ()) -> DictConfig:
+    register_configs()
+    with initialize_config_module(CONFIGS, version_base="1.3"):
+        return compose(name, overrides=[*overrides, *searchpath()])
+
+
+def read_config(config: Any, *, saved: bool = False) -> RunOptions:
+    """The typed options of a composed configuration, or of that of a ``saved`` run; every value is checked."""
+    if isinstance(config, RunOptions):
+        return config
+    return read_options(options_class(str(config.get("system"))), config, saved=saved)
+
+
+def _groups() -> dict[str, list[str]]:
+    """The groups of options and the names one may choose in each."""
+    register_configs()
+    groups: dict[str, list[str]] = {}
+    for package in (CONFIGS, *config_packages()):
+        for folder in resources.files(package).iterdir():
+            if folder.is_dir() and not folder.name.startswith("_") and folder.name != "hydra":
+                files = [file.name[:-5] for file in folder.iterdir() if file.name.endswith(".yaml")]
+                groups.setdefault(folder.name, []).extend(files)
+    for name in systems():
+        for group, variants in variants_of(options_class(name)).items():
+            known = groups.setdefault(group, [])
+            known.extend(variant for variant in variants if variant not in known)
+    return groups
+
+
+def _explain(error: Exception, overrides: Sequence[str]) -> str:
+    text = str(error)
+    groups = _groups()
+    misspelt = re.search(r"Could not override '([^']+)'", text)
+    if misspelt:
+        key = misspelt.group(1)
+        try:
+            system = _compose("train", [o for o in overrides if o.startswith("experiment=")]).system
+            keys = list(option_table(options_class(system)))
+        except (HydraException, OmegaConfBaseException, NearfarError):
+            keys = []
+        return f"there is no option '{key}': {nearest_name(key, [*keys, *groups])}"
+    choice = re.search(r"Could not find '([^/']+)/([^']+)'", text)
+    if choice and (group := choice.group(1)) in groups:
+        name = choice.group(2)
+        return f"{group}={name}: there is no such {group}; {nearest_name(name, groups[group])}"
+    return text.strip()
+
+
+# -- configurations of runs ----------------------------------------------------------------------------------
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested configuration to dotted keys.
+
+    >>> flatten({"lr": 0.1, "data": {"train": None}})
+    {'lr': 0.1, 'data.train': None}
+    """
+    flat: dict[str, Any] = {}
+    for key, value in (to_dict(config) if is_dataclass(config) else config).items():
+        if isinstance(value, Mapping) or hasattr(value, "items"):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = (
+                list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+            )
+    return flat
+
+
+def changed_values(before: Any, after: Any) -> dict[str, list[Any]]:
+    """The keys whose value differs, with both values; keys that do not belong to the computation left out.
+
+    >>> changed_values({"lr": 0.1, "name": "a"}, {"lr": 0.2, "name": "b"})
+    {'lr': [0.1, 0.2]}
+    """
+    old, new = flatten(before), flatten(after)
+    system = new.get("system")
+    return {
+        key: [old.get(key), new.get(key)]
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and role_of(key, system) != "place"
+    }
+
+
+def override_config(config: Any, overrides: Sequence[str]) -> DictConfig:
+    """A copy of a run's configuration under ``overrides``, each ``key=value`` with the value in YAML.
+
+    ``nearfar train`` composes a configuration from files, which may have changed since a run was trained. What is to
+    differ from a run in one value alone starts from the configuration that the run saved.
+
+    A key is an option (``lr``, ``loss.symmetric``), or a group by the name of a variant (``sampler=hard``). Ranges are
+    not checked: ``read_config`` does that.
+
+    Raises ``NearfarError`` for a different form, an unknown key or choice, or a key that says where a run lies.
+
+    >>> config = {"system": "", "lr": 0.1, "sampler": {"name": "random"}}
+    >>> changed = override_config(config, ["lr=0.2", "sampler=hard"])
+    >>> changed.lr, changed.sampler.name, config["lr"]
+    (0.2, 'hard', 0.1)
+    """
+    plain = (
+        to_dict(config)
+        if is_dataclass(config)
+        else OmegaConf.to_container(OmegaConf.create(config), resolve=True)
+    )
+    copy = OmegaConf.create(plain)
+    assert isinstance(copy, DictConfig)
+    system = str(copy.get("system"))
+    known = {**(option_table(options_class(system)) if system in systems() else {}), **flatten(copy)}
+    for text in overrides:
+        key, equals, _ = text.partition("=")
+        if not equals or not key:
+            raise NearfarError(f"'{text}' is not of the form key=value.")
+        if key == "experiment" or role_of(key, system) == "place":
+            raise NearfarError(
+                f"'{text}': {key} is no part of what a run computes; give an option such as lr."
+            )
+        if key in copy and OmegaConf.is_dict(copy[key]):
+            copy[key] = _variant(key, text)
+        elif key in known:
+            OmegaConf.update(copy, key, _yaml_value(text), force_add=True)
+        else:
+            groups = [str(name) for name in copy if OmegaConf.is_dict(copy[name])]
+            raise NearfarError(f"there is no option '{key}': {nearest_name(key, [*known, *groups])}")
+    if "overrides" in copy:
+        merged = {text.partition("=")[0]: text for text in [*map(str, copy.overrides), *overrides]}
+        copy.overrides = list(merged.values())
+    return copy
+
+
+def _yaml_value(text: str) -> Any:
+    try:
+        content = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text.partition('=')[2]}"]))
+    except (OmegaConfBaseException, YAMLError, ValueError) as error:
+        raise NearfarError(f"'{text}': the value cannot be read ({str(error).splitlines()[0]}).") from None
+    assert isinstance(content, dict)
+    return content["value"]
+
+
+def _variant(group: str, text: str) -> DictConfig:
+    """The variant of a group that ``sampler=hard`` names."""
+    name, known = str(_yaml_value(text)), _groups().get(group)
+    if known is None:
+        raise NearfarError(
+            f"'{text}': {group} is a section of options; give one of them, {group}.OPTION=VALUE."
+        )
+    if name not in known:
+        raise NearfarError(f"{text}: there is no such {group}; {nearest_name(name, known)}")
+    variant: DictConfig = _compose(f"{group}/{name}")[group]
+    return variant

@@ -1,0 +1,620 @@
+"""Typed options: a dataclass says what an option may be, what it does, and what it means for comparing runs.
+
+An option is a field of a dataclass. Its annotation gives the type, ``option`` the default, the range and the help.
+Everything else is a query of these: the defaults that Hydra composes, the checks, the tables of the docs, which runs
+repeat each other, which options are paths. A run that is going to fail should fail while its user still looks at it,
+and a value that would be ignored is as wrong as one that cannot be read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal, Protocol, TypeVar, Union, get_args, get_origin
+
+from omegaconf import OmegaConf
+from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
+
+from nearfar.errors import NearfarError, nearest_name
+from nearfar.schedules import Constant, Linear, Piecewise, Step, schedule
+
+__all__ = [
+    "Choice",
+    "Names",
+    "Number",
+    "Option",
+    "Role",
+    "Rule",
+    "Scheduled",
+    "Switch",
+    "Text",
+    "column",
+    "default_values",
+    "fraction",
+    "group",
+    "option",
+    "option_table",
+    "options_of",
+    "path",
+    "raw_group",
+    "read_options",
+    "section",
+    "set_option",
+    "to_dict",
+    "variants_of",
+]
+
+#: What a different value means. ``result``: a different experiment. ``batches``: the same, and batches are composed
+#: differently; ``loss``: the same, and training losses are different quantities, so that neither compares them.
+#: ``repeat``: the same experiment again. ``place``: nothing; it says where a run lies or how it was started.
+Role = Literal["result", "batches", "loss", "repeat", "place"]
+#: What a text means on this machine: a file or folder, or a model that may be a folder.
+Place = Literal["path", "model"]
+T = TypeVar("T")
+_KEY = "nearfar"
+
+
+class Rule(Protocol):
+    """What a value may be; ``check`` raises ``NearfarError`` for anything else."""
+
+    def check(self, name: str, value: Any) -> None: ...
+
+
+# -- rules ---------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Number:
+    """A finite number between ``least`` and ``most`` (without the ends themselves where ``inside``).
+
+    >>> Number(1, whole=True).check("epochs", 2.0)
+    Traceback (most recent call last):
+    nearfar.errors.NearfarError: epochs=2.0: a whole number is needed.
+    """
+
+    least: float | None = None
+    most: float | None = None
+    whole: bool = False
+    inside: bool = False
+    optional: bool = False
+
+    def check(self, name: str, value: Any) -> None:
+        if value is None and self.optional:
+            return
+        kinds = int if self.whole else (int, float)
+        if not isinstance(value, kinds) or isinstance(value, bool) or not math.isfinite(value):
+            wanted = "a whole number" if self.whole else "a finite number"
+            raise NearfarError(f"{name}={_shown(value)}: {wanted}{' or null' * self.optional} is needed.")
+        low = -math.inf if self.least is None else self.least
+        high = math.inf if self.most is None else self.most
+        if not (low < value < high if self.inside else low <= value <= high):
+            raise NearfarError(f"{name}={value} is out of range: {self}.")
+
+    def __str__(self) -> str:
+        if self.least is None and self.most is None:
+            return "whole" if self.whole else "any number"
+        if self.most is None:
+            return f"at least {self.least:.10g}"
+        low = "any" if self.least is None else f"{self.least:.10g}"
+        return f"{low} to {self.most:.10g}" + " without the ends" * self.inside
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of some names.
+
+    >>> Choice(("number", "skip", "replace")).check("exists", "repalce")
+    Traceback (most recent call last):
+    nearfar.errors.NearfarError: exists=repalce: no such choice; did you mean 'replace'?
+    """
+
+    names: Sequence[str]
+    optional: bool = False
+
+    def check(self, name: str, value: Any) -> None:
+        if value is None and self.optional:
+            return
+        if not isinstance(value, str) or value not in self.names:
+            raise NearfarError(
+                f"{name}={_shown(value)}: no such choice; {nearest_name(str(value), self.names)}"
+            )
+
+    def __str__(self) -> str:
+        return ", ".join(self.names)
+
+
+@dataclass(frozen=True)
+class Switch:
+    """True or false."""
+
+    optional: bool = False
+
+    def check(self, name: str, value: Any) -> None:
+        if not isinstance(value, bool) and not (value is None and self.optional):
+            raise NearfarError(f"{name}={_shown(value)}: true or false is needed.")
+
+    def __str__(self) -> str:
+        return "true, false"
+
+
+@dataclass(frozen=True)
+class Text:
+    """Text that is not empty; ``number`` lets a bare number stand for its digits, as in a file called 123."""
+
+    optional: bool = False
+    number: bool = False
+
+    def check(self, name: str, value: Any) -> None:
+        if value is None and self.optional:
+            return
+        digits = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if digits and self.number:
+            return
+        if not isinstance(value, str):
+            quoted = f" Quote a name of digits: {name}='\"{value}\"'." if digits else ""
+            raise NearfarError(f"{name}={_shown(value)}: text is needed.{quoted}")
+        if not value.strip():
+            null = f"; {name}=null leaves it out" if self.optional else ""
+            raise NearfarError(f"{name} is empty{null}.")
+
+    def __str__(self) -> str:
+        return "text"
+
+
+@dataclass(frozen=True)
+class Scheduled:
+    """A number, or a schedule of numbers over the epochs (``nearfar.schedules``), each between ``least`` and ``most``.
+
+    ``what`` names a value in messages: "a whole number of neighbours".
+
+    >>> Scheduled(0, 1, what="a share of the batch").check("hard_ratio", "0.3 -> 1.6")
+    Traceback (most recent call last):
+    nearfar.errors.NearfarError: hard_ratio=0.3 -> 1.6: a share of the batch between 0 and 1 is needed.
+    """
+
+    least: float = -math.inf
+    most: float = math.inf
+    whole: bool = False
+    what: str = "a number"
+
+    def check(self, name: str, value: Any) -> None:
+        try:
+            values = _named_values(schedule(value))
+            inside = all(self.least <= each <= self.most for each in values)
+        except (TypeError, ValueError) as error:
+            raise NearfarError(f"{name}={value}: {error}") from None
+        if not inside:
+            ends = (
+                f"at least {self.least:g}"
+                if math.isinf(self.most)
+                else f"between {self.least:g} and {self.most:g}"
+            )
+            raise NearfarError(f"{name}={value}: {self.what} {ends} is needed.")
+        if self.whole and any(each != int(each) for each in values):
+            raise NearfarError(f"{name}={value}: {self.what} is needed.")
+
+    def __str__(self) -> str:
+        ends = f"at least {self.least:g}" if math.isinf(self.most) else f"{self.least:g} to {self.most:g}"
+        return f"{ends}, or a schedule"
+
+
+@dataclass(frozen=True)
+class Names:
+    """One of some names, or a list of them.
+
+    >>> Names(("morgan", "maccs")).check("fingerprints", ["morgn"])
+    Traceback (most recent call last):
+    nearfar.errors.NearfarError: fingerprints=morgn: there is no such name; did you mean 'morgan'?
+    """
+
+    names: Sequence[str]
+    optional: bool = False
+
+    def check(self, name: str, value: Any) -> None:
+        if value is None and self.optional:
+            return
+        listed = [value] if isinstance(value, str) else value
+        if not isinstance(listed, list) or not all(isinstance(each, str) for each in listed):
+            raise NearfarError(
+                f"{name}={_shown(value)}: a list of names is needed, such as [{self.names[0]}]."
+            )
+        if not listed:
+            raise NearfarError(f"{name} is empty; known: {', '.join(self.names)}.")
+        for each in listed:
+            if each not in self.names:
+                raise NearfarError(f"{name}={each}: there is no such name; {nearest_name(each, self.names)}")
+
+    def __str__(self) -> str:
+        return "one or several of " + ", ".join(self.names)
+
+
+def _named_values(rule: Any) -> tuple[float, ...]:
+    """The values that a schedule was given; those between them lie between them."""
+    match rule:
+        case Constant(value):
+            return (float(value),)
+        case Linear(start, end):
+            return (float(start), float(end))
+        case Step(values):
+            return tuple(float(value) for value in values)
+        case Piecewise(points):
+            return tuple(float(value) for _, value in points)
+    return ()
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else str(value)
+
+
+# -- fields --------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Option:
+    """One option as its dataclass declares it: the rule of its values, its help, its role, and whether it is a path."""
+
+    rule: Rule
+    help: str
+    default: Any
+    role: Role = "result"
+    place: Place | None = None
+
+
+@dataclass(frozen=True)
+class _Declared:
+    """What ``option`` keeps in a field until the annotation is read."""
+
+    help: str
+    role: Role | None = None
+    place: Place | None = None
+    rule: Rule | None = None
+    bounds: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    variants: Mapping[str, Any] | None = None
+    raw: bool = False
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    least: float | None = None,
+    most: float | None = None,
+    inside: bool = False,
+    role: Role | None = None,
+    rule: Rule | None = None,
+) -> Any:
+    """A field of a dataclass of options: its default, the text of the help with the unit, and the range of a number.
+
+    The annotation is the type: ``int``, ``float``, ``bool``, ``str`` or a ``Literal`` of choices, each perhaps
+    ``| None``; ``rule`` is for values of a different form. A subclass that changes the default alone assigns it.
+
+    >>> @dataclass
+    ... class Training:
+    ...     epochs: int = option(40, "passes over the training split", least=1)
+    >>> read_options(Training, {"epochs": 0})
+    Traceback (most recent call last):
+    nearfar.errors.NearfarError: epochs=0 is out of range: at least 1.
+    """
+    bounds = {"least": least, "most": most, "inside": inside}
+    return _field(default, _Declared(help, role, None, rule, bounds))
+
+
+def fraction(default: float, help: str, *, role: Role | None = None) -> Any:
+    """An option that is a share and leaves something, such as a dropout: 0 to .99."""
+    return option(default, help, least=0.0, most=0.99, role=role)
+
+
+def path(
+    default: str | int | None,
+    help: str,
+    *,
+    optional: bool = True,
+    model: bool = False,
+    role: Role | None = None,
+) -> Any:
+    """An option that is a file or folder, which may be called by digits; a ``model`` may be a name on a hub as well."""
+    return _field(
+        default, _Declared(help, role, "model" if model else "path", Text(optional=optional, number=True))
+    )
+
+
+def column(help: str) -> Any:
+    """The name of a column, or its number (1, 2, …) in a file without a header line; null: found by its usual names."""
+    return _field(None, _Declared(help, rule=Text(optional=True, number=True)))
+
+
+def group(*, help: str = "", role: Role | None = None, **variants: Any) -> Any:
+    """A group of options that is chosen by name: ``sampler=hard``. The first is the default of the dataclass.
+
+    Each variant is an instance of a dataclass of options. Variants of different classes are told apart by a field
+    with a ``Literal`` annotation (``name`` or ``kind``), which every one of them has.
+    """
+    first = next(iter(variants.values()))
+    return _field(first, _Declared(help, role, variants=variants))
+
+
+def section(default: Any, help: str = "", *, role: Role | None = None) -> Any:
+    """Options under a name of their own that are no group to choose, such as ``trainer``."""
+    return _field(default, _Declared(help, role))
+
+
+def raw_group(
+    default: Mapping[str, Any], help: str, *, models: Sequence[str] = (), role: Role | None = None
+) -> Any:
+    """A group whose options belong to the arguments of a class, which checks them itself, such as an encoder's.
+
+    ``models``: those of them that name a model, on a hub or in a folder.
+    """
+    return _field(dict(default), _Declared(help, role, raw=True, bounds={"models": tuple(models)}))
+
+
+def _field(default: Any, declared: _Declared) -> Any:
+    metadata = {_KEY: declared}
+    if isinstance(default, (list, dict)) or dataclasses.is_dataclass(default):
+        return dataclasses.field(default_factory=lambda: _copied(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def _copied(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.replace(
+            value, **{f.name: _copied(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        )
+    if isinstance(value, Mapping):
+        return {key: _copied(each) for key, each in value.items()}
+    return [_copied(each) for each in value] if isinstance(value, list) else value
+
+
+# -- queries -------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class _Field:
+    """A field with its declaration and the classes that its annotation allows for a group."""
+
+    name: str
+    declared: _Declared
+    default: Any
+    hint: Any
+
+    @property
+    def classes(self) -> tuple[type, ...]:
+        if self.declared.variants is not None:
+            return tuple(dict.fromkeys(type(each) for each in self.declared.variants.values()))
+        return (type(self.default),) if dataclasses.is_dataclass(self.default) else ()
+
+    @property
+    def rule(self) -> Rule:
+        return self.declared.rule or _rule_of(self.hint, self.declared.bounds, self.name)
+
+
+def _declared_fields(cls: Any) -> tuple[_Field, ...]:
+    hints = typing.get_type_hints(cls)
+    fields = []
+    for each in dataclasses.fields(cls):
+        declared = each.metadata.get(_KEY)
+        if declared is None:  # a subclass that gives a default alone keeps what its parent declared
+            declared = next(
+                (
+                    parent.__dataclass_fields__[each.name].metadata[_KEY]
+                    for parent in cls.__mro__[1:]
+                    if _KEY in getattr(parent, "__dataclass_fields__", {}).get(each.name, each).metadata
+                ),
+                None,
+            )
+        if declared is None:
+            raise TypeError(f"{cls.__name__}.{each.name} is no option: declare it with nearfar.config.option")
+        default = each.default if each.default is not dataclasses.MISSING else None
+        if each.default_factory is not dataclasses.MISSING:
+            default = each.default_factory()
+        fields.append(_Field(each.name, declared, default, hints[each.name]))
+    return tuple(fields)
+
+
+_fields: Callable[[Any], tuple[_Field, ...]] = cache(_declared_fields)
+
+
+def _rule_of(hint: Any, bounds: Mapping[str, Any], name: str) -> Rule:
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        rest = [each for each in arguments if each is not type(None)]
+        if len(rest) == 1 and len(rest) < len(arguments):
+            rule: Any = _rule_of(rest[0], bounds, name)
+            return dataclasses.replace(rule, optional=True)
+    elif origin is Literal:
+        return Choice(arguments)
+    elif hint in (int, float):
+        return Number(bounds["least"], bounds["most"], whole=hint is int, inside=bounds["inside"])
+    elif hint is bool:
+        return Switch()
+    elif hint is str:
+        return Text()
+    raise TypeError(f"option {name}: {hint} has no rule of its own; give rule=")
+
+
+def options_of(cls: type, prefix: str = "", role: Role = "result") -> Iterator[tuple[str, Option]]:
+    """Every option of a dataclass by its dotted name; of a group, those of all its variants."""
+    for each in _fields(cls):
+        name, declared = f"{prefix}{each.name}", each.declared
+        inherited: Role = declared.role or role
+        if each.classes:
+            seen: set[str] = set()
+            for kind in each.classes:
+                for key, nested in options_of(kind, f"{name}.", inherited):
+                    if key not in seen:
+                        seen.add(key)
+                        yield key, nested
+        elif declared.raw:
+            yield name, Option(Text(), declared.help, each.default, inherited)
+            for key in declared.bounds["models"]:
+                yield f"{name}.{key}", Option(Text(), declared.help, None, inherited, "model")
+        else:
+            yield name, Option(each.rule, declared.help, each.default, inherited, declared.place)
+
+
+def option_table(cls: type) -> Mapping[str, Option]:
+    """``options_of`` as a mapping, by dotted name.
+
+    >>> @dataclass
+    ... class Options:
+    ...     lr: float = option(0.1, "learning rate", least=0)
+    ...     images: str | None = path(None, "a folder of pictures")
+    >>> {name: str(each.rule) for name, each in option_table(Options).items()}
+    {'lr': 'at least 0', 'images': 'text'}
+    """
+    if cls not in _TABLES:
+        _TABLES[cls] = dict(options_of(cls))
+    return _TABLES[cls]
+
+
+_TABLES: dict[type, Mapping[str, Option]] = {}
+
+
+def variants_of(cls: type) -> dict[str, Mapping[str, Any]]:
+    """The groups of a dataclass and the named variants of each, as plain values: what Hydra chooses from."""
+    return {
+        each.name: {name: to_dict(value) for name, value in each.declared.variants.items()}
+        for each in _fields(cls)
+        if each.declared.variants is not None
+    }
+
+
+def default_values(cls: type) -> dict[str, Any]:
+    """The defaults of a dataclass as plain values, without its groups, which are chosen by name."""
+    return {
+        each.name: to_dict(each.default) if dataclasses.is_dataclass(each.default) else _copied(each.default)
+        for each in _fields(cls)
+        if each.declared.variants is None and not each.declared.raw
+    }
+
+
+def to_dict(options: Any) -> dict[str, Any]:
+    """Options as plain nested values, in the order of their declaration."""
+    return {
+        each.name: to_dict(value)
+        if dataclasses.is_dataclass(value := getattr(options, each.name))
+        else _copied(value)
+        for each in _fields(type(options))
+    }
+
+
+def set_option(options: Any, name: str, value: Any) -> None:
+    """Set the option of a dotted name, also within a group whose values are a mapping."""
+    *parents, last = name.split(".")
+    for parent in parents:
+        options = options[parent] if isinstance(options, dict) else getattr(options, parent)
+    if isinstance(options, dict):
+        options[last] = value
+    else:
+        setattr(options, last, value)
+
+
+# -- reading -------------------------------------------------------------------------------------------------
+def read_options(cls: type[T], config: Any, *, saved: bool = False) -> T:
+    """The options that a composed configuration holds, each checked by its rule, and all by ``check`` of ``cls``.
+
+    Of the configuration of a ``saved`` run, options that came after it was trained have their defaults, and those that
+    are gone are named in a warning.
+
+    Raises ``NearfarError`` for the first option that is missing, unknown, of the wrong type or out of range.
+    """
+    options = _read(cls, config, "", saved, saved)
+    check: Callable[[], None] | None = getattr(options, "check", None)
+    if check is not None:
+        check()
+    return options
+
+
+def _read(cls: type[T], config: Any, prefix: str, saved: bool, fill: bool) -> T:
+    """``fill``: options that are not there have their defaults; otherwise they are an error."""
+    values: dict[str, Any] = {}
+    for each in _fields(cls):
+        name = f"{prefix}{each.name}"
+        value = _value(config, each.name, name)
+        if value is _ABSENT:
+            if not fill:
+                raise NearfarError(f"the option {name} is missing: it was deleted, or its group is null.")
+            values[each.name] = _copied(each.default)
+        elif each.declared.raw:
+            values[each.name] = _read_raw(value, name)
+        elif each.classes:
+            values[each.name] = _read_group(each, value, name, saved, fill)
+        else:
+            each.rule.check(name, value)
+            values[each.name] = value
+    _check_unknown(cls, [str(key) for key in config if str(key) not in values], prefix, saved)
+    return cls(**values)
+
+
+def _check_unknown(cls: type, unknown: Sequence[str], prefix: str, saved: bool) -> None:
+    if not unknown:
+        return
+    if saved:
+        names = ", ".join(prefix + key for key in unknown)
+        warnings.warn(
+            f"the run was trained with options that this version does not have: {names}", stacklevel=2
+        )
+        return
+    known = [each.name for each in _fields(cls)]
+    of = f" in {prefix[:-1]}" if prefix else ""
+    raise NearfarError(f"there is no option '{unknown[0]}'{of}: {nearest_name(unknown[0], known)}")
+
+
+def _read_raw(value: Any, name: str) -> dict[str, Any]:
+    _require_group(value, name, "kind")
+    Text().check(f"{name}.kind", value.get("kind"))
+    return {str(key): each for key, each in value.items()}
+
+
+def _read_group(each: _Field, value: Any, name: str, saved: bool, fill: bool) -> Any:
+    tag = _tag(each.classes)
+    _require_group(value, name, tag or _fields(each.classes[0])[0].name)
+    if tag is None or len(each.classes) == 1:
+        return _read(each.classes[0], value, f"{name}.", saved, fill)
+    kinds = {choice: cls for cls in each.classes for choice in get_args(typing.get_type_hints(cls)[tag])}
+    choice = value.get(tag)
+    Choice(tuple(kinds)).check(f"{name}.{tag}", choice)
+    cls = kinds[choice]
+    own = {field.name for field in _fields(cls)}
+    foreign = [
+        key
+        for key in value
+        if key not in own and any(key == f.name for c in each.classes for f in _fields(c))
+    ]
+    if foreign and not saved:
+        raise NearfarError(
+            f"{name}.{foreign[0]} has no effect with {name}.{tag}={choice}; choose the whole group: {name}={choice}."
+        )
+    # A variant that is chosen by its tag alone has the defaults of its other options.
+    return _read(cls, value, f"{name}.", saved, True)
+
+
+def _tag(classes: Sequence[type]) -> str | None:
+    """The field by which variants are told apart: the first that is a ``Literal`` in all of them."""
+    for each in _fields(classes[0]):
+        if all(get_origin(typing.get_type_hints(cls).get(each.name)) is Literal for cls in classes):
+            return each.name
+    return None
+
+
+def _require_group(value: Any, name: str, example: str) -> None:
+    if not isinstance(value, Mapping):
+        raise NearfarError(
+            f"{name}={_shown(value)}: a group of options is needed here ({name}.{example} is one of them)."
+        )
+
+
+_ABSENT = object()
+
+
+def _value(config: Any, key: str, name: str) -> Any:
+    """A value without anything of OmegaConf's, or ``_ABSENT``."""
+    try:
+        if key not in config and not (OmegaConf.is_config(config) and OmegaConf.is_missing(config, key)):
+            return _ABSENT
+        value = config[key]
+        return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+    except MissingMandatoryValue:
+        raise NearfarError(f"{name} must be given: add {name}=VALUE.") from None
+    except (InterpolationResolutionError, OmegaConfBaseException) as error:
+        raise NearfarError(f"{name}: {str(error).splitlines()[0]}.") from None
