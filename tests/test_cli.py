@@ -89,8 +89,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     """A tiny run on a file whose columns have names of their own."""
     from rich.console import Console
 
-    from nearfar.launch import run_one
     from nearfar.config.compose import compose_config
+    from nearfar.launch import run_one
     from tiny_molecules import pairs
 
     folder = tmp_path_factory.mktemp("trained")

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from nearfar.config.compose import compose_config, expand, merge_overrides, quote_paths, with_saved_overrides
 from nearfar.configs import experiments
 from nearfar.errors import NearfarError
 from nearfar.launch import _check_runs, choose_folder, run_name
-from nearfar.config.compose import compose_config, expand, merge_overrides, quote_paths, with_saved_overrides
 from nearfar.systems import check_config, systems
 from nearfar.training.run_folder import RunFolder
 

@@ -10,19 +10,18 @@ import numpy as np
 import pytest
 import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from nearfar.training.options import check_training_options, processes_to_start
 from omegaconf import OmegaConf
 
+from nearfar.config.compose import compose_config, flatten
 from nearfar.configs import experiments
 from nearfar.data.splits import data_paths
 from nearfar.errors import NearfarError
-from nearfar.config.compose import compose_config
 from nearfar.systems import check_config
 from nearfar.systems.molecules.dataset import MoleculeFeatures
 from nearfar.systems.molecules.options import check_options
 from nearfar.training import ranks
 from nearfar.training.batches import build_sampler
-from nearfar.config.compose import flatten
-from nearfar.training.options import check_training_options, processes_to_start
 
 HARD = "sampler=hard"
 

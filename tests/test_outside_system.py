@@ -15,25 +15,24 @@ pytestmark = pytest.mark.slow  # real runs
 TESTS = Path(__file__).parent / "support"
 POINTS = "[nearfar.systems]\ntoy = {value}\n"
 SYSTEM = """
-from nearfar.systems import Registration
-from nearfar.training.options import check_learning_options
+from dataclasses import dataclass
 
-REGISTRATION = Registration("toy_system:ToySystem", "outside.nearfar:check_options", configs="outside.configs")
+from nearfar.config import RunOptions
+from nearfar.systems import Registration
+
+REGISTRATION = Registration("toy_system:ToySystem", "outside.nearfar:Options", configs="outside.configs")
 OTHER = "no registration"
 
 
-def check_options(config):
-    check_learning_options(config, {})
-"""
-OPTIONS = """# @package _global_
-system: toy
-epochs: 2
-batch_size: 8
-lr: 0.01
-weight_decay: 0.0
-lr_schedule: constant
-warmup: 0.0
-bootstrap: 0
+@dataclass
+class Options(RunOptions):
+    system: str = "toy"
+    epochs: int = 2
+    batch_size: int = 8
+    lr: float = 0.01
+    weight_decay: float = 0.0
+    lr_schedule: str = "constant"
+    bootstrap: int = 0
 """
 EXPERIMENT = """# @package _global_
 # Noisy linear pairs, from outside
@@ -48,7 +47,6 @@ def install(folder: Path, value: str = "outside.nearfar:REGISTRATION") -> None:
         "outside/__init__.py": "",
         "outside/nearfar.py": SYSTEM,
         "outside/configs/__init__.py": "",
-        "outside/configs/system/toy.yaml": OPTIONS,
         "outside/configs/experiment/toy.yaml": EXPERIMENT,
         "outside-1.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: outside\nVersion: 1.0\n",
         "outside-1.0.dist-info/entry_points.txt": POINTS.format(value=value),

@@ -12,12 +12,12 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from nearfar.cli import app
+from nearfar.config.compose import compose_config
+from nearfar.config.registry import _REGISTERED, Registration
 from nearfar.errors import NearfarError
 from nearfar.lab.table import read_trial, trial_table
 from nearfar.lab.trial import Trial, try_prescription
 from nearfar.launch import run_one
-from nearfar.config.compose import compose_config
-from nearfar.systems import _REGISTERED, Registration
 from nearfar.training.checkpoint import Checkpoint
 from nearfar.training.run_folder import RunFolder
 from test_what_if import hashes
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.slow  # real runs
 @pytest.fixture(scope="module", autouse=True)
 def _registered(tmp_path_factory: pytest.TempPathFactory) -> Any:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(_REGISTERED, "toy", Registration("what_if_toy:OptionsToy", "what_if_toy:check"))
+        patch.setitem(_REGISTERED, "toy", Registration("what_if_toy:OptionsToy", "what_if_toy:ToyOptions"))
         patch.setenv("NEARFAR_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
 

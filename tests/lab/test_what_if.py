@@ -13,13 +13,13 @@ import torch
 from omegaconf import OmegaConf
 from rich.console import Console
 
+from nearfar.config.compose import override_config
+from nearfar.config.registry import _REGISTERED, Registration
 from nearfar.errors import NearfarError
 from nearfar.lab.counterfactuals import Counterfactual, Effect, Refused, standard
 from nearfar.lab.table import read_what_if, what_if_table
 from nearfar.lab.what_if import WhatIf, what_if
-from nearfar.systems import _REGISTERED, Registration
 from nearfar.training.checkpoint import Checkpoint
-from nearfar.config.compose import override_config
 from nearfar.training.run_folder import RunFolder
 from toy_system import N
 from what_if_toy import OptionsToy, explicit_loss, options, trained
@@ -32,7 +32,7 @@ NOTHING = Counterfactual("nothing")
 @pytest.fixture(scope="module", autouse=True)
 def _registered() -> Any:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(_REGISTERED, "toy", Registration("what_if_toy:OptionsToy", "what_if_toy:check"))
+        patch.setitem(_REGISTERED, "toy", Registration("what_if_toy:OptionsToy", "what_if_toy:ToyOptions"))
         yield
 
 

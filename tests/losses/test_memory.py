@@ -14,11 +14,11 @@ import pytest
 import torch
 from rich.console import Console
 
+from nearfar.config.compose import compose_config
 from nearfar.errors import NearfarError
 from nearfar.launch import run_one
 from nearfar.losses import InfoNCELoss
 from nearfar.losses.memory import CrossBatchMemory
-from nearfar.config.compose import compose_config
 from nearfar.systems import build_system, trained
 from nearfar.systems.molecules.dataset import MoleculeBatch
 from nearfar.systems.molecules.system import MoleculeSystem

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from torch import nn
 
 from nearfar.batching import RandomBatchSampler
+from nearfar.config.options import set_option
+from nearfar.config.training import RunOptions, TrainerOptions
 from nearfar.losses import InfoNCELoss
 from nearfar.metrics import rank_estimates, retrieval_ranks
 from nearfar.training.system import Evaluation, StepOutput, System
@@ -82,45 +83,19 @@ class ToySystem(System):
         return Evaluation(split, estimates, [str(i) for i in range(20)], {"MRR": ranks.reciprocal()})
 
 
-def toy_config(**changes: Any) -> Any:
-    """What ``configs/train.yaml`` and a system would compose, without Hydra."""
-    config = OmegaConf.create(
-        {
-            "system": "toy",
-            "seed": 3,
-            "epochs": 4,
-            "batch_size": 8,
-            "lr": 1e-2,
-            "weight_decay": 0.01,
-            "lr_schedule": "cosine",
-            "warmup": 0.1,
-            "patience": None,
-            "min_epochs": 1,
-            "logger": None,
-            "resume_from": None,
-            "start_epoch": None,
-            "init_from": None,
-            "trainer": {
-                "accelerator": "cpu",
-                "devices": 1,
-                "precision": "32-true",
-                "accumulate": 1,
-                "cached_chunk": None,
-                "gradient_clip": 1.0,
-                "deterministic": True,
-                "threads": None,
-                "workers": 0,
-                "eval_batch_size": 16,
-                "log_every": 2,
-                "probe_every": None,
-                "probe_rows": 256,
-                "checkpoint_minutes": 60.0,
-                "checkpoint_steps": None,
-            },
-        }
+def toy_config(**changes: Any) -> RunOptions:
+    """Options of a toy run; ``trainer__threads=1`` changes one of the trainer."""
+    config = RunOptions(
+        system="toy",
+        seed=3,
+        epochs=4,
+        batch_size=8,
+        lr=1e-2,
+        warmup=0.1,
+        trainer=TrainerOptions(accelerator="cpu", eval_batch_size=16, log_every=2, checkpoint_minutes=60.0),
     )
     for key, value in changes.items():
-        OmegaConf.update(config, key.replace("__", "."), value)
+        set_option(config, key.replace("__", "."), value)
     return config
 
 

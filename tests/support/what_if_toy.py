@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from omegaconf import OmegaConf
 from torch import nn
 
 from nearfar.batching import nearest_neighbors
+from nearfar.config import RunOptions, group, option
+from nearfar.config.options import set_option
+from nearfar.config.samplers import HardBatchOptions, Items
 from nearfar.contrast import DuplicateMask, SimilarityMask, join_masks
 from nearfar.losses import InfoNCELoss
 from nearfar.training.batches import build_sampler, neighbors_needed
@@ -40,7 +43,7 @@ class OptionsToy(ToySystem):
 
     def build_sampler(self) -> Any:
         neighbors = nearest_neighbors(self.datasets["train"].y, neighbors_needed(self.config, N))
-        return build_sampler(self.config, N, neighbors)
+        return build_sampler(self.config, Items(N, neighbors))
 
     def loss_of(self, model: Any, embeddings: Any, batch: Any) -> StepOutput:
         masks: list[Any] = []
@@ -54,33 +57,31 @@ class OptionsToy(ToySystem):
         return StepOutput(value, record.to_dict)
 
 
-def check(config: Any) -> None:
-    """Every option of the toy may have any value."""
+@dataclass
+class ToyLoss:
+    """InfoNCE."""
+
+    name: Literal["infonce"] = option("infonce", "the loss")
+    symmetric: bool = option(True, "both directions")
 
 
-def options(**changes: Any) -> Any:
+@dataclass
+class ToyOptions(HardBatchOptions):
+    """Options of an ``OptionsToy``."""
+
+    system: str = "toy"
+    hardness_k: Any = 10
+    temperature: float = option(0.2, "of the similarities", role="loss")
+    mask_duplicates: bool = option(False, "copies are no negatives", role="loss")
+    batchnorm: bool = option(False, "a batch norm in one tower")
+    loss: ToyLoss = group(infonce=ToyLoss(), role="loss")
+
+
+def options(**changes: Any) -> ToyOptions:
     """The configuration of an ``OptionsToy``."""
-    config = OmegaConf.merge(
-        toy_config(),
-        {
-            "name": None,
-            "runs_dir": "runs",
-            "exists": "number",
-            "needs_init_from": False,
-            "temperature": 0.2,
-            "false_negative_threshold": None,
-            "mask_duplicates": False,
-            "batchnorm": False,
-            "sampler": {"name": "random"},
-            "loss": {"name": "infonce", "symmetric": True},
-            "hard_ratio": 0.5,
-            "hardness_k": 10,
-            "curriculum_epoch": 0,
-            "group_size": None,
-        },
-    )
+    config = ToyOptions(**{each.name: getattr(toy_config(), each.name) for each in fields(RunOptions)})
     for key, value in changes.items():
-        OmegaConf.update(config, key.replace("__", "."), value)
+        set_option(config, key.replace("__", "."), value)
     return config
 
 

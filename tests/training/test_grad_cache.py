@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from nearfar.training.options import check_training_options
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -23,7 +24,6 @@ from nearfar.losses import InfoNCELoss
 from nearfar.training.checkpoint import Checkpoint, Resume
 from nearfar.training.fit import fit
 from nearfar.training.grad_cache import cached_embeddings, cached_loss
-from nearfar.training.options import check_training_options
 from nearfar.training.run_folder import RunFolder
 from nearfar.training.system import StepOutput, System
 from test_resume import records, states_equal

@@ -13,20 +13,20 @@ from typing import Any
 
 import pytest
 import torch
+from nearfar.training.options import check_training_options
 from rich.console import Console
 from torch import nn
 
+from nearfar.config.compose import compose_config
 from nearfar.errors import NearfarError
 from nearfar.launch import run_one
 from nearfar.losses import CrossBatchMemory, InfoNCELoss, Objective, WassersteinGapLoss
 from nearfar.metrics import embedding_health
-from nearfar.config.compose import compose_config
 from nearfar.systems import build_system
 from nearfar.training.checkpoint import Checkpoint, Resume
 from nearfar.training.evaluation import consecutive
 from nearfar.training.fit import fit
 from nearfar.training.loop import TrainingLoop
-from nearfar.training.options import check_training_options
 from nearfar.training.probe import Probe, preserve_state
 from nearfar.training.recorder import highest_scale, model_facts
 from nearfar.training.run_folder import RunFolder

@@ -16,8 +16,8 @@ from torch import nn
 from typer.testing import CliRunner
 
 from nearfar.cli import app
-from nearfar.errors import NearfarError
 from nearfar.config.compose import compose_config
+from nearfar.errors import NearfarError
 from nearfar.systems import build_system
 from nearfar.training import ranks
 from nearfar.training.checkpoint import Checkpoint, Resume

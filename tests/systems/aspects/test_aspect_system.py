@@ -13,12 +13,12 @@ import torch
 from omegaconf import OmegaConf
 from rich.console import Console
 
+from nearfar.config.compose import compose_config
 from nearfar.errors import NearfarError
 from nearfar.functional import focal_loss, multi_label_supcon
 from nearfar.lab.compare import compare_runs
 from nearfar.lab.ensemble import write_ensemble
 from nearfar.launch import run_one
-from nearfar.config.compose import compose_config
 from nearfar.systems import build_system
 from nearfar.systems.aspects.labels import LabelScheme
 from nearfar.systems.aspects.model import linear_answers

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+from nearfar.config.compose import compose_config
 from nearfar.data.coco import read_coco
 from nearfar.errors import NearfarError
 from nearfar.launch import run_one
@@ -23,7 +24,6 @@ from nearfar.models.detection import DetectorOutput, SetLoss, Target
 from nearfar.models.detection.detector import corners, generalized_iou, iou, to_centre
 from nearfar.models.detection.network import SmallDetector
 from nearfar.models.image import build_image_encoder
-from nearfar.config.compose import compose_config
 from nearfar.systems import build_system
 from nearfar.systems.detector.data import DetectionDataset, read_splits
 from nearfar.systems.detector.dataset import View, make_view

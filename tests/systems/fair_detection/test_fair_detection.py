@@ -14,10 +14,10 @@ import pytest
 import torch
 from rich.console import Console
 
+from nearfar.config.compose import compose_config
 from nearfar.errors import NearfarError
 from nearfar.lab.compare import compare_runs
 from nearfar.launch import run_one
-from nearfar.config.compose import compose_config
 from nearfar.systems import build_system
 from nearfar.systems.fair_detection.system import FairDetectionSystem
 from nearfar.training.checkpoint import Checkpoint

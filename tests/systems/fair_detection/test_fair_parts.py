@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import nn
 
+from nearfar.config.compose import compose_config
 from nearfar.errors import NearfarError
 from nearfar.losses import AdaptiveScoreContrastiveLoss, WassersteinGapLoss
 from nearfar.metrics.detection import Boxes, Change, detection_change, detection_evidence
 from nearfar.models.detection import Detector, DetectorOutput, Target
-from nearfar.config.compose import compose_config
 from nearfar.systems.detector.scenes import make_scene, scenes_folder
 from nearfar.systems.fair_detection.evaluation import chosen, gap_closed, judge, ordered, panel, shuffled
 from nearfar.systems.fair_detection.model import FairModel, PerturbationGenerator, perturbed

@@ -17,9 +17,9 @@ import pytest
 import torch
 from rich.console import Console
 
+from nearfar.config.compose import compose_config, merge_overrides
 from nearfar.errors import NearfarError
 from nearfar.launch import run_one
-from nearfar.config.compose import compose_config, merge_overrides
 from nearfar.systems import build_system, trained
 from nearfar.training.checkpoint import Checkpoint
 from nearfar.training.run_folder import RunFolder

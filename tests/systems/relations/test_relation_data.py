@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from omegaconf import DictConfig
 
+from nearfar.config.compose import compose_config
 from nearfar.data.rejections import Rejections
 from nearfar.errors import NearfarError
-from nearfar.config.compose import compose_config
 from nearfar.systems.relations.data import load_data
 from nearfar.systems.relations.features import SPATIAL, names_of, spatial_numbers
 from nearfar.systems.relations.readers import LAYOUTS, Places, geometric_relation

@@ -14,11 +14,11 @@ import torch
 from rich.console import Console
 
 from nearfar.batching import RandomBatchSampler
+from nearfar.config.compose import compose_config, expand
 from nearfar.contrast import NoPositivesWarning
 from nearfar.crossval import cross_validate
 from nearfar.errors import NearfarError
 from nearfar.launch import run_one
-from nearfar.config.compose import compose_config, expand
 from nearfar.systems import build_system, check_config
 from nearfar.systems.relations.dataset import BatchesBySort, RelationBatch, Scaler, build_sampler
 from nearfar.systems.relations.evaluation import Predictions, confusion, judge, pair_retrieval, rescore

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nearfar.errors import NearfarError
 from nearfar.config.compose import compose_config, path_options, quote_paths
+from nearfar.errors import NearfarError
 from nearfar.systems.tissue.shard_dataset import read_shards
 from nearfar.systems.tissue.shards import ShardOptions, Written, write_shards
 from tissue_files import GENES, picture, plain_strings, slide_data, slide_of, write_h5ad, write_outs, write_st

@@ -14,12 +14,11 @@ import torch
 from omegaconf import OmegaConf
 from rich.console import Console
 
+from nearfar.config.compose import compose_config, flatten
 from nearfar.errors import NearfarError
-from nearfar.launch import run_one
-from nearfar.config.compose import compose_config, with_saved_overrides
+from nearfar.launch import run_one, with_saved_overrides
 from nearfar.systems import build_system, check_config
 from nearfar.systems.tissue.system import TissueSystem
-from nearfar.config.compose import flatten
 from nearfar.training.checkpoint import Checkpoint
 from nearfar.training.fit import fit
 from nearfar.training.run_folder import RunFolder
