@@ -10,26 +10,33 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from nearfar.config.compose import compose_config, expand, merge_overrides, quote_paths, with_saved_overrides
+from nearfar.config.compose import compose_config, expand, merge_overrides, quote_paths, read_config
+from nearfar.config.options import option_table, to_dict, variants_of
+from nearfar.config.registry import options_class
 from nearfar.configs import experiments
 from nearfar.errors import NearfarError
-from nearfar.launch import _check_runs, choose_folder, run_name
+from nearfar.launch import _check_runs, choose_folder, run_name, with_saved_overrides
 from nearfar.systems import check_config, systems
 from nearfar.training.run_folder import RunFolder
 
 PYPROJECT = Path(__file__).parents[1] / "pyproject.toml"
-REQUIRED = {"fine_tune": ["init_from=runs/some"]}
+REQUIRED = {"fine_tune": ["init_from=runs/some"], "tissue_sections": ["data.dir=shards"]}
 
 
-def groups() -> list[tuple[str, str]]:
-    root = resources.files("nearfar.configs")
-    return [
-        (folder.name, file.name[:-5])
-        for folder in root.iterdir()
-        if folder.is_dir() and folder.name not in ("experiment", "__pycache__")
-        for file in folder.iterdir()
-        if file.name.endswith(".yaml")
-    ]
+#: groups of encoders are files, the others are declared with the options of each system
+FILES = [
+    (folder.name, file.name[:-5])
+    for folder in resources.files("nearfar.configs").iterdir()
+    if folder.is_dir() and folder.name.endswith("_encoder")
+    for file in folder.iterdir()
+    if file.name.endswith(".yaml")
+]
+DECLARED = [
+    (system, group, choice)
+    for system in systems()
+    for group, variants in variants_of(options_class(system)).items()
+    for choice in variants
+]
 
 
 @pytest.mark.parametrize("name", experiments())
@@ -39,10 +46,58 @@ def test_every_experiment_composes_and_is_described(name: str) -> None:
     assert len(experiments()[name]) > 20
 
 
-@pytest.mark.parametrize(("group", "choice"), groups())
-def test_every_choice_composes(group: str, choice: str) -> None:
-    config = compose_config(["experiment=molecules", f"{group}={choice}"])
+@pytest.mark.parametrize(("group", "choice"), FILES)
+def test_every_encoder_composes(group: str, choice: str) -> None:
+    config = compose_config(["experiment=relations", f"{group}={choice}"])
     OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+
+
+@pytest.mark.parametrize(("system", "group", "choice"), DECLARED)
+def test_every_choice_is_read_as_it_was_declared(system: str, group: str, choice: str) -> None:
+    """Composed by Hydra, read and checked, a group is the dataclass that its system declares."""
+    experiment = {"tissue": "medium_spatial"}.get(system, system)
+    needed = ["data.dir=shards"] if choice == "her2st" else []
+    options = read_config(compose_config([f"experiment={experiment}", f"{group}={choice}", *needed]))
+    declared = variants_of(options_class(system))[group][choice]
+    assert {**to_dict(getattr(options, group)), "dir": None} == {**declared, "dir": None}
+
+
+def test_what_two_systems_call_alike_is_the_same() -> None:
+    """Hydra has one place for ``sampler=hard``: variants of one name in one group must not differ."""
+    seen: dict[tuple[str, str], object] = {}
+    for system, group, choice in DECLARED:
+        variant = variants_of(options_class(system))[group][choice]
+        assert seen.setdefault((group, choice), variant) == variant, (system, group, choice)
+
+
+@pytest.mark.parametrize("system", systems())
+def test_every_option_is_described(system: str) -> None:
+    for name, option in option_table(options_class(system)).items():
+        assert option.help or name.endswith("_training"), name
+        assert str(option.rule), name
+
+
+def test_a_choice_is_whole_and_an_option_of_a_different_one_is_named() -> None:
+    with pytest.raises(
+        NearfarError, match=r"sampler\.order has no effect with sampler\.name=random; choose the whole"
+    ):
+        read_config(compose_config(["experiment=molecules", "sampler=hard", "sampler.name=random"]))
+    with pytest.raises(NearfarError, match="there is no option 'image_encoder'"):
+        read_config(compose_config(["experiment=molecules", "image_encoder=small"]))
+
+
+def test_a_saved_run_of_a_different_version() -> None:
+    """Options that came later have their defaults, and those that are gone are named."""
+    config = compose_config(["experiment=molecules", "lr=0.5"])
+    saved = OmegaConf.to_container(config)
+    assert isinstance(saved, dict)
+    del saved["memory"]
+    with pytest.raises(NearfarError, match="the option memory is missing"):
+        read_config(saved)
+    saved["gone"] = 3
+    with pytest.warns(UserWarning, match="does not have: gone"):
+        options = read_config(saved, saved=True)
+    assert options == read_config(config)
 
 
 @pytest.mark.parametrize(

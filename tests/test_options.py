@@ -10,25 +10,23 @@ import numpy as np
 import pytest
 import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from nearfar.training.options import check_training_options, processes_to_start
 from omegaconf import OmegaConf
 
 from nearfar.config.compose import compose_config, flatten
+from nearfar.config.samplers import Items
 from nearfar.configs import experiments
 from nearfar.data.splits import data_paths
 from nearfar.errors import NearfarError
 from nearfar.systems import check_config
 from nearfar.systems.molecules.dataset import MoleculeFeatures
-from nearfar.systems.molecules.options import check_options
 from nearfar.training import ranks
 from nearfar.training.batches import build_sampler
+from nearfar.training.fabric import processes_to_start
 
 HARD = "sampler=hard"
 
 
-def check(config: Any) -> None:
-    check_training_options(config)
-    check_options(config)
+check = check_config
 
 
 def composed(*overrides: str) -> Any:
@@ -224,13 +222,11 @@ def test_devices_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     check(composed("trainer.precision=16-mixed", "trainer.accelerator=gpu"))
     for devices, processes in (("auto", 2), (2, 2), (1, 1)):
-        config = composed(f"trainer.devices={devices}")
-        check(config)
+        config = check(composed(f"trainer.devices={devices}"))
         assert processes_to_start(config.trainer) == processes
     with pytest.raises(NearfarError, match=r"3 processes on this machine, and PyTorch sees 2 GPU"):
         check(composed("trainer.devices=3"))
-    on_cpu = composed("trainer.devices=auto", "trainer.accelerator=cpu")
-    check(on_cpu)
+    on_cpu = check(composed("trainer.devices=auto", "trainer.accelerator=cpu"))
     assert processes_to_start(on_cpu.trainer) == 1
     check(composed("trainer.devices=3", "trainer.accelerator=cpu"))
     monkeypatch.setattr(ranks, "count", lambda: 2)
@@ -262,21 +258,20 @@ def test_chirality_reaches_the_fingerprint() -> None:
     pair = ["C[C@H](N)C(=O)O", "C[C@@H](N)C(=O)O"]
     for chirality in ("true", "false"):
         config = composed(f"fingerprint_chirality={chirality}", "fingerprints=[morgan]")
-        features = MoleculeFeatures.from_config(config)
+        features = MoleculeFeatures.from_config(check(config))
         assert features.fingerprint is not None
         assert features.fingerprint.chirality is (chirality == "true")
         _, (left, right) = features.compute(pair)  # type: ignore[misc]
         assert np.array_equal(left, right) is (chirality == "false")
-    assert MoleculeFeatures.from_config(composed("molecule_encoder=graph")).fingerprint is None
+    assert MoleculeFeatures.from_config(check(composed("molecule_encoder=graph"))).fingerprint is None
 
 
 def test_sampler_by_name_alone_has_an_order() -> None:
     from nearfar.batching import nearest_neighbors
 
-    config = composed("sampler.name=hard", "batch_size=8", "hardness_k=20")
-    check(config)
+    config = check(composed("sampler.name=hard", "batch_size=8", "hardness_k=20"))
     points = np.random.default_rng(0).standard_normal((64, 4))
-    assert build_sampler(config, 64, nearest_neighbors(points, 20)).order == "level"
+    assert build_sampler(config, Items(64, nearest_neighbors(points, 20))).order == "level"
 
 
 def test_paths_of_digits_and_folders_that_are_not_there(

@@ -48,7 +48,7 @@ def train(
     """Train: experiment=NAME key=value …
 
     Everything after [bold]train[/bold] goes to Hydra: [bold]-m[/bold] sweeps over comma-separated values,
-    [bold]--cfg job[/bold] prints the composed configuration.
+    [bold]--cfg job[/bold] prints the composed configuration. [bold]nearfar options SYSTEM[/bold] lists the options.
     """
     if list_:
         from nearfar.config.registry import config_packages
@@ -68,6 +68,23 @@ def train(
     from nearfar.launch import launch
 
     launch(arguments)
+
+
+@app.command()
+def options(
+    system: Annotated[str, typer.Argument(help="A system, such as molecules.")],
+    markdown: Annotated[bool, typer.Option("--markdown", help="The tables of the docs.")] = False,
+) -> None:
+    """The options of a system: their defaults, the values they may have, and what they do."""
+    from nearfar.config.registry import options_class
+    from nearfar.config.tables import markdown_table, option_rows, options_table
+    from nearfar.config.training import RunOptions
+
+    if markdown:
+        typer.echo(markdown_table(option_rows(options_class(system), RunOptions)))
+        return
+    for table in options_table(system):
+        terminal.console().print(table)
 
 
 @app.command()

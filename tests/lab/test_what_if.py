@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from nearfar.config.compose import override_config
+from nearfar.config.options import read_options, to_dict
 from nearfar.config.registry import _REGISTERED, Registration
 from nearfar.errors import NearfarError
 from nearfar.lab.counterfactuals import Counterfactual, Effect, Refused, standard
@@ -22,7 +23,7 @@ from nearfar.lab.what_if import WhatIf, what_if
 from nearfar.training.checkpoint import Checkpoint
 from nearfar.training.run_folder import RunFolder
 from toy_system import N
-from what_if_toy import OptionsToy, explicit_loss, options, trained
+from what_if_toy import OptionsToy, ToyOptions, explicit_loss, options, trained
 
 pytestmark = pytest.mark.slow  # real runs
 
@@ -369,7 +370,7 @@ def test_what_cannot_be_altered(override: str, message: str) -> None:
 
 
 def test_altered_copies_and_keeps_the_record_of_overrides() -> None:
-    config = OmegaConf.merge(options(), {"overrides": ["experiment=toy", "lr=1"]})
+    config = options(overrides=["experiment=toy", "lr=1"])
     found = override_config(config, ["lr=2", "hard_ratio=0.3 -> 0.6", "sampler=hard"])
     assert found.overrides == ["experiment=toy", "lr=2", "hard_ratio=0.3 -> 0.6", "sampler=hard"]
     assert (found.lr, found.hard_ratio, found.sampler) == (
@@ -378,4 +379,8 @@ def test_altered_copies_and_keeps_the_record_of_overrides() -> None:
         {"name": "hard", "order": "level"},
     )
     assert config.lr == 0.01
-    assert found.trainer.max_steps is None, "an option that came after the run has its default"
+    old = to_dict(config)
+    del old["trainer"]["max_steps"]
+    assert read_options(ToyOptions, old, saved=True).trainer.max_steps is None, "it came after the run"
+    with pytest.raises(NearfarError, match=r"the option trainer\.max_steps is missing"):
+        read_options(ToyOptions, old)

@@ -11,7 +11,7 @@ from torch import nn
 
 from nearfar.batching import nearest_neighbors
 from nearfar.config import RunOptions, group, option
-from nearfar.config.options import set_option
+from nearfar.config.options import read_options, set_option
 from nearfar.config.samplers import HardBatchOptions, Items
 from nearfar.contrast import DuplicateMask, SimilarityMask, join_masks
 from nearfar.losses import InfoNCELoss
@@ -26,6 +26,8 @@ class OptionsToy(ToySystem):
     """Rows 0 and 1 mean nearly the same (a false negative), rows 2 and 3 are copies."""
 
     def __init__(self, config: Any) -> None:
+        if not isinstance(config, ToyOptions):  # that of a saved run
+            config = read_options(ToyOptions, config, saved=True)
         super().__init__(config)
         self.loss = InfoNCELoss(config.temperature, symmetric=config.loss.symmetric)
 

@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from nearfar.training.options import check_training_options
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from nearfar.errors import NearfarError
 from nearfar.losses import InfoNCELoss
+from nearfar.systems import check_config
 from nearfar.training.checkpoint import Checkpoint, Resume
 from nearfar.training.fit import fit
 from nearfar.training.grad_cache import cached_embeddings, cached_loss
@@ -705,8 +705,8 @@ def test_a_chunk_as_large_as_the_batch_is_refused() -> None:
     from nearfar.config.compose import compose_config
 
     run = ["experiment=molecules", "batch_size=64", "trainer.accelerator=cpu"]
-    check_training_options(compose_config([*run, "trainer.cached_chunk=63"]))
+    check_config(compose_config([*run, "trainer.cached_chunk=63"]))
     with pytest.raises(NearfarError, match="the batch is one chunk"):
-        check_training_options(compose_config([*run, "trainer.cached_chunk=64"]))
+        check_config(compose_config([*run, "trainer.cached_chunk=64"]))
     with pytest.raises(NearfarError, match="out of range: at least 1"):
-        check_training_options(compose_config([*run, "trainer.cached_chunk=0"]))
+        check_config(compose_config([*run, "trainer.cached_chunk=0"]))

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from nearfar.training.options import check_training_options
 from rich.console import Console
 from torch import nn
 
@@ -22,7 +21,7 @@ from nearfar.errors import NearfarError
 from nearfar.launch import run_one
 from nearfar.losses import CrossBatchMemory, InfoNCELoss, Objective, WassersteinGapLoss
 from nearfar.metrics import embedding_health
-from nearfar.systems import build_system
+from nearfar.systems import build_system, check_config
 from nearfar.training.checkpoint import Checkpoint, Resume
 from nearfar.training.evaluation import consecutive
 from nearfar.training.fit import fit
@@ -455,7 +454,7 @@ def test_wrong_options_are_named(change: Mapping[str, Any]) -> None:
     for key, value in change.items():
         config.trainer[key.split("__")[1]] = value
     with pytest.raises(NearfarError, match=next(iter(change)).replace("__", r"\.")):
-        check_training_options(config)
+        check_config(config)
 
 
 # -- molecules -----------------------------------------------------------------------------------------------

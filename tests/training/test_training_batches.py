@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from omegaconf import OmegaConf
 
 from nearfar.batching import nearest_neighbors
+from nearfar.config.samplers import HardBatchOptions, HardSampler, Items
 from nearfar.errors import NearfarError
 from nearfar.training.batches import build_sampler, check_batches
 
@@ -17,24 +17,14 @@ POINTS = RNG.standard_normal((20, 16))[RNG.integers(20, size=600)] + 0.3 * RNG.s
 
 
 def config(**changes: Any) -> Any:
-    options = {
-        "sampler": {"name": "hard", "order": "level"},
-        "batch_size": 20,
-        "seed": 0,
-        "epochs": 4,
-        "hard_ratio": 0.5,
-        "hardness_k": 20,
-        "curriculum_epoch": 0,
-        "group_size": None,
-        "false_negative_threshold": None,
-    }
-    return OmegaConf.create(options | changes)
+    given = {"batch_size": 20, "epochs": 4, "hardness_k": 20, "sampler": HardSampler()}
+    return HardBatchOptions(**given | changes)
 
 
 @pytest.mark.parametrize("ratio", [0.5, "0 -> 0.5", "linear 0 -> 0.8"])
 def test_misaligned_neighbours_are_refused_before_training(ratio: Any) -> None:
     options = config(hard_ratio=ratio)
-    aligned = build_sampler(options, 600, nearest_neighbors(POINTS, 20))
+    aligned = build_sampler(options, Items(600, nearest_neighbors(POINTS, 20)))
     before = aligned.hard_ratio
     said: list[str] = []
     check_batches(options, aligned, POINTS, said.append)
@@ -42,11 +32,13 @@ def test_misaligned_neighbours_are_refused_before_training(ratio: Any) -> None:
     assert aligned.hard_ratio == before
     shuffled = nearest_neighbors(POINTS[np.random.default_rng(1).permutation(600)], 20)
     with pytest.raises(NearfarError):
-        check_batches(options, build_sampler(options, 600, shuffled), POINTS, said.append)
+        check_batches(options, build_sampler(options, Items(600, shuffled)), POINTS, said.append)
 
 
 def test_random_batches_are_not_called_hard() -> None:
     options = config(hard_ratio=0)
     said: list[str] = []
-    check_batches(options, build_sampler(options, 600, nearest_neighbors(POINTS, 20)), POINTS, said.append)
+    check_batches(
+        options, build_sampler(options, Items(600, nearest_neighbors(POINTS, 20))), POINTS, said.append
+    )
     assert said == ["A/A check: none, every batch is random (hard_ratio=0)"]

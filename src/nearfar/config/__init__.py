@@ -2,6 +2,7 @@
 
 from nearfar.config.options import (
     Choice,
+    Encoding,
     Names,
     Number,
     Rule,
@@ -23,6 +24,7 @@ from nearfar.config.training import RunOptions, TrainerOptions
 
 __all__ = [
     "Choice",
+    "Encoding",
     "Names",
     "Number",
     "Registration",

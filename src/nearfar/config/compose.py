@@ -36,6 +36,7 @@ __all__ = [
     "compose_config",
     "expand",
     "flatten",
+    "group_choices",
     "merge_overrides",
     "override_config",
     "parse",
@@ -216,7 +217,7 @@ def read_config(config: Any, *, saved: bool = False) -> RunOptions:
     return read_options(options_class(str(config.get("system"))), config, saved=saved)
 
 
-def _groups() -> dict[str, list[str]]:
+def group_choices() -> dict[str, list[str]]:
     """The groups of options and the names one may choose in each."""
     register_configs()
     groups: dict[str, list[str]] = {}
@@ -234,7 +235,7 @@ def _groups() -> dict[str, list[str]]:
 
 def _explain(error: Exception, overrides: Sequence[str]) -> str:
     text = str(error)
-    groups = _groups()
+    groups = group_choices()
     misspelt = re.search(r"Could not override '([^']+)'", text)
     if misspelt:
         key = misspelt.group(1)
@@ -341,7 +342,7 @@ def _yaml_value(text: str) -> Any:
 
 def _variant(group: str, text: str) -> DictConfig:
     """The variant of a group that ``sampler=hard`` names."""
-    name, known = str(_yaml_value(text)), _groups().get(group)
+    name, known = str(_yaml_value(text)), group_choices().get(group)
     if known is None:
         raise NearfarError(
             f"'{text}': {group} is a section of options; give one of them, {group}.OPTION=VALUE."

@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal, Protocol, TypeVar, Union, get_args, get_origin
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar, Union, get_args, get_origin
 
 from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
@@ -26,6 +26,8 @@ from nearfar.schedules import Constant, Linear, Piecewise, Step, schedule
 
 __all__ = [
     "Choice",
+    "Encoding",
+    "GroupOf",
     "Names",
     "Number",
     "Option",
@@ -200,6 +202,22 @@ class Scheduled:
     def __str__(self) -> str:
         ends = f"at least {self.least:g}" if math.isinf(self.most) else f"{self.least:g} to {self.most:g}"
         return f"{ends}, or a schedule"
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """The encoding of text files; null leaves it to the file."""
+
+    optional: bool = True
+
+    def check(self, name: str, value: Any) -> None:
+        from nearfar.data.delimited import require_text_encoding
+
+        if value is not None:
+            require_text_encoding(str(value), name)
+
+    def __str__(self) -> str:
+        return "an encoding that Python knows"
 
 
 @dataclass(frozen=True)
@@ -477,6 +495,32 @@ def variants_of(cls: type) -> dict[str, Mapping[str, Any]]:
         for each in _fields(cls)
         if each.declared.variants is not None
     }
+
+
+class GroupOf(NamedTuple):
+    """A group of options: the name of its default, the names one may choose, its help; ``raw`` of an encoder's."""
+
+    default: str
+    names: tuple[str, ...]
+    help: str
+    raw: bool
+
+
+def declared_groups(cls: type) -> dict[str, GroupOf]:
+    """The groups of a dataclass that are chosen by name."""
+    groups = {}
+    for each in _fields(cls):
+        declared = each.declared
+        if declared.raw:
+            groups[each.name] = GroupOf(str(each.default.get("kind")), (), declared.help, True)
+        elif declared.variants is not None:
+            names = tuple(declared.variants)
+            about = declared.help or " ".join(
+                f"{name}: {(type(value).__doc__ or '').strip().splitlines()[0]}"
+                for name, value in declared.variants.items()
+            )
+            groups[each.name] = GroupOf(names[0], names, about, False)
+    return groups
 
 
 def default_values(cls: type) -> dict[str, Any]:

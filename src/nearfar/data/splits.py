@@ -7,12 +7,11 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
 
-from nearfar.data.delimited import require_text_encoding
 from nearfar.errors import NearfarError
 from nearfar.ids import plain_ids
 from nearfar.metrics.estimate import split_hash
 
-__all__ = ["SPLIT_NAMES", "Encoding", "check_disjoint", "column_name", "data_paths", "split_hash"]
+__all__ = ["SPLIT_NAMES", "check_disjoint", "column_name", "data_paths", "split_hash"]
 
 
 SPLIT_NAMES = {
@@ -24,15 +23,6 @@ ENDINGS = (
     *(".txt", ".tsv", ".csv", ".parquet", ".jsonl", ".json", ".xlsx"),
     *(".csv.gz", ".tsv.gz", ".txt.gz", ".jsonl.gz", ".smi", ".smi.gz", ".sdf", ".sdf.gz", ".xml"),
 )
-
-
-class Encoding:
-    """The rule of the option ``data.encoding``: null, or an encoding that Python knows."""
-
-    def check(self, name: str, value: Any) -> None:
-        """Raise ``NearfarError`` for anything else."""
-        if value is not None:
-            require_text_encoding(str(value), name)
 
 
 def column_name(value: Any) -> str | None:

@@ -24,7 +24,7 @@ from nearfar.models.detection import DetectorOutput, SetLoss, Target
 from nearfar.models.detection.detector import corners, generalized_iou, iou, to_centre
 from nearfar.models.detection.network import SmallDetector
 from nearfar.models.image import build_image_encoder
-from nearfar.systems import build_system
+from nearfar.systems import build_system, check_config
 from nearfar.systems.detector.data import DetectionDataset, read_splits
 from nearfar.systems.detector.dataset import View, make_view
 from nearfar.systems.detector.model import load_detector
@@ -382,7 +382,9 @@ def test_a_view_drops_boxes_that_are_cut_away() -> None:
 
 def options(folder: Path, **changes: Any) -> Any:
     overrides = [f"data.{name}={value}" for name, value in changes.items()]
-    return compose_config(["experiment=detector", f"data.dir={folder}", *SMALL, *overrides]).data
+    return check_config(
+        compose_config(["experiment=detector", f"data.dir={folder}", *SMALL, *overrides])
+    ).data
 
 
 def test_splits_by_the_files_that_are_there(tmp_path: Path) -> None:
@@ -422,7 +424,9 @@ def test_splits_by_files_that_are_named(tmp_path: Path) -> None:
     config.data.test = None
     assert sum(len(split) for split in read_splits(config.data).values()) == 20, "the advice works"
     with pytest.raises(NearfarError, match=r"no data\.train to learn from"):
-        read_splits(compose_config(["experiment=detector", f"data.val={tmp_path}/b/second.json"]).data)
+        read_splits(
+            check_config(compose_config(["experiment=detector", f"data.val={tmp_path}/b/second.json"])).data
+        )
 
 
 def test_pictures_of_one_name_in_two_folders_are_no_leak_and_copies_are_said(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from nearfar.errors import NearfarError
 from nearfar.losses import AdaptiveScoreContrastiveLoss, WassersteinGapLoss
 from nearfar.metrics.detection import Boxes, Change, detection_change, detection_evidence
 from nearfar.models.detection import Detector, DetectorOutput, Target
+from nearfar.systems import check_config
 from nearfar.systems.detector.scenes import make_scene, scenes_folder
 from nearfar.systems.fair_detection.evaluation import chosen, gap_closed, judge, ordered, panel, shuffled
 from nearfar.systems.fair_detection.model import FairModel, PerturbationGenerator, perturbed
@@ -27,7 +28,7 @@ GROUPS = ("faint", "clear")
 
 
 def config(*overrides: str) -> Any:
-    return compose_config(["experiment=fair_detection", *overrides])
+    return check_config(compose_config(["experiment=fair_detection", *overrides]))
 
 
 # -- generator -----------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 from nearfar.config.compose import compose_config
 from nearfar.data.rejections import Rejections
 from nearfar.errors import NearfarError
+from nearfar.systems import check_config
 from nearfar.systems.relations.data import load_data
 from nearfar.systems.relations.features import SPATIAL, names_of, spatial_numbers
 from nearfar.systems.relations.readers import LAYOUTS, Places, geometric_relation
@@ -27,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("module_cache")
 
 
 def config(*overrides: str) -> DictConfig:
-    return compose_config(["experiment=relations", *overrides])
+    return check_config(compose_config(["experiment=relations", *overrides]))
 
 
 def test_names() -> None:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from nearfar.config import RunOptions, column, fraction, group, option, path, raw_group, samplers
+from nearfar.config import Encoding, RunOptions, column, fraction, group, option, path, raw_group, samplers
 from nearfar.config.samplers import SamplerOptions
-from nearfar.data.splits import Encoding
 from nearfar.errors import NearfarError
 from nearfar.systems.aspects.labels import code_words
 

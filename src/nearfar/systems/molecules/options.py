@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from nearfar.config import Names, column, fraction, group, option, path, raw_group
+from nearfar.config import Encoding, Names, column, fraction, group, option, path, raw_group
 from nearfar.config.samplers import HardBatchOptions
-from nearfar.data.splits import Encoding
 from nearfar.errors import NearfarError
 from nearfar.systems.molecules.fingerprint import FINGERPRINT_KINDS
 
