@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import tomllib
 from importlib import resources
@@ -13,6 +14,8 @@ from omegaconf import OmegaConf
 from nearfar.config.compose import compose_config, expand, merge_overrides, quote_paths, read_config
 from nearfar.config.options import option_table, to_dict, variants_of
 from nearfar.config.registry import options_class
+from nearfar.config.tables import markdown_table, option_rows
+from nearfar.config.training import RunOptions
 from nearfar.configs import experiments
 from nearfar.errors import NearfarError
 from nearfar.launch import _check_runs, choose_folder, run_name, with_saved_overrides
@@ -200,3 +203,20 @@ def test_every_system_has_an_extra_that_is_tested() -> None:
     extras = tomllib.loads(PYPROJECT.read_text())["project"]["optional-dependencies"]
     assert set(systems()) <= set(extras)
     assert set(systems()) <= set(re.findall(r"\w+", extras["dev"][0]))
+
+
+PAGES = {"": "docs/options.md"} | {system: f"docs/systems/{system}.md" for system in systems()}
+
+
+@pytest.mark.parametrize("system", PAGES)
+def test_the_tables_of_the_docs_are_those_of_the_options(system: str) -> None:
+    """NEARFAR_WRITE_DOCS=1 writes them."""
+    page = PYPROJECT.parent / PAGES[system]
+    begin = f"<!-- options: {system} -->" if system else "<!-- options -->"
+    before, rest = page.read_text().split(begin)
+    _, after = rest.split("<!-- end -->", 1)
+    rows = option_rows(options_class(system), RunOptions) if system else option_rows(RunOptions)
+    text = f"{before}{begin}\n\n{markdown_table(rows)}\n\n<!-- end -->{after}"
+    if os.environ.get("NEARFAR_WRITE_DOCS"):
+        page.write_text(text)
+    assert page.read_text() == text, "write them anew: NEARFAR_WRITE_DOCS=1 pytest tests/test_configs.py"

@@ -450,24 +450,32 @@ def _rule_of(hint: Any, bounds: Mapping[str, Any], name: str) -> Rule:
     raise TypeError(f"option {name}: {hint} has no rule of its own; give rule=")
 
 
-def options_of(cls: type, prefix: str = "", role: Role = "result") -> Iterator[tuple[str, Option]]:
-    """Every option of a dataclass by its dotted name; of a group, those of all its variants."""
+def options_of(
+    cls: type, prefix: str = "", role: Role = "result", instance: Any = None
+) -> Iterator[tuple[str, Option]]:
+    """Every option of a dataclass by its dotted name; of a group, those of all its variants.
+
+    Defaults are those of the ``instance``, where one is given.
+    """
     for each in _fields(cls):
         name, declared = f"{prefix}{each.name}", each.declared
+        default = each.default if instance is None else getattr(instance, each.name)
         inherited: Role = declared.role or role
         if each.classes:
+            variants = list(declared.variants.values()) if declared.variants is not None else [default]
             seen: set[str] = set()
             for kind in each.classes:
-                for key, nested in options_of(kind, f"{name}.", inherited):
+                first = next(variant for variant in variants if type(variant) is kind)
+                for key, nested in options_of(kind, f"{name}.", inherited, first):
                     if key not in seen:
                         seen.add(key)
                         yield key, nested
         elif declared.raw:
-            yield name, Option(Text(), declared.help, each.default, inherited)
+            yield name, Option(Text(), declared.help, default, inherited)
             for key in declared.bounds["models"]:
                 yield f"{name}.{key}", Option(Text(), declared.help, None, inherited, "model")
         else:
-            yield name, Option(each.rule, declared.help, each.default, inherited, declared.place)
+            yield name, Option(each.rule, declared.help, default, inherited, declared.place)
 
 
 def option_table(cls: type) -> Mapping[str, Option]:

@@ -169,13 +169,13 @@ class HardBatchOptions(RunOptions):
 
     hard_ratio: Any = option(
         0.5,
-        "share of a batch that is hard, of sampler=hard; a number or a schedule",
+        'of sampler=hard: share of a batch that is hard, the pivot counted in; "0.3 -> 0.6" is a schedule',
         rule=Scheduled(0, 1, what="a share of the batch"),
         role="batches",
     )
     hardness_k: Any = option(
         100,
-        "nearest neighbours that hard items are drawn from; a number or a schedule",
+        "nearest neighbours that hard items are drawn from",
         rule=Scheduled(1, whole=True, what="a whole number of neighbours"),
         role="batches",
     )

@@ -45,6 +45,11 @@ def option_rows(cls: type, base: type | None = None) -> list[OptionRow]:
             continue
         if groups.get(name) and groups[name].raw:
             continue
+        if name.count(".") > 1:  # options of a part that has a page of its own
+            deep = ".".join(name.split(".")[:2]) + ".*"
+            if not any(row.name == deep for row in rows):
+                rows.append(OptionRow(deep, "", "", "options of that part, by their own names"))
+            continue
         values = str(each.rule) + (", or null" if getattr(each.rule, "optional", False) else "")
         row = OptionRow(name, written(each.default), values, each.help)
         if inherited.get(name) != row:
