@@ -12,11 +12,12 @@ import pytest
 import nearfar
 
 SOURCE = Path(nearfar.__file__).parent
-FLOORS = [
-    {"cli", "data_cli", "launch", "crossval"},
-    {"overrides"},
-    {"lab", "systems"},
-    {"training"},
+#: the rings of docs/architecture.md, each from its top floor to its ground
+VERBS = [{"cli", "data_cli", "launch", "crossval"}]
+WORKBENCH_ABOVE = [{"lab"}]
+APPLICATIONS = [{"systems"}]
+WORKBENCH = [{"training"}, {"config"}]
+CORE = [
     {"doctor"},
     {"batching", "metrics", "data", "models"},
     {"functional"},
@@ -26,6 +27,7 @@ FLOORS = [
     {"arguments"},
     {"errors"},
 ]
+FLOORS = [*VERBS, *WORKBENCH_ABOVE, *APPLICATIONS, *WORKBENCH, *CORE]
 LEVEL = {name: level for level, floor in enumerate(FLOORS) for name in floor}
 
 
@@ -55,6 +57,23 @@ def test_imports_point_down(path: Path) -> None:
         assert LEVEL[other] >= LEVEL[own], (
             f"{path.relative_to(SOURCE)} imports {other}, which stands above it"
         )
+
+
+def test_every_module_has_a_floor() -> None:
+    names = {path.relative_to(SOURCE).parts[0].removesuffix(".py") for path in modules()}
+    assert names == LEVEL.keys()
+
+
+def test_no_system_knows_another() -> None:
+    """But for fair detection, which is about a detector."""
+    for path in (SOURCE / "systems").rglob("*.py"):
+        own = path.relative_to(SOURCE / "systems").parts[0].removesuffix(".py")
+        foreign = {
+            node.module.split(".")[2]
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("nearfar.systems.")
+        } - {own}
+        assert foreign <= ({"detector"} if own == "fair_detection" else set()), path
 
 
 def loaded(code: str) -> set[str]:
