@@ -8,10 +8,10 @@ and outputs, and a function that turns the collected outputs of a split into est
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -62,12 +62,15 @@ class Evaluation:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
-class BatchDataset(Protocol):
+Rows = TypeVar("Rows", covariant=True)
+
+
+class BatchDataset(Protocol[Rows]):
     """A dataset that hands out a whole batch for a list of positions."""
 
     def __len__(self) -> int: ...
 
-    def __getitems__(self, positions: list[int]) -> Any: ...
+    def __getitems__(self, positions: list[int]) -> Rows: ...
 
     def set_epoch(self, epoch: int) -> None: ...
 
@@ -75,7 +78,7 @@ class BatchDataset(Protocol):
 class TrainSampler(Protocol):
     """The batch samplers of ``nearfar.batching``."""
 
-    def __iter__(self) -> Any: ...
+    def __iter__(self) -> Iterator[list[int]]: ...
 
     def __len__(self) -> int: ...
 
@@ -86,8 +89,19 @@ class TrainSampler(Protocol):
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
-class System(ABC):
-    """One complete job, from data to metrics. Built from its configuration; reads its data in ``prepare``.
+#: a batch as the system's dataset hands it out, and the model that ``build_model`` makes
+Batch = TypeVar("Batch")
+Model = TypeVar("Model", bound=nn.Module)
+#: what ``encode`` gives: a tensor (rows, …), or several in a tuple, list or dictionary
+Embeddings = Any
+#: what announces a line
+Say = Callable[[str], None]
+
+
+class System(ABC, Generic[Batch, Model]):
+    """One complete job, from data to metrics. Built from its options; reads its data in ``prepare``.
+
+    ``System[MoleculeBatch, MoleculeTextModel]`` says what its batches and its model are.
 
     A minimal system writes seven methods: ``prepare``, ``layout``, ``build_model``, ``build_sampler``, ``encode``,
     ``loss_of`` and ``evaluate``; ``encode`` and ``loss_of`` give it cached batches (``trainer.cached_chunk``), several
@@ -100,18 +114,18 @@ class System(ABC):
     monitor: str
     config: RunOptions
     #: ``train``, ``val``, ``test``, as far as there are any; filled by ``prepare``
-    datasets: Mapping[str, BatchDataset]
+    datasets: Mapping[str, BatchDataset[Batch]]
 
     # -- data ------------------------------------------------------------------------------------------------
     @abstractmethod
-    def prepare(self, say: Callable[[str], None]) -> None:
+    def prepare(self, say: Say) -> None:
         """Read, check and featurise the data; ``say`` announces what is really used."""
 
     @abstractmethod
     def layout(self) -> dict[str, Any]:
         """What goes into ``dataset_layout.json``: counts, rejections, split hashes, encoders in use."""
 
-    def dataset(self, split: str) -> BatchDataset | None:
+    def dataset(self, split: str) -> BatchDataset[Batch] | None:
         """The dataset of ``train``, ``val`` or ``test``; None where there is no such split."""
         return self.datasets.get(split)
 
@@ -120,43 +134,43 @@ class System(ABC):
     def build_sampler(self) -> TrainSampler:
         """The training sampler."""
 
-    def check_sampler(self, sampler: Any, say: Callable[[str], None]) -> None:
+    def check_sampler(self, sampler: TrainSampler, say: Say) -> None:
         """Called once before training: refuse a sampler that does not do what its name says."""
 
-    def on_epoch(self, epoch: int, sampler: Any, say: Callable[[str], None]) -> dict[str, Any]:
+    def on_epoch(self, epoch: int, sampler: TrainSampler, say: Say) -> dict[str, Any]:
         """Called before an epoch (counted from 0): applies schedules, returns numbers for the log."""
         return {}
 
     # -- model and loss --------------------------------------------------------------------------------------
     @abstractmethod
-    def build_model(self) -> nn.Module:
+    def build_model(self) -> Model:
         """A freshly initialised model; draws from the generator that ``seed`` has set."""
 
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """Optimiser groups; by default no weight decay for biases, norms and scales."""
         return decayed_groups(model, self.config.weight_decay)
 
-    def split(self, batch: Any, rows: int) -> Sequence[Any]:
+    def split(self, batch: Batch, rows: int) -> Sequence[Batch]:
         """The batch in parts of at most ``rows`` rows, in order."""
-        parts: Sequence[Any] = batch.split(rows)
+        parts: Sequence[Batch] = batch.split(rows)  # type: ignore[attr-defined]
         return parts
 
-    def encode(self, model: nn.Module, batch: Any) -> Any:
+    def encode(self, model: Model, batch: Batch) -> Embeddings:
         """Embeddings of a batch or of a part of it: a tensor (rows, …), or several in a tuple, list or dictionary."""
         raise NearfarError(f"system '{self.name}' defines neither encode and loss_of nor training_step")
 
-    def loss_of(self, model: nn.Module, embeddings: Any, batch: Any) -> StepOutput:
+    def loss_of(self, model: Model, embeddings: Embeddings, batch: Batch) -> StepOutput:
         """The loss of the embeddings of a whole batch; called once a step.
 
         A probe asks for it in eval mode, too, and puts buffers back as they were; weights must not be changed then.
         """
         raise NearfarError(f"system '{self.name}' defines encode and no loss_of")
 
-    def training_step(self, model: nn.Module, batch: Any) -> StepOutput:
+    def training_step(self, model: Model, batch: Batch) -> StepOutput:
         """The loss of one batch, under the same rule as ``loss_of``."""
         return self.loss_of(model, self.encode(model, batch), batch)
 
-    def step(self, model: nn.Module, batch: Any, cached_chunk: int | None = None) -> StepOutput:
+    def step(self, model: Model, batch: Batch, cached_chunk: int | None = None) -> StepOutput:
         """One training step; with ``cached_chunk``, the same within rounding, with the activations of so many rows in
         memory at a time (``nearfar.training.grad_cache``)."""
         if cached_chunk is None:
@@ -171,7 +185,7 @@ class System(ABC):
         return self.loss_of(model, embeddings, batch)
 
     # -- evaluation ------------------------------------------------------------------------------------------
-    def embed(self, model: nn.Module, batch: Any) -> dict[str, Tensor]:
+    def embed(self, model: Model, batch: Batch) -> dict[str, Tensor]:
         """What evaluation needs of one batch, by default the result of ``encode``; joined over a split."""
         encoded = self.encode(model, batch)
         if not isinstance(encoded, dict):
@@ -181,7 +195,7 @@ class System(ABC):
             )
         return encoded
 
-    def before_evaluation(self, model: nn.Module, split: str, final: bool) -> None:
+    def before_evaluation(self, model: Model, split: str, final: bool) -> None:
         """Called in eval mode, without gradients, before a split is embedded: for metrics that need more than that
         split, such as a probe fitted on training rows."""
 
@@ -189,7 +203,7 @@ class System(ABC):
     def evaluate(self, outputs: Mapping[str, Tensor], split: str, final: bool) -> Evaluation:
         """Estimates of a split from its collected outputs; ``final`` asks for every interval."""
 
-    def calibrate(self, outputs: Callable[[str], Mapping[str, Tensor]], say: Callable[[str], None]) -> None:
+    def calibrate(self, outputs: Callable[[str], Mapping[str, Tensor]], say: Say) -> None:
         """Called once before the final evaluation: choose thresholds and the like.
 
         ``outputs`` collects what ``embed`` gives of any split that ``dataset`` knows, under the best weights.
@@ -229,7 +243,7 @@ def decayed_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]
     return groups
 
 
-def modules_of(model: nn.Module, system: Any = None) -> list[nn.Module]:
+def modules_of(model: nn.Module, system: object = None) -> list[nn.Module]:
     """Every module of ``model``, and of the modules that ``system`` holds itself, such as its losses; each once."""
     own = (
         [part for part in vars(system).values() if isinstance(part, nn.Module)] if system is not None else []
