@@ -15,6 +15,7 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
+from claims import hard_batches
 from claims.experiments import (
     class_shares,
     curriculum_switch,
@@ -249,10 +250,10 @@ def test_loss_rises_for_the_hardness_and_not_for_the_switch(monkeypatch: pytest.
         "further": 1,
         "hardness_k": 20,
     }
-    assert curriculum_switch.run(0, **options)["loss_rise"] > 0.3
+    assert curriculum_switch.run(0, curriculum_switch.Settings(**options))["loss_rise"] > 0.3
     other = lambda rows, k: hard_gain.misaligned(nearest_neighbors(rows, k), 0)  # noqa: E731
-    monkeypatch.setattr(curriculum_switch, "nearest_neighbors", other)
-    assert curriculum_switch.run(0, **options)["loss_rise"] < 0.1
+    monkeypatch.setattr(hard_batches, "nearest_neighbors", other)
+    assert curriculum_switch.run(0, curriculum_switch.Settings(**options))["loss_rise"] < 0.1
 
 
 def test_near_duplicates_are_near_and_nothing_else_is() -> None:
@@ -262,7 +263,10 @@ def test_near_duplicates_are_near_and_nothing_else_is() -> None:
     assert (cosine >= 0.97).sum() == 200 * (COPIES - 1)
     assert ((unseen.text @ pairs.text.T) >= 0.97).double().mean() < 1e-3
     small: dict[str, Any] = {"items": 400, "test": 50, "clusters": 10, "epochs": 1, "hardness_k": 20}
-    hit = {many: near_duplicates.run(0, **small, many=many)["anchors_hit"] for many in (0.0, 0.6)}
+    hit = {
+        many: near_duplicates.run(0, near_duplicates.Settings(**small, many=many))["anchors_hit"]
+        for many in (0.0, 0.6)
+    }
     assert hit[0.0] == 0.0
     assert hit[0.6] > 0.1
 

@@ -1,8 +1,7 @@
-"""Run claims over their seeds and judge them; the record of a run as JSON."""
+"""Run claims over their seeds and judge them; the record as JSON."""
 
 from __future__ import annotations
 
-import inspect
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ from nearfar.lab.claims.ledger import OPEN, REFUTED, SUPPORTED, Claim, Criterion
 from nearfar.metrics import Estimate, few_runs, wilson
 
 __all__ = ["Outcome", "run_claim", "run_claims", "write_outcomes"]
+
 
 CONFIDENCE = 0.95
 QUICK_SEEDS = 2
@@ -48,7 +48,7 @@ class Outcome:
         claim = self.claim
         assert claim.prediction is not None
         return {
-            **_heading(claim),
+            **_claim_fields(claim),
             "experiment": claim.experiment,
             "options": dict(self.options),
             "seeds": self.seeds,
@@ -129,7 +129,7 @@ def run_claim(
         words=experiment.quantities,
         verdict=_judge(claim.criterion, estimates),
         held=HELD[_judge(claim.prediction.criterion, estimates)],
-        options=_all_options(experiment, options),
+        options=experiment.options | options,
         seeds=number,
         quick=quick,
         cpu_seconds=time.process_time() - started,
@@ -145,7 +145,7 @@ def write_outcomes(outcomes: Sequence[Outcome], waiting: Sequence[Claim], folder
         "nearfar": __version__,
         "confidence": CONFIDENCE,
         "claims": [outcome.to_dict() for outcome in outcomes],
-        "waiting": [_heading(claim) | {"waits_for": claim.waits_for} for claim in waiting],
+        "waiting": [_claim_fields(claim) | {"waits_for": claim.waits_for} for claim in waiting],
         "environment": environment(),
     }
     return RunFolder(folder).write_json("claims.json", content)
@@ -203,13 +203,7 @@ def _plain(estimate: Estimate) -> dict[str, Any]:
     }
 
 
-def _all_options(experiment: Experiment, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The given options and the defaults of the others: what a reader needs to run it again."""
-    parameters = inspect.signature(experiment.run).parameters
-    return {name: given.get(name, parameters[name].default) for name in experiment.options}
-
-
-def _heading(claim: Claim) -> dict[str, Any]:
+def _claim_fields(claim: Claim) -> dict[str, Any]:
     code, found = claim.check
     return {
         "id": claim.id,

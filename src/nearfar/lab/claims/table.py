@@ -1,4 +1,4 @@
-"""Claims as tables for the terminal: what there is, and what came of it."""
+"""Claims and their outcomes as tables for the terminal; the ledger is listed without PyTorch."""
 
 from __future__ import annotations
 
