@@ -1,8 +1,8 @@
 """By how much do hard batches raise MRR over random ones?
 
 The same encoder, data and number of steps; only the batches differ. The stated settings (half hard; half hard after
-five random epochs; seven tenths hard) stand beside a control whose neighbour list is in another order than the data:
-it must change nothing.
+five random epochs; seven tenths hard) stand beside a control whose neighbour list is in a different order from the
+data: it must change nothing.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ QUANTITIES = {
     "half": "gain of half hard batches, as a share of the MRR after random ones",
     "curriculum": "gain of half hard batches after random epochs",
     "strong": "gain of batches of which 70 % are hard",
-    "misaligned": "gain of half hard batches built from a neighbour list in another order: a control",
+    "misaligned": "gain of half hard batches built from a neighbour list in a different order: a control",
 }
 
 
@@ -47,7 +47,7 @@ def run(seed: int, settings: Settings) -> dict[str, float]:
 
 
 def misaligned(near: Neighbors, seed: int) -> Neighbors:
-    """A neighbour list as it is when it was computed in another order than the data's: wrong, without an error.
+    """A neighbour list as it is when it was computed in a different order from the data's: wrong, without an error.
 
     >>> misaligned(Neighbors(np.array([[1], [0], [3], [2]])), 0).indices.ravel().tolist()
     [3, 2, 1, 0]

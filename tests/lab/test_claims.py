@@ -107,7 +107,7 @@ def test_what_an_experiment_does_not_have_is_found_before_any_runs(
     begun: list[Claim] = []
     claims = read_ledger([ledger(tmp_path, ENTRY | {"id": "first"}, ENTRY | change)])
     with pytest.raises(NearfarError, match=message):
-        run_claims(claims, told=begun.append)
+        run_claims(claims, before=begun.append)
     assert not begun
 
 
@@ -177,10 +177,10 @@ def test_combined_verdicts() -> None:
 def test_claim_and_prediction_are_two_answers(tmp_path: Path) -> None:
     wrong = {"words": "x", "criterion": {"candidates": {"greater_than": 1000}}}
     outcome = run_claim(read_ledger([ledger(tmp_path, ENTRY | {"prediction": wrong})])[0])
-    assert (outcome.verdict, outcome.held) == ("supported", "no")
+    assert (outcome.verdict, outcome.prediction_held) == ("supported", "no")
     wrong_claim = {"criterion": {"above": {"greater_than": 0}}}
     outcome = run_claim(read_ledger([ledger(tmp_path, ENTRY | wrong_claim)])[0])
-    assert (outcome.verdict, outcome.held) == ("refuted", "yes")
+    assert (outcome.verdict, outcome.prediction_held) == ("refuted", "yes")
 
 
 # -- all experiments, in small -------------------------------------------------------------------------------
@@ -220,7 +220,7 @@ def test_intervals_are_those_of_the_metrics(outcomes: dict[str, Outcome]) -> Non
 
 def test_one_seed_decides_nothing() -> None:
     outcome = run_claim(LEDGER["contrastive-has-room"], seeds=1, quick=True)
-    assert outcome.verdict == outcome.held == "not distinguishable"
+    assert outcome.verdict == outcome.prediction_held == "not distinguishable"
 
 
 # -- the mechanism of each experiment: broken, it must show --------------------------------------------------

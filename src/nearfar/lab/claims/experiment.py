@@ -38,7 +38,7 @@ class Experiment:
     seeded: bool
     quantities: Mapping[str, str]
 
-    def check_options(self, options: Mapping[str, Any], where: str) -> None:
+    def check_options(self, options: Mapping[str, object], where: str) -> None:
         """Raise for an option that ``run`` does not take."""
         for name in options:
             if name not in self.options:
