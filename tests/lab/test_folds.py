@@ -13,8 +13,8 @@ from rich.console import Console
 
 from nearfar.errors import NearfarError
 from nearfar.lab.compare import compare_runs
-from nearfar.lab.reading import read_comparison
 from nearfar.lab.report import write_comparison
+from nearfar.lab.summary import describe_comparison
 from nearfar.lab.table import comparison_tables
 from nearfar.metrics import Estimate, few_runs, paired_difference
 from nearfar.training.run_folder import RunFolder
@@ -102,13 +102,13 @@ def test_tables_page_and_json_have_every_fold(runs: Path, tmp_path: Path) -> Non
     kept = json.loads(page.with_name("comparison.json").read_text())
     assert kept["by_fold"]["kind=new"]["MRR"]["folds"].keys() == SIZES.keys()
     assert len(kept["arms"]["kind=old"]) == 9
-    assert read_comparison(comparison)
+    assert describe_comparison(comparison)
 
 
 def test_without_over_folds_are_arms_of_their_own(runs: Path) -> None:
     comparison = compare_runs([runs], baseline="data.hold_out=A,kind=old")
     assert len(comparison.arms) == 6
-    assert any("other items" in why for why in comparison.refused.values())
+    assert any("different items" in why for why in comparison.refused.values())
 
 
 def test_folds_that_do_not_fit_say_why(runs: Path) -> None:

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from nearfar.errors import NearfarError
-from nearfar.lab.reading import run_verdict
 from nearfar.lab.report import embedding_map, write_report
+from nearfar.lab.summary import run_verdict
 from nearfar.training.fit import project, write_map
 from nearfar.training.run_folder import RunFolder
 from nearfar.training.sections import Picture, Section, Table, write_sections
@@ -49,7 +49,7 @@ def test_the_verdict_stands_first_and_findings_have_evidence(run: RunFolder) -> 
     run.write_json("doctor.json", {"findings": [note, FINDING], "unjudged": []})
     verdict = run_verdict(run)
     assert verdict.kind == "bad"
-    assert [f["id"] for f in verdict.findings] == ["loss-at-chance", "duplicates"]
+    assert [f.id for f in verdict.findings] == ["loss-at-chance", "duplicates"]
     run.append({"kind": "step", "epoch": 2, "step": 99, "loss": 1.0, "uniform_level": 4.2, "floor": 0.5})
     page = write_report(run).read_text()
     places = [
@@ -70,7 +70,7 @@ def test_the_verdict_stands_first_and_findings_have_evidence(run: RunFolder) -> 
 
 def test_a_bare_list_of_findings_and_none_at_all(run: RunFolder) -> None:
     (run.path / "doctor.json").write_text(json.dumps([FINDING | {"evidence": "a sentence"}]))
-    assert run_verdict(run).findings[0]["text"] == "a sentence"
+    assert run_verdict(run).findings[0].text == "a sentence"
     (run.path / "doctor.json").write_text(json.dumps({"findings": [], "unjudged": [{"id": "x"}]}))
     assert "no warning and no error. 1 rules could not be judged" in run_verdict(run).health
 
@@ -81,7 +81,7 @@ def test_a_result_that_guessing_reaches_is_said(run: RunFolder) -> None:
     e |= {"value": 0.05, "low": 0.03, "high": 0.08, "chance": 0.05}
     run.write_json("metrics.json", metrics)
     assert run_verdict(run).kind == "bad"
-    assert "nothing shows that it learned" in run_verdict(run).result
+    assert "nothing shows that the model learned" in run_verdict(run).result
     e |= {"chance": 0.2}
     run.write_json("metrics.json", metrics)
     assert "worse than guessing" in run_verdict(run).result

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from nearfar.cli import app
 from nearfar.errors import NearfarError
-from nearfar.lab.table import read_trial, trial_table
+from nearfar.lab.table import describe_trial, trial_table
 from nearfar.lab.trial import Trial, try_prescription
 from nearfar.launch import run_one
 from nearfar.overrides import compose_config
@@ -47,7 +47,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
 
 
 def text_of(trial: Trial) -> str:
-    return " ".join(read_trial(trial))
+    return " ".join(describe_trial(trial))
 
 
 def test_the_same_option_is_no_difference_at_all(half: RunFolder) -> None:
@@ -214,7 +214,7 @@ def test_molecules_from_the_command_line(tmp_path: Path) -> None:
     found = json.loads((run.path / "what_if.json").read_text())
     assert found["temperature"] == pytest.approx(temperature, rel=1e-4)
     reasons = {each["name"]: each["reason"] for each in found["refused"]}
-    assert "another state than the run's (memory." in reasons["false negatives removed"]
+    assert "a different state than the run's (memory." in reasons["false negatives removed"]
     assert "mask_duplicates=true" in reasons["duplicates masked"]
     effects = {effect["counterfactual"]["name"]: effect for effect in found["effects"]}
     assert effects["lr=1.0"]["inert"], "a learning rate does nothing to one batch"

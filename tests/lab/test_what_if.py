@@ -15,7 +15,7 @@ from rich.console import Console
 
 from nearfar.errors import NearfarError
 from nearfar.lab.counterfactuals import Counterfactual, Effect, Refused, standard
-from nearfar.lab.table import read_what_if, what_if_table
+from nearfar.lab.table import describe_what_if, what_if_table
 from nearfar.lab.what_if import WhatIf, what_if
 from nearfar.systems import _REGISTERED, Registration
 from nearfar.training.checkpoint import Checkpoint
@@ -304,7 +304,7 @@ def test_wrong_arguments_and_changed_data_are_errors(run: RunFolder, tmp_path: P
         what_if(tmp_path / "nothing")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("toy_system.ToySystem.layout", lambda self: {"data_hash": "other"})
-        with pytest.raises(NearfarError, match="data are others than the run was trained on"):
+        with pytest.raises(NearfarError, match="data differ from those the run was trained on"):
             what_if(run.path)
 
 
@@ -346,9 +346,9 @@ def test_the_table_fits_and_the_words_name_what_is_not_comparable(run: RunFolder
     text = console.export_text()
     assert "…" not in text
     assert "batch_size=32" in text
-    words = "\n".join(read_what_if(found))
+    words = "\n".join(describe_what_if(found))
     assert "batch doubled: guessing costs +0.69 nats" in words
-    assert "Not asked, nonsense: 'nonsense' is not of the form key=value." in words
+    assert "Not evaluated, nonsense: 'nonsense' is not of the form key=value." in words
 
 
 # -- altered configurations ------------------------------------------------------------------------------------

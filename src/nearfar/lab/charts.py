@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib import rc_context
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -40,7 +41,7 @@ class Chart:
 
     def __init__(self, title: str, xlabel: str, ylabel: str, width: float = 4.6, height: float = 2.9) -> None:
         self.figure = Figure(figsize=(width, height), layout="constrained")
-        self.axis: Any = self.figure.add_subplot()
+        self.axis: Axes = self.figure.add_subplot()
         self.axis.set_title(textwrap.fill(title, TITLE), loc="left", fontsize=10.5, color=INK)
         self.axis.set_xlabel(xlabel, fontsize=9, color=INK)
         self.axis.set_ylabel(ylabel, fontsize=9, color=INK)
@@ -208,8 +209,8 @@ def map_chart(title: str, points: Mapping[str, Sequence[tuple[float, float]]], l
     if len(views) == 2:
         for a, b in zip(views[0][:links], views[1][:links], strict=True):
             chart.axis.plot([a[0], b[0]], [a[1], b[1]], color="#c9d0d8", linewidth=0.6, zorder=1)
-    for colour, (name, found) in zip(COLOURS, points.items(), strict=False):
-        x, y = zip(*found, strict=True)
+    for colour, (name, view) in zip(COLOURS, points.items(), strict=False):
+        x, y = zip(*view, strict=True)
         chart.axis.scatter(x, y, s=9, color=colour, alpha=0.7, label=name, linewidths=0, zorder=2)
     chart.axis.set_aspect("equal", adjustable="datalim")
     chart.legend()

@@ -1,4 +1,4 @@
-"""Runs on disk grouped into arms: the same configuration but for the seed."""
+"""Runs on disk grouped into arms (the same configuration but for the seed); estimates grouped by their question."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from omegaconf import DictConfig
 
 from nearfar.data.files import DAMAGED
 from nearfar.errors import NearfarError
@@ -15,7 +16,7 @@ from nearfar.metrics import Estimate
 from nearfar.training.checkpoint import NOT_PART_OF_A_RUN, changed_values, flatten
 from nearfar.training.run_folder import RunFolder
 
-__all__ = ["Arm", "apart", "arm_parts", "find_runs", "group_runs", "load_scores"]
+__all__ = ["Arm", "apart", "arm_parts", "by_question", "find_runs", "group_runs", "load_scores"]
 
 #: keys by which runs of one arm may differ
 WITHIN_ARM = ("seed", "needs_init_from", "trainer.threads", "trainer.workers", "trainer.log_every")
@@ -25,13 +26,13 @@ WITHIN_ARM = ("seed", "needs_init_from", "trainer.threads", "trainer.workers", "
 class Arm:
     """Runs that differ in their seed alone; ``parts`` are what sets them apart from the other arms.
 
-    Of a cross-validation (``nearfar.lab.compare``), ``folds`` holds the runs of each fold and ``sizes`` the number of
+    In a cross-validation (``nearfar.lab.compare``), ``folds`` holds the runs of each fold and ``sizes`` the number of
     its items; ``runs`` are then those of the first.
     """
 
     parts: list[str]
     runs: dict[int, RunFolder]
-    config: Any
+    config: DictConfig
     estimates: dict[int, dict[str, Estimate]] = field(default_factory=dict)
     per_item: dict[int, dict[str, np.ndarray]] = field(default_factory=dict)
     ids: np.ndarray | None = None
@@ -56,14 +57,14 @@ def find_runs(paths: Sequence[Path]) -> list[RunFolder]:
         if not path.exists():
             raise NearfarError(f"{path}: no such run.")
         if (path / "config.yaml").exists():
-            found = [path]
+            runs = [path]
         else:
-            found = sorted(config.parent for config in path.rglob("config.yaml"))
+            runs = sorted(config.parent for config in path.rglob("config.yaml"))
             # A run's own folder may hold other config.yaml files, such as those of a logger.
-            found = [run for run in found if not any(other in run.parents for other in found)]
-        if not found:
+            runs = [run for run in runs if not any(other in run.parents for other in runs)]
+        if not runs:
             raise NearfarError(f"{path}: neither a run nor a folder of runs (no config.yaml in it).")
-        folders += [RunFolder(run) for run in found]
+        folders += [RunFolder(run) for run in runs]
     unfinished = [str(folder) for folder in folders if not folder.finished]
     if unfinished:
         raise NearfarError(
@@ -72,7 +73,7 @@ def find_runs(paths: Sequence[Path]) -> list[RunFolder]:
             + ". Go on with: nearfar train resume_from=RUN, or leave them out."
         )
     if len(folders) < 2:
-        raise NearfarError(f"a comparison needs at least two runs; found {len(folders)}.")
+        raise NearfarError(f"a comparison needs at least two runs, not {len(folders)}.")
     return folders
 
 
@@ -96,7 +97,7 @@ def group_runs(folders: Sequence[RunFolder]) -> list[Arm]:
     return arms
 
 
-def arm_parts(configs: Sequence[Any]) -> list[list[str]]:
+def arm_parts(configs: Sequence[DictConfig]) -> list[list[str]]:
     """For the configuration of each arm what sets it apart from the others, as ``key=value``."""
     return _parts([flatten(config) for config in configs])
 
@@ -117,7 +118,7 @@ def _parts(configs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """For each configuration what sets it apart from the others, as ``key=value``.
 
     A group is called by its name alone (``sampler=hard``, ``text_encoder=ngram``): its options follow from that, and
-    are told only where configurations of the same name differ in them.
+    are named only where configurations of the same name differ in them.
 
     >>> _parts([{"sampler.name": "hard", "sampler.order": "level"}, {"sampler.name": "random"}])
     [['sampler=hard'], ['sampler=random']]
@@ -125,7 +126,7 @@ def _parts(configs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     keys = apart(configs)
     named = {k.split(".")[0]: k for k in keys if k.endswith((".name", ".kind"))}
     keys.sort(key=lambda k: (k.split(".")[0], k not in named.values(), k))
-    found = []
+    every = []
     for config in configs:
         parts = []
         for key in keys:
@@ -137,11 +138,11 @@ def _parts(configs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
             peers = [c for c in configs if name is None or c.get(name) == config.get(name)]
             if any(peer.get(key) != config.get(key) for peer in peers):
                 parts.append(f"{key}={_value(config.get(key))}")
-        found.append(parts)
-    return found
+        every.append(parts)
+    return every
 
 
-def _value(value: Any) -> str:
+def _value(value: object) -> str:
     """As it is written on the command line: ``[3,5]``, ``null``, ``true``."""
     if isinstance(value, list):
         return "[" + ",".join(map(_value, value)) + "]"
@@ -175,11 +176,22 @@ def load_scores(arm: Arm, split: str) -> None:
             arm.ids = ids
         if not np.array_equal(arm.ids, ids) or _hashes(arm, seed) != _hashes(arm, first):
             raise NearfarError(
-                f"{folder} was evaluated on other items than {arm.runs[first]}: their data changed between these "
+                f"{folder} was evaluated on different items from {arm.runs[first]}: their data changed between these "
                 "seeds of one configuration. Leave one out, or train it anew."
             )
 
 
-def _hashes(arm: Arm, seed: int) -> set[Any]:
-    """The splits that a run's estimates say they were measured on."""
+def _hashes(arm: Arm, seed: int) -> set[object]:
+    """The splits that a run's estimates were measured on."""
     return {estimate.protocol.get("split") for estimate in arm.estimates[seed].values()}
+
+
+def by_question(estimates: Mapping[str, Estimate]) -> dict[str, dict[str, Estimate]]:
+    """Estimates by the question that their protocol states, "" where it states none.
+
+    Numbers that answer different questions, such as a probe's accuracy and pair retrieval, are not shown in one table.
+    """
+    groups: dict[str, dict[str, Estimate]] = {}
+    for name, estimate in estimates.items():
+        groups.setdefault(str(estimate.protocol.get("question", "")), {})[name] = estimate
+    return groups

@@ -18,12 +18,12 @@ from markupsafe import Markup
 from nearfar.data.files import DAMAGED, check_shape, read_bytes, read_text
 from nearfar.errors import NearfarError
 from nearfar.lab.charts import band_chart, hardness_chart, heat_map, intervals_chart, line_chart, map_chart
-from nearfar.lab.reading import read_comparison, run_verdict
-from nearfar.lab.sweep import Sweep, read_sweep
+from nearfar.lab.groups import by_question
+from nearfar.lab.summary import describe_comparison, run_verdict
+from nearfar.lab.sweep import Sweep, sweep_of
 from nearfar.lab.table import FEW
-from nearfar.lab.words import by_question, metric_words, short_number
 from nearfar.metrics import Estimate
-from nearfar.terminal import visible
+from nearfar.terminal import metric_words, short_number, visible
 from nearfar.training.run_folder import RunFolder, write_atomically
 from nearfar.training.sections import read_sections
 
@@ -41,7 +41,7 @@ __all__ = [
 ]
 
 
-#: what a probe says of a view: field, title, unit
+#: signals that a probe records of a view: field, title, unit
 VIEW_SIGNALS = (
     ("effective_rank", "Effective rank of the embeddings", "dimensions"),
     ("mean_cosine", "Mean cosine of different rows", "cosine (1: collapsed)"),
@@ -58,8 +58,8 @@ def of_kind(folder: RunFolder, kind: str) -> list[dict[str, Any]]:
 def _series(
     records: Sequence[Mapping[str, Any]], field: str, x: str = "step"
 ) -> tuple[list[float], list[float]]:
-    found = [record for record in records if record.get(field) is not None]
-    return [record[x] for record in found], [record[field] for record in found]
+    points = [(record[x], record[field]) for record in records if record.get(field) is not None]
+    return [at for at, _ in points], [value for _, value in points]
 
 
 def training_charts(
@@ -88,7 +88,7 @@ def training_charts(
 
 
 def _validation(
-    epochs: Sequence[Mapping[str, Any]], monitor: str, found: Mapping[str, Estimate]
+    epochs: Sequence[Mapping[str, Any]], monitor: str, estimates: Mapping[str, Estimate]
 ) -> list[str]:
     names = list(epochs[0].get("val") or {}) if epochs else []
     shown = [name for name in names if name == monitor or name.endswith(("MRR", "R@10"))] or names[:3]
@@ -99,8 +99,8 @@ def _validation(
         for n in shown
     }
     levels = {}
-    if monitor in found:
-        levels[f"chance, {metric_words(monitor)}"] = found[monitor].chance
+    if monitor in estimates:
+        levels[f"chance, {metric_words(monitor)}"] = estimates[monitor].chance
     return [line_chart("Validation", curves, "epoch", "value", levels)]
 
 
@@ -165,15 +165,15 @@ def comparison_curves(comparison: Comparison, arms: Sequence[Arm]) -> list[str]:
             epochs = [e["val"] | {"epoch": e["epoch"]} for e in of_kind(folder, "epoch") if e.get("val")]
             if epochs:
                 curves[f"{arm.label} · seed {seed}"] = _series(epochs, monitor, "epoch")
-        found = [p for p in of_kind(arm.runs[min(arm.runs)], "plan") if p.get("hardness")]
-        if found:
-            plans[arm.label] = list(found)
-            random_level = found[0].get("hardness_random", random_level)
+        of_arm = [p for p in of_kind(arm.runs[min(arm.runs)], "plan") if p.get("hardness")]
+        if of_arm:
+            plans[arm.label] = list(of_arm)
+            random_level = of_arm[0].get("hardness_random", random_level)
     charts = []
     words = metric_words(monitor)
     if curves:
         estimate = next(iter(comparison.baseline.estimates.values())).get(monitor)
-        # The gallery of validation may be another one: chance is drawn where the comparison speaks of validation.
+        # Validation may have a different gallery: chance is drawn only where the comparison is on validation.
         levels = {"chance": estimate.chance} if estimate is not None and comparison.split == "val" else None
         charts.append(line_chart(f"Validation {words}", curves, "epoch", words, levels))
     if plans:
@@ -181,7 +181,7 @@ def comparison_curves(comparison: Comparison, arms: Sequence[Arm]) -> list[str]:
     return charts
 
 
-#: what the first lines of a report say
+#: fields of metrics.json in the first lines of a report
 HEADING = {
     "system": str,
     "monitor": str,
@@ -245,7 +245,7 @@ def _examples(folder: RunFolder) -> dict[str, list[dict[str, Any]]]:
 
 
 def _baselines(given: Mapping[str, Any], reported: str, split: str) -> dict[str, float]:
-    """What simpler answers score on ``split``, by metric.
+    """Scores of the baselines on ``split``, by metric.
 
     ``given`` is by metric for the ``reported`` split, or by split; an entry is a number or has a ``value``.
     """
@@ -261,8 +261,8 @@ def write_report(folder: RunFolder) -> Path:
     check_shape(metrics, HEADING, str(folder.path / "metrics.json"))
     layout = folder.read_json("dataset_layout.json")
     tables = {
-        split: [(name, Estimate.from_dict(content)) for name, content in found.items()]
-        for split, found in sorted(metrics["splits"].items())  # test before val
+        split: [(name, Estimate.from_dict(content)) for name, content in by_name.items()]
+        for split, by_name in sorted(metrics["splits"].items())  # test before val
     }
     page = (
         _environment()
@@ -272,9 +272,9 @@ def write_report(folder: RunFolder) -> Path:
             path=str(folder.path),
             metrics=metrics,
             tables={
-                (split, question): list(found.items())
+                (split, question): list(estimates.items())
                 for split, rows in tables.items()
-                for question, found in by_question(dict(rows)).items()
+                for question, estimates in by_question(dict(rows)).items()
             },
             verdict=run_verdict(folder),
             baselines=partial(_baselines, metrics.get("baselines") or {}, next(iter(tables))),
@@ -297,7 +297,7 @@ def comparison_page(comparison: Comparison, path: Path) -> str:
 
     Links to the runs lead from ``path``, where the page is going to lie.
     """
-    sweep = read_sweep(comparison)
+    sweep = sweep_of(comparison)
     many = len(comparison.arms) > FEW and sweep is not None
     shown = [sweep.best] if many and sweep is not None and sweep.best is not None else None
     charts = comparison_curves(comparison, [comparison.baseline, *shown] if shown else comparison.arms)
@@ -305,8 +305,10 @@ def comparison_page(comparison: Comparison, path: Path) -> str:
         if shown and label != shown[0].label:
             continue
         for question, metrics in comparison.by_question(differences).items():
-            found = [(metric, differences[metric]) for metric in metrics]
-            rows = [(metric_words(metric), d.value, d.low, d.high) for metric, d in found]
+            shown_here = [(metric, differences[metric]) for metric in comparison.results(metrics)]
+            if not shown_here:
+                continue
+            rows = [(metric_words(metric), d.value, d.low, d.high) for metric, d in shown_here]
             title = f"{label} − {comparison.baseline.label}" + (f" · {question}" if question else "")
             charts.append(intervals_chart(title, rows, "paired difference, 95 % interval"))
     first = next(iter(next(iter(comparison.arms[0].estimates.values())).values()))
@@ -328,7 +330,7 @@ def comparison_page(comparison: Comparison, path: Path) -> str:
             sweep=sweep,
             pictures=[Markup(picture) for picture in sweep_pictures(comparison, sweep)] if sweep else [],
             shown=[arm.label for arm in shown] if shown else list(comparison.differences),
-            reading=read_comparison(comparison),
+            paragraphs=describe_comparison(comparison),
             examples=_examples(run),
             example_run=f"{best.label}, seed {min(best.runs)}",
             runs=[
@@ -352,8 +354,8 @@ def _kind(comparison: Comparison, sweep: Sweep | None) -> str:
         if sweep is not None and sweep.best is not None
         else next(iter(comparison.differences), "")
     )
-    found = comparison.differences.get(label, {}).get(comparison.monitor)
-    return {"better": "good", "worse": "bad"}.get(found.verdict if found else "", "unsure")
+    difference = comparison.differences.get(label, {}).get(comparison.monitor)
+    return {"better": "good", "worse": "bad"}.get(difference.verdict if difference else "", "unsure")
 
 
 def sweep_pictures(comparison: Comparison, sweep: Sweep) -> list[str]:
@@ -363,7 +365,7 @@ def sweep_pictures(comparison: Comparison, sweep: Sweep) -> list[str]:
     base = comparison.summary[comparison.baseline.label].get(name)
     pictures = []
     for sheet in sweep.sheets:
-        found = {
+        cells = {
             at: (mean.value, mean.low, mean.high)
             for at, arm in sheet.cells.items()
             if (mean := comparison.summary[arm.label].get(name)) is not None
@@ -371,10 +373,10 @@ def sweep_pictures(comparison: Comparison, sweep: Sweep) -> list[str]:
         title = f"{words}{' · ' if sheet.title else ''}{sheet.title}"
         if sheet.y is not None:
             best = next((at for at, arm in sheet.cells.items() if arm is sweep.best), None)
-            pictures.append(heat_map(title, found, sheet.x, sheet.y, best))
+            pictures.append(heat_map(title, cells, sheet.x, sheet.y, best))
         else:
             levels = {f"baseline {comparison.baseline.label}": base.value} if base else None
-            pictures.append(band_chart(title, {x: v for (x, _), v in found.items()}, sheet.x, words, levels))
+            pictures.append(band_chart(title, {x: v for (x, _), v in cells.items()}, sheet.x, words, levels))
     return pictures
 
 
@@ -382,7 +384,7 @@ def _check_page(path: Path) -> None:
     """``NearfarError`` where a page would replace one that nearfar has not written."""
     if os.path.lexists(path) and b"nearfar</title>" not in read_bytes(path)[:4096]:
         raise NearfarError(
-            f"{path} is there and not a page of nearfar's: it is left as it is. Give --output."
+            f"{path} exists and is not a page of nearfar's: it is left as it is. Give --output."
         )
 
 
@@ -411,12 +413,13 @@ def write_comparison(comparison: Comparison, output: Path | None = None) -> Path
         "differences": {
             a: {m: d.to_dict() for m, d in ds.items()} for a, ds in comparison.differences.items()
         },
+        "controls": sorted(comparison.controls),
         "together": comparison.together,
         "refused": comparison.refused,
         "notes": comparison.notes,
-        "losses": {arm: str(reading) for arm, reading in comparison.losses.items()},
+        "losses": {arm: str(losses) for arm, losses in comparison.losses.items()},
     }
-    if (sweep := read_sweep(comparison)) is not None:
+    if (sweep := sweep_of(comparison)) is not None:
         content["sweep"] = {
             "axes": sweep.axes,
             "best": sweep.best.label if sweep.best else None,
