@@ -144,7 +144,7 @@ def test_the_map_is_the_projection_on_two_components(tmp_path: Path) -> None:
     write_map(folder, outputs)
     drawn = embedding_map(folder)
     assert drawn is not None
-    assert (drawn["rows"], drawn["links"]) == (40, 40)
+    assert (drawn.rows, drawn.links) == (40, 40)
 
 
 def test_a_system_shows_tables_and_pictures_of_its_own(run: RunFolder) -> None:

@@ -143,7 +143,7 @@ def _same(a: object, b: object) -> bool:
     return torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else bool(a == b)
 
 
-def _learning(embeddings: Any) -> Iterator[Tensor]:
+def _learning(embeddings: object) -> Iterator[Tensor]:
     for leaf in pytree.tree_leaves(embeddings):
         if isinstance(leaf, Tensor) and leaf.requires_grad:
             yield leaf

@@ -6,7 +6,7 @@ import io
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -17,6 +17,9 @@ from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
 from nearfar.terminal import visible
+
+if TYPE_CHECKING:
+    from nearfar.lab.groups import PlanRecord
 
 __all__ = [
     "Chart",
@@ -113,7 +116,7 @@ def line_chart(
     return chart.svg()
 
 
-def hardness_chart(plans: Mapping[str, Sequence[Mapping[str, Any]]], random_level: float | None) -> str:
+def hardness_chart(plans: Mapping[str, Sequence[PlanRecord]], random_level: float | None) -> str:
     """Realised hardness by quarter of every epoch, one line per arm.
 
     ``plans[arm]`` are the ``plan`` records of a run's log.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, cast
 
 import numpy as np
 from omegaconf import DictConfig
@@ -16,7 +16,17 @@ from nearfar.metrics import Estimate
 from nearfar.training.checkpoint import NOT_PART_OF_A_RUN, changed_values, flatten
 from nearfar.training.run_folder import RunFolder
 
-__all__ = ["Arm", "apart", "arm_parts", "by_question", "find_runs", "group_runs", "load_scores"]
+__all__ = [
+    "Arm",
+    "PlanRecord",
+    "apart",
+    "arm_parts",
+    "by_question",
+    "find_runs",
+    "group_runs",
+    "load_scores",
+    "plans_of",
+]
 
 #: keys by which runs of one arm may differ
 WITHIN_ARM = ("seed", "needs_init_from", "trainer.threads", "trainer.workers", "trainer.log_every")
@@ -102,7 +112,7 @@ def arm_parts(configs: Sequence[DictConfig]) -> list[list[str]]:
     return _parts([flatten(config) for config in configs])
 
 
-def apart(configs: Sequence[Mapping[str, Any]]) -> list[str]:
+def apart(configs: Sequence[Mapping[str, object]]) -> list[str]:
     """The keys in which flat configurations differ, beside those by which runs of one arm may.
 
     >>> apart([{"lr": 0.1, "seed": 0}, {"lr": 0.2, "seed": 1}])
@@ -114,7 +124,7 @@ def apart(configs: Sequence[Mapping[str, Any]]) -> list[str]:
     return [k for k in keys if k not in WITHIN_ARM and k.split(".")[0] not in NOT_PART_OF_A_RUN]
 
 
-def _parts(configs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+def _parts(configs: Sequence[Mapping[str, object]]) -> list[list[str]]:
     """For each configuration what sets it apart from the others, as ``key=value``.
 
     A group is called by its name alone (``sampler=hard``, ``text_encoder=ngram``): its options follow from that, and
@@ -195,3 +205,23 @@ def by_question(estimates: Mapping[str, Estimate]) -> dict[str, dict[str, Estima
     for name, estimate in estimates.items():
         groups.setdefault(str(estimate.protocol.get("question", "")), {})[name] = estimate
     return groups
+
+
+class PlanRecord(TypedDict, total=False):
+    """What a run logs of the batches of an epoch; hardness is by quarter of the epoch."""
+
+    epoch: int
+    sampler: str
+    random_phase: bool
+    hardness: list[float]
+    hardness_random: float
+    last_to_first: float | None
+    nominal_hard: float | None
+    realised_hard: list[float] | None
+    false_negatives: float
+
+
+def plans_of(run: RunFolder) -> list[PlanRecord]:
+    """The plans in a run's log whose hardness was measured, oldest first."""
+    records = (record for record in run.log() if record.get("kind") == "plan" and record.get("hardness"))
+    return [cast(PlanRecord, record) for record in records]

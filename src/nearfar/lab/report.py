@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from markupsafe import Markup
 from nearfar.data.files import DAMAGED, check_shape, read_bytes, read_text
 from nearfar.errors import NearfarError
 from nearfar.lab.charts import band_chart, hardness_chart, heat_map, intervals_chart, line_chart, map_chart
-from nearfar.lab.groups import by_question
+from nearfar.lab.groups import PlanRecord, by_question, plans_of
 from nearfar.lab.summary import describe_comparison, run_verdict
 from nearfar.lab.sweep import Sweep, sweep_of
 from nearfar.lab.table import FEW
@@ -66,7 +67,7 @@ def training_charts(
     folder: RunFolder, metrics: Mapping[str, Any], tables: Mapping[str, Sequence[tuple[str, Estimate]]]
 ) -> list[Markup]:
     """Loss between guessing and floor, validation above chance, realised hardness, health of the embeddings."""
-    steps, epochs, plans, probes = (of_kind(folder, kind) for kind in ("step", "epoch", "plan", "probe"))
+    steps, epochs, probes = (of_kind(folder, kind) for kind in ("step", "epoch", "probe"))
     charts = []
     if steps:
         levels = {}
@@ -81,8 +82,7 @@ def training_charts(
         loss = {name: line for name, line in loss.items() if line[0]}
         charts.append(line_chart("Training loss", loss, "optimiser step", "loss (nats)", levels))
     charts += _validation(epochs, metrics["monitor"], dict(tables.get("val", ())))
-    plans = [plan for plan in plans if plan.get("hardness")]
-    if plans:
+    if plans := plans_of(folder):
         charts.append(hardness_chart({"realised": plans}, plans[0].get("hardness_random")))
     return [Markup(chart) for chart in [*charts, *_health(probes)]]
 
@@ -131,7 +131,17 @@ def _health(probes: Sequence[Mapping[str, Any]]) -> list[str]:
     return charts
 
 
-def embedding_map(folder: RunFolder) -> dict[str, Any] | None:
+@dataclass(frozen=True)
+class EmbeddingMap:
+    """The picture of ``rows`` embeddings in the plane, its share of the variance, and how many partners are joined."""
+
+    picture: Markup
+    explained: float
+    rows: int
+    links: int
+
+
+def embedding_map(folder: RunFolder) -> EmbeddingMap | None:
     """The picture of ``map.npz``, the first two principal components of both views, with the variance they hold."""
     if not folder.has("map.npz"):
         return None
@@ -146,28 +156,22 @@ def embedding_map(folder: RunFolder) -> dict[str, Any] | None:
     points = {name: [(float(x), float(y)) for x, y in array] for name, array in views.items()}
     rows = len(next(iter(points.values())))
     picture = map_chart("Embeddings in the plane", points, min(LINKS, rows))
-    return {
-        "picture": Markup(picture),
-        "explained": float(explained),
-        "rows": rows,
-        "links": min(LINKS, rows),
-    }
+    return EmbeddingMap(Markup(picture), float(explained), rows, min(LINKS, rows))
 
 
 def comparison_curves(comparison: Comparison, arms: Sequence[Arm]) -> list[str]:
     """Validation of every run and realised hardness of every arm."""
     monitor = comparison.monitor
     curves: dict[str, tuple[list[float], list[float]]] = {}
-    plans: dict[str, list[Mapping[str, Any]]] = {}
+    plans: dict[str, list[PlanRecord]] = {}
     random_level = None
     for arm in arms:
         for seed, folder in sorted(arm.runs.items()):
             epochs = [e["val"] | {"epoch": e["epoch"]} for e in of_kind(folder, "epoch") if e.get("val")]
             if epochs:
                 curves[f"{arm.label} · seed {seed}"] = _series(epochs, monitor, "epoch")
-        of_arm = [p for p in of_kind(arm.runs[min(arm.runs)], "plan") if p.get("hardness")]
-        if of_arm:
-            plans[arm.label] = list(of_arm)
+        if of_arm := plans_of(arm.runs[min(arm.runs)]):
+            plans[arm.label] = of_arm
             random_level = of_arm[0].get("hardness_random", random_level)
     charts = []
     words = metric_words(monitor)
@@ -194,7 +198,7 @@ HEADING = {
 SHOWN = 3
 
 
-def _shown(value: Any) -> Any:
+def _shown(value: object) -> object:
     """A text of data with what would steer a page's direction or a terminal written out; what we drew as it is."""
     return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
@@ -219,13 +223,13 @@ def _environment() -> Environment:
     return environment
 
 
-def _cell(value: Any) -> str:
+def _cell(value: object) -> str:
     if value is None:
         return "–"
     return short_number(value) if isinstance(value, float) else str(value)
 
 
-def _tint(value: float, row: list[Any]) -> str:
+def _tint(value: float, row: Sequence[object]) -> str:
     """The colour of a cell by its share of the row's numbers."""
     total = sum(cell for cell in row if isinstance(cell, int | float))
     return f"rgba(37, 99, 168, {0.55 * value / total if total else 0.0:.2f})"
@@ -283,7 +287,7 @@ def write_report(folder: RunFolder) -> Path:
             map=embedding_map(folder),
             examples=_examples(folder),
             layout=layout,
-            plans=[plan for plan in folder.log() if plan.get("kind") == "plan" and plan.get("hardness")],
+            plans=plans_of(folder),
             config=read_text(folder.path / "config.yaml"),
             environment=folder.read_json("environment.json"),
             resumed=folder.read_json("resumed.json") if (folder.path / "resumed.json").exists() else [],
@@ -397,7 +401,7 @@ def write_comparison(comparison: Comparison, output: Path | None = None) -> Path
         path = path / "report.html"
     if output is None and (common / "config.yaml").exists():
         path = common / "comparison.html"  # one run lies inside the other: its own report stays
-    content: dict[str, Any] = {
+    content: dict[str, object] = {
         "split": comparison.split,
         "baseline": comparison.baseline.label,
         "arms": {

@@ -8,6 +8,7 @@ from typing import Any
 
 from nearfar.data.files import read_json
 from nearfar.lab.compare import Arm, Comparison
+from nearfar.lab.groups import PlanRecord, plans_of
 from nearfar.lab.sweep import sweep_of
 from nearfar.lab.table import FEW
 from nearfar.metrics import Estimate
@@ -70,7 +71,7 @@ class RunVerdict:
     judged: bool = False
 
 
-def _diagnosis(value: Any) -> str | None:
+def _diagnosis(value: object) -> str | None:
     """What is wrong with the content of ``doctor.json``: findings, alone in a list or in a mapping."""
     findings = value.get("findings", []) if isinstance(value, Mapping) else value
     if not isinstance(findings, list) or not all(isinstance(each, Mapping) for each in findings):
@@ -137,13 +138,6 @@ OF_BATCHES = ("hardness-depleted", "hardness-not-above-random", "false-negatives
 FEW_ITEMS = 5000
 
 
-def _plans(arm: Arm) -> list[dict[str, Any]]:
-    run = arm.runs[min(arm.runs)]
-    return [
-        r for r in run.log() if r.get("kind") == "plan" and r.get("hardness") and not r.get("random_phase")
-    ]
-
-
 def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
@@ -198,7 +192,7 @@ def describe_comparison(comparison: Comparison) -> list[str]:
                 if names
                 else "none differs."
             )
-        plans = _plans(arm)
+        plans = [plan for plan in plans_of(arm.runs[min(arm.runs)]) if not plan.get("random_phase")]
         if plans and arm.config.get("sampler", {}).get("name") in ("hard", "partition"):
             text += " " + _batches(plans, arm, difference.verdict == "better")
         paragraphs.append(text)
@@ -218,10 +212,11 @@ def _unhealthy(comparison: Comparison) -> list[str]:
     return lines
 
 
-def _batches(plans: list[dict[str, Any]], arm: Arm, gained: bool) -> str:
+def _batches(plans: list[PlanRecord], arm: Arm, gained: bool) -> str:
     hardness = _mean([value for plan in plans for value in plan["hardness"]])
     chance = plans[0]["hardness_random"]
-    level = _mean([plan["last_to_first"] for plan in plans if plan.get("last_to_first") is not None] or [1.0])
+    levels = [level for plan in plans if (level := plan.get("last_to_first")) is not None]
+    level = _mean(levels or [1.0])
     text = (
         f"Its batches were {hardness / chance:.1f} times as hard as random ones ({hardness:.1f} of an item's nearest "
         f"neighbours in its batch, random {chance:.1f}), the last tenth of an epoch at {level:.2f} of the first."

@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich import box
+from rich.console import RenderableType
 from rich.markup import escape
+from rich.style import StyleType
 from rich.table import Table as RichTable
 from rich.text import Text
 
@@ -65,13 +67,16 @@ class Table(RichTable):
             **options,
         )
 
-    def add_column(self, header: Any = "", *rest: Any, **options: Any) -> None:
+    def add_column(self, header: RenderableType = "", *rest: Any, **options: Any) -> None:
         """A column below a header that is no markup."""
         super().add_column(escape(header) if isinstance(header, str) else header, *rest, **options)
 
-    def add_row(self, *cells: Any, **options: Any) -> None:
+    def add_row(
+        self, *cells: RenderableType | None, style: StyleType | None = None, end_section: bool = False
+    ) -> None:
         """A row whose words are no markup."""
-        super().add_row(*(escape(cell) if isinstance(cell, str) else cell for cell in cells), **options)
+        plain = (escape(cell) if isinstance(cell, str) else cell for cell in cells)
+        super().add_row(*plain, style=style, end_section=end_section)
 
 
 def estimates_table(title: str, estimates: Mapping[str, Estimate]) -> Table:
@@ -247,7 +252,7 @@ def sweep_table(comparison: Comparison, sweep: Sweep) -> Table:
         table.add_column(column, justify="left" if column == "verdict" else "right", no_wrap=True)
     for cell in sweep.cells:
         mean = comparison.summary[cell.arm.label].get(name)
-        row: list[Any] = [*cell.values.values(), str(len(cell.arm.runs))]
+        row: list[RenderableType] = [*cell.values.values(), str(len(cell.arm.runs))]
         row += [short_number(mean.value), interval_words(mean.low, mean.high)] if mean else ["–", "–"]
         d = comparison.differences.get(cell.arm.label, {}).get(name)
         if d is not None:

@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
 import torch
@@ -241,7 +240,7 @@ class Trial:
         """ "better", "worse" or "not distinguishable" by the metric that chooses a run's best epoch."""
         return self.differences[self.monitor].verdict
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """As ``trial.json`` holds it."""
         differences = {name: d.to_dict() for name, d in self.differences.items()}
         return asdict(self) | {"differences": differences, "verdict": self.verdict}
