@@ -55,8 +55,10 @@ def test_numbers_of_different_questions_stand_in_no_table_together(runs: Path, t
     folders = [copied(runs / f"lr={lr},seed=0", tmp_path / lr) for lr in ("0.01", "1e-12")]
     for folder in folders:
         metrics, scores = folder.read_json("metrics.json"), dict(np.load(folder.path / "per_item.npz"))
-        found = metrics["splits"]["val"]
-        found["pair/R@1"] = found["MRR"] | {"protocol": found["MRR"]["protocol"] | {"question": "which pair"}}
+        content = metrics["splits"]["val"]
+        content["pair/R@1"] = content["MRR"] | {
+            "protocol": content["MRR"]["protocol"] | {"question": "which pair"}
+        }
         np.savez(folder.path / "per_item.npz", **scores, **{"val/pair/R@1": scores["val/MRR"]})
         folder.write_json("metrics.json", metrics)
     comparison = compare_runs([tmp_path], baseline="lr=1e-12")
@@ -298,8 +300,8 @@ def test_hard_batches_that_did_not_help_are_read_with_the_doctor(
         folder.append(plan if sampler == "hard" else {"kind": "plan"})
         if diagnosis is not None:
             finding = {"severity": "warning", "title": "Hardness is used up.", "override": "order=level"}
-            found = [finding | {"id": id, "evidence": "it fell to .7"} for id in diagnosis]
-            folder.write_json("doctor.json", {"findings": found, "unjudged": []})
+            content = [finding | {"id": id, "evidence": "it fell to .7"} for id in diagnosis]
+            folder.write_json("doctor.json", {"findings": content, "unjudged": []})
     text = " ".join(describe_comparison(compare_runs([tmp_path], baseline="sampler=random")))
     assert words in text
     assert text.count("Hardness is used up") == ("used up" in words)  # of the batches, nothing else
@@ -314,8 +316,8 @@ def test_names_and_metrics_steer_neither_terminal_nor_page(
     for lr in ("0.01", "1e-12"):
         folder = copied(runs / f"lr={lr},seed=0", tmp_path / lr)
         metrics, scores = folder.read_json("metrics.json"), dict(np.load(folder.path / "per_item.npz"))
-        found = metrics["splits"]["val"]
-        found[HOSTILE] = found["MRR"] | {"metric": HOSTILE}
+        content = metrics["splits"]["val"]
+        content[HOSTILE] = content["MRR"] | {"metric": HOSTILE}
         np.savez(folder.path / "per_item.npz", **scores, **{f"val/{HOSTILE}": scores["val/MRR"]})
         folder.write_json("metrics.json", metrics)
     comparison = compare_runs([tmp_path], baseline="lr=1e-12")

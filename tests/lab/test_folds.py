@@ -69,11 +69,11 @@ def test_folds_are_one_arm(runs: Path) -> None:
     comparison = compare_runs([runs], baseline="kind=old", over="data.hold_out")
     assert sorted(arm.label for arm in comparison.arms) == ["kind=new", "kind=old"]
     by_hand = paired_difference(stacked("new", "ABC"), stacked("old", "ABC"))
-    found = comparison.differences["kind=new"]["MRR"]
-    assert (found.value, found.low, found.high) == pytest.approx(
+    difference = comparison.differences["kind=new"]["MRR"]
+    assert (difference.value, difference.low, difference.high) == pytest.approx(
         (by_hand.value, by_hand.low, by_hand.high), abs=1e-6
     )
-    assert found.n == sum(SIZES.values())
+    assert difference.n == sum(SIZES.values())
     reading = comparison.by_fold["kind=new"]["MRR"]
     for fold in SIZES:
         alone = paired_difference(stacked("new", fold), stacked("old", fold))

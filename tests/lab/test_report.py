@@ -123,17 +123,17 @@ def test_the_map_is_the_projection_on_two_components(tmp_path: Path) -> None:
         "other": torch.randn(40, 3),
         "labels": torch.arange(40),
     }
-    found = project(outputs)
-    assert found is not None
-    assert sorted(found) == ["explained", "view/molecules", "view/texts"]
+    projected = project(outputs)
+    assert projected is not None
+    assert sorted(projected) == ["explained", "view/molecules", "view/texts"]
     units = np.concatenate(
         [t.numpy() / np.linalg.norm(t.numpy(), axis=1, keepdims=True) for t in (texts, molecules)]
     )
     values, vectors = np.linalg.eigh(np.cov(units.T))
     expected = (units - units.mean(0)) @ vectors[:, ::-1][:, :2]
-    got = np.concatenate([found["view/texts"], found["view/molecules"]])
+    got = np.concatenate([projected["view/texts"], projected["view/molecules"]])
     assert np.abs(got) == pytest.approx(np.abs(expected), abs=1e-4)
-    assert float(found["explained"]) == pytest.approx(values[-2:].sum() / values.sum())
+    assert float(projected["explained"]) == pytest.approx(values[-2:].sum() / values.sum())
     assert project({"labels": torch.arange(3)}) is None
     assert project({"texts": torch.full((4, 4), float("nan"))}) is None
     collapsed = project({"texts": torch.ones(5, 4)})

@@ -154,8 +154,8 @@ def test_losses_are_compared_only_where_they_measure_the_same(source: Path, tmp_
     arm("hard", 0.06, config="sampler: {name: hard}")
     arm("focal", 0.07, config="loss: {name: focal}")
     losses = compare_runs([tmp_path], baseline="lr=0.01").losses
-    said = {label.split("lr=")[1].split(",")[0]: str(reading) for label, reading in losses.items()}
-    assert "over seeds" in said["0.02"]
+    sentences = {label.split("lr=")[1].split(",")[0]: str(reading) for label, reading in losses.items()}
+    assert "over seeds" in sentences["0.02"]
     for lr, words in {
         "0.03": "different number of candidates: 128 and 64",
         "0.04": "different floor",
@@ -163,7 +163,7 @@ def test_losses_are_compared_only_where_they_measure_the_same(source: Path, tmp_
         "0.06": "batches composed differently (sampler.name: hard and None)",
         "0.07": "different loss (loss.name: focal and None)",
     }.items():
-        assert words in said[lr], said[lr]
+        assert words in sentences[lr], sentences[lr]
 
 
 def test_seeds_that_only_one_arm_has(source: Path, tmp_path: Path) -> None:
