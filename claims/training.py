@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from claims.pairs import Pairs
-from nearfar.batching import BatchSampler, HardNegativeSampler, RandomBatchSampler, nearest_neighbors
-from nearfar.losses import InfoNCELoss, SimilarityMask
-from nearfar.metrics import retrieval_ranks
 from nearfar.models import ProjectionHead
 
-__all__ = ["encoder", "fit", "fit_pairs", "mrr", "probe", "random_and_hard"]
+__all__ = ["encoder", "fit", "probe"]
 
 
 def encoder(seed: int, inputs: int, outputs: int, hidden: int = 128) -> ProjectionHead:
@@ -41,68 +36,6 @@ def fit(
         optimizer.step()
         values.append(value.item())
     return values
-
-
-def fit_pairs(
-    model: nn.Module,
-    pairs: Pairs,
-    sampler: BatchSampler,
-    epochs: int,
-    *,
-    lr: float = 2e-3,
-    temperature: float = 0.07,
-    mask_from: float | None = None,
-    after: Callable[[int, float], Any] = lambda epoch, loss: None,
-) -> None:
-    """Train an encoder of views towards frozen texts with InfoNCE.
-
-    ``mask_from``: negatives whose text has at least this cosine with the anchor's are left out. ``after`` is called
-    with the number of epochs done and the mean loss of the last.
-    """
-    contrast, optimizer = InfoNCELoss(temperature), torch.optim.Adam(model.parameters(), lr=lr)
-
-    def loss(batch: Tensor) -> Tensor:
-        text = pairs.text[batch]
-        mask = None if mask_from is None else SimilarityMask(text, mask_from)
-        return contrast(model(pairs.view[batch]), text, mask=mask)
-
-    for epoch in range(epochs):
-        sampler.set_epoch(epoch)
-        values = fit(model, sampler, loss, optimizer)
-        after(epoch + 1, sum(values) / len(values))
-
-
-@torch.no_grad()
-def mrr(model: nn.Module, pairs: Pairs) -> float:
-    """Mean reciprocal rank of each text's view among all views; chance is about ln(n) / n."""
-    model.eval()
-    return float(retrieval_ranks(pairs.text, model(pairs.view)).reciprocal().mean())
-
-
-def random_and_hard(
-    seed: int,
-    pairs: Pairs,
-    unseen: Pairs,
-    *,
-    batch_size: int,
-    hard_ratio: float,
-    hardness_k: int,
-    epochs: int,
-    temperature: float = 0.07,
-) -> tuple[float, float]:
-    """MRR after random batches and after batches of which ``hard_ratio`` are hard, from the same start."""
-    samplers: list[BatchSampler] = [
-        RandomBatchSampler(len(pairs), batch_size, seed=seed),
-        HardNegativeSampler(
-            nearest_neighbors(pairs.text, hardness_k), batch_size, hard_ratio, hardness_k, seed=seed
-        ),
-    ]
-    reached = []
-    for sampler in samplers:
-        model = encoder(seed, pairs.view.shape[1], pairs.text.shape[1])
-        fit_pairs(model, pairs, sampler, epochs, temperature=temperature)
-        reached.append(mrr(model, unseen))
-    return reached[0], reached[1]
 
 
 def probe(

@@ -26,7 +26,7 @@ def run(seed: int, *, batches: int = 400, batch_size: int = 7) -> dict[str, floa
     g = torch.Generator().manual_seed(seed)
     loss = AdaptiveScoreContrastiveLoss()
     z = torch.eye(batch_size)
-    found: dict[str, float | Share] = {}
+    values: dict[str, float | Share] = {}
     rows = 0
     for level in LEVELS:
         shift = math.sqrt(2) * NormalDist().inv_cdf(level / 100)
@@ -40,5 +40,5 @@ def run(seed: int, *, batches: int = 400, batch_size: int = 7) -> dict[str, floa
             of_group += int(lower[scores.argsort()[:number]].sum())
             anchors += number
             rows += int(lower.sum())
-        found[f"share_at_{level}"] = Share(of_group, anchors)
-    return found | {"share_in_batches": rows / (batches * batch_size)}
+        values[f"share_at_{level}"] = Share(of_group, anchors)
+    return values | {"share_in_batches": rows / (batches * batch_size)}

@@ -105,11 +105,11 @@ def _draw(n: int, directions: Float[Tensor, "a c d"], noise: float, g: torch.Gen
     """Aspects are mentioned by 4 to 30 % of the reviews; positive 60, negative 30, neutral 10 %."""
     aspects = len(directions)
     often = torch.linspace(0.04, 0.214, aspects)  # with 90 % polar mentions, 88.7 % absent or neutral
-    there = torch.rand(n, aspects, generator=g) < often
+    mentioned = torch.rand(n, aspects, generator=g) < often
     kind = torch.multinomial(torch.tensor([0.3, 0.1, 0.6]), n * aspects, replacement=True, generator=g)
-    codes = there * (1 + kind.view(n, aspects))
+    codes = mentioned * (1 + kind.view(n, aspects))
     parts = directions[torch.arange(aspects), 0] + directions[torch.arange(aspects), codes]
-    vectors = (parts * there[..., None]).sum(1)
+    vectors = (parts * mentioned[..., None]).sum(1)
     return _Reviews(
         vectors + noise * torch.randn(vectors.shape, generator=g) * vectors.shape[1] ** -0.5 * 4, codes
     )
@@ -159,10 +159,10 @@ def _train(
 def _score(model: _Model, unseen: _Reviews, scheme: LabelScheme) -> _Scores:
     model.eval()
     probabilities = model(unseen.vectors).double().softmax(-1).numpy()
-    truth, found = unseen.codes.numpy(), probabilities.argmax(-1)
-    pairs = pair_counts(truth, found, scheme.pair_array).sum(0)
-    three = class_counts(_three(truth), _three(found), 3).sum(0)
-    confident = calibration(probabilities.max(-1), found == truth, truth >= 0).sum(0)
+    truth, predicted = unseen.codes.numpy(), probabilities.argmax(-1)
+    pairs = pair_counts(truth, predicted, scheme.pair_array).sum(0)
+    three = class_counts(_three(truth), _three(predicted), 3).sum(0)
+    confident = calibration(probabilities.max(-1), predicted == truth, truth >= 0).sum(0)
     true, false, missed = pairs[:, 0], pairs[:, 1], pairs[:, 2]
     return _Scores(
         weighted=float(weighted_f1(three)),

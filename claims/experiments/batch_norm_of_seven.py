@@ -40,7 +40,7 @@ def run(
     training = [draw(batch_size) for _ in range(steps)]
     new = [draw(batch_size) for _ in range(200)]
     row = draw(1)[0]
-    found = {}
+    values = {}
     for norm in ("batch", "layer"):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -52,7 +52,7 @@ def run(
             optimizer.step()
         with torch.no_grad():
             embedded = [normalize(head(torch.cat([row, x[1:]]))[0], dim=0) for x, _ in new]
-            found[f"wobble_{norm}"] = float(1 - torch.stack([a @ b for a, b in pairwise(embedded)]).mean())
+            values[f"wobble_{norm}"] = float(1 - torch.stack([a @ b for a, b in pairwise(embedded)]).mean())
             head.eval()
-            found[f"loss_{norm}"] = float(torch.stack([loss(head(x), s) for x, s in new]).mean())
-    return found | {"ratio": found["loss_batch"] / found["loss_layer"]}
+            values[f"loss_{norm}"] = float(torch.stack([loss(head(x), s) for x, s in new]).mean())
+    return values | {"ratio": values["loss_batch"] / values["loss_layer"]}

@@ -6,8 +6,9 @@ far as the centres lie from the origin. Tight clusters have harder negatives, an
 
 from __future__ import annotations
 
-from claims.pairs import clustered_pairs
-from claims.training import random_and_hard
+from dataclasses import dataclass, field
+
+from claims.hard_batches import HardBatches
 
 QUANTITIES = {
     "random_loose": "MRR after random batches, loose clusters",
@@ -21,33 +22,26 @@ QUANTITIES = {
 }
 
 
-def run(
-    seed: int,
-    *,
-    items: int = 2000,
-    test: int = 1000,
-    clusters: int = 40,
-    spreads: tuple[float, float, float, float] = (1.0, 0.5, 0.25, 0.1),
-    noise: float = 0.2,
-    epochs: int = 10,
-    hard_ratio: float = 0.5,
-    hardness_k: int = 50,
-    batch_size: int = 32,
-) -> dict[str, float]:
+@dataclass(frozen=True)
+class Settings(HardBatches):
+    """``spreads``: of the clusters, from loose to tightest."""
+
+    spread: float = field(default=1.0, init=False)
+    spreads: tuple[float, float, float, float] = (1.0, 0.5, 0.25, 0.1)
+
+
+def run(seed: int, settings: Settings) -> dict[str, float]:
     """Train with random and with half hard batches on each of the worlds, from loose to tight."""
-    found: dict[str, float] = {}
-    for name, spread in zip(("loose", "middle", "tight", "tightest"), spreads, strict=True):
-        pairs, unseen = clustered_pairs(seed, items, test, clusters=clusters, spread=spread, noise=noise)
-        on_random, on_hard = random_and_hard(
-            seed,
-            pairs,
-            unseen,
-            batch_size=batch_size,
-            hard_ratio=hard_ratio,
-            hardness_k=hardness_k,
-            epochs=epochs,
-        )
-        found[f"random_{name}"], found[f"gain_{name}"] = on_random, on_hard - on_random
-    found["tight_minus_loose"] = found["gain_tight"] - found["gain_loose"]
-    found["tightest_minus_middle"] = found["gain_tightest"] - found["gain_middle"]
-    return {name: found[name] for name in QUANTITIES}
+    random: dict[str, float] = {}
+    gain: dict[str, float] = {}
+    for name, spread in zip(("loose", "middle", "tight", "tightest"), settings.spreads, strict=True):
+        world = settings.world(seed, spread=spread)
+        random[name] = world.mrr_after(world.random())
+        gain[name] = world.mrr_after(world.hard()) - random[name]
+    return {
+        "random_loose": random["loose"],
+        "random_tight": random["tight"],
+        **{f"gain_{name}": value for name, value in gain.items()},
+        "tight_minus_loose": gain["tight"] - gain["loose"],
+        "tightest_minus_middle": gain["tightest"] - gain["middle"],
+    }

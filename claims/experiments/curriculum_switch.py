@@ -7,9 +7,10 @@ itself did. Once more with near-duplicates in the training set, which hard batch
 
 from __future__ import annotations
 
-from claims.pairs import Pairs, clustered_pairs
-from claims.training import encoder, fit_pairs, mrr
-from nearfar.batching import BatchSampler, HardNegativeSampler, RandomBatchSampler, nearest_neighbors
+from dataclasses import dataclass, field
+
+from claims.hard_batches import HardBatches, World
+from nearfar.batching import BatchSampler
 
 QUANTITIES = {
     "loss_rise": "mean loss of the first hard epoch minus that of the last random one, nats",
@@ -20,53 +21,43 @@ QUANTITIES = {
 }
 
 
-def run(
-    seed: int,
-    *,
-    items: int = 2000,
-    test: int = 1000,
-    clusters: int = 40,
-    spread: float = 0.3,
-    noise: float = 0.2,
-    switch: int = 5,
-    further: int = 3,
-    hard_ratio: float = 0.5,
-    hardness_k: int = 50,
-    batch_size: int = 32,
-    duplicates: float = 0.6,
-) -> dict[str, float]:
+@dataclass(frozen=True)
+class Settings(HardBatches):
+    """Random epochs up to ``switch``, ``further`` hard ones; ``duplicates`` is the share of near-duplicates."""
+
+    epochs: int = field(default=0, init=False)  # switch + further
+    switch: int = 5
+    further: int = 3
+    duplicates: float = 0.6
+
+
+def run(seed: int, settings: Settings) -> dict[str, float]:
     """Train through the switch and, with the same batches up to there, on without it."""
-    found: dict[str, float] = {}
-    for suffix, share in (("", 0.0), ("_duplicates", duplicates)):
-        pairs, unseen = clustered_pairs(
-            seed, items, test, clusters=clusters, spread=spread, noise=noise, duplicates=share
-        )
-        near = nearest_neighbors(pairs.text, hardness_k)
-        hard = HardNegativeSampler(near, batch_size, hard_ratio, hardness_k, switch, seed=seed)
-        losses, scores = _curves(seed, pairs, unseen, hard, switch, further)
-        _, on_random = _curves(
-            seed, pairs, unseen, RandomBatchSampler(items, batch_size, seed=seed), switch, further
-        )
-        last = switch + further
+    switch, last = settings.switch, settings.switch + settings.further
+    values: dict[str, float] = {}
+    for suffix, share in (("", 0.0), ("_duplicates", settings.duplicates)):
+        world = settings.world(seed, duplicates=share)
+        losses, scores = _curves(world, world.hard(curriculum_epoch=switch), switch, last)
+        _, on_random = _curves(world, world.random(), switch, last)
         if not share:
-            found["loss_rise"] = losses[switch + 1] - losses[switch]
-        found["mrr_rise" + suffix] = scores[last] - scores[switch]
-        found["mrr_beside_random" + suffix] = scores[last] - on_random[last]
-    return found
+            values["loss_rise"] = losses[switch + 1] - losses[switch]
+        values["mrr_rise" + suffix] = scores[last] - scores[switch]
+        values["mrr_beside_random" + suffix] = scores[last] - on_random[last]
+    return values
 
 
 def _curves(
-    seed: int, pairs: Pairs, unseen: Pairs, sampler: BatchSampler, switch: int, further: int
+    world: World, sampler: BatchSampler, switch: int, last: int
 ) -> tuple[dict[int, float], dict[int, float]]:
     """The mean loss of each epoch, and MRR at the switch and at the end, by the number of epochs done."""
-    model = encoder(seed, pairs.view.shape[1], pairs.text.shape[1])
+    model = world.encoder()
     losses: dict[int, float] = {}
     scores: dict[int, float] = {}
 
     def note(epoch: int, loss: float) -> None:
         losses[epoch] = loss
-        if epoch in (switch, switch + further):
-            scores[epoch] = mrr(model, unseen)
+        if epoch in (switch, last):
+            scores[epoch] = world.mrr(model)
 
-    fit_pairs(model, pairs, sampler, switch + further, after=note)
+    world.fit(model, sampler, last, after=note)
     return losses, scores

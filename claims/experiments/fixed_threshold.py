@@ -1,7 +1,7 @@
 """Which batches have anchors, when scores of 0.5 and more are "good" and nearly all scores are above 0.9?
 
 Batches of seven images, each with a score between 0 and 1. With a fixed threshold the anchors are the rows below it; by
-rank they are the lowest of the batch, however good. The ranking is asked a second question: scored again with the
+rank they are the lowest of the batch, however good. The ranking is tested a second time: scored again with the
 noise of the measurement, would the same rows be anchors?
 """
 

@@ -1,4 +1,4 @@
-"""How much more does a focal loss attend to one prediction than to another?
+"""How much more does a focal loss attend to a hard prediction than to an easy one?
 
 Three answers that are easily taken for each other: the ratio of the modulating factors (1 − p)^γ, of the losses, and of
 the gradients on the logits. Computed with ``FocalLoss`` itself for a hard and an easy prediction.
@@ -24,10 +24,10 @@ def run(
     *, hard: float = 0.60, easy: float = 0.95, gamma: float = 2.0, hard_alpha: float = 1.0, classes: int = 3
 ) -> dict[str, float]:
     """``hard`` and ``easy`` are the probabilities of the true class; ``hard_alpha`` weighs the hard one."""
-    found = {}
+    ratios = {}
     for name, g, alpha in (("focal", gamma, hard_alpha), ("ce", 0.0, 1.0)):
         loss = FocalLoss(g, reduction="none")
-        values, slopes = [], []
+        values, gradients = [], []
         for p, weight in ((hard, alpha), (easy, 1.0)):
             # The other classes share 1 - p; logits are then logarithms of probabilities.
             logits = torch.full((1, classes), (1 - p) / (classes - 1), dtype=torch.double)
@@ -37,13 +37,13 @@ def run(
             value.backward()
             assert logits.grad is not None
             values.append(value.item())
-            slopes.append(float(logits.grad[0, 0].abs()))
-        found[name] = values[0] / values[1], slopes[0] / slopes[1]
+            gradients.append(float(logits.grad[0, 0].abs()))
+        ratios[name] = values[0] / values[1], gradients[0] / gradients[1]
     return {
         "factor_ratio": hard_alpha * ((1 - hard) / (1 - easy)) ** gamma,
-        "loss_ratio": found["focal"][0],
-        "loss_ratio_ce": found["ce"][0],
-        "gradient_ratio": found["focal"][1],
-        "gradient_ratio_ce": found["ce"][1],
-        "gain": found["focal"][1] / found["ce"][1],
+        "loss_ratio": ratios["focal"][0],
+        "loss_ratio_ce": ratios["ce"][0],
+        "gradient_ratio": ratios["focal"][1],
+        "gradient_ratio_ce": ratios["ce"][1],
+        "gain": ratios["focal"][1] / ratios["ce"][1],
     }

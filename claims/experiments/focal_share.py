@@ -50,11 +50,11 @@ def run(
         "ce_alpha": FocalLoss(0.0, list(alpha)),
         "focal_alpha": FocalLoss(gamma, list(alpha)),
     }.items():
-        found = loss(logits, label)
-        (slope,) = torch.autograd.grad(found, logits)
+        loss_value = loss(logits, label)
+        (gradient,) = torch.autograd.grad(loss_value, logits)
         assert loss.record is not None
-        value[name], share[name] = found.item(), loss.record.hardest_share
-        length[name] = float(slope.norm())
+        value[name], share[name] = loss_value.item(), loss.record.hardest_share
+        length[name] = float(gradient.norm())
     return {
         "cross_entropy": value["ce"],
         "focal": value["focal"],

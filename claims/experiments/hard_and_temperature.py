@@ -6,8 +6,9 @@ The temperature weighs hard negatives itself (Wang and Liu 2021, "Understanding 
 
 from __future__ import annotations
 
-from claims.pairs import clustered_pairs
-from claims.training import random_and_hard
+from dataclasses import dataclass
+
+from claims.hard_batches import HardBatches
 
 QUANTITIES = {
     "random_low": "MRR after random batches, low temperature",
@@ -18,29 +19,26 @@ QUANTITIES = {
 }
 
 
-def run(
-    seed: int,
-    *,
-    items: int = 2000,
-    test: int = 1000,
-    clusters: int = 40,
-    spread: float = 0.3,
-    noise: float = 0.2,
-    low: float = 0.03,
-    high: float = 0.2,
-    epochs: int = 10,
-    hard_ratio: float = 0.5,
-    hardness_k: int = 50,
-    batch_size: int = 32,
-) -> dict[str, float]:
+@dataclass(frozen=True)
+class Settings(HardBatches):
+    """The two temperatures."""
+
+    low: float = 0.03
+    high: float = 0.2
+
+
+def run(seed: int, settings: Settings) -> dict[str, float]:
     """Train with both kinds of batches at both temperatures."""
-    pairs, unseen = clustered_pairs(seed, items, test, clusters=clusters, spread=spread, noise=noise)
-    found: dict[str, float] = {}
-    for name, temperature in (("low", low), ("high", high)):
-        on_random, on_hard = random_and_hard(
-            seed, pairs, unseen, batch_size=batch_size, hard_ratio=hard_ratio, hardness_k=hardness_k, epochs=epochs,
-            temperature=temperature,
-        )  # fmt: skip
-        found[f"random_{name}"], found[f"gain_{name}"] = on_random, on_hard - on_random
-    found["interaction"] = found["gain_low"] - found["gain_high"]
-    return {name: found[name] for name in QUANTITIES}
+    world = settings.world(seed)
+    temperatures = {"low": settings.low, "high": settings.high}
+    random = {name: world.mrr_after(world.random(), temperature=t) for name, t in temperatures.items()}
+    gain = {
+        name: world.mrr_after(world.hard(), temperature=t) - random[name] for name, t in temperatures.items()
+    }
+    return {
+        "random_low": random["low"],
+        "random_high": random["high"],
+        "gain_low": gain["low"],
+        "gain_high": gain["high"],
+        "interaction": gain["low"] - gain["high"],
+    }

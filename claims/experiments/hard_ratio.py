@@ -7,10 +7,9 @@ differs. How steady a training is shows in how much MRR moves from one of its la
 from __future__ import annotations
 
 import statistics
+from dataclasses import dataclass, field
 
-from claims.pairs import clustered_pairs
-from claims.training import encoder, fit_pairs, mrr
-from nearfar.batching import HardNegativeSampler, RandomBatchSampler, nearest_neighbors
+from claims.hard_batches import HardBatches
 
 QUANTITIES = {
     "half": "MRR after half hard batches",
@@ -22,43 +21,37 @@ QUANTITIES = {
 }
 
 
-def run(
-    seed: int,
-    *,
-    items: int = 2000,
-    test: int = 1000,
-    clusters: int = 40,
-    spread: float = 0.3,
-    noise: float = 0.2,
-    epochs: int = 10,
-    before: int = 10,
-    hardness_k: int = 50,
-    batch_size: int = 32,
-) -> dict[str, float]:
+@dataclass(frozen=True)
+class Settings(HardBatches):
+    """``before``: epochs of random batches before the hard ones, of the encoder that is tuned."""
+
+    hard_ratio: float = field(default=0.5, init=False)
+    before: int = 10
+
+
+def run(seed: int, settings: Settings) -> dict[str, float]:
     """Train with each share from scratch, and with two of them after ``before`` epochs of random batches."""
-    pairs, unseen = clustered_pairs(seed, items, test, clusters=clusters, spread=spread, noise=noise)
-    near = nearest_neighbors(pairs.text, hardness_k)
-    realised: list[float | None] = []
+    world = settings.world(seed)
+    realised: dict[float, float | None] = {}
 
-    def reached(hard_ratio: float, before: int = 0) -> list[float]:
+    def scores(hard_ratio: float, before: int = 0) -> list[float]:
         """MRR after each of the epochs with hard batches."""
-        model = encoder(seed, pairs.view.shape[1], pairs.text.shape[1])
+        model = world.encoder()
         if before:
-            fit_pairs(model, pairs, RandomBatchSampler(items, batch_size, seed=seed), before)
-        scores: list[float] = []
-        sampler = HardNegativeSampler(near, batch_size, hard_ratio, hardness_k, seed=seed)
-        fit_pairs(model, pairs, sampler, epochs, after=lambda *_: scores.append(mrr(model, unseen)))
-        if hard_ratio == 1.0:
-            realised.append(sampler.realised_hardness().hard_share)
-        return scores
+            world.fit(model, world.random(), before)
+        values: list[float] = []
+        sampler = world.hard(hard_ratio)
+        world.fit(model, sampler, after=lambda *_: values.append(world.mrr(model)))
+        realised[hard_ratio] = sampler.realised_hardness().hard_share
+        return values
 
-    scratch = {ratio: reached(ratio) for ratio in (0.5, 0.7, 1.0)}
-    tuned = {ratio: reached(ratio, before) for ratio in (0.5, 0.7)}
-    wobble = {ratio: statistics.pstdev(scores[-5:]) for ratio, scores in scratch.items()}
+    scratch = {ratio: scores(ratio) for ratio in (0.5, 0.7, 1.0)}
+    tuned = {ratio: scores(ratio, settings.before) for ratio in (0.5, 0.7)}
+    wobble = {ratio: statistics.pstdev(values[-5:]) for ratio, values in scratch.items()}
     return {
         "half": scratch[0.5][-1],
         "all_minus_half": scratch[1.0][-1] - scratch[0.5][-1],
-        "realised": realised[0] or 0.0,
+        "realised": realised[1.0] or 0.0,
         "wobble_all_minus_half": wobble[1.0] - wobble[0.5],
         "scratch_half_minus_strong": scratch[0.5][-1] - scratch[0.7][-1],
         "tuned_strong_minus_half": tuned[0.7][-1] - tuned[0.5][-1],

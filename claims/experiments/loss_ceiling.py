@@ -1,7 +1,7 @@
 """Where does a stated InfoNCE loss stand beside the loss of guessing?
 
-A model that gives all candidates the same score has ln(candidates). A model that learns is below; one that has not
-begun is there.
+A model that gives all candidates the same score has ln(candidates). A model that learns is below that; one that has not
+begun is at it.
 """
 
 from __future__ import annotations

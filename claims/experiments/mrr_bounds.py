@@ -19,8 +19,8 @@ QUANTITIES = {
 def run(*, mrr: float, hits_1: float, hits_k: float, k: int, gallery: int) -> dict[str, float]:
     """Shares between 0 and 1; ``k`` is the larger cut-off.
 
-    >>> found = run(mrr=0.372, hits_1=0.224, hits_k=0.686, k=10, gallery=33010)
-    >>> round(found["lowest"], 3), round(found["highest"], 3)
+    >>> bounds = run(mrr=0.372, hits_1=0.224, hits_k=0.686, k=10, gallery=33010)
+    >>> round(bounds["lowest"], 3), round(bounds["highest"], 3)
     (0.27, 0.484)
     """
     if not 0.0 <= hits_1 <= hits_k <= 1.0 or not 2 <= k < gallery:

@@ -7,9 +7,9 @@ of a batch where it can (``false_negative_threshold``) and out of the loss where
 
 from __future__ import annotations
 
-from claims.pairs import clustered_pairs
-from claims.training import encoder, fit_pairs, mrr
-from nearfar.batching import HardNegativeSampler, RandomBatchSampler, nearest_neighbors
+from dataclasses import dataclass
+
+from claims.hard_batches import HardBatches
 
 QUANTITIES = {
     "gain_few": "gain of hard batches over random ones, without a filter, at the smaller share of near-duplicates",
@@ -22,50 +22,33 @@ QUANTITIES = {
 }
 
 
-def run(
-    seed: int,
-    *,
-    items: int = 2000,
-    test: int = 1000,
-    clusters: int = 40,
-    spread: float = 0.3,
-    noise: float = 0.2,
-    epochs: int = 10,
-    hard_ratio: float = 0.5,
-    hardness_k: int = 50,
-    batch_size: int = 32,
-    few: float = 0.0,
-    many: float = 0.6,
-    threshold: float = 0.97,
-) -> dict[str, float]:
+@dataclass(frozen=True)
+class Settings(HardBatches):
+    """Two shares of near-duplicates, and the cosine from which the filter takes a pair for one."""
+
+    few: float = 0.0
+    many: float = 0.6
+    threshold: float = 0.97
+
+
+def run(seed: int, settings: Settings) -> dict[str, float]:
     """Train on random, hard and filtered hard batches at two shares of near-duplicates."""
-    found, anchors_hit = {}, 0.0
+    few, many, threshold = settings.few, settings.many, settings.threshold
+    mrr, anchors_hit = {}, 0.0
     for share in (few, many):
-        pairs, unseen = clustered_pairs(
-            seed, items, test, clusters=clusters, spread=spread, noise=noise, duplicates=share
-        )
-        near = nearest_neighbors(pairs.text, hardness_k)
-        plain = HardNegativeSampler(near, batch_size, hard_ratio, hardness_k, seed=seed)
-        filtered = HardNegativeSampler(
-            near, batch_size, hard_ratio, hardness_k, false_negative_threshold=threshold, seed=seed
-        )
+        world = settings.world(seed, duplicates=share)
+        plain = world.hard()
         anchors_hit = plain.realised_hardness(threshold=threshold).anchors_hit or 0.0
-        arms = {
-            "random": (RandomBatchSampler(items, batch_size, seed=seed), None),
-            "plain": (plain, None),
-            "filtered": (filtered, threshold),
-        }
-        for name, (sampler, mask_from) in arms.items():
-            model = encoder(seed, pairs.view.shape[1], pairs.text.shape[1])
-            fit_pairs(model, pairs, sampler, epochs, mask_from=mask_from)
-            found[name, share] = mrr(model, unseen)
-    gain = {key: value / found["random", key[1]] - 1 for key, value in found.items()}
+        mrr["random", share] = world.mrr_after(world.random())
+        mrr["plain", share] = world.mrr_after(plain)
+        mrr["filtered", share] = world.mrr_after(world.hard(threshold=threshold), mask_from=threshold)
+    gain = {(arm, share): value / mrr["random", share] - 1 for (arm, share), value in mrr.items()}
     return {
         "gain_few": gain["plain", few],
         "gain_many": gain["plain", many],
         "loss_of_gain": gain["plain", few] - gain["plain", many],
         "filtered_few": gain["filtered", few],
         "filtered_many": gain["filtered", many],
-        "filter": found["filtered", many] / found["plain", many] - 1,
+        "filter": mrr["filtered", many] / mrr["plain", many] - 1,
         "anchors_hit": anchors_hit,
     }

@@ -79,14 +79,14 @@ def run(
         return accuracy(model), sum(counts) / len(counts)
 
     untrained = accuracy(encoder(seed, view.shape[1], dims))
-    found, seen = zip(*map(trained, positives), strict=True)
-    slope = np.polyfit(np.log2(np.array(positives, dtype=float)), found, 1)[0]
+    accuracies, seen = zip(*map(trained, positives), strict=True)
+    slope = np.polyfit(np.log2(np.array(positives, dtype=float)), accuracies, 1)[0]
     return {
-        "accuracy_fewest": found[0],
-        "accuracy_most": found[-1],
-        "loss_from_few": found[-1] - found[0],
+        "accuracy_fewest": accuracies[0],
+        "accuracy_most": accuracies[-1],
+        "loss_from_few": accuracies[-1] - accuracies[0],
         "slope": float(slope),
-        "largest_step": float(np.diff(found).max()),
+        "largest_step": float(np.diff(accuracies).max()),
         "realised_fewest": seen[0],
         "realised_most": seen[-1],
         "untrained": untrained,

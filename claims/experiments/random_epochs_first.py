@@ -5,9 +5,9 @@ The same encoder, data and number of steps; a run goes over to hard batches at o
 
 from __future__ import annotations
 
-from claims.pairs import clustered_pairs
-from claims.training import encoder, fit_pairs, mrr
-from nearfar.batching import HardNegativeSampler, nearest_neighbors
+from dataclasses import dataclass
+
+from claims.hard_batches import HardBatches
 
 QUANTITIES = {
     "none": "MRR with hard batches from the start",
@@ -17,34 +17,24 @@ QUANTITIES = {
 }
 
 
-def run(
-    seed: int,
-    *,
-    items: int = 2000,
-    test: int = 1000,
-    clusters: int = 40,
-    spread: float = 0.3,
-    noise: float = 0.2,
-    epochs: int = 15,
-    some: int = 5,
-    many: int = 10,
-    hard_ratio: float = 0.5,
-    hardness_k: int = 50,
-    batch_size: int = 32,
-) -> dict[str, float]:
+@dataclass(frozen=True)
+class Settings(HardBatches):
+    """Numbers of random epochs before the hard ones, ``epochs`` in all."""
+
+    epochs: int = 15
+    some: int = 5
+    many: int = 10
+
+
+def run(seed: int, settings: Settings) -> dict[str, float]:
     """Train once for each number of random epochs, ``epochs`` in all."""
-    pairs, unseen = clustered_pairs(seed, items, test, clusters=clusters, spread=spread, noise=noise)
-    near = nearest_neighbors(pairs.text, hardness_k)
-    reached = []
-    for first in (0, some, many):
-        model = encoder(seed, pairs.view.shape[1], pairs.text.shape[1])
-        sampler = HardNegativeSampler(near, batch_size, hard_ratio, hardness_k, first, seed=seed)
-        fit_pairs(model, pairs, sampler, epochs)
-        reached.append(mrr(model, unseen))
-    none, five, ten = reached
+    world = settings.world(seed)
+    none, some, many = (
+        world.mrr_after(world.hard(curriculum_epoch=first)) for first in (0, settings.some, settings.many)
+    )
     return {
         "none": none,
-        "five_minus_none": five - none,
-        "ten_minus_five": ten - five,
-        "ten_minus_none": ten - none,
+        "five_minus_none": some - none,
+        "ten_minus_five": many - some,
+        "ten_minus_none": many - none,
     }

@@ -1,16 +1,16 @@
 """The statements on spatial relations, on boxes that people have drawn.
 
 Annotations of Visual Relationship Detection below ``NEARFAR_DATA``: the two views of a pair are the numbers of its
-boxes and the names of its objects, since photos are few. InfoNCE, the supervised loss that was said to fail and the
-usual one train on the same batches from the same start; pair retrieval and a probe are asked on pictures that were
-not trained on. A seed draws other pictures for the test, another start and other batches.
+boxes and the names of its objects, since photos are few. InfoNCE, the supervised loss reported to fail and the
+usual one train on the same batches from the same start; pair retrieval and a probe are measured on pictures that were
+not trained on. Each seed draws its own test pictures, start and batches.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from claims.training import fit
 from nearfar.config.compose import compose_config, read_config
 from nearfar.errors import NearfarError
 from nearfar.metrics import RecallAtK
+from nearfar.systems.relations.dataset import RelationDataset
 from nearfar.systems.relations.model import LOSSES, ViewLoss
 from nearfar.systems.relations.options import RelationOptions
 from nearfar.systems.relations.probe import RelationProbe
@@ -29,17 +30,17 @@ from nearfar.training.state import initial_model
 
 QUANTITIES = {
     "pair_infonce": "exact-pair retrieval in the batch (chance 1 / batch), InfoNCE",
-    "pair_supcon_inside": "the same, supervised loss that was said to fail",
+    "pair_supcon_inside": "the same, supervised loss reported to fail",
     "pair_supcon": "the same, usual supervised loss",
     "pair_class_only": "the same, an encoder that gives the relation and nothing else",
     "probe_infonce": "probe accuracy (RBF-SVM on the two embeddings alone), InfoNCE",
-    "probe_supcon_inside": "the same, supervised loss that was said to fail",
+    "probe_supcon_inside": "the same, supervised loss reported to fail",
     "probe_supcon": "the same, usual supervised loss",
     "probe_untrained": "the same, before training",
     "probe_raw": "the same probe on the numbers of the boxes and the vectors of the names, nothing learned",
-    "inside_minus_infonce": "supervised loss that was said to fail minus InfoNCE, probe accuracy",
+    "inside_minus_infonce": "supervised loss reported to fail minus InfoNCE, probe accuracy",
     "supcon_minus_infonce": "usual supervised loss minus InfoNCE, probe accuracy",
-    "inside_minus_infonce_pair": "supervised loss that was said to fail minus InfoNCE, exact-pair retrieval",
+    "inside_minus_infonce_pair": "supervised loss reported to fail minus InfoNCE, exact-pair retrieval",
     "trained_minus_untrained": "InfoNCE minus the untrained encoder, probe accuracy",
     "positives": "positives per anchor that the supervised loss saw, own pair left out",
     "same_class_negatives": "share of an anchor's negatives in a random batch that have its relation",
@@ -50,13 +51,16 @@ QUANTITIES = {
     "new_minus_rescored": "the model trained on five relations minus the rescored one, the same pairs",
 }
 
+#: a view of every pair by name, by split
+Blocks = dict[str, dict[str, np.ndarray]]
+
 
 def run(
     seed: int, *, epochs: int = 8, batch_size: int = 24, lr: float = 1e-3, images: float = 1.0
 ) -> dict[str, float]:
     """Train every loss on five relations, and InfoNCE on ten; ``images`` is the share of pictures to train on."""
     five = _system(seed, TOP5, batch_size)
-    blocks: dict[str, Any] = {"untrained": _embedded(five, initial_model(five, seed).eval())}
+    blocks: dict[str, Blocks] = {"untrained": _embedded(five, initial_model(five, seed).eval())}
     records: list[float] = []
     for name in LOSSES:
         model, seen = _trained(five, name, "random", seed, epochs, lr, images)
@@ -65,12 +69,13 @@ def run(
     balanced, _ = _trained(five, "infonce", "balanced", seed, epochs, lr, images)
     blocks["balanced"] = _embedded(five, balanced)
     label = {split: five.data.labels(split) for split in ("train", "test")}
-    scores = {name: _accuracy(found, label, len(TOP5)) for name, found in blocks.items()}
-    raw = {
-        split: {"numbers": d.numbers.numpy(), "words": d.names.numpy()} for split, d in _sets(five).items()
-    }
+    scores = {name: _accuracy(views, label, len(TOP5)) for name, views in blocks.items()}
+    raw: Blocks = {}
+    for split, dataset in _sets(five).items():
+        assert dataset.names is not None
+        raw[split] = {"numbers": dataset.numbers.numpy(), "words": dataset.names.numpy()}
     tests = {name: blocks[name]["test"] for name in LOSSES}
-    pair = {name: _pair(found["spatial"], found["names"], batch_size) for name, found in tests.items()}
+    pair = {name: _pair(views["spatial"], views["names"], batch_size) for name, views in tests.items()}
     known = np.eye(len(TOP5))[label["test"]]
     ten = _system(seed, ALL10, batch_size)
     all_, rescored, new = _fewer(five, ten, blocks["infonce"], seed, epochs, lr, images)
@@ -94,12 +99,18 @@ def run(
 
 
 def _fewer(
-    five: RelationSystem, ten: RelationSystem, of_five: Any, seed: int, epochs: int, lr: float, images: float
+    five: RelationSystem,
+    ten: RelationSystem,
+    of_five: Blocks,
+    seed: int,
+    epochs: int,
+    lr: float,
+    images: float,
 ) -> tuple[float, float, float]:
     """Ten classes on all pairs; the same model, and the model of five, on the pairs of five relations."""
     model, _ = _trained(ten, "infonce", "random", seed, epochs, lr, images)
-    found, label = _embedded(ten, model), {split: ten.data.labels(split) for split in ("train", "test")}
-    scores = RelationProbe().fit(found["train"], label["train"]).scores(found["test"], len(ALL10))
+    views, label = _embedded(ten, model), {split: ten.data.labels(split) for split in ("train", "test")}
+    scores = RelationProbe().fit(views["train"], label["train"]).scores(views["test"], len(ALL10))
     rows = label["test"] < len(TOP5)  # the five are the first of the ten
     among = scores[rows][:, : len(TOP5)].argmax(axis=1)
     new = _accuracy(of_five, {split: five.data.labels(split) for split in label}, len(TOP5))
@@ -129,8 +140,13 @@ def _system(seed: int, relations: tuple[str, ...], batch_size: int) -> RelationS
     return system
 
 
-def _sets(system: RelationSystem) -> dict[str, Any]:
-    return {split: system.dataset(split) for split in ("train", "test")}
+def _sets(system: RelationSystem) -> dict[str, RelationDataset]:
+    sets = {}
+    for split in ("train", "test"):
+        dataset = system.dataset(split)
+        assert isinstance(dataset, RelationDataset)
+        sets[split] = dataset
+    return sets
 
 
 def _trained(
@@ -162,15 +178,15 @@ def _trained(
 
 
 @torch.no_grad()
-def _embedded(system: RelationSystem, model: torch.nn.Module) -> dict[str, dict[str, np.ndarray]]:
-    found = {}
+def _embedded(system: RelationSystem, model: torch.nn.Module) -> Blocks:
+    embedded = {}
     for split, dataset in _sets(system).items():
         views = system.embed(model, dataset.__getitems__(list(range(len(dataset)))))
-        found[split] = {name: views[name].numpy() for name in ("spatial", "names")}
-    return found
+        embedded[split] = {name: views[name].numpy() for name in ("spatial", "names")}
+    return embedded
 
 
-def _accuracy(blocks: Any, label: Any, count: int) -> float:
+def _accuracy(blocks: Blocks, label: Mapping[str, np.ndarray], count: int) -> float:
     probe = RelationProbe().fit(blocks["train"], label["train"])
     return float((probe.scores(blocks["test"], count).argmax(axis=1) == label["test"]).mean())
 

@@ -42,10 +42,10 @@ def run(
         return means[labels] + noise * torch.randn(n, dims, generator=g) / 2, labels
 
     (x, y), (more_x, more_y), other = draw(rows), draw(rows), draw(test)
-    loss, found, error = _train(seed, x, y, other, repeats, target, most_epochs)
+    loss, test_loss, error = _train(seed, x, y, other, repeats, target, most_epochs)
     both = torch.cat([x, more_x]), torch.cat([y, more_y])
     _, _, less = _train(seed, *both, other, max(1, repeats // 2), target, most_epochs)
-    return {"train_loss": loss, "test_loss": found, "test_error": error, "gain": error - less}
+    return {"train_loss": loss, "test_loss": test_loss, "test_error": error, "gain": error - less}
 
 
 def _train(

@@ -59,14 +59,14 @@ def run(
         name: _trained(image, text, near, options, seed, batch, dims, epochs, lr)
         for name, options in ARMS.items()
     }
-    found = {"reached": results["clip"][2]}
+    values = {"reached": results["clip"][2]}
     for name, (loss, recall, _) in results.items():
         if name != "clip":
-            found |= {
+            values |= {
                 f"loss_{name}": loss - results["clip"][0],
                 f"recall_{name}": recall - results["clip"][1],
             }
-    return found | {"largest_other": max(abs(found["loss_reg"]), abs(found["loss_neighbors"]))}
+    return values | {"largest_other": max(abs(values["loss_reg"]), abs(values["loss_neighbors"]))}
 
 
 def _trained(

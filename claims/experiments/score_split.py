@@ -18,15 +18,15 @@ QUANTITIES = {
 
 def run(*, smallest: int = 2, largest: int = 12, margin: float = 0.2) -> dict[str, float]:
     """Every batch size from ``smallest`` to ``largest``, with scores that all differ."""
-    loss, found = AdaptiveScoreContrastiveLoss(), {}
+    loss, records = AdaptiveScoreContrastiveLoss(), {}
     for n in sorted({*range(smallest, largest + 1), 7}):
         loss(torch.eye(n), torch.linspace(0.1, 0.9, n))
         assert loss.record is not None
-        found[n] = loss.record.extra
-    asked = [found[n] for n in range(smallest, largest + 1)]
-    exact = [e for e in asked if e["anchors"] and abs(e["middle_share"] - margin) < 0.01]
+        records[n] = loss.record.extra
+    stated = [records[n] for n in range(smallest, largest + 1)]
+    exact = [e for e in stated if e["anchors"] and abs(e["middle_share"] - margin) < 0.01]
     return {
-        "as_stated": len(exact) / len(asked),
-        "without_loss": float(sum(e["anchors"] == 0 for e in asked)),
-        "margin_at_seven": found[7]["middle_share"],
+        "as_stated": len(exact) / len(stated),
+        "without_loss": float(sum(e["anchors"] == 0 for e in stated)),
+        "margin_at_seven": records[7]["middle_share"],
     }

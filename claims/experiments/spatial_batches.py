@@ -44,7 +44,7 @@ def run(
     epochs: int = 6,
     lr: float = 1e-3,
 ) -> dict[str, float]:
-    """Train four encoders: random or compact batches, with or without neighbours; test on another slide."""
+    """Train four encoders: random or compact batches, with or without neighbours; test on a new slide."""
     image, text = two_slides(side, dims, smooth, noise, torch.Generator().manual_seed(seed))
     near = grid_neighbors(side)
     place, size = torch.cartesian_prod(torch.arange(side), torch.arange(side)), tile * tile
@@ -52,7 +52,7 @@ def run(
         "random": RandomBatchSampler(len(place), size, seed=seed),
         "compact": SpatialBatchSampler(place, None, size, size, seed=seed),
     }
-    found: dict[str, float] = {}
+    values: dict[str, float] = {}
 
     def trained(batches: str, kind: Literal["soft", "none"]) -> tuple[float, float, float]:
         """R@10 on the other slide; share of rows with a neighbour in the batch; mass that a target gives them."""
@@ -81,13 +81,13 @@ def run(
     for batches in samplers:
         with_neighbors, reached, mass = trained(batches, "soft")
         without, _, _ = trained(batches, "none")
-        found |= {
+        values |= {
             f"effect_{batches}": with_neighbors - without,
             f"reached_{batches}": reached,
             f"mass_{batches}": mass,
             f"recall_{batches}": without,
         }
-    return found
+    return values
 
 
 def grid_neighbors(side: int) -> Tensor:

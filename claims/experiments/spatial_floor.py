@@ -25,10 +25,10 @@ def run(*, neighbors: int = 6, alpha_scale: float = 0.5) -> dict[str, float]:
     n = 2 * neighbors + 1
     index = (torch.arange(n)[:, None] + torch.arange(1, neighbors + 1)) % n
     alpha = torch.full((n, neighbors), 1 / neighbors)
-    found = {}
+    floors = {}
     for name, kind in (("spatial", "soft"), ("clip", "none")):
         loss = SpatialLoss(alpha_scale, temp_reg_weight=0.0, neighbors="soft" if kind == "soft" else "none")
         loss(torch.eye(n), torch.eye(n), 10.0, index, alpha)
         assert loss.record is not None
-        found[f"floor_{name}"] = loss.record.floor
-    return found | {"floor_difference": found["floor_spatial"] - found["floor_clip"]}
+        floors[f"floor_{name}"] = loss.record.floor
+    return floors | {"floor_difference": floors["floor_spatial"] - floors["floor_clip"]}

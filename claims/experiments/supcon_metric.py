@@ -1,10 +1,10 @@
-"""Does supervised contrastive learning fail for lack of positives, or does the metric ask for something else?
+"""Does supervised contrastive learning fail for lack of positives, or does the metric measure something else?
 
-Two views of labelled items, five classes of unequal size, batches of 24. Exact-pair retrieval asks for an item's own
-partner among the batch; a loss that makes all items of a class alike, and whose own pair is left out, is asked to throw
-just that away. A linear probe asks for the class. Both numbers, for InfoNCE, for the supervised loss that was said to
-fail (sum inside the logarithm, own pair left out), for the usual one, and for an encoder that knows the class and
-nothing else.
+Two views of labelled items, five classes of unequal size, batches of 24. Exact-pair retrieval looks for an item's own
+partner among the batch; a loss that makes all items of a class alike, and whose own pair is left out, is trained to
+discard just that. A linear probe measures the class. Both numbers are measured for InfoNCE, for the supervised loss
+reported to fail (sum inside the logarithm, own pair left out), for the usual one, and for an encoder that knows the
+class and nothing else.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ CLASSES = (0.488, 0.186, 0.153, 0.110, 0.063)
 
 QUANTITIES = {
     "pair_infonce": "exact-pair retrieval in the batch (chance 1 / batch), InfoNCE",
-    "pair_supcon": "the same, supervised loss that was said to fail",
+    "pair_supcon": "the same, supervised loss reported to fail",
     "pair_usual": "the same, usual supervised loss",
     "pair_class_only": "the same, an encoder that gives the class and nothing else",
-    "pair_difference": "supervised loss that was said to fail minus InfoNCE, exact-pair retrieval",
+    "pair_difference": "supervised loss reported to fail minus InfoNCE, exact-pair retrieval",
     "probe_infonce": "accuracy of a linear probe, InfoNCE",
     "probe_untrained": "the same, before training",
-    "probe_difference": "supervised loss that was said to fail minus InfoNCE, accuracy of a linear probe",
+    "probe_difference": "supervised loss reported to fail minus InfoNCE, accuracy of a linear probe",
     "probe_difference_usual": "usual supervised loss minus InfoNCE, accuracy of a linear probe",
     "positives": "positives per anchor that the supervised loss saw, own pair left out",
 }

@@ -58,7 +58,7 @@ def run(
     lr: float = 2e-3,
 ) -> dict[str, float]:
     """Eight small models: two signals, two samplers, two losses; two of the slides are for the test."""
-    found: dict[str, float] = {}
+    values: dict[str, float] = {}
     for name, signal in SIGNALS.items():
         tissue = generated_tissue(slides, side, signal, 0.3, genes=genes, seed=seed)
         train, test = (tissue.select(tissue.slide_names[part]) for part in (slice(0, -2), slice(-2, None)))
@@ -68,14 +68,14 @@ def run(
         }
         for batches, sampler in samplers.items():
             reached = weight_in_batch(sampler.plan(0), train.neighbors) > 0
-            found[f"reached_{batches}"] = float(reached.mean())
+            values[f"reached_{batches}"] = float(reached.mean())
             scores = [
                 _trained(train, test, sampler, kind, alpha_scale, epochs, lr, seed)
                 for kind in ("none", "soft")
             ]
             for metric in scores[0]:
-                found[f"{metric}_{batches}_{name}"] = scores[1][metric] - scores[0][metric]
-    return found
+                values[f"{metric}_{batches}_{name}"] = scores[1][metric] - scores[0][metric]
+    return values
 
 
 def _trained(
@@ -117,8 +117,8 @@ def _scores(
     seen = image(images[1])
     ranks = retrieval_ranks(seen, gene(genes[1]))
     predicted = retrieved_expression(seen, gene(genes[0]), train.expression, min(RETRIEVED, len(train)))
-    found = {f"r{k}": float(ranks.hits(k).mean()) for k in (1, 5, 10)}
-    return found | {"pearson": float(np.nanmean(pearson(predicted, test.expression)))}
+    values = {f"r{k}": float(ranks.hits(k).mean()) for k in (1, 5, 10)}
+    return values | {"pearson": float(np.nanmean(pearson(predicted, test.expression)))}
 
 
 def _standardised(train: Tissue, test: Tissue, view: str) -> tuple[Tensor, Tensor]:

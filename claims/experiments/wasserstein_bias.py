@@ -43,7 +43,7 @@ def run(
         return sum(values[skip:]) / draws
 
     plain = WassersteinGapLoss("interpolated")
-    found = {
+    gaps = {
         "small": mean_gap(plain, small),
         "large": mean_gap(plain, large),
         "queued": mean_gap(
@@ -51,8 +51,8 @@ def run(
         ),
         "small_exact": mean_gap(WassersteinGapLoss("exact"), small),
     }
-    return found | {
-        "bias": found["small"] - found["large"],
-        "queue_minus_large": found["queued"] - found["large"],
-        "over_gap": found["small"] / mean_gap(plain, small, apart=deviation),
+    return gaps | {
+        "bias": gaps["small"] - gaps["large"],
+        "queue_minus_large": gaps["queued"] - gaps["large"],
+        "over_gap": gaps["small"] / mean_gap(plain, small, apart=deviation),
     }

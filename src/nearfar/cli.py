@@ -27,10 +27,12 @@ app.add_typer(verify_app, name="verify")
 app.add_typer(data_app, name="data")
 
 SmilesColumn = Annotated[
-    str | None, typer.Option(help="The table's SMILES column, if it is not found by name.")
+    str | None, typer.Option(help="The table's SMILES column, if its name is not recognised.")
 ]
-TextColumn = Annotated[str | None, typer.Option(help="The table's text column, if it is not found by name.")]
-IdColumn = Annotated[str | None, typer.Option(help="The table's id column, if it is not found by name.")]
+TextColumn = Annotated[
+    str | None, typer.Option(help="The table's text column, if its name is not recognised.")
+]
+IdColumn = Annotated[str | None, typer.Option(help="The table's id column, if its name is not recognised.")]
 HYDRA = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
@@ -113,15 +115,15 @@ def compare(
 ) -> None:
     """Compare runs: paired differences with interval and verdict, or why they cannot be compared."""
     from nearfar.lab.compare import compare_runs
-    from nearfar.lab.reading import read_comparison
     from nearfar.lab.report import write_comparison
+    from nearfar.lab.summary import describe_comparison
     from nearfar.lab.table import comparison_tables
 
     comparison = compare_runs(runs, baseline=baseline, split=split, over=over)
     console = terminal.console()
     for table in comparison_tables(comparison):
         console.print(table)
-    for paragraph in read_comparison(comparison):
+    for paragraph in describe_comparison(comparison):
         terminal.say(console, paragraph + "\n")
     terminal.say(console, f"report: {write_comparison(comparison, output)}")
     if fail_on_worse and comparison.worse:
@@ -138,7 +140,8 @@ def doctor(
         bool, typer.Option("--strict", help="Exit with 1 where there is a warning or an error.")
     ] = False,
     what_if: Annotated[
-        bool, typer.Option("--what-if", help="Frozen batches of the run under each counterfactual.")
+        bool,
+        typer.Option("--what-if", help="Batches of the run under each counterfactual; nothing is trained."),
     ] = False,
     try_: Annotated[
         int | None,
@@ -155,42 +158,41 @@ def doctor(
         int | None, typer.Option(help="With --try: the epoch from which the schedules go on.")
     ] = None,
 ) -> None:
-    """Say why a run stalls: findings with evidence, cause and what to try; written to doctor.json as well.
+    """Why a run stalls: findings with evidence, cause and what to try; written to doctor.json as well.
 
-    [bold]--what-if[/bold] asks what the run's batches could have been, [bold]--try N[/bold] whether a prescription
-    helps.
+    [bold]--what-if[/bold] evaluates the run's batches under other options, [bold]--try N[/bold] tests a prescription.
     """
-    from nearfar.lab.doctor_text import examine, print_diagnosis
+    from nearfar.lab.doctor_command import examine, print_diagnosis
 
     console = terminal.console()
 
     def say(text: str) -> None:
         terminal.say(console, text, style="dim")
 
-    found = examine(run, say)
+    diagnosis = examine(run, say)
     if json_:
-        console.print_json(data=found.to_dict())
+        console.print_json(data=diagnosis.to_dict())
     elif not what_if and try_ is None:
-        print_diagnosis(found, run, console)
+        print_diagnosis(diagnosis, run, console)
     if what_if:
-        from nearfar.lab.table import read_what_if, what_if_table
+        from nearfar.lab.table import describe_what_if, what_if_table
         from nearfar.lab.what_if import what_if as ask
 
         further = [override] if override else []
         answer = ask(run, checkpoint=checkpoint, batches=batches, overrides=further, say=say)
         console.print(what_if_table(answer))
-        for line in read_what_if(answer):
+        for line in describe_what_if(answer):
             terminal.say(console, line)
     if try_ is not None:
-        from nearfar.lab.table import read_trial, trial_table
+        from nearfar.lab.table import describe_trial, trial_table
         from nearfar.lab.trial import try_prescription
 
         trial = try_prescription(run, try_, overrides=override, seeds=seeds, start_epoch=start_epoch, say=say)
         console.print(trial_table(trial))
-        for line in read_trial(trial):
+        for line in describe_trial(trial):
             terminal.say(console, line)
         terminal.say(console, f"trial: {trial.folder}")
-    raise typer.Exit(1 if strict and not found.healthy else 0)
+    raise typer.Exit(1 if strict and not diagnosis.healthy else 0)
 
 
 @app.command()
@@ -216,7 +218,7 @@ def ensemble(
         typer.Option("--output", "-o", help="Its folder; by default ensemble beside the runs."),
     ] = None,
 ) -> None:
-    """Average what several runs say, evaluate that, and write it as a run that compare and report read."""
+    """Average the outputs of several runs, evaluate that, and write it as a run that compare and report read."""
     from nearfar.lab.ensemble import write_ensemble
     from nearfar.lab.table import metrics_tables
 
@@ -245,7 +247,7 @@ def claims(
     ] = None,
     ledger: Annotated[
         list[Path] | None,
-        typer.Option(help="A ledger of your own (YAML) instead of the one that comes along."),
+        typer.Option(help="A ledger of your own (YAML) instead of that of the clone."),
     ] = None,
 ) -> None:
     """Test statements by experiment: supported, refuted or not distinguishable, and did the prediction hold?"""
@@ -260,7 +262,7 @@ def claims(
 
     progress = terminal.console(stderr=True)
     outcomes = run_claims(
-        chosen, seeds=seeds, quick=quick, told=lambda c: terminal.say(progress, f"{c.id} …")
+        chosen, seeds=seeds, quick=quick, before=lambda c: terminal.say(progress, f"{c.id} …")
     )
     waiting = [claim for claim in chosen if claim.waits_for]
     console.print(outcome_table(outcomes, waiting))
@@ -326,8 +328,8 @@ def rescore(
     from nearfar.systems import reevaluator
 
     chosen = classes if classes in ("top5", "all10") else [name.strip() for name in classes.split(",")]
-    found = reevaluator(run, "rescore").rescore(run, chosen, split)
-    terminal.console().print(estimates_table(f"{run} · {classes}", found))
+    estimates = reevaluator(run, "rescore").rescore(run, chosen, split)
+    terminal.console().print(estimates_table(f"{run} · {classes}", estimates))
 
 
 @app.command(context_settings=HYDRA)
@@ -345,10 +347,10 @@ def crossval(
     from nearfar.launch import launch
 
     console = terminal.console()
-    found = cross_validate(list(context.args), folds, launch)
-    console.print(estimates_table(f"{found.folder} · {folds} folds, every pair once", found.estimates))
-    console.print(differences_table("fused probe minus control, paired", found.differences))
-    terminal.say(console, f"written: {found.folder / 'crossval.json'}")
+    result = cross_validate(list(context.args), folds, launch)
+    console.print(estimates_table(f"{result.folder} · {folds} folds, every pair once", result.estimates))
+    console.print(differences_table("fused probe minus control, paired", result.differences))
+    terminal.say(console, f"written: {result.folder / 'crossval.json'}")
 
 
 @data_app.command("read", context_settings=HYDRA)
@@ -359,16 +361,16 @@ def data(context: typer.Context) -> None:
 
     console = terminal.console()
     system: Any = build_system(single_config(list(context.args)))
-    found = system.load_data(lambda text: terminal.say(console, text))
-    terminal.say(console, found.summary())
-    console.print_json(data=found.layout())
+    contents = system.load_data(lambda text: terminal.say(console, text))
+    terminal.say(console, contents.summary())
+    console.print_json(data=contents.layout())
 
 
 @verify_app.command("sampler")
 def verify_sampler(
     seed: Annotated[int, typer.Option(help="Seed of the vectors and the batches.")] = 0,
 ) -> None:
-    """100 vectors in 5 clusters: are hard batches harder than random ones, and is a misaligned list found out?"""
+    """100 vectors in 5 clusters: are hard batches harder than random ones, and is a misaligned list detected?"""
     from nearfar.batching import verify_sampler
     from nearfar.lab.table import cluster_table, verdict_table
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,7 +20,7 @@ READ = "read"
 class _Verbs(TyperGroup):
     """``nearfar data experiment=NAME …`` is ``nearfar data read experiment=NAME …``."""
 
-    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:  # typer may bring its own click
         known = not args or args[0] in self.commands or "=" not in args[0]
         return super().resolve_command(ctx, args if known else [READ, *args])
 
@@ -115,13 +115,13 @@ def shards(
 
 
 @contextmanager
-def _progress() -> Iterator[Any]:
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
     """Two bars: slides whose counts are read, spots that are written."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description:16}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=terminal.console(stderr=True)) as bar:
-        tasks: dict[str, Any] = {}
+        tasks: dict[str, TaskID] = {}
 
         def watch(stage: str, done: int, total: int) -> None:
             if stage not in tasks:

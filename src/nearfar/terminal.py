@@ -1,12 +1,25 @@
-"""What every verb prints with: a console, unwrapped lines, and errors as messages where the user can mend them."""
+"""What every verb prints with: a console, unwrapped lines, names and numbers, errors as messages the user can mend."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING
 
-__all__ = ["console", "report_error", "say", "visible"]
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderableType
+    from rich.segment import Segment
+
+__all__ = [
+    "console",
+    "interval_words",
+    "metric_words",
+    "report_error",
+    "say",
+    "short_number",
+    "visible",
+]
 
 #: characters that steer a terminal or reverse the order of what is read; names and data are shown and steer nothing
 _STEERING = {
@@ -29,29 +42,56 @@ def visible(text: str) -> str:
 
 
 @cache
-def _console_class() -> Any:
+def _console_class() -> type[Console]:
     """Rich's console, whose own colours and cursor movements pass while those inside a text are written out."""
     from rich.console import Console
     from rich.segment import Segment
 
     class SafeConsole(Console):
-        def render(self, renderable: Any, options: Any = None) -> Any:
+        def render(
+            self, renderable: RenderableType, options: ConsoleOptions | None = None
+        ) -> Iterator[Segment]:
             for segment in super().render(renderable, options):
                 yield segment if segment.control else Segment(visible(segment.text), segment.style)
 
     return SafeConsole
 
 
-def console(stderr: bool = False) -> Any:
+def console(stderr: bool = False) -> Console:
     """A Rich console for standard output or error, which no name or text can steer."""
-    made = _console_class()(stderr=stderr)
+    out = _console_class()(stderr=stderr)
     # A table for a file or a pipe need not fit eighty columns.
-    return made if made.is_terminal else _console_class()(stderr=stderr, width=120)
+    return out if out.is_terminal else _console_class()(stderr=stderr, width=120)
 
 
-def say(out: Any, text: str, **options: Any) -> None:
+def say(out: Console, text: str, style: str | None = None, end: str = "\n") -> None:
     """Print a line as it is, not wrapped: a path or an override cut over two lines cannot be copied."""
-    out.print(text, markup=False, highlight=False, soft_wrap=True, **options)
+    out.print(text, style=style, end=end, markup=False, highlight=False, soft_wrap=True)
+
+
+def short_number(value: float) -> str:
+    """Three decimals; two digits for small numbers such as a chance level, which 0.000 would hide.
+
+    >>> [short_number(value) for value in (0.5861, 0.000385, 0.0, 1300.5)]
+    ['0.586', '0.00038', '0.000', '1300.5']
+    """
+    if abs(value) >= 10:
+        return f"{value:.1f}"
+    return f"{value:.2g}" if 0 < abs(value) < 0.005 else f"{value:.3f}"
+
+
+def metric_words(metric: str, separator: str = " ") -> str:
+    """A metric's name for a reader.
+
+    >>> metric_words("text_to_molecule/median_rank", " · ")
+    'text → molecule · median rank'
+    """
+    return metric.replace("_to_", " → ").replace("/", separator).replace("_", " ")
+
+
+def interval_words(low: float, high: float) -> str:
+    """``[0.31, 0.36]`` with the decimals of ``short_number``."""
+    return f"[{short_number(low)}, {short_number(high)}]"
 
 
 #: packages that come with an extra, by the name under which they are imported
@@ -78,7 +118,7 @@ OPTIONAL = {
 
 
 def mendable(error: Exception) -> str | None:
-    """What the user can do about an error, or None where a traceback says more."""
+    """What the user can do about an error, or None where a traceback is more useful."""
     from nearfar.errors import NearfarError
 
     if isinstance(error, NearfarError):
@@ -97,7 +137,7 @@ def mendable(error: Exception) -> str | None:
 def report_error(error: Exception, shown: bool = True) -> int:
     """Print an error the user can mend as a message, any other with its traceback; return the exit code.
 
-    ``shown=False``: another process has said it, and the exit code is all that is wanted.
+    ``shown=False``: a different process has printed it, and only the exit code is needed.
     """
     out = console(stderr=True)
     if type(error).__name__ == "Interrupted":

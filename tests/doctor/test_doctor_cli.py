@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from doctor_runs import at_chance, curriculum, diverging, random_infonce
 from nearfar.cli import app
 from nearfar.doctor import RULES
-from nearfar.lab.doctor_text import command
+from nearfar.lab.doctor_command import command
 from nearfar.training.fit import fit
 from nearfar.training.run_folder import RunFolder
 from test_doctor_signals import write

@@ -15,6 +15,7 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
+from claims import hard_batches
 from claims.experiments import (
     class_shares,
     curriculum_switch,
@@ -106,7 +107,7 @@ def test_what_an_experiment_does_not_have_is_found_before_any_runs(
     begun: list[Claim] = []
     claims = read_ledger([ledger(tmp_path, ENTRY | {"id": "first"}, ENTRY | change)])
     with pytest.raises(NearfarError, match=message):
-        run_claims(claims, told=begun.append)
+        run_claims(claims, before=begun.append)
     assert not begun
 
 
@@ -176,19 +177,19 @@ def test_combined_verdicts() -> None:
 def test_claim_and_prediction_are_two_answers(tmp_path: Path) -> None:
     wrong = {"words": "x", "criterion": {"candidates": {"greater_than": 1000}}}
     outcome = run_claim(read_ledger([ledger(tmp_path, ENTRY | {"prediction": wrong})])[0])
-    assert (outcome.verdict, outcome.held) == ("supported", "no")
+    assert (outcome.verdict, outcome.prediction_held) == ("supported", "no")
     wrong_claim = {"criterion": {"above": {"greater_than": 0}}}
     outcome = run_claim(read_ledger([ledger(tmp_path, ENTRY | wrong_claim)])[0])
-    assert (outcome.verdict, outcome.held) == ("refuted", "yes")
+    assert (outcome.verdict, outcome.prediction_held) == ("refuted", "yes")
 
 
 # -- all experiments, in small -------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def outcomes() -> dict[str, Outcome]:
     before = torch.random.get_rng_state()
-    found = {claim.id: run_claim(claim, quick=True) for claim in TESTED}
+    results = {claim.id: run_claim(claim, quick=True) for claim in TESTED}
     assert torch.equal(torch.random.get_rng_state(), before)  # nobody draws from the global generator
-    return found
+    return results
 
 
 @pytest.mark.parametrize("claim", TESTED, ids=lambda c: c.id)
@@ -219,7 +220,7 @@ def test_intervals_are_those_of_the_metrics(outcomes: dict[str, Outcome]) -> Non
 
 def test_one_seed_decides_nothing() -> None:
     outcome = run_claim(LEDGER["contrastive-has-room"], seeds=1, quick=True)
-    assert outcome.verdict == outcome.held == "not distinguishable"
+    assert outcome.verdict == outcome.prediction_held == "not distinguishable"
 
 
 # -- the mechanism of each experiment: broken, it must show --------------------------------------------------
@@ -249,10 +250,10 @@ def test_loss_rises_for_the_hardness_and_not_for_the_switch(monkeypatch: pytest.
         "further": 1,
         "hardness_k": 20,
     }
-    assert curriculum_switch.run(0, **options)["loss_rise"] > 0.3
+    assert curriculum_switch.run(0, curriculum_switch.Settings(**options))["loss_rise"] > 0.3
     other = lambda rows, k: hard_gain.misaligned(nearest_neighbors(rows, k), 0)  # noqa: E731
-    monkeypatch.setattr(curriculum_switch, "nearest_neighbors", other)
-    assert curriculum_switch.run(0, **options)["loss_rise"] < 0.1
+    monkeypatch.setattr(hard_batches, "nearest_neighbors", other)
+    assert curriculum_switch.run(0, curriculum_switch.Settings(**options))["loss_rise"] < 0.1
 
 
 def test_near_duplicates_are_near_and_nothing_else_is() -> None:
@@ -262,7 +263,10 @@ def test_near_duplicates_are_near_and_nothing_else_is() -> None:
     assert (cosine >= 0.97).sum() == 200 * (COPIES - 1)
     assert ((unseen.text @ pairs.text.T) >= 0.97).double().mean() < 1e-3
     small: dict[str, Any] = {"items": 400, "test": 50, "clusters": 10, "epochs": 1, "hardness_k": 20}
-    hit = {many: near_duplicates.run(0, **small, many=many)["anchors_hit"] for many in (0.0, 0.6)}
+    hit = {
+        many: near_duplicates.run(0, near_duplicates.Settings(**small, many=many))["anchors_hit"]
+        for many in (0.0, 0.6)
+    }
     assert hit[0.0] == 0.0
     assert hit[0.6] > 0.1
 
@@ -270,24 +274,24 @@ def test_near_duplicates_are_near_and_nothing_else_is() -> None:
 def test_class_only_retrieves_what_the_class_sizes_allow() -> None:
     counts = [round(10_000 * share) for share in supcon_metric.CLASSES]
     expected = class_shares.run(counts=counts, batch_size=24)["class_only"]
-    found = supcon_metric.run(0, items=240, test=2400, epochs=1)
-    assert found["pair_class_only"] == pytest.approx(expected, abs=0.02)
-    # Trained on the pair, an encoder finds it; told to leave it out, it does not.
-    assert found["pair_infonce"] > found["pair_supcon"]
+    computed = supcon_metric.run(0, items=240, test=2400, epochs=1)
+    assert computed["pair_class_only"] == pytest.approx(expected, abs=0.02)
+    # An encoder trained on the pair retrieves it; one trained without it does not.
+    assert computed["pair_infonce"] > computed["pair_supcon"]
 
 
 def test_positives_are_those_asked_for() -> None:
     small: dict[str, Any] = {"classes": 20, "per_class": 18, "test": 100, "batch_size": 30}
-    found = positives_per_anchor.run(0, **small, positives=[1, 5], epochs=4)
-    assert found["realised_fewest"] == pytest.approx(1, abs=0.05)
-    assert found["realised_most"] == pytest.approx(5, abs=0.05)
-    assert found["accuracy_fewest"] > found["untrained"]  # it is the training that is measured
+    computed = positives_per_anchor.run(0, **small, positives=[1, 5], epochs=4)
+    assert computed["realised_fewest"] == pytest.approx(1, abs=0.05)
+    assert computed["realised_most"] == pytest.approx(5, abs=0.05)
+    assert computed["accuracy_fewest"] > computed["untrained"]  # it is the training that is measured
 
 
 def test_compact_batches_bring_neighbours_and_shuffled_ones_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = spatial_batches.run(0, side=16, epochs=1)
-    assert found["reached_compact"] > 0.99
-    assert found["reached_random"] < 0.8
+    computed = spatial_batches.run(0, side=16, epochs=1)
+    assert computed["reached_compact"] > 0.99
+    assert computed["reached_random"] < 0.8
     whole = spatial_batches.grid_neighbors(16)
     shuffled = whole[torch.randperm(256, generator=torch.Generator().manual_seed(0))]
     monkeypatch.setattr(spatial_batches, "grid_neighbors", lambda side: shuffled)
@@ -296,13 +300,13 @@ def test_compact_batches_bring_neighbours_and_shuffled_ones_do_not(monkeypatch: 
 
 
 def test_grid_neighbours_against_a_loop() -> None:
-    found = spatial_batches.grid_neighbors(5)
+    computed = spatial_batches.grid_neighbors(5)
     for row in range(5):
         for column in range(5):
             steps = ((0, 1), (1, 0), (0, -1), (-1, 0))
             places = [(row + r, column + c) for r, c in steps]
             wanted = [5 * r + c if 0 <= r < 5 and 0 <= c < 5 else -1 for r, c in places]
-            assert found[5 * row + column].tolist() == wanted
+            assert computed[5 * row + column].tolist() == wanted
 
 
 def test_a_threshold_among_the_scores_has_anchors() -> None:
@@ -314,22 +318,22 @@ def test_a_threshold_among_the_scores_has_anchors() -> None:
 
 
 def test_without_focus_focal_is_cross_entropy() -> None:
-    found = focal_share.run(0, labels=500, gamma=0.0)
-    assert found["focal_minus_ce"] == found["focal_alpha_minus_ce"] == 0.0
-    assert found["gradient_ratio"] == pytest.approx(1.0)
+    computed = focal_share.run(0, labels=500, gamma=0.0)
+    assert computed["focal_minus_ce"] == computed["focal_alpha_minus_ce"] == 0.0
+    assert computed["gradient_ratio"] == pytest.approx(1.0)
     assert focal_share.run(0, labels=500)["focal_minus_ce"] < 0
 
 
 def test_gap_of_small_groups_against_a_loop() -> None:
-    found = wasserstein_bias.run(0, small=[3, 3], draws=200, queue_size=64)
+    computed = wasserstein_bias.run(0, small=[3, 3], draws=200, queue_size=64)
     rng = np.random.default_rng(0)
     gaps = []
     for _ in range(20_000):  # equal sizes: sorted scores face each other
         lower, upper = (np.sort(0.1 * rng.standard_normal(3)) for _ in range(2))
         gaps.append(np.maximum(0, upper - lower).mean())
-    assert found["small"] == pytest.approx(np.mean(gaps), rel=0.15)
-    assert found["queued"] < found["small"] / 2
-    assert found["large"] < found["small"] / 2
+    assert computed["small"] == pytest.approx(np.mean(gaps), rel=0.15)
+    assert computed["queued"] < computed["small"] / 2
+    assert computed["large"] < computed["small"] / 2
 
 
 def test_mrr_bounds_hold_and_are_reached() -> None:
@@ -338,24 +342,24 @@ def test_mrr_bounds_hold_and_are_reached() -> None:
     for _ in range(50):
         ranks = rng.integers(1, gallery + 1, size=30)
         hits = {"hits_1": float((ranks == 1).mean()), "hits_k": float((ranks <= 5).mean()), "k": 5}
-        found = mrr_bounds.run(mrr=float((1 / ranks).mean()), gallery=gallery, **hits)  # type: ignore[arg-type]
-        assert found["from_lowest"] >= -1e-12
-        assert found["to_highest"] >= -1e-12
+        computed = mrr_bounds.run(mrr=float((1 / ranks).mean()), gallery=gallery, **hits)  # type: ignore[arg-type]
+        assert computed["from_lowest"] >= -1e-12
+        assert computed["to_highest"] >= -1e-12
         worst = np.where(ranks == 1, 1, np.where(ranks <= 5, 5, gallery))
         best = np.where(ranks == 1, 1, np.where(ranks <= 5, 2, 6))
-        assert (1 / worst).mean() == pytest.approx(found["lowest"])
-        assert (1 / best).mean() == pytest.approx(found["highest"])
+        assert (1 / worst).mean() == pytest.approx(computed["lowest"])
+        assert (1 / best).mean() == pytest.approx(computed["highest"])
 
 
 def test_class_shares_against_simulation() -> None:
     counts = [60, 30, 10]
-    found = class_shares.run(counts=counts, batch_size=12)
+    computed = class_shares.run(counts=counts, batch_size=12)
     rng = np.random.default_rng(0)
     batches = rng.choice(3, p=np.array(counts) / 100, size=(20_000, 12))
     present = np.mean([len(set(batch)) for batch in batches.tolist()])
-    assert found["class_only"] == pytest.approx(present / 12, abs=0.003)
+    assert computed["class_only"] == pytest.approx(present / 12, abs=0.003)
     same = (batches[:, 1:] == batches[:, :1]).mean()
-    assert found["same_class"] == pytest.approx(same, abs=0.005)
+    assert computed["same_class"] == pytest.approx(same, abs=0.005)
 
 
 def test_probe_is_ridge_regression() -> None:

@@ -12,9 +12,9 @@ from rich.text import Text
 from nearfar import terminal
 from nearfar.errors import NearfarError
 from nearfar.lab.charts import line_chart
-from nearfar.lab.compare import compare_runs, find_runs
-from nearfar.lab.reading import read_comparison
+from nearfar.lab.compare import Comparison, compare_runs, find_runs
 from nearfar.lab.report import write_comparison, write_report
+from nearfar.lab.summary import describe_comparison
 from nearfar.lab.table import comparison_tables, metrics_tables
 from nearfar.training.run_folder import RunFolder
 from test_resume import train
@@ -55,8 +55,10 @@ def test_numbers_of_different_questions_stand_in_no_table_together(runs: Path, t
     folders = [copied(runs / f"lr={lr},seed=0", tmp_path / lr) for lr in ("0.01", "1e-12")]
     for folder in folders:
         metrics, scores = folder.read_json("metrics.json"), dict(np.load(folder.path / "per_item.npz"))
-        found = metrics["splits"]["val"]
-        found["pair/R@1"] = found["MRR"] | {"protocol": found["MRR"]["protocol"] | {"question": "which pair"}}
+        content = metrics["splits"]["val"]
+        content["pair/R@1"] = content["MRR"] | {
+            "protocol": content["MRR"]["protocol"] | {"question": "which pair"}
+        }
         np.savez(folder.path / "per_item.npz", **scores, **{"val/pair/R@1": scores["val/MRR"]})
         folder.write_json("metrics.json", metrics)
     comparison = compare_runs([tmp_path], baseline="lr=1e-12")
@@ -66,6 +68,52 @@ def test_numbers_of_different_questions_stand_in_no_table_together(runs: Path, t
     assert rows["arms · val · which pair"] == rows["lr=0.01 − lr=1e-12 · which pair"] == ["pair R@1"]
     page = write_comparison(comparison, tmp_path / "page.html").read_text()
     assert "<h2>lr=0.01 − lr=1e-12 · which pair</h2>" in page
+
+
+def test_controls_are_shown_apart_and_not_counted_by_holm(runs: Path, tmp_path: Path) -> None:
+    """A metric that an estimate marks as a control leaves the verdicts on results as they are without it."""
+
+    def with_metrics(place: Path, **marks: bool) -> Comparison:
+        for source in sorted(path.parent for path in runs.glob("*/metrics.json")):
+            folder = copied(source, place / source.name)
+            metrics, scores = folder.read_json("metrics.json"), dict(np.load(folder.path / "per_item.npz"))
+            split = metrics["splits"]["val"]
+            for name, control in marks.items():
+                split[f"{name}/MRR"] = split["MRR"] | {"control": control}
+                scores[f"val/{name}/MRR"] = scores["val/MRR"]
+            np.savez(folder.path / "per_item.npz", **scores)
+            folder.write_json("metrics.json", metrics)
+        return compare_runs([place], baseline="lr=1e-12")
+
+    without = with_metrics(tmp_path / "without", other=False)
+    comparison = with_metrics(tmp_path / "with", untrained=True, other=False)
+    assert without.controls == frozenset()
+    assert comparison.controls == {"untrained/MRR"}
+    assert "untrained/MRR" in comparison.differences["lr=0.01"]
+    assert comparison.together == without.together
+    assert comparison.judged_together == without.judged_together == 2
+    (table,) = [t for t in comparison_tables(comparison) if str(t.title) == "lr=0.01 − lr=1e-12"]
+    names = [str(cell) for cell in table.columns[0].cells]
+    assert names[-2:] == ["controls", "untrained MRR"]
+    assert list(table.columns[-1].cells)[-1] == "–"
+    text = describe_comparison(comparison)[0]
+    assert "all 2 differences" in text
+    assert "Controls are not counted (1): untrained MRR differs by the interval alone." in text
+    page = write_comparison(comparison, tmp_path / "page.html")
+    assert page.read_text().count(">controls</th>") == 2  # arms, differences
+    assert json.loads((tmp_path / "comparison.json").read_text())["controls"] == ["untrained/MRR"]
+
+
+def test_the_monitored_metric_is_a_result_whatever_it_is_marked_as(runs: Path, tmp_path: Path) -> None:
+    for lr in ("0.01", "1e-12"):
+        folder = copied(runs / f"lr={lr},seed=0", tmp_path / lr)
+        metrics = folder.read_json("metrics.json")
+        for content in metrics["splits"]["val"].values():
+            content["control"] = True
+        folder.write_json("metrics.json", metrics)
+    comparison = compare_runs([tmp_path], baseline="lr=1e-12")
+    assert comparison.monitor not in comparison.controls
+    assert list(comparison.together["lr=0.01"]) == [comparison.monitor]
 
 
 def test_an_arm_against_itself_is_not_distinguishable(runs: Path, tmp_path: Path) -> None:
@@ -182,13 +230,13 @@ def test_seeds_of_one_arm_on_other_items_are_an_error(runs: Path, tmp_path: Path
     metrics = other.read_json("metrics.json")
     metrics["splits"]["val"]["MRR"]["protocol"]["split"] = "the same ids, other texts"
     other.write_json("metrics.json", metrics)
-    with pytest.raises(NearfarError, match=r"a1 was evaluated on other items than .*a0"):
+    with pytest.raises(NearfarError, match=r"a1 was evaluated on different items from .*a0"):
         compare_runs([tmp_path])
     other.path.joinpath("metrics.json").write_bytes((tmp_path / "a0" / "metrics.json").read_bytes())
     with np.load(other.path / "per_item.npz") as arrays:
         shorter = {name: arrays[name][:-1] for name in arrays.files}
     np.savez(other.path / "per_item.npz", **shorter)
-    with pytest.raises(NearfarError, match=r"a1 was evaluated on other items than .*a0"):
+    with pytest.raises(NearfarError, match=r"a1 was evaluated on different items from .*a0"):
         compare_runs([tmp_path])
 
 
@@ -220,7 +268,7 @@ def test_shares_of_hard_items_are_shown(runs: Path, tmp_path: Path) -> None:
     folder.append(plan | {"nominal_hard": 0.625, "realised_hard": [0.62, 0.61, 0.6, 0.5925]})
     folder.append(plan | {"epoch": 2, "sampler": "random", "nominal_hard": None, "realised_hard": None})
     page = write_report(folder).read_text()
-    for words in ("hard share asked", "<td>0.625</td>", "0.620 0.610 0.600 0.593", "<td>–</td>"):
+    for words in ("nominal hard share", "<td>0.625</td>", "0.620 0.610 0.600 0.593", "<td>–</td>"):
         assert words in page, words
 
 
@@ -252,9 +300,9 @@ def test_hard_batches_that_did_not_help_are_read_with_the_doctor(
         folder.append(plan if sampler == "hard" else {"kind": "plan"})
         if diagnosis is not None:
             finding = {"severity": "warning", "title": "Hardness is used up.", "override": "order=level"}
-            found = [finding | {"id": id, "evidence": "it fell to .7"} for id in diagnosis]
-            folder.write_json("doctor.json", {"findings": found, "unjudged": []})
-    text = " ".join(read_comparison(compare_runs([tmp_path], baseline="sampler=random")))
+            content = [finding | {"id": id, "evidence": "it fell to .7"} for id in diagnosis]
+            folder.write_json("doctor.json", {"findings": content, "unjudged": []})
+    text = " ".join(describe_comparison(compare_runs([tmp_path], baseline="sampler=random")))
     assert words in text
     assert text.count("Hardness is used up") == ("used up" in words)  # of the batches, nothing else
 
@@ -268,8 +316,8 @@ def test_names_and_metrics_steer_neither_terminal_nor_page(
     for lr in ("0.01", "1e-12"):
         folder = copied(runs / f"lr={lr},seed=0", tmp_path / lr)
         metrics, scores = folder.read_json("metrics.json"), dict(np.load(folder.path / "per_item.npz"))
-        found = metrics["splits"]["val"]
-        found[HOSTILE] = found["MRR"] | {"metric": HOSTILE}
+        content = metrics["splits"]["val"]
+        content[HOSTILE] = content["MRR"] | {"metric": HOSTILE}
         np.savez(folder.path / "per_item.npz", **scores, **{f"val/{HOSTILE}": scores["val/MRR"]})
         folder.write_json("metrics.json", metrics)
     comparison = compare_runs([tmp_path], baseline="lr=1e-12")

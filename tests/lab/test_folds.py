@@ -13,8 +13,8 @@ from rich.console import Console
 
 from nearfar.errors import NearfarError
 from nearfar.lab.compare import compare_runs
-from nearfar.lab.reading import read_comparison
 from nearfar.lab.report import write_comparison
+from nearfar.lab.summary import describe_comparison
 from nearfar.lab.table import comparison_tables
 from nearfar.metrics import Estimate, few_runs, paired_difference
 from nearfar.training.run_folder import RunFolder
@@ -69,11 +69,11 @@ def test_folds_are_one_arm(runs: Path) -> None:
     comparison = compare_runs([runs], baseline="kind=old", over="data.hold_out")
     assert sorted(arm.label for arm in comparison.arms) == ["kind=new", "kind=old"]
     by_hand = paired_difference(stacked("new", "ABC"), stacked("old", "ABC"))
-    found = comparison.differences["kind=new"]["MRR"]
-    assert (found.value, found.low, found.high) == pytest.approx(
+    difference = comparison.differences["kind=new"]["MRR"]
+    assert (difference.value, difference.low, difference.high) == pytest.approx(
         (by_hand.value, by_hand.low, by_hand.high), abs=1e-6
     )
-    assert found.n == sum(SIZES.values())
+    assert difference.n == sum(SIZES.values())
     reading = comparison.by_fold["kind=new"]["MRR"]
     for fold in SIZES:
         alone = paired_difference(stacked("new", fold), stacked("old", fold))
@@ -102,13 +102,13 @@ def test_tables_page_and_json_have_every_fold(runs: Path, tmp_path: Path) -> Non
     kept = json.loads(page.with_name("comparison.json").read_text())
     assert kept["by_fold"]["kind=new"]["MRR"]["folds"].keys() == SIZES.keys()
     assert len(kept["arms"]["kind=old"]) == 9
-    assert read_comparison(comparison)
+    assert describe_comparison(comparison)
 
 
 def test_without_over_folds_are_arms_of_their_own(runs: Path) -> None:
     comparison = compare_runs([runs], baseline="data.hold_out=A,kind=old")
     assert len(comparison.arms) == 6
-    assert any("other items" in why for why in comparison.refused.values())
+    assert any("different items" in why for why in comparison.refused.values())
 
 
 def test_folds_that_do_not_fit_say_why(runs: Path) -> None:

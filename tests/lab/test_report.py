@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from nearfar.errors import NearfarError
-from nearfar.lab.reading import run_verdict
 from nearfar.lab.report import embedding_map, write_report
+from nearfar.lab.summary import run_verdict
 from nearfar.training.fit import project, write_map
 from nearfar.training.run_folder import RunFolder
 from nearfar.training.sections import Picture, Section, Table, write_sections
@@ -49,7 +49,7 @@ def test_the_verdict_stands_first_and_findings_have_evidence(run: RunFolder) -> 
     run.write_json("doctor.json", {"findings": [note, FINDING], "unjudged": []})
     verdict = run_verdict(run)
     assert verdict.kind == "bad"
-    assert [f["id"] for f in verdict.findings] == ["loss-at-chance", "duplicates"]
+    assert [f.id for f in verdict.findings] == ["loss-at-chance", "duplicates"]
     run.append({"kind": "step", "epoch": 2, "step": 99, "loss": 1.0, "uniform_level": 4.2, "floor": 0.5})
     page = write_report(run).read_text()
     places = [
@@ -70,7 +70,7 @@ def test_the_verdict_stands_first_and_findings_have_evidence(run: RunFolder) -> 
 
 def test_a_bare_list_of_findings_and_none_at_all(run: RunFolder) -> None:
     (run.path / "doctor.json").write_text(json.dumps([FINDING | {"evidence": "a sentence"}]))
-    assert run_verdict(run).findings[0]["text"] == "a sentence"
+    assert run_verdict(run).findings[0].text == "a sentence"
     (run.path / "doctor.json").write_text(json.dumps({"findings": [], "unjudged": [{"id": "x"}]}))
     assert "no warning and no error. 1 rules could not be judged" in run_verdict(run).health
 
@@ -81,7 +81,7 @@ def test_a_result_that_guessing_reaches_is_said(run: RunFolder) -> None:
     e |= {"value": 0.05, "low": 0.03, "high": 0.08, "chance": 0.05}
     run.write_json("metrics.json", metrics)
     assert run_verdict(run).kind == "bad"
-    assert "nothing shows that it learned" in run_verdict(run).result
+    assert "nothing shows that the model learned" in run_verdict(run).result
     e |= {"chance": 0.2}
     run.write_json("metrics.json", metrics)
     assert "worse than guessing" in run_verdict(run).result
@@ -123,17 +123,17 @@ def test_the_map_is_the_projection_on_two_components(tmp_path: Path) -> None:
         "other": torch.randn(40, 3),
         "labels": torch.arange(40),
     }
-    found = project(outputs)
-    assert found is not None
-    assert sorted(found) == ["explained", "view/molecules", "view/texts"]
+    projected = project(outputs)
+    assert projected is not None
+    assert sorted(projected) == ["explained", "view/molecules", "view/texts"]
     units = np.concatenate(
         [t.numpy() / np.linalg.norm(t.numpy(), axis=1, keepdims=True) for t in (texts, molecules)]
     )
     values, vectors = np.linalg.eigh(np.cov(units.T))
     expected = (units - units.mean(0)) @ vectors[:, ::-1][:, :2]
-    got = np.concatenate([found["view/texts"], found["view/molecules"]])
+    got = np.concatenate([projected["view/texts"], projected["view/molecules"]])
     assert np.abs(got) == pytest.approx(np.abs(expected), abs=1e-4)
-    assert float(found["explained"]) == pytest.approx(values[-2:].sum() / values.sum())
+    assert float(projected["explained"]) == pytest.approx(values[-2:].sum() / values.sum())
     assert project({"labels": torch.arange(3)}) is None
     assert project({"texts": torch.full((4, 4), float("nan"))}) is None
     collapsed = project({"texts": torch.ones(5, 4)})
@@ -144,7 +144,7 @@ def test_the_map_is_the_projection_on_two_components(tmp_path: Path) -> None:
     write_map(folder, outputs)
     drawn = embedding_map(folder)
     assert drawn is not None
-    assert (drawn["rows"], drawn["links"]) == (40, 40)
+    assert (drawn.rows, drawn.links) == (40, 40)
 
 
 def test_a_system_shows_tables_and_pictures_of_its_own(run: RunFolder) -> None:

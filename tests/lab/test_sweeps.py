@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 from nearfar.cli import app
 from nearfar.errors import NearfarError
 from nearfar.lab.compare import compare_runs
-from nearfar.lab.reading import read_comparison
 from nearfar.lab.report import sweep_pictures, write_comparison
-from nearfar.lab.sweep import expected_lead, read_sweep
+from nearfar.lab.summary import describe_comparison
+from nearfar.lab.sweep import expected_lead, sweep_of
 from nearfar.lab.table import comparison_tables
 from nearfar.launch import _check_plugins, _check_runs, _objective
 from nearfar.training.run_folder import RunFolder
@@ -58,7 +58,7 @@ def grid(source: Path, target: Path, gain: dict[tuple[float, float], float]) -> 
 def test_axes_pictures_and_the_best_cell(source: Path, tmp_path: Path) -> None:
     gain = {(0.01, 1): 0.0, (0.01, 2): 0.01, (0.02, 1): 0.02, (0.02, 2): 0.2, (0.03, 1): 0.0, (0.03, 2): 0.0}
     comparison = compare_runs([grid(source, tmp_path, gain)], baseline="lr=0.01, width=1")
-    sweep = read_sweep(comparison)
+    sweep = sweep_of(comparison)
     assert sweep is not None
     assert set(sweep.axes) == {"lr", "width"}
     assert len(sweep.cells) == 6
@@ -76,7 +76,7 @@ def test_axes_pictures_and_the_best_cell(source: Path, tmp_path: Path) -> None:
     titles = [str(table.title) for table in comparison_tables(comparison)]
     assert len(titles) == 2
     assert titles[0].startswith("sweep")
-    assert read_comparison(comparison)[0] == sweep.verdict
+    assert describe_comparison(comparison)[0] == sweep.verdict
     page = write_comparison(comparison).read_text()
     assert "Framed or bold" in page
     assert "<script" not in page
@@ -86,13 +86,13 @@ def test_axes_pictures_and_the_best_cell(source: Path, tmp_path: Path) -> None:
 
 def test_one_axis_is_a_line_and_two_arms_are_no_sweep(source: Path, tmp_path: Path) -> None:
     line = compare_runs([grid(source, tmp_path / "a", {(0.01, 1): 0.0, (0.02, 1): 0.0, (0.03, 1): 0.0})])
-    sweep = read_sweep(line)
+    sweep = sweep_of(line)
     assert sweep is not None
     assert [(sheet.x, sheet.y) for sheet in sweep.sheets] == [("lr", None)]
     assert "not distinguishable" in sweep.verdict
     assert sweep_pictures(line, sweep)[0].startswith("<svg")
     two = compare_runs([grid(source, tmp_path / "b", {(0.01, 1): 0.0, (0.02, 1): 0.0})])
-    assert read_sweep(two) is None
+    assert sweep_of(two) is None
 
 
 def test_the_cell_is_chosen_on_validation_where_there_is_a_test(source: Path, tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_the_cell_is_chosen_on_validation_where_there_is_a_test(source: Path, tm
             scores = {name.replace("val/", "test/"): arrays[name] for name in arrays.files}
         np.savez(run / "per_item.npz", **scores)
     comparison = compare_runs([tmp_path], baseline="lr=0.01")
-    sweep = read_sweep(comparison)
+    sweep = sweep_of(comparison)
     assert comparison.split == "test"
     assert sweep is not None
     assert sweep.best is not None
@@ -129,7 +129,7 @@ def test_runs_that_the_doctor_warns_of_are_named(source: Path, tmp_path: Path) -
     run.write_json(
         "doctor.json", {"findings": [{"id": "collapse", "severity": "error", "title": "Collapse."}]}
     )
-    named = [line for line in read_comparison(comparison) if "doctor" in line]
+    named = [line for line in describe_comparison(comparison) if "doctor" in line]
     assert len(named) == 1
     assert "seed 1: the doctor found collapse" in named[0]
 
@@ -154,16 +154,16 @@ def test_losses_are_compared_only_where_they_measure_the_same(source: Path, tmp_
     arm("hard", 0.06, config="sampler: {name: hard}")
     arm("focal", 0.07, config="loss: {name: focal}")
     losses = compare_runs([tmp_path], baseline="lr=0.01").losses
-    said = {label.split("lr=")[1].split(",")[0]: str(reading) for label, reading in losses.items()}
-    assert "over seeds" in said["0.02"]
+    sentences = {label.split("lr=")[1].split(",")[0]: str(reading) for label, reading in losses.items()}
+    assert "over seeds" in sentences["0.02"]
     for lr, words in {
-        "0.03": "another candidates of an anchor: 128 and 64",
-        "0.04": "another floor",
-        "0.05": "another temperature",
-        "0.06": "batches composed in another way (sampler.name: hard and None)",
-        "0.07": "another loss (loss.name: focal and None)",
+        "0.03": "different number of candidates: 128 and 64",
+        "0.04": "different floor",
+        "0.05": "different temperature",
+        "0.06": "batches composed differently (sampler.name: hard and None)",
+        "0.07": "different loss (loss.name: focal and None)",
     }.items():
-        assert words in said[lr], said[lr]
+        assert words in sentences[lr], sentences[lr]
 
 
 def test_seeds_that_only_one_arm_has(source: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from nearfar.cli import app
 from nearfar.config.compose import compose_config
 from nearfar.config.registry import _REGISTERED, Registration
 from nearfar.errors import NearfarError
-from nearfar.lab.table import read_trial, trial_table
+from nearfar.lab.table import describe_trial, trial_table
 from nearfar.lab.trial import Trial, try_prescription
 from nearfar.launch import run_one
 from nearfar.training.checkpoint import Checkpoint
@@ -47,7 +47,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
 
 
 def text_of(trial: Trial) -> str:
-    return " ".join(read_trial(trial))
+    return " ".join(describe_trial(trial))
 
 
 def test_the_same_option_is_no_difference_at_all(half: RunFolder) -> None:
@@ -205,24 +205,24 @@ def test_molecules_from_the_command_line(tmp_path: Path) -> None:
     run = run_one(compose_config(overrides), overrides, False, Console(file=open("/dev/null", "w")))  # noqa: SIM115
     temperature = float(np.exp(-Checkpoint.load(run.path).model["log_scale"].item()))
     before = hashes(run.path)
-    told = CliRunner().invoke(
+    shown = CliRunner().invoke(
         app, ["doctor", str(run.path), "--what-if", "--batches", "2", "--try", "3", "--override", "lr=1.0"]
     )
-    assert told.exit_code == 0, told.output
+    assert shown.exit_code == 0, shown.output
     after = hashes(run.path)
     assert {name: after[name] for name in before} == before
-    found = json.loads((run.path / "what_if.json").read_text())
-    assert found["temperature"] == pytest.approx(temperature, rel=1e-4)
-    reasons = {each["name"]: each["reason"] for each in found["refused"]}
-    assert "another state than the run's (memory." in reasons["false negatives removed"]
+    content = json.loads((run.path / "what_if.json").read_text())
+    assert content["temperature"] == pytest.approx(temperature, rel=1e-4)
+    reasons = {each["name"]: each["reason"] for each in content["refused"]}
+    assert "a different state than the run's (memory." in reasons["false negatives removed"]
     assert "mask_duplicates=true" in reasons["duplicates masked"]
-    effects = {effect["counterfactual"]["name"]: effect for effect in found["effects"]}
+    effects = {effect["counterfactual"]["name"]: effect for effect in content["effects"]}
     assert effects["lr=1.0"]["inert"], "a learning rate does nothing to one batch"
     # Candidates of a batch of 16 and a memory of 32; of a doubled one 16 more, masked pairs aside.
-    assert 3.5 < found["baseline"]["uniform_level"]["value"] < np.log(48) + 1e-6
-    assert found["baseline"]["uniform_level"]["value"] < effects["batch doubled"]["uniform_level"]["value"]
+    assert 3.5 < content["baseline"]["uniform_level"]["value"] < np.log(48) + 1e-6
+    assert content["baseline"]["uniform_level"]["value"] < effects["batch doubled"]["uniform_level"]["value"]
     for name in ("temperature halved", "temperature doubled"):
         assert not effects[name]["inert"]
         assert effects[name]["counterfactual"]["overrides"][1] == "learn_temperature=false"
-    assert "worse" in told.output
-    assert "moved back" in told.output
+    assert "worse" in shown.output
+    assert "moved back" in shown.output

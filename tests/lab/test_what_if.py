@@ -18,7 +18,7 @@ from nearfar.config.options import read_options, to_dict
 from nearfar.config.registry import _REGISTERED, Registration
 from nearfar.errors import NearfarError
 from nearfar.lab.counterfactuals import Counterfactual, Effect, Refused, standard
-from nearfar.lab.table import read_what_if, what_if_table
+from nearfar.lab.table import describe_what_if, what_if_table
 from nearfar.lab.what_if import WhatIf, what_if
 from nearfar.training.checkpoint import Checkpoint
 from nearfar.training.run_folder import RunFolder
@@ -48,9 +48,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     return trained(tmp_path_factory.mktemp("runs") / "whole", epochs=3, batch_size=N)
 
 
-def only(found: WhatIf) -> Effect:
-    assert not found.refused, found.refused
-    (effect,) = found.effects
+def only(result: WhatIf) -> Effect:
+    assert not result.refused, result.refused
+    (effect,) = result.effects
     return effect
 
 
@@ -145,8 +145,8 @@ def test_a_planted_false_negative_is_worth_what_the_loop_says(whole: RunFolder) 
 def test_loss_and_gradients_equal_a_direct_evaluation(
     whole: RunFolder, override: str, temperature: float, symmetric: bool
 ) -> None:
-    asked = [Counterfactual("t", (override,))]
-    effect = only(what_if(whole.path, counterfactuals=asked, training=False, write=False))
+    tried = [Counterfactual("t", (override,))]
+    effect = only(what_if(whole.path, counterfactuals=tried, training=False, write=False))
     model, x, y = frozen(whole, N)
     nothing = torch.zeros(N, N, dtype=torch.bool)
     a, b = model.a(x), model.b(y)
@@ -166,10 +166,10 @@ def test_loss_and_gradients_equal_a_direct_evaluation(
 
 
 def test_a_double_batch_is_the_batch_and_the_next(run: RunFolder) -> None:
-    asked = [Counterfactual("d", ("batch_size=32",), "double")]
-    found = what_if(run.path, counterfactuals=asked, training=False, batches=99, write=False)
-    effect = only(found)
-    assert found.batches == 4, "70 rows: four full batches of 16"
+    tried = [Counterfactual("d", ("batch_size=32",), "double")]
+    result = what_if(run.path, counterfactuals=tried, training=False, batches=99, write=False)
+    effect = only(result)
+    assert result.batches == 4, "70 rows: four full batches of 16"
     model, x, y = frozen(run, 32)
     loss = explicit_loss(model.a(x), model.b(y), 0.2, torch.zeros(32, 32, dtype=torch.bool)).item()
     # The noise of the toy's rows comes with their batch, and the first batch is the double batch's beginning.
@@ -198,9 +198,9 @@ def test_the_first_rows_of_a_double_batch_keep_their_dropout(run: RunFolder) -> 
 
 
 def test_a_batch_encoded_in_chunks_is_the_same_batch(tmp_path: Path) -> None:
-    asked = [Counterfactual("c", ("trainer.cached_chunk=5",)), Counterfactual("t", ("temperature=0.1",))]
+    tried = [Counterfactual("c", ("trainer.cached_chunk=5",)), Counterfactual("t", ("temperature=0.1",))]
     run = trained(tmp_path / "run", epochs=1, batch_size=16)
-    whole, sharper = what_if(run.path, counterfactuals=asked, training=False, write=False).effects
+    whole, sharper = what_if(run.path, counterfactuals=tried, training=False, write=False).effects
     for row in whole.per_batch:
         assert row["gradient_cosine"] == pytest.approx(1.0, abs=1e-6)
         assert row["embedding_cosine"] == pytest.approx(1.0, abs=1e-6)
@@ -209,7 +209,7 @@ def test_a_batch_encoded_in_chunks_is_the_same_batch(tmp_path: Path) -> None:
     chunked = trained(tmp_path / "chunked", epochs=1, batch_size=16, trainer__cached_chunk=5)
     state = Checkpoint.load(run.path)
     state.save(chunked.checkpoints / "last.ckpt")
-    again = what_if(chunked.path, counterfactuals=asked[1:], training=False, write=False).effects[0]
+    again = what_if(chunked.path, counterfactuals=tried[1:], training=False, write=False).effects[0]
     assert again.gradient_cosine is not None
     assert sharper.gradient_cosine is not None
     assert again.gradient_cosine.value == pytest.approx(sharper.gradient_cosine.value, abs=1e-6)
@@ -222,15 +222,15 @@ def test_schedules_of_the_loss_stand_at_the_epoch_of_the_checkpoint(run: RunFold
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("what_if_toy.OptionsToy.on_epoch", scheduled)
-        found = what_if(run.path, counterfactuals=[NOTHING], write=False)
-    assert found.temperature == pytest.approx(0.3), "the second epoch"
-    assert only(found).inert
+        result = what_if(run.path, counterfactuals=[NOTHING], write=False)
+    assert result.temperature == pytest.approx(0.3), "the second epoch"
+    assert only(result).inert
 
 
-# -- what is asked and what is refused -------------------------------------------------------------------------
+# -- what is evaluated and what is refused -------------------------------------------------------------------------
 def test_every_standard_question_is_answered_or_refused_with_its_reason(run: RunFolder) -> None:
-    found = what_if(run.path, overrides=[["hard_ratio=0.9", "sampler=hard"], ["lrr=1"]], write=False)
-    names = [effect.counterfactual.name for effect in found.effects]
+    result = what_if(run.path, overrides=[["hard_ratio=0.9", "sampler=hard"], ["lrr=1"]], write=False)
+    names = [effect.counterfactual.name for effect in result.effects]
     assert names == [
         "other rows",
         "false negatives removed",
@@ -243,10 +243,10 @@ def test_every_standard_question_is_answered_or_refused_with_its_reason(run: Run
         "one direction",
         "hard_ratio=0.9 sampler=hard",
     ]
-    (refused,) = found.refused
+    (refused,) = result.refused
     assert refused.name == "lrr=1"
     assert "did you mean 'lr'" in refused.reason
-    assert found.temperature == pytest.approx(0.2)
+    assert result.temperature == pytest.approx(0.2)
 
 
 def test_refusals_give_reasons(tmp_path: Path) -> None:
@@ -268,12 +268,12 @@ def test_refusals_give_reasons(tmp_path: Path) -> None:
 
 
 def test_a_system_without_the_options_is_asked_what_it_can_be() -> None:
-    found = standard(OmegaConf.create({"batch_size": 4, "seed": 1}))
-    assert [each.name for each in found if isinstance(each, Counterfactual)] == [
+    result = standard(OmegaConf.create({"batch_size": 4, "seed": 1}))
+    assert [each.name for each in result if isinstance(each, Counterfactual)] == [
         "other rows",
         "batch doubled",
     ]
-    assert all("no option" in e.reason or "no choice" in e.reason for e in found if isinstance(e, Refused))
+    assert all("no option" in e.reason or "no choice" in e.reason for e in result if isinstance(e, Refused))
 
 
 def test_a_learned_temperature_is_asked_where_it_stands() -> None:
@@ -305,7 +305,7 @@ def test_wrong_arguments_and_changed_data_are_errors(run: RunFolder, tmp_path: P
         what_if(tmp_path / "nothing")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("toy_system.ToySystem.layout", lambda self: {"data_hash": "other"})
-        with pytest.raises(NearfarError, match="data are others than the run was trained on"):
+        with pytest.raises(NearfarError, match="data differ from those the run was trained on"):
             what_if(run.path)
 
 
@@ -313,14 +313,14 @@ def test_wrong_arguments_and_changed_data_are_errors(run: RunFolder, tmp_path: P
 def test_what_if_json_is_all_that_is_written(tmp_path: Path) -> None:
     run = trained(tmp_path / "run", epochs=1, batch_size=16)
     before = hashes(tmp_path)
-    found = what_if(run.path, checkpoint="best", batches=2)
+    result = what_if(run.path, checkpoint="best", batches=2)
     after = hashes(tmp_path)
     assert after.keys() - before.keys() == {"run/what_if.json"}
     assert {name: after[name] for name in before} == before
     content = json.loads((run.path / "what_if.json").read_text())
     assert content["checkpoint"] == "best.ckpt"
     assert content["batches"] == 2
-    assert len(content["effects"]) == len(found.effects) == 9
+    assert len(content["effects"]) == len(result.effects) == 9
     assert {"loss", "uniform_level", "floor", "p_positive", "hardest_share"} <= content["effects"][0][
         "per_batch"
     ][0].keys()
@@ -334,22 +334,22 @@ def test_prescriptions_are_asked_too(tmp_path: Path) -> None:
         {"id": "c", "severity": "error", "override": ""},
     ]
     run.write_json("doctor.json", {"findings": findings})
-    found = what_if(run.path, write=False)
-    names = [effect.counterfactual.name for effect in found.effects]
+    result = what_if(run.path, write=False)
+    names = [effect.counterfactual.name for effect in result.effects]
     assert names[-2:] == ["prescribed: b", "prescribed: a"]
-    assert found.effects[-1].counterfactual.overrides == ("hard_ratio=0.3 -> 0.6", "sampler=hard")
+    assert result.effects[-1].counterfactual.overrides == ("hard_ratio=0.3 -> 0.6", "sampler=hard")
 
 
 def test_the_table_fits_and_the_words_name_what_is_not_comparable(run: RunFolder) -> None:
-    found = what_if(run.path, overrides=[["nonsense"]], write=False)
+    result = what_if(run.path, overrides=[["nonsense"]], write=False)
     console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(what_if_table(found))
+    console.print(what_if_table(result))
     text = console.export_text()
     assert "…" not in text
     assert "batch_size=32" in text
-    words = "\n".join(read_what_if(found))
+    words = "\n".join(describe_what_if(result))
     assert "batch doubled: guessing costs +0.69 nats" in words
-    assert "Not asked, nonsense: 'nonsense' is not of the form key=value." in words
+    assert "Not evaluated, nonsense: 'nonsense' is not of the form key=value." in words
 
 
 # -- altered configurations ------------------------------------------------------------------------------------
@@ -371,9 +371,9 @@ def test_what_cannot_be_altered(override: str, message: str) -> None:
 
 def test_altered_copies_and_keeps_the_record_of_overrides() -> None:
     config = options(overrides=["experiment=toy", "lr=1"])
-    found = override_config(config, ["lr=2", "hard_ratio=0.3 -> 0.6", "sampler=hard"])
-    assert found.overrides == ["experiment=toy", "lr=2", "hard_ratio=0.3 -> 0.6", "sampler=hard"]
-    assert (found.lr, found.hard_ratio, found.sampler) == (
+    result = override_config(config, ["lr=2", "hard_ratio=0.3 -> 0.6", "sampler=hard"])
+    assert result.overrides == ["experiment=toy", "lr=2", "hard_ratio=0.3 -> 0.6", "sampler=hard"]
+    assert (result.lr, result.hard_ratio, result.sampler) == (
         2,
         "0.3 -> 0.6",
         {"name": "hard", "order": "level"},

@@ -172,7 +172,9 @@ def test_an_estimate_says_which_way_it_is_better(metric: str, higher: bool) -> N
     assert estimate.higher_is_better is higher
     assert Estimate.from_dict(estimate.to_dict()) == estimate
     old = {
-        name: value for name, value in estimate.to_dict().items() if name not in ("higher_is_better", "unit")
+        name: value
+        for name, value in estimate.to_dict().items()
+        if name not in ("higher_is_better", "unit", "control")
     }
     assert Estimate.from_dict(old) == estimate, "records of version 0.1"
     stated = Estimate(0.5, 0.4, 0.6, 0.1, 10, False, metric, {}, not higher, "nats")

@@ -19,7 +19,7 @@ from nearfar.data.files import read_arrays, read_json, read_yaml
 from nearfar.doctor import diagnose
 from nearfar.errors import NearfarError
 from nearfar.lab.compare import compare_runs
-from nearfar.lab.doctor_text import print_diagnosis
+from nearfar.lab.doctor_command import print_diagnosis
 from nearfar.lab.ensemble import write_ensemble
 from nearfar.lab.report import write_comparison, write_report
 from nearfar.lab.table import comparison_tables, metrics_tables

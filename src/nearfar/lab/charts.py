@@ -6,9 +6,10 @@ import io
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from matplotlib import rc_context
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -16,6 +17,9 @@ from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
 from nearfar.terminal import visible
+
+if TYPE_CHECKING:
+    from nearfar.lab.groups import PlanRecord
 
 __all__ = [
     "Chart",
@@ -40,7 +44,7 @@ class Chart:
 
     def __init__(self, title: str, xlabel: str, ylabel: str, width: float = 4.6, height: float = 2.9) -> None:
         self.figure = Figure(figsize=(width, height), layout="constrained")
-        self.axis: Any = self.figure.add_subplot()
+        self.axis: Axes = self.figure.add_subplot()
         self.axis.set_title(textwrap.fill(title, TITLE), loc="left", fontsize=10.5, color=INK)
         self.axis.set_xlabel(xlabel, fontsize=9, color=INK)
         self.axis.set_ylabel(ylabel, fontsize=9, color=INK)
@@ -112,7 +116,7 @@ def line_chart(
     return chart.svg()
 
 
-def hardness_chart(plans: Mapping[str, Sequence[Mapping[str, Any]]], random_level: float | None) -> str:
+def hardness_chart(plans: Mapping[str, Sequence[PlanRecord]], random_level: float | None) -> str:
     """Realised hardness by quarter of every epoch, one line per arm.
 
     ``plans[arm]`` are the ``plan`` records of a run's log.
@@ -208,8 +212,8 @@ def map_chart(title: str, points: Mapping[str, Sequence[tuple[float, float]]], l
     if len(views) == 2:
         for a, b in zip(views[0][:links], views[1][:links], strict=True):
             chart.axis.plot([a[0], b[0]], [a[1], b[1]], color="#c9d0d8", linewidth=0.6, zorder=1)
-    for colour, (name, found) in zip(COLOURS, points.items(), strict=False):
-        x, y = zip(*found, strict=True)
+    for colour, (name, view) in zip(COLOURS, points.items(), strict=False):
+        x, y = zip(*view, strict=True)
         chart.axis.scatter(x, y, s=9, color=colour, alpha=0.7, label=name, linewidths=0, zorder=2)
     chart.axis.set_aspect("equal", adjustable="datalim")
     chart.legend()

@@ -1,27 +1,25 @@
-"""Compare runs honestly.
+"""Compare runs: paired differences of arms, each with an interval and a verdict.
 
-Runs are grouped into arms (the same configuration but for the seed), arms are paired on seeds and items, and every
-difference comes with an interval and a verdict. Two arms whose metric, split, gallery or protocol differ are not
-compared: the reason is given instead. The folds of a cross-validation are joined: an arm's items are those of all
-folds, its seeds are paired within each.
+Runs are grouped into arms (the same configuration but for the seed) and paired on seeds and items. Arms whose metric,
+split, gallery or protocol differ are not compared, and the reason is given. The folds of a cross-validation are joined:
+an arm's items are those of all folds, and its seeds are paired within each fold.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from omegaconf import OmegaConf
 
 from nearfar.config.compose import flatten
 from nearfar.errors import NearfarError, nearest_name
-from nearfar.lab.groups import Arm, apart, arm_parts, find_runs, group_runs, load_scores
-from nearfar.lab.loss_comparison import LossReading, read_losses
-from nearfar.lab.words import by_question
+from nearfar.lab.groups import Arm, apart, arm_parts, by_question, find_runs, group_runs, load_scores
+from nearfar.lab.loss_comparison import LossComparison, compare_losses
 from nearfar.metrics import (
     Difference,
     Estimate,
@@ -36,17 +34,17 @@ from nearfar.metrics import (
 __all__ = [
     "Arm",
     "Comparison",
-    "FoldReading",
+    "FoldDifferences",
     "Mean",
     "compare_runs",
     "find_runs",
+    "fold_differences",
     "join_folds",
-    "read_folds",
 ]
 
 
 @dataclass(frozen=True)
-class FoldReading:
+class FoldDifferences:
     """The paired difference of two arms in each fold, and their mean with the t interval over folds.
 
     Folds share training items, so that the interval over folds is itself an approximation (Bengio and Grandvalet 2004).
@@ -57,7 +55,7 @@ class FoldReading:
     low: float
     high: float
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """As JSON takes it."""
         return {
             "value": self.value,
@@ -139,32 +137,38 @@ def _pooled(estimates: Sequence[Estimate]) -> Estimate:
     }
     if galleries:
         protocol["gallery"] = galleries[0] if len(galleries) == 1 else f"{galleries[0]}–{galleries[-1]}"
-    return Estimate(
-        float(weight @ [e.value for e in estimates]),
-        min(e.low for e in estimates),
-        max(e.high for e in estimates),
-        float(weight @ [e.chance for e in estimates]),
-        sum(e.n for e in estimates),
-        any(e.trivial for e in estimates),
-        estimates[0].metric,
-        protocol,
+    return replace(
+        estimates[0],
+        value=float(weight @ [e.value for e in estimates]),
+        low=min(e.low for e in estimates),
+        high=max(e.high for e in estimates),
+        chance=float(weight @ [e.chance for e in estimates]),
+        n=sum(e.n for e in estimates),
+        trivial=any(e.trivial for e in estimates),
+        protocol=protocol,
+        control=any(e.control for e in estimates),
     )
 
 
-def read_folds(base: Arm, arm: Arm, metrics: Sequence[str]) -> dict[str, FoldReading]:
+def fold_differences(base: Arm, arm: Arm, metrics: Sequence[str]) -> dict[str, FoldDifferences]:
     """For each metric the differences of ``arm`` from ``base`` fold by fold."""
     seeds = sorted(set(base.runs) & set(arm.runs))
     ends = np.cumsum([0, *base.sizes])
-    readings = {}
+    by_metric = {}
     for metric in metrics:
         ours, theirs = (np.stack([side.per_item[seed][metric] for seed in seeds]) for side in (arm, base))
-        found = {
-            name: paired_difference(ours[:, start:end], theirs[:, start:end], metric=metric)
+        folds = {
+            name: paired_difference(
+                ours[:, start:end],
+                theirs[:, start:end],
+                metric=metric,
+                higher_is_better=_direction(base, metric),
+            )
             for name, start, end in zip(base.folds, ends[:-1], ends[1:], strict=True)
         }
-        values = [difference.value for difference in found.values()]
-        readings[metric] = FoldReading(found, float(np.mean(values)), *few_runs(values))
-    return readings
+        values = [difference.value for difference in folds.values()]
+        by_metric[metric] = FoldDifferences(folds, float(np.mean(values)), *few_runs(values))
+    return by_metric
 
 
 @dataclass(frozen=True)
@@ -179,13 +183,13 @@ class Mean:
 
 @dataclass
 class Comparison:
-    """What was compared with what, and what came of it.
+    """The arms, their means, and their paired differences from the baseline.
 
     ``summary[arm][metric]`` is an arm's mean, ``differences[arm][metric]`` its paired difference from the baseline,
-    ``together[arm][metric]`` the verdict that holds for all differences at once (Holm); ``refused`` says of an arm, or
-    of "arm: metric", why it is not compared; ``notes`` what a reader has to know; ``losses`` what can be said
-    of the training losses. Of a cross-validation, ``over`` is the option by which its folds differ, and
-    ``by_fold[arm][metric]`` the differences fold by fold.
+    ``together[arm][metric]`` the verdict that holds for the differences of all results at once (Holm; controls are not
+    among them). ``refused`` has the reason why an arm, or "arm: metric", is not compared; ``notes`` what a reader has
+    to know; ``losses`` the comparison of the training losses. In a cross-validation, ``over`` is the option by which
+    its folds differ, and ``by_fold[arm][metric]`` the differences fold by fold.
     """
 
     arms: list[Arm]
@@ -198,43 +202,52 @@ class Comparison:
     refused: dict[str, str]
     together: dict[str, dict[str, str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    losses: dict[str, LossReading] = field(default_factory=dict)
+    losses: dict[str, LossComparison] = field(default_factory=dict)
     over: str | None = None
-    by_fold: dict[str, dict[str, FoldReading]] = field(default_factory=dict)
+    by_fold: dict[str, dict[str, FoldDifferences]] = field(default_factory=dict)
+
+    @cached_property
+    def controls(self) -> frozenset[str]:
+        """Metrics that an estimate of any arm marks as a control; the monitored metric is a result in any case."""
+        estimates = [
+            pair for arm in self.arms for by_name in arm.estimates.values() for pair in by_name.items()
+        ]
+        return frozenset(name for name, estimate in estimates if estimate.control and name != self.monitor)
+
+    def results(self, metrics: Iterable[str]) -> list[str]:
+        """Those of ``metrics`` that are no controls."""
+        return [name for name in metrics if name not in self.controls]
 
     @property
-    def looked_at(self) -> int:
-        """How many differences were judged."""
-        return sum(len(found) for found in self.differences.values())
+    def judged_together(self) -> int:
+        """How many differences of results Holm's rule judges; controls do not count."""
+        return sum(len(self.results(differences)) for differences in self.differences.values())
 
     def by_question(self, metrics: Iterable[str]) -> dict[str, list[str]]:
-        """Metrics by the question that they answer: numbers of different questions stand in no table together."""
+        """Metrics by the question that they answer, one table for each; controls come last in each."""
         metrics, first = list(metrics), next(iter(self.arms[0].estimates.values()))
         known = {name: first[name] for name in metrics if name in first}
-        found = {question: list(rows) for question, rows in by_question(known).items()}
+        groups = {question: list(rows) for question, rows in by_question(known).items()}
         if rest := [name for name in metrics if name not in first]:
-            found.setdefault("", []).extend(rest)
-        return found
+            groups.setdefault("", []).extend(rest)
+        return {question: sorted(rows, key=self.controls.__contains__) for question, rows in groups.items()}
 
     @property
     def worse(self) -> list[str]:
         """The arms that are worse than the baseline by the monitored metric, or could not be compared by it."""
-        return [
-            arm.label
+        monitored = {
+            arm.label: self.differences.get(arm.label, {}).get(self.monitor)
             for arm in self.arms
             if arm is not self.baseline
-            and (
-                (found := self.differences.get(arm.label, {}).get(self.monitor)) is None
-                or found.verdict == "worse"
-            )
-        ]
+        }
+        return [label for label, d in monitored.items() if d is None or d.verdict == "worse"]
 
 
 def _why_not(a: Arm, b: Arm) -> str | None:
     assert a.ids is not None
     assert b.ids is not None
     if len(a.ids) != len(b.ids) or not np.array_equal(a.ids, b.ids):
-        return f"other items: {len(a.ids)} and {len(b.ids)} ids that are not the same"
+        return f"different items: {len(a.ids)} and {len(b.ids)} ids that are not the same"
     if not set(a.runs) & set(b.runs):
         return (
             f"no seed in common: {sorted(a.runs)} and {sorted(b.runs)}; train one of them on the other's seeds "
@@ -278,25 +291,30 @@ def compare_runs(
         raise NearfarError(f"runs of different systems cannot be compared: {', '.join(sorted(systems))}.")
     metrics = [folder.read_json("metrics.json") for arm in arms for folder in arm.runs.values()]
     if split is None:
-        split = "test" if all("test" in found["splits"] for found in metrics) else "val"
+        split = "test" if all("test" in content["splits"] for content in metrics) else "val"
     for arm in arms:
         load_scores(arm, split)
     if over is not None:
         arms = join_folds(arms, over)
     base = _baseline(arms, baseline)
     seeds = sorted(set.intersection(*(set(arm.runs) for arm in arms)))
-    made = Comparison(arms, base, split, metrics[0]["monitor"], seeds, {}, {}, {}, over=over)
+    comparison = Comparison(arms, base, split, metrics[0]["monitor"], seeds, {}, {}, {}, over=over)
     for arm in arms:
-        made.summary[arm.label] = _means(arm)
+        comparison.summary[arm.label] = _means(arm)
         if arm is not base:
-            _against(made, arm)
+            _compare_with_baseline(comparison, arm)
             if over is not None:
-                made.by_fold[arm.label] = read_folds(base, arm, list(made.differences.get(arm.label, {})))
-    flat = {(arm, name): d for arm, found in made.differences.items() for name, d in found.items()}
-    for (label, name), verdict in holm(flat).items():
-        made.together.setdefault(label, {})[name] = verdict
-    made.losses = {arm.label: read_losses(base, arm) for arm in arms if arm is not base}
-    return made
+                metrics_of_arm = list(comparison.differences.get(arm.label, {}))
+                comparison.by_fold[arm.label] = fold_differences(base, arm, metrics_of_arm)
+    results = {
+        (label, name): differences[name]
+        for label, differences in comparison.differences.items()
+        for name in comparison.results(differences)
+    }
+    for (label, name), verdict in holm(results).items():
+        comparison.together.setdefault(label, {})[name] = verdict
+    comparison.losses = {arm.label: compare_losses(base, arm) for arm in arms if arm is not base}
+    return comparison
 
 
 def _means(arm: Arm) -> dict[str, Mean]:
@@ -307,30 +325,30 @@ def _means(arm: Arm) -> dict[str, Mean]:
     return means
 
 
-def _against(made: Comparison, arm: Arm) -> None:
-    """Compare one arm with the baseline and write the outcome into ``made``."""
-    base = made.baseline
+def _compare_with_baseline(comparison: Comparison, arm: Arm) -> None:
+    """Compare one arm with the baseline and write the outcome into ``comparison``."""
+    base = comparison.baseline
     if reason := _why_not(base, arm):
-        made.refused[arm.label] = reason
+        comparison.refused[arm.label] = reason
         return
     common = sorted(set(arm.runs) & set(base.runs))
     for one, other in ((arm, base), (base, arm)):
         alone = sorted(set(one.runs) - set(other.runs))
         note = f"{one.label}: seeds {alone} are left out of the difference, {other.label} has none of them."
-        if alone and note not in made.notes:
-            made.notes.append(note)
+        if alone and note not in comparison.notes:
+            comparison.notes.append(note)
     if len(common) == 1:
-        made.notes.append(
-            f"{arm.label}: one seed in common with the baseline. The interval is over items only; another seed may "
-            "fall otherwise."
+        comparison.notes.append(
+            f"{arm.label}: one seed in common with the baseline. The interval is over items only; a different seed may "
+            "give a different result."
         )
-    # A metric without scores of single items, such as the median rank, is shown by its arms and has no difference.
+    # A metric without scores of single items, such as the median rank, has means and no difference.
     paired = set(base.per_item[common[0]]) | set(arm.per_item[common[0]])
-    not_these = {
-        k: v for k, v in _refuse_metrics(base, arm, common).items() if k in paired or k == made.monitor
+    refused = {
+        k: v for k, v in _refuse_metrics(base, arm, common).items() if k in paired or k == comparison.monitor
     }
-    made.refused |= {f"{arm.label}: {name}": why for name, why in not_these.items()}
-    made.differences[arm.label] = {
+    comparison.refused |= {f"{arm.label}: {name}": reason for name, reason in refused.items()}
+    comparison.differences[arm.label] = {
         name: paired_difference(
             np.stack([arm.per_item[seed][name] for seed in common]),
             np.stack([base.per_item[seed][name] for seed in common]),
@@ -338,12 +356,12 @@ def _against(made: Comparison, arm: Arm) -> None:
             higher_is_better=_direction(base, name),
         )
         for name in base.per_item[common[0]]
-        if name in arm.per_item[common[0]] and name not in not_these
+        if name in arm.per_item[common[0]] and name not in refused
     }
 
 
 def _direction(arm: Arm, name: str) -> bool | None:
-    """What the arm's estimates say of a metric; None, for its name to say it, where none of them has it."""
+    """Whether higher is better by the arm's estimates; None where none has the metric, and its name decides."""
     estimate = next(iter(arm.estimates.values())).get(name)
     return None if estimate is None else estimate.higher_is_better
 

@@ -1,9 +1,8 @@
-"""What could be otherwise in one batch of a run, which of it a run can be asked, and what each change does to frozen
-batches.
+"""Counterfactuals: which ones apply to a run, and the effect of each on frozen batches.
 
 A counterfactual changes options of the run's configuration, the rows of the batch, or both; the rest stays as it is.
-What applies follows from the options that the run's system has and from their values. What does not is refused, with
-the reason. An effect compares losses with their own levels and gradients with the run's.
+Which ones apply follows from the options of the run's system and their values; the others are refused, with the reason.
+An effect compares losses with their own levels, and gradients with the run's.
 """
 
 from __future__ import annotations
@@ -11,20 +10,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
-from nearfar.lab.one_batch import Outcome, cosine, norm
+from nearfar.lab.batch_evaluation import BatchEvaluation, cosine, norm
 from nearfar.metrics import few_runs
 from nearfar.training.batches import LIKELY_FALSE_NEGATIVE
 
 __all__ = ["Counterfactual", "Effect", "Mean", "Refused", "effect_of", "standard"]
 
 
-#: samplers that a run with a choice of them is asked about
+#: samplers whose batches are evaluated where a run has a choice of samplers
 SAMPLERS = ("random", "hard", "partition")
 
 
@@ -33,7 +32,7 @@ class Counterfactual:
     """A name, the ``overrides`` (``key=value``) of the run's configuration, and the rows it is evaluated on.
 
     ``batch``: "same" rows as the run's; its "own", those that its sampler draws under the overrides; "double", the
-    run's batch and the one after it. ``note`` says what it is for.
+    run's batch and the one after it. ``note`` describes it.
     """
 
     name: str
@@ -44,14 +43,14 @@ class Counterfactual:
 
 @dataclass(frozen=True)
 class Refused:
-    """A counterfactual that a run cannot be asked, and why."""
+    """A counterfactual that does not apply to a run, and why."""
 
     name: str
     reason: str
 
 
-def standard(config: Any, temperature: float | None = None) -> list[Counterfactual | Refused]:
-    """Every counterfactual that a run of this configuration can be asked, and those it cannot with the reason.
+def standard(config: DictConfig, temperature: float | None = None) -> list[Counterfactual | Refused]:
+    """The counterfactuals that apply to a run of this configuration, and those that do not, with the reason.
 
     ``temperature``: at which the loss really stands (a learned one is not that of the configuration).
 
@@ -63,9 +62,9 @@ def standard(config: Any, temperature: float | None = None) -> list[Counterfactu
     duplicates masked | already so: mask_duplicates=true
     temperature halved | temperature=0.05
     temperature doubled | temperature=0.2
-    another sampler | the system has no choice of samplers
+    different sampler | the system has no choice of samplers
     batch doubled | batch_size=16
-    another direction | the loss has no option symmetric
+    different direction | the loss has no option symmetric
     """
     return [
         *_rows(config),
@@ -77,16 +76,16 @@ def standard(config: Any, temperature: float | None = None) -> list[Counterfactu
     ]
 
 
-def _rows(config: Any) -> Iterator[Counterfactual]:
+def _rows(config: DictConfig) -> Iterator[Counterfactual]:
     yield Counterfactual(
         "other rows",
         (f"seed={int(config.get('seed', 0)) + 1}",),
         "own",
-        "nothing changed but the draw of the rows: what two batches of one kind have in common",
+        "only the draw of the rows: how alike two batches of the same kind are",
     )
 
 
-def _masks(config: Any) -> Iterator[Counterfactual | Refused]:
+def _masks(config: DictConfig) -> Iterator[Counterfactual | Refused]:
     name, key = "false negatives removed", "false_negative_threshold"
     if key not in config:
         yield Refused(name, f"the system has no option {key}")
@@ -104,9 +103,9 @@ def _masks(config: Any) -> Iterator[Counterfactual | Refused]:
         yield Counterfactual(name, (f"{key}=true",), note="copies of a row's partner are no negatives of it")
 
 
-def _temperatures(config: Any, temperature: float | None) -> Iterator[Counterfactual | Refused]:
+def _temperatures(config: DictConfig, temperature: float | None) -> Iterator[Counterfactual | Refused]:
     if "temperature" not in config:
-        yield Refused("another temperature", "the system has no option temperature")
+        yield Refused("different temperature", "the system has no option temperature")
         return
     now = float(config.temperature) if temperature is None else temperature
     fixed = ("learn_temperature=false",) if config.get("learn_temperature") else ()
@@ -115,20 +114,22 @@ def _temperatures(config: Any, temperature: float | None) -> Iterator[Counterfac
         yield Counterfactual(f"temperature {word}", overrides, note=f"now {now:.3g}")
 
 
-def _samplers(config: Any) -> Iterator[Counterfactual | Refused]:
+def _samplers(config: DictConfig) -> Iterator[Counterfactual | Refused]:
     sampler = config.get("sampler")
     if not OmegaConf.is_dict(sampler) or "name" not in sampler:
-        yield Refused("another sampler", "the system has no choice of samplers")
+        yield Refused("different sampler", "the system has no choice of samplers")
         return
     for name in SAMPLERS:
         if name == sampler.name:
             continue
         hard = name != "random" and config.get("curriculum_epoch")
         overrides = (f"sampler={name}", "curriculum_epoch=0") if hard else (f"sampler={name}",)
-        yield Counterfactual(f"{name} batches", overrides, "own", "as many rows, chosen by another sampler")
+        yield Counterfactual(
+            f"{name} batches", overrides, "own", "as many rows, chosen by a different sampler"
+        )
 
 
-def _sizes(config: Any) -> Iterator[Counterfactual | Refused]:
+def _sizes(config: DictConfig) -> Iterator[Counterfactual | Refused]:
     if "batch_size" not in config:
         yield Refused("batch doubled", "the system has no option batch_size")
         return
@@ -136,10 +137,10 @@ def _sizes(config: Any) -> Iterator[Counterfactual | Refused]:
     yield Counterfactual("batch doubled", (f"batch_size={2 * int(config.batch_size)}",), "double", note)
 
 
-def _directions(config: Any) -> Iterator[Counterfactual | Refused]:
+def _directions(config: DictConfig) -> Iterator[Counterfactual | Refused]:
     loss = config.get("loss")
     if not OmegaConf.is_dict(loss) or "symmetric" not in loss:
-        yield Refused("another direction", "the loss has no option symmetric")
+        yield Refused("different direction", "the loss has no option symmetric")
     elif loss.symmetric:
         yield Counterfactual(
             "one direction", ("loss.symmetric=false",), note="queries choose among keys alone"
@@ -176,7 +177,7 @@ class Mean:
 
 @dataclass(frozen=True)
 class Effect:
-    """What a counterfactual does, as means over the batches; None where there is no such number.
+    """The effect of a counterfactual, as means over the batches; None where it has no such number.
 
     ``change``: of the loss, None where the two are not comparable as losses, and ``not_comparable`` says why.
     ``above_guessing_change``: of loss − uniform level, None where floors differ as well. ``gradient_cosine``, and
@@ -202,26 +203,29 @@ class Effect:
 
 
 def effect_of(
-    each: Counterfactual, base: Sequence[Outcome], found: Sequence[Outcome], same_rows: Sequence[bool]
+    each: Counterfactual,
+    base: Sequence[BatchEvaluation],
+    changed: Sequence[BatchEvaluation],
+    same_rows: Sequence[bool],
 ) -> Effect:
-    """Compare the ``found`` outcomes of a counterfactual with those of the run, batch by batch.
+    """Compare the batches of a counterfactual (``changed``) with those of the run (``base``), one by one.
 
     ``same_rows``: whether a batch begins with the rows of the run's.
     """
     numbers: list[dict[str, float | None]] = []
-    for a, b, same in zip(base, found, same_rows, strict=True):
+    for a, b, same in zip(base, changed, same_rows, strict=True):
         row: dict[str, float | None] = {"loss": b.loss, "above_guessing": b.above_guessing}
         row |= {name: b.record.get(name) for name in RECORDED}
         row["gradient_cosine"] = cosine(a.parameters, b.parameters)
         row["gradient_ratio"] = _ratio(a, b)
         row["embedding_cosine"] = cosine(a.embeddings, b.embeddings) if same and a.embeddings else None
         numbers.append(row)
-    reason, change, above = _changes(base, found)
+    reason, change, above = _changes(base, changed)
     means = {
         name: Mean.of([row[name] for row in numbers], 1.0 if name.endswith("cosine") else math.inf)
         for name in ("loss", *RECORDED, *GRADIENTS)
     }
-    inert = all(same_rows) and all(_identical(a, b) for a, b in zip(base, found, strict=True))
+    inert = all(same_rows) and all(_identical(a, b) for a, b in zip(base, changed, strict=True))
     return Effect(
         each,
         change=change,
@@ -233,14 +237,14 @@ def effect_of(
     )
 
 
-def _ratio(a: Outcome, b: Outcome) -> float | None:
+def _ratio(a: BatchEvaluation, b: BatchEvaluation) -> float | None:
     """The norm of b's gradient over that of a's."""
     both = sorted(a.parameters.keys() & b.parameters.keys())
     below, above = (norm({name: each.parameters[name] for name in both}) for each in (a, b))
     return above / below if below else None
 
 
-def _identical(a: Outcome, b: Outcome) -> bool:
+def _identical(a: BatchEvaluation, b: BatchEvaluation) -> bool:
     same_names = a.parameters.keys() == b.parameters.keys()
     return (
         same_names
@@ -249,9 +253,11 @@ def _identical(a: Outcome, b: Outcome) -> bool:
     )
 
 
-def _changes(base: Sequence[Outcome], found: Sequence[Outcome]) -> tuple[str, Mean | None, Mean | None]:
+def _changes(
+    base: Sequence[BatchEvaluation], changed: Sequence[BatchEvaluation]
+) -> tuple[str, Mean | None, Mean | None]:
     """Why two losses are not comparable ("" if they are), the change of the loss, and of loss − uniform level."""
-    pairs = list(zip(base, found, strict=True))
+    pairs = list(zip(base, changed, strict=True))
     change = Mean.of([b.loss - a.loss for a, b in pairs])
     if change is None:
         return "a loss is not finite", None, None

@@ -1,4 +1,4 @@
-"""Several runs as one: what they say is averaged, thresholds are chosen anew, and the result is a run folder."""
+"""Several runs as one: outputs are averaged, thresholds are chosen anew, and the result is a run folder."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import Tensor
 
 from nearfar.config.compose import flatten
@@ -45,7 +45,7 @@ def write_ensemble(runs: Sequence[Path], output: Path | None = None, say: Say = 
         output or Path(os.path.commonpath([folder.path.resolve().parent for folder in folders])) / "ensemble"
     )
     if (place / "config.yaml").exists() or (place / "metrics.json").exists():
-        raise NearfarError(f"{place} is a run already: give another folder with --output.")
+        raise NearfarError(f"{place} is a run already: give a different folder with --output.")
     target = RunFolder(place)
     target.check_own()
     first: System | None = None
@@ -55,9 +55,9 @@ def write_ensemble(runs: Sequence[Path], output: Path | None = None, say: Say = 
         if not system.defines("average"):
             raise NearfarError(f"system '{kind}' does not say how its outputs are averaged.")
         system.prepare(lambda _: None)
-        if (found := system.layout()["data_hash"]) != data:
+        if (now := system.layout()["data_hash"]) != data:
             raise NearfarError(
-                f"{folder}: its data has changed since (hash {data}, now {found}); train it anew, or leave it out."
+                f"{folder}: its data has changed since (hash {data}, now {now}); train it anew, or leave it out."
             )
         say(f"{folder.name} …")
         for split, outputs in _outputs(system, folder).items():
@@ -90,7 +90,9 @@ def _same(folders: Sequence[RunFolder]) -> tuple[str, str]:
         if folder.config().system != kind:
             raise NearfarError(f"{folder} is a run of '{folder.config().system}', {first} of '{kind}'.")
         if folder.read_json("dataset_layout.json")["data_hash"] != data:
-            raise NearfarError(f"{folder} and {first} were trained on other data: they cannot speak as one.")
+            raise NearfarError(
+                f"{folder} and {first} were trained on different data: they cannot be averaged."
+            )
     for folder in folders:
         if folder.read_json("metrics.json").get("members"):
             raise NearfarError(f"{folder} is an ensemble itself: name its members instead.")
@@ -108,8 +110,8 @@ def _outputs(system: System, folder: RunFolder) -> dict[str, dict[str, Tensor]]:
         return {split: outputs_of(system, model, config, split) for split in splits}
 
 
-def _config(folders: Sequence[RunFolder], members: list[str]) -> Any:
-    configs = [folder.config() for folder in folders]
+def _config(folders: Sequence[RunFolder], members: list[str]) -> DictConfig:
+    configs: list[DictConfig] = [folder.config() for folder in folders]
     config = configs[0].copy()
     with open_dict(config):
         for key in apart([flatten(each) for each in configs]):
@@ -119,7 +121,7 @@ def _config(folders: Sequence[RunFolder], members: list[str]) -> Any:
     return config
 
 
-def _about(folders: Sequence[RunFolder]) -> dict[str, Any]:
+def _about(folders: Sequence[RunFolder]) -> dict[str, object]:
     every: list[Mapping[str, Any]] = [folder.read_json("metrics.json") for folder in folders]
     return {
         "members": [str(folder.path) for folder in folders],

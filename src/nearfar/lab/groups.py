@@ -1,13 +1,14 @@
-"""Runs on disk grouped into arms: the same configuration but for the seed."""
+"""Runs on disk grouped into arms (the same configuration but for the seed); estimates grouped by their question."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, cast
 
 import numpy as np
+from omegaconf import DictConfig
 
 from nearfar.config.compose import flatten
 from nearfar.config.registry import role_of
@@ -16,20 +17,30 @@ from nearfar.errors import NearfarError
 from nearfar.metrics import Estimate
 from nearfar.training.run_folder import RunFolder
 
-__all__ = ["Arm", "apart", "arm_parts", "find_runs", "group_runs", "load_scores"]
+__all__ = [
+    "Arm",
+    "PlanRecord",
+    "apart",
+    "arm_parts",
+    "by_question",
+    "find_runs",
+    "group_runs",
+    "load_scores",
+    "plans_of",
+]
 
 
 @dataclass
 class Arm:
     """Runs that differ in their seed alone; ``parts`` are what sets them apart from the other arms.
 
-    Of a cross-validation (``nearfar.lab.compare``), ``folds`` holds the runs of each fold and ``sizes`` the number of
+    In a cross-validation (``nearfar.lab.compare``), ``folds`` holds the runs of each fold and ``sizes`` the number of
     its items; ``runs`` are then those of the first.
     """
 
     parts: list[str]
     runs: dict[int, RunFolder]
-    config: Any
+    config: DictConfig
     estimates: dict[int, dict[str, Estimate]] = field(default_factory=dict)
     per_item: dict[int, dict[str, np.ndarray]] = field(default_factory=dict)
     ids: np.ndarray | None = None
@@ -54,14 +65,14 @@ def find_runs(paths: Sequence[Path]) -> list[RunFolder]:
         if not path.exists():
             raise NearfarError(f"{path}: no such run.")
         if (path / "config.yaml").exists():
-            found = [path]
+            runs = [path]
         else:
-            found = sorted(config.parent for config in path.rglob("config.yaml"))
+            runs = sorted(config.parent for config in path.rglob("config.yaml"))
             # A run's own folder may hold other config.yaml files, such as those of a logger.
-            found = [run for run in found if not any(other in run.parents for other in found)]
-        if not found:
+            runs = [run for run in runs if not any(other in run.parents for other in runs)]
+        if not runs:
             raise NearfarError(f"{path}: neither a run nor a folder of runs (no config.yaml in it).")
-        folders += [RunFolder(run) for run in found]
+        folders += [RunFolder(run) for run in runs]
     unfinished = [str(folder) for folder in folders if not folder.finished]
     if unfinished:
         raise NearfarError(
@@ -70,7 +81,7 @@ def find_runs(paths: Sequence[Path]) -> list[RunFolder]:
             + ". Go on with: nearfar train resume_from=RUN, or leave them out."
         )
     if len(folders) < 2:
-        raise NearfarError(f"a comparison needs at least two runs; found {len(folders)}.")
+        raise NearfarError(f"a comparison needs at least two runs, not {len(folders)}.")
     return folders
 
 
@@ -94,12 +105,12 @@ def group_runs(folders: Sequence[RunFolder]) -> list[Arm]:
     return arms
 
 
-def arm_parts(configs: Sequence[Any]) -> list[list[str]]:
+def arm_parts(configs: Sequence[DictConfig]) -> list[list[str]]:
     """For the configuration of each arm what sets it apart from the others, as ``key=value``."""
     return _parts([flatten(config) for config in configs])
 
 
-def apart(configs: Sequence[Mapping[str, Any]]) -> list[str]:
+def apart(configs: Sequence[Mapping[str, object]]) -> list[str]:
     """The keys in which flat configurations differ, without those by which runs of one arm may, such as a seed.
 
     >>> apart([{"lr": 0.1, "seed": 0}, {"lr": 0.2, "seed": 1}])
@@ -108,15 +119,15 @@ def apart(configs: Sequence[Mapping[str, Any]]) -> list[str]:
     keys = sorted(
         {key for c in configs for key in c if any(other.get(key) != c.get(key) for other in configs)}
     )
-    system = configs[0].get("system") if configs else None
+    system = str(configs[0].get("system")) if configs else None
     return [key for key in keys if role_of(key, system) not in ("repeat", "place")]
 
 
-def _parts(configs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+def _parts(configs: Sequence[Mapping[str, object]]) -> list[list[str]]:
     """For each configuration what sets it apart from the others, as ``key=value``.
 
     A group is called by its name alone (``sampler=hard``, ``text_encoder=ngram``): its options follow from that, and
-    are told only where configurations of the same name differ in them.
+    are named only where configurations of the same name differ in them.
 
     >>> _parts([{"sampler.name": "hard", "sampler.order": "level"}, {"sampler.name": "random"}])
     [['sampler=hard'], ['sampler=random']]
@@ -124,7 +135,7 @@ def _parts(configs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     keys = apart(configs)
     named = {k.split(".")[0]: k for k in keys if k.endswith((".name", ".kind"))}
     keys.sort(key=lambda k: (k.split(".")[0], k not in named.values(), k))
-    found = []
+    every = []
     for config in configs:
         parts = []
         for key in keys:
@@ -136,11 +147,11 @@ def _parts(configs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
             peers = [c for c in configs if name is None or c.get(name) == config.get(name)]
             if any(peer.get(key) != config.get(key) for peer in peers):
                 parts.append(f"{key}={_value(config.get(key))}")
-        found.append(parts)
-    return found
+        every.append(parts)
+    return every
 
 
-def _value(value: Any) -> str:
+def _value(value: object) -> str:
     """As it is written on the command line: ``[3,5]``, ``null``, ``true``."""
     if isinstance(value, list):
         return "[" + ",".join(map(_value, value)) + "]"
@@ -174,11 +185,42 @@ def load_scores(arm: Arm, split: str) -> None:
             arm.ids = ids
         if not np.array_equal(arm.ids, ids) or _hashes(arm, seed) != _hashes(arm, first):
             raise NearfarError(
-                f"{folder} was evaluated on other items than {arm.runs[first]}: their data changed between these "
+                f"{folder} was evaluated on different items from {arm.runs[first]}: their data changed between these "
                 "seeds of one configuration. Leave one out, or train it anew."
             )
 
 
-def _hashes(arm: Arm, seed: int) -> set[Any]:
-    """The splits that a run's estimates say they were measured on."""
+def _hashes(arm: Arm, seed: int) -> set[object]:
+    """The splits that a run's estimates were measured on."""
     return {estimate.protocol.get("split") for estimate in arm.estimates[seed].values()}
+
+
+def by_question(estimates: Mapping[str, Estimate]) -> dict[str, dict[str, Estimate]]:
+    """Estimates by the question that their protocol states, "" where it states none.
+
+    Numbers that answer different questions, such as a probe's accuracy and pair retrieval, are not shown in one table.
+    """
+    groups: dict[str, dict[str, Estimate]] = {}
+    for name, estimate in estimates.items():
+        groups.setdefault(str(estimate.protocol.get("question", "")), {})[name] = estimate
+    return groups
+
+
+class PlanRecord(TypedDict, total=False):
+    """What a run logs of the batches of an epoch; hardness is by quarter of the epoch."""
+
+    epoch: int
+    sampler: str
+    random_phase: bool
+    hardness: list[float]
+    hardness_random: float
+    last_to_first: float | None
+    nominal_hard: float | None
+    realised_hard: list[float] | None
+    false_negatives: float
+
+
+def plans_of(run: RunFolder) -> list[PlanRecord]:
+    """The plans in a run's log whose hardness was measured, oldest first."""
+    records = (record for record in run.log() if record.get("kind") == "plan" and record.get("hardness"))
+    return [cast(PlanRecord, record) for record in records]

@@ -1,7 +1,7 @@
 """Training losses of two arms: a difference where they measure the same, else why they do not.
 
-A loss is a number of nats against a number of candidates. With other candidates, another floor, another temperature or
-batches composed in another way it is another quantity, and the lower one is not the better one.
+A loss is a number of nats against a number of candidates. With different candidates, floor, temperature or composition
+of the batches it is a different quantity, and the lower one is not the better one.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from nearfar.lab.groups import Arm
 from nearfar.metrics import few_runs
 from nearfar.training.run_folder import RunFolder
 
-__all__ = ["LossReading", "read_losses"]
+__all__ = ["LossComparison", "compare_losses"]
 
 
-#: what the loss of a step says about itself, and how a reader calls it
+#: levels that a step records of its loss, and their names in a sentence
 LEVELS = {
-    "candidates": "candidates of an anchor",
+    "candidates": "number of candidates",
     "uniform_level": "level of guessing",
     "floor": "floor",
     "scale": "temperature",
@@ -32,7 +32,7 @@ CLOSE = 0.01
 
 
 @dataclass(frozen=True)
-class LossReading:
+class LossComparison:
     """Mean training losses of the last epoch, and why their difference means nothing (or its interval over seeds)."""
 
     base: float | None
@@ -54,20 +54,20 @@ class LossReading:
         )
 
 
-def read_losses(base: Arm, arm: Arm) -> LossReading:
+def compare_losses(base: Arm, arm: Arm) -> LossComparison:
     """The losses of ``arm`` beside those of ``base``, over the seeds they have in common."""
     common = sorted(set(base.runs) & set(arm.runs))
     if not common:
-        return LossReading(None, None, "no seed in common")
+        return LossComparison(None, None, "no seed in common")
     first, second = ([_last(side.runs[seed]) for seed in common] for side in (base, arm))
     if any(loss is None for loss, _ in [*first, *second]):
-        return LossReading(None, None, "a run has no finished epoch in its log")
+        return LossComparison(None, None, "a run has no finished epoch in its log")
     ours, theirs = (np.array([loss for loss, _ in side], dtype=float) for side in (second, first))
     reason = _why_not(base, arm, first[0][1], second[0][1])
     bounds: tuple[float | None, float | None] = (None, None)
     if reason is None and len(common) > 1:
         bounds = few_runs(ours - theirs)
-    return LossReading(float(theirs.mean()), float(ours.mean()), reason, *bounds)
+    return LossComparison(float(theirs.mean()), float(ours.mean()), reason, *bounds)
 
 
 def _last(run: RunFolder) -> tuple[float | None, dict[str, Any]]:
@@ -89,13 +89,13 @@ def _why_not(base: Arm, arm: Arm, first: dict[str, Any], second: dict[str, Any])
             continue
         role = role_of(key, a.get("system"))
         if role == "loss":
-            return f"another loss ({key}: {b.get(key)} and {a.get(key)})"
+            return f"different loss ({key}: {b.get(key)} and {a.get(key)})"
         if role == "batches":
-            return f"batches composed in another way ({key}: {b.get(key)} and {a.get(key)})"
+            return f"batches composed differently ({key}: {b.get(key)} and {a.get(key)})"
     for name, words in LEVELS.items():
         x, y = first.get(name), second.get(name)
         if (x is None) != (y is None):
             return f"only one of them states its {words}"
         if x is not None and y is not None and abs(x - y) > CLOSE * max(abs(x), abs(y)):
-            return f"another {words}: {y:.4g} and {x:.4g}"
+            return f"different {words}: {y:.4g} and {x:.4g}"
     return None

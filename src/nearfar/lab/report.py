@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,12 +19,12 @@ from markupsafe import Markup
 from nearfar.data.files import DAMAGED, check_shape, read_bytes, read_text
 from nearfar.errors import NearfarError
 from nearfar.lab.charts import band_chart, hardness_chart, heat_map, intervals_chart, line_chart, map_chart
-from nearfar.lab.reading import read_comparison, run_verdict
-from nearfar.lab.sweep import Sweep, read_sweep
+from nearfar.lab.groups import PlanRecord, by_question, plans_of
+from nearfar.lab.summary import describe_comparison, run_verdict
+from nearfar.lab.sweep import Sweep, sweep_of
 from nearfar.lab.table import FEW
-from nearfar.lab.words import by_question, metric_words, short_number
 from nearfar.metrics import Estimate
-from nearfar.terminal import visible
+from nearfar.terminal import metric_words, short_number, visible
 from nearfar.training.run_folder import RunFolder, write_atomically
 from nearfar.training.sections import read_sections
 
@@ -41,7 +42,7 @@ __all__ = [
 ]
 
 
-#: what a probe says of a view: field, title, unit
+#: signals that a probe records of a view: field, title, unit
 VIEW_SIGNALS = (
     ("effective_rank", "Effective rank of the embeddings", "dimensions"),
     ("mean_cosine", "Mean cosine of different rows", "cosine (1: collapsed)"),
@@ -58,15 +59,15 @@ def of_kind(folder: RunFolder, kind: str) -> list[dict[str, Any]]:
 def _series(
     records: Sequence[Mapping[str, Any]], field: str, x: str = "step"
 ) -> tuple[list[float], list[float]]:
-    found = [record for record in records if record.get(field) is not None]
-    return [record[x] for record in found], [record[field] for record in found]
+    points = [(record[x], record[field]) for record in records if record.get(field) is not None]
+    return [at for at, _ in points], [value for _, value in points]
 
 
 def training_charts(
     folder: RunFolder, metrics: Mapping[str, Any], tables: Mapping[str, Sequence[tuple[str, Estimate]]]
 ) -> list[Markup]:
     """Loss between guessing and floor, validation above chance, realised hardness, health of the embeddings."""
-    steps, epochs, plans, probes = (of_kind(folder, kind) for kind in ("step", "epoch", "plan", "probe"))
+    steps, epochs, probes = (of_kind(folder, kind) for kind in ("step", "epoch", "probe"))
     charts = []
     if steps:
         levels = {}
@@ -81,14 +82,13 @@ def training_charts(
         loss = {name: line for name, line in loss.items() if line[0]}
         charts.append(line_chart("Training loss", loss, "optimiser step", "loss (nats)", levels))
     charts += _validation(epochs, metrics["monitor"], dict(tables.get("val", ())))
-    plans = [plan for plan in plans if plan.get("hardness")]
-    if plans:
+    if plans := plans_of(folder):
         charts.append(hardness_chart({"realised": plans}, plans[0].get("hardness_random")))
     return [Markup(chart) for chart in [*charts, *_health(probes)]]
 
 
 def _validation(
-    epochs: Sequence[Mapping[str, Any]], monitor: str, found: Mapping[str, Estimate]
+    epochs: Sequence[Mapping[str, Any]], monitor: str, estimates: Mapping[str, Estimate]
 ) -> list[str]:
     names = list(epochs[0].get("val") or {}) if epochs else []
     shown = [name for name in names if name == monitor or name.endswith(("MRR", "R@10"))] or names[:3]
@@ -99,8 +99,8 @@ def _validation(
         for n in shown
     }
     levels = {}
-    if monitor in found:
-        levels[f"chance, {metric_words(monitor)}"] = found[monitor].chance
+    if monitor in estimates:
+        levels[f"chance, {metric_words(monitor)}"] = estimates[monitor].chance
     return [line_chart("Validation", curves, "epoch", "value", levels)]
 
 
@@ -131,7 +131,17 @@ def _health(probes: Sequence[Mapping[str, Any]]) -> list[str]:
     return charts
 
 
-def embedding_map(folder: RunFolder) -> dict[str, Any] | None:
+@dataclass(frozen=True)
+class EmbeddingMap:
+    """The picture of ``rows`` embeddings in the plane, its share of the variance, and how many partners are joined."""
+
+    picture: Markup
+    explained: float
+    rows: int
+    links: int
+
+
+def embedding_map(folder: RunFolder) -> EmbeddingMap | None:
     """The picture of ``map.npz``, the first two principal components of both views, with the variance they hold."""
     if not folder.has("map.npz"):
         return None
@@ -146,34 +156,28 @@ def embedding_map(folder: RunFolder) -> dict[str, Any] | None:
     points = {name: [(float(x), float(y)) for x, y in array] for name, array in views.items()}
     rows = len(next(iter(points.values())))
     picture = map_chart("Embeddings in the plane", points, min(LINKS, rows))
-    return {
-        "picture": Markup(picture),
-        "explained": float(explained),
-        "rows": rows,
-        "links": min(LINKS, rows),
-    }
+    return EmbeddingMap(Markup(picture), float(explained), rows, min(LINKS, rows))
 
 
 def comparison_curves(comparison: Comparison, arms: Sequence[Arm]) -> list[str]:
     """Validation of every run and realised hardness of every arm."""
     monitor = comparison.monitor
     curves: dict[str, tuple[list[float], list[float]]] = {}
-    plans: dict[str, list[Mapping[str, Any]]] = {}
+    plans: dict[str, list[PlanRecord]] = {}
     random_level = None
     for arm in arms:
         for seed, folder in sorted(arm.runs.items()):
             epochs = [e["val"] | {"epoch": e["epoch"]} for e in of_kind(folder, "epoch") if e.get("val")]
             if epochs:
                 curves[f"{arm.label} · seed {seed}"] = _series(epochs, monitor, "epoch")
-        found = [p for p in of_kind(arm.runs[min(arm.runs)], "plan") if p.get("hardness")]
-        if found:
-            plans[arm.label] = list(found)
-            random_level = found[0].get("hardness_random", random_level)
+        if of_arm := plans_of(arm.runs[min(arm.runs)]):
+            plans[arm.label] = of_arm
+            random_level = of_arm[0].get("hardness_random", random_level)
     charts = []
     words = metric_words(monitor)
     if curves:
         estimate = next(iter(comparison.baseline.estimates.values())).get(monitor)
-        # The gallery of validation may be another one: chance is drawn where the comparison speaks of validation.
+        # Validation may have a different gallery: chance is drawn only where the comparison is on validation.
         levels = {"chance": estimate.chance} if estimate is not None and comparison.split == "val" else None
         charts.append(line_chart(f"Validation {words}", curves, "epoch", words, levels))
     if plans:
@@ -181,7 +185,7 @@ def comparison_curves(comparison: Comparison, arms: Sequence[Arm]) -> list[str]:
     return charts
 
 
-#: what the first lines of a report say
+#: fields of metrics.json in the first lines of a report
 HEADING = {
     "system": str,
     "monitor": str,
@@ -194,7 +198,7 @@ HEADING = {
 SHOWN = 3
 
 
-def _shown(value: Any) -> Any:
+def _shown(value: object) -> object:
     """A text of data with what would steer a page's direction or a terminal written out; what we drew as it is."""
     return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
@@ -219,13 +223,13 @@ def _environment() -> Environment:
     return environment
 
 
-def _cell(value: Any) -> str:
+def _cell(value: object) -> str:
     if value is None:
         return "–"
     return short_number(value) if isinstance(value, float) else str(value)
 
 
-def _tint(value: float, row: list[Any]) -> str:
+def _tint(value: float, row: Sequence[object]) -> str:
     """The colour of a cell by its share of the row's numbers."""
     total = sum(cell for cell in row if isinstance(cell, int | float))
     return f"rgba(37, 99, 168, {0.55 * value / total if total else 0.0:.2f})"
@@ -245,7 +249,7 @@ def _examples(folder: RunFolder) -> dict[str, list[dict[str, Any]]]:
 
 
 def _baselines(given: Mapping[str, Any], reported: str, split: str) -> dict[str, float]:
-    """What simpler answers score on ``split``, by metric.
+    """Scores of the baselines on ``split``, by metric.
 
     ``given`` is by metric for the ``reported`` split, or by split; an entry is a number or has a ``value``.
     """
@@ -261,8 +265,8 @@ def write_report(folder: RunFolder) -> Path:
     check_shape(metrics, HEADING, str(folder.path / "metrics.json"))
     layout = folder.read_json("dataset_layout.json")
     tables = {
-        split: [(name, Estimate.from_dict(content)) for name, content in found.items()]
-        for split, found in sorted(metrics["splits"].items())  # test before val
+        split: [(name, Estimate.from_dict(content)) for name, content in by_name.items()]
+        for split, by_name in sorted(metrics["splits"].items())  # test before val
     }
     page = (
         _environment()
@@ -272,9 +276,9 @@ def write_report(folder: RunFolder) -> Path:
             path=str(folder.path),
             metrics=metrics,
             tables={
-                (split, question): list(found.items())
+                (split, question): list(estimates.items())
                 for split, rows in tables.items()
-                for question, found in by_question(dict(rows)).items()
+                for question, estimates in by_question(dict(rows)).items()
             },
             verdict=run_verdict(folder),
             baselines=partial(_baselines, metrics.get("baselines") or {}, next(iter(tables))),
@@ -283,7 +287,7 @@ def write_report(folder: RunFolder) -> Path:
             map=embedding_map(folder),
             examples=_examples(folder),
             layout=layout,
-            plans=[plan for plan in folder.log() if plan.get("kind") == "plan" and plan.get("hardness")],
+            plans=plans_of(folder),
             config=read_text(folder.path / "config.yaml"),
             environment=folder.read_json("environment.json"),
             resumed=folder.read_json("resumed.json") if (folder.path / "resumed.json").exists() else [],
@@ -297,7 +301,7 @@ def comparison_page(comparison: Comparison, path: Path) -> str:
 
     Links to the runs lead from ``path``, where the page is going to lie.
     """
-    sweep = read_sweep(comparison)
+    sweep = sweep_of(comparison)
     many = len(comparison.arms) > FEW and sweep is not None
     shown = [sweep.best] if many and sweep is not None and sweep.best is not None else None
     charts = comparison_curves(comparison, [comparison.baseline, *shown] if shown else comparison.arms)
@@ -305,8 +309,10 @@ def comparison_page(comparison: Comparison, path: Path) -> str:
         if shown and label != shown[0].label:
             continue
         for question, metrics in comparison.by_question(differences).items():
-            found = [(metric, differences[metric]) for metric in metrics]
-            rows = [(metric_words(metric), d.value, d.low, d.high) for metric, d in found]
+            shown_here = [(metric, differences[metric]) for metric in comparison.results(metrics)]
+            if not shown_here:
+                continue
+            rows = [(metric_words(metric), d.value, d.low, d.high) for metric, d in shown_here]
             title = f"{label} − {comparison.baseline.label}" + (f" · {question}" if question else "")
             charts.append(intervals_chart(title, rows, "paired difference, 95 % interval"))
     first = next(iter(next(iter(comparison.arms[0].estimates.values())).values()))
@@ -328,7 +334,7 @@ def comparison_page(comparison: Comparison, path: Path) -> str:
             sweep=sweep,
             pictures=[Markup(picture) for picture in sweep_pictures(comparison, sweep)] if sweep else [],
             shown=[arm.label for arm in shown] if shown else list(comparison.differences),
-            reading=read_comparison(comparison),
+            paragraphs=describe_comparison(comparison),
             examples=_examples(run),
             example_run=f"{best.label}, seed {min(best.runs)}",
             runs=[
@@ -352,8 +358,8 @@ def _kind(comparison: Comparison, sweep: Sweep | None) -> str:
         if sweep is not None and sweep.best is not None
         else next(iter(comparison.differences), "")
     )
-    found = comparison.differences.get(label, {}).get(comparison.monitor)
-    return {"better": "good", "worse": "bad"}.get(found.verdict if found else "", "unsure")
+    difference = comparison.differences.get(label, {}).get(comparison.monitor)
+    return {"better": "good", "worse": "bad"}.get(difference.verdict if difference else "", "unsure")
 
 
 def sweep_pictures(comparison: Comparison, sweep: Sweep) -> list[str]:
@@ -363,7 +369,7 @@ def sweep_pictures(comparison: Comparison, sweep: Sweep) -> list[str]:
     base = comparison.summary[comparison.baseline.label].get(name)
     pictures = []
     for sheet in sweep.sheets:
-        found = {
+        cells = {
             at: (mean.value, mean.low, mean.high)
             for at, arm in sheet.cells.items()
             if (mean := comparison.summary[arm.label].get(name)) is not None
@@ -371,10 +377,10 @@ def sweep_pictures(comparison: Comparison, sweep: Sweep) -> list[str]:
         title = f"{words}{' · ' if sheet.title else ''}{sheet.title}"
         if sheet.y is not None:
             best = next((at for at, arm in sheet.cells.items() if arm is sweep.best), None)
-            pictures.append(heat_map(title, found, sheet.x, sheet.y, best))
+            pictures.append(heat_map(title, cells, sheet.x, sheet.y, best))
         else:
             levels = {f"baseline {comparison.baseline.label}": base.value} if base else None
-            pictures.append(band_chart(title, {x: v for (x, _), v in found.items()}, sheet.x, words, levels))
+            pictures.append(band_chart(title, {x: v for (x, _), v in cells.items()}, sheet.x, words, levels))
     return pictures
 
 
@@ -382,7 +388,7 @@ def _check_page(path: Path) -> None:
     """``NearfarError`` where a page would replace one that nearfar has not written."""
     if os.path.lexists(path) and b"nearfar</title>" not in read_bytes(path)[:4096]:
         raise NearfarError(
-            f"{path} is there and not a page of nearfar's: it is left as it is. Give --output."
+            f"{path} exists and is not a page of nearfar's: it is left as it is. Give --output."
         )
 
 
@@ -395,7 +401,7 @@ def write_comparison(comparison: Comparison, output: Path | None = None) -> Path
         path = path / "report.html"
     if output is None and (common / "config.yaml").exists():
         path = common / "comparison.html"  # one run lies inside the other: its own report stays
-    content: dict[str, Any] = {
+    content: dict[str, object] = {
         "split": comparison.split,
         "baseline": comparison.baseline.label,
         "arms": {
@@ -411,12 +417,13 @@ def write_comparison(comparison: Comparison, output: Path | None = None) -> Path
         "differences": {
             a: {m: d.to_dict() for m, d in ds.items()} for a, ds in comparison.differences.items()
         },
+        "controls": sorted(comparison.controls),
         "together": comparison.together,
         "refused": comparison.refused,
         "notes": comparison.notes,
-        "losses": {arm: str(reading) for arm, reading in comparison.losses.items()},
+        "losses": {arm: str(losses) for arm, losses in comparison.losses.items()},
     }
-    if (sweep := read_sweep(comparison)) is not None:
+    if (sweep := sweep_of(comparison)) is not None:
         content["sweep"] = {
             "axes": sweep.axes,
             "best": sweep.best.label if sweep.best else None,

@@ -1,4 +1,4 @@
-"""A sweep read as one: its axes, a table of its cells, and its best cell with what being the best of many means."""
+"""A sweep: its axes, its cells, and the best of them with the bias of choosing the best of many."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import numpy as np
 from nearfar.config.compose import flatten
 from nearfar.lab.compare import Comparison
 from nearfar.lab.groups import Arm
-from nearfar.lab.words import metric_words
 from nearfar.metrics.intervals import normal_quantile
+from nearfar.terminal import metric_words
 
-__all__ = ["Cell", "Sheet", "Sweep", "expected_lead", "read_sweep"]
+__all__ = ["Cell", "Sheet", "Sweep", "expected_lead", "sweep_of"]
 
 #: with fewer arms than this, nothing was swept
 LEAST = 3
@@ -63,8 +63,8 @@ def expected_lead(arms: int, error: float) -> float:
     return error * normal_quantile((arms - 0.375) / (arms + 0.25)) if arms > 1 else 0.0
 
 
-def read_sweep(comparison: Comparison) -> Sweep | None:
-    """The sweep that the arms of a comparison are, or None where there are fewer than three."""
+def sweep_of(comparison: Comparison) -> Sweep | None:
+    """The arms of a comparison as a sweep, or None where there are fewer than three."""
     arms = comparison.arms
     if len(arms) < LEAST:
         return None
@@ -80,9 +80,9 @@ def _sheets(arms: Sequence[Arm], axes: Sequence[str]) -> list[Sheet]:
     configs = {arm.label: flatten(arm.config) for arm in arms}
     numbers: dict[str, set[float]] = {}
     for axis in axes:
-        found = [configs[arm.label].get(axis) for arm in arms]
-        if all(isinstance(value, int | float) and not isinstance(value, bool) for value in found):
-            numbers[axis] = {float(value) for value in found if value is not None}
+        column = [configs[arm.label].get(axis) for arm in arms]
+        if all(isinstance(value, int | float) and not isinstance(value, bool) for value in column):
+            numbers[axis] = {float(value) for value in column if value is not None}
     across = sorted((a for a in numbers if len(numbers[a]) > 1), key=lambda a: -len(numbers[a]))[:2]
     groups: dict[tuple[str, ...], list[Arm]] = {}
     for arm in arms:
@@ -103,7 +103,7 @@ def _sheets(arms: Sequence[Arm], axes: Sequence[str]) -> list[Sheet]:
 
 
 def _best(comparison: Comparison) -> tuple[Arm | None, str]:
-    """Chosen on validation where the comparison speaks of test: its test figure then owes nothing to the choice."""
+    """Chosen on validation where the comparison is on test: the test figure is then not biased by the choice."""
     others = [
         arm
         for arm in comparison.arms
@@ -113,12 +113,12 @@ def _best(comparison: Comparison) -> tuple[Arm | None, str]:
         return None, comparison.split
     splits = [run.read_json("metrics.json")["splits"] for arm in comparison.arms for run in arm.runs.values()]
     chosen_on = (
-        "val" if all(comparison.monitor in found.get("val", {}) for found in splits) else comparison.split
+        "val" if all(comparison.monitor in each.get("val", {}) for each in splits) else comparison.split
     )
 
     def score(arm: Arm) -> float:
-        found = [run.read_json("metrics.json")["splits"][chosen_on] for run in arm.runs.values()]
-        return float(np.mean([float(metrics[comparison.monitor]["value"]) for metrics in found]))
+        every = [run.read_json("metrics.json")["splits"][chosen_on] for run in arm.runs.values()]
+        return float(np.mean([float(metrics[comparison.monitor]["value"]) for metrics in every]))
 
     return max(others, key=score), chosen_on
 
@@ -126,9 +126,9 @@ def _best(comparison: Comparison) -> tuple[Arm | None, str]:
 def _verdict(comparison: Comparison, best: Arm, chosen_on: str) -> str:
     name, base = metric_words(comparison.monitor), comparison.baseline.label
     monitored = {
-        arm: found[comparison.monitor]
-        for arm, found in comparison.differences.items()
-        if comparison.monitor in found
+        arm: differences[comparison.monitor]
+        for arm, differences in comparison.differences.items()
+        if comparison.monitor in differences
     }
     d, count = monitored[best.label], len(monitored)
     text = (
@@ -144,11 +144,11 @@ def _verdict(comparison: Comparison, best: Arm, chosen_on: str) -> str:
             f" It was chosen on {chosen_on}, so the items of {comparison.split} did not favour it; its seeds may have: "
             "train it and the baseline on new seeds to be sure."
         )
-    error = float(np.median([(found.high - found.low) / 2 for found in monitored.values()])) / 1.96
+    error = float(np.median([(each.high - each.low) / 2 for each in monitored.values()])) / 1.96
     lead = expected_lead(count, error)
     together = comparison.together[best.label][comparison.monitor]
     return text + (
         f" It was chosen on the split it is judged by: the best of {count} equal arms leads by about {lead:.3f} by "
-        f"chance. With all differences judged together (Holm) it is {together}. Evaluate it on another split or on new "
-        "seeds before you believe the number."
+        f"chance. With all differences judged together (Holm) it is {together}. Evaluate it on a different split or on "
+        "new seeds before you trust the number."
     )

@@ -6,18 +6,21 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich import box
+from rich.console import RenderableType
 from rich.markup import escape
+from rich.style import StyleType
 from rich.table import Table as RichTable
 from rich.text import Text
 
 from nearfar.batching import SamplerVerdict
 from nearfar.lab.compare import Comparison
 from nearfar.lab.counterfactuals import Effect, Mean
-from nearfar.lab.sweep import Sweep, read_sweep
+from nearfar.lab.groups import by_question
+from nearfar.lab.sweep import Sweep, sweep_of
 from nearfar.lab.trial import Trial
 from nearfar.lab.what_if import WhatIf
-from nearfar.lab.words import by_question, interval_words, metric_words, short_number
 from nearfar.metrics import Difference, Estimate
+from nearfar.terminal import interval_words, metric_words, short_number
 from nearfar.training.run_folder import RunFolder
 from nearfar.training.verify_ddp import DdpVerdict
 
@@ -25,12 +28,12 @@ __all__ = [
     "cluster_table",
     "comparison_tables",
     "ddp_table",
+    "describe_trial",
+    "describe_what_if",
     "differences_table",
     "estimates_table",
     "metric_words",
     "metrics_tables",
-    "read_trial",
-    "read_what_if",
     "short_number",
     "sweep_table",
     "trial_table",
@@ -64,13 +67,16 @@ class Table(RichTable):
             **options,
         )
 
-    def add_column(self, header: Any = "", *rest: Any, **options: Any) -> None:
+    def add_column(self, header: RenderableType = "", *rest: Any, **options: Any) -> None:
         """A column below a header that is no markup."""
         super().add_column(escape(header) if isinstance(header, str) else header, *rest, **options)
 
-    def add_row(self, *cells: Any, **options: Any) -> None:
+    def add_row(
+        self, *cells: RenderableType | None, style: StyleType | None = None, end_section: bool = False
+    ) -> None:
         """A row whose words are no markup."""
-        super().add_row(*(escape(cell) if isinstance(cell, str) else cell for cell in cells), **options)
+        plain = (escape(cell) if isinstance(cell, str) else cell for cell in cells)
+        super().add_row(*plain, style=style, end_section=end_section)
 
 
 def estimates_table(title: str, estimates: Mapping[str, Estimate]) -> Table:
@@ -109,7 +115,7 @@ def differences_table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def metrics_tables(folder: RunFolder) -> list[Table]:
-    """The estimates of a run: value, interval, chance, gallery; a table for each question that they answer."""
+    """The estimates of a run: value, interval, chance, gallery; one table for each question."""
     metrics = folder.read_json("metrics.json")
     splits = metrics["splits"]
     split = "test" if "test" in splits else next(iter(splits))
@@ -118,8 +124,8 @@ def metrics_tables(folder: RunFolder) -> list[Table]:
     what = f"ensemble of {len(members)} runs" if members else f"best epoch, {metrics['best_epoch']}"
     title = f"{folder} · {split} · {what}"
     return [
-        estimates_table(title + (f" · {question}" if question else ""), found)
-        for question, found in by_question(estimates).items()
+        estimates_table(title + (f" · {question}" if question else ""), rows)
+        for question, rows in by_question(estimates).items()
     ]
 
 
@@ -128,12 +134,12 @@ def _verdict_style(difference: Difference) -> str:
 
 
 def comparison_tables(comparison: Comparison) -> list[Table]:
-    """Two tables: the arms as they are, and their paired differences from the baseline with a verdict."""
+    """The means of the arms, their paired differences from the baseline with verdicts, and what was not compared."""
     arms = [
         _arms_table(comparison, question, metrics)
         for question, metrics in comparison.by_question(comparison.summary[comparison.arms[0].label]).items()
     ]
-    sweep = read_sweep(comparison)
+    sweep = sweep_of(comparison)
     few = sweep is None or len(comparison.arms) <= FEW
     tables = arms if few else []
     if sweep is not None:
@@ -143,8 +149,8 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
             continue  # the sweep's table has a line for each; the best is shown in full
         for question, metrics in comparison.by_question(differences).items():
             tables.append(_differences_of(comparison, label, question, metrics))
-    for label, readings in comparison.by_fold.items():
-        for question, metrics in comparison.by_question(readings).items():
+    for label, by_metric in comparison.by_fold.items():
+        for question, metrics in comparison.by_question(by_metric).items():
             tables.append(fold_table(comparison, label, question, metrics))
     for label, reason in comparison.refused.items():
         table = Table(f"{label}: not compared")
@@ -165,6 +171,7 @@ def _arms_table(comparison: Comparison, question: str, metrics: Sequence[str]) -
         seeds = f"{len(arm.runs)} seed" + "s" * (len(arm.runs) != 1)
         table.add_column(f"{arm.label}\n{seeds}", justify="right")
     for name in metrics:
+        _mark_controls(table, comparison, name, metrics)
         row = [metric_words(name)]
         estimate = first.get(name)
         row += (
@@ -173,16 +180,21 @@ def _arms_table(comparison: Comparison, question: str, metrics: Sequence[str]) -
             else ["", ""]
         )
         for arm in comparison.arms:
-            found = comparison.summary[arm.label].get(name)
-            row.append(
-                f"{short_number(found.value)} {interval_words(found.low, found.high)}" if found else "–"
-            )
+            mean = comparison.summary[arm.label].get(name)
+            row.append(f"{short_number(mean.value)} {interval_words(mean.low, mean.high)}" if mean else "–")
         table.add_row(*row)
     return table
 
 
+def _mark_controls(table: Table, comparison: Comparison, name: str, metrics: Sequence[str]) -> None:
+    """A line above the first control of a table, whose controls come last."""
+    if name == next((metric for metric in metrics if metric in comparison.controls), None):
+        table.add_section()
+        table.add_row(Text("controls", "italic"))
+
+
 def _differences_of(comparison: Comparison, label: str, question: str, metrics: Sequence[str]) -> Table:
-    several = comparison.looked_at > 1
+    several = comparison.judged_together > 1
     title = f"{label} − {comparison.baseline.label}" + (f" · {question}" if question else "")
     table = Table(title)
     for column in ("metric", "difference", "95 % interval", "per seed", "verdict"):
@@ -190,8 +202,9 @@ def _differences_of(comparison: Comparison, label: str, question: str, metrics: 
             column, justify="right" if column in ("difference", "95 % interval") else "left", no_wrap=True
         )
     if several:
-        table.add_column(f"all {comparison.looked_at} judged\ntogether (Holm)")
+        table.add_column(f"all {comparison.judged_together} judged\ntogether (Holm)")
     for name in metrics:
+        _mark_controls(table, comparison, name, metrics)
         d = comparison.differences[label][name]
         table.add_row(
             metric_words(name),
@@ -199,15 +212,15 @@ def _differences_of(comparison: Comparison, label: str, question: str, metrics: 
             f"[{d.low:+.3f}, {d.high:+.3f}]",
             " ".join(f"{value:+.3f}" for value in d.per_seed),
             Text(d.verdict, _verdict_style(d)),
-            *([comparison.together[label][name]] if several else []),
+            *([comparison.together[label].get(name, "–")] if several else []),
         )
     return table
 
 
 def fold_table(comparison: Comparison, label: str, question: str, metrics: Sequence[str]) -> Table:
     """The difference of an arm from the baseline in every fold, and over folds, for each metric of a question."""
-    readings = comparison.by_fold[label]
-    first = next(iter(readings.values()))
+    by_metric = comparison.by_fold[label]
+    first = next(iter(by_metric.values()))
     title = f"{label} − {comparison.baseline.label}, by {comparison.over}; interval over folds (t)"
     title += f" · {question}" if question else ""
     table = Table(title)
@@ -215,15 +228,16 @@ def fold_table(comparison: Comparison, label: str, question: str, metrics: Seque
     for column in (*first.folds, "mean of folds", "95 % interval"):
         table.add_column(column, justify="right", no_wrap=True)
     for metric in metrics:
-        reading = readings[metric]
+        _mark_controls(table, comparison, metric, metrics)
+        mean = by_metric[metric]
         each = [
             Text(f"{d.value:+.3f}", _verdict_style(d))
             if d.verdict != "not distinguishable"
             else f"{d.value:+.3f}"
-            for d in reading.folds.values()
+            for d in mean.folds.values()
         ]
-        interval = f"[{reading.low:+.3f}, {reading.high:+.3f}]"
-        table.add_row(metric_words(metric), *each, f"{reading.value:+.3f}", interval)
+        interval = f"[{mean.low:+.3f}, {mean.high:+.3f}]"
+        table.add_row(metric_words(metric), *each, f"{mean.value:+.3f}", interval)
     return table
 
 
@@ -238,7 +252,7 @@ def sweep_table(comparison: Comparison, sweep: Sweep) -> Table:
         table.add_column(column, justify="left" if column == "verdict" else "right", no_wrap=True)
     for cell in sweep.cells:
         mean = comparison.summary[cell.arm.label].get(name)
-        row: list[Any] = [*cell.values.values(), str(len(cell.arm.runs))]
+        row: list[RenderableType] = [*cell.values.values(), str(len(cell.arm.runs))]
         row += [short_number(mean.value), interval_words(mean.low, mean.high)] if mean else ["–", "–"]
         d = comparison.differences.get(cell.arm.label, {}).get(name)
         if d is not None:
@@ -254,7 +268,7 @@ def sweep_table(comparison: Comparison, sweep: Sweep) -> Table:
 
 
 def verdict_table(verdict: SamplerVerdict) -> Table:
-    """The sampler self-test: each sampler's batches, what the check says of them and what it must say."""
+    """The sampler self-test: each sampler's batches, the check's verdict on them and the one it must give."""
     title = f"verify sampler: {'passed' if verdict.passed else 'FAILED'}"
     table = Table(title)
     for column in (
@@ -293,14 +307,12 @@ def cluster_table(verdict: SamplerVerdict) -> Table:
 def ddp_table(verdict: DdpVerdict) -> Table:
     """The self-test of distributed training: each loss and option against one process, and what it promises."""
     title = f"verify ddp, {verdict.processes} processes: {'passed' if verdict.passed else 'FAILED'}"
-    caption = (
-        "ratio, cosine: gradient of the encoder to that of one process. A wrong setup must be found out."
-    )
+    caption = "ratio, cosine: gradient of the encoder to that of one process. A wrong setup must be detected."
     table = Table(title, caption=caption)
     for column in ("loss, option", "ratio", "cosine", "scale\nratio", "loss\ndifference", "verdict"):
         left = column in ("loss, option", "verdict")
         table.add_column(column, justify="left" if left else "right", no_wrap=not left, overflow="fold")
-    words = {"exact": "exact", "by definition": "by definition: ", "wrong": "found out: "}
+    words = {"exact": "exact", "by definition": "by definition: ", "wrong": "detected: "}
     for k, row in enumerate(verdict.rows):
         if not k or row.loss != verdict.rows[k - 1].loss:
             table.add_section()
@@ -312,13 +324,13 @@ def ddp_table(verdict: DdpVerdict) -> Table:
     return table
 
 
-def what_if_table(found: WhatIf) -> Table:
-    """The run and each counterfactual: loss and what guessing costs, changes, and the gradient beside the run's."""
-    every = [found.baseline, *found.effects]
+def what_if_table(result: WhatIf) -> Table:
+    """The run and each counterfactual: loss, loss of guessing, changes, and the gradient beside the run's."""
+    every = [result.baseline, *result.effects]
     floors = any(effect.floor is not None and effect.floor.value > 0 for effect in every)
     title = (
-        f"{found.run} · what if · {found.checkpoint}, step {found.step} · "
-        f"{found.batches} batches of {found.rows} rows, epoch {found.epoch}"
+        f"{result.run} · what if · {result.checkpoint}, step {result.step} · "
+        f"{result.batches} batches of {result.rows} rows, epoch {result.epoch}"
     )
     table = Table(title, box=box.SIMPLE_HEAD, padding=0)
     table.add_column("what if", no_wrap=True)
@@ -327,7 +339,7 @@ def what_if_table(found: WhatIf) -> Table:
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     for effect in every:
-        own = effect is found.baseline
+        own = effect is result.baseline
         name = effect.counterfactual.name + "".join(f"\n {o}" for o in effect.counterfactual.overrides)
         cells = [name, _plain(effect.loss), _plain(effect.uniform_level)]
         cells += [_plain(effect.floor)] * floors
@@ -361,29 +373,29 @@ def _changes(effect: Effect) -> list[str]:
     return [first, _signed(effect.above_guessing_change)]
 
 
-def read_what_if(found: WhatIf) -> list[str]:
-    """What the table does not say by itself."""
+def describe_what_if(result: WhatIf) -> list[str]:
+    """How the table was measured, and which counterfactuals have no numbers in it."""
     lines = []
-    how = "dropout as in training, the same masks for all" if found.training else "without dropout"
-    over = "95 % intervals over these batches" if found.batches > 1 else "one batch: no interval"
+    how = "dropout as in training, the same masks for all" if result.training else "without dropout"
+    over = "95 % intervals over these batches" if result.batches > 1 else "one batch: no interval"
     lines.append(f"{over}, under the weights of this one checkpoint; {how}. Nothing was trained.")
-    by_name = {effect.counterfactual.name: effect for effect in found.effects}
+    by_name = {effect.counterfactual.name: effect for effect in result.effects}
     other = by_name.get("other rows")
     if other is not None and other.gradient_cosine is not None:
         lines.append(
-            f"Gradients of two batches of one kind have the cosine {other.gradient_cosine.value:.2f} here (other "
-            "rows): where a change draws other rows, read its cosine against that."
+            f"Gradients of two batches of the same kind have the cosine {other.gradient_cosine.value:.2f} here (other "
+            "rows). Compare the cosine of a change that draws other rows with it."
         )
-    apart = [effect for effect in found.effects if effect.not_comparable]
+    apart = [effect for effect in result.effects if effect.not_comparable]
     if apart:
         reasons = "; ".join(f"{effect.counterfactual.name}: {effect.not_comparable}" for effect in apart)
         lines.append(f"Not comparable as losses: {reasons}.")
-    inert = [effect.counterfactual.name for effect in found.effects if effect.inert]
+    inert = [effect.counterfactual.name for effect in result.effects if effect.inert]
     if inert:
         lines.append(f"No effect on these batches, to the last bit: {', '.join(inert)}.")
-    lines += [f"Not asked, {each.name}: {each.reason}" for each in found.refused]
+    lines += [f"Not evaluated, {each.name}: {each.reason}" for each in result.refused]
     lines.append(
-        "A lower loss on frozen weights is no better model. Whether a change helps, N steps say: --try N."
+        "A lower loss on frozen weights does not make a better model. To see whether a change helps: --try N."
     )
     return lines
 
@@ -413,8 +425,8 @@ def trial_table(trial: Trial) -> Table:
     return table
 
 
-def read_trial(trial: Trial) -> list[str]:
-    """The verdict and what its interval speaks of, in sentences."""
+def describe_trial(trial: Trial) -> list[str]:
+    """The verdict and what its interval is over, in sentences."""
     d = trial.differences[trial.monitor]
     what = " ".join(trial.overrides)
     verdict = f"{what} is {d.verdict}" + (" than" if d.verdict in ("better", "worse") else " from")
@@ -424,13 +436,13 @@ def read_trial(trial: Trial) -> list[str]:
     ]
     if len(trial.seeds) == 1:
         lines.append(
-            f"The interval is over {d.n} validation items of one seed: it says how far other items would agree on "
-            "these two models. Another draw of batches alone can carry N steps further apart; --seeds 3 shows it."
+            f"The interval is over {d.n} validation items of one seed: it holds for other items and these two models. "
+            "A different draw of batches alone can move N steps further apart; --seeds 3 shows how far."
         )
     else:
         lines.append(
             f"The interval is over {d.n} validation items and {len(trial.seeds)} draws of batches, all from one "
-            "checkpoint. It does not say what a training from the start would give."
+            "checkpoint. It does not hold for a training from the start."
         )
     others = [name for name in trial.differences if name != trial.monitor]
     apart = [name for name in others if trial.differences[name].verdict != "not distinguishable"]
@@ -443,7 +455,7 @@ def read_trial(trial: Trial) -> list[str]:
     first, last = trial.learning_rates
     place = f"The schedules stood at epoch {trial.epoch} (learning rate {first:.2g} to {last:.2g})"
     if trial.moved_back:
-        place += ", moved back, since the run had too few steps left; both arms may lose at first by that"
+        place += ", moved back, since the run had too few steps left; both arms may get worse at first for that reason"
     lines.append(f"{place}.")
     lines += [f"Not compared, {metric_words(name)}: {reason}" for name, reason in trial.refused.items()]
     return lines

@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +25,7 @@ from torch import nn
 from nearfar.config.compose import override_config
 from nearfar.config.training import RunOptions
 from nearfar.errors import NearfarError
-from nearfar.lab.one_batch import quiet_arithmetic
+from nearfar.lab.batch_evaluation import run_arithmetic
 from nearfar.metrics import Difference, comparable, paired_difference
 from nearfar.schedules import learning_rate_factor
 from nearfar.systems import build_system, check_config
@@ -54,20 +53,20 @@ class Prescription:
 
 
 def prescriptions(folder: RunFolder) -> list[Prescription]:
-    """Every prescription of ``doctor.json``; none where the doctor has not been asked, or found nothing to change."""
+    """Every prescription of ``doctor.json``; none without such a file, or where no finding has an override."""
     if not (folder.path / "doctor.json").exists():
         return []
     content = folder.read_json("doctor.json")
     findings = content.get("findings", []) if isinstance(content, Mapping) else content
-    found = []
+    every = []
     for each in findings:
         override = each.get("override")
         overrides = shlex.split(override) if isinstance(override, str) else list(override or ())
         overrides = [text for text in map(str, overrides) if "=" in text]
         if overrides:
-            found.append(Prescription(str(each["id"]), str(each.get("severity", "note")), tuple(overrides)))
+            every.append(Prescription(str(each["id"]), str(each.get("severity", "note")), tuple(overrides)))
     return sorted(
-        found, key=lambda p: SEVERITIES.index(p.severity) if p.severity in SEVERITIES else len(SEVERITIES)
+        every, key=lambda p: SEVERITIES.index(p.severity) if p.severity in SEVERITIES else len(SEVERITIES)
     )
 
 
@@ -101,7 +100,7 @@ class Arms:
         config.seed = saved.seed if seed is None else seed
         return check_config(config, saved=True)
 
-    def system(self, config: Any) -> System:
+    def system(self, config: RunOptions) -> System:
         """Built and prepared."""
         system = build_system(config)
         system.prepare(lambda _: None)
@@ -188,21 +187,21 @@ class Arms:
                     f"{arm} ended at step {loop.state.step} and not {self.state.step + self.steps}: is the run still "
                     "being trained?"
                 )
-            found = _evaluated(system, loop.model, config)
+            evaluation = _evaluated(system, loop.model, config)
             kept = self.home / f"{arm},seed={seed}"
             kept.mkdir()
             for name in KEPT:
                 shutil.copyfile(folder.path / name, kept / name)
-        value = found.estimates[system.monitor].value
+        value = evaluation.estimates[system.monitor].value
         say(f"{arm}, seed {seed}: {system.monitor} {value:.4f} after {self.steps} steps")
-        return found
+        return evaluation
 
 
-def _evaluated(system: System, model: nn.Module, config: Any) -> Evaluation:
+def _evaluated(system: System, model: nn.Module, config: RunOptions) -> Evaluation:
     with torch.random.fork_rng():
-        found = evaluate(system, model, config, "val")
-    assert found is not None
-    return found[0]
+        evaluated = evaluate(system, model, config, "val")
+    assert evaluated is not None
+    return evaluated[0]
 
 
 Say = Callable[[str], None]
@@ -240,7 +239,7 @@ class Trial:
         """ "better", "worse" or "not distinguishable" by the metric that chooses a run's best epoch."""
         return self.differences[self.monitor].verdict
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """As ``trial.json`` holds it."""
         differences = {name: d.to_dict() for name, d in self.differences.items()}
         return asdict(self) | {"differences": differences, "verdict": self.verdict}
@@ -258,7 +257,7 @@ def try_prescription(
     """Train ``steps`` optimiser steps from a run's last checkpoint without and with ``overrides``, and compare.
 
     ``overrides`` (``key=value``) are by default those of the gravest finding of ``doctor.json``. ``seeds`` repeats both
-    arms with so many draws of batches, the run's own first. A run with fewer steps left than asked, such as a finished
+    arms with so many draws of batches, the run's own first. A run with fewer steps left than that, such as a finished
     one, goes back in its schedules, to their middle or as far as the steps need; ``start_epoch`` (epochs done) chooses
     where. Weights and optimiser are those of the checkpoint all the same. A checkpoint in mid-epoch starts its epoch
     anew, and early stopping is off.
@@ -273,13 +272,13 @@ def try_prescription(
         raise NearfarError(f"steps={steps}, seeds={seeds}: at least 1 of each is needed.")
     path = find_checkpoint(run, prefer="last")
     folder = RunFolder.of(path)
-    asked, finding = _asked(folder, overrides)
+    chosen, finding = _chosen(folder, overrides)
     config, state = folder.config(), Checkpoint.load(path)
     with (
-        _home(folder, asked, steps) as home,
-        quiet_arithmetic(config.trainer.threads, config.trainer.deterministic),
+        _home(folder, chosen, steps) as home,
+        run_arithmetic(config.trainer.threads, config.trainer.deterministic),
     ):
-        arms = Arms(path, state, steps, asked, home, start_epoch)
+        arms = Arms(path, state, steps, chosen, home, start_epoch)
         rates = arms.learning_rates()
         say(
             f"{steps} steps from step {state.step}, in the schedules from epoch {arms.epoch + 1} of {config.epochs} "
@@ -298,7 +297,7 @@ def try_prescription(
             raise NearfarError(f"{monitor} cannot be compared: {refused[monitor]}.")
         trial = Trial(
             run=str(folder),
-            overrides=asked,
+            overrides=chosen,
             prescribed_by=finding,
             steps=steps,
             start_step=state.step,
@@ -318,17 +317,17 @@ def try_prescription(
     return trial
 
 
-def _asked(folder: RunFolder, overrides: Sequence[str] | None) -> tuple[tuple[str, ...], str | None]:
+def _chosen(folder: RunFolder, overrides: Sequence[str] | None) -> tuple[tuple[str, ...], str | None]:
     """The overrides to try, and the finding that they come from."""
     finding = None
     if overrides is None:
-        found = prescriptions(folder)
-        if not found:
+        every = prescriptions(folder)
+        if not every:
             raise NearfarError(
-                f"{folder}: there is no prescription to try (no doctor.json, or nothing in it that an option mends). "
-                "Say what to try: --override key=value."
+                f"{folder}: there is no prescription to try (no doctor.json, or no finding in it with an override). "
+                "Give one: --override key=value."
             )
-        finding, overrides = found[0].finding, found[0].overrides
+        finding, overrides = every[0].finding, every[0].overrides
     if not overrides:
         raise NearfarError("there is nothing to try: give at least one key=value.")
     for text in overrides:
@@ -372,7 +371,7 @@ def _compare(
         if name not in other.per_item:
             reason = "the changed arm has no such metric"
         elif any(list(each.ids) != list(first.ids) for each in (*unchanged, *changed)):
-            reason = "the arms were evaluated on other items"
+            reason = "the arms were evaluated on different items"
         elif name in first.estimates and name in other.estimates:
             reason = comparable(other.estimates[name], first.estimates[name])
         if reason:

@@ -1,9 +1,9 @@
-"""``nearfar doctor RUN --what-if``: frozen batches of a run, and what each change would do to their loss and gradient.
+"""``nearfar doctor RUN --what-if``: loss and gradient of a run's batches under its own options and under changed ones.
 
-A loss falls when a mask removes candidates, and that is no gain: guessing has become cheaper too. So every loss stands
-beside its own uniform level and floor, and two losses are subtracted only where these are the same. The cosine between
-gradients needs no such care: near 1 the change would move the weights as the run does. Where it draws other rows as
-well, the cosine that other rows of the run's own kind have is the yardstick.
+A loss falls when a mask removes candidates, and that is no gain: the loss of guessing falls too. So every loss is shown
+with its own uniform level and floor, and two losses are subtracted only where these are equal. Cosines of gradients can
+always be compared: near 1 the change would move the weights as the run does. Where a change draws other rows as well,
+compare its cosine with that of other rows under the run's own options.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from omegaconf import DictConfig
 
 from nearfar.config.compose import override_config, read_config
 from nearfar.errors import NearfarError
+from nearfar.lab.batch_evaluation import BatchEvaluator, run_arithmetic
 from nearfar.lab.counterfactuals import Counterfactual, Effect, Refused, effect_of, standard
-from nearfar.lab.one_batch import Bench, quiet_arithmetic
 from nearfar.lab.trial import prescriptions
 from nearfar.systems import build_system
 from nearfar.training.checkpoint import Checkpoint, find_checkpoint
@@ -33,7 +33,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class WhatIf:
-    """All that was asked of a run: the ``baseline`` (the run as it is), the ``effects``, and what was ``refused``.
+    """The ``baseline`` (the run as it is), the ``effects`` of counterfactuals, and those that were ``refused``.
 
     ``batches`` of ``rows`` rows each, of epoch ``epoch`` (from 1), under checkpoint ``checkpoint`` at ``step``.
     """
@@ -50,16 +50,16 @@ class WhatIf:
     effects: list[Effect]
     refused: list[Refused]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """As ``what_if.json`` holds it."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class _Frozen:
-    """Batches of one configuration at one epoch, and a bench to evaluate them on."""
+    """Batches of one configuration at one epoch, and what evaluates them."""
 
-    bench: Bench
+    evaluator: BatchEvaluator
     batches: list[list[int]]
 
 
@@ -74,18 +74,18 @@ def what_if(
     say: Say = lambda _: None,
     write: bool = True,
 ) -> WhatIf:
-    """Ask a run what else its batches could have been, and write ``what_if.json`` into its folder.
+    """Evaluate batches of a run under counterfactuals, and write ``what_if.json`` into its folder.
 
     ``batches`` full batches, evenly spaced over the epoch at which the checkpoint ("last", "best") stands, are
     evaluated under the run's configuration and under each of ``counterfactuals`` (the ``standard`` ones and the
     prescriptions of ``doctor.json`` by default). ``overrides`` adds one more for each of its items, a list of
     ``key=value`` with batches of its own sampler. ``training=False`` switches dropout off.
 
-    Nothing is trained and nothing of the run moves; ``what_if.json`` is the only file that is written. Keeps one
-    gradient for each batch in memory. Intervals are over batches, under the weights of this one checkpoint.
+    Nothing is trained; ``what_if.json`` is the only file that is written. Keeps one gradient for each batch in memory.
+    Intervals are over batches, under the weights of this one checkpoint.
 
-    Raises ``NearfarError`` for what is no run, for data that changed since, and for wrong arguments. What goes wrong
-    with one counterfactual is its refusal.
+    Raises ``NearfarError`` for what is no run, for data that changed since, and for wrong arguments. A counterfactual
+    that fails is listed as refused, with the reason.
     """
     if batches < 1:
         raise NearfarError(f"batches={batches}: at least one batch is needed, two for an interval.")
@@ -97,29 +97,29 @@ def what_if(
     epoch = max(0, min(state.epoch, int(config.epochs) - 1))
 
     def frozen(overrides: Sequence[str]) -> _Frozen:
-        asked = read_config(override_config(config, overrides), saved=True)
-        system = build_system(asked)
+        changed = read_config(override_config(config, overrides), saved=True)
+        system = build_system(changed)
         system.prepare(lambda _: None)
-        found = system.layout()["data_hash"]
-        if found != state.data_hash:
+        data_hash = system.layout()["data_hash"]
+        if data_hash != state.data_hash:
             raise NearfarError(
-                f"{folder}: the data are others than the run was trained on (split hash {state.data_hash}, now "
-                f"{found})."
+                f"{folder}: the data differ from those the run was trained on (split hash {state.data_hash}, now "
+                f"{data_hash})."
             )
-        chunk = asked.trainer.cached_chunk
-        bench = Bench(system, state, int(config.seed), _device(config.trainer), training, chunk)
+        chunk = changed.trainer.cached_chunk
+        evaluator = BatchEvaluator(system, state, int(config.seed), _device(config.trainer), training, chunk)
         dataset = system.dataset("train")
         assert dataset is not None
         dataset.set_epoch(epoch)
-        return _Frozen(bench, _drawn(system, epoch))
+        return _Frozen(evaluator, _drawn(system, epoch))
 
-    with quiet_arithmetic(config.trainer.threads, config.trainer.deterministic):
+    with run_arithmetic(config.trainer.threads, config.trainer.deterministic):
         run_itself = frozen([])
         places = _places(run_itself.batches, batches)
         chosen = [run_itself.batches[place] for place in places]
         rows = len(chosen[0])
         say(f"{len(chosen)} batches of {rows} rows, epoch {epoch + 1}, {path.name} at step {state.step}")
-        base = [run_itself.bench.outcome(batch, i, rows) for i, batch in enumerate(chosen)]
+        base = [run_itself.evaluator.evaluate(batch, i, rows) for i, batch in enumerate(chosen)]
         scale = base[0].record.get("scale")
         temperature = 1 / scale if scale else None
         if counterfactuals is None:
@@ -133,11 +133,10 @@ def what_if(
             say(f"what if: {each.name} ({' '.join(each.overrides) or 'no override'})")
             try:
                 other = frozen(each.overrides)
-                asked = _asked(each, run_itself.batches, places, other.batches)
-                found = [other.bench.outcome(batch, i, rows) for i, batch in enumerate(asked)]
-                effects.append(
-                    effect_of(each, base, found, [a[:rows] == c for a, c in zip(asked, chosen, strict=True)])
-                )
+                evaluated = _rows_of(each, run_itself.batches, places, other.batches)
+                changed = [other.evaluator.evaluate(batch, i, rows) for i, batch in enumerate(evaluated)]
+                same_rows = [batch[:rows] == own for batch, own in zip(evaluated, chosen, strict=True)]
+                effects.append(effect_of(each, base, changed, same_rows))
             except NearfarError as error:
                 refused.append(Refused(each.name, str(error)))
     itself = effect_of(Counterfactual("the run"), base, base, [True] * len(base))
@@ -159,13 +158,13 @@ def what_if(
     return result
 
 
-def _device(settings: Any) -> torch.device:
+def _device(settings: DictConfig) -> torch.device:
     on_gpu = torch.cuda.is_available() and settings.accelerator in ("auto", "gpu", "cuda")
     return torch.device("cuda" if on_gpu else "cpu")
 
 
 def _drawn(system: System, epoch: int) -> list[list[int]]:
-    """Every batch that an epoch would have; the system's schedules are then at this epoch too."""
+    """Every batch of an epoch; sets the system's schedules to this epoch too."""
     sampler = system.build_sampler()
     system.on_epoch(epoch, sampler, lambda _: None)
     sampler.set_epoch(epoch)
@@ -184,7 +183,7 @@ def _places(drawn: Sequence[Sequence[int]], count: int) -> list[int]:
     return [full[int(i)] for i in spaced]
 
 
-def _asked(
+def _rows_of(
     each: Counterfactual, drawn: list[list[int]], places: Sequence[int], own: list[list[int]]
 ) -> list[list[int]]:
     """The rows that a counterfactual is evaluated on, batch by batch."""
@@ -193,12 +192,12 @@ def _asked(
     if each.batch == "own":
         if len(own) == len(drawn):
             return [own[place] for place in places]
-        found = [own[place] for place in _places(own, len(places))]
-        if len(found) < len(places):
+        batches = [own[place] for place in _places(own, len(places))]
+        if len(batches) < len(places):
             raise NearfarError(
-                f"its epoch has {len(found)} full batches, and {len(places)} are needed (--batches)."
+                f"its epoch has {len(batches)} full batches, and {len(places)} are needed (--batches)."
             )
-        return found
+        return batches
     full = [i for i, batch in enumerate(drawn) if len(batch) == len(drawn[places[0]])]
     if len(full) < 2:
         rows = 2 * len(drawn[places[0]])

@@ -40,6 +40,9 @@ class Estimate:
     (``nearfar.directions.lower_is_better``); ``unit`` what its value counts, such as "nats", empty for shares and
     scores without one. Everything that compares or ranks asks these.
 
+    ``control`` marks what no claim rests on, such as a majority answer, an untrained model or shuffled labels: it is
+    measured to judge a result by. ``nearfar compare`` shows controls apart and does not count them among its tests.
+
     ``str`` gives the value, interval, chance level and sizes; a float format gives the numbers alone.
 
     >>> e = Estimate(0.586, 0.569, 0.603, 10 / 3300, 3300, False, "R@10", {"gallery": 3300})
@@ -61,6 +64,7 @@ class Estimate:
     protocol: Mapping[str, Any] = field(default_factory=dict, hash=False)
     higher_is_better: bool | None = None
     unit: str = ""
+    control: bool = False
 
     def __post_init__(self) -> None:
         # Plain numbers, of whatever type they came: what is written to a file has no others.
@@ -74,6 +78,7 @@ class Estimate:
         if self.higher_is_better is None:
             object.__setattr__(self, "higher_is_better", not lower_is_better(self.metric))
         object.__setattr__(self, "higher_is_better", flag("higher_is_better", self.higher_is_better))
+        object.__setattr__(self, "control", flag("control", self.control))
 
     def __str__(self) -> str:
         notes = [f"chance {_number(self.chance, None)}"]
@@ -107,6 +112,7 @@ class Estimate:
             "protocol": dict(self.protocol),
             "higher_is_better": self.higher_is_better,
             "unit": self.unit,
+            "control": self.control,
         }
 
     @classmethod
@@ -131,6 +137,7 @@ class Estimate:
             protocol=dict(instance("protocol", record.get("protocol", {}), Mapping)),
             higher_is_better=record.get("higher_is_better"),  # runs of version 0.1 do not say it
             unit=record.get("unit", ""),
+            control=record.get("control", False),
         )
 
 

@@ -78,6 +78,7 @@ def test_every_loss_with_every_sampler(tmp_path: Path, folder: Path, loss: str, 
         assert 0 <= found["low"] <= found["value"] <= found["high"] <= 1
         assert found["chance"] == metrics["baselines"]["probe/accuracy"]
         assert found["protocol"]["interval_over"] == "pictures"
+        assert found["control"] is (name != "probe")
     pair = test["pair_retrieval/R@1"]
     assert pair["chance"] == 1 / pair["protocol"]["gallery"]
     assert "with_photo/probe/accuracy" in test

@@ -1,7 +1,8 @@
 """Experiments: modules of the folder ``claims/experiments`` in a clone, called by their names in the ledger.
 
 A module has ``run(seed, *, option=…)``, which returns a number (or a ``Share``) for each quantity, and ``QUANTITIES``,
-which says in words what each one is. ``run`` without a ``seed`` is a computation: nothing in it is left to chance.
+which describes each one. ``run`` without a ``seed`` is a computation without chance. Experiments that share options
+take them as one dataclass, ``run(seed, settings)``, whose fields are then the options.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ import inspect
 import pkgutil
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 from nearfar.errors import NearfarError, nearest_name
 
@@ -29,15 +30,15 @@ class Share(NamedTuple):
 
 @dataclass(frozen=True)
 class Experiment:
-    """What a module offers: its function, the options that takes, and its quantities in words."""
+    """What a module offers: its function, its options with their defaults, and a description of each quantity."""
 
     name: str
     run: Callable[..., Mapping[str, float | Share]]
-    options: tuple[str, ...]
+    options: dict[str, object]
     seeded: bool
     quantities: Mapping[str, str]
 
-    def check_options(self, options: Mapping[str, Any], where: str) -> None:
+    def check_options(self, options: Mapping[str, object], where: str) -> None:
         """Raise for an option that ``run`` does not take."""
         for name in options:
             if name not in self.options:
@@ -85,11 +86,15 @@ def load(name: str) -> Experiment:
     if clone not in sys.path:
         sys.path.append(clone)
     module = importlib.import_module(f"claims.experiments.{name}")
-    parameters = inspect.signature(module.run).parameters
-    return Experiment(
-        name,
-        module.run,
-        tuple(option for option in parameters if option != "seed"),
-        "seed" in parameters,
-        module.QUANTITIES,
-    )
+    run = module.run
+    parameters = inspect.signature(run).parameters
+    options = {key: one.default for key, one in parameters.items() if key not in ("seed", "settings")}
+    if "settings" in parameters:
+        settings = get_type_hints(run)["settings"]
+        options = {field.name: field.default for field in fields(settings) if field.init}
+
+        def run(seed: int, **values: Any) -> Mapping[str, float | Share]:
+            result: Mapping[str, float | Share] = module.run(seed, settings(**values))
+            return result
+
+    return Experiment(name, run, options, "seed" in parameters, module.QUANTITIES)

@@ -51,13 +51,14 @@ class Condition:
     limits: tuple[float, ...]
 
     @classmethod
-    def read(cls, found: Any, where: str) -> Condition:
+    def read(cls, content: object, where: str) -> Condition:
         """The condition of a ledger, such as ``{between: [0.11, 0.18]}``; ``where`` begins the error."""
-        if not isinstance(found, Mapping) or len(found) != 1:
+        if not isinstance(content, Mapping) or len(content) != 1:
             raise NearfarError(
-                f"{where} is {found!r}; write one condition, such as {{greater_than: 0}} or {{between: [0.11, 0.18]}}."
+                f"{where} is {content!r}; write one condition, such as {{greater_than: 0}} or "
+                "{between: [0.11, 0.18]}."
             )
-        kind, limits = next(iter(found.items()))
+        kind, limits = next(iter(content.items()))
         if kind not in KINDS:
             raise NearfarError(f"{where}: there is no condition '{kind}'; {nearest_name(str(kind), KINDS)}")
         numbers = limits if isinstance(limits, list) else [limits]
@@ -95,13 +96,13 @@ def combine(verdicts: Iterable[str]) -> str:
     >>> combine(["supported", "not distinguishable"]), combine(["refuted", "not distinguishable"])
     ('not distinguishable', 'refuted')
     """
-    found = set(verdicts)
-    if REFUTED in found:
+    every = set(verdicts)
+    if REFUTED in every:
         return REFUTED
-    return SUPPORTED if found == {SUPPORTED} else OPEN
+    return SUPPORTED if every == {SUPPORTED} else OPEN
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -126,11 +127,11 @@ class Prediction:
 class Claim:
     """A statement and how it is tested.
 
-    ``check``: the verdict code of an analysis on paper, and what it found. ``experiment``: a module of
+    ``check``: the verdict code of an analysis on paper, and its reason. ``experiment``: a module of
     ``claims/experiments``, called with ``options`` (``quick`` replaces some of them in a quick run) for
     ``seeds`` seeds; 0 for a computation without chance. ``criterion``: the condition on each quantity that must hold
     for the statement to be true. A claim without experiment says in ``waits_for`` what it needs; one with an experiment
-    on real data waits where ``needs``, a folder below ``NEARFAR_DATA``, is not there. ``row`` is its place
+    on real data waits where ``needs``, a folder below ``NEARFAR_DATA``, is missing. ``row`` is its place
     in the notes it comes from, ``group`` the file it stands in.
     """
 
@@ -141,8 +142,8 @@ class Claim:
     group: str
     row: str = ""
     experiment: str = ""
-    options: Mapping[str, Any] = field(default_factory=dict)
-    quick: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, object] = field(default_factory=dict)
+    quick: Mapping[str, object] = field(default_factory=dict)
     seeds: int = 0
     criterion: Criterion = field(default_factory=dict)
     prediction: Prediction | None = None
@@ -150,7 +151,7 @@ class Claim:
 
     @property
     def quantities(self) -> list[str]:
-        """What claim and prediction speak of, in that order."""
+        """The quantities of claim and prediction, in that order."""
         predicted = self.prediction.criterion if self.prediction else {}
         return list(dict.fromkeys([*self.criterion, *predicted]))
 
@@ -175,7 +176,9 @@ def read_ledger(files: Sequence[Path] | None = None) -> list[Claim]:
         for at, entry in enumerate(entries, 1):
             claim = _claim(entry, name, at)
             if claim.id in claims:
-                raise NearfarError(f"{name}: there are two claims '{claim.id}'; give one another id.")
+                raise NearfarError(
+                    f"{name}: there are two claims '{claim.id}'; give one of them a different id."
+                )
             claims[claim.id] = claim
     return list(claims.values())
 
@@ -194,7 +197,7 @@ def choose(claims: Sequence[Claim], wanted: Iterable[str]) -> list[Claim]:
     return [c for c in claims if not words or {c.id, c.row, c.group} & set(words)]
 
 
-def _claim(entry: Any, file: str, at: int) -> Claim:
+def _claim(entry: object, file: str, at: int) -> Claim:
     where = f"{file}, claim {at}"
     if not isinstance(entry, Mapping):
         raise NearfarError(f"{where} is {entry!r}; a claim is a list of fields, beginning with 'id: NAME'.")
@@ -257,8 +260,8 @@ def _claim(entry: Any, file: str, at: int) -> Claim:
     )
 
 
-def _missing(folder: Any, where: str) -> str:
-    """What a claim on real data waits for; nothing where the folder is there, or none is needed."""
+def _missing(folder: object, where: str) -> str:
+    """What a claim on real data waits for; "" where the folder exists, or none is needed."""
     if folder is None:
         return ""
     if not isinstance(folder, str) or not folder:
@@ -271,20 +274,20 @@ def _missing(folder: Any, where: str) -> str:
     )
 
 
-def _mapping(found: Any, where: str) -> dict[str, Any]:
-    if not isinstance(found, Mapping):
-        raise NearfarError(f"{where} is {found!r}; write name: value for each.")
-    return dict(found)
+def _mapping(content: object, where: str) -> dict[str, object]:
+    if not isinstance(content, Mapping):
+        raise NearfarError(f"{where} is {content!r}; write name: value for each.")
+    return dict(content)
 
 
-def _criterion(found: Any, where: str) -> dict[str, Condition]:
-    if not isinstance(found, Mapping) or not found:
+def _criterion(content: object, where: str) -> dict[str, Condition]:
+    if not isinstance(content, Mapping) or not content:
         raise NearfarError(
-            f"{where} is {found!r}; write a condition for each quantity: {{gain: {{greater_than: 0}}}}."
+            f"{where} is {content!r}; write a condition for each quantity: {{gain: {{greater_than: 0}}}}."
         )
-    for name in found:
+    for name in content:
         if not isinstance(name, str):
             raise NearfarError(
                 f"{where}: a quantity is called {name!r}; YAML reads on, off, yes and no as truth: put it in quotes."
             )
-    return {name: Condition.read(value, f"{where} on '{name}'") for name, value in found.items()}
+    return {name: Condition.read(value, f"{where} on '{name}'") for name, value in content.items()}

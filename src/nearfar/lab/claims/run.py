@@ -1,15 +1,13 @@
-"""Run claims over their seeds and judge them; the record of a run as JSON."""
+"""Run claims over their seeds and judge them; the record as JSON."""
 
 from __future__ import annotations
 
-import inspect
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from nearfar.errors import NearfarError
 from nearfar.lab.claims.experiment import Experiment, Share, load
@@ -17,6 +15,7 @@ from nearfar.lab.claims.ledger import OPEN, REFUTED, SUPPORTED, Claim, Criterion
 from nearfar.metrics import Estimate, few_runs, wilson
 
 __all__ = ["Outcome", "run_claim", "run_claims", "write_outcomes"]
+
 
 CONFIDENCE = 0.95
 QUICK_SEEDS = 2
@@ -26,10 +25,10 @@ HELD = {SUPPORTED: "yes", REFUTED: "no", OPEN: OPEN}
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a claim: an estimate of each quantity, the claim's verdict, and whether the prediction held.
+    """The result of a claim: an estimate of each quantity, the claim's verdict, and that of its prediction.
 
-    ``verdict`` is "supported", "refuted" or "not distinguishable"; ``held`` is "yes", "no" or "not distinguishable".
-    ``quick`` runs only show that everything works: their verdicts are no results.
+    ``verdict`` is "supported", "refuted" or "not distinguishable"; ``prediction_held`` is "yes", "no" or "not
+    distinguishable". ``quick`` runs only show that everything works: their verdicts are no results.
     """
 
     claim: Claim
@@ -37,18 +36,18 @@ class Outcome:
     per_seed: Mapping[str, Sequence[float]]
     words: Mapping[str, str]
     verdict: str
-    held: str
-    options: Mapping[str, Any]
+    prediction_held: str
+    options: Mapping[str, object]
     seeds: int
     quick: bool
     cpu_seconds: float
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Plain data for ``claims.json``."""
         claim = self.claim
         assert claim.prediction is not None
         return {
-            **_heading(claim),
+            **_claim_fields(claim),
             "experiment": claim.experiment,
             "options": dict(self.options),
             "seeds": self.seeds,
@@ -59,7 +58,7 @@ class Outcome:
             "prediction": {
                 "words": claim.prediction.words,
                 "criterion": {name: str(c) for name, c in claim.prediction.criterion.items()},
-                "held": self.held,
+                "held": self.prediction_held,
             },
             "quantities": {
                 name: {"words": self.words[name]} | _plain(estimate) | {"per_seed": list(self.per_seed[name])}
@@ -73,22 +72,22 @@ def run_claims(
     *,
     seeds: int | None = None,
     quick: bool = False,
-    told: Callable[[Claim], object] = lambda claim: None,
+    before: Callable[[Claim], object] = lambda claim: None,
 ) -> list[Outcome]:
-    """Run every claim that has an experiment, in order; ``told`` is called before each.
+    """Run every claim that has an experiment, in order; ``before`` is called with each.
 
     ``seeds`` replaces the ledger's number for experiments that have any. Options and quantities of all claims are
     checked before the first one runs.
     """
     tested = [claim for claim in claims if not claim.waits_for]
-    found = {claim.id: _checked(claim) for claim in tested}
+    experiments = {claim.id: _checked(claim) for claim in tested}
     if seeds is not None and seeds < 1:
         raise NearfarError(f"seeds is {seeds}; give a number of at least 1 (one alone gives no interval)")
     outcomes = []
     ran: dict[str, list[Mapping[str, float | Share]]] = {}
     for claim in tested:
-        told(claim)
-        outcomes.append(run_claim(claim, found[claim.id], seeds=seeds, quick=quick, ran=ran))
+        before(claim)
+        outcomes.append(run_claim(claim, experiments[claim.id], seeds=seeds, quick=quick, ran=ran))
     return outcomes
 
 
@@ -116,9 +115,9 @@ def run_claim(
                 ran[key] = [experiment.run(seed, **options) for seed in range(number)]
             else:
                 ran[key] = [experiment.run(**options)]
-    found = ran[key]
+    results = ran[key]
     values: dict[str, list[float | Share]] = {
-        name: [one[name] for one in found] for name in experiment.quantities
+        name: [one[name] for one in results] for name in experiment.quantities
     }
     estimates = {name: _estimate(name, value, experiment.seeded, claim.id) for name, value in values.items()}
     assert claim.prediction is not None
@@ -128,8 +127,8 @@ def run_claim(
         per_seed={name: [_number(one) for one in value] for name, value in values.items()},
         words=experiment.quantities,
         verdict=_judge(claim.criterion, estimates),
-        held=HELD[_judge(claim.prediction.criterion, estimates)],
-        options=_all_options(experiment, options),
+        prediction_held=HELD[_judge(claim.prediction.criterion, estimates)],
+        options=experiment.options | options,
         seeds=number,
         quick=quick,
         cpu_seconds=time.process_time() - started,
@@ -145,7 +144,7 @@ def write_outcomes(outcomes: Sequence[Outcome], waiting: Sequence[Claim], folder
         "nearfar": __version__,
         "confidence": CONFIDENCE,
         "claims": [outcome.to_dict() for outcome in outcomes],
-        "waiting": [_heading(claim) | {"waits_for": claim.waits_for} for claim in waiting],
+        "waiting": [_claim_fields(claim) | {"waits_for": claim.waits_for} for claim in waiting],
         "environment": environment(),
     }
     return RunFolder(folder).write_json("claims.json", content)
@@ -196,27 +195,21 @@ def _estimate(name: str, values: Sequence[float | Share], seeded: bool, where: s
     return Estimate(value, low, high, math.nan, n, False, name, protocol)
 
 
-def _plain(estimate: Estimate) -> dict[str, Any]:
+def _plain(estimate: Estimate) -> dict[str, object]:
     """An estimate without what a quantity of an experiment does not have: a chance level."""
     return {
         key: value for key, value in estimate.to_dict().items() if key not in ("metric", "chance", "trivial")
     }
 
 
-def _all_options(experiment: Experiment, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The given options and the defaults of the others: what a reader needs to run it again."""
-    parameters = inspect.signature(experiment.run).parameters
-    return {name: given.get(name, parameters[name].default) for name in experiment.options}
-
-
-def _heading(claim: Claim) -> dict[str, Any]:
-    code, found = claim.check
+def _claim_fields(claim: Claim) -> dict[str, object]:
+    code, reason = claim.check
     return {
         "id": claim.id,
         "row": claim.row,
         "statement": claim.statement,
         "source": claim.source,
-        "check": {"verdict": code, "found": found},
+        "check": {"verdict": code, "found": reason},
     }
 
 

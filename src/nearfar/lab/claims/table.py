@@ -1,4 +1,4 @@
-"""Claims as tables for the terminal: what there is, and what came of it."""
+"""Claims and their outcomes as tables for the terminal; the ledger is listed without PyTorch."""
 
 from __future__ import annotations
 
@@ -49,8 +49,10 @@ def outcome_table(outcomes: Sequence[Outcome], waiting: Sequence[Claim]) -> Tabl
     table.add_column("verdict", ratio=2)
     table.add_column("prediction held", ratio=2)
     for outcome in outcomes:
-        verdict, held = (f"[{STYLES[word]}]{word}[/]" for word in (outcome.verdict, outcome.held))
-        table.add_row(_heading(outcome.claim), _quantities(outcome), verdict, held)
+        verdict, prediction = (
+            f"[{STYLES[word]}]{word}[/]" for word in (outcome.verdict, outcome.prediction_held)
+        )
+        table.add_row(_heading(outcome.claim), _quantities(outcome), verdict, prediction)
     for claim in waiting:
         table.add_row(_heading(claim), escape(f"waits for: {claim.waits_for}"), "–", "–", style="dim")
     return table

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -154,9 +154,11 @@ def judge(
 
     def add(metric: str, counts: ndarray, statistic: Any, chance: float) -> None:
         _, sums = by_group(counts.astype(np.float64), images)
-        found.estimates[metric] = count_estimate(
+        estimate = count_estimate(
             sums, statistic, metric, chance=chance, split=split, protocol=protocol, resamples=bootstrap
         )
+        control = metric.removeprefix("with_photo/").split("/")[0] in (*CONTROLS, "majority")
+        found.estimates[metric] = replace(estimate, control=control)
         found.per_image[metric] = item_values(sums, statistic)
 
     for metric, classes in predicted.items():

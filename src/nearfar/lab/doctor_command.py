@@ -6,11 +6,14 @@ import re
 import shlex
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from nearfar.doctor import Diagnosis, Finding, Unjudged, diagnose, read_run
 from nearfar.terminal import say
 from nearfar.training.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 __all__ = ["command", "examine", "print_diagnosis"]
 
@@ -19,16 +22,16 @@ _QUOTED = re.compile(r"^([^=]+=)'([\w./:@-]+)'$")
 _STYLES = {"error": "bold red", "warning": "bold yellow", "note": "bold cyan"}
 
 
-def examine(run: Path, tell: Callable[[str], None] = print) -> Diagnosis:
-    """Diagnose a run folder and write its ``doctor.json``; where that cannot be written, ``tell`` is told so."""
+def examine(run: Path, warn: Callable[[str], None] = print) -> Diagnosis:
+    """Diagnose a run folder and write its ``doctor.json``; where that cannot be written, ``warn`` gets the reason."""
     signals = read_run(run)
-    found = diagnose(signals)
+    diagnosis = diagnose(signals)
     folder = run.parent if run.name == "train_log.jsonl" else run
     try:
-        RunFolder(folder).write_json("doctor.json", found.to_dict())
+        RunFolder(folder).write_json("doctor.json", diagnosis.to_dict())
     except OSError as error:
-        tell(f"doctor.json was not written: {error}")
-    return found
+        warn(f"doctor.json was not written: {error}")
+    return diagnosis
 
 
 def command(overrides: Iterable[str], run: Path) -> str:
@@ -47,35 +50,36 @@ def _own_overrides(run: Path) -> list[str]:
     folder = RunFolder(run)
     if not folder.started:
         return []
-    found = [str(part) for part in folder.config(fields={}).get("overrides") or []]
-    return [_QUOTED.sub(r"\1\2", part) for part in found if not part.startswith("name=")]
+    overrides = [str(part) for part in folder.config(fields={}).get("overrides") or []]
+    return [_QUOTED.sub(r"\1\2", part) for part in overrides if not part.startswith("name=")]
 
 
-def print_diagnosis(found: Diagnosis, run: Path, console: Any) -> None:
+def print_diagnosis(diagnosis: Diagnosis, run: Path, console: Console) -> None:
     """Print it; lines are not wrapped, so that commands can be copied."""
-    say(console, f"{run}: {found.verdict}", style=_style(found))
-    for finding in found:
+    say(console, f"{run}: {diagnosis.verdict}", style=_style(diagnosis))
+    for finding in diagnosis:
         say(console, "")
         _print_finding(finding, run, console)
     say(console, "")
     say(
-        console, f"next   nearfar doctor {shlex.quote(str(run))} --what-if   what its batches could have been"
+        console,
+        f"next   nearfar doctor {shlex.quote(str(run))} --what-if   the same batches under other options",
     )
     say(console, f"       nearfar doctor {shlex.quote(str(run))} --try 100   whether a change helps")
-    if found.unjudged:
+    if diagnosis.unjudged:
         say(console, "")
-        say(console, "Not judged, and so neither well nor ill:", style="bold")
-        for reason, ids in _by_reason(found.unjudged).items():
+        say(console, "Not judged:", style="bold")
+        for reason, ids in _by_reason(diagnosis.unjudged).items():
             say(console, f"  {', '.join(ids)}: {reason}", style="dim")
 
 
-def _style(found: Diagnosis) -> str:
-    if not found.judged:
+def _style(diagnosis: Diagnosis) -> str:
+    if not diagnosis.judged:
         return "bold yellow"
-    return "bold green" if found.healthy else "bold red"
+    return "bold green" if diagnosis.healthy else "bold red"
 
 
-def _print_finding(finding: Finding, run: Path, console: Any) -> None:
+def _print_finding(finding: Finding, run: Path, console: Console) -> None:
     say(console, finding.severity, style=_STYLES[finding.severity], end=" ")
     say(console, f"{finding.id}: {finding.title}", style="bold")
     say(console, f"  seen   {finding.evidence['text']}")
@@ -89,7 +93,7 @@ def _print_finding(finding: Finding, run: Path, console: Any) -> None:
 
 
 def _by_reason(unjudged: Iterable[Unjudged]) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
+    ids: dict[str, list[str]] = {}
     for rule in unjudged:
-        found.setdefault(rule.reason, []).append(rule.id)
-    return found
+        ids.setdefault(rule.reason, []).append(rule.id)
+    return ids

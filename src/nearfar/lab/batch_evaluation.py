@@ -1,7 +1,7 @@
-"""One batch under a run's weights: its loss, its record and its gradients, and nothing of the run is moved.
+"""One batch under a run's weights: its loss, its record and its gradients; the run itself does not change.
 
 Every evaluation starts from the same state (weights, running statistics, memories) and the same generators, so that
-two of them differ by what was changed between them and by nothing else: the same batch twice gives the same bits.
+two of them differ only by what was changed between them: the same batch twice gives the same bits.
 """
 
 from __future__ import annotations
@@ -24,12 +24,16 @@ from nearfar.training.grad_cache import cached_embeddings
 from nearfar.training.state import initial_model, load_weights
 from nearfar.training.system import System
 
-__all__ = ["Bench", "Outcome", "cosine", "norm", "quiet_arithmetic"]
+__all__ = ["BatchEvaluation", "BatchEvaluator", "cosine", "norm", "run_arithmetic"]
+
+
+#: of parameters by name, or of each embedding
+Gradients = Mapping[str, Tensor] | Sequence[Tensor | None]
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """A batch evaluated: the loss in nats, the numbers its step would log, and gradients in CPU memory.
+class BatchEvaluation:
+    """The loss of a batch in nats, the numbers that its step would log, and gradients in CPU memory.
 
     ``parameters``: by name, of all that are trained. ``embeddings``: of each embedding, row by row, of a system that
     encodes rows; None where an embedding has no gradient (a frozen one), empty for other systems.
@@ -47,14 +51,14 @@ class Outcome:
         return None if level is None else self.loss - level
 
 
-class Bench:
+class BatchEvaluator:
     """A system and the state of a run, on which single batches are evaluated.
 
     ``training=True`` evaluates in training mode, with dropout: the gradient that training descends. The masks come
     from ``seed`` and the number of the batch alone. Single precision, whatever the run trained in. ``chunk``: rows that
     are encoded at a time without their graphs, as ``trainer.cached_chunk`` asks for.
 
-    Raises ``NearfarError`` where the state does not fit the system, or would not be taken over whole.
+    Raises ``NearfarError`` where the state does not fit the system, or would be loaded in part only.
     """
 
     def __init__(
@@ -74,17 +78,17 @@ class Bench:
         self.model.to(device)
 
     def _check_state(self) -> None:
-        """A model may replace what does not fit it, such as a memory of another size: then it starts elsewhere."""
+        """A model may replace what does not fit it, such as a memory of a different size: its state then differs."""
         mine = self.model.state_dict()
         both = mine.keys() & self.state.keys()
         other = (mine.keys() ^ self.state.keys()) | {k for k in both if not _same(mine[k], self.state[k])}
         if other:
             raise NearfarError(
-                f"this would start from another state than the run's ({', '.join(sorted(other)[:3])}): it "
+                f"this would start from a different state than the run's ({', '.join(sorted(other)[:3])}): it "
                 "changes what the model keeps."
             )
 
-    def outcome(self, positions: Sequence[int], number: int, rows: int) -> Outcome:
+    def evaluate(self, positions: Sequence[int], number: int, rows: int) -> BatchEvaluation:
         """The batch at ``positions`` of the training set, encoded ``rows`` rows at a time.
 
         ``number``: of the batch, from which dropout draws. A larger batch that begins with the same rows has the same
@@ -116,7 +120,7 @@ class Bench:
         }
         leaves = [leaf for leaf in pytree.tree_leaves(embeddings) if isinstance(leaf, Tensor)]
         gradients = [None if leaf.grad is None else leaf.grad.float().cpu() for leaf in leaves]
-        return Outcome(float(output.loss.detach()), record, parameters, gradients)
+        return BatchEvaluation(float(output.loss.detach()), record, parameters, gradients)
 
     def _encode(self, batch: Any, size: int, number: int, rows: int) -> Any:
         pieces = []
@@ -135,11 +139,11 @@ class Bench:
         return cached_embeddings(partial(self.system.encode, self.model), parts, self.model)
 
 
-def _same(a: Any, b: Any) -> bool:
+def _same(a: object, b: object) -> bool:
     return torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else bool(a == b)
 
 
-def _learning(embeddings: Any) -> Iterator[Tensor]:
+def _learning(embeddings: object) -> Iterator[Tensor]:
     for leaf in pytree.tree_leaves(embeddings):
         if isinstance(leaf, Tensor) and leaf.requires_grad:
             yield leaf
@@ -155,8 +159,8 @@ def _moved(batch: Any, device: torch.device) -> Any:
     return move_data_to_device(batch, device)
 
 
-def cosine(a: Mapping[str, Tensor] | Sequence[Tensor | None], b: Any) -> float:
-    """Of two gradients, over what has a gradient in both, in float64; NaN where one of them is 0.
+def cosine(a: Gradients, b: Gradients) -> float:
+    """The cosine of two gradients, over what has a gradient in both, in float64; NaN where one of them is 0.
 
     Sequences are embeddings' gradients: of the longer one the first rows are taken.
 
@@ -186,10 +190,12 @@ def norm(gradient: Mapping[str, Tensor]) -> float:
     return math.sqrt(sum((g.double() ** 2).sum().item() for g in gradient.values()))
 
 
-def _pairs(a: Any, b: Any) -> Iterator[tuple[Tensor, Tensor]]:
-    if isinstance(a, Mapping):
+def _pairs(a: Gradients, b: Gradients) -> Iterator[tuple[Tensor, Tensor]]:
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
         yield from ((a[name], b[name]) for name in a if name in b)
         return
+    assert isinstance(a, Sequence)
+    assert isinstance(b, Sequence)
     for x, y in zip(a, b, strict=True):
         if x is not None and y is not None:
             rows = min(len(x), len(y))
@@ -197,7 +203,7 @@ def _pairs(a: Any, b: Any) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 @contextmanager
-def quiet_arithmetic(threads: int | None, deterministic: bool) -> Iterator[None]:
+def run_arithmetic(threads: int | None, deterministic: bool) -> Iterator[None]:
     """The run's threads and deterministic kernels while a block runs; before and after it, what the caller had."""
     before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
