@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
+from nearfar.config.compose import compose_config, read_config
 from nearfar.metrics import few_runs
-from nearfar.config.compose import compose_config
 from nearfar.systems import build_system
 
 
@@ -34,13 +34,15 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["NEARFAR_CACHE"] = folder
-        config = compose_config(
-            [
-                "experiment=detector",
-                f"data.dir={arguments.dir}",
-                f"image_encoder={arguments.encoder}",
-                "views=1",
-            ]
+        config: Any = read_config(
+            compose_config(
+                [
+                    "experiment=detector",
+                    f"data.dir={arguments.dir}",
+                    f"image_encoder={arguments.encoder}",
+                    "views=1",
+                ]
+            )
         )
         system: Any = build_system(config)
         start = time.perf_counter()

@@ -20,9 +20,9 @@ import numpy as np
 import torch
 
 import nearfar.systems.fair_detection.system as system_module
+from nearfar.config.compose import compose_config, read_config
 from nearfar.models.detection.network import SmallDetector
 from nearfar.models.image import build_image_encoder
-from nearfar.config.compose import compose_config
 from nearfar.systems.fair_detection.system import FairDetectionSystem
 from nearfar.training.state import initial_model
 
@@ -92,7 +92,7 @@ def main() -> None:
         overrides.append(f"detector='{options.detector}'")
     else:
         system_module.frozen_detector = lambda *_: untrained(options.encoder)  # type: ignore[assignment]
-    config = compose_config(overrides)
+    config: Any = read_config(compose_config(overrides))
     system: Any = FairDetectionSystem(config)
     system.prepare(print)
     model: Any = initial_model(system, config.seed)

@@ -26,9 +26,9 @@ import torch
 from rich.console import Console
 
 import nearfar.training.fit as fit_module
+from nearfar.config.compose import compose_config
 from nearfar.launch import run_one
 from nearfar.metrics import few_runs
-from nearfar.config.compose import compose_config
 from nearfar.training.recorder import Recorder
 
 NEVER = 10**9

@@ -14,12 +14,13 @@ import json
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from nearfar.config.compose import compose_config, read_config
 from nearfar.data.rejections import Rejections
-from nearfar.config.compose import compose_config
 from nearfar.systems.relations.data import RelationData
 from nearfar.systems.relations.dataset import RelationDataset, Scaler
 from nearfar.systems.relations.evaluation import Examiner
@@ -60,8 +61,10 @@ def main() -> None:
     chosen = arguments.parse_args()
     torch.set_num_threads(chosen.threads)
     rng = np.random.default_rng(0)
-    config = compose_config(
-        ["experiment=relations", f"epochs={chosen.epochs}", "patience=null", "trainer.accelerator=cpu"]
+    config: Any = read_config(
+        compose_config(
+            ["experiment=relations", f"epochs={chosen.epochs}", "patience=null", "trainer.accelerator=cpu"]
+        )
     )
     system = RelationSystem(config)
     parts = {

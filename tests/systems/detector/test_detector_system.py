@@ -412,7 +412,9 @@ def test_splits_by_files_that_are_named(tmp_path: Path) -> None:
     write(tmp_path / "a", "first", 20)
     write(tmp_path / "b", "second", 12)
     files = [f"data.train={tmp_path}/a/first.json", f"data.test={tmp_path}/b/second.json"]
-    config = compose_config(["experiment=detector", *SMALL, *files, "data.val_fraction=0.25"])
+    config: Any = check_config(
+        compose_config(["experiment=detector", *SMALL, *files, "data.val_fraction=0.25"])
+    )
     said: list[str] = []
     splits = read_splits(config.data, said.append)
     assert {name: len(split) for name, split in splits.items()} == {"train": 16, "val": 4, "test": 12}
@@ -590,14 +592,9 @@ def test_real_pictures(tmp_path: Path) -> None:
     data = os.environ.get("NEARFAR_DATA")
     if not data or not (Path(data) / "coco_gender").exists():
         pytest.skip("NEARFAR_DATA is not set")
-    config = compose_config(
-        [
-            "experiment=detector",
-            f"data.dir={data}/coco_gender",
-            *SMALL,
-            "data.group_key=gender",
-            "data.image_size=224",
-        ]
+    every = [*SMALL, "data.group_key=gender", "data.image_size=224"]
+    config: Any = check_config(
+        compose_config(["experiment=detector", f"data.dir={data}/coco_gender", *every])
     )
     splits = read_splits(config.data, lambda _: None)
     assert {name: len(split) for name, split in splits.items()} == {"train": 1029, "val": 182, "test": 195}

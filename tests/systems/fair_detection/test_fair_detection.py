@@ -18,7 +18,7 @@ from nearfar.config.compose import compose_config
 from nearfar.errors import NearfarError
 from nearfar.lab.compare import compare_runs
 from nearfar.launch import run_one
-from nearfar.systems import build_system
+from nearfar.systems import build_system, check_config
 from nearfar.systems.fair_detection.system import FairDetectionSystem
 from nearfar.training.checkpoint import Checkpoint
 from nearfar.training.run_folder import RunFolder
@@ -272,8 +272,8 @@ def prepared(tmp_path: Path, groups: list[str | None], *more: str) -> Any:
     [([], 1e-3), (["data.dir=pictures"], 1e-4), (["data.train=a.json"], 1e-4), (["lr_g=0.5"], 0.5)],
 )
 def test_scenes_and_photos_have_their_own_learning_rate(given: list[str], rate: float) -> None:
-    config = compose_config(["experiment=fair_detection", *given])
-    assert config.lr_g == config.lr == rate
+    config = check_config(compose_config(["experiment=fair_detection", *given]))
+    assert config.lr == rate
 
 
 def test_ones_own_pictures(tmp_path: Path) -> None:

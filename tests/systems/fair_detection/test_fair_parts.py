@@ -22,7 +22,7 @@ from nearfar.systems.detector.scenes import make_scene, scenes_folder
 from nearfar.systems.fair_detection.evaluation import chosen, gap_closed, judge, ordered, panel, shuffled
 from nearfar.systems.fair_detection.model import FairModel, PerturbationGenerator, perturbed
 from nearfar.systems.fair_detection.objective import FairObjective, picture_scores
-from nearfar.systems.fair_detection.options import check_options, epsilon_schedule, term_weights
+from nearfar.systems.fair_detection.options import epsilon_schedule, term_weights
 
 GROUPS = ("faint", "clear")
 
@@ -88,7 +88,7 @@ def test_weights_of_the_losses() -> None:
 )
 def test_wrong_options_are_refused(overrides: list[str], message: str) -> None:
     with pytest.raises(NearfarError, match=message):
-        check_options(config(*overrides))
+        config(*overrides)
 
 
 # -- scenes --------------------------------------------------------------------------------------------------

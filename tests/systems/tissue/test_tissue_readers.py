@@ -18,6 +18,7 @@ from PIL import Image
 
 from nearfar.config.compose import compose_config, path_options, quote_paths
 from nearfar.errors import NearfarError
+from nearfar.systems import check_config
 from nearfar.systems.tissue.shard_dataset import read_shards
 from nearfar.systems.tissue.shards import ShardOptions, Written, write_shards
 from tissue_files import GENES, picture, plain_strings, slide_data, slide_of, write_h5ad, write_outs, write_st
@@ -629,9 +630,11 @@ def test_a_slide_called_like_a_folder_stays_a_slide(tmp_path: Path, monkeypatch:
     for name in ("B", "shards", "train.csv", "800"):
         (tmp_path / name).mkdir()
     config = compose_config(["experiment=medium_spatial", "data.val=B", "data.hold_out=C", "data.dir=shards"])
-    assert path_options(config) == {"data.dir": Path("shards")}
+    assert path_options(check_config(config)) == {"data.dir": Path("shards")}
     assert quote_paths(["data.train=800", "data.dir=shards"]) == ["data.train=800", "data.dir='shards'"]
     config = compose_config(["experiment=molecules", "data.train=train.csv", "data.val=B"])
-    assert path_options(config) == {"data.train": Path("train.csv"), "data.val": Path("B")}
+    assert path_options(check_config(config)) == {"data.train": Path("train.csv"), "data.val": Path("B")}
     config = compose_config(["experiment=molecules", "text_encoder=transformer", "text_encoder.model=B"])
-    assert path_options(config) == {"text_encoder.model": Path("B")}  # as transformers itself takes it
+    assert path_options(check_config(config)) == {
+        "text_encoder.model": Path("B")
+    }  # as transformers itself takes it

@@ -130,6 +130,9 @@ class DetectorRecipe:
     )
     crop: float = option(0.55, "smallest side of the part of a picture that is shown", least=0.05, most=1)
     colours: float = option(0.3, "change of brightness, contrast and saturation", least=0, most=0.9)
+    check_evaluator: bool = option(
+        True, "AP and AR of the final evaluation are compared with those of faster-coco-eval"
+    )
     image_encoder: dict[str, Any] = raw_group(
         {"kind": "efficientnet", "pretrained": True}, "encoder of the pictures", models=("name",)
     )
@@ -164,9 +167,6 @@ class DetectorOptions(DetectorRecipe, RunOptions):
     """A small detector of the DETR family over a pretrained image encoder."""
 
     system: str = "detector"
-    check_evaluator: bool = option(
-        True, "AP and AR of the final evaluation are compared with those of faster-coco-eval"
-    )
     data: PictureData | SceneData = group(pictures=PictureData(), scenes=SceneData())
     sampler: SamplerOptions = group(random=samplers.random, balanced=samplers.balanced, role="batches")
     loss: DetectionLoss = group(detection=DetectionLoss(), role="loss")
