@@ -20,7 +20,7 @@ from nearfar.overrides import compose_config
 from nearfar.systems import _REGISTERED, Registration
 from nearfar.training.checkpoint import Checkpoint
 from nearfar.training.run_folder import RunFolder
-from test_what_if import hashes
+from run_files import hashes
 from tiny_molecules import split_files
 from what_if_toy import trained
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from pathlib import Path
@@ -21,6 +20,7 @@ from nearfar.systems import _REGISTERED, Registration
 from nearfar.training.checkpoint import Checkpoint
 from nearfar.training.override import override_config
 from nearfar.training.run_folder import RunFolder
+from run_files import hashes
 from toy_system import N
 from what_if_toy import OptionsToy, explicit_loss, options, trained
 
@@ -51,11 +51,6 @@ def only(result: WhatIf) -> Effect:
     assert not result.refused, result.refused
     (effect,) = result.effects
     return effect
-
-
-def hashes(folder: Path) -> dict[str, str]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
 
 
 def frozen(run: RunFolder, rows: int) -> tuple[Any, Any, Any]:
