@@ -97,7 +97,9 @@ def _child(environment: dict[str, str], files: dict[str, str], content: bytes) -
     os.environ.clear()  # the server has that of its start
     os.environ.update(environment)
     torch.set_num_threads(1)
-    multiprocessing.set_start_method("fork", force=True)  # workers of a DataLoader are children of this process
+    multiprocessing.set_start_method(
+        "fork", force=True
+    )  # workers of a DataLoader are children of this process
     for name, file in files.items():
         if name not in sys.modules:  # files of tests are in no folder of the import path
             spec = importlib.util.spec_from_file_location(name, file)
