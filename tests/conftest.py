@@ -2,9 +2,29 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+
+from array_types import check_imports
+
+SUPPORT = str(Path(__file__).parent / "support")
+# pytest's own `pythonpath` is not that of the processes which tests start
+if SUPPORT not in os.environ.get("PYTHONPATH", "").split(os.pathsep):
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (SUPPORT, os.environ.get("PYTHONPATH"))))
+
+# before anything imports them; of the kernel what is called once for a loss, and not for every tile
+check_imports(
+    "losses",
+    "metrics",
+    "batching",
+    "contrast/dense.py",
+    "contrast/one_direction.py",
+    "contrast/sigmoid.py",
+    "contrast/softmax.py",
+)
 
 
 @pytest.fixture(scope="module")

@@ -100,6 +100,7 @@ def test_import_nearfar_loads_nothing_heavy() -> None:
     assert not loaded("import nearfar") & (HEAVY | {"torch", "numpy", "rich"})
 
 
+@pytest.mark.slow
 def test_losses_and_samplers_load_no_frameworks() -> None:
     assert not loaded("import nearfar.losses, nearfar.functional, nearfar.schedules") & HEAVY
     assert not loaded("import nearfar.batching, nearfar.metrics") & (HEAVY - {"numba", "faiss"})

@@ -197,7 +197,7 @@ def whole_labels(labels: Any, name: str = "labels") -> Tensor:
     return known.long()
 
 
-def missing_labels(labels: Tensor) -> Bool[Tensor, " n"]:
+def missing_labels(labels: Tensor) -> Bool[Tensor, "..."]:
     """Which labels of a tensor are missing; nothing waits for a device.
 
     >>> missing_labels(torch.tensor([0, -1, 3]))

@@ -63,6 +63,7 @@ def test_an_item_is_never_its_own_neighbour_among_duplicates(exact):
     assert all(len(set(row)) == 7 for row in near.indices)
 
 
+@pytest.mark.slow
 def test_approximate_measures_its_recall():
     rng = np.random.default_rng(0)
     x = np.repeat(rng.standard_normal((60, 16)), 100, 0) + 0.3 * rng.standard_normal((6000, 16))

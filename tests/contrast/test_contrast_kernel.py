@@ -44,6 +44,7 @@ from nearfar.functional import (
     supcon,
 )
 from nearfar.losses import InfoNCELoss, Record, SigLipLoss, SpatialLoss, SupConLoss
+from processes import together
 
 N = 9
 
@@ -727,7 +728,7 @@ def test_parts_of_a_batch_add_up(name):
         assert all(oracles.error(x, y.double()) < 1e-5 for x, y in zip(sums, wanted, strict=True))
 
 
-def test_compiled_code_may_call_a_loss():
+def compile_and_compare():
     a, b = views()
     layer = torch.nn.Linear(6, 6, bias=False)
     for name in ("info_nce", "supcon, two views", "spatial", "siglip", "scores, both"):
@@ -745,6 +746,13 @@ def test_compiled_code_may_call_a_loss():
                 assert torch.allclose(x, y, rtol=1e-4, atol=1e-6)
     loss = torch.compile(InfoNCELoss(), backend="eager")
     assert loss(a, b).item() == InfoNCELoss()(a, b).item()
+
+
+@pytest.mark.slow
+def test_compiled_code_may_call_a_loss():
+    assert together(compile_and_compare, world=1) == [
+        None
+    ]  # where no signature is checked while it is compiled
 
 
 def test_records_can_be_copied_and_hold_no_graph():

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from doctor_battery import PLANTED, Folder, healthy
+from doctor_runs import NAMED
 from nearfar.doctor import Diagnosis, diagnose
-from test_doctor_rules import NAMED
 
 pytestmark = pytest.mark.slow  # real runs
 

@@ -10,13 +10,12 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from doctor_runs import at_chance, curriculum, diverging, random_infonce
+from doctor_runs import at_chance, curriculum, diverging, random_infonce, write_run
 from nearfar.cli import app
 from nearfar.doctor import RULES
 from nearfar.lab.doctor_command import command
 from nearfar.training.fit import fit
 from nearfar.training.run_folder import RunFolder
-from test_doctor_signals import write
 from toy_system import toy, toy_config
 
 pytestmark = pytest.mark.slow  # real runs
@@ -30,7 +29,7 @@ def doctor(*arguments: str) -> tuple[int, str]:
 
 
 def test_a_fault_is_told_with_evidence_cause_and_a_command(tmp_path: Path) -> None:
-    folder = write(diverging(RNG), tmp_path / "run")
+    folder = write_run(diverging(RNG), tmp_path / "run")
     code, shown = doctor(str(folder.path))
     assert code == 0
     lines = shown.splitlines()
@@ -46,7 +45,7 @@ def test_a_fault_is_told_with_evidence_cause_and_a_command(tmp_path: Path) -> No
 
 
 def test_json_is_nothing_but_json(tmp_path: Path) -> None:
-    folder = write(at_chance(RNG), tmp_path / "run")
+    folder = write_run(at_chance(RNG), tmp_path / "run")
     code, shown = doctor(str(folder.path), "--json")
     assert code == 0
     assert json.loads(shown) == folder.read_json("doctor.json")
@@ -54,7 +53,7 @@ def test_json_is_nothing_but_json(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("run", "code"), [(random_infonce, 0), (curriculum, 0), (at_chance, 1)])
 def test_strict_says_by_its_exit_code(run: object, code: int, tmp_path: Path) -> None:
-    folder = write(run(RNG), tmp_path / "run", finished=False)  # type: ignore[operator]
+    folder = write_run(run(RNG), tmp_path / "run", finished=False)  # type: ignore[operator]
     assert doctor(str(folder.path), "--strict")[0] == code
     assert doctor(str(folder.path))[0] == 0
 

@@ -12,18 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from doctor_runs import FAULTS, HEALTHY, NOTES, Run
+from doctor_runs import FAULTS, HEALTHY, NAMED, NOTES, Run
 from nearfar.doctor import CONTEXT, FIELDS, RULES, Diagnosis, Finding, diagnose
 from nearfar.doctor.rule import SEVERITIES
 
 SEEDS = range(5)
-NAMED = {
-    "loss-at-chance", "loss-above-chance", "loss-at-floor", "term-saturated", "no-positives", "few-positives",
-    "target-inert", "no-anchors", "curriculum-healthy", "curriculum-diverging", "hardness-depleted",
-    "hardness-not-above-random", "false-negatives", "duplicates", "temperature-at-clamp", "temperature-drift",
-    "numerical-risk", "collapse", "dimensional-collapse", "metric-trivial", "gallery-mismatch", "split-leak",
-    "baseline-not-beaten", "common-mode-gain", "gain-in-noise", "batchnorm-small-batch", "gradient-scale",
-}  # fmt: skip
 #: where an override is an option, if not of molecules with hard batches
 AT_HOME = {
     "sampler=spatial": ["experiment=medium_spatial"],

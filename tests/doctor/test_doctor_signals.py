@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from doctor_runs import HEALTHY, Run, curriculum, diverging, leak_by_ids, skeleton
+from doctor_runs import HEALTHY, curriculum, diverging, leak_by_ids, skeleton, write_run
 from nearfar.doctor import Signals, diagnose, read_run
 from nearfar.doctor.series import Point, Series, level_noise
 from nearfar.errors import NearfarError
@@ -18,29 +18,10 @@ from nearfar.metrics import Difference, Estimate, paired_difference
 from nearfar.training.run_folder import RunFolder
 
 
-def write(run: Run, path: Path, finished: bool = True) -> RunFolder:
-    """A run folder with this log."""
-    folder = RunFolder(path)
-    for record in run.records:
-        folder.append(record)
-    c = run.context
-    config = {name: c[name] for name in ("batch_size", "epochs", "lr", "temperature", "hard_ratio", "hardness_k",
-                                         "curriculum_epoch", "mask_duplicates") if name in c}  # fmt: skip
-    config |= {"trainer": {"precision": c["precision"], "accumulate": 1}, "sampler": {"name": c["sampler"]},
-               "loss": {"name": c["loss"]}, "false_negative_threshold": None}  # fmt: skip
-    folder.write_json("config.yaml", config)  # JSON is YAML
-    splits = {name: {"rows": part["rows"], "split_hash": part["hash"]} for name, part in c["splits"].items()}
-    folder.write_json("dataset_layout.json", {"splits": splits, "leaks": {}})
-    folder.write_json("environment.json", {"python": "3.11"})
-    if finished:
-        folder.write_json("metrics.json", {"monitor": "MRR", "splits": c["metrics"]})
-    return folder
-
-
 # -- one run in three forms ----------------------------------------------------------------------------------
 def test_a_folder_reads_as_its_records_do(tmp_path: Path) -> None:
     run = diverging(np.random.default_rng(0))
-    folder = write(run, tmp_path / "run")
+    folder = write_run(run, tmp_path / "run")
     of_folder, of_records = diagnose(folder.path), diagnose(run.records, run.context)
     assert of_folder.ids == of_records.ids
     assert "curriculum-diverging" in of_folder.ids
@@ -131,7 +112,7 @@ def test_estimates_and_differences_are_taken_as_they_are() -> None:
 
 def test_a_run_that_is_not_finished_is_judged_by_its_log(tmp_path: Path) -> None:
     run = curriculum(np.random.default_rng(0))
-    folder = write(run, tmp_path / "run", finished=False)
+    folder = write_run(run, tmp_path / "run", finished=False)
     read = read_run(folder.path)
     assert read.number("batch_size") == 32
     assert read.text("sampler") == "hard"
@@ -140,7 +121,7 @@ def test_a_run_that_is_not_finished_is_judged_by_its_log(tmp_path: Path) -> None
 
 def test_rows_numbered_alike_are_no_leak(tmp_path: Path) -> None:
     run = skeleton(np.random.default_rng(0), lambda at: 1.0)
-    folder = write(run, tmp_path / "run", finished=False)
+    folder = write_run(run, tmp_path / "run", finished=False)
     parts = {
         name: {"rows": 50, "split_hash": "same", "structures": n} for name, n in (("val", 49), ("test", 50))
     }
@@ -199,7 +180,7 @@ def test_a_bad_context_is_answered(context: Any, message: str) -> None:
 
 
 def test_damaged_files_are_named(tmp_path: Path) -> None:
-    folder = write(HEALTHY["random_infonce"](np.random.default_rng(0)), tmp_path / "run")
+    folder = write_run(HEALTHY["random_infonce"](np.random.default_rng(0)), tmp_path / "run")
     (folder.path / "metrics.json").write_text("{")
     with pytest.raises(NearfarError, match=r"metrics\.json: not valid JSON"):
         diagnose(folder.path)

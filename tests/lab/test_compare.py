@@ -17,8 +17,8 @@ from nearfar.lab.report import write_comparison, write_report
 from nearfar.lab.summary import describe_comparison
 from nearfar.lab.table import comparison_tables, metrics_tables
 from nearfar.training.run_folder import RunFolder
-from test_resume import train
-from toy_system import toy_config
+from run_files import copied
+from toy_system import toy_config, train
 
 pytestmark = pytest.mark.slow  # real runs
 
@@ -175,20 +175,6 @@ def test_reports_stand_alone(runs: Path) -> None:
     assert "Training loss" in page
     assert "Embeddings" in page
     assert metrics_tables(run)[0].row_count == 5
-
-
-def copied(source: Path, target: Path, replace: dict[str, str] | None = None) -> RunFolder:
-    """A run's files in another folder, its configuration changed."""
-    folder = RunFolder(target)
-    target.mkdir(parents=True)
-    for name in ("metrics.json", "per_item.npz", "train_log.jsonl"):
-        (target / name).write_bytes((source / name).read_bytes())
-    text = (source / "config.yaml").read_text()
-    for old, new in (replace or {}).items():
-        assert old in text, old
-        text = text.replace(old, new)
-    folder.write_text("config.yaml", text)
-    return folder
 
 
 def test_how_a_run_was_started_is_not_in_its_label(runs: Path, tmp_path: Path) -> None:

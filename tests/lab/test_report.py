@@ -16,8 +16,7 @@ from nearfar.lab.summary import run_verdict
 from nearfar.training.fit import project, write_map
 from nearfar.training.run_folder import RunFolder
 from nearfar.training.sections import Picture, Section, Table, write_sections
-from test_resume import train
-from toy_system import toy_config
+from toy_system import toy_config, train
 
 pytestmark = pytest.mark.slow  # real runs
 

@@ -21,9 +21,8 @@ from nearfar.lab.sweep import expected_lead, sweep_of
 from nearfar.lab.table import comparison_tables
 from nearfar.launch import _check_plugins, _check_runs, _objective
 from nearfar.training.run_folder import RunFolder
-from test_compare import copied
-from test_resume import train
-from toy_system import toy_config
+from run_files import copied
+from toy_system import toy_config, train
 
 pytestmark = pytest.mark.slow  # real runs
 

@@ -20,7 +20,7 @@ from nearfar.lab.trial import Trial, try_prescription
 from nearfar.launch import run_one
 from nearfar.training.checkpoint import Checkpoint
 from nearfar.training.run_folder import RunFolder
-from test_what_if import hashes
+from run_files import hashes
 from tiny_molecules import split_files
 from what_if_toy import trained
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from pathlib import Path
@@ -22,6 +21,7 @@ from nearfar.lab.table import describe_what_if, what_if_table
 from nearfar.lab.what_if import WhatIf, what_if
 from nearfar.training.checkpoint import Checkpoint
 from nearfar.training.run_folder import RunFolder
+from run_files import hashes
 from toy_system import N
 from what_if_toy import OptionsToy, ToyOptions, explicit_loss, options, trained
 
@@ -52,11 +52,6 @@ def only(result: WhatIf) -> Effect:
     assert not result.refused, result.refused
     (effect,) = result.effects
     return effect
-
-
-def hashes(folder: Path) -> dict[str, str]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
 
 
 def frozen(run: RunFolder, rows: int) -> tuple[Any, Any, Any]:

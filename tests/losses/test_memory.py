@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import multiprocessing
 import os
 import signal
 from collections import deque
@@ -24,6 +23,7 @@ from nearfar.systems.molecules.dataset import MoleculeBatch
 from nearfar.systems.molecules.system import MoleculeSystem
 from nearfar.training.checkpoint import Checkpoint
 from nearfar.training.run_folder import RunFolder
+from processes import run_until_killed
 from tiny_molecules import split_files
 
 DIM = 3
@@ -332,7 +332,6 @@ def dies(folder: Path, overrides: list[str], steps: int) -> None:
         return score(self, model, embeddings, batch)
 
     MoleculeSystem.loss_of = dying  # type: ignore[method-assign]
-    torch.set_num_threads(1)
     run(folder, *overrides)
 
 
@@ -346,10 +345,7 @@ def test_a_killed_run_goes_on_with_its_memory(tmp_path: Path, files: list[str]) 
     ]
     whole = run(tmp_path / "whole", *overrides)
     killed = tmp_path / "killed"
-    child = multiprocessing.get_context("fork").Process(target=dies, args=(killed, overrides, 11))
-    child.start()
-    child.join(100)
-    assert child.exitcode == -signal.SIGKILL
+    run_until_killed(dies, killed, overrides, 11)
     assert Checkpoint.load(killed).step == 9
     assert Checkpoint.load(killed).model["memory.molecules._extra_state"].tolist() == [9 * 16, 9]
     run(killed, *overrides, "exists=skip")  # an interrupted run is resumed

@@ -174,6 +174,7 @@ def test_estimates_state_interval_and_size() -> None:
     assert rough["AP"].high - rough["AP"].low == pytest.approx(width, rel=0.25)
 
 
+@pytest.mark.slow
 def test_intervals_cover() -> None:
     """Of 40 samples of 80 pictures, most intervals hold the gap of a large set (of many samples 92 in 100)."""
     found, true = one_each(99, 8000, 6.0, 8.0)

@@ -5,10 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from nearfar.training.run_folder import RunFolder
+
+#: rules that the doctor must have
+NAMED = {
+    "loss-at-chance", "loss-above-chance", "loss-at-floor", "term-saturated", "no-positives", "few-positives",
+    "target-inert", "no-anchors", "curriculum-healthy", "curriculum-diverging", "hardness-depleted",
+    "hardness-not-above-random", "false-negatives", "duplicates", "temperature-at-clamp", "temperature-drift",
+    "numerical-risk", "collapse", "dimensional-collapse", "metric-trivial", "gallery-mismatch", "split-leak",
+    "baseline-not-beaten", "common-mode-gain", "gain-in-noise", "batchnorm-small-batch", "gradient-scale",
+}  # fmt: skip
 EPOCHS, STEPS, EVERY = 10, 40, 4  # steps of an epoch, steps between step records
 
 
@@ -30,6 +41,25 @@ class Run:
     def knowing(self, **context: Any) -> Run:
         self.context |= context
         return self
+
+
+def write_run(run: Run, path: Path, finished: bool = True) -> RunFolder:
+    """A run folder with this log."""
+    folder = RunFolder(path)
+    for record in run.records:
+        folder.append(record)
+    c = run.context
+    config = {name: c[name] for name in ("batch_size", "epochs", "lr", "temperature", "hard_ratio", "hardness_k",
+                                         "curriculum_epoch", "mask_duplicates") if name in c}  # fmt: skip
+    config |= {"trainer": {"precision": c["precision"], "accumulate": 1}, "sampler": {"name": c["sampler"]},
+               "loss": {"name": c["loss"]}, "false_negative_threshold": None}  # fmt: skip
+    folder.write_json("config.yaml", config)  # JSON is YAML
+    splits = {name: {"rows": part["rows"], "split_hash": part["hash"]} for name, part in c["splits"].items()}
+    folder.write_json("dataset_layout.json", {"splits": splits, "leaks": {}})
+    folder.write_json("environment.json", {"python": "3.11"})
+    if finished:
+        folder.write_json("metrics.json", {"monitor": "MRR", "splits": c["metrics"]})
+    return folder
 
 
 def progress(record: dict[str, Any]) -> float:

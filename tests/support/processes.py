@@ -1,65 +1,117 @@
-"""Several processes for tests: forked, so that nothing is imported again, and ended where they wait for each other."""
+"""Child processes for tests: several ranks that work together, and one that is killed.
+
+They are forked from a server that has imported PyTorch and this project and has done nothing with them. So a child
+costs no imports, and none is a copy of a process whose thread pools are at work.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import multiprocessing
 import os
 import pickle
 import signal
-import socket
+import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
-SECONDS = 60
+#: after so long a child is taken to hang; none needs a tenth of it
+SECONDS = 300
 
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+_CONTEXT = multiprocessing.get_context("forkserver")
+# what costs seconds to import, and what would import it late
+_CONTEXT.set_forkserver_preload(
+    [
+        "pytest",
+        "lightning.fabric",
+        "numba",
+        "nearfar.launch",
+        "nearfar.systems.molecules.system",
+        "toy_system",
+    ]
+)
 
 
 def together(work: Callable[..., Any], *arguments: Any, world: int = 2) -> list[Any]:
     """What ``work(*arguments)`` gives on each of ``world`` ranks; an exception in place of a result, None if killed."""
-    port = free_port()
+    # As under torchrun the store belongs to the parent: the system chooses its port, and it is never free in between.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with tempfile.TemporaryDirectory() as folder:
-        context = multiprocessing.get_context("fork")
-        processes = [
-            context.Process(target=_rank, args=(rank, world, port, Path(folder), work, arguments))
-            for rank in range(world)
-        ]
-        for process in processes:
-            process.start()
-        end = time.monotonic() + SECONDS
-        for process in processes:
-            process.join(max(0.1, end - time.monotonic()))
-        late = [rank for rank, process in enumerate(processes) if process.is_alive()]
-        for process in processes:
-            process.kill()
-            process.join()
-        assert not late, f"ranks {late} were still waiting after {SECONDS} s"
-        for process in processes:
-            assert process.exitcode in (0, -signal.SIGKILL)
         files = [Path(folder) / str(rank) for rank in range(world)]
+        processes = []
+        for rank, file in enumerate(files):
+            variables = {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(world),
+                "LOCAL_WORLD_SIZE": str(world),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(store.port),
+                "TORCHELASTIC_USE_AGENT_STORE": "True",
+                "TORCHELASTIC_RESTART_COUNT": "0",
+            }
+            processes.append(_start(_rank, (file, work, arguments), variables))
+        _join(processes)
+        assert all(process.exitcode in (0, -signal.SIGKILL) for process in processes)
         return [pickle.loads(file.read_bytes()) if file.exists() else None for file in files]
 
 
-def _rank(rank: int, world: int, port: int, folder: Path, work: Callable[..., Any], arguments: Any) -> None:
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world),
-        "LOCAL_WORLD_SIZE": str(world),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
+def run_until_killed(work: Callable[..., Any], *arguments: Any) -> None:
+    """Call ``work(*arguments)``, which is to kill its own process, in a child."""
+    process = _start(work, arguments)
+    _join([process])
+    assert process.exitcode == -signal.SIGKILL, f"exit code {process.exitcode}"
+
+
+def _start(
+    work: Callable[..., Any], arguments: tuple[Any, ...], variables: dict[str, str] | None = None
+) -> BaseProcess:
+    modules = {part.__module__ for part in (work, *arguments) if callable(part)}
+    files = {name: str(sys.modules[name].__file__) for name in modules}
+    environment = {**os.environ, **(variables or {})}
+    process = _CONTEXT.Process(target=_child, args=(environment, files, pickle.dumps((work, arguments))))
+    process.start()
+    return process
+
+
+def _join(processes: list[BaseProcess]) -> None:
+    end = time.monotonic() + SECONDS
+    for process in processes:
+        process.join(max(0.1, end - time.monotonic()))
+    late = [number for number, process in enumerate(processes) if process.is_alive()]
+    for process in processes:
+        process.kill()
+        process.join()
+    assert not late, f"processes {late} were still at work after {SECONDS} s"
+
+
+def _child(environment: dict[str, str], files: dict[str, str], content: bytes) -> None:
+    os.environ.clear()  # the server has that of its start
+    os.environ.update(environment)
     torch.set_num_threads(1)
+    multiprocessing.set_start_method(
+        "fork", force=True
+    )  # workers of a DataLoader are children of this process
+    for name, file in files.items():
+        if name not in sys.modules:  # files of tests are in no folder of the import path
+            spec = importlib.util.spec_from_file_location(name, file)
+            assert spec is not None
+            assert spec.loader is not None
+            sys.modules[name] = module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+    work, arguments = pickle.loads(content)
+    work(*arguments)
+
+
+def _rank(file: Path, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     from nearfar.training import ranks
 
     ranks.start()
@@ -69,5 +121,5 @@ def _rank(rank: int, world: int, port: int, folder: Path, work: Callable[..., An
         if not isinstance(error, Exception):
             traceback.print_exc()
         result = error
-    (folder / str(rank)).write_bytes(pickle.dumps(result))
+    file.write_bytes(pickle.dumps(result))
     os._exit(0)

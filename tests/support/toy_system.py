@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +15,9 @@ from nearfar.config.options import set_option
 from nearfar.config.training import RunOptions, TrainerOptions
 from nearfar.losses import InfoNCELoss
 from nearfar.metrics import rank_estimates, retrieval_ranks
+from nearfar.training.checkpoint import Resume
+from nearfar.training.fit import fit
+from nearfar.training.run_folder import RunFolder
 from nearfar.training.system import Evaluation, StepOutput, System
 
 N, DIM = 70, 6
@@ -104,3 +110,27 @@ def toy(config: Any, data_seed: int = 0) -> ToySystem:
     system = ToySystem(config, data_seed)
     system.prepare(print)
     return system
+
+
+def silent(text: str) -> None:
+    pass
+
+
+def train(folder: Path, config: Any, resume: Resume | None = None, data_seed: int = 0) -> RunFolder:
+    return fit(toy(config, data_seed), config, RunFolder(folder), resume, say=silent)
+
+
+def killed_after(config: Any, folder: Path, steps: int) -> None:
+    """Train in this (child) process and kill it, hard, after ``steps`` steps."""
+    step = ToySystem.training_step
+    count = 0
+
+    def dying(self: ToySystem, model: Any, batch: Any) -> Any:
+        nonlocal count
+        if count == steps:
+            os.kill(os.getpid(), signal.SIGKILL)
+        count += 1
+        return step(self, model, batch)
+
+    ToySystem.training_step = dying  # type: ignore[method-assign]
+    train(folder, config)

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
-import time
 import traceback
 import warnings
 from collections.abc import Callable
-from datetime import timedelta
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,10 +22,10 @@ from nearfar.training import verify_ddp as verify_module
 from nearfar.training.distributed import DistributedLoss
 from nearfar.training.gather import gather
 from nearfar.training.verify_ddp import OPTIONS, DdpVerdict, verify_ddp
+from processes import SECONDS, together
 
 pytestmark = pytest.mark.slow  # real runs
 
-SECONDS = 60
 COUNTS = {2: (4, 2), 3: (3, 0, 2)}
 DTYPES = (
     torch.bool, torch.uint8, torch.int16, torch.int64, torch.float16, torch.bfloat16, torch.float64, torch.complex64,
@@ -254,12 +250,8 @@ SCENES: dict[str, Callable[[int, int], Any]] = {
 
 
 # -- starting the ranks ----------------------------------------------------------------------------------------
-def rank_main(rank: int, world: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    wait = timedelta(seconds=SECONDS)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world, timeout=wait
-    )
+def all_scenes() -> dict[str, Any]:
+    rank, world = dist.get_rank(), dist.get_world_size()
     found = {}
     for name, scene in SCENES.items():
         try:
@@ -267,30 +259,14 @@ def rank_main(rank: int, world: int, folder: Path) -> None:
         except Exception as error:  # the others go on to their scenes and do not wait in this one
             found[name] = "".join(traceback.format_exception(error))
             print(found[name], file=sys.stderr)  # should the others wait in it all the same
-    torch.save(found, folder / f"{rank}.pt")
     dist.barrier()
-    dist.destroy_process_group()
-
-
-def run_ranks(world: int, folder: Path) -> list[dict[str, Any]]:
-    command = [sys.executable, __file__]
-    processes = [subprocess.Popen([*command, str(rank), str(world), str(folder)]) for rank in range(world)]
-    end = time.monotonic() + SECONDS
-    try:
-        for process in processes:
-            assert process.wait(timeout=max(0.1, end - time.monotonic())) == 0
-    finally:
-        for process in processes:
-            process.kill()
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
+    return found
 
 
 @pytest.fixture(scope="module", params=[2, 3])
-def ranks(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], SimpleNamespace]:
+def ranks(request: pytest.FixtureRequest) -> Callable[[str], SimpleNamespace]:
     world = request.param
-    found = run_ranks(world, tmp_path_factory.mktemp(f"ranks{world}"))
+    found = together(all_scenes, world=world)
 
     def scene(name: str) -> SimpleNamespace:
         results = [rank[name] for rank in found]
@@ -553,7 +529,3 @@ def test_the_self_test_checks_its_arguments() -> None:
         verify_ddp(1)
     with pytest.raises(NearfarError, match="did you mean 'InfoNCELoss'"):
         verify_ddp(2, ["InfoNceLoss"])
-
-
-if __name__ == "__main__":
-    rank_main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import multiprocessing
 import os
 import signal
 import weakref
@@ -13,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -21,12 +19,14 @@ from torch.utils.checkpoint import checkpoint
 from nearfar.errors import NearfarError
 from nearfar.losses import InfoNCELoss
 from nearfar.systems import check_config
+from nearfar.training import ranks
 from nearfar.training.checkpoint import Checkpoint, Resume
 from nearfar.training.fit import fit
 from nearfar.training.grad_cache import cached_embeddings, cached_loss
 from nearfar.training.run_folder import RunFolder
 from nearfar.training.system import StepOutput, System
-from test_resume import records, states_equal
+from processes import run_until_killed, together
+from run_files import records, states_equal
 from toy_system import ToySystem, toy, toy_config
 
 pytestmark = pytest.mark.slow  # real runs
@@ -564,9 +564,8 @@ class Step(nn.Module):
         return cached_loss(self.towers, split(batch, self.rows), self.towers.loss)
 
 
-def process(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+def trained_towers() -> dict[str, Any]:
+    rank = ranks.rank()
     batch = pairs(11 + rank, seed=rank)
     found: dict[str, Any] = {}
     every: dict[str, dict[str, Any]] = {
@@ -591,25 +590,16 @@ def process(rank: int, folder: str) -> None:
             cached_loss(encode, split(batch, 4), alone.module.loss).backward()
         except NearfarError as error:
             found.setdefault("errors", []).append(str(error))
-    torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return found
 
 
-def test_distributed_data_parallel_holds_the_step(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=process, args=(rank, str(tmp_path))) for rank in range(2)]
-    for p in processes:
-        p.start()
-    for p in processes:
-        p.join(60)
-        p.kill()
-        assert p.exitcode == 0
-    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+def test_distributed_data_parallel_holds_the_step() -> None:
+    first, second = together(trained_towers)
     for name in ("cached", "unused", "static"):
-        assert close(ranks[0][name], ranks[0]["plain"]), name
-        assert all(torch.equal(x, y) for x, y in zip(ranks[0][name], ranks[1][name], strict=True)), name
-    assert not close(ranks[0]["plain"], list(Towers().parameters()), 0.01), "it moved"
-    for errors in (rank["errors"] for rank in ranks):
+        assert close(first[name], first["plain"]), name
+        assert all(torch.equal(x, y) for x, y in zip(first[name], second[name], strict=True)), name
+    assert not close(first["plain"], list(Towers().parameters()), 0.01), "it moved"
+    for errors in (first["errors"], second["errors"]):
         assert len(errors) == 3
         assert all("hold the whole step" in error for error in errors)
 
@@ -662,7 +652,6 @@ def dies(folder: Path, config: Any, steps: int) -> None:
         return score(self, model, embeddings, batch)
 
     ToySystem.loss_of = dying  # type: ignore[method-assign]
-    torch.set_num_threads(1)
     fit(toy(config), config, RunFolder(folder), say=lambda _: None)
 
 
@@ -676,10 +665,7 @@ def test_kill_and_resume_in_chunks_is_bit_identical(tmp_path: Path, accumulate: 
     )
     whole = fit(toy(config), config, RunFolder(tmp_path / "whole"), say=lambda _: None)
     killed = tmp_path / "killed"
-    child = multiprocessing.get_context("fork").Process(target=dies, args=(killed, config, 13))
-    child.start()
-    child.join(60)
-    assert child.exitcode == -signal.SIGKILL
+    run_until_killed(dies, killed, config, 13)
     assert 0 < Checkpoint.load(killed).step < Checkpoint.load(whole.path).step
     fit(toy(config), config, RunFolder(killed), Resume.find(str(killed), config), say=lambda _: None)
     assert states_equal(Checkpoint.load(whole.path), Checkpoint.load(killed))

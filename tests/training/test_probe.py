@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-import multiprocessing
 import os
-import signal
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,9 +28,10 @@ from nearfar.training.probe import Probe, preserve_state
 from nearfar.training.recorder import highest_scale, model_facts
 from nearfar.training.run_folder import RunFolder
 from nearfar.training.system import StepOutput, System, collect
-from test_resume import killed_after, records, silent, states_equal
+from processes import run_until_killed
+from run_files import records, states_equal
 from tiny_molecules import split_files
-from toy_system import N, ToyModel, ToySystem, toy_config
+from toy_system import N, ToyModel, ToySystem, killed_after, silent, toy_config
 
 pytestmark = pytest.mark.slow  # real runs
 
@@ -138,12 +137,7 @@ def test_a_killed_run_writes_the_same_probes(tmp_path: Path, accumulate: int, ki
         trainer__threads=1,
     )
     whole = train(tmp_path / "whole", config, ToySystem)
-    process = multiprocessing.get_context("fork").Process(
-        target=killed_after, args=(config, tmp_path / "killed", kill_at)
-    )
-    process.start()
-    process.join(120)
-    assert process.exitcode == -signal.SIGKILL
+    run_until_killed(killed_after, config, tmp_path / "killed", kill_at)
     killed = RunFolder(tmp_path / "killed")
     train(killed.path, config, ToySystem, Resume.find(str(killed.path), config))
     assert records(whole) == records(killed)

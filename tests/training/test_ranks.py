@@ -28,9 +28,9 @@ from nearfar.training.run_folder import RunFolder
 from nearfar.training.shared_step import Sharing, check_shared
 from nearfar.training.system import System
 from processes import SECONDS, together
-from test_resume import records, silent, states_equal
+from run_files import assert_same_training, records, states_equal
 from tiny_molecules import split_files
-from toy_system import ToyModel, ToySystem, toy, toy_config
+from toy_system import ToyModel, ToySystem, silent, toy, toy_config
 
 pytestmark = pytest.mark.slow  # real runs
 
@@ -64,27 +64,6 @@ def train_steadily(folder: Path, config: Any) -> None:
     fit(steady(toy(config)), config, RunFolder(folder), say=silent)
 
 
-def compare(one: Path, several: Path, exact: bool = True) -> None:
-    """Losses, norms of the gradients and the optimiser's running means of them are the same within rounding.
-
-    Not the weights: AdamW divides by the size of a gradient, and by that of its rounding where it should be 0.
-    """
-    steps = [[r for r in RunFolder(path).log() if r["kind"] == "step"] for path in (one, several)]
-    assert len(steps[0]) == len(steps[1]) > 5
-    for name in ("loss", "gradient_norm", "lr"):
-        a, b = (torch.tensor([step[name] for step in each], dtype=torch.float64) for each in steps)
-        same = torch.allclose(a, b, rtol=1e-5)
-        assert same or (not exact and name != "lr"), name
-    first, second = Checkpoint.load(one), Checkpoint.load(several)
-    assert (first.epoch, first.step) == (second.epoch, second.step)
-    found: list[Any] = [each.optimizer for each in (first, second)]
-    states = [optimizer["state"] for optimizer in found]
-    assert states[0].keys() == states[1].keys() != set(), "a weight that no step uses is left alone"
-    a, b = (torch.cat([state[key]["exp_avg"].flatten() for key in state]).double() for state in states)
-    apart = ((a - b).norm() / a.norm()).item()
-    assert (apart < 1e-4) is exact, apart
-
-
 # -- as one process ---------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("world", "options"),
@@ -108,7 +87,7 @@ def test_losses_and_gradients_of_one_process(tmp_path: Path, world: int, options
         a, b = (list(RunFolder(tmp_path / name).log()) for name in ("one", "several"))
         assert a[1]["loss"] == pytest.approx(b[1]["loss"], rel=2e-2)
         return
-    compare(tmp_path / "one", tmp_path / "several")
+    assert_same_training(tmp_path / "one", tmp_path / "several")
     last = [r for r in RunFolder(tmp_path / "several").log() if r["kind"] == "step"][-1]
     rows = {8: 6, 17: 2}[config.batch_size]
     assert last["rows_per_rank"] == -(-rows // world)
@@ -127,7 +106,7 @@ def test_the_comparison_can_fail(tmp_path: Path) -> None:
     config.trainer.devices = 2
     config.trainer.gather_with_grad = False
     assert together(train_steadily, tmp_path / "several", config) == [None, None]
-    compare(tmp_path / "one", tmp_path / "several", exact=False)
+    assert_same_training(tmp_path / "one", tmp_path / "several", exact=False)
 
 
 def test_early_stopping_and_a_last_step_are_agreed_on(tmp_path: Path) -> None:
@@ -159,7 +138,7 @@ def test_molecules_with_masks_and_a_memory(tmp_path: Path, monkeypatch: pytest.M
     train_molecules(tmp_path / "one", config)
     config.trainer.devices = 2
     assert together(train_molecules, tmp_path / "several", config) == [None, None]
-    compare(tmp_path / "one", tmp_path / "several")
+    assert_same_training(tmp_path / "one", tmp_path / "several")
     logs = [
         [r for r in RunFolder(tmp_path / name).log() if r["kind"] == "step"] for name in ("one", "several")
     ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 from pathlib import Path
@@ -16,55 +15,11 @@ from nearfar.training.checkpoint import Checkpoint, Resume
 from nearfar.training.fit import fit
 from nearfar.training.loop import Interrupted
 from nearfar.training.run_folder import RunFolder
-from toy_system import ToySystem, toy, toy_config
+from processes import run_until_killed
+from run_files import records, states_equal
+from toy_system import ToySystem, killed_after, toy, toy_config, train
 
 pytestmark = pytest.mark.slow  # real runs
-
-
-def silent(text: str) -> None:
-    pass
-
-
-def train(folder: Path, config: Any, resume: Resume | None = None, data_seed: int = 0) -> RunFolder:
-    return fit(toy(config, data_seed), config, RunFolder(folder), resume, say=silent)
-
-
-def states_equal(a: Checkpoint, b: Checkpoint) -> bool:
-    def same(x: Any, y: Any) -> bool:
-        if isinstance(x, torch.Tensor):
-            return torch.equal(x, y)
-        if isinstance(x, dict):
-            return x.keys() == y.keys() and all(same(x[k], y[k]) for k in x)
-        if isinstance(x, (list, tuple)):
-            return len(x) == len(y) and all(map(same, x, y))
-        return x == y
-
-    return all(
-        same(getattr(a, name), getattr(b, name))
-        for name in ("epoch", "batches", "step", "model", "optimizer", "scheduler", "generators", "best")
-    )
-
-
-def records(folder: RunFolder) -> list[dict[str, Any]]:
-    times = ("seconds", "seconds_per_step")
-    return [{k: v for k, v in record.items() if k not in times} for record in folder.log()]
-
-
-def killed_after(config: Any, folder: Path, steps: int) -> None:
-    """Train in this (child) process and kill it, hard, after ``steps`` steps."""
-    step = ToySystem.training_step
-    count = 0
-
-    def dying(self: ToySystem, model: Any, batch: Any) -> Any:
-        nonlocal count
-        if count == steps:
-            os.kill(os.getpid(), signal.SIGKILL)
-        count += 1
-        return step(self, model, batch)
-
-    ToySystem.training_step = dying  # type: ignore[method-assign]
-    torch.set_num_threads(1)
-    train(folder, config)
 
 
 @pytest.mark.parametrize(
@@ -82,12 +37,7 @@ def test_kill_and_resume_is_bit_identical(
         trainer__threads=1,
     )
     whole = train(tmp_path / "whole", config)
-    process = multiprocessing.get_context("fork").Process(
-        target=killed_after, args=(config, tmp_path / "killed", kill_at)
-    )
-    process.start()
-    process.join(120)
-    assert process.exitcode == -signal.SIGKILL
+    run_until_killed(killed_after, config, tmp_path / "killed", kill_at)
     killed = RunFolder(tmp_path / "killed")
     assert not killed.finished
     saved = Checkpoint.load(killed.path)

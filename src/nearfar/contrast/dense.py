@@ -47,8 +47,8 @@ class SmallBatch(NamedTuple):
 
 
 def small_batch(
-    a: Float[Tensor, "n d"],
-    b: Float[Tensor, "m d"] | None,
+    a: Tensor,
+    b: Tensor | None,
     scale: float | Tensor,
     normalize: bool,
     any_logit: bool = False,
@@ -210,7 +210,7 @@ def _dots(
 def dense_softmax(
     a: Float[Tensor, "n d"],
     b: Float[Tensor, "m d"] | None,
-    scale: float | Float[Tensor, ""],
+    scale: float | Tensor,
     target: Target,
     *,
     both: bool = False,
@@ -391,8 +391,8 @@ class _Sums:
 
 
 def dense_own_pairs(
-    a: Float[Tensor, "n d"],
-    b: Float[Tensor, "m d"],
+    a: Tensor,
+    b: Tensor,
     scale: float | Tensor,
     both: bool,
     normalize: bool,
@@ -453,8 +453,8 @@ class _Odds:
 
 
 def dense_sigmoid(
-    a: Float[Tensor, "n d"],
-    b: Float[Tensor, "n d"],
+    a: Tensor,
+    b: Tensor,
     scale: float | Tensor,
     bias: Float[Tensor, ""],
     normalize: bool,

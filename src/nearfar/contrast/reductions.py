@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from nearfar.contrast.positives import MASKED_LOGIT, is_unmasked
@@ -80,7 +80,7 @@ def total_of(tile: Float[Tensor, "r c"], axis: int) -> Tensor:
     return tile.sum(axis) if strips is None else strips.sum(1).sum(0)
 
 
-def top_of(tile: Float[Tensor, "r c"], axis: int) -> Tensor:
+def top_of(tile: Shaped[Tensor, "r c"], axis: int) -> Tensor:
     """Maxima along the rows (``axis`` 1) or the columns (0)."""
     strips = _strips(tile, axis)
     return tile.amax(axis) if strips is None else strips.amax(1).amax(0)

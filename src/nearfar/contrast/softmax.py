@@ -301,7 +301,7 @@ def softmax_loss(
     in_batch: bool = True,
     denominator: str = "all",
     reduction: str = "mean",
-) -> tuple[Float[Tensor, ""] | Float[Tensor, " n"], Step]:
+) -> tuple[Float[Tensor, ""] | Float[Tensor, " queries"], Step]:
     """The mean loss of the queries that have a positive, averaged over both directions where there are two.
 
     ``extras`` are further negatives of the first and the second direction; ``in_batch=False`` makes them the only ones

@@ -44,7 +44,7 @@ def info_nce(
     b: Float[Tensor, "m d"],
     *,
     temperature: float = 0.07,
-    scale: float | Float[Tensor, ""] | None = None,
+    scale: float | Float[Tensor, ""] | Float[Tensor, "1"] | None = None,
     symmetric: bool = True,
     normalize: bool = True,
     mask: Bool[Tensor, "n m"] | Mask | None = None,
@@ -55,7 +55,7 @@ def info_nce(
     reduction: Literal["mean", "sum", "none"] = "mean",
     rows: slice | None = None,
     tile: tuple[int, int] | None = None,
-) -> Float[Tensor, ""] | Float[Tensor, " n"]:
+) -> Float[Tensor, ""] | Float[Tensor, " queries"]:
     """The mean cross-entropy of picking ``b[i]`` for ``a[i]`` among all rows of ``b`` (van den Oord et al. 2018).
 
     With scores s_ij = cos(a_i, b_j) / temperature: mean over i of log Σ_j exp(s_ij) - s_ii. ``symmetric=True``
@@ -114,7 +114,7 @@ def info_nce_step(
     denominator: str = "all",
     reduction: str = "mean",
     names: tuple[str, str, str] = ("a", "b", "scale"),
-) -> tuple[Float[Tensor, ""] | Float[Tensor, " n"], Step]:
+) -> tuple[Float[Tensor, ""] | Float[Tensor, " queries"], Step]:
     """``info_nce``, and what its record is made of; ``names`` are what its caller calls the first three."""
     if scale is None:
         scale = 1.0 / check_temperature(temperature)
@@ -199,7 +199,7 @@ def _check_alone(n: int, m: int, extras: list[Extra | None], symmetric: bool, ma
 def clip(
     image: Float[Tensor, "n d"],
     text: Float[Tensor, "n d"],
-    logit_scale: float | Float[Tensor, ""],
+    logit_scale: float | Float[Tensor, ""] | Float[Tensor, "1"],
     *,
     max_scale: float | None = None,
     normalize: bool = True,
@@ -300,11 +300,11 @@ class InfoNCELoss(ContrastiveLoss):
         a: Float[Tensor, "n d"],
         b: Float[Tensor, "m d"],
         mask: Bool[Tensor, "n m"] | Mask | None = None,
-        scale: float | Float[Tensor, ""] | None = None,
+        scale: float | Float[Tensor, ""] | Float[Tensor, "1"] | None = None,
         negatives: Negatives | None = None,
         negatives_mask: Mask | Tensor | tuple[Mask | Tensor | None, ...] | None = None,
         rows: slice | None = None,
-    ) -> Float[Tensor, ""] | Float[Tensor, " n"]:
+    ) -> Float[Tensor, ""] | Float[Tensor, " queries"]:
         loss, self._step = info_nce_step(
             a,
             b,
@@ -357,7 +357,7 @@ class ClipLoss(ContrastiveLoss):
         self,
         image: Float[Tensor, "n d"],
         text: Float[Tensor, "n d"],
-        logit_scale: float | Float[Tensor, ""],
+        logit_scale: float | Float[Tensor, ""] | Float[Tensor, "1"],
         mask: Bool[Tensor, "n n"] | Mask | None = None,
         rows: slice | None = None,
     ) -> Float[Tensor, ""]:

@@ -29,8 +29,8 @@ __all__ = ["SigLipLoss", "siglip", "siglip_step"]
 def siglip(
     a: Float[Tensor, "n d"],
     b: Float[Tensor, "n d"],
-    logit_scale: float | Float[Tensor, ""],
-    logit_bias: float | Float[Tensor, ""] = 0.0,
+    logit_scale: float | Float[Tensor, ""] | Float[Tensor, "1"],
+    logit_bias: float | Float[Tensor, ""] | Float[Tensor, "1"] = 0.0,
     *,
     normalize: bool = True,
     mask: Bool[Tensor, "n n"] | Mask | None = None,
@@ -160,8 +160,8 @@ class SigLipLoss(ContrastiveLoss):
         self,
         a: Float[Tensor, "n d"],
         b: Float[Tensor, "n d"],
-        logit_scale: float | Float[Tensor, ""],
-        logit_bias: float | Float[Tensor, ""] = 0.0,
+        logit_scale: float | Float[Tensor, ""] | Float[Tensor, "1"],
+        logit_bias: float | Float[Tensor, ""] | Float[Tensor, "1"] = 0.0,
         mask: Bool[Tensor, "n n"] | Mask | None = None,
         rows: slice | None = None,
     ) -> Float[Tensor, ""]:

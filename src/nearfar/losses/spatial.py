@@ -48,7 +48,7 @@ Neighbors = Literal["soft", "positive", "mask", "none"]
 def spatial(
     image: Float[Tensor, "n d"],
     text: Float[Tensor, "n d"],
-    logit_scale: float | Float[Tensor, ""],
+    logit_scale: float | Float[Tensor, ""] | Float[Tensor, "1"],
     neighbor_index: Int[Tensor, "n k"],
     neighbor_alpha: Float[Tensor, "n k"],
     *,
@@ -266,7 +266,7 @@ class SpatialLoss(ContrastiveLoss):
         self,
         image: Float[Tensor, "n d"],
         text: Float[Tensor, "n d"],
-        logit_scale: float | Float[Tensor, ""],
+        logit_scale: float | Float[Tensor, ""] | Float[Tensor, "1"],
         neighbor_index: Int[Tensor, "n k"],
         neighbor_alpha: Float[Tensor, "n k"],
         rows: slice | None = None,

@@ -65,7 +65,7 @@ def supcon(
     reduction: Literal["mean", "sum", "none"] = "mean",
     rows: slice | None = None,
     tile: tuple[int, int] | None = None,
-) -> Float[Tensor, ""] | Float[Tensor, " n"]:
+) -> Float[Tensor, ""] | Float[Tensor, " queries"]:
     """The supervised contrastive loss (Khosla et al. 2020): all rows of a class are each other's positives.
 
     ``sum="outside"`` is their L_out: mean over positives p of log Σ_c exp(s_ic) - s_ip, candidates c all rows but i.
@@ -125,7 +125,7 @@ def supcon_step(
     positives: Tensor | None = None,
     denominator: str = "all",
     reduction: str = "mean",
-) -> tuple[Float[Tensor, ""] | Float[Tensor, " n"], Step]:
+) -> tuple[Float[Tensor, ""] | Float[Tensor, " queries"], Step]:
     """``supcon``, and what its record is made of."""
     factor = 1.0 / check_temperature(temperature)
     check_words(sum=sum, denominator=denominator, reduction=reduction)
@@ -172,8 +172,10 @@ def supcon_step(
         )
     assert labels is not None
     labels = labels.to(z.device)
-    if keys is not None and memory is not None and memory_labels is not None:
+    theirs = None
+    if memory is not None and memory_labels is not None:  # an empty memory has no labels either
         theirs = _labels(memory_labels, len(memory), "memory_labels", "memory", len(z)).to(labels.device)
+    if keys is not None and theirs is not None:
         same = SameClass(labels, torch.cat([labels, theirs]) if in_batch else theirs)
         return softmax_loss(first, keys, scale, same, without_self=alone, **options)
     whole = keys is None and rows is None and mask is None
@@ -412,7 +414,7 @@ class SupConLoss(ContrastiveLoss):
         mask: Bool[Tensor, "n m"] | Mask | None = None,
         rows: slice | None = None,
         positives: Bool[Tensor, "n m"] | Float[Tensor, "n m"] | None = None,
-    ) -> Float[Tensor, ""] | Float[Tensor, " n"]:
+    ) -> Float[Tensor, ""] | Float[Tensor, " queries"]:
         loss, self._step = supcon_step(
             z, labels, self.temperature, self.sum, self.normalize, other, self.own_pair, memory, memory_labels, mask,
             rows, in_batch=self.in_batch, positives=positives, denominator=self.denominator, reduction=self.reduction,

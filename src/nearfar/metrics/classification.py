@@ -143,7 +143,7 @@ def weighted_f1(sums: Float[ndarray, "*rows a c 3"]) -> Float[ndarray, "*rows"]:
     total = support.sum(axis=-1)
     each = (support * f1).sum(axis=-1)
     per_question: NDArray[np.float64] = np.divide(each, total, out=np.zeros(each.shape), where=total != 0)
-    return per_question.mean(axis=-1)
+    return np.asarray(per_question.mean(axis=-1))
 
 
 # -- the best that can be said without reading --------------------------------------------------------------------

@@ -61,7 +61,7 @@ def f1_macro(sums: Float[ndarray, "*rows classes 3"]) -> Float[ndarray, "*rows"]
     >>> float(f1_macro(np.array([[3.0, 1.0, 1.0], [1.0, 0.0, 2.0]])))
     0.625
     """
-    return _f1(_sums(sums, 3, classes=True)).mean(axis=-1)
+    return np.asarray(_f1(_sums(sums, 3, classes=True)).mean(axis=-1))
 
 
 def _sums(sums: ArrayLike, kinds: int, classes: bool = False) -> NDArray[np.float64]:

@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 
-Rows = Float[Tensor, "n d"] | np.ndarray
+Rows = Float[Tensor, "_ d"] | np.ndarray
 
 #: neighbours by whose lists hubs are found, as in the paper
 HUB_NEIGHBORS = 10
@@ -297,7 +297,7 @@ def _rows(embeddings: Rows, name: str = "embeddings") -> Float64[Tensor, "n d"]:
     return x
 
 
-def _tensor(embeddings: Rows, name: str) -> Tensor:
+def _tensor(embeddings: Tensor | np.ndarray, name: str) -> Tensor:
     """A tensor of the precision that came in; lists and tables are float64."""
     if isinstance(embeddings, Tensor):
         return embeddings.detach()

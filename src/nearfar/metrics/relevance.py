@@ -29,7 +29,7 @@ class Relevance:
     queries: int
     keys: int
     labels: tuple[Int64[Tensor, " n"], Int64[Tensor, " m"]] | None = None
-    starts: Int64[Tensor, " n+1"] | None = None
+    starts: Int64[Tensor, " boundaries"] | None = None
     indices: Int64[Tensor, " pairs"] | None = None
     own: Int64[Tensor, " n"] | None = None
     without_label: tuple[int, int] = (0, 0)

@@ -35,7 +35,7 @@ from nearfar.metrics.relevance_forms import read_relevance
 __all__ = ["RecallAtK", "rank_estimates", "retrieval_metrics", "retrieval_ranks"]
 
 
-Embeddings = Float[Tensor, "n d"] | np.ndarray
+Embeddings = Float[Tensor, "_ d"] | np.ndarray
 #: query i is key i, or the position of each query among the keys
 LeaveOneOut = bool | Sequence[int] | np.ndarray | Tensor
 

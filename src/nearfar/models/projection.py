@@ -101,7 +101,7 @@ class ProjectionHead(nn.Module):
         self.in_features = in_features
         self.out_features = out_features
 
-    def forward(self, x: Float[Tensor, "n in"]) -> Float[Tensor, "n out"]:
+    def forward(self, x: Float[Tensor, "*rows in"]) -> Float[Tensor, "*rows out"]:
         if not isinstance(x, Tensor) or x.ndim == 0 or not x.is_floating_point():
             what = f"{tuple(x.shape)} {x.dtype}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
             raise NearfarError(f"x is {what}; a floating tensor (rows, {self.in_features}) is needed")

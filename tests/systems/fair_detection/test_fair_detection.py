@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
 from pathlib import Path
@@ -22,6 +21,7 @@ from nearfar.systems import build_system, check_config
 from nearfar.systems.fair_detection.system import FairDetectionSystem
 from nearfar.training.checkpoint import Checkpoint
 from nearfar.training.run_folder import RunFolder
+from processes import run_until_killed
 
 QUIET = Console(file=open(os.devnull, "w"))  # noqa: SIM115
 TRAINED = "detector_training.scenes"
@@ -160,17 +160,13 @@ def _killed(every: list[str], steps: int) -> None:
         return step(self, model, batch)
 
     FairDetectionSystem.training_step = dying  # type: ignore[method-assign]
-    torch.set_num_threads(1)
     run_one(compose_config(every), every, False, QUIET)
 
 
 def test_a_killed_run_resumes_bit_for_bit(whole: RunFolder, tmp_path: Path) -> None:
     """Score queues, batch statistics and the bound are part of the state."""
     every = overrides(tmp_path, "name=killed", "epochs=3", "trainer.checkpoint_steps=1")
-    process = multiprocessing.get_context("fork").Process(target=_killed, args=(every, 7))
-    process.start()
-    process.join(120)
-    assert process.exitcode == -signal.SIGKILL
+    run_until_killed(_killed, every, 7)
     killed = RunFolder(tmp_path / "killed")
     assert Checkpoint.load(killed.path).step in (6, 7)
     again = [text for text in every if not text.startswith("name=")] + [f"resume_from='{killed}'"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 from pathlib import Path
@@ -22,8 +21,8 @@ from nearfar.systems.tissue.system import TissueSystem
 from nearfar.training.checkpoint import Checkpoint
 from nearfar.training.fit import fit
 from nearfar.training.run_folder import RunFolder
-from processes import together
-from test_ranks import compare
+from processes import run_until_killed, together
+from run_files import assert_same_training
 
 QUIET = Console(file=open(os.devnull, "w"))  # noqa: SIM115
 SMALL = [
@@ -193,7 +192,6 @@ def killed_after(every: list[str], step: int) -> None:
         return training_step(self, model, batch)
 
     TissueSystem.training_step = dying  # type: ignore[method-assign]
-    torch.set_num_threads(1)
     run_one(compose_config(every), every, False, QUIET)
 
 
@@ -202,10 +200,7 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path) -> None:
     options = ["image_encoder=small", "image_encoder.features=16", "epochs=3", "trainer.checkpoint_steps=1"]
     whole = run(tmp_path, "name=whole", *options)
     every = overrides(f"runs_dir={tmp_path}", "name=killed", *options)
-    process = multiprocessing.get_context("fork").Process(target=killed_after, args=(every, 6))
-    process.start()
-    process.join(120)
-    assert process.exitcode == -signal.SIGKILL
+    run_until_killed(killed_after, every, 6)
     killed = RunFolder(tmp_path / "killed")
     assert 0 < Checkpoint.load(killed.path).step < Checkpoint.load(whole.path).step
     resumed = with_saved_overrides([f"resume_from={killed.path}"])
@@ -237,7 +232,7 @@ def test_two_processes_have_the_losses_and_gradients_of_one(tmp_path: Path, opti
     config = compose_config(every)
     config.trainer.devices = 2
     assert together(train_in_two, config, tmp_path / "two") == [None, None]
-    compare(tmp_path / "one", tmp_path / "two")
+    assert_same_training(tmp_path / "one", tmp_path / "two")
     last = [r for r in RunFolder(tmp_path / "two").log() if r["kind"] == "step"][-1]
     assert last["world_size"] == 2
 

@@ -82,10 +82,10 @@ class GraphTable:
     """
 
     atoms: UInt8[np.ndarray, "atoms 9"]
-    atom_ptr: Int[np.ndarray, " molecules+1"]
+    atom_ptr: Int[np.ndarray, " boundaries"]
     edges: Int[np.ndarray, "edges 2"]
     bonds: UInt8[np.ndarray, "edges 3"]
-    edge_ptr: Int[np.ndarray, " molecules+1"]
+    edge_ptr: Int[np.ndarray, " boundaries"]
 
     @classmethod
     def from_smiles(cls, smiles: Sequence[str], cache: bool = True) -> GraphTable:
