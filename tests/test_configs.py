@@ -180,7 +180,7 @@ def test_a_run_is_never_overwritten_in_silence(tmp_path: Path) -> None:
     config.exists = "skip"
     assert choose_folder(config, overrides, False)[0].path == tmp_path / "first"
     config.lr = 0.5
-    with pytest.raises(NearfarError, match=r"another configuration.*lr"):
+    with pytest.raises(NearfarError, match=r"a different configuration.*lr"):
         choose_folder(config, overrides, False)
 
 

@@ -115,7 +115,7 @@ def check_name(name: str) -> None:
     parts = name.split("/")
     problem = None
     if Path(name).is_absolute() or ".." in parts:
-        problem = "leads out of runs_dir; a run lies below it. Choose another place with runs_dir="
+        problem = "leads out of runs_dir; a run lies below it. Choose a different place with runs_dir="
     elif not all(part.strip() and part != "." for part in parts):
         problem = "has an empty part; use letters and digits"
     elif not name.isprintable():
@@ -158,7 +158,7 @@ def choose_folder(
     if changed:
         keys = ", ".join(changed)
         raise NearfarError(
-            f"{path} is a run with another configuration ({keys}); use exists=number or a name=."
+            f"{path} is a run with a different configuration ({keys}); use exists=number or a name=."
         )
     if not folder.finished and (folder.checkpoints / "last.ckpt").exists():
         return folder, Resume.find(str(path), config)

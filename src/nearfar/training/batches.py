@@ -95,7 +95,7 @@ def check_batches(
 ) -> None:
     """The A/A check: batches called hard must hold items more alike than random batches do.
 
-    Raises ``NearfarError`` otherwise: the usual reason is a neighbour list in another order than the data.
+    Raises ``NearfarError`` otherwise: the usual reason is a neighbour list in a different order from the data.
     """
     if not config.sampler.composes_hard_batches:
         return

@@ -49,7 +49,7 @@ def describe(system: System, config: RunOptions, console: Any) -> dict[str, Any]
         console.print(f"timed in one process with whole batches; trainer.devices={processes} share them")
     weights = _megabytes(model.parameters())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-    found = {
+    facts = {
         "training items": len(dataset),
         "batches per epoch": len(batches),
         "epochs": config.epochs,
@@ -63,10 +63,10 @@ def describe(system: System, config: RunOptions, console: Any) -> dict[str, Any]
         "minutes in all": epoch * config.epochs / 60,
     }
     table = Table(title="dry run: nothing was trained or written", title_justify="left", show_header=False)
-    for name, value in found.items():
+    for name, value in facts.items():
         table.add_row(name, f"{value:,}" if isinstance(value, int) else f"{value:.3g}")
     console.print(table)
-    return found
+    return facts
 
 
 def _time_steps(

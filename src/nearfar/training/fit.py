@@ -66,12 +66,12 @@ def write_results(
 
 def write_diagnosis(folder: RunFolder, say: Say) -> Diagnosis:
     """``doctor.json``: what the finished run looks like to the doctor; warnings and errors are said."""
-    found = diagnose(folder.path)
-    folder.write_json("doctor.json", found.to_dict())
-    say(f"doctor: {found.verdict}")
-    for finding in found.of("error", "warning"):
+    diagnosis = diagnose(folder.path)
+    folder.write_json("doctor.json", diagnosis.to_dict())
+    say(f"doctor: {diagnosis.verdict}")
+    for finding in diagnosis.of("error", "warning"):
         say(f"  {finding}")
-    return found
+    return diagnosis
 
 
 def write_metrics(
@@ -109,8 +109,8 @@ def project(outputs: Mapping[str, Tensor], rows: int = MAP_ROWS) -> dict[str, np
     scaled to unit length, since losses see directions only. Components have the sign that makes their largest
     weight positive, so that the same embeddings give the same map.
 
-    >>> found = project({"texts": torch.eye(6), "molecules": torch.eye(6).flip(0), "labels": torch.arange(6)})
-    >>> sorted(found), found["view/texts"].shape
+    >>> arrays = project({"texts": torch.eye(6), "molecules": torch.eye(6).flip(0), "labels": torch.arange(6)})
+    >>> sorted(arrays), arrays["view/texts"].shape
     (['explained', 'view/molecules', 'view/texts'], (6, 2))
     """
     matrices = {
@@ -136,19 +136,19 @@ def project(outputs: Mapping[str, Tensor], rows: int = MAP_ROWS) -> dict[str, np
     axes = axes * axes.gather(1, largest).sign()
     variance = float((singular**2).sum())
     explained = float((singular[:2] ** 2).sum()) / variance if variance > 0.0 else 1.0
-    found = {
+    arrays = {
         f"view/{name}": ((unit - middle) @ axes.T).numpy().astype(np.float32) for name, unit in units.items()
     }
-    return found | {"explained": np.float64(explained)}
+    return arrays | {"explained": np.float64(explained)}
 
 
 def write_map(folder: RunFolder, outputs: Mapping[str, Tensor]) -> None:
     """``map.npz`` of a run, where its outputs hold embeddings."""
-    found = project(outputs)
-    if found is None:
+    arrays = project(outputs)
+    if arrays is None:
         return
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, **found)  # type: ignore[arg-type]  # numpy's stub wants allow_pickle first
+    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]  # numpy's stub wants allow_pickle first
     write_atomically(folder.path / "map.npz", lambda file: file.write(buffer.getvalue()))
 
 
@@ -263,7 +263,7 @@ def fit(
         system.calibrate(lambda split: outputs_of(system, model, config, split), say)
         for split in ("val", "test"):
             evaluated = evaluate(system, model, config, split)
-            if request.asked:
+            if request.stop:
                 raise Interrupted(str(folder))
             if evaluated is not None:
                 results[split], outputs[split] = evaluated

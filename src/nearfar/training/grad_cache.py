@@ -191,9 +191,9 @@ def _check_node(node: Any, model: nn.Module | None) -> None:
 
 def _check_model(model: nn.Module) -> None:
     wrappers = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
-    found = sorted({c.__name__ for m in model.modules() for c in type(m).__mro__} & wrappers)
-    if found:
-        raise NearfarError(f"the encoder holds a {found[0]} wrapper, called for each chunk; {_WRAPPED}")
+    wrapping = sorted({c.__name__ for m in model.modules() for c in type(m).__mro__} & wrappers)
+    if wrapping:
+        raise NearfarError(f"the encoder holds a {wrapping[0]} wrapper, called for each chunk; {_WRAPPED}")
 
 
 def _check_outputs(outputs: Sequence[Any], form: Any, expected: Any, number: int) -> None:
@@ -201,11 +201,11 @@ def _check_outputs(outputs: Sequence[Any], form: Any, expected: Any, number: int
         raise NearfarError(f"encode gave {form} for chunk {number}, but {expected} for the first one")
     wrong = [output for output in outputs if not isinstance(output, Tensor) or output.ndim == 0]
     if wrong or not outputs:
-        found = "nothing"
+        given = "nothing"
         if wrong:
-            found = "a single number" if isinstance(wrong[0], Tensor) else f"a {type(wrong[0]).__name__}"
+            given = "a single number" if isinstance(wrong[0], Tensor) else f"a {type(wrong[0]).__name__}"
         raise NearfarError(
-            f"encode gave {found} for chunk {number}; it must give tensors whose first dimension counts rows. A scale "
+            f"encode gave {given} for chunk {number}; it must give tensors whose first dimension counts rows. A scale "
             "or a bias that learns belongs into the loss"
         )
 
@@ -221,7 +221,7 @@ def _warn_of_statistics(model: nn.Module) -> None:
 
 
 # How far, relative to its length, an embedding may be from that of the first pass. Kernels of a GPU that add up in any
-# order stay far below; another dropout mask is far above.
+# order stay far below; a different dropout mask is far above.
 _TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-2}
 _HALF_TOLERANCE = 0.1
 
@@ -400,11 +400,11 @@ def _running_statistics_held(model: nn.Module | None) -> Iterator[None]:
 @contextmanager
 def _hooks_held(leaves: Sequence[Tensor]) -> Iterator[None]:
     """Hooks on a parameter see its whole gradient, once, and not that of every chunk before."""
-    held = [(leaf._backward_hooks, dict(leaf._backward_hooks)) for leaf in leaves if leaf._backward_hooks]
-    for hooks, _ in held:
+    removed_hooks = [(leaf._backward_hooks, dict(leaf._backward_hooks)) for leaf in leaves if leaf._backward_hooks]
+    for hooks, _ in removed_hooks:
         hooks.clear()
     try:
         yield
     finally:
-        for hooks, content in held:
+        for hooks, content in removed_hooks:
             hooks.update(content)

@@ -108,7 +108,7 @@ class TrainingLoop:
             self._save()
         else:
             self._close_epoch(self._validate())
-        self._stop_if_asked()
+        self._stop_if_requested()
 
     def _open_epoch(self) -> DataLoader[Any]:
         """The batches of the current epoch that have not been trained on yet."""
@@ -169,7 +169,7 @@ class TrainingLoop:
         return torch.nn.utils.get_total_norm([w.grad for w in weights if w.grad is not None])
 
     def _after_step(self) -> None:
-        """Log, probe and save if it is time, or if somebody asked to stop."""
+        """Log, probe and save if it is time, or if a stop was requested."""
         state = self.state
         self.recorder.batch_done(self)
         if self.logged:
@@ -180,10 +180,10 @@ class TrainingLoop:
             self.recorder.log_probe(self)
         due = time.monotonic() - self._saved_at > self._save_seconds
         due = due or bool(self._save_steps and state.step % self._save_steps == 0)
-        asked, due = ranks.any_rank(self._asked, due)
-        if asked or due:
+        stop, due = ranks.any_rank(self._stop_requested, due)
+        if stop or due:
             self._save()
-        if asked:
+        if stop:
             raise Interrupted(str(self.recorder.folder))
 
     def _validate(self) -> tuple[Evaluation, dict[str, Tensor]] | None:
@@ -323,13 +323,13 @@ class TrainingLoop:
 
     # -- stopping --------------------------------------------------------------------------------------------
     @property
-    def _asked(self) -> bool:
-        """Whether this process was asked to stop, or has nobody left who could ask."""
-        return self.request.asked or ranks.launcher_died()
+    def _stop_requested(self) -> bool:
+        """Whether this process was asked to stop, or its launcher died."""
+        return self.request.stop or ranks.launcher_died()
 
-    def _stop_if_asked(self) -> None:
-        (asked,) = ranks.any_rank(self._asked)
-        if asked:
+    def _stop_if_requested(self) -> None:
+        (stop,) = ranks.any_rank(self._stop_requested)
+        if stop:
             raise Interrupted(str(self.recorder.folder))
 
 
@@ -360,19 +360,19 @@ class _Step(nn.Module):
 
 
 class Interrupted(Exception):
-    """Training was asked to stop and has written a checkpoint from which it resumes exactly."""
+    """Training was stopped on request and has written a checkpoint from which it resumes exactly."""
 
 
 class StopRequest:
     """Set by the first Ctrl-C (or SIGTERM); the run stops after the current step."""
 
-    asked = False
+    stop = False
 
     def ask(self, number: int, frame: Any) -> None:
         """What the signals call; a second Ctrl-C stops at once."""
-        if self.asked and number == signal.SIGINT:
+        if self.stop and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.asked = True
+        self.stop = True
 
 
 @contextmanager

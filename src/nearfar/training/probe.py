@@ -2,7 +2,7 @@
 
 From the embeddings of a fixed sample come the numbers of ``nearfar.metrics.embedding_health``. The same rows, in random
 batches of the training's size, also go through the training loss, and so do as many training rows: two losses of one
-composition, whose difference is what the model knows of its training rows alone. The log's steps have another: there a
+composition, whose difference is what the model knows of its training rows alone. The log's steps have a different one: there a
 sampler composes the batches, and dropout is on.
 """
 
@@ -105,9 +105,9 @@ class Probe:
 
     def __init__(self, system: System, rows: int, batch_size: int, seed: int) -> None:
         self.system = system
-        found = {split: _sample(system, split, rows, seed) for split in ("val", "train")}
-        self.split = "val" if len(found["val"]) > 1 else "train"
-        self.positions, self.train = found[self.split], found["train"]
+        samples = {split: _sample(system, split, rows, seed) for split in ("val", "train")}
+        self.split = "val" if len(samples["val"]) > 1 else "train"
+        self.positions, self.train = samples[self.split], samples["train"]
         self.size = max(1, min(batch_size, len(self.positions), len(self.train)))
         self.full = len(self.positions) // self.size if self.size > 1 else 0
         self.train = self.train[: self.full * self.size]
@@ -207,11 +207,11 @@ class _Pass:
                 if encoding
                 else system.training_step(self.model, batch)
             )
-            found = {"loss": step.loss.item()}
+            measured = {"loss": step.loss.item()}
             if embed:
                 logs = step.logs()
-                found |= {name: logs[name] for name in ("uniform_level", "candidates") if name in logs}
-            self.losses.append(found)
+                measured |= {name: logs[name] for name in ("uniform_level", "candidates") if name in logs}
+            self.losses.append(measured)
         except NearfarError as error:
             # A loss may ask for more than a random batch holds. Training goes on, and the record says what was missing.
             self.problem, self.losses = str(error), []
@@ -220,7 +220,7 @@ class _Pass:
     def means(self) -> dict[str, float]:
         """Loss, uniform level and candidates, averaged over the batches."""
         keys = self.losses[0].keys() if self.losses else ()
-        return {key: float(np.mean([found[key] for found in self.losses])) for key in keys}
+        return {key: float(np.mean([measured[key] for measured in self.losses])) for key in keys}
 
 
 def _sample(system: System, split: str, rows: int, seed: int) -> Int[np.ndarray, " n"]:

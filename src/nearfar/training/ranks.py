@@ -167,13 +167,13 @@ def any_rank(*flags: bool) -> tuple[bool, ...]:
     """
     if count() == 1:
         return flags
-    found = torch.tensor([0, *flags], dtype=torch.int32)
-    dist.all_reduce(found, op=dist.ReduceOp.MAX)
-    return tuple(bool(value) for value in found[1:].tolist())
+    joined = torch.tensor([0, *flags], dtype=torch.int32)
+    dist.all_reduce(joined, op=dist.ReduceOp.MAX)
+    return tuple(bool(value) for value in joined[1:].tolist())
 
 
 def launcher_died() -> bool:
-    """Whether what has started these processes is gone, as after ``kill -9``: nobody would stop them any more."""
+    """Whether what has started these processes is gone, as after ``kill -9``, so that nothing would stop them any more."""
     return _parent is not None and os.getppid() != _parent
 
 
@@ -187,8 +187,8 @@ def from_first(make: Callable[[], T]) -> T:
         return make()
     content: list[Any] = [make() if is_first() else None]
     dist.broadcast_object_list(content, src=0, device=torch.device("cpu"))
-    found: T = content[0]
-    return found
+    first: T = content[0]
+    return first
 
 
 def gathered(value: T) -> list[T]:
@@ -199,10 +199,10 @@ def gathered(value: T) -> list[T]:
     """
     if count() == 1:
         return [value]
-    found: list[Any] = [None] * count()
+    gathered: list[Any] = [None] * count()
     # Of all to all: gather to one is not offered by every backend.
-    dist.all_gather_object(found, value)
-    return found if is_first() else []
+    dist.all_gather_object(gathered, value)
+    return gathered if is_first() else []
 
 
 def one_after_the_other(work: Callable[[], object]) -> None:

@@ -83,7 +83,7 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise NearfarError(
-            f"{path} cannot be made: {error.strerror or error}. Choose another place with runs_dir= or --output."
+            f"{path} cannot be made: {error.strerror or error}. Choose a different place with runs_dir= or --output."
         ) from None
 
 

@@ -35,14 +35,14 @@ def retrieval_examples(
     ``query`` and ``item`` say what is shown of a position: a ``text``, perhaps an ``svg``.
 
     >>> rows = torch.eye(3)
-    >>> found = retrieval_examples(rows, rows, lambda i: {"text": f"q{i}"}, lambda i: {"text": f"k{i}"})
-    >>> found[0]["kind"], found[0]["rank"], found[0]["gallery"], found[0]["items"][0]["correct"]
+    >>> examples = retrieval_examples(rows, rows, lambda i: {"text": f"q{i}"}, lambda i: {"text": f"k{i}"})
+    >>> examples[0]["kind"], examples[0]["rank"], examples[0]["gallery"], examples[0]["items"][0]["correct"]
     ('right', 1, 3, True)
     """
     queries, keys = normalize(queries.float(), dim=1), normalize(keys.float(), dim=1)
     order = torch.randperm(len(queries), generator=torch.Generator().manual_seed(seed))
     wanted = dict.fromkeys(KINDS, EXAMPLES)
-    found: list[dict[str, Any]] = []
+    examples: list[dict[str, Any]] = []
     for at in order[:LOOKED_AT].tolist():
         scores = keys @ queries[at]
         # Ties count by expectation, as in the metrics: among equal scores nothing says which comes first.
@@ -53,7 +53,7 @@ def retrieval_examples(
             continue
         wanted[kind] -= 1
         best = scores.topk(min(HITS, len(scores))).indices.tolist()
-        found.append(
+        examples.append(
             {
                 "kind": kind,
                 "query": query(at),
@@ -67,7 +67,7 @@ def retrieval_examples(
         )
         if not any(wanted.values()):
             break
-    return sorted(found, key=lambda example: KINDS.index(example["kind"]))
+    return sorted(examples, key=lambda example: KINDS.index(example["kind"]))
 
 
 #: how the bytes of a picture begin, and what it then is
@@ -149,5 +149,5 @@ def read_sections(folder: RunFolder) -> list[dict[str, Any]]:
     """What ``write_sections`` wrote."""
     if not (folder.path / "sections.json").exists():
         return []
-    found: list[dict[str, Any]] = folder.read_json("sections.json")
-    return found
+    sections: list[dict[str, Any]] = folder.read_json("sections.json")
+    return sections

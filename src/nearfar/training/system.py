@@ -260,8 +260,8 @@ def whole_rows(views: Mapping[str, Tensor]) -> dict[str, Tensor]:
     >>> {name: len(view) for name, view in whole_rows(views).items()}
     {'a': 2, 'b': 2}
     """
-    there = {name: (view != 0).any(dim=1) for name, view in views.items()}
-    kept = {name: rows for name, rows in there.items() if int(rows.sum()) > 1}
+    present = {name: (view != 0).any(dim=1) for name, view in views.items()}
+    kept = {name: rows for name, rows in present.items() if int(rows.sum()) > 1}
     if len(kept) == len(views) and all(bool(rows.all()) for rows in kept.values()):
         return dict(views)
     if not kept:
