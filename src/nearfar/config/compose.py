@@ -108,7 +108,7 @@ def path_options(options: RunOptions) -> dict[str, Path]:
 
 
 def _own_table(options: RunOptions) -> Mapping[str, Option]:
-    """The options of the variants that were chosen, so that a count of scenes is not taken for a path of a different variant."""
+    """The options of the variants that were chosen, so that a count of scenes is not read as a file of pictures."""
     table: dict[str, Option] = {}
     chosen = {name: type(value) for name, value in vars(options).items() if is_dataclass(value)}
     for key, each in option_table(type(options)).items():

@@ -65,7 +65,7 @@ _KEY = "nearfar"
 class Rule(Protocol):
     """What a value may be; ``check`` raises ``NearfarError`` for anything else."""
 
-    def check(self, name: str, value: Any) -> None: ...
+    def check(self, name: str, value: object) -> None: ...
 
 
 # -- rules ---------------------------------------------------------------------------------------------------
@@ -84,7 +84,7 @@ class Number:
     inside: bool = False
     optional: bool = False
 
-    def check(self, name: str, value: Any) -> None:
+    def check(self, name: str, value: object) -> None:
         if value is None and self.optional:
             return
         kinds = int if self.whole else (int, float)
@@ -117,7 +117,7 @@ class Choice:
     names: Sequence[str]
     optional: bool = False
 
-    def check(self, name: str, value: Any) -> None:
+    def check(self, name: str, value: object) -> None:
         if value is None and self.optional:
             return
         if not isinstance(value, str) or value not in self.names:
@@ -135,7 +135,7 @@ class Switch:
 
     optional: bool = False
 
-    def check(self, name: str, value: Any) -> None:
+    def check(self, name: str, value: object) -> None:
         if not isinstance(value, bool) and not (value is None and self.optional):
             raise NearfarError(f"{name}={_shown(value)}: true or false is needed.")
 
@@ -150,7 +150,7 @@ class Text:
     optional: bool = False
     number: bool = False
 
-    def check(self, name: str, value: Any) -> None:
+    def check(self, name: str, value: object) -> None:
         if value is None and self.optional:
             return
         digits = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -183,7 +183,7 @@ class Scheduled:
     whole: bool = False
     what: str = "a number"
 
-    def check(self, name: str, value: Any) -> None:
+    def check(self, name: str, value: object) -> None:
         try:
             values = _named_values(schedule(value))
             inside = all(self.least <= each <= self.most for each in values)
@@ -210,7 +210,7 @@ class Encoding:
 
     optional: bool = True
 
-    def check(self, name: str, value: Any) -> None:
+    def check(self, name: str, value: object) -> None:
         from nearfar.data.delimited import require_text_encoding
 
         if value is not None:
@@ -232,7 +232,7 @@ class Names:
     names: Sequence[str]
     optional: bool = False
 
-    def check(self, name: str, value: Any) -> None:
+    def check(self, name: str, value: object) -> None:
         if value is None and self.optional:
             return
         listed = [value] if isinstance(value, str) else value
@@ -264,7 +264,7 @@ def _named_values(rule: Any) -> tuple[float, ...]:
     return ()
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     return "null" if value is None else str(value)
 
 

@@ -19,7 +19,7 @@ LOGGERS = ("tensorboard", "mlflow", "wandb")
 class _Devices:
     """A number of processes, or ``auto``."""
 
-    def check(self, name: str, value: Any) -> None:
+    def check(self, name: str, value: object) -> None:
         whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
         if not whole and value != "auto":
             raise NearfarError(
@@ -34,7 +34,7 @@ class _Devices:
 class _Loggers:
     """One of ``LOGGERS``, or a list of them."""
 
-    def check(self, name: str, value: Any) -> None:
+    def check(self, name: str, value: object) -> None:
         if value is None:
             return
         for each in [value] if isinstance(value, str) or not isinstance(value, Sequence) else value:
@@ -50,7 +50,7 @@ class _Loggers:
 class _Overrides:
     """The overrides that a saved run was composed with."""
 
-    def check(self, name: str, value: Any) -> None:
+    def check(self, name: str, value: object) -> None:
         if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
             raise NearfarError(f"{name}={value}: a list of key=value texts is needed.")
 

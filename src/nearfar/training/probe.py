@@ -2,8 +2,8 @@
 
 From the embeddings of a fixed sample come the numbers of ``nearfar.metrics.embedding_health``. The same rows, in random
 batches of the training's size, also go through the training loss, and so do as many training rows: two losses of one
-composition, whose difference is what the model knows of its training rows alone. The log's steps have a different one: there a
-sampler composes the batches, and dropout is on.
+composition, whose difference is what the model knows of its training rows alone. The log's steps have a
+different one: there a sampler composes the batches, and dropout is on.
 """
 
 from __future__ import annotations

@@ -173,7 +173,7 @@ def any_rank(*flags: bool) -> tuple[bool, ...]:
 
 
 def launcher_died() -> bool:
-    """Whether what has started these processes is gone, as after ``kill -9``, so that nothing would stop them any more."""
+    """Whether the process that started these is gone, as after ``kill -9``: nothing would stop them any more."""
     return _parent is not None and os.getppid() != _parent
 
 

@@ -16,7 +16,7 @@ __all__ = ["AspectData", "AspectOptions"]
 class _Weight:
     """A weight of a loss: a number or a schedule, at least 0."""
 
-    def check(self, name: str, value: Any) -> None:
+    def check(self, name: str, value: object) -> None:
         from nearfar.losses import Objective
 
         try:
@@ -33,7 +33,7 @@ class _Weight:
 class _Aspects:
     """A list of names, each once."""
 
-    def check(self, name: str, value: Any) -> None:
+    def check(self, name: str, value: object) -> None:
         if value is None:
             return
         if not isinstance(value, list) or not value:
@@ -48,7 +48,7 @@ class _Aspects:
 class _Polarities:
     """What words or numbers mean."""
 
-    def check(self, name: str, value: Any) -> None:
+    def check(self, name: str, value: object) -> None:
         if value is None:
             return
         if not isinstance(value, dict):

@@ -16,7 +16,7 @@ __all__ = ["DetectionLoss", "DetectorOptions", "DetectorRecipe", "PictureData", 
 class _TwoNames:
     """Two names, or null."""
 
-    def check(self, name: str, value: Any) -> None:
+    def check(self, name: str, value: object) -> None:
         if value is not None and (not isinstance(value, list) or len({str(each) for each in value}) != 2):
             raise NearfarError(f"{name}={value}: two names are needed, as in {name}=[female,male].")
 

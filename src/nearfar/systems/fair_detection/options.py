@@ -21,7 +21,7 @@ TERMS = ("contrastive", "wasserstein", "detection")
 class _SceneChanges:
     """Options of generated scenes that are different while a detector is trained."""
 
-    def check(self, name: str, value: Any) -> None:
+    def check(self, name: str, value: object) -> None:
         if not isinstance(value, dict):
             raise NearfarError(
                 f"{name}={value}: options of generated scenes are needed, such as {{contrast: 0.4}}."

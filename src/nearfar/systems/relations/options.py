@@ -16,7 +16,7 @@ __all__ = ["InfoNCEOptions", "RelationData", "RelationOptions", "SupConInsideOpt
 class _Relations:
     """``top5``, ``all10`` or a list of names."""
 
-    def check(self, name: str, value: Any) -> None:
+    def check(self, name: str, value: object) -> None:
         chosen_relations(value)
 
     def __str__(self) -> str:

@@ -17,7 +17,7 @@ __all__ = ["ClipOptions", "SpatialOptions", "TissueData", "TissueOptions", "slid
 class _Slides:
     """Names of slides."""
 
-    def check(self, name: str, value: Any) -> None:
+    def check(self, name: str, value: object) -> None:
         slide_names(value, name)
 
     def __str__(self) -> str:
