@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 __all__ = [
+    "Json",
     "Maybe",
     "check_shape",
     "parse_json",
@@ -32,6 +33,9 @@ __all__ = [
     "read_text",
     "read_yaml",
 ]
+
+#: an object of JSON or YAML, or a record that becomes one: plain values under names
+Json = dict[str, Any]
 
 MEGABYTE = 1 << 20
 #: bytes of a text file: reports of the largest runs stay far below

@@ -10,6 +10,7 @@ import numpy as np
 from nearfar.batching import BatchSampler, Neighbors, check_harder_than_random, measure_hardness
 from nearfar.config.samplers import HardBatchOptions, Items, SamplerOptions
 from nearfar.config.training import RunOptions
+from nearfar.data.files import Json
 from nearfar.errors import NearfarError
 
 __all__ = ["build_sampler", "check_batches", "epoch_record", "neighbors_needed"]
@@ -53,10 +54,10 @@ def build_sampler(config: RunOptions, items: Items) -> BatchSampler:
 
 def epoch_record(
     config: HardBatchOptions, epoch: int, sampler: Any, neighbors: Neighbors, say: Callable[[str], None]
-) -> dict[str, Any]:
+) -> Json:
     """Apply the schedules of epoch ``epoch`` (from 0) and measure the batches that come out of them."""
     choice = config.sampler
-    record: dict[str, Any] = {
+    record: Json = {
         "sampler": choice.name,
         "composes_hard_batches": choice.composes_hard_batches,
     } | choice.begin_epoch(config, sampler, epoch)

@@ -13,7 +13,7 @@ import torch
 
 from nearfar.config.compose import changed_values
 from nearfar.config.training import RunOptions
-from nearfar.data.files import Maybe, check_shape
+from nearfar.data.files import Json, Maybe, check_shape
 from nearfar.errors import NearfarError
 from nearfar.training import ranks
 from nearfar.training.run_folder import RunFolder, same_file, write_atomically
@@ -39,17 +39,17 @@ class Checkpoint:
     epoch: int
     batches: int
     step: int
-    model: dict[str, Any]
+    model: Json
     data_hash: str
-    optimizer: dict[str, Any] | None = None
-    scheduler: dict[str, Any] | None = None
-    precision: dict[str, Any] = field(default_factory=dict)
-    sampler: dict[str, Any] = field(default_factory=dict)
+    optimizer: Json | None = None
+    scheduler: Json | None = None
+    precision: Json = field(default_factory=dict)
+    sampler: Json = field(default_factory=dict)
     #: of the first process; those of the others, if there are any, in ``other_generators``
-    generators: dict[str, Any] = field(default_factory=dict)
-    other_generators: list[dict[str, Any]] = field(default_factory=list)
-    meters: dict[str, Any] = field(default_factory=dict)
-    best: dict[str, Any] = field(default_factory=dict)
+    generators: Json = field(default_factory=dict)
+    other_generators: list[Json] = field(default_factory=list)
+    meters: Json = field(default_factory=dict)
+    best: Json = field(default_factory=dict)
     seconds: float = 0.0
     format: int = FORMAT
     #: the file it was read from, which is not written
@@ -64,7 +64,7 @@ class Checkpoint:
         """How many processes trained together when the checkpoint was taken."""
         return 1 + len(self.other_generators)
 
-    def generators_of(self, rank: int) -> dict[str, Any] | None:
+    def generators_of(self, rank: int) -> Json | None:
         """The generators of a process, where there was one of that number."""
         every = [self.generators, *self.other_generators]
         return every[rank] if rank < len(every) else None
@@ -93,7 +93,7 @@ class Checkpoint:
         return cls(**given | {"origin": str(path)})
 
 
-def _count(value: Any) -> str | None:
+def _count(value: object) -> str | None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
         return f"is {str(value)[:40]!r}, and a whole number from 0 on is expected"
     return None
@@ -130,7 +130,7 @@ def _check_size(path: Path) -> None:
             raise NearfarError(f"{path} would unpack to {unpacked:,} bytes: not a checkpoint of nearfar.")
 
 
-def _shallow(checkpoint: Checkpoint) -> dict[str, Any]:
+def _shallow(checkpoint: Checkpoint) -> Json:
     """The fields as a plain dictionary, tensors shared (``dataclasses.asdict`` would copy every weight)."""
     return {f.name: getattr(checkpoint, f.name) for f in fields(checkpoint) if f.name != "origin"}
 
@@ -162,12 +162,12 @@ def find_checkpoint(path: str | Path, prefer: str = "last") -> Path:
     )
 
 
-def generator_state() -> dict[str, Any]:
+def generator_state() -> Json:
     """The generators that dropout draws from: PyTorch's own, on the CPU and on every CUDA device.
 
     One of several processes looks at its own device alone.
     """
-    state: dict[str, Any] = {"cpu": torch.get_rng_state()}
+    state: Json = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available() and ranks.count() > 1:
         state["cuda"] = [torch.cuda.get_rng_state()]
     elif torch.cuda.is_available():

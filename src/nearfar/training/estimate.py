@@ -12,6 +12,7 @@ import torch
 from rich.table import Table
 
 from nearfar.config.training import RunOptions
+from nearfar.data.files import Json
 from nearfar.training.evaluation import consecutive
 from nearfar.training.fabric import processes_to_start
 from nearfar.training.state import initial_model
@@ -26,7 +27,7 @@ def _megabytes(tensors: Any) -> float:
     return sum(t.numel() * t.element_size() for t in tensors) / 2**20
 
 
-def describe(system: System, config: RunOptions, console: Any) -> dict[str, Any]:
+def describe(system: System, config: RunOptions, console: Any) -> Json:
     """Prepare the data, build the model, time a few training steps and print a table; nothing is written."""
     system.prepare(lambda text: console.print(text, markup=False, highlight=False))
     model = initial_model(system, config.seed)

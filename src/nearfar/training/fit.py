@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from torch.nn.functional import normalize
 
 from nearfar.config.options import to_dict
 from nearfar.config.training import RunOptions
+from nearfar.data.files import Json
 from nearfar.doctor import Diagnosis, diagnose
 from nearfar.errors import NearfarError
 from nearfar.training import ranks
@@ -50,7 +50,7 @@ def write_results(
     system: System,
     results: dict[str, Evaluation],
     outputs: dict[str, dict[str, Tensor]],
-    about: dict[str, Any],
+    about: Json,
 ) -> None:
     """Examples, tables and map of the reported split, scores, and last the metrics.
 
@@ -74,9 +74,7 @@ def write_diagnosis(folder: RunFolder, say: Say) -> Diagnosis:
     return diagnosis
 
 
-def write_metrics(
-    folder: RunFolder, system: System, results: dict[str, Evaluation], about: dict[str, Any]
-) -> None:
+def write_metrics(folder: RunFolder, system: System, results: dict[str, Evaluation], about: Json) -> None:
     """``per_item.npz`` and then ``metrics.json``: a run that has its metrics is finished."""
     arrays: dict[str, np.ndarray] = {}
     for split, result in results.items():
@@ -207,7 +205,7 @@ def _begin(
     folder: RunFolder,
     config: RunOptions,
     system: System,
-    layout: dict[str, Any],
+    layout: Json,
     resume: Resume | None,
     checkpoint: Checkpoint | None,
 ) -> None:

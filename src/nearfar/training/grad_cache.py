@@ -400,7 +400,9 @@ def _running_statistics_held(model: nn.Module | None) -> Iterator[None]:
 @contextmanager
 def _hooks_held(leaves: Sequence[Tensor]) -> Iterator[None]:
     """Hooks on a parameter see its whole gradient, once, and not that of every chunk before."""
-    removed_hooks = [(leaf._backward_hooks, dict(leaf._backward_hooks)) for leaf in leaves if leaf._backward_hooks]
+    removed_hooks = [
+        (leaf._backward_hooks, dict(leaf._backward_hooks)) for leaf in leaves if leaf._backward_hooks
+    ]
     for hooks, _ in removed_hooks:
         hooks.clear()
     try:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from nearfar.config.training import RunOptions
+from nearfar.data.files import Json
 from nearfar.errors import NearfarError
 from nearfar.losses.memory import CrossBatchMemory
 from nearfar.training import ranks
@@ -73,7 +74,7 @@ class TrainingLoop:
         self._saved_at = time.monotonic()
         # Of the epoch at hand.
         self.epoch_batches = 0  # those of the whole epoch, trained or not
-        self.epoch_logs: dict[str, Any] = {}
+        self.epoch_logs: Json = {}
         self._rows: list[int] = []  # of the batches that were left when it was opened
         self._cut = False  # whether trainer.max_steps ends it before its last batch
         # Of the step at hand.
@@ -368,7 +369,7 @@ class StopRequest:
 
     stop = False
 
-    def ask(self, number: int, frame: Any) -> None:
+    def ask(self, number: int, frame: object) -> None:
         """What the signals call; a second Ctrl-C stops at once."""
         if self.stop and number == signal.SIGINT:
             raise KeyboardInterrupt

@@ -19,6 +19,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from nearfar.contrast import NoPositivesWarning
+from nearfar.data.files import Json
 from nearfar.errors import NearfarError
 from nearfar.metrics import embedding_health
 from nearfar.training.checkpoint import generator_state, load_generator_state
@@ -28,7 +29,7 @@ __all__ = ["Probe", "preserve_state"]
 
 
 @contextmanager
-def preserve_state(model: nn.Module, system: Any = None) -> Iterator[Callable[[], None]]:
+def preserve_state(model: nn.Module, system: object = None) -> Iterator[Callable[[], None]]:
     """Eval mode without gradients; then modes, buffers, extra states and random generators as they were.
 
     Buffers (running statistics, memories of earlier batches) are those of ``model`` and of modules that ``system``
@@ -120,7 +121,7 @@ class Probe:
 
     def record(
         self, model: nn.Module, ready: Callable[[Any], Any], validated: Mapping[str, Tensor] | None = None
-    ) -> dict[str, Any]:
+    ) -> Json:
         """The fields of a ``probe`` record.
 
         ``ready`` brings a batch to where the model is. ``validated`` are outputs of the whole validation split, where
@@ -130,7 +131,7 @@ class Probe:
         items = 0 if dataset is None else len(dataset)
         if self.split != "val" or not validated or any(len(out) != items for out in validated.values()):
             validated = None
-        record: dict[str, Any] = {"probe_rows": len(self.positions), "probe_split": self.split}
+        record: Json = {"probe_rows": len(self.positions), "probe_split": self.split}
         with preserve_state(model, self.system) as put_back, warnings.catch_warnings():
             warnings.simplefilter("ignore", NoPositivesWarning)  # random batches may have none
             seen = _Pass(self, model, ready, put_back)

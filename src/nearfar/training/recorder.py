@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from nearfar.config.training import LOGGERS, RunOptions
+from nearfar.data.files import Json
 from nearfar.errors import NearfarError, nearest_name
 from nearfar.models.projection import Dropout
 from nearfar.training import ranks
@@ -41,13 +42,13 @@ class Recorder:
     def __enter__(self) -> Recorder:
         return self
 
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         self._close_bar()
         for logger in self.loggers:
             logger.finalize("success" if kind is None else "failed")
 
     # -- what is logged ----------------------------------------------------------------------------------------
-    def log(self, record: dict[str, Any]) -> None:
+    def log(self, record: Json) -> None:
         """Append a record to the log, and hand its numbers to the loggers; the first process alone writes."""
         if not ranks.is_first():
             return
@@ -126,7 +127,7 @@ class Recorder:
         """An ``epoch`` record, with the validation ``values`` if there are any, and its line in the terminal."""
         self._close_bar()
         state = loop.state
-        record: dict[str, Any] = {"kind": "epoch", "epoch": state.epoch + 1, "step": state.step}
+        record: Json = {"kind": "epoch", "epoch": state.epoch + 1, "step": state.step}
         record["train_loss"] = state.loss_mean.value()
         record["seconds"] = round(time.perf_counter() - self._epoch_started, 3)
         if values is not None:
@@ -178,7 +179,7 @@ class Recorder:
             self._bar = None
 
 
-def build_loggers(names: Any, folder: RunFolder) -> list[Any]:
+def build_loggers(names: str | list[str] | None, folder: RunFolder) -> list[Any]:
     """Lightning's loggers by name: ``tensorboard``, ``mlflow``, ``wandb``; they write below the run folder.
 
     Each is imported only when it is asked for. W&B writes there too, offline; ``wandb sync`` uploads it.
@@ -215,7 +216,7 @@ def build_loggers(names: Any, folder: RunFolder) -> list[Any]:
     return built
 
 
-def model_facts(model: nn.Module, system: Any = None) -> dict[str, Any]:
+def model_facts(model: nn.Module, system: object = None) -> Json:
     """Counts that say how a model may behave in training, for those who look at the run later.
 
     ``parameters`` and ``trained_parameters``; ``batchnorm``: layers that normalise by the statistics of the batch
@@ -226,7 +227,7 @@ def model_facts(model: nn.Module, system: Any = None) -> dict[str, Any]:
     {'parameters': 15, 'trained_parameters': 15, 'batchnorm': 1, 'dropout': 0.1}
     """
     modules = list(model.modules())
-    facts: dict[str, Any] = {
+    facts: Json = {
         "parameters": sum(p.numel() for p in model.parameters()),
         "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "batchnorm": sum(isinstance(m, _BatchNorm) and m.training for m in modules),
@@ -236,7 +237,7 @@ def model_facts(model: nn.Module, system: Any = None) -> dict[str, Any]:
     return facts if highest is None else facts | {"scale_max": highest}
 
 
-def highest_scale(model: nn.Module, system: Any = None) -> float | None:
+def highest_scale(model: nn.Module, system: object = None) -> float | None:
     """The clamp of the scale: ``max_scale`` of a module of the model or of one of the system's own (its losses)."""
     values: list[Any] = [getattr(module, "max_scale", None) for module in modules_of(model, system)]
     return min((float(value) for value in values if isinstance(value, (int, float))), default=None)

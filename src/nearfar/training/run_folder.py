@@ -22,13 +22,22 @@ from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
-from nearfar.data.files import DAMAGED, Maybe, check_shape, parse_json, read_arrays, read_json, read_yaml
+from nearfar.data.files import (
+    DAMAGED,
+    Json,
+    Maybe,
+    check_shape,
+    parse_json,
+    read_arrays,
+    read_json,
+    read_yaml,
+)
 from nearfar.errors import NearfarError
 
 __all__ = ["RunFolder", "environment", "make_folder", "remove_left_over", "same_file", "write_atomically"]
 
 
-def _number(value: Any) -> str | None:
+def _number(value: object) -> str | None:
     """As ``Estimate.to_dict`` writes numbers: NaN and infinities as text."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return None
@@ -50,7 +59,7 @@ _ESTIMATE = {
     "protocol": dict,
 }
 #: what the files of a run hold, as far as other verbs read it
-SHAPES: dict[str, Any] = {
+SHAPES: Json = {
     "metrics.json": {
         "system": Maybe(str),
         "monitor": str,
@@ -164,7 +173,7 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _interpolation(content: Any) -> str | None:
+def _interpolation(content: object) -> str | None:
     """The first value of a configuration that refers to something else."""
     if isinstance(content, str):
         return content if "${" in content else None
@@ -286,7 +295,7 @@ class RunFolder:
         write_atomically(path, lambda file: file.write(text.encode()))
         return path
 
-    def write_json(self, name: str, content: Any) -> Path:
+    def write_json(self, name: str, content: object) -> Path:
         """Write a JSON file atomically; numbers that are not finite become ``null``."""
         return self.write_text(name, json.dumps(_plain(content), indent=2, ensure_ascii=False) + "\n")
 
@@ -301,7 +310,7 @@ class RunFolder:
             raise NearfarError(f"{path}: no such file. Is {self.path} a run, and has it finished?")
         return read_json(path, SHAPES.get(name, object))
 
-    def read_arrays(self, name: str) -> dict[str, Any]:
+    def read_arrays(self, name: str) -> Json:
         """Read one of the run's files of arrays."""
         return read_arrays(self.path / name)
 
@@ -341,7 +350,7 @@ class RunFolder:
         with self.log_path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(_plain(record), ensure_ascii=False) + "\n")
 
-    def log(self) -> Iterator[dict[str, Any]]:
+    def log(self) -> Iterator[Json]:
         """The log's records, oldest first; a last line that a killed process cut off is left out."""
         if not self.has("train_log.jsonl"):
             return
@@ -368,7 +377,7 @@ class RunFolder:
         write_atomically(self.log_path, lambda file: file.write(text.encode()))
 
 
-def environment() -> dict[str, Any]:
+def environment() -> Json:
     """Python, platform, threads, devices and the versions of what a run computes with."""
     import torch
 

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from nearfar.data.files import Json
 from nearfar.errors import NearfarError
 from nearfar.training.run_folder import RunFolder
 
@@ -26,10 +27,10 @@ KINDS = ("right", "nearly", "wrong")
 def retrieval_examples(
     queries: Float[Tensor, "n d"],
     keys: Float[Tensor, "n d"],
-    query: Callable[[int], dict[str, Any]],
-    item: Callable[[int], dict[str, Any]],
+    query: Callable[[int], Json],
+    item: Callable[[int], Json],
     seed: int = 0,
-) -> list[dict[str, Any]]:
+) -> list[Json]:
     """Queries whose partner came first (right), up to tenth (nearly) and later (wrong), chosen by ``seed``.
 
     ``query`` and ``item`` say what is shown of a position: a ``text``, perhaps an ``svg``.
@@ -42,7 +43,7 @@ def retrieval_examples(
     queries, keys = normalize(queries.float(), dim=1), normalize(keys.float(), dim=1)
     order = torch.randperm(len(queries), generator=torch.Generator().manual_seed(seed))
     wanted = dict.fromkeys(KINDS, EXAMPLES)
-    examples: list[dict[str, Any]] = []
+    examples: list[Json] = []
     for at in order[:LOOKED_AT].tolist():
         scores = keys @ queries[at]
         # Ties count by expectation, as in the metrics: among equal scores nothing says which comes first.
@@ -145,9 +146,9 @@ def write_sections(folder: RunFolder, sections: Sequence[Section]) -> None:
         folder.write_json("sections.json", content)
 
 
-def read_sections(folder: RunFolder) -> list[dict[str, Any]]:
+def read_sections(folder: RunFolder) -> list[Json]:
     """What ``write_sections`` wrote."""
     if not (folder.path / "sections.json").exists():
         return []
-    sections: list[dict[str, Any]] = folder.read_json("sections.json")
+    sections: list[Json] = folder.read_json("sections.json")
     return sections

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nearfar.config.training import RunOptions
+from nearfar.data.files import Json
 from nearfar.errors import NearfarError
 from nearfar.schedules import learning_rate_factor
 from nearfar.training.checkpoint import Checkpoint
@@ -41,7 +42,7 @@ class Mean:
         """The mean so far, NaN before the first batch."""
         return float(self.total) / self.count if self.count else float("nan")
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> Json:
         """Sum and count."""
         return {"total": float(self.total), "count": self.count}
 
@@ -58,9 +59,7 @@ class RunState:
     batches: int = 0
     step: int = 0
     loss_mean: Mean = field(default_factory=Mean)
-    best: dict[str, Any] = field(
-        default_factory=lambda: {"value": None, "epoch": None, "epochs_without_gain": 0}
-    )
+    best: Json = field(default_factory=lambda: {"value": None, "epoch": None, "epochs_without_gain": 0})
     seconds_before: float = 0.0
     started_at: float = field(default_factory=time.perf_counter)
 
@@ -73,7 +72,7 @@ class RunState:
         state.best |= {key: best[key] for key in state.best if best.get(key) is not None}
         return state
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Json:
         """The fields of a ``Checkpoint`` that are counters."""
         return {
             "epoch": self.epoch,
@@ -124,7 +123,7 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, system: System, origi
 
 
 def build_optimizer(
-    config: RunOptions, groups: list[dict[str, Any]], state: RunState, batches: int, resume: Checkpoint | None
+    config: RunOptions, groups: list[Json], state: RunState, batches: int, resume: Checkpoint | None
 ) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
     """AdamW and a learning-rate factor per optimiser step; a resumed run gets the state of both.
 
@@ -166,7 +165,7 @@ def build_optimizer(
     return optimizer, scheduler
 
 
-def _load_moments(optimizer: torch.optim.AdamW, resume: Checkpoint, groups: list[dict[str, Any]]) -> None:
+def _load_moments(optimizer: torch.optim.AdamW, resume: Checkpoint, groups: list[Json]) -> None:
     """What AdamW remembers of each weight, from a checkpoint that anybody may have written.
 
     Shapes are checked: its compiled step would write beyond the end of a moment that is smaller than its weight.
@@ -190,7 +189,7 @@ def _load_moments(optimizer: torch.optim.AdamW, resume: Checkpoint, groups: list
         ) from None
 
 
-def _unfit(weight: Tensor, moments: Any) -> str | None:
+def _unfit(weight: Tensor, moments: Json) -> str | None:
     """What is wrong with AdamW's memory of a weight."""
     if sorted(moments) != ["exp_avg", "exp_avg_sq", "step"]:
         return f"a weight's state holds {', '.join(map(str, moments))[:80]}"

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from nearfar.config.training import RunOptions
+from nearfar.data.files import Json
 from nearfar.errors import NearfarError
 from nearfar.metrics import Estimate
 from nearfar.training.grad_cache import cached_embeddings
@@ -84,7 +85,7 @@ class TrainSampler(Protocol):
 
     def set_epoch(self, epoch: int) -> None: ...
 
-    def state_dict(self, position: int | None = None) -> dict[str, Any]: ...
+    def state_dict(self, position: int | None = None) -> Json: ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
@@ -122,7 +123,7 @@ class System(ABC, Generic[Batch, Model]):
         """Read, check and featurise the data; ``say`` announces what is really used."""
 
     @abstractmethod
-    def layout(self) -> dict[str, Any]:
+    def layout(self) -> Json:
         """What goes into ``dataset_layout.json``: counts, rejections, split hashes, encoders in use."""
 
     def dataset(self, split: str) -> BatchDataset[Batch] | None:
@@ -137,7 +138,7 @@ class System(ABC, Generic[Batch, Model]):
     def check_sampler(self, sampler: TrainSampler, say: Say) -> None:
         """Called once before training: refuse a sampler that does not do what its name says."""
 
-    def on_epoch(self, epoch: int, sampler: TrainSampler, say: Say) -> dict[str, Any]:
+    def on_epoch(self, epoch: int, sampler: TrainSampler, say: Say) -> Json:
         """Called before an epoch (counted from 0): applies schedules, returns numbers for the log."""
         return {}
 
@@ -146,7 +147,7 @@ class System(ABC, Generic[Batch, Model]):
     def build_model(self) -> Model:
         """A freshly initialised model; draws from the generator that ``seed`` has set."""
 
-    def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+    def parameter_groups(self, model: nn.Module) -> list[Json]:
         """Optimiser groups; by default no weight decay for biases, norms and scales."""
         return decayed_groups(model, self.config.weight_decay)
 
@@ -214,7 +215,7 @@ class System(ABC, Generic[Batch, Model]):
         raise NearfarError(f"system '{self.name}' does not say how its outputs are averaged.")
 
     # -- results ---------------------------------------------------------------------------------------------
-    def report_examples(self, outputs: Mapping[str, Tensor], split: str) -> list[dict[str, Any]]:
+    def report_examples(self, outputs: Mapping[str, Tensor], split: str) -> list[Json]:
         """Examples for the report: right, nearly and wrong."""
         return []
 
@@ -233,11 +234,11 @@ class System(ABC, Generic[Batch, Model]):
         return getattr(type(self), method) is not getattr(System, method)
 
 
-def decayed_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def decayed_groups(model: nn.Module, weight_decay: float) -> list[Json]:
     """Two optimiser groups: weight decay for matrices, none for biases, norms and scales."""
     decayed = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
     plain = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
-    groups: list[dict[str, Any]] = [{"params": decayed, "weight_decay": weight_decay}]
+    groups: list[Json] = [{"params": decayed, "weight_decay": weight_decay}]
     if plain:
         groups.append({"params": plain, "weight_decay": 0.0})
     return groups
