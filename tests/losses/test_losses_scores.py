@@ -145,7 +145,7 @@ def test_record_by_loops(kind, middle):
     assert loss.record is None
     loss(z, SCORES)
     _, directions = oracles.score_contrastive(z, SCORES, 5.0, middle=middle)
-    found = loss.record.to_dict()
+    found = loss.record.numbers()
     anchors, positives, between = oracles.split(SCORES)
     mean = lambda rows: sum(SCORES[rows].tolist()) / len(rows)  # noqa: E731
     assert found.pop("anchors") == len(anchors) == 4
@@ -176,7 +176,7 @@ def test_nobody_to_pull_is_said_and_teaches_nothing():
         value = loss(z, scores)
         assert value.item() == 0.0
         assert (torch.autograd.grad(value, z)[0] == 0).all()
-        found = loss.record.to_dict()
+        found = loss.record.numbers()
         assert (found["anchors"], found["positives"], found["score_gap"]) == (0.0, 0.0, 0.0)
         assert (found["rows_without_positives"], found["middle_share"], found["scale"]) == (6.0, 1.0, 10.0)
         assert found["finite"] is True

@@ -19,6 +19,7 @@ __all__ = [
     "check_flags",
     "check_matrices",
     "check_part",
+    "check_sum",
     "check_temperature",
     "check_tensors",
     "check_words",
@@ -108,6 +109,14 @@ def check_words(**values: Any) -> None:
     for name, value in values.items():
         if not isinstance(value, str):
             raise NearfarError(f"{name} is {shown(value)}; a word is needed")
+
+
+def check_sum(sum: str) -> bool:
+    """Whether the sum over positives stands inside the logarithm; ``NearfarError`` for anything but the two places."""
+    check_words(sum=sum)
+    if sum not in ("outside", "inside"):
+        raise NearfarError(f"sum is {sum!r}; it stands 'outside' or 'inside' the logarithm")
+    return sum == "inside"
 
 
 def check_flags(**values: Any) -> None:
