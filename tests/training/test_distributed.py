@@ -195,7 +195,7 @@ def ring(rank: int, world: int) -> list[Any]:
         assert a.grad is not None
         assert b.grad is not None
         assert scale.grad is not None
-        record = loss.record.to_dict() if len(a) else None
+        record = loss.record.numbers() if len(a) else None
         found.append((value.detach(), 2 * a.grad / world, 2 * b.grad / world, 2 * scale.grad, record))
     return found
 
@@ -471,7 +471,7 @@ def test_the_ring_records_the_own_rows(ranks: Any) -> None:
     records = [
         (count, found[0][4]) for count, found in zip(scene.counts, scene.results, strict=True) if count
     ]
-    for name, wanted in whole.record.to_dict().items():
+    for name, wanted in whole.record.numbers().items():
         mean = sum(count * record[name] for count, record in records) / sum(scene.counts)
         assert mean == pytest.approx(float(wanted)), name
 

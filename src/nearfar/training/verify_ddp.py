@@ -25,7 +25,8 @@ from nearfar import losses
 from nearfar.errors import NearfarError, nearest_name
 from nearfar.losses.focal import FocalLoss
 from nearfar.losses.wasserstein import WassersteinGapLoss
-from nearfar.training.distributed import DistributedLoss
+from nearfar.training.distributed import DistributedLoss, SharingOptions
+from nearfar.training.ring import check_ring
 
 __all__ = [
     "CASES",
@@ -113,14 +114,11 @@ def joined(parts: Sequence[Batch]) -> Batch:
 class Case:
     """A loss, and its arguments for a rank's outputs (a, b, scale, bias) and batch.
 
-    ``local``: it can be computed by parts of the rows. ``ring``: there is a ring version. ``shared``: arguments that
-    are the same on all ranks.
+    ``shared``: arguments that are the same on all ranks. Which ways of sharing it has, its traits say.
     """
 
     build: Callable[[], nn.Module]
     arguments: Callable[[Sequence[Tensor], Batch], dict[str, Any]]
-    local: bool = True
-    ring: bool = False
     shared: tuple[str, ...] = ()
 
 
@@ -167,15 +165,15 @@ def _classes(out: Sequence[Tensor], batch: Batch) -> dict[str, Any]:
 
 
 CASES: dict[str, Case] = {
-    "InfoNCELoss": Case(losses.InfoNCELoss, _pair, ring=True),
-    "InfoNCELoss, one direction": Case(lambda: losses.InfoNCELoss(symmetric=False), _pair, ring=True),
+    "InfoNCELoss": Case(losses.InfoNCELoss, _pair),
+    "InfoNCELoss, one direction": Case(lambda: losses.InfoNCELoss(symmetric=False), _pair),
     "InfoNCELoss, mined negatives": Case(losses.InfoNCELoss, _mined),
     "InfoNCELoss, memory": Case(losses.InfoNCELoss, _memory, shared=("negatives",)),
     "InfoNCELoss, given negatives only": Case(
         lambda: losses.InfoNCELoss(symmetric=False, in_batch=False), _mined
     ),
     "InfoNCELoss, decoupled": Case(lambda: losses.InfoNCELoss(denominator="negatives"), _pair),
-    "ClipLoss": Case(losses.ClipLoss, _clip, ring=True),
+    "ClipLoss": Case(losses.ClipLoss, _clip),
     "SupConLoss": Case(losses.SupConLoss, _supcon),
     "SupConLoss, two views": Case(
         losses.SupConLoss, lambda out, batch: _supcon(out, batch) | {"other": out[1]}
@@ -186,13 +184,13 @@ CASES: dict[str, Case] = {
     "MultiLabelSupConLoss": Case(
         losses.MultiLabelSupConLoss, lambda out, batch: {"z": out[0], "labels": batch.multi_hot}
     ),
-    "SpatialLoss": Case(losses.SpatialLoss, _spatial, local=False),
+    "SpatialLoss": Case(losses.SpatialLoss, _spatial),
     "SpatialLoss, no regulariser": Case(lambda: losses.SpatialLoss(temp_reg_weight=0.0), _spatial),
     "SigLipLoss": Case(losses.SigLipLoss, _siglip),
-    "AdaptiveScoreContrastiveLoss": Case(losses.AdaptiveScoreContrastiveLoss, _scored, local=False),
-    "BidirectionalScoreContrastiveLoss": Case(losses.BidirectionalScoreContrastiveLoss, _scored, local=False),
-    "FocalLoss": Case(lambda: FocalLoss(alpha=[1.0, 4.0, 2.0]), _classes, local=False),
-    "WassersteinGapLoss": Case(lambda: WassersteinGapLoss(detach_upper=False), _groups, local=False),
+    "AdaptiveScoreContrastiveLoss": Case(losses.AdaptiveScoreContrastiveLoss, _scored),
+    "BidirectionalScoreContrastiveLoss": Case(losses.BidirectionalScoreContrastiveLoss, _scored),
+    "FocalLoss": Case(lambda: FocalLoss(alpha=[1.0, 4.0, 2.0]), _classes),
+    "WassersteinGapLoss": Case(lambda: WassersteinGapLoss(detach_upper=False), _groups),
 }
 
 
@@ -216,7 +214,18 @@ class Option:
 
     def offered(self, case: Case) -> bool:
         """Whether the loss has it."""
-        return (case.local or not self.local_loss) and (case.ring or not self.ring)
+        loss, batch = case.build(), batches(2)[0]
+        try:
+            self.sharing.check_loss(loss)
+            if self.ring:
+                check_ring(loss, case.arguments(Encoder()(batch.x, batch.y), batch))
+        except NearfarError:
+            return False
+        return True
+
+    @property
+    def sharing(self) -> SharingOptions:
+        return SharingOptions(self.local_loss, self.gather_with_grad, self.ring)
 
     def value(self, case: Case, loss: nn.Module, outputs: Sequence[Tensor], batch: Batch) -> Tensor:
         """The loss of one rank, to be called by all."""
