@@ -10,8 +10,9 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
+from nearfar.doctor.cells import Cell
 from nearfar.doctor.fields import FIELDS
-from nearfar.doctor.log_tables import Cell, Columns
+from nearfar.doctor.log_tables import Columns
 
 __all__ = ["LOSSES", "settle_gaps"]
 

@@ -11,17 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nearfar.arguments import shown
+from nearfar.doctor.cells import Cell, is_series, plain
 from nearfar.doctor.fields import CONTEXT, NUMBERS, TEXTS, is_field, matches
 from nearfar.doctor.gaps import LOSSES, settle_gaps
-from nearfar.doctor.log_tables import (
-    Cell,
-    Columns,
-    is_series,
-    plain,
-    read_columns,
-    read_records,
-    table_columns,
-)
+from nearfar.doctor.log_tables import Columns, read_columns, read_records, table_columns
 from nearfar.doctor.series import Series
 from nearfar.errors import NearfarError, nearest_name
 

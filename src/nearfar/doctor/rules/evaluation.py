@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from itertools import combinations
 from typing import Any
 
-from nearfar.doctor.log_tables import estimate_of, number, plain
+from nearfar.doctor.cells import estimate_of, number, plain
 from nearfar.doctor.phases import lower_is_better, main_metric
 from nearfar.doctor.rule import Evidence, Remedy, Rule, TooLittle
 from nearfar.doctor.rules._remedies import advice

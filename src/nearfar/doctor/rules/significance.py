@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from nearfar.doctor.log_tables import estimate_of, number, numbers, plain
+from nearfar.doctor.cells import estimate_of, number, numbers, plain
 from nearfar.doctor.rule import Evidence, Rule, TooLittle
 from nearfar.doctor.rules._remedies import advice
 from nearfar.doctor.series import mean
