@@ -17,7 +17,6 @@ __all__ = [
     "Cell",
     "estimate_of",
     "is_empty",
-    "is_sequence",
     "is_series",
     "number",
     "numbers",
@@ -51,11 +50,6 @@ def plain(value: Any) -> Any:
         if hasattr(value, convert):
             return getattr(value, convert)()
     return value
-
-
-def is_sequence(value: Any) -> bool:
-    """Whether this is a list or the like, and no text."""
-    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
 
 
 def is_series(value: Any) -> bool:

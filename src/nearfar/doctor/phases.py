@@ -66,7 +66,8 @@ def switch_epoch(signals: Signals) -> int | None:
     hard = [epoch for epoch, is_hard in composed.items() if is_hard]
     if hard and min(composed) < min(hard):
         return min(hard)
-    may_be_hard = signals.text("sampler") is None or means_hard(signals)
+    unknown = _stated(signals) is None and signals.text("sampler") is None
+    may_be_hard = unknown or means_hard(signals)
     ratios = signals.series("hard_ratio").by_epoch()
     if ratios and next(iter(ratios.values())) == 0 and may_be_hard:
         return next((epoch for epoch, ratio in ratios.items() if ratio > 0), None)
