@@ -38,15 +38,14 @@ def rows(seed: int) -> torch.Tensor:
 
 
 LABELS = torch.arange(N) % 3
+NEXT = torch.arange(N).roll(-1)[:, None]
 #: each loss, its arguments, its name in a log, and what its record says
 CALLS: dict[str, tuple[torch.nn.Module, tuple[Any, ...], str, str | None]] = {
     "infonce": (InfoNCELoss(), (rows(0), rows(1)), "softmax", "pair"),
     "clip": (ClipLoss(), (rows(0), rows(1), 10.0), "softmax", "pair"),
     "supcon": (SupConLoss(), (rows(0), LABELS), "softmax", "class"),
     "multi_label_supcon": (MultiLabelSupConLoss(), (rows(0), torch.eye(3)[LABELS].long()), "softmax", "overlap"),
-    "spatial": (
-        SpatialLoss(), (rows(0), rows(1), 10.0, torch.arange(N).roll(1)[:, None], torch.ones(N, 1)), "softmax", "weights"
-    ),
+    "spatial": (SpatialLoss(), (rows(0), rows(1), 10.0, NEXT, torch.ones(N, 1)), "softmax", "weights"),
     "adaptive_score": (AdaptiveScoreContrastiveLoss(), (rows(0), rows(1)[:, 0]), "softmax", "scores"),
     "siglip": (SigLipLoss(), (rows(0), rows(1), 10.0, -10.0), "sigmoid", "pair"),
     "focal": (FocalLoss(), (rows(0), LABELS), "other", None),

@@ -2,9 +2,6 @@
 
 A target answers one question of the kernel: which positions of this tile are positives, and with what weight? What it
 needs to know of the whole batch it keeps in O(batch). Weights need not add up to 1; the kernel normalises them.
-
-``binary``: all weights are equal. ``single``: each query has at most one positive. ``symmetric``: for queries that
-are their own keys, i weighs for j what j weighs for i. ``transposed`` is the target with the keys as queries.
 """
 
 from __future__ import annotations
@@ -34,20 +31,26 @@ __all__ = [
 
 
 class Target(Protocol):
-    """What the kernel asks of a target."""
+    """Who belongs to whom, and how much: what the kernel asks of a target.
+
+    A target of one's own derives from it, sets ``shape`` (queries, keys) and writes ``patches``; the rest has defaults.
+    The flags promise more, and make it faster. ``binary``: all weights are equal. ``single``: each query has at most
+    one positive. ``symmetric``: for queries that are their own keys, i weighs for j what j weighs for i.
+    docs/losses.md has an example.
+    """
 
     shape: tuple[int, int]
-    binary: bool
-    single: bool
-    symmetric: bool
+    binary: bool = False
+    single: bool = False
+    symmetric: bool = False
     #: whether every query is sure to have a positive, where itself counts as one
     every_row_has_positive: bool = False
     #: up to so many pairs, the matrix of all weights is quicker than a walk over tiles
     dense_limit: int = 1 << 20
 
     def patches(self, rows: slice, columns: slice, space: Workspace | None = None) -> Sequence[Patch]:
-        """The positives among these rows and columns, in coordinates of the tile; ``space`` lends buffers for
-        weights."""
+        """The positives among these rows and columns, in coordinates of the tile: usually one ``Rectangle`` with a new
+        tensor of weights, 0 where there is no positive. ``space`` lends buffers for them."""
 
     def entries(self, rows: slice, both: bool) -> Entries | None:
         """Positives of these rows that stand alone and are in no patch, rows counted from the first of them; with
@@ -68,10 +71,17 @@ class Target(Protocol):
         return matrix
 
     def transposed(self) -> Target:
-        """The target of the columns as queries."""
+        """The target of the columns as queries, which a loss of both directions needs."""
+        raise NearfarError(
+            f"{type(self).__name__} has one direction only: write transposed(), the target with the keys as queries"
+        )
 
     def has_positives(self, without_self: bool) -> Bool[Tensor, " n"]:
-        """Which queries have a positive, itself not counted where ``without_self``."""
+        """Which queries have a positive, itself not counted where ``without_self``. The default looks at all pairs."""
+        weight = self.dense(torch.empty(0, dtype=torch.float64))
+        if without_self:
+            weight = weight.clone().fill_diagonal_(0.0)
+        return (weight > 0).any(1)
 
     def listed(
         self, rows: slice, without_self: bool

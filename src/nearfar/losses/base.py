@@ -192,9 +192,9 @@ class ContrastiveLoss(nn.Module):
     ``record`` is the ``Record`` of the last call, None before the first. Reading it waits for the device; a step whose
     record nobody reads does not.
 
-    A subclass states its ``traits``, and in ``forward`` keeps the ``Step`` of the call as ``self._step``. Its options
-    are the fields of a dataclass, ``@dataclass(eq=False, repr=False)``, and ``__post_init__`` checks them.
-    docs/losses.md has one in 20 lines.
+    A subclass states its ``traits`` and returns ``self.keep(value, step)`` from ``forward``. Its options are the fields
+    of a dataclass, ``@dataclass(eq=False, repr=False)``, and ``__post_init__`` checks them. docs/losses.md has one in
+    20 lines.
     """
 
     traits: ClassVar[LossTraits]
@@ -222,6 +222,11 @@ class ContrastiveLoss(nn.Module):
         if self._masked and not self._looked and isinstance(value, Tensor) and value.device.type == "cpu":
             self._looked = True  # once; later, and on a device, whoever reads the record hears of it
             self._warn_of(self._read(), 3)
+        return value
+
+    def keep(self, value: Tensor, step: Step, masked: bool = False) -> Tensor:
+        """The value, once ``step`` is kept for the record; ``masked``: whether a mask was given."""
+        self._step, self._masked = step, masked
         return value
 
     @property

@@ -329,9 +329,8 @@ class InfoNCELoss(InfoNCEOptions, ContrastiveLoss):
         rows: slice | None = None,
     ) -> Float[Tensor, ""] | Float[Tensor, " n"]:
         candidates: dict[str, Any] = {"mask": mask, "negatives": negatives, "negatives_mask": negatives_mask}
-        loss, self._step = info_nce_step(a, b, self, scale, **candidates, rows=rows)
-        self._masked = mask is not None or negatives_mask is not None
-        return loss
+        masked = mask is not None or negatives_mask is not None
+        return self.keep(*info_nce_step(a, b, self, scale, **candidates, rows=rows), masked)
 
     def pair_arguments(self, arguments: Mapping[str, Any]) -> PairArguments:
         scale = arguments.get("scale")
@@ -381,9 +380,8 @@ class ClipLoss(ContrastiveLoss):
         mask: Bool[Tensor, "n n"] | Mask | None = None,
         rows: slice | None = None,
     ) -> Float[Tensor, ""]:
-        loss, self._step = clip_step(image, text, logit_scale, self.max_scale, self.normalize, mask, rows)
-        self._masked = mask is not None
-        return loss
+        step = clip_step(image, text, logit_scale, self.max_scale, self.normalize, mask, rows)
+        return self.keep(*step, mask is not None)
 
     def _extra(self) -> dict[str, float]:
         return at_clamp(self._step, self.max_scale)

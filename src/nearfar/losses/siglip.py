@@ -173,6 +173,5 @@ class SigLipLoss(ContrastiveLoss):
         mask: Bool[Tensor, "n n"] | Mask | None = None,
         rows: slice | None = None,
     ) -> Float[Tensor, ""]:
-        loss, self._step = siglip_step(a, b, logit_scale, logit_bias, self.normalize, mask=mask, rows=rows)
-        self._masked = mask is not None
-        return loss
+        step = siglip_step(a, b, logit_scale, logit_bias, self.normalize, mask=mask, rows=rows)
+        return self.keep(*step, mask is not None)

@@ -274,11 +274,10 @@ class SpatialLoss(SpatialOptions, ContrastiveLoss):
         neighbor_alpha: Float[Tensor, "n k"],
         rows: slice | None = None,
     ) -> Float[Tensor, ""]:
-        loss, self._step, self._reached = spatial_step(
+        value, step, self._reached = spatial_step(
             image, text, logit_scale, neighbor_index, neighbor_alpha, self, rows
         )
-        self._masked = self.neighbors == "mask"
-        return loss
+        return self.keep(value, step, self.neighbors == "mask")
 
     def _extra(self) -> dict[str, float]:
         reached = {} if self._reached is None else {"rows_with_neighbors": self._reached()}

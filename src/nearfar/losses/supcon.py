@@ -432,12 +432,11 @@ class SupConLoss(SupConOptions, ContrastiveLoss):
         rows: slice | None = None,
         positives: Bool[Tensor, "n m"] | Float[Tensor, "n m"] | None = None,
     ) -> Float[Tensor, ""] | Float[Tensor, " n"]:
-        loss, self._step = supcon_step(
+        step = supcon_step(
             z, labels, self, other, positives=positives, memory=memory, memory_labels=memory_labels, mask=mask,
             rows=rows,
         )  # fmt: skip
-        self._masked = mask is not None
-        return loss
+        return self.keep(*step, mask is not None)
 
 
 @dataclass(eq=False, repr=False)
@@ -470,5 +469,4 @@ class MultiLabelSupConLoss(MultiLabelOptions, ContrastiveLoss):
         labels: Int[Tensor, "n labels"],
         rows: slice | None = None,
     ) -> Float[Tensor, ""]:
-        loss, self._step = multi_label_supcon_step(z, labels, self, rows=rows)
-        return loss
+        return self.keep(*multi_label_supcon_step(z, labels, self, rows=rows))
