@@ -58,7 +58,7 @@ class Target(Protocol):
         return None
 
     def dense(self, like: Tensor) -> Float[Tensor, "n m"]:
-        """All weights, 0 where there is no positive, as numbers like ``like`` that nobody else holds: for few rows."""
+        """All weights, 0 where there is no positive, as numbers like ``like`` of its own memory: for few rows."""
         n, m = self.shape
         patches = self.patches(slice(0, n), slice(0, m))
         if len(patches) == 1 and patches[0].weight is not None and patches[0].weight.shape == (n, m):
@@ -343,7 +343,7 @@ class SparseWeights(Target):
 
     ``index`` (n, k) holds columns, -1 for none; ``weight`` (n, k) what they weigh, 0 or more. An entry named twice
     weighs the sum, or ``most`` if that is less; ``own`` is added to what column i weighs for row i. For both
-    directions of a pair of views, column i has the positives of row i (``weight_back``). ``checked``: somebody has
+    directions of a pair of views, column i has the positives of row i (``weight_back``). ``checked``: the caller has
     looked at the ranges already, ``complete``: and has seen no -1.
 
     >>> target = SparseWeights(torch.tensor([[1], [-1]]), torch.tensor([[0.5], [0.5]]), m=2)
@@ -388,8 +388,10 @@ class SparseWeights(Target):
 
     def has_positives(self, without_self: bool) -> Bool[Tensor, " n"]:
         own = torch.arange(self.shape[0], device=self._index.device)
-        there = (self._index >= 0) & (self._weight > 0) & ~(without_self & (self._index == own.unsqueeze(1)))
-        return there.any(1) | ((own < self.shape[1]) & (self._own > 0 and not without_self))
+        present = (
+            (self._index >= 0) & (self._weight > 0) & ~(without_self & (self._index == own.unsqueeze(1)))
+        )
+        return present.any(1) | ((own < self.shape[1]) & (self._own > 0 and not without_self))
 
     def patches(self, rows: slice, columns: slice, space: Workspace | None = None) -> Sequence[Patch]:
         return ()
@@ -397,9 +399,9 @@ class SparseWeights(Target):
     def entries(self, rows: slice, both: bool) -> Entries:
         n, m = self.shape
         each = torch.arange(n, device=self._index.device)
-        there = (self._index >= 0) & (self._weight > 0)
-        row, column = each.unsqueeze(1).expand_as(self._index)[there], self._index[there].long()
-        value = self._weight[there]
+        present = (self._index >= 0) & (self._weight > 0)
+        row, column = each.unsqueeze(1).expand_as(self._index)[present], self._index[present].long()
+        value = self._weight[present]
         if self._own > 0:
             each = each[:m]
             row, column = torch.cat([each, row]), torch.cat([each, column])
@@ -452,10 +454,10 @@ class Weights(Target):
         return Weights(self.matrix.T)
 
     def has_positives(self, without_self: bool) -> Bool[Tensor, " n"]:
-        there = self.matrix > 0
+        present = self.matrix > 0
         if without_self:
-            there = there.clone().fill_diagonal_(False)
-        return there.any(1)
+            present = present.clone().fill_diagonal_(False)
+        return present.any(1)
 
     def patches(self, rows: slice, columns: slice, space: Workspace | None = None) -> Sequence[Patch]:
         weight = self.matrix[rows, columns]

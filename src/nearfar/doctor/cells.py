@@ -39,7 +39,7 @@ class Cell(IntEnum):
     NUMBER = 1
     NAN = 2  # a NaN, which a table of pandas also writes into empty cells
     NULL = 3  # None, as which JSON writes NaN
-    WRITTEN_NAN = 4  # "nan" or "inf" in words, or an infinity: nobody writes that for an empty cell
+    WRITTEN_NAN = 4  # "nan" or "inf" in words, or an infinity: never written for an empty cell
 
 
 def plain(value: Any) -> Any:
@@ -92,20 +92,20 @@ def number(value: Any, name: str, where: str) -> float | None:
     if is_empty(value):
         return None
     if isinstance(value, str):
-        found = _of_text(value)
+        result = _of_text(value)
     elif isinstance(value, (bool, kinds_of_numbers.Real)) or type(value).__name__ == "Decimal":
         try:
-            found = float(value)
+            result = float(value)
         except (OverflowError, ValueError):
-            found = None
+            result = None
     else:
-        found = None
-    if found is None:
+        result = None
+    if result is None:
         shown = repr(value) if len(repr(value)) < 80 else f"{repr(value)[:80]}…"
         raise NearfarError(
             f"{where}: the field '{name}' is {shown}, and a number is needed; leave it out or convert it"
         )
-    return found
+    return result
 
 
 def _of_text(text: str) -> float | None:
@@ -125,38 +125,38 @@ def read_cells(
 ) -> tuple[NDArray[np.float64], NDArray[np.uint8]]:
     """The numbers of a column and what stands in each cell (``Cell``); NaN where there is no number.
 
-    ``known=False``: what is no number is nobody's signal, and left empty; otherwise an error, at ``where(position)``.
+    ``known=False``: what is no number is left empty; otherwise an error, at ``where(position)``.
 
     >>> read_cells(["4.1", "", "nan", None, 3], "loss", str, True)[1].tolist()
     [1, 0, 4, 3, 1]
     """
     if isinstance(values, np.ndarray) and values.dtype.kind in "fiub":
-        found = values.astype(np.float64)
+        floats = values.astype(np.float64)
     else:
         values = list(values)
         if not set(map(type, values)) <= {float, int, bool}:
             return _read_each(values, name, where, known)
         try:
-            found = np.array(values, np.float64)
+            floats = np.array(values, np.float64)
         except OverflowError:
             return _read_each(values, name, where, known)
-    cells = np.full(len(found), Cell.NUMBER, np.uint8)
-    if isinstance(found, np.ma.MaskedArray):
-        found, empty = found.filled(np.nan), np.ma.getmaskarray(found)
+    cells = np.full(len(floats), Cell.NUMBER, np.uint8)
+    if isinstance(floats, np.ma.MaskedArray):
+        floats, empty = floats.filled(np.nan), np.ma.getmaskarray(floats)
     else:
         empty = None
-    if not np.isfinite(found).all():
-        cells[np.isnan(found)] = Cell.NAN
-        cells[np.isinf(found)] = Cell.WRITTEN_NAN
+    if not np.isfinite(floats).all():
+        cells[np.isnan(floats)] = Cell.NAN
+        cells[np.isinf(floats)] = Cell.WRITTEN_NAN
     if empty is not None:
         cells[empty] = Cell.EMPTY
-    return found, cells
+    return floats, cells
 
 
 def _read_each(
     values: list[Any], name: str, where: Callable[[int], str], known: bool
 ) -> tuple[NDArray[np.float64], NDArray[np.uint8]]:
-    found = np.full(len(values), np.nan)
+    floats = np.full(len(values), np.nan)
     cells = np.zeros(len(values), np.uint8)
     for at, value in enumerate(values):
         if value is None:
@@ -172,12 +172,12 @@ def _read_each(
             continue
         if read is None:
             continue
-        found[at] = read
+        floats[at] = read
         if math.isfinite(read):
             cells[at] = Cell.NUMBER
         else:
             cells[at] = Cell.WRITTEN_NAN if isinstance(value, str) or math.isinf(read) else Cell.NAN
-    return found, cells
+    return floats, cells
 
 
 def _plain_number(value: Any) -> float | None:
@@ -192,8 +192,8 @@ def _plain_number(value: Any) -> float | None:
 
 def numbers(values: Sequence[Any], name: str, where: str) -> tuple[float, ...]:
     """A tuple of floats; null becomes NaN."""
-    found = (number(value, name, where) for value in values)
-    return tuple(math.nan if value is None else value for value in found)
+    floats = (number(value, name, where) for value in values)
+    return tuple(math.nan if value is None else value for value in floats)
 
 
 def estimate_of(value: Any, name: str) -> dict[str, Any]:
@@ -205,11 +205,11 @@ def estimate_of(value: Any, name: str) -> dict[str, Any]:
     value = plain(value)
     if not isinstance(value, dict):
         return {"value": number(value, name, "the context")}
-    found = dict(value)
+    estimate = dict(value)
     for key in ("value", "low", "high", "chance", "gallery", "sd", "n"):
-        if key in found:
-            found[key] = number(found[key], f"{name}: {key}", "the context")
-    protocol = found.get("protocol") or {}
-    if found.get("gallery") is None and "gallery" in protocol:
-        found["gallery"] = number(protocol["gallery"], f"{name}: gallery", "the context")
-    return found
+        if key in estimate:
+            estimate[key] = number(estimate[key], f"{name}: {key}", "the context")
+    protocol = estimate.get("protocol") or {}
+    if estimate.get("gallery") is None and "gallery" in protocol:
+        estimate["gallery"] = number(protocol["gallery"], f"{name}: gallery", "the context")
+    return estimate

@@ -33,7 +33,7 @@ FIELDS: dict[str, dict[str, str]] = {
         "rows_without_positives": "rows that have none, and are left out",
         "rows": "rows of the batch, of this process",
         "world_size": "processes that train together",
-        "rows_without_negatives": "rows that a mask leaves nobody to be pushed away from",
+        "rows_without_negatives": "rows that a mask leaves no negative",
         "p_positive": "probability given to the positive",
         "hardest_share": "share of the push that goes to the hardest negative",
         "uniform_level": "what guessing costs",

@@ -45,10 +45,10 @@ class Level:
     def way(self) -> Series:
         """How far from guessing (0) to the floor (1) the loss has come; below 0 it is worse than guessing."""
         room = self.uniform.numbers - self.floor.numbers
-        there = room > 0
+        known = room > 0
         with np.errstate(invalid="ignore"):  # where guessing is not known, its level is infinite
-            way = (self.uniform.numbers - self.loss.numbers)[there] / room[there]
-        return self.loss.part(there).having(way, self.name)
+            way = (self.uniform.numbers - self.loss.numbers)[known] / room[known]
+        return self.loss.part(known).having(way, self.name)
 
     def above_floor(self) -> Series:
         """Nats above the floor."""

@@ -47,11 +47,11 @@ class Columns:
         if not isinstance(values, np.ndarray) or values.dtype.kind not in "fiub":
             rows, values = self._set_apart(name, rows, list(values), known)
         if len(values):
-            found, cells = read_cells(
+            floats, cells = read_cells(
                 values, name, lambda at: _where(rows[at]), known or name in ("step", "epoch")
             )
             if known or name in ("step", "epoch") or (cells != Cell.EMPTY).any():
-                self.fields[name] = rows, found, cells
+                self.fields[name] = rows, floats, cells
 
     def _set_apart(
         self, name: str, rows: np.ndarray, values: list[Any], known: bool
@@ -87,8 +87,8 @@ class Columns:
 
 
 def _listed(values: Iterable[Any], name: str, where: str) -> list[float]:
-    found = (number(value, name, where) for value in values)
-    return [float("nan") if value is None else value for value in found]
+    floats = (number(value, name, where) for value in values)
+    return [float("nan") if value is None else value for value in floats]
 
 
 def _where(row: int) -> str:

@@ -114,11 +114,11 @@ def lower_is_better(signals: Signals, metric: str) -> bool:
 
 def monitor(signals: Signals) -> Series:
     """The validation metric that matters, as a series that rises when it gets better; empty where there is none."""
-    found = signals.named("val/*")
-    name = main_metric(signals, list(found))
+    metrics = signals.named("val/*")
+    name = main_metric(signals, list(metrics))
     if name is None:
         return Series("")
-    series = found[name]
+    series = metrics[name]
     if lower_is_better(signals, name):
         return series.having(-series.numbers, name)
     return series.having(series.numbers, name)

@@ -30,7 +30,7 @@ class Signals:
     "Infinity", "-Infinity".
 
     Raises ``NearfarError`` for records that are no mappings and for known fields that are not numeric. Text in an
-    unknown field is nobody's signal and is left out.
+    unknown field is left out.
 
     >>> run = Signals([{"step": 10, "loss": 4.2}, {"step": 20, "loss": "NaN"}], {"batch_size": 64})
     >>> run.series("loss").values, run.number("batch_size")
@@ -108,11 +108,11 @@ class Signals:
     def named(self, pattern: str) -> dict[str, Series]:
         """The series of a field like ``*/share``, by what stands for the star; without NaN and infinities."""
         before, after = pattern.split("*")
-        found = {}
+        matching = {}
         for name in self._fields:
             if matches(pattern, name) and "/cosine/" not in name:
-                found[name[len(before) : len(name) - len(after)]] = self.series(name).finite()
-        return {name: series for name, series in found.items() if series}
+                matching[name[len(before) : len(name) - len(after)]] = self.series(name).finite()
+        return {name: series for name, series in matching.items() if series}
 
     def number(self, name: str) -> float | None:
         """What the context says of ``name`` or, without it, the mean of the series' last part."""
@@ -247,15 +247,15 @@ def _csv_rows(path: Any) -> list[dict[str, Any]]:
             twice = next((name for at, name in enumerate(names) if name and name in names[:at]), None)
             if twice is not None:
                 raise NearfarError(f"{path} has several columns '{twice}'; rename them, or drop all but one")
-            found = []
+            records = []
             for row in filter(None, rows):
                 if len(row) > len(names) and any(cell.strip() for cell in row[len(names) :]):
                     raise NearfarError(
                         f"{path}: line {rows.line_num} has {len(row)} cells, but line 1 names {len(names)} columns; "
                         "put texts that hold the separator in quotes, and write decimal points"
                     )
-                found.append(dict(zip(names, row, strict=False)))
-            return found
+                records.append(dict(zip(names, row, strict=False)))
+            return records
     except (UnicodeDecodeError, csv.Error, OSError) as error:
         raise NearfarError(f"{path}: not a CSV file that can be read ({error})") from None
 
@@ -274,11 +274,11 @@ def _check_context(context: Any) -> None:
 
 def _placed(log: Columns, name: str) -> NDArray[np.float64]:
     """What each row says of its step or epoch; NaN where it says nothing."""
-    found = np.full(log.length, np.nan)
+    placed = np.full(log.length, np.nan)
     if name in log.fields:
         rows, numbers, _ = log.fields[name]
-        found[rows] = numbers
-    return found
+        placed[rows] = numbers
+    return placed
 
 
 def _first_epoch(log: Columns) -> int:

@@ -1,5 +1,5 @@
 """What the losses have in common: what a loss says of itself, and the record of its last call, read off the device only
-when somebody looks at it.
+when it is looked at.
 """
 
 from __future__ import annotations
@@ -141,8 +141,8 @@ class Record:
     ``hardest_share``: how much of the push away from negatives goes to the hardest one (1: all of it; 1 / number of
     negatives: spread evenly; 0 where there is no negative). ``uniform_level``: the loss of guessing, when all
     candidates score alike. ``floor``: the least the loss can reach. ``scale``: 1 / temperature, as it was used.
-    ``finite``: false where the loss is infinite or not a number. ``rows_without_negatives``: rows that nobody is pushed
-    away from, since a mask leaves out all others or all are positives.
+    ``finite``: false where the loss is infinite or not a number. ``rows_without_negatives``: rows that have
+    none, since a mask leaves out all others or all are positives.
 
     ``extra`` holds further numbers of a certain loss; ``to_dict`` puts them beside the others. ``traits`` say which
     kind of loss it is.
@@ -190,7 +190,7 @@ class ContrastiveLoss(nn.Module):
     """A loss without weights of its own that remembers what it saw last.
 
     ``record`` is the ``Record`` of the last call, None before the first. Reading it waits for the device; a step whose
-    record nobody reads does not.
+    record is not read does not.
 
     A subclass states its ``traits`` and returns ``self.keep(value, step)`` from ``forward``. Its options are the fields
     of a dataclass, ``@dataclass(eq=False, repr=False)``, and ``__post_init__`` checks them. docs/losses.md has one in

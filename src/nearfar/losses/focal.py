@@ -185,8 +185,8 @@ def _share(weight: Tensor, labelled: Tensor, reduction: str) -> Tensor:
         return weight / labelled.sum().clamp(min=1)
     axes = tuple(range(weight.ndim - 1)) if weight.ndim > 1 else tuple(range(weight.ndim))
     total = weight.sum(axes) if axes else weight
-    there = total > 0
-    return weight / torch.where(there, total, 1.0) / there.sum().clamp(min=1)
+    nonempty = total > 0
+    return weight / torch.where(nonempty, total, 1.0) / nonempty.sum().clamp(min=1)
 
 
 def check_options(gamma: float, reduction: str) -> None:
@@ -234,8 +234,8 @@ def _weights(name: str, values: Any) -> Tensor:
 
 def _labelled(labels: Tensor, ignore_index: int) -> Tensor:
     """Which labels count; nothing waits for a device."""
-    there = labels != ignore_index
-    return there if ignore_index == MISSING else there & (labels != MISSING)
+    labelled = labels != ignore_index
+    return labelled if ignore_index == MISSING else labelled & (labels != MISSING)
 
 
 def _checked(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:

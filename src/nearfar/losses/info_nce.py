@@ -269,7 +269,7 @@ def clamp_scale(scale: float | Tensor, max_scale: float | None, name: str = "log
     one_number = scale.numel() == 1 and scale.dtype != torch.bool and not scale.is_complex()
     if not one_number or (scale.device.type == "cpu" and not bool(scale.detach().isfinite().all())):
         return scale  # refused where every scale is looked at: a clamp would hide it
-    # A log scale held at ln(max_scale) comes back a rounding larger, and must not lose its gradient there.
+    # A log scale clamped at ln(max_scale) comes back a rounding larger, and must not lose its gradient there.
     return torch.where(scale > max_scale * (1 + 1e-6), max_scale, scale)
 
 

@@ -119,10 +119,10 @@ def supcon(
     divides the inner sum by the number of positives, which adds the constant ln(positives). No factor
     temperature / base temperature. Rows without a positive are left out of the mean and counted.
 
-    ``labels`` are whole numbers, −1 (or NaN) where one is missing: such a row is nobody's positive and has none but
+    ``labels`` are whole numbers, −1 (or NaN) where one is missing: such a row is no positive of others and has none but
     its own partner in ``other``; it stays a negative of all.
 
-    ``other`` is another view of the same rows: candidates are then its rows, in both directions, and
+    ``other`` is a second view of the same rows: candidates are then its rows, in both directions, and
     ``own_pair=False`` takes a row's own partner out of both positives and candidates. ``memory`` adds rows of earlier
     batches as candidates and positives; with ``in_batch=False`` they are the only ones, such as the rows of a
     reference set. ``mask`` leaves out negatives, ``rows`` makes only those rows queries.
@@ -228,7 +228,7 @@ def supcon_step(
 
 
 def _check_views(n: int, others: int | None, memory: Tensor | None, in_batch: bool) -> None:
-    """``NearfarError`` unless the candidates are one of: the batch, another view of it, a memory, batch and memory."""
+    """``NearfarError`` unless the candidates are one of: the batch, a second view of it, a memory, batch and memory."""
     if others is not None and others != n:
         raise NearfarError(f"z has {n} rows and other {others}; they are two views of the same rows")
     if memory is not None and others is not None:
@@ -309,10 +309,10 @@ def multi_label_supcon(
     -log(Σ_j W_ij exp(s_ij) / Σ_j exp(s_ij)), the sum inside. Agreement about nothing counts as agreement there: a
     collapsed encoder scores -ln(mean W), already near the floor -ln(max W). Prefer Jaccard.
 
-    An entry of ``labels`` that is −1 (or NaN) is not known, and nobody has it in common with the row; a row of such
+    An entry of ``labels`` that is −1 (or NaN) is not known, and no row has it in common with this one; a row of such
     entries alone has no positives.
 
-    ``sum`` overrides where the sum stands. Rows that share nothing with another row are left out and counted. Floor
+    ``sum`` overrides where the sum stands. Rows that share nothing with any other row are left out and counted. Floor
     for a sum outside: the entropy of Q.
 
     >>> z = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])

@@ -1,4 +1,4 @@
-"""How far one group's scores lie below another's: the one-sided Wasserstein distance of their quantiles."""
+"""How far one group's scores lie below those of a second: the one-sided Wasserstein distance of their quantiles."""
 
 from __future__ import annotations
 

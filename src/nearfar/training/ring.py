@@ -167,14 +167,14 @@ class _RingSums(torch.autograd.Function):
         here, both = dist.get_rank(), bool(ctx.both)
         space = Workspace(a, _size(counts))
         home = _setting(OwnPair(len(a)), counts, both)
-        rows = _slopes(home, rest, by_rest, by_positive)
+        rows = _grads_of(home, rest, by_rest, by_positive)
         by_a, by_b = torch.zeros_like(a), torch.zeros_like(b)
         with full_precision(a.device):
             # What the keys know of themselves as queries travels with them.
             known = torch.stack([back, by_back], 1)
             for (block, keys), (_, sums) in zip(_round(b, counts), _round(known, counts), strict=True):
                 setting = home if block == here else _setting(NoPositives(len(a), len(keys)), counts, both)
-                columns = _slopes(setting, sums[:, 0], sums[:, 1], torch.zeros_like(sums[:, 0]))
+                columns = _grads_of(setting, sums[:, 0], sums[:, 1], torch.zeros_like(sums[:, 0]))
                 for tile in tiles(a, keys, scale, setting, space) if len(a) and len(keys) else ():
                     values = tile_logit_grads(tile, query_views(tile, [rows, columns]), space)
                     by_a[tile.rows].addmm_(values, tile.keys)
@@ -206,7 +206,7 @@ def _setting(target: Target, counts: list[int], both: bool) -> Setting:
     )
 
 
-def _slopes(setting: Setting, rest: Tensor, by_rest: Tensor, by_positive: Tensor) -> LogitGrads:
+def _grads_of(setting: Setting, rest: Tensor, by_rest: Tensor, by_positive: Tensor) -> LogitGrads:
     side = RunningSums(len(rest), 0, rest, setting)
     return LogitGrads(side, (rest, torch.zeros_like(rest), None, None), (by_rest, by_positive, None, None))
 
@@ -225,16 +225,16 @@ def _round(block: Tensor, counts: list[int]) -> Iterator[tuple[int, Tensor]]:
 
 
 def _pass_on(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-    found, arrived = _send(tensor, shape)
+    received, arrived = _send(tensor, shape)
     arrived()
-    return found
+    return received
 
 
 def _send(tensor: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Callable[[], None]]:
     """To the next rank, and of ``shape`` from the one before; the function waits for both."""
     here, ranks = dist.get_rank(), dist.get_world_size()
-    tensor, found = tensor.contiguous(), tensor.new_empty(shape)
-    wanted = [(dist.isend, tensor, (here + 1) % ranks), (dist.irecv, found, (here - 1) % ranks)]
+    tensor, received = tensor.contiguous(), tensor.new_empty(shape)
+    wanted = [(dist.isend, tensor, (here + 1) % ranks), (dist.irecv, received, (here - 1) % ranks)]
     transfers = [dist.P2POp(kind, each, peer) for kind, each, peer in wanted if each.numel()]
     handles = dist.batch_isend_irecv(transfers) if transfers else []
 
@@ -242,4 +242,4 @@ def _send(tensor: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Callable[[], 
         for handle in handles:
             handle.wait()
 
-    return found, arrived
+    return received, arrived

@@ -81,11 +81,11 @@ class Batch:
 def batches(processes: int) -> list[Batch]:
     """The batch of each rank; the last is uneven. Neighbours are positions within the rank."""
     generator = torch.Generator().manual_seed(1)
-    found = []
+    parts = []
     for rank in range(processes):
         n = ROWS if rank < processes - 1 else ROWS - 3
         x = torch.randn(n, FEATURES, generator=generator, dtype=torch.float64)
-        found.append(
+        parts.append(
             Batch(
                 x=x,
                 y=x + 0.5 * torch.randn(x.shape, generator=generator, dtype=torch.float64),
@@ -96,7 +96,7 @@ def batches(processes: int) -> list[Batch]:
                 alpha=torch.rand(n, 2, generator=generator, dtype=torch.float64),
             )
         )
-    return found
+    return parts
 
 
 def joined(parts: Sequence[Batch]) -> Batch:
@@ -202,7 +202,7 @@ VISIBLE = 1e-3
 
 @dataclass(frozen=True)
 class Option:
-    """One way to train on several processes, and what it promises: ``exact``, ``by definition`` (another gradient,
+    """One way to train on several processes, and what it promises: ``exact``, ``by definition`` (a different gradient,
     for the reason given) or ``wrong`` (the check must find it out)."""
 
     name: str
@@ -309,8 +309,8 @@ def verify_ddp(processes: int = 2, losses: Sequence[str] | None = None, timeout:
         work += [(name, k) for k, option in enumerate(OPTIONS) if option.offered(CASES[name])]
     with TemporaryDirectory(prefix="nearfar-ddp-") as folder:
         trained = {name: sorted(reference) for name, reference in references.items()}
-        found = _run(processes, (processes, folder, work, trained), timeout)
-    rows = [_row(name, OPTIONS[k], references[name], found[name, k], processes) for name, k in work]
+        results = _run(processes, (processes, folder, work, trained), timeout)
+    rows = [_row(name, OPTIONS[k], references[name], results[name, k], processes) for name, k in work]
     return DdpVerdict(processes, tuple(rows))
 
 
@@ -339,7 +339,7 @@ def _run(
     finally:
         for process in context.processes:
             process.kill()
-    return torch.load(Path(folder) / "found.pt", weights_only=True)
+    return torch.load(Path(folder) / "results.pt", weights_only=True)
 
 
 def _rank(
@@ -356,11 +356,11 @@ def _rank(
         "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=processes, timeout=wait
     )
     batch = batches(processes)[rank]
-    found = {}
+    results = {}
     for name, k in work:
-        found[name, k] = _step(CASES[name], OPTIONS[k], batch, trained[name])
+        results[name, k] = _step(CASES[name], OPTIONS[k], batch, trained[name])
     if rank == 0:
-        torch.save(found, Path(folder) / "found.pt")
+        torch.save(results, Path(folder) / "results.pt")
     dist.barrier()
     dist.destroy_process_group()
 
@@ -383,10 +383,10 @@ def _row(
 ) -> DdpRow:
     weights = sorted(key for key in one if key.startswith("layers."))
     numbers = sorted(one.keys() - {"value", *weights})
-    reference, found = (torch.cat([grads[key].flatten() for key in weights]) for grads in (one, several))
-    ratio = (found.norm() / reference.norm()).item()
-    cosine = (found @ reference / (found.norm() * reference.norm())).item()
-    differences = [(found - reference).norm() / reference.norm()]
+    reference, gradient = (torch.cat([grads[key].flatten() for key in weights]) for grads in (one, several))
+    ratio = (gradient.norm() / reference.norm()).item()
+    cosine = (gradient @ reference / (gradient.norm() * reference.norm())).item()
+    differences = [(gradient - reference).norm() / reference.norm()]
     differences += [abs(several[key] - one[key]) / abs(one[key]).clamp(min=1e-9) for key in numbers]
     difference = max(each.item() for each in differences)
     loss_difference = (several["value"] - one["value"]).abs().max().item()
