@@ -20,10 +20,11 @@ from torch import Tensor, nn
 
 from nearfar.cli import app
 from nearfar.errors import NearfarError
-from nearfar.losses import ClipLoss, InfoNCELoss, SupConLoss, duplicate_mask
+from nearfar.losses import ClipLoss, FocalLoss, InfoNCELoss, SpatialLoss, SupConLoss, duplicate_mask
+from nearfar.losses.base import traits_of
 from nearfar.training import ring as ring_module
 from nearfar.training import verify_ddp as verify_module
-from nearfar.training.distributed import DistributedLoss
+from nearfar.training.distributed import DistributedLoss, SharingOptions
 from nearfar.training.gather import gather
 from nearfar.training.verify_ddp import OPTIONS, DdpVerdict, verify_ddp
 
@@ -451,6 +452,26 @@ def test_rows_of_a_memory_are_not_counted_twice(ranks: Any) -> None:
         assert "DistributedLoss(loss, shared=('negatives',))" in texts[0]
         assert "memory.push(gather(features))" in texts[2]
         assert [texts[1], texts[3]] == ["fine", "fine"]
+
+
+def test_the_traits_of_a_loss_say_how_it_may_be_shared() -> None:
+    whole, own, around = SharingOptions(), SharingOptions(local_loss=True), SharingOptions(ring=True)
+    for loss in (InfoNCELoss(), SpatialLoss(), FocalLoss(), Toy()):
+        whole.check_loss(loss)
+    own.check_loss(SpatialLoss(temp_reg_weight=0.0))
+    with pytest.raises(NearfarError, match=r"temp_reg_weight=0\.05 has none: its regulariser squares a mean"):
+        own.check_loss(SpatialLoss())
+    with pytest.raises(NearfarError, match="FocalLoss cannot be taken apart"):
+        own.check_loss(FocalLoss(), "trainer.", "true")
+    with pytest.raises(NearfarError, match="no ring version of SpatialLoss"):
+        around.check_loss(SpatialLoss())
+
+
+def test_a_loss_without_traits_is_read_by_the_names_of_its_arguments() -> None:
+    traits = traits_of(Toy())
+    assert traits.rows == ("z", "neighbors", "queue")
+    assert (traits.positions, traits.further, traits.pairs) == (("neighbors",), ("negatives",), ("mask",))
+    assert (traits.numbers, traits.aligned, traits.local, traits.ring) == (("scale",), False, None, None)
 
 
 # -- the ring --------------------------------------------------------------------------------------------------

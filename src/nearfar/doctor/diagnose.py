@@ -87,12 +87,12 @@ def diagnose(signals: Any, context: Mapping[str, Any] | None = None) -> Diagnosi
 
     Raises ``NearfarError`` for other input, series of different lengths, and fields that are not numeric.
 
-    >>> found = diagnose({"loss": [4.16, 4.15, 4.17, 4.16, 4.15, 4.16, 4.16, 4.15], "candidates": 64})
-    >>> found.ids, found[0].severity
+    >>> diagnosis = diagnose({"loss": [4.16, 4.15, 4.17, 4.16, 4.15, 4.16, 4.16, 4.15], "candidates": 64})
+    >>> diagnosis.ids, diagnosis[0].severity
     (['loss-at-chance'], 'error')
-    >>> print(found[0].evidence["text"])
+    >>> print(diagnosis[0].evidence["text"])
     Mean loss 4.157 in steps 6 to 8; guessing costs 4.159, taken as ln(candidates) (+0% of the way to the floor).
-    >>> "collapse" in [rule.id for rule in found.unjudged]
+    >>> "collapse" in [rule.id for rule in diagnosis.unjudged]
     True
     """
     read = Signals.of(signals, context)

@@ -142,7 +142,7 @@ CONTEXT: dict[str, str] = {
     "splits": "{split: {rows, hash, ids, gallery}}",
     "leaks": "{pair of splits: number of shared items, or {what: {shared, rows}}}",
     "baselines": "{metric: what a constant or majority predictor scores}, or by split; an entry with a `name` is "
-    "another model",
+    "a different model",
     "groups": "{metric: {group: value}}",
     "change": "{metric: {group: difference between two systems}}",
     "comparison": "{metric: {value, low, high}, or {per_seed}, or {values, baseline} by seed, or {value, sd}}",

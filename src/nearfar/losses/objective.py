@@ -177,8 +177,8 @@ class Objective(nn.Module):
         touched, the graph stays, and the later ``backward()`` gives the same bits.
 
         >>> w = torch.tensor([3.0, 4.0], requires_grad=True)
-        >>> found = Objective({"fit": 1.0, "decay": 0.5}).measure_shares({"fit": w[0], "decay": -2 * w[0]}, on=w)
-        >>> found.shares, found.cosines
+        >>> shares = Objective({"fit": 1.0, "decay": 0.5}).measure_shares({"fit": w[0], "decay": -2 * w[0]}, on=w)
+        >>> shares.shares, shares.cosines
         ({'fit': 0.5, 'decay': 0.5}, {('fit', 'decay'): -1.0})
         """
         weights = self.weights(position, total)
