@@ -150,6 +150,8 @@ def test_what_a_target_lacks_is_said() -> None:
     with pytest.raises(NearfarError, match="'outside' or 'inside' the logarithm"):
         target_loss(draw(0), None, target, sum="between")  # type: ignore[arg-type]
     with pytest.raises(NearfarError, match="the target is for"):
-        target_loss(draw(0)[:5], None, target, tile=(2, 2))
+        target_loss(draw(0)[:5], None, target)
+    with pytest.raises(NearfarError, match=r"target is a Tensor; a nearfar\.losses\.Target is needed"):
+        target_loss(draw(0), None, weight)  # type: ignore[arg-type]
     with pytest.raises(NearfarError, match="temperature"):
         target_loss(draw(0), None, target, temperature=0.0)

@@ -52,7 +52,7 @@ def plain(value: Any) -> Any:
     return value
 
 
-def is_series(value: Any) -> bool:
+def is_series(value: object) -> bool:
     """Whether this holds one value after the other: a list, an array, a column of a table, a generator.
 
     >>> is_series(range(3)), is_series(np.zeros(3)), is_series("loss"), is_series(np.float32(1)), is_series({"a": 1})
@@ -65,7 +65,7 @@ def is_series(value: Any) -> bool:
     return isinstance(value, Iterable)
 
 
-def is_empty(value: Any) -> bool:
+def is_empty(value: object) -> bool:
     """Whether a cell says that nothing was measured: None, an NA of pandas, a masked value, a text without content.
 
     >>> is_empty(None), is_empty(" "), is_empty("nan"), is_empty(float("nan"))
@@ -154,7 +154,7 @@ def read_cells(
 
 
 def _read_each(
-    values: list[Any], name: str, where: Callable[[int], str], known: bool
+    values: list[object], name: str, where: Callable[[int], str], known: bool
 ) -> tuple[NDArray[np.float64], NDArray[np.uint8]]:
     floats = np.full(len(values), np.nan)
     cells = np.zeros(len(values), np.uint8)
@@ -180,7 +180,7 @@ def _read_each(
     return floats, cells
 
 
-def _plain_number(value: Any) -> float | None:
+def _plain_number(value: object) -> float | None:
     """The number of a text that is plainly one, as nearly every cell of a CSV file; None for anything else."""
     if type(value) is not str or "_" in value:
         return None
@@ -190,7 +190,7 @@ def _plain_number(value: Any) -> float | None:
         return None
 
 
-def numbers(values: Sequence[Any], name: str, where: str) -> tuple[float, ...]:
+def numbers(values: Sequence[object], name: str, where: str) -> tuple[float, ...]:
     """A tuple of floats; null becomes NaN."""
     floats = (number(value, name, where) for value in values)
     return tuple(math.nan if value is None else value for value in floats)

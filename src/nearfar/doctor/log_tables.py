@@ -86,7 +86,7 @@ class Columns:
         return rows, values
 
 
-def _listed(values: Iterable[Any], name: str, where: str) -> list[float]:
+def _listed(values: Iterable[object], name: str, where: str) -> list[float]:
     floats = (number(value, name, where) for value in values)
     return [float("nan") if value is None else value for value in floats]
 
@@ -134,14 +134,14 @@ def table_columns(table: Any) -> dict[str, Any] | None:
     return columns
 
 
-def _joined(name: Any) -> str:
+def _joined(name: object) -> str:
     """The name of a column, of several levels joined."""
     if isinstance(name, tuple):
         return "/".join(str(part) for part in name if not is_empty(part) and part == part)
     return str(name)
 
 
-def _of_pandas(column: Any) -> bool:
+def _of_pandas(column: object) -> bool:
     """Whether an empty cell of this column is a NaN, so that NaN does not say which it is."""
     return hasattr(column, "to_numpy") and type(column).__module__.partition(".")[0] == "pandas"
 
@@ -275,7 +275,7 @@ def _length(series: Mapping[str, Any]) -> tuple[int, np.ndarray]:
     return length, ends
 
 
-def read_records(records: Iterable[Any]) -> Columns:
+def read_records(records: Iterable[object]) -> Columns:
     """The log that a list of rows is: mappings of fields to numbers, as ``train_log.jsonl`` or ``csv.DictReader`` has
     them. Raises ``NearfarError`` for a row that is no mapping."""
     cells: dict[str, tuple[list[int], list[Any]]] = {}
@@ -308,7 +308,7 @@ def read_records(records: Iterable[Any]) -> Columns:
     return log
 
 
-def _all_text(record: Mapping[Any, Any]) -> bool:
+def _all_text(record: Mapping[str, object]) -> bool:
     """Whether a record is a row of a CSV file: a None in it is a cell that a short row lacks."""
     values = [value for name, value in record.items() if value is not None and not is_text(name)]
     return bool(values) and all(isinstance(value, (str, list)) for value in values)

@@ -80,16 +80,16 @@ def _options(path: Path) -> dict[str, Any]:
     return {name: value for name, value in values if value is not None}
 
 
-def _flat(config: Mapping[Any, Any], before: str = "") -> dict[str, Any]:
+def _flat(config: Mapping[object, object], before: str = "") -> dict[str, object]:
     """The options of a configuration by dotted key."""
-    flat: dict[str, Any] = {}
+    flat: dict[str, object] = {}
     for key, value in config.items():
         name = f"{before}{key}"
         flat |= _flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
     return flat
 
 
-def _option(options: Mapping[str, Any], name: str) -> Any:
+def _option(options: Mapping[str, object], name: str) -> str | float | None:
     """The option that a field of the context is: ``FIELD`` or ``trainer.FIELD``; a word also ``FIELD.name`` and, in any
     group, ``GROUP.FIELD``. Of several the one with the shortest key.
 
@@ -101,9 +101,11 @@ def _option(options: Mapping[str, Any], name: str) -> Any:
         for key in options
         if key in (name, f"trainer.{name}") or (words and (key == f"{name}.name" or key.endswith(f".{name}")))
     ]
-    for key in sorted(keys, key=len):
-        if isinstance(options[key], str if words else (bool, int, float)):
-            return options[key]
+    for value in (options[key] for key in sorted(keys, key=len)):
+        if words and isinstance(value, str):
+            return value
+        if not words and isinstance(value, (bool, int, float)):
+            return value
     return None
 
 

@@ -231,7 +231,7 @@ class Signals:
         return first.having(combine(first.numbers, beside[first.rows]))
 
 
-def _csv_rows(path: Any) -> list[dict[str, Any]]:
+def _csv_rows(path: str | os.PathLike[str]) -> list[dict[str, str]]:
     """The rows of a CSV file with a line of names, as a logger writes one; cells end at commas, semicolons or tabs.
 
     A short row lacks its last cells. One with more cells than names, or a name that comes twice, is refused: it would
@@ -260,7 +260,7 @@ def _csv_rows(path: Any) -> list[dict[str, Any]]:
         raise NearfarError(f"{path}: not a CSV file that can be read ({error})") from None
 
 
-def _check_context(context: Any) -> None:
+def _check_context(context: object) -> None:
     if context is not None and not isinstance(context, Mapping):
         raise NearfarError(
             f"context is {type(context).__name__}; a mapping such as {{'batch_size': 64}} is needed"

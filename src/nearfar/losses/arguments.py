@@ -66,7 +66,7 @@ def ready(
     return Ready(first, second, scale_of(scale, first, scale_name))
 
 
-def check_tensors(**values: Any) -> None:
+def check_tensors(**values: object) -> None:
     """``NearfarError`` unless all of these are tensors."""
     for name, value in values.items():
         if not isinstance(value, Tensor):
@@ -87,7 +87,7 @@ def check_matrices(**values: Any) -> None:
             )
 
 
-def check_part(rows: Any, tile: Any = None) -> None:
+def check_part(rows: object, tile: object = None) -> None:
     """``NearfarError`` unless ``rows`` is a slice of whole numbers or None, and ``tile`` two sizes or None."""
     if rows is not None:
         if not isinstance(rows, slice):
@@ -104,7 +104,7 @@ def check_part(rows: Any, tile: Any = None) -> None:
             whole_number("tile", size, 1)
 
 
-def check_words(**values: Any) -> None:
+def check_words(**values: object) -> None:
     """``NearfarError`` unless all of these are texts; whoever takes them knows which."""
     for name, value in values.items():
         if not isinstance(value, str):
@@ -119,7 +119,7 @@ def check_sum(sum: str) -> bool:
     return sum == "inside"
 
 
-def check_flags(**values: Any) -> None:
+def check_flags(**values: object) -> None:
     """``NearfarError`` unless all of these are True or False."""
     for name, value in values.items():
         if value is not True and value is not False:

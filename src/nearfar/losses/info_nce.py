@@ -118,8 +118,17 @@ def info_nce(
     tensor(True)
     """
     options = InfoNCEOptions(temperature, symmetric, normalize, in_batch, denominator, reduction)
-    candidates: dict[str, Any] = {"mask": mask, "negatives": negatives, "negatives_mask": negatives_mask}
-    return info_nce_step(a, b, options, scale, **candidates, rows=rows, tile=tile)[0]
+    return info_nce_step(
+        a,
+        b,
+        options,
+        scale,
+        mask=mask,
+        negatives=negatives,
+        negatives_mask=negatives_mask,
+        rows=rows,
+        tile=tile,
+    )[0]
 
 
 @uncompiled
@@ -328,9 +337,11 @@ class InfoNCELoss(InfoNCEOptions, ContrastiveLoss):
         negatives_mask: Mask | Tensor | tuple[Mask | Tensor | None, ...] | None = None,
         rows: slice | None = None,
     ) -> Float[Tensor, ""] | Float[Tensor, " n"]:
-        candidates: dict[str, Any] = {"mask": mask, "negatives": negatives, "negatives_mask": negatives_mask}
         masked = mask is not None or negatives_mask is not None
-        return self.keep(*info_nce_step(a, b, self, scale, **candidates, rows=rows), masked)
+        step = info_nce_step(
+            a, b, self, scale, mask=mask, negatives=negatives, negatives_mask=negatives_mask, rows=rows
+        )
+        return self.keep(*step, masked)
 
     def pair_arguments(self, arguments: Mapping[str, Any]) -> PairArguments:
         scale = arguments.get("scale")

@@ -148,10 +148,10 @@ def supcon(
     1.4977
     """
     options = SupConOptions(temperature, sum, normalize, own_pair, denominator, reduction, in_batch)
-    rest: dict[str, Any] = {"mask": mask, "rows": rows, "tile": tile}
     return supcon_step(
-        z, labels, options, other, memory=memory, memory_labels=memory_labels, positives=positives, **rest
-    )[0]
+        z, labels, options, other, positives=positives, memory=memory, memory_labels=memory_labels, mask=mask,
+        rows=rows, tile=tile,
+    )[0]  # fmt: skip
 
 
 @uncompiled

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from nearfar.contrast import Mask, Step, Target, dense_softmax, softmax_loss, uncompiled
+from nearfar.errors import NearfarError
 from nearfar.losses.arguments import (
     any_number,
     check_flags,
@@ -62,6 +63,13 @@ def target_loss(
     3.0
     """
     check_matrices(**{"a": a} if b is None else {"a": a, "b": b})
+    if not hasattr(target, "patches"):
+        raise NearfarError(
+            f"target is a {type(target).__name__}; a nearfar.losses.Target is needed, which says who belongs to whom"
+        )
+    pairs = (len(a), len(a if b is None else b))
+    if tuple(target.shape) != pairs:
+        raise NearfarError(f"the target is for {target.shape} pairs, but there are {pairs}")
     if scale is None:
         scale = 1.0 / check_temperature(temperature)
     elif not isinstance(scale, Tensor):

@@ -157,7 +157,7 @@ def join_arguments(
     return joined, slice(before, before + own)
 
 
-def _zero_with_grad(arguments: Iterable[Any]) -> Float[Tensor, ""]:
+def _zero_with_grad(arguments: Iterable[object]) -> Float[Tensor, ""]:
     """0 that depends on all arguments: a rank without rows must take part in backward all the same."""
     tensors = [part for value in arguments for _, part in _parts("", value) if part.dtype.is_floating_point]
     dtype = computing_dtype(*tensors)
@@ -214,7 +214,7 @@ def _same_on_all(tensors: dict[str, Tensor]) -> dict[str, bool]:
     return dict(zip(sorted(tensors), same, strict=True))
 
 
-def _parts(name: str, value: Any) -> list[tuple[str, Tensor]]:
+def _parts(name: str, value: object) -> list[tuple[str, Tensor]]:
     """The tensors of an argument, each with a name; those of a pair one by one."""
     if isinstance(value, Tensor):
         return [(name, value)]

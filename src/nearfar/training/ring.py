@@ -45,13 +45,14 @@ from nearfar.training.gather import row_counts, whole_value
 __all__ = ["check_ring", "ring_loss", "ring_sums"]
 
 
-def ring_loss(loss: Any, arguments: Mapping[str, Any]) -> Float[Tensor, ""]:
+def ring_loss(loss: nn.Module, arguments: Mapping[str, Any]) -> Float[Tensor, ""]:
     """``loss`` of the batches of all ranks, called with the arguments of its ``forward`` for this rank.
 
     The value is that of the whole batch; the gradient is this rank's share, times the number of ranks, so that
     DistributedDataParallel's mean is that of the whole batch. The loss's record describes this rank's rows.
     """
     check_ring(loss, arguments)
+    assert isinstance(loss, ContrastiveLoss)
     a, b, scale, both, normalize = loss.pair_arguments(arguments)
     counts = row_counts({"a": a, "b": b})
     if counts["a"] != counts["b"]:

@@ -73,7 +73,7 @@ class Sharing(SharingOptions):
         return max(0, min(size, rows - rank * size))
 
     def step(
-        self, system: Any, model: nn.Module, batch: Any, rows: int, chunk: int | None = None
+        self, system: System, model: nn.Module, batch: Any, rows: int, chunk: int | None = None
     ) -> StepOutput:
         """The loss of a batch of ``rows`` rows, ``chunk`` of them encoded at a time; every rank calls it together."""
         parts = system.split(batch, -(-rows // ranks.count()))
@@ -130,7 +130,7 @@ class Sharing(SharingOptions):
         return slice(rows * own // world, rows * (own + 1) // world)
 
 
-def losses_of(system: Any) -> list[nn.Module]:
+def losses_of(system: System) -> list[nn.Module]:
     """The losses that ``system`` holds and that can be taken apart by rows."""
     parts = [part for part in vars(system).values() if isinstance(part, nn.Module)]
     every = dict.fromkeys(module for part in parts for module in part.modules())

@@ -110,6 +110,10 @@ def joined(parts: Sequence[Batch]) -> Batch:
     return Batch(**rows)
 
 
+#: the arguments of a loss
+Arguments = dict[str, Tensor | tuple[Tensor, Tensor]]
+
+
 @dataclass(frozen=True)
 class Case:
     """A loss, and its arguments for a rank's outputs (a, b, scale, bias) and batch.
@@ -118,49 +122,49 @@ class Case:
     """
 
     build: Callable[[], nn.Module]
-    arguments: Callable[[Sequence[Tensor], Batch], dict[str, Any]]
+    arguments: Callable[[Sequence[Tensor], Batch], Arguments]
     shared: tuple[str, ...] = ()
 
 
-def _pair(out: Sequence[Tensor], batch: Batch) -> dict[str, Any]:
+def _pair(out: Sequence[Tensor], batch: Batch) -> Arguments:
     return {"a": out[0], "b": out[1], "scale": out[2]}
 
 
-def _clip(out: Sequence[Tensor], batch: Batch) -> dict[str, Any]:
+def _clip(out: Sequence[Tensor], batch: Batch) -> Arguments:
     return {"image": out[0], "text": out[1], "logit_scale": out[2]}
 
 
-def _spatial(out: Sequence[Tensor], batch: Batch) -> dict[str, Any]:
+def _spatial(out: Sequence[Tensor], batch: Batch) -> Arguments:
     return _clip(out, batch) | {"neighbor_index": batch.neighbors, "neighbor_alpha": batch.alpha}
 
 
-def _siglip(out: Sequence[Tensor], batch: Batch) -> dict[str, Any]:
+def _siglip(out: Sequence[Tensor], batch: Batch) -> Arguments:
     return {"a": out[0], "b": out[1], "logit_scale": out[2], "logit_bias": out[3]}
 
 
-def _scored(out: Sequence[Tensor], batch: Batch) -> dict[str, Any]:
+def _scored(out: Sequence[Tensor], batch: Batch) -> Arguments:
     return {"z": out[0], "scores": batch.scores}
 
 
-def _supcon(out: Sequence[Tensor], batch: Batch) -> dict[str, Any]:
+def _supcon(out: Sequence[Tensor], batch: Batch) -> Arguments:
     return {"z": out[0], "labels": batch.labels}
 
 
-def _mined(out: Sequence[Tensor], batch: Batch) -> dict[str, Any]:
+def _mined(out: Sequence[Tensor], batch: Batch) -> Arguments:
     return _pair(out, batch) | {"negatives": out[1] * 0.5 - out[0]}
 
 
-def _memory(out: Sequence[Tensor], batch: Batch) -> dict[str, Any]:
+def _memory(out: Sequence[Tensor], batch: Batch) -> Arguments:
     rows = torch.randn(5, out[1].shape[1], generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     return _pair(out, batch) | {"negatives": (rows, -rows)}
 
 
-def _groups(out: Sequence[Tensor], batch: Batch) -> dict[str, Any]:
+def _groups(out: Sequence[Tensor], batch: Batch) -> Arguments:
     scores, low = torch.sigmoid(out[0][:, 0]), batch.scores < 0.4
     return {"lower_scores": scores[low], "upper_scores": scores[~low]}
 
 
-def _classes(out: Sequence[Tensor], batch: Batch) -> dict[str, Any]:
+def _classes(out: Sequence[Tensor], batch: Batch) -> Arguments:
     return {"logits": out[0][:, :6].view(-1, 2, 3), "labels": batch.labels[:, None].expand(-1, 2)}
 
 
