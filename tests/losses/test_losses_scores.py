@@ -231,3 +231,12 @@ def test_near_convergence_the_gradient_keeps_its_digits():
 def test_bad_input(call, message):
     with pytest.raises(NearfarError, match=message):
         call(draw())
+
+
+def test_options_by_position_keep_their_order():
+    one = AdaptiveScoreContrastiveLoss(0.2, 0.3, 0.3, 1, "negatives", True, None, False)
+    assert (one.threshold, one.normalize) == (None, False)
+    two = BidirectionalScoreContrastiveLoss(0.2, 0.3, 0.3, 1, "negatives", True, 0.5, 2.0, 0.1, False)
+    assert (two.threshold, two.anchor_weight, two.positive_weight, two.normalize) == (0.5, 2.0, 0.1, False)
+    with pytest.raises(NearfarError, match="positive_weight"):
+        BidirectionalScoreContrastiveLoss(positive_weight=-1.0)

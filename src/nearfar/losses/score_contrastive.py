@@ -49,6 +49,9 @@ class SplitOptions:
     detach_positives: bool = False
     threshold: float | None = None
 
+    def __post_init__(self) -> None:
+        """Options are checked where they are used; the modules, which inherit them, check at once."""
+
     def check_split(self) -> None:
         """``NearfarError`` for options of the split that cannot be."""
         for share, name in (
@@ -275,7 +278,6 @@ def score_contrastive_step(
     return loss, step, split
 
 
-@dataclass(eq=False, repr=False)
 class AdaptiveScoreContrastiveLoss(ScoreOptions, ContrastiveLoss):
     """Pull the rows of a batch that score low (anchors) towards those that score high (positives).
 
@@ -339,7 +341,6 @@ class AdaptiveScoreContrastiveLoss(ScoreOptions, ContrastiveLoss):
         }
 
 
-@dataclass(eq=False, repr=False)
 class BidirectionalScoreContrastiveLoss(BidirectionalScoreOptions, AdaptiveScoreContrastiveLoss):
     """``AdaptiveScoreContrastiveLoss`` and, in part, the positives pulled to each other.
 
