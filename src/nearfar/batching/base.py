@@ -212,12 +212,15 @@ class BatchSampler:
 
     A subclass writes ``_compose(epoch, options)`` and names in ``_changeable`` the options that may be set
     between epochs; a plan is made with the values they have when its first batch is drawn.
+    ``composes_hard_batches`` says whether it puts items together because they are hard to tell apart; whoever needs to
+    know asks for it, and not for the name of a sampler.
 
     ``batch_size`` counts the items of one rank. A global batch is ``world_size`` consecutive batches of the
     plan; rank r takes the r-th of them whole, so that items put together stay together on a rank. All ranks
     must use the same seed and options.
     """
 
+    composes_hard_batches: ClassVar[bool] = False
     _changeable: ClassVar[tuple[str, ...]] = ()
 
     def __init__(

@@ -97,6 +97,8 @@ def building_sequence(batch: NDArray[np.int32], rng: np.random.Generator) -> NDA
 class NeighborSampler(BatchSampler):
     """Base of `HardNegativeSampler` and `PartitionBatchSampler`."""
 
+    composes_hard_batches: ClassVar[bool] = True
+
     def __init__(
         self,
         neighbors: Neighbors | NDArray[np.integer] | Tensor,
