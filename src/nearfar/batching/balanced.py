@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nearfar.arguments import flag, shown
-from nearfar.batching.base import BatchSampler, Layout, Plan, digest, whole
+from nearfar.arguments import flag, shown, whole_number
+from nearfar.batching.base import BatchSampler, digest
+from nearfar.batching.plan import Layout, Plan
 from nearfar.errors import NearfarError
 from nearfar.labels import label_codes
 
@@ -72,7 +73,7 @@ class BalancedBatchSampler(BatchSampler):
         super().__init__(
             len(code), batch_size, seed=seed, drop_last=drop_last, rank=rank, world_size=world_size, ids=ids
         )
-        self.samples_per_class = whole("samples_per_class", samples_per_class, 1)
+        self.samples_per_class = whole_number("samples_per_class", samples_per_class, 1)
         self.repeat = flag("repeat", repeat)
         self.unlabelled = int((code < 0).sum())
         if self.unlabelled:

@@ -10,10 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nearfar.batching.arguments import number, whole
-from nearfar.batching.base import BatchSampler, Plan, check_not_rebuilt, compare_ids, log
+from nearfar.arguments import number, whole_number
+from nearfar.batching.base import BatchSampler, check_not_rebuilt, compare_ids, log
 from nearfar.batching.hardness import HardnessReport, measure_hardness
 from nearfar.batching.neighbors import Neighbors, as_neighbors
+from nearfar.batching.plan import Plan
 from nearfar.batching.random import random_plan
 from nearfar.errors import NearfarError, nearest_name
 
@@ -125,9 +126,7 @@ class NeighborSampler(BatchSampler):
     @false_negative_threshold.setter
     def false_negative_threshold(self, value: float | None) -> None:
         if value is not None:
-            value = number(
-                "false_negative_threshold", value, -1.0, advice="a similarity such as 0.95, or None"
-            )
+            value = number("false_negative_threshold", value, -1.0, infinite=True)
         self._close = self.neighbors.too_close(value)
         self._threshold = value
 
@@ -138,7 +137,7 @@ class NeighborSampler(BatchSampler):
 
     @curriculum_epoch.setter
     def curriculum_epoch(self, value: int) -> None:
-        self._curriculum = whole("curriculum_epoch", value, 0)
+        self._curriculum = whole_number("curriculum_epoch", value, 0)
 
     def _identity(self) -> dict[str, Any]:
         return {"neighbors": self.neighbors.fingerprint()}
@@ -153,7 +152,7 @@ class NeighborSampler(BatchSampler):
         """
         running = self._running if epoch is None else None
         if sample is not None:
-            sample = whole("sample", sample, 1)
+            sample = whole_number("sample", sample, 1)
         return self._measure(running or self.plan(epoch), threshold, sample)
 
     def _measure(
@@ -179,7 +178,7 @@ class NeighborSampler(BatchSampler):
 
 def checked_group_size(value: int, batch_size: int) -> int:
     """A group size that fits a batch."""
-    value = whole("group_size", value, 1)
+    value = whole_number("group_size", value, 1)
     if value > batch_size:
         raise NearfarError(f"group_size={value} is larger than a batch of {batch_size}")
     return value
@@ -279,7 +278,7 @@ class HardNegativeSampler(NeighborSampler):
 
     @hard_ratio.setter
     def hard_ratio(self, value: float) -> None:
-        self._hard_ratio = number("hard_ratio", value, 0.0, 1.0, "a share from 0 (random batches) to 1")
+        self._hard_ratio = number("hard_ratio", value, 0, 1)
 
     @property
     def hardness_k(self) -> int:
@@ -288,7 +287,7 @@ class HardNegativeSampler(NeighborSampler):
 
     @hardness_k.setter
     def hardness_k(self, value: int) -> None:
-        value = whole("hardness_k", value, 1)
+        value = whole_number("hardness_k", value, 1)
         if value > self.neighbors.k:
             raise NearfarError(
                 f"hardness_k={value}, but only {self.neighbors.k} neighbours per item are stored; lower it, "

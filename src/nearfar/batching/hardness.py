@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nearfar.batching.arguments import array, number, whole
-from nearfar.batching.base import Plan
+from nearfar.arguments import array, number, whole_number
 from nearfar.batching.neighbors import Neighbors, _as_rows, as_neighbors
+from nearfar.batching.plan import Plan
 from nearfar.errors import NearfarError
 
 if TYPE_CHECKING:
@@ -106,9 +106,9 @@ def measure_hardness(
     near = as_neighbors(neighbors)
     if near.n != plan.layout.n:
         raise NearfarError(f"the plan is over {plan.layout.n} items, the neighbour list over {near.n}")
-    k = near.k if k is None else whole("k", k, 1)
-    threshold = None if threshold is None else number("threshold", threshold)
-    sample = None if sample is None else whole("sample", sample, 1)
+    k = near.k if k is None else whole_number("k", k, 1)
+    threshold = None if threshold is None else number("threshold", threshold, infinite=True)
+    sample = None if sample is None else whole_number("sample", sample, 1)
     if k > near.k:
         raise NearfarError(f"k={k}, but {near.k} neighbours per item are stored")
     from nearfar.batching import _kernels
@@ -269,9 +269,9 @@ def check_harder_than_random(
     from nearfar.batching.base import BatchSampler
 
     rows = _as_rows(embeddings, "cosine")
-    max_batches, seed = whole("max_batches", max_batches, 2), whole("seed", seed, 0)
-    errors = number("errors", errors, 0.0, advice="a number of standard errors, such as 3")
-    epoch = None if epoch is None else whole("epoch", epoch, 0)
+    max_batches, seed = whole_number("max_batches", max_batches, 2), whole_number("seed", seed, 0)
+    errors = number("errors", errors, 0, infinite=True)
+    epoch = None if epoch is None else whole_number("epoch", epoch, 0)
     if isinstance(sampler, BatchSampler):
         if ids is not None:
             sampler.check_ids(ids)

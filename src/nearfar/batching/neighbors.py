@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nearfar.batching.arguments import array, flag, number, whole
+from nearfar.arguments import array, flag, number, whole_number
 from nearfar.batching.base import as_ids, compare_ids, digest
 from nearfar.errors import NearfarError, nearest_name
 from nearfar.ids import canonical_ids
@@ -184,11 +184,9 @@ class Neighbors:
             if not isinstance(getattr(self, name), str):
                 raise NearfarError(f"{name} is {getattr(self, name)!r}; a text is needed")
         object.__setattr__(self, "exact", flag("exact", self.exact))
-        object.__setattr__(self, "queries", whole("queries", self.queries, 0))
+        object.__setattr__(self, "queries", whole_number("queries", self.queries, 0))
         if self.recall is not None:
-            object.__setattr__(
-                self, "recall", number("recall", self.recall, 0, 1, "a share from 0 to 1, or None")
-            )
+            object.__setattr__(self, "recall", number("recall", self.recall, 0, 1))
 
     @property
     def n(self) -> int:
@@ -245,7 +243,7 @@ class Neighbors:
         """
         if threshold is None:
             return np.zeros(self.n, np.int32)
-        threshold = number("threshold", threshold, advice="a similarity such as 0.95, or None")
+        threshold = number("threshold", threshold, infinite=True)
         if self.similarities is None:
             raise NearfarError(
                 "false_negative_threshold needs similarities, and this neighbour list has none; "
@@ -382,12 +380,12 @@ def nearest_neighbors(
     """
     if not isinstance(metric, str) or metric not in _METRICS:
         raise NearfarError(f"metric {metric!r} is unknown; {nearest_name(str(metric), _METRICS)}")
-    min_recall = number("min_recall", min_recall, np.nextafter(0.0, 1.0), 1.0, "a share above 0, at most 1")
-    seed = whole("seed", seed, 0)
+    min_recall = number("min_recall", min_recall, above=0, most=1)
+    seed = whole_number("seed", seed, 0)
     exact = None if exact is None else flag("exact", exact)
     rows = _as_rows(embeddings, metric)
     n = len(rows)
-    k = whole("k", k, 1)
+    k = whole_number("k", k, 1)
     if k > n - 1:
         raise NearfarError(f"k={k} neighbours were asked for, but each of {n} items has only {n - 1} others")
     names = None if ids is None else as_ids(ids, n)

@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nearfar.batching.arguments import whole
-from nearfar.batching.base import Plan
+from nearfar.arguments import whole_number
 from nearfar.batching.hard_negative import NeighborSampler, building_sequence, checked_group_size, even_out
 from nearfar.batching.neighbors import Neighbors
+from nearfar.batching.plan import Plan
 from nearfar.batching.random import random_plan
 
 __all__ = ["PartitionBatchSampler"]
@@ -77,7 +77,7 @@ class PartitionBatchSampler(NeighborSampler):
         self.group_size = checked_group_size(
             self.batch_size if group_size is None else group_size, self.batch_size
         )
-        self.passes = whole("passes", passes, 0)
+        self.passes = whole_number("passes", passes, 0)
 
     def _identity(self) -> dict[str, Any]:
         return {**super()._identity(), "group_size": self.group_size, "passes": self.passes}

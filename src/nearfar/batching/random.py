@@ -10,8 +10,9 @@ from jaxtyping import Float, Int
 from numpy import ndarray
 from numpy.typing import NDArray
 
-from nearfar.batching.arguments import array, whole
-from nearfar.batching.base import BatchSampler, Layout, Plan, as_ids, check_not_rebuilt, digest
+from nearfar.arguments import array, whole_number
+from nearfar.batching.base import BatchSampler, as_ids, check_not_rebuilt, digest
+from nearfar.batching.plan import Layout, Plan
 from nearfar.errors import NearfarError
 
 __all__ = ["LengthBatchSampler", "RandomBatchSampler"]
@@ -115,7 +116,7 @@ class LengthBatchSampler(BatchSampler):
             world_size=world_size,
             ids=None if ids is None else as_ids(ids, len(counts))[self._items],
         )
-        self.window = whole("window", window, 1)
+        self.window = whole_number("window", window, 1)
 
     def _identity(self) -> dict[str, Any]:
         return {"lengths": digest(self.lengths), "repeats": digest(self._counts), "window": self.window}

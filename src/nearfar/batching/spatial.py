@@ -11,8 +11,9 @@ from jaxtyping import Float, Int
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from nearfar.batching.arguments import array, whole
-from nearfar.batching.base import BatchSampler, Plan, digest
+from nearfar.arguments import array, whole_number
+from nearfar.batching.base import BatchSampler, digest
+from nearfar.batching.plan import Plan
 from nearfar.errors import NearfarError
 from nearfar.ids import canonical_ids
 
@@ -75,7 +76,7 @@ class SpatialBatchSampler(BatchSampler):
         self.slide_names, slide = np.unique(names, return_inverse=True)
         self.slides = slide.reshape(-1).astype(np.int64)
         default = max(min(_LEAST, self.batch_size), self.batch_size // _TILES)
-        self.tile_size = default if tile_size is None else whole("tile_size", tile_size, 1)
+        self.tile_size = default if tile_size is None else whole_number("tile_size", tile_size, 1)
         if self.tile_size > self.batch_size:
             raise NearfarError(f"tile_size={self.tile_size} is larger than a batch of {self.batch_size}")
         self._digest = digest(self.positions, self.slides)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nearfar.batching.arguments import whole
+from nearfar.arguments import whole_number
 from nearfar.batching.base import BatchSampler
 from nearfar.batching.hard_negative import HardNegativeSampler
 from nearfar.batching.hardness import check_harder_than_random
@@ -82,7 +82,7 @@ def verify_sampler(seed: int = 0) -> SamplerVerdict:
     >>> verify_sampler().passed
     True
     """
-    seed = whole("seed", seed, 0)
+    seed = whole_number("seed", seed, 0)
     rng = np.random.default_rng([seed, 5])
     cluster = rng.permutation(np.arange(ITEMS) % CLUSTERS)
     vectors = rng.standard_normal((CLUSTERS, 32))[cluster] + 0.4 * rng.standard_normal((ITEMS, 32))

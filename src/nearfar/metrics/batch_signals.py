@@ -11,10 +11,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from nearfar.arguments import check_dense, entries, numbers, whole_numbers
 from nearfar.contrast import Mask, as_mask, unit_rows
 from nearfar.errors import NearfarError
-from nearfar.metrics.arguments import check_dense, numbers, whole_numbers
-from nearfar.metrics.labels import entries
 
 __all__ = ["batch_signals", "group_signals"]
 

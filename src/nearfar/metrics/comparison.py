@@ -15,9 +15,9 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from nearfar.arguments import any_number, choice, flag, instance, numbers, shown, text, whole_number
 from nearfar.directions import lower_is_better
 from nearfar.errors import NearfarError
-from nearfar.metrics.arguments import described, flag, instance, numbers, real, text, whole
 from nearfar.metrics.estimate import Estimate, comparable
 from nearfar.metrics.intervals import check_confidence
 from nearfar.metrics.seeds import Spread, spread_of_difference
@@ -52,14 +52,14 @@ class Difference:
 
     def __post_init__(self) -> None:
         for name in ("value", "low", "high", "relative"):
-            object.__setattr__(self, name, real(name, getattr(self, name)))
+            object.__setattr__(self, name, any_number(name, getattr(self, name)))
         for name in ("n", "seeds"):
-            object.__setattr__(self, name, whole(name, getattr(self, name)))
+            object.__setattr__(self, name, whole_number(name, getattr(self, name), 0))
         per_seed = numbers("per_seed", self.per_seed, finite=False)
         if per_seed.ndim != 1:
             raise NearfarError(f"per_seed has shape {per_seed.shape}; one number for each seed is needed")
         object.__setattr__(self, "per_seed", tuple(per_seed.tolist()))
-        text("verdict", self.verdict, ("better", "worse", "not distinguishable"))
+        choice("verdict", self.verdict, ("better", "worse", "not distinguishable"))
         text("metric", self.metric)
         text("scope", self.scope)
         object.__setattr__(self, "confidence", check_confidence(self.confidence))
@@ -163,7 +163,7 @@ def holm(differences: Mapping[Key, Difference], confidence: float = 0.95) -> dic
     check_confidence(confidence)
     if not isinstance(differences, Mapping):
         raise NearfarError(
-            f"differences is {described(differences)}; a mapping of names to differences is needed"
+            f"differences is {shown(differences)}; a mapping of names to differences is needed"
         )
     for key, difference in differences.items():
         instance(f"differences[{key!r}]", difference, Difference)

@@ -15,9 +15,9 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+from nearfar.arguments import check_dense, flag, number, numbers, shown, whole_number
 from nearfar.contrast import unit_rows
 from nearfar.errors import NearfarError
-from nearfar.metrics.arguments import check_dense, described, flag, number, numbers, whole
 
 __all__ = [
     "alignment",
@@ -144,7 +144,7 @@ def hubness(queries: Rows, keys: Rows, k: int = HUB_NEIGHBORS) -> float:
     >>> hubness(keys, keys, k=1), round(hubness(torch.tensor([[2.0, 1, 0, 0]] * 5), keys, k=1), 3)
     (0.0, 1.155)
     """
-    k = whole("k", k, 1, "the number of neighbours, a whole number")
+    k = whole_number("k", k, 1)
     return _hubness(_unit(queries, "queries"), _unit(keys, "keys"), k)
 
 
@@ -175,7 +175,7 @@ def embedding_health(
         raise NearfarError(
             f"views is a {type(views).__name__}; a mapping of names to rows is needed, such as {{'texts': rows}}"
         )
-    k = whole("k", k, 1, "the number of neighbours, a whole number")
+    k = whole_number("k", k, 1)
     units = {name: _unit(view, f"views: {name}") for name, view in views.items()}
     health: dict[str, float] = {}
     for name, x in units.items():
@@ -191,7 +191,7 @@ def embedding_health(
         or not all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in pairs)
     ):
         raise NearfarError(
-            f"pairs is {described(pairs)}; a list of pairs of names is needed, [('texts', 'images')]"
+            f"pairs is {shown(pairs)}; a list of pairs of names is needed, [('texts', 'images')]"
         )
     if pairs is None:
         pairs = [(a, b) for a, b in combinations(units, 2) if units[a].shape == units[b].shape]

@@ -17,8 +17,8 @@ import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
+from nearfar.arguments import check_dense, numbers
 from nearfar.errors import NearfarError
-from nearfar.metrics.arguments import check_dense, numbers
 from nearfar.metrics.relevance import Relevance
 
 __all__ = ["Counts", "Side", "count_ranks"]
