@@ -130,23 +130,18 @@ def number(
 
 
 def whole_number(name: str, value: Any, least: int | None = None) -> int:
-    """A whole number, ``least`` or more, as Python's own; ``NearfarError`` for anything else.
+    """A whole number, ``least`` or more, as Python's own; ``NearfarError`` for anything else, floats among it.
 
-    Floats that are whole count too. Arrays count only without dimensions.
-
-    >>> whole_number("size", 8.0, 1)
+    >>> whole_number("size", 8, 1)
     8
-    >>> whole_number("k", 0, 1)
+    >>> whole_number("size", 8.0, 1)
     Traceback (most recent call last):
-    nearfar.errors.NearfarError: k is 0; a whole number of at least 1 is needed
+    nearfar.errors.NearfarError: size is 8.0; a whole number of at least 1 is needed
     """
     result = None
     if not _is_boolean(value) and getattr(value, "shape", ()) == ():
-        plain = value.item() if hasattr(value, "item") else value
-        if isinstance(plain, float) and plain.is_integer():
-            plain = int(plain)
         with suppress(TypeError, ValueError, RuntimeError):
-            result = operator.index(plain)
+            result = operator.index(value)
     if result is None or abs(result) >= _MOST or (least is not None and result < least):
         bound = "" if least is None else f" of at least {least}"
         raise NearfarError(f"{name} is {shown(value)}; a whole number{bound} is needed")

@@ -150,7 +150,7 @@ def _of_objects(values: NDArray[Any], name: str) -> tuple[NDArray[Any], NDArray[
     filler: Any = 0 if real else ""
     try:
         kind = np.int64 if whole else np.float64 if real else str
-        found = np.array(
+        coded = np.array(
             [
                 filler if gone else label if real else str(label)
                 for label, gone in zip(given, missing, strict=True)
@@ -158,10 +158,10 @@ def _of_objects(values: NDArray[Any], name: str) -> tuple[NDArray[Any], NDArray[
             kind,
         )
     except OverflowError:
-        found = np.array([str(label) for label in given])
-    if found.dtype.kind == "f" and np.isinf(found).any():
+        coded = np.array([str(label) for label in given])
+    if coded.dtype.kind == "f" and np.isinf(coded).any():
         raise NearfarError(f"{name} hold a value that is not finite; give every item a class")
-    return found, missing
+    return coded, missing
 
 
 def label_tensor(labels: Any, name: str = "labels") -> Int[Tensor, " n"]:

@@ -301,12 +301,12 @@ def check_harder_than_random(
         batches = [batches[at] for at in np.linspace(0, len(batches) - 1, max_batches).astype(int)]
     rng = np.random.default_rng(seed)
     chance = [rng.choice(len(rows), len(batch), replace=False) for _ in range(4) for batch in batches]
-    found, expected = _similarity(rows, batches), _similarity(rows, chance)
-    difference = float(found.mean() - expected.mean())
-    error = float(np.sqrt(found.var(ddof=1) / len(found) + expected.var(ddof=1) / len(expected)))
+    realised, expected = _similarity(rows, batches), _similarity(rows, chance)
+    difference = float(realised.mean() - expected.mean())
+    error = float(np.sqrt(realised.var(ddof=1) / len(realised) + expected.var(ddof=1) / len(expected)))
     error = max(error, 1e-9)
     check = SimilarityCheck(
-        similarity=float(found.mean()),
+        similarity=float(realised.mean()),
         random=float(expected.mean()),
         difference=difference,
         low=difference - errors * error,
@@ -328,8 +328,8 @@ def _aligned(rows: NDArray[np.float32], neighbors: Neighbors | None, errors: flo
     rng = np.random.default_rng(seed)
     at = rng.choice(len(rows), min(len(rows), 2000), replace=False)
     listed = neighbors.indices[at, 0]
-    there = listed >= 0
-    at, listed = at[there], listed[there]
+    present = listed >= 0
+    at, listed = at[present], listed[present]
     if len(at) < 2:
         return None
     gain = (rows[at] * (rows[listed] - rows[rng.permutation(len(rows))[: len(at)]])).sum(1, dtype=np.float64)

@@ -65,9 +65,9 @@ class SamplerVerdict:
             f"{'sampler':34} {'largest':>8} {'same pairs':>11} {'z':>7}  {'harder':7} {'must be':8} verdict",
         ]
         for row in self.rows:
-            said, must = ("yes" if value else "no" for value in (row.harder, row.expected))
+            seen, must = ("yes" if value else "no" for value in (row.harder, row.expected))
             lines.append(
-                f"{row.name:34} {row.largest:8.2f} {row.same_pairs:11.3f} {row.z:7.1f}  {said:7} {must:8} "
+                f"{row.name:34} {row.largest:8.2f} {row.same_pairs:11.3f} {row.z:7.1f}  {seen:7} {must:8} "
                 f"{'ok' if row.passed else 'FAILED'}{'' if row.once else ' (items missing or repeated)'}"
             )
         return "\n".join(lines)

@@ -98,11 +98,11 @@ def cached_arrays(
     if not enabled:
         return dict(compute())
     path = cache_dir() / kind / f"{content_key(key)}.npz"
-    found = _read(path)
-    if found is None:
-        found = dict(compute())
-        _write(path, found)
-    return found
+    arrays = _read(path)
+    if arrays is None:
+        arrays = dict(compute())
+        _write(path, arrays)
+    return arrays
 
 
 def cached_array(kind: str, key: Any, compute: Callable[[], np.ndarray], enabled: bool = True) -> np.ndarray:

@@ -267,9 +267,9 @@ def _load(path: Path) -> dict[str, Any]:
     for name in ("images", "annotations", "categories"):
         rows = content.get(name)
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            there = ", ".join(sorted(content)[:8]) or "nothing"
+            present = ", ".join(sorted(content)[:8]) or "nothing"
             raise NearfarError(
-                f"{path} has no list of objects '{name}', which a COCO file needs. It has {there}."
+                f"{path} has no list of objects '{name}', which a COCO file needs. It has {present}."
             )
     return content
 

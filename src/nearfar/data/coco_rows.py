@@ -306,7 +306,7 @@ def group_values(
         return ()
     rows = [*boxes, *(row for row, _ in pictures.values())]
     seen = Counter(value for row in rows if (value := attribute(row, key)) is not None)
-    there = ", ".join(f"{value!r} ({count})" for value, count in seen.most_common(8))
+    listed = ", ".join(f"{value!r} ({count})" for value, count in seen.most_common(8))
     if not seen:
         known = {name for row in rows for name in [*row, *_under(row)]}
         raise NearfarError(
@@ -315,11 +315,11 @@ def group_values(
     values = tuple(sorted(seen)) if groups is None else tuple(str(value) for value in groups)
     if len(set(values)) != 2:
         raise NearfarError(
-            f"{path}: group_key={key} needs exactly two values, and has {there}. Name two with data.groups=[A,B]."
+            f"{path}: group_key={key} needs exactly two values, and has {listed}. Name two with data.groups=[A,B]."
         )
     for value in values:
         if value not in seen:
-            raise NearfarError(f"{path}: no picture or box has {key}={value}; there are {there}.")
+            raise NearfarError(f"{path}: no picture or box has {key}={value}; there are {listed}.")
     return values
 
 
@@ -339,10 +339,10 @@ def with_groups(
     of_boxes: dict[int, set[int]] = {}
     for position, number in zip(image.tolist(), group, strict=True):
         of_boxes.setdefault(position, set()).add(number)
-    found = []
+    grouped = []
     for position, picture in enumerate(pictures):
         among = of_boxes.get(position, set())
         agreed = next(iter(among)) if len(among) == 1 else NO_GROUP
         value = own[position]
-        found.append(replace(picture, group=agreed if value is None else group_position(values, value)))
-    return found
+        grouped.append(replace(picture, group=agreed if value is None else group_position(values, value)))
+    return grouped

@@ -56,15 +56,15 @@ def batch_signals(
     counts = {"copies": 0, "likely": 0, "negatives": 0}
     for start in range(0, n, _TILE):
         rows, columns = slice(start, min(start + _TILE, n)), slice(0, m)
-        found = {name: mask.tile(rows, columns) for name, mask in masks.items()}
-        device = next(iter(found.values())).device
+        tiles = {name: mask.tile(rows, columns) for name, mask in masks.items()}
+        device = next(iter(tiles.values())).device
         own = torch.arange(rows.start, rows.stop, device=device)[:, None] == torch.arange(m, device=device)
         negative = ~own if outside is None else ~(own | outside.tile(rows, columns))
         counts["negatives"] += int(negative.sum())
-        if "copies" in found:
-            counts["copies"] += int((found["copies"] & negative).any(1).sum())
-        if "likely" in found:
-            counts["likely"] += int((found["likely"] & negative).sum())
+        if "copies" in tiles:
+            counts["copies"] += int((tiles["copies"] & negative).any(1).sum())
+        if "likely" in tiles:
+            counts["likely"] += int((tiles["likely"] & negative).sum())
     signals = {}
     if "copies" in masks:
         signals["duplicate_keys"] = counts["copies"] / max(n, 1)

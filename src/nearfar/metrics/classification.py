@@ -202,16 +202,16 @@ def _best_constant(
     order = np.argsort(-(hits > 0).sum(axis=0), kind="stable")
     best = 0.0
     for k in range(1, len(order) + 1):
-        said = np.zeros(len(order), dtype=int)
-        said[order[:k]] = answer[order[:k]]
-        best = max(best, float(f1_micro(counts(truth, np.broadcast_to(said, truth.shape)).sum(axis=0))))
+        chosen = np.zeros(len(order), dtype=int)
+        chosen[order[:k]] = answer[order[:k]]
+        best = max(best, float(f1_micro(counts(truth, np.broadcast_to(chosen, truth.shape)).sum(axis=0))))
     return best
 
 
 def _counts(
-    there: NDArray[np.bool_], said: NDArray[np.bool_], known: NDArray[np.bool_]
+    truth: NDArray[np.bool_], predicted: NDArray[np.bool_], known: NDArray[np.bool_]
 ) -> Float[ndarray, "n ... 3"]:
-    parts = (there & said & known, ~there & said & known, there & ~said & known)
+    parts = (truth & predicted & known, ~truth & predicted & known, truth & ~predicted & known)
     return np.stack(parts, axis=-1).astype(np.float64)
 
 

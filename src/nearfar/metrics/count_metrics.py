@@ -133,9 +133,9 @@ def item_values(counts: Float[ndarray, "n ..."], statistic: Statistic) -> Float[
     moved[flat.size + index, index] -= step
     values = _values(statistic, moved.reshape(-1, *mean.shape) * n, (len(moved),))
     slope = (values[: flat.size] - values[flat.size :]) / (2 * step)
-    found: NDArray[np.float64] = (counts - mean).reshape(n, -1) @ slope
+    influence: NDArray[np.float64] = (counts - mean).reshape(n, -1) @ slope
     # Differences leave a mean of 1e-9 or so, and the mean is to be the statistic.
-    return found - found.mean() + float(_values(statistic, counts.sum(axis=0), ()))
+    return influence - influence.mean() + float(_values(statistic, counts.sum(axis=0), ()))
 
 
 def _values(statistic: Statistic, sums: NDArray[np.float64], shape: tuple[int, ...]) -> NDArray[np.float64]:

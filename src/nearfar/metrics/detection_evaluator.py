@@ -76,8 +76,8 @@ def check_evidence(
 
 
 def _mean(values: Any) -> float:
-    there = values[values > -1]
-    return float(there.mean()) if there.size else float("nan")
+    defined = values[values > -1]
+    return float(defined.mean()) if defined.size else float("nan")
 
 
 def _pictures_of(true: Boxes, group: int) -> set[int]:

@@ -180,11 +180,11 @@ def embedding_health(
     health: dict[str, float] = {}
     for name, x in units.items():
         n, d = x.shape
-        found = {"effective_rank": _effective_rank(x - x.mean(0), _whole(x), _precision(views[name]))}
-        found |= {"rank_limit": float(min(n - 1, d)), "dimensions": float(d), "variance": _variance(x)}
+        values = {"effective_rank": _effective_rank(x - x.mean(0), _whole(x), _precision(views[name]))}
+        values |= {"rank_limit": float(min(n - 1, d)), "dimensions": float(d), "variance": _variance(x)}
         if n > 1:
-            found |= {"uniformity": _uniformity(x, 2.0), "mean_cosine": _mean_cosine(x)}
-        health |= {f"{name}/{key}": value for key, value in found.items()}
+            values |= {"uniformity": _uniformity(x, 2.0), "mean_cosine": _mean_cosine(x)}
+        health |= {f"{name}/{key}": value for key, value in values.items()}
     if pairs is not None and (
         isinstance(pairs, (str, bytes, Mapping))
         or not isinstance(pairs, Sequence)
@@ -200,11 +200,11 @@ def embedding_health(
             if name not in units:
                 raise NearfarError(f"pairs name the view {name!r}; there are {', '.join(units) or 'none'}")
         queries, keys = _partners(units[pair[0]], units[pair[1]], pair)
-        found = {"alignment": _alignment(queries, keys, 2.0), "modality_gap": _modality_gap(queries, keys)}
+        values = {"alignment": _alignment(queries, keys, 2.0), "modality_gap": _modality_gap(queries, keys)}
         if len(keys) > k:
-            found["hubness"] = _hubness(queries, keys, k)
+            values["hubness"] = _hubness(queries, keys, k)
         prefix = "" if len(pairs) == 1 else f"{pair[0]}-{pair[1]}/"
-        health |= {prefix + key: value for key, value in found.items()}
+        health |= {prefix + key: value for key, value in values.items()}
     return health
 
 
@@ -262,14 +262,14 @@ def _hubness(queries: Float64[Tensor, "n d"], keys: Float64[Tensor, "m d"], k: i
         )
     if k >= len(keys):
         return 0.0
-    found = torch.zeros(len(keys), dtype=torch.float64)
+    counts = torch.zeros(len(keys), dtype=torch.float64)
     for _, cosines in _products(queries, keys):
         last = cosines.topk(k, dim=1).values[:, -1:]
         nearer = cosines > last + _TIE
         level = (cosines - last).abs() <= _TIE
         free = (k - nearer.sum(1)) / level.sum(1)
-        found += nearer.sum(0) + (level * free[:, None]).sum(0)
-    apart = found - found.mean()
+        counts += nearer.sum(0) + (level * free[:, None]).sum(0)
+    apart = counts - counts.mean()
     spread = apart.square().mean().sqrt()
     return float(apart.pow(3).mean() / spread**3) if spread > 1e-9 * k else 0.0
 

@@ -8,11 +8,9 @@ from typing import Any
 import torch
 
 from nearfar.errors import NearfarError, nearest_name
-from nearfar.models.image.efficientnet import EfficientNetImageEncoder
 from nearfar.models.image.encoder import ImageEncoder
 from nearfar.models.image.hub import TransformersImageEncoder
-from nearfar.models.image.mobilenet import MobileNetImageEncoder
-from nearfar.models.image.small import SmallImageEncoder
+from nearfar.models.image.networks import EfficientNetImageEncoder, MobileNetImageEncoder, SmallImageEncoder
 
 __all__ = ["IMAGE_ENCODERS", "build_image_encoder", "check_image_encoder"]
 
