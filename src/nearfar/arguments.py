@@ -315,7 +315,7 @@ def _read(name: str, values: Any, advice: str) -> NDArray[Any]:
         raise
     except (TypeError, ValueError, RuntimeError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise NearfarError(f"{name} is not an array of numbers ({first[:120]}); {advice}") from None
+        raise NearfarError(f"{name} cannot be read as an array ({first[:120]}); {advice}") from None
     if array.dtype == object and array.size and all(_plain_number(value) for value in array.flat):
         plain = np.asarray(array.tolist())
         try:

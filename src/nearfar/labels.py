@@ -3,7 +3,7 @@
 A missing label is *unknown*: its item is nobody's positive and has none by its label; it stays in the batch as a
 candidate. Missing are −1 (a number), NaN, None, ``pandas.NA`` and NaT, masked values, and the texts "", "nan", "NaN",
 "<NA>", "NaT" and "None", which is what those become when an array is made of texts. Losses, masks, samplers and metrics
-all read labels so; a class that is called −1 needs another number.
+all read labels so; a class that is called −1 needs a different number.
 """
 
 from __future__ import annotations

@@ -17,14 +17,14 @@ from torch.utils.data import Sampler
 from nearfar.arguments import whole_number
 from nearfar.batching.plan import Layout, Plan
 from nearfar.errors import NearfarError
-from nearfar.ids import canonical_ids, first_difference, kind_of
+from nearfar.ids import Ids, canonical_ids, first_difference, kind_of
 
 __all__ = ["BatchSampler", "as_ids", "check_not_rebuilt", "compare_ids", "digest"]
 
 log = logging.getLogger("nearfar.batching")
 
 
-def digest(*arrays: Any) -> str:
+def digest(*arrays: object) -> str:
     """A short hash of arrays, of at most about 20,000 evenly spaced rows of each.
 
     It depends on the kind and width of the numbers: give arrays in one form, as `as_ids` makes them.
@@ -65,7 +65,7 @@ class BatchSampler:
         drop_last: bool = False,
         rank: int = 0,
         world_size: int = 1,
-        ids: Sequence[Any] | NDArray[Any] | None = None,
+        ids: Ids | None = None,
     ) -> None:
         check_not_rebuilt(type(self).__name__, n)
         self.layout = Layout(n, batch_size, world_size, drop_last)
@@ -91,7 +91,7 @@ class BatchSampler:
     def _compose(self, epoch: int, options: Mapping[str, Any]) -> Plan:
         raise NotImplementedError
 
-    def _identity(self) -> dict[str, Any]:
+    def _identity(self) -> dict[str, object]:
         """What must agree between the sampler that saved a state and the one that loads it."""
         return {}
 
@@ -189,7 +189,7 @@ class BatchSampler:
             self._epoch if epoch is None else whole_number("epoch", epoch, 0), self._current()
         )
 
-    def _current(self) -> dict[str, Any]:
+    def _current(self) -> dict[str, object]:
         return {name: getattr(self, name) for name in self._changeable}
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -205,7 +205,7 @@ class BatchSampler:
     def _draw(self, ticket: int) -> Iterator[list[int]]:
         # What a pass is, is settled at its first batch: Lightning makes the iterator first and sets the epoch then.
         self._next_epoch()
-        if ticket != self._pass:  # made before another iterator, and drawn from after it
+        if ticket != self._pass:  # made before a later iterator, and drawn from after it
             self._pass += 1
             ticket = self._pass
         epoch = self._epoch
@@ -231,7 +231,7 @@ class BatchSampler:
 
     # ---- state
 
-    def _fingerprint(self) -> dict[str, Any]:
+    def _fingerprint(self) -> dict[str, object]:
         return {
             "n": self.n,
             "batch_size": self.batch_size,
@@ -270,7 +270,7 @@ class BatchSampler:
         """Go on where a state was taken: the next pass yields exactly the batches left of its epoch.
 
         Options that may change between epochs are taken from the state; setting one afterwards acts from the
-        next epoch on. A state of another sampler, of other data or of other fixed options is refused.
+        next epoch on. A state of a different sampler, of different data or of different fixed options is refused.
         """
         if not isinstance(state, Mapping) or not isinstance(state.get("fingerprint"), Mapping):
             raise NearfarError("this is not the state of a batch sampler (no 'fingerprint' in it)")
@@ -286,7 +286,7 @@ class BatchSampler:
         if differ:
             listed = "; ".join(f"{key}: saved {saved.get(key)!r}, here {mine.get(key)!r}" for key in differ)
             raise NearfarError(
-                f"the state was saved by a {type(self).__name__} over other data or options ({listed}); "
+                f"the state was saved by a {type(self).__name__} over different data or options ({listed}); "
                 f"build the "
                 "sampler as it was then, or start its epoch afresh with set_epoch"
             )
@@ -311,7 +311,7 @@ class BatchSampler:
 
     # ---- ids
 
-    def check_ids(self, ids: Sequence[Any] | NDArray[Any]) -> None:
+    def check_ids(self, ids: Ids) -> None:
         """Raise unless the dataset's ids are the sampler's, in the same order."""
         if self.ids is None:
             raise NearfarError(
@@ -320,7 +320,7 @@ class BatchSampler:
         compare_ids(self.ids, canonical_ids(ids), "sampler", "dataset")
 
 
-def check_not_rebuilt(name: str, items: Any) -> None:
+def check_not_rebuilt(name: str, items: object) -> None:
     """Say it where Lightning builds a batch sampler anew around a sampler of its own."""
     if isinstance(items, Sampler):
         raise NearfarError(
@@ -330,7 +330,7 @@ def check_not_rebuilt(name: str, items: Any) -> None:
         )
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> Any:
     """Nested data with scalars and arrays as Python's own, which ``json`` and ``torch.load`` read."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
@@ -346,7 +346,7 @@ def _plain(value: Any) -> Any:
     raise NearfarError(f"a state holds plain data, not a {type(value).__name__}: {value!r}")
 
 
-def as_ids(ids: Sequence[Any] | NDArray[Any], n: int) -> NDArray[Any]:
+def as_ids(ids: Ids, n: int) -> NDArray[Any]:
     """Ids in their canonical form (`nearfar.ids`), one per item."""
     array = canonical_ids(ids)
     if len(array) != n:
@@ -368,7 +368,7 @@ def compare_ids(left: NDArray[Any], right: NDArray[Any], left_name: str, right_n
             "are different ids, so convert one side, for example with [str(i) for i in ids]"
         )
     elif sorted(map(repr, left.tolist())) == sorted(map(repr, right.tolist())):
-        hint = "; the ids are the same in another order: use neighbors.aligned_to(ids)"
+        hint = "; the ids are the same in a different order: use neighbors.aligned_to(ids)"
     a, b = left[at : at + 1].tolist()[0], right[at : at + 1].tolist()[0]
     raise NearfarError(
         f"ids of {left_name} and {right_name} differ at {count} of {len(left)} positions, first at {at}: "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,6 +17,7 @@ from nearfar.batching.neighbors import Neighbors, as_neighbors
 from nearfar.batching.plan import Plan
 from nearfar.batching.random import random_plan
 from nearfar.errors import NearfarError, nearest_name
+from nearfar.ids import Ids
 
 __all__ = ["HardNegativeSampler", "NeighborSampler", "building_sequence", "checked_group_size", "even_out"]
 
@@ -105,7 +106,7 @@ class NeighborSampler(BatchSampler):
         *,
         false_negative_threshold: float | None,
         curriculum_epoch: int,
-        ids: Sequence[Any] | NDArray[Any] | None,
+        ids: Ids | None,
         **options: Any,
     ) -> None:
         check_not_rebuilt(type(self).__name__, neighbors)
@@ -139,7 +140,7 @@ class NeighborSampler(BatchSampler):
     def curriculum_epoch(self, value: int) -> None:
         self._curriculum = whole_number("curriculum_epoch", value, 0)
 
-    def _identity(self) -> dict[str, Any]:
+    def _identity(self) -> dict[str, object]:
         return {"neighbors": self.neighbors.fingerprint()}
 
     def realised_hardness(
@@ -249,7 +250,7 @@ class HardNegativeSampler(NeighborSampler):
         drop_last: bool = False,
         rank: int = 0,
         world_size: int = 1,
-        ids: Sequence[Any] | NDArray[Any] | None = None,
+        ids: Ids | None = None,
     ) -> None:
         if not isinstance(order, str) or order not in _ORDERS:
             raise NearfarError(f"order {order!r} is unknown; {nearest_name(str(order), _ORDERS)}")
@@ -296,7 +297,7 @@ class HardNegativeSampler(NeighborSampler):
             )
         self._hardness_k = value
 
-    def _identity(self) -> dict[str, Any]:
+    def _identity(self) -> dict[str, object]:
         return {**super()._identity(), "order": self.order, "group_size": self.group_size}
 
     def _compose(self, epoch: int, options: Mapping[str, Any]) -> Plan:

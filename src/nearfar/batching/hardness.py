@@ -14,6 +14,7 @@ from nearfar.arguments import array, number, whole_number
 from nearfar.batching.neighbors import Neighbors, _as_rows, as_neighbors
 from nearfar.batching.plan import Plan
 from nearfar.errors import NearfarError
+from nearfar.ids import Ids
 
 if TYPE_CHECKING:
     from nearfar.batching.base import BatchSampler
@@ -59,7 +60,7 @@ class HardnessReport:
     false_negatives_by_quarter: list[float] | None
     stored: int
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """Plain data, for a log line or a file."""
         return asdict(self)
 
@@ -153,7 +154,7 @@ def measure_hardness(
     )
 
 
-def _check_plan(plan: Any) -> None:
+def _check_plan(plan: object) -> None:
     if not isinstance(plan, Plan):
         raise NearfarError(f"plan is a {type(plan).__name__}; give the plan of a sampler: sampler.plan()")
 
@@ -176,7 +177,7 @@ def in_batch_similarity(
     return _similarity(rows, _as_batches("batches", batches, len(rows)))
 
 
-def _as_batches(name: str, batches: Any, n: int) -> list[NDArray[np.integer]]:
+def _as_batches(name: str, batches: object, n: int) -> list[NDArray[np.integer]]:
     """Checked batches of positions; any iterable of sequences of whole numbers."""
     needs = "batches of positions: an iterable of lists of whole numbers"
     if isinstance(batches, (str, bytes, Mapping)) or not isinstance(batches, Iterable):
@@ -213,7 +214,7 @@ class SimilarityCheck:
     ``difference`` comes with an interval (``low``, ``high``) of ``z`` = difference / standard error;
     ``harder`` says whether the whole interval lies above 0. ``aligned`` says whether the sampler's listed neighbours
     are near in these embeddings at all (None where it has no list): if they are, batches that are no harder than random
-    ones are so for another reason than a list in the wrong order.
+    ones are so for a different reason than a list in the wrong order.
     """
 
     similarity: float
@@ -235,7 +236,7 @@ class SimilarityCheck:
                 "take smaller batches, a lower hardness_k or a higher hard_ratio"
             )
         return (
-            "most likely the neighbours were computed in another order than the dataset's. Compare ids "
+            "most likely the neighbours were computed in a different order than the dataset's. Compare ids "
             "(sampler.check_ids), realign with neighbors.aligned_to(ids), or raise a hard_ratio that is very small"
         )
 
@@ -250,7 +251,7 @@ def check_harder_than_random(
     sampler: BatchSampler | Iterable[Sequence[int]],
     embeddings: Tensor | NDArray[np.floating],
     *,
-    ids: Sequence[Any] | NDArray[Any] | None = None,
+    ids: Ids | None = None,
     epoch: int | None = None,
     max_batches: int = 256,
     errors: float = 3.0,
@@ -260,7 +261,7 @@ def check_harder_than_random(
     """The A/A check: are the items of a batch more alike than chance, in the order the *dataset* gives?
 
     Pass the embeddings in the loader's order (row i belongs to position i). Neighbour indices that were
-    computed in another order make batches random without any error; here that shows as a difference that is
+    computed in a different order make batches random without any error; here that shows as a difference that is
     not above 0 by ``errors`` standard errors, and raises `NearfarError` (``raises=False`` returns the verdict
     instead). ``ids`` of the rows are compared first if given. ``epoch`` chooses the epoch, by default the
     first one after the curriculum; where an epoch has few batches, those of the next ones count as well. An

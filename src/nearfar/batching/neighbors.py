@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import Tensor
 from nearfar.arguments import array, flag, number, whole_number
 from nearfar.batching.base import as_ids, compare_ids, digest
 from nearfar.errors import NearfarError, nearest_name
-from nearfar.ids import canonical_ids
+from nearfar.ids import Ids, canonical_ids
 
 __all__ = ["Neighbors", "SearchResult", "approximate", "as_neighbors", "exhaustive", "nearest_neighbors"]
 
@@ -152,7 +151,7 @@ class Neighbors:
     were joined, rows padded with their last neighbour) the first, nearest place is kept, with a warning that counts
     them. ``indices`` (n, k) int32, with -1 where there is none, at the end of the row; ``similarities`` (n, k)
     float32, falling along each row (-inf where there is no neighbour), or None for lists that came without. ``ids``
-    names the items, so that a list in one order cannot be used with a dataset in another. ``exact``,
+    names the items, so that a list in one order cannot be used with a dataset in a different one. ``exact``,
     ``index`` and ``recall`` say how the list was found: ``recall`` is 1 for an exact search, otherwise the
     share of true neighbours found for ``queries`` sampled items, and None if unknown.
     """
@@ -202,13 +201,13 @@ class Neighbors:
         """Neighbours listed per item."""
         return int(self.indices.shape[1])
 
-    def check_ids(self, ids: Sequence[Any] | NDArray[Any]) -> None:
+    def check_ids(self, ids: Ids) -> None:
         """Raise unless ``ids`` are the ids of this list, in its order."""
         if self.ids is None:
             raise NearfarError("these neighbours carry no ids to compare; pass ids= to nearest_neighbors")
         compare_ids(self.ids, canonical_ids(ids), "neighbour list", "dataset")
 
-    def aligned_to(self, ids: Sequence[Any] | NDArray[Any]) -> Neighbors:
+    def aligned_to(self, ids: Ids) -> Neighbors:
         """The same list for the same items in the order of ``ids``.
 
         >>> near = Neighbors(np.array([[1], [0], [1]]), ids=np.array(["a", "b", "c"]))
@@ -291,7 +290,7 @@ def _as_sets(
         ):  # before the cut to 32 bits, which would wrap
             raise NearfarError(
                 f"neighbour indices must be positions from 0 to {n - 1} (or -1 for none); rows from {begin} hold "
-                f"{given.min()} to {given.max()}: they belong to another set of items"
+                f"{given.min()} to {given.max()}: they belong to a different set of items"
             )
         block = result[begin : begin + _ROWS]
         own = np.flatnonzero((block == np.arange(begin, begin + len(block))[:, None]).any(1))
@@ -365,7 +364,7 @@ def nearest_neighbors(
     exact: bool | None = None,
     min_recall: float = 0.99,
     seed: int = 0,
-    ids: Sequence[Any] | NDArray[Any] | None = None,
+    ids: Ids | None = None,
 ) -> Neighbors:
     """The ``k`` nearest neighbours of every row of ``embeddings`` (n, d) among the other rows.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from nearfar.arguments import array, whole_number
 from nearfar.batching.base import BatchSampler, digest
 from nearfar.batching.plan import Plan
 from nearfar.errors import NearfarError
-from nearfar.ids import canonical_ids
+from nearfar.ids import Ids, canonical_ids
 
 __all__ = ["SpatialBatchSampler", "positions_in_batch", "weight_in_batch"]
 
@@ -51,7 +51,7 @@ class SpatialBatchSampler(BatchSampler):
     def __init__(
         self,
         positions: ArrayLike | Tensor,
-        slides: Sequence[Any] | NDArray[Any] | Tensor | None,
+        slides: Ids | Tensor | None,
         batch_size: int,
         tile_size: int | None = None,
         *,
@@ -59,7 +59,7 @@ class SpatialBatchSampler(BatchSampler):
         drop_last: bool = False,
         rank: int = 0,
         world_size: int = 1,
-        ids: Sequence[Any] | NDArray[Any] | None = None,
+        ids: Ids | None = None,
     ) -> None:
         self.positions = _places(positions)
         n = len(self.positions)
@@ -81,7 +81,7 @@ class SpatialBatchSampler(BatchSampler):
             raise NearfarError(f"tile_size={self.tile_size} is larger than a batch of {self.batch_size}")
         self._digest = digest(self.positions, self.slides)
 
-    def _identity(self) -> dict[str, Any]:
+    def _identity(self) -> dict[str, object]:
         return {"tile_size": self.tile_size, "places": self._digest}
 
     def _compose(self, epoch: int, options: Mapping[str, Any]) -> Plan:

@@ -77,7 +77,7 @@ def verify_sampler(seed: int = 0) -> SamplerVerdict:
     """Run the samplers on 100 vectors in 5 clusters and judge their batches against random ones.
 
     Random batches must look random, hard and partition batches harder, and hard batches from a neighbour list
-    in another order than the vectors must be *detected* as no harder than random.
+    in a different order than the vectors must be *detected* as no harder than random.
 
     >>> verify_sampler().passed
     True

@@ -28,7 +28,7 @@ Layout = tuple[tuple[int, ...], Any]
 
 def mapped_arrays(
     kind: str,
-    key: Any,
+    key: object,
     layout: Mapping[str, Layout],
     fill: Callable[[dict[str, np.ndarray]], None],
 ) -> dict[str, np.ndarray]:
@@ -39,8 +39,8 @@ def mapped_arrays(
         layout: shape and dtype of each array, by name.
         fill: writes into all of them; they begin as zeros.
 
-    What is returned is mapped copy-on-write: changing it changes no file. An entry of another layout or length is made
-    anew with a warning; where the disk has no room or cannot be written, arrays are filled in memory, with a warning.
+    What is returned is mapped copy-on-write: changing it changes no file. An entry of a different layout or length is
+    made anew with a warning; where the disk has no room or cannot be written, arrays are filled in memory, with one.
 
     >>> os.environ["NEARFAR_CACHE"] = tempfile.mkdtemp()
     >>> def fill(arrays):

@@ -29,13 +29,13 @@ ENDINGS = (
 class Encoding:
     """The rule of the option ``data.encoding``: null, or an encoding that Python knows."""
 
-    def check(self, name: str, value: Any) -> None:
+    def check(self, name: str, value: object) -> None:
         """Raise ``NearfarError`` for anything else."""
         if value is not None:
             require_text_encoding(str(value), name)
 
 
-def column_name(value: Any) -> str | None:
+def column_name(value: object) -> str | None:
     """The option of a column: a number stands for its digits, as of a file without a header line."""
     return None if value is None else str(value)
 

@@ -50,7 +50,7 @@ def batch_signals(
     for name, mask in {**masks, "left_out": outside}.items():
         if mask is not None and mask.shape != shape:
             raise NearfarError(
-                f"{name} is for {mask.shape} pairs and another mask for {shape}; both need one batch"
+                f"{name} is for {mask.shape} pairs and a different mask for {shape}; both need one batch"
             )
     n, m = shape
     counts = {"copies": 0, "likely": 0, "negatives": 0}
@@ -134,7 +134,7 @@ def _mask(name: str, mask: Any) -> Mask:
         raise NearfarError(f"{name}: {error}") from None
 
 
-def _tensor(name: str, values: Any) -> Tensor:
+def _tensor(name: str, values: object) -> Tensor:
     if isinstance(values, Tensor):
         check_dense(name, values)
         return values.detach().cpu()

@@ -8,7 +8,6 @@ so that intervals resample items and comparisons pair them.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -215,7 +214,7 @@ def _counts(
     return np.stack(parts, axis=-1).astype(np.float64)
 
 
-def _checked(truth: Any, predicted: Any) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _checked(truth: object, predicted: object) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     true, seen = _codes("truth", truth), _codes("predicted", predicted)
     if true.shape != seen.shape:
         raise NearfarError(
@@ -224,7 +223,7 @@ def _checked(truth: Any, predicted: Any) -> tuple[NDArray[np.int64], NDArray[np.
     return true, seen
 
 
-def _codes(name: str, codes: Any) -> NDArray[np.int64]:
+def _codes(name: str, codes: object) -> NDArray[np.int64]:
     """Codes (items, aspects) in int64; NaN and None say, as −1 does, that one is not known."""
     if isinstance(codes, (list, tuple)) or (isinstance(codes, np.ndarray) and codes.dtype.kind == "O"):
         rows = list(codes)
@@ -238,7 +237,7 @@ def _codes(name: str, codes: Any) -> NDArray[np.int64]:
     return array.astype(np.int64)
 
 
-def _pairs(pairs: Any, aspects: int) -> NDArray[np.int64]:
+def _pairs(pairs: object, aspects: int) -> NDArray[np.int64]:
     array = whole_numbers("pairs", pairs)
     if array.ndim != 2 or array.shape[1] != 2:
         raise NearfarError(f"pairs have shape {array.shape}; (pairs, 2), aspect and polarity, is needed")
@@ -249,14 +248,14 @@ def _pairs(pairs: Any, aspects: int) -> NDArray[np.int64]:
     return array
 
 
-def _flags(name: str, values: Any) -> NDArray[np.bool_]:
+def _flags(name: str, values: object) -> NDArray[np.bool_]:
     array = numbers(name, values)
     if not ((array == 0) | (array == 1)).all():
         raise NearfarError(f"{name} holds other values than True and False")
     return array.astype(bool)
 
 
-def _sums(sums: Any, least: int) -> NDArray[np.float64]:
+def _sums(sums: object, least: int) -> NDArray[np.float64]:
     array = numbers("sums", sums)
     if array.ndim < least or array.shape[-1] != 3:
         raise NearfarError(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -74,7 +74,7 @@ class Difference:
             f"{self.verdict} ({trainings}n {self.n}; interval over {self.scope})"
         )
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """The fields as strict JSON takes them; an undefined relative difference becomes ``None``."""
         fields = {name: value for name, value in asdict(self).items() if name != "spread"}
         return fields | {"relative": None if math.isnan(self.relative) else self.relative}
@@ -143,7 +143,9 @@ def paired_difference(
         relative=value / base if base else math.nan,
         metric=metric,
         confidence=confidence,
-        scope="seeds and items" if seeds > 1 else "items only: one seed cannot show what another would give",
+        scope="seeds and items"
+        if seeds > 1
+        else "items only: one seed cannot show what a different one would give",
         spread=spread,
     )
 
@@ -183,7 +185,7 @@ def holm(differences: Mapping[Key, Difference], confidence: float = 0.95) -> dic
 def compare(a: Estimate, b: Estimate) -> Difference:
     """The difference of two estimates on the same items, when only their intervals are known.
 
-    Refuses with the reason when metric, split, gallery or another part of the protocol differ (see
+    Refuses with the reason when metric, split, gallery or a different part of the protocol differ (see
     ``comparable``). The interval combines the two one-sided widths (Zou and Donner 2008). It takes the two as
     independent, which for the same items is cautious; ``paired_difference`` on per-query scores is sharper.
 

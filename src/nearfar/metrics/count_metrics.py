@@ -161,7 +161,7 @@ def count_estimate(
     *,
     chance: float,
     split: str | None = None,
-    protocol: Mapping[str, Any] | None = None,
+    protocol: Mapping[str, object] | None = None,
     confidence: float = 0.95,
     resamples: int = 1000,
     seed: int = 0,

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -219,7 +218,7 @@ def detection_estimates(
     resamples: int = 1000,
     confidence: float = 0.95,
     seed: int = 0,
-    protocol: Mapping[str, Any] | None = None,
+    protocol: Mapping[str, object] | None = None,
 ) -> tuple[dict[str, Estimate], dict[str, NDArray[np.float64]]]:
     """Every statistic of ``evidence`` as an estimate, and the values of its pictures.
 
@@ -301,7 +300,7 @@ class Change:
         """Whether the interval excludes 0."""
         return self.low > 0 or self.high < 0
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """For ``metrics.json``."""
         return {**vars(self), "distinguishable": self.distinguishable}
 
@@ -315,7 +314,7 @@ def detection_change(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> dict[str, Change]:
-    """How ``metric`` changed from one set of detections to another on the same pictures, with paired intervals.
+    """How ``metric`` changed between two sets of detections on the same pictures, with paired intervals.
 
     Both are resampled alike. Among the results are ``metric`` itself and, with groups, each group's (``AP/GROUP``), and
     the two parts that make up the groups' changes Δ₁ and Δ₂: the ``common mode`` (Δ₁ + Δ₂)/2, in which both move alike,

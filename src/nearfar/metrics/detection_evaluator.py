@@ -56,7 +56,7 @@ def check_evidence(
     """The largest difference between ``own`` scores, by the names of ``DetectionEvidence``, and the evaluator's.
 
     Raises:
-        NearfarError: one differs by more than ``tolerance``: a defect here, or another definition there.
+        NearfarError: one differs by more than ``tolerance``: a defect here, or a different definition there.
     """
     theirs = evaluator_scores(detections, true, n)
     for position, name in enumerate(groups):
@@ -124,5 +124,5 @@ def _with_size(box: Any) -> list[float]:
     return [left, top, right - left, bottom - top]
 
 
-def _silent(*_: Any, **__: Any) -> None:
+def _silent(*_: object, **__: object) -> None:
     pass

@@ -133,7 +133,7 @@ def modality_gap(queries: Rows, keys: Rows) -> float:
 def hubness(queries: Rows, keys: Rows, k: int = HUB_NEIGHBORS) -> float:
     """Skewness of how often a key is among the ``k`` nearest keys of a query, by cosine.
 
-    Near 0 every key is found about as often as another; well above 1 a few keys, the hubs, are near everyone and crowd
+    Near 0 all keys are retrieved about equally often; well above 1 a few keys, the hubs, are near everyone and crowd
     out the right ones. Keys that tie for the last places share them. Without differences it is 0: where all keys are
     equal, and where ``k`` reaches their number.
 

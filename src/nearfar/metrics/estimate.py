@@ -1,7 +1,7 @@
 """What a metric returns: a value with its interval, its sample size, and what guessing would have scored.
 
 A bare number misleads in four ways: it hides how few items stand behind it, that ten of ten candidates are
-always among the first ten, that the gallery of the other paper was smaller, and that the split was another
+always among the first ten, that the gallery of the other paper was smaller, and that the split was different
 one. An ``Estimate`` carries all four, and ``comparable`` refuses when they differ.
 """
 
@@ -30,7 +30,7 @@ class Estimate:
     """A measured value and everything needed to judge it.
 
     ``low`` and ``high`` bound the interval, ``chance`` is what guessing scores in expectation, ``n`` counts
-    the items behind the value, ``trivial`` says that the value could not have been another (``k`` reaches the
+    the items behind the value, ``trivial`` says that the value could not have been different (``k`` reaches the
     gallery), ``metric`` names it, and ``protocol`` states how it was measured: ``gallery`` (number of
     candidates), ``split`` (hash of the item ids, see ``split_hash``), ``direction``, the ``interval`` method,
     its ``confidence``, and what else a metric needs.
@@ -98,7 +98,7 @@ class Estimate:
             return str(self)
         return f"{self.value:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """A mapping that strict JSON can hold: NaN and infinities become the texts that ``float`` reads."""
         return {
             "metric": self.metric,
@@ -175,7 +175,7 @@ def comparable(a: Estimate, b: Estimate) -> str | None:
 def split_hash(ids: Iterable[object]) -> str:
     """Sixteen hexadecimal digits that identify a set of item ids, in whatever order they come.
 
-    Equal ids in another container or integer width are equal, 1 and "1" are not (`nearfar.ids`). An id that comes
+    Equal ids in a different container or integer width are equal, 1 and "1" are not (`nearfar.ids`). An id that comes
     twice counts twice. Raises ``NearfarError`` for a missing id, and for anything that is no collection of ids.
 
     >>> split_hash(["b", "a"]) == split_hash(["a", "b"])
@@ -193,7 +193,7 @@ def _to_json(number: float) -> float | str:
     return json_number if math.isfinite(json_number) else json.dumps(json_number)
 
 
-def _from_json(name: str, number: Any) -> float:
+def _from_json(name: str, number: object) -> float:
     """A number, or the text that ``to_dict`` makes of NaN and the infinities."""
     if isinstance(number, str) and number in ("NaN", "nan", "Infinity", "-Infinity", "inf", "-inf"):
         return float(number)

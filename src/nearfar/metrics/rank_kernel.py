@@ -37,7 +37,7 @@ class Side:
     score 0 with everything.
     """
 
-    def __init__(self, rows: Any, name: str, normalize: bool) -> None:
+    def __init__(self, rows: object, name: str, normalize: bool) -> None:
         rows = _as_rows(rows, name)
         self.rows = rows.detach().to("cpu") if rows.device.type == "mps" else rows.detach()
         step = max(_GATHER // rows.shape[1], 1)

@@ -108,7 +108,7 @@ def _score_ranks(logits: Tensor, right: Tensor, others: Candidates) -> Ranks:
     return Ranks(above, level, right_level, all_right, scored.cpu().numpy(), gallery, n - len(scored), **kind)
 
 
-def _checked(logits: Any, targets: Any, leave_one_out: Any) -> tuple[Tensor, Tensor, Candidates]:
+def _checked(logits: object, targets: object, leave_one_out: object) -> tuple[Tensor, Tensor, Candidates]:
     """Scores, what is right (a column for each row, or a Boolean for each entry), and who is a candidate."""
     if not isinstance(logits, Tensor):
         logits = torch.from_numpy(numbers("logits", logits, finite=False))
@@ -129,7 +129,7 @@ def _checked(logits: Any, targets: Any, leave_one_out: Any) -> tuple[Tensor, Ten
     return logits, _right(targets, n, m, others, logits.device), others
 
 
-def _right(targets: Any, n: int, m: int, others: Candidates, device: torch.device) -> Tensor:
+def _right(targets: object, n: int, m: int, others: Candidates, device: torch.device) -> Tensor:
     if targets is None:
         if n > m:
             raise NearfarError(

@@ -136,7 +136,7 @@ class ItemIds:
     (array([0, 2]), 1, -1)
     """
 
-    def __init__(self, queries: int, keys: int, query_ids: Any = None, key_ids: Any = None) -> None:
+    def __init__(self, queries: int, keys: int, query_ids: object = None, key_ids: object = None) -> None:
         self.queries, self.keys = queries, keys
         self.of_queries = None if query_ids is None else _checked(query_ids, queries, "query_ids", "queries")
         self.of_keys = None if key_ids is None else _checked(key_ids, keys, "key_ids", "keys")
@@ -150,11 +150,11 @@ class ItemIds:
     def given(self) -> bool:
         return self.of_queries is not None or self.of_keys is not None
 
-    def knows(self, name: Any) -> bool:
+    def knows(self, name: object) -> bool:
         """Whether a key has this id."""
         return self.place(name) >= 0
 
-    def place(self, name: Any) -> int:
+    def place(self, name: object) -> int:
         """Position of the key with this id, −1 if there is none."""
         try:
             return self._places.get(name, -1)
@@ -176,7 +176,7 @@ class ItemIds:
             places.append(place)
         return np.unique(np.array(places, dtype=np.int64))
 
-    def own(self, leave_one_out: Any) -> NDArray[np.int64] | None:
+    def own(self, leave_one_out: object) -> NDArray[np.int64] | None:
         """The position among the keys of each query itself, −1 where it is not among them; ``None``: not asked
         for."""
         if isinstance(leave_one_out, (bool, np.bool_)):
@@ -211,7 +211,7 @@ class ItemIds:
         return places
 
 
-def _checked(ids: Any, n: int, name: str, what: str) -> list[Any]:
+def _checked(ids: object, n: int, name: str, what: str) -> list[Any]:
     names = entries(name, ids)
     if len(names) != n:
         raise NearfarError(

@@ -35,7 +35,7 @@ __all__ = ["read_relevance"]
 
 
 def read_relevance(
-    relevant: Any, ids: ItemIds, device: torch.device, own: NDArray[np.int64] | None = None
+    relevant: object, ids: ItemIds, device: torch.device, own: NDArray[np.int64] | None = None
 ) -> Relevance:
     """``relevant`` as the user gave it, checked and brought to one of two forms, less each query's ``own`` key.
 

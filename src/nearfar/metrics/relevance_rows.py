@@ -34,7 +34,7 @@ FORMS = (
 
 
 def read_entries(
-    relevant: Any, n: int, m: int, ids: ItemIds, own: NDArray[np.int64] | None
+    relevant: object, n: int, m: int, ids: ItemIds, own: NDArray[np.int64] | None
 ) -> tuple[Tensor, Tensor]:
     """A flat list of one key for each query, or a list of one row for each."""
     if (
@@ -247,7 +247,7 @@ def two_readings(m: int) -> str:
     )
 
 
-def is_relevant_grade(query: Any, grade: Any) -> bool:
+def is_relevant_grade(query: object, grade: object) -> bool:
     """Whether a grade makes a key relevant: those above 0 do, as in TREC."""
     if isinstance(grade, (Tensor, np.ndarray)) and grade.ndim == 0:
         grade = grade.item()
@@ -274,20 +274,20 @@ def _check_range(rows: NDArray[Any], columns: NDArray[Any], m: int) -> None:
         )
 
 
-def is_single(entry: Any) -> bool:
+def is_single(entry: object) -> bool:
     return isinstance(entry, (Tensor, np.ndarray, np.generic)) and entry.ndim == 0
 
 
-def is_key(entry: Any) -> bool:
+def is_key(entry: object) -> bool:
     """One key: an integer or a text. (Other single values are no keys; the row's own check names them.)"""
     return isinstance(entry, (bool, int, float, str, bytes, np.number, np.bool_)) and not is_nothing(entry)
 
 
-def is_nothing(entry: Any) -> bool:
+def is_nothing(entry: object) -> bool:
     """None, NaN and pandas' NA: no key. (−1 says the same, as an integer.)"""
     missing = entry is None or type(entry).__name__ in ("NAType", "NaTType")
     return missing or (isinstance(entry, (float, np.floating)) and bool(np.isnan(entry)))
 
 
-def _is_padding(value: Any, ids: ItemIds) -> bool:
+def _is_padding(value: object, ids: ItemIds) -> bool:
     return isinstance(value, (int, np.integer)) and value == -1 and not ids.knows(-1)

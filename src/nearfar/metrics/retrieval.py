@@ -57,7 +57,7 @@ class MetricOptions(RankOptions, total=False):
 def retrieval_metrics(
     queries: Embeddings,
     keys: Embeddings,
-    relevant: Any = None,
+    relevant: object = None,
     ks: Iterable[int] | int = (1, 5, 10),
     *,
     both: Literal[False] = False,
@@ -69,7 +69,7 @@ def retrieval_metrics(
 def retrieval_metrics(
     queries: Embeddings,
     keys: Embeddings,
-    relevant: Any = None,
+    relevant: object = None,
     ks: Iterable[int] | int = (1, 5, 10),
     *,
     both: Literal[True],
@@ -80,7 +80,7 @@ def retrieval_metrics(
 def retrieval_metrics(
     queries: Embeddings,
     keys: Embeddings,
-    relevant: Any = None,
+    relevant: object = None,
     ks: Iterable[int] | int = (1, 5, 10),
     *,
     both: bool = False,
@@ -158,7 +158,7 @@ def retrieval_metrics(
 def retrieval_ranks(
     queries: Embeddings,
     keys: Embeddings,
-    relevant: Any = None,
+    relevant: object = None,
     *,
     both: Literal[False] = False,
     **options: Unpack[RankOptions],
@@ -169,7 +169,7 @@ def retrieval_ranks(
 def retrieval_ranks(
     queries: Embeddings,
     keys: Embeddings,
-    relevant: Any = None,
+    relevant: object = None,
     *,
     both: Literal[True],
     **options: Unpack[RankOptions],
@@ -180,7 +180,7 @@ def retrieval_ranks(
 def retrieval_ranks(
     queries: Embeddings,
     keys: Embeddings,
-    relevant: Any = None,
+    relevant: object = None,
     *,
     both: bool,
     **options: Unpack[RankOptions],
@@ -190,7 +190,7 @@ def retrieval_ranks(
 def retrieval_ranks(
     queries: Embeddings,
     keys: Embeddings,
-    relevant: Any = None,
+    relevant: object = None,
     *,
     both: bool = False,
     normalize: bool = True,
@@ -223,7 +223,7 @@ def retrieval_ranks(
 def _ranks_of(
     queries: Embeddings,
     keys: Embeddings,
-    relevant: Any,
+    relevant: object,
     both: bool,
     *,
     normalize: bool,

@@ -22,7 +22,7 @@ IMAGE_ENCODERS: dict[str, type[Any]] = {
 }
 
 
-def check_image_encoder(kind: str, **options: Any) -> None:
+def check_image_encoder(kind: str, **options: object) -> None:
     """Raise ``NearfarError`` for an unknown kind or option; reads no weights."""
     if kind not in IMAGE_ENCODERS:
         raise NearfarError(f"image_encoder={kind!r} is unknown; {nearest_name(str(kind), IMAGE_ENCODERS)}")
@@ -46,7 +46,7 @@ def build_image_encoder(
     pretrained: bool | None = None,
     *,
     seed: int | None = None,
-    **options: Any,
+    **options: object,
 ) -> ImageEncoder:
     """The image encoder called ``kind`` with its options.
 

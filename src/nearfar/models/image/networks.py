@@ -66,7 +66,7 @@ class PackagedWeights:
         if not isinstance(weights, Mapping) or not all(
             isinstance(value, Tensor) for value in weights.values()
         ):
-            raise NearfarError(f"{path} holds no table of tensors: another version of the package?")
+            raise NearfarError(f"{path} holds no table of tensors: a different version of the package?")
         return dict(weights)
 
     def load_into(self, network: nn.Module, kind: str, left_out: tuple[str, ...]) -> None:

@@ -243,7 +243,7 @@ class WordVocabulary:
         rows = (self._piece.get(piece) for piece in word_pieces(word, *self.spans)) if word else ()
         return list(dict.fromkeys(number for number in rows if number is not None))
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """What ``from_dict`` reads, for JSON."""
         return {"words": self.words, "pieces": self.pieces, "spans": list(self.spans), "most": self.most}
 
