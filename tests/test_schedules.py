@@ -17,7 +17,6 @@ from nearfar.schedules import (
     Step,
     learning_rate_factor,
     schedule,
-    warmup_hold_cooldown,
 )
 
 
@@ -58,7 +57,6 @@ def test_numbers_of_yaml_numpy_and_torch_are_numbers():
     assert table({"kind": "piecewise", "points": [["0", "1e-3"], [2, torch.tensor(3)]]}, 3)[-1] == 3
     assert table(torch.tensor(0.5), 1) == table(np.array(0.5), 1) == [0.5]
     assert Constant("1e-4") == Constant(1e-4)
-    assert warmup_hold_cooldown("0", "1e-2", warmup="2", hold=1, cooldown=1)(2) == 0.01
     assert learning_rate_factor("linear", warmup="1e-1")(9, 100) == 1.0
     assert Linear(0, 1)(np.int64(1), np.float64(3)) == 0.5
 
@@ -80,21 +78,6 @@ def test_the_position_may_be_a_fraction_and_nothing_is_remembered():
     assert [curve(x) for x in (3.5, 0.25, 3.5)] == [1.75, 0.125, 1.75]
     assert Linear(0, 1)(0.5, 3) == 0.25
     assert Piecewise([(0, 1), (2, 5)], "step")(2) == 5
-
-
-def test_warmup_hold_cooldown():
-    curve = warmup_hold_cooldown(1, 3, warmup=2, hold=0, cooldown=2)
-    assert [curve(x) for x in range(6)] == [1, 2, 3, 2, 1, 1]
-    assert [warmup_hold_cooldown(1, 3, warmup=0, hold=2, cooldown=2)(x) for x in range(6)] == [
-        3,
-        3,
-        3,
-        2,
-        1,
-        1,
-    ]
-    assert [warmup_hold_cooldown(1, 3, warmup=2, hold=2, cooldown=0)(x) for x in (0, 2, 9)] == [1, 3, 3]
-    assert warmup_hold_cooldown(1, 3, warmup=0, hold=0, cooldown=0)(4) == 3
 
 
 @pytest.mark.parametrize(

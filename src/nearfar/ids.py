@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence, Set
 from datetime import date
 from decimal import Decimal
-from typing import Any
+from typing import Any, TypeAlias
 from uuid import UUID
 
 import numpy as np
@@ -22,7 +22,10 @@ from numpy.typing import NDArray
 
 from nearfar.errors import NearfarError
 
-__all__ = ["canonical_ids", "first_difference", "kind_of", "plain_ids"]
+__all__ = ["Ids", "canonical_ids", "first_difference", "kind_of", "plain_ids"]
+
+#: names of items, one each, in order
+Ids: TypeAlias = "Sequence[Hashable] | NDArray[Any]"
 
 _ADVICE = "give one id per item: a list, an array, a pandas Series or a tensor of whole numbers or texts"
 

@@ -3,7 +3,7 @@
 A missing label is *unknown*: its item is nobody's positive and has none by its label; it stays in the batch as a
 candidate. Missing are −1 (a number), NaN, None, ``pandas.NA`` and NaT, masked values, and the texts "", "nan", "NaN",
 "<NA>", "NaT" and "None", which is what those become when an array is made of texts. Losses, masks, samplers and metrics
-all read labels so; a class that is called −1 needs another number.
+all read labels so; a class that is called −1 needs a different number.
 """
 
 from __future__ import annotations
@@ -19,9 +19,19 @@ from jaxtyping import Bool, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
+from nearfar.arguments import check_dense, entries, shown
 from nearfar.errors import NearfarError
 
-__all__ = ["MISSING", "apart", "is_missing", "label_codes", "label_tensor", "missing_labels", "whole_labels"]
+__all__ = [
+    "MISSING",
+    "apart",
+    "is_missing",
+    "label_codes",
+    "label_tensor",
+    "missing_labels",
+    "shared_codes",
+    "whole_labels",
+]
 
 #: the number of a label that is not known
 MISSING = -1
@@ -140,7 +150,7 @@ def _of_objects(values: NDArray[Any], name: str) -> tuple[NDArray[Any], NDArray[
     filler: Any = 0 if real else ""
     try:
         kind = np.int64 if whole else np.float64 if real else str
-        found = np.array(
+        coded = np.array(
             [
                 filler if gone else label if real else str(label)
                 for label, gone in zip(given, missing, strict=True)
@@ -148,10 +158,10 @@ def _of_objects(values: NDArray[Any], name: str) -> tuple[NDArray[Any], NDArray[
             kind,
         )
     except OverflowError:
-        found = np.array([str(label) for label in given])
-    if found.dtype.kind == "f" and np.isinf(found).any():
+        coded = np.array([str(label) for label in given])
+    if coded.dtype.kind == "f" and np.isinf(coded).any():
         raise NearfarError(f"{name} hold a value that is not finite; give every item a class")
-    return found, missing
+    return coded, missing
 
 
 def label_tensor(labels: Any, name: str = "labels") -> Int[Tensor, " n"]:
@@ -233,3 +243,98 @@ def apart(labels: Int[Tensor, " n"], first: int = 0) -> Int[Tensor, " n"]:
 def _own_classes(n: int, first: int, device: torch.device) -> Tensor:
     """Numbers that no class has: from the lowest up."""
     return torch.arange(first, first + n, device=device) + torch.iinfo(torch.int64).min
+
+
+# -- labels of two sides ----------------------------------------------------------------------------------------
+def shared_codes(**sides: Any) -> list[NDArray[np.int64]]:
+    """Codes 0, 1, … of the labels of several sides, equal for equal labels; −1 where a label is missing.
+
+    Labels are numbers, texts or other hashable objects, one for each item. Numbers are compared as numbers of any
+    type (1, 1.0 and ``np.uint8(1)`` are equal); numbers and texts are never equal, and sides that have none in common
+    for that reason are refused.
+
+    >>> shared_codes(queries=["cat", None, "dog"], keys=np.array(["dog", "cat"], dtype=object))
+    [array([ 0, -1,  1]), array([1, 0])]
+    >>> shared_codes(queries=np.array([3, -1]), keys=np.array([np.nan, 3.0]))
+    [array([ 0, -1]), array([-1,  0])]
+    """
+    columns = {name: _column(name, labels) for name, labels in sides.items()}
+    if all(column.dtype == np.int64 for column in columns.values()):
+        every = np.concatenate(list(columns.values()))
+        known = every != -1
+        codes = np.full(len(every), -1, dtype=np.int64)
+        codes[known] = np.unique(every[known], return_inverse=True)[1].reshape(-1)
+        return np.split(codes, np.cumsum([len(column) for column in columns.values()])[:-1])
+    table: dict[Any, int] = {}
+    coded = []
+    for name, column in columns.items():
+        codes = np.full(len(column), -1, dtype=np.int64)
+        for i, label in enumerate(column.tolist()):
+            if not is_missing(label):
+                try:
+                    codes[i] = table.setdefault(label, len(table))
+                except TypeError:
+                    raise NearfarError(
+                        f"{name}: the label of item {i} is {shown(label)}; labels are one number or text "
+                        "for each item, and items with several labels take a Boolean matrix"
+                    ) from None
+        coded.append(codes)
+    _same_kind(columns)
+    return coded
+
+
+def _column(name: str, labels: Any) -> NDArray[Any]:
+    """Labels in int64 where they are whole numbers (−1: missing), as objects where they are not."""
+    if isinstance(labels, Tensor) and labels.ndim == 1:
+        check_dense(name, labels)
+        labels = labels.detach().cpu()
+        labels = (labels.double() if labels.is_floating_point() else labels).numpy()
+    if isinstance(labels, np.ndarray) and labels.ndim == 1 and not np.ma.isMaskedArray(labels):
+        return _numbers(name, labels) if labels.dtype.kind in "biuf" else _objects(labels.tolist())
+    values = entries(name, labels)
+    kinds = {type(value) for value in values}
+    if kinds and all(issubclass(kind, (int, float, np.integer, np.floating)) for kind in kinds):
+        if all(issubclass(kind, (bool, int, np.integer)) for kind in kinds):
+            # One by one: NumPy would turn 64-bit numbers of both signs into floats.
+            fits = all(-(2**63) <= int(value) < 2**63 for value in values)
+            return np.array([int(v) for v in values], dtype=np.int64) if fits else _objects(values)
+        return _numbers(name, np.array([float(value) for value in values]), values)
+    return _objects(values)
+
+
+def _numbers(name: str, array: NDArray[Any], originals: list[Any] | None = None) -> NDArray[Any]:
+    if array.dtype.kind in "bi" or (array.dtype.kind == "u" and (not array.size or int(array.max()) < 2**63)):
+        return array.astype(np.int64)
+    if array.dtype.kind == "f":
+        wide = array.astype(np.float64)
+        if np.isinf(wide).any():
+            raise NearfarError(f"{name} hold {wide[np.isinf(wide)][0]}, which is no label")
+        known = ~np.isnan(wide)
+        if (wide[known] == np.floor(wide[known])).all() and (np.abs(wide[known]) < 2**53).all():
+            return np.where(known, wide, -1).astype(np.int64)
+    return _objects(array.tolist() if originals is None else originals)
+
+
+def _objects(values: list[Any]) -> NDArray[Any]:
+    column = np.empty(len(values), dtype=object)
+    for i, value in enumerate(values):
+        column[i] = value
+    return column
+
+
+def _same_kind(columns: Mapping[str, NDArray[Any]]) -> None:
+    kinds = {}
+    for name, column in columns.items():
+        kinds[name] = {_kind(label) for label in column.tolist() if not is_missing(label)}
+    known = {name: kind for name, kind in kinds.items() if kind}
+    if len(known) > 1 and not set.intersection(*known.values()):
+        stated = " and ".join(f"{name} are {', '.join(sorted(kind))}" for name, kind in known.items())
+        raise NearfarError(f"{stated}: labels of different kinds are never equal; bring both to one type")
+
+
+def _kind(label: Any) -> str:
+    if isinstance(label, (bool, int, float, np.number, np.bool_)):
+        return "numbers"
+    if isinstance(label, str):
+        return "text"
+    return "bytes" if isinstance(label, bytes) else f"of type {type(label).__name__}"

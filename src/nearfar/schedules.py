@@ -25,7 +25,6 @@ __all__ = [
     "Step",
     "learning_rate_factor",
     "schedule",
-    "warmup_hold_cooldown",
 ]
 
 
@@ -137,41 +136,12 @@ class Piecewise:
 
 @dataclass(frozen=True)
 class _Whole:
-    """Another schedule, rounded to whole numbers (half up, so that a table by hand agrees)."""
+    """A schedule whose values are rounded to whole numbers (half up, so that a table by hand agrees)."""
 
     inner: Schedule
 
     def __call__(self, epoch: float, total: float | None = None) -> int:
         return math.floor(number("the value of the schedule", self.inner(epoch, total)) + 0.5)
-
-
-def warmup_hold_cooldown(
-    low: float, high: float, *, warmup: float, hold: float, cooldown: float
-) -> Piecewise:
-    """From ``low`` up to ``high`` over ``warmup`` epochs, ``hold`` epochs there, and down over ``cooldown``.
-
-    >>> curve = warmup_hold_cooldown(0.0, 1.0, warmup=2, hold=3, cooldown=5)
-    >>> curve(1), curve(4), curve(7.5), curve(10)
-    (0.5, 1.0, 0.5, 0.0)
-    """
-    low, high = _number(low, "low"), _number(high, "high")
-    warmup, hold = _number(warmup, "warmup"), _number(hold, "hold")
-    cooldown = _number(cooldown, "cooldown")
-    if min(warmup, hold, cooldown) < 0:
-        raise NearfarError(
-            f"warmup={warmup}, hold={hold} and cooldown={cooldown} are lengths and cannot be negative"
-        )
-    edges = [
-        (0.0, low if warmup else high),
-        (warmup, high),
-        (warmup + hold, high),
-        (warmup + hold + cooldown, low),
-    ]
-    points = [edges[0]]
-    for at, value in edges[1:] if cooldown else edges[1:3]:
-        if at > points[-1][0]:
-            points.append((at, value))
-    return Piecewise(points)
 
 
 def schedule(spec: Any, *, integer: bool = False) -> Schedule:

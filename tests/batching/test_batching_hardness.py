@@ -217,7 +217,7 @@ def test_misaligned_neighbours_are_detected(clustered, near):
         assert not check_harder_than_random(wrong, clustered, raises=False).harder
         found = check_harder_than_random(wrong, clustered, raises=False)
         assert found.aligned is False
-        assert "another order" in found.advice
+        assert "a different order" in found.advice
     assert not check_harder_than_random(RandomBatchSampler(2000, 20), clustered, raises=False).harder
     with pytest.raises(NearfarError, match="1999 embeddings"):
         check_harder_than_random(sampler, clustered[:-1])

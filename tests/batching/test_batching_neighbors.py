@@ -113,7 +113,7 @@ def test_bad_input_is_named():
 
 
 def test_a_list_of_other_items_is_refused():
-    with pytest.raises(NearfarError, match="another set of items"):
+    with pytest.raises(NearfarError, match="a different set of items"):
         Neighbors(np.array([[1], [2]]))
     with pytest.raises(NearfarError, match="item 1 is listed as its own"):
         Neighbors(np.array([[1], [1]]))

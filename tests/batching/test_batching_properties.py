@@ -144,9 +144,9 @@ def test_repeats_are_counted_and_none_moves_to_the_end():
 @pytest.mark.parametrize(
     ("near", "named"),
     [
-        (np.array([[2**32 + 1], [0]]), "belong to another set"),  # 1 if it were cut to 32 bits
+        (np.array([[2**32 + 1], [0]]), "belong to a different set"),  # 1 if it were cut to 32 bits
         (np.array([[1], [-2]]), "hold -2 to 1"),
-        (np.array([[1], [2**64 - 1]], np.uint64), "belong to another set"),
+        (np.array([[1], [2**64 - 1]], np.uint64), "belong to a different set"),
         (np.array([[1.0], [0.0]]), "neighbour indices is an array .* of float64"),
         (np.array([[True], [False]]), "of bool"),
         ([[1], [0, 1]], "cannot be read as an array"),

@@ -11,7 +11,7 @@ import oracles
 from nearfar.contrast import as_mask, one_direction_loss
 from nearfar.errors import NearfarError
 from nearfar.functional import info_nce
-from nearfar.losses.info_nce import info_nce_step
+from nearfar.losses.info_nce import InfoNCEOptions, info_nce_step
 
 D = 4
 SHAPES = [(1, 1), (3, 4), (9, 9), (10, 10), (7, 11), (1, 9)]
@@ -75,7 +75,7 @@ def test_the_record_is_that_of_the_walk_over_tiles(scale: float, masked: bool) -
         a, b, torch.tensor(scale, dtype=torch.float64), True, None if mask is None else as_mask(mask)
     )
     assert found is not None
-    walked = info_nce_step(a, b, scale=scale, symmetric=False, mask=mask, tile=(3, 4))[1]
+    walked = info_nce_step(a, b, InfoNCEOptions(symmetric=False), scale, mask=mask, tile=(3, 4))[1]
     torch.testing.assert_close(found[1].numbers(), walked.numbers(), rtol=1e-9, atol=1e-9)
 
 

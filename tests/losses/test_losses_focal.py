@@ -235,6 +235,7 @@ def test_record_by_autograd(reduction):
     assert record is not None
     assert record.to_dict() == pytest.approx(
         {
+            "loss_kind": "other",
             "labels": 29.0,
             "labels_left_out": 11.0,
             "aspects_left_out": 1.0,
@@ -258,8 +259,8 @@ def test_record_near_convergence_and_its_memory():
     loss(logits, torch.zeros(20, dtype=torch.long))
     assert loss.record is not None
     assert loss.record.hardest_share == pytest.approx((math.exp(3) + 1) / (math.exp(3) + 19), rel=1e-3)
-    assert loss._found is not None
-    assert not any(x.requires_grad for x in loss._found if isinstance(x, torch.Tensor))
+    assert loss._step is not None
+    assert not any(x.requires_grad for x in loss._step if isinstance(x, torch.Tensor))
 
 
 def test_the_ratios_of_the_focal_story():

@@ -145,7 +145,7 @@ def test_record_by_loops(kind, middle):
     assert loss.record is None
     loss(z, SCORES)
     _, directions = oracles.score_contrastive(z, SCORES, 5.0, middle=middle)
-    found = loss.record.to_dict()
+    found = loss.record.numbers()
     anchors, positives, between = oracles.split(SCORES)
     mean = lambda rows: sum(SCORES[rows].tolist()) / len(rows)  # noqa: E731
     assert found.pop("anchors") == len(anchors) == 4
@@ -176,7 +176,7 @@ def test_nobody_to_pull_is_said_and_teaches_nothing():
         value = loss(z, scores)
         assert value.item() == 0.0
         assert (torch.autograd.grad(value, z)[0] == 0).all()
-        found = loss.record.to_dict()
+        found = loss.record.numbers()
         assert (found["anchors"], found["positives"], found["score_gap"]) == (0.0, 0.0, 0.0)
         assert (found["rows_without_positives"], found["middle_share"], found["scale"]) == (6.0, 1.0, 10.0)
         assert found["finite"] is True
@@ -231,3 +231,12 @@ def test_near_convergence_the_gradient_keeps_its_digits():
 def test_bad_input(call, message):
     with pytest.raises(NearfarError, match=message):
         call(draw())
+
+
+def test_options_by_position_keep_their_order():
+    one = AdaptiveScoreContrastiveLoss(0.2, 0.3, 0.3, 1, "negatives", True, None, False)
+    assert (one.threshold, one.normalize) == (None, False)
+    two = BidirectionalScoreContrastiveLoss(0.2, 0.3, 0.3, 1, "negatives", True, 0.5, 2.0, 0.1, False)
+    assert (two.threshold, two.anchor_weight, two.positive_weight, two.normalize) == (0.5, 2.0, 0.1, False)
+    with pytest.raises(NearfarError, match="positive_weight"):
+        BidirectionalScoreContrastiveLoss(positive_weight=-1.0)

@@ -164,7 +164,7 @@ def test_parts_of_a_batch_and_their_records(way):
     for rows in (slice(0, 3), slice(3, 8), slice(9, 10)):
         value = loss(a, b, 5.0, INDEX, ALPHA, rows=rows)
         oracles.agree(value, (a, b), oracles.mean(directions, rows), (a, b), 1e-6)
-        found = {k: v for k, v in loss.record.to_dict().items() if k != "rows_with_neighbors"}
+        found = {k: v for k, v in loss.record.numbers().items() if k != "rows_with_neighbors"}
         assert found == pytest.approx(oracles.record(directions, 5.0, rows), rel=1e-5, abs=1e-6)
     with pytest.raises(NearfarError, match="temp_reg_weight=0"):
         spatial(a, b, 5.0, INDEX, ALPHA, rows=slice(0, 3))
@@ -177,7 +177,7 @@ def test_record_by_loops(way, scale, weight):
     a, b = views()
     loss = SpatialLoss(neighbors=way, temp_reg_weight=weight, max_scale=100.0)
     value = loss(a, b, scale, INDEX, ALPHA)
-    found = loss.record.to_dict()
+    found = loss.record.numbers()
     assert found.pop("rows_with_neighbors") == pytest.approx(0.8)
     assert found.pop("at_clamp") == 0.0
     wanted = oracles.record(oracles.spatial(a, b, scale, INDEX, ALPHA, neighbors=way), scale)

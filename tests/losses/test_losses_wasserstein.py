@@ -266,6 +266,7 @@ def test_the_record_and_copies():
     assert loss.record is not None
     assert loss.record.to_dict() == pytest.approx(
         {
+            "loss_kind": "other",
             "gap": integral(*joined),
             "reverse_gap": integral(*joined[::-1]),
             "lower_scores": 2.0,

@@ -21,6 +21,7 @@ import nearfar.models
 import nearfar.schedules
 from nearfar import functional, losses, schedules
 from nearfar.batching import BalancedBatchSampler
+from nearfar.contrast import OwnPair, SameClass
 from nearfar.doctor import Signals, diagnose, read_run
 from nearfar.errors import NearfarError
 from nearfar.labels import apart, label_codes, label_tensor, missing_labels, whole_labels
@@ -128,6 +129,12 @@ CALLS: dict[str, list[tuple[Callable[..., Any], dict[str, Any]]]] = {
     "multi_label_supcon": [
         (functional.multi_label_supcon, MULTI | PARTS | {"z": Z, "labels": HOT}),
         (functional.multi_label_supcon, {"z": Z, "labels": HOT, "weights": "legacy", "neutral": 0}),
+    ],
+    "target_loss": [
+        (losses.target_loss, PARTS | {"a": Z, "b": OTHER, "target": OwnPair(6), "mask": MASK, "scale": 10.0,
+                              "both": True}),
+        (losses.target_loss, {"a": Z, "b": None, "target": SameClass(LABELS), "temperature": 0.1, "sum": "inside",
+                              "without_self": True, "normalize": True}),
     ],
     "spatial": [(functional.spatial, VIEWS | PLACES | SPATIAL | PARTS)],
     "adaptive_score_contrastive": [(functional.adaptive_score_contrastive, SPLIT | {"z": Z, "scores": SCORES})],
@@ -263,7 +270,8 @@ CALLS: dict[str, list[tuple[Callable[..., Any], dict[str, Any]]]] = {
 #: data that a call returns or takes, warnings and bases: nothing is checked when they are made
 DATA = {
     "CONTEXT", "FIELDS", "RULES", "ContrastiveLoss", "Diagnosis", "Finding", "FocalRecord", "GradientShares",
-    "NoNegativesWarning", "NoPositivesWarning", "ObjectiveRecord", "Record", "Rule", "Schedule", "Unjudged",
+    "LossTraits", "NoNegativesWarning", "NoPositivesWarning", "ObjectiveRecord", "Record", "Rectangle",
+    "Requires", "Rule", "Schedule", "Target", "Unjudged",
     "WassersteinRecord",
     "read_run",  # takes a path alone, see below
 }  # fmt: skip

@@ -161,7 +161,7 @@ def test_intervals_resample_reviews_and_shares_average_to_the_metric() -> None:
 def test_shapes_that_do_not_fit_are_named() -> None:
     with pytest.raises(NearfarError, match=r"\(3, 2\).*\(3, 1\)"):
         detection_counts(np.zeros((3, 2), int), np.zeros((3, 1), int))
-    with pytest.raises(NearfarError, match="at least one"):
+    with pytest.raises(NearfarError, match="bins is 0"):
         calibration_counts(np.ones((1, 1)), np.ones((1, 1), bool), np.ones((1, 1), bool), bins=0)
     with pytest.raises(NearfarError, match="micro"):
         constant_detection(np.ones((2, 2), int), "weighted")

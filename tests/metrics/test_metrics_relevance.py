@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nearfar.errors import NearfarError
+from nearfar.labels import shared_codes
 from nearfar.metrics import retrieval_metrics, retrieval_ranks
-from nearfar.metrics.labels import label_codes
 
 pd = pytest.importorskip("pandas")
 sparse = pytest.importorskip("scipy.sparse")
@@ -28,7 +28,7 @@ def embeddings(n: int = N, m: int = M) -> tuple[torch.Tensor, torch.Tensor]:
 
 def read(relevant, n: int = N, m: int = M, **options) -> np.ndarray:
     """The matrix that ``relevant`` was read as, from what depends on it: whom each query has, one key at a time."""
-    from nearfar.metrics.item_ids import ItemIds
+    from nearfar.metrics.relevance import ItemIds
     from nearfar.metrics.relevance_forms import read_relevance
 
     relevance = read_relevance(relevant, ItemIds(n, m, **options), torch.device("cpu"))
@@ -337,12 +337,12 @@ def test_labels_of_every_type(missing):
 
 def test_labels_keep_their_last_digit():
     big = 2**63
-    first, second = label_codes(a=np.array([big, big + 1], dtype=np.uint64), b=np.array([5, 2**62 + 1]))
+    first, second = shared_codes(a=np.array([big, big + 1], dtype=np.uint64), b=np.array([5, 2**62 + 1]))
     assert len({*first.tolist(), *second.tolist()}) == 4
-    first, second = label_codes(a=[2**53, 2**53 + 1], b=np.array([float(2**53)]))
+    first, second = shared_codes(a=[2**53, 2**53 + 1], b=np.array([float(2**53)]))
     assert first[0] == second[0] != first[1]
-    assert label_codes(a=[True, 1, 1.0, "1"])[0].tolist() == [0, 0, 0, 1]
-    assert label_codes(a=[("x", 1), ("x", 1), ("x", 2)])[0].tolist() == [0, 0, 1]
+    assert shared_codes(a=[True, 1, 1.0, "1"])[0].tolist() == [0, 0, 0, 1]
+    assert shared_codes(a=[("x", 1), ("x", 1), ("x", 2)])[0].tolist() == [0, 0, 1]
 
 
 @settings(max_examples=60, deadline=None)
@@ -353,7 +353,7 @@ def test_labels_keep_their_last_digit():
 def test_labels_against_a_loop(labels, data):
     others = data.draw(st.permutations(labels))
     same = lambda a, b: a is not None and b is not None and a != -1 and b != -1 and a == b  # noqa: E731
-    first, second = label_codes(a=labels, b=others)
+    first, second = shared_codes(a=labels, b=others)
     for i, a in enumerate(labels):
         for j, b in enumerate(others):
             assert (first[i] == second[j] != -1) == same(a, b)

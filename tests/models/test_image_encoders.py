@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from nearfar.data.images import crop, read_image, stack
 from nearfar.errors import NearfarError
 from nearfar.models.image import build_image_encoder
-from nearfar.models.image.efficientnet import WEIGHTS as EFFICIENTNET
-from nearfar.models.image.mobilenet import WEIGHTS as MOBILENET
-from nearfar.models.image.weights import PackagedWeights
+from nearfar.models.image.networks import EFFICIENTNET_WEIGHTS as EFFICIENTNET
+from nearfar.models.image.networks import MOBILENET_WEIGHTS as MOBILENET
+from nearfar.models.image.networks import PackagedWeights
 
 pytestmark = pytest.mark.slow  # real runs
 

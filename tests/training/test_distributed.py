@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from nearfar.cli import app
 from nearfar.errors import NearfarError
-from nearfar.losses import ClipLoss, InfoNCELoss, SupConLoss, duplicate_mask
+from nearfar.losses import ClipLoss, FocalLoss, InfoNCELoss, SpatialLoss, SupConLoss, duplicate_mask
+from nearfar.losses.base import traits_of
 from nearfar.training import ring as ring_module
 from nearfar.training import verify_ddp as verify_module
-from nearfar.training.distributed import DistributedLoss
+from nearfar.training.distributed import DistributedLoss, SharingOptions
 from nearfar.training.gather import gather
 from nearfar.training.verify_ddp import OPTIONS, DdpVerdict, verify_ddp
 from processes import SECONDS, together
@@ -191,7 +192,7 @@ def ring(rank: int, world: int) -> list[Any]:
         assert a.grad is not None
         assert b.grad is not None
         assert scale.grad is not None
-        record = loss.record.to_dict() if len(a) else None
+        record = loss.record.numbers() if len(a) else None
         found.append((value.detach(), 2 * a.grad / world, 2 * b.grad / world, 2 * scale.grad, record))
     return found
 
@@ -429,6 +430,26 @@ def test_rows_of_a_memory_are_not_counted_twice(ranks: Any) -> None:
         assert [texts[1], texts[3]] == ["fine", "fine"]
 
 
+def test_the_traits_of_a_loss_say_how_it_may_be_shared() -> None:
+    whole, own, around = SharingOptions(), SharingOptions(local_loss=True), SharingOptions(ring=True)
+    for loss in (InfoNCELoss(), SpatialLoss(), FocalLoss(), Toy()):
+        whole.check_loss(loss)
+    own.check_loss(SpatialLoss(temp_reg_weight=0.0))
+    with pytest.raises(NearfarError, match=r"temp_reg_weight=0\.05 has none: its regulariser squares a mean"):
+        own.check_loss(SpatialLoss())
+    with pytest.raises(NearfarError, match="FocalLoss cannot be taken apart"):
+        own.check_loss(FocalLoss(), "trainer.", "true")
+    with pytest.raises(NearfarError, match="no ring version of SpatialLoss"):
+        around.check_loss(SpatialLoss())
+
+
+def test_a_loss_without_traits_is_read_by_the_names_of_its_arguments() -> None:
+    traits = traits_of(Toy())
+    assert traits.rows == ("z", "neighbors", "queue")
+    assert (traits.positions, traits.further, traits.pairs) == (("neighbors",), ("negatives",), ("mask",))
+    assert (traits.numbers, traits.aligned, traits.local, traits.ring) == (("scale",), False, None, None)
+
+
 # -- the ring --------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("case", range(len(RINGS)))
 def test_the_ring_gives_the_gradients_of_one_process(ranks: Any, case: int) -> None:
@@ -447,7 +468,7 @@ def test_the_ring_records_the_own_rows(ranks: Any) -> None:
     records = [
         (count, found[0][4]) for count, found in zip(scene.counts, scene.results, strict=True) if count
     ]
-    for name, wanted in whole.record.to_dict().items():
+    for name, wanted in whole.record.numbers().items():
         mean = sum(count * record[name] for count, record in records) / sum(scene.counts)
         assert mean == pytest.approx(float(wanted)), name
 

@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nearfar.batching.balanced import BalancedBatchSampler as BalancedBatchSampler
     from nearfar.batching.base import BatchSampler as BatchSampler
-    from nearfar.batching.base import Layout as Layout
-    from nearfar.batching.base import Plan as Plan
     from nearfar.batching.hard_negative import HardNegativeSampler as HardNegativeSampler
     from nearfar.batching.hardness import HardnessReport as HardnessReport
     from nearfar.batching.hardness import SimilarityCheck as SimilarityCheck
@@ -23,6 +21,8 @@ if TYPE_CHECKING:
     from nearfar.batching.neighbors import Neighbors as Neighbors
     from nearfar.batching.neighbors import nearest_neighbors as nearest_neighbors
     from nearfar.batching.partition import PartitionBatchSampler as PartitionBatchSampler
+    from nearfar.batching.plan import Layout as Layout
+    from nearfar.batching.plan import Plan as Plan
     from nearfar.batching.random import LengthBatchSampler as LengthBatchSampler
     from nearfar.batching.random import RandomBatchSampler as RandomBatchSampler
     from nearfar.batching.spatial import SpatialBatchSampler as SpatialBatchSampler
@@ -37,11 +37,11 @@ _HOME = {
     "BatchSampler": "base",
     "HardNegativeSampler": "hard_negative",
     "HardnessReport": "hardness",
-    "Layout": "base",
+    "Layout": "plan",
     "LengthBatchSampler": "random",
     "Neighbors": "neighbors",
     "PartitionBatchSampler": "partition",
-    "Plan": "base",
+    "Plan": "plan",
     "RandomBatchSampler": "random",
     "SamplerVerdict": "verify",
     "SimilarityCheck": "hardness",

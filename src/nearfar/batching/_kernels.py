@@ -153,9 +153,9 @@ def compose_groups(
     first = 0
     for slot in sequence:
         batch, begin, want = slot_batch[slot], slot_start[slot], quota[slot]
-        m, asked = 0, 0
+        m, expanded = 0, 0
         while m < want:
-            if asked == m:
+            if expanded == m:
                 if m > 0 and not level:
                     break
                 pivot, first = _draw_filler(batch, first, pool, used, nearest, close, place, filtered)
@@ -164,18 +164,18 @@ def compose_groups(
                     place[pivot] = batch
                 plan[begin + m] = pivot
                 m += 1
-            centre = plan[begin + asked]
-            asked += 1
-            found = 0
+            centre = plan[begin + expanded]
+            expanded += 1
+            available = 0
             if m < want:
                 for a in range(close[centre], k):
                     item = nearest[centre, a]
                     if 0 <= item < n and not used[item]:
-                        unused[found] = item
-                        found += 1
+                        unused[available] = item
+                        available += 1
             drawn = 0
-            while drawn < found and m < want:
-                pick = drawn + _below(state, found - drawn)
+            while drawn < available and m < want:
+                pick = drawn + _below(state, available - drawn)
                 item = unused[pick]
                 unused[pick] = unused[drawn]
                 drawn += 1
@@ -188,7 +188,7 @@ def compose_groups(
                 used[item] = True
                 plan[begin + m] = item
                 hard[begin + m] = True
-                hard[begin + asked - 1] = True
+                hard[begin + expanded - 1] = True
                 m += 1
             if not level:
                 break
@@ -318,7 +318,7 @@ def balance(
         goal = np.empty(n, np.int32)
         loss = np.empty(n, np.int32)
         ranks = np.zeros(2 * width + 3, np.int64)
-        found = 0
+        movable = 0
         for item in range(n):
             here = label[item]
             if here < 0 or size[here] <= target[here]:
@@ -331,17 +331,17 @@ def balance(
                     best, most = slot, votes[slot]
                 votes[slot] = 0
             if best >= 0 or last:
-                items[found], goal[found], loss[found] = item, best, own - most + width + 1
-                ranks[loss[found] + 1] += 1
-                found += 1
+                items[movable], goal[movable], loss[movable] = item, best, own - most + width + 1
+                ranks[loss[movable] + 1] += 1
+                movable += 1
         for a in range(1, len(ranks)):
             ranks[a] += ranks[a - 1]
-        ranked = np.empty(found, np.int32)
-        for a in range(found):
+        ranked = np.empty(movable, np.int32)
+        for a in range(movable):
             ranked[ranks[loss[a]]] = a
             ranks[loss[a]] += 1
         room = 0
-        for rank in range(found):
+        for rank in range(movable):
             a = ranked[rank]
             item, best, here = items[a], goal[a], label[items[a]]
             if size[here] <= target[here]:
@@ -382,14 +382,14 @@ def separate(
         failed += 1
         for _ in range(tries):
             to = _below(state, len(order))
-            other, there = order[to], batch[to]
+            other, target = order[to], batch[to]
             if (
-                there != here
-                and not _clashes(item, there, nearest, close, place)
+                target != here
+                and not _clashes(item, target, nearest, close, place)
                 and not _clashes(other, here, nearest, close, place)
             ):
                 order[at], order[to] = other, item
-                place[item], place[other] = there, here
+                place[item], place[other] = target, here
                 failed -= 1
                 break
     return failed

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,9 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nearfar.arguments import flag, shown
-from nearfar.batching.base import BatchSampler, Layout, Plan, digest, whole
+from nearfar.arguments import flag, shown, whole_number
+from nearfar.batching.base import BatchSampler, digest
+from nearfar.batching.plan import Layout, Plan
 from nearfar.errors import NearfarError
+from nearfar.ids import Ids
 from nearfar.labels import label_codes
 
 __all__ = ["BalancedBatchSampler"]
@@ -51,7 +53,7 @@ class BalancedBatchSampler(BatchSampler):
 
     def __init__(
         self,
-        labels: Sequence[Any] | NDArray[Any] | Tensor,
+        labels: Ids | Tensor,
         batch_size: int,
         samples_per_class: int = 2,
         *,
@@ -60,7 +62,7 @@ class BalancedBatchSampler(BatchSampler):
         drop_last: bool = False,
         rank: int = 0,
         world_size: int = 1,
-        ids: Sequence[Any] | NDArray[Any] | None = None,
+        ids: Ids | None = None,
     ) -> None:
         code, self.classes = label_codes(labels)
         flag("drop_last", drop_last)
@@ -72,7 +74,7 @@ class BalancedBatchSampler(BatchSampler):
         super().__init__(
             len(code), batch_size, seed=seed, drop_last=drop_last, rank=rank, world_size=world_size, ids=ids
         )
-        self.samples_per_class = whole("samples_per_class", samples_per_class, 1)
+        self.samples_per_class = whole_number("samples_per_class", samples_per_class, 1)
         self.repeat = flag("repeat", repeat)
         self.unlabelled = int((code < 0).sum())
         if self.unlabelled:
@@ -101,7 +103,7 @@ class BalancedBatchSampler(BatchSampler):
             return self.n - len(np.unique(plan.order))
         return self._planned[2]
 
-    def _identity(self) -> dict[str, Any]:
+    def _identity(self) -> dict[str, object]:
         return {
             "labels": digest(self._code),
             "samples_per_class": self.samples_per_class,

@@ -8,187 +8,23 @@ import hashlib
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
-from nearfar.batching.arguments import array, flag, plain, whole
+from nearfar.arguments import whole_number
+from nearfar.batching.plan import Layout, Plan
 from nearfar.errors import NearfarError
-from nearfar.ids import canonical_ids, first_difference, kind_of
+from nearfar.ids import Ids, canonical_ids, first_difference, kind_of
 
-__all__ = ["BatchSampler", "Layout", "Plan", "as_ids", "check_not_rebuilt", "compare_ids", "digest", "whole"]
-
-
-@dataclass(frozen=True)
-class Layout:
-    """``n`` items in steps of ``world_size`` batches, equal in number and in size on all ranks.
-
-    ``batch_size`` is the batch of one rank. Every item is used once, with three exceptions that ``remainder``
-    counts: the ``n % world_size`` items that cannot be shared equally; with ``drop_last`` all items of the
-    incomplete last step; and a single item that is left when it cannot borrow company. ``left_out`` items that a
-    sampler never draws are counted as well. Where the last batch
-    would hold one item (no negatives, and an error in a batch norm), the batch before it gives it a second
-    one.
-
-    >>> Layout(101, 10).sizes.tolist()
-    [10, 10, 10, 10, 10, 10, 10, 10, 10, 9, 2]
-    >>> Layout(101, 10, drop_last=True).remainder
-    1
-    >>> two = Layout(101, 10, world_size=2)
-    >>> two.steps, two.sizes.tolist(), two.remainder
-    (5, [10, 10, 10, 10, 10], 1)
-    """
-
-    n: int
-    batch_size: int
-    world_size: int = 1
-    drop_last: bool = False
-    left_out: int = 0
-
-    def __post_init__(self) -> None:
-        every, left_out = whole("the number of items", self.n, 0), whole("left_out", self.left_out, 0)
-        n = every - left_out
-        size = whole("batch_size", self.batch_size, 1)
-        ranks = whole("world_size", self.world_size, 1)
-        drop_last = flag("drop_last", self.drop_last)
-        given = {
-            "n": every,
-            "batch_size": size,
-            "world_size": ranks,
-            "drop_last": drop_last,
-            "left_out": left_out,
-        }
-        for name, value in given.items():
-            object.__setattr__(self, name, value)  # Python's own numbers: a state is plain whatever came in
-        if n < 2 * ranks and not (size == 1 and n >= ranks):
-            raise NearfarError(
-                f"{n} items on {ranks} rank(s) leave a rank fewer than 2, which has nothing to contrast; "
-                "use more items or fewer ranks"
-            )
-        if n > np.iinfo(np.int32).max:
-            raise NearfarError(f"{n} items do not fit the 32-bit positions of a plan")
-        if self.drop_last and n < size * ranks:
-            raise NearfarError(
-                f"drop_last=True leaves no batch: {n} items do not fill one step of {ranks} x {size}; "
-                "use a smaller batch_size or drop_last=False"
-            )
-
-    @cached_property
-    def sizes(self) -> NDArray[np.int64]:
-        """The size of one rank's batch in each step, (steps,)."""
-        per_rank, size = (self.n - self.left_out) // self.world_size, self.batch_size
-        full, rest = divmod(per_rank, size)
-        sizes = [size] * full
-        if rest and not self.drop_last:
-            if rest >= 2:
-                sizes.append(rest)
-            elif size >= 3:
-                sizes[-1] -= 1
-                sizes.append(2)
-        return np.array(sizes, np.int64)
-
-    @property
-    def steps(self) -> int:
-        """Batches per rank and epoch."""
-        return len(self.sizes)
-
-    @cached_property
-    def starts(self) -> NDArray[np.int64]:
-        """Where each batch begins in a plan, (steps * world_size + 1,): step after step, rank after rank."""
-        return np.concatenate([[0], np.cumsum(np.repeat(self.sizes, self.world_size))]).astype(np.int64)
-
-    @property
-    def total(self) -> int:
-        """Items used in an epoch, on all ranks together."""
-        return int(self.starts[-1])
-
-    @property
-    def remainder(self) -> int:
-        """Items left out of an epoch; which ones changes from epoch to epoch."""
-        return self.n - self.total
-
-    def slots(self, group_size: int) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
-        """Cut every batch into the fewest nearly equal groups of at most ``group_size``.
-
-        Returns where each group begins (groups + 1,) and the batch it belongs to (groups,).
-
-        >>> Layout(20, 10).slots(4)[0].tolist()
-        [0, 3, 6, 10, 13, 16, 20]
-        """
-        sizes = np.diff(self.starts)
-        groups = -(-sizes // whole("group_size", group_size, 1))
-        batch = np.repeat(np.arange(len(sizes)), groups)
-        turn = np.arange(len(batch)) - np.repeat(np.cumsum(groups) - groups, groups)
-        begin = self.starts[:-1][batch] + sizes[batch] * turn // groups[batch]
-        return np.append(begin, self.total).astype(np.int64), batch.astype(np.int32)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """All batches of one epoch, for all ranks.
-
-    ``order`` (total,) holds positions, cut by ``layout``; ``hard`` (total,) marks the items that a
-    hard-negative sampler drew as neighbours, pivots included, and is None where the notion does not apply.
-    ``nominal`` is the share of hard items that was asked for.
-    """
-
-    layout: Layout
-    order: NDArray[np.int32]
-    hard: NDArray[np.bool_] | None = None
-    nominal: float | None = None
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.layout, Layout):
-            raise NearfarError(f"layout is a {type(self.layout).__name__}; give a Layout")
-        order = array(
-            "order", self.order, f"the positions of a plan, ({self.layout.total},) whole numbers", "iu"
-        )
-        if order.shape != (self.layout.total,):
-            raise NearfarError(f"order has shape {order.shape}, but the plan has {self.layout.total} places")
-        # Compiled code counts by these positions.
-        if order.size and (order.min() < 0 or order.max() >= self.layout.n):
-            raise NearfarError(
-                f"order holds {order.min()} to {order.max()}; positions go from 0 to {self.layout.n - 1}"
-            )
-        object.__setattr__(self, "order", np.ascontiguousarray(order, np.int32))
-        if self.hard is not None:
-            hard = array("hard", self.hard, "a Boolean for every place of the plan, or None", "b")
-            if hard.shape != order.shape:
-                raise NearfarError(f"hard has shape {hard.shape}, order {order.shape}; one Boolean per place")
-            object.__setattr__(self, "hard", hard)
-
-    def batch(self, step: int, rank: int = 0) -> NDArray[np.int32]:
-        """The positions of one batch."""
-        step, rank = whole("step", step, 0), whole("rank", rank, 0)
-        if step >= self.layout.steps or rank >= self.layout.world_size:
-            raise NearfarError(
-                f"batch {step} of rank {rank} does not exist: there are {self.layout.steps} steps and "
-                f"{self.layout.world_size} rank(s)"
-            )
-        at = step * self.layout.world_size + rank
-        return self.order[self.layout.starts[at] : self.layout.starts[at + 1]]
-
-    def batches(self, rank: int | None = None) -> list[NDArray[np.int32]]:
-        """The batches of one rank, or of all ranks in the order of the plan."""
-        ranks = range(self.layout.world_size) if rank is None else [rank]
-        return [self.batch(step, r) for step in range(self.layout.steps) for r in ranks]
-
-    def labels(self) -> NDArray[np.int32]:
-        """The batch of every item, (n,), counted over all ranks; -1 for an item that the epoch leaves out."""
-        label = np.full(self.layout.n, -1, np.int32)
-        sizes = np.diff(self.layout.starts)
-        label[self.order] = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
-        return label
-
+__all__ = ["BatchSampler", "as_ids", "check_not_rebuilt", "compare_ids", "digest"]
 
 log = logging.getLogger("nearfar.batching")
 
 
-def digest(*arrays: Any) -> str:
+def digest(*arrays: object) -> str:
     """A short hash of arrays, of at most about 20,000 evenly spaced rows of each.
 
     It depends on the kind and width of the numbers: give arrays in one form, as `as_ids` makes them.
@@ -212,12 +48,15 @@ class BatchSampler:
 
     A subclass writes ``_compose(epoch, options)`` and names in ``_changeable`` the options that may be set
     between epochs; a plan is made with the values they have when its first batch is drawn.
+    ``composes_hard_batches`` says whether it puts items together because they are hard to tell apart; whoever needs to
+    know asks for it, and not for the name of a sampler.
 
     ``batch_size`` counts the items of one rank. A global batch is ``world_size`` consecutive batches of the
     plan; rank r takes the r-th of them whole, so that items put together stay together on a rank. All ranks
     must use the same seed and options.
     """
 
+    composes_hard_batches: ClassVar[bool] = False
     _changeable: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
@@ -229,12 +68,12 @@ class BatchSampler:
         drop_last: bool = False,
         rank: int = 0,
         world_size: int = 1,
-        ids: Sequence[Any] | NDArray[Any] | None = None,
+        ids: Ids | None = None,
     ) -> None:
         check_not_rebuilt(type(self).__name__, n)
         self.layout = Layout(n, batch_size, world_size, drop_last)
-        self.seed = whole("seed", seed, 0)
-        self.rank = whole("rank", rank, 0)
+        self.seed = whole_number("seed", seed, 0)
+        self.rank = whole_number("rank", rank, 0)
         if self.rank >= self.layout.world_size:
             raise NearfarError(
                 f"rank {rank} does not exist: world_size={world_size} has ranks 0 to {world_size - 1}"
@@ -255,7 +94,7 @@ class BatchSampler:
     def _compose(self, epoch: int, options: Mapping[str, Any]) -> Plan:
         raise NotImplementedError
 
-    def _identity(self) -> dict[str, Any]:
+    def _identity(self) -> dict[str, object]:
         """What must agree between the sampler that saved a state and the one that loads it."""
         return {}
 
@@ -332,7 +171,7 @@ class BatchSampler:
 
         A loaded position is kept if it belongs to that epoch, and given up with a warning otherwise.
         """
-        epoch = whole("epoch", epoch, 0)
+        epoch = whole_number("epoch", epoch, 0)
         if epoch != self._epoch and self._resume:
             position, steps = self._resume[0], self.layout.steps
             self._resume = None
@@ -349,9 +188,11 @@ class BatchSampler:
 
     def plan(self, epoch: int | None = None) -> Plan:
         """The batches of an epoch (by default the current one) under the current options; changes nothing."""
-        return self._compose(self._epoch if epoch is None else whole("epoch", epoch, 0), self._current())
+        return self._compose(
+            self._epoch if epoch is None else whole_number("epoch", epoch, 0), self._current()
+        )
 
-    def _current(self) -> dict[str, Any]:
+    def _current(self) -> dict[str, object]:
         return {name: getattr(self, name) for name in self._changeable}
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -367,7 +208,7 @@ class BatchSampler:
     def _draw(self, ticket: int) -> Iterator[list[int]]:
         # What a pass is, is settled at its first batch: Lightning makes the iterator first and sets the epoch then.
         self._next_epoch()
-        if ticket != self._pass:  # made before another iterator, and drawn from after it
+        if ticket != self._pass:  # made before a later iterator, and drawn from after it
             self._pass += 1
             ticket = self._pass
         epoch = self._epoch
@@ -393,7 +234,7 @@ class BatchSampler:
 
     # ---- state
 
-    def _fingerprint(self) -> dict[str, Any]:
+    def _fingerprint(self) -> dict[str, object]:
         return {
             "n": self.n,
             "batch_size": self.batch_size,
@@ -401,7 +242,7 @@ class BatchSampler:
             "drop_last": self.layout.drop_last,
             "seed": self.seed,
             "ids": None if self.ids is None else digest(self.ids),
-            **plain(self._identity()),
+            **_plain(self._identity()),
         }
 
     def state_dict(self, position: int | None = None) -> dict[str, Any]:
@@ -410,12 +251,12 @@ class BatchSampler:
         ``position`` is the number of batches of the epoch that were really *used*. Pass it when a loader with
         prefetching stands between sampler and training: the sampler itself only knows how many were drawn.
         """
-        options = plain(self._current())
+        options = _plain(self._current())
         if self._resume:
             drawn, planned = self._resume
         else:
             drawn, planned = self._drawn, self._options or options
-        position = drawn if position is None else whole("position", position, 0)
+        position = drawn if position is None else whole_number("position", position, 0)
         if position > self.layout.steps:
             raise NearfarError(f"position {position} lies beyond the {self.layout.steps} batches of an epoch")
         return {
@@ -424,7 +265,7 @@ class BatchSampler:
             "fingerprint": self._fingerprint(),
             "epoch": self._epoch,
             "position": position,
-            "planned": plain(planned) if position else options,
+            "planned": _plain(planned) if position else options,
             "options": options,
         }
 
@@ -432,7 +273,7 @@ class BatchSampler:
         """Go on where a state was taken: the next pass yields exactly the batches left of its epoch.
 
         Options that may change between epochs are taken from the state; setting one afterwards acts from the
-        next epoch on. A state of another sampler, of other data or of other fixed options is refused.
+        next epoch on. A state of a different sampler, of different data or of different fixed options is refused.
         """
         if not isinstance(state, Mapping) or not isinstance(state.get("fingerprint"), Mapping):
             raise NearfarError("this is not the state of a batch sampler (no 'fingerprint' in it)")
@@ -448,16 +289,16 @@ class BatchSampler:
         if differ:
             listed = "; ".join(f"{key}: saved {saved.get(key)!r}, here {mine.get(key)!r}" for key in differ)
             raise NearfarError(
-                f"the state was saved by a {type(self).__name__} over other data or options ({listed}); "
+                f"the state was saved by a {type(self).__name__} over different data or options ({listed}); "
                 f"build the "
                 "sampler as it was then, or start its epoch afresh with set_epoch"
             )
-        position = whole("position in the state", state["position"], 0)
+        position = whole_number("position in the state", state["position"], 0)
         if position > self.layout.steps:
             raise NearfarError(
                 f"the state has position {position}, but an epoch has {self.layout.steps} batches"
             )
-        epoch = whole("epoch in the state", state["epoch"], 0)
+        epoch = whole_number("epoch in the state", state["epoch"], 0)
         for part in ("options", "planned"):
             if not isinstance(state[part], Mapping) or {*self._changeable} - {*state[part]}:
                 raise NearfarError(f"'{part}' in the state does not name {', '.join(self._changeable)}")
@@ -473,7 +314,7 @@ class BatchSampler:
 
     # ---- ids
 
-    def check_ids(self, ids: Sequence[Any] | NDArray[Any]) -> None:
+    def check_ids(self, ids: Ids) -> None:
         """Raise unless the dataset's ids are the sampler's, in the same order."""
         if self.ids is None:
             raise NearfarError(
@@ -482,7 +323,7 @@ class BatchSampler:
         compare_ids(self.ids, canonical_ids(ids), "sampler", "dataset")
 
 
-def check_not_rebuilt(name: str, items: Any) -> None:
+def check_not_rebuilt(name: str, items: object) -> None:
     """Say it where Lightning builds a batch sampler anew around a sampler of its own."""
     if isinstance(items, Sampler):
         raise NearfarError(
@@ -492,7 +333,23 @@ def check_not_rebuilt(name: str, items: Any) -> None:
         )
 
 
-def as_ids(ids: Sequence[Any] | NDArray[Any], n: int) -> NDArray[Any]:
+def _plain(value: object) -> Any:
+    """Nested data with scalars and arrays as Python's own, which ``json`` and ``torch.load`` read."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    if value is None:
+        return None
+    for kind in (str, bool, int, float):
+        if isinstance(value, kind):
+            return kind(value)
+    if isinstance(value, Sequence):
+        return [_plain(item) for item in value]
+    raise NearfarError(f"a state holds plain data, not a {type(value).__name__}: {value!r}")
+
+
+def as_ids(ids: Ids, n: int) -> NDArray[Any]:
     """Ids in their canonical form (`nearfar.ids`), one per item."""
     array = canonical_ids(ids)
     if len(array) != n:
@@ -514,7 +371,7 @@ def compare_ids(left: NDArray[Any], right: NDArray[Any], left_name: str, right_n
             "are different ids, so convert one side, for example with [str(i) for i in ids]"
         )
     elif sorted(map(repr, left.tolist())) == sorted(map(repr, right.tolist())):
-        hint = "; the ids are the same in another order: use neighbors.aligned_to(ids)"
+        hint = "; the ids are the same in a different order: use neighbors.aligned_to(ids)"
     a, b = left[at : at + 1].tolist()[0], right[at : at + 1].tolist()[0]
     raise NearfarError(
         f"ids of {left_name} and {right_name} differ at {count} of {len(left)} positions, first at {at}: "

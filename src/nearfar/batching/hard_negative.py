@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nearfar.batching.arguments import number, whole
-from nearfar.batching.base import BatchSampler, Plan, check_not_rebuilt, compare_ids, log
+from nearfar.arguments import number, whole_number
+from nearfar.batching.base import BatchSampler, check_not_rebuilt, compare_ids, log
 from nearfar.batching.hardness import HardnessReport, measure_hardness
 from nearfar.batching.neighbors import Neighbors, as_neighbors
+from nearfar.batching.plan import Plan
 from nearfar.batching.random import random_plan
 from nearfar.errors import NearfarError, nearest_name
+from nearfar.ids import Ids
 
 __all__ = ["HardNegativeSampler", "NeighborSampler", "building_sequence", "checked_group_size", "even_out"]
 
@@ -97,6 +99,8 @@ def building_sequence(batch: NDArray[np.int32], rng: np.random.Generator) -> NDA
 class NeighborSampler(BatchSampler):
     """Base of `HardNegativeSampler` and `PartitionBatchSampler`."""
 
+    composes_hard_batches: ClassVar[bool] = True
+
     def __init__(
         self,
         neighbors: Neighbors | NDArray[np.integer] | Tensor,
@@ -104,7 +108,7 @@ class NeighborSampler(BatchSampler):
         *,
         false_negative_threshold: float | None,
         curriculum_epoch: int,
-        ids: Sequence[Any] | NDArray[Any] | None,
+        ids: Ids | None,
         **options: Any,
     ) -> None:
         check_not_rebuilt(type(self).__name__, neighbors)
@@ -125,9 +129,7 @@ class NeighborSampler(BatchSampler):
     @false_negative_threshold.setter
     def false_negative_threshold(self, value: float | None) -> None:
         if value is not None:
-            value = number(
-                "false_negative_threshold", value, -1.0, advice="a similarity such as 0.95, or None"
-            )
+            value = number("false_negative_threshold", value, -1.0, infinite=True)
         self._close = self.neighbors.too_close(value)
         self._threshold = value
 
@@ -138,9 +140,9 @@ class NeighborSampler(BatchSampler):
 
     @curriculum_epoch.setter
     def curriculum_epoch(self, value: int) -> None:
-        self._curriculum = whole("curriculum_epoch", value, 0)
+        self._curriculum = whole_number("curriculum_epoch", value, 0)
 
-    def _identity(self) -> dict[str, Any]:
+    def _identity(self) -> dict[str, object]:
         return {"neighbors": self.neighbors.fingerprint()}
 
     def realised_hardness(
@@ -153,7 +155,7 @@ class NeighborSampler(BatchSampler):
         """
         running = self._running if epoch is None else None
         if sample is not None:
-            sample = whole("sample", sample, 1)
+            sample = whole_number("sample", sample, 1)
         return self._measure(running or self.plan(epoch), threshold, sample)
 
     def _measure(
@@ -179,7 +181,7 @@ class NeighborSampler(BatchSampler):
 
 def checked_group_size(value: int, batch_size: int) -> int:
     """A group size that fits a batch."""
-    value = whole("group_size", value, 1)
+    value = whole_number("group_size", value, 1)
     if value > batch_size:
         raise NearfarError(f"group_size={value} is larger than a batch of {batch_size}")
     return value
@@ -250,7 +252,7 @@ class HardNegativeSampler(NeighborSampler):
         drop_last: bool = False,
         rank: int = 0,
         world_size: int = 1,
-        ids: Sequence[Any] | NDArray[Any] | None = None,
+        ids: Ids | None = None,
     ) -> None:
         if not isinstance(order, str) or order not in _ORDERS:
             raise NearfarError(f"order {order!r} is unknown; {nearest_name(str(order), _ORDERS)}")
@@ -279,7 +281,7 @@ class HardNegativeSampler(NeighborSampler):
 
     @hard_ratio.setter
     def hard_ratio(self, value: float) -> None:
-        self._hard_ratio = number("hard_ratio", value, 0.0, 1.0, "a share from 0 (random batches) to 1")
+        self._hard_ratio = number("hard_ratio", value, 0, 1)
 
     @property
     def hardness_k(self) -> int:
@@ -288,7 +290,7 @@ class HardNegativeSampler(NeighborSampler):
 
     @hardness_k.setter
     def hardness_k(self, value: int) -> None:
-        value = whole("hardness_k", value, 1)
+        value = whole_number("hardness_k", value, 1)
         if value > self.neighbors.k:
             raise NearfarError(
                 f"hardness_k={value}, but only {self.neighbors.k} neighbours per item are stored; lower it, "
@@ -297,7 +299,7 @@ class HardNegativeSampler(NeighborSampler):
             )
         self._hardness_k = value
 
-    def _identity(self) -> dict[str, Any]:
+    def _identity(self) -> dict[str, object]:
         return {**super()._identity(), "order": self.order, "group_size": self.group_size}
 
     def _compose(self, epoch: int, options: Mapping[str, Any]) -> Plan:

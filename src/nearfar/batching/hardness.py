@@ -10,10 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nearfar.batching.arguments import array, number, whole
-from nearfar.batching.base import Plan
+from nearfar.arguments import array, number, whole_number
 from nearfar.batching.neighbors import Neighbors, _as_rows, as_neighbors
+from nearfar.batching.plan import Plan
 from nearfar.errors import NearfarError
+from nearfar.ids import Ids
 
 if TYPE_CHECKING:
     from nearfar.batching.base import BatchSampler
@@ -59,7 +60,7 @@ class HardnessReport:
     false_negatives_by_quarter: list[float] | None
     stored: int
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """Plain data, for a log line or a file."""
         return asdict(self)
 
@@ -106,9 +107,9 @@ def measure_hardness(
     near = as_neighbors(neighbors)
     if near.n != plan.layout.n:
         raise NearfarError(f"the plan is over {plan.layout.n} items, the neighbour list over {near.n}")
-    k = near.k if k is None else whole("k", k, 1)
-    threshold = None if threshold is None else number("threshold", threshold)
-    sample = None if sample is None else whole("sample", sample, 1)
+    k = near.k if k is None else whole_number("k", k, 1)
+    threshold = None if threshold is None else number("threshold", threshold, infinite=True)
+    sample = None if sample is None else whole_number("sample", sample, 1)
     if k > near.k:
         raise NearfarError(f"k={k}, but {near.k} neighbours per item are stored")
     from nearfar.batching import _kernels
@@ -153,7 +154,7 @@ def measure_hardness(
     )
 
 
-def _check_plan(plan: Any) -> None:
+def _check_plan(plan: object) -> None:
     if not isinstance(plan, Plan):
         raise NearfarError(f"plan is a {type(plan).__name__}; give the plan of a sampler: sampler.plan()")
 
@@ -176,7 +177,7 @@ def in_batch_similarity(
     return _similarity(rows, _as_batches("batches", batches, len(rows)))
 
 
-def _as_batches(name: str, batches: Any, n: int) -> list[NDArray[np.integer]]:
+def _as_batches(name: str, batches: object, n: int) -> list[NDArray[np.integer]]:
     """Checked batches of positions; any iterable of sequences of whole numbers."""
     needs = "batches of positions: an iterable of lists of whole numbers"
     if isinstance(batches, (str, bytes, Mapping)) or not isinstance(batches, Iterable):
@@ -213,7 +214,7 @@ class SimilarityCheck:
     ``difference`` comes with an interval (``low``, ``high``) of ``z`` = difference / standard error;
     ``harder`` says whether the whole interval lies above 0. ``aligned`` says whether the sampler's listed neighbours
     are near in these embeddings at all (None where it has no list): if they are, batches that are no harder than random
-    ones are so for another reason than a list in the wrong order.
+    ones are so for a different reason than a list in the wrong order.
     """
 
     similarity: float
@@ -235,7 +236,7 @@ class SimilarityCheck:
                 "take smaller batches, a lower hardness_k or a higher hard_ratio"
             )
         return (
-            "most likely the neighbours were computed in another order than the dataset's. Compare ids "
+            "most likely the neighbours were computed in a different order than the dataset's. Compare ids "
             "(sampler.check_ids), realign with neighbors.aligned_to(ids), or raise a hard_ratio that is very small"
         )
 
@@ -250,7 +251,7 @@ def check_harder_than_random(
     sampler: BatchSampler | Iterable[Sequence[int]],
     embeddings: Tensor | NDArray[np.floating],
     *,
-    ids: Sequence[Any] | NDArray[Any] | None = None,
+    ids: Ids | None = None,
     epoch: int | None = None,
     max_batches: int = 256,
     errors: float = 3.0,
@@ -260,7 +261,7 @@ def check_harder_than_random(
     """The A/A check: are the items of a batch more alike than chance, in the order the *dataset* gives?
 
     Pass the embeddings in the loader's order (row i belongs to position i). Neighbour indices that were
-    computed in another order make batches random without any error; here that shows as a difference that is
+    computed in a different order make batches random without any error; here that shows as a difference that is
     not above 0 by ``errors`` standard errors, and raises `NearfarError` (``raises=False`` returns the verdict
     instead). ``ids`` of the rows are compared first if given. ``epoch`` chooses the epoch, by default the
     first one after the curriculum; where an epoch has few batches, those of the next ones count as well. An
@@ -269,9 +270,9 @@ def check_harder_than_random(
     from nearfar.batching.base import BatchSampler
 
     rows = _as_rows(embeddings, "cosine")
-    max_batches, seed = whole("max_batches", max_batches, 2), whole("seed", seed, 0)
-    errors = number("errors", errors, 0.0, advice="a number of standard errors, such as 3")
-    epoch = None if epoch is None else whole("epoch", epoch, 0)
+    max_batches, seed = whole_number("max_batches", max_batches, 2), whole_number("seed", seed, 0)
+    errors = number("errors", errors, 0, infinite=True)
+    epoch = None if epoch is None else whole_number("epoch", epoch, 0)
     if isinstance(sampler, BatchSampler):
         if ids is not None:
             sampler.check_ids(ids)
@@ -301,12 +302,12 @@ def check_harder_than_random(
         batches = [batches[at] for at in np.linspace(0, len(batches) - 1, max_batches).astype(int)]
     rng = np.random.default_rng(seed)
     chance = [rng.choice(len(rows), len(batch), replace=False) for _ in range(4) for batch in batches]
-    found, expected = _similarity(rows, batches), _similarity(rows, chance)
-    difference = float(found.mean() - expected.mean())
-    error = float(np.sqrt(found.var(ddof=1) / len(found) + expected.var(ddof=1) / len(expected)))
+    realised, expected = _similarity(rows, batches), _similarity(rows, chance)
+    difference = float(realised.mean() - expected.mean())
+    error = float(np.sqrt(realised.var(ddof=1) / len(realised) + expected.var(ddof=1) / len(expected)))
     error = max(error, 1e-9)
     check = SimilarityCheck(
-        similarity=float(found.mean()),
+        similarity=float(realised.mean()),
         random=float(expected.mean()),
         difference=difference,
         low=difference - errors * error,
@@ -328,8 +329,8 @@ def _aligned(rows: NDArray[np.float32], neighbors: Neighbors | None, errors: flo
     rng = np.random.default_rng(seed)
     at = rng.choice(len(rows), min(len(rows), 2000), replace=False)
     listed = neighbors.indices[at, 0]
-    there = listed >= 0
-    at, listed = at[there], listed[there]
+    present = listed >= 0
+    at, listed = at[present], listed[present]
     if len(at) < 2:
         return None
     gain = (rows[at] * (rows[listed] - rows[rng.permutation(len(rows))[: len(at)]])).sum(1, dtype=np.float64)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,12 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nearfar.batching.arguments import array, flag, number, whole
+from nearfar.arguments import array, flag, number, whole_number
 from nearfar.batching.base import as_ids, compare_ids, digest
 from nearfar.errors import NearfarError, nearest_name
-from nearfar.ids import canonical_ids
+from nearfar.ids import Ids, canonical_ids
 
-__all__ = ["Found", "Neighbors", "approximate", "as_neighbors", "exhaustive", "nearest_neighbors"]
+__all__ = ["Neighbors", "SearchResult", "approximate", "as_neighbors", "exhaustive", "nearest_neighbors"]
 
 
 log = logging.getLogger("nearfar.batching")
@@ -30,7 +29,7 @@ _MARGIN = 2.0  # standard errors by which the measured recall must exceed the bo
 
 
 @dataclass
-class Found:
+class SearchResult:
     """What a search returns; see `nearfar.batching.Neighbors`."""
 
     indices: NDArray[np.int32]
@@ -51,31 +50,35 @@ def _without_self(
     return values[~drop].reshape(rows, k), indices[~drop].reshape(rows, k)
 
 
-def _search_all(index: faiss.Index, rows: NDArray[np.float32], k: int, which: NDArray[np.int64]) -> Found:
+def _search_all(
+    index: faiss.Index, rows: NDArray[np.float32], k: int, which: NDArray[np.int64]
+) -> SearchResult:
     indices = np.empty((len(which), k), np.int32)
     values = np.empty((len(which), k), np.float32)
     for begin in range(0, len(which), _BLOCK):
         part = which[begin : begin + _BLOCK]
-        found = _without_self(*index.search(rows[part], k + 1), part)
-        values[begin : begin + len(part)], indices[begin : begin + len(part)] = found
-    return Found(indices, values, True, "flat", 1.0)
+        block = _without_self(*index.search(rows[part], k + 1), part)
+        values[begin : begin + len(part)], indices[begin : begin + len(part)] = block
+    return SearchResult(indices, values, True, "flat", 1.0)
 
 
-def exhaustive(rows: NDArray[np.float32], k: int) -> Found:
+def exhaustive(rows: NDArray[np.float32], k: int) -> SearchResult:
     """All pairs, in blocks."""
     index = faiss.IndexFlatIP(rows.shape[1])
     index.add(rows)
     return _search_all(index, rows, k, np.arange(len(rows)))
 
 
-def _recall(found: NDArray[np.int32], truth: Found, seen: NDArray[np.float32]) -> tuple[float, float]:
+def _recall(
+    indices: NDArray[np.int32], truth: SearchResult, seen: NDArray[np.float32]
+) -> tuple[float, float]:
     """Mean recall and its standard error. A tie with the k-th true neighbour is as good as that neighbour."""
     edge = truth.similarities[:, -1:] - 1e-6
-    share = ((seen >= edge) & (found >= 0)).mean(1)
+    share = ((seen >= edge) & (indices >= 0)).mean(1)
     return float(share.mean()), float(share.std(ddof=1) / np.sqrt(len(share)))
 
 
-def approximate(rows: NDArray[np.float32], k: int, min_recall: float, seed: int) -> Found | None:
+def approximate(rows: NDArray[np.float32], k: int, min_recall: float, seed: int) -> SearchResult | None:
     """Search an inverted file with as many probes as the recall needs; None where all pairs are better.
 
     The number of probes is doubled until the measured recall lies two standard errors above ``min_recall`` on
@@ -124,14 +127,14 @@ def approximate(rows: NDArray[np.float32], k: int, min_recall: float, seed: int)
             )
             return None
         probes = min(2 * probes, cells)
-    found = _search_all(index, rows, k, np.arange(n))
-    short = np.flatnonzero((found.indices < 0).any(1))
+    result = _search_all(index, rows, k, np.arange(n))
+    short = np.flatnonzero((result.indices < 0).any(1))
     if len(short):  # too few candidates in the probed cells: rare, and answered exactly
         better = _search_all(flat, rows, k, short)
-        found.indices[short], found.similarities[short] = better.indices, better.similarities
-    found.exact, found.recall, found.queries = False, recall, size
-    found.index = f"IVF, {cells} cells, {probes} probes"
-    return found
+        result.indices[short], result.similarities[short] = better.indices, better.similarities
+    result.exact, result.recall, result.queries = False, recall, size
+    result.index = f"IVF, {cells} cells, {probes} probes"
+    return result
 
 
 # From here on an exact search takes minutes on a few cores, and an index is tried first.
@@ -148,7 +151,7 @@ class Neighbors:
     were joined, rows padded with their last neighbour) the first, nearest place is kept, with a warning that counts
     them. ``indices`` (n, k) int32, with -1 where there is none, at the end of the row; ``similarities`` (n, k)
     float32, falling along each row (-inf where there is no neighbour), or None for lists that came without. ``ids``
-    names the items, so that a list in one order cannot be used with a dataset in another. ``exact``,
+    names the items, so that a list in one order cannot be used with a dataset in a different one. ``exact``,
     ``index`` and ``recall`` say how the list was found: ``recall`` is 1 for an exact search, otherwise the
     share of true neighbours found for ``queries`` sampled items, and None if unknown.
     """
@@ -184,11 +187,9 @@ class Neighbors:
             if not isinstance(getattr(self, name), str):
                 raise NearfarError(f"{name} is {getattr(self, name)!r}; a text is needed")
         object.__setattr__(self, "exact", flag("exact", self.exact))
-        object.__setattr__(self, "queries", whole("queries", self.queries, 0))
+        object.__setattr__(self, "queries", whole_number("queries", self.queries, 0))
         if self.recall is not None:
-            object.__setattr__(
-                self, "recall", number("recall", self.recall, 0, 1, "a share from 0 to 1, or None")
-            )
+            object.__setattr__(self, "recall", number("recall", self.recall, 0, 1))
 
     @property
     def n(self) -> int:
@@ -200,13 +201,13 @@ class Neighbors:
         """Neighbours listed per item."""
         return int(self.indices.shape[1])
 
-    def check_ids(self, ids: Sequence[Any] | NDArray[Any]) -> None:
+    def check_ids(self, ids: Ids) -> None:
         """Raise unless ``ids`` are the ids of this list, in its order."""
         if self.ids is None:
             raise NearfarError("these neighbours carry no ids to compare; pass ids= to nearest_neighbors")
         compare_ids(self.ids, canonical_ids(ids), "neighbour list", "dataset")
 
-    def aligned_to(self, ids: Sequence[Any] | NDArray[Any]) -> Neighbors:
+    def aligned_to(self, ids: Ids) -> Neighbors:
         """The same list for the same items in the order of ``ids``.
 
         >>> near = Neighbors(np.array([[1], [0], [1]]), ids=np.array(["a", "b", "c"]))
@@ -216,8 +217,8 @@ class Neighbors:
         if self.ids is None:
             raise NearfarError("these neighbours carry no ids to align by; pass ids= to nearest_neighbors")
         position = {name: at for at, name in enumerate(self.ids.tolist())}
-        asked = canonical_ids(ids)
-        wanted = asked.tolist()
+        target_ids = canonical_ids(ids)
+        wanted = target_ids.tolist()
         unknown = [name for name in wanted if name not in position]
         if unknown or len(wanted) != self.n or len(set(wanted)) != self.n or len(position) != self.n:
             raise NearfarError(
@@ -236,7 +237,7 @@ class Neighbors:
         target[source] = np.arange(self.n, dtype=np.int32)
         target[-1] = -1  # so that "none" stays none
         values = None if self.similarities is None else self.similarities[source]
-        return replace(self, indices=target[self.indices[source]], similarities=values, ids=asked)
+        return replace(self, indices=target[self.indices[source]], similarities=values, ids=target_ids)
 
     def too_close(self, threshold: float | None) -> NDArray[np.int32]:
         """How many leading neighbours of each item are at least so similar, (n,); 0 without a threshold.
@@ -245,7 +246,7 @@ class Neighbors:
         """
         if threshold is None:
             return np.zeros(self.n, np.int32)
-        threshold = number("threshold", threshold, advice="a similarity such as 0.95, or None")
+        threshold = number("threshold", threshold, infinite=True)
         if self.similarities is None:
             raise NearfarError(
                 "false_negative_threshold needs similarities, and this neighbour list has none; "
@@ -289,7 +290,7 @@ def _as_sets(
         ):  # before the cut to 32 bits, which would wrap
             raise NearfarError(
                 f"neighbour indices must be positions from 0 to {n - 1} (or -1 for none); rows from {begin} hold "
-                f"{given.min()} to {given.max()}: they belong to another set of items"
+                f"{given.min()} to {given.max()}: they belong to a different set of items"
             )
         block = result[begin : begin + _ROWS]
         own = np.flatnonzero((block == np.arange(begin, begin + len(block))[:, None]).any(1))
@@ -363,7 +364,7 @@ def nearest_neighbors(
     exact: bool | None = None,
     min_recall: float = 0.99,
     seed: int = 0,
-    ids: Sequence[Any] | NDArray[Any] | None = None,
+    ids: Ids | None = None,
 ) -> Neighbors:
     """The ``k`` nearest neighbours of every row of ``embeddings`` (n, d) among the other rows.
 
@@ -382,31 +383,31 @@ def nearest_neighbors(
     """
     if not isinstance(metric, str) or metric not in _METRICS:
         raise NearfarError(f"metric {metric!r} is unknown; {nearest_name(str(metric), _METRICS)}")
-    min_recall = number("min_recall", min_recall, np.nextafter(0.0, 1.0), 1.0, "a share above 0, at most 1")
-    seed = whole("seed", seed, 0)
+    min_recall = number("min_recall", min_recall, above=0, most=1)
+    seed = whole_number("seed", seed, 0)
     exact = None if exact is None else flag("exact", exact)
     rows = _as_rows(embeddings, metric)
     n = len(rows)
-    k = whole("k", k, 1)
+    k = whole_number("k", k, 1)
     if k > n - 1:
         raise NearfarError(f"k={k} neighbours were asked for, but each of {n} items has only {n - 1} others")
     names = None if ids is None else as_ids(ids, n)
-    found = None
+    result = None
     if not exact and (exact is False or n >= APPROXIMATE_FROM):
-        found = approximate(rows, int(k), min_recall, seed)
-    if found is None:
-        found = exhaustive(rows, int(k))
+        result = approximate(rows, int(k), min_recall, seed)
+    if result is None:
+        result = exhaustive(rows, int(k))
     if metric == "cosine":
-        np.clip(found.similarities, -1.0, 1.0, out=found.similarities)
+        np.clip(result.similarities, -1.0, 1.0, out=result.similarities)
     return Neighbors(
-        indices=found.indices,
-        similarities=found.similarities,
+        indices=result.indices,
+        similarities=result.similarities,
         ids=names,
         metric=metric,
-        exact=found.exact,
-        index=found.index,
-        recall=found.recall,
-        queries=found.queries,
+        exact=result.exact,
+        index=result.index,
+        recall=result.recall,
+        queries=result.queries,
     )
 
 

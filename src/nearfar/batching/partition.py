@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nearfar.batching.arguments import whole
-from nearfar.batching.base import Plan
+from nearfar.arguments import whole_number
 from nearfar.batching.hard_negative import NeighborSampler, building_sequence, checked_group_size, even_out
 from nearfar.batching.neighbors import Neighbors
+from nearfar.batching.plan import Plan
 from nearfar.batching.random import random_plan
+from nearfar.ids import Ids
 
 __all__ = ["PartitionBatchSampler"]
 
@@ -21,7 +22,7 @@ __all__ = ["PartitionBatchSampler"]
 # items: with 32 voters 50.4 of 100 neighbours are in the batch, with 64 of them 51.4 at 1.5 times the cost).
 _VOTERS = 32
 _SLACK = 0.1  # how far a block may leave its size while labels move
-_PARTNERS = 256  # random partners tried for an item that is too similar to another in its batch
+_PARTNERS = 256  # random partners tried for an item that is too similar to a different item of its batch
 
 
 class PartitionBatchSampler(NeighborSampler):
@@ -61,7 +62,7 @@ class PartitionBatchSampler(NeighborSampler):
         drop_last: bool = False,
         rank: int = 0,
         world_size: int = 1,
-        ids: Sequence[Any] | NDArray[Any] | None = None,
+        ids: Ids | None = None,
     ) -> None:
         super().__init__(
             neighbors,
@@ -77,9 +78,9 @@ class PartitionBatchSampler(NeighborSampler):
         self.group_size = checked_group_size(
             self.batch_size if group_size is None else group_size, self.batch_size
         )
-        self.passes = whole("passes", passes, 0)
+        self.passes = whole_number("passes", passes, 0)
 
-    def _identity(self) -> dict[str, Any]:
+    def _identity(self) -> dict[str, object]:
         return {**super()._identity(), "group_size": self.group_size, "passes": self.passes}
 
     def _compose(self, epoch: int, options: Mapping[str, Any]) -> Plan:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -10,9 +10,11 @@ from jaxtyping import Float, Int
 from numpy import ndarray
 from numpy.typing import NDArray
 
-from nearfar.batching.arguments import array, whole
-from nearfar.batching.base import BatchSampler, Layout, Plan, as_ids, check_not_rebuilt, digest
+from nearfar.arguments import array, whole_number
+from nearfar.batching.base import BatchSampler, as_ids, check_not_rebuilt, digest
+from nearfar.batching.plan import Layout, Plan
 from nearfar.errors import NearfarError
+from nearfar.ids import Ids
 
 __all__ = ["LengthBatchSampler", "RandomBatchSampler"]
 
@@ -45,7 +47,7 @@ class RandomBatchSampler(BatchSampler):
         drop_last: bool = False,
         rank: int = 0,
         world_size: int = 1,
-        ids: Sequence[Any] | NDArray[Any] | None = None,
+        ids: Ids | None = None,
     ) -> None:
         super().__init__(
             n, batch_size, seed=seed, drop_last=drop_last, rank=rank, world_size=world_size, ids=ids
@@ -84,7 +86,7 @@ class LengthBatchSampler(BatchSampler):
         drop_last: bool = False,
         rank: int = 0,
         world_size: int = 1,
-        ids: Sequence[Any] | NDArray[Any] | None = None,
+        ids: Ids | None = None,
     ) -> None:
         check_not_rebuilt(type(self).__name__, lengths)
         self.lengths = _one_each("lengths", lengths, "the length of every item, (n,) finite numbers", "iuf")
@@ -115,9 +117,9 @@ class LengthBatchSampler(BatchSampler):
             world_size=world_size,
             ids=None if ids is None else as_ids(ids, len(counts))[self._items],
         )
-        self.window = whole("window", window, 1)
+        self.window = whole_number("window", window, 1)
 
-    def _identity(self) -> dict[str, Any]:
+    def _identity(self) -> dict[str, object]:
         return {"lengths": digest(self.lengths), "repeats": digest(self._counts), "window": self.window}
 
     def _compose(self, epoch: int, options: Mapping[str, Any]) -> Plan:
@@ -130,7 +132,7 @@ class LengthBatchSampler(BatchSampler):
         return Plan(layout, order)
 
 
-def _one_each(name: str, value: Any, needs: str, kinds: str = "iu") -> NDArray[Any]:
+def _one_each(name: str, value: object, needs: str, kinds: str = "iu") -> NDArray[Any]:
     """One number for each item; whole ones as int64, whatever type they came in."""
     numbers = array(name, value, needs, kinds)
     if numbers.ndim != 1:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,10 +11,11 @@ from jaxtyping import Float, Int
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from nearfar.batching.arguments import array, whole
-from nearfar.batching.base import BatchSampler, Plan, digest
+from nearfar.arguments import array, whole_number
+from nearfar.batching.base import BatchSampler, digest
+from nearfar.batching.plan import Plan
 from nearfar.errors import NearfarError
-from nearfar.ids import canonical_ids
+from nearfar.ids import Ids, canonical_ids
 
 __all__ = ["SpatialBatchSampler", "positions_in_batch", "weight_in_batch"]
 
@@ -50,7 +51,7 @@ class SpatialBatchSampler(BatchSampler):
     def __init__(
         self,
         positions: ArrayLike | Tensor,
-        slides: Sequence[Any] | NDArray[Any] | Tensor | None,
+        slides: Ids | Tensor | None,
         batch_size: int,
         tile_size: int | None = None,
         *,
@@ -58,7 +59,7 @@ class SpatialBatchSampler(BatchSampler):
         drop_last: bool = False,
         rank: int = 0,
         world_size: int = 1,
-        ids: Sequence[Any] | NDArray[Any] | None = None,
+        ids: Ids | None = None,
     ) -> None:
         self.positions = _places(positions)
         n = len(self.positions)
@@ -75,12 +76,12 @@ class SpatialBatchSampler(BatchSampler):
         self.slide_names, slide = np.unique(names, return_inverse=True)
         self.slides = slide.reshape(-1).astype(np.int64)
         default = max(min(_LEAST, self.batch_size), self.batch_size // _TILES)
-        self.tile_size = default if tile_size is None else whole("tile_size", tile_size, 1)
+        self.tile_size = default if tile_size is None else whole_number("tile_size", tile_size, 1)
         if self.tile_size > self.batch_size:
             raise NearfarError(f"tile_size={self.tile_size} is larger than a batch of {self.batch_size}")
         self._digest = digest(self.positions, self.slides)
 
-    def _identity(self) -> dict[str, Any]:
+    def _identity(self) -> dict[str, object]:
         return {"tile_size": self.tile_size, "places": self._digest}
 
     def _compose(self, epoch: int, options: Mapping[str, Any]) -> Plan:

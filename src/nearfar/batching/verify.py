@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nearfar.batching.arguments import whole
+from nearfar.arguments import whole_number
 from nearfar.batching.base import BatchSampler
 from nearfar.batching.hard_negative import HardNegativeSampler
 from nearfar.batching.hardness import check_harder_than_random
@@ -65,9 +65,9 @@ class SamplerVerdict:
             f"{'sampler':34} {'largest':>8} {'same pairs':>11} {'z':>7}  {'harder':7} {'must be':8} verdict",
         ]
         for row in self.rows:
-            said, must = ("yes" if value else "no" for value in (row.harder, row.expected))
+            seen, must = ("yes" if value else "no" for value in (row.harder, row.expected))
             lines.append(
-                f"{row.name:34} {row.largest:8.2f} {row.same_pairs:11.3f} {row.z:7.1f}  {said:7} {must:8} "
+                f"{row.name:34} {row.largest:8.2f} {row.same_pairs:11.3f} {row.z:7.1f}  {seen:7} {must:8} "
                 f"{'ok' if row.passed else 'FAILED'}{'' if row.once else ' (items missing or repeated)'}"
             )
         return "\n".join(lines)
@@ -77,12 +77,12 @@ def verify_sampler(seed: int = 0) -> SamplerVerdict:
     """Run the samplers on 100 vectors in 5 clusters and judge their batches against random ones.
 
     Random batches must look random, hard and partition batches harder, and hard batches from a neighbour list
-    in another order than the vectors must be *detected* as no harder than random.
+    in a different order than the vectors must be *detected* as no harder than random.
 
     >>> verify_sampler().passed
     True
     """
-    seed = whole("seed", seed, 0)
+    seed = whole_number("seed", seed, 0)
     rng = np.random.default_rng([seed, 5])
     cluster = rng.permutation(np.arange(ITEMS) % CLUSTERS)
     vectors = rng.standard_normal((CLUSTERS, 32))[cluster] + 0.4 * rng.standard_normal((ITEMS, 32))

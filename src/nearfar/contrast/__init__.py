@@ -15,6 +15,7 @@ from nearfar.contrast.masks import (
 )
 from nearfar.contrast.numerics import computing_dtype, embeddings, uncompiled, unit_rows
 from nearfar.contrast.one_direction import one_direction_loss
+from nearfar.contrast.positives import Rectangle
 from nearfar.contrast.running_sums import Direction, Statistics, Step
 from nearfar.contrast.sigmoid import sigmoid_sums
 from nearfar.contrast.softmax import (
@@ -49,6 +50,7 @@ __all__ = [
     "NoPositives",
     "NoPositivesWarning",
     "OwnPair",
+    "Rectangle",
     "SameClass",
     "SimilarityMask",
     "SparseWeights",

@@ -53,7 +53,7 @@ def small_batch(
     normalize: bool,
     any_logit: bool = False,
 ) -> SmallBatch | None:
-    """None where the pairs are many, or a short way would not be exact: on another device or in half precision, for
+    """None where the pairs are many, or a short way would not be exact: on a different device or in half precision, for
     rows that are zero or far out of scale, and (but for ``any_logit``) for logits whose exponentials, or the quotients
     of these, are out of range. Whatever is wrong with the arguments is left to the long way to say.
     """
@@ -139,7 +139,7 @@ class _OneMatrix(torch.autograd.Function):
                 ctx.unit = a, b
             values = scores.take(times(a, (a if b is None else b).T, given.value, plus=bias))
         if ctx.unit is None:
-            ctx.save_for_backward(a, b)  # the caller's own, which nobody may change until backward
+            ctx.save_for_backward(a, b)  # the caller's own, which must not change until backward
         ctx.set_materialize_grads(False)
         return tuple([value.clone() for value in values])
 
@@ -332,18 +332,18 @@ class _Sums:
         """By the logits, of both values, both directions added: up to a factor."""
         factor = 1.0
         if by_loss is None:
-            values = self._slopes_of_gap().mul_(by_gap or 0.0)
+            values = self._gap_logit_grads().mul_(by_gap or 0.0)
         else:
-            values, factor = self._slopes_of_loss()
+            values, factor = self._loss_logit_grads()
             factor *= by_loss
             if by_gap is not None:
-                values, factor = self._slopes_of_gap().mul_(by_gap).add_(values, alpha=factor), 1.0
+                values, factor = self._gap_logit_grads().mul_(by_gap).add_(values, alpha=factor), 1.0
         if self.both:
             rows, columns = values
             values = rows.add_(columns.T)
         return values, factor
 
-    def _slopes_of_loss(self) -> tuple[Float[Tensor, "*two n m"], float]:
+    def _loss_logit_grads(self) -> tuple[Float[Tensor, "*two n m"], float]:
         of_rest = self.odds / self.total
         # With the sign turned. Apart from the share that it has beyond its due, a positive loses what the rest has: of
         # a single one the first is 0 to the last digit.
@@ -358,7 +358,7 @@ class _Sums:
             return values, -1.0 / self.losses.numel()
         return values.mul_(part), -1.0 if self.losses.ndim == 2 else -0.5
 
-    def _slopes_of_gap(self) -> Float[Tensor, "*two n m"]:
+    def _gap_logit_grads(self) -> Float[Tensor, "*two n m"]:
         assert self.due is not None
         values = (self.stacked + (1 - self.mean_logit)).mul_(self.powers)
         values.div_(self.total).sub_(self.due)

@@ -132,7 +132,7 @@ def _shift_and_total(side: RunningSums, top: str, total: str) -> tuple[Tensor, T
 def tile_logit_grads(
     tile: Tile, views: list[tuple[LogitGrads, slice, int]], space: Workspace
 ) -> Float[Tensor, "r c"]:
-    """By all logits of a tile, both directions added. Overwrites the tile unless it is kept for another time."""
+    """By all logits of a tile, both directions added. Overwrites the tile unless it is kept for later."""
     setting = views[0][0].setting
     values = _bounded(tile, views, space) if setting.bounded else _shifted(tile, views, space)
     for block in tile.positives:

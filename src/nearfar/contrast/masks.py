@@ -187,9 +187,9 @@ class IndexMask:
             raise NearfarError(
                 f"index holds {int(index.max())}, but there are {n} rows: it takes positions in the batch, -1 for none"
             )
-        there = index >= 0
-        row = torch.arange(n, device=index.device).unsqueeze(1).expand_as(index)[there]
-        keys = torch.unique(torch.cat([row * n + index[there], index[there] * n + row]))
+        given = index >= 0
+        row = torch.arange(n, device=index.device).unsqueeze(1).expand_as(index)[given]
+        keys = torch.unique(torch.cat([row * n + index[given], index[given] * n + row]))
         self._row, self._column = keys // n, keys % n
         self._starts = torch.searchsorted(self._row, torch.arange(n + 1, device=index.device)).tolist()
 

@@ -100,7 +100,7 @@ def through_length_(
 
 def lengths_of(x: Float[Tensor, "n d"]) -> Float[Tensor, "n 1"] | None:
     """The length of each row; None where a plain division by it would not do: rows of zeros, of extreme size, on
-    another device."""
+    a different device."""
     length = torch.linalg.vector_norm(x, dim=1, keepdim=True)
     return length if x.device.type == "cpu" and len(x) and _ordinary(length) else None
 

@@ -1,6 +1,6 @@
 """The kernel for the partners of one direction: a query's sums are complete with its row of tiles.
 
-So its derivatives are taken at once, from tiles that are still there: three products where ``kernel``, which has to
+So its derivatives are taken at once, from tiles that are still in memory: three products where ``kernel``, which has to
 know the sums of the columns too, computes each tile twice and needs four. What has to be kept for that are the tiles of
 some rows. Backward has nothing left to do but to multiply by what comes from above.
 """
@@ -41,7 +41,7 @@ def one_direction_loss(
 ) -> tuple[Float[Tensor, ""], Step] | None:
     """The mean loss of ``softmax_loss`` with ``OwnPair``, queries ``a``, and what its record is made of.
 
-    None where this is not the place for it: on another device, or where the keys are so many that too few rows of them
+    None where that is slower: off the CPU, or where the keys are so many that too few rows of them
     could be kept. ``normalize`` brings rows to unit length first.
     """
     n, m = len(a), len(b)
@@ -57,7 +57,7 @@ def one_direction_loss(
 
 
 class _NeededGrads(NamedTuple):
-    """Derivatives that somebody will ask for."""
+    """Derivatives that backward will need."""
 
     a: bool
     b: bool

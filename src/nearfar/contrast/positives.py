@@ -61,7 +61,7 @@ class Workspace:
 def buffer_for(
     space: Workspace | None, like: Tensor, name: str, rows: int, columns: int
 ) -> Float[Tensor, "r c"]:
-    """A buffer for numbers like ``like``; fresh memory where those of the workspace are of another dtype."""
+    """A buffer for numbers like ``like``; fresh memory where those of the workspace are of a different dtype."""
     if space is None or space.dtype != like.dtype:
         return like.new_empty(rows, columns)
     return space(name, rows, columns)
@@ -233,8 +233,8 @@ class PositiveLogits:
             return None
 
         def others() -> Tensor:
-            there = is_unmasked(self.logits).to(self.logits.dtype) - self.counts(axis)
-            return there if self._open is None else there * self._open
+            present = is_unmasked(self.logits).to(self.logits.dtype) - self.counts(axis)
+            return present if self._open is None else present * self._open
 
         return self._once("opposite", axis, others)
 
@@ -251,8 +251,8 @@ class PositiveLogits:
 
         def member() -> Tensor:
             weight = self._weight(axis)
-            there = torch.ones_like(self.logits) if weight is None else weight.sign().to(self.logits.dtype)
-            return self._shown(there)
+            present = torch.ones_like(self.logits) if weight is None else weight.sign().to(self.logits.dtype)
+            return self._shown(present)
 
         return self._once("counts", axis, member)
 

@@ -103,7 +103,7 @@ def _strips(tile: Tensor, axis: int) -> Tensor | None:
 
 def common_shift(tops: Iterable[Tensor]) -> float | None:
     """One shift for all exponentials of a tile, if these lie so close together that it is as good for each as its own;
-    None if not, where a query has no logit at all, and on another device, which would have to be waited for.
+    None if not, where a query has no logit at all, and on a different device, which would have to be waited for.
 
     The least of them then is e^-50, and what a sum loses below the smallest number, e^-37 of it or less, is less than
     its last digit.

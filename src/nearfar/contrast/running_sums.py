@@ -96,7 +96,7 @@ class RunningSums:
     def _join(
         self, top: str, total: str, at: slice, new_top: Tensor, new_total: Tensor, *moment: Any
     ) -> None:
-        """Add sums that were taken with another shift; ``moment``: the name and values of a sum shifted alike."""
+        """Add sums that were taken with a different shift; ``moment``: the name and values of a sum shifted alike."""
         names, values = [total, *moment[:1]], [new_total, *moment[1:]]
         if self._is_first(top, at):
             setattr(self, top, new_top)
@@ -236,9 +236,9 @@ class RunningSums:
         target = self.setting.target
         hardest = self.top.log() if self.setting.bounded else self.top
         if target.single:
-            held = 0.0 if self.positive_top is None else 1.0
-            candidates = float(self.others) if self.left is None else self.left + held
-            return Statistics(hardest, candidates, held, held, 0.0)
+            count = 0.0 if self.positive_top is None else 1.0
+            candidates = float(self.others) if self.left is None else self.left + count
+            return Statistics(hardest, candidates, count, count, 0.0)
         positives = self.sum_of("positives")
         candidates = float(self.others) if self.left is None else self.left + positives
         mass = positives if target.binary else self.sum_of("mass")
@@ -267,7 +267,7 @@ class Direction:
 class Step:
     """One call: its value, its directions, the scale it used, and whether weights stood inside the logarithm.
 
-    The directions are looked at when somebody asks for the record: what it needs beyond the loss is computed then.
+    The directions are looked at when the record is read: what it needs beyond the loss is computed then.
     """
 
     value: Float[Tensor, ""]

@@ -153,9 +153,9 @@ class Sums(NamedTuple):
         """
         gap = self.rest - self.positive
         if denominator == "negatives":
-            there = (self.rest > -torch.inf) & (torch.zeros_like(gap) + self.statistics.positives > 0)
-            value = torch.where(there, gap, 0.0)
-            return value if self.excess is None else value + torch.where(there, self.excess, 0.0)
+            counted = (self.rest > -torch.inf) & (torch.zeros_like(gap) + self.statistics.positives > 0)
+            value = torch.where(counted, gap, 0.0)
+            return value if self.excess is None else value + torch.where(counted, self.excess, 0.0)
         if not isinstance(self.statistics.positives, float):
             gap = torch.where(self.statistics.positives > 0, gap, -torch.inf)
         # Beyond the threshold softplus gives its argument: at 50 that is exact in float64 too.

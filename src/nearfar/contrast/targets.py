@@ -2,9 +2,6 @@
 
 A target answers one question of the kernel: which positions of this tile are positives, and with what weight? What it
 needs to know of the whole batch it keeps in O(batch). Weights need not add up to 1; the kernel normalises them.
-
-``binary``: all weights are equal. ``single``: each query has at most one positive. ``symmetric``: for queries that
-are their own keys, i weighs for j what j weighs for i. ``transposed`` is the target with the keys as queries.
 """
 
 from __future__ import annotations
@@ -34,20 +31,26 @@ __all__ = [
 
 
 class Target(Protocol):
-    """What the kernel asks of a target."""
+    """Who belongs to whom, and how much: what the kernel asks of a target.
+
+    A target of one's own derives from it, sets ``shape`` (queries, keys) and writes ``patches``; the rest has defaults.
+    The flags promise more, and make it faster. ``binary``: all weights are equal. ``single``: each query has at most
+    one positive. ``symmetric``: for queries that are their own keys, i weighs for j what j weighs for i.
+    docs/losses.md has an example.
+    """
 
     shape: tuple[int, int]
-    binary: bool
-    single: bool
-    symmetric: bool
+    binary: bool = False
+    single: bool = False
+    symmetric: bool = False
     #: whether every query is sure to have a positive, where itself counts as one
     every_row_has_positive: bool = False
     #: up to so many pairs, the matrix of all weights is quicker than a walk over tiles
     dense_limit: int = 1 << 20
 
     def patches(self, rows: slice, columns: slice, space: Workspace | None = None) -> Sequence[Patch]:
-        """The positives among these rows and columns, in coordinates of the tile; ``space`` lends buffers for
-        weights."""
+        """The positives among these rows and columns, in coordinates of the tile: usually one ``Rectangle`` with a new
+        tensor of weights, 0 where there is no positive. ``space`` lends buffers for them."""
 
     def entries(self, rows: slice, both: bool) -> Entries | None:
         """Positives of these rows that stand alone and are in no patch, rows counted from the first of them; with
@@ -55,7 +58,7 @@ class Target(Protocol):
         return None
 
     def dense(self, like: Tensor) -> Float[Tensor, "n m"]:
-        """All weights, 0 where there is no positive, as numbers like ``like`` that nobody else holds: for few rows."""
+        """All weights, 0 where there is no positive, as numbers like ``like`` of its own memory: for few rows."""
         n, m = self.shape
         patches = self.patches(slice(0, n), slice(0, m))
         if len(patches) == 1 and patches[0].weight is not None and patches[0].weight.shape == (n, m):
@@ -68,10 +71,17 @@ class Target(Protocol):
         return matrix
 
     def transposed(self) -> Target:
-        """The target of the columns as queries."""
+        """The target of the columns as queries, which a loss of both directions needs."""
+        raise NearfarError(
+            f"{type(self).__name__} has one direction only: write transposed(), the target with the keys as queries"
+        )
 
     def has_positives(self, without_self: bool) -> Bool[Tensor, " n"]:
-        """Which queries have a positive, itself not counted where ``without_self``."""
+        """Which queries have a positive, itself not counted where ``without_self``. The default looks at all pairs."""
+        weight = self.dense(torch.empty(0, dtype=torch.float64))
+        if without_self:
+            weight = weight.clone().fill_diagonal_(0.0)
+        return (weight > 0).any(1)
 
     def listed(
         self, rows: slice, without_self: bool
@@ -333,7 +343,7 @@ class SparseWeights(Target):
 
     ``index`` (n, k) holds columns, -1 for none; ``weight`` (n, k) what they weigh, 0 or more. An entry named twice
     weighs the sum, or ``most`` if that is less; ``own`` is added to what column i weighs for row i. For both
-    directions of a pair of views, column i has the positives of row i (``weight_back``). ``checked``: somebody has
+    directions of a pair of views, column i has the positives of row i (``weight_back``). ``checked``: the caller has
     looked at the ranges already, ``complete``: and has seen no -1.
 
     >>> target = SparseWeights(torch.tensor([[1], [-1]]), torch.tensor([[0.5], [0.5]]), m=2)
@@ -378,8 +388,10 @@ class SparseWeights(Target):
 
     def has_positives(self, without_self: bool) -> Bool[Tensor, " n"]:
         own = torch.arange(self.shape[0], device=self._index.device)
-        there = (self._index >= 0) & (self._weight > 0) & ~(without_self & (self._index == own.unsqueeze(1)))
-        return there.any(1) | ((own < self.shape[1]) & (self._own > 0 and not without_self))
+        present = (
+            (self._index >= 0) & (self._weight > 0) & ~(without_self & (self._index == own.unsqueeze(1)))
+        )
+        return present.any(1) | ((own < self.shape[1]) & (self._own > 0 and not without_self))
 
     def patches(self, rows: slice, columns: slice, space: Workspace | None = None) -> Sequence[Patch]:
         return ()
@@ -387,9 +399,9 @@ class SparseWeights(Target):
     def entries(self, rows: slice, both: bool) -> Entries:
         n, m = self.shape
         each = torch.arange(n, device=self._index.device)
-        there = (self._index >= 0) & (self._weight > 0)
-        row, column = each.unsqueeze(1).expand_as(self._index)[there], self._index[there].long()
-        value = self._weight[there]
+        present = (self._index >= 0) & (self._weight > 0)
+        row, column = each.unsqueeze(1).expand_as(self._index)[present], self._index[present].long()
+        value = self._weight[present]
         if self._own > 0:
             each = each[:m]
             row, column = torch.cat([each, row]), torch.cat([each, column])
@@ -442,10 +454,10 @@ class Weights(Target):
         return Weights(self.matrix.T)
 
     def has_positives(self, without_self: bool) -> Bool[Tensor, " n"]:
-        there = self.matrix > 0
+        present = self.matrix > 0
         if without_self:
-            there = there.clone().fill_diagonal_(False)
-        return there.any(1)
+            present = present.clone().fill_diagonal_(False)
+        return present.any(1)
 
     def patches(self, rows: slice, columns: slice, space: Workspace | None = None) -> Sequence[Patch]:
         weight = self.matrix[rows, columns]

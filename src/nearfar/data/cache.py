@@ -39,7 +39,7 @@ def cache_dir() -> Path:
     return Path(base).expanduser() / "nearfar"
 
 
-def content_key(*parts: Any) -> str:
+def content_key(*parts: object) -> str:
     """The sha256 (hex) of any nesting of strings, bytes, numbers, None, arrays, sequences and mappings.
 
     Types and lengths go in, so that values which merely look alike differ; the order of a mapping does not.
@@ -80,7 +80,7 @@ def _feed(digest: Any, part: Any) -> None:
 
 def cached_arrays(
     kind: str,
-    key: Any,
+    key: object,
     compute: Callable[[], Mapping[str, np.ndarray]],
     enabled: bool = True,
 ) -> dict[str, np.ndarray]:
@@ -98,14 +98,16 @@ def cached_arrays(
     if not enabled:
         return dict(compute())
     path = cache_dir() / kind / f"{content_key(key)}.npz"
-    found = _read(path)
-    if found is None:
-        found = dict(compute())
-        _write(path, found)
-    return found
+    arrays = _read(path)
+    if arrays is None:
+        arrays = dict(compute())
+        _write(path, arrays)
+    return arrays
 
 
-def cached_array(kind: str, key: Any, compute: Callable[[], np.ndarray], enabled: bool = True) -> np.ndarray:
+def cached_array(
+    kind: str, key: object, compute: Callable[[], np.ndarray], enabled: bool = True
+) -> np.ndarray:
     """`cached_arrays` for a single array.
 
     >>> import tempfile

@@ -18,7 +18,15 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from nearfar.data.cache import content_key
-from nearfar.data.coco_files import NoBoxError, box_of, check_units, coco_files, picture_files, too_small_for
+from nearfar.data.coco_files import (
+    JsonObject,
+    NoBoxError,
+    box_of,
+    check_units,
+    coco_files,
+    picture_files,
+    too_small_for,
+)
 from nearfar.data.coco_rows import (
     Categories,
     CocoImage,
@@ -255,7 +263,7 @@ def read_coco(
     )
 
 
-def _load(path: Path) -> dict[str, Any]:
+def _load(path: Path) -> JsonObject:
     if not path.is_file():
         raise NearfarError(f"There is no file {path}.")
     try:
@@ -267,14 +275,14 @@ def _load(path: Path) -> dict[str, Any]:
     for name in ("images", "annotations", "categories"):
         rows = content.get(name)
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            there = ", ".join(sorted(content)[:8]) or "nothing"
+            present = ", ".join(sorted(content)[:8]) or "nothing"
             raise NearfarError(
-                f"{path} has no list of objects '{name}', which a COCO file needs. It has {there}."
+                f"{path} has no list of objects '{name}', which a COCO file needs. It has {present}."
             )
     return content
 
 
-def _categories(path: Path, content: dict[str, Any], wanted: Sequence[str] | None, some: bool) -> Categories:
+def _categories(path: Path, content: JsonObject, wanted: Sequence[str] | None, some: bool) -> Categories:
     rows, by_id = content["categories"], dict[str, str]()
     for row in rows:
         key, name = row_key(row.get("id")), row.get("name")
@@ -309,9 +317,7 @@ def _categories(path: Path, content: dict[str, Any], wanted: Sequence[str] | Non
     return Categories(known, list(wanted))
 
 
-def _check_boxes(
-    path: Path, rows: list[dict[str, Any]], pictures: Pictures, rejections: Rejections
-) -> set[int]:
+def _check_boxes(path: Path, rows: list[JsonObject], pictures: Pictures, rejections: Rejections) -> set[int]:
     """Look at all boxes together, before any is cut at an edge.
 
     A file with boxes in other units is refused; a picture that is too small for its boxes, where no size is stated, is

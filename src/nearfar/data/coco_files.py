@@ -6,7 +6,7 @@ import mmap
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -16,6 +16,7 @@ from nearfar.data.splits import SPLIT_NAMES
 from nearfar.errors import NearfarError
 
 __all__ = [
+    "JsonObject",
     "NoBoxError",
     "box_of",
     "check_units",
@@ -24,6 +25,9 @@ __all__ = [
     "picture_files",
     "too_small_for",
 ]
+
+#: an entry of a JSON file, whose values are checked where they are read
+JsonObject: TypeAlias = dict[str, Any]
 
 
 _LARGEST = 1e9
@@ -72,7 +76,7 @@ def _around(polygons: list[Any]) -> list[float]:
     return [min(x), min(y), max(x) - min(x), max(y) - min(y)]
 
 
-def _flat(part: Any) -> list[Any]:
+def _flat(part: object) -> list[Any]:
     if not isinstance(part, list):
         raise NoBoxError("no bbox, and no polygon of numbers")
     return [v for point in part for v in point] if part and isinstance(part[0], list) else part

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from nearfar.data.coco_files import NoBoxError, box_of
+from nearfar.data.coco_files import JsonObject, NoBoxError, box_of
 from nearfar.data.picture_check import check_pictures
 from nearfar.data.picture_files import PictureFile, PictureFiles
 from nearfar.data.rejections import Rejections
@@ -76,7 +76,7 @@ class Pictures:
     ``alias``: ids of rows that are a picture once more. ``left_out``: ids of pictures that were rejected.
     """
 
-    rows: dict[str, tuple[dict[str, Any], CocoImage]] = field(default_factory=dict)
+    rows: dict[str, tuple[JsonObject, CocoImage]] = field(default_factory=dict)
     alias: dict[str, str] = field(default_factory=dict)
     left_out: set[str] = field(default_factory=set)
     several_files: int = 0
@@ -94,14 +94,14 @@ class Pictures:
 
 
 def usable_pictures(
-    rows: list[dict[str, Any]],
+    rows: list[JsonObject],
     files: PictureFiles,
     rejections: Rejections,
     say: Callable[[str], None] | None = None,
 ) -> Pictures:
     """Each usable picture by its id; the others are counted. Every file is decoded once (`check_pictures`)."""
     pictures = Pictures()
-    sought: dict[str, tuple[int, dict[str, Any], str, tuple[int | None, int | None], PictureFile]] = {}
+    sought: dict[str, tuple[int, JsonObject, str, tuple[int | None, int | None], PictureFile]] = {}
     names_of: dict[Path, set[str]] = {}
     unsure: set[Path] = set()
     named = _names_by_id(rows)
@@ -166,7 +166,7 @@ def usable_pictures(
     return pictures
 
 
-def _names_by_id(rows: list[dict[str, Any]]) -> dict[str | None, set[str]]:
+def _names_by_id(rows: list[JsonObject]) -> dict[str | None, set[str]]:
     named: dict[str | None, set[str]] = {}
     for row in rows:
         name = row.get("file_name")
@@ -192,7 +192,7 @@ class _Kept:
     boxes: list[list[float]] = field(default_factory=list)
     image: list[int] = field(default_factory=list)
     label: list[int] = field(default_factory=list)
-    raw: list[dict[str, Any]] = field(default_factory=list)
+    raw: list[JsonObject] = field(default_factory=list)
     crowd: list[bool] = field(default_factory=list)
     clipped: int = 0
     outlines: int = 0
@@ -200,7 +200,7 @@ class _Kept:
 
 
 def usable_boxes(
-    rows: list[dict[str, Any]],
+    rows: list[JsonObject],
     pictures: Pictures,
     names: Categories,
     rejections: Rejections,
@@ -294,7 +294,7 @@ def group_values(
     path: Path,
     key: str | None,
     groups: Sequence[str] | None,
-    pictures: Mapping[str, tuple[dict[str, Any], CocoImage]],
+    pictures: Mapping[str, tuple[JsonObject, CocoImage]],
     boxes: Sequence[Mapping[str, Any]],
 ) -> tuple[str, ...]:
     """The two values of the group attribute; none without a ``key``."""
@@ -306,7 +306,7 @@ def group_values(
         return ()
     rows = [*boxes, *(row for row, _ in pictures.values())]
     seen = Counter(value for row in rows if (value := attribute(row, key)) is not None)
-    there = ", ".join(f"{value!r} ({count})" for value, count in seen.most_common(8))
+    listed = ", ".join(f"{value!r} ({count})" for value, count in seen.most_common(8))
     if not seen:
         known = {name for row in rows for name in [*row, *_under(row)]}
         raise NearfarError(
@@ -315,11 +315,11 @@ def group_values(
     values = tuple(sorted(seen)) if groups is None else tuple(str(value) for value in groups)
     if len(set(values)) != 2:
         raise NearfarError(
-            f"{path}: group_key={key} needs exactly two values, and has {there}. Name two with data.groups=[A,B]."
+            f"{path}: group_key={key} needs exactly two values, and has {listed}. Name two with data.groups=[A,B]."
         )
     for value in values:
         if value not in seen:
-            raise NearfarError(f"{path}: no picture or box has {key}={value}; there are {there}.")
+            raise NearfarError(f"{path}: no picture or box has {key}={value}; there are {listed}.")
     return values
 
 
@@ -339,10 +339,10 @@ def with_groups(
     of_boxes: dict[int, set[int]] = {}
     for position, number in zip(image.tolist(), group, strict=True):
         of_boxes.setdefault(position, set()).add(number)
-    found = []
+    grouped = []
     for position, picture in enumerate(pictures):
         among = of_boxes.get(position, set())
         agreed = next(iter(among)) if len(among) == 1 else NO_GROUP
         value = own[position]
-        found.append(replace(picture, group=agreed if value is None else group_position(values, value)))
-    return found
+        grouped.append(replace(picture, group=agreed if value is None else group_position(values, value)))
+    return grouped

@@ -141,12 +141,12 @@ def read_delimited(path: Path, text: str, suffix: str) -> Delimited:
     start, comments = _after_comments(lines, start, order)
     limit = csv.field_size_limit(max(csv.field_size_limit(), len(text) + 1))
     try:
-        found = _best_reading(lines, start, order)
+        reading = _best_reading(lines, start, order)
     finally:
         csv.field_size_limit(limit)
     if comments:
-        found.notes.append(f"{comments} comment line{'s' * (comments > 1)} before the header passed over")
-    return found
+        reading.notes.append(f"{comments} comment line{'s' * (comments > 1)} before the header passed over")
+    return reading
 
 
 def _after_comments(lines: Sequence[str], start: int, order: str) -> tuple[int, int]:
@@ -247,8 +247,8 @@ def _read(lines: Sequence[str], start: int, mark: str, enclosing: bool) -> _Read
             swallowed += sum(line.count(mark) == width - 1 for line in inner) if width > 1 else 0
     broken = rejections.counts.get("broken quoting", 0)
     n_rows += broken + rejections.counts.get("blank line", 0)
-    found = Delimited(header, header_line, rows, numbers, n_rows, rejections)
-    return _Reading(found, lost + broken, swallowed, multiline)
+    content = Delimited(header, header_line, rows, numbers, n_rows, rejections)
+    return _Reading(content, lost + broken, swallowed, multiline)
 
 
 def _records(

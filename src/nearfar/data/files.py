@@ -121,7 +121,7 @@ def read_yaml(path: Path) -> Any:
     return content
 
 
-def _unfolded(content: Any, known: dict[int, int]) -> int:
+def _unfolded(content: object, known: dict[int, int]) -> int:
     """How many values there are when every alias is written out; ``known`` by the identity of what holds them."""
     if not isinstance(content, (dict, list)):
         return 1
@@ -196,7 +196,7 @@ class Maybe:
     shape: Any
 
 
-def check_shape(value: Any, shape: Any, where: str) -> None:
+def check_shape(value: object, shape: object, where: str) -> None:
     """``NearfarError`` unless ``value`` has a shape, which is given as plain data:
 
     - a function that returns what is wrong with a value, as in "is negative", or None;
@@ -214,7 +214,7 @@ def check_shape(value: Any, shape: Any, where: str) -> None:
         raise NearfarError(f"{where}: {problem}. {DAMAGED}")
 
 
-def _problem(value: Any, shape: Any, name: str) -> str | None:
+def _problem(value: object, shape: object, name: str) -> str | None:
     if callable(shape) and not isinstance(shape, type):
         return str(problem) if (problem := shape(value)) and not name else problem and f"{name} {problem}"
     if isinstance(shape, Maybe):
@@ -256,11 +256,11 @@ def _first(problems: Any) -> str | None:
     return next((problem for problem in problems if problem), None)
 
 
-def _join(name: str, part: Any) -> str:
+def _join(name: str, part: object) -> str:
     text = str(part)
     return f"{name}.{text[:60]}" if name else text[:60]
 
 
-def _differs(name: str, value: Any, wanted: str) -> str:
+def _differs(name: str, value: object, wanted: str) -> str:
     kind = next((word for known, word in _WORDS.items() if type(value) is known), f"a {type(value).__name__}")
     return f"{name or 'the content'} is {kind}, and {wanted} is expected"

@@ -28,7 +28,7 @@ Layout = tuple[tuple[int, ...], Any]
 
 def mapped_arrays(
     kind: str,
-    key: Any,
+    key: object,
     layout: Mapping[str, Layout],
     fill: Callable[[dict[str, np.ndarray]], None],
 ) -> dict[str, np.ndarray]:
@@ -39,8 +39,8 @@ def mapped_arrays(
         layout: shape and dtype of each array, by name.
         fill: writes into all of them; they begin as zeros.
 
-    What is returned is mapped copy-on-write: changing it changes no file. An entry of another layout or length is made
-    anew with a warning; where the disk has no room or cannot be written, arrays are filled in memory, with a warning.
+    What is returned is mapped copy-on-write: changing it changes no file. An entry of a different layout or length is
+    made anew with a warning; where the disk has no room or cannot be written, arrays are filled in memory, with one.
 
     >>> os.environ["NEARFAR_CACHE"] = tempfile.mkdtemp()
     >>> def fill(arrays):
@@ -52,9 +52,9 @@ def mapped_arrays(
     >>> del os.environ["NEARFAR_CACHE"]
     """
     place = cache_dir() / kind / content_key(key)
-    found = _open(place, layout)
-    if found is not None:
-        return found
+    entry = _open(place, layout)
+    if entry is not None:
+        return entry
     beside: Path | None = None
     try:
         try:
@@ -64,23 +64,23 @@ def mapped_arrays(
         except OSError as error:
             warnings.warn(f"{place} was not written: {error}; arrays are held in memory", stacklevel=2)
             try:
-                held = {name: np.zeros(shape, dtype) for name, (shape, dtype) in layout.items()}
+                in_memory = {name: np.zeros(shape, dtype) for name, (shape, dtype) in layout.items()}
             except MemoryError:
                 size = sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in layout.values())
                 raise NearfarError(
                     f"{size / 1e9:,.1f} GB are needed, more than there is in memory, and {place.parent} cannot take "
                     f"them ({error}): make room there, or set NEARFAR_CACHE to a folder that has it."
                 ) from None
-            fill(held)
-            return held
+            fill(in_memory)
+            return in_memory
         fill(arrays)
         for array in arrays.values():
             if isinstance(array, np.memmap):
                 array.flush()
         del arrays
         if os.path.lexists(place):  # another process was first, or what was there is damaged
-            if (there := _open(place, layout, warn=False)) is not None:
-                return there
+            if (existing := _open(place, layout, warn=False)) is not None:
+                return existing
             if place.is_dir() and not place.is_symlink():
                 shutil.rmtree(place)
             else:
@@ -90,9 +90,9 @@ def mapped_arrays(
         except OSError:  # another process was first, just now
             if _open(place, layout, warn=False) is None:
                 raise
-        found = _open(place, layout)
-        assert found is not None
-        return found
+        entry = _open(place, layout)
+        assert entry is not None
+        return entry
     finally:
         if beside is not None:
             shutil.rmtree(beside, ignore_errors=True)
@@ -111,7 +111,7 @@ def _open(place: Path, layout: Mapping[str, Layout], warn: bool = True) -> dict[
     if not os.path.lexists(place):
         return None
     try:
-        found = {}
+        arrays = {}
         for name, (shape, dtype) in layout.items():
             path = place / f"{name}.npy"
             if not path.is_file() or path.is_symlink() or place.is_symlink():  # a pipe would be waited for
@@ -119,8 +119,8 @@ def _open(place: Path, layout: Mapping[str, Layout], warn: bool = True) -> dict[
             array = np.load(path, mmap_mode="c", allow_pickle=False)
             if array.shape != tuple(shape) or array.dtype != np.dtype(dtype):
                 raise ValueError(f"{name} is {array.dtype} {array.shape}")
-            found[name] = array
-        return found
+            arrays[name] = array
+        return arrays
     except Exception as error:  # numpy raises whatever the text in a file's head leads to
         if warn:
             warnings.warn(f"cache entry {place} is damaged ({error}); it is made anew", stacklevel=3)

@@ -17,7 +17,7 @@ class Rejection:
     value: str
     detail: str
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         return {"row": self.row, "value": self.value, "detail": self.detail}
 
 
@@ -64,7 +64,7 @@ class Rejections:
     def __iter__(self) -> Iterator[str]:
         return iter(self.counts)
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """The JSON form that ``dataset_layout.json`` holds."""
         return {
             "total": self.total,

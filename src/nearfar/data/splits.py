@@ -25,7 +25,7 @@ ENDINGS = (
 )
 
 
-def column_name(value: Any) -> str | None:
+def column_name(value: object) -> str | None:
     """The option of a column: a number stands for its digits, as of a file without a header line."""
     return None if value is None else str(value)
 
@@ -44,17 +44,19 @@ def data_paths(data: Any) -> dict[str, Path | None]:
         folder = Path(str(data.dir))
         if not folder.is_dir():
             raise NearfarError(f"data.dir={folder}: no such folder.")
-        there = {file.name.lower(): file for file in sorted(folder.iterdir(), reverse=True)}
+        by_name = {file.name.lower(): file for file in sorted(folder.iterdir(), reverse=True)}
         for split, names in SPLIT_NAMES.items():
-            found = [there[f"{name}{end}"] for name in names for end in ENDINGS if f"{name}{end}" in there]
-            if paths[split] is None and len(found) > 1:
-                shown = ", ".join(file.name for file in found)
+            matching = [
+                by_name[f"{name}{end}"] for name in names for end in ENDINGS if f"{name}{end}" in by_name
+            ]
+            if paths[split] is None and len(matching) > 1:
+                shown = ", ".join(file.name for file in matching)
                 raise NearfarError(
-                    f"data.dir={folder} has {len(found)} files for {split} ({shown}): "
-                    f"say which with data.{split}={found[0]}."
+                    f"data.dir={folder} has {len(matching)} files for {split} ({shown}): "
+                    f"say which with data.{split}={matching[0]}."
                 )
-            if paths[split] is None and found:
-                paths[split] = found[0]
+            if paths[split] is None and matching:
+                paths[split] = matching[0]
         if paths["train"] is None:
             shown = ", ".join(sorted(p.name for p in folder.iterdir())[:10]) or "nothing"
             raise NearfarError(

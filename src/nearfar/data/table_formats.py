@@ -121,7 +121,7 @@ def _member(path: Path, archive: zipfile.ZipFile) -> str:
     return names[0]
 
 
-def cell_text(value: Any) -> str:
+def cell_text(value: object) -> str:
     """A value as the text of a cell: missing is empty, whole numbers have no point, lists are JSON.
 
     >>> [cell_text(value) for value in (None, 7.0, 0.5, True, ["a"])]
@@ -249,7 +249,7 @@ def _json_lines(text: str, rejections: Rejections) -> tuple[list[Any], list[int]
     return objects, numbers
 
 
-def _json_objects(path: Path, whole: Any) -> list[Any]:
+def _json_objects(path: Path, whole: object) -> list[Any]:
     if isinstance(whole, list):
         return whole
     if isinstance(whole, dict):

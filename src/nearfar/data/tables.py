@@ -198,16 +198,16 @@ def open_table(
     text = decode(path, content_of(path), encoding, encoding_option)
     if suffix in JSON_SUFFIXES:
         return RawTable(path, *read_json(path, text))
-    found = read_delimited(path, text, suffix)
+    content = read_delimited(path, text, suffix)
     return RawTable(
         path,
-        found.header,
-        found.rows,
-        found.numbers,
-        found.n_rows,
-        found.header_line,
-        found.rejections,
-        found.notes,
+        content.header,
+        content.rows,
+        content.numbers,
+        content.n_rows,
+        content.header_line,
+        content.rejections,
+        content.notes,
     )
 
 
@@ -262,23 +262,23 @@ def choose_columns(
     by_key: dict[str, list[int]] = {}
     for position, head in enumerate(header):
         by_key.setdefault(column_key(head), []).append(position)
-    there = ", ".join(repr(head) for head in header[:40]) + (", …" if len(header) > 40 else "")
+    listed = ", ".join(repr(head) for head in header[:40]) + (", …" if len(header) > 40 else "")
     used: dict[str, int] = {}
     for name, aliases in columns.items():
         override = overrides.get(name)
         wanted = [override] if override is not None else list(aliases)
-        found = next((column_key(alias) for alias in wanted if column_key(alias) in by_key), None)
-        if found is None:
+        key = next((column_key(alias) for alias in wanted if column_key(alias) in by_key), None)
+        if key is None:
             if override is None and name in optional:
                 continue
             sought = repr(override) if override is not None else f"for {name} ({', '.join(aliases)})"
             near = nearest_name(wanted[0], header)
             near = "" if near.startswith("known: ") else f"; {near.removesuffix('.')}"
             raise NearfarError(
-                f"{path} has no column {sought}. {introduction} {there}{near}. "
+                f"{path} has no column {sought}. {introduction} {listed}{near}. "
                 f"Name the column with {naming.format(name=name)}."
             )
-        matches = by_key[found]
+        matches = by_key[key]
         exact = [position for position in matches if header[position] in wanted]
         if len(matches) > 1 and len(exact) != 1:
             same = len({header[position] for position in matches}) == 1
@@ -287,7 +287,7 @@ def choose_columns(
                 if same
                 else f"Choose with {naming.format(name=name)} as it is written there"
             )
-            raise NearfarError(f"{path} has {len(matches)} columns that could be {name}: {there}. {advice}.")
+            raise NearfarError(f"{path} has {len(matches)} columns that could be {name}: {listed}. {advice}.")
         used[name] = exact[0] if exact else matches[0]
     return used
 

@@ -1,6 +1,6 @@
 """Why a run stalls: signals in, findings out.
 
-``diagnose`` takes a run folder or anybody's own log; ``RULES`` are what it looks for, as data. Nothing here trains, and
+``diagnose`` takes a run folder or a log of any loop; ``RULES`` are what it looks for, as data. Nothing here trains, and
 nothing heavy is loaded.
 """
 

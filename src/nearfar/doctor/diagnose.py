@@ -51,7 +51,7 @@ class Diagnosis(list[Finding]):
     def verdict(self) -> str:
         """One line: how grave it is, what leads, and how much could be judged."""
         counts = [(len(self.of(severity)), severity) for severity in reversed(SEVERITIES)]
-        told = ", ".join(f"{n} {word}{'s' if n > 1 else ''}" for n, word in counts if n)
+        by_severity = ", ".join(f"{n} {word}{'s' if n > 1 else ''}" for n, word in counts if n)
         names = ", ".join(finding.id for finding in self.of("warning", "error"))
         judged = f"{self.judged} of {self.judged + len(self.unjudged)} rules could be judged"
         if self.unread:
@@ -60,8 +60,8 @@ class Diagnosis(list[Finding]):
         if not self.judged:
             return f"nothing is known of this run ({judged})"
         if names:
-            return f"{told}: {names} ({judged})"
-        return f"no warning, no error{f'; {told}' if told else ''} ({judged})"
+            return f"{by_severity}: {names} ({judged})"
+        return f"no warning, no error{f'; {by_severity}' if by_severity else ''} ({judged})"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as ``doctor.json`` holds it."""
@@ -87,21 +87,21 @@ def diagnose(signals: Any, context: Mapping[str, Any] | None = None) -> Diagnosi
 
     Raises ``NearfarError`` for other input, series of different lengths, and fields that are not numeric.
 
-    >>> found = diagnose({"loss": [4.16, 4.15, 4.17, 4.16, 4.15, 4.16, 4.16, 4.15], "candidates": 64})
-    >>> found.ids, found[0].severity
+    >>> diagnosis = diagnose({"loss": [4.16, 4.15, 4.17, 4.16, 4.15, 4.16, 4.16, 4.15], "candidates": 64})
+    >>> diagnosis.ids, diagnosis[0].severity
     (['loss-at-chance'], 'error')
-    >>> print(found[0].evidence["text"])
+    >>> print(diagnosis[0].evidence["text"])
     Mean loss 4.157 in steps 6 to 8; guessing costs 4.159, taken as ln(candidates) (+0% of the way to the floor).
-    >>> "collapse" in [rule.id for rule in found.unjudged]
+    >>> "collapse" in [rule.id for rule in diagnosis.unjudged]
     True
     """
     read = Signals.of(signals, context)
     findings, unjudged = [], []
     for rule in RULES:
-        found = rule.judge(read)
-        if isinstance(found, Finding):
-            findings.append(found)
-        elif found is not None:
-            unjudged.append(found)
+        outcome = rule.judge(read)
+        if isinstance(outcome, Finding):
+            findings.append(outcome)
+        elif outcome is not None:
+            unjudged.append(outcome)
     findings.sort(key=lambda finding: -SEVERITIES.index(finding.severity))
     return Diagnosis(findings, unjudged, len(RULES) - len(unjudged), read.unread, read.assumed)

@@ -8,7 +8,19 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
-__all__ = ["CONTEXT", "FIELDS", "LISTED", "NUMBERS", "OF_AN_EPOCH", "TEXTS", "is_field", "matches"]
+__all__ = [
+    "CONTEXT",
+    "FIELDS",
+    "LISTED",
+    "NUMBERS",
+    "OF_AN_EPOCH",
+    "SWITCHES",
+    "TEXTS",
+    "WORDS",
+    "is_field",
+    "is_text",
+    "matches",
+]
 
 #: fields of a log, by where ``nearfar train`` writes them
 FIELDS: dict[str, dict[str, str]] = {
@@ -21,7 +33,7 @@ FIELDS: dict[str, dict[str, str]] = {
         "rows_without_positives": "rows that have none, and are left out",
         "rows": "rows of the batch, of this process",
         "world_size": "processes that train together",
-        "rows_without_negatives": "rows that a mask leaves nobody to be pushed away from",
+        "rows_without_negatives": "rows that a mask leaves no negative",
         "p_positive": "probability given to the positive",
         "hardest_share": "share of the push that goes to the hardest negative",
         "uniform_level": "what guessing costs",
@@ -77,6 +89,7 @@ FIELDS: dict[str, dict[str, str]] = {
     "plan": {
         "hard_ratio": "share of a batch that is to be hard",
         "hardness_k": "neighbours that hard items are drawn from",
+        "composes_hard_batches": "whether the sampler composes hard batches, after random ones or from the start",
         "random_phase": "true while a curriculum still takes random batches",
         "hardness": "an item's nearest neighbours in its batch, whole or by quarter of the epoch",
         "hardness_random": "the same for random batches",
@@ -102,9 +115,12 @@ CONTEXT: dict[str, str] = {
     "precision": '"32-true", "bf16-mixed", "16-mixed"',
     "accumulate": "batches per optimiser step",
     "world_size": "processes that train together",
-    "sampler": "random, hard, partition, balanced, spatial",
+    "sampler": "name of the sampler",
+    "composes_hard_batches": "whether it composes hard batches",
     "order": "how a hard sampler fills batches: level, greedy",
     "loss": "name of the loss, where it is a text",
+    "loss_kind": '"softmax" (a choice among candidates), "sigmoid" (a question about each pair), "other"',
+    "positives_by": 'what makes positives: "pair", "class", "overlap" (of labels), "weights", "scores"',
     "loss_weight_names": "names of the objective's terms",
     "lr": "peak learning rate",
     "temperature": "temperature at the start",
@@ -126,7 +142,7 @@ CONTEXT: dict[str, str] = {
     "splits": "{split: {rows, hash, ids, gallery}}",
     "leaks": "{pair of splits: number of shared items, or {what: {shared, rows}}}",
     "baselines": "{metric: what a constant or majority predictor scores}, or by split; an entry with a `name` is "
-    "another model",
+    "a different model",
     "groups": "{metric: {group: value}}",
     "change": "{metric: {group: difference between two systems}}",
     "comparison": "{metric: {value, low, high}, or {per_seed}, or {values, baseline} by seed, or {value, sd}}",
@@ -135,29 +151,17 @@ CONTEXT: dict[str, str] = {
 #: those of the context that are numbers
 NUMBERS = frozenset(
     {
-        "batch_size",
-        "epochs",
-        "accumulate",
-        "world_size",
-        "lr",
-        "temperature",
-        "scale_max",
-        "memory",
-        "curriculum_epoch",
-    }
-    | {
-        "hard_ratio",
-        "hardness_k",
-        "false_negative_threshold",
-        "batchnorm",
-        "gradient_ratio",
-        "classes",
-        "gallery",
+        *("batch_size", "epochs", "accumulate", "world_size", "lr", "temperature", "scale_max", "memory"),
+        *("curriculum_epoch", "hard_ratio", "hardness_k", "false_negative_threshold", "batchnorm"),
+        *("gradient_ratio", "classes", "gallery"),
     }
 )
-
+#: those that are true or false
+SWITCHES = frozenset({"learn_temperature", "mask_duplicates", "composes_hard_batches"})
+#: those that are words
+WORDS = frozenset({"precision", "sampler", "order", "loss", "loss_kind", "positives_by", "monitor"})
 #: fields of a log that are text
-TEXTS = frozenset({"kind", "sampler", "loss_name", "probe_split", "time", "precision", "monitor", "order"})
+TEXTS = (WORDS - {"loss"}) | {"kind", "loss_name", "probe_split", "time"}
 _WILD = {name: re.compile(re.escape(name).replace(r"\*", ".+")) for name in (*FIELDS["step"], *FIELDS["probe"],
          *FIELDS["plan"], *FIELDS["epoch"]) if "*" in name}  # fmt: skip
 _PLAIN = {name for table in FIELDS.values() for name in table if "*" not in name}
@@ -175,6 +179,15 @@ def matches(pattern: str, name: str) -> bool:
     (True, False)
     """
     return pattern == name or (pattern in _WILD and _WILD[pattern].fullmatch(name) is not None)
+
+
+def is_text(name: str) -> bool:
+    """Whether a field of a log is text; that of an objective's term as well.
+
+    >>> is_text("loss_kind"), is_text("contrastive/loss_kind"), is_text("loss")
+    (True, True, False)
+    """
+    return name in TEXTS or name.rpartition("/")[2] in ("loss_kind", "positives_by")
 
 
 @lru_cache(maxsize=1 << 14)

@@ -10,8 +10,9 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
+from nearfar.doctor.cells import Cell
 from nearfar.doctor.fields import FIELDS
-from nearfar.doctor.log_tables import Cell, Columns
+from nearfar.doctor.log_tables import Columns
 
 __all__ = ["LOSSES", "settle_gaps"]
 
@@ -28,7 +29,7 @@ def settle_gaps(log: Columns, null_is_nan: bool) -> list[str]:
 
     In a log of records (``null_is_nan``) None is as doubtful as NaN; in a column it is empty.
     """
-    said = []
+    assumptions = []
     for name, (rows, _, cells) in log.fields.items():
         null = cells == Cell.NULL
         nan = cells == Cell.NAN
@@ -46,13 +47,13 @@ def settle_gaps(log: Columns, null_is_nan: bool) -> list[str]:
         empty = int((doubtful & ~logged).sum())
         if empty:
             cell = "cell" if empty == 1 else "cells"
-            said.append(f"{empty} empty {cell} of '{name}' taken as not measured")
+            assumptions.append(f"{empty} empty {cell} of '{name}' taken as not measured")
         if name in log.table and logged.any():
-            said.append(
+            assumptions.append(
                 f"{int(logged.sum())} NaN of '{name}' taken as values of the loss, not as empty cells, by what else "
                 "their rows hold"
             )
-    return said
+    return assumptions
 
 
 def _logged(
@@ -68,9 +69,9 @@ def _logged(
     measured[rows[cells == Cell.NUMBER]] = True
     last = int(np.flatnonzero(measured).max(initial=-1))
     beside, elsewhere = np.zeros(log.length, bool), np.zeros(log.length, bool)
-    for other, (where, _, found) in _others(log, name).items():
+    for other, (where, _, contents) in _others(log, name).items():
         here = np.zeros(log.length, bool)
-        here[where[np.isin(found, (Cell.NUMBER, Cell.WRITTEN_NAN))]] = True
+        here[where[np.isin(contents, (Cell.NUMBER, Cell.WRITTEN_NAN))]] = True
         if here.all():  # what stands in every row explains none of them
             continue
         known = here[: last + 1]

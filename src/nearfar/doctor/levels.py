@@ -13,6 +13,7 @@ from nearfar.doctor.signals import Signals
 
 __all__ = ["Level", "by_class", "levels", "terms"]
 
+# A log that has loss_kind and positives_by says itself what its loss is; of others the name of the loss does.
 #: losses that are no softmax over candidates: guessing does not cost ln(candidates)
 _OTHER = ("siglip", "focal", "wasserstein", "score", "triplet", "margin", "bce", "mse", "vicreg", "barlow", "byol",
           "simsiam", "cosine", "detection")  # fmt: skip
@@ -44,10 +45,10 @@ class Level:
     def way(self) -> Series:
         """How far from guessing (0) to the floor (1) the loss has come; below 0 it is worse than guessing."""
         room = self.uniform.numbers - self.floor.numbers
-        there = room > 0
+        known = room > 0
         with np.errstate(invalid="ignore"):  # where guessing is not known, its level is infinite
-            way = (self.uniform.numbers - self.loss.numbers)[there] / room[there]
-        return self.loss.part(there).having(way, self.name)
+            way = (self.uniform.numbers - self.loss.numbers)[known] / room[known]
+        return self.loss.part(known).having(way, self.name)
 
     def above_floor(self) -> Series:
         """Nats above the floor."""
@@ -61,9 +62,24 @@ class Level:
 
 
 def by_class(signals: Signals) -> bool | None:
-    """Whether the loss takes rows of one class as positives; None where the log does not name it."""
-    kind = (signals.text("loss") or signals.text("loss_name") or "").lower()
-    return any(word in kind for word in _BY_CLASS) if kind else None
+    """Whether rows with labels in common are positives; None where the log says nothing of its loss."""
+    positives_by = signals.text("positives_by")
+    if positives_by is not None:
+        return positives_by in ("class", "overlap")
+    name = _loss_name(signals)
+    return any(word in name for word in _BY_CLASS) if name else None
+
+
+def _loss_name(signals: Signals) -> str:
+    return (signals.text("loss") or signals.text("loss_name") or "").lower()
+
+
+def _guesses_among_candidates(signals: Signals, prefix: str) -> bool:
+    """Whether guessing costs ln(candidates), as far as the log says."""
+    kind = signals.text(f"{prefix}loss_kind")
+    if kind is not None:
+        return kind == "softmax" and signals.text(f"{prefix}positives_by") != "scores"
+    return not (any(word in _loss_name(signals) for word in _OTHER) or signals.has("anchors"))
 
 
 def terms(signals: Signals) -> list[str]:
@@ -77,18 +93,18 @@ def levels(signals: Signals, by_floor: bool = False) -> list[Level]:
     Raises ``TooLittle`` where the log has too few values or does not say what guessing costs.
     """
     names = terms(signals)
-    found = [level for name in names or ["loss"] if (level := _level(signals, name, names, by_floor))]
-    if not found:
+    every = [level for name in names or ["loss"] if (level := _level(signals, name, names, by_floor))]
+    if not every:
         raise TooLittle(
             "no loss whose chance level is known: log uniform_level or candidates with it, or state batch_size"
         )
     enough = [
         level
-        for level in found
+        for level in every
         if len(level.loss) >= (LEAST_EPOCHS if _per_epoch(level.loss) else LEAST_STEPS)
     ]
     if not enough:
-        raise TooLittle(f"only {max(len(level.loss) for level in found)} logged values of the loss")
+        raise TooLittle(f"only {max(len(level.loss) for level in every)} logged values of the loss")
     return enough
 
 
@@ -99,7 +115,7 @@ def _per_epoch(loss: Series) -> bool:
 def _level(signals: Signals, name: str, names: list[str], by_floor: bool) -> Level | None:
     if names:
         loss = signals.series(f"{name}/raw") or signals.series(f"{name}/value")
-        own = [other for other in names if any(word in other.lower() for word in _CONTRASTIVE)]
+        own = _contrastive(signals, names)
         prefixes = [f"{name}/"] + ([""] if own == [name] else [])
     else:
         loss, prefixes = signals.series("loss").finite(), [""]
@@ -121,12 +137,19 @@ def _level(signals: Signals, name: str, names: list[str], by_floor: bool) -> Lev
     return None
 
 
+def _contrastive(signals: Signals, names: list[str]) -> list[str]:
+    """The terms of an objective that may be what the record beside them describes."""
+    kinds = {name: signals.text(f"{name}/loss_kind") for name in names}
+    if any(kinds.values()):
+        return [name for name, kind in kinds.items() if kind not in (None, "other")]
+    return [name for name in names if any(word in name.lower() for word in _CONTRASTIVE)]
+
+
 def _uniform(signals: Signals, loss: Series, prefix: str) -> tuple[Series, str] | None:
     known = _beside(signals, loss, f"{prefix}uniform_level")
     if known:
         return known, ""
-    kind = (signals.text("loss") or signals.text("loss_name") or "").lower()
-    if any(word in kind for word in _OTHER) or signals.has("anchors"):
+    if not _guesses_among_candidates(signals, prefix):
         return None
     candidates = _beside(signals, loss, f"{prefix}candidates")
     if candidates and candidates.numbers.min() > 1:
@@ -140,8 +163,9 @@ def _uniform(signals: Signals, loss: Series, prefix: str) -> tuple[Series, str] 
 
 def _floor(signals: Signals, loss: Series, prefix: str) -> Series:
     known = _beside(signals, loss, f"{prefix}floor")
-    kind = (signals.text("loss") or "").lower()
-    if known or prefix or "supcon" not in kind or "inside" in kind or "multi" in kind:
+    name, positives_by = (signals.text("loss") or "").lower(), signals.text("positives_by")
+    one_class = "supcon" in name and "multi" not in name if positives_by is None else positives_by == "class"
+    if known or prefix or not one_class or "inside" in name:
         return known
     positives = _beside(signals, loss, "positives_per_row")
     return positives.having(np.log(np.maximum(positives.numbers, 1.0)), "floor")

@@ -1,232 +1,18 @@
-"""Logs as tables: mappings of fields to series, data frames, rows of a CSV file, with numbers of any library as plain
-floats.
-"""
+"""Logs as tables: mappings of fields to series, data frames, lists of records, rows of a CSV file."""
 
 from __future__ import annotations
 
-import math
-import numbers as kinds_of_numbers
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from enum import IntEnum
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from nearfar.doctor.fields import CONTEXT, LISTED, OF_AN_EPOCH, TEXTS, is_field, matches
+from nearfar.doctor.cells import Cell, is_empty, is_series, number, plain, read_cells
+from nearfar.doctor.fields import CONTEXT, LISTED, OF_AN_EPOCH, is_field, is_text, matches
 from nearfar.errors import NearfarError
 
-__all__ = [
-    "Cell",
-    "Columns",
-    "estimate_of",
-    "is_empty",
-    "is_sequence",
-    "is_series",
-    "number",
-    "numbers",
-    "plain",
-    "read_cells",
-    "read_columns",
-    "read_records",
-    "table_columns",
-]
-
-
-_FLAGS = {"true": 1.0, "false": 0.0}
-#: texts by which tables say that a cell is empty; not "nan", for that is how a loss is written that is one
-_EMPTY_TEXTS = {"", "none", "null", "na", "n/a", "<na>", "nat"}
-#: types of single values by which pandas and NumPy say the same, known by name, since nothing here imports pandas
-_EMPTY_TYPES = {"NoneType", "NAType", "NaTType", "MaskedConstant"}
-
-
-class Cell(IntEnum):
-    """What stands in a cell of a log: nothing, a number, or NaN; null and NaN may stand for an empty cell."""
-
-    EMPTY = 0
-    NUMBER = 1
-    NAN = 2  # a NaN, which a table of pandas also writes into empty cells
-    NULL = 3  # None, as which JSON writes NaN
-    WRITTEN_NAN = 4  # "nan" or "inf" in words, or an infinity: nobody writes that for an empty cell
-
-
-def plain(value: Any) -> Any:
-    """Arrays, series and tensors as lists or numbers, estimates as mappings; anything else as it is."""
-    if hasattr(value, "tolist"):
-        return (value.detach() if hasattr(value, "detach") else value).tolist()
-    for convert in ("to_pylist", "to_list", "to_dict"):
-        if hasattr(value, convert):
-            return getattr(value, convert)()
-    return value
-
-
-def is_sequence(value: Any) -> bool:
-    """Whether this is a list or the like, and no text."""
-    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
-
-
-def is_series(value: Any) -> bool:
-    """Whether this holds one value after the other: a list, an array, a column of a table, a generator.
-
-    >>> is_series(range(3)), is_series(np.zeros(3)), is_series("loss"), is_series(np.float32(1)), is_series({"a": 1})
-    (True, True, False, False, False)
-    """
-    if isinstance(value, (str, bytes, Mapping, set, frozenset)):
-        return False
-    if hasattr(value, "ndim"):
-        return value.ndim != 0
-    return isinstance(value, Iterable)
-
-
-def is_empty(value: Any) -> bool:
-    """Whether a cell says that nothing was measured: None, an NA of pandas, a masked value, a text without content.
-
-    >>> is_empty(None), is_empty(" "), is_empty("nan"), is_empty(float("nan"))
-    (True, True, False, False)
-    """
-    if isinstance(value, str):
-        return value.strip().lower() in _EMPTY_TEXTS
-    return type(value).__name__ in _EMPTY_TYPES
-
-
-def number(value: Any, name: str, where: str) -> float | None:
-    """A float; None for an empty cell; an error that names field and place for anything else.
-
-    Numbers may be texts, as a CSV file has them.
-
-    >>> number(True, "finite", "record 1"), number("NaN", "loss", "record 1"), number("4.1", "loss", "record 1")
-    (1.0, nan, 4.1)
-    """
-    if type(value) is float:
-        return value
-    if is_empty(value):
-        return None
-    value = plain(value)
-    if is_empty(value):
-        return None
-    if isinstance(value, str):
-        found = _of_text(value)
-    elif isinstance(value, (bool, kinds_of_numbers.Real)) or type(value).__name__ == "Decimal":
-        try:
-            found = float(value)
-        except (OverflowError, ValueError):
-            found = None
-    else:
-        found = None
-    if found is None:
-        shown = repr(value) if len(repr(value)) < 80 else f"{repr(value)[:80]}…"
-        raise NearfarError(
-            f"{where}: the field '{name}' is {shown}, and a number is needed; leave it out or convert it"
-        )
-    return found
-
-
-def _of_text(text: str) -> float | None:
-    word = text.strip().lower()
-    if word in _FLAGS:
-        return _FLAGS[word]
-    if "_" in word:  # Python's own reading of 1_000, which no log writes
-        return None
-    try:
-        return float(word)
-    except ValueError:
-        return None
-
-
-def read_cells(
-    values: Any, name: str, where: Callable[[int], str], known: bool
-) -> tuple[NDArray[np.float64], NDArray[np.uint8]]:
-    """The numbers of a column and what stands in each cell (``Cell``); NaN where there is no number.
-
-    ``known=False``: what is no number is nobody's signal, and left empty; otherwise an error, at ``where(position)``.
-
-    >>> read_cells(["4.1", "", "nan", None, 3], "loss", str, True)[1].tolist()
-    [1, 0, 4, 3, 1]
-    """
-    if isinstance(values, np.ndarray) and values.dtype.kind in "fiub":
-        found = values.astype(np.float64)
-    else:
-        values = list(values)
-        if not set(map(type, values)) <= {float, int, bool}:
-            return _read_each(values, name, where, known)
-        try:
-            found = np.array(values, np.float64)
-        except OverflowError:
-            return _read_each(values, name, where, known)
-    cells = np.full(len(found), Cell.NUMBER, np.uint8)
-    if isinstance(found, np.ma.MaskedArray):
-        found, empty = found.filled(np.nan), np.ma.getmaskarray(found)
-    else:
-        empty = None
-    if not np.isfinite(found).all():
-        cells[np.isnan(found)] = Cell.NAN
-        cells[np.isinf(found)] = Cell.WRITTEN_NAN
-    if empty is not None:
-        cells[empty] = Cell.EMPTY
-    return found, cells
-
-
-def _read_each(
-    values: list[Any], name: str, where: Callable[[int], str], known: bool
-) -> tuple[NDArray[np.float64], NDArray[np.uint8]]:
-    found = np.full(len(values), np.nan)
-    cells = np.zeros(len(values), np.uint8)
-    for at, value in enumerate(values):
-        if value is None:
-            cells[at] = Cell.NULL
-            continue
-        try:
-            read = _plain_number(value)
-            if read is None:
-                read = number(value, name, where(at))
-        except NearfarError:
-            if known:
-                raise
-            continue
-        if read is None:
-            continue
-        found[at] = read
-        if math.isfinite(read):
-            cells[at] = Cell.NUMBER
-        else:
-            cells[at] = Cell.WRITTEN_NAN if isinstance(value, str) or math.isinf(read) else Cell.NAN
-    return found, cells
-
-
-def _plain_number(value: Any) -> float | None:
-    """The number of a text that is plainly one, as nearly every cell of a CSV file; None for anything else."""
-    if type(value) is not str or "_" in value:
-        return None
-    try:
-        return float(value)
-    except ValueError:
-        return None
-
-
-def numbers(values: Sequence[Any], name: str, where: str) -> tuple[float, ...]:
-    """A tuple of floats; null becomes NaN."""
-    found = (number(value, name, where) for value in values)
-    return tuple(math.nan if value is None else value for value in found)
-
-
-def estimate_of(value: Any, name: str) -> dict[str, Any]:
-    """An estimate, its mapping, or a bare number, as a mapping with ``value`` and what else is known.
-
-    >>> estimate_of(0.5, "R@1")
-    {'value': 0.5}
-    """
-    value = plain(value)
-    if not isinstance(value, dict):
-        return {"value": number(value, name, "the context")}
-    found = dict(value)
-    for key in ("value", "low", "high", "chance", "gallery", "sd", "n"):
-        if key in found:
-            found[key] = number(found[key], f"{name}: {key}", "the context")
-    protocol = found.get("protocol") or {}
-    if found.get("gallery") is None and "gallery" in protocol:
-        found["gallery"] = number(protocol["gallery"], f"{name}: gallery", "the context")
-    return found
+__all__ = ["Columns", "read_columns", "read_records", "table_columns"]
 
 
 #: lists that are no series
@@ -261,11 +47,11 @@ class Columns:
         if not isinstance(values, np.ndarray) or values.dtype.kind not in "fiub":
             rows, values = self._set_apart(name, rows, list(values), known)
         if len(values):
-            found, cells = read_cells(
+            floats, cells = read_cells(
                 values, name, lambda at: _where(rows[at]), known or name in ("step", "epoch")
             )
             if known or name in ("step", "epoch") or (cells != Cell.EMPTY).any():
-                self.fields[name] = rows, found, cells
+                self.fields[name] = rows, floats, cells
 
     def _set_apart(
         self, name: str, rows: np.ndarray, values: list[Any], known: bool
@@ -273,14 +59,14 @@ class Columns:
         """Texts and lists are kept by themselves; what is left are numbers, or should be."""
         if set(map(type, values)) <= {float, int, bool, type(None)}:
             return rows, values
-        if name in TEXTS or (not known and name in CONTEXT):
+        if is_text(name) or (not known and name in CONTEXT):
             texts = [
                 (int(row), value) for row, value in zip(rows, values, strict=True) if isinstance(value, str)
             ]
             texts = [(row, value) for row, value in texts if not is_empty(value)]
             if texts:
                 self.texts[name] = texts
-            if name in TEXTS:
+            if is_text(name):
                 return rows[:0], []
             kept = [at for at, value in enumerate(values) if not isinstance(value, str)]
             rows, values = rows[kept], [values[at] for at in kept]
@@ -300,9 +86,9 @@ class Columns:
         return rows, values
 
 
-def _listed(values: Iterable[Any], name: str, where: str) -> list[float]:
-    found = (number(value, name, where) for value in values)
-    return [float("nan") if value is None else value for value in found]
+def _listed(values: Iterable[object], name: str, where: str) -> list[float]:
+    floats = (number(value, name, where) for value in values)
+    return [float("nan") if value is None else value for value in floats]
 
 
 def _where(row: int) -> str:
@@ -348,14 +134,14 @@ def table_columns(table: Any) -> dict[str, Any] | None:
     return columns
 
 
-def _joined(name: Any) -> str:
+def _joined(name: object) -> str:
     """The name of a column, of several levels joined."""
     if isinstance(name, tuple):
         return "/".join(str(part) for part in name if not is_empty(part) and part == part)
     return str(name)
 
 
-def _of_pandas(column: Any) -> bool:
+def _of_pandas(column: object) -> bool:
     """Whether an empty cell of this column is a NaN, so that NaN does not say which it is."""
     return hasattr(column, "to_numpy") and type(column).__module__.partition(".")[0] == "pandas"
 
@@ -489,7 +275,7 @@ def _length(series: Mapping[str, Any]) -> tuple[int, np.ndarray]:
     return length, ends
 
 
-def read_records(records: Iterable[Any]) -> Columns:
+def read_records(records: Iterable[object]) -> Columns:
     """The log that a list of rows is: mappings of fields to numbers, as ``train_log.jsonl`` or ``csv.DictReader`` has
     them. Raises ``NearfarError`` for a row that is no mapping."""
     cells: dict[str, tuple[list[int], list[Any]]] = {}
@@ -522,9 +308,9 @@ def read_records(records: Iterable[Any]) -> Columns:
     return log
 
 
-def _all_text(record: Mapping[Any, Any]) -> bool:
+def _all_text(record: Mapping[str, object]) -> bool:
     """Whether a record is a row of a CSV file: a None in it is a cell that a short row lacks."""
-    values = [value for name, value in record.items() if value is not None and name not in TEXTS]
+    values = [value for name, value in record.items() if value is not None and not is_text(name)]
     return bool(values) and all(isinstance(value, (str, list)) for value in values)
 
 

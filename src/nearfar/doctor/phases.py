@@ -18,23 +18,40 @@ __all__ = [
     "switch_epoch",
 ]
 
-HARD_SAMPLERS = ("hard", "partition")
 #: a metric that moved by less than this share of itself did not move, however little it scatters
 STILL = 0.01
 _PREFERRED = ("MRR", "mAP", "AP", "NDCG", "F1", "accuracy", "acc", "R@1", "recall@1")
 
 
 def means_hard(signals: Signals) -> bool:
-    """Whether batches were meant to be hard: by the sampler's name (an option that another sampler ignores says
-    nothing) or, without it, by the share of hard items; a log of hardness that says neither is taken as one of hard
-    batches.
+    """Whether batches were meant to be hard.
+
+    The log says so by ``composes_hard_batches``, or by ``random_phase``, which only samplers of hard batches have. Of a
+    log with neither: by the sampler's name or the share of hard items; an option that a sampler ignores says nothing.
+    A log of hardness that says nothing of the sampler is taken as one of hard batches.
     """
+    stated = _stated(signals)
+    if stated is not None:
+        return stated
     sampler = signals.text("sampler")
     if sampler is not None:
-        return sampler in HARD_SAMPLERS
+        return _named_hard(sampler) or bool(signals.series("random_phase"))
     shares = [signals.number(name) for name in ("nominal_hard", "hard_ratio")]
     known = [share for share in shares if share is not None]
     return max(known) > 0 if known else signals.has("hardness")
+
+
+def _stated(signals: Signals) -> bool | None:
+    """What the log or, without it, the context says of the sampler."""
+    by_epoch = signals.series("composes_hard_batches")
+    if by_epoch:
+        return bool(by_epoch.values[-1] > 0.5)
+    value = signals.number("composes_hard_batches")
+    return None if value is None else value > 0.5
+
+
+def _named_hard(sampler: str) -> bool:
+    return "hard" in sampler.lower()
 
 
 def switch_epoch(signals: Signals) -> int | None:
@@ -45,17 +62,27 @@ def switch_epoch(signals: Signals) -> int | None:
         hard = [epoch for epoch, random in phases.items() if random < 0.5]
         random = [epoch for epoch, value in phases.items() if value >= 0.5]
         return min(hard) if hard and random and min(random) < min(hard) else None
-    samplers = signals.texts("sampler")
-    hard = [epoch for epoch, sampler in samplers.items() if sampler in HARD_SAMPLERS]
-    if hard and min(samplers) < min(hard):
+    composed = _composed(signals)
+    hard = [epoch for epoch, is_hard in composed.items() if is_hard]
+    if hard and min(composed) < min(hard):
         return min(hard)
+    unknown = _stated(signals) is None and signals.text("sampler") is None
+    may_be_hard = unknown or means_hard(signals)
     ratios = signals.series("hard_ratio").by_epoch()
-    if ratios and next(iter(ratios.values())) == 0 and signals.text("sampler") in (None, *HARD_SAMPLERS):
+    if ratios and next(iter(ratios.values())) == 0 and may_be_hard:
         return next((epoch for epoch, ratio in ratios.items() if ratio > 0), None)
     start = signals.number("curriculum_epoch")
-    if not start or signals.text("sampler") not in (None, *HARD_SAMPLERS) or last <= start:
+    if not start or not may_be_hard or last <= start:
         return None
     return int(start) + 1
+
+
+def _composed(signals: Signals) -> dict[int, bool]:
+    """Whether the sampler of an epoch composes hard batches, by epoch, as far as the log says it."""
+    stated = signals.series("composes_hard_batches").by_epoch()
+    if stated:
+        return {epoch: value > 0.5 for epoch, value in stated.items()}
+    return {epoch: _named_hard(sampler) for epoch, sampler in signals.texts("sampler").items()}
 
 
 def hard_epochs(signals: Signals, epoch: int | None) -> bool:
@@ -65,8 +92,9 @@ def hard_epochs(signals: Signals, epoch: int | None) -> bool:
     phases = signals.series("random_phase").by_epoch()
     if epoch in phases:
         return phases[epoch] < 0.5
-    if (sampler := signals.texts("sampler").get(epoch or 0)) is not None:
-        return sampler in HARD_SAMPLERS and not _before_curriculum(signals, epoch)
+    composed = _composed(signals)
+    if epoch in composed and not composed[epoch]:
+        return False
     return not _before_curriculum(signals, epoch)
 
 
@@ -86,11 +114,11 @@ def lower_is_better(signals: Signals, metric: str) -> bool:
 
 def monitor(signals: Signals) -> Series:
     """The validation metric that matters, as a series that rises when it gets better; empty where there is none."""
-    found = signals.named("val/*")
-    name = main_metric(signals, list(found))
+    metrics = signals.named("val/*")
+    name = main_metric(signals, list(metrics))
     if name is None:
         return Series("")
-    series = found[name]
+    series = metrics[name]
     if lower_is_better(signals, name):
         return series.having(-series.numbers, name)
     return series.having(series.numbers, name)

@@ -138,17 +138,17 @@ class Rule:
             lacks = tuple(next(fields for fields in missing if len(fields) == fewest))
             return Unjudged(self.id, f"lacks {', '.join(lacks)}", lacks)
         try:
-            found = self.look(signals)
+            evidence = self.look(signals)
         except TooLittle as reason:
             return Unjudged(self.id, str(reason))
-        if found is None:
+        if evidence is None:
             return None
         remedy = self.remedy(signals)
         return Finding(
             id=self.id,
-            severity=found.severity or self.severity,
-            title=found.title or self.title,
-            evidence={"text": found.text, **found.numbers},
+            severity=evidence.severity or self.severity,
+            title=evidence.title or self.title,
+            evidence={"text": evidence.text, **evidence.numbers},
             cause=self.cause,
             override=remedy.override,
             advice=remedy.advice,

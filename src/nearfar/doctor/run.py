@@ -8,40 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from nearfar.data.files import Maybe, check_shape, parse_json, read_json, read_yaml
+from nearfar.doctor.fields import NUMBERS, SWITCHES, WORDS
 from nearfar.doctor.signals import Signals
 from nearfar.errors import NearfarError
 
 __all__ = ["read_run"]
 
-#: options by the names of the context, and where ``config.yaml`` has them
-_OPTIONS = {
-    **{
-        name: name
-        for name in [
-            "batch_size",
-            "epochs",
-            "lr",
-            "temperature",
-            "learn_temperature",
-            "memory",
-            "curriculum_epoch",
-            "hard_ratio",
-            "hardness_k",
-            "false_negative_threshold",
-            "mask_duplicates",
-            "scale_max",
-            "classes",
-            "monitor",
-        ]
-    },
-    "precision": "trainer.precision",
-    "accumulate": "trainer.accumulate",
-    "sampler": "sampler.name",
-    "order": "sampler.order",
-    "loss": "loss.name",
-}
-#: options that are words; the others are numbers or switches
-_TEXTS = ("precision", "sampler", "order", "loss", "monitor")
 #: what the doctor reads of the files beside the log
 SHAPES = {
     "metrics.json": {
@@ -103,15 +75,38 @@ def _options(path: Path) -> dict[str, Any]:
         return {}
     config = read_yaml(path) or {}
     check_shape(config, dict, str(path))
-    found = {}
-    for name, key in _OPTIONS.items():
-        value: Any = config
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, Mapping) else None
-        # A schedule is a text and an ensemble has the values of its members: what the log says of each epoch counts.
-        if isinstance(value, str) if name in _TEXTS else isinstance(value, (bool, int, float)):
-            found[name] = value
-    return found
+    options = _flat(config)
+    values = ((name, _option(options, name)) for name in sorted(WORDS | NUMBERS | SWITCHES))
+    return {name: value for name, value in values if value is not None}
+
+
+def _flat(config: Mapping[object, object], before: str = "") -> dict[str, object]:
+    """The options of a configuration by dotted key."""
+    flat: dict[str, object] = {}
+    for key, value in config.items():
+        name = f"{before}{key}"
+        flat |= _flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+    return flat
+
+
+def _option(options: Mapping[str, object], name: str) -> str | float | None:
+    """The option that a field of the context is: ``FIELD`` or ``trainer.FIELD``; a word also ``FIELD.name`` and, in any
+    group, ``GROUP.FIELD``. Of several the one with the shortest key.
+
+    A schedule is a text, and an ensemble has the values of its members: neither is a number.
+    """
+    words = name in WORDS
+    keys = [
+        key
+        for key in options
+        if key in (name, f"trainer.{name}") or (words and (key == f"{name}.name" or key.endswith(f".{name}")))
+    ]
+    for value in (options[key] for key in sorted(keys, key=len)):
+        if words and isinstance(value, str):
+            return value
+        if not words and isinstance(value, (bool, int, float)):
+            return value
+    return None
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -152,20 +147,20 @@ def _splits(layout: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, 
     Files without an id column number their rows alike, so that two splits of one length may have one hash of ids. The
     other counts of the layout, and the hash of the content that stands with the metrics, tell them apart.
     """
-    found = {name: {"rows": part.get("rows"), "hash": part.get("split_hash") or part.get("hash")}
+    known = {name: {"rows": part.get("rows"), "hash": part.get("split_hash") or part.get("hash")}
              | {key: part[key] for key in ("ids", "gallery") if key in part}
              for name, part in layout.items() if isinstance(part, Mapping)}  # fmt: skip
     for name, part in layout.items():
         for other, second in layout.items():
             if other <= name or not (isinstance(part, Mapping) and isinstance(second, Mapping)):
                 continue
-            told_apart = any(part.get(key) != second.get(key) for key in _COUNTS)
-            if part.get("rows") == second.get("rows") and told_apart:
-                found[name]["hash"], found[other]["hash"] = f"{name}: by number", f"{other}: by number"
+            differ = any(part.get(key) != second.get(key) for key in _COUNTS)
+            if part.get("rows") == second.get("rows") and differ:
+                known[name]["hash"], known[other]["hash"] = f"{name}: by number", f"{other}: by number"
     for name, estimates in metrics.items():
         hashes = {
             (e.get("protocol") or {}).get("split") for e in estimates.values() if isinstance(e, Mapping)
         }
         if len(hashes) == 1 and (content := hashes.pop()) is not None:
-            found.setdefault(name, {})["content"] = content
-    return found
+            known.setdefault(name, {})["content"] = content
+    return known

@@ -11,17 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nearfar.arguments import shown
+from nearfar.doctor.cells import Cell, is_series, plain
 from nearfar.doctor.fields import CONTEXT, NUMBERS, TEXTS, is_field, matches
 from nearfar.doctor.gaps import LOSSES, settle_gaps
-from nearfar.doctor.log_tables import (
-    Cell,
-    Columns,
-    is_series,
-    plain,
-    read_columns,
-    read_records,
-    table_columns,
-)
+from nearfar.doctor.log_tables import Columns, read_columns, read_records, table_columns
 from nearfar.doctor.series import Series
 from nearfar.errors import NearfarError, nearest_name
 
@@ -37,7 +30,7 @@ class Signals:
     "Infinity", "-Infinity".
 
     Raises ``NearfarError`` for records that are no mappings and for known fields that are not numeric. Text in an
-    unknown field is nobody's signal and is left out.
+    unknown field is left out.
 
     >>> run = Signals([{"step": 10, "loss": 4.2}, {"step": 20, "loss": "NaN"}], {"batch_size": 64})
     >>> run.series("loss").values, run.number("batch_size")
@@ -115,11 +108,11 @@ class Signals:
     def named(self, pattern: str) -> dict[str, Series]:
         """The series of a field like ``*/share``, by what stands for the star; without NaN and infinities."""
         before, after = pattern.split("*")
-        found = {}
+        matching = {}
         for name in self._fields:
             if matches(pattern, name) and "/cosine/" not in name:
-                found[name[len(before) : len(name) - len(after)]] = self.series(name).finite()
-        return {name: series for name, series in found.items() if series}
+                matching[name[len(before) : len(name) - len(after)]] = self.series(name).finite()
+        return {name: series for name, series in matching.items() if series}
 
     def number(self, name: str) -> float | None:
         """What the context says of ``name`` or, without it, the mean of the series' last part."""
@@ -238,7 +231,7 @@ class Signals:
         return first.having(combine(first.numbers, beside[first.rows]))
 
 
-def _csv_rows(path: Any) -> list[dict[str, Any]]:
+def _csv_rows(path: str | os.PathLike[str]) -> list[dict[str, str]]:
     """The rows of a CSV file with a line of names, as a logger writes one; cells end at commas, semicolons or tabs.
 
     A short row lacks its last cells. One with more cells than names, or a name that comes twice, is refused: it would
@@ -254,20 +247,20 @@ def _csv_rows(path: Any) -> list[dict[str, Any]]:
             twice = next((name for at, name in enumerate(names) if name and name in names[:at]), None)
             if twice is not None:
                 raise NearfarError(f"{path} has several columns '{twice}'; rename them, or drop all but one")
-            found = []
+            records = []
             for row in filter(None, rows):
                 if len(row) > len(names) and any(cell.strip() for cell in row[len(names) :]):
                     raise NearfarError(
                         f"{path}: line {rows.line_num} has {len(row)} cells, but line 1 names {len(names)} columns; "
                         "put texts that hold the separator in quotes, and write decimal points"
                     )
-                found.append(dict(zip(names, row, strict=False)))
-            return found
+                records.append(dict(zip(names, row, strict=False)))
+            return records
     except (UnicodeDecodeError, csv.Error, OSError) as error:
         raise NearfarError(f"{path}: not a CSV file that can be read ({error})") from None
 
 
-def _check_context(context: Any) -> None:
+def _check_context(context: object) -> None:
     if context is not None and not isinstance(context, Mapping):
         raise NearfarError(
             f"context is {type(context).__name__}; a mapping such as {{'batch_size': 64}} is needed"
@@ -281,11 +274,11 @@ def _check_context(context: Any) -> None:
 
 def _placed(log: Columns, name: str) -> NDArray[np.float64]:
     """What each row says of its step or epoch; NaN where it says nothing."""
-    found = np.full(log.length, np.nan)
+    placed = np.full(log.length, np.nan)
     if name in log.fields:
         rows, numbers, _ = log.fields[name]
-        found[rows] = numbers
-    return found
+        placed[rows] = numbers
+    return placed
 
 
 def _first_epoch(log: Columns) -> int:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from nearfar.contrast import DuplicateMask, IndexMask, NoPositivesWarning, SimilarityMask
-from nearfar.losses.base import ContrastiveLoss, NoNegativesWarning, Record
+from nearfar.contrast import DuplicateMask, IndexMask, NoPositivesWarning, Rectangle, SimilarityMask, Target
+from nearfar.losses.base import ContrastiveLoss, LossTraits, NoNegativesWarning, Record, Requires
 from nearfar.losses.focal import FocalLoss, FocalRecord
 from nearfar.losses.info_nce import ClipLoss, InfoNCELoss
 from nearfar.losses.masks import duplicate_mask, false_negative_mask
@@ -13,6 +13,7 @@ from nearfar.losses.score_contrastive import AdaptiveScoreContrastiveLoss, Bidir
 from nearfar.losses.siglip import SigLipLoss
 from nearfar.losses.spatial import SpatialLoss
 from nearfar.losses.supcon import MultiLabelSupConLoss, SupConLoss
+from nearfar.losses.target import target_loss
 from nearfar.losses.wasserstein import WassersteinGapLoss, WassersteinRecord
 
 __all__ = [
@@ -27,18 +28,23 @@ __all__ = [
     "GradientShares",
     "IndexMask",
     "InfoNCELoss",
+    "LossTraits",
     "MultiLabelSupConLoss",
     "NoNegativesWarning",
     "NoPositivesWarning",
     "Objective",
     "ObjectiveRecord",
     "Record",
+    "Rectangle",
+    "Requires",
     "SigLipLoss",
     "SimilarityMask",
     "SpatialLoss",
     "SupConLoss",
+    "Target",
     "WassersteinGapLoss",
     "WassersteinRecord",
     "duplicate_mask",
     "false_negative_mask",
+    "target_loss",
 ]

@@ -19,6 +19,7 @@ __all__ = [
     "check_flags",
     "check_matrices",
     "check_part",
+    "check_sum",
     "check_temperature",
     "check_tensors",
     "check_words",
@@ -65,7 +66,7 @@ def ready(
     return Ready(first, second, scale_of(scale, first, scale_name))
 
 
-def check_tensors(**values: Any) -> None:
+def check_tensors(**values: object) -> None:
     """``NearfarError`` unless all of these are tensors."""
     for name, value in values.items():
         if not isinstance(value, Tensor):
@@ -86,7 +87,7 @@ def check_matrices(**values: Any) -> None:
             )
 
 
-def check_part(rows: Any, tile: Any = None) -> None:
+def check_part(rows: object, tile: object = None) -> None:
     """``NearfarError`` unless ``rows`` is a slice of whole numbers or None, and ``tile`` two sizes or None."""
     if rows is not None:
         if not isinstance(rows, slice):
@@ -103,14 +104,22 @@ def check_part(rows: Any, tile: Any = None) -> None:
             whole_number("tile", size, 1)
 
 
-def check_words(**values: Any) -> None:
+def check_words(**values: object) -> None:
     """``NearfarError`` unless all of these are texts; whoever takes them knows which."""
     for name, value in values.items():
         if not isinstance(value, str):
             raise NearfarError(f"{name} is {shown(value)}; a word is needed")
 
 
-def check_flags(**values: Any) -> None:
+def check_sum(sum: str) -> bool:
+    """Whether the sum over positives stands inside the logarithm; ``NearfarError`` for anything but the two places."""
+    check_words(sum=sum)
+    if sum not in ("outside", "inside"):
+        raise NearfarError(f"sum is {sum!r}; it stands 'outside' or 'inside' the logarithm")
+    return sum == "inside"
+
+
+def check_flags(**values: object) -> None:
     """``NearfarError`` unless all of these are True or False."""
     for name, value in values.items():
         if value is not True and value is not False:

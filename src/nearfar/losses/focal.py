@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -16,6 +16,7 @@ from nearfar.arguments import any_number, choice, flag, shown, whole_number
 from nearfar.errors import NearfarError
 from nearfar.labels import MISSING, whole_labels
 from nearfar.losses.arguments import check_tensors
+from nearfar.losses.base import LossTraits
 
 __all__ = [
     "Focal",
@@ -120,8 +121,7 @@ def focal_step(
             weight = weight * by_class.expand(scores.shape).gather(-1, known).squeeze(-1)
         share = _share(weight, labelled, reduction)
         value = weight * losses if reduction == "none" else (share * losses).sum()
-    found = Focal(margin.detach(), share, labelled, value.detach(), gamma, logits.shape[-1])
-    return value, found
+    return value, Focal(margin.detach(), share, labelled, value.detach(), gamma, logits.shape[-1])
 
 
 def focal_of_margin(margin: Float[Tensor, "*rows"], gamma: float) -> Float[Tensor, "*rows"]:
@@ -185,8 +185,8 @@ def _share(weight: Tensor, labelled: Tensor, reduction: str) -> Tensor:
         return weight / labelled.sum().clamp(min=1)
     axes = tuple(range(weight.ndim - 1)) if weight.ndim > 1 else tuple(range(weight.ndim))
     total = weight.sum(axes) if axes else weight
-    there = total > 0
-    return weight / torch.where(there, total, 1.0) / there.sum().clamp(min=1)
+    nonempty = total > 0
+    return weight / torch.where(nonempty, total, 1.0) / nonempty.sum().clamp(min=1)
 
 
 def check_options(gamma: float, reduction: str) -> None:
@@ -234,8 +234,8 @@ def _weights(name: str, values: Any) -> Tensor:
 
 def _labelled(labels: Tensor, ignore_index: int) -> Tensor:
     """Which labels count; nothing waits for a device."""
-    there = labels != ignore_index
-    return there if ignore_index == MISSING else there & (labels != MISSING)
+    labelled = labels != ignore_index
+    return labelled if ignore_index == MISSING else labelled & (labels != MISSING)
 
 
 def _checked(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
@@ -298,26 +298,26 @@ class FocalRecord:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, found: Focal) -> FocalRecord:
+    def of(cls, step: Focal) -> FocalRecord:
         """Read a call off its device."""
-        labelled = found.labelled.cpu()
-        margin, share = found.margin.cpu().double()[labelled], found.share.cpu().double()
-        guess = focal_of_margin(margin.new_tensor(math.log(found.classes - 1)), found.gamma) * share.sum()
+        labelled = step.labelled.cpu()
+        margin, share = step.margin.cpu().double()[labelled], step.share.cpu().double()
+        guess = focal_of_margin(margin.new_tensor(math.log(step.classes - 1)), step.gamma) * share.sum()
         aspects = share.flatten(0, -2).sum(0) if share.ndim > 1 else share.sum()
         return cls(
             labels=float(labelled.sum()),
             labels_left_out=float((~labelled).sum()),
             aspects_left_out=float((aspects == 0).sum()),
             p_true=torch.sigmoid(-margin).mean().item() if len(margin) else 0.0,
-            hardest_share=_hardest_share(margin, share[labelled], found.gamma),
+            hardest_share=_hardest_share(margin, share[labelled], step.gamma),
             uniform_level=guess.item(),
             floor=0.0,
-            finite=bool(found.value.isfinite().all()),
+            finite=bool(step.value.isfinite().all()),
         )
 
-    def to_dict(self) -> dict[str, float]:
-        """The fields as a mapping, as the log of a run takes them."""
-        return asdict(self)
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as a mapping, as the log of a run takes them, and ``loss_kind``."""
+        return asdict(self) | FocalLoss.traits.to_dict()
 
 
 class FocalLoss(nn.Module):
@@ -344,6 +344,8 @@ class FocalLoss(nn.Module):
     (20.0, 7.0)
     """
 
+    traits: ClassVar[LossTraits] = LossTraits("other", rows=("logits", "labels"))
+
     alpha: Tensor | None
 
     def __init__(
@@ -359,17 +361,17 @@ class FocalLoss(nn.Module):
         self.ignore_index = whole_number("ignore_index", ignore_index)
         weights = None if alpha is None else check_alpha(alpha).clone()
         self.register_buffer("alpha", weights, persistent=False)
-        self._found: Focal | None = None
+        self._step: Focal | None = None
 
     @property
     def record(self) -> FocalRecord | None:
-        return None if self._found is None else FocalRecord.of(self._found)
+        return None if self._step is None else FocalRecord.of(self._step)
 
     def forward(
         self, logits: Float[Tensor, "*rows c"], labels: Int[Tensor, "*rows"]
     ) -> Float[Tensor, ""] | Float[Tensor, "*rows"]:
-        self._found = None  # a call that fails leaves no record
-        value, self._found = focal_step(
+        self._step = None  # a call that fails leaves no record
+        value, self._step = focal_step(
             logits, labels, self.gamma, self.alpha, self.reduction, self.ignore_index
         )
         return value

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -34,9 +36,33 @@ from nearfar.losses.arguments import (
     number,
     ready,
 )
-from nearfar.losses.base import ContrastiveLoss
+from nearfar.losses.base import ONE_VALUE_EACH, ContrastiveLoss, LossTraits, PairArguments, Requires
 
-__all__ = ["ClipLoss", "InfoNCELoss", "clip", "clip_step", "info_nce", "info_nce_step"]
+__all__ = ["ClipLoss", "InfoNCELoss", "InfoNCEOptions", "clip", "clip_step", "info_nce", "info_nce_step"]
+
+
+@dataclass(eq=False, repr=False)
+class InfoNCEOptions:
+    """The options of InfoNCE, for function and module; ``info_nce`` describes them."""
+
+    temperature: float = 0.07
+    symmetric: bool = True
+    normalize: bool = True
+    in_batch: bool = True
+    denominator: Literal["all", "negatives"] = "all"
+    reduction: Literal["mean", "sum", "none"] = "mean"
+
+    def check(self) -> None:
+        """``NearfarError`` for options that cannot be; the temperature is checked where it is used."""
+        check_flags(symmetric=self.symmetric, normalize=self.normalize, in_batch=self.in_batch)
+        check_words(denominator=self.denominator, reduction=self.reduction)
+        check_denominator(self.denominator)
+        check_reduction(self.reduction)
+
+    @property
+    def plain(self) -> bool:
+        """Whether the loss is the mean over rows of a choice among all candidates."""
+        return self.in_batch and self.denominator == "all" and self.reduction == "mean"
 
 
 def info_nce(
@@ -91,55 +117,57 @@ def info_nce(
     >>> moco < info_nce(torch.eye(4), torch.eye(4), symmetric=False, negatives=queue)
     tensor(True)
     """
+    options = InfoNCEOptions(temperature, symmetric, normalize, in_batch, denominator, reduction)
     return info_nce_step(
-        a, b, temperature, scale, symmetric, normalize, mask, negatives, negatives_mask, rows, tile,
-        in_batch, denominator, reduction
-    )[0]  # fmt: skip
+        a,
+        b,
+        options,
+        scale,
+        mask=mask,
+        negatives=negatives,
+        negatives_mask=negatives_mask,
+        rows=rows,
+        tile=tile,
+    )[0]
 
 
 @uncompiled
 def info_nce_step(
     a: Tensor,
     b: Tensor,
-    temperature: float = 0.07,
+    options: InfoNCEOptions,
     scale: float | Tensor | None = None,
-    symmetric: bool = True,
-    normalize: bool = True,
+    *,
     mask: Tensor | Mask | None = None,
     negatives: Negatives | None = None,
     negatives_mask: Mask | Tensor | tuple[Mask | Tensor | None, ...] | None = None,
     rows: slice | None = None,
     tile: tuple[int, int] | None = None,
-    in_batch: bool = True,
-    denominator: str = "all",
-    reduction: str = "mean",
     names: tuple[str, str, str] = ("a", "b", "scale"),
 ) -> tuple[Float[Tensor, ""] | Float[Tensor, " queries"], Step]:
     """``info_nce``, and what its record is made of; ``names`` are what its caller calls the first three."""
+    symmetric, normalize = options.symmetric, options.normalize
     if scale is None:
-        scale = 1.0 / check_temperature(temperature)
+        scale = 1.0 / check_temperature(options.temperature)
     elif not isinstance(scale, Tensor):
         scale = any_number(names[2], scale)
     check_matrices(**{names[0]: a, names[1]: b})
-    check_flags(symmetric=symmetric, normalize=normalize, in_batch=in_batch)
-    check_words(denominator=denominator, reduction=reduction)
+    options.check()
     check_part(rows, tile)
     n, m = len(a), len(b)
-    left_out = None
+    dense_mask = None
     whole = (
-        negatives is None
+        options.plain
+        and negatives is None
         and negatives_mask is None
         and rows is None
         and tile is None
-        and in_batch
-        and denominator == "all"
-        and reduction == "mean"
         and a.ndim == b.ndim == 2
         and (n == m or (n < m and not symmetric))
     )
     if whole:
-        left_out = None if mask is None else checked_mask(mask, n, m)
-        small = dense_own_pairs(a, b, scale, symmetric, normalize, left_out)
+        dense_mask = None if mask is None else checked_mask(mask, n, m)
+        small = dense_own_pairs(a, b, scale, symmetric, normalize, dense_mask)
         if small is not None:
             return small
     # Further negatives are scored beside the kernel, and need rows of unit length themselves.
@@ -151,11 +179,11 @@ def info_nce_step(
             "the second have further rows as negatives"
         )
     if whole and not symmetric:
-        found = one_direction_loss(*given, normalize, left_out)
-        if found is not None:
-            return found
+        one_way = one_direction_loss(*given, normalize, dense_mask)
+        if one_way is not None:
+            return one_way
     extras = extras_of(negatives, negatives_mask, given, symmetric, normalize)
-    if not in_batch:
+    if not options.in_batch:
         _check_alone(n, m, extras, symmetric, mask is not None)
     return softmax_loss(
         *given,
@@ -167,9 +195,9 @@ def info_nce_step(
         normalize=inside,
         rows=rows,
         tile=tile,
-        in_batch=in_batch,
-        denominator="negatives" if check_denominator(denominator) == "negatives" else "all",
-        reduction=check_reduction(reduction),
+        in_batch=options.in_batch,
+        denominator="negatives" if options.denominator == "negatives" else "all",
+        reduction=options.reduction,
     )
 
 
@@ -230,7 +258,9 @@ def clip_step(
     """``clip``, and what its record is made of."""
     scale = clamp_scale(logit_scale, max_scale)
     names = ("image", "text", "logit_scale")
-    return info_nce_step(image, text, scale=scale, normalize=normalize, mask=mask, rows=rows, names=names)
+    return info_nce_step(
+        image, text, InfoNCEOptions(normalize=normalize), scale, mask=mask, rows=rows, names=names
+    )
 
 
 def clamp_scale(scale: float | Tensor, max_scale: float | None, name: str = "logit_scale") -> float | Tensor:
@@ -248,11 +278,12 @@ def clamp_scale(scale: float | Tensor, max_scale: float | None, name: str = "log
     one_number = scale.numel() == 1 and scale.dtype != torch.bool and not scale.is_complex()
     if not one_number or (scale.device.type == "cpu" and not bool(scale.detach().isfinite().all())):
         return scale  # refused where every scale is looked at: a clamp would hide it
-    # A log scale held at ln(max_scale) comes back a rounding larger, and must not lose its gradient there.
+    # A log scale clamped at ln(max_scale) comes back a rounding larger, and must not lose its gradient there.
     return torch.where(scale > max_scale * (1 + 1e-6), max_scale, scale)
 
 
-class InfoNCELoss(ContrastiveLoss):
+@dataclass(eq=False, repr=False)
+class InfoNCELoss(InfoNCEOptions, ContrastiveLoss):
     """Pull ``a[i]`` and ``b[i]`` together and push all other pairs of the batch apart (van den Oord et al. 2018).
 
     ``temperature`` divides the cosines (0.001 and up; smaller looks only at the hardest negatives), ``symmetric``
@@ -277,23 +308,24 @@ class InfoNCELoss(ContrastiveLoss):
     (8.0, 2.079, True)
     """
 
-    def __init__(
-        self,
-        temperature: float = 0.07,
-        symmetric: bool = True,
-        normalize: bool = True,
-        in_batch: bool = True,
-        denominator: Literal["all", "negatives"] = "all",
-        reduction: Literal["mean", "sum", "none"] = "mean",
-    ) -> None:
-        super().__init__()
-        check_flags(symmetric=symmetric, normalize=normalize, in_batch=in_batch)
-        check_words(denominator=denominator, reduction=reduction)
-        self.temperature = check_temperature(temperature)
-        self.symmetric = symmetric
-        self.normalize = normalize
-        self.in_batch = in_batch
-        self.denominator, self.reduction = check_denominator(denominator), check_reduction(reduction)
+    traits: ClassVar[LossTraits] = LossTraits(
+        "softmax",
+        "pair",
+        rows=("a", "b"),
+        further=("negatives",),
+        pairs=("mask",),
+        numbers=("scale",),
+        local=(Requires("reduction", ("mean", "sum"), ONE_VALUE_EACH),),
+        ring=(
+            Requires("in_batch", (True,), "rows of the batch are the candidates of the ring"),
+            Requires("denominator", ("all",), "its sums hold all candidates"),
+            Requires("reduction", ("mean",), "it takes the mean over rows"),
+        ),
+    )
+
+    def __post_init__(self) -> None:
+        self.check()
+        self.temperature = check_temperature(self.temperature)
 
     def forward(
         self,
@@ -305,31 +337,19 @@ class InfoNCELoss(ContrastiveLoss):
         negatives_mask: Mask | Tensor | tuple[Mask | Tensor | None, ...] | None = None,
         rows: slice | None = None,
     ) -> Float[Tensor, ""] | Float[Tensor, " queries"]:
-        loss, self._step = info_nce_step(
-            a,
-            b,
-            self.temperature,
-            scale,
-            self.symmetric,
-            self.normalize,
-            mask,
-            negatives,
-            negatives_mask,
-            rows,
-            in_batch=self.in_batch,
-            denominator=self.denominator,
-            reduction=self.reduction,
+        masked = mask is not None or negatives_mask is not None
+        step = info_nce_step(
+            a, b, self, scale, mask=mask, negatives=negatives, negatives_mask=negatives_mask, rows=rows
         )
-        self._masked = mask is not None or negatives_mask is not None
-        return loss
+        return self.keep(*step, masked)
 
-    def extra_repr(self) -> str:
-        usual = {"in_batch": True, "denominator": "all", "reduction": "mean"}
-        said = {name: getattr(self, name) for name in usual}
-        more = "".join(f", {name}={value!r}" for name, value in said.items() if value != usual[name])
-        return f"temperature={self.temperature}, symmetric={self.symmetric}, normalize={self.normalize}{more}"
+    def pair_arguments(self, arguments: Mapping[str, Any]) -> PairArguments:
+        scale = arguments.get("scale")
+        scale = 1.0 / self.temperature if scale is None else scale
+        return PairArguments(arguments["a"], arguments["b"], scale, self.symmetric, self.normalize)
 
 
+@dataclass(eq=False, repr=False)
 class ClipLoss(ContrastiveLoss):
     """InfoNCE in both directions, with the scale an argument of each call (Radford et al. 2021).
 
@@ -346,12 +366,22 @@ class ClipLoss(ContrastiveLoss):
     (14.3, True)
     """
 
-    def __init__(self, max_scale: float | None = None, normalize: bool = True) -> None:
-        super().__init__()
-        clamp_scale(1.0, max_scale)
-        check_flags(normalize=normalize)
-        self.max_scale = max_scale
-        self.normalize = normalize
+    max_scale: float | None = None
+    normalize: bool = True
+
+    traits: ClassVar[LossTraits] = LossTraits(
+        "softmax",
+        "pair",
+        rows=("image", "text"),
+        pairs=("mask",),
+        numbers=("logit_scale",),
+        local=(),
+        ring=(),
+    )
+
+    def __post_init__(self) -> None:
+        clamp_scale(1.0, self.max_scale)
+        check_flags(normalize=self.normalize)
 
     def forward(
         self,
@@ -361,15 +391,15 @@ class ClipLoss(ContrastiveLoss):
         mask: Bool[Tensor, "n n"] | Mask | None = None,
         rows: slice | None = None,
     ) -> Float[Tensor, ""]:
-        loss, self._step = clip_step(image, text, logit_scale, self.max_scale, self.normalize, mask, rows)
-        self._masked = mask is not None
-        return loss
+        step = clip_step(image, text, logit_scale, self.max_scale, self.normalize, mask, rows)
+        return self.keep(*step, mask is not None)
 
     def _extra(self) -> dict[str, float]:
         return at_clamp(self._step, self.max_scale)
 
-    def extra_repr(self) -> str:
-        return f"max_scale={self.max_scale}, normalize={self.normalize}"
+    def pair_arguments(self, arguments: Mapping[str, Any]) -> PairArguments:
+        scale = clamp_scale(arguments["logit_scale"], self.max_scale)
+        return PairArguments(arguments["image"], arguments["text"], scale, True, self.normalize)
 
 
 def at_clamp(step: Step | None, max_scale: float | None) -> dict[str, float]:

@@ -74,7 +74,7 @@ class CrossBatchMemory(nn.Module):
     def push(self, features: Float[Tensor, "n d"], ids: Int[Tensor, " n"] | None = None) -> None:
         """Keep these rows in place of the oldest, without their gradient; of more than ``size`` rows the last.
 
-        Raises ``NearfarError`` for another shape, for ``ids`` that are missing or not expected, and, on the CPU, for
+        Raises ``NearfarError`` for a wrong shape, for ``ids`` that are missing or not expected, and, on the CPU, for
         rows that are not finite or too large for the memory's type: they would spoil the loss of many steps.
         """
         check_tensors(features=features)
@@ -145,7 +145,7 @@ class CrossBatchMemory(nn.Module):
     def same(self, ids: Int[Tensor, " n"]) -> Bool[Tensor, "n filled"]:
         """True where a row of the memory has the id of a query, so that it is no negative of it.
 
-        An id that is missing (−1) is nobody's, so that the row stays a negative.
+        An id that is missing (−1) equals no other, so that the row stays a negative.
         """
         ids = whole_labels(ids, "ids")
         if ids.ndim != 1:

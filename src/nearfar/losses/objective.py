@@ -127,7 +127,7 @@ class Objective(nn.Module):
         >>> Objective({"a": 1, "b": "0 -> 1"}).weights(position=5, total=10)
         {'a': 1.0, 'b': 1.0}
         """
-        found = {}
+        by_name = {}
         for name, weight in self.terms.items():
             if position is None and not isinstance(weight, Constant):
                 raise NearfarError(
@@ -138,8 +138,8 @@ class Objective(nn.Module):
             value = any_number(f"the weight of term {name!r}", weight(place, length))
             if not math.isfinite(value):
                 raise NearfarError(f"the weight of term {name!r} is {value} at position {position}")
-            found[name] = value
-        return found
+            by_name[name] = value
+        return by_name
 
     def forward(
         self,
@@ -177,8 +177,8 @@ class Objective(nn.Module):
         touched, the graph stays, and the later ``backward()`` gives the same bits.
 
         >>> w = torch.tensor([3.0, 4.0], requires_grad=True)
-        >>> found = Objective({"fit": 1.0, "decay": 0.5}).measure_shares({"fit": w[0], "decay": -2 * w[0]}, on=w)
-        >>> found.shares, found.cosines
+        >>> shares = Objective({"fit": 1.0, "decay": 0.5}).measure_shares({"fit": w[0], "decay": -2 * w[0]}, on=w)
+        >>> shares.shares, shares.cosines
         ({'fit': 0.5, 'decay': 0.5}, {('fit', 'decay'): -1.0})
         """
         weights = self.weights(position, total)
@@ -270,18 +270,18 @@ def _gradient(name: str, value: Tensor, tensors: list[Tensor]) -> Tensor | None:
     if not value.requires_grad:
         return None
     try:
-        found = torch.autograd.grad(value, tensors, retain_graph=True, allow_unused=True)
+        gradients = torch.autograd.grad(value, tensors, retain_graph=True, allow_unused=True)
     except RuntimeError as error:
         if "second time" not in str(error):
             raise
         raise NearfarError(
             f"the graph of term {name!r} has been freed; measure the gradient before backward()"
         ) from error
-    if all(part is None for part in found):
+    if all(part is None for part in gradients):
         return None
     parts = [
         torch.zeros_like(tensor) if part is None else part
-        for part, tensor in zip(found, tensors, strict=True)
+        for part, tensor in zip(gradients, tensors, strict=True)
     ]
     flat = [(part.to_dense() if part.layout != torch.strided else part).flatten() for part in parts]
     return torch.cat([part.to(torch.promote_types(part.dtype, torch.float32)) for part in flat])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -20,7 +21,7 @@ from nearfar.losses.arguments import (
     number,
     ready,
 )
-from nearfar.losses.base import ContrastiveLoss, Record
+from nearfar.losses.base import ContrastiveLoss, LossTraits, Record
 
 __all__ = [
     "AdaptiveScoreContrastiveLoss",
@@ -28,13 +29,94 @@ __all__ = [
     "ScoreSplit",
     "adaptive_score_contrastive",
     "bidirectional_score_contrastive",
-    "check_split_options",
     "score_contrastive_step",
     "split_scores",
 ]
 
 
 Middle = Literal["ignore", "negatives"]
+
+
+@dataclass(eq=False, repr=False)
+class SplitOptions:
+    """What all losses by score share, for functions and modules; ``adaptive_score_contrastive`` describes it."""
+
+    temperature: float = 0.1
+    top_k_percent: float = 0.4
+    bottom_k_percent: float = 0.4
+    min_samples: int = 2
+    middle: Middle = "ignore"
+    detach_positives: bool = False
+    threshold: float | None = None
+
+    def __post_init__(self) -> None:
+        """Options are checked where they are used; the modules, which inherit them, check at once."""
+
+    def check_split(self) -> None:
+        """``NearfarError`` for options of the split that cannot be."""
+        for share, name in (
+            (self.top_k_percent, "top_k_percent"),
+            (self.bottom_k_percent, "bottom_k_percent"),
+        ):
+            if not 0 < number(name, share) <= 1:
+                raise NearfarError(f"{name} is {share}, but it is a share of the batch: above 0, at most 1")
+        if whole_number("min_samples", self.min_samples) < 1:
+            raise NearfarError(f"min_samples is {self.min_samples}, but it must be 1 or more")
+        if self.threshold is not None:
+            number("threshold", self.threshold)
+
+    def split(self, scores: Float[Tensor, " n"]) -> ScoreSplit:
+        """Who is anchor and who is positive."""
+        self.check_split()
+        check_scores(scores)
+        min_samples = self.min_samples
+        order = torch.sort(scores.detach(), stable=True).indices  # NaN comes last
+        missing = int(scores.detach().isnan().sum())
+        order, unknown = order[: len(scores) - missing], order[len(scores) - missing :]
+        n = len(order)
+        if self.threshold is not None:
+            high = int((scores > self.threshold).sum())
+            low = n - high
+        else:
+            high = max(min_samples, int(n * self.top_k_percent + 1e-9))
+            low = max(min_samples, int(n * self.bottom_k_percent + 1e-9))
+            if high + low > n:
+                high, low = n // 2, n - n // 2
+        if n < 2 * min_samples or min(high, low) < min_samples:
+            return ScoreSplit(order[:0], order[:0], torch.cat([order, unknown]))
+        middle = torch.cat([order[low : n - high], unknown]) if missing else order[low : n - high]
+        return ScoreSplit(order[:low], order[n - high :], middle)
+
+
+@dataclass(eq=False, repr=False)
+class ScoreOptions(SplitOptions):
+    """The options of ``adaptive_score_contrastive``."""
+
+    normalize: bool = True
+
+    #: what anchors pulled to positives count, and positives pulled to each other
+    anchor_weight: ClassVar[float] = 1.0
+    positive_weight: ClassVar[float] = 0.0
+
+
+@dataclass(eq=False, repr=False)
+class BidirectionalScoreOptions(SplitOptions):
+    """The options of ``bidirectional_score_contrastive``."""
+
+    anchor_weight: float = 1.0
+    positive_weight: float = 0.3
+    normalize: bool = True
+
+
+def check_score_options(options: ScoreOptions | BidirectionalScoreOptions) -> None:
+    """``NearfarError`` for options that cannot be; the temperature is checked where it is used."""
+    check_words(middle=options.middle)
+    check_flags(detach_positives=options.detach_positives, normalize=options.normalize)
+    if options.middle not in ("ignore", "negatives"):
+        raise NearfarError(f"middle is {options.middle!r}; it is 'ignore' or 'negatives'")
+    options.check_split()
+    number("anchor_weight", options.anchor_weight, least=0)
+    number("positive_weight", options.positive_weight, least=0)
 
 
 class ScoreSplit(NamedTuple):
@@ -66,24 +148,13 @@ def split_scores(
     >>> split_scores(torch.tensor([0.9, 0.95, 0.99, 0.97]), threshold=0.5).anchors.tolist()
     []
     """
-    check_split_options(top_k_percent, bottom_k_percent, min_samples, threshold)
-    check_scores(scores)
-    order = torch.sort(scores.detach(), stable=True).indices  # NaN comes last
-    missing = int(scores.detach().isnan().sum())
-    order, unknown = order[: len(scores) - missing], order[len(scores) - missing :]
-    n = len(order)
-    if threshold is not None:
-        high = int((scores > threshold).sum())
-        low = n - high
-    else:
-        high = max(min_samples, int(n * top_k_percent + 1e-9))
-        low = max(min_samples, int(n * bottom_k_percent + 1e-9))
-        if high + low > n:
-            high, low = n // 2, n - n // 2
-    if n < 2 * min_samples or min(high, low) < min_samples:
-        return ScoreSplit(order[:0], order[:0], torch.cat([order, unknown]))
-    middle = torch.cat([order[low : n - high], unknown]) if missing else order[low : n - high]
-    return ScoreSplit(order[:low], order[n - high :], middle)
+    options = SplitOptions(
+        top_k_percent=top_k_percent,
+        bottom_k_percent=bottom_k_percent,
+        min_samples=min_samples,
+        threshold=threshold,
+    )
+    return options.split(scores)
 
 
 def check_scores(scores: Tensor) -> None:
@@ -99,19 +170,6 @@ def check_scores(scores: Tensor) -> None:
             f"scores are not finite in row {', '.join(map(str, where[:5]))}: they cannot be ranked. NaN stands for a "
             "score that is missing"
         )
-
-
-def check_split_options(
-    top_k_percent: float, bottom_k_percent: float, min_samples: int, threshold: float | None
-) -> None:
-    """``NearfarError`` for options that cannot be."""
-    for share, name in ((top_k_percent, "top_k_percent"), (bottom_k_percent, "bottom_k_percent")):
-        if not 0 < number(name, share) <= 1:
-            raise NearfarError(f"{name} is {share}, but it is a share of the batch: above 0, at most 1")
-    if whole_number("min_samples", min_samples) < 1:
-        raise NearfarError(f"min_samples is {min_samples}, but it must be 1 or more")
-    if threshold is not None:
-        number("threshold", threshold)
 
 
 def adaptive_score_contrastive(
@@ -141,10 +199,17 @@ def adaptive_score_contrastive(
     >>> round(adaptive_score_contrastive(z, scores).exp().item(), 4)  # three candidates, two of them positives
     1.5
     """
-    options = (top_k_percent, bottom_k_percent, min_samples, threshold)
-    return score_contrastive_step(
-        z, scores, options, temperature, middle, detach_positives, normalize, (1.0, 0.0)
-    )[0]
+    options = ScoreOptions(
+        temperature,
+        top_k_percent,
+        bottom_k_percent,
+        min_samples,
+        middle,
+        detach_positives,
+        threshold,
+        normalize,
+    )
+    return score_contrastive_step(z, scores, options)[0]
 
 
 def bidirectional_score_contrastive(
@@ -173,61 +238,47 @@ def bidirectional_score_contrastive(
     >>> torch.isclose(bidirectional_score_contrastive(z, scores, positive_weight=0.0), one)
     tensor(True)
     """
-    options = (top_k_percent, bottom_k_percent, min_samples, threshold)
-    weights = (anchor_weight, positive_weight)
-    return score_contrastive_step(
-        z, scores, options, temperature, middle, detach_positives, normalize, weights
-    )[0]
+    options = BidirectionalScoreOptions(
+        temperature, top_k_percent, bottom_k_percent, min_samples, middle, detach_positives, threshold,
+        anchor_weight, positive_weight, normalize,
+    )  # fmt: skip
+    return score_contrastive_step(z, scores, options)[0]
 
 
 @uncompiled
 def score_contrastive_step(
-    z: Tensor,
-    scores: Tensor,
-    options: tuple[float, float, int, float | None],
-    temperature: float,
-    middle: str,
-    detach_positives: bool,
-    normalize: bool,
-    weights: tuple[float, float],
+    z: Tensor, scores: Tensor, options: ScoreOptions | BidirectionalScoreOptions
 ) -> tuple[Float[Tensor, ""], Step | None, ScoreSplit]:
-    """The loss, what its record is made of (None where nobody is pulled), and the split."""
-    check_words(middle=middle)
-    check_flags(detach_positives=detach_positives, normalize=normalize)
-    if middle not in ("ignore", "negatives"):
-        raise NearfarError(f"middle is {middle!r}; it is 'ignore' or 'negatives'")
+    """The loss, what its record is made of (None where there are no anchors), and the split."""
+    check_score_options(options)
     check_matrices(z=z)
-    first, _, scale = ready(z, None, 1.0 / check_temperature(temperature), normalize, ("z", "z"))
+    normalize = options.normalize
+    first, _, scale = ready(z, None, 1.0 / check_temperature(options.temperature), normalize, ("z", "z"))
     check_tensors(scores=scores)
-    for name, weight in zip(("anchor_weight", "positive_weight"), weights, strict=True):
-        number(name, weight, least=0)
     if scores.shape != (len(z),):
         raise NearfarError(f"scores are {tuple(scores.shape)} for {len(z)} rows of z; one for each is needed")
-    top, bottom, least, threshold = options
-    split = split_scores(
-        scores, top_k_percent=top, bottom_k_percent=bottom, min_samples=least, threshold=threshold
-    )
+    split = options.split(scores)
     if not len(split.anchors):
         return first[:0].sum(), None, split
     anchors, positives = first[split.anchors], first[split.positives]
-    held = positives.detach() if detach_positives else positives
-    rest = [first[split.middle]] if middle == "negatives" else []
+    targets = positives.detach() if options.detach_positives else positives
+    rest = [first[split.middle]] if options.middle == "negatives" else []
     low, high = len(anchors), len(positives)
-    keys = torch.cat([anchors, held, *rest])
+    keys = torch.cat([anchors, targets, *rest])
     target = Columns(low, len(keys), slice(low, low + high))
     pull, step = softmax_loss(anchors, keys, scale, target, without_self=True, inside=True, unit=normalize)
-    loss = weights[0] * pull
-    if weights[1] and high > 1:
-        keys = torch.cat([held, anchors, *rest])
+    loss = options.anchor_weight * pull
+    if options.positive_weight and high > 1:
+        keys = torch.cat([targets, anchors, *rest])
         target = Columns(high, len(keys), slice(0, high))
         among, _ = softmax_loss(
             positives, keys, scale, target, without_self=True, inside=True, unit=normalize
         )
-        loss = loss + weights[1] * among
+        loss = loss + options.positive_weight * among
     return loss, step, split
 
 
-class AdaptiveScoreContrastiveLoss(ContrastiveLoss):
+class AdaptiveScoreContrastiveLoss(ScoreOptions, ContrastiveLoss):
     """Pull the rows of a batch that score low (anchors) towards those that score high (positives).
 
     Called with embeddings (n, d) and scores (n,). By default the lowest and highest 40 % of the batch, at least two
@@ -251,37 +302,16 @@ class AdaptiveScoreContrastiveLoss(ContrastiveLoss):
     (0.0, 0.0)
     """
 
-    #: weights of anchors -> positives and of positives among themselves
-    _weights = (1.0, 0.0)
+    traits: ClassVar[LossTraits] = LossTraits("softmax", "scores", rows=("z", "scores"))
 
-    def __init__(
-        self,
-        temperature: float = 0.1,
-        top_k_percent: float = 0.4,
-        bottom_k_percent: float = 0.4,
-        min_samples: int = 2,
-        middle: Middle = "ignore",
-        detach_positives: bool = False,
-        threshold: float | None = None,
-        normalize: bool = True,
-    ) -> None:
-        super().__init__()
-        self.temperature = check_temperature(temperature)
-        check_words(middle=middle)
-        check_flags(detach_positives=detach_positives, normalize=normalize)
-        if middle not in ("ignore", "negatives"):
-            raise NearfarError(f"middle is {middle!r}; it is 'ignore' or 'negatives'")
-        check_split_options(top_k_percent, bottom_k_percent, min_samples, threshold)
-        self.options = (top_k_percent, bottom_k_percent, min_samples, threshold)
-        self.middle, self.detach_positives, self.normalize = middle, detach_positives, normalize
+    def __post_init__(self) -> None:
         self._split: tuple[ScoreSplit, Tensor] | None = None
+        self.temperature = check_temperature(self.temperature)
+        check_score_options(self)
 
     def forward(self, z: Float[Tensor, "n d"], scores: Float[Tensor, " n"]) -> Float[Tensor, ""]:
         self._split = None
-        loss, self._step, split = score_contrastive_step(
-            z, scores, self.options, self.temperature, self.middle, self.detach_positives, self.normalize,
-            self._weights
-        )  # fmt: skip
+        loss, self._step, split = score_contrastive_step(z, scores, self)
         self._split = (split, scores.detach())
         return loss
 
@@ -289,7 +319,8 @@ class AdaptiveScoreContrastiveLoss(ContrastiveLoss):
     def record(self) -> Record | None:
         if self._step is None and self._split is not None:
             n = float(len(self._split[1]))
-            return Record(0.0, 0.0, 0.0, n, 0.0, 0.0, 0.0, 0.0, 1 / self.temperature, True, self._extra())
+            empty = Record(0.0, 0.0, 0.0, n, 0.0, 0.0, 0.0, 0.0, 1 / self.temperature, traits=self.traits)
+            return replace(empty, extra=self._extra())
         return super().record
 
     def _extra(self) -> dict[str, float]:
@@ -309,15 +340,8 @@ class AdaptiveScoreContrastiveLoss(ContrastiveLoss):
             "score_gap": gap,
         }
 
-    def extra_repr(self) -> str:
-        top, bottom, least, threshold = self.options
-        return (
-            f"temperature={self.temperature}, top_k_percent={top}, bottom_k_percent={bottom}, min_samples={least}, "
-            f"threshold={threshold}, middle={self.middle!r}, detach_positives={self.detach_positives}"
-        )
 
-
-class BidirectionalScoreContrastiveLoss(AdaptiveScoreContrastiveLoss):
+class BidirectionalScoreContrastiveLoss(BidirectionalScoreOptions, AdaptiveScoreContrastiveLoss):
     """``AdaptiveScoreContrastiveLoss`` and, in part, the positives pulled to each other.
 
     The first counts ``anchor_weight``, the second ``positive_weight``: it holds together what the anchors are pulled
@@ -329,34 +353,3 @@ class BidirectionalScoreContrastiveLoss(AdaptiveScoreContrastiveLoss):
     >>> bool(loss(z, scores) > AdaptiveScoreContrastiveLoss()(z, scores))
     True
     """
-
-    def __init__(
-        self,
-        temperature: float = 0.1,
-        top_k_percent: float = 0.4,
-        bottom_k_percent: float = 0.4,
-        min_samples: int = 2,
-        middle: Middle = "ignore",
-        detach_positives: bool = False,
-        threshold: float | None = None,
-        anchor_weight: float = 1.0,
-        positive_weight: float = 0.3,
-        normalize: bool = True,
-    ) -> None:
-        super().__init__(
-            temperature,
-            top_k_percent,
-            bottom_k_percent,
-            min_samples,
-            middle,
-            detach_positives,
-            threshold,
-            normalize,
-        )
-        self._weights = (
-            number("anchor_weight", anchor_weight, 0),
-            number("positive_weight", positive_weight, 0),
-        )
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, anchor_weight={self._weights[0]}, positive_weight={self._weights[1]}"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -21,7 +23,7 @@ from nearfar.contrast import (
 )
 from nearfar.errors import NearfarError
 from nearfar.losses.arguments import any_number, check_flags, check_matrices, check_part, ready
-from nearfar.losses.base import ContrastiveLoss
+from nearfar.losses.base import ContrastiveLoss, LossTraits
 
 __all__ = ["SigLipLoss", "siglip", "siglip_step"]
 
@@ -50,7 +52,7 @@ def siglip(
     >>> round(siglip(torch.eye(4), torch.eye(4), 10.0, -10.0).item(), 4)
     0.6933
     """
-    return siglip_step(a, b, logit_scale, logit_bias, normalize, mask, rows, tile)[0]
+    return siglip_step(a, b, logit_scale, logit_bias, normalize, mask=mask, rows=rows, tile=tile)[0]
 
 
 @uncompiled
@@ -58,8 +60,9 @@ def siglip_step(
     a: Tensor,
     b: Tensor,
     logit_scale: float | Tensor,
-    logit_bias: float | Tensor = 0.0,
-    normalize: bool = True,
+    logit_bias: float | Tensor,
+    normalize: bool,
+    *,
     mask: Tensor | Mask | None = None,
     rows: slice | None = None,
     tile: tuple[int, int] | None = None,
@@ -72,9 +75,9 @@ def siglip_step(
         logit_scale = any_number("logit_scale", logit_scale)
     bias = _bias(logit_bias, a)
     if mask is None and rows is None and tile is None:
-        few = dense_sigmoid(a, b, logit_scale, bias, normalize)
-        if few is not None:
-            return few[0], _Sigmoid(few[0].detach(), few[1], _value(logit_scale))
+        small = dense_sigmoid(a, b, logit_scale, bias, normalize)
+        if small is not None:
+            return small[0], _Sigmoid(small[0].detach(), small[1], _value(logit_scale))
     first, second, scale = ready(a, b, logit_scale, normalize, scale_name="logit_scale")
     bias = bias.to(first)
     n = len(first)
@@ -135,6 +138,7 @@ class _Sigmoid(Step):
         )  # fmt: skip
 
 
+@dataclass(eq=False, repr=False)
 class SigLipLoss(ContrastiveLoss):
     """Is this pair a pair? Asked of every pair of the batch with a sigmoid (Zhai et al. 2023).
 
@@ -151,10 +155,14 @@ class SigLipLoss(ContrastiveLoss):
     (0.69, 2.25)
     """
 
-    def __init__(self, normalize: bool = True) -> None:
-        super().__init__()
-        check_flags(normalize=normalize)
-        self.normalize = normalize
+    normalize: bool = True
+
+    traits: ClassVar[LossTraits] = LossTraits(
+        "sigmoid", "pair", rows=("a", "b"), pairs=("mask",), numbers=("logit_scale", "logit_bias"), local=()
+    )
+
+    def __post_init__(self) -> None:
+        check_flags(normalize=self.normalize)
 
     def forward(
         self,
@@ -165,9 +173,5 @@ class SigLipLoss(ContrastiveLoss):
         mask: Bool[Tensor, "n n"] | Mask | None = None,
         rows: slice | None = None,
     ) -> Float[Tensor, ""]:
-        loss, self._step = siglip_step(a, b, logit_scale, logit_bias, self.normalize, mask, rows)
-        self._masked = mask is not None
-        return loss
-
-    def extra_repr(self) -> str:
-        return f"normalize={self.normalize}"
+        step = siglip_step(a, b, logit_scale, logit_bias, self.normalize, mask=mask, rows=rows)
+        return self.keep(*step, mask is not None)

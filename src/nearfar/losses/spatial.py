@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -36,13 +36,29 @@ from nearfar.losses.arguments import (
     number,
     ready,
 )
-from nearfar.losses.base import ContrastiveLoss
+from nearfar.losses.base import ContrastiveLoss, LossTraits, Requires
 from nearfar.losses.info_nce import at_clamp, clamp_scale
 
-__all__ = ["SpatialLoss", "spatial", "spatial_step"]
+__all__ = ["SpatialLoss", "SpatialOptions", "spatial", "spatial_step"]
 
 
 Neighbors = Literal["soft", "positive", "mask", "none"]
+
+
+@dataclass(eq=False, repr=False)
+class SpatialOptions:
+    """The options of the spatial loss, for function and module; ``spatial`` describes them."""
+
+    neighbor_alpha_scale: float = 0.5
+    temp_reg_weight: float = 0.05
+    neighbors: Neighbors = "soft"
+    max_scale: float | None = None
+    normalize: bool = True
+
+    def check(self) -> None:
+        """``NearfarError`` for options that cannot be; ``max_scale`` is checked where it is used."""
+        check_spatial_options(self.neighbor_alpha_scale, self.temp_reg_weight, self.neighbors)
+        check_flags(normalize=self.normalize)
 
 
 def spatial(
@@ -78,10 +94,8 @@ def spatial(
     >>> round(spatial(torch.eye(3), torch.eye(3), 10.0, index, alpha).item(), 3)
     2.225
     """
-    return spatial_step(
-        image, text, logit_scale, neighbor_index, neighbor_alpha, neighbor_alpha_scale, temp_reg_weight, neighbors,
-        max_scale, normalize, rows, tile,
-    )[0]  # fmt: skip
+    options = SpatialOptions(neighbor_alpha_scale, temp_reg_weight, neighbors, max_scale, normalize)
+    return spatial_step(image, text, logit_scale, neighbor_index, neighbor_alpha, options, rows, tile)[0]
 
 
 @uncompiled
@@ -91,21 +105,17 @@ def spatial_step(
     logit_scale: float | Tensor,
     neighbor_index: Tensor,
     neighbor_alpha: Tensor,
-    neighbor_alpha_scale: float = 0.5,
-    temp_reg_weight: float = 0.05,
-    neighbors: str = "soft",
-    max_scale: float | None = None,
-    normalize: bool = True,
+    options: SpatialOptions,
     rows: slice | None = None,
     tile: tuple[int, int] | None = None,
 ) -> tuple[Float[Tensor, ""], Step, Callable[[], float]]:
     """``spatial``, what its record is made of, and what tells the share of rows that have a neighbour in the batch."""
-    check_spatial_options(neighbor_alpha_scale, temp_reg_weight, neighbors)
-    factor = clamp_scale(logit_scale, max_scale)
+    options.check()
+    neighbors, temp_reg_weight, normalize = options.neighbors, options.temp_reg_weight, options.normalize
+    factor = clamp_scale(logit_scale, options.max_scale)
     if not isinstance(factor, Tensor):
         factor = any_number("logit_scale", factor)
     check_matrices(image=image, text=text)
-    check_flags(normalize=normalize)
     check_part(rows, tile)
     n = len(image)
     if len(text) != n:
@@ -117,7 +127,7 @@ def spatial_step(
     mask = None
     if neighbors == "soft":
         target = SparseWeights(
-            index, alpha * neighbor_alpha_scale, n, own=1.0, checked=True, complete=complete
+            index, alpha * options.neighbor_alpha_scale, n, own=1.0, checked=True, complete=complete
         )
     elif neighbors == "positive":
         target = SparseWeights(
@@ -131,14 +141,10 @@ def spatial_step(
             return *small, reached
     a, b, scale = ready(image, text, factor, None if normalize else False, ("image", "text"), "logit_scale")
     if temp_reg_weight == 0:
-        options: dict[str, Any] = {
-            "both": True,
-            "mask": mask,
-            "normalize": normalize,
-            "rows": rows,
-            "tile": tile,
-        }
-        return *softmax_loss(a, b, scale, target, **options), reached
+        both = softmax_loss(
+            a, b, scale, target, both=True, mask=mask, normalize=normalize, rows=rows, tile=tile
+        )
+        return *both, reached
     if rows is not None:
         raise NearfarError(
             "the regulariser of SpatialLoss squares a mean over the whole batch, so that parts of a batch do not add "
@@ -147,10 +153,10 @@ def spatial_step(
     sums = log_sums(a, b, scale, target, both=True, mask=mask, expected=True, normalize=normalize, tile=tile)
     losses = [direction.losses() for direction in sums]
     # positive - excess is the mean logit under the target
-    held = [s.positive if s.excess is None else s.positive - s.excess for s in sums]
-    pull = torch.stack([s.mean_logit() - q for s, q in zip(sums, held, strict=True)]).mean() / scale
+    under_target = [s.positive if s.excess is None else s.positive - s.excess for s in sums]
+    gap = torch.stack([s.mean_logit() - q for s, q in zip(sums, under_target, strict=True)]).mean() / scale
     cross_entropy = torch.stack(losses).mean()
-    loss = cross_entropy + temp_reg_weight * pull.square()
+    loss = cross_entropy + temp_reg_weight * gap.square()
     return loss, Step.of(loss, losses, sums, scale, False), reached
 
 
@@ -168,10 +174,10 @@ def _small(
         return dense_own_pairs(a, b, scale, True, normalize, mask)
     if mask is not None:
         return None
-    few = dense_softmax(a, b, scale, target, both=True, normalize=normalize, expected=temp_reg_weight != 0)
-    if few is None:
+    small = dense_softmax(a, b, scale, target, both=True, normalize=normalize, expected=temp_reg_weight != 0)
+    if small is None:
         return None
-    loss, gap, step = few
+    loss, gap, step = small
     if gap is None:
         return loss, step
     loss = loss + temp_reg_weight * (gap / scale).square()
@@ -179,7 +185,7 @@ def _small(
 
 
 def _reached(index: Tensor, alpha: Tensor) -> float:
-    """The share of rows that have a neighbour in the batch; looked at when somebody asks."""
+    """The share of rows that have a neighbour in the batch; computed when the record is read."""
     if not index.shape[1]:
         return 0.0
     return ((index >= 0) & (alpha > 0)).any(1).float().mean().item()
@@ -227,7 +233,8 @@ def _check(index: Tensor, alpha: Tensor, n: int) -> tuple[Tensor, Tensor, bool]:
     return index, alpha, complete
 
 
-class SpatialLoss(ContrastiveLoss):
+@dataclass(eq=False, repr=False)
+class SpatialLoss(SpatialOptions, ContrastiveLoss):
     """CLIP whose targets share some mass with the spatial neighbours in the batch.
 
     Called with both views, the scale (already exponentiated) and, for each row, the positions of its neighbours *in
@@ -244,23 +251,19 @@ class SpatialLoss(ContrastiveLoss):
     (0.67, 0.42)
     """
 
-    positions = ("neighbor_index",)
+    traits: ClassVar[LossTraits] = LossTraits(
+        "softmax",
+        "weights",
+        rows=("image", "text", "neighbor_index", "neighbor_alpha"),
+        positions=("neighbor_index",),
+        numbers=("logit_scale",),
+        local=(Requires("temp_reg_weight", (0,), "its regulariser squares a mean over the whole batch"),),
+    )
 
-    def __init__(
-        self,
-        neighbor_alpha_scale: float = 0.5,
-        temp_reg_weight: float = 0.05,
-        neighbors: Neighbors = "soft",
-        max_scale: float | None = None,
-        normalize: bool = True,
-    ) -> None:
-        super().__init__()
-        clamp_scale(1.0, max_scale)
-        check_flags(normalize=normalize)
-        check_spatial_options(neighbor_alpha_scale, temp_reg_weight, neighbors)
-        self.neighbor_alpha_scale, self.temp_reg_weight = neighbor_alpha_scale, temp_reg_weight
-        self.neighbors, self.max_scale, self.normalize = neighbors, max_scale, normalize
+    def __post_init__(self) -> None:
         self._reached: Callable[[], float] | None = None
+        clamp_scale(1.0, self.max_scale)
+        self.check()
 
     def forward(
         self,
@@ -271,19 +274,11 @@ class SpatialLoss(ContrastiveLoss):
         neighbor_alpha: Float[Tensor, "n k"],
         rows: slice | None = None,
     ) -> Float[Tensor, ""]:
-        loss, self._step, self._reached = spatial_step(
-            image, text, logit_scale, neighbor_index, neighbor_alpha, self.neighbor_alpha_scale, self.temp_reg_weight,
-            self.neighbors, self.max_scale, self.normalize, rows,
-        )  # fmt: skip
-        self._masked = self.neighbors == "mask"
-        return loss
+        value, step, self._reached = spatial_step(
+            image, text, logit_scale, neighbor_index, neighbor_alpha, self, rows
+        )
+        return self.keep(value, step, self.neighbors == "mask")
 
     def _extra(self) -> dict[str, float]:
         reached = {} if self._reached is None else {"rows_with_neighbors": self._reached()}
         return reached | at_clamp(self._step, self.max_scale)
-
-    def extra_repr(self) -> str:
-        return (
-            f"neighbor_alpha_scale={self.neighbor_alpha_scale}, temp_reg_weight={self.temp_reg_weight}, "
-            f"neighbors={self.neighbors!r}, max_scale={self.max_scale}"
-        )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -28,23 +29,68 @@ from nearfar.losses.arguments import (
     check_flags,
     check_matrices,
     check_part,
+    check_sum,
     check_temperature,
     check_tensors,
     check_words,
     number,
     ready,
 )
-from nearfar.losses.base import ContrastiveLoss
+from nearfar.losses.base import ONE_VALUE_EACH, ContrastiveLoss, LossTraits, Requires
+from nearfar.losses.target import target_loss
 
 __all__ = [
+    "MultiLabelOptions",
     "MultiLabelSupConLoss",
     "SupConLoss",
-    "inside_of",
+    "SupConOptions",
     "multi_label_supcon",
     "multi_label_supcon_step",
     "supcon",
     "supcon_step",
 ]
+
+
+@dataclass(eq=False, repr=False)
+class SupConOptions:
+    """The options of SupCon, for function and module; ``supcon`` describes them."""
+
+    temperature: float = 0.1
+    sum: Literal["outside", "inside"] = "outside"
+    normalize: bool = True
+    own_pair: bool = True
+    denominator: Literal["all", "own", "negatives"] = "all"
+    reduction: Literal["mean", "sum", "none"] = "mean"
+    in_batch: bool = True
+
+    def check(self) -> None:
+        """``NearfarError`` for options that cannot be; the temperature is checked where it is used."""
+        check_words(denominator=self.denominator, reduction=self.reduction)
+        check_flags(normalize=self.normalize, own_pair=self.own_pair, in_batch=self.in_batch)
+        check_sum(self.sum)
+        check_denominator(self.denominator)
+        check_reduction(self.reduction)
+
+
+@dataclass(eq=False, repr=False)
+class MultiLabelOptions:
+    """The options of the multi-label loss, for function and module; ``multi_label_supcon`` describes them."""
+
+    temperature: float = 0.1
+    weights: Literal["jaccard", "legacy"] = "jaccard"
+    sum: Literal["outside", "inside"] | None = None
+    neutral: int = 0
+    normalize: bool = True
+
+    def check(self) -> None:
+        """``NearfarError`` for options that cannot be; the temperature is checked where it is used."""
+        check_words(weights=self.weights)
+        check_flags(normalize=self.normalize)
+        number("neutral", self.neutral)
+        if self.weights not in ("jaccard", "legacy"):
+            raise NearfarError(f"weights is {self.weights!r}; it is 'jaccard' or 'legacy'")
+        if self.sum is not None:
+            check_sum(self.sum)
 
 
 def supcon(
@@ -73,10 +119,10 @@ def supcon(
     divides the inner sum by the number of positives, which adds the constant ln(positives). No factor
     temperature / base temperature. Rows without a positive are left out of the mean and counted.
 
-    ``labels`` are whole numbers, −1 (or NaN) where one is missing: such a row is nobody's positive and has none but
+    ``labels`` are whole numbers, −1 (or NaN) where one is missing: such a row is no positive of others and has none but
     its own partner in ``other``; it stays a negative of all.
 
-    ``other`` is another view of the same rows: candidates are then its rows, in both directions, and
+    ``other`` is a second view of the same rows: candidates are then its rows, in both directions, and
     ``own_pair=False`` takes a row's own partner out of both positives and candidates. ``memory`` adds rows of earlier
     batches as candidates and positives; with ``in_batch=False`` they are the only ones, such as the rows of a
     reference set. ``mask`` leaves out negatives, ``rows`` makes only those rows queries.
@@ -101,61 +147,57 @@ def supcon(
     >>> round(supcon(views, torch.arange(4).repeat(2), temperature=1.0).item(), 4)
     1.4977
     """
+    options = SupConOptions(temperature, sum, normalize, own_pair, denominator, reduction, in_batch)
     return supcon_step(
-        z, labels, temperature, sum, normalize, other, own_pair, memory, memory_labels, mask, rows, tile,
-        in_batch, positives, denominator, reduction
+        z, labels, options, other, positives=positives, memory=memory, memory_labels=memory_labels, mask=mask,
+        rows=rows, tile=tile,
     )[0]  # fmt: skip
 
 
 @uncompiled
 def supcon_step(
     z: Tensor,
-    labels: Tensor | None = None,
-    temperature: float = 0.1,
-    sum: str = "outside",
-    normalize: bool = True,
+    labels: Tensor | None,
+    options: SupConOptions,
     other: Tensor | None = None,
-    own_pair: bool = True,
+    *,
+    positives: Tensor | None = None,
     memory: Tensor | None = None,
     memory_labels: Tensor | None = None,
     mask: Tensor | Mask | None = None,
     rows: slice | None = None,
     tile: tuple[int, int] | None = None,
-    in_batch: bool = True,
-    positives: Tensor | None = None,
-    denominator: str = "all",
-    reduction: str = "mean",
 ) -> tuple[Float[Tensor, ""] | Float[Tensor, " queries"], Step]:
     """``supcon``, and what its record is made of."""
-    factor = 1.0 / check_temperature(temperature)
-    check_words(sum=sum, denominator=denominator, reduction=reduction)
-    check_flags(normalize=normalize, own_pair=own_pair, in_batch=in_batch)
+    factor = 1.0 / check_temperature(options.temperature)
+    options.check()
+    normalize, in_batch, denominator = options.normalize, options.in_batch, options.denominator
     views = {"z": z, "other": other, "memory": memory}
     check_matrices(**{name: view for name, view in views.items() if view is not None or name == "z"})
     check_part(rows, tile)
     if labels is not None:
         labels = _labels(labels, len(z), "labels", "z")
-    inside = inside_of(sum)
-    if check_denominator(denominator) == "own" and inside:
+    inside = check_sum(options.sum)
+    if denominator == "own" and inside:
         raise NearfarError(
             "denominator='own' tells each positive apart by itself, so that their sum stands outside the logarithm: "
             "sum='outside'"
         )
-    plain = denominator == "all" and check_reduction(reduction) == "mean" and positives is None
+    plain = denominator == "all" and options.reduction == "mean" and positives is None
     whole = memory is None and memory_labels is None and mask is None and rows is None and tile is None
     fit = labels is not None and labels.device == z.device and (other is None or len(other) == len(z))
     if plain and whole and labels is not None and fit:
-        few = dense_softmax(
+        small = dense_softmax(
             z, other, factor, SameClass(labels), both=other is not None, inside=inside, normalize=normalize,
-            without_self=other is None or not own_pair,
+            without_self=other is None or not options.own_pair,
         )  # fmt: skip
-        if few is not None:
-            return few[0], few[2]
+        if small is not None:
+            return small[0], small[2]
     # A memory joins rows of unit length, and single pairs are scored beside the kernel.
     raw = normalize and memory is None and denominator != "own"
-    options: dict[str, Any] = {
+    kernel: dict[str, Any] = {
         "inside": inside, "mask": mask, "rows": rows, "tile": tile, "normalize": raw, "unit": normalize and not raw,
-        "denominator": denominator, "reduction": reduction,
+        "denominator": denominator, "reduction": options.reduction,
     }  # fmt: skip
     first, second, scale = ready(z, other, factor, None if raw else normalize, ("z", "other"))
     _check_views(len(first), None if other is None else len(second), memory, in_batch)
@@ -165,10 +207,10 @@ def supcon_step(
         kept = ready(memory, first, 1.0, normalize, ("memory", "z")).a.to(first.dtype)
         keys = torch.cat([first, kept]) if in_batch else kept
     elif other is not None:
-        options["both"], alone = True, not own_pair
+        kernel["both"], alone = True, not options.own_pair
     if positives is not None:
         return softmax_loss(
-            first, keys, scale, _explicit(positives, first, keys), without_self=alone, **options
+            first, keys, scale, _explicit(positives, first, keys), without_self=alone, **kernel
         )
     assert labels is not None
     labels = labels.to(z.device)
@@ -177,18 +219,18 @@ def supcon_step(
         theirs = _labels(memory_labels, len(memory), "memory_labels", "memory", len(z)).to(labels.device)
     if keys is not None and theirs is not None:
         same = SameClass(labels, torch.cat([labels, theirs]) if in_batch else theirs)
-        return softmax_loss(first, keys, scale, same, without_self=alone, **options)
+        return softmax_loss(first, keys, scale, same, without_self=alone, **kernel)
     whole = keys is None and rows is None and mask is None
     if not (whole and z.device.type == "cpu" and len(z) ** 2 > DENSE_MAX_PAIRS):
-        return softmax_loss(first, keys, scale, SameClass(labels), without_self=alone, **options)
+        return softmax_loss(first, keys, scale, SameClass(labels), without_self=alone, **kernel)
     # In the order of their labels, positives stand together and most tiles hold none.
     labels, order = torch.sort(labels, stable=True)
-    loss, step = softmax_loss(first[order], None, scale, SameClass(labels), without_self=True, **options)
-    return loss if reduction != "none" else loss[order.argsort()], step
+    loss, step = softmax_loss(first[order], None, scale, SameClass(labels), without_self=True, **kernel)
+    return loss if options.reduction != "none" else loss[order.argsort()], step
 
 
 def _check_views(n: int, others: int | None, memory: Tensor | None, in_batch: bool) -> None:
-    """``NearfarError`` unless the candidates are one of: the batch, another view of it, a memory, batch and memory."""
+    """``NearfarError`` unless the candidates are one of: the batch, a second view of it, a memory, batch and memory."""
     if others is not None and others != n:
         raise NearfarError(f"z has {n} rows and other {others}; they are two views of the same rows")
     if memory is not None and others is not None:
@@ -236,12 +278,6 @@ def _explicit(positives: Tensor, queries: Tensor, keys: Tensor | None) -> Weight
         raise NearfarError(f"positives: {error}") from None
 
 
-def inside_of(sum: str) -> bool:
-    if sum not in ("outside", "inside"):
-        raise NearfarError(f"sum is {sum!r}; it stands 'outside' or 'inside' the logarithm")
-    return sum == "inside"
-
-
 def _labels(labels: Tensor, n: int, name: str, of: str, first: int = 0) -> Tensor:
     """One whole number for each row, and a class of its own for each that is missing."""
     labels = whole_labels(labels, name)
@@ -275,36 +311,33 @@ def multi_label_supcon(
     -log(Σ_j W_ij exp(s_ij) / Σ_j exp(s_ij)), the sum inside. Agreement about nothing counts as agreement there: a
     collapsed encoder scores -ln(mean W), already near the floor -ln(max W). Prefer Jaccard.
 
-    An entry of ``labels`` that is −1 (or NaN) is not known, and nobody has it in common with the row; a row of such
+    An entry of ``labels`` that is −1 (or NaN) is not known, and no row has it in common with this one; a row of such
     entries alone has no positives.
 
-    ``sum`` overrides where the sum stands. Rows that share nothing with another row are left out and counted. Floor
+    ``sum`` overrides where the sum stands. Rows that share nothing with any other row are left out and counted. Floor
     for a sum outside: the entropy of Q.
 
     >>> z = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
     >>> round(multi_label_supcon(z, torch.tensor([[1, 0], [1, 1], [0, 1]]), temperature=1.0).item(), 4)
     0.6066
     """
-    return multi_label_supcon_step(z, labels, temperature, weights, sum, neutral, normalize, rows, tile)[0]
+    options = MultiLabelOptions(temperature, weights, sum, neutral, normalize)
+    return multi_label_supcon_step(z, labels, options, rows=rows, tile=tile)[0]
 
 
 @uncompiled
 def multi_label_supcon_step(
     z: Tensor,
     labels: Tensor,
-    temperature: float = 0.1,
-    weights: str = "jaccard",
-    sum: str | None = None,
-    neutral: int = 0,
-    normalize: bool = True,
+    options: MultiLabelOptions,
+    *,
     rows: slice | None = None,
     tile: tuple[int, int] | None = None,
 ) -> tuple[Float[Tensor, ""], Step]:
     """``multi_label_supcon``, and what its record is made of."""
-    factor = 1.0 / check_temperature(temperature)
+    check_temperature(options.temperature)
     check_matrices(z=z)
-    check_words(weights=weights, **({} if sum is None else {"sum": sum}))
-    check_flags(normalize=normalize)
+    options.check()
     check_part(rows, tile)
     labels = whole_labels(labels)
     if labels.ndim != 2 or len(labels) != len(z):
@@ -314,30 +347,22 @@ def multi_label_supcon_step(
     if labels.shape[1] == 0:
         raise NearfarError("labels have no column; at least one label or aspect is needed")
     labels, dtype = labels.to(z.device), computing_dtype(z)
-    if weights == "jaccard":
+    if options.weights == "jaccard":
         labels = labels.masked_fill(labels == MISSING, 0)
         if z.device.type == "cpu" and not torch.equal(labels * labels, labels):
             raise NearfarError(
                 "labels for weights='jaccard' are multi-hot, 0 or 1; codes of polarities are for weights='legacy'"
             )
-        target, inside = LabelOverlap(labels.to(dtype)), inside_of(sum or "outside")
-    elif weights == "legacy":
-        target, inside = _legacy(labels, number("neutral", neutral), dtype), inside_of(sum or "inside")
+        target = LabelOverlap(labels.to(dtype))
     else:
-        raise NearfarError(f"weights is {weights!r}; it is 'jaccard' or 'legacy'")
-    if rows is None and tile is None:
-        few = dense_softmax(z, None, factor, target, without_self=True, inside=inside, normalize=normalize)
-        if few is not None:
-            return few[0], few[2]
-    first, _, scale = ready(z, None, factor, None if normalize else False, ("z", "z"))
-    return softmax_loss(
-        first,
+        target = _legacy(labels, options.neutral, dtype)
+    return target_loss(
+        z,
         None,
-        scale,
         target,
-        without_self=True,
-        inside=inside,
-        normalize=normalize,
+        temperature=options.temperature,
+        sum=options.sum or ("outside" if options.weights == "jaccard" else "inside"),
+        normalize=options.normalize,
         rows=rows,
         tile=tile,
     )
@@ -362,7 +387,8 @@ def _legacy(codes: Tensor, neutral: float, dtype: torch.dtype) -> LabelOverlap:
     return LabelOverlap(hot, jaccard=False, offset=offset)
 
 
-class SupConLoss(ContrastiveLoss):
+@dataclass(eq=False, repr=False)
+class SupConLoss(SupConOptions, ContrastiveLoss):
     """All rows of the same class are each other's positives (Khosla et al. 2020).
 
     ``sum="outside"`` (their L_out) asks for all positives, ``"inside"`` is content with the nearest. Called with
@@ -384,25 +410,18 @@ class SupConLoss(ContrastiveLoss):
     (1.0, 7.0)
     """
 
-    def __init__(
-        self,
-        temperature: float = 0.1,
-        sum: Literal["outside", "inside"] = "outside",
-        normalize: bool = True,
-        own_pair: bool = True,
-        denominator: Literal["all", "own", "negatives"] = "all",
-        reduction: Literal["mean", "sum", "none"] = "mean",
-        in_batch: bool = True,
-    ) -> None:
-        super().__init__()
-        self.temperature = check_temperature(temperature)
-        check_words(sum=sum, denominator=denominator, reduction=reduction)
-        check_flags(normalize=normalize, own_pair=own_pair, in_batch=in_batch)
-        inside_of(sum)
-        self.denominator, self.reduction = check_denominator(denominator), check_reduction(reduction)
-        self.sum = sum
-        self.normalize = normalize
-        self.own_pair, self.in_batch = own_pair, in_batch
+    traits: ClassVar[LossTraits] = LossTraits(
+        "softmax",
+        "class",
+        rows=("z", "labels", "other"),
+        further=("memory", "memory_labels"),
+        pairs=("mask", "positives"),
+        local=(Requires("reduction", ("mean", "sum"), ONE_VALUE_EACH),),
+    )
+
+    def __post_init__(self) -> None:
+        self.temperature = check_temperature(self.temperature)
+        self.check()
 
     def forward(
         self,
@@ -415,21 +434,15 @@ class SupConLoss(ContrastiveLoss):
         rows: slice | None = None,
         positives: Bool[Tensor, "n m"] | Float[Tensor, "n m"] | None = None,
     ) -> Float[Tensor, ""] | Float[Tensor, " queries"]:
-        loss, self._step = supcon_step(
-            z, labels, self.temperature, self.sum, self.normalize, other, self.own_pair, memory, memory_labels, mask,
-            rows, in_batch=self.in_batch, positives=positives, denominator=self.denominator, reduction=self.reduction,
+        step = supcon_step(
+            z, labels, self, other, positives=positives, memory=memory, memory_labels=memory_labels, mask=mask,
+            rows=rows,
         )  # fmt: skip
-        self._masked = mask is not None
-        return loss
-
-    def extra_repr(self) -> str:
-        usual = {"own_pair": True, "denominator": "all", "reduction": "mean", "in_batch": True}
-        said = {name: getattr(self, name) for name in usual}
-        more = "".join(f", {name}={value!r}" for name, value in said.items() if value != usual[name])
-        return f"temperature={self.temperature}, sum={self.sum!r}, normalize={self.normalize}{more}"
+        return self.keep(*step, mask is not None)
 
 
-class MultiLabelSupConLoss(ContrastiveLoss):
+@dataclass(eq=False, repr=False)
+class MultiLabelSupConLoss(MultiLabelOptions, ContrastiveLoss):
     """Rows with labels in common belong together as far as they have them in common.
 
     ``weights="jaccard"``: called with embeddings and multi-hot labels (n, labels). ``weights="legacy"``: with codes
@@ -446,25 +459,11 @@ class MultiLabelSupConLoss(ContrastiveLoss):
     1.0
     """
 
-    def __init__(
-        self,
-        temperature: float = 0.1,
-        weights: Literal["jaccard", "legacy"] = "jaccard",
-        sum: Literal["outside", "inside"] | None = None,
-        neutral: int = 0,
-        normalize: bool = True,
-    ) -> None:
-        super().__init__()
-        self.temperature = check_temperature(temperature)
-        check_words(weights=weights)
-        check_flags(normalize=normalize)
-        number("neutral", neutral)
-        if weights not in ("jaccard", "legacy"):
-            raise NearfarError(f"weights is {weights!r}; it is 'jaccard' or 'legacy'")
-        if sum is not None:
-            check_words(sum=sum)
-            inside_of(sum)
-        self.weights, self.sum, self.neutral, self.normalize = weights, sum, neutral, normalize
+    traits: ClassVar[LossTraits] = LossTraits("softmax", "overlap", rows=("z", "labels"), local=())
+
+    def __post_init__(self) -> None:
+        self.temperature = check_temperature(self.temperature)
+        self.check()
 
     def forward(
         self,
@@ -472,10 +471,4 @@ class MultiLabelSupConLoss(ContrastiveLoss):
         labels: Int[Tensor, "n labels"],
         rows: slice | None = None,
     ) -> Float[Tensor, ""]:
-        loss, self._step = multi_label_supcon_step(
-            z, labels, self.temperature, self.weights, self.sum, self.neutral, self.normalize, rows
-        )
-        return loss
-
-    def extra_repr(self) -> str:
-        return f"temperature={self.temperature}, weights={self.weights!r}, sum={self.sum!r}, neutral={self.neutral}"
+        return self.keep(*multi_label_supcon_step(z, labels, self, rows=rows))

@@ -1,9 +1,9 @@
-"""How far one group's scores lie below another's: the one-sided Wasserstein distance of their quantiles."""
+"""How far one group's scores lie below those of a second: the one-sided Wasserstein distance of their quantiles."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from nearfar.arguments import choice, flag, whole_number
 from nearfar.errors import NearfarError
 from nearfar.losses.arguments import check_tensors
+from nearfar.losses.base import LossTraits
 
 __all__ = [
     "FORMS",
@@ -153,9 +154,9 @@ class WassersteinRecord:
     groups_missing: float
     floor: float = 0.0
 
-    def to_dict(self) -> dict[str, float]:
-        """The fields as a mapping, as the log of a run takes them."""
-        return asdict(self)
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as a mapping, as the log of a run takes them, and ``loss_kind``."""
+        return asdict(self) | WassersteinGapLoss.traits.to_dict()
 
 
 class WassersteinGapLoss(nn.Module):
@@ -191,6 +192,8 @@ class WassersteinGapLoss(nn.Module):
     >>> round(value.item(), 4), loss.record.lower_queued, loss.record.upper_queued
     (0.15, 3.0, 4.0)
     """
+
+    traits: ClassVar[LossTraits] = LossTraits("other", rows=("lower_scores", "upper_scores"), aligned=False)
 
     lower_queue: Tensor
     upper_queue: Tensor
@@ -244,10 +247,10 @@ class WassersteinGapLoss(nn.Module):
         # Reads the device: but so did whoever picked the rows of each group.
         earlier = self.filled.tolist() if queued else [0, 0]
         lower, upper = (self._joined(group, earlier[group], current[group]) for group in (0, 1))
-        found = quantiles(lower, upper, self.form)
-        value = found.gap()
+        both = quantiles(lower, upper, self.form)
+        value = both.gap()
         with torch.no_grad():
-            reverse = (found.width * torch.relu(found.lower - found.upper)).sum()
+            reverse = (both.width * torch.relu(both.lower - both.upper)).sum()
             self._seen = (
                 torch.stack([value.detach(), reverse]),
                 (len(lower_scores), len(upper_scores), *earlier),

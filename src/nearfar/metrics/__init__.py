@@ -18,7 +18,8 @@ from nearfar.metrics.embedding_health import (
 from nearfar.metrics.estimate import Estimate, comparable, split_hash
 from nearfar.metrics.intervals import bootstrap_mean, few_runs, mean_interval, wilson
 from nearfar.metrics.ranks import Ranks
-from nearfar.metrics.retrieval import RecallAtK, rank_estimates, retrieval_metrics, retrieval_ranks
+from nearfar.metrics.recall import RecallAtK
+from nearfar.metrics.retrieval import rank_estimates, retrieval_metrics, retrieval_ranks
 from nearfar.metrics.seeds import seeds_interval
 
 __all__ = [

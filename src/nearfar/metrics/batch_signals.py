@@ -11,10 +11,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from nearfar.arguments import check_dense, entries, numbers, whole_numbers
 from nearfar.contrast import Mask, as_mask, unit_rows
 from nearfar.errors import NearfarError
-from nearfar.metrics.arguments import check_dense, numbers, whole_numbers
-from nearfar.metrics.labels import entries
 
 __all__ = ["batch_signals", "group_signals"]
 
@@ -51,21 +50,21 @@ def batch_signals(
     for name, mask in {**masks, "left_out": outside}.items():
         if mask is not None and mask.shape != shape:
             raise NearfarError(
-                f"{name} is for {mask.shape} pairs and another mask for {shape}; both need one batch"
+                f"{name} is for {mask.shape} pairs and a different mask for {shape}; both need one batch"
             )
     n, m = shape
     counts = {"copies": 0, "likely": 0, "negatives": 0}
     for start in range(0, n, _TILE):
         rows, columns = slice(start, min(start + _TILE, n)), slice(0, m)
-        found = {name: mask.tile(rows, columns) for name, mask in masks.items()}
-        device = next(iter(found.values())).device
+        tiles = {name: mask.tile(rows, columns) for name, mask in masks.items()}
+        device = next(iter(tiles.values())).device
         own = torch.arange(rows.start, rows.stop, device=device)[:, None] == torch.arange(m, device=device)
         negative = ~own if outside is None else ~(own | outside.tile(rows, columns))
         counts["negatives"] += int(negative.sum())
-        if "copies" in found:
-            counts["copies"] += int((found["copies"] & negative).any(1).sum())
-        if "likely" in found:
-            counts["likely"] += int((found["likely"] & negative).sum())
+        if "copies" in tiles:
+            counts["copies"] += int((tiles["copies"] & negative).any(1).sum())
+        if "likely" in tiles:
+            counts["likely"] += int((tiles["likely"] & negative).sum())
     signals = {}
     if "copies" in masks:
         signals["duplicate_keys"] = counts["copies"] / max(n, 1)
@@ -135,7 +134,7 @@ def _mask(name: str, mask: Any) -> Mask:
         raise NearfarError(f"{name}: {error}") from None
 
 
-def _tensor(name: str, values: Any) -> Tensor:
+def _tensor(name: str, values: object) -> Tensor:
     if isinstance(values, Tensor):
         check_dense(name, values)
         return values.detach().cpu()

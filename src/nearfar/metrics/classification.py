@@ -8,16 +8,15 @@ so that intervals resample items and comparisons pair them.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 from numpy import ndarray
 from numpy.typing import NDArray
 
+from nearfar.arguments import choice, numbers, shown, whole_number, whole_numbers
 from nearfar.errors import NearfarError
 from nearfar.labels import is_missing
-from nearfar.metrics.arguments import described, numbers, text, whole, whole_numbers
 from nearfar.metrics.count_metrics import f1_macro, f1_micro
 
 __all__ = [
@@ -34,18 +33,18 @@ __all__ = [
 ]
 
 
-def detection_counts(truth: Int[ndarray, "n a"], found: Int[ndarray, "n a"]) -> Float[ndarray, "n a 3"]:
+def detection_counts(truth: Int[ndarray, "n a"], predicted: Int[ndarray, "n a"]) -> Float[ndarray, "n a 3"]:
     """True positives, false positives and false negatives of "this aspect is mentioned", whatever the polarity.
 
     >>> detection_counts(np.array([[1, 0, -1]]), np.array([[3, 2, 1]])).astype(int).tolist()
     [[[1, 0, 0], [0, 1, 0], [0, 0, 0]]]
     """
-    truth, found = _checked(truth, found)
-    return _counts(truth > 0, found > 0, truth >= 0)
+    truth, predicted = _checked(truth, predicted)
+    return _counts(truth > 0, predicted > 0, truth >= 0)
 
 
 def pair_counts(
-    truth: Int[ndarray, "n a"], found: Int[ndarray, "n a"], pairs: Int[ndarray, "k 2"]
+    truth: Int[ndarray, "n a"], predicted: Int[ndarray, "n a"], pairs: Int[ndarray, "k 2"]
 ) -> Float[ndarray, "n k 3"]:
     """The same of each pair (aspect, polarity): right only where both are. A wrong polarity is a false positive of one
     pair and a false negative of another.
@@ -54,33 +53,35 @@ def pair_counts(
     >>> pair_counts(np.array([[1]]), np.array([[2]]), pairs).astype(int).tolist()
     [[[0, 0, 1], [0, 1, 0]]]
     """
-    truth, found = _checked(truth, found)
+    truth, predicted = _checked(truth, predicted)
     aspects, polarities = _pairs(pairs, truth.shape[1]).T
-    return _counts(truth[:, aspects] == polarities, found[:, aspects] == polarities, truth[:, aspects] >= 0)
+    return _counts(
+        truth[:, aspects] == polarities, predicted[:, aspects] == polarities, truth[:, aspects] >= 0
+    )
 
 
 def class_counts(
-    truth: Int[ndarray, "n a"], found: Int[ndarray, "n a"], classes: int
+    truth: Int[ndarray, "n a"], predicted: Int[ndarray, "n a"], classes: int
 ) -> Float[ndarray, "n a c 3"]:
     """The same of every class of every question, one class against the others; codes 0 … classes − 1.
 
     >>> class_counts(np.array([[1]]), np.array([[0]]), 2).astype(int).tolist()
     [[[[0, 1, 0], [0, 0, 1]]]]
     """
-    truth, found = _checked(truth, found)
-    kinds = np.arange(whole("classes", classes, 1))
-    for name, codes in (("truth", truth), ("found", found)):
+    truth, predicted = _checked(truth, predicted)
+    kinds = np.arange(whole_number("classes", classes, 1))
+    for name, codes in (("truth", truth), ("predicted", predicted)):
         if codes.size and codes.max() >= classes:
             raise NearfarError(
                 f"{name} holds the code {codes.max()}, but classes={classes} has the codes 0 to {classes - 1}"
             )
-    return _counts(truth[..., None] == kinds, found[..., None] == kinds, (truth >= 0)[..., None])
+    return _counts(truth[..., None] == kinds, predicted[..., None] == kinds, (truth >= 0)[..., None])
 
 
-def exact_counts(truth: Int[ndarray, "n a"], found: Int[ndarray, "n a"]) -> Float[ndarray, "n 2"]:
+def exact_counts(truth: Int[ndarray, "n a"], predicted: Int[ndarray, "n a"]) -> Float[ndarray, "n 2"]:
     """(every known aspect right, 1) for each item, for ``nearfar.metrics.share``."""
-    truth, found = _checked(truth, found)
-    right = ((truth == found) | (truth < 0)).all(axis=1)
+    truth, predicted = _checked(truth, predicted)
+    right = ((truth == predicted) | (truth < 0)).all(axis=1)
     return np.stack([right, np.ones(len(right))], axis=1).astype(np.float64)
 
 
@@ -94,7 +95,7 @@ def calibration_counts(
 
     Bins of equal width over (0, 1], as in Guo et al. 2017.
     """
-    bins = whole("bins", bins, 1, "at least one bin, a whole number")
+    bins = whole_number("bins", bins, 1)
     confidence, right, known = (
         numbers("confidence", confidence),
         _flags("right", right),
@@ -108,11 +109,11 @@ def calibration_counts(
     if ((confidence < -1e-6) | (confidence > 1 + 1e-6))[known].any():
         raise NearfarError("confidence holds values outside 0 to 1; it is a probability")
     place = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
-    found = np.zeros((len(place), bins, 3))
+    counts = np.zeros((len(place), bins, 3))
     item = np.arange(len(place))[:, None]
     for slot, value in enumerate((known, np.where(known, confidence, 0.0), known & right)):
-        np.add.at(found[..., slot], (np.broadcast_to(item, place.shape), place), value)
-    return found
+        np.add.at(counts[..., slot], (np.broadcast_to(item, place.shape), place), value)
+    return counts
 
 
 def expected_calibration_error(sums: Float[ndarray, "*rows bins 3"]) -> Float[ndarray, "*rows"]:
@@ -153,7 +154,7 @@ def constant_polarity(truth: Int[ndarray, "n a"], polarities: int) -> Int[ndarra
     >>> constant_polarity(np.array([[1, 0], [2, 3], [2, 0]]), 3).tolist()
     [2, 3]
     """
-    truth, polarities = _codes("truth", truth), whole("polarities", polarities, 1)
+    truth, polarities = _codes("truth", truth), whole_number("polarities", polarities, 1)
     polarities = min(
         polarities, max(1, int(truth.max(initial=1)))
     )  # what nobody says is not the most frequent
@@ -194,38 +195,40 @@ def _best_constant(
     average: str,
     counts: Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.float64]],
 ) -> float:
-    text("average", average, ("micro", "macro"))
+    choice("average", average, ("micro", "macro"))
     if average == "macro":
         return float(f1_macro(counts(truth, np.broadcast_to(answer, truth.shape)).sum(axis=0)))
     order = np.argsort(-(hits > 0).sum(axis=0), kind="stable")
     best = 0.0
     for k in range(1, len(order) + 1):
-        said = np.zeros(len(order), dtype=int)
-        said[order[:k]] = answer[order[:k]]
-        best = max(best, float(f1_micro(counts(truth, np.broadcast_to(said, truth.shape)).sum(axis=0))))
+        chosen = np.zeros(len(order), dtype=int)
+        chosen[order[:k]] = answer[order[:k]]
+        best = max(best, float(f1_micro(counts(truth, np.broadcast_to(chosen, truth.shape)).sum(axis=0))))
     return best
 
 
 def _counts(
-    there: NDArray[np.bool_], said: NDArray[np.bool_], known: NDArray[np.bool_]
+    truth: NDArray[np.bool_], predicted: NDArray[np.bool_], known: NDArray[np.bool_]
 ) -> Float[ndarray, "n ... 3"]:
-    parts = (there & said & known, ~there & said & known, there & ~said & known)
+    parts = (truth & predicted & known, ~truth & predicted & known, truth & ~predicted & known)
     return np.stack(parts, axis=-1).astype(np.float64)
 
 
-def _checked(truth: Any, found: Any) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    true, seen = _codes("truth", truth), _codes("found", found)
+def _checked(truth: object, predicted: object) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    true, seen = _codes("truth", truth), _codes("predicted", predicted)
     if true.shape != seen.shape:
-        raise NearfarError(f"truth has shape {true.shape} and found {seen.shape}; both are (items, aspects)")
+        raise NearfarError(
+            f"truth has shape {true.shape} and predicted {seen.shape}; both are (items, aspects)"
+        )
     return true, seen
 
 
-def _codes(name: str, codes: Any) -> NDArray[np.int64]:
+def _codes(name: str, codes: object) -> NDArray[np.int64]:
     """Codes (items, aspects) in int64; NaN and None say, as −1 does, that one is not known."""
     if isinstance(codes, (list, tuple)) or (isinstance(codes, np.ndarray) and codes.dtype.kind == "O"):
         rows = list(codes)
         if any(not isinstance(row, (list, tuple, np.ndarray)) for row in rows):
-            raise NearfarError(f"{name} is {described(codes)}; codes are (items, aspects)")
+            raise NearfarError(f"{name} is {shown(codes)}; codes are (items, aspects)")
         codes = [[-1 if is_missing(code) else code for code in row] for row in rows]
     array = numbers(name, codes, finite=False)
     array = np.where(np.isnan(array), -1.0, array)
@@ -234,7 +237,7 @@ def _codes(name: str, codes: Any) -> NDArray[np.int64]:
     return array.astype(np.int64)
 
 
-def _pairs(pairs: Any, aspects: int) -> NDArray[np.int64]:
+def _pairs(pairs: object, aspects: int) -> NDArray[np.int64]:
     array = whole_numbers("pairs", pairs)
     if array.ndim != 2 or array.shape[1] != 2:
         raise NearfarError(f"pairs have shape {array.shape}; (pairs, 2), aspect and polarity, is needed")
@@ -245,14 +248,14 @@ def _pairs(pairs: Any, aspects: int) -> NDArray[np.int64]:
     return array
 
 
-def _flags(name: str, values: Any) -> NDArray[np.bool_]:
+def _flags(name: str, values: object) -> NDArray[np.bool_]:
     array = numbers(name, values)
     if not ((array == 0) | (array == 1)).all():
         raise NearfarError(f"{name} holds other values than True and False")
     return array.astype(bool)
 
 
-def _sums(sums: Any, least: int) -> NDArray[np.float64]:
+def _sums(sums: object, least: int) -> NDArray[np.float64]:
     array = numbers("sums", sums)
     if array.ndim < least or array.shape[-1] != 3:
         raise NearfarError(

@@ -10,14 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from nearfar.arguments import any_number, choice, flag, instance, numbers, shown, text, whole_number
 from nearfar.directions import lower_is_better
 from nearfar.errors import NearfarError
-from nearfar.metrics.arguments import described, flag, instance, numbers, real, text, whole
 from nearfar.metrics.estimate import Estimate, comparable
 from nearfar.metrics.intervals import check_confidence
 from nearfar.metrics.seeds import Spread, spread_of_difference
@@ -52,14 +52,14 @@ class Difference:
 
     def __post_init__(self) -> None:
         for name in ("value", "low", "high", "relative"):
-            object.__setattr__(self, name, real(name, getattr(self, name)))
+            object.__setattr__(self, name, any_number(name, getattr(self, name)))
         for name in ("n", "seeds"):
-            object.__setattr__(self, name, whole(name, getattr(self, name)))
+            object.__setattr__(self, name, whole_number(name, getattr(self, name), 0))
         per_seed = numbers("per_seed", self.per_seed, finite=False)
         if per_seed.ndim != 1:
             raise NearfarError(f"per_seed has shape {per_seed.shape}; one number for each seed is needed")
         object.__setattr__(self, "per_seed", tuple(per_seed.tolist()))
-        text("verdict", self.verdict, ("better", "worse", "not distinguishable"))
+        choice("verdict", self.verdict, ("better", "worse", "not distinguishable"))
         text("metric", self.metric)
         text("scope", self.scope)
         object.__setattr__(self, "confidence", check_confidence(self.confidence))
@@ -74,7 +74,7 @@ class Difference:
             f"{self.verdict} ({trainings}n {self.n}; interval over {self.scope})"
         )
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """The fields as strict JSON takes them; an undefined relative difference becomes ``None``."""
         fields = {name: value for name, value in asdict(self).items() if name != "spread"}
         return fields | {"relative": None if math.isnan(self.relative) else self.relative}
@@ -143,7 +143,9 @@ def paired_difference(
         relative=value / base if base else math.nan,
         metric=metric,
         confidence=confidence,
-        scope="seeds and items" if seeds > 1 else "items only: one seed cannot show what another would give",
+        scope="seeds and items"
+        if seeds > 1
+        else "items only: one seed cannot show what a different one would give",
         spread=spread,
     )
 
@@ -163,7 +165,7 @@ def holm(differences: Mapping[Key, Difference], confidence: float = 0.95) -> dic
     check_confidence(confidence)
     if not isinstance(differences, Mapping):
         raise NearfarError(
-            f"differences is {described(differences)}; a mapping of names to differences is needed"
+            f"differences is {shown(differences)}; a mapping of names to differences is needed"
         )
     for key, difference in differences.items():
         instance(f"differences[{key!r}]", difference, Difference)
@@ -183,7 +185,7 @@ def holm(differences: Mapping[Key, Difference], confidence: float = 0.95) -> dic
 def compare(a: Estimate, b: Estimate) -> Difference:
     """The difference of two estimates on the same items, when only their intervals are known.
 
-    Refuses with the reason when metric, split, gallery or another part of the protocol differ (see
+    Refuses with the reason when metric, split, gallery or a different part of the protocol differ (see
     ``comparable``). The interval combines the two one-sided widths (Zou and Donner 2008). It takes the two as
     independent, which for the same items is cautious; ``paired_difference`` on per-query scores is sharper.
 

@@ -21,11 +21,10 @@ from jaxtyping import Float
 from numpy import ndarray
 from numpy.typing import ArrayLike, NDArray
 
+from nearfar.arguments import entries, flag, function, mapping, number, numbers, text, whole_number
 from nearfar.errors import NearfarError
-from nearfar.metrics.arguments import flag, function, instance, number, numbers, text, whole
 from nearfar.metrics.estimate import Estimate
 from nearfar.metrics.intervals import bootstrap_levels, check_confidence, score_interval, t_quantile, wilson
-from nearfar.metrics.labels import entries
 
 __all__ = ["Statistic", "by_group", "count_estimate", "f1_macro", "f1_micro", "item_values", "share"]
 
@@ -134,9 +133,9 @@ def item_values(counts: Float[ndarray, "n ..."], statistic: Statistic) -> Float[
     moved[flat.size + index, index] -= step
     values = _values(statistic, moved.reshape(-1, *mean.shape) * n, (len(moved),))
     slope = (values[: flat.size] - values[flat.size :]) / (2 * step)
-    found: NDArray[np.float64] = (counts - mean).reshape(n, -1) @ slope
+    influence: NDArray[np.float64] = (counts - mean).reshape(n, -1) @ slope
     # Differences leave a mean of 1e-9 or so, and the mean is to be the statistic.
-    return found - found.mean() + float(_values(statistic, counts.sum(axis=0), ()))
+    return influence - influence.mean() + float(_values(statistic, counts.sum(axis=0), ()))
 
 
 def _values(statistic: Statistic, sums: NDArray[np.float64], shape: tuple[int, ...]) -> NDArray[np.float64]:
@@ -162,7 +161,7 @@ def count_estimate(
     *,
     chance: float,
     split: str | None = None,
-    protocol: Mapping[str, Any] | None = None,
+    protocol: Mapping[str, object] | None = None,
     confidence: float = 0.95,
     resamples: int = 1000,
     seed: int = 0,
@@ -188,12 +187,12 @@ def count_estimate(
     if split is not None:
         text("split", split)
     if protocol is not None:
-        instance("protocol", protocol, Mapping)
-    if 0 < whole("resamples", resamples) < 100:
+        mapping("protocol", protocol)
+    if 0 < whole_number("resamples", resamples, 0) < 100:
         raise NearfarError(
             f"resamples is {resamples}; the ends of an interval need at least 100, and 0 means none"
         )
-    seed = whole("seed", seed)
+    seed = whole_number("seed", seed, 0)
     value = float(_values(statistic, counts.sum(axis=0), ()))
     if not 0.0 <= value <= 1.0:
         raise NearfarError(f"{metric} is {value}: count_estimate is for statistics between 0 and 1")

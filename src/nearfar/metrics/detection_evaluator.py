@@ -15,7 +15,7 @@ _SIDE = 100_000  # of pictures for the evaluator, which only looks at boxes
 _ELSEWHERE = 1e12  # an area out of every range: the evaluator ignores a box of it
 
 
-def evaluator_scores(found: Boxes, true: Boxes, n: int, group: int | None = None) -> dict[str, float]:
+def evaluator_scores(detections: Boxes, true: Boxes, n: int, group: int | None = None) -> dict[str, float]:
     """``AP``, ``AP50``, ``AP75``, ``AR`` of faster-coco-eval; with ``group`` of the pictures with a box of that group,
     where boxes of others are ignored. NaN where there is no true box."""
     try:
@@ -28,8 +28,8 @@ def evaluator_scores(found: Boxes, true: Boxes, n: int, group: int | None = None
     names = ("AP", "AP50", "AP75", "AR")
     if not len(true) or not pictures:
         return dict.fromkeys(names, float("nan"))
-    truth = COCO(_dataset(true, found, n, group), print_function=_silent)
-    evaluator = COCOeval_faster(truth, truth.loadRes(_results(found)), "bbox", print_function=_silent)
+    truth = COCO(_dataset(true, detections, n, group), print_function=_silent)
+    evaluator = COCOeval_faster(truth, truth.loadRes(_results(detections)), "bbox", print_function=_silent)
     evaluator.params.imgIds = [picture + 1 for picture in pictures]
     evaluator.params.areaRng = [[0, _ELSEWHERE / 10]]
     evaluator.params.areaRngLbl = ["all"]
@@ -46,16 +46,21 @@ def evaluator_scores(found: Boxes, true: Boxes, n: int, group: int | None = None
 
 
 def check_evidence(
-    found: Boxes, true: Boxes, n: int, groups: tuple[str, ...], own: dict[str, float], tolerance: float = 1e-9
+    detections: Boxes,
+    true: Boxes,
+    n: int,
+    groups: tuple[str, ...],
+    own: dict[str, float],
+    tolerance: float = 1e-9,
 ) -> float:
     """The largest difference between ``own`` scores, by the names of ``DetectionEvidence``, and the evaluator's.
 
     Raises:
-        NearfarError: one differs by more than ``tolerance``: a defect here, or another definition there.
+        NearfarError: one differs by more than ``tolerance``: a defect here, or a different definition there.
     """
-    theirs = evaluator_scores(found, true, n)
+    theirs = evaluator_scores(detections, true, n)
     for position, name in enumerate(groups):
-        scores = evaluator_scores(found, true, n, position)
+        scores = evaluator_scores(detections, true, n, position)
         theirs |= {f"{metric}/{name}": value for metric, value in scores.items()}
     far = 0.0
     for name, value in theirs.items():
@@ -71,8 +76,8 @@ def check_evidence(
 
 
 def _mean(values: Any) -> float:
-    there = values[values > -1]
-    return float(there.mean()) if there.size else float("nan")
+    defined = values[values > -1]
+    return float(defined.mean()) if defined.size else float("nan")
 
 
 def _pictures_of(true: Boxes, group: int) -> set[int]:
@@ -80,8 +85,8 @@ def _pictures_of(true: Boxes, group: int) -> set[int]:
     return set(true.picture[true.group == group].tolist())
 
 
-def _dataset(true: Boxes, found: Boxes, n: int, group: int | None) -> dict[str, Any]:
-    labels = np.unique(np.concatenate([true.labels, found.labels])).tolist()
+def _dataset(true: Boxes, detections: Boxes, n: int, group: int | None) -> dict[str, Any]:
+    labels = np.unique(np.concatenate([true.labels, detections.labels])).tolist()
     other = np.zeros(len(true), bool) if group is None or true.group is None else true.group != group
     crowd = np.zeros(len(true), bool) if true.crowd is None else true.crowd
     return {
@@ -101,16 +106,16 @@ def _dataset(true: Boxes, found: Boxes, n: int, group: int | None) -> dict[str, 
     }
 
 
-def _results(found: Boxes) -> Any:
-    assert found.scores is not None
+def _results(detections: Boxes) -> Any:
+    assert detections.scores is not None
     return [
         {
-            "image_id": int(found.picture[k]) + 1,
-            "category_id": int(found.labels[k]) + 1,
-            "bbox": _with_size(found.boxes[k]),
-            "score": float(found.scores[k]),
+            "image_id": int(detections.picture[k]) + 1,
+            "category_id": int(detections.labels[k]) + 1,
+            "bbox": _with_size(detections.boxes[k]),
+            "score": float(detections.scores[k]),
         }
-        for k in range(len(found))
+        for k in range(len(detections))
     ]
 
 
@@ -119,5 +124,5 @@ def _with_size(box: Any) -> list[float]:
     return [left, top, right - left, bottom - top]
 
 
-def _silent(*_: Any, **__: Any) -> None:
+def _silent(*_: object, **__: object) -> None:
     pass

@@ -15,9 +15,9 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+from nearfar.arguments import check_dense, flag, number, numbers, shown, whole_number
 from nearfar.contrast import unit_rows
 from nearfar.errors import NearfarError
-from nearfar.metrics.arguments import check_dense, described, flag, number, numbers, whole
 
 __all__ = [
     "alignment",
@@ -133,7 +133,7 @@ def modality_gap(queries: Rows, keys: Rows) -> float:
 def hubness(queries: Rows, keys: Rows, k: int = HUB_NEIGHBORS) -> float:
     """Skewness of how often a key is among the ``k`` nearest keys of a query, by cosine.
 
-    Near 0 every key is found about as often as another; well above 1 a few keys, the hubs, are near everyone and crowd
+    Near 0 all keys are retrieved about equally often; well above 1 a few keys, the hubs, are near everyone and crowd
     out the right ones. Keys that tie for the last places share them. Without differences it is 0: where all keys are
     equal, and where ``k`` reaches their number.
 
@@ -144,7 +144,7 @@ def hubness(queries: Rows, keys: Rows, k: int = HUB_NEIGHBORS) -> float:
     >>> hubness(keys, keys, k=1), round(hubness(torch.tensor([[2.0, 1, 0, 0]] * 5), keys, k=1), 3)
     (0.0, 1.155)
     """
-    k = whole("k", k, 1, "the number of neighbours, a whole number")
+    k = whole_number("k", k, 1)
     return _hubness(_unit(queries, "queries"), _unit(keys, "keys"), k)
 
 
@@ -175,23 +175,23 @@ def embedding_health(
         raise NearfarError(
             f"views is a {type(views).__name__}; a mapping of names to rows is needed, such as {{'texts': rows}}"
         )
-    k = whole("k", k, 1, "the number of neighbours, a whole number")
+    k = whole_number("k", k, 1)
     units = {name: _unit(view, f"views: {name}") for name, view in views.items()}
     health: dict[str, float] = {}
     for name, x in units.items():
         n, d = x.shape
-        found = {"effective_rank": _effective_rank(x - x.mean(0), _whole(x), _precision(views[name]))}
-        found |= {"rank_limit": float(min(n - 1, d)), "dimensions": float(d), "variance": _variance(x)}
+        values = {"effective_rank": _effective_rank(x - x.mean(0), _whole(x), _precision(views[name]))}
+        values |= {"rank_limit": float(min(n - 1, d)), "dimensions": float(d), "variance": _variance(x)}
         if n > 1:
-            found |= {"uniformity": _uniformity(x, 2.0), "mean_cosine": _mean_cosine(x)}
-        health |= {f"{name}/{key}": value for key, value in found.items()}
+            values |= {"uniformity": _uniformity(x, 2.0), "mean_cosine": _mean_cosine(x)}
+        health |= {f"{name}/{key}": value for key, value in values.items()}
     if pairs is not None and (
         isinstance(pairs, (str, bytes, Mapping))
         or not isinstance(pairs, Sequence)
         or not all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in pairs)
     ):
         raise NearfarError(
-            f"pairs is {described(pairs)}; a list of pairs of names is needed, [('texts', 'images')]"
+            f"pairs is {shown(pairs)}; a list of pairs of names is needed, [('texts', 'images')]"
         )
     if pairs is None:
         pairs = [(a, b) for a, b in combinations(units, 2) if units[a].shape == units[b].shape]
@@ -200,11 +200,11 @@ def embedding_health(
             if name not in units:
                 raise NearfarError(f"pairs name the view {name!r}; there are {', '.join(units) or 'none'}")
         queries, keys = _partners(units[pair[0]], units[pair[1]], pair)
-        found = {"alignment": _alignment(queries, keys, 2.0), "modality_gap": _modality_gap(queries, keys)}
+        values = {"alignment": _alignment(queries, keys, 2.0), "modality_gap": _modality_gap(queries, keys)}
         if len(keys) > k:
-            found["hubness"] = _hubness(queries, keys, k)
+            values["hubness"] = _hubness(queries, keys, k)
         prefix = "" if len(pairs) == 1 else f"{pair[0]}-{pair[1]}/"
-        health |= {prefix + key: value for key, value in found.items()}
+        health |= {prefix + key: value for key, value in values.items()}
     return health
 
 
@@ -262,14 +262,14 @@ def _hubness(queries: Float64[Tensor, "n d"], keys: Float64[Tensor, "m d"], k: i
         )
     if k >= len(keys):
         return 0.0
-    found = torch.zeros(len(keys), dtype=torch.float64)
+    counts = torch.zeros(len(keys), dtype=torch.float64)
     for _, cosines in _products(queries, keys):
         last = cosines.topk(k, dim=1).values[:, -1:]
         nearer = cosines > last + _TIE
         level = (cosines - last).abs() <= _TIE
         free = (k - nearer.sum(1)) / level.sum(1)
-        found += nearer.sum(0) + (level * free[:, None]).sum(0)
-    apart = found - found.mean()
+        counts += nearer.sum(0) + (level * free[:, None]).sum(0)
+    apart = counts - counts.mean()
     spread = apart.square().mean().sqrt()
     return float(apart.pow(3).mean() / spread**3) if spread > 1e-9 * k else 0.0
 

@@ -1,7 +1,7 @@
 """What a metric returns: a value with its interval, its sample size, and what guessing would have scored.
 
 A bare number misleads in four ways: it hides how few items stand behind it, that ten of ten candidates are
-always among the first ten, that the gallery of the other paper was smaller, and that the split was another
+always among the first ten, that the gallery of the other paper was smaller, and that the split was different
 one. An ``Estimate`` carries all four, and ``comparable`` refuses when they differ.
 """
 
@@ -14,11 +14,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from nearfar.arguments import any_number, flag, instance, mapping, shown, text, whole_number
 from nearfar.directions import lower_is_better
 from nearfar.errors import NearfarError
 from nearfar.ids import plain_ids
-from nearfar.metrics import arguments
-from nearfar.metrics.arguments import described, flag, instance, real, whole
 
 __all__ = ["Estimate", "comparable", "split_hash"]
 
@@ -31,7 +30,7 @@ class Estimate:
     """A measured value and everything needed to judge it.
 
     ``low`` and ``high`` bound the interval, ``chance`` is what guessing scores in expectation, ``n`` counts
-    the items behind the value, ``trivial`` says that the value could not have been another (``k`` reaches the
+    the items behind the value, ``trivial`` says that the value could not have been different (``k`` reaches the
     gallery), ``metric`` names it, and ``protocol`` states how it was measured: ``gallery`` (number of
     candidates), ``split`` (hash of the item ids, see ``split_hash``), ``direction``, the ``interval`` method,
     its ``confidence``, and what else a metric needs.
@@ -69,12 +68,12 @@ class Estimate:
     def __post_init__(self) -> None:
         # Plain numbers, of whatever type they came: what is written to a file has no others.
         for name in ("value", "low", "high", "chance"):
-            object.__setattr__(self, name, real(name, getattr(self, name)))
-        object.__setattr__(self, "n", whole("n", self.n))
+            object.__setattr__(self, name, any_number(name, getattr(self, name)))
+        object.__setattr__(self, "n", whole_number("n", self.n, 0))
         object.__setattr__(self, "trivial", flag("trivial", self.trivial))
-        arguments.text("metric", self.metric)
-        instance("protocol", self.protocol, Mapping)
-        arguments.text("unit", self.unit)
+        text("metric", self.metric)
+        mapping("protocol", self.protocol)
+        text("unit", self.unit)
         if self.higher_is_better is None:
             object.__setattr__(self, "higher_is_better", not lower_is_better(self.metric))
         object.__setattr__(self, "higher_is_better", flag("higher_is_better", self.higher_is_better))
@@ -99,7 +98,7 @@ class Estimate:
             return str(self)
         return f"{self.value:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """A mapping that strict JSON can hold: NaN and infinities become the texts that ``float`` reads."""
         return {
             "metric": self.metric,
@@ -119,7 +118,7 @@ class Estimate:
     def from_dict(cls, record: Mapping[str, Any]) -> Estimate:
         """The estimate that ``to_dict`` wrote; a missing field is an error that names it."""
         if not isinstance(record, Mapping):
-            raise NearfarError(f"record is {described(record)}; the mapping that to_dict gives is needed")
+            raise NearfarError(f"record is {shown(record)}; the mapping that to_dict gives is needed")
         required = ("value", "low", "high", "chance", "n", "trivial", "metric")
         missing = [name for name in required if name not in record]
         if missing:
@@ -134,7 +133,7 @@ class Estimate:
             n=record["n"],
             trivial=record["trivial"],
             metric=record["metric"],
-            protocol=dict(instance("protocol", record.get("protocol", {}), Mapping)),
+            protocol=dict(mapping("protocol", record.get("protocol", {}))),
             higher_is_better=record.get("higher_is_better"),  # runs of version 0.1 do not say it
             unit=record.get("unit", ""),
             control=record.get("control", False),
@@ -176,7 +175,7 @@ def comparable(a: Estimate, b: Estimate) -> str | None:
 def split_hash(ids: Iterable[object]) -> str:
     """Sixteen hexadecimal digits that identify a set of item ids, in whatever order they come.
 
-    Equal ids in another container or integer width are equal, 1 and "1" are not (`nearfar.ids`). An id that comes
+    Equal ids in a different container or integer width are equal, 1 and "1" are not (`nearfar.ids`). An id that comes
     twice counts twice. Raises ``NearfarError`` for a missing id, and for anything that is no collection of ids.
 
     >>> split_hash(["b", "a"]) == split_hash(["a", "b"])
@@ -184,8 +183,8 @@ def split_hash(ids: Iterable[object]) -> str:
     """
     # repr tells 1 from "1"; the length prefix keeps ("ab", "c") apart from ("a", "bc").
     digest = hashlib.sha256()
-    for text in sorted(map(repr, plain_ids(ids))):
-        digest.update(f"{len(text)}:{text}".encode())
+    for name in sorted(map(repr, plain_ids(ids))):
+        digest.update(f"{len(name)}:{name}".encode())
     return digest.hexdigest()[:16]
 
 
@@ -194,11 +193,11 @@ def _to_json(number: float) -> float | str:
     return json_number if math.isfinite(json_number) else json.dumps(json_number)
 
 
-def _from_json(name: str, number: Any) -> float:
+def _from_json(name: str, number: object) -> float:
     """A number, or the text that ``to_dict`` makes of NaN and the infinities."""
     if isinstance(number, str) and number in ("NaN", "nan", "Infinity", "-Infinity", "inf", "-inf"):
         return float(number)
-    return real(name, number)
+    return any_number(name, number)
 
 
 def _decimals(low: float, high: float) -> int:

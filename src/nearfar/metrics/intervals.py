@@ -19,8 +19,8 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from nearfar.arguments import choice, number, numbers, whole_number
 from nearfar.errors import NearfarError
-from nearfar.metrics.arguments import number, numbers, text, whole
 
 __all__ = [
     "bootstrap_levels",
@@ -137,7 +137,7 @@ def wilson(share: float, n: int, confidence: float = 0.95) -> tuple[float, float
     (0.839, 1.0)
     """
     check_confidence(confidence)
-    n, share = whole("n", n, 1), number("share", share, 0.0, 1.0)
+    n, share = whole_number("n", n, 1), number("share", share, 0.0, 1.0)
     return score_interval(share, normal_quantile(0.5 + confidence / 2) ** 2 / n)
 
 
@@ -223,8 +223,8 @@ def bootstrap_mean(
     x = numbers("values", values).ravel()
     if x.size == 0:
         raise NearfarError("values is empty, and gives no interval: pass one number for each item")
-    text("method", method, ("bca", "percentile"))
-    resamples, seed = whole("resamples", resamples, 100), whole("seed", seed)
+    choice("method", method, ("bca", "percentile"))
+    resamples, seed = whole_number("resamples", resamples, 100), whole_number("seed", seed, 0)
     means = _resampled_means(x, resamples, np.random.default_rng(seed))
     levels = (0.5 - confidence / 2, 0.5 + confidence / 2)
     if method == "bca":
@@ -279,7 +279,7 @@ def mean_interval(
     values = checked_scores("values", values).ravel()
     if not values.size:
         raise NearfarError("values is empty, and gives no interval: pass one score for each item")
-    resamples, seed = whole("resamples", resamples), whole("seed", seed)
+    resamples, seed = whole_number("resamples", resamples, 0), whole_number("seed", seed, 0)
     mean, n = float(values.mean()), values.size
     if bool(((values == 0.0) | (values == 1.0)).all()):
         return (*wilson(mean, n, confidence), "Wilson")
@@ -303,7 +303,7 @@ def order_statistics(n: int, confidence: float = 0.95) -> tuple[int, int]:
     ((0, 6), (40, 61))
     """
     check_confidence(confidence)
-    n = whole("n", n)
+    n = whole_number("n", n, 0)
     low = int((_half_binomial(n) <= 0.5 - confidence / 2).sum())
     return low, n + 1 - low
 

@@ -41,7 +41,7 @@ def _own_keys(queries: Tensor, keys: Tensor, own: Tensor | None, by_position: bo
         place = equal_keys(queries, keys)
         if own is not None:
             # One that is its own key is left out; a different key that is equal to it may be a copy. Only where the
-            # stated key is another row altogether do the positions look wrong.
+            # stated key is a different row altogether do the positions look wrong.
             inside = own >= 0
             at_own = inside & (place >= 0)
             at_own[inside] &= (queries[inside] == keys[own[inside]]).all(1)

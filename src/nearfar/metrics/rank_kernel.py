@@ -17,8 +17,8 @@ import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
+from nearfar.arguments import check_dense, numbers
 from nearfar.errors import NearfarError
-from nearfar.metrics.arguments import check_dense, numbers
 from nearfar.metrics.relevance import Relevance
 
 __all__ = ["Counts", "Side", "count_ranks"]
@@ -37,7 +37,7 @@ class Side:
     score 0 with everything.
     """
 
-    def __init__(self, rows: Any, name: str, normalize: bool) -> None:
+    def __init__(self, rows: object, name: str, normalize: bool) -> None:
         rows = _as_rows(rows, name)
         self.rows = rows.detach().to("cpu") if rows.device.type == "mps" else rows.detach()
         step = max(_GATHER // rows.shape[1], 1)

@@ -17,9 +17,8 @@ from jaxtyping import Float64, Int64
 from numpy import ndarray
 from torch import digamma, from_numpy
 
+from nearfar.arguments import flag, number, text, whole_number, whole_numbers
 from nearfar.errors import NearfarError
-from nearfar.metrics import arguments
-from nearfar.metrics.arguments import flag, text, whole, whole_numbers
 
 __all__ = ["Ranks"]
 
@@ -72,7 +71,7 @@ class Ranks:
                 )
             object.__setattr__(self, name, counts)
         for name, least in (("gallery", 1), ("without_relevant", 0), ("without_label", 0)):
-            object.__setattr__(self, name, whole(name, getattr(self, name), least))
+            object.__setattr__(self, name, whole_number(name, getattr(self, name), least))
         text("direction", self.direction)
         flag("normalized", self.normalized)
         flag("leave_one_out", self.leave_one_out)
@@ -107,7 +106,7 @@ class Ranks:
 
     def hits(self, k: int) -> Float64[ndarray, " n"]:
         """Probability that a relevant key is among the first ``k``: 0 or 1 where no tie straddles the cut."""
-        k = whole("k", k, 1)
+        k = whole_number("k", k, 1)
         drawn = np.minimum(np.maximum(k - self.better, 0), self.tied + self.relevant_tied)
         certain = drawn > self.tied
         hit = certain.astype(np.float64)
@@ -148,19 +147,19 @@ class Ranks:
             np.add.at(edges, self.better[single] + self.tied[single] + 1, -share)
             counts += np.cumsum(edges)[:-1]
         for rows, mass in self._ties_among_several():
-            for level, number in zip(*np.unique(self.better[rows], return_counts=True), strict=True):
-                counts[level : level + len(mass)] += number * mass
+            for level, queries in zip(*np.unique(self.better[rows], return_counts=True), strict=True):
+                counts[level : level + len(mass)] += queries * mass
         return counts
 
     def order_statistic(self, place: float) -> float:
         """The rank of the query at ``place`` (1 … n) when queries are sorted by rank."""
-        place = arguments.number("place", place, 1, max(len(self.better), 1))
+        place = number("place", place, 1, max(len(self.better), 1))
         cumulated = np.cumsum(self.distribution())
         return float(np.searchsorted(cumulated, (place - 0.5) * (1 - 1e-12)) + 1)
 
     def at_place(self, place: float) -> float:
         """The rank at a place that may lie between two queries, interpolated."""
-        place = arguments.number("place", place, 1, max(len(self.better), 1))
+        place = number("place", place, 1, max(len(self.better), 1))
         below = int(place)
         low = self.order_statistic(below)
         return low if below == place else low + (place - below) * (self.order_statistic(below + 1) - low)

@@ -15,11 +15,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from nearfar.arguments import check_dense, shown
 from nearfar.errors import NearfarError
-from nearfar.metrics.arguments import check_dense, described
-from nearfar.metrics.item_ids import ItemIds
-from nearfar.metrics.labels import label_codes
-from nearfar.metrics.relevance import Relevance
+from nearfar.labels import shared_codes
+from nearfar.metrics.relevance import ItemIds, Relevance
 from nearfar.metrics.relevance_rows import (
     FORMS,
     as_pairs,
@@ -36,7 +35,7 @@ __all__ = ["read_relevance"]
 
 
 def read_relevance(
-    relevant: Any, ids: ItemIds, device: torch.device, own: NDArray[np.int64] | None = None
+    relevant: object, ids: ItemIds, device: torch.device, own: NDArray[np.int64] | None = None
 ) -> Relevance:
     """``relevant`` as the user gave it, checked and brought to one of two forms, less each query's ``own`` key.
 
@@ -105,7 +104,7 @@ def _from_labels(
             "relevant as a tuple holds labels, one for each item in one dimension; for items with several "
             "labels pass a Boolean matrix"
         )
-    first, second = label_codes(
+    first, second = shared_codes(
         **{"relevant[0], the query labels,": relevant[0], "relevant[1], the key labels,": relevant[1]}
     )
     classes = int(max(first.max(), second.max())) + 1
@@ -273,11 +272,11 @@ def _from_qrels(
             ]
             if odd and not any(ids.knows(v) for v in odd):
                 raise NearfarError(
-                    f"relevant[{name!r}] holds {described(odd[0])}; ids of keys are needed, or a dictionary of grades"
+                    f"relevant[{name!r}] holds {shown(odd[0])}; ids of keys are needed, or a dictionary of grades"
                 )
         else:
             raise NearfarError(
-                f"relevant[{name!r}] is {described(entry)}; a dictionary {{key: grade}} or a list of keys is needed"
+                f"relevant[{name!r}] is {shown(entry)}; a dictionary {{key: grade}} or a list of keys is needed"
             )
         places = [ids.place(key) for key in named]
         unknown += [key for key, place in zip(named, places, strict=True) if place < 0]

@@ -10,10 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from nearfar.arguments import shown
 from nearfar.errors import NearfarError
-from nearfar.metrics.arguments import described
-from nearfar.metrics.item_ids import ItemIds
-from nearfar.metrics.relevance import places_in_rows
+from nearfar.metrics.relevance import ItemIds, places_in_rows
 
 __all__ = [
     "FORMS",
@@ -35,7 +34,7 @@ FORMS = (
 
 
 def read_entries(
-    relevant: Any, n: int, m: int, ids: ItemIds, own: NDArray[np.int64] | None
+    relevant: object, n: int, m: int, ids: ItemIds, own: NDArray[np.int64] | None
 ) -> tuple[Tensor, Tensor]:
     """A flat list of one key for each query, or a list of one row for each."""
     if (
@@ -44,7 +43,7 @@ def read_entries(
         or not hasattr(relevant, "__len__")
         or getattr(relevant, "ndim", 1) != 1
     ):
-        raise NearfarError(f"relevant is {described(relevant)}, which is not understood. {FORMS}")
+        raise NearfarError(f"relevant is {shown(relevant)}, which is not understood. {FORMS}")
     if np.ma.isMaskedArray(relevant):
         raise NearfarError(
             "relevant is a masked array; pass .filled(-1) of positions, or .filled(False) of Booleans"
@@ -74,8 +73,8 @@ def read_entries(
     rows = [i for i, entry in enumerate(entries) if not is_key(entry) and not is_nothing(entry)]
     if single and rows:
         raise NearfarError(
-            f"relevant mixes single keys (entry {single[0]}: {described(entries[single[0]])}) and lists (entry "
-            f"{rows[0]}: {described(entries[rows[0]])}); give one of them for all queries"
+            f"relevant mixes single keys (entry {single[0]}: {shown(entries[single[0]])}) and lists (entry "
+            f"{rows[0]}: {shown(entries[rows[0]])}); give one of them for all queries"
         )
     if single or not rows:
         keys = [[] if is_nothing(entry) else [entry] for entry in entries]
@@ -139,7 +138,7 @@ def _row_of(i: int, row: Any, m: int, ids: ItemIds) -> NDArray[np.int64]:
         or not isinstance(row, Iterable)
         or (isinstance(row, Tensor) and row.ndim == 0)
     ):
-        raise NearfarError(f"relevant: the row of query {i} is {described(row)}; a list of keys is needed")
+        raise NearfarError(f"relevant: the row of query {i} is {shown(row)}; a list of keys is needed")
     if isinstance(row, Tensor):
         if row.layout != torch.strided:
             raise NearfarError(
@@ -175,16 +174,16 @@ def _row_of(i: int, row: Any, m: int, ids: ItemIds) -> NDArray[np.int64]:
             [v for v in named if not is_nothing(v) and not _is_padding(v, ids)], f"the row of query {i}"
         )
     if kind == "s":
-        shown = (values or row.tolist())[0]
+        first = (values or row.tolist())[0]
         raise NearfarError(
-            f"relevant: query {i} names the key {shown!r}, a text; pass the ids of the keys in their order as "
+            f"relevant: query {i} names the key {first!r}, a text; pass the ids of the keys in their order as "
             "key_ids=, or, if these are class labels, a tuple (query_labels, key_labels)"
         )
     if kind != "i":
         first = next((v for v in (values or row.tolist()) if not isinstance(v, (int, np.integer))), None)
         what = "floats" if kind == "f" else "values"
         raise NearfarError(
-            f"relevant: the row of query {i} holds {what} ({described(first)}); keys are whole numbers, and "
+            f"relevant: the row of query {i} holds {what} ({shown(first)}); keys are whole numbers, and "
             "floats are not cut to them: pass integers, or Booleans for all keys"
         )
     if isinstance(row, np.ndarray) and row.dtype.kind in "iu":
@@ -208,7 +207,7 @@ def _kind_of(i: int, values: Sequence[Any]) -> str:
         elif not is_nothing(value):
             kinds.add("f" if isinstance(value, (float, np.floating)) else "o")
     if len(kinds) > 1 or ("b" in kinds and any(is_nothing(value) for value in values)):
-        raise NearfarError(f"relevant: the row of query {i} mixes kinds of values: {described(list(values))}")
+        raise NearfarError(f"relevant: the row of query {i} mixes kinds of values: {shown(list(values))}")
     return kinds.pop() if kinds else "i"
 
 
@@ -248,13 +247,13 @@ def two_readings(m: int) -> str:
     )
 
 
-def is_relevant_grade(query: Any, grade: Any) -> bool:
+def is_relevant_grade(query: object, grade: object) -> bool:
     """Whether a grade makes a key relevant: those above 0 do, as in TREC."""
     if isinstance(grade, (Tensor, np.ndarray)) and grade.ndim == 0:
         grade = grade.item()
     if not isinstance(grade, (bool, int, float, np.number, np.bool_)) or grade != grade:
         raise NearfarError(
-            f"relevant: query {query!r} has the grade {described(grade)}; grades are numbers, 0 is not relevant"
+            f"relevant: query {query!r} has the grade {shown(grade)}; grades are numbers, 0 is not relevant"
         )
     return bool(grade > 0)
 
@@ -275,20 +274,20 @@ def _check_range(rows: NDArray[Any], columns: NDArray[Any], m: int) -> None:
         )
 
 
-def is_single(entry: Any) -> bool:
+def is_single(entry: object) -> bool:
     return isinstance(entry, (Tensor, np.ndarray, np.generic)) and entry.ndim == 0
 
 
-def is_key(entry: Any) -> bool:
+def is_key(entry: object) -> bool:
     """One key: an integer or a text. (Other single values are no keys; the row's own check names them.)"""
     return isinstance(entry, (bool, int, float, str, bytes, np.number, np.bool_)) and not is_nothing(entry)
 
 
-def is_nothing(entry: Any) -> bool:
+def is_nothing(entry: object) -> bool:
     """None, NaN and pandas' NA: no key. (−1 says the same, as an integer.)"""
     missing = entry is None or type(entry).__name__ in ("NAType", "NaTType")
     return missing or (isinstance(entry, (float, np.floating)) and bool(np.isnan(entry)))
 
 
-def _is_padding(value: Any, ids: ItemIds) -> bool:
+def _is_padding(value: object, ids: ItemIds) -> bool:
     return isinstance(value, (int, np.integer)) and value == -1 and not ids.knows(-1)

@@ -1,38 +1,32 @@
-"""Retrieval metrics over the whole gallery: expected ranks, intervals and chance levels; recall at k from a score
-matrix.
-"""
+"""Retrieval metrics over the whole gallery: expected ranks, intervals and chance levels."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import numpy as np
-import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Float
 from torch import Tensor
 
-from nearfar.errors import NearfarError
-from nearfar.metrics.arguments import (
-    check_dense,
-    described,
+from nearfar.arguments import (
     flag,
     instance,
-    numbers,
     text,
-    whole,
+    whole_number,
     whole_numbers,
 )
+from nearfar.errors import NearfarError
 from nearfar.metrics.estimate import Estimate
 from nearfar.metrics.intervals import check_confidence, mean_interval, median_places
-from nearfar.metrics.item_ids import ItemIds
 from nearfar.metrics.own_gallery import warn_of_own_keys
 from nearfar.metrics.rank_kernel import TILE, Counts, Side, count_ranks
 from nearfar.metrics.ranks import Ranks
+from nearfar.metrics.relevance import ItemIds
 from nearfar.metrics.relevance_forms import read_relevance
 
-__all__ = ["RecallAtK", "rank_estimates", "retrieval_metrics", "retrieval_ranks"]
+__all__ = ["rank_estimates", "retrieval_metrics", "retrieval_ranks"]
 
 
 Embeddings = Float[Tensor, "_ d"] | np.ndarray
@@ -40,23 +34,34 @@ Embeddings = Float[Tensor, "_ d"] | np.ndarray
 LeaveOneOut = bool | Sequence[int] | np.ndarray | Tensor
 
 
+class RankOptions(TypedDict, total=False):
+    """What ``retrieval_metrics`` and ``retrieval_ranks`` both take; explained there."""
+
+    normalize: bool
+    leave_one_out: LeaveOneOut
+    query_ids: Sequence[Hashable] | None
+    key_ids: Sequence[Hashable] | None
+    tile: tuple[int, int]
+
+
+class MetricOptions(RankOptions, total=False):
+    """What ``retrieval_metrics`` takes besides."""
+
+    confidence: float
+    bootstrap: int
+    seed: int
+    split: str | None
+
+
 @overload
 def retrieval_metrics(
     queries: Embeddings,
     keys: Embeddings,
-    relevant: Any = None,
+    relevant: object = None,
     ks: Iterable[int] | int = (1, 5, 10),
     *,
     both: Literal[False] = False,
-    normalize: bool = True,
-    leave_one_out: LeaveOneOut = False,
-    query_ids: Sequence[Any] | None = None,
-    key_ids: Sequence[Any] | None = None,
-    confidence: float = 0.95,
-    bootstrap: int = 1000,
-    seed: int = 0,
-    split: str | None = None,
-    tile: tuple[int, int] = TILE,
+    **options: Unpack[MetricOptions],
 ) -> dict[str, Estimate]: ...
 
 
@@ -64,33 +69,25 @@ def retrieval_metrics(
 def retrieval_metrics(
     queries: Embeddings,
     keys: Embeddings,
-    relevant: Any = None,
+    relevant: object = None,
     ks: Iterable[int] | int = (1, 5, 10),
     *,
     both: Literal[True],
-    normalize: bool = True,
-    leave_one_out: LeaveOneOut = False,
-    query_ids: Sequence[Any] | None = None,
-    key_ids: Sequence[Any] | None = None,
-    confidence: float = 0.95,
-    bootstrap: int = 1000,
-    seed: int = 0,
-    split: str | None = None,
-    tile: tuple[int, int] = TILE,
+    **options: Unpack[MetricOptions],
 ) -> tuple[dict[str, Estimate], dict[str, Estimate]]: ...
 
 
 def retrieval_metrics(
     queries: Embeddings,
     keys: Embeddings,
-    relevant: Any = None,
+    relevant: object = None,
     ks: Iterable[int] | int = (1, 5, 10),
     *,
     both: bool = False,
     normalize: bool = True,
     leave_one_out: LeaveOneOut = False,
-    query_ids: Sequence[Any] | None = None,
-    key_ids: Sequence[Any] | None = None,
+    query_ids: Sequence[Hashable] | None = None,
+    key_ids: Sequence[Hashable] | None = None,
     confidence: float = 0.95,
     bootstrap: int = 1000,
     seed: int = 0,
@@ -138,36 +135,33 @@ def retrieval_metrics(
     (49, 0.0816)
     """
     wanted = _checked_ks(ks)
-    _check_interval(confidence, bootstrap, seed, split)
-    options: dict[str, Any] = {"confidence": confidence, "bootstrap": bootstrap, "seed": seed, "split": split}
+    confidence, bootstrap, seed, split = _interval_options(confidence, bootstrap, seed, split)
     ranks = _ranks_of(
         queries,
         keys,
         relevant,
         both,
-        normalize,
-        tile,
+        normalize=normalize,
         leave_one_out=leave_one_out,
         query_ids=query_ids,
         key_ids=key_ids,
+        tile=tile,
     )
-    if isinstance(ranks, tuple):
-        return rank_estimates(ranks[0], wanted, **options), rank_estimates(ranks[1], wanted, **options)
-    return rank_estimates(ranks, wanted, **options)
+    estimates = [
+        rank_estimates(r, wanted, confidence=confidence, bootstrap=bootstrap, seed=seed, split=split)
+        for r in (ranks if isinstance(ranks, tuple) else (ranks,))
+    ]
+    return (estimates[0], estimates[1]) if both else estimates[0]
 
 
 @overload
 def retrieval_ranks(
     queries: Embeddings,
     keys: Embeddings,
-    relevant: Any = None,
+    relevant: object = None,
     *,
     both: Literal[False] = False,
-    normalize: bool = True,
-    leave_one_out: LeaveOneOut = False,
-    query_ids: Sequence[Any] | None = None,
-    key_ids: Sequence[Any] | None = None,
-    tile: tuple[int, int] = TILE,
+    **options: Unpack[RankOptions],
 ) -> Ranks: ...
 
 
@@ -175,14 +169,10 @@ def retrieval_ranks(
 def retrieval_ranks(
     queries: Embeddings,
     keys: Embeddings,
-    relevant: Any = None,
+    relevant: object = None,
     *,
     both: Literal[True],
-    normalize: bool = True,
-    leave_one_out: LeaveOneOut = False,
-    query_ids: Sequence[Any] | None = None,
-    key_ids: Sequence[Any] | None = None,
-    tile: tuple[int, int] = TILE,
+    **options: Unpack[RankOptions],
 ) -> tuple[Ranks, Ranks]: ...
 
 
@@ -190,27 +180,23 @@ def retrieval_ranks(
 def retrieval_ranks(
     queries: Embeddings,
     keys: Embeddings,
-    relevant: Any = None,
+    relevant: object = None,
     *,
     both: bool,
-    normalize: bool = True,
-    leave_one_out: LeaveOneOut = False,
-    query_ids: Sequence[Any] | None = None,
-    key_ids: Sequence[Any] | None = None,
-    tile: tuple[int, int] = TILE,
+    **options: Unpack[RankOptions],
 ) -> Ranks | tuple[Ranks, Ranks]: ...
 
 
 def retrieval_ranks(
     queries: Embeddings,
     keys: Embeddings,
-    relevant: Any = None,
+    relevant: object = None,
     *,
     both: bool = False,
     normalize: bool = True,
     leave_one_out: LeaveOneOut = False,
-    query_ids: Sequence[Any] | None = None,
-    key_ids: Sequence[Any] | None = None,
+    query_ids: Sequence[Hashable] | None = None,
+    key_ids: Sequence[Hashable] | None = None,
     tile: tuple[int, int] = TILE,
 ) -> Ranks | tuple[Ranks, Ranks]:
     """Per query counts behind every rank metric; arguments as in ``retrieval_metrics``.
@@ -226,25 +212,25 @@ def retrieval_ranks(
         keys,
         relevant,
         both,
-        normalize,
-        tile,
+        normalize=normalize,
         leave_one_out=leave_one_out,
         query_ids=query_ids,
         key_ids=key_ids,
+        tile=tile,
     )
 
 
 def _ranks_of(
     queries: Embeddings,
     keys: Embeddings,
-    relevant: Any,
+    relevant: object,
     both: bool,
-    normalize: bool,
-    tile: tuple[int, int],
     *,
+    normalize: bool,
     leave_one_out: LeaveOneOut,
-    query_ids: Sequence[Any] | None,
-    key_ids: Sequence[Any] | None,
+    query_ids: Sequence[Hashable] | None,
+    key_ids: Sequence[Hashable] | None,
+    tile: tuple[int, int],
 ) -> Ranks | tuple[Ranks, Ranks]:
     flag("both", both)
     flag("normalize", normalize)
@@ -298,7 +284,7 @@ def rank_estimates(
     (True, 3.0)
     """
     wanted = _checked_ks(ks)
-    _check_interval(confidence, bootstrap, seed, split)
+    confidence, bootstrap, seed, split = _interval_options(confidence, bootstrap, seed, split)
     if not len(instance("ranks", ranks, Ranks).better):
         raise NearfarError("ranks are of no query; there is nothing to estimate")
     guess = ranks.chance()
@@ -364,177 +350,23 @@ def _checked_ks(ks: Iterable[int] | int) -> tuple[int, ...]:
     if isinstance(ks, (Tensor, np.ndarray)):
         ks = whole_numbers("ks", ks).ravel().tolist()
     wanted = tuple(ks) if isinstance(ks, Iterable) else (ks,)
-    for k in wanted:
-        whole("ks: a cut-off", k, 1)
-    return tuple(dict.fromkeys(int(k) for k in wanted))
+    return tuple(dict.fromkeys(whole_number("ks: a cut-off", k, 1) for k in wanted))
 
 
 def _checked_tile(tile: tuple[int, int]) -> tuple[int, int]:
     if not isinstance(tile, (tuple, list)) or len(tile) != 2:
         raise NearfarError(f"tile is {tile!r}; it is a pair of whole numbers (queries, keys)")
-    return whole("tile: the number of queries", tile[0], 1), whole("tile: the number of keys", tile[1], 1)
+    return whole_number("tile: the number of queries", tile[0], 1), whole_number(
+        "tile: the number of keys", tile[1], 1
+    )
 
 
-def _check_interval(confidence: float, bootstrap: int, seed: int, split: str | None) -> None:
-    check_confidence(confidence)
-    if 0 < whole("bootstrap", bootstrap) < 100:
+def _interval_options(
+    confidence: float, bootstrap: int, seed: int, split: str | None
+) -> tuple[float, int, int, str | None]:
+    level, resamples = check_confidence(confidence), whole_number("bootstrap", bootstrap, 0)
+    if 0 < resamples < 100:
         raise NearfarError(
             f"bootstrap is {bootstrap}; the ends of an interval need at least 100, and 0 means none"
         )
-    whole("seed", seed)
-    if split is not None:
-        text("split", split)
-
-
-class RecallAtK:
-    """The share of rows whose target is among the ``k`` highest scores, ties counted by expectation.
-
-    ``logits`` (n, m) score m candidates for each row; ``targets`` (n,) are the columns that are right, by
-    default the diagonal, or a Boolean matrix (n, m), of which the best decides and rows without any are left out.
-    ``leave_one_out``: row i is column i, as in the scores of one labelled batch, and no candidate of itself.
-
-    Only the order of scores within a row matters, not their sign or scale. ``k`` beyond the
-    number of candidates is clamped to it; ``estimate`` marks the result as trivial.
-
-    >>> recall = RecallAtK(1)
-    >>> recall(torch.tensor([[-1.0, -2.0], [-1.0, -2.0]]))
-    tensor(0.5000)
-    >>> recall(torch.zeros(4, 4))  # collapsed: chance, not 1
-    tensor(0.2500)
-    >>> RecallAtK(10).estimate(torch.eye(4)).trivial
-    True
-    >>> x, labels = torch.tensor([[1.0, 0.1], [0.2, 0.9], [0.8, 0.9], [0.1, 1.0]]), torch.tensor([0, 0, 1, 1])
-    >>> RecallAtK(1)(x @ x.T, labels[:, None] == labels, leave_one_out=True)
-    tensor(0.5000)
-    """
-
-    def __init__(self, k: int) -> None:
-        self.k = whole("k", k, 1, "a cut-off, which is a whole number")
-
-    def __repr__(self) -> str:
-        return f"RecallAtK({self.k})"
-
-    @torch.no_grad()
-    def __call__(
-        self,
-        logits: Float[Tensor, "n m"],
-        targets: Int64[Tensor, " n"] | Bool[Tensor, "n m"] | None = None,
-        *,
-        leave_one_out: bool = False,
-    ) -> Float[Tensor, ""]:
-        """Expected recall as a 0-d float32 tensor on the device of ``logits``."""
-        logits, right, others = _checked(logits, targets, leave_one_out)
-        if right.dtype != torch.bool:
-            better, tied = _single_counts(logits, right, others)
-            hit = ((min(self.k, logits.shape[1]) - better).clamp(min=0) / (tied + 1).float()).clamp(max=1.0)
-            return hit.mean()
-        hits = _score_ranks(logits, right, others).hits(self.k)
-        return torch.tensor(hits.mean(), dtype=torch.float32, device=logits.device)
-
-    @torch.no_grad()
-    def estimate(
-        self,
-        logits: Float[Tensor, "n m"],
-        targets: Int64[Tensor, " n"] | Bool[Tensor, "n m"] | None = None,
-        *,
-        leave_one_out: bool = False,
-        confidence: float = 0.95,
-        split: str | None = None,
-    ) -> Estimate:
-        """The same number with interval, chance level and gallery size."""
-        ranks = _score_ranks(*_checked(logits, targets, leave_one_out))
-        return rank_estimates(ranks, (self.k,), confidence=confidence, split=split)[f"R@{self.k}"]
-
-
-Candidates = Bool[Tensor, "n m"] | None
-
-
-def _single_counts(
-    logits: Tensor, targets: Tensor, others: Candidates
-) -> tuple[Int64[Tensor, " n"], Int64[Tensor, " n"]]:
-    """Candidates above the target and level with it."""
-    target = logits.gather(1, targets[:, None])
-    above, level = logits > target, logits == target
-    if others is not None:
-        above, level = above & others, level & others
-    return above.sum(1), level.sum(1) - 1
-
-
-def _score_ranks(logits: Tensor, right: Tensor, others: Candidates) -> Ranks:
-    gallery = logits.shape[1] if others is None else logits.shape[1] - 1
-    kind: dict[str, Any] = {"direction": "rows to columns", "leave_one_out": others is not None}
-    if right.dtype != torch.bool:
-        better, tied = (count.cpu().numpy() for count in _single_counts(logits, right, others))
-        one = np.ones_like(better)
-        return Ranks(better, tied, one, one, np.arange(len(better)), gallery, **kind)
-    n, wrong = len(right), ~right if others is None else ~right & others
-    scored = right.any(1).nonzero().flatten()
-    logits, right, wrong = logits[scored], right[scored], wrong[scored]
-    best = logits.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
-    counts = ((logits > best) & wrong, (logits == best) & wrong, (logits == best) & right, right)
-    above, level, right_level, all_right = (count.sum(1).cpu().numpy() for count in counts)
-    return Ranks(above, level, right_level, all_right, scored.cpu().numpy(), gallery, n - len(scored), **kind)
-
-
-def _checked(logits: Any, targets: Any, leave_one_out: Any) -> tuple[Tensor, Tensor, Candidates]:
-    """Scores, what is right (a column for each row, or a Boolean for each entry), and who is a candidate."""
-    if not isinstance(logits, Tensor):
-        logits = torch.from_numpy(numbers("logits", logits, finite=False))
-    if logits.ndim != 2 or 0 in logits.shape or logits.layout != torch.strided or logits.is_complex():
-        raise NearfarError(
-            f"logits are {described(logits)}; recall takes a matrix of scores (rows, candidates)"
-        )
-    check_dense("logits", logits)
-    n, m = logits.shape
-    if not logits.is_floating_point():
-        logits = logits.double()
-    bad = logits.isnan().any(1).nonzero().flatten()
-    if len(bad):
-        raise NearfarError(f"logits hold NaN in {len(bad)} of {n} rows, the first is row {int(bad[0])}")
-    others = None
-    if flag("leave_one_out", leave_one_out):
-        if n > m or m < 2:
-            raise NearfarError(f"leave_one_out takes row i as column i, but logits are {n} × {m}")
-        others = ~torch.eye(n, m, dtype=torch.bool, device=logits.device)
-    return logits, _right(targets, n, m, others, logits.device), others
-
-
-def _right(targets: Any, n: int, m: int, others: Candidates, device: torch.device) -> Tensor:
-    if targets is None:
-        if n > m:
-            raise NearfarError(
-                f"the diagonal of a {n} × {m} matrix has no target for every row; pass targets="
-            )
-        if others is not None:
-            raise NearfarError(
-                "leave_one_out takes the diagonal away, which is right by default: pass targets=, such as the "
-                "Boolean matrix labels[:, None] == labels"
-            )
-        return torch.arange(n, device=device)
-    if not isinstance(targets, Tensor):
-        boolean = isinstance(targets, np.ndarray) and targets.dtype == bool
-        targets = torch.tensor(targets) if boolean else torch.from_numpy(whole_numbers("targets", targets))
-    if targets.dtype == torch.bool and targets.shape == (n, m):
-        right = targets.to(device) if others is None else targets.to(device) & others
-        if not bool(right.any()):
-            raise NearfarError("targets have no right column in any row, so that there is nothing to score")
-        return right
-    if (
-        targets.shape != (n,)
-        or targets.is_floating_point()
-        or targets.is_complex()
-        or targets.dtype == torch.bool
-    ):
-        raise NearfarError(
-            f"targets of logits ({n}, {m}) are {n} column indices, one for each row, or a Boolean matrix of "
-            f"their shape, not {tuple(targets.shape)} {targets.dtype}"
-        )
-    targets = targets.to(device).long()
-    if bool(((targets < 0) | (targets >= m)).any()):
-        raise NearfarError(
-            f"targets lie between {int(targets.min())} and {int(targets.max())}, but the columns between 0 and "
-            f"{m - 1}"
-        )
-    if others is not None and bool((targets == torch.arange(n, device=device)).any()):
-        raise NearfarError("targets name a row's own column, which leave_one_out takes away")
-    return targets
+    return level, resamples, whole_number("seed", seed, 0), None if split is None else text("split", split)

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from numpy import ndarray
 
+from nearfar.arguments import numbers
 from nearfar.errors import NearfarError
-from nearfar.metrics.arguments import numbers
 from nearfar.metrics.intervals import (
     check_confidence,
     mean_interval,

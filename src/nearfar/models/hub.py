@@ -18,10 +18,10 @@ def commit_in_cache(model: str, revision: str = "main") -> str:
     from huggingface_hub import try_to_load_from_cache
 
     try:
-        found = try_to_load_from_cache(model, "config.json", revision=revision)
+        path = try_to_load_from_cache(model, "config.json", revision=revision)
     except ValueError:  # not a name the hub would accept; loading says so
         return ""
-    match = re.search(r"[/\\]snapshots[/\\]([0-9a-f]+)[/\\]", found) if isinstance(found, str) else None
+    match = re.search(r"[/\\]snapshots[/\\]([0-9a-f]+)[/\\]", path) if isinstance(path, str) else None
     return match.group(1) if match else ""
 
 

@@ -1,15 +1,17 @@
 """A loss over the batches of all ranks: the gradients of one process with the whole batch, on several.
 
-Losses know nothing of ranks. ``DistributedLoss`` brings them the rows of all ranks (``nearfar.training.gather``),
-joins their other arguments, and scales the result so that the mean of the ranks' gradients, which
-DistributedDataParallel takes, is the gradient of the loss of the whole batch.
+Losses know nothing of ranks. Each is called with the rows of all (``nearfar.training.gather``), as its ``traits`` say
+which arguments are rows, and the result is scaled so that the mean of the ranks' gradients, which
+DistributedDataParallel takes, is the gradient of the loss of the whole batch. ``SharingOptions.value`` is the one place
+that does it: ``DistributedLoss`` calls it for any loop, ``nearfar.training.shared_step`` for ``nearfar train``.
 """
 
 from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,33 +21,101 @@ from torch import Tensor, nn
 
 from nearfar.contrast import computing_dtype
 from nearfar.errors import NearfarError
+from nearfar.losses.base import LossTraits, traits_of
 from nearfar.training.gather import gather_rows, row_counts, whole_value, world_size
 from nearfar.training.ring import check_ring, ring_loss
 
-__all__ = ["DistributedLoss", "join_arguments", "zero_with_grad"]
+__all__ = ["DistributedLoss", "SharingOptions", "join_arguments"]
 
 
-#: arguments whose rows are not rows of the batch, but further ones
-FURTHER = ("negatives", "memory")
-#: arguments about pairs of the whole batch: nothing that could be gathered
-MASKS = ("mask", "negatives_mask", "positives")
-#: arguments that are one number, in whatever shape
-NUMBERS = ("scale", "logit_scale", "logit_bias")
+@dataclass(frozen=True)
+class SharingOptions:
+    """How several processes share out the rows of a batch.
+
+    - ``local_loss=False``: each rank computes the whole loss. Any loss.
+    - ``local_loss=True``: each rank computes the part of its own rows against all, 1 / ranks of the work and memory.
+      For losses whose traits have ``local``.
+    - ``gather_with_grad=False``: rows of other ranks are constants (not exact).
+    - ``ring=True``: rows are never gathered, other ranks' come a block at a time (``nearfar.training.ring``). For
+      losses whose traits have ``ring``.
+    """
+
+    local_loss: bool = False
+    gather_with_grad: bool = True
+    ring: bool = False
+
+    def check(self, prefix: str = "", true: str = "True") -> None:
+        """``NearfarError`` for options that exclude each other; ``prefix`` and ``true`` are how its caller writes
+        them."""
+        if self.ring and (self.local_loss or not self.gather_with_grad):
+            raise NearfarError(
+                f"{prefix}ring={true} computes the own rows with exact gradients; leave the other options out"
+            )
+
+    def check_loss(self, loss: nn.Module, prefix: str = "", true: str = "True") -> None:
+        """``NearfarError`` unless this loss, with its options, can be computed so."""
+        if self.ring:
+            check_ring(loss)
+        if not self.local_loss:
+            return
+        name, local = type(loss).__name__, traits_of(loss).local
+        otherwise = "leave local_loss out, then every rank computes the whole loss, with the same gradients"
+        if local is None:
+            raise NearfarError(
+                f"{prefix}local_loss={true}: {name} cannot be taken apart by rows (its traits have no 'local'); "
+                f"{otherwise}"
+            )
+        for needed in local:
+            value = getattr(loss, needed.option, needed.values[0])
+            if value not in needed.values:
+                raise NearfarError(
+                    f"{prefix}local_loss={true} adds up the parts of the ranks, and {name} with "
+                    f"{needed.option}={value!r} has none: {needed.reason}; {otherwise}"
+                )
+
+    def without_effect(self) -> str:
+        """What the options come to in one process: "" where none is set."""
+        given = {
+            "local_loss": self.local_loss,
+            "gather_with_grad": not self.gather_with_grad,
+            "ring": self.ring,
+        }
+        names = [name for name, value in given.items() if value]
+        return f"{' and '.join(names)} {'have' if len(names) > 1 else 'has'} no effect" if names else ""
+
+    def value(
+        self,
+        loss: nn.Module,
+        call: Callable[..., Tensor],
+        given: inspect.BoundArguments,
+        own: slice = slice(0),
+    ) -> Float[Tensor, ""]:
+        """The value of ``loss`` of the rows of all ranks, with this rank's gradient of it. All ranks call it together.
+
+        ``given`` are the arguments of ``call``, the forward of the loss: with the rows of all, of which ``own`` are
+        those of this rank; for the ring with the rows of this rank.
+        """
+        if self.ring:
+            return ring_loss(loss, given.arguments)
+        if not self.local_loss:
+            return call(*given.args, **given.kwargs)
+        if own.start == own.stop:
+            return whole_value(_zero_with_grad(given.arguments.values()))
+        given.arguments["rows"] = own
+        return whole_value(call(*given.args, **given.kwargs))
 
 
 def join_arguments(
     arguments: dict[str, Any],
+    traits: LossTraits,
     *,
-    positions: Collection[str] = (),
     shared: Collection[str] = (),
     with_grad: bool = True,
-    paired: bool = True,
 ) -> tuple[dict[str, Any], slice]:
-    """The arguments of a loss for the batch of all ranks, and where this rank's rows stand in it.
+    """The arguments of a loss for the batch of all ranks, and which of its rows are this rank's.
 
-    Tensors (n, …), in pairs too, are gathered, and ``positions`` in the batch moved along; numbers (0-d), masks,
-    ``shared`` tensors and everything else stay. ``paired``: all arguments but further candidates are about the same
-    rows. Collective: all ranks call it together, and the first argument is one of the batch's rows.
+    ``traits`` say which tensors (n, …), in pairs too, are gathered, and which of them hold positions in the batch,
+    which move along. ``shared`` ones and everything else stay. Collective: all ranks call it together.
 
     Raises ``NearfarError`` where the rows do not fit together, where a mask is not one of the whole batch, where all
     ranks bring the same further rows (they would count several times), and where ``shared`` ones differ.
@@ -54,46 +124,55 @@ def join_arguments(
         raise NearfarError(
             "rows: several processes share the rows out themselves; use local_loss=True instead"
         )
-    rows = {
-        key: tensor
-        for name, value in arguments.items()
-        if name not in shared and name not in MASKS and name not in NUMBERS
-        for key, tensor in _parts(name, value)
-        if tensor.ndim
-    }
+    rows, further = (
+        {
+            key: tensor
+            for name in arguments
+            if name in names and name not in shared
+            for key, tensor in _parts(name, arguments[name])
+            if tensor.ndim
+        }
+        for names in (traits.rows, traits.further)
+    )
     if not rows:
         raise NearfarError(
             "no argument of the loss has rows: a tensor (n, …) for the rows of this rank is needed"
         )
-    counts = row_counts(rows)
-    name, first = next(iter(counts.items()))
-    if paired:
-        _check_partners(name, counts)
+    counts = row_counts(rows | further)
+    name = next(iter(rows))
+    first = counts[name]
+    if traits.aligned:
+        _check_partners(name, rows, counts, traits.further)
     before, own = sum(first[: dist.get_rank()]), first[dist.get_rank()]
-    for pairs in ("mask", "positives"):
+    for pairs in traits.pairs:
         _check_mask(pairs, arguments.get(pairs), own, sum(first))
-    _check_further(rows, {key: x for name in shared for key, x in _parts(name, arguments.get(name))})
-    found = {name: gather_rows(tensor, counts[name], with_grad) for name, tensor in rows.items()}
-    for name in positions:
-        if name in found:
-            found[name] = _moved(name, rows[name], found[name], first, counts[name])
-    joined = {name: _replaced(name, value, found) for name, value in arguments.items()}
+    _check_further(further, {key: x for name in shared for key, x in _parts(name, arguments.get(name))})
+    gathered = {
+        name: gather_rows(tensor, counts[name], with_grad) for name, tensor in (rows | further).items()
+    }
+    for name in traits.positions:
+        if name in gathered:
+            gathered[name] = _moved(name, rows[name], gathered[name], first, counts[name])
+    joined = {name: _replaced(name, value, gathered) for name, value in arguments.items()}
     return joined, slice(before, before + own)
 
 
-def zero_with_grad(arguments: Iterable[Any]) -> Float[Tensor, ""]:
+def _zero_with_grad(arguments: Iterable[object]) -> Float[Tensor, ""]:
     """0 that depends on all arguments: a rank without rows must take part in backward all the same."""
     tensors = [part for value in arguments for _, part in _parts("", value) if part.dtype.is_floating_point]
     dtype = computing_dtype(*tensors)
     return torch.stack([tensor.flatten()[:0].sum().to(dtype) for tensor in tensors]).sum()
 
 
-def _check_partners(name: str, counts: dict[str, list[int]]) -> None:
-    for other, each in counts.items():
-        if not other.startswith(FURTHER) and each != counts[name]:
+def _check_partners(
+    name: str, rows: Collection[str], counts: dict[str, list[int]], further: tuple[str, ...]
+) -> None:
+    for other in rows:
+        if counts[other] != counts[name]:
+            hint = f". Pass further rows as {' or '.join(further)}, where the loss has it" if further else ""
             raise NearfarError(
-                f"{other} has {each} rows on the ranks, but {name} {counts[name]}: row i of both must be the same "
-                f"item. Pass further rows as {' or '.join(FURTHER)}, where the loss has it"
+                f"{other} has {counts[other]} rows on the ranks, but {name} {counts[name]}: row i of both must be the "
+                f"same item{hint}"
             )
 
 
@@ -106,9 +185,9 @@ def _check_mask(name: str, mask: Any, own: int, total: int) -> None:
         )
 
 
-def _check_further(rows: dict[str, Tensor], shared: dict[str, Tensor]) -> None:
+def _check_further(further: dict[str, Tensor], shared: dict[str, Tensor]) -> None:
     """Rows of a memory are the same on all ranks: gathered, each would count once for each rank."""
-    own = {name: x for name, x in rows.items() if name.startswith(FURTHER) and x.dtype.is_floating_point}
+    own = {name: x for name, x in further.items() if x.dtype.is_floating_point}
     same = _same_on_all({**own, **shared})
     for name, tensor in own.items():
         if same[name] and len(tensor):
@@ -130,12 +209,12 @@ def _same_on_all(tensors: dict[str, Tensor]) -> dict[str, bool]:
         return {}
     values = [tensor.detach().double() for _, tensor in sorted(tensors.items())]
     sums = torch.stack([torch.stack([value.sum(), value.square().sum()]) for value in values])
-    found = gather_rows(sums.unsqueeze(0), [1] * world_size())
-    same = torch.isclose(found, found[:1], rtol=1e-9, equal_nan=True).all(0).all(1).tolist()
+    each = gather_rows(sums.unsqueeze(0), [1] * world_size())
+    same = torch.isclose(each, each[:1], rtol=1e-9, equal_nan=True).all(0).all(1).tolist()
     return dict(zip(sorted(tensors), same, strict=True))
 
 
-def _parts(name: str, value: Any) -> list[tuple[str, Tensor]]:
+def _parts(name: str, value: object) -> list[tuple[str, Tensor]]:
     """The tensors of an argument, each with a name; those of a pair one by one."""
     if isinstance(value, Tensor):
         return [(name, value)]
@@ -144,10 +223,10 @@ def _parts(name: str, value: Any) -> list[tuple[str, Tensor]]:
     return []
 
 
-def _replaced(name: str, value: Any, found: dict[str, Tensor]) -> Any:
+def _replaced(name: str, value: Any, gathered: dict[str, Tensor]) -> Any:
     if isinstance(value, (tuple, list)):
-        return type(value)(_replaced(f"{name}[{i}]", each, found) for i, each in enumerate(value))
-    return found.get(name, value)
+        return type(value)(_replaced(f"{name}[{i}]", each, gathered) for i, each in enumerate(value))
+    return gathered.get(name, value)
 
 
 def _moved(
@@ -177,10 +256,11 @@ class DistributedLoss(nn.Module):
     gradients, those of encoder and scale are what one process with the whole batch would have (within rounding),
     for any number of rows per rank.
 
-    Tensors (n, …) are this rank's rows and are gathered; numbers (0-d), such as a learnable scale, and whatever is
-    no tensor are passed as they are. Arguments that hold positions in the batch, named by the loss in ``positions``,
-    are moved to the rank's place in the whole batch. A ``mask`` of pairs must be one of the whole batch. ``shared``
-    names tensors that are the same on all ranks, such as the rows of a memory, and are not gathered.
+    The ``traits`` of the loss say which tensors are this rank's rows, and are gathered; numbers, such as a learnable
+    scale, are passed as they are. Positions in the batch are moved to the rank's place in the whole batch. A ``mask``
+    of pairs must be one of the whole batch. ``shared`` names tensors that are the same on all ranks, such as the rows
+    of a memory, and are not gathered. Of a loss without traits, arguments are what those of the same name are in the
+    losses here, and all other tensors are rows.
 
     - ``local_loss=False``: each rank computes the whole loss. Any loss.
     - ``local_loss=True``: each rank computes the part of its own rows against all, 1 / ranks of the work and
@@ -214,27 +294,13 @@ class DistributedLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.loss = loss
-        self.local_loss, self.gather_with_grad, self.ring = local_loss, gather_with_grad, ring
+        self.sharing = SharingOptions(local_loss, gather_with_grad, ring)
         self.shared = frozenset(shared)
         self._signature = inspect.signature(loss.forward)
-        self._said = False
+        self._warned = False
+        self.sharing.check_loss(loss)
+        self.sharing.check()
         name, names = type(loss).__name__, self._signature.parameters
-        if local_loss and "rows" not in names:
-            raise NearfarError(
-                f"local_loss=True: {name} cannot be taken apart by rows (its forward has no 'rows'); leave local_loss "
-                "out, then every rank computes the whole loss, with the same gradients"
-            )
-        if local_loss and getattr(loss, "reduction", "mean") == "none":
-            raise NearfarError(
-                f"local_loss=True adds up the parts of the ranks, and {name} with reduction='none' has one value for "
-                "each row; leave local_loss out, then every rank has those of the whole batch"
-            )
-        if ring:
-            check_ring(loss)
-        if ring and (local_loss or not gather_with_grad):
-            raise NearfarError(
-                "ring=True computes the own rows with exact gradients; leave the other options out"
-            )
         unknown = sorted(self.shared - names.keys())
         if unknown:
             raise NearfarError(f"shared={unknown}: {name} has no such argument; it takes {', '.join(names)}")
@@ -246,47 +312,34 @@ class DistributedLoss(nn.Module):
 
     def describe(self) -> str:
         """What this wrapper does with the processes there are, in one line for the log of a run."""
-        ranks = world_size()
+        ranks, sharing = world_size(), self.sharing
         if ranks == 1:
-            given = {
-                "local_loss": self.local_loss,
-                "gather_with_grad": not self.gather_with_grad,
-                "ring": self.ring,
-            }
-            names = [name for name, value in given.items() if value]
-            idle = f"; {' and '.join(names)} {'have' if len(names) > 1 else 'has'} no effect" if names else ""
-            return f"one process: the loss sees this batch alone{idle}"
-        rows = "its own rows against all" if self.local_loss or self.ring else "the whole batch"
-        rows += ", a block at a time" if self.ring else ""
+            without_effect = sharing.without_effect()
+            return f"one process: the loss sees this batch alone{'; ' * bool(without_effect)}{without_effect}"
+        rows = "its own rows against all" if sharing.local_loss or sharing.ring else "the whole batch"
+        rows += ", a block at a time" if sharing.ring else ""
         constant = (
-            "" if self.gather_with_grad else ", other ranks' rows as constants (gradients are not exact)"
+            "" if sharing.gather_with_grad else ", other ranks' rows as constants (gradients are not exact)"
         )
         return f"{ranks} processes: each computes {rows}{constant}"
 
     def forward(self, *args: Any, **kwargs: Any) -> Float[Tensor, ""]:
         if world_size() == 1:
-            if not self._said:
+            if not self._warned:
                 warnings.warn(self.describe(), stacklevel=2)
-                self._said = True
+                self._warned = True
             return self.loss(*args, **kwargs)
-        given = self._signature.bind(*args, **kwargs)
-        if self.ring:
-            return ring_loss(self.loss, given.arguments)
-        arguments, own = join_arguments(
-            given.arguments,
-            positions=getattr(self.loss, "positions", ()),
-            shared=self.shared,
-            with_grad=self.gather_with_grad,
-            # A loss of single rows, such as the distance of two sets of scores, takes as many as it is given.
-            paired="rows" in self._signature.parameters,
-        )
-        given.arguments.update(arguments)
-        if not self.local_loss:
-            return self.loss(*given.args, **given.kwargs)
-        if own.start == own.stop:
-            return whole_value(zero_with_grad(arguments.values()))
-        given.arguments["rows"] = own
-        return whole_value(self.loss(*given.args, **given.kwargs))
+        given, own = self._signature.bind(*args, **kwargs), slice(0)
+        if not self.sharing.ring:
+            arguments, own = join_arguments(
+                given.arguments,
+                traits_of(self.loss),
+                shared=self.shared,
+                with_grad=self.sharing.gather_with_grad,
+            )
+            given.arguments.update(arguments)
+        return self.sharing.value(self.loss, self.loss, given, own)
 
     def extra_repr(self) -> str:
-        return f"local_loss={self.local_loss}, gather_with_grad={self.gather_with_grad}, ring={self.ring}"
+        options = self.sharing
+        return f"local_loss={options.local_loss}, gather_with_grad={options.gather_with_grad}, ring={options.ring}"

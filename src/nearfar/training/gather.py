@@ -85,9 +85,9 @@ def row_counts(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
         own[i, 0], own[i, 1] = len(tensor), _kind(name, tensor)
     device = next(iter(tensors.values())).device if tensors else torch.device("cpu")
     own = own.to(device)
-    found = own.new_empty(dist.get_world_size(), *own.shape)
-    _all_gather(found.flatten(), own.flatten())
-    table = found.tolist()
+    every = own.new_empty(dist.get_world_size(), *own.shape)
+    _all_gather(every.flatten(), own.flatten())
+    table = every.tolist()
     kinds = [[kind for _, kind in rank] for rank in table]
     if any(kind != kinds[0] for kind in kinds):
         mine = ", ".join(
@@ -164,12 +164,12 @@ def _collect(tensor: Tensor, counts: list[int]) -> Tensor:
     rows = tensor.detach().contiguous()
     if len(rows) < longest:
         rows = torch.cat([rows, rows.new_zeros(longest - len(rows), *rows.shape[1:])])
-    found = rows.new_empty(len(counts), *rows.shape)
+    gathered = rows.new_empty(len(counts), *rows.shape)
     if rows.numel():
-        _all_gather(_bytes(found), _bytes(rows))
+        _all_gather(_bytes(gathered), _bytes(rows))
     if min(counts) == longest:
-        return found.flatten(0, 1)
-    return torch.cat([part[:count] for part, count in zip(found, counts, strict=True)])
+        return gathered.flatten(0, 1)
+    return torch.cat([part[:count] for part, count in zip(gathered, counts, strict=True)])
 
 
 def _bytes(tensor: Tensor) -> Tensor:

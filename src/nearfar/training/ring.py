@@ -38,15 +38,11 @@ from nearfar.contrast.positives import Workspace
 from nearfar.contrast.running_sums import RunningSums
 from nearfar.contrast.tiles import TILE, Setting, tiles
 from nearfar.errors import NearfarError
-from nearfar.losses import ClipLoss, InfoNCELoss
 from nearfar.losses.arguments import scale_of
-from nearfar.losses.info_nce import clamp_scale
+from nearfar.losses.base import ContrastiveLoss, traits_of
 from nearfar.training.gather import row_counts, whole_value
 
-__all__ = ["RING_LOSSES", "check_ring", "ring_loss", "ring_sums"]
-
-#: losses that have a ring version
-RING_LOSSES: tuple[type[nn.Module], ...] = (InfoNCELoss, ClipLoss)
+__all__ = ["check_ring", "ring_loss", "ring_sums"]
 
 
 def ring_loss(loss: nn.Module, arguments: Mapping[str, Any]) -> Float[Tensor, ""]:
@@ -55,25 +51,9 @@ def ring_loss(loss: nn.Module, arguments: Mapping[str, Any]) -> Float[Tensor, ""
     The value is that of the whole batch; the gradient is this rank's share, times the number of ranks, so that
     DistributedDataParallel's mean is that of the whole batch. The loss's record describes this rank's rows.
     """
-    for name in ("mask", "negatives", "negatives_mask", "rows"):
-        if arguments.get(name) is not None:
-            raise NearfarError(
-                f"ring=True: {name} is not supported, as it would be needed for the rows of other ranks; use "
-                "local_loss=True, which needs more memory and takes it"
-            )
-    for name, usual in (("in_batch", True), ("denominator", "all"), ("reduction", "mean")):
-        if getattr(loss, name, usual) != usual:
-            raise NearfarError(
-                f"ring=True: {name}={getattr(loss, name)!r} is not supported; use local_loss=True"
-            )
-    if isinstance(loss, ClipLoss):
-        a, b, both = arguments["image"], arguments["text"], True
-        scale = clamp_scale(arguments["logit_scale"], loss.max_scale)
-    else:
-        assert isinstance(loss, InfoNCELoss)
-        a, b, both = arguments["a"], arguments["b"], loss.symmetric
-        given = arguments.get("scale")
-        scale = 1.0 / loss.temperature if given is None else given
+    check_ring(loss, arguments)
+    assert isinstance(loss, ContrastiveLoss)
+    a, b, scale, both, normalize = loss.pair_arguments(arguments)
     counts = row_counts({"a": a, "b": b})
     if counts["a"] != counts["b"]:
         raise NearfarError(
@@ -83,7 +63,7 @@ def ring_loss(loss: nn.Module, arguments: Mapping[str, Any]) -> Float[Tensor, ""
     device, problem = a.device, None
     factor = torch.ones((), dtype=dtype)
     try:
-        a, b = (embeddings(x, name, loss.normalize, dtype) for x, name in ((a, "a"), (b, "b")))
+        a, b = (embeddings(x, name, normalize, dtype) for x, name in ((a, "a"), (b, "b")))
         factor = scale_of(scale, a)
     except NearfarError as error:
         problem = error
@@ -106,17 +86,29 @@ def ring_loss(loss: nn.Module, arguments: Mapping[str, Any]) -> Float[Tensor, ""
     return value
 
 
-def check_ring(loss: nn.Module) -> None:
-    """``NearfarError`` unless there is a ring version of this loss with its options."""
-    if not isinstance(loss, RING_LOSSES):
-        known = " and ".join(each.__name__ for each in RING_LOSSES)
-        raise NearfarError(f"ring=True: there is no ring version of {type(loss).__name__}, only of {known}")
-    for name, usual in (("in_batch", True), ("denominator", "all"), ("reduction", "mean")):
-        found = getattr(loss, name, usual)
-        if found != usual:
+def check_ring(loss: nn.Module, arguments: Mapping[str, Any] | None = None) -> None:
+    """``NearfarError`` unless there is a ring version of this loss with its options and the ``arguments`` of a call."""
+    traits = traits_of(loss)
+    if traits.ring is None:
+        stated = {each: getattr(each, "traits", None) for each in ContrastiveLoss.__subclasses__()}
+        known = [
+            each.__name__ for each, traits in stated.items() if traits is not None and traits.ring is not None
+        ]
+        raise NearfarError(
+            f"ring=True: there is no ring version of {type(loss).__name__}, only of {' and '.join(known)}"
+        )
+    for needed in traits.ring:
+        value = getattr(loss, needed.option)
+        if value not in needed.values:
             raise NearfarError(
-                f"ring=True: {name}={found!r} is not supported, only {usual!r}; use another wrapping, such as "
-                "local_loss=True"
+                f"ring=True: {needed.option}={value!r} is not supported, only {needed.values[0]!r}: "
+                f"{needed.reason}; use local_loss=True instead"
+            )
+    for name, value in (arguments or {}).items():
+        if value is not None and name not in (*traits.rows, *traits.numbers):
+            raise NearfarError(
+                f"ring=True: {name} is not supported, as it would be needed for the rows of other ranks; use "
+                "local_loss=True, which needs more memory and takes it"
             )
 
 
@@ -176,14 +168,14 @@ class _RingSums(torch.autograd.Function):
         here, both = dist.get_rank(), bool(ctx.both)
         space = Workspace(a, _size(counts))
         home = _setting(OwnPair(len(a)), counts, both)
-        rows = _slopes(home, rest, by_rest, by_positive)
+        rows = _grads_of(home, rest, by_rest, by_positive)
         by_a, by_b = torch.zeros_like(a), torch.zeros_like(b)
         with full_precision(a.device):
             # What the keys know of themselves as queries travels with them.
             known = torch.stack([back, by_back], 1)
             for (block, keys), (_, sums) in zip(_round(b, counts), _round(known, counts), strict=True):
                 setting = home if block == here else _setting(NoPositives(len(a), len(keys)), counts, both)
-                columns = _slopes(setting, sums[:, 0], sums[:, 1], torch.zeros_like(sums[:, 0]))
+                columns = _grads_of(setting, sums[:, 0], sums[:, 1], torch.zeros_like(sums[:, 0]))
                 for tile in tiles(a, keys, scale, setting, space) if len(a) and len(keys) else ():
                     values = tile_logit_grads(tile, query_views(tile, [rows, columns]), space)
                     by_a[tile.rows].addmm_(values, tile.keys)
@@ -215,7 +207,7 @@ def _setting(target: Target, counts: list[int], both: bool) -> Setting:
     )
 
 
-def _slopes(setting: Setting, rest: Tensor, by_rest: Tensor, by_positive: Tensor) -> LogitGrads:
+def _grads_of(setting: Setting, rest: Tensor, by_rest: Tensor, by_positive: Tensor) -> LogitGrads:
     side = RunningSums(len(rest), 0, rest, setting)
     return LogitGrads(side, (rest, torch.zeros_like(rest), None, None), (by_rest, by_positive, None, None))
 
@@ -234,16 +226,16 @@ def _round(block: Tensor, counts: list[int]) -> Iterator[tuple[int, Tensor]]:
 
 
 def _pass_on(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-    found, arrived = _send(tensor, shape)
+    received, arrived = _send(tensor, shape)
     arrived()
-    return found
+    return received
 
 
 def _send(tensor: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Callable[[], None]]:
     """To the next rank, and of ``shape`` from the one before; the function waits for both."""
     here, ranks = dist.get_rank(), dist.get_world_size()
-    tensor, found = tensor.contiguous(), tensor.new_empty(shape)
-    wanted = [(dist.isend, tensor, (here + 1) % ranks), (dist.irecv, found, (here - 1) % ranks)]
+    tensor, received = tensor.contiguous(), tensor.new_empty(shape)
+    wanted = [(dist.isend, tensor, (here + 1) % ranks), (dist.irecv, received, (here - 1) % ranks)]
     transfers = [dist.P2POp(kind, each, peer) for kind, each, peer in wanted if each.numel()]
     handles = dist.batch_isend_irecv(transfers) if transfers else []
 
@@ -251,4 +243,4 @@ def _send(tensor: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Callable[[], 
         for handle in handles:
             handle.wait()
 
-    return found, arrived
+    return received, arrived

@@ -20,28 +20,19 @@ from torch.utils import _pytree as pytree
 
 from nearfar.config.training import RunOptions
 from nearfar.errors import NearfarError
+from nearfar.losses.base import traits_of
 from nearfar.training import ranks
-from nearfar.training.distributed import DistributedLoss, zero_with_grad
-from nearfar.training.gather import gather_rows, row_counts, whole_value
+from nearfar.training.distributed import DistributedLoss, SharingOptions
+from nearfar.training.gather import gather_rows, row_counts
 from nearfar.training.grad_cache import cached_embeddings
-from nearfar.training.ring import check_ring, ring_loss
 from nearfar.training.system import StepOutput, System
 
 __all__ = ["Sharing", "check_shared"]
 
 
 @dataclass(frozen=True)
-class Sharing:
-    """How the rows of a batch are shared out: the options of ``trainer`` by these names.
-
-    - ``local_loss``: each rank computes the part of its rows in every loss that takes ``rows``, instead of all.
-    - ``gather_with_grad=False``: embeddings of other ranks are constants (not exact).
-    - ``ring``: embeddings are not gathered; `InfoNCELoss` and `ClipLoss` get those of other ranks a block at a time.
-    """
-
-    local_loss: bool = False
-    gather_with_grad: bool = True
-    ring: bool = False
+class Sharing(SharingOptions):
+    """How the processes of a run share out a batch: the options of ``trainer`` by the names of ``SharingOptions``."""
 
     @classmethod
     def of(cls, config: RunOptions) -> Sharing:
@@ -61,16 +52,9 @@ class Sharing:
     def describe(self, batch_size: int | None) -> str | None:
         """What several processes do, in one line for the first lines of a run; of one, which options do nothing."""
         world = ranks.count()
-        given = {
-            "local_loss": self.local_loss,
-            "gather_with_grad": not self.gather_with_grad,
-            "ring": self.ring,
-        }
-        names = [name for name, value in given.items() if value]
         if world == 1:
-            if not names:
-                return None
-            return f"one process: {' and '.join(names)} {'have' if len(names) > 1 else 'has'} no effect"
+            without_effect = self.without_effect()
+            return f"one process: {without_effect}" if without_effect else None
         rows = "" if batch_size is None else f" of {batch_size} rows, {-(-batch_size // world)} in each"
         how = "every process computes the whole loss"
         if self.local_loss:
@@ -90,7 +74,7 @@ class Sharing:
         return max(0, min(size, rows - rank * size))
 
     def step(
-        self, system: Any, model: nn.Module, batch: Any, rows: int, chunk: int | None = None
+        self, system: System, model: nn.Module, batch: Any, rows: int, chunk: int | None = None
     ) -> StepOutput:
         """The loss of a batch of ``rows`` rows, ``chunk`` of them encoded at a time; every rank calls it together."""
         parts = system.split(batch, -(-rows // ranks.count()))
@@ -104,55 +88,38 @@ class Sharing:
             own = cached_embeddings(lambda some: system.encode(model, some), system.split(part, chunk), model)
         if not here:
             own = pytree.tree_map_only(Tensor, lambda tensor: tensor[:0], own)
-        if self.ring:
-            return self._in_a_ring(system, model, own, part, len(parts))
-        embeddings, counts = _gathered(own, self.gather_with_grad)
-        if not self.local_loss:
-            return system.loss_of(model, embeddings, batch)
-        with _replaced(losses_of(system), lambda loss: self._part_of(loss, counts)):
-            return system.loss_of(model, embeddings, batch)
-
-    def _in_a_ring(self, system: Any, model: nn.Module, own: Any, part: Any, parts: int) -> StepOutput:
-        if parts < ranks.count():
+        if self.ring and len(parts) < ranks.count():
             raise NearfarError(
-                f"trainer.ring=true: a batch has rows for {parts} of the {ranks.count()} processes. Take a batch_size "
-                "that leaves no such rest, or trainer.local_loss=true instead."
+                f"trainer.ring=true: a batch has rows for {len(parts)} of the {ranks.count()} processes. Take a "
+                "batch_size that leaves no such rest, or trainer.local_loss=true instead."
             )
+        # In the ring a process holds its own rows alone, and so does the batch that the loss sees.
+        embeddings, counts = (own, []) if self.ring else _gathered(own, self.gather_with_grad)
+        losses = losses_of(system) if self.local_loss or self.ring else []
         values: list[Tensor] = []
 
         def around(loss: nn.Module) -> Callable[..., Tensor]:
-            signature = inspect.signature(loss.forward)
+            forward, signature = loss.forward, inspect.signature(loss.forward)
 
-            def forward(*args: Any, **kwargs: Any) -> Tensor:
-                values.append(ring_loss(loss, signature.bind(*args, **kwargs).arguments))
+            def shared(*args: Any, **kwargs: Any) -> Tensor:
+                given = signature.bind(*args, **kwargs)
+                here = slice(0) if self.ring else self._share(len(given.args[0]), counts)
+                values.append(self.value(loss, forward, given, here))
                 return values[-1]
 
-            return forward
+            return shared
 
-        with _replaced(losses_of(system), around):
-            output: StepOutput = system.loss_of(model, own, part)
-        if len(values) != 1 or output.loss is not values[0]:
+        with _replaced(losses, around):
+            output: StepOutput = system.loss_of(model, embeddings, part if self.ring else batch)
+        if self.ring and (len(values) != 1 or output.loss is not values[0]):
             raise NearfarError(
                 f"trainer.ring=true: the loss of system '{system.name}' is more than one contrastive loss, and the "
                 "rest of it would see the rows of one process alone; use trainer.local_loss=true."
             )
         return output
 
-    def _part_of(self, loss: nn.Module, counts: list[int]) -> Callable[..., Tensor]:
-        """``loss.forward`` for this rank's share of the rows that it is given, with the value of all."""
-        forward, signature = loss.forward, inspect.signature(loss.forward)
-
-        def part(*args: Any, **kwargs: Any) -> Tensor:
-            given = signature.bind(*args, **kwargs)
-            first = next(iter(given.arguments.values()))
-            own = self._share(len(first), counts)
-            if own.start == own.stop:
-                return whole_value(zero_with_grad(given.arguments.values()))
-            return whole_value(forward(*args, **{**kwargs, "rows": own}))
-
-        return part
-
     def _share(self, rows: int, counts: list[int]) -> slice:
+        """This process's part of the rows that a loss is called with: its own, where they are those of the batch."""
         own, world = ranks.rank(), ranks.count()
         if rows == sum(counts):
             return slice(sum(counts[:own]), sum(counts[: own + 1]))
@@ -164,18 +131,18 @@ class Sharing:
         return slice(rows * own // world, rows * (own + 1) // world)
 
 
-def losses_of(system: Any) -> list[nn.Module]:
+def losses_of(system: System) -> list[nn.Module]:
     """The losses that ``system`` holds and that can be taken apart by rows."""
-    held = [part for part in vars(system).values() if isinstance(part, nn.Module)]
-    every = dict.fromkeys(module for part in held for module in part.modules())
-    return [module for module in every if "rows" in inspect.signature(module.forward).parameters]
+    parts = [part for part in vars(system).values() if isinstance(part, nn.Module)]
+    every = dict.fromkeys(module for part in parts for module in part.modules())
+    return [module for module in every if traits_of(module).local is not None]
 
 
 @contextmanager
 def _replaced(
     losses: Sequence[nn.Module], make: Callable[[nn.Module], Callable[..., Tensor]]
 ) -> Iterator[None]:
-    """Another ``forward`` for some modules while a step runs; a probe gets their own."""
+    """A different ``forward`` for some modules while a step runs; a probe gets their own."""
     for loss in losses:
         loss.__dict__["forward"] = make(loss)
     try:
@@ -228,24 +195,15 @@ def check_shared(system: System, model: nn.Module, sharing: Sharing) -> None:
             f"system '{system.name}' wraps its loss in DistributedLoss, and would gather rows that are gathered "
             "already: let it hold the loss itself."
         )
-    if sharing.ring and (sharing.local_loss or not sharing.gather_with_grad):
-        raise NearfarError(
-            "trainer.ring=true computes own rows with exact gradients; leave the other options out."
-        )
+    sharing.check("trainer.", "true")
     if not (sharing.local_loss or sharing.ring):
         return
-    option = "ring" if sharing.ring else "local_loss"
-    found = losses_of(system)
-    if not found:
+    losses = losses_of(system)
+    if not losses:
+        option = "ring" if sharing.ring else "local_loss"
         raise NearfarError(
             f"trainer.{option}=true: system '{system.name}' holds no loss that can be taken apart by rows; set it to "
             "false, then every process computes the whole loss, with the same gradients."
         )
-    for loss in found:
-        if sharing.ring:
-            check_ring(loss)
-        elif getattr(loss, "reduction", "mean") == "none":
-            raise NearfarError(
-                f"trainer.local_loss=true adds up the parts of the processes, and {type(loss).__name__} with "
-                "reduction='none' has a value for each row; set trainer.local_loss=false."
-            )
+    for loss in losses:
+        sharing.check_loss(loss, "trainer.", "true")

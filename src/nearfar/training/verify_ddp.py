@@ -25,7 +25,8 @@ from nearfar import losses
 from nearfar.errors import NearfarError, nearest_name
 from nearfar.losses.focal import FocalLoss
 from nearfar.losses.wasserstein import WassersteinGapLoss
-from nearfar.training.distributed import DistributedLoss
+from nearfar.training.distributed import DistributedLoss, SharingOptions
+from nearfar.training.ring import check_ring
 
 __all__ = [
     "CASES",
@@ -80,11 +81,11 @@ class Batch:
 def batches(processes: int) -> list[Batch]:
     """The batch of each rank; the last is uneven. Neighbours are positions within the rank."""
     generator = torch.Generator().manual_seed(1)
-    found = []
+    parts = []
     for rank in range(processes):
         n = ROWS if rank < processes - 1 else ROWS - 3
         x = torch.randn(n, FEATURES, generator=generator, dtype=torch.float64)
-        found.append(
+        parts.append(
             Batch(
                 x=x,
                 y=x + 0.5 * torch.randn(x.shape, generator=generator, dtype=torch.float64),
@@ -95,7 +96,7 @@ def batches(processes: int) -> list[Batch]:
                 alpha=torch.rand(n, 2, generator=generator, dtype=torch.float64),
             )
         )
-    return found
+    return parts
 
 
 def joined(parts: Sequence[Batch]) -> Batch:
@@ -109,73 +110,74 @@ def joined(parts: Sequence[Batch]) -> Batch:
     return Batch(**rows)
 
 
+#: the arguments of a loss
+Arguments = dict[str, Tensor | tuple[Tensor, Tensor]]
+
+
 @dataclass(frozen=True)
 class Case:
     """A loss, and its arguments for a rank's outputs (a, b, scale, bias) and batch.
 
-    ``local``: it can be computed by parts of the rows. ``ring``: there is a ring version. ``shared``: arguments that
-    are the same on all ranks.
+    ``shared``: arguments that are the same on all ranks. Which ways of sharing it has, its traits say.
     """
 
     build: Callable[[], nn.Module]
-    arguments: Callable[[Sequence[Tensor], Batch], dict[str, Any]]
-    local: bool = True
-    ring: bool = False
+    arguments: Callable[[Sequence[Tensor], Batch], Arguments]
     shared: tuple[str, ...] = ()
 
 
-def _pair(out: Sequence[Tensor], batch: Batch) -> dict[str, Any]:
+def _pair(out: Sequence[Tensor], batch: Batch) -> Arguments:
     return {"a": out[0], "b": out[1], "scale": out[2]}
 
 
-def _clip(out: Sequence[Tensor], batch: Batch) -> dict[str, Any]:
+def _clip(out: Sequence[Tensor], batch: Batch) -> Arguments:
     return {"image": out[0], "text": out[1], "logit_scale": out[2]}
 
 
-def _spatial(out: Sequence[Tensor], batch: Batch) -> dict[str, Any]:
+def _spatial(out: Sequence[Tensor], batch: Batch) -> Arguments:
     return _clip(out, batch) | {"neighbor_index": batch.neighbors, "neighbor_alpha": batch.alpha}
 
 
-def _siglip(out: Sequence[Tensor], batch: Batch) -> dict[str, Any]:
+def _siglip(out: Sequence[Tensor], batch: Batch) -> Arguments:
     return {"a": out[0], "b": out[1], "logit_scale": out[2], "logit_bias": out[3]}
 
 
-def _scored(out: Sequence[Tensor], batch: Batch) -> dict[str, Any]:
+def _scored(out: Sequence[Tensor], batch: Batch) -> Arguments:
     return {"z": out[0], "scores": batch.scores}
 
 
-def _supcon(out: Sequence[Tensor], batch: Batch) -> dict[str, Any]:
+def _supcon(out: Sequence[Tensor], batch: Batch) -> Arguments:
     return {"z": out[0], "labels": batch.labels}
 
 
-def _mined(out: Sequence[Tensor], batch: Batch) -> dict[str, Any]:
+def _mined(out: Sequence[Tensor], batch: Batch) -> Arguments:
     return _pair(out, batch) | {"negatives": out[1] * 0.5 - out[0]}
 
 
-def _memory(out: Sequence[Tensor], batch: Batch) -> dict[str, Any]:
+def _memory(out: Sequence[Tensor], batch: Batch) -> Arguments:
     rows = torch.randn(5, out[1].shape[1], generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     return _pair(out, batch) | {"negatives": (rows, -rows)}
 
 
-def _groups(out: Sequence[Tensor], batch: Batch) -> dict[str, Any]:
+def _groups(out: Sequence[Tensor], batch: Batch) -> Arguments:
     scores, low = torch.sigmoid(out[0][:, 0]), batch.scores < 0.4
     return {"lower_scores": scores[low], "upper_scores": scores[~low]}
 
 
-def _classes(out: Sequence[Tensor], batch: Batch) -> dict[str, Any]:
+def _classes(out: Sequence[Tensor], batch: Batch) -> Arguments:
     return {"logits": out[0][:, :6].view(-1, 2, 3), "labels": batch.labels[:, None].expand(-1, 2)}
 
 
 CASES: dict[str, Case] = {
-    "InfoNCELoss": Case(losses.InfoNCELoss, _pair, ring=True),
-    "InfoNCELoss, one direction": Case(lambda: losses.InfoNCELoss(symmetric=False), _pair, ring=True),
+    "InfoNCELoss": Case(losses.InfoNCELoss, _pair),
+    "InfoNCELoss, one direction": Case(lambda: losses.InfoNCELoss(symmetric=False), _pair),
     "InfoNCELoss, mined negatives": Case(losses.InfoNCELoss, _mined),
     "InfoNCELoss, memory": Case(losses.InfoNCELoss, _memory, shared=("negatives",)),
     "InfoNCELoss, given negatives only": Case(
         lambda: losses.InfoNCELoss(symmetric=False, in_batch=False), _mined
     ),
     "InfoNCELoss, decoupled": Case(lambda: losses.InfoNCELoss(denominator="negatives"), _pair),
-    "ClipLoss": Case(losses.ClipLoss, _clip, ring=True),
+    "ClipLoss": Case(losses.ClipLoss, _clip),
     "SupConLoss": Case(losses.SupConLoss, _supcon),
     "SupConLoss, two views": Case(
         losses.SupConLoss, lambda out, batch: _supcon(out, batch) | {"other": out[1]}
@@ -186,13 +188,13 @@ CASES: dict[str, Case] = {
     "MultiLabelSupConLoss": Case(
         losses.MultiLabelSupConLoss, lambda out, batch: {"z": out[0], "labels": batch.multi_hot}
     ),
-    "SpatialLoss": Case(losses.SpatialLoss, _spatial, local=False),
+    "SpatialLoss": Case(losses.SpatialLoss, _spatial),
     "SpatialLoss, no regulariser": Case(lambda: losses.SpatialLoss(temp_reg_weight=0.0), _spatial),
     "SigLipLoss": Case(losses.SigLipLoss, _siglip),
-    "AdaptiveScoreContrastiveLoss": Case(losses.AdaptiveScoreContrastiveLoss, _scored, local=False),
-    "BidirectionalScoreContrastiveLoss": Case(losses.BidirectionalScoreContrastiveLoss, _scored, local=False),
-    "FocalLoss": Case(lambda: FocalLoss(alpha=[1.0, 4.0, 2.0]), _classes, local=False),
-    "WassersteinGapLoss": Case(lambda: WassersteinGapLoss(detach_upper=False), _groups, local=False),
+    "AdaptiveScoreContrastiveLoss": Case(losses.AdaptiveScoreContrastiveLoss, _scored),
+    "BidirectionalScoreContrastiveLoss": Case(losses.BidirectionalScoreContrastiveLoss, _scored),
+    "FocalLoss": Case(lambda: FocalLoss(alpha=[1.0, 4.0, 2.0]), _classes),
+    "WassersteinGapLoss": Case(lambda: WassersteinGapLoss(detach_upper=False), _groups),
 }
 
 
@@ -204,7 +206,7 @@ VISIBLE = 1e-3
 
 @dataclass(frozen=True)
 class Option:
-    """One way to train on several processes, and what it promises: ``exact``, ``by definition`` (another gradient,
+    """One way to train on several processes, and what it promises: ``exact``, ``by definition`` (a different gradient,
     for the reason given) or ``wrong`` (the check must find it out)."""
 
     name: str
@@ -216,7 +218,18 @@ class Option:
 
     def offered(self, case: Case) -> bool:
         """Whether the loss has it."""
-        return (case.local or not self.local_loss) and (case.ring or not self.ring)
+        loss, batch = case.build(), batches(2)[0]
+        try:
+            self.sharing.check_loss(loss)
+            if self.ring:
+                check_ring(loss, case.arguments(Encoder()(batch.x, batch.y), batch))
+        except NearfarError:
+            return False
+        return True
+
+    @property
+    def sharing(self) -> SharingOptions:
+        return SharingOptions(self.local_loss, self.gather_with_grad, self.ring)
 
     def value(self, case: Case, loss: nn.Module, outputs: Sequence[Tensor], batch: Batch) -> Tensor:
         """The loss of one rank, to be called by all."""
@@ -300,8 +313,8 @@ def verify_ddp(processes: int = 2, losses: Sequence[str] | None = None, timeout:
         work += [(name, k) for k, option in enumerate(OPTIONS) if option.offered(CASES[name])]
     with TemporaryDirectory(prefix="nearfar-ddp-") as folder:
         trained = {name: sorted(reference) for name, reference in references.items()}
-        found = _run(processes, (processes, folder, work, trained), timeout)
-    rows = [_row(name, OPTIONS[k], references[name], found[name, k], processes) for name, k in work]
+        results = _run(processes, (processes, folder, work, trained), timeout)
+    rows = [_row(name, OPTIONS[k], references[name], results[name, k], processes) for name, k in work]
     return DdpVerdict(processes, tuple(rows))
 
 
@@ -330,7 +343,7 @@ def _run(
     finally:
         for process in context.processes:
             process.kill()
-    return torch.load(Path(folder) / "found.pt", weights_only=True)
+    return torch.load(Path(folder) / "results.pt", weights_only=True)
 
 
 def _rank(
@@ -347,11 +360,11 @@ def _rank(
         "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=processes, timeout=wait
     )
     batch = batches(processes)[rank]
-    found = {}
+    results = {}
     for name, k in work:
-        found[name, k] = _step(CASES[name], OPTIONS[k], batch, trained[name])
+        results[name, k] = _step(CASES[name], OPTIONS[k], batch, trained[name])
     if rank == 0:
-        torch.save(found, Path(folder) / "found.pt")
+        torch.save(results, Path(folder) / "results.pt")
     dist.barrier()
     dist.destroy_process_group()
 
@@ -374,10 +387,10 @@ def _row(
 ) -> DdpRow:
     weights = sorted(key for key in one if key.startswith("layers."))
     numbers = sorted(one.keys() - {"value", *weights})
-    reference, found = (torch.cat([grads[key].flatten() for key in weights]) for grads in (one, several))
-    ratio = (found.norm() / reference.norm()).item()
-    cosine = (found @ reference / (found.norm() * reference.norm())).item()
-    differences = [(found - reference).norm() / reference.norm()]
+    reference, gradient = (torch.cat([grads[key].flatten() for key in weights]) for grads in (one, several))
+    ratio = (gradient.norm() / reference.norm()).item()
+    cosine = (gradient @ reference / (gradient.norm() * reference.norm())).item()
+    differences = [(gradient - reference).norm() / reference.norm()]
     differences += [abs(several[key] - one[key]) / abs(one[key]).clamp(min=1e-9) for key in numbers]
     difference = max(each.item() for each in differences)
     loss_difference = (several["value"] - one["value"]).abs().max().item()

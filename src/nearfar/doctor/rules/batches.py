@@ -110,10 +110,10 @@ def _stale(signals: Signals) -> Evidence | None:
 
 
 def _shorter_memory(signals: Signals) -> Remedy:
-    found, memory = _stale(signals), signals.number("memory")
-    if found is None or not memory:
+    evidence, memory = _stale(signals), signals.number("memory")
+    if evidence is None or not memory:
         return Remedy("", "Keep fewer rows: at most those of one epoch.")
-    rows = int(memory * found.numbers["limit"] / found.numbers["memory_age"])
+    rows = int(memory * evidence.numbers["limit"] / evidence.numbers["memory_age"])
     return Remedy(f"memory={rows}", "Keep fewer rows: at most those of one epoch.")
 
 

@@ -33,31 +33,31 @@ def _views(signals: Signals, pattern: str) -> Iterator[tuple[str, Series]]:
 
 
 def _collapsed(signals: Signals) -> dict[str, tuple[str, float, Series]]:
-    found = {}
+    collapsed = {}
     for view, series in _views(signals, "*/uniformity"):
         if series.mean() > NOT_UNIFORM:
-            found[view] = ("uniformity", series.mean(), series)
+            collapsed[view] = ("uniformity", series.mean(), series)
     for view, series in _views(signals, "*/mean_cosine"):
         if series.mean() > ONE_DIRECTION:
-            found[view] = ("mean cosine", series.mean(), series)
+            collapsed[view] = ("mean cosine", series.mean(), series)
     for view, series in _views(signals, "*/variance"):
         if series.mean() < NO_VARIANCE:
-            found[view] = ("variance", series.mean(), series)
-    return found
+            collapsed[view] = ("variance", series.mean(), series)
+    return collapsed
 
 
 def _collapse(signals: Signals) -> Evidence | None:
-    found = _collapsed(signals)
-    if not found:
+    collapsed = _collapsed(signals)
+    if not collapsed:
         return None
     parts = [
         f"{what} of {view} is {value:.3f} in {where.where_text()}"
-        for view, (what, value, where) in found.items()
+        for view, (what, value, where) in collapsed.items()
     ]
     text = "; ".join(parts)
     return Evidence(
         text[0].upper() + text[1:] + ".",
-        {f"{view}/{what.replace(' ', '_')}": value for view, (what, value, _) in found.items()},
+        {f"{view}/{what.replace(' ', '_')}": value for view, (what, value, _) in collapsed.items()},
     )
 
 

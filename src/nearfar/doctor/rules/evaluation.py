@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from itertools import combinations
 from typing import Any
 
-from nearfar.doctor.log_tables import estimate_of, number, plain
+from nearfar.doctor.cells import estimate_of, number, plain
 from nearfar.doctor.phases import lower_is_better, main_metric
 from nearfar.doctor.rule import Evidence, Remedy, Rule, TooLittle
 from nearfar.doctor.rules._remedies import advice
@@ -62,19 +62,19 @@ def _part(signals: Signals, split: str) -> Mapping[str, Any]:
 
 
 def _trivial(signals: Signals) -> Evidence | None:
-    found, known = {}, 0
+    trivial, known = {}, 0
     for split, name, estimate in of_splits(signals):
         cut = _CUTOFF.search(name)
         gallery = _gallery(signals, split, estimate)
         known += "trivial" in estimate or (cut is not None and gallery is not None)
         if estimate.get("trivial") or (cut and gallery is not None and int(cut.group(1)) >= gallery):
-            found[f"{split} {name}"] = -1.0 if gallery is None else gallery
-    if not found:
+            trivial[f"{split} {name}"] = -1.0 if gallery is None else gallery
+    if not trivial:
         if not known:
             raise TooLittle("no metric says whether it is trivial, and none has both a cut-off and a gallery")
         return None
-    listed = ", ".join(f"{name} ({_words(gallery)})" for name, gallery in found.items())
-    return Evidence(f"Nothing can miss these: {listed}.", {"trivial": float(len(found))} | found)
+    listed = ", ".join(f"{name} ({_words(gallery)})" for name, gallery in trivial.items())
+    return Evidence(f"Nothing can miss these: {listed}.", {"trivial": float(len(trivial))} | trivial)
 
 
 def _words(gallery: float) -> str:
@@ -149,7 +149,7 @@ def _same_hash(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[bool, bool]:
     return False, False
 
 
-def _shared(value: Any) -> float:
+def _shared(value: object) -> float:
     """How many items leak. Rows numbered alike and texts shared by two compounds are none; structures and ids are."""
     if not isinstance(value, Mapping):
         return number(value, "leaks", "the context") or 0.0
@@ -193,10 +193,10 @@ def _baseline(signals: Signals) -> Evidence | None:
 
 
 def _baseline_remedy(signals: Signals) -> Remedy:
-    found = _baseline(signals)
-    if found is not None and found.title is not None and "chance" not in found.title:
+    evidence = _baseline(signals)
+    if evidence is not None and evidence.title is not None and "chance" not in evidence.title:
         words = "The simpler model is as good here: look at what the other one costs, at its training, and at the data."
-    elif found is not None and found.title is not None:
+    elif evidence is not None and evidence.title is not None:
         words = (
             "Nothing that was learned carries over to these rows: see what else is found, and check that queries "
             "and keys of a pair stand in one order."
@@ -208,11 +208,11 @@ def _baseline_remedy(signals: Signals) -> Remedy:
 
 def _lookup(baselines: Mapping[str, Any], split: str, name: str) -> tuple[float | None, str]:
     """The score of the baseline and what it is called: a constant, unless the entry has a ``name``."""
-    found = baselines.get(name, baselines.get(f"val/{name}"))
-    if found is None and isinstance(baselines.get(split), Mapping):
-        found = baselines[split].get(name)
-    kind = str(found["name"]) if isinstance(found, Mapping) and "name" in found else _CONSTANT
-    return None if found is None else estimate_of(found, name)["value"], kind
+    baseline = baselines.get(name, baselines.get(f"val/{name}"))
+    if baseline is None and isinstance(baselines.get(split), Mapping):
+        baseline = baselines[split].get(name)
+    kind = str(baseline["name"]) if isinstance(baseline, Mapping) and "name" in baseline else _CONSTANT
+    return None if baseline is None else estimate_of(baseline, name)["value"], kind
 
 
 RULES = (

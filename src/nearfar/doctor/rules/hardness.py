@@ -125,13 +125,13 @@ def _not_harder(signals: Signals) -> Evidence | None:
         chance = [signals.number("hardness_random") or 0.0]
     if not hardness or not chance:
         raise TooLittle("no hard epoch was logged")
-    found, expected = mean([mean(v) for v in hardness]), mean(chance)
-    if expected <= 0 or found > HARDER * expected:
+    realised, expected = mean([mean(v) for v in hardness]), mean(chance)
+    if expected <= 0 or realised > HARDER * expected:
         return None
     return Evidence(
-        f"{found:.2f} of an item's nearest neighbours share its batch, random batches hold {expected:.2f} "
+        f"{realised:.2f} of an item's nearest neighbours share its batch, random batches hold {expected:.2f} "
         f"(mean of {len(hardness)} hard epochs).",
-        {"hardness": found, "hardness_random": expected},
+        {"hardness": realised, "hardness_random": expected},
     )
 
 

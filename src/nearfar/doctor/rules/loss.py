@@ -65,8 +65,8 @@ def _at_chance(signals: Signals) -> Evidence | None:
     if signals.last_epoch == 1 and planned is not None and planned > 1:
         raise TooLittle(f"only the first of {planned:.0f} epochs was logged")
     noisy = 0
-    found = levels(signals)
-    for level in found:
+    known = levels(signals)
+    for level in known:
         whole = level.way()
         late = level.settled(whole)
         if not late or late.mean() - 2 * late.error() > AT_CHANCE:
@@ -81,7 +81,7 @@ def _at_chance(signals: Signals) -> Evidence | None:
         none = way.mean() + 2 * way.error() >= ABOVE_CHANCE and way.mean() <= AT_CHANCE
         if none and not _hard_and_learning(signals):
             return _evidence(level, shares[0])
-    if noisy == len(found):
+    if noisy == len(known):
         raise TooLittle("the loss scatters too much for its level to be known; log more steps")
     return None
 
@@ -92,8 +92,8 @@ def _above_chance(signals: Signals) -> Evidence | None:
         if way and way.epochs[-1] <= 1 and len(np.unique(way.epochs)) == 1:
             raise TooLittle("only the first epoch was logged, in which a loss may lie above guessing")
         if way and way.mean() + 2 * way.error() < ABOVE_CHANCE and not _hard_and_learning(signals):
-            found = _evidence(level, LAST_PART)
-            return replace(found, title=UNMOVED_TITLE) if _unmoved(level) else found
+            evidence = _evidence(level, LAST_PART)
+            return replace(evidence, title=UNMOVED_TITLE) if _unmoved(level) else evidence
     return None
 
 

@@ -12,7 +12,7 @@ __all__ = ["RULES"]
 
 #: rows per process below which batch statistics cost accuracy (a point at 8, four at 4, eleven at 2)
 SMALL_BATCH = 16
-#: distance of a gradient ratio from 1 that is more than rounding and another order of sums
+#: distance of a gradient ratio from 1 that is more than rounding and a different order of sums
 RATIO = 0.05
 
 
@@ -40,9 +40,9 @@ def _gradient(signals: Signals) -> Evidence | None:
             guesses.append(f"the number of {words}, {count:.0f}: summed where it should be averaged")
         elif abs(ratio * count - 1) <= RATIO:
             guesses.append(f"1 / the number of {words}, {count:.0f}: averaged twice")
-    told = f", {guesses[0]}" if guesses else ""
+    guess = f", {guesses[0]}" if guesses else ""
     return Evidence(
-        f"The gradient is {ratio:.3g} times that of one process{told}.", {"gradient_ratio": ratio}
+        f"The gradient is {ratio:.3g} times that of one process{guess}.", {"gradient_ratio": ratio}
     )
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from nearfar.doctor.log_tables import estimate_of, number, numbers, plain
+from nearfar.doctor.cells import estimate_of, number, numbers, plain
 from nearfar.doctor.rule import Evidence, Rule, TooLittle
 from nearfar.doctor.rules._remedies import advice
 from nearfar.doctor.series import mean
@@ -48,19 +48,19 @@ def _common(signals: Signals) -> Evidence | None:
 
 def _interval(metric: str, difference: Any) -> tuple[float, float, float, str] | None:
     """Value, interval and what it is over; from an interval, from seeds, or from the scatter of single runs."""
-    found = plain(difference)
-    if isinstance(found, (list, tuple)):
-        found = {"per_seed": found}
-    if not isinstance(found, Mapping):
+    given = plain(difference)
+    if isinstance(given, (list, tuple)):
+        given = {"per_seed": given}
+    if not isinstance(given, Mapping):
         return None
-    if found.get("low") is not None and found.get("high") is not None:
-        low, high = (number(found[key], metric, "context['comparison']") for key in ("low", "high"))
-        value = number(found.get("value"), metric, "context['comparison']")
+    if given.get("low") is not None and given.get("high") is not None:
+        low, high = (number(given[key], metric, "context['comparison']") for key in ("low", "high"))
+        value = number(given.get("value"), metric, "context['comparison']")
         assert low is not None
         assert high is not None
         return (low + high) / 2 if value is None else value, low, high, "its interval"
-    if found.get("sd") is not None and found.get("value") is not None:
-        value, sd = (number(found[key], metric, "context['comparison']") for key in ("value", "sd"))
+    if given.get("sd") is not None and given.get("value") is not None:
+        value, sd = (number(given[key], metric, "context['comparison']") for key in ("value", "sd"))
         assert value is not None
         assert sd is not None
         return (
@@ -69,22 +69,22 @@ def _interval(metric: str, difference: Any) -> tuple[float, float, float, str] |
             value + SPREAD * sd,
             f"{SPREAD:g} standard deviations of single runs",
         )
-    return _over_seeds(metric, found)
+    return _over_seeds(metric, given)
 
 
-def _over_seeds(metric: str, found: Mapping[str, Any]) -> tuple[float, float, float, str] | None:
+def _over_seeds(metric: str, given: Mapping[str, Any]) -> tuple[float, float, float, str] | None:
     from nearfar.metrics.intervals import t_quantile  # loads PyTorch with its floor
 
     where = f"context['comparison']['{metric}']"
-    if found.get("per_seed") is not None:
-        each = numbers(list(plain(found["per_seed"])), "per_seed", where)
+    if given.get("per_seed") is not None:
+        each = numbers(list(plain(given["per_seed"])), "per_seed", where)
         n, value = len(each), mean(each)
         if n < 2:
             return None
         error, free = _deviation(each) / math.sqrt(n), n - 1.0
-    elif found.get("values") is not None and found.get("baseline") is not None:
-        ours = numbers(list(plain(found["values"])), "values", where)
-        theirs = numbers(list(plain(found["baseline"])), "baseline", where)
+    elif given.get("values") is not None and given.get("baseline") is not None:
+        ours = numbers(list(plain(given["values"])), "values", where)
+        theirs = numbers(list(plain(given["baseline"])), "baseline", where)
         if len(ours) == len(theirs):
             return _over_seeds(metric, {"per_seed": [a - b for a, b in zip(ours, theirs, strict=True)]})
         if min(len(ours), len(theirs)) < 2:
@@ -113,11 +113,11 @@ def _noise(signals: Signals) -> Evidence | None:
     if "low" in comparison or "per_seed" in comparison or "values" in comparison:
         comparison = {"the metric": comparison}
     for metric, difference in comparison.items():
-        found = _interval(metric, difference)
-        if found is None:
+        interval = _interval(metric, difference)
+        if interval is None:
             continue
         judged += 1
-        value, low, high, over = found
+        value, low, high, over = interval
         if low <= 0 <= high:
             return Evidence(
                 f"{metric}: {value:+.4f}, and {over} is [{low:+.4f}, {high:+.4f}], which covers 0.",

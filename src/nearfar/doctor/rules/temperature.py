@@ -38,7 +38,7 @@ def _scale(signals: Signals) -> Series:
     return temperature.having(1 / temperature.numbers, "scale")
 
 
-def _held(signals: Signals) -> tuple[float, Series, float | None] | None:
+def _clamped(signals: Signals) -> tuple[float, Series, float | None] | None:
     """The share of the last steps at the clamp, those steps, and the clamp; None where none is known or none learns."""
     if signals.context.get("learn_temperature") is False:
         return None
@@ -56,10 +56,10 @@ def _held(signals: Signals) -> tuple[float, Series, float | None] | None:
 
 
 def _at_clamp(signals: Signals) -> Evidence | None:
-    held = _held(signals)
-    if held is None:
+    clamped = _clamped(signals)
+    if clamped is None:
         return None
-    share, where, limit = held
+    share, where, limit = clamped
     if share < AT_CLAMP:
         return None
     at = f" of {limit:g}" if limit is not None else ""
@@ -72,8 +72,8 @@ def _at_clamp(signals: Signals) -> Evidence | None:
 
 def _drift(signals: Signals) -> Evidence | None:
     scale = _scale(signals)
-    held = _held(signals)
-    if held is not None and held[0] >= AT_CLAMP:
+    clamped = _clamped(signals)
+    if clamped is not None and clamped[0] >= AT_CLAMP:
         return None
     if len(scale) < LEAST:
         raise TooLittle(f"only {len(scale)} logged values of the scale; {LEAST} are needed")

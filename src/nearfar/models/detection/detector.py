@@ -152,14 +152,14 @@ class SetLoss(nn.Module):
         label = torch.cat([t.labels[m.targets] for t, m in zip(targets, matches, strict=True)])
         true = corners(torch.cat([t.boxes[m.targets] for t, m in zip(targets, matches, strict=True)]))
         boxes = output.boxes[picture, query]
-        found = corners(boxes)
+        predicted = corners(boxes)
         count = max(1, sum(len(t.labels) for t in targets))
         l1 = (boxes - to_centre(true)).abs().sum() / count
-        giou = (1 - generalized_iou(found, true)).sum() / count
+        giou = (1 - generalized_iou(predicted, true)).sum() / count
         if self.quality is None:
             classes = self._cross_entropy(output.logits, picture, query, label)
         else:
-            reached = iou(found, true).detach()
+            reached = iou(predicted, true).detach()
             classes = _quality_loss(output.logits, picture, query, label, reached, self.quality) / count
         return self.class_weight * classes + self.l1_weight * l1 + self.giou_weight * giou
 
@@ -180,7 +180,7 @@ class SetLoss(nn.Module):
 
         _check(output, targets)
         probabilities = output.logits.float().softmax(-1)
-        found = []
+        matches = []
         for p, boxes, target in zip(probabilities, output.boxes.float(), targets, strict=True):
             true = target.boxes.to(boxes.dtype)
             cost = (
@@ -194,12 +194,12 @@ class SetLoss(nn.Module):
                     "the pixels were not finite."
                 )
             rows, columns = linear_sum_assignment(cost.cpu().numpy())
-            found.append(
+            matches.append(
                 Match(
                     torch.as_tensor(rows, device=boxes.device), torch.as_tensor(columns, device=boxes.device)
                 )
             )
-        return found
+        return matches
 
 
 def _quality_loss(
@@ -306,7 +306,7 @@ class Detector(nn.Module, ABC):
         """Each query's best class, for pictures of ``sizes`` = (height, width) pixels; boxes are cut at the edges."""
         if len(sizes) != len(output):
             raise NearfarError(f"{len(sizes)} sizes for {len(output)} pictures: one (height, width) each.")
-        found = []
+        results = []
         scores, labels = output.probabilities().max(-1)
         for score, label, box, (height, width) in zip(
             scores, labels, corners(output.boxes).clamp(0, 1), sizes, strict=True
@@ -314,8 +314,8 @@ class Detector(nn.Module, ABC):
             order = score.argsort(descending=True, stable=True)
             order = order[score[order] >= score_threshold]
             scale = torch.tensor([width, height, width, height], device=box.device, dtype=box.dtype)
-            found.append(Detections(box[order] * scale, score[order], label[order]))
-        return found
+            results.append(Detections(box[order] * scale, score[order], label[order]))
+        return results
 
     def freeze(self) -> Detector:
         """No gradient for any weight, eval mode for good; gradients still reach the pixels."""

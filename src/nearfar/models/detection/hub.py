@@ -65,8 +65,8 @@ class TransformersDetector(Detector):
             factor = self.size / min(pixels.shape[2:])
             shape = [round(side * factor) for side in pixels.shape[2:]]
             pixels = F.interpolate(pixels, shape, mode="bilinear", antialias=True).clamp(0, 1)
-        found = self.network(pixel_values=(pixels - self.mean) / self.std)
-        return DetectorOutput(found.logits, found.pred_boxes, found.last_hidden_state)
+        output = self.network(pixel_values=(pixels - self.mean) / self.std)
+        return DetectorOutput(output.logits, output.pred_boxes, output.last_hidden_state)
 
 
 def _load(name: str, revision: str) -> tuple[Any, tuple[tuple[float, ...], tuple[float, ...]]]:
@@ -95,8 +95,8 @@ def _load(name: str, revision: str) -> tuple[Any, tuple[tuple[float, ...], tuple
             raise
         raise _unavailable(name, " ".join(str(error).split())[:300]) from error
     try:
-        found, _ = ImageProcessingMixin.get_image_processor_dict(name, revision=revision)
-        colours = (tuple(found["image_mean"]), tuple(found["image_std"]))
+        settings, _ = ImageProcessingMixin.get_image_processor_dict(name, revision=revision)
+        colours = (tuple(settings["image_mean"]), tuple(settings["image_std"]))
     except (OSError, KeyError, TypeError, json.JSONDecodeError):
         colours = _IMAGENET
     return network.float(), colours

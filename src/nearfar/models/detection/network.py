@@ -204,10 +204,10 @@ def inside(mixed: Float[Tensor, "n h w d"], boxes: Float[Tensor, "n q 4"]) -> Fl
     x = (left + (right - left) * steps)[:, :, None, :].expand(n, q, GRID, GRID)
     y = (top + (bottom - top) * steps)[:, :, :, None].expand(n, q, GRID, GRID)
     points = torch.stack([x, y], dim=-1) * 2 - 1
-    found = F.grid_sample(
+    sampled = F.grid_sample(
         mixed.permute(0, 3, 1, 2), points.flatten(2, 3), padding_mode="border", align_corners=False
     )
-    return found.permute(0, 2, 3, 1).flatten(2)
+    return sampled.permute(0, 2, 3, 1).flatten(2)
 
 
 def sine(values: Float[Tensor, "*n k"], width: int) -> Float[Tensor, "*n width"]:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from nearfar.models.image.build import IMAGE_ENCODERS, build_image_encoder, check_image_encoder
-from nearfar.models.image.efficientnet import EfficientNetImageEncoder
 from nearfar.models.image.encoder import ImageEncoder
 from nearfar.models.image.hub import TransformersImageEncoder
-from nearfar.models.image.mobilenet import MobileNetImageEncoder
-from nearfar.models.image.small import SmallImageEncoder
+from nearfar.models.image.networks import EfficientNetImageEncoder, MobileNetImageEncoder, SmallImageEncoder
 
 __all__ = [
     "IMAGE_ENCODERS",

@@ -8,11 +8,9 @@ from typing import Any
 import torch
 
 from nearfar.errors import NearfarError, nearest_name
-from nearfar.models.image.efficientnet import EfficientNetImageEncoder
 from nearfar.models.image.encoder import ImageEncoder
 from nearfar.models.image.hub import TransformersImageEncoder
-from nearfar.models.image.mobilenet import MobileNetImageEncoder
-from nearfar.models.image.small import SmallImageEncoder
+from nearfar.models.image.networks import EfficientNetImageEncoder, MobileNetImageEncoder, SmallImageEncoder
 
 __all__ = ["IMAGE_ENCODERS", "build_image_encoder", "check_image_encoder"]
 
@@ -24,7 +22,7 @@ IMAGE_ENCODERS: dict[str, type[Any]] = {
 }
 
 
-def check_image_encoder(kind: str, **options: Any) -> None:
+def check_image_encoder(kind: str, **options: object) -> None:
     """Raise ``NearfarError`` for an unknown kind or option; reads no weights."""
     if kind not in IMAGE_ENCODERS:
         raise NearfarError(f"image_encoder={kind!r} is unknown; {nearest_name(str(kind), IMAGE_ENCODERS)}")
@@ -48,7 +46,7 @@ def build_image_encoder(
     pretrained: bool | None = None,
     *,
     seed: int | None = None,
-    **options: Any,
+    **options: object,
 ) -> ImageEncoder:
     """The image encoder called ``kind`` with its options.
 

@@ -120,8 +120,8 @@ def _load(name: str, pretrained: bool, revision: str) -> tuple[Any, tuple[Colour
     except (OSError, ValueError, ImportError) as error:
         raise _unavailable(name, " ".join(str(error).split())[:300]) from error
     try:
-        found, _ = ImageProcessingMixin.get_image_processor_dict(name, revision=revision)
-        colours = (tuple(found["image_mean"]), tuple(found["image_std"]))
+        settings, _ = ImageProcessingMixin.get_image_processor_dict(name, revision=revision)
+        colours = (tuple(settings["image_mean"]), tuple(settings["image_std"]))
     except (OSError, KeyError, TypeError, json.JSONDecodeError):
         return network.float(), _IMAGENET, False
     return network.float(), colours, True
@@ -158,13 +158,13 @@ def _channels(network: Any, name: str, side: int | None) -> dict[int, int]:
         ) from None
     finally:
         network.train(mode)
-    found = {stride: [s[1] for s in shapes if s[2] == s[3] == _TRIAL // stride] for stride in STRIDES}
-    if not all(found.values()):
+    by_stride = {stride: [s[1] for s in shapes if s[2] == s[3] == _TRIAL // stride] for stride in STRIDES}
+    if not all(by_stride.values()):
         raise NearfarError(
             f"image_encoder.name={name}: a network with maps at strides 16 and 32, such as microsoft/resnet-18, or one "
             "that gives tokens is needed; this model has neither."
         )
-    return {stride: int(channels[-1]) for stride, channels in found.items()}
+    return {stride: int(channels[-1]) for stride, channels in by_stride.items()}
 
 
 def _unavailable(name: str, cause: str) -> NearfarError:

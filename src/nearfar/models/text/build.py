@@ -29,7 +29,7 @@ TEXT_ENCODERS: dict[str, type[Any]] = {
 }
 
 
-def build_text_encoder(kind: str = "ngram", **options: Any) -> TextEncoder:
+def build_text_encoder(kind: str = "ngram", **options: object) -> TextEncoder:
     """The text encoder called ``kind`` (``ngram``, ``transformer``, ``minilm``) with its options.
 
     >>> build_text_encoder("ngram", dims=64).description

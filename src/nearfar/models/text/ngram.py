@@ -110,11 +110,13 @@ class NgramTextEncoder:
             for part, span in (("word", self.options["words"]), ("character", self.options["chars"]))
             if span is not None
         ]
-        asked = self.options["dims"]
+        requested = self.options["dims"]
         if self._axes is None:
-            return f"TF-IDF over {' and '.join(parts)}, truncated SVD to {asked} dimensions (not fitted yet)"
+            return (
+                f"TF-IDF over {' and '.join(parts)}, truncated SVD to {requested} dimensions (not fitted yet)"
+            )
         terms, dims = self._axes.shape
-        short = f", not {asked}: the training texts span no more" if dims < asked else ""
+        short = f", not {requested}: the training texts span no more" if dims < requested else ""
         return f"TF-IDF over {' and '.join(parts)} ({terms} terms), truncated SVD to {dims} dimensions{short}"
 
     def fit(self, texts: Sequence[str]) -> NgramTextEncoder:

@@ -167,9 +167,9 @@ class PretrainedTextModel:
     def tokenize(self, texts: Sequence[str]) -> TokenTable:
         """The model's own tokens, its marks at both ends included."""
         tokenizer, _ = self._source.parts()
-        found = tokenizer(list(texts), truncation=True, max_length=self.max_length)["input_ids"]
-        flat = np.fromiter((token for row in found for token in row), dtype=np.int64)
-        return TokenTable({"id": flat}, [len(row) for row in found])
+        rows = tokenizer(list(texts), truncation=True, max_length=self.max_length)["input_ids"]
+        flat = np.fromiter((token for row in rows for token in row), dtype=np.int64)
+        return TokenTable({"id": flat}, [len(row) for row in rows])
 
     def build(self) -> nn.Module:
         """A copy of the network, to be trained."""

@@ -35,7 +35,7 @@ class TransformerTextEncoder:
         revision: a branch, tag or commit of a hub model.
 
     The weights are read when they are first needed. If they are not to be had, the error names the cause and
-    the overrides that work without a network; another encoder is never taken instead.
+    the overrides that work without a network; a different encoder is never used instead.
 
     >>> TransformerTextEncoder(pooling="max")
     Traceback (most recent call last):

@@ -97,13 +97,13 @@ class TokenTable:
         place = np.arange(int(lengths.max()))
         mask = place < lengths[:, None]
         index = torch.from_numpy(np.where(mask, self.starts[chosen][:, None] + place, 0))
-        there = torch.from_numpy(mask)
+        present = torch.from_numpy(mask)
         features = {}
         for name, x in self.features.items():
             padded = x[index]
-            padded[~there] = 0
+            padded[~present] = 0
             features[name] = padded
-        return TokenBatch(features, there)
+        return TokenBatch(features, present)
 
 
 PADDING, UNKNOWN = 0, 1  # rows of the embedding; words begin after them
@@ -122,7 +122,7 @@ def split_words(text: str, most: int | None = None) -> list[str]:
     >>> split_words("Máy đẹpppp quáá!!! Pin 88%, giá 7.990.000đ 👍")
     ['máy', 'đẹp', 'quá', '!!', 'pin', '00', '%', ',', 'giá', '0.0', 'đ', '👍']
     """
-    found = []
+    words = []
     for match in _TOKEN.finditer(unicodedata.normalize("NFC", text).lower()):
         token = match.group()
         if match["number"]:
@@ -131,10 +131,10 @@ def split_words(text: str, most: int | None = None) -> list[str]:
             token = _LONG.sub(lambda run: run[1] or run[2], token)
         else:
             token = token[:2]
-        found.append(token)
-        if len(found) == most:
+        words.append(token)
+        if len(words) == most:
             break
-    return found
+    return words
 
 
 @lru_cache(maxsize=100_000)
@@ -240,10 +240,10 @@ class WordVocabulary:
 
     def pieces_of(self, word: str) -> list[int]:
         """The known pieces of a spelled word, each once, in order."""
-        found = (self._piece.get(piece) for piece in word_pieces(word, *self.spans)) if word else ()
-        return list(dict.fromkeys(number for number in found if number is not None))
+        rows = (self._piece.get(piece) for piece in word_pieces(word, *self.spans)) if word else ()
+        return list(dict.fromkeys(number for number in rows if number is not None))
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """What ``from_dict`` reads, for JSON."""
         return {"words": self.words, "pieces": self.pieces, "spans": list(self.spans), "most": self.most}
 
@@ -279,9 +279,9 @@ def context_vectors(
 
     words = len(vocabulary.words) + UNKNOWN + 1
     together = _cooccurrence([np.asarray(vocabulary.rows(text)) for text in texts], words)
-    found = [vocabulary.pieces_of(word) for word in vocabulary.words]
-    columns = np.repeat(np.arange(UNKNOWN + 1, words), [len(row) for row in found])
-    rows = np.asarray([piece for row in found for piece in row], dtype=np.int64)
+    pieces_of_words = [vocabulary.pieces_of(word) for word in vocabulary.words]
+    columns = np.repeat(np.arange(UNKNOWN + 1, words), [len(row) for row in pieces_of_words])
+    rows = np.asarray([piece for row in pieces_of_words for piece in row], dtype=np.int64)
     members = sparse.csr_matrix(
         (np.ones(len(rows)), (rows, columns)), shape=(len(vocabulary.pieces) + 1, words)
     )

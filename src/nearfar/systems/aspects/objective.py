@@ -100,11 +100,12 @@ class AspectObjective(nn.Module):
         assert self.objective.record is not None
         found = self.objective.record.to_dict()
         if self.focal.record is not None:
-            names = ("uniform_level", "floor", "p_true", "hardest_share", "labels")
+            names = ("loss_kind", "uniform_level", "floor", "p_true", "hardest_share", "labels")
             seen = self.focal.record.to_dict()
             found |= {f"focal/{name}": seen[name] for name in names}
         if self.contrast is not None and self.contrast.record is not None:
-            found |= self.contrast.record.to_dict()
+            record = self.contrast.record.to_dict()
+            found |= record | {"contrastive/loss_kind": record["loss_kind"]}
         return found
 
     def _targets(self, codes: Int[Tensor, "b a"]) -> Int[Tensor, "b k"]:

@@ -10,7 +10,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nearfar.losses import AdaptiveScoreContrastiveLoss, BidirectionalScoreContrastiveLoss, Objective
-from nearfar.losses.score_contrastive import split_scores
 from nearfar.models.detection import Detector, DetectorOutput, Match, Target
 from nearfar.systems.fair_detection.model import FairModel
 from nearfar.systems.fair_detection.options import FairDetectionOptions, term_weights
@@ -83,11 +82,7 @@ class FairObjective:
 
     def anchors(self, scores: Float[Tensor, " n"]) -> Int[Tensor, " k"]:
         """Positions of the anchors among these scores."""
-        top, bottom, least, threshold = self.contrastive.options
-        split = split_scores(
-            scores, top_k_percent=top, bottom_k_percent=bottom, min_samples=least, threshold=threshold
-        )
-        return split.anchors
+        return self.contrastive.split(scores).anchors
 
     def record(self) -> dict[str, float]:
         """Numbers of the last batch under the names of the system's page."""

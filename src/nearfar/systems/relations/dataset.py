@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from nearfar.batching import BalancedBatchSampler, BatchSampler, RandomBatchSampler
-from nearfar.batching.base import Plan, digest
+from nearfar.batching.base import digest
+from nearfar.batching.plan import Plan
 from nearfar.errors import NearfarError, nearest_name
 from nearfar.systems.relations.features import spatial_numbers
 from nearfar.systems.relations.options import RelationOptions
