@@ -230,9 +230,6 @@ CALLS: dict[str, list[tuple[Callable[..., Any], dict[str, Any]]]] = {
         (lambda **given: schedules.Piecewise([(0, 1), (5, 2)])(**given), {"epoch": 0.0, "total": 3.0}),
     ],
     "schedule": [(schedules.schedule, {"spec": 1.0, "integer": True})],
-    "warmup_hold_cooldown": [
-        (schedules.warmup_hold_cooldown, {"low": 0, "high": 1, "warmup": 1, "hold": 1, "cooldown": 1})
-    ],
     "learning_rate_factor": [
         (schedules.learning_rate_factor, {"name": "cosine", "warmup": 0.1, "final": 0.0}),
         (lambda **given: schedules.learning_rate_factor()(**given), {"step": 1, "total": 10}),
