@@ -28,6 +28,7 @@ from nearfar.config.options import Option, default_values, option_table, read_op
 from nearfar.config.registry import config_packages, options_class, role_of, systems
 from nearfar.config.training import RunOptions
 from nearfar.configs import experiments
+from nearfar.data.files import Json
 from nearfar.errors import NearfarError, nearest_name
 
 __all__ = [
@@ -253,13 +254,13 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
 
 
 # -- configurations of runs ----------------------------------------------------------------------------------
-def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+def flatten(config: Any, prefix: str = "") -> Json:
     """Nested configuration to dotted keys.
 
     >>> flatten({"lr": 0.1, "data": {"train": None}})
     {'lr': 0.1, 'data.train': None}
     """
-    flat: dict[str, Any] = {}
+    flat: Json = {}
     for key, value in (to_dict(config) if is_dataclass(config) else config).items():
         if isinstance(value, Mapping) or hasattr(value, "items"):
             flat |= flatten(value, f"{prefix}{key}.")

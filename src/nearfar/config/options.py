@@ -21,6 +21,7 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeVar, Union, get_args,
 from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
 
+from nearfar.data.files import Json
 from nearfar.errors import NearfarError, nearest_name
 from nearfar.schedules import Constant, Linear, Piecewise, Step, schedule
 
@@ -531,7 +532,7 @@ def declared_groups(cls: type) -> dict[str, GroupOf]:
     return groups
 
 
-def default_values(cls: type) -> dict[str, Any]:
+def default_values(cls: type) -> Json:
     """The defaults of a dataclass as plain values, without its groups, which are chosen by name."""
     return {
         each.name: to_dict(each.default) if dataclasses.is_dataclass(each.default) else _copied(each.default)
@@ -540,7 +541,7 @@ def default_values(cls: type) -> dict[str, Any]:
     }
 
 
-def to_dict(options: Any) -> dict[str, Any]:
+def to_dict(options: Any) -> Json:
     """Options as plain nested values, in the order of their declaration."""
     return {
         each.name: to_dict(value)
@@ -579,7 +580,7 @@ def read_options(cls: type[T], config: Any, *, saved: bool = False) -> T:
 
 def _read(cls: type[T], config: Any, prefix: str, saved: bool, fill: bool) -> T:
     """``fill``: options that are not there have their defaults; otherwise they are an error."""
-    values: dict[str, Any] = {}
+    values: Json = {}
     for each in _fields(cls):
         name = f"{prefix}{each.name}"
         value = _value(config, each.name, name)
@@ -612,7 +613,7 @@ def _check_unknown(cls: type, unknown: Sequence[str], prefix: str, saved: bool) 
     raise NearfarError(f"there is no option '{unknown[0]}'{of}: {nearest_name(unknown[0], known)}")
 
 
-def _read_raw(value: Any, name: str) -> dict[str, Any]:
+def _read_raw(value: Any, name: str) -> Json:
     _require_group(value, name, "kind")
     Text().check(f"{name}.kind", value.get("kind"))
     return {str(key): each for key, each in value.items()}

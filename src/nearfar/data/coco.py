@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -39,6 +39,7 @@ from nearfar.data.coco_rows import (
     usable_pictures,
     with_groups,
 )
+from nearfar.data.files import Json
 from nearfar.data.rejections import Rejections
 from nearfar.data.splits import split_hash
 from nearfar.errors import NearfarError, nearest_name
@@ -145,7 +146,7 @@ class CocoSplit:
             sentences.append(f"{self.group_key} of neither group: {_listed(self.other_groups)}")
         return sentences
 
-    def layout(self) -> dict[str, Any]:
+    def layout(self) -> Json:
         """What ``dataset_layout.json`` holds of it."""
         pictures = Counter(image.group for image in self.images)
         boxes = Counter(self.group.tolist())

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from jaxtyping import Bool, Float
 
+from nearfar.data.files import Json
 from nearfar.data.picture_files import PictureFiles, split_in
 from nearfar.data.splits import SPLIT_NAMES
 from nearfar.errors import NearfarError
@@ -27,7 +28,7 @@ __all__ = [
 ]
 
 #: an entry of a JSON file, whose values are checked where they are read
-JsonObject: TypeAlias = dict[str, Any]
+JsonObject: TypeAlias = Json
 
 
 _LARGEST = 1e9

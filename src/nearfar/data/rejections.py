@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+
+from nearfar.data.files import Json
 
 __all__ = ["Rejection", "Rejections"]
 
@@ -73,7 +74,7 @@ class Rejections:
         }
 
     @classmethod
-    def from_dict(cls, saved: dict[str, Any], keep: int = 5) -> Rejections:
+    def from_dict(cls, saved: Json, keep: int = 5) -> Rejections:
         """What `as_dict` wrote."""
         first = {reason: [Rejection(**row) for row in rows] for reason, rows in saved["first"].items()}
         return cls(keep, dict(saved["by_reason"]), first)

@@ -7,6 +7,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
 
+from nearfar.data.files import Json
 from nearfar.errors import NearfarError
 from nearfar.ids import plain_ids
 from nearfar.metrics.estimate import split_hash
@@ -76,7 +77,7 @@ def check_disjoint(
     what: str = "id",
     on_leak: Literal["count", "error"] = "error",
     keep: int = 3,
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, Json]:
     """Look for values that stand in two splits: the leak that makes a test score look better than it is.
 
     Values are compared as ids are (`nearfar.ids`): 1 and "1" differ, containers and integer widths do not.
@@ -98,7 +99,7 @@ def check_disjoint(
     nearfar.errors.NearfarError: Split leak: train and test share 1 id (1 row of test): 2. ...
     """
     values = {name: plain_ids(items, f"{what}s of {name}") for name, items in splits.items()}
-    leaks: dict[str, dict[str, Any]] = {}
+    leaks: dict[str, Json] = {}
     for first, second in combinations(values, 2):
         shared = set(values[first]) & set(values[second])
         if shared:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nearfar.data.files import Json
 from nearfar.errors import NearfarError
 
 __all__ = [
@@ -196,7 +197,7 @@ def numbers(values: Sequence[object], name: str, where: str) -> tuple[float, ...
     return tuple(math.nan if value is None else value for value in floats)
 
 
-def estimate_of(value: Any, name: str) -> dict[str, Any]:
+def estimate_of(value: Any, name: str) -> Json:
     """An estimate, its mapping, or a bare number, as a mapping with ``value`` and what else is known.
 
     >>> estimate_of(0.5, "R@1")

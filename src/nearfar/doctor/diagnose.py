@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from nearfar.data.files import Json
 from nearfar.doctor.rule import SEVERITIES, Finding, Unjudged
 from nearfar.doctor.rules import RULES
 from nearfar.doctor.signals import Signals
@@ -63,7 +64,7 @@ class Diagnosis(list[Finding]):
             return f"{by_severity}: {names} ({judged})"
         return f"no warning, no error{f'; {by_severity}' if by_severity else ''} ({judged})"
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Json:
         """Plain data, as ``doctor.json`` holds it."""
         return {
             "verdict": self.verdict,

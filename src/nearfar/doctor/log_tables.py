@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from nearfar.data.files import Json
 from nearfar.doctor.cells import Cell, is_empty, is_series, number, plain, read_cells
 from nearfar.doctor.fields import CONTEXT, LISTED, OF_AN_EPOCH, is_field, is_text, matches
 from nearfar.errors import NearfarError
@@ -35,7 +36,7 @@ class Columns:
     fields: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]] = field(default_factory=dict)
     lists: dict[str, list[tuple[int, tuple[float, ...]]]] = field(default_factory=dict)
     texts: dict[str, list[tuple[int, str]]] = field(default_factory=dict)
-    context: dict[str, Any] = field(default_factory=dict)
+    context: Json = field(default_factory=dict)
     table: set[str] = field(default_factory=set)
 
     def put(self, name: str, rows: Any, values: Any) -> None:
@@ -95,7 +96,7 @@ def _where(row: int) -> str:
     return f"record {row + 1} of the log"
 
 
-def table_columns(table: Any) -> dict[str, Any] | None:
+def table_columns(table: Any) -> Json | None:
     """The columns of a table of pandas, polars, pyarrow or NumPy, by name; None for anything else.
 
     Nothing is imported for it. Columns of several levels are joined with "/"; an index called ``step`` or ``epoch``
@@ -184,9 +185,9 @@ def read_columns(columns: Mapping[Any, Any]) -> Columns:
     if inner is not None:
         del given["val"]
         given |= {f"val/{name}": value for name, value in inner.items()}
-    context: dict[str, Any] = {}
-    series: dict[str, Any] = {}
-    constants: dict[str, Any] = {}
+    context: Json = {}
+    series: Json = {}
+    constants: Json = {}
     table = set()
     for name, value in given.items():
         if isinstance(value, (set, frozenset)):
@@ -279,7 +280,7 @@ def read_records(records: Iterable[object]) -> Columns:
     """The log that a list of rows is: mappings of fields to numbers, as ``train_log.jsonl`` or ``csv.DictReader`` has
     them. Raises ``NearfarError`` for a row that is no mapping."""
     cells: dict[str, tuple[list[int], list[Any]]] = {}
-    estimates: dict[str, Any] = {}
+    estimates: Json = {}
     row = -1
     for row, record in enumerate(records):
         if not isinstance(record, Mapping):

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, SupportsIndex, overload
 
+from nearfar.data.files import Json
 from nearfar.doctor.signals import Signals
 from nearfar.errors import NearfarError, nearest_name
 
@@ -86,7 +87,7 @@ class Finding:
     then: tuple[str, ...]
     source: str
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Json:
         """Plain data, as ``doctor.json`` holds it."""
         return {
             "id": self.id,

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nearfar.data.files import Maybe, check_shape, parse_json, read_json, read_yaml
+from nearfar.data.files import Json, Maybe, check_shape, parse_json, read_json, read_yaml
 from nearfar.doctor.fields import NUMBERS, SWITCHES, WORDS
 from nearfar.doctor.signals import Signals
 from nearfar.errors import NearfarError
@@ -70,7 +70,7 @@ def read_run(folder: str | os.PathLike[str]) -> Signals:
     return signals
 
 
-def _options(path: Path) -> dict[str, Any]:
+def _options(path: Path) -> Json:
     if not os.path.lexists(path):
         return {}
     config = read_yaml(path) or {}
@@ -109,14 +109,14 @@ def _option(options: Mapping[str, object], name: str) -> str | float | None:
     return None
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _json(path: Path) -> Json:
     if not os.path.lexists(path):
         return {}
-    content: dict[str, Any] = read_json(path, SHAPES.get(path.name, dict))
+    content: Json = read_json(path, SHAPES.get(path.name, dict))
     return content
 
 
-def _log(path: Path) -> tuple[list[dict[str, Any]], int]:
+def _log(path: Path) -> tuple[list[Json], int]:
     """The records, and how many lines are none, such as one that a killed process cut off."""
     if not os.path.lexists(path):
         return [], 0
@@ -141,7 +141,7 @@ def _log(path: Path) -> tuple[list[dict[str, Any]], int]:
     return records, unread
 
 
-def _splits(layout: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def _splits(layout: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, Json]:
     """Rows and hash of each split.
 
     Files without an id column number their rows alike, so that two splits of one length may have one hash of ids. The

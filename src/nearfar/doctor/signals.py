@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nearfar.arguments import shown
+from nearfar.data.files import Json
 from nearfar.doctor.cells import Cell, is_series, plain
 from nearfar.doctor.fields import CONTEXT, NUMBERS, TEXTS, is_field, matches
 from nearfar.doctor.gaps import LOSSES, settle_gaps
@@ -170,7 +171,7 @@ class Signals:
         self, log: Columns, context: Mapping[str, Any] | None, null_is_nan: bool, ordered: bool = False
     ) -> None:
         """Keep what was measured; ``ordered``: bring rows that do not come in the order of their steps into it."""
-        self.context: dict[str, Any] = dict(log.context) | dict(context or {})
+        self.context: Json = dict(log.context) | dict(context or {})
         self.unread = 0  # lines of the log that were no records
         first = _first_epoch(log)
         #: what was taken for granted in reading, in sentences

@@ -7,12 +7,12 @@ of the batches it is a different quantity, and the lower one is not the better o
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from nearfar.config.compose import flatten
 from nearfar.config.registry import role_of
+from nearfar.data.files import Json
 from nearfar.lab.groups import Arm
 from nearfar.metrics import few_runs
 from nearfar.training.run_folder import RunFolder
@@ -70,7 +70,7 @@ def compare_losses(base: Arm, arm: Arm) -> LossComparison:
     return LossComparison(float(theirs.mean()), float(ours.mean()), reason, *bounds)
 
 
-def _last(run: RunFolder) -> tuple[float | None, dict[str, Any]]:
+def _last(run: RunFolder) -> tuple[float | None, Json]:
     """The mean loss of the last epoch and the record of the last logged step."""
     loss, step = None, {}
     for record in run.log():
@@ -81,7 +81,7 @@ def _last(run: RunFolder) -> tuple[float | None, dict[str, Any]]:
     return loss, step
 
 
-def _why_not(base: Arm, arm: Arm, first: dict[str, Any], second: dict[str, Any]) -> str | None:
+def _why_not(base: Arm, arm: Arm, first: Json, second: Json) -> str | None:
     a, b = flatten(base.config), flatten(arm.config)
     # The sampler first: its options follow from it.
     for key in sorted(set(a) | set(b), key=lambda key: (not key.startswith("sampler"), key)):

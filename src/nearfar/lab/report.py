@@ -16,7 +16,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from nearfar.data.files import DAMAGED, check_shape, read_bytes, read_text
+from nearfar.data.files import DAMAGED, Json, check_shape, read_bytes, read_text
 from nearfar.errors import NearfarError
 from nearfar.lab.charts import band_chart, hardness_chart, heat_map, intervals_chart, line_chart, map_chart
 from nearfar.lab.groups import PlanRecord, by_question, plans_of
@@ -51,7 +51,7 @@ VIEW_SIGNALS = (
 LINKS = 60
 
 
-def of_kind(folder: RunFolder, kind: str) -> list[dict[str, Any]]:
+def of_kind(folder: RunFolder, kind: str) -> list[Json]:
     """The records of one kind, oldest first."""
     return [record for record in folder.log() if record.get("kind") == kind]
 
@@ -235,8 +235,8 @@ def _tint(value: float, row: Sequence[object]) -> str:
     return f"rgba(37, 99, 168, {0.55 * value / total if total else 0.0:.2f})"
 
 
-def _examples(folder: RunFolder) -> dict[str, list[dict[str, Any]]]:
-    kinds: dict[str, list[dict[str, Any]]] = {}
+def _examples(folder: RunFolder) -> dict[str, list[Json]]:
+    kinds: dict[str, list[Json]] = {}
     if (folder.path / "examples.json").exists():
         for example in folder.read_json("examples.json"):
             shown = kinds.setdefault(example["kind"], [])

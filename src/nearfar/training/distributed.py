@@ -20,6 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from nearfar.contrast import computing_dtype
+from nearfar.data.files import Json
 from nearfar.errors import NearfarError
 from nearfar.losses.base import LossTraits, traits_of
 from nearfar.training.gather import gather_rows, row_counts, whole_value, world_size
@@ -106,12 +107,12 @@ class SharingOptions:
 
 
 def join_arguments(
-    arguments: dict[str, Any],
+    arguments: Json,
     traits: LossTraits,
     *,
     shared: Collection[str] = (),
     with_grad: bool = True,
-) -> tuple[dict[str, Any], slice]:
+) -> tuple[Json, slice]:
     """The arguments of a loss for the batch of all ranks, and which of its rows are this rank's.
 
     ``traits`` say which tensors (n, …), in pairs too, are gathered, and which of them hold positions in the batch,

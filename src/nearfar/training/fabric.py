@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from nearfar.config.training import RunOptions, TrainerOptions
+from nearfar.data.files import Json
 from nearfar.errors import NearfarError
 from nearfar.training import ranks
 
@@ -91,7 +92,7 @@ def build_fabric(config: RunOptions) -> Fabric:
     ):  # banners; which of the two speaks depends on imports
         logging.getLogger(name).setLevel(logging.ERROR)
     here = ranks.on_this_machine()
-    common: dict[str, Any] = {
+    common: Json = {
         "accelerator": settings.accelerator,
         "devices": here,
         "num_nodes": ranks.count() // here,

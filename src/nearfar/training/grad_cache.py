@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.utils import _pytree as pytree
 
+from nearfar.data.files import Json
 from nearfar.errors import NearfarError
 from nearfar.training.checkpoint import generator_state, load_generator_state
 
@@ -231,7 +232,7 @@ class Chunk:
     """What ``encode`` was given, the state of the generators then, and the rows of each output."""
 
     content: Any
-    generators: dict[str, Any]
+    generators: Json
     rows: list[int]
 
 
@@ -370,7 +371,7 @@ class _Sums:
                 self.totals[i], self._own[i] = total + gradient, True
 
 
-def _autocast_settings() -> list[dict[str, Any]]:
+def _autocast_settings() -> list[Json]:
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     return [
         {

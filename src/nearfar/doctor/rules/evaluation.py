@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from itertools import combinations
 from typing import Any
 
+from nearfar.data.files import Json
 from nearfar.doctor.cells import estimate_of, number, plain
 from nearfar.doctor.phases import lower_is_better, main_metric
 from nearfar.doctor.rule import Evidence, Remedy, Rule, TooLittle
@@ -26,7 +27,7 @@ _CONSTANT = "the constant baseline"
 OTHER_GALLERY, OTHER_BY_FAR = 1.1, 4.0
 
 
-def of_splits(signals: Signals) -> Iterator[tuple[str, str, dict[str, Any]]]:
+def of_splits(signals: Signals) -> Iterator[tuple[str, str, Json]]:
     """(split, metric, estimate) of the final metrics and, where a split has none, of validation in the log."""
     final = signals.mapping("metrics")
     for split, metrics in final.items():

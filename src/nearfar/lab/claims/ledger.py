@@ -7,9 +7,8 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from nearfar.data.files import read_yaml
+from nearfar.data.files import Json, read_yaml
 from nearfar.errors import NearfarError, nearest_name
 from nearfar.lab.claims.experiment import claims_folder, names
 
@@ -219,7 +218,7 @@ def _claim(entry: object, file: str, at: int) -> Claim:
             f"{where}: check is {check!r}; it takes verdict (one of {', '.join(CODES)}) and found, in words."
         )
     texts = {name: str(entry[name]).strip() for name in ("id", "statement", "source")}
-    common: dict[str, Any] = {
+    common: Json = {
         **texts,
         "row": str(entry.get("row", "")),
         "check": (check["verdict"], str(check["found"]).strip()),
