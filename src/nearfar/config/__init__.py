@@ -1,14 +1,6 @@
 """Configuration: typed options, the groups one chooses from, composing by Hydra, and the registry of systems."""
 
 from nearfar.config.options import (
-    Choice,
-    Encoding,
-    Names,
-    Number,
-    Rule,
-    Scheduled,
-    Switch,
-    Text,
     column,
     fraction,
     group,
@@ -20,6 +12,7 @@ from nearfar.config.options import (
     to_dict,
 )
 from nearfar.config.registry import Registration, options_class, register, systems
+from nearfar.config.rules import Choice, Encoding, Names, Number, Rule, Scheduled, Switch, Text
 from nearfar.config.training import RunOptions, TrainerOptions
 
 __all__ = [

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from nearfar.config.options import Scheduled, group, option
+from nearfar.config.options import group, option
+from nearfar.config.rules import Scheduled
 from nearfar.config.training import RunOptions
 from nearfar.errors import NearfarError
 from nearfar.schedules import schedule

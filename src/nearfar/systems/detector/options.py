@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from nearfar.config import RunOptions, fraction, group, option, path, raw_group, samplers
-from nearfar.config.options import Text
+from nearfar.config.rules import Text
 from nearfar.config.samplers import SamplerOptions
 from nearfar.errors import NearfarError
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from nearfar.config import RunOptions, TrainerOptions, group, option, path, section
-from nearfar.config.options import Text
+from nearfar.config.rules import Text
 from nearfar.errors import NearfarError
 from nearfar.schedules import Linear, Piecewise, Schedule
 from nearfar.systems.detector.options import DetectorRecipe, PictureData, SceneData, check_groups
