@@ -32,6 +32,7 @@ __all__ = [
     "default_values",
     "fraction",
     "group",
+    "group_variants",
     "option",
     "option_table",
     "options_of",
@@ -289,6 +290,12 @@ def variants_of(cls: type) -> dict[str, Mapping[str, Any]]:
         for each in _fields(cls)
         if each.declared.variants is not None
     }
+
+
+def group_variants(cls: type, group: str) -> Mapping[str, Any]:
+    """The variants of a group as instances, by name; none where the dataclass has no such group."""
+    declared = next((each.declared for each in _fields(cls) if each.name == group), None)
+    return (declared.variants or {}) if declared is not None else {}
 
 
 class GroupOf(NamedTuple):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from nearfar.config.options import group, option
+from nearfar.config.options import group, group_variants, option
+from nearfar.config.registry import options_class, systems
 from nearfar.config.rules import Scheduled
 from nearfar.config.training import RunOptions
 from nearfar.errors import NearfarError
@@ -162,6 +163,16 @@ class SpatialSampler(SamplerOptions):
 
 random, balanced, hard = RandomSampler(), BalancedSampler(), HardSampler()
 partition, spatial = PartitionSampler(), SpatialSampler()
+
+
+def sampler_choices(system: str) -> Mapping[str, SamplerOptions]:
+    """The samplers that a system may be trained with, by name; those of any items for a system that is not registered.
+
+    >>> [name for name, each in sampler_choices("molecules").items() if each.composes_hard_batches]
+    ['hard', 'partition']
+    """
+    cls = options_class(system) if system in systems() else HardBatchOptions
+    return group_variants(cls, "sampler")
 
 
 @dataclass

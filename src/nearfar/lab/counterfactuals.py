@@ -16,15 +16,12 @@ import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from nearfar.config.samplers import sampler_choices
 from nearfar.lab.batch_evaluation import BatchEvaluation, cosine, norm
 from nearfar.metrics import few_runs
 from nearfar.training.batches import LIKELY_FALSE_NEGATIVE
 
 __all__ = ["Counterfactual", "Effect", "Mean", "Refused", "effect_of", "standard"]
-
-
-#: samplers whose batches are evaluated where a run has a choice of samplers
-SAMPLERS = ("random", "hard", "partition")
 
 
 @dataclass(frozen=True)
@@ -119,11 +116,11 @@ def _samplers(config: DictConfig) -> Iterator[Counterfactual | Refused]:
     if not OmegaConf.is_dict(sampler) or "name" not in sampler:
         yield Refused("different sampler", "the system has no choice of samplers")
         return
-    for name in SAMPLERS:
-        if name == sampler.name:
+    for name, choice in sampler_choices(str(config.get("system"))).items():
+        if name == sampler.name or not (choice.composes_hard_batches or name == "random"):
             continue
-        hard = name != "random" and config.get("curriculum_epoch")
-        overrides = (f"sampler={name}", "curriculum_epoch=0") if hard else (f"sampler={name}",)
+        begun = choice.composes_hard_batches and config.get("curriculum_epoch")
+        overrides = (f"sampler={name}", "curriculum_epoch=0") if begun else (f"sampler={name}",)
         yield Counterfactual(
             f"{name} batches", overrides, "own", "as many rows, chosen by a different sampler"
         )

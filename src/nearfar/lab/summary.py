@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from omegaconf import DictConfig
+
+from nearfar.config.samplers import sampler_choices
 from nearfar.data.files import read_json
 from nearfar.lab.compare import Arm, Comparison
 from nearfar.lab.groups import PlanRecord, plans_of
@@ -193,7 +196,7 @@ def describe_comparison(comparison: Comparison) -> list[str]:
                 else "none differs."
             )
         plans = [plan for plan in plans_of(arm.runs[min(arm.runs)]) if not plan.get("random_phase")]
-        if plans and arm.config.get("sampler", {}).get("name") in ("hard", "partition"):
+        if plans and _composes_hard_batches(arm.config):
             text += " " + _batches(plans, arm, difference.verdict == "better")
         paragraphs.append(text)
         paragraphs.append(f"{arm.label}: {comparison.losses[arm.label]}.")
@@ -245,3 +248,8 @@ def _cause(finding: ShownFinding) -> str:
     """A finding as half a sentence, with the override that it prescribes."""
     words = f"{finding.title.rstrip('.')} ({finding.text.rstrip('.')})"
     return words + (f"; try {finding.override}" if finding.override else "")
+
+
+def _composes_hard_batches(config: DictConfig) -> bool:
+    choice = sampler_choices(str(config.get("system"))).get(config.get("sampler", {}).get("name"))
+    return choice is not None and choice.composes_hard_batches
