@@ -38,7 +38,6 @@ REFUSED = {
     ".feather": "Save it as .parquet",
     ".arrow": "Save it as .parquet",
 }
-_PACKED = (".gz", ".zip")
 _MAGIC = (
     (b"\x1f\x8b", "packed with gzip", ".gz"),
     (b"PK\x03\x04", "a spreadsheet or a zip archive", ".xlsx or .zip"),

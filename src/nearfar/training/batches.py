@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -21,12 +21,6 @@ HARDNESS_NEIGHBORS = 100
 LIKELY_FALSE_NEGATIVE = 0.95
 #: items by which the hardness of an epoch is judged; more would cost time in every epoch and change the third digit
 SAMPLE = 20_000
-
-
-class _Sampled(Protocol):
-    """Options of a run whose sampler is a group of options."""
-
-    sampler: SamplerOptions
 
 
 def neighbors_needed(config: HardBatchOptions, n: int) -> int:
