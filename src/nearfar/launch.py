@@ -1,4 +1,4 @@
-"""From the command line to runs: Hydra carries out the job or the sweep, this file names each run and starts it.
+"""From the command line to runs: this file names each run and starts it; a sweep is carried out by Hydra.
 
 Every run of a sweep is composed and checked before the first one starts: a misspelt option is answered with the
 nearest name, and a sweep of twenty runs does not fail at its nineteenth because of a typo. What fails later all
@@ -311,6 +311,9 @@ def _launch(arguments: Sequence[str]) -> None:
             if why:
                 raise NearfarError(why)
             raise SystemExit(code)
+        if not flags and not any(text.startswith("hydra") for text in overrides):
+            run_one(runs[0], overrides, False, terminal.console())
+            return
     swept = [] if own_configs else [str(o.key_or_group) for o in parse(overrides) if o.is_sweep_override()]
     handle, failures = tempfile.mkstemp(
         prefix="nearfar-", suffix=".jsonl", dir=_shared(overrides) if sweep else None
