@@ -196,7 +196,7 @@ def test_an_ensemble_is_a_run(tmp_path: Path, folder: Path, finished: RunFolder)
     stranger = RunFolder(Path(shutil.copytree(finished.path, tmp_path / "stranger")))
     layout = stranger.read_json("dataset_layout.json")
     stranger.write_json("dataset_layout.json", layout | {"data_hash": "another"})
-    with pytest.raises(NearfarError, match="other data"):
+    with pytest.raises(NearfarError, match="different data"):
         write_ensemble([finished.path, stranger.path], tmp_path / "third")
 
 
