@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from nearfar.cli import app
 from nearfar.config.compose import compose_config
 from nearfar.errors import NearfarError
-from nearfar.systems import build_system
+from nearfar.systems import build_system, check_config
 from nearfar.training import ranks
 from nearfar.training.checkpoint import Checkpoint, Resume
 from nearfar.training.distributed import DistributedLoss
@@ -91,7 +91,7 @@ def test_losses_and_gradients_of_one_process(tmp_path: Path, world: int, options
     last = [r for r in RunFolder(tmp_path / "several").log() if r["kind"] == "step"][-1]
     rows = {8: 6, 17: 2}[config.batch_size]
     assert last["rows_per_rank"] == -(-rows // world)
-    own = config.trainer.get("local_loss") or config.trainer.get("ring")
+    own = config.trainer.local_loss or config.trainer.ring
     assert last["rows"] == (last["rows_per_rank"] if own else rows)
     assert (
         last["world_size"] == RunFolder(tmp_path / "several").read_json("model.json")["world_size"] == world
@@ -134,7 +134,7 @@ def test_molecules_with_masks_and_a_memory(tmp_path: Path, monkeypatch: pytest.M
     options = ["trainer.log_every=1", "trainer.probe_rows=32", "trainer.accelerator=cpu", "trainer.threads=1"]
     overrides = ["experiment=molecules", *split_files(tmp_path), *quiet, *sized, *options]
     overrides += ["molecule_encoder=both", "false_negative_threshold=0.9", "sampler=random"]
-    config = compose_config(overrides)
+    config = check_config(compose_config(overrides))
     train_molecules(tmp_path / "one", config)
     config.trainer.devices = 2
     assert together(train_molecules, tmp_path / "several", config) == [None, None]

@@ -83,7 +83,7 @@ def test_weights_of_the_losses() -> None:
         (["bootstrap=20"], "at least 100 resamples"),
         (["head_norm=group"], "no such choice"),
         (["data.dir=.", "data.group_key=null"], "data.group_key=null"),
-        (["data.scenes.faint_share=1.0"], "data.faint_share=1.0 is out of range"),
+        (["data.scenes.faint_share=1.0"], "data.scenes.faint_share=1.0 is out of range"),
     ],
 )
 def test_wrong_options_are_refused(overrides: list[str], message: str) -> None:
