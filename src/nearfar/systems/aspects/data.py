@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from nearfar.data.rejections import Rejections
 from nearfar.data.splits import check_disjoint
 from nearfar.errors import NearfarError, nearest_name
 from nearfar.systems.aspects.labels import NEGATIVE, NEUTRAL, POLARITIES, POSITIVE, LabelScheme, code_words
-from nearfar.systems.aspects.readers import read_records
+from nearfar.systems.aspects.readers import Reading, read_records
 from nearfar.systems.aspects.records import AspectSplit, Records, hold_out, separate, text_key
 
 __all__ = ["AspectData", "embedded_records", "load_embedded", "load_files"]
@@ -174,18 +174,13 @@ def _unread_words(unread: Rejections) -> str:
 def load_files(
     paths: Mapping[str, Path | None],
     *,
-    text_column: str | None = None,
-    label_column: str | None = None,
-    aspect_column: str | None = None,
-    polarity_column: str | None = None,
     polarities: Mapping[Any, object] | None = None,
-    encoding: str | None = None,
     aspects: Sequence[str] | None = None,
-    id_column: str | None = None,
     min_mentions: int = 5,
     val_fraction: float = 0.1,
     tune_fraction: float = 0.1,
     seed: int = 0,
+    **reading: Unpack[Reading],
 ) -> AspectData:
     """Reviews from files: see `read_records` for the formats of files.
 
@@ -196,27 +191,20 @@ def load_files(
         aspects: their names; where null, what train mentions at least ``min_mentions`` times.
         tune_fraction: without a test file, the share of train held out for choosing thresholds (0: none are chosen).
         seed: of the hold-out.
+        reading: columns and encoding, as of `read_records`.
 
     Raises:
         NearfarError: what `read_records` raises, an aspect that train lacks, too few reviews, no label to learn from.
     """
-    options: dict[str, Any] = {
-        "text_column": text_column,
-        "label_column": label_column,
-        "aspect_column": aspect_column,
-        "polarity_column": polarity_column,
-        "polarities": code_words(polarities),
-        "encoding": encoding,
-        "id_column": id_column,
-    }
+    words = code_words(polarities)
     train_path = paths["train"]
     assert train_path is not None
-    read = {"train": read_records(train_path, aspects=aspects, **options)}
+    read = {"train": read_records(train_path, aspects=aspects, polarities=words, **reading)}
     names = aspects if aspects is not None else _aspects(read["train"], min_mentions)
     columns = list(names) if read["train"].layout == "one column per aspect" else None
     for name in ("val", "test"):
         if (path := paths.get(name)) is not None:
-            read[name] = read_records(path, aspects=columns, **options)
+            read[name] = read_records(path, aspects=columns, polarities=words, **reading)
     notes: dict[str, str] = {}
     for name, records in read.items():
         _count_unknown(name, records, names)

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
 from nearfar.data.delimited import decode
 from nearfar.data.rejections import Rejections
@@ -44,7 +45,7 @@ from nearfar.systems.aspects.labels import (
 )
 from nearfar.systems.aspects.records import Records
 
-__all__ = ["TEXT_COLUMNS", "read_records"]
+__all__ = ["TEXT_COLUMNS", "Reading", "read_records"]
 
 TEXT_COLUMNS = (
     *("comment", "data", "text", "review", "content", "sentence", "body"),
@@ -72,6 +73,17 @@ class _Options:
 
     def code(self, cell: str) -> int:
         return polarity_code(cell, self.words)
+
+
+class Reading(TypedDict, total=False):
+    """Columns and encoding of a file of reviews: keyword arguments of `read_records`."""
+
+    text_column: str | None
+    label_column: str | None
+    aspect_column: str | None
+    polarity_column: str | None
+    id_column: str | None
+    encoding: str | None
 
 
 def read_records(
