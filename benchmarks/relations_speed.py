@@ -23,7 +23,7 @@ from nearfar.config.compose import compose_config, read_config
 from nearfar.data.rejections import Rejections
 from nearfar.systems.relations.data import RelationData
 from nearfar.systems.relations.dataset import RelationDataset, Scaler
-from nearfar.systems.relations.evaluation import Examiner
+from nearfar.systems.relations.evaluator import Evaluator
 from nearfar.systems.relations.features import spatial_numbers
 from nearfar.systems.relations.records import TOP5, Pairs
 from nearfar.systems.relations.system import RelationSystem
@@ -80,7 +80,7 @@ def main() -> None:
         features = rng.standard_normal((len(part), 2 * chosen.width), dtype=np.float32)
         label = system.data.labels(name)
         system.datasets[name] = RelationDataset(part, label, scaler(numbers[name]), features, None)
-    system.examiner = Examiner(config, system.data, system.datasets, system.embed)
+    system.evaluator = Evaluator(config, system.data, system.datasets, system.embed)
     system.loss.repeated = False
     with (
         tempfile.TemporaryDirectory() as folder,

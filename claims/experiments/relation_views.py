@@ -21,7 +21,7 @@ from nearfar.config.compose import compose_config, read_config
 from nearfar.errors import NearfarError
 from nearfar.metrics import RecallAtK
 from nearfar.systems.relations.dataset import RelationDataset
-from nearfar.systems.relations.model import LOSSES, ViewLoss
+from nearfar.systems.relations.model import LOSSES, RelationModel, ViewLoss
 from nearfar.systems.relations.options import RelationOptions
 from nearfar.systems.relations.probe import RelationProbe
 from nearfar.systems.relations.records import ALL10, TOP5
@@ -151,7 +151,7 @@ def _sets(system: RelationSystem) -> dict[str, RelationDataset]:
 
 def _trained(
     system: RelationSystem, loss: str, sampler: str, seed: int, epochs: int, lr: float, images: float
-) -> tuple[torch.nn.Module, list[float]]:
+) -> tuple[RelationModel, list[float]]:
     """A model after some epochs, and the positives per row that its loss saw."""
     model, contrast, positives = initial_model(system, seed), ViewLoss(loss), list[float]()
     dataset = system.dataset("train")
@@ -178,7 +178,7 @@ def _trained(
 
 
 @torch.no_grad()
-def _embedded(system: RelationSystem, model: torch.nn.Module) -> Blocks:
+def _embedded(system: RelationSystem, model: RelationModel) -> Blocks:
     embedded = {}
     for split, dataset in _sets(system).items():
         views = system.embed(model, dataset.__getitems__(list(range(len(dataset)))))

@@ -32,6 +32,7 @@ __all__ = [
     "Table",
     "choose_columns",
     "column_key",
+    "delimited_table",
     "is_placeholder",
     "open_table",
     "read_table",
@@ -198,16 +199,21 @@ def open_table(
     text = decode(path, content_of(path), encoding, encoding_option)
     if suffix in JSON_SUFFIXES:
         return RawTable(path, *read_json(path, text))
-    content = read_delimited(path, text, suffix)
+    return delimited_table(path, text, suffix)
+
+
+def delimited_table(path: Path, text: str, suffix: str) -> RawTable:
+    """The text of a delimited file as a table; ``suffix`` is the first guess of its delimiter (`read_delimited`)."""
+    parsed = read_delimited(path, text, suffix)
     return RawTable(
         path,
-        content.header,
-        content.rows,
-        content.numbers,
-        content.n_rows,
-        content.header_line,
-        content.rejections,
-        content.notes,
+        parsed.header,
+        parsed.rows,
+        parsed.numbers,
+        parsed.n_rows,
+        parsed.header_line,
+        parsed.rejections,
+        parsed.notes,
     )
 
 

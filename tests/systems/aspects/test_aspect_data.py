@@ -48,11 +48,11 @@ def test_a_quoted_text_holds_line_breaks_commas_and_quotes(tmp_path: Path) -> No
         tmp_path / "a.csv",
         '\ufeffindex,comment,label\r\n0,"Pin ""trâu"",\r\nmáy\nok",{BATTERY#Positive};{OTHERS};\r\n1,ok,\r\n',
     )
-    found = read_records(path)
-    assert found.texts[0].split() == ["Pin", '"trâu",', "máy", "ok"]
-    assert found.labels == [{"BATTERY": 3, "OTHERS": 2}, {}]
-    assert not found.rejections
-    assert not found.unread
+    records = read_records(path)
+    assert records.texts[0].split() == ["Pin", '"trâu",', "máy", "ok"]
+    assert records.labels == [{"BATTERY": 3, "OTHERS": 2}, {}]
+    assert not records.rejections
+    assert not records.unread
 
 
 def test_what_cannot_be_read_is_counted_and_the_rest_stays(tmp_path: Path) -> None:
@@ -67,13 +67,13 @@ def test_what_cannot_be_read_is_counted_and_the_rest_stays(tmp_path: Path) -> No
         "a,b,c\n"
         "fine,{ CAMERA # neutral };\n",
     )
-    found = read_records(path)
-    assert found.texts == ["good", "torn", "both", "fine"]
-    assert [r.get("CAMERA") for r in found.labels] == [3, 1, -1, 2]
-    assert found.labels[0]["PRICE"] == -1
-    assert found.rejections.counts == {"broken quoting": 1, "wrong number of fields": 1, "empty text": 1}
-    assert found.unread.counts["label that cannot be read"] == 4
-    first = found.unread.first["label that cannot be read"][0]
+    records = read_records(path)
+    assert records.texts == ["good", "torn", "both", "fine"]
+    assert [r.get("CAMERA") for r in records.labels] == [3, 1, -1, 2]
+    assert records.labels[0]["PRICE"] == -1
+    assert records.rejections.counts == {"broken quoting": 1, "wrong number of fields": 1, "empty text": 1}
+    assert records.unread.counts["label that cannot be read"] == 4
+    first = records.unread.first["label that cannot be read"][0]
     assert (first.row, first.value) == (2, "PRICE#so-so")
 
 
@@ -82,10 +82,10 @@ def test_columns_that_are_no_aspects_are_told_apart(tmp_path: Path) -> None:
         tmp_path / "a.csv",
         "stars,data,Battery,Camera,shop\n5,good,Positive,,A\n1,bad,Mixed,Negative,B\n3,so,neg,,A\n",
     )
-    found = read_records(path)
-    assert [set(labels) for labels in found.labels] == [{"Battery"}, {"Battery", "Camera"}, {"Battery"}]
-    assert [labels["Battery"] for labels in found.labels] == [3, -1, 1]
-    assert found.unread.counts == {"column that is no aspect": 2, "polarity that is none": 1}
+    records = read_records(path)
+    assert [set(labels) for labels in records.labels] == [{"Battery"}, {"Battery", "Camera"}, {"Battery"}]
+    assert [labels["Battery"] for labels in records.labels] == [3, -1, 1]
+    assert records.unread.counts == {"column that is no aspect": 2, "polarity that is none": 1}
     named = read_records(path, aspects=["camera"])
     assert [set(labels) for labels in named.labels] == [set(), {"Camera"}, set()]
 
@@ -131,7 +131,7 @@ def test_no_text_crosses_splits(tmp_path: Path) -> None:
     folder = split_folder(tmp_path, n=100)
     train, dev, test = ((folder / f"{n}.csv").read_text() for n in ("Train", "Dev", "Test"))
     body = test.split("\n", 1)[1].strip().splitlines()
-    # Another case and another form of the same text; the official test rows stay.
+    # The same text in a different letter case and form; the official test rows stay.
     written(folder / "Dev.csv", dev + body[0].upper().replace("{", "{") + "\n")
     written(folder / "Train.csv", train + body[1] + "\n" + train.splitlines()[1] + "\n")
     data = loaded(folder)
@@ -214,10 +214,10 @@ def test_every_layout_gives_the_same_labels(
     tmp_path: Path, name: str, header: str, rows: list[str], options: dict[str, Any]
 ) -> None:
     data = load_files({"train": table(tmp_path / name, header, *rows)}, tune_fraction=0.0, **options)
-    found = as_labels(data)
+    labels = as_labels(data)
     if name == "a.raw":  # the term stands in the text, which is a different one for each term
-        found = {(text.removesuffix(aspect), aspect, code) for text, aspect, code in found}
-    assert found == EXPECTED
+        labels = {(text.removesuffix(aspect), aspect, code) for text, aspect, code in labels}
+    assert labels == EXPECTED
 
 
 def test_rows_that_contradict_each_other_are_counted(tmp_path: Path) -> None:
@@ -228,15 +228,15 @@ def test_rows_that_contradict_each_other_are_counted(tmp_path: Path) -> None:
         "t {i},bar,positive",
         "t {i},x,",
     ]
-    found = read_records(table(tmp_path / "a.csv", "text,aspect,polarity", *rows))
-    assert len(found) == 8
-    assert found.n_rows == 40
-    assert found.labels[0] == {"food": -1, "bar": 3, "x": -1}
-    assert found.unread.counts == {
+    records = read_records(table(tmp_path / "a.csv", "text,aspect,polarity", *rows))
+    assert len(records) == 8
+    assert records.n_rows == 40
+    assert records.labels[0] == {"food": -1, "bar": 3, "x": -1}
+    assert records.unread.counts == {
         "contradicting labels of one text and aspect": 8,
         "polarity that is none": 8,
     }
-    assert "40 rows became 8 reviews with 24 labels; 8 repeat a label" in found.notes[0]
+    assert "40 rows became 8 reviews with 24 labels; 8 repeat a label" in records.notes[0]
 
 
 @pytest.mark.parametrize(
@@ -244,10 +244,10 @@ def test_rows_that_contradict_each_other_are_counted(tmp_path: Path) -> None:
 )
 def test_a_label_lost_to_one_that_is_not_read_is_counted(tmp_path: Path, words: tuple[str, str]) -> None:
     rows = [f"t {{i}},food,{word}" for word in words] + ["t {i},bar,positive", "t {i},x,negative"]
-    found = read_records(table(tmp_path / "a.csv", "text,aspect,polarity", *rows))
-    assert found.labels[0]["food"] == -1
-    n = len(found)
-    assert found.unread.counts == {
+    records = read_records(table(tmp_path / "a.csv", "text,aspect,polarity", *rows))
+    assert records.labels[0]["food"] == -1
+    n = len(records)
+    assert records.unread.counts == {
         "contradicting labels of one text and aspect": n,
         "polarity that is none": n,
     }
@@ -386,10 +386,10 @@ def test_no_training_on_no_labels_and_no_traceback_of_the_baseline(tmp_path: Pat
 
 
 def test_placeholders_are_no_reviews(tmp_path: Path) -> None:
-    found = read_records(
+    records = read_records(
         table(tmp_path / "a.csv", "text,FOOD", "t,positive", "N/A,positive", "nan,negative", repeat=1)
     )
-    assert (found.texts, found.rejections.counts) == (["t"], {"empty text": 2})
+    assert (records.texts, records.rejections.counts) == (["t"], {"empty text": 2})
 
 
 def test_what_a_mapping_of_polarities_may_be() -> None:
@@ -427,9 +427,9 @@ def test_the_embedded_set_is_the_same_each_time_and_splits_share_nothing() -> No
 def test_oversampling_repeats_rare_labels_alone() -> None:
     codes = np.zeros((1000, 2), dtype=np.int64)
     codes[:500, 0], codes[:10, 1] = 3, 1
-    found = repeats(codes, np.array([[0, 3], [1, 1]]), frequency=0.16, most=10)
-    assert found[:10].tolist() == [4] * 10
-    assert (found[10:] == 1).all()
+    copies = repeats(codes, np.array([[0, 3], [1, 1]]), frequency=0.16, most=10)
+    assert copies[:10].tolist() == [4] * 10
+    assert (copies[10:] == 1).all()
     assert repeats(codes, np.array([[1, 1]]), frequency=0.16, most=2).max() == 2
 
 

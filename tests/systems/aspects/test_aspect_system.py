@@ -78,13 +78,13 @@ def test_a_run_says_what_it_was_judged_by(finished: RunFolder) -> None:
     assert metrics["reported"] == "test"
     assert metrics["decision"]["chosen_on"] == "val"
     assert set(metrics["decision"]["thresholds"]) == set(finished.read_json("dataset_layout.json")["aspects"])
-    found = metrics["splits"]["test"]
+    estimates = metrics["splits"]["test"]
     for name in ("aspect/F1_micro", "sentiment/F1_macro", "exact_match", "calibration/ECE", HEADLINE):
-        assert 0 <= found[name]["low"] <= found[name]["value"] <= found[name]["high"] <= 1
-        assert found[name]["n"] == 40
+        assert 0 <= estimates[name]["low"] <= estimates[name]["value"] <= estimates[name]["high"] <= 1
+        assert estimates[name]["n"] == 40
     linear = metrics["baselines"]["test"]
     assert linear["aspect/F1_micro"]["name"] == "TF-IDF + linear SVM"
-    assert linear["aspect/F1_micro"]["value"] > found["aspect/F1_micro"]["chance"]
+    assert linear["aspect/F1_micro"]["value"] > estimates["aspect/F1_micro"]["chance"]
     assert "calibration/ECE" not in linear  # a linear SVM has no probabilities
 
 
@@ -105,9 +105,11 @@ def test_the_log_has_every_term_and_its_share_of_the_gradient(finished: RunFolde
 
 def test_the_doctor_calls_the_baseline_by_its_name(finished: RunFolder) -> None:
     """Four epochs over 120 reviews are no match for a linear model."""
-    (found,) = (f for f in finished.read_json("doctor.json")["findings"] if f["id"] == "baseline-not-beaten")
-    assert found["title"] == "TF-IDF + linear SVM does as well."
-    assert "simpler model" in found["advice"]
+    (finding,) = (
+        f for f in finished.read_json("doctor.json")["findings"] if f["id"] == "baseline-not-beaten"
+    )
+    assert finding["title"] == "TF-IDF + linear SVM does as well."
+    assert "simpler model" in finding["advice"]
 
 
 def test_the_report_shows_baseline_confusions_and_the_worst_reviews(finished: RunFolder) -> None:
@@ -133,9 +135,9 @@ def test_without_a_test_file_thresholds_come_from_train(tmp_path: Path) -> None:
     system: Any = build_system(config)
     system.prepare(lambda _: None)
     assert "tune" not in system.layout()["splits"]
-    said: list[str] = []
-    system.calibrate(lambda split: pytest.fail(f"looked at {split}"), said.append)
-    assert "none chosen" in said[0]
+    messages: list[str] = []
+    system.calibrate(lambda split: pytest.fail(f"looked at {split}"), messages.append)
+    assert "none chosen" in messages[0]
     assert set(system.decision.thresholds) == {0.5}
 
 
@@ -195,7 +197,7 @@ def test_an_ensemble_is_a_run(tmp_path: Path, folder: Path, finished: RunFolder)
         write_ensemble([finished.path, made.path], tmp_path / "third")
     stranger = RunFolder(Path(shutil.copytree(finished.path, tmp_path / "stranger")))
     layout = stranger.read_json("dataset_layout.json")
-    stranger.write_json("dataset_layout.json", layout | {"data_hash": "another"})
+    stranger.write_json("dataset_layout.json", layout | {"data_hash": "different"})
     with pytest.raises(NearfarError, match="different data"):
         write_ensemble([finished.path, stranger.path], tmp_path / "third")
 
@@ -224,9 +226,9 @@ def test_a_lower_calibration_error_is_better(
     for name in ("test/calibration/ECE", "test/aspect/F1_micro"):
         changed[name] = changed[name] + change
     np.savez(other.path / "per_item.npz", **changed)
-    (found,) = compare_runs([finished.path, other.path], baseline="gamma=2").differences.values()
-    assert found["calibration/ECE"].verdict == verdict
-    assert found["aspect/F1_micro"].verdict != verdict
+    (differences,) = compare_runs([finished.path, other.path], baseline="gamma=2").differences.values()
+    assert differences["calibration/ECE"].verdict == verdict
+    assert differences["aspect/F1_micro"].verdict != verdict
 
 
 # -- parts -----------------------------------------------------------------------------------------------------
@@ -260,9 +262,9 @@ def test_the_objective_is_the_sum_of_its_losses(kind: str) -> None:
 def test_class_weights() -> None:
     codes = torch.tensor([[0], [0], [0], [1]])
     assert class_weights(codes, 4, "none") is None
-    found = class_weights(codes, 2, "sqrt")
-    assert found is not None
-    torch.testing.assert_close(found, torch.tensor([[4 / 3, 4.0]]).sqrt())
+    weights = class_weights(codes, 2, "sqrt")
+    assert weights is not None
+    torch.testing.assert_close(weights, torch.tensor([[4 / 3, 4.0]]).sqrt())
 
 
 def test_thresholds_are_the_best_of_their_kind() -> None:
@@ -317,8 +319,8 @@ def test_the_baseline_keeps_unknown_labels_out_and_is_kept_by_content() -> None:
     unknown = codes.copy()
     unknown[0, 0] = -1
     for labels in (codes, unknown):
-        found = linear_answers(texts, labels, {"val": ["good camera", "bad price"]})
-        assert found["val"].tolist() == [[3, 0], [0, 1]]
+        answers = linear_answers(texts, labels, {"val": ["good camera", "bad price"]})
+        assert answers["val"].tolist() == [[3, 0], [0, 1]]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("nearfar.systems.aspects.model._fit", lambda *_: pytest.fail("fitted again"))
         linear_answers(texts, codes, {"val": ["good camera", "bad price"]})

@@ -58,8 +58,8 @@ def test_every_rejected_row_is_counted_with_its_reason(tmp_path):
     rows = [
         ("CCO", "ethanol"),
         ("OCC", "Ethanol "),  # the same pair in other words
-        ("OCC", "an alcohol"),  # the same structure, another text: kept
-        ("CCCO", "an alcohol"),  # the same text, another structure: kept
+        ("OCC", "an alcohol"),  # the same structure, a different text: kept
+        ("CCCO", "an alcohol"),  # the same text, a different structure: kept
         ("C1CC", "an open ring"),
         ("", "no structure"),
         ("CC", "  "),

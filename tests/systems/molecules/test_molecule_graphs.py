@@ -184,8 +184,8 @@ def test_morgan_counts_against_rdkit():
     generator = AllChem.GetMorganGenerator(radius=3, fpSize=512)
     for row, text in enumerate(smiles):
         expected = np.zeros(512, dtype=np.int64)
-        found = generator.GetCountFingerprint(Chem.MolFromSmiles(text)).GetNonzeroElements()
-        for bit, count in found.items():
+        nonzero = generator.GetCountFingerprint(Chem.MolFromSmiles(text)).GetNonzeroElements()
+        for bit, count in nonzero.items():
             expected[bit] = min(count, 255)
         np.testing.assert_array_equal(counts[row], expected)
         np.testing.assert_array_equal(bits[row], expected > 0)

@@ -202,7 +202,7 @@ def test_messages(table):
         MoleculeTextModel(4, molecule_encoder="both")
     with pytest.raises(NearfarError, match="multiple"):
         GraphTransformer(dim=30, heads=4)
-    with pytest.raises(NearfarError, match="held"):
+    with pytest.raises(NearfarError, match="least learned"):
         MoleculeTextModel(4, 4, temperature=0.001, learn_temperature=True)
     with pytest.raises(NearfarError, match="40 numbers"):
         FingerprintEncoder(40)(torch.zeros(2, 41))

@@ -278,9 +278,9 @@ def test_real_descriptions(tmp_path: Path) -> None:
         "text_encoder.dims=256",
     ]
     folder = run(tmp_path, f"data.dir={tmp_path}", "name=run", *small, "fingerprint_bits=1024")
-    found = folder.read_json("metrics.json")["splits"]["test"]["text_to_molecule/MRR"]
-    assert found["low"] > 0.1, found
-    assert found["protocol"]["gallery"] == 300
+    estimate = folder.read_json("metrics.json")["splits"]["test"]["text_to_molecule/MRR"]
+    assert estimate["low"] > 0.1, estimate
+    assert estimate["protocol"]["gallery"] == 300
 
 
 def test_a_failing_run_does_not_end_the_sweep(tmp_path: Path, files: list[str]) -> None:

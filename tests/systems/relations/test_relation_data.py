@@ -182,7 +182,7 @@ def test_spatialsense(tmp_path: Path) -> None:
     assert triples[0].image == "5704634119_8b8ccf3229.jpg"
     assert triples[0].subject_box == (33, 226, 271, 449)
     assert triples[0].split == "val"
-    assert rejections.counts == {"said not to hold": 1, "malformed row": 1}
+    assert rejections.counts == {"labelled false": 1, "malformed row": 1}
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,13 @@ from nearfar.errors import NearfarError
 from nearfar.launch import run_one
 from nearfar.systems import build_system, check_config
 from nearfar.systems.relations.dataset import BatchesBySort, RelationBatch, Scaler, build_sampler
-from nearfar.systems.relations.evaluation import Predictions, confusion, judge, pair_retrieval, rescore
+from nearfar.systems.relations.evaluation import (
+    Predictions,
+    confusion,
+    pair_retrieval,
+    rescore,
+    score_predictions,
+)
 from nearfar.systems.relations.model import LOSSES, RelationModel, ViewLoss
 from nearfar.systems.relations.probe import RelationProbe, sample_rows
 from nearfar.training.checkpoint import Checkpoint
@@ -74,11 +80,11 @@ def test_every_loss_with_every_sampler(tmp_path: Path, folder: Path, loss: str, 
     metrics = run_folder.read_json("metrics.json")
     test = metrics["splits"]["test"]
     for name in ("probe", "untrained", "raw_features", "spatial_only", "visual_only", "categories_only"):
-        found = test[f"{name}/accuracy"]
-        assert 0 <= found["low"] <= found["value"] <= found["high"] <= 1
-        assert found["chance"] == metrics["baselines"]["probe/accuracy"]
-        assert found["protocol"]["interval_over"] == "pictures"
-        assert found["control"] is (name != "probe")
+        estimate = test[f"{name}/accuracy"]
+        assert 0 <= estimate["low"] <= estimate["value"] <= estimate["high"] <= 1
+        assert estimate["chance"] == metrics["baselines"]["probe/accuracy"]
+        assert estimate["protocol"]["interval_over"] == "pictures"
+        assert estimate["control"] is (name != "probe")
     pair = test["pair_retrieval/R@1"]
     assert pair["chance"] == 1 / pair["protocol"]["gallery"]
     assert "with_photo/probe/accuracy" in test
@@ -90,7 +96,7 @@ def test_every_loss_with_every_sampler(tmp_path: Path, folder: Path, loss: str, 
         else True
     )
     page = (run_folder.path / "report.html").read_text()
-    assert "Which relation is taken for which" in page
+    assert "Confusion of relations" in page
     assert "data:image/jpeg;base64" in page
 
 
@@ -127,25 +133,25 @@ def test_compose_scenes_run(tmp_path: Path) -> None:
         "name=run",
         "relations=all10",
     ]
-    found = run_one(compose_config(every), every, False, QUIET)
-    layout = found.read_json("dataset_layout.json")
+    finished = run_one(compose_config(every), every, False, QUIET)
+    layout = finished.read_json("dataset_layout.json")
     assert "composed scenes" in layout["source"]
     assert layout["splits"]["test"]["images"] == 10
 
 
 def test_rescoring_an_older_model(tmp_path: Path, folder: Path) -> None:
-    found = run(tmp_path, folder, "relations=all10")
-    kept = Predictions.load(found.path, "test")
-    scores = rescore(found.path, ["on", "under"])
+    finished = run(tmp_path, folder, "relations=all10")
+    kept = Predictions.load(finished.path, "test")
+    scores = rescore(finished.path, ["on", "under"])
     rows = np.isin(kept.truth, [0, 2])
-    said = kept.scores["probe/accuracy"][rows]
-    expected = np.mean(said.argmax(1) == kept.truth[rows])
+    fused = kept.scores["probe/accuracy"][rows]
+    expected = np.mean(fused.argmax(1) == kept.truth[rows])
     assert scores["probe_all_classes/accuracy"].value == pytest.approx(expected)
-    among = np.array([0, 2])[said[:, [0, 2]].argmax(1)]
+    among = np.array([0, 2])[fused[:, [0, 2]].argmax(1)]
     assert scores["probe_these_classes/accuracy"].value == pytest.approx(np.mean(among == kept.truth[rows]))
     assert scores["probe_these_classes/accuracy"].value >= scores["probe_all_classes/accuracy"].value
     with pytest.raises(NearfarError, match="no relation 'wear'"):
-        rescore(found.path, ["on", "wear"])
+        rescore(finished.path, ["on", "wear"])
     five = run(tmp_path, folder, "name=five")
     with pytest.raises(NearfarError, match="does not know left of"):
         rescore(five.path, ["on", "left of"])
@@ -165,15 +171,15 @@ def test_cross_validation_judges_every_pair_once(tmp_path: Path, folder: Path) -
         "name=cv",
     ]
     overrides = list({o.split("=")[0]: o for o in overrides}.values())
-    found = cross_validate(overrides, 2, train)
-    assert found.estimates["probe/accuracy"].protocol["pairs"] == 120 - 0 - sum(1 for _ in ()) - _left_out(
-        found.runs[0]
+    result = cross_validate(overrides, 2, train)
+    assert result.estimates["probe/accuracy"].protocol["pairs"] == 120 - 0 - sum(1 for _ in ()) - _left_out(
+        result.runs[0]
     )
-    assert found.estimates["probe/accuracy"].n == 40
-    minus = {(row["pairs"], row["minus"]) for row in found.differences}
+    assert result.estimates["probe/accuracy"].n == 40
+    minus = {(row["pairs"], row["minus"]) for row in result.differences}
     assert {("all", "visual only"), ("with a photo", "majority"), ("all", "untrained")} <= minus
-    first = next(row for row in found.differences if row["minus"] == "visual only" and row["pairs"] == "all")
-    e = found.estimates
+    first = next(row for row in result.differences if row["minus"] == "visual only" and row["pairs"] == "all")
+    e = result.estimates
     assert first["difference"] == pytest.approx(
         e["probe/accuracy"].value - e["visual_only/accuracy"].value, abs=1e-6
     )
@@ -289,17 +295,17 @@ def test_probe_equals_scikit_learn_on_scaled_parts() -> None:
 def test_probe_without_a_part() -> None:
     rng = np.random.default_rng(1)
     label = np.arange(60) % 2
-    told = label[:, None] + 0.1 * rng.normal(size=(60, 1))
+    informative = label[:, None] + 0.1 * rng.normal(size=(60, 1))
     gone = np.full((60, 3), np.nan)
-    both = RelationProbe().fit({"a": told, "b": gone}, label)
-    assert (both.predict({"a": told, "b": gone}) == label).all()
+    both = RelationProbe().fit({"a": informative, "b": gone}, label)
+    assert (both.predict({"a": informative, "b": gone}) == label).all()
     # A part that some pairs have: the others are not what is learned from.
-    some = np.where(np.arange(60)[:, None] < 20, told, np.nan)
+    some = np.where(np.arange(60)[:, None] < 20, informative, np.nan)
     only = RelationProbe("linear").fit({"b": some}, label)
     assert (only.predict({"b": some})[:20] == label[:20]).all()
-    one = RelationProbe().fit({"a": told}, np.ones(60, int))
-    assert (one.predict({"a": told}) == 1).all()
-    assert one.scores({"a": told}, 3)[0].tolist() == [-np.inf, 0.0, -np.inf]
+    one = RelationProbe().fit({"a": informative}, np.ones(60, int))
+    assert (one.predict({"a": informative}) == 1).all()
+    assert one.scores({"a": informative}, 3)[0].tolist() == [-np.inf, 0.0, -np.inf]
     assert len(sample_rows(label, 10)) == 10
 
 
@@ -310,23 +316,35 @@ def test_scaler_leaves_constant_columns_at_zero() -> None:
     assert np.isnan(scaled[2]).all()
 
 
-def test_judge_counts_pairs_and_resamples_pictures() -> None:
+def test_scores_count_pairs_and_resample_pictures() -> None:
     truth = np.array([0, 0, 1, 1, 2, 0])
-    said = np.array([0, 1, 1, 1, 2, 0])
+    predicted = np.array([0, 1, 1, 1, 2, 0])
     images = ["a", "a", "b", "b", "c", "c"]
-    found = judge(
-        {"probe/accuracy": said}, truth, images, ("x", "y", "z"), 0, detailed=("probe/accuracy",), bootstrap=0
+    scores = score_predictions(
+        {"probe/accuracy": predicted},
+        truth,
+        images,
+        ("x", "y", "z"),
+        0,
+        detailed=("probe/accuracy",),
+        bootstrap=0,
     )
-    e = found.estimates["probe/accuracy"]
+    e = scores.estimates["probe/accuracy"]
     assert (e.value, e.chance, e.n, e.protocol["pairs"]) == (pytest.approx(5 / 6), 0.5, 3, 6)
-    assert found.estimates["probe/F1_y"].value == pytest.approx(0.8)
-    assert found.estimates["probe/macro_F1"].value == pytest.approx((0.8 + 0.8 + 1) / 3)
-    assert found.per_image["probe/accuracy"].mean() == pytest.approx(5 / 6)
-    some = judge(
-        {"p": said}, truth, images, ("x", "y", "z"), 0, rows=np.array([1, 1, 0, 0, 0, 0], bool), bootstrap=0
+    assert scores.estimates["probe/F1_y"].value == pytest.approx(0.8)
+    assert scores.estimates["probe/macro_F1"].value == pytest.approx((0.8 + 0.8 + 1) / 3)
+    assert scores.per_image["probe/accuracy"].mean() == pytest.approx(5 / 6)
+    some = score_predictions(
+        {"p": predicted},
+        truth,
+        images,
+        ("x", "y", "z"),
+        0,
+        rows=np.array([1, 1, 0, 0, 0, 0], bool),
+        bootstrap=0,
     )
     assert some.estimates["p"].value == 0.5
-    assert confusion(said, truth, 3).tolist() == [[2, 1, 0], [0, 2, 0], [0, 0, 1]]
+    assert confusion(predicted, truth, 3).tolist() == [[2, 1, 0], [0, 2, 0], [0, 0, 1]]
 
 
 def test_pair_retrieval_and_its_chance() -> None:

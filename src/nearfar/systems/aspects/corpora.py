@@ -4,26 +4,40 @@ from __future__ import annotations
 
 import ast
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nearfar.data.delimited import text_lines
 from nearfar.data.rejections import Rejections
 from nearfar.data.table_formats import content_of
+from nearfar.data.tables import is_placeholder
 from nearfar.errors import NearfarError
-from nearfar.systems.aspects.labels import UNKNOWN, parse_field, polarity_code
+from nearfar.systems.aspects.labels import (
+    UNKNOWN,
+    mostly_polarities,
+    parse_field,
+    polarities_advice,
+    polarity_code,
+)
+from nearfar.systems.aspects.records import Records
+
+if TYPE_CHECKING:
+    from xml.etree.ElementTree import Element
 
 __all__ = [
     "CORPORA",
     "CORPUS_SUFFIXES",
     "Sentence",
     "corpus_kind",
+    "group_sentences",
     "read_three_lines",
     "read_tuples",
     "read_vlsp",
     "read_xml",
+    "require_polarities",
 ]
 
 _NO_TARGET = ("", "NULL")
@@ -31,9 +45,9 @@ _NO_TARGET = ("", "NULL")
 
 @dataclass
 class Sentence:
-    """A text, its labels (aspect, code), its id, and its line or place in the file.
+    """A text, its labels (aspect, code), its id, and its line or position in the file.
 
-    ``words`` are the words of polarities that could not be read, by aspect.
+    ``words`` are the words for polarities that could not be read, by aspect.
     """
 
     text: str
@@ -41,6 +55,80 @@ class Sentence:
     identity: str
     number: int
     words: dict[str, str] = field(default_factory=dict)
+
+
+def require_polarities(
+    path: Path, sentences: Sequence[Sentence], words: Mapping[str, int] | None = None
+) -> None:
+    """Raise ``NearfarError`` where most labels have unknown words or numbers for polarities."""
+    codes = [code for sentence in sentences for _, code in sentence.labels]
+    unknown = [word for sentence in sentences for word in sentence.words.values()]
+    if codes and not mostly_polarities(codes):
+        common = [word for word, _ in Counter(unknown).most_common(12)]
+        shown = ", ".join(map(repr, common))
+        raise NearfarError(
+            f"{path}: most of its labels have no polarity that is known ({shown}). "
+            + polarities_advice(common, words)
+        )
+
+
+def group_sentences(
+    path: Path,
+    sentences: Sequence[Sentence],
+    layout: str,
+    rejections: Rejections,
+    n_rows: int | None = None,
+    unread: Rejections | None = None,
+) -> Records:
+    """Reviews from sentences or rows of single labels: those with the same text are one review.
+
+    Args:
+        path, layout: of the file, for messages and ``dataset_layout.json``.
+        rejections: what was rejected so far; sentences without a text are added.
+        n_rows: rows of the file; null: sentences and rejections.
+        unread: labels that could not be read so far; unknown and contradicting ones are added.
+
+    Raises:
+        NearfarError: no sentence has a text.
+    """
+    unread = Rejections() if unread is None else unread
+    records = Records(
+        str(path), [], [], [], n_rows or len(sentences) + len(rejections), layout, rejections, unread
+    )
+    place: dict[str, int] = {}
+    taken: set[str] = set()
+    repeated = 0
+    for sentence in sentences:
+        text = sentence.text
+        if not text.strip() or is_placeholder(text):
+            rejections.add("empty text", sentence.number, text)
+            continue
+        key = " ".join(text.split())
+        if key not in place:
+            place[key] = len(records.texts)
+            identity = sentence.identity if sentence.identity not in taken else str(sentence.number)
+            taken.add(identity)
+            records.texts.append(text)
+            records.labels.append({})
+            records.ids.append(identity)
+        labels = records.labels[place[key]]
+        for aspect, code in sentence.labels:
+            name = next((a for a in labels if a.casefold() == aspect.casefold()), aspect)
+            before = labels.get(name)
+            repeated += before is not None and before == code
+            if code == UNKNOWN and sentence.words.get(aspect):
+                unread.add(
+                    "polarity that is none", sentence.number, f"{aspect}: {sentence.words.get(aspect)}"
+                )
+            if before is not None and before != code:  # one label is lost, whether it is this one or the last
+                unread.add("contradicting labels of one text and aspect", sentence.number, aspect)
+            labels[name] = code if before in (None, code) else UNKNOWN
+    if not records.texts:
+        raise NearfarError(f"{path}: none of its {records.n_rows} rows is usable; {rejections.summary()}.")
+    mentions = sum(len(labels) for labels in records.labels)
+    note = f"{layout}: {len(sentences)} rows became {len(records)} reviews with {mentions} labels"
+    records.notes.append(note + (f"; {repeated} repeat a label" if repeated else ""))
+    return records
 
 
 # -- XML -----------------------------------------------------------------------------------------------------
@@ -55,10 +143,10 @@ def read_xml(
         words: codes of further words for polarities.
 
     Returns:
-        Sentences, how they were read, what was turned away (sentences that are out of scope).
+        Sentences, their layout in words, and the rejected sentences (those out of scope).
 
     Raises:
-        NearfarError: no XML, another kind of XML, none of what was asked for.
+        NearfarError: no XML, a different kind of XML, no label of the chosen kind.
     """
     root = _parsed(path)
     nodes = list(_sentences(root))
@@ -70,7 +158,7 @@ def read_xml(
     for node in nodes:
         for kind, _, _ in _labels(node):
             kinds[kind] += 1
-    asked = {
+    names = {
         "category": "category",
         "aspectcategory": "category",
         "term": "term",
@@ -80,9 +168,9 @@ def read_xml(
     chosen = "category" if kinds["category"] else "term"
     if what is not None:
         key = what.lower().replace("_", "")
-        if key not in asked:
+        if key not in names:
             raise NearfarError(f"data.aspect_column={what}: of XML it is category or term.")
-        chosen = asked[key]
+        chosen = names[key]
     if not kinds[chosen]:
         raise NearfarError(f"{path} labels no {chosen} in its {len(nodes)} sentences.")
     rejections = Rejections()
@@ -106,14 +194,16 @@ def read_xml(
     return sentences, layout, rejections
 
 
-def _parsed(path: Path) -> Any:
+def _parsed(path: Path) -> Element:
+    """The root of an XML file."""
     try:
         from defusedxml.common import DefusedXmlException
         from defusedxml.ElementTree import ParseError, fromstring
     except ImportError:
         raise NearfarError(f"{path}: XML is read by defusedxml: pip install 'nearfar[aspects]'.") from None
     try:
-        return fromstring(content_of(path))
+        root: Element = fromstring(content_of(path))
+        return root
     except ParseError as error:
         raise NearfarError(f"{path} cannot be read as XML: {error}.") from None
     except DefusedXmlException as error:
@@ -124,8 +214,8 @@ def _parsed(path: Path) -> Any:
         raise NearfarError(f"{path} cannot be read as XML: {error}.") from None
 
 
-def _sentences(root: Any) -> Iterator[Any]:
-    """The nodes that hold a text and its labels: sentences, or whole reviews where only those are labelled."""
+def _sentences(root: Element) -> Iterator[Element]:
+    """The nodes with a text and its labels: sentences, or whole reviews where only those are labelled."""
     reviews = list(root.iter("Review"))
     if reviews and not any(True for node in root.iter("sentence") if node.find("Opinions") is not None):
         yield from (review for review in reviews if review.find("Opinions") is not None)
@@ -133,11 +223,11 @@ def _sentences(root: Any) -> Iterator[Any]:
     yield from (node for node in root.iter("sentence") if node.find("text") is not None)
 
 
-def _text(node: Any) -> str:
+def _text(node: Element) -> str:
     return " ".join(" ".join("".join(text.itertext()).split()) for text in node.iter("text")).strip()
 
 
-def _labels(node: Any) -> Iterator[tuple[str, str, str]]:
+def _labels(node: Element) -> Iterator[tuple[str, str, str]]:
     """(kind, aspect, polarity) for each label of a sentence."""
     for label in node.iter():
         polarity = (label.get("polarity") or "").strip()
@@ -160,7 +250,7 @@ _PLACE = "$T$"
 
 
 def corpus_kind(text: str) -> str:
-    """The key of `CORPORA` that a text's first lines have the form of, or an empty one."""
+    """The key of `CORPORA` whose form the first lines of a text have; "" for none."""
     head = [line.strip() for line in text_lines(text[:20_000]) if line.strip()]
     if head and _NUMBER.fullmatch(head[0]):
         return VLSP
@@ -185,10 +275,10 @@ def read_vlsp(text: str, words: Mapping[str, int] | None = None) -> tuple[list[S
         if not block[: len(block) - labelled]:
             rejections.add("empty text", start + 1, lines[start])
             continue
-        found, unread = parse_field(block[-1], words) if labelled else ({}, [])
-        bad = {aspect: ", ".join(unread) for aspect, code in found.items() if code == UNKNOWN}
+        labels, unread = parse_field(block[-1], words) if labelled else ({}, [])
+        bad = {aspect: ", ".join(unread) for aspect, code in labels.items() if code == UNKNOWN}
         review = " ".join(block[: len(block) - labelled])
-        sentences.append(Sentence(review, list(found.items()), lines[start].strip(), start + 1, bad))
+        sentences.append(Sentence(review, list(labels.items()), lines[start].strip(), start + 1, bad))
     return sentences, rejections
 
 
@@ -256,4 +346,4 @@ CORPORA: dict[str, Callable[[str, Mapping[str, int] | None], tuple[list[Sentence
     THREE_LINES: read_three_lines,
     TUPLES: read_tuples,
 }
-"""Readers of the text corpora, by what a file of each looks like."""
+"""Readers of the text corpora, by the form of their files."""

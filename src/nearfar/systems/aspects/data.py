@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from nearfar.data.rejections import Rejections
 from nearfar.data.splits import check_disjoint
 from nearfar.errors import NearfarError, nearest_name
 from nearfar.systems.aspects.labels import NEGATIVE, NEUTRAL, POLARITIES, POSITIVE, LabelScheme, code_words
-from nearfar.systems.aspects.readers import read_records
+from nearfar.systems.aspects.readers import Reading, read_records
 from nearfar.systems.aspects.records import AspectSplit, Records, hold_out, separate, text_key
 
 __all__ = ["AspectData", "embedded_records", "load_embedded", "load_files"]
@@ -56,7 +56,7 @@ _FILLERS = (
 
 
 def embedded_records(n: int = 4000, seed: int = 0) -> tuple[Records, list[str]]:
-    """``n`` different reviews and the aspects that they speak of; the same for the same ``n`` and ``seed``."""
+    """``n`` different generated reviews and their aspects; the same for the same ``n`` and ``seed``."""
     rng = np.random.default_rng(seed)
     aspects = sorted(_THINGS)
     share = np.linspace(1.0, 0.2, len(aspects))
@@ -69,10 +69,10 @@ def embedded_records(n: int = 4000, seed: int = 0) -> tuple[Records, list[str]]:
         for a in chosen:
             aspect = aspects[a]
             code = int(rng.choice([POSITIVE, NEUTRAL, NEGATIVE], p=[0.55, 0.1, 0.35]))
-            thing, between, said = (_one(rng, some) for some in (_THINGS[aspect], _BETWEEN, _SAYINGS[code]))
+            thing, between, saying = (_one(rng, some) for some in (_THINGS[aspect], _BETWEEN, _SAYINGS[code]))
             if rng.random() < 0.5:
-                said = _OWN_SAYINGS[aspect][code]
-            parts.append(f"{thing}{between} {said}")
+                saying = _OWN_SAYINGS[aspect][code]
+            parts.append(f"{thing}{between} {saying}")
             labels[aspect] = code
         text = parts[0]
         for part in parts[1:]:
@@ -97,10 +97,10 @@ def _one(rng: np.random.Generator, some: tuple[str, ...]) -> str:
 
 @dataclass(frozen=True)
 class AspectData:
-    """The splits of one experiment, their aspects, and how they came about.
+    """The splits of one experiment, their aspects and sources.
 
-    ``tune``: the part of train on which thresholds are chosen where val is what is reported; None where val serves, or
-    where none was asked for. ``reported``: "test", or "val" where there is no test file.
+    ``tune`` is the part of train on which thresholds are chosen if results are reported on val; None where val serves
+    for that, or where no thresholds are chosen. ``reported`` is "test", or "val" without a test file.
     """
 
     scheme: LabelScheme
@@ -115,22 +115,22 @@ class AspectData:
     @property
     def splits(self) -> dict[str, AspectSplit]:
         """The splits that exist, by name."""
-        there = {"train": self.train, "val": self.val, "test": self.test, "tune": self.tune}
-        return {name: split for name, split in there.items() if split is not None}
+        by_name = {"train": self.train, "val": self.val, "test": self.test, "tune": self.tune}
+        return {name: split for name, split in by_name.items() if split is not None}
 
     @property
     def reported(self) -> str:
-        """The split that the results are on."""
+        """The split on which results are reported."""
         return "test" if self.test is not None else "val"
 
     @property
     def threshold_split(self) -> str | None:
-        """The split on which thresholds may be chosen: never the one that is reported."""
+        """The split on which thresholds are chosen, never the reported one; None for no such split."""
         if self.test is not None and self.val is not None:
             return "val"
         return "tune" if self.tune is not None else None
 
-    def layout(self) -> dict[str, Any]:
+    def layout(self) -> dict[str, object]:
         """The content of ``dataset_layout.json``: aspects, sources with rejections, counts, hashes, leaks."""
         aspects = self.scheme.aspects
         texts = {name: [text_key(text) for text in split.texts] for name, split in self.splits.items()}
@@ -148,7 +148,7 @@ class AspectData:
         }
 
     def summary(self) -> str:
-        """A few lines for a log: reviews of each split, what was turned away, what the results are on."""
+        """A few lines for a log: reviews of each split, rejected rows and labels, the reported split."""
         lines = [f"aspects: {', '.join(self.scheme.aspects)}; {len(self.scheme.pairs)} aspect-polarity pairs"]
         for name, split in self.splits.items():
             mentions = int((split.codes > 0).sum())
@@ -156,67 +156,55 @@ class AspectData:
         for source in self.sources:
             lines += [f"{source['path']}: {note}" for note in source["reading"]]
             for what in ("rejections", "unread_labels"):
-                seen = Rejections.from_dict(source[what])
-                if len(seen):
-                    text = seen.summary() if what == "rejections" else _unread_words(seen)
+                rejections = Rejections.from_dict(source[what])
+                if len(rejections):
+                    text = rejections.summary() if what == "rejections" else _unread_words(rejections)
                     lines.append(f"{source['path']}: {text}")
         for where, count in self.left_out.items():
             lines.append(f"left out of {where}: {count}")
         return "\n".join([*lines, *self.notes.values()])
 
 
-def _unread_words(seen: Rejections) -> str:
+def _unread_words(unread: Rejections) -> str:
     return (
-        seen.summary().replace("rows rejected", "labels not read").replace("row rejected", "label not read")
+        unread.summary().replace("rows rejected", "labels not read").replace("row rejected", "label not read")
     )
 
 
 def load_files(
     paths: Mapping[str, Path | None],
     *,
-    text_column: str | None = None,
-    label_column: str | None = None,
-    aspect_column: str | None = None,
-    polarity_column: str | None = None,
-    polarities: Mapping[Any, Any] | None = None,
-    encoding: str | None = None,
+    polarities: Mapping[Any, object] | None = None,
     aspects: Sequence[str] | None = None,
-    id_column: str | None = None,
     min_mentions: int = 5,
     val_fraction: float = 0.1,
     tune_fraction: float = 0.1,
     seed: int = 0,
+    **reading: Unpack[Reading],
 ) -> AspectData:
-    """Reviews from files: see `read_records` for what a file may look like.
+    """Reviews from files: see `read_records` for the formats of files.
 
     Args:
-        paths: the files of "train", "val" and "test"; without val a part of train is held out, without test the
-            results are on val.
+        paths: the files of "train", "val" and "test"; without val a part of train is held out, without test
+            results are reported on val.
         polarities: what words or numbers mean, see `code_words`.
         aspects: their names; where null, what train mentions at least ``min_mentions`` times.
-        tune_fraction: without a test file, so much of train is held out for thresholds (0: there are none).
-        seed: of what is held out.
+        tune_fraction: without a test file, the share of train held out for choosing thresholds (0: none are chosen).
+        seed: of the hold-out.
+        reading: columns and encoding, as of `read_records`.
 
     Raises:
         NearfarError: what `read_records` raises, an aspect that train lacks, too few reviews, no label to learn from.
     """
-    options: dict[str, Any] = {
-        "text_column": text_column,
-        "label_column": label_column,
-        "aspect_column": aspect_column,
-        "polarity_column": polarity_column,
-        "polarities": code_words(polarities),
-        "encoding": encoding,
-        "id_column": id_column,
-    }
+    words = code_words(polarities)
     train_path = paths["train"]
     assert train_path is not None
-    read = {"train": read_records(train_path, aspects=aspects, **options)}
+    read = {"train": read_records(train_path, aspects=aspects, polarities=words, **reading)}
     names = aspects if aspects is not None else _aspects(read["train"], min_mentions)
     columns = list(names) if read["train"].layout == "one column per aspect" else None
     for name in ("val", "test"):
         if (path := paths.get(name)) is not None:
-            read[name] = read_records(path, aspects=columns, **options)
+            read[name] = read_records(path, aspects=columns, polarities=words, **reading)
     notes: dict[str, str] = {}
     for name, records in read.items():
         _count_unknown(name, records, names)
@@ -226,7 +214,7 @@ def load_files(
 
 
 def load_embedded(n: int = 4000, seed: int = 0) -> AspectData:
-    """Generated reviews: a first run without any data, split 8 : 1 : 1; says nothing of real reviews."""
+    """Generated reviews for a first run without data, split 8 : 1 : 1; scores on them mean nothing for real reviews."""
     records, aspects = embedded_records(n, seed)
     order = np.random.default_rng(seed).permutation(len(records))
     tenth = max(1, len(order) // 10)
@@ -243,12 +231,12 @@ def _aspects(records: Records, least: int) -> list[str]:
         for aspect, code in labels.items():
             if code > 0:
                 spellings.setdefault(aspect.casefold(), Counter())[aspect] += 1
-    counts = {seen.most_common(1)[0][0]: seen.total() for seen in spellings.values()}
+    counts = {spelling.most_common(1)[0][0]: spelling.total() for spelling in spellings.values()}
     kept = [aspect for aspect, count in counts.items() if count >= least]
     if not counts:
-        seen = f"; {_unread_words(records.unread)}" if len(records.unread) else ""
+        unread = f"; {_unread_words(records.unread)}" if len(records.unread) else ""
         raise NearfarError(
-            f"{records.source}: none of its {len(records)} reviews has a label that can be read{seen}."
+            f"{records.source}: none of its {len(records)} reviews has a label that can be read{unread}."
         )
     if not kept:
         top = max(counts, key=lambda aspect: counts[aspect])
@@ -283,7 +271,7 @@ def _read_words(records: Records) -> str:
 
 
 def _unknown_to_train(scheme: LabelScheme, parts: Mapping[str, AspectSplit | None]) -> dict[str, str]:
-    """What train never says: aspects without any mention, and pairs that only val or test have, with their counts."""
+    """Notes on labels missing from train: aspects without a mention, and pairs that only val or test have."""
     mentioned = {a for a, _ in scheme.pairs}
     notes = {}
     if never := [name for a, name in enumerate(scheme.aspects) if a not in mentioned]:
@@ -315,7 +303,7 @@ def _assemble(
     tune_fraction: float,
     seed: int,
 ) -> AspectData:
-    # Files first: what is held out of train afterwards is a part of these rows, whatever ids say.
+    # Ids are made unique by the file's name before val and tune are held out of train.
     parts = {
         name: AspectSplit(
             name, r.source, r.texts, r.codes(aspects), [f"{Path(r.source).name}:{i}" for i in r.ids]

@@ -1,4 +1,4 @@
-"""Batches of reviews made whole by index operations, and how often a rare label is repeated in an epoch."""
+"""Batches of reviews, taken by index operations, and how often a review with rare labels is repeated."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["AspectBatch", "AspectDataset", "repeats"]
 def repeats(
     codes: Int[ndarray, "n a"], pairs: Int[ndarray, "k 2"], frequency: float, most: int, seed: int = 0
 ) -> Int[ndarray, " n"]:
-    """Copies of each review: at least 1, at most ``most``; ``frequency`` is t, from which on a label is not rare.
+    """Copies of each review: at least 1, at most ``most``; labels of less than the share ``frequency`` are rare.
 
     >>> codes = np.array([[3]] * 99 + [[2]])
     >>> repeats(codes, np.array([[0, 3], [0, 2]]), frequency=0.16, most=10)[-2:].tolist()
@@ -29,10 +29,10 @@ def repeats(
     """
     wanted = np.ones(len(codes))
     for aspect, polarity in pairs:
-        there = codes[:, aspect] == polarity
-        share = there.mean()
+        has_label = codes[:, aspect] == polarity
+        share = has_label.mean()
         if share > 0:
-            wanted[there] = np.maximum(wanted[there], np.sqrt(frequency / share))
+            wanted[has_label] = np.maximum(wanted[has_label], np.sqrt(frequency / share))
     rounded = np.floor(wanted + np.random.default_rng(seed).random(len(codes))).astype(np.int64)
     return np.clip(rounded, 1, most)
 
@@ -65,7 +65,7 @@ class AspectBatch:
 
 
 class AspectDataset(Dataset[AspectBatch]):
-    """A split; ``__getitems__`` gives a whole `AspectBatch`. Nothing in it is drawn: every epoch has the same rows."""
+    """A split; ``__getitems__`` gives a whole `AspectBatch`. Nothing in it is random: every epoch has the same rows."""
 
     def __init__(self, tokens: TokenTable, codes: Int[Tensor, "n a"]) -> None:
         if len(tokens) != len(codes):

@@ -1,7 +1,7 @@
-"""Aspects and polarities: how files write them, and the codes they become.
+"""Aspects and polarities: parsing of labels, and the codes that stand for them.
 
-A review has one code per aspect: 0 not mentioned, 1 negative, 2 neutral, 3 positive, −1 not known (what stood there
-could not be read). An aspect that files mention without polarity, such as UIT-ViSFD's ``{OTHERS}``, is neutral where it
+A review has one code per aspect: 0 not mentioned, 1 negative, 2 neutral, 3 positive, −1 unknown (a label that could not
+be read). An aspect that files mention without polarity, such as UIT-ViSFD's ``{OTHERS}``, is neutral where it
 is mentioned: it has a single pair.
 """
 
@@ -29,6 +29,7 @@ __all__ = [
     "UNKNOWN",
     "LabelScheme",
     "code_words",
+    "mostly_polarities",
     "parse_field",
     "polarities_advice",
     "polarity_code",
@@ -63,8 +64,8 @@ class LabelScheme:
     def of(cls, aspects: Sequence[str], codes: Int[ndarray, "n a"]) -> LabelScheme:
         """The pairs are those that occur in ``codes``."""
         kinds = range(1, len(POLARITIES) + 1)
-        there = [(a, k) for a in range(len(aspects)) for k in kinds if bool((codes[:, a] == k).any())]
-        return cls(tuple(aspects), tuple(there))
+        pairs = [(a, k) for a in range(len(aspects)) for k in kinds if bool((codes[:, a] == k).any())]
+        return cls(tuple(aspects), tuple(pairs))
 
     @property
     def classes(self) -> int:
@@ -98,7 +99,7 @@ def polarity_code(word: str, words: Mapping[str, int] | None = None) -> int:
     return _WORDS.get(key, UNKNOWN)
 
 
-def code_words(given: Mapping[Any, Any] | None) -> dict[str, int]:
+def code_words(given: Mapping[Any, object] | None) -> dict[str, int]:
     """The option ``data.polarities``, such as ``{1: positive, 2: negative, 3: neutral, 0: none}``, as codes of words.
 
     Raises ``NearfarError`` for a meaning that is none of positive, negative, neutral and none.
@@ -169,7 +170,7 @@ _LIKE = {
 
 
 def _guess(word: str) -> str:
-    """A first guess for an example; what a word means is for its user to say."""
+    """A first guess for the example in a message; the user decides what a word means."""
     return next((meaning for meaning, heads in _LIKE.items() if word.startswith(heads)), "neutral")
 
 
@@ -179,12 +180,26 @@ def _word_key(word: str) -> str:
     return key if number is None else number[1].replace("+", "") * (number[2] != "0") + number[2]
 
 
+#: share of the filled cells that must be polarities for a column to count as an aspect
+ASPECT_SHARE = 0.5
+
+
+def mostly_polarities(codes: Iterable[int]) -> bool:
+    """Whether more than half of the labels that are given (not `ABSENT`) have a known polarity.
+
+    >>> mostly_polarities([POSITIVE, UNKNOWN, NEGATIVE, ABSENT]), mostly_polarities([ABSENT])
+    (True, False)
+    """
+    filled = [code for code in codes if code != ABSENT]
+    return bool(filled) and sum(code != UNKNOWN for code in filled) > ASPECT_SHARE * len(filled)
+
+
 def parse_field(field: str, words: Mapping[str, int] | None = None) -> tuple[dict[str, int], list[str]]:
-    """The labels of a field, and what in it could not be read.
+    """The labels of a field, and the parts of it that could not be read.
 
     Read are ``{ASPECT#Polarity};…``, ``{ENTITY#ATTRIBUTE, polarity}, …`` of VLSP, the same without braces where
-    semicolons separate, and lists or dictionaries in JSON or as Python prints them. An aspect that stands twice with
-    two polarities is not known; in braces without ``#`` it is neutral.
+    semicolons separate, and lists or dictionaries in JSON or as Python prints them. An aspect that occurs twice
+    with different polarities is unknown; in braces without ``#`` it is neutral.
 
     >>> parse_field("{CAMERA#Positive};{OTHERS};{PRICE#so-so};")
     ({'CAMERA': 3, 'OTHERS': 2, 'PRICE': -1}, ['PRICE#so-so'])
@@ -194,22 +209,22 @@ def parse_field(field: str, words: Mapping[str, int] | None = None) -> tuple[dic
     (({'food': 3}, []), ({'food': 1}, []))
     """
     pairs, unread = _pairs(field, words)
-    found: dict[str, int] = {}
+    labels: dict[str, int] = {}
     spelling: dict[str, str] = {}
     for aspect, code, label in pairs:
         name = spelling.setdefault(aspect.casefold(), aspect)
         if not aspect:
             unread.append(label)
             continue
-        if code in (UNKNOWN, ABSENT) or found.get(name, code) != code:
+        if code in (UNKNOWN, ABSENT) or labels.get(name, code) != code:
             unread.append(label)
             code = UNKNOWN
-        found[name] = code
-    return found, unread
+        labels[name] = code
+    return labels, unread
 
 
 def _pairs(field: str, words: Mapping[str, int] | None) -> tuple[list[tuple[str, int, str]], list[str]]:
-    """(aspect, code, as it is written) for each label of a field, and the rest of the field."""
+    """(aspect, code, original spelling) for each label of a field, and the rest of the field."""
     if (literal := _literal(field)) is not None:
         pairs = [
             (aspect.strip(), polarity_code(polarity, words), f"{aspect}, {polarity}")
@@ -233,10 +248,10 @@ def _pairs(field: str, words: Mapping[str, int] | None) -> tuple[list[tuple[str,
 
 
 def _split_label(label: str, words: Mapping[str, int] | None) -> tuple[str, int]:
-    """Aspect and code: the polarity stands behind the last mark that is followed by one."""
+    """Aspect and code: the polarity follows the last separator behind which there is one."""
     for mark in (",", "#", ":"):
-        aspect, found, polarity = (part.strip() for part in label.rpartition(mark))
-        if found and polarity_code(polarity, words) != UNKNOWN:
+        aspect, separator, polarity = (part.strip() for part in label.rpartition(mark))
+        if separator and polarity_code(polarity, words) != UNKNOWN:
             return aspect, polarity_code(polarity, words)
     return label.partition("#")[0].partition(",")[0].strip(), UNKNOWN
 
@@ -269,7 +284,7 @@ _ASPECT_KEYS = ("aspect", "category", "term", "target", "aspect_category", "aspe
 _POLARITY_KEYS = ("polarity", "sentiment", "label", "opinion")
 
 
-def _named_pair(item: Mapping[Any, Any]) -> tuple[Any, Any] | None:
+def _named_pair(item: Mapping[object, object]) -> tuple[object, object] | None:
     keys = {str(key).strip().lower(): key for key in item}
     aspect = next((keys[name] for name in _ASPECT_KEYS if name in keys), None)
     polarity = next((keys[name] for name in _POLARITY_KEYS if name in keys), None)

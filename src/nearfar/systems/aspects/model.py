@@ -1,11 +1,10 @@
-"""The aspect model: a text encoder, linear and neural heads for aspects and polarity."""
+"""The aspect model (a text encoder, an attention and a head for each aspect) and its linear baseline."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,7 +17,6 @@ from nearfar.errors import NearfarError, nearest_name
 from nearfar.models import ProjectionHead
 from nearfar.models.projection import Dropout
 from nearfar.models.text.pretrained import PretrainedTextModel
-from nearfar.models.text.protocol import read_spec
 from nearfar.models.text.trainable import WordTextEncoder
 from nearfar.models.text.words import TokenBatch
 
@@ -26,18 +24,19 @@ __all__ = [
     "ENCODERS",
     "NAME",
     "AspectAttention",
+    "AspectEncoder",
     "AspectModel",
     "build_encoder",
     "linear_answers",
-    "load_encoder",
 ]
 
 
-ENCODERS: dict[str, type[Any]] = {"words": WordTextEncoder, "pretrained": PretrainedTextModel}
+AspectEncoder = WordTextEncoder | PretrainedTextModel
+ENCODERS: dict[str, type[AspectEncoder]] = {"words": WordTextEncoder, "pretrained": PretrainedTextModel}
 
 
-def build_encoder(kind: str, **options: Any) -> Any:
-    """The encoder called ``kind`` with its options: ``fit(texts)``, ``tokenize(texts)``, ``build()``, ``save(folder)``.
+def build_encoder(kind: str, **options: Any) -> AspectEncoder:
+    """The encoder ``kind`` with its options: ``fit(texts)``, ``tokenize(texts)``, ``build()``, ``save(folder)``.
 
     >>> build_encoder("words", dims=16, hidden=16).kind
     'words'
@@ -56,16 +55,6 @@ def build_encoder(kind: str, **options: Any) -> Any:
     return ENCODERS[kind](**options)
 
 
-def load_encoder(folder: str | Path) -> Any:
-    """The encoder that a run saved."""
-    kind = str(read_spec(folder)["kind"])
-    if kind not in ENCODERS:
-        raise NearfarError(
-            f"{folder}: an encoder of kind '{kind}' is not one that is trained with the aspects."
-        )
-    return ENCODERS[kind].load(folder)
-
-
 NAME = "TF-IDF + linear SVM"
 _VERSION = 1  # of what is computed here; part of the cache's key
 
@@ -73,12 +62,12 @@ _VERSION = 1  # of what is computed here; part of the cache's key
 def linear_answers(
     texts: Sequence[str],
     codes: Int[ndarray, "n a"],
-    asked: Mapping[str, Sequence[str]],
+    evaluated: Mapping[str, Sequence[str]],
     cache: bool = True,
 ) -> dict[str, Int[ndarray, "m a"]]:
-    """The baseline's answers for each list of texts in ``asked``; fitted on ``texts`` and ``codes``, kept by content.
+    """The baseline's answers for the texts in ``evaluated``, fitted on ``texts`` and ``codes``; cached by content.
 
-    Labels that are not known (below 0) are left out of their aspect's fit.
+    Unknown labels (below 0) are left out of the fit of their aspect.
 
     >>> texts = ["good camera", "bad camera", "good price", "bad price"] * 3
     >>> codes = np.array([[3, 0], [1, 0], [0, 3], [0, 1]] * 3)
@@ -87,20 +76,20 @@ def linear_answers(
     """
 
     def fit() -> dict[str, np.ndarray]:
-        return _fit(texts, codes, asked)
+        return _fit(texts, codes, evaluated)
 
     key = [
         "linear baseline",
         _VERSION,
         list(texts),
         codes,
-        {name: list(some) for name, some in asked.items()},
+        {name: list(some) for name, some in evaluated.items()},
     ]
     return cached_arrays("linear-baseline", key, fit, enabled=cache)
 
 
 def _fit(
-    texts: Sequence[str], codes: Int[ndarray, "n a"], asked: Mapping[str, Sequence[str]]
+    texts: Sequence[str], codes: Int[ndarray, "n a"], evaluated: Mapping[str, Sequence[str]]
 ) -> dict[str, Int[ndarray, "m a"]]:
     from scipy.sparse import hstack
     from sklearn.feature_extraction.text import TfidfVectorizer
@@ -120,27 +109,30 @@ def _fit(
     if fitted:
         features = hstack([matrix for _, matrix in fitted]).tocsr()
         of = {
-            name: hstack([part.transform(some) for part, _ in fitted]).tocsr() for name, some in asked.items()
+            name: hstack([part.transform(some) for part, _ in fitted]).tocsr()
+            for name, some in evaluated.items()
         }
-    answers = {name: np.zeros((len(some), codes.shape[1]), dtype=np.int64) for name, some in asked.items()}
+    answers = {
+        name: np.zeros((len(some), codes.shape[1]), dtype=np.int64) for name, some in evaluated.items()
+    }
     for aspect in range(codes.shape[1]):
         known = np.flatnonzero(codes[:, aspect] >= 0)
         classes, counts = np.unique(codes[known, aspect], return_counts=True)
         if len(classes) < 2 or not fitted:
-            # Nothing to tell apart, or nothing to tell it by: the commonest class; without any label, not mentioned.
-            for found in answers.values():
-                found[:, aspect] = classes[np.argmax(counts)] if len(classes) else 0
+            # One class, or no features: the most frequent class; without any label, not mentioned.
+            for predicted in answers.values():
+                predicted[:, aspect] = classes[np.argmax(counts)] if len(classes) else 0
             continue
         model = LinearSVC(random_state=0).fit(features[known], codes[known, aspect])
-        for name, found in answers.items():
-            found[:, aspect] = model.predict(of[name])
+        for name, predicted in answers.items():
+            predicted[:, aspect] = model.predict(of[name])
     return answers
 
 
 class AspectAttention(nn.Module):
     """One query per aspect over the states of the tokens (label-wise attention, Mullenbach et al. 2018, CAML).
 
-    Called with states (b, t, d) and mask (b, t) it gives (b, A, d): what the text says of each aspect.
+    Called with states (b, t, d) and mask (b, t) it gives (b, A, d): one vector for each aspect.
 
     >>> attention = AspectAttention(aspects=2, width=4)
     >>> attention(torch.ones(1, 3, 4), torch.tensor([[True, True, False]])).shape
@@ -158,7 +150,7 @@ class AspectAttention(nn.Module):
 
 
 class AspectModel(nn.Module):
-    """``encode`` gives (b, A, d), a review as one vector for each aspect; all else starts from there.
+    """``encode`` gives (b, A, d), one vector of the review for each aspect, from which all heads start.
 
     Args:
         encoder: a module with ``width`` = d that turns a `TokenBatch` into states (b, t, d) and a pooled vector.
@@ -177,7 +169,7 @@ class AspectModel(nn.Module):
         dropout: float = 0.4,
     ) -> None:
         super().__init__()
-        width: Any = encoder.width
+        width = cast(int, encoder.width)
         self.encoder = encoder
         self.attention = AspectAttention(aspects, width)
         self.dropout = Dropout(dropout)
@@ -190,7 +182,7 @@ class AspectModel(nn.Module):
         )
 
     def heads(self) -> list[nn.Parameter]:
-        """All weights but the encoder's."""
+        """All parameters but the encoder's."""
         own = {id(p) for p in self.encoder.parameters()}
         return [p for p in self.parameters() if id(p) not in own]
 

@@ -1,9 +1,9 @@
-"""The objective: classification of every aspect and contrast of the reviews, each visible in every step."""
+"""The objective: focal loss of every aspect, and optionally a contrastive loss of the reviews."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Literal, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -11,10 +11,13 @@ from torch import Tensor, nn
 
 from nearfar.losses import FocalLoss, MultiLabelSupConLoss, Objective
 from nearfar.losses.focal import focal_alpha
+from nearfar.schedules import Schedule
 from nearfar.systems.aspects.labels import NEGATIVE, NEUTRAL, POSITIVE, UNKNOWN, LabelScheme
 
 __all__ = ["ALPHAS", "CONTRASTS", "AspectObjective", "class_weights"]
 
+#: weight of a term: a number or a schedule over epochs
+Weight = float | str | Mapping[str, object] | Schedule
 CONTRASTS = ("none", "jaccard", "legacy")
 ALPHAS = ("none", "counts", "sqrt")
 
@@ -42,19 +45,22 @@ class AspectObjective(nn.Module):
         alpha: (A, C) weights of the classes, see `class_weights`.
         focal_weight, contrastive_weight: of the terms; numbers or schedules over epochs.
         gamma: focus of the focal loss; 0 is cross-entropy.
-        contrastive: "jaccard" (reviews belong together by the aspect-polarity pairs that both have), "legacy" (the
-            reference's rule, in which absent counts as neutral), or "none".
+        contrastive: "jaccard" (reviews are positives by their common aspect-polarity pairs), "legacy" (the reference's
+            rule, in which absent counts as neutral), or "none".
         temperature: of the contrastive term.
         reduction: of the focal loss, see `FocalLoss`.
     """
+
+    _aspects: Tensor
+    _polarities: Tensor
 
     def __init__(
         self,
         scheme: LabelScheme,
         alpha: Float[Tensor, "a c"] | None = None,
         *,
-        focal_weight: Any = 0.7,
-        contrastive_weight: Any = 0.3,
+        focal_weight: Weight = 0.7,
+        contrastive_weight: Weight = 0.3,
         gamma: float = 2.0,
         contrastive: str = "jaccard",
         temperature: float = 0.1,
@@ -65,7 +71,7 @@ class AspectObjective(nn.Module):
         terms = {"focal": focal_weight}
         self.contrast: MultiLabelSupConLoss | None = None
         if contrastive != "none":
-            weights: Any = contrastive
+            weights = cast(Literal["jaccard", "legacy"], contrastive)
             self.contrast = MultiLabelSupConLoss(temperature, weights=weights)
             terms["contrastive"] = contrastive_weight
         self.objective = Objective(terms)
@@ -83,7 +89,7 @@ class AspectObjective(nn.Module):
         epoch: int = 0,
         epochs: int = 1,
     ) -> Float[Tensor, ""]:
-        """The sum; ``projection`` is not needed where there is no contrast."""
+        """The weighted sum; ``projection`` is not needed without a contrastive term."""
         self._place = (float(epoch), float(epochs))
         self.values = {"focal": self.focal(logits, codes)}
         if self.contrast is not None:
@@ -92,29 +98,27 @@ class AspectObjective(nn.Module):
         return self.objective(self.values, *self._place)
 
     def shares(self, on: Sequence[Tensor]) -> dict[str, float]:
-        """Each term's share of the gradient on ``on``; before the backward pass of the last call."""
+        """Each term's share of the gradient with respect to ``on``; call it before the backward pass."""
         return self.objective.measure_shares(self.values, list(on), *self._place).to_dict()
 
     def record(self) -> dict[str, float]:
-        """Numbers of the last call for the log: of the terms, of the contrast, of the classification."""
+        """Numbers of the last call for the log: terms, focal loss, contrastive loss."""
         assert self.objective.record is not None
-        found = self.objective.record.to_dict()
+        numbers = self.objective.record.to_dict()
         if self.focal.record is not None:
             names = ("loss_kind", "uniform_level", "floor", "p_true", "hardest_share", "labels")
-            seen = self.focal.record.to_dict()
-            found |= {f"focal/{name}": seen[name] for name in names}
+            focal = self.focal.record.to_dict()
+            numbers |= {f"focal/{name}": focal[name] for name in names}
         if self.contrast is not None and self.contrast.record is not None:
             record = self.contrast.record.to_dict()
-            found |= record | {"contrastive/loss_kind": record["loss_kind"]}
-        return found
+            numbers |= record | {"contrastive/loss_kind": record["loss_kind"]}
+        return numbers
 
     def _targets(self, codes: Int[Tensor, "b a"]) -> Int[Tensor, "b k"]:
         assert self.contrast is not None
         if self.contrast.weights == "jaccard":
-            aspects: Any = self._aspects
-            polarities: Any = self._polarities
-            return (codes[:, aspects] == polarities).long()
-        legacy = torch.zeros_like(codes)  # absent, neutral and not known are one code
+            return (codes[:, self._aspects] == self._polarities).long()
+        legacy = torch.zeros_like(codes)  # absent, neutral and unknown share a code
         legacy[codes == NEGATIVE] = NEGATIVE
         legacy[codes == POSITIVE] = POSITIVE
         assert NEUTRAL not in (NEGATIVE, POSITIVE)

@@ -10,7 +10,7 @@ from nearfar.config.samplers import SamplerOptions
 from nearfar.errors import NearfarError
 from nearfar.systems.aspects.labels import code_words
 
-__all__ = ["AspectData", "AspectOptions"]
+__all__ = ["AspectDataOptions", "AspectOptions"]
 
 
 class _Weight:
@@ -63,49 +63,53 @@ class _Polarities:
 
 
 @dataclass
-class AspectData:
+class AspectDataOptions:
     """Any table with a text column and labels: {ASPECT#Polarity} texts, a column per aspect, or a row per aspect.
 
-    XML of SemEval or MAMS and text files of VLSP, too. Without files, reviews are generated: a first run without data,
-    from whose scores nothing follows.
+    Also XML of SemEval or MAMS and text files of VLSP. Without files, reviews are generated: for a first run without
+    data, whose scores mean nothing for real reviews.
     """
 
     train: str | int | None = path(None, "file of the training reviews")
     val: str | int | None = path(None, "file of the validation reviews")
     test: str | int | None = path(None, "file of the test reviews")
     dir: str | int | None = path(None, "a folder with train, validation (or dev) and test files")
-    text_column: str | int | None = column("column of the texts; null: found by name")
-    label_column: str | int | None = column("column that holds all labels of a review")
-    aspect_column: str | int | None = column(
-        "where a row is one label of a review (in XML: category or term)"
+    text_column: str | int | None = column("column of the texts; null: the usual names")
+    label_column: str | int | None = column(
+        "column of fields with all labels of a review; null: the usual names"
     )
-    polarity_column: str | int | None = column("the same for its polarity")
+    aspect_column: str | int | None = column(
+        "column of aspects, in a table of one row per label; in XML: category or term"
+    )
+    polarity_column: str | int | None = column("column of polarities, in a table of one row per label")
     polarities: dict[Any, str] | None = option(
         None,
-        "what words or numbers mean, e.g. {1: positive, 2: negative, 3: neutral, 0: none}",
+        "meaning of further words or numbers, e.g. {1: positive, 2: negative, 3: neutral, 0: none}",
         rule=_Polarities(),
     )
-    id_column: str | int | None = column("column of ids")
+    id_column: str | int | None = column("column of ids; null: the usual names")
     encoding: str | None = option(
-        None, "of text files, e.g. cp1252; null: UTF-8, or UTF-16 with its mark", rule=Encoding()
+        None,
+        "encoding of text files, e.g. cp1252; null: UTF-8, or UTF-16 with a byte-order mark",
+        rule=Encoding(),
     )
     aspects: list[str] | None = option(
         None,
-        "[Battery,Camera,…]; null: the columns whose cells are polarities, or what the labels name",
+        "aspects, e.g. [Battery,Camera]; null: the columns whose cells are polarities, or the aspects in the labels",
         rule=_Aspects(),
     )
-    min_mentions: int = option(5, "an aspect that train mentions less often is left out", least=1)
+    min_mentions: int = option(5, "mentions in train below which an aspect is left out", least=1)
     val_fraction: float = option(
         0.1, "share of train held out where there is no val file", least=0, most=1, inside=True
     )
     tune_fraction: float = option(
         0.1,
-        "share of train for thresholds where there is no test file; 0: none are chosen",
+        "share of train held out for choosing thresholds where there is no test file; 0: none are chosen",
         least=0,
         most=0.9,
     )
-    split_seed: int = option(0, "of the splits", least=0, most=2**32 - 1)
-    embedded_size: int | None = option(None, "generated reviews where no files are given", least=50)
+    split_seed: int = option(0, "seed of the splits", least=0, most=2**32 - 1)
+    embedded_size: int | None = option(None, "number of generated reviews, without files", least=50)
 
 
 @dataclass
@@ -117,33 +121,33 @@ class AspectOptions(RunOptions):
     lr: float = 3e-3
     warmup: float = 0.1
     focal_weight: Any = option(
-        0.7, "of the focal loss in the total; a number or a schedule", rule=_Weight(), role="loss"
+        0.7, "weight of the focal loss in the total; a number or a schedule", rule=_Weight(), role="loss"
     )
     contrastive_weight: Any = option(
         0.3,
-        'of the contrastive loss in the total; a number or a schedule ("0 -> 0.3")',
+        'weight of the contrastive loss in the total; a number or a schedule ("0 -> 0.3")',
         rule=_Weight(),
         role="loss",
     )
-    gamma: float = option(0.0, "focus of the focal loss; 0 is cross-entropy", least=0, role="loss")
+    gamma: float = option(0.0, "focusing exponent of the focal loss; 0: cross-entropy", least=0, role="loss")
     alpha: Literal["none", "counts", "sqrt"] = option(
-        "none", "class weights from counts: N / n, or its root", role="loss"
+        "none", "class weights of the focal loss; counts: N / n, sqrt: its root", role="loss"
     )
     reduction: Literal["weighted_mean", "mean"] = option(
         "weighted_mean",
-        "of the focal loss: per aspect by the sum of its weights, or the plain mean",
+        "mean of the focal loss: weighted within each aspect, or plain",
         role="loss",
     )
     contrastive: Literal["none", "jaccard", "legacy"] = option(
         "none",
-        "jaccard: by common aspect-polarity pairs; legacy: absent counts as neutral",
+        "contrastive loss; jaccard: positives by common aspect-polarity pairs; legacy: absent counts as neutral",
         role="loss",
     )
-    temperature: float = option(0.1, "of the contrastive loss", least=1e-4, role="loss")
-    projection_dim: int = option(128, "of the vectors that are contrasted", least=1)
-    head_dropout: float = fraction(0.4, "in the heads")
+    temperature: float = option(0.1, "temperature of the contrastive loss", least=1e-4, role="loss")
+    projection_dim: int = option(128, "dimensions of the vectors in the contrastive loss", least=1)
+    head_dropout: float = fraction(0.4, "dropout before the heads")
     balance: Literal["none", "oversample"] = option(
-        "none", "oversample: rare labels come several times an epoch", role="batches"
+        "none", "oversample: reviews with rare labels are repeated within an epoch", role="batches"
     )
     oversample_frequency: float = option(
         0.05,
@@ -153,23 +157,23 @@ class AspectOptions(RunOptions):
         inside=True,
         role="batches",
     )
-    oversample_most: int = option(4, "copies of a review at most", least=1, role="batches")
+    oversample_most: int = option(4, "most copies of a review", least=1, role="batches")
     thresholds: Literal["one", "aspect", "none"] = option(
         "one",
-        "from which probability an aspect is mentioned: one for all, aspect: one for each, none: one half",
+        "thresholds for a mention; one: for all aspects; aspect: for each aspect; none: not chosen, one half",
     )
     logit_adjustment: float = option(
         0.3,
-        "polarities by p / share^0.3, so that rare ones get their due; 0: the most probable",
+        "exponent t of the decision by p / share^t, which favours rare polarities; 0: the most probable",
         least=0,
         most=2,
     )
 
-    data: AspectData = group(
-        csv=AspectData(),
-        aspects_embedded=AspectData(embedded_size=4000),
-        visfd=AspectData(text_column="comment", label_column="label"),
-        phone_aspects=AspectData(text_column="data"),
+    data: AspectDataOptions = group(
+        csv=AspectDataOptions(),
+        aspects_embedded=AspectDataOptions(embedded_size=4000),
+        visfd=AspectDataOptions(text_column="comment", label_column="label"),
+        phone_aspects=AspectDataOptions(text_column="data"),
     )
     text_encoder: dict[str, Any] = raw_group({"kind": "words"}, "encoder of the reviews", models=("model",))
     sampler: SamplerOptions = group(random=samplers.random, role="batches")

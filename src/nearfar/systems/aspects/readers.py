@@ -1,17 +1,17 @@
-"""Readers of tables of reviews: label fields, one column per aspect, one row per aspect.
+"""Readers of tables of reviews: label fields, one column per aspect, one row per label.
 
-Each broken row costs one row, each label that cannot be read costs that label: both are counted, and the first of each
-kind are kept for ``dataset_layout.json``. Which layout a table has is decided by its cells; a table whose labels mean
-nothing to the reader is an error, never a table without labels.
+A broken row is rejected, a label that cannot be read is left out: both are counted, and the first of each kind are kept
+for ``dataset_layout.json``. The cells decide which layout a table has; a table whose labels cannot be read is an error.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
 from nearfar.data.delimited import decode
 from nearfar.data.rejections import Rejections
@@ -26,11 +26,26 @@ from nearfar.data.tables import (
     require_file,
 )
 from nearfar.errors import NearfarError, nearest_name
-from nearfar.systems.aspects.corpora import CORPORA, CORPUS_SUFFIXES, Sentence, corpus_kind, read_xml
-from nearfar.systems.aspects.labels import ABSENT, UNKNOWN, parse_field, polarities_advice, polarity_code
+from nearfar.systems.aspects.corpora import (
+    CORPORA,
+    CORPUS_SUFFIXES,
+    Sentence,
+    corpus_kind,
+    group_sentences,
+    read_xml,
+    require_polarities,
+)
+from nearfar.systems.aspects.labels import (
+    ABSENT,
+    UNKNOWN,
+    mostly_polarities,
+    parse_field,
+    polarities_advice,
+    polarity_code,
+)
 from nearfar.systems.aspects.records import Records
 
-__all__ = ["TEXT_COLUMNS", "read_records"]
+__all__ = ["TEXT_COLUMNS", "Reading", "read_records"]
 
 TEXT_COLUMNS = (
     *("comment", "data", "text", "review", "content", "sentence", "body"),
@@ -40,13 +55,10 @@ LABEL_COLUMNS = ("label", "labels", "aspects", "opinions", "aspect_sentiments")
 ASPECT_COLUMNS = ("aspect", "aspect_category", "category", "aspect_term", "term", "target", "entity")
 POLARITY_COLUMNS = ("polarity", "sentiment", "aspect_polarity", "aspect_sentiment", "label", "class")
 ID_COLUMNS = ("id", "review_id", "sentence_id")
-#: share of a column's filled cells that must be polarities for it to count as an aspect
-ASPECT_SHARE = 0.5
 _NO_ASPECT = frozenset(("", "null", "none", "nan", "noaspectterm", "n/a", "-"))
 #: names of columns of 0 and 1, and what these hold
 _INDICATOR = re.compile(r"(.+?)[\W_]+(?:pos|positive|neg|negative|neu|neutral)", re.IGNORECASE)
 _INDICATOR_VALUES = frozenset(("", "0", "1", "0.0", "1.0", "true", "false"))
-_Code = Callable[[str], int]
 
 
 @dataclass(frozen=True)
@@ -61,6 +73,17 @@ class _Options:
 
     def code(self, cell: str) -> int:
         return polarity_code(cell, self.words)
+
+
+class Reading(TypedDict, total=False):
+    """Columns and encoding of a file of reviews: keyword arguments of `read_records`."""
+
+    text_column: str | None
+    label_column: str | None
+    aspect_column: str | None
+    polarity_column: str | None
+    id_column: str | None
+    encoding: str | None
 
 
 def read_records(
@@ -79,7 +102,7 @@ def read_records(
 
     Args:
         path: a table (`open_table`), XML of SemEval or MAMS, or one of the text corpora in `CORPORA`.
-        text_column: its header; found by the usual names where null.
+        text_column: its header; null: one of the usual names.
         label_column: the column of fields that hold all labels of a review (`parse_field`). Where null, a column called
             ``label`` whose fields have one of those forms.
         aspect_column, polarity_column: of a table with a row for each label of a review. Where null, columns with the
@@ -101,14 +124,14 @@ def read_records(
     suffix = full_suffix(path)
     if suffix == ".xml":
         sentences, layout, rejections = read_xml(path, aspect_column, polarities)
-        _require_polarities(path, sentences, options)
-        return _from_sentences(path, sentences, layout, rejections, options)
+        require_polarities(path, sentences, polarities)
+        return group_sentences(path, sentences, layout, rejections)
     if suffix in CORPUS_SUFFIXES:
         text = decode(path, content_of(path), encoding, "data.encoding")
         if kind := corpus_kind(text):
             sentences, rejections = CORPORA[kind](text, polarities)
-            _require_polarities(path, sentences, options)
-            return _from_sentences(path, sentences, kind, rejections, options)
+            require_polarities(path, sentences, polarities)
+            return group_sentences(path, sentences, kind, rejections)
         if suffix not in TABLE_SUFFIXES:
             raise NearfarError(
                 f"{path}: its lines are none of {', '.join(CORPORA)}. A table is called .csv, .tsv or .txt."
@@ -143,12 +166,12 @@ def _from_field(raw: RawTable, options: _Options, column: str) -> Records:
     labels = reader.column("label")
     unread_rows, first = 0, ""
     for i in reader.usable():
-        found, unread = parse_field(labels[i], options.words)
-        if labels[i].strip() and not any(code != UNKNOWN for code in found.values()) and unread:
+        parsed, unread = parse_field(labels[i], options.words)
+        if labels[i].strip() and not any(code != UNKNOWN for code in parsed.values()) and unread:
             unread_rows, first = unread_rows + 1, first or labels[i]
         for part in unread:
             reader.unread.add("label that cannot be read", raw.numbers[i], part)
-        reader.add(i, found)
+        reader.add(i, parsed)
     filled = sum(bool(cell.strip()) for cell in labels)
     if unread_rows > filled / 2:
         raise NearfarError(
@@ -160,12 +183,14 @@ def _from_field(raw: RawTable, options: _Options, column: str) -> Records:
 
 
 def _advice_for_field(reader: _Reader, cells: Sequence[str], options: _Options) -> str:
-    """What else a table may be whose label column has no fields of labels."""
+    """Advice for a table whose label column has no fields of labels."""
     raw, head = reader.raw, reader.used["label"]
     others = [i for i, name in enumerate(raw.header) if name not in reader.used.values()]
-    aspects = [raw.header[i] for i in others if _is_aspect([options.code(cell) for cell in raw.column(i)])]
+    aspects = [
+        raw.header[i] for i in others if mostly_polarities([options.code(cell) for cell in raw.column(i)])
+    ]
     if any("{" in cell for cell in cells):
-        # Fields have the form and other words than are known: those behind the last mark.
+        # Fields of the right form with unknown words, behind the last separator.
         parts = [part for cell in cells for part in parse_field(cell, options.words)[1]]
         tails = [part.replace(",", "#").rsplit("#", 1)[-1].strip() for part in parts]
         return polarities_advice([word for word, _ in Counter(tails).most_common(8)], options.words)
@@ -174,7 +199,7 @@ def _advice_for_field(reader: _Reader, cells: Sequence[str], options: _Options) 
             f"Columns of polarities are there: 'data.aspects=[{','.join(aspects)}]' takes each as an aspect."
         )
     rows = f"data.aspect_column=NAME 'data.polarity_column={head}'"
-    if _is_aspect([options.code(cell) for cell in cells]):
+    if mostly_polarities([options.code(cell) for cell in cells]):
         return (
             f"They are polarities of no aspect: 'data.aspects=[{head}]' takes them as one aspect called {head}; where "
             f"a column names the aspect of each row, give {rows}."
@@ -201,7 +226,7 @@ def _from_columns(raw: RawTable, options: _Options) -> Records:
     names = Counter(column_key(raw.header[i]) for i in positions)
     cells = {i: raw.column(i) for i in positions}
     codes = {i: [options.code(value) for value in cells[i]] for i in positions}
-    aspects = [i for i in positions if _is_aspect(codes[i])]
+    aspects = [i for i in positions if mostly_polarities(codes[i])]
     _require_readable(raw, options, positions, aspects, cells, codes)
     for i in aspects:
         if names[column_key(raw.header[i])] > 1:
@@ -234,22 +259,22 @@ def _require_readable(
     cells: Mapping[int, Sequence[str]],
     codes: Mapping[int, Sequence[int]],
 ) -> None:
-    """Raise where columns that are aspects, or look like it, hold values that nothing is known of."""
+    """Raise where columns that are aspects, or look like aspects, hold unknown values."""
     if options.aspects is None:
         _refuse_indicators(raw, positions, cells)
-    strange = {i: _strange(cells[i], codes[i]) for i in positions if i not in aspects}
+    unknown = {i: _unknown_values(cells[i], codes[i]) for i in positions if i not in aspects}
     if options.aspects is not None:
-        unreadable = [i for i in strange if strange[i]]
+        unreadable = [i for i in unknown if unknown[i]]
     else:
-        coded = [i for i in strange if _are_codes(strange[i])]
-        # A column of numbers beside aspects in words may be the stars of a review; without such aspects it is what the
-        # file has of labels, and as many columns as aspects are no coincidence.
+        coded = [i for i in unknown if _are_codes(unknown[i])]
+        # One or two columns of numbers beside aspects in words may be ratings of the review. In more columns, or
+        # without aspects in words, numbers must be labels.
         unreadable = coded if not aspects or len(coded) > 2 else []
     if unreadable:
         names = ", ".join(repr(raw.header[i]) for i in unreadable[:6]) + (
             ", …" if len(unreadable) > 6 else ""
         )
-        values = list(dict.fromkeys(value for i in unreadable for value in strange[i]))
+        values = list(dict.fromkeys(value for i in unreadable for value in unknown[i]))
         shown = ", ".join(repr(value) for value in sorted(values)[:12])
         only = (
             ""
@@ -273,7 +298,7 @@ def _require_readable(
 
 
 def _refuse_indicators(raw: RawTable, positions: Sequence[int], cells: Mapping[int, Sequence[str]]) -> None:
-    """Columns of 0 and 1 called food_positive, food_negative: no aspects, but pairs of aspect and polarity."""
+    """Refuse columns of 0 and 1 called food_positive, food_negative: pairs of aspect and polarity, not aspects."""
     by_aspect: dict[str, list[str]] = {}
     for i in positions:
         match = _INDICATOR.fullmatch(raw.header[i].strip())
@@ -290,7 +315,7 @@ def _refuse_indicators(raw: RawTable, positions: Sequence[int], cells: Mapping[i
 def _refuse_hidden_rows(
     raw: RawTable, polarity: int, positions: Sequence[int], cells: Mapping[int, Sequence[str]]
 ) -> None:
-    """One column of polarities and texts that repeat with another column changing: rows are labels, not reviews."""
+    """Refuse one column of polarities where texts repeat and a further column changes: rows are labels, not reviews."""
     texts = choose_columns(raw.path, raw.header, {"text": TEXT_COLUMNS}, {}, ("text",), "")
     if "text" not in texts:
         return
@@ -310,9 +335,9 @@ def _refuse_hidden_rows(
             )
 
 
-def _strange(cells: Sequence[str], codes: Sequence[int]) -> list[str]:
-    """The different values of a column that are no polarities, where these are most of what stands there."""
-    if _is_aspect(codes):
+def _unknown_values(cells: Sequence[str], codes: Sequence[int]) -> list[str]:
+    """The different values of a column that are no polarities, where most of its values are none."""
+    if mostly_polarities(codes):
         return []
     return list(
         dict.fromkeys(cell.strip() for cell, code in zip(cells, codes, strict=True) if code == UNKNOWN)
@@ -328,25 +353,20 @@ def _are_codes(values: Sequence[str]) -> bool:
     return 2 <= len(numbers) <= 7 and all(n.is_integer() and abs(n) <= 5 for n in numbers)
 
 
-def _is_aspect(codes: Sequence[int]) -> bool:
-    filled = [code for code in codes if code != ABSENT]
-    return bool(filled) and sum(code != UNKNOWN for code in filled) > ASPECT_SHARE * len(filled)
-
-
 # -- one row per label ---------------------------------------------------------------------------------------
 def _has_row_per_label(raw: RawTable, options: _Options) -> bool:
-    """Whether a table has an aspect and a polarity column by name whose cells are what these names say."""
+    """Whether a table has an aspect and a polarity column, by their names and by their cells."""
     wanted = {"aspect": ASPECT_COLUMNS, "polarity": POLARITY_COLUMNS}
     used = choose_columns(raw.path, raw.header, wanted, {}, tuple(wanted), "data.{name}_column=NAME")
     if len(used) < 2 or used["aspect"] == used["polarity"]:
         return False
     aspects, polarities = raw.column(used["aspect"]), raw.column(used["polarity"])
-    if _is_aspect([options.code(cell) for cell in aspects]) or _is_field(polarities, options.words):
+    if mostly_polarities([options.code(cell) for cell in aspects]) or _is_field(polarities, options.words):
         return False
     codes = [options.code(cell) for cell in polarities]
-    if _is_aspect(codes) or _are_codes([cell for cell in polarities if cell.strip()]):
-        beside = [i for i in range(len(raw.header)) if i not in used.values()]
-        wide = sum(_is_aspect([options.code(cell) for cell in raw.column(i)]) for i in beside)
+    if mostly_polarities(codes) or _are_codes([cell for cell in polarities if cell.strip()]):
+        others = [i for i in range(len(raw.header)) if i not in used.values()]
+        wide = sum(mostly_polarities([options.code(cell) for cell in raw.column(i)]) for i in others)
         return wide < 2
     return len(set(polarities)) <= 12
 
@@ -357,11 +377,11 @@ def _from_rows(raw: RawTable, options: _Options) -> Records:
     reader = _Reader(raw, options, wanted, overrides)
     aspects, polarities = reader.column("aspect"), reader.column("polarity")
     codes = [options.code(cell) for cell in polarities]
-    if strange := _strange(polarities, codes):
-        shown = ", ".join(repr(value) for value in sorted(strange)[:12])
+    if unknown := _unknown_values(polarities, codes):
+        shown = ", ".join(repr(value) for value in sorted(unknown)[:12])
         raise NearfarError(
             f"{raw.path}: most values of column '{reader.used['polarity']}' are no polarities ({shown}). "
-            + polarities_advice(strange, options.words)
+            + polarities_advice(unknown, options.words)
         )
     sentences = []
     for i in reader.usable():
@@ -373,77 +393,14 @@ def _from_rows(raw: RawTable, options: _Options) -> Records:
         label = [(aspect, codes[i] if codes[i] != ABSENT else UNKNOWN)] if named else []
         sentences.append(Sentence(reader.texts[i], label, reader.identity(i), raw.numbers[i]))
     layout = f"one row per label (aspect: {reader.used['aspect']}, polarity: {reader.used['polarity']})"
-    found = _from_sentences(raw.path, sentences, layout, raw.rejections, options, raw.n_rows, reader.unread)
-    found.notes[:0] = raw.notes
-    return found
-
-
-def _require_polarities(path: Path, sentences: Sequence[Sentence], options: _Options) -> None:
-    """Raise where most labels have words or numbers for polarities that nothing is known of."""
-    codes = [code for sentence in sentences for _, code in sentence.labels]
-    words = [word for sentence in sentences for word in sentence.words.values()]
-    if codes and not _is_aspect(codes):
-        common = [word for word, _ in Counter(words).most_common(12)]
-        shown = ", ".join(map(repr, common))
-        raise NearfarError(
-            f"{path}: most of its labels have no polarity that is known ({shown}). "
-            + polarities_advice(common, options.words)
-        )
-
-
-def _from_sentences(
-    path: Path,
-    sentences: Sequence[Sentence],
-    layout: str,
-    rejections: Rejections,
-    options: _Options,
-    n_rows: int | None = None,
-    unread: Rejections | None = None,
-) -> Records:
-    """Reviews of sentences whose labels come one at a time: what has the same text is one review."""
-    unread = Rejections() if unread is None else unread
-    records = Records(
-        str(path), [], [], [], n_rows or len(sentences) + len(rejections), layout, rejections, unread
-    )
-    place: dict[str, int] = {}
-    taken: set[str] = set()
-    again = 0
-    for sentence in sentences:
-        text = sentence.text
-        if not text.strip() or is_placeholder(text):
-            rejections.add("empty text", sentence.number, text)
-            continue
-        key = " ".join(text.split())
-        if key not in place:
-            place[key] = len(records.texts)
-            identity = sentence.identity if sentence.identity not in taken else str(sentence.number)
-            taken.add(identity)
-            records.texts.append(text)
-            records.labels.append({})
-            records.ids.append(identity)
-        labels = records.labels[place[key]]
-        for aspect, code in sentence.labels:
-            name = next((a for a in labels if a.casefold() == aspect.casefold()), aspect)
-            before = labels.get(name)
-            again += before is not None and before == code
-            if code == UNKNOWN and sentence.words.get(aspect):
-                unread.add(
-                    "polarity that is none", sentence.number, f"{aspect}: {sentence.words.get(aspect)}"
-                )
-            if before is not None and before != code:  # one label is lost, whether it is this one or the last
-                unread.add("contradicting labels of one text and aspect", sentence.number, aspect)
-            labels[name] = code if before in (None, code) else UNKNOWN
-    if not records.texts:
-        raise NearfarError(f"{path}: none of its {records.n_rows} rows is usable; {rejections.summary()}.")
-    mentions = sum(len(labels) for labels in records.labels)
-    note = f"{layout}: {len(sentences)} rows became {len(records)} reviews with {mentions} labels"
-    records.notes.append(note + (f"; {again} repeat a label" if again else ""))
+    records = group_sentences(raw.path, sentences, layout, raw.rejections, raw.n_rows, reader.unread)
+    records.notes[:0] = raw.notes
     return records
 
 
 # -- what all layouts share ----------------------------------------------------------------------------------
 class _Reader:
-    """Texts and ids of a table, its further columns by name, and the reviews taken from it."""
+    """Collects the reviews of a table: texts, ids, further columns by name."""
 
     def __init__(
         self,

@@ -21,7 +21,7 @@ __all__ = ["AspectSplit", "Records", "hold_out", "separate", "text_key"]
 
 
 def text_key(text: str) -> str:
-    """What two copies of a text have in common: letter case, line breaks and the form of accents do not count.
+    """The key under which two texts count as the same: letter case, blanks and the form of accents are ignored.
 
     >>> text_key("Pin  TRÂU\\n") == text_key("pin trâu")
     True
@@ -31,10 +31,10 @@ def text_key(text: str) -> str:
 
 @dataclass
 class Records:
-    """The reviews of one source: ``labels[i]`` maps aspects, as they are written there, to codes.
+    """The reviews of one source: ``labels[i]`` maps aspects, in the spelling of the source, to codes.
 
-    ``rejections`` counts rows that were turned away, ``unread`` labels and columns that were, the row staying;
-    ``notes`` say how the file was read where that is no matter of course.
+    ``rejections`` counts rejected rows, ``unread`` labels and columns that could not be read in rows that were kept;
+    ``notes`` are remarks on how the file was read.
     """
 
     source: str
@@ -65,7 +65,7 @@ class Records:
         )
 
     def codes(self, aspects: Sequence[str]) -> Int[ndarray, "n a"]:
-        """Codes (n, A) in the order of ``aspects``; letter case does not count, what is not labelled is 0."""
+        """Codes (n, A) in the order of ``aspects``; letter case is ignored, unlabelled is 0."""
         place = {aspect.casefold(): i for i, aspect in enumerate(aspects)}
         codes = np.zeros((len(self), len(aspects)), dtype=np.int64)
         for row, labels in enumerate(self.labels):
@@ -75,7 +75,7 @@ class Records:
         return codes
 
     def source_layout(self) -> dict[str, Any]:
-        """What ``dataset_layout.json`` says of the source."""
+        """The entry of the source in ``dataset_layout.json``."""
         return {
             "path": self.source,
             "layout": self.layout,
@@ -110,7 +110,7 @@ class AspectSplit:
             [self.ids[i] for i in chosen],
         )
 
-    def layout(self, aspects: Sequence[str]) -> dict[str, Any]:
+    def layout(self, aspects: Sequence[str]) -> dict[str, object]:
         """Counts and hash."""
         counts = {
             aspect: {
@@ -130,8 +130,11 @@ class AspectSplit:
 
 
 def separate(parts: dict[str, AspectSplit]) -> dict[str, int]:
-    """Take texts that stand twice out of ``parts``, in place: train gives way to val and test, val to test; of copies
-    in train with the same labels one stays. Official val and test rows stay as they are."""
+    """Remove texts that occur in several splits from ``parts``, in place: from train if val or test has them, from val
+    if test has them. Of copies in train with the same labels one is kept. Copies within val and within test are kept.
+
+    Returns the number of removed rows by reason.
+    """
     keys = {name: [text_key(text) for text in split.texts] for name, split in parts.items()}
     left_out: dict[str, int] = {}
     for name, others in (("train", ("val", "test")), ("val", ("test",))):
@@ -154,7 +157,9 @@ def separate(parts: dict[str, AspectSplit]) -> dict[str, int]:
                 left_out[words] = int(which.sum())
         kept = np.flatnonzero(~crossing & ~repeated)
         if not len(kept):
-            raise NearfarError(f"every text of {name} also stands in another split: nothing is left of it.")
+            raise NearfarError(
+                f"every text of {name} also stands in a different split: nothing is left of it."
+            )
         parts[name] = parts[name].take(kept, name)
         keys[name] = [keys[name][i] for i in kept]
     return left_out
@@ -171,5 +176,5 @@ def hold_out(split: AspectSplit, fraction: float, name: str, seed: int) -> tuple
         )
     drawn: Int[ndarray, " n"] = np.random.default_rng([seed, len(distinct)]).permutation(len(distinct))[:out]
     chosen = {distinct[i] for i in drawn}
-    held = np.array([key in chosen for key in keys])
-    return split.take(np.flatnonzero(~held), split.name), split.take(np.flatnonzero(held), name)
+    held_out = np.array([key in chosen for key in keys])
+    return split.take(np.flatnonzero(~held_out), split.name), split.take(np.flatnonzero(held_out), name)

@@ -1,4 +1,4 @@
-"""What a report shows of an aspect run beside the estimates: baselines, confusions, calibration, the worst reviews."""
+"""Sections of the report of an aspect run: baselines, confusions, calibration, the reviews with the largest loss."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ _CLASSES = ("not mentioned", *POLARITIES)
 def baseline_section(
     estimates: Mapping[str, Estimate], linear: Mapping[str, Estimate], name: str, aspects: tuple[str, ...]
 ) -> Section:
-    """Every metric of the run beside the linear model and the best constant answer, overall and per aspect."""
+    """Every metric of the run, the linear model and the best constant answer, overall and per aspect."""
     rows = [
         [
             metric.replace("/", " · ").replace("_", " "),
-            *_cells(found),
+            *_cells(estimate),
             *_cells(linear.get(metric)),
-            found.chance,
+            estimate.chance,
         ]
-        for metric, found in estimates.items()
+        for metric, estimate in estimates.items()
         if metric.count("/") < 2
     ]
     columns = ["", "this run", "95 % interval", name, "95 % interval", "constant"]
@@ -40,10 +40,10 @@ def baseline_section(
         cells: list[object] = [aspect]
         for kind in ("aspect", "sentiment"):
             metric = f"{kind}/F1/{aspect}"
-            beside = linear.get(metric)
+            baseline = linear.get(metric)
             cells += [
                 estimates[metric].value,
-                None if beside is None else beside.value,
+                None if baseline is None else baseline.value,
                 estimates[metric].chance,
             ]
         per_aspect.append(cells)
@@ -53,7 +53,7 @@ def baseline_section(
     return Section(
         "Beside the baselines",
         f"{name} was fitted on the same training reviews and answers the same rows. Constant: the best answer that is "
-        "the same for every review. The metric called misleading is high for whoever says neutral.",
+        "the same for every review. The metric called misleading is high for a model that always answers neutral.",
         [
             Table(columns, rows),
             Table(
@@ -63,28 +63,30 @@ def baseline_section(
     )
 
 
-def _cells(found: Estimate | None) -> list[object]:
-    return [None, None] if found is None else [found.value, f"[{found.low:.3f}, {found.high:.3f}]"]
+def _cells(estimate: Estimate | None) -> list[object]:
+    return (
+        [None, None] if estimate is None else [estimate.value, f"[{estimate.low:.3f}, {estimate.high:.3f}]"]
+    )
 
 
-def confusion_section(truth: Int[ndarray, "n a"], found: Int[ndarray, "n a"], scheme: LabelScheme) -> Section:
-    """What was said of what was so: all aspects together, then what each aspect is taken for."""
+def confusion_section(
+    truth: Int[ndarray, "n a"], answers: Int[ndarray, "n a"], scheme: LabelScheme
+) -> Section:
+    """Confusion tables: all aspects together, then counts of mistakes and recall by aspect."""
     known = truth >= 0
     size = scheme.classes
     together = np.zeros((size, size), dtype=np.int64)
-    np.add.at(together, (truth[known], found[known]), 1)
+    np.add.at(together, (truth[known], answers[known]), 1)
     rows = [[f"truly {_CLASSES[i]}", *together[i].tolist()] for i in range(size)]
-    tables = [
-        Table(["", *_CLASSES], rows, caption="all aspects together; columns: what was said", shaded=True)
-    ]
-    counts = class_counts(truth, found, size).sum(axis=0)
+    tables = [Table(["", *_CLASSES], rows, caption="all aspects together; columns: the answers", shaded=True)]
+    counts = class_counts(truth, answers, size).sum(axis=0)
     each = []
     for a, aspect in enumerate(scheme.aspects):
         mentioned = truth[:, a] > 0
-        said = found[:, a]
-        missed = int((mentioned & (said == 0)).sum())
-        wrong = int((mentioned & (said > 0) & (said != truth[:, a])).sum())
-        invented = int(((truth[:, a] == 0) & (said > 0)).sum())
+        answer = answers[:, a]
+        missed = int((mentioned & (answer == 0)).sum())
+        wrong = int((mentioned & (answer > 0) & (answer != truth[:, a])).sum())
+        invented = int(((truth[:, a] == 0) & (answer > 0)).sum())
         recalls = [_share(counts[a, k, 0], counts[a, k, 0] + counts[a, k, 2]) for k in range(1, size)]
         each.append([aspect, int(mentioned.sum()), missed, invented, wrong, *recalls])
     columns = [
@@ -93,14 +95,16 @@ def confusion_section(truth: Int[ndarray, "n a"], found: Int[ndarray, "n a"], sc
         "missed",
         "invented",
         "wrong polarity",
-        *(f"{p} found" for p in POLARITIES),
+        *(f"{p} recall" for p in POLARITIES),
     ]
-    tables.append(Table(columns, each, caption="the last three: share of the reviews with that polarity"))
+    tables.append(
+        Table(columns, each, caption="recall: share of the reviews with that polarity that are answered so")
+    )
     return Section("Confusions", "", tables)
 
 
 def calibration_section(truth: Int[ndarray, "n a"], probabilities: Float[ndarray, "n a c"]) -> Section:
-    """How often what was most probable was right, by how probable it was."""
+    """Accuracy of the most probable class by its probability."""
     right = probabilities.argmax(axis=-1) == truth
     sums = calibration_counts(probabilities.max(axis=-1), right, truth >= 0, bins=10).sum(axis=0)
     rows = [
@@ -119,19 +123,19 @@ def hardest_section(
     texts: list[str],
     truth: Int[ndarray, "n a"],
     probabilities: Float[ndarray, "n a c"],
-    found: Int[ndarray, "n a"],
+    answers: Int[ndarray, "n a"],
     scheme: LabelScheme,
 ) -> Section:
-    """The reviews with the largest loss, and what was wrong: mistakes of the model, and labels that may be mistakes."""
+    """The reviews with the largest loss and their wrong answers: mistakes of the model, or of the labels."""
     known = truth >= 0
     true = np.take_along_axis(probabilities, np.maximum(truth, 0)[..., None], axis=-1)[..., 0]
     loss = np.where(known, -np.log(np.maximum(true, 1e-12)), 0.0).sum(axis=1)
     rows = []
     for i in np.argsort(-loss, kind="stable")[:HARDEST]:
-        wrong = np.flatnonzero(known[i] & (truth[i] != found[i]))
-        said = "; ".join(_wrong(scheme.aspects[a], truth[i, a], found[i, a], true[i, a]) for a in wrong)
+        wrong = np.flatnonzero(known[i] & (truth[i] != answers[i]))
+        mistakes = "; ".join(_wrong(scheme.aspects[a], truth[i, a], answers[i, a], true[i, a]) for a in wrong)
         text = texts[i] if len(texts[i]) <= LONGEST else texts[i][:LONGEST] + "…"
-        rows.append([text, loss[i], said or "nothing, by a narrow margin"])
+        rows.append([text, loss[i], mistakes or "nothing, by a narrow margin"])
     return Section(
         "Reviews with the largest loss",
         "Cross-entropy over all aspects, in nats. Some are mistakes of the model, some of the labels.",
@@ -139,8 +143,8 @@ def hardest_section(
     )
 
 
-def _wrong(aspect: str, truth: int, found: int, probability: float) -> str:
-    return f"{aspect}: {_CLASSES[truth]} → {_CLASSES[found]} ({probability:.2g})"
+def _wrong(aspect: str, truth: int, answer: int, probability: float) -> str:
+    return f"{aspect}: {_CLASSES[truth]} → {_CLASSES[answer]} ({probability:.2g})"
 
 
 def _share(a: float, b: float) -> float | None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -31,10 +31,10 @@ __all__ = ["HEADLINE", "KINDS", "Decision", "Scores", "choose_decision", "polari
 
 
 KINDS = ("aspect", "one", "none")
-#: where thresholds are looked for, and how many neighbours of a value are averaged before the best is taken
+#: candidate thresholds, and the width of the moving average over them before the best is chosen
 _GRID = np.round(np.arange(0.1, 0.9001, 0.01), 2)
 _SMOOTH = 9
-#: an aspect that fewer rows mention takes the threshold that is best for all together
+#: an aspect with fewer mentions gets the threshold that is best over all aspects
 _ENOUGH = 30
 
 
@@ -42,8 +42,8 @@ _ENOUGH = 30
 class Decision:
     """One threshold for each aspect; ``kind`` is one of `KINDS`, ``chosen_on`` the split, or "" where none was chosen.
 
-    ``weights``: what the probabilities of the polarities are multiplied with before the largest is taken, see
-    `polarity_weights`; None: nothing.
+    ``weights``: factors of the polarities' probabilities before the largest is taken, see `polarity_weights`; None:
+    no factors.
 
     >>> probabilities = np.array([[[0.55, 0.3, 0.05, 0.1]]])
     >>> Decision("none", (0.5,)).codes(probabilities), Decision("one", (0.4,), "val").codes(probabilities)
@@ -57,24 +57,28 @@ class Decision:
 
     @classmethod
     def plain(cls, aspects: int, weights: Float[ndarray, "a p"] | None = None) -> Decision:
-        """One half throughout."""
+        """The threshold one half for every aspect."""
         return cls("none", (0.5,) * aspects, weights=_rows(weights))
 
     def codes(self, probabilities: Float[ndarray, "n a c"]) -> Int[ndarray, "n a"]:
-        """The answers (n, A)."""
+        """The predicted codes (n, A)."""
         mentioned = 1.0 - probabilities[..., 0] >= np.asarray(self.thresholds)
         polarities = probabilities[..., 1:]
         if self.weights is not None:
             polarities = polarities * np.asarray(self.weights)
         return np.where(mentioned, 1 + polarities.argmax(axis=-1), 0)
 
-    def to_dict(self, aspects: Sequence[str]) -> dict[str, Any]:
-        """As ``metrics.json`` holds it."""
+    def to_dict(self, aspects: Sequence[str]) -> dict[str, object]:
+        """The entry in ``metrics.json``."""
         values = dict(zip(aspects, self.thresholds, strict=True))
-        found: dict[str, Any] = {"kind": self.kind, "chosen_on": self.chosen_on or None, "thresholds": values}
+        decision: dict[str, object] = {
+            "kind": self.kind,
+            "chosen_on": self.chosen_on or None,
+            "thresholds": values,
+        }
         if self.weights is not None:
-            found["polarity_weights"] = dict(zip(aspects, self.weights, strict=True))
-        return found
+            decision["polarity_weights"] = dict(zip(aspects, self.weights, strict=True))
+        return decision
 
 
 def polarity_weights(counts: Int[ndarray, "a p"], tau: float) -> Float[ndarray, "a p"] | None:
@@ -102,7 +106,7 @@ def choose_decision(
 ) -> Decision:
     """The thresholds that are best on these rows: "one" for micro F1 of detection, "aspect" for each aspect's F1.
 
-    The curve over thresholds is smoothed before its top is taken: the top of a few hundred rows is partly chance.
+    The curve over thresholds is smoothed before its maximum is taken, which is noisy for a few hundred rows.
     """
     aspects = truth.shape[1]
     if kind == "none":
@@ -120,7 +124,7 @@ def choose_decision(
 
 
 def _top(sums: NDArray[np.float64]) -> float:
-    """The threshold at the top of the smoothed F1 curve; the nearest to one half of several."""
+    """The threshold at the maximum of the smoothed F1 curve; of several the nearest to one half."""
     true, false, missed = sums[:, 0], sums[:, 1], sums[:, 2]
     f1 = 2 * true / np.maximum(2 * true + false + missed, 1.0)
     half = _SMOOTH // 2
@@ -129,13 +133,13 @@ def _top(sums: NDArray[np.float64]) -> float:
     return float(_GRID[best[np.abs(_GRID[best] - 0.5).argmin()]])
 
 
-#: the mean over aspects of weighted F1 in which an absent aspect counts as neutral: high for whoever says neutral
+#: mean over aspects of weighted F1 where absent counts as neutral: high for a model that always answers neutral
 HEADLINE = "misleading/weighted_F1_absent_as_neutral"
 
 
 @dataclass
 class Scores:
-    """Estimates by name, and for those that comparisons pair, the value of every review."""
+    """Estimates by name, and the value of every review for metrics that comparisons pair."""
 
     estimates: dict[str, Estimate] = field(default_factory=dict)
     per_item: dict[str, NDArray[np.float64]] = field(default_factory=dict)
@@ -143,52 +147,57 @@ class Scores:
 
 def score_split(
     truth: Int[ndarray, "n a"],
-    found: Int[ndarray, "n a"],
+    answers: Int[ndarray, "n a"],
     scheme: LabelScheme,
     probabilities: Float[ndarray, "n a c"] | None = None,
     usual: Float[ndarray, "a c"] | None = None,
     *,
     split: str | None = None,
-    protocol: dict[str, Any] | None = None,
+    protocol: dict[str, object] | None = None,
     bootstrap: int = 1000,
 ) -> Scores:
-    """Score the answers ``found`` against ``truth``.
+    """Score ``answers`` against ``truth``.
 
     Args:
-        truth, found: codes (n, A).
+        truth, answers: codes (n, A).
         scheme: aspects and pairs.
-        probabilities: (n, A, C), for what needs them: calibration, and polarity where the truth says that an aspect is
+        probabilities: (n, A, C), for what needs them: calibration, and polarity of the aspects that are truly
             mentioned. None leaves those out.
-        usual: (A, C) shares of the classes in training, against which calibration stands.
+        usual: (A, C) shares of the classes in training, the chance level of calibration.
         split: hash of the rows.
-        protocol: what else was fixed, such as where thresholds come from.
+        protocol: further fixed choices, such as the origin of thresholds.
         bootstrap: resamples of reviews for the intervals; 0 asks for intervals without.
     """
     pairs, kinds = scheme.pair_array, scheme.classes - 1
-    every = Scores()
+    scores = Scores()
 
     def add(
         name: str, counts: NDArray[np.float64], statistic: Statistic, chance: float, paired: bool = True
     ) -> None:
         words = name.replace("/", " ").replace("_", " ")
-        every.estimates[name] = count_estimate(
+        scores.estimates[name] = count_estimate(
             counts, statistic, words, chance=chance, split=split, protocol=protocol, resamples=bootstrap
         )
         if paired:
-            every.per_item[name] = item_values(counts, statistic)
+            scores.per_item[name] = item_values(counts, statistic)
 
-    detected, paired = detection_counts(truth, found), pair_counts(truth, found, pairs)
+    detected, paired = detection_counts(truth, answers), pair_counts(truth, answers, pairs)
     for average, statistic in (("micro", f1_micro), ("macro", f1_macro)):
         add(f"aspect/F1_{average}", detected, statistic, constant_detection(truth, average))
     for average, statistic in (("micro", f1_micro), ("macro", f1_macro)):
         add(f"sentiment/F1_{average}", paired, statistic, constant_pairs(truth, pairs, kinds, average))
-    add("exact_match", exact_counts(truth, found), share, _most_common(truth))
+    add("exact_match", exact_counts(truth, answers), share, _most_common(truth))
     if probabilities is not None:
         _of_probabilities(add, truth, probabilities, usual)
     neutral = np.where(truth == ABSENT, NEUTRAL, truth) - 1
-    said = np.where(found == ABSENT, NEUTRAL, found) - 1
+    answered = np.where(answers == ABSENT, NEUTRAL, answers) - 1
     constant = class_counts(neutral, np.full_like(neutral, NEUTRAL - 1), kinds)
-    add(HEADLINE, class_counts(neutral, said, kinds), weighted_f1, float(weighted_f1(constant.sum(axis=0))))
+    add(
+        HEADLINE,
+        class_counts(neutral, answered, kinds),
+        weighted_f1,
+        float(weighted_f1(constant.sum(axis=0))),
+    )
     for a, aspect in enumerate(scheme.aspects):
         one = truth[:, [a]]
         add(f"aspect/F1/{aspect}", detected[:, [a]], f1_micro, constant_detection(one), paired=False)
@@ -201,11 +210,19 @@ def score_split(
             constant_pairs(one, own, kinds),
             paired=False,
         )
-    return every
+    return scores
+
+
+class _Add(Protocol):
+    """Adds an estimate by name: its counts, their statistic, and the chance level."""
+
+    def __call__(
+        self, name: str, counts: NDArray[np.float64], statistic: Statistic, chance: float, paired: bool = True
+    ) -> None: ...
 
 
 def _of_probabilities(
-    add: Callable[..., None],
+    add: _Add,
     truth: NDArray[np.int64],
     probabilities: NDArray[np.float64],
     usual: NDArray[np.float64] | None,
@@ -216,17 +233,17 @@ def _of_probabilities(
     polarity = probabilities[..., 1:].argmax(axis=-1)
     usually = np.broadcast_to(constant_polarity(truth, kinds) - 1, truth.shape)
 
-    def right(said: NDArray[np.int64]) -> NDArray[np.float64]:
-        hits = ((said == mentioned) & (mentioned >= 0)).sum(axis=1)
+    def right(answers: NDArray[np.int64]) -> NDArray[np.float64]:
+        hits = ((answers == mentioned) & (mentioned >= 0)).sum(axis=1)
         return np.stack([hits, (mentioned >= 0).sum(axis=1)], axis=1).astype(np.float64)
 
-    def classes(said: NDArray[np.int64]) -> NDArray[np.float64]:
-        counts: NDArray[np.float64] = class_counts(mentioned, said, kinds).sum(axis=1)
+    def classes(answers: NDArray[np.int64]) -> NDArray[np.float64]:
+        counts: NDArray[np.float64] = class_counts(mentioned, answers, kinds).sum(axis=1)
         return counts
 
     add("polarity/accuracy", right(polarity), share, float(share(right(usually).sum(axis=0))))
     add("polarity/F1_macro", classes(polarity), f1_macro, float(f1_macro(classes(usually).sum(axis=0))))
-    confidence, said = probabilities.max(axis=-1), probabilities.argmax(axis=-1)
+    confidence, answers = probabilities.max(axis=-1), probabilities.argmax(axis=-1)
     chance = 0.0
     if usual is not None:
         shape = truth.shape
@@ -234,7 +251,7 @@ def _of_probabilities(
         guess = np.broadcast_to(usual.argmax(axis=-1), shape)
         constant = calibration_counts(level, guess == truth, truth >= 0)
         chance = float(expected_calibration_error(constant.sum(axis=0)))
-    counts = calibration_counts(confidence, said == truth, truth >= 0)
+    counts = calibration_counts(confidence, answers == truth, truth >= 0)
     add("calibration/ECE", counts, expected_calibration_error, chance)
 
 

@@ -10,15 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nearfar.batching import LengthBatchSampler
+from nearfar.batching import BatchSampler, LengthBatchSampler
 from nearfar.data.cache import content_key
 from nearfar.data.splits import column_name, data_paths
 from nearfar.errors import NearfarError
 from nearfar.metrics import Estimate
 from nearfar.systems.aspects.data import AspectData, load_embedded, load_files
-from nearfar.systems.aspects.dataset import AspectDataset, repeats
+from nearfar.systems.aspects.dataset import AspectBatch, AspectDataset, repeats
 from nearfar.systems.aspects.model import NAME as LINEAR
-from nearfar.systems.aspects.model import AspectModel, build_encoder, linear_answers
+from nearfar.systems.aspects.model import AspectEncoder, AspectModel, build_encoder, linear_answers
 from nearfar.systems.aspects.objective import AspectObjective, class_weights
 from nearfar.systems.aspects.options import AspectOptions
 from nearfar.systems.aspects.records import AspectSplit
@@ -30,15 +30,13 @@ from nearfar.systems.aspects.report import (
 )
 from nearfar.systems.aspects.scores import Decision, Scores, choose_decision, polarity_weights, score_split
 from nearfar.training.sections import Section
-from nearfar.training.system import Evaluation, StepOutput, System
+from nearfar.training.system import Evaluation, Say, StepOutput, System, TrainSampler
 
 __all__ = ["AspectSystem"]
 
-Say = Callable[[str], None]
 
-
-class AspectSystem(System):
-    """Trains a text encoder to say which aspects a review mentions, and how, with reviews contrasted beside it."""
+class AspectSystem(System[AspectBatch, AspectModel]):
+    """Trains a text encoder to classify the aspects of a review and their polarity, optionally with contrast."""
 
     name = "aspects"
     monitor = "sentiment/F1_micro"
@@ -48,7 +46,7 @@ class AspectSystem(System):
     def __init__(self, config: AspectOptions) -> None:
         self.config = config
         self.data: AspectData
-        self.encoder: Any
+        self.encoder: AspectEncoder
         self.objective: AspectObjective
         self.decision: Decision
         self.datasets: dict[str, AspectDataset] = {}
@@ -82,8 +80,8 @@ class AspectSystem(System):
             temperature=config.temperature,
             reduction=config.reduction,
         )
-        asked = {name: split.texts for name, split in self.data.splits.items() if name in ("val", "test")}
-        self._linear = linear_answers(train.texts, train.codes, asked)
+        evaluated = {name: split.texts for name, split in self.data.splits.items() if name in ("val", "test")}
+        self._linear = linear_answers(train.texts, train.codes, evaluated)
         counts = np.stack([(train.codes == kind).sum(axis=0) for kind in range(scheme.classes)], axis=1)
         self._usual = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
         self._weights = polarity_weights(counts[:, 1:], config.logit_adjustment)
@@ -119,7 +117,7 @@ class AspectSystem(System):
             seed=data.split_seed,
         )
 
-    def layout(self) -> dict[str, Any]:
+    def layout(self) -> dict[str, object]:
         """Counts, rejections, hashes, and which encoder is really used."""
         encoder = {"kind": self.encoder.kind, "description": self.encoder.description}
         return self.data.layout() | {
@@ -130,12 +128,12 @@ class AspectSystem(System):
 
     @staticmethod
     def content_hash(*splits: AspectSplit) -> str:
-        """Names the content of splits: sixteen hexadecimal digits of ids, texts and codes, in order."""
+        """A hash of the content of splits: sixteen hexadecimal digits of ids, texts and codes, in order."""
         return content_key(*([s.ids, s.texts, s.codes] for s in splits))[:16]
 
     # -- batches ---------------------------------------------------------------------------------------------
-    def build_sampler(self) -> Any:
-        """Random batches of similar length; with ``balance=oversample`` rare labels come several times."""
+    def build_sampler(self) -> LengthBatchSampler:
+        """Random batches of similar length; with ``balance=oversample`` reviews with rare labels are repeated."""
         config, train = self.config, self.data.train
         if config.batch_size > len(train):
             raise NearfarError(
@@ -150,23 +148,25 @@ class AspectSystem(System):
         lengths = self.datasets["train"].tokens.lengths
         return LengthBatchSampler(lengths, config.batch_size, repeats=copies, seed=config.seed)
 
-    def check_sampler(self, sampler: Any, say: Say) -> None:
-        """Nothing can be misaligned; what oversampling does is said."""
+    def check_sampler(self, sampler: TrainSampler, say: Say) -> None:
+        """Announce the effect of oversampling; there are no neighbours that could be misaligned."""
         if self.config.balance == "oversample":
+            assert isinstance(sampler, BatchSampler)
             say(
                 f"balance=oversample: an epoch has {sampler.n} rows made of {len(self.data.train)} reviews; its "
                 "training loss is of repeated rows"
             )
 
-    def on_epoch(self, epoch: int, sampler: Any, say: Say) -> dict[str, Any]:
-        """The place in the schedules of the weights."""
+    def on_epoch(self, epoch: int, sampler: TrainSampler, say: Say) -> dict[str, object]:
+        """Set the position in the schedules of the weights; returns weights and rows for the log."""
+        assert isinstance(sampler, BatchSampler)
         self._epoch = epoch
         weights = self.objective.objective.weights(float(epoch), float(self.config.epochs))
         record = {f"{name}/weight": weight for name, weight in weights.items()}
         return {"sampler": "random", "rows": sampler.n, "reviews": len(self.data.train)} | record
 
     # -- model and loss --------------------------------------------------------------------------------------
-    def build_model(self) -> nn.Module:
+    def build_model(self) -> AspectModel:
         """A fresh model."""
         config, scheme = self.config, self.data.scheme
         return AspectModel(
@@ -178,12 +178,12 @@ class AspectSystem(System):
         )
 
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        """Weight decay for matrices that are no embeddings; a pretrained encoder has a learning rate of its own."""
-        every: Any = model
+        """Weight decay for matrices that are no embeddings; a pretrained encoder has its own learning rate."""
+        assert isinstance(model, AspectModel)
         rate = getattr(self.encoder, "lr", None)
         tables = [m.weight for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
-        groups = []
-        for parameters, lr in ((every.encoder.parameters(), rate), (every.heads(), None)):
+        groups: list[dict[str, Any]] = []
+        for parameters, lr in ((model.encoder.parameters(), rate), (model.heads(), None)):
             trained = [p for p in parameters if p.requires_grad]
             plain = [p for p in trained if p.ndim < 2 or any(p is table for table in tables)]
             decayed = [p for p in trained if not any(p is other for other in plain)]
@@ -193,12 +193,12 @@ class AspectSystem(System):
                     groups.append({"params": some, "weight_decay": decay} | own)
         return groups
 
-    def encode(self, model: Any, batch: Any) -> dict[str, Tensor]:
+    def encode(self, model: AspectModel, batch: AspectBatch) -> dict[str, Tensor]:
         """A review as one vector for each aspect (b, A, d)."""
         return {"aspects": model.encode(batch.tokens)}
 
-    def loss_of(self, model: Any, embeddings: Mapping[str, Tensor], batch: Any) -> StepOutput:
-        """The objective; its terms' shares of the gradient are measured where both begin, on the review's vectors."""
+    def loss_of(self, model: AspectModel, embeddings: Mapping[str, Tensor], batch: AspectBatch) -> StepOutput:
+        """The objective; its terms' shares of the gradient are measured on the review's vectors, their common input."""
         aspects = embeddings["aspects"]
         objective = self.objective.to(aspects.device)
         loss = objective(
@@ -206,7 +206,7 @@ class AspectSystem(System):
         )
         return StepOutput(loss, objective.record, lambda: objective.shares([aspects]))
 
-    def embed(self, model: Any, batch: Any) -> dict[str, Tensor]:
+    def embed(self, model: AspectModel, batch: AspectBatch) -> dict[str, Tensor]:
         """Probabilities (b, A, C), and the review as one vector, the mean over its aspects."""
         aspects = model.encode(batch.tokens)
         return {
@@ -216,18 +216,18 @@ class AspectSystem(System):
 
     # -- evaluation ------------------------------------------------------------------------------------------
     def average(self, outputs: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """The mean of the probabilities, and the vectors side by side: lengths of several models need not agree."""
+        """The mean of the probabilities; vectors are concatenated, since models may differ in their length."""
         return {
             "review": torch.cat([nn.functional.normalize(each["review"], dim=1) for each in outputs], dim=1),
             "probabilities": torch.stack([each["probabilities"] for each in outputs]).mean(dim=0),
         }
 
     def calibrate(self, outputs: Callable[[str], Mapping[str, Tensor]], say: Say) -> None:
-        """Choose thresholds on the split that is there for it, which is never the reported one."""
+        """Choose thresholds on the split that is reserved for it, never on the reported one."""
         split = self.data.threshold_split
         kind = self.config.thresholds if split is not None else "none"
         if split is None or kind == "none":
-            say("thresholds: none chosen, an aspect is mentioned from a probability of one half on")
+            say("thresholds: none chosen; an aspect counts as mentioned from a probability of one half on")
             return
         probabilities = outputs(split)["probabilities"].double().numpy()
         truth = self.data.splits[split].codes
@@ -247,10 +247,10 @@ class AspectSystem(System):
         )
 
     def evaluate(self, outputs: Mapping[str, Tensor], split: str, final: bool) -> Evaluation:
-        """Every score of the split; in the final evaluation with the linear baseline beside it."""
+        """All scores of the split; in the final evaluation also those of the linear baseline."""
         probabilities = outputs["probabilities"].double().numpy()
-        found = self._scores(split, self.decision.codes(probabilities), probabilities, final)
-        facts: dict[str, Any] = {}
+        scores = self._scores(split, self.decision.codes(probabilities), probabilities, final)
+        facts: dict[str, object] = {}
         if final:
             self._linear_estimates[split] = self._scores(split, self._linear[split], None, final).estimates
             overall = {
@@ -264,10 +264,10 @@ class AspectSystem(System):
                 "decision": self.decision.to_dict(self.data.scheme.aspects),
                 "reported": self.data.reported,
             }
-        return Evaluation(split, found.estimates, self.data.splits[split].ids, found.per_item, facts)
+        return Evaluation(split, scores.estimates, self.data.splits[split].ids, scores.per_item, facts)
 
     def report_sections(self, outputs: Mapping[str, Tensor], split: str) -> list[Section]:
-        """The linear baseline beside the result, confusion tables, calibration, reviews with the largest loss."""
+        """Comparison with the linear baseline, confusion tables, calibration, reviews with the largest loss."""
         part, scheme = self.data.splits[split], self.data.scheme
         probabilities = outputs["probabilities"].double().numpy()
         codes = self.decision.codes(probabilities)
@@ -280,11 +280,5 @@ class AspectSystem(System):
         ]
 
     def save_assets(self, folder: Path) -> None:
-        """The fitted text encoder, without which new reviews could not be read."""
+        """The fitted text encoder, which is needed to encode new reviews."""
         self.encoder.save(folder / "text_encoder")
-
-
-def _plain(weight: Any) -> Any:
-    from omegaconf import OmegaConf
-
-    return OmegaConf.to_container(weight) if OmegaConf.is_config(weight) else weight

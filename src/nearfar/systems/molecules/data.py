@@ -125,14 +125,14 @@ def embedded_records(n: int | None = None, seed: int = 0, synonyms: int = 4, cac
     """
     path = _path()
     if n is not None and n < 10:
-        raise NearfarError(f"The embedded set needs at least 10 molecules to be split, {n} were asked for.")
+        raise NearfarError(f"The embedded set needs at least 10 molecules to be split, got {n}.")
     size = path.stat().st_size
     key = ["embedded molecules", _VERSION, rdkit_version(), size, n, seed, synonyms, _SMALLEST, _LARGEST]
     arrays = cached_arrays("molecule-sets", key, lambda: _pack(_select(path, n, seed, synonyms)), cache)
     records = _unpack(arrays)
     if n is not None and len(records) < n:
         raise NearfarError(
-            f"The embedded set has {len(records)} usable molecules, {n} were asked for; "
+            f"The embedded set has {len(records)} usable molecules, fewer than {n}; "
             "data.embedded_size=null takes them all."
         )
     return records
@@ -225,7 +225,7 @@ HoldOut = Literal["scaffold", "random"]
 
 @dataclass(frozen=True)
 class MoleculeData:
-    """The splits of one experiment and how they came about."""
+    """The splits of one experiment, their sources, and what was rejected on the way."""
 
     train: MoleculeSplit
     val: MoleculeSplit | None
@@ -237,10 +237,10 @@ class MoleculeData:
     @property
     def splits(self) -> dict[str, MoleculeSplit]:
         """The splits that exist, by name."""
-        there = {"train": self.train, "val": self.val, "test": self.test}
-        return {name: split for name, split in there.items() if split is not None}
+        by_name = {"train": self.train, "val": self.val, "test": self.test}
+        return {name: split for name, split in by_name.items() if split is not None}
 
-    def layout(self) -> dict[str, Any]:
+    def layout(self) -> dict[str, object]:
         """The content of ``dataset_layout.json``: sources with rejections, counts, hashes, leaks."""
         return {
             "system": "molecules",
@@ -269,7 +269,7 @@ class MoleculeData:
                 lines.append(f"{source['split']}: {source['path']}: {rejections.summary()}")
         for pair, leak in self.leaks.items():
             if "structure" in leak:
-                shared = ", ".join(f"{found['shared']} {what}s" for what, found in leak.items())
+                shared = ", ".join(f"{counts['shared']} {what}s" for what, counts in leak.items())
                 lines.append(f"split leak: {pair.replace('/', ' and ')} share {shared}")
         return "\n".join(lines)
 
@@ -330,13 +330,13 @@ def load_files(
 
     Args:
         train, val, test: one file per split. Without ``val`` a part of train is held out; without ``test``
-            there is none, and the layout says so.
+            there is none, and the layout notes it.
         smiles_column, text_column, id_column: headers, where the usual ones do not fit. Without ids a row is
             named after its line. In a file without a header line they are numbers of columns.
         encoding: of text files; null: UTF-8, or UTF-16 with its mark.
         val_fraction, val_split: how much of train is held out, and whether by whole scaffolds (harder, and
             nearer to new chemistry) or at random (nearer to a random test file).
-        on_leak: what to do if two splits share a structure: count (``layout`` and ``summary`` tell), or raise.
+        on_leak: what to do if two splits share a structure: count (in ``layout`` and ``summary``), or raise.
         cache: keep parsed structures for the next run.
 
     Raises:
@@ -368,14 +368,14 @@ def load_files(
 def _hold_out(records: Records, fraction: float, how: HoldOut, seed: int) -> tuple[Records, Records]:
     # A random hold-out, too, moves all rows of one structure together: else val would repeat train.
     keys = records.scaffolds if how == "scaffold" else records.smiles
-    held = assign_groups(keys, (fraction, 0.0), seed) == 1
-    if held.all() or not held.any():
+    held_out = assign_groups(keys, (fraction, 0.0), seed) == 1
+    if held_out.all() or not held_out.any():
         raise NearfarError(
             f"{records.source}: {len(records)} rows in {len(set(keys))} groups leave no validation split at "
             f"data.val_fraction={fraction:g}. Give a file with data.val=, raise data.val_fraction or set "
             "data.val_split=random."
         )
-    return records.take(np.flatnonzero(~held).tolist()), records.take(np.flatnonzero(held).tolist())
+    return records.take(np.flatnonzero(~held_out).tolist()), records.take(np.flatnonzero(held_out).tolist())
 
 
 def _assemble(
@@ -400,7 +400,7 @@ def _assemble(
     return MoleculeData(splits["train"], splits.get("val"), splits.get("test"), sources, notes, leaks)
 
 
-def _source_layout(records: Records) -> dict[str, Any]:
+def _source_layout(records: Records) -> dict[str, object]:
     return {"source": records.source, **records.notes, "rejections": records.rejections.as_dict()}
 
 

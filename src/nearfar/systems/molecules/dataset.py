@@ -1,10 +1,9 @@
-"""Molecule-text pairs as arrays, computed once for each split, and the batches that are cut from them."""
+"""Molecule-text pairs as arrays, computed once for each split, and the batches taken from them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -36,10 +35,10 @@ class MoleculeBatch:
         return len(self.positions)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> MoleculeBatch:
-        return self._each(lambda part: part.to(device, non_blocking=non_blocking))
+        return self.apply(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> MoleculeBatch:
-        return self._each(lambda part: part.pin_memory())
+        return self.apply(Tensor.pin_memory)
 
     def split(self, rows: int) -> list[MoleculeBatch]:
         """The batch in parts of ``rows`` rows, the last one perhaps shorter."""
@@ -56,11 +55,12 @@ class MoleculeBatch:
             )
         ]
 
-    def _each(self, move: Any) -> MoleculeBatch:
+    def apply(self, move: Callable[[Tensor], Tensor]) -> MoleculeBatch:
+        """The batch with ``move`` applied to every tensor."""
         return MoleculeBatch(
             move(self.positions),
             move(self.text),
-            None if self.graph is None else move(self.graph),
+            None if self.graph is None else self.graph.apply(move),
             None if self.fingerprint is None else move(self.fingerprint),
             move(self.structure_group),
             move(self.text_group),
@@ -99,8 +99,8 @@ class MoleculeDataset(Dataset[MoleculeBatch]):
         mask_atoms, mask_bonds: probability that augmentation hides an atom or a bond (0: off).
         seed: of the augmentation.
 
-    Augmentation is drawn from (seed, epoch, first position of the batch) and from nothing else: it is the
-    same whatever worker makes the batch and wherever a resumed run begins. Call ``set_epoch`` before each
+    Augmentation depends only on (seed, epoch, first position of the batch): it is the same in every worker
+    process and in a resumed run. Call ``set_epoch`` before each
     epoch; the epoch lies in shared memory, so that persistent workers see it too.
     """
 
@@ -215,13 +215,20 @@ class MoleculeFeatures:
             )
         return " and ".join(parts)
 
-    def dataset(self, split: MoleculeSplit, text: np.ndarray, **options: Any) -> MoleculeDataset:
-        """The dataset of a split with its text embeddings; ``options`` are those of ``MoleculeDataset``."""
+    def dataset(
+        self,
+        split: MoleculeSplit,
+        text: np.ndarray,
+        mask_atoms: float = 0.0,
+        mask_bonds: float = 0.0,
+        seed: int = 0,
+    ) -> MoleculeDataset:
+        """The dataset of a split with its text embeddings; arguments as of `MoleculeDataset`."""
         graphs, fingerprints = self.compute(split.smiles)
-        return MoleculeDataset(split, text, graphs=graphs, fingerprints=fingerprints, **options)
+        return MoleculeDataset(split, text, graphs, fingerprints, mask_atoms, mask_bonds, seed)
 
     def compute(self, smiles: Sequence[str]) -> tuple[GraphTable | None, np.ndarray | None]:
-        """Graphs and fingerprints of molecules, from the cache where they are there."""
+        """Graphs and fingerprints of molecules, from the cache where it has them."""
         graphs = GraphTable.from_smiles(smiles) if self.graphs else None
         fingerprints = compute_fingerprints(smiles, self.fingerprint) if self.fingerprint else None
         return graphs, fingerprints

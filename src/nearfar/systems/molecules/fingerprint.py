@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Shaped, UInt8
@@ -14,6 +14,9 @@ from jaxtyping import Shaped, UInt8
 from nearfar.data.cache import cached_array
 from nearfar.errors import NearfarError, nearest_name
 from nearfar.systems.molecules.smiles import parse_smiles, quiet_rdkit, rdkit_version
+
+if TYPE_CHECKING:
+    from rdkit.Chem import Mol
 
 __all__ = [
     "FINGERPRINT_KINDS",
@@ -68,13 +71,13 @@ PROPERTY_NAMES: tuple[str, ...] = (
 """What each number of `molecule_properties` counts."""
 
 
-def molecule_properties(molecule: Any) -> UInt8[np.ndarray, " properties"]:
+def molecule_properties(molecule: Mol) -> UInt8[np.ndarray, " properties"]:
     """The properties of an RDKit molecule as whole numbers, cut at 0 and 255.
 
     >>> from rdkit import Chem
     >>> values = molecule_properties(Chem.MolFromSmiles("N[C@@H](C)C(=O)[O-]"))
-    >>> found = dict(zip(PROPERTY_NAMES, values.tolist(), strict=True))
-    >>> [found[name] for name in ("atoms of element 6", "hydrogens", "net negative charge", "S centres")]
+    >>> by_name = dict(zip(PROPERTY_NAMES, values.tolist(), strict=True))
+    >>> [by_name[name] for name in ("atoms of element 6", "hydrogens", "net negative charge", "S centres")]
     [3, 6, 1, 1]
     """
     from rdkit import Chem
@@ -134,13 +137,13 @@ def functional_group_names() -> tuple[str, ...]:
     return tuple(_group_counters())
 
 
-def functional_groups(molecule: Any) -> UInt8[np.ndarray, " groups"]:
+def functional_groups(molecule: Mol) -> UInt8[np.ndarray, " groups"]:
     """How often each of RDKit's 85 functional groups occurs in a molecule, cut at 255.
 
     >>> from rdkit import Chem
     >>> counts = functional_groups(Chem.MolFromSmiles("COC(=O)c1ccccc1O"))
-    >>> found = dict(zip(functional_group_names(), counts.tolist(), strict=True))
-    >>> [found[name] for name in ("fr_ester", "fr_phenol", "fr_nitro")]
+    >>> by_name = dict(zip(functional_group_names(), counts.tolist(), strict=True))
+    >>> [by_name[name] for name in ("fr_ester", "fr_phenol", "fr_nitro")]
     [1, 1, 0]
     """
     counts = [count(molecule) for count in _group_counters().values()]
@@ -148,7 +151,7 @@ def functional_groups(molecule: Any) -> UInt8[np.ndarray, " groups"]:
 
 
 @cache
-def _group_counters() -> dict[str, Callable[[Any], int]]:
+def _group_counters() -> dict[str, Callable[[Mol], int]]:
     from rdkit.Chem import Fragments
 
     return {name: getattr(Fragments, name) for name in sorted(vars(Fragments)) if name.startswith("fr_")}
@@ -163,7 +166,7 @@ FINGERPRINT_KINDS: dict[str, str] = {
     "torsions": "topological torsions: paths of four atoms (Nilakantan et al., 1987)",
     "paths": "RDKit's path fingerprint",
     "maccs": "166 structural keys (MACCS)",
-    "properties": "totals that names speak of: elements, charges, rings, stereo labels",
+    "properties": "counts of elements, charges, rings, stereo labels",
     "functional_groups": "how often each functional group occurs",
     "descriptors": "RDKit's 2D descriptors, squashed to about -3..3",
 }
@@ -171,10 +174,10 @@ FINGERPRINT_KINDS: dict[str, str] = {
 
 @dataclass(frozen=True)
 class FingerprintSpec:
-    """Which fingerprints stand side by side in the vector of a molecule.
+    """Which fingerprints are concatenated to the vector of a molecule.
 
     ``counts`` keeps how often a substructure occurs (cut at 255) instead of whether; MACCS keys are always
-    bits. ``chirality`` tells enantiomers apart in the circular and pair kinds.
+    bits. ``chirality`` distinguishes enantiomers in the circular and pair kinds.
 
     >>> FingerprintSpec(("morgan", "maccs"), n_bits=1024).dim
     1191
@@ -218,9 +221,6 @@ class FingerprintSpec:
             special["descriptors"] = len(_descriptor_names())
         return {kind: special.get(kind, self.n_bits) for kind in self.kinds}
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"kinds": list(self.kinds), "dim": self.dim}
-
 
 def compute_fingerprints(
     smiles: Sequence[str], spec: FingerprintSpec | None = None, cache: bool = True
@@ -240,7 +240,7 @@ def compute_fingerprints(
 def _compute(smiles: Sequence[str], spec: FingerprintSpec) -> np.ndarray:
     dtype = np.float32 if "descriptors" in spec.kinds else np.uint8
     out = np.zeros((len(smiles), spec.dim), dtype=dtype)
-    parts: list[tuple[slice, Callable[[Any], np.ndarray]]] = []
+    parts: list[tuple[slice, Callable[[Mol], np.ndarray]]] = []
     start = 0
     for kind, size in spec.sizes.items():
         parts.append((slice(start, start + size), _function(kind, spec)))
@@ -255,8 +255,8 @@ def _compute(smiles: Sequence[str], spec: FingerprintSpec) -> np.ndarray:
     return out
 
 
-def _function(kind: str, spec: FingerprintSpec) -> Callable[[Any], np.ndarray]:
-    """What makes the part ``kind`` of one molecule's vector."""
+def _function(kind: str, spec: FingerprintSpec) -> Callable[[Mol], np.ndarray]:
+    """The function that computes the part ``kind`` of a molecule's vector."""
     from rdkit.Chem import rdFingerprintGenerator as generators
     from rdkit.Chem import rdMolDescriptors
 
@@ -294,7 +294,7 @@ def _descriptor_names() -> list[str]:
     return [name for name, _ in Descriptors.descList if name != "Ipc"]
 
 
-def _descriptors(molecule: Any) -> np.ndarray:
+def _descriptors(molecule: Mol) -> np.ndarray:
     """2D descriptors through sign(x) · log(1 + |x|) / 3, which needs no statistics of a training set."""
     from rdkit.Chem import Descriptors
 

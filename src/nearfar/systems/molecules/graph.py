@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,12 +20,16 @@ from nearfar.data.cache import cached_arrays
 from nearfar.errors import NearfarError
 from nearfar.systems.molecules.smiles import parse_smiles, quiet_rdkit, rdkit_version
 
+if TYPE_CHECKING:
+    from rdkit.Chem import Mol
+    from torch_geometric.data import Data
+
 __all__ = ["ATOM_SIZES", "BOND_SIZES", "GraphBatch", "GraphTable", "mask_atoms", "mask_bonds"]
 
 _VERSION = 1  # of the features; part of the cache key
 
 # The values of each feature by their RDKit names; position is the index, then "other", then "masked".
-_ATOM_VALUES: dict[str, tuple[Any, ...]] = {
+_ATOM_VALUES: dict[str, tuple[object, ...]] = {
     "atomic number": tuple(range(1, 119)),
     "chirality": ("CHI_UNSPECIFIED", "CHI_TETRAHEDRAL_CW", "CHI_TETRAHEDRAL_CCW", "CHI_OTHER"),
     "degree": tuple(range(11)),
@@ -36,7 +40,7 @@ _ATOM_VALUES: dict[str, tuple[Any, ...]] = {
     "aromatic": (False, True),
     "in ring": (False, True),
 }
-_BOND_VALUES: dict[str, tuple[Any, ...]] = {
+_BOND_VALUES: dict[str, tuple[object, ...]] = {
     "bond type": ("SINGLE", "DOUBLE", "TRIPLE", "AROMATIC"),
     "stereo": ("STEREONONE", "STEREOZ", "STEREOE", "STEREOCIS", "STEREOTRANS", "STEREOANY"),
     "conjugated": (False, True),
@@ -58,12 +62,13 @@ class GraphBatch:
     num_graphs: int
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> GraphBatch:
-        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        return self.apply(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> GraphBatch:
-        return self._each(torch.Tensor.pin_memory)
+        return self.apply(Tensor.pin_memory)
 
-    def _each(self, move: Callable[[Tensor], Tensor]) -> GraphBatch:
+    def apply(self, move: Callable[[Tensor], Tensor]) -> GraphBatch:
+        """The batch with ``move`` applied to every tensor."""
         x, edge_index, edge_attr, batch = map(move, (self.x, self.edge_index, self.edge_attr, self.batch))
         return GraphBatch(x, edge_index, edge_attr, batch, self.num_graphs)
 
@@ -117,7 +122,7 @@ class GraphTable:
             num_graphs=len(chosen),
         )
 
-    def to_data(self, position: int) -> Any:
+    def to_data(self, position: int) -> Data:
         """One molecule as ``torch_geometric.data.Data``, for use with PyTorch Geometric's own tools."""
         from torch_geometric.data import Data
 
@@ -126,7 +131,7 @@ class GraphTable:
 
 
 def _ranges(pointer: np.ndarray, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Rows of the chosen segments one after another, their lengths, and where each begins in the result."""
+    """Concatenated rows of the chosen segments, their lengths, and the start of each in the result."""
     start = pointer[chosen]
     counts = pointer[chosen + 1] - start
     offsets = np.cumsum(counts) - counts
@@ -152,7 +157,7 @@ def mask_bonds(graph: GraphBatch, p: float, generator: torch.Generator) -> Graph
     return GraphBatch(graph.x, graph.edge_index, edge_attr, graph.batch, graph.num_graphs)
 
 
-def _index(values: tuple[Any, ...]) -> dict[Any, int]:
+def _index(values: tuple[object, ...]) -> dict[object, int]:
     return {value: position for position, value in enumerate(values)}
 
 
@@ -192,12 +197,12 @@ class _Lookup:
             "bond type": Chem.BondType,
             "stereo": Chem.BondStereo,
         }
-        self.tables: dict[str, dict[Any, int]] = {}
+        self.tables: dict[str, dict[object, int]] = {}
         for name, values in (_ATOM_VALUES | _BOND_VALUES).items():
             enum = enums.get(name)
-            self.tables[name] = _index(tuple(getattr(enum, v) for v in values) if enum else values)
+            self.tables[name] = _index(tuple(getattr(enum, str(v)) for v in values) if enum else values)
 
-    def append(self, molecule: Any, atoms: bytearray, edges: list[int], bonds: bytearray) -> tuple[int, int]:
+    def append(self, molecule: Mol, atoms: bytearray, edges: list[int], bonds: bytearray) -> tuple[int, int]:
         """Add one molecule's rows to the flat arrays; returns its atoms and directed edges."""
         t = self.tables
         number, chirality, degree, charge = (

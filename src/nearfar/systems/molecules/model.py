@@ -1,17 +1,14 @@
-"""The two towers: a molecule encoder (fingerprints, graph, or both), a text encoder, projection heads, a queue of
-keys.
-"""
+"""The two towers: molecule encoder (fingerprints, graph, or both) and text head, and a memory of earlier pairs."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from nearfar.contrast import DuplicateMask, Mask, SimilarityMask
+from nearfar.contrast import DuplicateMask, Mask, SimilarityMask, join_masks
 from nearfar.errors import NearfarError, nearest_name
 from nearfar.losses.memory import CrossBatchMemory
 from nearfar.models import ProjectionHead
@@ -81,7 +78,7 @@ class FingerprintEncoder(nn.Module):
         return self.network(torch.sign(fingerprint) * torch.log1p(fingerprint.abs()))
 
 
-_DEGREES = 9  # bonds of an atom that are told apart; more count as 8
+_DEGREES = 9  # distinguished numbers of bonds of an atom; more than 8 count as 8
 
 
 class GraphTransformer(nn.Module):
@@ -221,7 +218,7 @@ class PairMemory(nn.Module):
 
     @property
     def filled(self) -> int:
-        """How many pairs there are by now."""
+        """The number of pairs stored so far."""
         return self.molecules.filled
 
     def push(
@@ -241,15 +238,16 @@ class PairMemory(nn.Module):
         """
         structures = (batch.structure_group, self.molecules.ids())
         texts = (batch.text_group, self.texts.ids())
-        if duplicates:
-            mask: Any = DuplicateMask(*structures) | DuplicateMask(*texts)
-        else:
+        masks: list[Mask] = [DuplicateMask(*structures), DuplicateMask(*texts)]
+        if not duplicates:
             own, kept = ((structure << 32) + text for structure, text in zip(structures, texts, strict=True))
-            mask = DuplicateMask(own, kept)
+            masks = [DuplicateMask(own, kept)]
         if threshold is not None:
             assert self.vectors is not None
-            mask = mask | _SimilarBeyond(batch.text, self.vectors.rows(), threshold)
-        return mask
+            masks.append(_SimilarBeyond(batch.text, self.vectors.rows(), threshold))
+        joined = join_masks(masks)
+        assert joined is not None
+        return joined
 
     def age(self) -> Float[Tensor, ""]:
         """Mean age of the pairs in steps; 0 where there is none."""
@@ -290,8 +288,8 @@ class MoleculeTextModel(nn.Module):
         text_dropout: of the text head's hidden layer ("mlp").
         temperature: of the loss; with ``learn_temperature`` where learning starts.
         memory: so many pairs of earlier batches are kept as further negatives (`PairMemory`), with
-            ``memory_of_vectors`` also the frozen text vectors of theirs. Weights of a model with another memory can
-            be loaded: this one is then empty.
+            ``memory_of_vectors`` also the frozen text vectors of theirs. Weights of a model with a different memory
+            can be loaded: this one is then empty.
 
     ``scale()`` is the learned 1 / temperature, at most ``max_scale`` = 100 as in CLIP, or ``None`` (both) where it
     does not learn and the loss's own temperature holds.
@@ -328,7 +326,7 @@ class MoleculeTextModel(nn.Module):
         _check_choice("text_head", text_head, TEXT_HEADS)
         if learn_temperature and temperature < 1 / _MAX_SCALE:
             raise NearfarError(
-                f"temperature={temperature} is below {1 / _MAX_SCALE}, where a learned temperature is held; "
+                f"temperature={temperature} is below {1 / _MAX_SCALE}, the least learned temperature; "
                 "start higher, or set learn_temperature=false."
             )
         self.molecule_encoder = molecule_encoder
@@ -410,8 +408,8 @@ class MoleculeTextModel(nn.Module):
         return NearfarError(f"molecule_encoder={self.molecule_encoder} reads {what}, and the batch has none.")
 
 
-def _own_memory(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Loading weights: a memory of another size, or of none, gives way to the model's own, which is empty."""
+def _own_memory(model: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """When weights are loaded: a memory of a different size, or none, is replaced by the model's own empty one."""
     mine = {f"{prefix}{key}": value for key, value in model.state_dict().items() if key.startswith("memory.")}
     theirs = {key: value for key, value in state.items() if key.startswith(f"{prefix}memory.")}
     if {key: value.shape for key, value in mine.items()} != {

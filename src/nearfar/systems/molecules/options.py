@@ -10,34 +10,38 @@ from nearfar.config.samplers import HardBatchOptions
 from nearfar.errors import NearfarError
 from nearfar.systems.molecules.fingerprint import FINGERPRINT_KINDS
 
-__all__ = ["InfoNCEOptions", "MoleculeData", "MoleculeOptions"]
+__all__ = ["InfoNCEOptions", "MoleculeDataOptions", "MoleculeOptions"]
 
 #: parts of a fingerprint by default
 FINGERPRINTS = ["morgan", "maccs", "properties", "functional_groups"]
 
 
 @dataclass
-class MoleculeData:
+class MoleculeDataOptions:
     """Files with structures and texts (tables, .smi, .sdf), or, without ``data.train``, the embedded set."""
 
     train: str | int | None = path(None, "file of the training pairs")
     val: str | int | None = path(None, "file of the validation pairs")
     test: str | int | None = path(None, "file of the test pairs")
     dir: str | int | None = path(None, "a folder with train, validation (or val) and test files")
-    smiles_column: str | int | None = column("column of the structures; null: found by name")
-    text_column: str | int | None = column("column of the texts; null: found by name")
-    id_column: str | int | None = column("column of ids; null: found by name")
+    smiles_column: str | int | None = column("column of the structures; null: the usual names")
+    text_column: str | int | None = column("column of the texts; null: the usual names")
+    id_column: str | int | None = column("column of ids; null: the usual names")
     encoding: str | None = option(
-        None, "of text files, e.g. cp1252; null: UTF-8, or UTF-16 with its mark", rule=Encoding()
+        None,
+        "encoding of text files, e.g. cp1252; null: UTF-8, or UTF-16 with a byte-order mark",
+        rule=Encoding(),
     )
     val_fraction: float = option(
         0.1, "share of train held out where there is no val file", least=0, most=1, inside=True
     )
-    val_split: Literal["scaffold", "random"] = option("scaffold", "how that part is held out")
-    embedded_size: int | None = option(
-        24000, "molecules of the embedded set, all splits together; null: all", least=10
+    val_split: Literal["scaffold", "random"] = option(
+        "scaffold", "hold-out of val from train: by whole scaffolds, or at random by structure"
     )
-    split_seed: int = option(0, "of that split", least=0, most=2**32 - 1)
+    embedded_size: int | None = option(
+        24000, "molecules of the embedded set, over all splits; null: all", least=10
+    )
+    split_seed: int = option(0, "seed of the hold-out, and of the embedded set", least=0, most=2**32 - 1)
 
 
 @dataclass
@@ -45,7 +49,7 @@ class InfoNCEOptions:
     """Each item's own partner against all others of the batch."""
 
     name: Literal["infonce"] = option("infonce", "the loss")
-    symmetric: bool = option(True, "both directions")
+    symmetric: bool = option(True, "both directions: molecules to texts, and texts to molecules")
 
 
 @dataclass
@@ -57,7 +61,10 @@ class MoleculeOptions(HardBatchOptions):
     batch_size: int = 256
     warmup: float = 0.1
     temperature: float = option(
-        0.07, "of the similarities; where a learned one starts", least=1e-4, role="loss"
+        0.07,
+        "temperature of the loss, by which similarities are divided; with learn_temperature its first value",
+        least=1e-4,
+        role="loss",
     )
     learn_temperature: bool = option(False, "the temperature is a parameter", role="loss")
     memory: int = option(
@@ -70,31 +77,33 @@ class MoleculeOptions(HardBatchOptions):
     molecule_encoder: Literal["fingerprint", "graph", "both"] = option(
         "fingerprint", "fingerprint: a network over it; graph: a transformer"
     )
-    embedding_dim: int = option(512, "of the space that molecules and texts share", least=1)
+    embedding_dim: int = option(512, "dimensions of the shared embedding space", least=1)
     text_head: Literal["none", "linear", "mlp"] = option(
-        "linear", "trained on top of the frozen text embeddings"
+        "linear", "head trained on top of the frozen text embeddings"
     )
     hidden: int = option(128, "width of the graph transformer", least=1)
-    layers: int = option(4, "of the graph transformer", least=1)
-    heads: int = option(4, "of its attention", least=1)
-    dropout: float = fraction(0.1, "in the graph transformer")
+    layers: int = option(4, "layers of the graph transformer", least=1)
+    heads: int = option(4, "attention heads of the graph transformer", least=1)
+    dropout: float = fraction(0.1, "dropout in the graph transformer")
     fingerprints: Any = option(FINGERPRINTS, "parts of the fingerprint", rule=Names(tuple(FINGERPRINT_KINDS)))
     fingerprint_bits: int = option(2048, "bits of the Morgan part", least=8, most=2**20)
-    fingerprint_radius: int = option(2, "bonds that the Morgan part looks around an atom", least=0, most=100)
-    fingerprint_chirality: bool = option(True, "mirror images have different fingerprints")
+    fingerprint_radius: int = option(
+        2, "radius of the Morgan part, in bonds around an atom", least=0, most=100
+    )
+    fingerprint_chirality: bool = option(True, "chirality in the fingerprint: mirror images differ")
     fingerprint_hidden: int = option(1024, "width of the fingerprint network", least=1)
-    fingerprint_dropout: float = fraction(0.4, "in the fingerprint network")
-    input_dropout: float = fraction(0.2, "of the fingerprint's bits")
+    fingerprint_dropout: float = fraction(0.4, "dropout in the fingerprint network")
+    input_dropout: float = fraction(0.2, "dropout of the fingerprint's entries")
     augment_atoms: float = fraction(0.0, "share of atoms whose features are masked while training")
     augment_bonds: float = fraction(0.0, "share of bonds whose features are masked while training")
 
-    data: MoleculeData = group(molecules=MoleculeData(), help="pairs of molecules and texts")
+    data: MoleculeDataOptions = group(molecules=MoleculeDataOptions(), help="pairs of molecules and texts")
     text_encoder: dict[str, Any] = raw_group({"kind": "ngram"}, "encoder of the texts", models=("model",))
     loss: InfoNCEOptions = group(infonce=InfoNCEOptions(), role="loss")
 
     def check(self) -> None:
         super().check()
-        # No weights are read and nothing is fitted here: the encoder looks at its options alone.
+        # The encoder checks its options here; no weights are read and nothing is fitted.
         from nearfar.models.text import build_text_encoder
 
         build_text_encoder(**self.text_encoder)
@@ -102,7 +111,7 @@ class MoleculeOptions(HardBatchOptions):
             raise NearfarError(f"hidden={self.hidden} must be a multiple of heads={self.heads}.")
         if self.learn_temperature and self.temperature < 0.01:
             raise NearfarError(
-                f"temperature={self.temperature}: a learned temperature is held at .01 or more; start there or higher."
+                f"temperature={self.temperature}: a learned temperature is kept at .01 or more; start there or higher."
             )
         if (self.augment_atoms or self.augment_bonds) and self.molecule_encoder == "fingerprint":
             raise NearfarError(

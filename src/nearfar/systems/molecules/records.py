@@ -1,11 +1,10 @@
-"""Pairs of molecule and text as they come out of a source, checked row by row."""
+"""Molecule-text pairs of one source, checked row by row, and the splits made of them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import Int
@@ -56,10 +55,10 @@ class MoleculeSplit:
 
     @property
     def hash(self) -> str:
-        """The order-free hash of the ids: two estimates are comparable only on equal hashes."""
+        """A hash of the ids that ignores their order: two estimates are comparable only if it is the same."""
         return split_hash(self.ids)
 
-    def layout(self) -> dict[str, Any]:
+    def layout(self) -> dict[str, object]:
         """Counts for ``dataset_layout.json``."""
         rings = [key for key in self.scaffolds if key.startswith("ring:")]
         return {
@@ -83,7 +82,7 @@ class Records:
     texts: list[str] = field(default_factory=list)
     scaffolds: list[str] = field(default_factory=list)
     rejections: Rejections = field(default_factory=Rejections)
-    notes: dict[str, Any] = field(default_factory=dict)
+    notes: dict[str, object] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -121,12 +120,13 @@ def read_records(
     """Read pairs from a file of structures (`read_structures`); rows that cannot be used are counted with their reason.
 
     Rejected: an empty SMILES or text, a text that only says that it is missing (``N/A``, ``nan``), a SMILES that is no
-    molecule, a row that repeats an earlier structure *and* text. The same structure with another text, or the same text
-    for another structure, is kept: groups mark it. A repeated id gets a suffix (``702#2``), so that ids name rows.
-    ``columns`` are the headers that are looked for, ``naming`` how a message asks for another one (see `read_table`).
+    molecule, a row that repeats an earlier structure *and* text. The same structure with a different text, or the
+    same text for a different structure, is kept and marked by groups. A repeated id gets a suffix (``702#2``), so that
+    ids are unique. ``columns`` are the headers to look for; ``naming`` is how a message asks for a different one (see
+    `read_table`).
 
     Raises:
-        NearfarError: whatever `read_structures` finds, or that no row is left.
+        NearfarError: as `read_structures`, and where no row is left.
     """
     overrides = {"smiles": smiles_column, "text": text_column, "id": id_column}
     table = read_structures(path, columns, overrides, ("id",), naming, encoding, encoding_option)
@@ -172,12 +172,12 @@ def read_records(
 
 
 def text_key(text: str) -> str:
-    """What makes two texts the same: their words, apart from letter case and blanks."""
+    """The key under which two texts count as the same: the words without letter case and blanks."""
     return " ".join(text.split()).casefold()
 
 
 def make_splits(parts: Mapping[str, Records | None]) -> dict[str, MoleculeSplit]:
-    """Splits whose group labels agree with each other (0, 1, … in order of first appearance)."""
+    """Splits with group labels that are consistent across splits (0, 1, … in order of first appearance)."""
     structures: dict[str, int] = {}
     texts: dict[str, int] = {}
     splits = {}
@@ -201,7 +201,7 @@ def _labels(values: Iterable[str], seen: dict[str, int]) -> np.ndarray:
 
 
 def _unique(ids: Sequence[str]) -> tuple[list[str], int]:
-    """Ids with a suffix where one repeats, and how many got one."""
+    """Ids, with a suffix where one repeats, and the number of repeated ids."""
     taken = set(ids)
     seen: dict[str, int] = {}
     out = []

@@ -1,4 +1,4 @@
-"""A trained run at work: embed new molecules and texts, and search among them."""
+"""Use of a trained run: embed new molecules and texts, and search among them."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import nn
 
 from nearfar.config.compose import read_config
 from nearfar.data.cache import cached_array, content_key
@@ -32,9 +31,13 @@ from nearfar.training.checkpoint import Checkpoint, find_checkpoint
 from nearfar.training.evaluation import consecutive
 from nearfar.training.run_folder import RunFolder, write_atomically
 
+if TYPE_CHECKING:
+    import faiss
+    from rich.console import Console
+
 __all__ = ["Hit", "Hits", "TrainedMolecules"]
 
-#: headers by what they hold: ``smiles``, ``text``, ``id``; None is found by name
+#: headers by what they hold: ``smiles``, ``text``, ``id``; None: the usual names
 Columns = Mapping[str, str | None]
 #: how ``nearfar embed`` and ``nearfar search`` ask for a header
 OPTION = "--{name}-column NAME"
@@ -88,13 +91,11 @@ class TrainedMolecules:
         state = Checkpoint.load(path)
         self._layout = self.folder.read_json("dataset_layout.json")
         self._text_dim = int(self._layout["text_encoder"]["dimensions"])
-        self.model: nn.Module = MoleculeTextModel.from_config(
-            self.config, self._text_dim, self.features.fingerprint_dim
-        )
+        self.model = MoleculeTextModel.from_config(self.config, self._text_dim, self.features.fingerprint_dim)
         self.model.load_state_dict(state.model)
         self.model.eval()
         self._key = content_key([np.asarray(v.float()) for v in state.model.values()])
-        self._galleries: dict[str, tuple[Records, Any, np.ndarray]] = {}
+        self._galleries: dict[str, tuple[Records, faiss.IndexFlatIP]] = {}
 
     # -- embedding -------------------------------------------------------------------------------------------
     @torch.inference_mode()
@@ -108,24 +109,22 @@ class TrainedMolecules:
         records.scaffolds = [""] * len(smiles)
         split = make_splits({"train": records})["train"]
         dataset = self.features.dataset(split, np.zeros((len(smiles), self._text_dim), dtype=np.float32))
-        model: Any = self.model
-        parts = [model.encode_molecules(dataset.__getitems__(b)) for b in consecutive(len(smiles), 512)]
+        parts = [self.model.encode_molecules(dataset.__getitems__(b)) for b in consecutive(len(smiles), 512)]
         return torch.nn.functional.normalize(torch.cat(parts).float(), dim=1).numpy()
 
     @torch.inference_mode()
     def embed_texts(self, texts: Sequence[str]) -> Float[np.ndarray, "n d"]:
         """Unit vectors of texts."""
         frozen = torch.from_numpy(embed_texts(self.text_encoder, texts, cache=len(texts) > 100))
-        model: Any = self.model
-        return torch.nn.functional.normalize(model.encode_texts(frozen).float(), dim=1).numpy()
+        return torch.nn.functional.normalize(self.model.encode_texts(frozen).float(), dim=1).numpy()
 
     # -- search ----------------------------------------------------------------------------------------------
     def gallery(
         self, path: Path | None = None, molecules: bool = True, columns: Columns | None = None
-    ) -> tuple[Records, Any]:
-        """The pairs to search in and a FAISS index of their molecules (or texts); embeddings are cached.
+    ) -> tuple[Records, faiss.IndexFlatIP]:
+        """The pairs to search in, and a FAISS index of their molecules (or texts); embeddings are cached.
 
-        ``columns`` are headers of the table for ``smiles``, ``text`` and ``id``, where they are not found by name.
+        ``columns`` are headers of the table for ``smiles``, ``text`` and ``id``, where they are not the usual ones.
         """
         import faiss
 
@@ -137,9 +136,8 @@ class TrainedMolecules:
             vectors = cached_array("galleries", [self._key, values], lambda: embed(values))
             index = faiss.IndexFlatIP(vectors.shape[1])
             index.add(np.ascontiguousarray(vectors, dtype=np.float32))
-            self._galleries[name] = (records, index, vectors)
-        records, index, _ = self._galleries[name]
-        return records, index
+            self._galleries[name] = (records, index)
+        return self._galleries[name]
 
     def _headers(self) -> dict[str, list[str]]:
         """The headers to look for in a new table: first those that the run was trained with, then the usual ones."""
@@ -166,11 +164,11 @@ class TrainedMolecules:
                 f"{self.folder}: the run's data is not there ({error}) Give a table to search in: --gallery FILE."
             ) from None
         splits = list(MoleculeSystem(self.config).load_data(lambda _: None).splits.values())
-        found, trained = MoleculeSystem.content_hash(*splits), self._layout["data_hash"]
-        if found != trained:
+        current, trained = MoleculeSystem.content_hash(*splits), self._layout["data_hash"]
+        if current != trained:
             raise NearfarError(
                 f"{self.folder}: its data files have changed since it was trained (content hash {trained} then, "
-                f"{found} now). Give the table to search in: --gallery FILE."
+                f"{current} now). Give the table to search in: --gallery FILE."
             )
         return Records(
             "run",
@@ -206,10 +204,10 @@ class TrainedMolecules:
         else:
             vector = self.embed_texts([query])
         records, index = self.gallery(gallery, not molecule, columns)
-        scores, found = index.search(np.ascontiguousarray(vector, dtype=np.float32), min(k, len(records)))
+        scores, indices = index.search(np.ascontiguousarray(vector, dtype=np.float32), min(k, len(records)))
         hits = [
             Hit(rank + 1, float(score), records.ids[i], records.smiles[i], records.texts[i])
-            for rank, (score, i) in enumerate(zip(scores[0], found[0], strict=True))
+            for rank, (score, i) in enumerate(zip(scores[0], indices[0], strict=True))
         ]
         return Hits(hits, query)
 
@@ -221,10 +219,10 @@ class TrainedMolecules:
         k: int,
         gallery: Path | None,
         page: Path | None,
-        console: Any,
+        console: Console,
         columns: Columns | None = None,
     ) -> None:
-        """``nearfar search``."""
+        """The command ``nearfar search``: print the hits, and write a page with pictures."""
         from rich.markup import escape
         from rich.table import Table as Grid
 
@@ -239,7 +237,7 @@ class TrainedMolecules:
                 column, overflow="ellipsis", no_wrap=True, justify="right" if not column else "left"
             )
         for hit in hits:
-            # As they are written: Rich takes [nH] for a style, and leaves it out.
+            # Escaped, because Rich takes [nH] for a style and leaves it out.
             words = (escape(word) for word in (hit.id, hit.text[:60], hit.smiles[:60]))
             table.add_row(str(hit.rank), f"{hit.score:.3f}", *words)
         console.print(table, soft_wrap=False)
@@ -250,8 +248,8 @@ class TrainedMolecules:
             write_atomically(page, lambda file: file.write(body.encode()))
             say(console, f"pictures: {page}")
 
-    def embed_table(self, data: Path, output: Path, console: Any, columns: Columns | None = None) -> None:
-        """``nearfar embed``: the molecules and the texts of a table as vectors, in one ``.npz``.
+    def embed_table(self, data: Path, output: Path, console: Console, columns: Columns | None = None) -> None:
+        """The command ``nearfar embed``: the molecules and the texts of a table as vectors, in one ``.npz``.
 
         ``molecules`` and ``texts`` hold a row for each SMILES that can be read and each text that is not empty;
         ``ids`` names the rows of both. Where a row has only one of the two usable, ``molecule_ids`` and
@@ -315,7 +313,7 @@ def _filled_texts(table: Table) -> list[int]:
 
 
 def _require_writable(path: Path, example: str) -> None:
-    """Raise where no file can be written to ``path``, before the work and not after it."""
+    """Raise before the work where no file can be written to ``path``."""
     if path.is_dir():
         raise NearfarError(f"{path} is a folder; name the file to write, such as {path / example}.")
     above = next(folder for folder in path.absolute().parents if folder.exists())

@@ -1,4 +1,4 @@
-"""SMILES and what RDKit makes of them: parsing, canonical forms, scaffolds, cleaned structures."""
+"""Parsing of SMILES with RDKit: canonical forms, scaffolds, groups for splits."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
 
 from nearfar.data.cache import cached_arrays
 from nearfar.errors import NearfarError
+
+if TYPE_CHECKING:
+    from rdkit.Chem import Mol
 
 __all__ = [
     "Structure",
@@ -48,7 +51,7 @@ def rdkit_version() -> str:
     return str(__version__)
 
 
-def parse_smiles(smiles: str) -> tuple[Any, str]:
+def parse_smiles(smiles: str) -> tuple[Mol | None, str]:
     """``(molecule, "")``, or ``(None, reason)`` if ``smiles`` is not a valid molecule.
 
     An InChI is read as well. Atom maps are taken off: they number the atoms of a reaction and are no part of the
@@ -85,15 +88,15 @@ def parse_smiles(smiles: str) -> tuple[Any, str]:
         return None, sanitization_problem(raw)
 
 
-def sanitization_problem(molecule: Any) -> str:
-    """Why a molecule that was read without checks is none, in RDKit's words."""
+def sanitization_problem(molecule: Mol) -> str:
+    """RDKit's reason why it cannot sanitise a molecule that was read without checks."""
     from rdkit import Chem
 
     problems = Chem.DetectChemistryProblems(molecule)
     return str(problems[0].Message()) if problems else "RDKit cannot sanitise it"
 
 
-def _without_maps(molecule: Any) -> Any:
+def _without_maps(molecule: Mol) -> Mol:
     from rdkit import Chem
 
     mapped = [atom for atom in molecule.GetAtoms() if atom.GetAtomMapNum()]
@@ -106,7 +109,7 @@ def _without_maps(molecule: Any) -> Any:
 
 
 def _other_notation(text: str) -> str | None:
-    """What a text is that looks like a SMILES, or stands where one should, and is none."""
+    """The notation of a text that is no SMILES (a reaction, an InChIKey, SELFIES); None where it may be one."""
     if re.sub("->|<-", "", text.split(" |")[0]).count(">") >= 2:  # arrows are dative bonds
         return "a reaction, not a molecule"
     if _INCHIKEY.fullmatch(text):
@@ -116,7 +119,7 @@ def _other_notation(text: str) -> str | None:
     return None
 
 
-def canonical_smiles(molecule: Any) -> str:
+def canonical_smiles(molecule: Mol) -> str:
     """RDKit's canonical SMILES with stereochemistry: equal exactly for equal structures."""
     from rdkit import Chem
 
@@ -124,7 +127,7 @@ def canonical_smiles(molecule: Any) -> str:
 
 
 def _syntax_hint(text: str) -> str:
-    """The usual slips, named; the grammar itself is RDKit's business."""
+    """The usual syntax errors by name; RDKit itself checks the grammar."""
     for opening, closing, word in (("(", ")", "parentheses"), ("[", "]", "brackets")):
         if text.count(opening) != text.count(closing):
             return f": unbalanced {word}"
@@ -136,11 +139,11 @@ def _syntax_hint(text: str) -> str:
     return ""
 
 
-def scaffold_key(molecule: Any) -> str:
+def scaffold_key(molecule: Mol) -> str:
     """The group of a molecule: ``ring:SCAFFOLD``, or ``chain:PATTERN`` if it has no ring.
 
-    Of a salt or mixture the largest ring-bearing scaffold counts, so that a drug and its salt with another
-    ring stay together. Stereochemistry plays no part.
+    For a salt or mixture the largest scaffold with a ring counts, so that a drug and its salt with a different
+    ring stay together. Stereochemistry is ignored.
 
     >>> from rdkit import Chem
     >>> [scaffold_key(Chem.MolFromSmiles(smiles)) for smiles in ("CC(=O)Oc1ccccc1C(=O)O", "CCCC(=O)O")]
@@ -156,8 +159,8 @@ def scaffold_key(molecule: Any) -> str:
     return "chain:" + _functional_pattern(molecule)
 
 
-def _functional_pattern(molecule: Any) -> str:
-    """Heteroatoms and unsaturated carbons, counted up to 3 of each kind; saturated carbon does not matter.
+def _functional_pattern(molecule: Mol) -> str:
+    """Heteroatoms and unsaturated carbons, counted up to 3 of each kind; saturated carbon is ignored.
 
     >>> from rdkit import Chem
     >>> _functional_pattern(Chem.MolFromSmiles("CCCCCC")), _functional_pattern(Chem.MolFromSmiles("C=CCBr"))
@@ -185,8 +188,8 @@ def assign_groups(
         largest: groups larger than this share of val (or test) enter it last, and only while there is room,
             so that one benzene scaffold does not become the whole test set.
 
-    The shares are met as nearly as whole groups allow and never passed, except that a wanted split gets at
-    least one group (the smallest), if that leaves train another.
+    The shares are met as nearly as whole groups allow and never exceeded, except that a wanted split gets at
+    least one group (the smallest), if a group is left for train.
 
     >>> assign_groups(["a", "a", "b", "c"], fractions=(0.0, 0.5), largest=1.0).tolist()
     [0, 0, 2, 2]

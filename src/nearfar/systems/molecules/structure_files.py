@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from nearfar.data.cache import cached_arrays
-from nearfar.data.delimited import decode, read_delimited, text_lines
+from nearfar.data.delimited import decode, text_lines
 from nearfar.data.rejections import Rejections
 from nearfar.data.table_formats import JSON_SUFFIXES, PARQUET_SUFFIXES, content_of, full_suffix
 from nearfar.data.tables import (
@@ -18,6 +18,7 @@ from nearfar.data.tables import (
     Table,
     choose_columns,
     column_key,
+    delimited_table,
     open_table,
     require_file,
     unknown_suffix,
@@ -194,17 +195,7 @@ def _read_smi(path: Path, text: str, columns: Mapping[str, Sequence[str]]) -> Ra
         raise NearfarError(f"{path} holds nothing but blank lines.")
     header_line, first = numbered[0]
     if "\t" in first or ("," in first and parse_smiles(first.split()[0])[0] is None):
-        found = read_delimited(path, text, ".tsv")
-        return RawTable(
-            path,
-            found.header,
-            found.rows,
-            found.numbers,
-            found.n_rows,
-            found.header_line,
-            found.rejections,
-            found.notes,
-        )
+        return delimited_table(path, text, ".tsv")
     head = first.split()
     named = _is_header(head[0], columns)
     width = len(head) if named else 1 + any(_LINE.fullmatch(line.strip())[2] for _, line in numbered)  # type: ignore[index]

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from nearfar.batching import Neighbors, nearest_neighbors
+from nearfar.batching import BatchSampler, Neighbors, nearest_neighbors
 from nearfar.config.samplers import Items
 from nearfar.contrast import DuplicateMask, Mask, SimilarityMask, join_masks
 from nearfar.data.cache import cached_arrays, content_key
@@ -20,16 +20,11 @@ from nearfar.errors import NearfarError
 from nearfar.losses import InfoNCELoss
 from nearfar.metrics import Estimate, batch_signals, rank_estimates, retrieval_ranks
 from nearfar.models.text import TextEncoder, build_text_encoder, embed_texts, save_text_encoder
-from nearfar.systems.molecules.data import (
-    MoleculeData,
-    MoleculeDataset,
-    MoleculeSplit,
-    load_embedded,
-    load_files,
-)
-from nearfar.systems.molecules.dataset import MoleculeFeatures
+from nearfar.systems.molecules.data import MoleculeData, load_embedded, load_files
+from nearfar.systems.molecules.dataset import MoleculeBatch, MoleculeDataset, MoleculeFeatures
 from nearfar.systems.molecules.model import MoleculeTextModel
 from nearfar.systems.molecules.options import MoleculeOptions
+from nearfar.systems.molecules.records import MoleculeSplit
 from nearfar.systems.molecules.smiles import quiet_rdkit
 from nearfar.training.batches import (
     LIKELY_FALSE_NEGATIVE,
@@ -39,7 +34,7 @@ from nearfar.training.batches import (
     neighbors_needed,
 )
 from nearfar.training.sections import retrieval_examples
-from nearfar.training.system import Evaluation, StepOutput, System
+from nearfar.training.system import Evaluation, Say, StepOutput, System, TrainSampler
 
 __all__ = ["MoleculeSystem", "draw", "molecule_examples"]
 
@@ -70,23 +65,22 @@ def draw(smiles: str, width: int = 220, height: int = 160) -> str:
 
 def molecule_examples(
     split: MoleculeSplit, texts: Float[Tensor, "n d"], molecules: Float[Tensor, "n d"]
-) -> list[dict[str, Any]]:
-    """Texts with the molecules found for them: right, nearly, wrong."""
+) -> list[dict[str, object]]:
+    """Texts with their nearest molecules: right, nearly right and wrong ones."""
 
-    def shown(position: int) -> dict[str, Any]:
+    def shown(position: int) -> dict[str, object]:
         smiles = split.smiles[position]
         return {"text": split.texts[position], "smiles": smiles, "svg": draw(smiles)}
 
     return retrieval_examples(texts, molecules, shown, shown)
 
 
-Say = Callable[[str], None]
 KS = (1, 5, 10)
 DIRECTIONS = ("text_to_molecule", "molecule_to_text")
 
 
-class MoleculeSystem(System):
-    """Trains a molecule encoder (and a head over frozen text embeddings) so that pairs find each other."""
+class MoleculeSystem(System[MoleculeBatch, MoleculeTextModel]):
+    """Trains a molecule encoder (and a head over frozen text embeddings) for retrieval in both directions."""
 
     name = "molecules"
     monitor = "text_to_molecule/MRR"
@@ -148,7 +142,7 @@ class MoleculeSystem(System):
             seed=data.split_seed,
         )
 
-    def layout(self) -> dict[str, Any]:
+    def layout(self) -> dict[str, object]:
         """Counts, rejections, hashes, and which encoders are really used."""
         return self.data.layout() | {
             "data_hash": self.content_hash(*self.data.splits.values()),
@@ -169,38 +163,40 @@ class MoleculeSystem(System):
 
     @staticmethod
     def content_hash(*splits: MoleculeSplit) -> str:
-        """Names the content of splits: sixteen hexadecimal digits of ids, structures and texts, in order.
+        """A hash of the content of splits: sixteen hexadecimal digits of ids, structures and texts, in order.
 
-        Ids alone would not tell two versions of a file apart, and files without ids number their rows alike.
+        Ids alone are not enough: two versions of a file may have the same ids, as have files that number their rows.
         """
         return content_key(*([s.ids, s.smiles, s.texts] for s in splits))[:16]
 
     # -- batches ---------------------------------------------------------------------------------------------
-    def build_sampler(self) -> Any:
+    def build_sampler(self) -> BatchSampler:
         """The sampler that the configuration names."""
         train = self.data.train
         items = Items(len(train), self.neighbors, labels=lambda: _scaffold_labels(train))
         return build_sampler(self.config, items)
 
-    def on_epoch(self, epoch: int, sampler: Any, say: Say) -> dict[str, Any]:
-        """Apply schedules and measure the batches that come out of them."""
+    def on_epoch(self, epoch: int, sampler: TrainSampler, say: Say) -> dict[str, object]:
+        """Apply schedules and measure how hard the resulting batches are."""
         return epoch_record(self.config, epoch, sampler, self.neighbors, say)
 
-    def check_sampler(self, sampler: Any, say: Say) -> None:
+    def check_sampler(self, sampler: TrainSampler, say: Say) -> None:
         """The A/A check of the first hard epoch."""
         check_batches(self.config, sampler, self._directions, say)
 
     # -- model and loss --------------------------------------------------------------------------------------
-    def build_model(self) -> nn.Module:
+    def build_model(self) -> MoleculeTextModel:
         """Molecule encoder and text head of the configured kind."""
         text_dim = int(self.datasets["train"].text.shape[1])
         return MoleculeTextModel.from_config(self.config, text_dim, self.features.fingerprint_dim)
 
-    def encode(self, model: Any, batch: Any) -> dict[str, Tensor]:
+    def encode(self, model: MoleculeTextModel, batch: MoleculeBatch) -> dict[str, Tensor]:
         """Both embeddings of every pair."""
         return {"molecules": model.encode_molecules(batch), "texts": model.encode_texts(batch.text)}
 
-    def loss_of(self, model: Any, embeddings: Mapping[str, Tensor], batch: Any) -> StepOutput:
+    def loss_of(
+        self, model: MoleculeTextModel, embeddings: Mapping[str, Tensor], batch: MoleculeBatch
+    ) -> StepOutput:
         """InfoNCE in both directions; duplicates and likely false negatives are no negatives."""
         molecules, texts = embeddings["molecules"], embeddings["texts"]
         mask, scale, memory = self._mask(batch), model.scale(), model.memory
@@ -217,8 +213,8 @@ class MoleculeSystem(System):
         memory.push(molecules, texts, batch)
         return StepOutput(loss, lambda: self._record(batch, mask) | {"memory_age": age.item()})
 
-    def _record(self, batch: Any, mask: Mask | None) -> dict[str, float]:
-        """The loss's record, and what it cannot know: copies and likely false negatives among the batch's negatives."""
+    def _record(self, batch: MoleculeBatch, mask: Mask | None) -> dict[str, float]:
+        """The loss's record, and the shares of copies and likely false negatives among the batch's negatives."""
         assert self.loss.record is not None
         record = self.loss.record.to_dict()
         # Embeddings have unit length: no logit is beyond the scale.
@@ -228,8 +224,8 @@ class MoleculeSystem(System):
         likely = SimilarityMask(batch.text, threshold)
         return record | batch_signals(join_masks(_same_content(batch)), likely, left_out=mask)
 
-    def _mask(self, batch: Any) -> Mask | None:
-        """Pairs that are no negatives, a tile at a time; a row's own partner stays in whatever the mask says."""
+    def _mask(self, batch: MoleculeBatch) -> Mask | None:
+        """Pairs that are no negatives, as a mask computed tile by tile; the loss always keeps a row's own partner."""
         masks = _same_content(batch) if self.config.mask_duplicates else []
         if self.config.false_negative_threshold is not None:
             masks.append(SimilarityMask(batch.text, self.config.false_negative_threshold))
@@ -242,17 +238,20 @@ class MoleculeSystem(System):
         ranks = retrieval_ranks(outputs["texts"], outputs["molecules"], both=True)
         estimates: dict[str, Estimate] = {}
         per_item: dict[str, np.ndarray] = {}
-        for direction, found in zip(DIRECTIONS, ranks, strict=True):
+        for direction, direction_ranks in zip(DIRECTIONS, ranks, strict=True):
             numbers = rank_estimates(
-                found, KS, bootstrap=self.config.bootstrap if final else 0, split=self.content_hash(part)
+                direction_ranks,
+                KS,
+                bootstrap=self.config.bootstrap if final else 0,
+                split=self.content_hash(part),
             )
             estimates |= {f"{direction}/{name}": estimate for name, estimate in numbers.items()}
-            per_item |= {f"{direction}/R@{k}": found.hits(k) for k in KS}
-            per_item[f"{direction}/MRR"] = found.reciprocal()
+            per_item |= {f"{direction}/R@{k}": direction_ranks.hits(k) for k in KS}
+            per_item[f"{direction}/MRR"] = direction_ranks.reciprocal()
         return Evaluation(split, estimates, part.ids, per_item)
 
-    def report_examples(self, outputs: Mapping[str, Tensor], split: str) -> list[dict[str, Any]]:
-        """Texts with their nearest molecules: right, nearly, wrong."""
+    def report_examples(self, outputs: Mapping[str, Tensor], split: str) -> list[dict[str, object]]:
+        """Texts with their nearest molecules: right, nearly right and wrong ones."""
         return molecule_examples(self.data.splits[split], outputs["texts"], outputs["molecules"])
 
     def save_assets(self, folder: Path) -> None:
@@ -260,25 +259,30 @@ class MoleculeSystem(System):
         save_text_encoder(self.text_encoder, folder / "text_encoder")
 
 
-def _same_content(batch: Any) -> list[Mask]:
+def _same_content(batch: MoleculeBatch) -> list[Mask]:
     """Pairs of rows with the same structure, or the same text."""
     return [DuplicateMask(batch.structure_group), DuplicateMask(batch.text_group)]
 
 
 def cached_neighbors(directions: Float[np.ndarray, "n d"], k: int, ids: list[str]) -> Neighbors:
-    """``nearest_neighbors``, kept by content.
+    """``nearest_neighbors``, cached by content.
 
-    Not only for the time: a resumed run must see the very same list, and a product computed by another number of
-    threads may round two nearly equal neighbours into another order.
+    The cache saves time, and a resumed run needs exactly the same list: with a different number of threads rounding
+    may swap two neighbours of nearly equal similarity.
     """
 
     def search() -> dict[str, np.ndarray]:
-        found = nearest_neighbors(directions, k)
-        assert found.similarities is not None
-        how = {"exact": found.exact, "index": found.index, "recall": found.recall, "queries": found.queries}
+        neighbors = nearest_neighbors(directions, k)
+        assert neighbors.similarities is not None
+        how = {
+            "exact": neighbors.exact,
+            "index": neighbors.index,
+            "recall": neighbors.recall,
+            "queries": neighbors.queries,
+        }
         return {
-            "indices": found.indices,
-            "similarities": found.similarities,
+            "indices": neighbors.indices,
+            "similarities": neighbors.similarities,
             "how": np.array(json.dumps(how)),
         }
 
@@ -288,10 +292,10 @@ def cached_neighbors(directions: Float[np.ndarray, "n d"], k: int, ids: list[str
 
 
 def text_directions(text: Float[np.ndarray, "n d"], say: Say) -> Float[np.ndarray, "n d"]:
-    """Text embeddings fit for a cosine: rows of zeros, texts without a known term, get random directions.
+    """Text embeddings without rows of zeros: a text without a known term gets a random direction.
 
-    Such a text is near to nothing, and a random direction in many dimensions says just that. More than half of them
-    is an error: then the text encoder does not suit these texts.
+    In many dimensions a random direction is near to no other. If more than half of the texts have no known term, the
+    text encoder does not suit these texts: an error.
     """
     unknown = ~text.any(axis=1)
     count = int(unknown.sum())
@@ -300,10 +304,11 @@ def text_directions(text: Float[np.ndarray, "n d"], say: Say) -> Float[np.ndarra
     if count > len(text) / 2:
         raise NearfarError(
             f"{count} of {len(text)} training texts hold no term that the text encoder kept. Terms in nearly all texts "
-            "or in one alone are left out: try text_encoder.max_df=1.0, text_encoder.min_df=1, or another text_encoder."
+            "or in one alone are left out: try text_encoder.max_df=1.0, text_encoder.min_df=1, or a different "
+            "text_encoder."
         )
     say(
-        f"{count} of {len(text)} training texts hold no term that the text encoder kept; they are nobody's neighbour"
+        f"{count} of {len(text)} training texts hold no term that the text encoder kept; they have no real neighbours"
     )
     directions = text.copy()
     directions[unknown] = np.random.default_rng(0).standard_normal((count, text.shape[1])).astype(text.dtype)
@@ -311,5 +316,5 @@ def text_directions(text: Float[np.ndarray, "n d"], say: Say) -> Float[np.ndarra
 
 
 def _scaffold_labels(split: MoleculeSplit) -> np.ndarray:
-    """Scaffolds as classes: the balanced sampler then shows rare ring systems as often as benzene."""
+    """Scaffolds as classes: the balanced sampler then draws rare ring systems as often as benzene."""
     return np.unique(split.scaffolds, return_inverse=True)[1]

@@ -1,4 +1,4 @@
-"""The splits of the relation system: read, checked, and cut by picture, so that no photo is on two sides."""
+"""The data of the relation system: read, checked, and split by picture, so that no photo is in two splits."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nearfar.data.picture_files import PictureFile, PictureFiles
 from nearfar.data.rejections import Rejections
 from nearfar.data.splits import check_disjoint, split_hash
 from nearfar.errors import NearfarError
-from nearfar.systems.relations.options import RelationOptions
+from nearfar.systems.relations.options import RelationDataOptions, RelationOptions
 from nearfar.systems.relations.readers import LAYOUTS, Places, annotation_files
 from nearfar.systems.relations.records import Box, File, Pairs, Photo, Triple, chosen_relations, collect_pairs
 from nearfar.systems.relations.scenes import composed_scenes
@@ -29,16 +29,15 @@ SPLITS = ("train", "val", "test")
 
 @dataclass
 class RelationData:
-    """The pairs of each split, the classes, and what was turned away on the way here."""
+    """The pairs of each split, the classes, and what was rejected."""
 
     splits: dict[str, Pairs]
     relations: tuple[str, ...]
     source: str
     how_split: str
     rejections: Rejections
-    notes: dict[str, Any] = field(
-        default_factory=dict
-    )  # counts and lists by short names; `summary` says them
+    #: counts and lists by short names, which `summary` puts into words
+    notes: dict[str, Any] = field(default_factory=dict)
 
     @property
     def train(self) -> Pairs:
@@ -51,12 +50,12 @@ class RelationData:
         return np.array([place[name] for name in self.splits[split].relation], dtype=np.int64)
 
     def content_hash(self, *splits: str) -> str:
-        """Sixteen digits that name the content of some splits (all of them by default), and the classes."""
+        """A hash of the content of some splits (by default all) and of the classes: sixteen hexadecimal digits."""
         names = splits or tuple(self.splits)
         return content_key(list(self.relations), *(self.splits[name].content() for name in names))[:16]
 
-    def layout(self) -> dict[str, Any]:
-        """What ``dataset_layout.json`` says of the data."""
+    def layout(self) -> dict[str, object]:
+        """The entries of the data in ``dataset_layout.json``."""
         images = {name: sorted(set(part.image)) for name, part in self.splits.items()}
         return {
             "source": self.source,
@@ -76,7 +75,7 @@ class RelationData:
                 }
                 for name, part in self.splits.items()
             },
-            "leaks": {},  # splits are disjoint in their pictures, or the run does not start
+            "leaks": {},  # a picture in two splits is an error
             "rejections": self.rejections.as_dict(),
             "notes": self.notes,
         }
@@ -116,12 +115,12 @@ class RelationData:
                 f"{notes['first_of_several_files']}); data.images=FOLDER chooses"
             )
         for relation in notes.get("relations_without_training_pairs", ()):
-            held = ", ".join(
+            counts = ", ".join(
                 f"{part.counts().get(relation, 0)} of {name}"
                 for name, part in self.splits.items()
                 if name != "train"
             )
-            lines.append(f"no training pair of “{relation}”: it cannot be predicted ({held})")
+            lines.append(f"no training pair of “{relation}”: it cannot be predicted ({counts})")
         return lines
 
 
@@ -129,7 +128,7 @@ def load_data(config: RelationOptions) -> RelationData:
     """The splits that the configuration describes.
 
     Raises:
-        NearfarError: missing or unreadable files, no usable pair, a split without pairs, photos on two sides.
+        NearfarError: missing or unreadable files, no usable pair, a split without pairs, a photo in two splits.
     """
     data, relations = config.data, chosen_relations(config.relations)
     rejections, notes = Rejections(), dict[str, Any]()
@@ -137,7 +136,9 @@ def load_data(config: RelationOptions) -> RelationData:
         triples, photos = composed_scenes(
             int(data.size), relations, int(data.split_seed), (data.val_fraction, data.test_fraction)
         )
-        source = f"{data.size} composed scenes of drawn things (no photos; kinds of test in no other split)"
+        source = (
+            f"{data.size} composed scenes (drawn, not photos; kinds of things in test are in no other split)"
+        )
     else:
         triples, photos, source = _read(data, rejections, notes)
     pairs = collect_pairs(
@@ -160,13 +161,13 @@ def load_data(config: RelationOptions) -> RelationData:
         if (codes == code).any()
     }
     check_disjoint({name: sorted(set(part.image)) for name, part in parts.items()}, "picture")
-    found = RelationData(parts, relations, source, how, rejections, notes)
-    _check(found)
-    return found
+    result = RelationData(parts, relations, source, how, rejections, notes)
+    _check(result)
+    return result
 
 
 def _read(
-    data: Any, rejections: Rejections, notes: dict[str, Any]
+    data: RelationDataOptions, rejections: Rejections, notes: dict[str, Any]
 ) -> tuple[list[Triple], dict[str, Photo], str]:
     images, folder = (None if value is None else Path(str(value)) for value in (data.images, data.dir))
     places = Places(images, folder)
@@ -182,7 +183,7 @@ def _read(
     if places.remarks:
         notes["remarks"] = places.remarks
     source = f"{data.layout}: {', '.join(str(path) for path in files.values())}"
-    triples = _told_apart(triples)
+    triples = _distinct_names(triples)
     if data.photos == "none":
         return triples, {}, source
     place = images or folder or next(iter(files.values())).parent
@@ -193,8 +194,8 @@ def _read(
     return triples, dict(usable_photos(triples, sought, rejections, notes)), source
 
 
-def _told_apart(triples: list[Triple]) -> list[Triple]:
-    """Pictures of one name that are several files (``train/1.jpg``, ``valid/1.jpg``) go by their paths."""
+def _distinct_names(triples: list[Triple]) -> list[Triple]:
+    """Name pictures by their paths where several files have one name (``train/1.jpg``, ``valid/1.jpg``)."""
     paths: dict[str, set[Path]] = {}
     for triple in triples:
         if triple.photo is not None:
@@ -206,10 +207,10 @@ def _told_apart(triples: list[Triple]) -> list[Triple]:
 def usable_photos(
     triples: Sequence[Triple], files: PictureFiles, rejections: Rejections, notes: dict[str, Any]
 ) -> dict[str, File]:
-    """The photo of each picture, decoded once; its pairs are without one where it is damaged or of a different size.
+    """The photo of each picture, checked by decoding it once; damaged ones and those of a different size are left out.
 
-    A name may hold folders of its own ("train2017/1.jpg"). Where no file has a picture's name one that differs in its
-    ending alone is taken: some releases keep GIFs as JPEGs. Of several files of one name see `PictureFiles`.
+    A name may hold folders ("train2017/1.jpg"). Without a file of that name one that differs in its suffix alone is
+    taken: some releases have GIFs as JPEGs. For several files of one name see `PictureFiles`.
     """
     stated: dict[str, Triple] = {}
     boxes: dict[str, list[Box]] = {}
@@ -224,22 +225,22 @@ def usable_photos(
             paths[image] = file.path
             if file.others:
                 several.append(f"{file.path}, not {', '.join(file.others)}")
-        elif file.reason != "missing picture":  # those are counted in all
+        elif file.reason != "missing picture":  # missing ones are counted together
             rejections.add(
                 "several photos of one name", None, image, f"{file.detail}: data.images=FOLDER chooses"
             )
     if several:
         notes |= {"pictures_of_several_files": len(several), "first_of_several_files": several[0]}
     photos = {}
-    for (image, path), seen in zip(paths.items(), check_pictures(list(paths.values())), strict=True):
+    for (image, path), check in zip(paths.items(), check_pictures(list(paths.values())), strict=True):
         size = _pixels(stated[image].size)
-        if seen.problem:
-            rejections.add("damaged photo", None, image, seen.problem)
-        elif size is not None and size != (seen.width, seen.height):
-            detail = f"{seen.width} × {seen.height} in truth, {size[0]} × {size[1]} in the file"
+        if check.problem:
+            rejections.add("damaged photo", None, image, check.problem)
+        elif size is not None and size != (check.width, check.height):
+            detail = f"{check.width} × {check.height} in truth, {size[0]} × {size[1]} in the file"
             rejections.add("photo of a different size", None, image, detail)
-        elif size is None and too_small_for(boxes[image], seen.width, seen.height):
-            detail = f"{seen.width} × {seen.height}, and most of its boxes reach over its edge"
+        elif size is None and too_small_for(boxes[image], check.width, check.height):
+            detail = f"{check.width} × {check.height}, and most of its boxes reach over its edge"
             rejections.add("photo that is too small for its boxes", None, image, detail)
         else:
             photos[image] = File(path)
@@ -253,8 +254,8 @@ def _pixels(size: tuple[float, float] | None) -> tuple[int, int] | None:
     return round(size[0]), round(size[1])
 
 
-def _split(pairs: Pairs, data: Any) -> tuple[np.ndarray, str]:
-    """0, 1 or 2 for every pair, and how that came about."""
+def _split(pairs: Pairs, data: RelationDataOptions) -> tuple[np.ndarray, str]:
+    """0, 1 or 2 (train, val, test) for every pair, and how it was decided, in words."""
     declared = {name for name in pairs.declared if name is not None}
     images = list(dict.fromkeys(pairs.image))
     if data.folds is not None:
@@ -262,12 +263,12 @@ def _split(pairs: Pairs, data: Any) -> tuple[np.ndarray, str]:
     if "train" in declared:
         codes = np.array([SPLITS.index(name) if name else 0 for name in pairs.declared])
         if "val" in declared:
-            return codes, "as the files say"
+            return codes, "as composed" if data.layout == "composed" else "as the files say"
         train = list(
             dict.fromkeys(image for image, code in zip(pairs.image, codes, strict=True) if code == 0)
         )
-        held = set(_drawn(train, data.val_fraction, data.split_seed))
-        codes[[image in held for image in pairs.image]] = 1
+        held_out = set(_drawn(train, data.val_fraction, data.split_seed))
+        codes[[image in held_out for image in pairs.image]] = 1
         return (
             codes,
             f"as the files say; val: {data.val_fraction:g} of the training pictures, seed {data.split_seed}",
@@ -282,21 +283,25 @@ def _split(pairs: Pairs, data: Any) -> tuple[np.ndarray, str]:
     )
 
 
-def _folds(pairs: Pairs, images: Sequence[str], folds: int, fold: int, data: Any) -> tuple[np.ndarray, str]:
+def _folds(
+    pairs: Pairs, images: Sequence[str], folds: int, fold: int, data: RelationDataOptions
+) -> tuple[np.ndarray, str]:
     if folds > len(images):
         raise NearfarError(
             f"data.folds={folds}: there are {len(images)} pictures. Take as many folds at most."
         )
     order = np.random.default_rng([int(data.split_seed), folds]).permutation(len(images))
-    of = {images[i]: place % folds for place, i in enumerate(order)}
-    rest = [image for image in images if of[image] != fold]
-    held = set(_drawn(rest, data.val_fraction, data.split_seed + 1))
-    codes = np.array([2 if of[image] == fold else 1 if image in held else 0 for image in pairs.image])
+    fold_of = {images[i]: place % folds for place, i in enumerate(order)}
+    rest = [image for image in images if fold_of[image] != fold]
+    held_out = set(_drawn(rest, data.val_fraction, data.split_seed + 1))
+    codes = np.array(
+        [2 if fold_of[image] == fold else 1 if image in held_out else 0 for image in pairs.image]
+    )
     return codes, f"cross-validation by picture: fold {fold + 1} of {folds} is test, seed {data.split_seed}"
 
 
 def _drawn(images: Sequence[str], share: float, seed: int) -> list[str]:
-    """A share of the pictures, chosen by (seed, the picture's name) alone: more pictures change no one's side.
+    """A share of the pictures, chosen by (seed, the picture's name) alone: further pictures do not move the others.
 
     >>> few, many = (_drawn([f"{i}.jpg" for i in range(n)], 0.3, 0) for n in (100, 200))
     >>> len(few), set(few) == {name for name in many if int(name[:-4]) < 100}

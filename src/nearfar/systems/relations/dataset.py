@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -46,11 +46,11 @@ class Scaler:
 
 @dataclass
 class RelationBatch:
-    """One batch. ``visual`` is 0 where ``seen`` is False; ``jittered``: numbers of boxes as another would draw them."""
+    """One batch. ``visual`` is 0 where ``has_pixels`` is False; ``jittered``: numbers of boxes with moved edges."""
 
     positions: Int[Tensor, " b"]
     visual: Float[Tensor, "b v"] | None
-    seen: Bool[Tensor, " b"]
+    has_pixels: Bool[Tensor, " b"]
     numbers: Float[Tensor, "b k"]
     jittered: Float[Tensor, "b k"] | None
     names: Float[Tensor, "b t"] | None
@@ -61,19 +61,21 @@ class RelationBatch:
         return len(self.positions)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> RelationBatch:
-        return RelationBatch(**self._each(lambda part: part.to(device, non_blocking=non_blocking)))
+        moved = {name: part.to(device, non_blocking=non_blocking) for name, part in self._tensors().items()}
+        return replace(self, **moved)
 
     def split(self, rows: int) -> list[RelationBatch]:
         """The batch in parts of ``rows`` rows, the last one perhaps shorter."""
-        parts = self._each(lambda part: part.split(rows))
+        parts = {name: part.split(rows) for name, part in self._tensors().items()}
         return [
-            RelationBatch(**{name: part and part[i] for name, part in parts.items()})
-            for i in range(len(self.positions.split(rows)))
+            replace(self, **{name: pieces[i] for name, pieces in parts.items()})
+            for i in range(len(parts["positions"]))
         ]
 
-    def _each(self, change: Callable[[Tensor], Any]) -> dict[str, Any]:
+    def _tensors(self) -> dict[str, Tensor]:
+        """The parts by name, without those that are None."""
         parts = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: None if part is None else change(part) for name, part in parts.items()}
+        return {name: part for name, part in parts.items() if part is not None}
 
 
 class RelationDataset(Dataset[RelationBatch]):
@@ -86,7 +88,7 @@ class RelationDataset(Dataset[RelationBatch]):
         visual: (n, v) standardised features of the crops, NaN where there is no photo; None for no pixels at all.
         names: (n, t) vectors of both categories' names, or None.
         jitter: with a scaler and a variant, boxes are drawn again with every edge moved by up to this share of the
-            box's size, for pairs that have no second view; 0 for none.
+            box's size, for pairs without a second view; 0: none.
         seed: of the jitter, which is drawn from (seed, epoch, first position of the batch) and nothing else.
     """
 
@@ -106,8 +108,8 @@ class RelationDataset(Dataset[RelationBatch]):
         self.pairs = pairs
         self.label, self.group = torch.from_numpy(label), torch.from_numpy(pairs.group)
         self.numbers = torch.from_numpy(numbers)
-        seen = np.zeros(len(pairs), bool) if visual is None else ~np.isnan(visual).any(axis=1)
-        self.seen = torch.from_numpy(seen)
+        has_pixels = np.zeros(len(pairs), bool) if visual is None else ~np.isnan(visual).any(axis=1)
+        self.has_pixels = torch.from_numpy(has_pixels)
         self.visual = None if visual is None else torch.from_numpy(np.nan_to_num(visual))
         self.names = (
             None if names is None else torch.from_numpy(np.ascontiguousarray(names, dtype=np.float32))
@@ -131,12 +133,12 @@ class RelationDataset(Dataset[RelationBatch]):
         def rows(part: Tensor) -> Tensor:
             return part.index_select(0, at)  # half the time of part[at]
 
-        seen = rows(self.seen)
-        alone = self.names is None and not bool(seen.all())
+        has_pixels = rows(self.has_pixels)
+        alone = self.names is None and not bool(has_pixels.all())
         return RelationBatch(
             at,
             None if self.visual is None else rows(self.visual),
-            seen,
+            has_pixels,
             rows(self.numbers),
             self._jittered(at.numpy()) if alone and self.jitter and len(at) else None,
             None if self.names is None else rows(self.names),
@@ -160,7 +162,7 @@ SAMPLERS = ("random", "balanced")
 
 
 class BatchesBySort(BatchSampler):
-    """Random batches in which all rows are marked or none is; at most one batch of an epoch holds both.
+    """Random batches in which all rows are marked or none is; at most one batch of an epoch is mixed.
 
     >>> marked = np.arange(40) < 12
     >>> sorts = [set(marked[batch].tolist()) for batch in BatchesBySort(marked, 4)]
@@ -179,7 +181,7 @@ class BatchesBySort(BatchSampler):
         rng = np.random.default_rng([self.seed, epoch])
         first, second = (rng.permutation(np.flatnonzero(self.marked == sort)) for sort in (True, False))
         order = np.concatenate([first, second])[: self.layout.total].astype(np.int32)
-        # Whole batches change places; what is shorter than the others stays last.
+        # Whole batches are shuffled; a shorter one stays last.
         sizes = self.layout.sizes
         full = int((sizes == self.batch_size).sum())
         head = order[: full * self.batch_size].reshape(full, self.batch_size)
@@ -188,7 +190,7 @@ class BatchesBySort(BatchSampler):
         )
 
 
-def build_sampler(config: RelationOptions, label: ndarray, seen: Bool[ndarray, " n"]) -> BatchSampler:
+def build_sampler(config: RelationOptions, label: ndarray, has_pixels: Bool[ndarray, " n"]) -> BatchSampler:
     """The sampler that ``sampler=`` names: random batches, or equal shares of every relation (small ones repeat)."""
     name, size, seed = config.sampler.name, int(config.batch_size), int(config.seed)
     if size > len(label):
@@ -196,9 +198,9 @@ def build_sampler(config: RelationOptions, label: ndarray, seen: Bool[ndarray, "
             f"batch_size={size} is larger than the training set of {len(label)} pairs; lower it."
         )
     if name == "random":
-        if seen.all() or not seen.any():
+        if has_pixels.all() or not has_pixels.any():
             return RandomBatchSampler(len(label), size, seed=seed)
-        return BatchesBySort(seen, size, seed=seed)
+        return BatchesBySort(has_pixels, size, seed=seed)
     if name == "balanced":
         return BalancedBatchSampler(label, size, repeat=True, seed=seed)
     raise NearfarError(f"sampler={name}: {nearest_name(str(name), SAMPLERS)}")

@@ -1,9 +1,8 @@
-"""A pair of boxes as numbers: geometry, the crops of a picture, the names of the two objects."""
+"""Features of a pair of boxes: numbers of their geometry, and encoded crops of the picture."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ from nearfar.data.images import crop, stack
 from nearfar.data.rejections import Rejections
 from nearfar.errors import NearfarError, nearest_name
 from nearfar.models.image import ImageEncoder
-from nearfar.systems.relations.records import Pairs
+from nearfar.systems.relations.records import Pairs, Photo
 
 __all__ = ["SPATIAL", "crop_features", "names_of", "overlap", "spatial_numbers"]
 
@@ -32,12 +31,12 @@ _RELATIVE = (
     "subject top − object bottom", "subject left − object left", "subject right − object right",
     "gap below, in subjects", "gap above, in subjects", "subject x", "subject y",
 )  # fmt: skip
-_FURTHEST = 6.0  # sizes of a box; what is further away is "far"
+_FURTHEST = 6.0  # sizes of a box, at which distances are clipped
 _LEAST = 1e-6  # of an area, so that its logarithm is finite
 
 
 def names_of(variant: str) -> tuple[str, ...]:
-    """What each number of a variant is called."""
+    """The name of each number of a variant."""
     if variant not in SPATIAL:
         raise NearfarError(f"spatial={variant}: {nearest_name(str(variant), SPATIAL)}")
     return {
@@ -51,7 +50,7 @@ def names_of(variant: str) -> tuple[str, ...]:
 def overlap(
     a: Float[np.ndarray, "n 4"], b: Float[np.ndarray, "n 4"]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """Areas of the first boxes, of the second, and of what they share; boxes are (left, top, right, bottom).
+    """Areas of the first boxes, of the second, and of their intersection; boxes are (left, top, right, bottom).
 
     >>> [x.tolist() for x in overlap(np.array([[0, 0, 2, 2.0]]), np.array([[1, 1, 3, 4.0]]))]
     [[4.0], [6.0], [1.0]]
@@ -77,9 +76,9 @@ def spatial_numbers(
     "log"       the same with the logarithms of the three areas.
     "iou"       "log", and the boxes' intersection over union.
     "relative"  "iou", and 20 numbers in units of the boxes themselves: distances of centres and of edges, shapes, the
-                share of each box that the other covers. They do not change with the picture's size.
+                share of each box that the other covers. They do not depend on the picture's size.
 
-    Standardising is left to what uses them, which knows the training pairs.
+    They are not standardised, which needs the training pairs.
 
     >>> boxes = np.array([[0.0, 0.0, 20.0, 10.0]]), np.array([[30.0, 0.0, 50.0, 10.0]])
     >>> spatial_numbers(*boxes, np.array([[100.0, 100.0]])).round(3).tolist()
@@ -151,14 +150,14 @@ def crop_features(
     rejections: Rejections,
     cache: bool = True,
 ) -> list[Float[ndarray, "n 2*width"]]:
-    """For each split the features of its pairs: subject beside object; NaN where there is no photo.
+    """For each split the features of its pairs, subject and object concatenated; NaN where there is no photo.
 
-    A photo that turns out to be damaged is counted in ``rejections``, and its pairs go on without pixels. An entry of
-    the cache belongs to one picture: its content, its boxes, the encoder's weights and the size of the crops name it.
+    A damaged photo is counted in ``rejections``, and its pairs have no pixels. A cache entry belongs to one picture;
+    its key is the picture's content, its boxes, the encoder's weights and the size of the crops.
     """
     parts, known = list(parts), encoder.fingerprint()
     boxes: dict[str, dict[tuple[float, ...], int]] = {}
-    photos: dict[str, Any] = {}
+    photos: dict[str, Photo] = {}
     for part in parts:
         photos |= part.photos
         for image, *pair in zip(part.image, part.subject_box, part.object_box, strict=True):
@@ -196,8 +195,8 @@ def _encode(
     encoder: ImageEncoder, pixels: np.ndarray, boxes: list[tuple[float, ...]], size: int
 ) -> Float[ndarray, "boxes width"]:
     crops = stack([crop(pixels, box, (size, size)) for box in boxes])
-    found = [encoder(torch.from_numpy(crops[at : at + _BATCH])) for at in range(0, len(crops), _BATCH)]
-    return torch.cat(found).float().numpy()
+    features = [encoder(torch.from_numpy(crops[at : at + _BATCH])) for at in range(0, len(crops), _BATCH)]
+    return torch.cat(features).float().numpy()
 
 
 def _rows(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from itertools import combinations, pairwise
-from typing import Any, Literal
+from typing import Literal
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -21,12 +21,12 @@ __all__ = ["LOSSES", "RelationModel", "ViewLoss"]
 
 
 class RelationModel(nn.Module):
-    """A head for each view. Embeddings are not normalised: losses look at directions, and see to that themselves.
+    """A head for each view. Embeddings are not normalised; the losses normalise them.
 
     Args:
         numbers: how many numbers describe the boxes: k → 64 → 128 → ``dim``, ReLU, ``spatial_dropout``.
         visual: length of the frozen features of both crops: v → ``hidden`` → ``dim``, ReLU, ``dropout``; None for a
-            model that sees no pixels.
+            model without pixels.
         names: length of the vectors of both names: t → ``dim`` → ``dim``; None for none.
 
     >>> model = RelationModel(numbers=8, visual=1024)
@@ -67,20 +67,22 @@ class RelationModel(nn.Module):
         )
 
     def forward(self, batch: RelationBatch) -> dict[str, Float[Tensor, "b d"]]:
-        """The embeddings of a batch: "spatial" and, where there are, "visual" (0 if unseen), "names", "jittered"."""
-        found = {"spatial": self.spatial(batch.numbers)}
+        """The embeddings of a batch: "spatial" and, if any, "visual" (0 without a photo), "names", "jittered"."""
+        views = {"spatial": self.spatial(batch.numbers)}
         if self.visual is not None:
             if batch.visual is None:
-                raise NearfarError("this model looks at pixels, and the batch has none")
+                raise NearfarError("this model needs pixels, and the batch has none")
             embedded = self.visual(batch.visual)
-            found["visual"] = embedded if bool(batch.seen.all()) else embedded * batch.seen[:, None]
+            views["visual"] = (
+                embedded if bool(batch.has_pixels.all()) else embedded * batch.has_pixels[:, None]
+            )
         if self.names is not None:
             if batch.names is None:
-                raise NearfarError("this model reads names, and the batch has none")
-            found["names"] = self.names(batch.names)
+                raise NearfarError("this model needs names, and the batch has none")
+            views["names"] = self.names(batch.names)
         if batch.jittered is not None and self.training:
-            found["jittered"] = self.spatial(batch.jittered)
-        return found
+            views["jittered"] = self.spatial(batch.jittered)
+        return views
 
 
 def _layers(sizes: tuple[int, ...], dropout: float) -> nn.Sequential:
@@ -100,16 +102,15 @@ class ViewLoss(nn.Module):
     """A contrastive loss between all views that a pair has.
 
     "infonce"        a pair's own partner against all others of the batch, in both directions unless ``symmetric`` is
-                     false. Rows that are the same
-                     two boxes (an annotator gave them two relations) are no negatives of each other.
+                     false. Rows with the same two boxes (annotated with two relations) are no negatives of each other.
     "supcon"         all pairs of the same relation are positives, sum outside the logarithm (Khosla et al. 2020).
-    "supcon_inside"  the variant of which the notes say that it fails: cross-modal, sum inside the logarithm, a pair's
-                     own partner taken out.
+    "supcon_inside"  a variant that the notes report to fail: cross-modal, sum inside the logarithm, a pair's own
+                     partner left out.
 
-    Each two views are contrasted over the rows that have both. A row with boxes alone (no photo, no names) has the
-    boxes as another annotator would have drawn them for its second view ("jittered"). Terms are weighted by their
-    rows; rows that have no company are left out and counted. ``sum``: of a supervised loss, where it is to be another
-    than the name says. ``repeated=False`` says that no two rows are the same two boxes, and saves looking.
+    Each two views are contrasted over the rows that have both. The second view of a row with boxes alone (no photo,
+    no names) are its boxes with random jitter ("jittered"), like those of a different annotator. Terms are weighted by
+    their rows. ``sum``: of a supervised loss, where it differs from that of the name. ``repeated=False``: no two rows
+    have the same two boxes, and no mask is needed.
     """
 
     def __init__(
@@ -133,13 +134,13 @@ class ViewLoss(nn.Module):
             self.contrast = SupConLoss(
                 temperature, sum=sum or ("inside" if inside else "outside"), own_pair=not inside
             )
-        self.seen: dict[str, Any] = {}
+        self.counts: dict[str, int] = {}
 
     def forward(self, views: Mapping[str, Tensor], batch: RelationBatch) -> Float[Tensor, ""]:
         terms = list(_terms(views, batch))
         total = sum(len(batch) if rows is None else len(rows) for *_, rows in terms)
         loss = views["spatial"].sum() * 0.0
-        self.seen = {"rows_contrasted": total, "terms": len(terms)}
+        self.counts = {"rows_contrasted": total, "terms": len(terms)}
         if not terms:
             warnings.warn(
                 "no two rows of this batch have two views in common: the loss is 0 and nothing is learned. Take "
@@ -161,29 +162,29 @@ class ViewLoss(nn.Module):
         if isinstance(self.contrast, SupConLoss):
             value: Tensor = self.contrast(a, label, other=b)
             return value
-        found: Tensor = self.contrast(a, b, DuplicateMask(group) if self.repeated else None)
-        return found
+        loss: Tensor = self.contrast(a, b, DuplicateMask(group) if self.repeated else None)
+        return loss
 
     def record(self) -> dict[str, float]:
-        """The record of the last term that was computed, and how many rows and terms there were."""
-        found = {} if self.contrast.record is None else dict(self.contrast.record.to_dict())
-        return found | {name: float(value) for name, value in self.seen.items()}
+        """The record of the last term, and the numbers of rows and terms."""
+        numbers = {} if self.contrast.record is None else dict(self.contrast.record.to_dict())
+        return numbers | {name: float(value) for name, value in self.counts.items()}
 
 
 def _terms(views: Mapping[str, Tensor], batch: RelationBatch) -> list[tuple[str, str, Tensor | None]]:
     """Two views and the rows that have both; None for all rows. Terms of fewer than two rows are left out."""
-    whole = bool(batch.seen.all())
+    whole = bool(batch.has_pixels.all())
     names = [name for name in ("visual", "spatial", "names") if name in views]
     terms: list[tuple[str, str, Tensor | None]] = []
     for first, second in combinations(names, 2):
         if "visual" in (first, second) and not whole:
-            rows = batch.seen.nonzero()[:, 0]
+            rows = batch.has_pixels.nonzero()[:, 0]
             if len(rows) > 1:
                 terms.append((first, second, rows))
         else:
             terms.append((first, second, None))
     if "jittered" in views:
-        rows = (~batch.seen).nonzero()[:, 0]
+        rows = (~batch.has_pixels).nonzero()[:, 0]
         if len(rows) > 1:
             terms.append(("spatial", "jittered", rows))
     return terms

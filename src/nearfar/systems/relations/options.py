@@ -10,7 +10,7 @@ from nearfar.config.samplers import SamplerOptions
 from nearfar.errors import NearfarError
 from nearfar.systems.relations.records import chosen_relations
 
-__all__ = ["InfoNCEOptions", "RelationData", "RelationOptions", "SupConInsideOptions", "SupConOptions"]
+__all__ = ["InfoNCEOptions", "RelationDataOptions", "RelationOptions", "SupConInsideOptions", "SupConOptions"]
 
 
 class _Relations:
@@ -24,33 +24,36 @@ class _Relations:
 
 
 @dataclass
-class RelationData:
+class RelationDataOptions:
     """Annotated pairs of boxes in one of four layouts, or composed scenes of drawn things with exact boxes."""
 
     layout: Literal["composed", "vrd", "scene_graph", "spatialsense", "coco"] = option(
-        "composed", "how the annotations are laid out"
+        "composed", "format of the annotations"
     )
-    dir: str | int | None = path(None, "the folder; photos are found below it by name")
+    dir: str | int | None = path(None, "folder of annotations and photos; photos are found below it by name")
     train: str | int | None = path(None, "annotation file of the training split")
     val: str | int | None = path(None, "annotation file of the validation split")
     test: str | int | None = path(None, "annotation file of the test split")
-    images: str | int | None = path(None, "where the photos are, if not below dir")
+    images: str | int | None = path(None, "folder of the photos, if not below data.dir")
     photos: Literal["optional", "required", "none"] = option(
-        "optional", "optional: pairs without a photo train the boxes alone"
+        "optional",
+        "photos; optional: pairs without one train the boxes alone; required: such pairs are left out; none: no pixels",
     )
     synonyms: bool = option(
-        True, "beneath is below, beside is next to, and so on; false: the ten names alone"
+        True, "synonyms of relations (beneath: below, beside: next to, …); false: the ten names alone"
     )
     val_fraction: float = option(
-        0.15, "share of the pictures, where no file says what is val", least=0, most=1, inside=True
+        0.15, "share of the pictures for val, where the files declare none", least=0, most=1, inside=True
     )
-    test_fraction: float = option(0.2, "the same for test, where no file says what is train", least=0, most=1)
-    split_seed: int = option(0, "of the splits", least=0, most=2**32 - 1)
+    test_fraction: float = option(
+        0.2, "share of the pictures for test, where the files declare no splits", least=0, most=1
+    )
+    split_seed: int = option(0, "seed of the splits", least=0, most=2**32 - 1)
     folds: int | None = option(
-        None, "cross-validation by picture: so many folds, of which number fold is test", least=2
+        None, "number of folds for cross-validation by picture; data.fold is test", least=2
     )
     fold: int = option(0, "the fold that is test, from 0", least=0)
-    size: int = option(1200, "pictures of composed scenes, all splits together; two pairs each", least=10)
+    size: int = option(1200, "number of composed scenes over all splits, with two pairs each", least=10)
 
 
 @dataclass
@@ -71,7 +74,7 @@ class SupConOptions:
 
 @dataclass
 class SupConInsideOptions:
-    """Cross-modal, sum inside the logarithm, an item's own partner left out: of which it was said that it fails."""
+    """Cross-modal, sum inside the logarithm, an item's own partner left out; reported to fail."""
 
     name: Literal["supcon_inside"] = option("supcon_inside", "the loss")
     sum: Literal["outside", "inside"] = option("inside", "where the sum over positives is, of the logarithm")
@@ -90,37 +93,43 @@ class RelationOptions(RunOptions):
     min_epochs: int = 30
     relations: Any = option(
         "top5",
-        "top5: on, above, under, next to, below; all10; or a list such as [on,under]",
+        "classes; top5: on, above, under, next to, below; all10; or a list such as [on,under]",
         rule=_Relations(),
     )
-    temperature: float = option(0.07, "of the similarities", least=1e-3, role="loss")
+    temperature: float = option(
+        0.07, "temperature of the loss, by which similarities are divided", least=1e-3, role="loss"
+    )
 
-    pixels: bool = option(True, "crops are a view where there is a photo; boxes always are one")
-    categories: bool = option(False, "names of subject and object are a view")
-    spatial: Literal["raw", "log", "iou", "relative"] = option("relative", "the numbers of two boxes")
-    crop_size: int = option(128, "pixels of a crop each way", least=32, most=1024)
+    pixels: bool = option(True, "crops as a view, where there is a photo; boxes always are one")
+    categories: bool = option(False, "names of subject and object as a view")
+    spatial: Literal["raw", "log", "iou", "relative"] = option(
+        "relative", "variant of the numbers that describe two boxes"
+    )
+    crop_size: int = option(128, "width and height of a crop in pixels", least=32, most=1024)
     box_jitter: float = option(
         0.05,
-        "a pair with boxes alone has boxes moved by so much of their size as its second view",
+        "second view of a pair with boxes alone: edges moved by up to this share of the box's size; 0: none",
         least=0,
         most=0.45,
     )
-    visual_hidden: int = option(512, "width of the head over pixels", least=1)
-    embedding_dim: int = option(256, "of the shared space", least=1)
-    visual_dropout: float = fraction(0.4, "in the head over pixels")
-    spatial_dropout: float = fraction(0.3, "in the head over boxes")
+    visual_hidden: int = option(512, "hidden width of the head over pixels", least=1)
+    embedding_dim: int = option(256, "dimensions of the shared embedding space", least=1)
+    visual_dropout: float = fraction(0.4, "dropout in the heads over pixels and names")
+    spatial_dropout: float = fraction(0.3, "dropout in the head over boxes")
     keep_inputs: bool = option(
-        True, "the probe sees the numbers of the boxes (and vectors of the names) beside what was learned"
+        True, "the probe also gets the numbers of the boxes (and vectors of the names), not only embeddings"
     )
-    probe_rows: int = option(5000, "training pairs that the support vector machine sees at most", least=10)
-    monitor_rows: int = option(2000, "the same for the linear probe after each epoch", least=10)
+    probe_rows: int = option(
+        5000, "most training pairs for the support vector machine of the final evaluation", least=10
+    )
+    monitor_rows: int = option(2000, "most training pairs for the linear probe after each epoch", least=10)
 
-    data: RelationData = group(
-        composed=RelationData(test_fraction=0.25),
-        vrd=RelationData("vrd"),
-        scene_graph=RelationData("scene_graph"),
-        spatialsense=RelationData("spatialsense"),
-        coco=RelationData("coco"),
+    data: RelationDataOptions = group(
+        composed=RelationDataOptions(test_fraction=0.25),
+        vrd=RelationDataOptions("vrd"),
+        scene_graph=RelationDataOptions("scene_graph"),
+        spatialsense=RelationDataOptions("spatialsense"),
+        coco=RelationDataOptions("coco"),
     )
     text_encoder: dict[str, Any] = raw_group({"kind": "ngram"}, "encoder of the names", models=("model",))
     image_encoder: dict[str, Any] = raw_group(
@@ -133,7 +142,7 @@ class RelationOptions(RunOptions):
 
     def check(self) -> None:
         super().check()
-        # No weights are read and nothing is fitted here: encoders look at their options alone.
+        # Encoders check their options here; no weights are read and nothing is fitted.
         from nearfar.models.image import check_image_encoder
         from nearfar.models.text import build_text_encoder
 

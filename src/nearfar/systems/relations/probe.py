@@ -1,6 +1,4 @@
-"""What frozen embeddings know of the relation: an RBF-SVM and a linear classifier fitted on training pairs, and their
-inputs.
-"""
+"""Probes of frozen embeddings: an RBF-SVM and a linear classifier of the relation, fitted on training pairs."""
 
 from __future__ import annotations
 
@@ -20,15 +18,14 @@ __all__ = [
     "LINEAR",
     "Blocks",
     "RelationProbe",
-    "Rows",
     "blocks_of",
-    "looks_at",
+    "probe_inputs",
+    "probe_scores",
     "sample_rows",
-    "scored",
 ]
 
 
-#: parts of a pair's embedding by name, (n, d) each; a row of NaN is a part that this pair has not
+#: parts of a pair's embedding by name, (n, d) each; a row of NaN is a part that this pair lacks
 Blocks = Mapping[str, Float[ndarray, "n d"]]
 #: of the RBF kernel, where every part has variance 1 in all; on the annotations of VRD .3 to .7 scored the same
 GAMMA = 0.5
@@ -48,13 +45,13 @@ class _Part:
 
 
 class RelationProbe:
-    """A classifier on the parts of an embedding put side by side.
+    """A classifier on the concatenated parts of an embedding.
 
     Every part is centred and scaled to a variance of 1 in all, whatever its length, so that 256 coordinates of an
-    embedding do not drown 29 numbers of the boxes. A part that a pair has not is 0, the mean; parts that few training
+    embedding do not drown 29 numbers of the boxes. A part that a pair lacks is 0, the mean; parts that few training
     pairs have weigh less, by the root of their share. With kind "rbf" the classifier is a support vector machine with
-    a Gaussian kernel (γ = 0.5, C = 3), with "linear" least squares on one-hot labels with a ridge: fixed before any
-    test, so that nothing is tuned on one.
+    a Gaussian kernel (γ = 0.5, C = 3), with "linear" least squares on one-hot labels with a ridge: fixed, so
+    that nothing is tuned on test.
 
     >>> rows = np.array([[0.0], [0.1], [1.0], [1.1]])
     >>> probe = RelationProbe("linear").fit({"x": rows}, np.array([0, 0, 1, 1]))
@@ -69,7 +66,7 @@ class RelationProbe:
         self._parts: list[_Part] = []
 
     def fit(self, blocks: Blocks, label: Int[ndarray, " n"]) -> RelationProbe:
-        """Learn from training pairs that have any of the parts; a single class is predicted always."""
+        """Fit on training pairs that have any of the parts; a single class is always predicted."""
         present = _present(blocks)
         if present.any() and not present.all():
             blocks, label = {name: rows[present] for name, rows in blocks.items()}, label[present]
@@ -92,18 +89,18 @@ class RelationProbe:
         return self
 
     def scores(self, blocks: Blocks, count: int) -> Float[ndarray, "n count"]:
-        """How much speaks for each of ``count`` classes; −∞ for those that no training pair had."""
+        """The score of each of ``count`` classes; −∞ for classes without a training pair."""
         n = len(next(iter(blocks.values())))
-        found = np.full((n, count), -np.inf)
+        scores = np.full((n, count), -np.inf)
         if len(self._classes) == 1:
-            found[:, self._classes] = 0.0
-            return found
+            scores[:, self._classes] = 0.0
+            return scores
         rows = self.rows(blocks)
         values = self._classifier.decision_function(
             _gaussian(rows, self._rows) if self.kind == "rbf" else rows
         )
-        found[:, self._classes] = np.stack([-values, values], axis=1) if values.ndim == 1 else values
-        return found
+        scores[:, self._classes] = np.stack([-values, values], axis=1) if values.ndim == 1 else values
+        return scores
 
     def predict(self, blocks: Blocks) -> Int[ndarray, " n"]:
         """The class of every pair."""
@@ -111,7 +108,7 @@ class RelationProbe:
         return self.scores(blocks, count).argmax(axis=1)
 
     def rows(self, blocks: Blocks) -> Float[ndarray, "n d"]:
-        """What the classifier sees."""
+        """The classifier's input."""
         return np.concatenate(
             [np.nan_to_num((blocks[part.name] - part.mean) * part.scale) for part in self._parts], axis=1
         )
@@ -125,8 +122,8 @@ def _gaussian(a: Float[ndarray, "n d"], b: Float[ndarray, "m d"]) -> Float[ndarr
 
 def _present(blocks: Blocks) -> Bool[ndarray, " n"]:
     """Which pairs have any of the parts."""
-    found: Bool[ndarray, " n"] = np.any([~np.isnan(rows).any(axis=1) for rows in blocks.values()], axis=0)
-    return found
+    present: Bool[ndarray, " n"] = np.any([~np.isnan(rows).any(axis=1) for rows in blocks.values()], axis=0)
+    return present
 
 
 def _part(name: str, rows: Float[ndarray, "n d"]) -> _Part:
@@ -140,35 +137,33 @@ def _part(name: str, rows: Float[ndarray, "n d"]) -> _Part:
 
 
 def sample_rows(label: Int[ndarray, " n"], most: int, seed: int = 0) -> Int[ndarray, " m"]:
-    """At most so many rows, in order: all of them, or a random sample that (n, seed) determine."""
+    """Positions of at most ``most`` rows, in order: all, or a random sample determined by n and ``seed``."""
     if len(label) <= most:
         return np.arange(len(label))
     return np.sort(np.random.default_rng([seed, len(label)]).choice(len(label), most, replace=False))
 
 
-#: parts of a pair by name, (n, d) each; a row of NaN is a part that this pair has not
-Rows = dict[str, Float[ndarray, "n d"]]
 FUSED, LINEAR = "probe/accuracy", "linear_probe/accuracy"
 
 
-def blocks_of(dataset: RelationDataset, outputs: Mapping[str, Tensor], at: Int[ndarray, " n"]) -> Rows:
-    """The embeddings of some rows ("view …"), and their numbers, pixels and words as they went in."""
-    seen = dataset.seen.numpy()[at]
-    found: Rows = {"numbers": dataset.numbers.numpy()[at]}
+def blocks_of(dataset: RelationDataset, outputs: Mapping[str, Tensor], at: Int[ndarray, " n"]) -> Blocks:
+    """The embeddings of some rows ("view …") and their inputs: numbers, pixels, words."""
+    has_pixels = dataset.has_pixels.numpy()[at]
+    blocks = {"numbers": dataset.numbers.numpy()[at]}
     if dataset.visual is not None:
-        found["pixels"] = _unseen_as_nan(dataset.visual.numpy()[at], seen)
+        blocks["pixels"] = _missing_as_nan(dataset.visual.numpy()[at], has_pixels)
     if dataset.names is not None:
-        found["words"] = dataset.names.numpy()[at]
+        blocks["words"] = dataset.names.numpy()[at]
     for name, view in outputs.items():
         rows = view.numpy()
-        found[f"view {name}"] = _unseen_as_nan(rows, seen) if name == "visual" else rows
-    return found
+        blocks[f"view {name}"] = _missing_as_nan(rows, has_pixels) if name == "visual" else rows
+    return blocks
 
 
-def looks_at(names: Sequence[str], keep_inputs: bool) -> dict[str, list[str]]:
-    """Metric → the blocks that its classifier sees, out of those that there are.
+def probe_inputs(names: Sequence[str], keep_inputs: bool) -> dict[str, list[str]]:
+    """Metric → the blocks that its classifier gets, out of ``names``.
 
-    >>> looks_at(["numbers", "view spatial"], keep_inputs=True)["spatial_only/accuracy"]
+    >>> probe_inputs(["numbers", "view spatial"], keep_inputs=True)["spatial_only/accuracy"]
     ['view spatial', 'numbers']
     """
     learned = [name for name in names if name.startswith("view ")]
@@ -183,16 +178,16 @@ def looks_at(names: Sequence[str], keep_inputs: bool) -> dict[str, list[str]]:
         "visual_only/accuracy": [name for name in names if name == "view visual"],
         "categories_only/accuracy": [name for name in names if name == "words"],
     }
-    return {metric: found for metric, found in chosen.items() if found}
+    return {metric: blocks for metric, blocks in chosen.items() if blocks}
 
 
-def scored(
-    kind: str, train: Rows, test: Rows, names: Sequence[str], label: Int[ndarray, " n"], count: int
+def probe_scores(
+    kind: str, train: Blocks, test: Blocks, names: Sequence[str], label: Int[ndarray, " n"], count: int
 ) -> Float[ndarray, "m classes"]:
-    """How much speaks for each class of the test pairs, by a probe fitted on the training pairs' blocks."""
+    """The scores of each class for the test pairs, by a probe fitted on the training pairs' blocks."""
     probe = RelationProbe(kind).fit({name: train[name] for name in names}, label)
     return probe.scores({name: test[name] for name in names}, count)
 
 
-def _unseen_as_nan(rows: ndarray, seen: ndarray) -> ndarray:
-    return rows if seen.all() else np.where(seen[:, None], rows, np.nan)
+def _missing_as_nan(rows: ndarray, has_pixels: ndarray) -> ndarray:
+    return rows if has_pixels.all() else np.where(has_pixels[:, None], rows, np.nan)

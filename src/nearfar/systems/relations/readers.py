@@ -16,6 +16,7 @@ from nearfar.data.coco import CocoSplit, read_coco
 from nearfar.data.coco_files import coco_files, given_files
 from nearfar.data.rejections import Rejections
 from nearfar.errors import NearfarError, nearest_name
+from nearfar.systems.relations.options import RelationDataOptions
 from nearfar.systems.relations.records import Box, Triple
 
 __all__ = [
@@ -42,21 +43,21 @@ __all__ = [
 
 @dataclass
 class Places:
-    """Where photos are: the folder that was named for them, the data folder. ``remarks``: what a reader has to say."""
+    """Where photos are: the folder given for them, and the data folder. ``remarks`` collects remarks of readers."""
 
     images: Path | None = None
     folder: Path | None = None
     remarks: list[str] = field(default_factory=list)
 
 
-def rows_of(values: Any) -> list[Any]:
-    """A list as it is; a TypeError for anything else that could be walked through by mistake."""
+def rows_of(values: object) -> list[Any]:
+    """A list as it is; a TypeError for anything else, such as a text, that could be iterated by mistake."""
     if not isinstance(values, list):
         raise TypeError(f"a list is needed, not {type(values).__name__}")
     return values
 
 
-def stated_size(picture: dict[str, Any]) -> tuple[float, float] | None:
+def stated_size(picture: Mapping[str, Any]) -> tuple[float, float] | None:
     """(width, height) of a picture, numbers in quotes as well; None where one is missing, null or 0."""
     width, height = picture.get("width"), picture.get("height")
     if width in (None, "", 0) or height in (None, "", 0):
@@ -67,36 +68,38 @@ def stated_size(picture: dict[str, Any]) -> tuple[float, float] | None:
 def read_json(path: Path, kind: type, what: str) -> Any:
     """The content of a JSON file, which must be a ``kind`` (dict or list) with ``what`` in it."""
     try:
-        found: Any = json.loads(path.read_text(encoding="utf-8-sig"))
+        content: Any = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise NearfarError(f"{path}: cannot be read ({error.strerror}).") from None
     except (ValueError, RecursionError) as error:
         raise NearfarError(f"{path}: not valid JSON ({error}). Is it complete?") from None
-    if type(found) is not kind:
+    if type(content) is not kind:
         wanted = "an object" if kind is dict else "a list"
-        raise NearfarError(f"{path}: {wanted} with {what} is needed, but it holds a {type(found).__name__}.")
-    return found
+        raise NearfarError(
+            f"{path}: {wanted} with {what} is needed, but it holds a {type(content).__name__}."
+        )
+    return content
 
 
-def yyxx_box(values: Any) -> Box:
+def yyxx_box(values: object) -> Box:
     """(left, top, right, bottom) of [y0, y1, x0, x1], the order of VRD and SpatialSense."""
     y0, y1, x0, x1 = _four(values)
     return x0, y0, x1, y1
 
 
-def corner_box(values: Any) -> Box:
+def corner_box(values: Mapping[str, object]) -> Box:
     """(left, top, right, bottom) of a mapping with x, y, w, h."""
     x, y, w, h = _four([values[name] for name in "xywh"])
     return x, y, x + w, y + h
 
 
-def _four(values: Any) -> tuple[float, ...]:
+def _four(values: object) -> tuple[float, ...]:
     if not isinstance(values, Sequence) or len(values) != 4:
         raise ValueError(f"a box has four numbers, not {values!r}")
     return tuple(float(value) for value in values)
 
 
-def name_of(names: Sequence[str], index: Any, what: str) -> str:
+def name_of(names: Sequence[str], index: object, what: str) -> str:
     """The name under an index of a list beside the annotations."""
     if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < len(names):
         raise ValueError(f"{what} {index!r} is none of the {len(names)} that are named")
@@ -109,28 +112,28 @@ _SMALLEST = 16.0  # pixels of a box's shorter side
 
 
 def coco_triples(path: Path, split: str | None, rejections: Rejections, places: Places) -> Iterator[Triple]:
-    """Pairs of boxes whose places the rule can tell, at most 12 of a picture; crowds and tiny boxes are left out.
+    """Pairs of boxes whose relation the rule decides, at most 12 of a picture; crowds and tiny boxes are left out.
 
-    Each two boxes are taken once; which is the subject, and which pairs are taken where there are many, their place in
-    the file decides.
+    Each two boxes are taken once. Their position in the file decides which is the subject, and which pairs are taken of
+    more than 12.
     """
-    found = read_coco(path, places.images, folder=places.folder)
-    rejections.extend(found.rejections)
-    places.remarks += found.remarks()
+    coco = read_coco(path, places.images, folder=places.folder)
+    rejections.extend(coco.rejections)
+    places.remarks += coco.remarks()
     row = 0
-    for position, picture in enumerate(found.images):
-        at = _usable(found, position)
-        told = []
+    for position, picture in enumerate(coco.images):
+        at = _usable(coco, position)
+        related = []
         for a, b in combinations(at, 2):
             first, second = (a, b) if (a + b) % 2 else (b, a)
-            boxes = _corners(found, first), _corners(found, second)
+            boxes = _corners(coco, first), _corners(coco, second)
             relation = geometric_relation(*boxes)
             if relation is not None:
-                told.append((first, second, boxes, relation))
-        told.sort(key=lambda pair: content_key(picture.name, int(pair[0]), int(pair[1])))
-        for first, second, boxes, relation in told[:PAIRS_PER_IMAGE]:
+                related.append((first, second, boxes, relation))
+        related.sort(key=lambda pair: content_key(picture.name, int(pair[0]), int(pair[1])))
+        for first, second, boxes, relation in related[:PAIRS_PER_IMAGE]:
             row += 1
-            names = [found.categories[int(found.label[i])] for i in (first, second)]
+            names = [coco.categories[int(coco.label[i])] for i in (first, second)]
             size = (float(picture.width), float(picture.height))
             yield Triple(
                 picture.name, names[0], boxes[0], relation, names[1], boxes[1], row, size, split, picture.path
@@ -138,7 +141,7 @@ def coco_triples(path: Path, split: str | None, rejections: Rejections, places: 
 
 
 def geometric_relation(subject: Box, object_: Box) -> str | None:
-    """What the places of two boxes are called; None where boxes alone do not say it.
+    """The relation of two boxes by a rule; None where boxes alone do not decide it.
 
     "inside": nine tenths of the subject lie in the object, which is at least twice as large. Other boxes that overlap
     by more than a tenth of the smaller have no name. Of the rest those that are further apart in height than in
@@ -170,13 +173,13 @@ def geometric_relation(subject: Box, object_: Box) -> str | None:
     return "near" if (-reach <= half).all() else None
 
 
-def _usable(found: CocoSplit, position: int) -> list[int]:
-    at = range(len(found.boxes))[found.of_image(position)]
-    return [i for i in at if not found.crowd[i] and found.boxes[i, 2:].min() >= _SMALLEST]
+def _usable(coco: CocoSplit, position: int) -> list[int]:
+    at = range(len(coco.boxes))[coco.of_image(position)]
+    return [i for i in at if not coco.crowd[i] and coco.boxes[i, 2:].min() >= _SMALLEST]
 
 
-def _corners(found: CocoSplit, i: int) -> Box:
-    left, top, width, height = found.boxes[i].tolist()
+def _corners(coco: CocoSplit, i: int) -> Box:
+    left, top, width, height = coco.boxes[i].tolist()
     return left, top, left + width, top + height
 
 
@@ -213,11 +216,11 @@ def scene_graph_triples(
             yield Triple(image, subject, subject_box, predicate, other, other_box, row, size, split)
 
 
-def _object(objects: Any, index: int) -> tuple[str, Box]:
+def _object(objects: Sequence[Mapping[str, Any]], index: int) -> tuple[str, Box]:
     if index < 0:
         raise IndexError(f"object {index}")
-    found = objects[index]
-    return str(found["names"][0]), corner_box(found["bbox"])
+    named = objects[index]
+    return str(named["names"][0]), corner_box(named["bbox"])
 
 
 SPATIALSENSE_FILES = {"whole": "annotations.json"}
@@ -241,7 +244,7 @@ def spatialsense_triples(
             row += 1
             try:
                 if not relation["label"]:
-                    rejections.add("said not to hold", row, relation["predicate"])
+                    rejections.add("labelled false", row, relation["predicate"])
                     continue
                 subject, other = relation["subject"], relation["object"]
                 yield Triple(
@@ -326,8 +329,10 @@ LAYOUTS: dict[str, Layout] = {
 }
 
 
-def annotation_files(layout: str, data: Any, say: Callable[[str], None] = lambda _: None) -> dict[str, Path]:
-    """The annotation files by split, as given or found in the folder ("whole": one file with every split, or none).
+def annotation_files(
+    layout: str, data: RelationDataOptions, say: Callable[[str], None] = lambda _: None
+) -> dict[str, Path]:
+    """The annotation files by split, as given or from the folder ("whole": one file with every split, or none).
 
     Raises ``NearfarError`` if a file or the folder is missing, or if there is nothing to train on.
     """
@@ -348,13 +353,13 @@ def annotation_files(layout: str, data: Any, say: Callable[[str], None] = lambda
         raise NearfarError(f"data.dir={folder}: no such folder.")
     if known.find is not None:
         return known.find(folder, say)
-    found = {split: folder / name for split, name in known.files.items() if (folder / name).is_file()}
-    if "train" in found:
-        found.pop("whole", None)
-    elif "whole" not in found:
-        there = ", ".join(sorted(path.name for path in folder.iterdir())[:10]) or "nothing"
+    files = {split: folder / name for split, name in known.files.items() if (folder / name).is_file()}
+    if "train" in files:
+        files.pop("whole", None)
+    elif "whole" not in files:
+        content = ", ".join(sorted(path.name for path in folder.iterdir())[:10]) or "nothing"
         raise NearfarError(
-            f"data.dir={folder}: there is no {expected}. In it: {there}. "
+            f"data.dir={folder}: there is no {expected}. In it: {content}. "
             "Name the files with data.train=, data.val=, data.test=."
         )
-    return found if "train" in found else {"whole": found["whole"]}
+    return files if "train" in files else {"whole": files["whole"]}

@@ -1,6 +1,4 @@
-"""Pairs of objects with their relation: the names that data sets use, the checks every reader's triples pass, and
-columns of those that are kept.
-"""
+"""Pairs of objects with their relation: names of relations, checks of triples from all readers, columns of pairs."""
 
 from __future__ import annotations
 
@@ -8,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
@@ -37,8 +35,7 @@ __all__ = [
 TOP5 = ("on", "above", "under", "next to", "below")
 ALL10 = (*TOP5, "left of", "right of", "near", "inside", "outside")
 
-#: relation → the further names under which it goes. Names that also say what is done (`sit on`, `ride`) are not here:
-#: they are other words than "where is it".
+#: relation → its synonyms. Names of an action (`sit on`, `ride`) are not spatial relations alone, and not here.
 SYNONYMS: dict[str, tuple[str, ...]] = {
     "on": ("on top of", "on the top of", "atop", "upon"),
     "above": ("over",),
@@ -57,7 +54,7 @@ _OF = {name: relation for relation, names in SYNONYMS.items() for name in (relat
 def relation_of(predicate: str, synonyms: bool = True) -> str | None:
     """The relation that a predicate names, None if it names none of the ten.
 
-    Case, underscores and repeated blanks do not count; without ``synonyms`` the ten names alone are known.
+    Case, underscores and repeated blanks are ignored; without ``synonyms`` the ten names alone are known.
 
     >>> relation_of("On_the left  of"), relation_of("beneath"), relation_of("wear")
     ('left of', 'below', None)
@@ -69,12 +66,12 @@ def relation_of(predicate: str, synonyms: bool = True) -> str | None:
 
 
 def table() -> list[tuple[str, str]]:
-    """(predicate, relation) of every name that is known, in order of the relations."""
+    """(predicate, relation) for every known name, in order of the relations."""
     return [(name, relation) for relation, names in SYNONYMS.items() for name in (relation, *names)]
 
 
-def chosen_relations(option: Any) -> tuple[str, ...]:
-    """The classes that ``relations=`` asks for: "top5", "all10", or a list of names of the ten.
+def chosen_relations(option: object) -> tuple[str, ...]:
+    """The classes of the option ``relations``: "top5", "all10", or a list of names of the ten.
 
     >>> chosen_relations(["under", "on"])
     ('under', 'on')
@@ -97,13 +94,14 @@ def chosen_relations(option: Any) -> tuple[str, ...]:
     return tuple(names)
 
 
+T = TypeVar("T")
 #: (left, top, right, bottom) in pixels
 Box = tuple[float, float, float, float]
-_TOLERANCE = 2.0  # pixels by which annotators' boxes cross the border of a picture without a word
+_TOLERANCE = 2.0  # pixels by which a box may cross the border of a picture without being counted
 
 
 class Triple(NamedTuple):
-    """One annotated relation as a reader found it; ``row`` is its place in the file, for messages."""
+    """One annotated relation of a file; ``row`` is its position there, for messages."""
 
     image: str
     subject: str
@@ -118,12 +116,12 @@ class Triple(NamedTuple):
 
 
 class Photo(Protocol):
-    """A picture that can be had: a file, or a scene that is drawn."""
+    """A picture whose pixels can be read: a file, or a drawn scene."""
 
     def read(self) -> UInt8[ndarray, "h w 3"]: ...
 
     def key(self) -> str:
-        """Names the content, for caches."""
+        """A hash of the content, for caches."""
 
     def size(self) -> tuple[float, float]:
         """Width and height."""
@@ -150,9 +148,9 @@ class File:
 class Pairs:
     """Columns of usable pairs, in the order of their source.
 
-    ``group`` is the same for rows that are the same two boxes of one picture, which an annotator may have given two
-    relations. ``size_known`` is False where neither a photo nor the file says how large the picture is: then ``size``
-    is the extent of the picture's boxes, a lower bound.
+    ``group`` is equal for rows with the same two boxes of one picture, which may be annotated with two relations.
+    ``size_known`` is False where neither a photo nor the file states the size of the picture: then ``size`` is the
+    extent of its boxes, a lower bound.
     """
 
     ids: list[str]
@@ -173,14 +171,14 @@ class Pairs:
 
     @property
     def has_photo(self) -> Bool[ndarray, " n"]:
-        """Whether there are pixels of each pair."""
+        """Whether each pair has a photo."""
         return np.array([image in self.photos for image in self.image], dtype=bool)
 
     def take(self, positions: Sequence[int] | Int[ndarray, " m"]) -> Pairs:
         """Some of the pairs."""
         at = np.asarray(positions, dtype=np.int64)
 
-        def chosen(column: list[Any]) -> list[Any]:
+        def chosen(column: list[T]) -> list[T]:
             return [column[i] for i in at]
 
         image = chosen(self.image)
@@ -223,8 +221,8 @@ def collect_pairs(
 ) -> Pairs:
     """The pairs whose boxes and relation can be used; all others are counted in ``rejections``.
 
-    A row is turned away for a predicate that is none of the ten relations (or none of ``relations``), a box without
-    area or wholly outside the picture, a row that was there before and, with ``photos_required``, a missing photo.
+    A row is rejected for a predicate that is none of the ten relations (or none of ``relations``), a box without area
+    or outside the picture, a repetition of an earlier row and, with ``photos_required``, a missing photo.
     Boxes that cross the border are cut at it, and ``notes`` counts those that cross it by more than 2 pixels.
     """
     rows = list(triples)
@@ -272,26 +270,26 @@ def collect_pairs(
 def _extents(
     rows: Sequence[Triple], photos: Mapping[str, Photo]
 ) -> dict[str, tuple[tuple[float, float], bool]]:
-    """Width and height of every picture, and whether they are known or the extent of its boxes."""
-    found: dict[str, tuple[tuple[float, float], bool]] = {}
+    """Width and height of every picture, and whether they are known; else they are the extent of its boxes."""
+    known: dict[str, tuple[tuple[float, float], bool]] = {}
     reach: dict[str, list[float]] = {}
     for row in rows:
-        if row.image not in found:
+        if row.image not in known:
             photo = photos.get(row.image)
             if photo is not None:
-                found[row.image] = (photo.size(), True)
+                known[row.image] = (photo.size(), True)
             elif row.size is not None and min(row.size) > 0:
-                found[row.image] = (row.size, True)
-        if row.image not in found:
+                known[row.image] = (row.size, True)
+        if row.image not in known:
             far = reach.setdefault(row.image, [1.0, 1.0])
             for box in (row.subject_box, row.object_box):
                 if np.isfinite(box).all():
                     far[0], far[1] = max(far[0], box[2]), max(far[1], box[3])
-    return found | {name: ((far[0], far[1]), False) for name, far in reach.items()}
+    return known | {name: ((far[0], far[1]), False) for name, far in reach.items()}
 
 
 def _fit(box: Box, width: float, height: float) -> tuple[str, Box]:
-    """What is wrong with a box ("" where nothing is), and the part of it inside the picture."""
+    """The problem of a box ("" for none), and its part inside the picture."""
     if not np.isfinite(box).all():
         return "box is no numbers", box
     left, top, right, bottom = (float(value) for value in box)

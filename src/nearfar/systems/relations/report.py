@@ -5,14 +5,13 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 from numpy import ndarray
 
 from nearfar.errors import NearfarError
-from nearfar.systems.relations.evaluation import FUSED, PAIR, Judged, Predictions, confusion, differences
+from nearfar.systems.relations.evaluation import FUSED, PAIR, Predictions, Scores, confusion, differences
 from nearfar.systems.relations.records import Pairs
 from nearfar.training.sections import Picture, Section, Table
 
@@ -27,21 +26,21 @@ _RIGHT, _WRONG = 2, 2  # shown of each relation
 def examples(
     pairs: Pairs,
     truth: Int[ndarray, " n"],
-    said: Int[ndarray, " n"],
+    predicted: Int[ndarray, " n"],
     relations: tuple[str, ...],
     seed: int = 0,
 ) -> list[Picture]:
-    """Of every relation a few pairs that were told rightly and a few that were not; those with a photo first."""
+    """A few right and a few wrong predictions of every relation; pairs with a photo first."""
     rng = np.random.default_rng([seed, len(pairs)])
     photo = pairs.has_photo
     shown: list[Picture] = []
     for c in range(len(relations)):
         for right, most in ((True, _RIGHT), (False, _WRONG)):
-            at = np.flatnonzero((truth == c) & ((said == truth) == right))
+            at = np.flatnonzero((truth == c) & ((predicted == truth) == right))
             at = rng.permutation(at)
             for i in at[np.argsort(~photo[at], kind="stable")][:most]:
                 words = f"{pairs.subject[i]} — {relations[c]} — {pairs.object[i]}"
-                verdict = "right" if right else f"said: {relations[int(said[i])]}"
+                verdict = "right" if right else f"predicted: {relations[int(predicted[i])]}"
                 shown.append(Picture(pair_picture(pairs, int(i)), f"{words} · {verdict}"))
     return shown
 
@@ -54,11 +53,10 @@ def pair_picture(pairs: Pairs, i: int) -> bytes:
     scale = _SIDE / max(width, height)
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
     canvas = Image.new("RGB", size, (232, 234, 238))
-    photo: Any = pairs.photos.get(pairs.image[i])
+    photo = pairs.photos.get(pairs.image[i])
     if photo is not None:
-        with suppress(
-            NearfarError
-        ):  # damaged: it is listed among the rejections, and its boxes are shown on grey
+        # A damaged photo is listed among the rejections; its boxes are shown on grey.
+        with suppress(NearfarError):
             canvas = Image.fromarray(photo.read()).resize(size)
     draw = ImageDraw.Draw(canvas)
     for box, colour, name in (
@@ -74,25 +72,25 @@ def pair_picture(pairs: Pairs, i: int) -> bytes:
     return buffer.getvalue()
 
 
-def sections(pairs: Pairs, found: Predictions, judged: Judged) -> list[Section]:
+def sections(pairs: Pairs, predictions: Predictions, scores: Scores) -> list[Section]:
     """Sections for ``report.html``."""
-    relations = list(found.relations)
-    said = found.said()[FUSED]
+    relations = list(predictions.relations)
+    classes = predictions.classes()[FUSED]
     shown = [
         Section(
             "Is it the views, or the boxes alone?",
-            "The same probe on the fused embedding and on what it is made of. Differences are paired, and their "
+            "The same probe on the fused embedding and on its parts. Differences are paired, and their "
             "intervals are over pictures.",
-            [_controls(judged, prefix) for prefix in _kinds(judged)] + [_differences(judged)],
+            [_controls(scores, prefix) for prefix in _kinds(scores)] + [_differences(scores)],
         ),
         Section(
-            "Which relation is taken for which",
-            "Rows are what is true, columns what the fused probe said.",
-            [_confusion(found.truth, said, relations)],
+            "Confusion of relations",
+            "Rows are true relations, columns those that the fused probe predicts.",
+            [_confusion(predictions.truth, classes, relations)],
         ),
     ]
-    if PAIR in judged.estimates:
-        e = judged.estimates[PAIR]
+    if PAIR in scores.estimates:
+        e = scores.estimates[PAIR]
         row = [
             "own partner is nearest",
             e.value,
@@ -104,13 +102,13 @@ def sections(pairs: Pairs, found: Predictions, judged: Judged) -> list[Section]:
         ]
         shown.append(
             Section(
-                "Pair retrieval: another question",
+                "Pair retrieval: a different question",
                 "Which of a batch of pairs of boxes belongs to these crops? An encoder that knows the relation and "
-                "nothing else is bad at this, so that its number stands in no column with the probe's.",
+                "nothing else is bad at this, so that its number cannot be compared with the probe's.",
                 [Table(["", "share", "low", "high", "chance", "candidates", "pairs"], [row])],
             )
         )
-    pictures = examples(pairs, found.truth, said, tuple(relations))
+    pictures = examples(pairs, predictions.truth, classes, tuple(relations))
     shown.append(
         Section(
             "Pairs", "Subject red, object blue; up to two right and two wrong of each relation.", (), pictures
@@ -119,11 +117,11 @@ def sections(pairs: Pairs, found: Predictions, judged: Judged) -> list[Section]:
     return shown
 
 
-def _kinds(judged: Judged) -> list[str]:
-    return [prefix for prefix in ("", "with_photo/") if f"{prefix}{FUSED}" in judged.estimates]
+def _kinds(scores: Scores) -> list[str]:
+    return [prefix for prefix in ("", "with_photo/") if f"{prefix}{FUSED}" in scores.estimates]
 
 
-def _controls(judged: Judged, prefix: str) -> Table:
+def _controls(scores: Scores, prefix: str) -> Table:
     names = {
         "fused embedding, RBF-SVM": FUSED,
         "fused embedding, linear": "linear_probe/accuracy",
@@ -134,27 +132,27 @@ def _controls(judged: Judged, prefix: str) -> Table:
         "pixels alone": "visual_only/accuracy",
         "names alone": "categories_only/accuracy",
     }
-    rows: list[list[Any]] = []
+    rows: list[list[object]] = []
     for words, metric in names.items():
-        e = judged.estimates.get(f"{prefix}{metric}")
+        e = scores.estimates.get(f"{prefix}{metric}")
         if e is not None:
             rows.append([words, e.value, e.low, e.high])
-    e = judged.estimates[f"{prefix}{FUSED}"]
+    e = scores.estimates[f"{prefix}{FUSED}"]
     rows.append(["always the most frequent relation", e.chance, None, None])
     which = "pairs with a photo" if prefix else "all pairs"
     return Table(["", "accuracy", "low", "high"], rows, f"{which}: {e.protocol['pairs']} in {e.n} pictures")
 
 
-def _differences(judged: Judged) -> Table:
+def _differences(scores: Scores) -> Table:
     rows = [
         [f"fused − {row['minus']}", row["pairs"], row["difference"], row["low"], row["high"], row["verdict"]]
-        for prefix in _kinds(judged)
-        for row in differences(judged, prefix)
+        for prefix in _kinds(scores)
+        for row in differences(scores, prefix)
     ]
     return Table(["", "pairs", "difference in accuracy", "low", "high", "the fused probe is"], rows)
 
 
-def _confusion(truth: np.ndarray, said: np.ndarray, relations: Sequence[str]) -> Table:
-    table = confusion(said, truth, len(relations))
+def _confusion(truth: np.ndarray, predicted: np.ndarray, relations: Sequence[str]) -> Table:
+    table = confusion(predicted, truth, len(relations))
     rows = [[name, *counts.tolist()] for name, counts in zip(relations, table, strict=True)]
-    return Table(["true ↓ said →", *relations], rows, shaded=True)
+    return Table(["true ↓ predicted →", *relations], rows, shaded=True)

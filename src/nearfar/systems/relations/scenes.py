@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import UInt8
@@ -42,7 +42,7 @@ class _Pen:
         self.main, self.dark, self.light = (self._shade(base, f) for f in (1.0, 0.62, 1.25))
 
     @staticmethod
-    def _shade(base: Any, factor: float) -> Colour:
+    def _shade(base: ndarray, factor: float) -> Colour:
         r, g, b = (int(min(255, max(0, value * factor))) for value in base)
         return r, g, b
 
@@ -254,7 +254,7 @@ class _Pair:
 
 @dataclass(frozen=True)
 class Scene:
-    """One picture, drawn when it is asked for; (seed, number, held-out kinds or not, relations) determine it."""
+    """One picture, drawn when it is read; (seed, number, held-out kinds or not, relations) determine it."""
 
     seed: int
     number: int
@@ -291,7 +291,7 @@ def composed_scenes(
 ) -> tuple[list[Triple], dict[str, Photo]]:
     """``n`` scenes: their pairs, and pictures that are drawn when read.
 
-    ``fractions`` are the shares of val and test. Test scenes hold none but held-out kinds, all others none of them.
+    ``fractions`` are the shares of val and test. Test scenes have held-out kinds alone, all others none of them.
 
     >>> triples, photos = composed_scenes(10)
     >>> len(triples), len(photos), photos["scene 0"].read().shape
@@ -473,6 +473,6 @@ def _draw(pairs: Sequence[_Pair], rng: np.random.Generator) -> UInt8[ndarray, "h
                     (left, bottom - flat, right, bottom + flat // 2), fill=(0, 0, 0, 120)
                 )
             canvas = Image.alpha_composite(canvas, shade)
-            thing: Any = draw_thing(kind, right - left, bottom - top, rng)
+            thing = draw_thing(kind, right - left, bottom - top, rng)
             canvas.alpha_composite(thing, (max(left, 0), max(top, 0)))
     return np.asarray(canvas.convert("RGB"))

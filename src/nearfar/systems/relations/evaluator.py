@@ -1,0 +1,191 @@
+"""Evaluation of embeddings during training: probes and their controls, pair retrieval, predictions of every pair."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+from numpy import ndarray
+from torch import Tensor
+
+from nearfar.metrics import Estimate
+from nearfar.systems.relations.data import RelationData
+from nearfar.systems.relations.dataset import RelationBatch, RelationDataset
+from nearfar.systems.relations.evaluation import PAIR, Predictions, Scores, pair_retrieval, score_predictions
+from nearfar.systems.relations.model import RelationModel
+from nearfar.systems.relations.options import RelationOptions
+from nearfar.systems.relations.probe import (
+    FUSED,
+    LINEAR,
+    Blocks,
+    blocks_of,
+    probe_inputs,
+    probe_scores,
+    sample_rows,
+)
+from nearfar.training.system import Evaluation
+
+__all__ = ["Evaluator"]
+
+
+#: a model's embeddings of a batch, by view
+Embed = Callable[[RelationModel, RelationBatch], Mapping[str, Tensor]]
+_CHUNK = 2048  # training rows embedded at a time
+_PAIRS_AFTER_EPOCH = 480  # pairs of pair retrieval after each epoch; the final evaluation takes all
+
+
+class Evaluator:
+    """Evaluates the embeddings of the splits, and keeps predictions and scores of the final evaluation of each.
+
+    Args:
+        config: the options of the run.
+        data: the pairs.
+        datasets: the same by split, as batches see them.
+        embed: a model's embeddings of a batch.
+    """
+
+    def __init__(
+        self,
+        config: RelationOptions,
+        data: RelationData,
+        datasets: Mapping[str, RelationDataset],
+        embed: Embed,
+    ) -> None:
+        self.config, self.data, self.datasets, self.embed = config, data, datasets, embed
+        self.label = datasets["train"].label.numpy()
+        self.constant = int(np.bincount(self.label).argmax())
+        self.predictions: dict[str, Predictions] = {}
+        self.scores: dict[str, Scores] = {}
+        self._retrieval_size = self._smallest_split()
+        self._at: ndarray
+        self._train: Blocks = {}
+        self._untrained: dict[str, Blocks] = {}
+        self._hashes: dict[str, str] = {}  # of the splits: needed after every epoch
+
+    def _smallest_split(self) -> int:
+        """Pairs in a batch of pair retrieval: one size in every split, so that their chance is the same."""
+        evaluated = [d for name, d in self.datasets.items() if name != "train"]
+        second = [
+            np.ones(len(d), bool) if d.names is not None and d.visual is None else d.has_pixels.numpy()
+            for d in evaluated
+        ]
+        return min(int(self.config.batch_size), *(int(rows.sum()) for rows in second), len(second[0]))
+
+    # -- before ----------------------------------------------------------------------------------------------
+    def embed_train(
+        self, model: RelationModel, split: str, final: bool, untrained_model: Callable[[], RelationModel]
+    ) -> None:
+        """Embed the training pairs on which probes are fitted; for the final evaluation also by an untrained model."""
+        self._at = sample_rows(self.label, self.config.probe_rows if final else self.config.monitor_rows)
+        self._train = self._embedded(model, "train", self._at)
+        if final and self._is_last(split):
+            untrained = untrained_model().to(next(model.parameters()).device).eval()
+            every = np.arange(len(self.datasets[split]))
+            self._untrained = {
+                "train": self._embedded(untrained, "train", self._at),
+                split: self._embedded(untrained, split, every),
+            }
+
+    @torch.no_grad()
+    def _embedded(self, model: RelationModel, split: str, at: ndarray) -> Blocks:
+        dataset, device = self.datasets[split], next(model.parameters()).device
+        parts: list[dict[str, Tensor]] = []
+        for start in range(0, len(at), _CHUNK):
+            batch = dataset.__getitems__(at[start : start + _CHUNK].tolist()).to(device)
+            parts.append({name: view.float().cpu() for name, view in self.embed(model, batch).items()})
+        outputs = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        return blocks_of(dataset, outputs, at)
+
+    def _is_last(self, split: str) -> bool:
+        """Whether this is the reported split."""
+        return split == "test" or "test" not in self.data.splits
+
+    # -- scores ----------------------------------------------------------------------------------------------
+    def evaluate(self, outputs: Mapping[str, Tensor], split: str, final: bool) -> Evaluation:
+        """Probe accuracy, with its controls when ``final``, and pair retrieval."""
+        part, label = self.data.splits[split], self.data.labels(split)
+        scores = self._probe_scores(outputs, split, final)
+        result = self._score(
+            {metric: of_metric.argmax(axis=1) for metric, of_metric in scores.items()}, split, final
+        )
+        pair = self._pair_retrieval(outputs, split, final)
+        if pair is not None:
+            result.estimates[PAIR], result.per_image[PAIR] = pair
+        if final:
+            has_pixels = self.datasets[split].has_pixels.numpy()
+            self.predictions[split] = Predictions(
+                part.ids, part.image, label, has_pixels, self.data.relations, scores
+            )
+            self.scores[split] = result
+        majority = float((label == self.constant).mean())
+        # Only of the probes: controls may well be no better than the majority.
+        baselines = {metric: majority for metric in (FUSED, LINEAR) if metric in result.estimates}
+        return Evaluation(split, result.estimates, result.images, result.per_image, {"baselines": baselines})
+
+    def _probe_scores(self, outputs: Mapping[str, Tensor], split: str, final: bool) -> dict[str, ndarray]:
+        """Each probe's scores of every pair."""
+        blocks = blocks_of(self.datasets[split], outputs, np.arange(len(self.data.splits[split])))
+        label, count = self.label[self._at], len(self.data.relations)
+        wanted = probe_inputs(list(blocks), self.config.keep_inputs)
+        scores = {LINEAR: probe_scores("linear", self._train, blocks, wanted[FUSED], label, count)}
+        if not final:
+            return scores
+        # Controls only for the split that is reported.
+        reported = wanted if self._is_last(split) else {FUSED: wanted[FUSED]}
+        for metric, names in reported.items():
+            first, second = self._train, blocks
+            if metric.startswith("untrained"):
+                first, second = self._untrained["train"], self._untrained[split]
+            scores[metric] = probe_scores("rbf", first, second, names, label, count)
+        return scores
+
+    def _score(self, predicted: Mapping[str, ndarray], split: str, final: bool) -> Scores:
+        part, label, relations = self.data.splits[split], self.data.labels(split), self.data.relations
+        order = [FUSED, LINEAR, *predicted]
+        ordered = {metric: predicted[metric] for metric in dict.fromkeys(order) if metric in predicted}
+        has_pixels, every = self.datasets[split].has_pixels.numpy(), np.ones(len(part), bool)
+        parts = {"": every} | (
+            {"with_photo/": has_pixels} if final and has_pixels.any() and not has_pixels.all() else {}
+        )
+        scores = Scores(list(dict.fromkeys(part.image)), {}, {})
+        for prefix, rows in parts.items():
+            part_scores = score_predictions(
+                {prefix + metric: classes for metric, classes in ordered.items()},
+                label,
+                part.image,
+                relations,
+                self.constant,
+                detailed=(FUSED, LINEAR) if final else (),
+                split=self._hash(split),
+                bootstrap=self.config.bootstrap if final else 0,
+                rows=rows,
+            )
+            scores.estimates |= part_scores.estimates
+            scores.per_image |= part_scores.per_image
+        return scores
+
+    def _pair_retrieval(
+        self, outputs: Mapping[str, Tensor], split: str, final: bool
+    ) -> tuple[Estimate, ndarray] | None:
+        second = "visual" if "visual" in outputs else "names" if "names" in outputs else None
+        if second is None:
+            return None
+        part = self.data.splits[split]
+        rows = self.datasets[split].has_pixels.numpy() if second == "visual" else np.ones(len(part), bool)
+        if not final:  # enough for a curve
+            rows = rows & (np.cumsum(rows) <= _PAIRS_AFTER_EPOCH)
+        return pair_retrieval(
+            outputs["spatial"],
+            outputs[second],
+            rows,
+            part.image,
+            self._retrieval_size,
+            split=self._hash(split),
+            bootstrap=self.config.bootstrap if final else 0,
+        )
+
+    def _hash(self, split: str) -> str:
+        if split not in self._hashes:
+            self._hashes[split] = self.data.content_hash(split)
+        return self._hashes[split]
