@@ -282,7 +282,7 @@ def _objective(folder: RunFolder) -> float:
 def launch(arguments: Sequence[str]) -> None:
     """``nearfar train …``: check every run, then let Hydra carry out the job or the sweep.
 
-    A run of several processes is started anew as so many (``training/restart.py``), unless this is one of them.
+    A run of several processes is started anew as so many (``training/ranks.py``), unless this is one of them.
     """
     try:
         ranks.start()
