@@ -25,8 +25,8 @@ from nearfar.models.detection.detector import corners, generalized_iou, iou, to_
 from nearfar.models.detection.network import SmallDetector
 from nearfar.models.image import build_image_encoder
 from nearfar.systems import build_system, check_config
-from nearfar.systems.detector.data import DetectionDataset, read_splits
-from nearfar.systems.detector.dataset import View, make_view
+from nearfar.systems.detector.data import read_splits
+from nearfar.systems.detector.dataset import DetectionDataset, View, make_view
 from nearfar.systems.detector.model import load_detector
 from nearfar.training.checkpoint import Checkpoint
 from nearfar.training.run_folder import RunFolder

@@ -19,10 +19,12 @@ from nearfar.metrics.detection import Boxes, Change, detection_change, detection
 from nearfar.models.detection import Detector, DetectorOutput, Target
 from nearfar.systems import check_config
 from nearfar.systems.detector.scenes import make_scene, scenes_folder
-from nearfar.systems.fair_detection.evaluation import chosen, gap_closed, judge, ordered, panel, shuffled
+from nearfar.systems.fair_detection.evaluation import gap_closed, gap_verdict, ordered
+from nearfar.systems.fair_detection.frozen import chosen, shuffled
 from nearfar.systems.fair_detection.model import FairModel, PerturbationGenerator, perturbed
 from nearfar.systems.fair_detection.objective import FairObjective, picture_scores
 from nearfar.systems.fair_detection.options import epsilon_schedule, term_weights
+from nearfar.systems.fair_detection.report import panel
 
 GROUPS = ("faint", "clear")
 
@@ -83,7 +85,7 @@ def test_weights_of_the_losses() -> None:
         (["bootstrap=20"], "at least 100 resamples"),
         (["head_norm=group"], "no such choice"),
         (["data.dir=.", "data.group_key=null"], "data.group_key=null"),
-        (["data.scenes.faint_share=1.0"], "data.faint_share=1.0 is out of range"),
+        (["data.scenes.faint_share=1.0"], "data.scenes.faint_share=1.0 is out of range"),
     ],
 )
 def test_wrong_options_are_refused(overrides: list[str], message: str) -> None:
@@ -273,7 +275,7 @@ def verdict(before: Any, after: Any) -> tuple[bool, str]:
 
     changes = detection_change(before, after, "AP", resamples=400)
     clean, _ = detection_estimates(before, resamples=400)
-    return judge(changes, clean["AP/gap"], GROUPS)
+    return gap_verdict(changes, clean["AP/gap"], GROUPS)
 
 
 def test_verdicts() -> None:
@@ -314,11 +316,11 @@ def test_a_small_gain_is_no_goal() -> None:
     from nearfar.metrics import Estimate
 
     clean = Estimate(0.2, 0.1, 0.3, 0.0, 100, False, "AP/gap", {})
-    reached, words = judge(changes, clean, GROUPS)
+    reached, words = gap_verdict(changes, clean, GROUPS)
     assert not reached
     assert "by less than 15%" in words
     changes["AP/gap"] = change(0.2, 0.18, 0.03)
-    assert "what changed is common to both groups" in judge(changes, clean, GROUPS)[1]
+    assert "what changed is common to both groups" in gap_verdict(changes, clean, GROUPS)[1]
 
 
 # -- pictures ------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from sklearn.linear_model import Ridge
 
 from nearfar.errors import NearfarError
 from nearfar.metrics import paired_difference
-from nearfar.systems.tissue.expression import (
+from nearfar.systems.tissue.evaluation import (
     correlation_values,
     pearson,
     pearson_estimate,

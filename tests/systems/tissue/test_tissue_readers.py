@@ -20,7 +20,7 @@ from nearfar.config.compose import compose_config, path_options, quote_paths
 from nearfar.errors import NearfarError
 from nearfar.systems import check_config
 from nearfar.systems.tissue.shard_dataset import read_shards
-from nearfar.systems.tissue.shards import ShardOptions, Written, write_shards
+from nearfar.systems.tissue.shards import ShardOptions, WriteResult, write_shards
 from tissue_files import GENES, picture, plain_strings, slide_data, slide_of, write_h5ad, write_outs, write_st
 
 pytestmark = pytest.mark.slow  # real runs
@@ -39,7 +39,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
         yield
 
 
-def shards_of(folder: Path, out: str = "out", **more: Any) -> Written:
+def shards_of(folder: Path, out: str = "out", **more: Any) -> WriteResult:
     chosen = {"patch": 32, "pixels": 16, "genes": None, "neighbors": 3, "values": "counts", **more}
     return write_shards(folder, folder.parent / out, ShardOptions(**chosen))
 

@@ -29,9 +29,9 @@ from nearfar.systems.tissue.records import Tissue, joined, neighbor_scale, spati
 from nearfar.systems.tissue.shard_dataset import read_shards
 from nearfar.systems.tissue.shard_index import ShardWriter, read_index, read_splits, samples
 from nearfar.systems.tissue.shards import ShardOptions, write_shards
-from nearfar.systems.tissue.shards_from_arrays import write_tissue
+from nearfar.systems.tissue.slide_folder import write_tissue
 from nearfar.systems.tissue.slide_image import decode_jpeg, encode_jpeg
-from nearfar.systems.tissue.slide_splits import divide, patients_of
+from nearfar.systems.tissue.slide_splits import draw_splits, patients_of
 from nearfar.systems.tissue.slides import find_slides
 from tissue_files import GENES, picture, slide_of, write_h5ad, write_st, write_tiled_tiff
 
@@ -422,20 +422,20 @@ def test_division_by_slide_and_patient() -> None:
     slides = [f"{who}{number}" for who in "ABCDEFGH" for number in (1, 2, 3)]
     patients = {name: name[0] for name in slides}
     with pytest.raises(NearfarError, match="share 1 patient"):
-        divide(slides, patients, test=["A1"], by="patient")
+        draw_splits(slides, patients, test=["A1"], by="patient")
     for seed in range(5):
-        splits = divide(slides, patients, val_fraction=0.25, test_fraction=0.25, by="patient", seed=seed)
+        splits = draw_splits(slides, patients, val_fraction=0.25, test_fraction=0.25, by="patient", seed=seed)
         who = {split: {patients[name] for name in names} for split, names in splits.items()}
         assert [len(who[split]) for split in ("train", "val", "test")] == [4, 2, 2]
         assert not who["train"] & who["val"] | who["val"] & who["test"] | who["train"] & who["test"]
         assert sorted(name for names in splits.values() for name in names) == slides
-        assert splits == divide(
+        assert splits == draw_splits(
             slides, patients, val_fraction=0.25, test_fraction=0.25, by="patient", seed=seed
         )
     with pytest.raises(NearfarError, match="none is left to train on"):
-        divide(["A1"], {"A1": "A"}, test=["A1"])
+        draw_splits(["A1"], {"A1": "A"}, test=["A1"])
     with pytest.raises(NearfarError, match="give one of the two"):
-        divide(slides, patients, test=["A1"], test_fraction=0.5)
+        draw_splits(slides, patients, test=["A1"], test_fraction=0.5)
 
 
 def test_patients_from_a_table_a_rule_or_the_files(tmp_path: Path) -> None:
@@ -456,7 +456,7 @@ def test_patients_from_a_table_a_rule_or_the_files(tmp_path: Path) -> None:
 
 def test_reading_gives_what_was_written(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    tissue = read_shards(shards, ["B.1", "A1"], told=seen.append)
+    tissue = read_shards(shards, ["B.1", "A1"], progress=seen.append)
     assert seen == [20, 20]
     assert tissue.slide_names == ["A1", "B.1"]
     for slide in (0, 1):

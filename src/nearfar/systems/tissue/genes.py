@@ -52,8 +52,8 @@ def common_genes(slides: Mapping[str, Sequence[str]]) -> list[str]:
         NearfarError: none is common, with the slide that shares least with the others.
     """
     every = [set(genes) for genes in slides.values()]
-    found = sorted(set.intersection(*every)) if every else []
-    if not found:
+    common = sorted(set.intersection(*every)) if every else []
+    if not common:
         names = list(slides)
         shared = [sum(len(own & other) for other in every) - len(own) for own in every]
         least = names[int(np.argmin(shared))]
@@ -61,7 +61,7 @@ def common_genes(slides: Mapping[str, Sequence[str]]) -> list[str]:
             f"no gene is named in all {len(names)} slides; {least} shares least with the others. Are genes named by "
             f"symbol here and by Ensembl id there? First of {least}: {', '.join(list(slides[least])[:3])}."
         )
-    return found
+    return common
 
 
 def variable_genes(sums: Mapping[str, GeneSums], count: int, among: Sequence[str] | None = None) -> list[str]:
