@@ -33,6 +33,14 @@ def config(*overrides: str) -> Any:
     return check_config(compose_config(["experiment=fair_detection", *overrides]))
 
 
+def test_the_notes_names_of_the_shares_stand_for_them() -> None:
+    named = config("top_k_percent=0.3", "bottom_k_percent=0.2")
+    assert (named.top_fraction, named.bottom_fraction) == (0.3, 0.2)
+    own = config("top_fraction=0.3", "bottom_fraction=0.2")
+    assert repr(FairObjective(own).contrastive) == repr(FairObjective(named).contrastive)
+    assert repr(FairObjective(own).contrastive) != repr(FairObjective(config()).contrastive)
+
+
 # -- generator -----------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(("height", "width", "levels"), [(32, 32, 3), (30, 45, 3), (17, 9, 4), (8, 8, 1)])
 def test_a_perturbation_is_bounded_and_has_the_pictures_size(height: int, width: int, levels: int) -> None:

@@ -53,8 +53,8 @@ class FairObjective:
         kind = BidirectionalScoreContrastiveLoss if config.bidirectional else AdaptiveScoreContrastiveLoss
         self.contrastive = kind(
             config.temperature,
-            config.top_k_percent,
-            config.bottom_k_percent,
+            config.top_fraction,
+            config.bottom_fraction,
             config.min_samples,
             config.middle,
             config.detach_positives,
