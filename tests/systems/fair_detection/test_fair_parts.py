@@ -109,14 +109,14 @@ def test_only_the_contrast_tells_the_groups_apart() -> None:
     assert spread[1] / spread[0] == pytest.approx(0.35, abs=0.02)
     excess = {}
     for haze in (1.0, 0.35):
-        found = []
+        contrasts = []
         for seed in range(20):
             picture, (left, top, width, height) = make_scene(np.random.default_rng(seed), 64, 0.3, haze)
             # The trunk: the middle of the box a third from its top.
             row, column = int(top + 0.35 * height), int(left + 0.5 * width)
             inside = picture[row - 1 : row + 2, column - 1 : column + 2].mean((0, 1)) / 255
-            found.append(np.abs(inside - np.median(picture, (0, 1)) / 255).mean())
-        excess[haze] = np.median(found)
+            contrasts.append(np.abs(inside - np.median(picture, (0, 1)) / 255).mean())
+        excess[haze] = np.median(contrasts)
     assert 0.2 < excess[1.0] < 0.4
     assert excess[0.35] / excess[1.0] == pytest.approx(0.35, abs=0.05)
 
@@ -167,16 +167,16 @@ def test_values_are_those_of_the_losses() -> None:
     pixels, lower = torch.rand(7, 3, 8, 8), torch.tensor([1, 0, 1, 0, 1, 0, 0])
     output = detector(pixels)
     objective = FairObjective(config())
-    found = objective(model, detector, output, whole(7), lower)
+    losses = objective(model, detector, output, whole(7), lower)
     scores = torch.stack([p[0, 0] for p in output.logits.softmax(-1)])
-    torch.testing.assert_close(found.scores, scores)
+    torch.testing.assert_close(losses.scores, scores)
     expected = {
         "contrastive": AdaptiveScoreContrastiveLoss()(model.head(output.features[:, 0]), scores),
         "wasserstein": WassersteinGapLoss()(scores[lower == 1], scores[lower == 0]),
         "detection": detector.set_loss(output, whole(7)),
     }
     for name, value in expected.items():
-        torch.testing.assert_close(found.values[name], value, msg=name)
+        torch.testing.assert_close(losses.values[name], value, msg=name)
     order = scores.argsort()
     assert sorted(objective.anchors(scores).tolist()) == sorted(order[:2].tolist())
     record = objective.record()
@@ -239,13 +239,13 @@ def detections(n: int, quality: np.ndarray, seed: int = 0) -> tuple[Boxes, Boxes
     true = np.tile([10.0, 10.0, 50.0, 50.0], (n, 1))
     shift = 20 * (1 - quality)[:, None] * rng.uniform(0.3, 1, (n, 1))
     zero, each = np.zeros(n, int), np.arange(n)
-    found = Boxes(true + shift, zero, each, scores=rng.uniform(size=n))
-    return found, Boxes(true, zero, each, group=each % 2)
+    predicted = Boxes(true + shift, zero, each, scores=rng.uniform(size=n))
+    return predicted, Boxes(true, zero, each, group=each % 2)
 
 
 def evidence(n: int, faint: float, clear: float) -> Any:
-    found, true = detections(n, np.where(np.arange(n) % 2 == 0, faint, clear))
-    return detection_evidence(found, true, n, GROUPS)
+    predicted, true = detections(n, np.where(np.arange(n) % 2 == 0, faint, clear))
+    return detection_evidence(predicted, true, n, GROUPS)
 
 
 @pytest.mark.parametrize(

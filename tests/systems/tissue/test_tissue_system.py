@@ -146,19 +146,19 @@ def test_a_spatial_target_in_random_batches_is_found_inert(tmp_path: Path) -> No
     assert plan["neighbor_mass"] < 0.01
     assert "target-inert" in {f["id"] for f in inert.read_json("doctor.json")["findings"]}
     system = prepared("sampler=spatial", *options)
-    said: list[str] = []
-    assert system.on_epoch(0, system.build_sampler(), said.append)["neighbors_in_batch"] > 0.9
-    assert not any("inert" in line for line in said)
+    messages: list[str] = []
+    assert system.on_epoch(0, system.build_sampler(), messages.append)["neighbors_in_batch"] > 0.9
+    assert not any("inert" in line for line in messages)
     system = prepared("sampler=random", *options)
-    system.on_epoch(0, system.build_sampler(), said.append)
-    assert "all but inert" in said[-1]
+    system.on_epoch(0, system.build_sampler(), messages.append)
+    assert "all but inert" in messages[-1]
 
 
 def test_the_share_of_neighbours_is_counted_as_the_loss_counts_it() -> None:
     system = prepared("sampler=spatial")
     sampler = system.build_sampler()
-    said: list[str] = []
-    record = system.on_epoch(0, sampler, said.append)
+    messages: list[str] = []
+    record = system.on_epoch(0, sampler, messages.append)
     model, shares, masses = system.build_model(), [], []
     for positions in sampler:
         batch = system.dataset("train").__getitems__(positions)
@@ -169,7 +169,7 @@ def test_the_share_of_neighbours_is_counted_as_the_loss_counts_it() -> None:
         masses += (weight / (1 + weight)).tolist()
     assert record["neighbors_in_batch"] == pytest.approx(np.mean(shares))
     assert record["neighbor_mass"] == pytest.approx(np.mean(masses), rel=1e-5)
-    assert f"{record['neighbors_in_batch']:.2%}" in said[0]
+    assert f"{record['neighbors_in_batch']:.2%}" in messages[0]
 
 
 def test_a_temperature_that_does_not_learn_is_that_of_the_options() -> None:
