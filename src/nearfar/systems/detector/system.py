@@ -198,7 +198,7 @@ class DetectorSystem(System[DetectionBatch, SmallDetector]):
         evidence = detection_evidence(predicted, true, len(data), data.groups)
         constant = constant_boxes(self.splits["train"], data)
         baseline = detection_evidence(constant, true, len(data), data.groups).statistics()
-        # A constant has a gap, too, but no small gap is better than another for being larger than that.
+        # A constant prediction has a gap, too, but it is no level that a gap should exceed.
         chance = {name: float(value[0]) for name, value in baseline.items() if not name.endswith("/gap")}
         estimates, per_item = detection_estimates(
             evidence,

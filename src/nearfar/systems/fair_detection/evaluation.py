@@ -137,8 +137,8 @@ def gap_verdict(
 ) -> tuple[bool, str]:
     """Whether the goal is reached, in words: the AP gap at least 15 % smaller, its change not 0, no group lower.
 
-    How much smaller is said of the gap's size; whether it changed at all, of the signed gap, whose direction was fixed
-    on other pictures: the interval of a size is no guide near a size of 0.
+    The relative change is that of the gap's size. Whether it changed at all is decided by the signed gap,
+    whose direction was fixed on other pictures: the interval of a size is no guide near a size of 0.
     """
     gap, size, common = changes["AP/gap"], changes["gap size"], changes["common mode"]
     each = {group: changes[f"AP/{group}"] for group in groups}

@@ -287,8 +287,8 @@ def retrieved_expression(
 ) -> Float[np.ndarray, "m g"]:
     """Mean ``expression`` of the ``k`` training spots whose embeddings ``genes`` are nearest to a patch's, by cosine.
 
-    >>> found = retrieved_expression(torch.eye(2), torch.eye(2), np.array([[1.0], [3.0]]), k=1)
-    >>> found.tolist()
+    >>> means = retrieved_expression(torch.eye(2), torch.eye(2), np.array([[1.0], [3.0]]), k=1)
+    >>> means.tolist()
     [[1.0], [3.0]]
     """
     if not 1 <= k <= len(genes):

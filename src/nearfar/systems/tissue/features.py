@@ -48,8 +48,8 @@ def color_statistics(patches: UInt8[np.ndarray, "n h w 3"]) -> Float[np.ndarray,
     a patch changes nothing.
 
     >>> pink = np.full((1, 8, 8, 3), (240, 150, 200), np.uint8)
-    >>> found = dict(zip(NAMES, color_statistics(pink)[0].astype(float).round(2).tolist()))
-    >>> found["red mean"], found["green sd"], found["eosin mean"] > found["haematoxylin mean"]
+    >>> color = dict(zip(NAMES, color_statistics(pink)[0].astype(float).round(2).tolist()))
+    >>> color["red mean"], color["green sd"], color["eosin mean"] > color["haematoxylin mean"]
     (0.94, 0.0, True)
     """
     if patches.ndim != 4 or patches.shape[3] != 3 or patches.dtype != np.uint8:

@@ -20,7 +20,7 @@ def normalized(
     """log(1 + counts / total · target_sum): counts as if every spot had ``target_sum`` of them.
 
     ``totals`` are over all genes that were measured, also those that have no column. No other spot enters, so that
-    nothing passes from one split to another.
+    no split influences a different one.
 
     >>> normalized(np.array([[1.0, 0.0]]), np.array([4.0]), 4.0).round(3).tolist()
     [[0.6930000185966492, 0.0]]

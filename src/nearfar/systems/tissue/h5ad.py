@@ -375,7 +375,7 @@ def _matrix(node: h5py.Group | h5py.Dataset, key: str, path: Path) -> csr_matrix
 
 
 def _inside(obs: pd.DataFrame, path: Path) -> np.ndarray:
-    """1 where a spot lies in tissue, 0 where not, -1 where nothing is said; all 1 without ``in_tissue``."""
+    """1 where a spot lies in tissue, 0 where not, -1 where the value is empty; all 1 without ``in_tissue``."""
     import pandas as pd
 
     if "in_tissue" not in obs:
