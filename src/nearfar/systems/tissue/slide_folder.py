@@ -86,7 +86,7 @@ class SlideFolder:
         other = sorted(existing - stems.keys())
         if other:
             raise NearfarError(
-                f"{self.path} holds shards of other slides ({', '.join(other[:5])}): take a different one, or remove it."
+                f"{self.path} has shards of other slides ({', '.join(other[:5])}): take a different one, or remove it."
             )
         for path in [*self.path.glob(".*.tmp"), *(self.path / "slides").glob(".*.tmp")]:
             path.unlink()
