@@ -26,7 +26,7 @@ from nearfar.systems.tissue.data import TissueDataset
 from nearfar.systems.tissue.records import Tissue, spatial_neighbors
 from nearfar.systems.tissue.shard_dataset import read_shards
 from nearfar.systems.tissue.shard_index import read_index
-from nearfar.systems.tissue.shards_from_arrays import write_tissue
+from nearfar.systems.tissue.slide_folder import write_tissue
 
 
 def generated(spots: int, pixels: int, genes: int, slides: int) -> Tissue:

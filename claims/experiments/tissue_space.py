@@ -25,7 +25,7 @@ from nearfar.losses import SpatialLoss
 from nearfar.metrics import retrieval_ranks
 from nearfar.models import ProjectionHead
 from nearfar.systems.tissue.data import Tissue
-from nearfar.systems.tissue.expression import pearson, retrieved_expression
+from nearfar.systems.tissue.evaluation import pearson, retrieved_expression
 from nearfar.systems.tissue.features import color_statistics
 from nearfar.systems.tissue.generated import generated_tissue
 

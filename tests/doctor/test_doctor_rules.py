@@ -21,7 +21,7 @@ SEEDS = range(5)
 AT_HOME = {
     "sampler=spatial": ["experiment=medium_spatial"],
     "loss.sum=outside": ["experiment=relations", "loss=supcon_inside"],
-    "top_k_percent=0.4 bottom_k_percent=0.4": ["experiment=fair_detection"],
+    "top_fraction=0.4 bottom_fraction=0.4": ["experiment=fair_detection"],
 }
 PAGE = Path(__file__).parents[2] / "docs" / "doctor.md"
 

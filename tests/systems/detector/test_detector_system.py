@@ -25,8 +25,8 @@ from nearfar.models.detection.detector import corners, generalized_iou, iou, to_
 from nearfar.models.detection.network import SmallDetector
 from nearfar.models.image import build_image_encoder
 from nearfar.systems import build_system, check_config
-from nearfar.systems.detector.data import DetectionDataset, read_splits
-from nearfar.systems.detector.dataset import View, make_view
+from nearfar.systems.detector.data import read_splits
+from nearfar.systems.detector.dataset import DetectionDataset, View, make_view
 from nearfar.systems.detector.model import load_detector
 from nearfar.training.checkpoint import Checkpoint
 from nearfar.training.run_folder import RunFolder
@@ -149,11 +149,11 @@ def test_set_loss_is_that_of_transformers(seed: int) -> None:
 
     output, targets = random_output(seed)
     theirs = ImageLoss(HungarianMatcher(1, 5, 2), 4, 0.1, ["labels", "boxes"]).double()
-    found = theirs(
+    reference = theirs(
         {"logits": output.logits, "pred_boxes": output.boxes},
         [{"class_labels": t.labels, "boxes": t.boxes} for t in targets],
     )
-    expected = found["loss_ce"] + 5 * found["loss_bbox"] + 2 * found["loss_giou"]
+    expected = reference["loss_ce"] + 5 * reference["loss_bbox"] + 2 * reference["loss_giou"]
     assert float(SetLoss()(output, targets).detach()) == pytest.approx(float(expected.detach()), rel=1e-9)
 
 
@@ -246,12 +246,12 @@ def test_detections_are_in_pixels_and_in_order() -> None:
     detector = tiny().freeze()
     with torch.no_grad():
         output = detector(torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(1)))
-    found = detector.detections(output, [(640, 960)])[0]
-    assert len(found) == 5
-    assert (found.scores[:-1] >= found.scores[1:]).all()
+    detections = detector.detections(output, [(640, 960)])[0]
+    assert len(detections) == 5
+    assert (detections.scores[:-1] >= detections.scores[1:]).all()
     expected = corners(output.boxes[0]).clamp(0, 1) * torch.tensor([960.0, 640, 960, 640])
-    assert {tuple(row) for row in found.boxes.tolist()} == {tuple(row) for row in expected.tolist()}
-    some = float(found.scores[2])
+    assert {tuple(row) for row in detections.boxes.tolist()} == {tuple(row) for row in expected.tolist()}
+    some = float(detections.scores[2])
     assert len(detector.detections(output, [(640, 960)], score_threshold=some)[0]) == 3
     assert detector.label("dog") == 1
     with pytest.raises(NearfarError, match="did you mean 'dog'"):
@@ -389,14 +389,14 @@ def options(folder: Path, **changes: Any) -> Any:
 
 def test_splits_by_the_files_that_are_there(tmp_path: Path) -> None:
     write(tmp_path, "train", 40)
-    said: list[str] = []
-    one = read_splits(options(tmp_path, val_fraction=0.25), said.append)
+    messages: list[str] = []
+    one = read_splits(options(tmp_path, val_fraction=0.25), messages.append)
     assert {name: len(split) for name, split in one.items()} == {"train": 22, "val": 8, "test": 10}
-    assert "there is one file" in said[0]
+    assert "there is one file" in messages[0]
     assert [sum(i.group == g for i in one["test"].images) for g in (0, 1)] == [5, 5]
     assert len({*one["train"].ids, *one["val"].ids, *one["test"].ids}) == 40
     write(tmp_path, "val", 12)
-    two = read_splits(options(tmp_path, val_fraction=0.25), said.append)
+    two = read_splits(options(tmp_path, val_fraction=0.25), messages.append)
     assert {name: len(split) for name, split in two.items()} == {"train": 30, "val": 10, "test": 12}
     assert two["test"].ids == read_coco(tmp_path / "val.json").ids
     assert read_splits(options(tmp_path, val_fraction=0.25, split_seed=1))["val"].ids != two["val"].ids
@@ -415,10 +415,10 @@ def test_splits_by_files_that_are_named(tmp_path: Path) -> None:
     config: Any = check_config(
         compose_config(["experiment=detector", *SMALL, *files, "data.val_fraction=0.25"])
     )
-    said: list[str] = []
-    splits = read_splits(config.data, said.append)
+    messages: list[str] = []
+    splits = read_splits(config.data, messages.append)
     assert {name: len(split) for name, split in splits.items()} == {"train": 16, "val": 4, "test": 12}
-    assert any("no file for val: 25%" in line for line in said)
+    assert any("no file for val: 25%" in line for line in messages)
     (tmp_path / "a" / "images").rename(tmp_path / "elsewhere")
     with pytest.raises(NearfarError, match=r"data\.images=FOLDER"):
         read_splits(config.data)
@@ -438,12 +438,12 @@ def test_pictures_of_one_name_in_two_folders_are_no_leak_and_copies_are_said(tmp
         for picture in (tmp_path / split / "images").iterdir():
             picture.rename(tmp_path / split / picture.name)
     shutil.copy(tmp_path / "train" / "p1.png", tmp_path / "valid" / "p2.png")
-    said: list[str] = []
-    splits = read_splits(options(tmp_path), said.append)
+    messages: list[str] = []
+    splits = read_splits(options(tmp_path), messages.append)
     assert {name: len(split) for name, split in splits.items()} == {"train": 12, "val": 12, "test": 12}
     assert splits["train"].ids == splits["test"].ids
     assert splits["train"].files != splits["test"].files
-    assert said == [
+    assert messages == [
         "train and val: 1 pictures of the second are byte for byte in the first, too: a leak, if they are copies"
     ]
 
@@ -457,10 +457,10 @@ def test_what_train_knows_nothing_of_is_said(tmp_path: Path) -> None:
     content["annotations"][0]["category_id"] = 2
     content["images"][3]["sex"] = "other"
     path.write_text(json.dumps(content))
-    said: list[str] = []
-    splits = read_splits(options(tmp_path, category="null"), said.append)
+    messages: list[str] = []
+    splits = read_splits(options(tmp_path, category="null"), messages.append)
     assert splits["test"].categories == ("person",)
-    assert [line.split(": ", 2)[2] for line in said] == [
+    assert [line.split(": ", 2)[2] for line in messages] == [
         "boxes of other categories, left out: dog 1",
         "sex of neither group: other 1",
         "the training file does not have these categories: nothing is learned of them",

@@ -119,8 +119,8 @@ def test_the_result_is_judged_by_group(whole: RunFolder) -> None:
     assert metrics["modes"]["AP"]["gap size"]["before"] == pytest.approx(abs(test["clean/AP/gap"]["value"]))
     assert metrics["verdict"]["reached"] in (True, False)
     assert metrics["baselines"]["AP"] == pytest.approx(test["AP"]["chance"])
-    found = {finding["id"] for finding in whole.read_json("doctor.json")["findings"]}
-    assert ("gain-in-noise" in found) == any(
+    findings = {finding["id"] for finding in whole.read_json("doctor.json")["findings"]}
+    assert ("gain-in-noise" in findings) == any(
         difference["low"] <= 0 <= difference["high"] for difference in metrics["comparison"].values()
     )
     report = (whole.path / "report.html").read_text()
@@ -258,9 +258,9 @@ def prepared(tmp_path: Path, groups: list[str | None], *more: str) -> Any:
         *more,
     )
     system: Any = build_system(compose_config(every))
-    said: list[str] = []
-    system.prepare(said.append)
-    return system, said
+    messages: list[str] = []
+    system.prepare(messages.append)
+    return system, messages
 
 
 @pytest.mark.parametrize(
@@ -273,9 +273,9 @@ def test_scenes_and_photos_have_their_own_learning_rate(given: list[str], rate: 
 
 
 def test_ones_own_pictures(tmp_path: Path) -> None:
-    system, said = prepared(tmp_path, ["f", "m"] * 12 + [None], "lower_group=m")
+    system, messages = prepared(tmp_path, ["f", "m"] * 12 + [None], "lower_group=m")
     assert system.groups == ("m", "f")
-    assert any("pictures without a group or a box to find are left out" in line for line in said)
+    assert any("pictures without a group or a box to find are left out" in line for line in messages)
     sizes = {name: len(split) for name, split in system.splits.items()}
     assert sum(sizes.values()) == 24
     assert not set(system.splits["val"].ids) & (
@@ -308,9 +308,9 @@ def test_an_unknown_group_is_refused(tmp_path: Path) -> None:
 def test_three_groups_are_refused(tmp_path: Path) -> None:
     with pytest.raises(NearfarError, match=r"needs exactly two values.*data\.groups=\[A,B\]"):
         prepared(tmp_path, ["f", "m", "x"] * 8)
-    system, said = prepared(tmp_path / "again", ["f", "m", "x"] * 8, "data.groups=[m,f]")
+    system, messages = prepared(tmp_path / "again", ["f", "m", "x"] * 8, "data.groups=[m,f]")
     assert sum(len(split) for split in system.splits.values()) == 16, "the advice works"
-    assert any("sex of neither group: x 8" in line for line in said)
+    assert any("sex of neither group: x 8" in line for line in messages)
 
 
 def test_pictures_of_both_groups_are_called_so(tmp_path: Path) -> None:

@@ -19,16 +19,26 @@ from nearfar.metrics.detection import Boxes, Change, detection_change, detection
 from nearfar.models.detection import Detector, DetectorOutput, Target
 from nearfar.systems import check_config
 from nearfar.systems.detector.scenes import make_scene, scenes_folder
-from nearfar.systems.fair_detection.evaluation import chosen, gap_closed, judge, ordered, panel, shuffled
+from nearfar.systems.fair_detection.evaluation import gap_closed, gap_verdict, ordered
+from nearfar.systems.fair_detection.frozen import chosen, shuffled
 from nearfar.systems.fair_detection.model import FairModel, PerturbationGenerator, perturbed
 from nearfar.systems.fair_detection.objective import FairObjective, picture_scores
 from nearfar.systems.fair_detection.options import epsilon_schedule, term_weights
+from nearfar.systems.fair_detection.report import panel
 
 GROUPS = ("faint", "clear")
 
 
 def config(*overrides: str) -> Any:
     return check_config(compose_config(["experiment=fair_detection", *overrides]))
+
+
+def test_the_notes_names_of_the_shares_stand_for_them() -> None:
+    named = config("top_k_percent=0.3", "bottom_k_percent=0.2")
+    assert (named.top_fraction, named.bottom_fraction) == (0.3, 0.2)
+    own = config("top_fraction=0.3", "bottom_fraction=0.2")
+    assert repr(FairObjective(own).contrastive) == repr(FairObjective(named).contrastive)
+    assert repr(FairObjective(own).contrastive) != repr(FairObjective(config()).contrastive)
 
 
 # -- generator -----------------------------------------------------------------------------------------------
@@ -99,14 +109,14 @@ def test_only_the_contrast_tells_the_groups_apart() -> None:
     assert spread[1] / spread[0] == pytest.approx(0.35, abs=0.02)
     excess = {}
     for haze in (1.0, 0.35):
-        found = []
+        contrasts = []
         for seed in range(20):
             picture, (left, top, width, height) = make_scene(np.random.default_rng(seed), 64, 0.3, haze)
             # The trunk: the middle of the box a third from its top.
             row, column = int(top + 0.35 * height), int(left + 0.5 * width)
             inside = picture[row - 1 : row + 2, column - 1 : column + 2].mean((0, 1)) / 255
-            found.append(np.abs(inside - np.median(picture, (0, 1)) / 255).mean())
-        excess[haze] = np.median(found)
+            contrasts.append(np.abs(inside - np.median(picture, (0, 1)) / 255).mean())
+        excess[haze] = np.median(contrasts)
     assert 0.2 < excess[1.0] < 0.4
     assert excess[0.35] / excess[1.0] == pytest.approx(0.35, abs=0.05)
 
@@ -157,16 +167,16 @@ def test_values_are_those_of_the_losses() -> None:
     pixels, lower = torch.rand(7, 3, 8, 8), torch.tensor([1, 0, 1, 0, 1, 0, 0])
     output = detector(pixels)
     objective = FairObjective(config())
-    found = objective(model, detector, output, whole(7), lower)
+    losses = objective(model, detector, output, whole(7), lower)
     scores = torch.stack([p[0, 0] for p in output.logits.softmax(-1)])
-    torch.testing.assert_close(found.scores, scores)
+    torch.testing.assert_close(losses.scores, scores)
     expected = {
         "contrastive": AdaptiveScoreContrastiveLoss()(model.head(output.features[:, 0]), scores),
         "wasserstein": WassersteinGapLoss()(scores[lower == 1], scores[lower == 0]),
         "detection": detector.set_loss(output, whole(7)),
     }
     for name, value in expected.items():
-        torch.testing.assert_close(found.values[name], value, msg=name)
+        torch.testing.assert_close(losses.values[name], value, msg=name)
     order = scores.argsort()
     assert sorted(objective.anchors(scores).tolist()) == sorted(order[:2].tolist())
     record = objective.record()
@@ -229,13 +239,13 @@ def detections(n: int, quality: np.ndarray, seed: int = 0) -> tuple[Boxes, Boxes
     true = np.tile([10.0, 10.0, 50.0, 50.0], (n, 1))
     shift = 20 * (1 - quality)[:, None] * rng.uniform(0.3, 1, (n, 1))
     zero, each = np.zeros(n, int), np.arange(n)
-    found = Boxes(true + shift, zero, each, scores=rng.uniform(size=n))
-    return found, Boxes(true, zero, each, group=each % 2)
+    predicted = Boxes(true + shift, zero, each, scores=rng.uniform(size=n))
+    return predicted, Boxes(true, zero, each, group=each % 2)
 
 
 def evidence(n: int, faint: float, clear: float) -> Any:
-    found, true = detections(n, np.where(np.arange(n) % 2 == 0, faint, clear))
-    return detection_evidence(found, true, n, GROUPS)
+    predicted, true = detections(n, np.where(np.arange(n) % 2 == 0, faint, clear))
+    return detection_evidence(predicted, true, n, GROUPS)
 
 
 @pytest.mark.parametrize(
@@ -273,7 +283,7 @@ def verdict(before: Any, after: Any) -> tuple[bool, str]:
 
     changes = detection_change(before, after, "AP", resamples=400)
     clean, _ = detection_estimates(before, resamples=400)
-    return judge(changes, clean["AP/gap"], GROUPS)
+    return gap_verdict(changes, clean["AP/gap"], GROUPS)
 
 
 def test_verdicts() -> None:
@@ -314,11 +324,11 @@ def test_a_small_gain_is_no_goal() -> None:
     from nearfar.metrics import Estimate
 
     clean = Estimate(0.2, 0.1, 0.3, 0.0, 100, False, "AP/gap", {})
-    reached, words = judge(changes, clean, GROUPS)
+    reached, words = gap_verdict(changes, clean, GROUPS)
     assert not reached
     assert "by less than 15%" in words
     changes["AP/gap"] = change(0.2, 0.18, 0.03)
-    assert "what changed is common to both groups" in judge(changes, clean, GROUPS)[1]
+    assert "what changed is common to both groups" in gap_verdict(changes, clean, GROUPS)[1]
 
 
 # -- pictures ------------------------------------------------------------------------------------------------

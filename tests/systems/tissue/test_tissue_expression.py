@@ -10,7 +10,7 @@ from sklearn.linear_model import Ridge
 
 from nearfar.errors import NearfarError
 from nearfar.metrics import paired_difference
-from nearfar.systems.tissue.expression import (
+from nearfar.systems.tissue.evaluation import (
     correlation_values,
     pearson,
     pearson_estimate,
@@ -25,8 +25,8 @@ def test_retrieved_expression_against_a_loop() -> None:
     images, genes = torch.randn(7, 5, generator=torch.Generator().manual_seed(0)), torch.eye(20)[:, :5]
     genes = genes + 0.3 * torch.randn(20, 5, generator=torch.Generator().manual_seed(1))
     expression = RNG.random((20, 3))
-    found = retrieved_expression(images, genes, expression, k=4)
-    for row, image in zip(found, images.double().numpy(), strict=True):
+    means = retrieved_expression(images, genes, expression, k=4)
+    for row, image in zip(means, images.double().numpy(), strict=True):
         vectors = genes.double().numpy()
         cosine = vectors @ image / np.linalg.norm(vectors, axis=1) / np.linalg.norm(image)
         np.testing.assert_allclose(row, expression[np.argsort(-cosine)[:4]].mean(0))
@@ -39,10 +39,10 @@ def test_pearson_is_scipys_and_constants_are_told_apart() -> None:
     a, b = RNG.random((30, 4)), RNG.random((30, 4))
     np.testing.assert_allclose(pearson(a, b), [pearsonr(a[:, g], b[:, g])[0] for g in range(4)])
     a[:, 1], b[:, 2] = 5.0, 0.1
-    found = pearson(a, b)
-    assert found[1] == 0
-    assert np.isnan(found[2])
-    assert np.isfinite(found[[0, 3]]).all()
+    correlations = pearson(a, b)
+    assert correlations[1] == 0
+    assert np.isnan(correlations[2])
+    assert np.isfinite(correlations[[0, 3]]).all()
 
 
 def test_values_of_spots_average_to_the_correlation_and_say_how_they_pull() -> None:
@@ -97,12 +97,14 @@ def test_several_slides_have_an_interval_over_slides() -> None:
 
 def test_color_statistics_do_not_see_how_a_patch_lies() -> None:
     patches = RNG.integers(256, size=(3, 16, 16, 3), dtype=np.uint8)
-    found = color_statistics(patches)
-    assert found.shape == (3, len(NAMES))
-    np.testing.assert_allclose(found, color_statistics(np.rot90(patches, axes=(1, 2))), rtol=2e-5, atol=1e-6)
+    statistics = color_statistics(patches)
+    assert statistics.shape == (3, len(NAMES))
+    np.testing.assert_allclose(
+        statistics, color_statistics(np.rot90(patches, axes=(1, 2))), rtol=2e-5, atol=1e-6
+    )
     red = patches[1, ..., 0] / 255
     wanted = [red.mean(), red.std(), *np.quantile(red, [0.05, 0.25, 0.5, 0.75, 0.95])]
-    np.testing.assert_allclose(found[1, :7], wanted, rtol=1e-5)
+    np.testing.assert_allclose(statistics[1, :7], wanted, rtol=1e-5)
     with pytest.raises(NearfarError, match="float64"):
         color_statistics(patches / 255)
 

@@ -78,13 +78,13 @@ def members(
     """The archive with each member replaced by what ``change`` makes of it."""
 
     def changed(data: bytes) -> bytes:
-        held = io.BytesIO()
-        with tarfile.open(fileobj=io.BytesIO(data)) as old, tarfile.open(fileobj=held, mode="w") as new:
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=io.BytesIO(data)) as old, tarfile.open(fileobj=buffer, mode="w") as new:
             for member in old.getmembers():
                 content = old.extractfile(member).read()  # type: ignore[union-attr]
                 for info, part in change(member, content):
                     new.addfile(info, io.BytesIO(part))
-        return held.getvalue()
+        return buffer.getvalue()
 
     return changed
 
@@ -147,9 +147,9 @@ def pickled() -> bytes:
         def __reduce__(self) -> Any:
             return os.mkdir, ("made-by-a-pickle",)
 
-    held = io.BytesIO()
-    np.save(held, np.array([Evil()] * 6, object), allow_pickle=True)
-    return held.getvalue()
+    buffer = io.BytesIO()
+    np.save(buffer, np.array([Evil()] * 6, object), allow_pickle=True)
+    return buffer.getvalue()
 
 
 @pytest.mark.parametrize(("change", "message"), [
@@ -202,10 +202,10 @@ def test_forged_archives_are_named(shards: Path, change: Callable[[bytes], bytes
 
 def test_a_picture_of_a_format_that_calls_programs_is_no_patch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "simplejpeg", None)
-    held = io.BytesIO()
-    Image.fromarray(picture(1, 16, 16)).save(held, "eps")
+    buffer = io.BytesIO()
+    Image.fromarray(picture(1, 16, 16)).save(buffer, "eps")
     with pytest.raises((ValueError, OSError)):
-        decode_jpeg(held.getvalue(), np.empty((16, 16, 3), np.uint8))
+        decode_jpeg(buffer.getvalue(), np.empty((16, 16, 3), np.uint8))
     with pytest.raises(ValueError, match="decompression bomb"):
         decode_jpeg(bomb(65_500))
     monkeypatch.undo()
@@ -299,8 +299,8 @@ def test_links_out_of_the_folder_are_not_followed(shards: Path, tmp_path: Path) 
 
 def table_with(**changed: Any) -> Callable[[bytes], bytes]:
     def change(data: bytes) -> bytes:
-        with np.load(io.BytesIO(data)) as held:
-            arrays = {name: held[name] for name in held.files}
+        with np.load(io.BytesIO(data)) as arrays:
+            arrays = {name: arrays[name] for name in arrays.files}
         for name, value in changed.items():
             arrays[name] = value(arrays[name])
         stream = io.BytesIO()

@@ -20,7 +20,7 @@ from nearfar.config.compose import compose_config, path_options, quote_paths
 from nearfar.errors import NearfarError
 from nearfar.systems import check_config
 from nearfar.systems.tissue.shard_dataset import read_shards
-from nearfar.systems.tissue.shards import ShardOptions, Written, write_shards
+from nearfar.systems.tissue.shards import ShardOptions, WriteResult, write_shards
 from tissue_files import GENES, picture, plain_strings, slide_data, slide_of, write_h5ad, write_outs, write_st
 
 pytestmark = pytest.mark.slow  # real runs
@@ -39,7 +39,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
         yield
 
 
-def shards_of(folder: Path, out: str = "out", **more: Any) -> Written:
+def shards_of(folder: Path, out: str = "out", **more: Any) -> WriteResult:
     chosen = {"patch": 32, "pixels": 16, "genes": None, "neighbors": 3, "values": "counts", **more}
     return write_shards(folder, folder.parent / out, ShardOptions(**chosen))
 
@@ -123,13 +123,13 @@ def test_attributes_that_a_writer_left_out_are_filled_in(tmp_path: Path) -> None
     data = slide_data(4)
     data.obs["library_id"] = pd.Categorical(["lib"] * len(data))
     path = save(data, tmp_path / "in" / "V.h5ad")
-    with h5py.File(path, "a") as held:
+    with h5py.File(path, "a") as file:
         for name in ("obs", "var", "obs/library_id", "X"):
-            del held[name].attrs["encoding-version"]
+            del file[name].attrs["encoding-version"]
         for name in ("obs", "var"):
-            del held[name].attrs["column-order"]
-        del held["var"].attrs["encoding-type"]
-        del held.attrs["encoding-type"], held.attrs["encoding-version"]
+            del file[name].attrs["column-order"]
+        del file["var"].attrs["encoding-type"]
+        del file.attrs["encoding-type"], file.attrs["encoding-version"]
     before = path.read_bytes()
     shards_of(tmp_path / "in")
     check_read(tmp_path / "in")
@@ -140,15 +140,15 @@ def test_files_of_anndata_before_07_are_read(tmp_path: Path) -> None:
     """Frames as arrays of records, places in one of obsm, the sparse matrix in the layout of h5sparse."""
     (tmp_path / "in").mkdir()
     data = slide_data(4)
-    with h5py.File(tmp_path / "in" / "V.h5ad", "w") as held:
-        group = held.create_group("X")
+    with h5py.File(tmp_path / "in" / "V.h5ad", "w") as file:
+        group = file.create_group("X")
         group.attrs["h5sparse_format"], group.attrs["h5sparse_shape"] = "csr", data.shape
         for part in ("data", "indices", "indptr"):
             group[part] = getattr(data.X, part)
         inside = np.ones(len(NAMES), np.int64)
-        held["obs"] = np.array(list(zip(NAMES, inside, strict=True)), [("index", "S10"), ("in_tissue", "i8")])
-        held["var"] = np.array([(gene,) for gene in GENES], [("index", "S10")])
-        held["obsm"] = np.array([(place,) for place in PLACES.tolist()], [("spatial", "f8", (2,))])
+        file["obs"] = np.array(list(zip(NAMES, inside, strict=True)), [("index", "S10"), ("in_tissue", "i8")])
+        file["var"] = np.array([(gene,) for gene in GENES], [("index", "S10")])
+        file["obsm"] = np.array([(place,) for place in PLACES.tolist()], [("spatial", "f8", (2,))])
     Image.fromarray(picture(4)).save(tmp_path / "in" / "V.png")
     shards_of(tmp_path / "in")
     check_read(tmp_path / "in")
@@ -223,8 +223,8 @@ def test_files_that_are_no_whole_h5ad_are_named(tmp_path: Path) -> None:
         (tmp_path / "in" / "V.h5ad").write_bytes(content)
         with pytest.raises(NearfarError, match=r"V\.h5ad cannot be read as HDF5.*complete"):
             shards_of(tmp_path / "in")
-    with h5py.File(tmp_path / "in" / "V.h5ad", "w") as held:
-        held["matrix/data"] = [1, 2]
+    with h5py.File(tmp_path / "in" / "V.h5ad", "w") as file:
+        file["matrix/data"] = [1, 2]
     with pytest.raises(NearfarError, match=r"no 'obs', so it is no AnnData file; it holds matrix"):
         shards_of(tmp_path / "in")
     (tmp_path / "in" / "V.h5ad").write_bytes(gzip.compress(whole))
@@ -246,25 +246,25 @@ def test_forged_h5ad_is_refused(tmp_path: Path, spoil: int) -> None:
     (tmp_path / "secret").write_bytes(b"\1" * 4096)
     with h5py.File(tmp_path / "other.h5", "w") as other:
         other["spatial"] = PLACES
-    with h5py.File(path, "a") as held:
+    with h5py.File(path, "a") as file:
         if spoil == 0:
-            held["X/indices"][3] = 2**31 - 1
+            file["X/indices"][3] = 2**31 - 1
         elif spoil == 1:
-            held["X/indptr"][4] = 10**6
+            file["X/indptr"][4] = 10**6
         elif spoil == 2:
-            del held["obsm/spatial"]
-            held["obsm/spatial"] = h5py.ExternalLink(str(tmp_path / "other.h5"), "spatial")
+            del file["obsm/spatial"]
+            file["obsm/spatial"] = h5py.ExternalLink(str(tmp_path / "other.h5"), "spatial")
         elif spoil == 3:
-            del held["X"]
-            held.create_dataset(
+            del file["X"]
+            file.create_dataset(
                 "X", COUNTS.shape, "u1", external=[(str(tmp_path / "secret"), 0, COUNTS.size)]
             )
         elif spoil == 4:
-            del held["X"]
-            held.create_dataset("X", (10**7, 10**6), "f4", chunks=(100, 100))
+            del file["X"]
+            file.create_dataset("X", (10**7, 10**6), "f4", chunks=(100, 100))
         else:
-            del held["obs/in_tissue"]
-            held["obs"].create_dataset("in_tissue", (10**9,), "i8", chunks=(1000,))
+            del file["obs/in_tissue"]
+            file["obs"].create_dataset("in_tissue", (10**9,), "i8", chunks=(1000,))
     with pytest.raises(NearfarError, match=r"V\.h5ad"):
         shards_of(tmp_path / "in")
 
@@ -276,8 +276,8 @@ def test_patches_of_hest_that_are_forged_are_refused(tmp_path: Path) -> None:
 
     def refused(message: str, make: Callable[[Any], None]) -> None:
         path.unlink(missing_ok=True)
-        with h5py.File(path, "w") as held:
-            make(held)
+        with h5py.File(path, "w") as file:
+            make(file)
         with pytest.raises(NearfarError, match=message) as caught:
             shards_of(tmp_path / "in")
         assert "H.h5" in str(caught.value)
@@ -285,14 +285,14 @@ def test_patches_of_hest_that_are_forged_are_refused(tmp_path: Path) -> None:
     names = np.array(NAMES, "S8")
     with h5py.File(tmp_path / "other.h5", "w") as other:
         other["img"] = np.zeros((20, 32, 32, 3), np.uint8)
-    refused("lies in a different file", lambda held: held.update(barcode=names) or held.update(
+    refused("lies in a different file", lambda file: file.update(barcode=names) or file.update(
         img=h5py.ExternalLink(str(tmp_path / "other.h5"), "img")
     ))  # fmt: skip
-    refused("no array but a group", lambda held: held.create_group("img") and held.update(barcode=names))
-    refused("claims", lambda held: held.update(barcode=names) or held.create_dataset(
+    refused("no array but a group", lambda file: file.create_group("img") and file.update(barcode=names))
+    refused("claims", lambda file: file.update(barcode=names) or file.create_dataset(
         "img", (10**6, 500, 500, 3), "u1", chunks=(1, 500, 500, 3)
     ))  # fmt: skip
-    refused("3 patches and 20 barcodes", lambda held: held.update(
+    refused("3 patches and 20 barcodes", lambda file: file.update(
         barcode=names, img=np.zeros((3, 32, 32, 3), np.uint8)
     ))  # fmt: skip
     path.write_bytes(b"<html>")
@@ -477,8 +477,8 @@ def test_damaged_outputs_are_named(tmp_path: Path, change: Any, message: str) ->
 
 
 def h5_change(outs: Path, change: Callable[[Any], None]) -> None:
-    with h5py.File(outs / "filtered_feature_bc_matrix.h5", "a") as held:
-        change(held["matrix"])
+    with h5py.File(outs / "filtered_feature_bc_matrix.h5", "a") as file:
+        change(file["matrix"])
 
 
 def test_normalised_matrix_market_is_refused_and_antibodies_are_left_out(tmp_path: Path) -> None:

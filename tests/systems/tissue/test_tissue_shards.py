@@ -29,9 +29,9 @@ from nearfar.systems.tissue.records import Tissue, joined, neighbor_scale, spati
 from nearfar.systems.tissue.shard_dataset import read_shards
 from nearfar.systems.tissue.shard_index import ShardWriter, read_index, read_splits, samples
 from nearfar.systems.tissue.shards import ShardOptions, write_shards
-from nearfar.systems.tissue.shards_from_arrays import write_tissue
+from nearfar.systems.tissue.slide_folder import write_tissue
 from nearfar.systems.tissue.slide_image import decode_jpeg, encode_jpeg
-from nearfar.systems.tissue.slide_splits import divide, patients_of
+from nearfar.systems.tissue.slide_splits import draw_splits, patients_of
 from nearfar.systems.tissue.slides import find_slides
 from tissue_files import GENES, picture, slide_of, write_h5ad, write_st, write_tiled_tiff
 
@@ -112,10 +112,10 @@ def test_neighbors_of_odd_slides_are_finite() -> None:
     ):
         index, alpha = spatial_neighbors(places, k)
         assert index.shape == alpha.shape == (len(places), k)
-        there = index >= 0
+        exists = index >= 0
         assert np.isfinite(alpha).all()
-        assert (alpha[~there] == 0).all()
-        np.testing.assert_allclose(alpha.sum(1), there.any(1), rtol=1e-6)
+        assert (alpha[~exists] == 0).all()
+        np.testing.assert_allclose(alpha.sum(1), exists.any(1), rtol=1e-6)
         assert all(row not in near for row, near in enumerate(index.tolist()))
     assert neighbor_scale(np.zeros((1, 2))) == 0
     with pytest.raises(NearfarError, match="finite"):
@@ -222,17 +222,17 @@ def test_samples_are_what_the_files_say(source: Path, shards: Path) -> None:
     for slide in index.slides:
         names, places, counts = slide_of(SLIDES[slide.name])
         near, alpha = neighbors_by_loops(places, 3)
-        found: dict[str, dict[str, bytes]] = {}
+        samples_of: dict[str, dict[str, bytes]] = {}
         for shard in slide.shards:
             assert hashlib.sha256((shards / shard.name).read_bytes()).hexdigest() == shard.sha256
             with tarfile.open(shards / shard.name) as tar:
                 for member in tar:
                     assert (member.mtime, member.uid, member.uname) == (0, 0, "")
                     key, _, ending = member.name.partition(".")
-                    found.setdefault(key, {})[ending] = tar.extractfile(member).read()  # type: ignore[union-attr]
-        assert len(found) == len(names) == slide.spots == 20
+                    samples_of.setdefault(key, {})[ending] = tar.extractfile(member).read()  # type: ignore[union-attr]
+        assert len(samples_of) == len(names) == slide.spots == 20
         whole = np.asarray(Image.open(source / "images" / f"{slide.name}.jpg").convert("RGB"))
-        for row, sample in enumerate(found.values()):
+        for row, sample in enumerate(samples_of.values()):
             facts = json.loads(sample["json"])
             assert facts["id"] == names[row]
             assert (facts["slide"], facts["x"], facts["y"]) == (slide.name, *places[row])
@@ -348,9 +348,9 @@ def test_one_picture_is_open_at_a_time(source: Path, tmp_path: Path, monkeypatch
     class Seen(slide_image._Whole):
         open_now = 0
 
-        def patch(self, *asked: Any) -> np.ndarray:
+        def patch(self, *arguments: Any) -> np.ndarray:
             assert sum(whole.pixels.size > 0 for whole in alive) == 1
-            return super().patch(*asked)
+            return super().patch(*arguments)
 
         def __init__(self, pixels: np.ndarray) -> None:
             super().__init__(pixels)
@@ -422,20 +422,20 @@ def test_division_by_slide_and_patient() -> None:
     slides = [f"{who}{number}" for who in "ABCDEFGH" for number in (1, 2, 3)]
     patients = {name: name[0] for name in slides}
     with pytest.raises(NearfarError, match="share 1 patient"):
-        divide(slides, patients, test=["A1"], by="patient")
+        draw_splits(slides, patients, test=["A1"], by="patient")
     for seed in range(5):
-        splits = divide(slides, patients, val_fraction=0.25, test_fraction=0.25, by="patient", seed=seed)
+        splits = draw_splits(slides, patients, val_fraction=0.25, test_fraction=0.25, by="patient", seed=seed)
         who = {split: {patients[name] for name in names} for split, names in splits.items()}
         assert [len(who[split]) for split in ("train", "val", "test")] == [4, 2, 2]
         assert not who["train"] & who["val"] | who["val"] & who["test"] | who["train"] & who["test"]
         assert sorted(name for names in splits.values() for name in names) == slides
-        assert splits == divide(
+        assert splits == draw_splits(
             slides, patients, val_fraction=0.25, test_fraction=0.25, by="patient", seed=seed
         )
     with pytest.raises(NearfarError, match="none is left to train on"):
-        divide(["A1"], {"A1": "A"}, test=["A1"])
+        draw_splits(["A1"], {"A1": "A"}, test=["A1"])
     with pytest.raises(NearfarError, match="give one of the two"):
-        divide(slides, patients, test=["A1"], test_fraction=0.5)
+        draw_splits(slides, patients, test=["A1"], test_fraction=0.5)
 
 
 def test_patients_from_a_table_a_rule_or_the_files(tmp_path: Path) -> None:
@@ -456,7 +456,7 @@ def test_patients_from_a_table_a_rule_or_the_files(tmp_path: Path) -> None:
 
 def test_reading_gives_what_was_written(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    tissue = read_shards(shards, ["B.1", "A1"], told=seen.append)
+    tissue = read_shards(shards, ["B.1", "A1"], progress=seen.append)
     assert seen == [20, 20]
     assert tissue.slide_names == ["A1", "B.1"]
     for slide in (0, 1):
@@ -590,8 +590,8 @@ def test_h5ad_without_counts_or_places_says_so(tmp_path: Path) -> None:
     with pytest.raises(NearfarError, match="normalised"):
         write_shards(tmp_path / "a", tmp_path / "out", options())
     write_h5ad(tmp_path / "b" / "V.h5ad", 4)
-    with h5py.File(tmp_path / "b" / "V.h5ad", "a") as held:
-        del held["obsm/spatial"]
+    with h5py.File(tmp_path / "b" / "V.h5ad", "a") as file:
+        del file["obsm/spatial"]
     with pytest.raises(NearfarError, match="no 'obsm/spatial'"):
         write_shards(tmp_path / "b", tmp_path / "out", options())
     (tmp_path / "c").mkdir()
@@ -613,9 +613,9 @@ def test_hest_patches_are_read_by_barcode(tmp_path: Path) -> None:
     (tmp_path / "in" / "metadata" / "H1.json").write_text('{"patient": "P3", "dataset_title": "Breast"}')
     rows = np.random.default_rng(0).permutation(len(names))[:-2]  # in another order, and two are missing
     pixels = np.stack([picture(50 + at, 40, 40) for at in rows])
-    with h5py.File(tmp_path / "in" / "patches" / "H1.h5", "w") as held:
-        held["img"] = pixels
-        held.create_dataset("barcode", data=[[names[at].encode()] for at in rows], dtype="S10")
+    with h5py.File(tmp_path / "in" / "patches" / "H1.h5", "w") as file:
+        file["img"] = pixels
+        file.create_dataset("barcode", data=[[names[at].encode()] for at in rows], dtype="S10")
     written = write_shards(tmp_path / "in", tmp_path / "out", options(patch=40, pixels=20, genes=None))
     assert written.rejections.counts == {"no picture": 2}
     tissue = read_shards(tmp_path / "out")
@@ -667,8 +667,8 @@ def test_scans_are_read_by_regions(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_our_tar_reader_agrees_with_tarfile_and_refuses_others() -> None:
-    held = io.BytesIO()
-    writer = ShardWriter(held)
+    buffer = io.BytesIO()
+    writer = ShardWriter(buffer)
     rng = np.random.default_rng(0)
     wanted = {
         f"s-{at:06d}": {"a": rng.bytes(n), "b.c": rng.bytes(3)}
@@ -677,7 +677,7 @@ def test_our_tar_reader_agrees_with_tarfile_and_refuses_others() -> None:
     for key, parts in wanted.items():
         writer.add(key, parts)
     writer.close()
-    data = held.getvalue()
+    data = buffer.getvalue()
     read = {
         key: {name: bytes(part) for name, part in parts.items()}
         for key, parts in samples(memoryview(data), "x")
@@ -715,10 +715,10 @@ def test_mapped_arrays_are_made_anew_when_damaged_and_work_without_a_disk(
 
     layout = {"x": ((2, 3), np.float32), "empty": ((0, 3), np.uint8)}
     for _ in range(2):
-        found = mapped_arrays("t", "k", layout, fill)
-        np.testing.assert_array_equal(found["x"], np.arange(6).reshape(2, 3))
+        arrays = mapped_arrays("t", "k", layout, fill)
+        np.testing.assert_array_equal(arrays["x"], np.arange(6).reshape(2, 3))
     assert len(made) == 1
-    found["x"][0, 0] = 9  # in memory alone
+    arrays["x"][0, 0] = 9  # in memory alone
     assert mapped_arrays("t", "k", layout, fill)["x"][0, 0] == 0
     (file,) = (tmp_path / "cache" / "t").rglob("x.npy")
     os.truncate(file, file.stat().st_size - 4)

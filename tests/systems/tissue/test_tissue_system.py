@@ -146,19 +146,19 @@ def test_a_spatial_target_in_random_batches_is_found_inert(tmp_path: Path) -> No
     assert plan["neighbor_mass"] < 0.01
     assert "target-inert" in {f["id"] for f in inert.read_json("doctor.json")["findings"]}
     system = prepared("sampler=spatial", *options)
-    said: list[str] = []
-    assert system.on_epoch(0, system.build_sampler(), said.append)["neighbors_in_batch"] > 0.9
-    assert not any("inert" in line for line in said)
+    messages: list[str] = []
+    assert system.on_epoch(0, system.build_sampler(), messages.append)["neighbors_in_batch"] > 0.9
+    assert not any("inert" in line for line in messages)
     system = prepared("sampler=random", *options)
-    system.on_epoch(0, system.build_sampler(), said.append)
-    assert "all but inert" in said[-1]
+    system.on_epoch(0, system.build_sampler(), messages.append)
+    assert "all but inert" in messages[-1]
 
 
 def test_the_share_of_neighbours_is_counted_as_the_loss_counts_it() -> None:
     system = prepared("sampler=spatial")
     sampler = system.build_sampler()
-    said: list[str] = []
-    record = system.on_epoch(0, sampler, said.append)
+    messages: list[str] = []
+    record = system.on_epoch(0, sampler, messages.append)
     model, shares, masses = system.build_model(), [], []
     for positions in sampler:
         batch = system.dataset("train").__getitems__(positions)
@@ -169,7 +169,7 @@ def test_the_share_of_neighbours_is_counted_as_the_loss_counts_it() -> None:
         masses += (weight / (1 + weight)).tolist()
     assert record["neighbors_in_batch"] == pytest.approx(np.mean(shares))
     assert record["neighbor_mass"] == pytest.approx(np.mean(masses), rel=1e-5)
-    assert f"{record['neighbors_in_batch']:.2%}" in said[0]
+    assert f"{record['neighbors_in_batch']:.2%}" in messages[0]
 
 
 def test_a_temperature_that_does_not_learn_is_that_of_the_options() -> None:
@@ -229,7 +229,7 @@ def test_two_processes_have_the_losses_and_gradients_of_one(tmp_path: Path, opti
     shared = ["dropout=0.0", "batch_size=31", "trainer.log_every=1", "trainer.probe_rows=0", *options]
     run(tmp_path, "name=one", *shared)
     every = overrides(f"runs_dir={tmp_path}", "name=two", *shared)
-    config = compose_config(every)
+    config = check_config(compose_config(every))
     config.trainer.devices = 2
     assert together(train_in_two, config, tmp_path / "two") == [None, None]
     assert_same_training(tmp_path / "one", tmp_path / "two")
@@ -243,12 +243,16 @@ def train_in_two(config: Any, folder: Path) -> None:
     fit(system, config, RunFolder(folder), say=lambda _: None)
 
 
-def test_one_process_says_what_has_no_effect() -> None:
-    said: list[str] = []
-    build_system(compose_config(overrides("local_loss=true"))).prepare(said.append)
-    assert any("local_loss and gather_with_grad have no effect" in line for line in said)
-    config = compose_config(overrides("local_loss=true"))
-    assert (config.trainer.local_loss, config.trainer.gather_with_grad) == (True, True)
+def test_options_of_several_processes_are_named_only_where_they_are_set(tmp_path: Path) -> None:
+    for options, expected in ((["local_loss=true"], "local_loss has no effect"), ([], None)):
+        config = check_config(compose_config(overrides("epochs=1", *options)))
+        assert (config.trainer.local_loss, config.trainer.gather_with_grad) == (bool(options), True)
+        lines: list[str] = []
+        system = build_system(config)
+        system.prepare(lines.append)
+        fit(system, config, RunFolder(tmp_path / str(len(options))), say=lines.append)
+        stated = [line for line in lines if "local_loss" in line or "gather_with_grad" in line]
+        assert [line.rpartition(": ")[2] for line in stated] == ([expected] if expected else [])
 
 
 @pytest.mark.parametrize(

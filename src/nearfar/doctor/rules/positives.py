@@ -122,7 +122,7 @@ def _gap(anchors: Series, batch: Series) -> float:
 
 def _anchor_remedy(signals: Signals) -> Remedy:
     return Remedy(
-        "top_k_percent=0.4 bottom_k_percent=0.4",
+        "top_fraction=0.4 bottom_fraction=0.4",
         "Take the lowest and highest scores of each batch (threshold=None) instead of a fixed threshold.",
     )
 

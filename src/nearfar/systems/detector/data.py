@@ -1,45 +1,31 @@
-"""COCO-format files into splits, and splits into batches: pixels, or maps kept of them, and true boxes."""
+"""Files in COCO format into the splits of an experiment, checked for leaks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
-from jaxtyping import Float, Int, UInt8
-from torch import Tensor
-from torch.utils.data import Dataset
 
 from nearfar.data.cache import content_key
 from nearfar.data.coco import CocoSplit, coco_files, read_coco
 from nearfar.data.coco_files import given_files
-from nearfar.data.images import read_image
+from nearfar.data.files import Json
 from nearfar.data.splits import check_disjoint
 from nearfar.errors import NearfarError
-from nearfar.models.detection import Target
-from nearfar.systems.detector.dataset import View, make_view
 from nearfar.systems.detector.options import PictureData, SceneData
 
-__all__ = [
-    "DetectionBatch",
-    "DetectionData",
-    "DetectionDataset",
-    "equal_bytes",
-    "read_splits",
-    "relative_boxes",
-]
+__all__ = ["DetectionData", "equal_bytes", "read_splits"]
 
 
 def read_splits(data: PictureData | SceneData, say: Callable[[str], None] = print) -> dict[str, CocoSplit]:
     """The splits ``train``, ``val`` and ``test`` of a data configuration (``data=pictures`` or ``data=scenes``).
 
     Files are named by ``data.train`` and so on, or found in ``data.dir`` (`nearfar.data.coco_files.coco_files`).
-    Three files are taken as they are named. Where there is a val file and no test file, the val file is the test
-    split, and ``data.val_fraction`` of train, stratified by group, is what epochs are chosen on: a number that was
-    chosen on is none to report. Where there is a train file alone, both are held out of it.
+    Three files are the three splits. With a val file and no test file, the val file is the test split, and
+    ``data.val_fraction`` of train, stratified by group, becomes the validation split: a score that chose the epoch is
+    biased and must not be reported. With a train file alone, val and test are held out of it.
 
     Raises:
         NearfarError: unreadable files (see `read_coco`), none of train's categories or groups in val or test, one
@@ -115,7 +101,7 @@ def equal_bytes(splits: dict[str, CocoSplit]) -> list[str]:
 
 
 def _unknown(train: CocoSplit | None, split: CocoSplit, one: bool) -> list[str]:
-    """What the training file has no box or no name of, and this file has; and the other way round."""
+    """A sentence for each kind of category that the training file lacks, in name or in boxes, and this file has."""
     if train is None:
         return []
     sentences = []
@@ -134,7 +120,7 @@ class DetectionData:
 
     splits: dict[str, CocoSplit]
 
-    def layout(self) -> dict[str, Any]:
+    def layout(self) -> Json:
         """Counts, groups, rejections and hashes of each split, and one hash of all content."""
         return {
             "splits": {name: {"n": len(split), **split.layout()} for name, split in self.splits.items()},
@@ -147,7 +133,7 @@ class DetectionData:
         lines = []
         for name, split in self.splits.items():
             groups = split.layout()["groups"]
-            counts = ", ".join(f"{found['images']} {group}" for group, found in groups.items())
+            counts = ", ".join(f"{count['images']} {group}" for group, count in groups.items())
             lines.append(
                 f"{name}: {len(split)} pictures{f' ({counts})' * bool(counts)}, {len(split.boxes)} boxes"
             )
@@ -179,113 +165,13 @@ def _hold_out(split: CocoSplit, fraction: float, seed: int) -> tuple[CocoSplit, 
     """The split without a ``fraction`` of its pictures, and these; of each group the same share."""
     rng = np.random.default_rng([seed, len(split)])
     group = np.array([image.group for image in split.images])
-    held = np.zeros(len(split), bool)
+    chosen = np.zeros(len(split), bool)
     for value in np.unique(group):
         members = rng.permutation(np.flatnonzero(group == value))
-        held[members[: round(fraction * len(members))]] = True
-    if held.all() or not held.any():
+        chosen[members[: round(fraction * len(members))]] = True
+    if chosen.all() or not chosen.any():
         raise NearfarError(
             f"{split.source}: data.val_fraction={fraction:g} of {len(split)} pictures leaves a split empty. Raise "
             "data.val_fraction (0.4, say), give more pictures, or name files with data.val=FILE data.test=FILE."
         )
-    return split.take(np.flatnonzero(~held)), split.take(np.flatnonzero(held))
-
-
-def relative_boxes(split: CocoSplit, position: int) -> tuple[Float[np.ndarray, "k 4"], Int[np.ndarray, " k"]]:
-    """A picture's true boxes, crowds left out: corners as shares of the picture, and labels."""
-    rows = split.of_image(position)
-    keep = ~split.crowd[rows]
-    boxes, image = split.boxes[rows][keep], split.images[position]
-    corners = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
-    sides = np.array([image.width, image.height, image.width, image.height])
-    return corners / sides, split.label[rows][keep]
-
-
-@dataclass
-class DetectionBatch:
-    """A batch: ``pixels``, or ``maps`` of the encoder's first half, or both; and the true boxes of each picture."""
-
-    positions: Int[Tensor, " b"]
-    targets: list[Target]
-    pixels: UInt8[Tensor, "b 3 s s"] | None = None
-    maps: Float[Tensor, "b c h w"] | None = None
-
-    def __len__(self) -> int:
-        return len(self.positions)
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> DetectionBatch:
-        return self._each(lambda part: part.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> DetectionBatch:
-        return self._each(lambda part: part.pin_memory())
-
-    def _each(self, move: Any) -> DetectionBatch:
-        return replace(
-            self,
-            positions=move(self.positions),
-            targets=[Target(move(target.labels), move(target.boxes)) for target in self.targets],
-            pixels=None if self.pixels is None else move(self.pixels),
-            maps=None if self.maps is None else move(self.maps),
-        )
-
-
-class DetectionDataset(Dataset[DetectionBatch]):
-    """A split; ``__getitems__`` gives a whole `DetectionBatch`.
-
-    Pictures are read when they are asked for and resized to ``size`` × ``size`` pixels. Until ``maps_until`` a batch
-    comes from ``maps``: for view v of all pictures the encoder's map at stride 16 and the true boxes in it; in epoch e
-    picture i shows view (e + i) mod views. From then on pictures are augmented anew, drawn from (seed, epoch, position)
-    and nothing else. Without ``augment`` a picture is shown as it is, and its map beside it where there is one.
-    """
-
-    def __init__(
-        self,
-        split: CocoSplit,
-        size: int,
-        *,
-        maps: Sequence[tuple[Tensor, list[Target]]] = (),
-        maps_until: int = 0,
-        augment: View | None = None,
-        seed: int = 0,
-    ) -> None:
-        self.split, self.size, self.augment, self.seed = split, size, augment, seed
-        self.maps, self.maps_until = list(maps), maps_until
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-
-    def __len__(self) -> int:
-        return len(self.split)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch's views."""
-        self._epoch.fill_(epoch)
-
-    def __getitem__(self, position: int) -> DetectionBatch:
-        return self.__getitems__([position])
-
-    def __getitems__(self, positions: Sequence[int]) -> DetectionBatch:
-        epoch = int(self._epoch)
-        chosen = torch.as_tensor(positions, dtype=torch.int64)
-        if self.augment is not None and epoch < self.maps_until:
-            views = [self.maps[(epoch + i) % len(self.maps)] for i in positions]
-            maps = torch.stack([view[i] for i, (view, _) in zip(positions, views, strict=True)])
-            targets = [targets[i] for i, (_, targets) in zip(positions, views, strict=True)]
-            return DetectionBatch(chosen, targets, maps=maps.float())
-        shown = [self.show(i, self.augment, (self.seed, epoch, i)) for i in positions]
-        batch = DetectionBatch(
-            chosen,
-            [target for _, target in shown],
-            torch.from_numpy(np.stack([pixels for pixels, _ in shown])),
-        )
-        if self.augment is None and self.maps:
-            batch.maps = self.maps[0][0][chosen].float()
-        return batch
-
-    def show(
-        self, position: int, view: View | None, key: Sequence[int]
-    ) -> tuple[UInt8[np.ndarray, "3 s s"], Target]:
-        """One picture, as it is or as ``view`` draws it from the generator that ``key`` names."""
-        picture = read_image(self.split.images[position].path)
-        boxes, labels = relative_boxes(self.split, position)
-        pixels, boxes, labels = make_view(picture, boxes, labels, self.size, view, key)
-        centre = np.concatenate([(boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]], axis=1)
-        return pixels, Target(torch.from_numpy(labels), torch.from_numpy(centre.astype(np.float32)))
+    return split.take(np.flatnonzero(~chosen)), split.take(np.flatnonzero(chosen))

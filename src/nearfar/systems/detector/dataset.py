@@ -1,17 +1,34 @@
-"""Another view of a picture with its boxes: a part of it, mirrored, in other colours."""
+"""Batches of pictures with boxes: read, augmented, or as cached feature maps of the encoder's first half."""
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+from torch.utils.data import Dataset
 
-from nearfar.data.images import crop
+from nearfar.data.cache import cached_arrays
+from nearfar.data.coco import CocoSplit
+from nearfar.data.images import crop, read_image
+from nearfar.models.detection import Target
+from nearfar.models.image import ImageEncoder
 
-__all__ = ["View", "make_view"]
+__all__ = [
+    "DetectionBatch",
+    "DetectionDataset",
+    "View",
+    "cached_maps",
+    "make_view",
+    "pictures_hash",
+    "relative_boxes",
+]
 
 
 _TRIES = 20
@@ -103,3 +120,179 @@ def _recoloured(
     values = (values - values.mean()) * contrast + values.mean()
     grey = values.mean(axis=2, keepdims=True)
     return ((values - grey) * saturation + grey).round().clip(0, 255).astype(np.uint8)
+
+
+def relative_boxes(split: CocoSplit, position: int) -> tuple[Float[np.ndarray, "k 4"], Int[np.ndarray, " k"]]:
+    """A picture's true boxes, crowds left out: corners as shares of the picture, and labels."""
+    rows = split.of_image(position)
+    keep = ~split.crowd[rows]
+    boxes, image = split.boxes[rows][keep], split.images[position]
+    corners = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
+    sides = np.array([image.width, image.height, image.width, image.height])
+    return corners / sides, split.label[rows][keep]
+
+
+@dataclass
+class DetectionBatch:
+    """A batch: ``pixels``, or ``maps`` of the encoder's first half, or both; and the true boxes of each picture."""
+
+    positions: Int[Tensor, " b"]
+    targets: list[Target]
+    pixels: UInt8[Tensor, "b 3 s s"] | None = None
+    maps: Float[Tensor, "b c h w"] | None = None
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> DetectionBatch:
+        return self._each(lambda part: part.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> DetectionBatch:
+        return self._each(lambda part: part.pin_memory())
+
+    def _each(self, move: Callable[[Tensor], Tensor]) -> DetectionBatch:
+        return replace(
+            self,
+            positions=move(self.positions),
+            targets=[Target(move(target.labels), move(target.boxes)) for target in self.targets],
+            pixels=None if self.pixels is None else move(self.pixels),
+            maps=None if self.maps is None else move(self.maps),
+        )
+
+
+class DetectionDataset(Dataset[DetectionBatch]):
+    """A split; ``__getitems__`` gives a whole `DetectionBatch`.
+
+    Pictures are read on demand and resized to ``size`` × ``size`` pixels. Until ``maps_until`` a batch
+    comes from ``maps``: for view v of all pictures the encoder's map at stride 16 and the true boxes in it; in epoch e
+    picture i shows view (e + i) mod views. From then on pictures are augmented: the draw
+    depends on (seed, epoch, position) and nothing else. Without ``augment`` a batch has the plain pictures, and their
+    maps where they are cached.
+    """
+
+    def __init__(
+        self,
+        split: CocoSplit,
+        size: int,
+        *,
+        maps: Sequence[tuple[Tensor, list[Target]]] = (),
+        maps_until: int = 0,
+        augment: View | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.split, self.size, self.augment, self.seed = split, size, augment, seed
+        self.maps, self.maps_until = list(maps), maps_until
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch's views."""
+        self._epoch.fill_(epoch)
+
+    def __getitem__(self, position: int) -> DetectionBatch:
+        return self.__getitems__([position])
+
+    def __getitems__(self, positions: Sequence[int]) -> DetectionBatch:
+        epoch = int(self._epoch)
+        chosen = torch.as_tensor(positions, dtype=torch.int64)
+        if self.augment is not None and epoch < self.maps_until:
+            views = [self.maps[(epoch + i) % len(self.maps)] for i in positions]
+            maps = torch.stack([view[i] for i, (view, _) in zip(positions, views, strict=True)])
+            targets = [targets[i] for i, (_, targets) in zip(positions, views, strict=True)]
+            return DetectionBatch(chosen, targets, maps=maps.float())
+        shown = [self.show(i, self.augment, (self.seed, epoch, i)) for i in positions]
+        batch = DetectionBatch(
+            chosen,
+            [target for _, target in shown],
+            torch.from_numpy(np.stack([pixels for pixels, _ in shown])),
+        )
+        if self.augment is None and self.maps:
+            batch.maps = self.maps[0][0][chosen].float()
+        return batch
+
+    def show(
+        self, position: int, view: View | None, key: Sequence[int]
+    ) -> tuple[UInt8[np.ndarray, "3 s s"], Target]:
+        """One picture, as it is or as ``view`` draws it from the generator that ``key`` names."""
+        picture = read_image(self.split.images[position].path)
+        boxes, labels = relative_boxes(self.split, position)
+        pixels, boxes, labels = make_view(picture, boxes, labels, self.size, view, key)
+        centre = np.concatenate([(boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]], axis=1)
+        return pixels, Target(torch.from_numpy(labels), torch.from_numpy(centre.astype(np.float32)))
+
+
+_VERSION = 1  # of cached maps; part of their key
+_ROWS = 16  # pictures that go through the encoder at a time
+
+
+def cached_maps(
+    split: CocoSplit,
+    encoder: ImageEncoder,
+    size: int,
+    views: int,
+    view: View | None,
+    seed: int,
+    say: Callable[[str], None],
+) -> list[tuple[Tensor, list[Target]]]:
+    """For each view the map at stride 16 of every picture, and the true boxes in it.
+
+    The first view is the picture itself, in single precision; the others are drawn from (``seed``, view, position) and
+    kept in half precision. They lie in the cache under everything they depend on, pictures and weights included.
+    """
+    dataset = DetectionDataset(split, size)
+    pictures = pictures_hash(split)
+    print_ = encoder.fingerprint()
+    kept = []
+    for number in range(views):
+        drawn = None if number == 0 else view
+        key = [_VERSION, pictures, split.content, print_, size, number, vars(drawn) if drawn else None, seed]
+
+        def compute(number: int = number, drawn: View | None = drawn) -> dict[str, np.ndarray]:
+            start = time.monotonic()
+            arrays_of_view = _compute(dataset, encoder, number, drawn, seed)
+            say(
+                f"view {number + 1} of {views}: maps of {len(split)} pictures in {time.monotonic() - start:.0f} s"
+            )
+            return arrays_of_view
+
+        arrays = cached_arrays("detector_maps", key, compute)
+        kept.append((torch.from_numpy(arrays["maps"]), _unpacked(arrays)))
+    return kept
+
+
+def pictures_hash(split: CocoSplit) -> str:
+    """Names the bytes of all pictures, in order."""
+    digest = hashlib.sha256()
+    for image in split.images:
+        known = image.digest or hashlib.sha256(image.path.read_bytes()).hexdigest()
+        digest.update(bytes.fromhex(known))
+    return digest.hexdigest()
+
+
+def _compute(
+    dataset: DetectionDataset, encoder: ImageEncoder, number: int, view: View | None, seed: int
+) -> dict[str, np.ndarray]:
+    maps, targets = [], []
+    for start in range(0, len(dataset), _ROWS):
+        positions = range(start, min(start + _ROWS, len(dataset)))
+        shown = [dataset.show(i, view, (seed, number, i)) for i in positions]
+        pixels = torch.from_numpy(np.stack([pixels for pixels, _ in shown]))
+        pixels = pixels.contiguous(memory_format=torch.channels_last)  # as the detector has them
+        targets += [target for _, target in shown]
+        with torch.no_grad():
+            features = encoder.feature_map(pixels, 16)
+        maps.append((features if number == 0 else features.half()).numpy())
+    return {
+        "maps": np.concatenate(maps),
+        "boxes": np.concatenate([t.boxes.numpy() for t in targets]),
+        "labels": np.concatenate([t.labels.numpy() for t in targets]),
+        "counts": np.array([len(t.labels) for t in targets]),
+    }
+
+
+def _unpacked(arrays: dict[str, np.ndarray]) -> list[Target]:
+    counts = arrays["counts"].tolist()
+    labels, boxes = (torch.from_numpy(arrays[name]).split(counts) for name in ("labels", "boxes"))
+    return [Target(label, box) for label, box in zip(labels, boxes, strict=True)]

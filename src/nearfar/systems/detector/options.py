@@ -43,14 +43,14 @@ class PictureData:
     group_key: str | None = option(None, "the attribute that makes groups, such as gender; null: no groups")
     groups: list[str] | None = option(
         None,
-        "its two values, the one that is expected to fare worse first; null: those there are, sorted",
+        "its two values, the one with the expected lower AP first; null: the values in the files, sorted",
         rule=_TwoNames(),
     )
     image_size: int = option(224, "pixels that pictures are resized to each way", least=32, most=4096)
     val_fraction: float = option(
         0.15, "share held out of train where a file for val or test is missing", least=0, most=1, inside=True
     )
-    split_seed: int = option(0, "of that split", least=0, most=2**32 - 1)
+    split_seed: int = option(0, "seed of that split", least=0, most=2**32 - 1)
 
 
 @dataclass
@@ -67,7 +67,7 @@ class SceneData:
     test: int = option(600, "pictures", least=8)
     contrast: float = option(
         0.3,
-        "mean difference of the figure's colour from the background's, of the range of a value",
+        "mean difference of the figure's colour from the background's, as a share of the range of a value",
         least=0,
         most=1,
         inside=True,
@@ -76,9 +76,9 @@ class SceneData:
         0.2, "share of all differences that the haze leaves in faint pictures", least=0, most=1
     )
     faint_share: float = option(
-        0.25, "of the training pictures; half of val and test", least=0, most=1, inside=True
+        0.25, "share of faint pictures in train; in val and test it is half", least=0, most=1, inside=True
     )
-    split_seed: int = option(0, "of the pictures", least=0, most=2**32 - 1)
+    split_seed: int = option(0, "seed of the pictures", least=0, most=2**32 - 1)
 
 
 def check_groups(data: PictureData | SceneData) -> None:
@@ -101,24 +101,27 @@ class DetectorRecipe:
     epochs: int = option(14, "passes over the training split", least=1, most=100_000)
     frozen_epochs: int = option(
         14,
-        "epochs at first in which the encoder's first half stays as it is and its maps are computed once; "
+        "first epochs, in which the first half of the encoder is frozen and its maps are computed once; "
         "0: everything learns",
         least=0,
     )
     views: int = option(
-        3, "of each picture that are kept for that time, the picture itself among them", least=1, most=1000
+        3,
+        "views of each picture that are cached for these epochs, the picture itself included",
+        least=1,
+        most=1000,
     )
     batch_size: int = option(32, "pictures of a batch", least=2, role="batches")
     lr: float = option(5e-4, "learning rate at its highest", least=0)
-    encoder_lr: float = option(0.2, "of the encoder, times lr", least=0)
-    weight_decay: float = option(0.01, "of AdamW; biases, norms and scales have none", least=0)
+    encoder_lr: float = option(0.2, "learning rate of the encoder, as a multiple of lr", least=0)
+    weight_decay: float = option(0.01, "weight decay of AdamW; biases, norms and scales have none", least=0)
     lr_schedule: str = option("linear", "constant, linear or cosine")
     warmup: float = fraction(0.03, "share of the steps in which the learning rate rises")
-    queries: int = option(20, "boxes that are proposed for a picture", least=1)
-    width: int = option(128, "of the decoder", least=4)
-    layers: int = option(2, "of the decoder", least=1)
-    heads: int = option(4, "of its attention", least=1)
-    dropout: float = fraction(0.1, "in the decoder")
+    queries: int = option(20, "queries: boxes that are predicted for a picture", least=1)
+    width: int = option(128, "width of the decoder", least=4)
+    layers: int = option(2, "layers of the decoder", least=1)
+    heads: int = option(4, "heads of its attention", least=1)
+    dropout: float = fraction(0.1, "dropout in the decoder")
     class_cost: float = option(2.0, "weight of the score in the matching", least=0)
     class_weight: float = option(2.0, "weight of the score in the loss", least=0)
     l1_weight: float = option(5.0, "weight of the corners' distances", least=0)
@@ -129,7 +132,9 @@ class DetectorRecipe:
         least=0,
     )
     crop: float = option(0.55, "smallest side of the part of a picture that is shown", least=0.05, most=1)
-    colours: float = option(0.3, "change of brightness, contrast and saturation", least=0, most=0.9)
+    colours: float = option(
+        0.3, "largest change of brightness, contrast and saturation, as a share", least=0, most=0.9
+    )
     check_evaluator: bool = option(
         True, "AP and AR of the final evaluation are compared with those of faster-coco-eval"
     )

@@ -1,9 +1,9 @@
 """Generated scenes with a planted gap: figures of two groups, one of which stands out less from its background.
 
-A gap that is known to be there, for a known reason, tells a method that closes it from one that does not. A figure is
-drawn with head, body, arms and legs in a pose of its own; around it lie things that are no figures. Pose, place, size,
-colours and other things are drawn the same way in both groups. The contrast alone differs: ``faint`` pictures stand in
-a haze that leaves the share ``faint_contrast`` of every difference from the background's colour.
+The gap between the groups has a known size and cause, so a method can be tested on it. A figure is drawn with
+head, body, arms and legs in a pose of its own; around it lie things that are no figures. Pose, place, size, colours and
+other things have the same distribution in both groups. Only the contrast differs: ``faint`` pictures stand in a haze
+that leaves the share ``faint_contrast`` of every difference from the background's colour.
 """
 
 from __future__ import annotations
@@ -13,16 +13,19 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float, UInt8
 
 from nearfar.data.cache import cache_dir, content_key
+from nearfar.data.files import Json
 from nearfar.errors import NearfarError
 from nearfar.systems.detector.options import SceneData
+
+if TYPE_CHECKING:
+    from PIL import Image, ImageDraw
 
 __all__ = ["GROUPS", "make_scene", "scenes_folder"]
 
@@ -66,7 +69,7 @@ def scenes_folder(data: SceneData) -> Path:
     ``data.faint_share``: share of faint pictures in train (half of val and test are); ``data.split_seed``. The group
     is the attribute ``visibility`` of picture and box.
     """
-    options: dict[str, Any] = {
+    options: Json = {
         "sizes": [data.train, data.val, data.test],
         "image_size": int(data.image_size),
         "contrast": float(data.contrast),
@@ -88,7 +91,7 @@ def scenes_folder(data: SceneData) -> Path:
             )
         try:
             os.replace(temporary, folder)
-        except OSError:  # another process has drawn the same scenes meanwhile
+        except OSError:  # a different process has drawn the same scenes meanwhile
             if not (folder / "test.json").exists():
                 raise
     finally:
@@ -97,7 +100,7 @@ def scenes_folder(data: SceneData) -> Path:
 
 
 def _write_split(
-    folder: Path, split: str, n: int, faint_share: float, rng: np.random.Generator, options: Mapping[str, Any]
+    folder: Path, split: str, n: int, faint_share: float, rng: np.random.Generator, options: Json
 ) -> None:
     from PIL import Image
 
@@ -198,7 +201,7 @@ def _figure(
     return mask, tuple(float(edge) for edge in box)  # type: ignore[return-value]
 
 
-def _canvas(size: int) -> tuple[Any, Any]:
+def _canvas(size: int) -> tuple[Image.Image, ImageDraw.ImageDraw]:
     try:
         from PIL import Image, ImageDraw
     except ImportError:
@@ -207,7 +210,7 @@ def _canvas(size: int) -> tuple[Any, Any]:
     return canvas, ImageDraw.Draw(canvas)
 
 
-def _reduced(canvas: Any, size: int) -> Float[np.ndarray, "s s"]:
+def _reduced(canvas: Image.Image, size: int) -> Float[np.ndarray, "s s"]:
     from PIL import Image
 
     return np.asarray(canvas.resize((size, size), Image.Resampling.BOX), np.float64) / 255

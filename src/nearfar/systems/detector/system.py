@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,27 +12,29 @@ from torch import Tensor, nn
 
 from nearfar.config.samplers import Items
 from nearfar.data.coco import CocoSplit
+from nearfar.data.files import Json
 from nearfar.errors import NearfarError
 from nearfar.metrics.detection import Boxes, detection_estimates, detection_evidence
 from nearfar.metrics.detection_evaluator import check_evidence
 from nearfar.models.detection import DetectorOutput
 from nearfar.models.detection.detector import corners, iou
-from nearfar.systems.detector.data import (
+from nearfar.models.detection.network import SmallDetector
+from nearfar.systems.detector.data import DetectionData, read_splits
+from nearfar.systems.detector.dataset import (
     DetectionBatch,
-    DetectionData,
     DetectionDataset,
-    read_splits,
+    View,
+    cached_maps,
     relative_boxes,
 )
-from nearfar.systems.detector.dataset import View
 from nearfar.systems.detector.model import build_detector, build_encoder
 from nearfar.systems.detector.options import DetectorOptions
-from nearfar.systems.detector.report import kept_maps, pictures_section
+from nearfar.systems.detector.report import pictures_section
 from nearfar.training.batches import build_sampler
 from nearfar.training.sections import Section
-from nearfar.training.system import Evaluation, StepOutput, System
+from nearfar.training.system import Evaluation, Say, StepOutput, System, TrainSampler
 
-__all__ = ["DetectorSystem", "constant_boxes", "found_boxes", "true_boxes"]
+__all__ = ["DetectorSystem", "constant_boxes", "predicted_boxes", "true_boxes"]
 
 
 def true_boxes(split: CocoSplit) -> Boxes:
@@ -42,8 +43,8 @@ def true_boxes(split: CocoSplit) -> Boxes:
     return Boxes(corners, split.label, split.image, crowd=split.crowd, group=split.group)
 
 
-def found_boxes(split: CocoSplit, outputs: Mapping[str, Tensor]) -> Boxes:
-    """What was found in each picture of a split: ``boxes`` (n, q, 4) as shares of it, ``scores`` and ``labels``."""
+def predicted_boxes(split: CocoSplit, outputs: Mapping[str, Tensor]) -> Boxes:
+    """Predicted boxes of each picture of a split: ``boxes`` (n, q, 4) as shares of it, ``scores`` and ``labels``."""
     boxes = outputs["boxes"].double().numpy()
     n, q = boxes.shape[:2]
     return Boxes(
@@ -67,10 +68,7 @@ def _sides(split: CocoSplit) -> np.ndarray:
     return np.array([[i.width, i.height, i.width, i.height] for i in split.images], np.float64)
 
 
-Say = Callable[[str], None]
-
-
-class DetectorSystem(System):
+class DetectorSystem(System[DetectionBatch, SmallDetector]):
     """Trains a small detector on boxes in COCO format."""
 
     name = "detector"
@@ -101,7 +99,7 @@ class DetectorSystem(System):
             train, maps = name == "train", []
             if config.frozen_epochs and name in ("train", "val"):
                 views = int(config.views) if train else 1
-                maps = kept_maps(split, encoder, size, views, view, config.seed, say if train else _quiet)
+                maps = cached_maps(split, encoder, size, views, view, config.seed, say if train else _quiet)
             self.datasets[name] = DetectionDataset(
                 split,
                 size,
@@ -115,7 +113,7 @@ class DetectorSystem(System):
         """The splits of the configured files."""
         return DetectionData(read_splits(self.config.data, say))
 
-    def layout(self) -> dict[str, Any]:
+    def layout(self) -> Json:
         """Counts, rejections, hashes, groups, and the encoder in use."""
         return {
             "system": self.name,
@@ -125,29 +123,29 @@ class DetectorSystem(System):
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Names of what is to be found."""
+        """The categories, in the order of their labels."""
         return self.splits["train"].categories
 
     # -- batches ---------------------------------------------------------------------------------------------
-    def build_sampler(self) -> Any:
+    def build_sampler(self) -> TrainSampler:
         """Random batches, or batches in which the groups are evenly represented."""
         train = self.splits["train"]
         groups = (lambda: np.array([image.group for image in train.images])) if train.groups else None
         return build_sampler(self.config, Items(len(train), labels=groups))
 
-    def on_epoch(self, epoch: int, sampler: Any, say: Say) -> dict[str, Any]:
-        """Which part learns."""
+    def on_epoch(self, epoch: int, sampler: TrainSampler, say: Say) -> Json:
+        """Whether the encoder is frozen in this epoch."""
         frozen = epoch < self.config.frozen_epochs
         if epoch == self.config.frozen_epochs and epoch:
             say(f"epoch {epoch + 1}: the whole encoder learns from now on")
         return {"sampler": self.config.sampler.name, "frozen": frozen}
 
     # -- model and loss --------------------------------------------------------------------------------------
-    def build_model(self) -> nn.Module:
+    def build_model(self) -> SmallDetector:
         """The image encoder with its weights, and the rest freshly initialised."""
         return build_detector(self.config, self.classes)
 
-    def parameter_groups(self, model: Any) -> list[dict[str, Any]]:
+    def parameter_groups(self, model: nn.Module) -> list[Json]:
         """The encoder learns more slowly; weight decay for matrices alone."""
         rate = float(self.config.lr)
         groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
@@ -162,27 +160,27 @@ class DetectorSystem(System):
             for (encoder, matrices), weights in groups.items()
         ]
 
-    def training_step(self, model: Any, batch: DetectionBatch) -> StepOutput:
+    def training_step(self, model: SmallDetector, batch: DetectionBatch) -> StepOutput:
         """The set loss of all layers."""
         if model.training and batch.maps is None:
             model.moved.fill_(True)
         output = self._output(model, batch)
         return StepOutput(model.set_loss(output, batch.targets), lambda: _record(model, output, batch))
 
-    def _output(self, model: Any, batch: DetectionBatch) -> DetectorOutput:
+    def _output(self, model: SmallDetector, batch: DetectionBatch) -> DetectorOutput:
         """From kept maps while they are those of the encoder, else from pixels."""
         if batch.maps is not None and not bool(model.moved):
-            found: DetectorOutput = model.decode(batch.maps)
+            output: DetectorOutput = model.decode(batch.maps)
         elif batch.pixels is not None:
-            found = model(batch.pixels)
+            output = model(batch.pixels)
         else:
             raise NearfarError(
                 "the kept maps are those of the untrained encoder, and this one has learned: frozen_epochs was raised "
                 "beyond the epoch that the run had reached. Set it back."
             )
-        return found
+        return output
 
-    def embed(self, model: Any, batch: DetectionBatch) -> dict[str, Tensor]:
+    def embed(self, model: SmallDetector, batch: DetectionBatch) -> dict[str, Tensor]:
         """Boxes, scores and labels of all queries."""
         output = self._output(model, batch)
         scores, labels = output.probabilities().max(-1)
@@ -196,11 +194,11 @@ class DetectorSystem(System):
     def evaluate(self, outputs: Mapping[str, Tensor], split: str, final: bool) -> Evaluation:
         """AP, AP50, AP75, AR; with groups those of each and the gap; beside them what one constant box scores."""
         data, true = self.splits[split], self._true[split]
-        found = found_boxes(data, outputs)
-        evidence = detection_evidence(found, true, len(data), data.groups)
+        predicted = predicted_boxes(data, outputs)
+        evidence = detection_evidence(predicted, true, len(data), data.groups)
         constant = constant_boxes(self.splits["train"], data)
         baseline = detection_evidence(constant, true, len(data), data.groups).statistics()
-        # A constant has a gap, too, but no small gap is better than another for being larger than that.
+        # A constant prediction has a gap, too, but it is no level that a gap should exceed.
         chance = {name: float(value[0]) for name, value in baseline.items() if not name.endswith("/gap")}
         estimates, per_item = detection_estimates(
             evidence,
@@ -208,7 +206,7 @@ class DetectorSystem(System):
             chance=chance,
             resamples=int(self.config.bootstrap) if final else 0,
         )
-        facts: dict[str, Any] = {}
+        facts: Json = {}
         if final:
             facts["baselines"] = {name: value for name, value in chance.items() if name in estimates}
             if data.groups:
@@ -219,14 +217,16 @@ class DetectorSystem(System):
                 }
             if self.config.check_evaluator:
                 own = {name: float(value[0]) for name, value in evidence.statistics().items()}
-                far = check_evidence(found, true, len(data), data.groups, own)
+                far = check_evidence(predicted, true, len(data), data.groups, own)
                 facts["evaluator"] = {"name": "faster-coco-eval", "largest_difference": far}
         return Evaluation(split, estimates, data.ids, per_item, facts)
 
     def report_sections(self, outputs: Mapping[str, Tensor], split: str) -> Sequence[Section]:
-        """Pictures with their true boxes and what was found."""
+        """Pictures with their true and their predicted boxes."""
         return [
-            pictures_section(self.splits[split], self._true[split], found_boxes(self.splits[split], outputs))
+            pictures_section(
+                self.splits[split], self._true[split], predicted_boxes(self.splits[split], outputs)
+            )
         ]
 
     def save_assets(self, folder: Path) -> None:
@@ -235,7 +235,7 @@ class DetectorSystem(System):
         (folder / "detector.json").write_text(json.dumps(about, ensure_ascii=False, indent=1))
 
 
-def _record(model: Any, output: DetectorOutput, batch: DetectionBatch) -> dict[str, float]:
+def _record(model: SmallDetector, output: DetectorOutput, batch: DetectionBatch) -> dict[str, float]:
     """Of the pairs of the last layer: mean IoU and mean probability of the true class."""
     matches = model.match(output, batch.targets)
     fits, scores = [], []

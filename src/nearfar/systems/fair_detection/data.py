@@ -14,14 +14,14 @@ from nearfar.data.coco import CocoSplit
 from nearfar.data.images import read_image, resize, stack
 from nearfar.models.detection import Target
 from nearfar.models.detection.detector import to_centre
-from nearfar.systems.detector.data import relative_boxes
+from nearfar.systems.detector.dataset import relative_boxes
 
 __all__ = ["PictureBatch", "PictureDataset", "with_group"]
 
 
 @dataclass
 class PictureBatch:
-    """``positions`` in ``split``, pictures as uint8, ``lower``: 1 for the group that is found less well, true boxes."""
+    """``positions`` in ``split``, pictures as uint8, ``lower``: 1 for the group with the lower AP, true boxes."""
 
     split: str
     positions: Int[Tensor, " b"]
@@ -49,10 +49,10 @@ class PictureBatch:
 
 
 class PictureDataset:
-    """A split, called ``name``, as the detector sees it: pictures of ``size`` × ``size`` pixels, read when asked for.
+    """A split, called ``name``, as the detector sees it: pictures of ``size`` × ``size`` pixels, read on demand.
 
-    ``labels``: the detector's label of each category. ``lower``: the position in ``split.groups`` of the group that is
-    found less well.
+    ``labels``: the detector's label of each category. ``lower``: the position in ``split.groups`` of the group with
+    the lower AP.
     """
 
     def __init__(

@@ -1,39 +1,46 @@
-"""Which detector is judged, one that was given or one that is trained first; and which group it finds less well."""
+"""The frozen detector: a given one or one that is trained first; its outputs; and the group with the lower AP."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
+import numpy as np
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from nearfar.config.options import read_options, to_dict
 from nearfar.data.cache import cache_dir, content_key
 from nearfar.data.coco import CocoSplit
 from nearfar.errors import NearfarError, nearest_name
 from nearfar.metrics.detection import detection_estimates, detection_evidence
-from nearfar.models.detection import Detector
+from nearfar.models.detection import Detector, DetectorOutput
+from nearfar.models.detection.detector import corners
 from nearfar.systems.detector.model import load_detector
 from nearfar.systems.detector.options import DetectorOptions, DetectorRecipe, PictureData, SceneData
 from nearfar.systems.detector.system import true_boxes
-from nearfar.systems.fair_detection.evaluation import Looks, detected
+from nearfar.systems.fair_detection.data import PictureBatch, PictureDataset
+from nearfar.systems.fair_detection.evaluation import detection_boxes
+from nearfar.systems.fair_detection.model import FairModel, perturbed
+from nearfar.systems.fair_detection.objective import picture_scores
 from nearfar.systems.fair_detection.options import FairDetectionOptions, FairPictures, SceneRecipe
 
-__all__ = ["frozen_detector", "lower_group", "weights_key"]
+__all__ = ["DetectorOutputs", "chosen", "frozen_detector", "lower_group", "shuffled", "weights_key"]
 
 Say = Callable[[str], None]
-_VERSION = 1
-_ROWS = 32
+_VERSION = 1  # part of the key of a trained detector
+_ROWS = 32  # pictures that go through the detector at a time
 
 
 def frozen_detector(config: FairDetectionOptions, splits: dict[str, CocoSplit], say: Say) -> Detector:
     """``config.detector`` by name (see ``load_detector``), or a small one trained on the training pictures.
 
-    What is trained is kept in the cache under pictures and options, so that runs of a sweep judge the same one.
+    What is trained is kept in the cache under pictures and options, so that all runs of a sweep use the same detector.
     """
     if config.detector is not None:
         return load_detector(str(config.detector))
@@ -97,15 +104,17 @@ def _train(config: DetectorOptions, folder: Path, say: Say) -> None:
         fit(system, config, RunFolder(temporary), say=lambda text: say(f"  {text}"))
         try:
             os.replace(temporary, folder)
-        except OSError:  # another run of a sweep has trained the same one meanwhile
+        except OSError:  # a different run of the sweep has trained the same detector meanwhile
             if not (folder / "metrics.json").exists():
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def lower_group(config: FairDetectionOptions, looks: Looks, split: CocoSplit, say: Say) -> tuple[str, str]:
-    """The group that is found less well (``lower_group``, or by AP on clean validation pictures), and the other."""
+def lower_group(
+    config: FairDetectionOptions, detector_outputs: DetectorOutputs, split: CocoSplit, say: Say
+) -> tuple[str, str]:
+    """The group with the lower AP (``lower_group``, or measured on clean validation pictures), and the other."""
     names = split.groups
     if config.lower_group is not None:
         lower = str(config.lower_group)
@@ -113,8 +122,10 @@ def lower_group(config: FairDetectionOptions, looks: Looks, split: CocoSplit, sa
             raise NearfarError(f"lower_group={lower}: there is no such group; {nearest_name(lower, names)}")
         return lower, next(name for name in names if name != lower)
     pair = (names[0], names[1])
-    found = torch.cat([part["found"] for part in _clean(looks, len(split), config)]).cpu()
-    evidence = detection_evidence(detected(found, split), true_boxes(split), len(split), pair)
+    detections = torch.cat(
+        [part["detections"] for part in _clean(detector_outputs, len(split), config)]
+    ).cpu()
+    evidence = detection_evidence(detection_boxes(detections, split), true_boxes(split), len(split), pair)
     numbers, _ = detection_estimates(evidence, resamples=0)
     a, b = (numbers[f"AP/{name}"].value for name in pair)
     gap = numbers["AP/gap"]
@@ -125,15 +136,156 @@ def lower_group(config: FairDetectionOptions, looks: Looks, split: CocoSplit, sa
     return pair if a <= b else (pair[1], pair[0])
 
 
-def _clean(looks: Looks, n: int, config: FairDetectionOptions) -> list[dict[str, torch.Tensor]]:
+def _clean(
+    detector_outputs: DetectorOutputs, n: int, config: FairDetectionOptions
+) -> list[dict[str, torch.Tensor]]:
     on_gpu = torch.cuda.is_available() and config.trainer.accelerator != "cpu"
     device = torch.device("cuda" if on_gpu else "cpu")
-    dataset = looks.datasets["val"]
+    dataset = detector_outputs.datasets["val"]
     rows = [list(range(start, min(start + _ROWS, n))) for start in range(0, n, _ROWS)]
-    return [looks.clean(dataset.__getitems__(positions).to(device)) for positions in rows]
+    return [detector_outputs.clean(dataset.__getitems__(positions).to(device)) for positions in rows]
 
 
 def weights_key(detector: Detector) -> str:
     """Names the detector's weights: sixteen hexadecimal digits."""
     state = detector.state_dict()
     return content_key({name: tensor.cpu().numpy() for name, tensor in state.items()})[:16]
+
+
+def chosen(groups: Float[np.ndarray, " n"] | Sequence[int], count: int, seed: int) -> list[int]:
+    """Positions of ``count`` pictures, drawn by ``seed``, as many of each of the two groups as there can be.
+
+    >>> sorted(chosen([0, 1, 1, 1, 0], 4, 0))[0] in (0, 1, 2)
+    True
+    """
+    values = np.asarray(groups)
+    rng = np.random.default_rng([seed, len(values)])
+    parts = [rng.permutation(np.flatnonzero(values == value)).tolist() for value in np.unique(values)]
+    mixed = [part[i] for i in range(max(map(len, parts), default=0)) for part in parts if i < len(part)]
+    return mixed[:count]
+
+
+class DetectorOutputs:
+    """Outputs of the frozen detector for clean, perturbed and randomly perturbed pictures.
+
+    The detector never changes, so its outputs for clean pictures are computed once and kept. Of a few pictures of each
+    split (``shown``) the last perturbation is kept for the report.
+
+    ``labels``: the detector's label of each category.
+    """
+
+    def __init__(
+        self,
+        detector: Detector,
+        labels: Sequence[int],
+        config: FairDetectionOptions,
+        datasets: Mapping[str, PictureDataset],
+    ) -> None:
+        # The detector's label -> position of the category, -1 for classes that are not used.
+        self._category = torch.full((len(detector.classes),), -1)
+        self._category[list(labels)] = torch.arange(len(labels))
+        self.detector, self.seed, self.control = detector, int(config.seed), str(config.control)
+        #: by split, for positions of pictures: the last perturbed picture (h, w, 3)
+        self.shown: dict[str, dict[int, np.ndarray | None]] = {
+            name: dict.fromkeys(chosen(dataset.group, config.pictures, self.seed))
+            for name, dataset in datasets.items()
+        }
+        self.datasets, self.bound = dict(datasets), 0.0
+        self._clean: dict[str, dict[int, dict[str, Tensor]]] = {name: {} for name in datasets}
+
+    def detect(self, pixels: Float[Tensor, "n 3 h w"]) -> DetectorOutput:
+        """The detector's output, on the device of the pictures; gradients reach the pictures."""
+        if next(self.detector.parameters()).device != pixels.device:
+            self.detector.to(pixels.device)
+        return self.detector(pixels)
+
+    def perturbation(
+        self, model: FairModel, batch: PictureBatch, pixels: Float[Tensor, "n 3 h w"]
+    ) -> Float[Tensor, "n 3 h w"]:
+        """δ: the generator's or, as a control, none, or ± the bound at random, the same for a picture every time."""
+        if self.control == "none":
+            return torch.zeros_like(pixels)
+        if self.control == "random":
+            signs = [
+                torch.randint(0, 2, pixels.shape[1:], generator=self._generator(i))
+                for i in batch.positions.tolist()
+            ]
+            return (2.0 * torch.stack(signs) - 1.0).to(pixels) * model.epsilon
+        return model.perturbation(pixels)
+
+    @torch.no_grad()
+    def of_batch(self, model: FairModel, batch: PictureBatch) -> dict[str, Tensor]:
+        """Of each kind of picture (``clean``, ``random``, ``perturbed``) detections (n, queries, 6): corners as shares,
+        score, category; of clean and perturbed ones ``features`` and image scores; sizes of the perturbation.
+
+        The random perturbation is the picture's own with its pixels in a different order: every norm is the same.
+        """
+        pixels = batch.pixels
+        changed = perturbed(pixels, self.perturbation(model, batch, pixels))
+        delta = changed - pixels
+        self.bound = float(model.epsilon)
+        for row, position in enumerate(batch.positions.tolist()):
+            if position in self.shown[batch.split]:
+                self.shown[batch.split][position] = changed[row].permute(1, 2, 0).cpu().numpy()
+        clean, after = self.clean(batch, pixels), self._run(changed, batch)
+        moved = [
+            shuffled(d, self._generator(i)) for d, i in zip(delta, batch.positions.tolist(), strict=True)
+        ]
+        noisy = self._run(perturbed(pixels, torch.stack(moved)), batch)
+        flat = delta.flatten(1)
+        sizes = torch.stack([flat.abs().amax(dim=1), flat.norm(dim=1)], dim=1)
+        return {
+            "clean": clean["detections"],
+            "random": noisy["detections"],
+            "perturbed": after["detections"],
+            "features": after["features"],
+            "clean_features": clean["features"],
+            # Three axes, since matrices are taken for embeddings.
+            "scores": torch.stack([clean["scores"], after["scores"]], dim=1)[..., None],
+            "sizes": sizes[..., None],
+        }
+
+    @torch.no_grad()
+    def clean(self, batch: PictureBatch, pixels: Tensor | None = None) -> dict[str, Tensor]:
+        """Outputs for the clean pictures, computed once and kept."""
+        kept, positions = self._clean[batch.split], batch.positions.tolist()
+        if any(position not in kept for position in positions):
+            outputs = self._run(batch.pixels if pixels is None else pixels, batch)
+            for row, position in enumerate(positions):
+                kept[position] = {name: part[row].cpu() for name, part in outputs.items()}
+        names = kept[positions[0]]
+        return {
+            name: torch.stack([kept[i][name] for i in positions]).to(batch.pictures.device) for name in names
+        }
+
+    def _run(self, pixels: Tensor, batch: PictureBatch) -> dict[str, Tensor]:
+        output = self.detect(pixels)
+        scores, labels = output.probabilities().max(dim=-1)
+        category = self._category.to(labels.device)[labels]
+        boxes = corners(output.boxes).clamp(0, 1)
+        matches = self.detector.match(output, batch.targets)
+        return {
+            "detections": torch.cat(
+                [boxes, scores[..., None], category[..., None].to(boxes)], dim=-1
+            ).float(),
+            "features": output.features.mean(dim=1).float(),
+            "scores": picture_scores(output, batch.targets, matches).float(),
+        }
+
+    def _generator(self, position: int) -> torch.Generator:
+        """The generator of one picture: its noise depends neither on the batch nor on the epoch."""
+        return torch.Generator().manual_seed(
+            int(np.random.SeedSequence([self.seed, position]).generate_state(1)[0])
+        )
+
+
+def shuffled(delta: Float[Tensor, "3 h w"], generator: torch.Generator) -> Float[Tensor, "3 h w"]:
+    """The same perturbation with its pixels in a different order, colours together.
+
+    >>> delta = torch.arange(12.0).reshape(3, 2, 2)
+    >>> other = shuffled(delta, torch.Generator().manual_seed(1))
+    >>> bool(other.norm() == delta.norm()), bool((other[1] - other[0] == 4).all())
+    (True, True)
+    """
+    order = torch.randperm(delta[0].numel(), generator=generator).to(delta.device)
+    return delta.flatten(1)[:, order].reshape(delta.shape)

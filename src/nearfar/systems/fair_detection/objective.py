@@ -20,7 +20,7 @@ __all__ = ["FairObjective", "Losses", "picture_scores"]
 def picture_scores(
     output: DetectorOutput, targets: Sequence[Target], matches: Sequence[Match]
 ) -> Float[Tensor, " n"]:
-    """How sure the detector is of what is there: mean over matched queries of the probability of the true class.
+    """Score of each picture: the mean over matched queries of the probability of the true class.
 
     A picture without true boxes has the score 0; the data of this system has none.
     """
@@ -34,7 +34,7 @@ def picture_scores(
 
 @dataclass
 class Losses:
-    """Values by name, and what they were made of."""
+    """The losses by name, and the scores and features that they were computed from."""
 
     values: dict[str, Tensor]
     scores: Float[Tensor, " n"]
@@ -52,8 +52,8 @@ class FairObjective:
         kind = BidirectionalScoreContrastiveLoss if config.bidirectional else AdaptiveScoreContrastiveLoss
         self.contrastive = kind(
             config.temperature,
-            config.top_k_percent,
-            config.bottom_k_percent,
+            config.top_fraction,
+            config.bottom_fraction,
             config.min_samples,
             config.middle,
             config.detach_positives,
@@ -69,7 +69,7 @@ class FairObjective:
         targets: Sequence[Target],
         lower: Int[Tensor, " n"],
     ) -> Losses:
-        """``lower``: 1 for pictures of the group that is found less well, 0 for the others."""
+        """``lower``: 1 for pictures of the group with the lower AP, 0 for the others."""
         scores = picture_scores(output, targets, detector.match(output, targets))
         features = output.features.mean(dim=1)
         is_lower = lower.bool()

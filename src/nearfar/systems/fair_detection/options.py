@@ -42,7 +42,7 @@ class SceneRecipe(DetectorRecipe):
 
     data: dict[str, Any] = option(
         {"faint_contrast": 0.35},
-        "the same figures in a lighter haze than the one it is judged in: that is the planted gap",
+        "changes of data.scenes for its training: a lighter haze than in the run, which plants the gap",
         rule=_SceneChanges(),
     )
 
@@ -71,8 +71,8 @@ class DetectorTraining:
 class GeneratorOptions:
     """The generator of the perturbation, a light U-Net."""
 
-    channels: int = option(16, "of its first level", least=8, most=1024)
-    levels: int = option(3, "each with half the pixels of the one before", least=1, most=6)
+    channels: int = option(16, "channels of the first level", least=8, most=1024)
+    levels: int = option(3, "levels, each with half the pixels per side of the one before", least=1, most=6)
 
 
 @dataclass
@@ -96,7 +96,7 @@ class FairDetectionOptions(RunOptions):
     )
     lower_group: str | int | None = option(
         None,
-        "the group that is found less well; null: by AP on clean validation pictures",
+        "the group with the lower AP; null: measured on clean validation pictures",
         rule=Text(optional=True, number=True),
     )
     control: Literal["full", "none", "random", "detection", "wasserstein", "contrastive"] = option(
@@ -117,46 +117,52 @@ class FairDetectionOptions(RunOptions):
         "auto", "the notes' name of trainer.accelerator; auto: what that says"
     )
     epsilon: float = option(
-        0.05, "bound of the perturbation at first, of the range of a value", least=0, most=1
+        0.05, "first bound of the perturbation, as a share of the range of a value", least=0, most=1
     )
     epsilon_final: float = option(0.10, "bound after warmup_epochs", least=0, most=1)
     epsilon_min: float = option(0.09, "bound at the end of cooldown_epochs", least=0, most=1)
     warmup_epochs: int = option(8, "epochs in which the bound rises", least=0)
-    hold_epochs: int = option(6, "epochs in which it stays", least=0)
-    cooldown_epochs: int = option(16, "epochs in which it falls", least=0)
+    hold_epochs: int = option(6, "epochs in which the bound stays", least=0)
+    cooldown_epochs: int = option(16, "epochs in which the bound falls", least=0)
     generator: GeneratorOptions = section(GeneratorOptions())
     head_norm: Literal["batch", "layer"] = option("batch", "normalisation in the projection head")
     head_hidden: int = option(512, "width of the projection head", least=1)
-    head_dim: int = option(128, "of the vectors that are contrasted", least=1)
+    head_dim: int = option(128, "dimension of the vectors that are contrasted", least=1)
     lambda_contrastive: float = option(1.0, "weight of the contrast by score", least=0, role="loss")
     contrastive_warmup_epochs: int = option(3, "epochs until it has its full weight", least=0, role="loss")
-    temperature: float = option(0.1, "of the contrast by score", least=1e-4, role="loss")
-    top_k_percent: float = option(
-        0.4,
-        "share of the pictures with the highest scores, which are positives",
-        least=0,
-        most=1,
-        role="loss",
+    temperature: float = option(0.1, "temperature of the contrast by score", least=1e-4, role="loss")
+    top_fraction: float = option(
+        0.4, "share of the batch with the highest scores: the positives", least=0, most=1, role="loss"
     )
-    bottom_k_percent: float = option(
-        0.4, "share with the lowest scores, which are anchors", least=0, most=1, role="loss"
+    bottom_fraction: float = option(
+        0.4, "share of the batch with the lowest scores: the anchors", least=0, most=1, role="loss"
     )
-    min_samples: int = option(2, "positives and anchors at least", least=1, role="loss")
+    top_k_percent: float | None = option(
+        None, "the notes' name of top_fraction; null: what that says", least=0, most=1, role="loss"
+    )
+    bottom_k_percent: float | None = option(
+        None, "the notes' name of bottom_fraction; null: what that says", least=0, most=1, role="loss"
+    )
+    min_samples: int = option(2, "least number of positives, and of anchors", least=1, role="loss")
     threshold: float | None = option(None, "a fixed score instead of ranks", least=0, most=1, role="loss")
-    middle: Literal["ignore", "negatives"] = option("ignore", "what the others are", role="loss")
-    detach_positives: bool = option(False, "gradients do not reach positives", role="loss")
-    bidirectional: bool = option(False, "both directions", role="loss")
-    lambda_wass: float = option(0.2, "weight of the gap of the groups' scores", least=0, role="loss")
-    wasserstein_form: Literal["exact", "interpolated"] = option(
-        "exact", "how that gap is computed", role="loss"
+    middle: Literal["ignore", "negatives"] = option(
+        "ignore", "rows that are neither: left out, or negatives", role="loss"
     )
-    score_queue: int = option(256, "earlier scores of each group; 0: none", least=0, role="loss")
+    detach_positives: bool = option(False, "gradients do not reach positives", role="loss")
+    bidirectional: bool = option(False, "the contrast in both directions", role="loss")
+    lambda_wass: float = option(
+        0.2, "weight of the Wasserstein gap of the groups' scores", least=0, role="loss"
+    )
+    wasserstein_form: Literal["exact", "interpolated"] = option(
+        "exact", "how the Wasserstein gap is computed", role="loss"
+    )
+    score_queue: int = option(256, "earlier scores kept for each group; 0: none", least=0, role="loss")
     rescale_gradient: bool = option(
         True, "the gradient as if the queued scores moved with the model", role="loss"
     )
     beta: float = option(0.5, "weight of the detector's own loss at first", least=0, role="loss")
-    beta_final: float = option(0.6, "the same at the end", least=0, role="loss")
-    pictures: int = option(6, "in the report", least=0, most=100)
+    beta_final: float = option(0.6, "weight of the detector's own loss at the end", least=0, role="loss")
+    pictures: int = option(6, "pictures in the report", least=0, most=100)
 
     data: FairPictures | SceneData = group(coco_gender=FairPictures(), scenes=SceneData())
     trainer: TrainerOptions = section(
@@ -172,8 +178,8 @@ class FairDetectionOptions(RunOptions):
 
         AdaptiveScoreContrastiveLoss(
             self.temperature,
-            self.top_k_percent,
-            self.bottom_k_percent,
+            self.top_fraction,
+            self.bottom_fraction,
             self.min_samples,
             threshold=self.threshold,
         )
@@ -195,7 +201,7 @@ class FairDetectionOptions(RunOptions):
             )
 
     def _take_notes_names(self) -> None:
-        """``lr_g``, ``max_norm``, ``device`` stand for ``lr``, ``trainer.gradient_clip``, ``trainer.accelerator``."""
+        """Options by the names of the notes, such as ``lr_g`` of ``lr``, are taken where they are set."""
         if self.lr_g is not None:
             self.lr = self.lr_g
         elif self.lr is None:
@@ -204,6 +210,10 @@ class FairDetectionOptions(RunOptions):
             self.trainer.gradient_clip = self.max_norm
         if self.device != "auto":
             self.trainer.accelerator = self.device
+        if self.top_k_percent is not None:
+            self.top_fraction = self.top_k_percent
+        if self.bottom_k_percent is not None:
+            self.bottom_fraction = self.bottom_k_percent
 
     @property
     def used_data(self) -> PictureData | SceneData:

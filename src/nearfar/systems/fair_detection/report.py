@@ -1,11 +1,13 @@
-"""The report's own parts: what became of each group and of the gap, and pictures."""
+"""Sections of the report: AP and AR of each group, the gap between the groups, and pictures."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from nearfar.data.images import read_image, resize
@@ -13,26 +15,30 @@ from nearfar.metrics import group_signals
 from nearfar.metrics.detection import Change
 from nearfar.models.detection.detector import corners
 from nearfar.systems.fair_detection.data import PictureDataset
-from nearfar.systems.fair_detection.evaluation import METRICS, Findings, Looks, panel
+from nearfar.systems.fair_detection.evaluation import METRICS, FairResults
+from nearfar.systems.fair_detection.frozen import DetectorOutputs
 from nearfar.training.sections import Picture, Section, Table
 
-__all__ = ["report_sections"]
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = ["panel", "report_sections"]
 
 
 def report_sections(
     outputs: Mapping[str, Tensor],
     dataset: PictureDataset,
     groups: tuple[str, str],
-    findings: Findings,
-    looks: Looks,
+    results: FairResults,
+    detector_outputs: DetectorOutputs,
 ) -> list[Section]:
     """The gap before and after with the verdict on it; other gaps; pictures."""
-    tables = [_metric_table(metric, groups, findings) for metric in METRICS]
+    tables = [_metric_table(metric, groups, results) for metric in METRICS]
     return [
         Section(
             "The gap between the groups",
-            f"{findings.verdict} The detector was not changed; each picture was, by at most ε = {looks.bound:.3f} "
-            "of the range of a value.",
+            f"{results.verdict} The detector was not changed; each picture was, by at most "
+            f"ε = {detector_outputs.bound:.3f} of the range of a value.",
             [*tables, _other_gaps(outputs, dataset, groups)],
         ),
         Section(
@@ -40,12 +46,12 @@ def report_sections(
             "Clean, perturbation, perturbed. The perturbation is amplified: grey is none, white and black are ± ε. "
             "Green: true boxes. Orange: as many of the detector's best boxes, with their scores. The pictures were "
             "drawn at random.",
-            pictures=_panels(outputs, dataset, looks),
+            pictures=_panels(outputs, dataset, detector_outputs),
         ),
     ]
 
 
-def _metric_table(metric: str, groups: tuple[str, str], findings: Findings) -> Table:
+def _metric_table(metric: str, groups: tuple[str, str], results: FairResults) -> Table:
     rows = []
     names = {group: f"{metric}/{group}" for group in groups} | {
         "both": metric,
@@ -54,14 +60,14 @@ def _metric_table(metric: str, groups: tuple[str, str], findings: Findings) -> T
         "common mode": "common mode",
     }
     for words, name in names.items():
-        change, control = findings.changes[metric][name], findings.controls[metric][name]
+        change, control = results.changes[metric][name], results.controls[metric][name]
         rows.append(
             [words, change.before, control.after, change.after, _interval(change), _interval(control)]
         )
     columns = [metric, "clean", "random", "perturbed", "perturbed − clean", "random − clean"]
     caption = (
         "Changes with 95 % intervals over pictures, paired. Random: each picture's own perturbation with its pixels in "
-        "another order. Common mode: the mean of both groups' scores; the gap mode is the change of the gap."
+        "a different order. Common mode: the mean of both groups' scores; the gap mode is the change of the gap."
     )
     return Table(columns, rows, caption)
 
@@ -74,7 +80,7 @@ def _other_gaps(outputs: Mapping[str, Tensor], dataset: PictureDataset, groups: 
     """The gaps in what the losses see: scores and features; and the size of the perturbation."""
     named = [groups[0] if group == dataset.lower else groups[1] for group in dataset.group]
     scores, sizes = outputs["scores"][..., 0], outputs["sizes"][..., 0]
-    rows: list[list[Any]] = []
+    rows: list[list[object]] = []
     signals = [
         group_signals(named, scores[:, i], features=outputs[name])
         for i, name in enumerate(("clean_features", "features"))
@@ -83,9 +89,9 @@ def _other_gaps(outputs: Mapping[str, Tensor], dataset: PictureDataset, groups: 
         *((f"mean score, {group}", f"score/{group}") for group in groups),
         ("distance of the groups' mean features", "feature_gap"),
     ):
-        before, after = (found[key] for found in signals)
+        before, after = (values[key] for values in signals)
         rows.append([words, before, after, f"{after - before:+.4f}"])
-    before, after = (found[f"score/{groups[1]}"] - found[f"score/{groups[0]}"] for found in signals)
+    before, after = (values[f"score/{groups[1]}"] - values[f"score/{groups[0]}"] for values in signals)
     rows.insert(2, ["score gap", before, after, f"{after - before:+.4f}"])
     rows.append(["‖δ‖∞, mean over pictures", 0.0, float(sizes[:, 0].mean()), ""])
     rows.append(["‖δ‖₂, mean over pictures", 0.0, float(sizes[:, 1].mean()), ""])
@@ -95,9 +101,11 @@ def _other_gaps(outputs: Mapping[str, Tensor], dataset: PictureDataset, groups: 
     return Table(["", "clean", "perturbed", "change"], rows, caption)
 
 
-def _panels(outputs: Mapping[str, Tensor], dataset: PictureDataset, looks: Looks) -> list[Picture]:
+def _panels(
+    outputs: Mapping[str, Tensor], dataset: PictureDataset, detector_outputs: DetectorOutputs
+) -> list[Picture]:
     panels = []
-    for position, pixels in looks.shown[dataset.name].items():
+    for position, pixels in detector_outputs.shown[dataset.name].items():
         if pixels is None:
             continue
         image = dataset.split.images[position]
@@ -107,5 +115,62 @@ def _panels(outputs: Mapping[str, Tensor], dataset: PictureDataset, looks: Looks
         scores = np.round(outputs["scores"][position, :, 0].numpy(), 2)
         group = dataset.split.groups[image.group]
         caption = f"{image.name}, {group}: score {scores[0]:.2f} → {scores[1]:.2f}"
-        panels.append(panel(clean, pixels, true, before, after, looks.bound, caption))
+        panels.append(panel(clean, pixels, true, before, after, detector_outputs.bound, caption))
     return panels
+
+
+#: least side of a picture in the report, in pixels
+SIDE = 224
+
+
+TRUE, PREDICTED = (70, 200, 110), (250, 140, 40)
+
+
+def panel(
+    clean: UInt8[np.ndarray, "h w 3"],
+    perturbed: Float[np.ndarray, "h w 3"],
+    true: Float[np.ndarray, "k 4"],
+    before: Float[np.ndarray, "q 6"],
+    after: Float[np.ndarray, "q 6"],
+    bound: float,
+    caption: str,
+) -> Picture:
+    """Three pictures side by side. The middle one is the perturbation: grey is none, black and white are ∓ ``bound``.
+
+    ``true``: corners as shares of the picture. ``before``, ``after``: detections (corners, score, label),
+    of which as many as there are true boxes are drawn, best first.
+    """
+    from PIL import Image
+
+    delta = perturbed - clean / 255.0
+    shown = 0.5 + 0.5 * delta / max(bound, 1e-9)
+    scale = max(1, -(-SIDE // clean.shape[1]))
+    parts = []
+    for pixels, boxes in (
+        (clean / 255.0, before),
+        (shown, None),
+        (perturbed, after),
+    ):
+        image = Image.fromarray((np.clip(pixels, 0, 1) * 255).round().astype(np.uint8))
+        image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+        if boxes is not None:
+            _draw(image, true, boxes)
+        parts.append(np.asarray(image))
+    gutter = np.full((parts[0].shape[0], 6, 3), 255, np.uint8)
+    whole = np.concatenate([parts[0], gutter, parts[1], gutter, parts[2]], axis=1)
+    buffer = io.BytesIO()
+    Image.fromarray(whole).save(buffer, "JPEG", quality=88)
+    return Picture(buffer.getvalue(), caption)
+
+
+def _draw(image: Image.Image, true: Float[np.ndarray, "k 4"], detections: Float[np.ndarray, "q 6"]) -> None:
+    from PIL import ImageDraw
+
+    draw = ImageDraw.Draw(image)
+    size = np.array([image.width, image.height] * 2)
+    for box in true * size:
+        draw.rectangle(tuple(box), outline=TRUE, width=2)
+    for row in detections[np.argsort(-detections[:, 4], kind="stable")][: max(1, len(true))]:
+        left, top, right, bottom = row[:4] * size
+        draw.rectangle((left, top, max(left, right), max(top, bottom)), outline=PREDICTED, width=2)
+        draw.text((left + 4, max(0, top) + 2), f"{row[4]:.2f}", fill=PREDICTED)

@@ -1,37 +1,36 @@
-"""The fair-detection system: a perturbation trained against a frozen detector, judged by group."""
+"""The fair-detection system: a perturbation trained against a frozen detector, evaluated by group."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
 from nearfar.batching import BalancedBatchSampler
 from nearfar.data.cache import content_key
 from nearfar.data.coco import CocoSplit
+from nearfar.data.files import Json
 from nearfar.data.splits import check_disjoint
 from nearfar.errors import NearfarError
 from nearfar.metrics import group_signals
 from nearfar.models.detection import Detector
 from nearfar.systems.detector.data import DetectionData, read_splits
 from nearfar.systems.fair_detection.data import PictureBatch, PictureDataset, with_group
-from nearfar.systems.fair_detection.evaluation import Findings, Looks
-from nearfar.systems.fair_detection.frozen import frozen_detector, lower_group, weights_key
+from nearfar.systems.fair_detection.evaluation import FairResults
+from nearfar.systems.fair_detection.frozen import DetectorOutputs, frozen_detector, lower_group, weights_key
 from nearfar.systems.fair_detection.model import FairModel, perturbed
 from nearfar.systems.fair_detection.objective import FairObjective, Losses
 from nearfar.systems.fair_detection.options import FairDetectionOptions, epsilon_schedule
 from nearfar.systems.fair_detection.report import report_sections
 from nearfar.training.sections import Section
-from nearfar.training.system import Evaluation, StepOutput, System
+from nearfar.training.system import Evaluation, Say, StepOutput, System, TrainSampler
 
 __all__ = ["FairDetectionSystem"]
 
-Say = Callable[[str], None]
 
-
-class FairDetectionSystem(System):
-    """Trains a generator of bounded perturbations so that a frozen detector finds both groups alike."""
+class FairDetectionSystem(System[PictureBatch, FairModel]):
+    """Trains a generator of bounded perturbations that closes the gap of a frozen detector between two groups."""
 
     name = "fair_detection"
     monitor = "AP/gap_closed"
@@ -44,14 +43,14 @@ class FairDetectionSystem(System):
         self.bound = epsilon_schedule(config)
         self.detector: Detector
         self.splits: dict[str, CocoSplit]
-        self.groups: tuple[str, str]  # the one that is found less well, the other
+        self.groups: tuple[str, str]  # the one with the lower AP, the other
         self.epoch = 0
         self.datasets: dict[str, PictureDataset] = {}
-        self._findings: dict[str, Findings] = {}
+        self._results: dict[str, FairResults] = {}
 
     # -- data ------------------------------------------------------------------------------------------------
     def prepare(self, say: Say) -> None:
-        """Read the pictures, load (or, for generated scenes, train) the detector, see which group is behind."""
+        """Read the pictures, load (or, for generated scenes, train) the detector, find the group with the lower AP."""
         config = self.config
         read = self.load_data(say)
         say(read.summary())
@@ -64,18 +63,18 @@ class FairDetectionSystem(System):
         size = config.used_data.image_size
         for name, split in self.splits.items():
             self.datasets[name] = PictureDataset(split, name, size, labels)
-        self.looks = Looks(self.detector, labels, config, self.datasets)
-        self.groups = lower_group(config, self.looks, self.splits["val"], say)
+        self.detector_outputs = DetectorOutputs(self.detector, labels, config, self.datasets)
+        self.groups = lower_group(config, self.detector_outputs, self.splits["val"], say)
         for dataset in self.datasets.values():
             dataset.lower = dataset.split.groups.index(self.groups[0])
         self._weights = weights_key(self.detector)
 
     def load_data(self, say: Say) -> DetectionData:
-        """The splits; of their pictures those that have a group and a box to find."""
+        """The splits; of their pictures those that have a group and a box."""
         data = self.config.used_data
-        found = read_splits(data, say)
-        splits = {name: with_group(split) for name, split in found.items()}
-        for name, split in found.items():
+        read = read_splits(data, say)
+        splits = {name: with_group(split) for name, split in read.items()}
+        for name, split in read.items():
             if not len(splits[name]):
                 raise NearfarError(
                     f"{split.source}: of {len(split)} pictures none has a box and belongs to one of the groups "
@@ -86,7 +85,7 @@ class FairDetectionSystem(System):
                 say(f"{name}: {less} pictures without a group or a box to find are left out")
         return DetectionData(splits)
 
-    def layout(self) -> dict[str, Any]:
+    def layout(self) -> Json:
         """Counts, rejections and hashes of the splits, and the detector really used."""
         digests = {name: [image.digest for image in split.images] for name, split in self.splits.items()}
         return {
@@ -104,7 +103,7 @@ class FairDetectionSystem(System):
         }
 
     # -- batches ---------------------------------------------------------------------------------------------
-    def build_sampler(self) -> Any:
+    def build_sampler(self) -> BalancedBatchSampler:
         """Batches with equal shares of the two groups; of an odd batch, one more of either in turn."""
         train, size = self.datasets["train"], self.config.batch_size
         if size > len(train):
@@ -115,7 +114,7 @@ class FairDetectionSystem(System):
             train.group, size, repeat=True, seed=self.config.seed, ids=self.splits["train"].ids
         )
 
-    def on_epoch(self, epoch: int, sampler: Any, say: Say) -> dict[str, Any]:
+    def on_epoch(self, epoch: int, sampler: TrainSampler, say: Say) -> Json:
         """The bound of the perturbation and the weights of the losses of this epoch."""
         self.epoch = epoch
         control = self.config.control
@@ -125,21 +124,21 @@ class FairDetectionSystem(System):
         return {"epsilon": self.bound(epoch)} | {f"{name}/weight": w for name, w in weights.items()}
 
     # -- model and loss --------------------------------------------------------------------------------------
-    def build_model(self) -> nn.Module:
+    def build_model(self) -> FairModel:
         """Generator, projection head and score queues."""
         return FairModel.from_config(self.config, self.detector.width)
 
-    def training_step(self, model: Any, batch: PictureBatch) -> StepOutput:
+    def training_step(self, model: FairModel, batch: PictureBatch) -> StepOutput:
         """One batch: perturb, detect, and descend the three losses."""
         if model.training:  # in eval mode the bound is that of the checkpoint
             model.epsilon.fill_(self.bound(self.epoch))
         pixels = batch.pixels
-        delta = self.looks.perturbation(model, batch, pixels)
+        delta = self.detector_outputs.perturbation(model, batch, pixels)
         if self.config.control in ("none", "random"):
-            zero = 0.0 * sum(parameter.sum() for parameter in model.parameters())
+            zero = 0.0 * torch.stack([parameter.sum() for parameter in model.parameters()]).sum()
             return StepOutput(zero, lambda: _sizes(perturbed(pixels, delta) - pixels))
         changed = perturbed(pixels, delta)
-        output = self.looks.detect(changed)
+        output = self.detector_outputs.detect(changed)
         losses = self.objective(model, self.detector, output, batch.targets, batch.lower)
         place = {"position": self.epoch, "total": self.config.epochs}
         total = self.objective.sum(losses.values, **place)
@@ -152,7 +151,7 @@ class FairDetectionSystem(System):
     def _record(
         self, losses: Losses, delta: Tensor, batch: PictureBatch, model: FairModel
     ) -> dict[str, float]:
-        """Under the names of the system's page, and those that the doctor knows."""
+        """Numbers of a step, by the names of docs/systems/fair_detection.md and by those that the doctor reads."""
         values = {name: value.item() for name, value in losses.values.items()}
         assert self.objective.sum.record is not None
         assert self.objective.contrastive.record is not None
@@ -171,22 +170,26 @@ class FairDetectionSystem(System):
         return record | self.objective.record() | _sizes(delta) | by_group | terms
 
     # -- evaluation ------------------------------------------------------------------------------------------
-    def embed(self, model: Any, batch: PictureBatch) -> dict[str, Tensor]:
+    def embed(self, model: FairModel, batch: PictureBatch) -> dict[str, Tensor]:
         """Detections, image scores and features of clean, perturbed and randomly perturbed pictures."""
-        return self.looks.at(model, batch)
+        return self.detector_outputs.of_batch(model, batch)
 
     def evaluate(self, outputs: Mapping[str, Tensor], split: str, final: bool) -> Evaluation:
         """AP and AR per group and their gap, perturbed against clean."""
         part = self.splits[split]
-        found = Findings.of(
+        results = FairResults.of(
             outputs, part, self.splits["train"], self.groups, self.config.bootstrap, final, self.config.seed
         )
-        self._findings[split] = found
-        return Evaluation(split, found.estimates, part.ids, found.per_item, found.facts() if final else {})
+        self._results[split] = results
+        return Evaluation(
+            split, results.estimates, part.ids, results.per_item, results.facts() if final else {}
+        )
 
     def report_sections(self, outputs: Mapping[str, Tensor], split: str) -> Sequence[Section]:
-        """What became of each group and of the gap, and pictures."""
-        return report_sections(outputs, self.datasets[split], self.groups, self._findings[split], self.looks)
+        """AP and AR of each group, the gap, and pictures."""
+        return report_sections(
+            outputs, self.datasets[split], self.groups, self._results[split], self.detector_outputs
+        )
 
 
 def _sizes(delta: Tensor) -> dict[str, float]:

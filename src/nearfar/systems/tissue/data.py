@@ -1,11 +1,10 @@
-"""The slides of an experiment, read or generated and split by slide; batches made whole by index operations."""
+"""The slides of an experiment, read or generated, split by slide; and the batches of its datasets."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,22 +13,23 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from nearfar.data.cache import content_key
-from nearfar.errors import NearfarError, nearest_name
+from nearfar.data.files import Json
+from nearfar.errors import NearfarError
 from nearfar.systems.tissue.generated import generated_tissue
 from nearfar.systems.tissue.options import TissueData as DataOptions
-from nearfar.systems.tissue.options import slide_names
 from nearfar.systems.tissue.records import Tissue
+from nearfar.systems.tissue.slide_splits import resolve_splits
 
-__all__ = ["Tissue", "TissueBatch", "TissueData", "TissueDataset", "divided", "load_data"]
+__all__ = ["Tissue", "TissueBatch", "TissueData", "TissueDataset", "load_data"]
 
 
 @dataclass(frozen=True)
 class TissueData:
-    """The splits of one experiment, all with the same genes, and how they came about."""
+    """The splits of one experiment, all with the same genes, and their source."""
 
     splits: dict[str, Tissue]
     source: str
-    notes: Mapping[str, Any] = field(default_factory=dict)
+    notes: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def genes(self) -> list[str]:
@@ -40,7 +40,7 @@ class TissueData:
         """Names the content of splits (of all without names): sixteen hexadecimal digits."""
         return content_key(*(self.splits[name].content for name in names or self.splits))[:16]
 
-    def layout(self) -> dict[str, Any]:
+    def layout(self) -> Json:
         """The content of ``dataset_layout.json``."""
         return {
             "system": "tissue",
@@ -88,8 +88,8 @@ def load_data(options: DataOptions, say: Callable[[str], None]) -> TissueData:
         tests = max(1, options.slides // 4)
         names = list(tissue.slide_names)
         usual = {"train": names[: -tests - 1], "val": names[-tests - 1 : -tests], "test": names[-tests:]}
-        splits = divided(names, options, usual, "the generated tissue")
-        notes: dict[str, Any] = {"signal": options.signal, "noise": options.noise}
+        splits = resolve_splits(names, options, usual, "the generated tissue")
+        notes: dict[str, object] = {"signal": options.signal, "noise": options.noise}
         return TissueData(_of_slides(tissue, splits), "generated slides", notes)
     folder = Path(str(options.dir)).expanduser()
     if not folder.is_dir():
@@ -97,8 +97,8 @@ def load_data(options: DataOptions, say: Callable[[str], None]) -> TissueData:
     from nearfar.systems.tissue.shard_dataset import read_shards
     from nearfar.systems.tissue.shard_index import read_index, read_splits
 
-    there = [slide.name for slide in read_index(folder).slides]
-    splits = divided(there, options, read_splits(folder), str(folder))
+    names = [slide.name for slide in read_index(folder).slides]
+    splits = resolve_splits(names, options, read_splits(folder), str(folder))
     # Each by itself: a split then has a memory map of its own, wherever its slides stand in the folder.
     parts = {
         name: read_shards(
@@ -112,38 +112,6 @@ def load_data(options: DataOptions, say: Callable[[str], None]) -> TissueData:
 
 def _of_slides(tissue: Tissue, splits: Mapping[str, Sequence[str]]) -> dict[str, Tissue]:
     return {name: tissue.select(slides) for name, slides in splits.items()}
-
-
-def divided(
-    slides: Sequence[str], options: Any, otherwise: Mapping[str, Sequence[str]], where: str
-) -> dict[str, list[str]]:
-    """The slides of every split: as ``hold_out`` and ``val`` name them, or else as ``otherwise`` says.
-
-    An unknown slide or one in two splits is an error, and so are no slides to train on, or none to validate or test on.
-    """
-    named = {
-        "val": slide_names(options.val, "data.val"),
-        "test": slide_names(options.hold_out, "data.hold_out"),
-    }
-    for key, names in (("data.hold_out", named["test"]), ("data.val", named["val"])):
-        for name in names:
-            if name not in slides:
-                raise NearfarError(f"{key}={name}: {where} has no such slide; {nearest_name(name, slides)}")
-    both = sorted(set(named["test"]) & set(named["val"]))
-    if both:
-        raise NearfarError(f"slide {', '.join(both)} is in data.hold_out and in data.val: one split each.")
-    splits = {name: list(found) for name, found in otherwise.items() if found}
-    if named["test"] or named["val"]:
-        taken = {*named["test"], *named["val"]}
-        splits = {"train": [name for name in slides if name not in taken]}
-        splits |= {name: list(found) for name, found in named.items() if found}
-    if not splits.get("test") and not splits.get("val"):
-        raise NearfarError(
-            f"{where} says nothing of splits: name the slides to test on, data.hold_out=SLIDE, of {', '.join(slides)}."
-        )
-    if not splits.get("train"):
-        raise NearfarError("no slide is left to train on: data.hold_out and data.val take all of them.")
-    return splits
 
 
 @dataclass
@@ -246,7 +214,7 @@ class TissueDataset(Dataset[TissueBatch]):
         if self.features is not None:
             return self.features[chosen]
         assert self.patches is not None
-        patches: Any = np.ascontiguousarray(np.asarray(self.patches[chosen.numpy()]).transpose(0, 3, 1, 2))
+        patches = np.ascontiguousarray(np.asarray(self.patches[chosen.numpy()]).transpose(0, 3, 1, 2))
         pixels = torch.from_numpy(patches)
         if not self.augment:
             return pixels

@@ -1,11 +1,10 @@
-"""What the towers read of a spot: pixels, frozen image features or colour statistics; expression or a gene sentence."""
+"""Inputs of the towers: pixels, frozen image features or colour statistics of a patch; gene sentences of a spot."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,8 +12,9 @@ from jaxtyping import Float, UInt8
 from torch import nn
 
 from nearfar.data.cache import cached_array
+from nearfar.data.files import Json
 from nearfar.errors import NearfarError
-from nearfar.models.image import build_image_encoder
+from nearfar.models.image import ImageEncoder, build_image_encoder
 from nearfar.systems.tissue.options import TissueOptions
 from nearfar.systems.tissue.records import Tissue
 
@@ -48,8 +48,8 @@ def color_statistics(patches: UInt8[np.ndarray, "n h w 3"]) -> Float[np.ndarray,
     a patch changes nothing.
 
     >>> pink = np.full((1, 8, 8, 3), (240, 150, 200), np.uint8)
-    >>> found = dict(zip(NAMES, color_statistics(pink)[0].astype(float).round(2).tolist()))
-    >>> found["red mean"], found["green sd"], found["eosin mean"] > found["haematoxylin mean"]
+    >>> color = dict(zip(NAMES, color_statistics(pink)[0].astype(float).round(2).tolist()))
+    >>> color["red mean"], color["green sd"], color["eosin mean"] > color["haematoxylin mean"]
     (0.94, 0.0, True)
     """
     if patches.ndim != 4 or patches.shape[3] != 3 or patches.dtype != np.uint8:
@@ -57,7 +57,7 @@ def color_statistics(patches: UInt8[np.ndarray, "n h w 3"]) -> Float[np.ndarray,
             f"patches are {patches.dtype} {patches.shape}; (n, height, width, 3) of uint8 is needed"
         )
     unmix = np.linalg.inv(_STAINS / np.linalg.norm(_STAINS, axis=1, keepdims=True)).astype(np.float32)
-    found = np.empty((len(patches), len(NAMES)), np.float32)
+    statistics = np.empty((len(patches), len(NAMES)), np.float32)
     for start in range(0, len(patches), _COLOR_CHUNK):
         part = patches[start : start + _COLOR_CHUNK]
         color = part.reshape(len(part), -1, 3).astype(np.float32)
@@ -65,8 +65,10 @@ def color_statistics(patches: UInt8[np.ndarray, "n h w 3"]) -> Float[np.ndarray,
         values = np.concatenate([color / 255, density], axis=2)  # (n, pixels, 6)
         moments = np.stack([values.mean(1), values.std(1)], axis=2)
         ordered = np.quantile(values, _QUANTILES, axis=1).transpose(1, 2, 0)
-        found[start : start + len(part)] = np.concatenate([moments, ordered], axis=2).reshape(len(part), -1)
-    return found
+        statistics[start : start + len(part)] = np.concatenate([moments, ordered], axis=2).reshape(
+            len(part), -1
+        )
+    return statistics
 
 
 def ridge_predictions(
@@ -99,10 +101,10 @@ _CHUNK = 64  # patches at a time through a frozen network
 class Resized(nn.Module):
     """An image encoder over patches that are brought to ``pixels`` × ``pixels`` first (None leaves them)."""
 
-    def __init__(self, encoder: nn.Module, pixels: int | None) -> None:
+    def __init__(self, encoder: ImageEncoder, pixels: int | None) -> None:
         super().__init__()
         self.encoder, self.pixels = encoder, pixels
-        self.width = int(encoder.width)  # type: ignore[arg-type]
+        self.width = int(encoder.width)
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
         if self.pixels is not None and patches.shape[2:] != (self.pixels, self.pixels):
@@ -110,8 +112,8 @@ class Resized(nn.Module):
                 patches = patches.float() / 255
             size = (self.pixels, self.pixels)
             patches = nn.functional.interpolate(patches, size, mode="bilinear", antialias=True).clamp(0, 1)
-        found: torch.Tensor = self.encoder(patches)
-        return found
+        features: torch.Tensor = self.encoder(patches)
+        return features
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ class ImageFeatures:
     """How patches are read: ``frozen`` once, into features that are kept by content, or by a network that trains."""
 
     kind: str
-    options: dict[str, Any]
+    options: Json
     frozen: bool
     pixels: int | None
 
@@ -140,15 +142,15 @@ class ImageFeatures:
             build_image_encoder(self.kind, seed=seed, frozen=self.frozen, **self.options), self.pixels
         )
 
-    def read(self, tissue: Tissue, seed: int) -> tuple[Any, str]:
-        """What a dataset takes as images, frozen features or the patches themselves, and a phrase that says what it is.
+    def read(self, tissue: Tissue, seed: int) -> tuple[np.ndarray, str]:
+        """The images of a dataset, frozen features or the patches themselves, and their description.
 
-        Features are kept slide by slide, so that another division into splits computes none anew.
+        Features are kept slide by slide, so that different splits reuse them.
         """
         encoder = self.encoder(seed)
         if encoder is None:
             return color_features(tissue), "42 colour and stain statistics of a patch, no network"
-        network: Any = encoder.encoder
+        network = encoder.encoder
         if not self.frozen:
             return tissue.patches, network.description
         key = ["image features", _VERSION, network.fingerprint(), self.pixels]
@@ -161,7 +163,7 @@ def color_features(tissue: Tissue) -> Float[np.ndarray, "n 42"]:
 
 
 def _by_slide(
-    tissue: Tissue, key: list[Any], compute: Callable[[Any], np.ndarray]
+    tissue: Tissue, key: list[object], compute: Callable[[np.ndarray], np.ndarray]
 ) -> Float[np.ndarray, "n f"]:
     """Features of the patches of each slide, kept under the hash of just these patches."""
     parts = []
@@ -192,7 +194,7 @@ def gene_sentences(expression: Float[np.ndarray, "n g"], genes: Sequence[str], c
     """
     order = np.argsort(-expression, axis=1, kind="stable")[:, :count]
     names = np.asarray(genes)
-    found = []
+    sentences = []
     for row, best in zip(expression, order, strict=True):
-        found.append(" ".join(names[best[row[best] > 0]]) or "none")
-    return found
+        sentences.append(" ".join(names[best[row[best] > 0]]) or "none")
+    return sentences

@@ -1,19 +1,17 @@
-"""A generated tissue: slides of spots whose patches and expression show the same content, neighbours as alike as asked.
+"""A generated tissue: patches and expression of a spot show the same content, with neighbours of a chosen likeness.
 
 Content is six numbers per spot. ``signal`` says how much of it varies smoothly over the slide: at 0 neighbours are no
-more alike than any two spots, at 1 they are all but the same. What neighbours can teach is thus known beforehand.
+more alike than any two spots, at 1 they are all but the same. So the value of neighbours as positives is known.
 """
 
 from __future__ import annotations
-
-from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float, UInt8
 from numpy.typing import NDArray
 
 from nearfar.data.cache import cached_arrays, content_key
+from nearfar.data.files import Json
 from nearfar.errors import NearfarError
 from nearfar.systems.tissue.records import Tissue, spatial_neighbors
 
@@ -43,9 +41,9 @@ def generated_tissue(
     """``slides`` slides of ``side`` × ``side`` spots, kept in the cache.
 
     ``signal`` is the share of content that is smooth over a slide, ``noise`` the spread of what a patch of ``patch``
-    pixels shows beside it. All slides have the same loadings of genes on content; each is of another patient.
+    pixels shows beside it. All slides have the same loadings of genes on content; each is of a different patient.
     """
-    key: dict[str, Any] = {
+    key: Json = {
         "slides": slides, "side": side, "signal": float(signal), "noise": float(noise), "genes": genes, "pixels": patch,
         "seed": seed,
     }  # fmt: skip
@@ -75,7 +73,7 @@ def generated_tissue(
     )
 
 
-def _slides(key: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def _slides(key: Json) -> dict[str, np.ndarray]:
     """Counts and patches of all slides; slide s is the same whatever their number."""
     seed = key["seed"]
     loadings = np.random.default_rng(seed).standard_normal((len(CONTENT), key["genes"]))
@@ -142,7 +140,7 @@ def rendered(
     axis = (np.arange(pixels) + 0.5) / pixels
     y, x = np.meshgrid(axis, axis, indexing="ij")
     pink, violet, white = (np.array(c) for c in ((0.90, 0.58, 0.76), (0.42, 0.26, 0.56), (0.96, 0.95, 0.96)))
-    found = np.empty((len(content), pixels, pixels, 3), np.uint8)
+    patches = np.empty((len(content), pixels, pixels, 3), np.uint8)
     for spot, (many, size, eosin, dark, fibres, holes) in enumerate(np.tanh(seen / 2) * 2):
         turn, phase = rng.uniform(0, np.pi), rng.uniform(0, 2 * np.pi)
         wave = np.sin(25 * (x * np.cos(turn) + y * np.sin(turn)) + phase)
@@ -155,8 +153,8 @@ def rendered(
         stain = 1 - (1 - violet) * np.exp(0.25 * dark - 0.1)
         picture = (ground * (1 - hole) + white * hole) * (1 - nucleus) + stain * nucleus
         picture = picture + 0.02 * rng.standard_normal(picture.shape)
-        found[spot] = np.clip(255 * picture, 0, 255).astype(np.uint8)
-    return found
+        patches[spot] = np.clip(255 * picture, 0, 255).astype(np.uint8)
+    return patches
 
 
 def _blobs(

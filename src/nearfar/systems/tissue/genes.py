@@ -20,7 +20,7 @@ def normalized(
     """log(1 + counts / total · target_sum): counts as if every spot had ``target_sum`` of them.
 
     ``totals`` are over all genes that were measured, also those that have no column. No other spot enters, so that
-    nothing passes from one split to another.
+    no split influences a different one.
 
     >>> normalized(np.array([[1.0, 0.0]]), np.array([4.0]), 4.0).round(3).tolist()
     [[0.6930000185966492, 0.0]]
@@ -52,8 +52,8 @@ def common_genes(slides: Mapping[str, Sequence[str]]) -> list[str]:
         NearfarError: none is common, with the slide that shares least with the others.
     """
     every = [set(genes) for genes in slides.values()]
-    found = sorted(set.intersection(*every)) if every else []
-    if not found:
+    common = sorted(set.intersection(*every)) if every else []
+    if not common:
         names = list(slides)
         shared = [sum(len(own & other) for other in every) - len(own) for own in every]
         least = names[int(np.argmin(shared))]
@@ -61,7 +61,7 @@ def common_genes(slides: Mapping[str, Sequence[str]]) -> list[str]:
             f"no gene is named in all {len(names)} slides; {least} shares least with the others. Are genes named by "
             f"symbol here and by Ensembl id there? First of {least}: {', '.join(list(slides[least])[:3])}."
         )
-    return found
+    return common
 
 
 def variable_genes(sums: Mapping[str, GeneSums], count: int, among: Sequence[str] | None = None) -> list[str]:

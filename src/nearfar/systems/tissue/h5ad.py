@@ -27,7 +27,9 @@ from nearfar.systems.tissue.slides import (
 )
 
 if TYPE_CHECKING:
+    import h5py
     import pandas as pd
+    from scipy.sparse import csr_matrix
 
 __all__ = ["check_node", "declared_size", "read_h5ad", "read_sections", "reading"]
 
@@ -56,8 +58,8 @@ _VERSIONS = {
 
 def read_sections(path: Path) -> list[Section]:
     """The sections of tissue in a file: one, or one for each library (see `nearfar.systems.tissue.slides`)."""
-    with _opened(path) as held:
-        return sections_of(_frame(held, "obs", path), list(_libraries(held)), path, _single(held))
+    with _opened(path) as file:
+        return sections_of(_frame(file, "obs", path), list(_libraries(file)), path, _single(file))
 
 
 def read_h5ad(path: Path, section: Section | None = None) -> tuple[SlideCounts, float | None]:
@@ -71,11 +73,11 @@ def read_h5ad(path: Path, section: Section | None = None) -> tuple[SlideCounts, 
             turned back).
     """
     section = section or Section()
-    with _opened(path) as held:
-        obs = _frame(held, "obs", path)
-        places, depths = _places(held, path)
-        counts, where = _counts(held, path)
-        genes = _names(_frame(held, where, path).index)
+    with _opened(path) as file:
+        obs = _frame(file, "obs", path)
+        places, depths = _places(file, path)
+        counts, where = _counts(file, path)
+        genes = _names(_frame(file, where, path).index)
         unnamed = sum(name is None for name in genes)
         if unnamed:
             raise NearfarError(
@@ -100,13 +102,13 @@ def read_h5ad(path: Path, section: Section | None = None) -> tuple[SlideCounts, 
         inside = _inside(obs, path)[rows]
         depth = None if depths is None else depths[rows]
         check_one_section(obs.iloc[rows], depth, path)
-        return _usable(spots, named, inside), _diameter(held, section)
+        return _usable(spots, named, inside), _diameter(file, section)
 
 
 def declared_size(path: Path, section: Section) -> tuple[int, int] | None:
     """(height, width) of the full picture, as the small pictures in ``uns/spatial`` and their scales say it."""
-    with _opened(path) as held:
-        library = _library(held, section)
+    with _opened(path) as file:
+        library = _library(file, section)
         if library is None or "images" not in library or not hasattr(library["images"], "keys"):
             return None
         scales = _scales(library, path)
@@ -141,7 +143,7 @@ def _usable(spots: SlideCounts, named: np.ndarray, inside: np.ndarray) -> SlideC
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def _opened(path: Path) -> Iterator[h5py.Group]:
     """The file in the layout of anndata 0.7 and later."""
     try:
         import anndata
@@ -151,20 +153,20 @@ def _opened(path: Path) -> Iterator[Any]:
     except ImportError as error:
         raise NearfarError(f"{path} is read with {error.name}: pip install 'nearfar[tissue]'.") from None
     try:
-        held = h5py.File(path, "r")
+        file = h5py.File(path, "r")
     except OSError as error:
         with open(path, "rb") as stream:
             packed = stream.read(2) == b"\x1f\x8b"
         words = "it is packed: unpack it with gunzip" if packed else f"{error}. Is it complete?"
         raise NearfarError(f"{path} cannot be read as HDF5: {words}") from None
-    with held, reading(path, "a part"):
+    with file, reading(path, "a part"):
         for key in ("obs", "var"):
-            if held.get(key) is None:
+            if file.get(key) is None:
                 raise NearfarError(
-                    f"{path} has no '{key}', so it is no AnnData file; it holds {', '.join(held) or 'nothing'}."
+                    f"{path} has no '{key}', so it is no AnnData file; it holds {', '.join(file) or 'nothing'}."
                 )
-        if not isinstance(held["obs"], h5py.Dataset) and not isinstance(held["var"], h5py.Dataset):
-            yield held
+        if not isinstance(file["obs"], h5py.Dataset) and not isinstance(file["var"], h5py.Dataset):
+            yield file
             return
         with h5py.File("today.h5ad", "w", driver="core", backing_store=False) as today:
             # anndata 0.12 writes no index of the strings that pandas 3 infers; pandas 4 has no such option any more.
@@ -196,13 +198,13 @@ def reading(path: Path, what: str) -> Iterator[None]:
         ) from None
 
 
-def _element(held: Any, key: str, path: Path) -> Any:
+def _element(group: h5py.Group, key: str, path: Path) -> Any:
     """A part of the file as anndata reads it."""
     import h5py
     from anndata.io import read_elem
 
     with reading(path, f"'{key}'"):
-        node = held[key]
+        node = group[key]
         check_node(node, key, path)
         if not _gaps(node):
             return read_elem(node)
@@ -212,7 +214,7 @@ def _element(held: Any, key: str, path: Path) -> Any:
             return read_elem(memory["part"])
 
 
-def check_node(node: Any, where: str, path: Path) -> None:
+def check_node(node: h5py.Group | h5py.Dataset, where: str, path: Path) -> None:
     """``NearfarError`` for a part of an HDF5 file that lies in other files, or claims far more than it can hold."""
     import h5py
 
@@ -223,17 +225,17 @@ def check_node(node: Any, where: str, path: Path) -> None:
         )
     if isinstance(node, h5py.Dataset):
         # HDF5's own compression shrinks a run of zeros a thousandfold, no more.
-        held = node.id.get_storage_size()
-        if node.nbytes > 2**26 and node.nbytes > 4096 * max(held, 1):
+        stored = node.id.get_storage_size()
+        if node.nbytes > 2**26 and node.nbytes > 4096 * max(stored, 1):
             raise NearfarError(
-                f"{path}: {where} claims {node.nbytes:,} bytes and holds {held:,}: it is damaged."
+                f"{path}: {where} claims {node.nbytes:,} bytes and holds {stored:,}: it is damaged."
             )
         return
     for name in node:
         check_node(node[name], f"{where}/{name}", path)
 
 
-def _gaps(node: Any) -> bool:
+def _gaps(node: h5py.Group | h5py.Dataset) -> bool:
     """Whether attributes are missing that anndata asks for."""
     if not hasattr(node, "keys"):
         return False
@@ -245,7 +247,7 @@ def _gaps(node: Any) -> bool:
     return any(_gaps(node[name]) for name in node)
 
 
-def _fill(node: Any) -> None:
+def _fill(node: h5py.Group | h5py.Dataset) -> None:
     if not hasattr(node, "keys"):
         return
     kind = node.attrs.get("encoding-type", "") or ("dataframe" if "_index" in node.attrs else "")
@@ -264,16 +266,16 @@ def _fill(node: Any) -> None:
         _fill(node[name])
 
 
-def _frame(held: Any, key: str, path: Path) -> pd.DataFrame:
+def _frame(group: h5py.Group, key: str, path: Path) -> pd.DataFrame:
     import pandas as pd
 
-    frame = _element(held, key, path)
+    frame = _element(group, key, path)
     if not isinstance(frame, pd.DataFrame):
         raise NearfarError(f"{path}: '{key}' is no data frame but a {type(frame).__name__}.")
     return frame
 
 
-def _names(index: Any) -> list[str | None]:
+def _names(index: pd.Index) -> list[str | None]:
     """The names of rows, None where there is none."""
     import pandas as pd
 
@@ -284,18 +286,18 @@ def _names(index: Any) -> list[str | None]:
     ]
 
 
-def _places(held: Any, path: Path) -> tuple[np.ndarray, np.ndarray | None]:
+def _places(file: h5py.Group, path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     """(n, 2) x and y of every spot, from an array or a data frame; and z where it has one."""
     import pandas as pd
 
-    key = next((key for key in _PLACES if key in held), None)
+    key = next((key for key in _PLACES if key in file), None)
     if key is None:
-        there = ", ".join(held["obsm"]) if "obsm" in held else ""
+        keys = ", ".join(file["obsm"]) if "obsm" in file else ""
         raise NearfarError(
             f"{path} has no 'obsm/spatial', x and y of each spot in pixels of the full picture; in obsm: "
-            f"{there or 'nothing'}."
+            f"{keys or 'nothing'}."
         )
-    value = _element(held, key, path)
+    value = _element(file, key, path)
     if hasattr(value, "columns"):
         named = {str(name).lower(): name for name in value.columns}
         x, y = (
@@ -323,20 +325,20 @@ def _places(held: Any, path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     return places[:, :2], places[:, 2] if places.shape[1] == 3 else None
 
 
-def _counts(held: Any, path: Path) -> tuple[Any, str]:
+def _counts(file: h5py.Group, path: Path) -> tuple[csr_matrix, str]:
     """The first matrix of counts, and where its genes are named."""
     looked = []
     for key in _COUNTS:
-        if key not in held:
+        if key not in file:
             continue
         with reading(path, f"'{key}'"):
-            matrix = _matrix(held[key], key, path)
+            matrix = _matrix(file[key], key, path)
         wrong = no_counts(matrix)
         if wrong is None:
-            return whole_counts(matrix), "raw/var" if key == "raw/X" and "raw/var" in held else "var"
+            return whole_counts(matrix), "raw/var" if key == "raw/X" and "raw/var" in file else "var"
         looked.append(f"{key} ({wrong})")
     layers = (
-        [name for name in held["layers"] if name not in ("counts", "raw_counts")] if "layers" in held else []
+        [name for name in file["layers"] if name not in ("counts", "raw_counts")] if "layers" in file else []
     )
     raise NearfarError(
         f"{path} holds no counts: {', '.join(looked) or 'X is missing'}. What is normalised or scaled cannot be turned "
@@ -345,7 +347,7 @@ def _counts(held: Any, path: Path) -> tuple[Any, str]:
     )
 
 
-def _matrix(node: Any, key: str, path: Path) -> Any:
+def _matrix(node: h5py.Group | h5py.Dataset, key: str, path: Path) -> csr_matrix:
     """A CSR matrix of a dense dataset or a sparse group; a dense one is never held whole."""
     import h5py
     from anndata.io import sparse_dataset
@@ -372,8 +374,8 @@ def _matrix(node: Any, key: str, path: Path) -> Any:
     return matrix
 
 
-def _inside(obs: Any, path: Path) -> np.ndarray:
-    """1 where a spot lies in tissue, 0 where not, -1 where nothing is said; all 1 without ``in_tissue``."""
+def _inside(obs: pd.DataFrame, path: Path) -> np.ndarray:
+    """1 where a spot lies in tissue, 0 where not, -1 where the value is empty; all 1 without ``in_tissue``."""
     import pandas as pd
 
     if "in_tissue" not in obs:
@@ -396,9 +398,9 @@ def _inside(obs: Any, path: Path) -> np.ndarray:
 # -- uns/spatial ---------------------------------------------------------------------------------------------
 
 
-def _libraries(held: Any) -> Mapping[str, Any]:
+def _libraries(file: h5py.Group) -> Mapping[str, h5py.Group]:
     """What ``uns/spatial`` says of each library; beside them it may hold scalars and texts (``is_single``)."""
-    spatial = held.get("uns/spatial")
+    spatial = file.get("uns/spatial")
     if not hasattr(spatial, "keys"):
         return {}
     return {
@@ -408,20 +410,20 @@ def _libraries(held: Any) -> Mapping[str, Any]:
     }
 
 
-def _single(held: Any) -> bool:
+def _single(file: h5py.Group) -> bool:
     """False where the file says that it holds several sections (CELLxGENE's ``is_single``)."""
-    node = held.get("uns/spatial/is_single")
+    node = file.get("uns/spatial/is_single")
     return node is None or not hasattr(node, "shape") or node.shape != () or bool(node[()])
 
 
-def _library(held: Any, section: Section) -> Any:
-    libraries = _libraries(held)
+def _library(file: h5py.Group, section: Section) -> h5py.Group | None:
+    libraries = _libraries(file)
     if section.value is not None and section.value in libraries:
         return libraries[section.value]
     return next(iter(libraries.values())) if len(libraries) == 1 and not section.column else None
 
 
-def _scales(library: Any, path: Path) -> Mapping[str, Any]:
+def _scales(library: h5py.Group, path: Path) -> Mapping[str, object]:
     node = library.get("scalefactors")
     if not hasattr(node, "keys"):
         return {}
@@ -429,19 +431,20 @@ def _scales(library: Any, path: Path) -> Mapping[str, Any]:
     return scales if isinstance(scales, Mapping) else {}
 
 
-def _diameter(held: Any, section: Section) -> float | None:
-    library = _library(held, section)
+def _diameter(file: h5py.Group, section: Section) -> float | None:
+    library = _library(file, section)
     return (
         None
         if library is None
-        else _positive(_scales(library, Path(held.filename)).get("spot_diameter_fullres"))
+        else _positive(_scales(library, Path(file.filename)).get("spot_diameter_fullres"))
     )
 
 
-def _positive(value: Any) -> float | None:
+def _positive(value: object) -> float | None:
     """A number above 0, as a scalar, an array of one or a text; else None."""
     try:
-        number = float(np.asarray(value).reshape(-1)[0]) if np.size(value) == 1 else float("nan")
+        values = np.asarray(value)
+        number = float(values.reshape(-1)[0]) if values.size == 1 else float("nan")
     except (TypeError, ValueError):
         return None
     return number if np.isfinite(number) and number > 0 else None

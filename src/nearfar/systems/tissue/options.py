@@ -46,9 +46,11 @@ class TissueData:
         most=1,
     )
     patch: int = option(32, "pixels of a generated patch", least=8)
-    noise: float = option(0.5, "of what a generated patch shows beside the content", least=0)
+    noise: float = option(
+        0.5, "standard deviation of what a generated patch shows beside the content", least=0
+    )
     generated_genes: int = option(200, "genes of generated slides", least=6)
-    generated_seed: int = option(0, "of generated slides", least=0, most=2**32 - 1)
+    generated_seed: int = option(0, "seed of generated slides", least=0, most=2**32 - 1)
 
 
 @dataclass
@@ -75,20 +77,18 @@ class TissueOptions(RunOptions):
     weight_decay: float = 0.1
     warmup: float = 0.1
     temperature: float = option(
-        0.07, "of the similarities; where a learned one starts", least=1e-4, role="loss"
+        0.07, "temperature of the similarities; the start value of a learned one", least=1e-4, role="loss"
     )
     learn_temperature: bool = option(True, "the temperature is a parameter", role="loss")
-    max_scale: float = option(
-        40.0, "the learned scale 1 / temperature is held there, under either loss", least=1e-3
-    )
+    max_scale: float = option(40.0, "largest learned scale 1 / temperature, with either loss", least=1e-3)
     neighbors: Literal["soft", "positive", "mask", "none"] = option(
         "soft",
-        "of loss=spatial. soft: a share of the target; positive: as much as the own spot; mask: no negatives; none: "
-        "CLIP",
+        "neighbours with loss=spatial. soft: get a share of the target; positive: as much as the own spot; mask: are "
+        "no negatives; none: as in CLIP",
         role="loss",
     )
-    neighbor_alpha_scale: float = option(0.5, "of that share", least=0, role="loss")
-    temp_reg_weight: float = option(0.05, "of the temperature's regularisation", least=0, role="loss")
+    neighbor_alpha_scale: float = option(0.5, "factor on that share", least=0, role="loss")
+    temp_reg_weight: float = option(0.05, "weight of the temperature's regularisation", least=0, role="loss")
     local_loss: bool | None = option(None, "the notes' name of trainer.local_loss; null: what that says")
     gather_with_grad: bool | None = option(
         None, "the notes' name of trainer.gather_with_grad; null: what that says"
@@ -105,9 +105,9 @@ class TissueOptions(RunOptions):
         "mlp", "mlp: over expression; sentence: names of the top genes through text_encoder"
     )
     sentence_genes: int = option(50, "names in a gene sentence", least=1)
-    embedding_dim: int = option(128, "of the shared space", least=1)
+    embedding_dim: int = option(128, "dimension of the shared space", least=1)
     hidden: int = option(256, "width of the towers", least=1)
-    dropout: float = fraction(0.2, "in the towers")
+    dropout: float = fraction(0.2, "dropout in the towers")
     retrieve: int = option(50, "training spots whose expression is averaged for a patch", least=1)
     variable_genes: int = option(
         250, "most variable over the training spots: genes that correlations are averaged over", least=1
@@ -160,7 +160,7 @@ class TissueOptions(RunOptions):
         build_text_encoder(**self.text_encoder)
 
 
-def slide_names(value: Any, name: str) -> tuple[str, ...]:
+def slide_names(value: object, name: str) -> tuple[str, ...]:
     """Names of slides, given as one or as a list; none for null.
 
     >>> slide_names("B4", "data.hold_out"), slide_names(None, "data.val"), slide_names(["C2", 3], "data.val")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Float, Float32, Int64, UInt8
@@ -43,7 +43,7 @@ def spatial_neighbors(
     [[1, -1], [0, -1]]
     """
     index, distance = _nearest(positions, k)
-    n, there = len(index), index.shape[1]
+    n, width = len(index), index.shape[1]
     sigma = _sigma(distance)
     # Only differences of the exponents matter: a spot far from all others must not divide 0 by 0.
     beyond = distance**2 - distance[:, :1] ** 2
@@ -51,7 +51,7 @@ def spatial_neighbors(
     weight /= weight.sum(axis=1, keepdims=True)
     neighbors = np.full((n, k), -1, np.int64)
     alpha = np.zeros((n, k), np.float32)
-    neighbors[:, :there], alpha[:, :there] = index, weight
+    neighbors[:, :width], alpha[:, :width] = index, weight
     return neighbors, alpha
 
 
@@ -78,20 +78,20 @@ def _nearest(positions: ArrayLike, k: int) -> tuple[NDArray[np.int64], NDArray[n
     if k < 1:
         raise NearfarError(f"neighbors={k}: at least one neighbour is needed.")
     n = len(places)
-    there = min(k, n - 1)
-    if there < 1:
+    count = min(k, n - 1)
+    if count < 1:
         return np.empty((n, 0), np.int64), np.empty((n, 0))
     from scipy.spatial import cKDTree
 
-    distance, index = cKDTree(places).query(places, min(n, there + 1 + _SPARE))
+    distance, index = cKDTree(places).query(places, min(n, count + 1 + _SPARE))
     distance[
         index == np.arange(n)[:, None]
     ] = -1.0  # the spot itself comes first, also among spots in one place
     # Distances that are equal on paper differ in the last bits: on a grid the order of the spots decides.
     rounded = np.round(distance, 6)
-    order = np.lexsort((index, rounded), axis=1)[:, 1 : there + 1]
-    found = np.take_along_axis(index, order, axis=1).astype(np.int64)
-    return found, np.take_along_axis(distance, order, axis=1)
+    order = np.lexsort((index, rounded), axis=1)[:, 1 : count + 1]
+    nearest = np.take_along_axis(index, order, axis=1).astype(np.int64)
+    return nearest, np.take_along_axis(distance, order, axis=1)
 
 
 #: what expression holds: counts of molecules, or log(1 + counts per so many counts of the spot)
@@ -112,7 +112,7 @@ class Tissue:
         expression: (n, g) float32, see ``values``; may be memory-mapped.
         genes: what the columns of ``expression`` are.
         patches: (n, h, w, 3) what is seen at each spot; may be memory-mapped.
-        patients: whom each slide is from; None: every slide is from somebody else.
+        patients: the patient of each slide; None: every slide is of a different patient.
         values: "log1p" or "counts".
         totals: (n,) counts of a spot over all genes that were measured, those left out as well; None: not known.
         content: a hash of all this, by which results are kept (`nearfar.data.cache`); computed where it is not given.
@@ -189,7 +189,7 @@ class Tissue:
         place[rows] = np.arange(len(rows))
         # A run of rows is a view, so that nothing is read from a memory map before it is used.
         run = len(rows) > 0 and int(rows[-1]) - int(rows[0]) + 1 == len(rows)
-        part: Any = slice(int(rows[0]), int(rows[-1]) + 1) if run else rows
+        part: slice | NDArray[np.int64] = slice(int(rows[0]), int(rows[-1]) + 1) if run else rows
         chosen = [self.slide_names[at] for at in kept]
         return replace(
             self,
@@ -230,14 +230,14 @@ def joined(parts: Sequence[Tissue]) -> Tissue:
                 )
     names = [name for part in parts for name in part.slide_names]
     ids = [spot for part in parts for spot in part.ids]
-    for what, held in (("slide", names), ("spot", ids)):
-        if len(set(held)) != len(held):
-            twice = sorted(name for name in set(held) if held.count(name) > 1)[:3]
+    for what, all_names in (("slide", names), ("spot", ids)):
+        if len(set(all_names)) != len(all_names):
+            twice = sorted(name for name in set(all_names) if all_names.count(name) > 1)[:3]
             raise NearfarError(f"{what} {', '.join(twice)} stands in two of the tissues that are joined.")
     spots = np.cumsum([0, *(len(part) for part in parts)])
     slides = np.cumsum([0, *(len(part.slide_names) for part in parts)])
 
-    def each(name: str) -> Any:
+    def each(name: str) -> np.ndarray:
         return np.concatenate([getattr(part, name) for part in parts])
 
     return Tissue(

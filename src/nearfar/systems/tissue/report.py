@@ -1,4 +1,4 @@
-"""What the report shows of a tissue run: patches with the spots found for them, numbers by slide, a gene in space."""
+"""Sections of the report: patches with the spots retrieved for them, metrics by slide, a gene in space."""
 
 from __future__ import annotations
 
@@ -6,20 +6,21 @@ import base64
 import io
 from collections.abc import Mapping, Sequence
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from nearfar.data.files import Json
 from nearfar.metrics import paired_difference
 from nearfar.systems.tissue.data import Tissue
-from nearfar.systems.tissue.expression import pearson
+from nearfar.systems.tissue.evaluation import pearson
 from nearfar.systems.tissue.features import gene_sentences
 from nearfar.training.sections import Picture, Section, Table, retrieval_examples
 
 if TYPE_CHECKING:
-    from nearfar.systems.tissue.evaluation import Judge
+    from nearfar.systems.tissue.evaluation import Evaluator
 
 __all__ = ["examples", "gene_map", "sections"]
 
@@ -29,24 +30,24 @@ _LOW, _HIGH = np.array([247.0, 247.0, 240.0]), np.array([122.0, 4.0, 80.0])
 
 def examples(
     tissue: Tissue, genes: Sequence[str], images: Float[Tensor, "n d"], vectors: Float[Tensor, "n d"]
-) -> list[dict[str, Any]]:
-    """Patches with the spots whose expression was found for them: right, nearly, wrong."""
+) -> list[Json]:
+    """Patches with the spots retrieved for them: right, nearly, wrong."""
 
-    def query(spot: int) -> dict[str, Any]:
+    def query(spot: int) -> Json:
         return {"text": tissue.ids[spot], "svg": _patch(tissue.patches[spot])}
 
-    def item(spot: int) -> dict[str, Any]:
+    def item(spot: int) -> Json:
         names = gene_sentences(tissue.expression[[spot]], genes, _NAMES)[0]
         return query(spot) | {"text": f"{tissue.ids[spot]}: {names}"}
 
     return retrieval_examples(images, vectors, query, item)
 
 
-def sections(judge: Judge, outputs: Mapping[str, Tensor], split: str) -> list[Section]:
+def sections(evaluator: Evaluator, outputs: Mapping[str, Tensor], split: str) -> list[Section]:
     """Slide by slide, against ridge regression on colour, and the best predicted gene over a slide."""
-    evaluation = judge.evaluate(outputs, split, final=True)
+    evaluation = evaluator.evaluate(outputs, split, final=True)
     slides = evaluation.facts["slides"]
-    tissue = judge.data.splits[split]
+    tissue = evaluator.data.splits[split]
     counts = {name: int((tissue.slides == at).sum()) for at, name in enumerate(tissue.slide_names)}
     metrics = [name for name in slides if not name.endswith("MRR")]
     table = Table(
@@ -58,7 +59,7 @@ def sections(judge: Judge, outputs: Mapping[str, Tensor], split: str) -> list[Se
         caption="Each slide by itself: its own spots are the gallery; chance of R@k is k over the spots.",
     )
     rows = []
-    for baseline, values in judge.values_of_ridge(split).items():
+    for baseline, values in evaluator.values_of_ridge(split).items():
         name = baseline.removeprefix("ridge/")
         own, ridge = evaluation.estimates[name], evaluation.estimates[baseline]
         apart = paired_difference(evaluation.per_item[name], values, metric=name)
@@ -68,19 +69,19 @@ def sections(judge: Judge, outputs: Mapping[str, Tensor], split: str) -> list[Se
         ["genes", "by retrieval", "ridge on colour", "difference over spots"],
         rows,
         caption="Mean gene-wise Pearson correlation. Spots side by side are not independent, so that intervals over "
-        "the spots of one slide are too narrow for what another slide would give.",
+        "the spots of one slide are too narrow for a different slide.",
     )
-    return [Section("Slides", tables=[table, beside]), _best_gene(judge, outputs, split)]
+    return [Section("Slides", tables=[table, beside]), _best_gene(evaluator, outputs, split)]
 
 
-def _best_gene(judge: Judge, outputs: Mapping[str, Tensor], split: str) -> Section:
-    tissue = judge.data.splits[split]
-    genes = judge.genes["variable"]
-    predicted = judge.retrieved(outputs["images"])[:, genes]
+def _best_gene(evaluator: Evaluator, outputs: Mapping[str, Tensor], split: str) -> Section:
+    tissue = evaluator.data.splits[split]
+    genes = evaluator.genes["variable"]
+    predicted = evaluator.retrieved(outputs["images"])[:, genes]
     own = np.flatnonzero(tissue.slides == 0)
     r = np.nan_to_num(pearson(predicted[own], tissue.expression[own][:, genes]), nan=-1.0)
     best = int(r.argmax())
-    name, places = judge.data.genes[int(genes[best])], tissue.positions[own]
+    name, places = evaluator.data.genes[int(genes[best])], tissue.positions[own]
     shown = {
         "measured": tissue.expression[own, genes[best]],
         f"by retrieval, r = {r[best]:.2f}": predicted[own, best],

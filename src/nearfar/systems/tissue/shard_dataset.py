@@ -9,7 +9,6 @@ import zipfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -34,7 +33,7 @@ __all__ = ["read_shards"]
 _VERSION = 1  # of what is kept; part of the cache key
 _ROWS = 256  # of expression normalised at a time
 #: kind and shape of the arrays of a slide's table, of n spots with k neighbours each
-_TABLE: dict[str, tuple[Any, ...]] = {
+_TABLE: dict[str, tuple[str | int, ...]] = {
     "ids": ("U", "n"),
     "positions": ("f", "n", 2),
     "neighbors": ("i", "n", "k"),
@@ -50,7 +49,7 @@ def read_shards(
     genes: int | Sequence[str] | None = None,
     genes_of: Sequence[str] | None = None,
     neighbors: int | None = None,
-    told: Callable[[int], None] | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> Tissue:
     """The spots of a folder of shards, expression as log1p.
 
@@ -62,8 +61,8 @@ def read_shards(
         slides: which of its slides; None takes all.
         genes: names of genes, or how many, the most variable within ``genes_of``; None takes all that are stored.
         genes_of: training slides. Needed where ``genes`` is a number: genes chosen with test slides would leak.
-        neighbors: nearest spots of each; None takes those that the shards state, another number computes them.
-        told: called with the number of spots of each shard that was read.
+        neighbors: nearest spots of each; None takes those that the shards state, a different number computes them.
+        progress: called with the number of spots of each shard that was read.
 
     Raises:
         NearfarError: no finished shards, a slide or gene that is not there, a damaged shard (which one).
@@ -82,7 +81,7 @@ def read_shards(
     totals = np.concatenate([table["totals"] for table in tables])
     _check_sizes(index, entries)
     arrays = mapped_arrays(
-        "tissue", key, layout, lambda into: _decode_all(index, entries, columns, totals, into, told)
+        "tissue", key, layout, lambda into: _decode_all(index, entries, columns, totals, into, progress)
     )
     k = neighbors or index.neighbors["k"]
     if k != index.neighbors["k"]:
@@ -116,7 +115,7 @@ def read_shards(
 def _columns(
     index: ShardIndex, genes: int | Sequence[str] | None, genes_of: Sequence[str] | None
 ) -> np.ndarray:
-    """Which of the stored genes are wanted, in the order that is asked for."""
+    """Columns of the chosen genes, in the order of ``genes``."""
     place = {gene: at for at, gene in enumerate(index.genes)}
     if genes is None:
         return np.arange(len(index.genes))
@@ -146,11 +145,11 @@ def _table(index: ShardIndex, entry: SlideEntry) -> dict[str, np.ndarray]:
     data = _checked(index, entry.table)
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as members:
-            # Written as they are: what is packed could be of any size once it is unpacked.
+            # WriteResult as they are: what is packed could be of any size once it is unpacked.
             if any(member.file_size > len(data) for member in members.infolist()):
                 raise ValueError("a part claims to be larger than the file")
-        with np.load(io.BytesIO(data), allow_pickle=False) as held:
-            table = {name: held[name] for name in _TABLE}
+        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+            table = {name: arrays[name] for name in _TABLE}
         for name, (kind, *shape) in _TABLE.items():
             wanted = tuple(
                 {"n": entry.spots, "k": index.neighbors["k"]}.get(str(side), side) for side in shape
@@ -204,7 +203,7 @@ def _decode_all(
     columns: np.ndarray,
     totals: np.ndarray,
     into: dict[str, np.ndarray],
-    told: Callable[[int], None] | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> None:
     """Decode the shards of some slides into the arrays ``patches`` and ``expression``, several at a time."""
     jobs, at = [], 0
@@ -222,14 +221,14 @@ def _decode_all(
     # Hashing and decoding let go of the interpreter's lock, so that threads use several cores.
     with ThreadPoolExecutor(max(1, min(len(jobs), os.cpu_count() or 1, 8))) as pool:
         for count in pool.map(work, jobs):
-            if told is not None:
-                told(count)
+            if progress is not None:
+                progress(count)
 
 
 def _decode(
     index: ShardIndex,
     shard: ShardFile,
-    columns: Any,
+    columns: np.ndarray | None,
     totals: np.ndarray,
     patches: np.ndarray,
     expression: np.ndarray,

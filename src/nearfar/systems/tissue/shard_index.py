@@ -11,11 +11,12 @@ import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 
 from nearfar.data.cache import content_key
+from nearfar.data.files import Json
 from nearfar.errors import NearfarError, nearest_name
 from nearfar.systems.tissue.slide_splits import SPLITS, check_splits, read_split_files
 from nearfar.training.run_folder import write_atomically
@@ -41,7 +42,12 @@ _NAME = re.compile(r"([A-Za-z0-9_-]+)\.([A-Za-z0-9_.-]+)")
 
 
 class ShardWriter:
-    """Members with nothing of this machine or moment in their heads: no time, no owner, one mode."""
+    """Writes a shard: the same bytes for the same samples, since heads hold no time, no owner and one mode.
+
+    ``webdataset.TarWriter`` does not give these bytes: it sorts the parts of a sample by ending (jpg, json, npy), so
+    every existing shard, and with it every hash, would change. It would also be a new dependency at run time for what
+    ``tarfile`` does in four lines. The tests read our shards with webdataset.
+    """
 
     def __init__(self, stream: IO[bytes]) -> None:
         self._tar = tarfile.TarFile(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT)
@@ -109,16 +115,16 @@ def samples(data: memoryview, where: str) -> Iterator[tuple[str, dict[str, memor
 
 def npy(values: np.ndarray) -> bytes:
     """An array as the bytes of a .npy file."""
-    held = io.BytesIO()
-    np.lib.format.write_array(held, np.ascontiguousarray(values), version=(1, 0), allow_pickle=False)
-    return held.getvalue()
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, np.ascontiguousarray(values), version=(1, 0), allow_pickle=False)
+    return buffer.getvalue()
 
 
 class ArrayReader:
     """Reads the arrays of .npy parts; the head that all samples share is understood once.
 
     Raises:
-        ValueError: bytes that are no array of numbers, or of another shape than ``shape`` where that is given.
+        ValueError: bytes that are no array of numbers, or of a different shape than ``shape`` where that is given.
 
     >>> read = ArrayReader()
     >>> read(memoryview(npy(np.arange(3, dtype=np.int16)))).tolist()
@@ -163,7 +169,7 @@ class ShardFile:
     sha256: str
 
     @classmethod
-    def from_dict(cls, saved: Mapping[str, Any]) -> ShardFile:
+    def from_dict(cls, saved: Json) -> ShardFile:
         """What ``asdict`` wrote; errors as of `SlideEntry.from_dict`."""
         file = cls(**saved)
         if not isinstance(file.name, str) or not isinstance(file.sha256, str):
@@ -194,11 +200,11 @@ class SlideEntry:
     rejected: dict[str, int]
     key: str
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> Json:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, saved: Mapping[str, Any]) -> SlideEntry:
+    def from_dict(cls, saved: Json) -> SlideEntry:
         """What `as_dict` wrote.
 
         Raises:
@@ -232,9 +238,9 @@ class ShardIndex:
 
     folder: Path
     genes: list[str]
-    expression: dict[str, Any]
-    patch: dict[str, Any]
-    neighbors: dict[str, Any]
+    expression: Json
+    patch: Json
+    neighbors: Json
     slides: list[SlideEntry] = field(default_factory=list)
 
     @property
@@ -275,7 +281,7 @@ class ShardIndex:
         return path
 
 
-def write_json(path: Path, content: Any) -> None:
+def write_json(path: Path, content: object) -> None:
     """JSON that is the same for the same content, written atomically."""
     text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
     write_atomically(path, lambda file: file.write(text.encode()))
@@ -285,8 +291,8 @@ def read_index(folder: str | Path) -> ShardIndex:
     """The index of a folder of shards.
 
     Raises:
-        NearfarError: no index (shards that are not finished, or another folder), another format, missing shards or such
-            of another size than the index says.
+        NearfarError: no index (unfinished shards, or a different folder), an unknown format, missing shards, shards
+            of a different size than the index states.
     """
     folder = Path(folder)
     path = folder / "index.json"
@@ -320,8 +326,8 @@ def read_index(folder: str | Path) -> ShardIndex:
             check_inside(folder, at)
             size = at.stat().st_size if at.is_file() else None
             if size != shard.bytes:
-                there = "is missing" if size is None else f"has {size} bytes, {shard.bytes} were written"
-                raise NearfarError(f"{at} {there}. Copy the shards again, or write them anew.")
+                problem = "is missing" if size is None else f"has {size} bytes, {shard.bytes} were written"
+                raise NearfarError(f"{at} {problem}. Copy the shards again, or write them anew.")
     return ShardIndex(folder=folder, slides=slides, **parts)
 
 
@@ -335,8 +341,8 @@ def check_inside(folder: Path, path: Path) -> None:
         raise NearfarError(f"{path} is a link out of the folder: put the file itself there.")
 
 
-def _check_parts(genes: Any, expression: Any, patch: Any, neighbors: Any) -> None:
-    """``ValueError`` or ``TypeError`` for parts of an index that nobody wrote so."""
+def _check_parts(genes: object, expression: Json, patch: Json, neighbors: Json) -> None:
+    """``ValueError`` or ``TypeError`` for invalid parts of an index."""
     if not isinstance(genes, list) or not all(isinstance(gene, str) for gene in genes):
         raise TypeError("genes are no list of names")
     if not genes or len(set(genes)) != len(genes):
@@ -352,7 +358,7 @@ def _check_parts(genes: Any, expression: Any, patch: Any, neighbors: Any) -> Non
         raise ValueError(f"each spot has {neighbors['k']!r} neighbours")
 
 
-def _is_count(value: Any) -> bool:
+def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 

@@ -1,6 +1,4 @@
-"""Slides into WebDataset shards: a sample for each spot, the same bytes for the same input, going on where it
-stopped.
-"""
+"""Slides into WebDataset shards: a sample for each spot, the same bytes for the same input, resumable."""
 
 from __future__ import annotations
 
@@ -9,11 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from nearfar.data.cache import content_key
+from nearfar.data.files import Json
 from nearfar.data.rejections import Rejections
 from nearfar.errors import NearfarError
 from nearfar.systems.tissue.genes import GeneSums, common_genes, normalized, read_genes, variable_genes
@@ -23,14 +22,14 @@ from nearfar.systems.tissue.slide_folder import Rejected, SlideFolder, Spots
 from nearfar.systems.tissue.slide_image import Box, codec
 from nearfar.systems.tissue.slide_splits import (
     check_splits,
-    divide,
+    draw_splits,
     patients_of,
     read_split_files,
     write_split_files,
 )
 from nearfar.systems.tissue.slides import Slide, SlideCounts, find_slides
 
-__all__ = ["ShardOptions", "Watch", "Written", "choose_genes", "survey", "usable", "write_shards"]
+__all__ = ["ShardOptions", "Watch", "WriteResult", "choose_genes", "survey", "usable", "write_shards"]
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class ShardOptions:
         min_counts: spots with fewer counts are rejected.
         neighbors: nearest spots of the same slide that are written to each.
         spots_per_shard: largest number of samples in a tar file.
-        val, test, val_fraction, test_fraction, split_by, seed: see `slide_splits.divide`; without any of them the
+        val, test, val_fraction, test_fraction, split_by, seed: see `slide_splits.draw_splits`; without any of them the
             ``*_samples.txt`` of the source are taken, and without those all slides train.
         patients: see `slide_splits.patients_of`.
 
@@ -106,7 +105,7 @@ class ShardOptions:
 
     @property
     def splits_given(self) -> bool:
-        """Whether splits are asked for here."""
+        """Whether these options state splits."""
         return bool(self.val or self.test or self.val_fraction or self.test_fraction)
 
     def field(self, name: str, pixel_size: float | None) -> int:
@@ -125,12 +124,12 @@ class ShardOptions:
             )
         return side
 
-    def of_patches(self) -> dict[str, Any]:
+    def of_patches(self) -> Json:
         """What decides which spots can be used and what their patches are."""
         wanted = ("patch", "patch_um", "min_counts")
         return {name: value for name, value in asdict(self).items() if name in wanted}
 
-    def of_samples(self) -> dict[str, Any]:
+    def of_samples(self) -> Json:
         """What else decides the bytes of the shards, the genes apart."""
         wanted = ("quality", "values", "target_sum", "neighbors", "spots_per_shard")
         return self.of_patches() | {"pixels": self.stored} | {name: getattr(self, name) for name in wanted}
@@ -172,7 +171,7 @@ def usable(slide: Slide, options: ShardOptions) -> tuple[SlideCounts, list[Box],
     boxes = slide.boxes(counts, side)
     inside, details = slide.check_boxes(counts, boxes)
     kept = counts.keep(inside, "no picture", details)
-    return kept, [box for box, there in zip(boxes, inside.tolist(), strict=True) if there], side
+    return kept, [box for box, is_inside in zip(boxes, inside.tolist(), strict=True) if is_inside], side
 
 
 def _sums(counts: SlideCounts, target_sum: float) -> GeneSums:
@@ -212,13 +211,13 @@ def choose_genes(
 
 
 VERSION = 2  # of what a slide is made into; part of every slide's key
-#: told of progress: "counts" and slides that were read of all slides, "shards" and spots that were written of all spots
+#: progress: "counts" with the slides read and all slides, then "shards" with the spots written and all spots
 Watch = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
-class Written:
-    """What came of writing: the index, which slides were written and which were there, and rejected spots."""
+class WriteResult:
+    """The result of writing: the index, which slides were written and which were kept, and rejected spots."""
 
     index: ShardIndex
     splits: dict[str, list[str]]
@@ -248,7 +247,7 @@ class Written:
 
 def write_shards(
     source: str | Path, output: str | Path, options: ShardOptions | None = None, watch: Watch | None = None
-) -> Written:
+) -> WriteResult:
     """Write the slides of a folder as shards.
 
     Slides that were finished by an earlier call with the same files and options are kept, all others are written anew.
@@ -262,8 +261,8 @@ def write_shards(
     slides = {slide.name: slide for slide in find_slides(source)}
     folder = SlideFolder(Path(output))
     folder.prepare(list(slides))
-    said: dict[str, str | None] = {name: slide.patient() for name, slide in slides.items()}
-    patients = patients_of(said, options.patients)
+    stated: dict[str, str | None] = {name: slide.patient() for name, slide in slides.items()}
+    patients = patients_of(stated, options.patients)
     hashes = {name: [_sha256(path) for path in slide.files()] for name, slide in slides.items()}
     sums, rejected = survey(folder, slides, hashes, options, watch)
     dropped = [name for name, slide in sums.items() if not slide.spots]
@@ -289,8 +288,8 @@ def write_shards(
         entry = folder.finished(name, key)
         (written if entry is None else kept).append(name)
         if entry is None:
-            told = partial(_told, watch, done, total)
-            entry = _write_slide(folder, slides[name], patients[name], genes, options, key, told)
+            progress = partial(_report_progress, watch, done, total)
+            entry = _write_slide(folder, slides[name], patients[name], genes, options, key, progress)
         done += entry.spots
         watch("shards", done, total)
         entries.append(entry)
@@ -307,7 +306,7 @@ def write_shards(
     folder.write_rejected(rejected)
     index.write(splits)
     remarks = [f"slide {name}: {remark}" for name in sums for remark in slides[name].remarks()]
-    return Written(index, splits, written, kept, dropped, _tally(rejected), remarks)
+    return WriteResult(index, splits, written, kept, dropped, _tally(rejected), remarks)
 
 
 def _write_slide(
@@ -344,13 +343,13 @@ def _write_slide(
 def _splits(
     source: Path, slides: list[str], patients: Mapping[str, str], options: ShardOptions
 ) -> dict[str, list[str]]:
-    found = {} if options.splits_given else read_split_files(source)
-    if found:
-        check_splits(found, slides, patients if options.split_by == "patient" else None, str(source))
-        if not found.get("train"):
+    listed = {} if options.splits_given else read_split_files(source)
+    if listed:
+        check_splits(listed, slides, patients if options.split_by == "patient" else None, str(source))
+        if not listed.get("train"):
             raise NearfarError(f"{source}/train_samples.txt lists no slide to train on.")
-        return {name: found.get(name, []) for name in ("train", "val", "test")}
-    return divide(
+        return {name: listed.get(name, []) for name in ("train", "val", "test")}
+    return draw_splits(
         slides,
         patients,
         val=options.val,
@@ -362,23 +361,23 @@ def _splits(
     )
 
 
-def _told(watch: Watch, before: int, total: int, spots: int) -> None:
+def _report_progress(watch: Watch, before: int, total: int, spots: int) -> None:
     watch("shards", before + spots, total)
 
 
 def _by_reason(rejected: Rejected) -> dict[str, int]:
-    found: dict[str, int] = {}
+    counts: dict[str, int] = {}
     for _, reason, _ in rejected:
-        found[reason] = found.get(reason, 0) + 1
-    return found
+        counts[reason] = counts.get(reason, 0) + 1
+    return counts
 
 
 def _tally(rejected: Mapping[str, Rejected]) -> Rejections:
-    found = Rejections()
+    rejections = Rejections()
     for slide, spots in rejected.items():
         for spot, reason, detail in spots:
-            found.add(reason, value=f"{slide}/{spot}", detail=detail)
-    return found
+            rejections.add(reason, value=f"{slide}/{spot}", detail=detail)
+    return rejections
 
 
 def _sha256(path: Path) -> str:

@@ -12,20 +12,24 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float, Float32, Int64, Shaped, UInt8
 
+from nearfar.data.cache import content_key
 from nearfar.errors import NearfarError
-from nearfar.systems.tissue.genes import GeneSums
+from nearfar.systems.tissue.genes import GeneSums, normalized
+from nearfar.systems.tissue.records import Tissue, neighbor_scale
 from nearfar.systems.tissue.shard_index import (
     ShardFile,
+    ShardIndex,
     ShardWriter,
     SlideEntry,
     check_inside,
     npy,
     write_json,
 )
-from nearfar.systems.tissue.slide_image import encode_jpeg
+from nearfar.systems.tissue.slide_image import codec, encode_jpeg
+from nearfar.systems.tissue.slide_splits import check_splits, write_split_files
 from nearfar.training.run_folder import write_atomically
 
-__all__ = ["Rejected", "SlideFolder", "Spots"]
+__all__ = ["Rejected", "SlideFolder", "Spots", "write_tissue"]
 
 _LONGEST = 80  # letters of a slide's name: a member of a tar file has 100, with number and ending
 
@@ -78,11 +82,11 @@ class SlideFolder:
             raise NearfarError(f"{self.path} is a file; name a folder for the shards.")
         check_inside(self.path, self.path / "slides")
         (self.path / "slides").mkdir(parents=True, exist_ok=True)
-        there = {path.stem for path in (self.path / "slides").glob("*.json")}
-        other = sorted(there - stems.keys())
+        existing = {path.stem for path in (self.path / "slides").glob("*.json")}
+        other = sorted(existing - stems.keys())
         if other:
             raise NearfarError(
-                f"{self.path} holds shards of other slides ({', '.join(other[:5])}): take another folder, or remove it."
+                f"{self.path} has shards of other slides ({', '.join(other[:5])}): take a different one, or remove it."
             )
         for path in [*self.path.glob(".*.tmp"), *(self.path / "slides").glob(".*.tmp")]:
             path.unlink()
@@ -155,13 +159,15 @@ class SlideFolder:
         """Sums of a slide's genes and its rejected spots; None if there are none (or none of this ``key``)."""
         check_inside(self.path, self._sums(slide))
         try:
-            with np.load(self._sums(slide), allow_pickle=False) as held:
-                if key is not None and str(held["key"]) != key:
+            with np.load(self._sums(slide), allow_pickle=False) as arrays:
+                if key is not None and str(arrays["key"]) != key:
                     return None
-                sums = GeneSums(held["genes"].tolist(), int(held["spots"]), held["total"], held["squares"])
+                sums = GeneSums(
+                    arrays["genes"].tolist(), int(arrays["spots"]), arrays["total"], arrays["squares"]
+                )
                 if not sums.total.shape == sums.squares.shape == (len(sums.genes),):
                     return None
-                return sums, [(str(a), str(b), str(c)) for a, b, c in held["rejected"].tolist()]
+                return sums, [(str(a), str(b), str(c)) for a, b, c in arrays["rejected"].tolist()]
         except (
             Exception
         ):  # zipfile, zlib and numpy raise whatever the damage leads to; sums are then computed anew
@@ -241,3 +247,65 @@ def _stem(name: str) -> str:
 
 def _size(path: Path) -> int | None:
     return path.stat().st_size if path.is_file() else None
+
+
+_VERSION = 1  # part of every slide's key
+
+
+def write_tissue(
+    tissue: Tissue,
+    output: str | Path,
+    splits: Mapping[str, Sequence[str]] | None = None,
+    *,
+    quality: int = 90,
+    target_sum: float = 1e4,
+    spots_per_shard: int = 4096,
+) -> ShardIndex:
+    """Write a tissue that is in memory as shards; without ``splits`` all its slides train.
+
+    Patches lose a little, as jpg does; everything else is kept. ``target_sum`` states how "log1p" expression was
+    normalised, or is to be. Returns the index.
+    """
+    folder = SlideFolder(Path(output))
+    folder.prepare(list(tissue.slide_names))
+    split_slides = {name: list(slides) for name, slides in (splits or {"train": tissue.slide_names}).items()}
+    check_splits(split_slides, list(tissue.slide_names))
+    if tissue.patches.shape[1] != tissue.patches.shape[2]:
+        raise NearfarError(f"patches of {tissue.patches.shape[1:3]} pixels: squares are needed.")
+    entries = []
+    for at, name in enumerate(tissue.slide_names):
+        rows = tissue.rows_of(at)
+        first = int(rows[0]) if len(rows) else 0
+        patches, near = tissue.patches[rows], tissue.neighbors[rows]
+        expression = np.asarray(tissue.expression[rows])
+        totals = expression.sum(1) if tissue.totals is None else tissue.totals[rows]
+        key = content_key("tissue", _VERSION, tissue.content, name, quality, spots_per_shard, codec())
+        entry = folder.finished(name, key)
+        if entry is None:
+            spots = Spots(
+                slide=name,
+                patient=name if tissue.patients is None else tissue.patients[at],
+                names=[tissue.ids[row] for row in rows.tolist()],
+                positions=tissue.positions[rows],
+                neighbors=np.where(near >= 0, near - first, -1),
+                alpha=tissue.alpha[rows],
+                expression=expression,
+                totals=totals,
+                sigma=neighbor_scale(tissue.positions[rows], tissue.neighbors.shape[1]),
+            )
+            values = normalized(expression, totals, target_sum) if tissue.values == "counts" else expression
+            folder.write_sums(name, key, GeneSums.of(values, tissue.genes), [])
+            entry = folder.write(spots, patches.__getitem__, quality, spots_per_shard, key)
+        entries.append(entry)
+    index = ShardIndex(
+        folder.path,
+        list(tissue.genes),
+        {"values": tissue.values, "target_sum": target_sum, "genes": "as in the tissue that was written"},
+        {"pixels": tissue.patches.shape[1], "field": "not known", "jpg_quality": quality, "encoder": codec()},
+        {"k": tissue.neighbors.shape[1], "rule": "as in the tissue that was written"},
+        entries,
+    )
+    write_split_files(folder.path, split_slides)
+    folder.write_rejected({})
+    index.write(split_slides)
+    return index

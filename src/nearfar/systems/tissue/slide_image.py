@@ -6,13 +6,16 @@ import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from jaxtyping import UInt8
 
 from nearfar.data.images import MAX_PIXELS, image_size, read_image, resize
 from nearfar.errors import NearfarError
+
+if TYPE_CHECKING:
+    import openslide
 
 __all__ = [
     "IMAGE_ENDINGS",
@@ -80,8 +83,8 @@ def read_large(path: Path) -> UInt8[np.ndarray, "h w 3"]:
         height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
         if colors not in ("YCbCr", "RGB", "Gray") or height * width > MAX_PIXELS:
             return read_image(path)
-        found: np.ndarray = simplejpeg.decode_jpeg(data)
-        return found
+        pixels: np.ndarray = simplejpeg.decode_jpeg(data)
+        return pixels
     except ValueError as error:
         raise NearfarError(f"{path} cannot be read: {error}. Is it complete?") from None
 
@@ -122,20 +125,20 @@ def encode_jpeg(pixels: UInt8[np.ndarray, "h w 3"], quality: int) -> bytes:
     except ImportError:
         from PIL import Image
 
-        held = io.BytesIO()
-        Image.fromarray(pixels).save(held, "jpeg", quality=quality, subsampling=0)
-        return held.getvalue()
-    found: bytes = simplejpeg.encode_jpeg(
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "jpeg", quality=quality, subsampling=0)
+        return buffer.getvalue()
+    encoded: bytes = simplejpeg.encode_jpeg(
         np.ascontiguousarray(pixels), quality=quality, colorspace="RGB", colorsubsampling="444"
     )
-    return found
+    return encoded
 
 
-def decode_jpeg(data: bytes | memoryview, into: UInt8[np.ndarray, "h w 3"] | None = None) -> Any:
+def decode_jpeg(data: bytes | memoryview, into: UInt8[np.ndarray, "h w 3"] | None = None) -> np.ndarray:
     """The pixels of a jpg (h, w, 3), written to ``into`` where it is given.
 
     Raises:
-        ValueError, OSError: bytes that are no whole jpg, or of another size than ``into``.
+        ValueError, OSError: bytes that are no whole jpg, or of a different size than ``into``.
     """
     try:
         import simplejpeg
@@ -189,7 +192,7 @@ class _Whole:
 class _Regions:
     """A picture on disk."""
 
-    def __init__(self, slide: Any, path: Path) -> None:
+    def __init__(self, slide: openslide.OpenSlide, path: Path) -> None:
         self.slide, self.path = slide, path
 
     def patch(self, spot: str, box: Box, pixels: int) -> UInt8[np.ndarray, "p p 3"]:
@@ -247,9 +250,9 @@ def pixel_size_of(path: Path) -> float | None:
     if slide is None:
         return None
     with slide:
-        said = slide.properties.get("openslide.mpp-x")
+        stated = slide.properties.get("openslide.mpp-x")
         try:
-            size = float(said or 0)
+            size = float(stated or 0)
         except ValueError:
             return None
         return size if 0 < size < float("inf") else None
@@ -270,7 +273,7 @@ def boxes_inside(path: Path | None, boxes: Sequence[Box]) -> tuple[np.ndarray, l
 
 
 def check_size(path: Path, declared: tuple[int, int] | None, where: str) -> None:
-    """``NearfarError`` for a picture of another size than the one that places refer to, as a small copy of it.
+    """``NearfarError`` for a picture of a different size than the one that places refer to (by its small copy).
 
     A twentieth is allowed: declared sizes come from small pictures and are rounded.
     """
@@ -308,8 +311,8 @@ def _installed() -> bool:
     return True
 
 
-def _openslide(path: Path) -> Any:
-    """The file as OpenSlide opens it, or None: another format, or OpenSlide is not installed."""
+def _openslide(path: Path) -> openslide.OpenSlide | None:
+    """The file as OpenSlide opens it, or None: a different format, or OpenSlide is not installed."""
     if path.suffix.lower() not in _BY_REGION or not _installed():
         return None
     import openslide

@@ -1,4 +1,4 @@
-"""Which slides train, and which judge: ``train_samples.txt``, ``val_samples.txt`` and ``test_samples.txt``."""
+"""Splits by slide: by name, at random, or by ``train_samples.txt``, ``val_samples.txt`` and ``test_samples.txt``."""
 
 from __future__ import annotations
 
@@ -13,9 +13,19 @@ import numpy as np
 from nearfar.data.splits import check_disjoint
 from nearfar.data.tables import read_table
 from nearfar.errors import NearfarError, nearest_name
+from nearfar.systems.tissue.options import TissueData as DataOptions
+from nearfar.systems.tissue.options import slide_names
 from nearfar.training.run_folder import write_atomically
 
-__all__ = ["SPLITS", "check_splits", "divide", "patients_of", "read_split_files", "write_split_files"]
+__all__ = [
+    "SPLITS",
+    "check_splits",
+    "draw_splits",
+    "patients_of",
+    "read_split_files",
+    "resolve_splits",
+    "write_split_files",
+]
 
 SPLITS = ("train", "val", "test")
 
@@ -26,7 +36,7 @@ def read_split_files(folder: Path) -> dict[str, list[str]]:
     Raises:
         NearfarError: a slide in two splits or twice in one, a file that cannot be read.
     """
-    found: dict[str, list[str]] = {}
+    splits: dict[str, list[str]] = {}
     for split in SPLITS:
         path = folder / f"{split}_samples.txt"
         if path.exists():
@@ -36,9 +46,9 @@ def read_split_files(folder: Path) -> dict[str, list[str]]:
                 lines = path.read_text(encoding="utf-8-sig").splitlines()
             except (OSError, UnicodeDecodeError) as error:
                 raise NearfarError(f"{path} cannot be read: {error}.") from None
-            found[split] = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
-    check_splits(found, where=str(folder))
-    return found
+            splits[split] = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    check_splits(splits, where=str(folder))
+    return splits
 
 
 def write_split_files(folder: Path, splits: Mapping[str, Sequence[str]]) -> None:
@@ -75,7 +85,7 @@ def check_splits(
         )
 
 
-def divide(
+def draw_splits(
     slides: Sequence[str],
     patients: Mapping[str, str],
     *,
@@ -86,16 +96,16 @@ def divide(
     by: Literal["slide", "patient"] = "slide",
     seed: int = 0,
 ) -> dict[str, list[str]]:
-    """Splits by name or by chance; what is in neither val nor test trains.
+    """Splits by name or at random; slides in neither val nor test train.
 
     Args:
-        slides, patients: the slides in order, and whom each is from.
+        slides, patients: the slides in order, and the patient of each.
         val, test: slides of a split, by name; with ``by="patient"`` patients are understood too, and all slides of a
             patient must be named together.
         val_fraction, test_fraction: shares of the slides (of the patients) drawn for a split that is not named.
         by: what must not be in two splits, and what is drawn.
 
-    >>> divide(["A1", "A2", "B1"], {"A1": "A", "A2": "A", "B1": "B"}, test=["A"], by="patient")
+    >>> draw_splits(["A1", "A2", "B1"], {"A1": "A", "A2": "A", "B1": "B"}, test=["A"], by="patient")
     {'train': ['B1'], 'val': [], 'test': ['A1', 'A2']}
     """
     named = {"val": _named(val, slides, patients, by), "test": _named(test, slides, patients, by)}
@@ -117,8 +127,8 @@ def divide(
             count = max(1, round(fraction * every))
             chosen, drawn = set(drawn[:count]), drawn[count:]
             named[split] = [name for name in slides if unit[name] in chosen]
-    held = {*named["val"], *named["test"]}
-    splits = {"train": [name for name in slides if name not in held], **named}
+    not_training = {*named["val"], *named["test"]}
+    splits = {"train": [name for name in slides if name not in not_training], **named}
     check_splits(splits, slides, patients if by == "patient" else None)
     if not splits["train"]:
         raise NearfarError(f"of {len(slides)} slides none is left to train on: val and test take them all.")
@@ -126,19 +136,19 @@ def divide(
 
 
 def _named(names: Sequence[str], slides: Sequence[str], patients: Mapping[str, str], by: str) -> list[str]:
-    found = []
+    chosen = []
     for name in names:
         if name in slides:
-            found.append(name)
+            chosen.append(name)
         elif by == "patient" and name in patients.values():
-            found += [slide for slide in slides if patients[slide] == name]
+            chosen += [slide for slide in slides if patients[slide] == name]
         else:
             raise NearfarError(f"there is no slide {name!r}; {nearest_name(name, slides)}")
-    return found
+    return chosen
 
 
 def patients_of(slides: Mapping[str, str | None], rule: str | None) -> dict[str, str]:
-    """Whom each slide is from.
+    """The patient of each slide.
 
     Args:
         slides: for each slide what its own files say, or None.
@@ -149,7 +159,7 @@ def patients_of(slides: Mapping[str, str | None], rule: str | None) -> dict[str,
     {'B4': 'B', 'C12': 'C'}
     """
     if rule is None:
-        return {name: said or name for name, said in slides.items()}
+        return {name: stated or name for name, stated in slides.items()}
     if Path(rule).is_file():
         columns = {
             "slide": ["slide", "id", "sample", "sample_id"],
@@ -165,10 +175,42 @@ def patients_of(slides: Mapping[str, str | None], rule: str | None) -> dict[str,
         pattern = re.compile(rule)
     except re.error as error:
         raise NearfarError(f"patients={rule}: neither a file nor a regular expression ({error}).") from None
-    found = {}
+    matched = {}
     for name in slides:
         match = pattern.search(name)
         if match is None or not match.group(1 if pattern.groups else 0):
             raise NearfarError(f"patients={rule}: nothing in the name of slide {name} matches.")
-        found[name] = match.group(1 if pattern.groups else 0)
-    return found
+        matched[name] = match.group(1 if pattern.groups else 0)
+    return matched
+
+
+def resolve_splits(
+    slides: Sequence[str], options: DataOptions, otherwise: Mapping[str, Sequence[str]], where: str
+) -> dict[str, list[str]]:
+    """The slides of every split: as ``hold_out`` and ``val`` name them, or else as ``otherwise`` says.
+
+    An unknown slide or one in two splits is an error, and so are no slides to train on, or none to validate or test on.
+    """
+    named = {
+        "val": slide_names(options.val, "data.val"),
+        "test": slide_names(options.hold_out, "data.hold_out"),
+    }
+    for key, names in (("data.hold_out", named["test"]), ("data.val", named["val"])):
+        for name in names:
+            if name not in slides:
+                raise NearfarError(f"{key}={name}: {where} has no such slide; {nearest_name(name, slides)}")
+    both = sorted(set(named["test"]) & set(named["val"]))
+    if both:
+        raise NearfarError(f"slide {', '.join(both)} is in data.hold_out and in data.val: one split each.")
+    splits = {name: list(members) for name, members in otherwise.items() if members}
+    if named["test"] or named["val"]:
+        taken = {*named["test"], *named["val"]}
+        splits = {"train": [name for name in slides if name not in taken]}
+        splits |= {name: list(members) for name, members in named.items() if members}
+    if not splits.get("test") and not splits.get("val"):
+        raise NearfarError(
+            f"{where} says nothing of splits: name the slides to test on, data.hold_out=SLIDE, of {', '.join(slides)}."
+        )
+    if not splits.get("train"):
+        raise NearfarError("no slide is left to train on: data.hold_out and data.val take all of them.")
+    return splits

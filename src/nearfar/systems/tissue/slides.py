@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -20,6 +20,7 @@ from nearfar.systems.tissue.slide_image import Box, Pictures, box_around
 
 if TYPE_CHECKING:
     import pandas as pd
+    from scipy.sparse import csr_matrix
 
 __all__ = [
     "Section",
@@ -35,8 +36,8 @@ __all__ = [
 ]
 
 
-def no_counts(matrix: Any) -> str | None:
-    """What tells that a scipy sparse matrix holds no counts, None where it does.
+def no_counts(matrix: csr_matrix) -> str | None:
+    """Why the values of a scipy sparse matrix are no counts; None where they are.
 
     >>> from scipy.sparse import csr_matrix
     >>> no_counts(csr_matrix([[0, 3]])), no_counts(csr_matrix([[0, 1.37]])), no_counts(csr_matrix([[-1, 2]]))
@@ -55,7 +56,7 @@ def no_counts(matrix: Any) -> str | None:
     return None
 
 
-def whole_counts(matrix: Any) -> Any:
+def whole_counts(matrix: csr_matrix) -> csr_matrix:
     """The matrix as CSR of float32, each place once."""
     from scipy.sparse import csr_matrix
 
@@ -118,11 +119,11 @@ def sections_of(
             raise NearfarError(
                 f"{path}: obs['{naming[0]}'] and obs['{naming[1]}'] both name libraries, and differ: remove one."
             )
-        return _divided(obs, naming[0])
+        return _sections_by(obs, naming[0])
     for name in usual:
         count = obs[name].nunique()
         if 1 < count <= max(len(obs) // 2, 2):
-            return _divided(obs, name)
+            return _sections_by(obs, name)
     if not single:
         raise NearfarError(
             f"{path} says that it holds several sections (uns['spatial']['is_single'] is False), and no column of obs "
@@ -146,22 +147,22 @@ def check_one_section(obs: pd.DataFrame, depths: np.ndarray | None, path: Path) 
 
     A place of the array that spots share by chance, or a column that is the same for all, says nothing.
     """
-    told = None
+    evidence = None
     if depths is not None and len(np.unique(depths[np.isfinite(depths)])) > 1:
-        told = "obsm['spatial'] has places at several depths (its third column)"
+        evidence = "obsm['spatial'] has places at several depths (its third column)"
     elif {"array_row", "array_col"} <= set(obs.columns):
         grid = obs[["array_row", "array_col"]].dropna()
         grid = grid[~grid.index.duplicated()]  # of these the second is rejected by its name
         if grid.nunique().min() > 1 and grid.duplicated().mean() > 0.05:
-            told = "spots stand on the same places of the array (array_row, array_col)"
-    if told:
+            evidence = "spots stand on the same places of the array (array_row, array_col)"
+    if evidence:
         raise NearfarError(
-            f"{path} holds several sections and does not say which spot is of which: {told}. Write obs['library_id'], "
-            "or a file for each section."
+            f"{path} holds several sections and does not say which spot is of which: {evidence}. Write "
+            "obs['library_id'], or a file for each section."
         )
 
 
-def _divided(obs: pd.DataFrame, column: str) -> list[Section]:
+def _sections_by(obs: pd.DataFrame, column: str) -> list[Section]:
     values = sorted({text for text in _texts(obs[column]) if text is not None})
     return [Section(column, value, at == 0) for at, value in enumerate(values)]
 
@@ -177,8 +178,8 @@ def _names_of(values: pd.Series, libraries: Sequence[str]) -> bool:
     """Whether a column holds names of libraries and nothing else."""
     if not libraries or values.dtype.kind in "fc":
         return False
-    there = {str(value) for value in values.dropna().unique().tolist()}
-    return bool(there) and there <= set(libraries)
+    present = {str(value) for value in values.dropna().unique().tolist()}
+    return bool(present) and present <= set(libraries)
 
 
 @dataclass
@@ -197,7 +198,7 @@ class SlideCounts:
     spots: list[str]
     positions: Float[np.ndarray, "n 2"]
     genes: list[str]
-    counts: Any
+    counts: csr_matrix
     rejected: list[tuple[str, str, str]] = field(default_factory=list)
     pixel_size: float | None = None
 
@@ -237,7 +238,7 @@ class SlideCounts:
 
 
 class Slide(ABC):
-    """A slide's files. Nothing is read before it is asked for, and the picture only while it is open."""
+    """A slide's files. Files are read on demand, the picture only while it is open."""
 
     name: str
 
@@ -258,11 +259,11 @@ class Slide(ABC):
         """The picture, in memory or open until the context ends."""
 
     def remarks(self) -> list[str]:
-        """What its user should know of how it is read, a sentence each."""
+        """Notes for the user on how the slide is read, a sentence each."""
         return []
 
     def patient(self) -> str | None:
-        """Whom the slide is from, where its own files say so."""
+        """The patient of the slide, where its own files state it."""
         return None
 
     def boxes(self, counts: SlideCounts, field: float) -> list[Box]:
@@ -276,18 +277,18 @@ def by_stem(folder: Path, endings: Sequence[str], tail: str = "") -> dict[str, P
     Raises:
         NearfarError: two files of one name.
     """
-    found: dict[str, Path] = {}
+    paths: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
         ending = next((end for end in endings if path.name.lower().endswith(end)), None)
         if ending is None or path.name.startswith(".") or not path.is_file():
             continue
         name = re.sub(f"({tail})$", "", path.name[: -len(ending)]) if tail else path.name[: -len(ending)]
-        if name in found:
+        if name in paths:
             raise NearfarError(
-                f"{folder}: {found[name].name} and {path.name} are both of slide {name}; keep one."
+                f"{folder}: {paths[name].name} and {path.name} are both of slide {name}; keep one."
             )
-        found[name] = path
-    return found
+        paths[name] = path
+    return paths
 
 
 def find_slides(source: str | Path) -> list[Slide]:
@@ -311,10 +312,10 @@ def find_slides(source: str | Path) -> list[Slide]:
                     f"{folder}: two slides would be called {', '.join(twice[:5])}; rename one."
                 )
             return slides
-    there = ", ".join(sorted(path.name for path in folder.iterdir())[:10]) or "nothing"
+    content = ", ".join(sorted(path.name for path in folder.iterdir())[:10]) or "nothing"
     raise NearfarError(
-        f"{folder} has none of the layouts that are read; in it: {there}. Expected: counts/*.tsv[.gz], spots/*.tsv and "
-        "images/*.jpg (Spatial Transcriptomics); filtered_feature_bc_matrix.h5 (or the folder of that name) beside "
+        f"{folder} has none of the layouts that are read; in it: {content}. Expected: counts/*.tsv[.gz], spots/*.tsv "
+        "and images/*.jpg (Spatial Transcriptomics); filtered_feature_bc_matrix.h5 (or the folder of that name) beside "
         "spatial/, or folders with outs/ that have them (Space Ranger); st/*.h5ad with patches/*.h5 or wsis/*.tif "
         "(HEST-1k); or *.h5ad with pictures of the same names beside them (Visium). Unpack *.gz and *.zip first."
     )

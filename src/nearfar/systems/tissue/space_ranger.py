@@ -15,7 +15,6 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -48,7 +47,7 @@ _COLUMNS = ("barcode", "in_tissue", "array_row", "array_col", "pxl_row_in_fullre
 
 
 def slides_of(folder: Path) -> list[Slide] | None:
-    """The slides of a folder in this layout, None for another layout.
+    """The slides of a folder in this layout, None for a different layout.
 
     Raises:
         NearfarError: bins of several sizes, of which one has to be named.
@@ -162,12 +161,12 @@ class SpaceRangerSlide(Slide):
         at = self.outputs / "spatial"
         path = next((at / name for name in POSITIONS if (at / name).is_file()), None)
         if path is None:
-            there = ", ".join(sorted(each.name for each in at.iterdir())[:8]) or "nothing"
-            raise NearfarError(f"{at} has none of {', '.join(POSITIONS[:3])}; it holds {there}.")
+            content = ", ".join(sorted(each.name for each in at.iterdir())[:8]) or "nothing"
+            raise NearfarError(f"{at} has none of {', '.join(POSITIONS[:3])}; it holds {content}.")
         return path
 
     @cached_property
-    def scales(self) -> Mapping[str, Any]:
+    def scales(self) -> Mapping[str, object]:
         """``scalefactors_json.json``; empty where there is none."""
         path = self.outputs / "spatial" / "scalefactors_json.json"
         if not path.is_file():

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import gzip
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from nearfar.errors import NearfarError
 from nearfar.systems.tissue.h5ad import check_node
 
+if TYPE_CHECKING:
+    import h5py
+    from scipy.sparse import csr_matrix
+
 __all__ = ["read_matrix", "read_matrix_folder"]
 
 EXPRESSION = "Gene Expression"
 #: a CSR matrix (spots, genes), the barcodes and the names of the genes
-Matrix = tuple[Any, list[str], list[str]]
+Matrix = tuple["csr_matrix", list[str], list[str]]
 
 
 def read_matrix(path: Path) -> Matrix:
@@ -30,8 +35,8 @@ def read_matrix(path: Path) -> Matrix:
     import h5py
 
     try:
-        with h5py.File(path, "r") as held:
-            group = _group(held, path)
+        with h5py.File(path, "r") as file:
+            group = _group(file, path)
             newer = "features" in group
             names = group["features/name"] if newer else group["gene_names"]
             parts = {name: group[name] for name in ("barcodes", "data", "indices", "indptr", "shape")}
@@ -89,20 +94,20 @@ def read_matrix_folder(folder: Path) -> Matrix:
     return _finished(path, [matrix.data, matrix.indices, matrix.indptr], barcodes, genes, kinds)
 
 
-def _group(held: Any, path: Path) -> Any:
-    if "matrix" in held:
-        return held["matrix"]
-    genomes = [name for name, node in held.items() if hasattr(node, "keys") and "gene_names" in node]
+def _group(file: h5py.File, path: Path) -> h5py.Group:
+    if "matrix" in file:
+        return file["matrix"]
+    genomes = [name for name, node in file.items() if hasattr(node, "keys") and "gene_names" in node]
     if len(genomes) != 1:
         words = (
             f"{len(genomes)} genomes ({', '.join(genomes[:5])}), and one is read" if genomes else "no matrix"
         )
-        raise NearfarError(f"{path} holds {words}; in it: {', '.join(held) or 'nothing'}.")
-    return held[genomes[0]]
+        raise NearfarError(f"{path} holds {words}; in it: {', '.join(file) or 'nothing'}.")
+    return file[genomes[0]]
 
 
 def _finished(
-    path: Path, arrays: Any, barcodes: list[str], genes: list[str], kinds: list[str] | None
+    path: Path, arrays: Sequence[np.ndarray], barcodes: list[str], genes: list[str], kinds: list[str] | None
 ) -> Matrix:
     """The matrix with spots as rows, checked, gene expression alone."""
     from scipy.sparse import csr_matrix
@@ -130,8 +135,8 @@ def _file(folder: Path, names: tuple[str, ...]) -> Path:
         prefixed = [path for path in sorted(folder.glob(f"*{name}")) if path.is_file()]
         if len(prefixed) == 1:
             return prefixed[0]
-    there = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
-    raise NearfarError(f"{folder} has no {names[0]}; it holds {there}.")
+    content = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+    raise NearfarError(f"{folder} has no {names[0]}; it holds {content}.")
 
 
 def _lines(path: Path) -> list[str]:
@@ -143,5 +148,5 @@ def _lines(path: Path) -> list[str]:
     return [line.rstrip("\r") for line in text.split("\n") if line.strip()]
 
 
-def _texts(node: Any) -> list[str]:
+def _texts(node: h5py.Dataset) -> list[str]:
     return [name.decode() if isinstance(name, bytes) else str(name) for name in np.asarray(node).tolist()]

@@ -37,7 +37,7 @@ _COLUMNS = {
 
 
 def slides_of(folder: Path) -> list[Slide] | None:
-    """The slides of a folder in this layout, None for another layout.
+    """The slides of a folder in this layout, None for a different layout.
 
     Raises:
         NearfarError: a slide with counts and no spots, or the other way round.
@@ -49,14 +49,14 @@ def slides_of(folder: Path) -> list[Slide] | None:
     spots = by_stem(spots_at, (".tsv.gz", ".tsv"), tail="_selection")
     images_at = [folder / name for name in IMAGES if (folder / name).is_dir()]
     images = {name: path for at in images_at for name, path in by_stem(at, IMAGE_ENDINGS).items()}
-    for missing, there, where in (
+    for missing, present, where in (
         (sorted(counts.keys() - spots.keys()), counts_at, spots_at),
         (sorted(spots.keys() - counts.keys()), spots_at, counts_at),
     ):
         if missing:
             raise NearfarError(
-                f"{', '.join(missing[:5])}: in {there}, but not in {where}. A slide needs a table of the same name in "
-                "both."
+                f"{', '.join(missing[:5])}: in {present}, but not in {where}. A slide needs a table of the same name "
+                "in both."
             )
     if not counts:
         raise NearfarError(f"{counts_at} holds no *.tsv or *.tsv.gz.")
@@ -113,23 +113,23 @@ class SpatialTranscriptomicsSlide(Slide):
                 "(such as 10x14) and a count for each gene, separated by tabs."
             )
         counts = vstack(rows, format="csr") if rows else csr_matrix((0, len(genes)), dtype=np.float32)
-        found = SlideCounts(names, np.zeros((len(names), 2)), genes, counts, rejected)
+        spots = SlideCounts(names, np.zeros((len(names), 2)), genes, counts, rejected)
         known = [isinstance(places.get(name), tuple) for name in names]
         missing = f"{self.spots.name} does not have the spot"
-        found = found.keep(
+        spots = spots.keep(
             np.array(known, bool), "no place", [str(places.get(name, missing)) for name in names]
         )
-        own = [places[name] for name in found.spots]
+        own = [places[name] for name in spots.spots]
         selected = np.array([place[2] for place in own], bool)
-        found = found.keep(selected, "not selected", [f"selected is 0 in {self.spots.name}"] * len(selected))
-        found.rejected += [
+        spots = spots.keep(selected, "not selected", [f"selected is 0 in {self.spots.name}"] * len(selected))
+        spots.rejected += [
             (name, "no counts", f"{self.counts.name} does not have the spot")
             for name, place in places.items()
             if name not in seen and (isinstance(place, str) or place[2])
         ]
-        found.positions = np.array([places[name][:2] for name in found.spots], np.float64).reshape(-1, 2)
-        found.pixel_size = _pixel_size(found.positions)
-        return found
+        spots.positions = np.array([places[name][:2] for name in spots.spots], np.float64).reshape(-1, 2)
+        spots.pixel_size = _pixel_size(spots.positions)
+        return spots
 
     def _genes(self) -> list[str]:
         """The header, without the cell above the names of spots; R writes none there."""

@@ -1,37 +1,36 @@
-"""Tissue patch ↔ gene expression as a system: slides, encoders, batches of tiles, spatial targets and metrics."""
+"""The tissue system: image patches and gene expression of spots, trained by contrast with spatial targets."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from nearfar.batching import positions_in_batch, weight_in_batch
+from nearfar.batching import Plan, positions_in_batch, weight_in_batch
+from nearfar.batching.base import BatchSampler
 from nearfar.config.samplers import Items
+from nearfar.data.files import Json
 from nearfar.losses import ClipLoss, SpatialLoss
 from nearfar.models.text import TextEncoder, build_text_encoder, embed_texts, save_text_encoder
-from nearfar.systems.tissue.data import TissueData, TissueDataset, load_data
-from nearfar.systems.tissue.evaluation import Judge
+from nearfar.systems.tissue.data import TissueBatch, TissueData, TissueDataset, load_data
+from nearfar.systems.tissue.evaluation import Evaluator
 from nearfar.systems.tissue.features import ImageFeatures, gene_sentences
 from nearfar.systems.tissue.model import TissueModel
 from nearfar.systems.tissue.options import TissueOptions
 from nearfar.systems.tissue.report import examples, sections
-from nearfar.training import ranks
 from nearfar.training.batches import build_sampler
 from nearfar.training.sections import Section
-from nearfar.training.system import Evaluation, StepOutput, System
+from nearfar.training.system import Evaluation, Say, StepOutput, System, TrainSampler
 
 __all__ = ["TissueSystem"]
 
-Say = Callable[[str], None]
 
-
-class TissueSystem(System):
-    """Trains two towers so that the patch and the expression of a spot find each other."""
+class TissueSystem(System[TissueBatch, TissueModel]):
+    """Trains two towers, over patches and over expression, to match the two views of a spot."""
 
     name = "tissue"
     monitor = "image_to_gene/MRR"
@@ -43,14 +42,14 @@ class TissueSystem(System):
         self.features = ImageFeatures.from_config(config)
         self.loss = _loss(config)
         self.data: TissueData
-        self.judge: Judge
+        self.evaluator: Evaluator
         self.text_encoder: TextEncoder | None = None
         self._image_description = ""
         self.datasets: dict[str, TissueDataset] = {}
 
     # -- data ------------------------------------------------------------------------------------------------
     def prepare(self, say: Say) -> None:
-        """Read the slides, compute or find frozen features, embed gene sentences."""
+        """Read the slides, compute or load frozen features, embed gene sentences."""
         config = self.config
         self.data = self.load_data(say)
         say(self.data.summary())
@@ -68,11 +67,9 @@ class TissueSystem(System):
         say(f"image encoder: {self._image_description}")
         if self.text_encoder is not None:
             say(f"gene sentences of {config.sentence_genes} names: {self.text_encoder.description}")
-        if ranks.count() == 1:
-            say("one process: local_loss and gather_with_grad have no effect")
         if config.loss.name == "clip":
             say("loss=clip: neighbors, neighbor_alpha_scale and temp_reg_weight have no effect")
-        self.judge = Judge(config, self.data)
+        self.evaluator = Evaluator(config, self.data)
 
     def load_data(self, say: Say) -> TissueData:
         """The splits, from shards or generated; computes no features."""
@@ -90,7 +87,7 @@ class TissueSystem(System):
         self.text_encoder = encoder
         return {name: embed_texts(encoder, texts) for name, texts in sentences.items()}
 
-    def layout(self) -> dict[str, Any]:
+    def layout(self) -> Json:
         """Counts, hashes, and which encoders are really used."""
         encoder = self.text_encoder
         return self.data.layout() | {
@@ -101,7 +98,7 @@ class TissueSystem(System):
         }
 
     # -- batches ---------------------------------------------------------------------------------------------
-    def build_sampler(self) -> Any:
+    def build_sampler(self) -> BatchSampler:
         """The sampler that the configuration names."""
         train = self.data.splits["train"]
         return build_sampler(
@@ -109,23 +106,24 @@ class TissueSystem(System):
             Items(len(train), labels=lambda: train.slides, places=(train.positions, train.slides)),
         )
 
-    def on_epoch(self, epoch: int, sampler: Any, say: Say) -> dict[str, Any]:
-        """Count whose neighbours are in the batch, and how much of its target they get."""
+    def on_epoch(self, epoch: int, sampler: TrainSampler, say: Say) -> Json:
+        """Share of rows with a spatial neighbour in their batch, and share of the target on neighbours."""
         sampler.set_epoch(epoch)
         train = self.data.splits["train"]
-        weight = weight_in_batch(sampler.plan(), train.neighbors, train.alpha)
-        reached, mass = float((weight > 0).mean()), float(self._mass(weight, sampler.plan()).mean())
+        plan = cast(BatchSampler, sampler).plan()
+        weight = weight_in_batch(plan, train.neighbors, train.alpha)
+        reached, mass = float((weight > 0).mean()), float(self._mass(weight, plan).mean())
         if epoch == 0:
-            said = f"{reached:.2%} of the rows have a spatial neighbour in their batch"
+            share = f"{reached:.2%} of the rows have a spatial neighbour in their batch"
             of_target = (
                 "" if self.config.loss.name == "clip" else f"; neighbours get {mass:.3f} of the target"
             )
-            say(said + of_target)
+            say(share + of_target)
             if self.config.loss.name == "spatial" and reached < 0.1:
                 say("warning: the spatial target is all but inert in these batches; take sampler=spatial")
         return {"sampler": self.config.sampler.name, "neighbors_in_batch": reached, "neighbor_mass": mass}
 
-    def _mass(self, weight: np.ndarray, plan: Any) -> np.ndarray:
+    def _mass(self, weight: np.ndarray, plan: Plan) -> np.ndarray:
         """Share of each row's target that lies on neighbours, 0 under losses that give them none."""
         config = self.config
         if config.loss.name == "clip" or config.neighbors in ("none", "mask"):
@@ -137,7 +135,7 @@ class TissueSystem(System):
         return np.asarray(config.neighbor_alpha_scale * weight / (1 + config.neighbor_alpha_scale * weight))
 
     # -- model and loss --------------------------------------------------------------------------------------
-    def build_model(self) -> nn.Module:
+    def build_model(self) -> TissueModel:
         """Both towers of the configured kinds."""
         config, train = self.config, self.datasets["train"]
         encoder = None if self.features.frozen else self.features.encoder()
@@ -153,16 +151,16 @@ class TissueSystem(System):
             max_scale=config.max_scale,
         )
 
-    def encode(self, model: Any, batch: Any) -> dict[str, Tensor]:
+    def encode(self, model: TissueModel, batch: TissueBatch) -> dict[str, Tensor]:
         """Both embeddings of every spot."""
         return {"images": model.encode_images(batch.images), "genes": model.encode_genes(batch.genes)}
 
-    def embed(self, model: Any, batch: Any) -> dict[str, Tensor]:
+    def embed(self, model: TissueModel, batch: TissueBatch) -> dict[str, Tensor]:
         """The embeddings, and the scale at which the model reads their cosines."""
         scale = model.scale().clamp(max=self.config.max_scale)
         return self.encode(model, batch) | {"scale": scale.expand(len(batch))}
 
-    def loss_of(self, model: Any, embeddings: Mapping[str, Tensor], batch: Any) -> StepOutput:
+    def loss_of(self, model: TissueModel, embeddings: Mapping[str, Tensor], batch: TissueBatch) -> StepOutput:
         """The loss of CLIP, or with targets that give neighbours a share."""
         images, genes, scale = embeddings["images"], embeddings["genes"], model.scale()
         if self.config.loss.name == "clip":
@@ -177,25 +175,25 @@ class TissueSystem(System):
 
     # -- evaluation ------------------------------------------------------------------------------------------
     @torch.no_grad()
-    def before_evaluation(self, model: Any, split: str, final: bool) -> None:
+    def before_evaluation(self, model: TissueModel, split: str, final: bool) -> None:
         """Embed the expression of the training spots, from which that of others is predicted."""
         device = next(model.parameters()).device
         parts = self.datasets["train"].genes.split(4096)
-        self.judge.references = torch.cat(
+        self.evaluator.references = torch.cat(
             [model.encode_genes(part.to(device)).float().cpu() for part in parts]
         )
 
     def evaluate(self, outputs: Mapping[str, Tensor], split: str, final: bool) -> Evaluation:
         """Retrieval in both directions, the loss of CLIP, and correlations of expression predicted by retrieval."""
-        return self.judge.evaluate(outputs, split, final)
+        return self.evaluator.evaluate(outputs, split, final)
 
-    def report_examples(self, outputs: Mapping[str, Tensor], split: str) -> list[dict[str, Any]]:
-        """Patches with the spots found for them: right, nearly, wrong."""
+    def report_examples(self, outputs: Mapping[str, Tensor], split: str) -> list[Json]:
+        """Patches with the spots retrieved for them: right, nearly, wrong."""
         return examples(self.data.splits[split], self.data.genes, outputs["images"], outputs["genes"])
 
     def report_sections(self, outputs: Mapping[str, Tensor], split: str) -> Sequence[Section]:
         """A table of the slides, and a gene over a slide as measured and as predicted."""
-        return sections(self.judge, outputs, split)
+        return sections(self.evaluator, outputs, split)
 
     def save_assets(self, folder: Path) -> None:
         """The names of the genes in order, and the fitted text encoder of gene sentences."""

@@ -12,10 +12,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from nearfar.data.files import Json
 from nearfar.errors import NearfarError
 from nearfar.systems.tissue.h5ad import check_node, declared_size, read_h5ad, read_sections, reading
 from nearfar.systems.tissue.slide_image import (
@@ -31,6 +32,9 @@ from nearfar.systems.tissue.slide_image import (
 )
 from nearfar.systems.tissue.slides import Section, Slide, SlideCounts, by_stem
 
+if TYPE_CHECKING:
+    import h5py
+
 __all__ = ["VisiumSlide", "slides_of"]
 
 PATCH_PIXEL_SIZE = 0.5  # micrometres, of the patches of HEST-1k
@@ -38,7 +42,7 @@ SPOT_DIAMETER = 55.0  # micrometres, of Visium
 
 
 def slides_of(folder: Path) -> list[Slide] | None:
-    """The slides of a folder in this layout, None for another layout."""
+    """The slides of a folder in this layout, None for a different layout."""
     at = folder / "st" if (folder / "st").is_dir() else folder
     tables = by_stem(at, (".h5ad",))
     packed = sorted(by_stem(at, (".h5ad.gz",)).keys() - tables.keys())
@@ -127,30 +131,30 @@ class VisiumSlide(Slide):
         return [path for path in (self.table, picture, self.notes) if path is not None]
 
     def read_counts(self) -> SlideCounts:
-        found, diameter = read_h5ad(self.table, self.section)
-        said = self._notes().get("pixel_size_um_estimated") or self._notes().get("pixel_size_um_embedded")
+        spots, diameter = read_h5ad(self.table, self.section)
+        stated = self._notes().get("pixel_size_um_estimated") or self._notes().get("pixel_size_um_embedded")
         if self.patches is not None:
-            found.pixel_size = PATCH_PIXEL_SIZE  # of what patches are cut from
-        elif said:
-            found.pixel_size = self._number(said)
+            spots.pixel_size = PATCH_PIXEL_SIZE  # of what patches are cut from
+        elif stated:
+            spots.pixel_size = self._number(stated)
         elif diameter:
-            found.pixel_size = SPOT_DIAMETER / diameter
+            spots.pixel_size = SPOT_DIAMETER / diameter
         elif self.image is not None:
-            found.pixel_size = pixel_size_of(self.image)
-        return found
+            spots.pixel_size = pixel_size_of(self.image)
+        return spots
 
     def patient(self) -> str | None:
         notes = self._notes()
-        said, study = notes.get("patient"), notes.get("dataset_title")
-        if said in (None, "", "nan"):
+        patient, study = notes.get("patient"), notes.get("dataset_title")
+        if patient in (None, "", "nan"):
             return None
-        return f"{study}: {said}" if study else str(said)  # every study of HEST-1k has a "Patient 1"
+        return f"{study}: {patient}" if study else str(patient)  # every study of HEST-1k has a "Patient 1"
 
     def boxes(self, counts: SlideCounts, field: float) -> list[Box]:
         if self.patches is None:
             return super().boxes(counts, field)
-        with _opened(self.patches) as held:
-            height, width = held["img"].shape[1:3]
+        with _opened(self.patches) as file:
+            height, width = file["img"].shape[1:3]
         return [box_around(width / 2, height / 2, field)] * len(counts.spots)
 
     def check_boxes(self, counts: SlideCounts, boxes: Sequence[Box]) -> tuple[np.ndarray, list[str]]:
@@ -162,9 +166,9 @@ class VisiumSlide(Slide):
                     f"uns['spatial'] of {self.table.name}",
                 )
             return boxes_inside(self.image, boxes)
-        with _opened(self.patches) as held:
-            rows = _rows(held)
-            height, width = held["img"].shape[1:3]
+        with _opened(self.patches) as file:
+            rows = _rows(file)
+            height, width = file["img"].shape[1:3]
         if boxes and (min(boxes[0]) < 0 or boxes[0][2] > width or boxes[0][3] > height):
             side = boxes[0][2] - boxes[0][0]
             raise NearfarError(
@@ -180,7 +184,7 @@ class VisiumSlide(Slide):
         assert self.image is not None
         return open_image(self.image)
 
-    def _number(self, value: Any) -> float:
+    def _number(self, value: str | float) -> float:
         try:
             number = float(value)
         except (TypeError, ValueError):
@@ -189,21 +193,21 @@ class VisiumSlide(Slide):
             raise NearfarError(f"{self.notes}: a pixel of {value!r} micrometres; a number above 0 is needed.")
         return number
 
-    def _notes(self) -> dict[str, Any]:
+    def _notes(self) -> Json:
         if self.notes is None:
             return {}
         try:
-            found = json.loads(self.notes.read_text(encoding="utf-8"))
+            notes = json.loads(self.notes.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
             raise NearfarError(f"{self.notes} cannot be read: {error}.") from None
-        return found if isinstance(found, dict) else {}
+        return notes if isinstance(notes, dict) else {}
 
 
 class _PatchFile:
     """Patches that lie ready in an HDF5 file, one read at a time."""
 
-    def __init__(self, held: Any, path: Path) -> None:
-        self.images, self.rows, self.path = held["img"], _rows(held), path
+    def __init__(self, file: h5py.File, path: Path) -> None:
+        self.images, self.rows, self.path = file["img"], _rows(file), path
 
     def patch(self, spot: str, box: Box, pixels: int) -> np.ndarray:
         try:
@@ -217,40 +221,40 @@ class _PatchFile:
     @classmethod
     @contextmanager
     def opened(cls, path: Path) -> Iterator[Pictures]:
-        with _opened(path) as held:
-            yield cls(held, path)
+        with _opened(path) as file:
+            yield cls(file, path)
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def _opened(path: Path) -> Iterator[h5py.File]:
     import h5py
 
     try:
-        held = h5py.File(path, "r")
+        file = h5py.File(path, "r")
     except OSError as error:
         raise NearfarError(f"{path} cannot be read as HDF5: {error}.") from None
-    with held:
+    with file:
         with reading(path, "img and barcode"):
             for key in ("img", "barcode"):
-                if key not in held:
+                if key not in file:
                     raise NearfarError(
-                        f"{path} has no dataset '{key}'; it holds {', '.join(held) or 'nothing'}."
+                        f"{path} has no dataset '{key}'; it holds {', '.join(file) or 'nothing'}."
                     )
-                check_node(held[key], key, path)
-                if not isinstance(held[key], h5py.Dataset):
+                check_node(file[key], key, path)
+                if not isinstance(file[key], h5py.Dataset):
                     raise NearfarError(f"{path}: '{key}' is no array but a group.")
-            if held["img"].ndim != 4 or held["img"].dtype != np.uint8 or held["img"].shape[3] < 3:
+            if file["img"].ndim != 4 or file["img"].dtype != np.uint8 or file["img"].shape[3] < 3:
                 raise NearfarError(
-                    f"{path}: 'img' is {held['img'].dtype} {held['img'].shape}; (n, h, w, 3) of uint8 is needed."
+                    f"{path}: 'img' is {file['img'].dtype} {file['img'].shape}; (n, h, w, 3) of uint8 is needed."
                 )
-            if held["barcode"].size != len(held["img"]):
+            if file["barcode"].size != len(file["img"]):
                 raise NearfarError(
-                    f"{path} holds {len(held['img'])} patches and {held['barcode'].size} barcodes: one each is needed."
+                    f"{path} holds {len(file['img'])} patches and {file['barcode'].size} barcodes: one each is needed."
                 )
-        yield held
+        yield file
 
 
-def _rows(held: Any) -> dict[str, int]:
-    with reading(Path(held.filename), "barcode"):
-        names = np.asarray(held["barcode"]).ravel().tolist()
+def _rows(file: h5py.File) -> dict[str, int]:
+    with reading(Path(file.filename), "barcode"):
+        names = np.asarray(file["barcode"]).ravel().tolist()
     return {name.decode() if isinstance(name, bytes) else str(name): at for at, name in enumerate(names)}
