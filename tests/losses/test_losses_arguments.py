@@ -62,7 +62,7 @@ NAN = float("nan")
         (lambda: SpatialLoss()(Z, Z, 10.0, INDEX > 0, ALPHA), "whole numbers"),
         (lambda: SpatialLoss()(Z, Z, 10.0, INDEX - 4, ALPHA), "-1 for none"),
         (lambda: AdaptiveScoreContrastiveLoss(threshold=NAN), "threshold"),
-        (lambda: AdaptiveScoreContrastiveLoss(top_k_percent=2), "top_k_percent"),
+        (lambda: AdaptiveScoreContrastiveLoss(top_fraction=2), "top_fraction"),
         (lambda: AdaptiveScoreContrastiveLoss(min_samples=0), "min_samples"),
         (lambda: BidirectionalScoreContrastiveLoss(positive_weight=NAN), "positive_weight"),
     ],

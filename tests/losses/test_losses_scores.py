@@ -30,8 +30,8 @@ def draw(n: int = N, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tenso
 ])  # fmt: skip
 def test_who_is_anchor_and_who_is_positive_at_every_size(options):
     names = {
-        "top": "top_k_percent",
-        "bottom": "bottom_k_percent",
+        "top": "top_fraction",
+        "bottom": "bottom_fraction",
         "least": "min_samples",
         "threshold": "threshold",
     }
@@ -51,7 +51,7 @@ def test_ties_are_broken_by_position_and_sevens_have_a_middle():
     seven = split_scores(torch.arange(7.0))
     assert (len(seven.anchors), len(seven.middle), len(seven.positives)) == (2, 3, 2)
     assert len(split_scores(torch.arange(3.0)).anchors) == 0
-    overlap = split_scores(torch.arange(5.0), top_k_percent=0.6, bottom_k_percent=0.6)
+    overlap = split_scores(torch.arange(5.0), top_fraction=0.6, bottom_fraction=0.6)
     assert (len(overlap.positives), len(overlap.anchors)) == (2, 3)  # n // 2 and n - n // 2
 
 
@@ -74,7 +74,7 @@ def test_equals_the_loop(temperature, dtype, middle, detach):
     for more, rule in (
         ({}, {}),
         ({"threshold": 0.55}, {"threshold": 0.55}),
-        ({"top_k_percent": 0.2}, {"top": 0.2}),
+        ({"top_fraction": 0.2}, {"top": 0.2}),
     ):
         value = adaptive_score_contrastive(z, SCORES, **options, **more)
         exact, _ = oracles.score_contrastive(u, SCORES, scale, (1.0, 0.0), middle, detach, **rule)
@@ -219,8 +219,8 @@ def test_near_convergence_the_gradient_keeps_its_digits():
         ),
         (lambda z: adaptive_score_contrastive(z, SCORES.index_fill(0, torch.tensor([3]), math.inf)), "row 3"),
         (lambda z: adaptive_score_contrastive(z, SCORES, temperature=0.0), "above 0"),
-        (lambda z: adaptive_score_contrastive(z, SCORES, top_k_percent=40.0), "share of the batch"),
-        (lambda z: adaptive_score_contrastive(z, SCORES, bottom_k_percent=0.0), "share of the batch"),
+        (lambda z: adaptive_score_contrastive(z, SCORES, top_fraction=40.0), "share of the batch"),
+        (lambda z: adaptive_score_contrastive(z, SCORES, bottom_fraction=0.0), "share of the batch"),
         (lambda z: adaptive_score_contrastive(z, SCORES, min_samples=0), "1 or more"),
         (lambda z: adaptive_score_contrastive(z, SCORES, middle="margin"), "'ignore' or 'negatives'"),
         (lambda z: adaptive_score_contrastive(z[:0], SCORES[:0]), "no rows"),
@@ -240,3 +240,26 @@ def test_options_by_position_keep_their_order():
     assert (two.threshold, two.anchor_weight, two.positive_weight, two.normalize) == (0.5, 2.0, 0.1, False)
     with pytest.raises(NearfarError, match="positive_weight"):
         BidirectionalScoreContrastiveLoss(positive_weight=-1.0)
+
+
+@pytest.mark.parametrize("kind", [AdaptiveScoreContrastiveLoss, BidirectionalScoreContrastiveLoss])
+def test_earlier_names_of_the_fractions_are_accepted_with_a_warning(kind):
+    with pytest.warns(DeprecationWarning, match="'top_k_percent' is now called 'top_fraction'"):
+        assert kind(top_k_percent=0.2).top_fraction == 0.2
+    with pytest.warns(DeprecationWarning, match="'bottom_k_percent' is now called 'bottom_fraction'"):
+        assert kind(bottom_k_percent=0.3).bottom_fraction == 0.3
+    with pytest.raises(NearfarError, match="top_fraction is given twice"):
+        kind(top_fraction=0.2, top_k_percent=0.2)
+
+
+def test_functions_accept_the_earlier_names_with_a_warning():
+    z = torch.eye(7)
+    scores = torch.linspace(0, 1, 7)
+    for function in (adaptive_score_contrastive, bidirectional_score_contrastive):
+        with pytest.warns(DeprecationWarning, match="is now called"):
+            value = function(z, scores, top_k_percent=0.3, bottom_k_percent=0.6)
+        assert value == function(z, scores, top_fraction=0.3, bottom_fraction=0.6)
+        assert value != function(z, scores)
+    with pytest.warns(DeprecationWarning, match="is now called"):
+        split = split_scores(scores, top_k_percent=0.15, min_samples=1)
+    assert split.positives.tolist() == [6]

@@ -82,7 +82,7 @@ PAIR = {"a": Z, "b": OTHER}
 VIEWS = {"image": Z, "text": OTHER, "logit_scale": 10.0}
 SOFTMAX = {"temperature": 0.1, "normalize": True}
 SPLIT = {
-    "temperature": 0.1, "top_k_percent": 0.4, "bottom_k_percent": 0.4, "min_samples": 2, "middle": "ignore",
+    "temperature": 0.1, "top_fraction": 0.4, "bottom_fraction": 0.4, "min_samples": 2, "middle": "ignore",
     "detach_positives": False, "threshold": None, "normalize": True,
 }  # fmt: skip
 NCE = {"symmetric": True, "in_batch": True, "denominator": "all", "reduction": "mean"} | SOFTMAX

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import Any, NamedTuple
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +29,7 @@ __all__ = [
     "extras_of",
     "number",
     "ready",
+    "renamed",
     "scale_of",
 ]
 
@@ -215,3 +219,46 @@ def _pair(name: str, value: Any) -> tuple[Any, Any]:
     if len(value) != 2:
         raise NearfarError(f"{name} has {len(value)} parts; one, or a pair for both directions, is needed")
     return value[0], value[1]
+
+
+Called = TypeVar("Called", bound=Callable[..., Any])
+
+
+def renamed(**names: str) -> Callable[[Called], Called]:
+    """A function, or a class, that also takes keyword arguments by their earlier names, and warns.
+
+    >>> @renamed(percent="fraction")
+    ... def half(fraction):
+    ...     return fraction / 2
+    >>> with warnings.catch_warnings(record=True) as caught:
+    ...     warnings.simplefilter("always")
+    ...     half(percent=1.0), str(caught[0].message)
+    (0.5, "half: 'percent' is now called 'fraction'; the earlier name goes with the next version")
+    """
+
+    def accepting(function: Callable[..., Any], title: str) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            for old in names.keys() & kwargs.keys():
+                new = names[old]
+                if new in kwargs:
+                    raise NearfarError(
+                        f"{title}: {new} is given twice, also as {old}, its earlier name; leave {old} out"
+                    )
+                warnings.warn(
+                    f"{title}: '{old}' is now called '{new}'; the earlier name goes with the next version",
+                    DeprecationWarning,
+                    stacklevel=2,
+                )
+                kwargs[new] = kwargs.pop(old)
+            return function(*args, **kwargs)
+
+        return call
+
+    def decorate(called: Called) -> Called:
+        if isinstance(called, type):
+            called.__init__ = accepting(called.__init__, called.__name__)  # type: ignore[misc]
+            return called
+        return accepting(called, called.__name__)  # type: ignore[return-value]
+
+    return decorate

@@ -20,6 +20,7 @@ from nearfar.losses.arguments import (
     check_words,
     number,
     ready,
+    renamed,
 )
 from nearfar.losses.base import ContrastiveLoss, LossTraits, Record
 
@@ -35,6 +36,8 @@ __all__ = [
 
 
 Middle = Literal["ignore", "negatives"]
+#: earlier names of arguments, accepted with a warning for one version
+OLD_NAMES = {"top_k_percent": "top_fraction", "bottom_k_percent": "bottom_fraction"}
 
 
 @dataclass(eq=False, repr=False)
@@ -42,8 +45,8 @@ class SplitOptions:
     """What all losses by score share, for functions and modules; ``adaptive_score_contrastive`` describes it."""
 
     temperature: float = 0.1
-    top_k_percent: float = 0.4
-    bottom_k_percent: float = 0.4
+    top_fraction: float = 0.4
+    bottom_fraction: float = 0.4
     min_samples: int = 2
     middle: Middle = "ignore"
     detach_positives: bool = False
@@ -55,8 +58,8 @@ class SplitOptions:
     def check_split(self) -> None:
         """``NearfarError`` for options of the split that cannot be."""
         for share, name in (
-            (self.top_k_percent, "top_k_percent"),
-            (self.bottom_k_percent, "bottom_k_percent"),
+            (self.top_fraction, "top_fraction"),
+            (self.bottom_fraction, "bottom_fraction"),
         ):
             if not 0 < number(name, share) <= 1:
                 raise NearfarError(f"{name} is {share}, but it is a share of the batch: above 0, at most 1")
@@ -78,8 +81,8 @@ class SplitOptions:
             high = int((scores > self.threshold).sum())
             low = n - high
         else:
-            high = max(min_samples, int(n * self.top_k_percent + 1e-9))
-            low = max(min_samples, int(n * self.bottom_k_percent + 1e-9))
+            high = max(min_samples, int(n * self.top_fraction + 1e-9))
+            low = max(min_samples, int(n * self.bottom_fraction + 1e-9))
             if high + low > n:
                 high, low = n // 2, n - n // 2
         if n < 2 * min_samples or min(high, low) < min_samples:
@@ -127,11 +130,12 @@ class ScoreSplit(NamedTuple):
     middle: Int[Tensor, " k"]
 
 
+@renamed(**OLD_NAMES)
 def split_scores(
     scores: Float[Tensor, " n"],
     *,
-    top_k_percent: float = 0.4,
-    bottom_k_percent: float = 0.4,
+    top_fraction: float = 0.4,
+    bottom_fraction: float = 0.4,
     min_samples: int = 2,
     threshold: float | None = None,
 ) -> ScoreSplit:
@@ -149,8 +153,8 @@ def split_scores(
     []
     """
     options = SplitOptions(
-        top_k_percent=top_k_percent,
-        bottom_k_percent=bottom_k_percent,
+        top_fraction=top_fraction,
+        bottom_fraction=bottom_fraction,
         min_samples=min_samples,
         threshold=threshold,
     )
@@ -172,13 +176,14 @@ def check_scores(scores: Tensor) -> None:
         )
 
 
+@renamed(**OLD_NAMES)
 def adaptive_score_contrastive(
     z: Float[Tensor, "n d"],
     scores: Float[Tensor, " n"],
     *,
     temperature: float = 0.1,
-    top_k_percent: float = 0.4,
-    bottom_k_percent: float = 0.4,
+    top_fraction: float = 0.4,
+    bottom_fraction: float = 0.4,
     min_samples: int = 2,
     middle: Middle = "ignore",
     detach_positives: bool = False,
@@ -201,8 +206,8 @@ def adaptive_score_contrastive(
     """
     options = ScoreOptions(
         temperature,
-        top_k_percent,
-        bottom_k_percent,
+        top_fraction,
+        bottom_fraction,
         min_samples,
         middle,
         detach_positives,
@@ -212,13 +217,14 @@ def adaptive_score_contrastive(
     return score_contrastive_step(z, scores, options)[0]
 
 
+@renamed(**OLD_NAMES)
 def bidirectional_score_contrastive(
     z: Float[Tensor, "n d"],
     scores: Float[Tensor, " n"],
     *,
     temperature: float = 0.1,
-    top_k_percent: float = 0.4,
-    bottom_k_percent: float = 0.4,
+    top_fraction: float = 0.4,
+    bottom_fraction: float = 0.4,
     min_samples: int = 2,
     middle: Middle = "ignore",
     detach_positives: bool = False,
@@ -239,7 +245,7 @@ def bidirectional_score_contrastive(
     tensor(True)
     """
     options = BidirectionalScoreOptions(
-        temperature, top_k_percent, bottom_k_percent, min_samples, middle, detach_positives, threshold,
+        temperature, top_fraction, bottom_fraction, min_samples, middle, detach_positives, threshold,
         anchor_weight, positive_weight, normalize,
     )  # fmt: skip
     return score_contrastive_step(z, scores, options)[0]
@@ -353,3 +359,8 @@ class BidirectionalScoreContrastiveLoss(BidirectionalScoreOptions, AdaptiveScore
     >>> bool(loss(z, scores) > AdaptiveScoreContrastiveLoss()(z, scores))
     True
     """
+
+
+# After the definitions: what checks shapes in the tests wraps a class last, and knows the present names alone.
+for kind in (AdaptiveScoreContrastiveLoss, BidirectionalScoreContrastiveLoss):
+    renamed(**OLD_NAMES)(kind)
