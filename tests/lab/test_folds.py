@@ -11,6 +11,7 @@ import pytest
 from omegaconf import OmegaConf
 from rich.console import Console
 
+from nearfar.config import to_dict
 from nearfar.errors import NearfarError
 from nearfar.lab.compare import compare_runs
 from nearfar.lab.report import write_comparison
@@ -35,13 +36,11 @@ def scores(loss: str, fold: str, seed: int) -> np.ndarray:
 
 def write(root: Path, loss: str, fold: str, seed: int) -> None:
     folder = RunFolder(root / f"loss={loss},hold={fold},seed={seed}")
-    config = toy_config(seed=seed)
-    OmegaConf.set_struct(config, False)
-    config.data, config.kind = {"hold_out": fold}, loss
+    config = to_dict(toy_config(seed=seed)) | {"data": {"hold_out": fold}, "kind": loss}
     values = scores(loss, fold, seed)
     protocol = {"gallery": SIZES[fold], "split": f"hash of {fold}"}
     estimate = Estimate(float(values.mean()), 0.0, 1.0, 1 / SIZES[fold], len(values), False, "MRR", protocol)
-    folder.write_text("config.yaml", OmegaConf.to_yaml(config))
+    folder.write_text("config.yaml", OmegaConf.to_yaml(OmegaConf.create(config)))
     folder.write_text("train_log.jsonl", json.dumps({"kind": "epoch", "epoch": 1, "train_loss": 1.0}) + "\n")
     folder.write_json(
         "metrics.json",

@@ -13,6 +13,7 @@ from hydra import compose, initialize_config_module
 from typer.testing import CliRunner
 
 from nearfar.cli import app
+from nearfar.config.compose import register_configs
 from nearfar.errors import NearfarError
 from nearfar.lab.compare import compare_runs
 from nearfar.lab.report import sweep_pictures, write_comparison
@@ -221,6 +222,7 @@ def test_launchers_and_sweepers_compose(override: str, module: str) -> None:
         with pytest.raises(NearfarError, match=r"pip install 'nearfar\["):
             _check_plugins([override])
         pytest.skip(f"{module} is not installed")
+    register_configs()
     with initialize_config_module("nearfar.configs", version_base="1.3"):
         config = compose("train", overrides=["experiment=molecules", override], return_hydra_config=True)
     assert module in config.hydra.launcher._target_ + config.hydra.sweeper._target_

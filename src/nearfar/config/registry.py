@@ -133,12 +133,18 @@ def config_packages() -> list[str]:
 def role_of(key: str, system: str | None = None) -> Role:
     """What a different value of an option means for comparing runs; ``result`` for an option that is unknown.
 
+    A run of a system that is not installed is read as if its options meant what those of the same name do elsewhere.
+
     >>> role_of("seed"), role_of("trainer.threads"), role_of("runs_dir"), role_of("lr")
     ('repeat', 'repeat', 'place', 'result')
     """
-    table = option_table(options_class(system) if system and system in systems() else RunOptions)
+    known = systems()
+    classes = (
+        [options_class(system)] if system and system in known else [RunOptions, *map(options_class, known)]
+    )
     parts = key.split(".")
     for end in range(len(parts), 0, -1):
-        if (each := table.get(".".join(parts[:end]))) is not None:
-            return each.role
+        for cls in classes:
+            if (each := option_table(cls).get(".".join(parts[:end]))) is not None:
+                return each.role
     return "result"
