@@ -139,9 +139,9 @@ def role_of(key: str, system: str | None = None) -> Role:
     ('repeat', 'repeat', 'place', 'result')
     """
     known = systems()
-    classes = (
-        [options_class(system)] if system and system in known else [RunOptions, *map(options_class, known)]
-    )
+    classes: list[type[RunOptions]] = [RunOptions, *map(options_class, known)]
+    if system and system in known:
+        classes = [options_class(system)]
     parts = key.split(".")
     for end in range(len(parts), 0, -1):
         for cls in classes:
