@@ -5,15 +5,26 @@ from __future__ import annotations
 import os
 import re
 import tomllib
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from omegaconf import OmegaConf
 
-from nearfar.config.compose import compose_config, expand, merge_overrides, quote_paths, read_config
-from nearfar.config.options import option_table, to_dict, variants_of
-from nearfar.config.registry import options_class
+from nearfar.config import registry
+from nearfar.config.compose import (
+    compose_config,
+    expand,
+    merge_overrides,
+    override_config,
+    quote_paths,
+    read_config,
+    register_configs,
+)
+from nearfar.config.options import group, option, option_table, to_dict, variants_of
+from nearfar.config.registry import _REGISTERED, Registration, options_class
 from nearfar.config.tables import markdown_table, option_rows
 from nearfar.config.training import RunOptions
 from nearfar.configs import experiments
@@ -65,24 +76,81 @@ def test_every_choice_is_read_as_it_was_declared(system: str, group: str, choice
     assert {**to_dict(getattr(options, group)), "dir": None} == {**declared, "dir": None}
 
 
-def test_what_two_systems_call_alike_is_the_same() -> None:
-    """Hydra has one place for ``sampler=hard``: variants of one name in one group must not differ."""
-    seen: dict[tuple[str, str], object] = {}
-    for system, group, choice in DECLARED:
-        variant = variants_of(options_class(system))[group][choice]
-        assert seen.setdefault((group, choice), variant) == variant, (system, group, choice)
+@dataclass
+class OtherLoss:
+    """A loss of a system outside, by a name that nearfar has as well."""
+
+    name: Literal["infonce"] = option("infonce", "the loss")
+    margin: float = option(0.1, "how far", least=0)
+
+
+@dataclass
+class OtherOptions(RunOptions):
+    """Options of a system outside."""
+
+    system: str = "other"
+    loss: OtherLoss = group(infonce=OtherLoss())
+
+
+def test_systems_may_mean_different_options_by_one_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(_REGISTERED, "other", Registration("none:None", f"{__name__}:OtherOptions"))
+    loaded = registry.load_part
+    monkeypatch.setattr(
+        registry, "load_part", lambda place: OtherOptions if "Other" in place else loaded(place)
+    )
+    read_config(compose_config(["experiment=molecules"]))
+    with pytest.raises(
+        NearfarError, match=r"loss=infonce has different options in the systems molecules, other"
+    ):
+        register_configs("molecules", "other")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["experiment=molecules", "data=csv"], "there is no such data of molecules; known: molecules"),
+        (["experiment=fair_detection", "data=pictures"], "there is no such data of fair_detection"),
+        (
+            ["experiment=relations", "loss.sum=inside"],
+            "loss.sum belongs to loss=supcon or loss=supcon_inside",
+        ),
+        (["experiment=molecules", "sampler=null"], "sampler=null: one of the sampler group is needed"),
+    ],
+)
+def test_choices_are_those_of_the_system(overrides: list[str], message: str) -> None:
+    with pytest.raises(NearfarError, match=message):
+        compose_config(overrides)
+
+
+def test_an_option_that_must_be_given_within_a_group() -> None:
+    with pytest.raises(NearfarError, match=r"data\.dir must be given: add data\.dir=VALUE"):
+        read_config(compose_config(["experiment=tissue_sections"]))
+
+
+def test_the_notes_names_stand_for_ours() -> None:
+    options = read_config(compose_config(["experiment=fair_detection", "lr_g=0.5", "max_norm=2.0"]))
+    assert (options.lr, options.trainer.gradient_clip) == (0.5, 2.0)
+    again = read_config(override_config(options, ["lr=0.01"]))
+    assert again.lr == 0.01, "a saved run holds our names alone"
+    with pytest.raises(NearfarError, match=r"lr_g=0\.5 and lr=0\.1: they are one option"):
+        read_config(compose_config(["experiment=fair_detection", "lr_g=0.5", "lr=0.1"]))
+    with pytest.raises(NearfarError, match="they are one option"):
+        read_config(
+            compose_config(["experiment=medium_spatial", "local_loss=false", "trainer.local_loss=true"])
+        )
 
 
 @pytest.mark.parametrize("system", systems())
 def test_every_option_is_described(system: str) -> None:
-    for name, option in option_table(options_class(system)).items():
-        assert option.help or name.endswith("_training"), name
-        assert str(option.rule), name
+    for name, each in option_table(options_class(system)).items():
+        assert each.help, name
+        assert str(each.rule), name
 
 
 def test_a_choice_is_whole_and_an_option_of_a_different_one_is_named() -> None:
     with pytest.raises(
-        NearfarError, match=r"sampler\.order has no effect with sampler\.name=random; choose the whole"
+        NearfarError,
+        match=r"sampler\.order has no effect with sampler\.name=random; it belongs to sampler=hard",
     ):
         read_config(compose_config(["experiment=molecules", "sampler=hard", "sampler.name=random"]))
     with pytest.raises(NearfarError, match="there is no option 'image_encoder'"):

@@ -35,7 +35,7 @@ from nearfar.config.compose import (
     searchpath,
 )
 from nearfar.config.options import set_option
-from nearfar.config.registry import role_of
+from nearfar.config.registry import role_of, systems
 from nearfar.config.training import RunOptions
 from nearfar.errors import NearfarError
 from nearfar.training import ranks
@@ -300,7 +300,10 @@ def _launch(arguments: Sequence[str]) -> None:
     flags = [a for a in arguments if a.startswith("-") or a in words]
     overrides = with_saved_overrides(quote_paths([a for a in arguments if a not in flags]))
     sweep = "-m" in flags or "--multirun" in flags
-    own_configs = {"--config-dir", "-cd", "--config-name", "-cn", "--hydra-help", "--version"} & set(flags)
+    runs: list[RunOptions] = []
+    own_configs = {"--config-dir", "-cd", "--config-name", "-cn", "--hydra-help", "--version"} & {
+        flag.split("=")[0] for flag in flags
+    }
     if not own_configs:
         search = _check_plugins(overrides)
         runs = _check_runs([o for o in overrides if not o.startswith("hydra")], sweep, search)
@@ -316,17 +319,18 @@ def _launch(arguments: Sequence[str]) -> None:
             return
     swept = [] if own_configs else [str(o.key_or_group) for o in parse(overrides) if o.is_sweep_override()]
     handle, failures = tempfile.mkstemp(
-        prefix="nearfar-", suffix=".jsonl", dir=_shared(overrides) if sweep else None
+        prefix="nearfar-",
+        suffix=".jsonl",
+        dir=_shared(runs[0].runs_dir if runs else "runs") if sweep else None,
     )
     os.close(handle)
     sys.argv = ["nearfar train", *flags, *overrides, *searchpath()]
 
-    def job(
-        config: DictConfig,
-    ) -> str | float:  # Hydra's launchers send it to their workers with what it closes over
+    # Hydra's launchers send this function to their workers with what it closes over.
+    def job(config: DictConfig) -> str | float:
         return _job(config, swept, failures)
 
-    register_configs()
+    register_configs(*dict.fromkeys(run.system for run in runs), *(systems() if own_configs else ()))
     try:
         hydra.main(version_base="1.3", config_path="pkg://" + CONFIGS, config_name="train")(job)()
         failed = [json.loads(line) for line in Path(failures).read_text().splitlines()]
@@ -337,10 +341,9 @@ def _launch(arguments: Sequence[str]) -> None:
         raise NearfarError("\n".join(lines))
 
 
-def _shared(overrides: Sequence[str]) -> Path:
+def _shared(runs_dir: str) -> Path:
     """A folder that the workers of a launcher see too, on whatever node they run."""
-    given = [o.split("=", 1)[1].strip("'\"") for o in overrides if o.startswith("runs_dir=")]
-    folder = (Path(given[-1] if given else "runs") / ".sweeps").absolute()
+    folder = (Path(runs_dir) / ".sweeps").absolute()
     make_folder(folder)
     return folder
 

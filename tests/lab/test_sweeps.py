@@ -222,7 +222,7 @@ def test_launchers_and_sweepers_compose(override: str, module: str) -> None:
         with pytest.raises(NearfarError, match=r"pip install 'nearfar\["):
             _check_plugins([override])
         pytest.skip(f"{module} is not installed")
-    register_configs()
+    register_configs("molecules")
     with initialize_config_module("nearfar.configs", version_base="1.3"):
         config = compose("train", overrides=["experiment=molecules", override], return_hydra_config=True)
     assert module in config.hydra.launcher._target_ + config.hydra.sweeper._target_

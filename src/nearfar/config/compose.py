@@ -10,7 +10,6 @@ import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
-from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -46,6 +45,7 @@ __all__ = [
     "read_config",
     "register_configs",
     "searchpath",
+    "system_of",
 ]
 
 CONFIGS = "nearfar.configs"
@@ -154,8 +154,17 @@ def merge_overrides(earlier: Sequence[str], later: Sequence[str]) -> list[str]:
 
     >>> merge_overrides(["experiment=molecules", "lr=0.1"], ["lr=0.2", "epochs=3"])
     ['experiment=molecules', 'lr=0.2', 'epochs=3']
+    >>> merge_overrides(["sampler=hard", "sampler.order=greedy"], ["sampler=random"])
+    ['sampler=random']
     """
-    return list({text.split("=")[0].lstrip("+~"): text for text in [*earlier, *later]}.values())
+    chosen = {text.split("=")[0] for text in later}
+    # A group that is chosen anew brings its own options.
+    kept = [
+        text
+        for text in earlier
+        if text.split("=")[0].split(".")[0] not in chosen or "." not in text.split("=")[0]
+    ]
+    return list({text.split("=")[0].lstrip("+~"): text for text in [*kept, *later]}.values())
 
 
 def searchpath() -> list[str]:
@@ -164,20 +173,62 @@ def searchpath() -> list[str]:
     return [f"hydra.searchpath=[{','.join('pkg://' + package for package in packages)}]"] if packages else []
 
 
-@cache
-def _register(named: tuple[str, ...]) -> None:
+#: (group, variant) that are in Hydra's store
+_STORED: set[tuple[str, str]] = set()
+
+
+def register_configs(*chosen: str) -> None:
+    """Give Hydra the defaults of every registered system, and the variants of the groups of the ``chosen`` ones.
+
+    Hydra has one place for ``loss=infonce``, and two systems may mean different options by it. So the variants of a
+    system are there while its configurations are composed, and no others: a sweep over experiments of two systems
+    whose variants differ is refused.
+    """
     store = ConfigStore.instance()
-    for name in named:
-        cls = options_class(name)
-        store.store(group="system", name=name, node=default_values(cls), package="_global_")
-        for group, variants in variants_of(cls).items():
-            for variant, values in variants.items():
-                store.store(group=group, name=variant, node=values)
+    for group, name in _STORED:
+        store.repo[group].pop(f"{name}.yaml", None)
+    _STORED.clear()
+    for system in systems():
+        store.store(
+            group="system", name=system, node=default_values(options_class(system)), package="_global_"
+        )
+    stored: dict[tuple[str, str], Mapping[str, Any]] = {}
+    for system in chosen:
+        for group, variants in variants_of(options_class(system)).items():
+            for name, values in variants.items():
+                if stored.setdefault((group, name), values) != values:
+                    raise NearfarError(
+                        f"{group}={name} has different options in the systems {', '.join(chosen)}: sweep over one "
+                        "system at a time."
+                    )
+                store.store(group=group, name=name, node=dict(values))
+    _STORED.update(stored)
 
 
-def register_configs() -> None:
-    """Give Hydra the options of every registered system: their defaults, and the variants of their groups."""
-    _register(tuple(systems()))
+def system_of(overrides: Sequence[str]) -> str | None:
+    """The system that overrides choose, by ``system=`` or by the experiment; None where it cannot be told."""
+    values = dict(text.split("=", 1) for text in overrides if "=" in text)
+    name = values.get("system") or _system_of_experiment(values.get("experiment", ""))
+    return name if name in systems() else None
+
+
+def _system_of_experiment(name: str) -> str | None:
+    for package in (CONFIGS, *config_packages()):
+        file = resources.files(package).joinpath("experiment", f"{name}.yaml")
+        if not file.is_file():
+            continue
+        content = OmegaConf.to_container(OmegaConf.create(file.read_text(encoding="utf-8")))
+        assert isinstance(content, dict)
+        if "system" in content:
+            return str(content["system"])
+        for entry in content.get("defaults", []):
+            if isinstance(entry, str):
+                parent = _system_of_experiment(entry.rsplit("/", 1)[-1])
+                if parent is not None:
+                    return parent
+            elif (key := next(iter(entry))).split()[-1].strip("/") == "system":
+                return str(entry[key])
+    return None
 
 
 def compose_config(overrides: Sequence[str]) -> DictConfig:
@@ -200,13 +251,13 @@ def compose_config(overrides: Sequence[str]) -> DictConfig:
                 f"'{text}': options are fixed; write {text.lstrip('+~')} to set one that exists."
             )
     try:
-        return _compose("train", overrides)
+        return _compose("train", system_of(overrides), overrides)
     except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: a group set to null
         raise NearfarError(_explain(error, overrides)) from None
 
 
-def _compose(name: str, overrides: Sequence[str] = ()) -> DictConfig:
-    register_configs()
+def _compose(name: str, system: str | None, overrides: Sequence[str] = ()) -> DictConfig:
+    register_configs(*([system] if system else []))
     with initialize_config_module(CONFIGS, version_base="1.3"):
         return compose(name, overrides=[*overrides, *searchpath()])
 
@@ -218,16 +269,16 @@ def read_config(config: Any, *, saved: bool = False) -> RunOptions:
     return read_options(options_class(str(config.get("system"))), config, saved=saved)
 
 
-def group_choices() -> dict[str, list[str]]:
-    """The groups of options and the names one may choose in each."""
-    register_configs()
+def group_choices(system: str | None = None) -> dict[str, list[str]]:
+    """The groups of options and the names one may choose in each, by a system or, without one, by any."""
     groups: dict[str, list[str]] = {}
     for package in (CONFIGS, *config_packages()):
         for folder in resources.files(package).iterdir():
             if folder.is_dir() and not folder.name.startswith("_") and folder.name != "hydra":
                 files = [file.name[:-5] for file in folder.iterdir() if file.name.endswith(".yaml")]
                 groups.setdefault(folder.name, []).extend(files)
-    for name in systems():
+    groups.setdefault("system", []).extend(systems())
+    for name in [system] if system else systems():
         for group, variants in variants_of(options_class(name)).items():
             known = groups.setdefault(group, [])
             known.extend(variant for variant in variants if variant not in known)
@@ -235,21 +286,34 @@ def group_choices() -> dict[str, list[str]]:
 
 
 def _explain(error: Exception, overrides: Sequence[str]) -> str:
-    text = str(error)
-    groups = group_choices()
+    text, system = str(error), system_of(overrides)
+    groups = group_choices(system)
+    of = f" of {system}" if system else ""
     misspelt = re.search(r"Could not override '([^']+)'", text)
     if misspelt:
         key = misspelt.group(1)
-        try:
-            system = _compose("train", [o for o in overrides if o.startswith("experiment=")]).system
-            keys = list(option_table(options_class(system)))
-        except (HydraException, OmegaConfBaseException, NearfarError):
-            keys = []
-        return f"there is no option '{key}': {nearest_name(key, [*keys, *groups])}"
+        keys = option_table(options_class(system)) if system else {}
+        group, _, name = key.partition(".")
+        if name and key in keys:
+            owners = [
+                f"{group}={variant}"
+                for variant, values in variants_of(options_class(str(system))).get(group, {}).items()
+                if name in values
+            ]
+            if owners:
+                return f"{key} belongs to {' or '.join(owners)}: choose that, or leave {key} out."
+        return (
+            f"there is no option '{key}'{of}: {nearest_name(key, [*(k for k in keys if k != key), *groups])}"
+        )
     choice = re.search(r"Could not find '([^/']+)/([^']+)'", text)
     if choice and (group := choice.group(1)) in groups:
         name = choice.group(2)
-        return f"{group}={name}: there is no such {group}; {nearest_name(name, groups[group])}"
+        return f"{group}={name}: there is no such {group}{of}; {nearest_name(name, groups[group])}"
+    if "Config group override" in text:
+        for each in overrides:
+            key, _, value = each.partition("=")
+            if key in groups and value not in groups[key]:
+                return f"{each}: one of the {key} group is needed; {nearest_name(value, groups[key])}"
     return text.strip()
 
 
@@ -320,7 +384,7 @@ def override_config(config: Any, overrides: Sequence[str]) -> DictConfig:
                 f"'{text}': {key} is no part of what a run computes; give an option such as lr."
             )
         if key in copy and OmegaConf.is_dict(copy[key]):
-            copy[key] = _variant(key, text)
+            copy[key] = _variant(key, text, system if system in systems() else None)
         elif key in known:
             OmegaConf.update(copy, key, _yaml_value(text), force_add=True)
         else:
@@ -341,14 +405,18 @@ def _yaml_value(text: str) -> Any:
     return content["value"]
 
 
-def _variant(group: str, text: str) -> DictConfig:
+def _variant(group: str, text: str, system: str | None) -> DictConfig:
     """The variant of a group that ``sampler=hard`` names."""
-    name, known = str(_yaml_value(text)), group_choices().get(group)
+    name, known = str(_yaml_value(text)), group_choices(system).get(group)
     if known is None:
         raise NearfarError(
             f"'{text}': {group} is a section of options; give one of them, {group}.OPTION=VALUE."
         )
     if name not in known:
         raise NearfarError(f"{text}: there is no such {group}; {nearest_name(name, known)}")
-    variant: DictConfig = _compose(f"{group}/{name}")[group]
+    # A system that is not registered is looked up by what any system means.
+    owners = (
+        [system] if system else [s for s in systems() if name in variants_of(options_class(s)).get(group, {})]
+    )
+    variant: DictConfig = _compose(f"{group}/{name}", owners[0] if owners else None)[group]
     return variant

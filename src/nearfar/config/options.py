@@ -41,6 +41,7 @@ __all__ = [
     "read_options",
     "section",
     "set_option",
+    "take_alias",
     "to_dict",
     "variants_of",
 ]
@@ -275,12 +276,10 @@ def option_table(cls: type) -> Mapping[str, Option]:
     >>> {name: str(each.rule) for name, each in option_table(Options).items()}
     {'lr': 'at least 0', 'images': 'text'}
     """
-    if cls not in _TABLES:
-        _TABLES[cls] = dict(options_of(cls))
-    return _TABLES[cls]
+    return _tables(cls)
 
 
-_TABLES: dict[type, Mapping[str, Option]] = {}
+_tables: Callable[[Any], Mapping[str, Option]] = cache(lambda cls: dict(options_of(cls)))
 
 
 def variants_of(cls: type) -> dict[str, Mapping[str, Any]]:
@@ -352,6 +351,20 @@ def set_option(options: Any, name: str, value: Any) -> None:
         options[last] = value
     else:
         setattr(options, last, value)
+
+
+def take_alias(options: Any, alias: str, name: str) -> None:
+    """Let ``alias``, the notes' name of the option ``name``, stand for it; an error where both are given and differ."""
+    value = getattr(options, alias)
+    if value is None:
+        return
+    current = options
+    for part in name.split("."):
+        current = getattr(current, part)
+    if current not in (option_table(type(options))[name].default, value):
+        raise NearfarError(f"{alias}={value} and {name}={current}: they are one option; give one of them.")
+    set_option(options, name, value)
+    setattr(options, alias, None)
 
 
 # -- reading -------------------------------------------------------------------------------------------------
@@ -427,8 +440,13 @@ def _read_group(each: _Field, value: Any, name: str, saved: bool, fill: bool) ->
         if key not in own and any(key == f.name for c in each.classes for f in _fields(c))
     ]
     if foreign and not saved:
+        owners = [
+            f"{name}={variant}"
+            for variant, values in (each.declared.variants or {}).items()
+            if foreign[0] in {field.name for field in _fields(type(values))}
+        ]
         raise NearfarError(
-            f"{name}.{foreign[0]} has no effect with {name}.{tag}={choice}; choose the whole group: {name}={choice}."
+            f"{name}.{foreign[0]} has no effect with {name}.{tag}={choice}; it belongs to {' or '.join(owners)}."
         )
     # A variant that is chosen by its tag alone has the defaults of its other options.
     return _read(cls, value, f"{name}.", saved, True)
@@ -458,8 +476,11 @@ def _value(config: Any, key: str, name: str) -> Any:
         if key not in config and not (OmegaConf.is_config(config) and OmegaConf.is_missing(config, key)):
             return _ABSENT
         value = config[key]
-        return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
-    except MissingMandatoryValue:
-        raise NearfarError(f"{name} must be given: add {name}=VALUE.") from None
+        if not OmegaConf.is_config(value):
+            return value
+        return OmegaConf.to_container(value, resolve=True, throw_on_missing=True)
+    except MissingMandatoryValue as error:
+        missing = getattr(error, "full_key", None) or name
+        raise NearfarError(f"{missing} must be given: add {missing}=VALUE.") from None
     except (InterpolationResolutionError, OmegaConfBaseException) as error:
         raise NearfarError(f"{name}: {str(error).splitlines()[0]}.") from None

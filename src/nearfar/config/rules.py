@@ -104,7 +104,7 @@ class Text:
         if value is None and self.optional:
             return
         digits = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if digits and self.number:
+        if digits and self.number and isinstance(value, int):
             return
         if not isinstance(value, str):
             quoted = f" Quote a name of digits: {name}='\"{value}\"'." if digits else ""
@@ -141,7 +141,7 @@ class Scheduled:
             raise NearfarError(f"{name}={value}: {error}") from None
         if not inside:
             ends = (
-                f"at least {self.least:g}"
+                f"of at least {self.least:g}"
                 if math.isinf(self.most)
                 else f"between {self.least:g} and {self.most:g}"
             )

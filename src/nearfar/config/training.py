@@ -93,16 +93,19 @@ class TrainerOptions:
     workers: int = option(
         0, "loader processes of each process; batches are the same for every number", least=0, role="repeat"
     )
-    eval_batch_size: int = option(512, "rows embedded at a time in an evaluation", least=1)
+    eval_batch_size: int = option(512, "rows embedded at a time in an evaluation", least=1, role="repeat")
     log_every: int = option(20, "optimiser steps between step records", least=1, role="repeat")
     probe_every: int | None = option(
         None,
         "steps between looks at the embeddings of a fixed sample; null: at the end of each epoch (of epochs under 64 "
         "steps, about every 64)",
         least=1,
+        role="repeat",
     )
-    probe_rows: int = option(256, "rows of that sample; 0 switches it off", least=0)
-    checkpoint_minutes: float = option(1.0, "minutes between checkpoints within an epoch", least=0)
+    probe_rows: int = option(256, "rows of that sample; 0 switches it off", least=0, role="repeat")
+    checkpoint_minutes: float = option(
+        1.0, "minutes between checkpoints within an epoch", least=0, role="repeat"
+    )
     checkpoint_steps: int | None = option(
         None, "optimiser steps between checkpoints within an epoch", least=1
     )
@@ -110,6 +113,7 @@ class TrainerOptions:
         None,
         "epochs between states that are kept, checkpoints/epoch_NNNN.ckpt; null: only the last and the best",
         least=1,
+        role="repeat",
     )
     max_steps: int | None = option(
         None,
@@ -163,7 +167,9 @@ class RunOptions:
     weight_decay: float = option(0.01, "of AdamW; biases, norms and scales have none", least=0)
     lr_schedule: str = option("cosine", "constant, linear or cosine")
     warmup: float = fraction(0.0, "share of the steps in which the learning rate rises")
-    bootstrap: int = option(1000, "resamples of an interval; 0: intervals without resampling", least=0)
+    bootstrap: int = option(
+        1000, "resamples of an interval; 0: intervals without resampling", least=0, role="repeat"
+    )
     trainer: TrainerOptions = section(TrainerOptions())
 
     def check(self) -> None:
@@ -178,6 +184,8 @@ class RunOptions:
             raise NearfarError(
                 f"start_epoch={self.start_epoch} counts the epochs of a resumed run: it needs resume_from=RUN."
             )
+        if self.start_epoch is not None and self.start_epoch > self.epochs:
+            raise NearfarError(f"start_epoch={self.start_epoch} lies outside 0 … epochs={self.epochs}.")
         trainer = self.trainer
         if trainer.ring and (trainer.local_loss or not trainer.gather_with_grad):
             raise NearfarError(

@@ -251,5 +251,5 @@ def _cause(finding: ShownFinding) -> str:
 
 
 def _composes_hard_batches(config: DictConfig) -> bool:
-    choice = sampler_choices(str(config.get("system"))).get(config.get("sampler", {}).get("name"))
+    choice = sampler_choices(str(config.get("system"))).get(str((config.get("sampler") or {}).get("name")))
     return choice is not None and choice.composes_hard_batches

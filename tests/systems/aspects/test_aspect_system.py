@@ -337,7 +337,7 @@ def test_the_baseline_keeps_unknown_labels_out_and_is_kept_by_content() -> None:
         ("balance=undersample", "no such choice"),
         ("bootstrap=10", "at least 100"),
         ("text_encoder=ngram", "no encoder of that kind"),
-        ("sampler=hard", "no such choice"),
+        ("sampler=hard", "no such sampler of aspects"),
         ("text_encoder.hidden=15", "even number"),
         ("data.aspects=Camera", "a list of names"),
         ("data.dir=/nowhere", "no such folder"),

@@ -5,29 +5,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from nearfar.config import Encoding, RunOptions, column, fraction, group, option, path, raw_group, samplers
+from nearfar.config import (
+    Encoding,
+    RunOptions,
+    Scheduled,
+    column,
+    fraction,
+    group,
+    option,
+    path,
+    raw_group,
+    samplers,
+)
 from nearfar.config.samplers import SamplerOptions
 from nearfar.errors import NearfarError
 from nearfar.systems.aspects.labels import code_words
 
 __all__ = ["AspectDataOptions", "AspectOptions"]
-
-
-class _Weight:
-    """A weight of a loss: a number or a schedule, at least 0."""
-
-    def check(self, name: str, value: object) -> None:
-        from nearfar.losses import Objective
-
-        try:
-            weights = Objective({name: value}).weights(position=0.0, total=1.0)
-        except NearfarError as error:
-            raise NearfarError(f"{name}={value}: {error}") from None
-        if weights[name] < 0:
-            raise NearfarError(f"{name}={value}: a weight of at least 0 is needed.")
-
-    def __str__(self) -> str:
-        return "at least 0, or a schedule"
 
 
 class _Aspects:
@@ -121,12 +115,15 @@ class AspectOptions(RunOptions):
     lr: float = 3e-3
     warmup: float = 0.1
     focal_weight: Any = option(
-        0.7, "weight of the focal loss in the total; a number or a schedule", rule=_Weight(), role="loss"
+        0.7,
+        "weight of the focal loss in the total; a number or a schedule",
+        rule=Scheduled(0, what="a weight"),
+        role="loss",
     )
     contrastive_weight: Any = option(
         0.3,
         'weight of the contrastive loss in the total; a number or a schedule ("0 -> 0.3")',
-        rule=_Weight(),
+        rule=Scheduled(0, what="a weight"),
         role="loss",
     )
     gamma: float = option(0.0, "focusing exponent of the focal loss; 0: cross-entropy", least=0, role="loss")

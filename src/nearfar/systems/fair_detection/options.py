@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from nearfar.config import RunOptions, TrainerOptions, group, option, path, section
+from nearfar.config.options import take_alias
 from nearfar.config.rules import Text
 from nearfar.errors import NearfarError
 from nearfar.schedules import Linear, Piecewise, Schedule
@@ -113,8 +114,8 @@ class FairDetectionOptions(RunOptions):
     max_norm: float | None = option(
         None, "the notes' name of trainer.gradient_clip; null: what that says", least=0
     )
-    device: Literal["auto", "cpu", "cuda", "mps"] = option(
-        "auto", "the notes' name of trainer.accelerator; auto: what that says"
+    device: Literal["auto", "cpu", "cuda", "mps"] | None = option(
+        None, "the notes' name of trainer.accelerator; null: what that says"
     )
     epsilon: float = option(
         0.05, "first bound of the perturbation, as a share of the range of a value", least=0, most=1
@@ -201,19 +202,14 @@ class FairDetectionOptions(RunOptions):
             )
 
     def _take_notes_names(self) -> None:
-        """Options by the names of the notes, such as ``lr_g`` of ``lr``, are taken where they are set."""
-        if self.lr_g is not None:
-            self.lr = self.lr_g
-        elif self.lr is None:
+        """Options by the names of the notes, such as ``lr_g`` of ``lr``, stand for ours where they are set."""
+        take_alias(self, "lr_g", "lr")
+        take_alias(self, "max_norm", "trainer.gradient_clip")
+        take_alias(self, "device", "trainer.accelerator")
+        take_alias(self, "top_k_percent", "top_fraction")
+        take_alias(self, "bottom_k_percent", "bottom_fraction")
+        if self.lr is None:
             self.lr = 1e-4 if isinstance(self.used_data, PictureData) else 1e-3
-        if self.max_norm is not None:
-            self.trainer.gradient_clip = self.max_norm
-        if self.device != "auto":
-            self.trainer.accelerator = self.device
-        if self.top_k_percent is not None:
-            self.top_fraction = self.top_k_percent
-        if self.bottom_k_percent is not None:
-            self.bottom_fraction = self.bottom_k_percent
 
     @property
     def used_data(self) -> PictureData | SceneData:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from nearfar.config import RunOptions, fraction, group, option, path, raw_group, samplers
+from nearfar.config.options import take_alias
 from nearfar.config.rules import Text
 from nearfar.config.samplers import SamplerOptions, SpatialSampler
 from nearfar.errors import NearfarError
@@ -129,9 +130,8 @@ class TissueOptions(RunOptions):
     loss: ClipOptions | SpatialOptions = group(spatial=SpatialOptions(), clip=ClipOptions(), role="loss")
 
     def check(self) -> None:
-        for name in ("local_loss", "gather_with_grad"):
-            if (value := getattr(self, name)) is not None:
-                setattr(self.trainer, name, value)
+        take_alias(self, "local_loss", "trainer.local_loss")
+        take_alias(self, "gather_with_grad", "trainer.gather_with_grad")
         super().check()
         if self.temperature * self.max_scale < 1:
             raise NearfarError(
