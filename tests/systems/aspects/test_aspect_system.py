@@ -356,9 +356,8 @@ def test_bad_options_are_named(tmp_path: Path, folder: Path, override: str, mess
         override,
     ]
     every = list({o.split("=")[0]: o for o in every}.values())
-    config = compose_config(every)
     with pytest.raises(NearfarError, match=message):
-        run_one(config, every, False, QUIET)
+        run_one(compose_config(every), every, False, QUIET)
 
 
 # -- pretrained encoders -----------------------------------------------------------------------------------------

@@ -375,7 +375,7 @@ def test_pair_retrieval_and_its_chance() -> None:
         (["relations=[on,abov]"], "did you mean 'above'"),
         (["spatial=rw"], "did you mean 'raw'"),
         (["loss.name=supcn"], "did you mean 'supcon'"),
-        (["sampler=hard"], "no such choice"),
+        (["sampler=hard"], "no such sampler of relations"),
         (["batch_size=5000"], "is larger than the training set"),
         (["image_encoder.kind=smal"], "did you mean 'small'"),
         (["data.val_fraction=0.6", "data.test_fraction=0.5"], "leave nothing to train on"),

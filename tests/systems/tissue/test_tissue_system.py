@@ -265,7 +265,7 @@ def test_options_of_several_processes_are_named_only_where_they_are_set(tmp_path
         ("data.dir=/no/such/folder", "no such folder"),
         ("retrieve=0", "retrieve=0 is out of range"),
         ("loss.name=spatail", "did you mean 'spatial'"),
-        ("sampler=hard", "sampler.name=hard: no such choice"),
+        ("sampler=hard", "sampler=hard: there is no such sampler of tissue"),
         ("sampler.tile_size=64", "tile_size=64 is larger than batch_size=32"),
         ("temperature=0.001", "a scale of 1000, beyond max_scale=40"),
         ("image_pixels=64", "image_encoder=colors has no network"),
