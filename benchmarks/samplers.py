@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from nearfar.batching import (
+    BalancedBatchSampler,
     HardNegativeSampler,
     Layout,
     Neighbors,
@@ -76,6 +77,9 @@ def compare(vectors: np.ndarray, near: Neighbors, batch_size: int, epochs: int) 
     print(f"{'':38} {'to plan':>8}  {'':8}  {'mean':>6} {'least':>6}  {'share':>6}")
     samplers = {
         "random": lambda: RandomBatchSampler(n, batch_size),
+        "balanced, classes of 2": lambda: BalancedBatchSampler(
+            np.arange(n) % (n // 2), batch_size, repeat=True
+        ),
         "hard, level, ratio 0.5, groups of 64": lambda: HardNegativeSampler(near, batch_size, 0.5, k),
         "hard, level, ratio 1, groups of 64": lambda: HardNegativeSampler(near, batch_size, 1.0, k),
         "hard, greedy, ratio 1, groups of 64": lambda: HardNegativeSampler(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 
 import numpy as np
@@ -112,16 +111,10 @@ def test_items_without_a_label_are_never_drawn_and_said_once(form, repeat):
     [{"repeat": True}, {"repeat": True, "samples_per_class": 4}, {}, {"repeat": True, "world_size": 4}],
 )
 @pytest.mark.parametrize("size", [1, 2])
-def test_a_plan_of_many_classes_takes_linear_time_and_is_made_once(options, size, monkeypatch):
-    def seconds(n):
-        sampler = BalancedBatchSampler(np.arange(n) % (n // size), 256, **options)
-        started = time.process_time()
-        plan = sampler.plan()
-        return time.process_time() - started, sampler, plan
-
-    few = min(seconds(8_000)[0] for _ in range(3))
-    many, sampler, plan = seconds(80_000)
-    assert many < 50 * few, "ten times the items take ten times as long, and not a hundred times"
+def test_a_plan_of_many_classes_is_made_once(options, size, monkeypatch):
+    """How long it takes is measured by benchmarks/samplers.py."""
+    sampler = BalancedBatchSampler(np.arange(80_000) % (80_000 // size), 256, **options)
+    plan = sampler.plan()
     monkeypatch.setattr(np.random, "default_rng", None)
     assert sampler.remainder == 80_000 - len(np.unique(plan.order))
     assert sampler.plan() is plan
