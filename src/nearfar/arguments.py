@@ -94,7 +94,7 @@ def any_number(name: str, value: Any, text: bool = False) -> float:
 
 def number(
     name: str,
-    value: Any,
+    value: object,
     least: float | None = None,
     most: float | None = None,
     *,
@@ -148,7 +148,7 @@ def whole_number(name: str, value: Any, least: int | None = None) -> int:
     return result
 
 
-def flag(name: str, value: Any) -> bool:
+def flag(name: str, value: object) -> bool:
     """True or False; ``NearfarError`` for anything else, for a text such as "false" is true.
 
     >>> flag("normalize", "false")
@@ -162,7 +162,7 @@ def flag(name: str, value: Any) -> bool:
     raise NearfarError(f"{name} is {shown(value)}; it is True or False")
 
 
-def choice(name: str, value: Any, names: Iterable[str]) -> str:
+def choice(name: str, value: object, names: Iterable[str]) -> str:
     """One of some words; ``NearfarError`` for anything else.
 
     >>> choice("norm", "bach", ["batch", "layer"])
@@ -175,26 +175,26 @@ def choice(name: str, value: Any, names: Iterable[str]) -> str:
     raise NearfarError(f"{name} is {shown(value)}: {nearest_name(str(value), known)}")
 
 
-def text(name: str, value: Any) -> str:
+def text(name: str, value: object) -> str:
     """A text; ``NearfarError`` for anything else."""
     return instance(name, value, str, "a text")
 
 
-def instance(name: str, value: Any, kind: type[T], what: str | None = None) -> T:
+def instance(name: str, value: object, kind: type[T], what: str | None = None) -> T:
     """An object of this class; ``NearfarError`` for anything else."""
     if not isinstance(value, kind):
         raise NearfarError(f"{name} is {shown(value)}; {what or f'a {kind.__name__}'} is needed")
     return value
 
 
-def mapping(name: str, value: Any) -> Mapping[str, Any]:
+def mapping(name: str, value: object) -> Mapping[str, Any]:
     """A dictionary or what is like one; ``NearfarError`` for anything else."""
     if not isinstance(value, Mapping):
         raise NearfarError(f"{name} is {shown(value)}; a mapping is needed")
     return value
 
 
-def function(name: str, value: Any) -> Callable[..., Any]:
+def function(name: str, value: object) -> Callable[..., Any]:
     """Something that can be called; ``NearfarError`` for anything else."""
     if not callable(value):
         raise NearfarError(f"{name} is {shown(value)}; a function is needed")
@@ -209,7 +209,7 @@ def _is_boolean(value: object) -> bool:
 
 
 # -- arrays ----------------------------------------------------------------------------------------------------------
-def array(name: str, value: Any, needs: str, kinds: str = "iuf") -> NDArray[Any]:
+def array(name: str, value: object, needs: str, kinds: str = "iuf") -> NDArray[Any]:
     """A tensor, table, list or array as an array of numbers in its own precision; ``needs`` says what is wanted.
 
     ``kinds``: the NumPy kinds that are taken, "iu" for whole numbers. Objects that are all numbers, such as those of
@@ -226,7 +226,7 @@ def array(name: str, value: Any, needs: str, kinds: str = "iuf") -> NDArray[Any]
     return result
 
 
-def numbers(name: str, values: Any, *, finite: bool = True) -> NDArray[np.float64]:
+def numbers(name: str, values: object, *, finite: bool = True) -> NDArray[np.float64]:
     """An array of numbers in float64, from tensors, arrays, lists or tables.
 
     Texts, ragged lists, mappings, complex numbers and, with ``finite``, NaN and infinite values are refused.
@@ -249,7 +249,7 @@ def numbers(name: str, values: Any, *, finite: bool = True) -> NDArray[np.float6
     return result
 
 
-def whole_numbers(name: str, values: Any) -> NDArray[np.int64]:
+def whole_numbers(name: str, values: object) -> NDArray[np.int64]:
     """An array of whole numbers in int64; fractions are refused, floats that hold whole numbers are not."""
     import numpy as np
 

@@ -30,7 +30,7 @@ Ids: TypeAlias = "Sequence[Hashable] | NDArray[Any]"
 _ADVICE = "give one id per item: a list, an array, a pandas Series or a tensor of whole numbers or texts"
 
 
-def canonical_ids(ids: Any, what: str = "ids") -> NDArray[Any]:
+def canonical_ids(ids: object, what: str = "ids") -> NDArray[Any]:
     """One id per item as an array (n,): int64, text of the least width, or objects where ids are of several kinds.
 
     Whole numbers beyond int64 come as uint64 or objects. ``what`` names the argument in messages. Raises
@@ -47,7 +47,7 @@ def canonical_ids(ids: Any, what: str = "ids") -> NDArray[Any]:
     return _canonical(ids, what)
 
 
-def plain_ids(ids: Any, what: str = "ids") -> list[Any]:
+def plain_ids(ids: object, what: str = "ids") -> list[Any]:
     """Ids as Python's own numbers and texts; sets and generators too.
 
     >>> plain_ids(np.array([3, 4], np.int16)), plain_ids(name for name in (np.str_("a"), b"b"))
@@ -76,7 +76,7 @@ def first_difference(left: NDArray[Any], right: NDArray[Any]) -> tuple[int, int]
     return len(bad), int(bad[0]) if len(bad) else -1
 
 
-def _canonical(ids: Any, what: str) -> NDArray[Any]:
+def _canonical(ids: object, what: str) -> NDArray[Any]:
     values = _flat(ids, what)
     if isinstance(values, np.ndarray):
         if values.dtype.kind == "i" or (
@@ -127,7 +127,7 @@ def _flat(ids: Any, what: str) -> NDArray[Any] | list[Any]:
     return list(ids)
 
 
-def _plain(value: Any, at: int, what: str) -> Any:
+def _plain(value: object, at: int, what: str) -> Any:
     if (
         hasattr(value, "item") and getattr(value, "shape", None) == ()
     ):  # NumPy's scalars, 0-d arrays and tensors

@@ -60,7 +60,7 @@ def is_missing(label: Any) -> bool:
     )
 
 
-def label_codes(labels: Any, name: str = "labels") -> tuple[NDArray[np.int64], NDArray[Any]]:
+def label_codes(labels: object, name: str = "labels") -> tuple[NDArray[np.int64], NDArray[Any]]:
     """A number from 0 for the class of each item, −1 where it is missing, and the classes in order.
 
     ``labels`` is a list, tuple, NumPy array, pandas column (nullable and categorical too) or tensor with one number,
@@ -99,7 +99,7 @@ def label_codes(labels: Any, name: str = "labels") -> tuple[NDArray[np.int64], N
     return codes, classes
 
 
-def _array(labels: Any, name: str) -> NDArray[Any]:
+def _array(labels: object, name: str) -> NDArray[Any]:
     """The labels as an array; of objects where they are of several kinds, or where an array would hide a gap."""
     if isinstance(labels, Tensor):
         labels = labels.detach().cpu()
@@ -164,7 +164,7 @@ def _of_objects(values: NDArray[Any], name: str) -> tuple[NDArray[Any], NDArray[
     return coded, missing
 
 
-def label_tensor(labels: Any, name: str = "labels") -> Int[Tensor, " n"]:
+def label_tensor(labels: object, name: str = "labels") -> Int[Tensor, " n"]:
     """``label_codes`` as a tensor, ready for ``nearfar.losses``.
 
     >>> label_tensor(["cat", None, "dog", "cat"])
@@ -173,7 +173,7 @@ def label_tensor(labels: Any, name: str = "labels") -> Int[Tensor, " n"]:
     return torch.from_numpy(label_codes(labels, name)[0])
 
 
-def whole_labels(labels: Any, name: str = "labels") -> Tensor:
+def whole_labels(labels: object, name: str = "labels") -> Tensor:
     """A tensor of labels, of any shape, as whole numbers with −1 where one is missing.
 
     Whole numbers are taken as they are, without a look. Of floating ones NaN is missing and the others are looked at,
@@ -246,7 +246,7 @@ def _own_classes(n: int, first: int, device: torch.device) -> Tensor:
 
 
 # -- labels of two sides ----------------------------------------------------------------------------------------
-def shared_codes(**sides: Any) -> list[NDArray[np.int64]]:
+def shared_codes(**sides: object) -> list[NDArray[np.int64]]:
     """Codes 0, 1, … of the labels of several sides, equal for equal labels; −1 where a label is missing.
 
     Labels are numbers, texts or other hashable objects, one for each item. Numbers are compared as numbers of any
@@ -283,7 +283,7 @@ def shared_codes(**sides: Any) -> list[NDArray[np.int64]]:
     return coded
 
 
-def _column(name: str, labels: Any) -> NDArray[Any]:
+def _column(name: str, labels: object) -> NDArray[Any]:
     """Labels in int64 where they are whole numbers (−1: missing), as objects where they are not."""
     if isinstance(labels, Tensor) and labels.ndim == 1:
         check_dense(name, labels)
@@ -315,7 +315,7 @@ def _numbers(name: str, array: NDArray[Any], originals: list[Any] | None = None)
     return _objects(array.tolist() if originals is None else originals)
 
 
-def _objects(values: list[Any]) -> NDArray[Any]:
+def _objects(values: list[object]) -> NDArray[Any]:
     column = np.empty(len(values), dtype=object)
     for i, value in enumerate(values):
         column[i] = value
@@ -332,7 +332,7 @@ def _same_kind(columns: Mapping[str, NDArray[Any]]) -> None:
         raise NearfarError(f"{stated}: labels of different kinds are never equal; bring both to one type")
 
 
-def _kind(label: Any) -> str:
+def _kind(label: object) -> str:
     if isinstance(label, (bool, int, float, np.number, np.bool_)):
         return "numbers"
     if isinstance(label, str):

@@ -144,7 +144,7 @@ class _Whole:
         return math.floor(number("the value of the schedule", self.inner(epoch, total)) + 0.5)
 
 
-def schedule(spec: Any, *, integer: bool = False) -> Schedule:
+def schedule(spec: object, *, integer: bool = False) -> Schedule:
     """The schedule that ``spec`` describes; ``integer=True`` rounds its values (``hardness_k``).
 
     A number is constant. ``"0.3 -> 0.6 -> 0.8"`` takes equal parts of the run in steps, ``"linear 0.3 ->
@@ -210,7 +210,7 @@ _KINDS: dict[str, Callable[..., Schedule]] = {
 }
 
 
-def _read(spec: Any) -> Schedule:
+def _read(spec: object) -> Schedule:
     if isinstance(spec, str):
         return _read_text(spec)
     if isinstance(spec, Mapping):
@@ -262,12 +262,12 @@ def _of_text(part: str, text: str) -> float:
         ) from None
 
 
-def _number(value: Any, name: str) -> float:
+def _number(value: object, name: str) -> float:
     """A finite number, as a text too: YAML 1.1 reads 1e-4 as one."""
     return number(name, value, text=True)
 
 
-def _listed(name: str, values: Any, what: str) -> list[Any]:
+def _listed(name: str, values: object, what: str) -> list[Any]:
     if (
         isinstance(values, (str, bytes, Mapping, set))
         or not isinstance(values, Iterable)
@@ -277,7 +277,7 @@ def _listed(name: str, values: Any, what: str) -> list[Any]:
     return list(values)
 
 
-def _point(point: Any) -> tuple[float, float]:
+def _point(point: object) -> tuple[float, float]:
     pair = _listed("points", point, "pairs (epoch, value)")
     if len(pair) != 2:
         raise NearfarError(f"points hold {shown(point)}; each is a pair (epoch, value)")

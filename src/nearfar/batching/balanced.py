@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -111,7 +110,7 @@ class BalancedBatchSampler(BatchSampler):
             "planning": 2,  # a plan of the first kind came from other draws
         }
 
-    def _compose(self, epoch: int, options: Mapping[str, Any]) -> Plan:
+    def _compose(self, epoch: int, options: Mapping[str, object]) -> Plan:
         # The plan of an epoch is asked for more than once: to iterate, to log it, to count what it leaves out.
         if self._planned is not None and self._planned[0] == epoch:
             return self._planned[1]

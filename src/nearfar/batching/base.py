@@ -91,7 +91,7 @@ class BatchSampler:
 
     # ---- what a subclass gives
 
-    def _compose(self, epoch: int, options: Mapping[str, Any]) -> Plan:
+    def _compose(self, epoch: int, options: Mapping[str, object]) -> Plan:
         raise NotImplementedError
 
     def _identity(self) -> dict[str, object]:

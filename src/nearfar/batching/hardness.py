@@ -196,7 +196,7 @@ def _as_batches(name: str, batches: object, n: int) -> list[NDArray[np.integer]]
     return checked
 
 
-def _similarity(rows: NDArray[np.float32], batches: Iterable[Any]) -> NDArray[np.float64]:
+def _similarity(rows: NDArray[np.float32], batches: Iterable[object]) -> NDArray[np.float64]:
     values = []
     for batch in batches:
         members = rows[np.asarray(batch, dtype=np.int64)].astype(np.float64)

@@ -53,7 +53,7 @@ class RandomBatchSampler(BatchSampler):
             n, batch_size, seed=seed, drop_last=drop_last, rank=rank, world_size=world_size, ids=ids
         )
 
-    def _compose(self, epoch: int, options: Mapping[str, Any]) -> Plan:
+    def _compose(self, epoch: int, options: Mapping[str, object]) -> Plan:
         return random_plan(self.layout, self.seed, epoch)
 
 
@@ -122,7 +122,7 @@ class LengthBatchSampler(BatchSampler):
     def _identity(self) -> dict[str, object]:
         return {"lengths": digest(self.lengths), "repeats": digest(self._counts), "window": self.window}
 
-    def _compose(self, epoch: int, options: Mapping[str, Any]) -> Plan:
+    def _compose(self, epoch: int, options: Mapping[str, object]) -> Plan:
         rng = np.random.default_rng([self.seed, epoch])
         layout = self.layout
         place = (self._copy + rng.random(len(self._counts))[self._items]) / self._counts[self._items]

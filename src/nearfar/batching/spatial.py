@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import torch
@@ -84,7 +83,7 @@ class SpatialBatchSampler(BatchSampler):
     def _identity(self) -> dict[str, object]:
         return {"tile_size": self.tile_size, "places": self._digest}
 
-    def _compose(self, epoch: int, options: Mapping[str, Any]) -> Plan:
+    def _compose(self, epoch: int, options: Mapping[str, object]) -> Plan:
         from nearfar.batching import _kernels
 
         rng = np.random.default_rng([self.seed, epoch])

@@ -335,7 +335,7 @@ def flatten(config: Any, prefix: str = "") -> Json:
     return flat
 
 
-def changed_values(before: Any, after: Any) -> dict[str, list[Any]]:
+def changed_values(before: object, after: object) -> dict[str, list[Any]]:
     """The keys whose value differs, with both values; keys that do not belong to the computation left out.
 
     >>> changed_values({"lr": 0.1, "name": "a"}, {"lr": 0.2, "name": "b"})

@@ -82,7 +82,7 @@ class _Declared:
 
 
 def option(
-    default: Any,
+    default: object,
     help: str,
     *,
     least: float | None = None,
@@ -131,7 +131,7 @@ def column(help: str) -> Any:
     return _field(None, _Declared(help, rule=Text(optional=True, number=True)))
 
 
-def group(*, help: str = "", role: Role | None = None, **variants: Any) -> Any:
+def group(*, help: str = "", role: Role | None = None, **variants: object) -> Any:
     """A group of options that is chosen by name: ``sampler=hard``. The first is the default of the dataclass.
 
     Each variant is an instance of a dataclass of options. Variants of different classes are told apart by a field
@@ -141,13 +141,13 @@ def group(*, help: str = "", role: Role | None = None, **variants: Any) -> Any:
     return _field(first, _Declared(help, role, variants=variants))
 
 
-def section(default: Any, help: str = "", *, role: Role | None = None) -> Any:
+def section(default: object, help: str = "", *, role: Role | None = None) -> Any:
     """Options under a name of their own that are no group to choose, such as ``trainer``."""
     return _field(default, _Declared(help, role))
 
 
 def raw_group(
-    default: Mapping[str, Any], help: str, *, models: Sequence[str] = (), role: Role | None = None
+    default: Mapping[str, object], help: str, *, models: Sequence[str] = (), role: Role | None = None
 ) -> Any:
     """A group whose options belong to the arguments of a class, which checks them itself, such as an encoder's.
 
@@ -156,14 +156,14 @@ def raw_group(
     return _field(dict(default), _Declared(help, role, raw=True, bounds={"models": tuple(models)}))
 
 
-def _field(default: Any, declared: _Declared) -> Any:
+def _field(default: object, declared: _Declared) -> Any:
     metadata = {_KEY: declared}
     if isinstance(default, (list, dict)) or dataclasses.is_dataclass(default):
         return dataclasses.field(default_factory=lambda: _copied(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def _copied(value: Any) -> Any:
+def _copied(value: object) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.replace(
             value, **{f.name: _copied(getattr(value, f.name)) for f in dataclasses.fields(value)}
@@ -239,7 +239,7 @@ def _rule_of(hint: Any, bounds: Mapping[str, Any], name: str) -> Rule:
 
 
 def options_of(
-    cls: type, prefix: str = "", role: Role = "result", instance: Any = None
+    cls: type, prefix: str = "", role: Role = "result", instance: object = None
 ) -> Iterator[tuple[str, Option]]:
     """Every option of a dataclass by its dotted name; of a group, those of all its variants.
 
@@ -332,7 +332,7 @@ def default_values(cls: type) -> Json:
     }
 
 
-def to_dict(options: Any) -> Json:
+def to_dict(options: object) -> Json:
     """Options as plain nested values, in the order of their declaration."""
     return {
         each.name: to_dict(value)
@@ -342,7 +342,7 @@ def to_dict(options: Any) -> Json:
     }
 
 
-def set_option(options: Any, name: str, value: Any) -> None:
+def set_option(options: object, name: str, value: object) -> None:
     """Set the option of a dotted name, also within a group whose values are a mapping."""
     *parents, last = name.split(".")
     for parent in parents:
@@ -353,7 +353,7 @@ def set_option(options: Any, name: str, value: Any) -> None:
         setattr(options, last, value)
 
 
-def take_alias(options: Any, alias: str, name: str) -> None:
+def take_alias(options: object, alias: str, name: str) -> None:
     """Let ``alias``, the notes' name of the option ``name``, stand for it; an error where both are given and differ."""
     value = getattr(options, alias)
     if value is None:
@@ -368,7 +368,7 @@ def take_alias(options: Any, alias: str, name: str) -> None:
 
 
 # -- reading -------------------------------------------------------------------------------------------------
-def read_options(cls: type[T], config: Any, *, saved: bool = False) -> T:
+def read_options(cls: type[T], config: object, *, saved: bool = False) -> T:
     """The options that a composed configuration holds, each checked by its rule, and all by ``check`` of ``cls``.
 
     Of the configuration of a ``saved`` run, options that came after it was trained have their defaults, and those that
@@ -460,7 +460,7 @@ def _tag(classes: Sequence[type]) -> str | None:
     return None
 
 
-def _require_group(value: Any, name: str, example: str) -> None:
+def _require_group(value: object, name: str, example: str) -> None:
     if not isinstance(value, Mapping):
         raise NearfarError(
             f"{name}={shown(value)}: a group of options is needed here ({name}.{example} is one of them)."

@@ -42,7 +42,7 @@ class NoBoxError(ValueError):
     """An annotation has no box that can be used; the text is the reason under which it is counted."""
 
 
-def box_of(row: Mapping[str, Any]) -> tuple[list[float], bool]:
+def box_of(row: Mapping[str, object]) -> tuple[list[float], bool]:
     """(left, top, width, height) of an annotation, and whether it is the box around its polygons.
 
     That box is taken where there is no ``bbox``. Numbers in quotes are numbers.
@@ -67,7 +67,7 @@ def box_of(row: Mapping[str, Any]) -> tuple[list[float], bool]:
     return _numbers(box, "box that is no four numbers"), False
 
 
-def _around(polygons: list[Any]) -> list[float]:
+def _around(polygons: list[object]) -> list[float]:
     reason = "no bbox, and no polygon of numbers"
     flat = polygons if not isinstance(polygons[0], list) else [v for part in polygons for v in _flat(part)]
     values = _numbers(flat, reason)
@@ -83,7 +83,7 @@ def _flat(part: object) -> list[Any]:
     return [v for point in part for v in point] if part and isinstance(part[0], list) else part
 
 
-def _numbers(values: Sequence[Any], reason: str) -> list[float]:
+def _numbers(values: Sequence[object], reason: str) -> list[float]:
     numbers = []
     for value in values:
         if isinstance(value, str) and _NUMBER.fullmatch(value):
@@ -213,7 +213,7 @@ def coco_files(folder: str | Path, say: Callable[[str], None] | None = None) -> 
     return chosen
 
 
-def given_files(data: Any) -> dict[str, Path]:
+def given_files(data: object) -> dict[str, Path]:
     """The files that ``data.train``, ``data.val`` and ``data.test`` name; empty where none is named.
 
     Raises:

@@ -82,12 +82,12 @@ class Pictures:
     several_files: int = 0
     first_of_several: str = ""
 
-    def key(self, row: Mapping[str, Any]) -> str | None:
+    def key(self, row: Mapping[str, object]) -> str | None:
         """The id of the picture that an annotation belongs to, whether that is usable or not."""
         key = row_key(row.get("image_id"))
         return None if key is None else self.alias.get(key, key)
 
-    def of(self, row: Mapping[str, Any]) -> CocoImage | None:
+    def of(self, row: Mapping[str, object]) -> CocoImage | None:
         """The usable picture of an annotation."""
         pair = self.rows.get(self.key(row) or "")
         return None if pair is None else pair[1]
@@ -274,7 +274,7 @@ def _crowd(value: object) -> bool:
 
 
 # -- groups --------------------------------------------------------------------------------------------------
-def attribute(row: Mapping[str, Any], key: str | None) -> str | None:
+def attribute(row: Mapping[str, object], key: str | None) -> str | None:
     """A value under ``key``, at the top level of a row or under its ``attributes``."""
     if key is None:
         return None
@@ -295,7 +295,7 @@ def group_values(
     key: str | None,
     groups: Sequence[str] | None,
     pictures: Mapping[str, tuple[JsonObject, CocoImage]],
-    boxes: Sequence[Mapping[str, Any]],
+    boxes: Sequence[Mapping[str, object]],
 ) -> tuple[str, ...]:
     """The two values of the group attribute; none without a ``key``."""
     if key is None:
@@ -323,7 +323,7 @@ def group_values(
     return values
 
 
-def _under(row: Mapping[str, Any]) -> Sequence[str]:
+def _under(row: Mapping[str, object]) -> Sequence[str]:
     under = row.get("attributes")
     return list(under) if isinstance(under, Mapping) else []
 

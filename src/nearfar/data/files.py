@@ -92,7 +92,7 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("nested too deeply") from None
 
 
-def read_json(path: Path, shape: Any = object) -> Any:
+def read_json(path: Path, shape: object = object) -> Any:
     """A JSON file whose content has a ``shape``, see ``check_shape``."""
     try:
         content = parse_json(read_text(path))

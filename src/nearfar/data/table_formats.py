@@ -191,7 +191,7 @@ def read_sheet(path: Path) -> Read:
     return header, taken, numbers, last - start, start + 1, rejections, notes
 
 
-def _blank(row: Sequence[Any]) -> bool:
+def _blank(row: Sequence[object]) -> bool:
     return not any(cell_text(value).strip() for value in row)
 
 

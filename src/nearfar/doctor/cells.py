@@ -43,7 +43,7 @@ class Cell(IntEnum):
     WRITTEN_NAN = 4  # "nan" or "inf" in words, or an infinity: never written for an empty cell
 
 
-def plain(value: Any) -> Any:
+def plain(value: object) -> Any:
     """Arrays, series and tensors as lists or numbers, estimates as mappings; anything else as it is."""
     if hasattr(value, "tolist"):
         return (value.detach() if hasattr(value, "detach") else value).tolist()
@@ -197,7 +197,7 @@ def numbers(values: Sequence[object], name: str, where: str) -> tuple[float, ...
     return tuple(math.nan if value is None else value for value in floats)
 
 
-def estimate_of(value: Any, name: str) -> Json:
+def estimate_of(value: object, name: str) -> Json:
     """An estimate, its mapping, or a bare number, as a mapping with ``value`` and what else is known.
 
     >>> estimate_of(0.5, "R@1")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 from nearfar.data.files import Json
 from nearfar.doctor.rule import SEVERITIES, Finding, Unjudged
@@ -77,7 +76,7 @@ class Diagnosis(list[Finding]):
         }
 
 
-def diagnose(signals: Any, context: Mapping[str, Any] | None = None) -> Diagnosis:
+def diagnose(signals: object, context: Mapping[str, object] | None = None) -> Diagnosis:
     """What is wrong, or remarkably right, with a run.
 
     ``signals`` is a run folder or a CSV file (path), a table (pandas, polars, pyarrow), a list of log records or of

@@ -55,7 +55,7 @@ class Columns:
                 self.fields[name] = rows, floats, cells
 
     def _set_apart(
-        self, name: str, rows: np.ndarray, values: list[Any], known: bool
+        self, name: str, rows: np.ndarray, values: list[object], known: bool
     ) -> tuple[np.ndarray, list[Any]]:
         """Texts and lists are kept by themselves; what is left are numbers, or should be."""
         if set(map(type, values)) <= {float, int, bool, type(None)}:
@@ -315,7 +315,7 @@ def _all_text(record: Mapping[str, object]) -> bool:
     return bool(values) and all(isinstance(value, (str, list)) for value in values)
 
 
-def _mapping(value: Any, name: str, where: str) -> Mapping[str, Any]:
+def _mapping(value: object, name: str, where: str) -> Mapping[str, Any]:
     if is_empty(value):
         return {}
     if not isinstance(value, Mapping):

@@ -122,7 +122,7 @@ class BatchEvaluator:
         gradients = [None if leaf.grad is None else leaf.grad.float().cpu() for leaf in leaves]
         return BatchEvaluation(float(output.loss.detach()), record, parameters, gradients)
 
-    def _encode(self, batch: Any, size: int, number: int, rows: int) -> Any:
+    def _encode(self, batch: object, size: int, number: int, rows: int) -> Any:
         pieces = []
         for k, part in enumerate([batch] if size <= rows else self.system.split(batch, rows)):
             torch.manual_seed(_seed(self.seed, number, k))
@@ -132,7 +132,7 @@ class BatchEvaluator:
         whole = [torch.cat(leaves) for leaves in zip(*(leaves for leaves, _ in pieces), strict=True)]
         return pytree.tree_unflatten(whole, pieces[0][1])
 
-    def _embeddings(self, part: Any) -> Any:
+    def _embeddings(self, part: object) -> Any:
         if self.chunk is None:
             return self.system.encode(self.model, part)
         parts = self.system.split(part, self.chunk)
@@ -153,7 +153,7 @@ def _seed(seed: int, number: int, part: int) -> int:
     return int(np.random.SeedSequence((seed, number, part)).generate_state(1, np.uint64)[0] >> 1)
 
 
-def _moved(batch: Any, device: torch.device) -> Any:
+def _moved(batch: object, device: torch.device) -> Any:
     from lightning.fabric.utilities.apply_func import move_data_to_device
 
     return move_data_to_device(batch, device)

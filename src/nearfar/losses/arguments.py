@@ -213,7 +213,7 @@ def extras_of(
     return extras
 
 
-def _pair(name: str, value: Any) -> tuple[Any, Any]:
+def _pair(name: str, value: object) -> tuple[Any, Any]:
     if not isinstance(value, (tuple, list)):
         return value, None
     if len(value) != 2:
@@ -236,9 +236,9 @@ def renamed(**names: str) -> Callable[[Called], Called]:
     (0.5, "half: 'percent' is now called 'fraction'; the earlier name goes with the next version")
     """
 
-    def accepting(function: Callable[..., Any], title: str) -> Callable[..., Any]:
+    def accepting(function: Callable[..., object], title: str) -> Callable[..., Any]:
         @functools.wraps(function)
-        def call(*args: Any, **kwargs: Any) -> Any:
+        def call(*args: object, **kwargs: object) -> Any:
             for old in names.keys() & kwargs.keys():
                 new = names[old]
                 if new in kwargs:

@@ -203,7 +203,7 @@ class ContrastiveLoss(nn.Module):
     _masked = False  # whether a mask was given in the last call
     _looked = _warned = False
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+    def __new__(cls, *args: object, **kwargs: object) -> Self:
         # The fields of a dataclass are set before its __post_init__ could make it a module.
         loss = super().__new__(cls)
         nn.Module.__init__(loss)
@@ -215,7 +215,7 @@ class ContrastiveLoss(nn.Module):
         else:
             super().__setattr__(name, value)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> Any:
         # A call that fails leaves no record, least of all that of the call before.
         self._step, self._masked = None, False
         value = super().__call__(*args, **kwargs)
@@ -256,7 +256,7 @@ class ContrastiveLoss(nn.Module):
         """Numbers of this loss alone."""
         return {}
 
-    def pair_arguments(self, arguments: Mapping[str, Any]) -> PairArguments:
+    def pair_arguments(self, arguments: Mapping[str, object]) -> PairArguments:
         """Of a loss with a ``ring`` version: its pairs, from the arguments of a call by name."""
         raise NotImplementedError(f"{type(self).__name__} states a ring version and has no pair_arguments")
 

@@ -219,7 +219,7 @@ def check_alpha(alpha: Alpha, shape: tuple[int, ...] | None = None) -> Tensor:
     return weights
 
 
-def _weights(name: str, values: Any) -> Tensor:
+def _weights(name: str, values: object) -> Tensor:
     """Numbers by class as a tensor."""
     try:
         table = torch.as_tensor(values).detach()

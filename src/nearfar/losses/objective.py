@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import combinations
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -91,7 +90,7 @@ class Objective(nn.Module):
     {'contrastive/share': 0.387, 'focal/share': 0.613}
     """
 
-    def __init__(self, terms: Mapping[str, Any]) -> None:
+    def __init__(self, terms: Mapping[str, object]) -> None:
         super().__init__()
         if not isinstance(terms, Mapping):
             raise NearfarError(

@@ -75,7 +75,7 @@ def batch_signals(
 
 @torch.no_grad()
 def group_signals(
-    groups: Sequence[Any] | Tensor | np.ndarray,
+    groups: Sequence[object] | Tensor | np.ndarray,
     scores: Float[Tensor, " n"] | np.ndarray | None = None,
     anchors: Tensor | np.ndarray | None = None,
     features: Float[Tensor, "n d"] | np.ndarray | None = None,

@@ -161,7 +161,7 @@ class ItemIds:
         except TypeError:
             raise NearfarError(f"relevant names the key {shown(name)}; ids are numbers or texts") from None
 
-    def positions(self, names: Iterable[Any], where: str) -> NDArray[np.int64]:
+    def positions(self, names: Iterable[object], where: str) -> NDArray[np.int64]:
         """Positions of the keys with these ids; an unknown one is an error."""
         places = []
         for name in names:

@@ -89,7 +89,7 @@ def read_relevance(
 
 # -- labels ----------------------------------------------------------------------------------------------------
 def _from_labels(
-    relevant: tuple[Any, ...], n: int, m: int, device: torch.device, own: NDArray[np.int64] | None
+    relevant: tuple[object, ...], n: int, m: int, device: torch.device, own: NDArray[np.int64] | None
 ) -> Relevance:
     sizes = [len(part) if hasattr(part, "__len__") and not is_single(part) else None for part in relevant]
     if sizes != [n, m]:

@@ -194,7 +194,7 @@ def _row_of(i: int, row: Any, m: int, ids: ItemIds) -> NDArray[np.int64]:
     return np.unique(indices.astype(np.int64))
 
 
-def _kind_of(i: int, values: Sequence[Any]) -> str:
+def _kind_of(i: int, values: Sequence[object]) -> str:
     """Booleans, integers, texts, floats or others; several of them in one row are refused."""
     kinds = set()
     for value in values:

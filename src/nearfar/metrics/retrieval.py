@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, TypedDict, Unpack, overload
+from typing import Literal, TypedDict, Unpack, overload
 
 import numpy as np
 from jaxtyping import Float
@@ -320,7 +320,7 @@ def rank_estimates(
     return estimates
 
 
-def _median_rank(ranks: Ranks, guess: Ranks, confidence: float, protocol: dict[str, Any]) -> Estimate:
+def _median_rank(ranks: Ranks, guess: Ranks, confidence: float, protocol: dict[str, object]) -> Estimate:
     n = len(ranks.better)
     first, last = median_places(n, confidence)
     low = ranks.at_place(first) if first >= 1 else 1.0

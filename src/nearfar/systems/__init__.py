@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["Registration", "build_system", "check_config", "reevaluator", "register", "systems", "trained"]
 
 
-def check_config(config: Any, *, saved: bool = False) -> RunOptions:
+def check_config(config: object, *, saved: bool = False) -> RunOptions:
     """The typed options of a composed configuration; ``NearfarError`` for the first that cannot be, on this machine.
 
     ``saved``: the configuration is that of a run, perhaps of an earlier version (``nearfar.config.read_options``).
@@ -35,7 +35,7 @@ def check_config(config: Any, *, saved: bool = False) -> RunOptions:
     return options
 
 
-def build_system(config: Any, *, saved: bool = False) -> System:
+def build_system(config: object, *, saved: bool = False) -> System:
     """The system that ``config.system`` names, built from its options, or from a configuration that holds them."""
     options = read_config(config, saved=saved)
     registered = registration(options.system)

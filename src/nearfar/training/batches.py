@@ -86,7 +86,7 @@ def epoch_record(
 
 
 def check_batches(
-    config: HardBatchOptions, sampler: Any, embeddings: np.ndarray, say: Callable[[str], None]
+    config: HardBatchOptions, sampler: object, embeddings: np.ndarray, say: Callable[[str], None]
 ) -> None:
     """The A/A check: batches called hard must hold items more alike than random batches do.
 

@@ -224,7 +224,7 @@ def _parts(name: str, value: object) -> list[tuple[str, Tensor]]:
     return []
 
 
-def _replaced(name: str, value: Any, gathered: dict[str, Tensor]) -> Any:
+def _replaced(name: str, value: object, gathered: dict[str, Tensor]) -> Any:
     if isinstance(value, (tuple, list)):
         return type(value)(_replaced(f"{name}[{i}]", each, gathered) for i, each in enumerate(value))
     return gathered.get(name, value)
@@ -324,7 +324,7 @@ class DistributedLoss(nn.Module):
         )
         return f"{ranks} processes: each computes {rows}{constant}"
 
-    def forward(self, *args: Any, **kwargs: Any) -> Float[Tensor, ""]:
+    def forward(self, *args: object, **kwargs: object) -> Float[Tensor, ""]:
         if world_size() == 1:
             if not self._warned:
                 warnings.warn(self.describe(), stacklevel=2)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["consecutive", "embed_split", "evaluate", "loader", "outputs_of"]
 
 
-def _identity(batch: Any) -> Any:
+def _identity(batch: object) -> Any:
     return batch
 
 

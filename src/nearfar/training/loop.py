@@ -137,7 +137,7 @@ class TrainingLoop:
         pin = self.fabric.device.type == "cuda"
         return loader(dataset, batches, self.config.trainer.workers, pin)
 
-    def _train_step(self, batch: Any) -> None:
+    def _train_step(self, batch: object) -> None:
         """Forward and backward of one batch; an optimiser step after every ``trainer.accumulate`` of them."""
         state = self.state
         begins, ends = state.batches % self.accumulate == 0, self._ends_a_step(state.batches + 1)
@@ -269,7 +269,7 @@ class TrainingLoop:
         return state.step // PROBE_STEPS > began // PROBE_STEPS
 
     # -- state -----------------------------------------------------------------------------------------------
-    def to_device(self, batch: Any) -> Any:
+    def to_device(self, batch: object) -> Any:
         """The batch on the model's device; loaders give batches in the machine's own memory."""
         return batch if self.fabric.device.type == "cpu" else self.fabric.to_device(batch)
 

@@ -113,14 +113,17 @@ class Probe:
         self.full = len(self.positions) // self.size if self.size > 1 else 0
         self.train = self.train[: self.full * self.size]
 
-    def views(self, model: nn.Module, ready: Callable[[Any], Any]) -> dict[str, int]:
+    def views(self, model: nn.Module, ready: Callable[[object], object]) -> dict[str, int]:
         """Names of the embeddings and their length, from two rows."""
         with preserve_state(model, self.system):
             views = self.system.embed(model, ready(self._batch(self.split, self.positions[:2])))
         return {name: view.shape[1] for name, view in _views(views).items()}
 
     def record(
-        self, model: nn.Module, ready: Callable[[Any], Any], validated: Mapping[str, Tensor] | None = None
+        self,
+        model: nn.Module,
+        ready: Callable[[object], object],
+        validated: Mapping[str, Tensor] | None = None,
     ) -> Json:
         """The fields of a ``probe`` record.
 
@@ -164,7 +167,7 @@ class _Pass:
     """Embeddings and losses of some rows, a batch at a time."""
 
     def __init__(
-        self, probe: Probe, model: nn.Module, ready: Callable[[Any], Any], put_back: Callable[[], None]
+        self, probe: Probe, model: nn.Module, ready: Callable[[object], object], put_back: Callable[[], None]
     ) -> None:
         self.probe, self.model, self.ready, self.put_back = probe, model, ready, put_back
         self.views: list[dict[str, Tensor]] = []
@@ -189,7 +192,7 @@ class _Pass:
             views = {name: view[chosen] for name, view in known.items()} if known else None
             self._batch(batch, embed, views, loss=len(chosen) == size and self.probe.full > 0)
 
-    def _batch(self, batch: Any, embed: bool, views: dict[str, Tensor] | None, loss: bool) -> None:
+    def _batch(self, batch: object, embed: bool, views: dict[str, Tensor] | None, loss: bool) -> None:
         system: Any = self.probe.system
         encoding = system.defines("encode")
         # A system that is evaluated on what it encodes need not encode it twice.

@@ -45,7 +45,7 @@ from nearfar.training.gather import row_counts, whole_value
 __all__ = ["check_ring", "ring_loss", "ring_sums"]
 
 
-def ring_loss(loss: nn.Module, arguments: Mapping[str, Any]) -> Float[Tensor, ""]:
+def ring_loss(loss: nn.Module, arguments: Mapping[str, object]) -> Float[Tensor, ""]:
     """``loss`` of the batches of all ranks, called with the arguments of its ``forward`` for this rank.
 
     The value is that of the whole batch; the gradient is this rank's share, times the number of ranks, so that
@@ -86,7 +86,7 @@ def ring_loss(loss: nn.Module, arguments: Mapping[str, Any]) -> Float[Tensor, ""
     return value
 
 
-def check_ring(loss: nn.Module, arguments: Mapping[str, Any] | None = None) -> None:
+def check_ring(loss: nn.Module, arguments: Mapping[str, object] | None = None) -> None:
     """``NearfarError`` unless there is a ring version of this loss with its options and the ``arguments`` of a call."""
     traits = traits_of(loss)
     if traits.ring is None:

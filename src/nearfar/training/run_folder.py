@@ -156,7 +156,7 @@ def same_file(path: Path, second: Path) -> None:
     os.replace(temporary, second)
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> Any:
     """What JSON can hold: tensors and numpy scalars become numbers, infinities and NaN become null."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
@@ -314,7 +314,7 @@ class RunFolder:
         """Read one of the run's files of arrays."""
         return read_arrays(self.path / name)
 
-    def config(self, fields: Mapping[str, Any] = CONFIG) -> Any:
+    def config(self, fields: Mapping[str, object] = CONFIG) -> Any:
         """The run's configuration, as it was composed and resolved; ``fields`` are those that it has to hold.
 
         It holds plain values. An interpolation (``${…}``) could read the environment of whoever opens the run, and is
@@ -344,7 +344,7 @@ class RunFolder:
         """``train_log.jsonl``, one object per logged step and per epoch."""
         return self.path / "train_log.jsonl"
 
-    def append(self, record: Mapping[str, Any]) -> None:
+    def append(self, record: Mapping[str, object]) -> None:
         """Append one object to the log."""
         self.path.mkdir(parents=True, exist_ok=True)
         with self.log_path.open("a", encoding="utf-8") as file:

@@ -74,7 +74,7 @@ class Sharing(SharingOptions):
         return max(0, min(size, rows - rank * size))
 
     def step(
-        self, system: System, model: nn.Module, batch: Any, rows: int, chunk: int | None = None
+        self, system: System, model: nn.Module, batch: object, rows: int, chunk: int | None = None
     ) -> StepOutput:
         """The loss of a batch of ``rows`` rows, ``chunk`` of them encoded at a time; every rank calls it together."""
         parts = system.split(batch, -(-rows // ranks.count()))
@@ -101,7 +101,7 @@ class Sharing(SharingOptions):
         def around(loss: nn.Module) -> Callable[..., Tensor]:
             forward, signature = loss.forward, inspect.signature(loss.forward)
 
-            def shared(*args: Any, **kwargs: Any) -> Tensor:
+            def shared(*args: object, **kwargs: object) -> Tensor:
                 given = signature.bind(*args, **kwargs)
                 here = slice(0) if self.ring else self._share(len(given.args[0]), counts)
                 values.append(self.value(loss, forward, given, here))
@@ -152,7 +152,7 @@ def _replaced(
             loss.__dict__.pop("forward", None)
 
 
-def _gathered(own: Any, with_grad: bool) -> tuple[Any, list[int]]:
+def _gathered(own: object, with_grad: bool) -> tuple[Any, list[int]]:
     """Embeddings of all ranks in the form of those of one, and how many rows of the first each rank has."""
     leaves, form = pytree.tree_flatten(own)
     wrong = [type(leaf).__name__ for leaf in leaves if not isinstance(leaf, Tensor)]

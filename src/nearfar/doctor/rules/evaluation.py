@@ -142,7 +142,7 @@ def _leak(signals: Signals) -> Evidence | None:
     return None
 
 
-def _same_hash(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[bool, bool]:
+def _same_hash(a: Mapping[str, object], b: Mapping[str, object]) -> tuple[bool, bool]:
     """Whether two splits are the same, and whether that is known. A hash of content decides over one of ids."""
     for key in ("content", "hash"):
         if a.get(key) is not None and b.get(key) is not None:

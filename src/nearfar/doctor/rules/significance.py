@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 from nearfar.doctor.cells import estimate_of, number, numbers, plain
 from nearfar.doctor.rule import Evidence, Rule, TooLittle
@@ -46,7 +45,7 @@ def _common(signals: Signals) -> Evidence | None:
     return None
 
 
-def _interval(metric: str, difference: Any) -> tuple[float, float, float, str] | None:
+def _interval(metric: str, difference: object) -> tuple[float, float, float, str] | None:
     """Value, interval and what it is over; from an interval, from seeds, or from the scatter of single runs."""
     given = plain(difference)
     if isinstance(given, (list, tuple)):
@@ -72,7 +71,7 @@ def _interval(metric: str, difference: Any) -> tuple[float, float, float, str] |
     return _over_seeds(metric, given)
 
 
-def _over_seeds(metric: str, given: Mapping[str, Any]) -> tuple[float, float, float, str] | None:
+def _over_seeds(metric: str, given: Mapping[str, object]) -> tuple[float, float, float, str] | None:
     from nearfar.metrics.intervals import t_quantile  # loads PyTorch with its floor
 
     where = f"context['comparison']['{metric}']"

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple, get_type_hints
+from typing import NamedTuple, get_type_hints
 
 from nearfar.errors import NearfarError, nearest_name
 
@@ -93,7 +93,7 @@ def load(name: str) -> Experiment:
         settings = get_type_hints(run)["settings"]
         options = {field.name: field.default for field in fields(settings) if field.init}
 
-        def run(seed: int, **values: Any) -> Mapping[str, float | Share]:
+        def run(seed: int, **values: object) -> Mapping[str, float | Share]:
             result: Mapping[str, float | Share] = module.run(seed, settings(**values))
             return result
 

@@ -60,7 +60,7 @@ def check_number(option: str, value: Any, least: float, most: float = math.inf, 
         raise NearfarError(f"text_encoder.{option}={value}: {wanted} {bounds} is needed.")
 
 
-def write_spec(folder: str | Path, spec: dict[str, Any]) -> None:
+def write_spec(folder: str | Path, spec: dict[str, object]) -> None:
     """Write the JSON part of an encoder; it holds ``kind`` and ``options``."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -174,7 +174,7 @@ def _unread_words(unread: Rejections) -> str:
 def load_files(
     paths: Mapping[str, Path | None],
     *,
-    polarities: Mapping[Any, object] | None = None,
+    polarities: Mapping[object, object] | None = None,
     aspects: Sequence[str] | None = None,
     min_mentions: int = 5,
     val_fraction: float = 0.1,

@@ -12,7 +12,6 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from jaxtyping import Int
@@ -99,7 +98,7 @@ def polarity_code(word: str, words: Mapping[str, int] | None = None) -> int:
     return _WORDS.get(key, UNKNOWN)
 
 
-def code_words(given: Mapping[Any, object] | None) -> dict[str, int]:
+def code_words(given: Mapping[object, object] | None) -> dict[str, int]:
     """The option ``data.polarities``, such as ``{1: positive, 2: negative, 3: neutral, 0: none}``, as codes of words.
 
     Raises ``NearfarError`` for a meaning that is none of positive, negative, neutral and none.

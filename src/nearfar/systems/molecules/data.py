@@ -380,7 +380,7 @@ def _hold_out(records: Records, fraction: float, how: HoldOut, seed: int) -> tup
 
 def _assemble(
     parts: Mapping[str, Records | None],
-    sources: list[dict[str, Any]],
+    sources: list[dict[str, object]],
     notes: dict[str, str],
     on_leak: Literal["count", "error"],
 ) -> MoleculeData:

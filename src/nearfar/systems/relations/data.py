@@ -167,7 +167,7 @@ def load_data(config: RelationOptions) -> RelationData:
 
 
 def _read(
-    data: RelationDataOptions, rejections: Rejections, notes: dict[str, Any]
+    data: RelationDataOptions, rejections: Rejections, notes: dict[str, object]
 ) -> tuple[list[Triple], dict[str, Photo], str]:
     images, folder = (None if value is None else Path(str(value)) for value in (data.images, data.dir))
     places = Places(images, folder)
@@ -205,7 +205,7 @@ def _distinct_names(triples: list[Triple]) -> list[Triple]:
 
 
 def usable_photos(
-    triples: Sequence[Triple], files: PictureFiles, rejections: Rejections, notes: dict[str, Any]
+    triples: Sequence[Triple], files: PictureFiles, rejections: Rejections, notes: dict[str, object]
 ) -> dict[str, File]:
     """The photo of each picture, checked by decoding it once; damaged ones and those of a different size are left out.
 

@@ -177,7 +177,7 @@ class BatchesBySort(BatchSampler):
     def _identity(self) -> dict[str, Any]:
         return {"marked": digest(self.marked)}
 
-    def _compose(self, epoch: int, options: Mapping[str, Any]) -> Plan:
+    def _compose(self, epoch: int, options: Mapping[str, object]) -> Plan:
         rng = np.random.default_rng([self.seed, epoch])
         first, second = (rng.permutation(np.flatnonzero(self.marked == sort)) for sort in (True, False))
         order = np.concatenate([first, second])[: self.layout.total].astype(np.int32)
