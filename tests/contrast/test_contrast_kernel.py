@@ -131,7 +131,10 @@ def tables(scores, weights, back, absent, masked, inside, both):
 
 @pytest.mark.filterwarnings("ignore::nearfar.contrast.NoPositivesWarning")
 @pytest.mark.parametrize("inside", [False, True], ids=["outside", "inside"])
-@pytest.mark.parametrize("masked", ["none", "similar", "joined", "all"])
+@pytest.mark.parametrize(
+    "masked",
+    ["none", "joined", *(pytest.param(each, marks=pytest.mark.slow) for each in ("similar", "all"))],
+)
 @pytest.mark.parametrize("name", TARGETS)
 def test_value_gradients_and_record_of_every_target_and_mask(name, masked, inside):
     target, weights, back = TARGETS[name]

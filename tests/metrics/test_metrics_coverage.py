@@ -11,6 +11,8 @@ import pytest
 from nearfar.metrics import few_runs, mean_interval, paired_difference, wilson
 from nearfar.metrics.seeds import seeds_interval
 
+pytestmark = pytest.mark.slow  # reads and draws much
+
 DRAWS = 1500
 Interval = tuple[float, float]
 

@@ -26,6 +26,8 @@ from nearfar.systems.fair_detection.objective import FairObjective, picture_scor
 from nearfar.systems.fair_detection.options import epsilon_schedule, term_weights
 from nearfar.systems.fair_detection.report import panel
 
+pytestmark = pytest.mark.slow  # reads and draws much
+
 GROUPS = ("faint", "clear")
 
 

@@ -23,6 +23,8 @@ from nearfar.systems.molecules.fingerprint import compute_fingerprints
 from nearfar.systems.molecules.graph import GraphTable
 from nearfar.systems.molecules.smiles import assign_groups, scaffold_key
 
+pytestmark = pytest.mark.slow  # reads and draws much
+
 RINGS = ["c1ccccc1", "c1ccncc1", "C1CCCCC1", "c1ccoc1", "c1ccsc1", "C1CCNCC1", "c1ccc2ccccc2c1", "C1CC1"]
 has_chemicals = pytest.mark.skipif(
     importlib.util.find_spec("chemicals") is None, reason="the package chemicals is not installed"

@@ -24,7 +24,7 @@ from nearfar.systems.relations.scenes import HEIGHT, HELD_OUT, THINGS, WIDTH, co
 from tiny_relations import write_photo, write_vrd
 
 pytest.importorskip("PIL")
-pytestmark = pytest.mark.usefixtures("module_cache")
+pytestmark = [pytest.mark.usefixtures("module_cache"), pytest.mark.slow]
 
 
 def config(*overrides: str) -> DictConfig:
