@@ -330,8 +330,8 @@ def _launch(arguments: Sequence[str]) -> None:
     def job(config: DictConfig) -> str | float:
         return _job(config, swept, failures)
 
-    register_configs(*dict.fromkeys(run.system for run in runs), *(systems() if own_configs else ()))
     try:
+        register_configs(*dict.fromkeys(run.system for run in runs), *(systems() if own_configs else ()))
         hydra.main(version_base="1.3", config_path="pkg://" + CONFIGS, config_name="train")(job)()
         failed = [json.loads(line) for line in Path(failures).read_text().splitlines()]
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -45,15 +46,15 @@ class Items:
 
 
 @dataclass
-class SamplerOptions:
+class SamplerOptions(ABC):
     """A choice of sampler; ``composes_hard_batches``: whether its batches are meant to be harder than random ones."""
 
     composes_hard_batches: ClassVar[bool] = False
     name: str = option("", "the sampler")
 
+    @abstractmethod
     def build(self, options: Any, items: Items) -> BatchSampler:
         """The sampler of a run with these ``options``; ``NearfarError`` where the items lack what it needs."""
-        raise NotImplementedError
 
     def begin_epoch(self, options: Any, sampler: Any, epoch: int) -> dict[str, float]:
         """Apply the schedules of an epoch, counted from 0; what was set goes into the log."""

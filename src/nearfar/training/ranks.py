@@ -125,7 +125,7 @@ def _take_from_slurm() -> None:
     job = "".join(filter(str.isdigit, os.environ.get("SLURM_JOB_ID", "0")))
     os.environ |= {
         "MASTER_ADDR": os.environ.get("MASTER_ADDR", SLURMEnvironment.resolve_root_node_address(listed)),
-        # the same on all nodes, and not that of another job on this one
+        # the same on all nodes, and not that of a different job on this one
         "MASTER_PORT": os.environ.get("MASTER_PORT", str(15000 + int(job[-4:] or 0))),
         "WORLD_SIZE": str(tasks),
         "LOCAL_WORLD_SIZE": str(tasks // nodes),

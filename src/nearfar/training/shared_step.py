@@ -186,8 +186,8 @@ def check_shared(system: System, model: nn.Module, sharing: Sharing) -> None:
     if layers:
         raise NearfarError(
             f"{len(layers)} layers normalise by the statistics of the batch ({layers[0]}, …), and a process sees its "
-            "own rows alone: they would not train as in one process. Freeze these layers, take an encoder with another "
-            "normalisation, or set trainer.devices=1."
+            "own rows alone: they would not train as in one process. Freeze these layers, take an encoder with a "
+            "different normalisation, or set trainer.devices=1."
         )
     wrapped = [part for part in vars(system).values() if isinstance(part, DistributedLoss)]
     if wrapped:

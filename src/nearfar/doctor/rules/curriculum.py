@@ -118,7 +118,7 @@ RULES = (
         "curriculum-healthy", "note", "The loss rose when hard batches began and the metric goes on rising: healthy.",
         _NEEDS, _healthy, looks_at=_LOOKS, threshold=f"loss up by {LOSS_RISES:.0%}; metric above its level "
         f"before by {STILL:.0%} and three times its scatter",
-        cause="Harder candidates cost more; the loss of another composition is another scale.",
+        cause="Harder candidates cost more; the loss of a different composition has a different scale.",
         remedy=lambda signals: Remedy("", "Nothing to do."),
         source="losses of batches composed otherwise are not comparable; the metric is",
     ),

@@ -227,7 +227,7 @@ RULES = (
         source="Kapoor and Narayanan 2023, leakage and the reproducibility crisis",
     ),
     Rule(
-        "metric-trivial", "warning", "A metric could not have had another value.",
+        "metric-trivial", "warning", "A metric could not have had a different value.",
         (("metrics",), ("val/*",), ("estimates",)), _trivial,
         looks_at="`trivial`, or k in the metric's name beside its gallery", threshold="k at or above the gallery",
         cause="The gallery is no larger than the cut-off, as with a small last batch or one batch as gallery.",

@@ -140,8 +140,8 @@ RULES = (
         "hardness-not-above-random", "error", "Hard batches are no harder than random ones.",
         (("hardness", "hardness_random"),), _not_harder,
         looks_at="`hardness` over `hardness_random`, epochs of hard batches", threshold=f"at most {HARDER:g} times",
-        cause="The neighbour list is in another order than the data; or a batch is so large a part of few rows that "
-        "chance brings as many neighbours together; or hard_ratio is very small.",
+        cause="The neighbour list is in a different order from the data; or a batch is so large a part of few "
+        "rows that chance brings as many neighbours together; or hard_ratio is very small.",
         remedy=advice("Compare the ids of the neighbour list with the loader's (sampler.check_ids, "
                       "neighbors.aligned_to); if they agree, take smaller batches, or sampler=random."),
         source="an A/A check: a sampler that does nothing must be told from one that does",

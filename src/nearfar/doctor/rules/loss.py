@@ -215,7 +215,7 @@ RULES = (
         looks_at="`loss` beside `uniform_level`, ln(`candidates`) or ln(`batch_size`), last quarter, first "
         "epoch left out",
         threshold=f"{ABOVE_CHANCE:.0%} to {AT_CHANCE:.0%} of the way from guessing to the floor",
-        cause="Pairs that do not belong together (one side shuffled or indexed in another order), a "
+        cause="Pairs that do not belong together (one side shuffled or indexed in a different order), a "
         "collapsed encoder, frozen weights, or a learning rate that is far too high or too low.",
         remedy=_chance_remedy,
         source="a scorer that ranks all candidates alike has the loss ln(candidates) (van den Oord et al. 2018)",
