@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 
 from nearfar.config import registry
 from nearfar.config.compose import (
+    changed_values,
     compose_config,
     expand,
     merge_overrides,
@@ -22,6 +23,7 @@ from nearfar.config.compose import (
     quote_paths,
     read_config,
     register_configs,
+    saved_values,
 )
 from nearfar.config.options import group, option, option_table, to_dict, variants_of
 from nearfar.config.registry import _REGISTERED, Registration, options_class
@@ -155,6 +157,17 @@ def test_a_choice_is_whole_and_an_option_of_a_different_one_is_named() -> None:
         read_config(compose_config(["experiment=molecules", "sampler=hard", "sampler.name=random"]))
     with pytest.raises(NearfarError, match="there is no option 'image_encoder'"):
         read_config(compose_config(["experiment=molecules", "image_encoder=small"]))
+
+
+def test_a_run_of_an_earlier_version_goes_on_with_the_same_configuration() -> None:
+    """Tissue's ``local_loss`` was false where it is null now, and ``memory`` came later."""
+    now = read_config(compose_config(["experiment=medium_spatial"]))
+    earlier = to_dict(now) | {"local_loss": False, "gather_with_grad": True}
+    assert changed_values(earlier, now)
+    assert changed_values(saved_values(earlier), now) == {}
+    assert changed_values(saved_values(earlier | {"dropout": 0.5}), now) == {"dropout": [0.5, 0.2]}
+    foreign = {"system": "not installed", "lr": 3}
+    assert saved_values(foreign) is foreign
 
 
 def test_a_saved_run_of_a_different_version() -> None:

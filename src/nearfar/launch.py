@@ -32,6 +32,7 @@ from nearfar.config.compose import (
     path_options,
     quote_paths,
     register_configs,
+    saved_values,
     searchpath,
 )
 from nearfar.config.options import set_option
@@ -154,7 +155,7 @@ def choose_folder(
         return RunFolder(_free(path)), resume
     if config.exists == "replace":
         return folder, resume
-    changed = changed_values(folder.config(), config)
+    changed = changed_values(saved_values(folder.config()), config)
     if changed:
         keys = ", ".join(changed)
         raise NearfarError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
 from importlib import resources
@@ -44,6 +45,7 @@ __all__ = [
     "quote_paths",
     "read_config",
     "register_configs",
+    "saved_values",
     "searchpath",
     "system_of",
 ]
@@ -333,6 +335,20 @@ def flatten(config: Any, prefix: str = "") -> Json:
                 list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
             )
     return flat
+
+
+def saved_values(config: Any) -> Any:
+    """The configuration of a saved run as this version would save it: later options filled in, aliases resolved.
+
+    One that this version cannot read, such as that of a system that is not installed, stays as it is: what differs is
+    then told by the values that it holds.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # whoever loads the run is warned
+            return to_dict(read_config(config, saved=True))
+    except NearfarError:
+        return config
 
 
 def changed_values(before: object, after: object) -> dict[str, list[Any]]:

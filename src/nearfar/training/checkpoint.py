@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from nearfar.config.compose import changed_values
+from nearfar.config.compose import changed_values, saved_values
 from nearfar.config.training import RunOptions
 from nearfar.data.files import Json, Maybe, check_shape
 from nearfar.errors import NearfarError
@@ -213,7 +213,7 @@ class Resume:
                 f"resume_from={resume_from}: that run belongs to system '{saved.system}', this one is "
                 f"'{config.system}'. A run goes on within its system; init_from= takes over weights alone."
             )
-        return cls(path, folder, changed_values(saved, config), config.start_epoch)
+        return cls(path, folder, changed_values(saved_values(saved), config), config.start_epoch)
 
     @property
     def exact(self) -> bool:
