@@ -19,6 +19,7 @@ APPLICATIONS = [{"systems"}]
 WORKBENCH = [{"training"}, {"config"}]
 CORE = [
     {"doctor"},
+    {"towers"},
     {"batching", "metrics", "data", "models"},
     {"functional"},
     {"losses"},

@@ -1,0 +1,223 @@
+"""Items: rows with ids and named columns, whatever they were read from; and how they are split."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from nearfar.data.cache import content_key
+from nearfar.data.rejections import Rejections
+from nearfar.data.splits import split_hash
+from nearfar.errors import NearfarError, nearest_name
+
+__all__ = ["Column", "Items", "hold_out", "value_groups"]
+
+#: the values of a column: a text, a path, … for each item, None where it has none; or an array (n, …) of numbers
+Column = Sequence[Any] | np.ndarray
+
+
+@dataclass
+class Items:
+    """The items of a split: an id for each, and named columns of values.
+
+    A value is a text, the path of a picture, or a row of an array of numbers; None (in an array of floats: NaN) where
+    an item lacks it. ``groups`` are what splits keep together (a patient, a ring scaffold); None: each item by itself.
+    ``rows`` are the lines (or rows) of the source they were read from.
+
+    >>> items = Items(["a", "b", "c"], {"word": ["near", "far", None], "x": np.array([1.0, np.nan, 3.0])})
+    >>> items.present("word").tolist(), items.present("x").tolist(), items.take([2, 0])["x"].tolist()
+    ([True, True, False], [True, False, True], [3.0, 1.0])
+    >>> items["wrod"]
+    Traceback (most recent call last):
+    nearfar.errors.NearfarError: items have no column 'wrod'; did you mean 'word'?
+    """
+
+    ids: list[str]
+    columns: dict[str, Column]
+    source: str = "items"
+    groups: Sequence[Any] | np.ndarray | None = None
+    rows: list[int] | None = None
+    rejections: Rejections = field(default_factory=Rejections)
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        lengths = {name: len(values) for name, values in self.columns.items()}
+        wrong = {name: n for name, n in lengths.items() if n != len(self.ids)}
+        if wrong:
+            name, n = next(iter(wrong.items()))
+            raise NearfarError(f"{self.source}: column '{name}' has {n} values for {len(self.ids)} ids")
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.columns
+
+    def __getitem__(self, name: str) -> Column:
+        if name not in self.columns:
+            raise NearfarError(f"{self.source} have no column '{name}'; {nearest_name(name, self.columns)}")
+        return self.columns[name]
+
+    def texts(self, name: str) -> list[str]:
+        """A column of texts in which no value is missing."""
+        return [str(value) for value in self[name]]
+
+    def array(self, name: str) -> np.ndarray:
+        """A column as an array."""
+        return np.asarray(self[name])
+
+    def present(self, name: str) -> Bool[np.ndarray, " n"]:
+        """Which items have a value in this column."""
+        values = self[name]
+        if isinstance(values, np.ndarray):
+            if values.dtype.kind != "f":
+                return np.ones(len(values), bool)
+            known: Bool[np.ndarray, " n"] = ~np.isnan(values.reshape(len(values), -1)).any(axis=1)
+            return known
+        return np.array([value is not None for value in values], dtype=bool)
+
+    def take(self, positions: Sequence[int] | Int[np.ndarray, " k"]) -> Items:
+        """The items at these positions; notes and rejections stay with the whole."""
+        at = np.asarray(positions, dtype=np.int64)
+        return replace(
+            self,
+            ids=[self.ids[i] for i in at],
+            columns={name: _taken(values, at) for name, values in self.columns.items()},
+            groups=None if self.groups is None else _taken(self.groups, at),
+            rows=None if self.rows is None else [self.rows[i] for i in at],
+            rejections=Rejections(),
+        )
+
+    def rejecting(self, name: str, reasons: Sequence[str | None], detail: str = "") -> Items:
+        """The items without those that have a reason, which are counted under it as rejections of this source."""
+        kept = [i for i, reason in enumerate(reasons) if reason is None]
+        if len(kept) == len(self):
+            return self
+        rejections = self.rejections
+        values = self.columns.get(name)
+        for i, reason in enumerate(reasons):
+            if reason is not None:
+                row = None if self.rows is None else self.rows[i]
+                shown = "" if values is None or isinstance(values, np.ndarray) else str(values[i])
+                rejections.add(reason, row, shown, detail)
+        return replace(self.take(kept), rejections=rejections)
+
+    @property
+    def hash(self) -> str:
+        """A hash of the ids that ignores their order: two estimates are comparable only if it is the same."""
+        return split_hash(self.ids)
+
+    def content_hash(self, *names: str) -> str:
+        """A hash of ids and of these columns (all without names), in order: sixteen hexadecimal digits."""
+        chosen = {name: _hashable(self[name]) for name in (names or self.columns)}
+        return content_key(self.ids, chosen)[:16]
+
+    def layout(self) -> dict[str, Any]:
+        """Counts for ``dataset_layout.json``."""
+        counts = {name: int(self.present(name).sum()) for name in self.columns}
+        return {
+            "source": self.source,
+            "rows": len(self),
+            "split_hash": self.hash,
+            "values": counts,
+            **({} if self.groups is None else {"groups": len(set(_plain(self.groups)))}),
+            "rejections": self.rejections.as_dict(),
+            "notes": dict(self.notes),
+        }
+
+
+def _taken(values: Any, at: Int[np.ndarray, " k"]) -> Any:
+    return values[at] if isinstance(values, np.ndarray) else [values[i] for i in at]
+
+
+def _hashable(values: Column) -> Any:
+    if isinstance(values, np.ndarray):
+        return values
+    return [
+        value if value is None or isinstance(value, (str, int, float)) else str(value) for value in values
+    ]
+
+
+def _plain(values: Sequence[Any] | np.ndarray) -> list[Any]:
+    return values.tolist() if isinstance(values, np.ndarray) else list(values)
+
+
+def value_groups(
+    splits: Mapping[str, Items], column: str, key: Callable[[Any], Any] | None = None
+) -> dict[str, Int[np.ndarray, " n"]]:
+    """Numbers that are equal exactly where the value of a column is, across all splits; −1 where it is missing.
+
+    Two items of one group are no negatives of each other. ``key`` says what counts as equal; texts are compared
+    without letter case and blanks.
+
+    >>> a, b = Items(["1", "2"], {"t": ["Near", None]}), Items(["3"], {"t": ["near "]})
+    >>> {name: groups.tolist() for name, groups in value_groups({"train": a, "val": b}, "t").items()}
+    {'train': [0, -1], 'val': [0]}
+    """
+    seen: dict[Any, int] = {}
+    groups = {}
+    for name, items in splits.items():
+        values, present = items[column], items.present(column)
+        numbers = np.full(len(items), -1, dtype=np.int64)
+        for i, value in enumerate(values):
+            if present[i]:
+                same = key(value) if key is not None else _same(value)
+                numbers[i] = seen.setdefault(same, len(seen))
+        groups[name] = numbers
+    return groups
+
+
+def _same(value: Any) -> Any:
+    if isinstance(value, str):
+        return " ".join(value.split()).casefold()
+    if isinstance(value, np.ndarray):
+        return value.tobytes()
+    return value
+
+
+def hold_out(
+    items: Items, fractions: Mapping[str, float], seed: int = 0, keys: Sequence[Any] | None = None
+) -> dict[str, Items]:
+    """Parts of the items, drawn at random by whole groups: ``fractions`` of them by name, and the rest as ``train``.
+
+    ``keys`` are the groups; None takes those of the items, or each item by itself. Positions keep their order.
+
+    >>> items = Items([str(i) for i in range(10)], {}, groups=[0, 0, 1, 1, 2, 2, 3, 3, 4, 4])
+    >>> {name: len(part) for name, part in hold_out(items, {"val": 0.2}).items()}
+    {'train': 8, 'val': 2}
+    """
+    given = keys if keys is not None else items.groups
+    groups = list(range(len(items))) if given is None else _plain(given)
+    distinct = list(dict.fromkeys(groups))
+    if not distinct:
+        raise NearfarError(f"{items.source}: there is no item to split")
+    order = np.random.default_rng(seed).permutation(len(distinct))
+    sizes = np.zeros(len(distinct), dtype=np.int64)
+    place = {group: i for i, group in enumerate(distinct)}
+    code = np.array([place[group] for group in groups])
+    np.add.at(sizes, code, 1)
+    part_of = np.full(len(distinct), -1)
+    at = 0
+    for number, (name, fraction) in enumerate(fractions.items()):
+        if not 0 < fraction < 1:
+            raise NearfarError(f"the share of {name} is {fraction}; it lies between 0 and 1")
+        wanted, taken = max(1, math.floor(fraction * len(items) + 0.5)), 0
+        while taken < wanted and at < len(order):
+            part_of[order[at]] = number
+            taken += int(sizes[order[at]])
+            at += 1
+    parts = {"train": items.take(np.flatnonzero(part_of[code] == -1))}
+    for number, name in enumerate(fractions):
+        parts[name] = items.take(np.flatnonzero(part_of[code] == number))
+    empty = [name for name, part in parts.items() if not len(part)]
+    if empty:
+        raise NearfarError(
+            f"{items.source}: {len(items)} items in {len(distinct)} groups leave {empty[0]} empty at the shares "
+            f"{dict(fractions)}. Give a file of its own for it, or change the share."
+        )
+    return parts

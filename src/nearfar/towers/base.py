@@ -1,0 +1,104 @@
+"""What a tower is: it reads the values of one view into arrays, and builds the module that is trained on them."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from jaxtyping import Float
+from torch import nn
+
+from nearfar.data.batch import Inputs
+from nearfar.data.files import read_json
+from nearfar.errors import NearfarError
+
+__all__ = ["SPEC_FILE", "Backbone", "Tower", "read_tower_spec", "write_tower_spec"]
+
+#: what is trained of a pretrained network: nothing, not even a head; a head above it; all of it; adapters in it (LoRA)
+Backbone = Literal["frozen", "head", "full", "lora"]
+SPEC_FILE = "tower.json"
+
+
+class Tower(ABC):
+    """Reads one view of the items: texts, pictures, molecules, numbers.
+
+    A tower is built from plain keyword arguments, which it checks itself, without reading weights. ``fit`` sees the
+    training values alone, ``read`` turns values into arrays, ``build`` gives the module that is trained: it takes what
+    ``read(values).batch(positions)`` gives and returns (b, ``width``) vectors; its attribute ``width`` is their length.
+    Weights that train belong to the checkpoint of a run; ``save`` keeps everything else that new values need.
+
+    A tower of one's own is a class below this one, in a package with an entry point in the group ``nearfar.towers``::
+
+        [project.entry-points."nearfar.towers"]
+        spectrum = "my_package.tower:SpectrumTower"
+    """
+
+    #: by which ``tower=`` chooses it
+    kind: ClassVar[str]
+    #: the options that name a model, on a hub or in a folder
+    models: ClassVar[Sequence[str]] = ()
+    #: learning rate of the tower's own module; None: that of the run
+    lr: float | None = None
+    #: what is trained of a pretrained network
+    train: Backbone = "full"
+
+    @property
+    @abstractmethod
+    def description(self) -> str:
+        """What is really used, in one phrase: architecture, where weights come from, what is trained."""
+
+    @property
+    @abstractmethod
+    def options(self) -> dict[str, Any]:
+        """The keyword arguments that build this tower again."""
+
+    def check(self, values: Sequence[Any] | np.ndarray) -> list[str | None]:
+        """For each value why it cannot be read, such as an empty text; None where it can. No value here is missing."""
+        return [None] * len(values)
+
+    def fit(self, values: Sequence[Any] | np.ndarray) -> Tower:
+        """Learn from the training values, without labels; nothing to do for a pretrained network."""
+        return self
+
+    @abstractmethod
+    def read(self, values: Sequence[Any] | np.ndarray) -> Inputs:
+        """Values as arrays; features of a frozen network come from the cache where it has them."""
+
+    @abstractmethod
+    def build(self) -> nn.Module:
+        """A new module over a batch of what ``read`` gives; draws from PyTorch's generator."""
+
+    def reference(self, values: Sequence[Any] | np.ndarray) -> Float[np.ndarray, "n d"] | None:
+        """Vectors in which similar values are near before any training: what neighbours and likely false negatives are
+        found by. None where this tower has none."""
+        return None
+
+    def save(self, folder: Path) -> None:
+        """Write what new values need, besides the trained weights; ``load_tower`` reads it."""
+        write_tower_spec(folder, self)
+
+    @classmethod
+    def load(cls, folder: Path) -> Tower:
+        """The tower that ``save`` wrote; its weights are in the run's checkpoint."""
+        return cls(**read_tower_spec(folder)["options"])
+
+
+def write_tower_spec(folder: Path, tower: Tower, **more: Any) -> None:
+    """Write kind, options and ``more`` of a tower as JSON."""
+    folder.mkdir(parents=True, exist_ok=True)
+    spec = {"kind": tower.kind, "options": tower.options, **more}
+    (folder / SPEC_FILE).write_text(json.dumps(spec, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_tower_spec(folder: Path) -> dict[str, Any]:
+    """What `write_tower_spec` wrote; ``NearfarError`` where it is missing or damaged."""
+    path = folder / SPEC_FILE
+    if not path.is_file():
+        raise NearfarError(f"{folder} holds no saved tower ({SPEC_FILE} is missing).")
+    spec = read_json(path, {"kind": str, "options": dict})
+    assert isinstance(spec, dict)
+    return spec

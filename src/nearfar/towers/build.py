@@ -1,0 +1,132 @@
+"""Choosing a tower by name; towers of other packages are found by their entry points."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Sequence
+from functools import cache
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nearfar.errors import NearfarError, nearest_name
+from nearfar.towers.base import Tower, read_tower_spec
+
+__all__ = [
+    "TOWERS",
+    "build_tower",
+    "guess_tower",
+    "load_tower",
+    "register_tower",
+    "tower_class",
+    "tower_names",
+]
+
+ENTRY_POINTS = "nearfar.towers"
+
+#: where the towers are; each is imported when it is needed
+TOWERS: dict[str, str | type[Tower]] = {
+    "text": "nearfar.towers.text:TextTower",
+    "image": "nearfar.towers.image:ImageTower",
+    "vector": "nearfar.towers.vector:VectorTower",
+}
+
+
+def register_tower(kind: str, tower: type[Tower]) -> None:
+    """Make a tower known in this process, as an entry point does for every process."""
+    TOWERS[kind] = tower
+
+
+@cache
+def _installed() -> dict[str, Any]:
+    points: dict[str, Any] = {}
+    for point in entry_points(group=ENTRY_POINTS):
+        if point.name in TOWERS:
+            raise NearfarError(
+                f"entry point '{point.name}' of {ENTRY_POINTS} ({point.value}) has the name of a tower that nearfar "
+                "brings along; rename it in that package, or uninstall it."
+            )
+        points[point.name] = point
+    return points
+
+
+def tower_names() -> list[str]:
+    """Every known kind of tower."""
+    return sorted({*TOWERS, *_installed()})
+
+
+def tower_class(kind: str) -> type[Tower]:
+    """The class of a kind; ``NearfarError`` with the nearest name for one that is unknown."""
+    place: Any = TOWERS.get(kind)
+    if place is None:
+        point = _installed().get(kind)
+        if point is None:
+            raise NearfarError(f"tower={kind!r} is unknown; {nearest_name(str(kind), tower_names())}")
+        place = point.load()
+    if isinstance(place, str):
+        module, name = place.split(":")
+        place = getattr(importlib.import_module(module), name)
+    if not (isinstance(place, type) and issubclass(place, Tower)):
+        raise NearfarError(f"tower={kind}: {place!r} has to be a class below nearfar.towers.Tower.")
+    return place
+
+
+def build_tower(kind: str, name: str = "tower", **options: object) -> Tower:
+    """The tower called ``kind`` with its options; reads no weights. ``name`` is what messages call it.
+
+    >>> build_tower("vector").description
+    'columns of numbers, standardised by the training rows (not fitted yet)'
+    >>> build_tower("vectr")
+    Traceback (most recent call last):
+    nearfar.errors.NearfarError: tower='vectr' is unknown; did you mean 'vector'?
+    >>> build_tower("vector", "views.price", standardise=True)
+    Traceback (most recent call last):
+    nearfar.errors.NearfarError: views.price: a vector tower has no option 'standardise'; did you mean 'standardize'?
+    """
+    cls = tower_class(kind)
+    signature = inspect.signature(cls).parameters
+    if not any(each.kind is each.VAR_KEYWORD for each in signature.values()):
+        for option in options:
+            if option not in signature:
+                raise NearfarError(
+                    f"{name}: {_article(kind)} {kind} tower has no option {option!r}; "
+                    f"{nearest_name(option, list(signature))}"
+                )
+    try:
+        return cls(**options)
+    except NearfarError as error:
+        raise NearfarError(f"{name}: {error}") from None
+
+
+def load_tower(folder: Path) -> Tower:
+    """The tower that ``tower.save(folder)`` wrote, ready to read new values."""
+    return tower_class(str(read_tower_spec(folder)["kind"])).load(folder)
+
+
+_PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+
+
+def guess_tower(values: Sequence[Any] | np.ndarray) -> str:
+    """The kind of tower that a column's values call for: numbers, names of picture files, or else texts.
+
+    >>> guess_tower(np.zeros((3, 2))), guess_tower(["a/b.png", None]), guess_tower(["a word"])
+    ('vector', 'image', 'text')
+    """
+    if isinstance(values, np.ndarray):
+        picture = values.dtype == np.uint8 and values.ndim >= 3
+        return "image" if picture else "vector"
+    known = [value for value in values if value is not None][:100]
+    if known and all(
+        isinstance(value, (str, Path)) and str(value).lower().endswith(_PICTURES) for value in known
+    ):
+        return "image"
+    if known and all(isinstance(value, (list, tuple, np.ndarray, int, float)) for value in known):
+        return "vector"
+    return "text"
+
+
+def _article(word: str) -> str:
+    return "an" if word[:1] in "aeiou" else "a"

@@ -1,0 +1,122 @@
+"""Columns of numbers, and vectors that somebody computed before: read as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import nn
+
+from nearfar.data.batch import Rows
+from nearfar.errors import NearfarError
+from nearfar.models.views import PassThrough, Standardize
+from nearfar.towers.base import Tower, read_tower_spec, write_tower_spec
+
+__all__ = ["VectorTower"]
+
+
+class VectorTower(Tower):
+    """Numbers of each item: a column of numbers, a list of them in each row, or an array of features.
+
+    Args:
+        standardize: mean 0 and variance 1 of every number over the training rows. Leave it on for numbers of different
+            units; embeddings of a trained network may go without.
+
+    >>> import torch
+    >>> tower = VectorTower().fit(np.array([[0.0, 5.0], [2.0, 5.0]]))
+    >>> tower.build()(tower.read([[2.0, 6.0]]).batch(torch.tensor([0]))).tolist()
+    [[1.0, 1.0]]
+    """
+
+    kind = "vector"
+
+    def __init__(self, standardize: bool = True) -> None:
+        if not isinstance(standardize, bool):
+            raise NearfarError(f"standardize={standardize}: true or false is needed.")
+        self.standardize = standardize
+        self._train: np.ndarray | None = None
+        self._width = 0
+
+    @property
+    def description(self) -> str:
+        how = ", standardised by the training rows" if self.standardize else ""
+        return f"columns of numbers{how} " + (f"({self._width})" if self._width else "(not fitted yet)")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"standardize": self.standardize}
+
+    def check(self, values: Sequence[Any] | np.ndarray) -> list[str | None]:
+        """Values of a length that differs from that of the most, that are no numbers, or not finite."""
+        reasons: list[str | None] = []
+        lengths: dict[int, int] = {}
+        rows: list[np.ndarray | None] = []
+        for value in values:
+            try:
+                row = np.asarray(value, dtype=np.float64).reshape(-1)
+            except (TypeError, ValueError):
+                rows.append(None)
+                continue
+            rows.append(row)
+            lengths[row.size] = lengths.get(row.size, 0) + 1
+        usual = max(lengths, key=lambda size: lengths[size]) if lengths else 0
+        for row_ in rows:
+            if row_ is None:
+                reasons.append("no number")
+            elif row_.size != usual:
+                reasons.append(f"not {usual} numbers")
+            else:
+                reasons.append(None if np.isfinite(row_).all() else "number that is not finite")
+        return reasons
+
+    def fit(self, values: Sequence[Any] | np.ndarray) -> VectorTower:
+        """Length, mean and spread of the training values."""
+        self._train = self._matrix(values)
+        self._width = self._train.shape[1]
+        return self
+
+    def read(self, values: Sequence[Any] | np.ndarray) -> Rows:
+        matrix = self._matrix(values)
+        if self._width and matrix.shape[1] != self._width:
+            raise NearfarError(
+                f"vectors have {matrix.shape[1]} numbers; those of training have {self._width}"
+            )
+        return Rows(matrix)
+
+    def build(self) -> nn.Module:
+        """Standardisation by the training rows, whose mean and spread are kept with the weights of the run."""
+        if not self._width:
+            raise NearfarError("a vector tower was not fitted: call fit(training values) or load it.")
+        if not self.standardize:
+            return PassThrough(self._width)
+        train = self._train if self._train is not None else np.zeros((1, self._width), np.float32)
+        return Standardize(torch.from_numpy(train))
+
+    def reference(self, values: Sequence[Any] | np.ndarray) -> Float[np.ndarray, "n d"]:
+        matrix = self._matrix(values)
+        if not self.standardize or self._train is None:
+            return matrix
+        spread = self._train.std(0)
+        return ((matrix - self._train.mean(0)) / np.where(spread > 1e-9, spread, 1.0)).astype(np.float32)
+
+    def save(self, folder: Path) -> None:
+        write_tower_spec(folder, self, width=self._width)
+
+    @classmethod
+    def load(cls, folder: Path) -> VectorTower:
+        spec = read_tower_spec(folder)
+        tower = cls(**spec["options"])
+        tower._width = int(spec.get("width", 0))
+        return tower
+
+    @staticmethod
+    def _matrix(values: Sequence[Any] | np.ndarray) -> np.ndarray:
+        try:
+            matrix = np.asarray(values, dtype=np.float32)
+        except (TypeError, ValueError) as error:
+            raise NearfarError(f"these values are no rows of numbers of one length ({error})") from None
+        return np.ascontiguousarray(matrix.reshape(len(matrix), -1))
