@@ -77,8 +77,7 @@ class Items:
         if isinstance(values, np.ndarray):
             if values.dtype.kind != "f":
                 return np.ones(len(values), bool)
-            known: Bool[np.ndarray, " n"] = ~np.isnan(values.reshape(len(values), -1)).any(axis=1)
-            return known
+            return np.asarray(~np.isnan(values.reshape(len(values), -1)).any(axis=1))
         return np.array([value is not None for value in values], dtype=bool)
 
     def take(self, positions: Sequence[int] | Int[np.ndarray, " k"]) -> Items:
