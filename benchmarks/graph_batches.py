@@ -19,7 +19,7 @@ import torch
 from torch_geometric.data import Batch
 
 from nearfar.systems.molecules.data import load_embedded
-from nearfar.systems.molecules.graph import GraphTable
+from nearfar.models.molecules.graph import GraphTable
 
 
 def main() -> None:

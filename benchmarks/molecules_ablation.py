@@ -29,8 +29,8 @@ from nearfar.losses import InfoNCELoss, false_negative_mask
 from nearfar.metrics import retrieval_metrics
 from nearfar.models.text import build_text_encoder
 from nearfar.systems.molecules.dataset import MoleculeBatch
-from nearfar.systems.molecules.fingerprint import FingerprintSpec, compute_fingerprints
-from nearfar.systems.molecules.graph import GraphTable
+from nearfar.models.molecules.fingerprint import FingerprintSpec, compute_fingerprints
+from nearfar.models.molecules.graph import GraphTable
 from nearfar.systems.molecules.model import MoleculeTextModel
 
 

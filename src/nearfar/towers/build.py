@@ -31,6 +31,7 @@ ENTRY_POINTS = "nearfar.towers"
 TOWERS: dict[str, str | type[Tower]] = {
     "text": "nearfar.towers.text:TextTower",
     "image": "nearfar.towers.image:ImageTower",
+    "molecule": "nearfar.towers.molecule:MoleculeTower",
     "vector": "nearfar.towers.vector:VectorTower",
 }
 

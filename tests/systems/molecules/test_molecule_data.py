@@ -19,9 +19,9 @@ from rdkit import Chem
 
 from nearfar.errors import NearfarError
 from nearfar.systems.molecules.data import MoleculeDataset, describe, is_name, load_embedded, load_files
-from nearfar.systems.molecules.fingerprint import compute_fingerprints
-from nearfar.systems.molecules.graph import GraphTable
-from nearfar.systems.molecules.smiles import assign_groups, scaffold_key
+from nearfar.models.molecules.fingerprint import compute_fingerprints
+from nearfar.models.molecules.graph import GraphTable
+from nearfar.models.molecules.smiles import assign_groups, scaffold_key
 
 pytestmark = pytest.mark.slow  # reads and draws much
 
@@ -300,7 +300,7 @@ def test_errors_of_bad_files(tmp_path, pairs):
 def test_second_reading_does_not_parse_again(pairs, monkeypatch):
     first = load_files(pairs)
     monkeypatch.setattr(
-        "nearfar.systems.molecules.smiles.parse_smiles", lambda _: pytest.fail("parsed again")
+        "nearfar.models.molecules.smiles.parse_smiles", lambda _: pytest.fail("parsed again")
     )
     assert load_files(pairs).train.hash == first.train.hash
 

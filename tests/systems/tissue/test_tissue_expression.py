@@ -16,7 +16,7 @@ from nearfar.systems.tissue.evaluation import (
     pearson_estimate,
     retrieved_expression,
 )
-from nearfar.systems.tissue.features import NAMES, color_statistics, ridge_predictions
+from nearfar.systems.tissue.features import ridge_predictions
 
 RNG = np.random.default_rng(0)
 
@@ -93,20 +93,6 @@ def test_several_slides_have_an_interval_over_slides() -> None:
     assert estimate.protocol["interval"] == "t over slides"
     better = paired_difference(*(correlation_values(p, y, slides)[0] for p in (y + 0.1 * x, x)))
     assert better.verdict == "better"
-
-
-def test_color_statistics_do_not_see_how_a_patch_lies() -> None:
-    patches = RNG.integers(256, size=(3, 16, 16, 3), dtype=np.uint8)
-    statistics = color_statistics(patches)
-    assert statistics.shape == (3, len(NAMES))
-    np.testing.assert_allclose(
-        statistics, color_statistics(np.rot90(patches, axes=(1, 2))), rtol=2e-5, atol=1e-6
-    )
-    red = patches[1, ..., 0] / 255
-    wanted = [red.mean(), red.std(), *np.quantile(red, [0.05, 0.25, 0.5, 0.75, 0.95])]
-    np.testing.assert_allclose(statistics[1, :7], wanted, rtol=1e-5)
-    with pytest.raises(NearfarError, match="float64"):
-        color_statistics(patches / 255)
 
 
 def test_ridge_is_scikit_learns() -> None:

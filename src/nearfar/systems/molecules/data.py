@@ -16,15 +16,15 @@ from nearfar.data.cache import cached_arrays
 from nearfar.data.rejections import Rejections
 from nearfar.data.splits import check_disjoint
 from nearfar.errors import NearfarError, nearest_name
-from nearfar.systems.molecules.dataset import MoleculeBatch, MoleculeDataset
-from nearfar.systems.molecules.records import MoleculeSplit, Records, make_splits, read_records
-from nearfar.systems.molecules.smiles import (
+from nearfar.models.molecules.smiles import (
     assign_groups,
     canonical_smiles,
     parse_smiles,
     rdkit_version,
     scaffold_key,
 )
+from nearfar.systems.molecules.dataset import MoleculeBatch, MoleculeDataset
+from nearfar.systems.molecules.records import MoleculeSplit, Records, make_splits, read_records
 
 __all__ = [
     "MoleculeBatch",

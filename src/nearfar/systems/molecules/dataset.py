@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from nearfar.errors import NearfarError
-from nearfar.systems.molecules.fingerprint import FingerprintSpec, compute_fingerprints
-from nearfar.systems.molecules.graph import GraphBatch, GraphTable, mask_atoms, mask_bonds
+from nearfar.models.molecules.fingerprint import FingerprintSpec, compute_fingerprints
+from nearfar.models.molecules.graph import GraphBatch, GraphTable, mask_atoms, mask_bonds
 from nearfar.systems.molecules.options import MoleculeOptions
 from nearfar.systems.molecules.records import MoleculeSplit
 
@@ -46,7 +46,7 @@ class MoleculeBatch:
             part.split(rows) for part in (self.positions, self.text, self.structure_group, self.text_group)
         ]
         count = len(parts[0])
-        graphs = [None] * count if self.graph is None else _split_graph(self.graph, rows)
+        graphs = [None] * count if self.graph is None else self.graph.split(rows)
         fingerprints = [None] * count if self.fingerprint is None else self.fingerprint.split(rows)
         return [
             MoleculeBatch(positions, text, graph, fingerprint, structure_group, text_group)
@@ -65,25 +65,6 @@ class MoleculeBatch:
             move(self.structure_group),
             move(self.text_group),
         )
-
-
-def _split_graph(graph: GraphBatch, molecules: int) -> list[GraphBatch]:
-    """Parts of ``molecules`` graphs each; atoms and edges lie in the order of their molecules."""
-    first = torch.arange(0, graph.num_graphs, molecules, device=graph.x.device)
-    atoms = torch.searchsorted(graph.batch, first)
-    edges = torch.searchsorted(graph.batch[graph.edge_index[0]], first)
-    starts = torch.stack([first, atoms, edges], dim=1).tolist()
-    ends = [*starts[1:], [graph.num_graphs, len(graph.x), len(graph.edge_attr)]]
-    return [
-        GraphBatch(
-            x=graph.x[atom:last_atom],
-            edge_index=graph.edge_index[:, edge:last_edge] - atom,
-            edge_attr=graph.edge_attr[edge:last_edge],
-            batch=graph.batch[atom:last_atom] - molecule,
-            num_graphs=last - molecule,
-        )
-        for (molecule, atom, edge), (last, last_atom, last_edge) in zip(starts, ends, strict=True)
-    ]
 
 
 class MoleculeDataset(Dataset[MoleculeBatch]):

@@ -8,10 +8,14 @@ from typing import Any, Literal
 from nearfar.config import Encoding, Names, column, fraction, group, option, path, raw_group
 from nearfar.config.samplers import HardBatchOptions
 from nearfar.errors import NearfarError
-from nearfar.systems.molecules.fingerprint import FINGERPRINT_KINDS
 
 __all__ = ["InfoNCEOptions", "MoleculeDataOptions", "MoleculeOptions"]
 
+#: the names of ``nearfar.models.molecules.fingerprint.FINGERPRINT_KINDS``, which would load PyTorch here
+FINGERPRINT_KINDS = (
+    *("morgan", "feature_morgan", "atom_pairs", "torsions", "paths", "maccs"),
+    *("properties", "functional_groups", "descriptors"),
+)
 #: parts of a fingerprint by default
 FINGERPRINTS = ["morgan", "maccs", "properties", "functional_groups"]
 
@@ -85,7 +89,7 @@ class MoleculeOptions(HardBatchOptions):
     layers: int = option(4, "layers of the graph transformer", least=1)
     heads: int = option(4, "attention heads of the graph transformer", least=1)
     dropout: float = fraction(0.1, "dropout in the graph transformer")
-    fingerprints: Any = option(FINGERPRINTS, "parts of the fingerprint", rule=Names(tuple(FINGERPRINT_KINDS)))
+    fingerprints: Any = option(FINGERPRINTS, "parts of the fingerprint", rule=Names(FINGERPRINT_KINDS))
     fingerprint_bits: int = option(2048, "bits of the Morgan part", least=8, most=2**20)
     fingerprint_radius: int = option(
         2, "radius of the Morgan part, in bonds around an atom", least=0, most=100

@@ -13,7 +13,7 @@ from nearfar.data.rejections import Rejections
 from nearfar.data.splits import split_hash
 from nearfar.data.tables import is_placeholder
 from nearfar.errors import NearfarError
-from nearfar.systems.molecules.smiles import examine_structures
+from nearfar.models.molecules.smiles import examine_structures
 from nearfar.systems.molecules.structure_files import read_structures
 
 __all__ = ["COLUMNS", "MoleculeSplit", "Records", "read_records"]

@@ -18,12 +18,12 @@ from nearfar.data.cache import cached_array, content_key
 from nearfar.data.splits import column_name, data_paths
 from nearfar.data.tables import Table
 from nearfar.errors import NearfarError
+from nearfar.models.molecules.smiles import canonical_smiles, parse_smiles
 from nearfar.models.text import TextEncoder, embed_texts, load_text_encoder
 from nearfar.systems.molecules.dataset import MoleculeFeatures
 from nearfar.systems.molecules.model import MoleculeTextModel
 from nearfar.systems.molecules.options import MoleculeOptions
 from nearfar.systems.molecules.records import COLUMNS, Records, make_splits, read_records
-from nearfar.systems.molecules.smiles import canonical_smiles, parse_smiles
 from nearfar.systems.molecules.structure_files import read_structures
 from nearfar.systems.molecules.system import draw
 from nearfar.terminal import say

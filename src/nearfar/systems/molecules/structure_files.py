@@ -24,7 +24,7 @@ from nearfar.data.tables import (
     unknown_suffix,
 )
 from nearfar.errors import NearfarError
-from nearfar.systems.molecules.smiles import (
+from nearfar.models.molecules.smiles import (
     canonical_smiles,
     parse_smiles,
     quiet_rdkit,

@@ -19,13 +19,13 @@ from nearfar.data.splits import column_name, data_paths
 from nearfar.errors import NearfarError
 from nearfar.losses import InfoNCELoss
 from nearfar.metrics import Estimate, batch_signals, rank_estimates, retrieval_ranks
+from nearfar.models.molecules.smiles import quiet_rdkit
 from nearfar.models.text import TextEncoder, build_text_encoder, embed_texts, save_text_encoder
 from nearfar.systems.molecules.data import MoleculeData, load_embedded, load_files
 from nearfar.systems.molecules.dataset import MoleculeBatch, MoleculeDataset, MoleculeFeatures
 from nearfar.systems.molecules.model import MoleculeTextModel
 from nearfar.systems.molecules.options import MoleculeOptions
 from nearfar.systems.molecules.records import MoleculeSplit
-from nearfar.systems.molecules.smiles import quiet_rdkit
 from nearfar.training.batches import (
     LIKELY_FALSE_NEGATIVE,
     build_sampler,

@@ -13,62 +13,18 @@ from torch import nn
 
 from nearfar.data.cache import cached_array
 from nearfar.data.files import Json
-from nearfar.errors import NearfarError
 from nearfar.models.image import ImageEncoder, build_image_encoder
+from nearfar.models.image.colors import color_statistics
 from nearfar.systems.tissue.options import TissueOptions
 from nearfar.systems.tissue.records import Tissue
 
 __all__ = [
-    "NAMES",
     "ImageFeatures",
     "Resized",
     "color_features",
-    "color_statistics",
     "gene_sentences",
     "ridge_predictions",
 ]
-
-
-#: stains of H&E in optical density, red, green, blue (Ruifrok and Johnston 2001): haematoxylin, eosin, what is left
-_STAINS = np.array([[0.650, 0.704, 0.286], [0.072, 0.990, 0.105], [0.268, 0.570, 0.776]])
-_QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-_CHANNELS = ("red", "green", "blue", "haematoxylin", "eosin", "residual")
-_COLOR_CHUNK = 256  # patches at a time: some tens of megabytes at 224 pixels
-NAMES = tuple(
-    f"{channel} {what}"
-    for channel in _CHANNELS
-    for what in ("mean", "sd", *(f"q{q:.2f}" for q in _QUANTILES))
-)
-
-
-def color_statistics(patches: UInt8[np.ndarray, "n h w 3"]) -> Float[np.ndarray, "n 42"]:
-    """Mean, standard deviation and five quantiles of red, green, blue and of three stain densities, for each patch.
-
-    Densities are the optical density unmixed by the stain vectors of Ruifrok and Johnston (2001). Turning or mirroring
-    a patch changes nothing.
-
-    >>> pink = np.full((1, 8, 8, 3), (240, 150, 200), np.uint8)
-    >>> color = dict(zip(NAMES, color_statistics(pink)[0].astype(float).round(2).tolist()))
-    >>> color["red mean"], color["green sd"], color["eosin mean"] > color["haematoxylin mean"]
-    (0.94, 0.0, True)
-    """
-    if patches.ndim != 4 or patches.shape[3] != 3 or patches.dtype != np.uint8:
-        raise NearfarError(
-            f"patches are {patches.dtype} {patches.shape}; (n, height, width, 3) of uint8 is needed"
-        )
-    unmix = np.linalg.inv(_STAINS / np.linalg.norm(_STAINS, axis=1, keepdims=True)).astype(np.float32)
-    statistics = np.empty((len(patches), len(NAMES)), np.float32)
-    for start in range(0, len(patches), _COLOR_CHUNK):
-        part = patches[start : start + _COLOR_CHUNK]
-        color = part.reshape(len(part), -1, 3).astype(np.float32)
-        density = -np.log10((color + 1) / 256) @ unmix
-        values = np.concatenate([color / 255, density], axis=2)  # (n, pixels, 6)
-        moments = np.stack([values.mean(1), values.std(1)], axis=2)
-        ordered = np.quantile(values, _QUANTILES, axis=1).transpose(1, 2, 0)
-        statistics[start : start + len(part)] = np.concatenate([moments, ordered], axis=2).reshape(
-            len(part), -1
-        )
-    return statistics
 
 
 def ridge_predictions(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from nearfar.data.cache import cached_arrays
 from nearfar.errors import NearfarError
-from nearfar.systems.molecules.smiles import parse_smiles, quiet_rdkit, rdkit_version
+from nearfar.models.molecules.smiles import parse_smiles, quiet_rdkit, rdkit_version
 
 if TYPE_CHECKING:
     from rdkit.Chem import Mol
@@ -61,6 +61,9 @@ class GraphBatch:
     batch: Int[Tensor, " atoms"]
     num_graphs: int
 
+    def __len__(self) -> int:
+        return self.num_graphs
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> GraphBatch:
         return self.apply(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
@@ -71,6 +74,24 @@ class GraphBatch:
         """The batch with ``move`` applied to every tensor."""
         x, edge_index, edge_attr, batch = map(move, (self.x, self.edge_index, self.edge_attr, self.batch))
         return GraphBatch(x, edge_index, edge_attr, batch, self.num_graphs)
+
+    def split(self, molecules: int) -> list[GraphBatch]:
+        """Parts of ``molecules`` graphs each; atoms and edges lie in the order of their molecules."""
+        first = torch.arange(0, self.num_graphs, molecules, device=self.x.device)
+        atoms = torch.searchsorted(self.batch, first)
+        edges = torch.searchsorted(self.batch[self.edge_index[0]], first)
+        starts = torch.stack([first, atoms, edges], dim=1).tolist()
+        ends = [*starts[1:], [self.num_graphs, len(self.x), len(self.edge_attr)]]
+        return [
+            GraphBatch(
+                x=self.x[atom:last_atom],
+                edge_index=self.edge_index[:, edge:last_edge] - atom,
+                edge_attr=self.edge_attr[edge:last_edge],
+                batch=self.batch[atom:last_atom] - molecule,
+                num_graphs=last - molecule,
+            )
+            for (molecule, atom, edge), (last, last_atom, last_edge) in zip(starts, ends, strict=True)
+        ]
 
 
 @dataclass(frozen=True)

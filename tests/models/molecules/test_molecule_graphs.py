@@ -9,9 +9,9 @@ import torch
 pytest.importorskip("rdkit")
 
 from nearfar.errors import NearfarError
-from nearfar.systems.molecules.fingerprint import FINGERPRINT_KINDS, FingerprintSpec, compute_fingerprints
-from nearfar.systems.molecules.graph import ATOM_SIZES, BOND_SIZES, GraphTable, mask_atoms, mask_bonds
-from nearfar.systems.molecules.smiles import parse_smiles
+from nearfar.models.molecules.fingerprint import FINGERPRINT_KINDS, FingerprintSpec, compute_fingerprints
+from nearfar.models.molecules.graph import ATOM_SIZES, BOND_SIZES, GraphTable, mask_atoms, mask_bonds
+from nearfar.models.molecules.smiles import parse_smiles
 
 ODD = {
     "methane": "C",
@@ -168,7 +168,7 @@ def test_masking_hides_whole_atoms_at_the_asked_rate():
 def test_graphs_come_from_the_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("NEARFAR_CACHE", str(tmp_path))
     first = GraphTable.from_smiles(list(ODD.values()))
-    monkeypatch.setattr("nearfar.systems.molecules.graph._featurise_all", lambda _: pytest.fail("again"))
+    monkeypatch.setattr("nearfar.models.molecules.graph._featurise_all", lambda _: pytest.fail("again"))
     second = GraphTable.from_smiles(list(ODD.values()))
     np.testing.assert_array_equal(first.atoms, second.atoms)
     np.testing.assert_array_equal(first.edge_ptr, second.edge_ptr)

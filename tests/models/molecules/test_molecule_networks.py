@@ -1,9 +1,8 @@
-"""The molecule and text towers: what a molecule's vector may depend on, and that everything learns."""
+"""Networks over molecules: what a molecule's vector may depend on, and that everything learns."""
 
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,13 +13,13 @@ from nearfar.errors import NearfarError
 pytest.importorskip("torch_geometric")
 pytest.importorskip("rdkit")
 
-from nearfar.systems.molecules.dataset import MoleculeBatch
-from nearfar.systems.molecules.graph import ATOM_SIZES, BOND_SIZES, GraphBatch, GraphTable
-from nearfar.systems.molecules.model import (
+from nearfar.models.molecules.batch import MoleculeField
+from nearfar.models.molecules.graph import ATOM_SIZES, BOND_SIZES, GraphBatch, GraphTable
+from nearfar.models.molecules.networks import (
     BondTable,
     FingerprintEncoder,
     GraphTransformer,
-    MoleculeTextModel,
+    MoleculeEncoder,
     bond_codes,
 )
 
@@ -45,14 +44,15 @@ def network() -> GraphTransformer:
     return seeded(lambda: GraphTransformer(dim=32, layers=3, heads=4, out_dim=16)).eval()
 
 
-def molecule_batch(table: GraphTable, positions: list[int], text_dim: int = 12) -> MoleculeBatch:
+def molecules_of(table: GraphTable, positions: list[int]) -> MoleculeField:
     generator = torch.Generator().manual_seed(1)
     fingerprints = torch.randint(0, 4, (len(table), 40), generator=generator).float()
-    texts = torch.randn(len(table), text_dim, generator=generator)
-    chosen = torch.tensor(positions)
-    return MoleculeBatch(
-        chosen, texts[chosen], table.batch(positions), fingerprints[chosen], chosen.clone(), chosen.clone()
-    )
+    return MoleculeField(table.batch(positions), fingerprints[positions])
+
+
+def encoder_of(kind: str) -> MoleculeEncoder:
+    graph = GraphTransformer(16, 2, 2, 16) if kind != "fingerprint" else None
+    return MoleculeEncoder(graph, FingerprintEncoder(40, 64, 16) if kind != "graph" else None)
 
 
 def permuted(graph: GraphBatch, seed: int) -> GraphBatch:
@@ -122,29 +122,14 @@ def test_largest_feature_values_are_in_the_tables(network):
     assert torch.isfinite(network(graph)).all()
 
 
-@pytest.mark.parametrize("encoder", ["graph", "fingerprint", "both"])
-@pytest.mark.parametrize("head", ["none", "linear", "mlp"])
-def test_gradients_reach_every_parameter(table, encoder, head):
-    model = seeded(
-        lambda: MoleculeTextModel(
-            12,
-            40,
-            molecule_encoder=encoder,
-            text_head=head,
-            embedding_dim=16,
-            hidden=16,
-            layers=2,
-            heads=2,
-            learn_temperature=True,
-        )
-    )
-    batch = molecule_batch(table, list(range(len(table))))
-    molecules, texts = model.encode_molecules(batch), model.encode_texts(batch.text)
-    assert molecules.shape == texts.shape == (len(table), model.dim)
-    normal = torch.nn.functional.normalize
-    scores = normal(molecules, dim=1) @ normal(texts, dim=1).T * model.scale()
-    torch.nn.functional.cross_entropy(scores, torch.arange(len(table))).backward()
-    for name, parameter in model.named_parameters():
+@pytest.mark.parametrize("kind", ["graph", "fingerprint", "both"])
+def test_gradients_reach_every_parameter(table, kind):
+    encoder = seeded(lambda: encoder_of(kind))
+    vectors = encoder(molecules_of(table, list(range(len(table)))))
+    assert vectors.shape == (len(table), encoder.width)
+    targets = torch.randn(vectors.shape, generator=torch.Generator().manual_seed(2))
+    torch.nn.functional.cross_entropy(vectors @ targets.T, torch.arange(len(table))).backward()
+    for name, parameter in encoder.named_parameters():
         assert parameter.grad is not None, name
         assert torch.isfinite(parameter.grad).all(), name
         # A bias of the attention's keys shifts all scores of an atom alike, so softmax takes it out exactly;
@@ -153,24 +138,20 @@ def test_gradients_reach_every_parameter(table, encoder, head):
             assert parameter.grad.abs().max() > 0, name
 
 
-@pytest.mark.parametrize("encoder", ["graph", "fingerprint", "both"])
-def test_state_dict_round_trip(table, encoder):
-    def build() -> MoleculeTextModel:
-        return MoleculeTextModel(12, 40, molecule_encoder=encoder, embedding_dim=16, hidden=16, layers=2)
-
-    first, second = seeded(build).eval(), build().eval()
+@pytest.mark.parametrize("kind", ["graph", "fingerprint", "both"])
+def test_state_dict_round_trip(table, kind):
+    first, second = seeded(lambda: encoder_of(kind)).eval(), encoder_of(kind).eval()
     second.load_state_dict(first.state_dict())
-    batch = molecule_batch(table, [2, 0, 5])
-    assert torch.equal(first.encode_molecules(batch), second.encode_molecules(batch))
-    assert torch.equal(first.encode_texts(batch.text), second.encode_texts(batch.text))
+    batch = molecules_of(table, [2, 0, 5])
+    assert torch.equal(first(batch), second(batch))
 
 
 def test_both_is_the_sum_of_the_two_encoders(table):
-    model = seeded(lambda: MoleculeTextModel(12, 40, molecule_encoder="both", embedding_dim=16, hidden=16))
-    model.eval()
-    batch = molecule_batch(table, [0, 1, 4])
-    expected = model.graph(batch.graph) + model.fingerprint(batch.fingerprint)
-    torch.testing.assert_close(model.encode_molecules(batch), expected)
+    encoder = seeded(lambda: encoder_of("both")).eval()
+    batch = molecules_of(table, [0, 1, 4])
+    torch.testing.assert_close(
+        encoder(batch), encoder.graph(batch.graph) + encoder.fingerprint(batch.fingerprint)
+    )
 
 
 def test_fingerprints_enter_through_a_signed_logarithm():
@@ -188,27 +169,15 @@ def test_input_dropout_acts_in_training_alone():
     assert torch.equal(encoder(values), encoder(values))
 
 
-def test_scale_learns_only_if_asked():
-    assert MoleculeTextModel(4, 4, temperature=0.05).scale() is None
-    scale = MoleculeTextModel(4, 4, temperature=0.05, learn_temperature=True).scale()
-    assert scale is not None
-    assert scale.item() == pytest.approx(20)
-
-
 def test_messages(table):
-    with pytest.raises(NearfarError, match="graph"):
-        MoleculeTextModel(4, 4, molecule_encoder="grap")
-    with pytest.raises(NearfarError, match="fingerprint_dim"):
-        MoleculeTextModel(4, molecule_encoder="both")
     with pytest.raises(NearfarError, match="multiple"):
         GraphTransformer(dim=30, heads=4)
-    with pytest.raises(NearfarError, match="least learned"):
-        MoleculeTextModel(4, 4, temperature=0.001, learn_temperature=True)
     with pytest.raises(NearfarError, match="40 numbers"):
         FingerprintEncoder(40)(torch.zeros(2, 41))
-    model = MoleculeTextModel(12, 40, molecule_encoder="both", embedding_dim=16, hidden=16)
-    batch = molecule_batch(table, [0, 1])
-    with pytest.raises(NearfarError, match="graphs"):
-        model.encode_molecules(replace(batch, graph=None))
-    with pytest.raises(NearfarError, match="fingerprints"):
-        model.encode_molecules(replace(batch, fingerprint=None))
+    with pytest.raises(NearfarError, match=r"vectors of \[8, 16\] numbers"):
+        MoleculeEncoder(GraphTransformer(16, 1, 2, 16), FingerprintEncoder(40, 8, 8))
+    batch, encoder = molecules_of(table, [0, 1]), encoder_of("both")
+    with pytest.raises(NearfarError, match="reads graphs"):
+        encoder(MoleculeField(None, batch.fingerprint))
+    with pytest.raises(NearfarError, match="reads fingerprints"):
+        encoder(MoleculeField(batch.graph, None))
