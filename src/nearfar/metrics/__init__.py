@@ -17,6 +17,7 @@ from nearfar.metrics.embedding_health import (
 )
 from nearfar.metrics.estimate import Estimate, comparable, split_hash
 from nearfar.metrics.intervals import bootstrap_mean, few_runs, mean_interval, wilson
+from nearfar.metrics.precision_at_r import map_at_r
 from nearfar.metrics.ranks import Ranks
 from nearfar.metrics.recall import RecallAtK
 from nearfar.metrics.retrieval import rank_estimates, retrieval_metrics, retrieval_ranks
@@ -43,6 +44,7 @@ __all__ = [
     "holm",
     "hubness",
     "item_values",
+    "map_at_r",
     "mean_cosine",
     "mean_interval",
     "modality_gap",
