@@ -1,0 +1,122 @@
+"""What frozen embeddings know of classes: the vote of the nearest training items, and logistic regression."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from nearfar.arguments import choice, whole_number
+from nearfar.errors import NearfarError
+
+__all__ = ["LinearProbe", "nearest_classes"]
+
+_TILE = 1 << 24  # similarities in memory at a time
+_ITERATIONS = 200  # of L-BFGS at most; the loss is convex, and stops changing well before
+
+
+@torch.no_grad()
+def nearest_classes(
+    train: Float[Tensor, "n d"],
+    codes: Int[Tensor, " n"],
+    queries: Float[Tensor, "m d"],
+    k: int = 5,
+    metric: Literal["cosine", "euclidean"] = "cosine",
+) -> Int[Tensor, " m"]:
+    """The class that most of the ``k`` nearest training items have; of classes with as many votes, that of the nearest.
+
+    ``k`` beyond the training items takes all of them.
+
+    >>> train, codes = torch.tensor([[0.0], [0.1], [1.0]]), torch.tensor([4, 4, 7])
+    >>> nearest_classes(train, codes, torch.tensor([[0.04], [2.0]]), k=1, metric="euclidean")
+    tensor([4, 7])
+    """
+    k = min(whole_number("k", k, 1), len(train))
+    choice("metric", metric, ("cosine", "euclidean"))
+    _check(train, codes, queries)
+    train, queries = train.float(), queries.float()
+    if metric == "cosine":
+        train, queries = F.normalize(train, dim=1), F.normalize(queries, dim=1)
+        half = torch.zeros(len(train))
+    else:
+        centre = train.mean(0)  # distances stay, and rounding is less
+        train, queries = train - centre, queries - centre
+        half = train.square().sum(1) / 2
+    classes = int(codes.max()) + 1
+    # A vote weighs a little more the nearer it is, by less than one vote in all.
+    weights = 1 + torch.arange(k, 0, -1) / (2.0 * k * k)
+    predicted = []
+    for part in queries.split(max(1, _TILE // len(train))):
+        nearest = (part @ train.T - half.to(part)).topk(k, dim=1).indices
+        votes = torch.zeros(len(part), classes).scatter_add_(1, codes[nearest], weights.expand(len(part), -1))
+        predicted.append(votes.argmax(1))
+    return torch.cat(predicted) if predicted else torch.zeros(0, dtype=torch.int64)
+
+
+class LinearProbe:
+    """Multinomial logistic regression over frozen features, the same on every run: a convex loss, minimised by L-BFGS.
+
+    Features are standardised by the training rows. The loss is Σ cross-entropy + ``penalty``/2 · ‖weights‖², as in
+    scikit-learn with C = 1 / penalty; nothing is drawn.
+
+    >>> rows = torch.tensor([[0.0], [1.0], [4.0], [5.0]])
+    >>> LinearProbe(rows, torch.tensor([0, 0, 1, 1])).classes(torch.tensor([[1.5], [3.5]]))
+    tensor([0, 1])
+    """
+
+    def __init__(self, rows: Float[Tensor, "n d"], codes: Int[Tensor, " n"], penalty: float = 1.0) -> None:
+        _check(rows, codes, rows[:0])
+        rows = rows.float()
+        self.mean = rows.mean(0)
+        spread = rows.std(0, correction=0)
+        self.spread = torch.where(spread > 1e-6 * self.mean.abs().clamp(min=1.0), spread, 1.0)
+        with torch.inference_mode(False), torch.enable_grad():  # embeddings of an evaluation are made without
+            x = ((rows - self.mean) / self.spread).clone()
+            self.weight, self.bias = _minimised(x, codes.clone(), penalty)
+
+    @torch.no_grad()
+    def classes(self, rows: Float[Tensor, "m d"]) -> Int[Tensor, " m"]:
+        """The most probable class of each row."""
+        x = (rows.float() - self.mean) / self.spread
+        return F.linear(x, self.weight, self.bias).argmax(1)
+
+
+def _minimised(
+    x: Float[Tensor, "n d"], codes: Int[Tensor, " n"], penalty: float
+) -> tuple[Float[Tensor, "c d"], Float[Tensor, " c"]]:
+    classes = int(codes.max()) + 1
+    weight = torch.zeros(classes, x.shape[1], requires_grad=True)
+    bias = torch.zeros(classes, requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [weight, bias],
+        max_iter=_ITERATIONS,
+        tolerance_grad=1e-6,
+        tolerance_change=1e-7,
+        line_search_fn="strong_wolfe",
+    )
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = F.cross_entropy(F.linear(x, weight, bias), codes)
+        value = value + penalty / (2 * len(x)) * weight.square().sum()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    return weight.detach(), bias.detach()
+
+
+def _check(rows: Tensor, codes: Tensor, queries: Tensor) -> None:
+    if rows.ndim != 2 or not len(rows) or queries.ndim != 2 or rows.shape[1] != queries.shape[1]:
+        raise NearfarError(
+            f"rows are {tuple(rows.shape)} and queries {tuple(queries.shape)}: (n, d) and (m, d) of one length are "
+            "needed"
+        )
+    if codes.shape != rows.shape[:1] or codes.dtype != torch.int64 or int(codes.min()) < 0:
+        raise NearfarError(
+            f"codes are {tuple(codes.shape)} {codes.dtype}: the class of each of {len(rows)} rows, a whole number from "
+            "0, is needed"
+        )
