@@ -22,7 +22,7 @@ from nearfar.data.augment import (
     simclr_augmentation,
     square_symmetries,
 )
-from nearfar.data.batch import ItemDataset, Pixels
+from nearfar.data.batch import Draw, ItemDataset, Pixels
 from nearfar.errors import NearfarError
 
 GREY = np.array([0.299, 0.587, 0.114])
