@@ -24,8 +24,8 @@ from nearfar.errors import NearfarError
 
 __all__ = ["Source", "read_items", "read_splits", "split_sources"]
 
-Source = str | Path | Sequence[str | Path]
-"""What `read_items` reads: a path, a pattern, a name on the hub, or several files."""
+Source = str | int | Path | Sequence[str | Path]
+"""What `read_items` reads: a path, a pattern, a name on the hub, or several files; a number is a name like others."""
 
 
 def read_items(
@@ -85,8 +85,8 @@ def read_items(
 
 
 def _read(path: Source, wanted: Wanted) -> Items:
-    if isinstance(path, (str, Path)):
-        place = Path(path).expanduser()
+    if isinstance(path, (str, int, Path)):
+        place = Path(str(path)).expanduser()
         if not place.exists() and _by_hub(str(path)):
             return hub_items(str(path), wanted)
         if place.is_dir():
@@ -197,7 +197,7 @@ def _braces(pattern: str) -> list[str]:
 
 # -- splits --------------------------------------------------------------------------------------------------
 def split_sources(
-    dir: str | Path | None = None,
+    dir: str | int | Path | None = None,
     train: Source | None = None,
     val: Source | None = None,
     test: Source | None = None,
@@ -223,7 +223,7 @@ def split_sources(
     given = {"train": train, "val": val, "test": test}
     sources: dict[str, Source] = {split: source for split, source in given.items() if source is not None}
     if dir is not None:
-        place = Path(dir).expanduser()
+        place = Path(str(dir)).expanduser()
         if not place.exists() and _by_hub(str(dir)):
             every = hub_splits(str(dir))
             held: dict[str, Source] = {
@@ -237,14 +237,14 @@ def split_sources(
             if not held and not others:
                 held = {"train": place}
         if "train" not in held and "train" not in sources:
-            raise _no_train(dir, [*held, *others])
+            raise _no_train(place, [*held, *others])
         sources = {**held, **sources}
     if sources and "train" not in sources:
         raise NearfarError("data.val or data.test is given, but no data.train to learn from.")
     return {split: sources[split] for split in SPLIT_NAMES if split in sources}
 
 
-def _no_train(folder: str | Path, names: Iterable[str]) -> NearfarError:
+def _no_train(folder: Path, names: Iterable[str]) -> NearfarError:
     return NearfarError(
         f"{folder} holds the splits {', '.join(sorted(names))}, and none to train on (called "
         f"{' or '.join(SPLIT_NAMES['train'])}): name what is trained on with data.train=."
