@@ -1,0 +1,1 @@
+"""One view seen twice under augmentation: SimCLR and MoCo."""

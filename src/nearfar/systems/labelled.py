@@ -1,0 +1,415 @@
+"""Items with one view, judged by labels: leave-one-out retrieval, the vote of neighbours, and a linear probe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from nearfar.config.labelled import LabelledOptions
+from nearfar.data.batch import Batch, ItemDataset
+from nearfar.data.classes import Classes, Labels, class_codes, item_labels
+from nearfar.data.embedded import digit_items
+from nearfar.data.files import Json
+from nearfar.data.items import Items, hold_out
+from nearfar.data.picture_arrays import PictureArrays
+from nearfar.data.sources import read_splits, split_sources
+from nearfar.errors import NearfarError, nearest_name
+from nearfar.metrics import (
+    Estimate,
+    map_at_r,
+    mean_interval,
+    paired_difference,
+    rank_estimates,
+    retrieval_ranks,
+)
+from nearfar.metrics.precision_at_r import average_precision_at_r
+from nearfar.models.probes import LinearProbe, nearest_classes
+from nearfar.models.views import HeadKind, ViewModel, build_head
+from nearfar.systems.view_system import ViewSystem
+from nearfar.towers import Tower, build_tower, guess_tower
+from nearfar.training.evaluation import consecutive
+from nearfar.training.sections import Section, Table
+from nearfar.training.state import initial_model
+from nearfar.training.system import Evaluation, Say, collect
+
+__all__ = ["AT_START", "KNN", "PROBE", "LabelledSystem", "Scores"]
+
+#: what the metrics of the model at its start begin with
+AT_START = "before_training"
+KNN, PROBE = "knn/accuracy", "probe/accuracy"
+#: columns that hold labels unless label= names one, and those that are no view
+LABEL_NAMES = ("label", "labels", "class", "classes", "target")
+NO_VIEWS = (*LABEL_NAMES, "id", "ids", "index", "split", "group")
+#: the group of options that holds the encoder of a kind of tower
+ENCODER_OPTIONS = {"text": "text_encoder", "image": "image_encoder"}
+_RAW_SIDE = 32  # pixels of the pictures whose values are the baseline
+
+Scores = tuple[dict[str, Estimate], dict[str, np.ndarray]]
+
+
+class LabelledSystem(ViewSystem):
+    """One view of each item. Embeddings are judged by labels: R@1 and MAP@R with each item left out of its gallery;
+    finally also the vote of the nearest training items and logistic regression on the training embeddings, beside the
+    model at its start and the raw values (pixels, TF-IDF, numbers)."""
+
+    config: LabelledOptions
+    monitor = "R@1"
+    #: whether items without a label are of no use
+    needs_labels = True
+    #: whether an item may have several labels
+    several = False
+
+    def __init__(self, config: LabelledOptions) -> None:
+        super().__init__(config)
+        self.view = ""
+        self.label: str | None = None
+        self.classes: Classes | None = None
+        self._plain_train: ItemDataset | None = None
+        self._train_rows: dict[str, Tensor] = {}
+        self._raw: tuple[str, dict[str, Tensor]] | None = None
+        self._columns: dict[str, dict[str, dict[str, Estimate]]] = {}
+        self._hashes: dict[str, str] = {}
+
+    # -- data ------------------------------------------------------------------------------------------------
+    def load_items(self, say: Say) -> dict[str, Items]:
+        config, data = self.config, self.config.data
+        if data.train is None and data.dir is None:
+            say("data: the embedded digits; give data.dir= or data.train= for your own")
+            splits = hold_out(digit_items(), {"val": 0.1, "test": 0.2}, data.split_seed)
+        else:
+            sources = split_sources(data.dir, data.train, data.val, data.test)
+            judged = "val" in sources or "test" in sources
+            splits = read_splits(
+                sources,
+                [config.view, config.label] if config.view and config.label else None,
+                fractions={"val": data.val_fraction, "test": 0.0 if judged else data.test_fraction},
+                seed=data.split_seed,
+                id_column=data.id_column,
+                group_column=data.group_column,
+                encoding=data.encoding,
+                encoding_option="data.encoding",
+                naming="view={name}",
+            )
+        if data.limit is not None and data.limit < len(splits["train"]):
+            drawn = np.random.default_rng([data.split_seed, 1]).permutation(len(splits["train"]))
+            say(f"train: {data.limit:,} of {len(splits['train']):,} items (data.limit)")
+            splits["train"] = _kept(splits["train"], np.sort(drawn[: data.limit]))
+        self._choose_columns(splits["train"], say)
+        if self.label is None:
+            return splits
+        labels = {name: self._labels_of(items) for name, items in splits.items()}
+        if self.needs_labels:
+            for name, items in splits.items():
+                reasons = [None if each else f"{self.label}: missing" for each in labels[name]]
+                splits[name] = items.rejecting(self.label, reasons)
+        return self.divide(splits, say)
+
+    def divide(self, splits: dict[str, Items], say: Say) -> dict[str, Items]:
+        """The splits as they are used, once every item has its label."""
+        return splits
+
+    def _labels_of(self, items: Items) -> list[Labels]:
+        assert self.label is not None
+        return item_labels(items[self.label], self.label, self.config.data.separator)
+
+    def _choose_columns(self, train: Items, say: Say) -> None:
+        config, names = self.config, list(train.columns)
+        for option, name in (("view", config.view), ("label", config.label)):
+            if name is not None and name not in train:
+                raise NearfarError(
+                    f"{option}={name}: {train.source} has no such column; {nearest_name(name, names)}"
+                )
+        usual = [name for name in names if name.casefold() in LABEL_NAMES and name != config.view]
+        self.label = config.label or (usual[0] if len(usual) == 1 else None)
+        if self.label is None and self.needs_labels:
+            raise NearfarError(
+                f"{train.source} has the columns {', '.join(names) or 'none'}: say which holds the labels, label=NAME."
+            )
+        others = {str(config.data.id_column), str(config.data.group_column), self.label}
+        views = [name for name in names if name.casefold() not in NO_VIEWS and name not in others]
+        if config.view is None and len(views) != 1:
+            raise NearfarError(
+                f"{train.source} has the columns {', '.join(names) or 'none'}: say which is embedded, view=NAME."
+            )
+        self.view = config.view or views[0]
+        say(f"view: {self.view}" + (f"; labels: {self.label}" if self.label else "; no labels"))
+
+    def build_towers(self, say: Say) -> dict[str, Tower]:
+        own = dict(self.config.tower)
+        kind = str(own.pop("tower", None) or guess_tower(self.splits["train"][self.view]))
+        options: dict[str, Any] = {}
+        if kind in ENCODER_OPTIONS and "encoder" not in own:
+            options = dict(getattr(self.config, ENCODER_OPTIONS[kind]))
+            options["encoder"] = options.pop("kind")
+            if "name" in options:  # as the options of other systems call it
+                options["model"] = options.pop("name")
+        return {self.view: build_tower(kind, f"the tower of '{self.view}'", **(options | own))}
+
+    def fit_towers(self) -> None:
+        super().fit_towers()
+        if self.label is None:
+            return
+        labels = {name: self._labels_of(items) for name, items in self.splits.items()}
+        self.classes = class_codes(labels, self.several)
+        self.check_classes(self.classes)
+
+    def check_classes(self, classes: Classes) -> None:
+        """Classes that nothing can be learned from are an error."""
+
+    def prepare(self, say: Say) -> None:
+        super().prepare(say)
+        train = self.datasets["train"]
+        self._plain_train = ItemDataset(train.inputs) if train.augment is not None else train
+        if self.classes is None:
+            return
+        counts = self.classes.counts
+        say(
+            f"{self.classes.known} classes of {int(counts.min()) if len(counts) else 0} to "
+            f"{int(counts.max()) if len(counts) else 0} training items"
+        )
+        for name in self.splits:
+            lacking = self.classes.lacking(name)
+            if lacking and self.votes(name):
+                say(f"{name}: {lacking} items of classes that training lacks; their class is never predicted")
+
+    def layout(self) -> Json:
+        classes = self.classes
+        about = None if classes is None else {
+            "classes": classes.known,
+            "smallest": int(classes.counts.min()),
+            "largest": int(classes.counts.max()),
+        }  # fmt: skip
+        return super().layout() | {"label": self.label, "classes": about}
+
+    # -- model -----------------------------------------------------------------------------------------------
+    def reference_view(self) -> str | None:
+        return self.view if self.needs_reference() else None
+
+    def _head_kind(self) -> HeadKind:
+        return "none" if self.towers[self.view].train == "frozen" else self.config.head
+
+    def shared_dim(self, widths: Mapping[str, int]) -> int:
+        return widths[self.view] if self._head_kind() == "none" else self.config.embedding_dim
+
+    def build_head(self, tower: Tower, view: str, width: int, dim: int) -> nn.Module:
+        config = self.config
+        head = build_head(self._head_kind(), width, dim, hidden=config.hidden, dropout=config.dropout)
+        return nn.Sequential(nn.Dropout(config.dropout), head) if config.dropout else head
+
+    def judged_rows(self, model: ViewModel, field: Any) -> Float[Tensor, "b d"]:
+        """What is judged of a batch: embeddings, or what the tower gives."""
+        if self.config.judged == "features":
+            rows: Tensor = model.tower(self.view)(field)
+            return rows
+        return model.encode(self.view, field)
+
+    def embed(self, model: ViewModel, batch: Batch) -> dict[str, Tensor]:
+        return {self.view: self.judged_rows(model, batch[self.view])}
+
+    # -- evaluation ------------------------------------------------------------------------------------------
+    def votes(self, split: str) -> bool:
+        """Whether training items have the classes of this split, so that they can vote."""
+        return self.classes is not None and not self.classes.several
+
+    def before_evaluation(self, model: ViewModel, split: str, final: bool) -> None:
+        """In the final evaluation the training rows are embedded, too, by this model and by that at its start."""
+        super().before_evaluation(model, split, final)
+        if not final or not self.votes(split):
+            return
+        self._train_rows["trained"] = self._embed_train(model)
+        if self.judges_start and AT_START not in self._train_rows:
+            start = initial_model(self, self.config.seed).to(next(model.parameters()).device).eval()
+            self._train_rows[AT_START] = self._embed_train(start)
+
+    def _embed_train(self, model: ViewModel) -> Float[Tensor, "n d"]:
+        data = self._plain_train
+        assert data is not None
+        device, size = next(model.parameters()).device, self.config.trainer.eval_batch_size
+        parts = [
+            {"rows": self.judged_rows(model, data.__getitems__(at).to(device)[self.view]).float()}
+            for at in consecutive(len(data), size)
+        ]
+        return collect(parts)["rows"]
+
+    def evaluate(self, outputs: Mapping[str, Tensor], split: str, final: bool) -> Evaluation:
+        estimates, per_item = self.judge(
+            outputs[self.view], split, final, self._train_rows.get("trained") if final else None
+        )
+        facts: dict[str, Any] = {}
+        if final and self.classes is not None:
+            facts = self._beside(outputs, split, estimates, per_item)
+        return Evaluation(split, estimates, self.splits[split].ids, per_item, facts)
+
+    def _beside(
+        self,
+        outputs: Mapping[str, Tensor],
+        split: str,
+        estimates: dict[str, Estimate],
+        per_item: Mapping[str, np.ndarray],
+    ) -> dict[str, Any]:
+        """The same of the model at its start and of the raw values: controls among the estimates, and differences."""
+        columns = {"trained": dict(estimates)}
+        facts: dict[str, Any] = {"comparison": {}}
+        others: dict[str, Scores] = {}
+        start = self._at_start.get(split)
+        if start is not None:
+            train = self._train_rows.get(AT_START) if self.votes(split) else None
+            others[AT_START] = self.judge(start[self.view], split, True, train)
+        raw = self.raw_rows()
+        if raw is not None:
+            name, rows = raw
+            others[name] = self.judge(
+                rows[split], split, True, rows["train"] if self.votes(split) else None, raw=True
+            )
+            facts["baselines"] = {
+                split: {m: e.to_dict() | {"name": f"raw values ({name})"} for m, e in others[name][0].items()}
+            }
+        for name, (numbers, scores) in others.items():
+            columns[name] = numbers
+            for metric, estimate in numbers.items():
+                estimates[f"{name}/{metric}"] = replace(estimate, metric=f"{name}/{metric}", control=True)
+                if metric in scores and metric in per_item and len(scores[metric]) > 1:
+                    gain = paired_difference(per_item[metric], scores[metric], metric=metric)
+                    facts["comparison"][f"{metric} against {name}"] = {
+                        "value": gain.value, "low": gain.low, "high": gain.high, "verdict": gain.verdict,
+                    }  # fmt: skip
+        self._columns[split] = columns
+        return facts
+
+    @torch.inference_mode(False)
+    def judge(
+        self,
+        rows: Float[Tensor, "n d"],
+        split: str,
+        final: bool,
+        train: Float[Tensor, "m d"] | None = None,
+        raw: bool = False,
+    ) -> Scores:
+        """Estimates of embeddings by the labels of their split, and the score of every item under each; with ``train``,
+        the embeddings of the training items, also by their vote and by a probe."""
+        estimates: dict[str, Estimate] = {}
+        per_item: dict[str, np.ndarray] = {}
+        classes = self.classes
+        if classes is None:
+            return estimates, per_item
+        codes = torch.from_numpy(classes.codes[split])
+        rows, content = rows.float().clone(), self._content(split)
+        bootstrap = self.config.bootstrap if final else 0
+        relevant: Any = (codes, codes) if codes.ndim == 1 else _in_common(codes)
+        if _any_pair(codes):
+            ranks = retrieval_ranks(rows, rows, relevant, leave_one_out=True)
+            estimates["R@1"] = rank_estimates(ranks, (1,), bootstrap=bootstrap, split=content)["R@1"]
+            if len(ranks.queries) == len(rows):
+                per_item["R@1"] = ranks.hits(1)
+            if final:
+                estimates["MAP@R"] = map_at_r(rows, codes, bootstrap=bootstrap, split=content)
+                scores, _ = average_precision_at_r(rows, codes)
+                if not np.isnan(scores).any():
+                    per_item["MAP@R"] = scores
+        if train is None:
+            return estimates, per_item
+        at = torch.from_numpy(np.flatnonzero(classes.codes["train"] >= 0))
+        known, train = torch.from_numpy(classes.codes["train"])[at], train.clone()[at]
+        metric = "euclidean" if raw and self.towers[self.view].kind != "text" else "cosine"
+        guesses: dict[str, Callable[[], Tensor]] = {
+            KNN: lambda: nearest_classes(train, known, rows, self.config.knn, metric),  # type: ignore[arg-type]
+            PROBE: lambda: LinearProbe(train, known).classes(rows),
+        }
+        judged = (codes >= 0).numpy()
+        common = int(np.bincount(known.numpy()).argmax())
+        chance = float((codes[judged] == common).float().mean())
+        about: dict[str, dict[str, Any]] = {
+            KNN: {"k": self.config.knn, "similarity": metric},
+            PROBE: {"penalty": 1.0},
+        }
+        for name, guess in guesses.items():
+            right = (guess() == codes).numpy()
+            estimates[name] = _share(right[judged], name, chance, content, about[name])
+            if judged.all():
+                per_item[name] = right.astype(np.float64)
+        return estimates, per_item
+
+    def _content(self, split: str) -> str:
+        """A hash of the items of a split: estimates are comparable only where it is the same."""
+        if split not in self._hashes:
+            self._hashes[split] = self.splits[split].content_hash(self.view)
+        return self._hashes[split]
+
+    # -- raw values ------------------------------------------------------------------------------------------
+    def raw_rows(self) -> tuple[str, dict[str, Float[Tensor, "n d"]]] | None:
+        """What the values themselves are as vectors, by split: pixels, TF-IDF, numbers; None of other views."""
+        if self._raw is None:
+            kind = self.towers[self.view].kind
+            values = {name: items[self.view] for name, items in self.splits.items()}
+            if kind == "image":
+                self._raw = "pixels", {name: _pixels(part) for name, part in values.items()}
+            elif kind in ("text", "vector"):
+                options: dict[str, Any] = {"encoder": "ngram", "dims": 512} if kind == "text" else {}
+                tower = build_tower(kind, "the baseline", **options).fit(values["train"])
+                rows = {name: tower.reference(part) for name, part in values.items()}
+                self._raw = (
+                    "tfidf" if kind == "text" else "numbers",
+                    {name: torch.from_numpy(np.asarray(part)) for name, part in rows.items()},
+                )
+            else:
+                return None
+        return self._raw
+
+    # -- results ---------------------------------------------------------------------------------------------
+    def report_sections(self, outputs: Mapping[str, Tensor], split: str) -> Sequence[Section]:
+        """Every metric beside the model at its start and the raw values."""
+        columns = self._columns.get(split)
+        if columns is None:
+            return ()
+        rows = [
+            [metric, *(f"{each[metric]:.3f}" if metric in each else None for each in columns.values())]
+            for metric in columns["trained"]
+        ]
+        lead = f"{split}: the trained model, the model at its start, and the raw values as they are."
+        return [Section("Beside the baselines", lead, [Table(["metric", *columns], rows)])]
+
+
+def _kept(items: Items, at: np.ndarray) -> Items:
+    """Some items, with the rejections of the whole."""
+    return replace(items.take(at), rejections=items.rejections)
+
+
+def _pixels(values: Any) -> Float[Tensor, "n d"]:
+    """Values of the pixels from 0 to 1, of pictures at 32 × 32 at most; of grey ones one number each."""
+    side = (_RAW_SIDE, _RAW_SIDE)
+    if isinstance(values, np.ndarray) and max(values.shape[1:3]) <= _RAW_SIDE:
+        side = (int(values.shape[1]), int(values.shape[2]))
+    whole = PictureArrays(values, side).whole()
+    grey = bool((whole == whole[..., :1]).all())
+    rows = np.array(whole[..., 0] if grey else whole).reshape(len(whole), -1)
+    return torch.from_numpy(rows).float() / 255
+
+
+def _in_common(codes: Tensor) -> Bool[np.ndarray, "n n"]:
+    """Which items have a label in common."""
+    several = codes.float()
+    return (several @ several.T > 0).numpy()
+
+
+def _any_pair(codes: Tensor) -> bool:
+    """Whether two items have a label in common."""
+    if codes.ndim == 2:
+        return bool((codes.sum(0) > 1).any())
+    known = codes[codes >= 0]
+    return len(known) > len(known.unique())
+
+
+def _share(
+    right: Bool[np.ndarray, " n"], metric: str, chance: float, split: str, about: Mapping[str, Any]
+) -> Estimate:
+    """An accuracy; chance is that of always guessing the commonest class of training."""
+    value = right.astype(np.float64)
+    low, high, method = mean_interval(value)
+    protocol = {**about, "split": split, "confidence": 0.95, "interval": method}
+    return Estimate(float(value.mean()), low, high, chance, len(value), False, metric, protocol)
