@@ -51,22 +51,22 @@ class Registration:
     extra: str | None = None
 
 
-def _own(name: str, prefix: str, extra: str | None = None, **more: str) -> Registration:
+def _own(name: str, prefix: str, **more: str) -> Registration:
     package = f"nearfar.systems.{name}"
     return Registration(
         f"{package}.system:{prefix}System",
         f"{package}.options:{prefix}Options",
-        extra=f"nearfar[{extra or name}]",
+        extra=f"nearfar[{name}]",
         **more,
     )
 
 
 _REGISTERED: dict[str, Registration] = {
     "aspects": _own("aspects", "Aspect"),
-    "augmented": _own("augmented", "Augmented", extra="pairs"),
+    "augmented": _own("augmented", "Augmented"),
     "detector": _own("detector", "Detector"),
     "fair_detection": _own("fair_detection", "FairDetection"),
-    "labels": _own("labels", "Label", extra="pairs"),
+    "labels": _own("labels", "Label"),
     "molecules": _own("molecules", "Molecule", trained="nearfar.systems.molecules.search:TrainedMolecules"),
     "pairs": _own("pairs", "Pair"),
     "relations": _own("relations", "Relation", reevaluator="nearfar.systems.relations.evaluation"),

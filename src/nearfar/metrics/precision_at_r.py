@@ -15,7 +15,7 @@ from nearfar.labels import MISSING, whole_labels
 from nearfar.metrics.estimate import Estimate
 from nearfar.metrics.intervals import check_confidence, mean_interval
 
-__all__ = ["average_precision_at_r", "map_at_r"]
+__all__ = ["average_precision_at_r", "map_at_r", "map_estimate"]
 
 _TILE = 1 << 24  # similarities in memory at a time
 
@@ -45,6 +45,19 @@ def map_at_r(
     (1.0, 0.0)
     """
     scores, chances = average_precision_at_r(embeddings, labels)
+    return map_estimate(scores, chances, confidence=confidence, bootstrap=bootstrap, seed=seed, split=split)
+
+
+def map_estimate(
+    scores: Float[np.ndarray, " n"],
+    chances: Float[np.ndarray, " n"],
+    *,
+    confidence: float = 0.95,
+    bootstrap: int = 1000,
+    seed: int = 0,
+    split: str | None = None,
+) -> Estimate:
+    """The estimate of ``map_at_r`` from what ``average_precision_at_r`` gives."""
     kept = ~np.isnan(scores)
     if not kept.any():
         raise NearfarError("labels: no two items have one in common; there is nothing to estimate")

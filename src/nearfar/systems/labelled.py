@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from nearfar.config.labelled import LabelledOptions
 from nearfar.data.batch import Batch, ItemDataset
+from nearfar.data.cache import content_key
 from nearfar.data.classes import Classes, Labels, class_codes, item_labels
 from nearfar.data.embedded import digit_items
 from nearfar.data.files import Json
@@ -22,13 +23,12 @@ from nearfar.data.sources import read_splits, split_sources
 from nearfar.errors import NearfarError, nearest_name
 from nearfar.metrics import (
     Estimate,
-    map_at_r,
     mean_interval,
     paired_difference,
     rank_estimates,
     retrieval_ranks,
 )
-from nearfar.metrics.precision_at_r import average_precision_at_r
+from nearfar.metrics.precision_at_r import average_precision_at_r, map_estimate
 from nearfar.models.probes import LinearProbe, nearest_classes
 from nearfar.models.views import HeadKind, ViewModel, build_head
 from nearfar.systems.view_system import ViewSystem
@@ -41,7 +41,7 @@ from nearfar.training.system import Evaluation, Say, collect
 __all__ = ["AT_START", "KNN", "PROBE", "LabelledSystem", "Scores"]
 
 #: what the metrics of the model at its start begin with
-AT_START = "before_training"
+AT_START, TRAINED = "before_training", "trained"
 KNN, PROBE = "knn/accuracy", "probe/accuracy"
 #: columns that hold labels unless label= names one, and those that are no view
 LABEL_NAMES = ("label", "labels", "class", "classes", "target")
@@ -72,6 +72,8 @@ class LabelledSystem(ViewSystem):
         self.classes: Classes | None = None
         self._plain_train: ItemDataset | None = None
         self._train_rows: dict[str, Tensor] = {}
+        self._embedded_by = ""  # hash of the weights that the training rows were embedded with
+        self._probes: dict[str, LinearProbe] = {}
         self._raw: tuple[str, dict[str, Tensor]] | None = None
         self._columns: dict[str, dict[str, dict[str, Estimate]]] = {}
         self._hashes: dict[str, str] = {}
@@ -108,6 +110,10 @@ class LabelledSystem(ViewSystem):
             for name, items in splits.items():
                 reasons = [None if each else f"{self.label}: missing" for each in labels[name]]
                 splits[name] = items.rejecting(self.label, reasons)
+                if not len(splits[name]):
+                    raise NearfarError(
+                        f"{items.source}: no item of {name} has a label in the column '{self.label}'."
+                    )
         return self.divide(splits, say)
 
     def divide(self, splits: dict[str, Items], say: Say) -> dict[str, Items]:
@@ -222,7 +228,17 @@ class LabelledSystem(ViewSystem):
         super().before_evaluation(model, split, final)
         if not final or not self.votes(split):
             return
-        self._train_rows["trained"] = self._embed_train(model)
+        weights = content_key(
+            [
+                [name, part.detach().float().cpu().numpy()]
+                for name, part in model.state_dict().items()
+                if isinstance(part, Tensor)
+            ]
+        )
+        if weights != self._embedded_by:
+            self._embedded_by = weights
+            self._train_rows[TRAINED] = self._embed_train(model)
+            self._probes.pop(TRAINED, None)
         if self.judges_start and AT_START not in self._train_rows:
             start = initial_model(self, self.config.seed).to(next(model.parameters()).device).eval()
             self._train_rows[AT_START] = self._embed_train(start)
@@ -239,7 +255,10 @@ class LabelledSystem(ViewSystem):
 
     def evaluate(self, outputs: Mapping[str, Tensor], split: str, final: bool) -> Evaluation:
         estimates, per_item = self.judge(
-            outputs[self.view], split, final, self._train_rows.get("trained") if final else None
+            outputs[self.view],
+            split,
+            final,
+            self._train_rows.get(TRAINED) if final and self.votes(split) else None,
         )
         facts: dict[str, Any] = {}
         if final and self.classes is not None:
@@ -254,18 +273,18 @@ class LabelledSystem(ViewSystem):
         per_item: Mapping[str, np.ndarray],
     ) -> dict[str, Any]:
         """The same of the model at its start and of the raw values: controls among the estimates, and differences."""
-        columns = {"trained": dict(estimates)}
+        columns = {TRAINED: dict(estimates)}
         facts: dict[str, Any] = {"comparison": {}}
         others: dict[str, Scores] = {}
         start = self._at_start.get(split)
         if start is not None:
             train = self._train_rows.get(AT_START) if self.votes(split) else None
-            others[AT_START] = self.judge(start[self.view], split, True, train)
+            others[AT_START] = self.judge(start[self.view], split, True, train, AT_START)
         raw = self.raw_rows()
         if raw is not None:
             name, rows = raw
             others[name] = self.judge(
-                rows[split], split, True, rows["train"] if self.votes(split) else None, raw=True
+                rows[split], split, True, rows["train"] if self.votes(split) else None, name
             )
             facts["baselines"] = {
                 split: {m: e.to_dict() | {"name": f"raw values ({name})"} for m, e in others[name][0].items()}
@@ -289,10 +308,11 @@ class LabelledSystem(ViewSystem):
         split: str,
         final: bool,
         train: Float[Tensor, "m d"] | None = None,
-        raw: bool = False,
+        of: str = TRAINED,
     ) -> Scores:
         """Estimates of embeddings by the labels of their split, and the score of every item under each; with ``train``,
-        the embeddings of the training items, also by their vote and by a probe."""
+        the embeddings of the training items, also by their vote and by a probe. ``of`` says whose embeddings they are.
+        """
         estimates: dict[str, Estimate] = {}
         per_item: dict[str, np.ndarray] = {}
         classes = self.classes
@@ -308,18 +328,20 @@ class LabelledSystem(ViewSystem):
             if len(ranks.queries) == len(rows):
                 per_item["R@1"] = ranks.hits(1)
             if final:
-                estimates["MAP@R"] = map_at_r(rows, codes, bootstrap=bootstrap, split=content)
-                scores, _ = average_precision_at_r(rows, codes)
+                scores, chances = average_precision_at_r(rows, codes)
+                estimates["MAP@R"] = map_estimate(scores, chances, bootstrap=bootstrap, split=content)
                 if not np.isnan(scores).any():
                     per_item["MAP@R"] = scores
         if train is None:
             return estimates, per_item
         at = torch.from_numpy(np.flatnonzero(classes.codes["train"] >= 0))
         known, train = torch.from_numpy(classes.codes["train"])[at], train.clone()[at]
-        metric = "euclidean" if raw and self.towers[self.view].kind != "text" else "cosine"
+        metric = "euclidean" if of in ("pixels", "numbers") else "cosine"
+        if of not in self._probes:
+            self._probes[of] = LinearProbe(train, known)
         guesses: dict[str, Callable[[], Tensor]] = {
             KNN: lambda: nearest_classes(train, known, rows, self.config.knn, metric),  # type: ignore[arg-type]
-            PROBE: lambda: LinearProbe(train, known).classes(rows),
+            PROBE: lambda: self._probes[of].classes(rows),
         }
         judged = (codes >= 0).numpy()
         common = int(np.bincount(known.numpy()).argmax())
@@ -369,7 +391,7 @@ class LabelledSystem(ViewSystem):
             return ()
         rows = [
             [metric, *(f"{each[metric]:.3f}" if metric in each else None for each in columns.values())]
-            for metric in columns["trained"]
+            for metric in columns[TRAINED]
         ]
         lead = f"{split}: the trained model, the model at its start, and the raw values as they are."
         return [Section("Beside the baselines", lead, [Table(["metric", *columns], rows)])]

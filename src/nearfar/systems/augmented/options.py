@@ -7,6 +7,7 @@ from typing import Literal
 
 from nearfar.config import group, option, section
 from nearfar.config.labelled import LabelledOptions
+from nearfar.config.samplers import SamplerOptions, hard, partition, random
 from nearfar.errors import NearfarError
 
 __all__ = ["AugmentOptions", "AugmentedOptions", "MoCoOptions", "SimCLROptions"]
@@ -59,6 +60,7 @@ class AugmentedOptions(LabelledOptions):
         most=0.9,
     )
     augment: AugmentOptions = section(AugmentOptions(), "how pictures are changed")
+    sampler: SamplerOptions = group(random=random, hard=hard, partition=partition, role="batches")
     loss: SimCLROptions | MoCoOptions = group(simclr=SimCLROptions(), moco=MoCoOptions(), role="loss")
 
     def check(self) -> None:
