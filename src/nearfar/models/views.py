@@ -190,6 +190,10 @@ class ViewModel(nn.Module):
         embedded: Tensor = self.heads[name](self.towers[name](field))
         return embedded if present is None else embedded * present[:, None].to(embedded.dtype)
 
+    def tower(self, view: str) -> nn.Module:
+        """The module of a view's tower."""
+        return self.towers[module_name(view)]
+
     def scale(self) -> Float[Tensor, ""] | None:
         """The learned 1 / temperature, at most ``max_scale``; None where it is not learned."""
         if self.log_scale is None:
