@@ -148,9 +148,7 @@ def section(default: T, help: str = "", *, role: Role | None = None) -> T:
     return _field(default, _Declared(help, role))
 
 
-def raw_group(
-    default: Json, help: str, *, models: Sequence[str] = (), role: Role | None = None
-) -> Json:
+def raw_group(default: Json, help: str, *, models: Sequence[str] = (), role: Role | None = None) -> Json:
     """A group whose options belong to the arguments of a class, which checks them itself, such as an encoder's.
 
     ``models``: those of them that name a model, on a hub or in a folder.
