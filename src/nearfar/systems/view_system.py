@@ -54,7 +54,8 @@ class ViewSystem(System[Batch, ViewModel]):
 
     ``prepare`` reads the items, counts values that a tower cannot read as rejections, fits towers on the training
     values alone, and makes a dataset of each split. The model has a tower and a head for each view, the loss is
-    contrastive between views, and success is judged by retrieval between views, beside that of the model before training.
+    contrastive between views, and success is judged by retrieval between views, beside that of the model before
+    training.
     """
 
     config: ViewOptions
