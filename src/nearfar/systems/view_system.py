@@ -225,7 +225,7 @@ class ViewSystem(System[Batch, ViewModel]):
         layout: Json = {
             "system": self.name,
             "splits": {name: items.layout() for name, items in self.splits.items()},
-            "data_hash": content_key(*(items.content_hash() for items in self.splits.values()))[:16],
+            "data_hash": content_key(*map(self.content_hash, self.splits.values()))[:16],
             "views": {view: tower.description for view, tower in self.towers.items()},
             "leaks": {},
         }
@@ -239,6 +239,19 @@ class ViewSystem(System[Batch, ViewModel]):
                 "recall": known.recall,
             }
         return layout
+
+    def content_hash(self, items: Items) -> str:
+        """Names what a split holds: sixteen hexadecimal digits of its ids and of the values of its views, in order.
+
+        Of pictures in files it is their names: the same data is the same in a different folder.
+        """
+        columns = {}
+        for view in self.views:
+            values = items[view]
+            if self.towers[view].kind == "image" and not isinstance(values, np.ndarray):
+                values = [None if value is None else Path(str(value)).name for value in values]
+            columns[view] = values
+        return Items(items.ids, columns).content_hash()
 
     # -- batches ---------------------------------------------------------------------------------------------
     def labels(self) -> np.ndarray | None:
@@ -457,7 +470,7 @@ class ViewSystem(System[Batch, ViewModel]):
                     direction,
                     KS,
                     bootstrap=self.config.bootstrap if final else 0,
-                    split=items.content_hash(*self.views),
+                    split=self.content_hash(items),
                 )
                 estimates |= {f"{name}/{metric}": estimate for metric, estimate in numbers.items()}
                 if rows.all():
