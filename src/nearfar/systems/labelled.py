@@ -35,7 +35,6 @@ from nearfar.systems.view_system import ViewSystem
 from nearfar.towers import Tower, build_tower, guess_tower
 from nearfar.training.evaluation import consecutive
 from nearfar.training.sections import Section, Table
-from nearfar.training.state import initial_model
 from nearfar.training.system import Evaluation, Say, collect
 
 __all__ = ["AT_START", "KNN", "PROBE", "LabelledSystem", "Scores"]
@@ -240,7 +239,7 @@ class LabelledSystem(ViewSystem):
             self._train_rows[TRAINED] = self._embed_train(model)
             self._probes.pop(TRAINED, None)
         if self.judges_start and AT_START not in self._train_rows:
-            start = initial_model(self, self.config.seed).to(next(model.parameters()).device).eval()
+            start = self.model_at_start(next(model.parameters()).device)
             self._train_rows[AT_START] = self._embed_train(start)
 
     def _embed_train(self, model: ViewModel) -> Float[Tensor, "n d"]:
@@ -360,7 +359,7 @@ class LabelledSystem(ViewSystem):
     def _content(self, split: str) -> str:
         """A hash of the items of a split: estimates are comparable only where it is the same."""
         if split not in self._hashes:
-            self._hashes[split] = self.splits[split].content_hash(self.view)
+            self._hashes[split] = self.content_hash(self.splits[split])
         return self._hashes[split]
 
     # -- raw values ------------------------------------------------------------------------------------------

@@ -434,18 +434,22 @@ class ViewSystem(System[Batch, ViewModel]):
         """In the final evaluation the split is embedded by the model at its start, too (that of ``init_from``)."""
         if not (final and self.judges_start) or split in self._at_start or split not in self.datasets:
             return
-        start = initial_model(self, self.config.seed)
-        if self.config.init_from:
-            path = find_checkpoint(self.config.init_from, prefer="best")
-            load_weights(start, Checkpoint.load(path), self, str(path))
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        start = start.to(device).eval()
+        start = self.model_at_start(device)
         dataset, size = self.datasets[split], self.config.trainer.eval_batch_size
         parts = [
             self.embed(start, dataset.__getitems__(positions).to(device))
             for positions in consecutive(len(dataset), size)
         ]
         self._at_start[split] = collect(parts)
+
+    def model_at_start(self, device: torch.device) -> ViewModel:
+        """The model before the first step: as the seed initialises it, or with the weights of ``init_from``."""
+        start = initial_model(self, self.config.seed)
+        if self.config.init_from:
+            path = find_checkpoint(self.config.init_from, prefer="best")
+            load_weights(start, Checkpoint.load(path), self, str(path))
+        return start.to(device).eval()
 
     def answers(self, split: str) -> np.ndarray | None:
         """A label (n,) for each item of a split: those of the same label answer a query; None: its own item alone."""

@@ -122,6 +122,10 @@ class LabelSystem(LabelledSystem):
         assert self.classes is not None
         return {LABEL: Rows(self.classes.codes[split])}
 
+    def value_groups(self, view: str) -> dict[str, np.ndarray] | None:
+        """None: what belongs together is a matter of labels."""
+        return None
+
     def labels(self) -> np.ndarray | None:
         assert self.classes is not None
         return None if self.classes.several else self.classes.codes["train"]
