@@ -20,7 +20,7 @@ from nearfar.contrast import SimilarityMask, join_masks
 from nearfar.data.batch import Augment, Batch, Inputs, ItemDataset, Partial, Rows
 from nearfar.data.cache import cached_arrays, content_key
 from nearfar.data.files import Json
-from nearfar.data.items import Items, value_groups
+from nearfar.data.items import Items, ItemSplits, value_groups
 from nearfar.errors import NearfarError
 from nearfar.losses.views import ViewContext, ViewLoss, view_pairs
 from nearfar.metrics import Estimate, batch_signals, paired_difference, rank_estimates, retrieval_ranks
@@ -33,9 +33,10 @@ from nearfar.training.batches import (
     epoch_record,
     neighbors_needed,
 )
+from nearfar.training.checkpoint import Checkpoint, find_checkpoint
 from nearfar.training.evaluation import consecutive
 from nearfar.training.sections import retrieval_examples
-from nearfar.training.state import initial_model
+from nearfar.training.state import initial_model, load_weights
 from nearfar.training.system import Evaluation, Say, StepOutput, System, TrainSampler, collect
 
 __all__ = ["BEFORE", "ViewSystem", "cached_neighbors"]
@@ -90,19 +91,17 @@ class ViewSystem(System[Batch, ViewModel]):
     def prepare(self, say: Say) -> None:
         """Read items, fit towers, turn values into arrays, look for neighbours where they are needed."""
         self._say = say
-        self.splits = self.load_items(say)
-        self.towers = self.build_towers(say)
-        self.splits = {name: self.readable(items) for name, items in self.splits.items()}
+        self._read(say)
         for name, items in self.splits.items():
             if len(items.rejections):
                 say(f"{name}: {items.source}: {items.rejections.summary()}")
         self.fit_towers()
         for tower, views in self._distinct():
             say(f"{' and '.join(views)}: {tower.description}")
-        groups = {view: value_groups(self.splits, view) for view in self.views}
+        groups = {view: known for view in self.views if (known := self.value_groups(view)) is not None}
         for name, items in self.splits.items():
             inputs = self.view_inputs(items)
-            inputs |= {f"{GROUP}{view}": Rows(groups[view][name]) for view in self.views}
+            inputs |= {f"{GROUP}{view}": Rows(known[name]) for view, known in groups.items()}
             inputs |= self.further_inputs(name, items)
             train = name == "train"
             self.datasets[name] = ItemDataset(
@@ -110,8 +109,19 @@ class ViewSystem(System[Batch, ViewModel]):
             )
         self._find_neighbors(say)
 
+    def _read(self, say: Say) -> None:
+        self.splits = self.load_items(say)
+        self.towers = self.build_towers(say)
+        self.splits = {name: self.readable(items) for name, items in self.splits.items()}
+
+    def load_data(self, say: Say) -> Any:
+        """The splits for ``nearfar data``: what is taken, what is rejected and why; fits and computes nothing."""
+        self._read(say)
+        return ItemSplits(self.splits)
+
     def readable(self, items: Items) -> Items:
-        """Without values that their tower cannot read, and without items that have fewer than two views left."""
+        """Without items of which a value cannot be read, or that have fewer than two views; each is counted with its
+        reason."""
         views = self.views
         reasons: list[str | None] = [None] * len(items)
         for view in views:
@@ -167,6 +177,11 @@ class ViewSystem(System[Batch, ViewModel]):
             if vectors is not None:
                 inputs[REFERENCE] = Rows(vectors)
         return inputs
+
+    def value_groups(self, view: str) -> dict[str, np.ndarray] | None:
+        """For the items of each split a number that is equal where a view's value is the same; None: the loss need not
+        know, and no value is looked at."""
+        return value_groups(self.splits, view)
 
     def further_inputs(self, split: str, items: Items) -> dict[str, Inputs]:
         """Fields beyond the views, such as labels."""
@@ -253,11 +268,19 @@ class ViewSystem(System[Batch, ViewModel]):
         """Classes of the training items, of which ``sampler=balanced`` draws as many each; None: there are none."""
         return None
 
+    def places(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """Positions (n, 2) of the training items and the plane that each lies on, which ``sampler=spatial`` needs;
+        None: they have none."""
+        return None
+
     def build_sampler(self) -> BatchSampler:
         """The sampler that the configuration names."""
         labels = self.labels()
         items = SamplerItems(
-            len(self.datasets["train"]), self.neighbors, labels=None if labels is None else lambda: labels
+            len(self.datasets["train"]),
+            self.neighbors,
+            labels=None if labels is None else lambda: labels,
+            places=self.places(),
         )
         return build_sampler(self.config, items)
 
@@ -348,10 +371,9 @@ class ViewSystem(System[Batch, ViewModel]):
         for view in self.views:
             present = batch.tensor(f"{PRESENT}{view}") if f"{PRESENT}{view}" in batch else None
             embeddings[view] = model.encode(view, batch[view], present)
-        if model.training or not torch.is_inference_mode_enabled():
-            for name in batch:
-                if name.startswith(NEGATIVES):
-                    embeddings[name] = model.encode(name.split(":")[1], batch[name])
+        for name in batch:
+            if name.startswith(NEGATIVES):
+                embeddings[name] = model.encode(negated_view(name), batch[name])
         return embeddings
 
     def context(self, embeddings: Mapping[str, Tensor], batch: Batch) -> ViewContext:
@@ -359,7 +381,7 @@ class ViewSystem(System[Batch, ViewModel]):
         negatives: dict[str, list[Tensor]] = {}
         for name, rows in embeddings.items():
             if name.startswith(NEGATIVES):
-                negatives.setdefault(name.split(":")[1], []).append(rows)
+                negatives.setdefault(negated_view(name), []).append(rows)
         return ViewContext(
             {view: batch.tensor(f"{GROUP}{view}") for view in self.views if f"{GROUP}{view}" in batch},
             self.config.mask_duplicates,
@@ -409,10 +431,13 @@ class ViewSystem(System[Batch, ViewModel]):
         return view_pairs(self.views, getattr(self.loss, "anchor", None))
 
     def before_evaluation(self, model: ViewModel, split: str, final: bool) -> None:
-        """In the final evaluation the split is embedded by the model at its start, too."""
+        """In the final evaluation the split is embedded by the model at its start, too (that of ``init_from``)."""
         if not (final and self.judges_start) or split in self._at_start or split not in self.datasets:
             return
         start = initial_model(self, self.config.seed)
+        if self.config.init_from:
+            path = find_checkpoint(self.config.init_from, prefer="best")
+            load_weights(start, Checkpoint.load(path), self, str(path))
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         start = start.to(device).eval()
         dataset, size = self.datasets[split], self.config.trainer.eval_batch_size
@@ -517,6 +542,15 @@ class ViewSystem(System[Batch, ViewModel]):
         shared = {view: views[0] for _, views in self._distinct() for view in views}
         text = json.dumps({"views": self.views, "towers": shared}, indent=2, ensure_ascii=False)
         (folder / "towers" / "views.json").write_text(text + "\n", encoding="utf-8")
+
+
+def negated_view(name: str) -> str:
+    """The view of a field of further negatives; a view's name may hold colons.
+
+    >>> negated_view("negatives:meta:title:0")
+    'meta:title'
+    """
+    return name.removeprefix(NEGATIVES).rsplit(":", 1)[0]
 
 
 def tower_folder(view: str) -> str:
