@@ -54,7 +54,7 @@ class ViewSystem(System[Batch, ViewModel]):
 
     ``prepare`` reads the items, counts values that a tower cannot read as rejections, fits towers on the training
     values alone, and makes a dataset of each split. The model has a tower and a head for each view, the loss is
-    contrastive between views, and success is judged by retrieval between views, beside that of the model before training.
+    contrastive between views, and success is judged by retrieval between views, beside the model before training.
     """
 
     config: ViewOptions
@@ -97,10 +97,10 @@ class ViewSystem(System[Batch, ViewModel]):
         self.fit_towers()
         for tower, views in self._distinct():
             say(f"{' and '.join(views)}: {tower.description}")
-        groups = {view: value_groups(self.splits, view) for view in self.views}
+        groups = self.groups()
         for name, items in self.splits.items():
             inputs = self.view_inputs(items)
-            inputs |= {f"{GROUP}{view}": Rows(groups[view][name]) for view in self.views}
+            inputs |= {f"{GROUP}{view}": Rows(numbers[name]) for view, numbers in groups.items()}
             inputs |= self.further_inputs(name, items)
             train = name == "train"
             self.datasets[name] = ItemDataset(
@@ -165,6 +165,10 @@ class ViewSystem(System[Batch, ViewModel]):
             if vectors is not None:
                 inputs[REFERENCE] = Rows(vectors)
         return inputs
+
+    def groups(self) -> dict[str, dict[str, np.ndarray]]:
+        """By view and split numbers of the items that are equal where the value of the view is."""
+        return {view: value_groups(self.splits, view) for view in self.views}
 
     def further_inputs(self, split: str, items: Items) -> dict[str, Inputs]:
         """Fields beyond the views, such as labels."""
@@ -355,21 +359,27 @@ class ViewSystem(System[Batch, ViewModel]):
             {view: torch.stack(rows, dim=1) for view, rows in negatives.items()},
         )
 
+    def contrasted(self, embeddings: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The embeddings that the loss is given, by view."""
+        return {view: embeddings[view] for view in self.views}
+
     def loss_of(self, model: ViewModel, embeddings: Mapping[str, Tensor], batch: Batch) -> StepOutput:
         """The loss between views; equal values and likely false negatives are no negatives."""
         loss = cast(ViewLoss, self.loss)
         context, memory = self.context(embeddings, batch), model.memory
-        views = {view: embeddings[view] for view in self.views}
-        value = loss(views, context, scale=model.scale(), bias=model.bias, memory=memory)
+        value = loss(
+            self.contrasted(embeddings), context, scale=model.scale(), bias=model.bias, memory=memory
+        )
         if memory is None:
             return StepOutput(value, lambda: self._record(context, batch))
         age = memory.age()
-        whole = slice(None)
-        if context.present:
-            whole = torch.stack(list(context.present.values())).all(0).nonzero()[:, 0]  # type: ignore[assignment]
+        whole: slice | Tensor = slice(None)
+        partial = [context.present[view] for view in self.views if view in context.present]
+        if partial:
+            whole = torch.stack(partial).all(0).nonzero()[:, 0]
         memory.push(
-            {view: rows[whole] for view, rows in views.items()},
-            {view: group[whole] for view, group in context.groups.items()},
+            {view: embeddings[view][whole] for view in self.views},
+            {view: context.groups[view][whole] for view in self.views},
             None if context.reference is None else context.reference[whole],
         )
         return StepOutput(value, lambda: self._record(context, batch) | {"memory_age": age.item()})
@@ -379,8 +389,8 @@ class ViewSystem(System[Batch, ViewModel]):
         record = cast(ViewLoss, self.loss).record()
         if "scale" in record:
             record["largest_logit"] = record["scale"]  # embeddings have unit length
-        first, second = self.pairs()[0]
-        if first in context.present or second in context.present or not context.groups:
+        first, second = next(iter(self.pairs()), ("", ""))
+        if not {first, second} <= context.groups.keys() - context.present.keys():
             return record
         copies = join_masks(ViewContext(context.groups).same_content(first, second))
         likely = None
@@ -391,7 +401,7 @@ class ViewSystem(System[Batch, ViewModel]):
     # -- evaluation ------------------------------------------------------------------------------------------
     def pairs(self) -> list[tuple[str, str]]:
         """The views that are contrasted and judged with each other."""
-        return view_pairs(self.views, getattr(self.loss, "anchor", None))
+        return self.loss.pairs_of(self.views) if isinstance(self.loss, ViewLoss) else view_pairs(self.views)
 
     def before_evaluation(self, model: ViewModel, split: str, final: bool) -> None:
         """In the final evaluation the split is embedded by the model at its start, too."""

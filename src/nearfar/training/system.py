@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -113,6 +113,8 @@ class System(ABC, Generic[Batch, Model]):
     name: str
     #: the estimate that chooses the best checkpoint, and that early stopping watches; it says which way is better
     monitor: str
+    #: modules of the model by their names in earlier versions, so that older checkpoints load
+    former_weights: ClassVar[Mapping[str, str]] = {}
     config: RunOptions
     #: ``train``, ``val``, ``test``, as far as there are any; filled by ``prepare``
     datasets: Mapping[str, BatchDataset[Batch]]
