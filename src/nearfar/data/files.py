@@ -12,10 +12,11 @@ import os
 import stat
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from nearfar.errors import NearfarError
 
@@ -27,9 +28,11 @@ __all__ = [
     "Maybe",
     "check_shape",
     "parse_json",
+    "read_array",
     "read_arrays",
     "read_bytes",
     "read_json",
+    "read_names",
     "read_text",
     "read_yaml",
 ]
@@ -82,6 +85,22 @@ def read_text(path: Path, limit: int = TEXT_LIMIT) -> str:
         return read_bytes(path, limit).decode("utf-8")
     except UnicodeDecodeError as error:
         raise NearfarError(f"{path} is not UTF-8 text (byte {error.start}). {DAMAGED}") from None
+
+
+def read_names(path: Path, what: str) -> list[str]:
+    """Names, one on a line, each once; ``what`` is what they name, for messages.
+
+    Raises:
+        NearfarError: no such file, no name in it, a name that stands twice.
+    """
+    lines = read_text(path).removeprefix("\ufeff").splitlines()
+    names = [line.strip() for line in lines if line.strip()]
+    if not names:
+        raise NearfarError(f"{path} names no {what}; one name on each line is expected.")
+    if len(set(names)) < len(names):
+        twice = sorted(name for name, count in Counter(names).items() if count > 1)
+        raise NearfarError(f"{path} names {', '.join(twice[:5])} more than once.")
+    return names
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -155,7 +174,7 @@ def read_arrays(path: Path, limit: int = ARRAYS_LIMIT) -> dict[str, np.ndarray]:
                 raise ValueError(f"its arrays take {total:,} bytes, more than {limit:,} are not read")
             for member in archive.infolist():
                 with archive.open(member) as file:
-                    arrays[member.filename.removesuffix(".npy")] = _array(file, member.file_size)
+                    arrays[member.filename.removesuffix(".npy")] = read_array(file, member.file_size)  # type: ignore[arg-type]
     except NearfarError:
         raise
     except (OSError, ValueError, EOFError, KeyError, RuntimeError, NotImplementedError) as error:
@@ -165,8 +184,8 @@ def read_arrays(path: Path, limit: int = ARRAYS_LIMIT) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _array(file: Any, size: int) -> np.ndarray:
-    """One ``.npy`` member of ``size`` bytes."""
+def read_array(file: BinaryIO, size: int) -> np.ndarray:
+    """The array in the ``size`` bytes of an ``.npy`` file; ``ValueError`` where it is of objects or declares more."""
     import numpy as np
 
     version = np.lib.format.read_magic(file)

@@ -2,86 +2,70 @@
 
 from __future__ import annotations
 
-import json
-import os
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from nearfar.data.files import read_arrays
+from nearfar.data.column_kinds import Reasons, typed, without_placeholders
+from nearfar.data.delimited import decode, text_lines
 from nearfar.data.items import Column, Items
 from nearfar.data.rejections import Rejections
-from nearfar.data.table_formats import JSON_SUFFIXES, full_suffix
-from nearfar.data.tables import RawTable, choose_columns, column_key, is_placeholder, open_table
+from nearfar.data.table_formats import JSON_SUFFIXES, content_of, full_suffix
+from nearfar.data.tables import RawTable, choose_columns, column_key, open_table
 from nearfar.errors import NearfarError
 
-__all__ = [
-    "ARRAY_SUFFIXES",
-    "PICTURE_SUFFIXES",
-    "array_items",
-    "build_items",
-    "choose",
-    "stack_vectors",
-    "table_items",
-    "without_placeholders",
-]
+__all__ = ["Wanted", "build_items", "choose", "select", "table_items"]
 
-PICTURE_SUFFIXES = frozenset(
-    (
-        ".jpg",
-        ".jpeg",
-        ".jpe",
-        ".png",
-        ".gif",
-        ".bmp",
-        ".webp",
-        ".tif",
-        ".tiff",
-        ".avif",
-        ".jp2",
-        ".ppm",
-        ".pgm",
-    )
-)
-"""How files of pictures end, in small letters."""
-ARRAY_SUFFIXES = (".npy", ".npz")
-_MOST = 0.9  # the share of a column's values that decides what all of them are
 _REPEATS = 0.1  # a column in which more of the values than this repeat is no column of ids
 _IDS = ("id",)
 
-Reasons = list[str | None]
-"""For each row why it is rejected, or None."""
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be read: columns (None: all), of ids and of groups; and how options are named in messages."""
+
+    columns: Sequence[str] | None = None
+    id_column: str | None = None
+    group_column: str | None = None
+    naming: str = "columns=[NAME]"
+    id_naming: str = "id_column=NAME"
+    group_naming: str = "group_column=NAME"
+    encoding: str | None = None
+    encoding_option: str = "encoding"
+
+    @property
+    def named(self) -> list[str]:
+        """All names that were given."""
+        names = (*(self.columns or ()), self.id_column, self.group_column)
+        return [name for name in names if name is not None]
 
 
 def table_items(
     path: Path,
-    columns: Sequence[str] | None = None,
-    id_column: str | None = None,
-    group_column: str | None = None,
-    encoding: str | None = None,
-    encoding_option: str = "encoding",
-    naming: str = "columns=[NAME]",
+    wanted: Wanted,
 ) -> Items:
     """The items of a text table, a spreadsheet or JSON; arguments and errors as of `nearfar.data.sources.read_items`.
 
     >>> import tempfile
     >>> file = Path(tempfile.mkdtemp()) / "words.csv"
     >>> _ = file.write_text('id,word,vector\\nb,near,"[1, 2]"\\na,N/A,"[3, 4]"\\n')
-    >>> items = table_items(file)
+    >>> items = table_items(file, Wanted())
     >>> items.ids, items["word"], items["vector"].tolist()
     (['b', 'a'], ['near', None], [[1.0, 2.0], [3.0, 4.0]])
     """
-    raw = open_table(path, encoding, encoding_option)
-    named = [name for name in (*(columns or ()), id_column, group_column) if name is not None]
+    raw = open_table(path, wanted.encoding, wanted.encoding_option)
+    if wanted.named == ["text"] and full_suffix(path) == ".txt" and _no_table(raw):
+        raw = _lines(path, wanted)
+    named = wanted.named
     if named and all(name.isdigit() for name in named) and _by_number(raw, named):
         raw = raw.without_header()
         raw.notes.append("no header line: columns were given by number")
-    used, id_name = choose(path, raw.header, columns, id_column, group_column, naming)
+    used, id_name = choose(path, raw.header, wanted)
     table = raw.take(used)
     notes: dict[str, Any] = {"reading": list(table.notes)} if table.notes else {}
     values: dict[str, Column] = {
@@ -91,15 +75,33 @@ def table_items(
         str(path),
         values,
         table.rows,
-        kept=list(raw.header) if columns is None else list(columns),
+        kept=list(raw.header) if wanted.columns is None else list(wanted.columns),
         id_name=id_name,
-        group_name=group_column,
-        asked=columns is not None,
+        group_name=wanted.group_column,
+        asked=wanted.columns is not None,
         folder=path.parent,
         rejections=table.rejections,
         notes=notes,
-        id_given=id_column is not None,
+        id_given=wanted.id_column is not None,
     )
+
+
+def _no_table(raw: RawTable) -> bool:
+    """Whether a text file is texts alone, one a line: no column is called text, and no tab separates any."""
+    return "text" not in map(column_key, raw.header) and not any(
+        "\t" in field for row in (raw.header, *raw.rows[:100]) for field in row
+    )
+
+
+def _lines(path: Path, wanted: Wanted) -> RawTable:
+    """Every line of a file as a text, from the first on."""
+    lines = text_lines(decode(path, content_of(path), wanted.encoding, wanted.encoding_option))
+    rejections = Rejections()
+    numbers = [number for number, line in enumerate(lines, start=1) if line.strip()]
+    for number in sorted(set(range(1, len(lines) + 1)) - set(numbers)):
+        rejections.add("blank line", number)
+    rows = [[lines[number - 1]] for number in numbers]
+    return RawTable(path, ["text"], rows, numbers, len(lines), 0, rejections, ["every line is a text"])
 
 
 def _by_number(raw: RawTable, named: Sequence[str]) -> bool:
@@ -115,31 +117,52 @@ def _by_number(raw: RawTable, named: Sequence[str]) -> bool:
 def choose(
     path: Path,
     header: Sequence[str],
-    columns: Sequence[str] | None,
-    id_column: str | None,
-    group_column: str | None,
-    naming: str,
+    wanted: Wanted,
     introduction: str = "Its header line has",
 ) -> tuple[dict[str, int], str | None]:
     """Where the wanted columns stand, and the name of the column of ids: that given, or one that is called ``id``."""
     repeated = [head for head, count in Counter(header).items() if count > 1]
-    wanted = list(dict.fromkeys(columns if columns is not None else header))
-    if columns is None and repeated:
+    if wanted.columns is None and repeated:
         raise NearfarError(f"{path} has several columns called '{repeated[0]}': rename all but one.")
-    if columns is None:
+    if wanted.columns is None:
         used = {name: position for position, name in enumerate(header)}
     else:
-        used = _chosen(path, header, wanted, naming, introduction)
-    for name, option in ((id_column, "id_column=NAME"), (group_column, "group_column=NAME")):
+        names = list(dict.fromkeys(wanted.columns))
+        patterns = {name: _matching(name, header) for name in names if "*" in name and name not in header}
+        plain = [name for name in names if not patterns.get(name)]
+        used = _chosen(path, header, plain, wanted.naming, introduction)
+        used.update({header[i]: i for positions in patterns.values() for i in positions})
+    for name, option in ((wanted.id_column, wanted.id_naming), (wanted.group_column, wanted.group_naming)):
         if name is not None and name not in used:
             used.update(_chosen(path, header, [name], option, introduction))
-    if id_column is not None:
-        return used, id_column
+    if wanted.id_column is not None:
+        return used, wanted.id_column
     same = [position for position, head in enumerate(header) if column_key(head) in _IDS]
     if len(same) != 1:
         return used, None
     used.setdefault(header[same[0]], same[0])
     return used, header[same[0]]
+
+
+def _matching(pattern: str, header: Sequence[str]) -> list[int]:
+    """Positions of the columns that a name with ``*`` means."""
+    return [i for i, head in enumerate(header) if fnmatchcase(column_key(head), column_key(pattern))]
+
+
+def select(items: Items, wanted: Wanted) -> Items:
+    """Items that were read whole, with the columns that are wanted under the names they were asked by."""
+    header = list(items.columns)
+    used, _ = choose(Path(items.source), header, wanted, "Its columns are")
+    values = {name: items.columns[header[position]] for name, position in used.items()}
+    kept = header if wanted.columns is None else dict.fromkeys(wanted.columns)
+    rows = items.rows if items.rows is not None else list(range(1, len(items) + 1))
+    groups = items.groups if wanted.group_column is None else _groups(values[wanted.group_column], rows)
+    chosen = replace(items, columns={name: values[name] for name in kept}, groups=groups)
+    if wanted.id_column is None:
+        return chosen
+    ids, reasons = _ids(items.source, wanted.id_column, values, rows, True, {})
+    chosen = replace(chosen, ids=ids)
+    return chosen if reasons is None else chosen.rejecting(wanted.id_column, reasons)
 
 
 def _chosen(
@@ -151,84 +174,6 @@ def _chosen(
     return choose_columns(
         path, header, {name: (name,) for name in wanted}, {n: n for n in wanted}, (), how, introduction
     )
-
-
-def without_placeholders(name: str, values: Sequence[Any], notes: dict[str, Any]) -> list[Any]:
-    """Texts without blanks around them; empty ones, and words for *missing*, are None."""
-    texts: list[Any] = []
-    words: Counter[str] = Counter()
-    for value in values:
-        if not isinstance(value, str):
-            texts.append(value)
-            continue
-        text = value.strip()
-        if text and is_placeholder(text):
-            words[text] += 1
-            text = ""
-        texts.append(text or None)
-    if words:
-        notes.setdefault("words for missing", {})[name] = dict(words)
-    return texts
-
-
-# -- arrays --------------------------------------------------------------------------------------------------
-def array_items(
-    path: Path,
-    columns: Sequence[str] | None = None,
-    id_column: str | None = None,
-    group_column: str | None = None,
-    naming: str = "columns=[NAME]",
-) -> Items:
-    """The rows of the arrays of an ``.npz`` file, which are the columns; of an ``.npy`` file as the column ``vector``.
-
-    Raises:
-        NearfarError: arrays of different lengths or of objects, no such array, a damaged file.
-    """
-    arrays = read_arrays(path) if path.suffix.lower() == ".npz" else {"vector": _load(path)}
-    used, id_name = choose(path, list(arrays), columns, id_column, group_column, naming, "Its arrays are")
-    header = list(arrays)
-    values = {name: arrays[header[position]] for name, position in used.items()}
-    for name, array in values.items():
-        if array.ndim == 0:
-            raise NearfarError(
-                f"{path}: the array '{name}' is a single number, and a row for each item is needed."
-            )
-    lengths = {name: len(array) for name, array in values.items()}
-    if len(set(lengths.values())) > 1:
-        shown = ", ".join(f"{name} {n}" for name, n in lengths.items())
-        raise NearfarError(
-            f"{path}: its arrays have different numbers of rows ({shown}): name those that belong together."
-        )
-    n = next(iter(lengths.values()), 0)
-    if not n:
-        raise NearfarError(f"{path} has no rows.")
-    kept = list(columns) if columns is not None else [name for name in values if name != id_name]
-    plain = {name: array.tolist() if array.dtype.kind in "US" else array for name, array in values.items()}
-    return build_items(
-        str(path),
-        {name: [_text(value) for value in v] if isinstance(v, list) else v for name, v in plain.items()},
-        list(range(1, n + 1)),
-        kept=kept,
-        id_name=id_name,
-        group_name=group_column,
-        asked=columns is not None,
-        folder=path.parent,
-        id_given=id_column is not None,
-    )
-
-
-def _text(value: str | bytes) -> str | None:
-    return (value.decode("utf-8", "replace") if isinstance(value, bytes) else value) or None
-
-
-def _load(path: Path) -> np.ndarray:
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except Exception as error:  # numpy raises whatever the text in a file's head leads to
-        raise NearfarError(f"{path} cannot be read as an array: {error}") from None
-    if not isinstance(array, np.ndarray):
-        raise NearfarError(f"{path} holds several arrays: call it {path.stem}.npz.")
-    return array
 
 
 # -- items ---------------------------------------------------------------------------------------------------
@@ -266,9 +211,14 @@ def build_items(
     about = dict(notes or {})
     columns: dict[str, Column] = {}
     for name in dict.fromkeys(kept):
-        column, reason = values[name], None
-        if isinstance(column, list):
-            column, reason = _typed(source, name, column, folder, asked, about)
+        column, reason = values.get(name), None
+        if column is None:
+            names = list(values)
+            column, reason = _side_by_side(
+                source, name, {names[i]: values[names[i]] for i in _matching(name, names)}
+            )
+        elif isinstance(column, list):
+            column, reason = typed(source, name, column, folder, asked, about)
         if reason is not None:
             wrong[name] = reason
         columns[name] = column
@@ -283,11 +233,37 @@ def build_items(
         if bad is None:
             usable.append(i)
             continue
-        value = values[bad][i] if isinstance(values[bad], list) else ""
+        column = values.get(bad, "")
+        value = column[i] if isinstance(column, list) else ""
         tally.add(str(wrong[bad][i]), row, value, f"column '{bad}'")
     if rows and not usable:
         raise NearfarError(f"{source}: none of its {len(rows)} rows is usable; {tally.summary()}.")
     return items if len(usable) == len(rows) else replace(items.take(usable), rejections=tally)
+
+
+def _side_by_side(source: str, name: str, values: Mapping[str, Column]) -> tuple[Column, Reasons | None]:
+    """Several columns of numbers as one of vectors (n, d): what lacks one number lacks the vector."""
+    n = len(next(iter(values.values())))
+    matrix = np.empty((n, len(values)), np.float32)
+    reasons: Reasons = [None] * n
+    for at, (each, column) in enumerate(values.items()):
+        if isinstance(column, np.ndarray):
+            if column.ndim != 1 or column.dtype.kind not in "fiub":
+                raise NearfarError(
+                    f"{source}: the columns '{name}' are to be numbers side by side, and '{each}' is none."
+                )
+            matrix[:, at] = column
+            continue
+        for i, value in enumerate(column):
+            try:
+                matrix[i, at] = np.nan if value is None else float(value)
+            except (TypeError, ValueError):
+                matrix[i, at], reasons[i] = np.nan, f"no number in '{each}'"
+    if all(reason is not None for reason in reasons):
+        raise NearfarError(
+            f"{source}: the columns '{name}' are to be numbers side by side; row 1 has {reasons[0]}."
+        )
+    return matrix, reasons if any(reasons) else None
 
 
 def _ids(
@@ -332,130 +308,3 @@ def _groups(values: Column, rows: Sequence[int]) -> list[Any]:
         f"without a group, row {row}" if value is None or value != value else value
         for value, row in zip(plain, rows, strict=True)
     ]
-
-
-# -- what a column of texts is -------------------------------------------------------------------------------
-def _typed(
-    source: str, name: str, values: list[Any], folder: Path | None, asked: bool, about: dict[str, Any]
-) -> tuple[Column, Reasons | None]:
-    """A column of texts as vectors or paths of pictures, where nearly all of its values are such."""
-    texts = [value for value in values if isinstance(value, str)]
-    if not texts:
-        return values, None
-    if sum(text[:1] == "[" and text[-1:] == "]" for text in texts) >= _MOST * len(texts):
-        return _listed(values, name, about)
-    pictures = sum(os.path.splitext(text)[1].lower() in PICTURE_SUFFIXES for text in texts)
-    if folder is not None and pictures >= _MOST * len(texts):
-        return _pictures(source, name, values, folder, asked, about)
-    return values, None
-
-
-def _listed(values: list[Any], name: str, about: dict[str, Any]) -> tuple[Column, Reasons | None]:
-    """Texts in square brackets: lists of numbers are vectors, lists of words are texts joined by ``; ``."""
-    vectors: list[np.ndarray | None] = []
-    reasons: Reasons = []
-    for value in values:
-        vector = _numbers(value) if value is not None else None
-        vectors.append(vector)
-        reasons.append("no list of numbers" if value is not None and vector is None else None)
-    wrong = sum(reason is not None for reason in reasons)
-    if wrong <= (1 - _MOST) * sum(value is not None for value in values):
-        column, lengths = stack_vectors(vectors)
-        both = [a or b for a, b in zip(reasons, lengths or [None] * len(reasons), strict=True)]
-        return column, both if any(both) else None
-    lists = [_words(value) if isinstance(value, str) else None for value in values]
-    if all(words is not None for words, value in zip(lists, values, strict=True) if value is not None):
-        about.setdefault("lists joined by '; '", []).append(name)
-        return [None if not words else "; ".join(words) for words in lists], None
-    return values, None
-
-
-def _numbers(text: str) -> np.ndarray | None:
-    parts = re.split(r"[,\s]+", text.strip()[1:-1].strip())
-    try:
-        return np.array([float(part) for part in parts if part], dtype=np.float32)
-    except ValueError:
-        return None
-
-
-def _words(text: str) -> list[str] | None:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, list) and all(isinstance(word, str) for word in value) else None
-
-
-def stack_vectors(vectors: Sequence[np.ndarray | None]) -> tuple[Column, Reasons | None]:
-    """Vectors of one length as an array, missing ones as NaN; rows of a length that few have get a reason.
-
-    Where less than nine in ten are of one length, they are no vectors of features and stay a list.
-
-    >>> column, reasons = stack_vectors([np.ones(2, np.float32)] * 9 + [np.ones(3, np.float32)])
-    >>> column.shape, reasons[-1]
-    ((10, 2), 'not 2 numbers')
-    """
-    lengths = Counter(vector.shape for vector in vectors if vector is not None)
-    if not lengths:
-        return [None] * len(vectors), None
-    shape, count = lengths.most_common(1)[0]
-    if count < _MOST * sum(lengths.values()) or not np.prod(shape):
-        return list(vectors), None
-    complete = all(vector is not None and vector.shape == shape for vector in vectors)
-    types = [vector.dtype for vector in vectors if vector is not None]
-    dtype = np.result_type(*set(types)) if complete else np.result_type(np.float32, *set(types))
-    column = np.full((len(vectors), *shape), 0 if complete else np.nan, dtype)
-    reasons: Reasons = []
-    words = " × ".join(map(str, shape))
-    for i, vector in enumerate(vectors):
-        fits = vector is not None and vector.shape == shape
-        if fits:
-            column[i] = vector
-        reasons.append(None if fits or vector is None else f"not {words} numbers")
-    return column, reasons if any(reasons) else None
-
-
-def _pictures(
-    source: str, name: str, values: list[Any], folder: Path, asked: bool, about: dict[str, Any]
-) -> tuple[Column, Reasons | None]:
-    """Paths of pictures that are on disk; the others get a reason."""
-    known: dict[str, str | None] = {None: None}  # type: ignore[dict-item]
-    for value in values:
-        if value not in known:
-            known[value] = _picture(value, folder)
-    paths = [known[value] for value in values]
-    missing = [value for value in values if value is not None and known[value] is None]
-    if missing and not any(paths):
-        shown = f"'{missing[0]}'"
-        if not asked:
-            about.setdefault("pictures that are not here", []).append(name)
-            return values, None
-        if "://" in missing[0]:
-            raise NearfarError(
-                f"{source}: the column '{name}' holds addresses ({shown}): load the pictures to disk and "
-                "name the files."
-            )
-        raise NearfarError(
-            f"{source}: none of the {len(missing)} pictures of the column '{name}' is here ({shown} …); they are "
-            f"sought in {folder} and in {folder / 'images'}. Put them there, or write their full paths into the table."
-        )
-    reasons: Reasons = [
-        "no such picture" if value is not None and path is None else None
-        for value, path in zip(values, paths, strict=True)
-    ]
-    return paths, reasons if missing else None
-
-
-def _picture(value: str, folder: Path) -> str | None:
-    """The file that a path in a table means: as it is, below the table's folder, or below ``images/`` there.
-
-    Paths of other machines and systems lose leading folders until a file is met.
-    """
-    parts = [part for part in value.replace("\\", "/").split("/") if part not in ("", ".")]
-    tries = [value, *("/".join(parts[skipped:]) for skipped in range(len(parts)))]
-    roots = (folder, folder / "images")
-    paths = (os.path.join(root, part) for part in tries for root in roots)  # an absolute path stays as it is
-    try:
-        return next((path for path in paths if os.path.isfile(path)), None)
-    except ValueError:  # a NUL in a path
-        return None

@@ -299,9 +299,7 @@ def test_errors_of_bad_files(tmp_path, pairs):
 
 def test_second_reading_does_not_parse_again(pairs, monkeypatch):
     first = load_files(pairs)
-    monkeypatch.setattr(
-        "nearfar.models.molecules.smiles.parse_smiles", lambda _: pytest.fail("parsed again")
-    )
+    monkeypatch.setattr("nearfar.models.molecules.smiles.parse_smiles", lambda _: pytest.fail("parsed again"))
     assert load_files(pairs).train.hash == first.train.hash
 
 
