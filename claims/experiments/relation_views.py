@@ -55,7 +55,11 @@ QUANTITIES = {
     "new_minus_rescored": "the model trained on five relations minus the rescored one, the same pairs",
 }
 
-LOSSES = {"infonce": InfoNCEOptions(), "supcon": SupConOptions(), "supcon_inside": SupConInsideOptions()}
+LOSSES: dict[str, InfoNCEOptions | SupConOptions | SupConInsideOptions] = {
+    "infonce": InfoNCEOptions(),
+    "supcon": SupConOptions(),
+    "supcon_inside": SupConInsideOptions(),
+}
 #: a view of every pair by name, by split
 Blocks = dict[str, dict[str, np.ndarray]]
 

@@ -263,8 +263,12 @@ def test_boxes_are_moved_by_their_share_in_the_same_way_for_the_same_batch(folde
                 edges[row, edge] += 0.1 * side * steps[row, edge]
         moved.append(edges)
     every = spatial_numbers(pairs.subject_box, pairs.object_box, pairs.size)
-    numbers = slice(7)  # both boxes of these pairs have one area, so that the last number, its ratio, is always 1
-    expected = ((spatial_numbers(*moved, pairs.size[at]) - every.mean(0))[:, numbers]) / every[:, numbers].std(0)
+    numbers = slice(
+        7
+    )  # both boxes of these pairs have one area, so that the last number, its ratio, is always 1
+    expected = ((spatial_numbers(*moved, pairs.size[at]) - every.mean(0))[:, numbers]) / every[
+        :, numbers
+    ].std(0)
     jittered = train.__getitems__(at).tensor(JITTERED)
     np.testing.assert_allclose(jittered[:, numbers], expected, rtol=1e-4, atol=1e-5)
     assert not jittered[:, 7].any()
