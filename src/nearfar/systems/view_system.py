@@ -99,10 +99,10 @@ class ViewSystem(System[Batch, ViewModel]):
         self.fit_towers()
         for tower, views in self._distinct():
             say(f"{' and '.join(views)}: {tower.description}")
-        groups = self.groups()
+        groups = {view: known for view in self.views if (known := self.value_groups(view)) is not None}
         for name, items in self.splits.items():
             inputs = self.view_inputs(items)
-            inputs |= {f"{GROUP}{view}": Rows(numbers[name]) for view, numbers in groups.items()}
+            inputs |= {f"{GROUP}{view}": Rows(known[name]) for view, known in groups.items()}
             inputs |= self.further_inputs(name, items)
             train = name == "train"
             self.datasets[name] = ItemDataset(
@@ -168,9 +168,10 @@ class ViewSystem(System[Batch, ViewModel]):
                 inputs[REFERENCE] = Rows(vectors)
         return inputs
 
-    def groups(self) -> dict[str, dict[str, np.ndarray]]:
-        """By view and split numbers of the items that are equal where the value of the view is."""
-        return {view: value_groups(self.splits, view) for view in self.views}
+    def value_groups(self, view: str) -> dict[str, np.ndarray] | None:
+        """For the items of each split a number that is equal where a view's value is the same; None: the loss need not
+        know, and no value is looked at."""
+        return value_groups(self.splits, view)
 
     def further_inputs(self, split: str, items: Items) -> dict[str, Inputs]:
         """Fields beyond the views, such as labels."""
@@ -224,31 +225,51 @@ class ViewSystem(System[Batch, ViewModel]):
         layout: Json = {
             "system": self.name,
             "splits": {name: items.layout() for name, items in self.splits.items()},
-            "data_hash": content_key(*(items.content_hash() for items in self.splits.values()))[:16],
+            "data_hash": content_key(*map(self.content_hash, self.splits.values()))[:16],
             "views": {view: tower.description for view, tower in self.towers.items()},
             "leaks": {},
         }
-        if self.neighbors is not None:
-            known = self.neighbors
-            layout["neighbors"] = {
-                "of": self.reference_view(),
-                "k": known.k,
-                "exact": known.exact,
-                "index": known.index,
-                "recall": known.recall,
-            }
-        return layout
+        return layout | self.neighbors_layout()
+
+    def neighbors_layout(self) -> Json:
+        """What neighbours are of and how they were found, where there are any."""
+        known = self.neighbors
+        if known is None:
+            return {}
+        how = {"k": known.k, "exact": known.exact, "index": known.index, "recall": known.recall}
+        return {"neighbors": {"of": self.reference_view(), **how}}
+
+    def content_hash(self, items: Items) -> str:
+        """Names what a split holds: sixteen hexadecimal digits of its ids and of the values of its views, in order.
+
+        Of pictures in files it is their names: the same data is the same in a different folder.
+        """
+        columns = {}
+        for view in self.views:
+            values = items[view]
+            if self.towers[view].kind == "image" and not isinstance(values, np.ndarray):
+                values = [None if value is None else Path(str(value)).name for value in values]
+            columns[view] = values
+        return Items(items.ids, columns).content_hash()
 
     # -- batches ---------------------------------------------------------------------------------------------
     def labels(self) -> np.ndarray | None:
         """Classes of the training items, of which ``sampler=balanced`` draws as many each; None: there are none."""
         return None
 
+    def places(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """Positions (n, 2) of the training items and the plane that each lies on, which ``sampler=spatial`` needs;
+        None: they have none."""
+        return None
+
     def build_sampler(self) -> BatchSampler:
         """The sampler that the configuration names."""
         labels = self.labels()
         items = SamplerItems(
-            len(self.datasets["train"]), self.neighbors, labels=None if labels is None else lambda: labels
+            len(self.datasets["train"]),
+            self.neighbors,
+            labels=None if labels is None else lambda: labels,
+            places=self.places(),
         )
         return build_sampler(self.config, items)
 
@@ -454,7 +475,7 @@ class ViewSystem(System[Batch, ViewModel]):
                     direction,
                     KS,
                     bootstrap=self.config.bootstrap if final else 0,
-                    split=items.content_hash(*self.views),
+                    split=self.content_hash(items),
                 )
                 estimates |= {f"{name}/{metric}": estimate for metric, estimate in numbers.items()}
                 if rows.all():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,15 +17,7 @@ from nearfar.schedules import learning_rate_factor
 from nearfar.training.checkpoint import Checkpoint
 from nearfar.training.system import Model, System
 
-__all__ = [
-    "Mean",
-    "RunState",
-    "build_optimizer",
-    "dropout_seed",
-    "initial_model",
-    "load_weights",
-    "renamed_weights",
-]
+__all__ = ["Mean", "RunState", "build_optimizer", "dropout_seed", "initial_model", "load_weights"]
 
 
 class Mean:
@@ -115,24 +106,6 @@ def initial_model(system: System[Any, Model], seed: int) -> Model:
         return system.build_model()
 
 
-def renamed_weights(weights: Mapping[str, Any], former: Mapping[str, str]) -> dict[str, Any]:
-    """Weights of an older version under today's names: ``former`` has by a module's former name that of today.
-
-    Of weights that have today's names already nothing changes.
-
-    >>> renamed_weights({"image.0.weight": 1, "imagery": 2}, {"image": "heads.image"})
-    {'heads.image.0.weight': 1, 'imagery': 2}
-    """
-
-    def today(name: str) -> str:
-        for old, new in former.items():
-            if name == old or name.startswith(f"{old}."):
-                return new + name[len(old) :]
-        return name
-
-    return {today(name) if isinstance(name, str) else name: value for name, value in weights.items()}
-
-
 def load_weights(model: nn.Module, checkpoint: Checkpoint, system: System, origin: str) -> None:
     """The weights of a checkpoint into ``model``; ``NearfarError`` where they belong to a different system or model."""
     if checkpoint.system != system.name:
@@ -140,7 +113,7 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, system: System, origi
             f"{origin}: weights of system '{checkpoint.system}' cannot start a run of '{system.name}'."
         )
     try:
-        model.load_state_dict(renamed_weights(checkpoint.model, system.former_weights))
+        model.load_state_dict(system.read_weights(checkpoint.model))
     except (RuntimeError, AttributeError, TypeError) as error:  # the latter two of names that are no text
         first = "; ".join(line.strip() for line in str(error).splitlines()[1:4])
         raise NearfarError(

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -102,7 +102,7 @@ Say = Callable[[str], None]
 class System(ABC, Generic[Batch, Model]):
     """One complete job, from data to metrics. Built from its options; reads its data in ``prepare``.
 
-    ``System[MoleculeBatch, MoleculeTextModel]`` says what its batches and its model are.
+    ``System[Batch, ViewModel]`` says what its batches and its model are.
 
     A minimal system writes seven methods: ``prepare``, ``layout``, ``build_model``, ``build_sampler``, ``encode``,
     ``loss_of`` and ``evaluate``; ``encode`` and ``loss_of`` give it cached batches (``trainer.cached_chunk``), several
@@ -113,8 +113,6 @@ class System(ABC, Generic[Batch, Model]):
     name: str
     #: the estimate that chooses the best checkpoint, and that early stopping watches; it says which way is better
     monitor: str
-    #: modules of the model by their names in earlier versions, so that older checkpoints load
-    former_weights: ClassVar[Mapping[str, str]] = {}
     config: RunOptions
     #: ``train``, ``val``, ``test``, as far as there are any; filled by ``prepare``
     datasets: Mapping[str, BatchDataset[Batch]]
@@ -148,6 +146,11 @@ class System(ABC, Generic[Batch, Model]):
     @abstractmethod
     def build_model(self) -> Model:
         """A freshly initialised model; draws from the generator that ``seed`` has set."""
+
+    def read_weights(self, weights: Json) -> Json:
+        """The weights of a checkpoint by the names that ``build_model`` gives them today; those of earlier versions may
+        have been called differently."""
+        return weights
 
     def parameter_groups(self, model: nn.Module) -> list[Json]:
         """Optimiser groups; by default no weight decay for biases, norms and scales."""

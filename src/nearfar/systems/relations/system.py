@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import torch.nn.functional as F
@@ -45,7 +44,6 @@ class RelationSystem(ViewSystem):
 
     name = "relations"
     monitor = LINEAR
-    former_weights: ClassVar[Mapping[str, str]] = {name: f"heads.{name}" for name in (SPATIAL, VISUAL, NAMES)}
 
     config: RelationOptions
 
@@ -120,9 +118,8 @@ class RelationSystem(ViewSystem):
                 )
         self.evaluator = Evaluator(self.config, self.data, self.datasets, self.embed)
 
-    def groups(self) -> dict[str, dict[str, np.ndarray]]:
+    def value_groups(self, view: str) -> None:
         """None by view: rows with the same two boxes are the same in all."""
-        return {}
 
     def further_inputs(self, split: str, items: Items) -> dict[str, Inputs]:
         return {LABEL: Rows(self.data.labels(split)), GROUP: Rows(self.data.splits[split].group)}
@@ -152,8 +149,7 @@ class RelationSystem(ViewSystem):
             "spatial": {"variant": self.config.spatial, "numbers": list(names_of(self.config.spatial))},
             "encoders": encoders,
         }
-        shared = super().layout()
-        return self.data.layout() | own | {key: shared[key] for key in ("neighbors",) if key in shared}
+        return self.data.layout() | own | self.neighbors_layout()
 
     # -- batches ---------------------------------------------------------------------------------------------
     def labels(self) -> np.ndarray:
@@ -213,6 +209,11 @@ class RelationSystem(ViewSystem):
             return perceptron((width, *BOX_LAYERS, dim), config.spatial_dropout)
         hidden = config.visual_hidden if view == VISUAL else dim
         return perceptron((width, hidden, dim), config.visual_dropout)
+
+    def read_weights(self, weights: Json) -> Json:
+        """Those of versions whose model had its heads by the names of the views."""
+        former = (f"{SPATIAL}.", f"{VISUAL}.", f"{NAMES}.")
+        return {f"heads.{name}" if str(name).startswith(former) else name: w for name, w in weights.items()}
 
     def encode(self, model: ViewModel, batch: Batch) -> dict[str, Tensor]:
         """The embeddings of every view, in training also of the jittered boxes; of a view that a pair lacks, 0."""
