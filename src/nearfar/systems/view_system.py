@@ -120,7 +120,8 @@ class ViewSystem(System[Batch, ViewModel]):
         return ItemSplits(self.splits)
 
     def readable(self, items: Items) -> Items:
-        """Without values that their tower cannot read, and without items that have fewer than two views left."""
+        """Without items of which a value cannot be read, or that have fewer than two views; each is counted with its
+        reason."""
         views = self.views
         reasons: list[str | None] = [None] * len(items)
         for view in views:
@@ -369,10 +370,9 @@ class ViewSystem(System[Batch, ViewModel]):
         for view in self.views:
             present = batch.tensor(f"{PRESENT}{view}") if f"{PRESENT}{view}" in batch else None
             embeddings[view] = model.encode(view, batch[view], present)
-        if model.training or not torch.is_inference_mode_enabled():
-            for name in batch:
-                if name.startswith(NEGATIVES):
-                    embeddings[name] = model.encode(name.split(":")[1], batch[name])
+        for name in batch:
+            if name.startswith(NEGATIVES):
+                embeddings[name] = model.encode(negated_view(name), batch[name])
         return embeddings
 
     def context(self, embeddings: Mapping[str, Tensor], batch: Batch) -> ViewContext:
@@ -380,7 +380,7 @@ class ViewSystem(System[Batch, ViewModel]):
         negatives: dict[str, list[Tensor]] = {}
         for name, rows in embeddings.items():
             if name.startswith(NEGATIVES):
-                negatives.setdefault(name.split(":")[1], []).append(rows)
+                negatives.setdefault(negated_view(name), []).append(rows)
         return ViewContext(
             {view: batch.tensor(f"{GROUP}{view}") for view in self.views if f"{GROUP}{view}" in batch},
             self.config.mask_duplicates,
@@ -547,6 +547,15 @@ class ViewSystem(System[Batch, ViewModel]):
         shared = {view: views[0] for _, views in self._distinct() for view in views}
         text = json.dumps({"views": self.views, "towers": shared}, indent=2, ensure_ascii=False)
         (folder / "towers" / "views.json").write_text(text + "\n", encoding="utf-8")
+
+
+def negated_view(name: str) -> str:
+    """The view of a field of further negatives; a view's name may hold colons.
+
+    >>> negated_view("negatives:meta:title:0")
+    'meta:title'
+    """
+    return name.removeprefix(NEGATIVES).rsplit(":", 1)[0]
 
 
 def tower_folder(view: str) -> str:
