@@ -239,16 +239,15 @@ class ViewSystem(System[Batch, ViewModel]):
             "views": {view: tower.description for view, tower in self.towers.items()},
             "leaks": {},
         }
-        if self.neighbors is not None:
-            known = self.neighbors
-            layout["neighbors"] = {
-                "of": self.reference_view(),
-                "k": known.k,
-                "exact": known.exact,
-                "index": known.index,
-                "recall": known.recall,
-            }
-        return layout
+        return layout | self.neighbors_layout()
+
+    def neighbors_layout(self) -> Json:
+        """What neighbours are of and how they were found, where there are any."""
+        known = self.neighbors
+        if known is None:
+            return {}
+        how = {"k": known.k, "exact": known.exact, "index": known.index, "recall": known.recall}
+        return {"neighbors": {"of": self.reference_view(), **how}}
 
     def content_hash(self, items: Items) -> str:
         """Names what a split holds: sixteen hexadecimal digits of its ids and of the values of its views, in order.
@@ -392,21 +391,27 @@ class ViewSystem(System[Batch, ViewModel]):
             {view: torch.stack(rows, dim=1) for view, rows in negatives.items()},
         )
 
+    def contrasted(self, embeddings: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The embeddings that the loss is given, by view."""
+        return {view: embeddings[view] for view in self.views}
+
     def loss_of(self, model: ViewModel, embeddings: Mapping[str, Tensor], batch: Batch) -> StepOutput:
         """The loss between views; equal values and likely false negatives are no negatives."""
         loss = cast(ViewLoss, self.loss)
         context, memory = self.context(embeddings, batch), model.memory
-        views = {view: embeddings[view] for view in self.views}
-        value = loss(views, context, scale=model.scale(), bias=model.bias, memory=memory)
+        value = loss(
+            self.contrasted(embeddings), context, scale=model.scale(), bias=model.bias, memory=memory
+        )
         if memory is None:
             return StepOutput(value, lambda: self._record(context, batch))
         age = memory.age()
-        whole = slice(None)
-        if context.present:
-            whole = torch.stack(list(context.present.values())).all(0).nonzero()[:, 0]  # type: ignore[assignment]
+        whole: slice | Tensor = slice(None)
+        partial = [context.present[view] for view in self.views if view in context.present]
+        if partial:
+            whole = torch.stack(partial).all(0).nonzero()[:, 0]
         memory.push(
-            {view: rows[whole] for view, rows in views.items()},
-            {view: group[whole] for view, group in context.groups.items()},
+            {view: embeddings[view][whole] for view in self.views},
+            {view: context.groups[view][whole] for view in self.views},
             None if context.reference is None else context.reference[whole],
         )
         return StepOutput(value, lambda: self._record(context, batch) | {"memory_age": age.item()})
@@ -416,8 +421,8 @@ class ViewSystem(System[Batch, ViewModel]):
         record = cast(ViewLoss, self.loss).record()
         if "scale" in record:
             record["largest_logit"] = record["scale"]  # embeddings have unit length
-        first, second = self.pairs()[0]
-        if first in context.present or second in context.present or not context.groups:
+        first, second = next(iter(self.pairs()), ("", ""))
+        if not {first, second} <= context.groups.keys() - context.present.keys():
             return record
         copies = join_masks(ViewContext(context.groups).same_content(first, second))
         likely = None
@@ -428,7 +433,7 @@ class ViewSystem(System[Batch, ViewModel]):
     # -- evaluation ------------------------------------------------------------------------------------------
     def pairs(self) -> list[tuple[str, str]]:
         """The views that are contrasted and judged with each other."""
-        return view_pairs(self.views, getattr(self.loss, "anchor", None))
+        return self.loss.pairs_of(self.views) if isinstance(self.loss, ViewLoss) else view_pairs(self.views)
 
     def before_evaluation(self, model: ViewModel, split: str, final: bool) -> None:
         """In the final evaluation the split is embedded by the model at its start, too (that of ``init_from``)."""
