@@ -70,7 +70,7 @@ class BatchEvaluator:
         training: bool = True,
         chunk: int | None = None,
     ) -> None:
-        self.system, self.state, self.seed = system, checkpoint.model, seed
+        self.system, self.state, self.seed = system, system.read_weights(checkpoint.model), seed
         self.device, self.training, self.chunk = device, training, chunk
         self.model = initial_model(system, seed)
         load_weights(self.model, checkpoint, system, "the run's checkpoint")

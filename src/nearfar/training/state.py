@@ -113,7 +113,7 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, system: System, origi
             f"{origin}: weights of system '{checkpoint.system}' cannot start a run of '{system.name}'."
         )
     try:
-        model.load_state_dict(checkpoint.model)
+        model.load_state_dict(system.read_weights(checkpoint.model))
     except (RuntimeError, AttributeError, TypeError) as error:  # the latter two of names that are no text
         first = "; ".join(line.strip() for line in str(error).splitlines()[1:4])
         raise NearfarError(

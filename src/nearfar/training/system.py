@@ -102,7 +102,7 @@ Say = Callable[[str], None]
 class System(ABC, Generic[Batch, Model]):
     """One complete job, from data to metrics. Built from its options; reads its data in ``prepare``.
 
-    ``System[MoleculeBatch, MoleculeTextModel]`` says what its batches and its model are.
+    ``System[Batch, ViewModel]`` says what its batches and its model are.
 
     A minimal system writes seven methods: ``prepare``, ``layout``, ``build_model``, ``build_sampler``, ``encode``,
     ``loss_of`` and ``evaluate``; ``encode`` and ``loss_of`` give it cached batches (``trainer.cached_chunk``), several
@@ -146,6 +146,11 @@ class System(ABC, Generic[Batch, Model]):
     @abstractmethod
     def build_model(self) -> Model:
         """A freshly initialised model; draws from the generator that ``seed`` has set."""
+
+    def read_weights(self, weights: Json) -> Json:
+        """The weights of a checkpoint by the names that ``build_model`` gives them today; those of earlier versions may
+        have been called differently."""
+        return weights
 
     def parameter_groups(self, model: nn.Module) -> list[Json]:
         """Optimiser groups; by default no weight decay for biases, norms and scales."""
