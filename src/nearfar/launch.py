@@ -34,6 +34,7 @@ from nearfar.config.compose import (
     register_configs,
     saved_values,
     searchpath,
+    with_open_keys,
 )
 from nearfar.config.options import set_option
 from nearfar.config.registry import role_of, systems
@@ -248,7 +249,7 @@ def _job(config: DictConfig, swept: Sequence[str], failures: str) -> str | float
     settings = HydraConfig.get()
     sweep = settings.mode == RunMode.MULTIRUN
     together = sweep and "joblib" in str(settings.launcher.get("_target_", ""))
-    task = list(settings.overrides.task)
+    task = [text.lstrip("+") for text in settings.overrides.task]
     try:
         first = OmegaConf.is_missing(settings.job, "num") or settings.job.num == 0
         folder = run_one(config, task, sweep, terminal.console(), swept, together, first)
@@ -325,7 +326,7 @@ def _launch(arguments: Sequence[str]) -> None:
         dir=_shared(runs[0].runs_dir if runs else "runs") if sweep else None,
     )
     os.close(handle)
-    sys.argv = ["nearfar train", *flags, *overrides, *searchpath()]
+    sys.argv = ["nearfar train", *flags, *with_open_keys(overrides), *searchpath()]
 
     # Hydra's launchers send this function to their workers with what it closes over.
     def job(config: DictConfig) -> str | float:

@@ -24,7 +24,15 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from nearfar.config.options import Option, default_values, option_table, read_options, to_dict, variants_of
+from nearfar.config.options import (
+    Option,
+    default_values,
+    open_options,
+    option_table,
+    read_options,
+    to_dict,
+    variants_of,
+)
 from nearfar.config.registry import config_packages, options_class, role_of, systems
 from nearfar.config.training import RunOptions
 from nearfar.configs import experiments
@@ -48,6 +56,7 @@ __all__ = [
     "saved_values",
     "searchpath",
     "system_of",
+    "with_open_keys",
 ]
 
 CONFIGS = "nearfar.configs"
@@ -233,6 +242,19 @@ def _system_of_experiment(name: str) -> str | None:
     return None
 
 
+def with_open_keys(overrides: Sequence[str]) -> list[str]:
+    """Overrides as Hydra takes them: ``text_encoder.dims=64`` may be an option that the group's file does not list.
+
+    The arguments of an encoder are checked by its class, which knows them all, so that Hydra need not.
+    """
+    system = system_of(overrides)
+    names = open_options(options_class(system)) if system else set()
+    return [
+        f"++{text}" if "." in (key := text.split("=")[0]) and key.split(".")[0] in names else text
+        for text in overrides
+    ]
+
+
 def compose_config(overrides: Sequence[str]) -> DictConfig:
     """The configuration that these overrides compose, with every mistake answered by the nearest name.
 
@@ -253,7 +275,7 @@ def compose_config(overrides: Sequence[str]) -> DictConfig:
                 f"'{text}': options are fixed; write {text.lstrip('+~')} to set one that exists."
             )
     try:
-        return _compose("train", system_of(overrides), overrides)
+        return _compose("train", system_of(overrides), with_open_keys(overrides))
     except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: a group set to null
         raise NearfarError(_explain(error, overrides)) from None
 

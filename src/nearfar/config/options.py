@@ -33,6 +33,7 @@ __all__ = [
     "fraction",
     "group",
     "group_variants",
+    "open_options",
     "option",
     "option_table",
     "options_of",
@@ -321,6 +322,11 @@ def declared_groups(cls: type) -> dict[str, GroupOf]:
             )
             groups[each.name] = GroupOf(names[0], names, about, False)
     return groups
+
+
+def open_options(cls: type) -> set[str]:
+    """The options whose keys are not fixed: groups of an encoder's arguments, and values by name."""
+    return {each.name for each in _fields(cls) if each.declared.raw or isinstance(each.default, dict)}
 
 
 def default_values(cls: type) -> Json:

@@ -66,6 +66,7 @@ _REGISTERED: dict[str, Registration] = {
     "detector": _own("detector", "Detector"),
     "fair_detection": _own("fair_detection", "FairDetection"),
     "molecules": _own("molecules", "Molecule", trained="nearfar.systems.molecules.search:TrainedMolecules"),
+    "pairs": _own("pairs", "Pair"),
     "relations": _own("relations", "Relation", reevaluator="nearfar.systems.relations.evaluation"),
     "tissue": _own("tissue", "Tissue"),
 }

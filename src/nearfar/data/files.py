@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from nearfar.errors import NearfarError
 
@@ -27,6 +27,7 @@ __all__ = [
     "Maybe",
     "check_shape",
     "parse_json",
+    "read_array",
     "read_arrays",
     "read_bytes",
     "read_json",
@@ -155,7 +156,7 @@ def read_arrays(path: Path, limit: int = ARRAYS_LIMIT) -> dict[str, np.ndarray]:
                 raise ValueError(f"its arrays take {total:,} bytes, more than {limit:,} are not read")
             for member in archive.infolist():
                 with archive.open(member) as file:
-                    arrays[member.filename.removesuffix(".npy")] = _array(file, member.file_size)
+                    arrays[member.filename.removesuffix(".npy")] = read_array(file, member.file_size)  # type: ignore[arg-type]
     except NearfarError:
         raise
     except (OSError, ValueError, EOFError, KeyError, RuntimeError, NotImplementedError) as error:
@@ -165,8 +166,8 @@ def read_arrays(path: Path, limit: int = ARRAYS_LIMIT) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _array(file: Any, size: int) -> np.ndarray:
-    """One ``.npy`` member of ``size`` bytes."""
+def read_array(file: BinaryIO, size: int) -> np.ndarray:
+    """The array in the ``size`` bytes of an ``.npy`` file; ``ValueError`` where it is of objects or declares more."""
     import numpy as np
 
     version = np.lib.format.read_magic(file)

@@ -15,7 +15,7 @@ from nearfar.data.rejections import Rejections
 from nearfar.data.splits import split_hash
 from nearfar.errors import NearfarError, nearest_name
 
-__all__ = ["Column", "Items", "hold_out", "value_groups", "value_keys"]
+__all__ = ["Column", "Items", "hold_out", "joined", "linked_groups", "value_groups", "value_keys"]
 
 #: the values of a column: a text, a path, … for each item, None where it has none; or an array (n, …) of numbers
 Column = Sequence[Any] | np.ndarray
@@ -186,12 +186,92 @@ def _same(value: Any) -> Any:
     return value
 
 
+def linked_groups(items: Items, columns: Sequence[str]) -> Int[np.ndarray, " n"]:
+    """Numbers of groups such that no value of these columns, and no group of the items, is in two of them.
+
+    Captions that share a picture are linked, pictures that share a caption are, and so on. What is missing links
+    nothing.
+
+    >>> items = Items(["1", "2", "3", "4"], {"image": ["a", "a", "b", "c"], "text": ["x", "y", "Y ", None]})
+    >>> linked_groups(items, ["image", "text"]).tolist(), linked_groups(items, ["image"]).tolist()
+    ([0, 0, 0, 3], [0, 0, 2, 3])
+    """
+    first = list(range(len(items)))
+
+    def root(i: int) -> int:
+        while first[i] != i:
+            first[i] = first[first[i]]
+            i = first[i]
+        return i
+
+    keys = [value_groups({"": items}, name)[""].tolist() for name in columns]
+    if items.groups is not None:
+        seen: dict[Any, int] = {}
+        keys.append([seen.setdefault(group, len(seen)) for group in _plain(items.groups)])
+    for numbers in keys:
+        met: dict[int, int] = {}
+        for i, number in enumerate(numbers):
+            a, b = root(i), root(met.setdefault(number, i)) if number >= 0 else root(i)
+            first[max(a, b)] = min(a, b)
+    return np.array([root(i) for i in range(len(items))], dtype=np.int64)
+
+
+def joined(parts: Sequence[Items], source: str) -> Items:
+    """Items of several files one after the other; where files share ids, the number of the file stands before them.
+
+    Raises:
+        NearfarError: columns that differ, or arrays that do not fit.
+
+    >>> both = joined([Items(["1"], {"x": ["a"]}), Items(["1"], {"x": ["b"]})], "two files")
+    >>> both.ids, both["x"]
+    (['1/1', '2/1'], ['a', 'b'])
+    """
+    if len(parts) == 1:
+        return parts[0]
+    names = list(parts[0].columns)
+    for part in parts[1:]:
+        if set(part.columns) != set(names):
+            differing = ", ".join(sorted(set(part.columns) ^ set(names)))
+            raise NearfarError(f"{part.source} and {parts[0].source} differ in their columns: {differing}")
+    ids = [name for part in parts for name in part.ids]
+    if len(set(ids)) < len(ids):
+        ids = [f"{number}/{name}" for number, part in enumerate(parts, start=1) for name in part.ids]
+    columns: dict[str, Column] = {}
+    for name in names:
+        values = [part[name] for part in parts]
+        arrays = [value for value in values if isinstance(value, np.ndarray)]
+        if len(arrays) == len(values) and len({array.shape[1:] for array in arrays}) == 1:
+            columns[name] = np.concatenate(arrays)
+        elif arrays and any(array.ndim > 1 for array in arrays):
+            shapes = ", ".join(sorted({str(array.shape[1:]) for array in arrays}))
+            raise NearfarError(
+                f"{source}: the column '{name}' differs in shape from file to file ({shapes} and others)"
+            )
+        else:
+            columns[name] = [value for part in values for value in _plain(part)]
+    rejections = Rejections()
+    notes: dict[str, Any] = {"files": len(parts)}
+    for part in parts:
+        rejections.extend(part.rejections)
+        for key, note in part.notes.items():
+            notes.setdefault(key, note)
+    groups = None
+    if all(part.groups is not None for part in parts):
+        groups = [group for part in parts for group in _plain(part.groups or [])]
+    rows = [row for part in parts for row in part.rows or []]
+    return Items(ids, columns, source, groups, rows if len(rows) == len(ids) else None, rejections, notes)
+
+
 def hold_out(
-    items: Items, fractions: Mapping[str, float], seed: int = 0, keys: Sequence[Any] | None = None
+    items: Items,
+    fractions: Mapping[str, float],
+    seed: int = 0,
+    keys: Sequence[Any] | np.ndarray | None = None,
 ) -> dict[str, Items]:
     """Parts of the items, drawn at random by whole groups: ``fractions`` of them by name, and the rest as ``train``.
 
-    ``keys`` are the groups; None takes those of the items, or each item by itself. Positions keep their order.
+    ``keys`` are the groups; None takes those of the items, or each item by itself. Positions keep their order. A share
+    is met as nearly as groups allow: a group larger than the share is drawn only where there are no others.
 
     >>> items = Items([str(i) for i in range(10)], {}, groups=[0, 0, 1, 1, 2, 2, 3, 3, 4, 4])
     >>> {name: len(part) for name, part in hold_out(items, {"val": 0.2}).items()}
@@ -208,15 +288,17 @@ def hold_out(
     code = np.array([place[group] for group in groups])
     np.add.at(sizes, code, 1)
     part_of = np.full(len(distinct), -1)
-    at = 0
     for number, (name, fraction) in enumerate(fractions.items()):
         if not 0 < fraction < 1:
             raise NearfarError(f"the share of {name} is {fraction}; it lies between 0 and 1")
         wanted, taken = max(1, math.floor(fraction * len(items) + 0.5)), 0
-        while taken < wanted and at < len(order):
-            part_of[order[at]] = number
-            taken += int(sizes[order[at]])
-            at += 1
+        free = [group for group in order if part_of[group] == -1]
+        fitting = [group for group in free if sizes[group] <= wanted]
+        for group in fitting or free:  # a group that is larger than the share is left where others will do
+            if taken >= wanted:
+                break
+            part_of[group] = number
+            taken += int(sizes[group])
     parts = {"train": items.take(np.flatnonzero(part_of[code] == -1))}
     for number, name in enumerate(fractions):
         parts[name] = items.take(np.flatnonzero(part_of[code] == number))

@@ -16,7 +16,7 @@ from nearfar.data.images import image_size
 from nearfar.data.splits import SPLIT_NAMES
 from nearfar.errors import NearfarError
 
-__all__ = ["PictureFile", "PictureFiles", "name_parts", "split_in"]
+__all__ = ["PictureFile", "PictureFiles", "name_parts", "split_in", "walk_files"]
 
 
 class PictureFile(NamedTuple):
@@ -133,7 +133,7 @@ class PictureFiles:
         """Files below the folder whose path ends so; the case of letters counts only where it has to."""
         if self._index is None:
             self._index = {}
-            for path in _walk(self.folder):
+            for path in walk_files(self.folder):
                 for key in dict.fromkeys((_plain(path.name), "." + _plain(path.stem))):
                     self._index.setdefault(key, []).append(path)
         exact = [path for path in self._index.get(_plain(parts[-1]), []) if _ends(path, parts, str)]
@@ -160,7 +160,7 @@ class PictureFiles:
 _ENDINGS = {".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff"}
 
 
-def _walk(folder: Path) -> Iterator[Path]:
+def walk_files(folder: Path) -> Iterator[Path]:
     """Every file below a folder, in order; hidden ones are left out, and links do not lead round in a circle."""
     seen: set[str] = set()
     for place, folders, names in os.walk(folder, followlinks=True):

@@ -7,13 +7,12 @@ import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from nearfar.data.files import read_arrays
 from nearfar.data.items import Column, Items
 from nearfar.data.rejections import Rejections
 from nearfar.data.table_formats import JSON_SUFFIXES, full_suffix
@@ -21,11 +20,11 @@ from nearfar.data.tables import RawTable, choose_columns, column_key, is_placeho
 from nearfar.errors import NearfarError
 
 __all__ = [
-    "ARRAY_SUFFIXES",
     "PICTURE_SUFFIXES",
-    "array_items",
+    "Wanted",
     "build_items",
     "choose",
+    "select",
     "stack_vectors",
     "table_items",
     "without_placeholders",
@@ -49,10 +48,30 @@ PICTURE_SUFFIXES = frozenset(
     )
 )
 """How files of pictures end, in small letters."""
-ARRAY_SUFFIXES = (".npy", ".npz")
 _MOST = 0.9  # the share of a column's values that decides what all of them are
 _REPEATS = 0.1  # a column in which more of the values than this repeat is no column of ids
 _IDS = ("id",)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be read: columns (None: all), of ids and of groups; and how options are named in messages."""
+
+    columns: Sequence[str] | None = None
+    id_column: str | None = None
+    group_column: str | None = None
+    naming: str = "columns=[NAME]"
+    id_naming: str = "id_column=NAME"
+    group_naming: str = "group_column=NAME"
+    encoding: str | None = None
+    encoding_option: str = "encoding"
+
+    @property
+    def named(self) -> list[str]:
+        """All names that were given."""
+        names = (*(self.columns or ()), self.id_column, self.group_column)
+        return [name for name in names if name is not None]
+
 
 Reasons = list[str | None]
 """For each row why it is rejected, or None."""
@@ -60,28 +79,23 @@ Reasons = list[str | None]
 
 def table_items(
     path: Path,
-    columns: Sequence[str] | None = None,
-    id_column: str | None = None,
-    group_column: str | None = None,
-    encoding: str | None = None,
-    encoding_option: str = "encoding",
-    naming: str = "columns=[NAME]",
+    wanted: Wanted,
 ) -> Items:
     """The items of a text table, a spreadsheet or JSON; arguments and errors as of `nearfar.data.sources.read_items`.
 
     >>> import tempfile
     >>> file = Path(tempfile.mkdtemp()) / "words.csv"
     >>> _ = file.write_text('id,word,vector\\nb,near,"[1, 2]"\\na,N/A,"[3, 4]"\\n')
-    >>> items = table_items(file)
+    >>> items = table_items(file, Wanted())
     >>> items.ids, items["word"], items["vector"].tolist()
     (['b', 'a'], ['near', None], [[1.0, 2.0], [3.0, 4.0]])
     """
-    raw = open_table(path, encoding, encoding_option)
-    named = [name for name in (*(columns or ()), id_column, group_column) if name is not None]
+    raw = open_table(path, wanted.encoding, wanted.encoding_option)
+    named = wanted.named
     if named and all(name.isdigit() for name in named) and _by_number(raw, named):
         raw = raw.without_header()
         raw.notes.append("no header line: columns were given by number")
-    used, id_name = choose(path, raw.header, columns, id_column, group_column, naming)
+    used, id_name = choose(path, raw.header, wanted)
     table = raw.take(used)
     notes: dict[str, Any] = {"reading": list(table.notes)} if table.notes else {}
     values: dict[str, Column] = {
@@ -91,14 +105,14 @@ def table_items(
         str(path),
         values,
         table.rows,
-        kept=list(raw.header) if columns is None else list(columns),
+        kept=list(raw.header) if wanted.columns is None else list(wanted.columns),
         id_name=id_name,
-        group_name=group_column,
-        asked=columns is not None,
+        group_name=wanted.group_column,
+        asked=wanted.columns is not None,
         folder=path.parent,
         rejections=table.rejections,
         notes=notes,
-        id_given=id_column is not None,
+        id_given=wanted.id_column is not None,
     )
 
 
@@ -115,31 +129,44 @@ def _by_number(raw: RawTable, named: Sequence[str]) -> bool:
 def choose(
     path: Path,
     header: Sequence[str],
-    columns: Sequence[str] | None,
-    id_column: str | None,
-    group_column: str | None,
-    naming: str,
+    wanted: Wanted,
     introduction: str = "Its header line has",
 ) -> tuple[dict[str, int], str | None]:
     """Where the wanted columns stand, and the name of the column of ids: that given, or one that is called ``id``."""
     repeated = [head for head, count in Counter(header).items() if count > 1]
-    wanted = list(dict.fromkeys(columns if columns is not None else header))
-    if columns is None and repeated:
+    if wanted.columns is None and repeated:
         raise NearfarError(f"{path} has several columns called '{repeated[0]}': rename all but one.")
-    if columns is None:
+    if wanted.columns is None:
         used = {name: position for position, name in enumerate(header)}
     else:
-        used = _chosen(path, header, wanted, naming, introduction)
-    for name, option in ((id_column, "id_column=NAME"), (group_column, "group_column=NAME")):
+        names = list(dict.fromkeys(wanted.columns))
+        used = _chosen(path, header, names, wanted.naming, introduction)
+    for name, option in ((wanted.id_column, wanted.id_naming), (wanted.group_column, wanted.group_naming)):
         if name is not None and name not in used:
             used.update(_chosen(path, header, [name], option, introduction))
-    if id_column is not None:
-        return used, id_column
+    if wanted.id_column is not None:
+        return used, wanted.id_column
     same = [position for position, head in enumerate(header) if column_key(head) in _IDS]
     if len(same) != 1:
         return used, None
     used.setdefault(header[same[0]], same[0])
     return used, header[same[0]]
+
+
+def select(items: Items, wanted: Wanted) -> Items:
+    """Items that were read whole, with the columns that are wanted under the names they were asked by."""
+    header = list(items.columns)
+    used, _ = choose(Path(items.source), header, wanted, "Its columns are")
+    values = {name: items.columns[header[position]] for name, position in used.items()}
+    kept = header if wanted.columns is None else dict.fromkeys(wanted.columns)
+    rows = items.rows if items.rows is not None else list(range(1, len(items) + 1))
+    groups = items.groups if wanted.group_column is None else _groups(values[wanted.group_column], rows)
+    chosen = replace(items, columns={name: values[name] for name in kept}, groups=groups)
+    if wanted.id_column is None:
+        return chosen
+    ids, reasons = _ids(items.source, wanted.id_column, values, rows, True, {})
+    chosen = replace(chosen, ids=ids)
+    return chosen if reasons is None else chosen.rejecting(wanted.id_column, reasons)
 
 
 def _chosen(
@@ -169,66 +196,6 @@ def without_placeholders(name: str, values: Sequence[Any], notes: dict[str, Any]
     if words:
         notes.setdefault("words for missing", {})[name] = dict(words)
     return texts
-
-
-# -- arrays --------------------------------------------------------------------------------------------------
-def array_items(
-    path: Path,
-    columns: Sequence[str] | None = None,
-    id_column: str | None = None,
-    group_column: str | None = None,
-    naming: str = "columns=[NAME]",
-) -> Items:
-    """The rows of the arrays of an ``.npz`` file, which are the columns; of an ``.npy`` file as the column ``vector``.
-
-    Raises:
-        NearfarError: arrays of different lengths or of objects, no such array, a damaged file.
-    """
-    arrays = read_arrays(path) if path.suffix.lower() == ".npz" else {"vector": _load(path)}
-    used, id_name = choose(path, list(arrays), columns, id_column, group_column, naming, "Its arrays are")
-    header = list(arrays)
-    values = {name: arrays[header[position]] for name, position in used.items()}
-    for name, array in values.items():
-        if array.ndim == 0:
-            raise NearfarError(
-                f"{path}: the array '{name}' is a single number, and a row for each item is needed."
-            )
-    lengths = {name: len(array) for name, array in values.items()}
-    if len(set(lengths.values())) > 1:
-        shown = ", ".join(f"{name} {n}" for name, n in lengths.items())
-        raise NearfarError(
-            f"{path}: its arrays have different numbers of rows ({shown}): name those that belong together."
-        )
-    n = next(iter(lengths.values()), 0)
-    if not n:
-        raise NearfarError(f"{path} has no rows.")
-    kept = list(columns) if columns is not None else [name for name in values if name != id_name]
-    plain = {name: array.tolist() if array.dtype.kind in "US" else array for name, array in values.items()}
-    return build_items(
-        str(path),
-        {name: [_text(value) for value in v] if isinstance(v, list) else v for name, v in plain.items()},
-        list(range(1, n + 1)),
-        kept=kept,
-        id_name=id_name,
-        group_name=group_column,
-        asked=columns is not None,
-        folder=path.parent,
-        id_given=id_column is not None,
-    )
-
-
-def _text(value: str | bytes) -> str | None:
-    return (value.decode("utf-8", "replace") if isinstance(value, bytes) else value) or None
-
-
-def _load(path: Path) -> np.ndarray:
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except Exception as error:  # numpy raises whatever the text in a file's head leads to
-        raise NearfarError(f"{path} cannot be read as an array: {error}") from None
-    if not isinstance(array, np.ndarray):
-        raise NearfarError(f"{path} holds several arrays: call it {path.stem}.npz.")
-    return array
 
 
 # -- items ---------------------------------------------------------------------------------------------------

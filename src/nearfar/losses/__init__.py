@@ -14,6 +14,7 @@ from nearfar.losses.siglip import SigLipLoss
 from nearfar.losses.spatial import SpatialLoss
 from nearfar.losses.supcon import MultiLabelSupConLoss, SupConLoss
 from nearfar.losses.target import target_loss
+from nearfar.losses.views import ViewContext, ViewLoss
 from nearfar.losses.wasserstein import WassersteinGapLoss, WassersteinRecord
 
 __all__ = [
@@ -42,6 +43,8 @@ __all__ = [
     "SpatialLoss",
     "SupConLoss",
     "Target",
+    "ViewContext",
+    "ViewLoss",
     "WassersteinGapLoss",
     "WassersteinRecord",
     "duplicate_mask",

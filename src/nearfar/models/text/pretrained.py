@@ -62,8 +62,12 @@ class MiniLMTextEncoder(TransformerTextEncoder):
 
     def encode(self, texts: Sequence[str]) -> Float[np.ndarray, "n d"]:
         """(n, 384) float32, rows of unit length."""
-        self.model = str(_unpacked())
         return super().encode(texts)
+
+    def parts(self) -> tuple[Any, Any]:
+        """Tokenizer and network, unpacked from the package when they are first asked for."""
+        self.model = str(_unpacked())
+        return super().parts()
 
     def _identify(self) -> str:
         return _archive_hash(_archive())

@@ -12,6 +12,8 @@ from jaxtyping import Float, Int, Shaped, UInt8
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from nearfar.data.augment import SquareSymmetries
+from nearfar.data.batch import Draw
 from nearfar.data.cache import content_key
 from nearfar.data.files import Json
 from nearfar.errors import NearfarError
@@ -218,12 +220,5 @@ class TissueDataset(Dataset[TissueBatch]):
         pixels = torch.from_numpy(patches)
         if not self.augment:
             return pixels
-        entropy = np.random.SeedSequence((self.seed, self.epoch, int(chosen[0])))
-        draw = torch.from_numpy(np.random.default_rng(entropy).integers(8, size=len(chosen)))
-        turned = pixels.clone()
-        for way in range(1, 8):  # the symmetries of a square: four turns, each mirrored or not
-            own = (draw == way).nonzero().flatten()
-            if len(own):
-                part = pixels[own].flip(3) if way >= 4 else pixels[own]
-                turned[own] = part.rot90(way % 4, (2, 3))
-        return turned
+        draw = Draw(self.seed, self.epoch, int(chosen[0]))
+        return SquareSymmetries()(pixels, draw.numpy())

@@ -1,0 +1,267 @@
+"""A contrastive loss between the views of items: any number of views, some perhaps missing, with masks by content."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from typing import Any, Literal, Protocol
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from nearfar.arguments import choice
+from nearfar.contrast import DuplicateMask, Mask, NoPositivesWarning, SimilarityMask, join_masks
+from nearfar.errors import NearfarError, nearest_name
+from nearfar.losses.info_nce import InfoNCELoss
+from nearfar.losses.siglip import SigLipLoss
+from nearfar.losses.supcon import SupConLoss
+
+__all__ = ["ViewContext", "ViewLoss", "view_pairs"]
+
+ViewLossName = Literal["infonce", "siglip", "supcon"]
+
+
+class Memory(Protocol):
+    """Earlier items as further negatives, as `nearfar.models.views.ViewMemory` keeps them."""
+
+    @property
+    def filled(self) -> int: ...
+
+    def rows(self, view: str) -> Tensor: ...
+
+    def groups(self, view: str) -> Tensor: ...
+
+    @property
+    def vectors(self) -> Any: ...
+
+
+@dataclass
+class ViewContext:
+    """What is known of the rows of a batch, beside their embeddings.
+
+    ``groups``: for each view numbers that are equal where its value is (−1: unknown), which with ``mask_duplicates``
+    are no negatives of each other. ``present``: which rows have a view, for views that some lack. ``reference`` and
+    ``threshold``: vectors (b, r) whose cosine, from the threshold on, tells a likely false negative. ``labels``: rows
+    of the same label are positives of each other (supcon). ``negatives``: of a view further values (b, k, d) that are
+    negatives of their own row.
+    """
+
+    groups: Mapping[str, Int[Tensor, " b"]] = field(default_factory=dict)
+    mask_duplicates: bool = True
+    present: Mapping[str, Bool[Tensor, " b"]] = field(default_factory=dict)
+    reference: Float[Tensor, "b r"] | None = None
+    threshold: float | None = None
+    labels: Int[Tensor, " b"] | None = None
+    negatives: Mapping[str, Float[Tensor, "b k d"]] = field(default_factory=dict)
+
+    def mask(self, first: str, second: str) -> Mask | None:
+        """Pairs of rows that are no negatives between these views."""
+        return join_masks([*self.same_content(first, second), *self._likely()])
+
+    def same_content(self, *views: str) -> list[Mask]:
+        """Pairs of rows with the same value in one of the views, where these are masked."""
+        if not self.mask_duplicates:
+            return []
+        return [DuplicateMask(self.groups[view]) for view in views if view in self.groups]
+
+    def _likely(self) -> list[Mask]:
+        if self.threshold is None or self.reference is None:
+            return []
+        return [SimilarityMask(self.reference, self.threshold)]
+
+    def beyond(self, first: str, second: str, memory: Memory) -> Mask | None:
+        """Pairs (row of the batch, item of the memory) that are no negatives: the item itself from an earlier epoch,
+        with ``mask_duplicates`` all that share a value with it, and likely false negatives."""
+        sides = [(self.groups[view], memory.groups(view)) for view in (first, second)]
+        masks: list[Mask] = [DuplicateMask(own, kept) for own, kept in sides]
+        if not self.mask_duplicates:
+            own, kept = ((a << 32) + b for a, b in zip(*sides, strict=True))
+            masks = [DuplicateMask(own, kept)]
+        if self.threshold is not None and self.reference is not None and memory.vectors is not None:
+            masks.append(_SimilarBeyond(self.reference, memory.vectors.rows(), self.threshold))
+        return join_masks(masks)
+
+    def rows(self, at: Int[Tensor, " k"]) -> ViewContext:
+        """The same of some rows, which have both views."""
+        return ViewContext(
+            {view: group[at] for view, group in self.groups.items()},
+            self.mask_duplicates,
+            {},
+            None if self.reference is None else self.reference[at],
+            self.threshold,
+            None if self.labels is None else self.labels[at],
+            {view: rows[at] for view, rows in self.negatives.items()},
+        )
+
+
+class _SimilarBeyond:
+    """A ``SimilarityMask`` between the rows of a batch and others."""
+
+    symmetric = False
+
+    def __init__(self, own: Float[Tensor, "n d"], others: Float[Tensor, "m d"], threshold: float) -> None:
+        self.shape = (len(own), len(others))
+        self._all = SimilarityMask(torch.cat([own, others]), threshold)
+
+    def tile(self, rows: slice, columns: slice) -> Bool[Tensor, "r c"]:
+        return self._all.tile(rows, slice(columns.start + self.shape[0], columns.stop + self.shape[0]))
+
+
+def view_pairs(views: Sequence[str], anchor: str | None = None) -> list[tuple[str, str]]:
+    """Every two views in order, or the anchor with each of the others.
+
+    >>> view_pairs(["a", "b", "c"]), view_pairs(["a", "b", "c"], anchor="b")
+    ([('a', 'b'), ('a', 'c'), ('b', 'c')], [('b', 'a'), ('b', 'c')])
+    """
+    if anchor is None:
+        return list(combinations(views, 2))
+    if anchor not in views:
+        raise NearfarError(f"anchor={anchor} is no view: {nearest_name(anchor, views)}")
+    return [(anchor, other) for other in views if other != anchor]
+
+
+class ViewLoss(nn.Module):
+    """A contrastive loss between every two views, or between an anchor view and each other one.
+
+    Called with embeddings (b, d) by view, not normalised, and a `ViewContext`. Each two views are contrasted over the
+    rows that have both; terms are weighted by their rows. Of one pair of views that all rows have, the value is that
+    of the loss itself.
+
+    Args:
+        name: "infonce" (van den Oord et al. 2018; with a learned scale in both directions the loss of CLIP, Radford et
+            al. 2021), "siglip" (Zhai et al. 2023; needs ``scale`` and ``bias``), or "supcon" (Khosla et al. 2020: rows
+            of the same ``labels`` are positives across views; the temperature does not learn).
+        temperature: 1 / scale where no ``scale`` is given.
+        symmetric: both directions (of "infonce"; the others always have both).
+        sum, own_pair: of "supcon", see `SupConLoss`.
+        anchor: the view that the others are contrasted with; None: every two.
+
+    >>> loss = ViewLoss(temperature=0.5)
+    >>> views = {"word": torch.eye(4), "picture": torch.eye(4), "sound": torch.eye(4)}
+    >>> round(loss(views).item(), 3), loss.record()["terms"]
+    (0.341, 3.0)
+    """
+
+    def __init__(
+        self,
+        name: ViewLossName = "infonce",
+        temperature: float = 0.07,
+        symmetric: bool = True,
+        *,
+        sum: Literal["outside", "inside"] = "outside",
+        own_pair: bool = True,
+        anchor: str | None = None,
+    ) -> None:
+        super().__init__()
+        choice("name", name, ("infonce", "siglip", "supcon"))
+        self.name, self.symmetric, self.anchor = name, symmetric, anchor
+        self.temperature = temperature
+        self.contrast: InfoNCELoss | SigLipLoss | SupConLoss
+        if name == "infonce":
+            self.contrast = InfoNCELoss(temperature, symmetric=symmetric)
+        elif name == "siglip":
+            self.contrast = SigLipLoss()
+        else:
+            self.contrast = SupConLoss(temperature, sum=sum, own_pair=own_pair)
+        self._terms: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+
+    def forward(
+        self,
+        views: Mapping[str, Float[Tensor, "b d"]],
+        context: ViewContext | None = None,
+        *,
+        scale: Float[Tensor, ""] | float | None = None,
+        bias: Float[Tensor, ""] | float | None = None,
+        memory: Memory | None = None,
+    ) -> Float[Tensor, ""]:
+        context = context or ViewContext()
+        terms = self._pairs(list(views), context, len(next(iter(views.values()))))
+        total = sum(count for *_, count in terms)
+        self._counts = {"rows_contrasted": total, "terms": len(terms)}
+        self._terms = {}
+        if not terms:
+            warnings.warn(
+                "no two rows of this batch have two views in common: the loss is 0 and nothing is learned. Take "
+                "larger batches, or leave out a view that few items have.",
+                NoPositivesWarning,
+                stacklevel=2,
+            )
+            zero: Tensor = torch.stack([view.sum() * 0.0 for view in views.values()]).sum()
+            return zero
+        loss: Tensor | None = None
+        for first, second, rows, count in terms:
+            part = context if rows is None else context.rows(rows)
+            a, b = (views[name] if rows is None else views[name][rows] for name in (first, second))
+            value = self._of(first, second, a, b, part, scale, bias, memory)
+            if len(terms) == 1:
+                return value
+            self._terms[f"{first}-{second}"] = value.detach()
+            weighted = value * (count / total)
+            loss = weighted if loss is None else loss + weighted
+        assert loss is not None
+        return loss
+
+    def _pairs(
+        self, views: list[str], context: ViewContext, size: int
+    ) -> list[tuple[str, str, Tensor | None, int]]:
+        """Two views, the rows that have both (None: all) and how many; pairs with fewer than two are left out."""
+        terms: list[tuple[str, str, Tensor | None, int]] = []
+        for first, second in view_pairs(views, self.anchor):
+            partial = [context.present[view] for view in (first, second) if view in context.present]
+            if not partial or all(bool(each.all()) for each in partial):
+                terms.append((first, second, None, size))
+                continue
+            rows = torch.stack(partial).all(0).nonzero()[:, 0]
+            if len(rows) > 1:
+                terms.append((first, second, rows, len(rows)))
+        return terms
+
+    def _of(
+        self,
+        first: str,
+        second: str,
+        a: Tensor,
+        b: Tensor,
+        context: ViewContext,
+        scale: Tensor | float | None,
+        bias: Tensor | float | None,
+        memory: Memory | None,
+    ) -> Tensor:
+        mask = context.mask(first, second)
+        if isinstance(self.contrast, SigLipLoss):
+            if scale is None:
+                scale = 1.0 / self.temperature
+            value: Tensor = self.contrast(a, b, scale, 0.0 if bias is None else bias, mask)
+            return value
+        if isinstance(self.contrast, SupConLoss):
+            labels = context.labels
+            if labels is None:
+                raise NearfarError("the loss supcon needs labels: which rows are positives of each other")
+            loss: Tensor = self.contrast(a, labels, other=b, mask=mask)
+            return loss
+        own = (context.negatives.get(second), context.negatives.get(first))
+        if memory is not None and memory.filled:
+            if any(each is not None for each in own):
+                raise NearfarError("mined negatives and a memory cannot be combined; leave one of them out")
+            left_out = context.beyond(first, second, memory)
+            kept = (memory.rows(second), memory.rows(first) if self.symmetric else None)
+            between: Tensor = self.contrast(
+                a, b, mask, scale, kept, (left_out, left_out if self.symmetric else None)
+            )
+            return between
+        if any(each is not None for each in own):
+            mined: Tensor = self.contrast(a, b, mask, scale, (own[0], own[1] if self.symmetric else None))
+            return mined
+        plain: Tensor = self.contrast(a, b, mask, scale)
+        return plain
+
+    def record(self) -> dict[str, float]:
+        """Numbers of the last call for the log: the record of the last pair of views, and the loss of each pair."""
+        numbers = {} if self.contrast.record is None else dict(self.contrast.record.to_dict())
+        if len(self._terms) > 1:
+            numbers |= {f"{name}/loss": value.item() for name, value in self._terms.items()}
+        return numbers | {name: float(value) for name, value in self._counts.items()}

@@ -1,0 +1,1 @@
+"""Two or more views of the same items, contrasted: whatever the views are."""

@@ -1,0 +1,219 @@
+"""The options of `experiment=pairs`: two or more columns of a table, each read by a tower."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from nearfar.config import Encoding, column, fraction, group, option, path, raw_group
+from nearfar.config.rules import shown
+from nearfar.config.views import ViewOptions
+from nearfar.errors import NearfarError
+
+__all__ = ["PairDataOptions", "PairOptions", "column_names"]
+
+
+@dataclass(frozen=True)
+class ColumnNames:
+    """Names of columns, one or a list; null leaves the choice to the data."""
+
+    def check(self, name: str, value: object) -> None:
+        column_names(name, value)
+
+    def __str__(self) -> str:
+        return "names of columns"
+
+
+@dataclass(frozen=True)
+class ByView:
+    """Names of views, each with a value: ``{word: text, picture: {tower: image, encoder: mobilenet}}``."""
+
+    def check(self, name: str, value: object) -> None:
+        if not isinstance(value, Mapping):
+            raise NearfarError(
+                f"{name}={shown(value)}: names of views with a value each are needed, such as {name}.VIEW=…"
+            )
+
+    def __str__(self) -> str:
+        return "by view"
+
+
+def column_names(name: str, value: object) -> list[str]:
+    """Names of columns given as one or as a list; none for null.
+
+    >>> column_names("views", ["word", 2]), column_names("views", None)
+    (['word', '2'], [])
+    """
+    if value is None:
+        return []
+    given = list(value) if isinstance(value, (list, tuple)) else [value]
+    if any(
+        isinstance(each, bool) or not isinstance(each, (str, int)) or not str(each).strip() for each in given
+    ):
+        raise NearfarError(
+            f"{name}={shown(value)}: names of columns are needed, such as {name}=[word,definition]."
+        )
+    names = [str(each) for each in given]
+    if len(set(names)) != len(names):
+        raise NearfarError(f"{name}={names}: a column is named twice.")
+    return names
+
+
+@dataclass
+class PairDataOptions:
+    """Tables, folders of pictures, shards or data sets of the library datasets; without any, the embedded emoji."""
+
+    train: str | int | None = path(None, "what is trained on: a table, a folder, shards, or hf:OWNER/NAME")
+    val: str | int | None = path(None, "the same for validation")
+    test: str | int | None = path(None, "the same for the test")
+    dir: str | int | None = path(None, "a folder with train, validation (or val) and test")
+    id_column: str | int | None = column("column of ids; null: the number of the row")
+    group_column: str | int | None = column(
+        "column whose equal values stay in one split when a part is held out; null: each item by itself"
+    )
+    encoding: str | None = option(
+        None,
+        "encoding of text files, e.g. cp1252; null: UTF-8, or UTF-16 with a byte-order mark",
+        rule=Encoding(),
+    )
+    val_fraction: float = option(
+        0.1, "share of train held out where there is no validation", least=0, most=1, inside=True
+    )
+    split_seed: int = option(0, "seed of what is held out", least=0, most=2**32 - 1)
+
+
+@dataclass
+class InfoNCEOptions:
+    """Each item's own partner against all others of the batch (van den Oord et al. 2018)."""
+
+    name: Literal["infonce"] = option("infonce", "the loss")
+    symmetric: bool = option(True, "both directions")
+
+
+@dataclass
+class ClipOptions:
+    """The same in both directions with a learned temperature (CLIP, Radford et al. 2021)."""
+
+    name: Literal["clip"] = option("clip", "the loss")
+
+
+@dataclass
+class SigLipOptions:
+    """Is this a pair, asked of every pair of the batch (SigLIP, Zhai et al. 2023), with a learned scale and bias."""
+
+    name: Literal["siglip"] = option("siglip", "the loss")
+    bias: float = option(-10.0, "of the logits at the start")
+
+
+@dataclass
+class SupConOptions:
+    """Several positives: rows with the same value in the column `positives` (Khosla et al. 2020)."""
+
+    name: Literal["supcon"] = option("supcon", "the loss")
+    sum: Literal["outside", "inside"] = option(
+        "outside", "sum over positives outside or inside the logarithm"
+    )
+
+
+@dataclass
+class PairOptions(ViewOptions):
+    """Two or more views of the same items."""
+
+    system: str = "pairs"
+    epochs: int = 10
+    batch_size: int = 128
+    warmup: float = 0.1
+    embedding_dim: int = 256
+    learn_temperature: bool | None = option(  # type: ignore[assignment]
+        None, "the temperature is a parameter; null: with loss=clip and loss=siglip", role="loss"
+    )
+    views: Any = option(
+        None,
+        "columns that are contrasted, such as [word,definition]; null: the two columns of the data",
+        rule=ColumnNames(),
+    )
+    towers: dict[str, Any] = option(
+        {},
+        "by view, what differs from the encoder of its kind: towers.picture.encoder=mobilenet",
+        rule=ByView(),
+    )
+    share: bool = option(
+        False, "views with the same kind of tower and the same options share one, and its head"
+    )
+    anchor: str | None = option(None, "the view that each other one is contrasted with; null: every two")
+    head: Literal["linear", "mlp", "none"] = option(
+        "linear", "what is trained above a tower; of train=frozen none"
+    )
+    hidden: int = option(512, "width of the hidden layer of head=mlp", least=1)
+    dropout: float = fraction(0.0, "dropout of the hidden layer of head=mlp")
+    negatives: dict[str, Any] = option(
+        {},
+        "by view, columns of further negatives, each of its own row: negatives.definition=[wrong_1,wrong_2]",
+        rule=ByView(),
+    )
+    positives: str | None = option(
+        None,
+        "a column: rows with the same value in it are positives of each other, and answers of each other's query",
+    )
+    neighbors: str | None = option(
+        None,
+        "the view whose frozen vectors make hard batches and tell likely false negatives; null: the first with any",
+        role="batches",
+    )
+
+    data: PairDataOptions = group(pairs=PairDataOptions(), help="items with views")
+    text_encoder: dict[str, Any] = raw_group(
+        {"kind": "ngram"}, "encoder of the views of texts", models=("model",)
+    )
+    image_encoder: dict[str, Any] = raw_group(
+        {"kind": "efficientnet"}, "encoder of the views of pictures", models=("name",)
+    )
+    loss: InfoNCEOptions | ClipOptions | SigLipOptions | SupConOptions = group(
+        infonce=InfoNCEOptions(),
+        clip=ClipOptions(),
+        siglip=SigLipOptions(),
+        supcon=SupConOptions(),
+        role="loss",
+    )
+
+    def check(self) -> None:
+        super().check()
+        names = column_names("views", self.views)
+        if len(names) == 1:
+            raise NearfarError(
+                f"views={names}: a second view is needed to contrast with. One view and labels: experiment=labels; one "
+                "view under augmentation: experiment=augmented."
+            )
+        for what, given in (("towers", self.towers), ("negatives", self.negatives)):
+            for view in given:
+                if names and view not in names:
+                    raise NearfarError(f"{what}.{view}: no view has this name; views={names}.")
+        for name in ("anchor", "neighbors"):
+            view = getattr(self, name)
+            if view is not None and names and view not in names:
+                raise NearfarError(f"{name}={view}: no view has this name; views={names}.")
+        if isinstance(self.loss, SupConOptions) != (self.positives is not None):
+            raise NearfarError(
+                "loss=supcon needs positives=COLUMN, whose equal values make rows positives of each other."
+                if self.positives is None
+                else f"positives={self.positives} is for loss=supcon: take that, or leave positives out."
+            )
+        if self.learns_temperature and isinstance(self.loss, SupConOptions):
+            raise NearfarError("learn_temperature=true: the temperature of loss=supcon does not learn.")
+        if self.learns_temperature and self.temperature < 0.01:
+            raise NearfarError(
+                f"temperature={self.temperature}: a learned temperature is kept at .01 or more; start at that or above."
+            )
+        further = "negatives" if self.negatives else "memory" if self.memory else ""
+        if further and not isinstance(self.loss, InfoNCEOptions | ClipOptions):
+            raise NearfarError(f"{further}: further negatives are for loss=infonce and loss=clip.")
+        if self.negatives and self.memory:
+            raise NearfarError("negatives and memory cannot be combined; leave one of them out.")
+
+    @property
+    def learns_temperature(self) -> bool:
+        """Whether the temperature is a parameter."""
+        if self.learn_temperature is not None:
+            return self.learn_temperature
+        return isinstance(self.loss, ClipOptions | SigLipOptions)

@@ -1,0 +1,233 @@
+"""Two or more views of the same items, each read by a tower, contrasted with each other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from nearfar.data.batch import Inputs, Rows
+from nearfar.data.embedded import emoji_items
+from nearfar.data.files import Json
+from nearfar.data.items import Items, hold_out, value_groups
+from nearfar.data.sources import read_splits, split_sources
+from nearfar.errors import NearfarError, nearest_name
+from nearfar.losses.views import ViewLoss
+from nearfar.models.views import HeadKind, build_head
+from nearfar.systems.pairs.options import (
+    InfoNCEOptions,
+    PairOptions,
+    SigLipOptions,
+    SupConOptions,
+    column_names,
+)
+from nearfar.systems.view_system import LABEL, NEGATIVES, ViewSystem
+from nearfar.towers import Tower, build_tower, guess_tower, tower_names
+from nearfar.training.system import Say
+
+__all__ = ["PairSystem"]
+
+#: columns that are no views unless they are named
+NO_VIEWS = ("id", "ids", "index", "label", "labels", "class", "split", "group")
+#: the group of options that holds the encoder of a kind of tower
+ENCODER_OPTIONS = {"text": "text_encoder", "image": "image_encoder"}
+
+
+class PairSystem(ViewSystem):
+    """Contrasts the columns that ``views`` names; retrieval between them, in both directions, is the result."""
+
+    name = "pairs"
+    config: PairOptions
+
+    def __init__(self, config: PairOptions) -> None:
+        super().__init__(config)
+        self._views: list[str] = []
+        self._labels: dict[str, np.ndarray] = {}
+
+    # -- data ------------------------------------------------------------------------------------------------
+    def load_items(self, say: Say) -> dict[str, Items]:
+        config, data = self.config, self.config.data
+        wanted = column_names("views", config.views)
+        if data.train is None and data.dir is None:
+            say(
+                "data: the embedded emoji, pictures and their names; give data.train= or data.dir= for your own"
+            )
+            splits = hold_out(emoji_items(), {"val": 0.1, "test": 0.2}, data.split_seed)
+        else:
+            extra = [name for names in config.negatives.values() for name in column_names("negatives", names)]
+            if config.positives is not None:
+                extra.append(config.positives)
+            columns = list(dict.fromkeys([*wanted, *extra])) if wanted else None
+            sources = split_sources(data.dir, data.train, data.val, data.test)
+            splits = read_splits(
+                sources,
+                columns,
+                fractions={"val": data.val_fraction},
+                apart=wanted,
+                seed=data.split_seed,
+                id_column=data.id_column,
+                group_column=data.group_column,
+                encoding=data.encoding,
+                encoding_option="data.encoding",
+                naming="views=[{name}]",
+            )
+        train = splits["train"]
+        for name in wanted:
+            if name not in train:
+                raise NearfarError(
+                    f"{train.source} has no column '{name}'; {nearest_name(name, list(train.columns))}"
+                )
+        self._views = wanted or self._choose_views(train, say)
+        self.monitor = f"{self._views[0]}_to_{self._views[1]}/MRR"
+        if config.anchor is not None and config.anchor in self._views:
+            other = next(view for view in self._views if view != config.anchor)
+            self.monitor = f"{config.anchor}_to_{other}/MRR"
+        return splits
+
+    def _choose_views(self, train: Items, say: Say) -> list[str]:
+        config = self.config
+        others = {str(config.data.id_column), str(config.data.group_column), str(config.positives)}
+        others |= {name for names in config.negatives.values() for name in column_names("negatives", names)}
+        chosen = [name for name in train.columns if name.casefold() not in NO_VIEWS and name not in others]
+        if len(chosen) < 2:
+            raise NearfarError(
+                f"{train.source} has the columns {', '.join(train.columns) or 'none'}: two views are needed. Name them "
+                "with views=[FIRST,SECOND]."
+            )
+        if len(chosen) > 2 and config.views is None:
+            raise NearfarError(
+                f"{train.source} has the columns {', '.join(train.columns)}: say which are contrasted, "
+                f"such as views=[{chosen[0]},{chosen[1]}]."
+            )
+        say(f"views: {' and '.join(chosen)}")
+        return chosen
+
+    def build_towers(self, say: Say) -> dict[str, Tower]:
+        towers: dict[str, Tower] = {}
+        known: dict[str, Tower] = {}
+        for view in self._views:
+            kind, options = self.tower_options(view)
+            key = f"{kind} {sorted((name, str(value)) for name, value in options.items())}"
+            if not (self.config.share and key in known):
+                known[key] = build_tower(kind, f"the tower of '{view}'", **options)
+            towers[view] = known[key]
+        if self.config.share and len({id(tower) for tower in towers.values()}) == len(towers):
+            raise NearfarError(
+                "share=true: no two views have the same kind of tower with the same options, so that none can be "
+                "shared. Give them the same, or leave share out."
+            )
+        for view in self.config.towers:
+            if view not in towers:
+                raise NearfarError(f"towers.{view}: no view has this name; {nearest_name(view, towers)}")
+        return towers
+
+    def tower_options(self, view: str) -> tuple[str, dict[str, Any]]:
+        """The kind of a view's tower and its options: those of its kind of encoder, and what ``towers`` says of it."""
+        given = self.config.towers.get(view, {})
+        if isinstance(given, str):
+            given = {"tower": given}
+        if not isinstance(given, Mapping):
+            raise NearfarError(
+                f"towers.{view}={given}: a kind of tower ({', '.join(tower_names())}) or options are needed, such as "
+                f"towers.{view}.encoder=NAME."
+            )
+        own = dict(given)
+        kind = str(own.pop("tower", None) or guess_tower(self.splits["train"][view]))
+        options: dict[str, Any] = {}
+        if kind in ENCODER_OPTIONS and "encoder" not in own:
+            options = dict(getattr(self.config, ENCODER_OPTIONS[kind]))
+            options["encoder"] = options.pop("kind")
+        return kind, options | own
+
+    def further_inputs(self, split: str, items: Items) -> dict[str, Inputs]:
+        inputs: dict[str, Inputs] = {}
+        if self.config.positives is not None:
+            if not self._labels:
+                self._labels = value_groups(self.splits, self.config.positives)
+            inputs[LABEL] = Rows(self._labels[split])
+        if split == "train":
+            for view, names in self.config.negatives.items():
+                if view not in self.towers:
+                    raise NearfarError(
+                        f"negatives.{view}: no view has this name; {nearest_name(view, self.towers)}"
+                    )
+                for i, name in enumerate(column_names(f"negatives.{view}", names)):
+                    if not items.present(name).all():
+                        missing = int((~items.present(name)).sum())
+                        raise NearfarError(
+                            f"negatives.{view}={name}: {missing} of {len(items)} training items have no value in this "
+                            "column; every one needs its negative."
+                        )
+                    inputs[f"{NEGATIVES}{view}:{i}"] = self.towers[view].read(items[name])
+        return inputs
+
+    def reference_view(self) -> str | None:
+        if self.config.neighbors is not None:
+            return self.config.neighbors
+        every = [view for view in self._views if self.splits["train"].present(view).all()]
+        for view in every:
+            tower = self.towers[view]
+            if tower.train in ("frozen", "head") and tower.kind != "vector":
+                return view
+        return every[0] if every and self.needs_reference() else None
+
+    def labels(self) -> np.ndarray | None:
+        return self._labels.get("train")
+
+    def relevant(self, split: str) -> object:
+        return self._labels.get(split)
+
+    # -- model and loss --------------------------------------------------------------------------------------
+    def build_loss(self) -> ViewLoss:
+        config, loss = self.config, self.config.loss
+        if isinstance(loss, SigLipOptions):
+            return ViewLoss("siglip", config.temperature, anchor=config.anchor)
+        if isinstance(loss, SupConOptions):
+            return ViewLoss("supcon", config.temperature, sum=loss.sum, anchor=config.anchor)
+        symmetric = loss.symmetric if isinstance(loss, InfoNCEOptions) else True
+        return ViewLoss("infonce", config.temperature, symmetric, anchor=config.anchor)
+
+    def _head_kind(self, tower: Tower) -> HeadKind:
+        return "none" if tower.train == "frozen" else self.config.head
+
+    def shared_dim(self, widths: Mapping[str, int]) -> int:
+        """That of a tower without a head, else ``embedding_dim``."""
+        plain = {
+            view: width for view, width in widths.items() if self._head_kind(self.towers[view]) == "none"
+        }
+        if len(set(plain.values())) > 1:
+            listed = ", ".join(f"{view} {width}" for view, width in plain.items())
+            raise NearfarError(
+                f"these towers have no head, and vectors of different lengths: {listed}. Set head=linear, and "
+                "train=head instead of train=frozen, for all but one of them."
+            )
+        return next(iter(plain.values()), self.config.embedding_dim)
+
+    def build_head(self, tower: Tower, view: str, width: int, dim: int) -> nn.Module:
+        config = self.config
+        return build_head(self._head_kind(tower), width, dim, hidden=config.hidden, dropout=config.dropout)
+
+    def model_options(self, dim: int) -> dict[str, Any]:
+        bias = self.config.loss.bias if isinstance(self.config.loss, SigLipOptions) else None
+        return super().model_options(dim) | {
+            "learn_temperature": self.config.learns_temperature,
+            "bias": bias,
+        }
+
+    # -- results ---------------------------------------------------------------------------------------------
+    def shown(self, split: str, view: str, position: int) -> Json:
+        value = self.splits[split][view][position]
+        if isinstance(value, np.ndarray):
+            return {"text": " ".join(f"{each:.3g}" for each in value.reshape(-1)[:8])}
+        return super().shown(split, view, position)
+
+    def average(self, outputs: Any) -> dict[str, Tensor]:
+        """Unit vectors of the models side by side: their cosine is the mean of the models' cosines."""
+        return {
+            view: torch.cat([normalize(each[view].float(), dim=1) for each in outputs], dim=1)
+            for view in self._views
+        }

@@ -1,0 +1,600 @@
+"""Items with views, a tower for each view, a loss between the views: what most systems are made of."""
+
+from __future__ import annotations
+
+import json
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from nearfar.batching import BatchSampler, Neighbors, nearest_neighbors
+from nearfar.config.samplers import Items as SamplerItems
+from nearfar.config.views import ViewOptions
+from nearfar.contrast import SimilarityMask, join_masks
+from nearfar.data.batch import Augment, Batch, Draw, Inputs, ItemDataset, Partial, Rows
+from nearfar.data.cache import cached_arrays, content_key
+from nearfar.data.files import Json, read_json
+from nearfar.data.items import Items, value_groups
+from nearfar.errors import NearfarError
+from nearfar.losses.views import ViewContext, ViewLoss, view_pairs
+from nearfar.metrics import Estimate, batch_signals, paired_difference, rank_estimates, retrieval_ranks
+from nearfar.models.views import ViewMemory, ViewModel, build_head
+from nearfar.towers import Tower, load_tower
+from nearfar.training.batches import (
+    LIKELY_FALSE_NEGATIVE,
+    build_sampler,
+    check_batches,
+    epoch_record,
+    neighbors_needed,
+)
+from nearfar.training.evaluation import consecutive
+from nearfar.training.sections import retrieval_examples
+from nearfar.training.state import initial_model
+from nearfar.training.system import Evaluation, Say, StepOutput, System, TrainSampler, collect
+
+__all__ = ["BEFORE", "ViewSystem", "cached_neighbors", "load_towers"]
+
+KS = (1, 5, 10)
+#: what the scores of the model at its start are called beside those of the trained one
+BEFORE = "before training"
+#: fields of a batch that belong to a view: ``group:VIEW`` are equal where its value is, ``present:VIEW`` is whether a
+#: row has it, ``negatives:VIEW:i`` are further values that are negatives of their own row
+GROUP, PRESENT, NEGATIVES = "group:", "present:", "negatives:"
+REFERENCE, LABEL = "reference", "label"
+
+
+class ViewSystem(System[Batch, ViewModel]):
+    """A system of items with views. It defines ``load_items`` and ``build_towers``; everything else has a default.
+
+    ``prepare`` reads the items, counts values that a tower cannot read as rejections, fits towers on the training
+    values alone, and makes a dataset of each split. The model has a tower and a head for each view, the loss is
+    contrastive between views, and success is judged by retrieval between views, beside that of the model before training.
+    """
+
+    config: ViewOptions
+    #: whether the model at its start is evaluated beside the trained one
+    judges_start = True
+
+    def __init__(self, config: ViewOptions) -> None:
+        self.config = config
+        self.loss: nn.Module = self.build_loss()
+        self.splits: dict[str, Items] = {}
+        self.towers: dict[str, Tower] = {}
+        self.datasets: dict[str, ItemDataset] = {}
+        self.neighbors: Neighbors | None = None
+        self._directions: np.ndarray | None = None
+        self._at_start: dict[str, dict[str, Tensor]] = {}
+
+    # -- to define -------------------------------------------------------------------------------------------
+    @abstractmethod
+    def load_items(self, say: Say) -> dict[str, Items]:
+        """The splits, by name: ``train``, and ``val``, ``test`` or both."""
+
+    @abstractmethod
+    def build_towers(self, say: Say) -> dict[str, Tower]:
+        """The tower of each view, not fitted; one tower under two names is shared. ``splits`` are there by now."""
+
+    # -- data ------------------------------------------------------------------------------------------------
+    @property
+    def views(self) -> list[str]:
+        """The names of the views, in order; each is a column of the items."""
+        return list(self.towers)
+
+    def prepare(self, say: Say) -> None:
+        """Read items, fit towers, turn values into arrays, look for neighbours where they are needed."""
+        self.splits = self.load_items(say)
+        self.towers = self.build_towers(say)
+        self.splits = {name: self.readable(items) for name, items in self.splits.items()}
+        for name, items in self.splits.items():
+            if len(items.rejections):
+                say(f"{name}: {items.source}: {items.rejections.summary()}")
+        self.fit_towers()
+        for tower, views in self._distinct():
+            say(f"{' and '.join(views)}: {tower.description}")
+        groups = {view: self.value_groups(view) for view in self.views}
+        for name, items in self.splits.items():
+            inputs = self.view_inputs(items)
+            inputs |= {f"{GROUP}{view}": Rows(groups[view][name]) for view in self.views}
+            inputs |= self.further_inputs(name, items)
+            train = name == "train"
+            self.datasets[name] = ItemDataset(
+                inputs, self.augment() if train else None, seed=self.config.seed
+            )
+        self._find_neighbors(say)
+
+    def readable(self, items: Items) -> Items:
+        """Without values that their tower cannot read, and without items that have fewer than two views left."""
+        views = self.views
+        reasons: list[str | None] = [None] * len(items)
+        for view in views:
+            present = np.flatnonzero(items.present(view))
+            values = _some(items[view], present)
+            for at, reason in zip(present.tolist(), self.towers[view].check(values), strict=True):
+                if reason is not None and reasons[at] is None:
+                    reasons[at] = f"{view}: {reason}"
+        items = items.rejecting(views[0], reasons)
+        if len(views) > 1:
+            enough = np.sum([items.present(view) for view in views], axis=0) > 1
+            items = items.rejecting(views[0], [None if each else "fewer than two views" for each in enough])
+        if not len(items):
+            raise NearfarError(
+                f"{items.source}: no item has two views that can be read; {items.rejections.summary()}."
+            )
+        return items
+
+    def _distinct(self) -> list[tuple[Tower, list[str]]]:
+        """Each tower once, with the views that it reads."""
+        readers: list[tuple[Tower, list[str]]] = []
+        for view, tower in self.towers.items():
+            known = next((views for each, views in readers if each is tower), None)
+            if known is None:
+                readers.append((tower, [view]))
+            else:
+                known.append(view)
+        return readers
+
+    def fit_towers(self) -> None:
+        """Every tower on the training values of its views."""
+        train = self.splits["train"]
+        for tower, views in self._distinct():
+            parts = [_some(train[view], np.flatnonzero(train.present(view))) for view in views]
+            if any(not len(part) for part in parts):
+                empty = views[[len(part) for part in parts].index(0)]
+                raise NearfarError(f"{train.source}: no training item has a value in the column '{empty}'.")
+            values = parts[0] if len(parts) == 1 else _joined(parts)
+            tower.fit(values)
+
+    def view_inputs(self, items: Items) -> dict[str, Inputs]:
+        """What each tower reads of the items, and which items have a view that some of them lack."""
+        inputs: dict[str, Inputs] = {}
+        for view, tower in self.towers.items():
+            present = items.present(view)
+            read = tower.read(_some(items[view], np.flatnonzero(present)))
+            inputs[view] = read if present.all() else Partial(read, present)
+            if not present.all():
+                inputs[f"{PRESENT}{view}"] = Rows(present)
+        reference = self.reference_view()
+        if reference is not None:
+            vectors = self._reference(reference, items, inputs[reference])
+            if vectors is not None:
+                inputs[REFERENCE] = Rows(vectors)
+        return inputs
+
+    def value_groups(self, view: str) -> dict[str, np.ndarray]:
+        """For the items of each split a number that is equal where a view's value is the same, as its tower sees it."""
+        return value_groups(self.splits, view, self.towers[view].keys)
+
+    def further_inputs(self, split: str, items: Items) -> dict[str, Inputs]:
+        """Fields beyond the views, such as labels."""
+        return {}
+
+    def augment(self) -> Augment | None:
+        """What changes every training batch: what the towers change of their views."""
+        changes = [change for view, tower in self.towers.items() if (change := tower.augment(view)) is not None]
+        return one_after_another(changes) if changes else None
+
+    # -- likeness before training ----------------------------------------------------------------------------
+    def reference_view(self) -> str | None:
+        """The view whose frozen vectors tell what is alike before training: hard batches and likely false negatives."""
+        return None
+
+    def needs_reference(self) -> bool:
+        """Whether the run cannot do without: then vectors are computed even where they cost a pass over the data."""
+        config = self.config
+        return config.sampler.composes_hard_batches or config.false_negative_threshold is not None
+
+    def _reference(self, view: str, items: Items, inputs: Inputs) -> Tensor | np.ndarray | None:
+        tower = self.towers[view]
+        if isinstance(inputs, Rows) and tower.train in ("frozen", "head") and tower.kind != "vector":
+            return inputs.values
+        if not self.needs_reference():
+            return None
+        if not items.present(view).all():
+            raise NearfarError(
+                f"hard batches and false_negative_threshold go by the vectors of '{view}', which some items lack; name "
+                "a view that every item has, or take sampler=random."
+            )
+        vectors = tower.reference(_some(items[view], np.arange(len(items))))
+        if vectors is None:
+            raise NearfarError(
+                f"hard batches and false_negative_threshold go by vectors from before training, and the tower of "
+                f"'{view}' has none ({tower.description}). Take a pretrained or n-gram encoder for it, name a "
+                "different view, or take sampler=random."
+            )
+        return vectors
+
+    def _find_neighbors(self, say: Say) -> None:
+        train = self.datasets["train"]
+        if REFERENCE not in train.inputs:
+            return
+        vectors = train.tensor(REFERENCE).numpy()
+        self._directions = without_zero_rows(vectors, say)
+        k = neighbors_needed(self.config, len(train))
+        self.neighbors = cached_neighbors(self._directions, k, self.splits["train"].ids)
+
+    def layout(self) -> Json:
+        """Counts, rejections, hashes, and which encoders are really used."""
+        layout: Json = {
+            "system": self.name,
+            "splits": {name: items.layout() for name, items in self.splits.items()},
+            "data_hash": self.content_hash(*self.splits.values()),
+            "views": {view: tower.description for view, tower in self.towers.items()},
+            "leaks": {},
+        }
+        if self.neighbors is not None:
+            known = self.neighbors
+            layout["neighbors"] = {
+                "of": self.reference_view(),
+                "k": known.k,
+                "exact": known.exact,
+                "index": known.index,
+                "recall": known.recall,
+            }
+        return layout
+
+    def content_hash(self, *splits: Items) -> str:
+        """A hash of the content of splits, in order: sixteen hexadecimal digits."""
+        return content_key(*(items.content_hash() for items in splits))[:16]
+
+    def split_hash(self, items: Items) -> str:
+        """By which estimates on the same items are known: a hash of the content of the views of a split."""
+        return items.content_hash(*self.views)
+
+    # -- batches ---------------------------------------------------------------------------------------------
+    def labels(self) -> np.ndarray | None:
+        """Classes of the training items, of which ``sampler=balanced`` draws as many each; None: there are none."""
+        return None
+
+    def build_sampler(self) -> BatchSampler:
+        """The sampler that the configuration names."""
+        labels = self.labels()
+        items = SamplerItems(
+            len(self.datasets["train"]), self.neighbors, labels=None if labels is None else lambda: labels
+        )
+        return build_sampler(self.config, items)
+
+    def on_epoch(self, epoch: int, sampler: TrainSampler, say: Say) -> Json:
+        """Apply schedules and measure how hard the resulting batches are, where neighbours are known."""
+        if self.neighbors is not None:
+            return epoch_record(self.config, epoch, sampler, self.neighbors, say)
+        sampler.set_epoch(epoch)
+        choice = self.config.sampler
+        return {"sampler": choice.name, "composes_hard_batches": choice.composes_hard_batches}
+
+    def check_sampler(self, sampler: TrainSampler, say: Say) -> None:
+        """The A/A check of the first hard epoch."""
+        if self._directions is not None:
+            check_batches(self.config, sampler, self._directions, say)
+
+    # -- model and loss --------------------------------------------------------------------------------------
+    def build_loss(self) -> nn.Module:
+        """The loss between views; a `ViewLoss` unless a system has its own."""
+        return ViewLoss("infonce", self.config.temperature)
+
+    def build_model(self) -> ViewModel:
+        """The module of every tower, then the heads above them; a shared tower has one head."""
+        readers = self._distinct()
+        built = [tower.build() for tower, _ in readers]
+        widths = {
+            views[0]: int(cast(int, module.width)) for (_, views), module in zip(readers, built, strict=True)
+        }
+        dim = self.shared_dim(widths)
+        modules: dict[str, nn.Module] = {}
+        heads: dict[str, nn.Module] = {}
+        for (tower, views), module in zip(readers, built, strict=True):
+            head = self.build_head(tower, views[0], widths[views[0]], dim)
+            modules |= dict.fromkeys(views, module)
+            heads |= dict.fromkeys(views, head)
+        ordered = {view: modules[view] for view in self.views}
+        return ViewModel(ordered, {view: heads[view] for view in self.views}, **self.model_options(dim))
+
+    def shared_dim(self, widths: Mapping[str, int]) -> int:
+        """Dimensions of the shared space, given the widths of the towers by their first view."""
+        return self.config.embedding_dim
+
+    def build_head(self, tower: Tower, view: str, width: int, dim: int) -> nn.Module:
+        """What stands above a tower; heads are made in the order of the views, from PyTorch's generator."""
+        return build_head("linear", width, dim)
+
+    def model_options(self, dim: int) -> dict[str, Any]:
+        """Temperature and memory of the model."""
+        config, memory = self.config, None
+        if config.memory:
+            reference = None
+            if config.false_negative_threshold is not None:
+                reference = int(self.datasets["train"].tensor(REFERENCE).shape[1])
+            dims = dict.fromkeys(self.views, dim)
+            memory = ViewMemory(dims, config.memory, reference)
+        return {
+            "temperature": config.temperature,
+            "learn_temperature": config.learn_temperature,
+            "memory": memory,
+        }
+
+    def parameter_groups(self, model: nn.Module) -> list[Json]:
+        """Weight decay for matrices that are no embeddings; a tower may have a learning rate of its own."""
+        assert isinstance(model, ViewModel)
+        rates: dict[int, float] = {}
+        for view, tower in self.towers.items():
+            if tower.lr is not None:
+                rates |= {id(p): float(tower.lr) for p in model.tower(view).parameters()}
+        tables = {
+            id(module.weight)
+            for module in model.modules()
+            if isinstance(module, nn.Embedding | nn.EmbeddingBag)
+        }
+        groups: dict[tuple[float | None, bool], list[nn.Parameter]] = {}
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                decays = parameter.ndim >= 2 and id(parameter) not in tables
+                groups.setdefault((rates.get(id(parameter)), decays), []).append(parameter)
+        return [
+            {"params": some, "weight_decay": self.config.weight_decay if decays else 0.0}
+            | ({} if rate is None else {"lr": rate})
+            for (rate, decays), some in groups.items()
+        ]
+
+    def encode(self, model: ViewModel, batch: Batch) -> dict[str, Tensor]:
+        """The embeddings of every view; of a row that lacks one, 0. Further negatives are embedded as their view is."""
+        embeddings = {}
+        for view in self.views:
+            present = batch.tensor(f"{PRESENT}{view}") if f"{PRESENT}{view}" in batch else None
+            embeddings[view] = model.encode(view, batch[view], present)
+        if model.training or not torch.is_inference_mode_enabled():
+            for name in batch:
+                if name.startswith(NEGATIVES):
+                    embeddings[name] = model.encode(name.split(":")[1], batch[name])
+        return embeddings
+
+    def context(self, embeddings: Mapping[str, Tensor], batch: Batch) -> ViewContext:
+        """What the loss has to know of the rows of a batch beside their embeddings."""
+        negatives: dict[str, list[Tensor]] = {}
+        for name, rows in embeddings.items():
+            if name.startswith(NEGATIVES):
+                negatives.setdefault(name.split(":")[1], []).append(rows)
+        return ViewContext(
+            {view: batch.tensor(f"{GROUP}{view}") for view in self.views if f"{GROUP}{view}" in batch},
+            self.config.mask_duplicates,
+            {view: batch.tensor(f"{PRESENT}{view}") for view in self.views if f"{PRESENT}{view}" in batch},
+            batch.tensor(REFERENCE) if REFERENCE in batch else None,
+            self.config.false_negative_threshold,
+            batch.tensor(LABEL) if LABEL in batch else None,
+            {view: torch.stack(rows, dim=1) for view, rows in negatives.items()},
+        )
+
+    def loss_of(self, model: ViewModel, embeddings: Mapping[str, Tensor], batch: Batch) -> StepOutput:
+        """The loss between views; equal values and likely false negatives are no negatives."""
+        loss = cast(ViewLoss, self.loss)
+        context, memory = self.context(embeddings, batch), model.memory
+        views = {view: embeddings[view] for view in self.views}
+        value = loss(views, context, scale=model.scale(), bias=model.bias, memory=memory)
+        if memory is None:
+            return StepOutput(value, lambda: self._record(context, batch))
+        age = memory.age()
+        whole = slice(None)
+        if context.present:
+            whole = torch.stack(list(context.present.values())).all(0).nonzero()[:, 0]  # type: ignore[assignment]
+        memory.push(
+            {view: rows[whole] for view, rows in views.items()},
+            {view: group[whole] for view, group in context.groups.items()},
+            None if context.reference is None else context.reference[whole],
+        )
+        return StepOutput(value, lambda: self._record(context, batch) | {"memory_age": age.item()})
+
+    def _record(self, context: ViewContext, batch: Batch) -> dict[str, float]:
+        """The loss's record, and the shares of copies and likely false negatives among the batch's negatives."""
+        record = cast(ViewLoss, self.loss).record()
+        if "scale" in record:
+            record["largest_logit"] = record["scale"]  # embeddings have unit length
+        first, second = self.pairs()[0]
+        if first in context.present or second in context.present or not context.groups:
+            return record
+        copies = join_masks(ViewContext(context.groups).same_content(first, second))
+        likely = None
+        if context.reference is not None:
+            threshold = LIKELY_FALSE_NEGATIVE if context.threshold is None else context.threshold
+            likely = SimilarityMask(context.reference, threshold)
+        return record | batch_signals(copies, likely, left_out=context.mask(first, second))
+
+    # -- evaluation ------------------------------------------------------------------------------------------
+    def pairs(self) -> list[tuple[str, str]]:
+        """The views that are contrasted and judged with each other."""
+        return view_pairs(self.views, getattr(self.loss, "anchor", None))
+
+    def before_evaluation(self, model: ViewModel, split: str, final: bool) -> None:
+        """In the final evaluation the split is embedded by the model at its start, too."""
+        if not (final and self.judges_start) or split in self._at_start or split not in self.datasets:
+            return
+        start = initial_model(self, self.config.seed)
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        start = start.to(device).eval()
+        dataset, size = self.datasets[split], self.config.trainer.eval_batch_size
+        parts = [
+            self.embed(start, dataset.__getitems__(positions).to(device))
+            for positions in consecutive(len(dataset), size)
+        ]
+        self._at_start[split] = collect(parts)
+
+    def relevant(self, split: str) -> object:
+        """Which items of a split answer which query, as ``retrieval_ranks`` takes it; None: each its own."""
+        return None
+
+    def evaluate(self, outputs: Mapping[str, Tensor], split: str, final: bool) -> Evaluation:
+        """Retrieval between views, the whole split as gallery; finally beside that of the model at its start."""
+        estimates, per_item = self.retrieval(outputs, split, final)
+        facts: dict[str, Any] = {}
+        start = self._at_start.get(split) if final else None
+        if start is not None:
+            facts = self.against_start(split, per_item, *self.retrieval(start, split, final))
+        return Evaluation(split, estimates, self.splits[split].ids, per_item, facts)
+
+    def retrieval(
+        self, outputs: Mapping[str, Tensor], split: str, final: bool
+    ) -> tuple[dict[str, Estimate], dict[str, np.ndarray]]:
+        """Estimates and scores of every item for each two views, in both directions."""
+        estimates: dict[str, Estimate] = {}
+        per_item: dict[str, np.ndarray] = {}
+        items = self.splits[split]
+        for first, second in self.pairs():
+            rows = items.present(first) & items.present(second)
+            if int(rows.sum()) < 2:
+                continue
+            relevant = self.relevant(split)
+            if not rows.all():
+                relevant = None if relevant is None else np.asarray(relevant)[rows]
+            at = torch.from_numpy(np.flatnonzero(rows))
+            ranks = retrieval_ranks(outputs[first][at], outputs[second][at], relevant, both=True)
+            for (query, key), direction in zip(((first, second), (second, first)), ranks, strict=True):
+                name = f"{query}_to_{key}"
+                numbers = rank_estimates(
+                    direction,
+                    KS,
+                    bootstrap=self.config.bootstrap if final else 0,
+                    split=self.split_hash(items),
+                )
+                estimates |= {f"{name}/{metric}": estimate for metric, estimate in numbers.items()}
+                if rows.all():
+                    per_item |= {f"{name}/R@{k}": direction.hits(k) for k in KS}
+                    per_item[f"{name}/MRR"] = direction.reciprocal()
+        return estimates, per_item
+
+    def against_start(
+        self,
+        split: str,
+        scores: Mapping[str, np.ndarray],
+        estimates: Mapping[str, Estimate],
+        start: Mapping[str, np.ndarray],
+    ) -> dict[str, Any]:
+        """Facts for ``metrics.json``: scores of the model at its start, and the paired difference of each metric."""
+        before = {name: estimate.to_dict() | {"name": BEFORE} for name, estimate in estimates.items()}
+        differences = {}
+        for name, values in scores.items():
+            if name in start and len(values) > 1 and len(values) == len(start[name]):
+                gain = paired_difference(values, start[name], metric=name)
+                differences[f"{name} against {BEFORE}"] = {
+                    "value": gain.value, "low": gain.low, "high": gain.high, "verdict": gain.verdict,
+                }  # fmt: skip
+        return {"baselines": {split: before}, "comparison": differences}
+
+    # -- results ---------------------------------------------------------------------------------------------
+    def shown(self, split: str, view: str, position: int) -> Json:
+        """What the report shows of a value."""
+        return {"text": str(self.splits[split][view][position])[:300]}
+
+    def report_examples(self, outputs: Mapping[str, Tensor], split: str) -> list[Json]:
+        """Queries with their nearest items: right, nearly right and wrong ones."""
+        if not self.pairs():
+            return []
+        query, key = self.pairs()[0]
+        return retrieval_examples(
+            outputs[query],
+            outputs[key],
+            lambda position: self.shown(split, query, position),
+            lambda position: self.shown(split, key, position),
+        )
+
+    def save_assets(self, folder: Path) -> None:
+        """Every tower, so that new values can be embedded with this run."""
+        for tower, views in self._distinct():
+            tower.save(folder / "towers" / tower_folder(views[0]))
+        shared = {view: views[0] for _, views in self._distinct() for view in views}
+        text = json.dumps({"views": self.views, "towers": shared}, indent=2, ensure_ascii=False)
+        (folder / "towers" / "views.json").write_text(text + "\n", encoding="utf-8")
+
+
+def load_towers(folder: Path) -> dict[str, Tower]:
+    """The towers that ``save_assets`` wrote, by view."""
+    known = read_json(folder / "views.json", {"views": [str], "towers": dict})
+    assert isinstance(known, dict)
+    shared = {first: load_tower(folder / tower_folder(first)) for first in dict.fromkeys(known["towers"].values())}
+    return {view: shared[known["towers"][view]] for view in known["views"]}
+
+
+def tower_folder(view: str) -> str:
+    """The name of the folder that holds a view's tower.
+
+    >>> tower_folder("a/b c")
+    'a_b_c'
+    """
+    return "".join(c if c.isalnum() or c in "-_" else "_" for c in view) or "_"
+
+
+def one_after_another(changes: Sequence[Augment]) -> Augment:
+    """Several augmentations as one; each draws from the same `Draw`."""
+
+    def augment(batch: Batch, draw: Draw) -> Batch:
+        for change in changes:
+            batch = change(batch, draw)
+        return batch
+
+    return changes[0] if len(changes) == 1 else augment
+
+
+def _some(values: Any, at: np.ndarray) -> Any:
+    if isinstance(values, np.ndarray):
+        return values if len(at) == len(values) else values[at]
+    return [values[i] for i in at.tolist()]
+
+
+def _joined(parts: Sequence[Any]) -> Any:
+    if all(isinstance(part, np.ndarray) for part in parts):
+        return np.concatenate(parts)
+    return [value for part in parts for value in part]
+
+
+def cached_neighbors(directions: Float[np.ndarray, "n d"], k: int, ids: list[str]) -> Neighbors:
+    """``nearest_neighbors``, cached by content.
+
+    The cache saves time, and a resumed run needs exactly the same list: with a different number of threads rounding
+    may swap two neighbours of nearly equal similarity.
+    """
+
+    def search() -> dict[str, np.ndarray]:
+        neighbors = nearest_neighbors(directions, k)
+        assert neighbors.similarities is not None
+        how = {
+            "exact": neighbors.exact,
+            "index": neighbors.index,
+            "recall": neighbors.recall,
+            "queries": neighbors.queries,
+        }
+        return {
+            "indices": neighbors.indices,
+            "similarities": neighbors.similarities,
+            "how": np.array(json.dumps(how)),
+        }
+
+    kept = cached_arrays("neighbors", [1, directions, k], search)
+    how = json.loads(str(kept["how"]))
+    return Neighbors(kept["indices"], kept["similarities"], np.asarray(ids), **how)
+
+
+def without_zero_rows(vectors: Float[np.ndarray, "n d"], say: Say) -> Float[np.ndarray, "n d"]:
+    """Vectors in which a row of zeros (a text without a known term) has a random direction.
+
+    In many dimensions a random direction is near to no other. If more than half of the rows are zero, the encoder does
+    not suit these values: an error.
+    """
+    unknown = ~vectors.any(axis=1)
+    count = int(unknown.sum())
+    if not count:
+        return vectors
+    if count > len(vectors) / 2:
+        raise NearfarError(
+            f"{count} of {len(vectors)} training texts hold no term that the text encoder kept. Terms in nearly all "
+            "texts or in one alone are left out: try text_encoder.max_df=1.0, text_encoder.min_df=1, or a different "
+            "text_encoder."
+        )
+    known = f"{count} of {len(vectors)} training texts hold no term that the text encoder kept"
+    say(f"{known}; they have no real neighbours")
+    directions = vectors.copy()
+    directions[unknown] = (
+        np.random.default_rng(0).standard_normal((count, vectors.shape[1])).astype(vectors.dtype)
+    )
+    return directions

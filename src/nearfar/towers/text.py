@@ -1,0 +1,299 @@
+"""Texts: n-grams, networks over words that are trained here, MiniLM, and any model of the transformers library."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from nearfar.data.batch import Inputs, Rows
+from nearfar.data.files import read_text
+from nearfar.errors import NearfarError, nearest_name
+from nearfar.models.lora import add_adapters
+from nearfar.models.text import embed_texts, load_text_encoder, save_text_encoder
+from nearfar.models.text.ngram import NgramTextEncoder
+from nearfar.models.text.pretrained import MiniLMTextEncoder
+from nearfar.models.text.trainable import WordTextEncoder
+from nearfar.models.text.transformer import TransformerTextEncoder
+from nearfar.models.text.words import TokenBatch, TokenTable
+from nearfar.models.views import PassThrough
+from nearfar.towers.base import Backbone, Tower, read_tower_spec, write_tower_spec
+
+__all__ = ["TEXT_ENCODERS", "PooledText", "TextTower"]
+
+TEXT_ENCODERS: dict[str, type[Any]] = {
+    "ngram": NgramTextEncoder,
+    "words": WordTextEncoder,
+    "minilm": MiniLMTextEncoder,
+    "transformer": TransformerTextEncoder,
+}
+#: what each encoder can train, its default first
+_TRAINS: dict[str, tuple[Backbone, ...]] = {
+    "ngram": ("head", "frozen"),
+    "words": ("full",),
+    "minilm": ("head", "frozen", "full", "lora"),
+    "transformer": ("head", "frozen", "full", "lora"),
+}
+_RATES = {"full": 2e-5, "lora": 2e-4}  # of pretrained weights, where none is given
+
+
+class TextTower(Tower):
+    """Texts to vectors.
+
+    Args:
+        encoder: "ngram" (TF-IDF of character n-grams, fitted on the training texts; Deerwester et al. 1990 for the
+            truncated SVD), "words" (words and their pieces, an LSTM and convolutions, trained here from nothing),
+            "minilm" (all-MiniLM-L6-v2, weights in a package), "transformer" (a hub name or folder, as ``model``).
+        train: "frozen": the encoder's vectors as they are, and no head above them; "head": the same with a trained
+            head; "full": all weights; "lora": adapters of rank ``lora_rank``. "words" is always trained in full.
+        lr: learning rate of the encoder's weights; None: 2e-5 for pretrained ones (adapters: 2e-4), else the run's.
+        lora_rank: rank of the adapters.
+        gradient_checkpointing: keep fewer activations and compute them again (slower, less memory).
+        options: those of the encoder, such as ``model``, ``pooling`` and ``max_length`` of a transformer, ``dims`` of
+            n-grams.
+
+    Weights are read when they are first needed. Where they are not to be had, the error says why and what works
+    without them; a different encoder is never used instead.
+
+    >>> TextTower("ngram", dims=64).description
+    'TF-IDF over character 3–5-grams, truncated SVD to 64 dimensions (not fitted yet); frozen'
+    >>> TextTower("minilm", dims=64)
+    Traceback (most recent call last):
+    nearfar.errors.NearfarError: encoder=minilm has no option 'dims'; ...
+    """
+
+    kind = "text"
+    models = ("model",)
+
+    def __init__(
+        self,
+        encoder: str = "ngram",
+        train: Backbone | None = None,
+        lr: float | None = None,
+        lora_rank: int = 8,
+        gradient_checkpointing: bool = False,
+        **options: Any,
+    ) -> None:
+        if encoder not in TEXT_ENCODERS:
+            raise NearfarError(f"encoder={encoder!r} is unknown; {nearest_name(str(encoder), TEXT_ENCODERS)}")
+        known = list(inspect.signature(TEXT_ENCODERS[encoder]).parameters)
+        for name in options:
+            if name not in known:
+                raise NearfarError(f"encoder={encoder} has no option {name!r}; {nearest_name(name, known)}")
+        if train is None:
+            train = _TRAINS[encoder][0]
+        if train not in get_args(Backbone):
+            raise NearfarError(f"train={train!r} is unknown; {nearest_name(str(train), get_args(Backbone))}")
+        if train not in _TRAINS[encoder]:
+            able = " or ".join(f"train={each}" for each in _TRAINS[encoder])
+            raise NearfarError(f"train={train}: encoder={encoder} is trained by {able}.")
+        if lr is not None and (isinstance(lr, bool) or not isinstance(lr, int | float) or lr <= 0):
+            raise NearfarError(f"lr={lr}: a learning rate above 0, or null for the usual one.")
+        self.encoder_kind, self.train = encoder, train
+        self.given_lr = lr
+        pretrained = encoder in ("minilm", "transformer")
+        self.lr = lr if lr is not None else (_RATES.get(train) if pretrained else None)
+        self.lora_rank, self.gradient_checkpointing = lora_rank, gradient_checkpointing
+        self.encoder_options = options
+        try:
+            self.encoder: Any = TEXT_ENCODERS[encoder](**options)
+        except NearfarError as error:
+            raise NearfarError(_plain(error)) from None
+        self._saved: Path | None = None
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the encoder's vectors are computed once and kept."""
+        return self.train in ("frozen", "head")
+
+    @property
+    def description(self) -> str:
+        text = str(self.encoder.description).replace(" (frozen)", "")
+        rate = "" if self.lr is None else f" at a learning rate of {self.lr:g}"
+        checkpointed = ", gradient checkpointing" if self.gradient_checkpointing else ""
+        how = {
+            "frozen": "frozen",
+            "head": "frozen",
+            "full": f"all weights trained{rate}",
+            "lora": f"adapters of rank {self.lora_rank} trained{rate}",
+        }[self.train]
+        return f"{text}; {how}{checkpointed}"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {
+            "encoder": self.encoder_kind,
+            "train": self.train,
+            "lr": self.given_lr,
+            "lora_rank": self.lora_rank,
+            "gradient_checkpointing": self.gradient_checkpointing,
+            **self.encoder_options,
+        }
+
+    def check(self, values: Sequence[Any] | np.ndarray) -> list[str | None]:
+        return [None if isinstance(value, str) and value.strip() else "empty text" for value in values]
+
+    def fit(self, values: Sequence[Any] | np.ndarray) -> TextTower:
+        """N-grams and vocabularies are learned from the training texts; pretrained models have nothing to learn."""
+        self.encoder.fit([str(value) for value in values])
+        return self
+
+    def read(self, values: Sequence[Any] | np.ndarray) -> Inputs:
+        texts = [str(value) for value in values]
+        if self.frozen:
+            return Rows(embed_texts(self.encoder, texts))
+        if self.encoder_kind == "words":
+            table: TokenTable = self.encoder.tokenize(texts)
+            return table
+        tokenizer, _ = self._parts()
+        length = int(self.encoder.max_length)
+        rows = tokenizer(texts, truncation=True, max_length=length)["input_ids"]
+        flat = np.fromiter((token for row in rows for token in row), dtype=np.int64)
+        return TokenTable({"id": flat}, [len(row) for row in rows])
+
+    def build(self) -> nn.Module:
+        """The trained network; for a frozen encoder what passes its vectors on."""
+        if self.frozen:
+            return PassThrough(self._width())
+        if self.encoder_kind == "words":
+            return PooledText(self.encoder.build())
+        tokenizer, network = self._parts()
+        trained = copy.deepcopy(network).cpu().requires_grad_(True)
+        if self.gradient_checkpointing:
+            trained.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        trained.train()
+        if self.train == "lora":
+            trained = add_adapters(trained, self.lora_rank, self.encoder.name)
+        return _PooledTransformer(trained, int(tokenizer.pad_token_id or 0), self.encoder.pooling)
+
+    def reference(self, values: Sequence[Any] | np.ndarray) -> Float[np.ndarray, "n d"] | None:
+        """The vectors of the encoder before any training; None for a network that starts from nothing."""
+        if self.encoder_kind == "words":
+            return None
+        return embed_texts(self.encoder, [str(value) for value in values])
+
+    def save(self, folder: Path) -> None:
+        if self.frozen:
+            save_text_encoder(self.encoder, folder / "encoder")
+        elif self.encoder_kind == "words":
+            self.encoder.save(folder / "encoder")
+        else:
+            tokenizer, network = self._parts()
+            tokenizer.save_pretrained(folder / "model")
+            network.config.save_pretrained(folder / "model")
+        write_tower_spec(folder, self)
+
+    @classmethod
+    def load(cls, folder: Path) -> TextTower:
+        tower = cls(**read_tower_spec(folder)["options"])
+        if tower.frozen:
+            tower.encoder = load_text_encoder(folder / "encoder")
+        elif tower.encoder_kind == "words":
+            tower.encoder = WordTextEncoder.load(folder / "encoder")
+        else:
+            tower._saved = folder / "model"
+            read_text(tower._saved / "config.json")  # an error that names the file, before any model is read
+        return tower
+
+    def _width(self) -> int:
+        if self.encoder_kind == "ngram":
+            return int(self.encoder.encode(["a"]).shape[1])
+        return int(self._parts()[1].config.hidden_size)
+
+    def _parts(self) -> tuple[Any, Any]:
+        """Tokenizer and pretrained network; of a loaded tower its architecture, whose weights the run holds."""
+        if self._saved is not None:
+            from transformers import AutoConfig, AutoModel, AutoTokenizer
+
+            tokenizer = AutoTokenizer.from_pretrained(str(self._saved))
+            network = AutoModel.from_config(AutoConfig.from_pretrained(str(self._saved)))
+            return tokenizer, network
+        try:
+            tokenizer, network = self.encoder.parts()
+        except NearfarError as error:
+            raise NearfarError(_plain(error)) from None
+        return tokenizer, network
+
+
+class PooledText(nn.Module):
+    """A trained text network, tokens to one vector for each text; ``states`` gives those of the tokens."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.width = int(network.width)  # type: ignore[arg-type]
+
+    def states(self, tokens: TokenBatch) -> Float[Tensor, "b t d"]:
+        """The last states of the tokens, padding included."""
+        states: Tensor = self.network(tokens)[0]
+        return states
+
+    def forward(self, tokens: TokenBatch) -> Float[Tensor, "b d"]:
+        pooled: Tensor = self.network(tokens)[1]
+        return pooled
+
+
+class _PooledTransformer(nn.Module):
+    """A transformer over tokens, pooled to one vector for each text.
+
+    Texts of similar length are computed together: padded to the longest of a batch, most tokens would be padding.
+    """
+
+    def __init__(self, network: Any, pad: int, pooling: str) -> None:
+        super().__init__()
+        self.network, self.pad, self.pooling = network, pad, pooling
+        self.width = int(network.config.hidden_size)
+
+    def states(self, tokens: TokenBatch) -> Float[Tensor, "b t d"]:
+        """The last states of the tokens, padding included."""
+        return self._states(tokens["id"], tokens.mask)
+
+    def _states(self, ids: Int[Tensor, "b t"], mask: Bool[Tensor, "b t"]) -> Float[Tensor, "b t d"]:
+        padded = ids.masked_fill(~mask, self.pad)
+        hidden: Tensor = self.network(input_ids=padded, attention_mask=mask.long()).last_hidden_state
+        return hidden
+
+    def forward(self, tokens: TokenBatch) -> Float[Tensor, "b d"]:
+        lengths = tokens.mask.sum(1)
+        order = torch.argsort(lengths, stable=True)
+        parts = []
+        for rows, longest in length_groups(lengths[order].tolist()):
+            at = order[rows]
+            ids, mask = tokens["id"][at, :longest], tokens.mask[at, :longest]
+            hidden = self._states(ids, mask)
+            if self.pooling == "cls":
+                parts.append(hidden[:, 0])
+            else:
+                weights = mask[..., None].to(hidden.dtype)
+                parts.append((hidden * weights).sum(1) / weights.sum(1).clamp(min=1))
+        return torch.cat(parts)[torch.argsort(order)]
+
+
+def length_groups(lengths: Sequence[int], least: int = 16, padding: float = 1.2) -> list[tuple[slice, int]]:
+    """Consecutive rows of rising length that are computed together, and the length that each group is padded to.
+
+    A group has at least ``least`` rows (the last perhaps fewer), and no more as soon as a longer text would pad it by
+    the factor ``padding``.
+
+    >>> length_groups([2, 2, 2, 9], least=2)
+    [(slice(0, 3, None), 2), (slice(3, 4, None), 9)]
+    """
+    groups, start = [], 0
+    for at in range(1, len(lengths) + 1):
+        full = at - start >= least
+        if at == len(lengths) or (full and lengths[at] * (at - start) > padding * sum(lengths[start:at])):
+            groups.append((slice(start, at), max(1, lengths[at - 1])))
+            start = at
+    return groups
+
+
+def _plain(error: NearfarError) -> str:
+    """The message with the names that options have here."""
+    return str(error).replace("text_encoder.", "").replace("text_encoder=", "encoder=")
