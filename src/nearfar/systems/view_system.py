@@ -54,7 +54,8 @@ class ViewSystem(System[Batch, ViewModel]):
 
     ``prepare`` reads the items, counts values that a tower cannot read as rejections, fits towers on the training
     values alone, and makes a dataset of each split. The model has a tower and a head for each view, the loss is
-    contrastive between views, and success is judged by retrieval between views, beside that of the model before training.
+    contrastive between views, and success is judged by retrieval between views, beside that of the model before
+    training.
     """
 
     config: ViewOptions
@@ -176,7 +177,9 @@ class ViewSystem(System[Batch, ViewModel]):
 
     def augment(self) -> Augment | None:
         """What changes every training batch: what the towers change of their views."""
-        changes = [change for view, tower in self.towers.items() if (change := tower.augment(view)) is not None]
+        changes = [
+            change for view, tower in self.towers.items() if (change := tower.augment(view)) is not None
+        ]
         return one_after_another(changes) if changes else None
 
     # -- likeness before training ----------------------------------------------------------------------------
@@ -512,7 +515,9 @@ def load_towers(folder: Path) -> dict[str, Tower]:
     """The towers that ``save_assets`` wrote, by view."""
     known = read_json(folder / "views.json", {"views": [str], "towers": dict})
     assert isinstance(known, dict)
-    shared = {first: load_tower(folder / tower_folder(first)) for first in dict.fromkeys(known["towers"].values())}
+    shared = {
+        first: load_tower(folder / tower_folder(first)) for first in dict.fromkeys(known["towers"].values())
+    }
     return {view: shared[known["towers"][view]] for view in known["views"]}
 
 

@@ -79,8 +79,10 @@ class Tower(ABC):
         return None
 
     def keys(self, values: Sequence[Any] | np.ndarray) -> Sequence[Any]:
-        """For each value what is equal where two values are the same for this tower: such items are no negatives of each
-        other."""
+        """For each value what is equal where two values are the same for this tower.
+
+        Such items are no negatives of each other.
+        """
         return value_keys(values)
 
     def augment(self, view: str) -> Augment | None:
