@@ -1,0 +1,185 @@
+"""ViewLoss against explicit loops in float64: pairs of views, missing views, masks by content, memory, mined negatives."""
+
+from __future__ import annotations
+
+import math
+from itertools import combinations
+
+import pytest
+import torch
+from torch import Tensor
+
+from nearfar.contrast import NoPositivesWarning
+from nearfar.errors import NearfarError
+from nearfar.losses import ViewContext, ViewLoss
+from nearfar.losses.views import view_pairs
+from nearfar.models.views import ViewMemory
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def cosine(a: Tensor, b: Tensor) -> float:
+    return float(a @ b / (a.norm() * b.norm()))
+
+
+def one_way(
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    left_out: set[tuple[int, int]] = frozenset(),  # type: ignore[assignment]
+    further: list[list[Tensor]] | None = None,
+) -> float:
+    """InfoNCE of queries ``a``: mean of log Σ exp − own, without pairs that are left out, with further candidates."""
+    total = 0.0
+    for i in range(len(a)):
+        scores = [scale * cosine(a[i], b[j]) for j in range(len(b)) if (i, j) not in left_out or i == j]
+        if further is not None:
+            scores += [scale * cosine(a[i], row) for row in further[i]]
+        total += math.log(sum(math.exp(s) for s in scores)) - scale * cosine(a[i], b[i])
+    return total / len(a)
+
+
+def both(a: Tensor, b: Tensor, scale: float, left_out: set[tuple[int, int]] | None = None) -> float:
+    out = left_out or set()
+    return (one_way(a, b, scale, out) + one_way(b, a, scale, {(j, i) for i, j in out})) / 2
+
+
+@pytest.mark.parametrize("anchor", [None, "b"])
+def test_every_two_views_or_an_anchor_with_each(anchor: str | None) -> None:
+    views = {name: draw(5, 3, seed=seed) for seed, name in enumerate("abc")}
+    loss = ViewLoss(temperature=0.5, anchor=anchor)
+    pairs = list(combinations("abc", 2)) if anchor is None else [("b", "a"), ("b", "c")]
+    expected = sum(both(views[x], views[y], 2.0) for x, y in pairs) / len(pairs)
+    assert float(loss(views)) == pytest.approx(expected, rel=1e-9)
+    record = loss.record()
+    assert record["terms"] == len(pairs)
+    assert record["rows_contrasted"] == 5 * len(pairs)
+    for x, y in pairs:
+        assert record[f"{x}-{y}/loss"] == pytest.approx(both(views[x], views[y], 2.0), rel=1e-9)
+
+
+def test_rows_without_a_view_are_left_out_and_terms_weigh_their_rows() -> None:
+    views = {name: draw(6, 4, seed=seed) for seed, name in enumerate("abc")}
+    present = torch.tensor([True, False, True, True, False, True])
+    context = ViewContext(present={"c": present})
+    value = float(ViewLoss(temperature=1.0)(views, context))
+    kept = present.nonzero()[:, 0]
+    part = {name: rows[kept] for name, rows in views.items()}
+    expected = (
+        6 * both(views["a"], views["b"], 1.0)
+        + 4 * both(part["a"], part["c"], 1.0)
+        + 4 * both(part["b"], part["c"], 1.0)
+    ) / 14
+    assert value == pytest.approx(expected, rel=1e-9)
+
+
+def test_equal_values_are_no_negatives_of_each_other() -> None:
+    a, b = draw(4, 3), draw(4, 3, seed=1)
+    groups = {"a": torch.tensor([7, 1, 7, -1]), "b": torch.tensor([0, 1, 2, -1])}
+    loss = ViewLoss(temperature=0.5)
+    value = float(loss({"a": a, "b": b}, ViewContext(groups)))
+    assert value == pytest.approx(both(a, b, 2.0, {(0, 2), (2, 0)}), rel=1e-9)
+    kept = float(loss({"a": a, "b": b}, ViewContext(groups, mask_duplicates=False)))
+    assert kept == pytest.approx(both(a, b, 2.0), rel=1e-9)
+
+
+def test_likely_false_negatives_are_told_by_the_reference() -> None:
+    a, b = draw(3, 3), draw(3, 3, seed=1)
+    reference = torch.tensor([[1.0, 0.0], [0.99, 0.01], [0.0, 1.0]], dtype=torch.float64)
+    value = float(ViewLoss(temperature=0.5)({"a": a, "b": b}, ViewContext(reference=reference, threshold=0.9)))
+    assert value == pytest.approx(both(a, b, 2.0, {(0, 1), (1, 0)}), rel=1e-9)
+
+
+def test_mined_negatives_of_each_row_join_the_candidates_of_its_query() -> None:
+    a, b, wrong = draw(4, 3), draw(4, 3, seed=1), draw(4, 2, 3, seed=2)
+    value = float(ViewLoss(temperature=0.5)({"a": a, "b": b}, ViewContext(negatives={"b": wrong})))
+    forward = one_way(a, b, 2.0, further=[list(rows) for rows in wrong])
+    assert value == pytest.approx((forward + one_way(b, a, 2.0)) / 2, rel=1e-9)
+
+
+def test_a_memory_adds_earlier_items_except_those_of_the_same_value() -> None:
+    a, b = draw(3, 2).float(), draw(3, 2, seed=1).float()
+    old = {"a": draw(3, 2, seed=2).float(), "b": draw(3, 2, seed=3).float()}
+    memory = ViewMemory({"a": 2, "b": 2}, size=8)
+    memory.push(old, {"a": torch.tensor([10, 11, 12]), "b": torch.tensor([20, 21, 22])})
+    groups = {"a": torch.tensor([10, 1, 2]), "b": torch.tensor([3, 22, 5])}
+    value = float(ViewLoss(temperature=0.5)({"a": a, "b": b}, ViewContext(groups), memory=memory))
+    allowed = [[1, 2], [0, 1], [0, 1, 2]]  # row 0 shares a value with item 0, row 1 with item 2
+    forward = one_way(a, b, 2.0, further=[[old["b"][j] for j in rows] for rows in allowed])
+    backward = one_way(b, a, 2.0, further=[[old["a"][j] for j in rows] for rows in allowed])
+    assert value == pytest.approx((forward + backward) / 2, rel=1e-5)
+
+
+def test_a_memory_without_masks_leaves_out_the_item_itself_alone() -> None:
+    a, b = draw(2, 2).float(), draw(2, 2, seed=1).float()
+    memory = ViewMemory({"a": 2, "b": 2}, size=4)
+    old = {"a": draw(2, 2, seed=2).float(), "b": draw(2, 2, seed=3).float()}
+    memory.push(old, {"a": torch.tensor([0, 1]), "b": torch.tensor([0, 1])})
+    groups = {"a": torch.tensor([0, 1]), "b": torch.tensor([0, 0])}
+    context = ViewContext(groups, mask_duplicates=False)
+    value = float(ViewLoss(temperature=0.5)({"a": a, "b": b}, context, memory=memory))
+    allowed = [[1], [0, 1]]  # row 0 is item 0; row 1 (values 1 and 0) is neither
+    forward = one_way(a, b, 2.0, further=[[old["b"][j] for j in rows] for rows in allowed])
+    backward = one_way(b, a, 2.0, further=[[old["a"][j] for j in rows] for rows in allowed])
+    assert value == pytest.approx((forward + backward) / 2, rel=1e-5)
+
+
+def test_siglip_asks_of_every_pair() -> None:
+    a, b = draw(4, 3), draw(4, 3, seed=1)
+    value = float(ViewLoss("siglip", temperature=0.1)({"a": a, "b": b}, bias=-2.0))
+    expected = sum(
+        math.log1p(math.exp(-(1 if i == j else -1) * (10 * cosine(a[i], b[j]) - 2.0)))
+        for i in range(4)
+        for j in range(4)
+    )
+    assert value == pytest.approx(expected / 4, rel=1e-9)
+
+
+def test_supcon_takes_rows_of_the_same_label_as_positives() -> None:
+    a, b = draw(4, 3), draw(4, 3, seed=1)
+    labels = [0, 1, 0, -1]
+    value = float(ViewLoss("supcon", 0.5)({"a": a, "b": b}, ViewContext(labels=torch.tensor(labels))))
+    expected = 0.0
+    for x, y in ((a, b), (b, a)):
+        for i in range(4):
+            scores = [2.0 * cosine(x[i], y[j]) for j in range(4)]
+            own = [j for j in range(4) if j == i or (labels[i] >= 0 and labels[j] == labels[i])]
+            whole = math.log(sum(math.exp(s) for s in scores))
+            expected += sum(whole - scores[j] for j in own) / len(own) / 8
+    assert value == pytest.approx(expected, rel=1e-9)
+
+
+def test_gradients_reach_every_view_and_the_scale() -> None:
+    views = {name: draw(4, 3, seed=seed).requires_grad_() for seed, name in enumerate("abc")}
+    scale = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    loss = ViewLoss()
+    assert torch.autograd.gradcheck(
+        lambda *rows: loss(dict(zip("abc", rows[:3], strict=True)), scale=rows[3]), (*views.values(), scale)
+    )
+
+
+def test_no_two_views_in_common_warns_and_teaches_nothing() -> None:
+    views = {"a": draw(3, 2).requires_grad_(), "b": draw(3, 2, seed=1)}
+    context = ViewContext(present={"b": torch.tensor([True, False, False])})
+    with pytest.warns(NoPositivesWarning, match="no two rows of this batch have two views"):
+        value = ViewLoss()(views, context)
+    value.backward()
+    assert float(value) == 0.0
+    assert float(views["a"].grad.abs().sum()) == 0.0
+
+
+def test_wrong_arguments_are_named() -> None:
+    with pytest.raises(NearfarError, match="did you mean 'infonce'"):
+        ViewLoss("infoncee")  # type: ignore[arg-type]
+    with pytest.raises(NearfarError, match="anchor=c is no view"):
+        view_pairs(["a", "b"], "c")
+    with pytest.raises(NearfarError, match="supcon needs labels"):
+        ViewLoss("supcon")({"a": draw(2, 2), "b": draw(2, 2)})
+    memory = ViewMemory({"a": 2, "b": 2}, size=4)
+    groups = {"a": torch.tensor([0, 1]), "b": torch.tensor([0, 1])}
+    memory.push({"a": torch.eye(2), "b": torch.eye(2)}, groups)
+    context = ViewContext(groups, negatives={"b": torch.ones(2, 1, 2)})
+    with pytest.raises(NearfarError, match="cannot be combined"):
+        ViewLoss()({"a": torch.eye(2), "b": torch.eye(2)}, context, memory=memory)
