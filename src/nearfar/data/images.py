@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import threading
 import warnings
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from nearfar.errors import NearfarError
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["check_image", "crop", "image_size", "read_image", "resize", "stack"]
+__all__ = ["check_image", "crop", "image_size", "read_image", "resize", "stack", "thumbnail"]
 
 #: Raster formats alone: of others Pillow has helpers that start programs (PostScript) or are of one system (WMF).
 FORMATS = (
@@ -102,6 +103,24 @@ def check_image(path: str | Path) -> tuple[int, int]:
 def resize(pixels: UInt8[np.ndarray, "h w 3"], size: tuple[int, int]) -> UInt8[np.ndarray, "hs ws 3"]:
     """The picture at ``size`` = (height, width), bilinear, each new pixel a mean over what it covers."""
     return crop(pixels, (0, 0, pixels.shape[1], pixels.shape[0]), size)
+
+
+def thumbnail(
+    value: str | Path | UInt8[np.ndarray, "h w 3"] | UInt8[np.ndarray, "h w"], side: int = 160
+) -> bytes:
+    """A picture, of a file or an array, as the bytes of a PNG of at most ``side`` pixels a side.
+
+    >>> thumbnail(np.zeros((400, 200, 3), np.uint8), side=20)[:4]
+    b'\\x89PNG'
+    """
+    from PIL import Image
+
+    pixels = read_image(value) if isinstance(value, (str, Path)) else np.asarray(value)
+    picture = Image.fromarray(pixels)
+    picture.thumbnail((side, side))
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def crop(

@@ -54,8 +54,7 @@ class ViewSystem(System[Batch, ViewModel]):
 
     ``prepare`` reads the items, counts values that a tower cannot read as rejections, fits towers on the training
     values alone, and makes a dataset of each split. The model has a tower and a head for each view, the loss is
-    contrastive between views, and success is judged by retrieval between views, beside that of the model before
-    training.
+    contrastive between views, and success is judged by retrieval between views, beside that of the untrained model.
     """
 
     config: ViewOptions
@@ -71,6 +70,7 @@ class ViewSystem(System[Batch, ViewModel]):
         self.neighbors: Neighbors | None = None
         self._directions: np.ndarray | None = None
         self._at_start: dict[str, dict[str, Tensor]] = {}
+        self._say: Say = lambda text: None
 
     # -- to define -------------------------------------------------------------------------------------------
     @abstractmethod
@@ -89,6 +89,7 @@ class ViewSystem(System[Batch, ViewModel]):
 
     def prepare(self, say: Say) -> None:
         """Read items, fit towers, turn values into arrays, look for neighbours where they are needed."""
+        self._say = say
         self.splits = self.load_items(say)
         self.towers = self.build_towers(say)
         self.splits = {name: self.readable(items) for name, items in self.splits.items()}
@@ -435,6 +436,7 @@ class ViewSystem(System[Batch, ViewModel]):
         start = self._at_start.get(split) if final else None
         if start is not None:
             facts = self.against_start(split, per_item, *self.retrieval(start, split, final))
+            self._announce(split, facts)
         return Evaluation(split, estimates, self.splits[split].ids, per_item, facts)
 
     def retrieval(
@@ -484,6 +486,16 @@ class ViewSystem(System[Batch, ViewModel]):
                     "value": gain.value, "low": gain.low, "high": gain.high, "verdict": gain.verdict,
                 }  # fmt: skip
         return {"baselines": {split: before}, "comparison": differences}
+
+    def _announce(self, split: str, facts: Mapping[str, Any]) -> None:
+        """One line: what training changed in the monitored metric."""
+        start = facts["baselines"][split].get(self.monitor)
+        gain = facts["comparison"].get(f"{self.monitor} against {BEFORE}")
+        if start is not None and gain is not None:
+            self._say(
+                f"{split}: {self.monitor} was {start['value']:.3f} {BEFORE}; it changed by {gain['value']:+.3f} "
+                f"[{gain['low']:+.3f}, {gain['high']:+.3f}]: {gain['verdict']}"
+            )
 
     # -- results ---------------------------------------------------------------------------------------------
     def shown(self, split: str, view: str, position: int) -> Json:

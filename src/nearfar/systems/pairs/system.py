@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from nearfar.data.batch import Inputs, Rows
 from nearfar.data.embedded import emoji_items
 from nearfar.data.files import Json
+from nearfar.data.images import thumbnail
 from nearfar.data.items import Items, hold_out, value_groups
 from nearfar.data.sources import read_splits, split_sources
 from nearfar.errors import NearfarError, nearest_name
 from nearfar.losses.views import ViewLoss
+from nearfar.metrics import Estimate, rank_estimates, retrieval_ranks
 from nearfar.models.views import HeadKind, build_head
 from nearfar.systems.pairs.options import (
     InfoNCEOptions,
@@ -25,11 +30,12 @@ from nearfar.systems.pairs.options import (
     SupConOptions,
     column_names,
 )
-from nearfar.systems.view_system import LABEL, NEGATIVES, ViewSystem
+from nearfar.systems.view_system import KS, LABEL, NEGATIVES, ViewSystem
 from nearfar.towers import Tower, build_tower, guess_tower, tower_names
+from nearfar.training.sections import Picture
 from nearfar.training.system import Say
 
-__all__ = ["PairSystem"]
+__all__ = ["PairSystem", "nearest_rows"]
 
 #: columns that are no views unless they are named
 NO_VIEWS = ("id", "ids", "index", "label", "labels", "class", "split", "group")
@@ -218,9 +224,49 @@ class PairSystem(ViewSystem):
             "bias": bias,
         }
 
+    # -- evaluation ------------------------------------------------------------------------------------------
+    def retrieval(
+        self, outputs: Mapping[str, Tensor], split: str, final: bool
+    ) -> tuple[dict[str, Estimate], dict[str, np.ndarray]]:
+        """Between views; finally beside the baseline that trains nothing: the value of the nearest training item."""
+        estimates, per_item = super().retrieval(outputs, split, final)
+        if final and outputs is not self._at_start.get(split) and split != "train":
+            estimates |= self._nearest_training(split)
+        return estimates, per_item
+
+    def _nearest_training(self, split: str) -> dict[str, Estimate]:
+        """Controls: an item of the gallery is found by what its nearest training item, in frozen vectors, goes with."""
+        estimates: dict[str, Estimate] = {}
+        train, own = self.datasets["train"], self.datasets[split]
+        for first, second in self.pairs():
+            for query, key in ((first, second), (second, first)):
+                if not all(
+                    isinstance(part.inputs[view], Rows) for part in (train, own) for view in (query, key)
+                ):
+                    continue
+                if not all(self.towers[view].train in ("frozen", "head") for view in (query, key)):
+                    continue
+                nearest = nearest_rows(own.tensor(key), train.tensor(key))
+                # Twice as long, which no cosine sees: a query equal to its own key bit for bit would be warned of.
+                keys = 2.0 * train.tensor(query)[nearest]
+                numbers = rank_estimates(
+                    retrieval_ranks(own.tensor(query), keys, self.relevant(split)),
+                    KS,
+                    bootstrap=self.config.bootstrap,
+                    split=self.splits[split].content_hash(*self.views),
+                )
+                for name in ("R@1", "R@10", "MRR"):
+                    estimates[f"nearest_training/{query}_to_{key}/{name}"] = replace(
+                        numbers[name], control=True
+                    )
+        return estimates
+
     # -- results ---------------------------------------------------------------------------------------------
     def shown(self, split: str, view: str, position: int) -> Json:
         value = self.splits[split][view][position]
+        if self.towers[view].kind == "image":
+            picture = Picture(thumbnail(value))
+            return {"text": Path(value).name if isinstance(value, str) else "", "image": picture.source}
         if isinstance(value, np.ndarray):
             return {"text": " ".join(f"{each:.3g}" for each in value.reshape(-1)[:8])}
         return super().shown(split, view, position)
@@ -231,3 +277,15 @@ class PairSystem(ViewSystem):
             view: torch.cat([normalize(each[view].float(), dim=1) for each in outputs], dim=1)
             for view in self._views
         }
+
+
+def nearest_rows(
+    rows: Float[Tensor, "n d"], of: Float[Tensor, "m d"], chunk: int = 1024
+) -> Int[Tensor, " n"]:
+    """For each row the position of the most similar one (by cosine) among others.
+
+    >>> nearest_rows(torch.tensor([[1.0, 0.1], [0.0, 2.0]]), torch.tensor([[0.0, 1.0], [3.0, 0.0]])).tolist()
+    [1, 0]
+    """
+    keys = normalize(of.float(), dim=1)
+    return torch.cat([(normalize(part.float(), dim=1) @ keys.T).argmax(1) for part in rows.split(chunk)])
