@@ -4,7 +4,8 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 # processes that share the tests, and threads of each: PyTorch's own would stand in each other's way
 JOBS   ?= 2
-TESTS  := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(JOBS) --dist loadfile
+# bytecode is kept, whatever the shell says: compiling every test anew takes as long as running many of them
+TESTS  := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(JOBS) --dist loadfile
 STAMP  := $(VENV)/.installed
 # not --quiet: pip's list of what it downloads is the sign that the install goes on
 PIP    := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt

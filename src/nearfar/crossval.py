@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from nearfar.config.compose import compose_config, merge_overrides
+from nearfar.data.files import Json
 from nearfar.errors import NearfarError
 from nearfar.metrics import Estimate
 from nearfar.systems import reevaluator
@@ -23,7 +23,7 @@ class CrossValidation:
     folder: Path
     runs: Sequence[Path]
     estimates: Mapping[str, Estimate]
-    differences: Sequence[Mapping[str, Any]]
+    differences: Sequence[Json]
 
 
 def cross_validate(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import oracles
+from combinations import combined
 from nearfar.contrast import (
     Columns,
     DenseMask,
@@ -130,13 +131,15 @@ def tables(scores, weights, back, absent, masked, inside, both):
 
 
 @pytest.mark.filterwarnings("ignore::nearfar.contrast.NoPositivesWarning")
-@pytest.mark.parametrize("inside", [False, True], ids=["outside", "inside"])
-@pytest.mark.parametrize(
-    "masked",
-    ["none", "joined", *(pytest.param(each, marks=pytest.mark.slow) for each in ("similar", "all"))],
+@combined(
+    2,
+    slow=["similar", "all"],
+    name=TARGETS,
+    masked=["none", "joined", "similar", "all"],
+    where=["outside", "inside"],
 )
-@pytest.mark.parametrize("name", TARGETS)
-def test_value_gradients_and_record_of_every_target_and_mask(name, masked, inside):
+def test_value_gradients_and_record_of_every_target_and_mask(name, masked, where):
+    inside = where == "inside"
     target, weights, back = TARGETS[name]
     mask, left_out = MASKS[masked]
     for case, (both, alone, twin, tile) in enumerate(situations(target)):

@@ -44,7 +44,11 @@ def test_equal_values_have_equal_numbers_across_splits() -> None:
 def test_pictures_in_arrays_are_equal_byte_by_byte() -> None:
     pixels = np.zeros((3, 2, 2), np.uint8)
     pixels[1, 0, 0] = 1
-    assert value_groups({"train": Items(["1", "2", "3"], {"image": pixels})}, "image")["train"].tolist() == [0, 1, 0]
+    assert value_groups({"train": Items(["1", "2", "3"], {"image": pixels})}, "image")["train"].tolist() == [
+        0,
+        1,
+        0,
+    ]
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -112,3 +112,25 @@ def test_wrong_arrays() -> None:
         PictureArrays(["a.png"], None)
     with pytest.raises(NearfarError, match="3 is no picture"):
         PictureArrays([3], (8, 8))
+
+
+def test_parts_follow_the_content_and_not_the_count() -> None:
+    pictures = RNG.integers(256, size=(3000, 2, 3), dtype=np.uint8)
+    pictures[500:900] = pictures[500]  # equal ones, none or all of which could end a part
+    parts = PictureArrays(pictures, (2, 3)).parts(64)
+    assert [start for start, *_ in parts] == [0, *(stop for _, stop, _ in parts[:-1])]
+    assert parts[-1][1] == 3000
+    sizes = [stop - start for start, stop, _ in parts]
+    assert min(sizes[:-1]) >= 16
+    assert max(sizes) <= 256
+    some = np.r_[0:1200, 1700:3000]
+    known = {key for *_, key in parts}
+    new = [
+        stop - start
+        for start, stop, key in PictureArrays(pictures[some], (2, 3)).parts(64)
+        if key not in known
+    ]
+    assert sum(new) < 400  # of 2500: what is around the gap
+    other = {key for *_, key in PictureArrays(pictures, (4, 4)).parts(64)}
+    assert not known & other
+    assert PictureArrays(pictures[:0], (2, 3)).parts() == []

@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from nearfar.data.column_kinds import stack_vectors
 from nearfar.data.sources import read_items
-from nearfar.data.table_items import stack_vectors
 from nearfar.errors import NearfarError
 
 
@@ -187,6 +187,32 @@ def test_text_in_brackets_stays_text(tmp_path):
 
 def test_stacked_vectors_of_nothing():
     assert stack_vectors([None, None]) == ([None, None], None)
+
+
+def test_columns_side_by_side_are_a_vector(tmp_path):
+    file = write(tmp_path, "a.csv", "id,f1,F2,f10\na,1,2,3\nb,4,,6\nc,7,x,9\n")
+    items = read_items(file, ["f*", "f1"])
+    np.testing.assert_array_equal(items["f*"], [[1, 2, 3], [4, np.nan, 6]])
+    assert items["f1"] == ["1", "4"]
+    assert items.present("f*").tolist() == [True, False]
+    assert items.rejections.counts == {"no number in 'F2'": 1}
+    with pytest.raises(NearfarError, match=r"no column 'g\*'"):
+        read_items(file, ["g*"])
+    with pytest.raises(NearfarError, match=r"the columns 'i\*' are to be numbers side by side"):
+        read_items(file, ["i*"])
+    file = parquet(tmp_path / "a.parquet", x1=[1, 2], x2=[0.5, 1.5], t=["a", "b"])
+    assert read_items(file, ["x*", "t"])["x*"].tolist() == [[1, 0.5], [2, 1.5]]
+
+
+# -- one text a line -----------------------------------------------------------------------------------------
+def test_a_text_file_without_columns_is_a_text_a_line(tmp_path):
+    file = write(tmp_path, "a.txt", "First, a line.\n\nSecond; another, longer\nThird\n")
+    items = read_items(file, ["text"])
+    assert items["text"] == ["First, a line.", "Second; another, longer", "Third"]
+    assert items.ids == ["row1", "row3", "row4"]
+    assert items.rejections.counts == {"blank line": 1}
+    table = write(tmp_path, "b.txt", "id\ttext\n1\ta\n")
+    assert read_items(table, ["text"])["text"] == ["a"]
 
 
 # -- pictures ------------------------------------------------------------------------------------------------

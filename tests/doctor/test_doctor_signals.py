@@ -257,6 +257,7 @@ def test_standard_errors_cover() -> None:
     assert 0.93 < hits / 2000 < 0.97
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seeds", [2, 3, 5])
 def test_an_interval_over_seeds_covers(seeds: int) -> None:
     rng = np.random.default_rng(seeds)

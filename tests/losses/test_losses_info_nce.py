@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import oracles
+from combinations import combined
 from nearfar.contrast import DuplicateMask
 from nearfar.errors import NearfarError
 from nearfar.functional import clip, info_nce
@@ -275,9 +276,12 @@ def dense(mask):
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("scale", [0.2, 14.0, 38.0, 44.0, 69.0, 72.0, 100.0, 1000.0])
-@pytest.mark.parametrize("kind", NEGATIVES)
+@combined(
+    4,
+    kind=NEGATIVES,
+    scale=[0.2, 14.0, 38.0, 44.0, 69.0, 72.0, 100.0, 1000.0],
+    dtype=[torch.float64, torch.float32, torch.bfloat16, torch.float16],
+)
 def test_values_and_gradients_of_every_option(kind, scale, dtype):
     rows, masks = NEGATIVES[kind]
     a, b = (x.to(dtype).requires_grad_() for x in batch(8))

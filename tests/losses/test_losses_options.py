@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import oracles
+from combinations import combined
 from nearfar.contrast import DuplicateMask, OwnPair, SameClass, Weights
 from nearfar.contrast.softmax import listed_logits
 from nearfar.errors import NearfarError
@@ -100,12 +101,14 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("dtype", SINGLE)
-@pytest.mark.parametrize("temperature", [5.0, 0.1, 0.01, 0.001])
-@pytest.mark.parametrize(
-    ("denominator", "where"), [("own", "outside"), ("negatives", "outside"), ("negatives", "inside")]
+@combined(
+    3,
+    form=["own outside", "negatives outside", "negatives inside"],
+    temperature=[5.0, 0.1, 0.01, 0.001],
+    dtype=SINGLE,
 )
-def test_denominators_of_classes(denominator, where, temperature, dtype):
+def test_denominators_of_classes(form, temperature, dtype):
+    denominator, where = form.split()
     z = draw(N, 5, dtype=dtype)
     (u,) = oracles.double(z)
     slack = SINGLE[dtype] + (0 if dtype == torch.float64 else 3e-6 / temperature)

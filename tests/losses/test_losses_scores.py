@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import oracles
+from combinations import combined
 from nearfar.errors import NearfarError
 from nearfar.functional import adaptive_score_contrastive, bidirectional_score_contrastive
 from nearfar.losses import AdaptiveScoreContrastiveLoss, BidirectionalScoreContrastiveLoss
@@ -55,10 +56,13 @@ def test_ties_are_broken_by_position_and_sevens_have_a_middle():
     assert (len(overlap.positives), len(overlap.anchors)) == (2, 3)  # n // 2 and n - n // 2
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("temperature", [5.0, 0.5, 0.07, 0.01, 0.001])
-@pytest.mark.parametrize("middle", ["ignore", "negatives"])
-@pytest.mark.parametrize("detach", [False, True])
+@combined(
+    2,
+    temperature=[5.0, 0.5, 0.07, 0.01, 0.001],
+    dtype=[torch.float64, torch.float32, torch.bfloat16, torch.float16],
+    middle=["ignore", "negatives"],
+    detach=[False, True],
+)
 def test_equals_the_loop(temperature, dtype, middle, detach):
     z = draw(dtype=dtype)
     (u,) = oracles.double(z)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import oracles
+from combinations import combined
 from nearfar.errors import NearfarError
 from nearfar.functional import clip, spatial
 from nearfar.losses import ClipLoss, SpatialLoss
@@ -47,9 +48,7 @@ def views(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     return image.to(dtype).requires_grad_(), text.to(dtype).requires_grad_()
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("scale", SCALES)
-@pytest.mark.parametrize("way", WAYS)
+@combined(4, way=WAYS, scale=SCALES, dtype=[torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_equals_the_loop(way, scale, dtype):
     a, b = views(dtype)
     s = torch.tensor(scale, dtype=torch.float32 if dtype != torch.float64 else dtype, requires_grad=True)

@@ -88,7 +88,9 @@ def test_equal_values_are_no_negatives_of_each_other() -> None:
 def test_likely_false_negatives_are_told_by_the_reference() -> None:
     a, b = draw(3, 3), draw(3, 3, seed=1)
     reference = torch.tensor([[1.0, 0.0], [0.99, 0.01], [0.0, 1.0]], dtype=torch.float64)
-    value = float(ViewLoss(temperature=0.5)({"a": a, "b": b}, ViewContext(reference=reference, threshold=0.9)))
+    value = float(
+        ViewLoss(temperature=0.5)({"a": a, "b": b}, ViewContext(reference=reference, threshold=0.9))
+    )
     assert value == pytest.approx(both(a, b, 2.0, {(0, 1), (1, 0)}), rel=1e-9)
 
 

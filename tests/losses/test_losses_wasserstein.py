@@ -241,6 +241,7 @@ def test_two_forwards_before_one_backward():
     assert all(x.grad is not None and (x.grad != 0).any() for x in lower)
 
 
+@pytest.mark.slow
 def test_a_queue_shrinks_the_bias():
     """Equal groups of 3 and 4: the gap is sampling alone, see docs/objective.md for the figures."""
 

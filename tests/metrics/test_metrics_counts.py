@@ -85,6 +85,7 @@ def test_intervals_agree_with_those_of_means_where_the_statistic_is_one() -> Non
     assert (estimate.low, estimate.high) == (pytest.approx(low, abs=0.01), pytest.approx(high, abs=0.01))
 
 
+@pytest.mark.slow
 def test_intervals_cover_the_truth() -> None:
     truth, found = drawn(6, n=20_000)
     population = confusion(truth, found)

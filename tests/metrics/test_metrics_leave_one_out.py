@@ -114,6 +114,7 @@ def test_counts_equal_a_loop_in_both_directions(form, dense, data):
     assert as_table(backward) == back
 
 
+@pytest.mark.slow
 def test_chance_of_mixed_galleries_is_the_mean_over_random_embeddings():
     """Half of the queries are keys, and those have one candidate less."""
     labels = np.array([0, 0, 0, 1, 1, 2, 2, 2])

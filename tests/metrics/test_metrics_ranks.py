@@ -197,6 +197,7 @@ def test_metrics_are_expectations_over_the_orders_of_a_tie(better, tied, relevan
     assert ranks.median() == pytest.approx(np.median(places))
 
 
+@pytest.mark.slow
 def test_chance_is_the_mean_over_random_embeddings():
     values: dict[str, list[float]] = {}
     chance = {}

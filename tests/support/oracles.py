@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -28,11 +29,11 @@ class Table:
     masked: Tensor
     inside: bool = False
 
-    @property
+    @cached_property
     def positives(self) -> Tensor:
         return (self.weights > 0) & ~self.absent
 
-    @property
+    @cached_property
     def rest(self) -> Tensor:
         return ~self.positives & ~self.absent & ~self.masked
 

@@ -86,6 +86,24 @@ def test_features_are_computed_once_for_their_content(monkeypatch: pytest.Monkey
         ImageTower("small", train="head", seed=8).fit(PICTURES[:20])
 
 
+def test_a_different_split_computes_only_pictures_that_are_new(monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures = RNG.integers(256, size=(1500, 4, 4, 3), dtype=np.uint8)
+    computed: list[int] = []
+
+    def counted(part: np.ndarray) -> np.ndarray:
+        computed.append(len(part))
+        return color_statistics(part)
+
+    monkeypatch.setattr("nearfar.towers.image.color_statistics", counted)
+    whole = rows(ImageTower("colors").fit(pictures), pictures)
+    assert sum(computed) == 1500
+    fold = np.r_[0:200, 700:1500]
+    computed.clear()
+    features = rows(ImageTower("colors").fit(pictures[fold]), pictures[fold])
+    assert 0 < sum(computed) < 700
+    torch.testing.assert_close(features, whole[fold])
+
+
 def test_colors_have_no_network() -> None:
     tower = ImageTower("colors").fit(PICTURES)
     np.testing.assert_array_equal(rows(tower, PICTURES).numpy(), color_statistics(PICTURES))
@@ -129,6 +147,8 @@ def test_sizes(tmp_path: Path) -> None:
     assert shape(grey) == (32, 32)
     assert shape(grey, size=48) == (48, 48)
     assert shape(RNG.integers(256, size=(2, 40, 50, 3), dtype=np.uint8)) == (40, 50)
+    tiny = PICTURES[:3, :8, :8]
+    np.testing.assert_array_equal(rows(ImageTower("colors").fit(tiny), tiny), color_statistics(tiny))
     trained = ImageTower("small").fit(grey)
     assert trained.read([path]).batch(torch.tensor([0])).shape == (1, 3, 32, 32)  # as in training
     with pytest.raises(NearfarError, match="size=own is for one array"):

@@ -84,8 +84,8 @@ class BatchSampler:
             False  # whether a pass has yielded a batch of this epoch, so that the next pass moves on
         )
         self._drawn = 0
-        self._options: dict[str, Any] = {}  # of the plan that is being drawn
-        self._resume: tuple[int, dict[str, Any]] | None = None
+        self._options: dict[str, object] = {}  # of the plan that is being drawn
+        self._resume: tuple[int, dict[str, object]] | None = None
         self._pass = 0
         self._running: Plan | None = None
 

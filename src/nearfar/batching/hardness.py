@@ -129,7 +129,7 @@ def measure_hardness(
     tenth = np.minimum(10 * step // plan.layout.steps, 9)
     first, last = inside[tenth == tenth.min()].mean(), inside[tenth == tenth.max()].mean()
 
-    def quarters(top: NDArray[Any], bottom: NDArray[Any] | None = None) -> list[float]:
+    def quarters(top: NDArray[np.generic], bottom: NDArray[np.generic] | None = None) -> list[float]:
         below = np.ones(len(at)) if bottom is None else bottom
         pairs = [(top[quarter == q].sum(), below[quarter == q].sum()) for q in range(4)]
         return [float(a / b) for a, b in pairs if b > 0]

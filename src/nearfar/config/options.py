@@ -54,6 +54,7 @@ Role = Literal["result", "batches", "loss", "repeat", "place"]
 #: What a text means on this machine: a file or folder, or a model that may be a folder.
 Place = Literal["path", "model"]
 T = TypeVar("T")
+Named = TypeVar("Named", bound=str | int | None)
 _KEY = "nearfar"
 
 
@@ -83,7 +84,7 @@ class _Declared:
 
 
 def option(
-    default: object,
+    default: T,
     help: str,
     *,
     least: float | None = None,
@@ -91,7 +92,7 @@ def option(
     inside: bool = False,
     role: Role | None = None,
     rule: Rule | None = None,
-) -> Any:
+) -> T:
     """A field of a dataclass of options: its default, the text of the help with the unit, and the range of a number.
 
     The annotation is the type: ``int``, ``float``, ``bool``, ``str`` or a ``Literal`` of choices, each perhaps
@@ -108,26 +109,26 @@ def option(
     return _field(default, _Declared(help, role, None, rule, bounds))
 
 
-def fraction(default: float, help: str, *, role: Role | None = None) -> Any:
+def fraction(default: float, help: str, *, role: Role | None = None) -> float:
     """An option that is a share and leaves something, such as a dropout: 0 to .99."""
     return option(default, help, least=0.0, most=0.99, role=role)
 
 
 def path(
-    default: str | int | None,
+    default: Named,
     help: str,
     *,
     optional: bool = True,
     model: bool = False,
     role: Role | None = None,
-) -> Any:
+) -> Named:
     """An option that is a file or folder, which may be called by digits; a ``model`` may be a name on a hub as well."""
     return _field(
         default, _Declared(help, role, "model" if model else "path", Text(optional=optional, number=True))
     )
 
 
-def column(help: str) -> Any:
+def column(help: str) -> str | int | None:
     """The name of a column, or its number (1, 2, …) in a file without a header line; null: found by its usual names."""
     return _field(None, _Declared(help, rule=Text(optional=True, number=True)))
 
@@ -142,14 +143,12 @@ def group(*, help: str = "", role: Role | None = None, **variants: object) -> An
     return _field(first, _Declared(help, role, variants=variants))
 
 
-def section(default: object, help: str = "", *, role: Role | None = None) -> Any:
+def section(default: T, help: str = "", *, role: Role | None = None) -> T:
     """Options under a name of their own that are no group to choose, such as ``trainer``."""
     return _field(default, _Declared(help, role))
 
 
-def raw_group(
-    default: Mapping[str, object], help: str, *, models: Sequence[str] = (), role: Role | None = None
-) -> Any:
+def raw_group(default: Json, help: str, *, models: Sequence[str] = (), role: Role | None = None) -> Json:
     """A group whose options belong to the arguments of a class, which checks them itself, such as an encoder's.
 
     ``models``: those of them that name a model, on a hub or in a folder.
@@ -157,7 +156,7 @@ def raw_group(
     return _field(dict(default), _Declared(help, role, raw=True, bounds={"models": tuple(models)}))
 
 
-def _field(default: object, declared: _Declared) -> Any:
+def _field(default: T, declared: _Declared) -> T:
     metadata = {_KEY: declared}
     if isinstance(default, (list, dict)) or dataclasses.is_dataclass(default):
         return dataclasses.field(default_factory=lambda: _copied(default), metadata=metadata)

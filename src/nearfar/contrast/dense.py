@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from nearfar.contrast.masks import Mask
-from nearfar.contrast.numerics import ORDINARY, full_precision, no_second_derivative
+from nearfar.contrast.numerics import ORDINARY, Context, full_precision, no_second_derivative
 from nearfar.contrast.reductions import times, tiny
 from nearfar.contrast.running_sums import Direction, Statistics, Step
 from nearfar.contrast.targets import Target
@@ -121,10 +121,16 @@ def one_matrix(
     return values
 
 
+class _MatrixContext(Context):
+    given: SmallBatch
+    scores: Scores
+    unit: tuple[Tensor, Tensor | None] | None  # rows of unit length, where this function made them
+
+
 class _OneMatrix(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: _MatrixContext,
         a: Tensor,
         b: Tensor | None,
         scale: Tensor | float,
@@ -144,12 +150,11 @@ class _OneMatrix(torch.autograd.Function):
         return tuple([value.clone() for value in values])
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor | None) -> Any:
+    def backward(ctx: _MatrixContext, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         no_second_derivative()
         if all(value is None for value in upstream):
             return (None,) * 6
-        given: SmallBatch = ctx.given
-        scores: Scores = ctx.scores
+        given, scores = ctx.given, ctx.scores
         a, b = ctx.saved_tensors if ctx.unit is None else ctx.unit
         by_a, by_b = torch.empty_like(a), None if b is None else torch.empty_like(b)
         by_scale = by_bias = None

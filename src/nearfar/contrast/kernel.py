@@ -16,13 +16,14 @@ Backward computes each tile again from the embeddings and these few numbers per 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from nearfar.contrast.logit_grads import LogitGrads, positive_logit_grads, tile_logit_grads
 from nearfar.contrast.numerics import (
+    Context,
     full_precision,
     lengths_of,
     no_second_derivative,
@@ -39,14 +40,30 @@ __all__ = ["LogSums", "accumulate_tile", "query_views"]
 #: rows of a tile whose exponentials are read for their sums while they are near
 STRIP = 512
 
+Side = TypeVar("Side")
+
+
+class _SumsContext(Context):
+    setting: Setting
+    kept: list[Tile]
+    sides: list[RunningSums]
+    alone: Scattered | None
+    walked: bool  # queries were brought to unit length tile by tile
+    space: Workspace
+
 
 class LogSums(torch.autograd.Function):
     """``rest``, ``positive``, ``excess``, ``expected`` of the queries and, with ``both``, of the keys as queries."""
 
     @staticmethod
     def forward(
-        ctx: Any, a: Tensor, b: Tensor, scale: Tensor, setting: Setting, statistics: list[Statistics]
-    ) -> Any:
+        ctx: _SumsContext,
+        a: Tensor,
+        b: Tensor,
+        scale: Tensor,
+        setting: Setting,
+        statistics: list[Statistics],
+    ) -> tuple[Tensor | None, ...]:
         lengths: list[Tensor] = []
         walked: Tensor | None = None  # lengths of queries that are brought to unit length on the walk
         if setting.normalize:
@@ -84,17 +101,17 @@ class LogSums(torch.autograd.Function):
         return tuple(flat)
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor | None) -> Any:
+    def backward(ctx: _SumsContext, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         no_second_derivative()
         a, b, scale, *flat = ctx.saved_tensors
         lengths = [flat.pop() for _ in range(2 * ctx.setting.normalize)][::-1]
-        setting: Setting = ctx.setting
-        alone: Scattered | None = ctx.alone
-        logit_grads = [
-            LogitGrads(side, tuple(flat[4 * i : 4 * i + 4]), upstream[4 * i : 4 * i + 4])
-            for i, side in enumerate(ctx.sides)
-        ]
-        space: Workspace = ctx.space
+        setting, alone, space = ctx.setting, ctx.alone, ctx.space
+        logit_grads = []
+        for i, side in enumerate(ctx.sides):
+            rest, positive, excess, expected = flat[4 * i : 4 * i + 4]
+            logit_grads.append(
+                LogitGrads(side, (rest, positive, excess, expected), upstream[4 * i : 4 * i + 4])
+            )
         by_alone = torch.empty(0)
         if alone is not None:
             block = alone.as_positives(setting.without_self)
@@ -125,9 +142,9 @@ class LogSums(torch.autograd.Function):
                     k, at = tile.rows.start // setting.size[0], tile.columns.start // setting.size[1]
                     _add_product(into_a[k], values, tile.keys, first=("a", k) not in begun)
                     begun.add(("a", k))
-                    side = "a" if setting.twin else "b"
-                    _add_product(into_b[at], values.T, tile.queries, first=(side, at) not in begun)
-                    begun.add((side, at))
+                    which = "a" if setting.twin else "b"
+                    _add_product(into_b[at], values.T, tile.queries, first=(which, at) not in begun)
+                    begun.add((which, at))
             outcome, wanted = [by_a, None if setting.twin else by_b], ctx.needs_input_grad[2]
             along: Tensor | None = None  # Σ_ij slope_ij a_i·b_j, which the products hold already
             if not lengths:
@@ -151,7 +168,7 @@ def _add_product(into: Tensor, one: Tensor, other: Tensor, first: bool) -> None:
         into.addmm_(one, other)
 
 
-def query_views(tile: Tile, sides: list[Any]) -> list[tuple[Any, slice, int]]:
+def query_views(tile: Tile, sides: list[Side]) -> list[tuple[Side, slice, int]]:
     """The queries that a tile is about: those of its rows and, where it counts for them, those of its columns."""
     views = [(sides[0], tile.rows, 1)]
     return [*views, (sides[-1], tile.columns, 0)] if tile.back else views

@@ -5,15 +5,17 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
 from nearfar.errors import NearfarError
 
 __all__ = [
+    "Context",
     "computing_dtype",
     "embeddings",
     "full_precision",
@@ -30,6 +32,18 @@ __all__ = [
 ORDINARY = 1e-15
 #: rows at a time in backward
 _PART = 1024
+
+
+class Context(FunctionCtx):
+    """The ``ctx`` of a differentiable function; one that keeps more than tensors for backward derives a class."""
+
+    saved_tensors: tuple[Tensor, ...]
+    needs_input_grad: tuple[bool, ...]
+    if TYPE_CHECKING:
+
+        def save_for_backward(
+            self, *tensors: Tensor | None
+        ) -> None: ...  # torch takes None, and does not say so
 
 
 def unit_rows(x: Float[Tensor, "n d"], name: str | None = None) -> Float[Tensor, "n d"]:
@@ -50,13 +64,13 @@ class _UnitRows(torch.autograd.Function):
     """Keeps the result and the lengths, where plain operations would keep every step between."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, name: str | None) -> Tensor:
+    def forward(ctx: Context, x: Tensor, name: str | None) -> Tensor:
         unit, length = unit_and_length(x, name)
         ctx.save_for_backward(unit, length)
         return unit
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Context, *gradients: Tensor) -> tuple[Tensor, None]:
         no_second_derivative()  # lengths are kept as numbers
         unit, length = ctx.saved_tensors
         (gradient,) = gradients

@@ -9,14 +9,20 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from nearfar.contrast.masks import Mask
-from nearfar.contrast.numerics import full_precision, no_second_derivative, through_length_, unit_and_length
+from nearfar.contrast.numerics import (
+    Context,
+    full_precision,
+    no_second_derivative,
+    through_length_,
+    unit_and_length,
+)
 from nearfar.contrast.positives import MASKED_LOGIT, is_unmasked
 from nearfar.contrast.reductions import finite
 from nearfar.contrast.running_sums import Direction, Statistics, Step
@@ -81,7 +87,7 @@ def _directions(numbers: _QueryNumbers, keys: int, masked: bool) -> list[Directi
 class _OneDirection(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: Context,
         a: Tensor,
         b: Tensor,
         scale: Tensor,
@@ -116,7 +122,7 @@ class _OneDirection(torch.autograd.Function):
         return numbers.losses.mean()
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> Any:
+    def backward(ctx: Context, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         no_second_derivative()
         return (
             *(None if by_x is None else by_x * upstream[0] for by_x in ctx.saved_tensors),

@@ -150,7 +150,7 @@ class RunningSums:
         logits = block.own(axis) if weight is None else block.own(axis) + weight.log()
         top = patch.amax(logits, axis)
         powers = torch.exp(logits - patch.spread(finite(top), axis))
-        more: tuple[Any, ...] = ()
+        more: tuple[str, Tensor] | tuple[()] = ()
         if self.setting.expected and weight is None:
             more = ("positive_moment", patch.sum(powers * block.finite(), axis))
         self._join(f"{name}_top", total, at, top, patch.sum(powers, axis), *more)

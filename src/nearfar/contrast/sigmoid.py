@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from nearfar.contrast.masks import Mask
-from nearfar.contrast.numerics import full_precision, no_second_derivative
+from nearfar.contrast.numerics import Context, full_precision, no_second_derivative
 from nearfar.contrast.positives import PositiveLogits, Workspace, is_unmasked
 from nearfar.contrast.reductions import within
 from nearfar.contrast.targets import Target
@@ -45,11 +43,22 @@ def sigmoid_sums(
     return positive, rest, *detached
 
 
+class _SigmoidContext(Context):
+    setting: Setting
+    alone: Scattered | None
+
+
 class _Sigmoid(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, a: Tensor, b: Tensor, scale: Tensor, bias: Tensor, setting: Setting, detached: list[Tensor]
-    ) -> Any:
+        ctx: _SigmoidContext,
+        a: Tensor,
+        b: Tensor,
+        scale: Tensor,
+        bias: Tensor,
+        setting: Setting,
+        detached: list[Tensor],
+    ) -> tuple[Tensor, Tensor]:
         positive, rest, push, left = (a.new_zeros(len(a)) for _ in range(4))
         hardest = a.new_full((len(a),), -torch.inf)
         alone = Scattered.of(setting.target, setting.offset, False, setting.size, a)
@@ -73,13 +82,12 @@ class _Sigmoid(torch.autograd.Function):
         return positive, rest
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> Any:
+    def backward(ctx: _SigmoidContext, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         no_second_derivative()
         a, b, scale, bias = ctx.saved_tensors
-        setting: Setting = ctx.setting
+        setting, alone = ctx.setting, ctx.alone
         by_positive, by_rest = upstream
         by_a, by_b, by_bias = torch.zeros_like(a), torch.zeros_like(b), torch.zeros_like(bias)
-        alone: Scattered | None = ctx.alone
         by_alone = None
         if alone is not None:
             by_alone = _pull(alone.as_positives(False), bias, by_positive)

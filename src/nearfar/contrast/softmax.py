@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypedDict
 
 import torch
 from jaxtyping import Float, Int
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nearfar.contrast.kernel import LogSums
 from nearfar.contrast.masks import Mask, checked_mask, transposed_mask
-from nearfar.contrast.numerics import full_precision, no_second_derivative
+from nearfar.contrast.numerics import Context, full_precision, no_second_derivative
 from nearfar.contrast.positives import MASKED_LOGIT, is_unmasked
 from nearfar.contrast.running_sums import Statistics, Step
 from nearfar.contrast.targets import NoPositives, Target
@@ -65,7 +65,7 @@ def listed_logits(
 
 class _Listed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, queries: Tensor, keys: Tensor, row: Tensor, column: Tensor) -> Tensor:
+    def forward(ctx: Context, queries: Tensor, keys: Tensor, row: Tensor, column: Tensor) -> Tensor:
         ctx.save_for_backward(queries, keys, row, column)
         logits = queries.new_empty(len(row))
         with full_precision(queries.device):
@@ -77,7 +77,7 @@ class _Listed(torch.autograd.Function):
         return logits
 
     @staticmethod
-    def backward(ctx: Any, by_logits: Tensor) -> Any:
+    def backward(ctx: Context, by_logits: Tensor) -> tuple[Tensor | None, ...]:
         no_second_derivative()
         queries, keys, row, column = ctx.saved_tensors
         by_queries, by_keys = torch.zeros_like(queries), torch.zeros_like(keys)
@@ -321,7 +321,7 @@ def softmax_loss(
         raise NearfarError(f"rows is a {type(rows).__name__}; a slice is needed, such as slice(0, 16)")
     if normalize and (denominator == "own" or not in_batch or any(extra is not None for extra in extras)):
         raise NearfarError("scores beside the kernel go with rows that are at unit length already: unit=True")
-    options: dict[str, Any] = {
+    options: _SumOptions = {
         "without_self": without_self, "inside": inside, "unit": unit, "normalize": normalize, "tile": tile,
     }  # fmt: skip
     part = slice(0, n) if rows is None else slice(*rows.indices(n))
@@ -352,6 +352,16 @@ def softmax_loss(
     return each_row.sum() if reduction == "sum" else each_row, step
 
 
+class _SumOptions(TypedDict):
+    """What ``log_sums`` is given for every direction alike."""
+
+    without_self: bool
+    inside: bool
+    unit: bool
+    normalize: bool
+    tile: tuple[int, int] | None
+
+
 class _DirectionSums(NamedTuple):
     """One direction: the sums of its queries, their keys, and how many rows of the whole batch count."""
 
@@ -370,7 +380,7 @@ def _compute_directions(
     mask: Mask | None,
     rows: slice | None,
     in_batch: bool,
-    options: dict[str, Any],
+    options: _SumOptions,
 ) -> list[_DirectionSums]:
     keys = a if b is None else b
     sides = [(a, keys), (keys, a)][: 1 + both]

@@ -12,6 +12,7 @@ import os
 import stat
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ __all__ = [
     "read_arrays",
     "read_bytes",
     "read_json",
+    "read_names",
     "read_text",
     "read_yaml",
 ]
@@ -83,6 +85,22 @@ def read_text(path: Path, limit: int = TEXT_LIMIT) -> str:
         return read_bytes(path, limit).decode("utf-8")
     except UnicodeDecodeError as error:
         raise NearfarError(f"{path} is not UTF-8 text (byte {error.start}). {DAMAGED}") from None
+
+
+def read_names(path: Path, what: str) -> list[str]:
+    """Names, one on a line, each once; ``what`` is what they name, for messages.
+
+    Raises:
+        NearfarError: no such file, no name in it, a name that stands twice.
+    """
+    lines = read_text(path).removeprefix("\ufeff").splitlines()
+    names = [line.strip() for line in lines if line.strip()]
+    if not names:
+        raise NearfarError(f"{path} names no {what}; one name on each line is expected.")
+    if len(set(names)) < len(names):
+        twice = sorted(name for name, count in Counter(names).items() if count > 1)
+        raise NearfarError(f"{path} names {', '.join(twice[:5])} more than once.")
+    return names
 
 
 def parse_json(text: str | bytes) -> Any:

@@ -6,9 +6,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from nearfar.data.column_kinds import PICTURE_SUFFIXES
 from nearfar.data.items import Items
 from nearfar.data.picture_files import walk_files
-from nearfar.data.table_items import PICTURE_SUFFIXES
 from nearfar.errors import NearfarError
 
 __all__ = ["image_folder_items"]

@@ -19,9 +19,8 @@ from nearfar.errors import NearfarError
 
 __all__ = ["PictureArrays", "check_picture_values"]
 
-_VERSION = 1  # of how pictures are brought to their size; part of every cache key
+_VERSION = 2  # of how pictures are brought to their size; part of every cache key
 _PART = 256  # pictures decoded before they are written
-_BLOCK = 1 << 24  # bytes of an array hashed at a time
 
 
 class PictureArrays:
@@ -56,37 +55,65 @@ class PictureArrays:
                 "pictures in files differ in size: state the size that they are brought to, as size=96."
             )
         self.size = size
-        self._key: str | None = None
+        self._digests: list[str] | None = None
 
     def __len__(self) -> int:
         return len(self._values if self._array is None else self._array)
 
     @property
-    def key(self) -> str:
-        """A hash of what ``part`` gives: the bytes of files or arrays, the size, and how they are decoded.
+    def digests(self) -> list[str]:
+        """For each picture a hash of its content, of the bytes of its file or of its array.
 
         Raises:
             NearfarError: a file that cannot be read.
         """
-        if self._key is None:
-            plain = self._array is not None and self._array.shape[1:3] == self.size
-            how = "as they are" if plain else f"Pillow {_pillow()}, {self.size}"
-            digest = hashlib.sha256(f"pictures {_VERSION} {how}\n".encode())
-            if self._array is not None:
-                _feed(digest, self._array)
-            else:
-                paths = [Path(value) for value in self._values if not isinstance(value, np.ndarray)]
-                checked = iter(check_pictures(paths))
-                for value in self._values:
-                    if isinstance(value, np.ndarray):
-                        _feed(digest, value)
-                        continue
-                    picture = next(checked)
-                    if picture.problem:
-                        raise NearfarError(_problem(Path(value), picture.problem))
-                    digest.update(picture.digest.encode())
-            self._key = digest.hexdigest()
-        return self._key
+        if self._digests is None:
+            values = self._values if self._array is None else self._array
+            paths = [Path(value) for value in self._values if not isinstance(value, np.ndarray)]
+            checked = iter(check_pictures(paths) if paths else [])
+            self._digests = []
+            for value in values:
+                if isinstance(value, np.ndarray):
+                    pixels = np.ascontiguousarray(value)
+                    self._digests.append(
+                        hashlib.sha256(f"{value.shape}\n".encode() + pixels.tobytes()).hexdigest()
+                    )
+                    continue
+                picture = next(checked)
+                if picture.problem:
+                    raise NearfarError(_problem(Path(value), picture.problem))
+                self._digests.append(picture.digest)
+        return self._digests
+
+    @property
+    def key(self) -> str:
+        """A hash of what ``part`` gives: the content of all pictures, the size, and how they are decoded."""
+        return self._key(self.digests)
+
+    def parts(self, about: int = 256) -> list[tuple[int, int, str]]:
+        """Consecutive parts of ``about`` pictures each, as (start, stop, key).
+
+        A part ends where the content of its last picture says so, and not by counting from the first: of two sets that
+        differ in some pictures, as folds of one data set do, most parts are the same and have the same keys.
+
+        >>> pictures = np.random.default_rng(0).integers(256, size=(40, 2, 2), dtype=np.uint8)
+        >>> whole, rest = (PictureArrays(some, (2, 2)).parts(4) for some in (pictures, pictures[3:]))
+        >>> len(whole), len({key for *_, key in whole} & {key for *_, key in rest})
+        (10, 8)
+        """
+        digests, parts, start = self.digests, [], 0
+        for stop in range(1, len(digests) + 1):
+            size = stop - start  # equal pictures in a row would end none of the parts, or all
+            ends = size >= about // 4 and int(digests[stop - 1][:8], 16) % about == 0
+            if ends or size >= 4 * about or stop == len(digests):
+                parts.append((start, stop, self._key(digests[start:stop])))
+                start = stop
+        return parts
+
+    def _key(self, digests: Sequence[str]) -> str:
+        plain = self._array is not None and self._array.shape[1:3] == self.size
+        how = "as they are" if plain else f"Pillow {_pillow()}, {self.size}"
+        return hashlib.sha256("\n".join([f"pictures {_VERSION} {how}", *digests]).encode()).hexdigest()
 
     def part(self, start: int, stop: int) -> UInt8[np.ndarray, "k h w 3"]:
         """The pictures from ``start`` to ``stop`` (left out), decoded side by side in threads."""
@@ -175,14 +202,6 @@ def _check_array(array: np.ndarray) -> None:
             f"pictures are {array.dtype} {array.shape}; (n, height, width), or (n, height, width, 3), of uint8 is "
             f"needed.{advice}"
         )
-
-
-def _feed(digest: Any, array: np.ndarray) -> None:
-    """Shape and bytes of an array, a block at a time: it may be larger than memory."""
-    digest.update(f"{array.shape}\n".encode())
-    rows = max(1, _BLOCK // max(1, array[:1].nbytes))
-    for start in range(0, len(array), rows):
-        digest.update(np.ascontiguousarray(array[start : start + rows]))
 
 
 def _problem(path: Path, problem: str) -> str:

@@ -19,18 +19,11 @@ from typing import Any
 import numpy as np
 
 from nearfar.data.cache import kept_file
+from nearfar.data.column_kinds import PICTURE_SUFFIXES, Reasons, stack_vectors, without_placeholders
 from nearfar.data.files import parse_json, read_array
 from nearfar.data.items import Column, Items
 from nearfar.data.table_formats import cell_text
-from nearfar.data.table_items import (
-    PICTURE_SUFFIXES,
-    Reasons,
-    Wanted,
-    build_items,
-    choose,
-    stack_vectors,
-    without_placeholders,
-)
+from nearfar.data.table_items import Wanted, build_items, choose
 from nearfar.errors import NearfarError
 
 __all__ = ["SHARD_SUFFIXES", "is_shard", "shard_items"]

@@ -52,8 +52,9 @@ def read_items(
             ``datasets``; ``hf:OWNER/NAME[:CONFIGURATION][#SPLIT]``; a pattern of files (``*``, ``{000..003}``), or
             several files. Of a folder that holds splits the train part is read; `read_splits` reads all.
         columns: names of those wanted; None: all. In tables letter case, blanks and ``-`` against ``_`` do not matter,
-            and numbers (1, 2, …) are columns of a file without a header line. Pictures in folders, IDX files and shards
-            are called ``image``, classes ``label``.
+            and numbers (1, 2, …) are columns of a file without a header line; ``x*`` is an array of all columns of
+            numbers whose names fit; ``text`` of a ``.txt`` file without columns is its lines. Pictures in folders, IDX
+            files and shards are called ``image``, classes ``label``.
         id_column: of ids; None: a column called ``id`` whose values differ, or else ``row2``, ….
         group_column: what splits keep together.
         encoding, encoding_option: of a text file, and how the caller's users give it; None: UTF-8.
@@ -87,11 +88,11 @@ def read_items(
 def _read(path: Source, wanted: Wanted) -> Items:
     if isinstance(path, (str, int, Path)):
         place = Path(str(path)).expanduser()
-        if not place.exists() and _by_hub(str(path)):
+        if not _is_here(place) and _by_hub(str(path)):
             return hub_items(str(path), wanted)
         if place.is_dir():
             return _read_folder(place, wanted)
-        files = [place] if place.exists() else _matching(str(place))
+        files = [place] if _is_here(place) else _matching(str(place))
     else:
         files = [Path(each).expanduser() for each in path]
     return _read_files(files or [Path(str(path))], wanted)
@@ -133,7 +134,7 @@ def _read_folder(folder: Path, wanted: Wanted) -> Items:
         return items
     if (folder / "dataset_info.json").is_file() and (folder / "state.json").is_file():
         return dataset_items(folder, wanted)
-    files = [file for file in sorted(folder.iterdir()) if file.is_file() and not file.name.startswith(".")]
+    files = [file for file in _entries(folder) if file.is_file()]
     shards = [file for file in files if is_shard(file)]
     tables = [file for file in files if _ending(file) in (*TABLE_SUFFIXES, *ARRAY_SUFFIXES)]
     about = [file for file in tables if file.name.lower().split(".")[0] == "metadata"]
@@ -153,6 +154,20 @@ def _read_folder(folder: Path, wanted: Wanted) -> Items:
 def _ending(file: Path) -> str:
     """The ending that says what a file is, without opening a zip."""
     return Path(file.stem).suffix.lower() if file.suffix.lower() == ".gz" else file.suffix.lower()
+
+
+def _is_here(place: Path) -> bool:
+    try:
+        return place.exists()
+    except OSError as error:  # a name that is too long, a folder that may not be looked into
+        raise NearfarError(f"{str(place)[:200]} cannot be read: {error.strerror}.") from None
+
+
+def _entries(folder: Path) -> list[Path]:
+    try:
+        return [entry for entry in sorted(folder.iterdir()) if not entry.name.startswith(".")]
+    except OSError as error:
+        raise NearfarError(f"{folder} cannot be read: {error.strerror}.") from None
 
 
 def _by_hub(text: str) -> bool:
@@ -224,13 +239,13 @@ def split_sources(
     sources: dict[str, Source] = {split: source for split, source in given.items() if source is not None}
     if dir is not None:
         place = Path(str(dir)).expanduser()
-        if not place.exists() and _by_hub(str(dir)):
+        if not _is_here(place) and _by_hub(str(dir)):
             every = hub_splits(str(dir))
             held: dict[str, Source] = {
                 split: text for name, text in every.items() if (split := _split_of(name))
             }
             others = [name for name in every if _split_of(name) is None]
-        elif not place.exists():
+        elif not _is_here(place):
             raise NearfarError(f"data.dir={dir}: no such folder.")
         else:
             held, others = _folder_splits(place) if place.is_dir() else ({"train": place}, [])
@@ -261,7 +276,7 @@ def _folder_splits(folder: Path) -> tuple[dict[str, Source], list[str]]:
     if saved is not None:
         known: dict[str, Source] = {split: path for name, path in saved.items() if (split := _split_of(name))}
         return known, [name for name in saved if _split_of(name) is None]
-    entries = [entry for entry in sorted(folder.iterdir()) if not entry.name.startswith(".")]
+    entries = _entries(folder)
     files = [entry for entry in entries if entry.is_file()]
     sources = _files_by_split(folder, files) or dict(idx_files(folder))
     if "train" in sources or (sources and not (folder / "train").is_dir()):

@@ -2,53 +2,25 @@
 
 from __future__ import annotations
 
-import json
-import os
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from nearfar.data.column_kinds import Reasons, typed, without_placeholders
+from nearfar.data.delimited import decode, text_lines
 from nearfar.data.items import Column, Items
 from nearfar.data.rejections import Rejections
-from nearfar.data.table_formats import JSON_SUFFIXES, full_suffix
-from nearfar.data.tables import RawTable, choose_columns, column_key, is_placeholder, open_table
+from nearfar.data.table_formats import JSON_SUFFIXES, content_of, full_suffix
+from nearfar.data.tables import RawTable, choose_columns, column_key, open_table
 from nearfar.errors import NearfarError
 
-__all__ = [
-    "PICTURE_SUFFIXES",
-    "Wanted",
-    "build_items",
-    "choose",
-    "select",
-    "stack_vectors",
-    "table_items",
-    "without_placeholders",
-]
+__all__ = ["Wanted", "build_items", "choose", "select", "table_items"]
 
-PICTURE_SUFFIXES = frozenset(
-    (
-        ".jpg",
-        ".jpeg",
-        ".jpe",
-        ".png",
-        ".gif",
-        ".bmp",
-        ".webp",
-        ".tif",
-        ".tiff",
-        ".avif",
-        ".jp2",
-        ".ppm",
-        ".pgm",
-    )
-)
-"""How files of pictures end, in small letters."""
-_MOST = 0.9  # the share of a column's values that decides what all of them are
 _REPEATS = 0.1  # a column in which more of the values than this repeat is no column of ids
 _IDS = ("id",)
 
@@ -73,10 +45,6 @@ class Wanted:
         return [name for name in names if name is not None]
 
 
-Reasons = list[str | None]
-"""For each row why it is rejected, or None."""
-
-
 def table_items(
     path: Path,
     wanted: Wanted,
@@ -91,6 +59,8 @@ def table_items(
     (['b', 'a'], ['near', None], [[1.0, 2.0], [3.0, 4.0]])
     """
     raw = open_table(path, wanted.encoding, wanted.encoding_option)
+    if wanted.named == ["text"] and full_suffix(path) == ".txt" and _no_table(raw):
+        raw = _lines(path, wanted)
     named = wanted.named
     if named and all(name.isdigit() for name in named) and _by_number(raw, named):
         raw = raw.without_header()
@@ -114,6 +84,24 @@ def table_items(
         notes=notes,
         id_given=wanted.id_column is not None,
     )
+
+
+def _no_table(raw: RawTable) -> bool:
+    """Whether a text file is texts alone, one a line: no column is called text, and no tab separates any."""
+    return "text" not in map(column_key, raw.header) and not any(
+        "\t" in field for row in (raw.header, *raw.rows[:100]) for field in row
+    )
+
+
+def _lines(path: Path, wanted: Wanted) -> RawTable:
+    """Every line of a file as a text, from the first on."""
+    lines = text_lines(decode(path, content_of(path), wanted.encoding, wanted.encoding_option))
+    rejections = Rejections()
+    numbers = [number for number, line in enumerate(lines, start=1) if line.strip()]
+    for number in sorted(set(range(1, len(lines) + 1)) - set(numbers)):
+        rejections.add("blank line", number)
+    rows = [[lines[number - 1]] for number in numbers]
+    return RawTable(path, ["text"], rows, numbers, len(lines), 0, rejections, ["every line is a text"])
 
 
 def _by_number(raw: RawTable, named: Sequence[str]) -> bool:
@@ -140,7 +128,10 @@ def choose(
         used = {name: position for position, name in enumerate(header)}
     else:
         names = list(dict.fromkeys(wanted.columns))
-        used = _chosen(path, header, names, wanted.naming, introduction)
+        patterns = {name: _matching(name, header) for name in names if "*" in name and name not in header}
+        plain = [name for name in names if not patterns.get(name)]
+        used = _chosen(path, header, plain, wanted.naming, introduction)
+        used.update({header[i]: i for positions in patterns.values() for i in positions})
     for name, option in ((wanted.id_column, wanted.id_naming), (wanted.group_column, wanted.group_naming)):
         if name is not None and name not in used:
             used.update(_chosen(path, header, [name], option, introduction))
@@ -151,6 +142,11 @@ def choose(
         return used, None
     used.setdefault(header[same[0]], same[0])
     return used, header[same[0]]
+
+
+def _matching(pattern: str, header: Sequence[str]) -> list[int]:
+    """Positions of the columns that a name with ``*`` means."""
+    return [i for i, head in enumerate(header) if fnmatchcase(column_key(head), column_key(pattern))]
 
 
 def select(items: Items, wanted: Wanted) -> Items:
@@ -178,24 +174,6 @@ def _chosen(
     return choose_columns(
         path, header, {name: (name,) for name in wanted}, {n: n for n in wanted}, (), how, introduction
     )
-
-
-def without_placeholders(name: str, values: Sequence[Any], notes: dict[str, Any]) -> list[Any]:
-    """Texts without blanks around them; empty ones, and words for *missing*, are None."""
-    texts: list[Any] = []
-    words: Counter[str] = Counter()
-    for value in values:
-        if not isinstance(value, str):
-            texts.append(value)
-            continue
-        text = value.strip()
-        if text and is_placeholder(text):
-            words[text] += 1
-            text = ""
-        texts.append(text or None)
-    if words:
-        notes.setdefault("words for missing", {})[name] = dict(words)
-    return texts
 
 
 # -- items ---------------------------------------------------------------------------------------------------
@@ -233,9 +211,14 @@ def build_items(
     about = dict(notes or {})
     columns: dict[str, Column] = {}
     for name in dict.fromkeys(kept):
-        column, reason = values[name], None
-        if isinstance(column, list):
-            column, reason = _typed(source, name, column, folder, asked, about)
+        column, reason = values.get(name), None
+        if column is None:
+            names = list(values)
+            column, reason = _side_by_side(
+                source, name, {names[i]: values[names[i]] for i in _matching(name, names)}
+            )
+        elif isinstance(column, list):
+            column, reason = typed(source, name, column, folder, asked, about)
         if reason is not None:
             wrong[name] = reason
         columns[name] = column
@@ -250,11 +233,37 @@ def build_items(
         if bad is None:
             usable.append(i)
             continue
-        value = values[bad][i] if isinstance(values[bad], list) else ""
+        column = values.get(bad, "")
+        value = column[i] if isinstance(column, list) else ""
         tally.add(str(wrong[bad][i]), row, value, f"column '{bad}'")
     if rows and not usable:
         raise NearfarError(f"{source}: none of its {len(rows)} rows is usable; {tally.summary()}.")
     return items if len(usable) == len(rows) else replace(items.take(usable), rejections=tally)
+
+
+def _side_by_side(source: str, name: str, values: Mapping[str, Column]) -> tuple[Column, Reasons | None]:
+    """Several columns of numbers as one of vectors (n, d): what lacks one number lacks the vector."""
+    n = len(next(iter(values.values())))
+    matrix = np.empty((n, len(values)), np.float32)
+    reasons: Reasons = [None] * n
+    for at, (each, column) in enumerate(values.items()):
+        if isinstance(column, np.ndarray):
+            if column.ndim != 1 or column.dtype.kind not in "fiub":
+                raise NearfarError(
+                    f"{source}: the columns '{name}' are to be numbers side by side, and '{each}' is none."
+                )
+            matrix[:, at] = column
+            continue
+        for i, value in enumerate(column):
+            try:
+                matrix[i, at] = np.nan if value is None else float(value)
+            except (TypeError, ValueError):
+                matrix[i, at], reasons[i] = np.nan, f"no number in '{each}'"
+    if all(reason is not None for reason in reasons):
+        raise NearfarError(
+            f"{source}: the columns '{name}' are to be numbers side by side; row 1 has {reasons[0]}."
+        )
+    return matrix, reasons if any(reasons) else None
 
 
 def _ids(
@@ -299,130 +308,3 @@ def _groups(values: Column, rows: Sequence[int]) -> list[Any]:
         f"without a group, row {row}" if value is None or value != value else value
         for value, row in zip(plain, rows, strict=True)
     ]
-
-
-# -- what a column of texts is -------------------------------------------------------------------------------
-def _typed(
-    source: str, name: str, values: list[Any], folder: Path | None, asked: bool, about: dict[str, Any]
-) -> tuple[Column, Reasons | None]:
-    """A column of texts as vectors or paths of pictures, where nearly all of its values are such."""
-    texts = [value for value in values if isinstance(value, str)]
-    if not texts:
-        return values, None
-    if sum(text[:1] == "[" and text[-1:] == "]" for text in texts) >= _MOST * len(texts):
-        return _listed(values, name, about)
-    pictures = sum(os.path.splitext(text)[1].lower() in PICTURE_SUFFIXES for text in texts)
-    if folder is not None and pictures >= _MOST * len(texts):
-        return _pictures(source, name, values, folder, asked, about)
-    return values, None
-
-
-def _listed(values: list[Any], name: str, about: dict[str, Any]) -> tuple[Column, Reasons | None]:
-    """Texts in square brackets: lists of numbers are vectors, lists of words are texts joined by ``; ``."""
-    vectors: list[np.ndarray | None] = []
-    reasons: Reasons = []
-    for value in values:
-        vector = _numbers(value) if value is not None else None
-        vectors.append(vector)
-        reasons.append("no list of numbers" if value is not None and vector is None else None)
-    wrong = sum(reason is not None for reason in reasons)
-    if wrong <= (1 - _MOST) * sum(value is not None for value in values):
-        column, lengths = stack_vectors(vectors)
-        both = [a or b for a, b in zip(reasons, lengths or [None] * len(reasons), strict=True)]
-        return column, both if any(both) else None
-    lists = [_words(value) if isinstance(value, str) else None for value in values]
-    if all(words is not None for words, value in zip(lists, values, strict=True) if value is not None):
-        about.setdefault("lists joined by '; '", []).append(name)
-        return [None if not words else "; ".join(words) for words in lists], None
-    return values, None
-
-
-def _numbers(text: str) -> np.ndarray | None:
-    parts = re.split(r"[,\s]+", text.strip()[1:-1].strip())
-    try:
-        return np.array([float(part) for part in parts if part], dtype=np.float32)
-    except ValueError:
-        return None
-
-
-def _words(text: str) -> list[str] | None:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, list) and all(isinstance(word, str) for word in value) else None
-
-
-def stack_vectors(vectors: Sequence[np.ndarray | None]) -> tuple[Column, Reasons | None]:
-    """Vectors of one length as an array, missing ones as NaN; rows of a length that few have get a reason.
-
-    Where less than nine in ten are of one length, they are no vectors of features and stay a list.
-
-    >>> column, reasons = stack_vectors([np.ones(2, np.float32)] * 9 + [np.ones(3, np.float32)])
-    >>> column.shape, reasons[-1]
-    ((10, 2), 'not 2 numbers')
-    """
-    lengths = Counter(vector.shape for vector in vectors if vector is not None)
-    if not lengths:
-        return [None] * len(vectors), None
-    shape, count = lengths.most_common(1)[0]
-    if count < _MOST * sum(lengths.values()) or not np.prod(shape):
-        return list(vectors), None
-    complete = all(vector is not None and vector.shape == shape for vector in vectors)
-    types = [vector.dtype for vector in vectors if vector is not None]
-    dtype = np.result_type(*set(types)) if complete else np.result_type(np.float32, *set(types))
-    column = np.full((len(vectors), *shape), 0 if complete else np.nan, dtype)
-    reasons: Reasons = []
-    words = " × ".join(map(str, shape))
-    for i, vector in enumerate(vectors):
-        fits = vector is not None and vector.shape == shape
-        if fits:
-            column[i] = vector
-        reasons.append(None if fits or vector is None else f"not {words} numbers")
-    return column, reasons if any(reasons) else None
-
-
-def _pictures(
-    source: str, name: str, values: list[Any], folder: Path, asked: bool, about: dict[str, Any]
-) -> tuple[Column, Reasons | None]:
-    """Paths of pictures that are on disk; the others get a reason."""
-    known: dict[str, str | None] = {None: None}  # type: ignore[dict-item]
-    for value in values:
-        if value not in known:
-            known[value] = _picture(value, folder)
-    paths = [known[value] for value in values]
-    missing = [value for value in values if value is not None and known[value] is None]
-    if missing and not any(paths):
-        shown = f"'{missing[0]}'"
-        if not asked:
-            about.setdefault("pictures that are not here", []).append(name)
-            return values, None
-        if "://" in missing[0]:
-            raise NearfarError(
-                f"{source}: the column '{name}' holds addresses ({shown}): load the pictures to disk and "
-                "name the files."
-            )
-        raise NearfarError(
-            f"{source}: none of the {len(missing)} pictures of the column '{name}' is here ({shown} …); they are "
-            f"sought in {folder} and in {folder / 'images'}. Put them there, or write their full paths into the table."
-        )
-    reasons: Reasons = [
-        "no such picture" if value is not None and path is None else None
-        for value, path in zip(values, paths, strict=True)
-    ]
-    return paths, reasons if missing else None
-
-
-def _picture(value: str, folder: Path) -> str | None:
-    """The file that a path in a table means: as it is, below the table's folder, or below ``images/`` there.
-
-    Paths of other machines and systems lose leading folders until a file is met.
-    """
-    parts = [part for part in value.replace("\\", "/").split("/") if part not in ("", ".")]
-    tries = [value, *("/".join(parts[skipped:]) for skipped in range(len(parts)))]
-    roots = (folder, folder / "images")
-    paths = (os.path.join(root, part) for part in tries for root in roots)  # an absolute path stays as it is
-    try:
-        return next((path for path in paths if os.path.isfile(path)), None)
-    except ValueError:  # a NUL in a path
-        return None

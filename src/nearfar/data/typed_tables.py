@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 
 from nearfar.data.cache import kept_file
+from nearfar.data.column_kinds import Reasons, stack_vectors, without_placeholders
 from nearfar.data.files import Json, parse_json, read_arrays
 from nearfar.data.items import Column, Items
 from nearfar.data.table_formats import cell_text, parquet_header
-from nearfar.data.table_items import Reasons, Wanted, build_items, choose, stack_vectors, without_placeholders
+from nearfar.data.table_items import Wanted, build_items, choose
 from nearfar.data.tables import require_file
 from nearfar.errors import NearfarError
 
@@ -207,6 +208,8 @@ def _lists(whole: Any) -> tuple[Column, Reasons | None]:
     while hasattr(inner, "value_type"):
         inner = inner.value_type
     if pyarrow.types.is_integer(inner) or pyarrow.types.is_floating(inner) or pyarrow.types.is_boolean(inner):
+        if (matrix := _matrix(whole)) is not None:
+            return matrix, None
         return stack_vectors([_vector(value) for value in whole])
     texts: list[str | None] = []
     for value in whole.to_pylist():
@@ -215,6 +218,20 @@ def _lists(whole: Any) -> tuple[Column, Reasons | None]:
         else:
             texts.append(cell_text(value) if value else None)
     return texts, None
+
+
+def _matrix(whole: Any) -> np.ndarray | None:
+    """Lists of one length without a gap as rows of an array, at once; None for others."""
+    import pyarrow
+    import pyarrow.compute
+
+    if whole.null_count or hasattr(whole.type.value_type, "value_type") or not len(whole):
+        return None
+    lengths = pyarrow.compute.min_max(pyarrow.compute.list_value_length(whole)).as_py()
+    if lengths["min"] != lengths["max"] or not lengths["min"]:
+        return None
+    values = pyarrow.chunked_array([chunk.flatten() for chunk in whole.chunks])
+    return None if values.null_count else np.array(values.to_numpy()).reshape(len(whole), -1)
 
 
 def _vector(value: Any) -> np.ndarray | None:

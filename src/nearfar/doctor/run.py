@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from nearfar.data.files import Json, Maybe, check_shape, parse_json, read_json, read_yaml
 from nearfar.doctor.fields import NUMBERS, SWITCHES, WORDS
@@ -141,7 +140,7 @@ def _log(path: Path) -> tuple[list[Json], int]:
     return records, unread
 
 
-def _splits(layout: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, Json]:
+def _splits(layout: Json, metrics: Json) -> dict[str, Json]:
     """Rows and hash of each split.
 
     Files without an id column number their rows alike, so that two splits of one length may have one hash of ids. The

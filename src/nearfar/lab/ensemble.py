@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import Tensor
 
 from nearfar.config.compose import flatten
+from nearfar.data.files import Json
 from nearfar.errors import NearfarError
 from nearfar.lab.groups import apart, find_runs
 from nearfar.lab.report import write_report
@@ -122,7 +122,7 @@ def _config(folders: Sequence[RunFolder], members: list[str]) -> DictConfig:
 
 
 def _about(folders: Sequence[RunFolder]) -> dict[str, object]:
-    every: list[Mapping[str, Any]] = [folder.read_json("metrics.json") for folder in folders]
+    every: list[Json] = [folder.read_json("metrics.json") for folder in folders]
     return {
         "members": [str(folder.path) for folder in folders],
         "best_epoch": None,

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -56,15 +56,13 @@ def of_kind(folder: RunFolder, kind: str) -> list[Json]:
     return [record for record in folder.log() if record.get("kind") == kind]
 
 
-def _series(
-    records: Sequence[Mapping[str, Any]], field: str, x: str = "step"
-) -> tuple[list[float], list[float]]:
+def _series(records: Sequence[Json], field: str, x: str = "step") -> tuple[list[float], list[float]]:
     points = [(record[x], record[field]) for record in records if record.get(field) is not None]
     return [at for at, _ in points], [value for _, value in points]
 
 
 def training_charts(
-    folder: RunFolder, metrics: Mapping[str, Any], tables: Mapping[str, Sequence[tuple[str, Estimate]]]
+    folder: RunFolder, metrics: Json, tables: Mapping[str, Sequence[tuple[str, Estimate]]]
 ) -> list[Markup]:
     """Loss between guessing and floor, validation above chance, realised hardness, health of the embeddings."""
     steps, epochs, probes = (of_kind(folder, kind) for kind in ("step", "epoch", "probe"))
@@ -87,9 +85,7 @@ def training_charts(
     return [Markup(chart) for chart in [*charts, *_health(probes)]]
 
 
-def _validation(
-    epochs: Sequence[Mapping[str, Any]], monitor: str, estimates: Mapping[str, Estimate]
-) -> list[str]:
+def _validation(epochs: Sequence[Json], monitor: str, estimates: Mapping[str, Estimate]) -> list[str]:
     names = list(epochs[0].get("val") or {}) if epochs else []
     shown = [name for name in names if name == monitor or name.endswith(("MRR", "R@10"))] or names[:3]
     if not shown:
@@ -104,7 +100,7 @@ def _validation(
     return [line_chart("Validation", curves, "epoch", "value", levels)]
 
 
-def _health(probes: Sequence[Mapping[str, Any]]) -> list[str]:
+def _health(probes: Sequence[Json]) -> list[str]:
     if not probes:
         return []
     charts = []
@@ -248,7 +244,7 @@ def _examples(folder: RunFolder) -> dict[str, list[Json]]:
     return kinds
 
 
-def _baselines(given: Mapping[str, Any], reported: str, split: str) -> dict[str, float]:
+def _baselines(given: Json, reported: str, split: str) -> dict[str, float]:
     """Scores of the baselines on ``split``, by metric.
 
     ``given`` is by metric for the ``reported`` split, or by split; an entry is a number or has a ``value``.

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from omegaconf import DictConfig
 
 from nearfar.config.samplers import sampler_choices
-from nearfar.data.files import read_json
+from nearfar.data.files import Json, read_json
 from nearfar.lab.compare import Arm, Comparison
 from nearfar.lab.groups import PlanRecord, plans_of
 from nearfar.lab.sweep import sweep_of
@@ -40,7 +39,7 @@ class ShownFinding:
     source: str
 
     @classmethod
-    def read(cls, finding: Mapping[str, Any]) -> ShownFinding:
+    def read(cls, finding: Json) -> ShownFinding:
         """From ``doctor.json`` of this or an earlier version, whose evidence may be a sentence alone."""
         evidence = finding.get("evidence") or {}
         if not isinstance(evidence, Mapping):
@@ -49,7 +48,7 @@ class ShownFinding:
         return cls(
             id=finding.get("id", ""),
             severity=severity if severity in ORDER else "note",
-            title=finding.get("title", finding.get("id", "")),
+            title=finding.get("title") or finding.get("id", ""),
             text=evidence.get("text") or finding.get("sentence") or "",
             numbers={k: v for k, v in evidence.items() if k != "text" and isinstance(v, int | float)},
             cause=finding.get("cause", ""),
@@ -108,7 +107,7 @@ def run_verdict(folder: RunFolder) -> RunVerdict:
     return RunVerdict(result, health, "unsure" if grave and kind == "good" else kind, findings, True)
 
 
-def _result(metrics: Mapping[str, Any]) -> tuple[str, bool | None]:
+def _result(metrics: Json) -> tuple[str, bool | None]:
     splits = metrics["splits"]
     split = "test" if metrics["monitor"] in splits.get("test", {}) else next(iter(splits))
     content = splits[split].get(metrics["monitor"])

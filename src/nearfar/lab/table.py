@@ -13,6 +13,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from nearfar.batching import SamplerVerdict
+from nearfar.data.files import Json
 from nearfar.lab.compare import Comparison
 from nearfar.lab.counterfactuals import Effect, Mean
 from nearfar.lab.groups import by_question
@@ -97,7 +98,7 @@ def estimates_table(title: str, estimates: Mapping[str, Estimate]) -> Table:
     return table
 
 
-def differences_table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+def differences_table(title: str, rows: Sequence[Json]) -> Table:
     """Rows of ``pairs``, ``minus``, ``difference``, ``low``, ``high``, ``verdict``."""
     table = Table(title)
     for column in ("pairs", "minus", "difference", "95 % interval", "verdict"):

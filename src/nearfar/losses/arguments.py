@@ -221,7 +221,7 @@ def _pair(name: str, value: object) -> tuple[Any, Any]:
     return value[0], value[1]
 
 
-Called = TypeVar("Called", bound=Callable[..., Any])
+Called = TypeVar("Called", bound=Callable[..., object])
 
 
 def renamed(**names: str) -> Callable[[Called], Called]:

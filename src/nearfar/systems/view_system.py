@@ -425,8 +425,8 @@ class ViewSystem(System[Batch, ViewModel]):
         ]
         self._at_start[split] = collect(parts)
 
-    def relevant(self, split: str) -> object:
-        """Which items of a split answer which query, as ``retrieval_ranks`` takes it; None: each its own."""
+    def answers(self, split: str) -> np.ndarray | None:
+        """A label (n,) for each item of a split: those of the same label answer a query; None: its own item alone."""
         return None
 
     def evaluate(self, outputs: Mapping[str, Tensor], split: str, final: bool) -> Evaluation:
@@ -450,9 +450,8 @@ class ViewSystem(System[Batch, ViewModel]):
             rows = items.present(first) & items.present(second)
             if int(rows.sum()) < 2:
                 continue
-            relevant = self.relevant(split)
-            if not rows.all():
-                relevant = None if relevant is None else np.asarray(relevant)[rows]
+            labels = self.answers(split)
+            relevant = None if labels is None else (labels[rows], labels[rows])
             at = torch.from_numpy(np.flatnonzero(rows))
             ranks = retrieval_ranks(outputs[first][at], outputs[second][at], relevant, both=True)
             for (query, key), direction in zip(((first, second), (second, first)), ranks, strict=True):

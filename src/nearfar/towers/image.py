@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -13,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from nearfar.data.batch import Inputs, Pixels, Rows
+from nearfar.data.cache import cached_array
 from nearfar.data.files import read_text
 from nearfar.data.mapped import mapped_arrays
 from nearfar.data.picture_arrays import PictureArrays, check_picture_values
@@ -30,6 +32,7 @@ _NETWORKS = {"efficientnet": "EfficientNet-lite0", "mobilenet": "MobileNetV2", "
 _RATES = {"efficientnet": 1e-4, "mobilenet": 1e-4, "transformers": 2e-5, "lora": 2e-4}
 _SIZE = 96  # pixels, unless stated
 _LEAST = 32  # pixels, below which the networks have nothing left at their last layer
+_KIND = "image-features"  # the folder of the cache
 _VERSION = 1  # of how features are computed; part of the cache key
 _CHUNK = 64  # pictures at a time through a frozen network
 _MOMENTS_CHUNK = 4096  # rows of features whose mean and spread are summed at a time
@@ -53,8 +56,8 @@ class ImageTower(Tower):
             all weights; "lora": adapters of rank ``lora_rank`` in the linear layers of a transformers model. None:
             "head" for trained weights and colours, "full" for random ones.
         size: pixels of each side that whole pictures are brought to (bilinear; sides are not kept in proportion), at
-            least 32. None: 96, except that "small" and "colors" read arrays at their own size, from 32 on. "own":
-            every array at its own size.
+            least 32. None: 96, except that "small" and "colors" read arrays at their own size. "own": every array at
+            its own size; networks bring smaller ones to 32.
         standardize: features that are not trained have mean 0 and variance 1 over the training rows.
         lr: learning rate of the network; None: 1e-4 for trained weights of convolutions, 2e-5 for those of
             transformers, 2e-4 for adapters, else that of the run.
@@ -65,7 +68,9 @@ class ImageTower(Tower):
         options: those of the encoder: ``features`` of "small", ``revision`` of "transformers".
 
     Features of a network that is not trained are computed once and kept, by the content of pictures and weights; so
-    are the pixels of files. Both are mapped from disk: memory does not grow with the number of pictures.
+    are the pixels of files. Both are mapped from disk: memory does not grow with the number of pictures. Features are
+    kept in parts as well (`PictureArrays.parts`): a set that shares pictures with an earlier one, as the folds of a
+    cross-validation do, computes only what is new.
 
     >>> tower = ImageTower("colors").fit(np.arange(4 * 32 * 32, dtype=np.uint8).reshape(4, 32, 32))
     >>> tower.build().width, tower.description
@@ -261,7 +266,8 @@ class ImageTower(Tower):
         if array and (self.size == "own" or self.encoder_kind in ("small", "colors")):
             assert isinstance(values, np.ndarray)
             height, width = values.shape[1:3]
-            return max(_LEAST, height), max(_LEAST, width)
+            least = 1 if self.encoder_kind == "colors" else _LEAST
+            return max(least, height), max(least, width)
         return _SIZE, _SIZE
 
     def _features(self, values: Sequence[Any] | np.ndarray) -> Float[np.ndarray, "n d"]:
@@ -273,16 +279,24 @@ class ImageTower(Tower):
             return np.zeros((0, width), np.float32)
         what = "colors" if network is None else network.fingerprint()
 
+        def of_part(start: int, stop: int) -> np.ndarray:
+            chunks = [pictures.part(at, min(at + _CHUNK, stop)) for at in range(start, stop, _CHUNK)]
+            rows = [
+                color_statistics(each) if network is None else _embedded(network, each, self.device)
+                for each in chunks
+            ]
+            features = np.concatenate(rows)
+            if not np.isfinite(features).all():
+                raise NearfarError(f"{self._name()} gave features that are not finite.")
+            return features
+
         def fill(arrays: dict[str, np.ndarray]) -> None:
-            for start in range(0, len(pictures), _CHUNK):
-                part = pictures.part(start, start + _CHUNK)
-                rows = color_statistics(part) if network is None else _embedded(network, part, self.device)
-                if not np.isfinite(rows).all():
-                    raise NearfarError(f"{self._name()} gave features that are not finite.")
-                arrays["features"][start : start + _CHUNK] = rows
+            for start, stop, key in pictures.parts():
+                part = [_VERSION, what, key]
+                arrays["features"][start:stop] = cached_array(_KIND, part, partial(of_part, start, stop))
 
         layout = {"features": ((len(pictures), width), np.float32)}
-        return mapped_arrays("image-features", [_VERSION, what, pictures.key], layout, fill)["features"]
+        return mapped_arrays(_KIND, [_VERSION, what, pictures.key], layout, fill)["features"]
 
     def _frozen_network(self) -> ImageEncoder:
         if self._network is None:

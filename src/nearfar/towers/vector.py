@@ -52,6 +52,9 @@ class VectorTower(Tower):
 
     def check(self, values: Sequence[Any] | np.ndarray) -> list[str | None]:
         """Values of a length that differs from that of the most, that are no numbers, or not finite."""
+        if isinstance(values, np.ndarray) and values.dtype.kind in "fiu":
+            finite = np.isfinite(values.reshape(len(values), -1)).all(axis=1)
+            return [None if each else "number that is not finite" for each in finite]
         reasons: list[str | None] = []
         lengths: dict[int, int] = {}
         rows: list[np.ndarray | None] = []
@@ -75,12 +78,12 @@ class VectorTower(Tower):
 
     def fit(self, values: Sequence[Any] | np.ndarray) -> VectorTower:
         """Length, mean and spread of the training values."""
-        self._train = self._matrix(values)
+        self._train = self.matrix(values)
         self._width = self._train.shape[1]
         return self
 
     def read(self, values: Sequence[Any] | np.ndarray) -> Rows:
-        matrix = self._matrix(values)
+        matrix = self.matrix(values)
         if self._width and matrix.shape[1] != self._width:
             raise NearfarError(
                 f"vectors have {matrix.shape[1]} numbers; those of training have {self._width}"
@@ -97,7 +100,7 @@ class VectorTower(Tower):
         return Standardize(torch.from_numpy(train))
 
     def reference(self, values: Sequence[Any] | np.ndarray) -> Float[np.ndarray, "n d"]:
-        matrix = self._matrix(values)
+        matrix = self.matrix(values)
         if not self.standardize or self._train is None:
             return matrix
         spread = self._train.std(0)
@@ -114,7 +117,8 @@ class VectorTower(Tower):
         return tower
 
     @staticmethod
-    def _matrix(values: Sequence[Any] | np.ndarray) -> np.ndarray:
+    def matrix(values: Sequence[Any] | np.ndarray) -> Float[np.ndarray, "n d"]:
+        """Values as rows of float32, (n, d); a view of an array that has this form already."""
         try:
             matrix = np.asarray(values, dtype=np.float32)
         except (TypeError, ValueError) as error:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,6 +16,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from nearfar.contrast.numerics import Context
 from nearfar.errors import NearfarError
 
 __all__ = ["gather", "gather_rows", "row_counts", "whole_value", "world_size"]
@@ -125,29 +125,33 @@ def whole_value(part: Shaped[Tensor, ""]) -> Shaped[Tensor, ""]:
 
 class _Whole(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, part: Tensor) -> Tensor:
+    def forward(ctx: Context, part: Tensor) -> Tensor:
         value = part.detach().clone()
         dist.all_reduce(value)
         return value
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+    def backward(ctx: Context, gradient: Tensor) -> Tensor:
         return gradient * dist.get_world_size()
+
+
+class _GatherContext(Context):
+    counts: list[int]
 
 
 class _Gather(torch.autograd.Function):
     """Forward: own rows to all. Backward: each rank's gradients to the ranks that own the rows, added up there."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, counts: list[int]) -> Tensor:
+    def forward(ctx: _GatherContext, tensor: Tensor, counts: list[int]) -> Tensor:
         ctx.counts = counts
         return _collect(tensor, counts)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        counts: list[int] = ctx.counts
+    def backward(ctx: _GatherContext, gradient: Tensor) -> tuple[Tensor, None]:
+        counts = ctx.counts
         gradient = gradient.contiguous()
         own, ranks = counts[dist.get_rank()], len(counts)
         parts = gradient.new_empty(ranks, own, *gradient.shape[1:])

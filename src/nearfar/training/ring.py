@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -33,7 +32,7 @@ from nearfar.contrast import (
 )
 from nearfar.contrast.kernel import accumulate_tile, query_views
 from nearfar.contrast.logit_grads import LogitGrads, tile_logit_grads
-from nearfar.contrast.numerics import full_precision
+from nearfar.contrast.numerics import Context, full_precision
 from nearfar.contrast.positives import Workspace
 from nearfar.contrast.running_sums import RunningSums
 from nearfar.contrast.tiles import TILE, Setting, tiles
@@ -129,11 +128,18 @@ def ring_sums(
     return _RingSums.apply(a, b, scale, counts, both)
 
 
+class _RingContext(Context):
+    counts: list[int]
+    both: bool
+
+
 class _RingSums(torch.autograd.Function):
     """The round of the keys, forward and backward. A block is named by the rank it belongs to."""
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor, scale: Tensor, counts: list[int], both: bool) -> Any:
+    def forward(
+        ctx: _RingContext, a: Tensor, b: Tensor, scale: Tensor, counts: list[int], both: bool
+    ) -> tuple[Tensor, ...]:
         here, others = dist.get_rank(), sum(counts) - 1
         space = Workspace(a, _size(counts))
         home = _setting(OwnPair(len(a)), counts, both)
@@ -162,10 +168,11 @@ class _RingSums(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, by_rest: Tensor, by_back: Tensor, by_positive: Tensor, by_hardest: Tensor) -> Any:
+    def backward(
+        ctx: _RingContext, by_rest: Tensor, by_back: Tensor, by_positive: Tensor, by_hardest: Tensor
+    ) -> tuple[Tensor | None, ...]:
         a, b, scale, rest, back = ctx.saved_tensors
-        counts: list[int] = ctx.counts
-        here, both = dist.get_rank(), bool(ctx.both)
+        counts, both, here = ctx.counts, ctx.both, dist.get_rank()
         space = Workspace(a, _size(counts))
         home = _setting(OwnPair(len(a)), counts, both)
         rows = _grads_of(home, rest, by_rest, by_positive)

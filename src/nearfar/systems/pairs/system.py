@@ -184,7 +184,7 @@ class PairSystem(ViewSystem):
     def labels(self) -> np.ndarray | None:
         return self._labels.get("train")
 
-    def relevant(self, split: str) -> object:
+    def answers(self, split: str) -> np.ndarray | None:
         return self._labels.get(split)
 
     # -- model and loss --------------------------------------------------------------------------------------
@@ -237,6 +237,8 @@ class PairSystem(ViewSystem):
     def _nearest_training(self, split: str) -> dict[str, Estimate]:
         """Controls: an item of the gallery is found by what its nearest training item, in frozen vectors, goes with."""
         estimates: dict[str, Estimate] = {}
+        labels = self.answers(split)
+        relevant = None if labels is None else (labels, labels)
         train, own = self.datasets["train"], self.datasets[split]
         for first, second in self.pairs():
             for query, key in ((first, second), (second, first)):
@@ -250,7 +252,7 @@ class PairSystem(ViewSystem):
                 # Twice as long, which no cosine sees: a query equal to its own key bit for bit would be warned of.
                 keys = 2.0 * train.tensor(query)[nearest]
                 numbers = rank_estimates(
-                    retrieval_ranks(own.tensor(query), keys, self.relevant(split)),
+                    retrieval_ranks(own.tensor(query), keys, relevant),
                     KS,
                     bootstrap=self.config.bootstrap,
                     split=self.splits[split].content_hash(*self.views),

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float, Float32
 
 from nearfar.errors import NearfarError
 
-__all__ = ["GeneSums", "common_genes", "normalized", "read_genes", "variable_genes"]
+__all__ = ["GeneSums", "common_genes", "normalized", "variable_genes"]
 
 
 def normalized(
@@ -95,22 +94,3 @@ def variable_genes(sums: Mapping[str, GeneSums], count: int, among: Sequence[str
     # Sums of float64 differ in the last bits with the order of slides; ties go by name.
     order = np.argsort(-np.round(around, 6), kind="stable")[:count]
     return sorted(genes[at] for at in order.tolist())
-
-
-def read_genes(path: Path) -> list[str]:
-    """Names of genes, one on a line.
-
-    Raises:
-        NearfarError: no such file, no name in it, a name that stands twice.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise NearfarError(f"{path} cannot be read: {error}.") from None
-    names = [line.strip() for line in lines if line.strip()]
-    if not names:
-        raise NearfarError(f"{path} names no gene; one name on each line is expected.")
-    twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
-    if twice:
-        raise NearfarError(f"{path} names {', '.join(twice[:5])} more than once.")
-    return names

@@ -12,10 +12,10 @@ from typing import Literal
 import numpy as np
 
 from nearfar.data.cache import content_key
-from nearfar.data.files import Json
+from nearfar.data.files import Json, read_names
 from nearfar.data.rejections import Rejections
 from nearfar.errors import NearfarError
-from nearfar.systems.tissue.genes import GeneSums, common_genes, normalized, read_genes, variable_genes
+from nearfar.systems.tissue.genes import GeneSums, common_genes, normalized, variable_genes
 from nearfar.systems.tissue.records import RULE, Values, neighbor_scale, spatial_neighbors
 from nearfar.systems.tissue.shard_index import ShardIndex, SlideEntry
 from nearfar.systems.tissue.slide_folder import Rejected, SlideFolder, Spots
@@ -195,7 +195,7 @@ def choose_genes(
     if options.genes is None:
         return common, f"all {len(common)} that every slide has"
     if isinstance(options.genes, Path):
-        genes = read_genes(options.genes)
+        genes = read_names(options.genes, "gene")
         missing = sorted(set(genes) - set(common))
         if missing:
             raise NearfarError(
