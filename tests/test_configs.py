@@ -72,8 +72,9 @@ def test_every_encoder_composes(group: str, choice: str) -> None:
 def test_every_choice_is_read_as_it_was_declared(system: str, group: str, choice: str) -> None:
     """Composed by Hydra, read and checked, a group is the dataclass that its system declares."""
     experiment = {"tissue": "medium_spatial"}.get(system, system)
-    needed = ["data.dir=shards"] if choice == "her2st" else []
-    options = read_config(compose_config([f"experiment={experiment}", f"{group}={choice}", *needed]))
+    needed = {"her2st": ["data.dir=shards"], "supcon": ["positives=topic"] if system == "pairs" else []}
+    overrides = [f"experiment={experiment}", f"{group}={choice}", *needed.get(choice, [])]
+    options = read_config(compose_config(overrides))
     declared = variants_of(options_class(system))[group][choice]
     assert {**to_dict(getattr(options, group)), "dir": None} == {**declared, "dir": None}
 

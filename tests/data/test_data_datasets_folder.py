@@ -133,6 +133,16 @@ def test_a_dataset_dict_without_train(tmp_path, names):
     assert split_sources(folder, train=folder / names[0])["train"] == folder / names[0]
 
 
+def test_damaged_offsets_are_an_error_and_do_not_end_the_process(tmp_path):
+    folder = save(tmp_path / "d")
+    file = folder / "data-00000-of-00001.arrow"
+    offsets = np.array([0, 4, 7], np.int32).tobytes()  # of "near" and "far"
+    assert file.read_bytes().count(offsets) == 1
+    file.write_bytes(file.read_bytes().replace(offsets, np.array([0, 4, 1 << 30], np.int32).tobytes()))
+    with pytest.raises(NearfarError, match="cannot be read as a saved dataset"):
+        read_items(folder)
+
+
 def test_folders_that_were_saved_in_part(tmp_path):
     folder = save(tmp_path / "a", 2)
     (folder / "data-00001-of-00002.arrow").unlink()

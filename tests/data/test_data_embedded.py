@@ -153,6 +153,16 @@ def test_pictures_without_labels_or_with_others(tmp_path):
         idx_items(tmp_path / "t10k-labels-idx1-ubyte")
 
 
+def test_several_sets_in_one_folder(tmp_path):
+    mnist(tmp_path)
+    assert idx_files(tmp_path)["train"].name == "train-images-idx3-ubyte.gz"
+    idx(tmp_path / "train-images-idx3-ubyte", np.zeros((1, 2, 2)))
+    assert idx_files(tmp_path)["train"].name == "train-images-idx3-ubyte"  # unpacked
+    idx(tmp_path / "emnist-train-images-idx3-ubyte", np.zeros((1, 2, 2)))
+    with pytest.raises(NearfarError, match="several sets of IDX files"):
+        idx_files(tmp_path)
+
+
 def test_fashion_has_names(tmp_path):
     mnist(tmp_path)
     assert fashion_items(tmp_path, "test")["label"] == ["T-shirt/top", "trouser"]

@@ -120,9 +120,10 @@ def test_arrays(tmp_path):
     members = {f"{i}.npy": array([i, i + 0.5]) for i in range(20)}
     members["20.npy"] = array([1.0, 2.0, 3.0])
     members["21.npy"] = b"no array"
+    members["22.npy"] = array([1.0]).replace(b"(1,)", b"(1,V")
     items = read_items(shard(tmp_path / "a.tar", members))
     np.testing.assert_array_equal(items["npy"], [[i, i + 0.5] for i in range(20)])
-    assert items.rejections.counts == {"not 2 numbers": 1, "array that cannot be read": 1}
+    assert items.rejections.counts == {"not 2 numbers": 1, "array that cannot be read": 2}
     assert len(items.ids) == 20
 
 
@@ -248,6 +249,13 @@ def test_text_and_json_that_cannot_be_read_cost_their_sample(tmp_path):
     items = shard_items([file], "b", Wanted(["t"]))
     assert items["t"] == ["a"]
     assert items.rejections.counts == {"no JSON": 1}
+
+
+def test_json_whose_keys_are_no_columns(tmp_path):
+    file = shard(tmp_path / "a.tar", {f"{i}.json": json.dumps({f"k{i}": 1}) for i in range(1001)})
+    with pytest.raises(NearfarError, match=r"has 1,001 keys.*name those that are wanted"):
+        read_items(file)
+    assert read_items(file, ["k7"]).present("k7").sum() == 1
 
 
 def test_a_file_that_is_too_large(tmp_path, monkeypatch):

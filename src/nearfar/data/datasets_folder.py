@@ -64,7 +64,9 @@ def dataset_items(
     try:
         header = _stream(files[0])[0]
         return arrow_items(str(folder), folder, header, _batches(files), features, wanted)
-    except (pyarrow.ArrowException, OSError) as error:
+    except NearfarError:
+        raise
+    except (pyarrow.ArrowException, OSError, ValueError) as error:  # ValueError: names that are not UTF-8
         raise NearfarError(
             f"{folder} cannot be read as a saved dataset: {str(error).splitlines()[0]}. Save or copy it again."
         ) from None
@@ -90,6 +92,7 @@ def _batches(files: Sequence[Path]) -> Iterator[Any]:
 
     for file in files:
         for batch in _stream(file)[1]:
+            batch.validate(full=True)  # a damaged offset would end the process, not raise
             yield pyarrow.Table.from_batches([batch])
 
 

@@ -217,8 +217,19 @@ def idx_files(folder: Path) -> dict[str, Path]:
             continue
         words = name.split("-")
         for split, known in (("train", "train"), ("test", "t10k"), ("test", "test"), ("val", "val")):
-            if known in words:
-                splits[split] = file
+            if known not in words:
+                continue
+            other = splits.get(split)
+            if (
+                other is not None
+                and other.stem.lower().replace(".", "-") != name
+                and other.name.lower() != name
+            ):
+                raise NearfarError(
+                    f"{folder} has several sets of IDX files ({file.name}, {other.name}): name the file that is "
+                    "meant."
+                )
+            splits[split] = file
     return splits
 
 

@@ -194,7 +194,10 @@ def read_array(file: BinaryIO, size: int) -> np.ndarray:
     read_header = (
         np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     )
-    shape, fortran, dtype = read_header(file)
+    try:
+        shape, fortran, dtype = read_header(file)
+    except Exception as error:  # numpy raises whatever the text in the head leads to
+        raise ValueError(f"the head of an array is damaged ({type(error).__name__})") from None
     if dtype.hasobject:
         raise ValueError("an array holds Python objects, which could run code")
     declared = math.prod(shape) * dtype.itemsize

@@ -34,6 +34,7 @@ _TEXTS = frozenset(
 )
 _PICKLED = frozenset(("pyd", "pickle", "pkl", "pth", "pt", "ckpt", "joblib", "dill"))
 _COMMON = {"image": PICTURE_SUFFIXES, "text": (".txt",), "label": (".cls",)}
+_MOST_KEYS = 1000  # of the JSON of all samples: more are no columns, and would fill the memory
 _MOST_BYTES = 1 << 30  # of one file in a shard
 
 
@@ -88,6 +89,11 @@ def shard_items(
             table[name], places[name] = samples.json[name], name.split("json.", 1)[0] + "json"
     header = list(table)
     _refuse(source, named, header, samples)
+    if wanted.columns is None and len(samples.json) > _MOST_KEYS:
+        raise NearfarError(
+            f"{source}: the JSON of its samples has {len(samples.json):,} keys, too many for columns: name those that "
+            f"are wanted with {wanted.naming.format(name='NAME')}."
+        )
     used, _ = choose(Path(source), header, wanted, "Its columns are")
     notes: dict[str, Any] = {"shards": len(files)}
     if samples.pickled:

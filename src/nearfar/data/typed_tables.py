@@ -46,7 +46,9 @@ def parquet_items(
         features = _features_of(file.schema_arrow.metadata)
         batches = (pyarrow.Table.from_batches([batch]) for batch in file.iter_batches(_BATCH, columns=read))
         return arrow_items(str(path), path.parent, header, batches, features, wanted)
-    except (pyarrow.ArrowException, OSError) as error:
+    except NearfarError:
+        raise
+    except (pyarrow.ArrowException, OSError, ValueError) as error:  # ValueError: names that are not UTF-8
         raise NearfarError(f"{path} cannot be read as Parquet: {str(error).splitlines()[0]}") from None
 
 

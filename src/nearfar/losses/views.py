@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from nearfar.arguments import choice
 from nearfar.contrast import DuplicateMask, Mask, NoPositivesWarning, SimilarityMask, join_masks
 from nearfar.errors import NearfarError, nearest_name
+from nearfar.losses.base import LossTraits
 from nearfar.losses.info_nce import InfoNCELoss
 from nearfar.losses.siglip import SigLipLoss
 from nearfar.losses.supcon import SupConLoss
@@ -144,6 +145,9 @@ class ViewLoss(nn.Module):
     >>> round(loss(views).item(), 3), loss.record()["terms"]
     (0.341, 3.0)
     """
+
+    #: it is made of one loss, which has traits of its own and is what several processes take apart
+    traits: ClassVar[LossTraits] = LossTraits()
 
     def __init__(
         self,

@@ -227,7 +227,7 @@ class ViewSystem(System[Batch, ViewModel]):
         layout: Json = {
             "system": self.name,
             "splits": {name: items.layout() for name, items in self.splits.items()},
-            "data_hash": self.content_hash(*self.splits.values()),
+            "data_hash": self.data_hash(*self.splits.values()),
             "views": {view: tower.description for view, tower in self.towers.items()},
             "leaks": {},
         }
@@ -242,13 +242,22 @@ class ViewSystem(System[Batch, ViewModel]):
             }
         return layout
 
-    def content_hash(self, *splits: Items) -> str:
-        """A hash of the content of splits, in order: sixteen hexadecimal digits."""
-        return content_key(*(items.content_hash() for items in splits))[:16]
+    def data_hash(self, *splits: Items) -> str:
+        """Names what splits hold, in order: sixteen hexadecimal digits. A run is resumed on the same data alone."""
+        return content_key(*map(self.content_hash, splits))[:16]
 
-    def split_hash(self, items: Items) -> str:
-        """By which estimates on the same items are known: a hash of the content of the views of a split."""
-        return items.content_hash(*self.views)
+    def content_hash(self, items: Items) -> str:
+        """Names what a split holds: sixteen hexadecimal digits of its ids and of the values of its views, in order.
+
+        Of pictures in files it is their names: the same data is the same in a different folder.
+        """
+        columns = {}
+        for view in self.views:
+            values = items[view]
+            if self.towers[view].kind == "image" and not isinstance(values, np.ndarray):
+                values = [None if value is None else Path(str(value)).name for value in values]
+            columns[view] = values
+        return Items(items.ids, columns).content_hash()
 
     # -- batches ---------------------------------------------------------------------------------------------
     def labels(self) -> np.ndarray | None:
@@ -460,7 +469,7 @@ class ViewSystem(System[Batch, ViewModel]):
                     direction,
                     KS,
                     bootstrap=self.config.bootstrap if final else 0,
-                    split=self.split_hash(items),
+                    split=self.content_hash(items),
                 )
                 estimates |= {f"{name}/{metric}": estimate for metric, estimate in numbers.items()}
                 if rows.all():

@@ -181,7 +181,7 @@ class TrainedMolecules:
                 f"{self.folder}: the run's data is not there ({error}) Give a table to search in: --gallery FILE."
             ) from None
         splits = list(self.system.load_data(lambda _: None).splits.values())
-        current, trained = self.system.content_hash(*splits), self._layout["data_hash"]
+        current, trained = self.system.data_hash(*splits), self._layout["data_hash"]
         if current != trained:
             raise NearfarError(
                 f"{self.folder}: its data files have changed since it was trained (content hash {trained} then, "

@@ -160,15 +160,15 @@ class MoleculeSystem(ViewSystem):
             }
         )
 
-    def content_hash(self, *splits: Items) -> str:
+    def data_hash(self, *splits: Items) -> str:
         """A hash of the content of splits: sixteen hexadecimal digits of ids, structures and texts, in order.
 
         Ids alone are not enough: two versions of a file may have the same ids, as have files that number their rows.
         """
         return content_key(*([s.ids, s.texts("molecule"), s.texts("text")] for s in splits))[:16]
 
-    def split_hash(self, items: Items) -> str:
-        return self.content_hash(items)
+    def content_hash(self, items: Items) -> str:
+        return self.data_hash(items)
 
     def labels(self) -> np.ndarray:
         """Scaffolds as classes: the balanced sampler then draws rare ring systems as often as benzene."""

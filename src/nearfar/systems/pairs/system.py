@@ -80,6 +80,8 @@ class PairSystem(ViewSystem):
                 encoding=data.encoding,
                 encoding_option="data.encoding",
                 naming="views=[{name}]",
+                id_naming="data.id_column=NAME",
+                group_naming="data.group_column=NAME",
             )
         train = splits["train"]
         for name in wanted:
@@ -255,7 +257,7 @@ class PairSystem(ViewSystem):
                     retrieval_ranks(own.tensor(query), keys, relevant),
                     KS,
                     bootstrap=self.config.bootstrap,
-                    split=self.splits[split].content_hash(*self.views),
+                    split=self.content_hash(self.splits[split]),
                 )
                 for name in ("R@1", "R@10", "MRR"):
                     estimates[f"nearest_training/{query}_to_{key}/{name}"] = replace(
