@@ -81,7 +81,11 @@ def test_it_trains_by_the_name_of_its_experiment(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "message"), [("outside.nearfar:OTHER", "has to be a nearfar.systems.Registration")]
+    ("value", "message"),
+    [
+        ("outside.nearfar:OTHER", "has to be a nearfar.systems.Registration"),
+        ("outside.gone:REGISTRATION", "cannot be imported (No module named 'outside.gone')"),
+    ],
 )
 def test_a_faulty_registration_is_named(tmp_path: Path, value: str, message: str) -> None:
     install(tmp_path, value)

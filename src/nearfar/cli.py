@@ -90,6 +90,26 @@ def options(
 
 
 @app.command()
+def new(
+    name: Annotated[
+        str, typer.Argument(help="Its name: small letters, digits, underscores, such as crystals.")
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="The folder to write; by default one of that name, here."),
+    ] = None,
+) -> None:
+    """Write a system of your own, ready to install and train: reader, options, towers, experiment, sample, test."""
+    from nearfar.lab.new_system import write_system
+
+    console = terminal.console()
+    folder = write_system(name, output)
+    terminal.say(console, f"written: {folder}")
+    for command in (f"pip install -e {folder}", f"nearfar train experiment={name}", f"pytest {folder}"):
+        terminal.say(console, f"  {command}")
+
+
+@app.command()
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="Run folders, or folders of runs.")],
     baseline: Annotated[

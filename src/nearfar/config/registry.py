@@ -81,7 +81,13 @@ def register(name: str, registration: Registration) -> None:
 def _installed() -> dict[str, Registration]:
     installed: dict[str, Registration] = {}
     for point in entry_points(group=ENTRY_POINTS):
-        loaded = point.load()
+        try:
+            loaded = point.load()
+        except (ImportError, AttributeError) as error:
+            raise NearfarError(
+                f"entry point '{point.name}' of {ENTRY_POINTS} ({point.value}) cannot be imported ({error}). Mend that "
+                "package, or uninstall it."
+            ) from error
         if not isinstance(loaded, Registration):
             raise NearfarError(
                 f"entry point '{point.name}' of {ENTRY_POINTS} ({point.value}) is a {type(loaded).__name__}; "

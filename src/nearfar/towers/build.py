@@ -67,7 +67,13 @@ def tower_class(kind: str) -> type[Tower]:
         point = _installed().get(kind)
         if point is None:
             raise NearfarError(f"tower={kind!r} is unknown; {nearest_name(str(kind), tower_names())}")
-        place = point.load()
+        try:
+            place = point.load()
+        except (ImportError, AttributeError) as error:
+            raise NearfarError(
+                f"tower={kind}: its entry point ({point.value}) cannot be imported ({error}). Mend that package, or "
+                "uninstall it."
+            ) from error
     if isinstance(place, str):
         module, name = place.split(":")
         place = getattr(importlib.import_module(module), name)

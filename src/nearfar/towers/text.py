@@ -142,7 +142,10 @@ class TextTower(Tower):
 
     def fit(self, values: Sequence[Any] | np.ndarray) -> TextTower:
         """N-grams and vocabularies are learned from the training texts; pretrained models have nothing to learn."""
-        self.encoder.fit([str(value) for value in values])
+        try:
+            self.encoder.fit([str(value) for value in values])
+        except NearfarError as error:
+            raise NearfarError(_plain(error)) from None
         return self
 
     def read(self, values: Sequence[Any] | np.ndarray) -> Inputs:
