@@ -3,7 +3,7 @@
 Spots of a generated tissue: jpg patches of about the size that real H&E patches have, expression as float32. Every
 figure is the best of several passes, in this order: each sample of the shards as arrays, read by WebDataset with Pillow
 or simplejpeg and batched; `read_shards` without a cache, from opening the shards to arrays on disk; batches of random
-positions from those arrays, through `TissueDataset`, as training asks for them.
+positions from those arrays, through an `ItemDataset`, as training asks for them.
 
     python benchmarks/shard_loading.py                    # 20,000 spots, 64 x 64 pixels, 2,000 genes
     python benchmarks/shard_loading.py --shards FOLDER    # shards of your own
@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nearfar.systems.tissue.data import TissueDataset
+from nearfar.data.batch import ItemDataset, Pixels, Rows
 from nearfar.systems.tissue.records import Tissue, spatial_neighbors
 from nearfar.systems.tissue.shard_dataset import read_shards
 from nearfar.systems.tissue.shard_index import read_index
@@ -120,7 +120,14 @@ def main() -> None:
         print(f"{'read_shards, nothing in the cache':44}{rate(n, first, asked.passes)}", flush=True)
         tissue = read_shards(folder)
         print(f"{'read_shards, from the cache':44}{rate(n, lambda: read_shards(folder), asked.passes)}")
-        data = TissueDataset(tissue.patches, tissue.expression, tissue.neighbors, tissue.alpha)
+        data = ItemDataset(
+            {
+                "image": Pixels(tissue.patches),
+                "gene": Rows(tissue.expression),
+                "neighbors": Rows(tissue.neighbors),
+                "alpha": Rows(tissue.alpha),
+            }
+        )
         order = np.random.default_rng(0).permutation(n)
         batches = [order[at : at + asked.batch].tolist() for at in range(0, n, asked.batch)]
 

@@ -24,10 +24,10 @@ from nearfar.batching import (
 from nearfar.losses import SpatialLoss
 from nearfar.metrics import retrieval_ranks
 from nearfar.models import ProjectionHead
-from nearfar.systems.tissue.data import Tissue
+from nearfar.models.image.colors import color_statistics
 from nearfar.systems.tissue.evaluation import pearson, retrieved_expression
-from nearfar.systems.tissue.features import color_statistics
 from nearfar.systems.tissue.generated import generated_tissue
+from nearfar.systems.tissue.records import Tissue
 
 QUANTITIES = {
     "reached_random": "share of rows with a spatial neighbour in their batch, random batches",

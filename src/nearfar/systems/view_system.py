@@ -99,10 +99,10 @@ class ViewSystem(System[Batch, ViewModel]):
         self.fit_towers()
         for tower, views in self._distinct():
             say(f"{' and '.join(views)}: {tower.description}")
-        groups = {view: self.value_groups(view) for view in self.views}
+        groups = {view: known for view in self.views if (known := self.value_groups(view)) is not None}
         for name, items in self.splits.items():
             inputs = self.view_inputs(items)
-            inputs |= {f"{GROUP}{view}": Rows(groups[view][name]) for view in self.views}
+            inputs |= {f"{GROUP}{view}": Rows(known[name]) for view, known in groups.items()}
             inputs |= self.further_inputs(name, items)
             train = name == "train"
             self.datasets[name] = ItemDataset(
@@ -168,8 +168,11 @@ class ViewSystem(System[Batch, ViewModel]):
                 inputs[REFERENCE] = Rows(vectors)
         return inputs
 
-    def value_groups(self, view: str) -> dict[str, np.ndarray]:
-        """For the items of each split a number that is equal where a view's value is the same, as its tower sees it."""
+    def value_groups(self, view: str) -> dict[str, np.ndarray] | None:
+        """For the items of each split a number that is equal where a view's value is the same, as its tower sees it.
+
+        None: the loss need not know, and no value is looked at.
+        """
         return value_groups(self.splits, view, self.towers[view].keys)
 
     def further_inputs(self, split: str, items: Items) -> dict[str, Inputs]:
@@ -264,11 +267,19 @@ class ViewSystem(System[Batch, ViewModel]):
         """Classes of the training items, of which ``sampler=balanced`` draws as many each; None: there are none."""
         return None
 
+    def places(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """Positions (n, 2) of the training items and the plane that each lies on, which ``sampler=spatial`` needs;
+        None: they have none."""
+        return None
+
     def build_sampler(self) -> BatchSampler:
         """The sampler that the configuration names."""
         labels = self.labels()
         items = SamplerItems(
-            len(self.datasets["train"]), self.neighbors, labels=None if labels is None else lambda: labels
+            len(self.datasets["train"]),
+            self.neighbors,
+            labels=None if labels is None else lambda: labels,
+            places=self.places(),
         )
         return build_sampler(self.config, items)
 

@@ -15,8 +15,8 @@ from nearfar.systems.tissue.evaluation import (
     pearson,
     pearson_estimate,
     retrieved_expression,
+    ridge_predictions,
 )
-from nearfar.systems.tissue.features import ridge_predictions
 
 RNG = np.random.default_rng(0)
 

@@ -20,10 +20,11 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from nearfar.cli import app
+from nearfar.data.batch import ItemDataset, Pixels, Rows
 from nearfar.data.mapped import mapped_arrays
 from nearfar.errors import NearfarError
 from nearfar.systems.tissue import shard_dataset, slide_image
-from nearfar.systems.tissue.data import TissueDataset
+from nearfar.systems.tissue.data import items_of
 from nearfar.systems.tissue.genes import GeneSums, common_genes, normalized, variable_genes
 from nearfar.systems.tissue.records import Tissue, joined, neighbor_scale, spatial_neighbors
 from nearfar.systems.tissue.shard_dataset import read_shards
@@ -477,10 +478,15 @@ def test_reading_gives_what_was_written(shards: Path, monkeypatch: pytest.Monkey
     fewer = read_shards(shards, ["A1", "B.1"], neighbors=2)
     assert fewer.neighbors.tolist() == [row[:2] for row in tissue.neighbors.tolist()]
     assert fewer.content != tissue.content
-    data = TissueDataset(again.patches, again.expression, again.neighbors, again.alpha)
+    items = items_of(again, "shards")
+    assert isinstance(items["image"], np.memmap)
+    data = ItemDataset({"image": Pixels(items.array("image")), "gene": Rows(items.array("gene"))})
     batch = data.__getitems__([3, 30, 4])
-    np.testing.assert_array_equal(batch.images.numpy().transpose(0, 2, 3, 1), tissue.patches[[3, 30, 4]])
-    np.testing.assert_array_equal(batch.genes.numpy(), tissue.expression[[3, 30, 4]])
+    np.testing.assert_array_equal(
+        batch.tensor("image").numpy().transpose(0, 2, 3, 1), tissue.patches[[3, 30, 4]]
+    )
+    np.testing.assert_array_equal(batch.tensor("gene").numpy(), tissue.expression[[3, 30, 4]])
+    assert items["slide"] == [name.split("/")[0] for name in again.ids]
 
 
 def test_counts_are_normalised_by_readers_that_leave_slides_out(source: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from nearfar.errors import NearfarError
 from nearfar.launch import run_one, with_saved_overrides
 from nearfar.systems import build_system, check_config
 from nearfar.systems.tissue.system import TissueSystem
+from nearfar.towers import load_tower
 from nearfar.training.checkpoint import Checkpoint
 from nearfar.training.fit import fit
 from nearfar.training.run_folder import RunFolder
@@ -164,8 +166,8 @@ def test_the_share_of_neighbours_is_counted_as_the_loss_counts_it() -> None:
         batch = system.dataset("train").__getitems__(positions)
         logs = system.training_step(model, batch).logs()
         shares += [logs["rows_with_neighbors"]] * len(positions)
-        inside = torch.isin(batch.neighbors, batch.positions)
-        weight = 0.5 * (batch.alpha * inside).sum(1)
+        inside = torch.isin(batch.tensor("neighbors"), batch.positions)
+        weight = 0.5 * (batch.tensor("alpha") * inside).sum(1)
         masses += (weight / (1 + weight)).tolist()
     assert record["neighbors_in_batch"] == pytest.approx(np.mean(shares))
     assert record["neighbor_mass"] == pytest.approx(np.mean(masses), rel=1e-5)
@@ -173,12 +175,86 @@ def test_the_share_of_neighbours_is_counted_as_the_loss_counts_it() -> None:
 
 
 def test_a_temperature_that_does_not_learn_is_that_of_the_options() -> None:
-    learned, fixed = (
-        prepared(*more).build_model() for more in ([], ["learn_temperature=false", "temperature=0.2"])
-    )
-    fixed.load_state_dict(learned.state_dict())
-    assert fixed.scale().item() == pytest.approx(5.0)
-    assert learned.scale().item() == pytest.approx(1 / 0.07)
+    learning, fixed = prepared(), prepared("learn_temperature=false", "temperature=0.2")
+    learned, other = learning.build_model(), fixed.build_model()
+    other.load_state_dict(fixed.read_weights(learned.state_dict()))
+    assert fixed.scale(other).item() == pytest.approx(5.0)
+    assert learning.scale(learned).item() == pytest.approx(1 / 0.07)
+    learned.load_state_dict(learning.read_weights(other.state_dict()))
+    assert learning.scale(learned).item() == pytest.approx(1 / 0.07)
+
+
+def test_batches_hold_spots_as_they_are_and_their_neighbours() -> None:
+    system = prepared("image_encoder=small", "augment=false", "image_encoder.features=16")
+    train = system.data.splits["train"]
+    batch = system.dataset("train").__getitems__([3, 30, 4])
+    assert list(batch) == ["image", "gene", "neighbors", "alpha"]
+    np.testing.assert_array_equal(batch["image"].numpy().transpose(0, 2, 3, 1), train.patches[[3, 30, 4]])
+    for name, wanted in (("gene", train.expression), ("neighbors", train.neighbors), ("alpha", train.alpha)):
+        np.testing.assert_array_equal(batch[name], wanted[[3, 30, 4]])
+    assert system.splits["train"]["slide"][0] == train.slide_names[0]
+
+
+def test_patches_are_turned_in_training_alone() -> None:
+    system = prepared("image_encoder=small", "image_encoder.features=16")
+    patches = system.data.splits["train"].patches[:9].transpose(0, 3, 1, 2)
+    batch = system.dataset("train").__getitems__(list(range(9)))["image"].numpy()
+    turned = 0
+    for patch, seen in zip(patches, batch, strict=True):
+        ways = [np.rot90(each, k, (1, 2)) for each in (patch, patch[:, :, ::-1]) for k in range(4)]
+        assert any(np.array_equal(way, seen) for way in ways)
+        turned += not np.array_equal(patch, seen)
+    assert turned > 3
+    held_out = system.dataset("val").__getitems__([0])["image"].numpy()
+    np.testing.assert_array_equal(held_out[0], system.data.splits["val"].patches[0].transpose(2, 0, 1))
+    assert prepared("image_encoder=colors").augment() is None
+    oblong = system.data.splits["train"]
+    system.data.splits["train"] = replace(oblong, patches=oblong.patches[:, :16])
+    with pytest.raises(NearfarError, match=r"no squares\. Set augment=false"):
+        system.augment()
+
+
+def earlier_names(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights by the names of the model that tissue had before it shared one with other systems."""
+    names = {
+        "towers.image.mean": "image_features.mean",
+        "towers.image.sd": "image_features.sd",
+        "towers.gene.": "gene_features.",
+        "towers.image.": "encoder.encoder.",
+        "heads.": "",
+    }
+
+    def earlier(key: str) -> str:
+        return next((old + key.removeprefix(new) for new, old in names.items() if key.startswith(new)), key)
+
+    return {earlier(key): value for key, value in weights.items()}
+
+
+@pytest.mark.parametrize("encoder", ["colors", "small"])
+def test_weights_of_earlier_versions_are_read(encoder: str) -> None:
+    system = prepared(f"image_encoder={encoder}")
+    model = system.build_model()
+    earlier = earlier_names(model.state_dict())
+    assert {key.split(".")[0] for key in earlier} == {
+        "image_features" if encoder == "colors" else "encoder", "image", "gene_features", "gene", "log_scale",
+    }  # fmt: skip
+    other = system.build_model()
+    other.load_state_dict(system.read_weights(earlier))
+    assert all(torch.equal(other.state_dict()[key], value) for key, value in model.state_dict().items())
+    assert system.read_weights(model.state_dict()).keys() == model.state_dict().keys()
+
+
+def test_towers_are_saved_with_the_run(tmp_path: Path) -> None:
+    options = ["gene_encoder=sentence", "sentence_genes=8", "epochs=1", "bootstrap=0"]
+    folder, system = run(tmp_path, "name=run", *options).path, prepared(*options)
+    towers = {view: load_tower(folder / "towers" / view) for view in ("image", "gene")}
+    model = system.build_model()
+    model.load_state_dict(system.read_weights(Checkpoint.load(folder).model))
+    test = system.data.splits["test"]
+    batch = system.dataset("test").__getitems__([5, 2])
+    for view, values in (("image", test.patches), ("gene", test.expression)):
+        rows = towers[view].read(values).batch(torch.tensor([5, 2]))
+        torch.testing.assert_close(rows, batch[view], rtol=1e-5, atol=1e-5)
 
 
 def killed_after(every: list[str], step: int) -> None:

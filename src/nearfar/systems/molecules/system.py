@@ -135,7 +135,7 @@ class MoleculeSystem(ViewSystem):
     def readable(self, items: Items) -> Items:
         return items  # the readers of molecules have rejected what no tower reads
 
-    def value_groups(self, view: str) -> dict[str, np.ndarray]:
+    def value_groups(self, view: str) -> dict[str, np.ndarray] | None:
         # Structures are canonical by now, and need not be parsed again.
         return value_groups(self.splits, view, list) if view == "molecule" else super().value_groups(view)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import cast
 
 import numpy as np
 import torch
@@ -17,14 +18,15 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
+from nearfar.data.batch import Rows
 from nearfar.data.files import Json
 from nearfar.errors import NearfarError
 from nearfar.functional import info_nce
 from nearfar.metrics import Estimate, Ranks, few_runs, rank_estimates, retrieval_ranks
 from nearfar.metrics.intervals import bootstrap_levels, t_quantile
 from nearfar.systems.tissue.data import TissueData
-from nearfar.systems.tissue.features import color_features, ridge_predictions
 from nearfar.systems.tissue.options import TissueOptions
+from nearfar.towers.image import ImageTower
 from nearfar.training.system import Evaluation
 
 __all__ = [
@@ -40,6 +42,7 @@ __all__ = [
     "pearson_estimate",
     "retrieval",
     "retrieved_expression",
+    "ridge_predictions",
 ]
 
 
@@ -247,7 +250,8 @@ class Evaluator:
         """Expression of a split's patches by ridge regression on their colour statistics; no network."""
         if split not in self._ridge:
             train, test = self.data.splits["train"], self.data.splits[split]
-            features = [color_features(part) for part in (train, test)]
+            colors = ImageTower("colors", size="own")
+            features = [cast(Rows, colors.read(part.patches)).values.numpy() for part in (train, test)]
             self._ridge[split] = ridge_predictions(features[0], train.expression, features[1])
         return self._ridge[split]
 
@@ -274,6 +278,29 @@ class Evaluator:
         scores = Scores()
         self._correlate(scores, self.ridge(split), split, RIDGE, {}, 0)
         return scores.per_item
+
+
+def ridge_predictions(
+    train: Float[np.ndarray, "n d"],
+    values: Float[np.ndarray, "n g"],
+    test: Float[np.ndarray, "m d"],
+    penalty: float = 1.0,
+) -> Float[np.ndarray, "m g"]:
+    """Ridge regression of ``values`` on ``train``, for the rows of ``test``.
+
+    Features are standardised by the training rows; the penalty on squared weights is ``penalty`` per hundred rows.
+
+    >>> x = np.arange(6.0)[:, None]
+    >>> ridge_predictions(x, 2 * x + 1, np.array([[10.0]]), penalty=1e-9).round(3)
+    array([[21.]])
+    """
+    mean, sd = train.mean(0), train.std(0)
+    sd = np.where(sd > 1e-8 * np.maximum(1.0, np.abs(mean)), sd, 1.0)
+    x, centre = (train - mean) / sd, values.mean(0)
+    gram = x.T @ x + penalty * len(x) / 100 * np.eye(x.shape[1])
+    weights = np.linalg.solve(gram, x.T @ (values - centre))
+    predicted: Float[np.ndarray, "m g"] = (test - mean) / sd @ weights + centre
+    return predicted
 
 
 _ROWS = 4096  # queries at a time: their similarities to all training spots are what memory goes into

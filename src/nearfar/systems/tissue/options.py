@@ -147,16 +147,15 @@ class TissueOptions(RunOptions):
         """No weights are read and nothing is fitted here: encoders look at their options alone."""
         from nearfar.models.image import check_image_encoder
         from nearfar.models.text import build_text_encoder
-        from nearfar.systems.tissue.features import ImageFeatures
 
-        features = ImageFeatures.from_config(self)
-        if features.kind == "colors":
-            if self.image_frozen is False or self.image_pixels is not None:
-                raise NearfarError(
-                    "image_encoder=colors has no network: leave image_frozen and image_pixels null."
-                )
-        else:
-            check_image_encoder(features.kind, **features.options)
+        options = dict(self.image_encoder)
+        kind = str(options.pop("kind"))
+        if kind != "colors":
+            check_image_encoder(kind, **options)
+        elif self.image_frozen is False or self.image_pixels is not None:
+            raise NearfarError(
+                "image_encoder=colors has no network: leave image_frozen and image_pixels null."
+            )
         build_text_encoder(**self.text_encoder)
 
 

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from nearfar.data.files import Json
 from nearfar.metrics import paired_difference
-from nearfar.systems.tissue.data import Tissue
 from nearfar.systems.tissue.evaluation import pearson
-from nearfar.systems.tissue.features import gene_sentences
+from nearfar.systems.tissue.records import Tissue
+from nearfar.towers.expression import gene_sentences
 from nearfar.training.sections import Picture, Section, Table, retrieval_examples
 
 if TYPE_CHECKING:

@@ -2,109 +2,146 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nearfar.batching import Plan, positions_in_batch, weight_in_batch
 from nearfar.batching.base import BatchSampler
-from nearfar.config.samplers import Items
+from nearfar.data.augment import SquareSymmetries
+from nearfar.data.batch import Augment, Batch, Draw, Inputs, Rows
 from nearfar.data.files import Json
+from nearfar.data.items import Items
+from nearfar.errors import NearfarError
 from nearfar.losses import ClipLoss, SpatialLoss
-from nearfar.models.text import TextEncoder, build_text_encoder, embed_texts, save_text_encoder
-from nearfar.systems.tissue.data import TissueBatch, TissueData, TissueDataset, load_data
+from nearfar.models.views import ViewModel, build_head
+from nearfar.systems.tissue.data import TissueData, items_of, load_data
 from nearfar.systems.tissue.evaluation import Evaluator
-from nearfar.systems.tissue.features import ImageFeatures, gene_sentences
-from nearfar.systems.tissue.model import TissueModel
 from nearfar.systems.tissue.options import TissueOptions
 from nearfar.systems.tissue.report import examples, sections
-from nearfar.training.batches import build_sampler
+from nearfar.systems.view_system import ViewSystem
+from nearfar.towers import Tower
+from nearfar.towers.expression import ExpressionTower
+from nearfar.towers.image import ImageTower
+from nearfar.training.evaluation import consecutive
 from nearfar.training.sections import Section
-from nearfar.training.system import Evaluation, Say, StepOutput, System, TrainSampler
+from nearfar.training.system import Evaluation, Say, StepOutput, TrainSampler, decayed_groups
 
-__all__ = ["TissueSystem"]
+__all__ = ["TissueSystem", "expression_tower", "image_tower"]
+
+#: how the names of weights began in earlier versions, and how they begin now
+_EARLIER = {
+    "encoder.encoder.": "towers.image.",
+    "image_features.": "towers.image.",
+    "gene_features.": "towers.gene.",
+    "image.": "heads.image.",
+    "gene.": "heads.gene.",
+}
 
 
-class TissueSystem(System[TissueBatch, TissueModel]):
+def image_tower(config: TissueOptions) -> ImageTower:
+    """The tower of patches that the options describe: frozen or trained, patches at their own size or resized."""
+    options = dict(config.image_encoder)
+    kind, model, frozen = str(options.pop("kind")), options.pop("name", None), config.image_frozen
+    if frozen is None:
+        frozen = kind == "colors" or bool(options.get("pretrained", kind != "small"))
+    size: Any = "own" if config.image_pixels is None else config.image_pixels
+    train: Any = "head" if frozen else "full"
+    return ImageTower(
+        kind,
+        model=model,
+        train=train,
+        size=size,
+        lr=None if frozen else config.lr,
+        seed=config.seed,
+        **options,
+    )
+
+
+def expression_tower(config: TissueOptions, genes: Sequence[str]) -> ExpressionTower:
+    """The tower of expression that the options describe, over these genes."""
+    if config.gene_encoder == "mlp":
+        return ExpressionTower("numbers", genes)
+    options = dict(config.text_encoder)
+    text = {"encoder": options.pop("kind"), "train": "head", **options}
+    return ExpressionTower("sentences", genes, config.sentence_genes, text)
+
+
+class TissueSystem(ViewSystem):
     """Trains two towers, over patches and over expression, to match the two views of a spot."""
 
     name = "tissue"
     monitor = "image_to_gene/MRR"
+    judges_start = False  # both heads start from nothing: chance stands beside every estimate
 
-    config: TissueOptions
-
-    def __init__(self, config: TissueOptions) -> None:
-        self.config = config
-        self.features = ImageFeatures.from_config(config)
-        self.loss = _loss(config)
-        self.data: TissueData
-        self.evaluator: Evaluator
-        self.text_encoder: TextEncoder | None = None
-        self._image_description = ""
-        self.datasets: dict[str, TissueDataset] = {}
+    config: TissueOptions  # type: ignore[assignment]  # no options of a ViewLoss: neighbours are those in space
+    data: TissueData
+    evaluator: Evaluator
 
     # -- data ------------------------------------------------------------------------------------------------
     def prepare(self, say: Say) -> None:
         """Read the slides, compute or load frozen features, embed gene sentences."""
-        config = self.config
-        self.data = self.load_data(say)
-        say(self.data.summary())
-        genes = self._gene_inputs()
-        for name, tissue in self.data.splits.items():
-            images, self._image_description = self.features.read(tissue, config.seed)
-            self.datasets[name] = TissueDataset(
-                images,
-                genes[name],
-                tissue.neighbors,
-                tissue.alpha,
-                augment=config.augment and name == "train" and not self.features.frozen,
-                seed=config.seed,
-            )
-        say(f"image encoder: {self._image_description}")
-        if self.text_encoder is not None:
-            say(f"gene sentences of {config.sentence_genes} names: {self.text_encoder.description}")
-        if config.loss.name == "clip":
+        super().prepare(say)
+        if self.config.loss.name == "clip":
             say("loss=clip: neighbors, neighbor_alpha_scale and temp_reg_weight have no effect")
-        self.evaluator = Evaluator(config, self.data)
+        self.evaluator = Evaluator(self.config, self.data)
 
     def load_data(self, say: Say) -> TissueData:
         """The splits, from shards or generated; computes no features."""
         return load_data(self.config.data, say)
 
-    def _gene_inputs(self) -> dict[str, np.ndarray]:
-        """What the gene tower reads of every split."""
-        if self.config.gene_encoder == "mlp":
-            return {name: tissue.expression for name, tissue in self.data.splits.items()}
-        sentences = {
-            name: gene_sentences(tissue.expression, self.data.genes, self.config.sentence_genes)
-            for name, tissue in self.data.splits.items()
+    def load_items(self, say: Say) -> dict[str, Items]:
+        self.data = self.load_data(say)
+        say(self.data.summary())
+        return {name: items_of(tissue, self.data.source) for name, tissue in self.data.splits.items()}
+
+    def build_towers(self, say: Say) -> dict[str, Tower]:
+        return {"image": image_tower(self.config), "gene": expression_tower(self.config, self.data.genes)}
+
+    def readable(self, items: Items) -> Items:
+        return items  # the readers of slides have rejected what no tower reads
+
+    def value_groups(self, view: str) -> None:
+        return None  # equal patches, such as empty ones, are negatives; only neighbours are not
+
+    def further_inputs(self, split: str, items: Items) -> dict[str, Inputs]:
+        """The spatial neighbours of each spot, as positions in the split (-1 for none), and their weights."""
+        tissue = self.data.splits[split]
+        return {
+            "neighbors": Rows(np.asarray(tissue.neighbors, np.int64)),
+            "alpha": Rows(np.asarray(tissue.alpha, np.float32)),
         }
-        encoder = build_text_encoder(**self.config.text_encoder).fit(sentences["train"])
-        self.text_encoder = encoder
-        return {name: embed_texts(encoder, texts) for name, texts in sentences.items()}
+
+    def augment(self) -> Augment | None:
+        tower = self.towers["image"]
+        if not self.config.augment or tower.train != "full":
+            return None
+        height, width = self.data.splits["train"].patches.shape[1:3]
+        if height != width and self.config.image_pixels is None:
+            raise NearfarError(
+                f"patches of {height} × {width} pixels cannot be turned: they are no squares. Set augment=false, or "
+                "bring them to a square with image_pixels=."
+            )
+        return _turned
 
     def layout(self) -> Json:
         """Counts, hashes, and which encoders are really used."""
-        encoder = self.text_encoder
-        return self.data.layout() | {
-            "image_encoder": self._image_description,
-            "gene_encoder": "network over expression"
-            if encoder is None
-            else f"sentences of {self.config.sentence_genes} gene names: {encoder.description}",
-        }
+        described = {view: tower.description for view, tower in self.towers.items()}
+        encoders = {"image_encoder": described["image"], "gene_encoder": described["gene"]}
+        return self.data.layout() | {"views": described} | encoders
 
     # -- batches ---------------------------------------------------------------------------------------------
-    def build_sampler(self) -> BatchSampler:
-        """The sampler that the configuration names."""
+    def labels(self) -> np.ndarray:
+        return self.data.splits["train"].slides
+
+    def places(self) -> tuple[np.ndarray, np.ndarray]:
         train = self.data.splits["train"]
-        return build_sampler(
-            self.config,
-            Items(len(train), labels=lambda: train.slides, places=(train.positions, train.slides)),
-        )
+        return train.positions, train.slides
 
     def on_epoch(self, epoch: int, sampler: TrainSampler, say: Say) -> Json:
         """Share of rows with a spatial neighbour in their batch, and share of the target on neighbours."""
@@ -135,52 +172,77 @@ class TissueSystem(System[TissueBatch, TissueModel]):
         return np.asarray(config.neighbor_alpha_scale * weight / (1 + config.neighbor_alpha_scale * weight))
 
     # -- model and loss --------------------------------------------------------------------------------------
-    def build_model(self) -> TissueModel:
-        """Both towers of the configured kinds."""
-        config, train = self.config, self.datasets["train"]
-        encoder = None if self.features.frozen else self.features.encoder()
-        return TissueModel(
-            train.genes,
-            images=train.features,
-            encoder=encoder,
-            embedding_dim=config.embedding_dim,
-            hidden=config.hidden,
-            dropout=config.dropout,
-            temperature=config.temperature,
-            learn_temperature=config.learn_temperature,
-            max_scale=config.max_scale,
+    def build_loss(self) -> ClipLoss | SpatialLoss:
+        config = self.config
+        if config.loss.name == "clip":
+            return ClipLoss(max_scale=config.max_scale)
+        return SpatialLoss(
+            config.neighbor_alpha_scale, config.temp_reg_weight, config.neighbors, max_scale=config.max_scale
         )
 
-    def encode(self, model: TissueModel, batch: TissueBatch) -> dict[str, Tensor]:
-        """Both embeddings of every spot."""
-        return {"images": model.encode_images(batch.images), "genes": model.encode_genes(batch.genes)}
+    def build_head(self, tower: Tower, view: str, width: int, dim: int) -> nn.Module:
+        config = self.config
+        return build_head("mlp", width, dim, hidden=config.hidden, dropout=config.dropout, norm="layer")
 
-    def embed(self, model: TissueModel, batch: TissueBatch) -> dict[str, Tensor]:
+    def model_options(self, dim: int) -> dict[str, Any]:
+        config = self.config  # the loss clamps the scale, and records that it does
+        return {
+            "temperature": config.temperature,
+            "learn_temperature": config.learn_temperature,
+            "max_scale": None,
+        }
+
+    def parameter_groups(self, model: nn.Module) -> list[Json]:
+        return decayed_groups(model, self.config.weight_decay)
+
+    def read_weights(self, weights: Json) -> Json:
+        """Weights by today's names; a temperature that does not learn is an option and none of them."""
+        config = self.config
+        start = {"log_scale": torch.tensor(-math.log(config.temperature))} if config.learn_temperature else {}
+        kept = {
+            key: value for key, value in weights.items() if key != "log_scale" or config.learn_temperature
+        }
+        return start | {_renamed(key): value for key, value in kept.items()}
+
+    def scale(self, model: ViewModel) -> Tensor:
+        """1 / temperature; the loss clamps it at ``max_scale``."""
+        scale = model.scale()
+        if scale is not None:
+            return scale
+        return next(model.parameters()).new_tensor(1.0 / self.config.temperature)
+
+    def encode(self, model: ViewModel, batch: Batch) -> dict[str, Tensor]:
+        """Both embeddings of every spot."""
+        return {"images": model.encode("image", batch["image"]), "genes": model.encode("gene", batch["gene"])}
+
+    def embed(self, model: ViewModel, batch: Batch) -> dict[str, Tensor]:
         """The embeddings, and the scale at which the model reads their cosines."""
-        scale = model.scale().clamp(max=self.config.max_scale)
+        scale = self.scale(model).clamp(max=self.config.max_scale)
         return self.encode(model, batch) | {"scale": scale.expand(len(batch))}
 
-    def loss_of(self, model: TissueModel, embeddings: Mapping[str, Tensor], batch: TissueBatch) -> StepOutput:
+    def loss_of(self, model: ViewModel, embeddings: Mapping[str, Tensor], batch: Batch) -> StepOutput:
         """The loss of CLIP, or with targets that give neighbours a share."""
-        images, genes, scale = embeddings["images"], embeddings["genes"], model.scale()
+        images, genes, scale = embeddings["images"], embeddings["genes"], self.scale(model)
         if self.config.loss.name == "clip":
-            return StepOutput(self.loss(images, genes, scale), self._record)
-        index = positions_in_batch(batch.neighbors, batch.positions)
-        return StepOutput(self.loss(images, genes, scale, index, batch.alpha), self._record)
+            return StepOutput(self.loss(images, genes, scale), self._numbers)
+        index = positions_in_batch(batch.tensor("neighbors"), batch.positions)
+        return StepOutput(self.loss(images, genes, scale, index, batch.tensor("alpha")), self._numbers)
 
-    def _record(self) -> dict[str, float]:
-        assert self.loss.record is not None
-        record: dict[str, float] = self.loss.record.to_dict()
+    def _numbers(self) -> dict[str, float]:
+        last = cast(ClipLoss | SpatialLoss, self.loss).record
+        assert last is not None
+        record: dict[str, float] = last.to_dict()
         return record | {"largest_logit": record["scale"]}  # embeddings have unit length
 
     # -- evaluation ------------------------------------------------------------------------------------------
     @torch.no_grad()
-    def before_evaluation(self, model: TissueModel, split: str, final: bool) -> None:
+    def before_evaluation(self, model: ViewModel, split: str, final: bool) -> None:
         """Embed the expression of the training spots, from which that of others is predicted."""
         device = next(model.parameters()).device
-        parts = self.datasets["train"].genes.split(4096)
+        genes = self.datasets["train"].inputs["gene"]
+        parts = [torch.tensor(positions) for positions in consecutive(len(genes), 4096)]
         self.evaluator.references = torch.cat(
-            [model.encode_genes(part.to(device)).float().cpu() for part in parts]
+            [model.encode("gene", genes.batch(part).to(device)).float().cpu() for part in parts]
         )
 
     def evaluate(self, outputs: Mapping[str, Tensor], split: str, final: bool) -> Evaluation:
@@ -196,15 +258,18 @@ class TissueSystem(System[TissueBatch, TissueModel]):
         return sections(self.evaluator, outputs, split)
 
     def save_assets(self, folder: Path) -> None:
-        """The names of the genes in order, and the fitted text encoder of gene sentences."""
+        """Both towers, and the names of the genes in order."""
+        super().save_assets(folder)
         (folder / "genes.txt").write_text("\n".join(self.data.genes) + "\n", encoding="utf-8")
-        if self.text_encoder is not None:
-            save_text_encoder(self.text_encoder, folder / "text_encoder")
 
 
-def _loss(config: TissueOptions) -> ClipLoss | SpatialLoss:
-    if config.loss.name == "clip":
-        return ClipLoss(max_scale=config.max_scale)
-    return SpatialLoss(
-        config.neighbor_alpha_scale, config.temp_reg_weight, config.neighbors, max_scale=config.max_scale
-    )
+def _turned(batch: Batch, draw: Draw) -> Batch:
+    """Each patch turned and mirrored at random: tissue has no upright."""
+    return batch.replaced(image=SquareSymmetries()(batch.tensor("image"), draw.numpy()))
+
+
+def _renamed(key: str) -> str:
+    for earlier, now in _EARLIER.items():
+        if key.startswith(earlier):
+            return now + key.removeprefix(earlier)
+    return key
