@@ -20,7 +20,7 @@ from nearfar.contrast import SimilarityMask, join_masks
 from nearfar.data.batch import Augment, Batch, Draw, Inputs, ItemDataset, Partial, Rows
 from nearfar.data.cache import cached_arrays, content_key
 from nearfar.data.files import Json, read_json
-from nearfar.data.items import Items, value_groups
+from nearfar.data.items import Items, ItemSplits, value_groups
 from nearfar.errors import NearfarError
 from nearfar.losses.views import ViewContext, ViewLoss, view_pairs
 from nearfar.metrics import Estimate, batch_signals, paired_difference, rank_estimates, retrieval_ranks
@@ -33,9 +33,10 @@ from nearfar.training.batches import (
     epoch_record,
     neighbors_needed,
 )
+from nearfar.training.checkpoint import Checkpoint, find_checkpoint
 from nearfar.training.evaluation import consecutive
 from nearfar.training.sections import retrieval_examples
-from nearfar.training.state import initial_model
+from nearfar.training.state import initial_model, load_weights
 from nearfar.training.system import Evaluation, Say, StepOutput, System, TrainSampler, collect
 
 __all__ = ["BEFORE", "ViewSystem", "cached_neighbors", "load_towers"]
@@ -90,9 +91,7 @@ class ViewSystem(System[Batch, ViewModel]):
     def prepare(self, say: Say) -> None:
         """Read items, fit towers, turn values into arrays, look for neighbours where they are needed."""
         self._say = say
-        self.splits = self.load_items(say)
-        self.towers = self.build_towers(say)
-        self.splits = {name: self.readable(items) for name, items in self.splits.items()}
+        self._read(say)
         for name, items in self.splits.items():
             if len(items.rejections):
                 say(f"{name}: {items.source}: {items.rejections.summary()}")
@@ -110,8 +109,19 @@ class ViewSystem(System[Batch, ViewModel]):
             )
         self._find_neighbors(say)
 
+    def _read(self, say: Say) -> None:
+        self.splits = self.load_items(say)
+        self.towers = self.build_towers(say)
+        self.splits = {name: self.readable(items) for name, items in self.splits.items()}
+
+    def load_data(self, say: Say) -> Any:
+        """The splits for ``nearfar data``: what is taken, what is rejected and why; fits and computes nothing."""
+        self._read(say)
+        return ItemSplits(self.splits)
+
     def readable(self, items: Items) -> Items:
-        """Without values that their tower cannot read, and without items that have fewer than two views left."""
+        """Without items of which a value cannot be read, or that have fewer than two views; each is counted with its
+        reason."""
         views = self.views
         reasons: list[str | None] = [None] * len(items)
         for view in views:
@@ -234,16 +244,15 @@ class ViewSystem(System[Batch, ViewModel]):
             "views": {view: tower.description for view, tower in self.towers.items()},
             "leaks": {},
         }
-        if self.neighbors is not None:
-            known = self.neighbors
-            layout["neighbors"] = {
-                "of": self.reference_view(),
-                "k": known.k,
-                "exact": known.exact,
-                "index": known.index,
-                "recall": known.recall,
-            }
-        return layout
+        return layout | self.neighbors_layout()
+
+    def neighbors_layout(self) -> Json:
+        """What neighbours are of and how they were found, where there are any."""
+        known = self.neighbors
+        if known is None:
+            return {}
+        how = {"k": known.k, "exact": known.exact, "index": known.index, "recall": known.recall}
+        return {"neighbors": {"of": self.reference_view(), **how}}
 
     def data_hash(self, *splits: Items) -> str:
         """Names what splits hold, in order: sixteen hexadecimal digits. A run is resumed on the same data alone."""
@@ -370,10 +379,9 @@ class ViewSystem(System[Batch, ViewModel]):
         for view in self.views:
             present = batch.tensor(f"{PRESENT}{view}") if f"{PRESENT}{view}" in batch else None
             embeddings[view] = model.encode(view, batch[view], present)
-        if model.training or not torch.is_inference_mode_enabled():
-            for name in batch:
-                if name.startswith(NEGATIVES):
-                    embeddings[name] = model.encode(name.split(":")[1], batch[name])
+        for name in batch:
+            if name.startswith(NEGATIVES):
+                embeddings[name] = model.encode(negated_view(name), batch[name])
         return embeddings
 
     def context(self, embeddings: Mapping[str, Tensor], batch: Batch) -> ViewContext:
@@ -381,7 +389,7 @@ class ViewSystem(System[Batch, ViewModel]):
         negatives: dict[str, list[Tensor]] = {}
         for name, rows in embeddings.items():
             if name.startswith(NEGATIVES):
-                negatives.setdefault(name.split(":")[1], []).append(rows)
+                negatives.setdefault(negated_view(name), []).append(rows)
         return ViewContext(
             {view: batch.tensor(f"{GROUP}{view}") for view in self.views if f"{GROUP}{view}" in batch},
             self.config.mask_duplicates,
@@ -392,21 +400,27 @@ class ViewSystem(System[Batch, ViewModel]):
             {view: torch.stack(rows, dim=1) for view, rows in negatives.items()},
         )
 
+    def contrasted(self, embeddings: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The embeddings that the loss is given, by view."""
+        return {view: embeddings[view] for view in self.views}
+
     def loss_of(self, model: ViewModel, embeddings: Mapping[str, Tensor], batch: Batch) -> StepOutput:
         """The loss between views; equal values and likely false negatives are no negatives."""
         loss = cast(ViewLoss, self.loss)
         context, memory = self.context(embeddings, batch), model.memory
-        views = {view: embeddings[view] for view in self.views}
-        value = loss(views, context, scale=model.scale(), bias=model.bias, memory=memory)
+        value = loss(
+            self.contrasted(embeddings), context, scale=model.scale(), bias=model.bias, memory=memory
+        )
         if memory is None:
             return StepOutput(value, lambda: self._record(context, batch))
         age = memory.age()
-        whole = slice(None)
-        if context.present:
-            whole = torch.stack(list(context.present.values())).all(0).nonzero()[:, 0]  # type: ignore[assignment]
+        whole: slice | Tensor = slice(None)
+        partial = [context.present[view] for view in self.views if view in context.present]
+        if partial:
+            whole = torch.stack(partial).all(0).nonzero()[:, 0]
         memory.push(
-            {view: rows[whole] for view, rows in views.items()},
-            {view: group[whole] for view, group in context.groups.items()},
+            {view: embeddings[view][whole] for view in self.views},
+            {view: context.groups[view][whole] for view in self.views},
             None if context.reference is None else context.reference[whole],
         )
         return StepOutput(value, lambda: self._record(context, batch) | {"memory_age": age.item()})
@@ -416,8 +430,8 @@ class ViewSystem(System[Batch, ViewModel]):
         record = cast(ViewLoss, self.loss).record()
         if "scale" in record:
             record["largest_logit"] = record["scale"]  # embeddings have unit length
-        first, second = self.pairs()[0]
-        if first in context.present or second in context.present or not context.groups:
+        first, second = next(iter(self.pairs()), ("", ""))
+        if not {first, second} <= context.groups.keys() - context.present.keys():
             return record
         copies = join_masks(ViewContext(context.groups).same_content(first, second))
         likely = None
@@ -429,13 +443,16 @@ class ViewSystem(System[Batch, ViewModel]):
     # -- evaluation ------------------------------------------------------------------------------------------
     def pairs(self) -> list[tuple[str, str]]:
         """The views that are contrasted and judged with each other."""
-        return view_pairs(self.views, getattr(self.loss, "anchor", None))
+        return self.loss.pairs_of(self.views) if isinstance(self.loss, ViewLoss) else view_pairs(self.views)
 
     def before_evaluation(self, model: ViewModel, split: str, final: bool) -> None:
-        """In the final evaluation the split is embedded by the model at its start, too."""
+        """In the final evaluation the split is embedded by the model at its start, too (that of ``init_from``)."""
         if not (final and self.judges_start) or split in self._at_start or split not in self.datasets:
             return
         start = initial_model(self, self.config.seed)
+        if self.config.init_from:
+            path = find_checkpoint(self.config.init_from, prefer="best")
+            load_weights(start, Checkpoint.load(path), self, str(path))
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         start = start.to(device).eval()
         dataset, size = self.datasets[split], self.config.trainer.eval_batch_size
@@ -550,6 +567,15 @@ def load_towers(folder: Path) -> dict[str, Tower]:
         first: load_tower(folder / tower_folder(first)) for first in dict.fromkeys(known["towers"].values())
     }
     return {view: shared[known["towers"][view]] for view in known["views"]}
+
+
+def negated_view(name: str) -> str:
+    """The view of a field of further negatives; a view's name may hold colons.
+
+    >>> negated_view("negatives:meta:title:0")
+    'meta:title'
+    """
+    return name.removeprefix(NEGATIVES).rsplit(":", 1)[0]
 
 
 def tower_folder(view: str) -> str:

@@ -29,6 +29,7 @@ ENTRY_POINTS = "nearfar.towers"
 
 #: where the towers are; each is imported when it is needed
 TOWERS: dict[str, str | type[Tower]] = {
+    "boxes": "nearfar.towers.boxes:BoxTower",
     "expression": "nearfar.towers.expression:ExpressionTower",
     "text": "nearfar.towers.text:TextTower",
     "image": "nearfar.towers.image:ImageTower",
