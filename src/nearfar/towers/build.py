@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -18,6 +18,7 @@ from nearfar.towers.base import Tower, read_tower_spec
 __all__ = [
     "TOWERS",
     "build_tower",
+    "encoder_options",
     "guess_tower",
     "load_tower",
     "register_tower",
@@ -83,7 +84,7 @@ def tower_class(kind: str) -> type[Tower]:
     return place
 
 
-def build_tower(kind: str, name: str = "tower", **options: object) -> Tower:
+def build_tower(kind: str, name: str = "tower", /, **options: object) -> Tower:
     """The tower called ``kind`` with its options; reads no weights. ``name`` is what messages call it.
 
     >>> build_tower("vector").description
@@ -108,6 +109,26 @@ def build_tower(kind: str, name: str = "tower", **options: object) -> Tower:
         return cls(**options)
     except NearfarError as error:
         raise NearfarError(f"{name}: {error}") from None
+
+
+def encoder_options(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a tower from a group ``text_encoder=`` or ``image_encoder=``.
+
+    There the encoder is called ``kind``, a hub model of pictures ``name``, and a transformer that is trained on
+    "pretrained", with ``freeze`` for one that is not.
+
+    >>> encoder_options({"kind": "transformers", "name": "microsoft/resnet-18"})
+    {'encoder': 'transformers', 'model': 'microsoft/resnet-18'}
+    >>> encoder_options({"kind": "pretrained", "model": "vinai/phobert-base-v2", "freeze": False})
+    {'encoder': 'transformer', 'model': 'vinai/phobert-base-v2', 'train': 'full'}
+    """
+    renamed = {"kind": "encoder", "name": "model"}
+    options = {renamed.get(str(name), str(name)): value for name, value in group.items()}
+    if options.get("encoder") == "pretrained":
+        options["encoder"] = "transformer"
+        frozen = options.pop("freeze", False)
+        options.setdefault("train", "head" if frozen else "full")
+    return options
 
 
 def load_tower(folder: Path) -> Tower:
