@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -163,6 +163,9 @@ class ViewModel(nn.Module):
     (torch.Size([3, 2]), True)
     """
 
+    #: parts of the state that options set where they are not learned: without them the state is no different one
+    set_by_options: ClassVar[tuple[str, ...]] = ("log_scale", "bias")
+
     def __init__(
         self,
         towers: Mapping[str, nn.Module],
@@ -211,13 +214,13 @@ class ViewModel(nn.Module):
 
 
 def _own_parts(model: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
-    """Before weights are loaded, of a model that may have learned a temperature or kept earlier items where this does not:
+    """Before weights are loaded: fits to this model what a model with other options learned and kept beside encoders.
 
     A memory of a different size, or none, is replaced by the model's own empty one; scale and bias that are not there
     start where the model says, and those that it does not learn are left out.
     """
     own = model.state_dict()
-    for part in ("memory.", "log_scale", "bias"):
+    for part in ("memory.", *ViewModel.set_by_options):
         mine = {f"{prefix}{key}": value for key, value in own.items() if key.startswith(part)}
         theirs = {key: value for key, value in state.items() if key.startswith(f"{prefix}{part}")}
         if {key: value.shape for key, value in mine.items()} != {
