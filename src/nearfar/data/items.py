@@ -15,7 +15,7 @@ from nearfar.data.rejections import Rejections
 from nearfar.data.splits import split_hash
 from nearfar.errors import NearfarError, nearest_name
 
-__all__ = ["Column", "Items", "hold_out", "joined", "linked_groups", "value_groups"]
+__all__ = ["Column", "ItemSplits", "Items", "hold_out", "joined", "linked_groups", "value_groups"]
 
 #: the values of a column: a text, a path, … for each item, None where it has none; or an array (n, …) of numbers
 Column = Sequence[Any] | np.ndarray
@@ -144,6 +144,27 @@ def _hashable(values: Column) -> Any:
 
 def _plain(values: Sequence[Any] | np.ndarray) -> list[Any]:
     return values.tolist() if isinstance(values, np.ndarray) else list(values)
+
+
+@dataclass
+class ItemSplits:
+    """The splits of an experiment as a command shows them: what was taken, what was rejected and why."""
+
+    splits: dict[str, Items]
+
+    def summary(self) -> str:
+        """A line for each split, and one for its rejections."""
+        lines = []
+        for name, items in self.splits.items():
+            counts = ", ".join(f"{column} {int(items.present(column).sum())}" for column in items.columns)
+            lines.append(f"{name}: {len(items)} items ({items.source}); values: {counts}")
+            if len(items.rejections):
+                lines.append(f"{name}: {items.rejections.summary()}")
+        return "\n".join(lines)
+
+    def layout(self) -> dict[str, Any]:
+        """Counts and rejections of every split."""
+        return {"splits": {name: items.layout() for name, items in self.splits.items()}}
 
 
 def value_groups(

@@ -20,7 +20,7 @@ from nearfar.contrast import SimilarityMask, join_masks
 from nearfar.data.batch import Augment, Batch, Inputs, ItemDataset, Partial, Rows
 from nearfar.data.cache import cached_arrays, content_key
 from nearfar.data.files import Json
-from nearfar.data.items import Items, value_groups
+from nearfar.data.items import Items, ItemSplits, value_groups
 from nearfar.errors import NearfarError
 from nearfar.losses.views import ViewContext, ViewLoss, view_pairs
 from nearfar.metrics import Estimate, batch_signals, paired_difference, rank_estimates, retrieval_ranks
@@ -33,9 +33,10 @@ from nearfar.training.batches import (
     epoch_record,
     neighbors_needed,
 )
+from nearfar.training.checkpoint import Checkpoint, find_checkpoint
 from nearfar.training.evaluation import consecutive
 from nearfar.training.sections import retrieval_examples
-from nearfar.training.state import initial_model
+from nearfar.training.state import initial_model, load_weights
 from nearfar.training.system import Evaluation, Say, StepOutput, System, TrainSampler, collect
 
 __all__ = ["BEFORE", "ViewSystem", "cached_neighbors"]
@@ -90,9 +91,7 @@ class ViewSystem(System[Batch, ViewModel]):
     def prepare(self, say: Say) -> None:
         """Read items, fit towers, turn values into arrays, look for neighbours where they are needed."""
         self._say = say
-        self.splits = self.load_items(say)
-        self.towers = self.build_towers(say)
-        self.splits = {name: self.readable(items) for name, items in self.splits.items()}
+        self._read(say)
         for name, items in self.splits.items():
             if len(items.rejections):
                 say(f"{name}: {items.source}: {items.rejections.summary()}")
@@ -109,6 +108,16 @@ class ViewSystem(System[Batch, ViewModel]):
                 inputs, self.augment() if train else None, seed=self.config.seed
             )
         self._find_neighbors(say)
+
+    def _read(self, say: Say) -> None:
+        self.splits = self.load_items(say)
+        self.towers = self.build_towers(say)
+        self.splits = {name: self.readable(items) for name, items in self.splits.items()}
+
+    def load_data(self, say: Say) -> Any:
+        """The splits for ``nearfar data``: what is taken, what is rejected and why; fits and computes nothing."""
+        self._read(say)
+        return ItemSplits(self.splits)
 
     def readable(self, items: Items) -> Items:
         """Without values that their tower cannot read, and without items that have fewer than two views left."""
@@ -422,10 +431,13 @@ class ViewSystem(System[Batch, ViewModel]):
         return view_pairs(self.views, getattr(self.loss, "anchor", None))
 
     def before_evaluation(self, model: ViewModel, split: str, final: bool) -> None:
-        """In the final evaluation the split is embedded by the model at its start, too."""
+        """In the final evaluation the split is embedded by the model at its start, too (that of ``init_from``)."""
         if not (final and self.judges_start) or split in self._at_start or split not in self.datasets:
             return
         start = initial_model(self, self.config.seed)
+        if self.config.init_from:
+            path = find_checkpoint(self.config.init_from, prefer="best")
+            load_weights(start, Checkpoint.load(path), self, str(path))
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         start = start.to(device).eval()
         dataset, size = self.datasets[split], self.config.trainer.eval_batch_size

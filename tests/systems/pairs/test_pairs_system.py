@@ -192,3 +192,13 @@ def test_what_cannot_be_trained_says_why(
 ) -> None:
     with pytest.raises(NearfarError, match=message):
         prepared(table, tmp_path, *more)
+
+
+@pytest.mark.slow
+def test_a_run_that_starts_from_trained_weights_is_judged_against_them(table: Path, tmp_path: Path) -> None:
+    more = ("views=[title,text]", "lr=0.01", "data.val_fraction=0.4", "name=run")
+    first = train(table, tmp_path / "a", *more, "epochs=3")
+    second = train(table, tmp_path / "b", *more, "epochs=1", f"init_from={first.path}", "lr=1e-9")
+    start = second.read_json("metrics.json")["baselines"]["val"]["title_to_text/MRR"]["value"]
+    trained = first.read_json("metrics.json")["splits"]["val"]["title_to_text/MRR"]["value"]
+    assert start == pytest.approx(trained)
