@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nearfar.batching.random import LengthBatchSampler
+from nearfar.data.batch import ItemDataset, Rows
 from nearfar.metrics.classification import detection_counts, pair_counts
 from nearfar.metrics.count_metrics import f1_macro, f1_micro
 from nearfar.models.projection import Dropout
@@ -32,9 +33,9 @@ from nearfar.models.text.trainable import WordTextEncoder
 from nearfar.models.text.words import TokenBatch
 from nearfar.schedules import learning_rate_factor
 from nearfar.systems.aspects.data import AspectData, load_files
-from nearfar.systems.aspects.dataset import AspectDataset
 from nearfar.systems.aspects.model import AspectModel, linear_answers
 from nearfar.systems.aspects.scores import Decision, polarity_weights
+from nearfar.towers.text import PooledText
 
 THRESHOLD = 0.42  # an aspect is mentioned from this probability on
 TAU = 0.3  # polarities by p / share^τ
@@ -122,11 +123,11 @@ KINDS: dict[str, dict[str, Any]] = {
 
 def build(kind: dict[str, Any], data: AspectData) -> tuple[WordTextEncoder, nn.Module]:
     options = {name: value for name, value in kind.items() if name not in ("network", "pooled", "averaged")}
-    encoder = WordTextEncoder(**options).fit(data.train.texts)
+    encoder = WordTextEncoder(**options).fit(data.train.texts("text"))
     network: nn.Module = encoder.build()
     if "network" in kind:
         network = kind["network"](network.embedding, encoder.options["dims"])
-    model = AspectModel(network, len(data.scheme.aspects), data.scheme.classes, projection_dim=0)
+    model = AspectModel(PooledText(network), len(data.scheme.aspects), data.scheme.classes, projection_dim=0)
     model.dropout = Dropout(0.4)
     if kind.get("pooled"):
         model.attention = MeanPooling(len(data.scheme.aspects))
@@ -140,10 +141,10 @@ def fit(
     torch.manual_seed(seed)
     encoder, model = build(kind, data)
     train, val = (
-        AspectDataset(encoder.tokenize(split.texts), torch.from_numpy(split.codes))
+        ItemDataset({"text": encoder.tokenize(split.texts("text")), "codes": Rows(split.array("codes"))})
         for split in (data.train, data.val)
     )
-    sampler = LengthBatchSampler(train.tokens.lengths, args.batch_size, seed=seed)
+    sampler = LengthBatchSampler(train.inputs["text"].lengths, args.batch_size, seed=seed)
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.01, fused=True)
     factor = learning_rate_factor("cosine", warmup=0.1)
     average = copy.deepcopy(model) if "averaged" in kind else model
@@ -155,8 +156,10 @@ def fit(
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * factor(step, total)
             batch = train.__getitems__(positions)
-            logits = model.classify(model.encode(batch.tokens))
-            loss = F.cross_entropy(logits.flatten(0, 1), batch.codes.flatten(), reduction="sum") / len(batch)
+            logits = model.classify(model.encode(batch["text"]))
+            loss = F.cross_entropy(
+                logits.flatten(0, 1), batch.tensor("codes").flatten(), reduction="sum"
+            ) / len(batch)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 5.0)
@@ -170,19 +173,19 @@ def fit(
                         kept.lerp_(new, 1 - keep)
     seconds = time.process_time() - start
     average.eval()
-    order = np.argsort(val.tokens.lengths, kind="stable")
+    order = np.argsort(val.inputs["text"].lengths, kind="stable")
     probabilities = np.zeros((len(val), len(data.scheme.aspects), data.scheme.classes))
     with torch.inference_mode():
         for first in range(0, len(order), 256):
             rows = order[first : first + 256]
             batch = val.__getitems__(rows)
-            probabilities[rows] = average.classify(average.encode(batch.tokens)).softmax(-1).double().numpy()
+            probabilities[rows] = average.classify(average.encode(batch["text"])).softmax(-1).double().numpy()
     return probabilities, seconds
 
 
 def score(data: AspectData, codes: np.ndarray) -> list[float]:
     """In per cent: micro and macro F1 of detection, micro and macro F1 of aspect-polarity pairs."""
-    truth, pairs = data.val.codes, data.scheme.pair_array
+    truth, pairs = data.val.array("codes"), data.scheme.pair_array
     counts = [x.sum(axis=0) for x in (detection_counts(truth, codes), pair_counts(truth, codes, pairs))]
     return [100 * float(f1(x)) for x in counts for f1 in (f1_micro, f1_macro)]
 
@@ -214,14 +217,16 @@ def main() -> None:
 def linear_lines(data: AspectData) -> Iterator[str]:
     """The linear baseline in one line of the table."""
     start = time.process_time()
-    asked = {"val": data.val.texts}
-    codes = linear_answers(data.train.texts, data.train.codes, asked, cache=False)["val"]
+    asked = {"val": data.val.texts("text")}
+    codes = linear_answers(data.train.texts("text"), data.train.array("codes"), asked, cache=False)["val"]
     yield line("linear", np.array([score(data, codes)]), time.process_time() - start)
 
 
 def lines(name: str, data: AspectData, args: argparse.Namespace) -> Iterator[str]:
     """One kind over the seeds, and its seeds as one ensemble (their mean probabilities)."""
-    counts = np.stack([(data.train.codes == k).sum(axis=0) for k in range(1, data.scheme.classes)], axis=1)
+    counts = np.stack(
+        [(data.train.array("codes") == k).sum(axis=0) for k in range(1, data.scheme.classes)], axis=1
+    )
     limits = (THRESHOLD,) * len(data.scheme.aspects)
     weights = tuple(map(tuple, np.asarray(polarity_weights(counts, TAU)).tolist()))
 

@@ -20,13 +20,13 @@ import numpy as np
 import torch
 
 from nearfar.config.compose import compose_config, read_config
+from nearfar.data.items import Items
 from nearfar.data.rejections import Rejections
 from nearfar.systems.relations.data import RelationData
-from nearfar.systems.relations.dataset import RelationDataset, Scaler
-from nearfar.systems.relations.evaluator import Evaluator
-from nearfar.systems.relations.features import spatial_numbers
 from nearfar.systems.relations.records import TOP5, Pairs
 from nearfar.systems.relations.system import RelationSystem
+from nearfar.towers import Tower
+from nearfar.towers.vector import VectorTower
 from nearfar.training.fit import train
 from nearfar.training.loop import stop_signals
 from nearfar.training.run_folder import RunFolder
@@ -54,6 +54,26 @@ def pairs(n: int, name: str, rng: np.random.Generator) -> Pairs:
     )
 
 
+class Generated(RelationSystem):
+    """The relation system on these pairs, with random vectors in place of the features of crops."""
+
+    def __init__(self, config: Any, parts: dict[str, Pairs], width: int) -> None:
+        super().__init__(config)
+        self.parts, self.width = parts, width
+
+    def load_data(self, say: Any) -> RelationData:
+        return RelationData(self.parts, TOP5, "generated", "generated", Rejections())
+
+    def build_towers(self, say: Any) -> dict[str, Tower]:
+        return super().build_towers(say) | {"visual": VectorTower(standardize=False)}
+
+    def load_items(self, say: Any) -> dict[str, Items]:
+        splits, rng = super().load_items(say), np.random.default_rng(1)
+        for items in splits.values():
+            items.columns["visual"] = rng.standard_normal((len(items), 2 * self.width), dtype=np.float32)
+        return splits
+
+
 def main() -> None:
     arguments = argparse.ArgumentParser()
     for name, default in (("pairs", 26805), ("epochs", 50), ("width", 512), ("threads", 2)):
@@ -66,22 +86,11 @@ def main() -> None:
             ["experiment=relations", f"epochs={chosen.epochs}", "patience=null", "trainer.accelerator=cpu"]
         )
     )
-    system = RelationSystem(config)
     parts = {
         name: pairs(n, name, rng) for name, n in (("train", chosen.pairs), ("val", 2000), ("test", 2000))
     }
-    system.data = RelationData(parts, TOP5, "generated", "generated", Rejections())
-    numbers = {
-        name: spatial_numbers(part.subject_box, part.object_box, part.size, config.spatial)
-        for name, part in parts.items()
-    }
-    scaler = Scaler.of(numbers["train"])
-    for name, part in parts.items():
-        features = rng.standard_normal((len(part), 2 * chosen.width), dtype=np.float32)
-        label = system.data.labels(name)
-        system.datasets[name] = RelationDataset(part, label, scaler(numbers[name]), features, None)
-    system.evaluator = Evaluator(config, system.data, system.datasets, system.embed)
-    system.loss.repeated = False
+    system = Generated(config, parts, chosen.width)
+    system.prepare(lambda _: None)
     with (
         tempfile.TemporaryDirectory() as folder,
         torch.random.fork_rng(),

@@ -20,9 +20,13 @@ from claims.training import fit
 from nearfar.config.compose import compose_config, read_config
 from nearfar.errors import NearfarError
 from nearfar.metrics import RecallAtK
-from nearfar.systems.relations.dataset import RelationDataset
-from nearfar.systems.relations.model import LOSSES, RelationModel, ViewLoss
-from nearfar.systems.relations.options import RelationOptions
+from nearfar.models.views import ViewModel
+from nearfar.systems.relations.options import (
+    InfoNCEOptions,
+    RelationOptions,
+    SupConInsideOptions,
+    SupConOptions,
+)
 from nearfar.systems.relations.probe import RelationProbe
 from nearfar.systems.relations.records import ALL10, TOP5
 from nearfar.systems.relations.system import RelationSystem
@@ -51,6 +55,11 @@ QUANTITIES = {
     "new_minus_rescored": "the model trained on five relations minus the rescored one, the same pairs",
 }
 
+LOSSES: dict[str, InfoNCEOptions | SupConOptions | SupConInsideOptions] = {
+    "infonce": InfoNCEOptions(),
+    "supcon": SupConOptions(),
+    "supcon_inside": SupConInsideOptions(),
+}
 #: a view of every pair by name, by split
 Blocks = dict[str, dict[str, np.ndarray]]
 
@@ -71,9 +80,9 @@ def run(
     label = {split: five.data.labels(split) for split in ("train", "test")}
     scores = {name: _accuracy(views, label, len(TOP5)) for name, views in blocks.items()}
     raw: Blocks = {}
-    for split, dataset in _sets(five).items():
-        assert dataset.names is not None
-        raw[split] = {"numbers": dataset.numbers.numpy(), "words": dataset.names.numpy()}
+    for split in ("train", "test"):
+        dataset = five.datasets[split]
+        raw[split] = {"numbers": dataset.tensor("spatial").numpy(), "words": dataset.tensor("names").numpy()}
     tests = {name: blocks[name]["test"] for name in LOSSES}
     pair = {name: _pair(views["spatial"], views["names"], batch_size) for name, views in tests.items()}
     known = np.eye(len(TOP5))[label["test"]]
@@ -140,22 +149,14 @@ def _system(seed: int, relations: tuple[str, ...], batch_size: int) -> RelationS
     return system
 
 
-def _sets(system: RelationSystem) -> dict[str, RelationDataset]:
-    sets = {}
-    for split in ("train", "test"):
-        dataset = system.dataset(split)
-        assert isinstance(dataset, RelationDataset)
-        sets[split] = dataset
-    return sets
-
-
 def _trained(
     system: RelationSystem, loss: str, sampler: str, seed: int, epochs: int, lr: float, images: float
-) -> tuple[RelationModel, list[float]]:
+) -> tuple[ViewModel, list[float]]:
     """A model after some epochs, and the positives per row that its loss saw."""
-    model, contrast, positives = initial_model(system, seed), ViewLoss(loss), list[float]()
-    dataset = system.dataset("train")
-    assert dataset is not None
+    model, positives = initial_model(system, seed), list[float]()
+    dataset = system.datasets["train"]
+    system.config.loss = LOSSES[loss]
+    system.loss = contrast = system.build_loss()
     system.config.sampler.name = sampler
     batches = system.build_sampler()
     system.config.sampler.name = "random"
@@ -163,7 +164,7 @@ def _trained(
 
     def of_batch(at: torch.Tensor) -> torch.Tensor:
         batch = dataset.__getitems__(at.tolist())
-        value = contrast(model(batch), batch)
+        value = system.training_step(model, batch).loss
         record = contrast.contrast.record
         positives.append(record.positives_per_row if record else 0.0)
         return value
@@ -178,9 +179,10 @@ def _trained(
 
 
 @torch.no_grad()
-def _embedded(system: RelationSystem, model: RelationModel) -> Blocks:
+def _embedded(system: RelationSystem, model: ViewModel) -> Blocks:
     embedded = {}
-    for split, dataset in _sets(system).items():
+    for split in ("train", "test"):
+        dataset = system.datasets[split]
         views = system.embed(model, dataset.__getitems__(list(range(len(dataset)))))
         embedded[split] = {name: views[name].numpy() for name in ("spatial", "names")}
     return embedded

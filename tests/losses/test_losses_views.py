@@ -1,4 +1,4 @@
-"""ViewLoss against explicit loops in float64: pairs of views, missing views, masks by content, memory, mined negatives."""
+"""ViewLoss against explicit loops in float64: pairs of views, missing views, masks by content, memory, negatives."""
 
 from __future__ import annotations
 
@@ -73,6 +73,43 @@ def test_rows_without_a_view_are_left_out_and_terms_weigh_their_rows() -> None:
         + 4 * both(part["b"], part["c"], 1.0)
     ) / 14
     assert value == pytest.approx(expected, rel=1e-9)
+
+
+def test_pairs_of_views_may_be_listed_and_a_batch_may_lack_some() -> None:
+    """As a view that training batches alone have; the first of a pair asks where one direction is wanted."""
+    pairs = [("c", "a"), ("a", "b"), ("a", "moved"), ("x", "y")]
+    views = {name: draw(4, 3, seed=seed) for seed, name in enumerate("abc")}
+    loss = ViewLoss(temperature=0.5, symmetric=False, pairs=pairs)
+    expected = (one_way(views["c"], views["a"], 2.0) + one_way(views["a"], views["b"], 2.0)) / 2
+    assert float(loss(views)) == pytest.approx(expected, rel=1e-9)
+    assert loss.pairs_of(["moved", "a"]) == [("a", "moved")]
+    views["moved"] = draw(4, 3, seed=9)
+    present = {"moved": torch.tensor([True, False, True, False])}
+    expected = (expected * 8 + one_way(views["a"][[0, 2]], views["moved"][[0, 2]], 2.0) * 2) / 10
+    assert float(loss(views, ViewContext(present=present))) == pytest.approx(expected, rel=1e-9)
+    with pytest.raises(NearfarError, match="anchor and pairs"):
+        ViewLoss(anchor="a", pairs=pairs)
+
+
+def test_a_view_that_the_memory_does_not_keep_is_contrasted_within_the_batch() -> None:
+    views = {"a": draw(3, 2).float(), "moved": draw(3, 2, seed=1).float()}
+    memory = ViewMemory({"a": 2, "b": 2}, size=4)
+    groups = {"a": torch.arange(2), "b": torch.arange(2)}
+    memory.push({"a": torch.eye(2), "b": torch.eye(2)}, groups)
+    context = ViewContext({"a": torch.arange(3), "moved": torch.arange(3)})
+    loss = ViewLoss(temperature=0.5, pairs=[("a", "moved")])
+    assert float(loss(views, context, memory=memory)) == float(loss(views, context))
+
+
+def test_views_whose_groups_are_one_tensor_have_one_mask() -> None:
+    group = torch.tensor([0, 0, 1])
+    shared = ViewContext(dict.fromkeys("ab", group))
+    assert len(shared.same_content("a", "b")) == 1
+    assert len(shared.rows(torch.tensor([0, 1])).same_content("a", "b")) == 1
+    assert len(ViewContext({"a": group, "b": group.clone()}).same_content("a", "b")) == 2
+    views = {"a": draw(3, 2), "b": draw(3, 2, seed=1)}
+    expected = both(views["a"], views["b"], 2.0, {(0, 1), (1, 0)})
+    assert float(ViewLoss(temperature=0.5)(views, shared)) == pytest.approx(expected, rel=1e-9)
 
 
 def test_equal_values_are_no_negatives_of_each_other() -> None:

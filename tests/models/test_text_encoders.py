@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 import nearfar.models.text.pretrained as minilm_module
 from nearfar.errors import NearfarError
-from nearfar.models.text import build_text_encoder, embed_texts, load_text_encoder
+from nearfar.models.text import build_text_encoder, embed_texts, load_text_encoder, save_text_encoder
 
 TEXTS = [
     f"The molecule is a {size} {group} {kind}."
@@ -257,6 +257,19 @@ def test_transformer_fingerprint_names_weights_and_pooling(tiny_bert, tmp_path):
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
     with pytest.raises(NearfarError, match="not those that this run was trained with"):
         load_text_encoder(tmp_path / "run")
+
+
+def test_equal_weights_in_different_folders_are_saved_as_what_they_are(tiny_bert, tmp_path):
+    """A run names the folder that it was trained with, whatever an earlier run with the same weights was."""
+    import shutil
+
+    for name in ("first", "second"):
+        shutil.copytree(tiny_bert, tmp_path / name)
+        encoder = build_text_encoder("transformer", model=str(tmp_path / name))
+        save_text_encoder(encoder, tmp_path / f"run of {name}")
+    shutil.rmtree(tmp_path / "first")
+    loaded = load_text_encoder(tmp_path / "run of second")
+    np.testing.assert_array_equal(loaded.encode(["abc"]), encoder.encode(["abc"]))
 
 
 def test_transformer_without_network_names_what_works(monkeypatch):

@@ -180,3 +180,48 @@ def test_weights_that_are_not_to_be_had_are_named(tmp_path: Path) -> None:
 
 def test_empty_texts_cannot_be_read() -> None:
     assert TextTower().check(["a", " ", 3]) == [None, "empty text", "empty text"]
+
+
+@pytest.mark.parametrize("train", ["frozen", "head", "full", "lora"])
+def test_states_of_tokens_are_those_of_the_network(model: str, train: str, tmp_path: Path) -> None:
+    """A system that attends to tokens reads tokens even where the network is frozen."""
+    if train == "lora":
+        pytest.importorskip("peft")
+    from transformers import AutoModel, AutoTokenizer
+
+    tower = TextTower("transformer", model=model, train=train, states=True, max_length=8)  # type: ignore[arg-type]
+    module = tower.build()
+    tokens = tower.read(TEXTS).batch(torch.arange(len(TEXTS)))
+    module.train()
+    frozen = train in ("frozen", "head")
+    assert module.network.training != frozen  # type: ignore[union-attr]
+    assert any(p.requires_grad for p in module.parameters()) != frozen
+    module.eval()
+    tokenizer, network = AutoTokenizer.from_pretrained(model), AutoModel.from_pretrained(model).eval()
+    with torch.no_grad():
+        states = module.states(tokens)  # type: ignore[operator]
+        for i, text in enumerate(TEXTS):
+            one = tokenizer([text], truncation=True, max_length=8, return_tensors="pt")
+            alone = network(**one).last_hidden_state[0]
+            torch.testing.assert_close(states[i, : len(alone)], alone, rtol=1e-4, atol=1e-5)
+    assert "states of at most 8 tokens" in tower.description
+    tower.save(tmp_path)
+    loaded = load_tower(tmp_path)
+    assert isinstance(loaded, TextTower)
+    assert loaded.options == tower.options
+    again = loaded.read(TEXTS).batch(torch.arange(len(TEXTS)))
+    assert torch.equal(again["id"], tokens["id"])  # type: ignore[index]
+
+
+def test_states_of_words_and_none_of_n_grams() -> None:
+    tower = TextTower("words", states=True, dims=4, hidden=4, vectors=False).fit(TEXTS)
+    module = tower.build().eval()
+    tokens = tower.read(TEXTS).batch(torch.arange(len(TEXTS)))
+    with torch.no_grad():
+        states = module.states(tokens)  # type: ignore[operator]
+        mask = tokens.mask[..., None]  # type: ignore[union-attr]
+        torch.testing.assert_close((states * mask).sum(1) / mask.sum(1), module(tokens))
+    with pytest.raises(
+        NearfarError, match="encoder=ngram gives a vector for each text and has no states of tokens"
+    ):
+        TextTower("ngram", states=True)

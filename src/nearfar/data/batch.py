@@ -244,11 +244,19 @@ def present_rows(present: Bool[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
 
 
 class Partial:
-    """Inputs of a view that some items lack: those have the rows of some other item, and are marked by ``present``."""
+    """Inputs of a view that some items lack: those have the rows of some other item, and are marked by ``present``.
+
+    Where no item of a split has the view, rows of numbers are 0.
+
+    >>> Partial(Rows(np.array([[5.0], [7.0]])), np.array([False, True, True])).batch(torch.tensor([2, 0])).tolist()
+    [[7.0], [5.0]]
+    """
 
     def __init__(self, inputs: Inputs, present: Bool[np.ndarray, " n"]) -> None:
         if int(present.sum()) != len(inputs):
             raise NearfarError(f"{int(present.sum())} items have this view, and there are {len(inputs)} rows")
+        if not len(inputs) and isinstance(inputs, Rows):
+            inputs = Rows(inputs.values.new_zeros(1, *inputs.values.shape[1:]))
         self.inputs = inputs
         self.present = torch.from_numpy(present)
         self._rows = torch.from_numpy(present_rows(present))

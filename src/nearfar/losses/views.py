@@ -31,6 +31,8 @@ class Memory(Protocol):
     @property
     def filled(self) -> int: ...
 
+    def keeps(self, view: str) -> bool: ...
+
     def rows(self, view: str) -> Tensor: ...
 
     def groups(self, view: str) -> Tensor: ...
@@ -63,10 +65,12 @@ class ViewContext:
         return join_masks([*self.same_content(first, second), *self._likely()])
 
     def same_content(self, *views: str) -> list[Mask]:
-        """Pairs of rows with the same value in one of the views, where these are masked."""
+        """Pairs of rows with the same value in one of the views, where these are masked; views whose groups are one
+        tensor (rows that are the same item) have one mask."""
         if not self.mask_duplicates:
             return []
-        return [DuplicateMask(self.groups[view]) for view in views if view in self.groups]
+        groups = {id(self.groups[view]): self.groups[view] for view in views if view in self.groups}
+        return [DuplicateMask(group) for group in groups.values()]
 
     def _likely(self) -> list[Mask]:
         if self.threshold is None or self.reference is None:
@@ -87,8 +91,9 @@ class ViewContext:
 
     def rows(self, at: Int[Tensor, " k"]) -> ViewContext:
         """The same of some rows, which have both views."""
+        groups = {id(group): group[at] for group in self.groups.values()}
         return ViewContext(
-            {view: group[at] for view, group in self.groups.items()},
+            {view: groups[id(group)] for view, group in self.groups.items()},
             self.mask_duplicates,
             {},
             None if self.reference is None else self.reference[at],
@@ -139,6 +144,8 @@ class ViewLoss(nn.Module):
         symmetric: both directions (of "infonce"; the others always have both).
         sum, own_pair: of "supcon", see `SupConLoss`.
         anchor: the view that the others are contrasted with; None: every two.
+        pairs: the views that are contrasted, two and two, as far as a batch has them, such as a view that only
+            training batches have; None: as ``anchor`` says. The first of a pair is the query of one direction alone.
 
     >>> loss = ViewLoss(temperature=0.5)
     >>> views = {"word": torch.eye(4), "picture": torch.eye(4), "sound": torch.eye(4)}
@@ -158,10 +165,13 @@ class ViewLoss(nn.Module):
         sum: Literal["outside", "inside"] = "outside",
         own_pair: bool = True,
         anchor: str | None = None,
+        pairs: Sequence[tuple[str, str]] | None = None,
     ) -> None:
         super().__init__()
         choice("name", name, ("infonce", "siglip", "supcon"))
-        self.name, self.symmetric, self.anchor = name, symmetric, anchor
+        if anchor is not None and pairs is not None:
+            raise NearfarError("anchor and pairs both say which views are contrasted; leave one of them out")
+        self.name, self.symmetric, self.anchor, self.pairs = name, symmetric, anchor, pairs
         self.temperature = temperature
         self.contrast: InfoNCELoss | SigLipLoss | SupConLoss
         if name == "infonce":
@@ -194,8 +204,7 @@ class ViewLoss(nn.Module):
                 NoPositivesWarning,
                 stacklevel=2,
             )
-            zero: Tensor = torch.stack([view.sum() * 0.0 for view in views.values()]).sum()
-            return zero
+            return next(iter(views.values())).sum() * 0.0
         loss: Tensor | None = None
         for first, second, rows, count in terms:
             part = context if rows is None else context.rows(rows)
@@ -209,12 +218,22 @@ class ViewLoss(nn.Module):
         assert loss is not None
         return loss
 
+    def pairs_of(self, views: Sequence[str]) -> list[tuple[str, str]]:
+        """Which of these views are contrasted with each other.
+
+        >>> ViewLoss(pairs=[("picture", "text"), ("picture", "sound")]).pairs_of(["text", "picture"])
+        [('picture', 'text')]
+        """
+        if self.pairs is None:
+            return view_pairs(views, self.anchor)
+        return [(first, second) for first, second in self.pairs if first in views and second in views]
+
     def _pairs(
         self, views: list[str], context: ViewContext, size: int
     ) -> list[tuple[str, str, Tensor | None, int]]:
         """Two views, the rows that have both (None: all) and how many; pairs with fewer than two are left out."""
         terms: list[tuple[str, str, Tensor | None, int]] = []
-        for first, second in view_pairs(views, self.anchor):
+        for first, second in self.pairs_of(views):
             partial = [context.present[view] for view in (first, second) if view in context.present]
             if not partial or all(bool(each.all()) for each in partial):
                 terms.append((first, second, None, size))
@@ -248,7 +267,7 @@ class ViewLoss(nn.Module):
             loss: Tensor = self.contrast(a, labels, other=b, mask=mask)
             return loss
         own = (context.negatives.get(second), context.negatives.get(first))
-        if memory is not None and memory.filled:
+        if memory is not None and memory.filled and memory.keeps(first) and memory.keeps(second):
             if any(each is not None for each in own):
                 raise NearfarError("mined negatives and a memory cannot be combined; leave one of them out")
             left_out = context.beyond(first, second, memory)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from jaxtyping import Float
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from nearfar.arguments import any_number, choice, whole_number
 from nearfar.errors import NearfarError
 
-__all__ = ["Dropout", "ProjectionHead"]
+__all__ = ["Dropout", "ProjectionHead", "perceptron"]
 
 
 class Dropout(nn.Module):
@@ -110,3 +111,25 @@ class ProjectionHead(nn.Module):
                 f"x: the head takes {self.in_features} features, but the input has {x.shape[-1]}"
             )
         return self.layers(x)
+
+
+def perceptron(sizes: Sequence[int], dropout: float = 0.0) -> nn.Sequential:
+    """Linear maps from each size to the next, with ReLU and `Dropout` between them and nothing after the last.
+
+    >>> [str(layer).split(",")[0] for layer in perceptron((29, 64, 256), 0.3)]
+    ['Linear(in_features=29', 'ReLU()', 'Dropout(p=0.3)', 'Linear(in_features=64']
+    >>> perceptron((29,))
+    Traceback (most recent call last):
+    nearfar.errors.NearfarError: sizes are (29,); a perceptron has at least that of its input and that of its output
+    """
+    sizes = tuple(sizes)
+    if len(sizes) < 2:
+        raise NearfarError(
+            f"sizes are {sizes}; a perceptron has at least that of its input and that of its output"
+        )
+    layers: list[nn.Module] = []
+    for i, (a, b) in enumerate(pairwise(sizes)):
+        if i:
+            layers += [nn.ReLU(), Dropout(dropout)]
+        layers.append(nn.Linear(a, b))
+    return nn.Sequential(*layers)

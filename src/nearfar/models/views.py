@@ -111,6 +111,10 @@ class ViewMemory(nn.Module):
         """The number of items stored so far."""
         return cast(CrossBatchMemory, next(iter(self.kept.values()))).filled
 
+    def keeps(self, view: str) -> bool:
+        """Whether a view is stored; one that is not is contrasted within the batch alone."""
+        return module_name(view) in self.kept
+
     def rows(self, view: str) -> Float[Tensor, "q d"]:
         """The stored embeddings of a view."""
         return self._of(view).rows()
@@ -177,7 +181,7 @@ class ViewModel(nn.Module):
             )
         self.towers = nn.ModuleDict({module_name(view): module for view, module in towers.items()})
         self.heads = nn.ModuleDict({module_name(view): module for view, module in heads.items()})
-        self.max_scale = max_scale
+        self.max_scale = max_scale if learn_temperature else None
         self.log_scale = nn.Parameter(torch.tensor(-math.log(temperature))) if learn_temperature else None
         self.bias = None if bias is None else nn.Parameter(torch.tensor(float(bias)))
         self.memory = memory

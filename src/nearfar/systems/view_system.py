@@ -120,7 +120,8 @@ class ViewSystem(System[Batch, ViewModel]):
         return ItemSplits(self.splits)
 
     def readable(self, items: Items) -> Items:
-        """Without values that their tower cannot read, and without items that have fewer than two views left."""
+        """Without items of which a value cannot be read, or that have fewer than two views; each is counted with its
+        reason."""
         views = self.views
         reasons: list[str | None] = [None] * len(items)
         for view in views:
@@ -238,16 +239,15 @@ class ViewSystem(System[Batch, ViewModel]):
             "views": {view: tower.description for view, tower in self.towers.items()},
             "leaks": {},
         }
-        if self.neighbors is not None:
-            known = self.neighbors
-            layout["neighbors"] = {
-                "of": self.reference_view(),
-                "k": known.k,
-                "exact": known.exact,
-                "index": known.index,
-                "recall": known.recall,
-            }
-        return layout
+        return layout | self.neighbors_layout()
+
+    def neighbors_layout(self) -> Json:
+        """What neighbours are of and how they were found, where there are any."""
+        known = self.neighbors
+        if known is None:
+            return {}
+        how = {"k": known.k, "exact": known.exact, "index": known.index, "recall": known.recall}
+        return {"neighbors": {"of": self.reference_view(), **how}}
 
     def content_hash(self, items: Items) -> str:
         """Names what a split holds: sixteen hexadecimal digits of its ids and of the values of its views, in order.
@@ -370,10 +370,9 @@ class ViewSystem(System[Batch, ViewModel]):
         for view in self.views:
             present = batch.tensor(f"{PRESENT}{view}") if f"{PRESENT}{view}" in batch else None
             embeddings[view] = model.encode(view, batch[view], present)
-        if model.training or not torch.is_inference_mode_enabled():
-            for name in batch:
-                if name.startswith(NEGATIVES):
-                    embeddings[name] = model.encode(name.split(":")[1], batch[name])
+        for name in batch:
+            if name.startswith(NEGATIVES):
+                embeddings[name] = model.encode(negated_view(name), batch[name])
         return embeddings
 
     def context(self, embeddings: Mapping[str, Tensor], batch: Batch) -> ViewContext:
@@ -381,7 +380,7 @@ class ViewSystem(System[Batch, ViewModel]):
         negatives: dict[str, list[Tensor]] = {}
         for name, rows in embeddings.items():
             if name.startswith(NEGATIVES):
-                negatives.setdefault(name.split(":")[1], []).append(rows)
+                negatives.setdefault(negated_view(name), []).append(rows)
         return ViewContext(
             {view: batch.tensor(f"{GROUP}{view}") for view in self.views if f"{GROUP}{view}" in batch},
             self.config.mask_duplicates,
@@ -392,21 +391,27 @@ class ViewSystem(System[Batch, ViewModel]):
             {view: torch.stack(rows, dim=1) for view, rows in negatives.items()},
         )
 
+    def contrasted(self, embeddings: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The embeddings that the loss is given, by view."""
+        return {view: embeddings[view] for view in self.views}
+
     def loss_of(self, model: ViewModel, embeddings: Mapping[str, Tensor], batch: Batch) -> StepOutput:
         """The loss between views; equal values and likely false negatives are no negatives."""
         loss = cast(ViewLoss, self.loss)
         context, memory = self.context(embeddings, batch), model.memory
-        views = {view: embeddings[view] for view in self.views}
-        value = loss(views, context, scale=model.scale(), bias=model.bias, memory=memory)
+        value = loss(
+            self.contrasted(embeddings), context, scale=model.scale(), bias=model.bias, memory=memory
+        )
         if memory is None:
             return StepOutput(value, lambda: self._record(context, batch))
         age = memory.age()
-        whole = slice(None)
-        if context.present:
-            whole = torch.stack(list(context.present.values())).all(0).nonzero()[:, 0]  # type: ignore[assignment]
+        whole: slice | Tensor = slice(None)
+        partial = [context.present[view] for view in self.views if view in context.present]
+        if partial:
+            whole = torch.stack(partial).all(0).nonzero()[:, 0]
         memory.push(
-            {view: rows[whole] for view, rows in views.items()},
-            {view: group[whole] for view, group in context.groups.items()},
+            {view: embeddings[view][whole] for view in self.views},
+            {view: context.groups[view][whole] for view in self.views},
             None if context.reference is None else context.reference[whole],
         )
         return StepOutput(value, lambda: self._record(context, batch) | {"memory_age": age.item()})
@@ -416,8 +421,8 @@ class ViewSystem(System[Batch, ViewModel]):
         record = cast(ViewLoss, self.loss).record()
         if "scale" in record:
             record["largest_logit"] = record["scale"]  # embeddings have unit length
-        first, second = self.pairs()[0]
-        if first in context.present or second in context.present or not context.groups:
+        first, second = next(iter(self.pairs()), ("", ""))
+        if not {first, second} <= context.groups.keys() - context.present.keys():
             return record
         copies = join_masks(ViewContext(context.groups).same_content(first, second))
         likely = None
@@ -428,7 +433,7 @@ class ViewSystem(System[Batch, ViewModel]):
     # -- evaluation ------------------------------------------------------------------------------------------
     def pairs(self) -> list[tuple[str, str]]:
         """The views that are contrasted and judged with each other."""
-        return view_pairs(self.views, getattr(self.loss, "anchor", None))
+        return self.loss.pairs_of(self.views) if isinstance(self.loss, ViewLoss) else view_pairs(self.views)
 
     def before_evaluation(self, model: ViewModel, split: str, final: bool) -> None:
         """In the final evaluation the split is embedded by the model at its start, too (that of ``init_from``)."""
@@ -542,6 +547,15 @@ class ViewSystem(System[Batch, ViewModel]):
         shared = {view: views[0] for _, views in self._distinct() for view in views}
         text = json.dumps({"views": self.views, "towers": shared}, indent=2, ensure_ascii=False)
         (folder / "towers" / "views.json").write_text(text + "\n", encoding="utf-8")
+
+
+def negated_view(name: str) -> str:
+    """The view of a field of further negatives; a view's name may hold colons.
+
+    >>> negated_view("negatives:meta:title:0")
+    'meta:title'
+    """
+    return name.removeprefix(NEGATIVES).rsplit(":", 1)[0]
 
 
 def tower_folder(view: str) -> str:

@@ -1,6 +1,22 @@
 """Towers: each reads one kind of view (texts, pictures, numbers, …) and builds the module that is trained on it."""
 
 from nearfar.towers.base import Backbone, Tower
-from nearfar.towers.build import build_tower, guess_tower, load_tower, register_tower, tower_names
+from nearfar.towers.build import (
+    build_tower,
+    encoder_options,
+    guess_tower,
+    load_tower,
+    register_tower,
+    tower_names,
+)
 
-__all__ = ["Backbone", "Tower", "build_tower", "guess_tower", "load_tower", "register_tower", "tower_names"]
+__all__ = [
+    "Backbone",
+    "Tower",
+    "build_tower",
+    "encoder_options",
+    "guess_tower",
+    "load_tower",
+    "register_tower",
+    "tower_names",
+]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -29,6 +29,7 @@ ENTRY_POINTS = "nearfar.towers"
 
 #: where the towers are; each is imported when it is needed
 TOWERS: dict[str, str | type[Tower]] = {
+    "boxes": "nearfar.towers.boxes:BoxTower",
     "expression": "nearfar.towers.expression:ExpressionTower",
     "text": "nearfar.towers.text:TextTower",
     "image": "nearfar.towers.image:ImageTower",
@@ -82,7 +83,7 @@ def tower_class(kind: str) -> type[Tower]:
     return place
 
 
-def build_tower(kind: str, name: str = "tower", **options: object) -> Tower:
+def build_tower(kind: str, name: str = "tower", /, **options: object) -> Tower:
     """The tower called ``kind`` with its options; reads no weights. ``name`` is what messages call it.
 
     >>> build_tower("vector").description
@@ -107,6 +108,17 @@ def build_tower(kind: str, name: str = "tower", **options: object) -> Tower:
         return cls(**options)
     except NearfarError as error:
         raise NearfarError(f"{name}: {error}") from None
+
+
+def encoder_options(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a tower from a group ``text_encoder=`` or ``image_encoder=``, where the encoder is called ``kind``
+    and a hub model of pictures ``name``.
+
+    >>> encoder_options({"kind": "transformers", "name": "microsoft/resnet-18"})
+    {'encoder': 'transformers', 'model': 'microsoft/resnet-18'}
+    """
+    renamed = {"kind": "encoder", "name": "model"}
+    return {renamed.get(str(name), str(name)): value for name, value in group.items()}
 
 
 def load_tower(folder: Path) -> Tower:

@@ -56,6 +56,8 @@ class TextTower(Tower):
         lr: learning rate of the encoder's weights; None: 2e-5 for pretrained ones (adapters: 2e-4), else the run's.
         lora_rank: rank of the adapters.
         gradient_checkpointing: keep fewer activations and compute them again (slower, less memory).
+        states: for systems that attend to tokens: ``read`` gives tokens and the module that is built has
+            ``states(tokens)``, (b, t, ``width``), also where the network is frozen.
         options: those of the encoder, such as ``model``, ``pooling`` and ``max_length`` of a transformer, ``dims`` of
             n-grams.
 
@@ -79,6 +81,7 @@ class TextTower(Tower):
         lr: float | None = None,
         lora_rank: int = 8,
         gradient_checkpointing: bool = False,
+        states: bool = False,
         **options: Any,
     ) -> None:
         if encoder not in TEXT_ENCODERS:
@@ -101,6 +104,9 @@ class TextTower(Tower):
         pretrained = encoder in ("minilm", "transformer")
         self.lr = lr if lr is not None else (_RATES.get(train) if pretrained else None)
         self.lora_rank, self.gradient_checkpointing = lora_rank, gradient_checkpointing
+        if states and encoder == "ngram":
+            raise NearfarError("encoder=ngram gives a vector for each text and has no states of tokens.")
+        self.states = states
         self.encoder_options = options
         try:
             self.encoder: Any = TEXT_ENCODERS[encoder](**options)
@@ -110,12 +116,19 @@ class TextTower(Tower):
 
     @property
     def frozen(self) -> bool:
-        """Whether the encoder's vectors are computed once and kept."""
+        """Whether the encoder's weights stay as they are."""
         return self.train in ("frozen", "head")
+
+    @property
+    def computed_once(self) -> bool:
+        """Whether the encoder's vectors are computed once and kept."""
+        return self.frozen and not self.states
 
     @property
     def description(self) -> str:
         text = str(self.encoder.description).replace(" (frozen)", "")
+        if self.states and self.encoder_kind != "words":
+            text = f"{self.encoder.name}, states of at most {self.encoder.max_length} tokens"
         rate = "" if self.lr is None else f" at a learning rate of {self.lr:g}"
         checkpointed = ", gradient checkpointing" if self.gradient_checkpointing else ""
         how = {
@@ -134,6 +147,7 @@ class TextTower(Tower):
             "lr": self.given_lr,
             "lora_rank": self.lora_rank,
             "gradient_checkpointing": self.gradient_checkpointing,
+            "states": self.states,
             **self.encoder_options,
         }
 
@@ -150,7 +164,7 @@ class TextTower(Tower):
 
     def read(self, values: Sequence[Any] | np.ndarray) -> Inputs:
         texts = [str(value) for value in values]
-        if self.frozen:
+        if self.computed_once:
             return Rows(embed_texts(self.encoder, texts))
         if self.encoder_kind == "words":
             table: TokenTable = self.encoder.tokenize(texts)
@@ -163,12 +177,20 @@ class TextTower(Tower):
 
     def build(self) -> nn.Module:
         """The trained network; for a frozen encoder what passes its vectors on."""
-        if self.frozen:
+        if self.computed_once:
             return PassThrough(self._width())
         if self.encoder_kind == "words":
             return PooledText(self.encoder.build())
         tokenizer, network = self._parts()
-        trained = copy.deepcopy(network).cpu().requires_grad_(True)
+        trained = copy.deepcopy(network).cpu()
+        if self.frozen:
+            return _PooledTransformer(
+                trained.requires_grad_(False),
+                int(tokenizer.pad_token_id or 0),
+                self.encoder.pooling,
+                frozen=True,
+            )
+        trained.requires_grad_(True)
         if self.gradient_checkpointing:
             trained.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         trained.train()
@@ -249,10 +271,18 @@ class _PooledTransformer(nn.Module):
     Texts of similar length are computed together: padded to the longest of a batch, most tokens would be padding.
     """
 
-    def __init__(self, network: Any, pad: int, pooling: str) -> None:
+    def __init__(self, network: Any, pad: int, pooling: str, frozen: bool = False) -> None:
         super().__init__()
-        self.network, self.pad, self.pooling = network, pad, pooling
+        self.network, self.pad, self.pooling, self.frozen = network, pad, pooling, frozen
         self.width = int(network.config.hidden_size)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> _PooledTransformer:
+        """Frozen weights also have no dropout."""
+        super().train(mode)
+        if self.frozen:
+            self.network.eval()
+        return self
 
     def states(self, tokens: TokenBatch) -> Float[Tensor, "b t d"]:
         """The last states of the tokens, padding included."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,47 @@ from nearfar.errors import NearfarError
 from nearfar.models.views import PassThrough, Standardize
 from nearfar.towers.base import Tower, read_tower_spec, write_tower_spec
 
-__all__ = ["VectorTower"]
+__all__ = ["Scaler", "VectorTower"]
+
+
+@dataclass(frozen=True)
+class Scaler:
+    """Mean and standard deviation of the training rows, by which later rows are standardised in double precision.
+
+    For towers that read standardised numbers, which nothing trained comes before. Columns that never change are 0.
+
+    >>> scaler = Scaler.of(np.array([[1.0, 5.0], [3.0, 5.0], [np.nan, np.nan]]))
+    >>> scaler(np.array([[3.0, 5.0]])).tolist()
+    [[1.0, 0.0]]
+    """
+
+    mean: Float[np.ndarray, " d"]
+    spread: Float[np.ndarray, " d"]
+
+    @classmethod
+    def of(cls, rows: Float[np.ndarray, "n d"]) -> Scaler:
+        """Of the rows without NaN; of none, nothing is moved."""
+        kept = rows[~np.isnan(rows).any(axis=1)].astype(np.float64)
+        if not len(kept):
+            return cls(np.zeros(rows.shape[1]), np.ones(rows.shape[1]))
+        spread = kept.std(axis=0)
+        return cls(kept.mean(axis=0), np.where(spread > 1e-9, spread, np.inf))
+
+    def __call__(self, rows: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
+        return np.asarray((rows - self.mean) / self.spread, dtype=np.float32)
+
+    def to_dict(self) -> dict[str, list[float | None]]:
+        """For JSON; the spread of a column that never changes is None."""
+        return {
+            "mean": self.mean.tolist(),
+            "spread": [None if np.isinf(each) else float(each) for each in self.spread],
+        }
+
+    @classmethod
+    def from_dict(cls, saved: dict[str, Any]) -> Scaler:
+        """What ``to_dict`` gave."""
+        spread = [np.inf if each is None else each for each in saved["spread"]]
+        return cls(np.array(saved["mean"], dtype=np.float64), np.array(spread, dtype=np.float64))
 
 
 class VectorTower(Tower):

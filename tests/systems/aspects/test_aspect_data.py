@@ -13,11 +13,10 @@ import pytest
 
 from nearfar.errors import NearfarError
 from nearfar.systems.aspects.data import AspectData, load_embedded, load_files
-from nearfar.systems.aspects.dataset import repeats
 from nearfar.systems.aspects.labels import code_words, parse_field, polarities_advice, polarity_code
 from nearfar.systems.aspects.model import linear_answers
 from nearfar.systems.aspects.readers import read_records
-from nearfar.systems.aspects.records import text_key
+from nearfar.systems.aspects.records import repeats, text_key
 from tiny_aspects import reviews, split_folder, write_columns, write_field
 
 
@@ -137,7 +136,7 @@ def test_no_text_crosses_splits(tmp_path: Path) -> None:
     data = loaded(folder)
     assert data.test is not None
     assert len(data.test) == 20
-    keys = {name: {text_key(t) for t in split.texts} for name, split in data.splits.items()}
+    keys = {name: {text_key(t) for t in split.texts("text")} for name, split in data.splits.items()}
     assert not keys["train"] & keys["val"] | keys["train"] & keys["test"] | keys["val"] & keys["test"]
     assert data.left_out == {
         "train, its text also stands in val or test": 1,
@@ -173,7 +172,7 @@ def as_labels(data: AspectData) -> set[tuple[str, str, int]]:
     return {
         (text, data.scheme.aspects[a], int(codes[a]))
         for split in data.splits.values()
-        for text, codes in zip(split.texts, split.codes, strict=True)
+        for text, codes in zip(split.texts("text"), split.array("codes"), strict=True)
         for a in np.flatnonzero(codes)
     }
 
@@ -418,7 +417,8 @@ def test_labels() -> None:
 
 def test_the_embedded_set_is_the_same_each_time_and_splits_share_nothing() -> None:
     a, b = load_embedded(300, seed=1), load_embedded(300, seed=1)
-    assert a.train.texts == b.train.texts != load_embedded(300, seed=2).train.texts
+    texts = [data.train.texts("text") for data in (a, b, load_embedded(300, seed=2))]
+    assert texts[0] == texts[1] != texts[2]
     assert [len(split) for split in a.splits.values()] == [240, 30, 30]
     assert a.layout()["leaks"] == {}
     assert len(a.scheme.pairs) == 21

@@ -21,7 +21,7 @@ from nearfar.lab.ensemble import write_ensemble
 from nearfar.launch import run_one
 from nearfar.systems import build_system
 from nearfar.systems.aspects.labels import LabelScheme
-from nearfar.systems.aspects.model import linear_answers
+from nearfar.systems.aspects.model import linear_answers, text_tower
 from nearfar.systems.aspects.objective import AspectObjective, class_weights
 from nearfar.systems.aspects.scores import HEADLINE, Decision, choose_decision, polarity_weights, score_split
 from nearfar.training.checkpoint import Checkpoint
@@ -337,6 +337,7 @@ def test_the_baseline_keeps_unknown_labels_out_and_is_kept_by_content() -> None:
         ("balance=undersample", "no such choice"),
         ("bootstrap=10", "at least 100"),
         ("text_encoder=ngram", "no encoder of that kind"),
+        ("text_encoder.freeze=true", "words has no option 'freeze'"),
         ("sampler=hard", "no such sampler of aspects"),
         ("text_encoder.hidden=15", "even number"),
         ("data.aspects=Camera", "a list of names"),
@@ -358,6 +359,19 @@ def test_bad_options_are_named(tmp_path: Path, folder: Path, override: str, mess
     every = list({o.split("=")[0]: o for o in every}.values())
     with pytest.raises(NearfarError, match=message):
         run_one(compose_config(every), every, False, QUIET)
+
+
+def test_weights_of_an_earlier_run_start_a_new_one(tmp_path: Path, folder: Path, finished: RunFolder) -> None:
+    """Before the encoder was a tower's, the names of its weights had one part less."""
+    old = RunFolder(Path(shutil.copytree(finished.path, tmp_path / "old")))
+    path = old.path / "checkpoints" / "last.ckpt"
+    saved = torch.load(path, weights_only=True)
+    saved["model"] = {name.replace("encoder.network.", "encoder."): w for name, w in saved["model"].items()}
+    assert "encoder.embedding.words.weight" in saved["model"]
+    torch.save(saved, path)
+    again = run(tmp_path, folder, "name=again", f"init_from={path}", "epochs=1", "seed=1", "lr=0", "warmup=0")
+    now, before = (Checkpoint.load(f.path / "checkpoints" / "last.ckpt").model for f in (again, finished))
+    assert all(torch.equal(now[name], before[name]) for name in before)
 
 
 # -- pretrained encoders -----------------------------------------------------------------------------------------
@@ -382,6 +396,41 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.manual_seed(0)
         transformers.BertModel(config).save_pretrained(place)
     return place
+
+
+@pytest.mark.parametrize(
+    ("options", "rate"),
+    [
+        ({"freeze": True}, 2e-5),
+        ({"lr": None}, 0.5),
+        ({"lr": 1e-3}, 1e-3),
+        ({"train": "lora"}, 2e-4),
+        ({}, 2e-5),
+    ],
+)
+def test_the_options_of_a_pretrained_encoder(options: dict[str, Any], rate: float) -> None:
+    tower = text_tower("pretrained", run_lr=0.5, model="nowhere", **options)
+    assert tower.train == {"freeze": "head", "train": "lora"}.get(next(iter(options), ""), "full")
+    assert tower.states
+    assert tower.lr == (None if options.get("freeze") else rate)
+    assert text_tower("minilm", **options).encoder_kind == "minilm"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"freeze": "yes"}, "freeze=yes: true or false"),
+        ({"freeze": True, "train": "full"}, "freeze=true and text_encoder.train=full: leave one of them out"),
+        ({"train": "half"}, "text_encoder: train='half' is unknown"),
+        ({"lr": -1.0}, "text_encoder: lr=-1.0: a learning rate above 0"),
+        ({"max_length": 1}, "text_encoder: max_length=1: a whole number of at least 2"),
+        ({"modle": "x"}, "text_encoder=pretrained has no option 'modle'; did you mean 'model'"),
+        ({"pooling": "cls"}, "has no option 'pooling'"),
+    ],
+)
+def test_wrong_options_of_a_pretrained_encoder(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(NearfarError, match=message):
+        text_tower("pretrained", **options)
 
 
 @pytest.mark.parametrize("freeze", ["false", "true"])

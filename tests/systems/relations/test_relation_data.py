@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from nearfar.data.rejections import Rejections
 from nearfar.errors import NearfarError
 from nearfar.systems import check_config
 from nearfar.systems.relations.data import load_data
-from nearfar.systems.relations.features import SPATIAL, names_of, spatial_numbers
 from nearfar.systems.relations.readers import LAYOUTS, Places, geometric_relation
 from nearfar.systems.relations.records import ALL10, TOP5, chosen_relations, relation_of, table
 from nearfar.systems.relations.scenes import HEIGHT, HELD_OUT, THINGS, WIDTH, composed_scenes
@@ -50,56 +48,6 @@ def test_names() -> None:
     for wrong in (["on"], ["on", "on"], ["on", "wear"], 5):
         with pytest.raises(NearfarError):
             chosen_relations(wrong)
-
-
-def by_hand(s: Any, o: Any, w: float, h: float) -> list[float]:
-    """The eight numbers, one pair at a time."""
-    dx = ((o[0] + o[2]) / 2 - (s[0] + s[2]) / 2) / w
-    dy = ((o[1] + o[3]) / 2 - (s[1] + s[3]) / 2) / h
-    theta = math.atan2(dy, dx)
-    area_s, area_o = ((b[2] - b[0]) * (b[3] - b[1]) / (w * h) for b in (s, o))
-    return [dx, dy, dx**2 + dy**2, math.sin(theta), math.cos(theta), area_s, area_o, area_s / area_o]
-
-
-def test_spatial_numbers_against_a_loop() -> None:
-    rng = np.random.default_rng(0)
-    corner = rng.uniform(0, 200, (2, 50, 2))
-    boxes = np.concatenate([corner, corner + rng.uniform(5, 150, (2, 50, 2))], axis=2)
-    size = rng.uniform(350, 900, (50, 2))
-    raw = spatial_numbers(boxes[0], boxes[1], size)
-    expected = [by_hand(s, o, w, h) for s, o, (w, h) in zip(boxes[0], boxes[1], size, strict=True)]
-    np.testing.assert_allclose(raw, expected, rtol=1e-9, atol=1e-12)
-    log = spatial_numbers(boxes[0], boxes[1], size, "log")
-    np.testing.assert_allclose(log[:, :5], raw[:, :5])
-    np.testing.assert_allclose(log[:, 5:], np.log(raw[:, 5:]))
-    iou = spatial_numbers(boxes[0], boxes[1], size, "iou")[:, 8]
-    for i in range(50):
-        s, o = boxes[0, i], boxes[1, i]
-        shared = max(0, min(s[2], o[2]) - max(s[0], o[0])) * max(0, min(s[3], o[3]) - max(s[1], o[1]))
-        union = np.prod(s[2:] - s[:2]) + np.prod(o[2:] - o[:2]) - shared
-        assert iou[i] == pytest.approx(shared / union)
-    for variant in SPATIAL:
-        assert spatial_numbers(boxes[0], boxes[1], size, variant).shape == (50, len(names_of(variant)))
-
-
-def test_numbers_relative_to_the_boxes_do_not_change_with_scale() -> None:
-    s, o = np.array([[10.0, 20, 60, 90]]), np.array([[40.0, 50, 140, 100]])
-    a = spatial_numbers(s, o, np.array([[200.0, 200]]), "relative")
-    b = spatial_numbers(3 * s, 3 * o, np.array([[600.0, 600]]), "relative")
-    np.testing.assert_allclose(a, b)
-    # In a picture that is larger alone, the numbers in units of the boxes stay, the others do not.
-    c = spatial_numbers(s, o, np.array([[600.0, 600]]), "relative")
-    np.testing.assert_allclose(a[:, 8:-2], c[:, 8:-2])
-    assert abs(a[0, 0] - c[0, 0]) > 0.1
-
-
-def test_extreme_boxes_stay_finite() -> None:
-    s = np.array([[0.0, 0, 1e-3, 1e-3], [5, 5, 6, 6], [0, 0, 1e5, 1e5]])
-    o = np.array([[0.0, 0, 1e5, 1e5], [5, 5, 6, 6], [0, 0, 1e-3, 1e-3]])
-    for variant in SPATIAL:
-        assert np.isfinite(spatial_numbers(s, o, np.full((3, 2), 1e5), variant)).all()
-    # Equal centres have no direction.
-    assert spatial_numbers(s[1:2], o[1:2], np.full((1, 2), 9.0))[0, :5].tolist() == [0, 0, 0, 0, 0]
 
 
 def read(layout: str, path: Path) -> tuple[list[Any], Rejections]:

@@ -13,14 +13,14 @@ import pytest
 import torch
 from rich.console import Console
 
-from nearfar.batching import RandomBatchSampler
+from nearfar.batching import BalancedBatchSampler, RandomBatchSampler
 from nearfar.config.compose import compose_config, expand
 from nearfar.contrast import NoPositivesWarning
 from nearfar.crossval import cross_validate
 from nearfar.errors import NearfarError
 from nearfar.launch import run_one
 from nearfar.systems import build_system, check_config
-from nearfar.systems.relations.dataset import BatchesBySort, RelationBatch, Scaler, build_sampler
+from nearfar.systems.relations.batches import JITTERED, BatchesBySort
 from nearfar.systems.relations.evaluation import (
     Predictions,
     confusion,
@@ -28,8 +28,9 @@ from nearfar.systems.relations.evaluation import (
     rescore,
     score_predictions,
 )
-from nearfar.systems.relations.model import LOSSES, RelationModel, ViewLoss
-from nearfar.systems.relations.probe import RelationProbe, sample_rows
+from nearfar.systems.relations.probe import RelationProbe, has_pixels, sample_rows
+from nearfar.systems.relations.towers import Crops, CropTower, NamesTower
+from nearfar.towers.boxes import spatial_numbers
 from nearfar.training.checkpoint import Checkpoint
 from nearfar.training.run_folder import RunFolder
 from tiny_relations import write_vrd
@@ -73,7 +74,7 @@ def run(tmp_path: Path, folder: Path, *overrides: str) -> RunFolder:
     return run_one(compose_config(every), every, False, QUIET)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", ["infonce", "supcon", "supcon_inside"])
 @pytest.mark.parametrize("sampler", ["random", "balanced"])
 def test_every_loss_with_every_sampler(tmp_path: Path, folder: Path, loss: str, sampler: str) -> None:
     run_folder = run(tmp_path, folder, f"loss={loss}", f"sampler={sampler}", "epochs=1", "categories=true")
@@ -213,48 +214,128 @@ def test_untrained_infonce_starts_near_ln_b(folder: Path) -> None:
 
 
 # -- parts -------------------------------------------------------------------------------------------------------------
-def batch_of(seen: list[bool], group: list[int] | None = None) -> RelationBatch:
-    g, n = torch.Generator().manual_seed(0), len(seen)
-    return RelationBatch(
-        torch.arange(n),
-        torch.randn(n, 6, generator=g),
-        torch.tensor(seen),
-        torch.randn(n, 5, generator=g),
-        torch.randn(n, 5, generator=g),
-        None,
-        torch.arange(n) % 2,
-        torch.tensor(group if group else list(range(n))),
-    )
+def prepared(folder: Path, *overrides: str) -> Any:
+    every = ["experiment=relations", *SMALL, f"data.dir={folder}", *overrides]
+    system: Any = build_system(compose_config(list({o.split("=")[0]: o for o in every}.values())))
+    system.prepare(lambda _: None)
+    return system
 
 
-def test_loss_weighs_terms_by_their_rows() -> None:
-    batch = batch_of([True, True, True, False, False, True])
-    model = RelationModel(5, 6, hidden=8, dim=4, dropout=0.0, spatial_dropout=0.0).train()
-    views = model(batch)
-    assert not views["visual"][3].any()
-    seen, rest = torch.tensor([0, 1, 2, 5]), torch.tensor([3, 4])
-
-    def infonce(a: torch.Tensor, b: torch.Tensor) -> float:
-        a, b = (torch.nn.functional.normalize(x, dim=1) for x in (a, b))
-        logits = (a @ b.T).double() / 0.07
-        target = torch.arange(len(a))
-        both = [torch.nn.functional.cross_entropy(x, target) for x in (logits, logits.T)]
-        return float(sum(both).detach() / 2)
-
-    expected = infonce(views["visual"][seen], views["spatial"][seen]) * 4 / 6
-    expected += infonce(views["spatial"][rest], views["jittered"][rest]) * 2 / 6
-    loss = ViewLoss("infonce")
-    assert loss(views, batch).item() == pytest.approx(expected, rel=1e-5)
-    assert ViewLoss("infonce", symmetric=False)(views, batch).item() != pytest.approx(expected, rel=1e-3)
-    assert loss.record()["rows_contrasted"] == 6
+def infonce(a: torch.Tensor, b: torch.Tensor) -> float:
+    a, b = (torch.nn.functional.normalize(x, dim=1) for x in (a, b))
+    logits = (a @ b.T).double() / 0.07
+    target = torch.arange(len(a))
+    both = [torch.nn.functional.cross_entropy(x, target) for x in (logits, logits.T)]
+    return float(sum(both).detach() / 2)
 
 
-def test_two_relations_of_one_pair_are_no_negatives() -> None:
-    apart, same = batch_of([True] * 4), batch_of([True] * 4, [0, 0, 1, 2])
-    model = RelationModel(5, 6, hidden=8, dim=4).eval()
-    views = model(apart)
-    loss = ViewLoss("infonce")
-    assert loss(views, same).item() < loss(views, apart).item()
+def test_loss_weighs_terms_by_their_rows(folder: Path) -> None:
+    """Pairs with a photo: crops and boxes; the others: their boxes twice, once with edges moved."""
+    system = prepared(folder, "visual_dropout=0", "spatial_dropout=0")
+    model, pixels = system.build_model().train(), has_pixels(system.dataset("train"))
+    at = [*np.flatnonzero(pixels)[::3][:4].tolist(), *np.flatnonzero(~pixels)[::3][:2].tolist()]
+    batch = system.dataset("train").__getitems__(at)
+    assert len(set(batch.tensor("group").tolist())) == 6
+    views = system.encode(model, batch)
+    assert not views["visual"][4:].any()
+    expected = infonce(views["visual"][:4], views["spatial"][:4]) * 4 / 6
+    expected += infonce(views["spatial"][4:], views[JITTERED][4:]) * 2 / 6
+    output = system.loss_of(model, views, batch)
+    assert output.loss.item() == pytest.approx(expected, rel=1e-5)
+    assert output.logs()["rows_contrasted"] == 6
+    one_way = prepared(folder, "loss.symmetric=false")
+    assert one_way.loss_of(model, views, batch).loss.item() != pytest.approx(expected, rel=1e-3)
+    assert JITTERED not in system.encode(model.eval(), batch)
+
+
+def test_boxes_are_moved_by_their_share_in_the_same_way_for_the_same_batch(folder: Path) -> None:
+    system = prepared(folder, "data.photos=none", "box_jitter=0.1", "spatial=raw")
+    train, pairs = system.dataset("train"), system.data.train
+    at = [5, 3, 11]
+    rng = np.random.default_rng([0, 0, 5])
+    moved = []
+    for boxes in (pairs.subject_box[at], pairs.object_box[at]):
+        edges = boxes.copy()
+        steps = rng.uniform(-1, 1, (3, 4))
+        for row in range(3):
+            width, height = boxes[row, 2] - boxes[row, 0], boxes[row, 3] - boxes[row, 1]
+            for edge, side in enumerate((width, height, width, height)):
+                edges[row, edge] += 0.1 * side * steps[row, edge]
+        moved.append(edges)
+    every = spatial_numbers(pairs.subject_box, pairs.object_box, pairs.size)
+    numbers = slice(
+        7
+    )  # both boxes of these pairs have one area, so that the last number, its ratio, is always 1
+    expected = ((spatial_numbers(*moved, pairs.size[at]) - every.mean(0))[:, numbers]) / every[
+        :, numbers
+    ].std(0)
+    jittered = train.__getitems__(at).tensor(JITTERED)
+    np.testing.assert_allclose(jittered[:, numbers], expected, rtol=1e-4, atol=1e-5)
+    assert not jittered[:, 7].any()
+    train.set_epoch(1)
+    assert not np.allclose(train.__getitems__(at).tensor(JITTERED)[:, numbers], expected, rtol=1e-3)
+    assert JITTERED not in system.dataset("test").__getitems__(at)
+
+
+def test_two_relations_of_one_pair_are_no_negatives(folder: Path) -> None:
+    system = prepared(folder, "data.photos=required", "loss=infonce")
+    model = system.build_model().eval()
+    batch = system.dataset("train").__getitems__([0, 1, 2, 3])
+    views = system.encode(model, batch)
+    system._repeated = True
+    apart = system.loss_of(model, views, batch.replaced(group=torch.arange(4))).loss.item()
+    assert system.loss_of(model, views, batch.replaced(group=torch.tensor([0, 0, 1, 2]))).loss.item() < apart
+    assert apart == pytest.approx(infonce(views["visual"], views["spatial"]), rel=1e-5)
+
+
+def test_towers_read_crops_and_names(tmp_path: Path, folder: Path) -> None:
+    """The features of each crop alone, the vectors of each name alone; a loaded tower reads the same."""
+    system = prepared(folder, "categories=true")
+    train = system.splits["train"]
+    tower, seen = system.towers["visual"], [value for value in train["visual"] if value is not None][:9]
+    assert isinstance(tower, CropTower)
+    rows = tower.features(seen)
+    for row, value in zip(rows, seen, strict=True):
+        for half, box in zip((row[:32], row[32:]), value.boxes, strict=True):
+            alone = tower.features([Crops(value.photo, (box, box))])[0, :32]
+            np.testing.assert_allclose(half, alone, rtol=1e-4, atol=1e-6)
+    tower.save(tmp_path / "crops")
+    assert np.array_equal(CropTower.load(tmp_path / "crops").read(seen).values, tower.read(seen).values)
+    names = system.towers["names"]
+    assert isinstance(names, NamesTower)
+    vectors = names.read([("cup", "dog"), ("dog", "cup")]).values
+    width = vectors.shape[1] // 2
+    assert torch.equal(vectors[0, :width], vectors[1, width:])
+    assert names.build().width == 2 * width
+    assert names.check([("cup", " "), ("a", "b")]) == ["empty name", None]
+    names.save(tmp_path / "names")
+    assert torch.equal(NamesTower.load(tmp_path / "names").read([("cup", "dog")]).values, vectors[:1])
+    with pytest.raises(NearfarError, match="was not fitted"):
+        CropTower({"kind": "small"}, 32).read(seen)
+
+
+def test_hard_batches_and_a_memory(tmp_path: Path, folder: Path) -> None:
+    """What the mechanism has beyond this system's own: neighbours by the boxes, earlier pairs as negatives."""
+    options = ["sampler=hard", "hardness_k=20", "memory=32", "learn_temperature=true", "trainer.log_every=1"]
+    finished = run(tmp_path, folder, *options)
+    steps = [json.loads(line) for line in (finished.path / "train_log.jsonl").read_text().splitlines()]
+    assert max(step.get("memory_age", 0) for step in steps) > 0
+    assert any(step.get("hardness") for step in steps)
+    assert finished.read_json("dataset_layout.json")["neighbors"]["of"] == "spatial"
+
+
+def test_a_checkpoint_of_before_the_towers_loads(tmp_path: Path, folder: Path) -> None:
+    old = run(tmp_path, folder, "epochs=1", "name=old")
+    for path in (old.path / "checkpoints").iterdir():
+        checkpoint = Checkpoint.load(path)
+        checkpoint.model = {name.removeprefix("heads."): value for name, value in checkpoint.model.items()}
+        assert "visual.0.weight" in checkpoint.model
+        checkpoint.save(path)
+    again = run(tmp_path, folder, "epochs=1", "lr=0", "name=again", f"init_from={old.path}")
+    weights = Checkpoint.load(again.path).model
+    assert torch.equal(weights["heads.visual.0.weight"], checkpoint.model["visual.0.weight"])
+    resumed = run(tmp_path, folder, "epochs=2", "name=resumed", f"resume_from={old.path}")
+    assert Checkpoint.load(resumed.path).epoch == 2
 
 
 def test_batches_hold_one_sort(folder: Path) -> None:
@@ -273,8 +354,10 @@ def test_batches_hold_one_sort(folder: Path) -> None:
     assert list(again) == batches[3:]
     with pytest.raises(NearfarError, match="marked"):
         BatchesBySort(~seen, 8, seed=3).load_state_dict(other.state_dict())
-    config = compose_config(["experiment=relations", "batch_size=8"])
-    assert isinstance(build_sampler(config, np.zeros(50), np.ones(50, bool)), RandomBatchSampler)
+    kinds = {"data.photos=none": RandomBatchSampler, "seed=1": BatchesBySort}
+    for override, kind in kinds.items():
+        assert isinstance(prepared(folder, override).build_sampler(), kind)
+    assert isinstance(prepared(folder, "sampler=balanced").build_sampler(), BalancedBatchSampler)
 
 
 def test_probe_equals_scikit_learn_on_scaled_parts() -> None:
@@ -307,13 +390,6 @@ def test_probe_without_a_part() -> None:
     assert (one.predict({"a": informative}) == 1).all()
     assert one.scores({"a": informative}, 3)[0].tolist() == [-np.inf, 0.0, -np.inf]
     assert len(sample_rows(label, 10)) == 10
-
-
-def test_scaler_leaves_constant_columns_at_zero() -> None:
-    rows = np.array([[1.0, 5], [3, 5], [np.nan, np.nan]])
-    scaled = Scaler.of(rows)(rows)
-    np.testing.assert_allclose(scaled[:2], [[-1, 0], [1, 0]])
-    assert np.isnan(scaled[2]).all()
 
 
 def test_scores_count_pairs_and_resample_pictures() -> None:
@@ -375,7 +451,9 @@ def test_pair_retrieval_and_its_chance() -> None:
         (["relations=[on,abov]"], "did you mean 'above'"),
         (["spatial=rw"], "did you mean 'raw'"),
         (["loss.name=supcn"], "did you mean 'supcon'"),
-        (["sampler=hard"], "no such sampler of relations"),
+        (["sampler=spatial"], "no such sampler of relations"),
+        (["loss=supcon", "memory=64"], "memory=64 is for loss=infonce"),
+        (["loss=supcon", "learn_temperature=true"], "learn_temperature=True is for loss=infonce"),
         (["batch_size=5000"], "is larger than the training set"),
         (["image_encoder.kind=smal"], "did you mean 'small'"),
         (["data.val_fraction=0.6", "data.test_fraction=0.5"], "leave nothing to train on"),
@@ -401,20 +479,27 @@ def test_damaged_photos_cost_their_pixels_alone(tmp_path: Path) -> None:
     assert sum(split["images"] for split in layout["splits"].values()) == 40
 
 
-def test_the_sum_of_a_supervised_loss_is_an_option_of_its_own() -> None:
+def test_the_sum_of_a_supervised_loss_is_an_option_of_its_own(folder: Path) -> None:
     """What the doctor prescribes where a sum inside the logarithm asks for the nearest positive alone."""
-    assert ViewLoss("supcon").contrast.sum == "outside"
-    inside, mended = ViewLoss("supcon_inside"), ViewLoss("supcon_inside", sum="outside")
-    assert (inside.contrast.sum, mended.contrast.sum) == ("inside", "outside")
-    assert not mended.contrast.own_pair
+
+    def contrast(*overrides: str) -> Any:
+        system: Any = build_system(compose_config(["experiment=relations", *overrides]))
+        return system.loss.contrast
+
+    assert contrast("loss=supcon").sum == "outside"
+    inside, mended = contrast("loss=supcon_inside"), contrast("loss=supcon_inside", "loss.sum=outside")
+    assert (inside.sum, mended.sum) == ("inside", "outside")
+    assert not mended.own_pair
     with pytest.raises(NearfarError, match=r"loss\.sum=both: no such choice"):
         check_config(compose_config(["experiment=relations", "loss=supcon", "loss.sum=both"]))
 
 
-def test_a_batch_without_two_views_in_common_says_so() -> None:
-    batch = batch_of([True, False, False])
-    views = {
-        name: torch.randn(3, 4, generator=torch.Generator().manual_seed(0)) for name in ("visual", "spatial")
-    }
-    with pytest.warns(NoPositivesWarning, match="box_jitter"):
-        assert ViewLoss()(views, batch) == 0
+def test_pairs_with_boxes_alone_and_no_jitter_are_announced(tmp_path: Path, folder: Path) -> None:
+    said: list[str] = []
+    every = ["experiment=relations", *SMALL, f"data.dir={folder}", "box_jitter=0"]
+    system: Any = build_system(compose_config(every))
+    system.prepare(said.append)
+    assert any("nothing is learned from them" in line for line in said)
+    at = np.flatnonzero(~has_pixels(system.dataset("train")))[:4].tolist()
+    with pytest.warns(NoPositivesWarning, match="no two rows"):
+        assert system.training_step(system.build_model(), system.dataset("train").__getitems__(at)).loss == 0

@@ -60,8 +60,12 @@ def save_text_encoder(encoder: TextEncoder, folder: str | Path) -> None:
     """``encoder.save(folder)``, its bytes shared with every other run that uses the same encoder.
 
     The files are kept in the cache under the encoder's fingerprint and linked into ``folder``, so that a sweep of
-    twenty runs does not hold twenty copies; where links are impossible they are copied.
+    twenty runs does not hold twenty copies; where links are impossible they are copied. Of a pretrained model name and
+    options are kept, which are those of this encoder alone: equal weights may lie in different folders.
     """
+    if isinstance(encoder, TransformerTextEncoder):
+        encoder.save(folder)
+        return
     folder = Path(folder)
     kept = cache_dir() / "text-encoders" / content_key(encoder.fingerprint())[:32]
     try:

@@ -10,12 +10,13 @@ from typing import Any, Unpack
 
 import numpy as np
 
+from nearfar.data.items import Items
 from nearfar.data.rejections import Rejections
 from nearfar.data.splits import check_disjoint
 from nearfar.errors import NearfarError, nearest_name
 from nearfar.systems.aspects.labels import NEGATIVE, NEUTRAL, POLARITIES, POSITIVE, LabelScheme, code_words
 from nearfar.systems.aspects.readers import Reading, read_records
-from nearfar.systems.aspects.records import AspectSplit, Records, hold_out, separate, text_key
+from nearfar.systems.aspects.records import Records, hold_out, separate, split_layout, text_key
 
 __all__ = ["AspectData", "embedded_records", "load_embedded", "load_files"]
 
@@ -97,23 +98,23 @@ def _one(rng: np.random.Generator, some: tuple[str, ...]) -> str:
 
 @dataclass(frozen=True)
 class AspectData:
-    """The splits of one experiment, their aspects and sources.
+    """The splits of one experiment, items with the columns ``text`` and ``codes`` (n, A), their aspects and sources.
 
     ``tune`` is the part of train on which thresholds are chosen if results are reported on val; None where val serves
     for that, or where no thresholds are chosen. ``reported`` is "test", or "val" without a test file.
     """
 
     scheme: LabelScheme
-    train: AspectSplit
-    val: AspectSplit | None
-    test: AspectSplit | None
-    tune: AspectSplit | None
+    train: Items
+    val: Items | None
+    test: Items | None
+    tune: Items | None
     sources: list[dict[str, Any]]
     notes: dict[str, str] = field(default_factory=dict)
     left_out: dict[str, int] = field(default_factory=dict)
 
     @property
-    def splits(self) -> dict[str, AspectSplit]:
+    def splits(self) -> dict[str, Items]:
         """The splits that exist, by name."""
         by_name = {"train": self.train, "val": self.val, "test": self.test, "tune": self.tune}
         return {name: split for name, split in by_name.items() if split is not None}
@@ -133,13 +134,15 @@ class AspectData:
     def layout(self) -> dict[str, object]:
         """The content of ``dataset_layout.json``: aspects, sources with rejections, counts, hashes, leaks."""
         aspects = self.scheme.aspects
-        texts = {name: [text_key(text) for text in split.texts] for name, split in self.splits.items()}
+        texts = {
+            name: [text_key(text) for text in items.texts("text")] for name, items in self.splits.items()
+        }
         return {
             "system": "aspects",
             "aspects": list(aspects),
             "pairs": self.scheme.pair_names,
             "sources": self.sources,
-            "splits": {name: split.layout(aspects) for name, split in self.splits.items()},
+            "splits": {name: split_layout(items, aspects) for name, items in self.splits.items()},
             "reported": self.reported,
             "thresholds_on": self.threshold_split,
             "repeats_left_out": self.left_out,
@@ -151,7 +154,7 @@ class AspectData:
         """A few lines for a log: reviews of each split, rejected rows and labels, the reported split."""
         lines = [f"aspects: {', '.join(self.scheme.aspects)}; {len(self.scheme.pairs)} aspect-polarity pairs"]
         for name, split in self.splits.items():
-            mentions = int((split.codes > 0).sum())
+            mentions = int((split.array("codes") > 0).sum())
             lines.append(f"{name}: {len(split)} reviews, {mentions} mentions of aspects ({split.source})")
         for source in self.sources:
             lines += [f"{source['path']}: {note}" for note in source["reading"]]
@@ -270,7 +273,7 @@ def _read_words(records: Records) -> str:
     return "; ".join([*words, _unread_words(records.unread)] if len(records.unread) else words) + "."
 
 
-def _unknown_to_train(scheme: LabelScheme, parts: Mapping[str, AspectSplit | None]) -> dict[str, str]:
+def _unknown_to_train(scheme: LabelScheme, parts: Mapping[str, Items | None]) -> dict[str, str]:
     """Notes on labels missing from train: aspects without a mention, and pairs that only val or test have."""
     mentioned = {a for a, _ in scheme.pairs}
     notes = {}
@@ -279,11 +282,12 @@ def _unknown_to_train(scheme: LabelScheme, parts: Mapping[str, AspectSplit | Non
     for split, part in parts.items():
         if part is None:
             continue
+        codes = part.array("codes")
         counts = {
             f"{name} {POLARITIES[kind - 1]}": count
             for a, name in enumerate(scheme.aspects)
             for kind in range(1, scheme.classes)
-            if (a, kind) not in scheme.pairs and (count := int((part.codes[:, a] == kind).sum()))
+            if (a, kind) not in scheme.pairs and (count := int((codes[:, a] == kind).sum()))
         }
         if counts:
             shown = ", ".join(f"{pair} {count}" for pair, count in list(counts.items())[:8])
@@ -303,13 +307,7 @@ def _assemble(
     tune_fraction: float,
     seed: int,
 ) -> AspectData:
-    # Ids are made unique by the file's name before val and tune are held out of train.
-    parts = {
-        name: AspectSplit(
-            name, r.source, r.texts, r.codes(aspects), [f"{Path(r.source).name}:{i}" for i in r.ids]
-        )
-        for name, r in read.items()
-    }
+    parts = {name: records.items(aspects) for name, records in read.items()}
     sources = [records.source_layout() for records in read.values()]
     left_out = separate(parts)
     train = parts["train"]
@@ -335,7 +333,7 @@ def _assemble(
             )
         else:
             notes["thresholds"] = "no thresholds are chosen: no split is left for it (data.tune_fraction=0)"
-    scheme = LabelScheme.of(aspects, train.codes)
+    scheme = LabelScheme.of(aspects, train.array("codes"))
     if not scheme.pairs:
         raise NearfarError(
             f"{train.source}: the {len(train)} reviews left for training mention none of the aspects "

@@ -16,31 +16,27 @@ from nearfar.data.cache import cached_arrays
 from nearfar.errors import NearfarError, nearest_name
 from nearfar.models import ProjectionHead
 from nearfar.models.projection import Dropout
-from nearfar.models.text.pretrained import PretrainedTextModel
 from nearfar.models.text.trainable import WordTextEncoder
 from nearfar.models.text.words import TokenBatch
+from nearfar.towers import build_tower
+from nearfar.towers.text import TextTower
 
-__all__ = [
-    "ENCODERS",
-    "NAME",
-    "AspectAttention",
-    "AspectEncoder",
-    "AspectModel",
-    "build_encoder",
-    "linear_answers",
-]
+__all__ = ["ENCODERS", "NAME", "AspectAttention", "AspectModel", "linear_answers", "text_tower"]
 
-
-AspectEncoder = WordTextEncoder | PretrainedTextModel
-ENCODERS: dict[str, type[AspectEncoder]] = {"words": WordTextEncoder, "pretrained": PretrainedTextModel}
+#: by ``text_encoder=`` the encoder of the text tower that it means
+ENCODERS = {"words": "words", "pretrained": "transformer", "minilm": "minilm"}
+#: options of pretrained encoders
+_PRETRAINED = ("max_length", "lr", "freeze", "train", "lora_rank", "gradient_checkpointing")
 
 
-def build_encoder(kind: str, **options: Any) -> AspectEncoder:
-    """The encoder ``kind`` with its options: ``fit(texts)``, ``tokenize(texts)``, ``build()``, ``save(folder)``.
+def text_tower(kind: str = "words", *, run_lr: float | None = None, **options: Any) -> TextTower:
+    """The tower that reads reviews as tokens: the encoder ``kind`` with its options (docs/systems/aspects.md).
 
-    >>> build_encoder("words", dims=16, hidden=16).kind
-    'words'
-    >>> build_encoder("words", dim=16)
+    ``freeze`` keeps pretrained weights as they are; ``lr=None`` trains them at ``run_lr``, the run's learning rate.
+
+    >>> text_tower("words", dims=16, hidden=16).description
+    '16-d words and pieces, bidirectional LSTM of 16 states, convolutions over 1 and 3 words (not fitted yet); all ...'
+    >>> text_tower("words", dim=16)
     Traceback (most recent call last):
     nearfar.errors.NearfarError: text_encoder=words has no option 'dim'; did you mean 'dims'?
     """
@@ -48,11 +44,27 @@ def build_encoder(kind: str, **options: Any) -> AspectEncoder:
         raise NearfarError(
             f"text_encoder={kind}: no encoder of that kind is trained with the aspects; {nearest_name(kind, ENCODERS)}"
         )
-    known = list(inspect.signature(ENCODERS[kind]).parameters)
+    known = list(inspect.signature(WordTextEncoder).parameters) if kind == "words" else list(_PRETRAINED)
+    known += ["model", "revision"] if kind == "pretrained" else []
     for option in options:
         if option not in known:
             raise NearfarError(f"text_encoder={kind} has no option {option!r}; {nearest_name(option, known)}")
-    return ENCODERS[kind](**options)
+    if kind == "pretrained":
+        options.setdefault("model", "vinai/phobert-base-v2")
+    if kind != "words":
+        freeze, train = options.pop("freeze", False), options.pop("train", None)
+        if not isinstance(freeze, bool):
+            raise NearfarError(f"text_encoder.freeze={freeze}: true or false is needed.")
+        if freeze and train not in (None, "head"):
+            raise NearfarError(
+                f"text_encoder.freeze=true and text_encoder.train={train}: leave one of them out."
+            )
+        options["train"] = train or ("head" if freeze else "full")
+        if "lr" in options and options["lr"] is None:
+            options["lr"] = run_lr
+    tower = build_tower("text", "text_encoder", encoder=ENCODERS[kind], states=True, **options)
+    assert isinstance(tower, TextTower)
+    return tower
 
 
 NAME = "TF-IDF + linear SVM"
@@ -153,7 +165,7 @@ class AspectModel(nn.Module):
     """``encode`` gives (b, A, d), one vector of the review for each aspect, from which all heads start.
 
     Args:
-        encoder: a module with ``width`` = d that turns a `TokenBatch` into states (b, t, d) and a pooled vector.
+        encoder: the module of a text tower, with ``width`` = d, whose ``states`` of a `TokenBatch` are (b, t, d).
         aspects, classes: how many.
         projection_dim: length of the vectors that are contrasted; 0 where nothing is contrasted.
         dropout: before the heads.
@@ -180,6 +192,7 @@ class AspectModel(nn.Module):
             if projection_dim
             else None
         )
+        self.register_load_state_dict_pre_hook(_named_network)
 
     def heads(self) -> list[nn.Parameter]:
         """All parameters but the encoder's."""
@@ -188,7 +201,7 @@ class AspectModel(nn.Module):
 
     def encode(self, tokens: TokenBatch) -> Float[Tensor, "b a d"]:
         """A review as one vector for each aspect."""
-        states = self.encoder(tokens)[0]
+        states: Tensor = self.encoder.states(tokens)  # type: ignore[operator]
         return self.attention(states, tokens.mask)
 
     def classify(self, aspects: Float[Tensor, "b a d"]) -> Float[Tensor, "b a c"]:
@@ -198,3 +211,11 @@ class AspectModel(nn.Module):
     def project(self, aspects: Float[Tensor, "b a d"]) -> Float[Tensor, "b p"] | None:
         """What is contrasted, not normalised; None without a contrastive term."""
         return None if self.projection is None else self.projection(aspects.flatten(1))
+
+
+def _named_network(model: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:
+    """Reads weights of earlier runs, in which the encoder was no tower: a network over words stood a level higher."""
+    place = f"{prefix}encoder."
+    for name in [name for name in state if name.startswith(place)]:
+        if not name.startswith(f"{place}network."):
+            state[f"{place}network.{name.removeprefix(place)}"] = state.pop(name)

@@ -177,6 +177,6 @@ class AspectOptions(RunOptions):
 
     def check(self) -> None:
         super().check()
-        from nearfar.systems.aspects.model import build_encoder
+        from nearfar.systems.aspects.model import text_tower
 
-        build_encoder(**self.text_encoder)
+        text_tower(**self.text_encoder, run_lr=self.lr)

@@ -6,18 +6,19 @@ import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 from numpy import ndarray
 
+from nearfar.data.items import Items
 from nearfar.data.rejections import Rejections
-from nearfar.data.splits import split_hash
 from nearfar.errors import NearfarError
 from nearfar.systems.aspects.labels import POLARITIES
 
-__all__ = ["AspectSplit", "Records", "hold_out", "separate", "text_key"]
+__all__ = ["Records", "hold_out", "repeats", "separate", "split_layout", "text_key"]
 
 
 def text_key(text: str) -> str:
@@ -64,6 +65,11 @@ class Records:
             self.notes,
         )
 
+    def items(self, aspects: Sequence[str]) -> Items:
+        """The reviews as items with the columns ``text`` and ``codes``; ids are made unique by the file's name."""
+        ids = [f"{Path(self.source).name}:{each}" for each in self.ids]
+        return Items(ids, {"text": self.texts, "codes": self.codes(aspects)}, self.source)
+
     def codes(self, aspects: Sequence[str]) -> Int[ndarray, "n a"]:
         """Codes (n, A) in the order of ``aspects``; letter case is ignored, unlabelled is 0."""
         place = {aspect.casefold(): i for i, aspect in enumerate(aspects)}
@@ -87,55 +93,31 @@ class Records:
         }
 
 
-@dataclass(frozen=True)
-class AspectSplit:
-    """A split: texts, codes (n, A), ids, and where it comes from."""
-
-    name: str
-    source: str
-    texts: list[str]
-    codes: Int[ndarray, "n a"]
-    ids: list[str]
-
-    def __len__(self) -> int:
-        return len(self.texts)
-
-    def take(self, chosen: Int[ndarray, " m"], name: str) -> AspectSplit:
-        """Some of its reviews as a split of their own."""
-        return AspectSplit(
-            name,
-            self.source,
-            [self.texts[i] for i in chosen],
-            self.codes[chosen],
-            [self.ids[i] for i in chosen],
-        )
-
-    def layout(self, aspects: Sequence[str]) -> dict[str, object]:
-        """Counts and hash."""
-        counts = {
-            aspect: {
-                name: int((self.codes[:, a] == kind).sum()) for kind, name in enumerate(POLARITIES, start=1)
-            }
-            for a, aspect in enumerate(aspects)
-        }
-        return {
-            "rows": len(self),
-            "source": self.source,
-            "texts": len({text_key(text) for text in self.texts}),
-            "mentions": counts,
-            "unknown_labels": int((self.codes < 0).sum()),
-            "label_combinations": len(Counter(map(tuple, self.codes.tolist()))),
-            "split_hash": split_hash(self.ids),
-        }
+def split_layout(items: Items, aspects: Sequence[str]) -> dict[str, object]:
+    """Counts and hash of a split, for ``dataset_layout.json``."""
+    codes = items.array("codes")
+    counts = {
+        aspect: {name: int((codes[:, a] == kind).sum()) for kind, name in enumerate(POLARITIES, start=1)}
+        for a, aspect in enumerate(aspects)
+    }
+    return {
+        "rows": len(items),
+        "source": items.source,
+        "texts": len({text_key(text) for text in items.texts("text")}),
+        "mentions": counts,
+        "unknown_labels": int((codes < 0).sum()),
+        "label_combinations": len(Counter(map(tuple, codes.tolist()))),
+        "split_hash": items.hash,
+    }
 
 
-def separate(parts: dict[str, AspectSplit]) -> dict[str, int]:
+def separate(parts: dict[str, Items]) -> dict[str, int]:
     """Remove texts that occur in several splits from ``parts``, in place: from train if val or test has them, from val
     if test has them. Of copies in train with the same labels one is kept. Copies within val and within test are kept.
 
     Returns the number of removed rows by reason.
     """
-    keys = {name: [text_key(text) for text in split.texts] for name, split in parts.items()}
+    keys = {name: [text_key(text) for text in items.texts("text")] for name, items in parts.items()}
     left_out: dict[str, int] = {}
     for name, others in (("train", ("val", "test")), ("val", ("test",))):
         if name not in parts:
@@ -145,8 +127,9 @@ def separate(parts: dict[str, AspectSplit]) -> dict[str, int]:
         repeated = np.zeros(len(crossing), dtype=bool)
         if name == "train":
             seen: set[tuple[str, bytes]] = set()
+            codes = parts[name].array("codes")
             for i, key in enumerate(keys[name]):
-                content = (key, parts[name].codes[i].tobytes())
+                content = (key, codes[i].tobytes())
                 repeated[i] = content in seen
                 seen.add(content)
         for words, which in (
@@ -160,21 +143,40 @@ def separate(parts: dict[str, AspectSplit]) -> dict[str, int]:
             raise NearfarError(
                 f"every text of {name} also stands in a different split: nothing is left of it."
             )
-        parts[name] = parts[name].take(kept, name)
+        parts[name] = parts[name].take(kept)
         keys[name] = [keys[name][i] for i in kept]
     return left_out
 
 
-def hold_out(split: AspectSplit, fraction: float, name: str, seed: int) -> tuple[AspectSplit, AspectSplit]:
+def hold_out(items: Items, fraction: float, name: str, seed: int) -> tuple[Items, Items]:
     """Two parts that share no text, drawn by ``seed``; copies of a text stay together."""
-    keys = [text_key(text) for text in split.texts]
+    keys = [text_key(text) for text in items.texts("text")]
     distinct = sorted(set(keys))
     out = max(1, round(fraction * len(distinct)))
     if len(distinct) - out < 2:
         raise NearfarError(
-            f"{split.source} has {len(distinct)} different texts: too few to hold {out} of them out as {name}."
+            f"{items.source} has {len(distinct)} different texts: too few to hold {out} of them out as {name}."
         )
     drawn: Int[ndarray, " n"] = np.random.default_rng([seed, len(distinct)]).permutation(len(distinct))[:out]
     chosen = {distinct[i] for i in drawn}
     held_out = np.array([key in chosen for key in keys])
-    return split.take(np.flatnonzero(~held_out), split.name), split.take(np.flatnonzero(held_out), name)
+    return items.take(np.flatnonzero(~held_out)), items.take(np.flatnonzero(held_out))
+
+
+def repeats(
+    codes: Int[ndarray, "n a"], pairs: Int[ndarray, "k 2"], frequency: float, most: int, seed: int = 0
+) -> Int[ndarray, " n"]:
+    """Copies of each review: at least 1, at most ``most``; labels of less than the share ``frequency`` are rare.
+
+    >>> codes = np.array([[3]] * 99 + [[2]])
+    >>> repeats(codes, np.array([[0, 3], [0, 2]]), frequency=0.16, most=10)[-2:].tolist()
+    [1, 4]
+    """
+    wanted = np.ones(len(codes))
+    for aspect, polarity in pairs:
+        has_label = codes[:, aspect] == polarity
+        share = has_label.mean()
+        if share > 0:
+            wanted[has_label] = np.maximum(wanted[has_label], np.sqrt(frequency / share))
+    rounded = np.floor(wanted + np.random.default_rng(seed).random(len(codes))).astype(np.int64)
+    return np.clip(rounded, 1, most)

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from nearfar.batching import BatchSampler, LengthBatchSampler
+from nearfar.data.batch import Batch, ItemDataset, Rows
 from nearfar.data.cache import content_key
+from nearfar.data.items import Items
 from nearfar.data.splits import column_name, data_paths
 from nearfar.errors import NearfarError
 from nearfar.metrics import Estimate
+from nearfar.models.text.words import TokenBatch, TokenTable
 from nearfar.systems.aspects.data import AspectData, load_embedded, load_files
-from nearfar.systems.aspects.dataset import AspectBatch, AspectDataset, repeats
 from nearfar.systems.aspects.model import NAME as LINEAR
-from nearfar.systems.aspects.model import AspectEncoder, AspectModel, build_encoder, linear_answers
+from nearfar.systems.aspects.model import AspectModel, linear_answers, text_tower
 from nearfar.systems.aspects.objective import AspectObjective, class_weights
 from nearfar.systems.aspects.options import AspectOptions
-from nearfar.systems.aspects.records import AspectSplit
+from nearfar.systems.aspects.records import repeats
 from nearfar.systems.aspects.report import (
     baseline_section,
     calibration_section,
@@ -29,13 +31,14 @@ from nearfar.systems.aspects.report import (
     hardest_section,
 )
 from nearfar.systems.aspects.scores import Decision, Scores, choose_decision, polarity_weights, score_split
+from nearfar.towers.text import TextTower
 from nearfar.training.sections import Section
 from nearfar.training.system import Evaluation, Say, StepOutput, System, TrainSampler
 
 __all__ = ["AspectSystem"]
 
 
-class AspectSystem(System[AspectBatch, AspectModel]):
+class AspectSystem(System[Batch, AspectModel]):
     """Trains a text encoder to classify the aspects of a review and their polarity, optionally with contrast."""
 
     name = "aspects"
@@ -46,10 +49,10 @@ class AspectSystem(System[AspectBatch, AspectModel]):
     def __init__(self, config: AspectOptions) -> None:
         self.config = config
         self.data: AspectData
-        self.encoder: AspectEncoder
+        self.tower: TextTower
         self.objective: AspectObjective
         self.decision: Decision
-        self.datasets: dict[str, AspectDataset] = {}
+        self.datasets: dict[str, ItemDataset] = {}
         self._linear: dict[str, np.ndarray] = {}
         self._linear_estimates: dict[str, dict[str, Estimate]] = {}
         self._usual: np.ndarray
@@ -63,13 +66,14 @@ class AspectSystem(System[AspectBatch, AspectModel]):
         self.data = self.load_data(say)
         say(self.data.summary())
         train, scheme = self.data.train, self.data.scheme
-        self.encoder = build_encoder(**config.text_encoder).fit(train.texts)
-        say(f"text encoder: {self.encoder.description}")
-        for name, split in self.data.splits.items():
-            self.datasets[name] = AspectDataset(
-                self.encoder.tokenize(split.texts), torch.from_numpy(split.codes)
-            )
-        codes = torch.from_numpy(train.codes)
+        texts = {name: items.texts("text") for name, items in self.data.splits.items()}
+        self.tower = text_tower(**config.text_encoder, run_lr=config.lr).fit(texts["train"])
+        say(f"text encoder: {self.tower.description}")
+        for name, items in self.data.splits.items():
+            inputs = {"text": self.tower.read(texts[name]), "codes": Rows(items.array("codes"))}
+            self.datasets[name] = ItemDataset(inputs, seed=config.seed)
+        known = train.array("codes")
+        codes = torch.from_numpy(known)
         self.objective = AspectObjective(
             scheme,
             class_weights(codes, scheme.classes, config.alpha),
@@ -80,9 +84,9 @@ class AspectSystem(System[AspectBatch, AspectModel]):
             temperature=config.temperature,
             reduction=config.reduction,
         )
-        evaluated = {name: split.texts for name, split in self.data.splits.items() if name in ("val", "test")}
-        self._linear = linear_answers(train.texts, train.codes, evaluated)
-        counts = np.stack([(train.codes == kind).sum(axis=0) for kind in range(scheme.classes)], axis=1)
+        evaluated = {name: some for name, some in texts.items() if name in ("val", "test")}
+        self._linear = linear_answers(texts["train"], known, evaluated)
+        counts = np.stack([(known == kind).sum(axis=0) for kind in range(scheme.classes)], axis=1)
         self._usual = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
         self._weights = polarity_weights(counts[:, 1:], config.logit_adjustment)
         self.decision = Decision.plain(len(scheme.aspects), self._weights)
@@ -119,7 +123,7 @@ class AspectSystem(System[AspectBatch, AspectModel]):
 
     def layout(self) -> dict[str, object]:
         """Counts, rejections, hashes, and which encoder is really used."""
-        encoder = {"kind": self.encoder.kind, "description": self.encoder.description}
+        encoder = {"kind": self.config.text_encoder["kind"], "description": self.tower.description}
         return self.data.layout() | {
             "data_hash": self.content_hash(*self.data.splits.values()),
             "text_encoder": encoder,
@@ -127,9 +131,9 @@ class AspectSystem(System[AspectBatch, AspectModel]):
         }
 
     @staticmethod
-    def content_hash(*splits: AspectSplit) -> str:
+    def content_hash(*splits: Items) -> str:
         """A hash of the content of splits: sixteen hexadecimal digits of ids, texts and codes, in order."""
-        return content_key(*([s.ids, s.texts, s.codes] for s in splits))[:16]
+        return content_key(*([s.ids, s.texts("text"), s.array("codes")] for s in splits))[:16]
 
     # -- batches ---------------------------------------------------------------------------------------------
     def build_sampler(self) -> LengthBatchSampler:
@@ -143,10 +147,11 @@ class AspectSystem(System[AspectBatch, AspectModel]):
         if config.balance == "oversample":
             pairs = self.data.scheme.pair_array
             copies = repeats(
-                train.codes, pairs, config.oversample_frequency, config.oversample_most, config.seed
+                train.array("codes"), pairs, config.oversample_frequency, config.oversample_most, config.seed
             )
-        lengths = self.datasets["train"].tokens.lengths
-        return LengthBatchSampler(lengths, config.batch_size, repeats=copies, seed=config.seed)
+        tokens = self.datasets["train"].inputs["text"]
+        assert isinstance(tokens, TokenTable)
+        return LengthBatchSampler(tokens.lengths, config.batch_size, repeats=copies, seed=config.seed)
 
     def check_sampler(self, sampler: TrainSampler, say: Say) -> None:
         """Announce the effect of oversampling; there are no neighbours that could be misaligned."""
@@ -170,7 +175,7 @@ class AspectSystem(System[AspectBatch, AspectModel]):
         """A fresh model."""
         config, scheme = self.config, self.data.scheme
         return AspectModel(
-            self.encoder.build(),
+            self.tower.build(),
             len(scheme.aspects),
             scheme.classes,
             projection_dim=config.projection_dim if config.contrastive != "none" else 0,
@@ -180,7 +185,7 @@ class AspectSystem(System[AspectBatch, AspectModel]):
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """Weight decay for matrices that are no embeddings; a pretrained encoder has its own learning rate."""
         assert isinstance(model, AspectModel)
-        rate = getattr(self.encoder, "lr", None)
+        rate = self.tower.lr
         tables = [m.weight for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
         groups: list[dict[str, Any]] = []
         for parameters, lr in ((model.encoder.parameters(), rate), (model.heads(), None)):
@@ -193,22 +198,26 @@ class AspectSystem(System[AspectBatch, AspectModel]):
                     groups.append({"params": some, "weight_decay": decay} | own)
         return groups
 
-    def encode(self, model: AspectModel, batch: AspectBatch) -> dict[str, Tensor]:
+    def encode(self, model: AspectModel, batch: Batch) -> dict[str, Tensor]:
         """A review as one vector for each aspect (b, A, d)."""
-        return {"aspects": model.encode(batch.tokens)}
+        return {"aspects": model.encode(cast(TokenBatch, batch["text"]))}
 
-    def loss_of(self, model: AspectModel, embeddings: Mapping[str, Tensor], batch: AspectBatch) -> StepOutput:
+    def loss_of(self, model: AspectModel, embeddings: Mapping[str, Tensor], batch: Batch) -> StepOutput:
         """The objective; its terms' shares of the gradient are measured on the review's vectors, their common input."""
         aspects = embeddings["aspects"]
         objective = self.objective.to(aspects.device)
         loss = objective(
-            model.classify(aspects), model.project(aspects), batch.codes, self._epoch, self.config.epochs
+            model.classify(aspects),
+            model.project(aspects),
+            batch.tensor("codes"),
+            self._epoch,
+            self.config.epochs,
         )
         return StepOutput(loss, objective.record, lambda: objective.shares([aspects]))
 
-    def embed(self, model: AspectModel, batch: AspectBatch) -> dict[str, Tensor]:
+    def embed(self, model: AspectModel, batch: Batch) -> dict[str, Tensor]:
         """Probabilities (b, A, C), and the review as one vector, the mean over its aspects."""
-        aspects = model.encode(batch.tokens)
+        aspects = self.encode(model, batch)["aspects"]
         return {
             "review": aspects.mean(dim=1).float(),
             "probabilities": model.classify(aspects).float().softmax(dim=-1),
@@ -230,14 +239,14 @@ class AspectSystem(System[AspectBatch, AspectModel]):
             say("thresholds: none chosen; an aspect counts as mentioned from a probability of one half on")
             return
         probabilities = outputs(split)["probabilities"].double().numpy()
-        truth = self.data.splits[split].codes
+        truth = self.data.splits[split].array("codes")
         self.decision = choose_decision(kind, truth, probabilities, split, self._weights)
         say(f"thresholds: chosen on {split} ({kind})")
 
     def _scores(self, split: str, codes: np.ndarray, probabilities: np.ndarray | None, final: bool) -> Scores:
         part = self.data.splits[split]
         return score_split(
-            part.codes,
+            part.array("codes"),
             codes,
             self.data.scheme,
             probabilities,
@@ -269,16 +278,17 @@ class AspectSystem(System[AspectBatch, AspectModel]):
     def report_sections(self, outputs: Mapping[str, Tensor], split: str) -> list[Section]:
         """Comparison with the linear baseline, confusion tables, calibration, reviews with the largest loss."""
         part, scheme = self.data.splits[split], self.data.scheme
+        truth = part.array("codes")
         probabilities = outputs["probabilities"].double().numpy()
         codes = self.decision.codes(probabilities)
         estimates = self._scores(split, codes, probabilities, final=True).estimates
         return [
             baseline_section(estimates, self._linear_estimates[split], LINEAR, scheme.aspects),
-            confusion_section(part.codes, codes, scheme),
-            calibration_section(part.codes, probabilities),
-            hardest_section(part.texts, part.codes, probabilities, codes, scheme),
+            confusion_section(truth, codes, scheme),
+            calibration_section(truth, probabilities),
+            hardest_section(part.texts("text"), truth, probabilities, codes, scheme),
         ]
 
     def save_assets(self, folder: Path) -> None:
-        """The fitted text encoder, which is needed to encode new reviews."""
-        self.encoder.save(folder / "text_encoder")
+        """The fitted text tower, which is needed to encode new reviews."""
+        self.tower.save(folder / "towers" / "text")

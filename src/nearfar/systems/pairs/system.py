@@ -31,7 +31,7 @@ from nearfar.systems.pairs.options import (
     column_names,
 )
 from nearfar.systems.view_system import KS, LABEL, NEGATIVES, ViewSystem
-from nearfar.towers import Tower, build_tower, guess_tower, tower_names
+from nearfar.towers import Tower, build_tower, encoder_options, guess_tower, tower_names
 from nearfar.training.sections import Picture
 from nearfar.training.system import Say
 
@@ -147,8 +147,7 @@ class PairSystem(ViewSystem):
         kind = str(own.pop("tower", None) or guess_tower(self.splits["train"][view]))
         options: dict[str, Any] = {}
         if kind in ENCODER_OPTIONS and "encoder" not in own:
-            options = dict(getattr(self.config, ENCODER_OPTIONS[kind]))
-            options["encoder"] = options.pop("kind")
+            options = encoder_options(getattr(self.config, ENCODER_OPTIONS[kind]))
         return kind, options | own
 
     def further_inputs(self, split: str, items: Items) -> dict[str, Inputs]:

@@ -9,28 +9,33 @@ import torch
 from numpy import ndarray
 from torch import Tensor
 
+from nearfar.data.batch import Batch, ItemDataset
 from nearfar.metrics import Estimate
+from nearfar.models.views import ViewModel
 from nearfar.systems.relations.data import RelationData
-from nearfar.systems.relations.dataset import RelationBatch, RelationDataset
 from nearfar.systems.relations.evaluation import PAIR, Predictions, Scores, pair_retrieval, score_predictions
-from nearfar.systems.relations.model import RelationModel
 from nearfar.systems.relations.options import RelationOptions
 from nearfar.systems.relations.probe import (
     FUSED,
     LINEAR,
+    NAMES,
+    SPATIAL,
+    VISUAL,
     Blocks,
     blocks_of,
+    has_pixels,
     probe_inputs,
     probe_scores,
     sample_rows,
 )
+from nearfar.systems.view_system import LABEL
 from nearfar.training.system import Evaluation
 
 __all__ = ["Evaluator"]
 
 
 #: a model's embeddings of a batch, by view
-Embed = Callable[[RelationModel, RelationBatch], Mapping[str, Tensor]]
+Embed = Callable[[ViewModel, Batch], Mapping[str, Tensor]]
 _CHUNK = 2048  # training rows embedded at a time
 _PAIRS_AFTER_EPOCH = 480  # pairs of pair retrieval after each epoch; the final evaluation takes all
 
@@ -49,11 +54,11 @@ class Evaluator:
         self,
         config: RelationOptions,
         data: RelationData,
-        datasets: Mapping[str, RelationDataset],
+        datasets: Mapping[str, ItemDataset],
         embed: Embed,
     ) -> None:
         self.config, self.data, self.datasets, self.embed = config, data, datasets, embed
-        self.label = datasets["train"].label.numpy()
+        self.label = datasets["train"].tensor(LABEL).numpy()
         self.constant = int(np.bincount(self.label).argmax())
         self.predictions: dict[str, Predictions] = {}
         self.scores: dict[str, Scores] = {}
@@ -67,14 +72,14 @@ class Evaluator:
         """Pairs in a batch of pair retrieval: one size in every split, so that their chance is the same."""
         evaluated = [d for name, d in self.datasets.items() if name != "train"]
         second = [
-            np.ones(len(d), bool) if d.names is not None and d.visual is None else d.has_pixels.numpy()
+            np.ones(len(d), bool) if NAMES in d.inputs and VISUAL not in d.inputs else has_pixels(d)
             for d in evaluated
         ]
         return min(int(self.config.batch_size), *(int(rows.sum()) for rows in second), len(second[0]))
 
     # -- before ----------------------------------------------------------------------------------------------
     def embed_train(
-        self, model: RelationModel, split: str, final: bool, untrained_model: Callable[[], RelationModel]
+        self, model: ViewModel, split: str, final: bool, untrained_model: Callable[[], ViewModel]
     ) -> None:
         """Embed the training pairs on which probes are fitted; for the final evaluation also by an untrained model."""
         self._at = sample_rows(self.label, self.config.probe_rows if final else self.config.monitor_rows)
@@ -88,7 +93,7 @@ class Evaluator:
             }
 
     @torch.no_grad()
-    def _embedded(self, model: RelationModel, split: str, at: ndarray) -> Blocks:
+    def _embedded(self, model: ViewModel, split: str, at: ndarray) -> Blocks:
         dataset, device = self.datasets[split], next(model.parameters()).device
         parts: list[dict[str, Tensor]] = []
         for start in range(0, len(at), _CHUNK):
@@ -113,9 +118,8 @@ class Evaluator:
         if pair is not None:
             result.estimates[PAIR], result.per_image[PAIR] = pair
         if final:
-            has_pixels = self.datasets[split].has_pixels.numpy()
             self.predictions[split] = Predictions(
-                part.ids, part.image, label, has_pixels, self.data.relations, scores
+                part.ids, part.image, label, has_pixels(self.datasets[split]), self.data.relations, scores
             )
             self.scores[split] = result
         majority = float((label == self.constant).mean())
@@ -144,10 +148,8 @@ class Evaluator:
         part, label, relations = self.data.splits[split], self.data.labels(split), self.data.relations
         order = [FUSED, LINEAR, *predicted]
         ordered = {metric: predicted[metric] for metric in dict.fromkeys(order) if metric in predicted}
-        has_pixels, every = self.datasets[split].has_pixels.numpy(), np.ones(len(part), bool)
-        parts = {"": every} | (
-            {"with_photo/": has_pixels} if final and has_pixels.any() and not has_pixels.all() else {}
-        )
+        pixels, every = has_pixels(self.datasets[split]), np.ones(len(part), bool)
+        parts = {"": every} | ({"with_photo/": pixels} if final and pixels.any() and not pixels.all() else {})
         scores = Scores(list(dict.fromkeys(part.image)), {}, {})
         for prefix, rows in parts.items():
             part_scores = score_predictions(
@@ -168,15 +170,15 @@ class Evaluator:
     def _pair_retrieval(
         self, outputs: Mapping[str, Tensor], split: str, final: bool
     ) -> tuple[Estimate, ndarray] | None:
-        second = "visual" if "visual" in outputs else "names" if "names" in outputs else None
+        second = next((view for view in (VISUAL, NAMES) if view in outputs), None)
         if second is None:
             return None
         part = self.data.splits[split]
-        rows = self.datasets[split].has_pixels.numpy() if second == "visual" else np.ones(len(part), bool)
+        rows = has_pixels(self.datasets[split]) if second == VISUAL else np.ones(len(part), bool)
         if not final:  # enough for a curve
             rows = rows & (np.cumsum(rows) <= _PAIRS_AFTER_EPOCH)
         return pair_retrieval(
-            outputs["spatial"],
+            outputs[SPATIAL],
             outputs[second],
             rows,
             part.image,

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from nearfar.config import RunOptions, fraction, group, option, path, raw_group, samplers
+from nearfar.config import fraction, group, option, path, raw_group, samplers
 from nearfar.config.samplers import SamplerOptions
+from nearfar.config.views import ViewOptions
 from nearfar.errors import NearfarError
 from nearfar.systems.relations.records import chosen_relations
 
@@ -81,7 +82,7 @@ class SupConInsideOptions:
 
 
 @dataclass
-class RelationOptions(RunOptions):
+class RelationOptions(ViewOptions):
     """Spatial relations from crops and boxes."""
 
     system: str = "relations"
@@ -91,15 +92,12 @@ class RelationOptions(RunOptions):
     lr_schedule: str = "constant"
     patience: int | None = 12
     min_epochs: int = 30
+    embedding_dim: int = 256
     relations: Any = option(
         "top5",
         "classes; top5: on, above, under, next to, below; all10; or a list such as [on,under]",
         rule=_Relations(),
     )
-    temperature: float = option(
-        0.07, "temperature of the loss, by which similarities are divided", least=1e-3, role="loss"
-    )
-
     pixels: bool = option(True, "crops as a view, where there is a photo; boxes always are one")
     categories: bool = option(False, "names of subject and object as a view")
     spatial: Literal["raw", "log", "iou", "relative"] = option(
@@ -113,7 +111,6 @@ class RelationOptions(RunOptions):
         most=0.45,
     )
     visual_hidden: int = option(512, "hidden width of the head over pixels", least=1)
-    embedding_dim: int = option(256, "dimensions of the shared embedding space", least=1)
     visual_dropout: float = fraction(0.4, "dropout in the heads over pixels and names")
     spatial_dropout: float = fraction(0.3, "dropout in the head over boxes")
     keep_inputs: bool = option(
@@ -135,7 +132,13 @@ class RelationOptions(RunOptions):
     image_encoder: dict[str, Any] = raw_group(
         {"kind": "efficientnet"}, "encoder of the crops", models=("name",)
     )
-    sampler: SamplerOptions = group(random=samplers.random, balanced=samplers.balanced, role="batches")
+    sampler: SamplerOptions = group(
+        random=samplers.random,
+        balanced=samplers.balanced,
+        hard=samplers.hard,
+        partition=samplers.partition,
+        role="batches",
+    )
     loss: InfoNCEOptions | SupConOptions | SupConInsideOptions = group(
         infonce=InfoNCEOptions(), supcon=SupConOptions(), supcon_inside=SupConInsideOptions(), role="loss"
     )
@@ -162,6 +165,10 @@ class RelationOptions(RunOptions):
             )
         if not self.pixels and data.photos == "required":
             raise NearfarError("data.photos=required, but pixels=false looks at none.")
+        if self.loss.name != "infonce":
+            for name, given in (("learn_temperature", self.learn_temperature), ("memory", self.memory)):
+                if given:
+                    raise NearfarError(f"{name}={given} is for loss=infonce: take that, or leave {name} out.")
         boxes_alone = not self.pixels and not self.categories and not self.box_jitter
         if boxes_alone and self.loss.name == "infonce":
             raise NearfarError(

@@ -6,25 +6,33 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from jaxtyping import Bool, Float, Int
 from numpy import ndarray
 from torch import Tensor
 
+from nearfar.data.batch import ItemDataset
 from nearfar.errors import NearfarError
-from nearfar.systems.relations.dataset import RelationDataset
+from nearfar.systems.view_system import PRESENT
 
 __all__ = [
     "FUSED",
     "LINEAR",
+    "NAMES",
+    "SPATIAL",
+    "VISUAL",
     "Blocks",
     "RelationProbe",
     "blocks_of",
+    "has_pixels",
     "probe_inputs",
     "probe_scores",
     "sample_rows",
 ]
 
 
+#: the views of a pair: the geometry of its boxes, the pixels in them, the names of both objects
+SPATIAL, VISUAL, NAMES = "spatial", "visual", "names"
 #: parts of a pair's embedding by name, (n, d) each; a row of NaN is a part that this pair lacks
 Blocks = Mapping[str, Float[ndarray, "n d"]]
 #: of the RBF kernel, where every part has variance 1 in all; on the annotations of VRD .3 to .7 scored the same
@@ -146,17 +154,27 @@ def sample_rows(label: Int[ndarray, " n"], most: int, seed: int = 0) -> Int[ndar
 FUSED, LINEAR = "probe/accuracy", "linear_probe/accuracy"
 
 
-def blocks_of(dataset: RelationDataset, outputs: Mapping[str, Tensor], at: Int[ndarray, " n"]) -> Blocks:
+def has_pixels(dataset: ItemDataset) -> Bool[ndarray, " n"]:
+    """Which pairs of a split have a photo that is used."""
+    if VISUAL not in dataset.inputs:
+        return np.zeros(len(dataset), dtype=bool)
+    if f"{PRESENT}{VISUAL}" not in dataset.inputs:
+        return np.ones(len(dataset), dtype=bool)
+    return dataset.tensor(f"{PRESENT}{VISUAL}").numpy()
+
+
+def blocks_of(dataset: ItemDataset, outputs: Mapping[str, Tensor], at: Int[ndarray, " n"]) -> Blocks:
     """The embeddings of some rows ("view …") and their inputs: numbers, pixels, words."""
-    has_pixels = dataset.has_pixels.numpy()[at]
-    blocks = {"numbers": dataset.numbers.numpy()[at]}
-    if dataset.visual is not None:
-        blocks["pixels"] = _missing_as_nan(dataset.visual.numpy()[at], has_pixels)
-    if dataset.names is not None:
-        blocks["words"] = dataset.names.numpy()[at]
-    for name, view in outputs.items():
-        rows = view.numpy()
-        blocks[f"view {name}"] = _missing_as_nan(rows, has_pixels) if name == "visual" else rows
+    pixels, positions = has_pixels(dataset)[at], torch.from_numpy(at)
+    blocks = {}
+    for view, name in ((SPATIAL, "numbers"), (VISUAL, "pixels"), (NAMES, "words")):
+        if view in dataset.inputs:
+            rows = dataset.inputs[view].batch(positions)
+            assert isinstance(rows, Tensor)
+            blocks[name] = _missing_as_nan(rows.numpy(), pixels) if view == VISUAL else rows.numpy()
+    for name, view_ in outputs.items():
+        rows_ = view_.numpy()
+        blocks[f"view {name}"] = _missing_as_nan(rows_, pixels) if name == VISUAL else rows_
     return blocks
 
 
@@ -189,5 +207,5 @@ def probe_scores(
     return probe.scores({name: test[name] for name in names}, count)
 
 
-def _missing_as_nan(rows: ndarray, has_pixels: ndarray) -> ndarray:
-    return rows if has_pixels.all() else np.where(has_pixels[:, None], rows, np.nan)
+def _missing_as_nan(rows: ndarray, pixels: ndarray) -> ndarray:
+    return rows if pixels.all() else np.where(pixels[:, None], rows, np.nan)

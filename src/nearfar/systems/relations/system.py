@@ -1,36 +1,45 @@
-"""Spatial relations as a system: contrastive alignment of crops and boxes, and a probe on the frozen embedding."""
+"""Spatial relations as a system: crops, boxes and names aligned, and a probe on the frozen embedding."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch.nn.functional as F
-from numpy import ndarray
-from torch import Tensor
+from torch import Tensor, nn
 
-from nearfar.batching import BatchSampler
-from nearfar.data.rejections import Rejections
+from nearfar.batching import BalancedBatchSampler, BatchSampler, RandomBatchSampler
+from nearfar.data.batch import Augment, Batch, Inputs, Rows
+from nearfar.data.files import Json
+from nearfar.data.items import Items
 from nearfar.errors import NearfarError
-from nearfar.models.image import build_image_encoder
-from nearfar.models.text import build_text_encoder, embed_texts
+from nearfar.losses.views import ViewContext, ViewLoss
+from nearfar.models.projection import perceptron
+from nearfar.models.views import ViewModel
+from nearfar.systems.relations.batches import GROUP, JITTERED, BatchesBySort, BoxJitter
 from nearfar.systems.relations.data import RelationData, load_data
-from nearfar.systems.relations.dataset import RelationBatch, RelationDataset, Scaler, build_sampler
 from nearfar.systems.relations.evaluator import Evaluator
-from nearfar.systems.relations.features import crop_features, names_of, spatial_numbers
-from nearfar.systems.relations.model import RelationModel, ViewLoss
-from nearfar.systems.relations.options import RelationOptions
-from nearfar.systems.relations.probe import LINEAR
+from nearfar.systems.relations.options import InfoNCEOptions, RelationOptions, SupConInsideOptions
+from nearfar.systems.relations.probe import LINEAR, NAMES, SPATIAL, VISUAL, has_pixels
 from nearfar.systems.relations.report import sections
+from nearfar.systems.relations.towers import Crops, CropTower, NamesTower
+from nearfar.systems.view_system import LABEL, PRESENT, ViewSystem
+from nearfar.towers import Tower
+from nearfar.towers.boxes import BoxTower, names_of
 from nearfar.training.sections import Section
 from nearfar.training.state import initial_model
-from nearfar.training.system import Evaluation, Say, StepOutput, System, TrainSampler
+from nearfar.training.system import Evaluation, Say, TrainSampler
 
 __all__ = ["RelationSystem"]
 
+#: which views are contrasted; the jittered boxes are the second view of pairs with boxes alone
+CONTRASTED = ((VISUAL, SPATIAL), (VISUAL, NAMES), (SPATIAL, NAMES), (SPATIAL, JITTERED))
+BOX_LAYERS = (64, 128)
 
-class RelationSystem(System[RelationBatch, RelationModel]):
+
+class RelationSystem(ViewSystem):
     """Aligns the views of a pair of objects; a probe on the embedding predicts their relation."""
 
     name = "relations"
@@ -39,161 +48,201 @@ class RelationSystem(System[RelationBatch, RelationModel]):
     config: RelationOptions
 
     def __init__(self, config: RelationOptions) -> None:
-        self.config = config
-        self.loss = ViewLoss(
-            config.loss.name,
-            config.temperature,
-            getattr(config.loss, "symmetric", True),
-            sum=getattr(config.loss, "sum", None),
-        )
+        super().__init__(config)
         self.data: RelationData
-        self.datasets: dict[str, RelationDataset] = {}
-        self._encoders: dict[str, str] = {}
         self.evaluator: Evaluator
+        self._repeated = True
 
     # -- data ------------------------------------------------------------------------------------------------
     def load_data(self, say: Say) -> RelationData:
         """The splits, from the configured files or composed; encodes nothing."""
         return load_data(self.config)
 
-    def prepare(self, say: Say) -> None:
-        """Read and check the data, encode crops and names (or take them from the cache), standardise."""
-        config = self.config
+    def load_items(self, say: Say) -> dict[str, Items]:
         self.data = self.load_data(say)
         say(self.data.summary())
-        splits = self.data.splits
-        numbers = {
-            name: spatial_numbers(part.subject_box, part.object_box, part.size, config.spatial)
-            for name, part in splits.items()
-        }
-        self.loss.repeated = len(np.unique(splits["train"].group)) < len(splits["train"])
-        scaler = Scaler.of(numbers["train"])
-        visual, names = self._visual(say), self._names(say)
-        for name, part in splits.items():
-            self.datasets[name] = RelationDataset(
-                part,
-                self.data.labels(name),
-                scaler(numbers[name]),
-                visual.get(name),
-                names.get(name),
-                jitter=config.box_jitter if name == "train" else 0.0,
-                variant=config.spatial,
-                scaler=scaler,
-                seed=config.seed,
-            )
-        if not self.datasets["train"].has_pixels.any() and not config.categories and not config.box_jitter:
-            raise NearfarError(
-                "no training pair has a second view: no photo was found, and categories=false and box_jitter=0. Give "
-                "the photos with data.images=, or set box_jitter=0.05 or categories=true."
-            )
-        self.evaluator = Evaluator(config, self.data, self.datasets, self.embed)
+        group = self.data.train.group
+        self._repeated = len(np.unique(group)) < len(group)
+        return {name: self._items(name) for name in self.data.splits}
 
-    def _visual(self, say: Say) -> dict[str, ndarray]:
-        """Standardised features of both crops, where there is any photo to train on."""
-        config, splits = self.config, self.data.splits
-        if not config.pixels or not splits["train"].photos:
-            reason = "pixels=false" if not config.pixels else "no training pair has a photo"
-            self._encoders["visual"] = f"none ({reason})"
-            say(f"pixels: none, {reason}")
-            return {}
-        encoder = build_image_encoder(**config.image_encoder, frozen=True, seed=0)
-        self._encoders["visual"] = encoder.description
-        say(f"pixels: crops of {config.crop_size} × {config.crop_size} through {encoder.description}")
-        damaged = Rejections()
-        rows = crop_features(splits.values(), encoder, config.crop_size, say, damaged)
-        if len(damaged):
-            say(damaged.summary())
-            self.data.rejections.extend(damaged)
-        features = dict(zip(splits, rows, strict=True))
-        scaler = Scaler.of(features["train"])
-        return {name: scaler(part) for name, part in features.items()}
+    def _items(self, split: str) -> Items:
+        """The pairs of a split with a column for each view."""
+        pairs = self.data.splits[split]
+        boxes = np.concatenate([pairs.subject_box, pairs.object_box, pairs.size], axis=1)
+        crops: list[Crops | None] = []
+        for image, *both in zip(
+            pairs.image, pairs.subject_box.tolist(), pairs.object_box.tolist(), strict=True
+        ):
+            photo = pairs.photos.get(image)
+            crops.append(None if photo is None else Crops(photo, (tuple(both[0]), tuple(both[1]))))
+        names = list(zip(pairs.subject, pairs.object, strict=True))
+        return Items(pairs.ids, {SPATIAL: boxes, VISUAL: crops, NAMES: names}, self.data.source, pairs.image)
 
-    def _names(self, say: Say) -> dict[str, ndarray]:
-        """Vectors of subject and object, side by side; the encoder is fitted on names of the training pairs alone."""
-        if not self.config.categories:
-            return {}
-        train = self.data.train
-        encoder = build_text_encoder(**self.config.text_encoder)
-        encoder = encoder.fit(sorted({*train.subject, *train.object}))
-        self._encoders["names"] = encoder.description
-        say(f"names: {encoder.description}")
-        names_by_split = {}
-        for name, part in self.data.splits.items():
-            known = sorted({*part.subject, *part.object})
-            vectors = dict(zip(known, embed_texts(encoder, known), strict=True))
-            names_by_split[name] = np.stack(
-                [
-                    np.concatenate([vectors[a], vectors[b]])
-                    for a, b in zip(part.subject, part.object, strict=True)
-                ]
-            ).astype(np.float32)
-        return names_by_split
+    def readable(self, items: Items) -> Items:
+        """All of them: the reader has checked boxes, names and photos, and a pair may have boxes alone."""
+        return items
 
-    def layout(self) -> dict[str, object]:
+    def build_towers(self, say: Say) -> dict[str, Tower]:
+        config = self.config
+        towers: dict[str, Tower] = {SPATIAL: BoxTower(config.spatial)}
+        if self.without_pixels is None:
+            towers[VISUAL] = CropTower(config.image_encoder, config.crop_size, say)
+        else:
+            say(f"visual: none, {self.without_pixels}")
+        if config.categories:
+            encoder = dict(config.text_encoder)
+            towers[NAMES] = NamesTower(encoder.pop("kind"), train="head", **encoder)
+        return towers
+
+    @property
+    def without_pixels(self) -> str | None:
+        """Why there is no view of pixels; None where there is one."""
+        if not self.config.pixels:
+            return "pixels=false"
+        return None if self.data.train.photos else "no training pair has a photo"
+
+    def prepare(self, say: Say) -> None:
+        """Read and check the data, encode crops and names (or take them from the cache), standardise."""
+        super().prepare(say)
+        if not self.config.categories and not self.config.box_jitter:
+            alone = int((~has_pixels(self.datasets["train"])).sum())
+            if alone == len(self.datasets["train"]):
+                raise NearfarError(
+                    "no training pair has a second view: no photo was found, and categories=false and box_jitter=0. "
+                    "Give the photos with data.images=, or set box_jitter=0.05 or categories=true."
+                )
+            if alone:
+                say(
+                    f"{alone} training pairs have boxes alone, and box_jitter=0: nothing is learned from them "
+                    "(box_jitter=0.05 gives them a second view)"
+                )
+        self.evaluator = Evaluator(self.config, self.data, self.datasets, self.embed)
+
+    def value_groups(self, view: str) -> None:
+        """None by view: rows with the same two boxes are the same in all."""
+
+    def further_inputs(self, split: str, items: Items) -> dict[str, Inputs]:
+        return {LABEL: Rows(self.data.labels(split)), GROUP: Rows(self.data.splits[split].group)}
+
+    def augment(self) -> Augment | None:
+        """Jittered boxes for pairs with boxes alone."""
+        if not self.config.box_jitter or NAMES in self.towers:
+            return None
+        train, tower = self.splits["train"], self.towers[SPATIAL]
+        assert isinstance(tower, BoxTower)
+        if VISUAL in self.towers and train.present(VISUAL).all():
+            return None
+        present = f"{PRESENT}{VISUAL}" if VISUAL in self.towers else None
+        return BoxJitter(train.array(SPATIAL), tower, self.config.box_jitter, present)
+
+    def reference_view(self) -> str | None:
+        """The boxes, which every pair has, where hard batches or likely false negatives are asked for."""
+        return SPATIAL if self.needs_reference() else None
+
+    def layout(self) -> Json:
         """Counts, rejections, hashes, and which encoders are really used."""
-        return self.data.layout() | {
+        encoders = {view: tower.description for view, tower in self.towers.items()}
+        if VISUAL not in encoders:
+            encoders[VISUAL] = f"none ({self.without_pixels})"
+        own = {
             "data_hash": self.data.content_hash(),
             "spatial": {"variant": self.config.spatial, "numbers": list(names_of(self.config.spatial))},
-            "encoders": self._encoders,
+            "encoders": encoders,
         }
+        return self.data.layout() | own | self.neighbors_layout()
 
     # -- batches ---------------------------------------------------------------------------------------------
+    def labels(self) -> np.ndarray:
+        """The relation of every training pair."""
+        return self.data.labels("train")
+
     def build_sampler(self) -> BatchSampler:
-        """Random batches, or equal shares of every relation."""
-        train = self.datasets["train"]
-        return build_sampler(self.config, train.label.numpy(), train.has_pixels.numpy())
+        """Batches of pairs with and without a photo for random ones; equal shares of every relation (small ones
+        repeat); hard ones by the numbers of the boxes."""
+        config, train = self.config, self.datasets["train"]
+        size, seed = config.batch_size, config.seed
+        if size > len(train):
+            raise NearfarError(
+                f"batch_size={size} is larger than the training set of {len(train)} pairs; lower it."
+            )
+        if config.sampler.name == "random":
+            pixels = has_pixels(train)
+            if pixels.all() or not pixels.any():
+                return RandomBatchSampler(len(train), size, seed=seed)
+            return BatchesBySort(pixels, size, seed=seed)
+        if config.sampler.name == "balanced":
+            return BalancedBatchSampler(self.labels(), size, repeat=True, seed=seed)
+        return super().build_sampler()
 
     def check_sampler(self, sampler: TrainSampler, say: Say) -> None:
-        """Announce how batches are composed; neither sampler has neighbours that could be misaligned."""
+        """Announce how batches are composed; the A/A check of hard ones."""
+        super().check_sampler(sampler, say)
         same = self.same_class_negatives(sampler)
         how = f"batches of {self.config.batch_size}, {self.config.sampler.name}"
         say(f"{how}: {same:.0%} of negatives share the relation")
 
-    def on_epoch(self, epoch: int, sampler: TrainSampler, say: Say) -> dict[str, object]:
+    def on_epoch(self, epoch: int, sampler: TrainSampler, say: Say) -> Json:
         """Numbers on the batches of this epoch."""
-        sampler.set_epoch(epoch)
-        return {
-            "sampler": self.config.sampler.name,
-            "same_class_negatives": self.same_class_negatives(sampler),
-        }
+        record = super().on_epoch(epoch, sampler, say)
+        return record | {"same_class_negatives": self.same_class_negatives(sampler)}
 
     def same_class_negatives(self, sampler: TrainSampler, batches: int = 200) -> float:
         """The share of other rows of a batch that have an anchor's relation."""
         assert isinstance(sampler, BatchSampler)
-        label, same, every = self.datasets["train"].label.numpy(), 0, 0
+        label, same, every = self.datasets["train"].tensor(LABEL).numpy(), 0, 0
         for batch in sampler.plan().batches()[:batches]:
             counts = np.bincount(label[batch])
             same, every = same + int((counts * (counts - 1)).sum()), every + len(batch) * (len(batch) - 1)
         return same / max(every, 1)
 
     # -- model and loss --------------------------------------------------------------------------------------
-    def build_model(self) -> RelationModel:
-        """A head for each view."""
-        train = self.datasets["train"]
-        return RelationModel.from_config(
-            self.config,
-            train.numbers.shape[1],
-            None if train.visual is None else train.visual.shape[1],
-            None if train.names is None else train.names.shape[1],
+    def build_loss(self) -> ViewLoss:
+        config, loss = self.config, self.config.loss
+        if isinstance(loss, InfoNCEOptions):
+            return ViewLoss("infonce", config.temperature, loss.symmetric, pairs=CONTRASTED)
+        own_pair = not isinstance(loss, SupConInsideOptions)
+        return ViewLoss("supcon", config.temperature, sum=loss.sum, own_pair=own_pair, pairs=CONTRASTED)
+
+    def build_head(self, tower: Tower, view: str, width: int, dim: int) -> nn.Module:
+        config = self.config
+        if view == SPATIAL:
+            return perceptron((width, *BOX_LAYERS, dim), config.spatial_dropout)
+        hidden = config.visual_hidden if view == VISUAL else dim
+        return perceptron((width, hidden, dim), config.visual_dropout)
+
+    def read_weights(self, weights: Json) -> Json:
+        """Those of versions whose model had its heads by the names of the views."""
+        former = (f"{SPATIAL}.", f"{VISUAL}.", f"{NAMES}.")
+        return {f"heads.{name}" if str(name).startswith(former) else name: w for name, w in weights.items()}
+
+    def encode(self, model: ViewModel, batch: Batch) -> dict[str, Tensor]:
+        """The embeddings of every view, in training also of the jittered boxes; of a view that a pair lacks, 0."""
+        embeddings = super().encode(model, batch)
+        if JITTERED in batch and model.training:
+            embeddings[JITTERED] = model.encode(SPATIAL, batch[JITTERED])
+        return embeddings
+
+    def contrasted(self, embeddings: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return dict(embeddings)
+
+    def context(self, embeddings: Mapping[str, Tensor], batch: Batch) -> ViewContext:
+        """Rows with the same two boxes, annotated with two relations, are no negatives of each other in infonce."""
+        context = super().context(embeddings, batch)
+        present = dict(context.present)
+        if VISUAL in present:
+            present[JITTERED] = ~present[VISUAL]
+        masked = (
+            self.config.mask_duplicates and self._repeated and isinstance(self.config.loss, InfoNCEOptions)
         )
+        groups = dict.fromkeys([*self.views, JITTERED], batch.tensor(GROUP))
+        return replace(context, groups=groups, mask_duplicates=masked, present=present)
 
-    def encode(self, model: RelationModel, batch: RelationBatch) -> dict[str, Tensor]:
-        """The embeddings of every view."""
-        views: dict[str, Tensor] = model(batch)
-        return views
-
-    def embed(self, model: RelationModel, batch: RelationBatch) -> dict[str, Tensor]:
-        """The same at unit length; a view that a pair lacks stays 0."""
+    def embed(self, model: ViewModel, batch: Batch) -> dict[str, Tensor]:
+        """Every view at unit length; one that a pair lacks stays 0."""
         return {name: F.normalize(view, dim=1) for name, view in self.encode(model, batch).items()}
 
-    def loss_of(
-        self, model: RelationModel, embeddings: Mapping[str, Tensor], batch: RelationBatch
-    ) -> StepOutput:
-        """The contrastive loss between every two views of a pair."""
-        return StepOutput(self.loss(embeddings, batch), self.loss.record)
-
     # -- evaluation ------------------------------------------------------------------------------------------
-    def before_evaluation(self, model: RelationModel, split: str, final: bool) -> None:
+    def before_evaluation(self, model: ViewModel, split: str, final: bool) -> None:
         """Embed the training pairs on which the probes are fitted."""
         self.evaluator.embed_train(model, split, final, lambda: initial_model(self, self.config.seed))
 
@@ -202,6 +251,10 @@ class RelationSystem(System[RelationBatch, RelationModel]):
         return self.evaluator.evaluate(outputs, split, final)
 
     # -- report ----------------------------------------------------------------------------------------------
+    def report_examples(self, outputs: Mapping[str, Tensor], split: str) -> list[Json]:
+        """None: the pictures of pairs are a section of the report."""
+        return []
+
     def report_sections(self, outputs: Mapping[str, Tensor], split: str) -> Sequence[Section]:
         """Probes and controls, the confusion table, pair retrieval, pictures of pairs with their boxes."""
         evaluator = self.evaluator

@@ -1,23 +1,23 @@
-"""Features of a pair of boxes: numbers of their geometry, and encoded crops of the picture."""
+"""Two boxes in a picture: their geometry as numbers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Float
-from numpy import ndarray
 from numpy.typing import NDArray
+from torch import nn
 
-from nearfar.data.cache import cached_arrays
-from nearfar.data.images import crop, stack
-from nearfar.data.rejections import Rejections
+from nearfar.data.batch import Rows
 from nearfar.errors import NearfarError, nearest_name
-from nearfar.models.image import ImageEncoder
-from nearfar.systems.relations.records import Pairs, Photo
+from nearfar.models.views import PassThrough
+from nearfar.towers.base import Tower, read_tower_spec, write_tower_spec
+from nearfar.towers.vector import Scaler
 
-__all__ = ["SPATIAL", "crop_features", "names_of", "overlap", "spatial_numbers"]
+__all__ = ["SPATIAL", "BoxTower", "names_of", "overlap", "spatial_numbers"]
 
 
 SPATIAL = ("raw", "log", "iou", "relative")
@@ -38,7 +38,7 @@ _LEAST = 1e-6  # of an area, so that its logarithm is finite
 def names_of(variant: str) -> tuple[str, ...]:
     """The name of each number of a variant."""
     if variant not in SPATIAL:
-        raise NearfarError(f"spatial={variant}: {nearest_name(str(variant), SPATIAL)}")
+        raise NearfarError(f"variant={variant}: {nearest_name(str(variant), SPATIAL)}")
     return {
         "raw": _EIGHT,
         "log": _LOG,
@@ -138,73 +138,92 @@ def _relative(
     return np.clip(numbers, -_FURTHEST, _FURTHEST)
 
 
-_VERSION = 1  # of how crops are cut; part of every cache key
-_BATCH = 64
+class BoxTower(Tower):
+    """Two boxes in a picture as numbers of `spatial_numbers`, standardised by the training rows.
 
+    A value is ten numbers: left, top, right and bottom of the first box, of the second, in pixels, and width and height
+    of the picture.
 
-def crop_features(
-    parts: Iterable[Pairs],
-    encoder: ImageEncoder,
-    size: int,
-    say: Callable[[str], None],
-    rejections: Rejections,
-    cache: bool = True,
-) -> list[Float[ndarray, "n 2*width"]]:
-    """For each split the features of its pairs, subject and object concatenated; NaN where there is no photo.
+    Args:
+        variant: of the numbers: "raw", "log", "iou" or "relative".
 
-    A damaged photo is counted in ``rejections``, and its pairs have no pixels. A cache entry belongs to one picture;
-    its key is the picture's content, its boxes, the encoder's weights and the size of the crops.
+    >>> rows = np.array([[0, 0, 20, 10, 30, 0, 50, 10, 100, 100], [0, 0, 20, 10, 10, 0, 30, 10, 100, 100.0]])
+    >>> tower = BoxTower("raw").fit(rows)
+    >>> tower.description, tower.build().width, tower.read(rows).values[:, 0].tolist()
+    ('geometry of two boxes in 8 numbers (raw), standardised by the training rows', 8, [1.0, -1.0])
+    >>> tower.check([rows[0], [0, 0, 0, 10, 30, 0, 50, 10, 100, 100], rows[0][:9]])
+    [None, 'box without area', 'not ten numbers']
     """
-    parts, known = list(parts), encoder.fingerprint()
-    boxes: dict[str, dict[tuple[float, ...], int]] = {}
-    photos: dict[str, Photo] = {}
-    for part in parts:
-        photos |= part.photos
-        for image, *pair in zip(part.image, part.subject_box, part.object_box, strict=True):
-            if image in part.photos:
-                own = boxes.setdefault(image, {})
-                for box in pair:
-                    own.setdefault(tuple(box.tolist()), len(own))
-    features: dict[str, np.ndarray] = {}
-    announced = False
-    for image, wanted in boxes.items():
-        computed = False
 
-        def compute(
-            image: str = image, wanted: dict[tuple[float, ...], int] = wanted
-        ) -> dict[str, np.ndarray]:
-            nonlocal computed
-            computed = True
-            return {"features": _encode(encoder, photos[image].read(), list(wanted), size)}
+    kind = "boxes"
 
-        try:
-            key = [_VERSION, known, size, photos[image].key(), np.array(list(wanted))]
-            features[image] = cached_arrays("relation-features", key, compute, enabled=cache)["features"]
-        except (NearfarError, OSError) as error:
-            rejections.add("damaged photo", None, image, str(error))
-        if computed and not announced and len(boxes) > 50:
-            announced = True
-            say(
-                f"features of the crops in {len(boxes)} pictures: the first time this takes a while; they are kept"
-            )
-    return [_rows(part, boxes, features, encoder.width) for part in parts]
+    def __init__(self, variant: str = "relative") -> None:
+        if variant not in SPATIAL:
+            raise NearfarError(f"variant={variant!r} is unknown; {nearest_name(str(variant), SPATIAL)}")
+        self.variant = variant
+        self.train = "head"
+        self.scaler: Scaler | None = None
+
+    @property
+    def description(self) -> str:
+        count = len(names_of(self.variant))
+        fitted = "standardised by the training rows" if self.scaler is not None else "not fitted yet"
+        return f"geometry of two boxes in {count} numbers ({self.variant}), {fitted}"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"variant": self.variant}
+
+    def check(self, values: Sequence[Any] | np.ndarray) -> list[str | None]:
+        """Values that are not ten finite numbers, boxes without area, pictures without a size."""
+        return [_problem(value) for value in values]
+
+    def fit(self, values: Sequence[Any] | np.ndarray) -> BoxTower:
+        """Mean and spread of the training rows' numbers."""
+        self.scaler = Scaler.of(self.numbers(values))
+        return self
+
+    def numbers(self, values: Sequence[Any] | np.ndarray) -> Float[np.ndarray, "n k"]:
+        """The numbers of `spatial_numbers`, not standardised."""
+        rows = np.asarray(values, dtype=np.float64).reshape(len(values), 10)
+        return spatial_numbers(rows[:, :4], rows[:, 4:8], rows[:, 8:], self.variant)
+
+    def standardized(self, values: Sequence[Any] | np.ndarray) -> Float[np.ndarray, "n k"]:
+        """The same with mean 0 and variance 1 over the training rows."""
+        if self.scaler is None:
+            raise NearfarError("a tower of boxes was not fitted: call fit(training values) or load it.")
+        return self.scaler(self.numbers(values))
+
+    def read(self, values: Sequence[Any] | np.ndarray) -> Rows:
+        return Rows(self.standardized(values))
+
+    def build(self) -> nn.Module:
+        return PassThrough(len(names_of(self.variant)))
+
+    def reference(self, values: Sequence[Any] | np.ndarray) -> Float[np.ndarray, "n k"]:
+        return self.standardized(values)
+
+    def save(self, folder: Path) -> None:
+        write_tower_spec(folder, self, scaler=None if self.scaler is None else self.scaler.to_dict())
+
+    @classmethod
+    def load(cls, folder: Path) -> BoxTower:
+        spec = read_tower_spec(folder)
+        tower = cls(**spec["options"])
+        tower.scaler = None if spec.get("scaler") is None else Scaler.from_dict(spec["scaler"])
+        return tower
 
 
-@torch.no_grad()
-def _encode(
-    encoder: ImageEncoder, pixels: np.ndarray, boxes: list[tuple[float, ...]], size: int
-) -> Float[ndarray, "boxes width"]:
-    crops = stack([crop(pixels, box, (size, size)) for box in boxes])
-    features = [encoder(torch.from_numpy(crops[at : at + _BATCH])) for at in range(0, len(crops), _BATCH)]
-    return torch.cat(features).float().numpy()
-
-
-def _rows(
-    part: Pairs, boxes: dict[str, dict[tuple[float, ...], int]], features: dict[str, np.ndarray], width: int
-) -> Float[ndarray, "n 2*width"]:
-    rows = np.full((len(part), 2 * width), np.nan, dtype=np.float32)
-    for i, image in enumerate(part.image):
-        if image in part.photos and image in features:
-            places = [boxes[image][tuple(box[i].tolist())] for box in (part.subject_box, part.object_box)]
-            rows[i] = features[image][places].reshape(-1)
-    return rows
+def _problem(value: Any) -> str | None:
+    """Why a value is no two boxes in a picture; None where it is."""
+    try:
+        row = np.asarray(value, dtype=np.float64).reshape(-1)
+    except (TypeError, ValueError):
+        return "no number"
+    if row.size != 10:
+        return "not ten numbers"
+    if not np.isfinite(row).all():
+        return "number that is not finite"
+    if (row[[0, 1, 4, 5]] >= row[[2, 3, 6, 7]]).any():
+        return "box without area"
+    return None if (row[8:] > 0).all() else "picture without a size"
