@@ -123,7 +123,9 @@ class ImageTower(Tower):
         self._network: ImageEncoder | None = None
         self._about = ""  # the network as it describes itself, once it was read
         self._moments: Moments | None = None
-        self._fitted: tuple[Any, np.ndarray] | None = None  # training values and features, not to be hashed again
+        self._fitted: tuple[Any, np.ndarray] | None = (
+            None  # training values and features, not to be hashed again
+        )
         self._width = 0
         self._pixels: tuple[int, int] | None = None
         self._saved: Path | None = None
