@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch_geometric.data import Batch
 
-from nearfar.systems.molecules.data import load_embedded
 from nearfar.models.molecules.graph import GraphTable
+from nearfar.systems.molecules.data import load_embedded
 
 
 def main() -> None:
@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     options = parser.parse_args()
 
-    smiles = load_embedded(options.molecules).train.smiles
+    smiles = load_embedded(options.molecules).splits["train"].texts("molecule")
     started = time.perf_counter()
     table = GraphTable.from_smiles(smiles, cache=False)
     seconds = time.perf_counter() - started

@@ -27,11 +27,11 @@ from torch import nn
 from nearfar.batching import HardNegativeSampler, PartitionBatchSampler, RandomBatchSampler, nearest_neighbors
 from nearfar.losses import InfoNCELoss, false_negative_mask
 from nearfar.metrics import retrieval_metrics
+from nearfar.models.molecules.batch import MoleculeField, Molecules
+from nearfar.models.molecules.fingerprint import FingerprintSpec
 from nearfar.models.text import build_text_encoder
-from nearfar.systems.molecules.dataset import MoleculeBatch
-from nearfar.models.molecules.fingerprint import FingerprintSpec, compute_fingerprints
-from nearfar.models.molecules.graph import GraphTable
-from nearfar.systems.molecules.model import MoleculeTextModel
+from nearfar.models.views import PassThrough, ViewModel, build_head
+from nearfar.towers.molecule import MoleculeTower
 
 
 @dataclass(frozen=True)
@@ -139,8 +139,8 @@ def bare_text_vectors(training: list[str], texts: list[str], dims: int) -> np.nd
     return axes.transform(terms.transform(texts))
 
 
-class BareModel(nn.Module):
-    """Two layers over bits against text vectors as they are."""
+class BareNetwork(nn.Module):
+    """Two layers over bits."""
 
     def __init__(self, fingerprint_dim: int, hidden: int, dim: int) -> None:
         super().__init__()
@@ -148,25 +148,31 @@ class BareModel(nn.Module):
             nn.Linear(fingerprint_dim, hidden), nn.ReLU(), nn.Dropout(0.1), nn.Linear(hidden, dim)
         )
 
-    def encode_molecules(self, batch: MoleculeBatch) -> torch.Tensor:
-        return self.network(batch.fingerprint)
-
-    def encode_texts(self, embeddings: torch.Tensor) -> torch.Tensor:
-        return embeddings
+    def forward(self, molecules: MoleculeField) -> torch.Tensor:
+        return self.network(molecules.fingerprint)
 
 
-def build(setting: Setting, text_dim: int, fingerprint_dim: int) -> Any:
-    """The model of a setting."""
+def build(setting: Setting, text_dim: int, fingerprint_dim: int) -> ViewModel:
+    """The model of a setting: a molecule tower, and a head over text vectors."""
     if setting.bare:
-        return BareModel(fingerprint_dim, setting.hidden, text_dim)
-    return MoleculeTextModel(
-        text_dim,
-        fingerprint_dim,
-        molecule_encoder=setting.encoder,
-        text_head=setting.text_head,
-        fingerprint_hidden=setting.hidden,
-        fingerprint_dropout=setting.dropout,
-        input_dropout=setting.input_dropout,
+        network, head = BareNetwork(fingerprint_dim, setting.hidden, text_dim), "none"
+        width = text_dim
+    else:
+        head = setting.text_head
+        width = text_dim if head == "none" else 512
+        network = MoleculeTower(
+            setting.encoder,
+            width=width,
+            fingerprints=setting.kinds,
+            chirality=setting.chirality,
+            fingerprint_hidden=setting.hidden,
+            fingerprint_dropout=setting.dropout,
+            input_dropout=setting.input_dropout,
+        ).build()
+    text_head = build_head(head, text_dim, width, hidden=width, dropout=0.1, norm="layer")
+    return ViewModel(
+        {"molecules": network, "texts": PassThrough(text_dim)},
+        {"molecules": nn.Identity(), "texts": text_head},
     )
 
 
@@ -184,14 +190,13 @@ def evaluate(setting: Setting, split: Split) -> dict[str, float]:
     torch.manual_seed(split.seed)
     text = split.text(setting)
     spec = FingerprintSpec(setting.kinds, counts=setting.counts, chirality=setting.chirality)
-    prints = torch.from_numpy(compute_fingerprints(split.smiles, spec)).float()
-    graphs = GraphTable.from_smiles(split.smiles) if setting.encoder != "fingerprint" else None
-    model = build(setting, text.shape[1], prints.shape[1])
+    molecules = Molecules.from_smiles(split.smiles, setting.encoder != "fingerprint", spec)
+    model = build(setting, text.shape[1], spec.dim)
 
-    def batch(rows: np.ndarray) -> MoleculeBatch:
+    def encoded(rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Text vectors of some rows, and the embeddings of their molecules and texts."""
         at = torch.from_numpy(rows)
-        graph = graphs.batch(rows) if graphs is not None else None
-        return MoleculeBatch(at, text[at], graph, prints[at], at, at)
+        return text[at], model.encode("molecules", molecules.batch(at)), model.encode("texts", text[at])
 
     sampler = batches(setting, text[torch.from_numpy(split.train)], split.seed)
     loss = InfoNCELoss(setting.temperature)
@@ -200,19 +205,18 @@ def evaluate(setting: Setting, split: Split) -> dict[str, float]:
     for epoch in range(setting.epochs):
         sampler.set_epoch(epoch)
         for rows in sampler:
-            part = batch(split.train[np.asarray(rows)])
-            mask = None if setting.mask_above is None else false_negative_mask(part.text, setting.mask_above)
-            value = loss(model.encode_molecules(part), model.encode_texts(part.text), mask=mask)
+            vectors, *embeddings = encoded(split.train[np.asarray(rows)])
+            mask = None if setting.mask_above is None else false_negative_mask(vectors, setting.mask_above)
+            value = loss(*embeddings, mask=mask)
             optimizer.zero_grad()
             value.backward()
             optimizer.step()
             rate.step()
     model.eval()
     with torch.inference_mode():
-        parts = [batch(rows) for rows in _chunks(split.test, 256)]
-        molecules = torch.cat([model.encode_molecules(part) for part in parts])
-        texts = torch.cat([model.encode_texts(part.text) for part in parts])
-    found = retrieval_metrics(texts, molecules, ks=(1, 10))
+        parts = [encoded(rows) for rows in _chunks(split.test, 256)]
+    gallery, queries = torch.cat([part[1] for part in parts]), torch.cat([part[2] for part in parts])
+    found = retrieval_metrics(queries, gallery, ks=(1, 10))
     numbers = {name: found[name].value for name in ("MRR", "R@1", "R@10")}
     return numbers | {"seconds": time.perf_counter() - start}
 

@@ -18,7 +18,7 @@ from nearfar.configs import experiments
 from nearfar.data.splits import data_paths
 from nearfar.errors import NearfarError
 from nearfar.systems import check_config
-from nearfar.systems.molecules.dataset import MoleculeFeatures
+from nearfar.systems.molecules.system import molecule_tower
 from nearfar.training import ranks
 from nearfar.training.batches import build_sampler
 from nearfar.training.fabric import processes_to_start
@@ -258,12 +258,11 @@ def test_chirality_reaches_the_fingerprint() -> None:
     pair = ["C[C@H](N)C(=O)O", "C[C@@H](N)C(=O)O"]
     for chirality in ("true", "false"):
         config = composed(f"fingerprint_chirality={chirality}", "fingerprints=[morgan]")
-        features = MoleculeFeatures.from_config(check(config))
-        assert features.fingerprint is not None
-        assert features.fingerprint.chirality is (chirality == "true")
-        _, (left, right) = features.compute(pair)  # type: ignore[misc]
+        tower = molecule_tower(check(config))
+        assert tower.fingerprint.chirality is (chirality == "true")
+        left, right = tower.reference(pair)
         assert np.array_equal(left, right) is (chirality == "false")
-    assert MoleculeFeatures.from_config(check(composed("molecule_encoder=graph"))).fingerprint is None
+    assert "fingerprint" not in molecule_tower(check(composed("molecule_encoder=graph"))).description
 
 
 def test_sampler_by_name_alone_has_an_order() -> None:

@@ -6,6 +6,7 @@ import copy
 import os
 import signal
 from collections import deque
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,12 @@ import torch
 from rich.console import Console
 
 from nearfar.config.compose import compose_config
+from nearfar.data.batch import Batch
 from nearfar.errors import NearfarError
 from nearfar.launch import run_one
 from nearfar.losses import InfoNCELoss
 from nearfar.losses.memory import CrossBatchMemory
 from nearfar.systems import build_system, trained
-from nearfar.systems.molecules.dataset import MoleculeBatch
 from nearfar.systems.molecules.system import MoleculeSystem
 from nearfar.training.checkpoint import Checkpoint
 from nearfar.training.run_folder import RunFolder
@@ -273,7 +274,8 @@ def test_the_loss_of_a_batch_with_earlier_pairs(
     for step in range(5):
         batch = dataset.__getitems__([(7 * step + 3 * i) % len(dataset) for i in range(16)])
         # Many rows that share one of the two, and some of them both: the row itself.
-        batch.structure_group, batch.text_group = batch.positions % 23, batch.positions % 31
+        structures, words = batch.positions % 23, batch.positions % 31
+        batch = batch.replaced(**{"group:molecule": structures, "group:text": words})
         output = system.training_step(model, batch)
         z = {
             name: torch.nn.functional.normalize(x.double(), dim=1)
@@ -283,11 +285,11 @@ def test_the_loss_of_a_batch_with_earlier_pairs(
             (
                 m,
                 t,
-                batch.structure_group[i],
-                batch.text_group[i],
+                structures[i],
+                words[i],
                 torch.nn.functional.normalize(v.double(), dim=0),
             )
-            for i, (m, t, v) in enumerate(zip(z["molecules"], z["texts"], batch.text, strict=True))
+            for i, (m, t, v) in enumerate(zip(z["molecule"], z["text"], batch["text"], strict=True))
         ]
 
         def negative(one: tuple[torch.Tensor, ...], other: tuple[torch.Tensor, ...]) -> bool:
@@ -347,7 +349,7 @@ def test_a_killed_run_goes_on_with_its_memory(tmp_path: Path, files: list[str]) 
     killed = tmp_path / "killed"
     run_until_killed(dies, killed, overrides, 11)
     assert Checkpoint.load(killed).step == 9
-    assert Checkpoint.load(killed).model["memory.molecules._extra_state"].tolist() == [9 * 16, 9]
+    assert Checkpoint.load(killed).model["memory.kept.molecule._extra_state"].tolist() == [9 * 16, 9]
     run(killed, *overrides, "exists=skip")  # an interrupted run is resumed
     one, other = Checkpoint.load(whole.path).model, Checkpoint.load(killed).model
     assert one.keys() == other.keys()
@@ -377,7 +379,7 @@ def test_weights_without_their_memory(tmp_path: Path, files: list[str]) -> None:
         if size:
             assert steps[0]["memory_age"] == 0.0
             assert steps[1]["candidates"] > steps[0]["candidates"] + 5
-            assert state["memory.texts._rows"].shape == (size, 16)
+            assert state["memory.kept.text._rows"].shape == (size, 16)
         else:
             assert not any(key.startswith("memory.") for key in state)
     assert len(trained(kept.path).search("an alcohol", k=3)) == 3
@@ -395,17 +397,19 @@ def test_a_batch_of_molecules_in_parts(files: list[str], encoder: str, rows: int
         assert same_batch(part, dataset.__getitems__(positions[rows * i : rows * (i + 1)]))
 
 
-def same_batch(one: MoleculeBatch, other: MoleculeBatch) -> bool:
-    def tensors(batch: MoleculeBatch) -> list[torch.Tensor]:
-        graph, found = batch.graph, [batch.positions, batch.text, batch.structure_group, batch.text_group]
-        if batch.fingerprint is not None:
-            found.append(batch.fingerprint)
-        if graph is not None:
-            found += [graph.x, graph.edge_index, graph.edge_attr, graph.batch, torch.tensor(graph.num_graphs)]
-        return found
+def same_batch(one: Batch, other: Batch) -> bool:
+    def tensors(batch: Batch) -> list[torch.Tensor]:
+        fields: Any = batch.fields
+        molecules = fields["molecule"]
+        parts = [batch.positions, *(field for name, field in fields.items() if name != "molecule")]
+        if molecules.fingerprint is not None:
+            parts.append(molecules.fingerprint)
+        if (graph := molecules.graph) is not None:
+            parts += [graph.x, graph.edge_index, graph.edge_attr, graph.batch, torch.tensor(graph.num_graphs)]
+        return parts
 
     pairs = list(zip(tensors(one), tensors(other), strict=True))
-    return all(x.shape == y.shape and torch.equal(x, y) for x, y in pairs)
+    return len(pairs) > 5 and all(x.shape == y.shape and torch.equal(x, y) for x, y in pairs)
 
 
 @pytest.mark.parametrize("encoder", ["graph", "fingerprint"])
@@ -413,9 +417,10 @@ def test_cached_step_of_molecules(files: list[str], encoder: str) -> None:
     system = prepared(*files, f"molecule_encoder={encoder}", "memory=0", "learn_temperature=true")
     model = system.build_model().double().eval()
     batch = system.dataset("train").__getitems__(list(range(20)))
-    batch.text = batch.text.double()
-    if batch.fingerprint is not None:
-        batch.fingerprint = batch.fingerprint.double()
+    molecules = batch["molecule"]
+    if molecules.fingerprint is not None:
+        molecules = replace(molecules, fingerprint=molecules.fingerprint.double())
+    batch = batch.replaced(molecule=molecules, text=batch["text"].double())
     found = []
     for output in (system.training_step(model, batch), system.step(model, batch, 6)):
         output.loss.backward()

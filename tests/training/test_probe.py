@@ -482,8 +482,8 @@ def test_molecules_record_their_batches(tmp_path: Path, files: list[str]) -> Non
         assert 2 <= record["rows"] <= 16
         assert 0 <= record["false_negative_share"] <= 1
         assert 0 <= record["duplicate_keys"] <= 1
-    assert {"molecules/effective_rank", "texts/effective_rank", "val_loss"} <= probes[-1].keys()
-    assert folder.read_json("model.json")["views"] == {"molecules": 16, "texts": 16}
+    assert {"molecule/effective_rank", "text/effective_rank", "val_loss"} <= probes[-1].keys()
+    assert folder.read_json("model.json")["views"] == {"molecule": 16, "text": 16}
     without = molecules(tmp_path / "b", *files, *options, "trainer.probe_rows=0", "trainer.log_every=1000")
     assert states_equal(Checkpoint.load(folder.path), Checkpoint.load(without.path))
 

@@ -15,7 +15,16 @@ from nearfar.data.rejections import Rejections
 from nearfar.data.splits import split_hash
 from nearfar.errors import NearfarError, nearest_name
 
-__all__ = ["Column", "ItemSplits", "Items", "hold_out", "joined", "linked_groups", "value_groups"]
+__all__ = [
+    "Column",
+    "ItemSplits",
+    "Items",
+    "hold_out",
+    "joined",
+    "linked_groups",
+    "value_groups",
+    "value_keys",
+]
 
 #: the values of a column: a text, a path, … for each item, None where it has none; or an array (n, …) of numbers
 Column = Sequence[Any] | np.ndarray
@@ -168,12 +177,12 @@ class ItemSplits:
 
 
 def value_groups(
-    splits: Mapping[str, Items], column: str, key: Callable[[Any], Any] | None = None
+    splits: Mapping[str, Items], column: str, keys: Callable[[Sequence[Any]], Sequence[Any]] | None = None
 ) -> dict[str, Int[np.ndarray, " n"]]:
     """Numbers that are equal exactly where the value of a column is, across all splits; −1 where it is missing.
 
-    Two items of one group are no negatives of each other. ``key`` says what counts as equal; texts are compared
-    without letter case and blanks.
+    Two items of one group are no negatives of each other. ``keys`` turns values into what is compared (`value_keys`:
+    texts without letter case and blanks).
 
     >>> a, b = Items(["1", "2"], {"t": ["Near", None]}), Items(["3"], {"t": ["near "]})
     >>> {name: groups.tolist() for name, groups in value_groups({"train": a, "val": b}, "t").items()}
@@ -182,14 +191,21 @@ def value_groups(
     seen: dict[Any, int] = {}
     groups = {}
     for name, items in splits.items():
-        values, present = items[column], items.present(column)
+        at = np.flatnonzero(items.present(column))
         numbers = np.full(len(items), -1, dtype=np.int64)
-        for i, value in enumerate(values):
-            if present[i]:
-                same = key(value) if key is not None else _same(value)
-                numbers[i] = seen.setdefault(same, len(seen))
+        for i, same in zip(at, (keys or value_keys)(_taken(items[column], at)), strict=True):
+            numbers[i] = seen.setdefault(same, len(seen))
         groups[name] = numbers
     return groups
+
+
+def value_keys(values: Sequence[Any] | np.ndarray) -> list[Any]:
+    """For each value what is equal exactly where two values count as the same: texts without letter case and blanks.
+
+    >>> value_keys(["Near  it", "near it", 3])
+    ['near it', 'near it', 3]
+    """
+    return [_same(value) for value in values]
 
 
 def _same(value: Any) -> Any:

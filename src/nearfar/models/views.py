@@ -150,7 +150,8 @@ class ViewModel(nn.Module):
         temperature: 1 / temperature is the scale of similarities; with ``learn_temperature`` where learning starts.
         max_scale: the largest scale that is learned (CLIP: 100), where ``scale()`` is clamped; None for no bound.
         bias: SigLIP's bias at the start, which is learned; None for losses without one.
-        memory: a `ViewMemory`, or None.
+        memory: a `ViewMemory`, or None. Weights of a model with a different memory can be loaded: this one is then
+            empty.
 
     ``encode(view, field)`` gives (b, dim). ``scale()`` is None where the temperature does not learn: that of the loss
     holds then.
@@ -185,6 +186,7 @@ class ViewModel(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(-math.log(temperature))) if learn_temperature else None
         self.bias = None if bias is None else nn.Parameter(torch.tensor(float(bias)))
         self.memory = memory
+        self.register_load_state_dict_pre_hook(_own_memory)
 
     def encode(
         self, view: str, field: Any, present: Bool[Tensor, " b"] | None = None
@@ -204,3 +206,15 @@ class ViewModel(nn.Module):
             return None
         scale = self.log_scale.exp()
         return scale if self.max_scale is None else scale.clamp(max=self.max_scale)
+
+
+def _own_memory(model: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """When weights are loaded: a memory of a different size, or none, is replaced by the model's own empty one."""
+    mine = {f"{prefix}{key}": value for key, value in model.state_dict().items() if key.startswith("memory.")}
+    theirs = {key: value for key, value in state.items() if key.startswith(f"{prefix}memory.")}
+    if {key: value.shape for key, value in mine.items()} != {
+        key: value.shape for key, value in theirs.items()
+    }:
+        for key in theirs:
+            del state[key]
+        state.update(mine)

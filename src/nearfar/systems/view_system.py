@@ -17,15 +17,15 @@ from nearfar.batching import BatchSampler, Neighbors, nearest_neighbors
 from nearfar.config.samplers import Items as SamplerItems
 from nearfar.config.views import ViewOptions
 from nearfar.contrast import SimilarityMask, join_masks
-from nearfar.data.batch import Augment, Batch, Inputs, ItemDataset, Partial, Rows
+from nearfar.data.batch import Augment, Batch, Draw, Inputs, ItemDataset, Partial, Rows
 from nearfar.data.cache import cached_arrays, content_key
-from nearfar.data.files import Json
+from nearfar.data.files import Json, read_json
 from nearfar.data.items import Items, ItemSplits, value_groups
 from nearfar.errors import NearfarError
 from nearfar.losses.views import ViewContext, ViewLoss, view_pairs
 from nearfar.metrics import Estimate, batch_signals, paired_difference, rank_estimates, retrieval_ranks
 from nearfar.models.views import ViewMemory, ViewModel, build_head
-from nearfar.towers import Tower
+from nearfar.towers import Tower, load_tower
 from nearfar.training.batches import (
     LIKELY_FALSE_NEGATIVE,
     build_sampler,
@@ -39,7 +39,7 @@ from nearfar.training.sections import retrieval_examples
 from nearfar.training.state import initial_model, load_weights
 from nearfar.training.system import Evaluation, Say, StepOutput, System, TrainSampler, collect
 
-__all__ = ["BEFORE", "ViewSystem", "cached_neighbors"]
+__all__ = ["BEFORE", "ViewSystem", "cached_neighbors", "load_towers"]
 
 KS = (1, 5, 10)
 #: what the scores of the model at its start are called beside those of the trained one
@@ -179,17 +179,22 @@ class ViewSystem(System[Batch, ViewModel]):
         return inputs
 
     def value_groups(self, view: str) -> dict[str, np.ndarray] | None:
-        """For the items of each split a number that is equal where a view's value is the same; None: the loss need not
-        know, and no value is looked at."""
-        return value_groups(self.splits, view)
+        """For the items of each split a number that is equal where a view's value is the same, as its tower sees it.
+
+        None: the loss need not know, and no value is looked at.
+        """
+        return value_groups(self.splits, view, self.towers[view].keys)
 
     def further_inputs(self, split: str, items: Items) -> dict[str, Inputs]:
         """Fields beyond the views, such as labels."""
         return {}
 
     def augment(self) -> Augment | None:
-        """What changes every training batch."""
-        return None
+        """What changes every training batch: what the towers change of their views."""
+        changes = [
+            change for view, tower in self.towers.items() if (change := tower.augment(view)) is not None
+        ]
+        return one_after_another(changes) if changes else None
 
     # -- likeness before training ----------------------------------------------------------------------------
     def reference_view(self) -> str | None:
@@ -235,7 +240,7 @@ class ViewSystem(System[Batch, ViewModel]):
         layout: Json = {
             "system": self.name,
             "splits": {name: items.layout() for name, items in self.splits.items()},
-            "data_hash": content_key(*map(self.content_hash, self.splits.values()))[:16],
+            "data_hash": self.data_hash(*self.splits.values()),
             "views": {view: tower.description for view, tower in self.towers.items()},
             "leaks": {},
         }
@@ -248,6 +253,10 @@ class ViewSystem(System[Batch, ViewModel]):
             return {}
         how = {"k": known.k, "exact": known.exact, "index": known.index, "recall": known.recall}
         return {"neighbors": {"of": self.reference_view(), **how}}
+
+    def data_hash(self, *splits: Items) -> str:
+        """Names what splits hold, in order: sixteen hexadecimal digits. A run is resumed on the same data alone."""
+        return content_key(*map(self.content_hash, splits))[:16]
 
     def content_hash(self, items: Items) -> str:
         """Names what a split holds: sixteen hexadecimal digits of its ids and of the values of its views, in order.
@@ -427,7 +436,8 @@ class ViewSystem(System[Batch, ViewModel]):
         copies = join_masks(ViewContext(context.groups).same_content(first, second))
         likely = None
         if context.reference is not None:
-            likely = SimilarityMask(context.reference, context.threshold or LIKELY_FALSE_NEGATIVE)
+            threshold = LIKELY_FALSE_NEGATIVE if context.threshold is None else context.threshold
+            likely = SimilarityMask(context.reference, threshold)
         return record | batch_signals(copies, likely, left_out=context.mask(first, second))
 
     # -- evaluation ------------------------------------------------------------------------------------------
@@ -549,6 +559,16 @@ class ViewSystem(System[Batch, ViewModel]):
         (folder / "towers" / "views.json").write_text(text + "\n", encoding="utf-8")
 
 
+def load_towers(folder: Path) -> dict[str, Tower]:
+    """The towers that ``save_assets`` wrote, by view."""
+    known = read_json(folder / "views.json", {"views": [str], "towers": dict})
+    assert isinstance(known, dict)
+    shared = {
+        first: load_tower(folder / tower_folder(first)) for first in dict.fromkeys(known["towers"].values())
+    }
+    return {view: shared[known["towers"][view]] for view in known["views"]}
+
+
 def negated_view(name: str) -> str:
     """The view of a field of further negatives; a view's name may hold colons.
 
@@ -565,6 +585,17 @@ def tower_folder(view: str) -> str:
     'a_b_c'
     """
     return "".join(c if c.isalnum() or c in "-_" else "_" for c in view) or "_"
+
+
+def one_after_another(changes: Sequence[Augment]) -> Augment:
+    """Several augmentations as one; each draws from the same `Draw`."""
+
+    def augment(batch: Batch, draw: Draw) -> Batch:
+        for change in changes:
+            batch = change(batch, draw)
+        return batch
+
+    return changes[0] if len(changes) == 1 else augment
 
 
 def _some(values: Any, at: np.ndarray) -> Any:

@@ -12,8 +12,9 @@ import numpy as np
 from jaxtyping import Float
 from torch import nn
 
-from nearfar.data.batch import Inputs
+from nearfar.data.batch import Augment, Inputs
 from nearfar.data.files import read_json
+from nearfar.data.items import value_keys
 from nearfar.errors import NearfarError
 
 __all__ = ["SPEC_FILE", "Backbone", "Tower", "read_tower_spec", "write_tower_spec"]
@@ -75,6 +76,17 @@ class Tower(ABC):
     def reference(self, values: Sequence[Any] | np.ndarray) -> Float[np.ndarray, "n d"] | None:
         """Vectors in which similar values are near before any training: what neighbours and likely false negatives are
         found by. None where this tower has none."""
+        return None
+
+    def keys(self, values: Sequence[Any] | np.ndarray) -> Sequence[Any]:
+        """For each value what is equal where two values are the same for this tower.
+
+        Such items are no negatives of each other.
+        """
+        return value_keys(values)
+
+    def augment(self, view: str) -> Augment | None:
+        """What changes the field ``view`` of every training batch, such as masked atoms; None: nothing."""
         return None
 
     def save(self, folder: Path) -> None:

@@ -18,6 +18,7 @@ from nearfar.towers.base import Tower, read_tower_spec
 __all__ = [
     "TOWERS",
     "build_tower",
+    "encoder_options",
     "guess_tower",
     "load_tower",
     "register_tower",
@@ -111,14 +112,23 @@ def build_tower(kind: str, name: str = "tower", /, **options: object) -> Tower:
 
 
 def encoder_options(group: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a tower from a group ``text_encoder=`` or ``image_encoder=``, where the encoder is called ``kind``
-    and a hub model of pictures ``name``.
+    """The options of a tower from a group ``text_encoder=`` or ``image_encoder=``.
+
+    There the encoder is called ``kind``, a hub model of pictures ``name``, and a transformer that is trained on
+    "pretrained", with ``freeze`` for one that is not.
 
     >>> encoder_options({"kind": "transformers", "name": "microsoft/resnet-18"})
     {'encoder': 'transformers', 'model': 'microsoft/resnet-18'}
+    >>> encoder_options({"kind": "pretrained", "model": "vinai/phobert-base-v2", "freeze": False})
+    {'encoder': 'transformer', 'model': 'vinai/phobert-base-v2', 'train': 'full'}
     """
     renamed = {"kind": "encoder", "name": "model"}
-    return {renamed.get(str(name), str(name)): value for name, value in group.items()}
+    options = {renamed.get(str(name), str(name)): value for name, value in group.items()}
+    if options.get("encoder") == "pretrained":
+        options["encoder"] = "transformer"
+        frozen = options.pop("freeze", False)
+        options.setdefault("train", "head" if frozen else "full")
+    return options
 
 
 def load_tower(folder: Path) -> Tower:

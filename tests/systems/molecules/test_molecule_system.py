@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -117,8 +118,13 @@ def test_masks_leave_duplicates_out(tmp_path: Path, files: list[str]) -> None:
     system: Any = build_system(config)
     system.prepare(lambda _: None)
     batch = system.dataset("train").__getitems__(list(range(40)))
-    mask = system._mask(batch).tile(slice(0, 40), slice(0, 40)).fill_diagonal_(False)
-    unit = torch.nn.functional.normalize(batch.text, dim=1)
+    mask = (
+        system.context({}, batch)
+        .mask("molecule", "text")
+        .tile(slice(0, 40), slice(0, 40))
+        .fill_diagonal_(False)
+    )
+    unit = torch.nn.functional.normalize(batch["text"], dim=1)
     expected = (unit @ unit.T >= 0.6 - 1e-6) & ~torch.eye(40, dtype=torch.bool)
     assert torch.equal(mask, expected)
     assert mask.any()
@@ -260,6 +266,55 @@ def test_init_from_needs_the_same_model(tmp_path: Path, files: list[str]) -> Non
     run(tmp_path, *files, "name=second", "epochs=1", f"init_from={first.path}")
     with pytest.raises(NearfarError, match="weights do not fit"):
         run(tmp_path, *files, "name=third", "epochs=1", f"init_from={first.path}", "embedding_dim=8")
+
+
+def test_a_run_of_an_earlier_version_is_read(tmp_path: Path, files: list[str]) -> None:
+    """Names of weights and the place of the text encoder as they were before towers."""
+    options = [
+        "molecule_encoder=both",
+        "learn_temperature=true",
+        "memory=24",
+        "false_negative_threshold=0.9",
+        "epochs=1",
+    ]
+    new = run(tmp_path, *files, "name=new", *options)
+    names = {
+        "towers.molecule.graph.": "graph.",
+        "towers.molecule.fingerprint.": "fingerprint.",
+        "heads.text.": "text.",
+        "memory.kept.molecule.": "memory.molecules.",
+        "memory.kept.text.": "memory.texts.",
+    }
+
+    def earlier(key: str) -> str:
+        return next((old + key.removeprefix(now) for now, old in names.items() if key.startswith(now)), key)
+
+    old = RunFolder(shutil.copytree(new.path, tmp_path / "old"))
+    for path in (old.path / "checkpoints").glob("*.ckpt"):
+        checkpoint = Checkpoint.load(path)
+        checkpoint.model = {earlier(key): value for key, value in checkpoint.model.items()}
+        assert not any(key.startswith("towers.") for key in checkpoint.model)
+        checkpoint.save(path)
+    shutil.copytree(old.path / "towers" / "text" / "encoder", old.path / "text_encoder")
+    shutil.rmtree(old.path / "towers")
+    assert list(trained(old.path).search("the alcohol of benzene")) == list(
+        trained(new.path).search("the alcohol of benzene")
+    )
+    for origin in (new, old):
+        run(tmp_path, *files, f"name=from_{origin.path.name}", *options, f"init_from={origin.path}")
+    first, second = (Checkpoint.load(tmp_path / f"from_{name}").model for name in ("new", "old"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize("head", ["none", "linear", "mlp"])
+def test_text_heads(tmp_path: Path, files: list[str], head: str) -> None:
+    """Without a head the molecules come to the texts: a space of as many dimensions as a text vector has."""
+    folder = run(tmp_path, *files, "name=run", f"text_head={head}", "epochs=1")
+    dims = 32 if head == "none" else 16
+    assert folder.read_json("model.json")["views"] == {"molecule": dims, "text": dims}
+    model = trained(folder.path)
+    assert model.embed_molecules(["CCO"]).shape == model.embed_texts(["an alcohol"]).shape == (1, dims)
 
 
 @pytest.mark.data

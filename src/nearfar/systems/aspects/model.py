@@ -192,7 +192,6 @@ class AspectModel(nn.Module):
             if projection_dim
             else None
         )
-        self.register_load_state_dict_pre_hook(_named_network)
 
     def heads(self) -> list[nn.Parameter]:
         """All parameters but the encoder's."""
@@ -211,11 +210,3 @@ class AspectModel(nn.Module):
     def project(self, aspects: Float[Tensor, "b a d"]) -> Float[Tensor, "b p"] | None:
         """What is contrasted, not normalised; None without a contrastive term."""
         return None if self.projection is None else self.projection(aspects.flatten(1))
-
-
-def _named_network(model: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:
-    """Reads weights of earlier runs, in which the encoder was no tower: a network over words stood a level higher."""
-    place = f"{prefix}encoder."
-    for name in [name for name in state if name.startswith(place)]:
-        if not name.startswith(f"{place}network."):
-            state[f"{place}network.{name.removeprefix(place)}"] = state.pop(name)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from nearfar.batching import BatchSampler, LengthBatchSampler
 from nearfar.data.batch import Batch, ItemDataset, Rows
 from nearfar.data.cache import content_key
+from nearfar.data.files import Json
 from nearfar.data.items import Items
 from nearfar.data.splits import column_name, data_paths
 from nearfar.errors import NearfarError
@@ -181,6 +182,15 @@ class AspectSystem(System[Batch, AspectModel]):
             projection_dim=config.projection_dim if config.contrastive != "none" else 0,
             dropout=config.head_dropout,
         )
+
+    def read_weights(self, weights: Json) -> Json:
+        """Also those of versions in which the encoder was no tower's: a network over words had a name less."""
+        return {
+            f"encoder.network.{name.removeprefix('encoder.')}"
+            if str(name).startswith("encoder.") and not name.startswith("encoder.network.")
+            else name: value
+            for name, value in weights.items()
+        }
 
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """Weight decay for matrices that are no embeddings; a pretrained encoder has its own learning rate."""

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from nearfar.data.cache import cached_arrays
+from nearfar.data.items import Items
 from nearfar.data.rejections import Rejections
 from nearfar.data.splits import check_disjoint
 from nearfar.errors import NearfarError, nearest_name
@@ -23,14 +24,10 @@ from nearfar.models.molecules.smiles import (
     rdkit_version,
     scaffold_key,
 )
-from nearfar.systems.molecules.dataset import MoleculeBatch, MoleculeDataset
-from nearfar.systems.molecules.records import MoleculeSplit, Records, make_splits, read_records
+from nearfar.systems.molecules.records import is_ring, pairs_of, read_records, scaffolds_of, text_key
 
 __all__ = [
-    "MoleculeBatch",
     "MoleculeData",
-    "MoleculeDataset",
-    "MoleculeSplit",
     "describe",
     "embedded_records",
     "is_name",
@@ -114,7 +111,7 @@ _SMALLEST, _LARGEST = 4, 100  # heavy atoms
 _FIELDS = ("ids", "smiles", "texts", "scaffolds")
 
 
-def embedded_records(n: int | None = None, seed: int = 0, synonyms: int = 4, cache: bool = True) -> Records:
+def embedded_records(n: int | None = None, seed: int = 0, synonyms: int = 4, cache: bool = True) -> Items:
     """``n`` compounds (``None``: all usable ones), drawn in an order that ``seed`` fixes.
 
     Left out, and counted: no carbon, fewer than 4 or more than 100 heavy atoms, no name made of words, the
@@ -149,33 +146,42 @@ def _path() -> Path:
     return path
 
 
-def _select(path: Path, n: int | None, seed: int, synonyms: int) -> Records:
+def _select(path: Path, n: int | None, seed: int, synonyms: int) -> dict[str, Any]:
     lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line]
     order = np.random.default_rng(seed).permutation(len(lines))
-    records = Records("chemicals: " + path.name)
+    columns: dict[str, list[str]] = {name: [] for name in _FIELDS}
+    rejections = Rejections()
     structures: set[str] = set()
     examined = 0
     for position in order.tolist():
-        if n is not None and len(records) == n:
+        if n is not None and len(columns["ids"]) == n:
             break
         examined += 1
         fields = lines[position].split("\t")
-        _consider(records, structures, position + 1, fields, synonyms)
-    records.notes = {"compounds_in_package": len(lines), "compounds_examined": examined, "seed": seed}
-    return records
+        if (compound := _usable(fields, structures, position + 1, synonyms, rejections)) is not None:
+            for name, value in zip(_FIELDS, compound, strict=True):
+                columns[name].append(value)
+    notes = {"compounds_in_package": len(lines), "compounds_examined": examined, "seed": seed}
+    return {
+        **columns,
+        "source": "chemicals: " + path.name,
+        "notes": notes,
+        "rejections": rejections.as_dict(),
+    }
 
 
-def _consider(records: Records, structures: set[str], row: int, fields: Sequence[str], synonyms: int) -> None:
-    """Add one compound, or count why not."""
-    rejections: Rejections = records.rejections
+def _usable(
+    fields: Sequence[str], structures: set[str], row: int, synonyms: int, rejections: Rejections
+) -> tuple[str, str, str, str] | None:
+    """Id, canonical SMILES, text and scaffold of a compound; None where it is left out, which is counted."""
     if len(fields) < 9:
         rejections.add("wrong number of fields", row, "\t".join(fields))
-        return
+        return None
     identity, _cas, formula, _mass, smiles, _inchi, inchikey, *names = fields
     molecule, reason = parse_smiles(smiles)
     if molecule is None:
         rejections.add("unparsable SMILES", row, smiles, reason)
-        return
+        return None
     numbers = [atom.GetAtomicNum() for atom in molecule.GetAtoms()]
     heavy = sum(number > 1 for number in numbers)
     if 6 not in numbers:
@@ -192,28 +198,23 @@ def _consider(records: Records, structures: set[str], row: int, fields: Sequence
         rejections.add("structure seen before (canonical SMILES)", row, smiles, canonical)
     else:
         structures.update((inchikey, canonical))
-        records.add(identity, canonical, text, scaffold_key(molecule))
+        return identity, canonical, text, scaffold_key(molecule)
+    return None
 
 
-def _pack(records: Records) -> dict[str, np.ndarray]:
-    extra = {
-        "source": records.source,
-        "notes": records.notes,
-        "rejections": records.rejections.as_dict(),
-    }
-    arrays = {name: _bytes("\n".join(getattr(records, name))) for name in _FIELDS}
+def _pack(chosen: dict[str, Any]) -> dict[str, np.ndarray]:
+    extra = {name: chosen[name] for name in ("source", "notes", "rejections")}
+    arrays = {name: _bytes("\n".join(chosen[name])) for name in _FIELDS}
     return arrays | {"extra": _bytes(json.dumps(extra))}
 
 
-def _unpack(arrays: dict[str, np.ndarray]) -> Records:
+def _unpack(arrays: dict[str, np.ndarray]) -> Items:
     extra: dict[str, Any] = json.loads(arrays["extra"].tobytes())
-    columns = {name: arrays[name].tobytes().decode().split("\n") for name in _FIELDS}
-    return Records(
-        extra["source"],
-        **columns,
-        rejections=Rejections.from_dict(extra["rejections"]),
-        notes=extra["notes"],
-    )
+    ids, smiles, texts, scaffolds = (arrays[name].tobytes().decode().split("\n") for name in _FIELDS)
+    items = pairs_of(ids, smiles, texts, scaffolds, extra["source"])
+    items.rejections = Rejections.from_dict(extra["rejections"])
+    items.notes = extra["notes"]
+    return items
 
 
 def _bytes(text: str) -> np.ndarray:
@@ -225,27 +226,19 @@ HoldOut = Literal["scaffold", "random"]
 
 @dataclass(frozen=True)
 class MoleculeData:
-    """The splits of one experiment, their sources, and what was rejected on the way."""
+    """The splits of one experiment (train, and val and test as far as there are), their sources, and leaks."""
 
-    train: MoleculeSplit
-    val: MoleculeSplit | None
-    test: MoleculeSplit | None
+    splits: dict[str, Items]
     sources: list[dict[str, Any]]
     notes: dict[str, str] = field(default_factory=dict)
     leaks: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-    @property
-    def splits(self) -> dict[str, MoleculeSplit]:
-        """The splits that exist, by name."""
-        by_name = {"train": self.train, "val": self.val, "test": self.test}
-        return {name: split for name, split in by_name.items() if split is not None}
 
     def layout(self) -> dict[str, object]:
         """The content of ``dataset_layout.json``: sources with rejections, counts, hashes, leaks."""
         return {
             "system": "molecules",
             "sources": self.sources,
-            "splits": {name: split.layout() for name, split in self.splits.items()},
+            "splits": {name: _counts(split) for name, split in self.splits.items()},
             "notes": self.notes,
             "shared_scaffolds": _shared_scaffolds(self.splits),
             "leaks": self.leaks,
@@ -255,7 +248,7 @@ class MoleculeData:
         """A few lines for a log: pairs of each split, rows that were rejected, leaks between splits."""
         lines = []
         for name, split in self.splits.items():
-            counts = split.layout()
+            counts = _counts(split)
             lines.append(
                 f"{name}: {len(split)} pairs, {counts['structures']} structures, {counts['texts']} texts, "
                 f"{counts['scaffolds']} ring scaffolds ({split.source})"
@@ -272,6 +265,20 @@ class MoleculeData:
                 shared = ", ".join(f"{counts['shared']} {what}s" for what, counts in leak.items())
                 lines.append(f"split leak: {pair.replace('/', ' and ')} share {shared}")
         return "\n".join(lines)
+
+
+def _counts(split: Items) -> dict[str, object]:
+    """Counts of a split for ``dataset_layout.json``."""
+    rings = [key for key in scaffolds_of(split) if is_ring(key)]
+    return {
+        "source": split.source,
+        "rows": len(split),
+        "split_hash": split.hash,
+        "structures": len(set(split["molecule"])),
+        "texts": len({text_key(text) for text in split["text"]}),
+        "scaffolds": len(set(rings)),
+        "rows_without_ring": len(split) - len(rings),
+    }
 
 
 def load_embedded(
@@ -292,13 +299,13 @@ def load_embedded(
     No ring scaffold of val or test is in train, and no functional pattern of their acyclic molecules.
     """
     records = embedded_records(n, seed, synonyms, cache)
-    split = assign_groups(records.scaffolds, fractions, seed)
+    split = assign_groups(scaffolds_of(records), fractions, seed)
     parts = {
-        name: records.take(np.flatnonzero(split == code).tolist())
+        name: records.take(np.flatnonzero(split == code))
         for code, name in enumerate(("train", "val", "test"))
     }
     for name, part in parts.items():
-        if not part:
+        if not len(part):
             raise NearfarError(
                 f"The embedded set of {len(records)} molecules leaves the {name} split empty at fractions "
                 f"{fractions}: raise data.embedded_size or the fraction."
@@ -308,7 +315,7 @@ def load_embedded(
         f"val {fractions[0]:g} and test {fractions[1]:g} of the rows",
         "texts": f"at most {1 + synonyms} names of the compound; no registry numbers, formula or SMILES",
     }
-    return _assemble({**parts}, [_source_layout(records)], notes, on_leak="error")
+    return _assemble(parts, [_source_layout(records)], notes, on_leak="error")
 
 
 def load_files(
@@ -362,12 +369,14 @@ def load_files(
         )
     if test is None:
         notes["test"] = "no test file: there is no test split, results are on val"
-    return _assemble({name: read.get(name) for name in ("train", "val", "test")}, sources, notes, on_leak)
+    return _assemble(
+        {name: read[name] for name in ("train", "val", "test") if name in read}, sources, notes, on_leak
+    )
 
 
-def _hold_out(records: Records, fraction: float, how: HoldOut, seed: int) -> tuple[Records, Records]:
+def _hold_out(records: Items, fraction: float, how: HoldOut, seed: int) -> tuple[Items, Items]:
     # A random hold-out, too, moves all rows of one structure together: else val would repeat train.
-    keys = records.scaffolds if how == "scaffold" else records.smiles
+    keys = scaffolds_of(records) if how == "scaffold" else records.texts("molecule")
     held_out = assign_groups(keys, (fraction, 0.0), seed) == 1
     if held_out.all() or not held_out.any():
         raise NearfarError(
@@ -375,21 +384,20 @@ def _hold_out(records: Records, fraction: float, how: HoldOut, seed: int) -> tup
             f"data.val_fraction={fraction:g}. Give a file with data.val=, raise data.val_fraction or set "
             "data.val_split=random."
         )
-    return records.take(np.flatnonzero(~held_out).tolist()), records.take(np.flatnonzero(held_out).tolist())
+    return records.take(np.flatnonzero(~held_out)), records.take(np.flatnonzero(held_out))
 
 
 def _assemble(
-    parts: Mapping[str, Records | None],
+    splits: dict[str, Items],
     sources: list[dict[str, object]],
     notes: dict[str, str],
     on_leak: Literal["count", "error"],
 ) -> MoleculeData:
-    splits = make_splits(parts)
     leaks: dict[str, dict[str, Any]] = {}
     checks = {
         "id": {name: split.ids for name, split in splits.items()},
-        "structure": {name: split.smiles for name, split in splits.items()},
-        "text": {name: split.texts for name, split in splits.items()},
+        "structure": {name: split.texts("molecule") for name, split in splits.items()},
+        "text": {name: split.texts("text") for name, split in splits.items()},
     }
     for what, values in checks.items():
         # Two compounds may share a text, and files without an id column number their rows alike: only shared
@@ -397,18 +405,18 @@ def _assemble(
         stop = on_leak if what == "structure" else "count"
         for pair, leak in check_disjoint(values, what, on_leak=stop).items():
             leaks.setdefault(pair, {})[what] = leak
-    return MoleculeData(splits["train"], splits.get("val"), splits.get("test"), sources, notes, leaks)
+    return MoleculeData(splits, sources, notes, leaks)
 
 
-def _source_layout(records: Records) -> dict[str, object]:
+def _source_layout(records: Items) -> dict[str, object]:
     return {"source": records.source, **records.notes, "rejections": records.rejections.as_dict()}
 
 
-def _shared_scaffolds(splits: Mapping[str, MoleculeSplit]) -> dict[str, int]:
+def _shared_scaffolds(splits: Mapping[str, Items]) -> dict[str, int]:
     """For each split beside train: its rows whose ring scaffold is also in train."""
-    known = {key for key in splits["train"].scaffolds if key.startswith("ring:")}
+    known = {key for key in scaffolds_of(splits["train"]) if is_ring(key)}
     return {
-        name: sum(key in known for key in split.scaffolds)
+        name: sum(key in known for key in scaffolds_of(split))
         for name, split in splits.items()
         if name != "train"
     }

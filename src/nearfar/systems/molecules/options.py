@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from nearfar.config import Encoding, Names, column, fraction, group, option, path, raw_group
-from nearfar.config.samplers import HardBatchOptions
+from nearfar.config.views import ViewOptions
 from nearfar.errors import NearfarError
 
 __all__ = ["InfoNCEOptions", "MoleculeDataOptions", "MoleculeOptions"]
@@ -57,31 +57,16 @@ class InfoNCEOptions:
 
 
 @dataclass
-class MoleculeOptions(HardBatchOptions):
+class MoleculeOptions(ViewOptions):
     """Molecule ↔ text retrieval."""
 
     system: str = "molecules"
     epochs: int = 40
     batch_size: int = 256
     warmup: float = 0.1
-    temperature: float = option(
-        0.07,
-        "temperature of the loss, by which similarities are divided; with learn_temperature its first value",
-        least=1e-4,
-        role="loss",
-    )
-    learn_temperature: bool = option(False, "the temperature is a parameter", role="loss")
-    memory: int = option(
-        0, "pairs of earlier batches that are further negatives, e.g. 4096; 0: none", least=0, role="batches"
-    )
-    mask_duplicates: bool = option(
-        True, "rows with the same text or structure are never each other's negatives", role="loss"
-    )
-
     molecule_encoder: Literal["fingerprint", "graph", "both"] = option(
         "fingerprint", "fingerprint: a network over it; graph: a transformer"
     )
-    embedding_dim: int = option(512, "dimensions of the shared embedding space", least=1)
     text_head: Literal["none", "linear", "mlp"] = option(
         "linear", "head trained on top of the frozen text embeddings"
     )

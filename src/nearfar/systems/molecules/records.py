@@ -1,22 +1,17 @@
-"""Molecule-text pairs of one source, checked row by row, and the splits made of them."""
+"""Molecule-text pairs of one source, checked row by row."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
-from jaxtyping import Int
-
-from nearfar.data.rejections import Rejections
-from nearfar.data.splits import split_hash
+from nearfar.data.items import Items
 from nearfar.data.tables import is_placeholder
 from nearfar.errors import NearfarError
 from nearfar.models.molecules.smiles import examine_structures
 from nearfar.systems.molecules.structure_files import read_structures
 
-__all__ = ["COLUMNS", "MoleculeSplit", "Records", "read_records"]
+__all__ = ["COLUMNS", "is_ring", "pairs_of", "read_records", "scaffolds_of", "text_key"]
 
 COLUMNS: Mapping[str, Sequence[str]] = {
     "smiles": ("smiles", "canonical_smiles", "isomeric_smiles", "mol", "structure", "inchi"),
@@ -32,77 +27,11 @@ COLUMNS: Mapping[str, Sequence[str]] = {
 """Headers that are recognised, best first; letter case does not matter."""
 
 
-@dataclass(frozen=True)
-class MoleculeSplit:
-    """The molecules and texts of one split; position i of every field is the same pair.
-
-    ``smiles`` are canonical. ``structure_group`` and ``text_group`` are equal exactly where the structure or
-    the text (apart from letter case and blanks) is, across all splits of the data: two items of one group are
-    no negatives of each other. ``scaffolds`` are the group keys of `scaffold_key`.
-    """
-
-    name: str
-    ids: list[str]
-    smiles: list[str]
-    texts: list[str]
-    structure_group: Int[np.ndarray, " n"]
-    text_group: Int[np.ndarray, " n"]
-    scaffolds: list[str]
-    source: str
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    @property
-    def hash(self) -> str:
-        """A hash of the ids that ignores their order: two estimates are comparable only if it is the same."""
-        return split_hash(self.ids)
-
-    def layout(self) -> dict[str, object]:
-        """Counts for ``dataset_layout.json``."""
-        rings = [key for key in self.scaffolds if key.startswith("ring:")]
-        return {
-            "source": self.source,
-            "rows": len(self),
-            "split_hash": self.hash,
-            "structures": len(set(self.structure_group.tolist())),
-            "texts": len(set(self.text_group.tolist())),
-            "scaffolds": len(set(rings)),
-            "rows_without_ring": len(self) - len(rings),
-        }
-
-
-@dataclass
-class Records:
-    """Accepted rows of one source, before they become splits."""
-
-    source: str
-    ids: list[str] = field(default_factory=list)
-    smiles: list[str] = field(default_factory=list)
-    texts: list[str] = field(default_factory=list)
-    scaffolds: list[str] = field(default_factory=list)
-    rejections: Rejections = field(default_factory=Rejections)
-    notes: dict[str, object] = field(default_factory=dict)
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def add(self, identity: str, smiles: str, text: str, scaffold: str) -> None:
-        """Append one pair; ``smiles`` is canonical."""
-        self.ids.append(identity)
-        self.smiles.append(smiles)
-        self.texts.append(text)
-        self.scaffolds.append(scaffold)
-
-    def take(self, positions: Sequence[int]) -> Records:
-        """The rows at ``positions``; rejections and notes stay with the whole."""
-        return Records(
-            self.source,
-            [self.ids[i] for i in positions],
-            [self.smiles[i] for i in positions],
-            [self.texts[i] for i in positions],
-            [self.scaffolds[i] for i in positions],
-        )
+def pairs_of(
+    ids: list[str], smiles: list[str], texts: list[str], scaffolds: list[str], source: str = "pairs"
+) -> Items:
+    """Molecules and texts as items: columns ``molecule`` (canonical SMILES) and ``text``; groups are scaffolds."""
+    return Items(ids, {"molecule": smiles, "text": texts}, source, groups=scaffolds)
 
 
 def read_records(
@@ -116,7 +45,7 @@ def read_records(
     naming: str = "data.{name}_column=NAME",
     encoding: str | None = None,
     encoding_option: str = "data.encoding",
-) -> Records:
+) -> Items:
     """Read pairs from a file of structures (`read_structures`); rows that cannot be used are counted with their reason.
 
     Rejected: an empty SMILES or text, a text that only says that it is missing (``N/A``, ``nan``), a SMILES that is no
@@ -130,10 +59,12 @@ def read_records(
     """
     overrides = {"smiles": smiles_column, "text": text_column, "id": id_column}
     table = read_structures(path, columns, overrides, ("id",), naming, encoding, encoding_option)
-    records = Records(str(path), rejections=table.rejections)
+    rejections = table.rejections
     ids = table["id"] if "id" in table else [f"row{row}" for row in table.rows]
     structures = examine_structures(table["smiles"], cache)
     pairs: dict[tuple[str, str], int] = {}
+    used: list[int] = []
+    texts: list[str] = []
     for position, row in enumerate(table.rows):
         raw, text, structure = (
             table["smiles"][position],
@@ -141,34 +72,43 @@ def read_records(
             structures[position],
         )
         if not raw.strip() or (structure.problem and is_placeholder(raw)):
-            records.rejections.add("empty SMILES", row, ids[position])
+            rejections.add("empty SMILES", row, ids[position])
         elif not text:
-            records.rejections.add("empty text", row, raw)
+            rejections.add("empty text", row, raw)
         elif is_placeholder(text):
-            records.rejections.add("no text", row, raw, f"only {text!r}")
+            rejections.add("no text", row, raw, f"only {text!r}")
         elif structure.problem:
-            records.rejections.add("unparsable SMILES", row, raw, structure.problem)
+            rejections.add("unparsable SMILES", row, raw, structure.problem)
         elif (pair := (structure.canonical, text_key(text))) in pairs:
             detail = f"same structure and text as row {pairs[pair]}"
-            records.rejections.add("repeated row", row, raw, detail)
+            rejections.add("repeated row", row, raw, detail)
         else:
             pairs[pair] = row
-            records.add(ids[position].strip() or f"row{row}", structure.canonical, text, structure.scaffold)
-    if not records:
+            used.append(position)
+            texts.append(text)
+    if not used:
         raise NearfarError(
-            f"{path}: none of its {table.n_rows} rows is a molecule with a text; "
-            f"{records.rejections.summary()}."
+            f"{path}: none of its {table.n_rows} rows is a molecule with a text; {rejections.summary()}."
         )
-    records.ids, repeated = _unique(records.ids)
-    records.notes = {
+    names, repeated = _unique([ids[i].strip() or f"row{table.rows[i]}" for i in used])
+    items = pairs_of(
+        names,
+        [structures[i].canonical for i in used],
+        texts,
+        [structures[i].scaffold for i in used],
+        str(path),
+    )
+    items.rows = [table.rows[i] for i in used]
+    items.rejections = rejections
+    items.notes = {
         "path": str(path),
         "rows_in_file": table.n_rows,
-        "rows_used": len(records),
+        "rows_used": len(used),
         "columns": table.used,
         "ids_made_unique": repeated,
         "reading": table.notes,
     }
-    return records
+    return items
 
 
 def text_key(text: str) -> str:
@@ -176,28 +116,14 @@ def text_key(text: str) -> str:
     return " ".join(text.split()).casefold()
 
 
-def make_splits(parts: Mapping[str, Records | None]) -> dict[str, MoleculeSplit]:
-    """Splits with group labels that are consistent across splits (0, 1, … in order of first appearance)."""
-    structures: dict[str, int] = {}
-    texts: dict[str, int] = {}
-    splits = {}
-    for name, part in parts.items():
-        if part is not None:
-            splits[name] = MoleculeSplit(
-                name,
-                part.ids,
-                part.smiles,
-                part.texts,
-                _labels(part.smiles, structures),
-                _labels((text_key(text) for text in part.texts), texts),
-                part.scaffolds,
-                part.source,
-            )
-    return splits
+def scaffolds_of(items: Items) -> list[str]:
+    """The scaffold of each item, as `scaffold_key` names it."""
+    return [] if items.groups is None else list(items.groups)
 
 
-def _labels(values: Iterable[str], seen: dict[str, int]) -> np.ndarray:
-    return np.array([seen.setdefault(value, len(seen)) for value in values], dtype=np.int64)
+def is_ring(scaffold: str) -> bool:
+    """Whether a group of `scaffold_key` is a ring scaffold and not a pattern of a molecule without a ring."""
+    return scaffold.startswith("ring:")
 
 
 def _unique(ids: Sequence[str]) -> tuple[list[str], int]:

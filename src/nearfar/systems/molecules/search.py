@@ -5,9 +5,9 @@ from __future__ import annotations
 import html
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -15,18 +15,20 @@ from jaxtyping import Float
 
 from nearfar.config.compose import read_config
 from nearfar.data.cache import cached_array, content_key
+from nearfar.data.items import Items
 from nearfar.data.splits import column_name, data_paths
 from nearfar.data.tables import Table
 from nearfar.errors import NearfarError
 from nearfar.models.molecules.smiles import canonical_smiles, parse_smiles
 from nearfar.models.text import TextEncoder, embed_texts, load_text_encoder
-from nearfar.systems.molecules.dataset import MoleculeFeatures
-from nearfar.systems.molecules.model import MoleculeTextModel
 from nearfar.systems.molecules.options import MoleculeOptions
-from nearfar.systems.molecules.records import COLUMNS, Records, make_splits, read_records
+from nearfar.systems.molecules.records import COLUMNS, pairs_of, read_records, scaffolds_of
 from nearfar.systems.molecules.structure_files import read_structures
-from nearfar.systems.molecules.system import draw
+from nearfar.systems.molecules.system import MoleculeSystem, draw, molecule_tower, text_tower
+from nearfar.systems.view_system import load_towers
 from nearfar.terminal import say
+from nearfar.towers import Tower
+from nearfar.towers.text import TextTower
 from nearfar.training.checkpoint import Checkpoint, find_checkpoint
 from nearfar.training.evaluation import consecutive
 from nearfar.training.run_folder import RunFolder, write_atomically
@@ -86,16 +88,33 @@ class TrainedMolecules:
         self.folder = RunFolder.of(path)
         self.config = cast(MoleculeOptions, read_config(self.folder.config(), saved=True))
         self.checkpoint = path
-        self.features = MoleculeFeatures.from_config(self.config)
-        self.text_encoder: TextEncoder = load_text_encoder(self.folder.path / "text_encoder")
-        state = Checkpoint.load(path)
         self._layout = self.folder.read_json("dataset_layout.json")
-        self._text_dim = int(self._layout["text_encoder"]["dimensions"])
-        self.model = MoleculeTextModel.from_config(self.config, self._text_dim, self.features.fingerprint_dim)
-        self.model.load_state_dict(state.model)
+        # A memory of earlier batches is for training alone.
+        self.system = MoleculeSystem(replace(self.config, memory=0))
+        self.system.towers = self._towers()
+        state = Checkpoint.load(path)
+        self.model = self.system.build_model()
+        self.model.load_state_dict(self.system.read_weights(state.model))
         self.model.eval()
         self._key = content_key([np.asarray(v.float()) for v in state.model.values()])
-        self._galleries: dict[str, tuple[Records, faiss.IndexFlatIP]] = {}
+        self._galleries: dict[str, tuple[Items, faiss.IndexFlatIP]] = {}
+
+    def _towers(self) -> dict[str, Tower]:
+        if (self.folder.path / "towers").is_dir():
+            return load_towers(self.folder.path / "towers")
+        # A run of an earlier version, which kept its text encoder alone.
+        text = text_tower(self.config)
+        text.encoder = load_text_encoder(self.folder.path / "text_encoder")
+        width: Any = text.build().width if self.config.text_head == "none" else None
+        return {"molecule": molecule_tower(self.config, width), "text": text}
+
+    @property
+    def text_encoder(self) -> TextEncoder:
+        """The frozen encoder of the texts."""
+        text = self.system.towers["text"]
+        assert isinstance(text, TextTower)
+        encoder: TextEncoder = text.encoder
+        return encoder
 
     # -- embedding -------------------------------------------------------------------------------------------
     @torch.inference_mode()
@@ -105,23 +124,23 @@ class TrainedMolecules:
             molecule, reason = parse_smiles(text)
             if molecule is None:
                 raise NearfarError(f"molecule {i} ({text!r}) cannot be read: {reason}.")
-        records = Records("embed", [str(i) for i in range(len(smiles))], list(smiles), [""] * len(smiles))
-        records.scaffolds = [""] * len(smiles)
-        split = make_splits({"train": records})["train"]
-        dataset = self.features.dataset(split, np.zeros((len(smiles), self._text_dim), dtype=np.float32))
-        parts = [self.model.encode_molecules(dataset.__getitems__(b)) for b in consecutive(len(smiles), 512)]
+        inputs = self.system.towers["molecule"].read(list(smiles))
+        parts = [
+            self.model.encode("molecule", inputs.batch(torch.tensor(rows)))
+            for rows in consecutive(len(smiles), 512)
+        ]
         return torch.nn.functional.normalize(torch.cat(parts).float(), dim=1).numpy()
 
     @torch.inference_mode()
     def embed_texts(self, texts: Sequence[str]) -> Float[np.ndarray, "n d"]:
         """Unit vectors of texts."""
         frozen = torch.from_numpy(embed_texts(self.text_encoder, texts, cache=len(texts) > 100))
-        return torch.nn.functional.normalize(self.model.encode_texts(frozen).float(), dim=1).numpy()
+        return torch.nn.functional.normalize(self.model.encode("text", frozen).float(), dim=1).numpy()
 
     # -- search ----------------------------------------------------------------------------------------------
     def gallery(
         self, path: Path | None = None, molecules: bool = True, columns: Columns | None = None
-    ) -> tuple[Records, faiss.IndexFlatIP]:
+    ) -> tuple[Items, faiss.IndexFlatIP]:
         """The pairs to search in, and a FAISS index of their molecules (or texts); embeddings are cached.
 
         ``columns`` are headers of the table for ``smiles``, ``text`` and ``id``, where they are not the usual ones.
@@ -131,7 +150,7 @@ class TrainedMolecules:
         name = f"{path or ''}/{sorted((columns or {}).items())}/{'molecules' if molecules else 'texts'}"
         if name not in self._galleries:
             records = self._records(path, columns or {})
-            values = records.smiles if molecules else records.texts
+            values = records.texts("molecule" if molecules else "text")
             embed = self.embed_molecules if molecules else self.embed_texts
             vectors = cached_array("galleries", [self._key, values], lambda: embed(values))
             index = faiss.IndexFlatIP(vectors.shape[1])
@@ -144,7 +163,7 @@ class TrainedMolecules:
         own = {name: column_name(getattr(self.config.data, f"{name}_column")) for name in COLUMNS}
         return {name: [*filter(None, [own[name]]), *usual] for name, usual in COLUMNS.items()}
 
-    def _records(self, path: Path | None, columns: Columns) -> Records:
+    def _records(self, path: Path | None, columns: Columns) -> Items:
         if path is not None:
             given = (columns.get("smiles"), columns.get("text"), columns.get("id"))
             return read_records(
@@ -155,27 +174,25 @@ class TrainedMolecules:
                 encoding=self.config.data.encoding,
                 encoding_option="",
             )
-        from nearfar.systems.molecules.system import MoleculeSystem
-
         try:
             data_paths(self.config.data)
         except NearfarError as error:
             raise NearfarError(
                 f"{self.folder}: the run's data is not there ({error}) Give a table to search in: --gallery FILE."
             ) from None
-        splits = list(MoleculeSystem(self.config).load_data(lambda _: None).splits.values())
-        current, trained = MoleculeSystem.content_hash(*splits), self._layout["data_hash"]
+        splits = list(self.system.load_data(lambda _: None).splits.values())
+        current, trained = self.system.data_hash(*splits), self._layout["data_hash"]
         if current != trained:
             raise NearfarError(
                 f"{self.folder}: its data files have changed since it was trained (content hash {trained} then, "
                 f"{current} now). Give the table to search in: --gallery FILE."
             )
-        return Records(
+        return pairs_of(
+            [identity for split in splits for identity in split.ids],
+            [smiles for split in splits for smiles in split.texts("molecule")],
+            [text for split in splits for text in split.texts("text")],
+            [scaffold for split in splits for scaffold in scaffolds_of(split)],
             "run",
-            [i for s in splits for i in s.ids],
-            [m for s in splits for m in s.smiles],
-            [t for s in splits for t in s.texts],
-            [c for s in splits for c in s.scaffolds],
         )
 
     def search(
@@ -206,7 +223,7 @@ class TrainedMolecules:
         records, index = self.gallery(gallery, not molecule, columns)
         scores, indices = index.search(np.ascontiguousarray(vector, dtype=np.float32), min(k, len(records)))
         hits = [
-            Hit(rank + 1, float(score), records.ids[i], records.smiles[i], records.texts[i])
+            Hit(rank + 1, float(score), records.ids[i], records["molecule"][i], records["text"][i])
             for rank, (score, i) in enumerate(zip(scores[0], indices[0], strict=True))
         ]
         return Hits(hits, query)

@@ -2,41 +2,29 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
-from torch import Tensor
+from torch import nn
 
-from nearfar.batching import BatchSampler, Neighbors, nearest_neighbors
-from nearfar.config.samplers import Items
-from nearfar.contrast import DuplicateMask, Mask, SimilarityMask, join_masks
-from nearfar.data.cache import cached_arrays, content_key
+from nearfar.data.cache import content_key
+from nearfar.data.files import Json
+from nearfar.data.items import Items, value_groups
 from nearfar.data.splits import column_name, data_paths
-from nearfar.errors import NearfarError
-from nearfar.losses import InfoNCELoss
-from nearfar.metrics import Estimate, batch_signals, rank_estimates, retrieval_ranks
+from nearfar.losses.views import ViewLoss
 from nearfar.models.molecules.smiles import quiet_rdkit
-from nearfar.models.text import TextEncoder, build_text_encoder, embed_texts, save_text_encoder
+from nearfar.models.views import HeadKind, build_head
 from nearfar.systems.molecules.data import MoleculeData, load_embedded, load_files
-from nearfar.systems.molecules.dataset import MoleculeBatch, MoleculeDataset, MoleculeFeatures
-from nearfar.systems.molecules.model import MoleculeTextModel
 from nearfar.systems.molecules.options import MoleculeOptions
-from nearfar.systems.molecules.records import MoleculeSplit
-from nearfar.training.batches import (
-    LIKELY_FALSE_NEGATIVE,
-    build_sampler,
-    check_batches,
-    epoch_record,
-    neighbors_needed,
-)
-from nearfar.training.sections import retrieval_examples
-from nearfar.training.system import Evaluation, Say, StepOutput, System, TrainSampler
+from nearfar.systems.molecules.records import scaffolds_of
+from nearfar.systems.view_system import ViewSystem
+from nearfar.towers import Tower
+from nearfar.towers.molecule import MoleculeTower
+from nearfar.towers.text import TextTower
+from nearfar.training.system import Say, decayed_groups
 
-__all__ = ["MoleculeSystem", "draw", "molecule_examples"]
+__all__ = ["MoleculeSystem", "draw", "molecule_tower", "text_tower"]
 
 
 def draw(smiles: str, width: int = 220, height: int = 160) -> str:
@@ -63,64 +51,52 @@ def draw(smiles: str, width: int = 220, height: int = 160) -> str:
     return text[text.index("<svg") :].strip()
 
 
-def molecule_examples(
-    split: MoleculeSplit, texts: Float[Tensor, "n d"], molecules: Float[Tensor, "n d"]
-) -> list[dict[str, object]]:
-    """Texts with their nearest molecules: right, nearly right and wrong ones."""
+def molecule_tower(config: MoleculeOptions, width: int | None = None) -> MoleculeTower:
+    """The tower of molecules that the options describe; ``width``: of its vectors, where not ``embedding_dim``."""
+    return MoleculeTower(
+        config.molecule_encoder,
+        width=config.embedding_dim if width is None else width,
+        hidden=config.hidden,
+        layers=config.layers,
+        heads=config.heads,
+        dropout=config.dropout,
+        fingerprints=config.fingerprints,
+        bits=config.fingerprint_bits,
+        radius=config.fingerprint_radius,
+        chirality=config.fingerprint_chirality,
+        fingerprint_hidden=config.fingerprint_hidden,
+        fingerprint_dropout=config.fingerprint_dropout,
+        input_dropout=config.input_dropout,
+        mask_atoms=config.augment_atoms,
+        mask_bonds=config.augment_bonds,
+    )
 
-    def shown(position: int) -> dict[str, object]:
-        smiles = split.smiles[position]
-        return {"text": split.texts[position], "smiles": smiles, "svg": draw(smiles)}
 
-    return retrieval_examples(texts, molecules, shown, shown)
-
-
-KS = (1, 5, 10)
-DIRECTIONS = ("text_to_molecule", "molecule_to_text")
+def text_tower(config: MoleculeOptions) -> TextTower:
+    """The tower of texts: a frozen encoder."""
+    options = dict(config.text_encoder)
+    return TextTower(options.pop("kind"), train="head", **options)
 
 
-class MoleculeSystem(System[MoleculeBatch, MoleculeTextModel]):
+class MoleculeSystem(ViewSystem):
     """Trains a molecule encoder (and a head over frozen text embeddings) for retrieval in both directions."""
 
     name = "molecules"
     monitor = "text_to_molecule/MRR"
+    judges_start = False  # the molecule encoder starts from nothing: chance stands beside every estimate
 
     config: MoleculeOptions
-
-    def __init__(self, config: MoleculeOptions) -> None:
-        self.config = config
-        self.features = MoleculeFeatures.from_config(config)
-        self.loss = InfoNCELoss(temperature=config.temperature, symmetric=config.loss.symmetric)
-        self.data: MoleculeData
-        self.text_encoder: TextEncoder
-        self.neighbors: Neighbors
-        self._directions: np.ndarray  # of the training texts, see text_directions
-        self.datasets: dict[str, MoleculeDataset] = {}
+    data: MoleculeData
 
     # -- data ------------------------------------------------------------------------------------------------
-    def prepare(self, say: Say) -> None:
-        """Read and check the data, fit or load the text encoder, featurise, find neighbours."""
-        config = self.config
+    def load_items(self, say: Say) -> dict[str, Items]:
         self.data = self.load_data(say)
         say(self.data.summary())
-        train = self.data.train
-        if len(train) > 5000:
+        if len(self.data.splits["train"]) > 5000:
             say(
                 "reading texts and molecules; the first time this takes a minute or two, afterwards it is in the cache"
             )
-        self.text_encoder = build_text_encoder(**config.text_encoder).fit(train.texts)
-        say(f"text encoder: {self.text_encoder.description}")
-        for name, split in self.data.splits.items():
-            self.datasets[name] = self.features.dataset(
-                split,
-                embed_texts(self.text_encoder, split.texts),
-                mask_atoms=config.augment_atoms if name == "train" else 0.0,
-                mask_bonds=config.augment_bonds if name == "train" else 0.0,
-                seed=config.seed,
-            )
-        self._directions = text_directions(self.datasets["train"].text.numpy(), say)
-        k = neighbors_needed(config, len(train))
-        self.neighbors = cached_neighbors(self._directions, k, train.ids)
+        return self.data.splits
 
     def load_data(self, say: Say) -> MoleculeData:
         """The splits, from the configured files or the embedded set; fits and featurises nothing."""
@@ -142,179 +118,109 @@ class MoleculeSystem(System[MoleculeBatch, MoleculeTextModel]):
             seed=data.split_seed,
         )
 
-    def layout(self) -> dict[str, object]:
-        """Counts, rejections, hashes, and which encoders are really used."""
-        return self.data.layout() | {
-            "data_hash": self.content_hash(*self.data.splits.values()),
-            "text_encoder": {
-                "kind": self.text_encoder.kind,
-                "name": self.text_encoder.name,
-                "description": self.text_encoder.description,
-                "dimensions": int(self.datasets["train"].text.shape[1]),
-            },
-            "molecule_encoder": self.features.description,
-            "neighbors": {
-                "k": self.neighbors.k,
-                "exact": self.neighbors.exact,
-                "index": self.neighbors.index,
-                "recall": self.neighbors.recall,
-            },
-        }
+    def build_towers(self, say: Say) -> dict[str, Tower]:
+        return {"molecule": molecule_tower(self.config), "text": text_tower(self.config)}
 
-    @staticmethod
-    def content_hash(*splits: MoleculeSplit) -> str:
+    def fit_towers(self) -> None:
+        super().fit_towers()
+        if self.config.text_head == "none":
+            self.towers["molecule"] = molecule_tower(self.config, self.text_dim)
+
+    @property
+    def text_dim(self) -> int:
+        """The length of a frozen text vector."""
+        width: Any = self.towers["text"].build().width
+        return int(width)
+
+    def readable(self, items: Items) -> Items:
+        return items  # the readers of molecules have rejected what no tower reads
+
+    def value_groups(self, view: str) -> dict[str, np.ndarray] | None:
+        # Structures are canonical by now, and need not be parsed again.
+        return value_groups(self.splits, view, list) if view == "molecule" else super().value_groups(view)
+
+    def reference_view(self) -> str:
+        return "text"
+
+    def layout(self) -> Json:
+        """Counts, rejections, hashes, and which encoders are really used."""
+        layout, text = super().layout(), self.towers["text"]
+        assert isinstance(text, TextTower)
+        return (
+            layout
+            | self.data.layout()
+            | {
+                "text_encoder": {
+                    "kind": text.encoder.kind,
+                    "name": text.encoder.name,
+                    "description": text.encoder.description,
+                    "dimensions": self.text_dim,
+                },
+                "molecule_encoder": self.towers["molecule"].description,
+            }
+        )
+
+    def data_hash(self, *splits: Items) -> str:
         """A hash of the content of splits: sixteen hexadecimal digits of ids, structures and texts, in order.
 
         Ids alone are not enough: two versions of a file may have the same ids, as have files that number their rows.
         """
-        return content_key(*([s.ids, s.smiles, s.texts] for s in splits))[:16]
+        return content_key(*([s.ids, s.texts("molecule"), s.texts("text")] for s in splits))[:16]
 
-    # -- batches ---------------------------------------------------------------------------------------------
-    def build_sampler(self) -> BatchSampler:
-        """The sampler that the configuration names."""
-        train = self.data.train
-        items = Items(len(train), self.neighbors, labels=lambda: _scaffold_labels(train))
-        return build_sampler(self.config, items)
+    def content_hash(self, items: Items) -> str:
+        return self.data_hash(items)
 
-    def on_epoch(self, epoch: int, sampler: TrainSampler, say: Say) -> dict[str, object]:
-        """Apply schedules and measure how hard the resulting batches are."""
-        return epoch_record(self.config, epoch, sampler, self.neighbors, say)
-
-    def check_sampler(self, sampler: TrainSampler, say: Say) -> None:
-        """The A/A check of the first hard epoch."""
-        check_batches(self.config, sampler, self._directions, say)
+    def labels(self) -> np.ndarray:
+        """Scaffolds as classes: the balanced sampler then draws rare ring systems as often as benzene."""
+        return np.unique(scaffolds_of(self.splits["train"]), return_inverse=True)[1]
 
     # -- model and loss --------------------------------------------------------------------------------------
-    def build_model(self) -> MoleculeTextModel:
-        """Molecule encoder and text head of the configured kind."""
-        text_dim = int(self.datasets["train"].text.shape[1])
-        return MoleculeTextModel.from_config(self.config, text_dim, self.features.fingerprint_dim)
+    def build_loss(self) -> ViewLoss:
+        return ViewLoss("infonce", self.config.temperature, symmetric=self.config.loss.symmetric)
 
-    def encode(self, model: MoleculeTextModel, batch: MoleculeBatch) -> dict[str, Tensor]:
-        """Both embeddings of every pair."""
-        return {"molecules": model.encode_molecules(batch), "texts": model.encode_texts(batch.text)}
+    def shared_dim(self, widths: Mapping[str, int]) -> int:
+        return widths["molecule"]
 
-    def loss_of(
-        self, model: MoleculeTextModel, embeddings: Mapping[str, Tensor], batch: MoleculeBatch
-    ) -> StepOutput:
-        """InfoNCE in both directions; duplicates and likely false negatives are no negatives."""
-        molecules, texts = embeddings["molecules"], embeddings["texts"]
-        mask, scale, memory = self._mask(batch), model.scale(), model.memory
-        if memory is None:
-            return StepOutput(self.loss(molecules, texts, mask, scale), lambda: self._record(batch, mask))
-        negatives, left_out = None, None
-        if memory.filled:
-            config = self.config
-            negatives = (memory.texts.rows(), memory.molecules.rows() if self.loss.symmetric else None)
-            both = memory.left_out(batch, config.mask_duplicates, config.false_negative_threshold)
-            left_out = (both, both if self.loss.symmetric else None)
-        loss = self.loss(molecules, texts, mask, scale, negatives, left_out)
-        age = memory.age()
-        memory.push(molecules, texts, batch)
-        return StepOutput(loss, lambda: self._record(batch, mask) | {"memory_age": age.item()})
+    def build_head(self, tower: Tower, view: str, width: int, dim: int) -> nn.Module:
+        kind: HeadKind = self.config.text_head if view == "text" else "none"
+        return build_head(kind, width, dim, hidden=dim, dropout=0.1, norm="layer")
 
-    def _record(self, batch: MoleculeBatch, mask: Mask | None) -> dict[str, float]:
-        """The loss's record, and the shares of copies and likely false negatives among the batch's negatives."""
-        assert self.loss.record is not None
-        record = self.loss.record.to_dict()
-        # Embeddings have unit length: no logit is beyond the scale.
-        record["largest_logit"] = record["scale"]
-        threshold = self.config.false_negative_threshold
-        threshold = LIKELY_FALSE_NEGATIVE if threshold is None else threshold
-        likely = SimilarityMask(batch.text, threshold)
-        return record | batch_signals(join_masks(_same_content(batch)), likely, left_out=mask)
+    def parameter_groups(self, model: nn.Module) -> list[Json]:
+        return decayed_groups(model, self.config.weight_decay)  # the tables of atoms and bonds decay, too
 
-    def _mask(self, batch: MoleculeBatch) -> Mask | None:
-        """Pairs that are no negatives, as a mask computed tile by tile; the loss always keeps a row's own partner."""
-        masks = _same_content(batch) if self.config.mask_duplicates else []
-        if self.config.false_negative_threshold is not None:
-            masks.append(SimilarityMask(batch.text, self.config.false_negative_threshold))
-        return join_masks(masks)
-
-    # -- evaluation ------------------------------------------------------------------------------------------
-    def evaluate(self, outputs: Mapping[str, Tensor], split: str, final: bool) -> Evaluation:
-        """Retrieval in both directions with the whole split as gallery."""
-        part = self.data.splits[split]
-        ranks = retrieval_ranks(outputs["texts"], outputs["molecules"], both=True)
-        estimates: dict[str, Estimate] = {}
-        per_item: dict[str, np.ndarray] = {}
-        for direction, direction_ranks in zip(DIRECTIONS, ranks, strict=True):
-            numbers = rank_estimates(
-                direction_ranks,
-                KS,
-                bootstrap=self.config.bootstrap if final else 0,
-                split=self.content_hash(part),
-            )
-            estimates |= {f"{direction}/{name}": estimate for name, estimate in numbers.items()}
-            per_item |= {f"{direction}/R@{k}": direction_ranks.hits(k) for k in KS}
-            per_item[f"{direction}/MRR"] = direction_ranks.reciprocal()
-        return Evaluation(split, estimates, part.ids, per_item)
-
-    def report_examples(self, outputs: Mapping[str, Tensor], split: str) -> list[dict[str, object]]:
-        """Texts with their nearest molecules: right, nearly right and wrong ones."""
-        return molecule_examples(self.data.splits[split], outputs["texts"], outputs["molecules"])
-
-    def save_assets(self, folder: Path) -> None:
-        """The fitted text encoder, without which new texts could not be embedded."""
-        save_text_encoder(self.text_encoder, folder / "text_encoder")
-
-
-def _same_content(batch: MoleculeBatch) -> list[Mask]:
-    """Pairs of rows with the same structure, or the same text."""
-    return [DuplicateMask(batch.structure_group), DuplicateMask(batch.text_group)]
-
-
-def cached_neighbors(directions: Float[np.ndarray, "n d"], k: int, ids: list[str]) -> Neighbors:
-    """``nearest_neighbors``, cached by content.
-
-    The cache saves time, and a resumed run needs exactly the same list: with a different number of threads rounding
-    may swap two neighbours of nearly equal similarity.
-    """
-
-    def search() -> dict[str, np.ndarray]:
-        neighbors = nearest_neighbors(directions, k)
-        assert neighbors.similarities is not None
-        how = {
-            "exact": neighbors.exact,
-            "index": neighbors.index,
-            "recall": neighbors.recall,
-            "queries": neighbors.queries,
+    def read_weights(self, weights: Json) -> Json:
+        """Weights by today's names; before its towers were shared with other systems, the model had its own."""
+        if any(key.startswith("towers.") for key in weights):
+            return weights
+        known = {
+            key: value
+            for key, value in weights.items()
+            if key != "log_scale" or self.config.learn_temperature
         }
-        return {
-            "indices": neighbors.indices,
-            "similarities": neighbors.similarities,
-            "how": np.array(json.dumps(how)),
-        }
+        return {_renamed(key): value for key, value in known.items()}
 
-    kept = cached_arrays("neighbors", [1, directions, k], search)
-    how = json.loads(str(kept["how"]))
-    return Neighbors(kept["indices"], kept["similarities"], np.asarray(ids), **how)
+    # -- results ---------------------------------------------------------------------------------------------
+    def pairs(self) -> list[tuple[str, str]]:
+        return [("text", "molecule")]
 
-
-def text_directions(text: Float[np.ndarray, "n d"], say: Say) -> Float[np.ndarray, "n d"]:
-    """Text embeddings without rows of zeros: a text without a known term gets a random direction.
-
-    In many dimensions a random direction is near to no other. If more than half of the texts have no known term, the
-    text encoder does not suit these texts: an error.
-    """
-    unknown = ~text.any(axis=1)
-    count = int(unknown.sum())
-    if not count:
-        return text
-    if count > len(text) / 2:
-        raise NearfarError(
-            f"{count} of {len(text)} training texts hold no term that the text encoder kept. Terms in nearly all texts "
-            "or in one alone are left out: try text_encoder.max_df=1.0, text_encoder.min_df=1, or a different "
-            "text_encoder."
-        )
-    say(
-        f"{count} of {len(text)} training texts hold no term that the text encoder kept; they have no real neighbours"
-    )
-    directions = text.copy()
-    directions[unknown] = np.random.default_rng(0).standard_normal((count, text.shape[1])).astype(text.dtype)
-    return directions
+    def shown(self, split: str, view: str, position: int) -> Json:
+        items = self.splits[split]
+        smiles = items["molecule"][position]
+        return {"text": items["text"][position], "smiles": smiles, "svg": draw(smiles)}
 
 
-def _scaffold_labels(split: MoleculeSplit) -> np.ndarray:
-    """Scaffolds as classes: the balanced sampler then draws rare ring systems as often as benzene."""
-    return np.unique(split.scaffolds, return_inverse=True)[1]
+#: how names of weights began in earlier versions, and how they begin now
+_NAMES = {
+    "graph.": "towers.molecule.graph.",
+    "fingerprint.": "towers.molecule.fingerprint.",
+    "text.": "heads.text.",
+    "memory.molecules.": "memory.kept.molecule.",
+    "memory.texts.": "memory.kept.text.",
+}
+
+
+def _renamed(key: str) -> str:
+    for old, new in _NAMES.items():
+        if key.startswith(old):
+            return new + key.removeprefix(old)
+    return key
