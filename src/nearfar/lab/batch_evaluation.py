@@ -82,6 +82,7 @@ class BatchEvaluator:
         mine = self.model.state_dict()
         both = mine.keys() & self.state.keys()
         other = (mine.keys() ^ self.state.keys()) | {k for k in both if not _same(mine[k], self.state[k])}
+        other -= (mine.keys() ^ self.state.keys()) & set(getattr(self.model, "set_by_options", ()))
         if other:
             raise NearfarError(
                 f"this would start from a different state than the run's ({', '.join(sorted(other)[:3])}): it "
