@@ -16,6 +16,7 @@ from nearfar.config.compose import override_config
 from nearfar.config.options import read_options, to_dict
 from nearfar.config.registry import _REGISTERED, Registration
 from nearfar.errors import NearfarError
+from nearfar.lab.batch_evaluation import cosine
 from nearfar.lab.counterfactuals import Counterfactual, Effect, Refused, standard
 from nearfar.lab.table import describe_what_if, what_if_table
 from nearfar.lab.what_if import WhatIf, what_if
@@ -379,3 +380,11 @@ def test_altered_copies_and_keeps_the_record_of_overrides() -> None:
     assert read_options(ToyOptions, old, saved=True).trainer.max_steps is None, "it came after the run"
     with pytest.raises(NearfarError, match=r"the option trainer\.max_steps is missing"):
         read_options(ToyOptions, old)
+
+
+def test_gradients_are_compared_by_name_over_the_rows_of_both() -> None:
+    """A batch may lack an embedding that the other has, such as a view of some items alone."""
+    a = {"['x']": torch.tensor([[1.0, 0.0], [0.0, 2.0], [5.0, 5.0]]), "['moved']": torch.ones(3, 2)}
+    b = {"['x']": torch.tensor([[1.0, 0.0], [0.0, 0.0]])}
+    assert cosine(a, b) == pytest.approx(1 / 5**0.5)
+    assert math.isnan(cosine(a, {"['y']": torch.ones(1)}))

@@ -54,6 +54,14 @@ def test_the_page_has_every_option_with_its_default(kind: str) -> None:
     assert dict(rows) == defaults(tower_class(kind))
 
 
+def test_the_page_has_every_method() -> None:
+    table = PAGE.read_text().split("## What a tower does")[1].split("##")[0]
+    named = set(re.findall(r"`(\w+)\(", table))
+    assert named == {name for name, _ in inspect.getmembers(Tower, inspect.isroutine) if name[0] != "_"} | {
+        "__init__"
+    }
+
+
 def test_the_page_has_the_options_of_every_text_encoder() -> None:
     """NEARFAR_WRITE_DOCS=1 writes them."""
     rows = [

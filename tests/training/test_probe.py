@@ -498,12 +498,15 @@ def test_copies_and_false_negatives_of_a_batch_of_molecules(
     system: Any = build_system(compose_config(every))
     system.prepare(silent)
     batch = system.dataset("train").__getitems__(list(range(8)))
-    batch.structure_group = torch.tensor([0, 0, 1, 2, 3, 4, 5, 6])
-    batch.text_group = torch.tensor([0, 1, 2, 2, 3, 4, 5, 6])
-    batch.text[6] = batch.text[7]
+    text = batch["text"].clone()
+    text[6] = text[7]
+    structures, texts = torch.tensor([[0, 0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 2, 3, 4, 5, 6]])
+    batch = batch.replaced(
+        **{"text": text, "reference": text, "group:molecule": structures, "group:text": texts}
+    )
     logs = system.training_step(system.build_model(), batch).logs()
     assert logs["duplicate_keys"] == (0.0 if masked else 4 / 8)
-    unit = torch.nn.functional.normalize(batch.text.double(), dim=1)
+    unit = torch.nn.functional.normalize(text.double(), dim=1)
     pairs = [(i, j) for i in range(8) for j in range(8) if i != j]
     copies = {(0, 1), (1, 0), (2, 3), (3, 2)} if masked else set()
     near = {(i, j) for i, j in pairs if unit[i] @ unit[j] >= (0.95 if threshold is None else 0.5)}

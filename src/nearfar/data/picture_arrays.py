@@ -90,7 +90,7 @@ class PictureArrays:
         """A hash of what ``part`` gives: the content of all pictures, the size, and how they are decoded."""
         return self._key(self.digests)
 
-    def parts(self, about: int = 256) -> list[tuple[int, int, str]]:
+    def parts(self, about: int = 64) -> list[tuple[int, int, str]]:
         """Consecutive parts of ``about`` pictures each, as (start, stop, key).
 
         A part ends where the content of its last picture says so, and not by counting from the first: of two sets that

@@ -27,22 +27,22 @@ from nearfar.training.system import System
 __all__ = ["BatchEvaluation", "BatchEvaluator", "cosine", "norm", "run_arithmetic"]
 
 
-#: of parameters by name, or of each embedding
-Gradients = Mapping[str, Tensor] | Sequence[Tensor | None]
+#: of parameters, or of embeddings, by name
+Gradients = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
 class BatchEvaluation:
     """The loss of a batch in nats, the numbers that its step would log, and gradients in CPU memory.
 
-    ``parameters``: by name, of all that are trained. ``embeddings``: of each embedding, row by row, of a system that
-    encodes rows; None where an embedding has no gradient (a frozen one), empty for other systems.
+    ``parameters``: by name, of all that are trained. ``embeddings``: of each embedding that has a gradient, row by
+    row, by its place in what ``encode`` gives; empty for a system that does not encode rows.
     """
 
     loss: float
     record: Mapping[str, float]
     parameters: Mapping[str, Tensor]
-    embeddings: Sequence[Tensor | None]
+    embeddings: Mapping[str, Tensor]
 
     @property
     def above_guessing(self) -> float | None:
@@ -82,6 +82,7 @@ class BatchEvaluator:
         mine = self.model.state_dict()
         both = mine.keys() & self.state.keys()
         other = (mine.keys() ^ self.state.keys()) | {k for k in both if not _same(mine[k], self.state[k])}
+        other -= (mine.keys() ^ self.state.keys()) & set(getattr(self.model, "set_by_options", ()))
         if other:
             raise NearfarError(
                 f"this would start from a different state than the run's ({', '.join(sorted(other)[:3])}): it "
@@ -118,8 +119,12 @@ class BatchEvaluator:
             for name, p in self.model.named_parameters()
             if p.grad is not None
         }
-        leaves = [leaf for leaf in pytree.tree_leaves(embeddings) if isinstance(leaf, Tensor)]
-        gradients = [None if leaf.grad is None else leaf.grad.float().cpu() for leaf in leaves]
+        leaves, _ = pytree.tree_flatten_with_path(embeddings)
+        gradients = {
+            pytree.keystr(path): leaf.grad.float().cpu()
+            for path, leaf in leaves
+            if isinstance(leaf, Tensor) and leaf.grad is not None
+        }
         return BatchEvaluation(float(output.loss.detach()), record, parameters, gradients)
 
     def _encode(self, batch: object, size: int, number: int, rows: int) -> Any:
@@ -162,7 +167,7 @@ def _moved(batch: object, device: torch.device) -> Any:
 def cosine(a: Gradients, b: Gradients) -> float:
     """The cosine of two gradients, over what has a gradient in both, in float64; NaN where one of them is 0.
 
-    Sequences are embeddings' gradients: of the longer one the first rows are taken.
+    Of embeddings with different numbers of rows the first ones are taken.
 
     >>> cosine({"w": torch.tensor([1.0, 0.0])}, {"w": torch.tensor([3.0, 4.0])})
     0.6
@@ -191,15 +196,11 @@ def norm(gradient: Mapping[str, Tensor]) -> float:
 
 
 def _pairs(a: Gradients, b: Gradients) -> Iterator[tuple[Tensor, Tensor]]:
-    if isinstance(a, Mapping) and isinstance(b, Mapping):
-        yield from ((a[name], b[name]) for name in a if name in b)
-        return
-    assert isinstance(a, Sequence)
-    assert isinstance(b, Sequence)
-    for x, y in zip(a, b, strict=True):
-        if x is not None and y is not None:
-            rows = min(len(x), len(y))
-            yield x[:rows], y[:rows]
+    for name in a:
+        if name in b:
+            x, y = a[name], b[name]
+            rows = min(len(x), len(y)) if x.ndim else None
+            yield (x, y) if rows is None else (x[:rows], y[:rows])
 
 
 @contextmanager

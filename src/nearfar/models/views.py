@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -150,8 +150,10 @@ class ViewModel(nn.Module):
         temperature: 1 / temperature is the scale of similarities; with ``learn_temperature`` where learning starts.
         max_scale: the largest scale that is learned (CLIP: 100), where ``scale()`` is clamped; None for no bound.
         bias: SigLIP's bias at the start, which is learned; None for losses without one.
-        memory: a `ViewMemory`, or None. Weights of a model with a different memory can be loaded: this one is then
-            empty.
+        memory: a `ViewMemory`, or None.
+
+    Weights of a model with a different memory, or that learned no temperature, can be loaded: the memory is then empty,
+    the temperature that of the start.
 
     ``encode(view, field)`` gives (b, dim). ``scale()`` is None where the temperature does not learn: that of the loss
     holds then.
@@ -160,6 +162,9 @@ class ViewModel(nn.Module):
     >>> model.encode("b", torch.ones(3, 6)).shape, model.scale() is None
     (torch.Size([3, 2]), True)
     """
+
+    #: parts of the state that options set where they are not learned: without them the state is no different one
+    set_by_options: ClassVar[tuple[str, ...]] = ("log_scale", "bias")
 
     def __init__(
         self,
@@ -186,7 +191,7 @@ class ViewModel(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(-math.log(temperature))) if learn_temperature else None
         self.bias = None if bias is None else nn.Parameter(torch.tensor(float(bias)))
         self.memory = memory
-        self.register_load_state_dict_pre_hook(_own_memory)
+        self.register_load_state_dict_pre_hook(_own_parts)
 
     def encode(
         self, view: str, field: Any, present: Bool[Tensor, " b"] | None = None
@@ -208,13 +213,19 @@ class ViewModel(nn.Module):
         return scale if self.max_scale is None else scale.clamp(max=self.max_scale)
 
 
-def _own_memory(model: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
-    """When weights are loaded: a memory of a different size, or none, is replaced by the model's own empty one."""
-    mine = {f"{prefix}{key}": value for key, value in model.state_dict().items() if key.startswith("memory.")}
-    theirs = {key: value for key, value in state.items() if key.startswith(f"{prefix}memory.")}
-    if {key: value.shape for key, value in mine.items()} != {
-        key: value.shape for key, value in theirs.items()
-    }:
-        for key in theirs:
-            del state[key]
-        state.update(mine)
+def _own_parts(model: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """Before weights are loaded: fits to this model what a model with other options learned and kept beside encoders.
+
+    A memory of a different size, or none, is replaced by the model's own empty one; scale and bias that are not there
+    start where the model says, and those that it does not learn are left out.
+    """
+    own = model.state_dict()
+    for part in ("memory.", *ViewModel.set_by_options):
+        mine = {f"{prefix}{key}": value for key, value in own.items() if key.startswith(part)}
+        theirs = {key: value for key, value in state.items() if key.startswith(f"{prefix}{part}")}
+        if {key: value.shape for key, value in mine.items()} != {
+            key: value.shape for key, value in theirs.items()
+        }:
+            for key in theirs:
+                del state[key]
+            state.update(mine)

@@ -123,6 +123,9 @@ class ImageTower(Tower):
         self._network: ImageEncoder | None = None
         self._about = ""  # the network as it describes itself, once it was read
         self._moments: Moments | None = None
+        self._fitted: tuple[Any, np.ndarray] | None = (
+            None  # training values and features, not to be hashed again
+        )
         self._width = 0
         self._pixels: tuple[int, int] | None = None
         self._saved: Path | None = None
@@ -243,6 +246,7 @@ class ImageTower(Tower):
         self._pixels = self._size_of(values)
         if self.frozen:
             features = self._features(values)
+            self._fitted = (values, features)
             self._width = int(features.shape[1])
             self._moments = _moments(features)
         return self
@@ -250,7 +254,8 @@ class ImageTower(Tower):
     def read(self, values: Sequence[Any] | np.ndarray) -> Inputs:
         """Features of an encoder that is not trained, else pixels."""
         if self.frozen:
-            return Rows(self._features(values))
+            known, features = self._fitted or (None, None)
+            return Rows(features if features is not None and values is known else self._features(values))
         return Pixels(PictureArrays(values, self._size_of(values)).whole())
 
     def _size_of(self, values: Sequence[Any] | np.ndarray) -> tuple[int, int]:

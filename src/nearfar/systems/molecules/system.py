@@ -192,12 +192,7 @@ class MoleculeSystem(ViewSystem):
         """Weights by today's names; before its towers were shared with other systems, the model had its own."""
         if any(key.startswith("towers.") for key in weights):
             return weights
-        known = {
-            key: value
-            for key, value in weights.items()
-            if key != "log_scale" or self.config.learn_temperature
-        }
-        return {_renamed(key): value for key, value in known.items()}
+        return {_renamed(key): value for key, value in weights.items()}
 
     # -- results ---------------------------------------------------------------------------------------------
     def pairs(self) -> list[tuple[str, str]]:
