@@ -4,7 +4,7 @@
 
 Both train a text tower (words, LSTM, convolutions) and a head over vectors with InfoNCE, AdamW, clipping and a cosine
 schedule, at batches of 64 and 512, in one process and by turns. The plain loop has no log and no checkpoints.
-A second pair of rows has linear heads over frozen vectors alone, where a step is so short that any work beside it shows.
+Two more rows have linear heads over frozen vectors alone: a step is then so short that any work beside it shows.
 """
 
 from __future__ import annotations

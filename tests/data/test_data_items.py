@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import combinations
+
 import numpy as np
 import pytest
 
@@ -60,7 +62,7 @@ def test_groups_stay_in_one_part_and_every_item_is_in_exactly_one(seed: int) -> 
     assert sorted(int(i) for part in parts.values() for i in part.ids) == list(range(100))
     assert all(part.ids == sorted(part.ids, key=int) for part in parts.values())
     owners = [set(np.asarray(part.groups).tolist()) for part in parts.values()]
-    assert not (owners[0] & owners[1] or owners[0] & owners[2] or owners[1] & owners[2])
+    assert all(not a & b for a, b in combinations(owners, 2))
     assert hold_out(whole, {"val": 0.2, "test": 0.3}, seed)["val"].ids == parts["val"].ids
 
 

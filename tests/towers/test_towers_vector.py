@@ -112,6 +112,8 @@ def test_a_tower_may_be_registered_in_this_process(monkeypatch: pytest.MonkeyPat
         ([Path("a.png")], "image"),
         ([[1.0, 2.0], None], "vector"),
         (["a.png", "no picture"], "text"),
+        (["1.5", "-2e3", None], "vector"),
+        (["1.5", "two"], "text"),
         ([None, None], "text"),
     ],
 )

@@ -111,8 +111,8 @@ class Items:
         for i, reason in enumerate(reasons):
             if reason is not None:
                 row = None if self.rows is None else self.rows[i]
-                shown = "" if values is None or isinstance(values, np.ndarray) else str(values[i])
-                rejections.add(reason, row, shown, detail)
+                value = None if values is None or isinstance(values, np.ndarray) else values[i]
+                rejections.add(reason, row, self.ids[i] if value is None else value, detail)
         return replace(self.take(kept), rejections=rejections)
 
     @property

@@ -142,8 +142,8 @@ _PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 def guess_tower(values: Sequence[Any] | np.ndarray) -> str:
     """The kind of tower that a column's values call for: numbers, names of picture files, or else texts.
 
-    >>> guess_tower(np.zeros((3, 2))), guess_tower(["a/b.png", None]), guess_tower(["a word"])
-    ('vector', 'image', 'text')
+    >>> guess_tower(np.zeros((3, 2))), guess_tower(["1.5", "2"]), guess_tower(["a/b.png", None]), guess_tower(["word"])
+    ('vector', 'vector', 'image', 'text')
     """
     if isinstance(values, np.ndarray):
         picture = values.dtype == np.uint8 and values.ndim >= 3
@@ -153,9 +153,20 @@ def guess_tower(values: Sequence[Any] | np.ndarray) -> str:
         isinstance(value, (str, Path)) and str(value).lower().endswith(_PICTURES) for value in known
     ):
         return "image"
-    if known and all(isinstance(value, (list, tuple, np.ndarray, int, float)) for value in known):
+    if known and all(_is_numeric(value) for value in known):
         return "vector"
     return "text"
+
+
+def _is_numeric(value: object) -> bool:
+    """Whether a value is a number, a list of numbers, or a number as a table of text has it."""
+    if isinstance(value, str):
+        try:
+            float(value)
+        except ValueError:
+            return False
+        return True
+    return isinstance(value, (list, tuple, np.ndarray, int, float))
 
 
 def _article(word: str) -> str:
