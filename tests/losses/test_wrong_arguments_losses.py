@@ -208,6 +208,20 @@ CALLS: dict[str, list[tuple[Callable[..., Any], dict[str, Any]]]] = {
         (method(memory, "push"), {"features": QUEUE, "ids": torch.arange(5)}),
         (method(memory, "same"), {"ids": torch.arange(3)}),
     ],
+    "ViewLoss": [
+        (
+            losses.ViewLoss,
+            {
+                "name": "supcon", "temperature": 0.1, "symmetric": True, "sum": "outside", "own_pair": True,
+                "anchor": None, "pairs": [("a", "b")],
+            },
+        ),
+        (
+            module(losses.ViewLoss),
+            {"views": PAIR, "context": losses.ViewContext(), "scale": 10.0, "bias": None, "memory": None},
+        ),
+        (module(losses.ViewLoss, name="siglip"), {"views": PAIR, "scale": 10.0, "bias": -10.0}),
+    ],
     "DuplicateMask": [(losses.DuplicateMask, {"labels": LABELS, "key_labels": LABELS})],
     "SimilarityMask": [(losses.SimilarityMask, {"reference": Z, "threshold": 0.9})],
     "IndexMask": [(losses.IndexMask, {"index": INDEX})],
@@ -268,7 +282,7 @@ CALLS: dict[str, list[tuple[Callable[..., Any], dict[str, Any]]]] = {
 DATA = {
     "CONTEXT", "FIELDS", "RULES", "ContrastiveLoss", "Diagnosis", "Finding", "FocalRecord", "GradientShares",
     "LossTraits", "NoNegativesWarning", "NoPositivesWarning", "ObjectiveRecord", "Record", "Rectangle",
-    "Requires", "Rule", "Schedule", "Target", "Unjudged",
+    "Requires", "Rule", "Schedule", "Target", "Unjudged", "ViewContext",
     "WassersteinRecord",
     "read_run",  # takes a path alone, see below
 }  # fmt: skip

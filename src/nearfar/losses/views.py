@@ -12,9 +12,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from nearfar.arguments import choice
+from nearfar.arguments import choice, entries, instance, mapping, shown, text
 from nearfar.contrast import DuplicateMask, Mask, NoPositivesWarning, SimilarityMask, join_masks
 from nearfar.errors import NearfarError, nearest_name
+from nearfar.losses.arguments import check_flags, check_matrices, check_sum, check_temperature
 from nearfar.losses.base import LossTraits
 from nearfar.losses.info_nce import InfoNCELoss
 from nearfar.losses.siglip import SigLipLoss
@@ -116,6 +117,16 @@ class _SimilarBeyond:
         return self._all.tile(rows, slice(columns.start + self.shape[0], columns.stop + self.shape[0]))
 
 
+def _two_views(pair: object) -> tuple[str, str]:
+    if (
+        not isinstance(pair, (tuple, list))
+        or len(pair) != 2
+        or not all(isinstance(name, str) for name in pair)
+    ):
+        raise NearfarError(f"pairs holds {shown(pair)}; names of views, two and two, are needed")
+    return pair[0], pair[1]
+
+
 def view_pairs(views: Sequence[str], anchor: str | None = None) -> list[tuple[str, str]]:
     """Every two views in order, or the anchor with each of the others.
 
@@ -169,6 +180,13 @@ class ViewLoss(nn.Module):
     ) -> None:
         super().__init__()
         choice("name", name, ("infonce", "siglip", "supcon"))
+        check_flags(symmetric=symmetric, own_pair=own_pair)
+        check_sum(sum)
+        temperature = check_temperature(temperature)
+        if anchor is not None:
+            text("anchor", anchor)
+        if pairs is not None:
+            pairs = [_two_views(pair) for pair in entries("pairs", pairs)]
         if anchor is not None and pairs is not None:
             raise NearfarError("anchor and pairs both say which views are contrasted; leave one of them out")
         self.name, self.symmetric, self.anchor, self.pairs = name, symmetric, anchor, pairs
@@ -192,7 +210,16 @@ class ViewLoss(nn.Module):
         bias: Float[Tensor, ""] | float | None = None,
         memory: Memory | None = None,
     ) -> Float[Tensor, ""]:
-        context = context or ViewContext()
+        context = ViewContext() if context is None else instance("context", context, ViewContext)
+        if not mapping("views", views):
+            raise NearfarError("views holds no view; embeddings (rows, d) by name are needed")
+        check_matrices(**{f"views['{name}']": rows for name, rows in views.items()})
+        if bias is not None and self.name != "siglip":
+            raise NearfarError(f"bias is of the loss siglip, and this is {self.name}; leave it None")
+        if memory is not None and not hasattr(memory, "filled"):
+            raise NearfarError(
+                f"memory is a {type(memory).__name__}; a nearfar.models.views.ViewMemory is needed"
+            )
         terms = self._pairs(list(views), context, len(next(iter(views.values()))))
         total = sum(count for *_, count in terms)
         self._counts = {"rows_contrasted": total, "terms": len(terms)}
