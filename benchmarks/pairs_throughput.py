@@ -59,7 +59,8 @@ class Measured(PairSystem):
 def system(views: str, batch: int, steps: int, threads: int) -> Measured:
     overrides = [
         "experiment=pairs", f"views=[{views}]", f"batch_size={batch}", f"data.split_seed={batch * steps}",
-        "text_encoder=words", "text_encoder.vectors=false", "epochs=1", "bootstrap=0", "sampler=random",
+        "text_encoder=words", "text_encoder.vectors=false", "text_encoder.pieces=null",
+        "text_encoder.hidden=128", "epochs=1", "bootstrap=0", "sampler=random",
         f"trainer.threads={threads}", "trainer.probe_rows=0", "trainer.log_every=10", "trainer.accelerator=cpu",
     ]  # fmt: skip
     made = Measured(check_config(compose_config(overrides)))  # type: ignore[arg-type]
