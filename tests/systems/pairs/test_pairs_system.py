@@ -63,6 +63,7 @@ def prepared(table: Path, tmp_path: Path, *more: str) -> PairSystem:
     return system
 
 
+@pytest.mark.slow
 def test_two_columns_train_and_beat_the_start(table: Path, tmp_path: Path) -> None:
     run = train(table, tmp_path, "views=[title,text]", "epochs=6", "lr=0.01", "data.val_fraction=0.4")
     metrics = run.read_json("metrics.json")
@@ -81,6 +82,7 @@ def test_two_columns_train_and_beat_the_start(table: Path, tmp_path: Path) -> No
     assert (run.path / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_a_run_repeats_and_resumes_bit_for_bit(table: Path, tmp_path: Path) -> None:
     more = (
         "views=[title,text,price]",
@@ -106,6 +108,7 @@ def test_a_run_repeats_and_resumes_bit_for_bit(table: Path, tmp_path: Path) -> N
     assert resumed.read_json("metrics.json")["splits"] == whole.read_json("metrics.json")["splits"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "more",
     [
@@ -130,6 +133,7 @@ def test_whatever_the_library_can_do_is_an_option(table: Path, tmp_path: Path, m
     assert np.isfinite(losses).all()
 
 
+@pytest.mark.slow
 def test_cached_chunks_give_the_same_loss(table: Path, tmp_path: Path) -> None:
     plain = train(table, tmp_path / "a", "views=[title,text]")
     cached = train(table, tmp_path / "b", "views=[title,text]", "trainer.cached_chunk=5")
