@@ -7,7 +7,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from nearfar.data.items import Items, hold_out, value_groups
+from nearfar.data.items import Items, hold_out, shared_values, value_groups
 from nearfar.errors import NearfarError
 
 
@@ -87,3 +87,17 @@ def test_the_content_hash_sees_values_ids_and_order() -> None:
     assert other.content_hash() != base
     assert other.content_hash("x") == items().content_hash("x")
     assert other.hash == items().take([3, 2, 1, 0]).hash  # of ids, without their order
+
+
+def test_what_splits_share_is_counted_by_view_and_as_whole_items() -> None:
+    train = Items(["1", "2", "3"], {"a": ["x", "y", "z"], "b": ["p", "q", None]})
+    val = Items(["4", "5", "6"], {"a": ["X", "new", "y"], "b": ["other", "q", "q"]})
+    splits = {"train": train, "val": val, "test": Items(["7"], {"a": ["only"], "b": [None]})}
+    groups = {view: value_groups(splits, view) for view in "ab"}
+    assert shared_values(groups, {name: items.ids for name, items in splits.items()}) == {
+        "train/val": {
+            "a": {"shared": 2, "rows": 2, "first": ["4", "6"]},
+            "b": {"shared": 1, "rows": 2, "first": ["5", "6"]},
+            "item": {"shared": 1, "rows": 1, "first": ["6"]},
+        }
+    }

@@ -18,7 +18,18 @@ from torch.utils.data import Dataset
 
 from nearfar.errors import NearfarError, nearest_name
 
-__all__ = ["Augment", "Batch", "Draw", "Field", "Inputs", "ItemDataset", "Partial", "Pixels", "Rows"]
+__all__ = [
+    "Augment",
+    "Batch",
+    "Draw",
+    "Field",
+    "Inputs",
+    "ItemDataset",
+    "Partial",
+    "Pixels",
+    "Rows",
+    "one_after_another",
+]
 
 Self = TypeVar("Self")
 
@@ -167,6 +178,17 @@ class Draw:
 
 #: changes a batch of the training split: crops, masked atoms, a second view
 Augment = Callable[[Batch, Draw], Batch]
+
+
+def one_after_another(changes: Sequence[Augment]) -> Augment:
+    """Several augmentations as one; each draws from the same `Draw`."""
+
+    def augment(batch: Batch, draw: Draw) -> Batch:
+        for change in changes:
+            batch = change(batch, draw)
+        return batch
+
+    return changes[0] if len(changes) == 1 else augment
 
 
 class ItemDataset(Dataset[Batch]):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -290,6 +291,36 @@ def joined(parts: Sequence[Items], source: str) -> Items:
         groups = [group for part in parts for group in _plain(part.groups or [])]
     rows = [row for part in parts for row in part.rows or []]
     return Items(ids, columns, source, groups, rows if len(rows) == len(ids) else None, rejections, notes)
+
+
+def shared_values(
+    groups: Mapping[str, Mapping[str, Int[np.ndarray, " n"]]], ids: Mapping[str, Sequence[str]]
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """What two splits share: values of each view, and whole items, all of whose views are the same.
+
+    ``groups[view][split]`` are the numbers that `value_groups` gives, ``ids[split]`` the ids of the items. Of each two
+    splits that share something: by view (``item`` for whole items) how many are ``shared``, how many ``rows`` of the
+    second split have one, and the ``first`` ids of these.
+
+    >>> groups = {"a": {"train": np.array([0, 1]), "val": np.array([1, 2])}}
+    >>> shared_values(groups, {"train": ["x", "y"], "val": ["z", "w"]})["train/val"]["a"]
+    {'shared': 1, 'rows': 1, 'first': ['z']}
+    """
+    shared: dict[str, dict[str, dict[str, Any]]] = {}
+    rows: dict[str, dict[str, list[Any]]] = {
+        view: {split: each.tolist() for split, each in known.items()} for view, known in groups.items()
+    }
+    rows["item"] = {split: list(zip(*(rows[view][split] for view in groups), strict=True)) for split in ids}
+    for first, second in combinations(ids, 2):
+        for what, known in rows.items():
+            common = (set(known[first]) & set(known[second])) - {-1}
+            if common:
+                having = [
+                    id_ for id_, value in zip(ids[second], known[second], strict=True) if value in common
+                ]
+                entry = {"shared": len(common), "rows": len(having), "first": having[:3]}
+                shared.setdefault(f"{first}/{second}", {})[what] = entry
+    return shared
 
 
 def hold_out(

@@ -82,12 +82,16 @@ def build_head(
 
 
 def module_name(view: str) -> str:
-    """A view's name as the name of a module, which may hold no dot and may not be empty.
+    """A view's name as that of a module: it may hold no dot, may not be empty, and not be a name that modules use.
 
-    >>> module_name("meta.title")
-    'meta_title'
+    >>> module_name("meta.title"), module_name("values")
+    ('meta_title', 'values_')
     """
-    return view.replace(".", "_") or "_"
+    name = view.replace(".", "_") or "_"
+    return f"{name}_" if name in _TAKEN else name
+
+
+_TAKEN = frozenset(dir(nn.ModuleDict()))
 
 
 class ViewMemory(nn.Module):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,28 +9,30 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
-from nearfar.batching import BatchSampler, Neighbors, nearest_neighbors
+from nearfar.batching import BatchSampler, Neighbors
 from nearfar.config.samplers import Items as SamplerItems
 from nearfar.config.views import ViewOptions
 from nearfar.contrast import SimilarityMask, join_masks
-from nearfar.data.batch import Augment, Batch, Draw, Inputs, ItemDataset, Partial, Rows
-from nearfar.data.cache import cached_arrays, content_key
-from nearfar.data.files import Json, read_json
-from nearfar.data.items import Items, ItemSplits, value_groups
+from nearfar.data.batch import Augment, Batch, Inputs, ItemDataset, Partial, Rows, one_after_another
+from nearfar.data.cache import content_key
+from nearfar.data.files import Json
+from nearfar.data.items import Items, ItemSplits, shared_values, value_groups
 from nearfar.errors import NearfarError
 from nearfar.losses.views import ViewContext, ViewLoss, view_pairs
 from nearfar.metrics import Estimate, batch_signals, paired_difference, rank_estimates, retrieval_ranks
-from nearfar.models.views import ViewMemory, ViewModel, build_head
-from nearfar.towers import Tower, load_tower
+from nearfar.models.views import ViewMemory, ViewModel, build_head, module_name
+from nearfar.towers import Tower, save_towers
+from nearfar.towers.build import tower_folder
 from nearfar.training.batches import (
     LIKELY_FALSE_NEGATIVE,
     build_sampler,
+    cached_neighbors,
     check_batches,
     epoch_record,
     neighbors_needed,
+    without_zero_rows,
 )
 from nearfar.training.checkpoint import Checkpoint, find_checkpoint
 from nearfar.training.evaluation import consecutive
@@ -39,7 +40,7 @@ from nearfar.training.sections import retrieval_examples
 from nearfar.training.state import initial_model, load_weights
 from nearfar.training.system import Evaluation, Say, StepOutput, System, TrainSampler, collect
 
-__all__ = ["BEFORE", "ViewSystem", "cached_neighbors", "load_towers"]
+__all__ = ["BEFORE", "ViewSystem"]
 
 KS = (1, 5, 10)
 #: what the scores of the model at its start are called beside those of the trained one
@@ -69,6 +70,8 @@ class ViewSystem(System[Batch, ViewModel]):
         self.towers: dict[str, Tower] = {}
         self.datasets: dict[str, ItemDataset] = {}
         self.neighbors: Neighbors | None = None
+        #: what splits share, see ``shared_values``; None: nobody looked
+        self.shared: dict[str, Json] | None = None
         self._directions: np.ndarray | None = None
         self._at_start: dict[str, dict[str, Tensor]] = {}
         self._say: Say = lambda text: None
@@ -107,11 +110,25 @@ class ViewSystem(System[Batch, ViewModel]):
             self.datasets[name] = ItemDataset(
                 inputs, self.augment() if train else None, seed=self.config.seed
             )
+        if set(groups) == set(self.views):
+            self.shared = shared_values(groups, {name: items.ids for name, items in self.splits.items()})
+            self.announce_shared(say)
         self._find_neighbors(say)
+
+    def announce_shared(self, say: Say) -> None:
+        """A line for each two splits that share values; a whole item in both is a leak."""
+        for pair, counts in (self.shared or {}).items():
+            listed = [
+                f"{each['shared']} values of '{view}'" for view, each in counts.items() if view != "item"
+            ]
+            if "item" in counts:
+                listed.insert(0, f"{counts['item']['shared']} whole items (split leak)")
+            say(f"{pair.replace('/', ' and ')} share {', '.join(listed)}")
 
     def _read(self, say: Say) -> None:
         self.splits = self.load_items(say)
         self.towers = self.build_towers(say)
+        check_names(self.views)
         self.splits = {name: self.readable(items) for name, items in self.splits.items()}
 
     def load_data(self, say: Say) -> Any:
@@ -135,9 +152,8 @@ class ViewSystem(System[Batch, ViewModel]):
             enough = np.sum([items.present(view) for view in views], axis=0) > 1
             items = items.rejecting(views[0], [None if each else "fewer than two views" for each in enough])
         if not len(items):
-            raise NearfarError(
-                f"{items.source}: no item has two views that can be read; {items.rejections.summary()}."
-            )
+            what = "no item has two views" if len(views) > 1 else f"no item has a value in '{views[0]}'"
+            raise NearfarError(f"{items.source}: {what} that can be read; {items.rejections.summary()}.")
         return items
 
     def _distinct(self) -> list[tuple[Tower, list[str]]]:
@@ -208,7 +224,7 @@ class ViewSystem(System[Batch, ViewModel]):
 
     def _reference(self, view: str, items: Items, inputs: Inputs) -> Tensor | np.ndarray | None:
         tower = self.towers[view]
-        if isinstance(inputs, Rows) and tower.train in ("frozen", "head") and tower.kind != "vector":
+        if isinstance(inputs, Rows) and tower.reads_reference:
             return inputs.values
         if not self.needs_reference():
             return None
@@ -242,8 +258,13 @@ class ViewSystem(System[Batch, ViewModel]):
             "splits": {name: items.layout() for name, items in self.splits.items()},
             "data_hash": self.data_hash(*self.splits.values()),
             "views": {view: tower.description for view, tower in self.towers.items()},
-            "leaks": {},
         }
+        if self.shared is not None:
+            # A value may stand in two splits, as the topic of two texts does; a whole item may not.
+            layout["shared"] = self.shared
+            layout["leaks"] = {
+                pair: {"item": each["item"]} for pair, each in self.shared.items() if "item" in each
+            }
         return layout | self.neighbors_layout()
 
     def neighbors_layout(self) -> Json:
@@ -556,21 +577,19 @@ class ViewSystem(System[Batch, ViewModel]):
 
     def save_assets(self, folder: Path) -> None:
         """Every tower, so that new values can be embedded with this run."""
-        for tower, views in self._distinct():
-            tower.save(folder / "towers" / tower_folder(views[0]))
-        shared = {view: views[0] for _, views in self._distinct() for view in views}
-        text = json.dumps({"views": self.views, "towers": shared}, indent=2, ensure_ascii=False)
-        (folder / "towers" / "views.json").write_text(text + "\n", encoding="utf-8")
+        save_towers(self.towers, folder / "towers")
 
 
-def load_towers(folder: Path) -> dict[str, Tower]:
-    """The towers that ``save_assets`` wrote, by view."""
-    known = read_json(folder / "views.json", {"views": [str], "towers": dict})
-    assert isinstance(known, dict)
-    shared = {
-        first: load_tower(folder / tower_folder(first)) for first in dict.fromkeys(known["towers"].values())
-    }
-    return {view: shared[known["towers"][view]] for view in known["views"]}
+def check_names(views: Sequence[str]) -> None:
+    """Raise ``NearfarError`` where two views would have one name as a module, or as a folder."""
+    for named in (module_name, tower_folder):
+        first: dict[str, str] = {}
+        for view in views:
+            if (other := first.setdefault(named(view), view)) != view:
+                raise NearfarError(
+                    f"the views '{other}' and '{view}' differ in signs alone that names of files and modules cannot "
+                    "have; rename one of these columns."
+                )
 
 
 def negated_view(name: str) -> str:
@@ -580,26 +599,6 @@ def negated_view(name: str) -> str:
     'meta:title'
     """
     return name.removeprefix(NEGATIVES).rsplit(":", 1)[0]
-
-
-def tower_folder(view: str) -> str:
-    """The name of the folder that holds a view's tower.
-
-    >>> tower_folder("a/b c")
-    'a_b_c'
-    """
-    return "".join(c if c.isalnum() or c in "-_" else "_" for c in view) or "_"
-
-
-def one_after_another(changes: Sequence[Augment]) -> Augment:
-    """Several augmentations as one; each draws from the same `Draw`."""
-
-    def augment(batch: Batch, draw: Draw) -> Batch:
-        for change in changes:
-            batch = change(batch, draw)
-        return batch
-
-    return changes[0] if len(changes) == 1 else augment
 
 
 def _some(values: Any, at: np.ndarray) -> Any:
@@ -612,55 +611,3 @@ def _joined(parts: Sequence[Any]) -> Any:
     if all(isinstance(part, np.ndarray) for part in parts):
         return np.concatenate(parts)
     return [value for part in parts for value in part]
-
-
-def cached_neighbors(directions: Float[np.ndarray, "n d"], k: int, ids: list[str]) -> Neighbors:
-    """``nearest_neighbors``, cached by content.
-
-    The cache saves time, and a resumed run needs exactly the same list: with a different number of threads rounding
-    may swap two neighbours of nearly equal similarity.
-    """
-
-    def search() -> dict[str, np.ndarray]:
-        neighbors = nearest_neighbors(directions, k)
-        assert neighbors.similarities is not None
-        how = {
-            "exact": neighbors.exact,
-            "index": neighbors.index,
-            "recall": neighbors.recall,
-            "queries": neighbors.queries,
-        }
-        return {
-            "indices": neighbors.indices,
-            "similarities": neighbors.similarities,
-            "how": np.array(json.dumps(how)),
-        }
-
-    kept = cached_arrays("neighbors", [1, directions, k], search)
-    how = json.loads(str(kept["how"]))
-    return Neighbors(kept["indices"], kept["similarities"], np.asarray(ids), **how)
-
-
-def without_zero_rows(vectors: Float[np.ndarray, "n d"], say: Say) -> Float[np.ndarray, "n d"]:
-    """Vectors in which a row of zeros (a text without a known term) has a random direction.
-
-    In many dimensions a random direction is near to no other. If more than half of the rows are zero, the encoder does
-    not suit these values: an error.
-    """
-    unknown = ~vectors.any(axis=1)
-    count = int(unknown.sum())
-    if not count:
-        return vectors
-    if count > len(vectors) / 2:
-        raise NearfarError(
-            f"{count} of {len(vectors)} training texts hold no term that the text encoder kept. Terms in nearly all "
-            "texts or in one alone are left out: try text_encoder.max_df=1.0, text_encoder.min_df=1, or a different "
-            "text_encoder."
-        )
-    known = f"{count} of {len(vectors)} training texts hold no term that the text encoder kept"
-    say(f"{known}; they have no real neighbours")
-    directions = vectors.copy()
-    directions[unknown] = (
-        np.random.default_rng(0).standard_normal((count, vectors.shape[1])).astype(vectors.dtype)
-    )
-    return directions

@@ -6,7 +6,9 @@ from nearfar.towers.build import (
     encoder_options,
     guess_tower,
     load_tower,
+    load_towers,
     register_tower,
+    save_towers,
     tower_names,
 )
 
@@ -17,6 +19,8 @@ __all__ = [
     "encoder_options",
     "guess_tower",
     "load_tower",
+    "load_towers",
     "register_tower",
+    "save_towers",
     "tower_names",
 ]

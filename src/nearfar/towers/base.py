@@ -78,6 +78,11 @@ class Tower(ABC):
         found by. None where this tower has none."""
         return None
 
+    @property
+    def reads_reference(self) -> bool:
+        """Whether ``read`` gives just the rows of ``reference``, so that these need no pass of their own."""
+        return False
+
     def keys(self, values: Sequence[Any] | np.ndarray) -> Sequence[Any]:
         """For each value what is equal where two values are the same for this tower.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.metadata import entry_points
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from nearfar.data.files import read_json
 from nearfar.errors import NearfarError, nearest_name
 from nearfar.towers.base import Tower, read_tower_spec
 
@@ -21,8 +23,11 @@ __all__ = [
     "encoder_options",
     "guess_tower",
     "load_tower",
+    "load_towers",
     "register_tower",
+    "save_towers",
     "tower_class",
+    "tower_folder",
     "tower_names",
 ]
 
@@ -134,6 +139,40 @@ def encoder_options(group: Mapping[str, Any]) -> dict[str, Any]:
 def load_tower(folder: Path) -> Tower:
     """The tower that ``tower.save(folder)`` wrote, ready to read new values."""
     return tower_class(str(read_tower_spec(folder)["kind"])).load(folder)
+
+
+VIEWS_FILE = "views.json"
+
+
+def tower_folder(view: str) -> str:
+    """The name of the folder that holds a view's tower.
+
+    >>> tower_folder("a/b c")
+    'a_b_c'
+    """
+    return "".join(c if c.isalnum() or c in "-_" else "_" for c in view) or "_"
+
+
+def save_towers(towers: Mapping[str, Tower], folder: Path) -> None:
+    """Write every tower below ``folder``, one that several views share once, and which view has which."""
+    shared: dict[str, str] = {}
+    for view, tower in towers.items():
+        first = next(other for other, each in towers.items() if each is tower)
+        shared[view] = first
+        if first == view:
+            tower.save(folder / tower_folder(view))
+    text = json.dumps({"views": list(towers), "towers": shared}, indent=2, ensure_ascii=False)
+    (folder / VIEWS_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def load_towers(folder: Path) -> dict[str, Tower]:
+    """The towers that `save_towers` wrote, by view."""
+    known = read_json(folder / VIEWS_FILE, {"views": [str], "towers": dict})
+    assert isinstance(known, dict)
+    shared = {
+        first: load_tower(folder / tower_folder(first)) for first in dict.fromkeys(known["towers"].values())
+    }
+    return {view: shared[known["towers"][view]] for view in known["views"]}
 
 
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")

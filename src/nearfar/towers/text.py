@@ -198,6 +198,10 @@ class TextTower(Tower):
             trained = add_adapters(trained, self.lora_rank, self.encoder.name)
         return _PooledTransformer(trained, int(tokenizer.pad_token_id or 0), self.encoder.pooling)
 
+    @property
+    def reads_reference(self) -> bool:
+        return self.computed_once
+
     def reference(self, values: Sequence[Any] | np.ndarray) -> Float[np.ndarray, "n d"] | None:
         """The vectors of the encoder before any training; None for a network that starts from nothing."""
         if self.encoder_kind == "words":

@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
-from nearfar.batching import BatchSampler, Neighbors, check_harder_than_random, measure_hardness
+from nearfar.batching import (
+    BatchSampler,
+    Neighbors,
+    check_harder_than_random,
+    measure_hardness,
+    nearest_neighbors,
+)
 from nearfar.config.samplers import HardBatchOptions, Items, SamplerOptions
 from nearfar.config.training import RunOptions
+from nearfar.data.cache import cached_arrays
 from nearfar.data.files import Json
 from nearfar.errors import NearfarError
 
-__all__ = ["build_sampler", "check_batches", "epoch_record", "neighbors_needed"]
+__all__ = [
+    "build_sampler",
+    "cached_neighbors",
+    "check_batches",
+    "epoch_record",
+    "neighbors_needed",
+    "without_zero_rows",
+]
 
 #: an item's nearest neighbours that hardness counts: at most so many, and of a small set its nearest tenth
 HARDNESS_NEIGHBORS = 100
@@ -117,3 +133,57 @@ def _say_how_hard(sampler: Any, embeddings: np.ndarray, say: Callable[[str], Non
     if not check.aligned:
         raise NearfarError(f"these batches are not harder than random ones ({check}): {check.advice}")
     say(f"warning: these batches are not harder than random ones; {check.advice}")
+
+
+def cached_neighbors(directions: Float[np.ndarray, "n d"], k: int, ids: list[str]) -> Neighbors:
+    """``nearest_neighbors``, cached by content.
+
+    The cache saves time, and a resumed run needs exactly the same list: with a different number of threads rounding
+    may swap two neighbours of nearly equal similarity.
+    """
+
+    def search() -> dict[str, np.ndarray]:
+        neighbors = nearest_neighbors(directions, k)
+        assert neighbors.similarities is not None
+        how = {
+            "exact": neighbors.exact,
+            "index": neighbors.index,
+            "recall": neighbors.recall,
+            "queries": neighbors.queries,
+        }
+        return {
+            "indices": neighbors.indices,
+            "similarities": neighbors.similarities,
+            "how": np.array(json.dumps(how)),
+        }
+
+    kept = cached_arrays("neighbors", [1, directions, k], search)
+    how = json.loads(str(kept["how"]))
+    return Neighbors(kept["indices"], kept["similarities"], np.asarray(ids), **how)
+
+
+def without_zero_rows(
+    vectors: Float[np.ndarray, "n d"], say: Callable[[str], None]
+) -> Float[np.ndarray, "n d"]:
+    """Vectors in which a row of zeros (a text without a known term) has a random direction.
+
+    In many dimensions a random direction is near to no other. If more than half of the rows are zero, the encoder does
+    not suit these values: an error.
+    """
+    unknown = ~vectors.any(axis=1)
+    count = int(unknown.sum())
+    if not count:
+        return vectors
+    if count > len(vectors) / 2:
+        raise NearfarError(
+            f"{count} of {len(vectors)} training texts hold no term that the text encoder kept. Terms in nearly all "
+            "texts or in one alone are left out: try text_encoder.max_df=1.0, text_encoder.min_df=1, or a different "
+            "text_encoder."
+        )
+    known = f"{count} of {len(vectors)} training texts hold no term that the text encoder kept"
+    say(f"{known}; they have no real neighbours")
+    directions = vectors.copy()
+    directions[unknown] = (
+        np.random.default_rng(0).standard_normal((count, vectors.shape[1])).astype(vectors.dtype)
+    )
+    return directions

@@ -163,6 +163,37 @@ def test_the_pairs_that_are_held_out_share_no_text(table: Path, tmp_path: Path) 
     assert not set(splits["train"]["topic"]) & set(splits["val"]["topic"])
 
 
+def test_files_that_share_items_are_a_leak(table: Path, tmp_path: Path) -> None:
+    lines: list[str] = []
+    system = prepared(table, tmp_path, "views=[title,topic]", f"data.val={table}")
+    system.announce_shared(lines.append)
+    assert lines == [
+        "train and val share 50 whole items (split leak), 50 values of 'title', 10 values of 'topic'"
+    ]
+    assert system.layout()["leaks"] == {
+        "train/val": {"item": {"shared": 50, "rows": 50, "first": ["row2", "row3", "row4"]}}
+    }
+    apart = prepared(table, tmp_path, "views=[title,text]")
+    assert apart.layout()["leaks"] == {}
+
+
+@pytest.mark.parametrize("names", [("a.b", "a_b"), ("a b", "a_b")])
+def test_views_that_would_have_one_name_on_disk_are_refused(tmp_path: Path, names: tuple[str, str]) -> None:
+    path = tmp_path / "train.csv"
+    path.write_text(",".join(names) + "\n" + "".join(f"word {i},text {i}\n" for i in range(40)))
+    with pytest.raises(NearfarError, match="rename one of these columns"):
+        prepared(path, tmp_path)
+
+
+def test_columns_may_be_called_as_modules_call_their_methods(tmp_path: Path) -> None:
+    path = tmp_path / "train.csv"
+    path.write_text("keys,training\n" + "".join(f"word {i},text {i}\n" for i in range(40)))
+    system = prepared(path, tmp_path)
+    model = system.build_model()
+    batch = system.datasets["train"].__getitems__([0, 1])
+    assert set(system.encode(model, batch)) == {"keys", "training"}
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

@@ -25,9 +25,9 @@ from nearfar.systems.molecules.options import MoleculeOptions
 from nearfar.systems.molecules.records import COLUMNS, pairs_of, read_records, scaffolds_of
 from nearfar.systems.molecules.structure_files import read_structures
 from nearfar.systems.molecules.system import MoleculeSystem, draw, molecule_tower, text_tower
-from nearfar.systems.view_system import load_towers
 from nearfar.terminal import say
 from nearfar.towers import Tower
+from nearfar.towers.build import load_towers
 from nearfar.towers.text import TextTower
 from nearfar.training.checkpoint import Checkpoint, find_checkpoint
 from nearfar.training.evaluation import consecutive

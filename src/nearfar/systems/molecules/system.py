@@ -139,6 +139,9 @@ class MoleculeSystem(ViewSystem):
         # Structures are canonical by now, and need not be parsed again.
         return value_groups(self.splits, view, list) if view == "molecule" else super().value_groups(view)
 
+    def announce_shared(self, say: Say) -> None:
+        """Nothing more: the summary of the data says which structures and texts splits share."""
+
     def reference_view(self) -> str:
         return "text"
 

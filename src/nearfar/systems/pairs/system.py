@@ -177,8 +177,7 @@ class PairSystem(ViewSystem):
             return self.config.neighbors
         every = [view for view in self._views if self.splits["train"].present(view).all()]
         for view in every:
-            tower = self.towers[view]
-            if tower.train in ("frozen", "head") and tower.kind != "vector":
+            if self.towers[view].reads_reference:
                 return view
         return every[0] if every and self.needs_reference() else None
 
