@@ -170,7 +170,7 @@ class TextTower(Tower):
         if self.encoder_kind == "words":
             table: TokenTable = self.encoder.tokenize(texts)
             return table
-        tokenizer, _ = self._parts()
+        tokenizer, _ = self.parts()
         length = int(self.encoder.max_length)
         rows = tokenizer(texts, truncation=True, max_length=length)["input_ids"]
         flat = np.fromiter((token for row in rows for token in row), dtype=np.int64)
@@ -182,7 +182,7 @@ class TextTower(Tower):
             return PassThrough(self._width())
         if self.encoder_kind == "words":
             return PooledText(self.encoder.build())
-        tokenizer, network = self._parts()
+        tokenizer, network = self.parts()
         trained = copy.deepcopy(network).cpu()
         if self.frozen:
             return PooledTransformer(
@@ -215,7 +215,7 @@ class TextTower(Tower):
         elif self.encoder_kind == "words":
             self.encoder.save(folder / "encoder")
         else:
-            tokenizer, network = self._parts()
+            tokenizer, network = self.parts()
             tokenizer.save_pretrained(folder / "model")
             network.config.save_pretrained(folder / "model")
         write_tower_spec(folder, self)
@@ -240,7 +240,7 @@ class TextTower(Tower):
                 "this network reads words and their pieces by a vocabulary of its own, and its graph depends on the "
                 "words of a batch; train with text_encoder=minilm or a transformer"
             )
-        tokenizer, network = self._parts()
+        tokenizer, network = self.parts()
         length = int(self.encoder.max_length)
         names = ("input_ids", "attention_mask")
         about = ("numbers of the tokens", "1 for a token, 0 for padding")
@@ -301,9 +301,9 @@ class TextTower(Tower):
     def _width(self) -> int:
         if self.encoder_kind == "ngram":
             return int(self.encoder.encode(["a"]).shape[1])
-        return int(self._parts()[1].config.hidden_size)
+        return int(self.parts()[1].config.hidden_size)
 
-    def _parts(self) -> tuple[Any, Any]:
+    def parts(self) -> tuple[Any, Any]:
         """Tokenizer and pretrained network; of a loaded tower its architecture, whose weights the run holds."""
         if self._saved is not None:
             from transformers import AutoConfig, AutoModel, AutoTokenizer

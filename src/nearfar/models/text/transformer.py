@@ -129,8 +129,9 @@ class TransformerTextEncoder:
     def save_network(self, folder: str | Path) -> None:
         """Write tokenizer and weights (safetensors) beside what ``save`` wrote; ``load`` then reads this copy."""
         tokenizer, network = self.parts()
-        tokenizer.save_pretrained(str(Path(folder) / _COPY))
-        network.save_pretrained(str(Path(folder) / _COPY))
+        with no_progress_bar():
+            tokenizer.save_pretrained(str(Path(folder) / _COPY))
+            network.save_pretrained(str(Path(folder) / _COPY))
 
     @classmethod
     def load(cls, folder: str | Path) -> TransformerTextEncoder:
