@@ -6,24 +6,20 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Bool, Float, Int
 from numpy import ndarray
 
-from nearfar.data.cache import content_key
-from nearfar.data.images import image_size, read_image
+from nearfar.data.photos import Box, Photo
 from nearfar.data.rejections import Rejections
 from nearfar.errors import NearfarError, nearest_name
 
 __all__ = [
     "ALL10",
     "TOP5",
-    "Box",
-    "File",
     "Pairs",
-    "Photo",
     "Triple",
     "chosen_relations",
     "collect_pairs",
@@ -95,8 +91,6 @@ def chosen_relations(option: object) -> tuple[str, ...]:
 
 
 T = TypeVar("T")
-#: (left, top, right, bottom) in pixels
-Box = tuple[float, float, float, float]
 _TOLERANCE = 2.0  # pixels by which a box may cross the border of a picture without being counted
 
 
@@ -113,35 +107,6 @@ class Triple(NamedTuple):
     size: tuple[float, float] | None = None  # width, height where the file states them
     split: str | None = None
     photo: Path | None = None  # where the reader knows which file the picture is
-
-
-class Photo(Protocol):
-    """A picture whose pixels can be read: a file, or a drawn scene."""
-
-    def read(self) -> UInt8[ndarray, "h w 3"]: ...
-
-    def key(self) -> str:
-        """A hash of the content, for caches."""
-
-    def size(self) -> tuple[float, float]:
-        """Width and height."""
-
-
-@dataclass(frozen=True)
-class File:
-    """A photo on disk."""
-
-    path: Path
-
-    def read(self) -> UInt8[ndarray, "h w 3"]:
-        return read_image(self.path)
-
-    def key(self) -> str:
-        return content_key(self.path.read_bytes())
-
-    def size(self) -> tuple[float, float]:
-        height, width = image_size(self.path)
-        return float(width), float(height)
 
 
 @dataclass(frozen=True)

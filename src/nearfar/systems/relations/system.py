@@ -24,10 +24,10 @@ from nearfar.systems.relations.evaluator import Evaluator
 from nearfar.systems.relations.options import InfoNCEOptions, RelationOptions, SupConInsideOptions
 from nearfar.systems.relations.probe import LINEAR, NAMES, SPATIAL, VISUAL, has_pixels
 from nearfar.systems.relations.report import sections
-from nearfar.systems.relations.towers import Crops, CropTower, NamesTower
 from nearfar.systems.view_system import LABEL, PRESENT, ViewSystem
 from nearfar.towers import Tower
 from nearfar.towers.boxes import BoxTower, names_of
+from nearfar.towers.object_pairs import Crops, CropTower, NamesTower
 from nearfar.training.sections import Section
 from nearfar.training.state import initial_model
 from nearfar.training.system import Evaluation, Say, TrainSampler
@@ -86,7 +86,8 @@ class RelationSystem(ViewSystem):
         config = self.config
         towers: dict[str, Tower] = {SPATIAL: BoxTower(config.spatial)}
         if self.without_pixels is None:
-            towers[VISUAL] = CropTower(config.image_encoder, config.crop_size, say)
+            towers[VISUAL] = CropTower(config.image_encoder, config.crop_size)
+            towers[VISUAL].say = say
         else:
             say(f"visual: none, {self.without_pixels}")
         if config.categories:
