@@ -25,15 +25,17 @@ __all__ = [
     "Blocks",
     "RelationProbe",
     "blocks_of",
+    "blocks_of_rows",
     "has_pixels",
     "probe_inputs",
-    "probe_scores",
     "sample_rows",
 ]
 
 
 #: the views of a pair: the geometry of its boxes, the pixels in them, the names of both objects
 SPATIAL, VISUAL, NAMES = "spatial", "visual", "names"
+#: the views whose inputs are parts of probes, and what these parts are called
+INPUTS = ((SPATIAL, "numbers"), (VISUAL, "pixels"), (NAMES, "words"))
 #: parts of a pair's embedding by name, (n, d) each; a row of NaN is a part that this pair lacks
 Blocks = Mapping[str, Float[ndarray, "n d"]]
 #: of the RBF kernel, where every part has variance 1 in all; on the annotations of VRD .3 to .7 scored the same
@@ -89,6 +91,11 @@ class RelationProbe:
         """The names of the parts, in order."""
         return [part.name for part in self._parts]
 
+    @property
+    def highest(self) -> int:
+        """The highest class that can be predicted."""
+        return int(self._classes.max())
+
     def fit(self, blocks: Blocks, label: Int[ndarray, " n"]) -> RelationProbe:
         """Fit on training pairs that have any of the parts; a single class is always predicted."""
         present = _present(blocks)
@@ -133,8 +140,7 @@ class RelationProbe:
 
     def predict(self, blocks: Blocks) -> Int[ndarray, " n"]:
         """The class of every pair."""
-        count = int(self._classes.max()) + 1
-        return self.scores(blocks, count).argmax(axis=1)
+        return self.scores(blocks, self.highest + 1).argmax(axis=1)
 
     def rows(self, blocks: Blocks) -> Float[ndarray, "n d"]:
         """The classifier's input."""
@@ -259,16 +265,29 @@ def has_pixels(dataset: ItemDataset) -> Bool[ndarray, " n"]:
 
 def blocks_of(dataset: ItemDataset, outputs: Mapping[str, Tensor], at: Int[ndarray, " n"]) -> Blocks:
     """The embeddings of some rows ("view …") and their inputs: numbers, pixels, words."""
-    pixels, positions = has_pixels(dataset)[at], torch.from_numpy(at)
-    blocks = {}
-    for view, name in ((SPATIAL, "numbers"), (VISUAL, "pixels"), (NAMES, "words")):
+    positions, inputs = torch.from_numpy(at), {}
+    for view, _ in INPUTS:
         if view in dataset.inputs:
             rows = dataset.inputs[view].batch(positions)
             assert isinstance(rows, Tensor)
-            blocks[name] = _missing_as_nan(rows.numpy(), pixels) if view == VISUAL else rows.numpy()
-    for name, view_ in outputs.items():
-        rows_ = view_.numpy()
-        blocks[f"view {name}"] = _missing_as_nan(rows_, pixels) if name == VISUAL else rows_
+            inputs[view] = rows.numpy()
+    return blocks_of_rows(inputs, outputs, has_pixels(dataset)[at])
+
+
+def blocks_of_rows(
+    inputs: Mapping[str, ndarray], outputs: Mapping[str, Tensor], pixels: Bool[ndarray, " n"]
+) -> Blocks:
+    """The parts that probes are fitted on: embeddings of rows ("view NAME"), and inputs by the names of their views.
+
+    ``pixels``: which pairs have a photo; of the others the parts of pixels are missing.
+    """
+    blocks = {}
+    for view, name in INPUTS:
+        if view in inputs:
+            blocks[name] = _missing_as_nan(inputs[view], pixels) if view == VISUAL else inputs[view]
+    for view, embedded in outputs.items():
+        rows = embedded.numpy()
+        blocks[f"view {view}"] = _missing_as_nan(rows, pixels) if view == VISUAL else rows
     return blocks
 
 
@@ -291,14 +310,6 @@ def probe_inputs(names: Sequence[str], keep_inputs: bool) -> dict[str, list[str]
         "categories_only/accuracy": [name for name in names if name == "words"],
     }
     return {metric: blocks for metric, blocks in chosen.items() if blocks}
-
-
-def probe_scores(
-    kind: str, train: Blocks, test: Blocks, names: Sequence[str], label: Int[ndarray, " n"], count: int
-) -> Float[ndarray, "m classes"]:
-    """The scores of each class for the test pairs, by a probe fitted on the training pairs' blocks."""
-    probe = RelationProbe(kind).fit({name: train[name] for name in names}, label)
-    return probe.scores({name: test[name] for name in names}, count)
 
 
 def _missing_as_nan(rows: ndarray, pixels: ndarray) -> ndarray:
