@@ -21,6 +21,7 @@ __all__ = [
     "TOP5",
     "Pairs",
     "Triple",
+    "boxed_pairs",
     "chosen_relations",
     "collect_pairs",
     "relation_of",
@@ -192,18 +193,50 @@ def collect_pairs(
     """
     rows = list(triples)
     extent = _extents(rows, photos)
-    kept: list[tuple[Triple, str, Box, Box]] = []
-    seen: set[tuple[str, Box, Box, str]] = set()
     wanted = set(relations)
+    named: list[tuple[Triple, str]] = []
     for row in rows:
-        shown = f"{row.subject} {row.predicate} {row.object}"
         relation = relation_of(row.predicate, synonyms)
         if relation is None:
             rejections.add("no spatial relation", row.row, row.predicate)
-            continue
-        if relation not in wanted:
+        elif relation not in wanted:
             rejections.add("relation not chosen", row.row, row.predicate)
-            continue
+        else:
+            named.append((row, relation))
+    kept = _with_boxes(named, photos, extent, rejections, notes, photos_required)
+    if not kept:
+        raise NearfarError(f"no pair with a usable relation and boxes is left; {rejections.summary()}.")
+    return _columns(kept, photos, extent)
+
+
+def boxed_pairs(
+    rows: Sequence[Triple],
+    photos: Mapping[str, Photo],
+    rejections: Rejections,
+    notes: dict[str, Any],
+    photos_required: bool = False,
+) -> Pairs | None:
+    """The pairs whose boxes can be used, whatever their predicates, as `collect_pairs` checks them; None: there are
+    none."""
+    extent = _extents(rows, photos)
+    named = [(row, row.predicate) for row in rows]
+    kept = _with_boxes(named, photos, extent, rejections, notes, photos_required)
+    return _columns(kept, photos, extent) if kept else None
+
+
+def _with_boxes(
+    rows: Sequence[tuple[Triple, str]],
+    photos: Mapping[str, Photo],
+    extent: Mapping[str, tuple[tuple[float, float], bool]],
+    rejections: Rejections,
+    notes: dict[str, Any],
+    photos_required: bool,
+) -> list[tuple[Triple, str, Box, Box]]:
+    """Rows of two usable boxes, each once, with the boxes cut at the border."""
+    kept: list[tuple[Triple, str, Box, Box]] = []
+    seen: set[tuple[str, Box, Box, str]] = set()
+    for row, relation in rows:
+        shown = " ".join(part for part in (row.subject, row.predicate, row.object) if part)
         if photos_required and row.image not in photos:
             rejections.add("missing photo", row.row, row.image)
             continue
@@ -227,9 +260,7 @@ def collect_pairs(
             continue
         seen.add(key)
         kept.append((row, relation, boxes[0], boxes[1]))
-    if not kept:
-        raise NearfarError(f"no pair with a usable relation and boxes is left; {rejections.summary()}.")
-    return _columns(kept, photos, extent)
+    return kept
 
 
 def _extents(
