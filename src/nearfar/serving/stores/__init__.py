@@ -62,8 +62,8 @@ def _class_of(place: str) -> type[VectorStore]:
         loaded.require()
     except ModuleNotFoundError as error:
         raise NearfarError(
-            f"{place.split(':')[0]}: this store needs {error.name or package}, which is not installed. Install it with: "
-            f"pip install 'nearfar[{extra}]'"
+            f"{place.split(':')[0]}: this store needs {error.name or package}, which is not installed. Install it "
+            f"with: pip install 'nearfar[{extra}]'"
         ) from None
     return loaded
 
@@ -84,7 +84,8 @@ def create_store(
     """A new, empty store at a place; a store that was there before is replaced.
 
     Args:
-        place: ``FOLDER.faiss``, ``lance:FOLDER``, ``qdrant:FOLDER``, ``qdrant+http(s)://HOST:PORT`` or ``postgresql://…``;
+        place: ``FOLDER.faiss``, ``lance:FOLDER``, ``qdrant:FOLDER``, ``qdrant+http(s)://HOST:PORT`` or
+        ``postgresql://…``;
             all but the first may end in ``#TABLE``.
         dim: length of the vectors.
         kinds: the columns, and whether each holds ``text``, ``number`` or ``boolean``.

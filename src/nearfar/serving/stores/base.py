@@ -1,4 +1,4 @@
-"""What a store of vectors does: rows by id with columns, nearest rows of a query, filters; exact or with measured recall.
+"""What a store of vectors does: rows by id with columns, nearest rows, filters; exact, or with measured recall.
 
 A store is a place: a folder ``NAME.faiss``, ``lance:FOLDER``, ``qdrant:FOLDER`` or ``qdrant+http(s)://HOST:PORT``,
 ``postgresql://…``. All but the first may end in ``#NAME``, the name of the table (``nearfar`` without).
@@ -42,12 +42,14 @@ class Matches(NamedTuple):
 class VectorStore(ABC):
     """Vectors of ``dim`` numbers by id, with columns to show and to filter by.
 
-    ``create`` makes an empty store, ``open`` reads one. ``add`` is an upsert by id, so that a fill that was interrupted
-    may repeat its last chunk. ``finish`` makes a large store fast: from ``approximate_from`` rows on an approximate index
-    is built, whose recall is measured and stated; below, and with ``exact=True``, every row is compared.
+    ``create`` makes an empty store, ``open`` reads one. ``add`` is an upsert by id, so that a fill that was
+    interrupted may repeat its last chunk. ``finish`` makes a large store fast: from ``approximate_from`` rows on an
+    approximate index is built, whose recall is measured and stated; below, and with ``exact=True``, every row is
+    compared.
 
-    Vectors are normalised, and scores are cosines; a vector of zeros has cosine 0 with everything. Rows of the same score
-    are in the order of their ids. ``about`` is what the caller notes of the store, such as the model that made the vectors.
+    Vectors are normalised, and scores are cosines; a vector of zeros has cosine 0 with everything. Rows of the same
+    score are in the order of their ids. ``about`` is what the caller notes of the store, such as the model that made
+    the vectors.
     """
 
     #: how a place of this kind is written, for messages
@@ -168,8 +170,8 @@ class VectorStore(ABC):
         rows = np.ascontiguousarray(vectors, dtype=np.float32)
         if rows.ndim != 2 or len(rows) != len(ids):
             raise NearfarError(
-                f"{self.shown}: vectors of shape {rows.shape} were given for {len(ids)} ids; ({len(ids)}, {self.dim}) is "
-                "expected."
+                f"{self.shown}: vectors of shape {rows.shape} were given for {len(ids)} ids; ({len(ids)}, "
+                f"{self.dim}) is expected."
             )
         rows = self._units(rows)
         for identity in ids:
@@ -180,8 +182,8 @@ class VectorStore(ABC):
     def _units(self, vectors: np.ndarray) -> np.ndarray:
         if vectors.shape[1] != self.dim:
             raise NearfarError(
-                f"{self.shown} holds vectors of {self.dim} numbers, and these have {vectors.shape[1]}: it was filled by a "
-                "different model. Name a different place, or fill it anew."
+                f"{self.shown} holds vectors of {self.dim} numbers, and these have {vectors.shape[1]}: it was filled "
+                "by a different model. Name a different place, or fill it anew."
             )
         bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
         if len(bad):
@@ -243,7 +245,7 @@ class VectorStore(ABC):
         return self._count(conditions) if conditions else len(self)
 
     def _effort(self, where: Sequence[Condition]) -> int | None:
-        """How far the index looks. Where few rows pass, the nearest of them are farther away: it looks farther as well."""
+        """How far the index looks: farther where few rows pass, since the nearest of these are farther away."""
         if self.index is None:
             return None
         effort, most = int(self.index["effort"]), int(self.index["most"])
@@ -252,7 +254,7 @@ class VectorStore(ABC):
         return effort if effort < most else None
 
     def recall(self, vectors: Float[np.ndarray, "q d"], k: int = _TOP, where: Any = None) -> float:
-        """The share of the exact ``k`` nearest rows that the search by the index gives, on these queries; 1 without index.
+        """The share of the exact ``k`` nearest rows that the search by the index gives for these queries; else 1.
 
         A row that scores as high as the k-th of the exact search counts as one of them.
         """
@@ -265,8 +267,9 @@ class VectorStore(ABC):
     def finish(self, queries: Float[np.ndarray, "q d"] | None = None, of: str = "") -> None:
         """After the last row: build the index that a large store needs, and measure its recall.
 
-        The effort of a search is doubled until the recall of the 10 nearest reaches .95. ``queries`` are vectors like those
-        that will be asked for (256 suffice), and ``of`` says what they are; without, rows of the store are taken.
+        The effort of a search is doubled until the recall of the 10 nearest reaches .95. ``queries`` are vectors like
+        those that will be asked for (256 suffice), and ``of`` says what they are; without, rows of the store are
+        taken.
         """
         rows = len(self)
         if self.approximate_from is None or rows < self.approximate_from:
@@ -430,7 +433,7 @@ def table_name(place: str) -> tuple[str, str]:
     table = table or TABLE
     if not _PLAIN.fullmatch(table):
         raise NearfarError(
-            f"{table!r} is no name of a table: it is made of letters, digits and _, begins with a letter, and has at most "
-            "48 characters."
+            f"{table!r} is no name of a table: it is made of letters, digits and _, begins with a letter, and has at "
+            "most 48 characters."
         )
     return where, table

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import numpy as np
 
@@ -45,9 +46,10 @@ _EDGE = 1 << 20  # bytes at both ends of a file that its check covers
 class FaissStore(VectorStore):
     """The default: nothing to install, one folder to copy.
 
-    ``add`` writes a part (vectors as ``.npy``, columns as Parquet) and then ``store.json``, which alone says what counts;
-    ``finish``, or the first search, joins the parts into ``vectors-N.faiss`` and ``columns-N.parquet``. Up to
-    ``approximate_from`` rows the index is flat, beyond it is an inverted file. Joining holds all vectors in memory once.
+    ``add`` writes a part (vectors as ``.npy``, columns as Parquet) and then ``store.json``, which alone says what
+    counts; ``finish``, or the first search, joins the parts into ``vectors-N.faiss`` and ``columns-N.parquet``. Up to
+    ``approximate_from`` rows the index is flat, beyond it is an inverted file. Joining holds all vectors in memory
+    once.
     """
 
     form: ClassVar[str] = "FOLDER.faiss"
@@ -96,8 +98,8 @@ class FaissStore(VectorStore):
         folder = Path(place)
         if folder.is_file():
             raise NearfarError(
-                f"{folder} is a file. A store is a folder with vectors, ids and columns: an index alone does not say what "
-                "its rows are."
+                f"{folder} is a file. A store is a folder with vectors, ids and columns: an index alone does not say "
+                "what its rows are."
             )
         if not cls.exists(place):
             raise NearfarError(f"{folder} holds no store ({HEAD} is missing).")
@@ -131,7 +133,7 @@ class FaissStore(VectorStore):
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
                     raise NearfarError(
-                        f"{self.folder} is being written by a different process; wait for it, or name a different place."
+                        f"{self.folder} is being written by a different process; wait for it, or name another place."
                     ) from None
                 yield
         except OSError as error:
@@ -240,7 +242,9 @@ class FaissStore(VectorStore):
                     writer.write_table(waiting)
 
         write_atomically(columns, write_columns)
-        write_atomically(vectors, lambda file: faiss.write_index(index, faiss.PyCallbackIOWriter(file.write)))
+        write_atomically(
+            vectors, lambda file: faiss.write_index(index, cast(Any, faiss).PyCallbackIOWriter(file.write))
+        )
         files = {
             path.name: {"bytes": path.stat().st_size, "check": _check(path)} for path in (columns, vectors)
         }
@@ -373,8 +377,7 @@ class FaissStore(VectorStore):
     def _search(
         self, vectors: np.ndarray, k: int, where: Sequence[Condition], effort: int | None
     ) -> list[Matches]:
-        import faiss
-
+        faiss: Any = importlib.import_module("faiss")  # whose types are those of C++
         self._join()
         if not self._rows:
             return [Matches(np.zeros(0, np.float32), [], []) for _ in vectors]

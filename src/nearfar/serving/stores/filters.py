@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,10 +21,8 @@ _OPERATORS: dict[str, Operator] = {
     "=": "in", "==": "in", "!=": "not in", "<>": "not in", "in": "in", "not in": "not in",
     "<": "<", "<=": "<=", ">": ">", ">=": ">=",
 }  # fmt: skip
-_PIECE = re.compile(
-    r"""\s*(?P<column>"(?:[^"]|"")*"|[^=<>!"]+?)\s*(?P<op><=|>=|!=|<>|==|=|<|>|\s(?:not\s+in|in)\s)\s*(?P<value>.*)""",
-    re.IGNORECASE | re.DOTALL,
-)
+_REST = r"\s*(?P<op><=|>=|!=|<>|==|=|<|>|\s(?:not\s+in|in)\s)\s*(?P<value>.*)"
+_PIECE = re.compile(rf"""\s*(?P<column>"(?:[^"]|"")*"|[^=<>!"]+?){_REST}""", re.IGNORECASE | re.DOTALL)
 _BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
@@ -84,9 +82,8 @@ def parse_where(where: str | Sequence[str] | None, kinds: Mapping[str, Kind]) ->
 def _conditions(text: str, kinds: Mapping[str, Kind]) -> list[Condition]:
     conditions: list[tuple[str, Operator, list[str]]] = []
     for piece in _pieces(text):
-        match = _PIECE.fullmatch(piece)
-        quoted = piece.strip().startswith('"') and piece.strip().endswith('"') and match is None
-        if match is not None and not quoted:
+        match = _match(piece, kinds)
+        if match is not None:
             operator = _OPERATORS[" ".join(match["op"].lower().split())]
             conditions.append((_unquoted(match["column"]), operator, [match["value"]]))
             listed = match["op"].strip().lower() not in ("=", "==", "!=", "<>")
@@ -95,14 +92,26 @@ def _conditions(text: str, kinds: Mapping[str, Kind]) -> list[Condition]:
             conditions[-1][2].append(piece)
         else:
             raise NearfarError(
-                f"filter {text!r}: {piece.strip()!r} is no condition. Write COLUMN=VALUE, COLUMN<VALUE or COLUMN in A,B; "
-                "a value that holds a comma stands in double quotes."
+                f"filter {text!r}: {piece.strip()!r} is no condition. Write COLUMN=VALUE, COLUMN<VALUE or COLUMN in "
+                "A,B; a value that holds a comma stands in double quotes."
             )
     if not conditions:
         raise NearfarError(
             f"filter {text!r} holds no condition. Write COLUMN=VALUE, or leave the filter out."
         )
     return [_condition(text, column, operator, values, kinds) for column, operator, values in conditions]
+
+
+def _match(piece: str, columns: Iterable[str]) -> re.Match[str] | None:
+    """The parts of a condition; a name of a column may hold words and signs of the grammar."""
+    for column in sorted(columns, key=len, reverse=True):
+        if piece.strip().startswith(column):
+            match = re.fullmatch(
+                rf"\s*(?P<column>{re.escape(column)}){_REST}", piece, re.IGNORECASE | re.DOTALL
+            )
+            if match is not None:
+                return match
+    return _PIECE.fullmatch(piece)
 
 
 def _pieces(text: str) -> list[str]:
@@ -136,8 +145,8 @@ def _condition(
     kind = kinds[column]
     if operator not in ("in", "not in") and kind != "number":
         raise NearfarError(
-            f"filter {text!r}: the column '{column}' holds {_plural(kind)}, and {operator} compares numbers. Use = , != "
-            "or in."
+            f"filter {text!r}: the column '{column}' holds {_plural(kind)}, and {operator} compares numbers. Use = , "
+            "!= or in."
         )
     values = []
     for value in raw:

@@ -24,8 +24,8 @@ _GROUP = 64  # queries that are asked for at once
 class LanceStore(VectorStore):
     """``lance:FOLDER``, or ``lance:s3://BUCKET/FOLDER``; the table is ``nearfar``, or what follows a ``#``.
 
-    Rows are merged by id; what the caller notes of the store is a row of the table ``NAME_about``. The approximate index
-    is an inverted file of whole vectors (IVF_FLAT).
+    Rows are merged by id; what the caller notes of the store is a row of the table ``NAME_about``. The approximate
+    index is an inverted file of whole vectors (IVF_FLAT).
     """
 
     form: ClassVar[str] = "lance:FOLDER"
@@ -191,16 +191,13 @@ class LanceStore(VectorStore):
         return np.asarray(flat, np.float32).reshape(len(table), self.dim)
 
     def _build(self, rows: int) -> tuple[dict[str, Any], int, int]:
+        from lancedb.index import IvfFlat
+
         cells = max(1, min(int(np.sqrt(rows)), rows // 39))
         with _errors(self.place):
             self._table.optimize()
-            self._table.create_index(
-                metric="dot",
-                vector_column_name="vector",
-                index_type="IVF_FLAT",
-                num_partitions=cells,
-                sample_rate=64,
-            )
+            index = IvfFlat(distance_type="dot", num_partitions=cells, sample_rate=64)
+            self._table.create_index("vector", config=index)
         return {"cells": cells}, min(8, cells), cells
 
     def _forget_index(self) -> None:

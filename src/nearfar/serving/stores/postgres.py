@@ -42,7 +42,7 @@ class PostgresStore(VectorStore):
 
     @classmethod
     def require(cls) -> None:
-        import pgvector.psycopg
+        import pgvector.psycopg  # noqa: F401
         import psycopg  # noqa: F401
 
     @classmethod
@@ -60,7 +60,7 @@ class PostgresStore(VectorStore):
             raise NearfarError(f"pgvector keeps vectors of at most {_WIDEST} numbers, and these have {dim}.")
         name = table_name(place)[1]
         head = {"dim": dim, "columns": dict(kinds), "about": dict(about), "index": None}
-        connection = _connect(place)
+        connection = _connect(place, make=True)
         try:
             with _errors(place), connection.transaction():
                 if _head(connection, name) is None and _table_exists(connection, name):
@@ -117,7 +117,7 @@ class PostgresStore(VectorStore):
             for identity, value in zip(ids, values, strict=True):
                 if isinstance(value, str) and "\0" in value:
                     raise NearfarError(
-                        f"{self.shown}: '{name}' of the row {identity!r} holds a zero byte, which PostgreSQL cannot keep."
+                        f"{self.shown}: '{name}' of the row {identity!r} holds a zero byte, which PostgreSQL refuses."
                     )
         fields = ["id", "vector", *self.fields.values()]
         types = ["text", "vector", *(_PG_NAMES[kind] for kind in self.kinds.values())]
@@ -249,34 +249,39 @@ def _bare(place: str) -> str:
     return without_password(table_name(place)[0])
 
 
-def _connect(place: str) -> Any:
-    """A connection to a database that has the extension, and the table of stores."""
+def _connect(place: str, make: bool = False) -> Any:
+    """A connection to a database that has the extension; ``make``: and the table of stores."""
     import psycopg
     from pgvector.psycopg import register_vector
 
     with _errors(place):
         connection = psycopg.connect(table_name(place)[0], autocommit=True, connect_timeout=10)
         try:
-            try:
+            if make:
                 connection.execute("CREATE EXTENSION IF NOT EXISTS vector")
-            except psycopg.Error as error:
-                raise NearfarError(
-                    f"{_bare(place)} has no extension pgvector ({str(error).splitlines()[0]}). Install it on the server, and "
-                    "run CREATE EXTENSION vector as its owner."
-                ) from None
-            connection.execute(
-                f"CREATE TABLE IF NOT EXISTS {_HEADS} (name text PRIMARY KEY, head text NOT NULL)"
-            )
-            register_vector(connection)
-        except BaseException:
+                connection.execute(
+                    f"CREATE TABLE IF NOT EXISTS {_HEADS} (name text PRIMARY KEY, head text NOT NULL)"
+                )
+            if _has_extension(connection):
+                register_vector(connection)
+        except psycopg.Error as error:
             connection.close()
-            raise
+            raise NearfarError(
+                f"{_bare(place)}: pgvector cannot be used there ({str(error).splitlines()[0]}). Install it on the "
+                "server, and run CREATE EXTENSION vector as the owner of the database."
+            ) from None
         return connection
 
 
+def _has_extension(connection: Any) -> bool:
+    return connection.execute("SELECT 1 FROM pg_extension WHERE extname = 'vector'").fetchone() is not None
+
+
 def _head(connection: Any, name: str) -> dict[str, Any] | None:
+    if not (_table_exists(connection, _HEADS) and _table_exists(connection, name)):
+        return None
     row = connection.execute(f"SELECT head FROM {_HEADS} WHERE name = %s", (name,)).fetchone()
-    if row is None or not _table_exists(connection, name):
+    if row is None:
         return None
     head = json.loads(row[0])
     if not (isinstance(head, dict) and {"dim", "columns", "about", "index"} <= head.keys()):

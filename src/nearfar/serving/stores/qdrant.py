@@ -10,7 +10,7 @@ import uuid
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 
@@ -31,7 +31,8 @@ class QdrantStore(VectorStore):
     """``qdrant:FOLDER`` (local mode: exact, meant for up to some ten thousand rows) or ``qdrant+http(s)://HOST:PORT``.
 
     The collection is ``nearfar``, or what follows a ``#``; a server's key stands in the environment variable
-    ``QDRANT_API_KEY``. A server builds its own index (HNSW); from ``approximate_from`` rows on its recall is measured here.
+    ``QDRANT_API_KEY``. A server builds its own index (HNSW); from ``approximate_from`` rows on its recall is measured
+    here.
     """
 
     form: ClassVar[str] = "qdrant:FOLDER or qdrant+http://HOST:PORT"
@@ -134,26 +135,28 @@ class QdrantStore(VectorStore):
         must: list[Any] = []
         must_not: list[Any] = []
         for each in where:
-            key = self.fields[each.column]
+            key, values = self.fields[each.column], list(cast(Any, each.values))
             if each.operator in ("in", "not in"):
-                some: list[Any]
                 if each.kind == "text":
-                    some = [models.FieldCondition(key=key, match=models.MatchAny(any=list(each.values)))]  # type: ignore[arg-type]
+                    some = [models.FieldCondition(key=key, match=models.MatchAny(any=values))]
                 elif each.kind == "boolean":
                     some = [
-                        models.FieldCondition(key=key, match=models.MatchValue(value=v)) for v in each.values
-                    ]  # type: ignore[arg-type]
-                else:  # numbers are equal where they lie between the same bounds
+                        models.FieldCondition(key=key, match=models.MatchValue(value=value))
+                        for value in values
+                    ]
+                else:  # a number is equal where it lies between equal bounds
                     some = [
-                        models.FieldCondition(key=key, range=models.Range(gte=v, lte=v)) for v in each.values
-                    ]  # type: ignore[arg-type]
+                        models.FieldCondition(key=key, range=models.Range(gte=value, lte=value))
+                        for value in values
+                    ]
                 if each.operator == "in":
-                    must.append(models.Filter(should=some))
+                    must.append(models.Filter(should=cast(Any, some)))
                 else:
-                    must_not += [*some, models.IsEmptyCondition(is_empty=models.PayloadField(key=key))]
+                    missing = models.IsEmptyCondition(is_empty=models.PayloadField(key=key))
+                    must_not += [*some, missing]
             else:
                 name = {"<": "lt", "<=": "lte", ">": "gt", ">=": "gte"}[each.operator]
-                must.append(models.FieldCondition(key=key, range=models.Range(**{name: each.values[0]})))  # type: ignore[arg-type]
+                must.append(models.FieldCondition(key=key, range=models.Range(**{name: values[0]})))
         return models.Filter(must=must, must_not=must_not)
 
     def _search(
@@ -161,7 +164,9 @@ class QdrantStore(VectorStore):
     ) -> list[Matches]:
         from qdrant_client import models
 
-        parameters = models.SearchParams(exact=effort is None, hnsw_ef=effort)
+        parameters = None  # local mode is always exact
+        if not self.place.startswith("qdrant:"):
+            parameters = models.SearchParams(exact=effort is None, hnsw_ef=effort)
         condition = self._filter(where) if where else None
         answers = []
         with _errors(self.place):
@@ -268,8 +273,8 @@ def _no_code_in_pickles() -> Iterator[None]:
     with _PATCHING:
         if getattr(persistence, "pickle", None) is not pickle:
             raise NearfarError(
-                "this version of qdrant-client reads its folders in a way that nearfar does not know to be safe; take a "
-                "server (qdrant+http://…), or a store in a folder NAME.faiss."
+                "this version of qdrant-client reads its folders in a way that nearfar does not know to be safe; "
+                "take a server (qdrant+http://…), or a store in a folder NAME.faiss."
             )
         persistence.pickle = _Pickle  # type: ignore[assignment]
         try:
