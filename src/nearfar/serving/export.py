@@ -1,4 +1,4 @@
-"""A trained run leaves for other tools: safetensors, ONNX, sentence-transformers, torch.export, each with a model card."""
+"""A trained run for other tools: safetensors, ONNX, sentence-transformers, torch.export, each with a model card."""
 
 from __future__ import annotations
 
@@ -214,8 +214,8 @@ def _sentence_transformers(
         return exported
     if not difference <= TOLERANCE:
         raise NearfarError(
-            f"the exported folder gives vectors that differ from the model by {difference:.1e}, more than {TOLERANCE:g}: "
-            "it is not kept. Take --format safetensors."
+            f"the exported folder gives vectors that differ from the model by {difference:.1e}, more than "
+            f"{TOLERANCE:g}: it is not kept. Take --format safetensors."
         )
     say(f"{view}: largest difference from the model, as SentenceTransformer loads it: {difference:.1e}")
     exported.differences[view] = difference

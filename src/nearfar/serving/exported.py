@@ -33,8 +33,8 @@ __all__ = [
     "portable_config",
     "read_members",
     "remove_places",
-    "write_manifest",
     "without_places",
+    "write_manifest",
     "write_members",
 ]
 

@@ -72,8 +72,8 @@ def download(name: str, revision: str = "main") -> Path:
     except (OSError, ValueError, hub.errors.HfHubHTTPError) as error:
         cause = " ".join(str(error).split())[:300]
         raise NearfarError(
-            f"{name}: there is no such run or folder here, and it cannot be fetched from the Hugging Face hub ({cause}). "
-            "Give the path of a run, or try again where there is a network."
+            f"{name}: there is no such run or folder here, and it cannot be fetched from the Hugging Face hub "
+            f"({cause}). Give the path of a run, or try again where there is a network."
         ) from None
 
 
