@@ -150,11 +150,18 @@ class LinearProbe:
         probe = cls.__new__(cls)
         for name in _PARTS:
             if name not in arrays or arrays[name].dtype != np.float32:
-                raise NearfarError(f"the '{name}' of a linear probe is missing, or no array of float32 numbers")
+                raise NearfarError(
+                    f"the '{name}' of a linear probe is missing, or no array of float32 numbers"
+                )
             setattr(probe, name, torch.from_numpy(np.array(arrays[name])))
         d = probe.mean.shape
         classes = len(probe.bias)
-        if len(d) != 1 or probe.spread.shape != d or probe.weight.shape != (classes, *d) or probe.bias.ndim != 1:
+        if (
+            len(d) != 1
+            or probe.spread.shape != d
+            or probe.weight.shape != (classes, *d)
+            or probe.bias.ndim != 1
+        ):
             shapes = ", ".join(f"{name} {tuple(getattr(probe, name).shape)}" for name in _PARTS)
             raise NearfarError(f"the parts of a linear probe do not fit each other: {shapes}")
         return probe

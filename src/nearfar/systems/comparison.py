@@ -1,16 +1,17 @@
-"""Predictions that compare items: for each view of an item its nearest values of another view, and the partner's rank."""
+"""Predictions that compare items: the nearest items of another view, and the rank of an item's own partner."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from nearfar.data.items import Items, value_keys
 from nearfar.errors import NearfarError
 from nearfar.metrics import Ranks, retrieval_ranks
 
@@ -40,48 +41,55 @@ def nearest_keys(
 
 
 class ViewComparison:
-    """What is known of the items that others are compared with, and the comparison.
+    """Compares views of items: the items that were added with each other, or others with them.
 
-    ``add`` takes the items in parts: their ids, the embeddings of each view, which of them have it, and perhaps what
-    makes two items answers of each other (`None`: an item answers itself alone). The embeddings are held in memory.
+    Args:
+        pairs: the views that are compared, in both directions.
+        k: how many nearest items are given.
+        answers: the column whose equal values make items answers of each other; None: an item answers itself alone.
 
-    `of_all` compares the items that were added with each other; `of_others` compares further items with them.
+    For each direction, such as ``text_to_picture``, the columns are: ``/nearest`` and ``/cosine``, ids and cosines of
+    the k nearest items of the other view; ``/rank``, the expected rank of the item's own partner, or of its best
+    answer; ``/R@1`` and ``/MRR``, what it contributes to these metrics, whose means they are. Embeddings are held in
+    memory.
 
     >>> comparison = ViewComparison([("text", "picture")], k=1)
-    >>> comparison.add(["a", "b"], {"text": torch.eye(2), "picture": torch.tensor([[1.0, 0.1], [0.8, 1.0]])})
-    >>> columns = next(comparison.of_all(rows=10))
+    >>> items = Items(["a", "b"], {"text": ["x", "y"], "picture": ["x.png", "y.png"]})
+    >>> comparison.add({"text": torch.eye(2), "picture": torch.tensor([[1.0, 0.1], [0.8, 1.0]])}, items)
+    >>> columns = comparison.of_all(0, 2)
     >>> columns["text_to_picture/nearest"], columns["text_to_picture/rank"], columns["picture_to_text/MRR"]
     ([['a'], ['b']], [1.0, 1.0], [1.0, 1.0])
     """
 
-    def __init__(self, pairs: Sequence[tuple[str, str]], k: int = 10) -> None:
+    def __init__(self, pairs: Sequence[tuple[str, str]], k: int = 10, answers: str | None = None) -> None:
         if k < 1:
             raise NearfarError(f"k={k}: at least one answer is needed.")
-        self.pairs, self.k = list(pairs), k
+        self.pairs, self.k, self.answers = list(pairs), k, answers
         self.ids: list[str] = []
         self._rows: dict[str, list[Tensor]] = {}
         self._present: dict[str, list[np.ndarray]] = {}
         self._answers: list[Any] = []
+        self._ranks: dict[str, dict[str, np.ndarray]] | None = None
 
-    def add(
-        self,
-        ids: Sequence[str],
-        outputs: Mapping[str, Float[Tensor, "n d"]],
-        present: Mapping[str, Bool[np.ndarray, " n"]] | None = None,
-        answers: Sequence[Any] | None = None,
-    ) -> None:
-        """Further items to compare with. A view that is not among ``outputs`` none of them has."""
-        n = len(ids)
-        for view in dict.fromkeys(view for pair in self.pairs for view in pair):
-            rows = outputs.get(view)
-            here = np.zeros(n, bool) if rows is None else (present or {}).get(view, np.ones(n, bool))
-            self._present.setdefault(view, []).append(np.asarray(here))
-            if rows is not None:
+    @property
+    def views(self) -> list[str]:
+        """Every view that is compared, once."""
+        return list(dict.fromkeys(view for pair in self.pairs for view in pair))
+
+    def add(self, outputs: Mapping[str, Float[Tensor, "n d"]], items: Items) -> None:
+        """Further items to compare with; they may lack views."""
+        for view in self.views:
+            here = items.present(view) if view in items else np.zeros(len(items), bool)
+            self._present.setdefault(view, []).append(here)
+            if here.any():
                 at = torch.from_numpy(np.flatnonzero(here))
-                self._rows.setdefault(view, []).append(rows[at].detach().float().cpu())
-        self.ids.extend(ids)
-        if answers is not None:
-            self._answers.extend(answers)
+                self._rows.setdefault(view, []).append(outputs[view][at].detach().float().cpu())
+        self.ids.extend(items.ids)
+        if self.answers is not None and self.answers in items:
+            self._answers.extend(value_keys(items[self.answers]))
+        else:
+            self._answers.extend([None] * len(items))
+        self._ranks = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -100,31 +108,25 @@ class ViewComparison:
         return [(query, key) for query, key in both if len(self._whole(key)[0])]
 
     # -- with each other -------------------------------------------------------------------------------------
-    def of_all(self, rows: int) -> Iterator[dict[str, list[Any]]]:
-        """Columns for the items that were added, ``rows`` at a time.
-
-        For each direction, such as ``text_to_picture``: ``/nearest`` and ``/cosine`` are the ids and cosines of the k
-        nearest items of the other view; ``/rank`` is the expected rank of the item's own partner (or with answers: of
-        its best answer) among the items that have both views, ``/R@1`` and ``/MRR`` what it contributes to these
-        metrics. Their means are the metrics that the run's evaluation gives of the same items.
-        """
-        ranks = self._own_ranks()
-        for start in range(0, len(self), rows):
-            stop = min(start + rows, len(self))
-            columns: dict[str, list[Any]] = {}
-            for query, key in self.directions():
-                name = f"{query}_to_{key}"
-                vectors, at = self._whole(query)
-                first, last = np.searchsorted(at, (start, stop))
-                columns |= self._nearest(
-                    name, key, vectors[first:last], at[first:last] - start, stop - start
-                )
-                if name in ranks:
-                    columns |= {
-                        f"{name}/{metric}": _or_none(values[start:stop])
-                        for metric, values in ranks[name].items()
-                    }
-            yield columns
+    def of_all(self, start: int, stop: int) -> dict[str, list[Any]]:
+        """Columns of the items that were added, from ``start`` to ``stop``; their partners are ranked among the items
+        that have both views, so that means of the columns are what the evaluation of a run says of the same items."""
+        columns: dict[str, list[Any]] = {}
+        if self._ranks is None:
+            self._ranks = self._own_ranks()
+        for query, key in self.directions():
+            name = f"{query}_to_{key}"
+            vectors, at = self._whole(query)
+            first, last = np.searchsorted(at, (start, stop))
+            columns |= self._nearest(name, key, vectors[first:last], at[first:last] - start, stop - start)
+            for metric, values in self._ranks.get(name, {}).items():
+                columns[f"{name}/{metric}"] = _or_none(values[start:stop])
+        if not columns:
+            raise NearfarError(
+                f"these {len(self)} items have one view alone, and {' and '.join(self.views)} are compared: there is "
+                "nothing to compare with. Give the items of the other view: --gallery FILE."
+            )
+        return columns
 
     def _own_ranks(self) -> dict[str, dict[str, Float[np.ndarray, " n"]]]:
         """By direction rank and contributions of every item, NaN where it has no partner."""
@@ -134,45 +136,64 @@ class ViewComparison:
             both = np.intersect1d(a, b)
             if len(both) < 2:
                 continue
-            answers = [self._answers[i] for i in both] if self._answers else None
-            relevant = None if answers is None else (answers, answers)
-            of_first, of_second = (
-                torch.from_numpy(np.searchsorted(own, both)) for own in (a, b)
-            )
+            relevant = None
+            if self.answers is not None:
+                numbers = self._numbers([self._answers[i] for i in both])
+                relevant = (numbers, numbers)
+            of_first, of_second = (torch.from_numpy(np.searchsorted(own, both)) for own in (a, b))
             ranks = retrieval_ranks(queries[of_first], keys[of_second], relevant, both=True)
             for name, direction in zip((f"{first}_to_{second}", f"{second}_to_{first}"), ranks, strict=True):
                 known[name] = _contributions(direction, both, len(self))
         return known
 
     # -- with others -----------------------------------------------------------------------------------------
-    def of_others(
-        self,
-        ids: Sequence[str],
-        outputs: Mapping[str, Float[Tensor, "m d"]],
-        present: Mapping[str, Bool[np.ndarray, " m"]] | None = None,
-    ) -> dict[str, list[Any]]:
-        """The same columns for other items. The partner of one is the item of the same id, where there is such."""
+    def of_others(self, outputs: Mapping[str, Float[Tensor, "m d"]], items: Items) -> dict[str, list[Any]]:
+        """The columns of other items. The partner of one is the item of its id, where there is such."""
         columns: dict[str, list[Any]] = {}
         for query, key in self.directions():
-            if query not in outputs:
+            here = items.present(query) if query in items else np.zeros(len(items), bool)
+            at = np.flatnonzero(here)
+            if not len(at) and query not in items:
                 continue
             name = f"{query}_to_{key}"
-            here = (present or {}).get(query, np.ones(len(ids), bool))
-            at = np.flatnonzero(here)
             vectors = outputs[query][torch.from_numpy(at)].detach().float().cpu()
-            columns |= self._nearest(name, key, vectors, at, len(ids))
-            keys, owners = self._whole(key)
-            place = {self.ids[owner]: i for i, owner in enumerate(owners.tolist())}
-            partners = [place.get(ids[i], -1) for i in at.tolist()]
-            if max(partners, default=-1) >= 0:
-                ranks = _contributions(retrieval_ranks(vectors, keys, partners), at, len(ids))
+            columns |= self._nearest(name, key, vectors, at, len(items))
+            relevant = self._partners(items, at, key)
+            if relevant is not None:
+                ranks = _contributions(
+                    retrieval_ranks(vectors, self._whole(key)[0], relevant), at, len(items)
+                )
                 columns |= {f"{name}/{metric}": _or_none(values) for metric, values in ranks.items()}
         if not columns:
-            queries = " or ".join(dict.fromkeys(query for query, _ in self.directions()))
+            keys = " or ".join(dict.fromkeys(key for _, key in self.directions()))
             raise NearfarError(
-                f"these items have no view that could be compared with those of the gallery; {queries} is needed."
+                f"{items.source} has no view that could be compared with what the gallery has ({keys or 'nothing'}); "
+                f"the views that are compared are {' and '.join(self.views)}."
             )
         return columns
+
+    def _partners(self, items: Items, at: Int[np.ndarray, " q"], key: str) -> Any:
+        """What is relevant of the gallery to these items; None: nothing is to any."""
+        owners = self._whole(key)[1]
+        if self.answers is not None:
+            if self.answers not in items:
+                return None
+            values = value_keys(items[self.answers])
+            own = [values[i] for i in at.tolist()]
+            theirs = [self._answers[i] for i in owners.tolist()]
+            if not (set(own) & set(theirs)) - {None}:
+                return None
+            numbers = self._numbers([*own, *theirs])
+            return numbers[: len(own)], numbers[len(own) :]
+        place = {self.ids[owner]: i for i, owner in enumerate(owners.tolist())}
+        partners = [place.get(items.ids[i], -1) for i in at.tolist()]
+        return partners if max(partners, default=-1) >= 0 else None
+
+    @staticmethod
+    def _numbers(values: Sequence[Any]) -> Int[np.ndarray, " n"]:
+        """Equal numbers for equal values, −1 for a missing one."""
+        seen: dict[Any, int] = {}
+        return np.array([-1 if value is None else seen.setdefault(value, len(seen)) for value in values])
 
     def _nearest(
         self, name: str, key: str, vectors: Tensor, at: Int[np.ndarray, " q"], n: int

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from nearfar.data.classes import Labels, class_codes, item_labels
 from nearfar.data.files import Maybe, read_arrays, read_json
+from nearfar.data.items import Items
 from nearfar.errors import NearfarError
 from nearfar.models.probes import LinearProbe, nearest_votes
 from nearfar.training.run_folder import write_atomically
 
-__all__ = ["ClassNames", "KnownClasses"]
+__all__ = ["ClassNames", "KnownClasses", "LabelledGallery"]
 
 _NAMES, _ROWS = "classes.json", "class_rows.npz"
 _PROBE = "probe/"
@@ -181,9 +183,7 @@ class KnownClasses:
             or (codes.ndim != 1 and codes.shape != (len(rows), len(names)))
         ):  # fmt: skip
             raise NearfarError(f"{path} does not hold the classes of a run: it was edited or damaged.")
-        parts = {
-            name.removeprefix(_PROBE): each for name, each in arrays.items() if name.startswith(_PROBE)
-        }
+        parts = {name.removeprefix(_PROBE): each for name, each in arrays.items() if name.startswith(_PROBE)}
         try:
             probe = LinearProbe.from_arrays(parts) if parts else None
         except NearfarError as error:
@@ -193,3 +193,57 @@ class KnownClasses:
         return cls(
             names.tolist(), ids.tolist(), torch.from_numpy(rows), torch.from_numpy(codes), int(k), probe
         )
+
+
+class LabelledGallery:
+    """Labelled items of a user's, which say the class of others: a `Comparison` of items with a gallery.
+
+    Args:
+        view: what the outputs call the embeddings.
+        label: the column of labels.
+        separator: what separates several labels in one cell; None: a cell is one label.
+        several: whether an item may have several labels.
+        k: how many of the nearest are asked.
+
+    Beside their vote there is a linear probe, fitted on the gallery, where items have one label.
+    """
+
+    def __init__(self, view: str, label: str, separator: str | None, several: bool, k: int) -> None:
+        if k < 1:
+            raise NearfarError(f"k={k}: at least one neighbour is needed.")
+        self.view, self.label, self.separator, self.several, self.k = view, label, separator, several, k
+        self._ids: list[str] = []
+        self._rows: list[Tensor] = []
+        self._labels: list[Labels] = []
+        self._known: KnownClasses | None = None
+
+    def add(self, outputs: Mapping[str, Tensor], items: Items) -> None:
+        """Further labelled items; those without a label have no vote."""
+        if self.label not in items:
+            raise NearfarError(
+                f"{items.source} has no column '{self.label}': the items of a gallery have labels. Name their column "
+                f"with --gallery-column {self.label}=HEADER."
+            )
+        self._ids.extend(items.ids)
+        self._rows.append(outputs[self.view].float().cpu())
+        self._labels.extend(item_labels(items[self.label], self.label, self.separator))
+        self._known = None
+
+    def of_all(self, start: int, stop: int) -> dict[str, list[Any]]:
+        """Not asked for: items vote for others, not for themselves."""
+        raise NearfarError("labelled items are a gallery: other items are compared with them.")
+
+    def of_others(self, outputs: Mapping[str, Tensor], items: Items) -> dict[str, list[Any]]:
+        """`KnownClasses.columns` of other items."""
+        if self._known is None:
+            self._known = self._classes()
+        return self._known.columns(outputs[self.view].float().cpu())
+
+    def _classes(self) -> KnownClasses:
+        several = self.several or any(len(each) > 1 for each in self._labels)
+        classes = class_codes({"train": self._labels}, several)
+        if not classes.known:
+            raise NearfarError("no item of the gallery has a label.")
+        codes = torch.from_numpy(classes.codes["train"])
+        known = KnownClasses.of(classes.names, self._ids, torch.cat(self._rows), codes, self.k)
+        return known if several else replace(known, probe=LinearProbe(known.rows, known.codes))

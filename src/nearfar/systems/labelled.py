@@ -32,12 +32,12 @@ from nearfar.metrics import (
 from nearfar.metrics.precision_at_r import average_precision_at_r, map_estimate
 from nearfar.models.probes import LinearProbe, nearest_classes
 from nearfar.models.views import HeadKind, ViewModel, build_head
-from nearfar.systems.known_classes import ClassNames, KnownClasses
+from nearfar.systems.known_classes import ClassNames, KnownClasses, LabelledGallery
 from nearfar.systems.view_system import ViewSystem
 from nearfar.towers import Tower, build_tower, guess_tower
 from nearfar.training.evaluation import consecutive
 from nearfar.training.sections import Section, Table
-from nearfar.training.system import Evaluation, Say, collect
+from nearfar.training.system import Comparison, Evaluation, Say, collect
 
 __all__ = ["AT_START", "KNN", "PROBE", "LabelledSystem", "Scores"]
 
@@ -463,6 +463,20 @@ class LabelledSystem(ViewSystem):
         if known is None:
             raise NearfarError(self._no_classes())
         return known.columns(outputs[self.view].float())
+
+    def further_headers(self) -> dict[str, Sequence[str]]:
+        label = self.label or "label"  # a run without labels may be asked with a gallery that has some
+        return {} if label == self.view else {label: [label]}
+
+    def load_results(self, folder: Path) -> None:
+        self._known = KnownClasses.load(folder)
+
+    def comparison(self, gallery: bool, k: int | None = None) -> Comparison | None:
+        """With a gallery of labelled items: their vote, and a probe fitted on them."""
+        if not gallery:
+            return None
+        label, separator = self.label or "label", self.config.data.separator
+        return LabelledGallery(self.view, label, separator, self.several, self.config.knn if k is None else k)
 
     def _no_classes(self) -> str:
         names = self.class_names()
