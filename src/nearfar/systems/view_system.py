@@ -641,7 +641,12 @@ class ViewSystem(System[Batch, ViewModel]):
         return ItemDataset(self.tower_inputs(items, towers))
 
     def comparison(self, gallery: bool, k: int | None = None) -> Comparison | None:
-        """The nearest items of the other view, for every two views that are contrasted: see `ViewComparison`."""
+        """The nearest items of the other view, for every two views that are contrasted: see `ViewComparison`.
+
+        None for a system with ``predictions`` of its own.
+        """
+        if self.defines("predictions"):
+            return None
         return ViewComparison(self.pairs(), 10 if k is None else k, self.answer_column())
 
     def answer_column(self) -> str | None:
