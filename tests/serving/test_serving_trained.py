@@ -267,3 +267,54 @@ def test_parts_of_different_data_are_not_used(
     with pytest.raises(NearfarError, match="in the way"):
         embed_file(trained, NewData(own), output)
     assert (tmp_path / "out.parquet.parts" / "mine.txt").exists()
+
+
+# -- pictures ------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A table of two dozen small pictures, dark and light ones, with a name for each."""
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("pictures")
+    rows = ["image,name"]
+    for i in range(24):
+        kind, level = ("dark", 40) if i % 2 else ("light", 200)
+        pixels = np.random.default_rng(i).integers(0, 56, (20, 24, 3)) + level
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i:02d}.png")
+        rows.append(f"{i:02d}.png,{kind} picture of {NOUNS[i % 10]}")
+    (folder / "table.csv").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+@pytest.mark.parametrize("encoder", ["small", "colors"])
+def test_pictures_in_files_are_decoded_once(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoder: str
+) -> None:
+    from nearfar.data import picture_arrays
+
+    table = pictures / "table.csv"
+    overrides = [
+        *("experiment=pairs", f"data.train={table}", f"runs_dir={tmp_path}", "name=own", "epochs=1"),
+        *("batch_size=8", "embedding_dim=4", "bootstrap=0", "trainer.accelerator=cpu", "trainer.threads=1"),
+        *("trainer.probe_rows=0", f"image_encoder={encoder}", "text_encoder.dims=8", "text_encoder.min_df=1"),
+    ]
+    folder = run_one(check_config(compose_config(overrides)), overrides, False, QUIET)
+    assert folder is not None
+    trained = nearfar.load(folder.path, "cpu")
+    files = sorted(pictures.glob("[0-9]*.png"))
+    expected = trained.embed([picture_arrays.read_image(path) for path in files], "image")
+    read: list[str] = []
+    real = picture_arrays.read_image
+    monkeypatch.setattr(picture_arrays, "read_image", lambda path: read.append(str(path)) or real(path))
+    assert np.array_equal(trained.embed(files), expected)
+    assert sorted(read) == sorted(map(str, files))
+    read.clear()
+    (pictures / "broken.png").write_bytes(files[0].read_bytes()[:100])
+    more = pictures / "more.csv"
+    more.write_text(table.read_text() + "broken.png,a picture that is cut off\nnone.png,\n")
+    written = embed_file(trained, NewData(more), tmp_path / "out.npz")
+    assert len(read) == 1 + len(files)
+    assert (written.rows, sorted(written.rejections.counts)[-1]) == (25, "no such picture")
+    with np.load(tmp_path / "out.npz") as kept:
+        assert np.array_equal(kept["image"][:24], expected)
+        assert np.isnan(kept["image"][24]).all()
