@@ -48,7 +48,7 @@ class NewData:
     columns: Mapping[str, str] = field(default_factory=dict)
     id_column: str | None = None
     encoding: str | None = None
-    rows: int = 4096
+    rows: int = 1024
     images: Path | None = None
     others: bool = False
     options: Mapping[str, str] = field(default_factory=dict)

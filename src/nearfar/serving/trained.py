@@ -34,7 +34,7 @@ from nearfar.training.system import System, collect, rows_of
 __all__ = ["Predictions", "Trained", "load"]
 
 #: values that are read before they are embedded; what their tower reads of them is in memory at once
-_CHUNK = 2048
+_CHUNK = 1024
 
 #: new data: a file or folder, items, a column of values for each view, or the values of the only view
 Data = Items | NewData | str | Path | Mapping[str, Sequence[Any]] | Sequence[Any]
@@ -169,7 +169,8 @@ class Trained:
         view = self.view_of(values, tower)
         if not len(values):
             return np.zeros((0, self.dim), np.float32)
-        reasons = self.system.towers[view].check(values)
+        with without_cache():
+            reasons = self.system.towers[view].check(values)
         for at, reason in enumerate(reasons):
             if reason is not None:
                 shown = "" if isinstance(values, np.ndarray) else f" ({str(values[at])[:80]!r})"

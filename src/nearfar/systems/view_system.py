@@ -17,7 +17,7 @@ from nearfar.config.samplers import Items as SamplerItems
 from nearfar.config.views import ViewOptions
 from nearfar.contrast import SimilarityMask, join_masks
 from nearfar.data.batch import Augment, Batch, Inputs, ItemDataset, Partial, Rows, one_after_another
-from nearfar.data.cache import content_key
+from nearfar.data.cache import content_key, without_cache
 from nearfar.data.chunks import NewData, read_chunks
 from nearfar.data.files import Json
 from nearfar.data.items import Items, ItemSplits, shared_values, value_groups
@@ -619,12 +619,17 @@ class ViewSystem(System[Batch, ViewModel]):
     def usable(self, items: Items) -> Items:
         """Without values that a tower cannot read, and without items that then have none; each is counted."""
         columns, rejections = dict(items.columns), items.rejections
+        with without_cache():
+            reasons = {
+                view: self.towers[view].check(_some(items[view], np.flatnonzero(items.present(view))))
+                for view in self.views
+                if view in items
+            }
         rows: Sequence[int | None] = items.rows or [None] * len(items)
         usable, wrong = np.zeros(len(items), bool), np.zeros(len(items), bool)
-        for view in [view for view in self.views if view in items]:
+        for view, own in reasons.items():
             values, present = items[view], items.present(view)
-            at = np.flatnonzero(present)
-            for i, reason in zip(at.tolist(), self.towers[view].check(_some(values, at)), strict=True):
+            for i, reason in zip(np.flatnonzero(present).tolist(), own, strict=True):
                 if reason is not None:
                     rejections.add(
                         f"{view}: {reason}", rows[i], "" if isinstance(values, np.ndarray) else values[i]
