@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 
@@ -49,7 +49,7 @@ class Exported:
 def export_run(
     run: str | os.PathLike[str],
     folder: str | os.PathLike[str],
-    format: Format = "safetensors",
+    format: Format | str = "safetensors",
     *,
     tower: Sequence[str] | str | None = None,
     data: str | os.PathLike[str] | None = None,
@@ -76,6 +76,7 @@ def export_run(
     """
     if format not in get_args(Format):
         raise NearfarError(f"--format {format}: {nearest_name(str(format), get_args(Format))}")
+    chosen = cast(Format, format)
     source, target = Path(run).expanduser(), Path(folder).expanduser()
     _check_target(target)
     place = RunFolder(source)
@@ -89,13 +90,13 @@ def export_run(
     for view in wanted:
         trained.view_of((), view)
     with _whole(target) as temporary:
-        match format:
+        match chosen:
             case "safetensors":
                 exported = _safetensors(trained, temporary, wanted, license)
             case "sentence-transformers":
                 exported = _sentence_transformers(trained, temporary, wanted, data, license, say)
             case _:
-                exported = _graphs(trained, temporary, format, wanted, data, license, say)
+                exported = _graphs(trained, temporary, chosen, wanted, data, license, say)
         remove_places(temporary)
     exported.folder = target
     return exported
@@ -159,7 +160,7 @@ def _safetensors(trained: Trained, folder: Path, wanted: Sequence[str], license:
 def _graphs(
     trained: Trained,
     folder: Path,
-    format: Literal["onnx", "torch"],
+    format: Format,
     wanted: Sequence[str],
     data: Any,
     license: str | None,

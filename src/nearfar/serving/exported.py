@@ -286,12 +286,16 @@ def read_members(folder: Path) -> list[Member]:
 
 
 def _read_model(folder: Path, manifest: Json) -> Member:
-    config = read_config(RunFolder(folder).config(), saved=True)
-    if config.system != manifest["system"]:
+    saved = RunFolder(folder).config()
+    if saved["system"] != manifest["system"]:
         raise NearfarError(
-            f"{folder / CONFIG} is of system '{config.system}', and {MANIFEST} of '{manifest['system']}': the folder "
+            f"{folder / CONFIG} is of system '{saved['system']}', and {MANIFEST} of '{manifest['system']}': the folder "
             "is not as it was written. Export the run again."
         )
+    try:
+        config = read_config(saved, saved=True)
+    except NearfarError as error:
+        raise NearfarError(f"{folder / CONFIG}: {error}") from None
     for name, expected in (manifest.get("files") or {}).items():
         path = folder / name
         if not path.is_file():

@@ -53,7 +53,7 @@ def load_image_encoder(folder: Path, **options: Any) -> ImageEncoder:
 
     about = read_json(folder / _ABOUT, {"kind": str, "name": str})
     name = str(folder / _MODEL) if about["kind"] == "transformers" else None
-    options.pop("revision", None)
+    options.pop("revision", None)  # of the hub
     network = build_image_encoder(about["kind"], name, False, seed=0, frozen=True, **options)
     path = folder / _WEIGHTS
     try:
