@@ -13,8 +13,8 @@ import nearfar
 
 SOURCE = Path(nearfar.__file__).parent
 #: the rings of docs/architecture.md, each from its top floor to its ground
-VERBS = [{"cli", "data_cli", "launch", "crossval"}]
-WORKBENCH_ABOVE = [{"lab"}]
+VERBS = [{"cli", "data_cli", "use_cli", "launch", "crossval"}]
+WORKBENCH_ABOVE = [{"lab", "serving"}]
 APPLICATIONS = [{"systems"}]
 WORKBENCH = [{"training"}, {"config"}]
 CORE = [

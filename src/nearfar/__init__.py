@@ -7,7 +7,7 @@ other floors are imported when they are first named.
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
@@ -22,13 +22,20 @@ _FLOORS = (
     "metrics",
     "models",
     "schedules",
+    "serving",
     "systems",
+    "towers",
     "training",
 )
-__all__ = ["__version__", *_FLOORS]
+__all__ = ["__version__", "load", *_FLOORS]
+
+if TYPE_CHECKING:
+    from nearfar.serving.trained import load
 
 
 def __getattr__(name: str) -> Any:
+    if name == "load":
+        return importlib.import_module("nearfar.serving.trained").load
     if name in _FLOORS:
         return importlib.import_module(f"nearfar.{name}")
     raise AttributeError(f"module 'nearfar' has no attribute '{name}'; it has {', '.join(_FLOORS)}")

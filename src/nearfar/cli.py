@@ -10,6 +10,7 @@ import typer
 
 from nearfar import terminal
 from nearfar.data_cli import data_app
+from nearfar.use_cli import use_app
 
 app = typer.Typer(
     name="nearfar",
@@ -25,6 +26,7 @@ verify_app = typer.Typer(
 )
 app.add_typer(verify_app, name="verify")
 app.add_typer(data_app, name="data")
+app.add_typer(use_app)
 
 SmilesColumn = Annotated[
     str | None, typer.Option(help="The table's SMILES column, if its name is not recognised.")
@@ -288,28 +290,6 @@ def claims(
     console.print(outcome_table(outcomes, waiting))
     if output is not None:
         terminal.say(console, f"written: {write_outcomes(outcomes, waiting, output)}")
-
-
-@app.command()
-def embed(
-    run: Annotated[Path, typer.Argument(help="A run folder or checkpoint.")],
-    data: Annotated[Path, typer.Argument(help="A table with SMILES and/or text columns.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The .npz to write.")] = Path(
-        "embeddings.npz"
-    ),
-    smiles_column: SmilesColumn = None,
-    text_column: TextColumn = None,
-    id_column: IdColumn = None,
-) -> None:
-    """Embed the rows of a table with a trained run.
-
-    The .npz holds [bold]molecules[/bold], [bold]texts[/bold] and their [bold]ids[/bold] ([bold]molecule_ids[/bold] and
-    [bold]text_ids[/bold], where some rows have only one of the two).
-    """
-    from nearfar.systems import trained
-
-    columns = {"smiles": smiles_column, "text": text_column, "id": id_column}
-    trained(run).embed_table(data, output, terminal.console(), columns)
 
 
 @app.command()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ __all__ = [
     "console",
     "interval_words",
     "metric_words",
+    "progress_bar",
     "report_error",
     "say",
     "short_number",
@@ -55,6 +57,20 @@ def _console_class() -> type[Console]:
                 yield segment if segment.control else Segment(visible(segment.text), segment.style)
 
     return SafeConsole
+
+
+@contextmanager
+def progress_bar(total: int | None) -> Iterator[Callable[[int], None]]:
+    """A bar on the error output while rows are worked on, and a function that advances it; ``total`` None: a count."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.completed:,} rows"),)
+    known = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(
+        *(columns if total is None else known), console=console(stderr=True), transient=True
+    ) as bar:
+        task = bar.add_task("rows", total=total)
+        yield lambda rows: bar.advance(task, rows)
 
 
 def console(stderr: bool = False) -> Console:

@@ -13,7 +13,9 @@ import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,37 @@ import numpy as np
 from nearfar.data.files import read_arrays
 from nearfar.errors import NearfarError
 
-__all__ = ["cache_dir", "cached_array", "cached_arrays", "content_key", "kept_file"]
+__all__ = [
+    "cache_dir",
+    "cached_array",
+    "cached_arrays",
+    "caching",
+    "content_key",
+    "kept_file",
+    "without_cache",
+]
+
+_ENABLED: ContextVar[bool] = ContextVar("caching", default=True)
+
+
+def caching() -> bool:
+    """Whether results are kept and looked for; not so inside of `without_cache`."""
+    return _ENABLED.get()
+
+
+@contextmanager
+def without_cache() -> Iterator[None]:
+    """Everything inside is computed and nothing kept: for values that are seen once, such as a table of millions.
+
+    >>> with without_cache():
+    ...     caching()
+    False
+    """
+    token = _ENABLED.set(False)
+    try:
+        yield
+    finally:
+        _ENABLED.reset(token)
 
 
 def cache_dir() -> Path:
@@ -90,12 +122,12 @@ def cached_arrays(
         kind: a folder name that says what is kept, for people who look into the cache.
         key: everything the result depends on (see `content_key`), a version number of the code included.
         compute: makes the arrays (no object dtype).
-        enabled: ``False`` computes and neither reads nor writes.
+        enabled: ``False`` computes and neither reads nor writes, as everything does inside of `without_cache`.
 
     A damaged entry is computed anew with a warning; a folder that cannot be written costs a warning, not the
     run.
     """
-    if not enabled:
+    if not (enabled and caching()):
         return dict(compute())
     path = cache_dir() / kind / f"{content_key(key)}.npz"
     arrays = _read(path)

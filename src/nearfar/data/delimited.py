@@ -20,6 +20,8 @@ __all__ = ["Delimited", "decode", "read_delimited", "require_text_encoding", "te
 
 _SWALLOWED = 4  # so many lines inside one quoted field that are rows of their own: its mark was never closed
 _GOOD = 0.9  # share of lines that fit the header from which a delimiter is beyond doubt
+_AHEAD = 1000  # lines beyond a part of a large file that a quoted field at its end may run over
+_FIELD = 2**24  # characters that a field of a large file may have
 _MARKS = {"\t": "tab", ",": "comma", ";": "semicolon", "|": "vertical bar"}
 
 
@@ -27,7 +29,8 @@ _MARKS = {"\t": "tab", ",": "comma", ";": "semicolon", "|": "vertical bar"}
 class Delimited:
     """A table as text: the header and its line, rows with theirs (counted from 1), and what was turned away.
 
-    ``n_rows`` counts the rows of the file, used or rejected; ``notes`` say how an ambiguous file was read.
+    ``n_rows`` counts the rows of the file, used or rejected; ``notes`` say how an ambiguous file was read. ``mark``
+    separates fields, ``enclosing`` is whether quotation marks enclose them.
     """
 
     header: list[str]
@@ -37,6 +40,8 @@ class Delimited:
     n_rows: int
     rejections: Rejections = field(default_factory=Rejections)
     notes: list[str] = field(default_factory=list)
+    mark: str = ","
+    enclosing: bool = False
 
 
 def require_text_encoding(name: str, option: str = "encoding") -> str:
@@ -221,6 +226,56 @@ def _quoting(lines: Sequence[str], start: int, mark: str) -> tuple[_Reading, str
     )
 
 
+def read_further(lines: Iterator[str], known: Delimited, rows: int, first: int) -> Iterator[Delimited]:
+    """The rows of the lines after the header of a large file, about ``rows`` at a time, read as its beginning was.
+
+    Args:
+        lines: without their ends.
+        known: what `read_delimited` made of the beginning.
+        rows: lines of a part; a quoted field may run over its end, by up to a thousand lines.
+        first: the number of the first line in the file.
+    """
+    header = known.mark.join('"' + name.replace('"', '""') + '"' for name in known.header)
+    pending: list[str] = []
+    ended = False
+    limit = csv.field_size_limit(_FIELD)
+    try:
+        while not ended or pending:
+            while not ended and len(pending) < rows + _AHEAD:
+                line = next(lines, None)
+                if line is None:
+                    ended = True
+                else:
+                    pending.append(line)
+            if not pending:
+                return
+            block = [header, *pending]
+            starts = _starts(block, known.mark, known.enclosing, 1 + rows)
+            stop = len(block) if ended and starts >= len(block) else starts
+            reading = _read(block[:stop], 0, known.mark, known.enclosing).delimited
+            reading.numbers = [number - 2 + first for number in reading.numbers]
+            reading.rejections.shift(first - 2)
+            yield reading
+            pending, first = pending[stop - 1 :], first + stop - 1
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _starts(lines: Sequence[str], mark: str, enclosing: bool, at: int) -> int:
+    """Where the first record begins that does not begin before the line ``at``."""
+    if not enclosing:
+        return min(at, len(lines))
+    position, width = 0, None
+    while position < min(at, len(lines)):
+        if '"' not in lines[position]:
+            position += 1
+            continue
+        fields, length = _quoted_record(lines, position, mark, width)
+        width = width or (None if fields is None else len(fields))
+        position += length
+    return min(position, len(lines))
+
+
 def _read(lines: Sequence[str], start: int, mark: str, enclosing: bool) -> _Reading:
     rejections = Rejections()
     records = _records(lines, start, mark, enclosing, rejections)
@@ -247,7 +302,7 @@ def _read(lines: Sequence[str], start: int, mark: str, enclosing: bool) -> _Read
             swallowed += sum(line.count(mark) == width - 1 for line in inner) if width > 1 else 0
     broken = rejections.counts.get("broken quoting", 0)
     n_rows += broken + rejections.counts.get("blank line", 0)
-    content = Delimited(header, header_line, rows, numbers, n_rows, rejections)
+    content = Delimited(header, header_line, rows, numbers, n_rows, rejections, [], mark, enclosing)
     return _Reading(content, lost + broken, swallowed, multiline)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
+from nearfar.data.cache import caching
 from nearfar.data.images import read_image, resize
 from nearfar.data.mapped import mapped_arrays
 from nearfar.data.picture_check import check_pictures
@@ -133,6 +134,8 @@ class PictureArrays:
             return self._array
         if not len(self):
             return self.part(0, 0)
+        if not caching():
+            return self.part(0, len(self))
 
         def fill(arrays: dict[str, np.ndarray]) -> None:
             for start in range(0, len(self), _PART):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from nearfar.data.files import Json
 
@@ -46,6 +46,13 @@ class Rejections:
         kept = self.first.setdefault(reason, [])
         if len(kept) < self.keep:
             kept.append(Rejection(row, shorten(value), shorten(detail)))
+
+    def shift(self, by: int) -> None:
+        """Row numbers that were counted from the beginning of a part become those of the whole."""
+        for reason, kept in self.first.items():
+            self.first[reason] = [
+                each if each.row is None else replace(each, row=each.row + by) for each in kept
+            ]
 
     def extend(self, other: Rejections) -> None:
         """Take over what ``other`` counted, as when several stages read the same file."""

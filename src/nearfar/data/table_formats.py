@@ -196,8 +196,10 @@ def _blank(row: Sequence[object]) -> bool:
 
 
 # -- JSON ----------------------------------------------------------------------------------------------------
-def read_json(path: Path, text: str) -> Read:
+def read_json(path: Path, text: str, lines: bool = False) -> Read:
     """Objects one a line, a list of objects, or columns as `pandas.DataFrame.to_json` writes them in any orientation.
+
+    ``lines``: they are one a line, whatever the file is called.
 
     Columns are the keys of all objects, in order of first appearance; a nested value is JSON text.
 
@@ -205,7 +207,7 @@ def read_json(path: Path, text: str) -> Read:
         NearfarError: no JSON, or none of these.
     """
     rejections = Rejections()
-    lines = full_suffix(path) != ".json" and text.count("\n{") > 0
+    lines = lines or (full_suffix(path) != ".json" and text.count("\n{") > 0)
     try:
         whole = json.loads("" if lines else text)
     except RecursionError:

@@ -19,7 +19,7 @@ from nearfar.data.table_formats import JSON_SUFFIXES, content_of, full_suffix
 from nearfar.data.tables import RawTable, choose_columns, column_key, open_table
 from nearfar.errors import NearfarError
 
-__all__ = ["Wanted", "build_items", "choose", "select", "table_items"]
+__all__ = ["Wanted", "as_lines", "build_items", "choose", "select", "table_items"]
 
 _REPEATS = 0.1  # a column in which more of the values than this repeat is no column of ids
 _IDS = ("id",)
@@ -59,8 +59,8 @@ def table_items(
     (['b', 'a'], ['near', None], [[1.0, 2.0], [3.0, 4.0]])
     """
     raw = open_table(path, wanted.encoding, wanted.encoding_option)
-    if wanted.named == ["text"] and full_suffix(path) == ".txt" and _no_table(raw):
-        raw = _lines(path, wanted)
+    if wanted.named == ["text"]:
+        raw = as_lines(raw, wanted.encoding, wanted.encoding_option)
     named = wanted.named
     if named and all(name.isdigit() for name in named) and _by_number(raw, named):
         raw = raw.without_header()
@@ -93,9 +93,12 @@ def _no_table(raw: RawTable) -> bool:
     )
 
 
-def _lines(path: Path, wanted: Wanted) -> RawTable:
-    """Every line of a file as a text, from the first on."""
-    lines = text_lines(decode(path, content_of(path), wanted.encoding, wanted.encoding_option))
+def as_lines(raw: RawTable, encoding: str | None = None, encoding_option: str = "--encoding") -> RawTable:
+    """A ``.txt`` file without columns as a table: every line, from the first on, is a ``text``; others as they are."""
+    path = raw.path
+    if full_suffix(path) != ".txt" or not _no_table(raw):
+        return raw
+    lines = text_lines(decode(path, content_of(path), encoding, encoding_option))
     rejections = Rejections()
     numbers = [number for number, line in enumerate(lines, start=1) if line.strip()]
     for number in sorted(set(range(1, len(lines) + 1)) - set(numbers)):

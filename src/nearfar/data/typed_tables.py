@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from nearfar.data.table_items import Wanted, build_items, choose
 from nearfar.data.tables import require_file
 from nearfar.errors import NearfarError
 
-__all__ = ["ARRAY_SUFFIXES", "array_items", "arrow_items", "parquet_items"]
+__all__ = ["ARRAY_SUFFIXES", "array_items", "arrow_items", "parquet_chunks", "parquet_items"]
 
 ARRAY_SUFFIXES = (".npy", ".npz")
 
@@ -52,6 +52,38 @@ def parquet_items(
         raise NearfarError(f"{path} cannot be read as Parquet: {str(error).splitlines()[0]}") from None
 
 
+def parquet_chunks(
+    path: Path, columns: Sequence[str], rows: int, folder: Path | None = None
+) -> Iterator[Items]:
+    """The items of a Parquet file, ``rows`` at a time, with the columns that ``columns`` names as it writes them."""
+    import pyarrow
+    import pyarrow.parquet
+
+    before = 0
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+        features = _features_of(file.schema_arrow.metadata)
+        for batch in file.iter_batches(rows, columns=list(columns)):
+            if not batch.num_rows:
+                continue
+            table, wanted = pyarrow.Table.from_batches([batch]), Wanted(list(columns))
+            yield arrow_items(
+                str(path),
+                folder or path.parent,
+                list(columns),
+                [table],
+                features,
+                wanted,
+                asked=False,
+                before=before,
+            )
+            before += batch.num_rows
+    except (pyarrow.ArrowException, OSError) as error:
+        raise NearfarError(f"{path} cannot be read as Parquet: {str(error).splitlines()[0]}") from None
+    if not before:
+        raise NearfarError(f"{path} has no rows.")
+
+
 def _features_of(metadata: Mapping[bytes, bytes] | None) -> Json:
     """What the library ``datasets`` wrote about its columns into the head of a file; nothing where it did not."""
     try:
@@ -70,6 +102,9 @@ def arrow_items(
     batches: Iterable[Any],
     features: Json,
     wanted: Wanted,
+    *,
+    asked: bool | None = None,
+    before: int = 0,
 ) -> Items:
     """The items of Arrow tables that follow each other.
 
@@ -80,7 +115,10 @@ def arrow_items(
         batches: the tables; their pictures are written into the cache one table after the other.
         features: what the library ``datasets`` says of columns: names of classes.
         wanted: the columns to take.
+        asked: whether pictures none of which is there are an error; None: where columns are named.
+        before: rows of the source that come before these.
     """
+    asked = wanted.columns is not None if asked is None else asked
     used, id_name = choose(Path(source), header, wanted, "Its columns are")
     at = {name: header[position] for name, position in used.items()}
     needed = list(dict.fromkeys(at.values()))
@@ -105,7 +143,7 @@ def arrow_items(
                 pieces[name].append(column)
     if not n:
         raise NearfarError(f"{source} has no rows.")
-    rows = list(range(1, n + 1))
+    rows = list(range(before + 1, before + n + 1))
     values: dict[str, Column] = {}
     reasons: dict[str, Reasons] = {}
     notes: dict[str, Any] = {}
@@ -127,7 +165,7 @@ def arrow_items(
         kept=list(at) if wanted.columns is None else list(wanted.columns),
         id_name=id_name,
         group_name=wanted.group_column,
-        asked=wanted.columns is not None,
+        asked=asked,
         folder=folder,
         notes=notes,
         id_given=wanted.id_column is not None,

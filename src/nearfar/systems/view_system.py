@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,6 +18,7 @@ from nearfar.config.views import ViewOptions
 from nearfar.contrast import SimilarityMask, join_masks
 from nearfar.data.batch import Augment, Batch, Inputs, ItemDataset, Partial, Rows, one_after_another
 from nearfar.data.cache import content_key
+from nearfar.data.chunks import NewData, read_chunks
 from nearfar.data.files import Json
 from nearfar.data.items import Items, ItemSplits, shared_values, value_groups
 from nearfar.errors import NearfarError
@@ -24,7 +26,7 @@ from nearfar.losses.views import ViewContext, ViewLoss, view_pairs
 from nearfar.metrics import Estimate, batch_signals, paired_difference, rank_estimates, retrieval_ranks
 from nearfar.models.views import ViewMemory, ViewModel, build_head, module_name
 from nearfar.towers import Tower, save_towers
-from nearfar.towers.build import tower_folder
+from nearfar.towers.build import load_towers, tower_folder
 from nearfar.training.batches import (
     LIKELY_FALSE_NEGATIVE,
     build_sampler,
@@ -86,11 +88,6 @@ class ViewSystem(System[Batch, ViewModel]):
         """The tower of each view, not fitted; one tower under two names is shared. ``splits`` are there by now."""
 
     # -- data ------------------------------------------------------------------------------------------------
-    @property
-    def views(self) -> list[str]:
-        """The names of the views, in order; each is a column of the items."""
-        return list(self.towers)
-
     def prepare(self, say: Say) -> None:
         """Read items, fit towers, turn values into arrays, look for neighbours where they are needed."""
         self._say = say
@@ -180,18 +177,24 @@ class ViewSystem(System[Batch, ViewModel]):
 
     def view_inputs(self, items: Items) -> dict[str, Inputs]:
         """What each tower reads of the items, and which items have a view that some of them lack."""
-        inputs: dict[str, Inputs] = {}
-        for view, tower in self.towers.items():
-            present = items.present(view)
-            read = tower.read(_some(items[view], np.flatnonzero(present)))
-            inputs[view] = read if present.all() else Partial(read, present)
-            if not present.all():
-                inputs[f"{PRESENT}{view}"] = Rows(present)
+        inputs = self.tower_inputs(items, self.towers)
         reference = self.reference_view()
         if reference is not None:
             vectors = self._reference(reference, items, inputs[reference])
             if vectors is not None:
                 inputs[REFERENCE] = Rows(vectors)
+        return inputs
+
+    @staticmethod
+    def tower_inputs(items: Items, towers: Mapping[str, Tower]) -> dict[str, Inputs]:
+        """What these towers read of the items, and which items have a view that some of them lack."""
+        inputs: dict[str, Inputs] = {}
+        for view, tower in towers.items():
+            present = items.present(view)
+            read = tower.read(_some(items[view], np.flatnonzero(present)))
+            inputs[view] = read if present.all() else Partial(read, present)
+            if not present.all():
+                inputs[f"{PRESENT}{view}"] = Rows(present)
         return inputs
 
     def value_groups(self, view: str) -> dict[str, np.ndarray] | None:
@@ -398,8 +401,9 @@ class ViewSystem(System[Batch, ViewModel]):
         """The embeddings of every view; of a row that lacks one, 0. Further negatives are embedded as their view is."""
         embeddings = {}
         for view in self.views:
-            present = batch.tensor(f"{PRESENT}{view}") if f"{PRESENT}{view}" in batch else None
-            embeddings[view] = model.encode(view, batch[view], present)
+            if view in batch:  # new items may have some of the views alone
+                present = batch.tensor(f"{PRESENT}{view}") if f"{PRESENT}{view}" in batch else None
+                embeddings[view] = model.encode(view, batch[view], present)
         for name in batch:
             if name.startswith(NEGATIVES):
                 embeddings[name] = model.encode(negated_view(name), batch[name])
@@ -579,6 +583,50 @@ class ViewSystem(System[Batch, ViewModel]):
         """Every tower, so that new values can be embedded with this run."""
         save_towers(self.towers, folder / "towers")
 
+    # -- use of a trained run --------------------------------------------------------------------------------
+    def load_assets(self, folder: Path) -> None:
+        self.towers = load_towers(folder / "towers")
+
+    def embed_view(self, model: ViewModel, view: str, field: Any) -> Tensor:
+        return model.encode(view, field)
+
+    def view_dim(self, model: ViewModel, view: str) -> int:
+        widths = {views[0]: int(cast(int, model.tower(views[0]).width)) for _, views in self._distinct()}
+        return self.shared_dim(widths)
+
+    def view_headers(self) -> dict[str, Sequence[str]]:
+        """For each view the headers under which a table of new items may have it, best first."""
+        return {view: [view] for view in self.views}
+
+    def new_items(self, source: NewData) -> Iterator[Items]:
+        """A table, a folder, shards: items with those of the views that are there; see `usable`."""
+        for items in read_chunks(source, self.view_headers()):
+            yield self.usable(items)
+
+    def usable(self, items: Items) -> Items:
+        """Without values that a tower cannot read, and without items that then have none; each is counted."""
+        columns, rejections = dict(items.columns), items.rejections
+        rows: Sequence[int | None] = items.rows or [None] * len(items)
+        usable, wrong = np.zeros(len(items), bool), np.zeros(len(items), bool)
+        for view in [view for view in self.views if view in items]:
+            values, present = items[view], items.present(view)
+            at = np.flatnonzero(present)
+            for i, reason in zip(at.tolist(), self.towers[view].check(_some(values, at)), strict=True):
+                if reason is not None:
+                    rejections.add(
+                        f"{view}: {reason}", rows[i], "" if isinstance(values, np.ndarray) else values[i]
+                    )
+                    present[i], wrong[i] = False, True
+            columns[view] = _only(values, present)
+            usable |= present
+        for i in np.flatnonzero(~usable & ~wrong).tolist():
+            rejections.add("no value", rows[i], items.ids[i])
+        return replace(replace(items, columns=columns).take(np.flatnonzero(usable)), rejections=rejections)
+
+    def new_dataset(self, items: Items) -> ItemDataset:
+        towers = {view: tower for view, tower in self.towers.items() if view in items}
+        return ItemDataset(self.tower_inputs(items, towers))
+
 
 def check_names(views: Sequence[str]) -> None:
     """Raise ``NearfarError`` where two views would have one name as a module, or as a folder."""
@@ -605,6 +653,17 @@ def _some(values: Any, at: np.ndarray) -> Any:
     if isinstance(values, np.ndarray):
         return values if len(at) == len(values) else values[at]
     return [values[i] for i in at.tolist()]
+
+
+def _only(values: Any, present: np.ndarray) -> Any:
+    """The values where ``present``, and none elsewhere."""
+    if present.all():
+        return values
+    if isinstance(values, np.ndarray) and values.dtype.kind == "f":
+        values = values.copy()
+        values[~present] = np.nan
+        return values
+    return [value if there else None for value, there in zip(values, present.tolist(), strict=True)]
 
 
 def _joined(parts: Sequence[Any]) -> Any:

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from nearfar.data.batch import Inputs, Pixels, Rows
-from nearfar.data.cache import cached_array
+from nearfar.data.cache import cached_array, caching
 from nearfar.data.files import read_text
 from nearfar.data.mapped import mapped_arrays
 from nearfar.data.picture_arrays import PictureArrays, check_picture_values
@@ -294,6 +294,9 @@ class ImageTower(Tower):
             if not np.isfinite(features).all():
                 raise NearfarError(f"{self._name()} gave features that are not finite.")
             return features
+
+        if not caching():  # a hash of every picture would cost more than it saves
+            return of_part(0, len(pictures))
 
         def fill(arrays: dict[str, np.ndarray]) -> None:
             for start, stop, key in pictures.parts():

@@ -183,6 +183,10 @@ def _interpolation(content: object) -> str | None:
     return next(filter(None, map(_interpolation, values)), None)
 
 
+#: of what a run folder holds; 1 (not written): version 0.1, without towers of every view
+FORMAT = 2
+
+
 class RunFolder:
     """The files of one run.
 
@@ -237,6 +241,20 @@ class RunFolder:
         except NearfarError:
             return False
         return True
+
+    def check_format(self) -> None:
+        """``NearfarError`` for a run that a later version wrote in a form that this one does not know.
+
+        Version 0.1 wrote no number, and its runs are read.
+        """
+        if not self.has("environment.json"):
+            return
+        number = self.read_json("environment.json").get("format", 1)
+        if not isinstance(number, int) or number > FORMAT:
+            raise NearfarError(
+                f"{self.path} was written in format {number}, and this version of nearfar reads formats up to "
+                f"{FORMAT}: install the version that its environment.json names, or a later one."
+            )
 
     def check_own(self) -> None:
         """``NearfarError`` where there is a folder with content that no run has put there: it is never written into.
@@ -401,6 +419,7 @@ def environment() -> Json:
             continue
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
+        "format": FORMAT,
         "python": sys.version.split()[0],
         "platform": platform.platform(),
         "cpu_count": os.cpu_count(),

@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
@@ -18,15 +19,19 @@ import torch
 from torch import Tensor, nn
 
 from nearfar.config.training import RunOptions
+from nearfar.data.chunks import NewData
 from nearfar.data.files import Json
+from nearfar.data.items import Items
 from nearfar.errors import NearfarError
 from nearfar.metrics import Estimate
+from nearfar.towers.base import Tower
 from nearfar.training.grad_cache import cached_embeddings
 from nearfar.training.sections import Section
 
 __all__ = [
     "BatchDataset",
     "Evaluation",
+    "PredictionWriter",
     "StepOutput",
     "System",
     "TrainSampler",
@@ -61,6 +66,16 @@ class Evaluation:
     ids: Sequence[str] = ()
     per_item: Mapping[str, np.ndarray] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+class PredictionWriter(Protocol):
+    """Writes predictions in a format of its own, chunk by chunk; ``close`` makes the file appear whole."""
+
+    def write(
+        self, items: Items, columns: Mapping[str, Sequence[Any]], outputs: Mapping[str, Tensor]
+    ) -> None: ...
+
+    def close(self) -> None: ...
 
 
 Rows = TypeVar("Rows", covariant=True)
@@ -116,6 +131,8 @@ class System(ABC, Generic[Batch, Model]):
     config: RunOptions
     #: ``train``, ``val``, ``test``, as far as there are any; filled by ``prepare``
     datasets: Mapping[str, BatchDataset[Batch]]
+    #: the tower of each view, of a system that has any
+    towers: Mapping[str, Tower] = MappingProxyType({})
 
     # -- data ------------------------------------------------------------------------------------------------
     @abstractmethod
@@ -233,6 +250,43 @@ class System(ABC, Generic[Batch, Model]):
 
     def save_results(self, folder: Path) -> None:
         """Results beyond estimates, such as the prediction for every item; after the last evaluation."""
+
+    # -- use of a trained run --------------------------------------------------------------------------------
+    @property
+    def views(self) -> list[str]:
+        """The views that can be embedded one by one, in order; none where a system has no such."""
+        return list(self.towers)
+
+    def load_assets(self, folder: Path) -> None:
+        """What ``save_assets`` wrote, also that of earlier versions: ``build_model`` then works without ``prepare``."""
+        raise NearfarError(
+            f"runs of system '{self.name}' cannot be loaded for use: it does not define load_assets."
+        )
+
+    def embed_view(self, model: Model, view: str, field: Any) -> Tensor:
+        """The embeddings (b, d) of what the view's tower read, a batch of it; not normalised."""
+        raise NearfarError(f"system '{self.name}' does not embed one view alone.")
+
+    def view_dim(self, model: Model, view: str) -> int:
+        """The length of an embedding."""
+        raise NearfarError(f"system '{self.name}' does not embed one view alone.")
+
+    def new_items(self, source: NewData) -> Iterator[Items]:
+        """What a user's file or folder holds, in chunks; values that cannot be read are counted as rejections."""
+        raise NearfarError(f"system '{self.name}' does not say how new data is read.")
+
+    def new_dataset(self, items: Items) -> BatchDataset[Batch]:
+        """New items as batches that ``embed`` understands."""
+        raise NearfarError(f"system '{self.name}' does not say how new items become batches.")
+
+    def predictions(self, outputs: Mapping[str, Tensor], items: Items) -> Mapping[str, Sequence[Any]]:
+        """Columns of a table of predictions for new items, from what ``embed`` gave of them."""
+        able = " It embeds and searches: nearfar embed, nearfar search." if self.views else ""
+        raise NearfarError(f"system '{self.name}' predicts nothing.{able}")
+
+    def prediction_writer(self, output: Path, source: NewData) -> PredictionWriter | None:
+        """What writes predictions in a format that is no table, such as COCO results; None: ``output`` is a table."""
+        return None
 
     def defines(self, method: str) -> bool:
         """Whether this system has a method of its own where ``System`` has a default."""

@@ -1,0 +1,138 @@
+"""The commands that use a trained run: embed, predict, and those of search, export and serve."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from nearfar import terminal
+
+if TYPE_CHECKING:
+    from nearfar.data.chunks import NewData
+    from nearfar.serving.stream import Written
+
+use_app = typer.Typer()
+
+Run = Annotated[Path, typer.Argument(help="A run folder, a checkpoint, an ensemble, or an exported folder.")]
+Data = Annotated[Path, typer.Argument(help="A table, a folder, or whatever else the run's system reads.")]
+ColumnOption = Annotated[
+    list[str] | None,
+    typer.Option("--column", help="NAME=HEADER: the column that a view is in; may be repeated."),
+]
+IdColumn = Annotated[
+    str | None, typer.Option(help="The column of ids; by default the one that is called id, or row numbers.")
+]
+Encoding = Annotated[
+    str | None, typer.Option(help="The encoding of a text file, e.g. cp1252; by default UTF-8.")
+]
+Images = Annotated[
+    Path | None,
+    typer.Option(help="The folder that names of pictures are relative to; by default the data's own."),
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda, …; auto takes a GPU where there is one.")]
+BatchSize = Annotated[int | None, typer.Option(help="Rows that are computed at once.")]
+# what the molecule system called these columns before every system could be used
+SmilesColumn = Annotated[str | None, typer.Option(help="The same as --column molecule=HEADER.", hidden=True)]
+TextColumn = Annotated[str | None, typer.Option(help="The same as --column text=HEADER.", hidden=True)]
+
+
+def new_data(
+    data: Path,
+    column: Sequence[str] | None,
+    id_column: str | None = None,
+    encoding: str | None = None,
+    images: Path | None = None,
+    smiles_column: str | None = None,
+    text_column: str | None = None,
+) -> NewData:
+    """The data that a command names, with its columns."""
+    from nearfar.data.chunks import NewData
+    from nearfar.errors import NearfarError
+
+    columns = {}
+    for each in column or ():
+        name, separator, header = each.partition("=")
+        if not (separator and name and header):
+            raise NearfarError(f"--column {each}: NAME=HEADER is needed, such as --column text=review.")
+        columns[name] = header
+    for name, earlier in (("molecule", smiles_column), ("text", text_column)):
+        if earlier is not None:
+            columns.setdefault(name, earlier)
+    return NewData(data, columns, id_column, encoding, images=images)
+
+
+def _report(written: Written) -> None:
+    console = terminal.console()
+    columns = ", ".join(name for name in written.columns if name not in ("id", "row"))
+    terminal.say(console, f"{written.path}: {written.rows} rows ({columns})")
+    if written.resumed:
+        terminal.say(console, f"{written.resumed} parts were there from an earlier start")
+    if len(written.rejections):
+        terminal.say(console, written.rejections.summary())
+
+
+@use_app.command()
+def embed(
+    run: Run,
+    data: Data,
+    output: Annotated[Path, typer.Option("--output", "-o", help="What to write: .parquet or .npz.")] = Path(
+        "vectors.parquet"
+    ),
+    tower: Annotated[
+        list[str] | None,
+        typer.Option("--tower", help="A view to embed; may be repeated. By default all that the data has."),
+    ] = None,
+    column: ColumnOption = None,
+    id_column: IdColumn = None,
+    encoding: Encoding = None,
+    images: Images = None,
+    batch_size: BatchSize = None,
+    device: Device = "auto",
+    smiles_column: SmilesColumn = None,
+    text_column: TextColumn = None,
+) -> None:
+    """Embed a file with a trained run: a unit vector of each view of each row.
+
+    Tables are read as a stream. A command that was killed goes on where it was when it is given again.
+    """
+    from nearfar.serving import load
+    from nearfar.serving.stream import embed_file
+
+    source = new_data(data, column, id_column, encoding, images, smiles_column, text_column)
+    trained = load(run, device)
+    with terminal.progress_bar(None) as advance:
+        written = embed_file(trained, source, output, towers=tower, batch_size=batch_size, advance=advance)
+    _report(written)
+
+
+@use_app.command()
+def predict(
+    run: Run,
+    data: Data,
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", help="What to write: .csv, .tsv, .jsonl, .parquet, or a format of the system."
+        ),
+    ] = Path("predictions.csv"),
+    column: ColumnOption = None,
+    id_column: IdColumn = None,
+    encoding: Encoding = None,
+    images: Images = None,
+    device: Device = "auto",
+) -> None:
+    """Predict with a trained run: aspects of reviews, classes, relations, boxes, expression.
+
+    Rows that cannot be read are counted and listed. A command that was killed goes on where it was.
+    """
+    from nearfar.serving import load
+    from nearfar.serving.stream import predict_file
+
+    source = new_data(data, column, id_column, encoding, images)
+    trained = load(run, device)
+    with terminal.progress_bar(None) as advance:
+        written = predict_file(trained, source, output, advance=advance)
+    _report(written)
