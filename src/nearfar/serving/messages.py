@@ -7,15 +7,17 @@ import binascii
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
+from jaxtyping import UInt8
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from nearfar.data.images import decode_image
 from nearfar.errors import NearfarError
 
 __all__ = [
+    "DecodedPair",
     "Decoder",
     "Description",
     "EmbedRequest",
@@ -146,9 +148,12 @@ class EmbedResponse(BaseModel):
 class Shown(BaseModel):
     """A value as a page shows it."""
 
-    kind: str = Field(description="text, picture, numbers")
+    kind: str = Field(description="text, picture, molecule, numbers")
     text: str | None = None
     url: str | None = Field(None, description="Where a picture of it is.")
+    boxes: list[list[float]] | None = Field(
+        None, description="Left, top, right and bottom of objects in it, from 0 to 1."
+    )
 
 
 class Spot(BaseModel):
@@ -227,6 +232,8 @@ class Description(BaseModel):
     gallery: int = Field(description="Items to search in.")
     gallery_source: str | None = None
     slides: list[str] = Field([], description="Slides on which items of the gallery have a place.")
+    columns: list[str] = Field([], description="Columns of the gallery beside its views, for filters.")
+    named_pairs: bool = Field(False, description="Two objects in a picture have names, too.")
     results: dict[str, Any] = {}
     limits: dict[str, float]
 
@@ -240,6 +247,15 @@ class Health(BaseModel):
     waiting: int
     requests: int
     seconds: float
+
+
+class DecodedPair(NamedTuple):
+    """Two objects in a photo: its pixels, the box of each (left, top, right, bottom), their names."""
+
+    pixels: UInt8[np.ndarray, "h w 3"]
+    first: tuple[float, ...]
+    second: tuple[float, ...]
+    names: tuple[str, ...] | None
 
 
 @dataclass(frozen=True)
@@ -277,8 +293,12 @@ class Decoder:
         if form == "pair":
             if not isinstance(value, ObjectPair):
                 raise NearfarError('two objects in a picture are needed: {"image": …, "first": …, "second": …}')
-            pixels = decode_image(_bytes(value.image), self.pixels)
-            return pixels, tuple(value.first), tuple(value.second)
+            return DecodedPair(
+                decode_image(_bytes(value.image), self.pixels),
+                tuple(value.first),
+                tuple(value.second),
+                None if value.names is None else tuple(self._text(name) for name in value.names),
+            )
         raise NearfarError("values of this view are not taken over a network")
 
     def _text(self, value: Any) -> str:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+import socket
 import time
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
+import uvicorn
 from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
@@ -38,13 +40,12 @@ from nearfar.serving.messages import (
     SearchResponse,
     Slide,
 )
-from nearfar.serving.service import EmbedKey, PredictKey, SearchKey, Service
-from nearfar.serving.service import Query as Asked
+from nearfar.serving.service import Asked, EmbedKey, PredictKey, SearchKey, Service
 
 if TYPE_CHECKING:
     from nearfar.serving.trained import Trained
 
-__all__ = ["build_app"]
+__all__ = ["build_app", "serve"]
 
 log = logging.getLogger("nearfar.serving")
 
@@ -91,6 +92,41 @@ def build_app(
     """
     server = _Server(Service(trained, gallery), limits or Limits(), wait, batch)
     return Guard(server.app, server.limits, hosts)
+
+
+def serve(
+    app: Guard, host: str = "127.0.0.1", port: int = 8000, ready: Callable[[str], None] = lambda address: None
+) -> None:
+    """Answer until the process is told to stop (Ctrl-C, SIGTERM); what is asked by then is answered first.
+
+    Args:
+        app: what `build_app` gives.
+        host, port: where to listen; port 0 takes a free one.
+        ready: called once with the address of the page.
+
+    Raises:
+        NearfarError: an address that cannot be used.
+    """
+    try:
+        listening = socket.create_server(
+            (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=256
+        )
+    except OSError as error:
+        raise NearfarError(
+            f"{host}:{port} cannot be used ({error.strerror or error}): name another one with --host or --port."
+        ) from None
+    name = f"[{host}]" if ":" in host else host
+    with listening:
+        config = uvicorn.Config(
+            app,
+            http="h11",  # which limits how long a head may be
+            log_level="warning",
+            server_header=False,
+            timeout_keep_alive=15,
+            timeout_graceful_shutdown=int(app.limits.seconds) + 1,
+        )
+        ready(f"http://{name}:{listening.getsockname()[1]}/")
+        uvicorn.Server(config).run(sockets=[listening])
 
 
 class _Server:
@@ -285,8 +321,8 @@ class _Server:
         """Where the items of one slide lie."""
         return _json(Slide.model_validate(self._gallery().slide(name)))
 
-    async def picture(self, position: int, view: str) -> Response:
-        """A value of the gallery as PNG, or of a molecule as SVG; at most 320 pixels a side."""
+    async def picture(self, position: int, view: int) -> Response:
+        """The picture that `url` of a shown value names: a value of the gallery as PNG, or of a molecule as SVG; at most 320 pixels a side."""
         gallery = self._gallery()
         async with self.decoding:
             kind, data = await asyncio.to_thread(gallery.picture, position, view)

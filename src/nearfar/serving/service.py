@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -10,27 +10,20 @@ import numpy as np
 from nearfar.data.items import Items
 from nearfar.errors import NearfarError, nearest_name
 from nearfar.serving.gallery import Gallery
-from nearfar.serving.messages import Description, ServedView, plain
+from nearfar.serving.messages import DecodedPair, Description, ServedView, plain
 from nearfar.terminal import metric_words
 
 if TYPE_CHECKING:
     from nearfar.serving.limits import Limits
     from nearfar.serving.trained import Trained
 
-__all__ = ["FORMS", "EmbedKey", "PredictKey", "Query", "SearchKey", "Service"]
+__all__ = ["FORMS", "PAIR", "Asked", "EmbedKey", "PredictKey", "SearchKey", "Service"]
 
 #: how a value of each kind of tower is sent. Of other kinds nobody here knows whether a text would be the name of a
 #: file, so that numbers alone are taken.
-FORMS = {
-    "text": "text",
-    "molecule": "text",
-    "image": "picture",
-    "crops": "pair",
-    "names": "names",
-    "boxes": "numbers",
-    "vector": "numbers",
-    "expression": "numbers",
-}
+FORMS = {"text": "text", "molecule": "text", "image": "picture", "crops": "pair"}
+#: kinds whose values are parts of two objects in a photo, and the column that asks for these
+_PAIR_KINDS, PAIR = ("crops", "boxes", "names"), "pair"
 
 
 class EmbedKey(NamedTuple):
@@ -53,7 +46,7 @@ class PredictKey(NamedTuple):
     columns: tuple[str, ...]
 
 
-class Query(NamedTuple):
+class Asked(NamedTuple):
     """A value to search with, and how many hits are wanted."""
 
     value: Any
@@ -68,15 +61,32 @@ class Service:
 
     def __init__(self, trained: Trained, gallery: Gallery | None = None) -> None:
         self.trained, self.gallery = trained, gallery
-        self.forms = {view: FORMS.get(trained.kind(view), "numbers") for view in trained.views}
+        self.kinds = {view: trained.kind(view) for view in trained.views}
+        self.forms = {view: FORMS.get(kind, "numbers") for view, kind in self.kinds.items() if kind != "names"}
         self.columns = self._columns()
 
     def _columns(self) -> dict[str, str]:
-        """The columns that a prediction needs, with their forms; none where the run predicts nothing."""
-        if not self.trained.system.defines("predictions"):
+        """The columns that a prediction is made from, with their forms; none where the run predicts nothing."""
+        system = self.trained.system
+        if not system.defines("predictions"):
             return {}
-        asked = getattr(self.trained.system, "asked_columns", None)
-        return dict(asked) if asked is not None else dict(self.forms)
+        if "crops" in self.kinds.values() or "boxes" in self.kinds.values():
+            return {PAIR: "pair"}
+        if not self.forms:
+            return {"image": "picture"}
+        return dict(self.forms)
+
+    def complete(self, columns: Mapping[str, Sequence[Any]]) -> list[str]:
+        """The names of the columns of a request, once it is known that a prediction can be made from them."""
+        for name in columns:
+            if name not in self.columns:
+                raise NearfarError(f"there is no column '{name}'; {nearest_name(name, self.columns)}")
+        lengths = {name: len(values) for name, values in columns.items()}
+        if len(set(lengths.values())) > 1:
+            raise NearfarError(f"the columns differ in their number of values: {lengths}")
+        if not next(iter(lengths.values())):
+            raise NearfarError("a column has no values")
+        return list(columns)
 
     # -- what there is ---------------------------------------------------------------------------------------
     def view(self, name: str | None, form: str | None = None) -> str:
@@ -101,9 +111,7 @@ class Service:
     def target(self, name: str | None, view: str) -> str:
         """The view of the gallery that is searched: the one that is named, or the first that is not the query's."""
         if self.gallery is None:
-            raise NearfarError(
-                "nothing is here to search in: start the server with --gallery DATA"
-            )
+            raise NearfarError("nothing is here to search in: start the server with --gallery DATA")
         targets = self.gallery.targets
         if name is None:
             return next((target for target in targets if target != view), targets[0])
@@ -130,6 +138,8 @@ class Service:
             gallery=0 if gallery is None else len(gallery),
             gallery_source=None if gallery is None else gallery.source,
             slides=[] if gallery is None else gallery.slides,
+            columns=[] if gallery is None else gallery.others,
+            named_pairs="names" in self.kinds.values(),
             results=_results(about.get("results", {})),
             limits={name: float(value) for name, value in vars(limits).items()},
         )
@@ -152,7 +162,7 @@ class Service:
             for reason in reasons
         ]
 
-    def _searched(self, key: SearchKey, queries: Sequence[Query]) -> list[Any]:
+    def _searched(self, key: SearchKey, queries: Sequence[Asked]) -> list[Any]:
         assert self.gallery is not None
         vectors = self._embedded(key.view, [query.value for query in queries])
         good = [i for i, vector in enumerate(vectors) if not isinstance(vector, Exception)]
@@ -166,22 +176,36 @@ class Service:
 
     def _predicted(self, key: PredictKey, rows: Sequence[tuple[Any, ...]]) -> list[Any]:
         columns = {name: [row[at] for row in rows] for at, name in enumerate(key.columns)}
+        if PAIR in columns:
+            columns = self._views_of(columns[PAIR])
         answers: list[Any] = [None] * len(rows)
-        for name, values in columns.items():
-            if name in self.forms:
-                for i, reason in enumerate(self.trained.check(values, name)):
-                    if reason is not None and answers[i] is None:
-                        answers[i] = NearfarError(f"this value cannot be read as '{name}': {reason}")
+        for name in columns.keys() & self.kinds.keys():
+            for i, reason in enumerate(self.trained.check(columns[name], name)):
+                if reason is not None and answers[i] is None:
+                    answers[i] = NearfarError(f"this value cannot be read as '{name}': {reason}")
         good = [i for i, answer in enumerate(answers) if answer is None]
         if good:
             ids = [str(number) for number in range(len(good))]
-            items = Items(ids, {name: [values[i] for i in good] for name, values in columns.items()}, "the values")
-            predictions = self.trained.predict(items)
+            chosen = {name: [values[i] for i in good] for name, values in columns.items()}
+            predictions = self.trained.predict(Items(ids, chosen, "the values"))
             if predictions.ids != ids:
                 raise NearfarError(f"an item cannot be read; {predictions.rejections.summary()}")
             for i, row in zip(good, predictions, strict=True):
                 answers[i] = {name: plain(value) for name, value in row.items() if name != "id"}
         return answers
+
+    def _views_of(self, pairs: Sequence[DecodedPair]) -> dict[str, list[Any]]:
+        """Two objects in a photo as the values of each view that reads a part of them."""
+        parts: dict[str, Callable[[DecodedPair], Any]] = {
+            "crops": lambda pair: (pair.pixels, pair.first, pair.second),
+            "boxes": lambda pair: [*pair.first, *pair.second, pair.pixels.shape[1], pair.pixels.shape[0]],
+            "names": lambda pair: pair.names,
+        }
+        return {
+            view: [parts[kind](pair) for pair in pairs]
+            for view, kind in self.kinds.items()
+            if kind in _PAIR_KINDS
+        }
 
 
 def _results(metrics: Mapping[str, Any]) -> dict[str, Any]:
