@@ -142,7 +142,8 @@ def predict(
 def serve(
     run: Run,
     gallery: Annotated[
-        Path | None, typer.Option(help="What is searched: a table, a folder, …; by default the run's own data.")
+        Path | None,
+        typer.Option(help="What is searched: a table, a folder, …; by default the run's own data."),
     ] = None,
     no_gallery: Annotated[bool, typer.Option("--no-gallery", help="Embed and predict only.")] = False,
     target: Annotated[
@@ -153,14 +154,19 @@ def serve(
     id_column: IdColumn = None,
     encoding: Encoding = None,
     images: Images = None,
-    host: Annotated[str, typer.Option(help="Where to listen; 0.0.0.0 is every address of this machine.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(help="Where to listen; 0.0.0.0 is every address of this machine.")
+    ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
     allow_host: Annotated[
         list[str] | None,
-        typer.Option("--allow-host", help="A name under which the server may be asked; may be repeated. * is any."),
+        typer.Option(
+            "--allow-host", help="A name under which the server may be asked; may be repeated. * is any."
+        ),
     ] = None,
     wait: Annotated[
-        float, typer.Option(min=0, max=1000, help="Milliseconds that a request waits for others to share a pass.")
+        float,
+        typer.Option(min=0, max=1000, help="Milliseconds that a request waits for others to share a pass."),
     ] = 4.0,
     batch_size: Annotated[int, typer.Option(min=1, help="Values that go through the model together.")] = 64,
     max_megabytes: Annotated[float, typer.Option(min=0.001, help="The size of a request.")] = 8.0,
@@ -199,4 +205,9 @@ def serve(
         wait=wait / 1000,
         batch=batch_size,
     )
-    answer(app, host, port, lambda address: terminal.say(console, f"{trained.name}: {address} (stop with Ctrl-C)"))
+    answer(
+        app,
+        host,
+        port,
+        lambda address: terminal.say(console, f"{trained.name}: {address} (stop with Ctrl-C)"),
+    )

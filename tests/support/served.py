@@ -131,7 +131,9 @@ def serving(app: Any) -> Iterator[Asker]:
     """The application behind a real server on a free port, stopped as by a signal."""
     import uvicorn
 
-    config = uvicorn.Config(app, host="127.0.0.1", port=0, http="h11", log_level="critical", timeout_graceful_shutdown=20)
+    config = uvicorn.Config(
+        app, host="127.0.0.1", port=0, http="h11", log_level="critical", timeout_graceful_shutdown=20
+    )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

@@ -110,9 +110,7 @@ def decode_image(data: bytes, max_pixels: int = LARGE) -> UInt8[np.ndarray, "h w
     except NearfarError:
         raise
     except UnidentifiedImageError:
-        raise NearfarError(
-            "no picture in JPEG, PNG, GIF, BMP or WebP, or its beginning is damaged"
-        ) from None
+        raise NearfarError("no picture in JPEG, PNG, GIF, BMP or WebP, or its beginning is damaged") from None
     except Exception as error:
         raise NearfarError(f"the picture cannot be read: {str(error) or type(error).__name__}") from None
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +12,8 @@ from jaxtyping import Float
 
 from nearfar.data.items import Items, joined
 from nearfar.errors import NearfarError, nearest_name
-from nearfar.systems import build_system
 from nearfar.serving.shown import as_picture, shown_value
+from nearfar.systems import build_system
 from nearfar.terminal import short_number
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ __all__ = ["Gallery"]
 
 #: columns of an item beside its views that are shown, and the characters of a text in one
 _COLUMNS, _CHARACTERS = 24, 2000
+#: a number as a table writes it; what begins with a needless 0 is a code
+_NUMBER = re.compile(r"-?(0|[1-9]\d{0,14})(\.\d+)?([eE][+-]?\d{1,2})?")
 #: spots of a slide that are sent at most
 _SPOTS = 20_000
 #: pictures that are kept once they are drawn
@@ -56,14 +59,20 @@ class Gallery:
             )
         for target in targets or ():
             if target not in self.views:
-                raise NearfarError(f"{items.source} has no view '{target}'; {nearest_name(target, self.views)}")
+                raise NearfarError(
+                    f"{items.source} has no view '{target}'; {nearest_name(target, self.views)}"
+                )
         self.targets = list(targets or self.views)
         self._rows: dict[str, np.ndarray] = {}
         self._index: dict[str, Any] = {}
         for view in self.targets:
             say(f"embedding {int(items.present(view).sum()):,} values of '{view}'")
             self._add(view)
-        self.others = [name for name in items.columns if name not in trained.views]
+        self.others = {
+            name: _numbers_of(items[name])
+            for name in items.columns
+            if name not in trained.views and np.ndim(items[name][0]) == 0 and name.casefold() != "id"
+        }
         self._places = _places(items)
         self._draw = lru_cache(maxsize=_DRAWN)(self._picture)
         self._generator = np.random.default_rng()
@@ -103,10 +112,14 @@ class Gallery:
         try:
             splits = getattr(system.load_data(say), "splits", {}) if hasattr(system, "load_data") else {}
         except NearfarError as error:
-            raise NearfarError(f"{trained.path}: the run's own data cannot be searched ({error}) {advice}") from None
+            raise NearfarError(
+                f"{trained.path}: the run's own data cannot be searched ({error}) {advice}"
+            ) from None
         parts = [part for part in splits.values() if isinstance(part, Items)]
         if not parts:
-            raise NearfarError(f"{trained.path}: a run of '{trained.config.system}' keeps no items to search. {advice}")
+            raise NearfarError(
+                f"{trained.path}: a run of '{trained.config.system}' keeps no items to search. {advice}"
+            )
         return cls(trained, joined(parts, "the run's own data"), targets, say)
 
     def _add(self, view: str) -> None:
@@ -137,12 +150,14 @@ class Gallery:
         import faiss
 
         index, rows = self._index[target], self._rows[target]
-        options = None
+        options: Any = None
         count = len(rows)
         if where:
             passing = self._passing(where)[rows]
             count = int(passing.sum())
-            options = faiss.SearchParameters(sel=faiss.IDSelectorBitmap(np.packbits(passing, bitorder="little")))
+            stubs: Any = faiss  # the stubs of FAISS lack what its Python layer adds
+            bits = np.packbits(passing, bitorder="little")
+            options = stubs.SearchParameters(sel=stubs.IDSelectorBitmap(bits))
         if not count:
             return [[] for _ in vectors]
         queries = np.ascontiguousarray(vectors, np.float32)
@@ -156,16 +171,18 @@ class Gallery:
         from nearfar.serving.stores.base import column_kind
         from nearfar.serving.stores.filters import parse_where
 
-        kinds = {name: column_kind(self.items[name]) for name in self.others}
+        kinds = {name: column_kind(values) for name, values in self.others.items()}
         passing = np.ones(len(self.items), bool)
         for condition in parse_where(list(where), kinds):
-            passing &= np.array([_passes(value, condition) for value in _listed(self.items[condition.column])])
+            passing &= np.array([_passes(value, condition) for value in self.others[condition.column]])
         return passing
 
     # -- items -----------------------------------------------------------------------------------------------
     def _check(self, position: int) -> None:
         if not 0 <= position < len(self.items):
-            raise NearfarError(f"there is no item at position {position}; the gallery has {len(self.items):,}")
+            raise NearfarError(
+                f"there is no item at position {position}; the gallery has {len(self.items):,}"
+            )
 
     def value(self, position: int, view: str) -> Any:
         """An item's value of a view, to search with."""
@@ -192,11 +209,7 @@ class Gallery:
             if items.present(view)[position]:
                 tower = self.trained.system.towers[view]
                 views[view] = shown_value(value, tower, f"gallery/{position}/{self.views.index(view)}")
-        columns = {
-            name: _brief(items[name][position])
-            for name in self.others[:_COLUMNS]
-            if np.ndim(items[name][position]) == 0
-        }
+        columns = {name: _brief(values[position]) for name, values in list(self.others.items())[:_COLUMNS]}
         place = None
         if self._places is not None:
             slides, x, y = self._places
@@ -245,22 +258,38 @@ def _places(items: Items) -> tuple[list[str], np.ndarray, np.ndarray] | None:
     """Slide, x and y of every item, where there are such columns."""
     if not {"x", "y"} <= set(items.columns):
         return None
-    x, y = (np.asarray(items[name], np.float64) for name in ("x", "y"))
+    try:
+        x, y = (np.asarray(items[name], np.float64) for name in ("x", "y"))
+    except (TypeError, ValueError):
+        return None
+    if x.ndim != 1 or y.ndim != 1:
+        return None
     if not (np.isfinite(x).all() and np.isfinite(y).all()):
         return None
     slides = items["slide"] if "slide" in items else [""] * len(items)
     return [str(slide) for slide in slides], x, y
 
 
-def _listed(values: Any) -> Iterator[Any]:
-    return iter(values.tolist() if isinstance(values, np.ndarray) else values)
+def _numbers_of(column: Sequence[Any] | np.ndarray) -> list[Any]:
+    """A column as a list; texts that are all written as numbers, as a text table has them, as numbers.
+
+    >>> _numbers_of(["1", None, "2.5"]), _numbers_of(["007", "1"])
+    ([1.0, None, 2.5], ['007', '1'])
+    """
+    values = column.tolist() if isinstance(column, np.ndarray) else list(column)
+    texts = [value for value in values if value is not None]
+    if not texts or not all(isinstance(value, str) and _NUMBER.fullmatch(value) for value in texts):
+        return values
+    return [None if value is None else float(value) for value in values]
 
 
 def _passes(value: Any, condition: Any) -> bool:
     """Whether a value meets a condition; what is missing meets none."""
     if value is None or value != value:
         return False
-    plain = value if condition.kind == "boolean" else float(value) if condition.kind == "number" else str(value)
+    plain = (
+        value if condition.kind == "boolean" else float(value) if condition.kind == "number" else str(value)
+    )
     if condition.operator in ("in", "not in"):
         return (plain in condition.values) == (condition.operator == "in")
     limit = condition.values[0]

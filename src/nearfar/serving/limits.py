@@ -92,7 +92,9 @@ class Budget:
     def take(self, amount: int) -> None:
         """Take so much; whoever takes gives it back."""
         if self.used + amount > self.most:
-            raise Busy(f"the server has as many {self.what} at hand as it takes ({self.most}); try again later")
+            raise Busy(
+                f"the server has as many {self.what} at hand as it takes ({self.most}); try again later"
+            )
         self.used += amount
 
     def give(self, amount: int) -> None:
@@ -122,7 +124,9 @@ def local_hosts(host: str, more: Collection[str] = ()) -> frozenset[str]:
     names = {name.strip().strip("[]").casefold() for name in ("localhost", "127.0.0.1", "::1", *more)}
     own = host.strip("[]").casefold()
     try:
-        if ipaddress.ip_address(own).is_unspecified:  # every address of this machine, which are not known by name
+        if ipaddress.ip_address(
+            own
+        ).is_unspecified:  # every address of this machine, which are not known by name
             return frozenset(names)
     except ValueError:
         pass
@@ -154,6 +158,8 @@ class Guard:
             headers.setdefault(name.lower(), []).append(value)
         refusal = self._refusal(scope, headers)
         if refusal is not None:
+            if refusal[0] == 413:
+                await self._drain(receive)
             await answer.refuse(*refusal)
             return
         try:
@@ -181,6 +187,8 @@ class Guard:
                         part = message.get("body", b"")
                         size += len(part)
                         if size > self.limits.body:
+                            parts.clear()
+                            await self._drain(receive)
                             await answer.refuse(413, self._too_large())
                             return
                         if size > taken:
@@ -192,9 +200,24 @@ class Guard:
                     body = b"".join(parts)
                 await self.app(scope, _replayed(body, receive), answer.pass_on)
         except TimeoutError:
-            await answer.refuse(504, f"no answer within {self.limits.seconds:g} seconds; ask for less at a time")
+            await answer.refuse(
+                504, f"no answer within {self.limits.seconds:g} seconds; ask for less at a time"
+            )
         finally:
             self.bodies.give(taken)
+
+    async def _drain(self, receive: Receive) -> None:
+        """Read on for a while and keep nothing: who still sends does not read that it was too much."""
+        left = 4 * self.limits.body
+        try:
+            async with asyncio.timeout(min(10.0, self.limits.seconds)):
+                while left > 0:
+                    message = await receive()
+                    left -= len(message.get("body", b""))
+                    if not message.get("more_body"):
+                        return
+        except TimeoutError:
+            return
 
     def _too_large(self) -> str:
         return f"a request may have {self.limits.body:,} bytes; send fewer values, or smaller pictures"
@@ -203,7 +226,10 @@ class Guard:
         """Status and reason where a request is refused by its head."""
         host = _host(headers.get(b"host", []))
         if host is None or ("*" not in self.hosts and host not in self.hosts):
-            return 421, "this server is not asked under this name (Host header); --allow-host NAME allows a name"
+            return (
+                421,
+                "this server is not asked under this name (Host header); --allow-host NAME allows a name",
+            )
         origin = headers.get(b"origin")
         if origin is not None:
             _, _, name = origin[0].partition(b"://")

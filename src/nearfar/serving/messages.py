@@ -1,4 +1,4 @@
-"""What requests and answers of the server hold, and how values come from them: texts, numbers, pictures; never files."""
+"""What requests and answers hold, and how values come from them: texts, numbers, pictures, never files."""
 
 from __future__ import annotations
 
@@ -61,7 +61,9 @@ class ObjectPair(_Strict):
     image: str = Field(description="The picture, as in `Picture`.")
     first: list[float] = Field(min_length=4, max_length=4)
     second: list[float] = Field(min_length=4, max_length=4)
-    names: list[str] | None = Field(None, min_length=2, max_length=2, description="What the objects are called.")
+    names: list[str] | None = Field(
+        None, min_length=2, max_length=2, description="What the objects are called."
+    )
 
 
 def _form(value: Any) -> str | None:
@@ -84,7 +86,7 @@ Value = Annotated[
     Discriminator(
         _form,
         custom_error_type="form",
-        custom_error_message='a text, a list of numbers, {"image": …} or {"image": …, "first": …, "second": …} is needed',
+        custom_error_message='a text, a list of numbers, {"image": …} or {"image": …, "first": …, "second": …}',
     ),
 ]
 
@@ -111,7 +113,9 @@ class SearchRequest(_Strict):
     target: str | None = Field(None, description="The view of the gallery that is searched.")
     k: int = Field(10, ge=1, description="How many hits.")
     where: list[str] | None = Field(
-        None, max_length=16, description="Only items whose columns are so: `price<10`, `lang=de`, `kind in a,b`."
+        None,
+        max_length=16,
+        description="Only items whose columns are so: `price<10`, `lang=de`, `kind in a,b`.",
     )
 
 
@@ -228,7 +232,9 @@ class Description(BaseModel):
     views: dict[str, ServedView]
     dim: int | None
     searches: list[tuple[str, str]] = Field(description="(view of the query, view that is searched)")
-    predicts: dict[str, str] = Field(description="Columns that /predict reads, with the form of their values.")
+    predicts: dict[str, str] = Field(
+        description="Columns that /predict reads, with the form of their values."
+    )
     gallery: int = Field(description="Items to search in.")
     gallery_source: str | None = None
     slides: list[str] = Field([], description="Slides on which items of the gallery have a place.")
@@ -292,7 +298,9 @@ class Decoder:
             return decode_image(_bytes(value.image), self.pixels)
         if form == "pair":
             if not isinstance(value, ObjectPair):
-                raise NearfarError('two objects in a picture are needed: {"image": …, "first": …, "second": …}')
+                raise NearfarError(
+                    'two objects in a picture are needed: {"image": …, "first": …, "second": …}'
+                )
             return DecodedPair(
                 decode_image(_bytes(value.image), self.pixels),
                 tuple(value.first),

@@ -138,7 +138,9 @@ class _Server:
         self.decoding = asyncio.Semaphore(2)
         self.description = service.describe(limits)
         self.began, self.open, self.stopping = time.monotonic(), 0, False
-        self.page = {name: (resources.files("nearfar.serving") / "page" / name).read_bytes() for name in _PAGE}
+        self.page = {
+            name: (resources.files("nearfar.serving") / "page" / name).read_bytes() for name in _PAGE
+        }
         self.app = FastAPI(
             title=f"nearfar · {self.description.name}",
             version=__version__,
@@ -166,8 +168,16 @@ class _Server:
             ("/predict", self.predict, PredictResponse, "Predictions for items, where the run makes any."),
         ):
             add(path, endpoint, methods=["POST"], response_model=model, responses=_ERRORS, summary=summary)
-        add("/gallery", self.browse, response_model=GalleryPage, responses=_ERRORS, summary="Items of the gallery.")
-        add("/gallery/slide", self.slide, response_model=Slide, responses=_ERRORS, summary="Spots of a slide.")
+        add(
+            "/gallery",
+            self.browse,
+            response_model=GalleryPage,
+            responses=_ERRORS,
+            summary="Items of the gallery.",
+        )
+        add(
+            "/gallery/slide", self.slide, response_model=Slide, responses=_ERRORS, summary="Spots of a slide."
+        )
         add("/gallery/{position}/{view}", self.picture, response_class=Response, responses=_ERRORS,
             summary="A picture of a value of the gallery.")  # fmt: skip
         for path, name in (("/", "index.html"), ("/docs", "api.html")):
@@ -265,7 +275,11 @@ class _Server:
         return _json(PredictResponse(rows=predicted, problems=problems))
 
     async def _answers(
-        self, key: Any, values: Sequence[Any], form: str | tuple[str, ...] | None, wrap: Any = lambda value: value
+        self,
+        key: Any,
+        values: Sequence[Any],
+        form: str | tuple[str, ...] | None,
+        wrap: Any = lambda value: value,
     ) -> list[Any]:
         """The batcher's answers; what cannot be decoded has its reason there and is not asked for."""
         if len(values) > self.limits.values:
@@ -317,12 +331,14 @@ class _Server:
             {"total": len(gallery), "items": [gallery.shown(position) for position in positions]}
         ))  # fmt: skip
 
-    async def slide(self, name: str = Query(max_length=1000, description="One of `slides` in /describe.")) -> Response:
+    async def slide(
+        self, name: str = Query(max_length=1000, description="One of `slides` in /describe.")
+    ) -> Response:
         """Where the items of one slide lie."""
         return _json(Slide.model_validate(self._gallery().slide(name)))
 
     async def picture(self, position: int, view: int) -> Response:
-        """The picture that `url` of a shown value names: a value of the gallery as PNG, or of a molecule as SVG; at most 320 pixels a side."""
+        """The picture that the `url` of a shown value names: a PNG, or of a molecule an SVG."""
         gallery = self._gallery()
         async with self.decoding:
             kind, data = await asyncio.to_thread(gallery.picture, position, view)
@@ -383,14 +399,18 @@ def _json(model: BaseModel) -> Response:
 
 def _error(status: int, reason: str, problems: Sequence[Problem] = (), **headers: str) -> JSONResponse:
     body = ErrorResponse(error=reason, problems=list(problems)).model_dump()
-    return JSONResponse(body, status, headers={name.replace("_", "-"): value for name, value in headers.items()})
+    return JSONResponse(
+        body, status, headers={name.replace("_", "-"): value for name, value in headers.items()}
+    )
 
 
 async def _wrong_request(request: Request, error: Exception) -> JSONResponse:
     """Fields that are missing, unknown or of a wrong type; what was sent is not repeated."""
     assert isinstance(error, RequestValidationError)
     problems = [
-        Problem(where=".".join(str(part) for part in each["loc"][1:]) or "the request", reason=str(each["msg"]))
+        Problem(
+            where=".".join(str(part) for part in each["loc"][1:]) or "the request", reason=str(each["msg"])
+        )
         for each in error.errors()[:20]
     ]
     if any(each["type"] == "json_invalid" for each in error.errors()):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from nearfar.data.items import Items
+from nearfar.data.items import Column, Items
 from nearfar.errors import NearfarError, nearest_name
 from nearfar.serving.gallery import Gallery
 from nearfar.serving.messages import DecodedPair, Description, ServedView, plain
@@ -62,7 +62,9 @@ class Service:
     def __init__(self, trained: Trained, gallery: Gallery | None = None) -> None:
         self.trained, self.gallery = trained, gallery
         self.kinds = {view: trained.kind(view) for view in trained.views}
-        self.forms = {view: FORMS.get(kind, "numbers") for view, kind in self.kinds.items() if kind != "names"}
+        self.forms = {
+            view: FORMS.get(kind, "numbers") for view, kind in self.kinds.items() if kind != "names"
+        }
         self.columns = self._columns()
 
     def _columns(self) -> dict[str, str]:
@@ -97,7 +99,9 @@ class Service:
         """
         views = list(self.forms)
         if not views:
-            raise NearfarError(f"a run of '{self.trained.config.system}' embeds nothing; it predicts: /predict")
+            raise NearfarError(
+                f"a run of '{self.trained.config.system}' embeds nothing; it predicts: /predict"
+            )
         if name is not None:
             if name not in views:
                 raise NearfarError(f"there is no view '{name}'; {nearest_name(name, views)}")
@@ -138,7 +142,7 @@ class Service:
             gallery=0 if gallery is None else len(gallery),
             gallery_source=None if gallery is None else gallery.source,
             slides=[] if gallery is None else gallery.slides,
-            columns=[] if gallery is None else gallery.others,
+            columns=[] if gallery is None else list(gallery.others),
             named_pairs="names" in self.kinds.values(),
             results=_results(about.get("results", {})),
             limits={name: float(value) for name, value in vars(limits).items()},
@@ -158,7 +162,9 @@ class Service:
         good = [value for value, reason in zip(values, reasons, strict=True) if reason is None]
         vectors = iter(self.trained.vectors(good, view) if good else ())
         return [
-            next(vectors) if reason is None else NearfarError(f"this value cannot be read as '{view}': {reason}")
+            next(vectors)
+            if reason is None
+            else NearfarError(f"this value cannot be read as '{view}': {reason}")
             for reason in reasons
         ]
 
@@ -186,7 +192,7 @@ class Service:
         good = [i for i, answer in enumerate(answers) if answer is None]
         if good:
             ids = [str(number) for number in range(len(good))]
-            chosen = {name: [values[i] for i in good] for name, values in columns.items()}
+            chosen: dict[str, Column] = {name: [values[i] for i in good] for name, values in columns.items()}
             predictions = self.trained.predict(Items(ids, chosen, "the values"))
             if predictions.ids != ids:
                 raise NearfarError(f"an item cannot be read; {predictions.rejections.summary()}")

@@ -28,7 +28,9 @@ def shown_value(value: Any, tower: Tower, url: str) -> dict[str, Any]:
     if tower.kind == "crops":
         photo, boxes = value.photo, value.boxes
         width, height = photo.size()
-        fractions = [[left / width, top / height, right / width, bottom / height] for left, top, right, bottom in boxes]
+        fractions = [
+            [left / width, top / height, right / width, bottom / height] for left, top, right, bottom in boxes
+        ]
         return {"kind": "picture", "url": url, "boxes": fractions}
     if isinstance(value, np.ndarray) or (isinstance(value, Sequence) and not isinstance(value, str)):
         return {"kind": "numbers", "text": _numbers(np.asarray(value).reshape(-1), tower)}
