@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Generic, Protocol, TypeVar
@@ -30,6 +30,7 @@ from nearfar.training.sections import Section
 
 __all__ = [
     "BatchDataset",
+    "Comparison",
     "Evaluation",
     "PredictionWriter",
     "StepOutput",
@@ -76,6 +77,20 @@ class PredictionWriter(Protocol):
     ) -> None: ...
 
     def close(self) -> None: ...
+
+
+class Comparison(Protocol):
+    """Predictions that compare items: with a gallery, or with each other.
+
+    ``add`` takes the items that others are compared with, chunk by chunk. Columns of predictions are those of the added
+    items at ``start`` to ``stop``, compared with all of these (``of_all``), or of other items (``of_others``).
+    """
+
+    def add(self, outputs: Mapping[str, Tensor], items: Items) -> None: ...
+
+    def of_all(self, start: int, stop: int) -> Mapping[str, Sequence[Any]]: ...
+
+    def of_others(self, outputs: Mapping[str, Tensor], items: Items) -> Mapping[str, Sequence[Any]]: ...
 
 
 Rows = TypeVar("Rows", covariant=True)
@@ -133,6 +148,8 @@ class System(ABC, Generic[Batch, Model]):
     datasets: Mapping[str, BatchDataset[Batch]]
     #: the tower of each view, of a system that has any
     towers: Mapping[str, Tower] = MappingProxyType({})
+    #: options of how new data is read (``NewData.options``): what each means
+    new_options: Mapping[str, str] = MappingProxyType({})
 
     # -- data ------------------------------------------------------------------------------------------------
     @abstractmethod
@@ -280,9 +297,27 @@ class System(ABC, Generic[Batch, Model]):
         raise NearfarError(f"system '{self.name}' does not say how new items become batches.")
 
     def predictions(self, outputs: Mapping[str, Tensor], items: Items) -> Mapping[str, Sequence[Any]]:
-        """Columns of a table of predictions for new items, from what ``embed`` gave of them."""
+        """Columns of a table of predictions for new items, from what ``embed`` gave of them.
+
+        Where an item may have several rows or none, such as a picture's boxes, a column ``item`` has the position of
+        the item that each row belongs to.
+        """
         able = " It embeds and searches: nearfar embed, nearfar search." if self.views else ""
         raise NearfarError(f"system '{self.name}' predicts nothing.{able}")
+
+    def comparison(self, gallery: bool, k: int | None = None) -> Comparison | None:
+        """What compares items, of a system whose predictions are comparisons; None: each item is predicted by itself.
+
+        ``gallery``: they are compared with items of their own, not with each other; ``k``: how many nearest ones are
+        asked for, None leaves it to the system.
+        """
+        return None
+
+    def load_results(self, folder: Path) -> None:
+        """What ``save_results`` wrote: called with the folder of an ensemble, whose outputs then are predicted from.
+
+        Of a run ``load_assets`` reads it as well.
+        """
 
     def prediction_writer(self, output: Path, source: NewData) -> PredictionWriter | None:
         """What writes predictions in a format that is no table, such as COCO results; None: ``output`` is a table."""
@@ -328,6 +363,18 @@ def whole_rows(views: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {}
     every = torch.stack(list(kept.values())).all(dim=0)
     return {name: views[name][every] for name in kept}
+
+
+def rows_of(columns: Mapping[str, Sequence[Any]], items: Items) -> tuple[Items, dict[str, Sequence[Any]]]:
+    """Ids of the rows of ``System.predictions``, as items without columns, and the columns but for ``item``.
+
+    >>> rows, columns = rows_of({"item": [0, 0], "score": [0.9, 0.2]}, Items(["a", "b"], {}))
+    >>> rows.ids, columns
+    (['a', 'a'], {'score': [0.9, 0.2]})
+    """
+    own = dict(columns)
+    at, bare = own.pop("item", None), replace(items, columns={}, groups=None)
+    return (bare if at is None else bare.take(at)), own
 
 
 def collect(outputs: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
