@@ -453,6 +453,8 @@ class LabelledSystem(ViewSystem):
         self.class_names().save(folder)
         if self._known is not None:
             self._known.save(folder)
+        else:  # what an earlier end of this run embedded says nothing of the weights that follow
+            KnownClasses.remove(folder)
 
     def load_assets(self, folder: Path) -> None:
         super().load_assets(folder)

@@ -278,3 +278,16 @@ def test_an_ensemble_votes_by_all_embeddings(
     predictions = trained.predict(files["test"])
     assert_as_judged(predictions, made, labels_of(files["test"]))
     assert max(row[0] for row in predictions["knn/cosine"]) <= 1 + 1e-5
+
+
+def test_a_run_that_goes_on_forgets_the_items_of_its_earlier_end(
+    finished: RunFolder, files: dict[str, Path], tmp_path: Path
+) -> None:
+    trained = nearfar.load(finished.path, device="cpu")
+    trained.system.save_assets(tmp_path)  # as an export does: with everything that predictions need
+    assert (tmp_path / "class_rows.npz").is_file()
+    again: Any = nearfar.load(finished.path, device="cpu").system
+    again._known = None  # as before its evaluation
+    again.save_assets(tmp_path)
+    assert not (tmp_path / "class_rows.npz").exists()
+    assert (tmp_path / "classes.json").is_file()
