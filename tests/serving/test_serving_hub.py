@@ -63,9 +63,12 @@ class Hub(BaseHTTPRequestHandler):
         if self.path == "/api/repos/create":
             asked = json.loads(body)
             name = f"{asked.get('organization', 'me')}/{asked['name']}"
-            self.private[name] = bool(asked.get("private"))
+            self.private[name] = bool(asked.get("private")) or asked.get("visibility") == "private"
             (self.store / name).mkdir(parents=True, exist_ok=True)
-            return self.answer({"url": f"http://hub/{name}", "id": name})
+            return self.answer({"url": f"http://{self.headers['Host']}/{name}", "id": name})
+        if self.path == "/api/validate-yaml":
+            assert json.loads(body)["content"].startswith("---\nlibrary_name: nearfar\n")
+            return self.answer({"errors": [], "warnings": []})
         if "/preupload/" in self.path:
             files = [
                 {"path": each["path"], "uploadMode": "regular", "shouldIgnore": False}
@@ -80,7 +83,9 @@ class Hub(BaseHTTPRequestHandler):
                     path = self.store / name / entry["value"]["path"]
                     path.parent.mkdir(parents=True, exist_ok=True)
                     path.write_bytes(base64.b64decode(entry["value"]["content"]))
-            return self.answer({"commitUrl": f"http://hub/{name}/commit/{COMMIT}", "commitOid": COMMIT})
+            return self.answer(
+                {"commitUrl": f"http://{self.headers['Host']}/{name}/commit/{COMMIT}", "commitOid": COMMIT}
+            )
         return self.answer({"error": "not here"}, 404)
 
     def do_GET(self) -> None:
@@ -166,7 +171,7 @@ def test_pushed_and_loaded_by_name(
     result = CliRunner().invoke(
         app, ["export", str(run), str(tmp_path / "out"), "--push", "me/titles", "--private"]
     )
-    assert result.exit_code == 0, (result.output, result.exception)
+    assert result.exit_code == 0, (result.output, result.exception, hub.requests)
     assert "uploaded: " in result.output
     assert hub.private == {"me/titles": True}
     assert _names(hub.store / "me" / "titles") == _names(tmp_path / "out")
