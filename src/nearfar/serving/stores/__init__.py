@@ -27,6 +27,7 @@ __all__ = [
     "VectorStore",
     "column_kind",
     "create_store",
+    "is_place",
     "open_store",
     "parse_where",
     "store_exists",
@@ -66,6 +67,15 @@ def _class_of(place: str) -> type[VectorStore]:
             f"with: pip install 'nearfar[{extra}]'"
         ) from None
     return loaded
+
+
+def is_place(text: str) -> bool:
+    """Whether a text is written as the place of a store, and not as that of a table.
+
+    >>> is_place("lance:gallery"), is_place("gallery.faiss"), is_place("gallery.csv")
+    (True, True, False)
+    """
+    return text.startswith(tuple(_STORES)) or text.rstrip("/").endswith(".faiss")
 
 
 def store_exists(place: str) -> bool:
