@@ -32,6 +32,10 @@ Images = Annotated[
     Path | None,
     typer.Option(help="The folder that names of pictures are relative to; by default the data's own."),
 ]
+Options = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="NAME=VALUE: how the run's system reads the data; may be repeated."),
+]
 Device = Annotated[str, typer.Option(help="cpu, cuda, …; auto takes a GPU where there is one.")]
 BatchSize = Annotated[int | None, typer.Option(help="Rows that are computed at once.")]
 # what the molecule system called these columns before every system could be used
@@ -47,21 +51,27 @@ def new_data(
     images: Path | None = None,
     smiles_column: str | None = None,
     text_column: str | None = None,
+    options: Sequence[str] | None = None,
 ) -> NewData:
     """The data that a command names, with its columns."""
     from nearfar.data.chunks import NewData
     from nearfar.errors import NearfarError
 
-    columns = {}
+    columns, chosen = {}, {}
     for each in column or ():
         name, separator, header = each.partition("=")
         if not (separator and name and header):
             raise NearfarError(f"--column {each}: NAME=HEADER is needed, such as --column text=review.")
         columns[name] = header
+    for each in options or ():
+        name, separator, value = each.partition("=")
+        if not (separator and name):
+            raise NearfarError(f"--set {each}: NAME=VALUE is needed, such as --set min_score=0.3.")
+        chosen[name] = value
     for name, earlier in (("molecule", smiles_column), ("text", text_column)):
         if earlier is not None:
             columns.setdefault(name, earlier)
-    return NewData(data, columns, id_column, encoding, images=images)
+    return NewData(data, columns, id_column, encoding, images=images, options=chosen)
 
 
 def _report(written: Written) -> None:
@@ -91,6 +101,7 @@ def embed(
     images: Images = None,
     batch_size: BatchSize = None,
     device: Device = "auto",
+    options: Options = None,
     smiles_column: SmilesColumn = None,
     text_column: TextColumn = None,
 ) -> None:
@@ -101,7 +112,7 @@ def embed(
     from nearfar.serving import load
     from nearfar.serving.stream import embed_file
 
-    source = new_data(data, column, id_column, encoding, images, smiles_column, text_column)
+    source = new_data(data, column, id_column, encoding, images, smiles_column, text_column, options)
     trained = load(run, device)
     with terminal.progress_bar(None) as advance:
         written = embed_file(trained, source, output, towers=tower, batch_size=batch_size, advance=advance)
@@ -122,6 +133,7 @@ def predict(
     id_column: IdColumn = None,
     encoding: Encoding = None,
     images: Images = None,
+    options: Options = None,
     device: Device = "auto",
 ) -> None:
     """Predict with a trained run: aspects of reviews, classes, relations, boxes, expression.
@@ -131,7 +143,7 @@ def predict(
     from nearfar.serving import load
     from nearfar.serving.stream import predict_file
 
-    source = new_data(data, column, id_column, encoding, images)
+    source = new_data(data, column, id_column, encoding, images, options=options)
     trained = load(run, device)
     with terminal.progress_bar(None) as advance:
         written = predict_file(trained, source, output, advance=advance)

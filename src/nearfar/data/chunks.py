@@ -40,6 +40,7 @@ class NewData:
         rows: the size of a chunk.
         images: the folder that names of pictures in a file are relative to; None: that of the file.
         others: columns beyond those of the run are kept.
+        options: of the system's own reading, by name (``System.new_options``).
     """
 
     path: Path
@@ -49,6 +50,31 @@ class NewData:
     rows: int = 4096
     images: Path | None = None
     others: bool = False
+    options: Mapping[str, str] = field(default_factory=dict)
+
+    def number(self, name: str, default: float, least: float, most: float) -> float:
+        """An option that is a number.
+
+        >>> NewData(Path("a.json"), options={"min_score": "0.3"}).number("min_score", 0.5, 0, 1)
+        0.3
+        """
+        given = self.options.get(name)
+        if given is None:
+            return default
+        try:
+            value = float(given)
+        except ValueError:
+            value = float("nan")
+        if not least <= value <= most:
+            raise NearfarError(f"{name}={given}: a number from {least:g} to {most:g} is needed.")
+        return value
+
+    def choice(self, name: str, default: str, choices: Sequence[str]) -> str:
+        """An option that is one of several words."""
+        given = self.options.get(name, default)
+        if given not in choices:
+            raise NearfarError(f"{name}={given}: {' or '.join(choices)} is needed.")
+        return given
 
 
 def read_chunks(source: NewData, headers: Mapping[str, Sequence[str]]) -> Iterator[Items]:

@@ -20,6 +20,7 @@ from nearfar.data.items import Items
 from nearfar.data.rejections import Rejections
 from nearfar.errors import NearfarError
 from nearfar.training.run_folder import write_atomically
+from nearfar.training.system import rows_of
 
 if TYPE_CHECKING:
     import pyarrow
@@ -122,9 +123,11 @@ def predict_file(
                 outputs = trained.outputs(items)
                 columns = trained.system.predictions(outputs, items)
                 writer.write(items, columns, outputs)
-                written.columns = list(columns)
-            written.rows += len(items)
+                rows, named = rows_of(columns, items)
+                written.columns, written.rows = list(named), written.rows + len(rows)
             advance(len(items))
+        if not written.columns:
+            raise NearfarError(f"no row can be used; {written.rejections.summary()}.")
         writer.close()
         return written
     if output.suffix.lower() not in TABLE_ENDINGS:
@@ -133,8 +136,8 @@ def predict_file(
     def table(items: Items) -> pyarrow.Table:
         import pyarrow
 
-        columns = trained.system.predictions(trained.outputs(items), items)
-        return pyarrow.table(_identity(items) | {name: _arrow(values) for name, values in columns.items()})
+        rows, columns = rows_of(trained.system.predictions(trained.outputs(items), items), items)
+        return pyarrow.table(_identity(rows) | {name: _arrow(values) for name, values in columns.items()})
 
     return _Parts(trained, source, output, {"predict": True}).fill(trained.new_items(source), table, advance)
 
@@ -184,6 +187,8 @@ class _Parts:
             "columns": dict(source.columns),
             "id_column": source.id_column,
             "encoding": source.encoding,
+            "images": str(source.images),
+            "options": dict(source.options),
             "rows": source.rows,
             "output": output.suffix.lower(),
             **what,

@@ -30,7 +30,7 @@ from nearfar.training.checkpoint import Checkpoint, find_checkpoint
 from nearfar.training.evaluation import consecutive
 from nearfar.training.run_folder import RunFolder
 from nearfar.training.state import initial_model, load_weights
-from nearfar.training.system import System, collect
+from nearfar.training.system import System, collect, rows_of
 
 __all__ = ["Predictions", "Trained", "load"]
 
@@ -221,6 +221,13 @@ class Trained:
     def new_items(self, data: NewData | str | Path) -> Iterator[Items]:
         """The items of a file or folder, in chunks, as the system reads new data."""
         source = data if isinstance(data, NewData) else NewData(Path(data))
+        known = self.system.new_options
+        for name in source.options:
+            if name not in known:
+                listed = nearest_name(name, known) if known else "there are none"
+                raise NearfarError(
+                    f"data of '{self.config.system}' is read without an option '{name}': {listed}"
+                )
         return self.system.new_items(source)
 
     def predict(
@@ -244,8 +251,8 @@ class Trained:
             for items in chunks:
                 whole.rejections.extend(items.rejections)
                 if len(items):
-                    columns = self.system.predictions(self.outputs(items), items)
-                    whole.ids.extend(items.ids)
+                    rows, columns = rows_of(self.system.predictions(self.outputs(items), items), items)
+                    whole.ids.extend(rows.ids)
                     for name, values in columns.items():
                         whole.columns.setdefault(name, []).extend(_plain(values))
                     advance(len(items))

@@ -37,7 +37,9 @@ ENTRY_POINTS = "nearfar.towers"
 #: where the towers are; each is imported when it is needed
 TOWERS: dict[str, str | type[Tower]] = {
     "boxes": "nearfar.towers.boxes:BoxTower",
+    "crops": "nearfar.towers.object_pairs:CropTower",
     "expression": "nearfar.towers.expression:ExpressionTower",
+    "names": "nearfar.towers.object_pairs:NamesTower",
     "text": "nearfar.towers.text:TextTower",
     "image": "nearfar.towers.image:ImageTower",
     "molecule": "nearfar.towers.molecule:MoleculeTower",

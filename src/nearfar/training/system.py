@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Generic, Protocol, TypeVar
@@ -133,6 +133,8 @@ class System(ABC, Generic[Batch, Model]):
     datasets: Mapping[str, BatchDataset[Batch]]
     #: the tower of each view, of a system that has any
     towers: Mapping[str, Tower] = MappingProxyType({})
+    #: options of how new data is read (``NewData.options``): what each means
+    new_options: Mapping[str, str] = MappingProxyType({})
 
     # -- data ------------------------------------------------------------------------------------------------
     @abstractmethod
@@ -285,7 +287,11 @@ class System(ABC, Generic[Batch, Model]):
         raise NearfarError(f"system '{self.name}' does not say how new items become batches.")
 
     def predictions(self, outputs: Mapping[str, Tensor], items: Items) -> Mapping[str, Sequence[Any]]:
-        """Columns of a table of predictions for new items, from what ``embed`` gave of them."""
+        """Columns of a table of predictions for new items, from what ``embed`` gave of them.
+
+        Where an item may have several rows or none, such as a picture's boxes, a column ``item`` has the position of
+        the item that each row belongs to.
+        """
         able = " It embeds and searches: nearfar embed, nearfar search." if self.views else ""
         raise NearfarError(f"system '{self.name}' predicts nothing.{able}")
 
@@ -333,6 +339,18 @@ def whole_rows(views: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {}
     every = torch.stack(list(kept.values())).all(dim=0)
     return {name: views[name][every] for name in kept}
+
+
+def rows_of(columns: Mapping[str, Sequence[Any]], items: Items) -> tuple[Items, dict[str, Sequence[Any]]]:
+    """Ids of the rows of ``System.predictions``, as items without columns, and the columns but for ``item``.
+
+    >>> rows, columns = rows_of({"item": [0, 0], "score": [0.9, 0.2]}, Items(["a", "b"], {}))
+    >>> rows.ids, columns
+    (['a', 'a'], {'score': [0.9, 0.2]})
+    """
+    own = dict(columns)
+    at, bare = own.pop("item", None), replace(items, columns={}, groups=None)
+    return (bare if at is None else bare.take(at)), own
 
 
 def collect(outputs: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -29,8 +29,8 @@ from nearfar.systems.relations.evaluation import (
     score_predictions,
 )
 from nearfar.systems.relations.probe import RelationProbe, has_pixels, sample_rows
-from nearfar.systems.relations.towers import Crops, CropTower, NamesTower
 from nearfar.towers.boxes import spatial_numbers
+from nearfar.towers.object_pairs import Crops, CropTower, NamesTower
 from nearfar.training.checkpoint import Checkpoint
 from nearfar.training.run_folder import RunFolder
 from tiny_relations import write_vrd

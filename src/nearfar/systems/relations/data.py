@@ -12,6 +12,7 @@ import numpy as np
 
 from nearfar.data.cache import content_key
 from nearfar.data.coco_files import too_small_for
+from nearfar.data.photos import Box, File, Photo
 from nearfar.data.picture_check import check_pictures
 from nearfar.data.picture_files import PictureFile, PictureFiles
 from nearfar.data.rejections import Rejections
@@ -19,7 +20,7 @@ from nearfar.data.splits import check_disjoint, split_hash
 from nearfar.errors import NearfarError
 from nearfar.systems.relations.options import RelationDataOptions, RelationOptions
 from nearfar.systems.relations.readers import LAYOUTS, Places, annotation_files
-from nearfar.systems.relations.records import Box, File, Pairs, Photo, Triple, chosen_relations, collect_pairs
+from nearfar.systems.relations.records import Pairs, Triple, chosen_relations, collect_pairs
 from nearfar.systems.relations.scenes import composed_scenes
 
 __all__ = ["RelationData", "load_data", "usable_photos"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from nearfar.models.views import ViewModel
 from nearfar.systems.relations.data import RelationData
 from nearfar.systems.relations.evaluation import PAIR, Predictions, Scores, pair_retrieval, score_predictions
 from nearfar.systems.relations.options import RelationOptions
+from nearfar.systems.relations.predictor import Predictor, fitted_temperature
 from nearfar.systems.relations.probe import (
     FUSED,
     LINEAR,
@@ -22,10 +23,10 @@ from nearfar.systems.relations.probe import (
     SPATIAL,
     VISUAL,
     Blocks,
+    RelationProbe,
     blocks_of,
     has_pixels,
     probe_inputs,
-    probe_scores,
     sample_rows,
 )
 from nearfar.systems.view_system import LABEL
@@ -62,6 +63,8 @@ class Evaluator:
         self.constant = int(np.bincount(self.label).argmax())
         self.predictions: dict[str, Predictions] = {}
         self.scores: dict[str, Scores] = {}
+        #: the probe of the embedding, as the last final evaluation fitted it
+        self.probe: RelationProbe | None = None
         self._retrieval_size = self._smallest_split()
         self._at: ndarray
         self._train: Blocks = {}
@@ -132,7 +135,12 @@ class Evaluator:
         blocks = blocks_of(self.datasets[split], outputs, np.arange(len(self.data.splits[split])))
         label, count = self.label[self._at], len(self.data.relations)
         wanted = probe_inputs(list(blocks), self.config.keep_inputs)
-        scores = {LINEAR: probe_scores("linear", self._train, blocks, wanted[FUSED], label, count)}
+
+        def of(kind: str, train: Blocks, rows: Blocks, names: Sequence[str]) -> tuple[RelationProbe, ndarray]:
+            probe = RelationProbe(kind).fit({name: train[name] for name in names}, label)
+            return probe, probe.scores({name: rows[name] for name in names}, count)
+
+        scores = {LINEAR: of("linear", self._train, blocks, wanted[FUSED])[1]}
         if not final:
             return scores
         # Controls only for the split that is reported.
@@ -141,8 +149,29 @@ class Evaluator:
             first, second = self._train, blocks
             if metric.startswith("untrained"):
                 first, second = self._untrained["train"], self._untrained[split]
-            scores[metric] = probe_scores("rbf", first, second, names, label, count)
+            probe, scores[metric] = of("rbf", first, second, names)
+            if metric == FUSED:
+                self.probe = probe
         return scores
+
+    def predictor(self) -> Predictor | None:
+        """What predicts new pairs: the probe of the final evaluation; None before there was one."""
+        if self.probe is None:
+            return None
+        known = self.predictions["val"]
+        temperature = fitted_temperature(known.scores[FUSED], known.truth)
+        return Predictor(self.probe, self.data.relations, temperature)
+
+    def fit_predictor(self, model: ViewModel) -> Predictor:
+        """The same for a model whose run did not keep it, from the training and validation pairs."""
+        self._at = sample_rows(self.label, self.config.probe_rows)
+        train = self._embedded(model, "train", self._at)
+        val = self._embedded(model, "val", np.arange(len(self.datasets["val"])))
+        names = probe_inputs(list(train), self.config.keep_inputs)[FUSED]
+        probe = RelationProbe().fit({name: train[name] for name in names}, self.label[self._at])
+        scores = probe.scores({name: val[name] for name in names}, len(self.data.relations))
+        temperature = fitted_temperature(scores, self.data.labels("val"))
+        return Predictor(probe, self.data.relations, temperature)
 
     def _score(self, predicted: Mapping[str, ndarray], split: str, final: bool) -> Scores:
         part, label, relations = self.data.splits[split], self.data.labels(split), self.data.relations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 import torch
@@ -24,15 +25,17 @@ __all__ = [
     "Blocks",
     "RelationProbe",
     "blocks_of",
+    "blocks_of_rows",
     "has_pixels",
     "probe_inputs",
-    "probe_scores",
     "sample_rows",
 ]
 
 
 #: the views of a pair: the geometry of its boxes, the pixels in them, the names of both objects
 SPATIAL, VISUAL, NAMES = "spatial", "visual", "names"
+#: the views whose inputs are parts of probes, and what these parts are called
+INPUTS = ((SPATIAL, "numbers"), (VISUAL, "pixels"), (NAMES, "words"))
 #: parts of a pair's embedding by name, (n, d) each; a row of NaN is a part that this pair lacks
 Blocks = Mapping[str, Float[ndarray, "n d"]]
 #: of the RBF kernel, where every part has variance 1 in all; on the annotations of VRD .3 to .7 scored the same
@@ -61,10 +64,16 @@ class RelationProbe:
     a Gaussian kernel (γ = 0.5, C = 3), with "linear" least squares on one-hot labels with a ridge: fixed, so
     that nothing is tuned on test.
 
+    A fitted probe is arrays alone, which ``arrays`` gives and ``of_arrays`` takes; scores are computed from them, in a
+    run as later.
+
     >>> rows = np.array([[0.0], [0.1], [1.0], [1.1]])
     >>> probe = RelationProbe("linear").fit({"x": rows}, np.array([0, 0, 1, 1]))
     >>> probe.predict({"x": np.array([[-1.0], [2.0]])})
     array([0, 1])
+    >>> again = RelationProbe.of_arrays("linear", probe.parts, probe.arrays())
+    >>> bool((again.scores({"x": rows}, 2) == probe.scores({"x": rows}, 2)).all())
+    True
     """
 
     def __init__(self, kind: str = "rbf") -> None:
@@ -72,6 +81,20 @@ class RelationProbe:
             raise NearfarError(f"probe={kind}: rbf or linear")
         self.kind = kind
         self._parts: list[_Part] = []
+        #: of a support vector machine the parts of its support vectors
+        self._support: Blocks = {}
+        self._weights: Float[ndarray, "m outputs"] = np.zeros((0, 0))
+        self._offsets: Float[ndarray, " outputs"] = np.zeros(0)
+
+    @property
+    def parts(self) -> list[str]:
+        """The names of the parts, in order."""
+        return [part.name for part in self._parts]
+
+    @property
+    def highest(self) -> int:
+        """The highest class that can be predicted."""
+        return int(self._classes.max())
 
     def fit(self, blocks: Blocks, label: Int[ndarray, " n"]) -> RelationProbe:
         """Fit on training pairs that have any of the parts; a single class is always predicted."""
@@ -86,14 +109,16 @@ class RelationProbe:
         if self.kind == "rbf":
             from sklearn.svm import SVC
 
-            self._rows = rows
-            self._classifier = SVC(C=COST, kernel="precomputed", cache_size=500).fit(
-                _gaussian(rows, rows), label
-            )
+            machine = SVC(C=COST, kernel="precomputed", cache_size=500).fit(_gaussian(rows, rows), label)
+            self._support = {name: part[machine.support_] for name, part in blocks.items()}
+            self._weights = _pair_weights(machine.dual_coef_, machine.n_support_)
+            self._offsets = np.atleast_1d(machine.intercept_).astype(np.float64)
         else:
             from sklearn.linear_model import RidgeClassifier
 
-            self._classifier = RidgeClassifier(alpha=RIDGE * len(rows)).fit(rows, label)
+            classifier = RidgeClassifier(alpha=RIDGE * len(rows)).fit(rows, label)
+            self._weights = np.atleast_2d(classifier.coef_).T.astype(np.float64)
+            self._offsets = np.atleast_1d(classifier.intercept_).astype(np.float64)
         return self
 
     def scores(self, blocks: Blocks, count: int) -> Float[ndarray, "n count"]:
@@ -104,22 +129,97 @@ class RelationProbe:
             scores[:, self._classes] = 0.0
             return scores
         rows = self.rows(blocks)
-        values = self._classifier.decision_function(
-            _gaussian(rows, self._rows) if self.kind == "rbf" else rows
-        )
-        scores[:, self._classes] = np.stack([-values, values], axis=1) if values.ndim == 1 else values
+        inputs = _gaussian(rows, self.rows(self._support)) if self.kind == "rbf" else rows
+        values = inputs @ self._weights + self._offsets
+        if values.shape[1] == 1:
+            scores[:, self._classes] = np.concatenate([-values, values], axis=1)
+        else:
+            k = len(self._classes)
+            scores[:, self._classes] = _votes(values, k) if self.kind == "rbf" else values
         return scores
 
     def predict(self, blocks: Blocks) -> Int[ndarray, " n"]:
         """The class of every pair."""
-        count = int(self._classes.max()) + 1
-        return self.scores(blocks, count).argmax(axis=1)
+        return self.scores(blocks, self.highest + 1).argmax(axis=1)
 
     def rows(self, blocks: Blocks) -> Float[ndarray, "n d"]:
         """The classifier's input."""
         return np.concatenate(
             [np.nan_to_num((blocks[part.name] - part.mean) * part.scale) for part in self._parts], axis=1
         )
+
+    def arrays(self) -> dict[str, ndarray]:
+        """The fitted probe; support vectors are kept as the parts that they were given as."""
+        of_parts = {f"mean/{part.name}": part.mean for part in self._parts}
+        of_parts |= {f"support/{name}": rows for name, rows in self._support.items()}
+        scale = np.array([part.scale for part in self._parts])
+        return of_parts | {
+            "scale": scale, "classes": self._classes, "weights": self._weights, "offsets": self._offsets
+        }  # fmt: skip
+
+    @classmethod
+    def of_arrays(cls, kind: str, parts: Sequence[str], arrays: Mapping[str, ndarray]) -> RelationProbe:
+        """The probe whose ``arrays`` these are.
+
+        Raises:
+            NearfarError: an array that is missing, or of a shape that does not fit.
+        """
+        probe = cls(kind)
+        try:
+            scale, classes = arrays["scale"], arrays["classes"]
+            probe._parts = [
+                _Part(name, arrays[f"mean/{name}"], float(each))
+                for name, each in zip(parts, scale, strict=True)
+            ]
+            probe._weights, probe._offsets = arrays["weights"], arrays["offsets"]
+            if kind == "rbf" and len(classes) > 1:
+                probe._support = {name: arrays[f"support/{name}"] for name in parts}
+        except (KeyError, ValueError) as error:
+            raise NearfarError(
+                f"this is no probe of relations ({error}): a file was edited or damaged."
+            ) from None
+        k = len(classes)
+        outputs = 0 if k == 1 else 1 if k == 2 else k * (k - 1) // 2 if kind == "rbf" else k
+        inputs = sum(len(part.mean) for part in probe._parts)
+        if k > 1 and kind == "rbf":
+            inputs = len(next(iter(probe._support.values())))
+        fits = classes.dtype.kind == "i" and probe._offsets.shape == (outputs,)
+        if not k or not fits or (k > 1 and probe._weights.shape != (inputs, outputs)):
+            raise NearfarError(
+                "this is no probe of relations (its arrays do not fit together): a file was edited or damaged."
+            )
+        probe._classes = classes
+        return probe
+
+
+def _pair_weights(dual: Float[ndarray, "k1 m"], counts: Int[ndarray, " k"]) -> Float[ndarray, "m pairs"]:
+    """The weight of every support vector in the decision between each two classes.
+
+    libsvm keeps of a vector of class i one coefficient for each other class j: in row j − 1 where i < j, else in row j.
+    """
+    k = len(counts)
+    if k == 2:
+        return np.asarray(dual.T, np.float64)
+    ends = np.cumsum([0, *counts])
+    weights = np.zeros((int(ends[-1]), k * (k - 1) // 2))
+    for at, (i, j) in enumerate(combinations(range(k), 2)):
+        first, second = slice(ends[i], ends[i + 1]), slice(ends[j], ends[j + 1])
+        weights[first, at], weights[second, at] = dual[j - 1, first], dual[i, second]
+    return weights
+
+
+def _votes(values: Float[ndarray, "n pairs"], k: int) -> Float[ndarray, "n k"]:
+    """Of decisions between each two classes: how many each class wins, and by how much, as a fraction below a half.
+
+    As scikit-learn's ``decision_function_shape="ovr"``.
+    """
+    won, sums = np.zeros((len(values), k)), np.zeros((len(values), k))
+    for at, (i, j) in enumerate(combinations(range(k), 2)):
+        sums[:, i] += values[:, at]
+        sums[:, j] -= values[:, at]
+        won[:, i] += values[:, at] >= 0
+        won[:, j] += values[:, at] < 0
+    return won + sums / (3 * (np.abs(sums) + 1))
 
 
 def _gaussian(a: Float[ndarray, "n d"], b: Float[ndarray, "m d"]) -> Float[ndarray, "n m"]:
@@ -165,16 +265,29 @@ def has_pixels(dataset: ItemDataset) -> Bool[ndarray, " n"]:
 
 def blocks_of(dataset: ItemDataset, outputs: Mapping[str, Tensor], at: Int[ndarray, " n"]) -> Blocks:
     """The embeddings of some rows ("view …") and their inputs: numbers, pixels, words."""
-    pixels, positions = has_pixels(dataset)[at], torch.from_numpy(at)
-    blocks = {}
-    for view, name in ((SPATIAL, "numbers"), (VISUAL, "pixels"), (NAMES, "words")):
+    positions, inputs = torch.from_numpy(at), {}
+    for view, _ in INPUTS:
         if view in dataset.inputs:
             rows = dataset.inputs[view].batch(positions)
             assert isinstance(rows, Tensor)
-            blocks[name] = _missing_as_nan(rows.numpy(), pixels) if view == VISUAL else rows.numpy()
-    for name, view_ in outputs.items():
-        rows_ = view_.numpy()
-        blocks[f"view {name}"] = _missing_as_nan(rows_, pixels) if name == VISUAL else rows_
+            inputs[view] = rows.numpy()
+    return blocks_of_rows(inputs, outputs, has_pixels(dataset)[at])
+
+
+def blocks_of_rows(
+    inputs: Mapping[str, ndarray], outputs: Mapping[str, Tensor], pixels: Bool[ndarray, " n"]
+) -> Blocks:
+    """The parts that probes are fitted on: embeddings of rows ("view NAME"), and inputs by the names of their views.
+
+    ``pixels``: which pairs have a photo; of the others the parts of pixels are missing.
+    """
+    blocks = {}
+    for view, name in INPUTS:
+        if view in inputs:
+            blocks[name] = _missing_as_nan(inputs[view], pixels) if view == VISUAL else inputs[view]
+    for view, embedded in outputs.items():
+        rows = embedded.numpy()
+        blocks[f"view {view}"] = _missing_as_nan(rows, pixels) if view == VISUAL else rows
     return blocks
 
 
@@ -197,14 +310,6 @@ def probe_inputs(names: Sequence[str], keep_inputs: bool) -> dict[str, list[str]
         "categories_only/accuracy": [name for name in names if name == "words"],
     }
     return {metric: blocks for metric, blocks in chosen.items() if blocks}
-
-
-def probe_scores(
-    kind: str, train: Blocks, test: Blocks, names: Sequence[str], label: Int[ndarray, " n"], count: int
-) -> Float[ndarray, "m classes"]:
-    """The scores of each class for the test pairs, by a probe fitted on the training pairs' blocks."""
-    probe = RelationProbe(kind).fit({name: train[name] for name in names}, label)
-    return probe.scores({name: test[name] for name in names}, count)
 
 
 def _missing_as_nan(rows: ndarray, pixels: ndarray) -> ndarray:

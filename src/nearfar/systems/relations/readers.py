@@ -14,10 +14,11 @@ import numpy as np
 from nearfar.data.cache import content_key
 from nearfar.data.coco import CocoSplit, read_coco
 from nearfar.data.coco_files import coco_files, given_files
+from nearfar.data.photos import Box
 from nearfar.data.rejections import Rejections
 from nearfar.errors import NearfarError, nearest_name
 from nearfar.systems.relations.options import RelationDataOptions
-from nearfar.systems.relations.records import Box, Triple
+from nearfar.systems.relations.records import Triple
 
 __all__ = [
     "LAYOUTS",

@@ -6,25 +6,22 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Bool, Float, Int
 from numpy import ndarray
 
-from nearfar.data.cache import content_key
-from nearfar.data.images import image_size, read_image
+from nearfar.data.photos import Box, Photo
 from nearfar.data.rejections import Rejections
 from nearfar.errors import NearfarError, nearest_name
 
 __all__ = [
     "ALL10",
     "TOP5",
-    "Box",
-    "File",
     "Pairs",
-    "Photo",
     "Triple",
+    "boxed_pairs",
     "chosen_relations",
     "collect_pairs",
     "relation_of",
@@ -95,8 +92,6 @@ def chosen_relations(option: object) -> tuple[str, ...]:
 
 
 T = TypeVar("T")
-#: (left, top, right, bottom) in pixels
-Box = tuple[float, float, float, float]
 _TOLERANCE = 2.0  # pixels by which a box may cross the border of a picture without being counted
 
 
@@ -113,35 +108,6 @@ class Triple(NamedTuple):
     size: tuple[float, float] | None = None  # width, height where the file states them
     split: str | None = None
     photo: Path | None = None  # where the reader knows which file the picture is
-
-
-class Photo(Protocol):
-    """A picture whose pixels can be read: a file, or a drawn scene."""
-
-    def read(self) -> UInt8[ndarray, "h w 3"]: ...
-
-    def key(self) -> str:
-        """A hash of the content, for caches."""
-
-    def size(self) -> tuple[float, float]:
-        """Width and height."""
-
-
-@dataclass(frozen=True)
-class File:
-    """A photo on disk."""
-
-    path: Path
-
-    def read(self) -> UInt8[ndarray, "h w 3"]:
-        return read_image(self.path)
-
-    def key(self) -> str:
-        return content_key(self.path.read_bytes())
-
-    def size(self) -> tuple[float, float]:
-        height, width = image_size(self.path)
-        return float(width), float(height)
 
 
 @dataclass(frozen=True)
@@ -227,18 +193,50 @@ def collect_pairs(
     """
     rows = list(triples)
     extent = _extents(rows, photos)
-    kept: list[tuple[Triple, str, Box, Box]] = []
-    seen: set[tuple[str, Box, Box, str]] = set()
     wanted = set(relations)
+    named: list[tuple[Triple, str]] = []
     for row in rows:
-        shown = f"{row.subject} {row.predicate} {row.object}"
         relation = relation_of(row.predicate, synonyms)
         if relation is None:
             rejections.add("no spatial relation", row.row, row.predicate)
-            continue
-        if relation not in wanted:
+        elif relation not in wanted:
             rejections.add("relation not chosen", row.row, row.predicate)
-            continue
+        else:
+            named.append((row, relation))
+    kept = _with_boxes(named, photos, extent, rejections, notes, photos_required)
+    if not kept:
+        raise NearfarError(f"no pair with a usable relation and boxes is left; {rejections.summary()}.")
+    return _columns(kept, photos, extent)
+
+
+def boxed_pairs(
+    rows: Sequence[Triple],
+    photos: Mapping[str, Photo],
+    rejections: Rejections,
+    notes: dict[str, Any],
+    photos_required: bool = False,
+) -> Pairs | None:
+    """The pairs whose boxes can be used, whatever their predicates, as `collect_pairs` checks them; None: there are
+    none."""
+    extent = _extents(rows, photos)
+    named = [(row, row.predicate) for row in rows]
+    kept = _with_boxes(named, photos, extent, rejections, notes, photos_required)
+    return _columns(kept, photos, extent) if kept else None
+
+
+def _with_boxes(
+    rows: Sequence[tuple[Triple, str]],
+    photos: Mapping[str, Photo],
+    extent: Mapping[str, tuple[tuple[float, float], bool]],
+    rejections: Rejections,
+    notes: dict[str, Any],
+    photos_required: bool,
+) -> list[tuple[Triple, str, Box, Box]]:
+    """Rows of two usable boxes, each once, with the boxes cut at the border."""
+    kept: list[tuple[Triple, str, Box, Box]] = []
+    seen: set[tuple[str, Box, Box, str]] = set()
+    for row, relation in rows:
+        shown = " ".join(part for part in (row.subject, row.predicate, row.object) if part)
         if photos_required and row.image not in photos:
             rejections.add("missing photo", row.row, row.image)
             continue
@@ -262,9 +260,7 @@ def collect_pairs(
             continue
         seen.add(key)
         kept.append((row, relation, boxes[0], boxes[1]))
-    if not kept:
-        raise NearfarError(f"no pair with a usable relation and boxes is left; {rejections.summary()}.")
-    return _columns(kept, photos, extent)
+    return kept
 
 
 def _extents(

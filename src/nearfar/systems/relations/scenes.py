@@ -17,7 +17,8 @@ from jaxtyping import UInt8
 from numpy import ndarray
 
 from nearfar.data.cache import content_key
-from nearfar.systems.relations.records import ALL10, Box, Photo, Triple
+from nearfar.data.photos import Box, Photo
+from nearfar.systems.relations.records import ALL10, Triple
 
 if TYPE_CHECKING:
     from PIL import Image

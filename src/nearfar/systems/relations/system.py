@@ -2,32 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any, cast
 
 import numpy as np
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nearfar.batching import BalancedBatchSampler, BatchSampler, RandomBatchSampler
-from nearfar.data.batch import Augment, Batch, Inputs, Rows
+from nearfar.data.batch import Augment, Batch, Inputs, ItemDataset, Rows
+from nearfar.data.chunks import NewData
 from nearfar.data.files import Json
 from nearfar.data.items import Items
 from nearfar.errors import NearfarError
 from nearfar.losses.views import ViewContext, ViewLoss
 from nearfar.models.projection import perceptron
 from nearfar.models.views import ViewModel
+from nearfar.systems.rebuilt import prepare_again
 from nearfar.systems.relations.batches import GROUP, JITTERED, BatchesBySort, BoxJitter
 from nearfar.systems.relations.data import RelationData, load_data
 from nearfar.systems.relations.evaluator import Evaluator
+from nearfar.systems.relations.new_pairs import MIN_SCORE, items_of, read_pairs
 from nearfar.systems.relations.options import InfoNCEOptions, RelationOptions, SupConInsideOptions
-from nearfar.systems.relations.probe import LINEAR, NAMES, SPATIAL, VISUAL, has_pixels
+from nearfar.systems.relations.predictor import Predictor
+from nearfar.systems.relations.probe import LINEAR, NAMES, SPATIAL, VISUAL, blocks_of_rows, has_pixels
 from nearfar.systems.relations.report import sections
-from nearfar.systems.relations.towers import Crops, CropTower, NamesTower
 from nearfar.systems.view_system import LABEL, PRESENT, ViewSystem
 from nearfar.towers import Tower
 from nearfar.towers.boxes import BoxTower, names_of
+from nearfar.towers.object_pairs import CropTower, NamesTower
 from nearfar.training.sections import Section
 from nearfar.training.state import initial_model
 from nearfar.training.system import Evaluation, Say, TrainSampler
@@ -44,6 +50,9 @@ class RelationSystem(ViewSystem):
 
     name = "relations"
     monitor = LINEAR
+    new_options = MappingProxyType(
+        {"min_score": f"boxes of a detector with lower scores are left out; by default {MIN_SCORE:g}"}
+    )
 
     config: RelationOptions
 
@@ -52,6 +61,10 @@ class RelationSystem(ViewSystem):
         self.data: RelationData
         self.evaluator: Evaluator
         self._repeated = True
+        #: what predicts new pairs, once the probe was fitted or loaded
+        self.predictor: Predictor | None = None
+        self._folder: Path | None = None
+        self._whole: RelationSystem | None = None
 
     # -- data ------------------------------------------------------------------------------------------------
     def load_data(self, say: Say) -> RelationData:
@@ -72,15 +85,8 @@ class RelationSystem(ViewSystem):
     def _items(self, split: str) -> Items:
         """The pairs of a split with a column for each view."""
         pairs = self.data.splits[split]
-        boxes = np.concatenate([pairs.subject_box, pairs.object_box, pairs.size], axis=1)
-        crops: list[Crops | None] = []
-        for image, *both in zip(
-            pairs.image, pairs.subject_box.tolist(), pairs.object_box.tolist(), strict=True
-        ):
-            photo = pairs.photos.get(image)
-            crops.append(None if photo is None else Crops(photo, (tuple(both[0]), tuple(both[1]))))
-        names = list(zip(pairs.subject, pairs.object, strict=True))
-        return Items(pairs.ids, {SPATIAL: boxes, VISUAL: crops, NAMES: names}, self.data.source, pairs.image)
+        items = items_of(pairs, self.data.source, photos=True, names=True)
+        return replace(items, columns={view: items[view] for view in (SPATIAL, VISUAL, NAMES)})
 
     def readable(self, items: Items) -> Items:
         """All of them: the reader has checked boxes, names and photos, and a pair may have boxes alone."""
@@ -90,7 +96,9 @@ class RelationSystem(ViewSystem):
         config = self.config
         towers: dict[str, Tower] = {SPATIAL: BoxTower(config.spatial)}
         if self.without_pixels is None:
-            towers[VISUAL] = CropTower(config.image_encoder, config.crop_size, say)
+            crops = CropTower(config.image_encoder, config.crop_size)
+            crops.say = say
+            towers[VISUAL] = crops
         else:
             say(f"visual: none, {self.without_pixels}")
         if config.categories:
@@ -243,6 +251,8 @@ class RelationSystem(ViewSystem):
 
     def embed(self, model: ViewModel, batch: Batch) -> dict[str, Tensor]:
         """Every view at unit length; one that a pair lacks stays 0."""
+        if self._folder is not None and self.predictor is None:  # a run of before probes were kept
+            self.predictor = self._prepared().evaluator.fit_predictor(model)
         return {name: F.normalize(view, dim=1) for name, view in self.encode(model, batch).items()}
 
     # -- evaluation ------------------------------------------------------------------------------------------
@@ -264,7 +274,76 @@ class RelationSystem(ViewSystem):
         evaluator = self.evaluator
         return sections(self.data.splits[split], evaluator.predictions[split], evaluator.scores[split])
 
+    def save_assets(self, folder: Path) -> None:
+        """The towers; of a run that was trained or loaded also the probe."""
+        super().save_assets(folder)
+        if self.predictor is not None:
+            self.predictor.save(folder)
+
     def save_results(self, folder: Path) -> None:
-        """The prediction for every pair, for re-scoring and pooled cross-validation."""
+        """The prediction for every pair, for re-scoring and pooled cross-validation; the probe, for new pairs."""
         for split, predictions in self.evaluator.predictions.items():
             predictions.save(folder / f"predictions_{split}.npz")
+        self.predictor = self.evaluator.predictor()
+        if self.predictor is not None:
+            self.predictor.save(folder)
+
+    # -- use of a trained run --------------------------------------------------------------------------------
+    def load_assets(self, folder: Path) -> None:
+        """Towers and probe; what an earlier version did not keep is made anew from the run's data, if it is there."""
+        self._folder = folder
+        self.predictor = Predictor.load(folder)
+        if (folder / "towers").is_dir():
+            super().load_assets(folder)
+        else:
+            self.towers = self._prepared().towers
+
+    def _prepared(self) -> RelationSystem:
+        """The same with the data of its run read anew."""
+        assert self._folder is not None
+        if self._whole is None:
+            self._whole = RelationSystem(self.config)
+            prepare_again(self._whole, self._folder, "the towers of its views, or its probe")
+        return self._whole
+
+    def new_items(self, source: NewData) -> Iterator[Items]:
+        """Pairs of boxes in pictures, see `read_pairs`."""
+        return read_pairs(
+            source,
+            photos=VISUAL in self.towers,
+            required=self.config.data.photos == "required",
+            names=NAMES in self.towers,
+            min_score=source.number("min_score", MIN_SCORE, 0, 1),
+        )
+
+    def new_dataset(self, items: Items) -> ItemDataset:
+        for view in self.views:
+            if view not in items and view != VISUAL:
+                raise NearfarError(f"a relation is predicted from '{view}', too: give it for every pair.")
+        if VISUAL in self.towers and VISUAL not in items:
+            items = replace(items, columns=dict(items.columns) | {VISUAL: [None] * len(items)})
+        return super().new_dataset(items)
+
+    def predictions(self, outputs: Mapping[str, Tensor], items: Items) -> dict[str, Sequence[Any]]:
+        """The relation of every pair by the probe of the run, and the probability of each relation."""
+        assert self.predictor is not None
+        kept = (SPATIAL, NAMES) if self.config.keep_inputs else ()
+        inputs = {
+            view: cast(Rows, self.towers[view].read(items[view])).values.numpy()
+            for view in kept
+            if view in self.towers
+        }
+        pixels = items.present(VISUAL) if VISUAL in items else np.zeros(len(items), bool)
+        at, shares = self.predictor(blocks_of_rows(inputs, outputs, pixels))
+        relations = self.predictor.relations
+        columns: dict[str, Sequence[Any]] = {
+            name: list(items[name])
+            for name in ("image", "subject", "object", "subject_box", "object_box")
+            if name in items
+        }
+        columns["relation"] = [relations[i] for i in at.tolist()]
+        columns["probability"] = shares[np.arange(len(at)), at].tolist()
+        columns |= {f"p({relation})": shares[:, i].tolist() for i, relation in enumerate(relations)}
+        if VISUAL in self.towers:
+            columns["photo"] = pixels.tolist()
+        return columns

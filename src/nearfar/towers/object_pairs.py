@@ -1,8 +1,8 @@
-"""The towers of a pair of objects beside that of its boxes: the pixels of both crops, and both names."""
+"""Two objects in a photo beside the geometry of their boxes: the pixels of both crops, and both names."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,11 @@ from torch import nn
 from nearfar.data.batch import Rows
 from nearfar.data.cache import cached_arrays
 from nearfar.data.images import crop, stack
+from nearfar.data.photos import Box, File, Photo, as_photo
 from nearfar.errors import NearfarError
 from nearfar.models.image import ImageEncoder, build_image_encoder
 from nearfar.models.text import embed_texts
 from nearfar.models.views import PassThrough
-from nearfar.systems.relations.records import Box, Photo
 from nearfar.towers.base import Tower, read_tower_spec, write_tower_spec
 from nearfar.towers.text import TextTower
 from nearfar.towers.vector import Scaler
@@ -34,29 +34,71 @@ _MANY = 50  # pictures whose features take long enough to say so
 
 @dataclass(frozen=True)
 class Crops:
-    """A value of the view of pixels: a photo, and the boxes of subject and object in it."""
+    """A value of the view of pixels: a photo, and the boxes of both objects in it."""
 
     photo: Photo
     boxes: tuple[Box, Box]
+
+    @classmethod
+    def of(cls, value: Any) -> Crops:
+        """A value as it is, or made of a photo and two boxes: (photo, box, box) or a mapping of ``photo``, ``first``
+        and ``second``. A photo is a path or an array of pixels, a box left, top, right and bottom.
+
+        Raises:
+            NearfarError: a value that is none of these.
+
+        >>> Crops.of((np.zeros((8, 8, 3), np.uint8), [0, 0, 4, 4], [4, 4, 8, 8])).boxes[1]
+        (4.0, 4.0, 8.0, 8.0)
+        """
+        if isinstance(value, Crops):
+            return value
+        if isinstance(value, Mapping):
+            value = [value.get(name) for name in ("photo", "first", "second")]
+        if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 3:
+            raise NearfarError("a photo and two boxes are needed: (photo, box, box).")
+        first, second = (_box(each) for each in value[1:])
+        return cls(as_photo(value[0]), (first, second))
+
+
+def _box(value: Any) -> Box:
+    try:
+        left, top, right, bottom = (float(each) for each in value)
+    except (TypeError, ValueError):
+        raise NearfarError(
+            f"a box is left, top, right and bottom in pixels, and not {str(value)[:40]}."
+        ) from None
+    return left, top, right, bottom
 
 
 class CropTower(Tower):
     """Features of both crops side by side by a frozen image encoder, standardised by the training rows.
 
+    A value is a `Crops`, or what it can be made of.
+
     Args:
-        encoder: options of the image encoder, as ``image_encoder`` has them.
+        encoder: options of the image encoder, as ``image_encoder=`` has them; None: EfficientNet-lite0.
         size: width and height of a crop in pixels.
-        say: announces that features are computed, which takes a while.
 
     Features are computed once and kept by picture: the key is its content, its boxes, the encoder's weights and
     the size of the crops.
+
+    >>> tower = CropTower({"kind": "small", "features": 16}, 32)
+    >>> tower.build().width
+    32
     """
 
     kind = "crops"
-    models = ("name",)
+    #: announces that features are computed, which takes a while
+    say: Callable[[str], None] | None = None
 
-    def __init__(self, encoder: dict[str, Any], size: int, say: Callable[[str], None] | None = None) -> None:
-        self.encoder_options, self.size, self.say = dict(encoder), size, say
+    def __init__(self, encoder: Mapping[str, Any] | None = None, size: int = 128) -> None:
+        if encoder is not None and (not isinstance(encoder, Mapping) or "kind" not in encoder):
+            raise NearfarError(
+                f"encoder={encoder}: options of an image encoder are needed, such as encoder.kind=efficientnet."
+            )
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise NearfarError(f"size={size}: a whole number of pixels from 1 on is needed.")
+        self.encoder_options, self.size = dict(encoder or {"kind": "efficientnet"}), size
         self.train = "head"
         self.scaler: Scaler | None = None
         self._encoder: ImageEncoder | None = None
@@ -76,31 +118,37 @@ class CropTower(Tower):
     def options(self) -> dict[str, Any]:
         return {"encoder": self.encoder_options, "size": self.size}
 
-    def fit(self, values: Sequence[Crops] | np.ndarray) -> CropTower:
+    def check(self, values: Sequence[Any] | np.ndarray) -> list[str | None]:
+        """Photos that cannot be read, boxes without area, or outside the photo."""
+        sizes: dict[object, tuple[float, float] | str] = {}
+        return [_problem(value, sizes) for value in values]
+
+    def fit(self, values: Sequence[Any] | np.ndarray) -> CropTower:
         """Mean and spread of the features of the training pairs."""
         self.scaler = Scaler.of(self.features(values))
         return self
 
-    def features(self, values: Sequence[Crops] | np.ndarray) -> Float[ndarray, "n 2*width"]:
-        """Features of subject and object, not standardised.
+    def features(self, values: Sequence[Any] | np.ndarray) -> Float[ndarray, "n 2*width"]:
+        """Features of the first and the second crop, not standardised.
 
-        Raises ``NearfarError`` for a photo that cannot be read; those of ``nearfar.systems.relations.data`` were
-        decoded before.
+        Raises:
+            NearfarError: a photo that cannot be read.
         """
-        boxes: dict[int, dict[Box, int]] = {}
-        photos: dict[int, Photo] = {}
-        for value in values:
-            photos[id(value.photo)] = value.photo
-            own = boxes.setdefault(id(value.photo), {})
-            for box in value.boxes:
+        pairs = [Crops.of(value) for value in values]
+        boxes: dict[object, dict[Box, int]] = {}
+        photos: dict[object, Photo] = {}
+        for pair in pairs:
+            photos[_same(pair.photo)] = pair.photo
+            own = boxes.setdefault(_same(pair.photo), {})
+            for box in pair.boxes:
                 own.setdefault(box, len(own))
         features = {
             photo: self._of_picture(photos[photo], list(own), len(photos)) for photo, own in boxes.items()
         }
-        rows = np.zeros((len(values), 2 * self.encoder.width), dtype=np.float32)
-        for row, value in zip(rows, values, strict=True):
-            own = boxes[id(value.photo)]
-            row[:] = features[id(value.photo)][[own[box] for box in value.boxes]].reshape(-1)
+        rows = np.zeros((len(pairs), 2 * self.encoder.width), dtype=np.float32)
+        for row, pair in zip(rows, pairs, strict=True):
+            own = boxes[_same(pair.photo)]
+            row[:] = features[_same(pair.photo)][[own[box] for box in pair.boxes]].reshape(-1)
         return rows
 
     def _of_picture(self, photo: Photo, boxes: list[Box], pictures: int) -> Float[ndarray, "boxes width"]:
@@ -124,7 +172,7 @@ class CropTower(Tower):
         ]
         return torch.cat(parts).float().numpy()
 
-    def read(self, values: Sequence[Crops] | np.ndarray) -> Rows:
+    def read(self, values: Sequence[Any] | np.ndarray) -> Rows:
         if self.scaler is None:
             raise NearfarError("a tower of crops was not fitted: call fit(training values) or load it.")
         return Rows(self.scaler(self.features(values)))
@@ -150,16 +198,17 @@ class CropTower(Tower):
 
 
 class NamesTower(TextTower):
-    """The names of subject and object by a frozen text encoder, their vectors side by side.
+    """Two names by a frozen text encoder, their vectors side by side.
 
-    A value is two texts. The encoder is fitted on the distinct names of the training pairs.
+    A value is two texts. The encoder is fitted on the distinct names of the training pairs. Its options are those of
+    `TextTower` with ``train`` "head" or "frozen".
     """
 
     kind = "names"
 
     def check(self, values: Sequence[Any] | np.ndarray) -> list[str | None]:
-        """Empty names."""
-        return [None if all(str(name).strip() for name in pair) else "empty name" for pair in values]
+        """Values that are no two texts, and empty names."""
+        return [_names_problem(pair) for pair in values]
 
     def fit(self, values: Sequence[Any] | np.ndarray) -> NamesTower:
         super().fit(_distinct(values))
@@ -177,6 +226,41 @@ class NamesTower(TextTower):
 
     def reference(self, values: Sequence[Any] | np.ndarray) -> Float[ndarray, "n d"]:
         return self.read(values).values.numpy()
+
+
+def _same(photo: Photo) -> object:
+    """What is equal where two photos are the same."""
+    return photo.path if isinstance(photo, File) else id(photo)
+
+
+def _names_problem(value: Any) -> str | None:
+    if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != 2:
+        return "not two names"
+    return None if all(str(name).strip() for name in value) else "empty name"
+
+
+def _problem(value: Any, sizes: dict[object, tuple[float, float] | str]) -> str | None:
+    """Why a value is no photo with two boxes; each photo is decoded once."""
+    try:
+        crops = Crops.of(value)
+    except NearfarError as error:
+        return str(error)
+    key = _same(crops.photo)
+    if key not in sizes:
+        try:
+            height, width = crops.photo.read().shape[:2]
+            sizes[key] = (float(width), float(height))
+        except NearfarError as error:
+            sizes[key] = str(error)
+    size = sizes[key]
+    if isinstance(size, str):
+        return size
+    for left, top, right, bottom in crops.boxes:
+        if not np.isfinite([left, top, right, bottom]).all() or left >= right or top >= bottom:
+            return "box without area"
+        if right <= 0 or bottom <= 0 or left >= size[0] or top >= size[1]:
+            return "box outside the photo"
+    return None
 
 
 def _distinct(values: Sequence[Any] | np.ndarray) -> list[str]:
