@@ -210,7 +210,9 @@ def search(
     source = None
     if gallery is not None:
         source = new_data(gallery, column, id_column, encoding, images, smiles_column, text_column)
-    asked = Asked(query, None if queries is None else NewData(queries, encoding=encoding, images=images), query_column)
+    asked = Asked(
+        query, None if queries is None else NewData(queries, encoding=encoding, images=images), query_column
+    )
     run_search(
         run,
         asked,

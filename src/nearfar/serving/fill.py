@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,16 @@ from nearfar.data.images import thumbnail
 from nearfar.data.items import Items
 from nearfar.data.rejections import Rejections
 from nearfar.errors import NearfarError, nearest_name
-from nearfar.serving.stores import Kind, VectorStore, column_kind, create_store, open_store, store_exists
+from nearfar.serving.stores import (
+    Kind,
+    VectorStore,
+    column_kind,
+    create_store,
+    open_store,
+    plain_column,
+    plain_value,
+    store_exists,
+)
 from nearfar.serving.stream import state_of
 from nearfar.systems import build_system
 from nearfar.towers.build import tower_folder
@@ -78,7 +87,9 @@ def own_source(trained: Trained) -> Source:
         try:
             splits, current = system.own_data(lambda _: None)
         except NearfarError as error:
-            raise NearfarError(f"{trained.path}: the run's data cannot be read again ({error}) {advice}") from None
+            raise NearfarError(
+                f"{trained.path}: the run's data cannot be read again ({error}) {advice}"
+            ) from None
         if current != trained_on:
             raise NearfarError(
                 f"{trained.path}: its data files have changed since it was trained (content hash {trained_on} then, "
@@ -87,7 +98,9 @@ def own_source(trained: Trained) -> Source:
         ids = [identity for items in splits.values() for identity in items.ids]
         distinct = len(set(ids)) == len(ids)
         for name, items in splits.items():
-            columns = dict(items.columns) if "split" in items else items.columns | {"split": [name] * len(items)}
+            columns = (
+                dict(items.columns) if "split" in items else items.columns | {"split": [name] * len(items)}
+            )
             names = items.ids if distinct else [f"{name}/{identity}" for identity in items.ids]
             yield from _parts(replace(items, ids=names, columns=columns, rejections=Rejections()))
 
@@ -133,7 +146,8 @@ def open_gallery(
         say, advance: are told what is done, and how many rows.
 
     Raises:
-        NearfarError: a source without the view, a store that holds something else, that was filled by a different model.
+        NearfarError: a source without the view, a store that holds something else, that was filled by a different
+        model.
     """
     if target is not None and target not in trained.views:
         raise NearfarError(f"{trained.path} has no view '{target}': {nearest_name(target, trained.views)}")
@@ -151,7 +165,9 @@ def open_gallery(
         target, source = store.about["view"], source or _source_again(trained, store)
         return _fill(trained, source, target, place, store, query, say, advance)
     source = source or own_source(trained)
-    wanted = [target] if target is not None else [v for v in trained.views if v != query] + [query] * (query is not None)
+    wanted = [target]
+    if target is None:
+        wanted = [*(view for view in trained.views if view != query), query]
     if place is None:
         own = {view: _own_place(trained, source, view) for view in wanted if view is not None}
         kept = None if refill else _kept(own)
@@ -162,10 +178,8 @@ def open_gallery(
         _remove_outdated(place, source, target)
     else:
         target = _first_view(trained, source, wanted)
-    store = None
-    if store_exists(place) and not refill:
-        store = open_store(place)
-    return _fill(trained, source, target, place, store, query, say, advance)
+    begun = open_store(place) if store_exists(place) and not refill else None
+    return _fill(trained, source, target, place, begun, query, say, advance)
 
 
 def _own_place(trained: Trained, source: Source, view: str) -> str:
@@ -222,10 +236,13 @@ def _check(trained: Trained, store: VectorStore, source: Source | None, target: 
     anew = "Give a different --store, or fill it anew with --refill."
     if about.get("weights", trained.weights_key) != trained.weights_key:
         raise NearfarError(
-            f"{place} was filled by a different model ({about.get('run')}), whose vectors mean nothing to this one. {anew}"
+            f"{place} was filled by a different model ({about.get('run')}), whose vectors mean nothing to this one. "
+            f"{anew}"
         )
     if store.dim != trained.dim:
-        raise NearfarError(f"{place} holds vectors of {store.dim} numbers, and this run's have {trained.dim}. {anew}")
+        raise NearfarError(
+            f"{place} holds vectors of {store.dim} numbers, and this run's have {trained.dim}. {anew}"
+        )
     view = about.get("view")
     if target is not None and view is not None and view != target:
         raise NearfarError(f"{place} holds vectors of '{view}', and not of '{target}'. {anew}")
@@ -233,8 +250,8 @@ def _check(trained: Trained, store: VectorStore, source: Source | None, target: 
         held = about.get("source", "something else")
         same = " in an earlier state" if held == source.name else ""
         raise NearfarError(
-            f"{place} holds {held}{same}, and not {source.name}{' as it is now' if same else ''}. Leave --gallery out to "
-            f"search what it holds. {anew}"
+            f"{place} holds {held}{same}, and not {source.name}{' as it is now' if same else ''}. Leave --gallery "
+            f"out to search what it holds. {anew}"
         )
 
 
@@ -243,7 +260,8 @@ def _source_again(trained: Trained, store: VectorStore) -> Source:
     source = own_source(trained)
     if store.about.get("key") != source.key:
         raise NearfarError(
-            f"{store.shown} was not filled to the end. Give its data again, {store.about.get('source')}, with --gallery."
+            f"{store.shown} was not filled to the end. Give its data again ({store.about.get('source')}) with "
+            "--gallery."
         )
     return source
 
@@ -280,7 +298,7 @@ def _fill(
             asked.extend(items.take(np.flatnonzero(items.present(query)))[query])
         if store is None:
             columns = _columns(trained, items)
-            kinds = {name: column_kind(values) for name, values in columns.items()}
+            kinds = _kinds(trained, columns)
             store = create_store(place, trained.dim, kinds, _about(trained, source, target, items))
         if position >= done and len(present):
             chosen = items.take(present)
@@ -296,7 +314,9 @@ def _fill(
     if len(empty):
         say(f"{source.name}: values left empty: {empty.summary().partition(': ')[2]}")
     if names.repeated:
-        say(f"{source.name}: {names.repeated:,} ids were there already and got a number, such as {names.example}")
+        say(
+            f"{source.name}: {names.repeated:,} ids were there already and got a number, such as {names.example}"
+        )
     if store.approximate_from is not None and len(store) >= store.approximate_from:
         say(f"{source.name}: {len(store):,} rows, for which an index is built")
         some = asked.values
@@ -364,7 +384,7 @@ class _Sample:
 def _columns(trained: Trained, items: Items) -> dict[str, list[Any]]:
     """The columns of items that a store keeps: texts, numbers, Booleans, and pictures by their paths.
 
-    A picture that lies in no file is kept itself, small, as a data address.
+    A picture that lies in no file is kept itself, small, as a data address. Ids are no column.
     """
     columns: dict[str, list[Any]] = {}
     for name, values in items.columns.items():
@@ -375,7 +395,19 @@ def _columns(trained: Trained, items: Items) -> dict[str, list[Any]]:
                 columns[name] = values.tolist()
         elif all(value is None or isinstance(value, (str, int, float, Path)) for value in values):
             columns[name] = [str(value) if isinstance(value, Path) else value for value in values]
-    return {name: values for name, values in columns.items() if any(value is not None for value in values)}
+    return {
+        name: values
+        for name, values in columns.items()
+        if any(value is not None for value in values) and list(map(str, values)) != items.ids
+    }
+
+
+def _kinds(trained: Trained, columns: Mapping[str, Sequence[Any]]) -> dict[str, Kind]:
+    """What columns hold, by their first rows: those of views as they are, of others also numbers that are written out."""
+    return {
+        name: column_kind(values if name in trained.views else plain_column(values))
+        for name, values in columns.items()
+    }
 
 
 def _picture(value: Any) -> str | None:
@@ -388,19 +420,18 @@ def _picture(value: Any) -> str | None:
 
 
 def _fitting(
-    kinds: dict[str, Kind], columns: dict[str, list[Any]], items: Items, empty: Rejections
+    kinds: Mapping[str, Kind], columns: Mapping[str, list[Any]], items: Items, empty: Rejections
 ) -> dict[str, list[Any]]:
     """Every column of the store; a value that does not fit its kind, as the first rows gave it, is left empty."""
     fitting: dict[str, list[Any]] = {}
     for name, kind in kinds.items():
         values = columns.get(name, [None] * len(items))
-        if kind != "text" and column_kind(values) not in (kind, "text" if not any(values) else kind):
-            allowed = bool if kind == "boolean" else (int, float)
-            values = list(values)
+        if kind != "text":
+            values = [plain_value(value) for value in values]
             for i, value in enumerate(values):
-                if value is not None and not isinstance(value, allowed):
+                if value is not None and column_kind([value]) != kind and value == value:
                     number = items.rows[i] if items.rows else None
-                    empty.add(f"'{name}' holds {kind}s in the first rows", number, value)
+                    empty.add(f"no {kind} in '{name}'", number, value)
                     values[i] = None
         fitting[name] = values
     return fitting
@@ -408,14 +439,17 @@ def _fitting(
 
 def value_store(trained: Trained, values: Sequence[Any] | np.ndarray, view: str) -> VectorStore:
     """A list of values as a store in a temporary folder, which goes when the store does; ids are their positions."""
-    if not len(values):
-        raise NearfarError("the gallery is empty: there is nothing to search in.")
     folder = tempfile.mkdtemp(prefix="nearfar-")
     vectors = trained.embed(values, view)
     items = Items([str(i) for i in range(len(values))], {view: values})
     columns = _columns(trained, items)
-    kinds: dict[str, Kind] = {name: column_kind(each) for name, each in columns.items()}
-    about = {"view": view, "kinds": {view: trained.kind(view)}, "source": "the values", "weights": trained.weights_key}
+    kinds = _kinds(trained, columns)
+    about = {
+        "view": view,
+        "kinds": {view: trained.kind(view)},
+        "source": "the values",
+        "weights": trained.weights_key,
+    }
     store = create_store(os.path.join(folder, "values.faiss"), trained.dim, kinds, about)
     weakref.finalize(store, shutil.rmtree, folder, ignore_errors=True)
     store.add(items.ids, vectors, columns)

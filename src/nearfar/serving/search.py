@@ -13,7 +13,7 @@ import numpy as np
 from nearfar.data.chunks import NewData, read_chunks
 from nearfar.data.items import Items
 from nearfar.errors import NearfarError
-from nearfar.serving.fill import Advance, Say, file_source, open_gallery, own_source, value_store
+from nearfar.serving.fill import Advance, Say, file_source, open_gallery, value_store
 from nearfar.serving.stores import Matches, VectorStore, is_place, open_store
 from nearfar.towers.build import PICTURES
 
@@ -46,7 +46,9 @@ class Hit:
 
     def __getitem__(self, column: str) -> Any:
         if column not in self.row:
-            raise NearfarError(f"the gallery has no column '{column}'; it has {', '.join(self.row) or 'none'}")
+            raise NearfarError(
+                f"the gallery has no column '{column}'; it has {', '.join(self.row) or 'none'}"
+            )
         return self.row[column]
 
 
@@ -106,7 +108,11 @@ class Hits(Sequence[Hit]):
 
     def _repr_html_(self) -> str:
         cards = "".join(self._card(hit) for hit in self.hits) or "<p>no row passes the filter</p>"
-        asked = _shown(self.query, self.kinds.get(self.view, "text")) if self.kinds.get(self.view) != "text" else ""
+        asked = (
+            _shown(self.query, self.kinds.get(self.view, "text"))
+            if self.kinds.get(self.view) != "text"
+            else ""
+        )
         return (
             f'<section class="nearfar-hits" style="font:13px/1.4 system-ui,sans-serif">'
             f'<h2 style="font-size:15px;margin:16px 0 2px">{html.escape(self.title)}</h2>'
@@ -159,7 +165,10 @@ def _shown(value: Any, kind: str) -> str:
     if kind == "molecule" and isinstance(value, str):
         from nearfar.systems.molecules.system import draw
 
-        return draw(value, _SIDE, 140) + f'<div style="overflow-wrap:anywhere;opacity:.7">{_letters(value)}</div>'
+        return (
+            draw(value, _SIDE, 140)
+            + f'<div style="overflow-wrap:anywhere;opacity:.7">{_letters(value)}</div>'
+        )
     if kind == "image":
         address = _picture_address(value)
         if address is not None:
@@ -205,8 +214,8 @@ def hits_page(answers: Iterable[Hits]) -> str:
 def query_view(trained: Trained, queries: Sequence[Any] | np.ndarray, tower: str | None = None) -> str:
     """The view whose tower reads the queries: the one that is named, the only one, or the one that they look like.
 
-    Existing picture files are pictures; what reads as a SMILES, has no blank and is no word is a molecule; other texts go
-    to the only view of texts.
+    Existing picture files are pictures; what reads as a SMILES, has no blank and is no word is a molecule; other
+    texts go to the only view of texts.
 
     Raises:
         NearfarError: several views could be meant.
@@ -244,7 +253,9 @@ def _checked(trained: Trained, queries: Sequence[Any] | np.ndarray, view: str) -
     for query, reason in zip(queries, trained.check(queries, view), strict=True):
         if reason is not None:
             others = [each for each in trained.views if each != view]
-            advice = f" To search by {' or '.join(others)}, say so with --tower {others[0]}." if others else ""
+            advice = (
+                f" To search by {' or '.join(others)}, say so with --tower {others[0]}." if others else ""
+            )
             raise NearfarError(
                 f"the query {_query_text(query)!r} cannot be read as '{view}' ({trained.kind(view)}): {reason}.{advice}"
             )
@@ -266,7 +277,8 @@ def read_queries(
             )
         tower = texts[0]
     view = trained.view_of((), tower)
-    headers = getattr(trained.system, "view_headers", dict)().get(view, [view])
+    known: Mapping[str, Sequence[str]] = getattr(trained.system, "view_headers", dict)()
+    headers = known.get(view, [view])
     named = {} if column is None else {view: column}
     parts = list(read_chunks(replace(data, columns=named), {view: [*headers, "query"]}))
     ids, values = [], []
@@ -298,7 +310,7 @@ def gallery_of(
     say: Say = lambda _: None,
     advance: Advance = lambda _: None,
 ) -> VectorStore:
-    """What is searched, as a store: a list of values, a table or folder, a store or its place, None: the run's own data.
+    """What is searched, as a store: a list of values, a table or folder, a store or its place, None: the run's data.
 
     Other arguments and errors are those of `open_gallery`.
     """
@@ -314,7 +326,9 @@ def gallery_of(
     elif isinstance(gallery, (str, Path)):
         source = file_source(trained, NewData(Path(gallery)))
     elif gallery is not None:
-        return value_store(trained, gallery, trained.view_of(gallery, target))
+        if not len(gallery):
+            raise NearfarError("the gallery is empty: there is nothing to search in.")
+        return value_store(trained, gallery, query_view(trained, gallery, target))
     return open_gallery(
         trained, source, target, query=query, place=place, refill=refill, say=say, advance=advance
     )
@@ -356,4 +370,6 @@ def _how(store: VectorStore, exact: bool) -> str:
     if exact or store.index is None:
         return f"{rows}, all compared"
     facts = store.index
-    return f"{rows}, by an index: recall@{facts['k']} {facts['recall']:.3f} on {facts['queries']} {facts['of']}"
+    return (
+        f"{rows}, by an index: recall@{facts['k']} {facts['recall']:.3f} on {facts['queries']} {facts['of']}"
+    )

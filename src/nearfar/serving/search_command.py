@@ -117,7 +117,10 @@ def _queries(trained: Trained, asked: Asked, tower: str | None, console: Console
     assert asked.query is not None
     view = query_view(trained, [asked.query], tower)
     if tower is None and trained.kind(view) == "molecule" and len(trained.views) > 1:
-        say(console, f"the query reads as a molecule; to search by its words, say --tower {_other(trained, view)}")
+        say(
+            console,
+            f"the query reads as a molecule; to search by its words, say --tower {_other(trained, view)}",
+        )
     return Items(["query"], {view: [asked.query]}), view
 
 
@@ -149,7 +152,10 @@ def _announce(
         chosen = np.linspace(0, len(items) - 1, _JUDGED).astype(int).tolist()
         sample = trained.vectors([values[i] for i in chosen], view)
         recall = store.recall(sample, min(k, 100), list(where) or None)
-        say(console, f"recall@{min(k, 100)} {recall:.3f} on {_JUDGED} of these queries; --exact compares all rows")
+        say(
+            console,
+            f"recall@{min(k, 100)} {recall:.3f} on {_JUDGED} of these queries; --exact compares all rows",
+        )
 
 
 def _means_nothing(trained: Trained, view: str, values: Any) -> bool:

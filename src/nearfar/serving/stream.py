@@ -27,7 +27,15 @@ if TYPE_CHECKING:
 
     from nearfar.serving.trained import Trained
 
-__all__ = ["TABLE_ENDINGS", "Written", "embed_file", "predict_file", "require_writable", "state_of", "write_rows"]
+__all__ = [
+    "TABLE_ENDINGS",
+    "Written",
+    "embed_file",
+    "predict_file",
+    "require_writable",
+    "state_of",
+    "write_rows",
+]
 
 TABLE_ENDINGS = (".csv", ".tsv", ".jsonl", ".parquet")
 _VECTOR_ENDINGS = (".parquet", ".npz")

@@ -284,8 +284,13 @@ class Trained:
     def weights_key(self) -> str:
         """Names the weights: what they embedded means nothing to others."""
         return content_key(
-            [[name, value.detach().float().cpu().numpy()] for name, value in each.model.state_dict().items()]
-            for each in self.members
+            [
+                [
+                    [name, value.detach().float().cpu().numpy()]
+                    for name, value in each.model.state_dict().items()
+                ]
+                for each in self.members
+            ]
         )
 
     def search(

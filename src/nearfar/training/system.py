@@ -266,8 +266,8 @@ class System(ABC, Generic[Batch, Model]):
         )
 
     def own_data(self, say: Say) -> tuple[dict[str, Items], str]:
-        """The splits of the configured data, read again and fitted to nothing, and their ``data_hash`` as ``layout`` has
-        it, which tells whether they are what a run was trained on."""
+        """The splits of the configured data, read again, and their ``data_hash`` as ``layout`` has it, which tells
+        whether they are what a run was trained on. Nothing is fitted."""
         raise NearfarError(f"system '{self.name}' does not read its data again.")
 
     def embed_view(self, model: Model, view: str, field: Any) -> Tensor:

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nearfar.errors import NearfarError
-from nearfar.serving.stores.base import Matches, VectorStore, column_kind
+from nearfar.serving.stores.base import Matches, VectorStore, column_kind, plain_column, plain_value
 from nearfar.serving.stores.filters import Condition, Kind, parse_where
 
 __all__ = [
@@ -30,6 +30,8 @@ __all__ = [
     "is_place",
     "open_store",
     "parse_where",
+    "plain_column",
+    "plain_value",
     "store_exists",
 ]
 

@@ -225,10 +225,14 @@ class MoleculeSystem(ViewSystem):
     def new_items(self, source: NewData) -> Iterator[Items]:
         """Tables, and lists of SMILES and SDF as `read_structures` reads them."""
         path = Path(source.path).expanduser()
-        if path.is_file() and full_suffix(path) in STRUCTURE_SUFFIXES and full_suffix(path) not in TABLE_SUFFIXES:
+        if (
+            path.is_file()
+            and full_suffix(path) in STRUCTURE_SUFFIXES
+            and full_suffix(path) not in TABLE_SUFFIXES
+        ):
             yield from self._new_structures(path, source)
             return
-        for items in read_chunks(source, self.view_headers(), ids=self._headers("id")):
+        for items in read_chunks(source, self.view_headers()):
             yield self.usable(items)
 
     def _new_structures(self, path: Path, source: NewData) -> Iterator[Items]:
@@ -238,7 +242,12 @@ class MoleculeSystem(ViewSystem):
                 raise NearfarError(f"this run has no view '{view}'; {nearest_name(view, self.views)}")
         given = {name: source.columns.get(role) for name, role in roles.items()} | {"id": source.id_column}
         table = read_structures(
-            path, {name: self._headers(name) for name in roles}, given, ("text", "id"), _NAMING, source.encoding
+            path,
+            {name: self._headers(name) for name in roles},
+            given,
+            ("text", "id"),
+            _NAMING,
+            source.encoding,
         )
         ids = table["id"] if "id" in table else [str(row) for row in table.rows]
         columns = {
