@@ -135,8 +135,17 @@ def predict(
     images: Images = None,
     options: Options = None,
     device: Device = "auto",
+    gallery: Annotated[
+        Path | None,
+        typer.Option(help="What rows are compared with, where they are compared; by default each other."),
+    ] = None,
+    gallery_column: Annotated[
+        list[str] | None,
+        typer.Option("--gallery-column", help="NAME=HEADER, as --column, of the gallery; may be repeated."),
+    ] = None,
+    k: Annotated[int | None, typer.Option("--k", "-k", help="How many nearest items are given.")] = None,
 ) -> None:
-    """Predict with a trained run: aspects of reviews, classes, relations, boxes, expression.
+    """Predict with a trained run: aspects of reviews, classes, relations, boxes, expression, nearest items.
 
     Rows that cannot be read are counted and listed. A command that was killed goes on where it was.
     """
@@ -144,9 +153,10 @@ def predict(
     from nearfar.serving.stream import predict_file
 
     source = new_data(data, column, id_column, encoding, images, options=options)
+    others = None if gallery is None else new_data(gallery, gallery_column, id_column, encoding, images)
     trained = load(run, device)
     with terminal.progress_bar(None) as advance:
-        written = predict_file(trained, source, output, advance=advance)
+        written = predict_file(trained, source, output, gallery=others, k=k, advance=advance)
     _report(written)
 
 

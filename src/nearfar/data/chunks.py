@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -47,7 +48,7 @@ class NewData:
     columns: Mapping[str, str] = field(default_factory=dict)
     id_column: str | None = None
     encoding: str | None = None
-    rows: int = 4096
+    rows: int = 1024
     images: Path | None = None
     others: bool = False
     options: Mapping[str, str] = field(default_factory=dict)
@@ -77,7 +78,12 @@ class NewData:
         return given
 
 
-def read_chunks(source: NewData, headers: Mapping[str, Sequence[str]]) -> Iterator[Items]:
+def read_chunks(
+    source: NewData,
+    headers: Mapping[str, Sequence[str]],
+    also: Mapping[str, Sequence[str]] | None = None,
+    ids: Sequence[str] = (),
+) -> Iterator[Items]:
     """The items of a table, folder or shards, ``source.rows`` at a time, with a column for each name in ``headers``.
 
     Parquet, and JSON lines and text tables above 64 MB, are read as a stream. Ids need not differ. Rows that cannot be
@@ -88,6 +94,8 @@ def read_chunks(source: NewData, headers: Mapping[str, Sequence[str]]) -> Iterat
         source: what to read.
         headers: for each name the headers under which it may stand, best first; ``source.columns`` overrides them. A
             column that ``source.columns`` names has to be there, of the others at least one.
+        also: the same of columns that are read where they are there, and without which nothing is missing.
+        ids: headers under which ids may stand, best first, where ``source`` names none; the last is ``id``.
 
     Raises:
         NearfarError: nothing to read, damaged files, none of the columns, a column that was named and is not there.
@@ -101,17 +109,19 @@ def read_chunks(source: NewData, headers: Mapping[str, Sequence[str]]) -> Iterat
     """
     if source.rows < 1:
         raise NearfarError(f"a chunk of {source.rows} rows: at least one is needed.")
+    also = also or {}
     for name in source.columns:
-        if name not in headers:
+        if name not in headers and name not in also:
             raise NearfarError(
                 f"a column for '{name}' was named, and this run reads none; it reads {', '.join(headers)}."
             )
+    wanted = _Wanted(headers, also, [*ids, "id"])
     path = Path(source.path).expanduser()
     suffix = full_suffix(path) if path.is_file() else ""
     if suffix in PARQUET_SUFFIXES:
         require_file(path)
         names = parquet_header(path)
-        header = _Header(path, names, source, headers)
+        header = _Header(path, names, source, wanted)
         columns = names if source.others else header.needed
         for items in parquet_chunks(path, columns, source.rows, source.images):
             yield header.named(items)
@@ -119,14 +129,14 @@ def read_chunks(source: NewData, headers: Mapping[str, Sequence[str]]) -> Iterat
         stream = _json_lines if suffix in _LINES else _delimited
         header = None
         for raw in stream(path, suffix, source):
-            header = header or _Header(path, raw.header, source, headers)
+            header = header or _Header(path, raw.header, source, wanted)
             yield header.items(raw)
     elif suffix in TABLE_SUFFIXES:
         raw = as_lines(open_table(path, source.encoding, "--encoding"), source.encoding)
-        yield from _parts(_Header(path, raw.header, source, headers).items(raw), source.rows)
+        yield from _parts(_Header(path, raw.header, source, wanted).items(raw), source.rows)
     else:
         whole = read_items(path, encoding=source.encoding, encoding_option="--encoding")
-        header = _Header(path, list(whole.columns), source, headers)
+        header = _Header(path, list(whole.columns), source, wanted)
         yield from _parts(header.named(whole), source.rows)
 
 
@@ -137,16 +147,34 @@ def _parts(whole: Items, rows: int) -> Iterator[Items]:
         yield replace(chunk, rejections=whole.rejections) if start == 0 else chunk
 
 
+@dataclass(frozen=True)
+class _Wanted:
+    """The headers of the columns that are wanted, of those that are taken along, and of ids."""
+
+    headers: Mapping[str, Sequence[str]]
+    also: Mapping[str, Sequence[str]]
+    ids: Sequence[str]
+
+
 class _Header:
     """Which columns of a source are wanted, and its rows as items with these."""
 
     def __init__(
-        self, path: Path, header: Sequence[str], source: NewData, headers: Mapping[str, Sequence[str]]
+        self,
+        path: Path,
+        header: Sequence[str],
+        source: NewData,
+        wanted: _Wanted,
     ) -> None:
         self.path, self.source = path, source
-        given = {name: source.columns.get(name) for name in headers}
         about = (_NAMING, "Its columns are")
-        used = choose_columns(path, header, headers, given, list(headers), *about)
+        used, beside = (
+            choose_columns(
+                path, header, some, {name: source.columns.get(name) for name in some}, list(some), *about
+            )
+            for some in (wanted.headers, wanted.also)
+        )
+        headers = wanted.headers
         self.ids: str | None = None
         if source.id_column is not None:
             own = {"id": [source.id_column]}
@@ -155,19 +183,21 @@ class _Header:
             )
             self.ids = header[at["id"]]
         else:
-            same = [head for head in header if column_key(head) == "id"]
-            self.ids = same[0] if len(same) == 1 else None
-        others = [head for head in header if head != self.ids]
+            of_key = Counter(map(column_key, header))
+            keys = [key for key in map(column_key, wanted.ids) if of_key[key] == 1]
+            self.ids = next((head for head in header if keys and column_key(head) == keys[0]), None)
+        known = {self.ids, *(header[position] for position in beside.values())}
+        others = [head for head in header if head not in known]
         if not used and len(headers) == len(others) == 1:
             used = {next(iter(headers)): header.index(others[0])}
         if not used:
             listed = ", ".join(repr(head) for head in header[:40])
-            wanted = " or ".join(repr(name) for name in headers)
+            sought = " or ".join(repr(name) for name in headers)
             example = _NAMING.format(name=next(iter(headers)))
             raise NearfarError(
-                f"{path} has no column {wanted}. Its columns are {listed}. Name one with {example}."
+                f"{path} has no column {sought}. Its columns are {listed}. Name one with {example}."
             )
-        self.used = {name: header[position] for name, position in used.items()}
+        self.used = {name: header[position] for name, position in {**beside, **used}.items()}
         self.header = list(header)
 
     @property

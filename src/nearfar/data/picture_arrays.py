@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from nearfar.data.mapped import mapped_arrays
 from nearfar.data.picture_check import check_pictures
 from nearfar.errors import NearfarError
 
-__all__ = ["PictureArrays", "check_picture_values"]
+__all__ = ["PictureArrays", "check_picture_values", "decode_pictures"]
 
 _VERSION = 2  # of how pictures are brought to their size; part of every cache key
 _PART = 256  # pictures decoded before they are written
@@ -32,13 +32,20 @@ class PictureArrays:
             mapped from disk; or a sequence of such arrays of one picture each, whose sizes may differ.
         size: the (height, width) that each whole picture is brought to, bilinear, its sides not kept in proportion.
             None leaves the pictures of an array at their size.
+        decoded: what `decode_pictures` has read of some files already.
 
     >>> pictures = PictureArrays(np.full((5, 4, 6), 7, np.uint8), (2, 2))
     >>> pictures.part(3, 5).shape, pictures.part(0, 1).max(), len(pictures)
     ((2, 2, 2, 3), np.uint8(7), 5)
     """
 
-    def __init__(self, values: Sequence[Any] | np.ndarray, size: tuple[int, int] | None) -> None:
+    def __init__(
+        self,
+        values: Sequence[Any] | np.ndarray,
+        size: tuple[int, int] | None,
+        decoded: Mapping[str, np.ndarray] | None = None,
+    ) -> None:
+        self._decoded = decoded or {}
         self._array = values if isinstance(values, np.ndarray) and values.ndim > 1 else None
         self._values = list(values) if self._array is None else []
         if self._array is not None:
@@ -146,6 +153,8 @@ class PictureArrays:
         ]
 
     def _picture(self, value: Any) -> UInt8[np.ndarray, "h w 3"]:
+        if self._decoded and not isinstance(value, np.ndarray) and str(value) in self._decoded:
+            return self._decoded[str(value)]
         pixels = np.asarray(value) if isinstance(value, np.ndarray) else read_image(value)
         if pixels.ndim == 2:
             pixels = pixels[:, :, None]
@@ -156,12 +165,41 @@ class PictureArrays:
         return pixels if pixels.shape[2] == 3 else np.repeat(pixels, 3, axis=2)
 
 
+def decode_pictures(
+    values: Sequence[Any] | np.ndarray, size: tuple[int, int]
+) -> tuple[list[str | None], dict[str, UInt8[np.ndarray, "h w 3"]]]:
+    """As `check_picture_values`, and the pictures of the files, at ``size``, by their paths: decoded once for both."""
+    pixels: dict[str, np.ndarray] = {}
+
+    def problems(paths: Sequence[Path]) -> list[str]:
+        pictures = PictureArrays([], size)
+
+        def problem(path: Path) -> str:
+            try:
+                pixels[str(path)] = pictures._picture(path)
+            except NearfarError as error:
+                return str(error)
+            return ""
+
+        with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as threads:
+            return list(threads.map(problem, paths))
+
+    return _reasons(values, problems), pixels
+
+
 def check_picture_values(values: Sequence[Any] | np.ndarray) -> list[str | None]:
     """For each path or array why it is no picture; None where it is one. Files are decoded in full, in threads.
 
     >>> check_picture_values(["no/such/file.png", 3, np.zeros((4, 4), np.uint8), np.zeros(4)])
     ['no such file', 'neither a path nor an array', None, 'float64 (4,) is no picture; (h, w) or (h, w, 3) of uint8 is']
     """
+    return _reasons(values, lambda paths: [checked.problem for checked in check_pictures(paths)])
+
+
+def _reasons(
+    values: Sequence[Any] | np.ndarray, problems: Callable[[Sequence[Path]], list[str]]
+) -> list[str | None]:
+    """For each value why it is no picture; ``problems`` says it of files that are there, "" of good ones."""
     if isinstance(values, np.ndarray) and values.ndim > 1:
         _check_array(values)
         return [None] * len(values)
@@ -179,9 +217,9 @@ def check_picture_values(values: Sequence[Any] | np.ndarray) -> list[str | None]
         else:
             files.append((i, Path(value)))
         reasons.append(reason)
-    for (i, path), checked in zip(files, check_pictures([path for _, path in files]), strict=True):
-        if checked.problem:  # without the file's name, so that equal reasons are counted together
-            reasons[i] = checked.problem.replace(str(path), "").strip(" :.").replace("  ", " ")
+    for (i, path), problem in zip(files, problems([path for _, path in files]), strict=True):
+        if problem:  # without the file's name, so that equal reasons are counted together
+            reasons[i] = problem.replace(str(path), "").strip(" :.").replace("  ", " ")
     return reasons
 
 

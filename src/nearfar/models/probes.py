@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -12,13 +15,28 @@ from torch import Tensor
 from nearfar.arguments import choice, whole_number
 from nearfar.errors import NearfarError
 
-__all__ = ["LinearProbe", "nearest_classes"]
+__all__ = ["LinearProbe", "Votes", "nearest_classes", "nearest_votes"]
 
 _TILE = 1 << 24  # similarities in memory at a time
+_PARTS = ("mean", "spread", "weight", "bias")
 _ITERATIONS = 200  # of L-BFGS at most; the loss is convex, and stops changing well before
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Votes:
+    """What the nearest training items of each query say.
+
+    ``classes`` (m,) is the class that most of them have, ``shares`` (m,) which part of them has it; ``nearest`` (m, k)
+    are their positions, nearest first, and ``similarities`` (m, k) cosines, or with ``metric="euclidean"`` distances
+    below 0.
+    """
+
+    classes: Int[Tensor, " m"]
+    shares: Float[Tensor, " m"]
+    nearest: Int[Tensor, "m k"]
+    similarities: Float[Tensor, "m k"]
+
+
 def nearest_classes(
     train: Float[Tensor, "n d"],
     codes: Int[Tensor, " n"],
@@ -34,6 +52,24 @@ def nearest_classes(
     >>> nearest_classes(train, codes, torch.tensor([[0.04], [2.0]]), k=1, metric="euclidean")
     tensor([4, 7])
     """
+    return nearest_votes(train, codes, queries, k, metric).classes
+
+
+@torch.no_grad()
+def nearest_votes(
+    train: Float[Tensor, "n d"],
+    codes: Int[Tensor, " n"],
+    queries: Float[Tensor, "m d"],
+    k: int = 5,
+    metric: Literal["cosine", "euclidean"] = "cosine",
+) -> Votes:
+    """The vote of `nearest_classes`, and who voted.
+
+    >>> train, codes = torch.tensor([[0.0], [0.1], [1.0]]), torch.tensor([4, 4, 7])
+    >>> votes = nearest_votes(train, codes, torch.tensor([[0.6]]), k=3, metric="euclidean")
+    >>> votes.classes.tolist(), votes.shares.tolist(), votes.nearest.tolist()
+    ([4], [0.6666666865348816], [[2, 1, 0]])
+    """
     k = min(whole_number("k", k, 1), len(train))
     choice("metric", metric, ("cosine", "euclidean"))
     _check(train, codes, queries)
@@ -48,12 +84,25 @@ def nearest_classes(
     classes = int(codes.max()) + 1
     # A vote weighs a little more the nearer it is, by less than one vote in all.
     weights = 1 + torch.arange(k, 0, -1) / (2.0 * k * k)
-    predicted = []
+    predicted, shares, nearest, similarities = [], [], [], []
     for part in queries.split(max(1, _TILE // len(train))):
-        nearest = (part @ train.T - half.to(part)).topk(k, dim=1).indices
-        votes = torch.zeros(len(part), classes).scatter_add_(1, codes[nearest], weights.expand(len(part), -1))
-        predicted.append(votes.argmax(1))
-    return torch.cat(predicted) if predicted else torch.zeros(0, dtype=torch.int64)
+        scores, at = (part @ train.T - half.to(part)).topk(k, dim=1)
+        votes = torch.zeros(len(part), classes).scatter_add_(1, codes[at], weights.expand(len(part), -1))
+        winner = votes.argmax(1)
+        if metric == "euclidean":
+            scores = -(part.square().sum(1, keepdim=True) - 2 * scores).clamp(min=0).sqrt()
+        predicted.append(winner)
+        shares.append((codes[at] == winner[:, None]).float().mean(1))
+        nearest.append(at)
+        similarities.append(scores)
+    if not predicted:
+        return Votes(
+            torch.zeros(0, dtype=torch.int64),
+            torch.zeros(0),
+            torch.zeros(0, k, dtype=torch.int64),
+            torch.zeros(0, k),
+        )
+    return Votes(torch.cat(predicted), torch.cat(shares), torch.cat(nearest), torch.cat(similarities))
 
 
 class LinearProbe:
@@ -78,10 +127,44 @@ class LinearProbe:
             self.weight, self.bias = _minimised(x, codes.clone(), penalty)
 
     @torch.no_grad()
+    def logits(self, rows: Float[Tensor, "m d"]) -> Float[Tensor, "m c"]:
+        """Logits of every class; their softmax over classes are probabilities."""
+        x = (rows.float() - self.mean) / self.spread
+        return F.linear(x, self.weight, self.bias)
+
     def classes(self, rows: Float[Tensor, "m d"]) -> Int[Tensor, " m"]:
         """The most probable class of each row."""
-        x = (rows.float() - self.mean) / self.spread
-        return F.linear(x, self.weight, self.bias).argmax(1)
+        return self.logits(rows).argmax(1)
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """What `from_arrays` makes the same probe of."""
+        return {name: getattr(self, name).numpy() for name in _PARTS}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> LinearProbe:
+        """The probe whose `to_arrays` these are, without fitting.
+
+        Raises:
+            NearfarError: arrays that are no probe's.
+        """
+        probe = cls.__new__(cls)
+        for name in _PARTS:
+            if name not in arrays or arrays[name].dtype != np.float32:
+                raise NearfarError(
+                    f"the '{name}' of a linear probe is missing, or no array of float32 numbers"
+                )
+            setattr(probe, name, torch.from_numpy(np.array(arrays[name])))
+        d = probe.mean.shape
+        classes = len(probe.bias)
+        if (
+            len(d) != 1
+            or probe.spread.shape != d
+            or probe.weight.shape != (classes, *d)
+            or probe.bias.ndim != 1
+        ):
+            shapes = ", ".join(f"{name} {tuple(getattr(probe, name).shape)}" for name in _PARTS)
+            raise NearfarError(f"the parts of a linear probe do not fit each other: {shapes}")
+        return probe
 
 
 def _minimised(

@@ -114,18 +114,28 @@ def embed_file(
 
 
 def predict_file(
-    trained: Trained, source: NewData, output: Path, *, advance: Advance = lambda _: None
+    trained: Trained,
+    source: NewData,
+    output: Path,
+    *,
+    gallery: NewData | None = None,
+    k: int | None = None,
+    advance: Advance = lambda _: None,
 ) -> Written:
     """Predict a file or folder: ``id``, ``row`` and the columns of the system's predictions.
 
     ``output`` is a table (``.csv``, ``.tsv``, ``.jsonl``, ``.parquet``) or what the system writes besides, such as COCO
-    results. Arguments, resuming and errors as of `embed_file`.
+    results; ``gallery`` and ``k`` as of `Trained.predict`. Other arguments, resuming and errors as of `embed_file`;
+    what items are compared with is embedded anew.
     """
     require_writable(output, "predictions.csv")
     writer = trained.system.prediction_writer(output, source)
+    if writer is None and output.suffix.lower() not in TABLE_ENDINGS:
+        raise NearfarError(f"{output}: predictions are written as {', '.join(TABLE_ENDINGS)}.")
+    chunks, predict = trained.prediction(source, gallery, k)
     if writer is not None:
         written = Written(output)
-        for items in trained.new_items(source):
+        for items in chunks:
             written.rejections.extend(items.rejections)
             if len(items):
                 outputs = trained.outputs(items)
@@ -138,16 +148,17 @@ def predict_file(
             raise NearfarError(f"no row can be used; {written.rejections.summary()}.")
         writer.close()
         return written
-    if output.suffix.lower() not in TABLE_ENDINGS:
-        raise NearfarError(f"{output}: predictions are written as {', '.join(TABLE_ENDINGS)}.")
 
     def table(items: Items) -> pyarrow.Table:
         import pyarrow
 
-        rows, columns = rows_of(trained.system.predictions(trained.outputs(items), items), items)
+        rows, columns = rows_of(predict(items), items)
         return pyarrow.table(_identity(rows) | {name: _arrow(values) for name, values in columns.items()})
 
-    return _Parts(trained, source, output, {"predict": True}).fill(trained.new_items(source), table, advance)
+    what: dict[str, Any] = {"predict": True, "k": k}
+    if gallery is not None:
+        what["gallery"] = [_state_of(Path(gallery.path)), dict(gallery.columns), gallery.id_column]
+    return _Parts(trained, source, output, what).fill(chunks, table, advance)
 
 
 def require_writable(path: Path, example: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -35,7 +35,10 @@ from nearfar.training.system import System, collect, rows_of
 __all__ = ["Predictions", "Trained", "load"]
 
 #: values that are read before they are embedded; what their tower reads of them is in memory at once
-_CHUNK = 2048
+_CHUNK = 1024
+
+#: new data: a file or folder, items, a column of values for each view, or the values of the only view
+Data = Items | NewData | str | Path | Mapping[str, Sequence[Any]] | Sequence[Any]
 
 
 @dataclass
@@ -167,7 +170,8 @@ class Trained:
         view = self.view_of(values, tower)
         if not len(values):
             return np.zeros((0, self.dim), np.float32)
-        reasons = self.system.towers[view].check(values)
+        with without_cache():
+            reasons = self.system.towers[view].check(values)
         for at, reason in enumerate(reasons):
             if reason is not None:
                 shown = "" if isinstance(values, np.ndarray) else f" ({str(values[at])[:80]!r})"
@@ -208,7 +212,7 @@ class Trained:
         average."""
         every = []
         size = self.config.trainer.eval_batch_size
-        with without_cache(), torch.inference_mode():
+        with without_cache(), torch.inference_mode(), self._precision():
             for member in self.members:
                 dataset = member.system.new_dataset(items)
                 parts = [
@@ -217,6 +221,13 @@ class Trained:
                 ]
                 every.append(collect(parts))
         return every[0] if len(every) == 1 else self.system.average(every)
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        """The precision that the run was evaluated in, where this device has it."""
+        dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(self.config.trainer.precision)
+        if dtype is None or (dtype is torch.float16 and self.device.type != "cuda"):
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype)
 
     def new_items(self, data: NewData | str | Path) -> Iterator[Items]:
         """The items of a file or folder, in chunks, as the system reads new data."""
@@ -232,31 +243,71 @@ class Trained:
 
     def predict(
         self,
-        data: Items | NewData | str | Path | Mapping[str, Sequence[Any]] | Sequence[Any],
+        data: Data,
         *,
+        gallery: Data | None = None,
+        k: int | None = None,
         progress: bool = False,
     ) -> Predictions:
         """Predictions for new items, as the run's own evaluation would have made them.
 
-        ``data`` is a file or folder, a list of values of the only view, or a column of values for each view.
+        Args:
+            data: a file or folder, a list of values of the only view, or a column of values for each view.
+            gallery: what items are compared with, of a system whose predictions are comparisons, or that can make such:
+                the same kinds of data. None: with each other.
+            k: how many nearest items are given; None: as many as the system says.
+            progress: shows a bar.
         """
-        chunks: Iterator[Items]
-        match data:
-            case str() | Path() | NewData():
-                chunks = self.new_items(data)
-            case _:
-                chunks = iter([self.items_of(data)])
         whole = Predictions([], {})
         with _bar(None, progress) as advance:
+            chunks, predict = self.prediction(data, gallery, k)
             for items in chunks:
                 whole.rejections.extend(items.rejections)
                 if len(items):
-                    rows, columns = rows_of(self.system.predictions(self.outputs(items), items), items)
+                    rows, columns = rows_of(predict(items), items)
                     whole.ids.extend(rows.ids)
                     for name, values in columns.items():
                         whole.columns.setdefault(name, []).extend(_plain(values))
                     advance(len(items))
         return whole
+
+    def prediction(
+        self, data: Data, gallery: Data | None = None, k: int | None = None
+    ) -> tuple[Iterator[Items], Callable[[Items], Mapping[str, Sequence[Any]]]]:
+        """Items in chunks, and what gives the predictions of the chunk that was handed out last.
+
+        Where items are compared with each other, all are embedded first, and chunks have ids alone.
+        """
+        comparison = self.system.comparison(gallery is not None, k)
+        if comparison is None:
+            if gallery is not None or k is not None:
+                raise NearfarError(
+                    f"a run of '{self.config.system}' predicts each item by itself; leave --gallery and --k out."
+                )
+            return self._chunks(data), lambda items: self.system.predictions(self.outputs(items), items)
+        if gallery is not None:
+            for items in self._chunks(gallery):
+                if len(items):
+                    comparison.add(self.outputs(items), items)
+            return self._chunks(data), lambda items: comparison.of_others(self.outputs(items), items)
+        seen: list[Items] = []
+        for items in self._chunks(data):
+            if len(items):
+                comparison.add(self.outputs(items), items)
+            seen.append(replace(items, columns={}))
+        place = [0, 0]
+
+        def chunks() -> Iterator[Items]:
+            for items in seen:
+                place[:] = place[1], place[1] + len(items)
+                yield items
+
+        return chunks(), lambda _: comparison.of_all(*place)
+
+    def _chunks(self, data: Data) -> Iterator[Items]:
+        if isinstance(data, (str, Path, NewData)):
+            return self.new_items(data)
+        return iter([self.items_of(data)])
 
     def items_of(self, data: Items | Mapping[str, Sequence[Any]] | Sequence[Any]) -> Items:
         """Values as items; one that cannot be read is an error that names it."""
@@ -380,7 +431,9 @@ def _members(place: Path) -> list[tuple[System[Any, Any], nn.Module]]:
     if place.is_dir() and folder.has("metrics.json"):
         members = folder.read_json("metrics.json").get("members")
         if members:
-            return [_of_run(_beside(place, Path(str(member)))) for member in members]
+            loaded = [_of_run(_beside(place, Path(str(member)))) for member in members]
+            loaded[0][0].load_results(place)
+            return loaded
     return [_of_run(place)]
 
 

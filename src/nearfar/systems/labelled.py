@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -31,11 +32,12 @@ from nearfar.metrics import (
 from nearfar.metrics.precision_at_r import average_precision_at_r, map_estimate
 from nearfar.models.probes import LinearProbe, nearest_classes
 from nearfar.models.views import HeadKind, ViewModel, build_head
+from nearfar.systems.known_classes import ClassNames, KnownClasses, LabelledGallery
 from nearfar.systems.view_system import ViewSystem
 from nearfar.towers import Tower, build_tower, guess_tower
 from nearfar.training.evaluation import consecutive
 from nearfar.training.sections import Section, Table
-from nearfar.training.system import Evaluation, Say, collect
+from nearfar.training.system import Comparison, Evaluation, Say, collect
 
 __all__ = ["AT_START", "KNN", "PROBE", "LabelledSystem", "Scores"]
 
@@ -76,6 +78,9 @@ class LabelledSystem(ViewSystem):
         self._raw: tuple[str, dict[str, Tensor]] | None = None
         self._columns: dict[str, dict[str, dict[str, Estimate]]] = {}
         self._hashes: dict[str, str] = {}
+        #: of a run that was loaded: its classes, and the embedded training items that say the class of new ones
+        self._names: ClassNames | None = None
+        self._known: KnownClasses | None = None
 
     # -- data ------------------------------------------------------------------------------------------------
     def load_items(self, say: Say) -> dict[str, Items]:
@@ -225,7 +230,7 @@ class LabelledSystem(ViewSystem):
     def before_evaluation(self, model: ViewModel, split: str, final: bool) -> None:
         """In the final evaluation the training rows are embedded, too, by this model and by that at its start."""
         super().before_evaluation(model, split, final)
-        if not final or not self.votes(split):
+        if not final or self.classes is None:
             return
         weights = content_key(
             [
@@ -238,7 +243,7 @@ class LabelledSystem(ViewSystem):
             self._embedded_by = weights
             self._train_rows[TRAINED] = self._embed_train(model)
             self._probes.pop(TRAINED, None)
-        if self.judges_start and AT_START not in self._train_rows:
+        if self.judges_start and self.votes(split) and AT_START not in self._train_rows:
             start = self.model_at_start(next(model.parameters()).device)
             self._train_rows[AT_START] = self._embed_train(start)
 
@@ -394,6 +399,97 @@ class LabelledSystem(ViewSystem):
         ]
         lead = f"{split}: the trained model, the model at its start, and the raw values as they are."
         return [Section("Beside the baselines", lead, [Table(["metric", *columns], rows)])]
+
+    def save_results(self, folder: Path) -> None:
+        """The embedded training items with their labels, and the probe: they say the class of new items."""
+        known = self._known_classes()
+        if known is not None:
+            known.save(folder)
+
+    # -- use of a trained run --------------------------------------------------------------------------------
+    def class_names(self) -> ClassNames:
+        """The classes of training, also of a run that was loaded."""
+        if self._names is not None:
+            return self._names
+        classes = self.classes
+        if classes is None:
+            return ClassNames(self.view, self.label)
+        unseen = tuple(self.unseen_classes())
+        return ClassNames(
+            self.view, self.label, tuple(classes.names[: classes.known]), classes.several, unseen
+        )
+
+    def unseen_classes(self) -> Sequence[str]:
+        """Classes that were kept out of training."""
+        return ()
+
+    def _known_classes(self) -> KnownClasses | None:
+        """Of the run that was just evaluated, or of one that was loaded."""
+        rows, classes = self._train_rows.get(TRAINED), self.classes
+        if rows is None or classes is None:
+            return self._known
+        codes = torch.from_numpy(classes.codes["train"])
+        ids = self.splits["train"].ids
+        known = KnownClasses.of(classes.names[: classes.known], ids, rows, codes, self.config.knn)
+        if classes.several:
+            return known
+        if TRAINED not in self._probes:  # no split was judged by it: all classes there are unseen
+            self._probes[TRAINED] = LinearProbe(known.rows, known.codes)
+        return replace(known, probe=self._probes[TRAINED])
+
+    def save_assets(self, folder: Path) -> None:
+        """Towers and names of the classes; of a run that was loaded also what says the class of new items."""
+        super().save_assets(folder)
+        self.class_names().save(folder)
+        if self._known is not None:
+            self._known.save(folder)
+
+    def load_assets(self, folder: Path) -> None:
+        super().load_assets(folder)
+        self._names, self._known = ClassNames.load(folder), KnownClasses.load(folder)
+        self.view, self.label, self.several = self._names.view, self._names.label, self._names.several
+
+    def embed_view(self, model: ViewModel, view: str, field: Any) -> Float[Tensor, "b d"]:
+        """What is judged: the embedding, or with ``judged=features`` what the tower gives beneath the head."""
+        return self.judged_rows(model, field)
+
+    def view_dim(self, model: ViewModel, view: str) -> int:
+        width = int(cast(int, model.tower(view).width))
+        return width if self.config.judged == "features" else self.shared_dim({view: width})
+
+    def predictions(self, outputs: Mapping[str, Tensor], items: Items) -> Mapping[str, Sequence[Any]]:
+        """The class of each item by the nearest training items and by the linear probe: `KnownClasses.columns`."""
+        known = self._known_classes()
+        if known is None:
+            raise NearfarError(self._no_classes())
+        return known.columns(outputs[self.view].float())
+
+    def further_headers(self) -> dict[str, Sequence[str]]:
+        label = self.label or "label"  # a run without labels may be asked with a gallery that has some
+        return {} if label == self.view else {label: [label]}
+
+    def load_results(self, folder: Path) -> None:
+        self._known = KnownClasses.load(folder)
+
+    def comparison(self, gallery: bool, k: int | None = None) -> Comparison | None:
+        """With a gallery of labelled items: their vote, and a probe fitted on them."""
+        if not gallery:
+            return None
+        label, separator = self.label or "label", self.config.data.separator
+        return LabelledGallery(self.view, label, separator, self.several, self.config.knn if k is None else k)
+
+    def _no_classes(self) -> str:
+        names = self.class_names()
+        others = "nearfar embed and nearfar search work without classes"
+        if names.label is None:
+            return (
+                f"this run has no classes: its data had no column of labels. {others}; for classes train it with "
+                "label=NAME, or give labelled items with --gallery FILE."
+            )
+        return (
+            "this run was not evaluated to its end, so that it keeps no training items to say a class by; "
+            f"{others}. Finish it with resume_from=RUN, or give labelled items with --gallery FILE."
+        )
 
 
 def _kept(items: Items, at: np.ndarray) -> Items:

@@ -17,7 +17,7 @@ from nearfar.config.samplers import Items as SamplerItems
 from nearfar.config.views import ViewOptions
 from nearfar.contrast import SimilarityMask, join_masks
 from nearfar.data.batch import Augment, Batch, Inputs, ItemDataset, Partial, Rows, one_after_another
-from nearfar.data.cache import content_key
+from nearfar.data.cache import content_key, without_cache
 from nearfar.data.chunks import NewData, read_chunks
 from nearfar.data.files import Json
 from nearfar.data.items import Items, ItemSplits, shared_values, value_groups
@@ -25,6 +25,7 @@ from nearfar.errors import NearfarError
 from nearfar.losses.views import ViewContext, ViewLoss, view_pairs
 from nearfar.metrics import Estimate, batch_signals, paired_difference, rank_estimates, retrieval_ranks
 from nearfar.models.views import ViewMemory, ViewModel, build_head, module_name
+from nearfar.systems.comparison import ViewComparison
 from nearfar.towers import Tower, save_towers
 from nearfar.towers.build import load_towers, tower_folder
 from nearfar.training.batches import (
@@ -40,7 +41,15 @@ from nearfar.training.checkpoint import Checkpoint, find_checkpoint
 from nearfar.training.evaluation import consecutive
 from nearfar.training.sections import retrieval_examples
 from nearfar.training.state import initial_model, load_weights
-from nearfar.training.system import Evaluation, Say, StepOutput, System, TrainSampler, collect
+from nearfar.training.system import (
+    Comparison,
+    Evaluation,
+    Say,
+    StepOutput,
+    System,
+    TrainSampler,
+    collect,
+)
 
 __all__ = ["BEFORE", "ViewSystem"]
 
@@ -602,20 +611,29 @@ class ViewSystem(System[Batch, ViewModel]):
         """For each view the headers under which a table of new items may have it, best first."""
         return {view: [view] for view in self.views}
 
+    def further_headers(self) -> dict[str, Sequence[str]]:
+        """The same of columns beyond the views, without which new items can be read, too."""
+        return {}
+
     def new_items(self, source: NewData) -> Iterator[Items]:
         """A table, a folder, shards: items with those of the views that are there; see `usable`."""
-        for items in read_chunks(source, self.view_headers()):
+        for items in read_chunks(source, self.view_headers(), self.further_headers()):
             yield self.usable(items)
 
     def usable(self, items: Items) -> Items:
         """Without values that a tower cannot read, and without items that then have none; each is counted."""
         columns, rejections = dict(items.columns), items.rejections
+        with without_cache():
+            reasons = {
+                view: self.towers[view].check(_some(items[view], np.flatnonzero(items.present(view))))
+                for view in self.views
+                if view in items
+            }
         rows: Sequence[int | None] = items.rows or [None] * len(items)
         usable, wrong = np.zeros(len(items), bool), np.zeros(len(items), bool)
-        for view in [view for view in self.views if view in items]:
+        for view, own in reasons.items():
             values, present = items[view], items.present(view)
-            at = np.flatnonzero(present)
-            for i, reason in zip(at.tolist(), self.towers[view].check(_some(values, at)), strict=True):
+            for i, reason in zip(np.flatnonzero(present).tolist(), own, strict=True):
                 if reason is not None:
                     rejections.add(
                         f"{view}: {reason}", rows[i], "" if isinstance(values, np.ndarray) else values[i]
@@ -630,6 +648,19 @@ class ViewSystem(System[Batch, ViewModel]):
     def new_dataset(self, items: Items) -> ItemDataset:
         towers = {view: tower for view, tower in self.towers.items() if view in items}
         return ItemDataset(self.tower_inputs(items, towers))
+
+    def comparison(self, gallery: bool, k: int | None = None) -> Comparison | None:
+        """The nearest items of the other view, for every two views that are contrasted: see `ViewComparison`.
+
+        None for a system with ``predictions`` of its own.
+        """
+        if self.defines("predictions"):
+            return None
+        return ViewComparison(self.pairs(), 10 if k is None else k, self.answer_column())
+
+    def answer_column(self) -> str | None:
+        """The column behind `answers`; None: an item answers itself alone."""
+        return None
 
 
 def check_names(views: Sequence[str]) -> None:

@@ -17,7 +17,7 @@ from nearfar.data.batch import Inputs, Pixels, Rows
 from nearfar.data.cache import cached_array, caching
 from nearfar.data.files import read_text
 from nearfar.data.mapped import mapped_arrays
-from nearfar.data.picture_arrays import PictureArrays, check_picture_values
+from nearfar.data.picture_arrays import PictureArrays, check_picture_values, decode_pictures
 from nearfar.errors import NearfarError, nearest_name
 from nearfar.models.image import IMAGE_ENCODERS, ImageEncoder, build_image_encoder
 from nearfar.models.image.colors import NAMES, color_statistics
@@ -123,6 +123,7 @@ class ImageTower(Tower):
         self._network: ImageEncoder | None = None
         self._about = ""  # the network as it describes itself, once it was read
         self._moments: Moments | None = None
+        self._decoded: dict[str, np.ndarray] = {}
         self._fitted: tuple[Any, np.ndarray] | None = (
             None  # training values and features, not to be hashed again
         )
@@ -237,7 +238,11 @@ class ImageTower(Tower):
     # -- reading -------------------------------------------------------------------------------------------------
     def check(self, values: Sequence[Any] | np.ndarray) -> list[str | None]:
         """Files that are not there, damaged or no pictures; each is decoded in full, once for its content."""
-        return check_picture_values(values)
+        if caching():
+            return check_picture_values(values)
+        # Values that are seen once are decoded once: `read`, which follows, takes what is kept here.
+        reasons, self._decoded = decode_pictures(values, self._size_of(values))
+        return reasons
 
     def fit(self, values: Sequence[Any] | np.ndarray) -> ImageTower:
         """The size of the training pictures, which later ones are brought to; of features that are not trained, mean
@@ -256,7 +261,9 @@ class ImageTower(Tower):
         if self.frozen:
             known, features = self._fitted or (None, None)
             return Rows(features if features is not None and values is known else self._features(values))
-        return Pixels(PictureArrays(values, self._size_of(values)).whole())
+        return Pixels(
+            PictureArrays(values, self._size_of(values), None if caching() else self._decoded).whole()
+        )
 
     def _size_of(self, values: Sequence[Any] | np.ndarray) -> tuple[int, int]:
         if self._pixels is not None:
@@ -277,7 +284,7 @@ class ImageTower(Tower):
 
     def _features(self, values: Sequence[Any] | np.ndarray) -> Float[np.ndarray, "n d"]:
         """Features of pictures by the encoder before any training, mapped from the cache."""
-        pictures = PictureArrays(values, self._size_of(values))
+        pictures = PictureArrays(values, self._size_of(values), None if caching() else self._decoded)
         network = None if self.encoder_kind == "colors" else self._frozen_network()
         width = len(NAMES) if network is None else network.width
         if not len(pictures):

@@ -30,6 +30,7 @@ from nearfar.training.sections import Section
 
 __all__ = [
     "BatchDataset",
+    "Comparison",
     "Evaluation",
     "PredictionWriter",
     "StepOutput",
@@ -76,6 +77,20 @@ class PredictionWriter(Protocol):
     ) -> None: ...
 
     def close(self) -> None: ...
+
+
+class Comparison(Protocol):
+    """Predictions that compare items: with a gallery, or with each other.
+
+    ``add`` takes the items that others are compared with, chunk by chunk. Columns of predictions are those of the added
+    items at ``start`` to ``stop``, compared with all of these (``of_all``), or of other items (``of_others``).
+    """
+
+    def add(self, outputs: Mapping[str, Tensor], items: Items) -> None: ...
+
+    def of_all(self, start: int, stop: int) -> Mapping[str, Sequence[Any]]: ...
+
+    def of_others(self, outputs: Mapping[str, Tensor], items: Items) -> Mapping[str, Sequence[Any]]: ...
 
 
 Rows = TypeVar("Rows", covariant=True)
@@ -294,6 +309,20 @@ class System(ABC, Generic[Batch, Model]):
         """
         able = " It embeds and searches: nearfar embed, nearfar search." if self.views else ""
         raise NearfarError(f"system '{self.name}' predicts nothing.{able}")
+
+    def comparison(self, gallery: bool, k: int | None = None) -> Comparison | None:
+        """What compares items, of a system whose predictions are comparisons; None: each item is predicted by itself.
+
+        ``gallery``: they are compared with items of their own, not with each other; ``k``: how many nearest ones are
+        asked for, None leaves it to the system.
+        """
+        return None
+
+    def load_results(self, folder: Path) -> None:
+        """What ``save_results`` wrote: called with the folder of an ensemble, whose outputs then are predicted from.
+
+        Of a run ``load_assets`` reads it as well.
+        """
 
     def prediction_writer(self, output: Path, source: NewData) -> PredictionWriter | None:
         """What writes predictions in a format that is no table, such as COCO results; None: ``output`` is a table."""

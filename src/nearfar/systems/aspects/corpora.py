@@ -33,6 +33,7 @@ __all__ = [
     "Sentence",
     "corpus_kind",
     "group_sentences",
+    "read_texts",
     "read_three_lines",
     "read_tuples",
     "read_vlsp",
@@ -192,6 +193,25 @@ def read_xml(
     if kinds[other]:
         layout += f" ({kinds[other]} labels by {other} not used: data.aspect_column={other})"
     return sentences, layout, rejections
+
+
+def read_texts(path: Path) -> tuple[list[Sentence], Rejections]:
+    """The sentences of such a file without their labels, which new ones do not have."""
+    root, rejections = _parsed(path), Rejections()
+    nodes = list(_sentences(root))
+    if not nodes:  # sentences of reviews none of which is labelled
+        nodes = [node for node in root.iter("sentence") if node.find("text") is not None]
+    if not nodes:
+        raise NearfarError(
+            f"{path}: no <sentence> with a <text>, as SemEval and MAMS have (its root is <{root.tag}>)."
+        )
+    sentences = []
+    for number, node in enumerate(nodes, start=1):
+        if (node.get("OutOfScope") or "").lower() == "true":
+            rejections.add("out of scope", number, _text(node))
+        else:
+            sentences.append(Sentence(_text(node), [], node.get("id") or str(number), number))
+    return sentences, rejections
 
 
 def _parsed(path: Path) -> Element:

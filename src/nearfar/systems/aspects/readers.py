@@ -45,7 +45,7 @@ from nearfar.systems.aspects.labels import (
 )
 from nearfar.systems.aspects.records import Records
 
-__all__ = ["TEXT_COLUMNS", "Reading", "read_records"]
+__all__ = ["ID_COLUMNS", "TEXT_COLUMNS", "Reading", "read_records"]
 
 TEXT_COLUMNS = (
     *("comment", "data", "text", "review", "content", "sentence", "body"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,17 +13,30 @@ from torch import Tensor, nn
 from nearfar.batching import BatchSampler, LengthBatchSampler
 from nearfar.data.batch import Batch, ItemDataset, Rows
 from nearfar.data.cache import content_key
+from nearfar.data.chunks import NewData
 from nearfar.data.files import Json
 from nearfar.data.items import Items
 from nearfar.data.splits import column_name, data_paths
 from nearfar.errors import NearfarError
 from nearfar.metrics import Estimate
+from nearfar.models.text.trainable import WordTextEncoder
 from nearfar.models.text.words import TokenBatch, TokenTable
 from nearfar.systems.aspects.data import AspectData, load_embedded, load_files
+from nearfar.systems.aspects.labels import LabelScheme
 from nearfar.systems.aspects.model import NAME as LINEAR
 from nearfar.systems.aspects.model import AspectModel, linear_answers, text_tower
 from nearfar.systems.aspects.objective import AspectObjective, class_weights
 from nearfar.systems.aspects.options import AspectOptions
+from nearfar.systems.aspects.predictions import (
+    SCHEME_FILE,
+    answer_columns,
+    read_decision,
+    read_reviews,
+    read_scheme,
+    usable_reviews,
+    write_scheme,
+)
+from nearfar.systems.aspects.readers import ID_COLUMNS, TEXT_COLUMNS
 from nearfar.systems.aspects.records import repeats
 from nearfar.systems.aspects.report import (
     baseline_section,
@@ -32,6 +45,8 @@ from nearfar.systems.aspects.report import (
     hardest_section,
 )
 from nearfar.systems.aspects.scores import Decision, Scores, choose_decision, polarity_weights, score_split
+from nearfar.towers import Tower
+from nearfar.towers.build import load_tower
 from nearfar.towers.text import TextTower
 from nearfar.training.sections import Section
 from nearfar.training.system import Evaluation, Say, StepOutput, System, TrainSampler
@@ -50,6 +65,7 @@ class AspectSystem(System[Batch, AspectModel]):
     def __init__(self, config: AspectOptions) -> None:
         self.config = config
         self.data: AspectData
+        self.scheme: LabelScheme
         self.tower: TextTower
         self.objective: AspectObjective
         self.decision: Decision
@@ -67,6 +83,7 @@ class AspectSystem(System[Batch, AspectModel]):
         self.data = self.load_data(say)
         say(self.data.summary())
         train, scheme = self.data.train, self.data.scheme
+        self.scheme = scheme
         texts = {name: items.texts("text") for name, items in self.data.splits.items()}
         self.tower = text_tower(**config.text_encoder, run_lr=config.lr).fit(texts["train"])
         say(f"text encoder: {self.tower.description}")
@@ -179,7 +196,7 @@ class AspectSystem(System[Batch, AspectModel]):
     # -- model and loss --------------------------------------------------------------------------------------
     def build_model(self) -> AspectModel:
         """A fresh model."""
-        config, scheme = self.config, self.data.scheme
+        config, scheme = self.config, self.scheme
         return AspectModel(
             self.tower.build(),
             len(scheme.aspects),
@@ -305,5 +322,66 @@ class AspectSystem(System[Batch, AspectModel]):
         ]
 
     def save_assets(self, folder: Path) -> None:
-        """The fitted text tower, which is needed to encode new reviews."""
+        """The fitted text tower, the aspects, and the decision as far as it is made."""
         self.tower.save(folder / "towers" / "text")
+        write_scheme(folder, self.scheme, self.decision)
+
+    def save_results(self, folder: Path) -> None:
+        """The thresholds that were chosen."""
+        write_scheme(folder, self.scheme, self.decision)
+
+    # -- use of a trained run --------------------------------------------------------------------------------
+    def load_assets(self, folder: Path) -> None:
+        """Tower, aspects and decision; of a run of version 0.1 from its text encoder, layout and metrics."""
+        self.scheme, self.decision = read_scheme(folder, self.config.logit_adjustment)
+        place = folder / "towers" / "text"
+        if place.is_dir():
+            tower = load_tower(place)
+            assert isinstance(tower, TextTower)
+            self.tower = tower
+            return
+        self.tower = text_tower(**self.config.text_encoder, run_lr=self.config.lr)
+        if self.tower.encoder_kind == "words":
+            self.tower.encoder = WordTextEncoder.load(folder / "text_encoder")
+
+    def load_results(self, folder: Path) -> None:
+        """The decision of an ensemble, chosen for the average of its members."""
+        if (folder / SCHEME_FILE).is_file():
+            scheme, self.decision = read_scheme(folder, self.config.logit_adjustment)
+        else:
+            scheme, self.decision = self.scheme, read_decision(folder, self.scheme) or self.decision
+        if scheme != self.scheme:
+            raise NearfarError(f"{folder}: its aspects are not those of its members.")
+
+    @property
+    def towers(self) -> dict[str, Tower]:  # type: ignore[override]
+        """The tower of the only view, the text."""
+        return {"text": self.tower}
+
+    def embed_view(self, model: AspectModel, view: str, field: Any) -> Tensor:
+        """The review as one vector, the mean over its aspects."""
+        return model.encode(cast(TokenBatch, field)).mean(dim=1)
+
+    def view_dim(self, model: AspectModel, view: str) -> int:
+        return int(cast(int, model.encoder.width))
+
+    def new_items(self, source: NewData) -> Iterator[Items]:
+        """Reviews of a table, an XML file or a corpus (their labels are not needed): see `read_reviews`."""
+        data = self.config.data
+        text, identity = column_name(data.text_column), column_name(data.id_column)
+        return read_reviews(
+            source,
+            [*([] if text is None else [text]), *TEXT_COLUMNS],
+            [*([] if identity is None else [identity]), *ID_COLUMNS],
+        )
+
+    def usable(self, items: Items) -> Items:
+        """The items without those whose text is empty."""
+        return usable_reviews(items)
+
+    def new_dataset(self, items: Items) -> ItemDataset:
+        return ItemDataset({"text": self.tower.read(items.texts("text"))})
+
+    def predictions(self, outputs: Mapping[str, Tensor], items: Items) -> Mapping[str, Sequence[Any]]:
+        """The aspects that each review mentions and their polarity, with probabilities: see `answer_columns`."""
+        return answer_columns(self.scheme, self.decision, outputs["probabilities"].double().numpy())

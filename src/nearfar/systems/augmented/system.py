@@ -115,6 +115,8 @@ class AugmentedSystem(LabelledSystem):
     def embed(self, model: ViewModel, batch: Batch) -> dict[str, Tensor]:
         """What is judged, of the item as it is; and both views, those of dropout drawn from the first position."""
         judged = super().embed(model, batch)
+        if f"{GROUP}{self.view}" not in batch:  # new items, which are predicted and not judged
+            return judged
         if self.pixels:
             views = {name: model.encode(self.view, batch[name]) for name in (FIRST, SECOND)}
             return judged | views
@@ -204,6 +206,7 @@ class AugmentedSystem(LabelledSystem):
         return {
             name: torch.cat([_unit(each[name]) for each in outputs], dim=1)
             for name in (self.view, FIRST, SECOND)
+            if name in outputs[0]
         }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -146,9 +146,8 @@ class LabelSystem(LabelledSystem):
         """Tower and head; with ``loss=cross_entropy`` a linear classifier above the embedding."""
         model = super().build_model()
         if isinstance(self.config.loss, CrossEntropyOptions):
-            assert self.classes is not None
             width = self.shared_dim({self.view: int(model.tower(self.view).width)})  # type: ignore[arg-type]
-            model.add_module("classifier", nn.Linear(width, self.classes.known))
+            model.add_module("classifier", nn.Linear(width, len(self.class_names().names)))
         return model
 
     def loss_of(self, model: ViewModel, embeddings: Mapping[str, Tensor], batch: Batch) -> StepOutput:
@@ -173,6 +172,9 @@ class LabelSystem(LabelledSystem):
         return StepOutput(F.binary_cross_entropy_with_logits(logits, target))
 
     # -- results ---------------------------------------------------------------------------------------------
+    def unseen_classes(self) -> Sequence[str]:
+        return self._unseen
+
     def layout(self) -> dict[str, Any]:
         return super().layout() | ({"unseen_classes": self._unseen} if self._unseen else {})
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -186,6 +186,17 @@ class PairSystem(ViewSystem):
 
     def answers(self, split: str) -> np.ndarray | None:
         return self._labels.get(split)
+
+    def answer_column(self) -> str | None:
+        return self.config.positives
+
+    def further_headers(self) -> dict[str, Sequence[str]]:
+        positives = self.config.positives
+        return {} if positives is None or positives in self.towers else {positives: [positives]}
+
+    def load_assets(self, folder: Path) -> None:
+        super().load_assets(folder)
+        self._views = list(self.towers)
 
     # -- model and loss --------------------------------------------------------------------------------------
     def build_loss(self) -> ViewLoss:
