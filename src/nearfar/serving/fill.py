@@ -403,7 +403,7 @@ def _columns(trained: Trained, items: Items) -> dict[str, list[Any]]:
 
 
 def _kinds(trained: Trained, columns: Mapping[str, Sequence[Any]]) -> dict[str, Kind]:
-    """What columns hold, by their first rows: those of views as they are, of others also numbers that are written out."""
+    """What columns hold, by their first rows: those of views as they are, of others also numbers in writing."""
     return {
         name: column_kind(values if name in trained.views else plain_column(values))
         for name, values in columns.items()

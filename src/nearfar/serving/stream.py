@@ -157,7 +157,7 @@ def predict_file(
 
     what: dict[str, Any] = {"predict": True, "k": k}
     if gallery is not None:
-        what["gallery"] = [_state_of(Path(gallery.path)), dict(gallery.columns), gallery.id_column]
+        what["gallery"] = [state_of(Path(gallery.path)), dict(gallery.columns), gallery.id_column]
     return _Parts(trained, source, output, what).fill(chunks, table, advance)
 
 

@@ -232,7 +232,7 @@ class MoleculeSystem(ViewSystem):
         ):
             yield from self._new_structures(path, source)
             return
-        for items in read_chunks(source, self.view_headers()):
+        for items in read_chunks(source, self.view_headers(), ids=self._headers("id")):
             yield self.usable(items)
 
     def _new_structures(self, path: Path, source: NewData) -> Iterator[Items]:
