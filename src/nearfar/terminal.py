@@ -129,6 +129,7 @@ OPTIONAL = {
         "transformers",
     ),
     "tissue": ("anndata", "h5py", "openslide", "simplejpeg"),
+    "serve": ("fastapi", "pydantic", "starlette", "uvicorn"),
     "loggers": ("mlflow", "tensorboard", "wandb"),
 }
 

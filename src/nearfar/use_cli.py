@@ -239,3 +239,78 @@ def search(
         refill=refill,
         device=device,
     )
+
+
+@use_app.command()
+def serve(
+    run: Run,
+    gallery: Annotated[
+        Path | None,
+        typer.Option(help="What is searched: a table, a folder, …; by default the run's own data."),
+    ] = None,
+    no_gallery: Annotated[bool, typer.Option("--no-gallery", help="Embed and predict only.")] = False,
+    target: Annotated[
+        list[str] | None,
+        typer.Option("--target", help="A view of the gallery to search; may be repeated. By default all."),
+    ] = None,
+    column: ColumnOption = None,
+    id_column: IdColumn = None,
+    encoding: Encoding = None,
+    images: Images = None,
+    host: Annotated[
+        str, typer.Option(help="Where to listen; 0.0.0.0 is every address of this machine.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow-host", help="A name under which the server may be asked; may be repeated. * is any."
+        ),
+    ] = None,
+    wait: Annotated[
+        float,
+        typer.Option(min=0, max=1000, help="Milliseconds that a request waits for others to share a pass."),
+    ] = 4.0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Values that go through the model together.")] = 64,
+    max_megabytes: Annotated[float, typer.Option(min=0.001, help="The size of a request.")] = 8.0,
+    max_values: Annotated[int, typer.Option(min=1, help="Values of a request.")] = 256,
+    max_seconds: Annotated[float, typer.Option(min=0.1, help="Time of a request.")] = 60.0,
+    device: Device = "auto",
+) -> None:
+    """Serve a trained run: JSON (/embed /search /predict /health) and a page to ask it on.
+
+    Only this machine reaches it unless --host says otherwise; there is no login.
+    """
+    from nearfar.serving import load
+    from nearfar.serving.gallery import Gallery
+    from nearfar.serving.limits import Limits, local_hosts
+    from nearfar.serving.server import build_app
+    from nearfar.serving.server import serve as answer
+
+    console = terminal.console()
+
+    def say(text: str) -> None:
+        terminal.say(console, text, style="dim")
+
+    size = int(max_megabytes * 2**20)
+    limits = Limits(body=size, memory=max(8 * size, 2**26), values=max_values, seconds=max_seconds)
+    trained = load(run, device)
+    searched = None
+    if gallery is not None:
+        searched = Gallery.read(trained, new_data(gallery, column, id_column, encoding, images), target, say)
+    elif trained.views and not no_gallery:
+        searched = Gallery.of_run(trained, target, say)
+    app = build_app(
+        trained,
+        searched,
+        limits=limits,
+        hosts=local_hosts(host, allow_host or ()),
+        wait=wait / 1000,
+        batch=batch_size,
+    )
+    answer(
+        app,
+        host,
+        port,
+        lambda address: terminal.say(console, f"{trained.name}: {address} (stop with Ctrl-C)"),
+    )

@@ -18,13 +18,25 @@ from nearfar.errors import NearfarError
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["check_image", "crop", "image_size", "read_image", "resize", "stack", "thumbnail"]
+__all__ = [
+    "WEB_FORMATS",
+    "check_image",
+    "crop",
+    "decode_image",
+    "image_size",
+    "read_image",
+    "resize",
+    "stack",
+    "thumbnail",
+]
 
 #: Raster formats alone: of others Pillow has helpers that start programs (PostScript) or are of one system (WMF).
 FORMATS = (
     *("JPEG", "MPO", "PNG", "GIF", "BMP", "DIB", "WEBP", "TIFF", "AVIF", "JPEG2000"),
     *("PPM", "TGA", "PCX", "SGI", "PSD", "ICO", "QOI"),
 )
+#: those that browsers show, and that are decoded where anyone may send a picture
+WEB_FORMATS = ("JPEG", "MPO", "PNG", "GIF", "BMP", "WEBP")
 MAX_PIXELS = 500_000_000  # a slide of 20,000 × 20,000 fits; a file that claims more is more likely damaged
 _TURNED = (5, 6, 7, 8)  # camera orientations with exchanged sides
 LARGE = 40_000_000  # pixels
@@ -59,6 +71,48 @@ def read_image(path: str | Path) -> UInt8[np.ndarray, "h w 3"]:
         raise
     except Exception as error:  # decoders raise whatever they met in a damaged file
         raise _unreadable(path, error) from None
+
+
+def decode_image(data: bytes, max_pixels: int = LARGE) -> UInt8[np.ndarray, "h w 3"]:
+    """The picture in these bytes, as `read_image` gives one; for pictures that anyone may have sent.
+
+    Only the formats of WEB_FORMATS are tried. What the head of the file claims is looked at before anything is
+    decoded: a few kilobytes can claim gigabytes of pixels.
+
+    Raises:
+        NearfarError: no picture of these formats, a damaged one, or more than ``max_pixels`` pixels.
+
+    >>> decode_image(thumbnail(np.zeros((4, 2), np.uint8))).shape
+    (4, 2, 3)
+    >>> decode_image(b"GIF89a")
+    Traceback (most recent call last):
+    nearfar.errors.NearfarError: no picture in JPEG, PNG, GIF, BMP or WebP, or its beginning is damaged
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    Image.init()
+    known = [name for name in WEB_FORMATS if name in Image.OPEN]
+    try:
+        with _lock:
+            before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+            try:
+                image = Image.open(io.BytesIO(data), formats=known)
+            finally:
+                Image.MAX_IMAGE_PIXELS = before
+        with image:
+            if image.width * image.height > max_pixels:
+                raise NearfarError(
+                    f"{image.width} × {image.height} pixels are more than the {max_pixels:,} that are taken: make the "
+                    "picture smaller"
+                )
+            image.load()
+            return np.asarray(_rgb(ImageOps.exif_transpose(image), "the picture"))
+    except NearfarError:
+        raise
+    except UnidentifiedImageError:
+        raise NearfarError("no picture in JPEG, PNG, GIF, BMP or WebP, or its beginning is damaged") from None
+    except Exception as error:
+        raise NearfarError(f"the picture cannot be read: {str(error) or type(error).__name__}") from None
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
@@ -208,7 +262,7 @@ def _no_picture(path: Path) -> str:
     return f"{path} is no picture that can be read, or its beginning is damaged."
 
 
-def _rgb(image: Any, path: Path) -> Any:
+def _rgb(image: Any, path: Path | str) -> Any:
     _check_mode(image, path)
     if image.mode.startswith("I;16"):
         values = np.asarray(image)
@@ -224,7 +278,7 @@ def _rgb(image: Any, path: Path) -> Any:
     return image.convert("RGB")
 
 
-def _check_mode(image: Any, path: Path) -> None:
+def _check_mode(image: Any, path: Path | str) -> None:
     if image.mode in ("I", "F"):
         raise NearfarError(
             f"{path} holds 32-bit values (mode {image.mode}), whose range a picture does not say: convert it to "
