@@ -314,3 +314,51 @@ def serve(
         port,
         lambda address: terminal.say(console, f"{trained.name}: {address} (stop with Ctrl-C)"),
     )
+
+
+def export(
+    run: Run,
+    folder: Annotated[Path, typer.Argument(help="The folder to write: a new or an empty one.")],
+    format_: Annotated[
+        str, typer.Option("--format", help="safetensors, onnx, sentence-transformers or torch.")
+    ] = "safetensors",
+    tower: Annotated[
+        list[str] | None,
+        typer.Option("--tower", help="A view that is exported as a graph; may be repeated. By default all."),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Values that graphs are checked with; by default the run's own data, if it is there."
+        ),
+    ] = None,
+    license_: Annotated[
+        str | None, typer.Option("--license", help="The model's license for its card, e.g. apache-2.0.")
+    ] = None,
+    push: Annotated[
+        str | None,
+        typer.Option(help="OWNER/NAME: also upload the folder to the Hugging Face hub; needs a token."),
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="With --push: others cannot see it.")] = False,
+) -> None:
+    """Write a trained run for other tools, with a model card: safetensors, ONNX, sentence-transformers, torch.export.
+
+    Every graph is compared with the model it is from, and the largest difference is printed.
+    """
+    from nearfar.serving.export import export_run
+    from nearfar.serving.hub import check_push
+    from nearfar.serving.hub import push as upload
+
+    console = terminal.console()
+    if push is not None:
+        check_push(push)
+    exported = export_run(
+        run, folder, format_, tower=tower, data=data, license=license_,
+        say=lambda text: terminal.say(console, text),
+    )  # fmt: skip
+    size = sum(path.stat().st_size for path in exported.folder.rglob("*") if path.is_file())
+    terminal.say(
+        console, f"{exported.folder}: {exported.format}, {size / 1e6:.1f} MB; README.md says how to load it"
+    )
+    if push is not None:
+        terminal.say(console, f"uploaded: {upload(exported.folder, push, private)}")

@@ -24,6 +24,8 @@ from nearfar.data.chunks import NewData
 from nearfar.data.items import Items
 from nearfar.data.rejections import Rejections
 from nearfar.errors import NearfarError, nearest_name
+from nearfar.serving.exported import is_exported, read_members
+from nearfar.serving.hub import download, is_hub_name
 from nearfar.systems import build_system
 from nearfar.towers.build import guess_tower
 from nearfar.training.checkpoint import Checkpoint, find_checkpoint
@@ -419,6 +421,8 @@ def load(path: str | os.PathLike[str], device: str = "auto") -> Trained:
     (2, 128)
     """
     place = Path(path).expanduser()
+    if not place.exists() and is_hub_name(str(path)) and not place.parent.is_dir():
+        place = download(str(path))
     members = _members(place)
     chosen = _device(device)
     built = [_Member(system, model.to(chosen).eval()) for system, model in members]
@@ -427,6 +431,8 @@ def load(path: str | os.PathLike[str], device: str = "auto") -> Trained:
 
 def _members(place: Path) -> list[tuple[System[Any, Any], nn.Module]]:
     """System and model of a run, or of each member of an ensemble."""
+    if is_exported(place):
+        return read_members(place)
     folder = RunFolder(place)
     if place.is_dir() and folder.has("metrics.json"):
         members = folder.read_json("metrics.json").get("members")

@@ -253,6 +253,13 @@ class System(ABC, Generic[Batch, Model]):
         """The outputs of several trainings on the same rows as those of one (``nearfar ensemble``)."""
         raise NearfarError(f"system '{self.name}' does not say how its outputs are averaged.")
 
+    def beside_outputs(self) -> dict[str, Tensor]:
+        """What evaluation has kept beside the outputs of a split, such as embedded training items."""
+        return {}
+
+    def average_beside(self, every: Sequence[Mapping[str, Tensor]]) -> None:
+        """Goes on with the average of what several trainings kept beside their outputs (``nearfar ensemble``)."""
+
     # -- results ---------------------------------------------------------------------------------------------
     def report_examples(self, outputs: Mapping[str, Tensor], split: str) -> list[Json]:
         """Examples for the report: right, nearly and wrong."""
