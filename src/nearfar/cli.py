@@ -28,13 +28,6 @@ app.add_typer(verify_app, name="verify")
 app.add_typer(data_app, name="data")
 app.add_typer(use_app)
 
-SmilesColumn = Annotated[
-    str | None, typer.Option(help="The table's SMILES column, if its name is not recognised.")
-]
-TextColumn = Annotated[
-    str | None, typer.Option(help="The table's text column, if its name is not recognised.")
-]
-IdColumn = Annotated[str | None, typer.Option(help="The table's id column, if its name is not recognised.")]
 HYDRA = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
@@ -298,29 +291,6 @@ def claims(
     console.print(outcome_table(outcomes, waiting))
     if output is not None:
         terminal.say(console, f"written: {write_outcomes(outcomes, waiting, output)}")
-
-
-@app.command()
-def search(
-    run: Annotated[Path, typer.Argument(help="A run folder or checkpoint.")],
-    query: Annotated[str, typer.Argument(help="A text; with --molecule, a SMILES.")],
-    molecule: Annotated[
-        bool, typer.Option("--molecule", help="The query is a molecule: find its text.")
-    ] = False,
-    k: Annotated[int, typer.Option("-k", help="How many to show.")] = 10,
-    gallery: Annotated[
-        Path | None, typer.Option(help="A table to search in; by default all molecules of the run's data.")
-    ] = None,
-    html: Annotated[Path | None, typer.Option(help="Also write the hits with pictures to this page.")] = None,
-    smiles_column: SmilesColumn = None,
-    text_column: TextColumn = None,
-    id_column: IdColumn = None,
-) -> None:
-    """Find the nearest molecules of a text, or the nearest texts of a molecule."""
-    from nearfar.systems import trained
-
-    columns = {"smiles": smiles_column, "text": text_column, "id": id_column}
-    trained(run).search_and_print(query, molecule, k, gallery, html, terminal.console(), columns)
 
 
 @app.command()
