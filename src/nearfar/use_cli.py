@@ -161,6 +161,87 @@ def predict(
 
 
 @use_app.command()
+def search(
+    run: Run,
+    query: Annotated[
+        str | None, typer.Argument(help="A text, the path of a picture, or a SMILES.", show_default=False)
+    ] = None,
+    gallery: Annotated[
+        Path | None,
+        typer.Option(help="A table or folder to search in; by default the data that the run was trained on."),
+    ] = None,
+    store: Annotated[
+        str | None,
+        typer.Option(
+            help="Where its vectors are kept: FOLDER.faiss, lance:FOLDER, qdrant:FOLDER, qdrant+http://HOST:PORT, "
+            "postgresql://USER@HOST/DATABASE; by default a file beside the run."
+        ),
+    ] = None,
+    where: Annotated[
+        list[str] | None,
+        typer.Option(help="A filter by columns: 'price<10', 'lang in de,en'; may be repeated."),
+    ] = None,
+    tower: Annotated[str | None, typer.Option(help="The view that the query is.")] = None,
+    target: Annotated[str | None, typer.Option(help="The view of the gallery that is searched.")] = None,
+    k: Annotated[int, typer.Option("-k", help="How many to show.")] = 10,
+    queries: Annotated[
+        Path | None, typer.Option(help="A file of queries: a text a line, or a table with their column.")
+    ] = None,
+    query_column: Annotated[str | None, typer.Option(help="The column of --queries that holds them.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Also write the hits as .csv, .tsv, .jsonl or .parquet."),
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Also write the hits to this page, with pictures and molecules.")
+    ] = None,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Compare with every row, also where there is an index.")
+    ] = False,
+    refill: Annotated[bool, typer.Option("--refill", help="Embed the gallery anew.")] = False,
+    column: ColumnOption = None,
+    id_column: IdColumn = None,
+    encoding: Encoding = None,
+    images: Images = None,
+    device: Device = "auto",
+    molecule: Annotated[
+        bool, typer.Option("--molecule", help="The same as --tower molecule.", hidden=True)
+    ] = False,
+    smiles_column: SmilesColumn = None,
+    text_column: TextColumn = None,
+) -> None:
+    """Find what is nearest to a text, a picture or a molecule: in a table, a folder, a store, or the run's own data.
+
+    A gallery is embedded once and kept; a command that was killed goes on where it was.
+    """
+    from nearfar.data.chunks import NewData
+    from nearfar.serving.search_command import Asked, run_search
+
+    source = None
+    if gallery is not None:
+        source = new_data(gallery, column, id_column, encoding, images, smiles_column, text_column)
+    asked = Asked(
+        query, None if queries is None else NewData(queries, encoding=encoding, images=images), query_column
+    )
+    run_search(
+        run,
+        asked,
+        source,
+        terminal.console(),
+        place=store,
+        where=where or (),
+        tower="molecule" if molecule and tower is None else tower,
+        target=target,
+        k=k,
+        output=output,
+        page=html,
+        exact=exact,
+        refill=refill,
+        device=device,
+    )
+
+
+@use_app.command()
 def serve(
     run: Run,
     gallery: Annotated[

@@ -287,6 +287,11 @@ class System(ABC, Generic[Batch, Model]):
             f"runs of system '{self.name}' cannot be loaded for use: it does not define load_assets."
         )
 
+    def own_data(self, say: Say) -> tuple[dict[str, Items], str]:
+        """The splits of the configured data, read again, and their ``data_hash`` as ``layout`` has it, which tells
+        whether they are what a run was trained on. Nothing is fitted."""
+        raise NearfarError(f"system '{self.name}' does not read its data again.")
+
     def embed_view(self, model: Model, view: str, field: Any) -> Tensor:
         """The embeddings (b, d) of what the view's tower read, a batch of it; not normalised."""
         raise NearfarError(f"system '{self.name}' does not embed one view alone.")
@@ -298,6 +303,12 @@ class System(ABC, Generic[Batch, Model]):
     def new_items(self, source: NewData) -> Iterator[Items]:
         """What a user's file or folder holds, in chunks; values that cannot be read are counted as rejections."""
         raise NearfarError(f"system '{self.name}' does not say how new data is read.")
+
+    def items_of(self, values: Sequence[Any]) -> Items:
+        """New values of a system without views, such as pictures for a detector; an unreadable one is an error."""
+        raise NearfarError(
+            f"system '{self.name}' takes values by the name of their view, as {{view: values}}."
+        )
 
     def new_dataset(self, items: Items) -> BatchDataset[Batch]:
         """New items as batches that ``embed`` understands."""
