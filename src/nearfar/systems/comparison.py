@@ -117,6 +117,8 @@ class ViewComparison:
         for query, key in self.directions():
             name = f"{query}_to_{key}"
             vectors, at = self._whole(query)
+            if not len(vectors):
+                continue
             first, last = np.searchsorted(at, (start, stop))
             columns |= self._nearest(name, key, vectors[first:last], at[first:last] - start, stop - start)
             for metric, values in self._ranks.get(name, {}).items():

@@ -611,9 +611,14 @@ class ViewSystem(System[Batch, ViewModel]):
         """The same of columns beyond the views, without which new items can be read, too."""
         return {}
 
+    def id_headers(self) -> Sequence[str]:
+        """The headers under which a table of new items may have ids, best first: that of the run's own data."""
+        own = getattr(getattr(self.config, "data", None), "id_column", None)
+        return [] if own is None else [str(own)]
+
     def new_items(self, source: NewData) -> Iterator[Items]:
         """A table, a folder, shards: items with those of the views that are there; see `usable`."""
-        for items in read_chunks(source, self.view_headers(), self.further_headers()):
+        for items in read_chunks(source, self.view_headers(), self.further_headers(), self.id_headers()):
             yield self.usable(items)
 
     def usable(self, items: Items) -> Items:
