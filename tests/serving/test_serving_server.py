@@ -181,7 +181,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("/embed", {"values": ["a"], "tower": "wrods"}, "did you mean 'words'?"),
     ("/embed", {"values": []}, "at least 1"),
     ("/embed", {}, "required"),
-    ("/embed", {"values": "a"}, "list"),
+    ("/embed", {"values": "a"}, "array"),
     ("/embed", {"values": [None]}, "a text, a list of numbers"),
     ("/embed", {"values": [True]}, "a text, a list of numbers"),
     ("/embed", {"values": ["a"], "path": "x"}, "path: Extra inputs"),

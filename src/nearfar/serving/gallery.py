@@ -255,16 +255,17 @@ class Gallery:
 
 
 def _places(items: Items) -> tuple[list[str], np.ndarray, np.ndarray] | None:
-    """Slide, x and y of every item, where there are such columns."""
-    if not {"x", "y"} <= set(items.columns):
-        return None
+    """Slide, x and y of every item, where there are such columns: ``x`` and ``y``, or ``position`` (n, 2)."""
     try:
-        x, y = (np.asarray(items[name], np.float64) for name in ("x", "y"))
+        if "position" in items and np.ndim(items["position"]) == 2:
+            x, y = np.asarray(items["position"], np.float64).T
+        elif "x" in items and "y" in items:
+            x, y = (np.asarray(items[name], np.float64) for name in ("x", "y"))
+        else:
+            return None
     except (TypeError, ValueError):
         return None
-    if x.ndim != 1 or y.ndim != 1:
-        return None
-    if not (np.isfinite(x).all() and np.isfinite(y).all()):
+    if x.ndim != 1 or y.ndim != 1 or not (np.isfinite(x).all() and np.isfinite(y).all()):
         return None
     slides = items["slide"] if "slide" in items else [""] * len(items)
     return [str(slide) for slide in slides], x, y

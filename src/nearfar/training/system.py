@@ -296,6 +296,10 @@ class System(ABC, Generic[Batch, Model]):
         """New items as batches that ``embed`` understands."""
         raise NearfarError(f"system '{self.name}' does not say how new items become batches.")
 
+    def predicts_from(self) -> Sequence[str]:
+        """The views, or other columns, that ``predictions`` needs of an item, where one item at a time is asked about."""
+        return self.views
+
     def predictions(self, outputs: Mapping[str, Tensor], items: Items) -> Mapping[str, Sequence[Any]]:
         """Columns of a table of predictions for new items, from what ``embed`` gave of them.
 
