@@ -133,63 +133,64 @@ def refusal(*arguments: object) -> str:
 
 
 def test_embed_keeps_a_text_whose_molecule_is_unreadable(run: RunFolder, tmp_path: Path) -> None:
-    table = tmp_path / "new.csv"
+    table, output = tmp_path / "new.csv", tmp_path / "out.npz"
     table.write_text("id,smiles,text\na,CCO,an alcohol\nb,nonsense((,an amine\nc,CCN,\nd,,\n")
-    shown = answer("embed", run, table, "-o", tmp_path / "out.npz")
-    with np.load(tmp_path / "out.npz") as arrays:
-        assert arrays["molecule_ids"].tolist() == ["a", "c"]
-        assert arrays["text_ids"].tolist() == ["a", "b"]
-        assert arrays["molecules"].shape == arrays["texts"].shape == (2, 16)
-        assert "ids" not in arrays
-    for words in ("2 molecules, 2 texts", "unparsable SMILES 1 (first: row 3 'nonsense(('", "empty text 2"):
+    shown = answer("embed", run, table, "-o", output)
+    with np.load(output) as arrays:
+        assert arrays["ids"].tolist() == ["a", "b", "c"]
+        assert np.isfinite(arrays["molecule"]).all(axis=1).tolist() == [True, False, True]
+        assert np.isfinite(arrays["text"]).all(axis=1).tolist() == [True, True, False]
+        assert arrays["molecule"].shape == arrays["text"].shape == (3, 16)
+    for words in ("3 rows (molecule, text)", "unparsable SMILES 1 (first: row 3 'nonsense(('", "no value 1"):
         assert words in shown, words
     table.write_text("id,smiles,text\na,CCO,an alcohol\nb,CCN,an amine\n")
-    assert "rejected" not in answer("embed", run, table, "-o", tmp_path / "out.npz")
-    with np.load(tmp_path / "out.npz") as arrays:
-        assert arrays["ids"].tolist() == ["a", "b"]
-        assert sorted(arrays.files) == ["ids", "molecules", "texts"]
+    assert "rejected" not in answer("embed", run, table, "-o", output)
     table.write_text("text\nan alcohol\n")
-    answer("embed", run, table, "-o", tmp_path / "out.npz")
-    with np.load(tmp_path / "out.npz") as arrays:
-        assert sorted(arrays.files) == ["ids", "texts"]
+    answer("embed", run, table, "-o", output)
+    with np.load(output) as arrays:
+        assert sorted(arrays.files) == ["ids", "rows", "text"]
     table.write_text("smiles\nnonsense((\n")
-    assert "no row can be embedded; 1 row rejected" in refusal(
-        "embed", run, table, "-o", tmp_path / "out.npz"
-    )
+    assert "no row can be used; 1 row rejected" in refusal("embed", run, table, "-o", output)
 
 
 def test_columns_of_a_new_table(run: RunFolder, tmp_path: Path) -> None:
     """The run's own headers if they are there, else the usual ones, else what the options say."""
     output = tmp_path / "out.npz"
     table = tmp_path / "new.csv"
-    for header in ("Key,Left,Right", "id,smiles,text"):
+    for header in ("Key,Left,Right", "cid,smiles,description"):
         table.write_text(f"{header}\na,CCO,an alcohol\n")
-        assert "1 molecules, 1 texts" in answer("embed", run, table, "-o", output)
+        assert "1 rows (molecule, text)" in answer("embed", run, table, "-o", output)
+        with np.load(output) as arrays:
+            assert arrays["ids"].tolist() == ["a"]
         assert "an alcohol" in answer("search", run, "an alcohol", "--gallery", table)
     table.write_text("id,smiles,text\na,c1cc[nH]c1,an alcohol [red]\n")
     shown = answer("search", run, "an alcohol", "--gallery", table)
     assert "c1cc[nH]c1" in shown
     assert "an alcohol [red]" in shown
+    shown = answer("search", run, "CCO", "--molecule", "--gallery", table)
+    assert "CCO · molecule → text" in shown
     table.write_text("who,what,words\na,CCO,an alcohol\n")
     message = refusal("embed", run, table, "-o", output)
-    assert "--smiles-column NAME" in message
+    assert "--column molecule=HEADER" in message
     assert "data." not in message
-    assert "Name the column with --smiles-column NAME" in refusal("search", run, "x", "--gallery", table)
-    named = ("--smiles-column", "what", "--text-column", "words", "--id-column", "who")
-    answer("embed", run, table, "-o", output, *named)
-    with np.load(output) as arrays:
-        assert arrays["ids"].tolist() == ["a"]
-    assert "an alcohol" in answer("search", run, "an alcohol", "--gallery", table, *named)
+    assert "Name one with --column molecule=HEADER" in refusal("search", run, "x", "--gallery", table)
+    for named in (
+        ("--smiles-column", "what", "--text-column", "words", "--id-column", "who"),
+        ("--column", "molecule=what", "--column", "text=words", "--id-column", "who"),
+    ):
+        answer("embed", run, table, "-o", output, *named)
+        with np.load(output) as arrays:
+            assert arrays["ids"].tolist() == ["a"]
+        assert "an alcohol" in answer("search", run, "an alcohol", "--gallery", table, *named)
     assert "did you mean 'words'" in refusal("embed", run, table, "-o", output, "--text-column", "wrds")
 
 
 def test_where_output_cannot_go_is_said_before_the_work(
     run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from nearfar.systems.molecules.search import TrainedMolecules
+    from nearfar.serving import Trained
 
-    for name in ("embed_molecules", "embed_texts"):
-        monkeypatch.setattr(TrainedMolecules, name, lambda *_: pytest.fail("it began to work"))
+    monkeypatch.setattr(Trained, "vectors", lambda *_, **__: pytest.fail("it began to work"))
     table = tmp_path / "new.csv"
     table.write_text("smiles\nCCO\n")
     assert "is a folder; name the file" in refusal("embed", run, table, "-o", tmp_path)
@@ -207,7 +208,7 @@ def test_a_run_whose_data_changed_or_is_gone_is_not_searched(copy: tuple[RunFold
     assert "--gallery FILE" in message
     data.unlink()
     message = refusal("search", folder, "the alcohol of benzene")
-    assert f"the run's data is not there (data.train={data}: no such file.)" in message
+    assert f"the run's data cannot be read again (data.train={data}: no such file.)" in message
     assert "--gallery FILE" in message
 
 

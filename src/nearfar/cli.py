@@ -28,13 +28,6 @@ app.add_typer(verify_app, name="verify")
 app.add_typer(data_app, name="data")
 app.add_typer(use_app)
 
-SmilesColumn = Annotated[
-    str | None, typer.Option(help="The table's SMILES column, if its name is not recognised.")
-]
-TextColumn = Annotated[
-    str | None, typer.Option(help="The table's text column, if its name is not recognised.")
-]
-IdColumn = Annotated[str | None, typer.Option(help="The table's id column, if its name is not recognised.")]
 HYDRA = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
@@ -154,7 +147,13 @@ def compare(
 
 @app.command()
 def doctor(
-    run: Annotated[Path, typer.Argument(help="A run folder, finished or not.")],
+    run: Annotated[
+        Path, typer.Argument(help="A run folder, finished or not; or the log of a different trainer.")
+    ],
+    map_: Annotated[
+        list[str] | None,
+        typer.Option("--map", help="FIELD=NAME: what a name of that log means, e.g. loss=train/contrast."),
+    ] = None,
     json_: Annotated[
         bool, typer.Option("--json", help="Print what doctor.json holds, and nothing else.")
     ] = False,
@@ -182,16 +181,18 @@ def doctor(
 ) -> None:
     """Why a run stalls: findings with evidence, cause and what to try; written to doctor.json as well.
 
+    Reads runs of nearfar, and logs of Hugging Face trainers, sentence-transformers, Lightning, TensorBoard,
+    Weights & Biases, MLflow, Trackio and open_clip, tables, JSON lines and printed logs.
     [bold]--what-if[/bold] evaluates the run's batches under other options, [bold]--try N[/bold] tests a prescription.
     """
-    from nearfar.lab.doctor_command import examine, print_diagnosis
+    from nearfar.lab.doctor_command import examine, print_diagnosis, read_names
 
     console = terminal.console()
 
     def say(text: str) -> None:
         terminal.say(console, text, style="dim")
 
-    diagnosis = examine(run, say)
+    diagnosis = examine(run, say, read_names(map_))
     if json_:
         console.print_json(data=diagnosis.to_dict())
     elif not what_if and try_ is None:
@@ -290,29 +291,6 @@ def claims(
     console.print(outcome_table(outcomes, waiting))
     if output is not None:
         terminal.say(console, f"written: {write_outcomes(outcomes, waiting, output)}")
-
-
-@app.command()
-def search(
-    run: Annotated[Path, typer.Argument(help="A run folder or checkpoint.")],
-    query: Annotated[str, typer.Argument(help="A text; with --molecule, a SMILES.")],
-    molecule: Annotated[
-        bool, typer.Option("--molecule", help="The query is a molecule: find its text.")
-    ] = False,
-    k: Annotated[int, typer.Option("-k", help="How many to show.")] = 10,
-    gallery: Annotated[
-        Path | None, typer.Option(help="A table to search in; by default all molecules of the run's data.")
-    ] = None,
-    html: Annotated[Path | None, typer.Option(help="Also write the hits with pictures to this page.")] = None,
-    smiles_column: SmilesColumn = None,
-    text_column: TextColumn = None,
-    id_column: IdColumn = None,
-) -> None:
-    """Find the nearest molecules of a text, or the nearest texts of a molecule."""
-    from nearfar.systems import trained
-
-    columns = {"smiles": smiles_column, "text": text_column, "id": id_column}
-    trained(run).search_and_print(query, molecule, k, gallery, html, terminal.console(), columns)
 
 
 @app.command()

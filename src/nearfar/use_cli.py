@@ -161,6 +161,87 @@ def predict(
 
 
 @use_app.command()
+def search(
+    run: Run,
+    query: Annotated[
+        str | None, typer.Argument(help="A text, the path of a picture, or a SMILES.", show_default=False)
+    ] = None,
+    gallery: Annotated[
+        Path | None,
+        typer.Option(help="A table or folder to search in; by default the data that the run was trained on."),
+    ] = None,
+    store: Annotated[
+        str | None,
+        typer.Option(
+            help="Where its vectors are kept: FOLDER.faiss, lance:FOLDER, qdrant:FOLDER, qdrant+http://HOST:PORT, "
+            "postgresql://USER@HOST/DATABASE; by default a file beside the run."
+        ),
+    ] = None,
+    where: Annotated[
+        list[str] | None,
+        typer.Option(help="A filter by columns: 'price<10', 'lang in de,en'; may be repeated."),
+    ] = None,
+    tower: Annotated[str | None, typer.Option(help="The view that the query is.")] = None,
+    target: Annotated[str | None, typer.Option(help="The view of the gallery that is searched.")] = None,
+    k: Annotated[int, typer.Option("-k", help="How many to show.")] = 10,
+    queries: Annotated[
+        Path | None, typer.Option(help="A file of queries: a text a line, or a table with their column.")
+    ] = None,
+    query_column: Annotated[str | None, typer.Option(help="The column of --queries that holds them.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Also write the hits as .csv, .tsv, .jsonl or .parquet."),
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Also write the hits to this page, with pictures and molecules.")
+    ] = None,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Compare with every row, also where there is an index.")
+    ] = False,
+    refill: Annotated[bool, typer.Option("--refill", help="Embed the gallery anew.")] = False,
+    column: ColumnOption = None,
+    id_column: IdColumn = None,
+    encoding: Encoding = None,
+    images: Images = None,
+    device: Device = "auto",
+    molecule: Annotated[
+        bool, typer.Option("--molecule", help="The same as --tower molecule.", hidden=True)
+    ] = False,
+    smiles_column: SmilesColumn = None,
+    text_column: TextColumn = None,
+) -> None:
+    """Find what is nearest to a text, a picture or a molecule: in a table, a folder, a store, or the run's own data.
+
+    A gallery is embedded once and kept; a command that was killed goes on where it was.
+    """
+    from nearfar.data.chunks import NewData
+    from nearfar.serving.search_command import Asked, run_search
+
+    source = None
+    if gallery is not None:
+        source = new_data(gallery, column, id_column, encoding, images, smiles_column, text_column)
+    asked = Asked(
+        query, None if queries is None else NewData(queries, encoding=encoding, images=images), query_column
+    )
+    run_search(
+        run,
+        asked,
+        source,
+        terminal.console(),
+        place=store,
+        where=where or (),
+        tower="molecule" if molecule and tower is None else tower,
+        target=target,
+        k=k,
+        output=output,
+        page=html,
+        exact=exact,
+        refill=refill,
+        device=device,
+    )
+
+
+@use_app.command()
 def serve(
     run: Run,
     gallery: Annotated[
@@ -233,3 +314,51 @@ def serve(
         port,
         lambda address: terminal.say(console, f"{trained.name}: {address} (stop with Ctrl-C)"),
     )
+
+
+def export(
+    run: Run,
+    folder: Annotated[Path, typer.Argument(help="The folder to write: a new or an empty one.")],
+    format_: Annotated[
+        str, typer.Option("--format", help="safetensors, onnx, sentence-transformers or torch.")
+    ] = "safetensors",
+    tower: Annotated[
+        list[str] | None,
+        typer.Option("--tower", help="A view that is exported as a graph; may be repeated. By default all."),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Values that graphs are checked with; by default the run's own data, if it is there."
+        ),
+    ] = None,
+    license_: Annotated[
+        str | None, typer.Option("--license", help="The model's license for its card, e.g. apache-2.0.")
+    ] = None,
+    push: Annotated[
+        str | None,
+        typer.Option(help="OWNER/NAME: also upload the folder to the Hugging Face hub; needs a token."),
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="With --push: others cannot see it.")] = False,
+) -> None:
+    """Write a trained run for other tools, with a model card: safetensors, ONNX, sentence-transformers, torch.export.
+
+    Every graph is compared with the model it is from, and the largest difference is printed.
+    """
+    from nearfar.serving.export import export_run
+    from nearfar.serving.hub import check_push
+    from nearfar.serving.hub import push as upload
+
+    console = terminal.console()
+    if push is not None:
+        check_push(push)
+    exported = export_run(
+        run, folder, format_, tower=tower, data=data, license=license_,
+        say=lambda text: terminal.say(console, text),
+    )  # fmt: skip
+    size = sum(path.stat().st_size for path in exported.folder.rglob("*") if path.is_file())
+    terminal.say(
+        console, f"{exported.folder}: {exported.format}, {size / 1e6:.1f} MB; README.md says how to load it"
+    )
+    if push is not None:
+        terminal.say(console, f"uploaded: {upload(exported.folder, push, private)}")

@@ -20,7 +20,8 @@ from nearfar.errors import NearfarError
 from nearfar.launch import run_one
 from nearfar.losses import InfoNCELoss
 from nearfar.losses.memory import CrossBatchMemory
-from nearfar.systems import build_system, trained
+from nearfar.serving import load
+from nearfar.systems import build_system
 from nearfar.systems.molecules.system import MoleculeSystem
 from nearfar.training.checkpoint import Checkpoint
 from nearfar.training.run_folder import RunFolder
@@ -382,7 +383,7 @@ def test_weights_without_their_memory(tmp_path: Path, files: list[str]) -> None:
             assert state["memory.kept.text._rows"].shape == (size, 16)
         else:
             assert not any(key.startswith("memory.") for key in state)
-    assert len(trained(kept.path).search("an alcohol", k=3)) == 3
+    assert len(load(kept.path, "cpu").search("an alcohol", k=3)) == 3
 
 
 @pytest.mark.parametrize("encoder", ["graph", "fingerprint", "both"])

@@ -32,10 +32,9 @@ class Registration:
     """Where the parts of a system are, as ``module:name``; each is imported when it is needed, and not before.
 
     ``system``: the class. ``options``: its options, a dataclass below ``nearfar.config.RunOptions`` in a module that
-    imports nothing heavy: a whole sweep is composed and checked before it starts. ``trained``: the class that loads a
-    trained run, to embed and to search. ``reevaluator``: the module that evaluates finished runs again (``rescore``,
-    ``pool``). ``configs``: the package that holds its YAML files, in the folder ``experiment`` above all. ``extra``:
-    what to install for it.
+    imports nothing heavy: a whole sweep is composed and checked before it starts. ``reevaluator``: the module that
+    evaluates finished runs again (``rescore``, ``pool``). ``configs``: the package that holds its YAML files, in the
+    folder ``experiment`` above all. ``extra``: what to install for it.
 
     A package outside offers one by an entry point in the group ``nearfar.systems``::
 
@@ -45,7 +44,6 @@ class Registration:
 
     system: str
     options: str
-    trained: str | None = None
     reevaluator: str | None = None
     configs: str | None = None
     extra: str | None = None
@@ -67,7 +65,7 @@ _REGISTERED: dict[str, Registration] = {
     "detector": _own("detector", "Detector"),
     "fair_detection": _own("fair_detection", "FairDetection"),
     "labels": _own("labels", "Label"),
-    "molecules": _own("molecules", "Molecule", trained="nearfar.systems.molecules.search:TrainedMolecules"),
+    "molecules": _own("molecules", "Molecule"),
     "pairs": _own("pairs", "Pair"),
     "relations": _own("relations", "Relation", reevaluator="nearfar.systems.relations.evaluation"),
     "tissue": _own("tissue", "Tissue"),

@@ -50,6 +50,7 @@ def write_ensemble(runs: Sequence[Path], output: Path | None = None, say: Say = 
     target.check_own()
     first: System | None = None
     collected: dict[str, list[dict[str, Tensor]]] = {}
+    beside: list[dict[str, Tensor]] = []
     for folder in folders:
         system = build_system(folder.config(), saved=True)
         if not system.defines("average"):
@@ -62,8 +63,10 @@ def write_ensemble(runs: Sequence[Path], output: Path | None = None, say: Say = 
         say(f"{folder.name} …")
         for split, outputs in _outputs(system, folder).items():
             collected.setdefault(split, []).append(outputs)
+        beside.append(system.beside_outputs())
         first = first or system
     assert first is not None
+    first.average_beside(beside)
     averaged = {split: first.average(every) for split, every in collected.items()}
     first.calibrate(lambda split: averaged[split], say)
     reported: dict[str, dict[str, Tensor]] = {

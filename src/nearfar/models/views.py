@@ -205,6 +205,11 @@ class ViewModel(nn.Module):
         embedded: Tensor = self.heads[name](self.towers[name](field))
         return embedded if present is None else embedded * present[:, None].to(embedded.dtype)
 
+    def only(self, view: str) -> ViewModel:
+        """A model of one view: the same modules of its tower and head, and nothing else."""
+        name = module_name(view)
+        return ViewModel({view: self.towers[name]}, {view: self.heads[name]})
+
     def tower(self, view: str) -> nn.Module:
         """The module of a view's tower."""
         return self.towers[module_name(view)]

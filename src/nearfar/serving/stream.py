@@ -27,7 +27,15 @@ if TYPE_CHECKING:
 
     from nearfar.serving.trained import Trained
 
-__all__ = ["TABLE_ENDINGS", "Written", "embed_file", "predict_file", "require_writable"]
+__all__ = [
+    "TABLE_ENDINGS",
+    "Written",
+    "embed_file",
+    "predict_file",
+    "require_writable",
+    "state_of",
+    "write_rows",
+]
 
 TABLE_ENDINGS = (".csv", ".tsv", ".jsonl", ".parquet")
 _VECTOR_ENDINGS = (".parquet", ".npz")
@@ -149,7 +157,7 @@ def predict_file(
 
     what: dict[str, Any] = {"predict": True, "k": k}
     if gallery is not None:
-        what["gallery"] = [_state_of(Path(gallery.path)), dict(gallery.columns), gallery.id_column]
+        what["gallery"] = [state_of(Path(gallery.path)), dict(gallery.columns), gallery.id_column]
     return _Parts(trained, source, output, what).fill(chunks, table, advance)
 
 
@@ -194,7 +202,7 @@ class _Parts:
         # What a part holds depends on all of these; the data is known by its size and time, since it may be large.
         known = {
             "weights": [_fingerprint(each.model) for each in trained.members],
-            "data": _state_of(Path(source.path)),
+            "data": state_of(Path(source.path)),
             "columns": dict(source.columns),
             "id_column": source.id_column,
             "encoding": source.encoding,
@@ -265,7 +273,7 @@ def _fingerprint(model: Any) -> str:
     )
 
 
-def _state_of(path: Path) -> list[Any]:
+def state_of(path: Path) -> list[Any]:
     """By what changed data is told: names, sizes and times."""
     if path.is_dir():
         files = sorted(each for each in path.rglob("*") if each.is_file())
@@ -306,6 +314,23 @@ def _join(files: Sequence[Path], output: Path) -> list[str]:
 
     write_atomically(output, write)
     return list(schema.names)
+
+
+def write_rows(rows: Sequence[Mapping[str, Any]], output: Path) -> None:
+    """Write rows with the same columns as a table (``TABLE_ENDINGS``), atomically."""
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.Table.from_pylist(list(rows))
+    ending = output.suffix.lower()
+
+    def write(file: IO[bytes]) -> None:
+        if ending == ".parquet":
+            pyarrow.parquet.write_table(table, file)
+        else:
+            _write_lines(file, table.schema.names, [table], ending)
+
+    write_atomically(output, write)
 
 
 def _write_lines(file: IO[bytes], names: Sequence[str], tables: Iterable[pyarrow.Table], ending: str) -> None:

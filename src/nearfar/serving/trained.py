@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,13 @@ from torch.nn.functional import normalize
 from nearfar.config.compose import read_config
 from nearfar.config.training import RunOptions
 from nearfar.config.views import ViewOptions
-from nearfar.data.cache import without_cache
+from nearfar.data.cache import content_key, without_cache
 from nearfar.data.chunks import NewData
 from nearfar.data.items import Items
 from nearfar.data.rejections import Rejections
 from nearfar.errors import NearfarError, nearest_name
+from nearfar.serving.exported import is_exported, read_members
+from nearfar.serving.hub import download, is_hub_name
 from nearfar.systems import build_system
 from nearfar.towers.build import guess_tower
 from nearfar.training.checkpoint import Checkpoint, find_checkpoint
@@ -329,6 +332,57 @@ class Trained:
             raise NearfarError(f"the values: {usable.rejections.summary()}.")
         return usable
 
+    # -- search ----------------------------------------------------------------------------------------------
+    @cached_property
+    def weights_key(self) -> str:
+        """Names the weights: what they embedded means nothing to others."""
+        return content_key(
+            [
+                [
+                    [name, value.detach().float().cpu().numpy()]
+                    for name, value in each.model.state_dict().items()
+                ]
+                for each in self.members
+            ]
+        )
+
+    def search(
+        self,
+        query: Any,
+        gallery: Any = None,
+        k: int = 10,
+        *,
+        tower: str | None = None,
+        target: str | None = None,
+        where: str | Sequence[str] | None = None,
+        exact: bool = False,
+    ) -> Any:
+        """The nearest items of a gallery: `Hits` for a query, and a list of these for a list of queries.
+
+        Args:
+            query: a text, the path of a picture, a SMILES, a row of numbers: what one of the towers reads; or a list.
+            gallery: a list of values; a table or folder; a store or its place (``lance:FOLDER``, docs/search.md); None:
+                the data that the run was trained on. What is no list is embedded once, and kept beside the run.
+            k: how many; fewer come where fewer are there.
+            tower: the view whose tower reads the query; None: the only one, or the one that it looks like.
+            target: the view that is searched; None: the first that the gallery has and that is not the query's.
+            where: a filter by columns, such as ``"price<10,lang in de,en"``.
+            exact: compare with every item, also where a large gallery has an index.
+
+        Raises:
+            NearfarError: a query that cannot be read, a gallery without the target, data that has changed.
+        """
+        from nearfar.serving.search import gallery_of, query_view, search
+
+        many = isinstance(query, (list, tuple)) or (isinstance(query, np.ndarray) and query.ndim > 1)
+        queries = query if many else np.asarray(query)[None] if isinstance(query, np.ndarray) else [query]
+        if not len(queries):
+            return []
+        view = query_view(self, queries, tower)
+        with gallery_of(self, gallery, target, view) as store:
+            answers = search(self, queries, store, k, view=view, where=where, exact=exact)
+        return answers if many else answers[0]
+
     # -- what it is ------------------------------------------------------------------------------------------
     def describe(self) -> dict[str, Any]:
         """What this is: system, views with their towers, data and results of the run, as plain values."""
@@ -367,6 +421,8 @@ def load(path: str | os.PathLike[str], device: str = "auto") -> Trained:
     (2, 128)
     """
     place = Path(path).expanduser()
+    if not place.exists() and is_hub_name(str(path)) and not place.parent.is_dir():
+        place = download(str(path))
     members = _members(place)
     chosen = _device(device)
     built = [_Member(system, model.to(chosen).eval()) for system, model in members]
@@ -375,6 +431,8 @@ def load(path: str | os.PathLike[str], device: str = "auto") -> Trained:
 
 def _members(place: Path) -> list[tuple[System[Any, Any], nn.Module]]:
     """System and model of a run, or of each member of an ensemble."""
+    if is_exported(place):
+        return read_members(place)
     folder = RunFolder(place)
     if place.is_dir() and folder.has("metrics.json"):
         members = folder.read_json("metrics.json").get("members")

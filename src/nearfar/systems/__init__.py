@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nearfar.config.compose import read_config
@@ -15,7 +14,7 @@ from nearfar.errors import NearfarError
 if TYPE_CHECKING:
     from nearfar.training.system import System
 
-__all__ = ["Registration", "build_system", "check_config", "reevaluator", "register", "systems", "trained"]
+__all__ = ["Registration", "build_system", "check_config", "reevaluator", "register", "systems"]
 
 
 def check_config(config: object, *, saved: bool = False) -> RunOptions:
@@ -62,15 +61,3 @@ def reevaluator(run: str | os.PathLike[str], what: str) -> Any:
         able = ", ".join(known for known, each in systems().items() if each.reevaluator)
         raise NearfarError(f"{folder}: {what} is for runs of {able}, and this is one of '{name}'.")
     return importlib.import_module(module)
-
-
-def trained(run: str | os.PathLike[str]) -> Any:
-    """A trained run, ready to embed and search."""
-    from nearfar.training.checkpoint import find_checkpoint
-    from nearfar.training.run_folder import RunFolder
-
-    name = RunFolder.of(find_checkpoint(Path(run), prefer="best")).config().system
-    place = registration(name).trained
-    if place is None:
-        raise NearfarError(f"{run}: runs of system '{name}' cannot be searched.")
-    return load_part(place)(run)

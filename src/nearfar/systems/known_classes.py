@@ -166,6 +166,11 @@ class KnownClasses:
         np.savez(buffer, **arrays)  # type: ignore[arg-type]  # numpy's stub wants allow_pickle first
         write_atomically(folder / _ROWS, lambda file: file.write(buffer.getbuffer()))
 
+    @staticmethod
+    def remove(folder: Path) -> None:
+        """Remove what `save` wrote, where it did."""
+        (folder / _ROWS).unlink(missing_ok=True)
+
     @classmethod
     def load(cls, folder: Path) -> KnownClasses | None:
         """What `save` wrote; None where nothing was: the run was never evaluated, or has no labels."""

@@ -257,6 +257,16 @@ class LabelledSystem(ViewSystem):
         ]
         return collect(parts)["rows"]
 
+    def beside_outputs(self) -> dict[str, Tensor]:
+        """The embedded training items, which vote."""
+        rows = self._train_rows.get(TRAINED)
+        return {} if rows is None else {self.view: rows}
+
+    def average_beside(self, every: Sequence[Mapping[str, Tensor]]) -> None:
+        if all(every):
+            self._train_rows[TRAINED] = self.average(every)[self.view]
+            self._probes.pop(TRAINED, None)
+
     def evaluate(self, outputs: Mapping[str, Tensor], split: str, final: bool) -> Evaluation:
         estimates, per_item = self.judge(
             outputs[self.view],
@@ -443,6 +453,8 @@ class LabelledSystem(ViewSystem):
         self.class_names().save(folder)
         if self._known is not None:
             self._known.save(folder)
+        else:  # what an earlier end of this run embedded says nothing of the weights that follow
+            KnownClasses.remove(folder)
 
     def load_assets(self, folder: Path) -> None:
         super().load_assets(folder)

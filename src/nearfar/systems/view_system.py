@@ -596,6 +596,10 @@ class ViewSystem(System[Batch, ViewModel]):
     def load_assets(self, folder: Path) -> None:
         self.towers = load_towers(folder / "towers")
 
+    def own_data(self, say: Say) -> tuple[dict[str, Items], str]:
+        self._read(say)
+        return self.splits, self.data_hash(*self.splits.values())
+
     def embed_view(self, model: ViewModel, view: str, field: Any) -> Tensor:
         return model.encode(view, field)
 

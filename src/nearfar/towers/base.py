@@ -16,6 +16,7 @@ from nearfar.data.batch import Augment, Inputs
 from nearfar.data.files import read_json
 from nearfar.data.items import value_keys
 from nearfar.errors import NearfarError
+from nearfar.towers.graph import TowerGraph
 
 __all__ = ["SPEC_FILE", "Backbone", "Tower", "read_tower_spec", "write_tower_spec"]
 
@@ -97,6 +98,17 @@ class Tower(ABC):
     def save(self, folder: Path) -> None:
         """Write what new values need, besides the trained weights; ``load_tower`` reads it."""
         write_tower_spec(folder, self)
+
+    def save_networks(self, folder: Path) -> None:
+        """Write the networks that are not trained beside what ``save`` wrote, so that ``load_tower`` needs neither the
+        package, nor the hub, nor the folder that they came from. Nothing to do where there are none."""
+
+    def graph(self) -> TowerGraph:
+        """This tower as a graph of tensors, for ONNX and torch.export; ``NearfarError`` with the reason where what it
+        computes is none."""
+        raise NearfarError(
+            f"a tower of kind '{self.kind}' does not say how its values become tensors (graph)"
+        )
 
     @classmethod
     def load(cls, folder: Path) -> Tower:

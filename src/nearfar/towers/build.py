@@ -18,6 +18,7 @@ from nearfar.errors import NearfarError, nearest_name
 from nearfar.towers.base import Tower, read_tower_spec
 
 __all__ = [
+    "PICTURES",
     "TOWERS",
     "build_tower",
     "encoder_options",
@@ -177,7 +178,8 @@ def load_towers(folder: Path) -> dict[str, Tower]:
     return {view: shared[known["towers"][view]] for view in known["views"]}
 
 
-_PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+#: how names of picture files end
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
 def guess_tower(values: Sequence[Any] | np.ndarray) -> str:
@@ -191,7 +193,7 @@ def guess_tower(values: Sequence[Any] | np.ndarray) -> str:
         return "image" if picture else "vector"
     known = [value for value in values if value is not None][:100]
     if known and all(
-        isinstance(value, (str, Path)) and str(value).lower().endswith(_PICTURES) for value in known
+        isinstance(value, (str, Path)) and str(value).lower().endswith(PICTURES) for value in known
     ):
         return "image"
     if known and all(_is_numeric(value) for value in known):

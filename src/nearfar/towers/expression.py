@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from nearfar.data.batch import Inputs, Rows
 from nearfar.data.files import read_names
 from nearfar.errors import NearfarError, nearest_name
 from nearfar.towers.base import Tower, read_tower_spec, write_tower_spec
+from nearfar.towers.graph import TowerGraph
 from nearfar.towers.text import TextTower
 from nearfar.towers.vector import VectorTower
 
@@ -147,6 +149,34 @@ class ExpressionTower(Tower):
         if self.text is not None:
             self.text.save(folder / "text")
         write_tower_spec(folder, self)
+
+    def save_networks(self, folder: Path) -> None:
+        if self.text is not None:
+            self.text.save_networks(folder / "text")
+
+    def graph(self) -> TowerGraph:
+        """Expression as numbers, or its sentences as tokens."""
+        genes = {} if self.genes is None else {"genes": self.genes}
+        if self.text is None:
+            rows = self.rows.graph()
+            steps = [
+                "expression of the genes in one row, in the order of 'genes', as the training data had it"
+            ]
+            return replace(
+                rows,
+                tensors=lambda values: {"values": self._matrix(values)},
+                recipe={"kind": self.kind, "steps": steps, **genes},
+            )
+        inner = self.text.graph()
+        first = (
+            f"write the names of the {self.sentence_genes} most expressed genes, highest first, equal ones in the "
+            "order of 'genes', with spaces between them; 'none' where no gene is expressed"
+        )
+        return replace(
+            inner,
+            tensors=lambda values: inner.tensors(self.sentences(values)),
+            recipe={**inner.recipe, "kind": self.kind, "steps": [first, *inner.recipe["steps"]], **genes},
+        )
 
     @classmethod
     def load(cls, folder: Path) -> ExpressionTower:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Sequence
 from functools import partial
@@ -21,8 +22,15 @@ from nearfar.data.picture_arrays import PictureArrays, check_picture_values, dec
 from nearfar.errors import NearfarError, nearest_name
 from nearfar.models.image import IMAGE_ENCODERS, ImageEncoder, build_image_encoder
 from nearfar.models.image.colors import NAMES, color_statistics
+from nearfar.models.image.saved import (
+    has_image_encoder,
+    load_image_encoder,
+    save_architecture,
+    save_image_encoder,
+)
 from nearfar.models.views import PassThrough, Standardize
 from nearfar.towers.base import Backbone, Tower, read_tower_spec, write_tower_spec
+from nearfar.towers.graph import BATCH, AsItIs, GraphInput, TowerGraph
 
 __all__ = ["IMAGE_TOWERS", "ImageTower"]
 
@@ -35,6 +43,7 @@ _LEAST = 32  # pixels, below which the networks have nothing left at their last 
 _KIND = "image-features"  # the folder of the cache
 _VERSION = 1  # of how features are computed; part of the cache key
 _CHUNK = 64  # pictures at a time through a frozen network
+_NETWORK = "network"  # the folder of a copy of the frozen network
 _MOMENTS_CHUNK = 4096  # rows of features whose mean and spread are summed at a time
 
 Moments = tuple[Float[np.ndarray, " d"], Float[np.ndarray, " d"]]
@@ -131,6 +140,9 @@ class ImageTower(Tower):
         self._pixels: tuple[int, int] | None = None
         self._saved: Path | None = None
         self._expected: str | None = None  # fingerprint of the frozen network that a run was trained on
+        self._copy: Path | None = (
+            None  # of the frozen network, which is read instead of that of package or hub
+        )
 
     # -- options -------------------------------------------------------------------------------------------------
     def _weights(self, pretrained: bool | None) -> bool:
@@ -315,7 +327,10 @@ class ImageTower(Tower):
 
     def _frozen_network(self) -> ImageEncoder:
         if self._network is None:
-            network = self._build(frozen=True, seed=self.seed, pretrained=self.pretrained)
+            if self._copy is not None:
+                network = load_image_encoder(self._copy, **self.encoder_options)
+            else:
+                network = self._build(frozen=True, seed=self.seed, pretrained=self.pretrained)
             if self._expected is not None and network.fingerprint() != self._expected:
                 raise NearfarError(
                     f"{self._about} has other weights than those that this tower was saved with: install the version "
@@ -390,14 +405,54 @@ class ImageTower(Tower):
 
     def _save_architecture(self, folder: Path) -> None:
         """Configuration and colours of a transformers model, from which its network is built without the hub."""
-        import json
+        save_architecture(self._architecture(), folder)
 
+    def save_networks(self, folder: Path) -> None:
+        """The frozen network with its weights."""
+        if self.frozen and self.encoder_kind != "colors":
+            save_image_encoder(self._frozen_network(), folder / _NETWORK)
+
+    def graph(self) -> TowerGraph:
+        """Pixels as uint8, red first, through the network, or as they are where the network is the trained module."""
+        if self.encoder_kind == "colors":
+            raise NearfarError(
+                "statistics of colours are computed by NumPy and are no graph of tensors; train with "
+                "image_encoder=efficientnet or a different network"
+            )
+        if self._pixels is None:
+            raise NearfarError("an image tower was not fitted: call fit(training values) or load it.")
+        height, width = self._pixels
+        network = self._frozen_network() if self.frozen else self._architecture()
+
+        def tensors(values: Sequence[Any] | np.ndarray) -> dict[str, np.ndarray]:
+            pictures = PictureArrays(values, (height, width)).whole()
+            return {"pixels": np.ascontiguousarray(np.asarray(pictures).transpose(0, 3, 1, 2))}
+
+        return TowerGraph(
+            [GraphInput("pixels", "uint8", (BATCH, 3, height, width), "pictures in RGB, 0 to 255")],
+            copy.deepcopy(network).cpu() if self.frozen else AsItIs(),
+            tensors,
+            {
+                "kind": self.kind,
+                "height": height,
+                "width": width,
+                "colours": "RGB",
+                "mean": network.mean.flatten().tolist(),
+                "std": network.std.flatten().tolist(),
+                "steps": [
+                    "decode the picture, turn it upright (EXIF), to RGB; transparent pixels on white",
+                    f"resize it to {height} × {width} (height, width) by Pillow's BILINEAR, sides not kept in "
+                    "proportion, unless it has that size",
+                    "axes in the order colour, row, column; uint8",
+                    "nothing more: the graph divides by 255, subtracts the mean and divides by the std",
+                ],
+            },
+        )
+
+    def _architecture(self) -> ImageEncoder:
+        """A network of this kind, for its colours."""
         with torch.random.fork_rng(devices=[]):
-            network: Any = self._build(False, None, self.pretrained and self._saved is None)
-        folder.mkdir(parents=True, exist_ok=True)
-        network.network.config.save_pretrained(folder)
-        colours = {"image_mean": network.mean.flatten().tolist(), "image_std": network.std.flatten().tolist()}
-        (folder / "preprocessor_config.json").write_text(json.dumps(colours, indent=2) + "\n", "utf-8")
+            return self._build(False, None, self.pretrained and self._saved is None)
 
     @classmethod
     def load(cls, folder: Path) -> ImageTower:
@@ -409,6 +464,7 @@ class ImageTower(Tower):
             tower._pixels = (int(spec["pixels"][0]), int(spec["pixels"][1]))
         if tower.frozen:
             tower._expected = spec.get("fingerprint")
+            tower._copy = folder / _NETWORK if has_image_encoder(folder / _NETWORK) else None
         else:
             tower._saved = folder / "model"
             if tower.encoder_kind == "transformers":

@@ -8,14 +8,16 @@ from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float
+from torch import Tensor, nn
 
 from nearfar.data.batch import Augment
 from nearfar.errors import NearfarError, nearest_name
-from nearfar.models.molecules.batch import MoleculeMasking, Molecules
+from nearfar.models.molecules.batch import MoleculeField, MoleculeMasking, Molecules
 from nearfar.models.molecules.fingerprint import FingerprintSpec, compute_fingerprints
 from nearfar.models.molecules.networks import FingerprintEncoder, GraphTransformer, MoleculeEncoder
 from nearfar.models.molecules.smiles import examine_structures
 from nearfar.towers.base import Tower
+from nearfar.towers.graph import BATCH, GraphInput, TowerGraph
 
 __all__ = ["MOLECULE_ENCODERS", "MoleculeTower"]
 
@@ -156,6 +158,30 @@ class MoleculeTower(Tower):
             )
         return MoleculeEncoder(graph, fingerprint)
 
+    def graph(self) -> TowerGraph:
+        """Fingerprints through their network; ``NearfarError`` for a network over atoms and bonds."""
+        if self.reads_graphs:
+            raise NearfarError(
+                "a network over atoms and bonds gathers and scatters along the bonds of each molecule, which is no "
+                "graph over tensors of one form; train with molecule_encoder=fingerprint"
+            )
+        spec = self.fingerprint
+
+        def tensors(values: Sequence[Any] | np.ndarray) -> dict[str, np.ndarray]:
+            counts = compute_fingerprints([str(value) for value in values], spec)
+            return {"fingerprint": counts.astype(np.float32)}
+
+        return TowerGraph(
+            [
+                GraphInput(
+                    "fingerprint", "float32", (BATCH, spec.dim), "the parts one after the other, as numbers"
+                )
+            ],
+            _Fingerprint(),
+            tensors,
+            {"kind": self.kind, **spec.describe()},
+        )
+
     def keys(self, values: Sequence[Any] | np.ndarray) -> list[str]:
         """Canonical SMILES, whose letter case means something."""
         _require("rdkit")
@@ -173,6 +199,13 @@ class MoleculeTower(Tower):
         counts = compute_fingerprints([str(value) for value in values], self.fingerprint)
         squashed = np.log1p(np.abs(counts), dtype=np.float32)
         return squashed if counts.dtype == np.uint8 else np.copysign(squashed, counts)
+
+
+class _Fingerprint(nn.Module):
+    """A fingerprint as the molecules of a batch."""
+
+    def forward(self, fingerprint: Float[Tensor, "b f"]) -> MoleculeField:
+        return MoleculeField(None, fingerprint)
 
 
 def _check(name: str, value: Any, of: type, least: float, below: float | None = None) -> None:

@@ -19,15 +19,19 @@ from nearfar.data.images import crop, stack
 from nearfar.data.photos import Box, File, Photo, as_photo
 from nearfar.errors import NearfarError
 from nearfar.models.image import ImageEncoder, build_image_encoder
+from nearfar.models.image.saved import has_image_encoder, load_image_encoder, save_image_encoder
 from nearfar.models.text import embed_texts
 from nearfar.models.views import PassThrough
 from nearfar.towers.base import Tower, read_tower_spec, write_tower_spec
+from nearfar.towers.graph import TowerGraph
 from nearfar.towers.text import TextTower
 from nearfar.towers.vector import Scaler
 
 __all__ = ["CropTower", "Crops", "NamesTower"]
 
 _VERSION = 1  # of how crops are cut; part of every cache key
+_NETWORK = "network"  # the folder of a copy of the encoder
+_NAMES = ("kind", "name", "pretrained", "revision")  # options of an encoder that its copy states itself
 _BATCH = 64
 _MANY = 50  # pictures whose features take long enough to say so
 
@@ -184,11 +188,18 @@ class CropTower(Tower):
         more = {"fingerprint": self.encoder.fingerprint(), "about": self.encoder.description}
         write_tower_spec(folder, self, scaler=None if self.scaler is None else self.scaler.to_dict(), **more)
 
+    def save_networks(self, folder: Path) -> None:
+        """The frozen encoder with its weights."""
+        save_image_encoder(self.encoder, folder / _NETWORK)
+
     @classmethod
     def load(cls, folder: Path) -> CropTower:
         spec = read_tower_spec(folder)
         tower = cls(**spec["options"])
         tower.scaler = None if spec.get("scaler") is None else Scaler.from_dict(spec["scaler"])
+        if has_image_encoder(folder / _NETWORK):
+            own = {name: value for name, value in tower.encoder_options.items() if name not in _NAMES}
+            tower._encoder = load_image_encoder(folder / _NETWORK, **own)
         if tower.encoder.fingerprint() != spec.get("fingerprint"):
             raise NearfarError(
                 f"{folder}: {spec.get('about')} has other weights than those that this tower was saved with: install "
@@ -205,6 +216,11 @@ class NamesTower(TextTower):
     """
 
     kind = "names"
+
+    def graph(self) -> TowerGraph:
+        raise NearfarError(
+            "two names are embedded apart and put side by side, which is not written as one graph"
+        )
 
     def check(self, values: Sequence[Any] | np.ndarray) -> list[str | None]:
         """Values that are no two texts, and empty names."""

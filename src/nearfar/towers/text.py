@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from nearfar.data.batch import Inputs, Rows
 from nearfar.data.files import read_text
 from nearfar.errors import NearfarError, nearest_name
-from nearfar.models.lora import add_adapters
+from nearfar.models.lora import add_adapters, merge_adapters
 from nearfar.models.text import embed_texts, load_text_encoder, save_text_encoder
 from nearfar.models.text.ngram import NgramTextEncoder
 from nearfar.models.text.pretrained import MiniLMTextEncoder
@@ -25,8 +25,9 @@ from nearfar.models.text.transformer import TransformerTextEncoder
 from nearfar.models.text.words import TokenBatch, TokenTable
 from nearfar.models.views import PassThrough
 from nearfar.towers.base import Backbone, Tower, read_tower_spec, write_tower_spec
+from nearfar.towers.graph import BATCH, GraphInput, TowerGraph
 
-__all__ = ["TEXT_ENCODERS", "PooledText", "TextTower"]
+__all__ = ["TEXT_ENCODERS", "PooledText", "PooledTransformer", "TextTower"]
 
 TEXT_ENCODERS: dict[str, type[Any]] = {
     "ngram": NgramTextEncoder,
@@ -169,7 +170,7 @@ class TextTower(Tower):
         if self.encoder_kind == "words":
             table: TokenTable = self.encoder.tokenize(texts)
             return table
-        tokenizer, _ = self._parts()
+        tokenizer, _ = self.parts()
         length = int(self.encoder.max_length)
         rows = tokenizer(texts, truncation=True, max_length=length)["input_ids"]
         flat = np.fromiter((token for row in rows for token in row), dtype=np.int64)
@@ -181,12 +182,12 @@ class TextTower(Tower):
             return PassThrough(self._width())
         if self.encoder_kind == "words":
             return PooledText(self.encoder.build())
-        tokenizer, network = self._parts()
+        tokenizer, network = self.parts()
         trained = copy.deepcopy(network).cpu()
         if self.frozen:
-            return _PooledTransformer(
+            return PooledTransformer(
                 trained.requires_grad_(False),
-                int(tokenizer.pad_token_id or 0),
+                self._pad(tokenizer),
                 self.encoder.pooling,
                 frozen=True,
             )
@@ -196,7 +197,7 @@ class TextTower(Tower):
         trained.train()
         if self.train == "lora":
             trained = add_adapters(trained, self.lora_rank, self.encoder.name)
-        return _PooledTransformer(trained, int(tokenizer.pad_token_id or 0), self.encoder.pooling)
+        return PooledTransformer(trained, self._pad(tokenizer), self.encoder.pooling)
 
     @property
     def reads_reference(self) -> bool:
@@ -214,10 +215,76 @@ class TextTower(Tower):
         elif self.encoder_kind == "words":
             self.encoder.save(folder / "encoder")
         else:
-            tokenizer, network = self._parts()
+            tokenizer, network = self.parts()
             tokenizer.save_pretrained(folder / "model")
             network.config.save_pretrained(folder / "model")
         write_tower_spec(folder, self)
+
+    def save_networks(self, folder: Path) -> None:
+        """Of a frozen pretrained encoder tokenizer and weights."""
+        if self.frozen and self.encoder_kind in ("minilm", "transformer"):
+            self.encoder.save_network(folder / "encoder")
+
+    def graph(self) -> TowerGraph:
+        """Token numbers and their mask, as a tokenizer of transformers gives them, through a pretrained network.
+
+        ``NearfarError`` for n-grams and for networks over words, whose inputs only nearfar makes.
+        """
+        if self.encoder_kind == "ngram":
+            raise NearfarError(
+                "character n-grams are counted by scikit-learn and are no graph of tensors; train with "
+                "text_encoder=minilm or a transformer"
+            )
+        if self.encoder_kind == "words":
+            raise NearfarError(
+                "this network reads words and their pieces by a vocabulary of its own, and its graph depends on the "
+                "words of a batch; train with text_encoder=minilm or a transformer"
+            )
+        tokenizer, network = self.parts()
+        length = int(self.encoder.max_length)
+        names = ("input_ids", "attention_mask")
+        about = ("numbers of the tokens", "1 for a token, 0 for padding")
+
+        def tensors(values: Sequence[Any] | np.ndarray) -> dict[str, np.ndarray]:
+            tokens = tokenizer(
+                [str(value) for value in values],
+                padding=True, truncation=True, max_length=length, return_tensors="np",
+            )  # fmt: skip
+            return {name: np.asarray(tokens[name], dtype=np.int64) for name in names}
+
+        def save(folder: Path) -> None:
+            tokenizer.save_pretrained(str(folder / "tokenizer"))
+
+        recipe = {
+            "kind": self.kind,
+            "tokenizer": "tokenizer",
+            "max_length": length,
+            "padding": {
+                "side": tokenizer.padding_side,
+                "token": tokenizer.pad_token,
+                "id": self._pad(tokenizer),
+            },
+            "steps": [
+                f"tokenise the texts by the tokenizer in the folder 'tokenizer', at most {length} tokens each",
+                "pad the texts of a batch to the longest of them",
+            ],
+        }
+        field = _FrozenPooled(self.encoder, network) if self.computed_once else _Tokens()
+        return TowerGraph(
+            [
+                GraphInput(name, "int64", (BATCH, "tokens"), what)
+                for name, what in zip(names, about, strict=True)
+            ],
+            field,
+            tensors,
+            recipe,
+            save,
+            {"tokens": (2, length)},
+        )
+
+    @staticmethod
+    def _pad(tokenizer: Any) -> int:
+        return int(tokenizer.pad_token_id or 0)
 
     @classmethod
     def load(cls, folder: Path) -> TextTower:
@@ -234,9 +301,9 @@ class TextTower(Tower):
     def _width(self) -> int:
         if self.encoder_kind == "ngram":
             return int(self.encoder.encode(["a"]).shape[1])
-        return int(self._parts()[1].config.hidden_size)
+        return int(self.parts()[1].config.hidden_size)
 
-    def _parts(self) -> tuple[Any, Any]:
+    def parts(self) -> tuple[Any, Any]:
         """Tokenizer and pretrained network; of a loaded tower its architecture, whose weights the run holds."""
         if self._saved is not None:
             from transformers import AutoConfig, AutoModel, AutoTokenizer
@@ -269,7 +336,27 @@ class PooledText(nn.Module):
         return pooled
 
 
-class _PooledTransformer(nn.Module):
+class _Tokens(nn.Module):
+    """Token numbers and their mask as the tokens of a batch."""
+
+    def forward(self, input_ids: Int[Tensor, "b t"], attention_mask: Int[Tensor, "b t"]) -> TokenBatch:
+        return TokenBatch({"id": input_ids}, attention_mask.bool())
+
+
+class _FrozenPooled(nn.Module):
+    """The vectors that a frozen encoder has of tokens."""
+
+    def __init__(self, encoder: TransformerTextEncoder, network: nn.Module) -> None:
+        super().__init__()
+        self.encoder, self.network = encoder, copy.deepcopy(network).cpu()
+
+    def forward(
+        self, input_ids: Int[Tensor, "b t"], attention_mask: Int[Tensor, "b t"]
+    ) -> Float[Tensor, "b d"]:
+        return self.encoder.pooled(self.network, {"input_ids": input_ids, "attention_mask": attention_mask})
+
+
+class PooledTransformer(nn.Module):
     """A transformer over tokens, pooled to one vector for each text.
 
     Texts of similar length are computed together: padded to the longest of a batch, most tokens would be padding.
@@ -281,7 +368,7 @@ class _PooledTransformer(nn.Module):
         self.width = int(network.config.hidden_size)
         self.train(self.training)
 
-    def train(self, mode: bool = True) -> _PooledTransformer:
+    def train(self, mode: bool = True) -> PooledTransformer:
         """Frozen weights also have no dropout."""
         super().train(mode)
         if self.frozen:
@@ -297,20 +384,27 @@ class _PooledTransformer(nn.Module):
         hidden: Tensor = self.network(input_ids=padded, attention_mask=mask.long()).last_hidden_state
         return hidden
 
+    def merged(self) -> PooledTransformer:
+        """A copy whose adapters are part of the weights that they adapt."""
+        return PooledTransformer(merge_adapters(self.network), self.pad, self.pooling, self.frozen)
+
     def forward(self, tokens: TokenBatch) -> Float[Tensor, "b d"]:
+        if torch.compiler.is_compiling():  # a graph has no groups that depend on the texts
+            return self._pooled(tokens["id"], tokens.mask)
         lengths = tokens.mask.sum(1)
         order = torch.argsort(lengths, stable=True)
         parts = []
         for rows, longest in length_groups(lengths[order].tolist()):
             at = order[rows]
-            ids, mask = tokens["id"][at, :longest], tokens.mask[at, :longest]
-            hidden = self._states(ids, mask)
-            if self.pooling == "cls":
-                parts.append(hidden[:, 0])
-            else:
-                weights = mask[..., None].to(hidden.dtype)
-                parts.append((hidden * weights).sum(1) / weights.sum(1).clamp(min=1))
+            parts.append(self._pooled(tokens["id"][at, :longest], tokens.mask[at, :longest]))
         return torch.cat(parts)[torch.argsort(order)]
+
+    def _pooled(self, ids: Int[Tensor, "b t"], mask: Bool[Tensor, "b t"]) -> Float[Tensor, "b d"]:
+        hidden = self._states(ids, mask)
+        if self.pooling == "cls":
+            return hidden[:, 0]
+        weights = mask[..., None].to(hidden.dtype)
+        return (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
 
 
 def length_groups(lengths: Sequence[int], least: int = 16, padding: float = 1.2) -> list[tuple[slice, int]]:

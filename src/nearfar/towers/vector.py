@@ -16,6 +16,7 @@ from nearfar.data.batch import Rows
 from nearfar.errors import NearfarError
 from nearfar.models.views import PassThrough, Standardize
 from nearfar.towers.base import Tower, read_tower_spec, write_tower_spec
+from nearfar.towers.graph import BATCH, AsItIs, GraphInput, TowerGraph
 
 __all__ = ["Scaler", "VectorTower"]
 
@@ -146,6 +147,23 @@ class VectorTower(Tower):
             return matrix
         spread = self._train.std(0)
         return ((matrix - self._train.mean(0)) / np.where(spread > 1e-9, spread, 1.0)).astype(np.float32)
+
+    def graph(self) -> TowerGraph:
+        """The numbers as they are; standardising them is part of the trained module."""
+        if not self._width:
+            raise NearfarError("a vector tower was not fitted: call fit(training values) or load it.")
+        numbers = GraphInput(
+            "values", "float32", (BATCH, self._width), "the numbers of each item, not standardised"
+        )
+        return TowerGraph(
+            [numbers],
+            AsItIs(),
+            lambda values: {"values": self.matrix(values)},
+            {
+                "kind": self.kind,
+                "steps": [f"the {self._width} numbers of an item in one row, in the order of training"],
+            },
+        )
 
     def save(self, folder: Path) -> None:
         write_tower_spec(folder, self, width=self._width)

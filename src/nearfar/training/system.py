@@ -253,6 +253,13 @@ class System(ABC, Generic[Batch, Model]):
         """The outputs of several trainings on the same rows as those of one (``nearfar ensemble``)."""
         raise NearfarError(f"system '{self.name}' does not say how its outputs are averaged.")
 
+    def beside_outputs(self) -> dict[str, Tensor]:
+        """What evaluation has kept beside the outputs of a split, such as embedded training items."""
+        return {}
+
+    def average_beside(self, every: Sequence[Mapping[str, Tensor]]) -> None:
+        """Goes on with the average of what several trainings kept beside their outputs (``nearfar ensemble``)."""
+
     # -- results ---------------------------------------------------------------------------------------------
     def report_examples(self, outputs: Mapping[str, Tensor], split: str) -> list[Json]:
         """Examples for the report: right, nearly and wrong."""
@@ -279,6 +286,11 @@ class System(ABC, Generic[Batch, Model]):
         raise NearfarError(
             f"runs of system '{self.name}' cannot be loaded for use: it does not define load_assets."
         )
+
+    def own_data(self, say: Say) -> tuple[dict[str, Items], str]:
+        """The splits of the configured data, read again, and their ``data_hash`` as ``layout`` has it, which tells
+        whether they are what a run was trained on. Nothing is fitted."""
+        raise NearfarError(f"system '{self.name}' does not read its data again.")
 
     def embed_view(self, model: Model, view: str, field: Any) -> Tensor:
         """The embeddings (b, d) of what the view's tower read, a batch of it; not normalised."""

@@ -21,6 +21,7 @@ from nearfar.cli import app
 from nearfar.config.compose import compose_config
 from nearfar.data.chunks import NewData
 from nearfar.errors import NearfarError
+from nearfar.lab.ensemble import write_ensemble
 from nearfar.launch import run_one
 from nearfar.metrics import retrieval_ranks
 from nearfar.training.run_folder import RunFolder
@@ -264,3 +265,29 @@ def test_pictures_by_folder(tmp_path: Path) -> None:
         right = np.array([a == b for a, b in zip(predictions[name], labels, strict=True)])
         np.testing.assert_array_equal(right, per_item[f"test/{name}/accuracy"])
     assert torch.get_default_dtype() == torch.float32
+
+
+def test_an_ensemble_votes_by_all_embeddings(
+    finished: RunFolder, files: dict[str, Path], tmp_path: Path
+) -> None:
+    loss = f"loss={finished.config().loss.name}"
+    other = run(tmp_path, *data(files), loss, "seed=1", "embedding_dim=6")
+    made = write_ensemble([finished.path, other.path], tmp_path / "both")
+    trained = nearfar.load(made.path, device="cpu")
+    assert trained.dim == 14
+    predictions = trained.predict(files["test"])
+    assert_as_judged(predictions, made, labels_of(files["test"]))
+    assert max(row[0] for row in predictions["knn/cosine"]) <= 1 + 1e-5
+
+
+def test_a_run_that_goes_on_forgets_the_items_of_its_earlier_end(
+    finished: RunFolder, files: dict[str, Path], tmp_path: Path
+) -> None:
+    trained = nearfar.load(finished.path, device="cpu")
+    trained.system.save_assets(tmp_path)  # as an export does: with everything that predictions need
+    assert (tmp_path / "class_rows.npz").is_file()
+    again: Any = nearfar.load(finished.path, device="cpu").system
+    again._known = None  # as before its evaluation
+    again.save_assets(tmp_path)
+    assert not (tmp_path / "class_rows.npz").exists()
+    assert (tmp_path / "classes.json").is_file()

@@ -19,9 +19,12 @@ import torch
 from rich.console import Console
 
 from nearfar.config.compose import compose_config, merge_overrides
+from nearfar.data.chunks import NewData
 from nearfar.errors import NearfarError
 from nearfar.launch import run_one
-from nearfar.systems import build_system, trained
+from nearfar.serving import load
+from nearfar.serving.fill import file_source, open_gallery
+from nearfar.systems import build_system
 from nearfar.training.checkpoint import Checkpoint
 from nearfar.training.run_folder import RunFolder
 from tiny_molecules import pairs, split_files, write
@@ -176,29 +179,50 @@ def test_killed_run_resumes_bit_for_bit(tmp_path: Path, files: list[str]) -> Non
 
 def test_search_and_embed(tmp_path: Path, files: list[str]) -> None:
     folder = run(tmp_path, *files, "name=run", "epochs=10", "lr=0.003", "input_dropout=0.1")
-    model = trained(folder.path)
+    model = load(folder.path, "cpu")
     hits = model.search("the alcohol of benzene", k=5)
     assert [h.rank for h in hits] == [1, 2, 3, 4, 5]
     assert all(a.score >= b.score for a, b in pairwise(hits))
-    assert "<svg" in hits._repr_html_()
-    texts = model.search("c1ccccc1O", molecule=True, k=3)
-    assert len(texts) == 3
-    vectors = model.embed_molecules([h.smiles for h in hits])
-    query = model.embed_texts(["the alcohol of benzene"])[0]
+    assert hits._repr_html_().count("<svg") == 5
+    texts = model.search("c1ccccc1O", k=3)
+    assert (texts.view, texts.target, len(texts)) == ("molecule", "text", 3)
+    assert "<svg" in texts._repr_html_()  # that of the query
+    vectors = model.embed([h["molecule"] for h in hits], "molecule")
+    query = model.embed(["the alcohol of benzene"], "text")[0]
     np.testing.assert_allclose(vectors @ query, [h.score for h in hits], atol=1e-5)
-    table = tmp_path / "new.csv"
-    table.write_text("smiles,text\nCCO,an alcohol\nnonsense((,a wrong one\nCCN,an amine\n")
-    model.embed_table(table, tmp_path / "out.npz", QUIET)
-    with np.load(tmp_path / "out.npz") as arrays:
-        assert arrays["molecules"].shape == (2, 16)
-        # A text stays although the molecule beside it cannot be read: each kind has its own ids.
-        assert arrays["texts"].shape == (3, 16)
-        assert len(arrays["molecule_ids"]) == 2
-        assert len(arrays["text_ids"]) == 3
-    with pytest.raises(NearfarError, match="is no SMILES"):
-        model.search("not a smiles", molecule=True)
+    with pytest.raises(NearfarError, match=r"cannot be read as 'molecule'.*--tower text"):
+        model.search("not a smiles", tower="molecule")
     with pytest.raises(NearfarError, match="query is empty"):
         model.search("  ")
+
+
+def test_files_of_structures_are_galleries(tmp_path: Path, files: list[str]) -> None:
+    """Lists of SMILES and SDF are read as training reads them."""
+    from rdkit import Chem
+
+    model = load(run(tmp_path, *files, "name=run", "epochs=1").path, "cpu")
+    names = {
+        "CCO": "ethanol",
+        "c1ccccc1": "benzene",
+        "CCN": "ethylamine",
+        "CC": "ethane",
+        "CCC": "propane",
+        "C": "methane",
+    }
+    listed = tmp_path / "list.smi"
+    listed.write_text("".join(f"{smiles} {name}\n" for smiles, name in names.items()) + "nonsense(( x\n")
+    with open_gallery(model, file_source(model, NewData(listed)), "molecule") as store:
+        assert len(store) == 6
+    assert {hit["molecule"] for hit in model.search("an alcohol", listed)} == set(names)
+    structures = tmp_path / "records.sdf"
+    writer = Chem.SDWriter(str(structures))
+    for smiles, name in names.items():
+        molecule = Chem.MolFromSmiles(smiles)
+        molecule.SetProp("description", name)
+        writer.write(molecule)
+    writer.close()
+    hits = model.search("an alcohol", structures)
+    assert {hit["molecule"]: hit["text"] for hit in hits} == names
 
 
 @pytest.mark.parametrize(
@@ -297,9 +321,8 @@ def test_a_run_of_an_earlier_version_is_read(tmp_path: Path, files: list[str]) -
         checkpoint.save(path)
     shutil.copytree(old.path / "towers" / "text" / "encoder", old.path / "text_encoder")
     shutil.rmtree(old.path / "towers")
-    assert list(trained(old.path).search("the alcohol of benzene")) == list(
-        trained(new.path).search("the alcohol of benzene")
-    )
+    first, second = (load(each.path, "cpu").search("the alcohol of benzene") for each in (old, new))
+    assert list(first) == list(second)
     for origin in (new, old):
         run(tmp_path, *files, f"name=from_{origin.path.name}", *options, f"init_from={origin.path}")
     first, second = (Checkpoint.load(tmp_path / f"from_{name}").model for name in ("new", "old"))
@@ -313,8 +336,8 @@ def test_text_heads(tmp_path: Path, files: list[str], head: str) -> None:
     folder = run(tmp_path, *files, "name=run", f"text_head={head}", "epochs=1")
     dims = 32 if head == "none" else 16
     assert folder.read_json("model.json")["views"] == {"molecule": dims, "text": dims}
-    model = trained(folder.path)
-    assert model.embed_molecules(["CCO"]).shape == model.embed_texts(["an alcohol"]).shape == (1, dims)
+    model = load(folder.path, "cpu")
+    assert model.embed(["CCO"], "molecule").shape == model.embed(["an alcohol"], "text").shape == (1, dims)
 
 
 @pytest.mark.data

@@ -17,6 +17,7 @@ import nearfar
 from nearfar.cli import app
 from nearfar.config.compose import compose_config
 from nearfar.errors import NearfarError
+from nearfar.lab.ensemble import write_ensemble
 from nearfar.launch import run_one
 from nearfar.systems import check_config
 from nearfar.training.run_folder import RunFolder
@@ -138,6 +139,15 @@ def test_shared_towers_and_other_losses(files: dict[str, Path], tmp_path: Path) 
     place = train(files, tmp_path, "views=[title,text]", "share=true", "loss=siglip")
     predictions = nearfar.load(place.path, device="cpu").predict(files["test"])
     assert_as_judged(predictions, place, ["title_to_text", "text_to_title"])
+
+
+def test_an_ensemble_compares_by_the_mean_cosine(
+    finished: RunFolder, files: dict[str, Path], tmp_path: Path
+) -> None:
+    other = train(files, tmp_path, "views=[title,text]", "seed=1", "embedding_dim=6")
+    made = write_ensemble([finished.path, other.path], tmp_path / "both")
+    predictions = nearfar.load(made.path, device="cpu").predict(files["test"])
+    assert_as_judged(predictions, made, ["title_to_text", "text_to_title"])
 
 
 def test_the_command_with_a_gallery(finished: RunFolder, files: dict[str, Path], tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Shaped, UInt8
@@ -220,6 +220,44 @@ class FingerprintSpec:
         if "descriptors" in self.kinds:
             special["descriptors"] = len(_descriptor_names())
         return {kind: special.get(kind, self.n_bits) for kind in self.kinds}
+
+    def describe(self) -> dict[str, Any]:
+        """How the vector of a molecule is made, as plain values: each part with its length and RDKit's function."""
+        size = f"fpSize={self.n_bits}"
+        chiral = f"{size}, includeChirality={self.chirality}"
+        radius = f"radius={self.radius}, {chiral}"
+        features = "atomInvariantsGenerator=GetMorganFeatureAtomInvGen()"
+        by = {
+            "morgan": f"rdFingerprintGenerator.GetMorganGenerator({radius})",
+            "feature_morgan": f"rdFingerprintGenerator.GetMorganGenerator({radius}, {features})",
+            "atom_pairs": f"rdFingerprintGenerator.GetAtomPairGenerator({chiral})",
+            "torsions": f"rdFingerprintGenerator.GetTopologicalTorsionGenerator({chiral})",
+            "paths": f"rdFingerprintGenerator.GetRDKitFPGenerator({size})",
+            "maccs": "rdMolDescriptors.GetMACCSKeysFingerprint",
+            "properties": "nearfar.models.molecules.fingerprint.molecule_properties",
+            "functional_groups": "rdkit.Chem.Fragments, each function whose name begins with fr_, by name, cut at 255",
+            "descriptors": "sign(x) · log(1 + |x|) / 3 of rdkit.Chem.Descriptors.CalcMolDescriptors, without Ipc",
+        }
+        counted = "GetCountFingerprintAsNumPy, cut at 255" if self.counts else "GetFingerprintAsNumPy"
+        names = {"properties": PROPERTY_NAMES}
+        if "functional_groups" in self.kinds:
+            names["functional_groups"] = functional_group_names()
+        return {
+            "rdkit": rdkit_version(),
+            "parts": [
+                {
+                    "kind": kind,
+                    "length": length,
+                    "by": f"{by[kind]}.{counted}" if by[kind].startswith("rdFinger") else by[kind],
+                    **({"names": list(names[kind])} if kind in names else {}),
+                }
+                for kind, length in self.sizes.items()
+            ],
+            "steps": [
+                "read the SMILES with RDKit",
+                "compute the parts and put them one after the other, as float32",
+            ],
+        }
 
 
 def compute_fingerprints(

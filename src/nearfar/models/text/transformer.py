@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ __all__ = ["TransformerTextEncoder"]
 
 _VERSION = 1  # of this file's computation; part of every cache key
 _POOLINGS = ("cls", "mean")
+_COPY = "model"  # the folder of a copy of the model
 
 
 class TransformerTextEncoder:
@@ -76,6 +77,8 @@ class TransformerTextEncoder:
         self.batch_size = batch_size
         self.device = device
         self.revision = revision
+        #: a copy of the model that was saved with it, and is read instead
+        self._copy: Path | None = None
         self._loaded: tuple[Any, Any] | None = None
         self._weights_hash = ""
 
@@ -109,8 +112,7 @@ class TransformerTextEncoder:
                 return_tensors="pt",
             ).to(self.device)
             with torch.inference_mode():
-                hidden = network(**tokens).last_hidden_state.float()
-                pooled = self._pool(hidden, tokens["attention_mask"])
+                pooled = self.pooled(network, tokens)
             out[positions] = pooled.cpu().numpy()
         return out
 
@@ -124,11 +126,21 @@ class TransformerTextEncoder:
         """Write the name and the options, not the weights; ``load`` checks that the weights are the same."""
         write_spec(folder, {"kind": self.kind, "options": self._options(), "fingerprint": self.fingerprint()})
 
+    def save_network(self, folder: str | Path) -> None:
+        """Write tokenizer and weights (safetensors) beside what ``save`` wrote; ``load`` then reads this copy."""
+        tokenizer, network = self.parts()
+        with no_progress_bar():
+            tokenizer.save_pretrained(str(Path(folder) / _COPY))
+            network.save_pretrained(str(Path(folder) / _COPY))
+
     @classmethod
     def load(cls, folder: str | Path) -> TransformerTextEncoder:
         """The encoder that ``save`` wrote; an error if the model's weights have changed since."""
         spec = read_spec(folder)
         encoder = cls(**spec["options"])
+        if (copy := Path(folder) / _COPY).is_dir():
+            encoder._copy = copy
+            return encoder
         if encoder.fingerprint() != spec["fingerprint"]:
             raise NearfarError(
                 f"The weights of {encoder.name} are not those that this run was trained with "
@@ -140,9 +152,9 @@ class TransformerTextEncoder:
         names = ("model", "pooling", "max_length", "normalize", "batch_size", "device", "revision")
         return {name: getattr(self, name) for name in names}
 
-    def _pool(
-        self, hidden: Float[torch.Tensor, "b t d"], mask: Float[torch.Tensor, "b t"]
-    ) -> Float[torch.Tensor, "b d"]:
+    def pooled(self, network: Any, tokens: Mapping[str, Any]) -> Float[torch.Tensor, "b d"]:
+        """The vectors of tokenised texts (``input_ids``, ``attention_mask``) by this network."""
+        hidden, mask = network(**tokens).last_hidden_state.float(), tokens["attention_mask"]
         if self.pooling == "cls":
             pooled = hidden[:, 0]
         else:
@@ -160,6 +172,9 @@ class TransformerTextEncoder:
                     f"text_encoder={self.kind} needs transformers ({error}): "
                     "pip install 'nearfar[molecules]'."
                 ) from None
+            if self._copy is not None:
+                self._loaded = self._read_copy(self._copy)
+                return self._loaded
             cause = why_unreachable(self.model, self.revision)
             if cause is not None:
                 raise self._unavailable(cause)
@@ -174,9 +189,25 @@ class TransformerTextEncoder:
             self._loaded = tokenizer, network.eval().to(self.device)
         return self._loaded
 
+    def _read_copy(self, folder: Path) -> tuple[Any, Any]:
+        """Tokenizer and network of the copy: of its safetensors alone, and without code of its own."""
+        from transformers import AutoModel, AutoTokenizer
+
+        try:
+            with no_progress_bar():
+                tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+                network = AutoModel.from_pretrained(
+                    str(folder), use_safetensors=True, trust_remote_code=False, local_files_only=True
+                )
+        except Exception as error:  # whatever a damaged file leads to
+            cause = " ".join(str(error).split())[:300]
+            raise NearfarError(f"{folder}: the text model in this folder cannot be read ({cause}).") from None
+        network.requires_grad_(False)
+        return tokenizer, network.eval().to(self.device)
+
     def _identify(self) -> str:
         """A hash of the weights: of the files of a folder, or the commit of a hub model."""
-        folder = Path(self.model)
+        folder = self._copy or Path(self.model)
         if folder.is_dir():
             digest = hashlib.sha256()
             for path in sorted(p for p in folder.rglob("*") if p.is_file()):

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nearfar.errors import NearfarError
-from nearfar.serving.stores.base import Matches, VectorStore, column_kind
+from nearfar.serving.stores.base import Matches, VectorStore, column_kind, plain_column, plain_value
 from nearfar.serving.stores.filters import Condition, Kind, parse_where
 
 __all__ = [
@@ -27,8 +27,11 @@ __all__ = [
     "VectorStore",
     "column_kind",
     "create_store",
+    "is_place",
     "open_store",
     "parse_where",
+    "plain_column",
+    "plain_value",
     "store_exists",
 ]
 
@@ -66,6 +69,15 @@ def _class_of(place: str) -> type[VectorStore]:
             f"with: pip install 'nearfar[{extra}]'"
         ) from None
     return loaded
+
+
+def is_place(text: str) -> bool:
+    """Whether a text is written as the place of a store, and not as that of a table.
+
+    >>> is_place("lance:gallery"), is_place("gallery.faiss"), is_place("gallery.csv")
+    (True, True, False)
+    """
+    return text.startswith(tuple(_STORES)) or text.rstrip("/").endswith(".faiss")
 
 
 def store_exists(place: str) -> bool:

@@ -20,7 +20,16 @@ from jaxtyping import Float
 from nearfar.errors import NearfarError
 from nearfar.serving.stores.filters import Condition, Kind, Value, parse_where
 
-__all__ = ["Matches", "VectorStore", "column_kind", "field_names", "table_name", "without_password"]
+__all__ = [
+    "Matches",
+    "VectorStore",
+    "column_kind",
+    "field_names",
+    "plain_column",
+    "plain_value",
+    "table_name",
+    "without_password",
+]
 
 Row = dict[str, Value | None]
 #: the default name of a table or collection
@@ -371,6 +380,37 @@ def column_kind(values: Iterable[Any] | np.ndarray) -> Kind:
     if numbers and all(not isinstance(v, int) or abs(v) <= _EXACT_INTEGER for v in present):
         return "number"
     return "text"
+
+
+def plain_value(text: Any) -> Any:
+    """A text of a table as the number or Boolean that it states, or as it is; other values as they are.
+
+    A number with a leading zero, such as a postal code, is a text.
+
+    >>> [plain_value(text) for text in ("12", "-0.5e3", "007", "TRUE", "nan", "1_000", None)]
+    [12.0, -500.0, '007', True, 'nan', '1_000', None]
+    """
+    if not isinstance(text, str):
+        return text
+    if _NUMBER.fullmatch(text):
+        number = float(text)
+        exact = abs(number) <= _EXACT_INTEGER or "." in text or "e" in text.lower()
+        return number if math.isfinite(number) and exact else text
+    return {"true": True, "false": False}.get(text.lower(), text)
+
+
+_NUMBER = re.compile(r"[+-]?(0|[1-9][0-9]*)?(\.[0-9]+)?([eE][+-]?[0-9]+)?(?<=[0-9])")
+
+
+def plain_column(values: Iterable[Any] | np.ndarray) -> list[Any]:
+    """A column of a table as numbers or Booleans where all of its texts state such, and as it is otherwise.
+
+    >>> plain_column(["1", None, "2.5"]), plain_column(["1", "x"])
+    ([1.0, None, 2.5], ['1', 'x'])
+    """
+    given = values.tolist() if isinstance(values, np.ndarray) else list(values)
+    plain = [plain_value(value) for value in given]
+    return plain if column_kind(plain) != "text" else given
 
 
 def stored(value: Any, kind: Kind) -> Value | None:

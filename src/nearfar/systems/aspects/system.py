@@ -109,6 +109,11 @@ class AspectSystem(System[Batch, AspectModel]):
         self._weights = polarity_weights(counts[:, 1:], config.logit_adjustment)
         self.decision = Decision.plain(len(scheme.aspects), self._weights)
 
+    def own_data(self, say: Say) -> tuple[dict[str, Items], str]:
+        """The reviews, each with the polarity of every aspect as numbers (``codes``)."""
+        splits = self.load_data(say).splits
+        return splits, self.content_hash(*splits.values())
+
     def load_data(self, say: Say) -> AspectData:
         """The splits, from the configured files or the embedded set; fits nothing."""
         data = self.config.data

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import nn
 
 from nearfar.data.cache import content_key
+from nearfar.data.chunks import NewData, read_chunks
 from nearfar.data.files import Json
 from nearfar.data.items import Items, value_groups
 from nearfar.data.splits import column_name, data_paths
+from nearfar.data.table_formats import full_suffix
+from nearfar.data.tables import TABLE_SUFFIXES
+from nearfar.errors import NearfarError, nearest_name
 from nearfar.losses.views import ViewLoss
 from nearfar.models.molecules.smiles import quiet_rdkit
+from nearfar.models.text import load_text_encoder
 from nearfar.models.views import HeadKind, build_head
 from nearfar.systems.molecules.data import MoleculeData, load_embedded, load_files
 from nearfar.systems.molecules.options import MoleculeOptions
-from nearfar.systems.molecules.records import scaffolds_of
+from nearfar.systems.molecules.records import COLUMNS, scaffolds_of
+from nearfar.systems.molecules.structure_files import STRUCTURE_SUFFIXES, read_structures
 from nearfar.systems.view_system import ViewSystem
 from nearfar.towers import Tower
 from nearfar.towers.molecule import MoleculeTower
@@ -25,6 +33,10 @@ from nearfar.towers.text import TextTower
 from nearfar.training.system import Say, decayed_groups
 
 __all__ = ["MoleculeSystem", "draw", "molecule_tower", "text_tower"]
+
+
+#: how a command asks for a header of a list of SMILES or an SDF
+_NAMING = "--column {name}=HEADER"
 
 
 def draw(smiles: str, width: int = 220, height: int = 160) -> str:
@@ -190,6 +202,63 @@ class MoleculeSystem(ViewSystem):
 
     def parameter_groups(self, model: nn.Module) -> list[Json]:
         return decayed_groups(model, self.config.weight_decay)  # the tables of atoms and bonds decay, too
+
+    # -- use of a trained run --------------------------------------------------------------------------------
+    def load_assets(self, folder: Path) -> None:
+        """The towers; of a run of version 0.1, which kept its text encoder alone, the tower around that."""
+        if (folder / "towers").is_dir():
+            super().load_assets(folder)
+            return
+        text = text_tower(self.config)
+        text.encoder = load_text_encoder(folder / "text_encoder")
+        width: Any = text.build().width if self.config.text_head == "none" else None
+        self.towers = {"molecule": molecule_tower(self.config, width), "text": text}
+
+    def view_headers(self) -> dict[str, Sequence[str]]:
+        """The headers that the run was trained with, then the usual ones."""
+        return {"molecule": self._headers("smiles"), "text": self._headers("text")}
+
+    def _headers(self, name: str) -> list[str]:
+        own = column_name(getattr(self.config.data, f"{name}_column"))
+        return [*filter(None, [own]), *COLUMNS[name]]
+
+    def new_items(self, source: NewData) -> Iterator[Items]:
+        """Tables, and lists of SMILES and SDF as `read_structures` reads them."""
+        path = Path(source.path).expanduser()
+        if (
+            path.is_file()
+            and full_suffix(path) in STRUCTURE_SUFFIXES
+            and full_suffix(path) not in TABLE_SUFFIXES
+        ):
+            yield from self._new_structures(path, source)
+            return
+        for items in read_chunks(source, self.view_headers(), ids=self._headers("id")):
+            yield self.usable(items)
+
+    def _new_structures(self, path: Path, source: NewData) -> Iterator[Items]:
+        roles = {"smiles": "molecule", "text": "text", "id": "id"}
+        for view in source.columns:
+            if view not in self.views:
+                raise NearfarError(f"this run has no view '{view}'; {nearest_name(view, self.views)}")
+        given = {name: source.columns.get(role) for name, role in roles.items()} | {"id": source.id_column}
+        table = read_structures(
+            path,
+            {name: self._headers(name) for name in roles},
+            given,
+            ("text", "id"),
+            _NAMING,
+            source.encoding,
+        )
+        ids = table["id"] if "id" in table else [str(row) for row in table.rows]
+        columns = {
+            roles[name]: [value.strip() or None for value in table[name]]
+            for name in ("smiles", "text")
+            if name in table
+        }
+        whole = Items(ids, dict(columns), str(path), rows=table.rows, rejections=table.rejections)
+        for start in range(0, len(whole), source.rows):
+            chunk = whole.take(range(start, min(start + source.rows, len(whole))))
+            yield self.usable(replace(chunk, rejections=whole.rejections) if start == 0 else chunk)
 
     def read_weights(self, weights: Json) -> Json:
         """Weights by today's names; before its towers were shared with other systems, the model had its own."""

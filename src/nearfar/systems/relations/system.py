@@ -78,6 +78,10 @@ class RelationSystem(ViewSystem):
         self._repeated = len(np.unique(group)) < len(group)
         return {name: self._items(name) for name in self.data.splits}
 
+    def own_data(self, say: Say) -> tuple[dict[str, Items], str]:
+        self._read(say)
+        return self.splits, self.data.content_hash()
+
     def _items(self, split: str) -> Items:
         """The pairs of a split with a column for each view."""
         pairs = self.data.splits[split]

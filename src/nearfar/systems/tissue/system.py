@@ -100,6 +100,10 @@ class TissueSystem(ViewSystem):
         say(self.data.summary())
         return {name: items_of(tissue, self.data.source) for name, tissue in self.data.splits.items()}
 
+    def own_data(self, say: Say) -> tuple[dict[str, Items], str]:
+        self._read(say)
+        return self.splits, self.data.hash_of()
+
     def build_towers(self, say: Say) -> dict[str, Tower]:
         return {"image": image_tower(self.config), "gene": expression_tower(self.config, self.data.genes)}
 
