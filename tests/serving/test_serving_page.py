@@ -21,6 +21,7 @@ pytest.importorskip("playwright.sync_api", reason="needs playwright, which drive
 
 from playwright.sync_api import sync_playwright
 
+from nearfar.serving.fill import file_source
 from nearfar.serving.gallery import Gallery
 from nearfar.serving.limits import Limits
 from nearfar.serving.server import build_app
@@ -41,7 +42,7 @@ DESK, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 def ask(module_cache: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Asker]:
     run = train_pictures(tmp_path_factory.mktemp("page"))
     trained = load(run, device="cpu")
-    gallery = Gallery.read(trained, NewData(write_gallery(run.parent / "data"), others=True))
+    gallery = Gallery.open(trained, file_source(trained, NewData(write_gallery(run.parent / "data"))))
     with serving(build_app(trained, gallery, limits=Limits(pixels=50_000))) as asker:
         yield asker
 
@@ -82,6 +83,14 @@ class Opened:
         self.page.get_by_role("button", name="Search").click()
         self.page.wait_for_selector(".card")
 
+    def until(self, condition: str) -> None:
+        """Wait until this holds; asked from outside, as the page itself evaluates no texts."""
+        for _ in range(200):
+            if self.page.evaluate(condition):
+                return
+            self.page.wait_for_timeout(50)
+        raise AssertionError(condition)
+
     def harmless(self) -> None:
         """Nothing of the gallery ran, nothing came from elsewhere, nothing is wider than the page."""
         self.page.wait_for_load_state("networkidle")
@@ -111,7 +120,7 @@ def test_a_text_finds_pictures_and_hostile_texts_stay_texts(opened: Opened) -> N
     assert cards.count() == 12
     assert page.locator(".card img").count() >= 12
     page.locator(".card img").first.scroll_into_view_if_needed()
-    page.wait_for_function("document.querySelector('.card img').naturalWidth === 40")
+    opened.until("document.querySelector('.card img').naturalWidth === 40")
     whole = page.locator("#results").inner_text()
     for text in HOSTILE[:5]:
         assert text in whole
@@ -130,7 +139,7 @@ def test_the_slide_shows_the_hits_and_a_click_searches(opened: Opened) -> None:
     size = canvas.bounding_box()
     canvas.click(position={"x": 24 / 900 * size["width"] + 1, "y": 24 / 900 * size["width"] + 1})
     page.wait_for_selector(".chosen")
-    page.wait_for_function("document.getElementById('results').getAttribute('aria-busy') === 'false'")
+    page.wait_for_selector("#results[aria-busy=false] .card")
     opened.harmless()
 
 

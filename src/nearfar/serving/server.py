@@ -359,7 +359,7 @@ class _Server:
     ) -> Response:
         """Some items of the gallery, in order, or drawn at random."""
         gallery = self._gallery()
-        positions = gallery.drawn(count) if draw else range(start, min(start + count, len(gallery)))
+        positions = gallery.drawn(count) if draw else gallery.listed(start, count)
         return _json(GalleryPage.model_validate(
             {"total": len(gallery), "items": [gallery.shown(position) for position in positions]}
         ))  # fmt: skip

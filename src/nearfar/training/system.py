@@ -309,7 +309,7 @@ class System(ABC, Generic[Batch, Model]):
         raise NearfarError(f"system '{self.name}' does not say how new items become batches.")
 
     def predicts_from(self) -> Sequence[str]:
-        """The views, or other columns, that ``predictions`` needs of an item, where one item at a time is asked about."""
+        """The views, or other columns, that ``predictions`` needs of an item, for those who ask of one item."""
         return self.views
 
     def predictions(self, outputs: Mapping[str, Tensor], items: Items) -> Mapping[str, Sequence[Any]]:
