@@ -308,13 +308,17 @@ class Trained:
 
     def _chunks(self, data: Data) -> Iterator[Items]:
         if isinstance(data, (str, Path, NewData)):
-            return self.new_items(data)
+            source = data if isinstance(data, NewData) else NewData(Path(data))
+            size = self.config.trainer.eval_batch_size  # whole batches, as in the run's evaluation
+            return self.new_items(replace(source, rows=max(size, source.rows - source.rows % size)))
         return iter([self.items_of(data)])
 
     def items_of(self, data: Items | Mapping[str, Sequence[Any]] | Sequence[Any]) -> Items:
         """Values as items; one that cannot be read is an error that names it."""
         if isinstance(data, Items):
             return data
+        if not isinstance(data, Mapping) and not self.views:
+            return self.system.items_of(data)
         if not isinstance(data, Mapping):
             if len(self.views) != 1:
                 known = ", ".join(self.views) or "none"
