@@ -76,7 +76,9 @@ def new_data(
 
 def _report(written: Written) -> None:
     console = terminal.console()
-    columns = ", ".join(name for name in written.columns if name not in ("id", "row"))
+    names = [name for name in written.columns if name not in ("id", "row")]
+    more = f" and {len(names) - 8} more columns" if len(names) > 9 else ""
+    columns = ", ".join(names[:8] if more else names) + more
     terminal.say(console, f"{written.path}: {written.rows} rows ({columns})")
     if written.resumed:
         terminal.say(console, f"{written.resumed} parts were there from an earlier start")
