@@ -147,7 +147,13 @@ def compare(
 
 @app.command()
 def doctor(
-    run: Annotated[Path, typer.Argument(help="A run folder, finished or not.")],
+    run: Annotated[
+        Path, typer.Argument(help="A run folder, finished or not; or the log of a different trainer.")
+    ],
+    map_: Annotated[
+        list[str] | None,
+        typer.Option("--map", help="FIELD=NAME: what a name of that log means, e.g. loss=train/contrast."),
+    ] = None,
     json_: Annotated[
         bool, typer.Option("--json", help="Print what doctor.json holds, and nothing else.")
     ] = False,
@@ -175,16 +181,18 @@ def doctor(
 ) -> None:
     """Why a run stalls: findings with evidence, cause and what to try; written to doctor.json as well.
 
+    Reads runs of nearfar, and logs of Hugging Face trainers, sentence-transformers, Lightning, TensorBoard,
+    Weights & Biases, MLflow, Trackio and open_clip, tables, JSON lines and printed logs.
     [bold]--what-if[/bold] evaluates the run's batches under other options, [bold]--try N[/bold] tests a prescription.
     """
-    from nearfar.lab.doctor_command import examine, print_diagnosis
+    from nearfar.lab.doctor_command import examine, print_diagnosis, read_names
 
     console = terminal.console()
 
     def say(text: str) -> None:
         terminal.say(console, text, style="dim")
 
-    diagnosis = examine(run, say)
+    diagnosis = examine(run, say, read_names(map_))
     if json_:
         console.print_json(data=diagnosis.to_dict())
     elif not what_if and try_ is None:

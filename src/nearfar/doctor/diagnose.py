@@ -16,7 +16,8 @@ class Diagnosis(list[Finding]):
     """The findings, the gravest first, and in ``unjudged`` the rules that could not be judged and why.
 
     A rule in neither has looked and found nothing. ``verdict`` is one line. ``unread`` counts lines of the log that
-    are no records; ``assumed`` says what was taken for granted in reading it, such as empty cells of a table.
+    are no records; ``assumed`` says what was taken for granted in reading it, such as empty cells of a table;
+    ``read_as``, of the log of a different trainer, which of its names were taken for what, and which not understood.
     """
 
     def __init__(
@@ -26,10 +27,12 @@ class Diagnosis(list[Finding]):
         judged: int,
         unread: int = 0,
         assumed: Iterable[str] = (),
+        read_as: Iterable[str] = (),
     ) -> None:
         super().__init__(findings)
         self.unread = unread
         self.assumed = list(assumed)
+        self.read_as = list(read_as)
         self.unjudged = list(unjudged)
         self.judged = judged
 
@@ -72,14 +75,18 @@ class Diagnosis(list[Finding]):
             "judged": self.judged,
             "unread": self.unread,
             "assumed": self.assumed,
+            "read_as": self.read_as,
             "unjudged": [{"id": u.id, "reason": u.reason, "lacks": list(u.lacks)} for u in self.unjudged],
         }
 
 
-def diagnose(signals: object, context: Mapping[str, object] | None = None) -> Diagnosis:
+def diagnose(
+    signals: object, context: Mapping[str, object] | None = None, names: Mapping[str, str] | None = None
+) -> Diagnosis:
     """What is wrong, or remarkably right, with a run.
 
-    ``signals`` is a run folder or a CSV file (path), a table (pandas, polars, pyarrow), a list of log records or of
+    ``signals`` is a path (a run folder, or the log of a different trainer, whose names are translated: ``names`` says
+    what one means, ``{"loss": "train/contrast"}``), a table (pandas, polars, pyarrow), a list of log records or of
     rows as ``csv.DictReader`` gives them, a mapping of fields to series of one length (a single number is a
     constant), or ``Signals``. An empty cell was not measured; docs/doctor.md says when a NaN is one. ``context``
     states what does not change during the run and goes over what the signals know of it. ``nearfar.doctor.fields``
@@ -95,7 +102,7 @@ def diagnose(signals: object, context: Mapping[str, object] | None = None) -> Di
     >>> "collapse" in [rule.id for rule in diagnosis.unjudged]
     True
     """
-    read = Signals.of(signals, context)
+    read = Signals.of(signals, context, names)
     findings, unjudged = [], []
     for rule in RULES:
         outcome = rule.judge(read)
@@ -104,4 +111,4 @@ def diagnose(signals: object, context: Mapping[str, object] | None = None) -> Di
         elif outcome is not None:
             unjudged.append(outcome)
     findings.sort(key=lambda finding: -SEVERITIES.index(finding.severity))
-    return Diagnosis(findings, unjudged, len(RULES) - len(unjudged), read.unread, read.assumed)
+    return Diagnosis(findings, unjudged, len(RULES) - len(unjudged), read.unread, read.assumed, read.read_as)

@@ -11,7 +11,7 @@ from nearfar.doctor.fields import NUMBERS, SWITCHES, WORDS
 from nearfar.doctor.signals import Signals
 from nearfar.errors import NearfarError
 
-__all__ = ["read_run"]
+__all__ = ["is_run", "read_run"]
 
 #: what the doctor reads of the files beside the log
 SHAPES = {
@@ -26,6 +26,25 @@ SHAPES = {
 _COUNTS = ("structures", "texts", "scaffolds", "rows_without_ring")
 
 
+def is_run(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is a run of nearfar: its folder, or the log in it."""
+    place = Path(path)
+    if place.name == "train_log.jsonl":
+        return True
+    return (place / "train_log.jsonl").exists() or _is_config(place / "config.yaml")
+
+
+def _is_config(path: Path) -> bool:
+    """Whether a ``config.yaml`` is that of a run of nearfar; other trainers write files of this name, too."""
+    if not os.path.lexists(path):
+        return False
+    try:
+        content = read_yaml(path)
+    except NearfarError:
+        return not any(each.suffix == ".wandb" for each in path.parent.iterdir())
+    return isinstance(content, Mapping) and "wandb_version" not in content and "_wandb" not in content
+
+
 def read_run(folder: str | os.PathLike[str]) -> Signals:
     """The signals of a run folder, finished or not: a run without ``metrics.json`` is judged by its log.
 
@@ -37,11 +56,6 @@ def read_run(folder: str | os.PathLike[str]) -> Signals:
     if path.name == "train_log.jsonl":
         path = path.parent
     if not (path / "train_log.jsonl").exists() and not (path / "config.yaml").exists():
-        if path.is_file():
-            raise NearfarError(
-                f"{path} is a file, and of files a log is read as .csv or .tsv. One of JSON lines goes in as a list: "
-                "diagnose([json.loads(line) for line in open(path)])"
-            )
         what = (
             "there is no such folder" if not path.is_dir() else "it has no train_log.jsonl and no config.yaml"
         )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -50,18 +50,19 @@ class Signals:
         self._take(read_records(records), context, null_is_nan=True)
 
     @classmethod
-    def of(cls, source: Any, context: Mapping[str, Any] | None = None) -> Signals:
+    def of(
+        cls, source: Any, context: Mapping[str, Any] | None = None, names: Mapping[str, str] | None = None
+    ) -> Signals:
         """From any of the forms that ``diagnose`` takes."""
         _check_context(context)
         if isinstance(source, Signals):
             return source.knowing(context)
         if hasattr(source, "__fspath__") or isinstance(source, str):
-            from nearfar.doctor.run import read_run
+            from nearfar.doctor.run import is_run, read_run
 
-            if os.fspath(source).lower().endswith((".csv", ".tsv")) and os.path.isfile(source):
-                source = _csv_rows(source)
-            else:
+            if is_run(source):
                 return read_run(source).knowing(context)
+            return cls._of_log(Path(os.fspath(source)), names).knowing(context)
         table = table_columns(source)
         if table is None and hasattr(source, "name") and is_series(source):
             if source.name is None:
@@ -82,6 +83,33 @@ class Signals:
             f"signals are {type(source).__name__}; give a run folder, a list of log records, or a mapping of "
             "fields to series of numbers"
         )
+
+    @classmethod
+    def _of_log(cls, path: Path, names: Mapping[str, str] | None) -> Signals:
+        """The log of any trainer, under the doctor's names."""
+        from nearfar.doctor.logs import map_names, read_log
+
+        log = read_log(path)
+        every = dict.fromkeys(name for record in log.records for name in record if name)
+        mapped = map_names(every, names, log.validation)
+        if not any(field not in ("step", "epoch") for field in mapped.used):
+            raise NearfarError(
+                f"{log.path} ({log.kind}): none of its names is one that the doctor knows: "
+                f"{', '.join(list(every)[:12])}. Say which is the loss: --map loss=NAME."
+            )
+        field_of = {name: field for field, name in mapped.used.items()}
+        if field_of.get("train_loss") == "loss" and _once_an_epoch(log.records, mapped.used.get("epoch")):
+            mapped.used["train_loss"] = mapped.used.pop("loss")
+            field_of["train_loss"] = "train_loss"
+        records = [
+            {field_of[name]: value for name, value in record.items() if name in field_of}
+            for record in log.records
+        ]
+        read = cls.__new__(cls)
+        read._take(read_records(filter(None, records)), log.context, null_is_nan=True, ordered=True)
+        read.unread = log.unread
+        read.read_as = [f"{log.kind}: {log.path}", *mapped.lines(), *log.notes]
+        return read
 
     def knowing(self, context: Mapping[str, Any] | None) -> Signals:
         """The same run, with ``context`` beside (and over) what is known of it."""
@@ -173,6 +201,7 @@ class Signals:
         """Keep what was measured; ``ordered``: bring rows that do not come in the order of their steps into it."""
         self.context: Json = dict(log.context) | dict(context or {})
         self.unread = 0  # lines of the log that were no records
+        self.read_as: list[str] = []  # of the log of a different trainer: what was taken for what, in lines
         first = _first_epoch(log)
         #: what was taken for granted in reading, in sentences
         self.assumed = settle_gaps(log, null_is_nan)
@@ -232,33 +261,12 @@ class Signals:
         return first.having(combine(first.numbers, beside[first.rows]))
 
 
-def _csv_rows(path: str | os.PathLike[str]) -> list[dict[str, str]]:
-    """The rows of a CSV file with a line of names, as a logger writes one; cells end at commas, semicolons or tabs.
-
-    A short row lacks its last cells. One with more cells than names, or a name that comes twice, is refused: it would
-    not be clear which cell is which field's.
-    """
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            head = file.readline()
-            file.seek(0)
-            mark = max(",;\t", key=head.count)
-            rows = csv.reader(file, delimiter=mark)
-            names = next(rows, [])
-            twice = next((name for at, name in enumerate(names) if name and name in names[:at]), None)
-            if twice is not None:
-                raise NearfarError(f"{path} has several columns '{twice}'; rename them, or drop all but one")
-            records = []
-            for row in filter(None, rows):
-                if len(row) > len(names) and any(cell.strip() for cell in row[len(names) :]):
-                    raise NearfarError(
-                        f"{path}: line {rows.line_num} has {len(row)} cells, but line 1 names {len(names)} columns; "
-                        "put texts that hold the separator in quotes, and write decimal points"
-                    )
-                records.append(dict(zip(names, row, strict=False)))
-            return records
-    except (UnicodeDecodeError, csv.Error, OSError) as error:
-        raise NearfarError(f"{path}: not a CSV file that can be read ({error})") from None
+def _once_an_epoch(records: Iterable[Mapping[str, Any]], epoch: str | None) -> bool:
+    """Whether each epoch has one value of ``train_loss``."""
+    if epoch is None:
+        return False
+    epochs = [record.get(epoch) for record in records if record.get("train_loss") not in (None, "")]
+    return len(epochs) > 1 and None not in epochs and len(set(map(str, epochs))) == len(epochs)
 
 
 def _check_context(context: object) -> None:

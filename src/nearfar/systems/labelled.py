@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from nearfar.config.labelled import LabelledOptions
@@ -19,39 +19,29 @@ from nearfar.data.classes import Classes, Labels, class_codes, item_labels
 from nearfar.data.embedded import digit_items
 from nearfar.data.files import Json
 from nearfar.data.items import Items, hold_out
-from nearfar.data.picture_arrays import PictureArrays
 from nearfar.data.sources import read_splits, split_sources
 from nearfar.errors import NearfarError, nearest_name
-from nearfar.metrics import (
-    Estimate,
-    mean_interval,
-    paired_difference,
-    rank_estimates,
-    retrieval_ranks,
-)
-from nearfar.metrics.precision_at_r import average_precision_at_r, map_estimate
-from nearfar.models.probes import LinearProbe, nearest_classes
+from nearfar.metrics import Estimate, paired_difference
+from nearfar.models.probes import LinearProbe
 from nearfar.models.views import HeadKind, ViewModel, build_head
+from nearfar.systems.class_scores import Scores, answer_scores, retrieval_scores
 from nearfar.systems.known_classes import ClassNames, KnownClasses, LabelledGallery
+from nearfar.systems.raw_values import raw_values
 from nearfar.systems.view_system import ViewSystem
 from nearfar.towers import Tower, build_tower, guess_tower
 from nearfar.training.evaluation import consecutive
 from nearfar.training.sections import Section, Table
 from nearfar.training.system import Comparison, Evaluation, Say, collect
 
-__all__ = ["AT_START", "KNN", "PROBE", "LabelledSystem", "Scores"]
+__all__ = ["AT_START", "LabelledSystem"]
 
 #: what the metrics of the model at its start begin with
 AT_START, TRAINED = "before_training", "trained"
-KNN, PROBE = "knn/accuracy", "probe/accuracy"
 #: columns that hold labels unless label= names one, and those that are no view
 LABEL_NAMES = ("label", "labels", "class", "classes", "target")
 NO_VIEWS = (*LABEL_NAMES, "id", "ids", "index", "split", "group")
 #: the group of options that holds the encoder of a kind of tower
 ENCODER_OPTIONS = {"text": "text_encoder", "image": "image_encoder"}
-_RAW_SIDE = 32  # pixels of the pictures whose values are the baseline
-
-Scores = tuple[dict[str, Estimate], dict[str, np.ndarray]]
 
 
 class LabelledSystem(ViewSystem):
@@ -327,49 +317,30 @@ class LabelledSystem(ViewSystem):
         """Estimates of embeddings by the labels of their split, and the score of every item under each; with ``train``,
         the embeddings of the training items, also by their vote and by a probe. ``of`` says whose embeddings they are.
         """
-        estimates: dict[str, Estimate] = {}
-        per_item: dict[str, np.ndarray] = {}
         classes = self.classes
         if classes is None:
-            return estimates, per_item
+            return {}, {}
         codes = torch.from_numpy(classes.codes[split])
         rows, content = rows.float().clone(), self._content(split)
         bootstrap = self.config.bootstrap if final else 0
-        relevant: Any = (codes, codes) if codes.ndim == 1 else _in_common(codes)
-        if _any_pair(codes):
-            ranks = retrieval_ranks(rows, rows, relevant, leave_one_out=True)
-            estimates["R@1"] = rank_estimates(ranks, (1,), bootstrap=bootstrap, split=content)["R@1"]
-            if len(ranks.queries) == len(rows):
-                per_item["R@1"] = ranks.hits(1)
-            if final:
-                scores, chances = average_precision_at_r(rows, codes)
-                estimates["MAP@R"] = map_estimate(scores, chances, bootstrap=bootstrap, split=content)
-                if not np.isnan(scores).any():
-                    per_item["MAP@R"] = scores
+        estimates, per_item = retrieval_scores(rows, codes, purity=final, bootstrap=bootstrap, split=content)
         if train is None:
             return estimates, per_item
         at = torch.from_numpy(np.flatnonzero(classes.codes["train"] >= 0))
         known, train = torch.from_numpy(classes.codes["train"])[at], train.clone()[at]
-        metric = "euclidean" if of in ("pixels", "numbers") else "cosine"
         if of not in self._probes:
             self._probes[of] = LinearProbe(train, known)
-        guesses: dict[str, Callable[[], Tensor]] = {
-            KNN: lambda: nearest_classes(train, known, rows, self.config.knn, metric),  # type: ignore[arg-type]
-            PROBE: lambda: self._probes[of].classes(rows),
-        }
-        judged = (codes >= 0).numpy()
-        common = int(np.bincount(known.numpy()).argmax())
-        chance = float((codes[judged] == common).float().mean())
-        about: dict[str, dict[str, Any]] = {
-            KNN: {"k": self.config.knn, "similarity": metric},
-            PROBE: {"penalty": 1.0},
-        }
-        for name, guess in guesses.items():
-            right = (guess() == codes).numpy()
-            estimates[name] = _share(right[judged], name, chance, content, about[name])
-            if judged.all():
-                per_item[name] = right.astype(np.float64)
-        return estimates, per_item
+        answers = answer_scores(
+            rows,
+            codes,
+            train,
+            known,
+            self._probes[of],
+            k=self.config.knn,
+            metric="euclidean" if of in ("pixels", "numbers") else "cosine",
+            split=content,
+        )
+        return estimates | answers[0], per_item | answers[1]
 
     def _content(self, split: str) -> str:
         """A hash of the items of a split: estimates are comparable only where it is the same."""
@@ -377,24 +348,11 @@ class LabelledSystem(ViewSystem):
             self._hashes[split] = self.content_hash(self.splits[split])
         return self._hashes[split]
 
-    # -- raw values ------------------------------------------------------------------------------------------
     def raw_rows(self) -> tuple[str, dict[str, Float[Tensor, "n d"]]] | None:
-        """What the values themselves are as vectors, by split: pixels, TF-IDF, numbers; None of other views."""
+        """What the values themselves are as vectors, by split: see `raw_values`."""
         if self._raw is None:
-            kind = self.towers[self.view].kind
             values = {name: items[self.view] for name, items in self.splits.items()}
-            if kind == "image":
-                self._raw = "pixels", {name: _pixels(part) for name, part in values.items()}
-            elif kind in ("text", "vector"):
-                options: dict[str, Any] = {"encoder": "ngram", "dims": 512} if kind == "text" else {}
-                tower = build_tower(kind, "the baseline", **options).fit(values["train"])
-                rows = {name: tower.reference(part) for name, part in values.items()}
-                self._raw = (
-                    "tfidf" if kind == "text" else "numbers",
-                    {name: torch.from_numpy(np.asarray(part)) for name, part in rows.items()},
-                )
-            else:
-                return None
+            self._raw = raw_values(self.towers[self.view].kind, values)
         return self._raw
 
     # -- results ---------------------------------------------------------------------------------------------
@@ -507,38 +465,3 @@ class LabelledSystem(ViewSystem):
 def _kept(items: Items, at: np.ndarray) -> Items:
     """Some items, with the rejections of the whole."""
     return replace(items.take(at), rejections=items.rejections)
-
-
-def _pixels(values: Any) -> Float[Tensor, "n d"]:
-    """Values of the pixels from 0 to 1, of pictures at 32 × 32 at most; of grey ones one number each."""
-    side = (_RAW_SIDE, _RAW_SIDE)
-    if isinstance(values, np.ndarray) and max(values.shape[1:3]) <= _RAW_SIDE:
-        side = (int(values.shape[1]), int(values.shape[2]))
-    whole = PictureArrays(values, side).whole()
-    grey = bool((whole == whole[..., :1]).all())
-    rows = np.array(whole[..., 0] if grey else whole).reshape(len(whole), -1)
-    return torch.from_numpy(rows).float() / 255
-
-
-def _in_common(codes: Tensor) -> Bool[np.ndarray, "n n"]:
-    """Which items have a label in common."""
-    several = codes.float()
-    return (several @ several.T > 0).numpy()
-
-
-def _any_pair(codes: Tensor) -> bool:
-    """Whether two items have a label in common."""
-    if codes.ndim == 2:
-        return bool((codes.sum(0) > 1).any())
-    known = codes[codes >= 0]
-    return len(known) > len(known.unique())
-
-
-def _share(
-    right: Bool[np.ndarray, " n"], metric: str, chance: float, split: str, about: Mapping[str, Any]
-) -> Estimate:
-    """An accuracy; chance is that of always guessing the commonest class of training."""
-    value = right.astype(np.float64)
-    low, high, method = mean_interval(value)
-    protocol = {**about, "split": split, "confidence": 0.95, "interval": method}
-    return Estimate(float(value.mean()), low, high, chance, len(value), False, metric, protocol)

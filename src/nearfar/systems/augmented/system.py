@@ -22,7 +22,8 @@ from nearfar.losses.memory import CrossBatchMemory
 from nearfar.metrics import paired_difference, rank_estimates, retrieval_ranks
 from nearfar.models.views import ViewModel, module_name
 from nearfar.systems.augmented.options import AugmentedOptions, MoCoOptions
-from nearfar.systems.labelled import AT_START, LabelledSystem, Scores
+from nearfar.systems.class_scores import Scores
+from nearfar.systems.labelled import AT_START, LabelledSystem
 from nearfar.systems.view_system import GROUP
 from nearfar.towers import Tower
 from nearfar.training.system import Evaluation, Say, StepOutput
