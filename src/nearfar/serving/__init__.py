@@ -11,7 +11,13 @@ if TYPE_CHECKING:
     from nearfar.serving.search import Hit, Hits
     from nearfar.serving.trained import Predictions, Trained, load
 
-_PLACES = {"Hit": "search", "Hits": "search", "Predictions": "trained", "Trained": "trained", "load": "trained"}
+_PLACES = {
+    "Hit": "search",
+    "Hits": "search",
+    "Predictions": "trained",
+    "Trained": "trained",
+    "load": "trained",
+}
 
 
 def __getattr__(name: str) -> Any:
