@@ -316,6 +316,7 @@ def serve(
     )
 
 
+@use_app.command()
 def export(
     run: Run,
     folder: Annotated[Path, typer.Argument(help="The folder to write: a new or an empty one.")],

@@ -61,6 +61,11 @@ class Rejections:
             kept = self.first.setdefault(reason, [])
             kept.extend(other.first[reason][: max(0, self.keep - len(kept))])
 
+    def clear(self) -> None:
+        """Forget all rows, once they were taken over."""
+        self.counts.clear()
+        self.first.clear()
+
     @property
     def total(self) -> int:
         """All rejected rows."""

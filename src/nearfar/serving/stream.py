@@ -92,8 +92,12 @@ def embed_file(
         import pyarrow
 
         columns: dict[str, Any] = _identity(items)
+        if not towers and "refused" in items.notes:
+            raise NearfarError(f"{items.notes['refused']} Or say what is to be embedded, as --tower NAME.")
         for view in towers or [view for view in trained.views if view in items]:
             if view not in items:
+                if view in items.notes.get("lacking", {}):
+                    raise NearfarError(items.notes["lacking"][view])
                 raise NearfarError(
                     f"{source.path} has no column of '{view}': name it with --column {view}=HEADER, or leave --tower "
                     f"{view} out."

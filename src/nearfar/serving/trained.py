@@ -315,6 +315,8 @@ class Trained:
         """Values as items; one that cannot be read is an error that names it."""
         if isinstance(data, Items):
             return data
+        if not isinstance(data, Mapping) and not self.views:
+            return self.system.items_of(data)
         if not isinstance(data, Mapping):
             if len(self.views) != 1:
                 known = ", ".join(self.views) or "none"

@@ -304,6 +304,12 @@ class System(ABC, Generic[Batch, Model]):
         """What a user's file or folder holds, in chunks; values that cannot be read are counted as rejections."""
         raise NearfarError(f"system '{self.name}' does not say how new data is read.")
 
+    def items_of(self, values: Sequence[Any]) -> Items:
+        """New values of a system without views, such as pictures for a detector; an unreadable one is an error."""
+        raise NearfarError(
+            f"system '{self.name}' takes values by the name of their view, as {{view: values}}."
+        )
+
     def new_dataset(self, items: Items) -> BatchDataset[Batch]:
         """New items as batches that ``embed`` understands."""
         raise NearfarError(f"system '{self.name}' does not say how new items become batches.")

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from rich.console import Console
 
 from nearfar.config.compose import compose_config
@@ -30,6 +29,7 @@ from nearfar.systems.detector.dataset import DetectionDataset, View, make_view
 from nearfar.systems.detector.model import load_detector
 from nearfar.training.checkpoint import Checkpoint
 from nearfar.training.run_folder import RunFolder
+from tiny_detection import write
 
 QUIET = Console(file=open(os.devnull, "w"))  # noqa: SIM115
 SMALL = [
@@ -50,25 +50,6 @@ SMALL = [
 
 
 pytestmark = [pytest.mark.usefixtures("module_cache"), pytest.mark.slow]
-
-
-def write(folder: Path, split: str, n: int, seed: int = 0) -> None:
-    """Pictures of 64 × 48 pixels with one bright rectangle each, of two groups in turn."""
-    rng = np.random.default_rng([seed, n])
-    (folder / "images").mkdir(exist_ok=True, parents=True)
-    images, annotations = [], []
-    for i in range(1, n + 1):
-        pixels = rng.integers(90, 120, (48, 64, 3)).astype(np.uint8)
-        w, h = rng.integers(14, 30, 2)
-        x, y = rng.integers(0, 64 - w), rng.integers(0, 48 - h)
-        pixels[y : y + h, x : x + w] = [230, 40, 40]
-        name = f"{split}{i}.png"
-        Image.fromarray(pixels).save(folder / "images" / name)
-        images.append({"id": i, "file_name": name, "width": 64, "height": 48, "sex": "fm"[i % 2]})
-        box = [int(v) for v in (x, y, w, h)]
-        annotations.append({"id": i, "image_id": i, "category_id": 1, "bbox": box})
-    content = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "person"}]}
-    (folder / f"{split}.json").write_text(json.dumps(content))
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -75,6 +76,8 @@ class SmallDetector(Detector):
     ) -> None:
         super().__init__(classes, width, f"{layers} decoder layers over {encoder.description}", loss)
         self.encoder = encoder
+        #: the options that it was built with, where they are known
+        self.recipe: dict[str, Any] = {}
         self.queries = queries
         self.narrow_16 = nn.Conv2d(encoder.channels[16], width, 1)
         self.narrow_32 = nn.Conv2d(encoder.channels[32], width, 1)

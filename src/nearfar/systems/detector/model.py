@@ -4,20 +4,35 @@ name.
 
 from __future__ import annotations
 
+import io
+import json
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import cast
 
+import numpy as np
+import torch
+
 from nearfar.config.compose import read_config
+from nearfar.config.options import read_options, to_dict
+from nearfar.data.files import read_arrays, read_json
 from nearfar.errors import NearfarError
 from nearfar.models.detection import Detector, SetLoss
 from nearfar.models.detection.network import SmallDetector
 from nearfar.models.image import ImageEncoder, build_image_encoder
 from nearfar.systems.detector.options import DetectorOptions, DetectorRecipe
 from nearfar.training.checkpoint import Checkpoint, find_checkpoint
-from nearfar.training.run_folder import RunFolder
+from nearfar.training.run_folder import RunFolder, write_atomically
 
-__all__ = ["build_detector", "build_encoder", "detector_of_run", "load_detector"]
+__all__ = [
+    "build_detector",
+    "build_encoder",
+    "detector_of_run",
+    "load_detector",
+    "load_frozen",
+    "save_frozen",
+]
 
 
 def build_encoder(config: DetectorRecipe, trained: bool | None = None) -> ImageEncoder:
@@ -37,7 +52,7 @@ def build_detector(
         giou_weight=config.giou_weight,
         quality=config.quality,
     )
-    return SmallDetector(
+    detector = SmallDetector(
         build_encoder(config, trained),
         classes,
         queries=config.queries,
@@ -47,6 +62,9 @@ def build_detector(
         dropout=config.dropout,
         loss=loss,
     )
+    recipe = to_dict(config)
+    detector.recipe = {each.name: recipe[each.name] for each in fields(DetectorRecipe)}
+    return detector
 
 
 def load_detector(name: str | Path) -> Detector:
@@ -77,4 +95,39 @@ def detector_of_run(run: str | Path) -> Detector:
     detector.load_state_dict(state.model)
     detector.description = about["description"]
     detector.freeze()
+    return detector
+
+
+def save_frozen(detector: SmallDetector, folder: Path) -> None:
+    """Write a frozen detector: its options and classes as JSON, its weights as plain arrays (16 MB, as a rule)."""
+    about = {
+        "classes": list(detector.classes), "description": detector.description, "recipe": detector.recipe
+    }  # fmt: skip
+    weights = {name: value.detach().cpu().numpy() for name, value in detector.state_dict().items()}
+    buffer = io.BytesIO()
+    np.savez(buffer, **weights)
+    write_atomically(folder / "weights.npz", lambda file: file.write(buffer.getvalue()))
+    text = json.dumps(about, indent=1, ensure_ascii=False)
+    write_atomically(folder / "detector.json", lambda file: file.write(text.encode()))
+
+
+def load_frozen(folder: Path) -> SmallDetector:
+    """The detector that `save_frozen` wrote.
+
+    Raises:
+        NearfarError: files that are missing, damaged, or do not fit together.
+    """
+    about = read_json(folder / "detector.json", {"classes": [str], "description": str, "recipe": dict})
+    recipe = read_options(DetectorRecipe, about["recipe"], saved=True)
+    detector = build_detector(recipe, about["classes"], trained=False)
+    detector.freeze()
+    weights = {name: torch.from_numpy(value) for name, value in read_arrays(folder / "weights.npz").items()}
+    try:
+        detector.load_state_dict(weights)
+    except RuntimeError as error:
+        first = str(error).splitlines()[0]
+        raise NearfarError(
+            f"{folder}: the weights are not those of the detector described ({first})."
+        ) from None
+    detector.description = about["description"]
     return detector

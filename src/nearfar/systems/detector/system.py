@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nearfar.config.samplers import Items
+from nearfar.config.samplers import Items as SamplerItems
+from nearfar.data.chunks import NewData
 from nearfar.data.coco import CocoSplit
-from nearfar.data.files import Json
+from nearfar.data.files import Json, read_json
+from nearfar.data.items import Items
 from nearfar.errors import NearfarError
 from nearfar.metrics.detection import Boxes, detection_estimates, detection_evidence
 from nearfar.metrics.detection_evaluator import check_evidence
@@ -28,6 +31,14 @@ from nearfar.systems.detector.dataset import (
     relative_boxes,
 )
 from nearfar.systems.detector.model import build_detector, build_encoder
+from nearfar.systems.detector.new_pictures import (
+    NEW_OPTIONS,
+    CocoResults,
+    NewPictures,
+    box_rows,
+    pictures_of,
+    read_pictures,
+)
 from nearfar.systems.detector.options import DetectorOptions
 from nearfar.systems.detector.report import pictures_section
 from nearfar.training.batches import build_sampler
@@ -73,6 +84,7 @@ class DetectorSystem(System[DetectionBatch, SmallDetector]):
 
     name = "detector"
     monitor = "AP"
+    new_options = NEW_OPTIONS
 
     config: DetectorOptions
 
@@ -82,6 +94,7 @@ class DetectorSystem(System[DetectionBatch, SmallDetector]):
         self.datasets: dict[str, DetectionDataset] = {}
         self._true: dict[str, Boxes] = {}
         self._description = ""
+        self._classes: tuple[str, ...] = ()  # of a run that was loaded
 
     # -- data ------------------------------------------------------------------------------------------------
     def prepare(self, say: Say) -> None:
@@ -124,14 +137,14 @@ class DetectorSystem(System[DetectionBatch, SmallDetector]):
     @property
     def classes(self) -> tuple[str, ...]:
         """The categories, in the order of their labels."""
-        return self.splits["train"].categories
+        return self.splits["train"].categories if self.splits else self._classes
 
     # -- batches ---------------------------------------------------------------------------------------------
     def build_sampler(self) -> TrainSampler:
         """Random batches, or batches in which the groups are evenly represented."""
         train = self.splits["train"]
         groups = (lambda: np.array([image.group for image in train.images])) if train.groups else None
-        return build_sampler(self.config, Items(len(train), labels=groups))
+        return build_sampler(self.config, SamplerItems(len(train), labels=groups))
 
     def on_epoch(self, epoch: int, sampler: TrainSampler, say: Say) -> Json:
         """Whether the encoder is frozen in this epoch."""
@@ -143,7 +156,7 @@ class DetectorSystem(System[DetectionBatch, SmallDetector]):
     # -- model and loss --------------------------------------------------------------------------------------
     def build_model(self) -> SmallDetector:
         """The image encoder with its weights, and the rest freshly initialised."""
-        return build_detector(self.config, self.classes)
+        return build_detector(self.config, self.classes, trained=None if self.splits else False)
 
     def parameter_groups(self, model: nn.Module) -> list[Json]:
         """The encoder learns more slowly; weight decay for matrices alone."""
@@ -233,6 +246,32 @@ class DetectorSystem(System[DetectionBatch, SmallDetector]):
         """Classes and description, without which the weights could not be loaded."""
         about = {"classes": list(self.classes), "description": f"trained over {self._description}"}
         (folder / "detector.json").write_text(json.dumps(about, ensure_ascii=False, indent=1))
+
+    # -- use of a trained run --------------------------------------------------------------------------------
+    def load_assets(self, folder: Path) -> None:
+        about = read_json(folder / "detector.json", {"classes": [str], "description": str})
+        self._classes = tuple(about["classes"])
+        self._description = about["description"].removeprefix("trained over ")
+
+    def new_items(self, source: NewData) -> Iterator[Items]:
+        """Pictures of a folder, a list or a COCO file, see `read_pictures`."""
+        return read_pictures(source)
+
+    def items_of(self, values: Sequence[Any]) -> Items:
+        """Pictures, by their paths or as arrays (height, width, 3) of uint8."""
+        return pictures_of(values)
+
+    def new_dataset(self, items: Items) -> NewPictures:
+        return NewPictures(items, int(self.config.data.image_size))
+
+    def predictions(self, outputs: Mapping[str, Tensor], items: Items) -> dict[str, list[Any]]:
+        """A row for each box: picture, category, score, and left, top, width and height in pixels."""
+        scores, labels = outputs["scores"][..., 0], outputs["labels"][..., 0]
+        return box_rows(outputs["boxes"], scores, labels, self.classes, items)
+
+    def prediction_writer(self, output: Path, source: NewData) -> CocoResults | None:
+        """COCO results for ``.json``."""
+        return CocoResults(output) if output.suffix.lower() == ".json" else None
 
 
 def _record(model: SmallDetector, output: DetectorOutput, batch: DetectionBatch) -> dict[str, float]:

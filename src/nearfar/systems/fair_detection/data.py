@@ -12,11 +12,16 @@ from torch import Tensor
 
 from nearfar.data.coco import CocoSplit
 from nearfar.data.images import read_image, resize, stack
+from nearfar.data.items import Items
 from nearfar.models.detection import Target
 from nearfar.models.detection.detector import to_centre
 from nearfar.systems.detector.dataset import relative_boxes
+from nearfar.systems.detector.new_pictures import no_target
 
-__all__ = ["PictureBatch", "PictureDataset", "with_group"]
+__all__ = ["NEW", "NewPictureDataset", "PictureBatch", "PictureDataset", "with_group"]
+
+#: the split that batches of new pictures belong to
+NEW = "new"
 
 
 @dataclass
@@ -91,6 +96,25 @@ class PictureDataset:
         boxes, labels = relative_boxes(self.split, position)
         centred = to_centre(torch.from_numpy(boxes.astype(np.float32)))
         return Target(torch.from_numpy(self._labels[labels]), centred)
+
+
+class NewPictureDataset:
+    """New pictures as the detector sees them: read on demand, without true boxes and groups."""
+
+    def __init__(self, items: Items, size: int) -> None:
+        self.photos, self.size = list(items["photo"]), size
+
+    def __len__(self) -> int:
+        return len(self.photos)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Nothing changes from epoch to epoch."""
+
+    def __getitems__(self, positions: list[int]) -> PictureBatch:
+        pictures = [resize(self.photos[i].read(), (self.size, self.size)) for i in positions]
+        nobody = torch.zeros(len(positions), dtype=torch.int64)
+        targets = [no_target() for _ in positions]
+        return PictureBatch(NEW, torch.tensor(positions), torch.from_numpy(stack(pictures)), nobody, targets)
 
 
 def with_group(split: CocoSplit) -> CocoSplit:

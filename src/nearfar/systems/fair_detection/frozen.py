@@ -258,16 +258,24 @@ class DetectorOutputs:
             name: torch.stack([kept[i][name] for i in positions]).to(batch.pictures.device) for name in names
         }
 
-    def _run(self, pixels: Tensor, batch: PictureBatch) -> dict[str, Tensor]:
-        output = self.detect(pixels)
+    @torch.no_grad()
+    def of_new(self, model: FairModel, batch: PictureBatch) -> dict[str, Tensor]:
+        """Detections (n, queries, 6) of new pictures, perturbed: the same numbers as ``of_batch`` has."""
+        pixels = batch.pixels
+        changed = perturbed(pixels, self.perturbation(model, batch, pixels))
+        return {"perturbed": self._detections(self.detect(changed))}
+
+    def _detections(self, output: DetectorOutput) -> Float[Tensor, "n q 6"]:
         scores, labels = output.probabilities().max(dim=-1)
         category = self._category.to(labels.device)[labels]
         boxes = corners(output.boxes).clamp(0, 1)
+        return torch.cat([boxes, scores[..., None], category[..., None].to(boxes)], dim=-1).float()
+
+    def _run(self, pixels: Tensor, batch: PictureBatch) -> dict[str, Tensor]:
+        output = self.detect(pixels)
         matches = self.detector.match(output, batch.targets)
         return {
-            "detections": torch.cat(
-                [boxes, scores[..., None], category[..., None].to(boxes)], dim=-1
-            ).float(),
+            "detections": self._detections(output),
             "features": output.features.mean(dim=1).float(),
             "scores": picture_scores(output, batch.targets, matches).float(),
         }

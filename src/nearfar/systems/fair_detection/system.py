@@ -2,31 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nearfar.batching import BalancedBatchSampler
 from nearfar.data.cache import content_key
+from nearfar.data.chunks import NewData
 from nearfar.data.coco import CocoSplit
-from nearfar.data.files import Json
+from nearfar.data.files import Json, Maybe, read_json
+from nearfar.data.items import Items
 from nearfar.data.splits import check_disjoint
 from nearfar.errors import NearfarError
 from nearfar.metrics import group_signals
 from nearfar.models.detection import Detector
+from nearfar.models.detection.network import SmallDetector
 from nearfar.systems.detector.data import DetectionData, read_splits
-from nearfar.systems.fair_detection.data import PictureBatch, PictureDataset, with_group
+from nearfar.systems.detector.model import load_detector, load_frozen, save_frozen
+from nearfar.systems.detector.new_pictures import (
+    NEW_OPTIONS,
+    CocoResults,
+    box_rows,
+    pictures_of,
+    read_pictures,
+)
+from nearfar.systems.fair_detection.data import (
+    NEW,
+    NewPictureDataset,
+    PictureBatch,
+    PictureDataset,
+    with_group,
+)
 from nearfar.systems.fair_detection.evaluation import FairResults
 from nearfar.systems.fair_detection.frozen import DetectorOutputs, frozen_detector, lower_group, weights_key
 from nearfar.systems.fair_detection.model import FairModel, perturbed
 from nearfar.systems.fair_detection.objective import FairObjective, Losses
 from nearfar.systems.fair_detection.options import FairDetectionOptions, epsilon_schedule
 from nearfar.systems.fair_detection.report import report_sections
+from nearfar.systems.rebuilt import prepare_again
 from nearfar.training.sections import Section
 from nearfar.training.system import Evaluation, Say, StepOutput, System, TrainSampler
 
 __all__ = ["FairDetectionSystem"]
+
+ASSETS, DETECTOR = "fair_detection.json", "detector"
 
 
 class FairDetectionSystem(System[PictureBatch, FairModel]):
@@ -34,6 +57,7 @@ class FairDetectionSystem(System[PictureBatch, FairModel]):
 
     name = "fair_detection"
     monitor = "AP/gap_closed"
+    new_options = NEW_OPTIONS
 
     config: FairDetectionOptions
 
@@ -42,7 +66,8 @@ class FairDetectionSystem(System[PictureBatch, FairModel]):
         self.objective = FairObjective(config)
         self.bound = epsilon_schedule(config)
         self.detector: Detector
-        self.splits: dict[str, CocoSplit]
+        self.splits: dict[str, CocoSplit] = {}
+        self._categories: tuple[str, ...] = ()  # of a run that was loaded
         self.groups: tuple[str, str]  # the one with the lower AP, the other
         self.epoch = 0
         self.datasets: dict[str, PictureDataset] = {}
@@ -171,7 +196,10 @@ class FairDetectionSystem(System[PictureBatch, FairModel]):
 
     # -- evaluation ------------------------------------------------------------------------------------------
     def embed(self, model: FairModel, batch: PictureBatch) -> dict[str, Tensor]:
-        """Detections, image scores and features of clean, perturbed and randomly perturbed pictures."""
+        """Detections, image scores and features of clean, perturbed and randomly perturbed pictures; of new pictures
+        the detections when they are perturbed."""
+        if batch.split == NEW:
+            return self.detector_outputs.of_new(model, batch)
         return self.detector_outputs.of_batch(model, batch)
 
     def evaluate(self, outputs: Mapping[str, Tensor], split: str, final: bool) -> Evaluation:
@@ -190,6 +218,71 @@ class FairDetectionSystem(System[PictureBatch, FairModel]):
         return report_sections(
             outputs, self.datasets[split], self.groups, self._results[split], self.detector_outputs
         )
+
+    def save_assets(self, folder: Path) -> None:
+        """Categories, groups, and the frozen detector: one that was trained here with its weights, a transformers model
+        by its name and a hash of its weights."""
+        about = {
+            "categories": list(self.categories),
+            "lower_group": self.groups[0],
+            "upper_group": self.groups[1],
+            "detector": None if isinstance(self.detector, SmallDetector) else str(self.config.detector),
+            "weights": self._weights,
+        }
+        if isinstance(self.detector, SmallDetector):
+            save_frozen(self.detector, folder / DETECTOR)
+        text = json.dumps(about, indent=2, ensure_ascii=False) + "\n"
+        (folder / ASSETS).write_text(text, encoding="utf-8")
+
+    # -- use of a trained run --------------------------------------------------------------------------------
+    @property
+    def categories(self) -> tuple[str, ...]:
+        """The categories that are found, in the order of their positions in detections."""
+        return self.splits["train"].categories if self.splits else self._categories
+
+    def load_assets(self, folder: Path) -> None:
+        """The frozen detector; of a run of before it was kept, by the run's data."""
+        if not (folder / ASSETS).is_file():
+            whole = FairDetectionSystem(self.config)
+            prepare_again(whole, folder, "the detector that it was trained against")
+            self.detector, self.groups, self._weights = whole.detector, whole.groups, whole._weights
+            self._categories = whole.categories
+        else:
+            shape = {
+                "categories": [str], "lower_group": str, "upper_group": str, "detector": Maybe(str), "weights": str
+            }  # fmt: skip
+            about = read_json(folder / ASSETS, shape)
+            self._categories = tuple(about["categories"])
+            self.groups, self._weights = (about["lower_group"], about["upper_group"]), about["weights"]
+            name = about["detector"]
+            self.detector = load_frozen(folder / DETECTOR) if name is None else load_detector(name)
+            if weights_key(self.detector) != self._weights:
+                raise NearfarError(
+                    f"{folder}: the detector ({name or folder / DETECTOR}) has other weights than those that this run "
+                    "was trained against; bring back those of then, or train again."
+                )
+        labels = [self.detector.label(name) for name in self._categories]
+        self.detector_outputs = DetectorOutputs(self.detector, labels, self.config, {})
+
+    def new_items(self, source: NewData) -> Iterator[Items]:
+        """Pictures of a folder, a list or a COCO file, see `read_pictures`."""
+        return read_pictures(source)
+
+    def items_of(self, values: Sequence[Any]) -> Items:
+        """Pictures, by their paths or as arrays (height, width, 3) of uint8."""
+        return pictures_of(values)
+
+    def new_dataset(self, items: Items) -> NewPictureDataset:
+        return NewPictureDataset(items, self.config.used_data.image_size)
+
+    def predictions(self, outputs: Mapping[str, Tensor], items: Items) -> dict[str, list[Any]]:
+        """A row for each box that the detector finds in the perturbed picture, see `box_rows`."""
+        boxes = outputs["perturbed"]
+        return box_rows(boxes[..., :4], boxes[..., 4], boxes[..., 5].long(), self.categories, items)
+
+    def prediction_writer(self, output: Path, source: NewData) -> CocoResults | None:
+        """COCO results for ``.json``."""
+        return CocoResults(output) if output.suffix.lower() == ".json" else None
 
 
 def _sizes(delta: Tensor) -> dict[str, float]:

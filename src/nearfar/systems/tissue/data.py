@@ -27,6 +27,8 @@ class TissueData:
     splits: dict[str, Tissue]
     source: str
     notes: Mapping[str, object] = field(default_factory=dict)
+    #: what the index of the shards says of ``patch`` and ``expression``; empty for generated slides
+    reading: Mapping[str, Json] = field(default_factory=dict)
 
     @property
     def genes(self) -> list[str]:
@@ -94,7 +96,8 @@ def load_data(options: DataOptions, say: Callable[[str], None]) -> TissueData:
     from nearfar.systems.tissue.shard_dataset import read_shards
     from nearfar.systems.tissue.shard_index import read_index, read_splits
 
-    names = [slide.name for slide in read_index(folder).slides]
+    index = read_index(folder)
+    names = [slide.name for slide in index.slides]
     splits = resolve_splits(names, options, read_splits(folder), str(folder))
     # Each by itself: a split then has a memory map of its own, wherever its slides stand in the folder.
     parts = {
@@ -104,7 +107,8 @@ def load_data(options: DataOptions, say: Callable[[str], None]) -> TissueData:
         for name, slides in splits.items()
     }
     notes = {"genes": f"{len(parts['train'].genes)} most variable over the training slides"}
-    return TissueData(parts, f"shards in {folder.name}", notes)
+    reading = {"patch": index.patch, "expression": index.expression}
+    return TissueData(parts, f"shards in {folder.name}", notes, reading)
 
 
 def _of_slides(tissue: Tissue, splits: Mapping[str, Sequence[str]]) -> dict[str, Tissue]:

@@ -31,7 +31,15 @@ if TYPE_CHECKING:
     import pandas as pd
     from scipy.sparse import csr_matrix
 
-__all__ = ["check_node", "declared_size", "read_h5ad", "read_sections", "reading"]
+__all__ = [
+    "check_node",
+    "declared_size",
+    "has_places",
+    "read_expression",
+    "read_h5ad",
+    "read_sections",
+    "reading",
+]
 
 _COUNTS = ("layers/counts", "layers/raw_counts", "raw/X", "X")
 _PLACES = ("obsm/spatial", "obsm/X_spatial")
@@ -103,6 +111,38 @@ def read_h5ad(path: Path, section: Section | None = None) -> tuple[SlideCounts, 
         depth = None if depths is None else depths[rows]
         check_one_section(obs.iloc[rows], depth, path)
         return _usable(spots, named, inside), _diameter(file, section)
+
+
+def has_places(path: Path) -> bool:
+    """Whether a file says of its spots where they lie."""
+    with _opened(path) as file:
+        return any(key in file for key in _PLACES)
+
+
+def read_expression(path: Path) -> SlideCounts:
+    """Counts of cells or spots of a file, wherever these lie: places are 0.
+
+    Raises:
+        NearfarError: no HDF5 or no AnnData, a part that is damaged, no counts, genes without a name.
+    """
+    with _opened(path) as file:
+        obs = _frame(file, "obs", path)
+        counts, where = _counts(file, path)
+        genes = _names(_frame(file, where, path).index)
+        if any(name is None for name in genes) or counts.shape != (len(obs), len(genes)):
+            raise NearfarError(
+                f"{path}: counts {counts.shape}, {len(obs)} rows and {len(genes)} names of genes do not fit together."
+            )
+        names = _names(obs.index)
+        spots = SlideCounts(
+            [name or f"row {at}" for at, name in enumerate(names, 1)],
+            np.zeros((len(obs), 2)),
+            [str(name) for name in genes],
+            counts,
+        )
+        return _usable(
+            spots, np.array([name is not None for name in names], bool), np.ones(len(obs), np.int8)
+        )
 
 
 def declared_size(path: Path, section: Section) -> tuple[int, int] | None:

@@ -32,6 +32,7 @@ __all__ = [
     "no_counts",
     "rows_of",
     "sections_of",
+    "slides_in",
     "whole_counts",
 ]
 
@@ -297,11 +298,29 @@ def find_slides(source: str | Path) -> list[Slide]:
     Raises:
         NearfarError: no such folder, an unknown layout (with what is expected), a slide that lacks a file.
     """
-    from nearfar.systems.tissue import space_ranger, spatial_transcriptomics, visium
-
     folder = Path(source)
     if not folder.is_dir():
         raise NearfarError(f"{folder}: no such folder.")
+    slides = slides_in(folder)
+    if slides is not None:
+        return slides
+    content = ", ".join(sorted(path.name for path in folder.iterdir())[:10]) or "nothing"
+    raise NearfarError(
+        f"{folder} has none of the layouts that are read; in it: {content}. Expected: counts/*.tsv[.gz], spots/*.tsv "
+        "and images/*.jpg (Spatial Transcriptomics); filtered_feature_bc_matrix.h5 (or the folder of that name) beside "
+        "spatial/, or folders with outs/ that have them (Space Ranger); st/*.h5ad with patches/*.h5 or wsis/*.tif "
+        "(HEST-1k); or *.h5ad with pictures of the same names beside them (Visium). Unpack *.gz and *.zip first."
+    )
+
+
+def slides_in(folder: Path) -> list[Slide] | None:
+    """The slides in a folder, by name; None where it has none of the layouts.
+
+    Raises:
+        NearfarError: a slide that lacks a file, two slides of one name.
+    """
+    from nearfar.systems.tissue import space_ranger, spatial_transcriptomics, visium
+
     for layout in (spatial_transcriptomics, space_ranger, visium):
         slides: list[Slide] | None = layout.slides_of(folder)
         if slides is not None:
@@ -312,10 +331,4 @@ def find_slides(source: str | Path) -> list[Slide]:
                     f"{folder}: two slides would be called {', '.join(twice[:5])}; rename one."
                 )
             return slides
-    content = ", ".join(sorted(path.name for path in folder.iterdir())[:10]) or "nothing"
-    raise NearfarError(
-        f"{folder} has none of the layouts that are read; in it: {content}. Expected: counts/*.tsv[.gz], spots/*.tsv "
-        "and images/*.jpg (Spatial Transcriptomics); filtered_feature_bc_matrix.h5 (or the folder of that name) beside "
-        "spatial/, or folders with outs/ that have them (Space Ranger); st/*.h5ad with patches/*.h5 or wsis/*.tif "
-        "(HEST-1k); or *.h5ad with pictures of the same names beside them (Visium). Unpack *.gz and *.zip first."
-    )
+    return None

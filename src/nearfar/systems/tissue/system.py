@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,16 +16,21 @@ from nearfar.batching import Plan, positions_in_batch, weight_in_batch
 from nearfar.batching.base import BatchSampler
 from nearfar.data.augment import SquareSymmetries
 from nearfar.data.batch import Augment, Batch, Draw, Inputs, Rows
-from nearfar.data.files import Json
+from nearfar.data.chunks import NewData
+from nearfar.data.files import Json, read_json, read_names
 from nearfar.data.items import Items
 from nearfar.errors import NearfarError
 from nearfar.losses import ClipLoss, SpatialLoss
 from nearfar.models.views import ViewModel, build_head
+from nearfar.systems.rebuilt import prepare_again
 from nearfar.systems.tissue.data import TissueData, items_of, load_data
 from nearfar.systems.tissue.evaluation import Evaluator
+from nearfar.systems.tissue.new_slides import LACKING, NEW_OPTIONS, Reading, read_slides
 from nearfar.systems.tissue.options import TissueOptions
+from nearfar.systems.tissue.predictions import AnnDataWriter
+from nearfar.systems.tissue.references import References
 from nearfar.systems.tissue.report import examples, sections
-from nearfar.systems.view_system import ViewSystem
+from nearfar.systems.view_system import PRESENT, ViewSystem
 from nearfar.towers import Tower
 from nearfar.towers.expression import ExpressionTower
 from nearfar.towers.image import ImageTower
@@ -34,6 +40,7 @@ from nearfar.training.system import Evaluation, Say, StepOutput, TrainSampler, d
 
 __all__ = ["TissueSystem", "expression_tower", "image_tower"]
 
+READING = "tissue.json"
 #: how the names of weights began in earlier versions, and how they begin now
 _EARLIER = {
     "encoder.encoder.": "towers.image.",
@@ -82,6 +89,15 @@ class TissueSystem(ViewSystem):
     config: TissueOptions  # type: ignore[assignment]  # no options of a ViewLoss: neighbours are those in space
     data: TissueData
     evaluator: Evaluator
+    new_options = NEW_OPTIONS
+
+    def __init__(self, config: TissueOptions) -> None:
+        super().__init__(config)  # type: ignore[arg-type]
+        #: the training spots, once they were embedded by the best weights, or loaded
+        self.references: References | None = None
+        self._reading: Reading | None = None
+        self._folder: Path | None = None
+        self._whole: TissueSystem | None = None
 
     # -- data ------------------------------------------------------------------------------------------------
     def prepare(self, say: Say) -> None:
@@ -216,11 +232,21 @@ class TissueSystem(ViewSystem):
         return next(model.parameters()).new_tensor(1.0 / self.config.temperature)
 
     def encode(self, model: ViewModel, batch: Batch) -> dict[str, Tensor]:
-        """Both embeddings of every spot."""
-        return {"images": model.encode("image", batch["image"]), "genes": model.encode("gene", batch["gene"])}
+        """Both embeddings of every spot; of new spots those of the views that they have."""
+        return {
+            f"{view}s": model.encode(view, batch[view], self._present(batch, view))
+            for view in ("image", "gene")
+            if view in batch
+        }
+
+    @staticmethod
+    def _present(batch: Batch, view: str) -> Tensor | None:
+        return batch.tensor(f"{PRESENT}{view}") if f"{PRESENT}{view}" in batch else None
 
     def embed(self, model: ViewModel, batch: Batch) -> dict[str, Tensor]:
         """The embeddings, and the scale at which the model reads their cosines."""
+        if self._folder is not None and self.references is None:  # not kept with the run
+            self.references = self._prepared().references_of(model)
         scale = self.scale(model).clamp(max=self.config.max_scale)
         return self.encode(model, batch) | {"scale": scale.expand(len(batch))}
 
@@ -242,12 +268,19 @@ class TissueSystem(ViewSystem):
     @torch.no_grad()
     def before_evaluation(self, model: ViewModel, split: str, final: bool) -> None:
         """Embed the expression of the training spots, from which that of others is predicted."""
+        self.evaluator.references = self.references_of(model).embeddings
+
+    @torch.no_grad()
+    def references_of(self, model: ViewModel) -> References:
+        """The training spots, embedded by ``model``."""
         device = next(model.parameters()).device
         genes = self.datasets["train"].inputs["gene"]
         parts = [torch.tensor(positions) for positions in consecutive(len(genes), 4096)]
-        self.evaluator.references = torch.cat(
+        embeddings = torch.cat(
             [model.encode("gene", genes.batch(part).to(device)).float().cpu() for part in parts]
         )
+        train = self.data.splits["train"].expression
+        return References(embeddings, train, min(self.config.retrieve, len(train)))
 
     def evaluate(self, outputs: Mapping[str, Tensor], split: str, final: bool) -> Evaluation:
         """Retrieval in both directions, the loss of CLIP, and correlations of expression predicted by retrieval."""
@@ -262,9 +295,102 @@ class TissueSystem(ViewSystem):
         return sections(self.evaluator, outputs, split)
 
     def save_assets(self, folder: Path) -> None:
-        """Both towers, and the names of the genes in order."""
+        """Both towers, the names of the genes in order, how slides were read; once they are known, the references."""
         super().save_assets(folder)
-        (folder / "genes.txt").write_text("\n".join(self.data.genes) + "\n", encoding="utf-8")
+        reading = self.reading
+        (folder / "genes.txt").write_text("\n".join(reading.genes) + "\n", encoding="utf-8")
+        about = {"size": reading.size, "patch": reading.patch, "expression": reading.expression}
+        text = json.dumps(about, indent=2, ensure_ascii=False) + "\n"
+        (folder / READING).write_text(text, encoding="utf-8")
+        if self.references is not None:
+            self.references.save(folder)
+
+    def save_results(self, folder: Path) -> None:
+        """The training spots, from which expression of new patches is predicted, up to 512 MB of their expression."""
+        train = self.data.splits["train"].expression
+        self.references = References(self.evaluator.references, train, self.evaluator.retrieve)
+        if not self.references.save(folder):
+            self._say(
+                f"expression of the training spots takes {train.nbytes / 1e6:.0f} MB and is not kept with the run: "
+                "predictions for new slides will read it from data.dir"
+            )
+
+    @property
+    def reading(self) -> Reading:
+        """How slides are read."""
+        if self._reading is None:
+            train = self.data.splits["train"]
+            height, width = train.patches.shape[1:3]
+            of_shards = self.data.reading
+            self._reading = Reading(
+                self.data.genes,
+                (int(height), int(width)),
+                of_shards.get("patch", {}),
+                of_shards.get("expression", {}),
+                int(self.config.trainer.eval_batch_size),
+            )
+        return self._reading
+
+    # -- use of a trained run --------------------------------------------------------------------------------
+    def load_assets(self, folder: Path) -> None:
+        """Towers, genes, references; what an earlier version did not keep is made anew from the run's data, if it is
+        there."""
+        self._folder = folder
+        if (folder / "towers").is_dir():
+            super().load_assets(folder)
+        else:
+            self.towers = self._prepared().towers
+        if (folder / READING).is_file():
+            about = read_json(folder / READING, {"size": [int], "patch": dict, "expression": dict})
+            genes = read_names(folder / "genes.txt", "gene")
+            size = (about["size"][0], about["size"][-1])
+            batch = int(self.config.trainer.eval_batch_size)
+            self._reading = Reading(genes, size, about["patch"], about["expression"], batch)
+        else:
+            self._reading = self._prepared().reading
+        self.references = References.load(folder, len(self.reading.genes))
+
+    def _prepared(self) -> TissueSystem:
+        """The same with the data of its run read anew."""
+        assert self._folder is not None
+        if self._whole is None:
+            self._whole = TissueSystem(self.config)
+            prepare_again(self._whole, self._folder, "all that new slides need (towers, references)")
+        return self._whole
+
+    def new_items(self, source: NewData) -> Iterator[Items]:
+        """Spots of shards, slides or an h5ad file (`read_slides`); or patches that are pictures: a folder, or a table
+        with a column ``image``."""
+        slides = read_slides(source, self.reading)
+        return super().new_items(source) if slides is None else map(self.usable, slides)
+
+    def view_headers(self) -> dict[str, Sequence[str]]:
+        return {"image": ["image", "patch", "file_name"], "gene": ["gene", "expression"]}
+
+    def predictions(self, outputs: Mapping[str, Tensor], items: Items) -> dict[str, Sequence[Any]]:
+        """log1p expression of each gene, from the patches; ``slide``, ``x`` and ``y`` where they are known."""
+        if "images" not in outputs:
+            why = items.notes.get(LACKING, {}).get("image", "there is no column 'image'")
+            raise NearfarError(
+                f"expression is predicted from patches, and {why}. nearfar embed --tower gene embeds expression."
+            )
+        assert self.references is not None
+        columns: dict[str, Sequence[Any]] = {}
+        if "slide" in items:
+            columns["slide"] = list(items["slide"])
+        if "position" in items:
+            x, y = items.array("position").T.tolist()
+            columns |= {"x": x, "y": y}
+        predicted = self.references.predict(outputs["images"]).astype(np.float32)
+        columns |= {gene: cast(Any, predicted[:, at]) for at, gene in enumerate(self.reading.genes)}
+        return columns
+
+    def prediction_writer(self, output: Path, source: NewData) -> AnnDataWriter | None:
+        """AnnData for ``.h5ad``."""
+        if output.suffix.lower() != ".h5ad":
+            return None
+        about = {"run": str(self._folder and self._folder.resolve().name), "source": str(source.path)}
+        return AnnDataWriter(output, self.reading.genes, about)
 
 
 def _turned(batch: Batch, draw: Draw) -> Batch:
