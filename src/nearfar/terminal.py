@@ -129,7 +129,7 @@ OPTIONAL = {
         "transformers",
     ),
     "tissue": ("anndata", "h5py", "openslide", "simplejpeg"),
-    "serve": ("fastapi", "pydantic", "starlette", "uvicorn"),
+    "serve": ("fastapi", "httptools", "pydantic", "starlette", "uvicorn"),
     "loggers": ("mlflow", "tensorboard", "wandb"),
 }
 

@@ -248,6 +248,10 @@ def serve(
         Path | None,
         typer.Option(help="What is searched: a table, a folder, …; by default the run's own data."),
     ] = None,
+    store: Annotated[
+        str | None,
+        typer.Option(help="Instead: a store that nearfar search filled (FOLDER.faiss, lance:FOLDER, …)."),
+    ] = None,
     no_gallery: Annotated[bool, typer.Option("--no-gallery", help="Embed and predict only.")] = False,
     target: Annotated[
         list[str] | None,
@@ -281,8 +285,10 @@ def serve(
 
     Only this machine reaches it unless --host says otherwise; there is no login.
     """
+    from nearfar.errors import NearfarError
     from nearfar.serving import load
-    from nearfar.serving.gallery import Gallery
+    from nearfar.serving.fill import file_source, open_gallery, own_source
+    from nearfar.serving.gallery import Gallery, StoreGallery
     from nearfar.serving.limits import Limits, local_hosts
     from nearfar.serving.server import build_app
     from nearfar.serving.server import serve as answer
@@ -292,14 +298,22 @@ def serve(
     def say(text: str) -> None:
         terminal.say(console, text, style="dim")
 
+    if gallery is not None and store is not None:
+        raise NearfarError("--gallery and --store are two things to search in: give one of them.")
     size = int(max_megabytes * 2**20)
     limits = Limits(body=size, memory=max(8 * size, 2**26), values=max_values, seconds=max_seconds)
     trained = load(run, device)
-    searched = None
-    if gallery is not None:
-        searched = Gallery.read(trained, new_data(gallery, column, id_column, encoding, images), target, say)
+    searched: Gallery | None = None
+    if store is not None:
+        searched = StoreGallery(trained, open_gallery(trained, None, None, place=store, say=say))
+    elif gallery is not None:
+        source = file_source(trained, new_data(gallery, column, id_column, encoding, images))
+        searched = Gallery.open(trained, source, target, say)
     elif trained.views and not no_gallery:
-        searched = Gallery.of_run(trained, target, say)
+        try:
+            searched = Gallery.open(trained, own_source(trained), target, say)
+        except NearfarError as error:
+            terminal.say(console, f"nothing to search in, --gallery DATA gives it: {error}")
     app = build_app(
         trained,
         searched,

@@ -26,7 +26,8 @@ from served import COLORS, HOSTILE, SHADES, Asker, picture, serving, train_pictu
 pytest.importorskip("fastapi", reason="needs the extra serve")
 pytest.importorskip("uvicorn", reason="needs the extra serve")
 
-from nearfar.serving.gallery import Gallery
+from nearfar.serving.fill import file_source, open_gallery, own_source
+from nearfar.serving.gallery import Gallery, StoreGallery
 from nearfar.serving.limits import Limits
 from nearfar.serving.server import build_app
 from nearfar.serving.trained import Trained, load
@@ -48,7 +49,7 @@ def trained(run: Path) -> Trained:
 
 @pytest.fixture(scope="module")
 def gallery(run: Path, trained: Trained) -> Gallery:
-    return Gallery.read(trained, NewData(write_gallery(run.parent / "data"), others=True))
+    return Gallery.open(trained, file_source(trained, NewData(write_gallery(run.parent / "data"))))
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +182,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("/embed", {"values": ["a"], "tower": "wrods"}, "did you mean 'words'?"),
     ("/embed", {"values": []}, "at least 1"),
     ("/embed", {}, "required"),
-    ("/embed", {"values": "a"}, "list"),
+    ("/embed", {"values": "a"}, "array"),
     ("/embed", {"values": [None]}, "a text, a list of numbers"),
     ("/embed", {"values": [True]}, "a text, a list of numbers"),
     ("/embed", {"values": ["a"], "path": "x"}, "path: Extra inputs"),
@@ -461,11 +462,34 @@ def test_stopping_answers_what_was_asked(trained: Trained) -> None:
 
 # -- the gallery of a run ------------------------------------------------------------------------------------
 def test_the_runs_own_data_is_a_gallery(trained: Trained) -> None:
-    own = Gallery.of_run(trained, ["picture"])
+    own = Gallery.open(trained, own_source(trained), ["picture"])
     assert len(own) == 72
     assert own.targets == ["picture"]
     with pytest.raises(NearfarError, match="did you mean 'picture'"):
-        Gallery.of_run(trained, ["pictures"])
+        Gallery.open(trained, own_source(trained), ["pictures"])
+
+
+def test_a_store_that_was_filled_before_is_served_as_it_is(
+    trained: Trained, gallery: Gallery, run: Path, tmp_path: Path
+) -> None:
+    source = file_source(trained, NewData(run.parent / "data" / "gallery.csv"))
+    open_gallery(trained, source, "picture", place=f"{tmp_path}/kept.faiss").close()
+    kept = StoreGallery(trained, open_gallery(trained, None, None, place=f"{tmp_path}/kept.faiss"))
+    assert (len(kept), kept.targets, kept.slides) == (12, ["picture"], [])
+    with serving(build_app(trained, kept)) as ask, serving(build_app(trained, gallery)) as other:
+        question = {"query": WORDS[4], "tower": "words", "target": "picture", "k": 5, "where": ["price<9"]}
+        hits, expected = (each("/search", question)[1]["hits"] for each in (ask, other))
+        assert [hit["id"] for hit in hits] == [hit["id"] for hit in expected]
+        np.testing.assert_allclose(
+            [hit["score"] for hit in hits], [hit["score"] for hit in expected], atol=1e-5
+        )
+        assert hits[0]["shown"]["words"]["text"] == expected[0]["shown"]["words"]["text"]
+        assert ask("/" + hits[0]["shown"]["picture"]["url"])[2]["content-type"] == "image/png"
+        again = {"item": hits[0]["position"], "tower": "picture", "target": "picture", "k": 1}
+        assert ask("/search", again)[1]["hits"][0]["id"] == hits[0]["id"]
+        assert len(ask("/gallery?draw=true&count=8")[1]["items"]) >= 1
+        status, answer, _ = ask("/gallery/11111/0")
+        assert (status, "too long ago" in answer["error"]) == (422, True)
 
 
 def test_without_a_gallery_there_is_embedding_alone(trained: Trained) -> None:

@@ -131,8 +131,10 @@ def serving(app: Any) -> Iterator[Asker]:
     """The application behind a real server on a free port, stopped as by a signal."""
     import uvicorn
 
+    from nearfar.serving.protocol import BoundedHeads
+
     config = uvicorn.Config(
-        app, host="127.0.0.1", port=0, http="h11", log_level="critical", timeout_graceful_shutdown=20
+        app, host="127.0.0.1", port=0, http=BoundedHeads, log_level="critical", timeout_graceful_shutdown=20
     )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)

@@ -38,7 +38,7 @@ from nearfar.training.run_folder import RunFolder
 if TYPE_CHECKING:
     from nearfar.serving.trained import Trained
 
-__all__ = ["Source", "file_source", "open_gallery", "own_source", "value_store"]
+__all__ = ["Names", "Source", "file_source", "open_gallery", "own_source", "value_store"]
 
 _SIDE = 96  # pixels of a picture that is kept in the store, because it lies in no file
 _QUERIES = 256  # values of the query's view by which the recall of a large gallery is measured
@@ -282,7 +282,7 @@ def _fill(
     if done:
         say(f"{place}: goes on after {done:,} rows")
     rejections, empty = Rejections(), Rejections()
-    names = _Names()
+    names = Names()
     asked = _Sample(_QUERIES)
     position = 0
     for items in source.chunks():
@@ -343,7 +343,7 @@ def _about(trained: Trained, source: Source, target: str, items: Items) -> dict[
     }
 
 
-class _Names:
+class Names:
     """Ids that differ: one that was there already gets a number behind it."""
 
     def __init__(self) -> None:

@@ -7,7 +7,7 @@ import logging
 import secrets
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from importlib import resources
 from typing import TYPE_CHECKING, Any
@@ -16,14 +16,14 @@ import uvicorn
 from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 
 from nearfar import __version__
 from nearfar.errors import NearfarError
 from nearfar.serving.batcher import Batcher, Busy
 from nearfar.serving.gallery import Gallery
-from nearfar.serving.limits import Budget, Guard, Limits
+from nearfar.serving.limits import Budget, Guard, Limits, Receive, Scope, Send
 from nearfar.serving.messages import (
     Decoder,
     Description,
@@ -40,6 +40,7 @@ from nearfar.serving.messages import (
     SearchResponse,
     Slide,
 )
+from nearfar.serving.protocol import BoundedHeads
 from nearfar.serving.service import Asked, EmbedKey, PredictKey, SearchKey, Service
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ def build_app(
         batch: values that go through the model together.
     """
     server = _Server(Service(trained, gallery), limits or Limits(), wait, batch)
-    return Guard(server.app, server.limits, hosts)
+    return Guard(server, server.limits, hosts)
 
 
 def serve(
@@ -119,9 +120,10 @@ def serve(
     with listening:
         config = uvicorn.Config(
             app,
-            http="h11",  # which limits how long a head may be
+            http=BoundedHeads,
             log_level="warning",
             server_header=False,
+            proxy_headers=False,  # who asks is not told apart by what a header says
             timeout_keep_alive=15,
             timeout_graceful_shutdown=int(app.limits.seconds) + 1,
         )
@@ -156,7 +158,38 @@ class _Server:
                 Exception: _failed,
             },
         )
+        self._questions: dict[str, tuple[type[BaseModel], Callable[[Any], Awaitable[Response]]]] = {
+            "/embed": (EmbedRequest, self.embed),
+            "/search": (SearchRequest, self.search),
+            "/predict": (PredictRequest, self.predict),
+        }
         self._routes()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Questions are answered here, all other addresses by FastAPI, which describes them all.
+
+        Its way to a function and back takes longer than the rest of a small question, and with many clients the time
+        of all of them adds up.
+        """
+        asked = self._questions.get(scope.get("path", "")) if scope.get("method") == "POST" else None
+        if asked is None:
+            await self.app(scope, receive, send)
+            return
+        model, answer = asked
+        request = Request(scope)
+        try:
+            response = await answer(model.model_validate_json((await receive())["body"]))
+        except ValidationError as error:
+            response = _wrong_fields(
+                error.errors(include_url=False, include_context=False, include_input=False)
+            )
+        except NearfarError as error:
+            response = await _wrong_value(request, error)
+        except Busy as busy:
+            response = await _busy(request, busy)
+        except Exception as error:
+            response = await _failed(request, error)
+        await response(scope, receive, send)
 
     def _routes(self) -> None:
         add = self.app.add_api_route
@@ -326,7 +359,7 @@ class _Server:
     ) -> Response:
         """Some items of the gallery, in order, or drawn at random."""
         gallery = self._gallery()
-        positions = gallery.drawn(count) if draw else range(start, min(start + count, len(gallery)))
+        positions = gallery.drawn(count) if draw else gallery.listed(start, count)
         return _json(GalleryPage.model_validate(
             {"total": len(gallery), "items": [gallery.shown(position) for position in positions]}
         ))  # fmt: skip
@@ -405,18 +438,19 @@ def _error(status: int, reason: str, problems: Sequence[Problem] = (), **headers
 
 
 async def _wrong_request(request: Request, error: Exception) -> JSONResponse:
-    """Fields that are missing, unknown or of a wrong type; what was sent is not repeated."""
     assert isinstance(error, RequestValidationError)
+    return _wrong_fields([{**each, "loc": each["loc"][1:]} for each in error.errors()])
+
+
+def _wrong_fields(errors: Sequence[Any]) -> JSONResponse:
+    """Fields that are missing, unknown or of a wrong type; what was sent is not repeated."""
     problems = [
-        Problem(
-            where=".".join(str(part) for part in each["loc"][1:]) or "the request", reason=str(each["msg"])
-        )
-        for each in error.errors()[:20]
+        Problem(where=".".join(str(part) for part in each["loc"]) or "the request", reason=str(each["msg"]))
+        for each in errors[:20]
     ]
-    if any(each["type"] == "json_invalid" for each in error.errors()):
-        return _error(400, "the request is no JSON", problems)
-    first = f"{problems[0].where}: {problems[0].reason}" if problems else "the request is not as it has to be"
-    return _error(422, first, problems)
+    if any(each["type"] == "json_invalid" for each in errors):
+        return _error(400, "the request is no JSON that can be read", problems)
+    return _error(422, f"{problems[0].where}: {problems[0].reason}", problems)
 
 
 async def _wrong_value(request: Request, error: Exception) -> JSONResponse:
@@ -440,5 +474,5 @@ async def _http_error(request: Request, error: Exception) -> JSONResponse:
 async def _failed(request: Request, error: Exception) -> JSONResponse:
     """An error of the server's own: the reason is in its log, under a number that the answer names."""
     number = secrets.token_hex(4)
-    log.error("error %s at %s: %r", number, request.url.path, error)
+    log.error("error %s at %s", number, request.url.path, exc_info=error)
     return _error(500, f"the server failed at this; its log has the reason under {number}")

@@ -74,9 +74,7 @@ class Service:
             return {}
         if "crops" in self.kinds.values() or "boxes" in self.kinds.values():
             return {PAIR: "pair"}
-        if not self.forms:
-            return {"image": "picture"}
-        return dict(self.forms)
+        return {name: self.forms.get(name, "picture") for name in system.predicts_from()}
 
     def complete(self, columns: Mapping[str, Sequence[Any]]) -> list[str]:
         """The names of the columns of a request, once it is known that a prediction can be made from them."""

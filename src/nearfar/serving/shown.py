@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from nearfar.data.images import thumbnail
+from nearfar.data.images import decode_image, thumbnail
 from nearfar.errors import NearfarError
 from nearfar.towers import Tower
 
@@ -17,6 +18,8 @@ __all__ = ["as_picture", "shown_value"]
 _SIDE = 320  # pixels of a picture on the page
 _CHARACTERS = 4000
 _GENES = 8
+#: a picture that a store keeps itself
+_IN_PLACE = "data:image/png;base64,"
 
 
 def shown_value(value: Any, tower: Tower, url: str) -> dict[str, Any]:
@@ -44,6 +47,8 @@ def as_picture(value: Any, tower: Tower) -> tuple[str, bytes]:
     Raises:
         NearfarError: a value that has no picture, or a file that cannot be read.
     """
+    if tower.kind == "image" and isinstance(value, str) and value.startswith(_IN_PLACE):
+        return "image/png", thumbnail(decode_image(base64.b64decode(value.removeprefix(_IN_PLACE))), _SIDE)
     if tower.kind == "image":
         return "image/png", thumbnail(value, _SIDE)
     if tower.kind == "molecule":
@@ -59,7 +64,9 @@ def as_picture(value: Any, tower: Tower) -> tuple[str, bytes]:
 
 
 def _name(value: Any) -> str | None:
-    return None if isinstance(value, np.ndarray) else Path(str(value)).name
+    return (
+        None if isinstance(value, np.ndarray) or str(value).startswith(_IN_PLACE) else Path(str(value)).name
+    )
 
 
 def _numbers(row: np.ndarray, tower: Tower) -> str:

@@ -308,7 +308,9 @@ class Trained:
 
     def _chunks(self, data: Data) -> Iterator[Items]:
         if isinstance(data, (str, Path, NewData)):
-            return self.new_items(data)
+            source = data if isinstance(data, NewData) else NewData(Path(data))
+            size = self.config.trainer.eval_batch_size  # whole batches, as in the run's evaluation
+            return self.new_items(replace(source, rows=max(size, source.rows - source.rows % size)))
         return iter([self.items_of(data)])
 
     def items_of(self, data: Items | Mapping[str, Sequence[Any]] | Sequence[Any]) -> Items:

@@ -16,7 +16,7 @@ function newInput(name, form, kind, text) {
 }
 
 function drawForm() {
-  const modes = [["search", "Search"], ["predict", "Predict"]].filter(([mode]) => (mode === "search" ? about.searches.length : Object.keys(about.predicts).length));
+  const modes = [["predict", "Predict"], ["search", "Search"]].filter(([mode]) => (mode === "search" ? about.searches.length : Object.keys(about.predicts).length));
   choices($("modes"), "mode", modes, state.mode, (mode) => { state.mode = mode; state.item = null; drawForm(); });
   $("picker").hidden = true;
   $("problem").hidden = true;
@@ -185,7 +185,7 @@ for (const event of ["dragover", "drop"]) document.addEventListener(event, (e) =
 try {
   about = await ask("describe");
   headline();
-  state.mode = about.searches.length ? "search" : "predict";
+  state.mode = Object.keys(about.predicts).length ? "predict" : "search";
   if (!about.searches.length && !Object.keys(about.predicts).length) {
     $("ask").replaceChildren(el("p", {}, "This run embeds, and there is nothing to search in: start the server with --gallery DATA. The API embeds: "), el("a", { href: "docs" }, "API"));
   } else drawForm();

@@ -1,0 +1,63 @@
+"""HTTP/1.1 on a connection: uvicorn's parser in C, with bounds on the size and time of a request's head."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, ClassVar
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+__all__ = ["BoundedHeads"]
+
+
+class BoundedHeads(HttpToolsProtocol):
+    """Cuts connections whose request lines and headers are longer than ``head_bytes``, or take ``head_seconds``.
+
+    The parser itself keeps whatever comes before the end of the head. Bodies are the application's to bound.
+    """
+
+    head_bytes: ClassVar[int] = 32_768
+    head_seconds: ClassVar[float] = 20.0
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._head, self._within = 0, True
+        self._late: asyncio.TimerHandle | None = self.loop.call_later(self.head_seconds, self._too_late)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._in_time()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._within:
+            self._head += len(data)
+            if self._head > self.head_bytes and self._unfinished(data):
+                self.send_400_response("The head of the request is too long.")
+                return
+        super().data_received(data)
+
+    def _unfinished(self, data: bytes) -> bool:
+        """Whether the head goes on beyond its bound; what follows its end is a body."""
+        end = data.find(b"\r\n\r\n")
+        return end < 0 or self._head - len(data) + end > self.head_bytes
+
+    def on_message_begin(self) -> None:
+        self._within = True
+        if self._late is None:
+            self._late = self.loop.call_later(self.head_seconds, self._too_late)
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        self._head, self._within = 0, False
+        self._in_time()
+        super().on_headers_complete()
+
+    def _in_time(self) -> None:
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None
+
+    def _too_late(self) -> None:
+        self._late = None
+        if not self.transport.is_closing():
+            self.transport.close()
