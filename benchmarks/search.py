@@ -179,17 +179,18 @@ def indexes(arguments: argparse.Namespace) -> None:
     flat = faiss.IndexFlatIP(D)
     flat.add(rows)
     report("flat", partial(flat.search, k=K), time.perf_counter() - began)
-    began = time.perf_counter()
-    cells = int(2 * np.sqrt(n))
-    inverted = faiss.IndexIVFFlat(faiss.IndexFlatIP(D), D, cells, faiss.METRIC_INNER_PRODUCT)
-    inverted.cp.niter, inverted.cp.max_points_per_centroid = 10, 64
-    inverted.train(rows)
-    inverted.add(rows)
-    built = time.perf_counter() - began
-    for probes in (4, 8, 16, 32, 64):
-        inverted.nprobe = probes
-        report(f"{cells} cells, {probes} probes", partial(inverted.search, k=K), built)
-    for m, construction in ((16, 64), (32, 200)):
+    for factor in (2, 4, 8):
+        began = time.perf_counter()
+        cells = int(factor * np.sqrt(n))
+        inverted = faiss.IndexIVFFlat(faiss.IndexFlatIP(D), D, cells, faiss.METRIC_INNER_PRODUCT)
+        inverted.cp.niter, inverted.cp.max_points_per_centroid = 10, 64
+        inverted.train(rows)
+        inverted.add(rows)
+        built = time.perf_counter() - began
+        for probes in (8, 16, 32, 64, 128):
+            inverted.nprobe = probes
+            report(f"{cells} cells, {probes} probes", partial(inverted.search, k=K), built)
+    for m, construction in ((16, 64),):
         began = time.perf_counter()
         graph = faiss.IndexHNSWFlat(D, m, faiss.METRIC_INNER_PRODUCT)
         graph.hnsw.efConstruction = construction

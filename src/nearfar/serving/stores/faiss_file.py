@@ -41,9 +41,10 @@ _SHAPE: dict[str, object] = {
 _GROUP = 8192  # rows of a row group: what is read to show one row
 _BLOCK = 65_536  # rows that are copied at once
 _PRODUCT = 16_384  # rows of one matrix product
-#: comparing a row of a cell takes so many times as long as one in a matrix product, and reading all rows once as long as
-#: so many queries (docs/search.md)
+#: comparing a row of a cell takes so many times as long as one in a matrix product, and reading all rows once as
+#: long as so many queries (docs/search.md)
 _ONE_BY_ONE, _PASS = 20, 50
+_POINTS = 40  # rows for each cell, from which its centre is learned
 _EDGE = 1 << 20  # bytes at both ends of a file that its check covers
 
 
@@ -269,11 +270,11 @@ class FaissStore(VectorStore):
         flat = faiss.IndexFlatIP(self.dim)
         index: faiss.Index = flat
         if rows >= (self.approximate_from or rows + 1):
-            cells = max(1, min(int(2 * np.sqrt(rows)), rows // 39))
+            cells = max(1, min(int(4 * np.sqrt(rows)), rows // _POINTS))
             index = faiss.IndexIVFFlat(flat, self.dim, cells, faiss.METRIC_INNER_PRODUCT)
-            index.cp.niter, index.cp.seed, index.cp.max_points_per_centroid = 10, 1, 64
+            index.cp.niter, index.cp.seed, index.cp.max_points_per_centroid = 8, 1, _POINTS
             index.cp.min_points_per_centroid = 1
-            wanted = np.sort(np.random.default_rng(0).choice(rows, min(rows, 64 * cells), replace=False))
+            wanted = np.sort(np.random.default_rng(0).choice(rows, min(rows, _POINTS * cells), replace=False))
             index.train(np.concatenate([*_blocks(pieces, kept, wanted)]))
             # exact until its recall is measured
             self.index = {"cells": cells, "effort": cells, "most": cells, "rows": 0}
