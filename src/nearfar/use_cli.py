@@ -74,9 +74,14 @@ def new_data(
     return NewData(data, columns, id_column, encoding, images=images, options=chosen)
 
 
+_SHOWN = 16  # columns that are listed; expression has one for each gene
+
+
 def _report(written: Written) -> None:
     console = terminal.console()
-    columns = ", ".join(name for name in written.columns if name not in ("id", "row"))
+    named = [name for name in written.columns if name not in ("id", "row")]
+    more = f", … {len(named)} columns" if len(named) > _SHOWN else ""
+    columns = ", ".join(named[:_SHOWN]) + more
     terminal.say(console, f"{written.path}: {written.rows} rows ({columns})")
     if written.resumed:
         terminal.say(console, f"{written.resumed} parts were there from an earlier start")

@@ -52,12 +52,8 @@ def no_place(folder: Path, *places: Path) -> None:
             assert place.encode() not in content, (path, place)
 
 
-#: systems whose trained runs are not loaded yet
-PENDING = {"detector", "fair_detection", "tissue"}
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("system", sorted(systems().keys() - PENDING))
+@pytest.mark.parametrize("system", sorted(systems()))
 def test_every_system_comes_back_as_it_was(system: str, tmp_path: Path) -> None:
     run = tiny_runs.train(system, tmp_path)
     trained = nearfar.load(run, "cpu")

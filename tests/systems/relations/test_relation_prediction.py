@@ -19,6 +19,7 @@ from nearfar.data.chunks import NewData
 from nearfar.errors import NearfarError
 from nearfar.launch import run_one
 from nearfar.serving import Trained
+from nearfar.serving.export import export_run
 from nearfar.serving.stream import embed_file, predict_file
 from nearfar.systems import build_system
 from nearfar.systems.relations.evaluation import Predictions
@@ -266,6 +267,17 @@ def test_views_are_embedded(trained: Trained, run: RunFolder, folder: Path, tmp_
     ]
     for view in ("spatial", "visual", "names"):
         assert load_tower(run.path / "towers" / view).options == trained.system.towers[view].options
+
+
+def test_an_exported_folder_predicts_the_same(
+    trained: Trained, run: RunFolder, folder: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("safetensors")
+    export_run(run.path, tmp_path / "model")
+    assert (tmp_path / "model" / "towers" / "visual" / "network").is_dir(), "the frozen encoder comes along"
+    write_coco(tmp_path / "boxes.json", folder)
+    source = NewData(tmp_path / "boxes.json", images=folder / "images")
+    assert nearfar.load(tmp_path / "model", "cpu").predict(source).columns == trained.predict(source).columns
 
 
 def test_runs_without_probe_or_towers(run: RunFolder, folder: Path, tmp_path: Path) -> None:
