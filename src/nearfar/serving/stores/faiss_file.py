@@ -412,7 +412,8 @@ class FaissStore(VectorStore):
     ) -> tuple[np.ndarray, np.ndarray]:
         """Scores and positions of the nearest rows in all cells: a matrix product for each block of cells."""
         faiss: Any = importlib.import_module("faiss")
-        lists, best = self._faiss().invlists, faiss.ResultHeap(len(vectors), k, keep_max=True)
+        index: Any = self._faiss()
+        lists, best = index.invlists, faiss.ResultHeap(len(vectors), k, keep_max=True)
         ids: list[np.ndarray] = []
         rows: list[np.ndarray] = []
         waiting = 0
