@@ -233,6 +233,12 @@ def test_tables_of_pairs_and_of_boxes(trained: Trained, folder: Path, tmp_path: 
     )
     of_pairs = trained.predict(NewData(tmp_path / "pairs.jsonl", images=folder / "images"))
     assert of_pairs["relation"] == of_boxes["relation"][:1]
+    rows = "".join(json.dumps(row | {"id": f"pair {i}"}) + "\n" for i in range(5))
+    (tmp_path / "many.jsonl").write_text(rows)
+    many = NewData(tmp_path / "many.jsonl", images=folder / "images", rows=2)
+    chunks = list(trained.new_items(many))
+    assert [items.ids for items in chunks] == [["pair 0", "pair 1"], ["pair 2", "pair 3"], ["pair 4"]]
+    assert [items.rows for items in chunks] == [[1, 2], [3, 4], [5]]
     np.testing.assert_allclose(of_pairs["probability"], of_boxes["probability"][:1], atol=1e-6)
     assert len(of_pairs.rejections) == 1
     values = trained.predict(
