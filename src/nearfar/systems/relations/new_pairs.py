@@ -107,31 +107,36 @@ def read_pairs(
     if not path.is_file():
         hint = " Boxes are needed, not pictures alone: a COCO file, a detector's results or a table."
         raise NearfarError(f"{path} is a folder.{hint}" if path.is_dir() else f"{path}: no such file.")
-    rejections = Rejections()
+    unread = Rejections()  # of the reading, until a chunk takes them
     images = _images_folder(source)
     if path.suffix.lower() == ".json":
-        pictures = _of_json(path, source, min_score, rejections)
+        pictures = _of_json(path, source, min_score, unread)
     else:
-        pictures = _of_table(path, source, min_score, rejections, names)
+        pictures = _of_table(path, source, min_score, unread, names)
     files = picture_files(path, images) if photos else None
     if files is not None:
         files.endings = True
-    count = 0
-    for some in _chunks(pictures, source.rows):
-        if count == 0 and files is not None:
+    count, every = 0, Rejections()
+    for number, some in enumerate(_chunks(pictures, source.rows)):
+        if number == 0 and files is not None:
             _require_photos(some, files, path, source)
-        items = _items(some, path, files, required, rejections, photos, names)
+        own = Rejections()
+        own.extend(unread)
+        unread.clear()
+        items = _items(some, path, files, required, own, photos, names)
         count += len(items)
+        every.extend(own)
         yield items
-        rejections = Rejections()
-    if count == 0 or len(rejections):
-        empty = Items([], {}, str(path), rejections=rejections)
-        if count == 0 and not len(rejections):
-            raise NearfarError(
-                f"{path}: no picture in it has two boxes, so that there is no pair. A detector's boxes below "
-                f"min_score={min_score:g} are left out (--set min_score=0)."
-            )
-        yield empty
+    if len(unread) and count:
+        yield Items([], {}, str(path), rejections=unread)
+    every.extend(unread)
+    if not count:
+        few = f"{every.summary()}." if len(every) else "no picture in it has two boxes."
+        low = any(reason.startswith("score below") for reason in every.counts)
+        raise NearfarError(
+            f"{path}: there is no pair: {few}"
+            + " --set min_score=0.1 takes boxes of lower scores, too." * low
+        )
 
 
 def _images_folder(source: NewData) -> Path | None:
