@@ -317,9 +317,13 @@ def bare(rng: np.random.Generator, steps: int = 80, **series: Callable[[float], 
 
 def bare_healthy(rng: np.random.Generator) -> Run:
     """A loss that passes ln 16 and ln 8 on its way and settles near, but not at, ln 2."""
-    return bare(
+    run = bare(
         rng, loss=lambda at: 0.75 + 3 * math.exp(-6 * at) + 0.02 * rng.normal(), gradient_norm=lambda at: 0.4
     )
+    run.records += [
+        {"kind": "probe", "epoch": e, "text/moved": 0.1 * e, "image/moved": 0.0} for e in range(1, 5)
+    ]
+    return run
 
 
 def bare_flat(rng: np.random.Generator) -> Run:
@@ -329,6 +333,7 @@ def bare_flat(rng: np.random.Generator) -> Run:
         {"kind": "epoch", "epoch": e, "val/nDCG": 0.41 + 0.002 * e + 0.001 * rng.normal()}
         for e in range(1, 7)
     ]
+    run.records += [{"kind": "probe", "epoch": e, "embeddings/moved": 1e-4 * e} for e in range(1, 5)]
     return run
 
 
@@ -370,6 +375,12 @@ def forgetting(rng: np.random.Generator) -> Run:
     run.records += [
         {"kind": "epoch", "epoch": e, "val/nDCG": 0.43 - 0.02 * e + 0.001 * rng.normal()} for e in range(1, 7)
     ]
+    return run
+
+
+def standing_still(rng: np.random.Generator) -> Run:
+    run = bare(rng, loss=lambda at: 3.1 + 0.1 * rng.normal())
+    run.records += [{"kind": "probe", "epoch": e, "embeddings/moved": 0.0} for e in range(1, 5)]
     return run
 
 
@@ -667,6 +678,7 @@ FAULTS: list[tuple[Callable[[np.random.Generator], Run], str, set[str]]] = [
     (same_order, "loss-periodic", set()),
     (forgetting, "metric-falling", set()),
     (stale_evaluation, "metric-constant", set()),
+    (standing_still, "embeddings-still", set()),
     (at_chance, "loss-at-chance", {"baseline-not-beaten"}),
     (at_chance_columns, "loss-at-chance", set()),
     (noisy_at_chance, "loss-at-chance", set()),
