@@ -24,7 +24,7 @@ from nearfar.data.chunks import NewData
 from nearfar.data.items import Items
 from nearfar.data.rejections import Rejections
 from nearfar.errors import NearfarError, nearest_name
-from nearfar.serving.exported import is_exported, read_members
+from nearfar.serving.exported import exported_name, is_exported, read_members
 from nearfar.serving.hub import download, is_hub_name
 from nearfar.systems import build_system
 from nearfar.towers.build import guess_tower
@@ -96,8 +96,8 @@ class Trained:
 
     @property
     def name(self) -> str:
-        """The name of the run or folder."""
-        return self.path.resolve().name
+        """The name of the run or folder; of an exported one that of its run."""
+        return exported_name(self.path) or self.path.resolve().name
 
     @property
     def views(self) -> list[str]:
