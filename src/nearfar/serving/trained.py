@@ -378,7 +378,10 @@ class Trained:
         """
         from nearfar.serving.search import gallery_of, query_view, search
 
-        many = isinstance(query, (list, tuple)) or (isinstance(query, np.ndarray) and query.ndim > 1)
+        many = isinstance(query, (list, tuple))
+        if isinstance(query, np.ndarray):  # a row of numbers or the pixels of a picture, or several of these
+            picture = query.dtype == np.uint8 and query.ndim > 1
+            many = query.ndim > (2 + (query.shape[-1] in (3, 4)) if picture else 1)
         queries = query if many else np.asarray(query)[None] if isinstance(query, np.ndarray) else [query]
         if not len(queries):
             return []
