@@ -274,6 +274,53 @@ def test_an_ensemble_predicts_by_the_average(finished: RunFolder, folder: Path, 
     )
 
 
+def test_an_exported_folder_predicts_the_same(finished: RunFolder, folder: Path, tmp_path: Path) -> None:
+    from nearfar.serving.export import export_run
+
+    trained = nearfar.load(finished.path, device="cpu")
+    export_run(finished.path, tmp_path / "out", "safetensors")
+    exported = nearfar.load(tmp_path / "out", device="cpu").predict(folder / "Test.csv")
+    assert exported.columns == trained.predict(folder / "Test.csv").columns
+
+
+@pytest.mark.parametrize("train", ["full", "head", "lora"])
+def test_pretrained_encoders(train: str, folder: Path, tmp_path: Path) -> None:
+    """A BERT of two layers with random weights and a vocabulary of letters; its folder is gone when it predicts."""
+    transformers = pytest.importorskip("transformers")
+    if train == "lora":
+        pytest.importorskip("peft")
+    model = tmp_path / "tiny"
+    model.mkdir()
+    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ",", ".", *letters, *("##" + c for c in letters)]
+    (model / "vocab.txt").write_text("\n".join(words) + "\n")
+    transformers.BertTokenizer(str(model / "vocab.txt")).save_pretrained(model)
+    config = transformers.BertConfig(
+        vocab_size=len(words),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        transformers.BertModel(config).save_pretrained(model)
+    own = [option for option in SMALL if not option.startswith("text_encoder.")]
+    every = [
+        "experiment=aspects",
+        "data=visfd",
+        f"data.dir={folder}",
+        *own,
+        f"runs_dir={tmp_path}",
+        "name=run",
+    ]
+    every += ["text_encoder=pretrained", f"text_encoder.model={model}", f"text_encoder.train={train}"]
+    place = run_one(compose_config(every), every, False, QUIET)
+    if train != "head":  # a frozen encoder is kept by its name
+        shutil.rmtree(model)
+    assert_as_judged(nearfar.load(place.path, device="cpu").predict(folder / "Test.csv"), place, folder)
+
+
 # -- files ---------------------------------------------------------------------------------------------------
 def reviews(path: Path, rows: int = 100) -> Iterator[tuple[list[str], list[str], dict[str, int]]]:
     for items in read_reviews(NewData(path, rows=rows), ["text"], ["review_id"]):
