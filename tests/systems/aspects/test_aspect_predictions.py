@@ -23,6 +23,7 @@ from nearfar.data.chunks import NewData
 from nearfar.errors import NearfarError
 from nearfar.lab.ensemble import write_ensemble
 from nearfar.launch import run_one
+from nearfar.serving.export import export_run
 from nearfar.systems.aspects.labels import LabelScheme
 from nearfar.systems.aspects.predictions import read_reviews, read_scheme, write_scheme
 from nearfar.systems.aspects.scores import Decision, score_split
@@ -267,6 +268,11 @@ def test_an_ensemble_predicts_by_the_average(finished: RunFolder, folder: Path, 
     )
     mean = [(a + b) / 2 for a, b in zip(one["PRICE mentioned"], two["PRICE mentioned"], strict=True)]
     np.testing.assert_allclose(predictions["PRICE mentioned"], mean, atol=1e-6)
+    export_run(made.path, tmp_path / "out", "safetensors")
+    assert (
+        nearfar.load(tmp_path / "out", device="cpu").predict(folder / "Test.csv").columns
+        == predictions.columns
+    )
     (made.path / "aspects.json").unlink()  # as an ensemble of version 0.1 has none
     assert (
         nearfar.load(made.path, device="cpu").predict(folder / "Test.csv")["aspects"]
@@ -275,8 +281,6 @@ def test_an_ensemble_predicts_by_the_average(finished: RunFolder, folder: Path, 
 
 
 def test_an_exported_folder_predicts_the_same(finished: RunFolder, folder: Path, tmp_path: Path) -> None:
-    from nearfar.serving.export import export_run
-
     trained = nearfar.load(finished.path, device="cpu")
     export_run(finished.path, tmp_path / "out", "safetensors")
     exported = nearfar.load(tmp_path / "out", device="cpu").predict(folder / "Test.csv")

@@ -24,6 +24,7 @@ from nearfar.errors import NearfarError
 from nearfar.lab.ensemble import write_ensemble
 from nearfar.launch import run_one
 from nearfar.metrics import retrieval_ranks
+from nearfar.serving.export import export_run
 from nearfar.training.run_folder import RunFolder
 
 pytest.importorskip("sklearn")
@@ -286,13 +287,13 @@ def test_an_ensemble_votes_by_all_embeddings(
     predictions = trained.predict(files["test"])
     assert_as_judged(predictions, made, labels_of(files["test"]))
     assert max(row[0] for row in predictions["knn/cosine"]) <= 1 + 1e-5
+    export_run(made.path, tmp_path / "out", "safetensors")
+    assert nearfar.load(tmp_path / "out", device="cpu").predict(files["test"]).columns == predictions.columns
 
 
 def test_an_exported_folder_predicts_the_same(
     finished: RunFolder, files: dict[str, Path], tmp_path: Path
 ) -> None:
-    from nearfar.serving.export import export_run
-
     trained = nearfar.load(finished.path, device="cpu")
     export_run(finished.path, tmp_path / "out", "safetensors")
     exported = nearfar.load(tmp_path / "out", device="cpu").predict(files["test"])
