@@ -59,7 +59,7 @@ class Source:
 
 def file_source(trained: Trained, data: NewData) -> Source:
     """A user's table or folder, with all of its columns."""
-    path = Path(data.path).expanduser()
+    path = Path(data.path).expanduser().absolute()  # pictures are shown from any folder later
     if not path.exists():
         raise NearfarError(f"{path}: no such file or folder to search in.")
     named = [dict(data.columns), data.id_column, data.encoding, str(data.images)]

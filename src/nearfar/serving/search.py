@@ -172,7 +172,7 @@ def _shown(value: Any, kind: str) -> str:
     if kind == "image":
         address = _picture_address(value)
         if address is not None:
-            style = f"max-width:{_SIDE}px;max-height:{_SIDE}px;display:block"
+            style = f"max-width:100%;max-height:{_SIDE}px;display:block"
             return f'<img alt="" style="{style}" src="{html.escape(address)}">'
         return f"<div>(no picture at {_letters(value)})</div>"
     if isinstance(value, (str, float, bool)):

@@ -24,7 +24,7 @@ from nearfar.data.chunks import NewData
 from nearfar.data.items import Items
 from nearfar.data.rejections import Rejections
 from nearfar.errors import NearfarError, nearest_name
-from nearfar.serving.exported import is_exported, read_members
+from nearfar.serving.exported import exported_name, is_exported, read_members
 from nearfar.serving.hub import download, is_hub_name
 from nearfar.systems import build_system
 from nearfar.towers.build import guess_tower
@@ -96,8 +96,8 @@ class Trained:
 
     @property
     def name(self) -> str:
-        """The name of the run or folder."""
-        return self.path.resolve().name
+        """The name of the run or folder; of an exported one that of its run."""
+        return exported_name(self.path) or self.path.resolve().name
 
     @property
     def views(self) -> list[str]:
@@ -381,7 +381,10 @@ class Trained:
         """
         from nearfar.serving.search import gallery_of, query_view, search
 
-        many = isinstance(query, (list, tuple)) or (isinstance(query, np.ndarray) and query.ndim > 1)
+        many = isinstance(query, (list, tuple))
+        if isinstance(query, np.ndarray):  # a row of numbers or the pixels of a picture, or several of these
+            picture = query.dtype == np.uint8 and query.ndim > 1
+            many = query.ndim > (2 + (query.shape[-1] in (3, 4)) if picture else 1)
         queries = query if many else np.asarray(query)[None] if isinstance(query, np.ndarray) else [query]
         if not len(queries):
             return []

@@ -279,7 +279,7 @@ class TextTower(Tower):
             tensors,
             recipe,
             save,
-            {"tokens": (2, length)},
+            {"tokens": (2, min(length, getattr(network.config, "max_position_embeddings", length)))},
         )
 
     @staticmethod

@@ -93,6 +93,8 @@ def read_pictures(source: NewData) -> Iterator[Items]:
         yield items
     if not seen:
         raise NearfarError(_nothing(path) if not len(unread) else f"{path}: {unread.summary()}.")
+    if len(unread):
+        yield Items([], {}, str(path), rejections=unread)
 
 
 def _nothing(path: Path) -> str:
