@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 import os
 import time
@@ -36,6 +37,8 @@ __all__ = ["BEFORE", "Monitor", "Scores", "retrieval_scores"]
 #: what the scores before the first step are called
 BEFORE = "before training"
 SYSTEM = "external"
+#: the embeddings and scores before the first step, for a run that is resumed
+START = "start.npz"
 
 
 @dataclass
@@ -108,6 +111,8 @@ class Monitor:
         monitor: the metric that matters; None: the first.
         log_every: steps between records.
         probe_every: steps between probes; None: one an epoch.
+        resume: the step at which an earlier part of this run is gone on with, which wrote into ``folder``: its log up
+            to there, the score before training and the first look at the embeddings are kept. 0: a new run.
 
     The model is left as it is found: probes run in eval mode without gradients, and generators and buffers are put
     back.
@@ -143,6 +148,7 @@ class Monitor:
         monitor: str | None = None,
         log_every: int = 10,
         probe_every: int | None = None,
+        resume: int = 0,
     ) -> None:
         if log_every < 1 or (probe_every is not None and probe_every < 1):
             raise NearfarError(
@@ -158,13 +164,34 @@ class Monitor:
         self._first: dict[str, Tensor] = {}
         self._losses: list[Tensor] = []
         self._started = self._epoch_started = time.perf_counter()
-        self._logged = (0, self._started)
-        self._begin(dict(config or {}), seed)
+        self._logged = (resume, self._started)
+        goes_on = resume > 0 and self._take_up(resume)
+        self._begin(dict(config or {}), seed, goes_on)
 
-    def _begin(self, config: Json, seed: int) -> None:
+    def _take_up(self, step: int) -> bool:
+        """Go on with what an earlier part of the run wrote up to ``step``; False where there is nothing of it."""
+        self.steps = step
+        if not (self.folder.is_run and self.folder.has("train_log.jsonl")):
+            return False
+        self.folder.keep_log_until(step)
+        self.epochs = sum(each.get("kind") == "epoch" for each in self.folder.log())
+        (self.folder.path / "metrics.json").unlink(missing_ok=True)
+        if self.folder.has(START):
+            start = self.folder.read_arrays(START)
+            self._first = {n[6:]: torch.from_numpy(a) for n, a in start.items() if n.startswith("probe/")}
+            if "estimates" in start:
+                records = json.loads(str(start["estimates"]))
+                per_item = {n[5:]: a for n, a in start.items() if n.startswith("item/")}
+                estimates = {name: Estimate.from_dict(each) for name, each in records.items()}
+                self.before = Scores(estimates, per_item, [str(each) for each in start["ids"]])
+        return True
+
+    def _begin(self, config: Json, seed: int, goes_on: bool) -> None:
         self.folder.check_own()
         make_folder(self.folder.path)
-        self.folder.clear()
+        if not goes_on:
+            self.folder.clear()
+            (self.folder.path / START).unlink(missing_ok=True)
         plain = {name: value for name, value in config.items() if _is_plain(value)}
         strange = sorted(set(config) - set(plain))
         if strange:
@@ -185,7 +212,8 @@ class Monitor:
                 "batchnorm": sum(isinstance(module, norms) for module in modules),
             },
         )
-        self.folder.write_text("train_log.jsonl", "")
+        if not goes_on:
+            self.folder.write_text("train_log.jsonl", "")
 
     # -- training --------------------------------------------------------------------------------------------
     def start(self) -> None:
@@ -194,8 +222,25 @@ class Monitor:
             return
         self._probe(epoch=1)
         if self.evaluate is not None:
-            self.before = self._scores()
+            self.before = self.scores()
             self.folder.append({"kind": "start", "step": 0, "val": self.before.values})
+        self._keep_start()
+
+    def _keep_start(self) -> None:
+        """What a run that is resumed needs of its beginning."""
+        arrays: dict[str, np.ndarray] = {f"probe/{name}": each.numpy() for name, each in self._first.items()}
+        if self.before is not None:
+            records = {name: _estimate(name, each).to_dict() for name, each in self.before.estimates.items()}
+            arrays["estimates"] = np.asarray(json.dumps(records), dtype=np.str_)
+            arrays["ids"] = np.asarray(list(self.before.ids), dtype=np.str_)
+            arrays |= {f"item/{name}": np.asarray(each) for name, each in self.before.per_item.items()}
+        if arrays:
+            self._write_arrays(START, arrays)
+
+    def _write_arrays(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]  # numpy's stub wants allow_pickle first
+        write_atomically(self.folder.path / name, lambda file: file.write(buffer.getvalue()))
 
     def step(
         self,
@@ -235,20 +280,41 @@ class Monitor:
         if self.probe_every and self.steps % self.probe_every == 0:
             self._probe(self.epochs + 1)
 
-    def epoch(self, metrics: Scores | Mapping[str, Estimate | float] | None = None) -> dict[str, float]:
-        """End an epoch: probe, evaluate (unless ``metrics`` are given) and log; returns the metrics' values."""
+    def log(self, step: int, *, record: object = None, **fields: float) -> None:
+        """Log a step of a trainer that counts its steps and averages its losses itself.
+
+        Args:
+            step: how many steps were made.
+            record: as in `step`.
+            fields: of the log: ``loss``, ``lr``, ``gradient_norm``, …
+        """
+        self.steps = step
+        now = time.perf_counter()
+        entry: Json = {"kind": "step", "epoch": self.epochs + 1, "step": step}
+        if step > self._logged[0]:
+            entry["seconds_per_step"] = round((now - self._logged[1]) / (step - self._logged[0]), 6)
+        self._logged = (step, now)
+        if "loss" in fields:
+            self._losses.append(torch.tensor(float(fields["loss"])))
+        self.folder.append(entry | _record(record) | {name: float(each) for name, each in fields.items()})
+
+    def epoch(
+        self, metrics: Scores | Mapping[str, Estimate | float] | None = None, **fields: float
+    ) -> dict[str, float]:
+        """End an epoch: probe, evaluate (unless ``metrics`` are given) and log, with further ``fields`` such as
+        ``val_loss``; returns the metrics' values."""
         self.epochs += 1
         if not self.probe_every:
             self._probe(self.epochs)
         scores = (
             Scores.of(metrics)
             if metrics is not None
-            else self._scores()
+            else self.scores()
             if self.evaluate is not None
             else None
         )
         losses = torch.stack(self._losses).cpu() if self._losses else torch.zeros(0)
-        entry: Json = {"kind": "epoch", "epoch": self.epochs, "step": self.steps}
+        entry: Json = {"kind": "epoch", "epoch": self.epochs, "step": self.steps, **fields}
         if len(losses):
             entry["train_loss"] = float(losses.mean())
         entry["seconds"] = round(time.perf_counter() - self._epoch_started, 3)
@@ -272,7 +338,7 @@ class Monitor:
         """
         splits: dict[str, Scores] = {}
         if metrics is not None or self.evaluate is not None:
-            splits["val"] = Scores.of(metrics) if metrics is not None else self._scores()
+            splits["val"] = Scores.of(metrics) if metrics is not None else self.scores()
         if test is not None:
             splits["test"] = Scores.of(test)
         if splits:
@@ -325,8 +391,10 @@ class Monitor:
                 health[f"{name}/moved"] = max(0.0, 1.0 - float(same.double().mean()))
         self.folder.append(entry | health)
 
-    def _scores(self) -> Scores:
-        assert self.evaluate is not None
+    def scores(self) -> Scores:
+        """The scores of validation as the model stands, which is left as it is found."""
+        if self.evaluate is None:
+            raise NearfarError("evaluate is None: give a function that gives the scores of validation.")
         with preserve_state(self.model):
             return Scores.of(self.evaluate())
 
@@ -358,9 +426,7 @@ class Monitor:
                 arrays[f"{split}/ids"] = np.asarray(ids, dtype=np.str_)
                 for name, values in scores.per_item.items():
                     arrays[f"{split}/{name}"] = np.asarray(values, dtype=np.float32)
-        buffer = io.BytesIO()
-        np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]  # numpy's stub wants allow_pickle first
-        write_atomically(self.folder.path / "per_item.npz", lambda file: file.write(buffer.getvalue()))
+        self._write_arrays("per_item.npz", arrays)
         hashes = {split: split_hash(scores.ids) for split, scores in splits.items() if scores.ids}
         layout = {name: {"rows": len(splits[name].ids), "split_hash": each} for name, each in hashes.items()}
         self.folder.write_json("dataset_layout.json", {"system": SYSTEM, "data_hash": None, "splits": layout})

@@ -1,0 +1,142 @@
+"""Lightning: a callback of its ``Trainer`` that watches a run and ends with the doctor's verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nearfar.doctor import Diagnosis
+from nearfar.doctor.logs.names import map_names
+from nearfar.errors import NearfarError
+from nearfar.integrations.pytorch import Monitor, Scores
+from nearfar.metrics import Estimate
+
+try:
+    from lightning.pytorch.callbacks import Callback
+except ImportError as error:  # pragma: no cover - where the library is installed
+    raise NearfarError(
+        "nearfar.integrations.lightning needs lightning: pip install 'nearfar[train]'"
+    ) from error
+
+__all__ = ["WatchCallback"]
+
+
+class WatchCallback(Callback):
+    """Writes a run folder that ``nearfar doctor``, ``compare`` and ``report`` read, beside Lightning's own logs.
+
+    Args:
+        folder: where the run is written; not a folder that holds anything else.
+        probe: a function of the LightningModule that gives the embeddings of fixed rows, (rows, d), or one for each
+            view in a dictionary. None: embeddings are not watched.
+        evaluate: a function of the module that gives `Scores`, or a mapping of metrics to estimates or numbers. None:
+            what the module logs in validation; the score before training is then not known.
+        loss: the loss, where its ``record`` (of a nearfar loss) is to go into the log.
+        monitor: the metric that matters; None: the first.
+        config: what is to be known of the run (``batch_size``, ``lr``, …), by which arms are told apart.
+        seed: of the run.
+        log_every: optimiser steps between records.
+        quiet: do not print the verdict; it is in ``diagnosis``.
+
+    With accumulation, the loss of a step is that of its last batch. A run that is resumed from a checkpoint goes on in
+    the same folder. Only the main process writes.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path = "runs/watched",
+        *,
+        probe: Callable[[Any], Any] | None = None,
+        evaluate: Callable[[Any], Scores | Mapping[str, Estimate | float]] | None = None,
+        loss: nn.Module | None = None,
+        monitor: str | None = None,
+        config: Mapping[str, Any] | None = None,
+        seed: int = 0,
+        log_every: int = 10,
+        quiet: bool = False,
+    ) -> None:
+        self.folder, self.probe, self.evaluate, self.loss = Path(folder), probe, evaluate, loss
+        self.monitor, self.config, self.seed = monitor, dict(config or {}), seed
+        self.log_every, self.quiet = log_every, quiet
+        self.watch: Monitor | None = None
+        self.diagnosis: Diagnosis | None = None
+        self._last: Tensor | float | None = None
+        self._scores: Scores | None = None
+        self._resume = 0
+
+    # -- state, in Lightning's checkpoints ------------------------------------------------------------------------
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self.watch is None else {"steps": self.watch.steps}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._resume = int(state_dict.get("steps", 0))
+
+    # -- what the trainer calls -----------------------------------------------------------------------------------
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        if not trainer.is_global_zero:
+            return
+        evaluate = self.evaluate
+        epochs = {} if trainer.max_epochs is None else {"epochs": int(trainer.max_epochs)}
+        about = {
+            "accumulate_grad_batches": int(trainer.accumulate_grad_batches),
+            "precision": str(trainer.precision),
+        }
+        self.watch = Monitor(
+            pl_module,
+            self.probe,
+            self.folder,
+            evaluate=None if evaluate is None else lambda: Scores.of(evaluate(pl_module)),
+            config=epochs | about | self.config,
+            seed=self.seed,
+            monitor=self.monitor,
+            log_every=self.log_every,
+            resume=self._resume,
+        )
+        if not self._resume:
+            self.watch.start()
+
+    def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
+        # Lightning divides the loss by the batches that are accumulated.
+        self._last = loss.detach() * trainer.accumulate_grad_batches
+
+    def on_before_optimizer_step(
+        self, trainer: Any, pl_module: Any, optimizer: torch.optim.Optimizer
+    ) -> None:
+        if self.watch is None or self._last is None:
+            return
+        lr = float(optimizer.param_groups[0]["lr"])
+        record = None
+        if (self.watch.steps + 1) % self.log_every == 0 or self.watch.steps == 0:
+            record = getattr(self.loss, "record", None)
+        self.watch.step(self._last, record=record, lr=lr)
+        self._last = None
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """After the epoch's validation, which Lightning runs before this."""
+        if self.watch is None:
+            return
+        values = {
+            str(name): float(value)
+            for name, value in trainer.callback_metrics.items()
+            if isinstance(value, Tensor) and value.numel() == 1
+        }
+        used = map_names(values).used
+        theirs = {field[4:]: values[name] for field, name in used.items() if field.startswith("val/")}
+        loss = {"val_loss": values[used["val_loss"]]} if "val_loss" in used else {}
+        if self.evaluate is not None:
+            self._scores = self.watch.scores()
+        elif theirs:
+            self._scores = Scores(theirs)
+        self.watch.epoch(self._scores, **loss)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        if self.watch is None:
+            return
+        self.diagnosis = self.watch.finish(self._scores)
+        if not self.quiet:
+            print(f"{self.folder}: {self.diagnosis.verdict}")
+            for finding in self.diagnosis.of("warning", "error"):
+                print(f"  {finding}")

@@ -1,0 +1,96 @@
+"""A Lightning run that is watched: what its folder says, and that it goes on after a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+pytest.importorskip("lightning")
+
+import lightning as L
+from torch.utils.data import DataLoader, TensorDataset
+
+from nearfar.integrations.lightning import WatchCallback
+from nearfar.integrations.pytorch import retrieval_scores
+from nearfar.losses import InfoNCELoss
+
+GENERATOR = torch.Generator().manual_seed(0)
+KEYS = torch.randn(128, 8, generator=GENERATOR)
+ROWS = KEYS @ torch.randn(8, 12, generator=GENERATOR)
+
+
+class Encoder(L.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(12, 32), nn.ReLU(), nn.Linear(32, 8))
+        self.loss = InfoNCELoss(0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.net(x)
+        return out
+
+    def training_step(self, batch: list[Tensor], index: int) -> Tensor:
+        value: Tensor = self.loss(self(batch[0]), batch[1])
+        return value
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), 1e-2)
+
+
+def fit(folder: Path, epochs: int, checkpoint: Path | None = None, **options: Any) -> WatchCallback:
+    torch.manual_seed(0)
+    model = Encoder()
+    watch = WatchCallback(
+        folder / "run",
+        probe=lambda module: module(ROWS[:32]),
+        evaluate=lambda module: retrieval_scores(module(ROWS), KEYS, bootstrap=100),
+        loss=model.loss,
+        config={"batch_size": 32, "lr": 1e-2, "temperature": 0.1},
+        log_every=2,
+    )
+    trainer = L.Trainer(
+        max_epochs=epochs, accelerator="cpu", logger=False, enable_progress_bar=False, callbacks=[watch],
+        enable_model_summary=False, default_root_dir=folder, enable_checkpointing=False, **options,
+    )  # fmt: skip
+    trainer.fit(model, DataLoader(TensorDataset(ROWS, KEYS), 32), ckpt_path=checkpoint)
+    trainer.save_checkpoint(folder / "last.ckpt")
+    return watch
+
+
+def log_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "run" / "train_log.jsonl").read_text().splitlines()]
+
+
+def test_a_run_is_watched_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    watch = fit(tmp_path, epochs=4)
+    assert watch.diagnosis is not None
+    assert watch.diagnosis.verdict in capsys.readouterr().out
+    written = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    before = written["baselines"]["val"]["MRR"]["value"]
+    assert written["splits"]["val"]["MRR"]["value"] > before + 0.1
+    assert written["comparison"]["MRR against before training"]["low"] > 0
+    steps = [each for each in log_of(tmp_path) if each["kind"] == "step"]
+    assert steps[0]["candidates"] == 32
+    assert {"lr", "gradient_norm", "loss"} <= set(steps[0])
+    assert [each["step"] for each in steps] == [1, *range(2, 17, 2)]
+
+    fit(tmp_path, epochs=6, checkpoint=tmp_path / "last.ckpt")
+    steps = [each for each in log_of(tmp_path) if each["kind"] == "step"]
+    assert [each["step"] for each in steps] == [1, *range(2, 25, 2)]
+    again = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert again["baselines"]["val"]["MRR"]["value"] == before
+    assert again["epochs"] == 6
+
+
+def test_accumulated_losses_are_those_of_a_batch(tmp_path: Path) -> None:
+    fit(tmp_path / "one", epochs=1)
+    fit(tmp_path / "two", epochs=1, accumulate_grad_batches=2)
+    first = [
+        next(each["loss"] for each in log_of(tmp_path / n) if each["kind"] == "step") for n in ("one", "two")
+    ]
+    assert first[1] == pytest.approx(first[0], rel=0.3)  # not half of it

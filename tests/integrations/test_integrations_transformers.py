@@ -1,0 +1,111 @@
+"""A ``Trainer`` of transformers that is watched, and what a missing library says."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+from nearfar.integrations.pytorch import retrieval_scores
+from nearfar.integrations.transformers import WatchCallback
+from nearfar.losses import InfoNCELoss
+
+GENERATOR = torch.Generator().manual_seed(0)
+KEYS = torch.randn(128, 8, generator=GENERATOR)
+ROWS = KEYS @ torch.randn(8, 12, generator=GENERATOR)
+
+
+class Encoder(nn.Module):
+    def __init__(self, contrast: nn.Module) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(12, 32), nn.ReLU(), nn.Linear(32, 8))
+        self.contrast = contrast
+
+    def forward(self, rows: Tensor, keys: Tensor | None = None) -> dict[str, Tensor]:
+        embeddings = self.net(rows)
+        return {"embeddings": embeddings} if keys is None else {
+            "loss": self.contrast(embeddings, keys), "embeddings": embeddings
+        }  # fmt: skip
+
+
+def fit(folder: Path, **options: Any) -> tuple[WatchCallback, Any]:
+    from transformers import Trainer, TrainingArguments
+
+    torch.manual_seed(0)
+    loss = InfoNCELoss(0.1)
+    watch = WatchCallback(
+        folder / "run",
+        probe=lambda model: model(ROWS[:32])["embeddings"],
+        evaluate=lambda model: retrieval_scores(model(ROWS)["embeddings"], KEYS, bootstrap=100),
+        loss=loss,
+        config={"temperature": 0.1},
+    )
+    arguments = TrainingArguments(
+        output_dir=str(folder / "out"), num_train_epochs=4, per_device_train_batch_size=32, learning_rate=1e-2,
+        logging_steps=2, report_to="none", save_strategy="no", use_cpu=True, disable_tqdm=True,
+        dataloader_pin_memory=False, label_names=["keys"], **options,
+    )  # fmt: skip
+    rows = [{"rows": x, "keys": y} for x, y in zip(ROWS, KEYS, strict=True)]
+    trainer = Trainer(
+        model=Encoder(loss), args=arguments, train_dataset=rows, eval_dataset=rows, callbacks=[watch]
+    )
+    trainer.train()
+    return watch, trainer
+
+
+@pytest.mark.parametrize("evaluated", ["no", "epoch"])
+def test_a_run_is_watched(tmp_path: Path, capsys: pytest.CaptureFixture[str], evaluated: str) -> None:
+    watch, _ = fit(tmp_path, eval_strategy=evaluated)
+    assert watch.diagnosis is not None
+    assert watch.diagnosis.verdict in capsys.readouterr().out
+    written = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert written["splits"]["val"]["MRR"]["value"] > written["baselines"]["val"]["MRR"]["value"] + 0.1
+    assert written["comparison"]["MRR against before training"]["low"] > 0
+    log = [json.loads(line) for line in (tmp_path / "run" / "train_log.jsonl").read_text().splitlines()]
+    steps = [each for each in log if each["kind"] == "step"]
+    assert [each["step"] for each in steps] == list(range(2, 17, 2))
+    assert steps[0]["candidates"] == 32
+    epochs = [each for each in log if each["kind"] == "epoch"]
+    assert len(epochs) == 4
+    assert all(("val_loss" in each) == (evaluated == "epoch") for each in epochs)
+
+
+def test_the_same_weights_as_without_watching(tmp_path: Path) -> None:
+    from transformers import Trainer
+
+    _, watched = fit(tmp_path)
+    torch.manual_seed(0)
+    rows = [{"rows": x, "keys": y} for x, y in zip(ROWS, KEYS, strict=True)]
+    plain = Trainer(model=Encoder(InfoNCELoss(0.1)), args=watched.args, train_dataset=rows)
+    plain.train()
+    for a, b in zip(watched.model.parameters(), plain.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("module", "library", "extra"),
+    [
+        ("sentence_transformers", "sentence_transformers", "nearfar[sentence-transformers]"),
+        ("transformers", "transformers", "nearfar[transformers]"),
+        ("lightning", "lightning.pytorch.callbacks", "nearfar[train]"),
+    ],
+)
+def test_a_missing_library_is_named_with_what_to_install(module: str, library: str, extra: str) -> None:
+    code = (
+        f"import sys; sys.modules[{library!r}] = None\n"
+        "import nearfar.integrations\n"
+        "from nearfar.errors import NearfarError\n"
+        f"try:\n    import nearfar.integrations.{module}\n"
+        "except NearfarError as error:\n    print(error)\n"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert f"pip install '{extra}'" in out
