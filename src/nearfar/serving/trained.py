@@ -389,8 +389,12 @@ class Trained:
         if not len(queries):
             return []
         view = query_view(self, queries, tower)
-        with gallery_of(self, gallery, target, view) as store:
+        store = gallery_of(self, gallery, target, view)
+        try:
             answers = search(self, queries, store, k, view=view, where=where, exact=exact)
+        finally:
+            if store is not gallery:
+                store.close()
         return answers if many else answers[0]
 
     # -- what it is ------------------------------------------------------------------------------------------
