@@ -43,7 +43,8 @@ class Client:
 
     async def ask(self, path: str, body: bytes) -> tuple[int, bytes, float]:
         """Status, answer and seconds."""
-        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        head += f"Content-Length: {len(body)}\r\n\r\n"
         began = time.perf_counter()
         self.writer.write(head.encode() + body)
         answered = await self.reader.readuntil(b"\r\n\r\n")
@@ -61,7 +62,9 @@ def same(first: Any, second: Any) -> bool:
             return False
         known = {hit["position"]: hit["score"] for hit in first["hits"]}
         least = scores[0][-1] if len(scores[0]) else 0.0
-        return all(abs(known.get(hit["position"], least) - hit["score"]) < TOLERANCE for hit in second["hits"])
+        return all(
+            abs(known.get(hit["position"], least) - hit["score"]) < TOLERANCE for hit in second["hits"]
+        )
     if isinstance(first, dict):
         return first.keys() == second.keys() and all(same(first[name], second[name]) for name in first)
     if isinstance(first, list):
@@ -69,7 +72,9 @@ def same(first: Any, second: Any) -> bool:
     return abs(first - second) < TOLERANCE if isinstance(first, float) else bool(first == second)
 
 
-async def alone(port: int, path: str, bodies: Sequence[bytes], warm: int = 10) -> tuple[list[float], list[Any]]:
+async def alone(
+    port: int, path: str, bodies: Sequence[bytes], warm: int = 10
+) -> tuple[list[float], list[Any]]:
     """Seconds of every request, asked one after the other, and the answers."""
     async with Client(port) as client:
         for body in bodies[:warm]:
@@ -116,10 +121,30 @@ async def together(
 
 def questions(path: str, describe: dict[str, Any], count: int, k: int) -> list[bytes]:
     """Different texts for a view that reads texts."""
-    view = next((name for name, each in describe["views"].items() if each["form"] == "text" and each["kind"] == "text"), None)
+    view = next(
+        (
+            name
+            for name, each in describe["views"].items()
+            if each["form"] == "text" and each["kind"] == "text"
+        ),
+        None,
+    )
     if view is None:
         raise SystemExit("this benchmark asks texts, and no view of this run reads any")
-    words = ["near", "far", "red", "blue", "bright", "small", "old", "round", "battery", "camera", "acid", "water"]
+    words = [
+        "near",
+        "far",
+        "red",
+        "blue",
+        "bright",
+        "small",
+        "old",
+        "round",
+        "battery",
+        "camera",
+        "acid",
+        "water",
+    ]
     rng = np.random.default_rng(0)
     bodies = []
     for number in range(count):
@@ -138,14 +163,18 @@ def milliseconds(seconds: Sequence[float], share: float) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run")
     parser.add_argument("--path", default="/search", choices=["/search", "/embed", "/predict"])
     parser.add_argument("--clients", type=int, default=50)
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--questions", type=int, default=200)
     parser.add_argument("--k", type=int, default=10)
-    parser.add_argument("--serve", nargs="*", default=[], help="further arguments of nearfar serve, such as gallery=FILE")
+    parser.add_argument(
+        "--serve", nargs="*", default=[], help="further arguments of nearfar serve, such as gallery=FILE"
+    )
     arguments = parser.parse_args()
     further = [f"--{each}" for each in arguments.serve]
     command = [sys.executable, "-m", "nearfar.cli", "serve", arguments.run, "--port", "0", *further]
@@ -162,13 +191,17 @@ def main() -> None:
             describe = json.load(response)
         bodies = questions(arguments.path, describe, arguments.questions, arguments.k)
         single, answers = asyncio.run(alone(port, arguments.path, bodies))
-        many = asyncio.run(together(port, arguments.path, bodies, answers, arguments.clients, arguments.seconds))
+        many = asyncio.run(
+            together(port, arguments.path, bodies, answers, arguments.clients, arguments.seconds)
+        )
     finally:
         server.terminate()
         server.wait(60)
     median, tail = milliseconds(single, 0.5), milliseconds(many["seconds"], 0.95)
     print(f"{arguments.path} of {describe['name']} ({describe['system']}), gallery {describe['gallery']:,}")
-    print(f"one client:  median {median:.1f} ms, p95 {milliseconds(single, 0.95):.1f} ms, {1000 / median:.0f} a second")
+    print(
+        f"one client:  median {median:.1f} ms, p95 {milliseconds(single, 0.95):.1f} ms, {1000 / median:.0f} a second"
+    )
     print(
         f"{arguments.clients} clients: median {milliseconds(many['seconds'], 0.5):.1f} ms, p95 {tail:.1f} ms, "
         f"{many['rate']:.0f} a second; {len(many['seconds'])} answers, {many['wrong']} wrong, {many['refused']} refused"
