@@ -17,6 +17,7 @@ _FLOORS = (
     "doctor",
     "errors",
     "functional",
+    "integrations",
     "lab",
     "losses",
     "metrics",

@@ -172,8 +172,13 @@ def doctor(
         list[str] | None,
         typer.Option(help="key=value: what to try, or a further counterfactual; may be repeated."),
     ] = None,
+    batch: Annotated[
+        int | None,
+        typer.Option("--batch", help="Explain this batch of the epoch, row by row; counted from 1."),
+    ] = None,
+    rows: Annotated[int, typer.Option(help="With --batch: how many rows.")] = 8,
     batches: Annotated[int, typer.Option(help="With --what-if: how many batches.")] = 8,
-    checkpoint: Annotated[str, typer.Option(help="With --what-if: last or best.")] = "last",
+    checkpoint: Annotated[str, typer.Option(help="With --what-if and --batch: last or best.")] = "last",
     seeds: Annotated[int, typer.Option(help="With --try: draws of batches.")] = 1,
     start_epoch: Annotated[
         int | None, typer.Option(help="With --try: the epoch from which the schedules go on.")
@@ -195,8 +200,14 @@ def doctor(
     diagnosis = examine(run, say, read_names(map_))
     if json_:
         console.print_json(data=diagnosis.to_dict())
-    elif not what_if and try_ is None:
+    elif not what_if and try_ is None and batch is None:
         print_diagnosis(diagnosis, run, console)
+    if batch is not None:
+        from nearfar.lab.explain_run import explain_run
+
+        for pair, explained in explain_run(run, batch, rows=rows, checkpoint=checkpoint, say=say).items():
+            terminal.say(console, pair, style="bold")
+            terminal.say(console, str(explained))
     if what_if:
         from nearfar.lab.table import describe_what_if, what_if_table
         from nearfar.lab.what_if import what_if as ask

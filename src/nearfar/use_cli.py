@@ -74,9 +74,14 @@ def new_data(
     return NewData(data, columns, id_column, encoding, images=images, options=chosen)
 
 
+_SHOWN = 16  # columns that are listed; expression has one for each gene
+
+
 def _report(written: Written) -> None:
     console = terminal.console()
-    columns = ", ".join(name for name in written.columns if name not in ("id", "row"))
+    named = [name for name in written.columns if name not in ("id", "row")]
+    more = f", … {len(named)} columns" if len(named) > _SHOWN else ""
+    columns = ", ".join(named[:_SHOWN]) + more
     terminal.say(console, f"{written.path}: {written.rows} rows ({columns})")
     if written.resumed:
         terminal.say(console, f"{written.resumed} parts were there from an earlier start")
@@ -203,6 +208,7 @@ def search(
     id_column: IdColumn = None,
     encoding: Encoding = None,
     images: Images = None,
+    options: Options = None,
     device: Device = "auto",
     molecule: Annotated[
         bool, typer.Option("--molecule", help="The same as --tower molecule.", hidden=True)
@@ -219,7 +225,7 @@ def search(
 
     source = None
     if gallery is not None:
-        source = new_data(gallery, column, id_column, encoding, images, smiles_column, text_column)
+        source = new_data(gallery, column, id_column, encoding, images, smiles_column, text_column, options)
     asked = Asked(
         query, None if queries is None else NewData(queries, encoding=encoding, images=images), query_column
     )

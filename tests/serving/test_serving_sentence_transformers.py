@@ -34,7 +34,7 @@ def loaded(folder: Path, texts: list[str]) -> np.ndarray:
 @pytest.mark.parametrize(
     "options",
     [
-        ["text_encoder.train=frozen", "views=[title,text]"],
+        ["text_encoder.train=frozen", "text_encoder.pooling=mean"],
         ["text_encoder.train=head", "text_encoder.pooling=mean", "text_encoder.normalize=true", "head=mlp"],
         ["text_encoder.train=full", "text_encoder.pooling=mean", "text_encoder.max_length=32"],
         ["text_encoder.train=lora", "head=mlp", "hidden=12"],

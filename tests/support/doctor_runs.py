@@ -300,13 +300,103 @@ def own_log(rng: np.random.Generator) -> Run:
                {"batch_size": 128})  # fmt: skip
 
 
+# -- logs with little in them --------------------------------------------------------------------------------
+def bare(rng: np.random.Generator, steps: int = 80, **series: Callable[[float], float]) -> Run:
+    """Steps with a loss and nothing else that says what guessing costs."""
+    records = [
+        {
+            "kind": "step",
+            "step": i,
+            "epoch": 1 + 4 * i // steps,
+            **{n: of(i / steps) for n, of in series.items()},
+        }
+        for i in range(steps)
+    ]
+    return Run(records, {})
+
+
+def bare_healthy(rng: np.random.Generator) -> Run:
+    """A loss that passes ln 16 and ln 8 on its way and settles near, but not at, ln 2."""
+    run = bare(
+        rng, loss=lambda at: 0.75 + 3 * math.exp(-6 * at) + 0.02 * rng.normal(), gradient_norm=lambda at: 0.4
+    )
+    run.records += [
+        {"kind": "probe", "epoch": e, "text/moved": 0.1 * e, "image/moved": 0.0} for e in range(1, 5)
+    ]
+    return run
+
+
+def bare_flat(rng: np.random.Generator) -> Run:
+    """A fine-tuned model whose loss hardly moves, at the logarithm of no usual number."""
+    run = bare(rng, loss=lambda at: 1.71 + 0.03 * rng.normal(), gradient_norm=lambda at: 0.1)
+    run.records += [
+        {"kind": "epoch", "epoch": e, "val/nDCG": 0.41 + 0.002 * e + 0.001 * rng.normal()}
+        for e in range(1, 7)
+    ]
+    run.records += [{"kind": "probe", "epoch": e, "embeddings/moved": 1e-4 * e} for e in range(1, 5)]
+    return run
+
+
+def bare_shuffled(rng: np.random.Generator) -> Run:
+    """The same rows in every epoch, in a new order: the loss of a batch says nothing of that an epoch before."""
+    own = 0.3 * rng.normal(size=20)
+    order = [rng.permutation(20) for _ in range(5)]
+    return bare(rng, 100, loss=lambda at: 2.0 - at + own[order[int(at * 5)][round(at * 100) % 20]])
+
+
+def at_logarithm(rng: np.random.Generator) -> Run:
+    return bare(rng, loss=lambda at: math.log(4096) + 0.004 * rng.normal(), gradient_norm=lambda at: 0.01)
+
+
+def at_half(rng: np.random.Generator) -> Run:
+    return bare(rng, loss=lambda at: 0.6931 + 0.002 * rng.normal())
+
+
+def one_candidate(rng: np.random.Generator) -> Run:
+    return bare(rng, loss=lambda at: 0.0)
+
+
+def no_gradient(rng: np.random.Generator) -> Run:
+    return bare(rng, loss=lambda at: 3.1 + 0.1 * rng.normal(), gradient_norm=lambda at: 0.0)
+
+
+def same_batches(rng: np.random.Generator) -> Run:
+    own = 3.1 + 0.1 * rng.normal(size=20)
+    return bare(rng, loss=lambda at: own[round(at * 80) % 20], gradient_norm=lambda at: 0.4)
+
+
+def same_order(rng: np.random.Generator) -> Run:
+    own = 0.3 * rng.normal(size=20)
+    return bare(rng, 100, loss=lambda at: 2.0 - at + own[round(at * 100) % 20] + 0.01 * rng.normal())
+
+
+def forgetting(rng: np.random.Generator) -> Run:
+    run = bare(rng, loss=lambda at: 1.2 - at + 0.02 * rng.normal())
+    run.records += [
+        {"kind": "epoch", "epoch": e, "val/nDCG": 0.43 - 0.02 * e + 0.001 * rng.normal()} for e in range(1, 7)
+    ]
+    return run
+
+
+def standing_still(rng: np.random.Generator) -> Run:
+    run = bare(rng, loss=lambda at: 3.1 + 0.1 * rng.normal())
+    run.records += [{"kind": "probe", "epoch": e, "embeddings/moved": 0.0} for e in range(1, 5)]
+    return run
+
+
+def stale_evaluation(rng: np.random.Generator) -> Run:
+    run = bare(rng, loss=lambda at: 3.2 - 2 * at + 0.05 * rng.normal())
+    run.records += [{"kind": "epoch", "epoch": e, "val/MRR": 0.3127, "val/R@1": 0.21} for e in range(1, 7)]
+    return run
+
+
 HEALTHY: dict[str, Callable[[np.random.Generator], Run]] = {
     f.__name__: f
     for f in (random_infonce, converged, clip, supcon, curriculum, curriculum_above_chance, just_switched,
               hard_from_start, partition, spatial, spatial_in_part, focal_objective, adversarial, with_memory,
               supcon_with_memory,
               siglip, short_run,
-              just_begun, several_processes, own_log)
+              just_begun, several_processes, own_log, bare_healthy, bare_flat, bare_shuffled)
 }  # fmt: skip
 #: notes that healthy runs may have
 NOTES: dict[str, set[str]] = {
@@ -580,6 +670,15 @@ def gradient_summed(rng: np.random.Generator) -> Run:
 #: run, the rule that it must trigger, and what else must come with it
 FAULTS: list[tuple[Callable[[np.random.Generator], Run], str, set[str]]] = [
     (not_finite, "non-finite-loss", set()),
+    (at_logarithm, "loss-at-logarithm", set()),
+    (at_half, "loss-at-logarithm", set()),
+    (one_candidate, "nothing-to-learn", set()),
+    (no_gradient, "nothing-to-learn", set()),
+    (same_batches, "loss-periodic", set()),
+    (same_order, "loss-periodic", set()),
+    (forgetting, "metric-falling", set()),
+    (stale_evaluation, "metric-constant", set()),
+    (standing_still, "embeddings-still", set()),
     (at_chance, "loss-at-chance", {"baseline-not-beaten"}),
     (at_chance_columns, "loss-at-chance", set()),
     (noisy_at_chance, "loss-at-chance", set()),

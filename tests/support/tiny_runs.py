@@ -208,7 +208,7 @@ def tiny_bert(folder: Path) -> Path:
         num_hidden_layers=2,
         num_attention_heads=2,
         intermediate_size=32,
-        max_position_embeddings=64,
+        max_position_embeddings=160,
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -77,6 +77,7 @@ FIELDS: dict[str, dict[str, str]] = {
         "*/variance": "1: as spread as uniform on the sphere, 0: all in one point",
         "*/uniformity": "ln mean exp(−2 |x − y|²) over different rows",
         "*/mean_cosine": "mean cosine of different rows",
+        "*/moved": "1 − mean cosine of the probe's rows with themselves before training",
         "alignment": "mean squared distance of partners",
         "modality_gap": "distance of the two views' mean unit vectors",
         "hubness": "skewness of how often a key is among the ten nearest",

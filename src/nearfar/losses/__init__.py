@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from nearfar.contrast import DuplicateMask, IndexMask, NoPositivesWarning, Rectangle, SimilarityMask, Target
 from nearfar.losses.base import ContrastiveLoss, LossTraits, NoNegativesWarning, Record, Requires
+from nearfar.losses.explain import BatchExplanation, explain_batch
 from nearfar.losses.focal import FocalLoss, FocalRecord
 from nearfar.losses.info_nce import ClipLoss, InfoNCELoss
 from nearfar.losses.masks import duplicate_mask, false_negative_mask
@@ -19,6 +20,7 @@ from nearfar.losses.wasserstein import WassersteinGapLoss, WassersteinRecord
 
 __all__ = [
     "AdaptiveScoreContrastiveLoss",
+    "BatchExplanation",
     "BidirectionalScoreContrastiveLoss",
     "ClipLoss",
     "ContrastiveLoss",
@@ -48,6 +50,7 @@ __all__ = [
     "WassersteinGapLoss",
     "WassersteinRecord",
     "duplicate_mask",
+    "explain_batch",
     "false_negative_mask",
     "target_loss",
 ]

@@ -28,6 +28,7 @@ from nearfar.training.system import System
 __all__ = [
     "MANIFEST",
     "copy_results",
+    "exported_name",
     "is_exported",
     "places_of",
     "portable_config",
@@ -82,6 +83,8 @@ def _write_model(system: System[Any, Any], model: nn.Module, folder: Path) -> Js
         from safetensors.torch import save_file
     except ImportError as error:
         raise NearfarError(f"safetensors is needed ({error}): pip install 'nearfar[export]'.") from None
+    if not system.towers:
+        _refuse_models_of_this_machine(system.config)
     folder.mkdir(parents=True, exist_ok=True)
     system.save_assets(folder)
     for view, tower in system.towers.items():
@@ -96,6 +99,18 @@ def _write_model(system: System[Any, Any], model: nn.Module, folder: Path) -> Js
         path.relative_to(folder).as_posix(): file_hash(path) for path in sorted(folder.rglob("*.safetensors"))
     }
     return {"shared": shared, "files": files}
+
+
+def _refuse_models_of_this_machine(config: RunOptions) -> None:
+    """``NearfarError`` where a network is built from a folder that does not come along; towers take theirs along."""
+    table = option_table(type(config))
+    for key, path in path_options(config).items():
+        run = path.is_file() or (path / CONFIG).exists()
+        if key in table and table[key].place == "model" and not run:
+            raise NearfarError(
+                f"{key}={path}: the network of this run is built from a folder of this machine, which an export of "
+                f"'{config.system}' cannot take with it. Train with a name on the hub, or an encoder of a package."
+            )
 
 
 def unique_weights(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -250,6 +265,11 @@ def remove_places(folder: Path) -> None:
 def is_exported(place: Path) -> bool:
     """Whether ``nearfar export`` has written this folder."""
     return (place / MANIFEST).is_file()
+
+
+def exported_name(place: Path) -> str | None:
+    """The name of the run that an exported folder is from; None of other folders."""
+    return str(read_manifest(place).get("name") or "") or None if is_exported(place) else None
 
 
 def read_manifest(folder: Path) -> Json:

@@ -24,7 +24,7 @@ from nearfar.data.chunks import NewData
 from nearfar.data.items import Items
 from nearfar.data.rejections import Rejections
 from nearfar.errors import NearfarError, nearest_name
-from nearfar.serving.exported import is_exported, read_members
+from nearfar.serving.exported import exported_name, is_exported, read_members
 from nearfar.serving.hub import download, is_hub_name
 from nearfar.systems import build_system
 from nearfar.towers.build import guess_tower
@@ -96,8 +96,8 @@ class Trained:
 
     @property
     def name(self) -> str:
-        """The name of the run or folder."""
-        return self.path.resolve().name
+        """The name of the run or folder; of an exported one that of its run."""
+        return exported_name(self.path) or self.path.resolve().name
 
     @property
     def views(self) -> list[str]:
@@ -288,10 +288,13 @@ class Trained:
                 )
             return self._chunks(data), lambda items: self.system.predictions(self.outputs(items), items)
         if gallery is not None:
+            unread = Rejections()
             for items in self._chunks(gallery):
+                unread.extend(items.rejections)
                 if len(items):
                     comparison.add(self.outputs(items), items)
-            return self._chunks(data), lambda items: comparison.of_others(self.outputs(items), items)
+            rest = _counting(self._chunks(data), unread.named("gallery: "))
+            return rest, lambda items: comparison.of_others(self.outputs(items), items)
         seen: list[Items] = []
         for items in self._chunks(data):
             if len(items):
@@ -308,7 +311,9 @@ class Trained:
 
     def _chunks(self, data: Data) -> Iterator[Items]:
         if isinstance(data, (str, Path, NewData)):
-            return self.new_items(data)
+            source = data if isinstance(data, NewData) else NewData(Path(data))
+            size = self.config.trainer.eval_batch_size  # whole batches, as in the run's evaluation
+            return self.new_items(replace(source, rows=max(size, source.rows - source.rows % size)))
         return iter([self.items_of(data)])
 
     def items_of(self, data: Items | Mapping[str, Sequence[Any]] | Sequence[Any]) -> Items:
@@ -376,13 +381,20 @@ class Trained:
         """
         from nearfar.serving.search import gallery_of, query_view, search
 
-        many = isinstance(query, (list, tuple)) or (isinstance(query, np.ndarray) and query.ndim > 1)
+        many = isinstance(query, (list, tuple))
+        if isinstance(query, np.ndarray):  # a row of numbers or the pixels of a picture, or several of these
+            picture = query.dtype == np.uint8 and query.ndim > 1
+            many = query.ndim > (2 + (query.shape[-1] in (3, 4)) if picture else 1)
         queries = query if many else np.asarray(query)[None] if isinstance(query, np.ndarray) else [query]
         if not len(queries):
             return []
         view = query_view(self, queries, tower)
-        with gallery_of(self, gallery, target, view) as store:
+        store = gallery_of(self, gallery, target, view)
+        try:
             answers = search(self, queries, store, k, view=view, where=where, exact=exact)
+        finally:
+            if store is not gallery:
+                store.close()
         return answers if many else answers[0]
 
     # -- what it is ------------------------------------------------------------------------------------------
@@ -489,6 +501,16 @@ def _bar(total: int | None, show: bool) -> AbstractContextManager[Any]:
     from nearfar.terminal import progress_bar
 
     return progress_bar(total)
+
+
+def _counting(chunks: Iterator[Items], unread: Rejections) -> Iterator[Items]:
+    """The chunks, the first of which also has these rejections."""
+    for items in chunks:
+        whole = Rejections()
+        whole.extend(items.rejections)
+        whole.extend(unread)
+        yield replace(items, rejections=whole)
+        unread = Rejections()
 
 
 def _plain(values: Sequence[Any] | np.ndarray) -> list[Any]:

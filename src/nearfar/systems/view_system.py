@@ -627,13 +627,9 @@ class ViewSystem(System[Batch, ViewModel]):
 
     def usable(self, items: Items) -> Items:
         """Without values that a tower cannot read, and without items that then have none; each is counted."""
-        columns, rejections = dict(items.columns), items.rejections
         with without_cache():
-            reasons = {
-                view: self.towers[view].check(_some(items[view], np.flatnonzero(items.present(view))))
-                for view in self.views
-                if view in items
-            }
+            items, reasons = self.checked(items)
+        columns, rejections = dict(items.columns), items.rejections
         rows: Sequence[int | None] = items.rows or [None] * len(items)
         usable, wrong = np.zeros(len(items), bool), np.zeros(len(items), bool)
         for view, own in reasons.items():
@@ -649,6 +645,15 @@ class ViewSystem(System[Batch, ViewModel]):
         for i in np.flatnonzero(~usable & ~wrong).tolist():
             rejections.add("no value", rows[i], items.ids[i])
         return replace(replace(items, columns=columns).take(np.flatnonzero(usable)), rejections=rejections)
+
+    def checked(self, items: Items) -> tuple[Items, dict[str, list[str | None]]]:
+        """New items with values as the run's own data had them, and by view why each value that is there cannot be
+        read; None where it can."""
+        return items, {
+            view: self.towers[view].check(_some(items[view], np.flatnonzero(items.present(view))))
+            for view in self.views
+            if view in items
+        }
 
     def new_dataset(self, items: Items) -> ItemDataset:
         towers = {view: tower for view, tower in self.towers.items() if view in items}

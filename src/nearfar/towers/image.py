@@ -463,8 +463,10 @@ class ImageTower(Tower):
         if spec.get("pixels") is not None:
             tower._pixels = (int(spec["pixels"][0]), int(spec["pixels"][1]))
         if tower.frozen:
-            tower._expected = spec.get("fingerprint")
-            tower._copy = folder / _NETWORK if has_image_encoder(folder / _NETWORK) else None
+            if has_image_encoder(folder / _NETWORK):
+                tower._copy = folder / _NETWORK  # whose hash the exported folder has
+            else:
+                tower._expected = spec.get("fingerprint")
         else:
             tower._saved = folder / "model"
             if tower.encoder_kind == "transformers":

@@ -200,7 +200,7 @@ class CropTower(Tower):
         if has_image_encoder(folder / _NETWORK):
             own = {name: value for name, value in tower.encoder_options.items() if name not in _NAMES}
             tower._encoder = load_image_encoder(folder / _NETWORK, **own)
-        if tower.encoder.fingerprint() != spec.get("fingerprint"):
+        elif tower.encoder.fingerprint() != spec.get("fingerprint"):
             raise NearfarError(
                 f"{folder}: {spec.get('about')} has other weights than those that this tower was saved with: install "
                 "the version of then, or train anew."

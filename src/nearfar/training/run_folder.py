@@ -303,7 +303,7 @@ class RunFolder:
             "what_if.json",
         ):
             (self.path / name).unlink(missing_ok=True)
-        for folder in (self.checkpoints, self.path / "trials"):
+        for folder in (self.checkpoints, self.path / "trials", self.path / "galleries"):
             shutil.rmtree(folder, ignore_errors=True)
 
     # -- whole files ---------------------------------------------------------------------------------------

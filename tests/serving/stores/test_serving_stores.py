@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -38,13 +39,17 @@ STORES = ["faiss", "lance", "qdrant", "postgres"]
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A PostgreSQL with pgvector, started for these tests."""
+def server() -> Iterator[str]:
+    """A PostgreSQL with pgvector, started for these tests.
+
+    Started by root it runs as a user of its own, who may not enter pytest's folder.
+    """
     pgserver = pytest.importorskip("pgserver")
     pytest.importorskip("psycopg")
-    running = pgserver.get_server(tmp_path_factory.mktemp("postgres"), cleanup_mode="delete")
-    yield running.get_uri()
-    running.cleanup()
+    with tempfile.TemporaryDirectory(prefix="nearfar-postgres-", ignore_cleanup_errors=True) as folder:
+        running = pgserver.get_server(folder, cleanup_mode="delete")
+        yield running.get_uri()
+        running.cleanup()
 
 
 @pytest.fixture(params=STORES)

@@ -22,6 +22,7 @@ from nearfar.errors import NearfarError
 from nearfar.launch import run_one
 from nearfar.metrics.detection import Boxes, detection_evidence
 from nearfar.serving import Trained
+from nearfar.serving.export import export_run
 from nearfar.serving.stream import embed_file, predict_file
 from nearfar.systems import build_system
 from nearfar.systems.detector.model import build_detector, load_frozen, save_frozen
@@ -150,6 +151,15 @@ def test_every_kind_of_input_gives_the_same_boxes(trained: Trained, folder: Path
         NewData(tmp_path / "list.txt", images=photos, options={"min_score": str(max(scores))})
     )
     assert few["score"] == [max(scores)]
+
+
+def test_an_exported_folder_predicts_the_same(
+    trained: Trained, run: RunFolder, folder: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("safetensors")
+    export_run(run.path, tmp_path / "model")
+    again = nearfar.load(tmp_path / "model", "cpu").predict(folder / "test.json")
+    assert again.columns == trained.predict(folder / "test.json").columns
 
 
 def test_a_table_has_a_row_for_each_box(trained: Trained, folder: Path, tmp_path: Path) -> None:

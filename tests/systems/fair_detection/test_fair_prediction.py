@@ -19,6 +19,7 @@ from nearfar.data.coco import read_coco
 from nearfar.errors import NearfarError
 from nearfar.launch import run_one
 from nearfar.metrics.detection import Boxes, detection_evidence
+from nearfar.serving.export import export_run
 from nearfar.serving.stream import predict_file
 from nearfar.systems.detector.scenes import scenes_folder
 from nearfar.systems.detector.system import true_boxes
@@ -53,6 +54,7 @@ SMALL = [
     "trainer.threads=1",
 ]
 
+pytest.importorskip("safetensors")
 pytestmark = [pytest.mark.usefixtures("module_cache"), pytest.mark.slow]
 
 
@@ -111,6 +113,8 @@ def test_the_detector_is_kept_with_the_run(run: RunFolder, tmp_path: Path) -> No
     photos = tmp_path / "photos"
     shutil.copytree(test_file(run).parent, photos)
     expected = nearfar.load(run.path, "cpu").predict(photos)["score"]
+    export_run(run.path, tmp_path / "model")
+    assert nearfar.load(tmp_path / "model", "cpu").predict(photos)["score"] == expected
     old = tmp_path / "old"
     shutil.copytree(run.path, old)
     shutil.rmtree(old / "detector")

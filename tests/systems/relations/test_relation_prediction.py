@@ -19,6 +19,7 @@ from nearfar.data.chunks import NewData
 from nearfar.errors import NearfarError
 from nearfar.launch import run_one
 from nearfar.serving import Trained
+from nearfar.serving.export import export_run
 from nearfar.serving.stream import embed_file, predict_file
 from nearfar.systems import build_system
 from nearfar.systems.relations.evaluation import Predictions
@@ -232,6 +233,14 @@ def test_tables_of_pairs_and_of_boxes(trained: Trained, folder: Path, tmp_path: 
     )
     of_pairs = trained.predict(NewData(tmp_path / "pairs.jsonl", images=folder / "images"))
     assert of_pairs["relation"] == of_boxes["relation"][:1]
+    rows = "".join(json.dumps(row | {"id": f"pair {i}"}) + "\n" for i in range(5))
+    rows += json.dumps(row | {"id": "pair 5", "object_box": [900, 10, 950, 20]}) + "\n"
+    (tmp_path / "many.jsonl").write_text(rows)
+    many = NewData(tmp_path / "many.jsonl", images=folder / "images", rows=2)
+    chunks = list(trained.new_items(many))
+    assert [items.ids for items in chunks] == [["pair 0", "pair 1"], ["pair 2", "pair 3"], ["pair 4"]]
+    assert [items.rows for items in chunks] == [[1, 2], [3, 4], [5]]
+    assert [len(items.rejections) for items in chunks] == [0, 0, 1]
     np.testing.assert_allclose(of_pairs["probability"], of_boxes["probability"][:1], atol=1e-6)
     assert len(of_pairs.rejections) == 1
     values = trained.predict(
@@ -266,6 +275,17 @@ def test_views_are_embedded(trained: Trained, run: RunFolder, folder: Path, tmp_
     ]
     for view in ("spatial", "visual", "names"):
         assert load_tower(run.path / "towers" / view).options == trained.system.towers[view].options
+
+
+def test_an_exported_folder_predicts_the_same(
+    trained: Trained, run: RunFolder, folder: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("safetensors")
+    export_run(run.path, tmp_path / "model")
+    assert (tmp_path / "model" / "towers" / "visual" / "network").is_dir(), "the frozen encoder comes along"
+    write_coco(tmp_path / "boxes.json", folder)
+    source = NewData(tmp_path / "boxes.json", images=folder / "images")
+    assert nearfar.load(tmp_path / "model", "cpu").predict(source).columns == trained.predict(source).columns
 
 
 def test_runs_without_probe_or_towers(run: RunFolder, folder: Path, tmp_path: Path) -> None:
@@ -313,6 +333,8 @@ def test_bad_input(trained: Trained, folder: Path, tmp_path: Path) -> None:
     fails("name,left\ncup,3\n", "no column with the names of pictures", "c.csv")
     (tmp_path / "empty").mkdir()
     fails(coco, "none of its first 3 pictures was found.*--images FOLDER", images=tmp_path / "empty")
+    low = [{"file_name": "0.jpg", "image_id": 1, "category": "cup", "bbox": [1, 1, 20, 20], "score": 0.1}]
+    fails(low, r"there is no pair: .*score below 0\.5.*--set min_score", "low.json")
     with pytest.raises(NearfarError, match="Boxes are needed, not pictures alone"):
         trained.predict(folder)
     with pytest.raises(NearfarError, match="read without an option 'min_scor': did you mean 'min_score'"):

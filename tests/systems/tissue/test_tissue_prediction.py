@@ -20,6 +20,7 @@ from nearfar.data.chunks import NewData
 from nearfar.errors import NearfarError
 from nearfar.launch import run_one
 from nearfar.serving import Trained
+from nearfar.serving.export import export_run
 from nearfar.serving.stream import embed_file, predict_file
 from nearfar.systems import build_system
 from nearfar.systems.tissue.evaluation import chosen_genes, pearson_estimate
@@ -259,6 +260,15 @@ def test_runs_without_references_or_towers(run: RunFolder, shards: Path, new: Pa
         )
     finally:
         moved.rename(shards)
+
+
+def test_an_exported_folder_predicts_the_same(
+    trained: Trained, run: RunFolder, new: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("safetensors")
+    export_run(run.path, tmp_path / "model")
+    again = nearfar.load(tmp_path / "model", "cpu").predict(NewData(new))
+    assert again.columns == trained.predict(NewData(new)).columns
 
 
 def test_references_of_more_bytes_are_read_from_the_data(

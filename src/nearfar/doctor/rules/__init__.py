@@ -12,6 +12,7 @@ from nearfar.doctor.rules import (
     machine,
     positives,
     significance,
+    sparse_logs,
     temperature,
 )
 
@@ -23,6 +24,7 @@ RULES = RuleBook(
     for theme in (
         course,
         loss,
+        sparse_logs,
         positives,
         curriculum,
         hardness,

@@ -14,6 +14,8 @@ __all__ = ["RULES"]
 
 #: variance (1: uniform on the sphere) and mean cosine at which all rows are one; the two add up to about 1
 NO_VARIANCE, ONE_DIRECTION = 0.05, 0.95
+#: 1 − mean cosine of rows with themselves before training up to which they stand still
+MOVED = 1e-6
 #: uniformity of rows with mean cosine .95; well spread ones have about -4
 NOT_UNIFORM = -0.2
 #: share of the directions that could be used, below which most of the space is empty
@@ -44,6 +46,19 @@ def _collapsed(signals: Signals) -> dict[str, tuple[str, float, Series]]:
         if series.mean() < NO_VARIANCE:
             collapsed[view] = ("variance", series.mean(), series)
     return collapsed
+
+
+def _still(signals: Signals) -> Evidence | None:
+    """All views: one that stands still beside one that moves is frozen on purpose."""
+    moved = {view: series.tail(least=1) for view, series in signals.named("*/moved").items()}
+    if not moved or any(series.mean() > MOVED for series in moved.values()):
+        return None
+    listed = ", ".join(f"{view} {series.mean():.1g}" for view, series in moved.items())
+    where = next(iter(moved.values())).where_text()
+    return Evidence(
+        f"1 − cosine of each row's embedding with that before training: {listed} in {where}.",
+        {f"{view}/moved": series.mean() for view, series in moved.items()},
+    )
 
 
 def _collapse(signals: Signals) -> Evidence | None:
@@ -132,6 +147,15 @@ def _hubs(signals: Signals) -> Evidence | None:
 
 
 RULES = (
+    Rule(
+        "embeddings-still", "error", "The embeddings have not moved since the start.", (("*/moved",),), _still,
+        looks_at="`*/moved` of every view, last probes", threshold=f"{MOVED:g} or less in all of them",
+        cause="The optimiser does not hold the encoder's weights, they are frozen, the embeddings were detached from "
+        "the loss, or the learning rate is nothing.",
+        remedy=advice("Check that the optimiser was made of the parameters of the model that is embedded, that none of "
+                      "it is under `no_grad` or `.detach()`, and that `optimizer.step()` is called."),
+        source="weights that move change what they embed",
+    ),
     Rule(
         "collapse", "error", "The embeddings have collapsed into one direction.",
         (("*/variance",), ("*/mean_cosine",), ("*/uniformity",)), _collapse,

@@ -171,7 +171,7 @@ def _baseline(signals: Signals) -> Evidence | None:
     for split, name, estimate in of_splits(signals):
         baseline, kind = _lookup(baselines, split, name)
         if baseline is None and name == main:
-            baseline, kind = estimate.get("chance"), "chance"
+            baseline, kind = _chance(signals, split, name, estimate), "chance"
         value = estimate.get("value")
         if baseline is None or value is None or estimate.get("trivial"):
             continue
@@ -191,6 +191,17 @@ def _baseline(signals: Signals) -> Evidence | None:
     if not judged:
         raise TooLittle("no metric stands beside a baseline or chance level")
     return None
+
+
+def _chance(signals: Signals, split: str, name: str, estimate: Mapping[str, Any]) -> float | None:
+    """The chance level of a metric: as stated, or of a share of queries that find their own among the first k of a
+    gallery that is known."""
+    if estimate.get("chance") is not None:
+        return float(estimate["chance"])
+    cut, gallery = _CUTOFF.search(name), _gallery(signals, split, estimate)
+    if cut is None or not gallery or "acc" in name.lower():
+        return None
+    return min(1.0, int(cut.group(1)) / gallery)
 
 
 def _baseline_remedy(signals: Signals) -> Remedy:
@@ -245,7 +256,8 @@ RULES = (
     ),
     Rule(
         "baseline-not-beaten", "warning", "A constant predictor, or chance, does as well.",
-        (("metrics", "baselines"), ("val/*", "baselines"), ("metrics",), ("val/*", "estimates")), _baseline,
+        (("metrics", "baselines"), ("val/*", "baselines"), ("metrics",), ("val/*", "estimates"), ("val/*", "gallery")),
+        _baseline,
         looks_at="every metric beside `baselines`; the monitored one beside its chance",
         threshold="the value, or the near end of its interval, does not exceed it",
         cause="The metric rewards what most rows have anyway, or nothing was learned.",

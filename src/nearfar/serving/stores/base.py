@@ -127,6 +127,10 @@ class VectorStore(ABC):
         """Build the approximate index: what to note of it, and the least and the largest effort of a search."""
         raise NotImplementedError
 
+    def _exact_is_faster(self, queries: int, effort: int) -> bool:
+        """Whether so many queries together are compared with all rows in less time than the index takes."""
+        return False
+
     def _forget_index(self) -> None:
         """Remove an approximate index."""
 
@@ -240,6 +244,8 @@ class VectorStore(ABC):
         rows = self._units(rows)
         conditions = parse_where(where, self.kinds)
         effort = None if exact else self._effort(conditions)
+        if effort is not None and self._exact_is_faster(len(rows), effort):
+            effort = None
         answers = self._search(rows, k, conditions, effort)
         if effort is not None:
             short = [i for i, matches in enumerate(answers) if len(matches.ids) < k]

@@ -40,6 +40,11 @@ _SHAPE: dict[str, object] = {
 }
 _GROUP = 8192  # rows of a row group: what is read to show one row
 _BLOCK = 65_536  # rows that are copied at once
+_PRODUCT = 16_384  # rows of one matrix product
+#: comparing a row of a cell takes so many times as long as one in a matrix product, and reading all rows once as
+#: long as so many queries (docs/search.md)
+_ONE_BY_ONE, _PASS = 20, 50
+_POINTS = 40  # rows for each cell, from which its centre is learned
 _EDGE = 1 << 20  # bytes at both ends of a file that its check covers
 
 
@@ -265,11 +270,11 @@ class FaissStore(VectorStore):
         flat = faiss.IndexFlatIP(self.dim)
         index: faiss.Index = flat
         if rows >= (self.approximate_from or rows + 1):
-            cells = max(1, min(int(2 * np.sqrt(rows)), rows // 39))
+            cells = max(1, min(int(4 * np.sqrt(rows)), rows // _POINTS))
             index = faiss.IndexIVFFlat(flat, self.dim, cells, faiss.METRIC_INNER_PRODUCT)
-            index.cp.niter, index.cp.seed, index.cp.max_points_per_centroid = 10, 1, 64
+            index.cp.niter, index.cp.seed, index.cp.max_points_per_centroid = 8, 1, _POINTS
             index.cp.min_points_per_centroid = 1
-            wanted = np.sort(np.random.default_rng(0).choice(rows, min(rows, 64 * cells), replace=False))
+            wanted = np.sort(np.random.default_rng(0).choice(rows, min(rows, _POINTS * cells), replace=False))
             index.train(np.concatenate([*_blocks(pieces, kept, wanted)]))
             # exact until its recall is measured
             self.index = {"cells": cells, "effort": cells, "most": cells, "rows": 0}
@@ -386,15 +391,52 @@ class FaissStore(VectorStore):
             passing = self._passing(where)
             most = int(passing.sum())
             selector = faiss.IDSelectorBitmap(np.packbits(passing, bitorder="little"))
-        options: dict[str, Any] = {} if selector is None else {"sel": selector}
-        if self.index is not None:
-            parameters = faiss.SearchParametersIVF(nprobe=effort or self.index["cells"], **options)
-        else:
-            parameters = faiss.SearchParameters(**options)
         if not most:
             return [Matches(np.zeros(0, np.float32), [], []) for _ in vectors]
+        if self.index is not None and effort is None:
+            return self._matches(*self._compare_all(vectors, min(k, most), passing if where else None))
+        options: dict[str, Any] = {} if selector is None else {"sel": selector}
+        parameters = faiss.SearchParameters(**options)
+        if self.index is not None:
+            parameters = faiss.SearchParametersIVF(nprobe=effort, **options)
         scores, positions = index.search(vectors, min(k, most), params=parameters)
         return self._matches(scores, positions)
+
+    def _exact_is_faster(self, queries: int, effort: int) -> bool:
+        assert self.index is not None
+        looked_at = effort / int(self.index["cells"])
+        return _ONE_BY_ONE * looked_at * queries > queries + _PASS
+
+    def _compare_all(
+        self, vectors: np.ndarray, k: int, passing: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Scores and positions of the nearest rows in all cells: a matrix product for each block of cells."""
+        faiss: Any = importlib.import_module("faiss")
+        index: Any = self._faiss()
+        lists, best = index.invlists, faiss.ResultHeap(len(vectors), k, keep_max=True)
+        ids: list[np.ndarray] = []
+        rows: list[np.ndarray] = []
+        waiting = 0
+        for cell in range(lists.nlist):
+            size = int(lists.list_size(cell))
+            if size:
+                own = faiss.rev_swig_ptr(lists.get_ids(cell), size)
+                codes = faiss.rev_swig_ptr(lists.get_codes(cell), size * self.dim * 4)
+                some = codes.view(np.float32).reshape(size, self.dim)
+                if passing is not None:
+                    own, some = own[passing[own]], some[passing[own]]
+                ids.append(own)
+                rows.append(some)
+                waiting += len(own)
+            if waiting and (waiting >= _PRODUCT or cell == lists.nlist - 1):
+                positions = np.concatenate(ids)
+                scores, at = faiss.knn(
+                    vectors, np.concatenate(rows), min(k, waiting), metric=faiss.METRIC_INNER_PRODUCT
+                )
+                best.add_result(scores, positions[at])
+                ids, rows, waiting = [], [], 0
+        best.finalize()
+        return best.D, best.I
 
     def _matches(self, scores: np.ndarray, positions: np.ndarray) -> list[Matches]:
         """Scores and positions (−1: none) with the ids and columns that stand there."""

@@ -67,7 +67,9 @@ class FairDetectionSystem(System[PictureBatch, FairModel]):
         self.bound = epsilon_schedule(config)
         self.detector: Detector
         self.splits: dict[str, CocoSplit] = {}
-        self._categories: tuple[str, ...] = ()  # of a run that was loaded
+        # of a run that was loaded
+        self._categories: tuple[str, ...] = ()
+        self._image_size: int | None = None
         self.groups: tuple[str, str]  # the one with the lower AP, the other
         self.epoch = 0
         self.datasets: dict[str, PictureDataset] = {}
@@ -226,6 +228,7 @@ class FairDetectionSystem(System[PictureBatch, FairModel]):
             "categories": list(self.categories),
             "lower_group": self.groups[0],
             "upper_group": self.groups[1],
+            "image_size": self.image_size,
             "detector": None if isinstance(self.detector, SmallDetector) else str(self.config.detector),
             "weights": self._weights,
         }
@@ -240,6 +243,11 @@ class FairDetectionSystem(System[PictureBatch, FairModel]):
         """The categories that are found, in the order of their positions in detections."""
         return self.splits["train"].categories if self.splits else self._categories
 
+    @property
+    def image_size(self) -> int:
+        """Pixels that pictures are resized to each way."""
+        return self._image_size or self.config.used_data.image_size
+
     def load_assets(self, folder: Path) -> None:
         """The frozen detector; of a run of before it was kept, by the run's data."""
         if not (folder / ASSETS).is_file():
@@ -249,10 +257,11 @@ class FairDetectionSystem(System[PictureBatch, FairModel]):
             self._categories = whole.categories
         else:
             shape = {
-                "categories": [str], "lower_group": str, "upper_group": str, "detector": Maybe(str), "weights": str
+                "categories": [str], "lower_group": str, "upper_group": str, "image_size": int,
+                "detector": Maybe(str), "weights": str,
             }  # fmt: skip
             about = read_json(folder / ASSETS, shape)
-            self._categories = tuple(about["categories"])
+            self._categories, self._image_size = tuple(about["categories"]), about["image_size"]
             self.groups, self._weights = (about["lower_group"], about["upper_group"]), about["weights"]
             name = about["detector"]
             self.detector = load_frozen(folder / DETECTOR) if name is None else load_detector(name)
@@ -273,7 +282,7 @@ class FairDetectionSystem(System[PictureBatch, FairModel]):
         return pictures_of(values)
 
     def new_dataset(self, items: Items) -> NewPictureDataset:
-        return NewPictureDataset(items, self.config.used_data.image_size)
+        return NewPictureDataset(items, self.image_size)
 
     def predictions(self, outputs: Mapping[str, Tensor], items: Items) -> dict[str, list[Any]]:
         """A row for each box that the detector finds in the perturbed picture, see `box_rows`."""

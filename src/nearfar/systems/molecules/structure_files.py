@@ -32,7 +32,7 @@ from nearfar.models.molecules.smiles import (
     sanitization_problem,
 )
 
-__all__ = ["STRUCTURE_SUFFIXES", "read_structures"]
+__all__ = ["STRUCTURE_SUFFIXES", "is_headless", "read_structures"]
 
 _SMI_SUFFIXES = (".smi", ".smiles", ".ism", ".can", ".cxsmiles")
 _SDF_SUFFIXES = (".sdf", ".sd")
@@ -110,6 +110,32 @@ def read_structures(
     words = [f"column {used[name] + 1} is the {word}" for name, word in _ROLES.items() if name in used]
     bare.notes.append(f"no header line: {', '.join(words)}")
     return bare.take(used)
+
+
+def is_headless(
+    path: Path, columns: Mapping[str, Sequence[str]], encoding: str | None = None, most: int = 1 << 24
+) -> bool:
+    """Whether a text table or spreadsheet has a molecule where a header would stand; not asked of files above ``most``
+    bytes.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "pairs.csv"
+    >>> _ = path.write_text("CCO,ethanol\\nCC,ethane\\n")
+    >>> is_headless(path, {"smiles": ["smiles"], "text": ["name"]})
+    True
+    """
+    suffix = full_suffix(path) if path.is_file() else ""
+    if (
+        suffix not in TABLE_SUFFIXES
+        or suffix in JSON_SUFFIXES + PARQUET_SUFFIXES
+        or path.stat().st_size > most
+    ):
+        return False
+    raw = open_table(path, encoding, "--encoding")
+    listed = len(raw.header) == 1 and len(raw.header[0].split()) > 1
+    return _molecule_in_header(raw, columns) is not None or (
+        listed and parse_smiles(raw.header[0].split()[0])[0] is not None
+    )
 
 
 _ROLES = {"smiles": "structure", "text": "text", "id": "id"}

@@ -13,19 +13,19 @@ from torch import nn
 from nearfar.data.cache import content_key
 from nearfar.data.chunks import NewData, read_chunks
 from nearfar.data.files import Json
-from nearfar.data.items import Items, value_groups
+from nearfar.data.items import Column, Items, value_groups
 from nearfar.data.splits import column_name, data_paths
 from nearfar.data.table_formats import full_suffix
-from nearfar.data.tables import TABLE_SUFFIXES
+from nearfar.data.tables import TABLE_SUFFIXES, is_placeholder
 from nearfar.errors import NearfarError, nearest_name
 from nearfar.losses.views import ViewLoss
-from nearfar.models.molecules.smiles import quiet_rdkit
+from nearfar.models.molecules.smiles import canonical_smiles, parse_smiles, quiet_rdkit
 from nearfar.models.text import load_text_encoder
 from nearfar.models.views import HeadKind, build_head
 from nearfar.systems.molecules.data import MoleculeData, load_embedded, load_files
 from nearfar.systems.molecules.options import MoleculeOptions
 from nearfar.systems.molecules.records import COLUMNS, scaffolds_of
-from nearfar.systems.molecules.structure_files import STRUCTURE_SUFFIXES, read_structures
+from nearfar.systems.molecules.structure_files import STRUCTURE_SUFFIXES, is_headless, read_structures
 from nearfar.systems.view_system import ViewSystem
 from nearfar.towers import Tower
 from nearfar.towers.molecule import MoleculeTower
@@ -223,42 +223,58 @@ class MoleculeSystem(ViewSystem):
         return [*filter(None, [own]), *COLUMNS[name]]
 
     def new_items(self, source: NewData) -> Iterator[Items]:
-        """Tables, and lists of SMILES and SDF as `read_structures` reads them."""
+        """Tables, also without a header line, and lists of SMILES and SDF as `read_structures` reads them."""
         path = Path(source.path).expanduser()
-        if (
-            path.is_file()
-            and full_suffix(path) in STRUCTURE_SUFFIXES
-            and full_suffix(path) not in TABLE_SUFFIXES
-        ):
+        suffix = full_suffix(path) if path.is_file() else ""
+        listed = suffix in STRUCTURE_SUFFIXES and suffix not in TABLE_SUFFIXES
+        if listed or (not source.columns and is_headless(path, self._all_headers(), source.encoding)):
             yield from self._new_structures(path, source)
             return
         for items in read_chunks(source, self.view_headers(), ids=self._headers("id")):
             yield self.usable(items)
 
+    def _all_headers(self) -> dict[str, list[str]]:
+        return {name: self._headers(name) for name in COLUMNS}
+
     def _new_structures(self, path: Path, source: NewData) -> Iterator[Items]:
-        roles = {"smiles": "molecule", "text": "text", "id": "id"}
+        roles = {"smiles": "molecule", "text": "text"}
         for view in source.columns:
             if view not in self.views:
                 raise NearfarError(f"this run has no view '{view}'; {nearest_name(view, self.views)}")
         given = {name: source.columns.get(role) for name, role in roles.items()} | {"id": source.id_column}
         table = read_structures(
-            path,
-            {name: self._headers(name) for name in roles},
-            given,
-            ("text", "id"),
-            _NAMING,
-            source.encoding,
+            path, self._all_headers(), given, ("text", "id"), _NAMING, source.encoding, "--encoding"
         )
-        ids = table["id"] if "id" in table else [str(row) for row in table.rows]
-        columns = {
-            roles[name]: [value.strip() or None for value in table[name]]
-            for name in ("smiles", "text")
-            if name in table
+        ids = table["id"] if "id" in table else ["" for _ in table.rows]
+        ids = [each.strip() or f"row{row}" for each, row in zip(ids, table.rows, strict=True)]
+        columns: dict[str, Column] = {
+            roles[name]: [value.strip() or None for value in table[name]] for name in roles if name in table
         }
-        whole = Items(ids, dict(columns), str(path), rows=table.rows, rejections=table.rejections)
+        whole = Items(ids, columns, str(path), rows=table.rows, rejections=table.rejections)
         for start in range(0, len(whole), source.rows):
             chunk = whole.take(range(start, min(start + source.rows, len(whole))))
             yield self.usable(replace(chunk, rejections=whole.rejections) if start == 0 else chunk)
+
+    def checked(self, items: Items) -> tuple[Items, dict[str, list[str | None]]]:
+        """Molecules as canonical SMILES and texts without further blanks, as they were trained on."""
+        columns: dict[str, Column] = dict(items.columns)
+        reasons: dict[str, list[str | None]] = {}
+        if "molecule" in items:
+            smiles: list[Any] = []
+            reasons["molecule"] = []
+            for value in items["molecule"]:
+                if value is None or not str(value).strip():
+                    smiles.append(None)
+                    continue
+                molecule, _ = parse_smiles(str(value))
+                smiles.append(str(value) if molecule is None else canonical_smiles(molecule))
+                reasons["molecule"].append("unparsable SMILES" if molecule is None else None)
+            columns["molecule"] = smiles
+        if "text" in items:
+            texts = ["" if value is None else " ".join(str(value).split()) for value in items["text"]]
+            columns["text"] = [None if not text or is_placeholder(text) else text for text in texts]
+            reasons["text"] = [None] * sum(text is not None for text in columns["text"])
+        return replace(items, columns=columns), reasons
 
     def read_weights(self, weights: Json) -> Json:
         """Weights by today's names; before its towers were shared with other systems, the model had its own."""

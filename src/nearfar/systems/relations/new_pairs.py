@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from nearfar.data.cache import without_cache
 from nearfar.data.chunks import NewData, read_chunks
 from nearfar.data.coco_files import NoBoxError, box_of, picture_files
 from nearfar.data.coco_rows import row_key
@@ -73,6 +74,8 @@ class _Picture:
     photo: Path | None = None
     objects: list[_Object] = field(default_factory=list)
     named: list[Triple] = field(default_factory=list)
+    #: of named pairs what a table calls them, by their rows
+    ids: dict[int, str] = field(default_factory=dict)
 
     def triples(self) -> list[Triple]:
         """Every ordered pair of the objects, or the named ones."""
@@ -105,31 +108,36 @@ def read_pairs(
     if not path.is_file():
         hint = " Boxes are needed, not pictures alone: a COCO file, a detector's results or a table."
         raise NearfarError(f"{path} is a folder.{hint}" if path.is_dir() else f"{path}: no such file.")
-    rejections = Rejections()
+    unread = Rejections()  # of the reading, until a chunk takes them
     images = _images_folder(source)
     if path.suffix.lower() == ".json":
-        pictures = _of_json(path, source, min_score, rejections)
+        pictures = _of_json(path, source, min_score, unread)
     else:
-        pictures = _of_table(path, source, min_score, rejections, names)
+        pictures = _of_table(path, source, min_score, unread, names)
     files = picture_files(path, images) if photos else None
     if files is not None:
         files.endings = True
-    count = 0
-    for some in _chunks(pictures, source.rows):
-        if count == 0 and files is not None:
+    count, every = 0, Rejections()
+    for number, some in enumerate(_chunks(pictures, source.rows)):
+        if number == 0 and files is not None:
             _require_photos(some, files, path, source)
-        items = _items(some, path, files, required, rejections, photos, names)
+        own = Rejections()
+        own.extend(unread)
+        unread.clear()
+        items = _items(some, path, files, required, own, photos, names)
         count += len(items)
+        every.extend(own)
         yield items
-        rejections = Rejections()
-    if count == 0 or len(rejections):
-        empty = Items([], {}, str(path), rejections=rejections)
-        if count == 0 and not len(rejections):
-            raise NearfarError(
-                f"{path}: no picture in it has two boxes, so that there is no pair. A detector's boxes below "
-                f"min_score={min_score:g} are left out (--set min_score=0)."
-            )
-        yield empty
+    if len(unread) and count:
+        yield Items([], {}, str(path), rejections=unread)
+    every.extend(unread)
+    if not count:
+        few = f"{every.summary()}." if len(every) else "no picture in it has two boxes."
+        low = any(reason.startswith("score below") for reason in every.counts)
+        raise NearfarError(
+            f"{path}: there is no pair: {few}"
+            + " --set min_score=0.1 takes boxes of lower scores, too." * low
+        )
 
 
 def _images_folder(source: NewData) -> Path | None:
@@ -178,16 +186,21 @@ def _items(
     photos: bool,
     names: bool,
 ) -> Items:
+    ids = {row: name for picture in pictures for row, name in picture.ids.items()}
     triples = [triple for picture in pictures for triple in picture.triples()]
     notes: dict[str, Any] = {}
     known: Mapping[str, Photo] = {}
     if files is not None:
-        known = usable_photos(triples, files, rejections, notes)
-    pairs = boxed_pairs(triples, known, rejections, notes, required)
-    if pairs is None:
+        with without_cache():  # pictures that are seen once
+            known = usable_photos(triples, files, rejections, notes)
+    usable = boxed_pairs(triples, known, rejections, notes, required)
+    if usable is None:
         return Items([], {}, str(path), rejections=rejections, notes=notes)
+    pairs, rows = usable
     items = items_of(pairs, str(path), photos=photos, names=names)
-    items.rejections, items.notes = rejections, notes
+    if ids:
+        items.ids = [ids[row] for row in rows]
+    items.rows, items.rejections, items.notes = rows, rejections, notes
     return items
 
 
@@ -381,7 +394,10 @@ def _number(value: Any) -> float | None:
 def _of_table(
     path: Path, source: NewData, min_score: float, rejections: Rejections, names: bool
 ) -> Iterator[_Picture]:
-    """A pair in each row where columns are called after subject and object, else a box in each row."""
+    """A pair in each row where columns are called after subject and object, else a box in each row.
+
+    Pairs are handed out chunk by chunk; boxes of one picture may stand anywhere, so that all are read first.
+    """
     headers: dict[str, Sequence[str]] = {**PAIR_HEADERS, **_BOX_HEADERS}
     pictures: dict[str, _Picture] = {}
     for items in read_chunks(source, headers):
@@ -405,36 +421,41 @@ def _of_table(
                 rejections.add("row without a picture", row)
                 continue
             shown = Path(str(image))
-            picture = pictures.setdefault(str(image), _Picture(shown.name if shown.is_file() else str(image)))
-            picture.photo = shown if shown.is_file() else None
+            picture = pictures.get(str(image))
+            if picture is None:
+                there = shown.is_file()
+                picture = _Picture(shown.name if there else str(image), photo=shown if there else None)
+                pictures[str(image)] = picture
             try:
                 if as_pairs:
-                    boxes = [_box_at(items, at, f"{which}_") for which in ("subject", "object")]
-                    subject, other = (str(_value(items, name, at) or "") for name in ("subject", "object"))
-                    picture.named.append(
-                        Triple(
-                            picture.name,
-                            subject,
-                            boxes[0],
-                            "",
-                            other,
-                            boxes[1],
-                            row,
-                            None,
-                            None,
-                            picture.photo,
-                        )
-                    )
-                    continue
-                score = _number(_value(items, "score", at))
-                if score is not None and score < min_score:
-                    rejections.add(f"score below {min_score:g}", row)
-                    continue
-                name = str(_value(items, "name", at) or "")
-                picture.objects.append(_Object(name, _box_at(items, at, ""), row))
+                    _add_pair(picture, items, at, row)
+                else:
+                    _add_object(picture, items, at, row, min_score, rejections)
             except NearfarError as error:
                 rejections.add(str(error), row, str(image))
-    return _distinct(pictures)
+        if as_pairs:
+            yield from _distinct(pictures)
+            pictures = {}
+    yield from _distinct(pictures)
+
+
+def _add_pair(picture: _Picture, items: Items, at: int, row: int) -> None:
+    first, second = (_box_at(items, at, f"{which}_") for which in ("subject", "object"))
+    subject, other = (str(_value(items, name, at) or "") for name in ("subject", "object"))
+    picture.named.append(
+        Triple(picture.name, subject, first, "", other, second, row, None, None, picture.photo)
+    )
+    picture.ids[row] = items.ids[at]
+
+
+def _add_object(
+    picture: _Picture, items: Items, at: int, row: int, min_score: float, rejections: Rejections
+) -> None:
+    score = _number(_value(items, "score", at))
+    if score is not None and score < min_score:
+        rejections.add(f"score below {min_score:g}", row)
+        return
+    picture.objects.append(_Object(str(_value(items, "name", at) or ""), _box_at(items, at, ""), row))
 
 
 def _distinct(pictures: Mapping[str, _Picture]) -> Iterator[_Picture]:

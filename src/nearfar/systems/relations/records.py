@@ -215,13 +215,13 @@ def boxed_pairs(
     rejections: Rejections,
     notes: dict[str, Any],
     photos_required: bool = False,
-) -> Pairs | None:
-    """The pairs whose boxes can be used, whatever their predicates, as `collect_pairs` checks them; None: there are
-    none."""
+) -> tuple[Pairs, list[int]] | None:
+    """The pairs whose boxes can be used, whatever their predicates, as `collect_pairs` checks them, and their rows;
+    None: there are none."""
     extent = _extents(rows, photos)
     named = [(row, row.predicate) for row in rows]
-    kept = _with_boxes(named, photos, extent, rejections, notes, photos_required)
-    return _columns(kept, photos, extent) if kept else None
+    kept = _with_boxes(named, photos, extent, rejections, notes, photos_required, once=False)
+    return (_columns(kept, photos, extent), [row.row for row, *_ in kept]) if kept else None
 
 
 def _with_boxes(
@@ -231,8 +231,9 @@ def _with_boxes(
     rejections: Rejections,
     notes: dict[str, Any],
     photos_required: bool,
+    once: bool = True,
 ) -> list[tuple[Triple, str, Box, Box]]:
-    """Rows of two usable boxes, each once, with the boxes cut at the border."""
+    """Rows of two usable boxes, with the boxes cut at the border; each ``once``, or as often as it stands there."""
     kept: list[tuple[Triple, str, Box, Box]] = []
     seen: set[tuple[str, Box, Box, str]] = set()
     for row, relation in rows:
@@ -255,7 +256,7 @@ def _with_boxes(
         if len(boxes) < 2:
             continue
         key = (row.image, boxes[0], boxes[1], relation)
-        if key in seen:
+        if once and key in seen:
             rejections.add("repeated", row.row, shown, row.image)
             continue
         seen.add(key)

@@ -192,7 +192,7 @@ def _of_slide(path: Path, slide: Slide, source: NewData, reading: Reading) -> It
         columns["spot"] = [counts.spots[row] for row in some.tolist()]
         ids = [f"{slide.name}/{counts.spots[row]}" for row in some.tolist()]
         own = rejections if start == 0 else Rejections()
-        return Items(ids, columns, str(path), rejections=own, notes=notes)
+        return Items(ids, columns, str(path), rows=(some + 1).tolist(), rejections=own, notes=notes)
 
     starts = range(0, len(counts.spots), rows)
     if not boxes:
@@ -254,7 +254,7 @@ def _of_expression(path: Path, source: NewData, reading: Reading) -> Iterator[It
         names = [counts.spots[row] for row in some.tolist()]
         columns: dict[str, Column] = {} if at is None else {"gene": _expression(counts, some, reading)}
         columns["spot"] = names
-        yield Items(names, columns, str(path), rejections=rejections, notes=notes)
+        yield Items(names, columns, str(path), rows=(some + 1).tolist(), rejections=rejections, notes=notes)
         rejections = Rejections()
 
 
@@ -284,7 +284,7 @@ def _of_shards(path: Path, source: NewData, reading: Reading) -> Iterator[Items]
             columns["position"] = tissue.positions[part]
             ids = list(tissue.ids[part])
             columns["spot"] = [name.removeprefix(f"{entry.name}/") for name in ids]
-            yield Items(ids, columns, str(path), notes=notes)
+            yield Items(ids, columns, str(path), rows=list(range(part.start + 1, part.stop + 1)), notes=notes)
 
 
 def _check_alike(path: Path, patch: Json, expression: Json, reading: Reading) -> None:

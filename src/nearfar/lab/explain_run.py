@@ -1,0 +1,134 @@
+"""A batch of a run, explained row by row under the run's weights: ``nearfar doctor RUN --batch N``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nearfar.contrast import DuplicateMask, Mask, SimilarityMask
+from nearfar.contrast.masks import as_mask
+from nearfar.errors import NearfarError
+from nearfar.losses.explain import BatchExplanation, explain_batch
+from nearfar.losses.views import ViewLoss
+from nearfar.systems import build_system
+from nearfar.systems.view_system import ViewSystem
+from nearfar.training.batches import LIKELY_FALSE_NEGATIVE
+from nearfar.training.checkpoint import Checkpoint, find_checkpoint
+from nearfar.training.run_folder import RunFolder
+from nearfar.training.state import initial_model, load_weights
+
+__all__ = ["explain_run"]
+
+
+def explain_run(
+    run: Path,
+    batch: int,
+    *,
+    rows: int | None = 8,
+    k: int = 3,
+    checkpoint: str = "last",
+    say: Callable[[str], None] = lambda _: None,
+) -> dict[str, BatchExplanation]:
+    """A batch of the epoch that a run's checkpoint is in, for each two views that are contrasted.
+
+    Args:
+        run: a run of a system of views (pairs, labels, augmented, molecules, …).
+        batch: its number in the epoch, from 1.
+        rows: how many of its first rows are explained; None: all.
+        k: positives, negatives and left-out rows that are listed of each.
+        checkpoint: "last" or "best".
+
+    Raises:
+        NearfarError: a system whose loss is not between views, a number beyond the epoch, data that has changed.
+    """
+    path = find_checkpoint(run, prefer=checkpoint)
+    folder = RunFolder.of(path)
+    system: Any = build_system(folder.config(), saved=True)
+    if not isinstance(system, ViewSystem) or not isinstance(system.loss, ViewLoss):
+        raise NearfarError(
+            f"{folder}: batches of '{system.name}' are not explained; its loss is not one between views. In Python: "
+            "nearfar.losses.explain_batch takes any embeddings or similarities."
+        )
+    state = Checkpoint.load(path)
+    system.prepare(say)
+    if system.layout()["data_hash"] != state.data_hash:
+        raise NearfarError(
+            f"{folder}: its data has changed since it was trained; the batch would be a different one."
+        )
+    sampler = system.build_sampler()
+    # At the end of an epoch the state is that of the next, whose batches nobody has trained on yet.
+    epoch = max(0, state.epoch - (state.batches == 0))
+    system.on_epoch(epoch, sampler, lambda _: None)
+    if not 1 <= batch <= len(sampler):
+        raise NearfarError(f"batch {batch}: an epoch of this run has the batches 1 to {len(sampler)}.")
+    positions = next(islice(iter(sampler), batch - 1, None))
+    model = initial_model(system, system.config.seed)
+    load_weights(model, state, system, str(path))
+    model.eval()
+    dataset = system.datasets["train"]
+    dataset.set_epoch(epoch)
+    say(f"batch {batch} of epoch {epoch + 1}: {len(positions)} rows; weights of {path.name}, without dropout")
+    with torch.no_grad():
+        fields = dataset.__getitems__(list(positions))
+        embeddings = system.encode(model, fields)
+        context = system.context(embeddings, fields)
+        scale = model.scale()
+    temperature = 1 / float(scale) if scale is not None else float(system.config.temperature)
+    first_rows = None if rows is None else range(min(rows, len(positions)))
+    explained = {}
+    views = system.contrasted(embeddings)
+    for first, second in system.pairs():
+        masks: dict[str, Mask | torch.Tensor] = {}
+        if context.mask_duplicates:
+            for view in dict.fromkeys((first, second)):
+                if view in context.groups:
+                    masks[f"same {view}"] = DuplicateMask(context.groups[view])
+        suspects: dict[str, Mask | torch.Tensor] = {}
+        if context.reference is not None:
+            if context.threshold is not None:
+                masks[f"alike before training (from {context.threshold:g})"] = SimilarityMask(
+                    context.reference, context.threshold
+                )
+            else:
+                suspects["alike before training"] = SimilarityMask(context.reference, LIKELY_FALSE_NEGATIVE)
+        whole = [context.present[view] for view in (first, second) if view in context.present]
+        at = torch.arange(len(positions)) if not whole else torch.stack(whole).all(0).nonzero()[:, 0]
+        if len(at) < len(positions):
+            masks = {name: _some(mask, at) for name, mask in masks.items()}
+            suspects = {name: _some(mask, at) for name, mask in suspects.items()}
+        texts = {view: _texts(system, view, [positions[i] for i in at.tolist()]) for view in (first, second)}
+        explained[f"{first} → {second}"] = explain_batch(
+            views[first][at],
+            views[second][at],
+            temperature=temperature,
+            labels=None if context.labels is None else context.labels[at],
+            masks=masks,
+            suspect=suspects,
+            shown=texts[first],
+            key_shown=texts[second],
+            rows=None if first_rows is None else [i for i in first_rows if i < len(at)],
+            k=k,
+        )
+    if not explained:
+        raise NearfarError(f"{folder}: no two views are contrasted.")
+    return explained
+
+
+def _some(mask: Mask | torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+    known = as_mask(mask)
+    n, m = known.shape
+    return known.tile(slice(0, n), slice(0, m))[at][:, at]
+
+
+def _texts(system: ViewSystem, view: str, positions: list[int]) -> list[str]:
+    """What a row shows in one line: its id and text."""
+    items = system.splits["train"]
+    texts = []
+    for position in positions:
+        shown = str(system.shown("train", view, position).get("text", ""))
+        texts.append(f"{items.ids[position]}: {shown}"[:100])
+    return texts
