@@ -208,6 +208,7 @@ def search(
     id_column: IdColumn = None,
     encoding: Encoding = None,
     images: Images = None,
+    options: Options = None,
     device: Device = "auto",
     molecule: Annotated[
         bool, typer.Option("--molecule", help="The same as --tower molecule.", hidden=True)
@@ -224,7 +225,7 @@ def search(
 
     source = None
     if gallery is not None:
-        source = new_data(gallery, column, id_column, encoding, images, smiles_column, text_column)
+        source = new_data(gallery, column, id_column, encoding, images, smiles_column, text_column, options)
     asked = Asked(
         query, None if queries is None else NewData(queries, encoding=encoding, images=images), query_column
     )

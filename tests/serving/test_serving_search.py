@@ -172,7 +172,8 @@ def test_lists_stores_and_places_are_galleries(trained: Trained, data: Path, tmp
     open_gallery(trained, file_source(trained, NewData(data / "things.csv")), "photo", place=place).close()
     by_place = trained.search("a red boat", place, k=3)
     with open_store(place) as store:
-        assert list(trained.search("a red boat", store, k=3)) == list(by_place)
+        for _ in range(2):  # a store of one's own stays open
+            assert list(trained.search("a red boat", store, k=3)) == list(by_place)
     assert list(by_place) == list(trained.search("a red boat", data / "things.csv", k=3))
     with pytest.raises(NearfarError, match="holds no store"):
         trained.search("a red boat", str(tmp_path / "nowhere.faiss"))
@@ -210,6 +211,22 @@ def test_changed_or_missing_data_is_not_searched_as_the_own(
     assert len(trained.search("a red boat", copied / "things.csv", k=30)) == 24
     (copied / "things.csv").unlink()
     with pytest.raises(NearfarError, match=r"cannot be read again.*no such file.*--gallery FILE"):
+        trained.search("a red boat")
+
+
+def test_relative_paths_of_the_own_data_are_watched(
+    run: RunFolder, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(data, tmp_path, dirs_exist_ok=True)
+    folder = RunFolder(shutil.copytree(run.path, tmp_path / "run"))
+    monkeypatch.chdir(tmp_path)
+    text = (run.path / "config.yaml").read_text()
+    folder.write_text("config.yaml", text.replace(str(data / "things.csv"), "things.csv"))
+    trained = nearfar.load(folder.path, device="cpu")
+    assert len(trained.search("a red boat", k=30)) == 24
+    with (tmp_path / "things.csv").open("a") as file:
+        file.write("w9,a white moon,white_boat.png,99,s9\n")
+    with pytest.raises(NearfarError, match="data files have changed"):
         trained.search("a red boat")
 
 
@@ -377,7 +394,9 @@ def test_hits_of_hostile_columns_are_escaped() -> None:
 def test_which_view_a_query_is(trained: Trained, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     photo = str(data / "red_boat.png")
     assert query_view(trained, [photo]) == "photo"
-    assert query_view(trained, ["nowhere.png"]) == "name"
+    with pytest.raises(NearfarError, match=r"nowhere.png: no such picture.*--tower name"):
+        query_view(trained, ["nowhere.png"])
+    assert query_view(trained, ["nowhere.png"], "name") == "name"
     assert query_view(trained, [photo], "name") == "name"
     kinds = {"molecule": "molecule", "text": "text"}
     monkeypatch.setattr(Trained, "views", ["molecule", "text"])

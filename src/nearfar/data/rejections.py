@@ -66,6 +66,12 @@ class Rejections:
         self.counts.clear()
         self.first.clear()
 
+    def named(self, prefix: str) -> Rejections:
+        """The same with ``prefix`` before every reason, where rows of several sources are counted together."""
+        counts = {f"{prefix}{reason}": count for reason, count in self.counts.items()}
+        first = {f"{prefix}{reason}": list(kept) for reason, kept in self.first.items()}
+        return Rejections(self.keep, counts, first)
+
     @property
     def total(self) -> int:
         """All rejected rows."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -127,7 +128,7 @@ class _Card:
                 "value": round(e.value, 4),
             }
             for name, e in self.estimates().items()
-            if not e.trivial and not e.control
+            if not e.trivial and not e.control and math.isfinite(e.value)
         ]
         if results:
             data = {"name": self._data_name(), "type": "custom", "split": self.split}

@@ -14,6 +14,7 @@ from typing import Any, Literal, cast, get_args
 import numpy as np
 
 from nearfar.data.chunks import NewData
+from nearfar.data.items import Items
 from nearfar.errors import NearfarError, nearest_name
 from nearfar.serving.card import model_card
 from nearfar.serving.exported import (
@@ -23,6 +24,7 @@ from nearfar.serving.exported import (
     write_manifest,
     write_members,
 )
+from nearfar.serving.fill import own_source
 from nearfar.serving.trained import Trained, load
 from nearfar.towers.build import tower_folder
 from nearfar.training.run_folder import RunFolder
@@ -224,36 +226,53 @@ def _sentence_transformers(
 
 
 # -- values --------------------------------------------------------------------------------------------------
-def checked_values(
-    trained: Trained, views: Sequence[str], data: Any, say: Say
-) -> dict[str, Sequence[Any] | np.ndarray]:
+Values = Sequence[Any] | np.ndarray
+
+
+def checked_values(trained: Trained, views: Sequence[str], data: Any, say: Say) -> dict[str, Values]:
     """A few readable values of each view, from ``data`` or the run's own data; views without any are left out."""
-    source = Path(data) if data is not None else own_data(trained)
-    if source is None:
-        return {}
-    values: dict[str, Sequence[Any] | np.ndarray] = {}
-    try:
-        items = next(iter(trained.new_items(NewData(source, rows=_CHECKED * 4))), None)
-    except (NearfarError, OSError) as error:
-        if data is not None:
-            raise
-        say(f"the run's own data cannot be read for the check: {error}")
-        return {}
-    for view in views:
-        if items is not None and view in items:
-            at = np.flatnonzero(items.present(view))[:_CHECKED]
-            column = items[view]
+    if data is not None:
+        values = _values_in(trained.new_items(NewData(Path(data), rows=4 * _CHECKED)), views)
+        for view in views:
+            if view not in values:
+                raise NearfarError(f"{data} has no column for the view '{view}'; name one like it.")
+        return values
+    if is_exported(trained.path):
+        return {}  # its options name files that were on a different machine
+    file, problem = own_file(trained), ""
+    sources: list[Callable[[], Iterator[Items]]] = [lambda: iter(own_source(trained).chunks())]
+    if file is not None:  # the first rows of a file, before all of the data is read
+        sources.insert(0, lambda: trained.new_items(NewData(file, rows=4 * _CHECKED)))
+    for source in sources:
+        try:
+            values = _values_in(source(), views)
+        except (NearfarError, OSError) as error:
+            problem = str(error)
+            continue
+        if len(values) == len(views):
+            return values
+    say(f"no values of the run's own data for the check: {problem or 'no row has all views'}")
+    return {}
+
+
+def _values_in(chunks: Iterator[Items], views: Sequence[str]) -> dict[str, Values]:
+    """The first values of each view in the first chunk."""
+    items = next(chunks, None)
+    values: dict[str, Values] = {}
+    for view in [view for view in views if items is not None and view in items]:
+        assert items is not None
+        at = np.flatnonzero(items.present(view))[:_CHECKED]
+        column = items[view]
+        if len(at):
             values[view] = column[at] if isinstance(column, np.ndarray) else [column[i] for i in at.tolist()]
-        elif data is not None:
-            raise NearfarError(f"{source} has no column for the view '{view}'; name one like it.")
     return values
 
 
-def own_data(trained: Trained) -> Path | None:
-    """A file or folder of the run's own data that is still where it was; None where it is not."""
+def own_file(trained: Trained) -> Path | None:
+    """A file of the run's own data that is still where it was; None where it is not, or there are several."""
     options = getattr(trained.config, "data", None)
-    for name in ("test", "val", "train", "dir"):
+    for name in ("test", "val", "train"):
         value = getattr(options, name, None)
-        if isinstance(value, str | Path) and str(value) and Path(value).exists():
+        if isinstance(value, str | Path) and str(value) and Path(value).is_file():
             return Path(value)
     return None

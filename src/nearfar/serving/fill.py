@@ -62,7 +62,7 @@ def file_source(trained: Trained, data: NewData) -> Source:
     path = Path(data.path).expanduser().absolute()  # pictures are shown from any folder later
     if not path.exists():
         raise NearfarError(f"{path}: no such file or folder to search in.")
-    named = [dict(data.columns), data.id_column, data.encoding, str(data.images)]
+    named = [dict(data.columns), data.id_column, data.encoding, str(data.images), dict(data.options)]
     key = content_key(state_of(path), named)
     whole = replace(data, path=path, others=True)
     advice = "Name it with --column {view}=HEADER, or search {others} with --target."
@@ -116,9 +116,10 @@ def _parts(items: Items, rows: int = 4096) -> Iterator[Items]:
 def _paths_in(config: Any) -> list[Path]:
     """Files and folders that the options of a run's data name."""
     data = getattr(config, "data", None)
-    values = vars(data).values() if hasattr(data, "__dict__") else ()
-    named = [value for value in values if isinstance(value, (str, Path)) and os.sep in str(value)]
-    return [Path(value) for value in sorted(map(str, named))]
+    values = list(vars(data).values()) if hasattr(data, "__dict__") else []
+    values += [each for value in values if isinstance(value, (list, tuple)) for each in value]
+    named = {str(value) for value in values if isinstance(value, (str, Path)) and str(value)}
+    return [Path(name) for name in sorted(named) if os.sep in name or os.path.exists(name)]
 
 
 # -- opening -------------------------------------------------------------------------------------------------

@@ -214,11 +214,11 @@ def hits_page(answers: Iterable[Hits]) -> str:
 def query_view(trained: Trained, queries: Sequence[Any] | np.ndarray, tower: str | None = None) -> str:
     """The view whose tower reads the queries: the one that is named, the only one, or the one that they look like.
 
-    Existing picture files are pictures; what reads as a SMILES, has no blank and is no word is a molecule; other
+    Names of picture files are pictures; what reads as a SMILES, has no blank and is no word is a molecule; other
     texts go to the only view of texts.
 
     Raises:
-        NearfarError: several views could be meant.
+        NearfarError: several views could be meant, or a picture is not there.
     """
     if tower is not None or len(trained.views) < 2:
         return trained.view_of(queries, tower)
@@ -227,7 +227,11 @@ def query_view(trained: Trained, queries: Sequence[Any] | np.ndarray, tower: str
         by_kind.setdefault(trained.kind(view), []).append(view)
     plain = [str(query) for query in queries] if not isinstance(queries, np.ndarray) else []
     if plain and all(isinstance(query, (str, Path)) for query in queries):
-        pictures = all(text.lower().endswith(PICTURES) and Path(text).is_file() for text in plain)
+        pictures = "image" in by_kind and all(text.lower().endswith(PICTURES) for text in plain)
+        missing = next((text for text in plain if pictures and not Path(text).is_file()), None)
+        if missing is not None:
+            words = f" To search by these words: --tower {by_kind['text'][0]}." if "text" in by_kind else ""
+            raise NearfarError(f"{missing}: no such picture.{words}")
         molecules = "molecule" in by_kind and all(map(_is_smiles, plain))
         kind = "image" if pictures else "molecule" if molecules else "text"
         if len(by_kind.get(kind, ())) == 1:

@@ -288,10 +288,13 @@ class Trained:
                 )
             return self._chunks(data), lambda items: self.system.predictions(self.outputs(items), items)
         if gallery is not None:
+            unread = Rejections()
             for items in self._chunks(gallery):
+                unread.extend(items.rejections)
                 if len(items):
                     comparison.add(self.outputs(items), items)
-            return self._chunks(data), lambda items: comparison.of_others(self.outputs(items), items)
+            rest = _counting(self._chunks(data), unread.named("gallery: "))
+            return rest, lambda items: comparison.of_others(self.outputs(items), items)
         seen: list[Items] = []
         for items in self._chunks(data):
             if len(items):
@@ -386,8 +389,12 @@ class Trained:
         if not len(queries):
             return []
         view = query_view(self, queries, tower)
-        with gallery_of(self, gallery, target, view) as store:
+        store = gallery_of(self, gallery, target, view)
+        try:
             answers = search(self, queries, store, k, view=view, where=where, exact=exact)
+        finally:
+            if store is not gallery:
+                store.close()
         return answers if many else answers[0]
 
     # -- what it is ------------------------------------------------------------------------------------------
@@ -494,6 +501,16 @@ def _bar(total: int | None, show: bool) -> AbstractContextManager[Any]:
     from nearfar.terminal import progress_bar
 
     return progress_bar(total)
+
+
+def _counting(chunks: Iterator[Items], unread: Rejections) -> Iterator[Items]:
+    """The chunks, the first of which also has these rejections."""
+    for items in chunks:
+        whole = Rejections()
+        whole.extend(items.rejections)
+        whole.extend(unread)
+        yield replace(items, rejections=whole)
+        unread = Rejections()
 
 
 def _plain(values: Sequence[Any] | np.ndarray) -> list[Any]:

@@ -308,8 +308,9 @@ class TextTower(Tower):
         if self._saved is not None:
             from transformers import AutoConfig, AutoModel, AutoTokenizer
 
-            tokenizer = AutoTokenizer.from_pretrained(str(self._saved))
-            network = AutoModel.from_config(AutoConfig.from_pretrained(str(self._saved)))
+            own = {"trust_remote_code": False}  # nothing that a saved folder names is run
+            tokenizer = AutoTokenizer.from_pretrained(str(self._saved), **own)
+            network = AutoModel.from_config(AutoConfig.from_pretrained(str(self._saved), **own), **own)
             return tokenizer, network
         try:
             tokenizer, network = self.encoder.parts()

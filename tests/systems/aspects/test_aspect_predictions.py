@@ -23,6 +23,7 @@ from nearfar.data.chunks import NewData
 from nearfar.errors import NearfarError
 from nearfar.lab.ensemble import write_ensemble
 from nearfar.launch import run_one
+from nearfar.serving.export import export_run
 from nearfar.systems.aspects.labels import LabelScheme
 from nearfar.systems.aspects.predictions import read_reviews, read_scheme, write_scheme
 from nearfar.systems.aspects.scores import Decision, score_split
@@ -267,11 +268,61 @@ def test_an_ensemble_predicts_by_the_average(finished: RunFolder, folder: Path, 
     )
     mean = [(a + b) / 2 for a, b in zip(one["PRICE mentioned"], two["PRICE mentioned"], strict=True)]
     np.testing.assert_allclose(predictions["PRICE mentioned"], mean, atol=1e-6)
+    export_run(made.path, tmp_path / "out", "safetensors")
+    assert (
+        nearfar.load(tmp_path / "out", device="cpu").predict(folder / "Test.csv").columns
+        == predictions.columns
+    )
     (made.path / "aspects.json").unlink()  # as an ensemble of version 0.1 has none
     assert (
         nearfar.load(made.path, device="cpu").predict(folder / "Test.csv")["aspects"]
         == predictions["aspects"]
     )
+
+
+def test_an_exported_folder_predicts_the_same(finished: RunFolder, folder: Path, tmp_path: Path) -> None:
+    trained = nearfar.load(finished.path, device="cpu")
+    export_run(finished.path, tmp_path / "out", "safetensors")
+    exported = nearfar.load(tmp_path / "out", device="cpu").predict(folder / "Test.csv")
+    assert exported.columns == trained.predict(folder / "Test.csv").columns
+
+
+@pytest.mark.parametrize("train", ["full", "head", "lora"])
+def test_pretrained_encoders(train: str, folder: Path, tmp_path: Path) -> None:
+    """A BERT of two layers with random weights and a vocabulary of letters; its folder is gone when it predicts."""
+    transformers = pytest.importorskip("transformers")
+    if train == "lora":
+        pytest.importorskip("peft")
+    model = tmp_path / "tiny"
+    model.mkdir()
+    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ",", ".", *letters, *("##" + c for c in letters)]
+    (model / "vocab.txt").write_text("\n".join(words) + "\n")
+    transformers.BertTokenizer(str(model / "vocab.txt")).save_pretrained(model)
+    config = transformers.BertConfig(
+        vocab_size=len(words),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        transformers.BertModel(config).save_pretrained(model)
+    own = [option for option in SMALL if not option.startswith("text_encoder.")]
+    every = [
+        "experiment=aspects",
+        "data=visfd",
+        f"data.dir={folder}",
+        *own,
+        f"runs_dir={tmp_path}",
+        "name=run",
+    ]
+    every += ["text_encoder=pretrained", f"text_encoder.model={model}", f"text_encoder.train={train}"]
+    place = run_one(compose_config(every), every, False, QUIET)
+    if train != "head":  # a frozen encoder is kept by its name
+        shutil.rmtree(model)
+    assert_as_judged(nearfar.load(place.path, device="cpu").predict(folder / "Test.csv"), place, folder)
 
 
 # -- files ---------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from nearfar.errors import NearfarError
 from nearfar.lab.ensemble import write_ensemble
 from nearfar.launch import run_one
 from nearfar.metrics import retrieval_ranks
+from nearfar.serving.export import export_run
 from nearfar.training.run_folder import RunFolder
 
 pytest.importorskip("sklearn")
@@ -83,6 +84,14 @@ def finished(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, files: dict[str, Path]
 ) -> RunFolder:
     return run(tmp_path_factory.mktemp("runs"), *data(files), f"loss={request.param}")
+
+
+def test_in_the_precision_of_the_run(files: dict[str, Path], tmp_path: Path) -> None:
+    place = run(tmp_path, *data(files), "trainer.precision=bf16-mixed")
+    trained = nearfar.load(place.path, device="cpu")
+    items = next(trained.new_items(files["test"]))
+    assert trained.outputs(items)["x"].dtype == torch.bfloat16
+    assert_as_judged(trained.predict(files["test"]), place, labels_of(files["test"]))
 
 
 def labels_of(file: Path) -> list[str]:
@@ -278,6 +287,17 @@ def test_an_ensemble_votes_by_all_embeddings(
     predictions = trained.predict(files["test"])
     assert_as_judged(predictions, made, labels_of(files["test"]))
     assert max(row[0] for row in predictions["knn/cosine"]) <= 1 + 1e-5
+    export_run(made.path, tmp_path / "out", "safetensors")
+    assert nearfar.load(tmp_path / "out", device="cpu").predict(files["test"]).columns == predictions.columns
+
+
+def test_an_exported_folder_predicts_the_same(
+    finished: RunFolder, files: dict[str, Path], tmp_path: Path
+) -> None:
+    trained = nearfar.load(finished.path, device="cpu")
+    export_run(finished.path, tmp_path / "out", "safetensors")
+    exported = nearfar.load(tmp_path / "out", device="cpu").predict(files["test"])
+    assert exported.columns == trained.predict(files["test"]).columns
 
 
 def test_a_run_that_goes_on_forgets_the_items_of_its_earlier_end(

@@ -223,6 +223,9 @@ def test_files_that_do_not_fit(finished: RunFolder, tmp_path: Path) -> None:
     other = write(tmp_path / "other.csv", ["key", "name", "words"], [["a", "x", "y"]])
     with pytest.raises(NearfarError, match=r"no column 'title' or 'text'.*'key', 'name', 'words'"):
         trained.predict(other)
+    gallery = write(tmp_path / "gallery.csv", ["key", "text"], [["x", "of a river"], ["y", "N/A"], ["z", ""]])
+    counted = trained.predict(one, gallery=gallery).rejections.counts
+    assert counted == {"no value": 1, "gallery: no value": 2}
     predictions = trained.predict(one, gallery={"text": ["of a river", "of a stone"]}, k=1)
     assert predictions.ids == ["a"]
     assert len(predictions.rejections) == 1

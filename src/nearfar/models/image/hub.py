@@ -113,10 +113,13 @@ def _load(name: str, pretrained: bool, revision: str) -> tuple[Any, tuple[Colour
     try:
         local = Path(name).is_dir() or bool(commit_in_cache(name, revision))
         with no_progress_bar() if local else nullcontext():
+            own = {"trust_remote_code": False}  # nothing that a model's folder names is run
             if pretrained:
-                network = AutoModel.from_pretrained(name, revision=revision)
+                network = AutoModel.from_pretrained(name, revision=revision, **own)
             else:
-                network = AutoModel.from_config(AutoConfig.from_pretrained(name, revision=revision))
+                network = AutoModel.from_config(
+                    AutoConfig.from_pretrained(name, revision=revision, **own), **own
+                )
     except (OSError, ValueError, ImportError) as error:
         raise _unavailable(name, " ".join(str(error).split())[:300]) from error
     try:

@@ -181,8 +181,9 @@ class TransformerTextEncoder:
             try:
                 local = Path(self.model).is_dir() or bool(commit_in_cache(self.model, self.revision))
                 with no_progress_bar() if local else nullcontext():
-                    tokenizer = AutoTokenizer.from_pretrained(self.model, revision=self.revision)
-                    network = AutoModel.from_pretrained(self.model, revision=self.revision)
+                    own = {"revision": self.revision, "trust_remote_code": False}
+                    tokenizer = AutoTokenizer.from_pretrained(self.model, **own)
+                    network = AutoModel.from_pretrained(self.model, **own)
             except (OSError, ValueError) as error:
                 raise self._unavailable(" ".join(str(error).split())[:300]) from error
             network.requires_grad_(False)

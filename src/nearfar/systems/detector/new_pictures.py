@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
+from nearfar.data.cache import without_cache
 from nearfar.data.chunks import NewData, read_chunks
 from nearfar.data.coco_files import picture_files
 from nearfar.data.coco_rows import row_key
@@ -181,7 +182,9 @@ def _checked(some: Sequence[_Sought], source: str, about: Mapping[str, Any]) -> 
         if each.path is None:
             rejections.add(each.reason, each.row, each.name, each.detail)
     kept, sizes = [], []
-    for each, seen in zip(there, check_pictures([each.path for each in there if each.path]), strict=True):
+    with without_cache():  # pictures that are seen once
+        checked = check_pictures([each.path for each in there if each.path])
+    for each, seen in zip(there, checked, strict=True):
         if seen.problem:
             missing = each.path is not None and not each.path.is_file()
             rejections.add(

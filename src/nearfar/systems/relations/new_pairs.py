@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from nearfar.data.cache import without_cache
 from nearfar.data.chunks import NewData, read_chunks
 from nearfar.data.coco_files import NoBoxError, box_of, picture_files
 from nearfar.data.coco_rows import row_key
@@ -190,7 +191,8 @@ def _items(
     notes: dict[str, Any] = {}
     known: Mapping[str, Photo] = {}
     if files is not None:
-        known = usable_photos(triples, files, rejections, notes)
+        with without_cache():  # pictures that are seen once
+            known = usable_photos(triples, files, rejections, notes)
     usable = boxed_pairs(triples, known, rejections, notes, required)
     if usable is None:
         return Items([], {}, str(path), rejections=rejections, notes=notes)
