@@ -385,6 +385,9 @@ class TissueSystem(ViewSystem):
     def view_headers(self) -> dict[str, Sequence[str]]:
         return {"image": ["image", "patch", "file_name"], "gene": ["gene", "expression"]}
 
+    def predicts_from(self) -> Sequence[str]:
+        return ["image"]
+
     def predictions(self, outputs: Mapping[str, Tensor], items: Items) -> dict[str, Sequence[Any]]:
         """log1p expression of each gene, from the patches; ``slide``, ``x`` and ``y`` where they are known."""
         if "images" not in outputs:
