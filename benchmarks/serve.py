@@ -43,7 +43,8 @@ class Client:
 
     async def ask(self, path: str, body: bytes) -> tuple[int, bytes, float]:
         """Status, answer and seconds."""
-        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        head += f"Content-Length: {len(body)}\r\n\r\n"
         began = time.perf_counter()
         self.writer.write(head.encode() + body)
         answered = await self.reader.readuntil(b"\r\n\r\n")

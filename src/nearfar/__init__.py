@@ -27,6 +27,7 @@ _FLOORS = (
     "systems",
     "towers",
     "training",
+    "verify",
 )
 __all__ = ["__version__", "load", *_FLOORS]
 

@@ -298,6 +298,7 @@ def serve(
     from nearfar.serving.limits import Limits, local_hosts
     from nearfar.serving.server import build_app
     from nearfar.serving.server import serve as answer
+    from nearfar.serving.stores import open_store
 
     console = terminal.console()
 
@@ -311,6 +312,7 @@ def serve(
     trained = load(run, device)
     searched: Gallery | None = None
     if store is not None:
+        open_store(store).close()  # an error where there is none
         searched = StoreGallery(trained, open_gallery(trained, None, None, place=store, say=say))
     elif gallery is not None:
         source = file_source(trained, new_data(gallery, column, id_column, encoding, images))
@@ -319,6 +321,8 @@ def serve(
         try:
             searched = Gallery.open(trained, own_source(trained), target, say)
         except NearfarError as error:
+            if target:  # it was asked for
+                raise
             terminal.say(console, f"nothing to search in, --gallery DATA gives it: {error}")
     app = build_app(
         trained,

@@ -260,3 +260,34 @@ def test_vision_models_of_transformers(kind: str, how: str, tmp_path: Path) -> N
     folder = export_run(run, tmp_path / "model").folder
     shutil.rmtree(model)
     assert np.array_equal(nearfar.load(folder, "cpu").embed(pictures), before)
+
+
+@pytest.mark.parametrize("how", ["full", "head"])
+def test_reviews_with_their_attention(how: str, bert: Path, tmp_path: Path) -> None:
+    """The aspect system attends to the tokens: one vector for a review, in one graph."""
+    options = [f"text_encoder.model={bert}", f"text_encoder.train={how}", "text_encoder.max_length=48"]
+    run = tiny_runs.train("aspects", tmp_path, "text_encoder=pretrained", *options)
+    exported = export_run(run, tmp_path / "out", "onnx")
+    assert exported.views == ["text"]
+    assert exported.differences["text"] <= 1e-5
+
+
+@pytest.mark.parametrize("encoder", ["numbers", "sentences"])
+def test_patches_and_genes(encoder: str, bert: Path, tmp_path: Path) -> None:
+    more = []
+    if encoder == "sentences":
+        more = ["gene_encoder=sentence", "text_encoder=transformer", f"text_encoder.model={bert}"]
+    run = tiny_runs.train("tissue", tmp_path, *more)
+    exported = export_run(run, tmp_path / "out", "torch")
+    assert sorted(exported.views) == ["gene", "image"]
+    assert max(exported.differences.values()) <= 1e-5
+    about = json.loads((exported.folder / "gene" / "preprocessing.json").read_text())
+    assert about["genes"]
+    assert about["inputs"][0]["name"] == ("values" if encoder == "numbers" else "input_ids")
+
+
+def test_the_key_encoder_of_moco_stays_behind(tmp_path: Path) -> None:
+    run = tiny_runs.train("augmented", tmp_path, "loss=moco", "loss.queue=64")
+    exported = export_run(run, tmp_path / "out", "torch")
+    program = torch.export.load(exported.folder / exported.views[0] / "model.pt2")
+    assert not any("keys" in name or "queue" in name for name in program.state_dict)

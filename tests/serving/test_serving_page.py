@@ -6,6 +6,7 @@ import io
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,14 @@ from PIL import Image
 
 from nearfar.data.chunks import NewData
 from served import HOSTILE, Asker, picture, serving, train_pictures, write_gallery
+from tiny_runs import train
 
 pytest.importorskip("fastapi", reason="needs the extra serve")
 pytest.importorskip("playwright.sync_api", reason="needs playwright, which drives a browser")
 
 from playwright.sync_api import sync_playwright
 
-from nearfar.serving.fill import file_source
+from nearfar.serving.fill import file_source, own_source
 from nearfar.serving.gallery import Gallery
 from nearfar.serving.limits import Limits
 from nearfar.serving.server import build_app
@@ -145,7 +147,7 @@ def test_the_slide_shows_the_hits_and_a_click_searches(opened: Opened) -> None:
 
 def test_a_dropped_picture_is_searched_and_a_wrong_one_is_explained(opened: Opened, tmp_path: Path) -> None:
     page = opened.page
-    page.get_by_role("radio", name="picture").check(force=True)
+    page.locator("#views label", has_text="picture").click()
     buffer = io.BytesIO()
     Image.fromarray(picture("green", "plain", 5)).save(buffer, "PNG")
     page.locator("input[type=file]").set_input_files(
@@ -200,6 +202,10 @@ def test_all_of_it_works_by_keyboard(opened: Opened) -> None:
     page.keyboard.type("a plain patch of yellow paint")
     page.keyboard.press("Control+Enter")
     page.wait_for_selector(".card")
+    page.locator("#views input:checked").focus()
+    for wanted in ("picture", "words"):
+        page.keyboard.press("ArrowLeft")
+        assert page.evaluate("document.activeElement.value") == wanted
     outline = page.evaluate(
         "(document.getElementById('go').focus(), getComputedStyle(document.getElementById('go')).outlineStyle)"
     )
@@ -245,5 +251,99 @@ def test_the_page_of_the_api(browser: Any, ask: Asker, size: dict[str, int]) -> 
         assert path in text
     opened.page.locator("summary", has_text="/search").click()
     assert "curl" in opened.page.locator("details[open] pre").first.inner_text()
+    opened.harmless()
+    opened.context.close()
+
+
+# -- predictions ---------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def predicting(module_cache: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Asker]]:
+    """A server of each system whose predictions look different."""
+    folder = tmp_path_factory.mktemp("predicting")
+    with ExitStack() as stack:
+        askers = {}
+        for system, more in (
+            ("aspects", []),
+            ("relations", ["categories=true"]),
+            ("detector", []),
+            ("tissue", []),
+        ):
+            trained = load(train(system, folder, *more, name=system), device="cpu")
+            gallery = None
+            if system == "tissue":
+                gallery = Gallery.open(trained, own_source(trained))
+            askers[system] = stack.enter_context(serving(build_app(trained, gallery)))
+        yield askers
+
+
+@pytest.mark.parametrize(("size", "scheme"), [(DESK, "dark"), (PHONE, "light")], ids=["desk", "phone"])
+def test_predictions_are_seen(
+    browser: Any, predicting: dict[str, Asker], size: dict[str, int], scheme: str
+) -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (96, 128, 3), dtype=np.uint8)).save(
+        buffer, "PNG"
+    )
+    photo = {"name": "photo.png", "mimeType": "image/png", "buffer": buffer.getvalue()}
+
+    opened = Opened(browser, predicting["aspects"].port, size, scheme)
+    opened.page.locator("textarea").fill(
+        "the <b>battery</b> lasts, the camera is poor <script>window.hurt=1</script>"
+    )
+    opened.page.get_by_role("button", name="Predict").click()
+    opened.page.wait_for_selector(".prediction .bars li")
+    assert "<b>battery</b>" in opened.page.locator(".quote").inner_text()
+    assert "negative" in opened.page.locator(".bars .bar").first.get_attribute("aria-label")
+    opened.harmless()
+    opened.context.close()
+
+    opened = Opened(browser, predicting["relations"].port, size, scheme)
+    page = opened.page
+    page.locator("input[type=file]").set_input_files(photo)
+    page.wait_for_selector(".editor img")
+    opened.until("document.querySelector('.editor img').naturalWidth === 128")
+    page.locator(".editor img").scroll_into_view_if_needed()
+    frame = page.locator(".editor img").bounding_box()
+    for left, top, right, bottom in ((0.1, 0.1, 0.5, 0.5), (0.3, 0.4, 0.9, 0.9)):
+        page.mouse.move(frame["x"] + left * frame["width"], frame["y"] + top * frame["height"])
+        page.mouse.down()
+        page.mouse.move(frame["x"] + right * frame["width"], frame["y"] + bottom * frame["height"], steps=4)
+        page.mouse.up()
+    edges = [
+        page.get_by_label(f"Second object, {edge} in pixels").input_value() for edge in ("left", "right")
+    ]
+    assert [abs(int(edge) - wanted) <= 2 for edge, wanted in zip(edges, (38, 115), strict=True)] == [
+        True,
+        True,
+    ]
+    page.get_by_label("Name of the first object").fill("cup")
+    page.get_by_label("Name of the second object").fill("table")
+    page.get_by_role("button", name="Predict").click()
+    page.wait_for_selector(".prediction .bars li")
+    heading = page.locator(".prediction h3").inner_text()
+    assert heading.startswith("cup ")
+    assert heading.endswith(" table")
+    assert page.locator(".photo rect").count() == 4  # each box and what sets it off
+    opened.harmless()
+    opened.context.close()
+
+    opened = Opened(browser, predicting["detector"].port, size, scheme)
+    opened.page.locator("input[type=file]").set_input_files(photo)
+    opened.page.get_by_role("button", name="Predict").click()
+    opened.page.wait_for_selector(".photo rect")
+    opened.page.get_by_label("Least score of a box").fill("0")
+    assert opened.page.locator(".photo .at").count() == 5
+    opened.harmless()
+    opened.context.close()
+
+    opened = Opened(browser, predicting["tissue"].port, size, scheme)
+    opened.page.locator("input[type=file]").set_input_files(photo)
+    opened.page.get_by_role("button", name="Predict").click()
+    opened.page.wait_for_selector(".prediction .bars li")
+    assert "Highest of" in opened.page.locator(".prediction h3").inner_text()
+    opened.page.locator("#modes label", has_text="Search").click()
+    opened.page.get_by_role("button", name="Pick from the gallery").click()
+    opened.page.locator(".picker li button").first.click()
+    opened.page.wait_for_selector(".slides canvas")
     opened.harmless()
     opened.context.close()

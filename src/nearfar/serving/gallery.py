@@ -51,7 +51,8 @@ class Gallery:
         self, trained: Trained, items: Items, stores: Mapping[str, VectorStore], source: str
     ) -> None:
         self.trained, self.items, self.stores, self.source = trained, items, dict(stores), source
-        self.views = [view for view in trained.views if view in items and items.present(view).any()]
+        self._present = {name: items.present(name) for name in items.columns}
+        self.views = [view for view in trained.views if view in items and self._present[view].any()]
         self.kinds = next(iter(self.stores.values())).kinds
         self.others = [name for name in self.kinds if name not in trained.views]
         self.targets = list(self.stores)
@@ -135,10 +136,10 @@ class Gallery:
             raise NearfarError(
                 f"there is no item at position {position}; the gallery has {len(self.items):,}"
             )
-        items = self.items
+        items, present = self.items, self._present
         return (
             str(items.ids[position]),
-            lambda name: items[name][position] if name in items and items.present(name)[position] else None,
+            lambda name: items[name][position] if name in present and present[name][position] else None,
             position,
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import json
+import re
 from collections.abc import Awaitable, Callable, Collection, Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -26,6 +27,7 @@ PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
+_NAME = re.compile(r"[a-z0-9._-]+")
 _HEADERS = (
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
@@ -300,4 +302,4 @@ def _host(values: list[bytes]) -> str | None:
         name, bracket, rest = text[1:].partition("]")
         return name if bracket and (not rest or (rest[0] == ":" and rest[1:].isdigit())) else None
     name, colon, port = text.partition(":")
-    return name if name and (not colon or port.isdigit()) else None
+    return name if _NAME.fullmatch(name) and (not colon or port.isdigit()) else None

@@ -24,6 +24,8 @@ __all__ = ["FORMS", "PAIR", "Asked", "EmbedKey", "PredictKey", "SearchKey", "Ser
 FORMS = {"text": "text", "molecule": "text", "image": "picture", "crops": "pair"}
 #: kinds whose values are parts of two objects in a photo, and the column that asks for these
 _PAIR_KINDS, PAIR = ("crops", "boxes", "names"), "pair"
+#: columns of predictions that repeat what was asked
+_NOT_SHOWN = ("id", "image", "photo", "subject_box", "object_box")
 
 
 class EmbedKey(NamedTuple):
@@ -74,7 +76,7 @@ class Service:
             return {}
         if "crops" in self.kinds.values() or "boxes" in self.kinds.values():
             return {PAIR: "pair"}
-        return {name: self.forms.get(name, "picture") for name in system.predicts_from()}
+        return {name: self.forms.get(name, "picture") for name in system.predicts_from() or ("image",)}
 
     def complete(self, columns: Mapping[str, Sequence[Any]]) -> list[str]:
         """The names of the columns of a request, once it is known that a prediction can be made from them."""
@@ -179,6 +181,8 @@ class Service:
         return answers
 
     def _predicted(self, key: PredictKey, rows: Sequence[tuple[Any, ...]]) -> list[Any]:
+        if not self.forms:
+            return self._boxes([row[0] for row in rows])
         columns = {name: [row[at] for row in rows] for at, name in enumerate(key.columns)}
         if PAIR in columns:
             columns = self._views_of(columns[PAIR])
@@ -195,11 +199,26 @@ class Service:
             if predictions.ids != ids:
                 raise NearfarError(f"an item cannot be read; {predictions.rejections.summary()}")
             for i, row in zip(good, predictions, strict=True):
-                answers[i] = {name: plain(value) for name, value in row.items() if name != "id"}
+                answers[i] = {name: plain(value) for name, value in row.items() if name not in _NOT_SHOWN}
         return answers
+
+    def _boxes(self, pictures: Sequence[Any]) -> list[Any]:
+        """For each picture the boxes of a detector: left, top, right and bottom in pixels, score and label."""
+        every: dict[str, list[dict[str, Any]]] = {str(number): [] for number in range(len(pictures))}
+        for row in self.trained.predict(list(pictures)):
+            left, top = float(row["left"]), float(row["top"])
+            box = [left, top, left + float(row["width"]), top + float(row["height"])]
+            every[row["id"]].append(
+                {"box": plain(box), "score": plain(row["score"]), "label": plain(row["category"])}
+            )
+        return [{"boxes": boxes} for boxes in every.values()]
 
     def _views_of(self, pairs: Sequence[DecodedPair]) -> dict[str, list[Any]]:
         """Two objects in a photo as the values of each view that reads a part of them."""
+        if "names" in self.kinds.values() and any(pair.names is None for pair in pairs):
+            raise NearfarError(
+                'this run reads the names of both objects, too: {"names": ["cup", "table"], …}'
+            )
         parts: dict[str, Callable[[DecodedPair], Any]] = {
             "crops": lambda pair: (pair.pixels, pair.first, pair.second),
             "boxes": lambda pair: [*pair.first, *pair.second, pair.pixels.shape[1], pair.pixels.shape[0]],

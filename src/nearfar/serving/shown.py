@@ -35,6 +35,8 @@ def shown_value(value: Any, tower: Tower, url: str) -> dict[str, Any]:
             [left / width, top / height, right / width, bottom / height] for left, top, right, bottom in boxes
         ]
         return {"kind": "picture", "url": url, "boxes": fractions}
+    if isinstance(value, (list, tuple)) and all(isinstance(part, str) for part in value):
+        return {"kind": "text", "text": " · ".join(value)[:_CHARACTERS]}
     if isinstance(value, np.ndarray) or (isinstance(value, Sequence) and not isinstance(value, str)):
         return {"kind": "numbers", "text": _numbers(np.asarray(value).reshape(-1), tower)}
     text = str(value)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,18 +15,17 @@ from nearfar.batching import BatchSampler, Neighbors
 from nearfar.config.samplers import Items as SamplerItems
 from nearfar.config.views import ViewOptions
 from nearfar.contrast import SimilarityMask, join_masks
-from nearfar.data.batch import Augment, Batch, Inputs, ItemDataset, Partial, Rows, one_after_another
-from nearfar.data.cache import content_key, without_cache
-from nearfar.data.chunks import NewData, read_chunks
+from nearfar.data.batch import Augment, Batch, Inputs, ItemDataset, Rows, one_after_another
+from nearfar.data.cache import content_key
 from nearfar.data.files import Json
 from nearfar.data.items import Items, ItemSplits, shared_values, value_groups
 from nearfar.errors import NearfarError
 from nearfar.losses.views import ViewContext, ViewLoss, view_pairs
 from nearfar.metrics import Estimate, batch_signals, paired_difference, rank_estimates, retrieval_ranks
 from nearfar.models.views import ViewMemory, ViewModel, build_head, module_name
-from nearfar.systems.comparison import ViewComparison
+from nearfar.systems.new_items import PRESENT, NewItems, some_of
 from nearfar.towers import Tower, save_towers
-from nearfar.towers.build import load_towers, tower_folder
+from nearfar.towers.build import tower_folder
 from nearfar.training.batches import (
     LIKELY_FALSE_NEGATIVE,
     build_sampler,
@@ -42,27 +40,25 @@ from nearfar.training.evaluation import consecutive
 from nearfar.training.sections import retrieval_examples
 from nearfar.training.state import initial_model, load_weights
 from nearfar.training.system import (
-    Comparison,
     Evaluation,
     Say,
     StepOutput,
-    System,
     TrainSampler,
     collect,
 )
 
-__all__ = ["BEFORE", "ViewSystem"]
+__all__ = ["BEFORE", "PRESENT", "ViewSystem"]
 
 KS = (1, 5, 10)
 #: what the scores of the model at its start are called beside those of the trained one
 BEFORE = "before training"
 #: fields of a batch that belong to a view: ``group:VIEW`` are equal where its value is, ``present:VIEW`` is whether a
 #: row has it, ``negatives:VIEW:i`` are further values that are negatives of their own row
-GROUP, PRESENT, NEGATIVES = "group:", "present:", "negatives:"
+GROUP, NEGATIVES = "group:", "negatives:"
 REFERENCE, LABEL = "reference", "label"
 
 
-class ViewSystem(System[Batch, ViewModel]):
+class ViewSystem(NewItems):
     """A system of items with views. It defines ``load_items`` and ``build_towers``; everything else has a default.
 
     ``prepare`` reads the items, counts values that a tower cannot read as rejections, fits towers on the training
@@ -149,7 +145,7 @@ class ViewSystem(System[Batch, ViewModel]):
         reasons: list[str | None] = [None] * len(items)
         for view in views:
             present = np.flatnonzero(items.present(view))
-            values = _some(items[view], present)
+            values = some_of(items[view], present)
             for at, reason in zip(present.tolist(), self.towers[view].check(values), strict=True):
                 if reason is not None and reasons[at] is None:
                     reasons[at] = f"{view}: {reason}"
@@ -177,7 +173,7 @@ class ViewSystem(System[Batch, ViewModel]):
         """Every tower on the training values of its views."""
         train = self.splits["train"]
         for tower, views in self._distinct():
-            parts = [_some(train[view], np.flatnonzero(train.present(view))) for view in views]
+            parts = [some_of(train[view], np.flatnonzero(train.present(view))) for view in views]
             if any(not len(part) for part in parts):
                 empty = views[[len(part) for part in parts].index(0)]
                 raise NearfarError(f"{train.source}: no training item has a value in the column '{empty}'.")
@@ -192,18 +188,6 @@ class ViewSystem(System[Batch, ViewModel]):
             vectors = self._reference(reference, items, inputs[reference])
             if vectors is not None:
                 inputs[REFERENCE] = Rows(vectors)
-        return inputs
-
-    @staticmethod
-    def tower_inputs(items: Items, towers: Mapping[str, Tower]) -> dict[str, Inputs]:
-        """What these towers read of the items, and which items have a view that some of them lack."""
-        inputs: dict[str, Inputs] = {}
-        for view, tower in towers.items():
-            present = items.present(view)
-            read = tower.read(_some(items[view], np.flatnonzero(present)))
-            inputs[view] = read if present.all() else Partial(read, present)
-            if not present.all():
-                inputs[f"{PRESENT}{view}"] = Rows(present)
         return inputs
 
     def value_groups(self, view: str) -> dict[str, np.ndarray] | None:
@@ -245,7 +229,7 @@ class ViewSystem(System[Batch, ViewModel]):
                 f"hard batches and false_negative_threshold go by the vectors of '{view}', which some items lack; name "
                 "a view that every item has, or take sampler=random."
             )
-        vectors = tower.reference(_some(items[view], np.arange(len(items))))
+        vectors = tower.reference(some_of(items[view], np.arange(len(items))))
         if vectors is None:
             raise NearfarError(
                 f"hard batches and false_negative_threshold go by vectors from before training, and the tower of "
@@ -593,84 +577,13 @@ class ViewSystem(System[Batch, ViewModel]):
         save_towers(self.towers, folder / "towers")
 
     # -- use of a trained run --------------------------------------------------------------------------------
-    def load_assets(self, folder: Path) -> None:
-        self.towers = load_towers(folder / "towers")
-
     def own_data(self, say: Say) -> tuple[dict[str, Items], str]:
         self._read(say)
         return self.splits, self.data_hash(*self.splits.values())
 
-    def embed_view(self, model: ViewModel, view: str, field: Any) -> Tensor:
-        return model.encode(view, field)
-
     def view_dim(self, model: ViewModel, view: str) -> int:
         widths = {views[0]: int(cast(int, model.tower(views[0]).width)) for _, views in self._distinct()}
         return self.shared_dim(widths)
-
-    def view_headers(self) -> dict[str, Sequence[str]]:
-        """For each view the headers under which a table of new items may have it, best first."""
-        return {view: [view] for view in self.views}
-
-    def further_headers(self) -> dict[str, Sequence[str]]:
-        """The same of columns beyond the views, without which new items can be read, too."""
-        return {}
-
-    def id_headers(self) -> Sequence[str]:
-        """The headers under which a table of new items may have ids, best first: that of the run's own data."""
-        own = getattr(getattr(self.config, "data", None), "id_column", None)
-        return [] if own is None else [str(own)]
-
-    def new_items(self, source: NewData) -> Iterator[Items]:
-        """A table, a folder, shards: items with those of the views that are there; see `usable`."""
-        for items in read_chunks(source, self.view_headers(), self.further_headers(), self.id_headers()):
-            yield self.usable(items)
-
-    def usable(self, items: Items) -> Items:
-        """Without values that a tower cannot read, and without items that then have none; each is counted."""
-        with without_cache():
-            items, reasons = self.checked(items)
-        columns, rejections = dict(items.columns), items.rejections
-        rows: Sequence[int | None] = items.rows or [None] * len(items)
-        usable, wrong = np.zeros(len(items), bool), np.zeros(len(items), bool)
-        for view, own in reasons.items():
-            values, present = items[view], items.present(view)
-            for i, reason in zip(np.flatnonzero(present).tolist(), own, strict=True):
-                if reason is not None:
-                    rejections.add(
-                        f"{view}: {reason}", rows[i], "" if isinstance(values, np.ndarray) else values[i]
-                    )
-                    present[i], wrong[i] = False, True
-            columns[view] = _only(values, present)
-            usable |= present
-        for i in np.flatnonzero(~usable & ~wrong).tolist():
-            rejections.add("no value", rows[i], items.ids[i])
-        return replace(replace(items, columns=columns).take(np.flatnonzero(usable)), rejections=rejections)
-
-    def checked(self, items: Items) -> tuple[Items, dict[str, list[str | None]]]:
-        """New items with values as the run's own data had them, and by view why each value that is there cannot be
-        read; None where it can."""
-        return items, {
-            view: self.towers[view].check(_some(items[view], np.flatnonzero(items.present(view))))
-            for view in self.views
-            if view in items
-        }
-
-    def new_dataset(self, items: Items) -> ItemDataset:
-        towers = {view: tower for view, tower in self.towers.items() if view in items}
-        return ItemDataset(self.tower_inputs(items, towers))
-
-    def comparison(self, gallery: bool, k: int | None = None) -> Comparison | None:
-        """The nearest items of the other view, for every two views that are contrasted: see `ViewComparison`.
-
-        None for a system with ``predictions`` of its own.
-        """
-        if self.defines("predictions"):
-            return None
-        return ViewComparison(self.pairs(), 10 if k is None else k, self.answer_column())
-
-    def answer_column(self) -> str | None:
-        """The column behind `answers`; None: an item answers itself alone."""
-        return None
 
 
 def check_names(views: Sequence[str]) -> None:
@@ -692,23 +605,6 @@ def negated_view(name: str) -> str:
     'meta:title'
     """
     return name.removeprefix(NEGATIVES).rsplit(":", 1)[0]
-
-
-def _some(values: Any, at: np.ndarray) -> Any:
-    if isinstance(values, np.ndarray):
-        return values if len(at) == len(values) else values[at]
-    return [values[i] for i in at.tolist()]
-
-
-def _only(values: Any, present: np.ndarray) -> Any:
-    """The values where ``present``, and none elsewhere."""
-    if present.all():
-        return values
-    if isinstance(values, np.ndarray) and values.dtype.kind == "f":
-        values = values.copy()
-        values[~present] = np.nan
-        return values
-    return [value if there else None for value, there in zip(values, present.tolist(), strict=True)]
 
 
 def _joined(parts: Sequence[Any]) -> Any:

@@ -304,6 +304,11 @@ def test_bad_input(trained: Trained, run: RunFolder, shards: Path, new: Path, tm
     np.save(expression, np.zeros((3, 2), np.float32))
     with pytest.raises(NearfarError, match="do not belong to"):
         nearfar.load(tmp_path / "damaged", "cpu")
+    about = json.loads((run.path / "tissue.json").read_text())
+    for change in ({"size": {"height": 0, "width": 32}}, {"patch": {"jpg_quality": "x"}}, {"size": None}):
+        (tmp_path / "damaged" / "tissue.json").write_text(json.dumps(about | change))
+        with pytest.raises(NearfarError, match=r"tissue\.json"):
+            nearfar.load(tmp_path / "damaged", "cpu")
 
 
 def test_spots_that_cannot_be_used_are_counted(trained: Trained, tmp_path: Path) -> None:
@@ -330,4 +335,4 @@ def test_a_run_on_generated_slides_asks_for_the_size_of_patches(tmp_path: Path, 
     said_and_predicted(run, np.stack([predicted[gene] for gene in test.genes], axis=1), test.genes)
     with pytest.raises(NearfarError, match=r"trained on generated slides.*--set patch=PIXELS"):
         trained.predict(NewData(new))
-    assert json.loads((run.path / "tissue.json").read_text())["size"] == [32, 32]
+    assert json.loads((run.path / "tissue.json").read_text())["size"] == {"height": 32, "width": 32}

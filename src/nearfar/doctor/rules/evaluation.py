@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from itertools import combinations
@@ -179,6 +180,9 @@ def _baseline(signals: Signals) -> Evidence | None:
         sign = -1.0 if lower_is_better(signals, name) else 1.0
         low = estimate.get("high" if sign < 0 else "low")
         worst = value if low is None else low
+        gallery = _gallery(signals, split, estimate)
+        if low is None and kind == "chance" and gallery:  # as many queries as keys, as far as one knows
+            worst = value - sign * 2 * math.sqrt(baseline * max(0.0, 1 - baseline) / gallery)
         if sign * (worst - baseline) > 0:
             continue
         interval = "" if low is None else f" [{estimate.get('low'):.3f}, {estimate.get('high'):.3f}]"

@@ -4,6 +4,7 @@ import { ask, choices, el, field, ItemInput, NumbersInput, PairInput, PictureInp
 import { showHits, showItems, showPredictions, slideMap } from "./results.js";
 
 const $ = (id) => document.getElementById(id);
+const glide = () => (matchMedia("(prefers-reduced-motion: reduce)").matches ? "auto" : "smooth");
 const state = { mode: "search", view: null, target: null, item: null, inputs: {}, slides: new Map() };
 let about;
 
@@ -17,7 +18,7 @@ function newInput(name, form, kind, text) {
 
 function drawForm() {
   const modes = [["predict", "Predict"], ["search", "Search"]].filter(([mode]) => (mode === "search" ? about.searches.length : Object.keys(about.predicts).length));
-  choices($("modes"), "mode", modes, state.mode, (mode) => { state.mode = mode; state.item = null; drawForm(); });
+  choices($("modes"), "mode", modes, state.mode, (mode) => { state.mode = mode; state.item = null; $("results").replaceChildren(); drawForm(); });
   $("picker").hidden = true;
   $("problem").hidden = true;
   const searching = state.mode === "search";
@@ -32,7 +33,7 @@ function drawForm() {
 
 function drawSearch() {
   const asked = [...new Set(about.searches.map(([view]) => view))];
-  if (!asked.includes(state.view)) state.view = asked.find((view) => about.views[view].kind === "text") || asked[0];
+  if (!asked.includes(state.view)) state.view = ["text", "picture", "pair"].map((form) => asked.find((view) => about.views[view].form === form)).find(Boolean) || asked[0];
   choices($("views"), "view", asked.map((view) => [view, view]), state.view, (view) => { state.view = view; state.item = null; state.target = null; drawForm(); });
   const targets = about.searches.filter(([view]) => view === state.view).map(([, target]) => target);
   if (!targets.includes(state.target)) state.target = targets.find((target) => target !== state.view) || targets[0];
@@ -61,7 +62,8 @@ function drawSearch() {
 function drawPredict() {
   $("views").replaceChildren();
   for (const [name, form] of Object.entries(about.predicts)) {
-    const input = newInput(name, form, about.views[name]?.kind || "text");
+    const words = { pair: "Two objects in a picture", image: "Picture" }[name] || name;
+    const input = newInput(words, form, about.views[name]?.kind || "text");
     state.inputs[name] = input;
     $("input").append(input.node);
   }
@@ -87,7 +89,7 @@ async function send() {
     busy(true, "…");
     if (state.mode === "search") await search(began);
     else await predict();
-    if (innerWidth < 700) $("results").scrollIntoView({ behavior: "smooth", block: "start" });
+    if (innerWidth < 700) $("results").scrollIntoView({ behavior: glide(), block: "start" });
   } catch (error) {
     busy(false);
     problem(error);
@@ -113,7 +115,7 @@ async function showSlides(hits) {
     if (!state.slides.has(name)) state.slides.set(name, await ask(`gallery/slide?name=${encodeURIComponent(name)}`));
     figures.push(slideMap(state.slides.get(name), hits, useSpot));
   }
-  if (figures.length) $("results").firstElementChild.after(...figures);
+  if (figures.length) $("results").firstElementChild.after(el("div", { class: "slides" }, figures));
 }
 
 async function predict() {
@@ -123,7 +125,7 @@ async function predict() {
     columns[name] = [await input.value()];
     if (input instanceof TextInput) shown.text = columns[name][0];
     if (input.url) shown.url = input.url;
-    if (input instanceof PairInput) shown.pair = input.boxes.slice();
+    if (input instanceof PairInput) { shown.pair = input.boxes.slice(); shown.names = input.called; }
   }
   const answer = await ask("predict", { columns });
   busy(false, "");
@@ -137,7 +139,7 @@ function useItem(item) {
   if (!views.includes(state.view)) { state.view = views[0]; state.target = null; }
   state.item = item;
   drawForm();
-  scrollTo({ top: 0, behavior: "smooth" });
+  scrollTo({ top: 0, behavior: glide() });
   send();
 }
 

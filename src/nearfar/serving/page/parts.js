@@ -57,6 +57,7 @@ export function field(name, control, hint) {
 
 // Radio buttons that look like tabs or chips; the arrow keys of a keyboard move between them.
 export function choices(host, name, entries, chosen, changed) {
+  const focused = host.contains(document.activeElement);
   host.replaceChildren();
   if (entries.length < 2) return;
   for (const [value, words] of entries) {
@@ -64,6 +65,7 @@ export function choices(host, name, entries, chosen, changed) {
     input.checked = value === chosen;
     host.append(el("label", { class: "choice" }, input, el("span", {}, words)));
   }
+  if (focused) host.querySelector("input:checked")?.focus(); // the arrow keys go on from there
 }
 
 function base64(file) {
@@ -154,9 +156,19 @@ export class PictureInput {
 
 // Boxes over a picture; fractions of its sides, first and second in different colours.
 export function boxesOver(boxes, sides = [1, 1]) {
-  const shapes = boxes.map(([left, top, right, bottom], i) =>
-    svg("rect", { x: left, y: top, width: Math.max(0, right - left), height: Math.max(0, bottom - top), class: i === 1 ? "second" : "first" }));
+  const shapes = boxes.flatMap(([left, top, right, bottom], i) => {
+    const place = { x: left, y: top, width: Math.max(0, right - left), height: Math.max(0, bottom - top) };
+    return [svg("rect", { ...place, class: "halo" }), svg("rect", { ...place, class: i === 1 ? "second" : "first" })];
+  });
   return svg("svg", { viewBox: `0 0 ${sides[0]} ${sides[1]}`, preserveAspectRatio: "none", "aria-hidden": "true" }, ...shapes);
+}
+
+// Small pictures are shown larger, so that what is drawn over them can be told apart.
+export function enlarged(image) {
+  const grow = () => { if (image.naturalWidth < 420) image.style.width = "420px"; };
+  if (image.complete && image.naturalWidth) grow();
+  else image.addEventListener("load", grow);
+  return image;
 }
 
 // Two objects in a photo: drawn with a pointer, or typed as numbers.
@@ -184,8 +196,9 @@ export class PairInput {
 
   opened() {
     this.boxes = [null, null];
-    const image = el("img", { src: this.photo.url, alt: "", draggable: "false" });
+    const image = enlarged(el("img", { src: this.photo.url, alt: "The chosen picture", draggable: "false" }));
     this.image = image;
+    this.photo.node.hidden = true;
     this.editor = el("div", { class: "editor" }, image);
     let from = null;
     const at = (event) => {
@@ -217,7 +230,9 @@ export class PairInput {
     });
     this.stage.replaceChildren(
       el("div", { class: "input" },
-        el("p", { class: "muted" }, "Draw a box around the first object, then around the second; or type their edges."),
+        el("div", { class: "lead" },
+          el("p", { class: "muted" }, "Draw a box around the first object, then around the second; or type their edges."),
+          el("button", { type: "button", class: "link", onclick: () => this.photo.picker.click() }, "Another picture")),
         this.editor,
         ...[0, 1].map((i) => el("div", { class: "field" }, el("span", { class: "name" }, i ? "Second object" : "First object"), this.names[i], el("div", { class: "numbers" }, this.fields[i])))));
   }
@@ -242,6 +257,8 @@ export class PairInput {
   }
 
   get url() { return this.photo.url; }
+
+  get called() { return this.names.map((input) => input.value.trim()); }
 }
 
 // An item of the gallery that was chosen as the query.

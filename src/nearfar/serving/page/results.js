@@ -1,6 +1,6 @@
 // Answers of the server as a page: hits, slides, predictions.
 
-import { boxesOver, el, plate } from "./parts.js";
+import { boxesOver, el, enlarged, plate } from "./parts.js";
 
 const percent = (value) => `${(100 * value).toFixed(value < 0.1 && value > 0 ? 1 : 0)} %`;
 const short = (value) => (typeof value === "number" && !Number.isInteger(value) ? String(Number(value.toPrecision(4))) : String(value));
@@ -21,7 +21,7 @@ function values(item, order, small = false) {
 
 function card(hit, target, use) {
   const order = [target, ...Object.keys(hit.shown).filter((view) => view !== target)];
-  const columns = Object.entries(hit.columns || {});
+  const columns = Object.entries(hit.columns || {}).filter(([name]) => !(hit.spot && ["slide", "x", "y"].includes(name)));
   const place = hit.spot ? [[hit.spot.slide ? `spot on ${hit.spot.slide}` : "spot", `${short(hit.spot.x)}, ${short(hit.spot.y)}`]] : [];
   const pictured = order.filter((view) => hit.shown[view]?.url).length === 1;
   return el("li", { class: pictured ? "card pictured" : "card", id: `item-${hit.position}` },
@@ -49,6 +49,13 @@ export function showHits(host, answer, about, use) {
     el("ol", { class: "cards" }, hits.map((hit) => card(hit, answer.target, use))));
 }
 
+// The views to show of an item: those that were asked for, and one with a picture.
+function seen(item, views) {
+  if (views.some((view) => item.shown[view]?.url)) return views;
+  const picture = Object.keys(item.shown).find((view) => item.shown[view].url);
+  return picture ? [picture, ...views.filter((view) => item.shown[view]?.kind === "text")] : views;
+}
+
 export function showItems(host, page, views, choose, again) {
   host.replaceChildren(
     el("div", { class: "lead" },
@@ -56,7 +63,7 @@ export function showItems(host, page, views, choose, again) {
       el("p", { class: "muted" }, `drawn from ${page.total.toLocaleString("en")} items`),
       el("button", { type: "button", class: "link", onclick: again }, "Draw others")),
     el("ul", {}, page.items.map((item) => el("li", {},
-      el("button", { type: "button", onclick: () => choose(item) }, values(item, views, true), el("span", { class: "id" }, item.id))))));
+      el("button", { type: "button", onclick: () => choose(item) }, values(item, seen(item, views), true), el("span", { class: "id" }, item.id))))));
   host.hidden = false;
 }
 
@@ -112,8 +119,8 @@ export function slideMap(slide, hits, use) {
     if (best >= 0) use(slide.positions[best]);
   });
   const on = hits.filter((hit) => hit.spot?.slide === slide.slide).length;
-  return el("figure", { class: "slide" }, canvas,
-    el("figcaption", { class: "muted" }, `${slide.slide || "the slide"}: ${on} of the hits, the nearest largest; click a spot to search with it`));
+  return el("figure", { class: "slide", "data-slide": slide.slide }, canvas,
+    el("figcaption", { class: "muted" }, `${slide.slide || "the slide"}: ${on} of the hits, the nearest largest; a click searches with a spot`));
 }
 
 // -- predictions ---------------------------------------------------------------------------------------------
@@ -133,7 +140,7 @@ function prediction(row, input) {
   else if (input?.text) parts.push(el("p", { class: "quote" }, input.text));
   const aspects = aspectsOf(row, used);
   if (aspects.length) parts.push(...aspectBars(aspects));
-  parts.push(...classBars(row, used));
+  parts.push(...classBars(row, used, input?.names));
   if (boxes) parts.push(boxTable(boxes));
   parts.push(...vectors(row, used));
   const rest = Object.entries(row).filter(([name, value]) => !used.has(name) && value !== null && value !== "");
@@ -172,7 +179,7 @@ function aspectBars(aspects) {
   ].filter(Boolean);
 }
 
-function classBars(row, used) {
+function classBars(row, used, names) {
   const parts = [];
   for (const prefix of ["", "probe/"]) {
     const shares = [];
@@ -184,8 +191,10 @@ function classBars(row, used) {
     if (!shares.length) continue;
     shares.sort((a, b) => b[1] - a[1]);
     for (const name of prefix ? ["probe", "probe/probability"] : ["relation", "class", "label", "probability"]) used.add(name);
-    const subject = row.subject && row.object ? `${row.subject} ${answer} ${row.object}` : answer ?? shares[0][0];
-    if (row.subject && row.object) { used.add("subject"); used.add("object"); }
+    const [first, second] = names?.length === 2 ? names : [row.subject, row.object];
+    const subject = !prefix && first && second ? `${first} ${answer} ${second}` : answer ?? shares[0][0];
+    used.add("subject");
+    used.add("object");
     const line = ([name, share]) => el("li", { class: name === String(answer) ? "" : "off" },
       el("span", { class: "label" }, name),
       el("span", { class: "bar", role: "img", "aria-label": percent(share) }, width(el("i"), share)),
@@ -221,9 +230,10 @@ function boxesOf(row, used) {
 }
 
 function photo(input, boxes) {
-  const image = el("img", { src: input.url, alt: "The picture that was asked about" });
+  const image = enlarged(el("img", { src: input.url, alt: "The picture that was asked about" }));
   const frame = el("div", { class: "photo" }, image);
-  const slider = el("input", { type: "range", min: 0, max: 1, step: 0.01, value: 0.5 });
+  const slider = el("input", { type: "range", min: 0, max: 1, step: 0.01 });
+  slider.value = Math.min(0.5, Math.floor(100 * Math.max(0, ...(boxes || []).map((each) => each.score ?? 1))) / 100);
   const count = el("output", {});
   const paint = () => {
     frame.querySelectorAll("svg, .at").forEach((node) => node.remove());
@@ -233,7 +243,7 @@ function photo(input, boxes) {
     const shown = boxes.filter((each) => each.score === undefined || each.score === null || each.score >= slider.valueAsNumber);
     count.textContent = `${shown.length} of ${boxes.length} boxes, score from ${slider.valueAsNumber.toFixed(2)} on`;
     const over = boxesOver(shown.map((each) => each.box), sides);
-    over.querySelectorAll("rect").forEach((rect) => rect.setAttribute("class", "first"));
+    over.querySelectorAll("rect.second").forEach((rect) => rect.setAttribute("class", "first"));
     frame.append(over);
     for (const each of shown.slice(0, 60)) {
       const words = [each.label, typeof each.score === "number" ? each.score.toFixed(2) : null].filter((part) => part !== undefined && part !== null).join(" ");

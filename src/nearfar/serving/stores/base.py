@@ -127,8 +127,8 @@ class VectorStore(ABC):
         """Build the approximate index: what to note of it, and the least and the largest effort of a search."""
         raise NotImplementedError
 
-    def _exact_is_faster(self, queries: int, effort: int) -> bool:
-        """Whether so many queries together are compared with all rows in less time than the index takes."""
+    def _exact_is_faster(self, queries: int, effort: int, share: float) -> bool:
+        """Whether so many queries are compared with this share of the rows in less time than the index takes."""
         return False
 
     def _forget_index(self) -> None:
@@ -243,8 +243,8 @@ class VectorStore(ABC):
         rows = np.atleast_2d(np.asarray(vectors, dtype=np.float32))
         rows = self._units(rows)
         conditions = parse_where(where, self.kinds)
-        effort = None if exact else self._effort(conditions)
-        if effort is not None and self._exact_is_faster(len(rows), effort):
+        effort, share = (None, 1.0) if exact else self._effort(conditions)
+        if effort is not None and self._exact_is_faster(len(rows), effort, share):
             effort = None
         answers = self._search(rows, k, conditions, effort)
         if effort is not None:
@@ -259,14 +259,16 @@ class VectorStore(ABC):
         conditions = parse_where(where, self.kinds)
         return self._count(conditions) if conditions else len(self)
 
-    def _effort(self, where: Sequence[Condition]) -> int | None:
-        """How far the index looks: farther where few rows pass, since the nearest of these are farther away."""
+    def _effort(self, where: Sequence[Condition]) -> tuple[int | None, float]:
+        """How far the index looks, and the share of the rows that pass: farther where these are few, since the nearest
+        of them are farther away. None: all rows are compared."""
         if self.index is None:
-            return None
-        effort, most = int(self.index["effort"]), int(self.index["most"])
+            return None, 1.0
+        effort, most, share = int(self.index["effort"]), int(self.index["most"]), 1.0
         if where:
-            effort = int(np.ceil(effort * self.index["rows"] / max(1, self._count(where))))
-        return effort if effort < most else None
+            share = max(1, self._count(where)) / max(1, len(self))
+            effort = int(np.ceil(effort / share))
+        return (effort if effort < most else None), share
 
     def recall(self, vectors: Float[np.ndarray, "q d"], k: int = _TOP, where: Any = None) -> float:
         """The share of the exact ``k`` nearest rows that the search by the index gives for these queries; else 1.
@@ -277,7 +279,7 @@ class VectorStore(ABC):
             return 1.0
         rows, conditions = self._units(np.asarray(vectors, np.float32)), parse_where(where, self.kinds)
         truth = self._search(rows, k, conditions, None)
-        return _recall(self._search(rows, k, conditions, self._effort(conditions)), truth)
+        return _recall(self._search(rows, k, conditions, self._effort(conditions)[0]), truth)
 
     def finish(self, queries: Float[np.ndarray, "q d"] | None = None, of: str = "") -> None:
         """After the last row: build the index that a large store needs, and measure its recall.

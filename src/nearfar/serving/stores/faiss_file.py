@@ -402,10 +402,10 @@ class FaissStore(VectorStore):
         scores, positions = index.search(vectors, min(k, most), params=parameters)
         return self._matches(scores, positions)
 
-    def _exact_is_faster(self, queries: int, effort: int) -> bool:
+    def _exact_is_faster(self, queries: int, effort: int, share: float) -> bool:
         assert self.index is not None
         looked_at = effort / int(self.index["cells"])
-        return _ONE_BY_ONE * looked_at * queries > queries + _PASS
+        return _ONE_BY_ONE * looked_at * queries > share * queries + _PASS
 
     def _compare_all(
         self, vectors: np.ndarray, k: int, passing: np.ndarray | None

@@ -18,6 +18,7 @@ __all__ = ["PostgresStore"]
 _HEADS = "nearfar_stores"
 _WIDEST = 16_000  # numbers of a vector; an index takes 2,000
 _WIDEST_INDEX = 2_000
+_FEW = 15_000  # rows that pass a filter and are compared in the time in which the index looks far enough
 _TYPES = {"text": "text", "number": "double precision", "boolean": "boolean"}
 _PG_NAMES = {"text": "text", "number": "float8", "boolean": "bool"}
 
@@ -196,9 +197,12 @@ class PostgresStore(VectorStore):
             else:
                 self._connection.execute(f"SET LOCAL hnsw.ef_search = {int(effort)}")
                 self._connection.execute("SET LOCAL enable_seqscan = off")
+                self._connection.execute("SET LOCAL enable_sort = off")  # the index gives the order
             for vector in vectors:
                 asked = Vector(vector)
-                rows = self._connection.execute(query, [asked, *values, asked, k]).fetchall()
+                # a prepared statement would keep the plan of earlier settings, and be exact or not as they were
+                answer = self._connection.execute(query, [asked, *values, asked, k], prepare=False)
+                rows = answer.fetchall()
                 answers.append(
                     Matches(
                         np.array([row[0] for row in rows], np.float32),
@@ -207,6 +211,10 @@ class PostgresStore(VectorStore):
                     )
                 )
         return answers
+
+    def _exact_is_faster(self, queries: int, effort: int, share: float) -> bool:
+        assert self.index is not None
+        return share < 1 and share * int(self.index["rows"]) < _FEW
 
     def _sample(self, n: int) -> np.ndarray:
         from psycopg import sql

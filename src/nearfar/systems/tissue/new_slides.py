@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +59,7 @@ class Reading:
     @property
     def target_sum(self) -> float:
         """Counts of a spot after normalisation."""
-        return float(self.expression.get("target_sum", _TARGET_SUM))
+        return float(self.expression.get("target_sum") or _TARGET_SUM)
 
     def field(self, source: NewData, slide: str, pixel_size: float | None) -> int:
         """Side of what is cut from a slide, in its pixels."""
@@ -67,8 +68,8 @@ class Reading:
         if "patch_um" in source.options:
             micrometres = source.number("patch_um", 0, 1e-3, 1e6)
         else:
-            amount, _, unit = str(self.patch.get("field", "")).partition(" ")
-            if not amount:
+            amount, _, unit = str(self.patch.get("field") or "").partition(" ")
+            if not re.fullmatch(r"\d+(\.\d*)?(e[+-]?\d+)?", amount):
                 raise NearfarError(
                     "the run was trained on generated slides, which do not say how much of a slide a patch shows: give "
                     "--set patch=PIXELS, or --set patch_um=MICROMETRES."
@@ -85,23 +86,21 @@ class Reading:
 
     def rows(self, source: NewData) -> int:
         """Spots of a chunk."""
-        most = min(source.rows, _MEMORY // (3 * self.size[0] * self.size[1]))
+        most = max(1, min(source.rows, _MEMORY // (3 * self.size[0] * self.size[1])))
         return most if most < self.batch else most // self.batch * self.batch
 
-    def columns(self, names: Sequence[str], source: NewData) -> tuple[list[int] | None, str]:
-        """For each gene of the run its position in ``names``, −1 for one that is missing and may be 0; or why not."""
-        place = {name: at for at, name in enumerate(names)}
-        missing = [gene for gene in self.genes if gene not in place]
-        if missing and (
-            source.choice("missing_genes", "refuse", ("refuse", "zero")) == "refuse"
-            or len(missing) == len(self.genes)
-        ):
-            listed = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
-            return None, (
-                f"{len(missing)} of the {len(self.genes)} genes of the run are missing ({listed}). Are genes named by "
-                "symbol here and by Ensembl id there? --set missing_genes=zero takes 0 for what was not measured."
-            )
-        return [place.get(gene, -1) for gene in self.genes], ""
+    def lacking_genes(self, names: Sequence[str], source: NewData) -> str:
+        """Why expression of the genes ``names`` cannot be taken for that of the run; empty where it can."""
+        here = set(names)
+        missing = [gene for gene in self.genes if gene not in here]
+        zero = source.choice("missing_genes", "refuse", ("refuse", "zero")) == "zero"
+        if not missing or (zero and len(missing) < len(self.genes)):
+            return ""
+        listed = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
+        return (
+            f"{len(missing)} of the {len(self.genes)} genes of the run are missing ({listed}). Are genes named by "
+            "symbol here and by Ensembl id there? --set missing_genes=zero takes 0 for what was not measured."
+        )
 
 
 def read_slides(source: NewData, reading: Reading) -> Iterator[Items] | None:
@@ -159,8 +158,7 @@ def _of_slide(path: Path, slide: Slide, source: NewData, reading: Reading) -> It
         totals >= least, f"fewer than {least:g} counts", [f"{total:g} counts" for total in totals.tolist()]
     )
     lacking: dict[str, str] = {}
-    at, why = reading.columns(counts.genes, source)
-    if at is None:
+    if why := reading.lacking_genes(counts.genes, source):
         lacking["gene"] = f"slide {slide.name}: {why}"
     boxes: list[Any] = []
     if _has_picture(slide):
@@ -185,7 +183,7 @@ def _of_slide(path: Path, slide: Slide, source: NewData, reading: Reading) -> It
         columns: dict[str, Column] = {}
         if patch is not None:
             columns["image"] = np.stack([patch(row) for row in some.tolist()])
-        if at is not None:
+        if "gene" not in lacking:
             columns["gene"] = _expression(counts, some, reading)
         columns["slide"] = [slide.name] * len(some)
         columns["position"] = counts.positions[some]
@@ -238,11 +236,10 @@ def _expression(counts: SlideCounts, some: np.ndarray, reading: Reading) -> Floa
 # -- expression alone ----------------------------------------------------------------------------------------
 def _of_expression(path: Path, source: NewData, reading: Reading) -> Iterator[Items]:
     counts = read_expression(path)
-    at, why = reading.columns(counts.genes, source)
     lacking = {
         "image": f"{path} does not say where its spots lie (obsm['spatial']), so that no patch is theirs"
     }
-    if at is None:
+    if why := reading.lacking_genes(counts.genes, source):
         lacking["gene"] = f"{path}: {why}"
     notes = _notes(lacking)
     rejections = Rejections()
@@ -252,7 +249,7 @@ def _of_expression(path: Path, source: NewData, reading: Reading) -> Iterator[It
     for start in range(0, max(1, len(counts.spots)), rows):
         some = np.arange(start, min(start + rows, len(counts.spots)))
         names = [counts.spots[row] for row in some.tolist()]
-        columns: dict[str, Column] = {} if at is None else {"gene": _expression(counts, some, reading)}
+        columns: dict[str, Column] = {} if why else {"gene": _expression(counts, some, reading)}
         columns["spot"] = names
         yield Items(names, columns, str(path), rows=(some + 1).tolist(), rejections=rejections, notes=notes)
         rejections = Rejections()
@@ -264,8 +261,8 @@ def _of_shards(path: Path, source: NewData, reading: Reading) -> Iterator[Items]
 
     index = read_index(path)
     _check_alike(path, index.patch, index.expression, reading)
-    at, why = reading.columns(index.genes, source)
-    notes = _notes({} if at is not None else {"gene": f"{path}: {why}"})
+    why = reading.lacking_genes(index.genes, source)
+    notes = _notes({"gene": f"{path}: {why}"} if why else {})
     rows = reading.rows(source)
     for entry in index.slides:
         known = [gene for gene in reading.genes if gene in set(index.genes)]
@@ -274,7 +271,7 @@ def _of_shards(path: Path, source: NewData, reading: Reading) -> Iterator[Items]
         for start in range(0, len(tissue), rows):
             part = slice(start, min(start + rows, len(tissue)))
             columns: dict[str, Column] = {"image": tissue.patches[part]}
-            if at is not None:
+            if not why:
                 values = np.zeros((part.stop - start, len(reading.genes)), np.float32)
                 for column, gene in enumerate(reading.genes):
                     if gene in place:

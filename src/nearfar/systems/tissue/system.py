@@ -17,7 +17,7 @@ from nearfar.batching.base import BatchSampler
 from nearfar.data.augment import SquareSymmetries
 from nearfar.data.batch import Augment, Batch, Draw, Inputs, Rows
 from nearfar.data.chunks import NewData
-from nearfar.data.files import Json, read_json, read_names
+from nearfar.data.files import Json, Maybe, read_json, read_names
 from nearfar.data.items import Items
 from nearfar.errors import NearfarError
 from nearfar.losses import ClipLoss, SpatialLoss
@@ -41,6 +41,19 @@ from nearfar.training.system import Evaluation, Say, StepOutput, TrainSampler, d
 __all__ = ["TissueSystem", "expression_tower", "image_tower"]
 
 READING = "tissue.json"
+
+
+def _side(value: object) -> str | None:
+    if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= 2**14:
+        return None
+    return f"is {str(value)[:40]!r}, and a number of pixels is expected"
+
+
+READING_SHAPE = {
+    "size": {"height": _side, "width": _side},
+    "patch": {"field": Maybe(str), "jpg_quality": Maybe(int)},
+    "expression": {"target_sum": Maybe(float)},
+}
 #: how the names of weights began in earlier versions, and how they begin now
 _EARLIER = {
     "encoder.encoder.": "towers.image.",
@@ -299,7 +312,12 @@ class TissueSystem(ViewSystem):
         super().save_assets(folder)
         reading = self.reading
         (folder / "genes.txt").write_text("\n".join(reading.genes) + "\n", encoding="utf-8")
-        about = {"size": reading.size, "patch": reading.patch, "expression": reading.expression}
+        height, width = reading.size
+        about = {
+            "size": {"height": height, "width": width},
+            "patch": dict(reading.patch),
+            "expression": dict(reading.expression),
+        }
         text = json.dumps(about, indent=2, ensure_ascii=False) + "\n"
         (folder / READING).write_text(text, encoding="utf-8")
         if self.references is not None:
@@ -341,9 +359,9 @@ class TissueSystem(ViewSystem):
         else:
             self.towers = self._prepared().towers
         if (folder / READING).is_file():
-            about = read_json(folder / READING, {"size": [int], "patch": dict, "expression": dict})
+            about = read_json(folder / READING, READING_SHAPE)
             genes = read_names(folder / "genes.txt", "gene")
-            size = (about["size"][0], about["size"][-1])
+            size = (about["size"]["height"], about["size"]["width"])
             batch = int(self.config.trainer.eval_batch_size)
             self._reading = Reading(genes, size, about["patch"], about["expression"], batch)
         else:
@@ -366,6 +384,9 @@ class TissueSystem(ViewSystem):
 
     def view_headers(self) -> dict[str, Sequence[str]]:
         return {"image": ["image", "patch", "file_name"], "gene": ["gene", "expression"]}
+
+    def predicts_from(self) -> Sequence[str]:
+        return ["image"]
 
     def predictions(self, outputs: Mapping[str, Tensor], items: Items) -> dict[str, Sequence[Any]]:
         """log1p expression of each gene, from the patches; ``slide``, ``x`` and ``y`` where they are known."""

@@ -1,0 +1,118 @@
+"""``nearfar serve`` as a user types it: the address, stopping, what cannot be served."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from served import train_pictures, write_gallery
+
+pytest.importorskip("fastapi", reason="needs the extra serve")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("module_cache")]
+
+
+@pytest.fixture(scope="module")
+def run(module_cache: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_pictures(tmp_path_factory.mktemp("command"))
+
+
+@contextmanager
+def started(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str, list[str]]]:
+    """The process, the address that it printed, and the lines before."""
+    command = [sys.executable, "-m", "nearfar.cli", "serve", *arguments, "--port", "0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        lines: list[str] = []
+        for line in process.stdout:
+            lines.append(line.strip())
+            if "http://" in line:
+                break
+        else:
+            raise AssertionError((lines, process.communicate()[1]))
+        yield process, lines[-1].split()[1], lines
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def get(address: str) -> object:
+    with urllib.request.urlopen(address, timeout=30) as response:
+        return json.load(response)
+
+
+def test_it_answers_until_it_is_told_to_stop(run: Path) -> None:
+    gallery = write_gallery(run.parent / "data")
+    with started(str(run), "--gallery", str(gallery), "--target", "picture", "--device", "cpu") as (
+        process,
+        address,
+        _,
+    ):
+        about = get(f"{address}describe")
+        assert isinstance(about, dict)
+        assert (about["gallery"], about["searches"]) == (12, [["picture", "picture"], ["words", "picture"]])
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) in (0, -signal.SIGTERM)
+        assert process.stderr is not None
+        assert "Traceback" not in process.stderr.read()
+
+
+def test_without_the_runs_data_it_says_so_and_embeds(run: Path, tmp_path: Path) -> None:
+    import shutil
+
+    alone = shutil.copytree(run, tmp_path / "alone", ignore=shutil.ignore_patterns("galleries"))
+    config = (alone / "config.yaml").read_text()
+    (alone / "config.yaml").write_text(config.replace(f"{run.parent}/data/train.csv", "/no/such/train.csv"))
+    with started(str(alone), "--device", "cpu") as (_, address, lines):
+        assert any("nothing to search in" in line and "--gallery" in line for line in lines)
+        about = get(f"{address}describe")
+        assert isinstance(about, dict)
+        assert about["gallery"] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gallery", "no_such_file.csv"], "no such file"),
+        (["--gallery", "a.csv", "--store", "b.faiss"], "one of them"),
+        (["--store", "no_such_store.faiss"], "no_such_store.faiss"),
+        (["--target", "pictures"], "did you mean 'picture'?"),
+        (["--host", "203.0.113.7", "--no-gallery"], "--host or --port"),
+    ],
+)
+def test_what_cannot_be_served_is_an_error_with_advice(run: Path, arguments: list[str], message: str) -> None:
+    command = [sys.executable, "-m", "nearfar.cli", "serve", str(run), *arguments, "--device", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    whole = done.stdout + done.stderr
+    assert done.returncode == 2
+    assert message in whole
+    assert "Traceback" not in whole
+
+
+def test_a_port_that_is_taken(run: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        command = [
+            sys.executable,
+            "-m",
+            "nearfar.cli",
+            "serve",
+            str(run),
+            "--no-gallery",
+            "--port",
+            port,
+            "--device",
+            "cpu",
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "name another one with --host or --port" in done.stderr + done.stdout

@@ -1,0 +1,55 @@
+"""Losses of several processes as people write them, right and wrong; processes import them from here."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import torch.distributed.nn as dist_nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from nearfar.losses import InfoNCELoss, SupConLoss
+from nearfar.training.distributed import DistributedLoss
+
+
+def own_rows_alone(a: Tensor, b: Tensor) -> Tensor:
+    return InfoNCELoss(0.1)(a, b)
+
+
+def nearfar_gather(a: Tensor, b: Tensor) -> Tensor:
+    return DistributedLoss(InfoNCELoss(0.1))(a, b)
+
+
+def nearfar_labels(a: Tensor, labels: Tensor) -> Tensor:
+    return DistributedLoss(SupConLoss(0.1))(a, labels)
+
+
+def with_scale(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+    return DistributedLoss(InfoNCELoss(0.1))(a, b, scale=scale)
+
+
+def _even(x: Tensor, grad: bool) -> Tensor:
+    """All rows, padded to the longest part and cut again."""
+    sizes = [torch.zeros((), dtype=torch.int64) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, torch.tensor(len(x)))
+    most = int(max(sizes))
+    padded = F.pad(x, (0, 0, 0, most - len(x)))
+    if grad:
+        parts = list(dist_nn.all_gather(padded))
+    else:
+        parts = [torch.zeros_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded.detach())
+        parts[dist.get_rank()] = padded
+    return torch.cat([part[: int(size)] for part, size in zip(parts, sizes, strict=True)])
+
+
+def gather_without_gradient(a: Tensor, b: Tensor) -> Tensor:
+    return InfoNCELoss(0.1)(_even(a, False), _even(b, False))
+
+
+def gather_with_gradient(a: Tensor, b: Tensor) -> Tensor:
+    return InfoNCELoss(0.1)(_even(a, True), _even(b, True))
+
+
+def fails(a: Tensor, b: Tensor) -> Tensor:
+    raise ValueError("shapes do not fit")
