@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -222,6 +223,10 @@ def test_bad_input_is_refused(model: SentenceTransformer) -> None:
         batches(range(19), 4, False)
     with pytest.raises(NearfarError, match="no batches were made"):
         batches.hardness()
+    batches(range(20), 4, False)
+    read = pickle.loads(pickle.dumps(batches))  # what the trainer writes beside a checkpoint: no embeddings
+    with pytest.raises(NearfarError, match="make it again"):
+        read(range(20), 4, False)
 
 
 def test_unique_batches_use_each_row_once_without_a_text_twice() -> None:
@@ -319,7 +324,10 @@ def test_a_watched_run_with_hard_batches(
     assert watch.diagnosis is not None
     assert watch.diagnosis.verdict in capsys.readouterr().out
     config = (tmp_path / "run" / "config.yaml").read_text()
-    assert "batch_sampler: HardBatches" in config
+    assert "sampler: HardBatches" in config
+    plans = [each for each in log if each["kind"] == "plan"]
+    assert [each["epoch"] for each in plans] == [1, 2, 3]
+    assert min(plans[0]["hardness"]) > 1.5 * plans[0]["hardness_random"]
     lines = (tmp_path / "out" / "eval" / "retrieval_estimates.jsonl").read_text().splitlines()
     assert json.loads(lines[0])["estimates"]["R@1"]["chance"] == pytest.approx(1 / 48)
 

@@ -81,8 +81,9 @@ class WatchCallback(Callback):
         evaluate = self.evaluate
         epochs = {} if trainer.max_epochs is None else {"epochs": int(trainer.max_epochs)}
         about = {
-            "accumulate_grad_batches": int(trainer.accumulate_grad_batches),
+            "accumulate": int(trainer.accumulate_grad_batches),
             "precision": str(trainer.precision),
+            "world_size": int(trainer.world_size),
         }
         self.watch = Monitor(
             pl_module,

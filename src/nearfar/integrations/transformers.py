@@ -28,7 +28,8 @@ __all__ = ["WatchCallback"]
 _ARGUMENTS = {
     "learning_rate": "lr",
     "per_device_train_batch_size": "batch_size",
-    "gradient_accumulation_steps": "gradient_accumulation_steps",
+    "gradient_accumulation_steps": "accumulate",
+    "world_size": "world_size",
     "num_train_epochs": "epochs",
     "max_steps": "max_steps",
     "warmup_steps": "warmup_steps",
@@ -36,8 +37,6 @@ _ARGUMENTS = {
     "max_grad_norm": "max_grad_norm",
     "lr_scheduler_type": "lr_scheduler",
     "optim": "optimizer",
-    "bf16": "bf16",
-    "fp16": "fp16",
 }
 #: the loss's own weights in a checkpoint folder of the trainer, which saves the model's alone
 LOSS_FILE = "nearfar_loss.pt"
@@ -212,6 +211,8 @@ class WatchCallback(TrainerCallback):
             for theirs, ours in _ARGUMENTS.items()
             if getattr(args, theirs, None) is not None
         }
+        half = "bf16-mixed" if args.bf16 else "16-mixed" if args.fp16 else "32-true"
+        config["precision"] = half
         if self.loss is not None:
             given: Any = getattr(self.loss, "get_config_dict", dict)
             options = given()

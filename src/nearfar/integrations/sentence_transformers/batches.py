@@ -100,11 +100,14 @@ class _EmbeddingBatches:
             self.sampler = made
         return _Batches(dataset, made, **arguments)
 
-    def hardness(self, epoch: int | None = None) -> HardnessReport:
-        """How hard the batches of an epoch really are, beside random ones; by default of the one that is drawn."""
+    def hardness(self, epoch: int | None = None, threshold: float | None = None) -> HardnessReport:
+        """How hard the batches of an epoch really are, beside random ones; by default of the one that is drawn.
+
+        ``threshold``: similarity of likely false negatives; None: ``false_negative_threshold``.
+        """
         if self.sampler is None:
             raise NearfarError("no batches were made yet: the trainer makes them when training begins.")
-        return self.sampler.realised_hardness(epoch)
+        return self.sampler.realised_hardness(epoch, threshold=threshold)
 
     def __getstate__(self) -> dict[str, Any]:
         # The trainer writes its arguments beside each checkpoint; embeddings of all rows do not belong there.

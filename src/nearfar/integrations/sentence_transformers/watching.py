@@ -12,9 +12,13 @@ from sentence_transformers.base.evaluation import BaseEvaluator
 from torch import Tensor, nn
 
 from nearfar.integrations.pytorch import Scores, retrieval_scores
+from nearfar.integrations.sentence_transformers.batches import HardBatches, PartitionBatches
 from nearfar.integrations.transformers import WatchCallback
 
 __all__ = ["RetrievalEvaluator", "Watch"]
+
+#: similarity from which a pair of a batch is counted as likely positives, where the batches have no threshold
+LIKELY = 0.95
 
 
 class RetrievalEvaluator(BaseEvaluator):
@@ -99,7 +103,7 @@ class Watch(WatchCallback):
             `RetrievalEvaluator`, otherwise none.
         loss: the trainer's loss; what it says of each step goes into the log, and what it learns (a temperature, a
             bias) into the trainer's checkpoints and back.
-        batches: the trainer's ``batch_sampler``, whose hardness goes into the configuration of the run.
+        batches: the trainer's ``batch_sampler``, whose measured hardness is logged at every epoch.
         options: further ones of `WatchCallback`: ``monitor``, ``config``, ``quiet``.
     """
 
@@ -140,10 +144,36 @@ class Watch(WatchCallback):
         return None
 
     def _about(self) -> dict[str, Any]:
-        sampler = getattr(self.batches, "sampler", None)
-        about: dict[str, Any] = {}
-        if self.batches is not None:
-            about["batch_sampler"] = type(self.batches).__name__
-        if sampler is not None and hasattr(sampler, "realised_hardness"):
-            about["hardness"] = str(sampler.realised_hardness(0))
-        return about
+        if self.batches is None:
+            return {}
+        composes = isinstance(self.batches, (HardBatches, PartitionBatches))
+        return {"sampler": type(self.batches).__name__, "composes_hard_batches": composes}
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Log how hard the batches of the epoch are."""
+        epoch = int(state.epoch or 0)
+        if self.watch is None or not isinstance(self.batches, (HardBatches, PartitionBatches)):
+            return
+        log = self.watch.folder.log()
+        if any(each.get("kind") == "plan" and each.get("epoch") == epoch + 1 for each in log):
+            return  # resumed in the middle of it
+        threshold = self.batches.false_negative_threshold
+        report = self.batches.hardness(epoch, LIKELY if threshold is None else threshold)
+        self.watch.folder.append(
+            {
+                "kind": "plan",
+                "epoch": epoch + 1,
+                "step": int(state.global_step),
+                **self._about(),
+                "random_phase": epoch < self.batches.curriculum_epoch,
+                "hardness": report.neighbors_by_quarter,
+                "hardness_random": report.random,
+                "hardness_neighbors": report.k,
+                "last_to_first": report.last_to_first,
+                "nominal_hard": report.nominal,
+                "realised_hard": report.hard_share_by_quarter,
+                "false_negatives": report.false_negatives,
+                "anchors_with_false_negative": report.anchors_hit,
+                "false_negative_threshold": report.threshold,
+            }
+        )
