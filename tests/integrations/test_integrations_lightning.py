@@ -13,8 +13,11 @@ from torch import Tensor, nn
 pytest.importorskip("lightning")
 
 import lightning as L
+import numpy as np
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, TensorDataset
 
+from nearfar.batching import HardNegativeSampler, RandomBatchSampler, nearest_neighbors
 from nearfar.integrations.lightning import WatchCallback
 from nearfar.integrations.pytorch import retrieval_scores
 from nearfar.losses import InfoNCELoss
@@ -94,3 +97,47 @@ def test_accumulated_losses_are_those_of_a_batch(tmp_path: Path) -> None:
         next(each["loss"] for each in log_of(tmp_path / n) if each["kind"] == "step") for n in ("one", "two")
     ]
     assert first[1] == pytest.approx(first[0], rel=0.3)  # not half of it
+
+
+class Noted(L.LightningModule):
+    """Keeps which rows it was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.rows = nn.Linear(1, 1), []
+
+    def training_step(self, batch: list[Tensor], index: int) -> Tensor:
+        self.rows.append((self.current_epoch, tuple(batch[0].tolist())))
+        value: Tensor = self.net(batch[0].float()[:, None]).mean()
+        return value
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 1e-4)
+
+
+@pytest.mark.parametrize("kind", ["random", "hard"])
+def test_a_sampler_goes_on_in_the_middle_of_an_epoch(tmp_path: Path, kind: str) -> None:
+    points = np.random.default_rng(0).standard_normal((24, 4)).astype(np.float32)
+
+    def fit(name: str, checkpoint: Path | None = None) -> Noted:
+        sampler = (
+            RandomBatchSampler(24, 4, seed=1)
+            if kind == "random"
+            else HardNegativeSampler(nearest_neighbors(points, 6), 4, seed=1)
+        )
+        watch = WatchCallback(tmp_path / name / "run", sampler=sampler, quiet=True)
+        kept = ModelCheckpoint(tmp_path / name, "{step}", every_n_train_steps=3, save_top_k=-1)
+        model = Noted()
+        trainer = L.Trainer(
+            max_epochs=3, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+            callbacks=[kept, watch],
+        )  # fmt: skip
+        trainer.fit(
+            model, DataLoader(TensorDataset(torch.arange(24)), batch_sampler=sampler), ckpt_path=checkpoint
+        )
+        return model
+
+    whole = fit("whole")
+    assert len(whole.rows) == 18
+    for step in (3, 6, 9, 12, 15):
+        assert fit(f"again {step}", tmp_path / "whole" / f"step={step}.ckpt").rows == whole.rows[step:]

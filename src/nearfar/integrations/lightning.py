@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nearfar.batching import BatchSampler
 from nearfar.doctor import Diagnosis
 from nearfar.doctor.logs.names import map_names
 from nearfar.errors import NearfarError
@@ -35,6 +36,9 @@ class WatchCallback(Callback):
         evaluate: a function of the module that gives `Scores`, or a mapping of metrics to estimates or numbers. None:
             what the module logs in validation; the score before training is then not known.
         loss: the loss, where its ``record`` (of a nearfar loss) is to go into the log.
+        sampler: the nearfar sampler of the training loader: its state goes into Lightning's checkpoints, and a run that
+            is resumed in the middle of an epoch goes on with the batches that were left. (Lightning itself begins the
+            epoch's batches anew.)
         monitor: the metric that matters; None: the first.
         config: what is to be known of the run (``batch_size``, ``lr``, …), by which arms are told apart.
         seed: of the run.
@@ -52,6 +56,7 @@ class WatchCallback(Callback):
         probe: Callable[[Any], Any] | None = None,
         evaluate: Callable[[Any], Scores | Mapping[str, Estimate | float]] | None = None,
         loss: nn.Module | None = None,
+        sampler: BatchSampler | None = None,
         monitor: str | None = None,
         config: Mapping[str, Any] | None = None,
         seed: int = 0,
@@ -59,6 +64,7 @@ class WatchCallback(Callback):
         quiet: bool = False,
     ) -> None:
         self.folder, self.probe, self.evaluate, self.loss = Path(folder), probe, evaluate, loss
+        self.sampler, self._used = sampler, 0
         self.monitor, self.config, self.seed = monitor, dict(config or {}), seed
         self.log_every, self.quiet = log_every, quiet
         self.watch: Monitor | None = None
@@ -66,13 +72,26 @@ class WatchCallback(Callback):
         self._last: Tensor | float | None = None
         self._scores: Scores | None = None
         self._resume = 0
+        self._begun = False  # whether this process has begun an epoch
 
     # -- state, in Lightning's checkpoints ------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:
-        return {} if self.watch is None else {"steps": self.watch.steps}
+        state: dict[str, Any] = {} if self.watch is None else {"steps": self.watch.steps}
+        if self.sampler is not None:
+            # A loader with workers draws ahead: what counts is what was trained on.
+            state["sampler"] = self.sampler.state_dict(self._used)
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._resume = int(state_dict.get("steps", 0))
+        if self.sampler is not None:
+            if "sampler" not in state_dict:
+                raise NearfarError(
+                    "the checkpoint holds no state of the sampler: it was written without sampler= of WatchCallback. "
+                    "Leave it out, or begin anew."
+                )
+            self.sampler.load_state_dict(state_dict["sampler"])
+            self._used = int(state_dict["sampler"]["position"])
 
     # -- what the trainer calls -----------------------------------------------------------------------------------
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -114,6 +133,16 @@ class WatchCallback(Callback):
             record = getattr(self.loss, "record", None)
         self.watch.step(self._last, record=record, lr=lr)
         self._last = None
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        if self._begun:
+            self._used = 0
+        self._begun = True
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._used = batch_idx + 1
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """After the epoch's validation, which Lightning runs before this."""
