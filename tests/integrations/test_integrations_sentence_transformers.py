@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
 pytest.importorskip("sentence_transformers")
 
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import losses as theirs
 
+from nearfar.cli import app
 from nearfar.errors import NearfarError
 from nearfar.integrations import sentence_transformers as ours
 
@@ -324,7 +328,12 @@ def test_a_watched_run_with_hard_batches(
     assert watch.diagnosis is not None
     assert watch.diagnosis.verdict in capsys.readouterr().out
     config = (tmp_path / "run" / "config.yaml").read_text()
-    assert "sampler: HardBatches" in config
+    assert yaml.safe_load(config)["sampler"]["hard_ratio"] == 0.5
+    again = yaml.safe_load(config) | {"seed": 2}
+    shutil.copytree(tmp_path / "run", tmp_path / "again")
+    (tmp_path / "again" / "config.yaml").write_text(yaml.safe_dump(again))
+    compared = CliRunner().invoke(app, ["compare", str(tmp_path / "run"), str(tmp_path / "again")])
+    assert compared.exit_code == 0, compared.output
     plans = [each for each in log if each["kind"] == "plan"]
     assert [each["epoch"] for each in plans] == [1, 2, 3]
     assert min(plans[0]["hardness"]) > 1.5 * plans[0]["hardness_random"]

@@ -250,5 +250,7 @@ def _cause(finding: ShownFinding) -> str:
 
 
 def _composes_hard_batches(config: DictConfig) -> bool:
-    choice = sampler_choices(str(config.get("system"))).get(str((config.get("sampler") or {}).get("name")))
+    sampler = config.get("sampler") or {}
+    name = sampler if isinstance(sampler, str) else sampler.get("name")  # a watched run may say it in a word
+    choice = sampler_choices(str(config.get("system"))).get(str(name))
     return choice is not None and choice.composes_hard_batches

@@ -152,7 +152,7 @@ class InfoNCELoss(_SentenceLoss):
 
     def _config(self) -> dict[str, Any]:
         return {
-            "temperature": self.temperature,
+            "temperature": self._temperature,  # at the start: what it has become is in the record
             "symmetric": self.symmetric,
             "mask_duplicates": self.mask_duplicates,
             "learn_temperature": self.log_scale is not None,
@@ -188,7 +188,7 @@ class SigLipLoss(_SentenceLoss):
         if not scale > 0:
             raise NearfarError(f"scale={scale}: a number above 0 is needed; they start at 10.")
         super().__init__(model, nearfar_losses.SigLipLoss(normalize), mini_batch_size)
-        self.mask_duplicates = mask_duplicates
+        self.mask_duplicates, self._start = mask_duplicates, (float(scale), float(bias))
         self.log_scale = nn.Parameter(torch.tensor(math.log(scale)), requires_grad=learn)
         self.bias = nn.Parameter(torch.tensor(float(bias)), requires_grad=learn)
 
@@ -209,7 +209,7 @@ class SigLipLoss(_SentenceLoss):
         return self.loss(embeddings[0], embeddings[1], self.log_scale.exp(), self.bias, mask)
 
     def _config(self) -> dict[str, Any]:
-        scale, bias = math.exp(float(self.log_scale.detach())), float(self.bias.detach())
+        scale, bias = self._start
         learn = self.bias.requires_grad
         masked = {"mask_duplicates": self.mask_duplicates, "normalize": self.loss.normalize}
         return {"scale": scale, "bias": bias, "learn": learn, **masked, **super()._config()}

@@ -12,13 +12,15 @@ from sentence_transformers.base.evaluation import BaseEvaluator
 from torch import Tensor, nn
 
 from nearfar.integrations.pytorch import Scores, retrieval_scores
-from nearfar.integrations.sentence_transformers.batches import HardBatches, PartitionBatches
+from nearfar.integrations.sentence_transformers.batches import HardBatches, PartitionBatches, UniqueBatches
 from nearfar.integrations.transformers import WatchCallback
 
 __all__ = ["RetrievalEvaluator", "Watch"]
 
 #: similarity from which a pair of a batch is counted as likely positives, where the batches have no threshold
 LIKELY = 0.95
+#: what nearfar's own runs call these samplers
+NAMES: dict[type, str] = {HardBatches: "hard", PartitionBatches: "partition", UniqueBatches: "unique"}
 
 
 class RetrievalEvaluator(BaseEvaluator):
@@ -146,8 +148,12 @@ class Watch(WatchCallback):
     def _about(self) -> dict[str, Any]:
         if self.batches is None:
             return {}
-        composes = isinstance(self.batches, (HardBatches, PartitionBatches))
-        return {"sampler": type(self.batches).__name__, "composes_hard_batches": composes}
+        sampler: dict[str, Any] = {"name": NAMES.get(type(self.batches), type(self.batches).__name__)}
+        for option, value in vars(self.batches).items():
+            if value is None or isinstance(value, (bool, int, float, str)):
+                sampler[option] = value
+        sampler.pop("left", None)  # a result
+        return {"sampler": sampler}
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Log how hard the batches of the epoch are."""
@@ -164,7 +170,8 @@ class Watch(WatchCallback):
                 "kind": "plan",
                 "epoch": epoch + 1,
                 "step": int(state.global_step),
-                **self._about(),
+                "sampler": NAMES[type(self.batches)],
+                "composes_hard_batches": True,
                 "random_phase": epoch < self.batches.curriculum_epoch,
                 "hardness": report.neighbors_by_quarter,
                 "hardness_random": report.random,
