@@ -63,7 +63,7 @@ def texts(n: int, rng: np.random.Generator) -> list[str]:
 def bare_text(trained: Any, values: list[str]) -> np.ndarray:
     """Tokens of a batch, the network, the head; rows in order of length, as sentence-transformers takes them."""
     tower = trained.system.towers["text"]
-    tokenizer, _ = tower._parts()
+    tokenizer, _ = tower.parts()
     module, head = trained.model.tower("text"), trained.model.heads["text"]
     order = sorted(range(len(values)), key=lambda i: -len(values[i]))
     rows = np.empty((len(values), trained.dim), np.float32)

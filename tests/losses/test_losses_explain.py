@@ -88,7 +88,7 @@ def test_suspects_are_marked() -> None:
             {"queries": rows(3), "keys": rows(3), "masks": {"x": torch.eye(4, dtype=torch.bool)}},
             "the mask 'x'",
         ),
-        ({"queries": rows(3), "labels": torch.tensor([1, 2])}, "2 labels"),
+        ({"queries": rows(3), "labels": torch.tensor([1, 2])}, "labels and key_labels"),
     ],
 )
 def test_mistakes(given: dict[str, object], message: str) -> None:

@@ -226,6 +226,17 @@ CALLS: dict[str, list[tuple[Callable[..., Any], dict[str, Any]]]] = {
     "SimilarityMask": [(losses.SimilarityMask, {"reference": Z, "threshold": 0.9})],
     "IndexMask": [(losses.IndexMask, {"index": INDEX})],
     "duplicate_mask": [(losses.duplicate_mask, {"labels": LABELS})],
+    "explain_batch": [
+        (
+            losses.explain_batch,
+            {
+                "queries": Z, "keys": OTHER, "temperature": 0.1, "masks": {"same": MASK}, "shown": list("abcdef"),
+                "key_shown": list("abcdef"), "suspect": {"alike": MASK}, "margin": 0.0, "rows": [0], "k": 2,
+            },
+        ),
+        (losses.explain_batch, {"queries": Z, "labels": LABELS, "key_labels": None, "k": 2}),
+        (losses.explain_batch, {"similarities": Z @ OTHER.T, "positives": torch.eye(6, dtype=torch.bool)}),
+    ],
     "false_negative_mask": [(losses.false_negative_mask, {"text": Z, "threshold": 0.9})],
     "Constant": [
         (schedules.Constant, {"value": 1.0}),
@@ -282,7 +293,7 @@ CALLS: dict[str, list[tuple[Callable[..., Any], dict[str, Any]]]] = {
 DATA = {
     "CONTEXT", "FIELDS", "RULES", "ContrastiveLoss", "Diagnosis", "Finding", "FocalRecord", "GradientShares",
     "LossTraits", "NoNegativesWarning", "NoPositivesWarning", "ObjectiveRecord", "Record", "Rectangle",
-    "Requires", "Rule", "Schedule", "Target", "Unjudged", "ViewContext",
+    "BatchExplanation", "Requires", "Rule", "Schedule", "Target", "Unjudged", "ViewContext",
     "WassersteinRecord",
     "read_run",  # takes a path alone, see below
 }  # fmt: skip

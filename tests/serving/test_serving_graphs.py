@@ -251,7 +251,9 @@ def test_vision_models_of_transformers(kind: str, how: str, tmp_path: Path) -> N
     import shutil
 
     model = tiny_vision(tmp_path / "vision", kind)
+    # Features of random weights hardly differ: divided by their spread, roundings would be as large as they are.
     options = [f"image_encoder.name={model}", f"image_encoder.train={how}", "image_encoder.size=40"]
+    options += ["image_encoder.standardize=false"] if how == "head" else []
     run = tiny_runs.train("labels", tmp_path, "image_encoder=transformers", *options)
     for format in ("onnx", "torch"):
         assert max(export_run(run, tmp_path / format, format).differences.values()) <= 1e-5

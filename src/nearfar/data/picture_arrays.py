@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +22,10 @@ from nearfar.errors import NearfarError
 __all__ = ["PictureArrays", "check_picture_values", "decode_pictures"]
 
 _VERSION = 2  # of how pictures are brought to their size; part of every cache key
+_FIRST, _QUICK = (
+    16,
+    0.002,
+)  # pictures that tell whether threads pay, and the seconds for one below which they do not
 _PART = 256  # pictures decoded before they are written
 
 
@@ -181,8 +186,12 @@ def decode_pictures(
                 return str(error)
             return ""
 
+        started = time.perf_counter()
+        first = [problem(path) for path in paths[:_FIRST]]
+        if time.perf_counter() - started < _QUICK * len(first):  # threads would cost more than they save
+            return first + [problem(path) for path in paths[_FIRST:]]
         with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as threads:
-            return list(threads.map(problem, paths))
+            return first + list(threads.map(problem, paths[_FIRST:]))
 
     return _reasons(values, problems), pixels
 

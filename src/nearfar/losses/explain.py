@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nearfar.arguments import number, whole_number
+from nearfar.arguments import entries, instance, mapping, number, whole_number, whole_numbers
+from nearfar.arguments import shown as shown_value
 from nearfar.contrast import Mask
 from nearfar.contrast.masks import as_mask
 from nearfar.contrast.numerics import unit_rows
@@ -179,11 +180,33 @@ def explain_batch(
     0 2 nearer than the positive
     """
     temperature = number("temperature", temperature, above=0.0)
-    k = whole_number("k", k, 1)
+    k, margin = whole_number("k", k, 1), number("margin", margin)
+    given = {"queries": queries, "keys": keys, "similarities": similarities, "positives": positives}
+    for name, value in (given | {"labels": labels, "key_labels": key_labels}).items():
+        if value is not None:
+            instance(name, value, Tensor, "a tensor")
+    for name, value in given.items():
+        if value is not None and (value.ndim != 2 or not value.numel()):
+            raise NearfarError(f"{name} has shape {tuple(value.shape)}; a matrix with rows is needed")
+    for name, value in (("labels", labels), ("key_labels", key_labels)):
+        if value is not None and value.ndim != 1:
+            raise NearfarError(f"{name} has shape {tuple(value.shape)}; one label for each row is needed")
+    for name, masks_of in (("masks", masks), ("suspect", suspect)):
+        if masks_of is not None:
+            mapping(name, masks_of)
+    texts_of = {
+        name: None if each is None else [str(text) for text in entries(name, each)]
+        for name, each in (("shown", shown), ("key_shown", key_shown))
+    }
+    shown, key_shown = texts_of["shown"], texts_of["key_shown"]
+    rows = None if rows is None else whole_numbers("rows", rows).reshape(-1).tolist()
     own = False
     if similarities is None:
         if queries is None:
             raise NearfarError("give queries (and keys), or similarities")
+        for name, value in (("queries", queries), ("keys", keys)):
+            if value is not None and not value.is_floating_point():
+                raise NearfarError(f"{name} are {value.dtype}; embeddings are numbers with a fraction")
         own = keys is None
         x = unit_rows(queries.detach().float())
         y = x if keys is None else unit_rows(keys.detach().float())
@@ -257,6 +280,10 @@ def explain_batch(
 
 def _matrix(name: str, mask: Mask | Tensor, n: int, m: int) -> Tensor:
     """A mask as a matrix."""
+    if not hasattr(mask, "tile"):
+        raise NearfarError(
+            f"masks, suspect: '{name}' is {shown_value(mask)}; a mask or a Boolean matrix is needed"
+        )
     known = as_mask(mask)
     if tuple(known.shape) != (n, m):
         raise NearfarError(f"the mask '{name}' has shape {tuple(known.shape)}; the batch has {n} × {m} pairs")
@@ -269,14 +296,17 @@ def _positives(
     if positives is not None:
         if positives.shape != (n, m) or positives.dtype != torch.bool:
             raise NearfarError(
-                f"positives are {tuple(positives.shape)} {positives.dtype}; a Boolean matrix of {n} × {m} is needed"
+                f"positives are {tuple(positives.shape)} {positives.dtype}; a Boolean matrix of {n} × {m} is needed, "
+                "as similarities (queries, keys) are"
             )
         return positives.cpu()
     if labels is not None:
         rows = whole_labels(labels)
         columns = rows if key_labels is None else whole_labels(key_labels, "key_labels")
         if rows.shape != (n,) or columns.shape != (m,):
-            raise NearfarError(f"there are {len(rows)} labels and {len(columns)} of keys for {n} × {m} pairs")
+            raise NearfarError(
+                f"labels and key_labels: there are {len(rows)} and {len(columns)} for {n} × {m} queries and keys"
+            )
         return ((rows[:, None] == columns[None]) & (rows[:, None] >= 0)).cpu()
     if own or n != m:
         raise NearfarError(
