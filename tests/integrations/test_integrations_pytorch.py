@@ -161,7 +161,7 @@ def test_scores_may_be_plain_numbers_and_handed_over(tmp_path: Path) -> None:
         (lambda path: Monitor(nn.Linear(2, 2), folder=path, log_every=0), "at least 1 step"),
         (
             lambda path: Monitor(nn.Linear(2, 2), lambda m: "x", path).start(),
-            "gives no embeddings|has no attribute",
+            "gives no embeddings",
         ),
         (lambda path: Monitor(nn.Linear(2, 2), folder=path).step(1.0, record=3), "record is a int"),
         (
@@ -171,7 +171,7 @@ def test_scores_may_be_plain_numbers_and_handed_over(tmp_path: Path) -> None:
     ],
 )
 def test_mistakes(make: Callable[[Path], object], message: str, tmp_path: Path) -> None:
-    with pytest.raises((NearfarError, AttributeError), match=message):
+    with pytest.raises(NearfarError, match=message):
         make(tmp_path / "run")
 
 

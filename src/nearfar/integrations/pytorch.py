@@ -361,9 +361,8 @@ class Monitor:
             given = {"embeddings": given}
         elif isinstance(given, (tuple, list)):
             given = {f"view{i}": each for i, each in enumerate(given)}
-        views = {
-            str(name): each for name, each in given.items() if isinstance(each, Tensor) and each.ndim == 2
-        }
+        known = given.items() if isinstance(given, Mapping) else ()
+        views = {str(name): each for name, each in known if isinstance(each, Tensor) and each.ndim == 2}
         if not views:
             raise NearfarError(
                 "the probe gives no embeddings: a tensor (rows, d), or one for each view, is needed."

@@ -310,7 +310,7 @@ def _positives(
         return ((rows[:, None] == columns[None]) & (rows[:, None] >= 0)).cpu()
     if own or n != m:
         raise NearfarError(
-            "which keys are positives is not known: give labels or positives (without keys, or with another number of "
+            "which keys are positives is not known: give labels or positives (without keys, or with more or fewer "
             "keys than queries, no key belongs to a query by its place)"
         )
     return torch.eye(n, dtype=torch.bool)

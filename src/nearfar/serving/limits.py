@@ -136,7 +136,7 @@ def local_hosts(host: str, more: Collection[str] = ()) -> frozenset[str]:
 
 
 class Guard:
-    """An ASGI application before another one, which only sees what it may.
+    """An ASGI application in front of a second one, which only sees what it may.
 
     Refused as JSON, with the reason: a ``Host`` header that is not one of ``hosts``, requests from pages of other
     sites, bodies that are no JSON, too large or too slow, and more requests than are worked on at a time. A body is

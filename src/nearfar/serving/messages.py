@@ -283,7 +283,7 @@ class Decoder:
     pixels: int
 
     def __call__(self, value: Any, form: str) -> Any:
-        """A value of this form; ``NearfarError`` where it has another one, is too large, or no picture."""
+        """A value of this form; ``NearfarError`` where it has a different one, is too large, or no picture."""
         if form == "text":
             return self._text(value)
         if form == "numbers":

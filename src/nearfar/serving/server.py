@@ -114,7 +114,7 @@ def serve(
         )
     except OSError as error:
         raise NearfarError(
-            f"{host}:{port} cannot be used ({error.strerror or error}): name another one with --host or --port."
+            f"{host}:{port} cannot be used ({error.strerror or error}): name a different one with --host or --port."
         ) from None
     name = f"[{host}]" if ":" in host else host
     with listening:

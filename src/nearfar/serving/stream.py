@@ -205,7 +205,7 @@ class _Parts:
         self.folder = output.with_name(output.name + ".parts")
         # What a part holds depends on all of these; the data is known by its size and time, since it may be large.
         known = {
-            "weights": [_fingerprint(each.model) for each in trained.members],
+            "weights": trained.weights_key,
             "data": state_of(Path(source.path)),
             "columns": dict(source.columns),
             "id_column": source.id_column,
@@ -269,12 +269,6 @@ class _Parts:
             os.replace(beside, path)
         about = {"rows": 0 if table is None else table.num_rows, "rejections": items.rejections.as_dict()}
         write_atomically(self._path(number, ".json"), lambda file: file.write(json.dumps(about).encode()))
-
-
-def _fingerprint(model: Any) -> str:
-    return content_key(
-        [[name, value.detach().float().cpu().numpy()] for name, value in model.state_dict().items()]
-    )
 
 
 def state_of(path: Path) -> list[Any]:

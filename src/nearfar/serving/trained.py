@@ -146,7 +146,10 @@ class Trained:
 
     def check(self, values: Sequence[Any] | np.ndarray, tower: str | None = None) -> list[str | None]:
         """For each value why it cannot be embedded; None where it can."""
-        return self.system.towers[self.view_of(values, tower)].check(values)
+        with (
+            without_cache()
+        ):  # values that are seen once: what is decoded to be checked, `vectors` need not read again
+            return self.system.towers[self.view_of(values, tower)].check(values)
 
     def embed(
         self,
@@ -157,6 +160,8 @@ class Trained:
         progress: bool = False,
     ) -> Float[np.ndarray, "n dim"]:
         """Unit vectors of values, float32, in their order; computed in batches, and nothing is kept in the cache.
+
+        They are computed in single precision, whatever the run was evaluated in.
 
         Args:
             values: texts, paths of pictures or arrays of their pixels, SMILES, rows of numbers: what the tower reads.
@@ -172,9 +177,7 @@ class Trained:
         view = self.view_of(values, tower)
         if not len(values):
             return np.zeros((0, self.dim), np.float32)
-        with without_cache():
-            reasons = self.system.towers[view].check(values)
-        for at, reason in enumerate(reasons):
+        for at, reason in enumerate(self.check(values, view)):
             if reason is not None:
                 shown = "" if isinstance(values, np.ndarray) else f" ({str(values[at])[:80]!r})"
                 raise NearfarError(f"value {at}{shown} cannot be embedded as '{view}': {reason}.")

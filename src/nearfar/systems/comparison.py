@@ -1,4 +1,4 @@
-"""Predictions that compare items: the nearest items of another view, and the rank of an item's own partner."""
+"""Predictions that compare items: the nearest items of the other view, and the rank of an item's own partner."""
 
 from __future__ import annotations
 

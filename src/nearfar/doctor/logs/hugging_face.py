@@ -32,10 +32,13 @@ def read_trainer_state(path: Path) -> Log:
     """Its ``log_history``; the batch size where it is stated."""
     state = read_json(path, {"log_history": [dict]})
     records = [dict(record) for record in state["log_history"]]
+    notes = []
     for record in records:
-        # The summary at the end: the mean over the run, and no step's loss.
         if "train_runtime" in record and "train_loss" in record:
-            record["final_train_loss"] = record.pop("train_loss")
+            mean = record.pop("train_loss")
+            notes.append(
+                f"left out: train_loss {mean} of the summary, the mean over the run and no step's loss"
+            )
     whole_epochs(records)
     context: Json = {}
     if isinstance(state.get("train_batch_size"), int):
@@ -47,7 +50,7 @@ def read_trainer_state(path: Path) -> Log:
         name = _metric_of(records, best, state.get("best_global_step"))
         if name is not None:
             context["monitor"] = name
-    return Log("Hugging Face trainer_state.json", path, records, context)
+    return Log("Hugging Face trainer_state.json", path, records, context, notes=notes)
 
 
 def whole_epochs(records: list[Json]) -> None:

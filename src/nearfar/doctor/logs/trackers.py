@@ -41,6 +41,7 @@ def read_wandb(path: Path) -> Log:
     store = DataStore()
     records: list[Json] = []
     config: Json = {}
+    unread = 0
     try:
         store.open_for_scan(str(path))
         while (data := store.scan_data()) is not None:
@@ -50,18 +51,21 @@ def read_wandb(path: Path) -> Log:
                 records.append(_wandb_items(record.history.item))
             elif record.HasField("config"):
                 config |= _wandb_items(record.config.update)
-    except (AssertionError, OSError, ValueError) as error:
-        if not records:
+    except (
+        Exception
+    ) as error:  # a record that a killed process cut off: protobuf raises a DecodeError of its own
+        known = (
+            isinstance(error, (AssertionError, OSError, ValueError)) or type(error).__name__ == "DecodeError"
+        )
+        if not known or not records:
             raise NearfarError(f"{path}: an offline run that cannot be read ({error}).") from None
-    except Exception as error:  # protobuf raises its own DecodeError on a cut-off record
-        if type(error).__name__ != "DecodeError" or not records:
-            raise NearfarError(f"{path}: an offline run that cannot be read ({error}).") from None
+        unread = 1
     for row in records:
         if "_step" in row:
             row["step"] = row.pop("_step")
         for name in [name for name in row if name.startswith("_")]:
             del row[name]
-    return Log("Weights & Biases offline run", path, records, hyperparameters(config))
+    return Log("Weights & Biases offline run", path, records, hyperparameters(config), unread)
 
 
 def _wandb_items(items: object) -> Json:
@@ -88,9 +92,9 @@ def mlflow_run(path: Path) -> Path | None:
     if (path / "meta.yaml").is_file() and (path / "metrics").is_dir():
         return path
     runs = [*path.glob("*/metrics"), *path.glob("*/*/metrics"), *path.glob("mlruns/*/*/metrics")]
-    found = newest([run for run in runs if (run.parent / "meta.yaml").is_file()])
-    if found is not None:
-        return found.parent
+    metrics = newest([run for run in runs if (run.parent / "meta.yaml").is_file()])
+    if metrics is not None:
+        return metrics.parent
     return path / "mlflow.db" if (path / "mlflow.db").is_file() else None
 
 

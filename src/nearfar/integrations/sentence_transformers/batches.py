@@ -282,10 +282,10 @@ def _exchange(batches: list[list[int]], keys: list[set[int]], rng: np.random.Gen
                 continue
             for _ in range(tries):
                 other = int(rng.integers(len(batches)))
-                there = int(rng.integers(len(batches[other])))
-                theirs = batches[other][there]
+                at = int(rng.integers(len(batches[other])))
+                theirs = batches[other][at]
                 if other != b and fits(row, other, theirs) and fits(theirs, b, row):
-                    batch[place], batches[other][there] = theirs, row
+                    batch[place], batches[other][at] = theirs, row
                     move(row, b, -1)
                     move(theirs, other, -1)
                     move(theirs, b, 1)

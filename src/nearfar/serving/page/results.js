@@ -149,7 +149,7 @@ function prediction(row, input) {
 }
 
 function aspectsOf(row, used) {
-  const found = [];
+  const mentions = [];
   for (const name of Object.keys(row)) {
     if (!name.endsWith(" polarity")) continue;
     const aspect = name.slice(0, -" polarity".length);
@@ -157,9 +157,9 @@ function aspectsOf(row, used) {
     if (!shares.every((share) => typeof share === "number")) continue;
     for (const column of [name, `${aspect} mentioned`, ...POLARITIES.map((polarity) => `${aspect} ${polarity}`)]) used.add(column);
     used.add("aspects");
-    found.push({ aspect, polarity: row[name] || "", mentioned: row[`${aspect} mentioned`], shares });
+    mentions.push({ aspect, polarity: row[name] || "", mentioned: row[`${aspect} mentioned`], shares });
   }
-  return found.sort((a, b) => Boolean(b.polarity) - Boolean(a.polarity) || b.mentioned - a.mentioned);
+  return mentions.sort((a, b) => Boolean(b.polarity) - Boolean(a.polarity) || b.mentioned - a.mentioned);
 }
 
 function aspectBars(aspects) {

@@ -138,7 +138,7 @@ class FaissStore(VectorStore):
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
                     raise NearfarError(
-                        f"{self.folder} is being written by a different process; wait for it, or name another place."
+                        f"{self.folder} is being written by a different process; wait for it, or name a different one."
                     ) from None
                 yield
         except OSError as error:

@@ -177,14 +177,14 @@ def _stated(row: Mapping[str, Any]) -> tuple[int, int] | None:
 def _checked(some: Sequence[_Sought], source: str, about: Mapping[str, Any]) -> Items:
     """The pictures that can be read; the others are counted."""
     rejections = Rejections()
-    there = [each for each in some if each.path is not None]
+    on_disk = [each for each in some if each.path is not None]
     for each in some:
         if each.path is None:
             rejections.add(each.reason, each.row, each.name, each.detail)
     kept, sizes = [], []
     with without_cache():  # pictures that are seen once
-        checked = check_pictures([each.path for each in there if each.path])
-    for each, seen in zip(there, checked, strict=True):
+        checked = check_pictures([each.path for each in on_disk if each.path])
+    for each, seen in zip(on_disk, checked, strict=True):
         if seen.problem:
             missing = each.path is not None and not each.path.is_file()
             rejections.add(

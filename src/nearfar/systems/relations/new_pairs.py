@@ -423,8 +423,8 @@ def _of_table(
             shown = Path(str(image))
             picture = pictures.get(str(image))
             if picture is None:
-                there = shown.is_file()
-                picture = _Picture(shown.name if there else str(image), photo=shown if there else None)
+                is_file = shown.is_file()
+                picture = _Picture(shown.name if is_file else str(image), photo=shown if is_file else None)
                 pictures[str(image)] = picture
             try:
                 if as_pairs:

@@ -285,12 +285,12 @@ def _of_shards(path: Path, source: NewData, reading: Reading) -> Iterator[Items]
 
 
 def _check_alike(path: Path, patch: Json, expression: Json, reading: Reading) -> None:
-    """``NearfarError`` for shards that show another field than those of the run, or are normalised otherwise."""
-    here, there = patch.get("field"), reading.patch.get("field")
-    if there is not None and here != there:
+    """``NearfarError`` for shards whose field or normalisation is not that of the run."""
+    given, trained = patch.get("field"), reading.patch.get("field")
+    if trained is not None and given != trained:
         raise NearfarError(
-            f"{path}: patches show {here}, and those that the run was trained on show {there}. Write the shards anew "
-            "with the --patch (or --patch-um) of then."
+            f"{path}: patches show {given}, and those that the run was trained on show {trained}. Write the shards "
+            "anew with the --patch (or --patch-um) of then."
         )
     target = expression.get("target_sum")
     if expression.get("values") == "log1p" and reading.expression and target != reading.target_sum:
