@@ -115,4 +115,4 @@ def test_a_port_that_is_taken(run: Path) -> None:
         ]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
-    assert "name another one with --host or --port" in done.stderr + done.stdout
+    assert "name a different one with --host or --port" in done.stderr + done.stdout
