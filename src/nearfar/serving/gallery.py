@@ -14,6 +14,7 @@ from jaxtyping import Float
 from nearfar.data.items import Items, joined
 from nearfar.errors import NearfarError, nearest_name
 from nearfar.serving.fill import Names, Source, open_gallery
+from nearfar.serving.messages import GalleryItem
 from nearfar.serving.shown import as_picture, shown_value
 from nearfar.serving.stores import VectorStore, parse_where
 from nearfar.terminal import short_number
@@ -29,6 +30,8 @@ _COLUMNS, _CHARACTERS = 24, 2000
 _SPOTS = 20_000
 #: pictures that are kept once they are drawn
 _DRAWN = 1024
+#: items that are kept as they are sent
+_WRITTEN = 4096
 #: rows of a store that are remembered once they were hits, so that their pictures can be asked for
 _REMEMBERED = 20_000
 
@@ -59,6 +62,7 @@ class Gallery:
         self._position = {name: i for i, name in enumerate(items.ids)}
         self._places = _places(items)
         self._draw = lru_cache(maxsize=_DRAWN)(self._picture)
+        self._written = lru_cache(maxsize=_WRITTEN)(self._item_as_json)
         self._generator = np.random.default_rng()
 
     @classmethod
@@ -179,6 +183,13 @@ class Gallery:
             "columns": {name: value for name, value in columns.items() if value is not None},
             "spot": self._spot(position),
         }
+
+    def hit(self, rank: int, position: int, score: float) -> str:
+        """A hit as JSON: the fields of `HitModel`. What an item shows never changes, and is written once."""
+        return f'{{"rank":{rank},"score":{score:.6f},{self._written(position)[1:]}'
+
+    def _item_as_json(self, position: int) -> str:
+        return GalleryItem.model_validate(self.shown(position)).model_dump_json()
 
     def picture(self, position: int, view: int) -> tuple[str, bytes]:
         """Media type and bytes of a picture of a value: PNG, or SVG of a molecule."""

@@ -39,6 +39,7 @@ _SHAPE: dict[str, object] = {
     "parts": [{"name": str, "rows": int}],
 }
 _GROUP = 8192  # rows of a row group: what is read to show one row
+_GROUPS_KEPT = 64 << 20  # bytes of row groups that are kept decoded
 _BLOCK = 65_536  # rows that are copied at once
 _PRODUCT = 16_384  # rows of one matrix product
 #: comparing a row of a cell takes so many times as long as one in a matrix product, and reading all rows once as
@@ -70,6 +71,7 @@ class FaissStore(VectorStore):
         self._parts: list[dict[str, Any]] = list(head["parts"])
         self._open_index: faiss.Index | None = None
         self._open_columns: Any = None
+        self._groups: dict[int, Any] = {}  # row groups that were read last, the latest at the end
 
     # -- the folder ------------------------------------------------------------------------------------------
     @classmethod
@@ -451,6 +453,17 @@ class FaissStore(VectorStore):
             for each, mask, where in zip(scores, real, at, strict=True)
         ]
 
+    def _group(self, number: int) -> Any:
+        """A row group with all its columns; the last ones are kept, so that many small searches decode them once."""
+        group = self._groups.pop(number, None)
+        if group is None:
+            group = self._columns().read_row_group(number)
+        self._groups[number] = group
+        oldest = list(self._groups)
+        while len(oldest) > 1 and sum(each.nbytes for each in list(self._groups.values())) > _GROUPS_KEPT:
+            self._groups.pop(oldest.pop(0), None)
+        return group
+
     def _rows_at(self, positions: np.ndarray) -> tuple[list[str], list[Row]]:
         """Ids and columns of ascending positions; row groups without any are not read."""
         import pyarrow
@@ -463,7 +476,7 @@ class FaissStore(VectorStore):
         try:
             for group in np.unique(groups).tolist():
                 inside = positions[groups == group] - begins[group]
-                parts.append(file.read_row_group(group).take(pyarrow.array(inside)))
+                parts.append(self._group(group).take(pyarrow.array(inside)))
         except (OSError, ValueError, pyarrow.ArrowException) as error:
             raise self._damaged(f"columns cannot be read ({str(error).splitlines()[0]})") from None
         if not parts:
@@ -496,7 +509,7 @@ class FaissStore(VectorStore):
         return np.stack([index.reconstruct(int(i)) for i in at])
 
     def close(self) -> None:
-        self._open_index, self._open_columns = None, None
+        self._open_index, self._open_columns, self._groups = None, None, {}
 
 
 # -- helpers -------------------------------------------------------------------------------------------------
