@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-__all__ = ["count_exactly", "count_rows", "hide", "sum_resamples", "turn"]
+__all__ = ["count_exactly", "count_rows", "hide", "pair_products", "sum_resamples", "turn"]
 
 # Up to so many thresholds a row is compared with one after the other, sixteen scores at a time; beyond, every score
 # is looked up in a table of the thresholds.
-_FEW = 32
+_FEW = 64
 
 
 @njit(cache=True, nogil=True)
@@ -137,6 +137,17 @@ def count_exactly(score: Any, row: int, starts: Any, best: Any, width: Any, abov
                     same += 1
             above[g] += more
             level[g] += same
+
+
+@njit(cache=True, nogil=True, fastmath={"reassoc", "nsz", "contract"})
+def pair_products(first: Any, second: Any, factors: Any, others: Any, i: Any, j: Any, scores: Any) -> None:
+    """The products of pairs of scaled rows in float64; equal rows give equal products."""
+    for p in range(i.shape[0]):
+        a, b = i[p], j[p]
+        total = 0.0
+        for d in range(first.shape[1]):
+            total += (np.float64(first[a, d]) * factors[a]) * (np.float64(second[b, d]) * others[b])
+        scores[p] = total
 
 
 @njit(cache=True, nogil=True)

@@ -297,7 +297,7 @@ def mean_intervals(
     """``mean_interval`` of several scores of the same items, all from the same resampled items.
 
     >>> x = np.linspace(0, 1, 200)
-    >>> mean_intervals([x, x**2])[1] == mean_interval(x**2)
+    >>> np.allclose(mean_intervals([x, x**2])[1][:2], mean_interval(x**2)[:2])
     True
     """
     columns = [checked_scores("values", values).ravel() for values in columns]

@@ -66,7 +66,11 @@ def read_metrics(metrics: Iterable[str] | str, ks: Iterable[int]) -> list[NamedM
     nearfar.errors.NearfarError: metrics: recall needs a cut-off, such as recall@10, or recall@k for each of ks
     """
     names = [metrics] if isinstance(metrics, str) else metrics
-    if isinstance(names, (bytes, Mapping)) or not isinstance(names, Iterable):
+    if (
+        isinstance(names, (bytes, Mapping))
+        or not isinstance(names, Iterable)
+        or getattr(names, "shape", 1) == ()
+    ):
         raise NearfarError(
             f"metrics is {shown(metrics)}; names are needed, such as ['nDCG@10', 'MAP', 'R@1']"
         )

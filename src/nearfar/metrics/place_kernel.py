@@ -54,10 +54,12 @@ def place_relevant(
             of_query, of_key = (x.cpu() for x in relevance.pairs())
             grades = None if relevance.grades is None else relevance.grades.cpu()
             own = _own_pairs(relevance)
-            sides = [_Direction(queries, keys, of_query, of_key, grades, slice(0, len(queries)), own)]
+            scores = _pair_scores(queries, keys, of_query, of_key)
+            whole = slice(0, len(queries)), slice(0, len(keys))
+            sides = [_Direction(queries, keys, of_query, of_key, scores, grades, whole[0], own)]
             if both:
-                turned = (own[1], own[0])
-                sides.append(_Direction(keys, queries, of_key, of_query, grades, slice(0, len(keys)), turned))
+                own = own[1], own[0]
+                sides.append(_Direction(keys, queries, of_key, of_query, scores, grades, whole[1], own))
             _count(queries, keys, sides, tile)
             for direction, half in enumerate(sides):
                 half.give(direction, consume, candidates[direction])
@@ -68,7 +70,8 @@ def place_relevant(
                 rows, columns, grades = _pairs_of(relevance, direction, part)
                 own = _own_pairs(relevance)
                 own = own if direction == 0 else (own[1], own[0])
-                half = _Direction(first, second, rows, columns, grades, part, own)
+                scores = _pair_scores(first, second, rows, columns)
+                half = _Direction(first, second, rows, columns, scores, grades, part, own)
                 _count(first, second, [half], tile)
                 half.give(direction, consume, candidates[direction])
 
@@ -113,6 +116,22 @@ def _pairs_of(relevance: Relevance, direction: int, part: slice) -> tuple[Tensor
     return items[kept], partners[kept], grades
 
 
+def _pair_scores(first: Side, second: Side, i: Tensor, j: Tensor) -> NDArray[np.float64]:
+    """The scores of single pairs in float64."""
+    rows = first.rows, second.rows
+    if all(x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) for x in rows):
+        from nearfar.metrics._place_kernels import pair_products
+
+        scores = np.empty(len(i))
+        factors = first.factor.contiguous().numpy(), second.factor.contiguous().numpy()
+        a, b = (x.contiguous().numpy() for x in rows)
+        pair_products(a, b, factors[0], factors[1], i.numpy(), j.numpy(), scores)
+        return scores
+    device = rows[0].device
+    of_pairs: NDArray[np.float64] = pair_scores(first, second, i.to(device), j.to(device)).cpu().numpy()
+    return of_pairs
+
+
 class _Direction:
     """The thresholds of some items of one side, and the counts of the other side's irrelevant ones above them."""
 
@@ -122,13 +141,12 @@ class _Direction:
         others: Side,
         rows: Tensor,
         columns: Tensor,
+        scores: NDArray[np.float64],
         grades: Tensor | None,
         part: slice,
         own: tuple[Tensor, Tensor],
     ) -> None:
         self.side, self.others, self.part = side, others, part
-        device = side.rows.device
-        scores = pair_scores(side, others, rows.to(device), columns.to(device)).cpu().numpy()
         row, n = rows.numpy() - part.start, part.stop - part.start
         # float64 scores of one item rise by more than this where they differ
         tie = tie_width(side) * side.length[part].cpu().numpy()
@@ -182,9 +200,8 @@ class _Direction:
         self.used = 0
         if not len(tie):
             return
-        device = self.side.rows.device
-        i, j = (torch.from_numpy(x).to(device) for x in (self.row[tie] + self.part.start, column))
-        excess = pair_scores(self.side, self.others, i, j).cpu().numpy() - self.best[tie]
+        i, j = (torch.from_numpy(x) for x in (self.row[tie] + self.part.start, column))
+        excess = _pair_scores(self.side, self.others, i, j) - self.best[tie]
         number = len(self.above)
         self.above += np.bincount(tie[excess > self.width[tie]], minlength=number)
         self.level += np.bincount(tie[np.abs(excess) <= self.width[tie]], minlength=number)

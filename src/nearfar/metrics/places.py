@@ -46,7 +46,7 @@ class Places:
 
     # -- what follows from the counts ------------------------------------------------------------------------------
     @property
-    def owner(self) -> Int64[ndarray, " ties"]:
+    def owner(self) -> NDArray[np.int64]:
         """The query of each tie."""
         return np.repeat(np.arange(len(self.candidates)), np.diff(self.starts))
 
@@ -56,7 +56,7 @@ class Places:
         return self._sum(self.size.astype(np.float64)).astype(np.int64)
 
     def _sum(self, of_ties: Floats) -> Floats:
-        return np.bincount(self.owner, weights=of_ties, minlength=len(self.candidates))
+        return np.bincount(self.owner, weights=of_ties, minlength=len(self.candidates)).astype(np.float64)
 
     def _before(self) -> tuple[Floats, Floats, Floats, Floats]:
         """c, s, r and t of each tie."""

@@ -251,11 +251,12 @@ def two_readings(m: int) -> str:
     )
 
 
-def is_relevant_grade(query: object, grade: object) -> bool:
+def is_relevant_grade(query: object, grade: Any) -> bool:
     """Whether a grade makes a key relevant: those above 0 do, as in TREC."""
     if isinstance(grade, (Tensor, np.ndarray)) and grade.ndim == 0:
         grade = grade.item()
-    if not isinstance(grade, (bool, int, float, np.number, np.bool_)) or not abs(grade) < float("inf"):
+    number = isinstance(grade, (bool, int, float, np.number, np.bool_))
+    if not number or not abs(grade) < np.inf:
         raise NearfarError(
             f"relevant: query {query!r} has the grade {shown(grade)}; grades are numbers, 0 is not relevant"
         )

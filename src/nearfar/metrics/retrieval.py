@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import replace
 from typing import Literal, TypedDict, Unpack, overload
 
-import numpy as np
-from jaxtyping import Float
 from torch import Tensor
 
 from nearfar.arguments import choice, flag, instance
@@ -113,8 +111,8 @@ def retrieval_metrics(
 
     ``leave_one_out=True`` is for one set of labelled items that are queries and keys at once: no query is a
     candidate of itself, and the chance level and the gallery are those of the others. Query i is key i, or the
-    key of its id where there are ids; for queries that are part of the keys pass each one's position, −1 for one that is not
-    among them. Without it a query that stands in its own gallery is warned of.
+    key of its id where there are ids; for queries that are part of the keys pass each one's position, −1 for one
+    that is not among them. Without it a query that stands in its own gallery is warned of.
 
     ``metrics`` asks for others, by name: ``metrics=["nDCG@10", "MAP", "recall@k", "mean_rank"]``; which there are, and
     ``gain`` of nDCG: ``score_retrieval``, which gives the scores of single queries.

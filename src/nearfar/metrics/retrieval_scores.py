@@ -8,11 +8,11 @@ from functools import reduce
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float64, Int64
+from jaxtyping import Float64
 from numpy import ndarray
 from numpy.typing import NDArray
 
-from nearfar.arguments import choice, flag, instance
+from nearfar.arguments import choice, flag, instance, mapping, numbers, shown
 from nearfar.errors import NearfarError, nearest_name
 from nearfar.metrics.estimate import Estimate
 from nearfar.metrics.intervals import mean_intervals, median_places
@@ -63,7 +63,7 @@ class RetrievalScores(Mapping[str, Float64[ndarray, " n"]]):
     >>> import torch
     >>> scores = score_retrieval(torch.eye(3), torch.eye(3)[[0, 0, 2]], metrics=["MRR", "nDCG"])
     >>> list(scores), scores["MRR"]
-    (['MRR', 'nDCG'], array([0.75, 0.5 , 1.  ]))
+    (['MRR', 'nDCG'], array([0.75      , 0.61111111, 1.        ]))
     """
 
     scores: Mapping[str, Float64[ndarray, " n"]]
@@ -72,6 +72,36 @@ class RetrievalScores(Mapping[str, Float64[ndarray, " n"]]):
     protocol: Mapping[str, Any] = field(default_factory=dict)
     ranks: Ranks | None = None
     bounds: Mapping[str, Bounds] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        n = None
+        for which in ("scores", "chances"):
+            columns = {
+                name: numbers(f"{which}[{name!r}]", column, finite=False)
+                for name, column in mapping(which, getattr(self, which)).items()
+            }
+            for name, column in columns.items():
+                n = len(column) if n is None and column.ndim == 1 else n
+                if column.shape != (n,):
+                    raise NearfarError(
+                        f"{which}[{name!r}] has shape {column.shape}; one number for each query is needed"
+                    )
+            object.__setattr__(self, which, columns)
+        if set(self.scores) != set(self.chances) or not self.scores:
+            raise NearfarError("scores and chances are of the same metrics, of one at least")
+        if not hasattr(self.queries, "__len__") or len(getattr(self.queries, "shape", (0,))) != 1:
+            raise NearfarError(
+                f"queries is {shown(self.queries)}; the position or id of each query is needed"
+            )
+        if len(self.queries) != n:
+            raise NearfarError(
+                f"queries has {len(self.queries)} entries for {n} scores; one for each is needed"
+            )
+        mapping("protocol", self.protocol)
+        if self.ranks is not None:
+            instance("ranks", self.ranks, Ranks)
+        for name, bound in mapping("bounds", self.bounds).items():
+            instance(f"bounds[{name!r}]", bound, Bounds)
 
     def __contains__(self, name: object) -> bool:
         return name in self.scores
@@ -102,7 +132,7 @@ class RetrievalScores(Mapping[str, Float64[ndarray, " n"]]):
         >>> import torch
         >>> scores = score_retrieval(torch.eye(3), torch.eye(3)[[0, 0, 2]], metrics="nDCG")
         >>> {name: round(each.value, 3) for name, each in scores.estimates().items()}
-        {'nDCG': 0.815}
+        {'nDCG': 0.842}
         """
         confidence, bootstrap, seed, split = check_interval_options(confidence, bootstrap, seed, split)
         shared = {**self.protocol, "split": split, "confidence": confidence}
@@ -298,13 +328,17 @@ def _score(places: Places, placed: NDArray[np.bool_], ranks: Ranks, metric: Name
 
 def _joined(blocks: Sequence[Ranks | None]) -> Ranks:
     every = [instance("ranks", each, Ranks) for each in blocks]
-    columns = (
-        np.concatenate([getattr(each, name) for each in every])
-        for name in ("better", "tied", "relevant_tied", "relevant", "queries")
-    )
     candidates = np.concatenate([each.of_each() for each in every])
-    gallery = int(candidates.max())
-    return Ranks(*columns, gallery, candidates=None if (candidates == gallery).all() else candidates)
+    gallery = int(candidates.max(initial=1))
+    return Ranks(
+        np.concatenate([each.better for each in every]),
+        np.concatenate([each.tied for each in every]),
+        np.concatenate([each.relevant_tied for each in every]),
+        np.concatenate([each.relevant for each in every]),
+        np.concatenate([each.queries for each in every]),
+        gallery,
+        candidates=None if (candidates == gallery).all() else candidates,
+    )
 
 
 def median_estimate(ranks: Ranks, confidence: float, protocol: Mapping[str, object]) -> Estimate:
