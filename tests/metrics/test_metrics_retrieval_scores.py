@@ -344,9 +344,8 @@ def test_intervals_cover_as_often_as_they_say(name):
     truth, covered = scores[name].mean(), 0
     for _ in range(1000):
         some = rng.integers(0, 6000, 200)
-        sample = replace(
-            scores, scores={name: scores[name][some]}, chances={name: scores.chances[name][some]}
-        )
+        columns = {which: {name: getattr(scores, which)[name][some]} for which in ("scores", "chances")}
+        sample = replace(scores, queries=some, **columns)
         estimate = sample.estimates(bootstrap=500)[name]
         covered += bool(estimate.low <= truth <= estimate.high)
     assert 930 <= covered <= 970
