@@ -85,7 +85,9 @@ SPLIT = {
     "temperature": 0.1, "top_fraction": 0.4, "bottom_fraction": 0.4, "min_samples": 2, "middle": "ignore",
     "detach_positives": False, "threshold": None, "normalize": True,
 }  # fmt: skip
-NCE = {"symmetric": True, "in_batch": True, "denominator": "all", "reduction": "mean"} | SOFTMAX
+NCE = {
+    "symmetric": True, "in_batch": True, "denominator": "all", "reduction": "mean", "tau_plus": 0.1, "beta": 1.0,
+} | SOFTMAX  # fmt: skip
 SUPCON = {
     "sum": "outside",
     "own_pair": True,
@@ -224,6 +226,10 @@ CALLS: dict[str, list[tuple[Callable[..., Any], dict[str, Any]]]] = {
     ],
     "DuplicateMask": [(losses.DuplicateMask, {"labels": LABELS, "key_labels": LABELS})],
     "SimilarityMask": [(losses.SimilarityMask, {"reference": Z, "threshold": 0.9})],
+    "GuideMask": [
+        (losses.GuideMask, {"queries": Z, "keys": OTHER, "margin": 0.1, "kind": "relative", "softness": 0.1})
+    ],
+    "NegativeWeights": [(losses.NegativeWeights, {"matrix": torch.ones(6, 6), "back": torch.ones(6, 6)})],
     "IndexMask": [(losses.IndexMask, {"index": INDEX})],
     "duplicate_mask": [(losses.duplicate_mask, {"labels": LABELS})],
     "explain_batch": [

@@ -14,7 +14,7 @@ pytest.importorskip("uvicorn", reason="needs the extra serve")
 
 from nearfar.errors import NearfarError
 from nearfar.serving.limits import Guard, Limits, local_hosts
-from nearfar.serving.protocol import BoundedHeads
+from nearfar.serving.protocol import BoundedHeads, _OneWrite
 from served import Asker, serving
 
 POST = b"POST / HTTP/1.1\r\nHost: localhost\r\n"
@@ -69,6 +69,39 @@ def test_bodies_arrive_whole_and_are_bounded(ask: Asker) -> None:
     assert ask("/", raw=b"")[:2] == (200, 0)
     head = POST + b"Content-Type: application/json\r\nContent-Length: 6\r\nConnection: close\r\n\r\n"
     assert sent(ask.port, head, b"ab", b"cd", b"ef", wait=0.05).endswith(b"\r\n\r\n6")
+
+
+def test_head_and_body_of_an_answer_are_one_write() -> None:
+    written: list[bytes] = []
+
+    class Transport:
+        closed = False
+
+        def write(self, data: bytes) -> None:
+            assert not self.closed
+            written.append(data)
+
+        def close(self) -> None:
+            self.closed = True
+
+        def is_closing(self) -> bool:
+            return self.closed
+
+    async def answers() -> None:
+        both = _OneWrite(Transport(), asyncio.get_running_loop())
+        both.write(b"head ")
+        both.write(b"body")
+        assert written == []
+        await asyncio.sleep(0)
+        assert written == [b"head body"]
+        both.write(b"last")
+        both.close()  # what was written before goes out before the end
+        assert written == [b"head body", b"last"]
+        assert both.is_closing()
+        await asyncio.sleep(0)
+
+    asyncio.run(answers())
+    assert written == [b"head body", b"last"]
 
 
 @pytest.mark.parametrize(

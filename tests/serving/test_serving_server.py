@@ -29,6 +29,7 @@ pytest.importorskip("uvicorn", reason="needs the extra serve")
 from nearfar.serving.fill import file_source, open_gallery, own_source
 from nearfar.serving.gallery import Gallery, StoreGallery
 from nearfar.serving.limits import Limits
+from nearfar.serving.messages import GalleryItem, SearchResponse
 from nearfar.serving.server import build_app
 from nearfar.serving.trained import Trained, load
 
@@ -56,6 +57,12 @@ def gallery(run: Path, trained: Trained) -> Gallery:
 def ask(trained: Trained, gallery: Gallery) -> Iterator[Asker]:
     with serving(build_app(trained, gallery, limits=Limits(pixels=100_000, numbers=100))) as asker:
         yield asker
+
+
+def without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: without_none(each) for name, each in value.items() if each is not None}
+    return [without_none(each) for each in value] if isinstance(value, list) else value
 
 
 def encoded(pixels: np.ndarray, form: str = "PNG") -> str:
@@ -109,6 +116,10 @@ def test_hits_are_the_nearest_by_an_explicit_loop(ask: Asker, trained: Trained, 
                 assert hit["id"] == gallery.items.ids[hit["position"]]
                 assert hit["shown"]["words"]["text"] == gallery.items["words"][hit["position"]]
             assert [hit["rank"] for hit in answer["hits"]] == [1, 2, 3, 4, 5]
+            assert SearchResponse.model_validate(answer).model_dump(exclude_none=True) == without_none(answer)
+            for hit in answer["hits"]:  # as the gallery shows it, also where it was written before
+                shown = GalleryItem.model_validate(gallery.shown(hit["position"])).model_dump()
+                assert {name: hit[name] for name in shown} == shown
 
 
 def test_an_item_of_the_gallery_is_a_query_and_its_own_answer(ask: Asker) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from nearfar.data.files import Json
+from nearfar.data.writing import make_folder, write_atomically
 from nearfar.doctor import Diagnosis, diagnose
 from nearfar.errors import NearfarError, nearest_name
 from nearfar.metrics import (
@@ -30,7 +31,7 @@ from nearfar.metrics import (
 )
 from nearfar.training.gain import gains
 from nearfar.training.probe import preserve_state
-from nearfar.training.run_folder import RunFolder, environment, make_folder, write_atomically
+from nearfar.training.run_folder import RunFolder, environment
 from nearfar.training.system import Evaluation
 
 __all__ = ["Monitor", "Scores", "retrieval_scores"]

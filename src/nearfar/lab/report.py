@@ -17,6 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from nearfar.data.files import DAMAGED, Json, check_shape, read_bytes, read_text
+from nearfar.data.writing import write_atomically
 from nearfar.errors import NearfarError
 from nearfar.lab.charts import band_chart, hardness_chart, heat_map, intervals_chart, line_chart, map_chart
 from nearfar.lab.groups import PlanRecord, by_question, plans_of
@@ -25,7 +26,7 @@ from nearfar.lab.sweep import Sweep, sweep_of
 from nearfar.lab.table import FEW
 from nearfar.metrics import Estimate
 from nearfar.terminal import metric_words, short_number, visible
-from nearfar.training.run_folder import RunFolder, write_atomically
+from nearfar.training.run_folder import RunFolder
 from nearfar.training.sections import read_sections
 
 if TYPE_CHECKING:

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from nearfar.contrast import DuplicateMask, IndexMask, NoPositivesWarning, Rectangle, SimilarityMask, Target
+from nearfar.contrast import (
+    DuplicateMask,
+    GuideMask,
+    IndexMask,
+    NegativeWeights,
+    NoPositivesWarning,
+    Rectangle,
+    SimilarityMask,
+    Target,
+)
 from nearfar.losses.base import ContrastiveLoss, LossTraits, NoNegativesWarning, Record, Requires
 from nearfar.losses.explain import BatchExplanation, explain_batch
 from nearfar.losses.focal import FocalLoss, FocalRecord
@@ -29,10 +38,12 @@ __all__ = [
     "FocalLoss",
     "FocalRecord",
     "GradientShares",
+    "GuideMask",
     "IndexMask",
     "InfoNCELoss",
     "LossTraits",
     "MultiLabelSupConLoss",
+    "NegativeWeights",
     "NoNegativesWarning",
     "NoPositivesWarning",
     "Objective",

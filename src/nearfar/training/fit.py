@@ -17,6 +17,7 @@ from torch.nn.functional import normalize
 from nearfar.config.options import to_dict
 from nearfar.config.training import RunOptions
 from nearfar.data.files import Json
+from nearfar.data.writing import make_folder, remove_left_over, write_atomically
 from nearfar.doctor import Diagnosis, diagnose
 from nearfar.errors import NearfarError
 from nearfar.training import ranks
@@ -25,13 +26,7 @@ from nearfar.training.evaluation import evaluate, outputs_of
 from nearfar.training.gain import evaluate_start, gains
 from nearfar.training.loop import Interrupted, StopRequest, TrainingLoop, stop_signals
 from nearfar.training.recorder import Recorder
-from nearfar.training.run_folder import (
-    RunFolder,
-    environment,
-    make_folder,
-    remove_left_over,
-    write_atomically,
-)
+from nearfar.training.run_folder import RunFolder, environment
 from nearfar.training.sections import write_sections
 from nearfar.training.shared_step import check_shared
 from nearfar.training.state import initial_model, load_weights

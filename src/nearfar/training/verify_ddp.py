@@ -177,6 +177,9 @@ CASES: dict[str, Case] = {
         lambda: losses.InfoNCELoss(symmetric=False, in_batch=False), _mined
     ),
     "InfoNCELoss, decoupled": Case(lambda: losses.InfoNCELoss(denominator="negatives"), _pair),
+    "InfoNCELoss, debiased and hard-weighted": Case(
+        lambda: losses.InfoNCELoss(tau_plus=0.1, beta=1.0), _pair
+    ),
     "ClipLoss": Case(losses.ClipLoss, _clip),
     "SupConLoss": Case(losses.SupConLoss, _supcon),
     "SupConLoss, two views": Case(

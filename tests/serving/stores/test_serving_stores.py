@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from nearfar.errors import NearfarError
-from nearfar.serving.stores import create_store, open_store, store_exists
+from nearfar.serving.stores import create_store, faiss_file, open_store, store_exists
 
 D = 8
 KINDS: dict[str, Any] = {
@@ -114,6 +114,29 @@ def test_nearest_rows_with_their_columns(place: str) -> None:
                     name: values[rows.ids.index(identity)] for name, values in rows.columns.items()
                 }
         assert len(store.search(queries[:1], 1000)[0].ids) == 60
+
+
+@pytest.mark.parametrize("kept", [0, 1 << 20])
+def test_columns_of_hits_are_right_however_many_row_groups_are_kept(
+    kept: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(faiss_file, "_GROUP", 7)
+    monkeypatch.setattr(faiss_file, "_GROUPS_KEPT", kept)
+    rows, queries = Rows(60), np.random.default_rng(2).standard_normal((4, D))
+    with create_store(str(tmp_path / "rows.faiss"), D, KINDS, {}) as store:
+        store.add(rows.ids, rows.vectors, rows.columns)
+        store.finish()
+        for _ in range(2):
+            for query, answer in zip(queries, store.search(queries, 20), strict=True):
+                same(answer, rows.nearest(query, 20, lambda i: True))
+                for identity, row in zip(answer.ids, answer.rows, strict=True):
+                    assert row == {name: v[rows.ids.index(identity)] for name, v in rows.columns.items()}
+        changed = {name: values[::-1] for name, values in rows.columns.items()}  # the same ids, new columns
+        store.add(rows.ids, rows.vectors, changed)
+        store.finish()
+        for answer in store.search(queries, 20):
+            for identity, row in zip(answer.ids, answer.rows, strict=True):
+                assert row == {name: v[rows.ids.index(identity)] for name, v in changed.items()}
 
 
 ORDER = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}

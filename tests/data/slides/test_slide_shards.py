@@ -22,18 +22,17 @@ from typer.testing import CliRunner
 from nearfar.cli import app
 from nearfar.data.batch import ItemDataset, Pixels, Rows
 from nearfar.data.mapped import mapped_arrays
+from nearfar.data.slides import image, shard_dataset
+from nearfar.data.slides.folder import write_tissue
+from nearfar.data.slides.genes import GeneSums, common_genes, normalized, variable_genes
+from nearfar.data.slides.image import decode_jpeg, encode_jpeg
+from nearfar.data.slides.shard_dataset import read_shards
+from nearfar.data.slides.shard_index import ShardWriter, read_index, read_splits, samples
+from nearfar.data.slides.shards import ShardOptions, write_shards
+from nearfar.data.slides.slide import find_slides
+from nearfar.data.slides.splits import draw_splits, patients_of
+from nearfar.data.slides.tissue import Tissue, items_of, joined, neighbor_scale, spatial_neighbors
 from nearfar.errors import NearfarError
-from nearfar.systems.tissue import shard_dataset, slide_image
-from nearfar.systems.tissue.data import items_of
-from nearfar.systems.tissue.genes import GeneSums, common_genes, normalized, variable_genes
-from nearfar.systems.tissue.records import Tissue, joined, neighbor_scale, spatial_neighbors
-from nearfar.systems.tissue.shard_dataset import read_shards
-from nearfar.systems.tissue.shard_index import ShardWriter, read_index, read_splits, samples
-from nearfar.systems.tissue.shards import ShardOptions, write_shards
-from nearfar.systems.tissue.slide_folder import write_tissue
-from nearfar.systems.tissue.slide_image import decode_jpeg, encode_jpeg
-from nearfar.systems.tissue.slide_splits import draw_splits, patients_of
-from nearfar.systems.tissue.slides import find_slides
 from tissue_files import GENES, picture, slide_of, write_h5ad, write_st, write_tiled_tiff
 
 pytestmark = pytest.mark.slow  # real runs
@@ -339,14 +338,14 @@ def test_a_killed_run_goes_on(source: Path, shards: Path, tmp_path: Path, stop: 
 
 def test_one_picture_is_open_at_a_time(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     counted = []
-    read = slide_image.read_large
+    read = image.read_large
 
     def reading(path: Path) -> np.ndarray:
         counted.append(path.name)
         assert not any(whole.pixels.size for whole in alive)
         return read(path)
 
-    class Seen(slide_image._Whole):
+    class Seen(image._Whole):
         open_now = 0
 
         def patch(self, *arguments: Any) -> np.ndarray:
@@ -358,8 +357,8 @@ def test_one_picture_is_open_at_a_time(source: Path, tmp_path: Path, monkeypatch
             alive.append(self)
 
     alive: list[Seen] = []
-    monkeypatch.setattr(slide_image, "read_large", reading)
-    monkeypatch.setattr(slide_image, "_Whole", Seen)
+    monkeypatch.setattr(image, "read_large", reading)
+    monkeypatch.setattr(image, "_Whole", Seen)
     write_shards(source, tmp_path / "s", options())
     assert counted == ["A1.jpg", "A2.jpg", "B.1.jpg"]
     assert not any(whole.pixels.size for whole in alive)
@@ -664,7 +663,7 @@ def test_scans_are_read_by_regions(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     write_tiled_tiff(tmp_path / "tiled" / "wsis" / "V.tif", picture(4))
     Image.fromarray(picture(4)).save(tmp_path / "whole" / "wsis" / "V.png")
     write_shards(tmp_path / "whole", tmp_path / "b", options())
-    monkeypatch.setattr(slide_image, "read_large", None)  # nothing is read whole
+    monkeypatch.setattr(image, "read_large", None)  # nothing is read whole
     write_shards(tmp_path / "tiled", tmp_path / "a", options())
     assert (tmp_path / "a" / "V-0000.tar").read_bytes() == (tmp_path / "b" / "V-0000.tar").read_bytes()
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from nearfar.data.slides.h5ad import check_node
 from nearfar.errors import NearfarError
-from nearfar.systems.tissue.h5ad import check_node
 
 if TYPE_CHECKING:
     import h5py

@@ -13,10 +13,9 @@ import numpy as np
 from jaxtyping import Float, Float32, Int64, Shaped, UInt8
 
 from nearfar.data.cache import content_key
-from nearfar.errors import NearfarError
-from nearfar.systems.tissue.genes import GeneSums, normalized
-from nearfar.systems.tissue.records import Tissue, neighbor_scale
-from nearfar.systems.tissue.shard_index import (
+from nearfar.data.slides.genes import GeneSums, normalized
+from nearfar.data.slides.image import codec, encode_jpeg
+from nearfar.data.slides.shard_index import (
     ShardFile,
     ShardIndex,
     ShardWriter,
@@ -25,9 +24,10 @@ from nearfar.systems.tissue.shard_index import (
     npy,
     write_json,
 )
-from nearfar.systems.tissue.slide_image import codec, encode_jpeg
-from nearfar.systems.tissue.slide_splits import check_splits, write_split_files
-from nearfar.training.run_folder import write_atomically
+from nearfar.data.slides.splits import check_splits, write_split_files
+from nearfar.data.slides.tissue import Tissue, neighbor_scale
+from nearfar.data.writing import write_atomically
+from nearfar.errors import NearfarError
 
 __all__ = ["Rejected", "SlideFolder", "Spots", "write_tissue"]
 

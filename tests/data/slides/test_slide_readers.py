@@ -17,10 +17,10 @@ import pytest
 from PIL import Image
 
 from nearfar.config.compose import compose_config, path_options, quote_paths
+from nearfar.data.slides.shard_dataset import read_shards
+from nearfar.data.slides.shards import ShardOptions, WriteResult, write_shards
 from nearfar.errors import NearfarError
 from nearfar.systems import check_config
-from nearfar.systems.tissue.shard_dataset import read_shards
-from nearfar.systems.tissue.shards import ShardOptions, WriteResult, write_shards
 from tissue_files import GENES, picture, plain_strings, slide_data, slide_of, write_h5ad, write_outs, write_st
 
 pytestmark = pytest.mark.slow  # real runs

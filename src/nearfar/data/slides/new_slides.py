@@ -16,12 +16,12 @@ from nearfar.data.column_kinds import PICTURE_SUFFIXES
 from nearfar.data.files import Json
 from nearfar.data.items import Column, Items
 from nearfar.data.rejections import Rejections
+from nearfar.data.slides.genes import normalized
+from nearfar.data.slides.h5ad import has_places, read_expression
+from nearfar.data.slides.image import decode_jpeg, encode_jpeg
+from nearfar.data.slides.shard_index import read_index
+from nearfar.data.slides.slide import Slide, SlideCounts, slides_in
 from nearfar.errors import NearfarError
-from nearfar.systems.tissue.genes import normalized
-from nearfar.systems.tissue.h5ad import has_places, read_expression
-from nearfar.systems.tissue.shard_index import read_index
-from nearfar.systems.tissue.slide_image import decode_jpeg, encode_jpeg
-from nearfar.systems.tissue.slides import Slide, SlideCounts, slides_in
 
 __all__ = ["LACKING", "NEW_OPTIONS", "Reading", "read_slides"]
 
@@ -137,7 +137,7 @@ def _slides_of_file(path: Path) -> list[Slide] | None:
     """The slides of one h5ad file; None where it says of no spot where it lies."""
     if not has_places(path):
         return None
-    from nearfar.systems.tissue.visium import VisiumSlide, slides_of
+    from nearfar.data.slides.visium import VisiumSlide, slides_of
 
     folder = path.parent.parent if path.parent.name == "st" else path.parent
     every = slides_of(folder) or []
@@ -257,7 +257,7 @@ def _of_expression(path: Path, source: NewData, reading: Reading) -> Iterator[It
 
 # -- shards --------------------------------------------------------------------------------------------------
 def _of_shards(path: Path, source: NewData, reading: Reading) -> Iterator[Items]:
-    from nearfar.systems.tissue.shard_dataset import read_shards
+    from nearfar.data.slides.shard_dataset import read_shards
 
     index = read_index(path)
     _check_alike(path, index.patch, index.expression, reading)

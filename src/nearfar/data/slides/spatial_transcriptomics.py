@@ -16,10 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
+from nearfar.data.slides.image import IMAGE_ENDINGS, Box, Pictures, boxes_inside, open_image
+from nearfar.data.slides.slide import Slide, SlideCounts, by_stem
 from nearfar.data.tables import read_table
 from nearfar.errors import NearfarError
-from nearfar.systems.tissue.slide_image import IMAGE_ENDINGS, Box, Pictures, boxes_inside, open_image
-from nearfar.systems.tissue.slides import Slide, SlideCounts, by_stem
 
 __all__ = ["SpatialTranscriptomicsSlide", "slides_of"]
 
@@ -222,7 +222,7 @@ def _numbers(text: str) -> np.ndarray | None:
 
 def _pixel_size(positions: np.ndarray) -> float | None:
     """Micrometres per pixel, from the median distance of a spot to the next."""
-    from nearfar.systems.tissue.records import neighbor_scale
+    from nearfar.data.slides.tissue import neighbor_scale
 
     pitch = neighbor_scale(positions, 1) if len(positions) > 1 else 0.0
     return PITCH / pitch if pitch > 0 else None

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from nearfar.data.cache import cached_arrays, content_key
 from nearfar.data.files import Json
+from nearfar.data.slides.tissue import Tissue, spatial_neighbors
 from nearfar.errors import NearfarError
-from nearfar.systems.tissue.records import Tissue, spatial_neighbors
 
 __all__ = ["CONTENT", "content_of", "expressed", "generated_tissue", "grid", "rendered"]
 

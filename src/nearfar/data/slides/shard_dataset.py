@@ -14,10 +14,10 @@ import numpy as np
 
 from nearfar.data.cache import content_key
 from nearfar.data.mapped import mapped_arrays
-from nearfar.errors import NearfarError, nearest_name
-from nearfar.systems.tissue.genes import normalized, variable_genes
-from nearfar.systems.tissue.records import Tissue, spatial_neighbors
-from nearfar.systems.tissue.shard_index import (
+from nearfar.data.slides.folder import SlideFolder
+from nearfar.data.slides.genes import normalized, variable_genes
+from nearfar.data.slides.image import decode_jpeg
+from nearfar.data.slides.shard_index import (
     ArrayReader,
     ShardFile,
     ShardIndex,
@@ -25,8 +25,8 @@ from nearfar.systems.tissue.shard_index import (
     read_index,
     samples,
 )
-from nearfar.systems.tissue.slide_folder import SlideFolder
-from nearfar.systems.tissue.slide_image import decode_jpeg
+from nearfar.data.slides.tissue import Tissue, spatial_neighbors
+from nearfar.errors import NearfarError, nearest_name
 
 __all__ = ["read_shards"]
 

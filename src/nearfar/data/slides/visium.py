@@ -17,9 +17,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from nearfar.data.files import Json
-from nearfar.errors import NearfarError
-from nearfar.systems.tissue.h5ad import check_node, declared_size, read_h5ad, read_sections, reading
-from nearfar.systems.tissue.slide_image import (
+from nearfar.data.slides.h5ad import check_node, declared_size, read_h5ad, read_sections, reading
+from nearfar.data.slides.image import (
     IMAGE_ENDINGS,
     Box,
     Pictures,
@@ -30,7 +29,8 @@ from nearfar.systems.tissue.slide_image import (
     open_image,
     pixel_size_of,
 )
-from nearfar.systems.tissue.slides import Section, Slide, SlideCounts, by_stem
+from nearfar.data.slides.slide import Section, Slide, SlideCounts, by_stem
+from nearfar.errors import NearfarError
 
 if TYPE_CHECKING:
     import h5py

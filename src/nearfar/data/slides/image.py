@@ -115,7 +115,7 @@ def codec() -> str:
 def encode_jpeg(pixels: UInt8[np.ndarray, "h w 3"], quality: int) -> bytes:
     """A patch as jpg with full colour resolution; the same bytes whenever it is the same `codec`.
 
-    >>> from nearfar.systems.tissue.slide_image import decode_jpeg
+    >>> from nearfar.data.slides.image import decode_jpeg
     >>> grey = np.full((16, 16, 3), 128, np.uint8)
     >>> bool((decode_jpeg(encode_jpeg(grey, 90)) == grey).all())
     True

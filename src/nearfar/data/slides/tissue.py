@@ -11,9 +11,10 @@ from jaxtyping import Float, Float32, Int64, UInt8
 from numpy.typing import ArrayLike, NDArray
 
 from nearfar.data.cache import content_key
+from nearfar.data.items import Column, Items
 from nearfar.errors import NearfarError, nearest_name
 
-__all__ = ["RULE", "Tissue", "Values", "joined", "neighbor_scale", "spatial_neighbors"]
+__all__ = ["RULE", "Tissue", "Values", "items_of", "joined", "neighbor_scale", "spatial_neighbors"]
 
 
 #: the definition, as the index of shards states it
@@ -257,3 +258,15 @@ def joined(parts: Sequence[Tissue]) -> Tissue:
         totals=None if any(part.totals is None for part in parts) else each("totals"),
         content=content_key("joined", [part.content for part in parts]),
     )
+
+
+def items_of(tissue: Tissue, source: str) -> Items:
+    """The spots as items: what is seen at each (``image``) and expressed there (``gene``), kept together by slide."""
+    slides = [tissue.slide_names[slide] for slide in tissue.slides.tolist()]
+    columns: dict[str, Column] = {
+        "image": tissue.patches,
+        "gene": tissue.expression,
+        "slide": slides,
+        "position": tissue.positions,
+    }
+    return Items(list(tissue.ids), columns, source, groups=slides)

@@ -21,11 +21,11 @@ import pytest
 from PIL import Image
 
 from nearfar.data.mapped import mapped_arrays
+from nearfar.data.slides.image import decode_jpeg, encode_jpeg
+from nearfar.data.slides.shard_dataset import read_shards
+from nearfar.data.slides.shard_index import ArrayReader, npy, read_index, read_splits, samples
+from nearfar.data.slides.shards import ShardOptions, write_shards
 from nearfar.errors import NearfarError
-from nearfar.systems.tissue.shard_dataset import read_shards
-from nearfar.systems.tissue.shard_index import ArrayReader, npy, read_index, read_splits, samples
-from nearfar.systems.tissue.shards import ShardOptions, write_shards
-from nearfar.systems.tissue.slide_image import decode_jpeg, encode_jpeg
 from tissue_files import picture, write_st
 
 pytestmark = pytest.mark.slow  # real runs

@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nearfar.errors import NearfarError
-from nearfar.systems.tissue.slides import (
+from nearfar.data.slides.slide import (
     Section,
     SlideCounts,
     check_one_section,
@@ -25,6 +24,7 @@ from nearfar.systems.tissue.slides import (
     sections_of,
     whole_counts,
 )
+from nearfar.errors import NearfarError
 
 if TYPE_CHECKING:
     import h5py
@@ -65,7 +65,7 @@ _VERSIONS = {
 
 
 def read_sections(path: Path) -> list[Section]:
-    """The sections of tissue in a file: one, or one for each library (see `nearfar.systems.tissue.slides`)."""
+    """The sections of tissue in a file: one, or one for each library (see `nearfar.data.slides.slide`)."""
     with _opened(path) as file:
         return sections_of(_frame(file, "obs", path), list(_libraries(file)), path, _single(file))
 

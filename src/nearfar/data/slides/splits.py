@@ -12,10 +12,8 @@ import numpy as np
 
 from nearfar.data.splits import check_disjoint
 from nearfar.data.tables import read_table
+from nearfar.data.writing import write_atomically
 from nearfar.errors import NearfarError, nearest_name
-from nearfar.systems.tissue.options import TissueData as DataOptions
-from nearfar.systems.tissue.options import slide_names
-from nearfar.training.run_folder import write_atomically
 
 __all__ = [
     "SPLITS",
@@ -23,7 +21,6 @@ __all__ = [
     "draw_splits",
     "patients_of",
     "read_split_files",
-    "resolve_splits",
     "write_split_files",
 ]
 
@@ -182,35 +179,3 @@ def patients_of(slides: Mapping[str, str | None], rule: str | None) -> dict[str,
             raise NearfarError(f"patients={rule}: nothing in the name of slide {name} matches.")
         matched[name] = match.group(1 if pattern.groups else 0)
     return matched
-
-
-def resolve_splits(
-    slides: Sequence[str], options: DataOptions, otherwise: Mapping[str, Sequence[str]], where: str
-) -> dict[str, list[str]]:
-    """The slides of every split: as ``hold_out`` and ``val`` name them, or else as ``otherwise`` says.
-
-    An unknown slide or one in two splits is an error, and so are no slides to train on, or none to validate or test on.
-    """
-    named = {
-        "val": slide_names(options.val, "data.val"),
-        "test": slide_names(options.hold_out, "data.hold_out"),
-    }
-    for key, names in (("data.hold_out", named["test"]), ("data.val", named["val"])):
-        for name in names:
-            if name not in slides:
-                raise NearfarError(f"{key}={name}: {where} has no such slide; {nearest_name(name, slides)}")
-    both = sorted(set(named["test"]) & set(named["val"]))
-    if both:
-        raise NearfarError(f"slide {', '.join(both)} is in data.hold_out and in data.val: one split each.")
-    splits = {name: list(members) for name, members in otherwise.items() if members}
-    if named["test"] or named["val"]:
-        taken = {*named["test"], *named["val"]}
-        splits = {"train": [name for name in slides if name not in taken]}
-        splits |= {name: list(members) for name, members in named.items() if members}
-    if not splits.get("test") and not splits.get("val"):
-        raise NearfarError(
-            f"{where} says nothing of splits: name the slides to test on, data.hold_out=SLIDE, of {', '.join(slides)}."
-        )
-    if not splits.get("train"):
-        raise NearfarError("no slide is left to train on: data.hold_out and data.val take all of them.")
-    return splits

@@ -18,8 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nearfar.errors import NearfarError
-from nearfar.systems.tissue.slide_image import (
+from nearfar.data.slides.image import (
     IMAGE_ENDINGS,
     Box,
     Pictures,
@@ -28,8 +27,9 @@ from nearfar.systems.tissue.slide_image import (
     open_image,
     picture_size,
 )
-from nearfar.systems.tissue.slides import Slide, SlideCounts, by_stem, no_counts, whole_counts
-from nearfar.systems.tissue.space_ranger_matrix import read_matrix, read_matrix_folder
+from nearfar.data.slides.slide import Slide, SlideCounts, by_stem, no_counts, whole_counts
+from nearfar.data.slides.space_ranger_matrix import read_matrix, read_matrix_folder
+from nearfar.errors import NearfarError
 
 __all__ = ["SpaceRangerSlide", "slides_of"]
 

@@ -14,20 +14,20 @@ import numpy as np
 from nearfar.data.cache import content_key
 from nearfar.data.files import Json, read_names
 from nearfar.data.rejections import Rejections
-from nearfar.errors import NearfarError
-from nearfar.systems.tissue.genes import GeneSums, common_genes, normalized, variable_genes
-from nearfar.systems.tissue.records import RULE, Values, neighbor_scale, spatial_neighbors
-from nearfar.systems.tissue.shard_index import ShardIndex, SlideEntry
-from nearfar.systems.tissue.slide_folder import Rejected, SlideFolder, Spots
-from nearfar.systems.tissue.slide_image import Box, codec
-from nearfar.systems.tissue.slide_splits import (
+from nearfar.data.slides.folder import Rejected, SlideFolder, Spots
+from nearfar.data.slides.genes import GeneSums, common_genes, normalized, variable_genes
+from nearfar.data.slides.image import Box, codec
+from nearfar.data.slides.shard_index import ShardIndex, SlideEntry
+from nearfar.data.slides.slide import Slide, SlideCounts, find_slides
+from nearfar.data.slides.splits import (
     check_splits,
     draw_splits,
     patients_of,
     read_split_files,
     write_split_files,
 )
-from nearfar.systems.tissue.slides import Slide, SlideCounts, find_slides
+from nearfar.data.slides.tissue import RULE, Values, neighbor_scale, spatial_neighbors
+from nearfar.errors import NearfarError
 
 __all__ = ["ShardOptions", "Watch", "WriteResult", "choose_genes", "survey", "usable", "write_shards"]
 

@@ -17,9 +17,9 @@ import numpy as np
 
 from nearfar.data.cache import content_key
 from nearfar.data.files import Json
+from nearfar.data.slides.splits import SPLITS, check_splits, read_split_files
+from nearfar.data.writing import write_atomically
 from nearfar.errors import NearfarError, nearest_name
-from nearfar.systems.tissue.slide_splits import SPLITS, check_splits, read_split_files
-from nearfar.training.run_folder import write_atomically
 
 __all__ = [
     "FORMAT",

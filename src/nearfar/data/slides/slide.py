@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Bool, Float
 
+from nearfar.data.slides.image import Box, Pictures, box_around
 from nearfar.errors import NearfarError
-from nearfar.systems.tissue.slide_image import Box, Pictures, box_around
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -319,7 +319,7 @@ def slides_in(folder: Path) -> list[Slide] | None:
     Raises:
         NearfarError: a slide that lacks a file, two slides of one name.
     """
-    from nearfar.systems.tissue import space_ranger, spatial_transcriptomics, visium
+    from nearfar.data.slides import space_ranger, spatial_transcriptomics, visium
 
     for layout in (spatial_transcriptomics, space_ranger, visium):
         slides: list[Slide] | None = layout.slides_of(folder)
