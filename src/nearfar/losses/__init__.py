@@ -13,10 +13,12 @@ from nearfar.contrast import (
     Target,
 )
 from nearfar.losses.base import ContrastiveLoss, LossTraits, NoNegativesWarning, Record, Requires
+from nearfar.losses.distillation import DistillationLoss, MarginMSELoss
 from nearfar.losses.explain import BatchExplanation, explain_batch
 from nearfar.losses.focal import FocalLoss, FocalRecord
 from nearfar.losses.info_nce import ClipLoss, InfoNCELoss
 from nearfar.losses.masks import duplicate_mask, false_negative_mask
+from nearfar.losses.matryoshka import MatryoshkaLoss
 from nearfar.losses.memory import CrossBatchMemory
 from nearfar.losses.objective import GradientShares, Objective, ObjectiveRecord
 from nearfar.losses.score_contrastive import AdaptiveScoreContrastiveLoss, BidirectionalScoreContrastiveLoss
@@ -34,6 +36,7 @@ __all__ = [
     "ClipLoss",
     "ContrastiveLoss",
     "CrossBatchMemory",
+    "DistillationLoss",
     "DuplicateMask",
     "FocalLoss",
     "FocalRecord",
@@ -42,6 +45,8 @@ __all__ = [
     "IndexMask",
     "InfoNCELoss",
     "LossTraits",
+    "MarginMSELoss",
+    "MatryoshkaLoss",
     "MultiLabelSupConLoss",
     "NegativeWeights",
     "NoNegativesWarning",
