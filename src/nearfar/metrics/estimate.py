@@ -31,9 +31,9 @@ class Estimate:
 
     ``low`` and ``high`` bound the interval, ``chance`` is what guessing scores in expectation (NaN where that is
     unknown), ``n`` counts the items behind the value, ``trivial`` says that the value could not have been different
-    (``k`` reaches the gallery), ``metric`` names it, and ``protocol`` states how it was measured: ``gallery`` (number of
-    candidates), ``split`` (hash of the item ids, see ``split_hash``), ``direction``, the ``interval`` method,
-    its ``confidence``, and what else a metric needs.
+    (``k`` reaches the gallery), ``metric`` names it, and ``protocol`` states how it was measured: ``gallery`` (number
+    of candidates), ``split`` (hash of the item ids, see ``split_hash``), ``direction``, the ``interval`` method, its
+    ``confidence``, and what else a metric needs.
 
     ``higher_is_better`` says which way the metric is better, by default by its name
     (``nearfar.directions.lower_is_better``); ``unit`` what its value counts, such as "nats", empty for shares and

@@ -173,6 +173,7 @@ def describe_ranking(
 
     >>> for line in describe_ranking({"q1": {"d9": 3.0, "d1": 2.0}}, {"q1": {"d1": 1}, "q2": {"d3": 1}}):
     ...     print(line)
+    ranking: 1 query, 2 documents each.
     ranking: 1 of 2 judged queries are not ranked (q2).
     ranking: 50 % of the first 10 of each list are judged; the others count as not relevant.
     ranking: 1 of 2 relevant documents are not listed.
@@ -188,6 +189,10 @@ def _sentences(lists: RankedLists, judged: RankedLists, documents: object, depth
     for each in (lists, judged):
         if len(each.rejections):
             yield f"{each.source}: {each.rejections.summary()}."
+    depths = [len(own) for own in lists.values()]
+    if depths:
+        span = str(min(depths)) if min(depths) == max(depths) else f"{min(depths)} to {max(depths)}"
+        yield f"{name}: {len(depths)} {'query' if len(depths) == 1 else 'queries'}, {span} documents each."
     relevant = {q: _positive(grades) for q, grades in judged.items()}
     unranked = [q for q, grades in relevant.items() if grades and q not in lists]
     with_relevant = sum(bool(grades) for grades in relevant.values())
