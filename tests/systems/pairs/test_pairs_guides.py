@@ -139,7 +139,9 @@ def test_margins_and_distillation_are_terms(table: Path, tmp_path: Path) -> None
     margins = batch.tensor("margin:text")
     assert margins.shape == (12, 1)
     missing = [
-        i for i, value in enumerate(system.splits["train"]["margin"]) if value is None or np.isnan(float(value))
+        i
+        for i, value in enumerate(system.splits["train"]["margin"])
+        if value is None or np.isnan(float(value))
     ]
     assert [i for i in range(12) if torch.isnan(margins[i, 0])] == [i for i in missing if i < 12]
     _, value, record = step(system)
@@ -177,7 +179,9 @@ def test_runs(table: Path, tmp_path: Path, more: tuple[str, ...]) -> None:
 
 @pytest.mark.slow
 def test_a_run_is_judged_at_each_length(table: Path, tmp_path: Path) -> None:
-    run = train(table, tmp_path, "matryoshka=[2,4]", "name=run", "data.val_fraction=0.3", "trainer.log_every=1")
+    run = train(
+        table, tmp_path, "matryoshka=[2,4]", "name=run", "data.val_fraction=0.3", "trainer.log_every=1"
+    )
     (scores,) = run.read_json("metrics.json")["splits"].values()
     for name in ("dim2/title_to_text/MRR", "dim4/text_to_title/R@1", "title_to_text/MRR"):
         assert scores[name]["low"] <= scores[name]["value"] <= scores[name]["high"]

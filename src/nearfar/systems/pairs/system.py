@@ -323,7 +323,7 @@ class PairSystem(ViewSystem):
             shorter, scores = super().retrieval(cut, split, final)
             estimates |= {f"{term_name(length)}/{name}": estimate for name, estimate in shorter.items()}
             per_item |= {f"{term_name(length)}/{name}": values for name, values in scores.items()}
-        if final and outputs is not self._at_start.get(split) and split != "train":
+        if final and split != "train":
             estimates |= self._nearest_training(split)
         return estimates, per_item
 
