@@ -20,6 +20,7 @@ WORKBENCH = [{"training"}, {"config"}]
 CORE = [
     {"doctor"},
     {"towers"},
+    {"mining"},
     {"batching", "metrics", "data", "models"},
     {"functional"},
     {"losses"},
