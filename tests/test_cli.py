@@ -45,7 +45,7 @@ def nearfar(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedPro
 def test_help_lists_the_verbs() -> None:
     shown = nearfar("--help")
     assert shown.returncode == 0
-    for verb in ("train", "new", "compare", "doctor", "report", "embed", "search", "verify", "data"):
+    for verb in ("train", "new", "compare", "doctor", "report", "embed", "search", "mine", "verify", "data"):
         assert verb in shown.stdout
 
 
