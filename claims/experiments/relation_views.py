@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 
 from claims.training import fit
 from nearfar.config.compose import compose_config, read_config
+from nearfar.data.scenes.triples import ALL10, TOP5
 from nearfar.errors import NearfarError
 from nearfar.metrics import RecallAtK
 from nearfar.models.views import ViewModel
@@ -28,7 +29,6 @@ from nearfar.systems.relations.options import (
     SupConOptions,
 )
 from nearfar.systems.relations.probe import RelationProbe
-from nearfar.systems.relations.records import ALL10, TOP5
 from nearfar.systems.relations.system import RelationSystem
 from nearfar.training.state import initial_model
 

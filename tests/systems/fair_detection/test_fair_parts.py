@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,15 +16,12 @@ from nearfar.losses import AdaptiveScoreContrastiveLoss, WassersteinGapLoss
 from nearfar.metrics.detection import Boxes, Change, detection_change, detection_evidence
 from nearfar.models.detection import Detector, DetectorOutput, Target
 from nearfar.systems import check_config
-from nearfar.systems.detector.scenes import make_scene, scenes_folder
 from nearfar.systems.fair_detection.evaluation import gap_closed, gap_verdict, ordered
 from nearfar.systems.fair_detection.frozen import chosen, shuffled
 from nearfar.systems.fair_detection.model import FairModel, PerturbationGenerator, perturbed
 from nearfar.systems.fair_detection.objective import FairObjective, picture_scores
 from nearfar.systems.fair_detection.options import epsilon_schedule, term_weights
 from nearfar.systems.fair_detection.report import panel
-
-pytestmark = pytest.mark.slow  # reads and draws much
 
 GROUPS = ("faint", "clear")
 
@@ -101,44 +96,6 @@ def test_weights_of_the_losses() -> None:
 def test_wrong_options_are_refused(overrides: list[str], message: str) -> None:
     with pytest.raises(NearfarError, match=message):
         config(*overrides)
-
-
-# -- scenes --------------------------------------------------------------------------------------------------
-def test_only_the_contrast_tells_the_groups_apart() -> None:
-    clear, faint = (make_scene(np.random.default_rng(7), 64, 0.3, left) for left in (1.0, 0.35))
-    assert clear[1] == faint[1], "the same figure in the same place"
-    spread = [float(np.std(picture, (0, 1)).mean()) for picture in (clear[0], faint[0])]
-    assert spread[1] / spread[0] == pytest.approx(0.35, abs=0.02)
-    excess = {}
-    for haze in (1.0, 0.35):
-        contrasts = []
-        for seed in range(20):
-            picture, (left, top, width, height) = make_scene(np.random.default_rng(seed), 64, 0.3, haze)
-            # The trunk: the middle of the box a third from its top.
-            row, column = int(top + 0.35 * height), int(left + 0.5 * width)
-            inside = picture[row - 1 : row + 2, column - 1 : column + 2].mean((0, 1)) / 255
-            contrasts.append(np.abs(inside - np.median(picture, (0, 1)) / 255).mean())
-        excess[haze] = np.median(contrasts)
-    assert 0.2 < excess[1.0] < 0.4
-    assert excess[0.35] / excess[1.0] == pytest.approx(0.35, abs=0.05)
-
-
-def test_scenes_are_coco_files_and_are_drawn_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NEARFAR_CACHE", str(tmp_path))
-    data = config("data.scenes.train=20", "data.scenes.val=8", "data.scenes.test=10").data.scenes
-    data.image_size = 32
-    folder = scenes_folder(data)
-    train = json.loads((folder / "train.json").read_text())
-    assert sum(image["visibility"] == "faint" for image in train["images"]) == 5
-    test = json.loads((folder / "test.json").read_text())
-    assert sum(image["visibility"] == "faint" for image in test["images"]) == 5
-    assert all((folder / "images" / image["file_name"]).is_file() for image in test["images"])
-    before = (folder / "test.json").stat().st_mtime_ns
-    assert scenes_folder(data) == folder
-    assert (folder / "test.json").stat().st_mtime_ns == before
-    data.contrast = 0.5
-    assert scenes_folder(data) != folder
-    assert {path.name[0] for path in folder.parent.iterdir()} & {"."} == set(), "nothing half-drawn is left"
 
 
 # -- losses of a batch ---------------------------------------------------------------------------------------

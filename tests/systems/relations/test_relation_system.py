@@ -17,6 +17,7 @@ from nearfar.batching import BalancedBatchSampler, RandomBatchSampler
 from nearfar.config.compose import compose_config, expand
 from nearfar.contrast import NoPositivesWarning
 from nearfar.crossval import cross_validate
+from nearfar.data.photos import Crops
 from nearfar.errors import NearfarError
 from nearfar.launch import run_one
 from nearfar.systems import build_system, check_config
@@ -30,7 +31,7 @@ from nearfar.systems.relations.evaluation import (
 )
 from nearfar.systems.relations.probe import RelationProbe, has_pixels, sample_rows
 from nearfar.towers.boxes import spatial_numbers
-from nearfar.towers.object_pairs import Crops, CropTower, NamesTower
+from nearfar.towers.object_pairs import CropTower, NamesTower
 from nearfar.training.checkpoint import Checkpoint
 from nearfar.training.run_folder import RunFolder
 from tiny_relations import write_vrd

@@ -12,33 +12,25 @@ import torch
 from torch import Tensor, nn
 
 from nearfar.config.samplers import Items as SamplerItems
+from nearfar.data.batch import Batch, ItemDataset
 from nearfar.data.chunks import NewData
 from nearfar.data.coco import CocoSplit
+from nearfar.data.coco_results import CocoResults, box_rows
+from nearfar.data.coco_splits import DetectionData
+from nearfar.data.detection import KeptView, View, detection_dataset, new_picture_dataset
 from nearfar.data.files import Json, read_json
 from nearfar.data.items import Items
+from nearfar.data.new_pictures import NEW_OPTIONS, pictures_of, read_pictures
+from nearfar.data.true_boxes import relative_boxes, targets_of
 from nearfar.errors import NearfarError
 from nearfar.metrics.detection import Boxes, detection_estimates, detection_evidence
 from nearfar.metrics.detection_evaluator import check_evidence
 from nearfar.models.detection import DetectorOutput
 from nearfar.models.detection.detector import corners, iou
+from nearfar.models.detection.kept_maps import cached_maps
 from nearfar.models.detection.network import SmallDetector
-from nearfar.systems.detector.data import DetectionData, read_splits
-from nearfar.systems.detector.dataset import (
-    DetectionBatch,
-    DetectionDataset,
-    View,
-    cached_maps,
-    relative_boxes,
-)
+from nearfar.systems.detector.data import read_splits
 from nearfar.systems.detector.model import build_detector, build_encoder
-from nearfar.systems.detector.new_pictures import (
-    NEW_OPTIONS,
-    CocoResults,
-    NewPictures,
-    box_rows,
-    pictures_of,
-    read_pictures,
-)
 from nearfar.systems.detector.options import DetectorOptions
 from nearfar.systems.detector.report import pictures_section
 from nearfar.training.batches import build_sampler
@@ -79,7 +71,7 @@ def _sides(split: CocoSplit) -> np.ndarray:
     return np.array([[i.width, i.height, i.width, i.height] for i in split.images], np.float64)
 
 
-class DetectorSystem(System[DetectionBatch, SmallDetector]):
+class DetectorSystem(System[Batch, SmallDetector]):
     """Trains a small detector on boxes in COCO format."""
 
     name = "detector"
@@ -91,7 +83,7 @@ class DetectorSystem(System[DetectionBatch, SmallDetector]):
     def __init__(self, config: DetectorOptions) -> None:
         self.config = config
         self.splits: dict[str, CocoSplit] = {}
-        self.datasets: dict[str, DetectionDataset] = {}
+        self.datasets: dict[str, ItemDataset] = {}
         self._true: dict[str, Boxes] = {}
         self._description = ""
         self._classes: tuple[str, ...] = ()  # of a run that was loaded
@@ -109,15 +101,16 @@ class DetectorSystem(System[DetectionBatch, SmallDetector]):
         say(f"image encoder: {encoder.description}")
         view = View(crop=float(config.crop), colours=float(config.colours))
         for name, split in self.splits.items():
-            train, maps = name == "train", []
+            train = name == "train"
+            kept: list[KeptView] = []
             if config.frozen_epochs and name in ("train", "val"):
                 views = int(config.views) if train else 1
-                maps = cached_maps(split, encoder, size, views, view, config.seed, say if train else _quiet)
-            self.datasets[name] = DetectionDataset(
+                kept = cached_maps(split, encoder, size, views, view, config.seed, say if train else _quiet)
+            self.datasets[name] = detection_dataset(
                 split,
                 size,
-                maps=maps,
-                maps_until=int(config.frozen_epochs) if train else 0,
+                kept=kept,
+                kept_until=int(config.frozen_epochs) if train else 0,
                 augment=view if train else None,
                 seed=int(config.seed),
             )
@@ -173,19 +166,19 @@ class DetectorSystem(System[DetectionBatch, SmallDetector]):
             for (encoder, matrices), weights in groups.items()
         ]
 
-    def training_step(self, model: SmallDetector, batch: DetectionBatch) -> StepOutput:
+    def training_step(self, model: SmallDetector, batch: Batch) -> StepOutput:
         """The set loss of all layers."""
-        if model.training and batch.maps is None:
+        if model.training and "maps" not in batch:
             model.moved.fill_(True)
         output = self._output(model, batch)
-        return StepOutput(model.set_loss(output, batch.targets), lambda: _record(model, output, batch))
+        return StepOutput(model.set_loss(output, targets_of(batch)), lambda: _record(model, output, batch))
 
-    def _output(self, model: SmallDetector, batch: DetectionBatch) -> DetectorOutput:
+    def _output(self, model: SmallDetector, batch: Batch) -> DetectorOutput:
         """From kept maps while they are those of the encoder, else from pixels."""
-        if batch.maps is not None and not bool(model.moved):
-            output: DetectorOutput = model.decode(batch.maps)
-        elif batch.pixels is not None:
-            output = model(batch.pixels)
+        if "maps" in batch and not bool(model.moved):
+            output: DetectorOutput = model.decode(batch.tensor("maps"))
+        elif "pixels" in batch:
+            output = model(batch.tensor("pixels"))
         else:
             raise NearfarError(
                 "the kept maps are those of the untrained encoder, and this one has learned: frozen_epochs was raised "
@@ -193,7 +186,7 @@ class DetectorSystem(System[DetectionBatch, SmallDetector]):
             )
         return output
 
-    def embed(self, model: SmallDetector, batch: DetectionBatch) -> dict[str, Tensor]:
+    def embed(self, model: SmallDetector, batch: Batch) -> dict[str, Tensor]:
         """Boxes, scores and labels of all queries."""
         output = self._output(model, batch)
         scores, labels = output.probabilities().max(-1)
@@ -261,8 +254,8 @@ class DetectorSystem(System[DetectionBatch, SmallDetector]):
         """Pictures, by their paths or as arrays (height, width, 3) of uint8."""
         return pictures_of(values)
 
-    def new_dataset(self, items: Items) -> NewPictures:
-        return NewPictures(items, int(self.config.data.image_size))
+    def new_dataset(self, items: Items) -> ItemDataset:
+        return new_picture_dataset(items["photo"], int(self.config.data.image_size))
 
     def predictions(self, outputs: Mapping[str, Tensor], items: Items) -> dict[str, list[Any]]:
         """A row for each box: picture, category, score, and left, top, width and height in pixels."""
@@ -274,12 +267,13 @@ class DetectorSystem(System[DetectionBatch, SmallDetector]):
         return CocoResults(output) if output.suffix.lower() == ".json" else None
 
 
-def _record(model: SmallDetector, output: DetectorOutput, batch: DetectionBatch) -> dict[str, float]:
+def _record(model: SmallDetector, output: DetectorOutput, batch: Batch) -> dict[str, float]:
     """Of the pairs of the last layer: mean IoU and mean probability of the true class."""
-    matches = model.match(output, batch.targets)
+    targets = targets_of(batch)
+    matches = model.match(output, targets)
     fits, scores = [], []
     probabilities, boxes = output.probabilities().detach(), corners(output.boxes.detach())
-    for i, (match, target) in enumerate(zip(matches, batch.targets, strict=True)):
+    for i, (match, target) in enumerate(zip(matches, targets, strict=True)):
         true = corners(target.boxes[match.targets])
         fits.append(iou(boxes[i, match.queries], true))
         scores.append(probabilities[i, match.queries, target.labels[match.targets]])

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from numpy import ndarray
 from torch import Tensor
 
+from nearfar.data.scenes.triples import chosen_relations
 from nearfar.data.writing import write_atomically
 from nearfar.errors import NearfarError
 from nearfar.metrics import (
@@ -31,7 +32,6 @@ from nearfar.metrics.count_metrics import Statistic
 from nearfar.systems.relations.probe import (
     FUSED,
 )
-from nearfar.systems.relations.records import chosen_relations
 from nearfar.training.run_folder import RunFolder
 
 __all__ = [

@@ -10,18 +10,16 @@ from numpy import ndarray
 from torch import Tensor
 
 from nearfar.data.batch import Batch, ItemDataset
+from nearfar.data.scenes.relation_data import RelationData
+from nearfar.data.scenes.triples import NAMES, SPATIAL, VISUAL
 from nearfar.metrics import Estimate
 from nearfar.models.views import ViewModel
-from nearfar.systems.relations.data import RelationData
 from nearfar.systems.relations.evaluation import PAIR, Predictions, Scores, pair_retrieval, score_predictions
 from nearfar.systems.relations.options import RelationOptions
 from nearfar.systems.relations.predictor import Predictor, fitted_temperature
 from nearfar.systems.relations.probe import (
     FUSED,
     LINEAR,
-    NAMES,
-    SPATIAL,
-    VISUAL,
     Blocks,
     RelationProbe,
     blocks_of,

@@ -13,15 +13,13 @@ from numpy import ndarray
 from torch import Tensor
 
 from nearfar.data.batch import ItemDataset
+from nearfar.data.scenes.triples import NAMES, SPATIAL, VISUAL
 from nearfar.errors import NearfarError
 from nearfar.systems.view_system import PRESENT
 
 __all__ = [
     "FUSED",
     "LINEAR",
-    "NAMES",
-    "SPATIAL",
-    "VISUAL",
     "Blocks",
     "RelationProbe",
     "blocks_of",
@@ -32,8 +30,6 @@ __all__ = [
 ]
 
 
-#: the views of a pair: the geometry of its boxes, the pixels in them, the names of both objects
-SPATIAL, VISUAL, NAMES = "spatial", "visual", "names"
 #: the views whose inputs are parts of probes, and what these parts are called
 INPUTS = ((SPATIAL, "numbers"), (VISUAL, "pixels"), (NAMES, "words"))
 #: parts of a pair's embedding by name, (n, d) each; a row of NaN is a part that this pair lacks

@@ -22,7 +22,6 @@ from jaxtyping import Float, UInt8
 from nearfar.data.cache import cache_dir, content_key
 from nearfar.data.files import Json
 from nearfar.errors import NearfarError
-from nearfar.systems.detector.options import SceneData
 
 if TYPE_CHECKING:
     from PIL import Image, ImageDraw
@@ -61,21 +60,33 @@ def make_scene(
     return (picture.clip(0, 1) * 255).round().astype(np.uint8), box
 
 
-def scenes_folder(data: SceneData) -> Path:
-    """The folder, in COCO format, of the scenes that ``data`` describes; drawn once and kept in the cache.
+def scenes_folder(
+    sizes: tuple[int, int, int],
+    *,
+    image_size: int = 96,
+    contrast: float = 0.3,
+    faint_contrast: float = 0.2,
+    faint_share: float = 0.25,
+    seed: int = 0,
+) -> Path:
+    """The folder, in COCO format, of generated scenes; drawn once and kept in the cache.
 
-    ``data.train``, ``data.val``, ``data.test``: how many pictures; ``data.image_size``: their side in pixels;
-    ``data.contrast``: of figures; ``data.faint_contrast``: what haze leaves of it in faint pictures;
-    ``data.faint_share``: share of faint pictures in train (half of val and test are); ``data.split_seed``. The group
-    is the attribute ``visibility`` of picture and box.
+    Args:
+        sizes: how many pictures of train, val and test.
+        image_size: their side in pixels.
+        contrast: of figures, see `make_scene`.
+        faint_contrast: the share that haze leaves of it in faint pictures.
+        faint_share: share of faint pictures in train; in val and test it is half.
+
+    The group is the attribute ``visibility`` of picture and box.
     """
     options: Json = {
-        "sizes": [data.train, data.val, data.test],
-        "image_size": int(data.image_size),
-        "contrast": float(data.contrast),
-        "faint_contrast": float(data.faint_contrast),
-        "faint_share": float(data.faint_share),
-        "seed": int(data.split_seed),
+        "sizes": list(sizes),
+        "image_size": int(image_size),
+        "contrast": float(contrast),
+        "faint_contrast": float(faint_contrast),
+        "faint_share": float(faint_share),
+        "seed": int(seed),
     }
     folder = cache_dir() / "scenes" / content_key([VERSION, options])[:16]
     if (folder / "test.json").exists():

@@ -1,19 +1,14 @@
-"""New photos for a detector, from a folder, a list, a table or a COCO file; and its boxes as rows and COCO results."""
+"""New pictures for a trained run: from a folder, a list, a table or a COCO file."""
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from jaxtyping import Float, Int, UInt8
-from torch import Tensor
+from jaxtyping import Float
 
 from nearfar.data.cache import without_cache
 from nearfar.data.chunks import NewData, read_chunks
@@ -26,26 +21,15 @@ from nearfar.data.photos import Photo, as_photo
 from nearfar.data.picture_check import check_pictures
 from nearfar.data.picture_files import walk_files
 from nearfar.data.rejections import Rejections
-from nearfar.data.writing import make_folder
 from nearfar.errors import NearfarError
-from nearfar.models.detection import Target
-from nearfar.systems.detector.dataset import DetectionBatch, make_view
 
-__all__ = [
-    "NEW_OPTIONS",
-    "CocoResults",
-    "NewPictures",
-    "box_rows",
-    "no_target",
-    "pictures_of",
-    "read_pictures",
-    "size_of",
-]
+__all__ = ["NEW_OPTIONS", "pictures_of", "read_pictures", "size_of"]
 
 #: how new pictures may be read
 NEW_OPTIONS = {"min_score": "boxes with lower scores are left out; by default none is"}
 _HEADERS = {"image": ("image", "file_name", "filename", "image_path", "picture", "photo", "text")}
-_NOTE = "detector"
+#: the note of items that says how they were read
+NOTE = "detector"
 
 
 class _Sought(NamedTuple):
@@ -209,7 +193,7 @@ def _checked(some: Sequence[_Sought], source: str, about: Mapping[str, Any]) -> 
         source,
         rows=rows,
         rejections=rejections,
-        notes={_NOTE: dict(about)},
+        notes={NOTE: dict(about)},
     )
 
 
@@ -247,138 +231,3 @@ def size_of(items: Items) -> Float[np.ndarray, "n 4"]:
     """Width, height, width, height of every picture."""
     width, height = (np.asarray(items[name], np.float64) for name in ("width", "height"))
     return np.stack([width, height, width, height], axis=1)
-
-
-def no_target() -> Target:
-    """The true boxes of a picture that has none."""
-    return Target(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4))
-
-
-class NewPictures:
-    """New pictures as batches of a detector: read on demand, at ``size`` × ``size`` pixels, without true boxes."""
-
-    def __init__(self, items: Items, size: int) -> None:
-        self.photos, self.size = list(items["photo"]), size
-
-    def __len__(self) -> int:
-        return len(self.photos)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Nothing changes from epoch to epoch."""
-
-    def __getitems__(self, positions: list[int]) -> DetectionBatch:
-        pixels = torch.from_numpy(np.stack([self.pixels(i) for i in positions]))
-        return DetectionBatch(torch.tensor(positions), [no_target() for _ in positions], pixels)
-
-    def pixels(self, position: int) -> UInt8[np.ndarray, "3 s s"]:
-        """One picture as the detector sees it."""
-        nothing = np.zeros((0, 4)), np.zeros(0, np.int64)
-        return make_view(self.photos[position].read(), *nothing, self.size, None)[0]
-
-
-def box_rows(
-    boxes: Float[Tensor, "n q 4"],
-    scores: Float[Tensor, "n q"],
-    labels: Int[Tensor, "n q"],
-    classes: Sequence[str],
-    items: Items,
-) -> dict[str, list[Any]]:
-    """A row for each box, in pixels of its picture; best first, picture by picture.
-
-    Args:
-        boxes: corners as shares of the picture.
-        scores: of each box, 0 to 1.
-        labels: positions in ``classes``; a box of −1 is of no class, and left out.
-        items: the pictures, as `read_pictures` gives them.
-    """
-    about = items.notes.get(_NOTE, {})
-    ids = category_ids(classes, about.get("category_ids", {}))
-    least = float(about.get("min_score", 0.0))
-    corners = boxes.double().numpy() * size_of(items)[:, None]
-    names = (
-        "item",
-        "image",
-        "image_id",
-        "category",
-        "category_id",
-        "score",
-        "left",
-        "top",
-        "width",
-        "height",
-    )
-    columns: dict[str, list[Any]] = {name: [] for name in names}
-    for at, (own, score, label) in enumerate(
-        zip(corners, scores.double().numpy(), labels.numpy(), strict=True)
-    ):
-        for q in np.argsort(-score, kind="stable").tolist():
-            if score[q] < least or label[q] < 0:
-                continue
-            left, top, right, bottom = own[q].tolist()
-            name = classes[int(label[q])]
-            row = (at, items["image"][at], items["image_id"][at], name, ids[name], float(score[q]))
-            for column, value in zip(names, (*row, left, top, right - left, bottom - top), strict=True):
-                columns[column].append(value)
-    return columns
-
-
-def category_ids(classes: Sequence[str], given: Mapping[str, Any]) -> dict[str, Any]:
-    """An id for each class: that of the COCO file, else a number that it does not use.
-
-    >>> category_ids(["cat", "dog"], {}), category_ids(["cat", "dog"], {"dog": 18})
-    ({'cat': 1, 'dog': 2}, {'cat': 19, 'dog': 18})
-    """
-    if not given:
-        return {name: at for at, name in enumerate(classes, 1)}
-    plain = {name.casefold(): value for name, value in given.items()}
-    numbers = [value for value in given.values() if isinstance(value, int)]
-    free = max(numbers, default=0) + 1
-    ids: dict[str, Any] = {}
-    for name in classes:
-        if name.casefold() in plain:
-            ids[name] = plain[name.casefold()]
-        else:
-            ids[name], free = free, free + 1
-    return ids
-
-
-class CocoResults:
-    """Writes boxes as COCO results: a list of ``image_id``, ``category_id``, ``bbox`` and ``score``.
-
-    Each row also has ``file_name`` and ``category``, which readers of COCO results pass over. The file appears when it
-    is whole.
-    """
-
-    def __init__(self, output: Path) -> None:
-        self.output = output
-        make_folder(output.parent)
-        handle, name = tempfile.mkstemp(
-            dir=output.parent, prefix=f".{output.name}.{os.getpid()}.", suffix=".tmp"
-        )
-        self.temporary, self.count = Path(name), 0
-        self.file = os.fdopen(handle, "w", encoding="utf-8")
-        self.file.write("[")
-
-    def write(
-        self, items: Items, columns: Mapping[str, Sequence[Any]], outputs: Mapping[str, Tensor]
-    ) -> None:
-        """The rows of `box_rows`."""
-        names = ("image_id", "category_id", "left", "top", "width", "height", "score", "image", "category")
-        for image, category, *box, score, file, name in zip(*(columns[each] for each in names), strict=True):
-            row = {
-                "image_id": image,
-                "category_id": category,
-                "bbox": box,
-                "score": score,
-                "file_name": file,
-                "category": name,
-            }
-            self.file.write((",\n" if self.count else "\n") + json.dumps(row, ensure_ascii=False))
-            self.count += 1
-
-    def close(self) -> None:
-        """Bring the whole file into its place."""
-        self.file.write("\n]\n")
-        self.file.close()
-        os.chmod(self.temporary, 0o644)
-        os.replace(self.temporary, self.output)

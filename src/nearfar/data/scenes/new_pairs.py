@@ -16,21 +16,19 @@ from nearfar.data.coco_files import NoBoxError, box_of, picture_files
 from nearfar.data.coco_rows import row_key
 from nearfar.data.files import parse_json, read_text
 from nearfar.data.items import Column, Items
-from nearfar.data.photos import Box, Photo
+from nearfar.data.photos import Box, Crops, Photo
 from nearfar.data.picture_files import PictureFiles
 from nearfar.data.rejections import Rejections
-from nearfar.errors import NearfarError
-from nearfar.systems.relations.data import usable_photos
-from nearfar.systems.relations.probe import NAMES, SPATIAL, VISUAL
-from nearfar.systems.relations.readers import (
+from nearfar.data.scenes.readers import (
     Places,
     scene_graph_triples,
     spatialsense_triples,
     stated_size,
     vrd_triples,
 )
-from nearfar.systems.relations.records import Pairs, Triple, boxed_pairs
-from nearfar.towers.object_pairs import Crops
+from nearfar.data.scenes.relation_data import usable_photos
+from nearfar.data.scenes.triples import NAMES, SPATIAL, VISUAL, Pairs, Triple, boxed_pairs
+from nearfar.errors import NearfarError
 
 __all__ = ["PAIR_HEADERS", "items_of", "read_pairs"]
 

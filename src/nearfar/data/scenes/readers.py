@@ -13,12 +13,11 @@ import numpy as np
 
 from nearfar.data.cache import content_key
 from nearfar.data.coco import CocoSplit, read_coco
-from nearfar.data.coco_files import coco_files, given_files
+from nearfar.data.coco_files import coco_files
 from nearfar.data.photos import Box
 from nearfar.data.rejections import Rejections
+from nearfar.data.scenes.triples import Triple
 from nearfar.errors import NearfarError, nearest_name
-from nearfar.systems.relations.options import RelationDataOptions
-from nearfar.systems.relations.records import Triple
 
 __all__ = [
     "LAYOUTS",
@@ -331,25 +330,27 @@ LAYOUTS: dict[str, Layout] = {
 
 
 def annotation_files(
-    layout: str, data: RelationDataOptions, say: Callable[[str], None] = lambda _: None
+    layout: str,
+    folder: Path | None,
+    given: Mapping[str, Path],
+    say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Path]:
-    """The annotation files by split, as given or from the folder ("whole": one file with every split, or none).
+    """The annotation files by split, as ``given`` or from the folder ("whole": one file with every split, or none).
 
     Raises ``NearfarError`` if a file or the folder is missing, or if there is nothing to train on.
     """
     if layout not in LAYOUTS:
         raise NearfarError(f"data.layout={layout}: {nearest_name(str(layout), LAYOUTS)}")
-    if given := given_files(data):
-        return given
+    if given:
+        return dict(given)
     known = LAYOUTS[layout]
     expected = (
         " or ".join(known.files[name] for name in ("train", "whole") if name in known.files) or "train.json"
     )
-    if data.dir is None:
+    if folder is None:
         raise NearfarError(
             f"data={layout} reads your files: give data.dir=FOLDER (with {expected}) or data.train=FILE."
         )
-    folder = Path(str(data.dir))
     if not folder.is_dir():
         raise NearfarError(f"data.dir={folder}: no such folder.")
     if known.find is not None:

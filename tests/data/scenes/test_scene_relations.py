@@ -13,12 +13,12 @@ from omegaconf import DictConfig
 
 from nearfar.config.compose import compose_config
 from nearfar.data.rejections import Rejections
+from nearfar.data.scenes.composed import HEIGHT, HELD_OUT, THINGS, WIDTH, composed_scenes
+from nearfar.data.scenes.readers import LAYOUTS, Places, geometric_relation
+from nearfar.data.scenes.triples import ALL10, TOP5, chosen_relations, relation_of, table
 from nearfar.errors import NearfarError
 from nearfar.systems import check_config
 from nearfar.systems.relations.data import load_data
-from nearfar.systems.relations.readers import LAYOUTS, Places, geometric_relation
-from nearfar.systems.relations.records import ALL10, TOP5, chosen_relations, relation_of, table
-from nearfar.systems.relations.scenes import HEIGHT, HELD_OUT, THINGS, WIDTH, composed_scenes
 from tiny_relations import write_photo, write_vrd
 
 pytest.importorskip("PIL")

@@ -18,7 +18,7 @@ from numpy import ndarray
 
 from nearfar.data.cache import content_key
 from nearfar.data.photos import Box, Photo
-from nearfar.systems.relations.records import ALL10, Triple
+from nearfar.data.scenes.triples import ALL10, Triple
 
 if TYPE_CHECKING:
     from PIL import Image

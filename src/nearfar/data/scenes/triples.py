@@ -18,7 +18,10 @@ from nearfar.errors import NearfarError, nearest_name
 
 __all__ = [
     "ALL10",
+    "NAMES",
+    "SPATIAL",
     "TOP5",
+    "VISUAL",
     "Pairs",
     "Triple",
     "boxed_pairs",
@@ -90,6 +93,9 @@ def chosen_relations(option: object) -> tuple[str, ...]:
         raise NearfarError(f"relations={list(names)}: at least two relations, each once, are needed.")
     return tuple(names)
 
+
+#: columns of pairs as items: the geometry of both boxes, the pixels in them, the names of both objects
+SPATIAL, VISUAL, NAMES = "spatial", "visual", "names"
 
 T = TypeVar("T")
 _TOLERANCE = 2.0  # pixels by which a box may cross the border of a picture without being counted
