@@ -21,6 +21,7 @@ from nearfar.metrics.precision_at_r import map_at_r
 from nearfar.metrics.ranks import Ranks
 from nearfar.metrics.recall import RecallAtK
 from nearfar.metrics.retrieval import rank_estimates, retrieval_metrics, retrieval_ranks
+from nearfar.metrics.retrieval_scores import RetrievalScores, score_retrieval
 from nearfar.metrics.seeds import seeds_interval
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "Estimate",
     "Ranks",
     "RecallAtK",
+    "RetrievalScores",
     "alignment",
     "batch_signals",
     "bootstrap_mean",
@@ -52,6 +54,7 @@ __all__ = [
     "rank_estimates",
     "retrieval_metrics",
     "retrieval_ranks",
+    "score_retrieval",
     "seeds_interval",
     "share",
     "split_hash",
