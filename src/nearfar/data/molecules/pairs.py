@@ -14,17 +14,17 @@ import numpy as np
 
 from nearfar.data.cache import cached_arrays
 from nearfar.data.items import Items
-from nearfar.data.rejections import Rejections
-from nearfar.data.splits import check_disjoint
-from nearfar.errors import NearfarError, nearest_name
-from nearfar.models.molecules.smiles import (
+from nearfar.data.molecules.records import is_ring, pairs_of, read_records, scaffolds_of, text_key
+from nearfar.data.molecules.smiles import (
     assign_groups,
     canonical_smiles,
     parse_smiles,
     rdkit_version,
     scaffold_key,
 )
-from nearfar.systems.molecules.records import is_ring, pairs_of, read_records, scaffolds_of, text_key
+from nearfar.data.rejections import Rejections
+from nearfar.data.splits import check_disjoint
+from nearfar.errors import NearfarError, nearest_name
 
 __all__ = [
     "MoleculeData",

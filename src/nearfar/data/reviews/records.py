@@ -15,8 +15,8 @@ from numpy import ndarray
 
 from nearfar.data.items import Items
 from nearfar.data.rejections import Rejections
+from nearfar.data.reviews.labels import POLARITIES
 from nearfar.errors import NearfarError
-from nearfar.systems.aspects.labels import POLARITIES
 
 __all__ = ["Records", "hold_out", "repeats", "separate", "split_layout", "text_key"]
 

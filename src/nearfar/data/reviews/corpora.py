@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 from nearfar.data.delimited import text_lines
 from nearfar.data.rejections import Rejections
-from nearfar.data.table_formats import content_of
-from nearfar.data.tables import is_placeholder
-from nearfar.errors import NearfarError
-from nearfar.systems.aspects.labels import (
+from nearfar.data.reviews.labels import (
     UNKNOWN,
     mostly_polarities,
     parse_field,
     polarities_advice,
     polarity_code,
 )
-from nearfar.systems.aspects.records import Records
+from nearfar.data.reviews.records import Records
+from nearfar.data.table_formats import content_of
+from nearfar.data.tables import is_placeholder
+from nearfar.errors import NearfarError
 
 if TYPE_CHECKING:
     from xml.etree.ElementTree import Element

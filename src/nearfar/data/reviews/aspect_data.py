@@ -12,11 +12,11 @@ import numpy as np
 
 from nearfar.data.items import Items
 from nearfar.data.rejections import Rejections
+from nearfar.data.reviews.labels import NEGATIVE, NEUTRAL, POLARITIES, POSITIVE, LabelScheme, code_words
+from nearfar.data.reviews.readers import Reading, read_records
+from nearfar.data.reviews.records import Records, hold_out, separate, split_layout, text_key
 from nearfar.data.splits import check_disjoint
 from nearfar.errors import NearfarError, nearest_name
-from nearfar.systems.aspects.labels import NEGATIVE, NEUTRAL, POLARITIES, POSITIVE, LabelScheme, code_words
-from nearfar.systems.aspects.readers import Reading, read_records
-from nearfar.systems.aspects.records import Records, hold_out, separate, split_layout, text_key
 
 __all__ = ["AspectData", "embedded_records", "load_embedded", "load_files"]
 

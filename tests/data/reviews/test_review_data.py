@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from nearfar.data.reviews.aspect_data import AspectData, load_embedded, load_files
+from nearfar.data.reviews.labels import code_words, parse_field, polarities_advice, polarity_code
+from nearfar.data.reviews.readers import read_records
+from nearfar.data.reviews.records import repeats, text_key
 from nearfar.errors import NearfarError
-from nearfar.systems.aspects.data import AspectData, load_embedded, load_files
-from nearfar.systems.aspects.labels import code_words, parse_field, polarities_advice, polarity_code
-from nearfar.systems.aspects.model import linear_answers
-from nearfar.systems.aspects.readers import read_records
-from nearfar.systems.aspects.records import repeats, text_key
+from nearfar.models.aspects import linear_answers
 from tiny_aspects import reviews, split_folder, write_columns, write_field
 
 

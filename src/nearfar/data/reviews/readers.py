@@ -15,6 +15,24 @@ from typing import TypedDict
 
 from nearfar.data.delimited import decode
 from nearfar.data.rejections import Rejections
+from nearfar.data.reviews.corpora import (
+    CORPORA,
+    CORPUS_SUFFIXES,
+    Sentence,
+    corpus_kind,
+    group_sentences,
+    read_xml,
+    require_polarities,
+)
+from nearfar.data.reviews.labels import (
+    ABSENT,
+    UNKNOWN,
+    mostly_polarities,
+    parse_field,
+    polarities_advice,
+    polarity_code,
+)
+from nearfar.data.reviews.records import Records
 from nearfar.data.table_formats import content_of, full_suffix
 from nearfar.data.tables import (
     TABLE_SUFFIXES,
@@ -26,24 +44,6 @@ from nearfar.data.tables import (
     require_file,
 )
 from nearfar.errors import NearfarError, nearest_name
-from nearfar.systems.aspects.corpora import (
-    CORPORA,
-    CORPUS_SUFFIXES,
-    Sentence,
-    corpus_kind,
-    group_sentences,
-    read_xml,
-    require_polarities,
-)
-from nearfar.systems.aspects.labels import (
-    ABSENT,
-    UNKNOWN,
-    mostly_polarities,
-    parse_field,
-    polarities_advice,
-    polarity_code,
-)
-from nearfar.systems.aspects.records import Records
 
 __all__ = ["ID_COLUMNS", "TEXT_COLUMNS", "Reading", "read_records"]
 

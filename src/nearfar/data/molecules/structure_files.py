@@ -10,6 +10,13 @@ import numpy as np
 
 from nearfar.data.cache import cached_arrays
 from nearfar.data.delimited import decode, text_lines
+from nearfar.data.molecules.smiles import (
+    canonical_smiles,
+    parse_smiles,
+    quiet_rdkit,
+    rdkit_version,
+    sanitization_problem,
+)
 from nearfar.data.rejections import Rejections
 from nearfar.data.table_formats import JSON_SUFFIXES, PARQUET_SUFFIXES, content_of, full_suffix
 from nearfar.data.tables import (
@@ -24,13 +31,6 @@ from nearfar.data.tables import (
     unknown_suffix,
 )
 from nearfar.errors import NearfarError
-from nearfar.models.molecules.smiles import (
-    canonical_smiles,
-    parse_smiles,
-    quiet_rdkit,
-    rdkit_version,
-    sanitization_problem,
-)
 
 __all__ = ["STRUCTURE_SUFFIXES", "is_headless", "read_structures"]
 

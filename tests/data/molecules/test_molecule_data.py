@@ -17,9 +17,9 @@ pytest.importorskip("rdkit")
 from rdkit import Chem
 
 from nearfar.data.items import value_groups
+from nearfar.data.molecules.pairs import describe, is_name, load_embedded, load_files
+from nearfar.data.molecules.smiles import assign_groups, scaffold_key
 from nearfar.errors import NearfarError
-from nearfar.models.molecules.smiles import assign_groups, scaffold_key
-from nearfar.systems.molecules.data import describe, is_name, load_embedded, load_files
 
 pytestmark = pytest.mark.slow  # reads and draws much
 
@@ -298,7 +298,7 @@ def test_errors_of_bad_files(tmp_path, pairs):
 
 def test_second_reading_does_not_parse_again(pairs, monkeypatch):
     first = load_files(pairs)
-    monkeypatch.setattr("nearfar.models.molecules.smiles.parse_smiles", lambda _: pytest.fail("parsed again"))
+    monkeypatch.setattr("nearfar.data.molecules.smiles.parse_smiles", lambda _: pytest.fail("parsed again"))
     assert load_files(pairs).splits["train"].hash == first.splits["train"].hash
 
 
@@ -394,7 +394,7 @@ def test_embedded_set_larger_than_it_is(monkeypatch, tmp_path):
     line = "\t".join([*fields, "butan-1-ol"])
     table = tmp_path / "identifiers.tsv"
     table.write_text(line + "\n")
-    monkeypatch.setattr("nearfar.systems.molecules.data._path", lambda: table)
+    monkeypatch.setattr("nearfar.data.molecules.pairs._path", lambda: table)
     with pytest.raises(NearfarError, match=r"data.embedded_size=null takes them all"):
         load_embedded(10)
 

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from nearfar.data.items import Items
+from nearfar.data.molecules.smiles import examine_structures
+from nearfar.data.molecules.structure_files import read_structures
 from nearfar.data.tables import is_placeholder
 from nearfar.errors import NearfarError
-from nearfar.models.molecules.smiles import examine_structures
-from nearfar.systems.molecules.structure_files import read_structures
 
 __all__ = ["COLUMNS", "is_ring", "pairs_of", "read_records", "scaffolds_of", "text_key"]
 

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from numpy import ndarray
 from numpy.typing import NDArray
 
+from nearfar.data.reviews.labels import ABSENT, NEUTRAL, LabelScheme
 from nearfar.metrics import Estimate, count_estimate, f1_macro, f1_micro, item_values, share
 from nearfar.metrics.classification import (
     calibration_counts,
@@ -25,7 +26,6 @@ from nearfar.metrics.classification import (
     weighted_f1,
 )
 from nearfar.metrics.count_metrics import Statistic
-from nearfar.systems.aspects.labels import ABSENT, NEUTRAL, LabelScheme
 
 __all__ = ["HEADLINE", "KINDS", "Decision", "Scores", "choose_decision", "polarity_weights", "score_split"]
 
