@@ -19,10 +19,10 @@ from nearfar.data.coco import read_coco
 from nearfar.errors import NearfarError
 from nearfar.launch import run_one
 from nearfar.metrics.detection import Boxes, detection_evidence
+from nearfar.metrics.split_boxes import true_boxes
 from nearfar.serving.export import export_run
 from nearfar.serving.stream import predict_file
 from nearfar.systems.detector.data import folder_of_scenes
-from nearfar.systems.detector.system import true_boxes
 from nearfar.training.run_folder import RunFolder
 
 QUIET = Console(file=open(os.devnull, "w"))  # noqa: SIM115

@@ -21,10 +21,11 @@ from nearfar.data.detection import KeptView, View, detection_dataset, new_pictur
 from nearfar.data.files import Json, read_json
 from nearfar.data.items import Items
 from nearfar.data.new_pictures import NEW_OPTIONS, pictures_of, read_pictures
-from nearfar.data.true_boxes import relative_boxes, targets_of
+from nearfar.data.true_boxes import targets_of
 from nearfar.errors import NearfarError
 from nearfar.metrics.detection import Boxes, detection_estimates, detection_evidence
 from nearfar.metrics.detection_evaluator import check_evidence
+from nearfar.metrics.split_boxes import constant_boxes, predicted_boxes, true_boxes
 from nearfar.models.detection import DetectorOutput
 from nearfar.models.detection.detector import corners, iou
 from nearfar.models.detection.kept_maps import cached_maps
@@ -37,38 +38,7 @@ from nearfar.training.batches import build_sampler
 from nearfar.training.sections import Section
 from nearfar.training.system import Evaluation, Say, StepOutput, System, TrainSampler
 
-__all__ = ["DetectorSystem", "constant_boxes", "predicted_boxes", "true_boxes"]
-
-
-def true_boxes(split: CocoSplit) -> Boxes:
-    """The true boxes of a split, crowds and groups with them, in pixels of its pictures."""
-    corners = np.concatenate([split.boxes[:, :2], split.boxes[:, :2] + split.boxes[:, 2:]], axis=1)
-    return Boxes(corners, split.label, split.image, crowd=split.crowd, group=split.group)
-
-
-def predicted_boxes(split: CocoSplit, outputs: Mapping[str, Tensor]) -> Boxes:
-    """Predicted boxes of each picture of a split: ``boxes`` (n, q, 4) as shares of it, ``scores`` and ``labels``."""
-    boxes = outputs["boxes"].double().numpy()
-    n, q = boxes.shape[:2]
-    return Boxes(
-        (boxes * _sides(split)[:, None]).reshape(n * q, 4),
-        outputs["labels"].numpy().reshape(-1),
-        np.repeat(np.arange(n), q),
-        scores=outputs["scores"].double().numpy().reshape(-1),
-    )
-
-
-def constant_boxes(train: CocoSplit, split: CocoSplit) -> Boxes:
-    """The mean training box, of the commonest class, in every picture of ``split``, all scored alike."""
-    label = int(np.bincount(train.label).argmax())
-    parts = [relative_boxes(train, i) for i in range(len(train))]
-    mean = np.concatenate([boxes[labels == label] for boxes, labels in parts]).mean(axis=0)
-    n = len(split)
-    return Boxes(mean * _sides(split), np.full(n, label), np.arange(n), scores=np.ones(n))
-
-
-def _sides(split: CocoSplit) -> np.ndarray:
-    return np.array([[i.width, i.height, i.width, i.height] for i in split.images], np.float64)
+__all__ = ["DetectorSystem"]
 
 
 class DetectorSystem(System[Batch, SmallDetector]):

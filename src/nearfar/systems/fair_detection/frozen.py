@@ -21,14 +21,13 @@ from nearfar.data.coco import CocoSplit
 from nearfar.data.true_boxes import targets_of
 from nearfar.errors import NearfarError, nearest_name
 from nearfar.metrics.detection import detection_estimates, detection_evidence
+from nearfar.metrics.split_boxes import detection_boxes, true_boxes
 from nearfar.models.detection import Detector, DetectorOutput
 from nearfar.models.detection.detector import corners
+from nearfar.models.perturbation import FairModel, perturbed
 from nearfar.systems.detector.model import load_detector
 from nearfar.systems.detector.options import DetectorOptions, DetectorRecipe, PictureData, SceneData
-from nearfar.systems.detector.system import true_boxes
 from nearfar.systems.fair_detection.data import PictureSplit, clean_pixels
-from nearfar.systems.fair_detection.evaluation import detection_boxes
-from nearfar.systems.fair_detection.model import FairModel, perturbed
 from nearfar.systems.fair_detection.objective import picture_scores
 from nearfar.systems.fair_detection.options import FairDetectionOptions, FairPictures, SceneRecipe
 

@@ -27,12 +27,12 @@ from nearfar.errors import NearfarError
 from nearfar.metrics import group_signals
 from nearfar.models.detection import Detector
 from nearfar.models.detection.network import SmallDetector
+from nearfar.models.perturbation import FairModel, perturbed
 from nearfar.systems.detector.data import read_splits
 from nearfar.systems.detector.model import load_detector, load_frozen, save_frozen
 from nearfar.systems.fair_detection.data import PictureSplit, clean_pixels, with_group
 from nearfar.systems.fair_detection.evaluation import FairResults
 from nearfar.systems.fair_detection.frozen import DetectorOutputs, frozen_detector, lower_group, weights_key
-from nearfar.systems.fair_detection.model import FairModel, perturbed
 from nearfar.systems.fair_detection.objective import FairObjective, Losses
 from nearfar.systems.fair_detection.options import FairDetectionOptions, epsilon_schedule
 from nearfar.systems.fair_detection.report import report_sections
@@ -150,7 +150,18 @@ class FairDetectionSystem(System[Batch, FairModel]):
     # -- model and loss --------------------------------------------------------------------------------------
     def build_model(self) -> FairModel:
         """Generator, projection head and score queues."""
-        return FairModel.from_config(self.config, self.detector.width)
+        config = self.config
+        return FairModel(
+            self.detector.width,
+            channels=config.generator.channels,
+            levels=config.generator.levels,
+            head_norm=config.head_norm,
+            head_hidden=config.head_hidden,
+            head_dim=config.head_dim,
+            queue=config.score_queue,
+            form=config.wasserstein_form,
+            rescale_gradient=config.rescale_gradient,
+        )
 
     def training_step(self, model: FairModel, batch: Batch) -> StepOutput:
         """One batch: perturb, detect, and descend the three losses."""

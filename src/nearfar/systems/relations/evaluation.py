@@ -29,9 +29,7 @@ from nearfar.metrics import (
     share,
 )
 from nearfar.metrics.count_metrics import Statistic
-from nearfar.systems.relations.probe import (
-    FUSED,
-)
+from nearfar.systems.relations.probe import FUSED
 from nearfar.training.run_folder import RunFolder
 
 __all__ = [

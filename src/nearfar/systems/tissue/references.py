@@ -15,7 +15,7 @@ from torch import Tensor
 from nearfar.data.files import read_json
 from nearfar.data.writing import write_atomically
 from nearfar.errors import NearfarError
-from nearfar.systems.tissue.evaluation import retrieved_expression
+from nearfar.models.regression import retrieved_expression
 
 __all__ = ["MOST_BYTES", "References"]
 

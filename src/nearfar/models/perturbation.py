@@ -1,4 +1,4 @@
-"""The trained parts: a light U-Net that generates a bounded perturbation, and the projection head."""
+"""Bounded perturbations of pictures by a light U-Net, with the head and the queues of the losses that train it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from nearfar.errors import NearfarError
 from nearfar.losses import WassersteinGapLoss
-from nearfar.models import ProjectionHead
-from nearfar.systems.fair_detection.options import FairDetectionOptions
+from nearfar.models.projection import ProjectionHead
 
 __all__ = ["FairModel", "PerturbationGenerator", "perturbed"]
 
@@ -125,21 +124,6 @@ class FairModel(nn.Module):
         self.head = ProjectionHead(width, head_hidden, head_dim, norm=head_norm)
         self.wasserstein = WassersteinGapLoss(form, queue, rescale_gradient=rescale_gradient)
         self.register_buffer("epsilon", torch.tensor(0.0))
-
-    @classmethod
-    def from_config(cls, config: FairDetectionOptions, width: int) -> FairModel:
-        """As a system's configuration describes it."""
-        return cls(
-            width,
-            channels=config.generator.channels,
-            levels=config.generator.levels,
-            head_norm=config.head_norm,
-            head_hidden=config.head_hidden,
-            head_dim=config.head_dim,
-            queue=config.score_queue,
-            form=config.wasserstein_form,
-            rescale_gradient=config.rescale_gradient,
-        )
 
     def perturbation(self, pixels: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n 3 h w"]:
         """δ for pictures with values from 0 to 1, within the present bound."""
