@@ -149,6 +149,8 @@ CONTEXT: dict[str, str] = {
     "groups": "{metric: {group: value}}",
     "change": "{metric: {group: difference between two systems}}",
     "comparison": "{metric: {value, low, high}, or {per_seed}, or {values, baseline} by seed, or {value, sd}}",
+    "before_training": "{split: {metric: estimate}}, of the model before its first step",
+    "gain": "{split: {metric: {value, low, high, verdict}}}, what training changed",
 }
 
 #: those of the context that are numbers

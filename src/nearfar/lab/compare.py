@@ -342,6 +342,8 @@ def _compare_with_baseline(comparison: Comparison, arm: Arm) -> None:
             f"{arm.label}: one seed in common with the baseline. The interval is over items only; a different seed may "
             "give a different result."
         )
+    if confounded := _other_batch(base, arm):
+        comparison.notes.append(confounded)
     # A metric without scores of single items, such as the median rank, has means and no difference.
     paired = set(base.per_item[common[0]]) | set(arm.per_item[common[0]])
     refused = {
@@ -358,6 +360,19 @@ def _compare_with_baseline(comparison: Comparison, arm: Arm) -> None:
         for name in base.per_item[common[0]]
         if name in arm.per_item[common[0]] and name not in refused
     }
+
+
+def _other_batch(base: Arm, arm: Arm) -> str | None:
+    """What a reader has to know of arms that differ in their batch and in something else, too."""
+    ours, theirs = flatten(arm.config).get("batch_size"), flatten(base.config).get("batch_size")
+    others = {part for part in arm.parts if not part.startswith("batch_size=")}
+    others ^= {part for part in base.parts if not part.startswith("batch_size=")}
+    if ours == theirs or None in (ours, theirs) or not others:
+        return None
+    return (
+        f"{arm.label}: its batches have {ours} rows and those of {base.label} {theirs}, and it differs in something "
+        "else, too. A larger batch alone raises scores: compare at one batch_size."
+    )
 
 
 def _direction(arm: Arm, name: str) -> bool | None:

@@ -68,6 +68,7 @@ def training_charts(
     """Loss between guessing and floor, validation above chance, realised hardness, health of the embeddings."""
     steps, epochs, probes = (of_kind(folder, kind) for kind in ("step", "epoch", "probe"))
     charts = []
+    start = of_kind(folder, "start")
     if steps:
         levels = {}
         if steps[-1].get("uniform_level") is not None:
@@ -80,7 +81,9 @@ def training_charts(
             loss["training, random batches"] = _series(probes, "train_loss_same_composition")
         loss = {name: line for name, line in loss.items() if line[0]}
         charts.append(line_chart("Training loss", loss, "optimiser step", "loss (nats)", levels))
-    charts += _validation(epochs, metrics["monitor"], dict(tables.get("val", ())))
+    charts += _validation(
+        [each | {"epoch": 0} for each in start] + epochs, metrics["monitor"], dict(tables.get("val", ()))
+    )
     if plans := plans_of(folder):
         charts.append(hardness_chart({"realised": plans}, plans[0].get("hardness_random")))
     return [Markup(chart) for chart in [*charts, *_health(probes)]]
@@ -256,6 +259,14 @@ def _baselines(given: Json, reported: str, split: str) -> dict[str, float]:
     return {name: float(value) for name, value in values.items() if value is not None}
 
 
+def _before(metrics: Json) -> dict[str, dict[str, Estimate]]:
+    """The scores of the model before its first step, by split and metric."""
+    return {
+        split: {name: Estimate.from_dict(each) for name, each in estimates.items()}
+        for split, estimates in (metrics.get("before_training") or {}).items()
+    }
+
+
 def write_report(folder: RunFolder) -> Path:
     """Write ``report.html`` of a finished run and return its path."""
     metrics = folder.read_json("metrics.json")
@@ -278,6 +289,8 @@ def write_report(folder: RunFolder) -> Path:
                 for question, estimates in by_question(dict(rows)).items()
             },
             verdict=run_verdict(folder),
+            before=_before(metrics),
+            gains=metrics.get("gain") or {},
             baselines=partial(_baselines, metrics.get("baselines") or {}, next(iter(tables))),
             sections=read_sections(folder),
             charts=training_charts(folder, metrics, tables),

@@ -98,7 +98,6 @@ class TissueSystem(ViewSystem):
 
     name = "tissue"
     monitor = "image_to_gene/MRR"
-    judges_start = False  # both heads start from nothing: chance stands beside every estimate
 
     config: TissueOptions  # type: ignore[assignment]  # no options of a ViewLoss: neighbours are those in space
     data: TissueData
