@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,12 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from nearfar.data.classes import Labels, class_codes, item_labels
 from nearfar.data.files import Maybe, read_arrays, read_json
 from nearfar.data.items import Items
-from nearfar.data.writing import write_atomically
+from nearfar.data.writing import write_arrays, write_json
 from nearfar.errors import NearfarError
 from nearfar.models.probes import LinearProbe, nearest_votes
 
@@ -54,8 +53,7 @@ class ClassNames:
             "several": self.several,
             "unseen": list(self.unseen),
         }
-        text = json.dumps(kept, indent=2, ensure_ascii=False) + "\n"
-        write_atomically(folder / _NAMES, lambda file: file.write(text.encode()))
+        write_json(folder / _NAMES, kept)
 
     @classmethod
     def load(cls, folder: Path) -> ClassNames:
@@ -153,7 +151,7 @@ class KnownClasses:
 
     def save(self, folder: Path) -> None:
         """Write ``class_rows.npz``: arrays alone."""
-        arrays = {
+        arrays: dict[str, ArrayLike] = {
             "names": np.asarray(list(self.names), dtype=np.str_),
             "ids": np.asarray(list(self.ids), dtype=np.str_),
             "rows": self.rows.numpy(),
@@ -162,9 +160,7 @@ class KnownClasses:
         }
         if self.probe is not None:
             arrays |= {f"{_PROBE}{name}": array for name, array in self.probe.to_arrays().items()}
-        buffer = io.BytesIO()
-        np.savez(buffer, **arrays)  # type: ignore[arg-type]  # numpy's stub wants allow_pickle first
-        write_atomically(folder / _ROWS, lambda file: file.write(buffer.getbuffer()))
+        write_arrays(folder / _ROWS, arrays)
 
     @staticmethod
     def remove(folder: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from numpy import ndarray
 
 from nearfar.data.files import Maybe, read_json
 from nearfar.data.reviews.labels import POLARITIES, LabelScheme
-from nearfar.data.writing import write_atomically
+from nearfar.data.writing import write_json
 from nearfar.errors import NearfarError
 from nearfar.metrics.aspect_scores import Decision, polarity_weights
 
@@ -69,8 +68,7 @@ def write_scheme(folder: Path, scheme: LabelScheme, decision: Decision) -> None:
         "pairs": scheme.pair_names,
         "decision": decision.to_dict(scheme.aspects),
     }
-    text = json.dumps(kept, indent=2, ensure_ascii=False) + "\n"
-    write_atomically(folder / SCHEME_FILE, lambda file: file.write(text.encode()))
+    write_json(folder / SCHEME_FILE, kept)
 
 
 def read_scheme(folder: Path, logit_adjustment: float) -> tuple[LabelScheme, Decision]:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import io
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from jaxtyping import Float, Int
 from numpy import ndarray
 
 from nearfar.data.files import read_arrays, read_json
-from nearfar.data.writing import write_atomically
+from nearfar.data.writing import write_arrays, write_json
 from nearfar.errors import NearfarError
 from nearfar.metrics.temperature_scaling import probabilities
 from nearfar.models.parts_probe import Blocks, PartsProbe
@@ -47,11 +44,8 @@ class Predictor:
             "relations": list(self.relations),
             "temperature": self.temperature,
         }
-        buffer = io.BytesIO()
-        np.savez(buffer, **self.probe.arrays())  # type: ignore[arg-type]
-        write_atomically(folder / FOLDER / "probe.npz", lambda file: file.write(buffer.getvalue()))
-        text = json.dumps(about, indent=2, ensure_ascii=False) + "\n"
-        write_atomically(folder / FOLDER / "probe.json", lambda file: file.write(text.encode()))
+        write_arrays(folder / FOLDER / "probe.npz", self.probe.arrays())
+        write_json(folder / FOLDER / "probe.json", about)
 
     @classmethod
     def load(cls, folder: Path) -> Predictor | None:
