@@ -15,7 +15,7 @@ from nearfar.data.chunks import NewData, read_chunks
 from nearfar.data.coco_files import picture_files
 from nearfar.data.coco_rows import row_key
 from nearfar.data.column_kinds import PICTURE_SUFFIXES
-from nearfar.data.files import parse_json, read_text
+from nearfar.data.files import read_data_json
 from nearfar.data.items import Items
 from nearfar.data.photos import Photo, as_photo
 from nearfar.data.picture_check import check_pictures
@@ -115,10 +115,7 @@ def _of_table(path: Path, source: NewData, unread: Rejections) -> Iterator[_Soug
 
 
 def _of_coco(path: Path, images: Path | None) -> tuple[Iterator[_Sought], dict[str, Any]]:
-    try:
-        content = parse_json(read_text(path).removeprefix("\ufeff"))
-    except ValueError as error:
-        raise NearfarError(f"{path}: not valid JSON ({error}). Is it complete?") from None
+    content = read_data_json(path)
     rows = content.get("images") if isinstance(content, dict) else None
     if not isinstance(rows, list):
         raise NearfarError(

@@ -14,7 +14,7 @@ from nearfar.data.cache import without_cache
 from nearfar.data.chunks import NewData, read_chunks
 from nearfar.data.coco_files import NoBoxError, box_of, picture_files
 from nearfar.data.coco_rows import row_key
-from nearfar.data.files import parse_json, read_text
+from nearfar.data.files import read_data_json
 from nearfar.data.items import Column, Items
 from nearfar.data.photos import Box, Crops, Photo
 from nearfar.data.picture_files import PictureFiles
@@ -227,7 +227,7 @@ def items_of(pairs: Pairs, source: str, *, photos: bool, names: bool) -> Items:
 
 # -- JSON ----------------------------------------------------------------------------------------------------
 def _of_json(path: Path, source: NewData, min_score: float, rejections: Rejections) -> Iterator[_Picture]:
-    content = _json(path)
+    content = read_data_json(path)
     if isinstance(content, dict) and isinstance(content.get("images"), list):
         return iter(_of_coco(path, content, rejections))
     first = next((row for row in content if isinstance(row, dict)), {}) if isinstance(content, list) else {}
@@ -247,13 +247,6 @@ def _of_json(path: Path, source: NewData, min_score: float, rejections: Rejectio
         "of rows with image_id, category_id, bbox and score), nor relations as VRD, SpatialSense or scene graphs have "
         "them."
     )
-
-
-def _json(path: Path) -> Any:
-    try:
-        return parse_json(read_text(path).removeprefix("\ufeff"))
-    except ValueError as error:
-        raise NearfarError(f"{path}: not valid JSON ({error}). Is it complete?") from None
 
 
 def _is_vrd(content: Mapping[str, Any]) -> bool:
@@ -350,7 +343,7 @@ def _of_results(
     by_id: dict[str, _Picture] = {}
     names: dict[str, str] = {}
     if about is not None and about.is_file():
-        content = _json(about)
+        content = read_data_json(about)
         if not isinstance(content, dict):
             raise NearfarError(f"{about}: a COCO file is an object with images and categories.")
         by_id, names = _coco_pictures(content, rejections), _coco_names(content)
