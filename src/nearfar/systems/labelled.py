@@ -213,6 +213,13 @@ class LabelledSystem(ViewSystem):
     def embed(self, model: ViewModel, batch: Batch) -> dict[str, Tensor]:
         return {self.view: self.judged_rows(model, batch[self.view])}
 
+    def _contrast_record(self) -> dict[str, float]:
+        """What the loss of the last step recorded."""
+        record: dict[str, float] = self.loss.record.to_dict()  # type: ignore[operator, union-attr]
+        if "scale" in record:
+            record["largest_logit"] = record["scale"]  # embeddings have unit length
+        return record
+
     # -- evaluation ------------------------------------------------------------------------------------------
     def votes(self, split: str) -> bool:
         """Whether training items have the classes of this split, so that they can vote."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,12 @@ from torch import Tensor, nn
 
 from nearfar.config.samplers import Items as SamplerItems
 from nearfar.data.batch import Batch, ItemDataset
-from nearfar.data.chunks import NewData
 from nearfar.data.coco import CocoSplit
-from nearfar.data.coco_results import CocoResults, box_rows
+from nearfar.data.coco_results import box_rows
 from nearfar.data.coco_splits import DetectionData
-from nearfar.data.detection import KeptView, View, detection_dataset, new_picture_dataset
+from nearfar.data.detection import KeptView, View, detection_dataset
 from nearfar.data.files import Json, read_json
 from nearfar.data.items import Items
-from nearfar.data.new_pictures import NEW_OPTIONS, pictures_of, read_pictures
 from nearfar.data.true_boxes import targets_of
 from nearfar.errors import NearfarError
 from nearfar.metrics.detection import Boxes, detection_estimates, detection_evidence
@@ -33,20 +31,20 @@ from nearfar.models.detection.network import SmallDetector
 from nearfar.systems.detector.data import read_splits
 from nearfar.systems.detector.model import build_detector, build_encoder
 from nearfar.systems.detector.options import DetectorOptions
+from nearfar.systems.detector.pictures import PictureSystem
 from nearfar.systems.detector.report import pictures_section
 from nearfar.training.batches import build_sampler
 from nearfar.training.sections import Section
-from nearfar.training.system import Evaluation, Say, StepOutput, System, TrainSampler
+from nearfar.training.system import Evaluation, Say, StepOutput, TrainSampler
 
 __all__ = ["DetectorSystem"]
 
 
-class DetectorSystem(System[Batch, SmallDetector]):
+class DetectorSystem(PictureSystem[SmallDetector]):
     """Trains a small detector on boxes in COCO format."""
 
     name = "detector"
     monitor = "AP"
-    new_options = NEW_OPTIONS
 
     config: DetectorOptions
 
@@ -216,25 +214,15 @@ class DetectorSystem(System[Batch, SmallDetector]):
         self._classes = tuple(about["classes"])
         self._description = about["description"].removeprefix("trained over ")
 
-    def new_items(self, source: NewData) -> Iterator[Items]:
-        """Pictures of a folder, a list or a COCO file, see `read_pictures`."""
-        return read_pictures(source)
-
-    def items_of(self, values: Sequence[Any]) -> Items:
-        """Pictures, by their paths or as arrays (height, width, 3) of uint8."""
-        return pictures_of(values)
-
-    def new_dataset(self, items: Items) -> ItemDataset:
-        return new_picture_dataset(items["photo"], int(self.config.data.image_size))
+    @property
+    def image_size(self) -> int:
+        """Pixels that pictures are resized to each way."""
+        return int(self.config.data.image_size)
 
     def predictions(self, outputs: Mapping[str, Tensor], items: Items) -> dict[str, list[Any]]:
         """A row for each box: picture, category, score, and left, top, width and height in pixels."""
         scores, labels = outputs["scores"][..., 0], outputs["labels"][..., 0]
         return box_rows(outputs["boxes"], scores, labels, self.classes, items)
-
-    def prediction_writer(self, output: Path, source: NewData) -> CocoResults | None:
-        """COCO results for ``.json``."""
-        return CocoResults(output) if output.suffix.lower() == ".json" else None
 
 
 def _record(model: SmallDetector, output: DetectorOutput, batch: Batch) -> dict[str, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,11 @@ from torch import Tensor
 from nearfar.batching import BalancedBatchSampler
 from nearfar.data.batch import Batch, ItemDataset
 from nearfar.data.cache import content_key
-from nearfar.data.chunks import NewData
 from nearfar.data.coco import CocoSplit
-from nearfar.data.coco_results import CocoResults, box_rows
+from nearfar.data.coco_results import box_rows
 from nearfar.data.coco_splits import DetectionData
-from nearfar.data.detection import new_picture_dataset
 from nearfar.data.files import Json, Maybe, read_json
 from nearfar.data.items import Items
-from nearfar.data.new_pictures import NEW_OPTIONS, pictures_of, read_pictures
 from nearfar.data.splits import check_disjoint
 from nearfar.data.true_boxes import targets_of
 from nearfar.errors import NearfarError
@@ -30,6 +27,7 @@ from nearfar.models.detection.network import SmallDetector
 from nearfar.models.perturbation import FairModel, perturbed
 from nearfar.systems.detector.data import read_splits
 from nearfar.systems.detector.model import load_detector, load_frozen, save_frozen
+from nearfar.systems.detector.pictures import PictureSystem
 from nearfar.systems.fair_detection.data import PictureSplit, clean_pixels, with_group
 from nearfar.systems.fair_detection.evaluation import FairResults
 from nearfar.systems.fair_detection.frozen import DetectorOutputs, frozen_detector, lower_group, weights_key
@@ -38,19 +36,18 @@ from nearfar.systems.fair_detection.options import FairDetectionOptions, epsilon
 from nearfar.systems.fair_detection.report import report_sections
 from nearfar.systems.rebuilt import prepare_again
 from nearfar.training.sections import Section
-from nearfar.training.system import Evaluation, Say, StepOutput, System, TrainSampler
+from nearfar.training.system import Evaluation, Say, StepOutput, TrainSampler
 
 __all__ = ["FairDetectionSystem"]
 
 ASSETS, DETECTOR = "fair_detection.json", "detector"
 
 
-class FairDetectionSystem(System[Batch, FairModel]):
+class FairDetectionSystem(PictureSystem[FairModel]):
     """Trains a generator of bounded perturbations that closes the gap of a frozen detector between two groups."""
 
     name = "fair_detection"
     monitor = "AP/gap_closed"
-    new_options = NEW_OPTIONS
 
     config: FairDetectionOptions
 
@@ -279,25 +276,10 @@ class FairDetectionSystem(System[Batch, FairModel]):
         labels = [self.detector.label(name) for name in self._categories]
         self.detector_outputs = DetectorOutputs(self.detector, labels, self.config, {})
 
-    def new_items(self, source: NewData) -> Iterator[Items]:
-        """Pictures of a folder, a list or a COCO file, see `read_pictures`."""
-        return read_pictures(source)
-
-    def items_of(self, values: Sequence[Any]) -> Items:
-        """Pictures, by their paths or as arrays (height, width, 3) of uint8."""
-        return pictures_of(values)
-
-    def new_dataset(self, items: Items) -> ItemDataset:
-        return new_picture_dataset(items["photo"], self.image_size)
-
     def predictions(self, outputs: Mapping[str, Tensor], items: Items) -> dict[str, list[Any]]:
         """A row for each box that the detector finds in the perturbed picture, see `box_rows`."""
         boxes = outputs["perturbed"]
         return box_rows(boxes[..., :4], boxes[..., 4], boxes[..., 5].long(), self.categories, items)
-
-    def prediction_writer(self, output: Path, source: NewData) -> CocoResults | None:
-        """COCO results for ``.json``."""
-        return CocoResults(output) if output.suffix.lower() == ".json" else None
 
 
 def _sizes(delta: Tensor) -> dict[str, float]:
