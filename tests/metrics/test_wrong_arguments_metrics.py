@@ -38,6 +38,8 @@ CODES = np.array([[1, 0], [2, 1], [0, -1]])
 ESTIMATE = Estimate(0.5, 0.4, 0.6, 0.1, 20, False, "R@1", {"gallery": 8, "split": "x", "confidence": 0.95})
 DIFFERENCE = paired_difference(SCORES, SCORES[:, ::-1])
 RANKS = Ranks.of([0, 3, 1], tied=[0, 0, 1], gallery=8)
+QRELS = {"q1": {"d1": 2, "d2": 0}, "q2": {"d3": 1}}
+LISTS = {"q1": {"d1": 0.5, "d4": 0.7}, "q2": {"d1": 1.0}}
 SCORED = score_retrieval(A, B, metrics=["MAP", "nDCG@3"])
 SQUARES = np.array([[0.0, 0, 10, 10], [0, 0, 10, 10]])
 TRUE = Boxes(SQUARES, np.zeros(2, int), np.arange(2), group=np.arange(2))
@@ -155,6 +157,18 @@ CALLS: dict[str, dict[str, Any]] = {
     },
     "RetrievalScores": {f.name: getattr(SCORED, f.name) for f in dataclasses.fields(RetrievalScores)},
     "SCORED.estimates": {"confidence": 0.9, "bootstrap": 200, "seed": 0, "split": "x"},
+    "items_needed": {"difference": paired_difference(SCORES[0], SCORES[1]), "power": 0.8},
+    "describe_ranking": {"ranking": LISTS, "qrels": QRELS, "documents": 9, "depth": 10},
+    "score_ranking": {
+        "ranking": LISTS,
+        "qrels": QRELS,
+        "metrics": ["MAP", "recall@k"],
+        "ks": (1, 5),
+        "documents": 9,
+        "missing": "zero",
+        "ties": "expected",
+        "gain": "linear",
+    },
     "score_retrieval": {
         "queries": A,
         "keys": B,

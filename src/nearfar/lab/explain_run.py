@@ -88,6 +88,9 @@ def explain_run(
                 if view in context.groups:
                     masks[f"same {view}"] = DuplicateMask(context.groups[view])
         suspects: dict[str, Mask | torch.Tensor] = {}
+        guide = context.guide(first, second)
+        if guide is not None and not guide.soft:
+            masks["as near as the own, says the guide"] = guide
         if context.reference is not None:
             if context.threshold is not None:
                 masks[f"alike before training (from {context.threshold:g})"] = SimilarityMask(

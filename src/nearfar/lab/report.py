@@ -36,9 +36,11 @@ if TYPE_CHECKING:
 __all__ = [
     "comparison_curves",
     "comparison_page",
+    "comparison_record",
     "embedding_map",
     "training_charts",
     "write_comparison",
+    "write_rankings",
     "write_report",
 ]
 
@@ -411,7 +413,20 @@ def write_comparison(comparison: Comparison, output: Path | None = None) -> Path
         path = path / "report.html"
     if output is None and (common / "config.yaml").exists():
         path = common / "comparison.html"  # one run lies inside the other: its own report stays
-    content: dict[str, object] = {
+    _check_page(path)
+    text = json.dumps(comparison_record(comparison), indent=2, ensure_ascii=False)
+    write_atomically(path.with_name("comparison.json"), lambda file: file.write(text.encode()))
+    page = comparison_page(comparison, path)
+    write_atomically(path, lambda file: file.write(page.encode()))
+    try:
+        return path.relative_to(Path.cwd())
+    except ValueError:
+        return path
+
+
+def comparison_record(comparison: Comparison) -> Json:
+    """What ``comparison.json`` holds."""
+    content: Json = {
         "split": comparison.split,
         "baseline": comparison.baseline.label,
         "arms": {
@@ -440,12 +455,15 @@ def write_comparison(comparison: Comparison, output: Path | None = None) -> Path
             "chosen_on": sweep.chosen_on,
             "verdict": sweep.verdict,
         }
-    _check_page(path)
-    text = json.dumps(content, indent=2, ensure_ascii=False)
-    write_atomically(path.with_name("comparison.json"), lambda file: file.write(text.encode()))
-    page = comparison_page(comparison, path)
-    write_atomically(path, lambda file: file.write(page.encode()))
-    try:
-        return path.relative_to(Path.cwd())
-    except ValueError:
-        return path
+    if comparison.needed:
+        content["needed"] = comparison.needed
+    return content
+
+
+def write_rankings(comparison: Comparison, path: Path) -> Path:
+    """Write a comparison of rankings as JSON, in the form of ``comparison.json``."""
+    if path.suffix != ".json":
+        raise NearfarError(f"--output {path}: a comparison of rankings is written as .json")
+    text = json.dumps(comparison_record(comparison), indent=2, ensure_ascii=False)
+    write_atomically(path, lambda file: file.write(text.encode()))
+    return path

@@ -135,7 +135,8 @@ class RetrievalScores(Mapping[str, Float64[ndarray, " n"]]):
         {'nDCG': 0.842}
         """
         confidence, bootstrap, seed, split = check_interval_options(confidence, bootstrap, seed, split)
-        shared = {**self.protocol, "split": split, "confidence": confidence}
+        named = self.protocol.get("split") if split is None else split
+        shared = {**self.protocol, "split": named, "confidence": confidence}
         gain = shared.pop("gain", None)
         bounds = {name: self.bounds.get(name, Bounds(0.0, 1.0, False)) for name in self.scores}
         scaled = {
