@@ -13,8 +13,8 @@ from torch.nn.functional import cosine_similarity
 
 from nearfar.data.items import Items
 from nearfar.errors import NearfarError
+from nearfar.models.known_classes import ClassNames, KnownClasses, LabelledGallery
 from nearfar.models.probes import LinearProbe
-from nearfar.systems.known_classes import ClassNames, KnownClasses, LabelledGallery
 
 NAMES = ["cat", "dog", "owl"]
 
