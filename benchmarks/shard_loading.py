@@ -23,10 +23,10 @@ from pathlib import Path
 import numpy as np
 
 from nearfar.data.batch import ItemDataset, Pixels, Rows
-from nearfar.systems.tissue.records import Tissue, spatial_neighbors
-from nearfar.systems.tissue.shard_dataset import read_shards
-from nearfar.systems.tissue.shard_index import read_index
-from nearfar.systems.tissue.slide_folder import write_tissue
+from nearfar.data.slides.folder import write_tissue
+from nearfar.data.slides.shard_dataset import read_shards
+from nearfar.data.slides.shard_index import read_index
+from nearfar.data.slides.tissue import Tissue, spatial_neighbors
 
 
 def generated(spots: int, pixels: int, genes: int, slides: int) -> Tissue:

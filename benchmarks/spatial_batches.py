@@ -12,7 +12,7 @@ import time
 import numpy as np
 
 from nearfar.batching import RandomBatchSampler, SpatialBatchSampler, weight_in_batch
-from nearfar.systems.tissue.records import spatial_neighbors
+from nearfar.data.slides.tissue import spatial_neighbors
 
 
 def main() -> None:

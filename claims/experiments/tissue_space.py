@@ -1,6 +1,6 @@
 """Do targets with mass on spatial neighbours do anything, and does it depend on what neighbours share?
 
-Generated slides (`nearfar.systems.tissue.generated`) whose neighbouring spots are strangers (signal 0) or nearly the
+Generated slides (`nearfar.data.slides.generated`) whose neighbouring spots are strangers (signal 0) or nearly the
 same (signal 1). The loss of CLIP and the spatial loss train on the same batches from the same start, random batches
 and tiles; both are tested on other slides.
 """
@@ -21,13 +21,13 @@ from nearfar.batching import (
     positions_in_batch,
     weight_in_batch,
 )
+from nearfar.data.slides.generated import generated_tissue
+from nearfar.data.slides.tissue import Tissue
 from nearfar.losses import SpatialLoss
 from nearfar.metrics import retrieval_ranks
 from nearfar.models import ProjectionHead
 from nearfar.models.image.colors import color_statistics
 from nearfar.systems.tissue.evaluation import pearson, retrieved_expression
-from nearfar.systems.tissue.generated import generated_tissue
-from nearfar.systems.tissue.records import Tissue
 
 QUANTITIES = {
     "reached_random": "share of rows with a spatial neighbour in their batch, random batches",

@@ -104,13 +104,89 @@ def new(
         terminal.say(console, f"  {command}")
 
 
+Qrels = Annotated[
+    Path | None,
+    typer.Option(
+        help="Judgments: a TREC, .csv, .tsv, .jsonl, .json or .parquet file, or a folder of BEIR's."
+    ),
+]
+Metric = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--metric",
+        "-m",
+        help="nDCG@10, MAP, MRR@10, recall@100, precision@10, R-precision, hit@10, …; may be repeated.",
+    ),
+]
+Documents = Annotated[
+    int | None,
+    typer.Option(help="How many documents there are, for the chance level; of a BEIR folder it is known."),
+]
+Ties = Annotated[str, typer.Option(help="Equal scores: expected, optimistic or pessimistic.")]
+Gain = Annotated[str, typer.Option(help="Of nDCG: linear (the grade) or exponential (2^grade - 1).")]
+By = Annotated[str, typer.Option(help="Order documents by score, or by rank (the column of places).")]
+Part = Annotated[
+    str | None, typer.Option(help="Subset/split of a file of mteb's predictions, e.g. default/test.")
+]
+
+
+@app.command()
+def score(
+    rankings: Annotated[
+        list[Path],
+        typer.Argument(
+            help="TREC runs; .csv, .tsv, .jsonl or .parquet tables; .json, also mteb's predictions."
+        ),
+    ],
+    qrels: Qrels = None,
+    metric: Metric = None,
+    documents: Documents = None,
+    missing: Annotated[
+        str, typer.Option(help="Judged queries that are not ranked: zero (they score 0) or skip.")
+    ] = "zero",
+    ties: Ties = "expected",
+    gain: Gain = "linear",
+    by: By = "score",
+    part: Part = None,
+    split: Annotated[str, typer.Option(help="Of a BEIR folder: qrels/SPLIT.tsv.")] = "test",
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Also write estimates and each query's scores as .json."),
+    ] = None,
+) -> None:
+    """Score rankings of any tool against qrels: nDCG, MAP, recall, … with interval and chance level."""
+    from nearfar.errors import NearfarError
+    from nearfar.lab.rankings import RANKING_METRICS, Judged, RankingOptions, score_file, write_scores
+    from nearfar.lab.table import estimates_table
+
+    if qrels is None:
+        raise NearfarError("--qrels FILE is needed: which documents are relevant to which query.")
+    options = RankingOptions(
+        documents=documents, missing=missing, ties=ties, gain=gain, by=by, part=part, split=split,
+        metrics=metric or RANKING_METRICS
+    )  # fmt: skip
+    judged, console = Judged.read(qrels, options), terminal.console()
+    scored = [score_file(path, judged, options, str(path)) for path in rankings]
+    for each in scored:
+        console.print(estimates_table(f"{each.name} · {qrels}", each.estimates))
+    for note in dict.fromkeys(note for each in scored for note in each.notes):
+        terminal.say(console, note)
+    if output is not None:
+        terminal.say(console, f"written: {write_scores(scored, output)}")
+
+
 @app.command()
 def compare(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders, or folders of runs.")],
+    runs: Annotated[
+        list[Path], typer.Argument(help="Run folders, or folders of runs; with --qrels files of rankings.")
+    ],
     baseline: Annotated[
         str | None, typer.Option(help="The arm to compare with, by its label, e.g. sampler=random.")
     ] = None,
-    split: Annotated[str | None, typer.Option(help="test or val; test where there is one.")] = None,
+    split: Annotated[
+        str | None,
+        typer.Option(help="test or val; test where there is one. Of a BEIR folder: qrels/SPLIT.tsv."),
+    ] = None,
     over: Annotated[
         str | None,
         typer.Option(
@@ -119,7 +195,11 @@ def compare(
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option(help="Where report.html goes; by default into the folder common to the runs."),
+        typer.Option(
+            "--output",
+            "-o",
+            help="Where report.html goes; by default into the folder common to the runs. Of rankings: a .json file.",
+        ),
     ] = None,
     fail_on_worse: Annotated[
         bool,
@@ -127,8 +207,49 @@ def compare(
             "--fail-on-worse", help="Exit with 1 if an arm is worse than the baseline or not compared."
         ),
     ] = False,
+    qrels: Qrels = None,
+    metric: Metric = None,
+    documents: Documents = None,
+    missing: Annotated[
+        str,
+        typer.Option(
+            help="Queries that not all rankings have: refuse, zero (they score 0) or skip (they are left out)."
+        ),
+    ] = "refuse",
+    ties: Ties = "expected",
+    gain: Gain = "linear",
+    by: By = "score",
+    part: Part = None,
 ) -> None:
-    """Compare runs: paired differences with interval and verdict, or why they cannot be compared."""
+    """Compare runs, or rankings of any tools: paired differences with interval and verdict, or why there are none.
+
+    [bold]nearfar compare a.run b.run --qrels qrels.txt[/bold] compares query by query, by each metric and by all
+    together, and says how many queries would tell the difference.
+    """
+    if qrels is not None:
+        from nearfar.lab.rankings import (
+            RANKING_METRICS,
+            Judged,
+            RankingOptions,
+            compare_rankings,
+            describe_rankings,
+        )
+        from nearfar.lab.report import write_rankings
+        from nearfar.lab.table import comparison_tables
+
+        options = RankingOptions(
+            documents=documents, missing=missing, ties=ties, gain=gain, by=by, part=part,
+            split=split or "test", metrics=metric or RANKING_METRICS,
+        )  # fmt: skip
+        compared = compare_rankings(runs, Judged.read(qrels, options), options, baseline)
+        console = terminal.console()
+        for table in comparison_tables(compared):
+            console.print(table)
+        for paragraph in describe_rankings(compared):
+            terminal.say(console, paragraph)
+        if output is not None:
+            terminal.say(console, f"written: {write_rankings(compared, output)}")
+        raise typer.Exit(1 if fail_on_worse and compared.worse else 0)
     from nearfar.lab.compare import compare_runs
     from nearfar.lab.report import write_comparison
     from nearfar.lab.summary import describe_comparison

@@ -87,7 +87,7 @@ def shards(
     Slides in the source's train_samples.txt, val_samples.txt and test_samples.txt are split so, unless options say
     otherwise. A second call goes on where the first stopped; the same input gives the same bytes.
     """
-    from nearfar.systems.tissue.shards import ShardOptions, write_shards
+    from nearfar.data.slides.shards import ShardOptions, write_shards
 
     chosen = ShardOptions(
         patch=patch,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from nearfar.losses.distillation import distillation, margin_mse
 from nearfar.losses.focal import focal_alpha, focal_loss
 from nearfar.losses.info_nce import clip, info_nce
 from nearfar.losses.score_contrastive import adaptive_score_contrastive, bidirectional_score_contrastive
@@ -14,9 +15,11 @@ __all__ = [
     "adaptive_score_contrastive",
     "bidirectional_score_contrastive",
     "clip",
+    "distillation",
     "focal_alpha",
     "focal_loss",
     "info_nce",
+    "margin_mse",
     "multi_label_supcon",
     "siglip",
     "spatial",

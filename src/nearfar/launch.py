@@ -39,12 +39,13 @@ from nearfar.config.compose import (
 from nearfar.config.options import set_option
 from nearfar.config.registry import role_of, systems
 from nearfar.config.training import RunOptions
+from nearfar.data.writing import make_folder
 from nearfar.errors import NearfarError
 from nearfar.training import ranks
 from nearfar.training.checkpoint import Resume, find_checkpoint
 from nearfar.training.fabric import processes_to_start
 from nearfar.training.ranks import run_processes
-from nearfar.training.run_folder import RunFolder, make_folder
+from nearfar.training.run_folder import RunFolder
 
 __all__ = ["dry_run", "launch", "run_one", "single_config", "with_saved_overrides"]
 

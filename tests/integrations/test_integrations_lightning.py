@@ -74,9 +74,9 @@ def test_a_run_is_watched_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixt
     assert watch.diagnosis is not None
     assert watch.diagnosis.verdict in capsys.readouterr().out
     written = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    before = written["baselines"]["val"]["MRR"]["value"]
+    before = written["before_training"]["val"]["MRR"]["value"]
     assert written["splits"]["val"]["MRR"]["value"] > before + 0.1
-    assert written["comparison"]["MRR against before training"]["low"] > 0
+    assert written["gain"]["val"]["MRR"]["low"] > 0
     steps = [each for each in log_of(tmp_path) if each["kind"] == "step"]
     assert steps[0]["candidates"] == 32
     assert {"lr", "gradient_norm", "loss"} <= set(steps[0])
@@ -86,7 +86,7 @@ def test_a_run_is_watched_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixt
     steps = [each for each in log_of(tmp_path) if each["kind"] == "step"]
     assert [each["step"] for each in steps] == [1, *range(2, 25, 2)]
     again = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    assert again["baselines"]["val"]["MRR"]["value"] == before
+    assert again["before_training"]["val"]["MRR"]["value"] == before
     assert again["epochs"] == 6
 
 

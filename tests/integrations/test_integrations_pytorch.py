@@ -86,11 +86,13 @@ def test_a_healthy_loop_is_healthy_and_says_what_training_changed(tmp_path: Path
     assert diagnosis is not None
     assert diagnosis.healthy, diagnosis.verdict
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    gain = metrics["comparison"]["MRR against before training"]
+    gain = metrics["gain"]["val"]["MRR"]
     assert gain["verdict"] == "better"
     assert gain["low"] > 0
-    start = metrics["baselines"]["val"]["MRR"]
-    assert start["name"] == "before training"
+    start = metrics["before_training"]["val"]["MRR"]
+    assert diagnosis.gain is not None
+    assert diagnosis.gain.startswith(f"MRR on val was {start['value']:.3f} before training")
+    assert diagnosis.lines[1] == f"  {diagnosis.gain}"
     assert start["value"] + gain["value"] == pytest.approx(metrics["splits"]["val"]["MRR"]["value"], abs=1e-6)
 
 

@@ -313,11 +313,11 @@ def test_a_watched_run_with_hard_batches(
     assert loss.temperature != pytest.approx(0.1, abs=1e-6)
     assert batches.hardness().hard_share == pytest.approx(0.5, abs=0.05)
     written = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    now, before = written["splits"]["val"]["MRR"], written["baselines"]["val"]["MRR"]
+    now, before = written["splits"]["val"]["MRR"], written["before_training"]["val"]["MRR"]
     assert now["value"] > before["value"]
     assert now["low"] <= now["value"] <= now["high"]
     assert 0 < now["chance"] < 0.2
-    assert written["comparison"]["MRR against before training"]["low"] > 0
+    assert written["gain"]["val"]["MRR"]["low"] > 0
     log = [json.loads(line) for line in (tmp_path / "run" / "train_log.jsonl").read_text().splitlines()]
     steps = [each for each in log if each["kind"] == "step"]
     assert steps[0]["candidates"] == 16

@@ -68,8 +68,8 @@ def test_a_run_is_watched(tmp_path: Path, capsys: pytest.CaptureFixture[str], ev
     assert watch.diagnosis is not None
     assert watch.diagnosis.verdict in capsys.readouterr().out
     written = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    assert written["splits"]["val"]["MRR"]["value"] > written["baselines"]["val"]["MRR"]["value"] + 0.1
-    assert written["comparison"]["MRR against before training"]["low"] > 0
+    assert written["splits"]["val"]["MRR"]["value"] > written["before_training"]["val"]["MRR"]["value"] + 0.1
+    assert written["gain"]["val"]["MRR"]["low"] > 0
     log = [json.loads(line) for line in (tmp_path / "run" / "train_log.jsonl").read_text().splitlines()]
     steps = [each for each in log if each["kind"] == "step"]
     assert [each["step"] for each in steps] == list(range(2, 17, 2))

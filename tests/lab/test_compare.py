@@ -187,6 +187,23 @@ def test_how_a_run_was_started_is_not_in_its_label(runs: Path, tmp_path: Path) -
     assert {arm.label for arm in comparison.arms} == {"lr=0.01", "lr=0.02"}
 
 
+def test_arms_that_differ_in_the_batch_and_in_something_else_are_noted(runs: Path, tmp_path: Path) -> None:
+    source = runs / "lr=0.01,seed=0"
+    size = RunFolder(source).config().batch_size
+    copied(source, tmp_path / "a")
+    copied(source, tmp_path / "larger", {f"batch_size: {size}": f"batch_size: {2 * size}"})
+    assert not [note for note in compare_runs([tmp_path]).notes if "larger batch" in note], (
+        "the batch alone is a question"
+    )
+    copied(
+        source, tmp_path / "both", {f"batch_size: {size}": f"batch_size: {2 * size}", "lr: 0.01": "lr: 0.02"}
+    )
+    (note,) = [
+        note for note in compare_runs([tmp_path / "a", tmp_path / "both"]).notes if "larger batch" in note
+    ]
+    assert f"its batches have {2 * size} rows" in note or f"its batches have {size} rows" in note
+
+
 def test_groups_and_lists_in_labels(runs: Path, tmp_path: Path) -> None:
     source = runs / "lr=0.01,seed=0"
     groups = {

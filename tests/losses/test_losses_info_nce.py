@@ -193,6 +193,7 @@ def test_record_by_loops(symmetric):
         "positives_min": 1.0,
         "rows_without_positives": 0.0,
         "rows_without_negatives": sum(count == 1 for count in candidates) / 2,
+        "masked_per_row": 9 - mean(candidates),
         "p_positive": mean(positives),
         "hardest_share": mean(hardest),
         "uniform_level": mean([math.log(c) for c in candidates]),

@@ -221,7 +221,7 @@ def test_rows_of_pairs():
     assert torch.allclose(found.mean(), info_nce(a, b, temperature=0.1, mask=MASK, negatives=QUEUE))
     assert torch.allclose(loss(a, b, mask=MASK, negatives=QUEUE, rows=slice(2, 5)), found[2:5])
     assert loss.record.finite
-    assert repr(loss).endswith("reduction='none')")
+    assert "reduction='none'" in repr(loss)
 
 
 def test_rows_of_a_large_batch_stay_in_their_order():

@@ -130,6 +130,7 @@ def test_record_by_loops(masked, rows):
     wanted = {
         "candidates": mean(candidates), "positives_per_row": 1.0, "positives_min": 1.0, "rows_without_positives": 0.0,
         "rows_without_negatives": sum(count == 1 for count in candidates),
+        "masked_per_row": N - mean(candidates),
         "p_positive": mean(p), "hardest_share": mean(hardest), "uniform_level": mean(guess), "floor": 0.0,
         "scale": 5.0, "finite": True,
     }  # fmt: skip

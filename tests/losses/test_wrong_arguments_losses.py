@@ -85,7 +85,9 @@ SPLIT = {
     "temperature": 0.1, "top_fraction": 0.4, "bottom_fraction": 0.4, "min_samples": 2, "middle": "ignore",
     "detach_positives": False, "threshold": None, "normalize": True,
 }  # fmt: skip
-NCE = {"symmetric": True, "in_batch": True, "denominator": "all", "reduction": "mean"} | SOFTMAX
+NCE = {
+    "symmetric": True, "in_batch": True, "denominator": "all", "reduction": "mean", "tau_plus": 0.1, "beta": 1.0,
+} | SOFTMAX  # fmt: skip
 SUPCON = {
     "sum": "outside",
     "own_pair": True,
@@ -116,6 +118,20 @@ CALLS: dict[str, list[tuple[Callable[..., Any], dict[str, Any]]]] = {
     "info_nce": [
         (functional.info_nce, PAIR | NCE | PARTS | {"scale": None, "mask": MASK, "negatives": None}),
         (functional.info_nce, PAIR | {"symmetric": False, "negatives": QUEUE, "negatives_mask": MASK[:, :5]}),
+    ],
+    "distillation": [
+        (
+            functional.distillation,
+            PAIR | {"teacher": Z @ OTHER.T, "temperature": 0.1, "teacher_temperature": 0.2, "scale": None, "rows": None}
+            | {"symmetric": True, "normalize": True},
+        ),
+    ],
+    "margin_mse": [
+        (
+            functional.margin_mse,
+            PAIR | {"negatives": OTHER.unsqueeze(1), "margins": torch.ones(6, 1), "scale": 1.0, "normalize": True}
+            | {"rows": None},
+        ),
     ],
     "clip": [(functional.clip, VIEWS | {"max_scale": 100.0, "normalize": True, "mask": MASK, "rows": None})],
     "siglip": [
@@ -154,6 +170,27 @@ CALLS: dict[str, list[tuple[Callable[..., Any], dict[str, Any]]]] = {
             module(losses.InfoNCELoss, symmetric=False),
             PAIR | {"negatives": QUEUE, "negatives_mask": MASK[:, :5]},
         ),
+    ],
+    "DistillationLoss": [
+        (
+            losses.DistillationLoss,
+            {"temperature": 0.1, "teacher_temperature": 0.2, "symmetric": True, "normalize": True},
+        ),
+        (module(losses.DistillationLoss), PAIR | {"teacher": Z @ OTHER.T, "scale": 10.0, "rows": None}),
+    ],
+    "MarginMSELoss": [
+        (losses.MarginMSELoss, {"scale": 1.0, "normalize": True}),
+        (
+            module(losses.MarginMSELoss),
+            PAIR | {"negatives": OTHER.unsqueeze(1), "margins": torch.ones(6, 1), "rows": None},
+        ),
+    ],
+    "MatryoshkaLoss": [
+        (
+            losses.MatryoshkaLoss,
+            {"loss": losses.InfoNCELoss(), "dims": [2, 3], "weights": [1.0, 0.5], "embeddings": ["a", "b"]},
+        ),
+        (module(losses.MatryoshkaLoss, loss=losses.InfoNCELoss(), dims=[2]), PAIR),
     ],
     "ClipLoss": [
         (losses.ClipLoss, {"max_scale": 100.0, "normalize": True}),
@@ -224,6 +261,10 @@ CALLS: dict[str, list[tuple[Callable[..., Any], dict[str, Any]]]] = {
     ],
     "DuplicateMask": [(losses.DuplicateMask, {"labels": LABELS, "key_labels": LABELS})],
     "SimilarityMask": [(losses.SimilarityMask, {"reference": Z, "threshold": 0.9})],
+    "GuideMask": [
+        (losses.GuideMask, {"queries": Z, "keys": OTHER, "margin": 0.1, "kind": "relative", "softness": 0.1})
+    ],
+    "NegativeWeights": [(losses.NegativeWeights, {"matrix": torch.ones(6, 6), "back": torch.ones(6, 6)})],
     "IndexMask": [(losses.IndexMask, {"index": INDEX})],
     "duplicate_mask": [(losses.duplicate_mask, {"labels": LABELS})],
     "explain_batch": [
@@ -327,7 +368,9 @@ def test_every_parameter_of_a_loss_is_in_the_table() -> None:
         for function in functions:
             if getattr(function, "__name__", "") == "_forward_unimplemented":
                 continue
-            wanted = inspect.signature(function).parameters.keys() - {"self"}
+            parameters = inspect.signature(function).parameters.values()
+            named = {p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+            wanted = named - {"self"}
             assert wanted <= asked, f"{name}: {sorted(wanted - asked)}"
 
 

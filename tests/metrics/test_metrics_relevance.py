@@ -211,7 +211,7 @@ REFUSED = {
     "transposed": (MATRIX.T, "relevant is a matrix"),
     "three dimensions": (np.zeros((N, M, 1), dtype=bool), "not understood"),
     "qrels without ids": (NAMED, "pass query_ids= and key_ids="),
-    "grades without ids": ([{"d1": 1}] * 6, "pass key_ids="),
+    "grades without ids": ([{"d1": 1}] * 6, "with key_ids= the keys"),
     "text": ("relevant", "relevant is 'relevant'"),
     "texts": (["d1"] * 6, "pass the ids of the keys.*key_ids=.*tuple"),
     "text array": (np.array(["d1"] * 6), "pass the ids of the keys"),

@@ -15,7 +15,16 @@ import torch
 
 import nearfar.metrics
 from nearfar.errors import NearfarError
-from nearfar.metrics import Difference, Estimate, Ranks, RecallAtK, f1_micro, paired_difference
+from nearfar.metrics import (
+    Difference,
+    Estimate,
+    Ranks,
+    RecallAtK,
+    RetrievalScores,
+    f1_micro,
+    paired_difference,
+    score_retrieval,
+)
 from nearfar.metrics.classification import class_counts
 from nearfar.metrics.detection import Boxes, detection_evidence
 
@@ -29,6 +38,9 @@ CODES = np.array([[1, 0], [2, 1], [0, -1]])
 ESTIMATE = Estimate(0.5, 0.4, 0.6, 0.1, 20, False, "R@1", {"gallery": 8, "split": "x", "confidence": 0.95})
 DIFFERENCE = paired_difference(SCORES, SCORES[:, ::-1])
 RANKS = Ranks.of([0, 3, 1], tied=[0, 0, 1], gallery=8)
+QRELS = {"q1": {"d1": 2, "d2": 0}, "q2": {"d3": 1}}
+LISTS = {"q1": {"d1": 0.5, "d4": 0.7}, "q2": {"d1": 1.0}}
+SCORED = score_retrieval(A, B, metrics=["MAP", "nDCG@3"])
 SQUARES = np.array([[0.0, 0, 10, 10], [0, 0, 10, 10]])
 TRUE = Boxes(SQUARES, np.zeros(2, int), np.arange(2), group=np.arange(2))
 SEEN = Boxes(SQUARES + 1, np.zeros(2, int), np.arange(2), scores=np.array([0.9, 0.8]))
@@ -43,6 +55,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "Ranks": {f.name: getattr(RANKS, f.name) for f in dataclasses.fields(Ranks)},
     "Ranks.of": {"better": [0, 1], "tied": [0, 0], "gallery": 8},
     "RANKS.hits": {"k": 1},
+    "RANKS.reciprocal": {"k": 3},
     "RANKS.order_statistic": {"place": 1.0},
     "RANKS.at_place": {"place": 1.5},
     "RecallAtK": {"k": 1},
@@ -117,11 +130,14 @@ CALLS: dict[str, dict[str, Any]] = {
         "keys": B,
         "relevant": [[1], [2], [3], [4], [5], [6], [7], [0]],
         "ks": (1, 5),
+        "metrics": ["MAP", "R@k"],
         "both": False,
         "normalize": True,
         "leave_one_out": True,
         "query_ids": None,
         "key_ids": None,
+        "ties": "optimistic",
+        "gain": "linear",
         "confidence": 0.9,
         "bootstrap": 200,
         "seed": 0,
@@ -137,6 +153,35 @@ CALLS: dict[str, dict[str, Any]] = {
         "leave_one_out": True,
         "query_ids": None,
         "key_ids": None,
+        "tile": (4, 4),
+    },
+    "RetrievalScores": {f.name: getattr(SCORED, f.name) for f in dataclasses.fields(RetrievalScores)},
+    "SCORED.estimates": {"confidence": 0.9, "bootstrap": 200, "seed": 0, "split": "x"},
+    "items_needed": {"difference": paired_difference(SCORES[0], SCORES[1]), "power": 0.8},
+    "describe_ranking": {"ranking": LISTS, "qrels": QRELS, "documents": 9, "depth": 10},
+    "score_ranking": {
+        "ranking": LISTS,
+        "qrels": QRELS,
+        "metrics": ["MAP", "recall@k"],
+        "ks": (1, 5),
+        "documents": 9,
+        "missing": "zero",
+        "ties": "expected",
+        "gain": "linear",
+    },
+    "score_retrieval": {
+        "queries": A,
+        "keys": B,
+        "relevant": [[1], [2], [3], [4], [5], [6], [7], [0]],
+        "metrics": ["MAP", "R@k"],
+        "ks": (1, 5),
+        "both": False,
+        "normalize": True,
+        "leave_one_out": True,
+        "query_ids": None,
+        "key_ids": None,
+        "ties": "expected",
+        "gain": "linear",
         "tile": (4, 4),
     },
     "seeds_interval": {"scores": SCORES, "confidence": 0.9},
@@ -197,7 +242,14 @@ MODULES = [
 ]
 #: what is made by other functions, and a table
 MADE = {"IOUS", "DetectionEvidence", "Change"}
-OBJECTS = {"RANKS": RANKS, "RECALL": RecallAtK(1), "EVIDENCE": EVIDENCE, "Estimate": Estimate, "Ranks": Ranks}
+OBJECTS = {
+    "SCORED": SCORED,
+    "RANKS": RANKS,
+    "RECALL": RecallAtK(1),
+    "EVIDENCE": EVIDENCE,
+    "Estimate": Estimate,
+    "Ranks": Ranks,
+}
 
 WRONG: dict[str, Any] = {
     "None": None,

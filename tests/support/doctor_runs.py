@@ -390,13 +390,67 @@ def stale_evaluation(rng: np.random.Generator) -> Run:
     return run
 
 
+def trained(rng: np.random.Generator, value: float, low: float, high: float) -> Run:
+    now = random_infonce(rng)
+    score = now.context["metrics"]["test"]["MRR"]["value"]
+    return now.knowing(monitor="MRR", before_training={"test": {"MRR": estimate("MRR", score - value)}},
+                       gain={"test": {"MRR": {"value": value, "low": low, "high": high, "verdict": "?"}}})  # fmt: skip
+
+
+def no_gain(rng: np.random.Generator) -> Run:
+    return trained(rng, 0.002, -0.004, 0.008)
+
+
+def worse_than_before(rng: np.random.Generator) -> Run:
+    return trained(rng, -0.05, -0.06, -0.04)
+
+
+def gained(rng: np.random.Generator) -> Run:
+    return trained(rng, 0.2, 0.18, 0.22)
+
+
+def gained_a_little(rng: np.random.Generator) -> Run:
+    return trained(rng, 0.01, 0.002, 0.018)
+
+
+def growing(rng: np.random.Generator, gain: float) -> Run:
+    """Batches grow fourfold after the sixth epoch, and the metric by ``gain``."""
+    run = skeleton(rng, falling(4.0, 2.0))
+    for record in run.records:
+        if record["epoch"] > 6:
+            if record["kind"] == "step":
+                record |= {
+                    "candidates": 256.0,
+                    "rows": 256,
+                    "uniform_level": math.log(256),
+                    "loss": record["loss"] + 1.2,
+                }
+            if record["kind"] == "probe":
+                record |= {"val_uniform_level": math.log(256), "val_candidates": 256.0}
+                record["val_loss"] += 1.2
+                record["train_loss_same_composition"] += 1.2
+            if record["kind"] == "epoch":
+                record["train_loss"] += 1.2
+                record["val"]["MRR"] += gain
+    return run
+
+
+def grown_batch(rng: np.random.Generator) -> Run:
+    return growing(rng, 0.15)
+
+
+def grown_batch_without_gain(rng: np.random.Generator) -> Run:
+    return growing(rng, 0.0)
+
+
 HEALTHY: dict[str, Callable[[np.random.Generator], Run]] = {
     f.__name__: f
     for f in (random_infonce, converged, clip, supcon, curriculum, curriculum_above_chance, just_switched,
               hard_from_start, partition, spatial, spatial_in_part, focal_objective, adversarial, with_memory,
               supcon_with_memory,
               siglip, short_run,
-              just_begun, several_processes, own_log, bare_healthy, bare_flat, bare_shuffled)
+              just_begun, several_processes, own_log, bare_healthy, bare_flat, bare_shuffled, gained,
+              gained_a_little, grown_batch_without_gain)
 }  # fmt: skip
 #: notes that healthy runs may have
 NOTES: dict[str, set[str]] = {
@@ -724,6 +778,9 @@ FAULTS: list[tuple[Callable[[np.random.Generator], Run], str, set[str]]] = [
     (common_mode, "common-mode-gain", set()),
     (in_noise, "gain-in-noise", set()),
     (in_noise_by_seeds, "gain-in-noise", set()),
+    (no_gain, "training-no-gain", set()),
+    (worse_than_before, "training-no-gain", set()),
+    (grown_batch, "batch-explains-gain", set()),
     (gradient_summed, "gradient-scale", set()),
     (small_batchnorm, "batchnorm-small-batch", set()),
 ]

@@ -169,7 +169,7 @@ def record(
     columns: dict[str, list[float]] = {}
     least = math.inf
     for direction in directions:
-        numbers: dict[str, list[float]] = {name: [] for name in ("c", "n", "p", "h", "u", "f")}
+        numbers: dict[str, list[float]] = {name: [] for name in ("c", "n", "m", "p", "h", "u", "f")}
         without = alone = 0.0
         # A positive's probability is one among all, also where the loss leaves it out.
         every = losses(direction, "own" if denominator == "own" else "all")
@@ -178,6 +178,7 @@ def record(
             among = {"all": ours.sum(), "own": 1, "negatives": 0}[denominator] + rest.sum()
             numbers["c"].append(float(among))
             numbers["n"].append(float(ours.sum()))
+            numbers["m"].append(float((direction.masked[i] & ~ours & ~direction.absent[i]).sum()))
             push = torch.softmax(direction.scores[i].detach()[rest], 0)
             if len(push):
                 numbers["h"].append(push.max().item())
@@ -214,6 +215,7 @@ def record(
         "positives_min": least,
         "rows_without_positives": average["without"],
         "rows_without_negatives": average["alone"],
+        "masked_per_row": average["m"],
         "p_positive": average["p"],
         "hardest_share": average["h"],
         "uniform_level": average["u"],

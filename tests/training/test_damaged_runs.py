@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from nearfar.data.files import read_arrays, read_json, read_yaml
+from nearfar.data.writing import remove_left_over
 from nearfar.doctor import diagnose
 from nearfar.errors import NearfarError
 from nearfar.lab.compare import compare_runs
@@ -27,7 +28,7 @@ from nearfar.launch import check_name, choose_folder
 from nearfar.terminal import console
 from nearfar.training.checkpoint import Checkpoint, Resume
 from nearfar.training.fit import fit
-from nearfar.training.run_folder import RunFolder, remove_left_over
+from nearfar.training.run_folder import RunFolder
 from toy_system import ToySystem, toy_config
 
 pytestmark = pytest.mark.slow  # real runs

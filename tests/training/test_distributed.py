@@ -16,7 +16,15 @@ from torch import Tensor, nn
 
 from nearfar.cli import app
 from nearfar.errors import NearfarError
-from nearfar.losses import ClipLoss, FocalLoss, InfoNCELoss, SpatialLoss, SupConLoss, duplicate_mask
+from nearfar.losses import (
+    ClipLoss,
+    FocalLoss,
+    GuideMask,
+    InfoNCELoss,
+    SpatialLoss,
+    SupConLoss,
+    duplicate_mask,
+)
 from nearfar.losses.base import traits_of
 from nearfar.training import ring as ring_module
 from nearfar.training import verify_ddp as verify_module
@@ -155,6 +163,29 @@ def info_nce(rank: int, world: int, **options: Any) -> tuple[Tensor, Tensor, Ten
     return value.detach(), a.grad / world, b.grad / world, scale.grad
 
 
+def guided(rank: int, world: int) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Masks that differ between the directions, weights of negatives, debiased and hard-weighted sums."""
+    results = []
+    for softness, options in GUIDED:
+        a, b = (rows_of(rank, world, seed=seed).requires_grad_() for seed in (1, 2))
+        u, v = (gather(rows_of(rank, world, seed=seed)) for seed in (3, 4))
+        scale = torch.tensor(7.0, dtype=torch.float64, requires_grad=True)
+        for local in (False, True):
+            for leaf in (a, b, scale):
+                leaf.grad = None
+            loss = DistributedLoss(InfoNCELoss(**options), local_loss=local)
+            value = loss(a, b, mask=GuideMask(u, v, 0.1, softness=softness), scale=scale)
+            value.backward()
+            assert a.grad is not None
+            assert b.grad is not None
+            assert scale.grad is not None
+            results.append((value.detach(), a.grad / world, b.grad / world, scale.grad))
+    return results
+
+
+GUIDED = [(0.0, {}), (0.2, {}), (0.2, {"tau_plus": 0.1, "beta": 0.5})]
+
+
 def labels(world: int) -> Tensor:
     return torch.arange(sum(COUNTS[world])) % 4
 
@@ -245,7 +276,7 @@ SCENES: dict[str, Callable[[int, int], Any]] = {
     for f in (
         gathered_values, gathered_gradient, constants_gradient, no_graph, refused, toy_arguments, toy_errors,
         whole_loss, local_loss, half_precision, half_precision_ring, ring, two_rings_before_backward, ring_errors,
-        uneven_pairs, memories,
+        uneven_pairs, memories, guided,
     )
 }  # fmt: skip
 
@@ -450,6 +481,18 @@ def test_a_loss_without_traits_is_read_by_the_names_of_its_arguments() -> None:
     assert (traits.numbers, traits.aligned, traits.local, traits.ring) == (("scale",), False, None, None)
 
 
+@pytest.mark.parametrize("case", range(2 * len(GUIDED)))
+def test_guided_and_debiased_losses_are_those_of_one_process(ranks: Any, case: int) -> None:
+    scene = ranks("guided")
+    softness, options = GUIDED[case // 2]
+    a, b, u, v = (all_rows(scene.world, seed=seed) for seed in (1, 2, 3, 4))
+    scale = torch.tensor(7.0, dtype=torch.float64)
+    leaves = [x.requires_grad_() for x in (a, b, scale)]
+    value = InfoNCELoss(**options)(a, b, mask=GuideMask(u, v, 0.1, softness=softness), scale=scale)
+    expected = (value.detach(), *torch.autograd.grad(value, leaves))
+    check_gradients([found[case] for found in scene.results], expected)
+
+
 # -- the ring --------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("case", range(len(RINGS)))
 def test_the_ring_gives_the_gradients_of_one_process(ranks: Any, case: int) -> None:
@@ -489,7 +532,13 @@ def test_what_the_ring_cannot_do_it_says(ranks: Any) -> None:
         DistributedLoss(SupConLoss(), ring=True)
     with pytest.raises(NearfarError, match="leave the other options out"):
         DistributedLoss(ClipLoss(), ring=True, local_loss=True)
-    for options in ({"in_batch": False}, {"denominator": "negatives"}, {"reduction": "none"}):
+    for options in (
+        {"in_batch": False},
+        {"denominator": "negatives"},
+        {"reduction": "none"},
+        {"tau_plus": 0.1},
+        {"beta": 1.0},
+    ):
         with pytest.raises(NearfarError, match="is not supported, only"):
             DistributedLoss(InfoNCELoss(**options), ring=True)
 

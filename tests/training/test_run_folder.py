@@ -5,21 +5,7 @@ from pathlib import Path
 import pytest
 
 from nearfar.errors import NearfarError
-from nearfar.training.run_folder import RunFolder, environment, write_atomically
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    write_atomically(path, lambda file: file.write(b"old"))
-
-    def fails(file: object) -> None:
-        file.write(b"ne")  # type: ignore[attr-defined]
-        raise RuntimeError("disk full")
-
-    with pytest.raises(RuntimeError, match="disk full"):
-        write_atomically(path, fails)
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path], "no temporary file is left"
+from nearfar.training.run_folder import RunFolder, environment
 
 
 def test_a_cut_off_line_of_the_log_is_left_out(tmp_path: Path) -> None:

@@ -94,6 +94,11 @@ class TrainerOptions:
         0, "loader processes of each process; batches are the same for every number", least=0, role="repeat"
     )
     eval_batch_size: int = option(512, "rows embedded at a time in an evaluation", least=1, role="repeat")
+    evaluate_start: bool = option(
+        True,
+        "evaluate the model before training, too: what training changed, with an interval",
+        role="repeat",
+    )
     log_every: int = option(20, "optimiser steps between step records", least=1, role="repeat")
     probe_every: int | None = option(
         None,

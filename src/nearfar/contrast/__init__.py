@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from nearfar.contrast.dense import dense_own_pairs, dense_sigmoid, dense_softmax
+from nearfar.contrast.guides import GuideMask, NegativeWeights, guide_threshold
 from nearfar.contrast.masks import (
     DenseMask,
     DuplicateMask,
@@ -11,6 +12,8 @@ from nearfar.contrast.masks import (
     SimilarityMask,
     as_mask,
     checked_mask,
+    is_directed,
+    is_soft,
     join_masks,
 )
 from nearfar.contrast.numerics import computing_dtype, embeddings, uncompiled, unit_rows
@@ -44,9 +47,11 @@ __all__ = [
     "Direction",
     "DuplicateMask",
     "Extra",
+    "GuideMask",
     "IndexMask",
     "LabelOverlap",
     "Mask",
+    "NegativeWeights",
     "NoPositives",
     "NoPositivesWarning",
     "OwnPair",
@@ -68,6 +73,9 @@ __all__ = [
     "dense_sigmoid",
     "dense_softmax",
     "embeddings",
+    "guide_threshold",
+    "is_directed",
+    "is_soft",
     "join_masks",
     "log_sums",
     "one_direction_loss",

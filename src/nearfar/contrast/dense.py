@@ -450,9 +450,11 @@ class _Odds:
         directions = []
         for k, axis in enumerate((1, 0)[: len(self.odds)]):
             candidates: Tensor | float = float(self.powers.shape[axis])
+            left_out: Tensor | float = 0.0
             if self.mask is not None:
                 candidates = (self.powers > 0).sum(axis).to(self.odds.dtype) + 1.0
-            statistics = Statistics(self.powers.amax(axis).log(), candidates, 1.0, 1.0, 0.0)
+                left_out = float(self.powers.shape[axis]) - candidates
+            statistics = Statistics(self.powers.amax(axis).log(), candidates, 1.0, 1.0, 0.0, left_out)
             directions.append(Direction(self.odds[k].log1p(), self.total[k].log(), statistics))
         return directions
 

@@ -182,7 +182,7 @@ def accumulate_tile(tile: Tile, sides: list[RunningSums], space: Workspace) -> N
             inner = block.patch.rows if axis == 1 else block.patch.columns
             side.add_positives(block, within(at, inner), axis)
         if setting.mask is not None:
-            side.count(tile.logits, at, axis)
+            side.count(tile.logits, at, axis, tile.weights)
     if not setting.bounded:
         _add_shifted(tile, views, space)
         return

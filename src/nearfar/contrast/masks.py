@@ -1,6 +1,11 @@
-"""Candidates that are left out, tile by tile: no matrix of all pairs is stored.
+"""Candidates that are left out, or count less, tile by tile: no matrix of all pairs is stored.
 
 A mask is true where a pair is *left out* of the candidates. Positives always stay in. Masks join with ``|``.
+
+Two things more a mask may say of itself, and the plain ones do not. ``directed``: what it leaves out depends on who
+asks; ``tile`` is about the queries in its rows, and ``transposed()`` gives the mask of the keys as queries. ``soft``:
+``weights(rows, columns)`` gives numbers from 0 to 1 by which the negatives that are left in count. Both are in
+``nearfar.contrast.guides``.
 """
 
 from __future__ import annotations
@@ -25,7 +30,10 @@ __all__ = [
     "SimilarityMask",
     "as_mask",
     "checked_mask",
+    "is_directed",
+    "is_soft",
     "join_masks",
+    "mask_weights",
     "transposed_mask",
 ]
 
@@ -51,10 +59,20 @@ class _Joined:
             raise NearfarError(f"masks of {one.shape} and {other.shape} pairs cannot be joined")
         self.shape, self._parts = one.shape, (one, other)
         self.symmetric = one.symmetric and other.symmetric
+        self.directed, self.soft = is_directed(one) or is_directed(other), is_soft(one) or is_soft(other)
 
     def tile(self, rows: slice, columns: slice) -> Bool[Tensor, "r c"]:
         one, other = (part.tile(rows, columns) for part in self._parts)
         return one | other
+
+    def weights(self, rows: slice, columns: slice) -> Float[Tensor, "r c"]:
+        """The product of what both say; 0 where one of them leaves a pair out."""
+        one, other = (mask_weights(part, rows, columns) for part in self._parts)
+        return one * other
+
+    def transposed(self) -> _Joined:
+        one, other = (transposed_mask(part) for part in self._parts)
+        return _Joined(one, other)
 
     def __or__(self, other: Mask | Tensor) -> _Joined:
         return _Joined(self, as_mask(other))
@@ -218,8 +236,29 @@ class _TransposedMask:
         return self._mask.tile(columns, rows).T
 
 
+def is_directed(mask: object) -> bool:
+    """Whether a mask leaves out other pairs for the keys as queries than for the queries."""
+    return bool(getattr(mask, "directed", False))
+
+
+def is_soft(mask: object) -> bool:
+    """Whether a mask has weights of the negatives that it leaves in."""
+    return bool(getattr(mask, "soft", False))
+
+
+def mask_weights(mask: Mask, rows: slice, columns: slice) -> Float[Tensor, "r c"]:
+    """By how much each pair counts as a negative, from 0, left out, to 1."""
+    if is_soft(mask):
+        weights: Tensor = mask.weights(rows, columns)  # type: ignore[attr-defined]
+        return weights
+    return (~mask.tile(rows, columns)).to(torch.float32)
+
+
 def transposed_mask(mask: Mask) -> Mask:
     """The mask of the keys as queries."""
+    if is_directed(mask) or is_soft(mask):
+        turned: Mask = mask.transposed()  # type: ignore[attr-defined]
+        return turned
     return mask if mask.symmetric else _TransposedMask(mask)
 
 

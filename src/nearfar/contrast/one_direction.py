@@ -81,7 +81,8 @@ class _QueryNumbers(NamedTuple):
 
 def _directions(numbers: _QueryNumbers, keys: int, masked: bool) -> list[Direction]:
     candidates: Tensor | float = torch.cat(numbers.left) + 1.0 if masked else float(keys)
-    return [Direction(numbers.losses, numbers.rest, Statistics(numbers.hardest, candidates, 1.0, 1.0, 0.0))]
+    statistics = Statistics(numbers.hardest, candidates, 1.0, 1.0, 0.0, float(keys) - candidates)
+    return [Direction(numbers.losses, numbers.rest, statistics)]
 
 
 class _OneDirection(torch.autograd.Function):

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from nearfar.contrast.positives import MASKED_LOGIT, PositiveLogits, is_unmasked
@@ -23,7 +23,9 @@ class Statistics:
     """Numbers of each query that carry no gradient; the record of a step is made from them.
 
     ``hardest``: largest logit of the rest. ``candidates``, ``positives``: counts. ``mass``: Σ W of the positives,
-    ``floor``: the least its loss can be. A plain number stands for all queries alike.
+    ``floor``: the least its loss can be. ``left_out``: how many negatives a mask leaves out; where it has weights of
+    negatives, what these lack of 1, summed, and ``candidates`` then counts by weight. A plain number stands for all
+    queries alike. ``clamped``: whose debiased sum stands at its least.
     """
 
     hardest: Float[Tensor, " n"]
@@ -31,6 +33,8 @@ class Statistics:
     positives: Float[Tensor, " n"] | float
     mass: Float[Tensor, " n"] | float
     floor: Float[Tensor, " n"] | float
+    left_out: Float[Tensor, " n"] | float = 0.0
+    clamped: Bool[Tensor, " n"] | None = None
 
 
 class RunningSums:
@@ -194,9 +198,10 @@ class RunningSums:
         total, *moment = sums if factor is None else [x.mul_(factor) for x in sums]
         self._join("top", "total", at, top, total, *(["moment", *moment] if moment else []))
 
-    def count(self, logits: Tensor, at: slice, axis: int) -> None:
-        """Count the candidates that a mask has left in the rest."""
-        self._add("left", at, is_unmasked(logits).to(logits.dtype).sum(axis))
+    def count(self, logits: Tensor, at: slice, axis: int, weights: Tensor | None = None) -> None:
+        """Count the candidates that a mask has left in the rest, by their weights where it has any."""
+        there = is_unmasked(logits).to(logits.dtype)
+        self._add("left", at, (there if weights is None else there.mul_(weights)).sum(axis))
 
     # -- all tiles -------------------------------------------------------------------------------------------
     def results(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -238,7 +243,7 @@ class RunningSums:
         if target.single:
             count = 0.0 if self.positive_top is None else 1.0
             candidates = float(self.others) if self.left is None else self.left + count
-            return Statistics(hardest, candidates, count, count, 0.0)
+            return Statistics(hardest, candidates, count, count, 0.0, float(self.others) - candidates)
         positives = self.sum_of("positives")
         candidates = float(self.others) if self.left is None else self.left + positives
         mass = positives if target.binary else self.sum_of("mass")
@@ -251,7 +256,7 @@ class RunningSums:
         else:
             floor = mass.clamp(min=self._tiny)
             floor = floor.log() - self.sum_of("w_log_w") / floor
-        return Statistics(hardest, candidates, positives, mass, floor)
+        return Statistics(hardest, candidates, positives, mass, floor, float(self.others) - candidates)
 
 
 @dataclass(frozen=True)
@@ -293,12 +298,12 @@ class Step:
             means, least = parts.mean(0), parts[:, 2].amin()
             scale = torch.as_tensor(self.scale).to(means)
             finite = self.value.isfinite().to(means.dtype)
-            return torch.cat([means[:2], least[None], means[3:-1], scale[None], means[-1:], finite[None]])
+            return torch.cat([means[:2], least[None], means[3:-2], scale[None], means[-2:], finite[None]])
 
 
 def _direction(direction: Direction, inside: bool) -> Float[Tensor, " numbers"]:
-    """Candidates, positives (mean, least), rows without, p, hardest share, uniform level, floor, and the rows that
-    have no negative."""
+    """Candidates, positives (mean, least), rows without, p, hardest share, uniform level, floor, the rows that have
+    no negative, and the negatives that a mask leaves out."""
     losses, statistics = direction.losses, direction.statistics
     like = torch.zeros_like(losses)
     candidates, positives = like + statistics.candidates, like + statistics.positives
@@ -324,5 +329,6 @@ def _direction(direction: Direction, inside: bool) -> Float[Tensor, " numbers"]:
             mean(guess),
             mean(like + statistics.floor),
             (~has_rest).sum().to(losses.dtype),
+            (like + statistics.left_out).mean(),
         ]
     )

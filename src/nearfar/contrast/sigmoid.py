@@ -6,12 +6,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nearfar.contrast.masks import Mask
+from nearfar.contrast.masks import Mask, is_directed, is_soft
 from nearfar.contrast.numerics import Context, full_precision, no_second_derivative
 from nearfar.contrast.positives import PositiveLogits, Workspace, is_unmasked
 from nearfar.contrast.reductions import within
 from nearfar.contrast.targets import Target
 from nearfar.contrast.tiles import Scattered, Setting, tile_size, tiles
+from nearfar.errors import NearfarError
 
 __all__ = ["sigmoid_sums"]
 
@@ -34,6 +35,11 @@ def sigmoid_sums(
     Then, without gradient, the largest logit of the rest, the sum of its probabilities, and the size of the rest
     where a mask leaves some out. Weights of a target only say what is a positive.
     """
+    if is_directed(mask) or is_soft(mask):
+        raise NearfarError(
+            f"a {type(mask).__name__} tells the directions apart or weighs negatives, and the sigmoid loss asks about "
+            "each pair once; leave pairs out with a SimilarityMask or a Boolean matrix"
+        )
     setting = Setting(
         target=target, mask=mask, offset=offset, without_self=False, normalize=False, both=False, twin=False,
         inside=False, expected=False, bounded=False, size=tile_size(len(a), len(b), a.device, tile=tile), keep=False,

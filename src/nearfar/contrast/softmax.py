@@ -15,8 +15,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from nearfar.contrast.debiased import count_negatives, debiased_losses, hard_weighted_rest
 from nearfar.contrast.kernel import LogSums
-from nearfar.contrast.masks import Mask, checked_mask, transposed_mask
+from nearfar.contrast.masks import Mask, checked_mask, is_directed, is_soft, mask_weights, transposed_mask
 from nearfar.contrast.numerics import Context, full_precision, no_second_derivative
 from nearfar.contrast.positives import MASKED_LOGIT, is_unmasked
 from nearfar.contrast.running_sums import Statistics, Step
@@ -241,6 +242,11 @@ def log_sums(
             f"{target.shape[0]} queries and {target.shape[1]} keys: in both directions each needs its partner; "
             "both=False is for one"
         )
+    if is_soft(mask) and (not target.single or expected):
+        raise NearfarError(
+            f"a {type(mask).__name__} has weights of negatives, which go with one positive for each query (InfoNCE); "
+            "leave pairs out altogether with a mask, such as a GuideMask of softness 0"
+        )
     twin = b is None and target.symmetric and (mask is None or mask.symmetric) and offset == 0
     size = tile_size(n, m, a.device, twin, tile)
     setting = Setting(
@@ -253,7 +259,8 @@ def log_sums(
         twin=twin,
         inside=inside,
         expected=expected,
-        bounded=_bounded(a, b, scale, unit or normalize),
+        bounded=not is_soft(mask)
+        and _bounded(a, b, scale, unit or normalize),  # weights may be as small as they like
         size=size,
         keep=size == (n, m),
     )
@@ -301,6 +308,8 @@ def softmax_loss(
     in_batch: bool = True,
     denominator: str = "all",
     reduction: str = "mean",
+    tau_plus: float = 0.0,
+    beta: float = 0.0,
 ) -> tuple[Float[Tensor, ""] | Float[Tensor, " queries"], Step]:
     """The mean loss of the queries that have a positive, averaged over both directions where there are two.
 
@@ -310,8 +319,10 @@ def softmax_loss(
 
     ``denominator``: a positive is told apart from "all" candidates, from the negatives and itself, each on its "own"
     (sum outside), or from the "negatives" alone. ``reduction`` "sum" adds up, "none" gives the loss of each query;
-    both still average over directions. The other arguments are those of ``log_sums``. The ``Step`` holds what a
-    record is made of.
+    both still average over directions. ``beta`` above 0 weighs negatives by exp(β s), at the price of a second pass,
+    and ``tau_plus`` above 0 takes off the share of them that is thought to be positives (both in
+    ``nearfar.contrast.debiased``, for one positive for each query). The other arguments are those of ``log_sums``.
+    The ``Step`` holds what a record is made of.
     """
     n, keys = len(a), a if b is None else b
     if target.shape != (n, len(keys)):
@@ -327,15 +338,36 @@ def softmax_loss(
     part = slice(0, n) if rows is None else slice(*rows.indices(n))
     if rows is not None and (part.step != 1 or part.start >= part.stop):
         raise NearfarError(f"rows is {rows}; at least one row, without steps, is needed")
-    directions = _compute_directions(
-        a, b, scale, target, both, mask, None if rows is None else part, in_batch, options
-    )
+    if (tau_plus or beta) and (not target.single or inside):
+        raise NearfarError("tau_plus and beta are for one positive for each query (InfoNCE)")
+
+    def at(factor: Tensor) -> list[_DirectionSums]:
+        directions = _compute_directions(
+            a, b, factor, target, both, mask, None if rows is None else part, in_batch, options
+        )
+        for k, extra in enumerate(extras[: len(directions)]):
+            if extra is not None:
+                own, queries = directions[k].sums, directions[k].queries
+                joined = _with_extra(own, queries, extra, factor, unit, part.start)
+                directions[k] = directions[k]._replace(sums=joined)
+        return directions
+
+    directions = at(scale * (1.0 + beta)) if beta else at(scale)
+    if beta:
+        milder = at(scale * beta)
+        directions = [
+            one._replace(sums=_hard_weighted(one.sums, other.sums, beta))
+            for one, other in zip(directions, milder, strict=True)
+        ]
     losses, sums = [], []
     for k, direction in enumerate(directions):
-        own, extra = direction.sums, extras[k] if k < len(extras) else None
-        if extra is not None:
-            own = _with_extra(own, direction.queries, extra, scale, unit, part.start)
-        if denominator == "own":
+        own = direction.sums
+        if tau_plus:
+            count = count_negatives(own.rest, own.statistics)
+            each, clamped = debiased_losses(own.rest, own.positive, count, scale, tau_plus)
+            own = own._replace(statistics=replace(own.statistics, clamped=clamped))
+            losses.append(each)
+        elif denominator == "own":
             positives = (target.transposed() if k else target).listed(part, without_self)
             losses.append(each_alone(own, direction.queries, direction.keys, scale, positives))
         else:
@@ -350,6 +382,21 @@ def softmax_loss(
         return mean, step
     each_row = losses[0] if len(losses) == 1 else (losses[0] + losses[1]) * 0.5
     return each_row.sum() if reduction == "sum" else each_row, step
+
+
+def _hard_weighted(sharp: Sums, mild: Sums, beta: float) -> Sums:
+    """The sums of weighted negatives from those at (1 + beta) and at beta times the scale.
+
+    In the record, the hardest one has its share of the weighted sum.
+    """
+    known = sharp.statistics
+    rest = hard_weighted_rest(sharp.rest, mild.rest, count_negatives(sharp.rest, known))
+    shift = torch.where(rest > -torch.inf, rest - sharp.rest, 0.0).detach()
+    return sharp._replace(
+        rest=rest,
+        positive=sharp.positive / (1.0 + beta),
+        statistics=replace(known, hardest=known.hardest + shift),
+    )
 
 
 class _SumOptions(TypedDict):
@@ -390,17 +437,18 @@ def _compute_directions(
         alone = partners(a[part], keys[part], scale)
         for query, key in sides:
             directions.append(_DirectionSums(alone, query[part], key, float(len(a))))
-    elif rows is None:
+    elif rows is None and not (both and is_directed(mask)):
         both_ways = log_sums(a, b, scale, target, both=both, mask=mask, **options)
         for sums, (query, key) in zip(both_ways, sides, strict=True):
             directions.append(_DirectionSums(sums, query, key, _valid(sums.statistics)))
     else:
         for k, (query, key) in enumerate(sides):
+            some = slice(0, len(query)) if rows is None else rows
             towards = target.transposed() if k else target
             left_out = transposed_mask(mask) if k and mask is not None else mask
-            (sums,) = log_sums(query[rows], key, scale, towards, mask=left_out, offset=rows.start, **options)
+            (sums,) = log_sums(query[some], key, scale, towards, mask=left_out, offset=some.start, **options)
             valid = _count(towards.has_positives(options["without_self"]), 5)
-            directions.append(_DirectionSums(sums, query[rows], key, valid))
+            directions.append(_DirectionSums(sums, query[some], key, valid))
     return directions
 
 
@@ -432,16 +480,21 @@ def _with_extra(sums: Sums, queries: Tensor, extra: Extra, scale: Tensor, unit: 
         part = slice(offset, offset + n)
         with full_precision(keys.device):
             logits = torch.einsum("nd,nkd->nk", queries, keys[part]) * scale
+        candidates: Tensor | float = float(keys.shape[1])
         if extra.mask is not None:
-            logits = logits.masked_fill(extra.mask.tile(part, slice(0, keys.shape[1])), -torch.inf)
+            weights = mask_weights(extra.mask, part, slice(0, keys.shape[1])).to(logits)
+            weighted = logits + weights.clamp(min=torch.finfo(weights.dtype).tiny).log()
+            logits, candidates = weighted.masked_fill(weights == 0, -torch.inf), weights.sum(1)
         rest, hardest = torch.logsumexp(logits, 1), logits.detach().amax(1)
-        candidates: Tensor | float = (logits.detach() > -torch.inf).sum(1).to(logits.dtype)
     else:
         no_positives = NoPositives(offset + n, len(keys))
         (further,) = log_sums(queries, keys, scale, no_positives, mask=extra.mask, offset=offset, unit=unit)
         rest, hardest, candidates = further.rest, further.statistics.hardest, further.statistics.candidates
     statistics = replace(
-        old, hardest=torch.maximum(old.hardest, hardest), candidates=old.candidates + candidates
+        old,
+        hardest=torch.maximum(old.hardest, hardest),
+        candidates=old.candidates + candidates,
+        left_out=old.left_out + (float(keys.shape[-2]) - candidates),
     )
     # Not of -inf and -inf, a row all of whose negatives are left out: that has a gradient of NaN.
     joined = torch.logsumexp(torch.stack([sums.rest, rest]).clamp(min=MASKED_LOGIT), 0)

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nearfar.contrast.masks import Mask
+from nearfar.contrast.masks import Mask, is_soft, mask_weights
 from nearfar.contrast.positives import (
     MASKED_LOGIT,
     Entries,
@@ -177,6 +177,8 @@ class Tile(NamedTuple):
     number: int
     #: its columns are queries in their own right (false on the diagonal of twins, where the rows say it all)
     back: bool
+    #: by how much each pair counts as a negative, where the mask says so; the logits hold the logarithm already
+    weights: Float[Tensor, "r c"] | None = None
 
 
 def bounded(largest_logit: float, n: int, m: int, dtype: torch.dtype) -> bool:
@@ -224,13 +226,17 @@ def tiles(
             number = top // height * len(columns) + k
             if collect is not None:
                 collect.take(number, logits)
-            if setting.mask is not None:
+            weights = None
+            if setting.mask is not None and is_soft(setting.mask):
+                weights = mask_weights(setting.mask, own, columns[k]).to(logits)
+                logits.add_(weights.log().clamp_(min=MASKED_LOGIT))
+            elif setting.mask is not None:
                 left_out = setting.mask.tile(own, columns[k]).to(logits)
                 logits.add_(left_out, alpha=MASKED_LOGIT)
                 if collect is not None:
                     collect.exclude(number, left_out)
             back = setting.both or (setting.twin and columns[k].start > top)
-            yield Tile(rows, columns[k], queries, keys[k], logits, positives, number, back)
+            yield Tile(rows, columns[k], queries, keys[k], logits, positives, number, back, weights)
 
 
 def _take(

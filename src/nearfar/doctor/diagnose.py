@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from nearfar.data.files import Json
+from nearfar.doctor.gain import gain_sentence
 from nearfar.doctor.rule import SEVERITIES, Finding, Unjudged
 from nearfar.doctor.rules import RULES
 from nearfar.doctor.signals import Signals
@@ -17,7 +18,8 @@ class Diagnosis(list[Finding]):
 
     A rule in neither has looked and found nothing. ``verdict`` is one line. ``unread`` counts lines of the log that
     are no records; ``assumed`` says what was taken for granted in reading it, such as empty cells of a table;
-    ``read_as``, of the log of a different trainer, which of its names were taken for what, and which not understood.
+    ``read_as``, of the log of a different trainer, which of its names were taken for what, and which not understood;
+    ``gain``, in a sentence, what training changed in the monitored metric, where the score before it is known.
     """
 
     def __init__(
@@ -28,8 +30,10 @@ class Diagnosis(list[Finding]):
         unread: int = 0,
         assumed: Iterable[str] = (),
         read_as: Iterable[str] = (),
+        gain: str | None = None,
     ) -> None:
         super().__init__(findings)
+        self.gain = gain
         self.unread = unread
         self.assumed = list(assumed)
         self.read_as = list(read_as)
@@ -66,11 +70,18 @@ class Diagnosis(list[Finding]):
             return f"{by_severity}: {names} ({judged})"
         return f"no warning, no error{f'; {by_severity}' if by_severity else ''} ({judged})"
 
+    @property
+    def lines(self) -> list[str]:
+        """What a training prints at its end: the verdict, what training changed, warnings and errors."""
+        gain = [f"  {self.gain}"] if self.gain else []
+        return [self.verdict, *gain, *(f"  {finding}" for finding in self.of("error", "warning"))]
+
     def to_dict(self) -> Json:
         """Plain data, as ``doctor.json`` holds it."""
         return {
             "verdict": self.verdict,
             "healthy": self.healthy,
+            "gain": self.gain,
             "findings": [finding.to_dict() for finding in self],
             "judged": self.judged,
             "unread": self.unread,
@@ -111,4 +122,7 @@ def diagnose(
         elif outcome is not None:
             unjudged.append(outcome)
     findings.sort(key=lambda finding: -SEVERITIES.index(finding.severity))
-    return Diagnosis(findings, unjudged, len(RULES) - len(unjudged), read.unread, read.assumed, read.read_as)
+    known = read.context | {"splits": read.context.get("metrics")}
+    gain = gain_sentence(known) if read.context.get("gain") else None
+    judged = len(RULES) - len(unjudged)
+    return Diagnosis(findings, unjudged, judged, read.unread, read.assumed, read.read_as, gain)

@@ -34,6 +34,8 @@ FIELDS: dict[str, dict[str, str]] = {
         "rows": "rows of the batch, of this process",
         "world_size": "processes that train together",
         "rows_without_negatives": "rows that a mask leaves no negative",
+        "masked_per_row": "negatives of a query that a mask leaves out",
+        "debias_clamped": "share of rows whose debiased sum of negatives stands at its least",
         "p_positive": "probability given to the positive",
         "hardest_share": "share of the push that goes to the hardest negative",
         "uniform_level": "what guessing costs",
@@ -147,6 +149,8 @@ CONTEXT: dict[str, str] = {
     "groups": "{metric: {group: value}}",
     "change": "{metric: {group: difference between two systems}}",
     "comparison": "{metric: {value, low, high}, or {per_seed}, or {values, baseline} by seed, or {value, sd}}",
+    "before_training": "{split: {metric: estimate}}, of the model before its first step",
+    "gain": "{split: {metric: {value, low, high, verdict}}}, what training changed",
 }
 
 #: those of the context that are numbers

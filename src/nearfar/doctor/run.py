@@ -19,6 +19,8 @@ SHAPES = {
         "splits": Maybe({str: {str: {"protocol": Maybe(dict)}}}),
         "monitor": Maybe(str),
         "groups": Maybe(dict),
+        "before_training": Maybe({str: {str: dict}}),
+        "gain": Maybe({str: {str: {"value": float, "low": float, "high": float, "verdict": str}}}),
     },
     "dataset_layout.json": {"splits": Maybe({str: dict})},
 }
@@ -71,7 +73,7 @@ def read_run(folder: str | os.PathLike[str]) -> Signals:
     # A run's batch is that of all its processes; in what the doctor reads it is that of one, as logs of others have it.
     if "batch_size" in context:
         context["batch_size"] /= context.get("world_size") or 1
-    for name in ("monitor", "baselines", "groups", "change", "comparison"):
+    for name in ("monitor", "baselines", "groups", "change", "comparison", "before_training", "gain"):
         if metrics.get(name) is not None:
             context[name] = metrics[name]
     final = metrics.get("splits") or {}

@@ -167,6 +167,4 @@ class WatchCallback(Callback):
             return
         self.diagnosis = self.watch.finish(self._scores)
         if not self.quiet:
-            print(f"{self.folder}: {self.diagnosis.verdict}")
-            for finding in self.diagnosis.of("warning", "error"):
-                print(f"  {finding}")
+            print(f"{self.folder}: " + "\n".join(self.diagnosis.lines))

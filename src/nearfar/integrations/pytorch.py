@@ -19,23 +19,23 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from nearfar.data.files import Json
+from nearfar.data.writing import make_folder, write_atomically
 from nearfar.doctor import Diagnosis, diagnose
 from nearfar.errors import NearfarError, nearest_name
 from nearfar.metrics import (
     Estimate,
     embedding_health,
-    paired_difference,
     rank_estimates,
     retrieval_ranks,
     split_hash,
 )
+from nearfar.training.gain import gains
 from nearfar.training.probe import preserve_state
-from nearfar.training.run_folder import RunFolder, environment, make_folder, write_atomically
+from nearfar.training.run_folder import RunFolder, environment
+from nearfar.training.system import Evaluation
 
-__all__ = ["BEFORE", "Monitor", "Scores", "retrieval_scores"]
+__all__ = ["Monitor", "Scores", "retrieval_scores"]
 
-#: what the scores before the first step are called
-BEFORE = "before training"
 SYSTEM = "external"
 #: the embeddings and scores before the first step, for a run that is resumed
 START = "start.npz"
@@ -440,24 +440,13 @@ class Monitor:
             "steps": self.steps,
             "train_seconds": round(time.perf_counter() - self._started, 2),
         }
-        self.folder.write_json("metrics.json", about | self._against_start(splits) | {"splits": estimates})
+        evaluations = {split: self._evaluation(split, scores) for split, scores in splits.items()}
+        start = {} if self.before is None else {"val": self._evaluation("val", self.before)}
+        self.folder.write_json("metrics.json", about | gains(evaluations, start) | {"splits": estimates})
 
-    def _against_start(self, splits: Mapping[str, Scores]) -> Json:
-        """The scores before training, and what training changed."""
-        if self.before is None or "val" not in splits:
-            return {}
-        now, start = splits["val"], self.before
-        before = {
-            name: _estimate(name, each).to_dict() | {"name": BEFORE} for name, each in start.estimates.items()
-        }
-        differences = {}
-        for name, values in now.per_item.items():
-            if name in start.per_item and len(start.per_item[name]) == len(values) > 1:
-                gain = paired_difference(values, start.per_item[name], metric=name)
-                differences[f"{name} against {BEFORE}"] = {
-                    "value": gain.value, "low": gain.low, "high": gain.high, "verdict": gain.verdict,
-                }  # fmt: skip
-        return {"baselines": {"val": before}, "comparison": differences}
+    def _evaluation(self, split: str, scores: Scores) -> Evaluation:
+        estimates = {name: _estimate(name, each) for name, each in scores.estimates.items()}
+        return Evaluation(split, estimates, list(scores.ids), scores.per_item)
 
 
 def _estimate(name: str, value: Estimate | float) -> Estimate:

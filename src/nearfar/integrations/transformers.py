@@ -192,9 +192,7 @@ class WatchCallback(TrainerCallback):
         scores = self._metrics if same or watch.evaluate is None else watch.scores()
         self.diagnosis = watch.finish(scores)
         if not self.quiet:
-            print(f"{self.folder}: {self.diagnosis.verdict}")
-            for finding in self.diagnosis.of("warning", "error"):
-                print(f"  {finding}")
+            print(f"{self.folder}: " + "\n".join(self.diagnosis.lines))
 
     # -- parts ---------------------------------------------------------------------------------------------------
     def _latest(self, step: int) -> Scores | None:

@@ -36,6 +36,7 @@ __all__ = [
     "Comparison",
     "FoldDifferences",
     "Mean",
+    "compare_arms",
     "compare_runs",
     "find_runs",
     "fold_differences",
@@ -189,7 +190,8 @@ class Comparison:
     ``together[arm][metric]`` the verdict that holds for the differences of all results at once (Holm; controls are not
     among them). ``refused`` has the reason why an arm, or "arm: metric", is not compared; ``notes`` what a reader has
     to know; ``losses`` the comparison of the training losses. In a cross-validation, ``over`` is the option by which
-    its folds differ, and ``by_fold[arm][metric]`` the differences fold by fold.
+    its folds differ, and ``by_fold[arm][metric]`` the differences fold by fold. Of rankings, ``needed[arm][metric]`` is
+    the number of queries that would tell the difference (``items_needed``).
     """
 
     arms: list[Arm]
@@ -205,6 +207,7 @@ class Comparison:
     losses: dict[str, LossComparison] = field(default_factory=dict)
     over: str | None = None
     by_fold: dict[str, dict[str, FoldDifferences]] = field(default_factory=dict)
+    needed: dict[str, dict[str, int | None]] = field(default_factory=dict)
 
     @cached_property
     def controls(self) -> frozenset[str]:
@@ -247,13 +250,21 @@ def _why_not(a: Arm, b: Arm) -> str | None:
     assert a.ids is not None
     assert b.ids is not None
     if len(a.ids) != len(b.ids) or not np.array_equal(a.ids, b.ids):
-        return f"different items: {len(a.ids)} and {len(b.ids)} ids that are not the same"
+        sides = ((a, set(a.ids) - set(b.ids)), (b, set(b.ids) - set(a.ids)))
+        alone = [f"{len(ids)} only in {arm.label} ({_some(ids)})" for arm, ids in sides if ids]
+        return f"different items: {len(a.ids)} and {len(b.ids)} ids that are not the same" + "".join(
+            f", {each}" for each in alone
+        )
     if not set(a.runs) & set(b.runs):
         return (
             f"no seed in common: {sorted(a.runs)} and {sorted(b.runs)}; train one of them on the other's seeds "
             "(nearfar train -m … seed=…)"
         )
     return None
+
+
+def _some(ids: set[object]) -> str:
+    return ", ".join(sorted(map(str, ids))[:5]) + (", …" if len(ids) > 5 else "")
 
 
 def _refuse_metrics(a: Arm, b: Arm, common: Sequence[int]) -> dict[str, str]:
@@ -296,9 +307,16 @@ def compare_runs(
         load_scores(arm, split)
     if over is not None:
         arms = join_folds(arms, over)
-    base = _baseline(arms, baseline)
+    comparison = compare_arms(arms, _baseline(arms, baseline), split, metrics[0]["monitor"], over)
+    base = comparison.baseline
+    comparison.losses = {arm.label: compare_losses(base, arm) for arm in arms if arm is not base}
+    return comparison
+
+
+def compare_arms(arms: list[Arm], base: Arm, split: str, monitor: str, over: str | None = None) -> Comparison:
+    """Means of arms whose scores are loaded, and each one's paired differences from ``base``, judged together."""
     seeds = sorted(set.intersection(*(set(arm.runs) for arm in arms)))
-    comparison = Comparison(arms, base, split, metrics[0]["monitor"], seeds, {}, {}, {}, over=over)
+    comparison = Comparison(arms, base, split, monitor, seeds, {}, {}, {}, over=over)
     for arm in arms:
         comparison.summary[arm.label] = _means(arm)
         if arm is not base:
@@ -313,7 +331,6 @@ def compare_runs(
     }
     for (label, name), verdict in holm(results).items():
         comparison.together.setdefault(label, {})[name] = verdict
-    comparison.losses = {arm.label: compare_losses(base, arm) for arm in arms if arm is not base}
     return comparison
 
 
@@ -342,6 +359,8 @@ def _compare_with_baseline(comparison: Comparison, arm: Arm) -> None:
             f"{arm.label}: one seed in common with the baseline. The interval is over items only; a different seed may "
             "give a different result."
         )
+    if confounded := _other_batch(base, arm):
+        comparison.notes.append(confounded)
     # A metric without scores of single items, such as the median rank, has means and no difference.
     paired = set(base.per_item[common[0]]) | set(arm.per_item[common[0]])
     refused = {
@@ -358,6 +377,19 @@ def _compare_with_baseline(comparison: Comparison, arm: Arm) -> None:
         for name in base.per_item[common[0]]
         if name in arm.per_item[common[0]] and name not in refused
     }
+
+
+def _other_batch(base: Arm, arm: Arm) -> str | None:
+    """What a reader has to know of arms that differ in their batch and in something else, too."""
+    ours, theirs = flatten(arm.config).get("batch_size"), flatten(base.config).get("batch_size")
+    others = {part for part in arm.parts if not part.startswith("batch_size=")}
+    others ^= {part for part in base.parts if not part.startswith("batch_size=")}
+    if ours == theirs or None in (ours, theirs) or not others:
+        return None
+    return (
+        f"{arm.label}: its batches have {ours} rows and those of {base.label} {theirs}, and it differs in something "
+        "else, too. A larger batch alone raises scores: compare at one batch_size."
+    )
 
 
 def _direction(arm: Arm, name: str) -> bool | None:

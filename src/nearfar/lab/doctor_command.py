@@ -82,6 +82,8 @@ def _own_overrides(run: Path) -> list[str]:
 def print_diagnosis(diagnosis: Diagnosis, run: Path, console: Console) -> None:
     """Print it; lines are not wrapped, so that commands can be copied."""
     say(console, f"{run}: {diagnosis.verdict}", style=_style(diagnosis))
+    if diagnosis.gain:
+        say(console, f"  {diagnosis.gain}")
     for line in diagnosis.read_as:
         say(console, f"  {line}", style="dim")
     for finding in diagnosis:

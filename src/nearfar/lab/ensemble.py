@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nearfar.config.compose import flatten
 from nearfar.data.files import Json
+from nearfar.data.writing import make_folder
 from nearfar.errors import NearfarError
 from nearfar.lab.groups import apart, find_runs
 from nearfar.lab.report import write_report
@@ -19,7 +20,7 @@ from nearfar.systems import build_system
 from nearfar.training.checkpoint import Checkpoint, find_checkpoint
 from nearfar.training.evaluation import outputs_of
 from nearfar.training.fit import write_diagnosis, write_results
-from nearfar.training.run_folder import RunFolder, environment, make_folder
+from nearfar.training.run_folder import RunFolder, environment
 from nearfar.training.state import initial_model, load_weights
 from nearfar.training.system import Evaluation, System
 

@@ -17,6 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from nearfar.data.files import DAMAGED, Json, check_shape, read_bytes, read_text
+from nearfar.data.writing import write_atomically
 from nearfar.errors import NearfarError
 from nearfar.lab.charts import band_chart, hardness_chart, heat_map, intervals_chart, line_chart, map_chart
 from nearfar.lab.groups import PlanRecord, by_question, plans_of
@@ -25,7 +26,7 @@ from nearfar.lab.sweep import Sweep, sweep_of
 from nearfar.lab.table import FEW
 from nearfar.metrics import Estimate
 from nearfar.terminal import metric_words, short_number, visible
-from nearfar.training.run_folder import RunFolder, write_atomically
+from nearfar.training.run_folder import RunFolder
 from nearfar.training.sections import read_sections
 
 if TYPE_CHECKING:
@@ -35,9 +36,11 @@ if TYPE_CHECKING:
 __all__ = [
     "comparison_curves",
     "comparison_page",
+    "comparison_record",
     "embedding_map",
     "training_charts",
     "write_comparison",
+    "write_rankings",
     "write_report",
 ]
 
@@ -67,6 +70,7 @@ def training_charts(
     """Loss between guessing and floor, validation above chance, realised hardness, health of the embeddings."""
     steps, epochs, probes = (of_kind(folder, kind) for kind in ("step", "epoch", "probe"))
     charts = []
+    start = of_kind(folder, "start")
     if steps:
         levels = {}
         if steps[-1].get("uniform_level") is not None:
@@ -79,7 +83,9 @@ def training_charts(
             loss["training, random batches"] = _series(probes, "train_loss_same_composition")
         loss = {name: line for name, line in loss.items() if line[0]}
         charts.append(line_chart("Training loss", loss, "optimiser step", "loss (nats)", levels))
-    charts += _validation(epochs, metrics["monitor"], dict(tables.get("val", ())))
+    charts += _validation(
+        [each | {"epoch": 0} for each in start] + epochs, metrics["monitor"], dict(tables.get("val", ()))
+    )
     if plans := plans_of(folder):
         charts.append(hardness_chart({"realised": plans}, plans[0].get("hardness_random")))
     return [Markup(chart) for chart in [*charts, *_health(probes)]]
@@ -255,6 +261,14 @@ def _baselines(given: Json, reported: str, split: str) -> dict[str, float]:
     return {name: float(value) for name, value in values.items() if value is not None}
 
 
+def _before(metrics: Json) -> dict[str, dict[str, Estimate]]:
+    """The scores of the model before its first step, by split and metric."""
+    return {
+        split: {name: Estimate.from_dict(each) for name, each in estimates.items()}
+        for split, estimates in (metrics.get("before_training") or {}).items()
+    }
+
+
 def write_report(folder: RunFolder) -> Path:
     """Write ``report.html`` of a finished run and return its path."""
     metrics = folder.read_json("metrics.json")
@@ -277,6 +291,8 @@ def write_report(folder: RunFolder) -> Path:
                 for question, estimates in by_question(dict(rows)).items()
             },
             verdict=run_verdict(folder),
+            before=_before(metrics),
+            gains=metrics.get("gain") or {},
             baselines=partial(_baselines, metrics.get("baselines") or {}, next(iter(tables))),
             sections=read_sections(folder),
             charts=training_charts(folder, metrics, tables),
@@ -397,7 +413,20 @@ def write_comparison(comparison: Comparison, output: Path | None = None) -> Path
         path = path / "report.html"
     if output is None and (common / "config.yaml").exists():
         path = common / "comparison.html"  # one run lies inside the other: its own report stays
-    content: dict[str, object] = {
+    _check_page(path)
+    text = json.dumps(comparison_record(comparison), indent=2, ensure_ascii=False)
+    write_atomically(path.with_name("comparison.json"), lambda file: file.write(text.encode()))
+    page = comparison_page(comparison, path)
+    write_atomically(path, lambda file: file.write(page.encode()))
+    try:
+        return path.relative_to(Path.cwd())
+    except ValueError:
+        return path
+
+
+def comparison_record(comparison: Comparison) -> Json:
+    """What ``comparison.json`` holds."""
+    content: Json = {
         "split": comparison.split,
         "baseline": comparison.baseline.label,
         "arms": {
@@ -426,12 +455,15 @@ def write_comparison(comparison: Comparison, output: Path | None = None) -> Path
             "chosen_on": sweep.chosen_on,
             "verdict": sweep.verdict,
         }
-    _check_page(path)
-    text = json.dumps(content, indent=2, ensure_ascii=False)
-    write_atomically(path.with_name("comparison.json"), lambda file: file.write(text.encode()))
-    page = comparison_page(comparison, path)
-    write_atomically(path, lambda file: file.write(page.encode()))
-    try:
-        return path.relative_to(Path.cwd())
-    except ValueError:
-        return path
+    if comparison.needed:
+        content["needed"] = comparison.needed
+    return content
+
+
+def write_rankings(comparison: Comparison, path: Path) -> Path:
+    """Write a comparison of rankings as JSON, in the form of ``comparison.json``."""
+    if path.suffix != ".json":
+        raise NearfarError(f"--output {path}: a comparison of rankings is written as .json")
+    text = json.dumps(comparison_record(comparison), indent=2, ensure_ascii=False)
+    write_atomically(path, lambda file: file.write(text.encode()))
+    return path

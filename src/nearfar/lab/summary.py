@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 
 from nearfar.config.samplers import sampler_choices
 from nearfar.data.files import Json, read_json
+from nearfar.doctor.gain import gain_sentence
 from nearfar.lab.compare import Arm, Comparison
 from nearfar.lab.groups import PlanRecord, plans_of
 from nearfar.lab.sweep import sweep_of
@@ -86,6 +87,8 @@ def run_verdict(folder: RunFolder) -> RunVerdict:
     """The verdict of a finished run from ``metrics.json`` and, where there is one, ``doctor.json``."""
     metrics = folder.read_json("metrics.json")
     result, above = _result(metrics)
+    if sentence := gain_sentence(metrics):
+        result += f" {sentence}."
     path = folder.path / "doctor.json"
     if not folder.has("doctor.json"):
         health = "The doctor has not judged this run (nearfar doctor RUN)."

@@ -66,7 +66,7 @@ def expected_lead(arms: int, error: float) -> float:
 def sweep_of(comparison: Comparison) -> Sweep | None:
     """The arms of a comparison as a sweep, or None where there are fewer than three."""
     arms = comparison.arms
-    if len(arms) < LEAST:
+    if len(arms) < LEAST or not arms[0].config:  # rankings of other tools have no options
         return None
     values = {arm.label: dict(part.split("=", 1) for part in arm.parts) for arm in arms}
     axes = list(dict.fromkeys(key for arm in arms for key in values[arm.label]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -91,11 +92,16 @@ def estimates_table(title: str, estimates: Mapping[str, Estimate]) -> Table:
             metric_words(name),
             short_number(estimate.value),
             interval_words(estimate.low, estimate.high),
-            short_number(estimate.chance),
+            _chance(estimate),
             *([str(estimate.protocol.get("gallery", ""))] if galleries else []),
             str(estimate.n) + (" (trivial)" if estimate.trivial else ""),
         )
     return table
+
+
+def _chance(estimate: Estimate) -> str:
+    """The chance level, a dash where it is unknown."""
+    return "–" if math.isnan(estimate.chance) else short_number(estimate.chance)
 
 
 def differences_table(title: str, rows: Sequence[Json]) -> Table:
@@ -169,17 +175,13 @@ def _arms_table(comparison: Comparison, question: str, metrics: Sequence[str]) -
     table.add_column("chance", justify="right")
     table.add_column("gallery", justify="right")
     for arm in comparison.arms:
-        seeds = f"{len(arm.runs)} seed" + "s" * (len(arm.runs) != 1)
-        table.add_column(f"{arm.label}\n{seeds}", justify="right")
+        seeds = f"\n{len(arm.runs)} seed" + "s" * (len(arm.runs) != 1)
+        table.add_column(arm.label + seeds * bool(arm.config), justify="right")
     for name in metrics:
         _mark_controls(table, comparison, name, metrics)
         row = [metric_words(name)]
         estimate = first.get(name)
-        row += (
-            [short_number(estimate.chance), str(estimate.protocol.get("gallery", ""))]
-            if estimate
-            else ["", ""]
-        )
+        row += [_chance(estimate), str(estimate.protocol.get("gallery", ""))] if estimate else ["", ""]
         for arm in comparison.arms:
             mean = comparison.summary[arm.label].get(name)
             row.append(f"{short_number(mean.value)} {interval_words(mean.low, mean.high)}" if mean else "–")
@@ -198,7 +200,9 @@ def _differences_of(comparison: Comparison, label: str, question: str, metrics: 
     several = comparison.judged_together > 1
     title = f"{label} − {comparison.baseline.label}" + (f" · {question}" if question else "")
     table = Table(title)
-    for column in ("metric", "difference", "95 % interval", "per seed", "verdict"):
+    needed = comparison.needed.get(label)
+    last = "per seed" if needed is None else "queries that\nwould tell it"
+    for column in ("metric", "difference", "95 % interval", last, "verdict"):
         table.add_column(
             column, justify="right" if column in ("difference", "95 % interval") else "left", no_wrap=True
         )
@@ -211,11 +215,17 @@ def _differences_of(comparison: Comparison, label: str, question: str, metrics: 
             metric_words(name),
             f"{d.value:+.3f}",
             f"[{d.low:+.3f}, {d.high:+.3f}]",
-            " ".join(f"{value:+.3f}" for value in d.per_seed),
+            " ".join(f"{value:+.3f}" for value in d.per_seed)
+            if needed is None
+            else _queries(needed.get(name)),
             Text(d.verdict, _verdict_style(d)),
             *([comparison.together[label].get(name, "–")] if several else []),
         )
     return table
+
+
+def _queries(number: int | None) -> str:
+    return "–" if number is None else f"{number:,}" if number < 10**7 else "over 10 million"
 
 
 def fold_table(comparison: Comparison, label: str, question: str, metrics: Sequence[str]) -> Table:

@@ -24,6 +24,7 @@ from torch import nn
 
 from nearfar.config.compose import override_config
 from nearfar.config.training import RunOptions
+from nearfar.data.writing import make_folder
 from nearfar.errors import NearfarError
 from nearfar.lab.batch_evaluation import run_arithmetic
 from nearfar.metrics import Difference, comparable, paired_difference
@@ -33,7 +34,7 @@ from nearfar.training.checkpoint import Checkpoint, Resume, find_checkpoint
 from nearfar.training.evaluation import evaluate
 from nearfar.training.fit import train
 from nearfar.training.loop import Interrupted, stop_signals
-from nearfar.training.run_folder import RunFolder, make_folder
+from nearfar.training.run_folder import RunFolder
 from nearfar.training.state import initial_model, load_weights
 from nearfar.training.system import Evaluation, System
 

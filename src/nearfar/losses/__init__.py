@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from nearfar.contrast import DuplicateMask, IndexMask, NoPositivesWarning, Rectangle, SimilarityMask, Target
+from nearfar.contrast import (
+    DuplicateMask,
+    GuideMask,
+    IndexMask,
+    NegativeWeights,
+    NoPositivesWarning,
+    Rectangle,
+    SimilarityMask,
+    Target,
+)
 from nearfar.losses.base import ContrastiveLoss, LossTraits, NoNegativesWarning, Record, Requires
+from nearfar.losses.distillation import DistillationLoss, MarginMSELoss
 from nearfar.losses.explain import BatchExplanation, explain_batch
 from nearfar.losses.focal import FocalLoss, FocalRecord
 from nearfar.losses.info_nce import ClipLoss, InfoNCELoss
 from nearfar.losses.masks import duplicate_mask, false_negative_mask
+from nearfar.losses.matryoshka import MatryoshkaLoss
 from nearfar.losses.memory import CrossBatchMemory
 from nearfar.losses.objective import GradientShares, Objective, ObjectiveRecord
 from nearfar.losses.score_contrastive import AdaptiveScoreContrastiveLoss, BidirectionalScoreContrastiveLoss
@@ -25,14 +36,19 @@ __all__ = [
     "ClipLoss",
     "ContrastiveLoss",
     "CrossBatchMemory",
+    "DistillationLoss",
     "DuplicateMask",
     "FocalLoss",
     "FocalRecord",
     "GradientShares",
+    "GuideMask",
     "IndexMask",
     "InfoNCELoss",
     "LossTraits",
+    "MarginMSELoss",
+    "MatryoshkaLoss",
     "MultiLabelSupConLoss",
+    "NegativeWeights",
     "NoNegativesWarning",
     "NoPositivesWarning",
     "Objective",

@@ -142,7 +142,8 @@ class Record:
     negatives: spread evenly; 0 where there is no negative). ``uniform_level``: the loss of guessing, when all
     candidates score alike. ``floor``: the least the loss can reach. ``scale``: 1 / temperature, as it was used.
     ``finite``: false where the loss is infinite or not a number. ``rows_without_negatives``: rows that have
-    none, since a mask leaves out all others or all are positives.
+    none, since a mask leaves out all others or all are positives. ``masked_per_row``: negatives of a query that a mask
+    leaves out; where it has weights of negatives, what these lack of 1, summed (``candidates`` then counts by weight).
 
     ``extra`` holds further numbers of a certain loss; ``to_dict`` puts them beside the others. ``traits`` say which
     kind of loss it is.
@@ -160,13 +161,14 @@ class Record:
     finite: bool = True
     extra: dict[str, float] = field(default_factory=dict)
     rows_without_negatives: float = 0.0
+    masked_per_row: float = 0.0
     traits: LossTraits | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def of(cls, step: Step, traits: LossTraits | None = None, /, **extra: float) -> Self:
         """Read a step off its device."""
-        *numbers, alone, finite = step.numbers().tolist()
-        return cls(*numbers, bool(finite), extra, alone, traits)  # type: ignore[call-arg]
+        *numbers, alone, masked, finite = step.numbers().tolist()
+        return cls(*numbers, bool(finite), extra, alone, masked, traits)  # type: ignore[call-arg]
 
     def numbers(self) -> dict[str, float]:
         """All numbers by name, those of ``extra`` among them."""

@@ -19,6 +19,8 @@ from nearfar.contrast import (
     check_reduction,
     checked_mask,
     dense_own_pairs,
+    is_directed,
+    is_soft,
     one_direction_loss,
     softmax_loss,
     uncompiled,
@@ -51,6 +53,8 @@ class InfoNCEOptions:
     in_batch: bool = True
     denominator: Literal["all", "negatives"] = "all"
     reduction: Literal["mean", "sum", "none"] = "mean"
+    tau_plus: float = 0.0
+    beta: float = 0.0
 
     def check(self) -> None:
         """``NearfarError`` for options that cannot be; the temperature is checked where it is used."""
@@ -58,11 +62,23 @@ class InfoNCEOptions:
         check_words(denominator=self.denominator, reduction=self.reduction)
         check_denominator(self.denominator)
         check_reduction(self.reduction)
+        if not 0.0 <= number("tau_plus", self.tau_plus) < 1.0:
+            raise NearfarError(
+                f"tau_plus is {self.tau_plus}, but it is the share of negatives that are positives in truth: 0 up to "
+                "below 1, often 0.01 to 0.1"
+            )
+        number("beta", self.beta, 0.0)
+        if self.tau_plus and self.denominator != "all":
+            raise NearfarError(
+                f"tau_plus={self.tau_plus} corrects a sum that holds the positive, and "
+                f"denominator={self.denominator!r} has none there; leave one of them out"
+            )
 
     @property
     def plain(self) -> bool:
         """Whether the loss is the mean over rows of a choice among all candidates."""
-        return self.in_batch and self.denominator == "all" and self.reduction == "mean"
+        weighted = bool(self.tau_plus or self.beta)
+        return self.in_batch and self.denominator == "all" and self.reduction == "mean" and not weighted
 
 
 def info_nce(
@@ -79,6 +95,8 @@ def info_nce(
     in_batch: bool = True,
     denominator: Literal["all", "negatives"] = "all",
     reduction: Literal["mean", "sum", "none"] = "mean",
+    tau_plus: float = 0.0,
+    beta: float = 0.0,
     rows: slice | None = None,
     tile: tuple[int, int] | None = None,
 ) -> Float[Tensor, ""] | Float[Tensor, " queries"]:
@@ -103,6 +121,12 @@ def info_nce(
     ``reduction`` "sum" adds the rows up, "none" gives the loss of each row (n,); with ``symmetric`` a row's is the
     mean of its two directions.
 
+    ``beta`` above 0 draws the N negatives of a query with probability ∝ exp(β s_ij) (Robinson et al. 2021,
+    arXiv:2010.04592): their sum is N Σ_j exp((1 + β) s_ij) / Σ_j exp(β s_ij), at twice the cost. ``tau_plus`` above 0
+    takes for granted that this share of them are positives in truth (Chuang et al. 2020, arXiv:2007.00224): their sum
+    is max((Σ_j exp(s_ij) - N τ⁺ exp(s_ii)) / (1 - τ⁺), N exp(-1 / temperature)). Guessing stays ln(candidates).
+    A ``NegativeWeights`` or a soft ``GuideMask`` as ``mask`` weighs each negative; N is then the sum of its weights.
+
     Memory is O(n d): no matrix of all pairs is stored above about a thousand rows. Half precision inputs are scored in
     float32, and the result is float32 then. One row alone has loss 0. Range: 0 (floor) to infinity; guessing is
     ln(number of candidates).
@@ -117,7 +141,9 @@ def info_nce(
     >>> moco < info_nce(torch.eye(4), torch.eye(4), symmetric=False, negatives=queue)
     tensor(True)
     """
-    options = InfoNCEOptions(temperature, symmetric, normalize, in_batch, denominator, reduction)
+    options = InfoNCEOptions(
+        temperature, symmetric, normalize, in_batch, denominator, reduction, tau_plus, beta
+    )
     return info_nce_step(
         a,
         b,
@@ -165,6 +191,8 @@ def info_nce_step(
         and a.ndim == b.ndim == 2
         and (n == m or (n < m and not symmetric))
     )
+    # Weights of negatives, and masks that are not the same in both directions, are the kernel's.
+    whole = whole and not (is_soft(mask) or (symmetric and is_directed(mask)))
     if whole:
         dense_mask = None if mask is None else checked_mask(mask, n, m)
         small = dense_own_pairs(a, b, scale, symmetric, normalize, dense_mask)
@@ -198,6 +226,8 @@ def info_nce_step(
         in_batch=options.in_batch,
         denominator="negatives" if options.denominator == "negatives" else "all",
         reduction=options.reduction,
+        tau_plus=options.tau_plus,
+        beta=options.beta,
     )
 
 
@@ -291,7 +321,10 @@ class InfoNCELoss(InfoNCEOptions, ContrastiveLoss):
 
     ``in_batch=False`` chooses between the own partner and the given ``negatives`` alone (MoCo);
     ``denominator="negatives"`` takes the partner out of the sum (decoupled contrastive learning); ``reduction`` is
-    "mean", "sum" or "none", the loss of each row.
+    "mean", "sum" or "none", the loss of each row. ``beta`` weighs hard negatives up (Robinson et al. 2021), and
+    ``tau_plus`` takes off the share of negatives that are positives in truth (Chuang et al. 2020);
+    ``record.extra["debias_clamped"]`` is the share of rows whose sum of negatives stands at its least then, where it
+    has no gradient.
 
     Called with two (n, d) matrices it returns a 0-d tensor (of "none" (n,)). ``mask`` (n, n) leaves pairs out, see
     ``nearfar.losses.false_negative_mask``; ``scale`` replaces 1 / temperature and may be a tensor that learns;
@@ -320,6 +353,8 @@ class InfoNCELoss(InfoNCEOptions, ContrastiveLoss):
             Requires("in_batch", (True,), "rows of the batch are the candidates of the ring"),
             Requires("denominator", ("all",), "its sums hold all candidates"),
             Requires("reduction", ("mean",), "it takes the mean over rows"),
+            Requires("tau_plus", (0.0,), "its sums are those of all negatives alike"),
+            Requires("beta", (0.0,), "its sums are those of all negatives alike"),
         ),
     )
 
@@ -342,6 +377,11 @@ class InfoNCELoss(InfoNCEOptions, ContrastiveLoss):
             a, b, self, scale, mask=mask, negatives=negatives, negatives_mask=negatives_mask, rows=rows
         )
         return self.keep(*step, masked)
+
+    def _extra(self) -> dict[str, float]:
+        clamped = [] if self._step is None else [each.statistics.clamped for each in self._step.directions()]
+        shares = [each.to(torch.float32).mean() for each in clamped if each is not None]
+        return {"debias_clamped": torch.stack(shares).mean().item()} if shares else {}
 
     def pair_arguments(self, arguments: Mapping[str, Any]) -> PairArguments:
         scale = arguments.get("scale")

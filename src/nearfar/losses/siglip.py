@@ -94,7 +94,14 @@ def siglip_step(
     candidates = float(n) if mask is None else left + 1.0
     step = _Sigmoid(
         loss.detach(),
-        partial(list, [Direction(positive.detach(), push, Statistics(hardest, candidates, 1.0, 1.0, 0.0))]),
+        partial(
+            list,
+            [
+                Direction(
+                    positive.detach(), push, Statistics(hardest, candidates, 1.0, 1.0, 0.0, n - candidates)
+                )
+            ],
+        ),
         scale.detach(),
     )
     return loss, step
@@ -133,7 +140,8 @@ class _Sigmoid(Step):
             [
                 candidates.mean(), one[0], one[0], one[0] * 0, torch.exp(-direction.losses).mean(), share.mean(),
                 guess.mean(), one[0] * 0, torch.as_tensor(self.scale).to(one),
-                (candidates <= 1).sum().to(one), self.value.isfinite().to(one),
+                (candidates <= 1).sum().to(one), (one * direction.statistics.left_out).mean(),
+                self.value.isfinite().to(one),
             ]
         )  # fmt: skip
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from nearfar.metrics.batch_signals import batch_signals, group_signals
-from nearfar.metrics.comparison import Difference, compare, holm, paired_difference
+from nearfar.metrics.comparison import Difference, compare, holm, items_needed, paired_difference
 from nearfar.metrics.count_metrics import by_group, count_estimate, f1_macro, f1_micro, item_values, share
 from nearfar.metrics.embedding_health import (
     alignment,
@@ -18,9 +18,11 @@ from nearfar.metrics.embedding_health import (
 from nearfar.metrics.estimate import Estimate, comparable, split_hash
 from nearfar.metrics.intervals import bootstrap_mean, few_runs, mean_interval, wilson
 from nearfar.metrics.precision_at_r import map_at_r
+from nearfar.metrics.ranking_scores import describe_ranking, score_ranking
 from nearfar.metrics.ranks import Ranks
 from nearfar.metrics.recall import RecallAtK
 from nearfar.metrics.retrieval import rank_estimates, retrieval_metrics, retrieval_ranks
+from nearfar.metrics.retrieval_scores import RetrievalScores, score_retrieval
 from nearfar.metrics.seeds import seeds_interval
 
 __all__ = [
@@ -28,6 +30,7 @@ __all__ = [
     "Estimate",
     "Ranks",
     "RecallAtK",
+    "RetrievalScores",
     "alignment",
     "batch_signals",
     "bootstrap_mean",
@@ -35,6 +38,7 @@ __all__ = [
     "comparable",
     "compare",
     "count_estimate",
+    "describe_ranking",
     "effective_rank",
     "embedding_health",
     "f1_macro",
@@ -44,6 +48,7 @@ __all__ = [
     "holm",
     "hubness",
     "item_values",
+    "items_needed",
     "map_at_r",
     "mean_cosine",
     "mean_interval",
@@ -52,6 +57,8 @@ __all__ = [
     "rank_estimates",
     "retrieval_metrics",
     "retrieval_ranks",
+    "score_ranking",
+    "score_retrieval",
     "seeds_interval",
     "share",
     "split_hash",

@@ -15,14 +15,14 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from nearfar.arguments import any_number, choice, flag, instance, numbers, shown, text, whole_number
+from nearfar.arguments import any_number, choice, flag, instance, number, numbers, shown, text, whole_number
 from nearfar.directions import lower_is_better
 from nearfar.errors import NearfarError
 from nearfar.metrics.estimate import Estimate, comparable
-from nearfar.metrics.intervals import check_confidence
+from nearfar.metrics.intervals import check_confidence, normal_quantile
 from nearfar.metrics.seeds import Spread, spread_of_difference
 
-__all__ = ["Difference", "compare", "holm", "paired_difference"]
+__all__ = ["Difference", "compare", "holm", "items_needed", "paired_difference"]
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -148,6 +148,34 @@ def paired_difference(
         else "items only: one seed cannot show what a different one would give",
         spread=spread,
     )
+
+
+def items_needed(difference: Difference, power: float = 0.8) -> int | None:
+    """How many items would tell this difference from 0 in ``power`` of all cases, at its level of confidence.
+
+    Takes the difference and the spread of items as they were seen: n = ((z₁₋α/₂ + z_power) σ / d)². It is an estimate
+    from the same items, and as uncertain as they are. ``None`` for a difference of 0. Several seeds vary besides the
+    items, and unpaired differences have no spread: both raise ``NearfarError``.
+
+    >>> a, b = np.random.default_rng(0).random((2, 400))
+    >>> d = paired_difference(0.9 * b + 0.1 * a + 0.02, b)
+    >>> d.verdict, items_needed(d), items_needed(paired_difference(b, b))
+    ('better', 26, None)
+    """
+    instance("difference", difference, Difference)
+    power = number("power", power)
+    if not 0.0 < power < 1.0:
+        raise NearfarError(f"power is {power}; a share between 0 and 1 is needed, such as 0.8")
+    spread = difference.spread
+    if spread is None or spread.seeds != 1:
+        raise NearfarError(
+            "difference is of several seeds, or unpaired; the number of items is known for paired scores of one run "
+            "each"
+        )
+    if difference.value == 0.0:
+        return None
+    together = normal_quantile(0.5 + difference.confidence / 2) + normal_quantile(power)
+    return max(2, math.ceil(spread.of_items * spread.n * (together / difference.value) ** 2))
 
 
 def holm(differences: Mapping[Key, Difference], confidence: float = 0.95) -> dict[Key, str]:

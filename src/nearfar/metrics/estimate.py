@@ -29,11 +29,11 @@ _NOT_IDENTITY = frozenset({"interval", "confidence", "resamples", "seed"})
 class Estimate:
     """A measured value and everything needed to judge it.
 
-    ``low`` and ``high`` bound the interval, ``chance`` is what guessing scores in expectation, ``n`` counts
-    the items behind the value, ``trivial`` says that the value could not have been different (``k`` reaches the
-    gallery), ``metric`` names it, and ``protocol`` states how it was measured: ``gallery`` (number of
-    candidates), ``split`` (hash of the item ids, see ``split_hash``), ``direction``, the ``interval`` method,
-    its ``confidence``, and what else a metric needs.
+    ``low`` and ``high`` bound the interval, ``chance`` is what guessing scores in expectation (NaN where that is
+    unknown), ``n`` counts the items behind the value, ``trivial`` says that the value could not have been different
+    (``k`` reaches the gallery), ``metric`` names it, and ``protocol`` states how it was measured: ``gallery`` (number
+    of candidates), ``split`` (hash of the item ids, see ``split_hash``), ``direction``, the ``interval`` method, its
+    ``confidence``, and what else a metric needs.
 
     ``higher_is_better`` says which way the metric is better, by default by its name
     (``nearfar.directions.lower_is_better``); ``unit`` what its value counts, such as "nats", empty for shares and
@@ -80,7 +80,7 @@ class Estimate:
         object.__setattr__(self, "control", flag("control", self.control))
 
     def __str__(self) -> str:
-        notes = [f"chance {_number(self.chance, None)}"]
+        notes = [] if math.isnan(self.chance) else [f"chance {_number(self.chance, None)}"]
         if "gallery" in self.protocol:
             notes.append(f"gallery {self.protocol['gallery']}")
         notes.append(f"n {self.n}")
@@ -165,7 +165,8 @@ def comparable(a: Estimate, b: Estimate) -> str | None:
         return "neither states its split; pass split=split_hash(ids) to the metric"
     if a.n != b.n:
         return f"number of items differs: {a.n} and {b.n}"
-    if not math.isclose(a.chance, b.chance, rel_tol=1e-6, abs_tol=1e-12):
+    unknown = math.isnan(a.chance) and math.isnan(b.chance)
+    if not unknown and not math.isclose(a.chance, b.chance, rel_tol=1e-6, abs_tol=1e-12):
         return f"chance level differs: {a.chance:g} and {b.chance:g}; they stand against different baselines"
     if a.trivial or b.trivial:
         return f"{a.metric} is trivial here: the cut-off reaches the gallery, and every model scores the same"

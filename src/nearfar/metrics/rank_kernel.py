@@ -21,7 +21,7 @@ from nearfar.arguments import check_dense, numbers
 from nearfar.errors import NearfarError
 from nearfar.metrics.relevance import Relevance
 
-__all__ = ["Counts", "Side", "count_ranks"]
+__all__ = ["Counts", "Side", "count_ranks", "pair_scores", "product_error", "tie_width"]
 
 
 # A tile of 256 × 1024 scores and its 0/1 mask are 1 MB each: they stay in the cache of a core.
@@ -118,8 +118,8 @@ def _count_sparse(
 ) -> tuple[Counts, Counts | None]:
     """One float32 product; the relevant pairs are scored beforehand, one by one, in float64."""
     of_query, of_key = relevance.pairs()
-    scores = _pair_scores(queries, keys, of_query, of_key)
-    tie, band = _tie_width(queries), _product_error(queries)
+    scores = pair_scores(queries, keys, of_query, of_key)
+    tie, band = tie_width(queries), product_error(queries)
     sides = [_Half(queries, _best(scores, of_query, len(queries), tie, queries), band)]
     if both:
         sides.append(_Half(keys, _best(scores, of_key, len(keys), tie, keys), band))
@@ -180,7 +180,7 @@ class _Half:
         elif number:
             line, column = near.nonzero().unbind(1)
             at = at[line]
-            excess = _pair_scores(*sides, at, column + other.start) - self.counts.best[at]
+            excess = pair_scores(*sides, at, column + other.start) - self.counts.best[at]
             width = tie * sides[0].length[at]
             self.counts.better.index_add_(0, at, (excess > width).long())
             self.counts.tied.index_add_(0, at, (excess.abs() <= width).long())
@@ -190,7 +190,7 @@ def _count_dense(
     queries: Side, keys: Side, relevance: Relevance, both: bool, tile: tuple[int, int]
 ) -> tuple[Counts, Counts | None]:
     """Many relevant pairs, as with classes: two float64 products, the first for the best relevant scores."""
-    device, tie = queries.rows.device, _tie_width(queries)
+    device, tie = queries.rows.device, tie_width(queries)
 
     def tiles() -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
         for columns in _slices(len(keys), tile[1]):
@@ -230,7 +230,7 @@ def _best(scores: Tensor, owner: Tensor, n: int, tie: float, side: Side) -> Coun
     return counts
 
 
-def _pair_scores(first: Side, second: Side, i: Tensor, j: Tensor) -> Float64[Tensor, " pairs"]:
+def pair_scores(first: Side, second: Side, i: Tensor, j: Tensor) -> Float64[Tensor, " pairs"]:
     scores = torch.empty(len(i), dtype=torch.float64, device=i.device)
     step = max(_GATHER // first.rows.shape[1], 1)
     for part in _slices(len(i), step):
@@ -239,7 +239,7 @@ def _pair_scores(first: Side, second: Side, i: Tensor, j: Tensor) -> Float64[Ten
     return scores
 
 
-def _product_error(side: Side) -> float:
+def product_error(side: Side) -> float:
     """A bound on the float32 product's error for rows of at most unit length, twenty deviations wide.
 
     Rounding accumulates like a random walk over the dimensions. Faster and coarser products that the user has
@@ -250,7 +250,7 @@ def _product_error(side: Side) -> float:
     return unit * (8 * side.rows.shape[1] ** 0.5 + 8) + of_inputs
 
 
-def _tie_width(side: Side) -> float:
+def tie_width(side: Side) -> float:
     """Scores closer than float64 can tell apart are equal."""
     return 2.0**-51 * side.rows.shape[1]
 

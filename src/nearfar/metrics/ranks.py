@@ -99,6 +99,23 @@ class Ranks:
         ones = np.ones(counts[0].size, dtype=np.int64)
         return cls(*counts, ones, ones, np.arange(counts[0].size), gallery)
 
+    def protocol(self) -> dict[str, object]:
+        """How the ranks were measured, as an ``Estimate`` states it."""
+        most = int(self.relevant.max(initial=0))
+        stated: dict[str, object] = {
+            "direction": self.direction,
+            "gallery": self.gallery,
+            "relevant_per_query": 1 if most == 1 else round(float(self.relevant.mean()), 4),
+            "without_relevant": self.without_relevant,
+            "similarity": "cosine" if self.normalized else "dot",
+        }
+        # Only where they hold, so that estimates of before stay comparable with those that they equal.
+        if self.leave_one_out:
+            stated["leave_one_out"] = True
+        if self.without_label:
+            stated["without_label"] = self.without_label
+        return stated
+
     def chance(self) -> Ranks:
         """The same queries before a scorer that cannot tell the keys apart."""
         irrelevant = self.of_each() - self.relevant
@@ -117,18 +134,22 @@ class Ranks:
         hit[several] = _some_drawn(self.tied[several], self.relevant_tied[several], drawn[several])
         return hit
 
-    def reciprocal(self) -> Float64[ndarray, " n"]:
-        """Expected reciprocal rank of the best relevant key."""
-        value = 1.0 / (self.better + 1.0)
+    def reciprocal(self, k: int | None = None) -> Float64[ndarray, " n"]:
+        """Expected reciprocal rank of the best relevant key, 0 beyond the first ``k`` places where that is given."""
+        cut = np.inf if k is None else float(whole_number("k", k, 1))
+        value = np.where(self.better < cut, 1.0 / (self.better + 1.0), 0.0)
         single = (self.tied > 0) & (self.relevant_tied == 1)
         # The mean of 1/(b+1) … 1/(b+t+1) is a difference of harmonic numbers.
         above, tied = self.better[single].astype(np.float64), self.tied[single].astype(np.float64)
-        harmonic = digamma(from_numpy(above + tied + 2.0)) - digamma(from_numpy(above + 1.0))
+        last = np.maximum(np.minimum(above + tied + 1.0, cut), above)
+        harmonic = digamma(from_numpy(last + 1.0)) - digamma(from_numpy(above + 1.0))
         value[single] = harmonic.numpy() / (tied + 1.0)
         for rows, mass in self._ties_among_several():
             levels, which = np.unique(self.better[rows], return_inverse=True)
             places = np.arange(1, len(mass) + 1)
-            value[rows] = np.array([(mass / (level + places)).sum() for level in levels])[which]
+            value[rows] = np.array(
+                [(mass / (level + places))[level + places <= cut].sum() for level in levels]
+            )[which]
         return value
 
     def expected(self) -> Float64[ndarray, " n"]:

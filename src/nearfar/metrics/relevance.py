@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int64
+from jaxtyping import Bool, Float64, Int64
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -30,7 +30,7 @@ class Relevance:
     ``own``: the position among the keys of each query itself, −1 where it is not among them. That key is no
     candidate:
     it is never relevant, and counting leaves it out. ``without_label`` counts the queries and the keys whose
-    label is missing.
+    label is missing. ``grades``: how relevant each of the ``indices`` is, above 0; ``None`` where all count 1.
     """
 
     queries: int
@@ -40,6 +40,7 @@ class Relevance:
     indices: Int64[Tensor, " pairs"] | None = None
     own: Int64[Tensor, " n"] | None = None
     without_label: tuple[int, int] = (0, 0)
+    grades: Float64[Tensor, " pairs"] | None = None
 
     def counts(self) -> tuple[Int64[Tensor, " n"], Int64[Tensor, " m"]]:
         """Relevant keys of each query, and relevant queries of each key."""

@@ -27,6 +27,7 @@ from nearfar.metrics.relevance_rows import (
     is_relevant_grade,
     is_single,
     read_entries,
+    row_grades,
     two_readings,
     zeros_and_ones,
 )
@@ -82,6 +83,9 @@ def read_relevance(
         relevant = (relevant.double() if relevant.is_floating_point() else relevant).numpy()
     if isinstance(relevant, (Tensor, np.ndarray)) and relevant.ndim == 2:
         rows, columns = _of_matrix(relevant, n, m, ids, own)
+    elif isinstance(relevant, list) and relevant and all(isinstance(row, Mapping) for row in relevant):
+        pairs = read_entries(relevant, n, m, ids, own)
+        return _from_pairs(*pairs, n, m, device, own, row_grades(relevant, ids))
     else:
         rows, columns = read_entries(relevant, n, m, ids, own)
     return _from_pairs(rows, columns, n, m, device, own)
@@ -254,6 +258,7 @@ def _from_qrels(
             "the order of the rows. If its ids are positions, pass range(len(queries)) and range(len(keys))"
         )
     rows: list[NDArray[np.int64]] = []
+    grades: list[NDArray[np.float64]] = []
     unknown: list[Any] = []
     for name in ids.of_queries:
         entry = qrels.get(name, ())
@@ -280,7 +285,13 @@ def _from_qrels(
             )
         places = [ids.place(key) for key in named]
         unknown += [key for key, place in zip(named, places, strict=True) if place < 0]
-        rows.append(np.unique(np.array([place for place in places if place >= 0], dtype=np.int64)))
+        of_each = {
+            place: float(entry[key]) if isinstance(entry, Mapping) else 1.0
+            for key, place in zip(named, places, strict=True)
+            if place >= 0
+        }
+        rows.append(np.array(sorted(of_each), dtype=np.int64))
+        grades.append(np.array([of_each[place] for place in sorted(of_each)]))
     known = set(ids.of_queries)
     strangers = [name for name in qrels if name not in known]
     if qrels and len(strangers) == len(qrels):
@@ -306,22 +317,32 @@ def _from_qrels(
             )
         warnings.warn("relevant: " + "; ".join(parts), stacklevel=5)
     pairs = as_pairs(rows)
-    return _from_pairs(*pairs, ids.queries, ids.keys, device, own)
+    graded = torch.from_numpy(np.concatenate(grades)) if grades else None
+    return _from_pairs(*pairs, ids.queries, ids.keys, device, own, graded)
 
 
 # -- pairs -----------------------------------------------------------------------------------------------------
 def _from_pairs(
-    row: Tensor, column: Tensor, n: int, m: int, device: torch.device, own: NDArray[np.int64] | None
+    row: Tensor,
+    column: Tensor,
+    n: int,
+    m: int,
+    device: torch.device,
+    own: NDArray[np.int64] | None,
+    grades: Tensor | None = None,
 ) -> Relevance:
     row, column = row.to(device).long(), column.to(device).long()
+    grades = None if grades is None or bool((grades == 1).all()) else grades.to(device)
     mine = _on(own, device)
     if mine is not None:
         others = column != mine[row]
         row, column = row[others], column[others]
+        grades = None if grades is None else grades[others]
     starts = torch.zeros(n + 1, dtype=torch.int64, device=device)
     starts[1:] = torch.bincount(row, minlength=n).cumsum(0)
     order = torch.argsort(row, stable=True)
-    return Relevance(n, m, starts=starts, indices=column[order], own=mine)
+    grades = None if grades is None else grades[order]
+    return Relevance(n, m, starts=starts, indices=column[order], own=mine, grades=grades)
 
 
 def _on(own: NDArray[np.int64] | None, device: torch.device) -> Tensor | None:

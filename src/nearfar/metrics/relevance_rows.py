@@ -22,6 +22,7 @@ __all__ = [
     "is_relevant_grade",
     "is_single",
     "read_entries",
+    "row_grades",
     "two_readings",
     "zeros_and_ones",
 ]
@@ -121,14 +122,17 @@ def _other_than_own(pairs: tuple[Tensor, Tensor], own: NDArray[np.int64] | None)
 def _row_of(i: int, row: Any, m: int, ids: ItemIds) -> NDArray[np.int64]:
     """Positions of the keys that the row of query i names."""
     if isinstance(row, Mapping):
-        if ids.of_keys is None:
+        named = [key for key, grade in row.items() if is_relevant_grade(i, grade)]
+        if ids.of_keys is not None:
+            return ids.positions(named, f"the row of query {i}")
+        odd = [key for key in named if isinstance(key, bool) or not isinstance(key, (int, np.integer))]
+        if odd:
             raise NearfarError(
-                f"relevant: the row of query {i} is a dictionary of grades; pass key_ids= so that its keys can "
-                "be looked up"
+                f"relevant: the row of query {i} grades the key {shown(odd[0])}; without ids a row of grades is "
+                "{position: grade}, and with key_ids= the keys can be looked up"
             )
-        return ids.positions(
-            [key for key, grade in row.items() if is_relevant_grade(i, grade)], f"the row of query {i}"
-        )
+        _check_range(np.full(len(named), i), np.array(named, dtype=object), m)
+        return np.unique(np.array(named, dtype=np.int64))
     if isinstance(row, (set, frozenset)):
         row = sorted(row, key=repr)
         if any(isinstance(value, (bool, np.bool_)) for value in row):
@@ -247,15 +251,26 @@ def two_readings(m: int) -> str:
     )
 
 
-def is_relevant_grade(query: object, grade: object) -> bool:
+def is_relevant_grade(query: object, grade: Any) -> bool:
     """Whether a grade makes a key relevant: those above 0 do, as in TREC."""
     if isinstance(grade, (Tensor, np.ndarray)) and grade.ndim == 0:
         grade = grade.item()
-    if not isinstance(grade, (bool, int, float, np.number, np.bool_)) or grade != grade:
+    number = isinstance(grade, (bool, int, float, np.number, np.bool_))
+    if not number or not abs(grade) < np.inf:
         raise NearfarError(
             f"relevant: query {query!r} has the grade {shown(grade)}; grades are numbers, 0 is not relevant"
         )
     return bool(grade > 0)
+
+
+def row_grades(rows: Sequence[Mapping[Any, Any]], ids: ItemIds) -> Tensor:
+    """The grades above 0 of rows {key: grade}, in the order of ``as_pairs``: row after row, by position."""
+    grades = []
+    for i, row in enumerate(rows):
+        kept = {key: float(grade) for key, grade in row.items() if is_relevant_grade(i, grade)}
+        by_place = {int(key) if ids.of_keys is None else ids.place(key): grade for key, grade in kept.items()}
+        grades += [by_place[place] for place in sorted(by_place)]
+    return torch.tensor(grades, dtype=torch.float64)
 
 
 def as_pairs(rows: list[NDArray[np.int64]]) -> tuple[Tensor, Tensor]:

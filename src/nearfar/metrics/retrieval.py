@@ -2,36 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import replace
 from typing import Literal, TypedDict, Unpack, overload
 
-import numpy as np
-from jaxtyping import Float
 from torch import Tensor
 
-from nearfar.arguments import (
-    flag,
-    instance,
-    text,
-    whole_number,
-    whole_numbers,
-)
+from nearfar.arguments import choice, flag, instance
 from nearfar.errors import NearfarError
 from nearfar.metrics.estimate import Estimate
-from nearfar.metrics.intervals import check_confidence, mean_interval, median_places
-from nearfar.metrics.own_gallery import warn_of_own_keys
-from nearfar.metrics.rank_kernel import TILE, Counts, Side, count_ranks
+from nearfar.metrics.intervals import mean_interval
+from nearfar.metrics.rank_kernel import TILE, Counts, count_ranks
 from nearfar.metrics.ranks import Ranks
-from nearfar.metrics.relevance import ItemIds
-from nearfar.metrics.relevance_forms import read_relevance
+from nearfar.metrics.retrieval_inputs import (
+    DIRECTIONS,
+    Embeddings,
+    LeaveOneOut,
+    RetrievalInputs,
+    check_cutoffs,
+    check_interval_options,
+    check_tile,
+    read_inputs,
+)
+from nearfar.metrics.retrieval_scores import TIES, count_places, median_estimate
 
 __all__ = ["rank_estimates", "retrieval_metrics", "retrieval_ranks"]
-
-
-Embeddings = Float[Tensor, "_ d"] | np.ndarray
-#: query i is key i, or the position of each query among the keys
-LeaveOneOut = bool | Sequence[int] | np.ndarray | Tensor
 
 
 class RankOptions(TypedDict, total=False):
@@ -47,6 +42,9 @@ class RankOptions(TypedDict, total=False):
 class MetricOptions(RankOptions, total=False):
     """What ``retrieval_metrics`` takes besides."""
 
+    metrics: Iterable[str] | str | None
+    ties: str
+    gain: str
     confidence: float
     bootstrap: int
     seed: int
@@ -83,18 +81,21 @@ def retrieval_metrics(
     relevant: object = None,
     ks: Iterable[int] | int = (1, 5, 10),
     *,
+    metrics: Iterable[str] | str | None = None,
     both: bool = False,
     normalize: bool = True,
     leave_one_out: LeaveOneOut = False,
     query_ids: Sequence[Hashable] | None = None,
     key_ids: Sequence[Hashable] | None = None,
+    ties: str = "expected",
+    gain: str = "linear",
     confidence: float = 0.95,
     bootstrap: int = 1000,
     seed: int = 0,
     split: str | None = None,
     tile: tuple[int, int] = TILE,
 ) -> dict[str, Estimate] | tuple[dict[str, Estimate], dict[str, Estimate]]:
-    """R@k for each of ``ks``, MRR and the median rank, as estimates with interval and chance level.
+    """R@k for each of ``ks``, MRR and the median rank, or any ``metrics``, with interval and chance level.
 
     ``queries`` (n, d) are ranked against all ``keys`` (m, d) by cosine, or by dot product with
     ``normalize=False``. ``both=True`` gives the pair (queries to keys, keys to queries) from one product.
@@ -104,17 +105,20 @@ def retrieval_metrics(
     ``(query_labels, key_labels)`` makes equal labels relevant (a missing one, −1, NaN or None, is equal to none);
     a (n, m) matrix of Booleans or of 0 and 1 may be dense, nested lists or sparse; a dictionary ``{query id: {key
     id: grade}}`` or ``{query id: key ids}`` needs ``query_ids`` and ``key_ids``, the ids in the order of the
-    rows, with
-    which lists hold ids too. The best relevant key decides. Queries without any are left out and counted in the
+    rows, with which lists hold ids too; a list of ``{position: grade}`` needs none. The best relevant key decides
+    R@k, MRR and the ranks. Queries without any are left out and counted in the
     protocol. What is none of these, or could be two of them, raises ``NearfarError``.
 
     ``leave_one_out=True`` is for one set of labelled items that are queries and keys at once: no query is a
     candidate of itself, and the chance level and the gallery are those of the others. Query i is key i, or the
-    key of its
-    id where there are ids; for queries that are part of the keys pass each one's position, −1 for one that is not
-    among them. Without it a query that stands in its own gallery is warned of.
+    key of its id where there are ids; for queries that are part of the keys pass each one's position, −1 for one
+    that is not among them. Without it a query that stands in its own gallery is warned of.
 
-    Ties count by expectation, so that collapsed embeddings score chance. ``k >= gallery`` is marked trivial.
+    ``metrics`` asks for others, by name: ``metrics=["nDCG@10", "MAP", "recall@k", "mean_rank"]``; which there are, and
+    ``gain`` of nDCG: ``score_retrieval``, which gives the scores of single queries.
+
+    Ties count by expectation, so that collapsed embeddings score chance (``ties="optimistic"`` and ``"pessimistic"``
+    are the two ends). ``k >= gallery`` is marked trivial.
     Intervals at level ``confidence`` are Wilson's for R@k, from ``bootstrap`` resamples of the queries (BCa) for
     the MRR where that is valid and Wilson's near 0 and 1, and from order statistics for the median rank; they
     speak of new queries, not of new trainings. ``split`` (see ``split_hash``) names the evaluated items;
@@ -134,19 +138,28 @@ def retrieval_metrics(
     >>> alone.protocol["gallery"], round(alone.chance, 4)
     (49, 0.0816)
     """
-    wanted = _checked_ks(ks)
-    confidence, bootstrap, seed, split = _interval_options(confidence, bootstrap, seed, split)
-    ranks = _ranks_of(
+    wanted = check_cutoffs(ks)
+    confidence, bootstrap, seed, split = check_interval_options(confidence, bootstrap, seed, split)
+    flag("both", both)
+    tile = check_tile(tile)
+    inputs = read_inputs(
         queries,
         keys,
         relevant,
-        both,
         normalize=normalize,
         leave_one_out=leave_one_out,
         query_ids=query_ids,
         key_ids=key_ids,
-        tile=tile,
     )
+    if metrics is not None or choice("ties", ties, TIES) != "expected":
+        metrics = ("R@k", "MRR", "median_rank") if metrics is None else metrics
+        scored = count_places(inputs, metrics, wanted, both=both, ties=ties, gain=gain, tile=tile)
+        answers = [
+            each.estimates(confidence=confidence, bootstrap=bootstrap, seed=seed, split=split)
+            for each in scored
+        ]
+        return (answers[0], answers[1]) if both else answers[0]
+    ranks = _ranks_of(inputs, both, tile)
     estimates = [
         rank_estimates(r, wanted, confidence=confidence, bootstrap=bootstrap, seed=seed, split=split)
         for r in (ranks if isinstance(ranks, tuple) else (ranks,))
@@ -207,63 +220,38 @@ def retrieval_ranks(
     >>> retrieval_ranks(torch.eye(3), torch.eye(3)[[0, 0, 2]]).expected()
     array([1.5, 2. , 1. ])
     """
-    return _ranks_of(
+    flag("both", both)
+    tile = check_tile(tile)
+    inputs = read_inputs(
         queries,
         keys,
         relevant,
-        both,
         normalize=normalize,
         leave_one_out=leave_one_out,
         query_ids=query_ids,
         key_ids=key_ids,
-        tile=tile,
     )
+    return _ranks_of(inputs, both, tile)
 
 
-def _ranks_of(
-    queries: Embeddings,
-    keys: Embeddings,
-    relevant: object,
-    both: bool,
-    *,
-    normalize: bool,
-    leave_one_out: LeaveOneOut,
-    query_ids: Sequence[Hashable] | None,
-    key_ids: Sequence[Hashable] | None,
-    tile: tuple[int, int],
-) -> Ranks | tuple[Ranks, Ranks]:
-    flag("both", both)
-    flag("normalize", normalize)
-    tile = _checked_tile(tile)
-    sides = Side(queries, "queries", normalize), Side(keys, "keys", normalize)
-    if sides[0].rows.shape[1] != sides[1].rows.shape[1]:
-        raise NearfarError(
-            f"queries have {sides[0].rows.shape[1]} dimensions and keys {sides[1].rows.shape[1]}; a similarity "
-            "needs both in one space"
-        )
-    if sides[0].rows.device != sides[1].rows.device:
-        raise NearfarError(
-            f"queries are on {sides[0].rows.device} and keys on {sides[1].rows.device}; move one of them"
-        )
-    ids = ItemIds(len(sides[0]), len(sides[1]), query_ids, key_ids)
-    own = ids.own(leave_one_out)
-    relevance = read_relevance(relevant, ids, sides[0].rows.device, own)
-    numbers = relevance.counts()
-    if not bool(numbers[0].any()):
-        raise NearfarError(
-            "no query has a relevant key"
-            + ("" if own is None else " other than itself, which leave_one_out takes away")
-            + ", so that there is nothing to score; check relevant="
-        )
-    warn_of_own_keys(sides[0].rows, sides[1].rows, relevance.own, relevant is None)
-    counts = count_ranks(*sides, relevance, both=both, tile=tile)
-    candidates = relevance.candidates()
-    forward = _ranks(counts[0], numbers[0], candidates[0], "queries to keys", normalize)
-    forward = replace(forward, leave_one_out=own is not None, without_label=relevance.without_label[0])
-    if counts[1] is None:
-        return forward
-    backward = _ranks(counts[1], numbers[1], candidates[1], "keys to queries", normalize)
-    return forward, replace(backward, leave_one_out=own is not None, without_label=relevance.without_label[1])
+def _ranks_of(inputs: RetrievalInputs, both: bool, tile: tuple[int, int]) -> Ranks | tuple[Ranks, Ranks]:
+    relevance = inputs.relevance
+    numbers, candidates = relevance.counts(), relevance.candidates()
+    counts = count_ranks(inputs.queries, inputs.keys, relevance, both=both, tile=tile)
+    of_each = []
+    for direction, counted in enumerate(counts):
+        if counted is not None:
+            ranks = _ranks(
+                counted, numbers[direction], candidates[direction], DIRECTIONS[direction], inputs.normalized
+            )
+            of_each.append(
+                replace(
+                    ranks,
+                    leave_one_out=inputs.leave_one_out,
+                    without_label=relevance.without_label[direction],
+                )
+            )
+    return (of_each[0], of_each[1]) if both else of_each[0]
 
 
 def rank_estimates(
@@ -283,29 +271,14 @@ def rank_estimates(
     >>> scores["R@5"].trivial, scores["median_rank"].chance
     (True, 3.0)
     """
-    wanted = _checked_ks(ks)
-    confidence, bootstrap, seed, split = _interval_options(confidence, bootstrap, seed, split)
+    wanted = check_cutoffs(ks)
+    confidence, bootstrap, seed, split = check_interval_options(confidence, bootstrap, seed, split)
     if not len(instance("ranks", ranks, Ranks).better):
         raise NearfarError("ranks are of no query; there is nothing to estimate")
     guess = ranks.chance()
     per_query = {f"R@{k}": (ranks.hits(k), guess.hits(k)) for k in wanted}
     per_query["MRR"] = (ranks.reciprocal(), guess.reciprocal())
-    most = int(ranks.relevant.max())
-    protocol = {
-        "direction": ranks.direction,
-        "gallery": ranks.gallery,
-        "relevant_per_query": 1 if most == 1 else round(float(ranks.relevant.mean()), 4),
-        "without_relevant": ranks.without_relevant,
-        "similarity": "cosine" if ranks.normalized else "dot",
-        "ties": "expected",
-        "split": split,
-        "confidence": confidence,
-    }
-    # Only where they hold, so that estimates of before stay comparable with those that they equal.
-    if ranks.leave_one_out:
-        protocol["leave_one_out"] = True
-    if ranks.without_label:
-        protocol["without_label"] = ranks.without_label
+    protocol = {**ranks.protocol(), "ties": "expected", "split": split, "confidence": confidence}
     n = len(ranks.better)
     estimates = {}
     for name, (scores, chances) in per_query.items():
@@ -316,20 +289,8 @@ def rank_estimates(
         estimates[name] = Estimate(
             value, low, high, chance, n, bool((chances == 1).all()), name, own_protocol
         )
-    estimates["median_rank"] = _median_rank(ranks, guess, confidence, protocol)
+    estimates["median_rank"] = median_estimate(ranks, confidence, protocol)
     return estimates
-
-
-def _median_rank(ranks: Ranks, guess: Ranks, confidence: float, protocol: dict[str, object]) -> Estimate:
-    n = len(ranks.better)
-    first, last = median_places(n, confidence)
-    low = ranks.at_place(first) if first >= 1 else 1.0
-    high = ranks.at_place(last) if last <= n else float((ranks.of_each() - ranks.relevant).max() + 1)
-    trivial = bool((ranks.relevant == ranks.of_each()).all())
-    own_protocol = {**protocol, "interval": "order statistics"}
-    return Estimate(
-        ranks.median(), low, high, guess.median(), n, trivial, "median_rank", own_protocol, False, "rank"
-    )
 
 
 def _ranks(counts: Counts, relevant: Tensor, candidates: Tensor, direction: str, normalize: bool) -> Ranks:
@@ -342,31 +303,3 @@ def _ranks(counts: Counts, relevant: Tensor, candidates: Tensor, direction: str,
         better, tied, relevant_tied, of_all, scored.cpu().numpy(), gallery, left_out, direction, normalize
     )
     return ranks if (most == gallery).all() else replace(ranks, candidates=most)
-
-
-def _checked_ks(ks: Iterable[int] | int) -> tuple[int, ...]:
-    if isinstance(ks, (str, bytes, Mapping)):
-        raise NearfarError(f"ks is {ks!r}; cut-offs are whole numbers, such as ks=(1, 5, 10)")
-    if isinstance(ks, (Tensor, np.ndarray)):
-        ks = whole_numbers("ks", ks).ravel().tolist()
-    wanted = tuple(ks) if isinstance(ks, Iterable) else (ks,)
-    return tuple(dict.fromkeys(whole_number("ks: a cut-off", k, 1) for k in wanted))
-
-
-def _checked_tile(tile: tuple[int, int]) -> tuple[int, int]:
-    if not isinstance(tile, (tuple, list)) or len(tile) != 2:
-        raise NearfarError(f"tile is {tile!r}; it is a pair of whole numbers (queries, keys)")
-    return whole_number("tile: the number of queries", tile[0], 1), whole_number(
-        "tile: the number of keys", tile[1], 1
-    )
-
-
-def _interval_options(
-    confidence: float, bootstrap: int, seed: int, split: str | None
-) -> tuple[float, int, int, str | None]:
-    level, resamples = check_confidence(confidence), whole_number("bootstrap", bootstrap, 0)
-    if 0 < resamples < 100:
-        raise NearfarError(
-            f"bootstrap is {bootstrap}; the ends of an interval need at least 100, and 0 means none"
-        )
-    return level, resamples, whole_number("seed", seed, 0), None if split is None else text("split", split)

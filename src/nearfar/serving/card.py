@@ -13,6 +13,7 @@ import yaml
 
 from nearfar.config.options import to_dict
 from nearfar.data.files import Json, read_json
+from nearfar.doctor.gain import gain_sentence
 from nearfar.metrics import Estimate
 from nearfar.serving.exported import places_of, without_places
 from nearfar.serving.trained import Trained
@@ -76,6 +77,7 @@ class _Card:
         self.config = trained.config
         splits = self.metrics.get("splits", {})
         self.split = "test" if "test" in splits else next(iter(splits), "")
+        self.gain: Json = (self.metrics.get("gain") or {}).get(self.split) or {}
         self._places = places_of(trained.config, trained.path)
 
     # -- text ------------------------------------------------------------------------------------------------
@@ -242,9 +244,12 @@ class _Card:
             return ["This run has no metrics yet."]
         before = self._baselines()
         header = ["metric", "value", "95 % interval", "chance", "n", *before]
+        header += ["changed by training"] if self.gain else []
         rows = []
         for name, e in list(estimates.items())[:_MOST]:
             note = " (control)" if e.control else " (trivial)" if e.trivial else ""
+            gained = self.gain.get(name)
+            changed = [_change(gained)] if self.gain else []
             beside = [short_number(each[name]) if name in each else "" for each in before.values()]
             rows.append(
                 (
@@ -254,6 +259,7 @@ class _Card:
                     short_number(e.chance),
                     e.n,
                     *beside,
+                    *changed,
                 )
             )
         lead = f"On the split `{self.plain(self.split)}`, by the best checkpoint. Chance is what guessing scores."
@@ -345,8 +351,13 @@ class _Card:
         return dict(sorted(known.items(), key=lambda item: (item[0] != monitor, item[1].control)))
 
     def _baselines(self) -> dict[str, dict[str, float]]:
-        """By name of the baseline its value of each metric."""
+        """By name of the baseline its value of each metric; first those of the model before training."""
         columns: dict[str, dict[str, float]] = {}
+        start = (self.metrics.get("before_training") or {}).get(self.split)
+        if start:
+            columns["before training"] = {
+                name: Estimate.from_dict(content).value for name, content in start.items()
+            }
         for metric, content in (self.metrics.get("baselines") or {}).get(self.split, {}).items():
             if isinstance(content, Mapping) and isinstance(content.get("value"), int | float):
                 columns.setdefault(str(content.get("name", "baseline")), {})[metric] = float(content["value"])
@@ -359,7 +370,9 @@ class _Card:
             return ""
         words = f"{self.plain(metric_words(str(name)))} on {self.plain(self.split)}"
         value = f"**{short_number(e.value)}** {interval_words(e.low, e.high)} (95 % interval)"
-        return f"{words}: {value}, chance {short_number(e.chance)}, n = {e.n}."
+        gain = gain_sentence(self.metrics)
+        lines = f"{words}: {value}, chance {short_number(e.chance)}, n = {e.n}."
+        return f"{lines} {self.plain(gain)}." if gain else lines
 
     def _name(self) -> str:
         return str(self.config.name or self.trained.name)
@@ -374,6 +387,13 @@ class _Card:
         graphs = self.details.get("graphs") or {}
         folder = next(iter(graphs), "VIEW")
         return folder, [each["name"] for each in graphs.get(folder, {}).get("inputs", [])]
+
+
+def _change(gain: Json | None) -> str:
+    """What training changed in a metric."""
+    if gain is None:
+        return ""
+    return f"{gain['value']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}] {gain['verdict']}"
 
 
 def _shape(shape: Sequence[int | str]) -> str:

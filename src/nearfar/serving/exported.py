@@ -18,10 +18,11 @@ from nearfar.config.options import option_table, to_dict
 from nearfar.config.training import RunOptions
 from nearfar.data.cache import cache_dir
 from nearfar.data.files import Json, Maybe, read_json
+from nearfar.data.writing import write_atomically
 from nearfar.errors import NearfarError
 from nearfar.systems import build_system
 from nearfar.towers.build import tower_folder
-from nearfar.training.run_folder import RunFolder, write_atomically
+from nearfar.training.run_folder import RunFolder
 from nearfar.training.state import initial_model
 from nearfar.training.system import System
 

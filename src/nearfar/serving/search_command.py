@@ -11,13 +11,13 @@ import numpy as np
 
 from nearfar.data.chunks import NewData
 from nearfar.data.items import Items
+from nearfar.data.writing import write_atomically
 from nearfar.errors import NearfarError
 from nearfar.serving.search import Hits, gallery_of, hits_page, query_view, read_queries, search
 from nearfar.serving.stream import TABLE_ENDINGS, require_writable, write_rows
 from nearfar.serving.trained import Trained, load
 from nearfar.terminal import console as terminal_console
 from nearfar.terminal import progress_bar, say
-from nearfar.training.run_folder import write_atomically
 
 if TYPE_CHECKING:
     from rich.console import Console

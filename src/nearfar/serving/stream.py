@@ -18,8 +18,8 @@ from nearfar.data.chunks import NewData
 from nearfar.data.files import read_json
 from nearfar.data.items import Items
 from nearfar.data.rejections import Rejections
+from nearfar.data.writing import write_atomically
 from nearfar.errors import NearfarError
-from nearfar.training.run_folder import write_atomically
 from nearfar.training.system import rows_of
 
 if TYPE_CHECKING:

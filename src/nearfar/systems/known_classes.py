@@ -17,9 +17,9 @@ from torch import Tensor
 from nearfar.data.classes import Labels, class_codes, item_labels
 from nearfar.data.files import Maybe, read_arrays, read_json
 from nearfar.data.items import Items
+from nearfar.data.writing import write_atomically
 from nearfar.errors import NearfarError
 from nearfar.models.probes import LinearProbe, nearest_votes
-from nearfar.training.run_folder import write_atomically
 
 __all__ = ["ClassNames", "KnownClasses", "LabelledGallery"]
 

@@ -33,10 +33,10 @@ from nearfar.training.evaluation import consecutive
 from nearfar.training.sections import Section, Table
 from nearfar.training.system import Comparison, Evaluation, Say, collect
 
-__all__ = ["AT_START", "LabelledSystem"]
+__all__ = ["LabelledSystem"]
 
-#: what the metrics of the model at its start begin with
-AT_START, TRAINED = "before_training", "trained"
+#: whose embedded training rows are kept
+TRAINED = "trained"
 #: columns that hold labels unless label= names one, and those that are no view
 LABEL_NAMES = ("label", "labels", "class", "classes", "target")
 NO_VIEWS = (*LABEL_NAMES, "id", "ids", "index", "split", "group")
@@ -47,7 +47,7 @@ ENCODER_OPTIONS = {"text": "text_encoder", "image": "image_encoder"}
 class LabelledSystem(ViewSystem):
     """One view of each item. Embeddings are judged by labels: R@1 and MAP@R with each item left out of its gallery;
     finally also the vote of the nearest training items and logistic regression on the training embeddings, beside the
-    model at its start and the raw values (pixels, TF-IDF, numbers)."""
+    raw values (pixels, TF-IDF, numbers)."""
 
     config: LabelledOptions
     monitor = "R@1"
@@ -66,6 +66,7 @@ class LabelledSystem(ViewSystem):
         self._embedded_by = ""  # hash of the weights that the training rows were embedded with
         self._probes: dict[str, LinearProbe] = {}
         self._raw: tuple[str, dict[str, Tensor]] | None = None
+        self._raw_scores: dict[str, Scores] = {}
         self._columns: dict[str, dict[str, dict[str, Estimate]]] = {}
         self._hashes: dict[str, str] = {}
         #: of a run that was loaded: its classes, and the embedded training items that say the class of new ones
@@ -218,7 +219,7 @@ class LabelledSystem(ViewSystem):
         return self.classes is not None and not self.classes.several
 
     def before_evaluation(self, model: ViewModel, split: str, final: bool) -> None:
-        """In the final evaluation the training rows are embedded, too, by this model and by that at its start."""
+        """In the final evaluation the training rows are embedded, too."""
         super().before_evaluation(model, split, final)
         if not final or self.classes is None:
             return
@@ -233,9 +234,6 @@ class LabelledSystem(ViewSystem):
             self._embedded_by = weights
             self._train_rows[TRAINED] = self._embed_train(model)
             self._probes.pop(TRAINED, None)
-        if self.judges_start and self.votes(split) and AT_START not in self._train_rows:
-            start = self.model_at_start(next(model.parameters()).device)
-            self._train_rows[AT_START] = self._embed_train(start)
 
     def _embed_train(self, model: ViewModel) -> Float[Tensor, "n d"]:
         data = self._plain_train
@@ -276,25 +274,20 @@ class LabelledSystem(ViewSystem):
         estimates: dict[str, Estimate],
         per_item: Mapping[str, np.ndarray],
     ) -> dict[str, Any]:
-        """The same of the model at its start and of the raw values: controls among the estimates, and differences."""
+        """The same of the raw values: controls among the estimates, and differences."""
         columns = {TRAINED: dict(estimates)}
         facts: dict[str, Any] = {"comparison": {}}
-        others: dict[str, Scores] = {}
-        start = self._at_start.get(split)
-        if start is not None:
-            train = self._train_rows.get(AT_START) if self.votes(split) else None
-            others[AT_START] = self.judge(start[self.view], split, True, train, AT_START)
         raw = self.raw_rows()
         if raw is not None:
             name, rows = raw
-            others[name] = self.judge(
-                rows[split], split, True, rows["train"] if self.votes(split) else None, name
-            )
-            facts["baselines"] = {
-                split: {m: e.to_dict() | {"name": f"raw values ({name})"} for m, e in others[name][0].items()}
-            }
-        for name, (numbers, scores) in others.items():
+            if split not in self._raw_scores:
+                train = rows["train"] if self.votes(split) else None
+                self._raw_scores[split] = self.judge(rows[split], split, True, train, name)
+            numbers, scores = self._raw_scores[split]
             columns[name] = numbers
+            facts["baselines"] = {
+                split: {m: e.to_dict() | {"name": f"raw values ({name})"} for m, e in numbers.items()}
+            }
             for metric, estimate in numbers.items():
                 estimates[f"{name}/{metric}"] = replace(estimate, metric=f"{name}/{metric}", control=True)
                 if metric in scores and metric in per_item and len(scores[metric]) > 1:
@@ -357,7 +350,7 @@ class LabelledSystem(ViewSystem):
 
     # -- results ---------------------------------------------------------------------------------------------
     def report_sections(self, outputs: Mapping[str, Tensor], split: str) -> Sequence[Section]:
-        """Every metric beside the model at its start and the raw values."""
+        """Every metric beside that of the raw values."""
         columns = self._columns.get(split)
         if columns is None:
             return ()
@@ -365,7 +358,7 @@ class LabelledSystem(ViewSystem):
             [metric, *(f"{each[metric]:.3f}" if metric in each else None for each in columns.values())]
             for metric in columns[TRAINED]
         ]
-        lead = f"{split}: the trained model, the model at its start, and the raw values as they are."
+        lead = f"{split}: the trained model, and the raw values as they are."
         return [Section("Beside the baselines", lead, [Table(["metric", *columns], rows)])]
 
     def save_results(self, folder: Path) -> None:

@@ -21,7 +21,7 @@ from nearfar.data.files import Json
 from nearfar.data.items import Items, ItemSplits, shared_values, value_groups
 from nearfar.errors import NearfarError
 from nearfar.losses.views import ViewContext, ViewLoss, view_pairs
-from nearfar.metrics import Estimate, batch_signals, paired_difference, rank_estimates, retrieval_ranks
+from nearfar.metrics import Estimate, batch_signals, rank_estimates, retrieval_ranks
 from nearfar.models.views import ViewMemory, ViewModel, build_head, module_name
 from nearfar.systems.new_items import PRESENT, NewItems, some_of
 from nearfar.towers import Tower, save_towers
@@ -35,23 +35,17 @@ from nearfar.training.batches import (
     neighbors_needed,
     without_zero_rows,
 )
-from nearfar.training.checkpoint import Checkpoint, find_checkpoint
-from nearfar.training.evaluation import consecutive
 from nearfar.training.sections import retrieval_examples
-from nearfar.training.state import initial_model, load_weights
 from nearfar.training.system import (
     Evaluation,
     Say,
     StepOutput,
     TrainSampler,
-    collect,
 )
 
-__all__ = ["BEFORE", "PRESENT", "ViewSystem"]
+__all__ = ["PRESENT", "ViewSystem"]
 
 KS = (1, 5, 10)
-#: what the scores of the model at its start are called beside those of the trained one
-BEFORE = "before training"
 #: fields of a batch that belong to a view: ``group:VIEW`` are equal where its value is, ``present:VIEW`` is whether a
 #: row has it, ``negatives:VIEW:i`` are further values that are negatives of their own row
 GROUP, NEGATIVES = "group:", "negatives:"
@@ -63,12 +57,10 @@ class ViewSystem(NewItems):
 
     ``prepare`` reads the items, counts values that a tower cannot read as rejections, fits towers on the training
     values alone, and makes a dataset of each split. The model has a tower and a head for each view, the loss is
-    contrastive between views, and success is judged by retrieval between views, beside that of the untrained model.
+    contrastive between views, and success is judged by retrieval between views.
     """
 
     config: ViewOptions
-    #: whether the model at its start is evaluated beside the trained one
-    judges_start = True
 
     def __init__(self, config: ViewOptions) -> None:
         self.config = config
@@ -80,7 +72,6 @@ class ViewSystem(NewItems):
         #: what splits share, see ``shared_values``; None: nobody looked
         self.shared: dict[str, Json] | None = None
         self._directions: np.ndarray | None = None
-        self._at_start: dict[str, dict[str, Tensor]] = {}
         self._say: Say = lambda text: None
 
     # -- to define -------------------------------------------------------------------------------------------
@@ -463,40 +454,14 @@ class ViewSystem(NewItems):
         """The views that are contrasted and judged with each other."""
         return self.loss.pairs_of(self.views) if isinstance(self.loss, ViewLoss) else view_pairs(self.views)
 
-    def before_evaluation(self, model: ViewModel, split: str, final: bool) -> None:
-        """In the final evaluation the split is embedded by the model at its start, too (that of ``init_from``)."""
-        if not (final and self.judges_start) or split in self._at_start or split not in self.datasets:
-            return
-        device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        start = self.model_at_start(device)
-        dataset, size = self.datasets[split], self.config.trainer.eval_batch_size
-        parts = [
-            self.embed(start, dataset.__getitems__(positions).to(device))
-            for positions in consecutive(len(dataset), size)
-        ]
-        self._at_start[split] = collect(parts)
-
-    def model_at_start(self, device: torch.device) -> ViewModel:
-        """The model before the first step: as the seed initialises it, or with the weights of ``init_from``."""
-        start = initial_model(self, self.config.seed)
-        if self.config.init_from:
-            path = find_checkpoint(self.config.init_from, prefer="best")
-            load_weights(start, Checkpoint.load(path), self, str(path))
-        return start.to(device).eval()
-
     def answers(self, split: str) -> np.ndarray | None:
         """A label (n,) for each item of a split: those of the same label answer a query; None: its own item alone."""
         return None
 
     def evaluate(self, outputs: Mapping[str, Tensor], split: str, final: bool) -> Evaluation:
-        """Retrieval between views, the whole split as gallery; finally beside that of the model at its start."""
+        """Retrieval between views, the whole split as gallery."""
         estimates, per_item = self.retrieval(outputs, split, final)
-        facts: dict[str, Any] = {}
-        start = self._at_start.get(split) if final else None
-        if start is not None:
-            facts = self.against_start(split, per_item, *self.retrieval(start, split, final))
-            self._announce(split, facts)
-        return Evaluation(split, estimates, self.splits[split].ids, per_item, facts)
+        return Evaluation(split, estimates, self.splits[split].ids, per_item)
 
     def retrieval(
         self, outputs: Mapping[str, Tensor], split: str, final: bool
@@ -526,34 +491,6 @@ class ViewSystem(NewItems):
                     per_item |= {f"{name}/R@{k}": direction.hits(k) for k in KS}
                     per_item[f"{name}/MRR"] = direction.reciprocal()
         return estimates, per_item
-
-    def against_start(
-        self,
-        split: str,
-        scores: Mapping[str, np.ndarray],
-        estimates: Mapping[str, Estimate],
-        start: Mapping[str, np.ndarray],
-    ) -> dict[str, Any]:
-        """Facts for ``metrics.json``: scores of the model at its start, and the paired difference of each metric."""
-        before = {name: estimate.to_dict() | {"name": BEFORE} for name, estimate in estimates.items()}
-        differences = {}
-        for name, values in scores.items():
-            if name in start and len(values) > 1 and len(values) == len(start[name]):
-                gain = paired_difference(values, start[name], metric=name)
-                differences[f"{name} against {BEFORE}"] = {
-                    "value": gain.value, "low": gain.low, "high": gain.high, "verdict": gain.verdict,
-                }  # fmt: skip
-        return {"baselines": {split: before}, "comparison": differences}
-
-    def _announce(self, split: str, facts: Mapping[str, Any]) -> None:
-        """One line: what training changed in the monitored metric."""
-        start = facts["baselines"][split].get(self.monitor)
-        gain = facts["comparison"].get(f"{self.monitor} against {BEFORE}")
-        if start is not None and gain is not None:
-            self._say(
-                f"{split}: {self.monitor} was {start['value']:.3f} {BEFORE}; it changed by {gain['value']:+.3f} "
-                f"[{gain['low']:+.3f}, {gain['high']:+.3f}]: {gain['verdict']}"
-            )
 
     # -- results ---------------------------------------------------------------------------------------------
     def shown(self, split: str, view: str, position: int) -> Json:

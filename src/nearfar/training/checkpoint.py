@@ -14,9 +14,10 @@ import torch
 from nearfar.config.compose import changed_values, saved_values
 from nearfar.config.training import RunOptions
 from nearfar.data.files import Json, Maybe, check_shape
+from nearfar.data.writing import write_atomically
 from nearfar.errors import NearfarError
 from nearfar.training import ranks
-from nearfar.training.run_folder import RunFolder, same_file, write_atomically
+from nearfar.training.run_folder import RunFolder, same_file
 
 __all__ = [
     "Checkpoint",

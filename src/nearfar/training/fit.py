@@ -17,20 +17,16 @@ from torch.nn.functional import normalize
 from nearfar.config.options import to_dict
 from nearfar.config.training import RunOptions
 from nearfar.data.files import Json
+from nearfar.data.writing import make_folder, remove_left_over, write_atomically
 from nearfar.doctor import Diagnosis, diagnose
 from nearfar.errors import NearfarError
 from nearfar.training import ranks
 from nearfar.training.checkpoint import Checkpoint, Resume, find_checkpoint
 from nearfar.training.evaluation import evaluate, outputs_of
+from nearfar.training.gain import evaluate_start, gains
 from nearfar.training.loop import Interrupted, StopRequest, TrainingLoop, stop_signals
 from nearfar.training.recorder import Recorder
-from nearfar.training.run_folder import (
-    RunFolder,
-    environment,
-    make_folder,
-    remove_left_over,
-    write_atomically,
-)
+from nearfar.training.run_folder import RunFolder, environment
 from nearfar.training.sections import write_sections
 from nearfar.training.shared_step import check_shared
 from nearfar.training.state import initial_model, load_weights
@@ -65,12 +61,12 @@ def write_results(
 
 
 def write_diagnosis(folder: RunFolder, say: Say) -> Diagnosis:
-    """``doctor.json``: what the finished run looks like to the doctor; warnings and errors are said."""
+    """``doctor.json``: what the finished run looks like to the doctor; what training changed, warnings and errors are
+    said."""
     diagnosis = diagnose(folder.path)
     folder.write_json("doctor.json", diagnosis.to_dict())
-    say(f"doctor: {diagnosis.verdict}")
-    for finding in diagnosis.of("error", "warning"):
-        say(f"  {finding}")
+    for line in [f"doctor: {diagnosis.lines[0]}", *diagnosis.lines[1:]]:
+        say(line)
     return diagnosis
 
 
@@ -256,6 +252,10 @@ def fit(
         if others:
             return folder
         results, outputs = {}, {}
+        judged = config.trainer.evaluate_start
+        starts = evaluate_start(system, config, lambda: request.stop, say) if judged else {}
+        if request.stop:
+            raise Interrupted(str(folder))
         best = find_checkpoint(folder.path, prefer="best")
         load_weights(model, Checkpoint.load(best), system, str(best))
         system.calibrate(lambda split: outputs_of(system, model, config, split), say)
@@ -267,12 +267,13 @@ def fit(
                 results[split], outputs[split] = evaluated
     if not results:
         raise NearfarError("there is neither a validation nor a test split: nothing to evaluate on.")
-    about = {
+    about: Json = {
         # Cut before its first epoch was over, a run is evaluated as it stands.
         "best_epoch": state.best["epoch"] or state.epoch + 1,
         "epochs": state.epoch,
         "steps": state.step,
         "train_seconds": round(seconds, 2),
+        **gains(results, starts),
     }
     write_results(folder, system, results, outputs, about)
     write_diagnosis(folder, say)

@@ -93,6 +93,8 @@ class TrainingLoop:
         self.optimizer: Any = self.fabric.setup_optimizers(raw)
         with self.recorder:
             self.recorder.start(self)
+            if self._resume is None and self.config.trainer.evaluate_start:
+                self._score_start()
             self._set_generators()
             while self.finished is None:
                 self._train_epoch()
@@ -195,6 +197,13 @@ class TrainingLoop:
         outputs = embed_split(self.fabric, self.system, self.model, self.config, "val", final=False)
         with torch.no_grad():
             return self.system.evaluate(outputs, "val", final=False), outputs
+
+    def _score_start(self) -> None:
+        """Log the scores of validation before the first step."""
+        validated = self._validate()
+        if validated is not None:
+            scores = {name: estimate.value for name, estimate in validated[0].estimates.items()}
+            self.recorder.log({"kind": "start", "step": 0, "val": scores})
 
     def _close_epoch(self, validated: tuple[Evaluation, dict[str, Tensor]] | None) -> None:
         """Log the epoch, remember the best, go on to the next, save."""

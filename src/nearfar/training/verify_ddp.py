@@ -154,6 +154,14 @@ def _mined(out: Sequence[Tensor], batch: Batch) -> Arguments:
     return _pair(out, batch) | {"negatives": out[1] * 0.5 - out[0]}
 
 
+def _taught(out: Sequence[Tensor], batch: Batch) -> Arguments:
+    return _pair(out, batch) | {"teacher": (batch.scores[:, None] * out[1].detach(), out[1].detach() + 1)}
+
+
+def _margins(out: Sequence[Tensor], batch: Batch) -> Arguments:
+    return {"a": out[0], "b": out[1], "negatives": out[1].flip(1)[:, None], "margins": batch.scores[:, None]}
+
+
 def _memory(out: Sequence[Tensor], batch: Batch) -> Arguments:
     rows = torch.randn(5, out[1].shape[1], generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     return _pair(out, batch) | {"negatives": (rows, -rows)}
@@ -177,6 +185,11 @@ CASES: dict[str, Case] = {
         lambda: losses.InfoNCELoss(symmetric=False, in_batch=False), _mined
     ),
     "InfoNCELoss, decoupled": Case(lambda: losses.InfoNCELoss(denominator="negatives"), _pair),
+    "InfoNCELoss, debiased and hard-weighted": Case(
+        lambda: losses.InfoNCELoss(tau_plus=0.1, beta=1.0), _pair
+    ),
+    "DistillationLoss": Case(losses.DistillationLoss, _taught),
+    "MarginMSELoss": Case(losses.MarginMSELoss, _margins),
     "ClipLoss": Case(losses.ClipLoss, _clip),
     "SupConLoss": Case(losses.SupConLoss, _supcon),
     "SupConLoss, two views": Case(

@@ -69,10 +69,9 @@ def test_two_columns_train_and_beat_the_start(table: Path, tmp_path: Path) -> No
     metrics = run.read_json("metrics.json")
     assert metrics["monitor"] == "title_to_text/MRR"
     (split,) = metrics["splits"]
-    scores, start = metrics["splits"][split], metrics["baselines"][split]
+    scores, start = metrics["splits"][split], metrics["before_training"][split]
     assert scores["title_to_text/MRR"]["value"] > start["title_to_text/MRR"]["value"]
-    assert start["title_to_text/MRR"]["name"] == "before training"
-    assert metrics["comparison"]["title_to_text/MRR against before training"]["low"] > 0
+    assert metrics["gain"][split]["title_to_text/MRR"]["low"] > 0
     assert scores["nearest_training/title_to_text/MRR"]["control"] is True
     layout = run.read_json("dataset_layout.json")
     assert layout["splits"]["train"]["rejections"]["by_reason"] == {"fewer than two views": 1}
@@ -234,6 +233,6 @@ def test_a_run_that_starts_from_trained_weights_is_judged_against_them(table: Pa
     more = ("views=[title,text]", "lr=0.01", "data.val_fraction=0.4", "name=run")
     first = train(table, tmp_path / "a", *more, "epochs=3")
     second = train(table, tmp_path / "b", *more, "epochs=1", f"init_from={first.path}", "lr=1e-9")
-    start = second.read_json("metrics.json")["baselines"]["val"]["title_to_text/MRR"]["value"]
+    start = second.read_json("metrics.json")["before_training"]["val"]["title_to_text/MRR"]["value"]
     trained = first.read_json("metrics.json")["splits"]["val"]["title_to_text/MRR"]["value"]
     assert start == pytest.approx(trained)

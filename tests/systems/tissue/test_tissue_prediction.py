@@ -17,6 +17,8 @@ from rich.console import Console
 import nearfar
 from nearfar.config.compose import compose_config, read_config
 from nearfar.data.chunks import NewData
+from nearfar.data.slides.shard_dataset import read_shards
+from nearfar.data.slides.shards import ShardOptions, write_shards
 from nearfar.errors import NearfarError
 from nearfar.launch import run_one
 from nearfar.serving import Trained
@@ -24,8 +26,6 @@ from nearfar.serving.export import export_run
 from nearfar.serving.stream import embed_file, predict_file
 from nearfar.systems import build_system
 from nearfar.systems.tissue.evaluation import chosen_genes, pearson_estimate
-from nearfar.systems.tissue.shard_dataset import read_shards
-from nearfar.systems.tissue.shards import ShardOptions, write_shards
 from nearfar.training.run_folder import RunFolder
 from tissue_files import GENES, plain_strings, slide_data, write_h5ad, write_outs, write_st
 

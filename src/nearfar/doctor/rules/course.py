@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from nearfar.doctor.phases import monitor, switch_epoch
-from nearfar.doctor.rule import Evidence, Remedy, Rule
-from nearfar.doctor.rules._remedies import fixed, lower_learning_rate
+from nearfar.doctor.rule import Evidence, Remedy, Rule, TooLittle
+from nearfar.doctor.rules._remedies import advice, fixed, lower_learning_rate
 from nearfar.doctor.series import level_noise, mean
 from nearfar.doctor.signals import Signals
 
@@ -14,6 +14,8 @@ __all__ = ["RULES"]
 
 #: fall of the metric, and rise of the validation loss, from which later epochs are worse than earlier ones
 OVERFIT_METRIC, OVERFIT_LOSS = 0.05, 0.1
+#: growth of the batch, steadiness before it, scores before it, and the metric's gain that is one
+GROWS, STEADY, BEFORE_GROWTH, GAINED = 1.5, 1.1, 2, 0.05
 #: fall of the training loss in the second half of a run, as a share of itself, that is one
 FALLS = 0.02
 
@@ -78,6 +80,39 @@ def _overfits(signals: Signals) -> Evidence | None:
     return None
 
 
+def _larger_batch(signals: Signals) -> Evidence | None:
+    metric = monitor(signals)
+    values = metric.by_epoch()
+    for name in ("candidates", "batch_size", "rows"):
+        if sizes := signals.series(name).finite().by_epoch():
+            break
+    else:
+        sizes = {}
+    if len(sizes) < 2 or len(values) < 2 * BEFORE_GROWTH:
+        raise TooLittle(
+            f"sizes of batches by epoch, and {2 * BEFORE_GROWTH} scores of validation, are needed"
+        )
+    if switch_epoch(signals) is not None:
+        return None  # the batches changed in another way, too
+    epochs = sorted(set(sizes) & set(values))
+    for at in range(BEFORE_GROWTH, len(epochs)):
+        before, grown = [sizes[epoch] for epoch in epochs[:at]], sizes[epochs[at]]
+        if max(before) > STEADY * min(before) or grown < GROWS * max(before):
+            continue
+        last, first = values[epochs[at - 1]], values[epochs[at]]
+        earlier = last - values[epochs[at - 2]]
+        margin = max(GAINED * abs(last), 3 * level_noise(list(values.values())))
+        if first - last <= margin + 2 * max(earlier, 0.0):
+            return None
+        return Evidence(
+            f"{metric.name} rose from {abs(last):.3f} to {abs(first):.3f} in epoch {epochs[at]}, in which batches grew "
+            f"from {max(before):.0f} to {grown:.0f} {name.replace('batch_size', 'rows')}; in the epoch before it had "
+            f"changed by {earlier:+.3f}.",
+            {"before": last, "after": first, "from": max(before), "to": grown},
+        )
+    return None
+
+
 RULES = (
     Rule(
         "non-finite-loss", "error", "The loss is not a finite number.",
@@ -96,5 +131,17 @@ RULES = (
         cause="The model learns its training rows by heart.",
         remedy=fixed("patience=5", "Stop early, or regularise: input dropout, augmentation, more data."),
         source="Prechelt 1998, Early stopping — but when?",
+    ),
+    Rule(
+        "batch-explains-gain", "note", "The metric rose when the batch grew.",
+        (("val/*", "candidates"), ("val/*", "batch_size"), ("val/*", "rows")), _larger_batch,
+        looks_at="the monitored metric in the epoch in which `candidates` (or `rows`, `batch_size`) grow",
+        threshold=f"batches {GROWS:g} times as large as in all {BEFORE_GROWTH} or more epochs before; a gain of more "
+        f"than {GAINED:.0%}, three times the scatter, and twice the gain of the epoch before",
+        cause="A larger batch has harder negatives and a smoother gradient: what else was changed at that point need "
+        "not have helped.",
+        remedy=advice("Compare with a run of the small batch throughout, and with one of the large batch alone, before "
+                      "the gain is laid to anything else."),
+        source="Chen et al. 2020, SimCLR: the batch alone is worth several points",
     ),
 )  # fmt: skip

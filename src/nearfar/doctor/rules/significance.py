@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 
 from nearfar.doctor.cells import estimate_of, number, numbers, plain
+from nearfar.doctor.gain import monitored_gain
+from nearfar.doctor.phases import lower_is_better
 from nearfar.doctor.rule import Evidence, Rule, TooLittle
 from nearfar.doctor.rules._remedies import advice
 from nearfar.doctor.series import mean
@@ -105,6 +107,28 @@ def _deviation(values: tuple[float, ...]) -> float:
     return math.sqrt(sum((value - middle) ** 2 for value in values) / (len(values) - 1))
 
 
+def _gain(signals: Signals) -> Evidence | None:
+    known = monitored_gain(signals.mapping("gain"), signals.text("monitor"))
+    if known is None:
+        raise TooLittle("the monitored metric has no difference from before training")
+    split, name, change = known
+    value, low, high = (float(change[key]) for key in ("value", "low", "high"))
+    if not low <= 0 <= high and (value > 0) != lower_is_better(signals, name):
+        return None
+    before, now = (
+        estimate_of(signals.mapping(where).get(split, {}).get(name), name)["value"]
+        for where in ("before_training", "metrics")
+    )
+    worse = not low <= 0 <= high
+    beside = "" if before is None or now is None else f" was {before:.4g} before training and is {now:.4g};"
+    return Evidence(
+        f"{name} on {split}{beside} the difference is {value:+.4f} [{low:+.4f}, {high:+.4f}].",
+        {"difference": value, "low": low, "high": high},
+        severity="error" if worse else None,
+        title="The model is worse than before training." if worse else None,
+    )
+
+
 def _noise(signals: Signals) -> Evidence | None:
     judged = 0
     comparison = signals.mapping("comparison")
@@ -130,6 +154,16 @@ def _noise(signals: Signals) -> Evidence | None:
 
 
 RULES = (
+    Rule(
+        "training-no-gain", "warning", "Training changed nothing that could be told from chance.", (("gain",),), _gain,
+        looks_at="`gain` of the monitored metric, on test where there is one",
+        threshold="the 95 % interval of the difference covers 0; an error where the model became worse",
+        cause="What is trained does not serve what is measured; the learning rate is far too low or too high; what was "
+        "pretrained was as good already; or there are too few items to see a change.",
+        remedy=advice("See what else is found. Where nothing is: more items to measure on, more epochs, a different "
+                      "learning rate; where the model became worse, use it as it was."),
+        source="a score says nothing of training without the score before it",
+    ),
     Rule(
         "common-mode-gain", "warning", "All groups changed alike: this is no change of the "
         "gap.", (("change",),), _common,

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import numpy as np
 
 from nearfar.data.files import Maybe, read_json
+from nearfar.data.writing import make_folder, remove_left_over, write_atomically
 from nearfar.errors import NearfarError
 from nearfar.serving.stores.base import Matches, Row, VectorStore
 from nearfar.serving.stores.filters import Condition, Kind
-from nearfar.training.run_folder import make_folder, remove_left_over, write_atomically
 
 if TYPE_CHECKING:
     import faiss

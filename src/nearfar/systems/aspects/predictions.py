@@ -19,11 +19,11 @@ from nearfar.data.items import Items
 from nearfar.data.rejections import Rejections
 from nearfar.data.table_formats import content_of, full_suffix
 from nearfar.data.tables import is_placeholder
+from nearfar.data.writing import write_atomically
 from nearfar.errors import NearfarError
 from nearfar.systems.aspects.corpora import CORPORA, CORPUS_SUFFIXES, Sentence, corpus_kind, read_texts
 from nearfar.systems.aspects.labels import POLARITIES, LabelScheme
 from nearfar.systems.aspects.scores import Decision, polarity_weights
-from nearfar.training.run_folder import write_atomically
 
 __all__ = [
     "SCHEME_FILE",

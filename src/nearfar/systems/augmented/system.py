@@ -19,11 +19,11 @@ from nearfar.data.batch import Augment, Batch, Draw, Pixels
 from nearfar.errors import NearfarError
 from nearfar.losses import InfoNCELoss, SupConLoss
 from nearfar.losses.memory import CrossBatchMemory
-from nearfar.metrics import paired_difference, rank_estimates, retrieval_ranks
+from nearfar.metrics import rank_estimates, retrieval_ranks
 from nearfar.models.views import ViewModel, module_name
 from nearfar.systems.augmented.options import AugmentedOptions, MoCoOptions
 from nearfar.systems.class_scores import Scores
-from nearfar.systems.labelled import AT_START, LabelledSystem
+from nearfar.systems.labelled import LabelledSystem
 from nearfar.systems.view_system import GROUP
 from nearfar.towers import Tower
 from nearfar.training.system import Evaluation, Say, StepOutput
@@ -171,21 +171,11 @@ class AugmentedSystem(LabelledSystem):
     def evaluate(self, outputs: Mapping[str, Tensor], split: str, final: bool) -> Evaluation:
         """What labels say, where there are any, and retrieval of the second view by the first."""
         judged = super().evaluate(outputs, split, final)
-        estimates, per_item, facts = dict(judged.estimates), dict(judged.per_item), dict(judged.facts)
+        estimates, per_item = dict(judged.estimates), dict(judged.per_item)
         numbers, scores = self._second_view(outputs, split, final)
         estimates |= numbers
         per_item |= scores
-        start = self._at_start.get(split) if final else None
-        if start is not None:
-            before, earlier = self._second_view(start, split, final)
-            for metric, estimate in before.items():
-                name = f"{AT_START}/{metric}"
-                estimates[name] = replace(estimate, metric=name, control=True)
-                gain = paired_difference(scores[metric], earlier[metric], metric=metric)
-                facts.setdefault("comparison", {})[f"{metric} against {AT_START}"] = {
-                    "value": gain.value, "low": gain.low, "high": gain.high, "verdict": gain.verdict,
-                }  # fmt: skip
-        return Evaluation(split, estimates, judged.ids, per_item, facts)
+        return Evaluation(split, estimates, judged.ids, per_item, judged.facts)
 
     @torch.inference_mode(False)
     def _second_view(self, outputs: Mapping[str, Tensor], split: str, final: bool) -> Scores:

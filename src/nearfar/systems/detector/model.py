@@ -17,13 +17,14 @@ import torch
 from nearfar.config.compose import read_config
 from nearfar.config.options import read_options, to_dict
 from nearfar.data.files import read_arrays, read_json
+from nearfar.data.writing import write_atomically
 from nearfar.errors import NearfarError
 from nearfar.models.detection import Detector, SetLoss
 from nearfar.models.detection.network import SmallDetector
 from nearfar.models.image import ImageEncoder, build_image_encoder
 from nearfar.systems.detector.options import DetectorOptions, DetectorRecipe
 from nearfar.training.checkpoint import Checkpoint, find_checkpoint
-from nearfar.training.run_folder import RunFolder, write_atomically
+from nearfar.training.run_folder import RunFolder
 
 __all__ = [
     "build_detector",

@@ -26,10 +26,10 @@ from nearfar.data.photos import Photo, as_photo
 from nearfar.data.picture_check import check_pictures
 from nearfar.data.picture_files import walk_files
 from nearfar.data.rejections import Rejections
+from nearfar.data.writing import make_folder
 from nearfar.errors import NearfarError
 from nearfar.models.detection import Target
 from nearfar.systems.detector.dataset import DetectionBatch, make_view
-from nearfar.training.run_folder import make_folder
 
 __all__ = [
     "NEW_OPTIONS",

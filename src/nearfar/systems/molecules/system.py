@@ -95,7 +95,6 @@ class MoleculeSystem(ViewSystem):
 
     name = "molecules"
     monitor = "text_to_molecule/MRR"
-    judges_start = False  # the molecule encoder starts from nothing: chance stands beside every estimate
 
     config: MoleculeOptions
     data: MoleculeData

@@ -241,7 +241,7 @@ class PairSystem(ViewSystem):
     ) -> tuple[dict[str, Estimate], dict[str, np.ndarray]]:
         """Between views; finally beside the baseline that trains nothing: the value of the nearest training item."""
         estimates, per_item = super().retrieval(outputs, split, final)
-        if final and outputs is not self._at_start.get(split) and split != "train":
+        if final and split != "train":
             estimates |= self._nearest_training(split)
         return estimates, per_item
 

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from numpy import ndarray
 from torch import Tensor
 
+from nearfar.data.writing import write_atomically
 from nearfar.errors import NearfarError
 from nearfar.metrics import (
     Difference,
@@ -31,7 +32,7 @@ from nearfar.systems.relations.probe import (
     FUSED,
 )
 from nearfar.systems.relations.records import chosen_relations
-from nearfar.training.run_folder import RunFolder, write_atomically
+from nearfar.training.run_folder import RunFolder
 
 __all__ = [
     "PAIR",

@@ -13,9 +13,9 @@ from jaxtyping import Float, Int
 from numpy import ndarray
 
 from nearfar.data.files import read_arrays, read_json
+from nearfar.data.writing import write_atomically
 from nearfar.errors import NearfarError
 from nearfar.systems.relations.probe import Blocks, RelationProbe
-from nearfar.training.run_folder import write_atomically
 
 __all__ = ["Predictor", "fitted_temperature", "probabilities"]
 

@@ -1,4 +1,4 @@
-"""The slides of an experiment, read or generated, split by slide; and their spots as items."""
+"""The slides of an experiment, read or generated, split by slide."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ import numpy as np
 
 from nearfar.data.cache import content_key
 from nearfar.data.files import Json
-from nearfar.data.items import Column, Items
-from nearfar.errors import NearfarError
-from nearfar.systems.tissue.generated import generated_tissue
+from nearfar.data.slides.generated import generated_tissue
+from nearfar.data.slides.tissue import Tissue
+from nearfar.errors import NearfarError, nearest_name
 from nearfar.systems.tissue.options import TissueData as DataOptions
-from nearfar.systems.tissue.records import Tissue
-from nearfar.systems.tissue.slide_splits import resolve_splits
+from nearfar.systems.tissue.options import slide_names
 
-__all__ = ["TissueData", "items_of", "load_data"]
+__all__ = ["TissueData", "load_data", "resolve_splits"]
 
 
 @dataclass(frozen=True)
@@ -93,8 +92,8 @@ def load_data(options: DataOptions, say: Callable[[str], None]) -> TissueData:
     folder = Path(str(options.dir)).expanduser()
     if not folder.is_dir():
         raise NearfarError(f"data.dir={folder}: no such folder.")
-    from nearfar.systems.tissue.shard_dataset import read_shards
-    from nearfar.systems.tissue.shard_index import read_index, read_splits
+    from nearfar.data.slides.shard_dataset import read_shards
+    from nearfar.data.slides.shard_index import read_index, read_splits
 
     index = read_index(folder)
     names = [slide.name for slide in index.slides]
@@ -115,13 +114,33 @@ def _of_slides(tissue: Tissue, splits: Mapping[str, Sequence[str]]) -> dict[str,
     return {name: tissue.select(slides) for name, slides in splits.items()}
 
 
-def items_of(tissue: Tissue, source: str) -> Items:
-    """The spots as items: what is seen at each (``image``) and expressed there (``gene``), kept together by slide."""
-    slides = [tissue.slide_names[slide] for slide in tissue.slides.tolist()]
-    columns: dict[str, Column] = {
-        "image": tissue.patches,
-        "gene": tissue.expression,
-        "slide": slides,
-        "position": tissue.positions,
+def resolve_splits(
+    slides: Sequence[str], options: DataOptions, otherwise: Mapping[str, Sequence[str]], where: str
+) -> dict[str, list[str]]:
+    """The slides of every split: as ``hold_out`` and ``val`` name them, or else as ``otherwise`` says.
+
+    An unknown slide or one in two splits is an error, and so are no slides to train on, or none to validate or test on.
+    """
+    named = {
+        "val": slide_names(options.val, "data.val"),
+        "test": slide_names(options.hold_out, "data.hold_out"),
     }
-    return Items(list(tissue.ids), columns, source, groups=slides)
+    for key, names in (("data.hold_out", named["test"]), ("data.val", named["val"])):
+        for name in names:
+            if name not in slides:
+                raise NearfarError(f"{key}={name}: {where} has no such slide; {nearest_name(name, slides)}")
+    both = sorted(set(named["test"]) & set(named["val"]))
+    if both:
+        raise NearfarError(f"slide {', '.join(both)} is in data.hold_out and in data.val: one split each.")
+    splits = {name: list(members) for name, members in otherwise.items() if members}
+    if named["test"] or named["val"]:
+        taken = {*named["test"], *named["val"]}
+        splits = {"train": [name for name in slides if name not in taken]}
+        splits |= {name: list(members) for name, members in named.items() if members}
+    if not splits.get("test") and not splits.get("val"):
+        raise NearfarError(
+            f"{where} says nothing of splits: name the slides to test on, data.hold_out=SLIDE, of {', '.join(slides)}."
+        )
+    if not splits.get("train"):
+        raise NearfarError("no slide is left to train on: data.hold_out and data.val take all of them.")
+    return splits

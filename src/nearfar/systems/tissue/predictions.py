@@ -13,8 +13,8 @@ import numpy as np
 from torch import Tensor
 
 from nearfar.data.items import Items
+from nearfar.data.writing import make_folder
 from nearfar.errors import NearfarError
-from nearfar.training.run_folder import make_folder
 
 __all__ = ["LAYER", "AnnDataWriter"]
 

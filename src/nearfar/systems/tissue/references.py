@@ -13,9 +13,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nearfar.data.files import read_json
+from nearfar.data.writing import write_atomically
 from nearfar.errors import NearfarError
 from nearfar.systems.tissue.evaluation import retrieved_expression
-from nearfar.training.run_folder import write_atomically
 
 __all__ = ["MOST_BYTES", "References"]
 

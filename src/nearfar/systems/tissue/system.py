@@ -19,13 +19,14 @@ from nearfar.data.batch import Augment, Batch, Draw, Inputs, Rows
 from nearfar.data.chunks import NewData
 from nearfar.data.files import Json, Maybe, read_json, read_names
 from nearfar.data.items import Items
+from nearfar.data.slides.new_slides import LACKING, NEW_OPTIONS, Reading, read_slides
+from nearfar.data.slides.tissue import items_of
 from nearfar.errors import NearfarError
 from nearfar.losses import ClipLoss, SpatialLoss
 from nearfar.models.views import ViewModel, build_head
 from nearfar.systems.rebuilt import prepare_again
-from nearfar.systems.tissue.data import TissueData, items_of, load_data
+from nearfar.systems.tissue.data import TissueData, load_data
 from nearfar.systems.tissue.evaluation import Evaluator
-from nearfar.systems.tissue.new_slides import LACKING, NEW_OPTIONS, Reading, read_slides
 from nearfar.systems.tissue.options import TissueOptions
 from nearfar.systems.tissue.predictions import AnnDataWriter
 from nearfar.systems.tissue.references import References
@@ -97,7 +98,6 @@ class TissueSystem(ViewSystem):
 
     name = "tissue"
     monitor = "image_to_gene/MRR"
-    judges_start = False  # both heads start from nothing: chance stands beside every estimate
 
     config: TissueOptions  # type: ignore[assignment]  # no options of a ViewLoss: neighbours are those in space
     data: TissueData

@@ -1,0 +1,1 @@
+"""Slides with spots: readers of their layouts, WebDataset shards of spots, and spots as items."""
