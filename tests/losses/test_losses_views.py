@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nearfar.contrast import NoPositivesWarning
 from nearfar.errors import NearfarError
+from nearfar.functional import distillation, info_nce, margin_mse
 from nearfar.losses import ViewContext, ViewLoss
 from nearfar.losses.views import view_pairs
 from nearfar.models.views import ViewMemory
@@ -222,3 +223,117 @@ def test_wrong_arguments_are_named() -> None:
     context = ViewContext(groups, negatives={"b": torch.ones(2, 1, 2)})
     with pytest.raises(NearfarError, match="cannot be combined"):
         ViewLoss()({"a": torch.eye(2), "b": torch.eye(2)}, context, memory=memory)
+
+
+# -- guides, terms, lengths ----------------------------------------------------------------------------------------
+
+
+def judged(u: Tensor, v: Tensor, margin: float) -> set[tuple[int, int]]:
+    """Pairs (query, key) that a guide scores as high as the query's own, less the margin."""
+    n = len(u)
+    return {(i, j) for i in range(n) for j in range(n) if cosine(u[i], v[j]) >= cosine(u[i], v[i]) - margin}
+
+
+def test_a_guide_judges_each_direction_by_its_own_positives() -> None:
+    views, guides = (
+        {k: draw(7, 4, seed=i) for i, k in enumerate("ab")},
+        {"a": draw(7, 3, seed=5), "b": draw(7, 3, seed=6)},
+    )
+    context = ViewContext(guides=guides, guide_margin=0.3)
+    forth, back = judged(guides["a"], guides["b"], 0.3), judged(guides["b"], guides["a"], 0.3)
+    expected = (one_way(views["a"], views["b"], 2.0, forth) + one_way(views["b"], views["a"], 2.0, back)) / 2
+    loss = ViewLoss(temperature=0.5)
+    assert float(loss(views, context)) == pytest.approx(expected, rel=1e-6)
+    kept = sum(len(out - {(i, i) for i in range(7)}) for out in (forth, back)) / 14
+    assert loss.record()["masked_per_row"] == pytest.approx(kept)
+    # Rows that lack a view take their guide with them.
+    present = torch.tensor([True] * 5 + [False] * 2)
+    partial = ViewContext(guides=guides, guide_margin=0.3, present={"b": present})
+    five = ViewContext(guides={k: x[:5] for k, x in guides.items()}, guide_margin=0.3)
+    assert float(loss(views, partial)) == pytest.approx(
+        float(loss({k: x[:5] for k, x in views.items()}, five)), rel=1e-9
+    )
+
+
+def test_a_guide_judges_further_negatives() -> None:
+    a, b, mined = draw(5, 4), draw(5, 4, seed=1), draw(5, 2, 4, seed=2)
+    u, v, theirs = draw(5, 3, seed=3), draw(5, 3, seed=4), draw(5, 2, 3, seed=5)
+    context = ViewContext(
+        guides={"a": u, "b": v}, guide_margin=0.1, negatives={"b": mined}, negative_guides={"b": theirs}
+    )
+    left = [
+        [row for k, row in enumerate(mined[i]) if cosine(u[i], theirs[i, k]) < cosine(u[i], v[i]) - 0.1]
+        for i in range(5)
+    ]
+    forth = one_way(a, b, 2.0, judged(u, v, 0.1), left)
+    back = one_way(b, a, 2.0, judged(v, u, 0.1))
+    assert float(ViewLoss(temperature=0.5)({"a": a, "b": b}, context)) == pytest.approx(
+        (forth + back) / 2, rel=1e-6
+    )
+    one = ViewLoss(temperature=0.5, symmetric=False)
+    assert float(one({"a": a, "b": b}, context)) == pytest.approx(forth, rel=1e-6)
+
+
+def test_lengths_distillation_and_margins_are_terms() -> None:
+    views = {k: draw(6, 8, seed=i) for i, k in enumerate("ab")}
+    guides, mined, margins = (
+        {k: draw(6, 3, seed=5 + i) for i, k in enumerate("ab")},
+        draw(6, 2, 8, seed=9),
+        draw(6, 2, seed=8),
+    )
+    context = ViewContext(guides=guides, negatives={"b": mined}, margins={"b": margins})
+    loss = ViewLoss(
+        temperature=0.5, dims=[4, 2], distill=0.5, teacher_temperature=0.2, margin=2.0, margin_scale=3.0
+    )
+    value = loss(views, context)
+    plain = ViewLoss(temperature=0.5)
+    parts = {}
+    for length in (2, 4, 8):
+        short = ViewContext(negatives={"b": mined[..., :length]})
+        parts[length] = float(plain({k: x[:, :length] for k, x in views.items()}, short))
+    taught = distillation(
+        views["a"], views["b"], (guides["a"], guides["b"]), temperature=0.5, teacher_temperature=0.2
+    )
+    error = margin_mse(views["a"], views["b"], mined, margins, scale=3.0)
+    assert float(value) == pytest.approx(
+        sum(parts.values()) + 0.5 * float(taught) + 2.0 * float(error), rel=1e-9
+    )
+    record = loss.record()
+    assert record["dim2/raw"] == pytest.approx(parts[2], rel=1e-9)
+    assert record["contrastive/raw"] == pytest.approx(parts[8], rel=1e-9)
+    assert record["distill/weighted"] == pytest.approx(0.5 * float(taught), rel=1e-9)
+    assert record["margin/weight"] == 2.0
+    assert record["candidates"] == 7  # of the whole embeddings: 6 + 2, and 6
+
+
+def test_lengths_with_a_memory() -> None:
+    views = {k: draw(4, 6, seed=i).float() for i, k in enumerate("ab")}
+    memory = ViewMemory({"a": 6, "b": 6}, size=3)
+    groups = {"a": torch.tensor([7, 8, 9]), "b": torch.tensor([7, 8, 9])}
+    memory.push({k: draw(3, 6, seed=4).float() for k in "ab"}, groups)
+    context = ViewContext({k: torch.arange(4) for k in "ab"})
+    loss = ViewLoss(dims=[3])
+    value = loss(views, context, memory=memory)
+    short = ViewMemory({"a": 3, "b": 3}, size=3)
+    short.push({k: draw(3, 6, seed=4).float()[:, :3] for k in "ab"}, groups)
+    plain = ViewLoss()
+    expected = plain(views, context, memory=memory) + plain(
+        {k: x[:, :3] for k, x in views.items()}, context, memory=short
+    )
+    assert float(value) == pytest.approx(float(expected), rel=1e-6)
+    context.guides, context.guide_margin = {k: draw(4, 2).float() for k in "ab"}, 0.0
+    with pytest.raises(NearfarError, match="does not know the items of a memory"):
+        loss(views, context, memory=memory)
+
+
+def test_what_terms_need() -> None:
+    views = {k: draw(4, 6, seed=i) for i, k in enumerate("ab")}
+    with pytest.raises(NearfarError, match="guides of no view"):
+        ViewLoss(distill=1.0)(views)
+    with pytest.raises(NearfarError, match="length of 9"):
+        ViewLoss(dims=[9])(views)
+    with pytest.raises(NearfarError, match="of the loss infonce"):
+        ViewLoss("siglip", tau_plus=0.1)
+    hard = ViewLoss(temperature=0.5, tau_plus=0.1, beta=0.5)
+    expected = info_nce(views["a"], views["b"], temperature=0.5, tau_plus=0.1, beta=0.5)
+    assert float(hard(views)) == pytest.approx(float(expected), rel=1e-12)

@@ -13,11 +13,22 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from nearfar.arguments import choice, entries, instance, mapping, shown, text
-from nearfar.contrast import DuplicateMask, Mask, NoPositivesWarning, SimilarityMask, join_masks
+from nearfar.contrast import (
+    DuplicateMask,
+    GuideMask,
+    Mask,
+    NegativeWeights,
+    NoPositivesWarning,
+    SimilarityMask,
+    join_masks,
+)
 from nearfar.errors import NearfarError, nearest_name
-from nearfar.losses.arguments import check_flags, check_matrices, check_sum, check_temperature
+from nearfar.losses.arguments import check_flags, check_matrices, check_sum, check_temperature, number
 from nearfar.losses.base import LossTraits
+from nearfar.losses.distillation import DistillationLoss, MarginMSELoss
 from nearfar.losses.info_nce import InfoNCELoss
+from nearfar.losses.matryoshka import check_lengths, term_name
+from nearfar.losses.objective import Objective
 from nearfar.losses.siglip import SigLipLoss
 from nearfar.losses.supcon import SupConLoss
 
@@ -51,6 +62,11 @@ class ViewContext:
     ``threshold``: vectors (b, r) whose cosine, from the threshold on, tells a likely false negative. ``labels``: rows
     of the same label are positives of each other (supcon). ``negatives``: of a view further values (b, k, d) that are
     negatives of their own row.
+
+    ``guides``: of a view a frozen second model's vectors (b, g), by which negatives between two such views are judged
+    relative to the own positive (`GuideMask`, with ``guide_margin``, ``guide_kind`` and ``guide_softness``;
+    ``guide_margin`` None: none are), and which teach where a loss distils; ``negative_guides`` (b, k, g) are those of
+    ``negatives``. ``margins``: of the negatives of a view (b, k) a teacher's score of the own value less theirs.
     """
 
     groups: Mapping[str, Int[Tensor, " b"]] = field(default_factory=dict)
@@ -60,10 +76,41 @@ class ViewContext:
     threshold: float | None = None
     labels: Int[Tensor, " b"] | None = None
     negatives: Mapping[str, Float[Tensor, "b k d"]] = field(default_factory=dict)
+    guides: Mapping[str, Float[Tensor, "b g"]] = field(default_factory=dict)
+    guide_margin: float | None = None
+    guide_kind: Literal["absolute", "relative"] = "absolute"
+    guide_softness: float = 0.0
+    negative_guides: Mapping[str, Float[Tensor, "b k g"]] = field(default_factory=dict)
+    margins: Mapping[str, Float[Tensor, "b k"]] = field(default_factory=dict)
 
     def mask(self, first: str, second: str) -> Mask | None:
         """Pairs of rows that are no negatives between these views."""
-        return join_masks([*self.same_content(first, second), *self._likely()])
+        guide = self.guide(first, second)
+        judged = [] if guide is None else [guide]
+        return join_masks([*self.same_content(first, second), *self._likely(), *judged])
+
+    def guide(self, first: str, second: str) -> GuideMask | None:
+        """Negatives between two views as the guide judges them; None where it does not."""
+        if self.guide_margin is None or not {first, second} <= set(self.guides):
+            return None
+        return GuideMask(
+            self.guides[first], self.guides[second], self.guide_margin, self.guide_kind, self.guide_softness
+        )
+
+    def judged_negatives(
+        self, first: str, second: str
+    ) -> tuple[NegativeWeights | None, NegativeWeights | None]:
+        """The same of the further negatives of both directions: values of the second view, and of the first."""
+        guide = self.guide(first, second)
+        if guide is None:
+            return None, None
+        theirs = [self.negative_guides.get(view) for view in (second, first)]
+        sides = (guide, guide.transposed())
+        forth, back = (
+            None if vectors is None else side.beyond(vectors)
+            for side, vectors in zip(sides, theirs, strict=True)
+        )
+        return forth, back
 
     def same_content(self, *views: str) -> list[Mask]:
         """Pairs of rows with the same value in one of the views, where these are masked; views whose groups are one
@@ -101,6 +148,12 @@ class ViewContext:
             self.threshold,
             None if self.labels is None else self.labels[at],
             {view: rows[at] for view, rows in self.negatives.items()},
+            {view: rows[at] for view, rows in self.guides.items()},
+            self.guide_margin,
+            self.guide_kind,
+            self.guide_softness,
+            {view: rows[at] for view, rows in self.negative_guides.items()},
+            {view: rows[at] for view, rows in self.margins.items()},
         )
 
 
@@ -157,6 +210,12 @@ class ViewLoss(nn.Module):
         anchor: the view that the others are contrasted with; None: every two.
         pairs: the views that are contrasted, two and two, as far as a batch has them, such as a view that only
             training batches have; None: as ``anchor`` says. The first of a pair is the query of one direction alone.
+        tau_plus, beta: of "infonce", debiased and hard negatives, see `InfoNCELoss`.
+        dims: lengths of embeddings that are contrasted beside the whole, each with weight 1 (`MatryoshkaLoss`).
+        distill: the weight of the KL from the guide's distribution over the batch (`DistillationLoss`), for contexts
+            with ``guides``; ``teacher_temperature`` divides its cosines, None: the temperature of the loss.
+        margin: the weight of the squared error of margins (`MarginMSELoss`), for contexts with ``margins``, which are
+            compared with ``margin_scale`` · differences of cosines.
 
     >>> loss = ViewLoss(temperature=0.5)
     >>> views = {"word": torch.eye(4), "picture": torch.eye(4), "sound": torch.eye(4)}
@@ -177,6 +236,13 @@ class ViewLoss(nn.Module):
         own_pair: bool = True,
         anchor: str | None = None,
         pairs: Sequence[tuple[str, str]] | None = None,
+        tau_plus: float = 0.0,
+        beta: float = 0.0,
+        dims: Sequence[int] | None = None,
+        distill: float = 0.0,
+        teacher_temperature: float | None = None,
+        margin: float = 0.0,
+        margin_scale: float = 1.0,
     ) -> None:
         super().__init__()
         choice("name", name, ("infonce", "siglip", "supcon"))
@@ -193,11 +259,27 @@ class ViewLoss(nn.Module):
         self.temperature = temperature
         self.contrast: InfoNCELoss | SigLipLoss | SupConLoss
         if name == "infonce":
-            self.contrast = InfoNCELoss(temperature, symmetric=symmetric)
+            self.contrast = InfoNCELoss(temperature, symmetric=symmetric, tau_plus=tau_plus, beta=beta)
         elif name == "siglip":
             self.contrast = SigLipLoss()
         else:
             self.contrast = SupConLoss(temperature, sum=sum, own_pair=own_pair)
+        if name != "infonce" and (tau_plus or beta):
+            raise NearfarError(
+                f"tau_plus and beta are of the loss infonce, and this is {name}; leave them at 0"
+            )
+        self.dims = [] if dims is None else check_lengths("dims", dims)
+        weights = {term_name(length): 1.0 for length in self.dims} | {"contrastive": 1.0}
+        self.distill: DistillationLoss | None = None
+        self.margin: MarginMSELoss | None = None
+        if number("distill", distill, 0.0):
+            weights["distill"] = distill
+            self.distill = DistillationLoss(temperature, teacher_temperature, symmetric)
+        if number("margin", margin, 0.0):
+            weights["margin"] = margin
+            self.margin = MarginMSELoss(margin_scale)
+        #: the terms beside the contrastive one; None where there is none
+        self.objective = Objective(weights) if len(weights) > 1 else None
         self._terms: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
 
@@ -236,7 +318,7 @@ class ViewLoss(nn.Module):
         for first, second, rows, count in terms:
             part = context if rows is None else context.rows(rows)
             a, b = (views[name] if rows is None else views[name][rows] for name in (first, second))
-            value = self._of(first, second, a, b, part, scale, bias, memory)
+            value = self._value(first, second, a, b, part, scale, bias, memory)
             if len(terms) == 1:
                 return value
             self._terms[f"{first}-{second}"] = value.detach()
@@ -270,7 +352,7 @@ class ViewLoss(nn.Module):
                 terms.append((first, second, rows, len(rows)))
         return terms
 
-    def _of(
+    def _value(
         self,
         first: str,
         second: str,
@@ -281,6 +363,53 @@ class ViewLoss(nn.Module):
         bias: Tensor | float | None,
         memory: Memory | None,
     ) -> Tensor:
+        """Two views: the contrastive term, and those beside it."""
+        if self.objective is None:
+            return self._of(first, second, a, b, context, scale, bias, memory)
+        values: dict[str, Tensor] = {}
+        for length in self.dims:
+            if a.shape[1] < length:
+                raise NearfarError(
+                    f"dims names a length of {length}, and embeddings have {a.shape[1]} numbers"
+                )
+            values[term_name(length)] = self._of(first, second, a, b, context, scale, bias, memory, length)
+        values["contrastive"] = self._of(first, second, a, b, context, scale, bias, memory)
+        if self.distill is not None:
+            if not {first, second} <= set(context.guides):
+                raise NearfarError(
+                    f"distill: the context has guides of {', '.join(context.guides) or 'no view'}, and '{first}' and "
+                    f"'{second}' are contrasted; the teacher's vectors of both are needed"
+                )
+            values["distill"] = self.distill(a, b, (context.guides[first], context.guides[second]), scale)
+        if self.margin is not None:
+            values["margin"] = self._margins(first, second, a, b, context)
+        total: Tensor = self.objective(values)
+        return total
+
+    def _margins(self, first: str, second: str, a: Tensor, b: Tensor, context: ViewContext) -> Tensor:
+        """The mean of the directions that have negatives with margins; 0 where none has."""
+        assert self.margin is not None
+        values = [
+            self.margin(queries, keys, context.negatives[view], context.margins[view])
+            for view, queries, keys in ((second, a, b), (first, b, a))
+            if view in context.margins and view in context.negatives
+        ]
+        return torch.stack(values).mean() if values else a.sum() * 0.0
+
+    def _of(
+        self,
+        first: str,
+        second: str,
+        a: Tensor,
+        b: Tensor,
+        context: ViewContext,
+        scale: Tensor | float | None,
+        bias: Tensor | float | None,
+        memory: Memory | None,
+        length: int | None = None,
+    ) -> Tensor:
+        """The contrastive loss of two views, of the first ``length`` numbers of every embedding."""
+        a, b = a[:, :length], b[:, :length]
         mask = context.mask(first, second)
         if isinstance(self.contrast, SigLipLoss):
             if scale is None:
@@ -293,18 +422,38 @@ class ViewLoss(nn.Module):
                 raise NearfarError("the loss supcon needs labels: which rows are positives of each other")
             loss: Tensor = self.contrast(a, labels, other=b, mask=mask)
             return loss
-        own = (context.negatives.get(second), context.negatives.get(first))
+        own = tuple(
+            None if (rows := context.negatives.get(view)) is None else rows[..., :length]
+            for view in (second, first)
+        )
         if memory is not None and memory.filled and memory.keeps(first) and memory.keeps(second):
             if any(each is not None for each in own):
                 raise NearfarError("mined negatives and a memory cannot be combined; leave one of them out")
+            if context.guide(first, second) is not None:
+                raise NearfarError(
+                    "a guide does not know the items of a memory, so that they would be judged differently; leave one "
+                    "of them out, or set guide_margin to None"
+                )
             left_out = context.beyond(first, second, memory)
-            kept = (memory.rows(second), memory.rows(first) if self.symmetric else None)
+            kept = (
+                memory.rows(second)[:, :length],
+                memory.rows(first)[:, :length] if self.symmetric else None,
+            )
             between: Tensor = self.contrast(
                 a, b, mask, scale, kept, (left_out, left_out if self.symmetric else None)
             )
             return between
         if any(each is not None for each in own):
-            mined: Tensor = self.contrast(a, b, mask, scale, (own[0], own[1] if self.symmetric else None))
+            judged = context.judged_negatives(first, second)
+            further = [(rows, None if rows is None else left) for rows, left in zip(own, judged, strict=True)]
+            if not self.symmetric:
+                further[1] = (None, None)
+            if all(rows is None for rows, _ in further):
+                return self.contrast(a, b, mask, scale)
+            lefts = (further[0][1], further[1][1])
+            mined: Tensor = self.contrast(
+                a, b, mask, scale, (further[0][0], further[1][0]), lefts if any(lefts) else None
+            )
             return mined
         plain: Tensor = self.contrast(a, b, mask, scale)
         return plain
@@ -312,6 +461,10 @@ class ViewLoss(nn.Module):
     def record(self) -> dict[str, float]:
         """Numbers of the last call for the log: the record of the last pair of views, and the loss of each pair."""
         numbers = {} if self.contrast.record is None else dict(self.contrast.record.to_dict())
+        if self.objective is not None and self.objective.record is not None:
+            numbers |= {
+                name: value for name, value in self.objective.record.to_dict().items() if name != "total"
+            }
         if len(self._terms) > 1:
             numbers |= {f"{name}/loss": value.item() for name, value in self._terms.items()}
         return numbers | {name: float(value) for name, value in self._counts.items()}

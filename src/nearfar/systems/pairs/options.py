@@ -39,6 +39,32 @@ class ByView:
         return "by view"
 
 
+@dataclass(frozen=True)
+class Lengths:
+    """Lengths of embeddings, one or a list; null for none."""
+
+    def check(self, name: str, value: object) -> None:
+        for each in lengths(value):
+            if isinstance(each, bool) or not isinstance(each, int) or each < 1:
+                raise NearfarError(f"{name}={shown(value)}: lengths are needed, such as {name}=[32,64].")
+        if len(set(lengths(value))) != len(lengths(value)):
+            raise NearfarError(f"{name}={shown(value)}: a length is named twice.")
+
+    def __str__(self) -> str:
+        return "lengths"
+
+
+def lengths(value: Any) -> list[int]:
+    """Lengths given as one or as a list; none for null.
+
+    >>> lengths(64), lengths(None)
+    ([64], [])
+    """
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
 def column_names(name: str, value: object) -> list[str]:
     """Names of columns given as one or as a list; none for null.
 
@@ -84,7 +110,19 @@ class PairDataOptions:
 
 
 @dataclass
-class InfoNCEOptions:
+class NegativeOptions:
+    """How a loss of one positive sums over negatives."""
+
+    tau_plus: float = fraction(
+        0.0, "share of negatives that are positives in truth, taken off their sum (Chuang et al. 2020)"
+    )
+    beta: float = option(
+        0.0, "negatives weigh exp(beta · logit): hard ones more (Robinson et al. 2021)", least=0
+    )
+
+
+@dataclass
+class InfoNCEOptions(NegativeOptions):
     """Each item's own partner against all others of the batch (van den Oord et al. 2018)."""
 
     name: Literal["infonce"] = option("infonce", "the loss")
@@ -92,7 +130,7 @@ class InfoNCEOptions:
 
 
 @dataclass
-class ClipOptions:
+class ClipOptions(NegativeOptions):
     """The same in both directions with a learned temperature (CLIP, Radford et al. 2021)."""
 
     name: Literal["clip"] = option("clip", "the loss")
@@ -152,6 +190,59 @@ class PairOptions(ViewOptions):
         "by view, columns of further negatives, each of its own row: negatives.definition=[wrong_1,wrong_2]",
         rule=ByView(),
     )
+    margins: dict[str, Any] = option(
+        {},
+        "by view, for each column of `negatives` a column of a teacher's margin, its score of the own value less that "
+        "of the negative: margins.definition=[margin_1,margin_2]",
+        rule=ByView(),
+        role="loss",
+    )
+    margin_weight: float = option(
+        1.0, "of margins: weight of their squared error beside the contrastive loss", least=0, role="loss"
+    )
+    margin_scale: float = option(
+        1.0, "of margins: what differences of cosines are multiplied by", least=1e-6, role="loss"
+    )
+    guide: dict[str, Any] = option(
+        {},
+        "by view, a second, frozen model: a column of its vectors, guide.definition=vector, or options of a tower that "
+        "reads the view, guide.definition.encoder=minilm",
+        rule=ByView(),
+        role="loss",
+    )
+    guide_margin: float | None = option(
+        0.0,
+        "of guide: negatives that it scores as high as the own positive less this are left out; null: none are, and "
+        "the guide teaches alone (distill)",
+        role="loss",
+    )
+    guide_kind: Literal["absolute", "relative"] = option(
+        "absolute", "of guide: whether guide_margin is a cosine, or a share of the positive's", role="loss"
+    )
+    guide_softness: float = option(
+        0.0,
+        "of guide: above 0 negatives are not left out but weigh sigmoid((threshold - score) / guide_softness)",
+        least=0,
+        role="loss",
+    )
+    distill: float = option(
+        0.0,
+        "weight of the KL from the guide's distribution over the batch to the model's, beside the contrastive loss",
+        least=0,
+        role="loss",
+    )
+    teacher_temperature: float | None = option(
+        None,
+        "of distill: what the guide's cosines are divided by; null: as the loss",
+        least=1e-4,
+        role="loss",
+    )
+    matryoshka: Any = option(
+        None,
+        "lengths of embeddings that are trained and judged beside the whole, such as [32,64]",
+        rule=Lengths(),
+        role="loss",
+    )
     positives: str | None = option(
         None,
         "a column: rows with the same value in it are positives of each other, and answers of each other's query",
@@ -185,7 +276,12 @@ class PairOptions(ViewOptions):
                 f"views={names}: a second view is needed to contrast with. One view and labels: experiment=labels; one "
                 "view under augmentation: experiment=augmented."
             )
-        for what, given in (("towers", self.towers), ("negatives", self.negatives)):
+        for what, given in (
+            ("towers", self.towers),
+            ("negatives", self.negatives),
+            ("margins", self.margins),
+            ("guide", self.guide),
+        ):
             for view in given:
                 if names and view not in names:
                     raise NearfarError(f"{what}.{view}: no view has this name; views={names}.")
@@ -210,6 +306,43 @@ class PairOptions(ViewOptions):
             raise NearfarError(f"{further}: further negatives are for loss=infonce and loss=clip.")
         if self.negatives and self.memory:
             raise NearfarError("negatives and memory cannot be combined; leave one of them out.")
+
+        self._check_teachers()
+
+    def _check_teachers(self) -> None:
+        """What guides, margins and lengths need."""
+        single = isinstance(self.loss, InfoNCEOptions | ClipOptions)
+        if self.guide:
+            if not single:
+                raise NearfarError(
+                    "guide: a guide judges the negatives of one positive, for loss=infonce and loss=clip."
+                )
+            if len(self.guide) == 1:
+                raise NearfarError(
+                    f"guide names the view {next(iter(self.guide))} alone: it compares a negative with the own "
+                    "positive, and needs vectors of both views. For likeness in one view take false_negative_threshold."
+                )
+            if self.memory and self.guide_margin is not None:
+                raise NearfarError(
+                    "guide and memory: the guide does not know earlier items. Leave memory out, or set "
+                    "guide_margin=null."
+                )
+            if self.guide_margin is None and not self.distill:
+                raise NearfarError(
+                    "guide with guide_margin=null and distill=0 has no effect; set one of them, or leave it out."
+                )
+        if self.distill and not self.guide:
+            raise NearfarError("distill needs a teacher: guide.VIEW=COLUMN, or guide.VIEW.encoder=NAME.")
+        for view, names in self.margins.items():
+            columns, negatives = (
+                column_names("margins", names),
+                column_names("negatives", self.negatives.get(view)),
+            )
+            if len(columns) != len(negatives):
+                raise NearfarError(
+                    f"margins.{view} names {len(columns)} columns and negatives.{view} {len(negatives)}; one for each "
+                    "is needed."
+                )
 
     @property
     def learns_temperature(self) -> bool:

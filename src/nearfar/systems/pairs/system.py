@@ -13,22 +13,25 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from nearfar.data.batch import Inputs, Rows
+from nearfar.data.batch import Batch, Inputs, Rows
 from nearfar.data.embedded import emoji_items
 from nearfar.data.files import Json
 from nearfar.data.images import thumbnail
 from nearfar.data.items import Items, hold_out, value_groups
 from nearfar.data.sources import read_splits, split_sources
 from nearfar.errors import NearfarError, nearest_name
-from nearfar.losses.views import ViewLoss
+from nearfar.losses.matryoshka import term_name
+from nearfar.losses.views import ViewContext, ViewLoss
 from nearfar.metrics import Estimate, rank_estimates, retrieval_ranks
 from nearfar.models.views import HeadKind, build_head
+from nearfar.systems.pairs.guides import Guides, column_margins, guide_columns
 from nearfar.systems.pairs.options import (
     InfoNCEOptions,
     PairOptions,
     SigLipOptions,
     SupConOptions,
     column_names,
+    lengths,
 )
 from nearfar.systems.view_system import KS, LABEL, NEGATIVES, ViewSystem
 from nearfar.towers import Tower, build_tower, encoder_options, guess_tower, tower_names
@@ -37,6 +40,8 @@ from nearfar.training.system import Say
 
 __all__ = ["PairSystem", "nearest_rows"]
 
+#: fields of a batch: vectors of a view by the guide, those of its further negatives, and a teacher's margins of these
+GUIDE, NEGATIVE_GUIDE, MARGIN = "guide:", "negative_guide:", "margin:"
 #: columns that are no views unless they are named
 NO_VIEWS = ("id", "ids", "index", "label", "labels", "class", "split", "group")
 #: the group of options that holds the encoder of a kind of tower
@@ -65,6 +70,8 @@ class PairSystem(ViewSystem):
             splits = hold_out(emoji_items(), {"val": 0.1, "test": 0.2}, data.split_seed)
         else:
             extra = [name for names in config.negatives.values() for name in column_names("negatives", names)]
+            extra += [name for names in config.margins.values() for name in column_names("margins", names)]
+            extra += guide_columns(config.guide)
             if config.positives is not None:
                 extra.append(config.positives)
             columns = list(dict.fromkeys([*wanted, *extra])) if wanted else None
@@ -100,6 +107,8 @@ class PairSystem(ViewSystem):
         config = self.config
         others = {str(config.data.id_column), str(config.data.group_column), str(config.positives)}
         others |= {name for names in config.negatives.values() for name in column_names("negatives", names)}
+        others |= {name for names in config.margins.values() for name in column_names("margins", names)}
+        others |= set(guide_columns(config.guide))
         chosen = [name for name in train.columns if name.casefold() not in NO_VIEWS and name not in others]
         if len(chosen) < 2:
             raise NearfarError(
@@ -170,7 +179,51 @@ class PairSystem(ViewSystem):
                             "column; every one needs its negative."
                         )
                     inputs[f"{NEGATIVES}{view}:{i}"] = self.towers[view].read(items[name])
+            inputs |= self._judgements(items)
         return inputs
+
+    def _judgements(self, train: Items) -> dict[str, Inputs]:
+        """What a second model says of the training items."""
+        config = self.config
+        inputs: dict[str, Inputs] = {}
+        for name, given in (("guide", config.guide), ("margins", config.margins)):
+            for view in given:
+                if view not in self.towers:
+                    raise NearfarError(
+                        f"{name}.{view}: no view has this name; {nearest_name(view, self.towers)}"
+                    )
+        guides = Guides(config.guide, train)
+        for view in config.guide:
+            inputs[f"{GUIDE}{view}"] = Rows(guides.vectors(view))
+            names = column_names(f"negatives.{view}", config.negatives.get(view))
+            judged = guides.negatives(view, names) if names else None
+            if judged is not None:
+                inputs[f"{NEGATIVE_GUIDE}{view}"] = Rows(judged)
+            elif names and config.guide_margin is not None:
+                self._say(f"guide.{view}: a column has no vectors of negatives.{view}; these count in full")
+        for view, names in config.margins.items():
+            inputs[f"{MARGIN}{view}"] = Rows(
+                column_margins(train, view, column_names(f"margins.{view}", names))
+            )
+        return inputs
+
+    def context(self, embeddings: Mapping[str, Tensor], batch: Batch) -> ViewContext:
+        config = self.config
+
+        def fields(prefix: str) -> dict[str, Tensor]:
+            return {
+                name.removeprefix(prefix): batch.tensor(name) for name in batch if name.startswith(prefix)
+            }
+
+        return replace(
+            super().context(embeddings, batch),
+            guides=fields(GUIDE),
+            guide_margin=config.guide_margin,
+            guide_kind=config.guide_kind,
+            guide_softness=config.guide_softness,
+            negative_guides=fields(NEGATIVE_GUIDE),
+            margins=fields(MARGIN),
+        )
 
     def reference_view(self) -> str | None:
         if self.config.neighbors is not None:
@@ -202,17 +255,41 @@ class PairSystem(ViewSystem):
     def build_loss(self) -> ViewLoss:
         config, loss = self.config, self.config.loss
         if isinstance(loss, SigLipOptions):
-            return ViewLoss("siglip", config.temperature, anchor=config.anchor)
+            return ViewLoss("siglip", config.temperature, **self._terms())
         if isinstance(loss, SupConOptions):
-            return ViewLoss("supcon", config.temperature, sum=loss.sum, anchor=config.anchor)
+            return ViewLoss("supcon", config.temperature, sum=loss.sum, **self._terms())
         symmetric = loss.symmetric if isinstance(loss, InfoNCEOptions) else True
-        return ViewLoss("infonce", config.temperature, symmetric, anchor=config.anchor)
+        return ViewLoss(
+            "infonce", config.temperature, symmetric, tau_plus=loss.tau_plus, beta=loss.beta, **self._terms()
+        )
+
+    def _terms(self) -> dict[str, Any]:
+        """Which views are contrasted, and the terms beside the contrastive one."""
+        config = self.config
+        return {
+            "anchor": config.anchor,
+            "dims": lengths(config.matryoshka) or None,
+            "distill": config.distill,
+            "teacher_temperature": config.teacher_temperature,
+            "margin": config.margin_weight if config.margins else 0.0,
+            "margin_scale": config.margin_scale,
+        }
 
     def _head_kind(self, tower: Tower) -> HeadKind:
         return "none" if tower.train == "frozen" else self.config.head
 
     def shared_dim(self, widths: Mapping[str, int]) -> int:
         """That of a tower without a head, else ``embedding_dim``."""
+        dim = self._shared_dim(widths)
+        beyond = [length for length in lengths(self.config.matryoshka) if length >= dim]
+        if beyond:
+            raise NearfarError(
+                f"matryoshka={beyond}: embeddings have {dim} numbers, which are trained as a whole anyway; name "
+                "shorter lengths."
+            )
+        return dim
+
+    def _shared_dim(self, widths: Mapping[str, int]) -> int:
         plain = {
             view: width for view, width in widths.items() if self._head_kind(self.towers[view]) == "none"
         }
@@ -241,6 +318,11 @@ class PairSystem(ViewSystem):
     ) -> tuple[dict[str, Estimate], dict[str, np.ndarray]]:
         """Between views; finally beside the baseline that trains nothing: the value of the nearest training item."""
         estimates, per_item = super().retrieval(outputs, split, final)
+        for length in lengths(self.config.matryoshka):
+            cut = {view: rows[:, :length] for view, rows in outputs.items()}
+            shorter, scores = super().retrieval(cut, split, final)
+            estimates |= {f"{term_name(length)}/{name}": estimate for name, estimate in shorter.items()}
+            per_item |= {f"{term_name(length)}/{name}": values for name, values in scores.items()}
         if final and split != "train":
             estimates |= self._nearest_training(split)
         return estimates, per_item
