@@ -156,5 +156,5 @@ def test_the_command_says_what_to_do_next(tmp_path: Path) -> None:
 
     shown = CliRunner().invoke(app, ["new", "other_colors", "--output", str(tmp_path / "system")])
     assert shown.exit_code == 0, shown.exception
-    for command in ("pip install -e ", "nearfar train experiment=other_colors", "pytest "):
+    for line in ("pip install -e ", "nearfar train experiment=other_colors", "pytest "):
         assert line in shown.output

@@ -37,6 +37,7 @@ _CONTEXT.set_forkserver_preload(
         "numba",
         "nearfar.cli",
         "nearfar.launch",
+        "nearfar.verify",
         "nearfar.systems.molecules.system",
         "toy_system",
     ]
