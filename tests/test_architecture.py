@@ -60,6 +60,22 @@ def test_imports_point_down(path: Path) -> None:
         )
 
 
+@pytest.mark.parametrize(
+    "path",
+    [p for p in modules() if p.is_relative_to(SOURCE / "data")],
+    ids=lambda p: str(p.relative_to(SOURCE)),
+)
+def test_data_knows_formats_alone(path: Path) -> None:
+    """Files are read without networks and samplers, which stand on the same floor."""
+    assert not imports(path) & {"models", "batching"}
+
+
+def test_systems_read_no_formats() -> None:
+    """What a system adds is options, training and judging: 10,000 lines are enough for all of them."""
+    lines = sum(len(path.read_text().splitlines()) for path in (SOURCE / "systems").rglob("*.py"))
+    assert lines <= 10_000
+
+
 def test_every_module_has_a_floor() -> None:
     names = {path.relative_to(SOURCE).parts[0].removesuffix(".py") for path in modules()}
     assert names == LEVEL.keys()
