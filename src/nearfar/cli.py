@@ -71,6 +71,26 @@ def train(
 
 
 @app.command()
+def check(
+    json_: Annotated[bool, typer.Option("--json", help="Print the data as JSON.")] = False,
+) -> None:
+    """What is installed: versions, extras and what each gives, weights at hand, cores, GPU, cache."""
+    from nearfar.lab.installation import extra_table, inspect_installation, machine_table
+
+    installation, console = inspect_installation(), terminal.console()
+    if json_:
+        console.print_json(data=installation.to_dict())
+        return
+    console.print(machine_table(installation))
+    console.print(extra_table(installation))
+    if any(not extra.installed for extra in installation.extras):
+        terminal.say(
+            console,
+            "An extra is installed by its name: pip install 'nearfar[NAME]', or '.[NAME]' in a clone.",
+        )
+
+
+@app.command()
 def options(
     system: Annotated[str, typer.Argument(help="A system, such as molecules.")],
     markdown: Annotated[bool, typer.Option("--markdown", help="The tables of the docs.")] = False,

@@ -1,0 +1,73 @@
+"""What `nearfar check` says of a machine: extras by their requirements, weights, cores, cache."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import tomllib
+from email.message import Message
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from nearfar.cli import app
+from nearfar.lab import installation
+from nearfar.lab.installation import GIVES, inspect_installation
+
+ROOT = Path(__file__).resolve().parents[2]
+REQUIRES = [
+    "numpy>=1",
+    'absent-one; extra == "train"',
+    'numpy>=1; extra == "train"',
+    'nearfar[train]; extra == "two-words"',
+    'nearfar[two-words]; extra == "two-words"',
+    'numpy>=1000; extra == "two-words"',
+    'absent-two; sys_platform == "no such system" and extra == "two-words"',
+    'numpy; extra == "whole"',
+]
+
+
+@pytest.fixture
+def extras(monkeypatch: pytest.MonkeyPatch) -> dict[str, installation.Extra]:
+    about = Message()
+    for name in ("train", "two-words", "whole"):
+        about["Provides-Extra"] = name
+    monkeypatch.setattr(importlib.metadata, "metadata", lambda name: about)
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: REQUIRES)
+    return {extra.name: extra for extra in inspect_installation().extras}
+
+
+def test_what_is_missing_of_each_extra(extras: dict[str, installation.Extra]) -> None:
+    assert extras["train"].missing == ["absent-one"]
+    first, second = extras["two-words"].missing
+    assert first == "absent-one", "of the extra that it includes"
+    assert second.startswith("numpy>=1000 (")
+    assert extras["whole"].installed
+
+
+def test_every_extra_of_the_project_says_what_it_gives() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert set(project["optional-dependencies"]) == set(GIVES)
+
+
+def test_cache_and_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "inner" / "a.npz").write_bytes(b"x" * (3 << 20))
+    monkeypatch.setenv("NEARFAR_CACHE", str(tmp_path))
+    monkeypatch.setattr(
+        installation, "WEIGHTS", {"no_such_weights": "none", "numpy": "a package that is here"}
+    )
+    here = inspect_installation()
+    assert (here.cache, here.cache_mb) == (str(tmp_path), 3.0)
+    assert here.weights == {"no_such_weights": False, "numpy": True}
+
+
+def test_the_command() -> None:
+    shown = CliRunner().invoke(app, ["check"])
+    assert shown.exit_code == 0, shown.exception
+    for words in ("PyTorch", "cores", "GPU", "weights", "tissue"):
+        assert words in shown.output
+    data = json.loads(CliRunner().invoke(app, ["check", "--json"]).output)
+    assert data["cores"] >= 1
+    assert {"name", "gives", "missing", "installed"} == set(data["extras"][0])
