@@ -300,9 +300,11 @@ def test_runs_without_probe_or_towers(run: RunFolder, folder: Path, tmp_path: Pa
         return dict(zip(named, got["relation"], strict=True))
 
     expected = [said.relations[i] for i in said.classes()[FUSED]]
-    assert [relations(old)[pair] for pair in pairs] == expected
+    predicted = relations(old)
+    assert [predicted[pair] for pair in pairs] == expected
     shutil.rmtree(old / "towers")
-    assert [relations(old)[pair] for pair in pairs] == expected
+    predicted = relations(old)
+    assert [predicted[pair] for pair in pairs] == expected
     moved = folder.with_name("elsewhere")
     folder.rename(moved)
     try:
