@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -48,6 +51,19 @@ def test_what_processes_cannot_import_is_said() -> None:
         verify.loss(lambda a, b: a.sum())
     with pytest.raises(NearfarError, match="ranks"):
         verify.loss(others.own_rows_alone, ranks=1)
+
+
+@pytest.mark.slow
+def test_a_module_that_processes_do_not_find_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "hidden.py").write_text("def loss(a, b):\n    return (a * b).sum()\n")
+    spec = importlib.util.spec_from_file_location("hidden", tmp_path / "hidden.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "hidden", module)
+    spec.loader.exec_module(module)
+    with pytest.raises(NearfarError, match="cannot import the module 'hidden'"):
+        verify.loss(module.loss)
 
 
 # -- loaders -------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import typer
 
 from nearfar import terminal
 from nearfar.data_cli import data_app
+from nearfar.errors import NearfarError
 from nearfar.use_cli import use_app
 
 app = typer.Typer(
@@ -298,6 +299,9 @@ def doctor(
         typer.Option("--batch", help="Explain this batch of the epoch, row by row; counted from 1."),
     ] = None,
     rows: Annotated[int, typer.Option(help="With --batch: how many rows.")] = 8,
+    html: Annotated[
+        Path | None, typer.Option(help="With --batch: write its rows with texts and pictures to this page.")
+    ] = None,
     batches: Annotated[int, typer.Option(help="With --what-if: how many batches.")] = 8,
     checkpoint: Annotated[str, typer.Option(help="With --what-if and --batch: last or best.")] = "last",
     seeds: Annotated[int, typer.Option(help="With --try: draws of batches.")] = 1,
@@ -323,10 +327,13 @@ def doctor(
         console.print_json(data=diagnosis.to_dict())
     elif not what_if and try_ is None and batch is None:
         print_diagnosis(diagnosis, run, console)
+    if html is not None and batch is None:
+        raise NearfarError("--html is the page of an explained batch: name one, --batch N.")
     if batch is not None:
         from nearfar.lab.explain_run import explain_run
 
-        for pair, explained in explain_run(run, batch, rows=rows, checkpoint=checkpoint, say=say).items():
+        pairs = explain_run(run, batch, rows=rows, checkpoint=checkpoint, page=html, say=say)
+        for pair, explained in pairs.items():
             terminal.say(console, pair, style="bold")
             terminal.say(console, str(explained))
     if what_if:

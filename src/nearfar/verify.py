@@ -161,6 +161,12 @@ def _run(
                         f"the {len(parts)} processes were not done after {timeout:.0f} s: they wait for each other, as "
                         "where only some of them gather."
                     )
+        except mp.ProcessExitedException as error:  # before it ran: what it was handed could not be read
+            raise NearfarError(
+                f"a process ended before it began (exit code {error.exit_code}), as where it cannot import the module "
+                f"'{getattr(fn, '__module__', type(fn).__module__)}': give a function of an installed package, or of a "
+                "module beside the tests."
+            ) from None
         except mp.ProcessRaisedException as error:
             last = str(error).strip().splitlines()[-1]
             raise NearfarError(f"the loss failed in a process: {last}") from None
@@ -233,8 +239,10 @@ class ResumeVerdict:
             wrong = ", ".join(
                 f"{case[name]} {name}" for name in ("repeated", "skipped", "strange") if case[name]
             )
-            order = "" if wrong or case["in_place"] == case["left"] else "in a different order"
-            outcome = wrong or order or "exact"
+            number = case["given"] - case["left"]
+            much = "" if not number else f"{abs(number)} too {'many' if number > 0 else 'few'}"
+            order = "" if case["in_place"] == case["left"] else "in a different order"
+            outcome = wrong or much or order or "exact"
             lines.append(
                 f"  after {case['stopped']}: {case['given']} batches for {case['left']} left: {outcome}"
             )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import base64
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,12 @@ import torch
 
 from nearfar.contrast import DuplicateMask, Mask, SimilarityMask
 from nearfar.contrast.masks import as_mask
+from nearfar.data.files import Json
 from nearfar.errors import NearfarError
+from nearfar.lab.report import write_page
 from nearfar.losses.explain import BatchExplanation, explain_batch
 from nearfar.losses.views import ViewLoss
+from nearfar.serving.shown import as_picture, shown_value
 from nearfar.systems import build_system
 from nearfar.systems.view_system import ViewSystem
 from nearfar.training.batches import LIKELY_FALSE_NEGATIVE
@@ -31,6 +36,7 @@ def explain_run(
     rows: int | None = 8,
     k: int = 3,
     checkpoint: str = "last",
+    page: Path | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, BatchExplanation]:
     """A batch of the epoch that a run's checkpoint is in, for each two views that are contrasted.
@@ -41,6 +47,8 @@ def explain_run(
         rows: how many of its first rows are explained; None: all.
         k: positives, negatives and left-out rows that are listed of each.
         checkpoint: "last" or "best".
+        page: an HTML file that is written with the same rows, their texts, pictures and drawn molecules; it stands
+            alone.
 
     Raises:
         NearfarError: a system whose loss is not between views, a number beyond the epoch, data that has changed.
@@ -79,7 +87,8 @@ def explain_run(
         scale = model.scale()
     temperature = 1 / float(scale) if scale is not None else float(system.config.temperature)
     first_rows = None if rows is None else range(min(rows, len(positions)))
-    explained = {}
+    explained: dict[str, BatchExplanation] = {}
+    pairs: list[Json] = []
     views = system.contrasted(embeddings)
     for first, second in system.pairs():
         masks: dict[str, Mask | torch.Tensor] = {}
@@ -104,7 +113,8 @@ def explain_run(
             masks = {name: _some(mask, at) for name, mask in masks.items()}
             suspects = {name: _some(mask, at) for name, mask in suspects.items()}
         texts = {view: _texts(system, view, [positions[i] for i in at.tolist()]) for view in (first, second)}
-        explained[f"{first} → {second}"] = explain_batch(
+        pair = f"{first} → {second}"
+        explained[pair] = explain_batch(
             views[first][at],
             views[second][at],
             temperature=temperature,
@@ -116,9 +126,72 @@ def explain_run(
             rows=None if first_rows is None else [i for i in first_rows if i < len(at)],
             k=k,
         )
+        if page is not None:
+            known = [positions[i] for i in at.tolist()]
+            pairs.append(
+                _pair(pair, explained[pair], *(_Shown(system, view, known) for view in (first, second)))
+            )
     if not explained:
         raise NearfarError(f"{folder}: no two views are contrasted.")
+    if page is not None:
+        title = f"{folder.name}, batch {batch} of epoch {epoch + 1}"
+        about = f"{len(positions)} rows under the weights of {path.name}, without dropout."
+        write_page(page, "batch.html", title=title, about=about, pairs=pairs)
+        say(f"written: {page}")
     return explained
+
+
+class _Shown:
+    """What rows of a batch show in one view: id, text, and the address of a picture that is part of the page."""
+
+    def __init__(self, system: ViewSystem, view: str, positions: Sequence[int]) -> None:
+        self.items, self.view, self.positions = system.splits["train"], view, positions
+        self.tower = system.towers[view]
+        self._known: dict[int, Json] = {}
+
+    def __call__(self, row: int) -> Json:
+        if row not in self._known:
+            at = self.positions[row]
+            value = self.items[self.view][at]
+            about = shown_value(value, self.tower, "")
+            picture = None
+            if "url" in about:
+                try:
+                    media, content = as_picture(value, self.tower)
+                    picture = f"data:{media};base64,{base64.b64encode(content).decode()}"
+                except (NearfarError, OSError) as error:
+                    about["text"] = f"{about.get('text') or ''} (no picture: {error})"
+            self._known[row] = {"id": self.items.ids[at], "text": about.get("text") or "", "picture": picture}
+        return self._known[row]
+
+
+def _pair(name: str, explained: BatchExplanation, query: _Shown, key: _Shown) -> Json:
+    """What the page shows of two views."""
+    rows = [
+        {
+            "position": row.position,
+            "candidates": row.candidates,
+            "masked": row.masked,
+            "p_positive": row.p_positive,
+            "shown": query(row.position),
+            **{
+                kind: [asdict(other) | {"shown": key(other.position)} for other in others]
+                for kind, others in (
+                    ("positives", row.positives),
+                    ("negatives", row.negatives),
+                    ("left_out", row.left_out),
+                )
+            },
+        }
+        for row in explained
+    ]
+    about = {"queries": explained.queries, "keys": explained.keys, "temperature": explained.temperature}
+    return {
+        "name": name,
+        "rows": rows,
+        "notes": explained.notes,
+        "likely_false": explained.likely_false,
+    } | about
 
 
 def _some(mask: Mask | torch.Tensor, at: torch.Tensor) -> torch.Tensor:

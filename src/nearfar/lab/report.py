@@ -40,6 +40,7 @@ __all__ = [
     "embedding_map",
     "training_charts",
     "write_comparison",
+    "write_page",
     "write_rankings",
     "write_report",
 ]
@@ -308,6 +309,13 @@ def write_report(folder: RunFolder) -> Path:
     return folder.write_text("report.html", page)
 
 
+def write_page(path: Path, template: str, **content: object) -> None:
+    """Write a page of one of this package's templates, which stands alone, to an HTML file."""
+    _check_page(path, "--html")
+    page = _environment().get_template(template).render(**content)
+    write_atomically(path, lambda file: file.write(page.encode()))
+
+
 def comparison_page(comparison: Comparison, path: Path) -> str:
     """The page of a comparison: arms, differences with verdicts, curves of every arm, examples of the best arm.
 
@@ -396,11 +404,11 @@ def sweep_pictures(comparison: Comparison, sweep: Sweep) -> list[str]:
     return pictures
 
 
-def _check_page(path: Path) -> None:
+def _check_page(path: Path, option: str = "--output") -> None:
     """``NearfarError`` where a page would replace one that nearfar has not written."""
     if os.path.lexists(path) and b"nearfar</title>" not in read_bytes(path)[:4096]:
         raise NearfarError(
-            f"{path} exists and is not a page of nearfar's: it is left as it is. Give --output."
+            f"{path} exists and is not a page of nearfar's: it is left as it is. Give a different {option}."
         )
 
 
