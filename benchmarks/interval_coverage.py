@@ -1,6 +1,6 @@
 """How often each kind of interval that nearfar prints covers the truth, at 95 %.
 
-    python benchmarks/interval_coverage.py                 # every kind, about two minutes on one core
+    python benchmarks/interval_coverage.py                 # every kind, some ten minutes on one core
     python benchmarks/interval_coverage.py --repeats 400   # a look
 
 Each line is one setting: the share of draws whose interval covers, and the mean width. Shares of hits are not drawn
