@@ -25,16 +25,16 @@ from torch import Tensor, nn
 
 from nearfar.batching.random import LengthBatchSampler
 from nearfar.data.batch import ItemDataset, Rows
+from nearfar.data.reviews.aspect_data import AspectData, load_files
+from nearfar.metrics.aspect_scores import Decision, polarity_weights
 from nearfar.metrics.classification import detection_counts, pair_counts
 from nearfar.metrics.count_metrics import f1_macro, f1_micro
+from nearfar.models.aspects import AspectModel, linear_answers
 from nearfar.models.projection import Dropout
 from nearfar.models.text.recurrent import word_windows
 from nearfar.models.text.trainable import WordTextEncoder
 from nearfar.models.text.words import TokenBatch
 from nearfar.schedules import learning_rate_factor
-from nearfar.systems.aspects.data import AspectData, load_files
-from nearfar.systems.aspects.model import AspectModel, linear_answers
-from nearfar.systems.aspects.scores import Decision, polarity_weights
 from nearfar.towers.text import PooledText
 
 THRESHOLD = 0.42  # an aspect is mentioned from this probability on

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch_geometric.data import Batch
 
+from nearfar.data.molecules.pairs import load_embedded
 from nearfar.models.molecules.graph import GraphTable
-from nearfar.systems.molecules.data import load_embedded
 
 
 def main() -> None:

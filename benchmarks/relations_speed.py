@@ -22,8 +22,8 @@ import torch
 from nearfar.config.compose import compose_config, read_config
 from nearfar.data.items import Items
 from nearfar.data.rejections import Rejections
-from nearfar.systems.relations.data import RelationData
-from nearfar.systems.relations.records import TOP5, Pairs
+from nearfar.data.scenes.relation_data import RelationData
+from nearfar.data.scenes.triples import TOP5, Pairs
 from nearfar.systems.relations.system import RelationSystem
 from nearfar.towers import Tower
 from nearfar.towers.vector import VectorTower

@@ -27,6 +27,14 @@ check_imports(
 )
 
 
+@pytest.fixture(scope="session", autouse=True)
+def session_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A folder that all processes of these tests share, for what is made once (`tiny_runs`)."""
+    own = tmp_path_factory.getbasetemp()
+    shared = own.parent if os.environ.get("PYTEST_XDIST_WORKER") else own
+    os.environ["NEARFAR_TEST_SESSION"] = str(shared / "shared")
+
+
 @pytest.fixture(scope="module")
 def module_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A cache of its own for a file of tests, so that it neither finds nor leaves anything in yours."""

@@ -13,13 +13,14 @@ import nearfar
 
 SOURCE = Path(nearfar.__file__).parent
 #: the rings of docs/architecture.md, each from its top floor to its ground
-VERBS = [{"cli", "data_cli", "use_cli", "launch", "crossval"}]
+VERBS = [{"cli", "data_cli", "use_cli", "mine_cli", "launch", "crossval"}]
 WORKBENCH_ABOVE = [{"pytest_plugin"}, {"lab", "serving", "integrations", "verify"}]
 APPLICATIONS = [{"systems"}]
 WORKBENCH = [{"training"}, {"config"}]
 CORE = [
     {"doctor"},
     {"towers"},
+    {"mining"},
     {"batching", "metrics", "data", "models"},
     {"functional"},
     {"losses"},
@@ -58,6 +59,22 @@ def test_imports_point_down(path: Path) -> None:
         assert LEVEL[other] >= LEVEL[own], (
             f"{path.relative_to(SOURCE)} imports {other}, which stands above it"
         )
+
+
+@pytest.mark.parametrize(
+    "path",
+    [p for p in modules() if p.is_relative_to(SOURCE / "data")],
+    ids=lambda p: str(p.relative_to(SOURCE)),
+)
+def test_data_knows_formats_alone(path: Path) -> None:
+    """Files are read without networks and samplers, which stand on the same floor."""
+    assert not imports(path) & {"models", "batching"}
+
+
+def test_systems_read_no_formats() -> None:
+    """What a system adds is options, training and judging: 10,000 lines are enough for all of them."""
+    lines = sum(len(path.read_text().splitlines()) for path in (SOURCE / "systems").rglob("*.py"))
+    assert lines <= 10_000
 
 
 def test_every_module_has_a_floor() -> None:

@@ -14,6 +14,7 @@ from nearfar.cli import app
 from nearfar.errors import NearfarError
 from nearfar.terminal import report_error
 from nearfar.training.run_folder import RunFolder
+from processes import command
 
 pytestmark = [pytest.mark.usefixtures("module_cache"), pytest.mark.slow]
 
@@ -32,25 +33,15 @@ SMALL = [
 ]
 
 
-def nearfar(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "nearfar.cli", *arguments],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        timeout=300,
-    )
-
-
 def test_help_lists_the_verbs() -> None:
-    shown = nearfar("--help")
+    shown = subprocess.run([sys.executable, "-m", "nearfar.cli", "--help"], capture_output=True, text=True)
     assert shown.returncode == 0
-    for verb in ("train", "new", "compare", "doctor", "report", "embed", "search", "verify", "data"):
+    for verb in ("train", "new", "compare", "doctor", "report", "embed", "search", "mine", "verify", "data"):
         assert verb in shown.stdout
 
 
 def test_list_shows_experiments() -> None:
-    assert "molecules_demo" in nearfar("train", "--list").stdout
+    assert "molecules_demo" in command("train", "--list").stdout
 
 
 def test_mistakes_are_messages_and_not_tracebacks(tmp_path: Path) -> None:
@@ -65,7 +56,7 @@ def test_mistakes_are_messages_and_not_tracebacks(tmp_path: Path) -> None:
         ("train", "experiment=molecules", "data.train=nowhere.tsv"): "no such file",
     }
     for arguments, message in cases.items():
-        done = nearfar(*arguments, cwd=tmp_path)
+        done = command(*arguments, cwd=tmp_path)
         assert done.returncode == 2, (arguments, done.stderr)
         assert message in done.stderr.replace("\n", " "), (arguments, done.stderr)
         assert "Traceback" not in done.stderr
@@ -73,12 +64,12 @@ def test_mistakes_are_messages_and_not_tracebacks(tmp_path: Path) -> None:
 
 
 def test_cfg_job_prints_the_configuration(tmp_path: Path) -> None:
-    shown = nearfar("train", "experiment=molecules", "lr=0.5", "--cfg", "job", cwd=tmp_path)
+    shown = command("train", "experiment=molecules", "lr=0.5", "--cfg", "job", cwd=tmp_path)
     assert "lr: 0.5" in shown.stdout
 
 
 def test_verify_sampler() -> None:
-    done = nearfar("verify", "sampler")
+    done = command("verify", "sampler")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "passed" in done.stdout
 
@@ -228,7 +219,7 @@ def test_data_only_reads(run: RunFolder, tmp_path: Path, monkeypatch: pytest.Mon
 # -- messages ------------------------------------------------------------------------------------------------
 def test_messages_are_not_wrapped(tmp_path: Path) -> None:
     path = tmp_path / "/".join(["a folder with a long name"] * 8) / "run"
-    done = nearfar("compare", str(path))
+    done = command("compare", str(path))
     assert f"error {path}: no such run." in done.stderr.splitlines()
 
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from processes import command
+
 pytestmark = pytest.mark.slow  # real runs
 
-TESTS = Path(__file__).parent / "support"
 POINTS = "[nearfar.systems]\ntoy = {value}\n"
 SYSTEM = """
 from dataclasses import dataclass
@@ -56,26 +54,23 @@ def install(folder: Path, value: str = "outside.nearfar:REGISTRATION") -> None:
         (folder / name).write_text(text)
 
 
-def nearfar(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    paths = [str(folder), str(TESTS), os.environ.get("PYTHONPATH", "")]
-    return subprocess.run(
-        [sys.executable, "-m", "nearfar.cli", *arguments],
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
-    )
-
-
 def test_it_trains_by_the_name_of_its_experiment(tmp_path: Path) -> None:
     install(tmp_path)
-    listed = nearfar(tmp_path, "train", "--list")
+    listed = command("train", "--list", cwd=tmp_path, path=tmp_path)
     assert "Noisy linear pairs, from outside" in listed.stdout
-    run = nearfar(tmp_path, "train", "experiment=toy", "name=run", "trainer.accelerator=cpu", "epochs=1")
+    run = command(
+        "train",
+        "experiment=toy",
+        "name=run",
+        "trainer.accelerator=cpu",
+        "epochs=1",
+        cwd=tmp_path,
+        path=tmp_path,
+    )
     assert run.returncode == 0, run.stderr
     metrics = json.loads((tmp_path / "runs" / "run" / "metrics.json").read_text())
     assert (metrics["system"], metrics["epochs"]) == ("toy", 1)
-    wrong = nearfar(tmp_path, "train", "experiment=toy", "batch_size=one")
+    wrong = command("train", "experiment=toy", "batch_size=one", cwd=tmp_path, path=tmp_path)
     assert wrong.returncode == 2
     assert "batch_size=one" in wrong.stderr
 
@@ -89,6 +84,6 @@ def test_it_trains_by_the_name_of_its_experiment(tmp_path: Path) -> None:
 )
 def test_a_faulty_registration_is_named(tmp_path: Path, value: str, message: str) -> None:
     install(tmp_path, value)
-    refused = nearfar(tmp_path, "train", "experiment=relations")
+    refused = command("train", "experiment=relations", cwd=tmp_path, path=tmp_path)
     assert refused.returncode == 2
     assert message in refused.stderr

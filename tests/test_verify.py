@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import losses_of_others as others
+import processes  # noqa: F401  (what processes have imported when they start)
 from nearfar import verify
 from nearfar.batching import HardNegativeSampler, RandomBatchSampler, nearest_neighbors
 from nearfar.errors import NearfarError

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from claims.training import encoder, fit
 from nearfar.batching import RandomBatchSampler
+from nearfar.data.reviews.labels import ABSENT, NEUTRAL, LabelScheme
 from nearfar.metrics import f1_macro, f1_micro
 from nearfar.metrics.classification import calibration_counts as calibration
 from nearfar.metrics.classification import class_counts, expected_calibration_error, pair_counts, weighted_f1
-from nearfar.systems.aspects.labels import ABSENT, NEUTRAL, LabelScheme
 from nearfar.systems.aspects.objective import AspectObjective, class_weights
 
 QUANTITIES = {

@@ -18,8 +18,10 @@ from omegaconf import OmegaConf
 
 from claims.training import fit
 from nearfar.config.compose import compose_config, read_config
+from nearfar.data.scenes.triples import ALL10, TOP5
 from nearfar.errors import NearfarError
 from nearfar.metrics import RecallAtK
+from nearfar.models.parts_probe import PartsProbe
 from nearfar.models.views import ViewModel
 from nearfar.systems.relations.options import (
     InfoNCEOptions,
@@ -27,8 +29,6 @@ from nearfar.systems.relations.options import (
     SupConInsideOptions,
     SupConOptions,
 )
-from nearfar.systems.relations.probe import RelationProbe
-from nearfar.systems.relations.records import ALL10, TOP5
 from nearfar.systems.relations.system import RelationSystem
 from nearfar.training.state import initial_model
 
@@ -119,7 +119,7 @@ def _fewer(
     """Ten classes on all pairs; the same model, and the model of five, on the pairs of five relations."""
     model, _ = _trained(ten, "infonce", "random", seed, epochs, lr, images)
     views, label = _embedded(ten, model), {split: ten.data.labels(split) for split in ("train", "test")}
-    scores = RelationProbe().fit(views["train"], label["train"]).scores(views["test"], len(ALL10))
+    scores = PartsProbe().fit(views["train"], label["train"]).scores(views["test"], len(ALL10))
     rows = label["test"] < len(TOP5)  # the five are the first of the ten
     among = scores[rows][:, : len(TOP5)].argmax(axis=1)
     new = _accuracy(of_five, {split: five.data.labels(split) for split in label}, len(TOP5))
@@ -189,7 +189,7 @@ def _embedded(system: RelationSystem, model: ViewModel) -> Blocks:
 
 
 def _accuracy(blocks: Blocks, label: Mapping[str, np.ndarray], count: int) -> float:
-    probe = RelationProbe().fit(blocks["train"], label["train"])
+    probe = PartsProbe().fit(blocks["train"], label["train"])
     return float((probe.scores(blocks["test"], count).argmax(axis=1) == label["test"]).mean())
 
 

@@ -25,9 +25,10 @@ from nearfar.data.slides.generated import generated_tissue
 from nearfar.data.slides.tissue import Tissue
 from nearfar.losses import SpatialLoss
 from nearfar.metrics import retrieval_ranks
+from nearfar.metrics.correlation import pearson
 from nearfar.models import ProjectionHead
 from nearfar.models.image.colors import color_statistics
-from nearfar.systems.tissue.evaluation import pearson, retrieved_expression
+from nearfar.models.regression import retrieved_expression
 
 QUANTITIES = {
     "reached_random": "share of rows with a spatial neighbour in their batch, random batches",

@@ -11,6 +11,7 @@ import typer
 from nearfar import terminal
 from nearfar.data_cli import data_app
 from nearfar.errors import NearfarError
+from nearfar.mine_cli import mine_app
 from nearfar.use_cli import use_app
 
 app = typer.Typer(
@@ -28,6 +29,7 @@ verify_app = typer.Typer(
 app.add_typer(verify_app, name="verify")
 app.add_typer(data_app, name="data")
 app.add_typer(use_app)
+app.add_typer(mine_app)
 
 HYDRA = {"allow_extra_args": True, "ignore_unknown_options": True}
 

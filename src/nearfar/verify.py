@@ -32,7 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 from nearfar.arguments import whole_number
 from nearfar.data.cache import content_key
 from nearfar.errors import NearfarError
-from nearfar.training.verify_ddp import Batch, Encoder, batches, joined
+from nearfar.training.verify_ddp import Batch, Encoder, batches, joined, start_method
 
 __all__ = ["LossVerdict", "ResumeVerdict", "loss", "resume"]
 
@@ -149,8 +149,12 @@ def _run(
     fn: Callable[..., Tensor], parts: Sequence[Batch], takes_scale: bool, labels: bool, timeout: float
 ) -> dict[str, Tensor]:
     with TemporaryDirectory(prefix="nearfar-verify-") as folder:
-        context = mp.spawn(
-            _rank, (fn, list(parts), takes_scale, labels, folder, timeout), nprocs=len(parts), join=False
+        context = mp.start_processes(
+            _rank,
+            (fn, list(parts), takes_scale, labels, folder, timeout),
+            nprocs=len(parts),
+            join=False,
+            start_method=start_method(),
         )
         assert context is not None
         end = time.monotonic() + timeout
@@ -192,7 +196,7 @@ def _rank(
         init_method=f"file://{folder}/meet",
         rank=rank,
         world_size=len(parts),
-        timeout=timedelta(seconds=timeout),
+        timeout=timedelta(seconds=timeout + 30),  # so that the parent is the one to say who waits
     )
     model, own = Encoder(), parts[rank]
     model.bias.requires_grad_(False)

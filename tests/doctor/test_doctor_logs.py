@@ -363,3 +363,51 @@ def test_the_signals_of_guessing(tmp_path: Path) -> None:
     assert math.exp(STANDS[0]) == pytest.approx(4096, rel=0.01)
     run = trainer_state(tmp_path, STANDS, ndcg=[0.41, 0.38, 0.34, 0.31], eval_loss=[1.0, 1.1, 1.2, 1.4])
     assert Signals.of(run).series("val/dev_cosine_ndcg@10").values == (0.41, 0.38, 0.34, 0.31)
+
+
+def lines(path: Path, **series: list[float]) -> Path:
+    """JSON lines of numbers, a step each."""
+    rows = [dict(zip(series, values, strict=True)) for values in zip(*series.values(), strict=True)]
+    path.write_text("".join(json.dumps({"step": 10 * i + 10} | row) + "\n" for i, row in enumerate(rows)))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("series", "rule", "words"),
+    [
+        ({"loss": [8.317765] * 30}, "loss-at-logarithm", "ln 4,096"),
+        ({"loss": [11.09, 11.0904, 11.09] * 10}, "loss-at-logarithm", "ln 65,536"),
+        ({"loss": [0.69, 0.6931, 0.692] * 10}, "loss-at-logarithm", "ln 2"),
+        ({"loss": [0.0] * 30, "grad_norm": [0.0] * 30}, "nothing-to-learn", "gradient norm is 0"),
+        ({"loss": [0.0] * 30, "candidates": [1.0] * 30}, "nothing-to-learn", "1 candidate"),
+        ({"loss": [3.0 - 0.05 * i for i in range(30)], "mean_cosine": [0.996] * 30}, "collapse", "0.996"),
+    ],
+)
+def test_numbers_of_public_threads_are_named(
+    tmp_path: Path, series: dict[str, list[float]], rule: str, words: str
+) -> None:
+    diagnosis = diagnose(lines(tmp_path / "log.jsonl", **series))
+    assert rule in diagnosis.ids, diagnosis.verdict
+    assert words in next(finding for finding in diagnosis if finding.id == rule).evidence["text"]
+
+
+def test_a_metric_that_training_makes_worse_is_named(tmp_path: Path) -> None:
+    """nDCG .41 → .31 while eval_loss rises and the training loss falls."""
+    falling = [1.2 - 0.03 * i + 0.01 * (-1) ** i for i in range(STEPS)]
+    run = trainer_state(tmp_path, falling, ndcg=[0.41, 0.38, 0.34, 0.31], eval_loss=[1.0, 1.1, 1.2, 1.4])
+    diagnosis = diagnose(run)
+    assert "metric-falling" in diagnosis.ids, diagnosis.verdict
+    assert "0.410 at the first evaluation" in diagnosis.of("warning")[0].evidence["text"]
+
+
+def test_the_same_names_without_the_fault_stay_silent(tmp_path: Path) -> None:
+    falling = [2.5 - 0.05 * i + 0.01 * (-1) ** i for i in range(STEPS)]
+    run = trainer_state(tmp_path, falling, ndcg=[0.31, 0.34, 0.38, 0.41], eval_loss=[1.4, 1.2, 1.1, 1.0])
+    assert diagnose(run).healthy
+    healthy = lines(
+        tmp_path / "log.jsonl",
+        loss=[8.4 * math.exp(-0.1 * i) + 0.02 * (-1) ** i for i in range(30)],
+        grad_norm=[2.0 - 0.03 * i for i in range(30)],
+        mean_cosine=[0.3] * 30,
+    )
+    assert diagnose(healthy).healthy

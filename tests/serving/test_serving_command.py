@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from processes import command
 from served import train_pictures, write_gallery
 
 pytest.importorskip("fastapi", reason="needs the extra serve")
@@ -90,8 +91,7 @@ def test_without_the_runs_data_it_says_so_and_embeds(run: Path, tmp_path: Path) 
     ],
 )
 def test_what_cannot_be_served_is_an_error_with_advice(run: Path, arguments: list[str], message: str) -> None:
-    command = [sys.executable, "-m", "nearfar.cli", "serve", str(run), *arguments, "--device", "cpu"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = command("serve", str(run), *arguments, "--device", "cpu")
     whole = done.stdout + done.stderr
     assert done.returncode == 2
     assert message in whole
@@ -101,18 +101,6 @@ def test_what_cannot_be_served_is_an_error_with_advice(run: Path, arguments: lis
 def test_a_port_that_is_taken(run: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        command = [
-            sys.executable,
-            "-m",
-            "nearfar.cli",
-            "serve",
-            str(run),
-            "--no-gallery",
-            "--port",
-            port,
-            "--device",
-            "cpu",
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        done = command("serve", str(run), "--no-gallery", "--port", port, "--device", "cpu")
     assert done.returncode == 2
     assert "name a different one with --host or --port" in done.stderr + done.stdout

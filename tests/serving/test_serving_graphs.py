@@ -138,7 +138,7 @@ def test_reasons_of_what_is_no_graph(tmp_path: Path) -> None:
 
 
 def test_numbers_without_data_and_without_places(tmp_path: Path) -> None:
-    run = tiny_runs.train("pairs", tmp_path)
+    run = tiny_runs.train("pairs", tmp_path, *tiny_runs.data("pairs", tmp_path))  # data of its own
     (tmp_path / "data of pairs" / "train.csv").unlink()
     for format in ("onnx", "torch"):
         said: list[str] = []

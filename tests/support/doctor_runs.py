@@ -443,6 +443,101 @@ def grown_batch_without_gain(rng: np.random.Generator) -> Run:
     return growing(rng, 0.0)
 
 
+def scored(run: Run, scores: Callable[[int], float], name: str = "val/R@1", epochs: int = 8) -> Run:
+    """With a score of validation after each epoch."""
+    run.records += [{"kind": "epoch", "epoch": e, name: scores(e)} for e in range(1, epochs + 1)]
+    return run
+
+
+def low_and_flat(rng: np.random.Generator) -> Run:
+    """Pairs that do not belong together: the loss falls as rows are learned by heart."""
+    return scored(
+        bare(rng, loss=lambda at: 3.9 - at + 0.05 * rng.normal()), lambda e: 0.02 + 0.0005 * rng.normal()
+    )
+
+
+def low_and_rising(rng: np.random.Generator) -> Run:
+    return scored(
+        bare(rng, loss=lambda at: 3.9 - at + 0.05 * rng.normal()), lambda e: 0.004 * e + 0.0005 * rng.normal()
+    )
+
+
+def turned_sign(rng: np.random.Generator) -> Run:
+    run = bare(rng, loss=lambda at: -5.0 - 20 * at + 0.2 * rng.normal())
+    return scored(run, lambda e: 0.3 + 0.005 * rng.normal())
+
+
+def decoupled(rng: np.random.Generator) -> Run:
+    """A loss without the positive in its denominator may be negative."""
+    run = bare(rng, loss=lambda at: 2.0 - 6 * at + 0.1 * rng.normal())
+    return scored(run, lambda e: 0.3 + 0.05 * e + 0.005 * rng.normal())
+
+
+def huge_logits(rng: np.random.Generator) -> Run:
+    return bare(rng, loss=lambda at: 60 * math.exp(-12 * at) + 0.5 + 0.02 * rng.normal())
+
+
+def sharp_start(rng: np.random.Generator) -> Run:
+    """A temperature of .02: the first loss is three times guessing, as an untrained encoder's may be."""
+    return bare(rng, loss=lambda at: 13 * math.exp(-8 * at) + 0.5 + 0.02 * rng.normal())
+
+
+def never_zeroed(rng: np.random.Generator) -> Run:
+    return bare(rng, loss=lambda at: 2.8 - 1.5 * at + 0.05 * rng.normal(),
+                gradient_norm=lambda at: 9 + 60 * at + rng.normal())  # fmt: skip
+
+
+def leaves_a_plateau(rng: np.random.Generator) -> Run:
+    """Gradients are small at first, as all candidates score alike, then large, then small again."""
+    return bare(rng, loss=lambda at: 4.2 - 3 / (1 + math.exp(-20 * (at - 0.3))) + 0.05 * rng.normal(),
+                gradient_norm=lambda at: 0.5 + 6 * math.exp(-40 * (at - 0.35) ** 2) + 0.1 * rng.normal())  # fmt: skip
+
+
+def twice_softmax(rng: np.random.Generator) -> Run:
+    run = bare(rng, loss=lambda at: 3.25 + 0.9 * math.exp(-8 * at) + 0.02 * rng.normal())
+    return scored(run.knowing(batch_size=64), lambda e: 0.9 + 0.01 * e + 0.002 * rng.normal())
+
+
+def far_below_guessing(rng: np.random.Generator) -> Run:
+    run = bare(rng, loss=lambda at: 0.5 + 3.6 * math.exp(-8 * at) + 0.02 * rng.normal())
+    return scored(run.knowing(batch_size=64), lambda e: 0.9 + 0.01 * e + 0.002 * rng.normal())
+
+
+def cut_off_view(rng: np.random.Generator) -> Run:
+    run = bare(rng, loss=lambda at: 3.2 - 2 * at + 0.05 * rng.normal())
+    run.records += [{"kind": "probe", "epoch": e, "a/moved": 0.1 * e, "b/moved": 0.0} for e in range(1, 5)]
+    return run
+
+
+def both_views_move(rng: np.random.Generator) -> Run:
+    run = bare(rng, loss=lambda at: 3.2 - 2 * at + 0.05 * rng.normal())
+    run.records += [
+        {"kind": "probe", "epoch": e, "a/moved": 0.1 * e, "b/moved": 0.001 * e} for e in range(1, 5)
+    ]
+    return run
+
+
+def few_logged_in_order(rng: np.random.Generator) -> Run:
+    """Eight epochs of six logged values, whose batches are the same but for what training changes."""
+    own = 0.4 * rng.normal(size=6)
+    run = Run([], {})
+    for epoch in range(1, 9):
+        for i in range(6):
+            loss = 3.0 / epoch + own[i] * (0.6 + 0.1 * rng.normal()) + 0.1 * rng.normal()
+            run.records.append({"epoch": epoch, "step": 24 * (epoch - 1) + 4 * i + 4, "loss": loss})
+    return run
+
+
+def few_logged_shuffled(rng: np.random.Generator) -> Run:
+    run = few_logged_in_order(rng)
+    for epoch in range(8):
+        part = run.records[6 * epoch : 6 * epoch + 6]
+        losses = [part[i]["loss"] for i in rng.permutation(6)]
+        for record, loss in zip(part, losses, strict=True):
+            record["loss"] = loss
+    return run
+
+
 HEALTHY: dict[str, Callable[[np.random.Generator], Run]] = {
     f.__name__: f
     for f in (random_infonce, converged, clip, supcon, curriculum, curriculum_above_chance, just_switched,
@@ -450,7 +545,8 @@ HEALTHY: dict[str, Callable[[np.random.Generator], Run]] = {
               supcon_with_memory,
               siglip, short_run,
               just_begun, several_processes, own_log, bare_healthy, bare_flat, bare_shuffled, gained,
-              gained_a_little, grown_batch_without_gain)
+              gained_a_little, grown_batch_without_gain, low_and_rising, decoupled, sharp_start, leaves_a_plateau,
+              far_below_guessing, both_views_move, few_logged_shuffled)
 }  # fmt: skip
 #: notes that healthy runs may have
 NOTES: dict[str, set[str]] = {
@@ -458,6 +554,7 @@ NOTES: dict[str, set[str]] = {
     "curriculum_above_chance": {"curriculum-healthy", "composition-differs"},
     "just_switched": {"curriculum-healthy", "composition-differs"},
     "with_memory": {"composition-differs"},
+    "bare_healthy": {"embeddings-still"},  # the encoder of pictures is frozen
 }
 
 
@@ -778,6 +875,13 @@ FAULTS: list[tuple[Callable[[np.random.Generator], Run], str, set[str]]] = [
     (common_mode, "common-mode-gain", set()),
     (in_noise, "gain-in-noise", set()),
     (in_noise_by_seeds, "gain-in-noise", set()),
+    (low_and_flat, "metric-flat", set()),
+    (turned_sign, "negative-loss", set()),
+    (huge_logits, "loss-starts-high", set()),
+    (never_zeroed, "gradient-grows", set()),
+    (twice_softmax, "logits-flat", set()),
+    (cut_off_view, "embeddings-still", set()),
+    (few_logged_in_order, "loss-periodic", set()),
     (no_gain, "training-no-gain", set()),
     (worse_than_before, "training-no-gain", set()),
     (grown_batch, "batch-explains-gain", set()),

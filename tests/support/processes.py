@@ -6,11 +6,13 @@ costs no imports, and none is a copy of a process whose thread pools are at work
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import multiprocessing
 import os
 import pickle
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -33,7 +35,9 @@ _CONTEXT.set_forkserver_preload(
         "pytest",
         "lightning.fabric",
         "numba",
+        "nearfar.cli",
         "nearfar.launch",
+        "nearfar.verify",
         "nearfar.systems.molecules.system",
         "toy_system",
     ]
@@ -69,6 +73,47 @@ def run_until_killed(work: Callable[..., Any], *arguments: Any) -> None:
     process = _start(work, arguments)
     _join([process])
     assert process.exitcode == -signal.SIGKILL, f"exit code {process.exitcode}"
+
+
+def command(
+    *arguments: str, cwd: Path | None = None, path: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """``nearfar ARGUMENTS`` in a process of its own, as the shell has it, but for the seconds of the imports.
+
+    ``path`` is a folder whose packages, and their entry points, can be imported.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / name for name in ("stdout", "stderr")]
+        process = _start(_command, (arguments, cwd or Path.cwd(), path, files))
+        _join([process])
+        assert process.exitcode is not None
+        return subprocess.CompletedProcess(
+            ["nearfar", *arguments], process.exitcode, *(file.read_text() for file in files)
+        )
+
+
+def _command(arguments: tuple[str, ...], cwd: Path, path: Path | None, files: list[Path]) -> None:
+    os.chdir(cwd)
+    for descriptor, file in enumerate(files, start=1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    sys.stdout, sys.stderr = (open(descriptor, "w", closefd=False) for descriptor in (1, 2))  # noqa: SIM115
+    if path is not None:
+        sys.path.insert(0, str(path))
+        importlib.invalidate_caches()
+    sys.argv = ["nearfar", *arguments]
+    from nearfar.cli import main
+
+    code: object = 0
+    try:
+        main()
+    except SystemExit as end:
+        code = end.code
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else int(code is not None))
 
 
 def _start(

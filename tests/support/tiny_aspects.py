@@ -6,8 +6,8 @@ import csv
 from collections.abc import Sequence
 from pathlib import Path
 
-from nearfar.systems.aspects.data import embedded_records
-from nearfar.systems.aspects.records import Records
+from nearfar.data.reviews.aspect_data import embedded_records
+from nearfar.data.reviews.records import Records
 
 WORDS = {1: "Negative", 2: "Neutral", 3: "Positive"}
 

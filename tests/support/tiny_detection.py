@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
+
+from nearfar.metrics.detection import Boxes, detection_evidence
+
+#: two groups, as `evidence` has them
+GROUPS = ("faint", "clear")
 
 
 def write(folder: Path, split: str, n: int, seed: int = 0) -> None:
@@ -26,3 +32,18 @@ def write(folder: Path, split: str, n: int, seed: int = 0) -> None:
         annotations.append({"id": i, "image_id": i, "category_id": 1, "bbox": box})
     content = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "person"}]}
     (folder / f"{split}.json").write_text(json.dumps(content))
+
+
+def detections(n: int, quality: np.ndarray, seed: int = 0) -> tuple[Boxes, Boxes]:
+    """One true box a picture, groups in turn; a found one that is off the more, the lower its quality."""
+    rng = np.random.default_rng(seed)
+    true = np.tile([10.0, 10.0, 50.0, 50.0], (n, 1))
+    shift = 20 * (1 - quality)[:, None] * rng.uniform(0.3, 1, (n, 1))
+    zero, each = np.zeros(n, int), np.arange(n)
+    predicted = Boxes(true + shift, zero, each, scores=rng.uniform(size=n))
+    return predicted, Boxes(true, zero, each, group=each % 2)
+
+
+def evidence(n: int, faint: float, clear: float) -> Any:
+    predicted, true = detections(n, np.where(np.arange(n) % 2 == 0, faint, clear))
+    return detection_evidence(predicted, true, n, GROUPS)

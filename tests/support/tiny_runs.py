@@ -1,16 +1,22 @@
-"""A tiny finished run of every system, trained in seconds, and values that each of its views reads."""
+"""A tiny finished run of every system, trained in seconds, and values that each of its views reads.
+
+Equal runs are trained once for a whole session of tests, whichever file and process asks first: each asks for a copy.
+"""
 
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 from rich.console import Console
 
 import tiny_aspects
@@ -91,21 +97,39 @@ _ENCODERS = ("text_encoder", "image_encoder")
 
 
 def train(system: str, folder: Path, *more: str, name: str = "run") -> Path:
-    """The folder of a finished run of a system, with data below ``folder``."""
+    """The folder of a finished run of a system, below ``folder``; its data lie elsewhere and are not to be changed.
+
+    ``more`` may name files below ``folder``: then the run is trained there, and for this test alone.
+    """
+    place = folder / "runs" / name
+    if any(str(folder) in text for text in more):
+        return _trained(system, folder, place, more)
+    key = hashlib.sha256(json.dumps([system, name, *more]).encode()).hexdigest()[:16]
+    shared = Path(os.environ["NEARFAR_TEST_SESSION"]) / key
+    with FileLock(f"{shared}.lock"):
+        if not (shared / "finished").exists():
+            shutil.rmtree(shared, ignore_errors=True)
+            shared.mkdir(parents=True)
+            _trained(system, shared, shared / "runs" / name, more)
+            (shared / "finished").touch()
+    shutil.copytree(shared / "runs" / name, place)
+    return place
+
+
+def _trained(system: str, folder: Path, place: Path, more: Sequence[str]) -> Path:
     chosen = {text.split("=")[0] for text in more}
     small = [
         text
         for text in SMALL[system]
         if not any(encoder in chosen and text.startswith(encoder) for encoder in _ENCODERS)
     ]
-    experiment = f"experiment={EXPERIMENTS.get(system, system)}"
     every = [
-        experiment,
+        f"experiment={EXPERIMENTS.get(system, system)}",
         *COMMON,
         *small,
         *data(system, folder),
-        f"runs_dir={folder / 'runs'}",
-        f"name={name}",
+        f"runs_dir={place.parent}",
+        f"name={place.name}",
         *more,
     ]
     if system == "fair_detection":
@@ -113,7 +137,8 @@ def train(system: str, folder: Path, *more: str, name: str = "run") -> Path:
     every = list({text.split("=")[0]: text for text in every}.values())
     run = run_one(compose_config(every), every, False, QUIET)
     assert run is not None
-    return Path(run.path)
+    assert Path(run.path) == place
+    return place
 
 
 def data(system: str, folder: Path) -> list[str]:

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from nearfar.errors import NearfarError
 from nearfar.towers import Tower, build_tower, guess_tower, load_tower, register_tower, tower_names
 from nearfar.towers.build import TOWERS, tower_class
 from nearfar.towers.text import TEXT_ENCODERS
+from processes import command
 
 PAGE = Path(__file__).parents[2] / "docs" / "towers.md"
 pytestmark = pytest.mark.skipif(not PAGE.exists(), reason="installed without its sources")
@@ -130,14 +130,7 @@ def pairs(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         "name=run",
         "trainer.accelerator=cpu",
     ]
-    paths = [str(folder), os.environ.get("PYTHONPATH", "")]
-    return subprocess.run(
-        [sys.executable, "-m", "nearfar.cli", "train", *fixed, *arguments],
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
-    )
+    return command("train", *fixed, *arguments, cwd=folder, path=folder)
 
 
 @pytest.mark.slow

@@ -31,6 +31,7 @@ __all__ = [
     "read_array",
     "read_arrays",
     "read_bytes",
+    "read_data_json",
     "read_json",
     "read_names",
     "read_text",
@@ -121,6 +122,16 @@ def read_json(path: Path, shape: object = object) -> Any:
         raise NearfarError(f"{path}: not valid JSON ({error}). {DAMAGED}") from None
     check_shape(content, shape, str(path))
     return content
+
+
+def read_data_json(path: Path) -> Any:
+    """The content of a JSON file of data, such as annotations, which may start with a byte-order mark."""
+    try:
+        return parse_json(read_text(path).removeprefix("\ufeff"))
+    except NearfarError:
+        raise
+    except ValueError as error:
+        raise NearfarError(f"{path}: not valid JSON ({error}). Is it complete?") from None
 
 
 def read_yaml(path: Path) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,7 +15,7 @@ from nearfar.data.cache import content_key
 from nearfar.data.images import image_size, read_image
 from nearfar.errors import NearfarError
 
-__all__ = ["Box", "File", "Photo", "PixelArray", "as_photo"]
+__all__ = ["Box", "Crops", "File", "Photo", "PixelArray", "as_photo"]
 
 #: (left, top, right, bottom) in pixels
 Box = tuple[float, float, float, float]
@@ -91,3 +92,41 @@ def as_photo(value: Any) -> Photo:
         photo: Photo = value
         return photo
     raise NearfarError(f"a photo is a path or an array of pixels, and no {type(value).__name__}.")
+
+
+@dataclass(frozen=True)
+class Crops:
+    """A photo, and the boxes of two objects in it."""
+
+    photo: Photo
+    boxes: tuple[Box, Box]
+
+    @classmethod
+    def of(cls, value: Any) -> Crops:
+        """A value as it is, or made of a photo and two boxes: (photo, box, box) or a mapping of ``photo``, ``first``
+        and ``second``. A photo is a path or an array of pixels, a box left, top, right and bottom.
+
+        Raises:
+            NearfarError: a value that is none of these.
+
+        >>> Crops.of((np.zeros((8, 8, 3), np.uint8), [0, 0, 4, 4], [4, 4, 8, 8])).boxes[1]
+        (4.0, 4.0, 8.0, 8.0)
+        """
+        if isinstance(value, Crops):
+            return value
+        if isinstance(value, Mapping):
+            value = [value.get(name) for name in ("photo", "first", "second")]
+        if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 3:
+            raise NearfarError("a photo and two boxes are needed: (photo, box, box).")
+        first, second = (_box(each) for each in value[1:])
+        return cls(as_photo(value[0]), (first, second))
+
+
+def _box(value: Any) -> Box:
+    try:
+        left, top, right, bottom = (float(each) for each in value)
+    except (TypeError, ValueError):
+        raise NearfarError(
+            f"a box is left, top, right and bottom in pixels, and not {str(value)[:40]}."
+        ) from None
+    return left, top, right, bottom

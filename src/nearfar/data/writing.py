@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from nearfar.errors import NearfarError
 
-__all__ = ["is_temporary", "make_folder", "remove_left_over", "write_atomically"]
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
+__all__ = [
+    "is_temporary",
+    "make_folder",
+    "remove_left_over",
+    "write_arrays",
+    "write_atomically",
+    "write_json",
+    "write_text",
+]
 
 
 def make_folder(path: Path) -> None:
@@ -43,6 +55,24 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text, as UTF-8."""
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def write_json(path: Path, content: object, indent: int = 2) -> None:
+    """Write plain values as JSON."""
+    write_text(path, json.dumps(content, indent=indent, ensure_ascii=False) + "\n")
+
+
+def write_arrays(path: Path, arrays: Mapping[str, ArrayLike], compressed: bool = False) -> None:
+    """Write arrays as ``.npz``, which `nearfar.data.files.read_arrays` reads."""
+    import numpy as np
+
+    save = np.savez_compressed if compressed else np.savez
+    write_atomically(path, lambda file: save(file, **arrays))  # type: ignore[arg-type]  # its stub has allow_pickle first
 
 
 _TEMPORARY = re.compile(r"\..+?\.(?:(\d+)\.)?\w*\.?tmp")

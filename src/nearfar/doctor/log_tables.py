@@ -19,7 +19,7 @@ __all__ = ["Columns", "read_columns", "read_records", "table_columns"]
 #: lists that are no series
 _NAMES = ("loss_weight_names",)
 #: fields of a view, as a log of one view alone may call them
-_OF_A_VIEW = ("effective_rank", "rank_limit", "dimensions", "variance", "uniformity", "mean_cosine")
+OF_A_VIEW = ("effective_rank", "rank_limit", "dimensions", "variance", "uniformity", "mean_cosine")
 #: fields of a record that are no signals
 _PLACE = ("kind", "val", "estimates")
 
@@ -42,7 +42,7 @@ class Columns:
     def put(self, name: str, rows: Any, values: Any) -> None:
         """Read the cells of one field. Raises ``NearfarError``, naming field and row, for what is no number."""
         rows = np.asarray(rows, np.int64)
-        if name in _OF_A_VIEW:
+        if name in OF_A_VIEW:
             name = f"embeddings/{name}"
         known = is_field(name)
         if not isinstance(values, np.ndarray) or values.dtype.kind not in "fiub":

@@ -276,6 +276,7 @@ class Monitor:
             if self.steps > self._logged[0] + 1:
                 entry["seconds_per_step"] = round((now - self._logged[1]) / (self.steps - self._logged[0]), 6)
             self._logged = (self.steps, now)
+            entry |= self._temperature()
             self.folder.append(entry | _record(record) | {name: float(each) for name, each in fields.items()})
         if self.probe_every and self.steps % self.probe_every == 0:
             self._probe(self.epochs + 1)
@@ -354,6 +355,18 @@ class Monitor:
             trained = any(p.requires_grad for p in self.model.parameters())
             return 0.0 if trained else None
         return float(torch.nn.utils.get_total_norm(gradients))
+
+    def _temperature(self) -> Json:
+        """Scale or temperature that the model learns, where a parameter of one number has a usual name."""
+        for name, parameter in self.model.named_parameters():
+            if parameter.numel() != 1:
+                continue
+            value, last = float(parameter.detach()), name.rpartition(".")[2]
+            if last in ("logit_scale", "log_scale"):  # the logarithm, as CLIP has it
+                return {"scale": math.exp(min(value, 700.0))}
+            if last in ("temperature", "temp", "tau") and value > 0:
+                return {"temperature": value}
+        return {}
 
     def _embeddings(self) -> dict[str, Tensor]:
         given = self.probe(self.model) if callable(self.probe) else self.model(self.probe)

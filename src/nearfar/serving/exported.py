@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from nearfar.config.options import option_table, to_dict
 from nearfar.config.training import RunOptions
 from nearfar.data.cache import cache_dir
 from nearfar.data.files import Json, Maybe, read_json
-from nearfar.data.writing import write_atomically
+from nearfar.data.writing import write_json, write_text
 from nearfar.errors import NearfarError
 from nearfar.systems import build_system
 from nearfar.towers.build import tower_folder
@@ -75,8 +74,7 @@ def write_manifest(folder: Path, kind: str, system: str, more: Mapping[str, Any]
     from nearfar import __version__
 
     content = {"format": FORMAT, "kind": kind, "nearfar": __version__, "system": system, **more}
-    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    write_atomically(folder / MANIFEST, lambda file: file.write(text.encode()))
+    write_json(folder / MANIFEST, content)
 
 
 def _write_model(system: System[Any, Any], model: nn.Module, folder: Path) -> Json:
@@ -95,7 +93,7 @@ def _write_model(system: System[Any, Any], model: nn.Module, folder: Path) -> Js
     weights, shared = unique_weights(model)
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
     text = yaml.safe_dump(portable_config(system.config), sort_keys=False, allow_unicode=True)
-    write_atomically(folder / CONFIG, lambda file: file.write(text.encode()))
+    write_text(folder / CONFIG, text)
     files = {
         path.relative_to(folder).as_posix(): file_hash(path) for path in sorted(folder.rglob("*.safetensors"))
     }
@@ -258,8 +256,7 @@ def remove_places(folder: Path) -> None:
         content = read_json(path)
         plain = plain_places(content)
         if plain != content:
-            text = json.dumps(plain, indent=2, ensure_ascii=False) + "\n"
-            write_atomically(path, lambda file, text=text: file.write(text.encode()))  # type: ignore[misc]
+            write_json(path, plain)
 
 
 # -- reading -------------------------------------------------------------------------------------------------

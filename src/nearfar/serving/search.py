@@ -244,7 +244,7 @@ def _is_smiles(text: str) -> bool:
         return False
     if not (text.isupper() or _MOLECULE_SIGNS & set(text)):
         return False
-    from nearfar.models.molecules.smiles import parse_smiles
+    from nearfar.data.molecules.smiles import parse_smiles
 
     return parse_smiles(text)[0] is not None
 

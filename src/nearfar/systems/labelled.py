@@ -22,10 +22,10 @@ from nearfar.data.items import Items, hold_out
 from nearfar.data.sources import read_splits, split_sources
 from nearfar.errors import NearfarError, nearest_name
 from nearfar.metrics import Estimate, paired_difference
+from nearfar.models.known_classes import ClassNames, KnownClasses, LabelledGallery
 from nearfar.models.probes import LinearProbe
 from nearfar.models.views import HeadKind, ViewModel, build_head
 from nearfar.systems.class_scores import Scores, answer_scores, retrieval_scores
-from nearfar.systems.known_classes import ClassNames, KnownClasses, LabelledGallery
 from nearfar.systems.raw_values import raw_values
 from nearfar.systems.view_system import ViewSystem
 from nearfar.towers import Tower, build_tower, guess_tower
@@ -212,6 +212,13 @@ class LabelledSystem(ViewSystem):
 
     def embed(self, model: ViewModel, batch: Batch) -> dict[str, Tensor]:
         return {self.view: self.judged_rows(model, batch[self.view])}
+
+    def _contrast_record(self) -> dict[str, float]:
+        """What the loss of the last step recorded."""
+        record: dict[str, float] = self.loss.record.to_dict()  # type: ignore[operator, union-attr]
+        if "scale" in record:
+            record["largest_logit"] = record["scale"]  # embeddings have unit length
+        return record
 
     # -- evaluation ------------------------------------------------------------------------------------------
     def votes(self, split: str) -> bool:

@@ -11,11 +11,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from nearfar.data.batch import Augment
+from nearfar.data.molecules.smiles import examine_structures
 from nearfar.errors import NearfarError, nearest_name
 from nearfar.models.molecules.batch import MoleculeField, MoleculeMasking, Molecules
 from nearfar.models.molecules.fingerprint import FingerprintSpec, compute_fingerprints
 from nearfar.models.molecules.networks import FingerprintEncoder, GraphTransformer, MoleculeEncoder
-from nearfar.models.molecules.smiles import examine_structures
 from nearfar.towers.base import Tower
 from nearfar.towers.graph import BATCH, GraphInput, TowerGraph
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import nn
 from nearfar.data.batch import Rows
 from nearfar.data.cache import cached_arrays
 from nearfar.data.images import crop, stack
-from nearfar.data.photos import Box, File, Photo, as_photo
+from nearfar.data.photos import Box, Crops, File, Photo
 from nearfar.errors import NearfarError
 from nearfar.models.image import ImageEncoder, build_image_encoder
 from nearfar.models.image.saved import has_image_encoder, load_image_encoder, save_image_encoder
@@ -27,51 +26,13 @@ from nearfar.towers.graph import TowerGraph
 from nearfar.towers.text import TextTower
 from nearfar.towers.vector import Scaler
 
-__all__ = ["CropTower", "Crops", "NamesTower"]
+__all__ = ["CropTower", "NamesTower"]
 
 _VERSION = 1  # of how crops are cut; part of every cache key
 _NETWORK = "network"  # the folder of a copy of the encoder
 _NAMES = ("kind", "name", "pretrained", "revision")  # options of an encoder that its copy states itself
 _BATCH = 64
 _MANY = 50  # pictures whose features take long enough to say so
-
-
-@dataclass(frozen=True)
-class Crops:
-    """A value of the view of pixels: a photo, and the boxes of both objects in it."""
-
-    photo: Photo
-    boxes: tuple[Box, Box]
-
-    @classmethod
-    def of(cls, value: Any) -> Crops:
-        """A value as it is, or made of a photo and two boxes: (photo, box, box) or a mapping of ``photo``, ``first``
-        and ``second``. A photo is a path or an array of pixels, a box left, top, right and bottom.
-
-        Raises:
-            NearfarError: a value that is none of these.
-
-        >>> Crops.of((np.zeros((8, 8, 3), np.uint8), [0, 0, 4, 4], [4, 4, 8, 8])).boxes[1]
-        (4.0, 4.0, 8.0, 8.0)
-        """
-        if isinstance(value, Crops):
-            return value
-        if isinstance(value, Mapping):
-            value = [value.get(name) for name in ("photo", "first", "second")]
-        if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 3:
-            raise NearfarError("a photo and two boxes are needed: (photo, box, box).")
-        first, second = (_box(each) for each in value[1:])
-        return cls(as_photo(value[0]), (first, second))
-
-
-def _box(value: Any) -> Box:
-    try:
-        left, top, right, bottom = (float(each) for each in value)
-    except (TypeError, ValueError):
-        raise NearfarError(
-            f"a box is left, top, right and bottom in pixels, and not {str(value)[:40]}."
-        ) from None
-    return left, top, right, bottom
 
 
 class CropTower(Tower):

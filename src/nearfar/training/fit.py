@@ -4,7 +4,6 @@ folder holds.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -17,7 +16,7 @@ from torch.nn.functional import normalize
 from nearfar.config.options import to_dict
 from nearfar.config.training import RunOptions
 from nearfar.data.files import Json
-from nearfar.data.writing import make_folder, remove_left_over, write_atomically
+from nearfar.data.writing import make_folder, remove_left_over, write_arrays
 from nearfar.doctor import Diagnosis, diagnose
 from nearfar.errors import NearfarError
 from nearfar.training import ranks
@@ -78,9 +77,7 @@ def write_metrics(folder: RunFolder, system: System, results: dict[str, Evaluati
         for name, values in result.per_item.items():
             arrays[f"{split}/{name}"] = np.asarray(values, dtype=np.float32)
     facts = results["test" if "test" in results else "val"].facts
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]  # numpy's stub wants allow_pickle first
-    write_atomically(folder.path / "per_item.npz", lambda file: file.write(buffer.getvalue()))
+    write_arrays(folder.path / "per_item.npz", arrays, compressed=True)
     folder.write_json(
         "metrics.json",
         dict(facts)
@@ -141,9 +138,7 @@ def write_map(folder: RunFolder, outputs: Mapping[str, Tensor]) -> None:
     arrays = project(outputs)
     if arrays is None:
         return
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]  # numpy's stub wants allow_pickle first
-    write_atomically(folder.path / "map.npz", lambda file: file.write(buffer.getvalue()))
+    write_arrays(folder.path / "map.npz", arrays, compressed=True)
 
 
 def train(

@@ -29,7 +29,7 @@ from nearfar.data.files import (
     read_json,
     read_yaml,
 )
-from nearfar.data.writing import is_temporary, remove_left_over, write_atomically
+from nearfar.data.writing import is_temporary, remove_left_over, write_text
 from nearfar.errors import NearfarError
 
 __all__ = ["RunFolder", "environment", "same_file"]
@@ -250,7 +250,7 @@ class RunFolder:
     def write_text(self, name: str, text: str) -> Path:
         """Write a text file atomically."""
         path = self.path / name
-        write_atomically(path, lambda file: file.write(text.encode()))
+        write_text(path, text)
         return path
 
     def write_json(self, name: str, content: object) -> Path:
@@ -332,7 +332,7 @@ class RunFolder:
         if epochs is not None:
             kept = [record for record in kept if record.get("epoch", 0) <= epochs]
         text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
-        write_atomically(self.log_path, lambda file: file.write(text.encode()))
+        write_text(self.log_path, text)
 
 
 def environment() -> Json:

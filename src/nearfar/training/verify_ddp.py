@@ -340,11 +340,18 @@ def _one_process(case: Case, processes: int) -> dict[str, Tensor]:
     return {"value": value.detach(), **grads}
 
 
+def start_method() -> str:
+    """How a process for a rank starts: from a server that runs beside this process, or where there is none, anew."""
+    return "forkserver" if "forkserver" in mp.get_all_start_methods() else "spawn"
+
+
 def _run(
     processes: int, arguments: tuple[Any, ...], timeout: float
 ) -> dict[tuple[str, int], dict[str, Tensor]]:
     folder = arguments[1]
-    context = mp.spawn(_rank, (*arguments, timeout), nprocs=processes, join=False)
+    context = mp.start_processes(
+        _rank, (*arguments, timeout), nprocs=processes, join=False, start_method=start_method()
+    )
     assert context is not None
     end = time.monotonic() + timeout
     try:
@@ -368,7 +375,7 @@ def _rank(
     timeout: float,
 ) -> None:
     torch.set_num_threads(1)
-    wait = timedelta(seconds=timeout)
+    wait = timedelta(seconds=timeout + 30)  # so that the parent is the one to say who waits
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=processes, timeout=wait
     )

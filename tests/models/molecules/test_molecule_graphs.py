@@ -8,10 +8,10 @@ import torch
 
 pytest.importorskip("rdkit")
 
+from nearfar.data.molecules.smiles import parse_smiles
 from nearfar.errors import NearfarError
 from nearfar.models.molecules.fingerprint import FINGERPRINT_KINDS, FingerprintSpec, compute_fingerprints
 from nearfar.models.molecules.graph import ATOM_SIZES, BOND_SIZES, GraphTable, mask_atoms, mask_bonds
-from nearfar.models.molecules.smiles import parse_smiles
 
 ODD = {
     "methane": "C",

@@ -18,16 +18,16 @@ import nearfar
 from nearfar.config.compose import compose_config
 from nearfar.data.chunks import NewData
 from nearfar.data.coco import read_coco
+from nearfar.data.coco_results import category_ids
 from nearfar.errors import NearfarError
 from nearfar.launch import run_one
 from nearfar.metrics.detection import Boxes, detection_evidence
+from nearfar.metrics.split_boxes import true_boxes
 from nearfar.serving import Trained
 from nearfar.serving.export import export_run
 from nearfar.serving.stream import embed_file, predict_file
 from nearfar.systems import build_system
 from nearfar.systems.detector.model import build_detector, load_frozen, save_frozen
-from nearfar.systems.detector.new_pictures import category_ids
-from nearfar.systems.detector.system import true_boxes
 from nearfar.training.run_folder import RunFolder
 from tiny_detection import write
 

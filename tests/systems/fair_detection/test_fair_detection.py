@@ -14,10 +14,12 @@ import torch
 from rich.console import Console
 
 from nearfar.config.compose import compose_config
+from nearfar.data.true_boxes import targets_of
 from nearfar.errors import NearfarError
 from nearfar.lab.compare import compare_runs
 from nearfar.launch import run_one
 from nearfar.systems import build_system, check_config
+from nearfar.systems.fair_detection.data import clean_pixels
 from nearfar.systems.fair_detection.system import FairDetectionSystem
 from nearfar.training.checkpoint import Checkpoint
 from nearfar.training.run_folder import RunFolder
@@ -282,10 +284,10 @@ def test_ones_own_pictures(tmp_path: Path) -> None:
         set(system.splits["train"].ids) | set(system.splits["test"].ids)
     )
     batch = system.dataset("train").__getitems__([0, 1, 2])
-    assert batch.pixels.shape == (3, 3, 32, 32)
-    torch.testing.assert_close(batch.targets[0].boxes, torch.tensor([[0.3, 0.5, 0.4, 0.75]]))
+    assert clean_pixels(batch).shape == (3, 3, 32, 32)
+    torch.testing.assert_close(targets_of(batch)[0].boxes, torch.tensor([[0.3, 0.5, 0.4, 0.75]]))
     groups = [system.splits["train"].groups[image.group] for image in system.splits["train"].images[:3]]
-    assert batch.lower.tolist() == [int(group == "m") for group in groups]
+    assert batch.tensor("lower").tolist() == [int(group == "m") for group in groups]
 
 
 def test_files_by_name_and_pictures_elsewhere(tmp_path: Path) -> None:

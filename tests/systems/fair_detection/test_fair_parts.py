@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,20 +12,16 @@ from torch import nn
 from nearfar.config.compose import compose_config
 from nearfar.errors import NearfarError
 from nearfar.losses import AdaptiveScoreContrastiveLoss, WassersteinGapLoss
-from nearfar.metrics.detection import Boxes, Change, detection_change, detection_evidence
+from nearfar.metrics.detection import Change, detection_change
 from nearfar.models.detection import Detector, DetectorOutput, Target
+from nearfar.models.perturbation import FairModel, perturbed
 from nearfar.systems import check_config
-from nearfar.systems.detector.scenes import make_scene, scenes_folder
-from nearfar.systems.fair_detection.evaluation import gap_closed, gap_verdict, ordered
+from nearfar.systems.fair_detection.evaluation import gap_verdict
 from nearfar.systems.fair_detection.frozen import chosen, shuffled
-from nearfar.systems.fair_detection.model import FairModel, PerturbationGenerator, perturbed
 from nearfar.systems.fair_detection.objective import FairObjective, picture_scores
 from nearfar.systems.fair_detection.options import epsilon_schedule, term_weights
 from nearfar.systems.fair_detection.report import panel
-
-pytestmark = pytest.mark.slow  # reads and draws much
-
-GROUPS = ("faint", "clear")
+from tiny_detection import GROUPS, evidence
 
 
 def config(*overrides: str) -> Any:
@@ -41,30 +34,6 @@ def test_the_notes_names_of_the_shares_stand_for_them() -> None:
     own = config("top_fraction=0.3", "bottom_fraction=0.2")
     assert repr(FairObjective(own).contrastive) == repr(FairObjective(named).contrastive)
     assert repr(FairObjective(own).contrastive) != repr(FairObjective(config()).contrastive)
-
-
-# -- generator -----------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(("height", "width", "levels"), [(32, 32, 3), (30, 45, 3), (17, 9, 4), (8, 8, 1)])
-def test_a_perturbation_is_bounded_and_has_the_pictures_size(height: int, width: int, levels: int) -> None:
-    torch.manual_seed(0)
-    generator = PerturbationGenerator(8, levels)
-    pixels = torch.rand(2, 3, height, width)
-    assert torch.equal(generator(pixels, 0.1), torch.zeros_like(pixels)), "nothing is changed before training"
-    nn.init.normal_(generator.end.weight, std=100.0)
-    delta = generator(pixels, 0.1)
-    assert delta.shape == pixels.shape
-    assert 0.0999 < float(delta.detach().abs().max()) <= 0.1 + 1e-8
-    changed = perturbed(pixels, delta)
-    assert 0.0 <= float(changed.detach().min()) <= float(changed.detach().max()) <= 1.0
-    alone = generator(pixels[:1], 0.1)
-    torch.testing.assert_close(alone, delta[:1], rtol=0, atol=1e-3)  # it depends on no batch
-
-
-def test_the_first_step_has_a_gradient() -> None:
-    generator = PerturbationGenerator(8, 2)
-    perturbed(torch.full((1, 3, 8, 8), 0.5), generator(torch.rand(1, 3, 8, 8), 0.1)).sum().backward()
-    assert generator.end.weight.grad is not None
-    assert float(generator.end.weight.grad.abs().sum()) > 0
 
 
 # -- schedules -----------------------------------------------------------------------------------------------
@@ -101,44 +70,6 @@ def test_weights_of_the_losses() -> None:
 def test_wrong_options_are_refused(overrides: list[str], message: str) -> None:
     with pytest.raises(NearfarError, match=message):
         config(*overrides)
-
-
-# -- scenes --------------------------------------------------------------------------------------------------
-def test_only_the_contrast_tells_the_groups_apart() -> None:
-    clear, faint = (make_scene(np.random.default_rng(7), 64, 0.3, left) for left in (1.0, 0.35))
-    assert clear[1] == faint[1], "the same figure in the same place"
-    spread = [float(np.std(picture, (0, 1)).mean()) for picture in (clear[0], faint[0])]
-    assert spread[1] / spread[0] == pytest.approx(0.35, abs=0.02)
-    excess = {}
-    for haze in (1.0, 0.35):
-        contrasts = []
-        for seed in range(20):
-            picture, (left, top, width, height) = make_scene(np.random.default_rng(seed), 64, 0.3, haze)
-            # The trunk: the middle of the box a third from its top.
-            row, column = int(top + 0.35 * height), int(left + 0.5 * width)
-            inside = picture[row - 1 : row + 2, column - 1 : column + 2].mean((0, 1)) / 255
-            contrasts.append(np.abs(inside - np.median(picture, (0, 1)) / 255).mean())
-        excess[haze] = np.median(contrasts)
-    assert 0.2 < excess[1.0] < 0.4
-    assert excess[0.35] / excess[1.0] == pytest.approx(0.35, abs=0.05)
-
-
-def test_scenes_are_coco_files_and_are_drawn_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NEARFAR_CACHE", str(tmp_path))
-    data = config("data.scenes.train=20", "data.scenes.val=8", "data.scenes.test=10").data.scenes
-    data.image_size = 32
-    folder = scenes_folder(data)
-    train = json.loads((folder / "train.json").read_text())
-    assert sum(image["visibility"] == "faint" for image in train["images"]) == 5
-    test = json.loads((folder / "test.json").read_text())
-    assert sum(image["visibility"] == "faint" for image in test["images"]) == 5
-    assert all((folder / "images" / image["file_name"]).is_file() for image in test["images"])
-    before = (folder / "test.json").stat().st_mtime_ns
-    assert scenes_folder(data) == folder
-    assert (folder / "test.json").stat().st_mtime_ns == before
-    data.contrast = 0.5
-    assert scenes_folder(data) != folder
-    assert {path.name[0] for path in folder.parent.iterdir()} & {"."} == set(), "nothing half-drawn is left"
 
 
 # -- losses of a batch ---------------------------------------------------------------------------------------
@@ -235,51 +166,6 @@ def test_a_shuffled_perturbation_has_the_same_size() -> None:
 
 
 # -- gap and verdict -----------------------------------------------------------------------------------------
-def detections(n: int, quality: np.ndarray, seed: int = 0) -> tuple[Boxes, Boxes]:
-    """One true box a picture, groups in turn; a found one that is off the more, the lower its quality."""
-    rng = np.random.default_rng(seed)
-    true = np.tile([10.0, 10.0, 50.0, 50.0], (n, 1))
-    shift = 20 * (1 - quality)[:, None] * rng.uniform(0.3, 1, (n, 1))
-    zero, each = np.zeros(n, int), np.arange(n)
-    predicted = Boxes(true + shift, zero, each, scores=rng.uniform(size=n))
-    return predicted, Boxes(true, zero, each, group=each % 2)
-
-
-def evidence(n: int, faint: float, clear: float) -> Any:
-    predicted, true = detections(n, np.where(np.arange(n) % 2 == 0, faint, clear))
-    return detection_evidence(predicted, true, n, GROUPS)
-
-
-@pytest.mark.parametrize(
-    ("faint", "clear", "sign"),
-    [(0.4, 0.9, 0), (0.7, 0.9, 1), (0.4, 0.5, 0), (0.45, 0.95, 0), (0.1, 0.9, -1)],
-    ids=["nothing", "the group behind rises", "the group ahead falls", "both rise", "the group behind falls"],
-)
-def test_what_counts_as_closing_a_gap(faint: float, clear: float, sign: int) -> None:
-    n = 120
-    before, after = evidence(n, 0.4, 0.9), evidence(n, faint, clear)
-    estimate, items = gap_closed(before, after, resamples=200)
-    a, b = ({k: float(v[0]) for k, v in e.statistics().items()} for e in (before, after))
-    by_hand = abs(a["AP/gap"]) - abs(b["AP/gap"])
-    by_hand -= sum(max(0.0, a[f"AP/{g}"] - b[f"AP/{g}"]) for g in GROUPS)
-    assert estimate.value == pytest.approx(by_hand)
-    assert items.mean() == pytest.approx(by_hand)
-    assert estimate.low <= estimate.value <= estimate.high
-    if sign:
-        assert sign * estimate.value > 0.05
-        assert sign * (estimate.low if sign > 0 else estimate.high) > 0
-    elif faint == 0.4:
-        assert estimate.value <= 1e-12
-
-
-def test_groups_are_put_in_order() -> None:
-    _, true = detections(4, np.ones(4))
-    assert true.group is not None
-    turned = ordered(replace(true, group=np.array([0, 1, -1, 0])), ("clear", "faint"), GROUPS)
-    assert turned.group is not None
-    assert turned.group.tolist() == [1, 0, -1, 1]
-
-
 def verdict(before: Any, after: Any) -> tuple[bool, str]:
     from nearfar.metrics.detection import detection_estimates
 

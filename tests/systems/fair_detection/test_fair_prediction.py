@@ -19,10 +19,10 @@ from nearfar.data.coco import read_coco
 from nearfar.errors import NearfarError
 from nearfar.launch import run_one
 from nearfar.metrics.detection import Boxes, detection_evidence
+from nearfar.metrics.split_boxes import true_boxes
 from nearfar.serving.export import export_run
 from nearfar.serving.stream import predict_file
-from nearfar.systems.detector.scenes import scenes_folder
-from nearfar.systems.detector.system import true_boxes
+from nearfar.systems.detector.data import folder_of_scenes
 from nearfar.training.run_folder import RunFolder
 
 QUIET = Console(file=open(os.devnull, "w"))  # noqa: SIM115
@@ -67,7 +67,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
 def test_file(run: RunFolder) -> Path:
     """The COCO file of the run's test pictures."""
     config = read_config(run.config(), saved=True)
-    return scenes_folder(config.used_data) / "test.json"  # type: ignore[attr-defined]
+    return folder_of_scenes(config.used_data) / "test.json"  # type: ignore[attr-defined]
 
 
 test_file.__test__ = False  # type: ignore[attr-defined]

@@ -27,6 +27,7 @@ from nearfar.serving.fill import file_source, open_gallery
 from nearfar.systems import build_system
 from nearfar.training.checkpoint import Checkpoint
 from nearfar.training.run_folder import RunFolder
+from processes import command
 from tiny_molecules import pairs, split_files, write
 
 QUIET = Console(file=open(os.devnull, "w"))  # noqa: SIM115
@@ -152,7 +153,7 @@ def test_killed_run_resumes_bit_for_bit(tmp_path: Path, files: list[str]) -> Non
     overrides = list({o.split("=")[0]: o for o in overrides}.values())
     train = [sys.executable, "-m", "nearfar.cli", "train"]
     whole = tmp_path / "whole"
-    subprocess.run([*train, *overrides, "name=whole"], check=True, capture_output=True, timeout=300)
+    assert command("train", *overrides, "name=whole").returncode == 0
     steps = Checkpoint.load(whole).step
     killed = tmp_path / "killed"
     process = subprocess.Popen(
@@ -167,7 +168,7 @@ def test_killed_run_resumes_bit_for_bit(tmp_path: Path, files: list[str]) -> Non
     process.wait()
     assert process.returncode == -signal.SIGKILL, "the run ended before it was killed"
     assert Checkpoint.load(killed).step < steps
-    done = subprocess.run([*train, f"resume_from={killed}"], capture_output=True, text=True, timeout=300)
+    done = command("train", f"resume_from={killed}")
     assert done.returncode == 0, done.stderr
     a, b = Checkpoint.load(whole), Checkpoint.load(killed)
     assert a.step == b.step
@@ -365,8 +366,7 @@ def test_a_failing_run_does_not_end_the_sweep(tmp_path: Path, files: list[str]) 
     common = ["experiment=molecules", *SMALL, *files, f"runs_dir={tmp_path}", "name=grid"]
 
     def sweep(*overrides: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "nearfar.cli", "train", "-m", *merge_overrides(common, overrides)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=300)
+        return command("train", "-m", *merge_overrides(common, overrides))
 
     done = sweep("batch_size=5000,16")
     assert done.returncode == 2, done.stdout + done.stderr

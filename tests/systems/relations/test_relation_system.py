@@ -17,6 +17,7 @@ from nearfar.batching import BalancedBatchSampler, RandomBatchSampler
 from nearfar.config.compose import compose_config, expand
 from nearfar.contrast import NoPositivesWarning
 from nearfar.crossval import cross_validate
+from nearfar.data.photos import Crops
 from nearfar.errors import NearfarError
 from nearfar.launch import run_one
 from nearfar.systems import build_system, check_config
@@ -28,9 +29,9 @@ from nearfar.systems.relations.evaluation import (
     rescore,
     score_predictions,
 )
-from nearfar.systems.relations.probe import RelationProbe, has_pixels, sample_rows
+from nearfar.systems.relations.probe import has_pixels
 from nearfar.towers.boxes import spatial_numbers
-from nearfar.towers.object_pairs import Crops, CropTower, NamesTower
+from nearfar.towers.object_pairs import CropTower, NamesTower
 from nearfar.training.checkpoint import Checkpoint
 from nearfar.training.run_folder import RunFolder
 from tiny_relations import write_vrd
@@ -50,9 +51,6 @@ SMALL = [
     "trainer.accelerator=cpu",
     "trainer.threads=1",
 ]
-
-
-pytestmark = [pytest.mark.usefixtures("module_cache"), pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
@@ -358,38 +356,6 @@ def test_batches_hold_one_sort(folder: Path) -> None:
     for override, kind in kinds.items():
         assert isinstance(prepared(folder, override).build_sampler(), kind)
     assert isinstance(prepared(folder, "sampler=balanced").build_sampler(), BalancedBatchSampler)
-
-
-def test_probe_equals_scikit_learn_on_scaled_parts() -> None:
-    from sklearn.svm import SVC
-
-    rng = np.random.default_rng(0)
-    a, b = rng.normal(2, 3, (80, 4)), rng.normal(0, 0.1, (80, 6))
-    label = (a[:, 0] + 30 * b[:, 0] > 2).astype(int) + (a[:, 1] > 4)
-    probe = RelationProbe().fit({"a": a[:60], "b": b[:60]}, label[:60])
-    parts = [(x - x[:60].mean(0)) / np.sqrt(x[:60].var(0).sum()) for x in (a, b)]
-    rows = np.concatenate(parts, axis=1)
-    plain = SVC(C=3.0, gamma=0.5).fit(rows[:60], label[:60])
-    np.testing.assert_allclose(
-        probe.scores({"a": a[60:], "b": b[60:]}, 3), plain.decision_function(rows[60:]), atol=1e-6
-    )
-
-
-def test_probe_without_a_part() -> None:
-    rng = np.random.default_rng(1)
-    label = np.arange(60) % 2
-    informative = label[:, None] + 0.1 * rng.normal(size=(60, 1))
-    gone = np.full((60, 3), np.nan)
-    both = RelationProbe().fit({"a": informative, "b": gone}, label)
-    assert (both.predict({"a": informative, "b": gone}) == label).all()
-    # A part that some pairs have: the others are not what is learned from.
-    some = np.where(np.arange(60)[:, None] < 20, informative, np.nan)
-    only = RelationProbe("linear").fit({"b": some}, label)
-    assert (only.predict({"b": some})[:20] == label[:20]).all()
-    one = RelationProbe().fit({"a": informative}, np.ones(60, int))
-    assert (one.predict({"a": informative}) == 1).all()
-    assert one.scores({"a": informative}, 3)[0].tolist() == [-np.inf, 0.0, -np.inf]
-    assert len(sample_rows(label, 10)) == 10
 
 
 def test_scores_count_pairs_and_resample_pictures() -> None:

@@ -21,11 +21,12 @@ from nearfar.data.slides.shard_dataset import read_shards
 from nearfar.data.slides.shards import ShardOptions, write_shards
 from nearfar.errors import NearfarError
 from nearfar.launch import run_one
+from nearfar.metrics.correlation import pearson_estimate
 from nearfar.serving import Trained
 from nearfar.serving.export import export_run
 from nearfar.serving.stream import embed_file, predict_file
 from nearfar.systems import build_system
-from nearfar.systems.tissue.evaluation import chosen_genes, pearson_estimate
+from nearfar.systems.tissue.evaluation import chosen_genes
 from nearfar.training.run_folder import RunFolder
 from tissue_files import GENES, plain_strings, slide_data, write_h5ad, write_outs, write_st
 

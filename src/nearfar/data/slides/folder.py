@@ -22,11 +22,10 @@ from nearfar.data.slides.shard_index import (
     SlideEntry,
     check_inside,
     npy,
-    write_json,
 )
 from nearfar.data.slides.splits import check_splits, write_split_files
 from nearfar.data.slides.tissue import Tissue, neighbor_scale
-from nearfar.data.writing import write_atomically
+from nearfar.data.writing import write_arrays, write_atomically, write_json, write_text
 from nearfar.errors import NearfarError
 
 __all__ = ["Rejected", "SlideFolder", "Spots", "write_tissue"]
@@ -138,7 +137,7 @@ class SlideFolder:
         entry = SlideEntry(
             spots.slide, spots.patient, n, shards, table, spots.sigma, spots.pixel_size, spots.side, spots.rejected, key
         )  # fmt: skip
-        write_json(self._entry(spots.slide), entry.as_dict())
+        write_json(self._entry(spots.slide), entry.as_dict(), indent=1)
         return entry
 
     def discard(self, slide: str) -> None:
@@ -183,7 +182,7 @@ class SlideFolder:
             "squares": sums.squares,
             "rejected": np.array(rejected, np.str_).reshape(-1, 3),
         }
-        write_atomically(self._sums(slide), lambda file: np.savez(file, **arrays))  # type: ignore[arg-type]
+        write_arrays(self._sums(slide), arrays)
 
     def write_rejected(self, rejected: Mapping[str, Rejected]) -> None:
         """``rejected.tsv``: every spot that was left out, and why."""
@@ -193,7 +192,7 @@ class SlideFolder:
             lines += [
                 "\t".join(re.sub(r"[\t\r\n]", " ", part) for part in (slide, *spot)) + "\n" for spot in spots
             ]
-        write_atomically(self.path / "rejected.tsv", lambda file: file.write("".join(lines).encode()))
+        write_text(self.path / "rejected.tsv", "".join(lines))
 
     def _write_table(self, spots: Spots) -> ShardFile:
         """What the samples say of their spots, once more as arrays: readers need not parse a text for each spot."""
@@ -205,7 +204,7 @@ class SlideFolder:
             "alpha": np.asarray(spots.alpha, np.float32),
             "totals": np.asarray(spots.totals, np.float64),
         }
-        write_atomically(path, lambda file: np.savez(file, **arrays))  # type: ignore[arg-type]
+        write_arrays(path, arrays)
         return self._file(path, len(spots.names))
 
     def _file(self, path: Path, rows: int) -> ShardFile:

@@ -18,7 +18,7 @@ import numpy as np
 from nearfar.data.cache import content_key
 from nearfar.data.files import Json
 from nearfar.data.slides.splits import SPLITS, check_splits, read_split_files
-from nearfar.data.writing import write_atomically
+from nearfar.data.writing import write_json
 from nearfar.errors import NearfarError, nearest_name
 
 __all__ = [
@@ -33,7 +33,6 @@ __all__ = [
     "read_index",
     "read_splits",
     "samples",
-    "write_json",
 ]
 
 
@@ -277,14 +276,9 @@ class ShardIndex:
                 "slides": [slide.as_dict() for slide in self.slides],
                 "genes": self.genes,
             },
+            indent=1,
         )
         return path
-
-
-def write_json(path: Path, content: object) -> None:
-    """JSON that is the same for the same content, written atomically."""
-    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def read_index(folder: str | Path) -> ShardIndex:

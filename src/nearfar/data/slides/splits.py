@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
-from typing import IO, Literal
+from typing import Literal
 
 import numpy as np
 
 from nearfar.data.splits import check_disjoint
 from nearfar.data.tables import read_table
-from nearfar.data.writing import write_atomically
+from nearfar.data.writing import write_text
 from nearfar.errors import NearfarError, nearest_name
 
 __all__ = [
@@ -52,11 +51,7 @@ def write_split_files(folder: Path, splits: Mapping[str, Sequence[str]]) -> None
     """Write the three files, empty for a split of no slides."""
     for split in SPLITS:
         text = "".join(f"{name}\n" for name in splits.get(split, ()))
-        write_atomically(folder / f"{split}_samples.txt", partial(_put, text.encode()))
-
-
-def _put(content: bytes, file: IO[bytes]) -> None:
-    file.write(content)
+        write_text(folder / f"{split}_samples.txt", text)
 
 
 def check_splits(

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from nearfar.doctor.fields import CONTEXT, is_field
+from nearfar.doctor.log_tables import OF_A_VIEW
 from nearfar.errors import NearfarError, nearest_name
 
 __all__ = ["Names", "map_names"]
@@ -43,6 +44,11 @@ _METRIC = re.compile(
     r"\b(mrr|map|ndcg|accuracy|acc|f1|auc|auroc|spearman|pearson|recall|precision|top1|top5)\b|"
     r"(cosine|dot|euclidean|manhattan)[-_](accuracy|spearman|pearson|ap|f1|precision|recall|ndcg|mrr|map)|"
     r"(spearman|pearson)[-_](cosine|dot|euclidean|manhattan|max)|median_rank|mean_rank|zeroshot",
+    re.IGNORECASE,
+)
+#: the mean cosine of different rows, which says whether embeddings are one; of partners it would be another thing
+_MEAN_COSINE = re.compile(
+    r"(mean|avg|average)(_pairwise)?_cos(ine)?(_sim(ilarity)?)?|pairwise_cos(ine)?(_sim(ilarity)?)?(_mean)?",
     re.IGNORECASE,
 )
 _LOWER_LOSS = re.compile(r"(^|[/_ -])loss$", re.IGNORECASE)
@@ -158,6 +164,10 @@ def _field(name: str, validation: bool) -> str | None:
         return "val_loss"
     if by_name is not None:
         return by_name
+    if plain in OF_A_VIEW:
+        return f"embeddings/{plain}"
+    if _MEAN_COSINE.fullmatch(plain) or _MEAN_COSINE.fullmatch(_key(rest)):
+        return "embeddings/mean_cosine"
     if re.match(r"^lr[-_/]", name, re.IGNORECASE):
         return "lr"
     if of_training == name and _METRIC.search(name):

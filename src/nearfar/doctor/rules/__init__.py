@@ -13,6 +13,7 @@ from nearfar.doctor.rules import (
     positives,
     significance,
     sparse_logs,
+    sparse_metrics,
     temperature,
 )
 
@@ -25,6 +26,7 @@ RULES = RuleBook(
         course,
         loss,
         sparse_logs,
+        sparse_metrics,
         positives,
         curriculum,
         hardness,

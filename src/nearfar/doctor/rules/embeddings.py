@@ -49,15 +49,19 @@ def _collapsed(signals: Signals) -> dict[str, tuple[str, float, Series]]:
 
 
 def _still(signals: Signals) -> Evidence | None:
-    """All views: one that stands still beside one that moves is frozen on purpose."""
-    moved = {view: series.tail(least=1) for view, series in signals.named("*/moved").items()}
-    if not moved or any(series.mean() > MOVED for series in moved.values()):
+    """All views: one that stands still beside one that moves may be frozen on purpose, which is a note."""
+    every = {view: series.tail(least=1) for view, series in signals.named("*/moved").items()}
+    moved = {view: series for view, series in every.items() if series.mean() <= MOVED}
+    if not moved:
         return None
+    some = len(moved) < len(every)
     listed = ", ".join(f"{view} {series.mean():.1g}" for view, series in moved.items())
     where = next(iter(moved.values())).where_text()
     return Evidence(
         f"1 − cosine of each row's embedding with that before training: {listed} in {where}.",
         {f"{view}/moved": series.mean() for view, series in moved.items()},
+        severity="note" if some else None,
+        title="One view does not move: it is frozen, or its gradient is cut off." if some else None,
     )
 
 

@@ -1,4 +1,4 @@
-"""What a loss, a gradient norm or a metric tell alone, in a log that has little else."""
+"""What a loss or a gradient norm tell alone, in a log that has little else."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import math
 import numpy as np
 
 from nearfar.doctor.levels import levels
-from nearfar.doctor.phases import monitor, switch_epoch
-from nearfar.doctor.rule import Evidence, Remedy, Rule, TooLittle
-from nearfar.doctor.rules._remedies import advice, lower_learning_rate
+from nearfar.doctor.phases import monitor
+from nearfar.doctor.rule import Evidence, Rule, TooLittle
+from nearfar.doctor.rules._remedies import advice
 from nearfar.doctor.series import Series, level_noise, mean
 from nearfar.doctor.signals import Signals
 
@@ -25,8 +25,14 @@ _POWERS = (2, *(2**k for k in range(3, 21)))
 NO_GRADIENT, NO_LOSS = 1e-9, 1e-6
 #: correlation of a loss with itself an epoch earlier, its course taken away, from which it repeats
 REPEATS = 0.97
-#: share of the first score that a metric has lost when training has made it worse, beside three times its scatter
-WORSE = 0.05
+#: the same of the losses of epochs with each other, of which random orders have none; and that in standard errors of 0
+ALIKE_EPOCHS, SURE = 0.6, 6.0
+#: a loss that no choice among candidates has, and no mean of cosines either
+NEGATIVE = -1.5
+#: first loss, beside that of guessing, from which logits are far too large; and alone, as guessing among e^20 costs
+TIMES_GUESSING, ABOVE_ANY = 3.0, 20.0
+#: growth of the gradient norm over the run, and from its third quarter to its last; its rank correlation with time
+GRADIENT_GROWS, STILL_GROWS, STEADILY = 4.0, 0.95, 0.8
 #: values of a period that have to differ, and values of the log in which a period is looked for
 LEAST_DIFFERENT, MOST_VALUES = 5, 20_000
 LEAST_VALUES = 8
@@ -126,10 +132,40 @@ def _periodic(signals: Signals) -> Evidence | None:
             )
     lag, strength = _repeats(values)
     if strength < REPEATS:
-        return None
+        return _alike_epochs(loss)
     return Evidence(
         f"The loss repeats itself every {lag} logged values (correlation {strength:.2f}, its course taken away).",
         {"period": float(lag), "correlation": strength},
+        severity="note",
+        title="Each epoch has the same batches in the same order.",
+    )
+
+
+def _alike_epochs(loss: Series) -> Evidence | None:
+    """Epochs whose losses rise and fall at the same places; their order may be known where few values are logged."""
+    epochs: dict[float, list[float]] = {}
+    for epoch, value in zip(loss.epochs.tolist(), loss.numbers.tolist(), strict=True):
+        epochs.setdefault(epoch, []).append(value)
+    sizes = [len(values) for values in epochs.values()]
+    length = max(set(sizes), key=sizes.count)
+    whole = np.array([values for epoch, values in epochs.items() if len(values) == length and epoch == epoch])
+    if len(whole) < 3 or length < LEAST_DIFFERENT:
+        return None
+    course = np.vander(np.linspace(-1, 1, length), 4 if length > 2 * LEAST_DIFFERENT else 2)
+    own = whole - whole @ np.linalg.pinv(course).T @ course.T
+    norms = np.linalg.norm(own, axis=1, keepdims=True)
+    if (norms < 1e-9).any():
+        return None
+    alike = (own / norms) @ (own / norms).T
+    pairs = alike[np.triu_indices(len(whole), 1)]
+    strength = float(pairs.mean())
+    free = length - course.shape[1]
+    if strength < ALIKE_EPOCHS or strength * math.sqrt(free * len(pairs)) < SURE:
+        return None
+    return Evidence(
+        f"The losses of {len(whole)} epochs rise and fall at the same places (mean correlation {strength:.2f} of "
+        f"{length} values each, their course taken away).",
+        {"period": float(length), "correlation": strength},
         severity="note",
         title="Each epoch has the same batches in the same order.",
     )
@@ -159,47 +195,68 @@ def _repeats(values: np.ndarray) -> tuple[int, float]:
     return best, strength
 
 
-def _falling(signals: Signals) -> Evidence | None:
-    metric = monitor(signals)
-    if len(metric) < LEAST_SCORES:
-        raise TooLittle(f"{LEAST_SCORES} scores of validation are needed, and there are {len(metric)}")
-    first, late = metric.values[0], mean(metric.values[-2:])
-    fall, margin = first - late, max(WORSE * abs(first), 3 * level_noise(metric.values))
-    rose = float(metric.numbers.max()) > first + margin / 2
-    if fall <= margin or rose or switch_epoch(signals) is not None:
-        return None  # what rose before it fell is judged as overfitting, or as a curriculum
-    loss = _loss(signals)
-    falls = len(loss) > 3 and loss.tail().mean() < loss.part(slice(0, max(1, len(loss) // 4))).mean()
-    beside = "; the training loss went on falling" if falls else ""
-    return Evidence(
-        f"{metric.name} was {abs(first):.3f} at the first evaluation and is {abs(late):.3f} in the last two of "
-        f"{len(metric)}{beside}.",
-        {"first": first, "last": late, "falls": fall},
-    )
-
-
-def _falling_remedy(signals: Signals) -> Remedy:
-    return Remedy(
-        lower_learning_rate(signals),
-        "Take the first checkpoint meanwhile. Divide the learning rate by 10, look for false negatives in the batches, "
-        "and check that what is trained on resembles what is evaluated.",
-    )
-
-
-def _constant(signals: Signals) -> Evidence | None:
-    known = {name: series for name, series in signals.named("val/*").items() if len(series) >= LEAST_SCORES}
-    if not known:
-        raise TooLittle(f"{LEAST_SCORES} scores of validation are needed")
-    still = {
-        name: series.values[0]
-        for name, series in known.items()
-        if float(np.ptp(series.numbers)) <= 1e-12 and 0 < abs(series.values[0]) < 1
-    }
-    if not still or len(still) < len(known):
+def _negative(signals: Signals) -> Evidence | None:
+    if signals.text("loss_kind") == "other":
         return None
-    listed = ", ".join(f"{name} {value:.4g}" for name, value in list(still.items())[:4])
-    count = len(next(iter(known.values())))
-    return Evidence(f"All of {count} evaluations are the same to the last digit: {listed}.", still)
+    loss = _loss(signals)
+    if len(loss) < LEAST_SCORES:
+        raise TooLittle(f"only {len(loss)} logged values of the loss")
+    level, metric = loss.tail().mean(), monitor(signals)
+    if level > NEGATIVE:
+        return None
+    if len(metric) > 2:
+        first, late = metric.values[0], mean(metric.values[-2:])
+        if late > first + max(0.01 * abs(first), 3 * level_noise(metric.values)):
+            return None
+    severity = "warning" if len(metric) > 2 else "note"
+    beside = f"; {metric.name} does not rise" if len(metric) > 2 else ""
+    return Evidence(
+        f"The loss is {level:.3g} in {loss.tail().where_text()}{beside}.",
+        {"loss": level},
+        severity=severity,  # type: ignore[arg-type]
+    )
+
+
+def _starts_high(signals: Signals) -> Evidence | None:
+    if signals.text("loss_kind") in ("other", "sigmoid"):
+        return None
+    loss = _loss(signals)
+    if not loss:
+        raise TooLittle("the loss has no finite value")
+    first = mean(loss.values[: max(1, min(3, len(loss) // 20))])
+    batch = signals.number("candidates") or signals.number("batch_size")
+    guess = signals.number("uniform_level") or (math.log(batch) if batch and batch > 1 else None)
+    if first <= ABOVE_ANY or (guess is not None and first <= TIMES_GUESSING * guess):
+        return None
+    known = (
+        f", and guessing costs about {guess:.2f}"
+        if guess is not None
+        else f"; guessing among e^{first:.0f} would cost it"
+    )
+    return Evidence(f"The first logged loss is {first:.3g}{known}.", {"loss": first})
+
+
+def _gradient_grows(signals: Signals) -> Evidence | None:
+    gradient = signals.series("gradient_norm").finite()
+    if len(gradient) < 2 * LEAST_VALUES:
+        raise TooLittle(f"{2 * LEAST_VALUES} logged gradient norms are needed, and there are {len(gradient)}")
+    values = gradient.numbers
+    scale = signals.series("scale").finite()
+    if scale and scale.values[0] > 0:  # gradients grow in proportion to it
+        values = values / np.maximum(
+            1.0, np.interp(gradient.steps, scale.steps, scale.numbers) / scale.values[0]
+        )
+    quarters = [float(part.mean()) for part in np.array_split(values, 4)]
+    first = float(values[: max(2, len(values) // 50)].mean())
+    order = np.argsort(np.argsort(values, kind="stable"))
+    steady = float(np.corrcoef(order, np.arange(len(values)))[0, 1])
+    grows = quarters[3] >= GRADIENT_GROWS * first and quarters[3] >= STILL_GROWS * quarters[2]
+    if first <= 0 or not grows or steady < STEADILY:
+        return None
+    return Evidence(
+        f"The gradient norm is {quarters[3] / first:.1f} times what it was in the first steps, and has grown since.",
+        {"times": quarters[3] / first, "correlation": steady},
+    )
 
 
 RULES = (
@@ -231,7 +288,8 @@ RULES = (
         "loss-periodic", "error", "The loss repeats.", (("loss",), ("train_loss",)), _periodic,
         looks_at="`loss`",
         threshold=f"a period that comes three times: exactly, or with a correlation of {REPEATS} (a note) once each "
-        "period's own course is taken away",
+        f"period's own course is taken away; or a mean correlation of {ALIKE_EPOCHS} of the losses of all epochs, "
+        f"{SURE:g} standard errors from 0 (a note)",
         cause="Exactly: weights that do not change, and the same batches again. Nearly: the order of the batches is "
         "not shuffled anew, so that each row meets the same negatives in every epoch.",
         remedy=advice("Call `sampler.set_epoch(epoch)` before each epoch, or shuffle; where values repeat digit for "
@@ -239,22 +297,33 @@ RULES = (
         source="negatives of a batch are the rows that share it",
     ),
     Rule(
-        "metric-falling", "warning", "Training makes the metric worse than it was at the first evaluation.",
-        (("val/*",),), _falling,
-        looks_at="the monitored metric, of which no score is above the first",
-        threshold=f"the mean of the last two scores {WORSE:.0%} below the first, and three times the scatter",
-        cause="A learning rate that destroys what the weights knew, false negatives that push apart what belongs "
-        "together, or training data unlike the evaluation's.",
-        remedy=_falling_remedy,
-        source="what was pretrained is forgotten at high learning rates (McCloskey and Cohen 1989)",
+        "negative-loss", "warning", "The loss is negative.", (("loss",), ("train_loss",)), _negative,
+        looks_at="`loss`, beside the monitored metric",
+        threshold=f"below {NEGATIVE:g} in the last quarter, while the metric does not rise; without a metric a note",
+        cause="No choice among candidates costs less than 0. The sign of the loss or of the logits is turned, so that "
+        "partners are driven apart; or the loss is of another kind (decoupled, a uniformity, a score).",
+        remedy=advice("Check the sign: cross-entropy of the similarities, not of distances, and not negated. A loss "
+                      "that may be negative is told by loss_kind=other."),
+        source="−log p is at least 0",
     ),
     Rule(
-        "metric-constant", "warning", "The metrics of validation never change.", (("val/*",),), _constant,
-        looks_at="every `val/*`",
-        threshold=f"{LEAST_SCORES} scores or more that are the same to the last digit, of all metrics",
-        cause="The evaluation uses a copy of the model that is not trained, cached embeddings, or weights that do not "
-        "move.",
-        remedy=advice("Evaluate the model that is trained, and compute its embeddings anew each time."),
-        source="weights that move change some rank among many",
+        "loss-starts-high", "note", "The loss begins far above guessing.", (("loss",), ("train_loss",)), _starts_high,
+        looks_at="the first values of `loss`, beside what guessing costs",
+        threshold=f"above {ABOVE_ANY:g}, and {TIMES_GUESSING:g} times guessing where that is known",
+        cause="Logits are huge before anything is learned: embeddings that are not normalised, a temperature that "
+        "divides too much; or the loss is a sum over rows.",
+        remedy=advice("Normalise the embeddings, and begin with a temperature of .05 to .1; take the mean over rows."),
+        source="unit vectors at temperature τ have logits of at most 1/τ",
+    ),
+    Rule(
+        "gradient-grows", "warning", "The gradient grows throughout.", (("gradient_norm",),), _gradient_grows,
+        looks_at="`gradient_norm`, divided by the growth of `scale` where that is logged",
+        threshold=f"{GRADIENT_GROWS:g} times the first in the last quarter, which is {STILL_GROWS:g} times the third; "
+        f"rank correlation with time {STEADILY:g}",
+        cause="Gradients are never set to 0, so that each step follows the sum of all before it; weights that no "
+        "optimiser holds (nothing zeroes theirs); a temperature that sharpens without a clamp; or training diverges.",
+        remedy=advice("Call `optimizer.zero_grad()` in every step, see that the optimiser holds the weights of the "
+                      "model that is trained, clamp the temperature, and lower the learning rate."),
+        source="PyTorch adds gradients up until they are zeroed",
     ),
 )  # fmt: skip

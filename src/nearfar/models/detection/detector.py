@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from nearfar.data.true_boxes import Target
 from nearfar.errors import NearfarError, nearest_name
 
 __all__ = [
@@ -78,24 +79,6 @@ def _areas(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     )
     own = (a[..., 2:] - a[..., :2]).clamp(min=0).prod(-1) + (b[..., 2:] - b[..., :2]).clamp(min=0).prod(-1)
     return shared, own - shared
-
-
-@dataclass
-class Target:
-    """The true boxes of one picture: centre x, centre y, width, height as shares of it, and their labels."""
-
-    labels: Int[Tensor, " k"]
-    boxes: Float[Tensor, "k 4"]
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Target:
-        return Target(
-            self.labels.to(device, non_blocking=non_blocking),
-            self.boxes.to(device, non_blocking=non_blocking),
-        )
-
-    def repeated(self, times: int) -> Target:
-        """Each true box ``times`` times."""
-        return Target(self.labels.repeat(times), self.boxes.repeat(times, 1))
 
 
 @dataclass

@@ -12,8 +12,8 @@ import numpy as np
 from jaxtyping import Shaped, UInt8
 
 from nearfar.data.cache import cached_array
+from nearfar.data.molecules.smiles import parse_smiles, quiet_rdkit, rdkit_version
 from nearfar.errors import NearfarError, nearest_name
-from nearfar.models.molecules.smiles import parse_smiles, quiet_rdkit, rdkit_version
 
 if TYPE_CHECKING:
     from rdkit.Chem import Mol

@@ -17,8 +17,8 @@ from jaxtyping import Int, UInt8
 from torch import Tensor
 
 from nearfar.data.cache import cached_arrays
+from nearfar.data.molecules.smiles import parse_smiles, quiet_rdkit, rdkit_version
 from nearfar.errors import NearfarError
-from nearfar.models.molecules.smiles import parse_smiles, quiet_rdkit, rdkit_version
 
 if TYPE_CHECKING:
     from rdkit.Chem import Mol

@@ -9,10 +9,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from nearfar.data.reviews.labels import NEGATIVE, NEUTRAL, POSITIVE, UNKNOWN, LabelScheme
 from nearfar.losses import FocalLoss, MultiLabelSupConLoss, Objective
 from nearfar.losses.focal import focal_alpha
 from nearfar.schedules import Schedule
-from nearfar.systems.aspects.labels import NEGATIVE, NEUTRAL, POSITIVE, UNKNOWN, LabelScheme
 
 __all__ = ["ALPHAS", "CONTRASTS", "AspectObjective", "class_weights"]
 

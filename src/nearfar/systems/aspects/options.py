@@ -18,8 +18,8 @@ from nearfar.config import (
     samplers,
 )
 from nearfar.config.samplers import SamplerOptions
+from nearfar.data.reviews.labels import code_words
 from nearfar.errors import NearfarError
-from nearfar.systems.aspects.labels import code_words
 
 __all__ = ["AspectDataOptions", "AspectOptions"]
 
@@ -177,6 +177,6 @@ class AspectOptions(RunOptions):
 
     def check(self) -> None:
         super().check()
-        from nearfar.systems.aspects.model import text_tower
+        from nearfar.systems.aspects.tower import text_tower
 
         text_tower(**self.text_encoder, run_lr=self.lr)

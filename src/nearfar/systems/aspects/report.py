@@ -8,9 +8,9 @@ import numpy as np
 from jaxtyping import Float, Int
 from numpy import ndarray
 
+from nearfar.data.reviews.labels import POLARITIES, LabelScheme
 from nearfar.metrics import Estimate
 from nearfar.metrics.classification import calibration_counts, class_counts
-from nearfar.systems.aspects.labels import POLARITIES, LabelScheme
 from nearfar.training.sections import Section, Table
 
 __all__ = ["baseline_section", "calibration_section", "confusion_section", "hardest_section"]

@@ -16,35 +16,35 @@ from nearfar.data.cache import content_key
 from nearfar.data.chunks import NewData
 from nearfar.data.files import Json
 from nearfar.data.items import Items
+from nearfar.data.reviews.aspect_data import AspectData, load_embedded, load_files
+from nearfar.data.reviews.labels import LabelScheme
+from nearfar.data.reviews.new_reviews import read_reviews, usable_reviews
+from nearfar.data.reviews.readers import ID_COLUMNS, TEXT_COLUMNS
+from nearfar.data.reviews.records import repeats
 from nearfar.data.splits import column_name, data_paths
 from nearfar.errors import NearfarError
 from nearfar.metrics import Estimate
+from nearfar.metrics.aspect_scores import Decision, Scores, choose_decision, polarity_weights, score_split
+from nearfar.models.aspects import NAME as LINEAR
+from nearfar.models.aspects import AspectModel, linear_answers
 from nearfar.models.text.trainable import WordTextEncoder
 from nearfar.models.text.words import TokenBatch, TokenTable
-from nearfar.systems.aspects.data import AspectData, load_embedded, load_files
-from nearfar.systems.aspects.labels import LabelScheme
-from nearfar.systems.aspects.model import NAME as LINEAR
-from nearfar.systems.aspects.model import AspectModel, linear_answers, text_tower
 from nearfar.systems.aspects.objective import AspectObjective, class_weights
 from nearfar.systems.aspects.options import AspectOptions
 from nearfar.systems.aspects.predictions import (
     SCHEME_FILE,
     answer_columns,
     read_decision,
-    read_reviews,
     read_scheme,
-    usable_reviews,
     write_scheme,
 )
-from nearfar.systems.aspects.readers import ID_COLUMNS, TEXT_COLUMNS
-from nearfar.systems.aspects.records import repeats
 from nearfar.systems.aspects.report import (
     baseline_section,
     calibration_section,
     confusion_section,
     hardest_section,
 )
-from nearfar.systems.aspects.scores import Decision, Scores, choose_decision, polarity_weights, score_split
+from nearfar.systems.aspects.tower import text_tower
 from nearfar.towers import Tower
 from nearfar.towers.build import load_tower
 from nearfar.towers.text import TextTower

@@ -161,12 +161,6 @@ class AugmentedSystem(LabelledSystem):
         for key, parameter in zip(model.get_submodule("keys").parameters(), trained, strict=True):
             key.lerp_(parameter.to(key.dtype), 1 - momentum)
 
-    def _contrast_record(self) -> dict[str, float]:
-        record: dict[str, float] = self.loss.record.to_dict()  # type: ignore[operator, union-attr]
-        if "scale" in record:
-            record["largest_logit"] = record["scale"]  # embeddings have unit length
-        return record
-
     # -- evaluation ------------------------------------------------------------------------------------------
     def evaluate(self, outputs: Mapping[str, Tensor], split: str, final: bool) -> Evaluation:
         """What labels say, where there are any, and retrieval of the second view by the first."""

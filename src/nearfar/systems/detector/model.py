@@ -4,20 +4,17 @@ name.
 
 from __future__ import annotations
 
-import io
-import json
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import cast
 
-import numpy as np
 import torch
 
 from nearfar.config.compose import read_config
 from nearfar.config.options import read_options, to_dict
 from nearfar.data.files import read_arrays, read_json
-from nearfar.data.writing import write_atomically
+from nearfar.data.writing import write_arrays, write_json
 from nearfar.errors import NearfarError
 from nearfar.models.detection import Detector, SetLoss
 from nearfar.models.detection.network import SmallDetector
@@ -105,11 +102,8 @@ def save_frozen(detector: SmallDetector, folder: Path) -> None:
         "classes": list(detector.classes), "description": detector.description, "recipe": detector.recipe
     }  # fmt: skip
     weights = {name: value.detach().cpu().numpy() for name, value in detector.state_dict().items()}
-    buffer = io.BytesIO()
-    np.savez(buffer, **weights)
-    write_atomically(folder / "weights.npz", lambda file: file.write(buffer.getvalue()))
-    text = json.dumps(about, indent=1, ensure_ascii=False)
-    write_atomically(folder / "detector.json", lambda file: file.write(text.encode()))
+    write_arrays(folder / "weights.npz", weights)
+    write_json(folder / "detector.json", about, indent=1)
 
 
 def load_frozen(folder: Path) -> SmallDetector:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,86 +12,46 @@ import torch
 from torch import Tensor, nn
 
 from nearfar.config.samplers import Items as SamplerItems
-from nearfar.data.chunks import NewData
+from nearfar.data.batch import Batch, ItemDataset
 from nearfar.data.coco import CocoSplit
+from nearfar.data.coco_results import box_rows
+from nearfar.data.coco_splits import DetectionData
+from nearfar.data.detection import KeptView, View, detection_dataset
 from nearfar.data.files import Json, read_json
 from nearfar.data.items import Items
+from nearfar.data.true_boxes import targets_of
 from nearfar.errors import NearfarError
 from nearfar.metrics.detection import Boxes, detection_estimates, detection_evidence
 from nearfar.metrics.detection_evaluator import check_evidence
+from nearfar.metrics.split_boxes import constant_boxes, predicted_boxes, true_boxes
 from nearfar.models.detection import DetectorOutput
 from nearfar.models.detection.detector import corners, iou
+from nearfar.models.detection.kept_maps import cached_maps
 from nearfar.models.detection.network import SmallDetector
-from nearfar.systems.detector.data import DetectionData, read_splits
-from nearfar.systems.detector.dataset import (
-    DetectionBatch,
-    DetectionDataset,
-    View,
-    cached_maps,
-    relative_boxes,
-)
+from nearfar.systems.detector.data import read_splits
 from nearfar.systems.detector.model import build_detector, build_encoder
-from nearfar.systems.detector.new_pictures import (
-    NEW_OPTIONS,
-    CocoResults,
-    NewPictures,
-    box_rows,
-    pictures_of,
-    read_pictures,
-)
 from nearfar.systems.detector.options import DetectorOptions
+from nearfar.systems.detector.pictures import PictureSystem
 from nearfar.systems.detector.report import pictures_section
 from nearfar.training.batches import build_sampler
 from nearfar.training.sections import Section
-from nearfar.training.system import Evaluation, Say, StepOutput, System, TrainSampler
+from nearfar.training.system import Evaluation, Say, StepOutput, TrainSampler
 
-__all__ = ["DetectorSystem", "constant_boxes", "predicted_boxes", "true_boxes"]
-
-
-def true_boxes(split: CocoSplit) -> Boxes:
-    """The true boxes of a split, crowds and groups with them, in pixels of its pictures."""
-    corners = np.concatenate([split.boxes[:, :2], split.boxes[:, :2] + split.boxes[:, 2:]], axis=1)
-    return Boxes(corners, split.label, split.image, crowd=split.crowd, group=split.group)
+__all__ = ["DetectorSystem"]
 
 
-def predicted_boxes(split: CocoSplit, outputs: Mapping[str, Tensor]) -> Boxes:
-    """Predicted boxes of each picture of a split: ``boxes`` (n, q, 4) as shares of it, ``scores`` and ``labels``."""
-    boxes = outputs["boxes"].double().numpy()
-    n, q = boxes.shape[:2]
-    return Boxes(
-        (boxes * _sides(split)[:, None]).reshape(n * q, 4),
-        outputs["labels"].numpy().reshape(-1),
-        np.repeat(np.arange(n), q),
-        scores=outputs["scores"].double().numpy().reshape(-1),
-    )
-
-
-def constant_boxes(train: CocoSplit, split: CocoSplit) -> Boxes:
-    """The mean training box, of the commonest class, in every picture of ``split``, all scored alike."""
-    label = int(np.bincount(train.label).argmax())
-    parts = [relative_boxes(train, i) for i in range(len(train))]
-    mean = np.concatenate([boxes[labels == label] for boxes, labels in parts]).mean(axis=0)
-    n = len(split)
-    return Boxes(mean * _sides(split), np.full(n, label), np.arange(n), scores=np.ones(n))
-
-
-def _sides(split: CocoSplit) -> np.ndarray:
-    return np.array([[i.width, i.height, i.width, i.height] for i in split.images], np.float64)
-
-
-class DetectorSystem(System[DetectionBatch, SmallDetector]):
+class DetectorSystem(PictureSystem[SmallDetector]):
     """Trains a small detector on boxes in COCO format."""
 
     name = "detector"
     monitor = "AP"
-    new_options = NEW_OPTIONS
 
     config: DetectorOptions
 
     def __init__(self, config: DetectorOptions) -> None:
         self.config = config
         self.splits: dict[str, CocoSplit] = {}
-        self.datasets: dict[str, DetectionDataset] = {}
+        self.datasets: dict[str, ItemDataset] = {}
         self._true: dict[str, Boxes] = {}
         self._description = ""
         self._classes: tuple[str, ...] = ()  # of a run that was loaded
@@ -109,15 +69,16 @@ class DetectorSystem(System[DetectionBatch, SmallDetector]):
         say(f"image encoder: {encoder.description}")
         view = View(crop=float(config.crop), colours=float(config.colours))
         for name, split in self.splits.items():
-            train, maps = name == "train", []
+            train = name == "train"
+            kept: list[KeptView] = []
             if config.frozen_epochs and name in ("train", "val"):
                 views = int(config.views) if train else 1
-                maps = cached_maps(split, encoder, size, views, view, config.seed, say if train else _quiet)
-            self.datasets[name] = DetectionDataset(
+                kept = cached_maps(split, encoder, size, views, view, config.seed, say if train else _quiet)
+            self.datasets[name] = detection_dataset(
                 split,
                 size,
-                maps=maps,
-                maps_until=int(config.frozen_epochs) if train else 0,
+                kept=kept,
+                kept_until=int(config.frozen_epochs) if train else 0,
                 augment=view if train else None,
                 seed=int(config.seed),
             )
@@ -173,19 +134,19 @@ class DetectorSystem(System[DetectionBatch, SmallDetector]):
             for (encoder, matrices), weights in groups.items()
         ]
 
-    def training_step(self, model: SmallDetector, batch: DetectionBatch) -> StepOutput:
+    def training_step(self, model: SmallDetector, batch: Batch) -> StepOutput:
         """The set loss of all layers."""
-        if model.training and batch.maps is None:
+        if model.training and "maps" not in batch:
             model.moved.fill_(True)
         output = self._output(model, batch)
-        return StepOutput(model.set_loss(output, batch.targets), lambda: _record(model, output, batch))
+        return StepOutput(model.set_loss(output, targets_of(batch)), lambda: _record(model, output, batch))
 
-    def _output(self, model: SmallDetector, batch: DetectionBatch) -> DetectorOutput:
+    def _output(self, model: SmallDetector, batch: Batch) -> DetectorOutput:
         """From kept maps while they are those of the encoder, else from pixels."""
-        if batch.maps is not None and not bool(model.moved):
-            output: DetectorOutput = model.decode(batch.maps)
-        elif batch.pixels is not None:
-            output = model(batch.pixels)
+        if "maps" in batch and not bool(model.moved):
+            output: DetectorOutput = model.decode(batch.tensor("maps"))
+        elif "pixels" in batch:
+            output = model(batch.tensor("pixels"))
         else:
             raise NearfarError(
                 "the kept maps are those of the untrained encoder, and this one has learned: frozen_epochs was raised "
@@ -193,7 +154,7 @@ class DetectorSystem(System[DetectionBatch, SmallDetector]):
             )
         return output
 
-    def embed(self, model: SmallDetector, batch: DetectionBatch) -> dict[str, Tensor]:
+    def embed(self, model: SmallDetector, batch: Batch) -> dict[str, Tensor]:
         """Boxes, scores and labels of all queries."""
         output = self._output(model, batch)
         scores, labels = output.probabilities().max(-1)
@@ -253,33 +214,24 @@ class DetectorSystem(System[DetectionBatch, SmallDetector]):
         self._classes = tuple(about["classes"])
         self._description = about["description"].removeprefix("trained over ")
 
-    def new_items(self, source: NewData) -> Iterator[Items]:
-        """Pictures of a folder, a list or a COCO file, see `read_pictures`."""
-        return read_pictures(source)
-
-    def items_of(self, values: Sequence[Any]) -> Items:
-        """Pictures, by their paths or as arrays (height, width, 3) of uint8."""
-        return pictures_of(values)
-
-    def new_dataset(self, items: Items) -> NewPictures:
-        return NewPictures(items, int(self.config.data.image_size))
+    @property
+    def image_size(self) -> int:
+        """Pixels that pictures are resized to each way."""
+        return int(self.config.data.image_size)
 
     def predictions(self, outputs: Mapping[str, Tensor], items: Items) -> dict[str, list[Any]]:
         """A row for each box: picture, category, score, and left, top, width and height in pixels."""
         scores, labels = outputs["scores"][..., 0], outputs["labels"][..., 0]
         return box_rows(outputs["boxes"], scores, labels, self.classes, items)
 
-    def prediction_writer(self, output: Path, source: NewData) -> CocoResults | None:
-        """COCO results for ``.json``."""
-        return CocoResults(output) if output.suffix.lower() == ".json" else None
 
-
-def _record(model: SmallDetector, output: DetectorOutput, batch: DetectionBatch) -> dict[str, float]:
+def _record(model: SmallDetector, output: DetectorOutput, batch: Batch) -> dict[str, float]:
     """Of the pairs of the last layer: mean IoU and mean probability of the true class."""
-    matches = model.match(output, batch.targets)
+    targets = targets_of(batch)
+    matches = model.match(output, targets)
     fits, scores = [], []
     probabilities, boxes = output.probabilities().detach(), corners(output.boxes.detach())
-    for i, (match, target) in enumerate(zip(matches, batch.targets, strict=True)):
+    for i, (match, target) in enumerate(zip(matches, targets, strict=True)):
         true = corners(target.boxes[match.targets])
         fits.append(iou(boxes[i, match.queries], true))
         scores.append(probabilities[i, match.queries, target.labels[match.targets]])

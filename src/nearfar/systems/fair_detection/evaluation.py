@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,17 +13,16 @@ from nearfar.data.coco import CocoSplit
 from nearfar.data.files import Json
 from nearfar.metrics import Estimate
 from nearfar.metrics.detection import (
-    Boxes,
     Change,
     DetectionEvidence,
     detection_change,
     detection_estimates,
     detection_evidence,
 )
-from nearfar.metrics.intervals import bootstrap_levels, normal_quantile
-from nearfar.systems.detector.system import constant_boxes, predicted_boxes, true_boxes
+from nearfar.metrics.gap_closed import gap_closed
+from nearfar.metrics.split_boxes import constant_boxes, detection_boxes, ordered, true_boxes
 
-__all__ = ["GOAL", "METRICS", "FairResults", "detection_boxes", "gap_closed", "gap_verdict", "ordered"]
+__all__ = ["GOAL", "METRICS", "FairResults", "gap_verdict"]
 
 
 #: share of the gap that is to be closed
@@ -164,63 +163,3 @@ def gap_verdict(
     if common.distinguishable:
         why += f"; what changed is common to both groups ({common.value:+.4f} [{common.low:+.4f}, {common.high:+.4f}])"
     return False, f"{why}. {words}"
-
-
-def gap_closed(
-    clean: DetectionEvidence,
-    perturbed: DetectionEvidence,
-    metric: str = "AP",
-    resamples: int = 0,
-    split: str | None = None,
-    seed: int = 0,
-    confidence: float = 0.95,
-) -> tuple[Estimate, NDArray[np.float64]]:
-    """By how much the gap became smaller, less what either group lost for it; and a value of every picture.
-
-        |gap on clean pictures| − |gap on perturbed ones| − Σ_group max(0, its score on clean ones − on perturbed ones)
-
-    Raising the group behind by x gives x, lowering the group ahead gives 0, and so does raising both alike. No
-    perturbation gives 0, which is the chance level. The epoch is chosen by this number.
-    """
-    lower, upper = clean.groups
-
-    def parts(weights: NDArray[np.float64] | None) -> NDArray[np.float64]:
-        a, b = clean.statistics(weights), perturbed.statistics(weights)
-        gain = np.abs(a[f"{metric}/gap"]) - np.abs(b[f"{metric}/gap"])
-        for group in (lower, upper):
-            gain = gain - np.maximum(0.0, a[f"{metric}/{group}"] - b[f"{metric}/{group}"])
-        return gain
-
-    value = float(parts(None)[0])
-    without = parts(1.0 - np.eye(clean.n))
-    pull = np.where(np.isfinite(without), (clean.n - 1) * (value - without), 0.0)
-    items = value + pull - pull.mean()
-    if resamples:
-        drawn = parts(clean.resamples(resamples, seed))
-        drawn = drawn[np.isfinite(drawn)]
-        low, high = np.quantile(drawn, bootstrap_levels(drawn, value, items - value, confidence))
-        method = "bootstrap over pictures (BCa), paired"
-    else:
-        spread = normal_quantile(0.5 + confidence / 2) * float(items.std(ddof=1)) / clean.n**0.5
-        low, high, method = value - spread, value + spread, "normal, jackknife over pictures"
-    protocol = {"split": split, "interval": method, "confidence": confidence, "detections": 100}
-    name = f"{metric}/gap_closed"
-    return Estimate(value, float(low), float(high), 0.0, clean.n, False, name, protocol), items
-
-
-# -- boxes ---------------------------------------------------------------------------------------------------
-def ordered(true: Boxes, names: tuple[str, ...], groups: tuple[str, str]) -> Boxes:
-    """The same boxes with their groups as positions in ``groups`` instead of ``names``."""
-    assert true.group is not None
-    place = np.array([groups.index(name) for name in names] + [-1])
-    return replace(true, group=place[true.group])
-
-
-def detection_boxes(detections: Tensor, split: CocoSplit) -> Boxes:
-    """Detections (n, queries, 6) of a split: corners as shares of the picture, score, position of the category."""
-    parts = {
-        "boxes": detections[..., :4],
-        "scores": detections[..., 4:5],
-        "labels": detections[..., 5:].long(),
-    }
-    return predicted_boxes(split, parts)

@@ -15,18 +15,19 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nearfar.config.options import read_options, to_dict
+from nearfar.data.batch import Batch
 from nearfar.data.cache import cache_dir, content_key
 from nearfar.data.coco import CocoSplit
+from nearfar.data.true_boxes import targets_of
 from nearfar.errors import NearfarError, nearest_name
 from nearfar.metrics.detection import detection_estimates, detection_evidence
+from nearfar.metrics.split_boxes import detection_boxes, true_boxes
 from nearfar.models.detection import Detector, DetectorOutput
 from nearfar.models.detection.detector import corners
+from nearfar.models.perturbation import FairModel, perturbed
 from nearfar.systems.detector.model import load_detector
 from nearfar.systems.detector.options import DetectorOptions, DetectorRecipe, PictureData, SceneData
-from nearfar.systems.detector.system import true_boxes
-from nearfar.systems.fair_detection.data import PictureBatch, PictureDataset
-from nearfar.systems.fair_detection.evaluation import detection_boxes
-from nearfar.systems.fair_detection.model import FairModel, perturbed
+from nearfar.systems.fair_detection.data import PictureSplit, clean_pixels
 from nearfar.systems.fair_detection.objective import picture_scores
 from nearfar.systems.fair_detection.options import FairDetectionOptions, FairPictures, SceneRecipe
 
@@ -141,7 +142,7 @@ def _clean(
 ) -> list[dict[str, torch.Tensor]]:
     on_gpu = torch.cuda.is_available() and config.trainer.accelerator != "cpu"
     device = torch.device("cuda" if on_gpu else "cpu")
-    dataset = detector_outputs.datasets["val"]
+    dataset = detector_outputs.parts["val"].dataset()
     rows = [list(range(start, min(start + _ROWS, n))) for start in range(0, n, _ROWS)]
     return [detector_outputs.clean(dataset.__getitems__(positions).to(device)) for positions in rows]
 
@@ -179,19 +180,19 @@ class DetectorOutputs:
         detector: Detector,
         labels: Sequence[int],
         config: FairDetectionOptions,
-        datasets: Mapping[str, PictureDataset],
+        parts: Mapping[str, PictureSplit],
     ) -> None:
         # The detector's label -> position of the category, -1 for classes that are not used.
         self._category = torch.full((len(detector.classes),), -1)
         self._category[list(labels)] = torch.arange(len(labels))
         self.detector, self.seed, self.control = detector, int(config.seed), str(config.control)
-        #: by split, for positions of pictures: the last perturbed picture (h, w, 3)
-        self.shown: dict[str, dict[int, np.ndarray | None]] = {
-            name: dict.fromkeys(chosen(dataset.group, config.pictures, self.seed))
-            for name, dataset in datasets.items()
+        #: by number of a split, for positions of pictures: the last perturbed picture (h, w, 3)
+        self.shown: dict[int, dict[int, np.ndarray | None]] = {
+            part.number: dict.fromkeys(chosen(part.group, config.pictures, self.seed))
+            for part in parts.values()
         }
-        self.datasets, self.bound = dict(datasets), 0.0
-        self._clean: dict[str, dict[int, dict[str, Tensor]]] = {name: {} for name in datasets}
+        self.parts, self.bound = dict(parts), 0.0
+        self._clean: dict[int, dict[int, dict[str, Tensor]]] = {part.number: {} for part in parts.values()}
 
     def detect(self, pixels: Float[Tensor, "n 3 h w"]) -> DetectorOutput:
         """The detector's output, on the device of the pictures; gradients reach the pictures."""
@@ -200,7 +201,7 @@ class DetectorOutputs:
         return self.detector(pixels)
 
     def perturbation(
-        self, model: FairModel, batch: PictureBatch, pixels: Float[Tensor, "n 3 h w"]
+        self, model: FairModel, batch: Batch, pixels: Float[Tensor, "n 3 h w"]
     ) -> Float[Tensor, "n 3 h w"]:
         """δ: the generator's or, as a control, none, or ± the bound at random, the same for a picture every time."""
         if self.control == "none":
@@ -214,19 +215,20 @@ class DetectorOutputs:
         return model.perturbation(pixels)
 
     @torch.no_grad()
-    def of_batch(self, model: FairModel, batch: PictureBatch) -> dict[str, Tensor]:
+    def of_batch(self, model: FairModel, batch: Batch) -> dict[str, Tensor]:
         """Of each kind of picture (``clean``, ``random``, ``perturbed``) detections (n, queries, 6): corners as shares,
         score, category; of clean and perturbed ones ``features`` and image scores; sizes of the perturbation.
 
         The random perturbation is the picture's own with its pixels in a different order: every norm is the same.
         """
-        pixels = batch.pixels
+        pixels = clean_pixels(batch)
         changed = perturbed(pixels, self.perturbation(model, batch, pixels))
         delta = changed - pixels
         self.bound = float(model.epsilon)
+        shown = self.shown[_split_of(batch)]
         for row, position in enumerate(batch.positions.tolist()):
-            if position in self.shown[batch.split]:
-                self.shown[batch.split][position] = changed[row].permute(1, 2, 0).cpu().numpy()
+            if position in shown:
+                shown[position] = changed[row].permute(1, 2, 0).cpu().numpy()
         clean, after = self.clean(batch, pixels), self._run(changed, batch)
         moved = [
             shuffled(d, self._generator(i)) for d, i in zip(delta, batch.positions.tolist(), strict=True)
@@ -246,22 +248,22 @@ class DetectorOutputs:
         }
 
     @torch.no_grad()
-    def clean(self, batch: PictureBatch, pixels: Tensor | None = None) -> dict[str, Tensor]:
+    def clean(self, batch: Batch, pixels: Tensor | None = None) -> dict[str, Tensor]:
         """Outputs for the clean pictures, computed once and kept."""
-        kept, positions = self._clean[batch.split], batch.positions.tolist()
+        kept, positions = self._clean[_split_of(batch)], batch.positions.tolist()
         if any(position not in kept for position in positions):
-            outputs = self._run(batch.pixels if pixels is None else pixels, batch)
+            outputs = self._run(clean_pixels(batch) if pixels is None else pixels, batch)
             for row, position in enumerate(positions):
                 kept[position] = {name: part[row].cpu() for name, part in outputs.items()}
         names = kept[positions[0]]
         return {
-            name: torch.stack([kept[i][name] for i in positions]).to(batch.pictures.device) for name in names
+            name: torch.stack([kept[i][name] for i in positions]).to(batch.positions.device) for name in names
         }
 
     @torch.no_grad()
-    def of_new(self, model: FairModel, batch: PictureBatch) -> dict[str, Tensor]:
+    def of_new(self, model: FairModel, batch: Batch) -> dict[str, Tensor]:
         """Detections (n, queries, 6) of new pictures, perturbed: the same numbers as ``of_batch`` has."""
-        pixels = batch.pixels
+        pixels = clean_pixels(batch)
         changed = perturbed(pixels, self.perturbation(model, batch, pixels))
         return {"perturbed": self._detections(self.detect(changed))}
 
@@ -271,13 +273,13 @@ class DetectorOutputs:
         boxes = corners(output.boxes).clamp(0, 1)
         return torch.cat([boxes, scores[..., None], category[..., None].to(boxes)], dim=-1).float()
 
-    def _run(self, pixels: Tensor, batch: PictureBatch) -> dict[str, Tensor]:
+    def _run(self, pixels: Tensor, batch: Batch) -> dict[str, Tensor]:
         output = self.detect(pixels)
-        matches = self.detector.match(output, batch.targets)
+        matches = self.detector.match(output, targets_of(batch))
         return {
             "detections": self._detections(output),
             "features": output.features.mean(dim=1).float(),
-            "scores": picture_scores(output, batch.targets, matches).float(),
+            "scores": picture_scores(output, targets_of(batch), matches).float(),
         }
 
     def _generator(self, position: int) -> torch.Generator:
@@ -285,6 +287,11 @@ class DetectorOutputs:
         return torch.Generator().manual_seed(
             int(np.random.SeedSequence([self.seed, position]).generate_state(1)[0])
         )
+
+
+def _split_of(batch: Batch) -> int:
+    """The number of the split that a batch is of."""
+    return int(batch.tensor("split")[0])
 
 
 def shuffled(delta: Float[Tensor, "3 h w"], generator: torch.Generator) -> Float[Tensor, "3 h w"]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nearfar.losses import AdaptiveScoreContrastiveLoss, BidirectionalScoreContrastiveLoss, Objective
 from nearfar.models.detection import Detector, DetectorOutput, Match, Target
-from nearfar.systems.fair_detection.model import FairModel
+from nearfar.models.perturbation import FairModel
 from nearfar.systems.fair_detection.options import FairDetectionOptions, term_weights
 
 __all__ = ["FairObjective", "Losses", "picture_scores"]

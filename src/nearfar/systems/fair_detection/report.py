@@ -14,7 +14,7 @@ from nearfar.data.images import read_image, resize
 from nearfar.metrics import group_signals
 from nearfar.metrics.detection import Change
 from nearfar.models.detection.detector import corners
-from nearfar.systems.fair_detection.data import PictureDataset
+from nearfar.systems.fair_detection.data import PictureSplit
 from nearfar.systems.fair_detection.evaluation import METRICS, FairResults
 from nearfar.systems.fair_detection.frozen import DetectorOutputs
 from nearfar.training.sections import Picture, Section, Table
@@ -27,7 +27,7 @@ __all__ = ["panel", "report_sections"]
 
 def report_sections(
     outputs: Mapping[str, Tensor],
-    dataset: PictureDataset,
+    part: PictureSplit,
     groups: tuple[str, str],
     results: FairResults,
     detector_outputs: DetectorOutputs,
@@ -39,14 +39,14 @@ def report_sections(
             "The gap between the groups",
             f"{results.verdict} The detector was not changed; each picture was, by at most "
             f"ε = {detector_outputs.bound:.3f} of the range of a value.",
-            [*tables, _other_gaps(outputs, dataset, groups)],
+            [*tables, _other_gaps(outputs, part, groups)],
         ),
         Section(
             "Pictures",
             "Clean, perturbation, perturbed. The perturbation is amplified: grey is none, white and black are ± ε. "
             "Green: true boxes. Orange: as many of the detector's best boxes, with their scores. The pictures were "
             "drawn at random.",
-            pictures=_panels(outputs, dataset, detector_outputs),
+            pictures=_panels(outputs, part, detector_outputs),
         ),
     ]
 
@@ -76,9 +76,9 @@ def _interval(change: Change) -> str:
     return f"{change.value:+.4f} [{change.low:+.4f}, {change.high:+.4f}]"
 
 
-def _other_gaps(outputs: Mapping[str, Tensor], dataset: PictureDataset, groups: tuple[str, str]) -> Table:
+def _other_gaps(outputs: Mapping[str, Tensor], part: PictureSplit, groups: tuple[str, str]) -> Table:
     """The gaps in what the losses see: scores and features; and the size of the perturbation."""
-    named = [groups[0] if group == dataset.lower else groups[1] for group in dataset.group]
+    named = [part.split.groups[group] for group in part.group]
     scores, sizes = outputs["scores"][..., 0], outputs["sizes"][..., 0]
     rows: list[list[object]] = []
     signals = [
@@ -102,18 +102,18 @@ def _other_gaps(outputs: Mapping[str, Tensor], dataset: PictureDataset, groups: 
 
 
 def _panels(
-    outputs: Mapping[str, Tensor], dataset: PictureDataset, detector_outputs: DetectorOutputs
+    outputs: Mapping[str, Tensor], part: PictureSplit, detector_outputs: DetectorOutputs
 ) -> list[Picture]:
     panels = []
-    for position, pixels in detector_outputs.shown[dataset.name].items():
+    for position, pixels in detector_outputs.shown[part.number].items():
         if pixels is None:
             continue
-        image = dataset.split.images[position]
-        clean = resize(read_image(image.path), (dataset.size, dataset.size))
-        true = corners(dataset.target(position).boxes).numpy()
+        image = part.split.images[position]
+        clean = resize(read_image(image.path), (part.size, part.size))
+        true = corners(part.target(position).boxes).numpy()
         before, after = (outputs[kind][position].numpy() for kind in ("clean", "perturbed"))
         scores = np.round(outputs["scores"][position, :, 0].numpy(), 2)
-        group = dataset.split.groups[image.group]
+        group = part.split.groups[image.group]
         caption = f"{image.name}, {group}: score {scores[0]:.2f} → {scores[1]:.2f}"
         panels.append(panel(clean, pixels, true, before, after, detector_outputs.bound, caption))
     return panels

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,53 +11,43 @@ import torch
 from torch import Tensor
 
 from nearfar.batching import BalancedBatchSampler
+from nearfar.data.batch import Batch, ItemDataset
 from nearfar.data.cache import content_key
-from nearfar.data.chunks import NewData
 from nearfar.data.coco import CocoSplit
+from nearfar.data.coco_results import box_rows
+from nearfar.data.coco_splits import DetectionData
 from nearfar.data.files import Json, Maybe, read_json
 from nearfar.data.items import Items
 from nearfar.data.splits import check_disjoint
+from nearfar.data.true_boxes import targets_of
 from nearfar.errors import NearfarError
 from nearfar.metrics import group_signals
 from nearfar.models.detection import Detector
 from nearfar.models.detection.network import SmallDetector
-from nearfar.systems.detector.data import DetectionData, read_splits
+from nearfar.models.perturbation import FairModel, perturbed
+from nearfar.systems.detector.data import read_splits
 from nearfar.systems.detector.model import load_detector, load_frozen, save_frozen
-from nearfar.systems.detector.new_pictures import (
-    NEW_OPTIONS,
-    CocoResults,
-    box_rows,
-    pictures_of,
-    read_pictures,
-)
-from nearfar.systems.fair_detection.data import (
-    NEW,
-    NewPictureDataset,
-    PictureBatch,
-    PictureDataset,
-    with_group,
-)
+from nearfar.systems.detector.pictures import PictureSystem
+from nearfar.systems.fair_detection.data import PictureSplit, clean_pixels, with_group
 from nearfar.systems.fair_detection.evaluation import FairResults
 from nearfar.systems.fair_detection.frozen import DetectorOutputs, frozen_detector, lower_group, weights_key
-from nearfar.systems.fair_detection.model import FairModel, perturbed
 from nearfar.systems.fair_detection.objective import FairObjective, Losses
 from nearfar.systems.fair_detection.options import FairDetectionOptions, epsilon_schedule
 from nearfar.systems.fair_detection.report import report_sections
 from nearfar.systems.rebuilt import prepare_again
 from nearfar.training.sections import Section
-from nearfar.training.system import Evaluation, Say, StepOutput, System, TrainSampler
+from nearfar.training.system import Evaluation, Say, StepOutput, TrainSampler
 
 __all__ = ["FairDetectionSystem"]
 
 ASSETS, DETECTOR = "fair_detection.json", "detector"
 
 
-class FairDetectionSystem(System[PictureBatch, FairModel]):
+class FairDetectionSystem(PictureSystem[FairModel]):
     """Trains a generator of bounded perturbations that closes the gap of a frozen detector between two groups."""
 
     name = "fair_detection"
     monitor = "AP/gap_closed"
-    new_options = NEW_OPTIONS
 
     config: FairDetectionOptions
 
@@ -72,7 +62,8 @@ class FairDetectionSystem(System[PictureBatch, FairModel]):
         self._image_size: int | None = None
         self.groups: tuple[str, str]  # the one with the lower AP, the other
         self.epoch = 0
-        self.datasets: dict[str, PictureDataset] = {}
+        self.parts: dict[str, PictureSplit] = {}
+        self.datasets: dict[str, ItemDataset] = {}
         self._results: dict[str, FairResults] = {}
 
     # -- data ------------------------------------------------------------------------------------------------
@@ -88,12 +79,15 @@ class FairDetectionSystem(System[PictureBatch, FairModel]):
         say(f"detector: {self.detector.description}, frozen")
         labels = [self.detector.label(name) for name in self.splits["train"].categories]
         size = config.used_data.image_size
-        for name, split in self.splits.items():
-            self.datasets[name] = PictureDataset(split, name, size, labels)
-        self.detector_outputs = DetectorOutputs(self.detector, labels, config, self.datasets)
+        self.parts = {
+            name: PictureSplit(split, number, size, labels)
+            for number, (name, split) in enumerate(self.splits.items())
+        }
+        self.detector_outputs = DetectorOutputs(self.detector, labels, config, self.parts)
         self.groups = lower_group(config, self.detector_outputs, self.splits["val"], say)
-        for dataset in self.datasets.values():
-            dataset.lower = dataset.split.groups.index(self.groups[0])
+        self.datasets = {
+            name: part.dataset(part.split.groups.index(self.groups[0])) for name, part in self.parts.items()
+        }
         self._weights = weights_key(self.detector)
 
     def load_data(self, say: Say) -> DetectionData:
@@ -132,7 +126,7 @@ class FairDetectionSystem(System[PictureBatch, FairModel]):
     # -- batches ---------------------------------------------------------------------------------------------
     def build_sampler(self) -> BalancedBatchSampler:
         """Batches with equal shares of the two groups; of an odd batch, one more of either in turn."""
-        train, size = self.datasets["train"], self.config.batch_size
+        train, size = self.parts["train"], self.config.batch_size
         if size > len(train):
             raise NearfarError(
                 f"batch_size={size} is larger than the training set of {len(train)} pictures; lower it."
@@ -153,20 +147,31 @@ class FairDetectionSystem(System[PictureBatch, FairModel]):
     # -- model and loss --------------------------------------------------------------------------------------
     def build_model(self) -> FairModel:
         """Generator, projection head and score queues."""
-        return FairModel.from_config(self.config, self.detector.width)
+        config = self.config
+        return FairModel(
+            self.detector.width,
+            channels=config.generator.channels,
+            levels=config.generator.levels,
+            head_norm=config.head_norm,
+            head_hidden=config.head_hidden,
+            head_dim=config.head_dim,
+            queue=config.score_queue,
+            form=config.wasserstein_form,
+            rescale_gradient=config.rescale_gradient,
+        )
 
-    def training_step(self, model: FairModel, batch: PictureBatch) -> StepOutput:
+    def training_step(self, model: FairModel, batch: Batch) -> StepOutput:
         """One batch: perturb, detect, and descend the three losses."""
         if model.training:  # in eval mode the bound is that of the checkpoint
             model.epsilon.fill_(self.bound(self.epoch))
-        pixels = batch.pixels
+        pixels = clean_pixels(batch)
         delta = self.detector_outputs.perturbation(model, batch, pixels)
         if self.config.control in ("none", "random"):
             zero = 0.0 * torch.stack([parameter.sum() for parameter in model.parameters()]).sum()
             return StepOutput(zero, lambda: _sizes(perturbed(pixels, delta) - pixels))
         changed = perturbed(pixels, delta)
         output = self.detector_outputs.detect(changed)
-        losses = self.objective(model, self.detector, output, batch.targets, batch.lower)
+        losses = self.objective(model, self.detector, output, targets_of(batch), batch.tensor("lower"))
         place = {"position": self.epoch, "total": self.config.epochs}
         total = self.objective.sum(losses.values, **place)
         return StepOutput(
@@ -175,14 +180,12 @@ class FairDetectionSystem(System[PictureBatch, FairModel]):
             lambda: self.objective.sum.measure_shares(losses.values, delta, **place).to_dict(),
         )
 
-    def _record(
-        self, losses: Losses, delta: Tensor, batch: PictureBatch, model: FairModel
-    ) -> dict[str, float]:
+    def _record(self, losses: Losses, delta: Tensor, batch: Batch, model: FairModel) -> dict[str, float]:
         """Numbers of a step, by the names of docs/systems/fair_detection.md and by those that the doctor reads."""
         values = {name: value.item() for name, value in losses.values.items()}
         assert self.objective.sum.record is not None
         assert self.objective.contrastive.record is not None
-        lower, scores = batch.lower.bool(), losses.scores.detach()
+        lower, scores = batch.tensor("lower").bool(), losses.scores.detach()
         named = [self.groups[0] if is_lower else self.groups[1] for is_lower in lower.tolist()]
         by_group = group_signals(named, scores, self.objective.anchors(scores), losses.features)
         record = {
@@ -197,10 +200,10 @@ class FairDetectionSystem(System[PictureBatch, FairModel]):
         return record | self.objective.record() | _sizes(delta) | by_group | terms
 
     # -- evaluation ------------------------------------------------------------------------------------------
-    def embed(self, model: FairModel, batch: PictureBatch) -> dict[str, Tensor]:
+    def embed(self, model: FairModel, batch: Batch) -> dict[str, Tensor]:
         """Detections, image scores and features of clean, perturbed and randomly perturbed pictures; of new pictures
         the detections when they are perturbed."""
-        if batch.split == NEW:
+        if "split" not in batch:
             return self.detector_outputs.of_new(model, batch)
         return self.detector_outputs.of_batch(model, batch)
 
@@ -218,7 +221,7 @@ class FairDetectionSystem(System[PictureBatch, FairModel]):
     def report_sections(self, outputs: Mapping[str, Tensor], split: str) -> Sequence[Section]:
         """AP and AR of each group, the gap, and pictures."""
         return report_sections(
-            outputs, self.datasets[split], self.groups, self._results[split], self.detector_outputs
+            outputs, self.parts[split], self.groups, self._results[split], self.detector_outputs
         )
 
     def save_assets(self, folder: Path) -> None:
@@ -273,25 +276,10 @@ class FairDetectionSystem(System[PictureBatch, FairModel]):
         labels = [self.detector.label(name) for name in self._categories]
         self.detector_outputs = DetectorOutputs(self.detector, labels, self.config, {})
 
-    def new_items(self, source: NewData) -> Iterator[Items]:
-        """Pictures of a folder, a list or a COCO file, see `read_pictures`."""
-        return read_pictures(source)
-
-    def items_of(self, values: Sequence[Any]) -> Items:
-        """Pictures, by their paths or as arrays (height, width, 3) of uint8."""
-        return pictures_of(values)
-
-    def new_dataset(self, items: Items) -> NewPictureDataset:
-        return NewPictureDataset(items, self.image_size)
-
     def predictions(self, outputs: Mapping[str, Tensor], items: Items) -> dict[str, list[Any]]:
         """A row for each box that the detector finds in the perturbed picture, see `box_rows`."""
         boxes = outputs["perturbed"]
         return box_rows(boxes[..., :4], boxes[..., 4], boxes[..., 5].long(), self.categories, items)
-
-    def prediction_writer(self, output: Path, source: NewData) -> CocoResults | None:
-        """COCO results for ``.json``."""
-        return CocoResults(output) if output.suffix.lower() == ".json" else None
 
 
 def _sizes(delta: Tensor) -> dict[str, float]:

@@ -156,12 +156,6 @@ class LabelSystem(LabelledSystem):
             return self._classified(model, rows, labels)
         return StepOutput(self.loss(rows, labels), self._contrast_record)
 
-    def _contrast_record(self) -> dict[str, float]:
-        record: dict[str, float] = self.loss.record.to_dict()  # type: ignore[operator, union-attr]
-        if "scale" in record:
-            record["largest_logit"] = record["scale"]  # embeddings have unit length
-        return record
-
     def _classified(self, model: ViewModel, rows: Tensor, labels: Tensor) -> StepOutput:
         logits: Tensor = model.get_submodule("classifier")(rows)
         if labels.ndim == 1:

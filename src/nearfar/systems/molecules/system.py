@@ -14,18 +14,18 @@ from nearfar.data.cache import content_key
 from nearfar.data.chunks import NewData, read_chunks
 from nearfar.data.files import Json
 from nearfar.data.items import Column, Items, value_groups
+from nearfar.data.molecules.pairs import MoleculeData, load_embedded, load_files
+from nearfar.data.molecules.records import COLUMNS, scaffolds_of
+from nearfar.data.molecules.smiles import canonical_smiles, parse_smiles, quiet_rdkit
+from nearfar.data.molecules.structure_files import STRUCTURE_SUFFIXES, is_headless, read_structures
 from nearfar.data.splits import column_name, data_paths
 from nearfar.data.table_formats import full_suffix
 from nearfar.data.tables import TABLE_SUFFIXES, is_placeholder
 from nearfar.errors import NearfarError, nearest_name
 from nearfar.losses.views import ViewLoss
-from nearfar.models.molecules.smiles import canonical_smiles, parse_smiles, quiet_rdkit
 from nearfar.models.text import load_text_encoder
 from nearfar.models.views import HeadKind, build_head
-from nearfar.systems.molecules.data import MoleculeData, load_embedded, load_files
 from nearfar.systems.molecules.options import MoleculeOptions
-from nearfar.systems.molecules.records import COLUMNS, scaffolds_of
-from nearfar.systems.molecules.structure_files import STRUCTURE_SUFFIXES, is_headless, read_structures
 from nearfar.systems.view_system import ViewSystem
 from nearfar.towers import Tower
 from nearfar.towers.molecule import MoleculeTower

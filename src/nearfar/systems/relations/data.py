@@ -1,128 +1,18 @@
-"""The data of the relation system: read, checked, and split by picture, so that no photo is in two splits."""
+"""The pairs that ``data`` of the relation system describes, read or composed."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from nearfar.data.cache import content_key
-from nearfar.data.coco_files import too_small_for
-from nearfar.data.photos import Box, File, Photo
-from nearfar.data.picture_check import check_pictures
-from nearfar.data.picture_files import PictureFile, PictureFiles
+from nearfar.data.coco_files import given_files
 from nearfar.data.rejections import Rejections
-from nearfar.data.splits import check_disjoint, split_hash
-from nearfar.errors import NearfarError
-from nearfar.systems.relations.options import RelationDataOptions, RelationOptions
-from nearfar.systems.relations.readers import LAYOUTS, Places, annotation_files
-from nearfar.systems.relations.records import Pairs, Triple, chosen_relations, collect_pairs
-from nearfar.systems.relations.scenes import composed_scenes
+from nearfar.data.scenes.composed import composed_scenes
+from nearfar.data.scenes.relation_data import PictureShares, RelationData, read_triples, split_relations
+from nearfar.data.scenes.triples import chosen_relations
+from nearfar.systems.relations.options import RelationOptions
 
-__all__ = ["RelationData", "load_data", "usable_photos"]
-
-SPLITS = ("train", "val", "test")
-
-
-@dataclass
-class RelationData:
-    """The pairs of each split, the classes, and what was rejected."""
-
-    splits: dict[str, Pairs]
-    relations: tuple[str, ...]
-    source: str
-    how_split: str
-    rejections: Rejections
-    #: counts and lists by short names, which `summary` puts into words
-    notes: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def train(self) -> Pairs:
-        """The training pairs."""
-        return self.splits["train"]
-
-    def labels(self, split: str) -> np.ndarray:
-        """The class of every pair, as an index into ``relations``."""
-        place = {name: i for i, name in enumerate(self.relations)}
-        return np.array([place[name] for name in self.splits[split].relation], dtype=np.int64)
-
-    def content_hash(self, *splits: str) -> str:
-        """A hash of the content of some splits (by default all) and of the classes: sixteen hexadecimal digits."""
-        names = splits or tuple(self.splits)
-        return content_key(list(self.relations), *(self.splits[name].content() for name in names))[:16]
-
-    def layout(self) -> dict[str, object]:
-        """The entries of the data in ``dataset_layout.json``."""
-        images = {name: sorted(set(part.image)) for name, part in self.splits.items()}
-        return {
-            "source": self.source,
-            "relations": list(self.relations),
-            "split": self.how_split,
-            "splits": {
-                name: {
-                    "rows": len(part),
-                    "images": len(images[name]),
-                    "rows_with_photo": int(part.has_photo.sum()),
-                    "images_with_photo": len(part.photos),
-                    "sizes_from_boxes": int((~part.size_known).sum()),
-                    "pairs_with_several_relations": len(part) - len(np.unique(part.group)),
-                    "relations": part.counts(),
-                    "majority": part.counts()[next(iter(part.counts()))] / len(part),
-                    "hash": split_hash(part.ids),
-                }
-                for name, part in self.splits.items()
-            },
-            "leaks": {},  # a picture in two splits is an error
-            "rejections": self.rejections.as_dict(),
-            "notes": self.notes,
-        }
-
-    def summary(self) -> str:
-        """Lines for the terminal."""
-        lines = [f"data: {self.source}; {self.how_split}"]
-        for name, part in self.splits.items():
-            counts = part.counts()
-            most = next(iter(counts))
-            photos = int(part.has_photo.sum())
-            lines.append(
-                f"{name}: {len(part)} pairs in {len(set(part.image))} pictures, {photos} of them with a photo; "
-                + ", ".join(f"{relation} {count}" for relation, count in counts.items())
-                + f"; always “{most}” is right in {counts[most] / len(part):.3f}"
-            )
-            guessed = int((~part.size_known).sum())
-            if guessed:
-                lines.append(
-                    f"{name}: of {guessed} pairs the picture's size is guessed from its boxes (no photo)"
-                )
-        if len(self.rejections):
-            lines.append(self.rejections.summary())
-        return "\n".join([*lines, *self._remarks()])
-
-    def _remarks(self) -> list[str]:
-        """The notes as sentences."""
-        notes = self.notes
-        lines = list(notes.get("remarks", ()))
-        if count := notes.get("boxes_cut_at_border"):
-            lines.append(f"{count} boxes cut at the picture's border")
-        if count := notes.get("pictures_without_photo"):
-            lines.append(f"{count} annotated pictures without a photo that can be used")
-        if count := notes.get("pictures_of_several_files"):
-            lines.append(
-                f"{count} pictures have files of one name in several folders (first: "
-                f"{notes['first_of_several_files']}); data.images=FOLDER chooses"
-            )
-        for relation in notes.get("relations_without_training_pairs", ()):
-            counts = ", ".join(
-                f"{part.counts().get(relation, 0)} of {name}"
-                for name, part in self.splits.items()
-                if name != "train"
-            )
-            lines.append(f"no training pair of “{relation}”: it cannot be predicted ({counts})")
-        return lines
+__all__ = ["load_data"]
 
 
 def load_data(config: RelationOptions) -> RelationData:
@@ -133,7 +23,8 @@ def load_data(config: RelationOptions) -> RelationData:
     """
     data, relations = config.data, chosen_relations(config.relations)
     rejections, notes = Rejections(), dict[str, Any]()
-    if data.layout == "composed":
+    composed = data.layout == "composed"
+    if composed:
         triples, photos = composed_scenes(
             int(data.size), relations, int(data.split_seed), (data.val_fraction, data.test_fraction)
         )
@@ -141,194 +32,22 @@ def load_data(config: RelationOptions) -> RelationData:
             f"{data.size} composed scenes (drawn, not photos; kinds of things in test are in no other split)"
         )
     else:
-        triples, photos, source = _read(data, rejections, notes)
-    pairs = collect_pairs(
+        images, folder = (None if value is None else Path(str(value)) for value in (data.images, data.dir))
+        triples, photos, source = read_triples(
+            data.layout, folder, rejections, notes, given=given_files(data), images=images, photos=data.photos
+        )
+    shares = PictureShares(
+        data.val_fraction, data.test_fraction, int(data.split_seed), data.folds, int(data.fold)
+    )
+    return split_relations(
         triples,
         photos,
         relations,
+        source,
+        shares,
         synonyms=data.synonyms,
+        use=data.photos,
+        composed=composed,
         rejections=rejections,
         notes=notes,
-        photos_required=data.photos == "required",
     )
-    wanted = len({row.image for row in triples})
-    missing = wanted - len({row.image for row in triples} & set(photos))
-    if missing and data.photos != "none":
-        notes["pictures_without_photo"] = missing
-    codes, how = _split(pairs, data)
-    parts = {
-        name: pairs.take(np.flatnonzero(codes == code).tolist())
-        for code, name in enumerate(SPLITS)
-        if (codes == code).any()
-    }
-    check_disjoint({name: sorted(set(part.image)) for name, part in parts.items()}, "picture")
-    result = RelationData(parts, relations, source, how, rejections, notes)
-    _check(result)
-    return result
-
-
-def _read(
-    data: RelationDataOptions, rejections: Rejections, notes: dict[str, object]
-) -> tuple[list[Triple], dict[str, Photo], str]:
-    images, folder = (None if value is None else Path(str(value)) for value in (data.images, data.dir))
-    places = Places(images, folder)
-    files = annotation_files(data.layout, data, places.remarks.append)
-    triples: list[Triple] = []
-    for split, path in files.items():
-        own = None if split == "whole" else split
-        triples += LAYOUTS[data.layout].read(path, own, rejections, places)
-    if not triples:
-        raise NearfarError(
-            f"{', '.join(map(str, files.values()))}: no annotated relation. {rejections.summary()}."
-        )
-    if places.remarks:
-        notes["remarks"] = places.remarks
-    source = f"{data.layout}: {', '.join(str(path) for path in files.values())}"
-    triples = _distinct_names(triples)
-    if data.photos == "none":
-        return triples, {}, source
-    place = images or folder or next(iter(files.values())).parent
-    if not place.is_dir():
-        raise NearfarError(f"data.images={place}: no such folder.")
-    known = [place] if images is not None else [place / "images", place / "photos", place]
-    sought = PictureFiles(place, known, endings=True, given=images is not None)
-    return triples, dict(usable_photos(triples, sought, rejections, notes)), source
-
-
-def _distinct_names(triples: list[Triple]) -> list[Triple]:
-    """Name pictures by their paths where several files have one name (``train/1.jpg``, ``valid/1.jpg``)."""
-    paths: dict[str, set[Path]] = {}
-    for triple in triples:
-        if triple.photo is not None:
-            paths.setdefault(triple.image, set()).add(triple.photo)
-    several = {name for name, files in paths.items() if len(files) > 1}
-    return [row._replace(image=str(row.photo)) if row.image in several else row for row in triples]
-
-
-def usable_photos(
-    triples: Sequence[Triple], files: PictureFiles, rejections: Rejections, notes: dict[str, object]
-) -> dict[str, File]:
-    """The photo of each picture, checked by decoding it once; damaged ones and those of a different size are left out.
-
-    A name may hold folders ("train2017/1.jpg"). Without a file of that name one that differs in its suffix alone is
-    taken: some releases have GIFs as JPEGs. For several files of one name see `PictureFiles`.
-    """
-    stated: dict[str, Triple] = {}
-    boxes: dict[str, list[Box]] = {}
-    for triple in triples:
-        stated.setdefault(triple.image, triple)
-        boxes.setdefault(triple.image, []).extend((triple.subject_box, triple.object_box))
-    paths: dict[str, Path] = {}
-    several = []
-    for image, triple in stated.items():
-        file = PictureFile(triple.photo) if triple.photo else files.find(image, _pixels(triple.size))
-        if file.path is not None:
-            paths[image] = file.path
-            if file.others:
-                several.append(f"{file.path}, not {', '.join(file.others)}")
-        elif file.reason != "missing picture":  # missing ones are counted together
-            rejections.add(
-                "several photos of one name", None, image, f"{file.detail}: data.images=FOLDER chooses"
-            )
-    if several:
-        notes |= {"pictures_of_several_files": len(several), "first_of_several_files": several[0]}
-    photos = {}
-    for (image, path), check in zip(paths.items(), check_pictures(list(paths.values())), strict=True):
-        size = _pixels(stated[image].size)
-        if check.problem:
-            rejections.add("damaged photo", None, image, check.problem)
-        elif size is not None and size != (check.width, check.height):
-            detail = f"{check.width} × {check.height} in truth, {size[0]} × {size[1]} in the file"
-            rejections.add("photo of a different size", None, image, detail)
-        elif size is None and too_small_for(boxes[image], check.width, check.height):
-            detail = f"{check.width} × {check.height}, and most of its boxes reach over its edge"
-            rejections.add("photo that is too small for its boxes", None, image, detail)
-        else:
-            photos[image] = File(path)
-    return photos
-
-
-def _pixels(size: tuple[float, float] | None) -> tuple[int, int] | None:
-    """A stated size in whole pixels; None where it is not stated (0 stands for that, too)."""
-    if size is None or not np.isfinite(size).all() or min(size) <= 0:
-        return None
-    return round(size[0]), round(size[1])
-
-
-def _split(pairs: Pairs, data: RelationDataOptions) -> tuple[np.ndarray, str]:
-    """0, 1 or 2 (train, val, test) for every pair, and how it was decided, in words."""
-    declared = {name for name in pairs.declared if name is not None}
-    images = list(dict.fromkeys(pairs.image))
-    if data.folds is not None:
-        return _folds(pairs, images, int(data.folds), int(data.fold), data)
-    if "train" in declared:
-        codes = np.array([SPLITS.index(name) if name else 0 for name in pairs.declared])
-        if "val" in declared:
-            return codes, "as composed" if data.layout == "composed" else "as the files say"
-        train = list(
-            dict.fromkeys(image for image, code in zip(pairs.image, codes, strict=True) if code == 0)
-        )
-        held_out = set(_drawn(train, data.val_fraction, data.split_seed))
-        codes[[image in held_out for image in pairs.image]] = 1
-        return (
-            codes,
-            f"as the files say; val: {data.val_fraction:g} of the training pictures, seed {data.split_seed}",
-        )
-    test = _drawn(images, data.test_fraction, data.split_seed)
-    rest = [image for image in images if image not in set(test)]
-    val = _drawn(rest, data.val_fraction / (1 - data.test_fraction), data.split_seed + 1)
-    code = dict.fromkeys(test, 2) | dict.fromkeys(val, 1)
-    codes = np.array([code.get(image, 0) for image in pairs.image])
-    return codes, (
-        f"by picture: val {data.val_fraction:g}, test {data.test_fraction:g} of the pictures, seed {data.split_seed}"
-    )
-
-
-def _folds(
-    pairs: Pairs, images: Sequence[str], folds: int, fold: int, data: RelationDataOptions
-) -> tuple[np.ndarray, str]:
-    if folds > len(images):
-        raise NearfarError(
-            f"data.folds={folds}: there are {len(images)} pictures. Take as many folds at most."
-        )
-    order = np.random.default_rng([int(data.split_seed), folds]).permutation(len(images))
-    fold_of = {images[i]: place % folds for place, i in enumerate(order)}
-    rest = [image for image in images if fold_of[image] != fold]
-    held_out = set(_drawn(rest, data.val_fraction, data.split_seed + 1))
-    codes = np.array(
-        [2 if fold_of[image] == fold else 1 if image in held_out else 0 for image in pairs.image]
-    )
-    return codes, f"cross-validation by picture: fold {fold + 1} of {folds} is test, seed {data.split_seed}"
-
-
-def _drawn(images: Sequence[str], share: float, seed: int) -> list[str]:
-    """A share of the pictures, chosen by (seed, the picture's name) alone: further pictures do not move the others.
-
-    >>> few, many = (_drawn([f"{i}.jpg" for i in range(n)], 0.3, 0) for n in (100, 200))
-    >>> len(few), set(few) == {name for name in many if int(name[:-4]) < 100}
-    (35, True)
-    """
-    top = 16**12
-    return [image for image in images if int(content_key("split", int(seed), image)[:12], 16) < share * top]
-
-
-def _check(data: RelationData) -> None:
-    train = data.splits.get("train")
-    if train is None or len(train) < 2:
-        raise NearfarError(
-            f"the training split holds fewer than two pairs: give more pictures. {data.rejections.summary()}."
-        )
-    for name in ("val", "test"):
-        if name not in data.splits and name == "val":
-            raise NearfarError(
-                "the validation split is empty: raise data.val_fraction, or name the files with data.train=, data.val=."
-            )
-    counts = Counter(train.relation)
-    missing = [relation for relation in data.relations if relation not in counts]
-    if len(counts) < 2:
-        raise NearfarError(
-            f"the training pairs have one relation alone ({next(iter(counts))}): there is nothing to tell apart. "
-            f"Choose others with relations=; without a training pair are {', '.join(missing)}."
-        )
-    if missing:
-        data.notes["relations_without_training_pairs"] = missing

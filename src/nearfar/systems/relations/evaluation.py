@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +12,8 @@ from jaxtyping import Bool, Float, Int
 from numpy import ndarray
 from torch import Tensor
 
-from nearfar.data.writing import write_atomically
+from nearfar.data.scenes.triples import chosen_relations
+from nearfar.data.writing import write_arrays
 from nearfar.errors import NearfarError
 from nearfar.metrics import (
     Difference,
@@ -28,10 +28,7 @@ from nearfar.metrics import (
     share,
 )
 from nearfar.metrics.count_metrics import Statistic
-from nearfar.systems.relations.probe import (
-    FUSED,
-)
-from nearfar.systems.relations.records import chosen_relations
+from nearfar.systems.relations.probe import FUSED
 from nearfar.training.run_folder import RunFolder
 
 __all__ = [
@@ -76,9 +73,7 @@ class Predictions:
         arrays = {f"scores/{metric}": scores.astype(np.float32) for metric, scores in self.scores.items()}
         texts = {"ids": self.ids, "image": self.image, "relations": self.relations}
         arrays |= {name: np.asarray(list(column), dtype=np.str_) for name, column in texts.items()}
-        buffer = io.BytesIO()
-        np.savez_compressed(buffer, truth=self.truth, seen=self.has_pixels, **arrays)  # type: ignore[arg-type]
-        write_atomically(path, lambda file: file.write(buffer.getvalue()))
+        write_arrays(path, {"truth": self.truth, "seen": self.has_pixels, **arrays}, compressed=True)
 
     @classmethod
     def load(cls, run: Path, split: str) -> Predictions:

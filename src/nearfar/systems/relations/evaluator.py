@@ -10,25 +10,16 @@ from numpy import ndarray
 from torch import Tensor
 
 from nearfar.data.batch import Batch, ItemDataset
+from nearfar.data.scenes.relation_data import RelationData
+from nearfar.data.scenes.triples import NAMES, SPATIAL, VISUAL
 from nearfar.metrics import Estimate
+from nearfar.metrics.temperature_scaling import fitted_temperature
+from nearfar.models.parts_probe import Blocks, PartsProbe, sample_rows
 from nearfar.models.views import ViewModel
-from nearfar.systems.relations.data import RelationData
 from nearfar.systems.relations.evaluation import PAIR, Predictions, Scores, pair_retrieval, score_predictions
 from nearfar.systems.relations.options import RelationOptions
-from nearfar.systems.relations.predictor import Predictor, fitted_temperature
-from nearfar.systems.relations.probe import (
-    FUSED,
-    LINEAR,
-    NAMES,
-    SPATIAL,
-    VISUAL,
-    Blocks,
-    RelationProbe,
-    blocks_of,
-    has_pixels,
-    probe_inputs,
-    sample_rows,
-)
+from nearfar.systems.relations.predictor import Predictor
+from nearfar.systems.relations.probe import FUSED, LINEAR, blocks_of, has_pixels, probe_inputs
 from nearfar.systems.view_system import LABEL
 from nearfar.training.system import Evaluation
 
@@ -64,7 +55,7 @@ class Evaluator:
         self.predictions: dict[str, Predictions] = {}
         self.scores: dict[str, Scores] = {}
         #: the probe of the embedding, as the last final evaluation fitted it
-        self.probe: RelationProbe | None = None
+        self.probe: PartsProbe | None = None
         self._retrieval_size = self._smallest_split()
         self._at: ndarray
         self._train: Blocks = {}
@@ -136,8 +127,8 @@ class Evaluator:
         label, count = self.label[self._at], len(self.data.relations)
         wanted = probe_inputs(list(blocks), self.config.keep_inputs)
 
-        def of(kind: str, train: Blocks, rows: Blocks, names: Sequence[str]) -> tuple[RelationProbe, ndarray]:
-            probe = RelationProbe(kind).fit({name: train[name] for name in names}, label)
+        def of(kind: str, train: Blocks, rows: Blocks, names: Sequence[str]) -> tuple[PartsProbe, ndarray]:
+            probe = PartsProbe(kind).fit({name: train[name] for name in names}, label)
             return probe, probe.scores({name: rows[name] for name in names}, count)
 
         scores = {LINEAR: of("linear", self._train, blocks, wanted[FUSED])[1]}
@@ -168,7 +159,7 @@ class Evaluator:
         train = self._embedded(model, "train", self._at)
         val = self._embedded(model, "val", np.arange(len(self.datasets["val"])))
         names = probe_inputs(list(train), self.config.keep_inputs)[FUSED]
-        probe = RelationProbe().fit({name: train[name] for name in names}, self.label[self._at])
+        probe = PartsProbe().fit({name: train[name] for name in names}, self.label[self._at])
         scores = probe.scores({name: val[name] for name in names}, len(self.data.relations))
         temperature = fitted_temperature(scores, self.data.labels("val"))
         return Predictor(probe, self.data.relations, temperature)

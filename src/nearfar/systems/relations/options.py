@@ -8,8 +8,8 @@ from typing import Any, Literal
 from nearfar.config import fraction, group, option, path, raw_group, samplers
 from nearfar.config.samplers import SamplerOptions
 from nearfar.config.views import ViewOptions
+from nearfar.data.scenes.triples import chosen_relations
 from nearfar.errors import NearfarError
-from nearfar.systems.relations.records import chosen_relations
 
 __all__ = ["InfoNCEOptions", "RelationDataOptions", "RelationOptions", "SupConInsideOptions", "SupConOptions"]
 

@@ -10,9 +10,9 @@ import numpy as np
 from jaxtyping import Int
 from numpy import ndarray
 
+from nearfar.data.scenes.triples import Pairs
 from nearfar.errors import NearfarError
 from nearfar.systems.relations.evaluation import FUSED, PAIR, Predictions, Scores, confusion, differences
-from nearfar.systems.relations.records import Pairs
 from nearfar.training.sections import Picture, Section, Table
 
 __all__ = ["examples", "pair_picture", "sections"]

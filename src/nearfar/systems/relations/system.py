@@ -17,18 +17,20 @@ from nearfar.data.batch import Augment, Batch, Inputs, ItemDataset, Rows
 from nearfar.data.chunks import NewData
 from nearfar.data.files import Json
 from nearfar.data.items import Items
+from nearfar.data.scenes.new_pairs import MIN_SCORE, items_of, read_pairs
+from nearfar.data.scenes.relation_data import RelationData
+from nearfar.data.scenes.triples import NAMES, SPATIAL, VISUAL
 from nearfar.errors import NearfarError
 from nearfar.losses.views import ViewContext, ViewLoss
 from nearfar.models.projection import perceptron
 from nearfar.models.views import ViewModel
 from nearfar.systems.rebuilt import prepare_again
 from nearfar.systems.relations.batches import GROUP, JITTERED, BatchesBySort, BoxJitter
-from nearfar.systems.relations.data import RelationData, load_data
+from nearfar.systems.relations.data import load_data
 from nearfar.systems.relations.evaluator import Evaluator
-from nearfar.systems.relations.new_pairs import MIN_SCORE, items_of, read_pairs
 from nearfar.systems.relations.options import InfoNCEOptions, RelationOptions, SupConInsideOptions
 from nearfar.systems.relations.predictor import Predictor
-from nearfar.systems.relations.probe import LINEAR, NAMES, SPATIAL, VISUAL, blocks_of_rows, has_pixels
+from nearfar.systems.relations.probe import LINEAR, blocks_of_rows, has_pixels
 from nearfar.systems.relations.report import sections
 from nearfar.systems.view_system import LABEL, PRESENT, ViewSystem
 from nearfar.towers import Tower

@@ -13,9 +13,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nearfar.data.files import read_json
-from nearfar.data.writing import write_atomically
+from nearfar.data.writing import write_atomically, write_text
 from nearfar.errors import NearfarError
-from nearfar.systems.tissue.evaluation import retrieved_expression
+from nearfar.models.regression import retrieved_expression
 
 __all__ = ["MOST_BYTES", "References"]
 
@@ -46,8 +46,7 @@ class References:
         arrays = {"embeddings": self.embeddings.numpy(), "expression": np.asarray(self.expression)}
         for name, array in arrays.items():
             write_atomically(folder / FOLDER / f"{name}.npy", partial(_write, np.ascontiguousarray(array)))
-        text = f'{{"retrieve": {self.retrieve}}}\n'
-        write_atomically(folder / FOLDER / "references.json", lambda file: file.write(text.encode()))
+        write_text(folder / FOLDER / "references.json", f'{{"retrieve": {self.retrieve}}}\n')
         return True
 
     @classmethod

@@ -15,7 +15,7 @@ from torch import Tensor
 from nearfar.data.files import Json
 from nearfar.data.slides.tissue import Tissue
 from nearfar.metrics import paired_difference
-from nearfar.systems.tissue.evaluation import pearson
+from nearfar.metrics.correlation import pearson
 from nearfar.towers.expression import gene_sentences
 from nearfar.training.sections import Picture, Section, Table, retrieval_examples
 

@@ -19,6 +19,7 @@ from nearfar.data.batch import Augment, Batch, Draw, Inputs, Rows
 from nearfar.data.chunks import NewData
 from nearfar.data.files import Json, Maybe, read_json, read_names
 from nearfar.data.items import Items
+from nearfar.data.slides.anndata_writer import AnnDataWriter
 from nearfar.data.slides.new_slides import LACKING, NEW_OPTIONS, Reading, read_slides
 from nearfar.data.slides.tissue import items_of
 from nearfar.errors import NearfarError
@@ -28,7 +29,6 @@ from nearfar.systems.rebuilt import prepare_again
 from nearfar.systems.tissue.data import TissueData, load_data
 from nearfar.systems.tissue.evaluation import Evaluator
 from nearfar.systems.tissue.options import TissueOptions
-from nearfar.systems.tissue.predictions import AnnDataWriter
 from nearfar.systems.tissue.references import References
 from nearfar.systems.tissue.report import examples, sections
 from nearfar.systems.view_system import PRESENT, ViewSystem

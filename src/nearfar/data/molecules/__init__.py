@@ -1,0 +1,1 @@
+"""Molecules with texts: files of structures, SMILES and their scaffolds, pairs and their splits."""

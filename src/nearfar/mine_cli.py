@@ -1,0 +1,263 @@
+"""The command that mines hard negatives from embeddings, or with a trained run, and measures how many are false."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from nearfar import terminal
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from nearfar.data.items import Items
+
+mine_app = typer.Typer()
+
+_VECTORS = (".parquet", ".npz", ".npy")
+
+
+@dataclass
+class _Side:
+    """Rows of one view: their vectors, and what stands in the cells of a table."""
+
+    vectors: np.ndarray
+    values: list[Any]
+
+
+@mine_app.command()
+def mine(
+    source: Annotated[
+        Path, typer.Argument(help="A run, or embeddings: the .parquet or .npz that nearfar embed writes.")
+    ],
+    queries: Annotated[str, typer.Option(help="The view whose values are queries.")],
+    corpus: Annotated[str, typer.Option(help="The view whose values answer them: row i answers row i.")],
+    data: Annotated[
+        Path | None,
+        typer.Option(help="The table with the values of both views. Of a run: what is embedded and mined."),
+    ] = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="What to write: .csv, .tsv, .jsonl, .parquet.")
+    ] = Path("mined.csv"),
+    form: Annotated[str, typer.Option(help="n-tuple, triplet, labeled-pair or labeled-list.")] = "n-tuple",
+    per_query: Annotated[int, typer.Option(help="Negatives of each query.")] = 3,
+    rank_from: Annotated[int, typer.Option(help="The first rank that is taken; 0 is the nearest.")] = 0,
+    rank_to: Annotated[int, typer.Option(help="The rank before which taking ends.")] = 100,
+    margin: Annotated[
+        float | None, typer.Option(help="A negative lies this far below the own positive, in cosine.")
+    ] = None,
+    relative_margin: Annotated[
+        float | None, typer.Option(help="The same as a share of the positive's |cosine|.")
+    ] = None,
+    max_score: Annotated[float | None, typer.Option(help="The largest cosine of a negative.")] = None,
+    min_score: Annotated[float | None, typer.Option(help="The least cosine of a negative.")] = None,
+    guide: Annotated[
+        Path | None,
+        typer.Option(
+            help="A second model's embeddings of the same rows: what it takes for answers is left out."
+        ),
+    ] = None,
+    guide_margin: Annotated[
+        float, typer.Option(help="Of the guide: leave out what is this near, too.")
+    ] = 0.0,
+    label: Annotated[
+        str | None,
+        typer.Option(help="A column of --data: equal labels are answers, which measures false negatives."),
+    ] = None,
+    scores: Annotated[
+        bool, typer.Option("--scores", help="Write margins (n-tuple, triplet), or scores, beside the texts.")
+    ] = False,
+    random: Annotated[
+        bool, typer.Option("--random", help="Any of those that pass, not the hardest.")
+    ] = False,
+    mark: Annotated[
+        Path | None,
+        typer.Option(help="Also write a sample of negatives to be marked by hand, such as mark.csv."),
+    ] = None,
+    marked: Annotated[
+        Path | None, typer.Option(help="A sample that was marked: say its share of false negatives.")
+    ] = None,
+    recall: Annotated[
+        float, typer.Option(help="Recall of the search, at least; measured where it is not exact.")
+    ] = 0.99,
+    seed: Annotated[int, typer.Option(help="Seed of the search, of --random and of --mark.")] = 0,
+    id_column: Annotated[str | None, typer.Option(help="The column of ids in --data.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, …; auto takes a GPU where there is one.")] = "auto",
+) -> None:
+    """Mine hard negatives: near a query, and no answer of it.
+
+    Rows with the same query share their answers; the query's own text and copies of its answers are no negatives. How
+    many of the rest are false negatives is measured by everything that is known: labels, texts, a guide, a marked
+    sample. The table is read by experiment=pairs (negatives=) and by sentence-transformers.
+    """
+    from nearfar.errors import NearfarError
+    from nearfar.mining import (
+        measure_false_negatives,
+        mine_negatives,
+        mined_table,
+        read_marked,
+        sample_to_mark,
+    )
+    from nearfar.serving.stream import TABLE_ENDINGS, write_rows
+
+    console = terminal.console()
+    for path in (output, mark):
+        if path is not None and path.suffix.lower() not in TABLE_ENDINGS:
+            raise NearfarError(f"{path}: a table is written as {', '.join(TABLE_ENDINGS)}.")
+    if margin is not None and relative_margin is not None:
+        raise NearfarError("--margin and --relative-margin both say how far a negative lies below; give one.")
+    if label is not None and data is None:
+        raise NearfarError("--label is a column of --data; give that, too.")
+    ids, first, second = _sides(source, queries, corpus, data, id_column, device)
+    table = None if data is None or label is None else _aligned(data, [label], ids, id_column)
+    known = None if guide is None else _guide(guide, queries, corpus, ids)
+    texts = ([str(each) for each in first.values], [str(each) for each in second.values])
+    mined = mine_negatives(
+        first.vectors,
+        second.vectors,
+        _answers(texts[0]),
+        per_query=per_query,
+        rank_range=(rank_from, rank_to),
+        margin=margin if relative_margin is None else relative_margin,
+        margin_kind="absolute" if relative_margin is None else "relative",
+        min_score=min_score,
+        max_score=max_score,
+        query_texts=texts[0],
+        corpus_texts=texts[1],
+        guide=known,
+        guide_margin=guide_margin,
+        strategy="random" if random else "top",
+        seed=seed,
+        min_recall=recall,
+    )
+    for line in mined.summary():
+        terminal.say(console, line)
+    labels = None if table is None or label is None else (list(table[label]), list(table[label]))
+    shares = measure_false_negatives(mined, labels=labels, texts=texts, guide=known)
+    for share in [*shares, *([] if marked is None else [read_marked(_columns(marked))])]:
+        terminal.say(console, str(share))
+    # Rows with the same query have the same negatives; each row keeps its own answer.
+    columns = mined_table(
+        _own_rows(mined),
+        first.values,
+        second.values,
+        form,  # type: ignore[arg-type]
+        names=(queries, corpus),
+        scores=scores,
+    )
+    rows = [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
+    write_rows(rows, output)
+    terminal.say(console, f"{output}: {len(rows)} rows ({', '.join(columns)})")
+    if form == "n-tuple":
+        negatives = ",".join(name for name in columns if name.startswith("negative_"))
+        gaps = ",".join(name for name in columns if name.startswith("margin_"))
+        terminal.say(
+            console,
+            f"nearfar train experiment=pairs data.train={output} views=[{queries},{corpus}] "
+            f"negatives.{corpus}=[{negatives}]" + (f" margins.{corpus}=[{gaps}]" if gaps else ""),
+        )
+    if mark is not None:
+        drawn = sample_to_mark(mined, first.values, second.values, seed=seed)
+        write_rows(
+            [dict(zip(drawn, cells, strict=True)) for cells in zip(*drawn.values(), strict=True)], mark
+        )
+        terminal.say(
+            console, f"{mark}: {len(drawn['query'])} negatives to be marked; read it with --marked {mark}"
+        )
+
+
+def _sides(
+    source: Path, queries: str, corpus: str, data: Path | None, id_column: str | None, device: str
+) -> tuple[list[Any], _Side, _Side]:
+    """Ids, and the rows of both views."""
+    import numpy as np
+
+    from nearfar.errors import NearfarError
+
+    if source.suffix.lower() in _VECTORS:
+        known = _whole(source, [queries, corpus])
+        ids = list(known.ids)
+        shown = known if data is None else _aligned(data, [queries, corpus], ids, id_column)
+        cells = [ids if data is None else list(shown[view]) for view in (queries, corpus)]
+        vectors = [np.asarray(known[view], dtype=np.float32) for view in (queries, corpus)]
+        return ids, _Side(vectors[0], cells[0]), _Side(vectors[1], cells[1])
+    if data is None:
+        raise NearfarError(f"{source} is a run: name the table that it embeds with --data TABLE.")
+    from nearfar.data.chunks import NewData
+    from nearfar.serving import load
+
+    trained = load(source, device)
+    ids, values, parts = [], ([], []), ([], [])  # type: ignore[var-annotated]
+    with terminal.progress_bar(None) as advance:
+        for items in trained.new_items(NewData(data, id_column=id_column)):
+            for view in (queries, corpus):
+                if view not in items:
+                    raise NearfarError(f"{data} has no column of the view '{view}' of {source}.")
+            both = np.flatnonzero(items.present(queries) & items.present(corpus))
+            ids += [items.ids[i] for i in both.tolist()]
+            for k, view in enumerate((queries, corpus)):
+                some = [items[view][i] for i in both.tolist()]
+                values[k].extend(some)
+                parts[k].append(trained.vectors(some, view))
+            advance(len(items))
+    if not ids:
+        raise NearfarError(f"{data}: no row has both '{queries}' and '{corpus}'.")
+    return ids, *(_Side(np.concatenate(parts[k]), values[k]) for k in (0, 1))  # type: ignore[return-value]
+
+
+def _whole(path: Path, views: Sequence[str]) -> Items:
+    """Embeddings of rows that have both views."""
+    from nearfar.data.sources import read_items
+
+    items = read_items(path, list(views), naming="--queries {name}")
+    both = items.present(views[0]) & items.present(views[1])
+    return items.take(both.nonzero()[0])
+
+
+def _aligned(path: Path, columns: Sequence[str], ids: Sequence[Any], id_column: str | None) -> Items:
+    """Rows of a table in the order of ids."""
+    from nearfar.data.sources import read_items
+    from nearfar.errors import NearfarError
+
+    items = read_items(path, list(columns), id_column=id_column, id_naming="--id-column NAME")
+    place = {name: at for at, name in enumerate(items.ids)}
+    missing = [name for name in ids if name not in place]
+    if missing:
+        raise NearfarError(
+            f"{path}: {len(missing)} of {len(ids)} embedded rows are not in it (first: {missing[0]!r}); give the table "
+            "that was embedded, with --id-column where its ids have a different name."
+        )
+    return items.take([place[name] for name in ids])
+
+
+def _guide(path: Path, queries: str, corpus: str, ids: Sequence[Any]) -> tuple[Any, Any]:
+    items = _aligned(path, [queries, corpus], ids, None)
+    return items.array(queries), items.array(corpus)
+
+
+def _answers(texts: Sequence[str]) -> list[list[int]]:
+    """The rows that answer each query: those with the same text."""
+    rows: dict[str, list[int]] = {}
+    for i, text in enumerate(texts):
+        rows.setdefault(" ".join(text.split()), []).append(i)
+    return [rows[" ".join(text.split())] for text in texts]
+
+
+def _own_rows(mined: Any) -> Any:
+    """The pairs of each row with its own answer alone: rows with the same query would write theirs several times."""
+    from dataclasses import replace
+
+    row, column = mined.pairs
+    own = row == column
+    return replace(mined, pairs=(row[own], column[own]), pair_scores=mined.pair_scores[own])
+
+
+def _columns(path: Path) -> dict[str, list[Any]]:
+    from nearfar.data.sources import read_items
+
+    items = read_items(path, ["false_negative"])
+    return {"false_negative": list(items["false_negative"])}

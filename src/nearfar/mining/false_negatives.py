@@ -1,0 +1,138 @@
+"""How many of the mined negatives are answers after all: by labels, by copies, by a guide, and by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from nearfar.errors import NearfarError
+from nearfar.labels import label_tensor
+from nearfar.metrics.intervals import wilson
+from nearfar.mining.candidates import unit_rows
+from nearfar.mining.mine import Mined, _dots, _groups, _weakest
+
+__all__ = ["FalseNegatives", "measure_false_negatives", "read_marked", "sample_to_mark"]
+
+#: what a person writes beside a negative that is an answer, and beside one that is none
+YES, NO = ("1", "yes", "true", "y", "x"), ("0", "no", "false", "n")
+
+
+@dataclass(frozen=True)
+class FalseNegatives:
+    """A share of negatives that are answers: ``value`` in [0, 1] with its 95 % interval (Wilson), among ``n``, and how
+    that is known (``by``)."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+    by: str
+
+    def __str__(self) -> str:
+        return f"false negatives {self.by}: {self.value:.2%} [{self.low:.2%}, {self.high:.2%}] of {self.n}"
+
+
+def measure_false_negatives(
+    mined: Mined,
+    *,
+    labels: tuple[Any, Any] | None = None,
+    texts: tuple[Sequence[Any], Sequence[Any]] | None = None,
+    guide: tuple[Any, Any] | None = None,
+) -> list[FalseNegatives]:
+    """The share of mined negatives that are answers, by everything that is known.
+
+    ``labels`` of queries and corpus: negatives with the query's label, among those where both are known. ``texts`` of
+    both: copies of the query's positives, or of the query itself. ``guide``, a second model's vectors of both:
+    negatives that it scores as high as the weakest positive; a likely share, not a known one.
+
+    >>> from nearfar.mining import mine_negatives
+    >>> mined = mine_negatives(np.eye(4), np.eye(4) + 0.1, per_query=3)
+    >>> print(measure_false_negatives(mined, labels=([0, 0, 1, 1], [0, 0, 1, 1]))[0])
+    false negatives by label: 33.33% [13.81%, 60.94%] of 12
+    """
+    asked, place = np.nonzero(mined.negatives >= 0)
+    document = mined.negatives[asked, place]
+    row, column = mined.pairs
+    shares = []
+    if labels is not None:
+        own, theirs = _labels(labels)
+        known = (own[asked] >= 0) & (theirs[document] >= 0)
+        shares.append(_share((own[asked] == theirs[document])[known], "by label"))
+    if texts is not None:
+        first, second = _groups(texts[0], texts[1], len(texts[0]), len(texts[1]))
+        assert first is not None
+        assert second is not None
+        kinds = int(max(first.max(initial=0), second.max(initial=0))) + 1
+        copies = np.isin(asked * kinds + second[document], row * kinds + second[column])
+        shares.append(_share(copies | (first[asked] == second[document]), "by text"))
+    if guide is not None:
+        u, v = unit_rows("guide of the queries", guide[0]), unit_rows("guide of the corpus", guide[1])
+        _, weakest = _weakest(row, column, _dots(u, v, row, column), len(mined.negatives))
+        judged = _dots(u, v, asked, document)
+        there = ~np.isnan(weakest[asked])
+        shares.append(_share((judged >= weakest[asked] - 1e-6)[there], "by the guide (likely)"))
+    return [share for share in shares if share is not None]
+
+
+def _labels(labels: tuple[Any, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of the labels of both, −1 where one is missing."""
+    queries, corpus = list(labels[0]), list(labels[1])
+    numbers = label_tensor([*queries, *corpus]).numpy()
+    return numbers[: len(queries)], numbers[len(queries) :]
+
+
+def _share(false: np.ndarray, by: str) -> FalseNegatives | None:
+    if not len(false):
+        return None
+    value = float(false.mean())
+    return FalseNegatives(value, *wilson(value, len(false)), len(false), by)
+
+
+def sample_to_mark(
+    mined: Mined, queries: Sequence[Any], corpus: Sequence[Any], rows: int = 50, seed: int = 0
+) -> dict[str, list[Any]]:
+    """Negatives drawn at random, each beside its query and positive, with an empty column ``false_negative`` to be
+    marked (1 or yes where the negative is an answer, 0 or no where not)."""
+    asked, place = np.nonzero(mined.negatives >= 0)
+    drawn = np.sort(np.random.default_rng(seed).permutation(len(asked))[:rows])
+    table: dict[str, list[Any]] = {
+        name: [] for name in ("query", "positive", "negative", "score", "false_negative")
+    }
+    for i, t in zip(asked[drawn].tolist(), place[drawn].tolist(), strict=True):
+        own = int(mined.positive[i])
+        cells = (
+            queries[i],
+            corpus[own] if own >= 0 else "",
+            corpus[mined.negatives[i, t]],
+            mined.scores[i, t],
+            "",
+        )
+        for name, cell in zip(table, cells, strict=True):
+            table[name].append(cell)
+    return table
+
+
+def read_marked(table: Mapping[str, Sequence[Any]]) -> FalseNegatives:
+    """The share of false negatives from a sample that somebody marked; rows that are not marked are left out.
+
+    >>> print(read_marked({"false_negative": ["yes", "no", "", "0"]}))
+    false negatives by hand: 33.33% [6.15%, 79.23%] of 3
+    """
+    if "false_negative" not in table:
+        raise NearfarError("the marked sample has no column 'false_negative'")
+    marks = []
+    for number, cell in enumerate(table["false_negative"], start=1):
+        word = "" if cell is None else str(cell).strip().casefold().removesuffix(".0")
+        if word in YES or word in NO:
+            marks.append(word in YES)
+        elif word and word != "nan":
+            raise NearfarError(
+                f"row {number} of the marked sample has {cell!r}; 1 or yes, 0 or no, or nothing is needed"
+            )
+    share = _share(np.array(marks, dtype=bool), "by hand")
+    if share is None:
+        raise NearfarError("no row of the sample is marked: write 1 or 0 into the column false_negative")
+    return share
