@@ -1,6 +1,6 @@
 """How often each kind of interval that nearfar prints covers the truth, at 95 %.
 
-    python benchmarks/interval_coverage.py                 # every kind, about two minutes on one core
+    python benchmarks/interval_coverage.py                 # every kind, some ten minutes on one core
     python benchmarks/interval_coverage.py --repeats 400   # a look
 
 Each line is one setting: the share of draws whose interval covers, and the mean width. Shares of hits are not drawn
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import numpy as np
 
@@ -24,6 +25,9 @@ from nearfar.metrics import (
     rank_estimates,
     wilson,
 )
+from nearfar.metrics.metric_names import read_metrics
+from nearfar.metrics.places import Places
+from nearfar.metrics.retrieval_scores import score_of_places
 from nearfar.metrics.seeds import seeds_interval
 
 #: kind, setting, coverage, mean width
@@ -73,6 +77,7 @@ DIFFICULTY = {
     0.99: (-2.8, 1.5),
 }
 GALLERY = 3000
+POPULATION = 100_000
 
 
 def some_ranks(rng: np.random.Generator, r1: float, n: int) -> np.ndarray:
@@ -93,6 +98,54 @@ def reciprocal_ranks(rng: np.random.Generator, repeats: int) -> Iterator[Row]:
                     name,
                     f"R@1={r1} n={n}",
                     *drawn(repeats if n < 1000 else repeats // 2, truth, interval),
+                )
+
+
+#: metrics over several relevant keys
+SEVERAL = ["nDCG@10", "MAP", "recall@10", "precision@10", "R-precision", "mean_rank"]
+
+
+def several_relevant(rng: np.random.Generator, repeats: int) -> Iterator[Row]:
+    """One to six graded relevant keys a query, whose ranks share the query's difficulty."""
+    for r1 in (0.05, 0.5, 0.97):
+        middle, spread = DIFFICULTY[r1]
+        number = rng.integers(1, 7, POPULATION)
+        query = np.repeat(np.arange(POPULATION), number)
+        hard = middle + 0.8 * spread * rng.standard_normal(POPULATION)
+        rank = np.exp(hard[query] + 0.6 * spread * rng.standard_normal(len(query))).clip(0, GALLERY - 7)
+        rank = np.floor(rank).astype(int)[np.lexsort((rank, query))]  # irrelevant keys above each, rising
+        ones = np.ones_like(rank)
+        places = Places(
+            np.concatenate([[0], np.cumsum(number)]),
+            rank,
+            0 * ones,
+            ones,
+            np.full(POPULATION, GALLERY),
+            rng.integers(1, 4, len(query)).astype(float),
+        )
+        scores = score_of_places(places, read_metrics(SEVERAL, ()))
+        truth = {name: float(column.mean()) for name, column in scores.items()}
+        for n in (20, 50, 125, 1000):
+            inside, width = dict.fromkeys(SEVERAL, 0), dict.fromkeys(SEVERAL, 0.0)
+            times = repeats if n < 1000 else repeats // 2
+            for _ in range(times):
+                some = rng.integers(0, POPULATION, n)
+                drawn_scores = replace(
+                    scores,
+                    queries=some,
+                    ranks=None,
+                    scores={name: column[some] for name, column in scores.items()},
+                    chances={name: scores.chances[name][some] for name in scores},
+                )
+                for name, estimate in drawn_scores.estimates().items():
+                    inside[name] += estimate.low <= truth[name] <= estimate.high
+                    width[name] += estimate.high - estimate.low
+            for name in SEVERAL:
+                yield (
+                    name,
+                    f"R@1={r1} mean {truth[name]:.3g} n={n}",
+                    inside[name] / times,
+                    width[name] / times,
                 )
 
 
@@ -206,11 +259,23 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--repeats", type=int, default=2000)
-    repeats = parser.parse_args().repeats
+    parser.add_argument("--only", help="one of the functions here, such as several_relevant")
+    arguments = parser.parse_args()
+    repeats = arguments.repeats
     rng = np.random.default_rng(0)
-    kinds = (reciprocal_ranks, median_ranks, runs, differences, differing_hits, unpaired, means_over_seeds)
+    kinds = (
+        reciprocal_ranks,
+        several_relevant,
+        median_ranks,
+        runs,
+        differences,
+        differing_hits,
+        unpaired,
+        means_over_seeds,
+    )
     rows: list[Row] = []
-    for source in (shares(), *(kind(rng, repeats) for kind in kinds)):
+    sources = [(shares.__name__, shares()), *((kind.__name__, kind(rng, repeats)) for kind in kinds)]
+    for source in (rows_of for name, rows_of in sources if arguments.only in (None, name)):
         for row in source:
             print(f"{row[0]:28} {row[2]:.3f}  width {row[3]:8.4f}  {row[1]}", flush=True)
             rows.append(row)

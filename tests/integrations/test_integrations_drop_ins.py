@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, logsigmoid, normalize
 
+import losses_of_others
+from nearfar import verify
 from nearfar.errors import NearfarError
 from nearfar.integrations import lightly, open_clip, pytorch_metric_learning
 
@@ -54,8 +56,24 @@ def test_open_clip_masks_likely_false_negatives() -> None:
     plain = open_clip.ClipLoss()(a, b, 20.0)
     masked = open_clip.ClipLoss(mask_threshold=0.999)(a, b, 20.0)
     assert masked < plain
-    with pytest.raises(NearfarError, match="one process"):
-        open_clip.ClipLoss(world_size=2)
+    with pytest.raises(NearfarError, match="and 1 processes work together"):
+        open_clip.ClipLoss(world_size=2)(a, b, 20.0)
+    with pytest.raises(NearfarError, match="use_horovod"):
+        open_clip.ClipLoss(use_horovod=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fn", [losses_of_others.open_clip_softmax, losses_of_others.open_clip_sigmoid])
+def test_open_clip_losses_of_two_processes_are_those_of_one(fn: Any) -> None:
+    verdict = verify.loss(fn)
+    assert verdict.passed, str(verdict)
+    assert verdict.values == pytest.approx([verdict.value] * 2)
+
+
+@pytest.mark.slow
+def test_open_clip_does_not_take_several_processes_for_one() -> None:
+    with pytest.raises(NearfarError, match="world_size=1, and 2 processes work together"):
+        verify.loss(losses_of_others.open_clip_of_one)
 
 
 def two_views(z: Tensor, labels: Tensor, temperature: float) -> Tensor:

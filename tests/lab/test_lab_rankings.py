@@ -119,6 +119,8 @@ def test_the_commands(folder, monkeypatch):
         app, ["compare", "strong.json", "weak.json", "--qrels", "qrels.json", "--fail-on-worse"]
     )
     assert result.exit_code == 1
+    without = runner.invoke(app, ["compare", "weak.json", "strong.json"])
+    assert "is compared with --qrels FILE" in str(without.exception)
     missing = runner.invoke(app, ["score", "weak.json"])
     assert isinstance(missing.exception, NearfarError)
     assert "--qrels FILE" in str(missing.exception)

@@ -185,6 +185,32 @@ def test_counts_agree_with_a_loop_in_float64(few, monkeypatch):
         assert scores["recall@10"][at] == pytest.approx(inside / len(right), abs=1e-12)
 
 
+@pytest.mark.parametrize("tile", [(256, 1024), (50, 70)])
+@pytest.mark.parametrize("collapsed", [False, True])
+def test_more_relevant_keys_than_are_compared_one_by_one(tile, collapsed):
+    generator = torch.Generator().manual_seed(1)
+    queries, keys = rows(40, 5, 0), rows(500, 5, 1)
+    keys[100:200] = keys[7]
+    if collapsed:  # scores that only float64 tells apart
+        keys = keys[:1] + 1e-9 * keys.double()
+        queries = queries.double()
+    relevant = torch.rand(40, 500, generator=generator) < 0.4
+    scores = score_retrieval(queries, keys, relevant, ["MAP", "recall@50", "nDCG"], tile=tile)
+    unit = [torch.nn.functional.normalize(x.double()) for x in (queries, keys)]
+    products, width = unit[0] @ unit[1].T, 2.0**-51 * 5
+    for i in range(40):
+        right = products[i][relevant[i]]
+        above = (products[i][None, :] > right[:, None] + width).sum(1).double()
+        tie = ((products[i][None, :] - right[:, None]).abs() <= width).sum(1).double()
+        inside = ((50 - above) / tie).clamp(0, 1).sum() / len(right)
+        assert scores["recall@50"][i] == pytest.approx(inside.item(), abs=1e-9)
+        sums = torch.cat(
+            [torch.zeros(1).double(), (1 / torch.log2(torch.arange(2.0, 502).double())).cumsum(0)]
+        )
+        gain = ((sums[(above + tie).long()] - sums[above.long()]) / tie).sum() / sums[len(right)]
+        assert scores["nDCG"][i] == pytest.approx(gain.item(), abs=1e-9)
+
+
 def test_one_relevant_key_gives_the_ranks_of_today():
     queries, keys = rows(80, 6, 0), rows(80, 6, 1)
     keys[:30] = keys[2]

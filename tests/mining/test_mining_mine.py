@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
 from nearfar.errors import NearfarError
 from nearfar.mining import (
@@ -285,3 +286,62 @@ def test_wrong_input(arguments, message):
     given = {"queries": QUERIES, "corpus": CORPUS, "positives": POSITIVES} | arguments
     with pytest.raises(NearfarError, match=message):
         mine_negatives(**given)
+
+
+class Stub:
+    """What sentence-transformers' miner asks of a model, from vectors by text."""
+
+    device = "cpu"
+
+    class model_card_data:
+        base_model = ""
+
+    def __init__(self, vectors: dict[str, np.ndarray]) -> None:
+        self.vectors = vectors
+
+    def encode_document(self, texts, **_):
+        return np.stack([self.vectors[text] for text in texts]).astype(np.float32)
+
+    encode_query = encode_document
+
+    def get_embedding_dimension(self):
+        return D
+
+    def similarity(self, a, b):
+        a, b = (torch.nn.functional.normalize(torch.as_tensor(x), dim=1) for x in (a, b))
+        return a @ b.T
+
+    def similarity_pairwise(self, a, b):
+        return torch.nn.functional.cosine_similarity(torch.as_tensor(a), torch.as_tensor(b))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ({"absolute_margin": 0.1}, {"margin": 0.1}),
+        ({"relative_margin": 0.2}, {"margin": 0.2, "margin_kind": "relative"}),
+        ({"max_score": 0.3, "min_score": -0.2}, {"max_score": 0.3, "min_score": -0.2}),
+        ({"range_min": 4}, {"rank_range": (4, 20)}),
+    ],
+)
+def test_as_sentence_transformers_mines(theirs, ours):
+    pytest.importorskip("sentence_transformers")
+    datasets = pytest.importorskip("datasets")
+    from sentence_transformers.util import mine_hard_negatives
+
+    answers, rest = [f"answer {i}" for i in range(N)], [f"document {j}" for j in range(M - N)]
+    vectors = dict(zip(QUERY_TEXTS, QUERIES, strict=True)) | dict(zip([*answers, *rest], CORPUS, strict=True))
+    given = datasets.Dataset.from_dict({"anchor": QUERY_TEXTS, "positive": answers})
+    options = {
+        "range_min": 0,
+        "range_max": 20,
+        "num_negatives": 3,
+        "output_format": "triplet",
+        "verbose": False,
+    } | theirs
+    table = mine_hard_negatives(given, Stub(vectors), corpus=[*answers, *rest], **options)
+    mined = mine_negatives(QUERIES, CORPUS, list(range(N)), per_query=3, **({"rank_range": (0, 20)} | ours))
+    found = mined_table(mined, QUERY_TEXTS, [*answers, *rest], "triplet")
+    wanted = set(zip(table["anchor"], table["positive"], table["negative"], strict=True))
+    assert set(zip(found["anchor"], found["positive"], found["negative"], strict=True)) == wanted

@@ -8,6 +8,7 @@ import torch.distributed.nn as dist_nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from nearfar.integrations import open_clip
 from nearfar.losses import InfoNCELoss, SupConLoss
 from nearfar.training.distributed import DistributedLoss
 
@@ -53,3 +54,28 @@ def gather_with_gradient(a: Tensor, b: Tensor) -> Tensor:
 
 def fails(a: Tensor, b: Tensor) -> Tensor:
     raise ValueError("shapes do not fit")
+
+
+def open_clip_softmax(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+    """As open_clip's training calls it, with likely false negatives left out."""
+    loss = open_clip.ClipLoss(
+        local_loss=True, gather_with_grad=True, world_size=dist.get_world_size(), mask_threshold=0.99
+    )
+    return loss(F.normalize(a, dim=1), F.normalize(b, dim=1), scale, output_dict=True)["contrastive_loss"]
+
+
+def open_clip_sigmoid(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+    loss = open_clip.SigLipLoss(world_size=dist.get_world_size())
+    return loss(F.normalize(a, dim=1), F.normalize(b, dim=1), scale, torch.tensor(-1.0, dtype=torch.float64))
+
+
+def open_clip_of_one(a: Tensor, b: Tensor) -> Tensor:
+    return open_clip.ClipLoss()(a, b, 1.0)
+
+
+def sentence_pairs(a: Tensor, b: Tensor) -> Tensor:
+    """Embeddings in place of a model: the second column is the positive, the third a negative."""
+    from nearfar.integrations.sentence_transformers import InfoNCELoss as SentenceLoss
+
+    loss = SentenceLoss(torch.nn.Identity(), 0.1, gather_across_devices=True)
+    return loss.compute_loss_from_embeddings([a, b, b.flip(0) + 0.5])

@@ -19,7 +19,7 @@ Labels = tuple[str, ...]
 
 
 def item_labels(
-    values: Sequence[Any] | np.ndarray, name: str = "label", separator: str | None = ";"
+    values: Sequence[object] | np.ndarray, name: str = "label", separator: str | None = ";"
 ) -> list[Labels]:
     """The labels of each item as texts; none where they are missing (None, NaN, −1, an empty cell or list).
 
@@ -35,7 +35,7 @@ def item_labels(
     return [tuple(dict.fromkeys(_of(value, name, separator))) for value in listed]
 
 
-def _of(value: Any, name: str, separator: str | None) -> list[str]:
+def _of(value: object, name: str, separator: str | None) -> list[str]:
     if isinstance(value, (list, tuple, set, np.ndarray)):
         return [label for each in value for label in _of(each, name, separator)]
     if is_missing(value):

@@ -66,7 +66,7 @@ def box_rows(
     return columns
 
 
-def category_ids(classes: Sequence[str], given: Mapping[str, Any]) -> dict[str, Any]:
+def category_ids(classes: Sequence[str], given: Mapping[str, object]) -> dict[str, Any]:
     """An id for each class: that of the COCO file, else a number that it does not use.
 
     >>> category_ids(["cat", "dog"], {}), category_ids(["cat", "dog"], {"dog": 18})
@@ -104,7 +104,7 @@ class CocoResults:
         self.file.write("[")
 
     def write(
-        self, items: Items, columns: Mapping[str, Sequence[Any]], outputs: Mapping[str, Tensor]
+        self, items: Items, columns: Mapping[str, Sequence[object]], outputs: Mapping[str, Tensor]
     ) -> None:
         """The rows of `box_rows`."""
         names = ("image_id", "category_id", "left", "top", "width", "height", "score", "image", "category")

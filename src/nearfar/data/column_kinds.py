@@ -31,7 +31,7 @@ Reasons = list[str | None]
 """For each row why it is rejected, or None."""
 
 
-def without_placeholders(name: str, values: Sequence[Any], notes: dict[str, Any]) -> list[Any]:
+def without_placeholders(name: str, values: Sequence[object], notes: dict[str, Any]) -> list[Any]:
     """Texts without blanks around them; empty ones, and words for *missing*, are None."""
     texts: list[Any] = []
     words: Counter[str] = Counter()

@@ -152,7 +152,7 @@ def _hashable(values: Column) -> Any:
     ]
 
 
-def _plain(values: Sequence[Any] | np.ndarray) -> list[Any]:
+def _plain(values: Sequence[object] | np.ndarray) -> list[Any]:
     return values.tolist() if isinstance(values, np.ndarray) else list(values)
 
 
@@ -200,7 +200,7 @@ def value_groups(
     return groups
 
 
-def value_keys(values: Sequence[Any] | np.ndarray) -> list[Any]:
+def value_keys(values: Sequence[object] | np.ndarray) -> list[Any]:
     """For each value what is equal exactly where two values count as the same: texts without letter case and blanks.
 
     >>> value_keys(["Near  it", "near it", 3])
@@ -209,7 +209,7 @@ def value_keys(values: Sequence[Any] | np.ndarray) -> list[Any]:
     return [_same(value) for value in values]
 
 
-def _same(value: Any) -> Any:
+def _same(value: object) -> Any:
     if isinstance(value, str):
         return " ".join(value.split()).casefold()
     if isinstance(value, np.ndarray):

@@ -155,7 +155,7 @@ def _stated(row: Mapping[str, Any]) -> tuple[int, int] | None:
     return (width, height) if min(width, height) > 0 else None
 
 
-def _checked(some: Sequence[_Sought], source: str, about: Mapping[str, Any]) -> Items:
+def _checked(some: Sequence[_Sought], source: str, about: Mapping[str, object]) -> Items:
     """The pictures that can be read; the others are counted."""
     rejections = Rejections()
     on_disk = [each for each in some if each.path is not None]
@@ -194,7 +194,7 @@ def _checked(some: Sequence[_Sought], source: str, about: Mapping[str, Any]) -> 
     )
 
 
-def pictures_of(values: Sequence[Any]) -> Items:
+def pictures_of(values: Sequence[object]) -> Items:
     """Pictures in memory, or by their paths, as items.
 
     Raises:

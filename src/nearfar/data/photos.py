@@ -102,7 +102,7 @@ class Crops:
     boxes: tuple[Box, Box]
 
     @classmethod
-    def of(cls, value: Any) -> Crops:
+    def of(cls, value: object) -> Crops:
         """A value as it is, or made of a photo and two boxes: (photo, box, box) or a mapping of ``photo``, ``first``
         and ``second``. A photo is a path or an array of pixels, a box left, top, right and bottom.
 

@@ -46,7 +46,7 @@ class PictureArrays:
 
     def __init__(
         self,
-        values: Sequence[Any] | np.ndarray,
+        values: Sequence[object] | np.ndarray,
         size: tuple[int, int] | None,
         decoded: Mapping[str, np.ndarray] | None = None,
     ) -> None:
@@ -171,7 +171,7 @@ class PictureArrays:
 
 
 def decode_pictures(
-    values: Sequence[Any] | np.ndarray, size: tuple[int, int]
+    values: Sequence[object] | np.ndarray, size: tuple[int, int]
 ) -> tuple[list[str | None], dict[str, UInt8[np.ndarray, "h w 3"]]]:
     """As `check_picture_values`, and the pictures of the files, at ``size``, by their paths: decoded once for both."""
     pixels: dict[str, np.ndarray] = {}
@@ -196,7 +196,7 @@ def decode_pictures(
     return _reasons(values, problems), pixels
 
 
-def check_picture_values(values: Sequence[Any] | np.ndarray) -> list[str | None]:
+def check_picture_values(values: Sequence[object] | np.ndarray) -> list[str | None]:
     """For each path or array why it is no picture; None where it is one. Files are decoded in full, in threads.
 
     >>> check_picture_values(["no/such/file.png", 3, np.zeros((4, 4), np.uint8), np.zeros(4)])
@@ -206,7 +206,7 @@ def check_picture_values(values: Sequence[Any] | np.ndarray) -> list[str | None]
 
 
 def _reasons(
-    values: Sequence[Any] | np.ndarray, problems: Callable[[Sequence[Path]], list[str]]
+    values: Sequence[object] | np.ndarray, problems: Callable[[Sequence[Path]], list[str]]
 ) -> list[str | None]:
     """For each value why it is no picture; ``problems`` says it of files that are there, "" of good ones."""
     if isinstance(values, np.ndarray) and values.ndim > 1:

@@ -252,7 +252,7 @@ def _columns(samples: _Samples) -> tuple[dict[str, dict[int, Any]], dict[str, st
     return columns, places
 
 
-def _column(values: Mapping[int, Any], n: int) -> tuple[Column, Reasons | None]:
+def _column(values: Mapping[int, object], n: int) -> tuple[Column, Reasons | None]:
     column = [values.get(i) for i in range(n)]
     if any(isinstance(value, np.ndarray) for value in column):
         return stack_vectors([value if isinstance(value, np.ndarray) else None for value in column])

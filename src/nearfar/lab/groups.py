@@ -73,7 +73,8 @@ def find_runs(paths: Sequence[Path]) -> list[RunFolder]:
             # A run's own folder may hold other config.yaml files, such as those of a logger.
             runs = [run for run in runs if not any(other in run.parents for other in runs)]
         if not runs:
-            raise NearfarError(f"{path}: neither a run nor a folder of runs (no config.yaml in it).")
+            hint = "" if path.is_dir() else "; a file that ranks documents is compared with --qrels FILE"
+            raise NearfarError(f"{path}: neither a run nor a folder of runs (no config.yaml in it){hint}.")
         folders += [RunFolder(run) for run in runs]
     unfinished = [str(folder) for folder in folders if not folder.finished]
     if unfinished:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-__all__ = ["count_exactly", "count_rows", "hide", "pair_products", "sum_resamples", "turn"]
+__all__ = ["count_exactly", "count_rows", "hide", "order_rows", "pair_products", "sum_resamples", "turn"]
 
 # Up to so many thresholds a row is compared with one after the other, sixteen scores at a time; beyond, every score
 # is looked up in a table of the thresholds.
@@ -125,18 +125,40 @@ def count_rows(
 
 @njit(cache=True, nogil=True)
 def count_exactly(score: Any, row: int, starts: Any, best: Any, width: Any, above: Any, level: Any) -> None:
-    """Add the scores above and level with each threshold, from scores in float64."""
+    """Add the scores above and level with each threshold, from scores in float64; a row has one width."""
     for i in range(score.shape[0]):
-        for g in range(starts[row + i], starts[row + i + 1]):
-            more, same = 0, 0
-            for j in range(score.shape[1]):
-                excess = score[i, j] - best[g]
-                if excess > width[g]:
-                    more += 1
-                elif excess >= -width[g]:
-                    same += 1
-            above[g] += more
-            level[g] += same
+        start, stop = starts[row + i], starts[row + i + 1]
+        number = stop - start
+        passed = np.zeros(number + 1, dtype=np.int64)
+        for j in range(score.shape[1]):
+            s = score[i, j]
+            left, right = 0, number
+            while left < right:  # how many thresholds, counted from the lowest, the score is above
+                middle = (left + right) >> 1
+                g = stop - 1 - middle
+                if s - best[g] > width[g]:
+                    left = middle + 1
+                else:
+                    right = middle
+            passed[left] += 1
+            while left < number and s - best[stop - 1 - left] >= -width[stop - 1 - left]:
+                level[stop - 1 - left] += 1
+                left += 1
+        total = 0
+        for q in range(number, 0, -1):
+            total += passed[q]
+            above[stop - q] += total
+
+
+@njit(cache=True, nogil=True)
+def order_rows(starts: Any, scores: Any, order: Any) -> None:
+    """The places of the scores of each row, from the highest down."""
+    for i in range(starts.shape[0] - 1):
+        start, stop = starts[i], starts[i + 1]
+        if stop - start == 1:
+            order[start] = start
+        elif stop > start:
+            order[start:stop] = start + np.argsort(-scores[start:stop], kind="mergesort")
 
 
 @njit(cache=True, nogil=True, fastmath={"reassoc", "nsz", "contract"})

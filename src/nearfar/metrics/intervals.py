@@ -162,11 +162,12 @@ def score_interval(mean: float, width: float) -> tuple[float, float]:
     )
 
 
-def score_variance(values: NDArray[np.float64], differing: int | None = None) -> float:
+def score_variance(values: NDArray[np.float64], differing: int | None = None, graded: bool = False) -> float:
     """The variance of scores in [0, 1] as a share of m (1 − m), which hits and misses have; 0 < result ≤ 1.
 
     The fewer scores differ from the most common one (``differing``; counted, unless it is given), the nearer the
-    result is to 1.
+    result is to 1. ``graded``: scores that sum over several keys, such as nDCG, have no tail of rare hits; what few
+    items do not show lies then between hits and what they show (the geometric mean).
 
     >>> score_variance(np.array([0.0, 1.0, 1.0])), score_variance(np.full(12, 0.25))
     (1.0, 1.0)
@@ -178,7 +179,8 @@ def score_variance(values: NDArray[np.float64], differing: int | None = None) ->
     own = min(float(values.var()) / most, 1.0) if most > 0.0 else 1.0
     if differing is None:
         differing = count_differing(values)
-    return (differing * own + _UNSEEN) / (differing + _UNSEEN)
+    unseen = math.sqrt(own) if graded and differing else 1.0
+    return (differing * own + _UNSEEN * unseen) / (differing + _UNSEEN)
 
 
 def count_differing(values: NDArray[np.float64]) -> int:
@@ -292,35 +294,46 @@ def mean_interval(
 
 
 def mean_intervals(
-    columns: Sequence[NDArray[np.float64]], confidence: float = 0.95, *, resamples: int = 1000, seed: int = 0
+    columns: Sequence[NDArray[np.float64]],
+    confidence: float = 0.95,
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
+    graded: Sequence[bool] | None = None,
 ) -> list[tuple[float, float, str]]:
     """``mean_interval`` of several scores of the same items, all from the same resampled items.
+
+    ``graded`` says of each whether it sums over several keys (``score_variance``).
 
     >>> x = np.linspace(0, 1, 200)
     >>> np.allclose(mean_intervals([x, x**2])[1][:2], mean_interval(x**2)[:2])
     True
     """
     columns = [checked_scores("values", values).ravel() for values in columns]
-    intervals = [_score_interval(values, confidence, resamples) for values in columns]
+    kinds = [False] * len(columns) if graded is None else graded
+    intervals = [
+        _score_interval(values, confidence, resamples, kind)
+        for values, kind in zip(columns, kinds, strict=True)
+    ]
     drawn = [i for i, interval in enumerate(intervals) if interval[2] == _DRAWN]
     # Few distinct scores are resampled by their counts, which is faster.
-    graded = [i for i in drawn if len(np.unique(columns[i])) > _DISTINCT]
-    if len(graded) > 1:
-        means = _resampled_columns(np.stack([columns[i] for i in graded], axis=1), resamples, seed)
-        for i, of_column in zip(graded, means.T, strict=True):
+    many = [i for i in drawn if len(np.unique(columns[i])) > _DISTINCT]
+    if len(many) > 1:
+        means = _resampled_columns(np.stack([columns[i] for i in many], axis=1), resamples, seed)
+        for i, of_column in zip(many, means.T, strict=True):
             x = columns[i]
             levels = bootstrap_levels(of_column, float(x.mean()), x - x.mean(), confidence)
             low, high = np.quantile(of_column, levels)
             intervals[i] = float(low), float(high), _DRAWN
     for i in drawn:
-        if i not in graded or len(graded) == 1:
+        if i not in many or len(many) == 1:
             low, high = bootstrap_mean(columns[i], confidence, resamples=resamples, seed=seed)
             intervals[i] = low, high, _DRAWN
     return intervals
 
 
 def _score_interval(
-    values: NDArray[np.float64], confidence: float, resamples: int
+    values: NDArray[np.float64], confidence: float, resamples: int, graded: bool = False
 ) -> tuple[float, float, str]:
     """The interval of ``mean_interval`` but for resampling, of which it says that it is due."""
     mean, n = float(values.mean()), values.size
@@ -331,7 +344,7 @@ def _score_interval(
         return 0.0, 1.0, _DRAWN
     if n == 1:
         return 0.0, 1.0, "none: one item"
-    width = t_quantile(0.5 + confidence / 2, n - 1) ** 2 * score_variance(values) / n
+    width = t_quantile(0.5 + confidence / 2, n - 1) ** 2 * score_variance(values, graded=graded) / n
     ends = score_interval(min(max(mean, 0.0), 1.0), width)
     return (*ends, "Wilson, effective n")
 

@@ -10,6 +10,7 @@ blocks, one direction after the other. Products are taken where the embeddings a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ __all__ = ["place_relevant"]
 #: relevant pairs that are worked on together: some 200 MB
 PAIRS = 1 << 22
 # Undecided scores that are collected before they are scored again.
-_NEAR = 1 << 16
+_NEAR = 1 << 17
 # Numbers of a side that are kept scaled in float32, instead of being scaled for each tile: 64 MB.
 _KEPT = 1 << 24
 
@@ -147,12 +148,21 @@ class _Direction:
         own: tuple[Tensor, Tensor],
     ) -> None:
         self.side, self.others, self.part = side, others, part
-        row, n = rows.numpy() - part.start, part.stop - part.start
+        from nearfar.metrics._place_kernels import order_rows
+
+        row, column, n = rows.numpy() - part.start, columns.numpy(), part.stop - part.start
+        place = row * len(others) + column
+        if (np.diff(place) < 0).any():  # from the other side's list
+            by_row = np.argsort(place, kind="stable")
+            row, column, scores = row[by_row], column[by_row], scores[by_row]
+            grades = None if grades is None else grades[torch.from_numpy(by_row)]
+        starts = _starts(row, n)
         # float64 scores of one item rise by more than this where they differ
         tie = tie_width(side) * side.length[part].cpu().numpy()
         graded = None if grades is None else grades.numpy()
-        order = np.lexsort((-scores, row))
-        row, scores = row[order], scores[order]
+        order = np.empty_like(row)
+        order_rows(starts, scores, order)
+        scores = scores[order]
         begins = np.ones(len(row), dtype=bool)
         begins[1:] = (row[1:] != row[:-1]) | (scores[:-1] - scores[1:] > tie[row[1:]])
         tied = np.cumsum(begins) - 1
@@ -170,16 +180,15 @@ class _Direction:
         self.above, self.level = np.zeros_like(self.row), np.zeros_like(self.row)
         self.near, self.used = np.empty((_NEAR, 2), dtype=np.int64), 0
         mine = (own[0] >= part.start) & (own[0] < part.stop)
-        struck = np.concatenate([rows.numpy() - part.start, own[0][mine].numpy() - part.start])
-        column = np.concatenate([columns.numpy(), own[1][mine].numpy()])
-        order = np.lexsort((column, struck))
-        self.struck = _starts(struck, n), column[order]
+        struck, itself = own[0][mine].numpy() - part.start, own[1][mine].numpy()
+        by_row = np.lexsort((itself, struck))
+        self.struck = (starts, column), (_starts(struck, n), itself[by_row])
 
     def count(self, score: NDArray[np.float32], row: int, column: int, exact: Callable[[], Tensor]) -> None:
         """Add a tile whose rows are this side's, counted from ``row`` of the block; ``exact`` gives it in float64."""
-        from nearfar.metrics._place_kernels import count_exactly, count_rows, hide
+        from nearfar.metrics._place_kernels import count_exactly, count_rows
 
-        most = max(score.size // 64, 64)
+        most = max(score.size // 8, 64)
         if self.used + most > _NEAR:
             self.settle()
         if most <= _NEAR:
@@ -191,8 +200,16 @@ class _Direction:
                 return
         # So many undecided scores are there only near collapse, where a whole product is cheaper than its entries.
         scores = np.ascontiguousarray(exact().cpu().numpy())
-        hide(scores, row, column, *self.struck)
+        self.hide(scores, row, column)
         count_exactly(scores, row, self.starts, self.best, self.width, self.above, self.level)
+
+    def hide(self, score: NDArray[Any], row: int, column: int) -> None:
+        """Strike out of a tile what is no irrelevant candidate: relevant items, and a query itself."""
+        from nearfar.metrics._place_kernels import hide
+
+        for starts, columns in self.struck:
+            if len(columns):
+                hide(score, row, column, starts, columns)
 
     def settle(self) -> None:
         """Decide the listed scores in float64."""
@@ -222,7 +239,7 @@ class _Direction:
 
 def _count(first: Side, second: Side, sides: list[_Direction], tile: tuple[int, int]) -> None:
     """All tiles of one product, for the rows' side and, if there is one, the columns'."""
-    from nearfar.metrics._place_kernels import hide, turn
+    from nearfar.metrics._place_kernels import turn
 
     part, device = sides[0].part, first.rows.device
     buffer = torch.empty(tile[0] * tile[1], dtype=torch.float32, device=device)
@@ -244,7 +261,7 @@ def _count(first: Side, second: Side, sides: list[_Direction], tile: tuple[int, 
             out = buffer[: height * breadth].view(height, breadth)
             torch.mm(lines, right, out=out)
             score = out.cpu().numpy()
-            hide(score, place, left, *sides[0].struck)
+            sides[0].hide(score, place, left)
 
             def exact(rows: slice = rows, columns: slice = columns) -> Tensor:
                 return first.tile(rows, torch.float64) @ second.tile(columns, torch.float64).T

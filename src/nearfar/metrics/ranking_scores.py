@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from heapq import nlargest
 from typing import Any
 
 import numpy as np
@@ -207,7 +208,7 @@ def _sentences(lists: RankedLists, judged: RankedLists, documents: object, depth
     first = known = listed = equal = 0
     for q, grades in judged.items():
         own = lists.lists.get(q, {})
-        top = sorted(own, key=own.__getitem__, reverse=True)[:depth]
+        top = nlargest(depth, own, key=own.__getitem__)
         first += len(top)
         known += sum(d in grades for d in top)
         listed += sum(d in own for d in relevant[q])

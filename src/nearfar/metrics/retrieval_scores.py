@@ -35,6 +35,8 @@ from nearfar.metrics.retrieval_inputs import (
 __all__ = ["RetrievalScores", "count_places", "median_estimate", "score_of_places", "score_retrieval"]
 
 TIES = ("expected", "optimistic", "pessimistic")
+#: metrics that sum over the relevant keys of a query
+_OF_SEVERAL = ("nDCG", "MAP", "recall", "precision", "R-precision")
 GAINS = ("linear", "exponential")
 Floats = NDArray[np.float64]
 
@@ -144,7 +146,9 @@ class RetrievalScores(Mapping[str, Float64[ndarray, " n"]]):
             for name, scores in self.scores.items()
             if name != "median_rank"
         }
-        intervals = mean_intervals(list(scaled.values()), confidence, resamples=bootstrap, seed=seed)
+        graded = [name.split("@")[0] in _OF_SEVERAL for name in scaled]
+        columns = list(scaled.values())
+        intervals = mean_intervals(columns, confidence, resamples=bootstrap, seed=seed, graded=graded)
         ends = dict(zip(scaled, intervals, strict=True))
         estimates = {}
         for name, scores in self.scores.items():
@@ -155,7 +159,7 @@ class RetrievalScores(Mapping[str, Float64[ndarray, " n"]]):
             bound, (low, high, method) = bounds[name], ends[name]
             low, high = (bound.low + end * (bound.high - bound.low) for end in (low, high))
             drawn = {"resamples": bootstrap, "seed": seed} if method.startswith("bootstrap") else {}
-            graded = {"gain": gain} if gain is not None and name.startswith("nDCG") else {}
+            gained = {"gain": gain} if gain is not None and name.startswith("nDCG") else {}
             estimates[name] = Estimate(
                 float(scores.mean()),
                 low,
@@ -164,7 +168,7 @@ class RetrievalScores(Mapping[str, Float64[ndarray, " n"]]):
                 len(scores),
                 bound.trivial,
                 name,
-                {**shared, **graded, "interval": method, **drawn},
+                {**shared, **gained, "interval": method, **drawn},
                 unit="rank" if name == "mean_rank" else "",
             )
         return estimates

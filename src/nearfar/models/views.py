@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, cast
+from typing import ClassVar, Literal, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -198,7 +198,7 @@ class ViewModel(nn.Module):
         self.register_load_state_dict_pre_hook(_own_parts)
 
     def encode(
-        self, view: str, field: Any, present: Bool[Tensor, " b"] | None = None
+        self, view: str, field: object, present: Bool[Tensor, " b"] | None = None
     ) -> Float[Tensor, "b d"]:
         """The embeddings of a batch's field; rows that lack this view (``present`` false) are 0."""
         name = module_name(view)

@@ -99,7 +99,7 @@ def _any_pair(codes: Tensor) -> bool:
 
 
 def _share(
-    right: Bool[np.ndarray, " n"], metric: str, chance: float, split: str, about: Mapping[str, Any]
+    right: Bool[np.ndarray, " n"], metric: str, chance: float, split: str, about: Mapping[str, object]
 ) -> Estimate:
     """An accuracy; chance is that of always guessing the commonest class of training."""
     value = right.astype(np.float64)

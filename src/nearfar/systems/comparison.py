@@ -192,7 +192,7 @@ class ViewComparison:
         return partners if max(partners, default=-1) >= 0 else None
 
     @staticmethod
-    def _numbers(values: Sequence[Any]) -> Int[np.ndarray, " n"]:
+    def _numbers(values: Sequence[object]) -> Int[np.ndarray, " n"]:
         """Equal numbers for equal values, −1 for a missing one."""
         seen: dict[Any, int] = {}
         return np.array([-1 if value is None else seen.setdefault(value, len(seen)) for value in values])

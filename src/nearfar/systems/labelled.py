@@ -203,7 +203,7 @@ class LabelledSystem(ViewSystem):
         head = build_head(self._head_kind(), width, dim, hidden=config.hidden, dropout=config.dropout)
         return nn.Sequential(nn.Dropout(config.dropout), head) if config.dropout else head
 
-    def judged_rows(self, model: ViewModel, field: Any) -> Float[Tensor, "b d"]:
+    def judged_rows(self, model: ViewModel, field: object) -> Float[Tensor, "b d"]:
         """What is judged of a batch: embeddings, or what the tower gives."""
         if self.config.judged == "features":
             rows: Tensor = model.tower(self.view)(field)
@@ -419,7 +419,7 @@ class LabelledSystem(ViewSystem):
         self._names, self._known = ClassNames.load(folder), KnownClasses.load(folder)
         self.view, self.label, self.several = self._names.view, self._names.label, self._names.several
 
-    def embed_view(self, model: ViewModel, view: str, field: Any) -> Float[Tensor, "b d"]:
+    def embed_view(self, model: ViewModel, view: str, field: object) -> Float[Tensor, "b d"]:
         """What is judged: the embedding, or with ``judged=features`` what the tower gives beneath the head."""
         return self.judged_rows(model, field)
 

@@ -58,23 +58,23 @@ class Tower(ABC):
     def options(self) -> dict[str, Any]:
         """The keyword arguments that build this tower again."""
 
-    def check(self, values: Sequence[Any] | np.ndarray) -> list[str | None]:
+    def check(self, values: Sequence[object] | np.ndarray) -> list[str | None]:
         """For each value why it cannot be read, such as an empty text; None where it can. No value here is missing."""
         return [None] * len(values)
 
-    def fit(self, values: Sequence[Any] | np.ndarray) -> Tower:
+    def fit(self, values: Sequence[object] | np.ndarray) -> Tower:
         """Learn from the training values, without labels; nothing to do for a pretrained network."""
         return self
 
     @abstractmethod
-    def read(self, values: Sequence[Any] | np.ndarray) -> Inputs:
+    def read(self, values: Sequence[object] | np.ndarray) -> Inputs:
         """Values as arrays; features of a frozen network come from the cache where it has them."""
 
     @abstractmethod
     def build(self) -> nn.Module:
         """A new module over a batch of what ``read`` gives; draws from PyTorch's generator."""
 
-    def reference(self, values: Sequence[Any] | np.ndarray) -> Float[np.ndarray, "n d"] | None:
+    def reference(self, values: Sequence[object] | np.ndarray) -> Float[np.ndarray, "n d"] | None:
         """Vectors in which similar values are near before any training: what neighbours and likely false negatives are
         found by. None where this tower has none."""
         return None
@@ -84,7 +84,7 @@ class Tower(ABC):
         """Whether ``read`` gives just the rows of ``reference``, so that these need no pass of their own."""
         return False
 
-    def keys(self, values: Sequence[Any] | np.ndarray) -> Sequence[Any]:
+    def keys(self, values: Sequence[object] | np.ndarray) -> Sequence[Any]:
         """For each value what is equal where two values are the same for this tower.
 
         Such items are no negatives of each other.

@@ -119,7 +119,7 @@ def build_tower(kind: str, name: str = "tower", /, **options: object) -> Tower:
         raise NearfarError(f"{name}: {error}") from None
 
 
-def encoder_options(group: Mapping[str, Any]) -> dict[str, Any]:
+def encoder_options(group: Mapping[str, object]) -> dict[str, Any]:
     """The options of a tower from a group ``text_encoder=`` or ``image_encoder=``.
 
     There the encoder is called ``kind``, a hub model of pictures ``name``, and a transformer that is trained on
@@ -182,7 +182,7 @@ def load_towers(folder: Path) -> dict[str, Tower]:
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
-def guess_tower(values: Sequence[Any] | np.ndarray) -> str:
+def guess_tower(values: Sequence[object] | np.ndarray) -> str:
     """The kind of tower that a column's values call for: numbers, names of picture files, or else texts.
 
     >>> guess_tower(np.zeros((3, 2))), guess_tower(["1.5", "2"]), guess_tower(["a/b.png", None]), guess_tower(["word"])

@@ -125,7 +125,7 @@ class MoleculeTower(Tower):
             parts.append(f"fingerprint ({' + '.join(spec.kinds)}, {spec.dim} numbers)")
         return " and ".join(parts)
 
-    def check(self, values: Sequence[Any] | np.ndarray) -> list[str | None]:
+    def check(self, values: Sequence[object] | np.ndarray) -> list[str | None]:
         """Values that are empty, or no molecule that RDKit reads."""
         _require("rdkit")
         texts = [str(value) for value in values]
@@ -134,7 +134,7 @@ class MoleculeTower(Tower):
             for text, each in zip(texts, examine_structures(texts), strict=True)
         ]
 
-    def read(self, values: Sequence[Any] | np.ndarray) -> Molecules:
+    def read(self, values: Sequence[object] | np.ndarray) -> Molecules:
         """Graphs, fingerprints or both; a value that is no molecule is an error that names it."""
         _require("rdkit")
         spec = None if self.encoder == "graph" else self.fingerprint
@@ -167,7 +167,7 @@ class MoleculeTower(Tower):
             )
         spec = self.fingerprint
 
-        def tensors(values: Sequence[Any] | np.ndarray) -> dict[str, np.ndarray]:
+        def tensors(values: Sequence[object] | np.ndarray) -> dict[str, np.ndarray]:
             counts = compute_fingerprints([str(value) for value in values], spec)
             return {"fingerprint": counts.astype(np.float32)}
 
@@ -182,7 +182,7 @@ class MoleculeTower(Tower):
             {"kind": self.kind, **spec.describe()},
         )
 
-    def keys(self, values: Sequence[Any] | np.ndarray) -> list[str]:
+    def keys(self, values: Sequence[object] | np.ndarray) -> list[str]:
         """Canonical SMILES, whose letter case means something."""
         _require("rdkit")
         texts = [str(value) for value in values]
@@ -193,7 +193,7 @@ class MoleculeTower(Tower):
         atoms, bonds = self._options["mask_atoms"], self._options["mask_bonds"]
         return MoleculeMasking(view, atoms, bonds) if atoms or bonds else None
 
-    def reference(self, values: Sequence[Any] | np.ndarray) -> Float[np.ndarray, "n d"]:
+    def reference(self, values: Sequence[object] | np.ndarray) -> Float[np.ndarray, "n d"]:
         """Fingerprints through sign(x) · log(1 + |x|), as the network reads them."""
         _require("rdkit")
         counts = compute_fingerprints([str(value) for value in values], self.fingerprint)

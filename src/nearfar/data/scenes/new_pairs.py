@@ -249,7 +249,7 @@ def _of_json(path: Path, source: NewData, min_score: float, rejections: Rejectio
     )
 
 
-def _is_vrd(content: Mapping[str, Any]) -> bool:
+def _is_vrd(content: Mapping[str, object]) -> bool:
     rows = next((rows for rows in content.values() if isinstance(rows, list) and rows), None)
     return rows is not None and isinstance(rows[0], dict) and "predicate" in rows[0]
 
@@ -262,7 +262,7 @@ def _named(triples: Iterator[Triple]) -> Iterator[_Picture]:
     return iter(pictures.values())
 
 
-def _of_coco(path: Path, content: Mapping[str, Any], rejections: Rejections) -> list[_Picture]:
+def _of_coco(path: Path, content: Mapping[str, object], rejections: Rejections) -> list[_Picture]:
     pictures = _coco_pictures(content, rejections)
     if not pictures:
         raise NearfarError(f"{path} lists no pictures: its 'images' are empty, or without id and file_name.")
@@ -281,12 +281,12 @@ def _of_coco(path: Path, content: Mapping[str, Any], rejections: Rejections) -> 
     return list(pictures.values())
 
 
-def _rows(content: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
+def _rows(content: Mapping[str, object], name: str) -> list[dict[str, Any]]:
     rows = content.get(name)
     return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
 
 
-def _coco_pictures(content: Mapping[str, Any], rejections: Rejections) -> dict[str, _Picture]:
+def _coco_pictures(content: Mapping[str, object], rejections: Rejections) -> dict[str, _Picture]:
     pictures: dict[str, _Picture] = {}
     for number, row in enumerate(_rows(content, "images"), 1):
         key, name = row_key(row.get("id")), row.get("file_name")
@@ -301,7 +301,7 @@ def _coco_pictures(content: Mapping[str, Any], rejections: Rejections) -> dict[s
     return pictures
 
 
-def _coco_names(content: Mapping[str, Any]) -> dict[str, str]:
+def _coco_names(content: Mapping[str, object]) -> dict[str, str]:
     names = {}
     for row in _rows(content, "categories"):
         key = row_key(row.get("id"))
@@ -310,12 +310,12 @@ def _coco_names(content: Mapping[str, Any]) -> dict[str, str]:
     return names
 
 
-def _is_crowd(row: Mapping[str, Any]) -> bool:
+def _is_crowd(row: Mapping[str, object]) -> bool:
     return row.get("iscrowd") in (1, "1", True)
 
 
 def _add_box(
-    picture: _Picture | None, name: str | None, row: Mapping[str, Any], number: int, rejections: Rejections
+    picture: _Picture | None, name: str | None, row: Mapping[str, object], number: int, rejections: Rejections
 ) -> None:
     shown = row.get("bbox")
     if picture is None:

@@ -31,7 +31,7 @@ class AnnDataWriter:
     everything is in memory, four bytes for every spot and gene.
     """
 
-    def __init__(self, output: Path, genes: Sequence[str], about: Mapping[str, Any]) -> None:
+    def __init__(self, output: Path, genes: Sequence[str], about: Mapping[str, object]) -> None:
         try:
             import anndata  # noqa: F401
         except ImportError as error:
@@ -44,7 +44,7 @@ class AnnDataWriter:
         self.embedded: list[np.ndarray] = []
 
     def write(
-        self, items: Items, columns: Mapping[str, Sequence[Any]], outputs: Mapping[str, Tensor]
+        self, items: Items, columns: Mapping[str, Sequence[object]], outputs: Mapping[str, Tensor]
     ) -> None:
         """The predictions of a chunk: a column for each gene."""
         self.predicted.append(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from torch import nn
 
@@ -34,7 +34,7 @@ class PictureSystem(System[Batch, M]):
         """Pictures of a folder, a list or a COCO file, see `read_pictures`."""
         return read_pictures(source)
 
-    def items_of(self, values: Sequence[Any]) -> Items:
+    def items_of(self, values: Sequence[object]) -> Items:
         """Pictures, by their paths or as arrays (height, width, 3) of uint8."""
         return pictures_of(values)
 

@@ -16,7 +16,7 @@ from nearfar.towers.vector import VectorTower
 __all__ = ["Guides", "column_margins", "guide_columns"]
 
 
-def guide_columns(guide: Mapping[str, Any]) -> list[str]:
+def guide_columns(guide: Mapping[str, object]) -> list[str]:
     """The columns that hold vectors of a guide; views with the options of a tower have none."""
     return [str(given) for given in guide.values() if not isinstance(given, Mapping)]
 
@@ -25,7 +25,7 @@ class Guides:
     """The guide of each view: a column of its vectors, or a tower, fitted on the training values of all views that
     name the same one."""
 
-    def __init__(self, guide: Mapping[str, Any], train: Items) -> None:
+    def __init__(self, guide: Mapping[str, object], train: Items) -> None:
         self.train = train
         self.columns = {view: str(given) for view, given in guide.items() if not isinstance(given, Mapping)}
         self.towers: dict[str, Tower] = {}
