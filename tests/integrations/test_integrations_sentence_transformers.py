@@ -21,6 +21,8 @@ pytest.importorskip("sentence_transformers")
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import losses as theirs
 
+import losses_of_others
+from nearfar import verify
 from nearfar.cli import app
 from nearfar.errors import NearfarError
 from nearfar.integrations import sentence_transformers as ours
@@ -408,3 +410,15 @@ def test_the_evaluator_agrees_with_theirs(model: SentenceTransformer) -> None:
     assert values["held_out_R@5"] == pytest.approx(expected["cosine_accuracy@5"], abs=1e-6)
     assert evaluator.scores is not None
     assert evaluator.scores.per_item["MRR"].shape == (40,)
+
+
+@pytest.mark.slow
+def test_gathered_rows_of_two_processes_have_the_gradient_of_one() -> None:
+    verdict = verify.loss(losses_of_others.sentence_pairs)
+    assert verdict.passed, str(verdict)
+    assert verdict.values == pytest.approx([verdict.value] * 2)
+
+
+def test_gathering_does_not_go_with_masks_of_texts() -> None:
+    with pytest.raises(NearfarError, match="compared within a process"):
+        ours.InfoNCELoss(nn.Identity(), gather_across_devices=True, mask_duplicates=True)

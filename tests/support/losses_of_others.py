@@ -71,3 +71,11 @@ def open_clip_sigmoid(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
 
 def open_clip_of_one(a: Tensor, b: Tensor) -> Tensor:
     return open_clip.ClipLoss()(a, b, 1.0)
+
+
+def sentence_pairs(a: Tensor, b: Tensor) -> Tensor:
+    """Embeddings in place of a model: the second column is the positive, the third a negative."""
+    from nearfar.integrations.sentence_transformers import InfoNCELoss as SentenceLoss
+
+    loss = SentenceLoss(torch.nn.Identity(), 0.1, gather_across_devices=True)
+    return loss.compute_loss_from_embeddings([a, b, b.flip(0) + 0.5])

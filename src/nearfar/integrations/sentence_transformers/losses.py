@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from nearfar import losses as nearfar_losses
 from nearfar.errors import NearfarError
 from nearfar.losses import DuplicateMask
+from nearfar.training.gather import gather, world_size
 from nearfar.training.grad_cache import cached_embeddings
 
 __all__ = ["InfoNCELoss", "SigLipLoss", "SupConLoss", "text_ids"]
@@ -86,6 +87,8 @@ class InfoNCELoss(_SentenceLoss):
         normalize: cosines; False: dot products.
         mini_batch_size: rows that are encoded at a time (GradCache, Gao et al. 2021); None: all at once. The loss is
             of the whole batch in either case.
+        gather_across_devices: of several processes, contrast each row with those of all; gradients are then those of
+            one process with the whole batch. False, as in the library: each process contrasts its own rows.
 
     Columns after the second are negatives, of which every one is a candidate of every anchor. With ``symmetric=False``
     and without masks the value is that of ``MultipleNegativesRankingLoss(model, scale=1 / temperature)``, with
@@ -107,10 +110,17 @@ class InfoNCELoss(_SentenceLoss):
         learn_temperature: bool = False,
         normalize: bool = True,
         mini_batch_size: int | None = None,
+        gather_across_devices: bool = False,
     ) -> None:
+        if gather_across_devices and mask_duplicates:
+            raise NearfarError(
+                "gather_across_devices does not go with mask_duplicates: texts are compared within a process. Leave "
+                "one out; UniqueBatches keeps the same text out of a batch."
+            )
         inner = nearfar_losses.InfoNCELoss(temperature, symmetric=symmetric, normalize=normalize)
         super().__init__(model, inner, mini_batch_size)
         self.symmetric, self.mask_duplicates = symmetric, mask_duplicates
+        self.gather_across_devices = gather_across_devices
         self._temperature = float(temperature)
         self.log_scale = nn.Parameter(torch.tensor(-math.log(temperature))) if learn_temperature else None
 
@@ -131,6 +141,8 @@ class InfoNCELoss(_SentenceLoss):
     def compute_loss_from_embeddings(
         self, embeddings: Sequence[Tensor], labels: Tensor | None = None, ids: Sequence[Tensor] | None = None
     ) -> Tensor:
+        if self.gather_across_devices and world_size() > 1:
+            embeddings = [gather(each) for each in embeddings]
         anchors, positives, *negatives = embeddings
         scale = None if self.log_scale is None else self.log_scale.exp()
         mask: Any = None
@@ -157,6 +169,7 @@ class InfoNCELoss(_SentenceLoss):
             "mask_duplicates": self.mask_duplicates,
             "learn_temperature": self.log_scale is not None,
             "normalize": self.loss.normalize,
+            "gather_across_devices": self.gather_across_devices,
             **super()._config(),
         }
 
