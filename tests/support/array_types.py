@@ -19,6 +19,8 @@ from beartype.vale import Is
 from jaxtyping import AbstractArray, Shaped, install_import_hook
 from torch import Tensor
 
+#: a file that has one of these names arrays in signatures: their library, or a name for arrays of a different module
+_NAMED_BY = ("from jaxtyping import", ": Embeddings,")
 NoArray = Annotated[object, Is[lambda value: not isinstance(value, (Tensor, np.ndarray))]]
 
 
@@ -33,7 +35,8 @@ def check_imports(*parts: str) -> None:
         start = root / part
         assert start.exists(), start
         for path in [start] if start.is_file() else start.rglob("*.py"):
-            if "from jaxtyping import" in path.read_text(encoding="utf-8"):
+            text = path.read_text(encoding="utf-8")
+            if any(name in text for name in _NAMED_BY):
                 names.append(".".join(("nearfar", *path.relative_to(root).with_suffix("").parts)))
     assert names
     install_import_hook(names, "array_types.check_arrays")
