@@ -46,6 +46,7 @@ GIVES = {
     "postgres": "search in PostgreSQL with pgvector",
     "sentence-transformers": "losses, batches and a watched run in sentence-transformers",
     "transformers": "a watched run in the Trainer of transformers",
+    "mteb": "a run as a model of mteb",
     "loggers": "TensorBoard, MLflow and Weights & Biases, written and read",
     "docs": "the documentation as a site",
     "dev": "everything that the tests need",
