@@ -20,7 +20,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
-PACKAGES = ("losses", "functional", "batching", "metrics", "doctor", "towers", "serving")
+PACKAGES = ("losses", "functional", "batching", "metrics", "doctor", "towers", "serving", "mining")
 
 
 class QuietHandler(SimpleHTTPRequestHandler):

@@ -21,6 +21,7 @@ _FLOORS = (
     "lab",
     "losses",
     "metrics",
+    "mining",
     "models",
     "schedules",
     "serving",
