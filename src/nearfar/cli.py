@@ -320,9 +320,25 @@ def doctor(
         int | None,
         typer.Option("--batch", help="Explain this batch of the epoch, row by row; counted from 1."),
     ] = None,
-    rows: Annotated[int, typer.Option(help="With --batch: how many rows.")] = 8,
+    false_negatives: Annotated[
+        bool,
+        typer.Option(
+            "--false-negatives", help="Write the negatives that are most likely positives, to be marked."
+        ),
+    ] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="With --false-negatives: the table. Default: exclude.csv."),
+    ] = None,
+    rows: Annotated[
+        int | None,
+        typer.Option(help="Rows of --batch (8), or pairs of --false-negatives (100).", min=1),
+    ] = None,
     html: Annotated[
-        Path | None, typer.Option(help="With --batch: write its rows with texts and pictures to this page.")
+        Path | None,
+        typer.Option(
+            help="With --batch or --false-negatives: write them with texts and pictures to this page."
+        ),
     ] = None,
     batches: Annotated[int, typer.Option(help="With --what-if: how many batches.")] = 8,
     checkpoint: Annotated[str, typer.Option(help="With --what-if and --batch: last or best.")] = "last",
@@ -347,14 +363,26 @@ def doctor(
     diagnosis = examine(run, say, read_names(map_))
     if json_:
         console.print_json(data=diagnosis.to_dict())
-    elif not what_if and try_ is None and batch is None:
+    elif not what_if and try_ is None and batch is None and not false_negatives:
         print_diagnosis(diagnosis, run, console)
-    if html is not None and batch is None:
-        raise NearfarError("--html is the page of an explained batch: name one, --batch N.")
+    if html is not None and batch is None and not false_negatives:
+        raise NearfarError(
+            "--html is the page of an explained batch: name one, --batch N; or --false-negatives."
+        )
+    if html is not None and batch is not None and false_negatives:
+        raise NearfarError("--html is one page: ask for --batch and --false-negatives one after the other.")
+    if output is not None and not false_negatives:
+        raise NearfarError("--output is the table of --false-negatives; give that, too.")
+    if false_negatives:
+        from nearfar.lab.suspicious_negatives import suspicious_negatives
+
+        table = output or Path("exclude.csv")
+        for each in suspicious_negatives(run, table, rows=rows or 100, page=html, say=say)[:10]:
+            terminal.say(console, f"{each.score:+.3f}, own partner {each.positive_score:+.3f}: {each.text}")
     if batch is not None:
         from nearfar.lab.explain_run import explain_run
 
-        pairs = explain_run(run, batch, rows=rows, checkpoint=checkpoint, page=html, say=say)
+        pairs = explain_run(run, batch, rows=rows or 8, checkpoint=checkpoint, page=html, say=say)
         for pair, explained in pairs.items():
             terminal.say(console, pair, style="bold")
             terminal.say(console, str(explained))

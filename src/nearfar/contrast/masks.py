@@ -27,6 +27,7 @@ __all__ = [
     "DuplicateMask",
     "IndexMask",
     "Mask",
+    "PairMask",
     "SimilarityMask",
     "as_mask",
     "checked_mask",
@@ -224,6 +225,41 @@ class IndexMask:
         return _Joined(self, as_mask(other))
 
     __ror__ = __or__
+
+
+class PairMask:
+    """Leaves out pairs of items that are listed, wherever both are in the batch: false negatives that somebody marked.
+
+    ``items`` (n,) are numbers of the rows' items, ``others`` (n, k) the items that are no negatives of each row (-1:
+    none); a pair that one of its items lists is left out for both.
+
+    >>> mask = PairMask(torch.tensor([7, 8, 9]), torch.tensor([[9], [-1], [-1]]))
+    >>> mask.tile(slice(0, 3), slice(0, 3)).long()
+    tensor([[0, 0, 1],
+            [0, 0, 0],
+            [1, 0, 0]])
+    """
+
+    symmetric = True
+
+    def __init__(self, items: Int[Tensor, " n"], others: Int[Tensor, "n k"]) -> None:
+        if items.ndim != 1 or others.ndim != 2 or len(items) != len(others):
+            raise NearfarError(
+                f"items is {tuple(items.shape)} and others {tuple(others.shape)}; (n,) and (n, k) are expected"
+            )
+        self.shape = (len(items), len(items))
+        self._items, self._others = items, others
+
+    def tile(self, rows: slice, columns: slice) -> Bool[Tensor, "r c"]:
+        forth, back = self._lists(rows, columns), self._lists(columns, rows)
+        return forth | back.T
+
+    def _lists(self, rows: slice, columns: slice) -> Bool[Tensor, "r c"]:
+        items = self._items[columns]
+        listed = torch.zeros(len(self._others[rows]), len(items), dtype=torch.bool, device=items.device)
+        for column in self._others[rows].T:  # no (r, k, c): lists are short, and tiles are not
+            listed |= column[:, None] == items[None]
+        return listed
 
 
 class _TransposedMask:

@@ -26,7 +26,7 @@ from nearfar.training.checkpoint import Checkpoint, find_checkpoint
 from nearfar.training.run_folder import RunFolder
 from nearfar.training.state import initial_model, load_weights
 
-__all__ = ["explain_run"]
+__all__ = ["Shown", "explain_run", "run_of_views"]
 
 
 def explain_run(
@@ -54,19 +54,8 @@ def explain_run(
         NearfarError: a system whose loss is not between views, a number beyond the epoch, data that has changed.
     """
     path = find_checkpoint(run, prefer=checkpoint)
-    folder = RunFolder.of(path)
-    system: Any = build_system(folder.config(), saved=True)
-    if not isinstance(system, ViewSystem) or not isinstance(system.loss, ViewLoss):
-        raise NearfarError(
-            f"{folder}: batches of '{system.name}' are not explained; its loss is not one between views. In Python: "
-            "nearfar.losses.explain_batch takes any embeddings or similarities."
-        )
-    state = Checkpoint.load(path)
-    system.prepare(say)
-    if system.layout()["data_hash"] != state.data_hash:
-        raise NearfarError(
-            f"{folder}: its data has changed since it was trained; the batch would be a different one."
-        )
+    folder, state = RunFolder.of(path), Checkpoint.load(path)
+    system, model = run_of_views(path, say)
     sampler = system.build_sampler()
     # At the end of an epoch the state is that of the next, whose batches nobody has trained on yet.
     epoch = max(0, state.epoch - (state.batches == 0))
@@ -74,9 +63,6 @@ def explain_run(
     if not 1 <= batch <= len(sampler):
         raise NearfarError(f"batch {batch}: an epoch of this run has the batches 1 to {len(sampler)}.")
     positions = next(islice(iter(sampler), batch - 1, None))
-    model = initial_model(system, system.config.seed)
-    load_weights(model, state, system, str(path))
-    model.eval()
     dataset = system.datasets["train"]
     dataset.set_epoch(epoch)
     say(f"batch {batch} of epoch {epoch + 1}: {len(positions)} rows; weights of {path.name}, without dropout")
@@ -129,7 +115,7 @@ def explain_run(
         if page is not None:
             known = [positions[i] for i in at.tolist()]
             pairs.append(
-                _pair(pair, explained[pair], *(_Shown(system, view, known) for view in (first, second)))
+                _pair(pair, explained[pair], *(Shown(system, view, known) for view in (first, second)))
             )
     if not explained:
         raise NearfarError(f"{folder}: no two views are contrasted.")
@@ -141,7 +127,31 @@ def explain_run(
     return explained
 
 
-class _Shown:
+def run_of_views(path: Path, say: Callable[[str], None]) -> tuple[ViewSystem, Any]:
+    """The system of a checkpoint with its data, and its model in evaluation mode.
+
+    Raises:
+        NearfarError: a system whose loss is not between views, data that has changed.
+    """
+    folder = RunFolder.of(path)
+    system: Any = build_system(folder.config(), saved=True)
+    if not isinstance(system, ViewSystem) or not isinstance(system.loss, ViewLoss):
+        raise NearfarError(
+            f"{folder}: the loss of '{system.name}' is not one between views, so that its negatives are not listed. "
+            "In Python: nearfar.losses.explain_batch takes any embeddings or similarities."
+        )
+    state = Checkpoint.load(path)
+    system.prepare(say)
+    if system.layout()["data_hash"] != state.data_hash:
+        raise NearfarError(
+            f"{folder}: its data has changed since it was trained; the batch would be a different one."
+        )
+    model = initial_model(system, system.config.seed)
+    load_weights(model, state, system, str(path))
+    return system, model.eval()
+
+
+class Shown:
     """What rows of a batch show in one view: id, text, and the address of a picture that is part of the page."""
 
     def __init__(self, system: ViewSystem, view: str, positions: Sequence[int]) -> None:
@@ -165,7 +175,7 @@ class _Shown:
         return self._known[row]
 
 
-def _pair(name: str, explained: BatchExplanation, query: _Shown, key: _Shown) -> Json:
+def _pair(name: str, explained: BatchExplanation, query: Shown, key: Shown) -> Json:
     """What the page shows of two views."""
     rows = [
         {

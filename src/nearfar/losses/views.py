@@ -19,6 +19,7 @@ from nearfar.contrast import (
     Mask,
     NegativeWeights,
     NoPositivesWarning,
+    PairMask,
     SimilarityMask,
     join_masks,
 )
@@ -67,6 +68,9 @@ class ViewContext:
     relative to the own positive (`GuideMask`, with ``guide_margin``, ``guide_kind`` and ``guide_softness``;
     ``guide_margin`` None: none are), and which teach where a loss distils; ``negative_guides`` (b, k, g) are those of
     ``negatives``. ``margins``: of the negatives of a view (b, k) a teacher's score of the own value less theirs.
+
+    ``items`` are numbers of the rows' items, and ``excluded`` (b, k) those that are no negatives of each row (−1:
+    none), as somebody marked them (`PairMask`).
     """
 
     groups: Mapping[str, Int[Tensor, " b"]] = field(default_factory=dict)
@@ -82,12 +86,14 @@ class ViewContext:
     guide_softness: float = 0.0
     negative_guides: Mapping[str, Float[Tensor, "b k g"]] = field(default_factory=dict)
     margins: Mapping[str, Float[Tensor, "b k"]] = field(default_factory=dict)
+    items: Int[Tensor, " b"] | None = None
+    excluded: Int[Tensor, "b k"] | None = None
 
     def mask(self, first: str, second: str) -> Mask | None:
         """Pairs of rows that are no negatives between these views."""
         guide = self.guide(first, second)
         judged = [] if guide is None else [guide]
-        return join_masks([*self.same_content(first, second), *self._likely(), *judged])
+        return join_masks([*self.same_content(first, second), *self._likely(), *self.marked(), *judged])
 
     def guide(self, first: str, second: str) -> GuideMask | None:
         """Negatives between two views as the guide judges them; None where it does not."""
@@ -125,6 +131,12 @@ class ViewContext:
             return []
         return [SimilarityMask(self.reference, self.threshold)]
 
+    def marked(self) -> list[Mask]:
+        """Pairs that somebody marked as no negatives."""
+        if self.items is None or self.excluded is None:
+            return []
+        return [PairMask(self.items, self.excluded)]
+
     def beyond(self, first: str, second: str, memory: Memory) -> Mask | None:
         """Pairs (row of the batch, item of the memory) that are no negatives: the item itself from an earlier epoch,
         with ``mask_duplicates`` all that share a value with it, and likely false negatives."""
@@ -154,6 +166,8 @@ class ViewContext:
             self.guide_softness,
             {view: rows[at] for view, rows in self.negative_guides.items()},
             {view: rows[at] for view, rows in self.margins.items()},
+            None if self.items is None else self.items[at],
+            None if self.excluded is None else self.excluded[at],
         )
 
 

@@ -125,14 +125,24 @@ def read_marked(table: Mapping[str, Sequence[Any]]) -> FalseNegatives:
         raise NearfarError("the marked sample has no column 'false_negative'")
     marks = []
     for number, cell in enumerate(table["false_negative"], start=1):
-        word = "" if cell is None else str(cell).strip().casefold().removesuffix(".0")
-        if word in YES or word in NO:
-            marks.append(word in YES)
-        elif word and word != "nan":
-            raise NearfarError(
-                f"row {number} of the marked sample has {cell!r}; 1 or yes, 0 or no, or nothing is needed"
-            )
+        marked = is_marked(cell, f"row {number} of the marked sample")
+        if marked is not None:
+            marks.append(marked)
     share = _share(np.array(marks, dtype=bool), "by hand")
     if share is None:
         raise NearfarError("no row of the sample is marked: write 1 or 0 into the column false_negative")
     return share
+
+
+def is_marked(cell: object, where: str) -> bool | None:
+    """What a cell of the column ``false_negative`` says; None where it is empty.
+
+    >>> is_marked("yes", "row 1"), is_marked(0.0, "row 2"), is_marked("", "row 3")
+    (True, False, None)
+    """
+    word = "" if cell is None else str(cell).strip().casefold().removesuffix(".0")
+    if word in YES or word in NO:
+        return word in YES
+    if word and word != "nan":
+        raise NearfarError(f"{where} has {cell!r}; 1 or yes, 0 or no, or nothing is needed")
+    return None

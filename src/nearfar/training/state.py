@@ -129,6 +129,11 @@ def build_optimizer(
 
     ``batches``: those of a whole epoch. Of an epoch's optimiser steps the last may accumulate fewer of them.
     """
+    if not any(len(list(group["params"])) for group in groups):
+        raise NearfarError(
+            "nothing is trained: the encoders are frozen, and the model has no weights beside them. Take a head "
+            "(head=linear), an encoder that is trained (train=full), or a temperature that learns."
+        )
     # One pass over all weights instead of one per tensor and operation. Not in mixed precision, where gradients are
     # not clipped for an optimiser that could unscale them by itself.
     optimizer = torch.optim.AdamW(groups, lr=config.lr, fused=config.trainer.precision == "32-true")

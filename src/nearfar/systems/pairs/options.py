@@ -225,6 +225,12 @@ class PairOptions(ViewOptions):
         least=0,
         role="loss",
     )
+    exclude: str | int | None = path(
+        None,
+        "a table of pairs of training items that are no negatives of each other (columns query_id, negative_id, and "
+        "false_negative, in which they are marked), as nearfar doctor RUN --false-negatives writes it",
+        role="loss",
+    )
     distill: float = option(
         0.0,
         "weight of the KL from the guide's distribution over the batch to the model's, beside the contrastive loss",
@@ -307,6 +313,10 @@ class PairOptions(ViewOptions):
         if self.negatives and self.memory:
             raise NearfarError("negatives and memory cannot be combined; leave one of them out.")
 
+        if self.exclude is not None and self.memory:
+            raise NearfarError(
+                "exclude and memory: pairs are left out within a batch alone; leave one of them out."
+            )
         self._check_teachers()
 
     def _check_teachers(self) -> None:

@@ -24,6 +24,7 @@ from nearfar.losses.matryoshka import term_name
 from nearfar.losses.views import ViewContext, ViewLoss
 from nearfar.metrics import Estimate, rank_estimates, retrieval_ranks
 from nearfar.models.views import HeadKind, build_head
+from nearfar.systems.pairs.excluded import read_excluded
 from nearfar.systems.pairs.guides import Guides, column_margins, guide_columns
 from nearfar.systems.pairs.options import (
     InfoNCEOptions,
@@ -42,6 +43,8 @@ __all__ = ["PairSystem", "nearest_rows"]
 
 #: fields of a batch: vectors of a view by the guide, those of its further negatives, and a teacher's margins of these
 GUIDE, NEGATIVE_GUIDE, MARGIN = "guide:", "negative_guide:", "margin:"
+#: number of the item of each row, and numbers of the items that were marked as no negatives of it
+ITEM, EXCLUDED = "item", "excluded"
 #: columns that are no views unless they are named
 NO_VIEWS = ("id", "ids", "index", "label", "labels", "class", "split", "group")
 #: the group of options that holds the encoder of a kind of tower
@@ -180,6 +183,9 @@ class PairSystem(ViewSystem):
                         )
                     inputs[f"{NEGATIVES}{view}:{i}"] = self.towers[view].read(items[name])
             inputs |= self._judgements(items)
+            if self.config.exclude is not None:
+                excluded = read_excluded(Path(str(self.config.exclude)), items.ids, self._say)
+                inputs |= {ITEM: Rows(np.arange(len(items))), EXCLUDED: Rows(excluded)}
         return inputs
 
     def _judgements(self, train: Items) -> dict[str, Inputs]:
@@ -223,6 +229,8 @@ class PairSystem(ViewSystem):
             guide_softness=config.guide_softness,
             negative_guides=fields(NEGATIVE_GUIDE),
             margins=fields(MARGIN),
+            items=batch.tensor(ITEM) if ITEM in batch else None,
+            excluded=batch.tensor(EXCLUDED) if EXCLUDED in batch else None,
         )
 
     def reference_view(self) -> str | None:
