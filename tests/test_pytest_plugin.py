@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 pytest_plugins = ["pytester"]
-PLUGIN = ("-p", "nearfar.pytest_plugin", "-p", "no:cacheprovider")
+# by its name alone: where nearfar is installed, its entry point would register it a second time
+PLUGIN = ("--disable-plugin-autoload", "-p", "nearfar.pytest_plugin", "-p", "no:cacheprovider")
 LOSSES = """
 from nearfar.losses import InfoNCELoss
 

@@ -131,7 +131,9 @@ def test_planted_pairs_come_first_and_are_left_out_when_marked(
 @pytest.mark.slow
 def test_a_run_with_excluded_pairs_trains(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "own.csv").write_text("query_id,negative_id\ni0,i1\ni4,i5\ni0,nobody\n")
-    every = overrides(folder, f"exclude={tmp_path / 'own.csv'}", "name=excluded", "epochs=1", "trainer.log_every=1")
+    every = overrides(
+        folder, f"exclude={tmp_path / 'own.csv'}", "name=excluded", "epochs=1", "trainer.log_every=1"
+    )
     done = run_one(check_config(compose_config(every)), every, False, QUIET)
     assert done is not None
     log = [json.loads(line) for line in (done.path / "train_log.jsonl").read_text().splitlines()]

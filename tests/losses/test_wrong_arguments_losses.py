@@ -254,6 +254,13 @@ CALLS: dict[str, list[tuple[Callable[..., Any], dict[str, Any]]]] = {
             },
         ),
         (
+            losses.ViewLoss,
+            {
+                "tau_plus": 0.1, "beta": 0.5, "dims": [2, 4], "distill": 1.0, "teacher_temperature": 0.1,
+                "margin": 1.0, "margin_scale": 2.0,
+            },
+        ),
+        (
             module(losses.ViewLoss),
             {"views": PAIR, "context": losses.ViewContext(), "scale": 10.0, "bias": None, "memory": None},
         ),
@@ -266,6 +273,7 @@ CALLS: dict[str, list[tuple[Callable[..., Any], dict[str, Any]]]] = {
     ],
     "NegativeWeights": [(losses.NegativeWeights, {"matrix": torch.ones(6, 6), "back": torch.ones(6, 6)})],
     "IndexMask": [(losses.IndexMask, {"index": INDEX})],
+    "PairMask": [(losses.PairMask, {"items": torch.arange(6), "others": INDEX})],
     "duplicate_mask": [(losses.duplicate_mask, {"labels": LABELS})],
     "explain_batch": [
         (

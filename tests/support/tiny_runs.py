@@ -112,6 +112,7 @@ def train(system: str, folder: Path, *more: str, name: str = "run") -> Path:
             shared.mkdir(parents=True)
             _trained(system, shared, shared / "runs" / name, more)
             (shared / "finished").touch()
+    shutil.rmtree(place, ignore_errors=True)  # a second run of the same name takes the place of the first
     shutil.copytree(shared / "runs" / name, place)
     return place
 

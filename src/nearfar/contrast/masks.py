@@ -243,6 +243,10 @@ class PairMask:
     symmetric = True
 
     def __init__(self, items: Int[Tensor, " n"], others: Int[Tensor, "n k"]) -> None:
+        for name, given in (("items", items), ("others", others)):
+            if not isinstance(given, Tensor) or given.is_floating_point() or given.is_complex():
+                what = given.dtype if isinstance(given, Tensor) else f"a {type(given).__name__}"
+                raise NearfarError(f"{name} is {what}; a tensor of whole numbers of items is needed")
         if items.ndim != 1 or others.ndim != 2 or len(items) != len(others):
             raise NearfarError(
                 f"items is {tuple(items.shape)} and others {tuple(others.shape)}; (n,) and (n, k) are expected"

@@ -43,13 +43,21 @@ def gain_sentence(metrics: Mapping[str, Any]) -> str | None:
     if known is None:
         return None
     split, name, change = known
-    before, now = (
-        estimate_of(((metrics.get(where) or {}).get(split) or {}).get(name), name)["value"]
-        for where in ("before_training", "splits")
-    )
+    before, now = (_value(metrics, where, split, name) for where in ("before_training", "splits"))
+    if before is None or now is None:
+        return None
     value, low, high = (f"{float(change[key]):+.3f}" for key in ("value", "low", "high"))
     how = "paired difference" if change.get("paired", True) else "difference, not paired,"
     return (
         f"{metric_words(name)} on {split} was {short_number(before)} before training and is {short_number(now)}: "
         f"{how} {value} [{low}, {high}], {change.get('verdict')}"
     )
+
+
+def _value(metrics: Mapping[str, Any], where: str, split: str, name: str) -> float | None:
+    """An estimate's value; None where the file does not hold one, as of a metric that was not measured."""
+    estimates = metrics.get(where)
+    known = estimates.get(split) if isinstance(estimates, Mapping) else None
+    estimate = known.get(name) if isinstance(known, Mapping) else None
+    value = estimate_of(estimate, name).get("value") if isinstance(estimate, Mapping) else None
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None

@@ -291,7 +291,7 @@ class ViewLoss(nn.Module):
             self.distill = DistillationLoss(temperature, teacher_temperature, symmetric)
         if number("margin", margin, 0.0):
             weights["margin"] = margin
-            self.margin = MarginMSELoss(margin_scale)
+            self.margin = MarginMSELoss(number("margin_scale", margin_scale, above=0))
         #: the terms beside the contrastive one; None where there is none
         self.objective = Objective(weights) if len(weights) > 1 else None
         self._terms: dict[str, Tensor] = {}
