@@ -29,7 +29,11 @@ class _Side:
     values: list[Any]
 
 
-@mine_app.command()
+@mine_app.command(
+    epilog=terminal.example(
+        "nearfar mine vectors.parquet --queries question --corpus answer --data train.csv -o mined.csv"
+    )
+)
 def mine(
     source: Annotated[
         Path, typer.Argument(help="A run, or embeddings: the .parquet or .npz that nearfar embed writes.")
