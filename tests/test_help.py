@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -28,6 +29,12 @@ def verbs(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str,
 
 ROOT = get_command(app)
 VERBS = dict(verbs(ROOT))
+REPOSITORY = Path(__file__).resolve().parents[1]
+PAGES = [
+    REPOSITORY / "README.md",
+    *sorted((REPOSITORY / "docs").rglob("*.md")),
+    *(REPOSITORY / "skills").rglob("*.md"),
+]
 
 
 @pytest.mark.parametrize("path", VERBS, ids=lambda path: " ".join(("nearfar", *path)))
@@ -36,14 +43,38 @@ def test_help_ends_with_an_example(path: tuple[str, ...]) -> None:
     assert shown.exit_code == 0, shown.output
     last = shown.output.strip().splitlines()[-1].strip()
     assert last.startswith("Example: nearfar "), "give the command epilog=terminal.example(…)"
-    program, *words = shlex.split(last.removeprefix("Example: "))
-    assert program == "nearfar"
+    words = shlex.split(last.removeprefix("Example: nearfar "))
+    assert words[: len(path)] == list(path) or path == ("data", "read")  # `nearfar data key=value` reads
+    assert unknown(words) == []
+
+
+def unknown(words: list[str]) -> list[str]:
+    """Of the words after ``nearfar``, the verb or the options that do not exist."""
     command, taken = ROOT, 0
     while taken < len(words) and words[taken] in getattr(command, "commands", {}):
         command, taken = command.commands[words[taken]], taken + 1
-    assert words[: len(path)] == list(path) or path == ("data", "read")  # `nearfar data key=value` reads
-    options = {name for each in command.params for name in (*each.opts, *each.secondary_opts)}
-    assert {word for word in words[taken:] if word.startswith("-")} <= options
+    options = {name for each in command.params for name in (*each.opts, *each.secondary_opts)} | {"--help"}
+    if command.context_settings.get("ignore_unknown_options"):  # the rest is Hydra's
+        return []
+    given = [word.split("=")[0] for word in words[taken:] if re.match(r"--?[a-zA-Z]", word)]
+    reads = command.name == "data" and words[taken : taken + 1] and "=" in words[taken]
+    wrong = [] if taken and (reads or not hasattr(command, "commands")) else words[taken : taken + 1]
+    wrong = [word for word in wrong if not word.startswith("-")]
+    return wrong + [word for word in given if word not in options]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(REPOSITORY).as_posix())
+def test_commands_of_the_documentation_exist(page: Path) -> None:
+    blocks = re.findall(r"^```(?:bash|sh|console)?\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    text = "\n".join(blocks).replace("\\\n", " ")
+    wrong = []
+    for line in text.splitlines():
+        line = line.strip().removeprefix("$ ")
+        if not line.startswith("nearfar "):
+            continue
+        line = re.split(r"\s#\s|\s[|>]\s|\s&&\s", line)[0]
+        wrong += [(line, word) for word in unknown(shlex.split(line)[1:])]
+    assert wrong == []
 
 
 @pytest.mark.slow

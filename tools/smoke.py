@@ -123,8 +123,8 @@ datasets.Dataset.from_dict({"word": ["a", "b"], "sense": ["first", "second"]}).s
 from nearfar.data.sources import read_items
 print(list(read_items("saved", ["word", "sense"])["sense"]))
 """, "second"),),
-    "tissue": (trains("medium_normal", "data.slides=4 data.side=8 data.generated_genes=40 retrieve=10 variable_genes=20 "
-                      f"expressed_genes=5 {PICTURES} {SMALL}"),),
+    "tissue": (trains("medium_normal", "data.slides=4 data.side=8 data.generated_genes=40 retrieve=10 "
+                      f"variable_genes=20 expressed_genes=5 {PICTURES} {SMALL}"),),
     "relations": (trains("relations", f"crop_size=32 {PICTURES} {SMALL}"),),
     "detector": (trains("detector_scenes", "data.train=24 data.val=8 data.test=8 width=16 heads=2 layers=1 queries=4 "
                         f"image_encoder.features=16 {QUICK}"),),
@@ -135,7 +135,7 @@ tower = build_tower("text", encoder="minilm")
 tower.fit(["a river", "a stone"])
 print(tower.read(["a river"]).shape)
 """, "(1, 384)"),),
-    "export": (Check("nearfar export runs/pairs --format onnx -o exported", "exported"),),
+    "export": (Check("nearfar export runs/pairs exported --format onnx", "exported"),),
     "lora": (Check("""
 import torch
 from nearfar.models.lora import add_adapters

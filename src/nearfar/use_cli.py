@@ -340,7 +340,7 @@ def serve(
     )
 
 
-@use_app.command(epilog=terminal.example("nearfar export runs/NAME --format onnx -o exported/"))
+@use_app.command(epilog=terminal.example("nearfar export runs/NAME exported/ --format onnx"))
 def export(
     run: Run,
     folder: Annotated[Path, typer.Argument(help="The folder to write: a new or an empty one.")],
