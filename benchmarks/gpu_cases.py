@@ -10,13 +10,13 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from nearfar import functional as F
-from nearfar.contrast import SameClass, Weights, tiles
+from nearfar.contrast import SameClass, Weights, softmax, tiles
 from nearfar.losses import (
     AdaptiveScoreContrastiveLoss,
     BidirectionalScoreContrastiveLoss,
@@ -405,3 +405,25 @@ def tiles_of(size: tuple[int, int] | None) -> Iterator[None]:
         yield
     finally:
         tiles.ACCELERATOR_TILE, tiles.ACCELERATOR_DENSE_MAX_PAIRS = before
+
+
+@contextmanager
+def fused_calls() -> Iterator[Calls]:
+    """Counts the calls of the fused kernel."""
+    before, calls = softmax.fused_results, Calls()
+
+    def counted(*arguments: Any) -> list[tuple[Any, ...]]:
+        calls.count += 1
+        return before(*arguments)
+
+    softmax.fused_results = counted
+    try:
+        yield calls
+    finally:
+        softmax.fused_results = before
+
+
+class Calls:
+    """How often something was called."""
+
+    count = 0
