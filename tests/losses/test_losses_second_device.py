@@ -15,10 +15,9 @@ from typing import Any
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-from gpu_cases import CASES  # noqa: E402
+from gpu_cases import CASES
 
 #: steps that wait for the device once, where their record is read; others look at how many pairs there are
 ONE_WAIT = [
@@ -37,9 +36,9 @@ NO_WAIT = [
 
 def compute() -> None:
     """All cases, one line of JSON each: as one tile in single precision, as many in half."""
+    import gpu_cases
     import torch
 
-    import gpu_cases
     from second_device import card, register
 
     register()

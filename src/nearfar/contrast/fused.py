@@ -159,7 +159,9 @@ class FusedLogSums(torch.autograd.Function):
             by_rest, by_positive = (torch.zeros_like(rest) if g is None else g.contiguous() for g in grads)
             sides.append((torch.where(rest > -torch.inf, rest, torch.inf), by_rest, by_positive))
         ours, theirs = sides[0], sides[1] if setting.both else None
-        slopes_a = backward_rows(first, second, by_a * scale, by_b, shift, ctx.masks, ctx.blocks, ours, theirs)
+        slopes_a = backward_rows(
+            first, second, by_a * scale, by_b, shift, ctx.masks, ctx.blocks, ours, theirs
+        )
         if theirs is None:  # the keys ask nothing themselves
             nothing = by_b.new_zeros(len(second))
             theirs = (torch.full_like(nothing, torch.inf), nothing, nothing)

@@ -233,4 +233,3 @@ def _seconds(step: Callable[[], None], device: torch.device) -> float:
         torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - began)
     return best
-
