@@ -35,7 +35,7 @@ NO_WAIT = [
 
 
 def compute() -> None:
-    """All cases, one line of JSON each: as one tile in single precision, as many in half."""
+    """All cases, one line of JSON each: as several tiles in half precision, some also as one tile in single."""
     import gpu_cases
     import torch
 
@@ -45,14 +45,15 @@ def compute() -> None:
     warnings.simplefilter("ignore")
     x = gpu_cases.data(21, 9)
     for name in CASES:
-        for tile, dtype in ((None, torch.float32), ((12, 16), torch.bfloat16)):
+        ways = [((12, 16), torch.bfloat16)]
+        for tile, dtype in [(None, torch.float32), *ways] if name in (*ONE_WAIT, *NO_WAIT) else ways:
             row: dict[str, Any] = {"name": name, "tiles": tile is not None}
             try:
                 true = gpu_cases.truth(name, x, dtype)
                 with card() as device:
                     ours = gpu_cases.outcome(name, x, "card", dtype, tile)
                 found = gpu_cases.difference(ours, true)
-                row |= {"difference": list(found), "close": found.within(dtype), "waits": device.waits}
+                row |= {"difference": list(found), "close": found.within(name, dtype), "waits": device.waits}
             except Exception as error:
                 row |= {"error": f"{type(error).__name__}: {error}"[:500]}
             print(json.dumps(row))
@@ -69,12 +70,14 @@ def rows() -> dict[tuple[str, bool], dict[str, Any]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tiled", [False, True], ids=["one tile, float32", "tiles, bfloat16"])
 @pytest.mark.parametrize("name", CASES)
-def test_a_second_device(rows: dict[tuple[str, bool], dict[str, Any]], name: str, tiled: bool) -> None:
-    row = rows[name, tiled]
-    assert "error" not in row, row["error"]
-    assert row["close"], row["difference"]
+def test_a_second_device(rows: dict[tuple[str, bool], dict[str, Any]], name: str) -> None:
+    for tiled in (False, True):
+        row = rows.get((name, tiled))
+        assert row is not None or not tiled
+        if row is not None:
+            assert "error" not in row, row["error"]
+            assert row["close"], row["difference"]
 
 
 @pytest.mark.slow

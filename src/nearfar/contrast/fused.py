@@ -9,13 +9,21 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from nearfar.contrast.masks import DenseMask, DuplicateMask, Mask, joined_parts
-from nearfar.contrast.numerics import Context, no_second_derivative, through_length_, unit_and_length
+from nearfar.contrast.numerics import (
+    Context,
+    full_precision,
+    no_second_derivative,
+    through_length_,
+    unit_and_length,
+)
 from nearfar.contrast.running_sums import Statistics
 from nearfar.contrast.targets import NoPositives, OwnPair
 from nearfar.contrast.tiles import Setting
@@ -112,32 +120,33 @@ class FusedLogSums(torch.autograd.Function):
 
         lengths: list[Tensor] = []
         half = half and setting.normalize
-        first, second = a.contiguous(), b.contiguous()
-        by_a, by_b = (x.new_ones(len(x)) for x in (a, b))
-        if setting.normalize:
-            unit, length_a = unit_and_length(first)
-            other, length_b = unit_and_length(second)
-            lengths = [length_a, length_b]
-            if half:
-                (first, by_a), (second, by_b) = (
-                    _halves(x, length) for x, length in ((first, length_a), (second, length_b))
+        with _computing_on(a):
+            first, second = a.contiguous(), b.contiguous()
+            by_a, by_b = (x.new_ones(len(x)) for x in (a, b))
+            if setting.normalize:
+                unit, length_a = unit_and_length(first)
+                other, length_b = unit_and_length(second)
+                lengths = [length_a, length_b]
+                if half:
+                    (first, by_a), (second, by_b) = (
+                        _halves(x, length) for x, length in ((first, length_a), (second, length_b))
+                    )
+                else:
+                    first, second = unit, other
+            shift = None if isinstance(setting.target, NoPositives) else setting.offset
+            masks = _masks(setting.mask, slice(setting.offset, setting.offset + len(a)), a.device)
+            flat: list[Tensor] = []
+            scaled = by_a * scale  # a scale on the CPU is a number here
+            sides = [(first, second, scaled, by_b, shift, masks)]
+            if setting.both:
+                back = None if shift is None else -shift
+                sides.append((second, first, by_b, scaled, back, masks.transposed()))
+            for queries, keys, by_query, by_key, own, left_out in sides:
+                rest, hardest, positive, count = forward_sums(
+                    queries, keys, by_query, by_key, own, left_out, blocks
                 )
-            else:
-                first, second = unit, other
-        shift = None if isinstance(setting.target, NoPositives) else setting.offset
-        masks = _masks(setting.mask, slice(setting.offset, setting.offset + len(a)), a.device)
-        flat: list[Tensor] = []
-        scaled = by_a * scale  # a scale on the CPU is a number here
-        sides = [(first, second, scaled, by_b, shift, masks)]
-        if setting.both:
-            back = None if shift is None else -shift
-            sides.append((second, first, by_b, scaled, back, masks.transposed()))
-        for queries, keys, by_query, by_key, own, left_out in sides:
-            rest, hardest, positive, count = forward_sums(
-                queries, keys, by_query, by_key, own, left_out, blocks
-            )
-            statistics.append(_statistics(len(keys), hardest, positive, count))
-            flat += [rest, torch.full_like(rest, -torch.inf) if positive is None else positive]
+                statistics.append(_statistics(len(keys), hardest, positive, count))
+                flat += [rest, torch.full_like(rest, -torch.inf) if positive is None else positive]
         # Of rows in half precision the products are taken; what they are divided by is of the rows as they came.
         kept = (a, b) if half else (first, second)
         ctx.save_for_backward(*kept, first, second, by_a, by_b, scale, *flat, *lengths)
@@ -159,24 +168,35 @@ class FusedLogSums(torch.autograd.Function):
             by_rest, by_positive = (torch.zeros_like(rest) if g is None else g.contiguous() for g in grads)
             sides.append((torch.where(rest > -torch.inf, rest, torch.inf), by_rest, by_positive))
         ours, theirs = sides[0], sides[1] if setting.both else None
-        slopes_a = backward_rows(
-            first, second, by_a * scale, by_b, shift, ctx.masks, ctx.blocks, ours, theirs
-        )
-        if theirs is None:  # the keys ask nothing themselves
-            nothing = by_b.new_zeros(len(second))
-            theirs = (torch.full_like(nothing, torch.inf), nothing, nothing)
-        back, turned = None if shift is None else -shift, ctx.masks.transposed()
-        slopes_b = backward_rows(second, first, by_b * scale, by_a, back, turned, ctx.blocks, theirs, ours)
-        wanted, along = ctx.needs_input_grad[2], None
-        if lengths:
-            along = through_length_(slopes_a, a, lengths[0], scale, are_unit=not ctx.half)
-            through_length_(slopes_b, b, lengths[1], scale, are_unit=not ctx.half)
-        else:
-            along = torch.dot(a.flatten(), slopes_a.flatten()) if wanted else None
-            slopes_a.mul_(scale)
-            slopes_b.mul_(scale)
+        wanted = ctx.needs_input_grad[2]
+        along: Tensor | None = None
+        with _computing_on(a):
+            slopes_a = backward_rows(
+                first, second, by_a * scale, by_b, shift, ctx.masks, ctx.blocks, ours, theirs
+            )
+            if theirs is None:  # the keys ask nothing themselves
+                nothing = by_b.new_zeros(len(second))
+                theirs = (torch.full_like(nothing, torch.inf), nothing, nothing)
+            back, turned = None if shift is None else -shift, ctx.masks.transposed()
+            slopes_b = backward_rows(
+                second, first, by_b * scale, by_a, back, turned, ctx.blocks, theirs, ours
+            )
+            if lengths:
+                along = through_length_(slopes_a, a, lengths[0], scale, are_unit=not ctx.half)
+                through_length_(slopes_b, b, lengths[1], scale, are_unit=not ctx.half)
+            else:
+                along = torch.dot(a.flatten(), slopes_a.flatten()) if wanted else None
+                slopes_a.mul_(scale)
+                slopes_b.mul_(scale)
         by_scale = along.to(scale.device).reshape(scale.shape) if wanted and along is not None else None
         return slopes_a, slopes_b, by_scale, None, None, None, None
+
+
+@contextmanager
+def _computing_on(rows: Tensor) -> Iterator[None]:
+    """Programs start on the card of the rows, and products beside them are in full precision."""
+    with torch.cuda.device(rows.device) if rows.is_cuda else nullcontext(), full_precision(rows.device):
+        yield
 
 
 def _halves(x: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
