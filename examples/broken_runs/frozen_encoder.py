@@ -17,7 +17,7 @@ text, image = toy_pairs(text_width=64, image_width=96)
 
 def train(broken: bool) -> Run:
     torch.manual_seed(0)
-    encoder, loss = torch.nn.Linear(96, 64), InfoNCELoss(temperature=0.5)
+    encoder, loss = torch.nn.Linear(96, 64), InfoNCELoss(temperature=0.8)
     optimizer = torch.optim.Adam(encoder.parameters(), lr=0.02)
     if broken:
         encoder = torch.nn.Linear(96, 64)  # a second one, which no optimiser knows
