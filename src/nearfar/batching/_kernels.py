@@ -225,9 +225,7 @@ def compose_groups(
                 if filtered:
                     place[plan[at]] = batch
     if level:
-        fill_slots(
-            plan, slot_start, slot_batch, filled, first, pool, used, nearest, close, place, filtered
-        )
+        fill_slots(plan, slot_start, slot_batch, filled, first, pool, used, nearest, close, place, filtered)
     return plan, hard
 
 

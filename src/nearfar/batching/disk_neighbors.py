@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from nearfar.arguments import choice, number, whole_number
 from nearfar.batching.base import as_ids, digest
-from nearfar.batching.mapped_neighbors import HEAD, MappedNeighbors, open_refined, padded
+from nearfar.batching.mapped_neighbors import HEAD, MappedNeighbors, as_folder, open_refined, padded
 from nearfar.batching.neighbors import _MARGIN, SearchResult, _recall, _without_self
 from nearfar.data.vector_shards import VectorShards
 from nearfar.data.writing import make_folder, write_json
@@ -85,7 +85,9 @@ def nearest_neighbors_on_disk(
     source = VectorShards.of(vectors)
     k = whole_number("k", k, 1)
     if k > source.n - 1:
-        raise NearfarError(f"k={k} neighbours were asked for, but each of {source.n} items has only {source.n - 1} others")
+        raise NearfarError(
+            f"k={k} neighbours were asked for, but each of {source.n} items has only {source.n - 1} others"
+        )
     if source.n > np.iinfo(np.int32).max:
         raise NearfarError(f"{source.n} items do not fit the 32-bit positions of a plan")
     if processes > 1 and source.held is not None:
@@ -94,7 +96,7 @@ def nearest_neighbors_on_disk(
             "file"
         )
     names = None if ids is None else as_ids(ids, source.n)
-    build = _Build(source, k, Path(folder).expanduser(), metric, min_recall, processes, seed)
+    build = _Build(source, k, as_folder(folder), metric, min_recall, processes, seed)
     with build.clock("train"):
         build.train()
     with build.clock("add"):
@@ -113,7 +115,14 @@ class _Build:
     """The steps, each of which leaves files and is passed over where they are there."""
 
     def __init__(
-        self, source: VectorShards, k: int, folder: Path, metric: str, min_recall: float, processes: int, seed: int
+        self,
+        source: VectorShards,
+        k: int,
+        folder: Path,
+        metric: str,
+        min_recall: float,
+        processes: int,
+        seed: int,
     ) -> None:
         self.source, self.k, self.folder, self.metric = source, k, folder, metric
         self.min_recall, self.processes, self.seed = min_recall, processes, seed
@@ -123,7 +132,9 @@ class _Build:
         self.cells = max(1, round(source.n / _CELL))
         make_folder(folder)
         if (folder / HEAD).exists():
-            raise NearfarError(f"{folder} holds neighbours already: open them with MappedNeighbors, or name a new folder")
+            raise NearfarError(
+                f"{folder} holds neighbours already: open them with MappedNeighbors, or name a new folder"
+            )
         some = np.unique(np.linspace(0, source.n - 1, 256).astype(np.int64))
         key = {
             "n": source.n, "k": k, "metric": metric, "min_recall": min_recall, "seed": seed, "version": 1,
@@ -132,7 +143,9 @@ class _Build:
         known = self._read("key.json")
         if known != key:
             if any(folder.iterdir()) and not self.work.is_dir():
-                raise NearfarError(f"{folder} holds something else than neighbours; name a new folder, which is made")
+                raise NearfarError(
+                    f"{folder} holds something else than neighbours; name a new folder, which is made"
+                )
             shutil.rmtree(self.work, ignore_errors=True)
             make_folder(self.work)
             write_json(self.work / "key.json", key)
@@ -180,14 +193,20 @@ class _Build:
         index = faiss.IndexIVFPQ(flat, width, len(centres), parts, 4, faiss.METRIC_INNER_PRODUCT)
         index.by_residual = False
         index.pq.cp.seed, index.pq.cp.min_points_per_centroid = 1 + self.seed % 2**31, 1
-        index.train(sample[:: max(1, len(sample) // 32_768)])
+        some = sample[:: max(1, len(sample) // 32_768)]
+        index.train(
+            np.resize(some, (max(len(some), 16), width))
+        )  # a codebook has 16 entries, whatever there is
         _write_index(index, path)
 
     def add(self) -> None:
         """Codes of every row: shards by processes, merged on disk; then the index in the order of its cells."""
         if (self.work / "codes.faiss").is_file():
             return
-        tasks = [(self.source, self.work, at, span, self.metric) for at, span in enumerate(self.source.pieces(self.piece))]
+        tasks = [
+            (self.source, self.work, at, span, self.metric)
+            for at, span in enumerate(self.source.pieces(self.piece))
+        ]
         _in_processes(_add_piece, tasks, self.processes)
         from faiss.contrib.ondisk import merge_ondisk
 
@@ -226,7 +245,9 @@ class _Build:
             file.write(_flat_head(len(rank), self.width))
             offset = file.tell()
             file.truncate(offset + len(rank) * self.width * 2)
-        tasks = [(self.source, self.work, offset, span, self.metric) for span in self.source.pieces(self.piece)]
+        tasks = [
+            (self.source, self.work, offset, span, self.metric) for span in self.source.pieces(self.piece)
+        ]
         _in_processes(_sort_piece, tasks, self.processes)
         (self.work / "rank.npy").unlink()
         half.rename(path)
@@ -290,7 +311,9 @@ class _Build:
         finally:
             _opened.cache_clear()
 
-    def finish(self, probes: int, refine: int, recall: float, queries: int, names: NDArray[Any] | None) -> None:
+    def finish(
+        self, probes: int, refine: int, recall: float, queries: int, names: NDArray[Any] | None
+    ) -> None:
         """Files into place; the head comes last, and says that all is there."""
         if names is not None:
             plain = names if names.dtype.kind in "iuU" else names.astype(str)

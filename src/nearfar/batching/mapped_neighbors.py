@@ -16,7 +16,7 @@ from nearfar.data.files import Maybe, read_json
 from nearfar.errors import NearfarError
 from nearfar.ids import Ids, canonical_ids
 
-__all__ = ["HEAD", "MappedNeighbors", "open_refined"]
+__all__ = ["HEAD", "MappedNeighbors", "as_folder", "open_refined", "padded"]
 
 HEAD = "neighbors.json"
 _FORMAT = 1
@@ -68,12 +68,13 @@ class MappedNeighbors(Neighbors):
     """
 
     folder: Path
+    head: dict[str, Any]
     stored: NDArray[np.int32]
     stored_similarities: NDArray[np.float16]
     positions: NDArray[np.int32]
 
     def __init__(self, folder: str | Path) -> None:
-        self._open(Path(folder).expanduser(), None, None)
+        self._open(as_folder(folder), None, None)
 
     def _open(self, folder: Path, positions: NDArray[np.int32] | None, ids: NDArray[Any] | None) -> None:
         if not (folder / HEAD).is_file():
@@ -152,7 +153,9 @@ class MappedNeighbors(Neighbors):
     def aligned_to(self, ids: Ids) -> MappedNeighbors:
         """The same lists for the same items in the order of ``ids``; the files stay as they are."""
         if self.ids is None:
-            raise NearfarError("these neighbours carry no ids to align by; pass ids= to nearest_neighbors_on_disk")
+            raise NearfarError(
+                "these neighbours carry no ids to align by; pass ids= to nearest_neighbors_on_disk"
+            )
         wanted = canonical_ids(ids)
         new, old = np.argsort(wanted, kind="stable"), np.argsort(self.ids, kind="stable")
         if len(wanted) != self.n or (wanted[new] != self.ids[old]).any():
@@ -175,7 +178,9 @@ class MappedNeighbors(Neighbors):
         count = np.zeros(self.n, np.int32)
         for begin in range(0, self.n, _ROWS):
             block = slice(begin, begin + _ROWS)
-            near = (self.stored_similarities[block] >= threshold) & (self.stored[block] >= 0)
+            near = (self.stored_similarities[block].astype(np.float32) >= threshold) & (
+                self.stored[block] >= 0
+            )
             count[self.positions[block]] = near.sum(1)
         return count
 
@@ -188,12 +193,14 @@ class MappedNeighbors(Neighbors):
         The index, its probes and its re-ranking are those of the lists, whose ``recall`` was measured at their ``k``.
         """
         rows = np.ascontiguousarray(queries, np.float32)
-        head = self.head  # type: ignore[attr-defined]
+        head = self.head
         if rows.ndim != 2 or rows.shape[1] != head["dim"]:
             raise NearfarError(f"queries are {rows.shape}; (m, {head['dim']}) are needed")
         k = min(whole_number("k", k, 1), self.n)
         if self._index is None:  # type: ignore[attr-defined]
             object.__setattr__(self, "_index", open_refined(self.folder, head["probes"], head["refine"])[0])
+        # As many candidates are compared exactly as for the lists, though fewer may be asked for.
+        self._index.k_factor = head["refine"] * max(1.0, self.k / k)  # type: ignore[attr-defined]
         indices, values = np.empty((len(rows), k), np.int32), np.empty((len(rows), k), np.float32)
         for begin in range(0, len(rows), _QUERIES):
             block = padded(rows[begin : begin + _QUERIES], head["width"])
@@ -203,6 +210,13 @@ class MappedNeighbors(Neighbors):
             values[begin : begin + len(block)] = np.where(row < 0, -np.inf, similarity)
             indices[begin : begin + len(block)] = np.where(row < 0, -1, self.positions[row.clip(0)])
         return SearchResult(indices, values, self.exact, self.index, self.recall or 0.0, self.queries)
+
+
+def as_folder(given: object) -> Path:
+    """A path, or the text of one."""
+    if not isinstance(given, (str, Path)):
+        raise NearfarError(f"folder is a {type(given).__name__}; give the path of one")
+    return Path(given).expanduser()
 
 
 def padded(rows: NDArray[np.float32], width: int) -> NDArray[np.float32]:

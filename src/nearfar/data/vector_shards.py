@@ -44,7 +44,9 @@ class VectorShards:
             files = sorted(path.glob("*.npy")) if path.is_dir() else [path]
             if not files:
                 raise NearfarError(f"{path} holds no .npy file; give {_NEEDS}")
-        elif isinstance(source, Sequence) and source and all(isinstance(each, (str, Path)) for each in source):
+        elif (
+            isinstance(source, Sequence) and source and all(isinstance(each, (str, Path)) for each in source)
+        ):
             files = [Path(each).expanduser() for each in source]
         else:
             rows = array("vectors", source, _NEEDS, "f")
