@@ -138,7 +138,8 @@ def table(rows: list[dict[str, Any]]) -> None:
         ]
         print(
             f"| {r['rows']:,} | {r['us']:.0f} | {r['recall']:.3f} | {r['index']} | "
-            f"{r['neighbors_gb'][0]:.1f} / {r['neighbors_gb'][1]:.1f} | {plans[0]} | {plans[1]} | {r['search_us']:.0f} |",
+            f"{r['neighbors_gb'][0]:.1f} / {r['neighbors_gb'][1]:.1f} | {plans[0]} | {plans[1]} | "
+            f"{r['search_us']:.0f} |",
             flush=True,
         )
 

@@ -230,8 +230,8 @@ def _as_shards(source: Path, view: str | None, folder: Path) -> tuple[Path, Any]
             there = items.present(view)
             if not there.all():
                 raise NearfarError(
-                    f"{source}: {int((~there).sum())} rows have no '{view}' (first: {items.ids[int(there.argmin())]!r}); "
-                    "leave them out."
+                    f"{source}: {int((~there).sum())} rows have no '{view}' (first: "
+                    f"{items.ids[int(there.argmin())]!r}); leave them out."
                 )
             ids.append(np.asarray(items.ids))
             yield items.array(view)

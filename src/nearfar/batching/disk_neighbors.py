@@ -92,8 +92,8 @@ def nearest_neighbors_on_disk(
         raise NearfarError(f"{source.n} items do not fit the 32-bit positions of a plan")
     if processes > 1 and source.held is not None:
         raise NearfarError(
-            f"processes={processes} read shards by themselves, and an array was given: write it with numpy.save and give the "
-            "file"
+            f"processes={processes} read shards by themselves, and an array was given: write it with numpy.save and "
+            "give the file"
         )
     names = None if ids is None else as_ids(ids, source.n)
     build = _Build(source, k, as_folder(folder), metric, min_recall, processes, seed)
@@ -155,8 +155,8 @@ class _Build:
         free = shutil.disk_usage(folder).free + there
         if need > free:
             raise NearfarError(
-                f"{folder}: about {need / 1e9:.1f} GB are needed on disk, and {free / 1e9:.1f} GB are free; name a folder "
-                "with more room, or ask for a smaller k"
+                f"{folder}: about {need / 1e9:.1f} GB are needed on disk, and {free / 1e9:.1f} GB are free; name "
+                "a folder with more room, or ask for a smaller k"
             )
 
     def _read(self, name: str) -> Any:
@@ -288,8 +288,8 @@ class _Build:
         if recall < self.min_recall:
             warnings.warn(
                 f"the neighbours of {n} items are found with recall {recall:.3f} on {size} queries, below "
-                f"min_recall={self.min_recall:g}, with {probes} of {cells} cells and {refine} candidates for each neighbour "
-                "compared exactly",
+                f"min_recall={self.min_recall:g}, with {probes} of {cells} cells and {refine} candidates for each "
+                "neighbour compared exactly",
                 stacklevel=4,
             )
         found = (probes, refine, recall, size)
@@ -409,16 +409,16 @@ def _rows(
     bad = ~np.isfinite(length) if largest is None else ~(np.isfinite(length) & (largest < 65_504))
     if bad.any():
         raise NearfarError(
-            f"{int(bad.sum())} of the vectors {positions[0]} to {positions[-1]} are not finite, or beyond float16 (65,504); "
-            f"first is number {positions[bad.argmax()]}. Look at what made them before searching neighbours"
+            f"{int(bad.sum())} of the vectors {positions[0]} to {positions[-1]} are not finite, or beyond float16 "
+            f"(65,504); first is number {positions[bad.argmax()]}. Look at what made them before searching neighbours"
         )
     if metric == "cosine":
         if (length == 0).any():
             zero = length == 0
             raise NearfarError(
                 f"{int(zero.sum())} of the vectors {positions[0]} to {positions[-1]} are all zero, first is number "
-                f"{positions[zero.argmax()]}: they have no direction, so no cosine; drop these items (an empty text?) or use "
-                "metric='dot'"
+                f"{positions[zero.argmax()]}: they have no direction, so no cosine; drop these items (an empty text?) or "
+                "use metric='dot'"
             )
         given = (given / length[:, None]).astype(np.float32)
     return padded(given, width).astype(np.float16).astype(np.float32)

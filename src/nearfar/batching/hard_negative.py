@@ -270,7 +270,7 @@ class HardNegativeSampler(NeighborSampler):
         )
         if order == "greedy" and isinstance(self.neighbors, MappedNeighbors):
             raise NearfarError(
-                "order='greedy' is for comparison, and needs the lists in memory; lists on disk are planned with 'level'"
+                "order='greedy' is for comparison, and needs the lists in memory; those on disk are planned with 'level'"
             )
         self.order = order
         if group_size is None:
@@ -316,10 +316,8 @@ class HardNegativeSampler(NeighborSampler):
         start, batch = self.layout.slots(self.group_size)
         quota = _quota(np.diff(start), options["hard_ratio"])
         rng = np.random.default_rng([self.seed, epoch])
-        if self.order == "level":
-            sequence = building_sequence(batch, rng)
-        else:
-            sequence = np.arange(len(batch), dtype=np.int32)
+        level = self.order == "level"
+        sequence = building_sequence(batch, rng) if level else np.arange(len(batch), dtype=np.int32)
         threshold = options["false_negative_threshold"]
         close = self._close if threshold == self._threshold else self.neighbors.too_close(threshold)
         state, near, k = _kernels.random_state(self.seed, epoch), self.neighbors, options["hardness_k"]
@@ -327,7 +325,7 @@ class HardNegativeSampler(NeighborSampler):
             order, hard = groups_by_stretches(near, k, close, start, batch, quota, sequence, rng, state)
         else:
             order, hard = _kernels.compose_groups(
-                near.indices, k, close, start, batch, quota, sequence, self.order == "level", state
+                near.indices, k, close, start, batch, quota, sequence, level, state
             )
         return Plan(self.layout, order, hard, options["hard_ratio"])
 

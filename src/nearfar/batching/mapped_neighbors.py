@@ -79,7 +79,7 @@ class MappedNeighbors(Neighbors):
     def _open(self, folder: Path, positions: NDArray[np.int32] | None, ids: NDArray[Any] | None) -> None:
         if not (folder / HEAD).is_file():
             raise NearfarError(
-                f"{folder} holds no finished neighbours ({HEAD} is missing); make them with nearest_neighbors_on_disk, "
+                f"the folder {folder} holds no finished neighbours ({HEAD} is missing); make them with nearest_neighbors_on_disk, "
                 "which goes on where it was stopped"
             )
         head = cast("dict[str, Any]", read_json(folder / HEAD, _SHAPE))
@@ -227,8 +227,8 @@ def padded(rows: NDArray[np.float32], width: int) -> NDArray[np.float32]:
 
 
 def open_refined(folder: Path, probes: int, refine: int) -> tuple[Any, Any]:
-    """The index of a folder and the codes in it: codes are in memory, and their best ``refine`` · k are compared exactly
-    with the mapped vectors."""
+    """The index of a folder and the codes in it: codes are in memory, and their best ``refine`` · k are compared
+    exactly with the mapped vectors."""
     codes = faiss.read_index(str(folder / "codes.faiss"))
     codes.nprobe = probes
     vectors = faiss.read_index(str(folder / "vectors.faiss"), cast(Any, faiss).IO_FLAG_MMAP_IFC)

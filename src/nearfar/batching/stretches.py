@@ -7,6 +7,7 @@ Stretches are cut anew in every epoch: neighbours that a cut keeps apart are tog
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,7 +65,7 @@ def groups_by_stretches(
     used, filled = np.zeros(near.n, np.bool_), np.zeros(len(batch), np.int64)
     filtered = bool(close.max(initial=0) > 0)
     place = np.full(near.n if filtered else 0, -1, np.int32)
-    for at, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for at, (begin, end) in enumerate(pairwise(bounds.tolist())):
         slots = sequence[turn == at]
         want = quota[slots]
         want = np.minimum(want, np.maximum(0, end - begin - (np.cumsum(want) - want)))  # no more than rows
@@ -92,7 +93,7 @@ def parts_of(
     cuts = np.unique(np.rint(bounds * (len(target) / near.n)).astype(np.int64))
     mixed = rng.permutation(len(target))
     end = used = 0
-    for low, high in zip(cuts[:-1], cuts[1:], strict=True):
+    for low, high in pairwise(cuts.tolist()):
         slots = mixed[low:high]
         used += int(target[slots].sum())
         begin, end = end, used + (near.n - int(start[-1])) * used // int(start[-1])

@@ -36,7 +36,7 @@ class VectorShards:
 
     @classmethod
     def of(cls, source: object) -> VectorShards:
-        """Shards of an array, a file, a list of files, or a folder, whose files are taken in the order of their names."""
+        """Shards of an array, a file, a list of files, or a folder (its files by their names)."""
         if isinstance(source, VectorShards):
             return source
         if isinstance(source, (str, Path)):
