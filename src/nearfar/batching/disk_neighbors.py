@@ -417,8 +417,8 @@ def _rows(
             zero = length == 0
             raise NearfarError(
                 f"{int(zero.sum())} of the vectors {positions[0]} to {positions[-1]} are all zero, first is number "
-                f"{positions[zero.argmax()]}: they have no direction, so no cosine; drop these items (an empty text?) or "
-                "use metric='dot'"
+                f"{positions[zero.argmax()]}: they have no direction, so no cosine; drop these items (an empty text?) "
+                "or use metric='dot'"
             )
         given = (given / length[:, None]).astype(np.float32)
     return padded(given, width).astype(np.float16).astype(np.float32)

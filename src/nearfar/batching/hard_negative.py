@@ -270,7 +270,7 @@ class HardNegativeSampler(NeighborSampler):
         )
         if order == "greedy" and isinstance(self.neighbors, MappedNeighbors):
             raise NearfarError(
-                "order='greedy' is for comparison, and needs the lists in memory; those on disk are planned with 'level'"
+                "order='greedy' is for comparison, and needs the lists in memory; on disk 'level' plans them"
             )
         self.order = order
         if group_size is None:

@@ -79,8 +79,8 @@ class MappedNeighbors(Neighbors):
     def _open(self, folder: Path, positions: NDArray[np.int32] | None, ids: NDArray[Any] | None) -> None:
         if not (folder / HEAD).is_file():
             raise NearfarError(
-                f"the folder {folder} holds no finished neighbours ({HEAD} is missing); make them with nearest_neighbors_on_disk, "
-                "which goes on where it was stopped"
+                f"the folder {folder} holds no finished neighbours ({HEAD} is missing); make them with "
+                "nearest_neighbors_on_disk, which goes on where it was stopped"
             )
         head = cast("dict[str, Any]", read_json(folder / HEAD, _SHAPE))
         if head["format"] != _FORMAT:
