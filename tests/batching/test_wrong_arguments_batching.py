@@ -293,7 +293,10 @@ def test_a_wrong_argument_is_named(name, argument, at):
 
 def test_every_public_name_is_tried():
     tried = {name.split(".")[0] for name in CASES} | RECORDS
-    assert set(nearfar.batching.__all__) - tried == {"BalancedBatchSampler"}  # beside its own tests
+    assert set(nearfar.batching.__all__) - tried == {
+        "BalancedBatchSampler",
+        "StreamBatches",
+    }  # their own tests
     good = {"Layout.slots": {"group_size": 2}, "set_epoch": {"epoch": 1}, "plan": {"epoch": 1}}
     good |= {
         "state_dict": {"position": 1},

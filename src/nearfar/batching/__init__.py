@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from nearfar.batching.spatial import SpatialBatchSampler as SpatialBatchSampler
     from nearfar.batching.spatial import positions_in_batch as positions_in_batch
     from nearfar.batching.spatial import weight_in_batch as weight_in_batch
+    from nearfar.batching.stream import StreamBatches as StreamBatches
     from nearfar.batching.verify import SamplerVerdict as SamplerVerdict
     from nearfar.batching.verify import verify_sampler as verify_sampler
 
@@ -49,6 +50,7 @@ _HOME = {
     "SamplerVerdict": "verify",
     "SimilarityCheck": "hardness",
     "SpatialBatchSampler": "spatial",
+    "StreamBatches": "stream",
     "check_harder_than_random": "hardness",
     "in_batch_similarity": "hardness",
     "measure_hardness": "hardness",

@@ -228,8 +228,8 @@ class _Build:
         np.save(self.work / "positions.npy", positions, allow_pickle=False)
         _write_index(cast(Any, faiss).IndexIVFPQFastScan(index), self.work / "codes.faiss")
         del lists, index
-        for path in (*files, self.work / "codes.ivfdata"):
-            Path(path).unlink(missing_ok=True)
+        for file in (*files, str(self.work / "codes.ivfdata")):
+            Path(file).unlink(missing_ok=True)
 
     def sort(self) -> None:
         """Vectors in the order of the cells, as float16, in a file that both FAISS and NumPy map."""
@@ -256,7 +256,7 @@ class _Build:
         """Cells looked into, candidates compared for each neighbour, and the recall with them."""
         known = self._read("tuned.json")
         if known is not None:
-            return tuple(known)  # type: ignore[return-value]
+            return int(known[0]), int(known[1]), float(known[2]), int(known[3])
         n, k = self.source.n, self.k
         vectors = _mapped_vectors(self.work, n, self.width)
         size = max(1, min(_MEASURED, n // 2))
@@ -321,7 +321,8 @@ class _Build:
         for path in sorted(self.work.iterdir()):
             if path.suffix in (".npy", ".faiss") and path.name != "template.faiss":
                 path.replace(self.folder / path.name)
-        cells = faiss.read_index(str(self.folder / "codes.faiss"), faiss.IO_FLAG_SKIP_IVF_DATA).nlist
+        codes: Any = faiss.read_index(str(self.folder / "codes.faiss"), faiss.IO_FLAG_SKIP_IVF_DATA)
+        cells = codes.nlist
         head = {
             "format": 1, "n": self.source.n, "dim": self.source.dim, "width": self.width, "k": self.k,
             "metric": self.metric, "index": f"IVF-PQ, {cells} cells, {probes} probes, best {refine} k compared exactly",
@@ -389,7 +390,8 @@ def _search_stretch(task: tuple[Path, int, int, int, int, int, str, tuple[int, i
     values = np.load(work / "similarities.npy", mmap_mode="r+", allow_pickle=False)
     for low in range(begin, end, _QUERIES):
         own = np.arange(low, min(low + _QUERIES, end))
-        similarity, row = _without_self(*index.search(vectors[own].astype(np.float32), k + 1), own)
+        found = index.search(vectors[own].astype(np.float32), k + 1)
+        similarity, row = _without_self(found[0], found[1], own)
         similarity = np.where(row < 0, -np.inf, similarity)
         if metric == "cosine":
             similarity = np.minimum(similarity, 1.0)
@@ -482,7 +484,8 @@ def _truth(vectors: NDArray[np.float16], own: NDArray[np.int64], k: int, block: 
 def _recall_of(
     index: Any, vectors: NDArray[np.float16], own: NDArray[np.int64], truth: SearchResult, k: int
 ) -> tuple[float, float]:
-    similarity, row = _without_self(*index.search(vectors[own].astype(np.float32), k + 1), own)
+    found = index.search(vectors[own].astype(np.float32), k + 1)
+    similarity, row = _without_self(found[0], found[1], own)
     return _recall(row.astype(np.int32), truth, similarity)
 
 
