@@ -77,6 +77,9 @@ class FileRecords(RecordStream):
             order = np.random.default_rng([self.seed, epoch]).permutation(order)
         first, row = (0, 0) if place is None else (int(place[0]), int(place[1]))
         self._at = (first, row)
+        return self._from(order, first, row)
+
+    def _from(self, order: np.ndarray, first: int, row: int) -> Iterator[Record]:
         for number in range(first, len(order)):
             file = self.files[order[number]]
             read = self._samples if is_shard(file) else self._rows
@@ -192,11 +195,14 @@ class _Counted(RecordStream):
         if hasattr(self.source, "set_epoch"):
             self.source.set_epoch(epoch)
         self._count = 0
+        return self._from(place or 0)
+
+    def _from(self, place: int) -> Iterator[Record]:
         for record in self.source:
             self._count += 1
-            if self._count > (place or 0):
+            if self._count > place:
                 yield record
-        if self._count < (place or 0):
+        if self._count < place:
             raise NearfarError(
                 f"the stream ended after {self._count} records, and its state is at {place}: it is not the stream "
                 "whose state was saved, or it can be read only once"
