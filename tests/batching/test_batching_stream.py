@@ -220,7 +220,8 @@ def test_files_are_read_from_any_place(tmp_path):
         FileRecords(shards(tmp_path), ["json"]),
     ):
         whole = list(records.start(2))
-        assert [identity(r) for r in whole] != [identity(r) for r in records.start(3)]
+        orders = {tuple(map(identity, records.start(epoch))) for epoch in range(6)}
+        assert len(orders) > 1  # files come in a different order in different epochs
         assert set(whole[0]) <= {"id", "json", "__key__"}
         for stop in (0, 1, 99, 100, 343, 344, 700, N):
             part = records.start(2)
