@@ -210,7 +210,7 @@ class _Build:
         _in_processes(_add_piece, tasks, self.processes)
         from faiss.contrib.ondisk import merge_ondisk
 
-        index = faiss.read_index(str(self.work / "template.faiss"))
+        index: Any = faiss.read_index(str(self.work / "template.faiss"))
         files = [str(_part(self.work, at)) for at in range(len(tasks))]
         with _quiet():
             merge_ondisk(index, files, str(self.work / "codes.ivfdata"))

@@ -229,7 +229,7 @@ def padded(rows: NDArray[np.float32], width: int) -> NDArray[np.float32]:
 def open_refined(folder: Path, probes: int, refine: int) -> tuple[Any, Any]:
     """The index of a folder and the codes in it: codes are in memory, and their best ``refine`` · k are compared
     exactly with the mapped vectors."""
-    codes = faiss.read_index(str(folder / "codes.faiss"))
+    codes: Any = faiss.read_index(str(folder / "codes.faiss"))
     codes.nprobe = probes
     vectors = faiss.read_index(str(folder / "vectors.faiss"), cast(Any, faiss).IO_FLAG_MMAP_IFC)
     index = faiss.IndexRefine(codes, vectors)

@@ -324,7 +324,7 @@ def _key_of(key: Any) -> Callable[[Record], object]:
     if key is None:
         return _content
     if callable(key):
-        return key  # type: ignore[no-any-return]
+        return key
     names = [key] if isinstance(key, str) else list(key)
     return lambda record: _content({name: record[name] for name in names})
 
