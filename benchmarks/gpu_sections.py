@@ -138,6 +138,8 @@ def fused(setup: Setup) -> Iterator[Row]:
     for name, case in cases.items():
         row = _checked({"case": name}, partial(gpu_fused_cases.fused_difference, setup.device, **case))
         yield row | {"ok": row.get("close", False)}
+    if setup.on_card:
+        yield from _in_all_tiles(setup)
     x = gpu_cases.data(21 if setup.smoke else 150, 9 if setup.smoke else 40)
     names = [name for name in gpu_cases.CASES if name.startswith(("InfoNCE", "CLIP", "memory"))]
     for dtype in (torch.float32, torch.bfloat16):
@@ -151,6 +153,28 @@ def fused(setup: Setup) -> Iterator[Row]:
                 )
             use_kernel("auto")
             yield row | {"fused_calls": calls.count}
+
+
+def _in_all_tiles(setup: Setup) -> Iterator[Row]:
+    """Every size of tile that a measurement may choose; one that is too large for this card is never chosen."""
+    import gpu_fused_cases
+
+    from nearfar.contrast.triton_kernels import BLOCKS
+
+    for blocks in BLOCKS:
+        for dtype in ("float32", "bfloat16"):
+            row: Row = {"case": f"{dtype}, tiles {tuple(blocks)}"}
+            with gpu_fused_cases.blocks_of(blocks):
+                row = _checked(
+                    row,
+                    partial(
+                        gpu_fused_cases.fused_difference, setup.device, shape=(700, 700, 256), dtype=dtype
+                    ),
+                )
+            if "OutOfResources" in row.get("error", ""):
+                yield {"case": row["case"], "skipped": row["error"], "ok": True}
+            else:
+                yield row | {"ok": row.get("close", False)}
 
 
 def speed(setup: Setup) -> Iterator[Row]:
@@ -186,11 +210,12 @@ def _timed(setup: Setup, way: str, n: int, half: bool, values: dict[tuple[int, b
         return {"skipped": "measured on a card alone"}
     if way == FUSED and not setup.on_card:
         return {"skipped": "there is no fused kernel for a CPU"}
-    if setup.on_card:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
     try:
+        if setup.on_card:
+            torch.cuda.empty_cache()
         step, measured = _step(setup, way, n, half)
+        if setup.on_card:
+            torch.cuda.reset_peak_memory_stats()
         base = torch.cuda.memory_allocated() if setup.on_card else 0
         began = time.perf_counter()
         value = step()
