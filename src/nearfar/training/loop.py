@@ -374,15 +374,20 @@ class Interrupted(Exception):
 
 
 class StopRequest:
-    """Set by the first Ctrl-C (or SIGTERM); the run stops after the current step."""
+    """Set by the first Ctrl-C (or SIGTERM), or by `ranks.ask_to_stop`; the run stops after the current step."""
 
-    stop = False
+    _signalled = False
+
+    @property
+    def stop(self) -> bool:
+        """Whether the run is to stop."""
+        return self._signalled or ranks.stop_asked()
 
     def ask(self, number: int, frame: object) -> None:
         """What the signals call; a second Ctrl-C stops at once."""
-        if self.stop and number == signal.SIGINT:
+        if self._signalled and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.stop = True
+        self._signalled = True
 
 
 @contextmanager

@@ -1,0 +1,117 @@
+"""What runs on Ray, on a simulated cluster of two nodes: one is lost in the middle, and nothing is lost or repeated."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nearfar.config.compose import compose_config
+from nearfar.launch import run_on_ray, run_one
+from nearfar.systems import check_config
+from nearfar.terminal import console
+from nearfar.training.checkpoint import Checkpoint
+from nearfar.training.run_folder import RunFolder
+from processes import together
+from run_files import records, states_equal
+from tiny_molecules import split_files
+
+ray = pytest.importorskip("ray")
+pytestmark = pytest.mark.slow  # starts a cluster
+
+SUPPORT = Path(__file__).parent / "support"
+
+
+class Nodes:
+    """A cluster of a node for the driver, which runs nothing, and two nodes of one CPU."""
+
+    def __init__(self) -> None:
+        from ray.cluster_utils import Cluster
+
+        head = {"num_cpus": 0, "include_dashboard": False}
+        self.cluster = Cluster(initialize_head=True, head_node_args=head)
+        self.nodes = [self.cluster.add_node(num_cpus=1) for _ in range(2)]
+
+    def replace(self, number: int) -> None:
+        """A node is gone, with all its processes, from one moment to the next; a new one joins."""
+        self.cluster.remove_node(self.nodes[number], allow_graceful=False)
+        self.cluster._shutdown_at_exit = False  # its handlers belong to the main thread; the fixture ends the node
+        self.nodes[number] = self.cluster.add_node(num_cpus=1)
+
+
+@pytest.fixture(scope="module")
+def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
+    with pytest.MonkeyPatch.context() as patch:
+        path = [str(SUPPORT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        patch.setenv("PYTHONPATH", os.pathsep.join(path))  # of all processes on the nodes
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_AUTH_MODE", "disabled")  # no token is written into the home of whoever runs this
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("NEARFAR_CACHE", str(tmp_path_factory.mktemp("cache")))
+        made = Nodes()
+        patch.setenv("RAY_ADDRESS", made.cluster.address)
+        try:
+            yield made
+        finally:
+            ray.shutdown()
+            made.cluster.shutdown()
+
+
+def when(ready: Any, then: Any) -> threading.Thread:
+    """Do something as soon as a condition holds, while the test waits for its command."""
+
+    def work() -> None:
+        end = time.monotonic() + 120
+        while not ready():
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        then()
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    return thread
+
+
+# -- training ------------------------------------------------------------------------------------------------
+def options(folder: Path, name: str, *more: str) -> list[str]:
+    sized = ["batch_size=32", "epochs=30", "fingerprint_hidden=16", "embedding_dim=8", "sampler=random", "seed=4"]
+    trainer = {"devices": 2, "log_every": 1, "accelerator": "cpu", "probe_rows": 0, "threads": 1}
+    trainer |= {"checkpoint_steps": 5, "evaluate_start": "false"}
+    where = ["experiment=molecules", "molecule_encoder=fingerprint", f"runs_dir={folder}", f"name={name}"]
+    trained = [f"trainer.{key}={value}" for key, value in trainer.items()]
+    return [*where, *sized, *trained, *split_files(folder), *more]
+
+
+def train(overrides: list[str]) -> None:
+    run_one(check_config(compose_config(overrides)), overrides, False, console())
+
+
+def test_a_lost_node_changes_nothing_in_a_run(
+    nodes: Nodes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Parameters and log of torchrun's two processes, bit for bit, though a node was lost on the way."""
+    assert together(train, options(tmp_path, "torchrun"))[0] is None
+    run = RunFolder(tmp_path / "ray")
+    steps = lambda: sum(record["kind"] == "step" for record in run.log())  # noqa: E731
+    breaking = when(lambda: steps() > 30, lambda: nodes.replace(0))
+    overrides = options(tmp_path, "ray", "trainer.engine=ray")
+    run_on_ray(check_config(compose_config(overrides)), overrides, False, console())
+    breaking.join()
+    said = capsys.readouterr().out
+    assert "was lost: all 2 start again from the last checkpoint (restart 1 of 3)" in said
+    by_torchrun = RunFolder(tmp_path / "torchrun")
+    for name in ("last.ckpt", "best.ckpt"):
+        a, b = (Checkpoint.load(each.checkpoints / name) for each in (by_torchrun, run))
+        assert states_equal(a, b), name
+        assert torch.equal(a.other_generators[0]["cpu"], b.other_generators[0]["cpu"])
+    assert records(by_torchrun) == records(run)
+    assert by_torchrun.read_json("metrics.json")["splits"] == run.read_json("metrics.json")["splits"]
+    (resumed,) = run.read_json("resumed.json")
+    assert 0 < resumed["step"] < max(record["step"] for record in run.log())
+    assert resumed["changed"] == {}
