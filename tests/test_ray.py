@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 import time
@@ -18,13 +19,14 @@ from nearfar.cluster import connect
 from nearfar.config.compose import compose_config
 from nearfar.data.chunks import NewData
 from nearfar.errors import NearfarError
-from nearfar.launch import run_on_ray, run_one
+from nearfar.launch import objective, run_on_ray, run_one
 from nearfar.serving.ray_pool import RayPool
 from nearfar.serving.stream import embed_file
 from nearfar.systems import check_config
 from nearfar.terminal import console
 from nearfar.training.checkpoint import Checkpoint
 from nearfar.training.run_folder import RunFolder
+from nearfar.tune import tune
 from processes import together
 from run_files import records, states_equal
 from tiny_molecules import pairs, split_files, write
@@ -48,7 +50,9 @@ class Nodes:
     def replace(self, number: int) -> None:
         """A node is gone, with all its processes, from one moment to the next; a new one joins."""
         self.cluster.remove_node(self.nodes[number], allow_graceful=False)
-        self.cluster._shutdown_at_exit = False  # its handlers belong to the main thread; the fixture ends the node
+        self.cluster._shutdown_at_exit = (
+            False  # its handlers belong to the main thread; the fixture ends the node
+        )
         self.nodes[number] = self.cluster.add_node(num_cpus=1)
 
 
@@ -87,7 +91,14 @@ def when(ready: Any, then: Any) -> threading.Thread:
 
 # -- training ------------------------------------------------------------------------------------------------
 def options(folder: Path, name: str, *more: str) -> list[str]:
-    sized = ["batch_size=32", "epochs=20", "fingerprint_hidden=16", "embedding_dim=8", "sampler=random", "seed=4"]
+    sized = [
+        "batch_size=32",
+        "epochs=20",
+        "fingerprint_hidden=16",
+        "embedding_dim=8",
+        "sampler=random",
+        "seed=4",
+    ]
     trainer = {"devices": 2, "log_every": 1, "accelerator": "cpu", "probe_rows": 0, "threads": 1}
     trainer |= {"checkpoint_steps": 5, "evaluate_start": "false"}
     where = ["experiment=molecules", "molecule_encoder=fingerprint", f"runs_dir={folder}", f"name={name}"]
@@ -133,7 +144,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_lost_node_changes_no_vector(nodes: Nodes, run: Path, tmp_path: Path) -> None:
-    """Begun here, cut off, gone on with by two encoders, one of which is lost: every row once, in order, bit for bit."""
+    """Begun here, cut off, gone on with by two encoders, one of which is lost: each row once, in order, bit for bit."""
     source = NewData(write(tmp_path / "new.tsv", pairs() * 8), {"text": "description"}, rows=25)
     trained = nearfar.load(run, "cpu")
     alone = embed_file(trained, source, tmp_path / "alone.parquet")
@@ -165,3 +176,27 @@ def test_an_encoder_says_what_is_wrong_with_the_data(nodes: Nodes, run: Path, tm
     trained = nearfar.load(run, "cpu")
     with connect("a test"), pytest.raises(NearfarError, match="has no view 'picture'"):
         embed_file(trained, source, tmp_path / "v.parquet", towers=["picture"], pool=RayPool(trained, "cpu"))
+
+
+# -- search --------------------------------------------------------------------------------------------------
+def test_a_lost_node_takes_no_trial_with_it(nodes: Nodes, tmp_path: Path) -> None:
+    """Trials of the lost node go on from their checkpoints: every epoch of each is trained once."""
+    fixed = [
+        text for text in options(tmp_path, "search", "trainer.devices=1", "epochs=12") if "lr=" not in text
+    ]
+    home = tmp_path / "search" / "search"
+    logs = lambda: sum(log.read_text().count('"kind": "epoch"') for log in home.glob("*/train_log.jsonl"))  # noqa: E731
+    breaking = when(lambda: logs() >= 6, lambda: nodes.replace(0))
+    drawn = ["lr=tag(log,interval(1e-4,1e-1))", "embedding_dim=4,8"]
+    comparison = tune([*fixed, *drawn], trials=4, judge=0, console=console())
+    breaking.join()
+    assert comparison is None
+    found = json.loads((tmp_path / "search" / "search.json").read_text())
+    assert len(found["trials"]) == 4
+    assert all(each["error"] is None and each["epochs"] == 12 for each in found["trials"])
+    assert found["best"] == max(found["trials"], key=lambda each: each["objective"])["run"]
+    assert any((log / "resumed.json").exists() for log in home.iterdir())
+    for each in found["trials"]:
+        epochs = [record["epoch"] for record in RunFolder(each["run"]).log() if record["kind"] == "epoch"]
+        assert epochs == list(range(1, 13))
+        assert objective(RunFolder(each["run"])) == each["objective"]

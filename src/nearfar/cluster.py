@@ -27,7 +27,9 @@ def require_ray(what: str) -> Any:
     """The module ``ray``; ``NearfarError`` with the command that installs it where it is not installed."""
     if importlib.util.find_spec("ray") is None:
         raise NearfarError(f"{what} needs Ray, which is not installed: pip install 'nearfar[ray]'")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no statistics are sent unless the user asks for it
+    os.environ.setdefault(
+        "RAY_USAGE_STATS_ENABLED", "0"
+    )  # no statistics are sent unless the user asks for it
     import ray
 
     return ray
@@ -37,8 +39,8 @@ def require_ray(what: str) -> Any:
 def connect(what: str, cpus: float = 1) -> Iterator[Any]:
     """Ray, connected: to the cluster of ``RAY_ADDRESS``, or that which runs on this machine, or one started for this.
 
-    One that is started here has at least ``cpus`` CPUs, as torchrun starts processes without counting cores. A connection
-    that was there before is used and left as it is.
+    One that is started here has at least ``cpus`` CPUs, as torchrun starts processes without counting cores. A
+    connection that was there before is used and left as it is.
 
     Raises ``NearfarError`` where Ray is not installed, or where ``RAY_ADDRESS`` leads nowhere.
     """

@@ -44,10 +44,22 @@ from nearfar.errors import NearfarError
 from nearfar.training import ranks
 from nearfar.training.checkpoint import Resume, find_checkpoint
 from nearfar.training.fabric import processes_to_start
+from nearfar.training.loop import Watch
 from nearfar.training.ranks import run_processes
 from nearfar.training.run_folder import RunFolder, same_file
 
-__all__ = ["dry_run", "launch", "run_on_ray", "run_one", "single_config", "with_saved_overrides"]
+__all__ = [
+    "absolute_paths",
+    "check_runs",
+    "dry_run",
+    "launch",
+    "objective",
+    "run_name",
+    "run_on_ray",
+    "run_one",
+    "single_config",
+    "with_saved_overrides",
+]
 
 #: bytes of a part of a name; a folder may have 255, of which temporary files need some
 LONGEST_NAME = 200
@@ -189,11 +201,13 @@ def run_one(
     together: bool = False,
     first: bool = True,
     place: tuple[RunFolder, Resume | None] | None = None,
+    watch: Watch | None = None,
 ) -> RunFolder:
     """Carry out one composed configuration, whose options are checked here.
 
     ``together`` with other processes on the same terminal, each line names its run, and only the ``first`` run says
-    what its data are. ``place``: its folder and the run it continues, where they have been chosen before.
+    what its data are. ``place``: its folder and the run it continues, where they have been chosen before. ``watch``
+    is told the monitored metric on validation after every epoch.
     """
     from nearfar.lab.report import write_report
     from nearfar.lab.table import metrics_tables
@@ -230,7 +244,7 @@ def run_one(
         options.overrides = [o for o in overrides if not o.startswith(not_saved)]
     system = build_system(options)
     ranks.one_after_the_other(lambda: system.prepare(say if first or not together else lambda _: None))
-    fit(system, options, folder, resume, say, None if together else console)
+    fit(system, options, folder, resume, say, None if together else console, watch)
     if not first_process:
         return folder
     report = write_report(folder)
@@ -269,7 +283,9 @@ def run_on_ray(
     options.runs_dir = str(Path(options.runs_dir).absolute())
 
     def work() -> None:
-        run_one(options, overrides, sweep, terminal.console(), swept, place=_going_on(options, folder, resume))
+        run_one(
+            options, overrides, sweep, terminal.console(), swept, place=_going_on(options, folder, resume)
+        )
 
     run_on_cluster(work, options.trainer, lambda text: terminal.say(console, text))
     return folder
@@ -303,7 +319,7 @@ def _job(config: DictConfig, swept: Sequence[str], failures: str) -> str | float
             folder = run_on_ray(config, task, sweep, terminal.console(), swept)
         else:
             folder = run_one(config, task, sweep, terminal.console(), swept, together, first)
-        return _objective(folder) if "optuna" in str(settings.sweeper.get("_target_", "")) else str(folder)
+        return objective(folder) if "optuna" in str(settings.sweeper.get("_target_", "")) else str(folder)
     except Exception as error:
         code = terminal.report_error(error, shown=_shown_here(error))
         if not sweep or code == 130:
@@ -320,7 +336,7 @@ def _shown_here(error: Exception) -> bool:
     return ranks.is_first_error()
 
 
-def _objective(folder: RunFolder) -> float:
+def objective(folder: RunFolder) -> float:
     """What a search climbs: the monitored metric on validation. Test is for the comparison afterwards."""
     metrics = folder.read_json("metrics.json")
     estimate = metrics["splits"].get("val", {}).get(metrics["monitor"])
@@ -358,7 +374,7 @@ def _launch(arguments: Sequence[str]) -> None:
     }
     if not own_configs:
         search = _check_plugins(overrides)
-        runs = _check_runs([o for o in overrides if not o.startswith("hydra")], sweep, search)
+        runs = check_runs([o for o in overrides if not o.startswith("hydra")], sweep, search)
         _check_processes(runs, sweep)
         processes = processes_to_start(runs[0].trainer)
         if processes > 1 and ranks.count() == 1 and not {*flags} & SHOWING:
@@ -415,12 +431,13 @@ def _check_processes(runs: Sequence[RunOptions], sweep: bool) -> None:
     """A sweep starts its runs in processes of its own choosing, which cannot be several at a time for each."""
     if sweep and (ranks.count() > 1 or any(processes_to_start(run.trainer) > 1 for run in runs)):
         raise NearfarError(
-            "a sweep (-m) trains each run in one process: set trainer.devices=1, or trainer.engine=ray, which starts the "
-            "processes of each run anew; or start the runs one by one, as in a shell's loop over seed=."
+            "a sweep (-m) trains each run in one process: set trainer.devices=1, or trainer.engine=ray, which starts "
+            "the processes of each run anew; or start the runs one by one, as in a shell's loop over seed=."
         )
 
 
-def _check_runs(overrides: Sequence[str], sweep: bool, search: bool = False) -> list[RunOptions]:
+def check_runs(overrides: Sequence[str], sweep: bool, search: bool = False) -> list[RunOptions]:
+    """The options of every run of a sweep, or of the ends of what a search draws, checked before one starts."""
     from nearfar.systems import check_config
 
     runs = list(expand(_ends(overrides) if search else overrides))

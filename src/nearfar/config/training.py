@@ -68,8 +68,8 @@ class TrainerOptions:
     )
     engine: Literal["torchrun", "ray"] = option(
         "torchrun",
-        "what starts these processes: torchrun's engine on this machine, or Ray on the nodes of a cluster, where devices "
-        "counts them all",
+        "what starts these processes: torchrun's engine on this machine, or Ray on the nodes of a cluster, where "
+        "devices counts them all",
         role="place",
     )
     restarts: int = option(

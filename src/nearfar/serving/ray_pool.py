@@ -70,7 +70,9 @@ class RayPool:
         self._actors: list[Any] = []
         self._starting: dict[Any, Any] = {}  # its first answer → an encoder that is not ready
         self._free: deque[Any] = deque()  # encoders, once for every chunk that each may still take
-        self._tries: Counter[int] = Counter()  # chunks that were lost; -1: encoders that were lost while they started
+        self._tries: Counter[int] = (
+            Counter()
+        )  # chunks that were lost; -1: encoders that were lost while they started
 
     def map(self, work: Work, chunks: Iterable[Items]) -> Iterator[tuple[Items, pyarrow.Table | None]]:
         """Every chunk with its table, in order; None for a chunk without items. A bounded number is read ahead.
@@ -113,7 +115,9 @@ class RayPool:
                 ready, _ = ray.wait([*running, *self._starting], timeout=PATIENCE)
                 if not ready and not running and not told:
                     told = True
-                    self.say("no encoder has started yet: the cluster may have no free node (ray status shows them)")
+                    self.say(
+                        "no encoder has started yet: the cluster may have no free node (ray status shows them)"
+                    )
                 for future in ready:
                     if future in self._starting:
                         self._joined(future, work)
@@ -126,7 +130,9 @@ class RayPool:
                         if not lost(error):
                             raise _own(error) from None
                         others = [each for each, (_, _, of) in running.items() if of is actor]
-                        taken = sorted([(number, items), *(running.pop(each)[:2] for each in others)], key=_number)
+                        taken = sorted(
+                            [(number, items), *(running.pop(each)[:2] for each in others)], key=_number
+                        )
                         waiting.extendleft(reversed(taken))
                         self._replace(actor, work, taken)
         finally:

@@ -78,10 +78,10 @@ def processes_on_cluster(trainer: TrainerOptions) -> int:
 def run_on_cluster(work: Callable[[], T], trainer: TrainerOptions, say: Say = print) -> T:
     """What ``work`` gives on the first of the processes that ``trainer`` asks for.
 
-    Each reserves ``trainer.threads`` CPUs (1 where that is null), one for each of ``trainer.workers``, and a GPU where the
-    cluster has one and ``trainer.accelerator`` does not refuse it. When one is lost, all start again, at most
-    ``trainer.restarts`` times: ``work`` has to go on from what it left, as a run does from its checkpoint. An error that
-    ``work`` raises is raised here and starts nothing again.
+    Each reserves ``trainer.threads`` CPUs (1 where that is null), one for each of ``trainer.workers``, and a GPU where
+    the cluster has one and ``trainer.accelerator`` does not refuse it. When one is lost, all start again, at most
+    ``trainer.restarts`` times: ``work`` has to go on from what it left, as a run does from its checkpoint. An error
+    that ``work`` raises is raised here and starts nothing again.
 
     Ctrl-C and SIGTERM ask all processes to stop after the step at hand; a second Ctrl-C ends them at once.
     """
