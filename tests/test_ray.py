@@ -27,7 +27,7 @@ from nearfar.terminal import console
 from nearfar.training.checkpoint import Checkpoint
 from nearfar.training.run_folder import RunFolder
 from nearfar.tune import tune
-from processes import together
+from processes import SECONDS, together
 from run_files import records, states_equal
 from tiny_molecules import pairs, split_files, write
 
@@ -63,6 +63,7 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
         patch.setenv("PYTHONPATH", os.pathsep.join(path))  # of all processes on the nodes
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("RAY_AUTH_MODE", "disabled")  # no token is written into the home of whoever runs this
+        patch.setenv("RAY_raylet_start_wait_time_s", "180")  # two busy cores
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("NEARFAR_CACHE", str(tmp_path_factory.mktemp("cache")))
         made = Nodes()
@@ -78,7 +79,7 @@ def when(ready: Any, then: Any) -> threading.Thread:
     """Do something as soon as a condition holds, while the test waits for its command."""
 
     def work() -> None:
-        end = time.monotonic() + 120
+        end = time.monotonic() + SECONDS
         while not ready():
             assert time.monotonic() < end
             time.sleep(0.02)

@@ -242,11 +242,39 @@ def _search(
         run_config=ray_tune.RunConfig(
             name=name.replace("/", "-"),
             storage_path=str(home.path.parent / ".sweeps"),
+            callbacks=[_reporter(config.epochs, trials - left, trials, say)],
             failure_config=ray_tune.FailureConfig(max_failures=config.trainer.restarts),
             verbose=0,
         ),
     )
     return [*known, *(_candidate(result, config.epochs) for result in tuner.fit())]
+
+
+def _reporter(epochs: int, ended: int, trials: int, say: Callable[[str], None]) -> Any:
+    """Says a line about every trial that ends."""
+    from ray.tune import Callback
+
+    class Reporter(Callback):
+        ended = 0
+
+        def on_trial_complete(self, iteration: int, trials_: Any, trial: Any, **_: Any) -> None:
+            self._say(trial, trial.last_result or {})
+
+        def on_trial_error(self, iteration: int, trials_: Any, trial: Any, **_: Any) -> None:
+            if trial.num_failures <= trial.max_failures:
+                say(f"{_words(trial.config)}: its process was lost; it goes on from its checkpoint")
+
+        def _say(self, trial: Any, last: dict[str, Any]) -> None:
+            Reporter.ended += 1
+            value, epoch = last.get("objective", math.nan), min(int(last.get("epoch", 0)), epochs)
+            number = f"trial {ended + Reporter.ended} of {trials}"
+            say(f"{number}: {_words(trial.config)}: {value:.4f} after {epoch} epochs")
+
+    return Reporter()
+
+
+def _words(values: dict[str, Any]) -> str:
+    return " ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in values.items())
 
 
 def _trial_of(fixed: Sequence[str], values: dict[str, str], name: str) -> tuple[list[str], str]:
@@ -257,9 +285,10 @@ def _trial_of(fixed: Sequence[str], values: dict[str, str], name: str) -> tuple[
 
 
 def _carry_out(overrides: list[str], watch: Callable[[int, float], None] | None = None) -> RunFolder:
-    """A run in this process, which goes on where one of that name was cut off."""
+    """A run in this process, which goes on where one of that name was cut off; it says nothing."""
     options = check_config(compose_config(overrides))
-    return run_one(options, overrides, False, terminal.console(), together=True, first=False, watch=watch)
+    with open(os.devnull, "w") as nowhere:
+        return run_one(options, overrides, False, Console(file=nowhere), together=True, first=False, watch=watch)
 
 
 def _candidate(result: Any, epochs: int) -> Candidate:
