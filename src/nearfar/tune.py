@@ -250,24 +250,23 @@ def _search(
     return [*known, *(_candidate(result, config.epochs) for result in tuner.fit())]
 
 
-def _reporter(epochs: int, ended: int, trials: int, say: Callable[[str], None]) -> Any:
+def _reporter(epochs: int, ended: int, all_trials: int, say: Callable[[str], None]) -> Any:
     """Says a line about every trial that ends."""
     from ray.tune import Callback
 
     class Reporter(Callback):
         ended = 0
 
-        def on_trial_complete(self, iteration: int, trials_: Any, trial: Any, **_: Any) -> None:
+        def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
             self._say(trial, trial.last_result or {})
 
-        def on_trial_error(self, iteration: int, trials_: Any, trial: Any, **_: Any) -> None:
-            if trial.num_failures <= trial.max_failures:
-                say(f"{_words(trial.config)}: its process was lost; it goes on from its checkpoint")
+        def on_trial_recover(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+            say(f"{_words(trial.config)}: its process was lost; it goes on from its checkpoint")
 
         def _say(self, trial: Any, last: dict[str, Any]) -> None:
             Reporter.ended += 1
             value, epoch = last.get("objective", math.nan), min(int(last.get("epoch", 0)), epochs)
-            number = f"trial {ended + Reporter.ended} of {trials}"
+            number = f"trial {ended + Reporter.ended} of {all_trials}"
             say(f"{number}: {_words(trial.config)}: {value:.4f} after {epoch} epochs")
 
     return Reporter()
