@@ -287,7 +287,9 @@ def _carry_out(overrides: list[str], watch: Callable[[int, float], None] | None 
     """A run in this process, which goes on where one of that name was cut off; it says nothing."""
     options = check_config(compose_config(overrides))
     with open(os.devnull, "w") as nowhere:
-        return run_one(options, overrides, False, Console(file=nowhere), together=True, first=False, watch=watch)
+        return run_one(
+            options, overrides, False, Console(file=nowhere), together=True, first=False, watch=watch
+        )
 
 
 def _candidate(result: Any, epochs: int) -> Candidate:
