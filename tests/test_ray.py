@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 import nearfar
-from nearfar.cluster import connect
+from nearfar.cluster import connect, require_ray
 from nearfar.config.compose import compose_config
 from nearfar.data.chunks import NewData
 from nearfar.errors import NearfarError
@@ -45,7 +46,14 @@ class Nodes:
 
         head = {"num_cpus": 0, "include_dashboard": False}
         self.cluster = Cluster(initialize_head=True, head_node_args=head)
-        self.nodes = [self.cluster.add_node(num_cpus=1) for _ in range(2)]
+        self.nodes = [self.add() for _ in range(2)]
+
+    def add(self) -> Any:
+        """A node; on busy cores one may not be up within the 30 seconds that Ray gives it."""
+        for _ in range(3):
+            with suppress(Exception):
+                return self.cluster.add_node(num_cpus=1)
+        return self.cluster.add_node(num_cpus=1)
 
     def replace(self, number: int) -> None:
         """A node is gone, with all its processes, from one moment to the next; a new one joins."""
@@ -53,7 +61,7 @@ class Nodes:
         self.cluster._shutdown_at_exit = (
             False  # its handlers belong to the main thread; the fixture ends the node
         )
-        self.nodes[number] = self.cluster.add_node(num_cpus=1)
+        self.nodes[number] = self.add()
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +71,6 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
         patch.setenv("PYTHONPATH", os.pathsep.join(path))  # of all processes on the nodes
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("RAY_AUTH_MODE", "disabled")  # no token is written into the home of whoever runs this
-        patch.setenv("RAY_raylet_start_wait_time_s", "180")  # two busy cores
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("NEARFAR_CACHE", str(tmp_path_factory.mktemp("cache")))
         made = Nodes()
@@ -88,6 +95,19 @@ def when(ready: Any, then: Any) -> threading.Thread:
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     return thread
+
+
+# -- connecting ----------------------------------------------------------------------------------------------
+def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(NearfarError, match=r"--engine ray needs Ray.*pip install 'nearfar\[ray\]'"):
+        require_ray("--engine ray")
+
+
+def test_an_address_where_nothing_listens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    with pytest.raises(NearfarError, match="no cluster answers there"), connect("a test"):
+        pass
 
 
 # -- training ------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -27,9 +28,8 @@ def require_ray(what: str) -> Any:
     """The module ``ray``; ``NearfarError`` with the command that installs it where it is not installed."""
     if importlib.util.find_spec("ray") is None:
         raise NearfarError(f"{what} needs Ray, which is not installed: pip install 'nearfar[ray]'")
-    os.environ.setdefault(
-        "RAY_USAGE_STATS_ENABLED", "0"
-    )  # no statistics are sent unless the user asks for it
+    # No statistics are sent unless the user asks for it.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
 
     return ray
@@ -52,23 +52,43 @@ def connect(what: str, cpus: float = 1) -> Iterator[Any]:
     # DistributedDataParallel would warn in every process that all weights were used, which is no news.
     passed.setdefault("TORCH_CPP_LOG_LEVEL", os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"))
     common: dict[str, Any] = {"logging_level": "ERROR", "runtime_env": {"env_vars": passed}}
+    _check_address()
     try:
         ray.init("auto", **common)
-    except ConnectionError as error:
-        if address := os.environ.get("RAY_ADDRESS"):
-            raise NearfarError(
-                f"RAY_ADDRESS={address}: no cluster answers ({_first_line(error)}). Start one (ray start --head), or "
-                "unset RAY_ADDRESS to use this machine alone."
-            ) from None
-        ray.init("local", num_cpus=int(max(os.cpu_count() or 1, cpus)), include_dashboard=False, **common)
+    except ConnectionError:  # none is running
+        _start_here(ray, int(max(os.cpu_count() or 1, cpus)), common)
     try:
         yield ray
     finally:
         ray.shutdown()
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _start_here(ray: Any, cpus: int, common: Mapping[str, Any]) -> None:
+    try:
+        ray.init("local", num_cpus=cpus, include_dashboard=False, **common)
+    except Exception as error:
+        if "timed out" not in str(error):
+            raise
+        ray.shutdown()
+        raise NearfarError(
+            "Ray did not start on this machine within its 30 seconds, as on a very busy one. Give the command again, "
+            "or start Ray by hand first (ray start --head)."
+        ) from None
+
+
+def _check_address() -> None:
+    """``NearfarError`` where nothing listens at ``RAY_ADDRESS``; Ray itself would try for minutes."""
+    address = os.environ.get("RAY_ADDRESS", "")
+    host, _, port = address.rpartition(":")
+    if not host or "://" in address or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except OSError as error:
+        raise NearfarError(
+            f"RAY_ADDRESS={address}: no cluster answers there ({error}). Start one (ray start --head), or unset "
+            "RAY_ADDRESS to use this machine alone."
+        ) from None
 
 
 def total(resource: str) -> float:
@@ -122,7 +142,7 @@ class Processes:
             self._await_nodes()
             for number in range(self.count):
                 place = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=number)
-                actor = ray.remote(self.kind).options(
+                actor: Any = ray.remote(self.kind).options(
                     num_cpus=self.each["CPU"],
                     num_gpus=self.each.get("GPU", 0),
                     max_restarts=0,

@@ -315,7 +315,7 @@ def _job(config: DictConfig, swept: Sequence[str], failures: str) -> str | float
     task = [text.lstrip("+") for text in settings.overrides.task]
     try:
         first = OmegaConf.is_missing(settings.job, "num") or settings.job.num == 0
-        if OmegaConf.select(config, "trainer.engine") == "ray":
+        if OmegaConf.select(config, "trainer.engine") == "ray" and ranks.count() == 1:
             folder = run_on_ray(config, task, sweep, terminal.console(), swept)
         else:
             folder = run_one(config, task, sweep, terminal.console(), swept, together, first)
