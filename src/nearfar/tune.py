@@ -242,7 +242,7 @@ def _search(
         run_config=ray_tune.RunConfig(
             name=name.replace("/", "-"),
             storage_path=str(home.path.parent / ".sweeps"),
-            callbacks=[_reporter(config.epochs, trials - left, trials, say)],
+            callbacks=[_reporter(config.epochs, trials - left, trials)],
             failure_config=ray_tune.FailureConfig(max_failures=config.trainer.restarts),
             verbose=0,
         ),
@@ -250,8 +250,8 @@ def _search(
     return [*known, *(_candidate(result, config.epochs) for result in tuner.fit())]
 
 
-def _reporter(epochs: int, ended: int, all_trials: int, say: Callable[[str], None]) -> Any:
-    """Says a line about every trial that ends."""
+def _reporter(epochs: int, ended: int, all_trials: int) -> Any:
+    """Says a line about every trial that ends. Ray Tune copies it, so that it holds no console."""
     from ray.tune import Callback
 
     class Reporter(Callback):
@@ -261,13 +261,17 @@ def _reporter(epochs: int, ended: int, all_trials: int, say: Callable[[str], Non
             self._say(trial, trial.last_result or {})
 
         def on_trial_recover(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-            say(f"{_words(trial.config)}: its process was lost; it goes on from its checkpoint")
+            terminal.say(
+                terminal.console(),
+                f"{_words(trial.config)}: its process was lost; it goes on from its checkpoint",
+            )
 
         def _say(self, trial: Any, last: dict[str, Any]) -> None:
             Reporter.ended += 1
             value, epoch = last.get("objective", math.nan), min(int(last.get("epoch", 0)), epochs)
             number = f"trial {ended + Reporter.ended} of {all_trials}"
-            say(f"{number}: {_words(trial.config)}: {value:.4f} after {epoch} epochs")
+            line = f"{number}: {_words(trial.config)}: {value:.4f} after {epoch} epochs"
+            terminal.say(terminal.console(), line)
 
     return Reporter()
 
