@@ -201,7 +201,8 @@ def _search(
         points_to_evaluate=[_typed(each.values, drawn) for each in cut_off],
     )
     for each in known:
-        searcher.add_evaluated_point(_typed(each.values, drawn), each.objective)
+        if each.objective is not None:
+            searcher.add_evaluated_point(_typed(each.values, drawn), each.objective)
     left = trials - len(known)
     if left <= 0:
         return known
@@ -247,7 +248,8 @@ def _search(
             verbose=0,
         ),
     )
-    return [*known, *(_candidate(result, config.epochs) for result in tuner.fit())]
+    results = tuner.fit()
+    return [*known, *(_candidate(results[at], config.epochs) for at in range(len(results)))]
 
 
 def _reporter(epochs: int, ended: int, all_trials: int) -> Any:

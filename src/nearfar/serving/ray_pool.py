@@ -145,7 +145,7 @@ class RayPool:
 
         place = {"num_cpus": 1, "num_gpus": self.gpu, "max_restarts": 0, "scheduling_strategy": "SPREAD"}
         kind = ray.remote(_Encoder).options(**place)
-        actor = kind.remote(self.trained.path.absolute(), self.device, work)
+        actor: Any = kind.remote(self.trained.path.absolute(), self.device, work)
         self._actors.append(actor)
         self._starting[actor.load.remote()] = actor
 
@@ -173,7 +173,7 @@ class RayPool:
         """A new encoder for one that is gone, with the chunks that it had ``taken``."""
         self._actors.remove(actor)
         self._free = deque(each for each in self._free if each is not actor)
-        for number, _ in taken or [(-1, None)]:
+        for number in [number for number, _ in taken] or [-1]:
             self._tries[number] += 1
             if self._tries[number] == TRIES:
                 what = "an encoder was lost before it had loaded its run"
