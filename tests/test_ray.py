@@ -200,24 +200,29 @@ def test_an_encoder_says_what_is_wrong_with_the_data(nodes: Nodes, run: Path, tm
 
 
 # -- search --------------------------------------------------------------------------------------------------
-def test_a_lost_node_takes_no_trial_with_it(nodes: Nodes, tmp_path: Path) -> None:
-    """Trials of the lost node go on from their checkpoints: every epoch of each is trained once."""
-    fixed = [
-        text for text in options(tmp_path, "search", "trainer.devices=1", "epochs=12") if "lr=" not in text
-    ]
+def test_a_lost_node_takes_no_trial_with_it(
+    nodes: Nodes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The trial of the lost node goes on from its checkpoint: every epoch of each is trained once."""
+    epochs = 30
+    fixed = options(tmp_path, "search", "trainer.devices=1", f"epochs={epochs}")
     home = tmp_path / "search" / "search"
-    logs = lambda: sum(log.read_text().count('"kind": "epoch"') for log in home.glob("*/train_log.jsonl"))  # noqa: E731
-    breaking = when(lambda: logs() >= 6, lambda: nodes.replace(0))
+
+    def both_at_work() -> bool:
+        logs = [log.read_text().count('"kind": "epoch"') for log in home.glob("*/train_log.jsonl")]
+        return sum(2 <= done < epochs - 10 for done in logs) == 2
+
+    breaking = when(both_at_work, lambda: nodes.replace(0))
     drawn = ["lr=tag(log,interval(1e-4,1e-1))", "embedding_dim=4,8"]
-    comparison = tune([*fixed, *drawn], trials=4, judge=0, console=console())
+    assert tune([*fixed, *drawn], trials=4, judge=0, console=console()) is None
     breaking.join()
-    assert comparison is None
+    assert "its process was lost; it goes on from its checkpoint" in capsys.readouterr().out
     found = json.loads((tmp_path / "search" / "search.json").read_text())
     assert len(found["trials"]) == 4
-    assert all(each["error"] is None and each["epochs"] == 12 for each in found["trials"])
+    assert all(each["error"] is None and each["epochs"] == epochs for each in found["trials"])
     assert found["best"] == max(found["trials"], key=lambda each: each["objective"])["run"]
-    assert any((log / "resumed.json").exists() for log in home.iterdir())
+    assert any((run / "resumed.json").exists() for run in home.iterdir())
     for each in found["trials"]:
-        epochs = [record["epoch"] for record in RunFolder(each["run"]).log() if record["kind"] == "epoch"]
-        assert epochs == list(range(1, 13))
+        trained = [record["epoch"] for record in RunFolder(each["run"]).log() if record["kind"] == "epoch"]
+        assert trained == list(range(1, epochs + 1))
         assert objective(RunFolder(each["run"])) == each["objective"]
