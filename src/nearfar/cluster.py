@@ -30,6 +30,7 @@ def require_ray(what: str) -> Any:
         raise NearfarError(f"{what} needs Ray, which is not installed: pip install 'nearfar[ray]'")
     # No statistics are sent unless the user asks for it.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # lines of epochs are alike, and each is news
     import ray
 
     return ray
