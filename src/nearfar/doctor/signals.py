@@ -108,7 +108,9 @@ class Signals:
         read = cls.__new__(cls)
         read._take(read_records(filter(None, records)), log.context, null_is_nan=True, ordered=True)
         read.unread = log.unread
-        read.read_as = [f"{log.kind}: {log.path}", *mapped.lines(), *log.notes]
+        known = ", ".join(f"{name} {value}" for name, value in log.context.items())
+        stated = [f"known of the run: {known}"] if known else []
+        read.read_as = [f"{log.kind}: {log.path}", *mapped.lines(), *stated, *log.notes]
         return read
 
     def knowing(self, context: Mapping[str, Any] | None) -> Signals:
