@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from nearfar.data.files import Json
 from nearfar.doctor.gain import gain_sentence
+from nearfar.doctor.phases import monitor
 from nearfar.doctor.rule import SEVERITIES, Finding, Unjudged
 from nearfar.doctor.rules import RULES
 from nearfar.doctor.signals import Signals
@@ -125,4 +126,7 @@ def diagnose(
     known = read.context | {"splits": read.context.get("metrics")}
     gain = gain_sentence(known) if read.context.get("gain") else None
     judged = len(RULES) - len(unjudged)
-    return Diagnosis(findings, unjudged, judged, read.unread, read.assumed, read.read_as, gain)
+    read_as = list(read.read_as)
+    if read_as and len(read.named("val/*")) > 1:
+        read_as.append(f"metric that matters: {monitor(read).name} (a different one by --map monitor=NAME)")
+    return Diagnosis(findings, unjudged, judged, read.unread, read.assumed, read_as, gain)

@@ -91,7 +91,11 @@ class Signals:
 
         log = read_log(path)
         every = dict.fromkeys(name for record in log.records for name in record if name)
-        mapped = map_names(every, names, log.validation)
+        watched = (names or {}).get("monitor")
+        given = {field: name for field, name in (names or {}).items() if field != "monitor"}
+        mapped = map_names(every, given, log.validation)
+        if watched is not None:
+            log.context["monitor"] = _metric_named(watched, mapped.used)
         if not any(field not in ("step", "epoch") for field in mapped.used):
             raise NearfarError(
                 f"{log.path} ({log.kind}): none of its names is one that the doctor knows: "
@@ -108,7 +112,7 @@ class Signals:
         read = cls.__new__(cls)
         read._take(read_records(filter(None, records)), log.context, null_is_nan=True, ordered=True)
         read.unread = log.unread
-        known = ", ".join(f"{name} {value}" for name, value in log.context.items())
+        known = ", ".join(f"{n} {v:g}" if isinstance(v, float) else f"{n} {v}" for n, v in log.context.items())
         stated = [f"known of the run: {known}"] if known else []
         read.read_as = [f"{log.kind}: {log.path}", *mapped.lines(), *stated, *log.notes]
         return read
@@ -261,6 +265,15 @@ class Signals:
         beside = np.full(len(self._steps), other.mean())
         beside[other.rows] = other.numbers
         return first.having(combine(first.numbers, beside[first.rows]))
+
+
+def _metric_named(name: str, used: Mapping[str, str]) -> str:
+    """The metric that a log calls ``name``, or that is shown as it, without its ``val/``."""
+    metrics = {field[4:]: of_log for field, of_log in used.items() if field.startswith("val/")}
+    for metric, of_log in metrics.items():
+        if name in (metric, of_log, f"val/{metric}"):
+            return metric
+    raise NearfarError(f"--map monitor={name}: no metric of the log; {nearest_name(name, list(metrics))}")
 
 
 def _once_an_epoch(records: Iterable[Mapping[str, Any]], epoch: str | None) -> bool:

@@ -84,7 +84,7 @@ class Names:
             names = ", ".join(self.unknown[:12]) + (", …" if len(self.unknown) > 12 else "")
             lines.append(f"not understood: {names} (say what one is with --map FIELD=NAME)")
         if self.spare:
-            listed = [f"{name} (a different {field})" for name, field in self.spare.items()]
+            listed = [f"{name} (also {field})" for name, field in self.spare.items()]
             lines.append(
                 f"not read: {', '.join(listed[:8])}" + (", …" if len(listed) > 8 else "")
                 + "; --map FIELD=NAME takes one instead"

@@ -27,7 +27,7 @@ _PAIR = re.compile(rf"(?<![\w@/.-])({_NAME})\s*[:=]\s*((?-i:{_NUMBER}))(%?)(?![\
 _BETWEEN = re.compile(r"[|,;\t]|\s-+\s|(?<=\d):\s|\]:?\s")
 _SPACED = re.compile(rf"({_NAME})\s+((?-i:{_NUMBER}))(%?)(?:\s*\([^)]*\))?(?=\s|$)", re.IGNORECASE)
 _SPACED_LINE = re.compile(rf"(?:\s*{_SPACED.pattern})+\s*", re.IGNORECASE)
-_EPOCH = re.compile(r"\bepoch\s*[:=#]?\s*\[?(\d+)", re.IGNORECASE)
+_EPOCH = re.compile(r"\b(?:epoch\s*[:=#]?\s*\[?|train:\s*\[(?=\d+\]\[))(\d+)", re.IGNORECASE)
 _STEP = re.compile(r"\b(?:step|iter(?:ation)?)\s*[:=#]?\s*\[?(\d+)", re.IGNORECASE)
 _LONGEST = 20_000  # characters of a line that are looked at
 
