@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from nearfar.arguments import shown
 from nearfar.data.files import Json
-from nearfar.doctor.cells import Cell, is_series, plain
+from nearfar.doctor.cells import Cell, is_series, number, plain
 from nearfar.doctor.fields import CONTEXT, NUMBERS, TEXTS, is_field, matches
 from nearfar.doctor.gaps import LOSSES, settle_gaps
 from nearfar.doctor.log_tables import Columns, read_columns, read_records, table_columns
@@ -105,13 +105,18 @@ class Signals:
         if field_of.get("train_loss") == "loss" and _once_an_epoch(log.records, mapped.used.get("epoch")):
             mapped.used["train_loss"] = mapped.used.pop("loss")
             field_of["train_loss"] = "train_loss"
+        for name in [name for name in mapped.used if name in NUMBERS and not is_field(name)]:
+            stated = {str(record[mapped.used[name]]) for record in log.records if record.get(mapped.used[name])}
+            if len(stated) == 1:  # of the run as a whole
+                log.context[name] = number(stated.pop(), name, str(log.path))
+            del field_of[mapped.used[name]]
         records = [
             {field_of[name]: value for name, value in record.items() if name in field_of}
             for record in log.records
         ]
         read = cls.__new__(cls)
         read._take(read_records(filter(None, records)), log.context, null_is_nan=True, ordered=True)
-        read.unread = log.unread
+        read.unread, read.foreign = log.unread, True
         known = ", ".join(f"{n} {v:g}" if isinstance(v, float) else f"{n} {v}" for n, v in log.context.items())
         stated = [f"known of the run: {known}"] if known else []
         read.read_as = [f"{log.kind}: {log.path}", *mapped.lines(), *stated, *log.notes]
@@ -207,6 +212,7 @@ class Signals:
         """Keep what was measured; ``ordered``: bring rows that do not come in the order of their steps into it."""
         self.context: Json = dict(log.context) | dict(context or {})
         self.unread = 0  # lines of the log that were no records
+        self.foreign = False  # of a trainer that has no options of `nearfar train`
         self.read_as: list[str] = []  # of the log of a different trainer: what was taken for what, in lines
         first = _first_epoch(log)
         #: what was taken for granted in reading, in sentences

@@ -21,6 +21,7 @@ from torch.nn.functional import normalize
 from nearfar.data.files import Json
 from nearfar.data.writing import make_folder, write_atomically
 from nearfar.doctor import Diagnosis, diagnose
+from nearfar.doctor.run import WATCHED
 from nearfar.errors import NearfarError, nearest_name
 from nearfar.integrations.weight_movement import WeightMovement
 from nearfar.metrics import (
@@ -37,7 +38,7 @@ from nearfar.training.system import Evaluation
 
 __all__ = ["Monitor", "Scores", "retrieval_scores"]
 
-SYSTEM = "external"
+SYSTEM = WATCHED
 #: the embeddings and scores before the first step, for a run that is resumed
 START = "start.npz"
 #: difference of two columns of logits, as a share of their spread, that rounding makes of copies; rows that are compared

@@ -28,6 +28,7 @@ _PLAIN: dict[str, tuple[str, ...]] = {
     "epoch": ("epoch", "epochs", "train_epoch", "current_epoch"),
     "candidates": ("candidates", "num_candidates"),
     "rows": ("rows",),
+    "batch_size": ("batch_size", "bs", "bsz", "batchsize", "train_batch_size", "per_device_train_batch_size"),
 }  # fmt: skip
 _BY_NAME = {name: field for field, names in _PLAIN.items() for name in names}
 #: what says nothing about learning: times, memory, counts of the trainer

@@ -113,7 +113,7 @@ def _evaluations(folder: Path) -> list[Path]:
 
 def read_sentence_transformers(path: Path) -> Log:
     """Scores by epoch and step, of all evaluators of a folder, whose names go before those of their scores where there
-    are several; a step of -1 is the end of its epoch."""
+    are several (and before the accuracy of triplets, as it says what chance is); a step of -1 is the end of its epoch."""
     files = [path] if path.is_file() else _evaluations(path)
     by_place: dict[tuple[str, str], Json] = {}
     unread, notes = 0, []
@@ -121,7 +121,8 @@ def read_sentence_transformers(path: Path) -> Log:
         table = csv_rows(file)
         unread += table.unread
         notes += table.notes
-        before = f"{_EVALUATION.sub('', file.name)}/" if len(files) > 1 else ""
+        triplets = file.name.startswith("triplet_evaluation")  # whose accuracy is .5 by chance, which its name says
+        before = f"{_EVALUATION.sub('', file.name)}/" if len(files) > 1 or triplets else ""
         for row in table.rows:
             place = {name: row[name] for name in ("epoch", "steps") if row.get(name, "") != ""}
             if place.get("steps", "").strip() == "-1":

@@ -27,6 +27,8 @@ NO_GRADIENT, NO_LOSS = 1e-9, 1e-6
 REPEATS = 0.97
 #: the same of the losses of epochs with each other, of which random orders have none; and that in standard errors of 0
 ALIKE_EPOCHS, SURE = 0.6, 6.0
+#: squared differences of steps, as a share of the squared steps: of independent values 3, of a smooth course about 0
+ROUGH = 0.5
 #: a loss that no choice among candidates has, and no mean of cosines either
 NEGATIVE = -1.5
 #: first loss, beside that of guessing, from which logits are far too large; and alone, as guessing among e^20 costs
@@ -182,6 +184,8 @@ def _periodic(signals: Signals) -> Evidence | None:
                 {"period": float(lag), "times": float(n // lag)},
                 title="The loss repeats exactly: the same batches, and weights that do not change.",
             )
+    if _smooth(values[n // 2 :]):
+        return None
     lag, strength = _repeats(values)
     if strength < REPEATS:
         return _alike_epochs(loss)
@@ -247,6 +251,13 @@ def _repeats(values: np.ndarray) -> tuple[int, float]:
         if least > strength:
             best, strength = lag, least
     return best, strength
+
+
+def _smooth(values: np.ndarray) -> bool:
+    """Whether values bend rather than jump, as those of a running mean: batches differ from one to the next."""
+    steps = np.diff(values)
+    steps = steps - steps.mean()
+    return float(np.square(np.diff(steps)).sum()) < ROUGH * float(np.square(steps).sum())
 
 
 def _negative(signals: Signals) -> Evidence | None:

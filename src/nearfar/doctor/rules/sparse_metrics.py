@@ -35,8 +35,9 @@ LEAST_SCORES, FLAT_SCORES = 4, 5
 FOUND, NEAR_GUESSING, MANY, STANDS = 0.5, 1.3, 16, 0.1
 #: share of the way from guessing to 0 that a loss with next to no room has come
 STAYED = 0.05
-#: metrics whose chance level their definition has, how near to it they are at chance: half of all pairs and triplets
-#: are ordered rightly by guessing, and no correlation is 0
+#: metrics whose chance level their definition has, and how near to it they are at chance: half of all triplets are
+#: ordered rightly by guessing, and no correlation is 0 (sentence-transformers' accuracy of triplets has the name of that
+#: of pairs, which has an F1 beside it)
 _CHANCES = (
     (re.compile(r"(?<![a-z])(?:auc|auroc|roc_auc)(?![a-z])|triplet", re.IGNORECASE), 0.5, 0.05),
     (re.compile(r"(?<![a-z])(?:spearman|pearson|kendall|mcc)(?![a-z])", re.IGNORECASE), 0.0, 0.1),
@@ -107,7 +108,10 @@ def _flat(signals: Signals) -> Evidence | None:
         raise TooLittle(f"{FLAT_SCORES} scores of validation are needed, and there are {len(values)}")
     if lower_is_better(signals, name) or float(np.ptp(values)) <= 1e-12:
         return None
-    known = next(((at, width) for names, at, width in _CHANCES if names.search(name)), None)
+    of_triplets = name.endswith("cosine_accuracy") and not signals.has(f"val/{name.removesuffix('accuracy')}f1")
+    known = next(
+        ((at, near) for names, at, near in _CHANCES if names.search("triplet" if of_triplets else name)), None
+    )
     if known is not None:
         chance, low = known
         at_chance = float(np.abs(values - chance).max()) < low
@@ -125,6 +129,7 @@ def _flat(signals: Signals) -> Evidence | None:
     return Evidence(
         f"{name} is {first:.3g} in the first {half} evaluations and {late:.3g} in the other {len(values) - half}{beside}.",
         {"first": first, "last": late},
+        title=None if known is None else "The metric stays at chance.",
     )
 
 

@@ -16,6 +16,8 @@ __all__ = ["RULES"]
 A_TOWER = 0.25
 #: looks at the weights in the last quarter of which none may have moved
 LEAST_LOOKS = 8
+#: share of its first level that a loss has fallen to, where the run has learned something before
+FELL = 0.8
 
 
 def _unmoved(signals: Signals) -> Evidence | None:
@@ -70,11 +72,18 @@ def _gone(signals: Signals) -> Evidence | None:
     if since is None:
         return None
     peak, late = float(rate.numbers.max()), float(rate.numbers[-1])
-    where = "throughout" if peak <= 0 else f"from step {since:g} on, after a peak of {peak:.3g}"
+    loss = signals.series("loss").finite()
+    fell = len(loss) >= LEAST_LOOKS and loss.tail().mean() < FELL * loss.numbers[: len(loss) // LEAST_LOOKS].mean()
+    text = (
+        f"The learning rate is 0 in all of {len(rate)} logged values."
+        if peak <= 0
+        else f"The learning rate had a peak of {peak:.3g}, is next to nothing from step {since:g} on, and {late:.3g} at "
+        "the end."
+    )
     return Evidence(
-        f"The learning rate is {late:.3g} at the end, and next to nothing {where}.",
+        text,
         {"lr": late, "peak": peak, "from": since},
-        severity="note" if metric_learns(signals) else None,
+        severity="note" if metric_learns(signals) else "warning" if fell else None,
     )
 
 
@@ -97,8 +106,8 @@ RULES = (
         cause="A part that the loss does not use (a note where it is small, such as the pooler of a text encoder); a "
         "tower under `no_grad` or `.detach()`; rows gathered from all processes without a gradient.",
         remedy=advice("Look for `.detach()`, `no_grad`, `.data` and `torch.tensor(...)` between the tower and the loss; "
-                      "gather with a gradient (`nearfar.contrast` or `torch.distributed.nn.functional.all_gather`), "
-                      "and certify the loss by `nearfar.integrations.verify_loss`."),
+                      "gather with a gradient (`torch.distributed.nn.functional.all_gather`), and certify the loss "
+                      "by `nearfar.verify.loss`."),
         source="torch.distributed.all_gather returns tensors without a history",
     ),
     Rule(
@@ -115,7 +124,7 @@ RULES = (
         "learning-rate-gone", "error", "The learning rate is nothing for most of the run.", (("lr",),), _gone,
         looks_at="`lr` over the log",
         threshold="below 1e-4 of its peak in the second half of the log, or more of it; or 0 throughout; a note where "
-        "the metric had risen before",
+        f"the metric had risen before, a warning where the loss had fallen below {FELL:.0%} of its first level",
         cause="A schedule that is meant to be stepped once an epoch is stepped every batch, or was given fewer steps "
         "than the run has (T_max, total_steps, num_training_steps).",
         remedy=advice("Count how often `scheduler.step()` is called, and give the schedule the steps of the whole run."),
