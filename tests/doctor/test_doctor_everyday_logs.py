@@ -60,7 +60,7 @@ def test_training_scores_and_thresholds_are_no_scores_of_validation() -> None:
 # -- printed -------------------------------------------------------------------------------------------------
 PRINTED = {
     "bars": "step {step} | loss {loss:.3f} | acc {score:.3f}",
-    "progress meter": "Epoch: [{epoch}][ {at}/12]\tTime  0.345 ( 0.51)\tLoss {loss:.4e} ({loss:.4e})\tAcc@1   {score:.3f} (0.1)",
+    "meter": "Epoch: [{epoch}][ {at}/12]\tTime  0.34 ( 0.5)\tLoss {loss:.4e} ({loss:.4e})\tAcc@1   {score:.3f} (0.1)",
     "SupContrast": "Train: [{epoch}][{at}0/120]\tBT 0.312 (0.402)\tDT 0.001 (0.021)\tloss {loss:.3f} ({loss:.3f})",
     "two losses": "epoch {epoch}: train loss: {loss:.4f}, val loss: 9.5, val R@1: {score:.3f}",
     "percent": "Epoch [{epoch}/4], Step [{step}/480], Loss: {loss:.4f}, Acc: {score:.2%}",
@@ -76,7 +76,9 @@ def test_printed_lines_with_and_without_the_fault(line: str, tmp_path: Path) -> 
             for i, (loss, score) in enumerate(rows)
         ]
         path = tmp_path / name
-        path.write_text("\n".join(["Loaded 3 files", "Namespace(batch_size=96, lr=0.001)", *text, "Saved 7"]) + "\n")
+        path.write_text(
+            "\n".join(["Loaded 3 files", "Namespace(batch_size=96, lr=0.001)", *text, "Saved 7"]) + "\n"
+        )
         return path
 
     faulty = write("bad.txt", GUESSES, LOW)
@@ -126,7 +128,9 @@ def test_a_last_line_that_was_cut_off_is_no_loss_of_nothing(tmp_path: Path) -> N
 def test_numbers_without_names_are_refused_with_what_to_do(tmp_path: Path) -> None:
     path = tmp_path / "loss.csv"
     path.write_text("\n".join(map(str, GUESSES)))
-    with pytest.raises(NearfarError, match=r"line 1 holds numbers .* put a line such as 'step,loss' before it"):
+    with pytest.raises(
+        NearfarError, match=r"line 1 holds numbers .* put a line such as 'step,loss' before it"
+    ):
         diagnose(path)
     path.write_text("step,loss\n" + "\n".join(f"{i},{x}" for i, x in enumerate(GUESSES)))
     assert not diagnose(path).of("error")
@@ -147,7 +151,9 @@ def test_names_of_exported_runs_may_have_dashes(tmp_path: Path) -> None:
     path = tmp_path / "chart.csv"
     with path.open("w", newline="") as file:
         table = csv.writer(file, quoting=csv.QUOTE_ALL)
-        table.writerow(["Step", "e5 - lr 1e-5 - train/loss", "e5 - lr 1e-5 - train/loss__MIN", "a - train/loss"])
+        table.writerow(
+            ["Step", "e5 - lr 1e-5 - train/loss", "e5 - lr 1e-5 - train/loss__MIN", "a - train/loss"]
+        )
         table.writerows([i, x, x, ""] for i, x in enumerate(GUESSES))
     signals = Signals.of(path)
     assert signals.series("loss").values == pytest.approx(GUESSES)
@@ -163,7 +169,10 @@ def test_all_evaluators_of_a_folder_are_read(tmp_path: Path) -> None:
     log = read_log(tmp_path)
     assert len(log.records) == 8
     diagnosis = diagnose(tmp_path)
-    assert any("metric that matters: Information-Retrieval_evaluation_dev/cosine-NDCG@10" in x for x in diagnosis.read_as)
+    assert any(
+        "metric that matters: Information-Retrieval_evaluation_dev/cosine-NDCG@10" in x
+        for x in diagnosis.read_as
+    )
     names = {"monitor": "triplet_evaluation_dev/accuracy_cosine"}
     assert any(
         "metric that matters: triplet_evaluation_dev/accuracy_cosine" in x
@@ -225,7 +234,9 @@ def test_the_learning_rate_of_a_schedule_that_ended(schedule: str) -> None:
         "steps": [0.1 ** (i // 12) for i in range(STEPS)],
     }[schedule]
     assert "learning-rate-gone" not in diagnose({"loss": LEARNS, "lr": rates}).ids
-    gone = diagnose({"loss": stands(80), "lr": [0.5**i for i in range(STEPS)]}, {"batch_size": 64, "lr": 1e-3})
+    gone = diagnose(
+        {"loss": stands(80), "lr": [0.5**i for i in range(STEPS)]}, {"batch_size": 64, "lr": 1e-3}
+    )
     assert gone[0].id == "learning-rate-gone"
     assert not any("lr=" in finding.override for finding in gone)  # a lower one would not help
 

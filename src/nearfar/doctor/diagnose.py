@@ -150,7 +150,9 @@ def _worth_logging(signals: Signals, unjudged: Iterable[Unjudged]) -> dict[str, 
         rules = [
             rule.id
             for rule in lacking
-            if any(all(signals.has(field) or matches(field, name) for field in fields) for fields in rule.needs)
+            if any(
+                all(signals.has(field) or matches(field, name) for field in fields) for fields in rule.needs
+            )
         ]
         if rules:
             gained[name] = rules

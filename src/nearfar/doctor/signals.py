@@ -106,7 +106,9 @@ class Signals:
             mapped.used["train_loss"] = mapped.used.pop("loss")
             field_of["train_loss"] = "train_loss"
         for name in [name for name in mapped.used if name in NUMBERS and not is_field(name)]:
-            stated = {str(record[mapped.used[name]]) for record in log.records if record.get(mapped.used[name])}
+            stated = {
+                str(record[mapped.used[name]]) for record in log.records if record.get(mapped.used[name])
+            }
             if len(stated) == 1:  # of the run as a whole
                 log.context[name] = number(stated.pop(), name, str(log.path))
             del field_of[mapped.used[name]]
@@ -117,7 +119,9 @@ class Signals:
         read = cls.__new__(cls)
         read._take(read_records(filter(None, records)), log.context, null_is_nan=True, ordered=True)
         read.unread, read.foreign = log.unread, True
-        known = ", ".join(f"{n} {v:g}" if isinstance(v, float) else f"{n} {v}" for n, v in log.context.items())
+        known = ", ".join(
+            f"{n} {v:g}" if isinstance(v, float) else f"{n} {v}" for n, v in log.context.items()
+        )
         stated = [f"known of the run: {known}"] if known else []
         read.read_as = [f"{log.kind}: {log.path}", *mapped.lines(), *stated, *log.notes]
         return read

@@ -41,7 +41,7 @@ __all__ = ["Monitor", "Scores", "retrieval_scores"]
 SYSTEM = WATCHED
 #: the embeddings and scores before the first step, for a run that is resumed
 START = "start.npz"
-#: difference of two columns of logits, as a share of their spread, that rounding makes of copies; rows that are compared
+#: difference of two columns of logits, as a share of their spread, that rounding makes of copies; rows compared
 COPIED, MOST_COPIES = 1e-5, 256
 
 
@@ -266,8 +266,8 @@ class Monitor:
             record: ``loss_fn.record`` of a nearfar loss, or a mapping of the doctor's fields (``candidates``, …).
             lr: learning rate.
             gradient_norm: where it is known; None: computed from the model's gradients in logged steps.
-            logits: (n, m) what the loss is the cross-entropy of, column i being the positive of row i: of a loss without
-                a record the number of candidates, the probability of the positive, and copies among the keys.
+            logits: (n, m) what the loss is the cross-entropy of, column i being the positive of row i: of a loss
+                without a record the number of candidates, the probability of the positive, and copies among the keys.
             fields: further fields of the log.
         """
         if self.steps == 0:
@@ -286,7 +286,9 @@ class Monitor:
             if self.steps > self._logged[0] + 1:
                 entry["seconds_per_step"] = round((now - self._logged[1]) / (self.steps - self._logged[0]), 6)
             self._logged = (self.steps, now)
-            entry |= self._temperature() | self._weights.look() | ({} if logits is None else _of_logits(logits))
+            entry |= (
+                self._temperature() | self._weights.look() | ({} if logits is None else _of_logits(logits))
+            )
             self.folder.append(entry | _record(record) | {name: float(each) for name, each in fields.items()})
         if self.probe_every and self.steps % self.probe_every == 0:
             self._probe(self.epochs + 1)
@@ -485,7 +487,9 @@ class Monitor:
 
 def _differs(module: nn.Module) -> bool:
     """Whether a module computes something else in training mode."""
-    return isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd))
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return module.p > 0
+    return isinstance(module, nn.modules.batchnorm._BatchNorm)
 
 
 def _of_logits(logits: Tensor) -> Json:

@@ -20,11 +20,11 @@ NAMED = 6
 
 @dataclass
 class WeightMovement:
-    """Looks at one element of every weight that is trained, the one with the largest gradient, from one look to the next.
+    """Looks at one element of each weight that is trained, that with the largest gradient, from one look to the next.
 
-    An optimiser that holds a weight changes that element; which one it is changes with the gradient, so that the rows of
-    a table of embeddings that no batch used say nothing. Weights without a gradient are looked at where they are
-    largest, as those of a moving average move without one. Each look costs about as much as the gradient norm.
+    An optimiser that holds a weight changes that element. It is chosen anew at each look, so that the rows of a table of
+    embeddings that no batch used say nothing. Weights without a gradient are looked at where they are largest, as those
+    of a moving average move without one. Each look costs about as much as the gradient norm.
 
     >>> model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
     >>> optimizer = torch.optim.SGD(model[0].parameters(), 0.1)      # without the second layer
@@ -80,7 +80,11 @@ class WeightMovement:
         }
 
     def _changed(self, trained: dict[str, tuple[Tensor, Tensor | None]]) -> dict[str, bool]:
-        known = {n: seen for n, seen in self._seen.items() if n in trained and seen[1].device == trained[n][0].device}
+        known = {
+            n: seen
+            for n, seen in self._seen.items()
+            if n in trained and seen[1].device == trained[n][0].device
+        }
         self._had_gradient = {name: graded for name, (_, _, graded) in known.items()}
         now = [trained[name][0][at] != value for name, (at, value, _) in known.items()]
         return {name: bool(changed) for name, changed in zip(known, _numbers(now), strict=True)}

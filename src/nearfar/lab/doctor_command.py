@@ -86,7 +86,9 @@ def print_diagnosis(diagnosis: Diagnosis, run: Path, console: Console) -> None:
         say(console, f"  {diagnosis.gain}")
     for line in diagnosis.read_as:
         say(console, f"  {line}", style="dim")
-    watched = is_run(run) and RunFolder(run).started and RunFolder(run).config(fields={}).get("system") == WATCHED
+    watched = (
+        is_run(run) and RunFolder(run).started and RunFolder(run).config(fields={}).get("system") == WATCHED
+    )
     foreign = bool(diagnosis.read_as) or watched
     for finding in diagnosis:
         say(console, "")
@@ -96,7 +98,10 @@ def print_diagnosis(diagnosis: Diagnosis, run: Path, console: Console) -> None:
         listed = [f"{name} ({', '.join(rules)})" for name, rules in diagnosis.worth_logging.items()]
         say(console, f"worth logging  {'; '.join(listed)}")
         if not watched:
-            say(console, "  nearfar.integrations.pytorch.Monitor logs these, and which weights move, in ten lines")
+            say(
+                console,
+                "  nearfar.integrations.pytorch.Monitor logs these, and which weights move, in ten lines",
+            )
     if not foreign:
         path = shlex.quote(str(run))
         say(console, "")

@@ -65,4 +65,4 @@ def _of_part(folder: str, tag: str) -> str:
     ('Loss/train', '')
     """
     head = tag.replace("/", "_") + "_"
-    return f"{tag}/{folder[len(head):]}" if folder.startswith(head) else ""
+    return f"{tag}/{folder[len(head) :]}" if folder.startswith(head) else ""

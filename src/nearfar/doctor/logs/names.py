@@ -87,7 +87,8 @@ class Names:
         if self.spare:
             listed = [f"{name} (also {field})" for name, field in self.spare.items()]
             lines.append(
-                f"not read: {', '.join(listed[:8])}" + (", …" if len(listed) > 8 else "")
+                f"not read: {', '.join(listed[:8])}"
+                + (", …" if len(listed) > 8 else "")
                 + "; --map FIELD=NAME takes one instead"
             )
         if self.aside:

@@ -44,7 +44,9 @@ HYPERPARAMETERS = {
 
 _DECIMAL_COMMA = re.compile(r"[-+]?\d*,\d+(?:[eE][-+]?\d+)?")
 _POINT = re.compile(r"[-+]?\d*\.\d+(?:[eE][-+]?\d+)?")
-_NUMBER = re.compile(r"[-+]?(?:\d+[.,]?\d*|[.,]\d+)(?:[eE][-+]?\d+)?|[-+]?(?:nan|inf(?:inity)?)", re.IGNORECASE)
+_NUMBER = re.compile(
+    r"[-+]?(?:\d+[.,]?\d*|[.,]\d+)(?:[eE][-+]?\d+)?|[-+]?(?:nan|inf(?:inity)?)", re.IGNORECASE
+)
 
 
 def newest(paths: Sequence[Path]) -> Path | None:
@@ -113,7 +115,7 @@ def _evaluations(folder: Path) -> list[Path]:
 
 def read_sentence_transformers(path: Path) -> Log:
     """Scores by epoch and step, of all evaluators of a folder, whose names go before those of their scores where there
-    are several (and before the accuracy of triplets, as it says what chance is); a step of -1 is the end of its epoch."""
+    are several (and before the accuracy of triplets: it says what chance is); a step of -1 is the end of its epoch."""
     files = [path] if path.is_file() else _evaluations(path)
     by_place: dict[tuple[str, str], Json] = {}
     unread, notes = 0, []
@@ -121,7 +123,9 @@ def read_sentence_transformers(path: Path) -> Log:
         table = csv_rows(file)
         unread += table.unread
         notes += table.notes
-        triplets = file.name.startswith("triplet_evaluation")  # whose accuracy is .5 by chance, which its name says
+        triplets = file.name.startswith(
+            "triplet_evaluation"
+        )  # whose accuracy is .5 by chance, which its name says
         before = f"{_EVALUATION.sub('', file.name)}/" if len(files) > 1 or triplets else ""
         for row in table.rows:
             place = {name: row[name] for name in ("epoch", "steps") if row.get(name, "") != ""}
@@ -132,12 +136,15 @@ def read_sentence_transformers(path: Path) -> Log:
             record |= {f"{before}{name}": value for name, value in scores if value != ""}
     if len(files) > 1:
         notes.append(f"{len(files)} evaluators: {', '.join(file.name for file in files)}")
-    return Log("sentence-transformers evaluation", path, list(by_place.values()), {}, unread, notes, validation=True)
+    return Log(
+        "sentence-transformers evaluation", path, list(by_place.values()), {}, unread, notes, validation=True
+    )
 
 
 # -- any -----------------------------------------------------------------------------------------------------
 def json_lines(path: Path) -> Path | None:
-    """``.jsonl``, ``.ndjson`` or ``.json``; in a folder ``logging.jsonl`` (ms-swift), ``trainer_log.jsonl``, or the only one."""
+    """``.jsonl``, ``.ndjson`` or ``.json``; in a folder ``logging.jsonl`` (ms-swift), ``trainer_log.jsonl``, or the only
+    one."""
     if path.is_file():
         return path if suffix(path) in (".jsonl", ".ndjson", ".json") else None
     for name in ("logging.jsonl", "trainer_log.jsonl", "log.jsonl", "metrics.jsonl"):
@@ -177,7 +184,9 @@ def read_json_lines(path: Path) -> Log:
     if any(isinstance(record.get("epoch"), float) and record["epoch"] % 1 for record in records):
         whole_epochs(records)
     kind = "ms-swift logging.jsonl" if path.name == "logging.jsonl" else "JSON lines"
-    return Log("JSON file" if whole is not None else kind, path, records, {}, unread, leave_out_summary(records))
+    return Log(
+        "JSON file" if whole is not None else kind, path, records, {}, unread, leave_out_summary(records)
+    )
 
 
 def _whole(path: Path) -> list[Json] | None:
@@ -209,7 +218,11 @@ def table_file(path: Path) -> Path | None:
     one."""
     if path.is_file():
         kind = suffix(path)
-        return path if kind in (".csv", ".tsv") or (kind in (".txt", ".log", ".dat") and is_table(path)) else None
+        return (
+            path
+            if kind in (".csv", ".tsv") or (kind in (".txt", ".log", ".dat") and is_table(path))
+            else None
+        )
     only = [*path.glob("*.csv"), *path.glob("*.tsv"), *path.glob("*.csv.gz")]
     return only[0] if len(only) == 1 else None
 
@@ -241,7 +254,10 @@ def read_table(path: Path) -> Log:
     runs = list(dict.fromkeys(run for run, mark, _ in parts.values() if mark))
     if not runs:
         return Log("table", path, list(rows), {}, table.unread, notes)
-    counts = {run: max(sum(row.get(n, "") != "" for row in rows) for n in names if parts[n][0] == run) for run in runs}
+    counts = {
+        run: max(sum(row.get(n, "") != "" for row in rows) for n in names if parts[n][0] == run)
+        for run in runs
+    }
     read = max(runs, key=lambda run: counts[run])
     kept = {
         name: last for name, (run, mark, last) in parts.items()

@@ -9,7 +9,15 @@ import numpy as np
 from nearfar.doctor.rule import Remedy
 from nearfar.doctor.signals import Signals
 
-__all__ = ["advice", "fixed", "learning_rate_gone", "lower_learning_rate", "peak_learning_rate", "scaled", "short"]
+__all__ = [
+    "advice",
+    "fixed",
+    "learning_rate_gone",
+    "lower_learning_rate",
+    "peak_learning_rate",
+    "scaled",
+    "short",
+]
 
 
 #: share of its peak below which a learning rate is nothing; a cosine is there for the last hundredth of its steps

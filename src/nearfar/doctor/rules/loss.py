@@ -96,7 +96,11 @@ def _at_chance(signals: Signals) -> Evidence | None:
             continue  # below guessing by all that bounded logits allow
         if none and not _hard_and_learning(signals):
             evidence = _evidence(level, shares[0])
-            return replace(evidence, title=LEARNS_TITLE, severity="warning") if metric_learns(signals) else evidence
+            return (
+                replace(evidence, title=LEARNS_TITLE, severity="warning")
+                if metric_learns(signals)
+                else evidence
+            )
     if noisy == len(known):
         raise TooLittle("the loss scatters too much for its level to be known; log more steps")
     return None
@@ -168,7 +172,9 @@ def _at_floor(signals: Signals) -> Evidence | None:
 def _chance_remedy(signals: Signals) -> Remedy:
     rate = lower_learning_rate(signals)
     if metric_learns(signals):
-        return Remedy("temperature=0.07", "Logits have little room: lower the temperature, or judge by the metric.")
+        return Remedy(
+            "temperature=0.07", "Logits have little room: lower the temperature, or judge by the metric."
+        )
     if (signals.number("temperature") or 0.0) >= BLUNT:
         return Remedy(
             "temperature=0.07",

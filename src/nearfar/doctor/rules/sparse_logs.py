@@ -102,7 +102,11 @@ def _unmoved(signals: Signals) -> Evidence | None:
     if level is None or len(loss) < MANY_VALUES or not MANY_LOG < level < math.log(_POWERS[-1]):
         return None
     still = [series.tail(least=1).mean() <= 1e-6 for series in signals.named("*/moved").values()]
-    if (still and all(still)) or _nothing_to_learn(signals) or (len(loss) >= 3 * LEAST_VALUES and _periodic(signals)):
+    if (
+        (still and all(still))
+        or _nothing_to_learn(signals)
+        or (len(loss) >= 3 * LEAST_VALUES and _periodic(signals))
+    ):
         return None  # which says why
     scores = len(metric) >= LEAST_SCORES
     if scores and mean(metric.values[-2:]) > metric.values[0] + 3 * level_noise(metric.values):

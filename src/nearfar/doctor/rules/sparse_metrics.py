@@ -36,7 +36,7 @@ FOUND, NEAR_GUESSING, MANY, STANDS = 0.5, 1.3, 16, 0.1
 #: share of the way from guessing to 0 that a loss with next to no room has come
 STAYED = 0.05
 #: metrics whose chance level their definition has, and how near to it they are at chance: half of all triplets are
-#: ordered rightly by guessing, and no correlation is 0 (sentence-transformers' accuracy of triplets has the name of that
+#: ordered rightly by guessing, and no correlation is 0 (the accuracy of triplets has the same name as that
 #: of pairs, which has an F1 beside it)
 _CHANCES = (
     (re.compile(r"(?<![a-z])(?:auc|auroc|roc_auc)(?![a-z])|triplet", re.IGNORECASE), 0.5, 0.05),
@@ -108,7 +108,9 @@ def _flat(signals: Signals) -> Evidence | None:
         raise TooLittle(f"{FLAT_SCORES} scores of validation are needed, and there are {len(values)}")
     if lower_is_better(signals, name) or float(np.ptp(values)) <= 1e-12:
         return None
-    of_triplets = name.endswith("cosine_accuracy") and not signals.has(f"val/{name.removesuffix('accuracy')}f1")
+    of_triplets = name.endswith("cosine_accuracy") and not signals.has(
+        f"val/{name.removesuffix('accuracy')}f1"
+    )
     known = next(
         ((at, near) for names, at, near in _CHANCES if names.search("triplet" if of_triplets else name)), None
     )
@@ -118,16 +120,19 @@ def _flat(signals: Signals) -> Evidence | None:
         beside = f"; chance is {chance:g}"
     else:
         percent = values.max() > 1 and _SHARE.search(name) is not None
-        at_chance, beside = 0 <= values.min() and values.max() < LOW * (100 if percent else 1), ""
+        at_chance, beside = values.min() >= 0 and values.max() < LOW * (100 if percent else 1), ""
     if not at_chance:
         return None
     half = len(values) // 2
     first, late = float(values[:half].mean()), float(values[half:].mean())
     rise = late - first
-    if rise > max(RISEN * first if known is None else low / 2, 3 * level_noise(metric.values) / math.sqrt(half)):
+    if rise > max(
+        RISEN * first if known is None else low / 2, 3 * level_noise(metric.values) / math.sqrt(half)
+    ):
         return None
     return Evidence(
-        f"{name} is {first:.3g} in the first {half} evaluations and {late:.3g} in the other {len(values) - half}{beside}.",
+        f"{name} is {first:.3g} in the first {half} evaluations and {late:.3g} in the other {len(values) - half}"
+        f"{beside}.",
         {"first": first, "last": late},
         title=None if known is None else "The metric stays at chance.",
     )
@@ -193,19 +198,19 @@ RULES = (
         cause="The evaluation uses a copy of the model that is not trained, cached embeddings, or weights that do not "
         "move.",
         remedy=advice("Evaluate the model that is trained, and compute its embeddings anew each time. Where the loss "
-                      "stands still as well, see whether the optimiser holds the weights, and log `lr`: a schedule that "
-                      "is stepped every batch may have ended."),
+                      "stands still as well, see whether the optimiser holds the weights, and log `lr`: a schedule "
+                      "that is stepped every batch may have ended."),
         source="weights that move change some rank among many",
     ),
     Rule(
         "metric-flat", "warning", "The metric is low and does not rise.", (("val/*",),), _flat,
         looks_at="the monitored metric, where its chance level is not logged",
-        threshold=f"below {LOW:g} (10 in percent; AUC and triplets within 0.05 of 0.5, correlations within 0.1 of 0) in "
-        f"all of {FLAT_SCORES} or more evaluations; the mean of the second half is not "
+        threshold=f"below {LOW:g} (10 in percent; AUC and triplets within 0.05 of 0.5, correlations within 0.1 of 0) "
+        f"in all of {FLAT_SCORES} or more evaluations; the mean of the second half is not "
         f"{RISEN:.0%} above that of the first, nor three standard errors",
         cause="What is learned does not carry over: pairs that do not belong together (shuffled, or shifted by one), "
-        "a model that learns its rows by heart, a way around the task where the loss falls nevertheless (batch statistics "
-        "that give the pair away), an evaluation whose queries and keys stand in different orders.",
+        "a model that learns its rows by heart, a way around the task where the loss falls nevertheless (batch "
+        "statistics that give the pair away), an evaluation whose queries and keys stand in different orders.",
         remedy=advice("Look at ten pairs as the loop hands them to the loss, and evaluate on training rows: where that "
                       "is low as well, the pairs or the evaluation are wrong."),
         source="a score at its chance level is that of no model at all",
@@ -216,8 +221,8 @@ RULES = (
         _no_room,
         looks_at="`loss` beside R@1 or MRR, of a loss with one positive for each query, in random batches",
         threshold=f"the loss within {NEAR_GUESSING:g} nats of ln(candidates), {MANY} or more of them, its last quarter "
-        f"within {STANDS:g} of the third, and a score of {FOUND:g} or more, or twice the first; a warning where the loss has "
-        f"come less than {STAYED:.0%} of the way",
+        f"within {STANDS:g} of the third, and a score of {FOUND:g} or more, or twice the first; a warning where the loss "
+        f"has come less than {STAYED:.0%} of the way",
         cause="The differences of the logits are bounded: a temperature of 1, or a softmax applied twice "
         "(cross_entropy has its own).",
         remedy=advice("Divide cosines by a temperature of .05 to .1, and give cross_entropy logits and no "

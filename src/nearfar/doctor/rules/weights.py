@@ -58,7 +58,8 @@ def _stopped(signals: Signals) -> Evidence | None:
         return None  # what never moved is named by its weights
     last = int(np.flatnonzero(moved.numbers > 0)[-1])
     return Evidence(
-        f"No weight has changed after step {moved.points[last].step:g}: in {len(moved) - 1 - last} of {len(moved)} looks.",
+        f"No weight has changed after step {moved.points[last].step:g}, in {len(moved) - 1 - last} looks of "
+        f"{len(moved)}.",
         {"last_step": moved.points[last].step},
         severity="note" if metric_learns(signals) else None,
     )
@@ -73,12 +74,15 @@ def _gone(signals: Signals) -> Evidence | None:
         return None
     peak, late = float(rate.numbers.max()), float(rate.numbers[-1])
     loss = signals.series("loss").finite()
-    fell = len(loss) >= LEAST_LOOKS and loss.tail().mean() < FELL * loss.numbers[: len(loss) // LEAST_LOOKS].mean()
+    fell = (
+        len(loss) >= LEAST_LOOKS
+        and loss.tail().mean() < FELL * loss.numbers[: len(loss) // LEAST_LOOKS].mean()
+    )
     text = (
         f"The learning rate is 0 in all of {len(rate)} logged values."
         if peak <= 0
-        else f"The learning rate had a peak of {peak:.3g}, is next to nothing from step {since:g} on, and {late:.3g} at "
-        "the end."
+        else f"The learning rate had a peak of {peak:.3g}, is next to nothing from step {since:g} on, and {late:.3g} "
+        "at the end."
     )
     return Evidence(
         text,
@@ -105,15 +109,15 @@ RULES = (
         threshold=f"one weight; a warning from {A_TOWER:.0%} of them",
         cause="A part that the loss does not use (a note where it is small, such as the pooler of a text encoder); a "
         "tower under `no_grad` or `.detach()`; rows gathered from all processes without a gradient.",
-        remedy=advice("Look for `.detach()`, `no_grad`, `.data` and `torch.tensor(...)` between the tower and the loss; "
-                      "gather with a gradient (`torch.distributed.nn.functional.all_gather`), and certify the loss "
+        remedy=advice("Look for `.detach()`, `no_grad`, `.data` and `torch.tensor(...)` between the tower and the "
+                      "loss; gather with a gradient (`torch.distributed.nn.functional.all_gather`), and certify the loss "
                       "by `nearfar.verify.loss`."),
         source="torch.distributed.all_gather returns tensors without a history",
     ),
     Rule(
         "weights-stopped", "error", "The weights have stopped moving.", (("weights_moved",),), _stopped,
-        looks_at="`weights_moved`, last quarter", threshold="0 throughout, and more before; a note where the metric had "
-        "risen before",
+        looks_at="`weights_moved`, last quarter", threshold="0 throughout, and more before; a note where the metric "
+        "had risen before",
         cause="A learning rate that a schedule has brought to nothing, gradients that are not finite so that steps are "
         "skipped, or updates smaller than the rounding of the weights.",
         remedy=advice("Log `lr`: a schedule that is meant to be stepped once an epoch and is stepped every batch is at "
@@ -127,7 +131,8 @@ RULES = (
         f"the metric had risen before, a warning where the loss had fallen below {FELL:.0%} of its first level",
         cause="A schedule that is meant to be stepped once an epoch is stepped every batch, or was given fewer steps "
         "than the run has (T_max, total_steps, num_training_steps).",
-        remedy=advice("Count how often `scheduler.step()` is called, and give the schedule the steps of the whole run."),
+        remedy=advice("Count how often `scheduler.step()` is called, and give the schedule the steps of the whole "
+                      "run."),
         source="a schedule ends where its steps end",
     ),
 )  # fmt: skip
