@@ -22,9 +22,9 @@ NAMED = 6
 class WeightMovement:
     """Looks at one element of each weight that is trained, that with the largest gradient, from one look to the next.
 
-    An optimiser that holds a weight changes that element. It is chosen anew at each look, so that the rows of a table of
-    embeddings that no batch used say nothing. Weights without a gradient are looked at where they are largest, as those
-    of a moving average move without one. Each look costs about as much as the gradient norm.
+    An optimiser that holds a weight changes that element. It is chosen anew at each look, so that the rows of a table
+    of embeddings that no batch used say nothing. Weights without a gradient are looked at where they are largest, as
+    those of a moving average move without one. Each look costs about as much as the gradient norm.
 
     >>> model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
     >>> optimizer = torch.optim.SGD(model[0].parameters(), 0.1)      # without the second layer

@@ -143,8 +143,8 @@ def read_sentence_transformers(path: Path) -> Log:
 
 # -- any -----------------------------------------------------------------------------------------------------
 def json_lines(path: Path) -> Path | None:
-    """``.jsonl``, ``.ndjson`` or ``.json``; in a folder ``logging.jsonl`` (ms-swift), ``trainer_log.jsonl``, or the only
-    one."""
+    """``.jsonl``, ``.ndjson`` or ``.json``; in a folder ``logging.jsonl`` (ms-swift), ``trainer_log.jsonl``, or the
+    only one."""
     if path.is_file():
         return path if suffix(path) in (".jsonl", ".ndjson", ".json") else None
     for name in ("logging.jsonl", "trainer_log.jsonl", "log.jsonl", "metrics.jsonl"):

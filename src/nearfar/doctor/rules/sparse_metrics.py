@@ -221,8 +221,8 @@ RULES = (
         _no_room,
         looks_at="`loss` beside R@1 or MRR, of a loss with one positive for each query, in random batches",
         threshold=f"the loss within {NEAR_GUESSING:g} nats of ln(candidates), {MANY} or more of them, its last quarter "
-        f"within {STANDS:g} of the third, and a score of {FOUND:g} or more, or twice the first; a warning where the loss "
-        f"has come less than {STAYED:.0%} of the way",
+        f"within {STANDS:g} of the third, and a score of {FOUND:g} or more, or twice the first; a warning where the "
+        f"loss has come less than {STAYED:.0%} of the way",
         cause="The differences of the logits are bounded: a temperature of 1, or a softmax applied twice "
         "(cross_entropy has its own).",
         remedy=advice("Divide cosines by a temperature of .05 to .1, and give cross_entropy logits and no "

@@ -110,8 +110,8 @@ RULES = (
         cause="A part that the loss does not use (a note where it is small, such as the pooler of a text encoder); a "
         "tower under `no_grad` or `.detach()`; rows gathered from all processes without a gradient.",
         remedy=advice("Look for `.detach()`, `no_grad`, `.data` and `torch.tensor(...)` between the tower and the "
-                      "loss; gather with a gradient (`torch.distributed.nn.functional.all_gather`), and certify the loss "
-                      "by `nearfar.verify.loss`."),
+                      "loss; gather with a gradient (`torch.distributed.nn.functional.all_gather`), and certify the "
+                      "loss by `nearfar.verify.loss`."),
         source="torch.distributed.all_gather returns tensors without a history",
     ),
     Rule(
