@@ -12,6 +12,7 @@ from nearfar import terminal
 from nearfar.data_cli import data_app
 from nearfar.errors import NearfarError
 from nearfar.mine_cli import mine_app
+from nearfar.neighbors_cli import neighbors_app
 from nearfar.use_cli import use_app
 
 app = typer.Typer(
@@ -30,6 +31,7 @@ app.add_typer(verify_app, name="verify")
 app.add_typer(data_app, name="data")
 app.add_typer(use_app)
 app.add_typer(mine_app)
+app.add_typer(neighbors_app)
 
 HYDRA = {"allow_extra_args": True, "ignore_unknown_options": True}
 
