@@ -109,7 +109,7 @@ class WeightMovement:
 def _flat(weight: Tensor) -> Tensor:
     """This process's part of a weight, as one row."""
     own = weight.to_local() if hasattr(weight, "to_local") else weight
-    return own.reshape(-1)  # type: ignore[no-any-return]
+    return own.reshape(-1)
 
 
 def _numbers(values: list[Tensor]) -> list[float]:
