@@ -109,8 +109,8 @@ class Signals:
             stated = {
                 str(record[mapped.used[name]]) for record in log.records if record.get(mapped.used[name])
             }
-            if len(stated) == 1:  # of the run as a whole
-                log.context[name] = number(stated.pop(), name, str(log.path))
+            if len(values) == 1:  # of the run as a whole
+                log.context[name] = number(values.pop(), name, str(log.path))
             del field_of[mapped.used[name]]
         records = [
             {field_of[name]: value for name, value in record.items() if name in field_of}
