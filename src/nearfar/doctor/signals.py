@@ -106,7 +106,7 @@ class Signals:
             mapped.used["train_loss"] = mapped.used.pop("loss")
             field_of["train_loss"] = "train_loss"
         for name in [name for name in mapped.used if name in NUMBERS and not is_field(name)]:
-            stated = {
+            values = {
                 str(record[mapped.used[name]]) for record in log.records if record.get(mapped.used[name])
             }
             if len(values) == 1:  # of the run as a whole
