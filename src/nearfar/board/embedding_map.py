@@ -291,7 +291,7 @@ def colour_column(values: Any) -> tuple[str, list[Any]] | None:
     >>> colour_column(["a", "b", "a"]), colour_column([0.5, None, 2])
     (('class', ['a', 'b', 'a']), ('number', [0.5, None, 2.0]))
     """
-    if np.ndim(values) != 1 and isinstance(values, np.ndarray):
+    if isinstance(values, np.ndarray) and values.ndim != 1:
         return None
     plain = [each.item() if isinstance(each, np.generic) else each for each in values]
     known = [each for each in plain if each is not None and each == each]

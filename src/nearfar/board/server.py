@@ -92,6 +92,7 @@ class _Board:
 
     @asynccontextmanager
     async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:
+        self.runs.begin()
         yield
         self.jobs.close()
         self.runs.close()

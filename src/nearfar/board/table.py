@@ -6,8 +6,9 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,10 @@ log = logging.getLogger("nearfar.board")
 LIVE_SECONDS = 180.0
 #: seconds for which a look at the folders holds
 SCAN_SECONDS = 1.0
-#: bytes at the end of a log that are read for the table
-TAIL = 65_536
+#: bytes at the end of a log that are read for the table: of a run in progress, and of one that is finished
+TAIL, TAIL_FINISHED = 65_536, 4096
+#: seconds that an answer takes to read runs that are new; the others are read beside
+READ_SECONDS = 0.5
 #: options that are columns of the table, at most
 OPTIONS = 40
 
@@ -43,8 +46,9 @@ def signals_of(place: Place) -> Signals:
 class Runs:
     """The runs below a folder.
 
-    Every file is read once for each of its states. What takes longer than reading (the doctor's rules for runs in
-    progress and for logs of other trainers) is worked on in a thread beside, and stands in a later answer.
+    Every file is read once for each of its states, the newest runs first. What an answer would take too long for (very
+    many runs that were not read yet, the doctor's rules for runs in progress and for logs of other trainers) is done in
+    a thread beside, and stands in a later answer.
     """
 
     def __init__(self, root: Path) -> None:
@@ -58,8 +62,13 @@ class Runs:
         self._rows: dict[str, tuple[object, Json]] = {}
         self._judged: dict[str, tuple[object, Json]] = {}
         self._asked: set[str] = set()
+        self._reading = False
         self._lock = threading.Lock()
         self._beside = ThreadPoolExecutor(1, "doctor")
+
+    def begin(self) -> None:
+        """Read beside what the first page is going to ask for."""
+        self._aside(self.table)
 
     def close(self) -> None:
         """End the thread beside."""
@@ -90,14 +99,24 @@ class Runs:
 
     # -- rows ------------------------------------------------------------------------------------------------
     def table(self) -> Json:
-        """``rows``, the ``options`` in which runs of a system differ, and ``skipped``, files that are no logs."""
-        rows, skipped = [], []
-        for place in list(self.places().values()):
-            row = self._row(place)
+        """``rows``, the ``options`` in which runs of a system differ, and ``skipped``, files that are no logs.
+
+        ``judging`` counts runs that the doctor is asked about, ``unread`` those of which only the name is known yet.
+        """
+        rows, skipped, unread = [], [], []
+        deadline = time.monotonic() + READ_SECONDS
+        stamped = [(place, place.stamp()) for place in list(self.places().values())]
+        for place, stamp in sorted(stamped, key=lambda pair: max(pair[1], default=()), reverse=True):
+            if place.key not in self._rows and time.monotonic() > deadline:
+                unread.append(place)
+                rows.append(living(blank(place), place) | {"status": "", "findings": []})
+                continue
+            row = self._row(place, stamp)
             if not place.sure and row.get("problem"):
                 skipped.append({"name": place.name, "problem": row["problem"]})
             else:
                 rows.append(row)
+        self._read(unread)
         options = varying([row for row in rows if row["options"]])
         shown = [
             {**row, "options": {key: row["options"][key] for key in options if key in row["options"]}}
@@ -109,10 +128,25 @@ class Runs:
             "options": options,
             "skipped": skipped,
             "judging": len(self._asked),
+            "unread": len(unread),
         }
 
-    def _row(self, place: Place) -> Json:
-        stamp = place.stamp()
+    def _read(self, places: Sequence[Place]) -> None:
+        """Read runs beside, unless that is being done."""
+        if self._reading or not places:
+            return
+        self._reading = True
+
+        def work() -> None:
+            try:
+                for place in places:
+                    self._rows[place.key] = place.stamp(), row_of(place)
+            finally:
+                self._reading = False
+
+        self._aside(work)
+
+    def _row(self, place: Place, stamp: object) -> Json:
         known = self._rows.get(place.key)
         if known is None or known[0] != stamp:
             known = stamp, row_of(place)
@@ -141,10 +175,11 @@ class Runs:
             finally:
                 self._asked.discard(place.key)
 
-        try:
+        self._aside(work)
+
+    def _aside(self, work: Callable[[], object]) -> None:
+        with suppress(RuntimeError):  # the board is closing
             self._beside.submit(work)
-        except RuntimeError:  # the board is closing
-            self._asked.discard(place.key)
 
 
 def judged(place: Place) -> Json:
@@ -163,13 +198,18 @@ def _findings(doctor: Mapping[str, Any]) -> list[list[str]]:
 
 
 # -- a row ---------------------------------------------------------------------------------------------------
-def row_of(place: Place) -> Json:
-    """What the files of a run say in short; ``problem`` where one of them cannot be read."""
-    row: Json = {
+def blank(place: Place) -> Json:
+    """A row of which only the run's name is known."""
+    return {
         "key": place.key, "name": place.name, "kind": place.kind, "status": "", "system": None, "seed": None,
         "epoch": None, "epochs": None, "step": None, "loss": None, "result": None, "gain": None, "seconds": None,
         "findings": None, "options": {}, "problem": None,
     }  # fmt: skip
+
+
+def row_of(place: Place) -> Json:
+    """What the files of a run say in short; ``problem`` where one of them cannot be read."""
+    row = blank(place)
     if not place.own:
         return row
     try:
@@ -179,7 +219,7 @@ def row_of(place: Place) -> Json:
             row |= _measured(read_json(place.path / "metrics.json", dict)) | {"status": "finished"}
             if (place.path / "doctor.json").exists():
                 row["findings"] = _findings(read_json(place.path / "doctor.json", dict))
-        last = tail(place.log)
+        last = tail(place.log, TAIL_FINISHED if row["status"] == "finished" else TAIL)
         row["loss"] = next(
             (r["loss"] for r in reversed(last) if isinstance(r.get("loss"), int | float)), None
         )
@@ -265,17 +305,17 @@ def _so_far(last: Sequence[Json]) -> Json:
     return row
 
 
-def tail(path: Path) -> list[Json]:
+def tail(path: Path, most: int = TAIL) -> list[Json]:
     """The records at the end of a log; a first line that was cut is left out."""
     try:
         with path.open("rb") as file:
             size = file.seek(0, 2)
-            file.seek(max(0, size - TAIL))
-            lines = file.read(TAIL).split(b"\n")
+            file.seek(max(0, size - most))
+            lines = file.read(most).split(b"\n")
     except OSError:
         return []
     records = []
-    for line in lines[1:] if size > TAIL else lines:
+    for line in lines[1:] if size > most else lines:
         try:
             record = parse_json(line)
         except ValueError:

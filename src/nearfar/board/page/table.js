@@ -10,6 +10,9 @@ const state = { rows: [], options: [], sort: store("board-sort", { by: "written"
 const short = (key) => key.replace(/\.(name|kind)$/, "");
 const word = (value) => (value === null || value === undefined ? "" : typeof value === "object" ? JSON.stringify(value) : visible(value));
 
+// A long name is broken where its parts end.
+const breakable = (name) => visible(name).split(/(?<=[/,])/).flatMap((part) => [part, el("wbr")]);
+
 function result(row) {
   const r = row.result;
   if (!r) return "";
@@ -44,7 +47,7 @@ function columns() {
     { id: "seconds", value: (row) => row.seconds, cell: (row) => (row.seconds === null ? "" : number(row.seconds)), number: true },
     { id: "written", head: "changed", value: (row) => row.written, cell: (row) => ago(row.written), number: true },
   ];
-  return [{ id: "name", value: (row) => row.name, fixed: true, cell: (row) => el("a", { href: `/run/${row.key}` }, visible(row.name)) }, ...base];
+  return [{ id: "name", value: (row) => row.name, fixed: true, cell: (row) => el("a", { href: `/run/${row.key}` }, breakable(row.name)) }, ...base];
 }
 const away = ["step", "chance", "seconds"]; // columns that are not shown until they are chosen
 const shownByDefault = (column, at) => !away.includes(column.id) && !(column.option && at > 6);
@@ -110,7 +113,7 @@ function draw() {
 function tools() {
   const live = state.rows.filter((row) => row.status === "training").length;
   const passing = state.visible.length === state.rows.length ? "" : `${state.visible.length} of `;
-  $("count").textContent = `${passing}${state.rows.length} run${state.rows.length === 1 ? "" : "s"}${live ? `, ${live} training` : ""}`;
+  $("count").textContent = `${passing}${state.rows.length} run${state.rows.length === 1 ? "" : "s"}${live ? `, ${live} training` : ""}${state.unread ? `, reading ${state.unread} more` : ""}`;
   const chosen = state.rows.filter((row) => state.chosen.has(row.key));
   $("compare").textContent = chosen.length ? `Compare ${chosen.length}` : "Compare";
   $("compare").disabled = chosen.length < 2;
@@ -134,7 +137,7 @@ function below(answer) {
 }
 
 function changed(answer) {
-  Object.assign(state, { rows: answer.rows, options: answer.options });
+  Object.assign(state, { rows: answer.rows, options: answer.options, unread: answer.unread });
   $("root").textContent = visible(answer.root);
   document.title = `${answer.root} · nearfar`;
   const open = document.querySelector(".chooser").open;
@@ -150,4 +153,4 @@ $("compare").addEventListener("click", () => { location.href = `/compare?runs=${
 document.addEventListener("click", (event) => { const open = document.querySelector(".chooser[open]"); if (open && !open.contains(event.target)) open.open = false; });
 setInterval(() => { if (!document.hidden && state.rows.length <= 1000) draw(); }, 30000);
 
-await follow("/api/runs", changed, (problem) => show($("problem"), problem), (last) => (!last || last.judging || last.rows.some((row) => row.status === "training") ? 2000 : 5000));
+await follow("/api/runs", changed, (problem) => show($("problem"), problem), (last) => (last?.unread ? 600 : !last || last.judging || last.rows.some((row) => row.status === "training") ? 2000 : 5000));
