@@ -10,7 +10,7 @@ STAMP  := $(VENV)/.installed
 # not --quiet: pip's list of what it downloads is the sign that the install goes on
 PIP    := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check docs setup lint types unit quick clean help
+.PHONY: demo test check docs gpu setup lint types unit quick clean help
 
 help:  ## what there is
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -54,6 +54,9 @@ quick: setup
 docs: setup  ## the documentation as a site in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "read and search it at http://localhost:8001/ with: $(BIN)/python -m http.server -d site 8001"
+
+gpu: setup  ## what only a CUDA card can tell: right, how fast, how much memory (under 8 minutes); runs/gpu/gpu.md
+	$(BIN)/python benchmarks/gpu.py
 
 clean:  ## remove the environment and every run
 	rm -rf $(VENV) runs site .pytest_cache .mypy_cache .ruff_cache

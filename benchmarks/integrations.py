@@ -127,6 +127,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, nargs="*", default=[2048, 8192])
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--only", default="", help="losses whose names hold this word")
     options = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     print(
@@ -139,6 +140,8 @@ def main() -> None:
         b = (a + torch.randn(batch, 256, generator=generator)).requires_grad_()
         a.requires_grad_()
         for name, case in CASES.items():
+            if options.only.lower() not in name.lower():
+                continue
             try:
                 ours, theirs, beside = case(a, b)
             except ImportError as error:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,10 +24,15 @@ _VECTORS = (".parquet", ".npz", ".npy")
 
 @dataclass
 class _Side:
-    """Rows of one view: their vectors, and what stands in the cells of a table."""
+    """Rows of one view: their ids and vectors, and what stands in the cells of a table."""
 
+    ids: list[str]
     vectors: np.ndarray
     values: list[Any]
+
+    def take(self, rows: list[int]) -> _Side:
+        """Some of the rows."""
+        return _Side([self.ids[i] for i in rows], self.vectors[rows], [self.values[i] for i in rows])
 
 
 @mine_app.command()
@@ -39,6 +45,31 @@ def mine(
     data: Annotated[
         Path | None,
         typer.Option(help="The table with the values of both views. Of a run: what is embedded and mined."),
+    ] = None,
+    documents: Annotated[
+        Path | None,
+        typer.Option(
+            help="Embeddings of a corpus of its own; --qrels then says which document answers what."
+        ),
+    ] = None,
+    documents_data: Annotated[
+        Path | None, typer.Option(help="The table with the values of --documents.")
+    ] = None,
+    qrels: Annotated[
+        Path | None,
+        typer.Option(help="Judgments by id (TREC, table, JSON, a BEIR folder): grades above 0 are answers."),
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Of a BEIR folder's judgments: test, train, …")] = None,
+    cross_encoder: Annotated[
+        Path | None,
+        typer.Option(
+            help="Scores of pairs by id (query_id, doc_id, score; or a TREC run): they replace cosines in margins, "
+            "bounds and order."
+        ),
+    ] = None,
+    candidates: Annotated[
+        Path | None,
+        typer.Option(help="Write the pairs that a cross-encoder is to score, and mine nothing."),
     ] = None,
     output: Annotated[
         Path, typer.Option("--output", "-o", help="What to write: .csv, .tsv, .jsonl, .parquet.")
@@ -94,6 +125,7 @@ def mine(
     many of the rest are false negatives is measured by everything that is known: labels, texts, a guide, a marked
     sample. The table is read by experiment=pairs (negatives=) and by sentence-transformers.
     """
+    from nearfar.data.rankings import read_qrels
     from nearfar.errors import NearfarError
     from nearfar.mining import (
         measure_false_negatives,
@@ -105,21 +137,48 @@ def mine(
     from nearfar.serving.stream import TABLE_ENDINGS, write_rows
 
     console = terminal.console()
-    for path in (output, mark):
+    for path in (output, mark, candidates):
         if path is not None and path.suffix.lower() not in TABLE_ENDINGS:
             raise NearfarError(f"{path}: a table is written as {', '.join(TABLE_ENDINGS)}.")
     if margin is not None and relative_margin is not None:
         raise NearfarError("--margin and --relative-margin both say how far a negative lies below; give one.")
-    if label is not None and data is None:
-        raise NearfarError("--label is a column of --data; give that, too.")
-    ids, first, second = _sides(source, queries, corpus, data, id_column, device)
-    table = None if data is None or label is None else _aligned(data, [label], ids, id_column)
-    known = None if guide is None else _guide(guide, queries, corpus, ids)
+    if label is not None and (data is None or (documents is not None and documents_data is None)):
+        raise NearfarError("--label is a column of --data (and of --documents-data); give that, too.")
+    if documents is not None and qrels is None:
+        raise NearfarError(
+            "--documents is a corpus of its own: say with --qrels which of them answer which query."
+        )
+    if documents is not None and guide is not None:
+        raise NearfarError(
+            "--guide has vectors of the same rows in both views, and --documents has rows of its own: write the pairs "
+            "with --candidates, score them by the second model, and give its scores with --cross-encoder."
+        )
+    paired = documents is None
+    if documents is None:
+        first, second = _sides(source, queries, corpus, data, id_column, device)
+    else:
+        first = _side(source, queries, data, id_column)
+        second = _side(documents, corpus, documents_data, id_column)
     texts = ([str(each) for each in first.values], [str(each) for each in second.values])
+    positives = _same_query(texts[0]) if paired else [[] for _ in first.ids]
+    if qrels is not None:
+        judged = read_qrels(qrels, split)
+        if judged.rejections.total:
+            terminal.say(console, f"{qrels}: {judged.rejections.summary()}")
+        for line in _add_judged(positives, judged, first.ids, second.ids):
+            terminal.say(console, line)
+        answered = [at for at, own in enumerate(positives) if own]
+        first, positives = first.take(answered), [positives[at] for at in answered]
+        texts = ([texts[0][at] for at in answered], texts[1])
+    known = None if guide is None else _guide(guide, queries, corpus, first.ids)
+    pairs = _Pairs(first.ids, second.ids)
+    if cross_encoder is not None:
+        pairs.read(cross_encoder)
+    rescore = pairs.record if candidates is not None else None if cross_encoder is None else pairs.look_up
     mined = mine_negatives(
         first.vectors,
         second.vectors,
-        _answers(texts[0]),
+        positives,
         per_query=per_query,
         rank_range=(rank_from, rank_to),
         margin=margin if relative_margin is None else relative_margin,
@@ -128,21 +187,38 @@ def mine(
         max_score=max_score,
         query_texts=texts[0],
         corpus_texts=texts[1],
+        rescore=rescore,
         guide=known,
         guide_margin=guide_margin,
         strategy="random" if random else "top",
         seed=seed,
         min_recall=recall,
     )
+    if candidates is not None:
+        rows = pairs.rows(first.values, second.values)
+        write_rows(rows, candidates)
+        terminal.say(
+            console,
+            f"{candidates}: {len(rows)} pairs, answers among them; add a column 'score' by a cross-encoder, and mine "
+            f"with --cross-encoder {candidates}",
+        )
+        return
     for line in mined.summary():
         terminal.say(console, line)
-    labels = None if table is None or label is None else (list(table[label]), list(table[label]))
+    labels = None
+    if label is not None and data is not None:
+        own = list(_aligned(data, [label], first.ids, id_column)[label])
+        theirs = documents_data
+        labels = (
+            own,
+            own if theirs is None else list(_aligned(theirs, [label], second.ids, id_column)[label]),
+        )
     shares = measure_false_negatives(mined, labels=labels, texts=texts, guide=known)
     for share in [*shares, *([] if marked is None else [read_marked(_columns(marked))])]:
         terminal.say(console, str(share))
-    # Rows with the same query have the same negatives; each row keeps its own answer.
     columns = mined_table(
-        _own_rows(mined),
+        # Rows with the same query have the same negatives; each row keeps its own answer.
+        _own_rows(mined) if paired else mined,
         first.values,
         second.values,
         form,  # type: ignore[arg-type]
@@ -170,21 +246,82 @@ def mine(
         )
 
 
+@dataclass
+class _Pairs:
+    """Scores of pairs that a file has by id, or the pairs that are still to be scored."""
+
+    queries: list[str]
+    documents: list[str]
+    known: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    asked: list[tuple[int, int]] = field(default_factory=list)
+
+    def read(self, path: Path) -> None:
+        from nearfar.data.rankings import read_ranking
+        from nearfar.errors import NearfarError
+
+        self.known = read_ranking(path)
+        if not any(query in self.known for query in self.queries):
+            raise NearfarError(
+                f"{path} has scores of {len(self.known)} queries, none of which is one of these (first here: "
+                f"'{self.queries[0]}', there: '{next(iter(self.known))}'): it goes by the ids of the embeddings."
+            )
+
+    def look_up(self, query: np.ndarray, document: np.ndarray) -> list[float]:
+        none: dict[str, float] = {}
+        return [
+            self.known.get(self.queries[i], none).get(self.documents[j], math.nan)
+            for i, j in zip(query.tolist(), document.tolist(), strict=True)
+        ]
+
+    def record(self, query: np.ndarray, document: np.ndarray) -> np.ndarray:
+        import numpy as np
+
+        self.asked += zip(query.tolist(), document.tolist(), strict=True)
+        return np.zeros(len(query))
+
+    def rows(self, queries: list[Any], documents: list[Any]) -> list[dict[str, Any]]:
+        return [
+            {
+                "query_id": self.queries[i],
+                "doc_id": self.documents[j],
+                "query": queries[i],
+                "document": documents[j],
+            }
+            for i, j in sorted(set(self.asked))
+        ]
+
+
+def _side(path: Path, view: str, data: Path | None, id_column: str | None) -> _Side:
+    """One view of embeddings with rows of their own; ids are the values where there is no table."""
+    import numpy as np
+
+    from nearfar.errors import NearfarError
+
+    if path.suffix.lower() not in _VECTORS:
+        raise NearfarError(
+            f"{path}: with --documents both sides are embeddings ({', '.join(_VECTORS)}); nearfar embed writes them."
+        )
+    items = _whole(path, [view])
+    ids = list(map(str, items.ids))
+    values = ids if data is None else list(_aligned(data, [view], ids, id_column)[view])
+    return _Side(ids, np.asarray(items[view], dtype=np.float32), values)
+
+
 def _sides(
     source: Path, queries: str, corpus: str, data: Path | None, id_column: str | None, device: str
-) -> tuple[list[Any], _Side, _Side]:
-    """Ids, and the rows of both views."""
+) -> tuple[_Side, _Side]:
+    """The rows of both views of one table."""
     import numpy as np
 
     from nearfar.errors import NearfarError
 
     if source.suffix.lower() in _VECTORS:
         known = _whole(source, [queries, corpus])
-        ids = list(known.ids)
+        ids = list(map(str, known.ids))
         shown = known if data is None else _aligned(data, [queries, corpus], ids, id_column)
         cells = [ids if data is None else list(shown[view]) for view in (queries, corpus)]
         vectors = [np.asarray(known[view], dtype=np.float32) for view in (queries, corpus)]
-        return ids, _Side(vectors[0], cells[0]), _Side(vectors[1], cells[1])
+        return _Side(ids, vectors[0], cells[0]), _Side(ids, vectors[1], cells[1])
     if data is None:
         raise NearfarError(f"{source} is a run: name the table that it embeds with --data TABLE.")
     from nearfar.data.chunks import NewData
@@ -198,7 +335,7 @@ def _sides(
                 if view not in items:
                     raise NearfarError(f"{data} has no column of the view '{view}' of {source}.")
             both = np.flatnonzero(items.present(queries) & items.present(corpus))
-            ids += [items.ids[i] for i in both.tolist()]
+            ids += [str(items.ids[i]) for i in both.tolist()]
             for k, view in enumerate((queries, corpus)):
                 some = [items[view][i] for i in both.tolist()]
                 values[k].extend(some)
@@ -206,16 +343,18 @@ def _sides(
             advance(len(items))
     if not ids:
         raise NearfarError(f"{data}: no row has both '{queries}' and '{corpus}'.")
-    return ids, *(_Side(np.concatenate(parts[k]), values[k]) for k in (0, 1))  # type: ignore[return-value]
+    return _Side(ids, np.concatenate(parts[0]), values[0]), _Side(ids, np.concatenate(parts[1]), values[1])
 
 
 def _whole(path: Path, views: Sequence[str]) -> Items:
-    """Embeddings of rows that have both views."""
+    """Embeddings of rows that have every view."""
+    import numpy as np
+
     from nearfar.data.sources import read_items
 
     items = read_items(path, list(views), naming="--queries {name}")
-    both = items.present(views[0]) & items.present(views[1])
-    return items.take(both.nonzero()[0])
+    present = np.logical_and.reduce([items.present(view) for view in views])
+    return items.take(present.nonzero()[0])
 
 
 def _aligned(path: Path, columns: Sequence[str], ids: Sequence[Any], id_column: str | None) -> Items:
@@ -239,12 +378,44 @@ def _guide(path: Path, queries: str, corpus: str, ids: Sequence[Any]) -> tuple[A
     return items.array(queries), items.array(corpus)
 
 
-def _answers(texts: Sequence[str]) -> list[list[int]]:
+def _same_query(texts: Sequence[str]) -> list[list[int]]:
     """The rows that answer each query: those with the same text."""
     rows: dict[str, list[int]] = {}
     for i, text in enumerate(texts):
         rows.setdefault(" ".join(text.split()), []).append(i)
-    return [rows[" ".join(text.split())] for text in texts]
+    return [list(rows[" ".join(text.split())]) for text in texts]
+
+
+def _add_judged(
+    positives: list[list[int]],
+    qrels: Mapping[str, Mapping[str, float]],
+    queries: Sequence[str],
+    documents: Sequence[str],
+) -> list[str]:
+    """Add the answers that judgments name to those of each query; says what has no vector, and who has no answer."""
+    from nearfar.errors import NearfarError
+
+    place, missing, judged = {name: at for at, name in enumerate(documents)}, 0, 0
+    for own, query in zip(positives, queries, strict=True):
+        named = [document for document, grade in qrels.get(query, {}).items() if grade > 0]
+        judged += bool(named)
+        missing += sum(document not in place for document in named)
+        own.extend(sorted({place[document] for document in named if document in place} - set(own)))
+    if not judged:
+        raise NearfarError(
+            f"no query has an answer in the qrels, which go by the ids of the embeddings (first query here: "
+            f"'{queries[0]}', in the qrels: '{next(iter(qrels), '')}')."
+        )
+    lines = [f"{judged} of {len(queries)} queries have answers in the qrels"]
+    if missing:
+        lines.append(
+            f"{missing} answers have no vector: documents whose ids are not among the embeddings; nothing is compared "
+            "with them"
+        )
+    alone = sum(not own for own in positives)
+    if alone:
+        lines.append(f"{alone} queries have no answer and are left out")
+    return lines
 
 
 def _own_rows(mined: Any) -> Any:

@@ -12,6 +12,7 @@ In tests::
 
 from __future__ import annotations
 
+import gc
 import inspect
 import pickle
 import time
@@ -198,25 +199,31 @@ def _rank(
         world_size=len(parts),
         timeout=timedelta(seconds=timeout + 30),  # so that the parent is the one to say who waits
     )
-    model, own = Encoder(), parts[rank]
+    result = _step(fn, parts[rank], takes_scale, labels)
+    if rank == 0:
+        torch.save(result, Path(folder) / "result.pt")
+    dist.barrier()
+    # DDP's reducer holds the group. Were it the last to do so, it would keep the interpreter's lock while it waits for
+    # gloo's thread, which may wait for that lock (pytorch issue 56297): so the wrapper goes first.
+    gc.collect()
+    dist.destroy_process_group()
+
+
+def _step(fn: Callable[..., Tensor], own: Batch, takes_scale: bool, labels: bool) -> dict[str, Tensor]:
+    """Gradients of a step of this rank, and the values of the loss on every rank."""
+    model = Encoder()
     model.bias.requires_grad_(False)
     model.log_scale.requires_grad_(takes_scale)
     parallel = DistributedDataParallel(model)  # kept: without it nothing is reduced in backward
     a, b, scale, _ = parallel(own.x, own.y)
     value = fn(a, own.labels if labels else b, *([scale] if takes_scale else []))
     value.backward()
-    values = [torch.zeros((), dtype=torch.float64) for _ in parts]
+    values = [torch.zeros((), dtype=torch.float64) for _ in range(dist.get_world_size())]
     dist.all_gather(values, value.detach().double().reshape(()))
-    if rank == 0:
-        zero = torch.zeros(1, dtype=torch.float64)
-        grads = [zero if p.grad is None else p.grad.flatten() for p in model.layers.parameters()]
-        learned = zero if model.log_scale.grad is None else model.log_scale.grad
-        torch.save(
-            {"gradient": torch.cat(grads), "scale": learned, "values": torch.stack(values)},
-            Path(folder) / "result.pt",
-        )
-    dist.barrier()
-    dist.destroy_process_group()
+    zero = torch.zeros(1, dtype=torch.float64)
+    grads = [zero if p.grad is None else p.grad.flatten() for p in model.layers.parameters()]
+    learned = zero if model.log_scale.grad is None else model.log_scale.grad
+    return {"gradient": torch.cat(grads), "scale": learned, "values": torch.stack(values)}
 
 
 # -- a loader ------------------------------------------------------------------------------------------------

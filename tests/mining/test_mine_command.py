@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import os
 from pathlib import Path
 
@@ -177,3 +178,115 @@ def test_a_run_mines_its_table_and_trains_on_what_it_mined(folder: Path, tmp_pat
     again = run_one(check_config(compose_config(overrides)), overrides, False, quiet)
     assert again is not None
     assert again.read_json("metrics.json")["splits"]
+
+
+# -- a corpus of its own, judgments, a cross-encoder ----------------------------------------------------------
+@pytest.fixture(scope="module")
+def collection(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve queries, forty documents, embeddings of both, and judgments: as BEIR's collections are."""
+    path = tmp_path_factory.mktemp("collection")
+    rng = np.random.default_rng(1)
+    topics = rng.normal(size=(10, 8))
+    sides = {
+        "queries": ("question", [f"q{i}" for i in range(12)], topics[np.arange(12) % 10]),
+        "documents": ("answer", [f"d{i}" for i in range(40)], topics[np.arange(40) % 10]),
+    }
+    for name, (view, ids, centres) in sides.items():
+        vectors = (centres + 0.5 * rng.normal(size=centres.shape)).astype(np.float32)
+        rows = pyarrow.table({"id": ids, view: [row.tolist() for row in vectors]})
+        pyarrow.parquet.write_table(rows, path / f"{name}.parquet")
+        with (path / f"{name}.csv").open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerows([["id", view], *([each, f"text of {each}"] for each in ids)])
+    # of eleven queries the documents of their topic up to the thirtieth; one answer that has no vector
+    lines = [f"q{i} 0 d{j} 1" for i in range(11) for j in range(30) if j % 10 == i % 10]
+    (path / "qrels.txt").write_text("\n".join([*lines, "q0 0 d99 1", "q1 0 d5 0"]) + "\n")
+    return path
+
+
+def of_collection(path: Path, *arguments: object) -> list[object]:
+    sides = ["--documents", path / "documents.parquet", "--qrels", path / "qrels.txt"]
+    tables = ["--data", path / "queries.csv", "--documents-data", path / "documents.csv"]
+    return [path / "queries.parquet", *sides, *tables, *arguments]
+
+
+def test_a_corpus_of_its_own_with_judgments(collection: Path, tmp_path: Path) -> None:
+    said = mine(
+        *of_collection(collection, "-o", tmp_path / "mined.csv", "--form", "triplet", "--per-query", 4)
+    )
+    assert "11 of 12 queries have answers in the qrels" in said
+    assert "1 answers have no vector" in said
+    assert "1 queries have no answer and are left out" in said
+    triplets = rows(tmp_path / "mined.csv")
+    answers = {(f"text of q{i}", f"text of d{j}") for i in range(11) for j in range(30) if j % 10 == i % 10}
+    assert {(row["question"], row["answer"]) for row in triplets} == answers
+    assert not {(row["question"], row["negative"]) for row in triplets} & answers
+    # every answer of a query stands with the same negatives
+    assert len(triplets) == 4 * len(answers)
+
+
+def test_scores_of_a_cross_encoder(collection: Path, tmp_path: Path) -> None:
+    pairs = tmp_path / "pairs.csv"
+    said = mine(*of_collection(collection, "--candidates", pairs, "--rank-to", 8))
+    assert f"--cross-encoder {pairs}" in said
+    asked = rows(pairs)
+    assert {"query_id", "doc_id", "query", "document"} == set(asked[0])
+    assert asked[0]["document"] == f"text of {asked[0]['doc_id']}"
+    scored = tmp_path / "scored.csv"
+    with scored.open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["query_id", "doc_id", "score"])
+        writer.writeheader()
+        for pair in asked:
+            # it takes every document of the topic for an answer, judged or not, and prefers large numbers
+            q, d = int(pair["query_id"][1:]), int(pair["doc_id"][1:])
+            score = 9.0 if q % 10 == d % 10 else d / 40
+            writer.writerow({"query_id": pair["query_id"], "doc_id": pair["doc_id"], "score": score})
+    options = ("--cross-encoder", scored, "--margin", 1, "--rank-to", 8, "--per-query", 2, "--scores")
+    mine(*of_collection(collection, *options, "-o", tmp_path / "mined.csv"))
+    for row in rows(tmp_path / "mined.csv"):
+        q = int(row["question"].removeprefix("text of q"))
+        numbers = [int(row[f"negative_{k}"].removeprefix("text of d")) for k in (1, 2)]
+        assert all(d % 10 != q % 10 for d in numbers)
+        assert numbers == sorted(numbers, reverse=True)
+        assert float(row["margin_1"]) == pytest.approx(9.0 - numbers[0] / 40)
+    # a score that is missing: of a candidate, left out and counted; of an answer, refused
+    kept = [line for line in scored.read_text().splitlines() if not line.startswith("q3,d7,")]
+    wanted = [line for line in kept if not line.startswith("q0,d0,")]
+    (tmp_path / "part.csv").write_text("\n".join(kept[:1] + [x for x in kept[1:] if not x.endswith("0.025")]))
+    assert "no score" in mine(
+        *of_collection(collection, "--cross-encoder", tmp_path / "part.csv", "-o", tmp_path / "other.csv")
+    )
+    (tmp_path / "less.csv").write_text("\n".join(wanted))
+    with pytest.raises(NearfarError, match="no score for 1 of 33 positives"):
+        mine(*of_collection(collection, "--cross-encoder", tmp_path / "less.csv", "-o", tmp_path / "x.csv"))
+
+
+def test_judgments_and_scores_of_different_ids_are_refused(collection: Path, tmp_path: Path) -> None:
+    (tmp_path / "qrels.txt").write_text("1 0 2 1\n")
+    files = [collection / "queries.parquet", "--documents", collection / "documents.parquet"]
+    with pytest.raises(NearfarError, match=r"no query has an answer in the qrels.*'q0'.*'1'"):
+        mine(*files, "--qrels", tmp_path / "qrels.txt")
+    with pytest.raises(NearfarError, match="--qrels which of them answer"):
+        mine(*files)
+    (tmp_path / "a.run").write_text("1 Q0 2 1 .5 x\n")
+    with pytest.raises(NearfarError, match="none of which is one of these"):
+        mine(*of_collection(collection, "--cross-encoder", tmp_path / "a.run"))
+    with pytest.raises(NearfarError, match="write the pairs with --candidates"):
+        mine(*of_collection(collection, "--guide", collection / "documents.parquet"))
+
+
+def test_judgments_beside_rows_that_answer_themselves(folder: Path, tmp_path: Path) -> None:
+    """Further answers are no negatives, and each row keeps its own."""
+    with (tmp_path / "qrels.tsv").open("w") as file:
+        file.write("query_id\tdoc_id\trelevance\n")
+        file.writelines(f"n{i}\tn{i + 1}\t1\n" for i in range(N - 1))
+    output = tmp_path / "mined.csv"
+    mine(
+        *(folder / "vectors.parquet", "--data", folder / "data.csv", "-o", output),
+        *("--qrels", tmp_path / "qrels.tsv", "--form", "triplet"),
+    )
+    answers = [row["answer"] for row in csv.DictReader((folder / "data.csv").open())]
+    later = dict(itertools.pairwise(answers))
+    written = rows(output)
+    assert {row["answer"] for row in written} == set(answers)
+    assert all(row["negative"] != later.get(row["answer"]) for row in written)

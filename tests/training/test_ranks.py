@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -110,6 +111,25 @@ def test_the_comparison_can_fail(tmp_path: Path) -> None:
     config.trainer.gather_with_grad = False
     assert together(train_steadily, tmp_path / "several", config) == [None, None]
     assert_same_training(tmp_path / "one", tmp_path / "several", exact=False)
+
+
+def wrappers_at_the_end(folder: Path, config: Any) -> int:
+    """How many wrappers of DDP are alive when the process group goes."""
+    destroy, alive = torch.distributed.destroy_process_group, []
+
+    def count() -> None:
+        alive.append(sum(type(each).__name__ == "DistributedDataParallel" for each in gc.get_objects()))
+        destroy()
+
+    torch.distributed.destroy_process_group = count
+    train_toy(folder, config)
+    return alive[0]
+
+
+def test_the_wrapper_goes_before_the_group(tmp_path: Path) -> None:
+    """Its reducer, if it is the last to hold the group, waits for gloo's thread with the interpreter's lock held."""
+    config = toy_config(epochs=1, trainer__devices=2)
+    assert together(wrappers_at_the_end, tmp_path / "run", config) == [0, 0]
 
 
 def test_early_stopping_and_a_last_step_are_agreed_on(tmp_path: Path) -> None:

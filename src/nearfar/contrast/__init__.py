@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from nearfar.contrast.dense import dense_own_pairs, dense_sigmoid, dense_softmax
 from nearfar.contrast.guides import GuideMask, NegativeWeights, guide_threshold
+from nearfar.contrast.kernel_choice import KernelTime, measure_kernels, use_kernel
 from nearfar.contrast.masks import (
     DenseMask,
     DuplicateMask,
@@ -50,6 +51,7 @@ __all__ = [
     "Extra",
     "GuideMask",
     "IndexMask",
+    "KernelTime",
     "LabelOverlap",
     "Mask",
     "NegativeWeights",
@@ -80,9 +82,11 @@ __all__ = [
     "is_soft",
     "join_masks",
     "log_sums",
+    "measure_kernels",
     "one_direction_loss",
     "sigmoid_sums",
     "softmax_loss",
     "uncompiled",
     "unit_rows",
+    "use_kernel",
 ]

@@ -34,6 +34,7 @@ __all__ = [
     "is_directed",
     "is_soft",
     "join_masks",
+    "joined_parts",
     "mask_weights",
     "transposed_mask",
 ]
@@ -58,21 +59,21 @@ class _Joined:
     def __init__(self, one: Mask, other: Mask) -> None:
         if one.shape != other.shape:
             raise NearfarError(f"masks of {one.shape} and {other.shape} pairs cannot be joined")
-        self.shape, self._parts = one.shape, (one, other)
+        self.shape, self.parts = one.shape, (one, other)
         self.symmetric = one.symmetric and other.symmetric
         self.directed, self.soft = is_directed(one) or is_directed(other), is_soft(one) or is_soft(other)
 
     def tile(self, rows: slice, columns: slice) -> Bool[Tensor, "r c"]:
-        one, other = (part.tile(rows, columns) for part in self._parts)
+        one, other = (part.tile(rows, columns) for part in self.parts)
         return one | other
 
     def weights(self, rows: slice, columns: slice) -> Float[Tensor, "r c"]:
         """The product of what both say; 0 where one of them leaves a pair out."""
-        one, other = (mask_weights(part, rows, columns) for part in self._parts)
+        one, other = (mask_weights(part, rows, columns) for part in self.parts)
         return one * other
 
     def transposed(self) -> _Joined:
-        one, other = (transposed_mask(part) for part in self._parts)
+        one, other = (transposed_mask(part) for part in self.parts)
         return _Joined(one, other)
 
     def __or__(self, other: Mask | Tensor) -> _Joined:
@@ -98,6 +99,11 @@ class DenseMask:
                 "where a pair is left out"
             )
         self.shape, self._matrix = (matrix.shape[0], matrix.shape[1]), matrix
+
+    @property
+    def matrix(self) -> Bool[Tensor, "n m"]:
+        """All of it."""
+        return self._matrix
 
     def tile(self, rows: slice, columns: slice) -> Bool[Tensor, "r c"]:
         return self._matrix[rows, columns]
@@ -129,6 +135,11 @@ class DuplicateMask:
         self.symmetric = key_labels is labels
         self._labels = apart(given["labels"])
         self._key_labels = self._labels if self.symmetric else apart(given["key_labels"], len(labels))
+
+    @property
+    def numbers(self) -> tuple[Int[Tensor, " n"], Int[Tensor, " m"]]:
+        """A number for each query and each key, equal where a pair is left out."""
+        return self._labels, self._key_labels
 
     def tile(self, rows: slice, columns: slice) -> Bool[Tensor, "r c"]:
         return self._labels[rows, None] == self._key_labels[None, columns]
@@ -308,6 +319,17 @@ def join_masks(masks: Sequence[Mask]) -> Mask | None:
     for mask in masks:
         joined = mask if joined is None else _Joined(joined, mask)
     return joined
+
+
+def joined_parts(mask: Mask) -> list[Mask]:
+    """The masks that a mask joins; itself where it joins none.
+
+    >>> len(joined_parts(DuplicateMask(torch.tensor([7, 3])) | torch.eye(2, dtype=torch.bool)))
+    2
+    """
+    if not isinstance(mask, _Joined):
+        return [mask]
+    return [part for each in mask.parts for part in joined_parts(each)]
 
 
 def checked_mask(mask: Mask | Tensor, n: int, m: int, name: str = "mask") -> Mask:

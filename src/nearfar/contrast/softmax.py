@@ -16,7 +16,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nearfar.contrast.debiased import count_negatives, debiased_losses, hard_weighted_rest
+from nearfar.contrast.fused import fused_results
 from nearfar.contrast.kernel import LogSums
+from nearfar.contrast.kernel_choice import fused_blocks
 from nearfar.contrast.masks import Mask, checked_mask, is_directed, is_soft, mask_weights, transposed_mask
 from nearfar.contrast.numerics import Context, full_precision, no_second_derivative
 from nearfar.contrast.positives import MASKED_LOGIT, is_unmasked
@@ -226,12 +228,14 @@ def log_sums(
     unit: bool = False,
     normalize: bool = False,
     tile: tuple[int, int] | None = None,
+    half: bool = False,
 ) -> list[Sums]:
     """The kernel's sums for the queries ``a`` against the keys ``b`` and, with ``both``, for the keys as queries.
 
     ``b=None``: the queries are the keys, each without itself where ``without_self``. Query 0 is row ``offset`` of the
     target and the mask. ``normalize`` brings rows to unit length, with less memory than ``unit_rows`` before it;
-    ``unit`` promises that they are. ``tile`` sets the tile by hand; by default it is chosen by size.
+    ``unit`` promises that they are. ``tile`` sets the tile by hand; by default it is chosen by size. ``half`` promises
+    that the rows came in bfloat16, which a fused kernel (``nearfar.contrast.kernel_choice``) then multiplies as such.
 
     Each list element is one direction. Differentiable once, in ``a``, ``b`` and ``scale``; memory is O(n + m) beside
     the gradients.
@@ -264,8 +268,12 @@ def log_sums(
         size=size,
         keep=size == (n, m),
     )
+    keys = a if b is None else b
+    blocks = fused_blocks(setting, a, keys, half) if tile is None else None
+    if blocks is not None:
+        return [Sums(*each) for each in fused_results(a, keys, scale, setting, half, blocks)]
     per_query: list[Statistics] = []
-    flat = LogSums.apply(a, a if b is None else b, scale, setting, per_query)
+    flat = LogSums.apply(a, keys, scale, setting, per_query)
     return [Sums(*(*flat[4 * i : 4 * i + 4], statistics)) for i, statistics in enumerate(per_query)]
 
 
@@ -310,6 +318,7 @@ def softmax_loss(
     reduction: str = "mean",
     tau_plus: float = 0.0,
     beta: float = 0.0,
+    half: bool = False,
 ) -> tuple[Float[Tensor, ""] | Float[Tensor, " queries"], Step]:
     """The mean loss of the queries that have a positive, averaged over both directions where there are two.
 
@@ -334,6 +343,7 @@ def softmax_loss(
         raise NearfarError("scores beside the kernel go with rows that are at unit length already: unit=True")
     options: _SumOptions = {
         "without_self": without_self, "inside": inside, "unit": unit, "normalize": normalize, "tile": tile,
+        "half": half,
     }  # fmt: skip
     part = slice(0, n) if rows is None else slice(*rows.indices(n))
     if rows is not None and (part.step != 1 or part.start >= part.stop):
@@ -407,6 +417,7 @@ class _SumOptions(TypedDict):
     unit: bool
     normalize: bool
     tile: tuple[int, int] | None
+    half: bool
 
 
 class _DirectionSums(NamedTuple):

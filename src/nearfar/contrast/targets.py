@@ -70,6 +70,12 @@ class Target(Protocol):
             patch.put(matrix, weight.diagonal() if isinstance(patch, Diagonal) else weight)
         return matrix
 
+    def _like(self) -> Tensor:
+        """No numbers, of the device where the weights are and as wide as they are."""
+        n, m = self.shape
+        known = [each.weight for each in self.patches(slice(0, n), slice(0, m)) if each.weight is not None]
+        return known[0].new_empty(0) if known else torch.empty(0, dtype=torch.float64)
+
     def transposed(self) -> Target:
         """The target of the columns as queries, which a loss of both directions needs."""
         raise NearfarError(
@@ -78,7 +84,7 @@ class Target(Protocol):
 
     def has_positives(self, without_self: bool) -> Bool[Tensor, " n"]:
         """Which queries have a positive, itself not counted where ``without_self``. The default looks at all pairs."""
-        weight = self.dense(torch.empty(0, dtype=torch.float64))
+        weight = self.dense(self._like())
         if without_self:
             weight = weight.clone().fill_diagonal_(0.0)
         return (weight > 0).any(1)
@@ -87,7 +93,7 @@ class Target(Protocol):
         self, rows: slice, without_self: bool
     ) -> tuple[Int[Tensor, " p"], Int[Tensor, " p"], Float[Tensor, " p"]]:
         """All positives of these rows: row, counted from the first of them, column, and weight."""
-        weight = self.dense(torch.empty(0, dtype=torch.float64))[rows]
+        weight = self.dense(self._like())[rows]
         row, column = weight.nonzero(as_tuple=True)
         row, column = _without_self(row, column, rows, without_self)
         return row, column, weight[row, column]
@@ -165,11 +171,17 @@ class SameClass(Target):
         codes = labels.float()
         return codes, codes if self.symmetric else key_labels.float()
 
+    @property
+    def _compared(self) -> tuple[Tensor, Tensor]:
+        """What is compared pair by pair. On a device the labels themselves: to number the classes, the host would wait
+        for it."""
+        on_cpu = self._given[0].device.type == "cpu"
+        return self._codes if on_cpu else self._given
+
     @cached_property
     def _ordered(self) -> bool:
         """On a device, knowing the ranges would mean waiting for it at every tile."""
-        labels, key_labels = self._classes
-        return labels.device.type == "cpu" and _ascending(labels) and _ascending(key_labels)
+        return self._given[0].device.type == "cpu" and all(map(_ascending, self._classes))
 
     def transposed(self) -> SameClass:
         labels, key_labels = self._given
@@ -199,9 +211,10 @@ class SameClass(Target):
         return torch.eq(labels.unsqueeze(1), key_labels, out=same)
 
     def patches(self, rows: slice, columns: slice, space: Workspace | None = None) -> Sequence[Patch]:
-        labels, key_labels = self._classes[0][rows], self._classes[1][columns]
-        r, c = slice(0, len(labels)), slice(0, len(key_labels))
+        mine, theirs = self._compared[0][rows], self._compared[1][columns]
+        r, c = slice(0, len(mine)), slice(0, len(theirs))
         if self._ordered:
+            labels, key_labels = self._classes[0][rows], self._classes[1][columns]
             low = max(int(labels[0]), int(key_labels[0]))
             high = min(int(labels[-1]), int(key_labels[-1]))
             if low > high:
@@ -213,8 +226,10 @@ class SameClass(Target):
                 return ()
             if low == high:
                 return (Rectangle(r, c),)
-        mine, theirs = self._codes[0][rows][r], self._codes[1][columns][c]
-        same = buffer_for(space, mine, "same", len(mine), len(theirs))
+        mine, theirs = mine[r], theirs[c]
+        like = mine if mine.is_floating_point() or space is None else mine.new_empty(0, dtype=space.dtype)
+        like = like if like.is_floating_point() else like.float()
+        same = buffer_for(space, like, "same", len(mine), len(theirs))
         torch.eq(mine.unsqueeze(1), theirs, out=same)
         return (Rectangle(r, c, same),)
 

@@ -228,6 +228,7 @@ def info_nce_step(
         reduction=options.reduction,
         tau_plus=options.tau_plus,
         beta=options.beta,
+        half=a.dtype == b.dtype == torch.bfloat16,
     )
 
 

@@ -20,7 +20,7 @@ __all__ = ["Mined", "mine_negatives"]
 Rescore = Callable[[NDArray[np.int64], NDArray[np.int64]], Any]
 
 #: why a candidate is no negative, in the order in which it is asked
-REASONS = ("positive", "own text", "copy of a positive", "rank", "margin", "score", "guide")
+REASONS = ("positive", "own text", "copy of a positive", "rank", "no score", "margin", "score", "guide")
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +105,8 @@ def mine_negatives(
         query_texts, corpus_texts: anything that tells equal texts, such as the texts themselves: a document with the
             query's own text, or with that of one of its positives, is no negative.
         rescore: a cross-encoder, or a look-up of its scores: called with positions of queries and documents; its scores
-            replace the cosines in margins, bounds and order.
+            replace the cosines in margins, bounds and order. NaN for a candidate that it does not know, which is then
+            left out; positives must have a score.
         guide: a second model's vectors of queries and corpus; a candidate that it scores as high as the weakest
             positive less ``guide_margin`` is a likely false negative and left out.
         strategy: the hardest ("top"), or any of those that pass ("random", by ``seed``).
@@ -155,7 +156,14 @@ def mine_negatives(
     if rescore is not None:
         at = np.nonzero(alive)
         scores[at] = _scores(rescore, at[0], indices[at])
+        leave_out("no score", np.isnan(scores))
         pair_scores = _scores(rescore, row, column)
+        if np.isnan(pair_scores).any():
+            first_at = int(np.isnan(pair_scores).argmax())
+            raise NearfarError(
+                f"rescore has no score for {int(np.isnan(pair_scores).sum())} of {len(row)} positives (first: query "
+                f"{row[first_at]} with document {column[first_at]}), which negatives are compared with: score them, too"
+            )
     positive, positive_score = _weakest(row, column, pair_scores, n)
     if bounds["margin"] is not None:
         gap = bounds["margin"] * (np.abs(positive_score) if margin_kind == "relative" else 1.0)
@@ -291,10 +299,10 @@ def _weakest(
 
 def _scores(rescore: Rescore, row: NDArray[np.int64], column: NDArray[np.int64]) -> NDArray[np.float64]:
     given = np.asarray(rescore(row, column), dtype=np.float64).reshape(-1)
-    if given.shape != row.shape or not np.isfinite(given).all():
+    if given.shape != row.shape or np.isinf(given).any():
         raise NearfarError(
-            f"rescore gave {given.shape[0]} scores for {len(row)} pairs, {int((~np.isfinite(given)).sum())} of them "
-            "not finite; one finite number for each pair is needed"
+            f"rescore gave {given.shape[0]} scores for {len(row)} pairs, {int(np.isinf(given).sum())} of them "
+            "infinite; one number for each pair is needed, NaN where there is none"
         )
     return given
 

@@ -243,6 +243,7 @@ def fit(
         loop = train(system, config, folder, request, resume, say, console)
         model, state, seconds = loop.model, loop.state, loop.state.seconds()
         others = not ranks.is_first()
+        del loop  # with its wrapper for DDP: see leave
         ranks.leave()
         if others:
             return folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -93,11 +94,17 @@ def start() -> int:
 
 
 def leave() -> None:
-    """Wait for the others and part from them; each goes on as a process of its own."""
+    """Wait for the others and part from them; each goes on as a process of its own.
+
+    The module that ``DistributedDataParallel`` wraps must be gone by now. Its reducer holds the process group; were it
+    the last to do so, it would keep the interpreter's lock while it waits for gloo's thread, which may wait for that
+    lock, and the process would never end (pytorch issue 56297).
+    """
     global _store, _parent
     if not dist.is_initialized():
         return
     any_rank()
+    gc.collect()
     dist.destroy_process_group()
     _store = _parent = None
     for name in list(os.environ):

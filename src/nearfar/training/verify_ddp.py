@@ -6,6 +6,7 @@ one process on the whole batch. Wrong setups run beside them, and must be detect
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -386,6 +387,7 @@ def _rank(
     if rank == 0:
         torch.save(results, Path(folder) / "results.pt")
     dist.barrier()
+    gc.collect()  # the wrappers go before the group that their reducers hold: see nearfar.training.ranks.leave
     dist.destroy_process_group()
 
 

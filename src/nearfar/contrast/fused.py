@@ -1,0 +1,222 @@
+"""The log-sums of ``kernel`` by a fused kernel on a card: the same numbers, and no logit is ever written to memory.
+
+For one positive for each query, the partner of its row (InfoNCE, CLIP, what else is made of such sums), and for none
+(further negatives). ``reason_against`` says which calls it is not for; ``nearfar.contrast.kernel_choice`` says when it
+is taken.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from nearfar.contrast.masks import DenseMask, DuplicateMask, Mask, joined_parts
+from nearfar.contrast.numerics import (
+    Context,
+    full_precision,
+    no_second_derivative,
+    through_length_,
+    unit_and_length,
+)
+from nearfar.contrast.running_sums import Statistics
+from nearfar.contrast.targets import NoPositives, OwnPair
+from nearfar.contrast.tiles import Setting
+
+if TYPE_CHECKING:
+    from nearfar.contrast.triton_kernels import Blocks, Masks
+
+__all__ = ["FusedLogSums", "fused_results", "has_triton", "reason_against"]
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether Triton is installed, as it is with PyTorch's builds for CUDA."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def reason_against(setting: Setting, a: Tensor, b: Tensor) -> str | None:
+    """Why a call cannot be computed by the fused kernel; None where it can.
+
+    >>> from nearfar.contrast.tiles import tile_size
+    >>> setting = Setting(OwnPair(4), None, 0, False, True, True, False, False, False, False, (4, 4), True)
+    >>> reason_against(setting, torch.ones(4, 2, dtype=torch.float64), torch.ones(4, 2, dtype=torch.float64))
+    'numbers are torch.float64, and the kernel computes in single precision'
+    """
+    if a.dtype != torch.float32 or b.dtype != torch.float32:
+        return f"numbers are {a.dtype}, and the kernel computes in single precision"
+    if type(setting.target) not in (OwnPair, NoPositives):
+        return f"{type(setting.target).__name__} has positives other than the own partner"
+    if setting.expected:
+        return "the mean logit under the softmax is wanted (SpatialLoss with its regulariser)"
+    if setting.without_self:
+        return "queries are their own keys, without themselves"
+    if not len(a) or not len(b):
+        return "there are no pairs"
+    if setting.mask is not None and _labels_and_matrix(setting.mask) is None:
+        return f"a {type(setting.mask).__name__} is neither a Boolean matrix nor pairs of equal numbers"
+    if not has_triton():
+        return "Triton is not installed (pip install triton)"
+    return None
+
+
+def _labels_and_matrix(mask: Mask) -> tuple[DuplicateMask | None, DenseMask | None] | None:
+    """A mask as at most one of each; None where it is more."""
+    labels: DuplicateMask | None = None
+    matrix: DenseMask | None = None
+    for part in joined_parts(mask):
+        if type(part) is DuplicateMask and labels is None:
+            labels = part
+        elif type(part) is DenseMask and matrix is None:
+            matrix = part
+        else:
+            return None
+    return labels, matrix
+
+
+def _masks(mask: Mask | None, rows: slice, device: torch.device) -> Masks:
+    from nearfar.contrast.triton_kernels import Masks
+
+    parts = None if mask is None else _labels_and_matrix(mask)
+    if parts is None:
+        return Masks()
+    labels, matrix = parts
+    numbers = None if labels is None else [each.to(device) for each in labels.numbers]
+    return Masks(
+        None if numbers is None else numbers[0][rows].contiguous(),
+        None if numbers is None else numbers[1].contiguous(),
+        None if matrix is None else matrix.matrix[rows].to(device),
+    )
+
+
+class _FusedContext(Context):
+    setting: Setting
+    masks: Masks
+    blocks: Blocks
+    shift: int | None
+    half: bool
+
+
+class FusedLogSums(torch.autograd.Function):
+    """``rest`` and ``positive`` of the queries and, with ``both``, of the keys as queries, as ``kernel.LogSums``."""
+
+    @staticmethod
+    def forward(
+        ctx: _FusedContext,
+        a: Tensor,
+        b: Tensor,
+        scale: Tensor,
+        setting: Setting,
+        half: bool,
+        blocks: Blocks,
+        statistics: list[Statistics],
+    ) -> tuple[Tensor, ...]:
+        from nearfar.contrast.triton_kernels import forward_sums
+
+        lengths: list[Tensor] = []
+        half = half and setting.normalize
+        with _computing_on(a):
+            first, second = a.contiguous(), b.contiguous()
+            by_a, by_b = (x.new_ones(len(x)) for x in (a, b))
+            if setting.normalize:
+                unit, length_a = unit_and_length(first)
+                other, length_b = unit_and_length(second)
+                lengths = [length_a, length_b]
+                if half:
+                    (first, by_a), (second, by_b) = (
+                        _halves(x, length) for x, length in ((first, length_a), (second, length_b))
+                    )
+                else:
+                    first, second = unit, other
+            shift = None if isinstance(setting.target, NoPositives) else setting.offset
+            masks = _masks(setting.mask, slice(setting.offset, setting.offset + len(a)), a.device)
+            flat: list[Tensor] = []
+            scaled = by_a * scale  # a scale on the CPU is a number here
+            sides = [(first, second, scaled, by_b, shift, masks)]
+            if setting.both:
+                back = None if shift is None else -shift
+                sides.append((second, first, by_b, scaled, back, masks.transposed()))
+            for queries, keys, by_query, by_key, own, left_out in sides:
+                rest, hardest, positive, count = forward_sums(
+                    queries, keys, by_query, by_key, own, left_out, blocks
+                )
+                statistics.append(_statistics(len(keys), hardest, positive, count))
+                flat += [rest, torch.full_like(rest, -torch.inf) if positive is None else positive]
+        # Of rows in half precision the products are taken; what they are divided by is of the rows as they came.
+        kept = (a, b) if half else (first, second)
+        ctx.save_for_backward(*kept, first, second, by_a, by_b, scale, *flat, *lengths)
+        ctx.setting, ctx.masks, ctx.blocks, ctx.shift, ctx.half = setting, masks, blocks, shift, half
+        ctx.set_materialize_grads(False)
+        return tuple(flat)
+
+    @staticmethod
+    def backward(ctx: _FusedContext, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        from nearfar.contrast.triton_kernels import backward_rows
+
+        no_second_derivative()
+        a, b, first, second, by_a, by_b, scale, *flat = ctx.saved_tensors
+        setting, shift = ctx.setting, ctx.shift
+        lengths = [flat.pop() for _ in range(2 * setting.normalize)][::-1]
+        sides = []
+        for i in range(1 + setting.both):
+            rest, grads = flat[2 * i], upstream[2 * i : 2 * i + 2]
+            by_rest, by_positive = (torch.zeros_like(rest) if g is None else g.contiguous() for g in grads)
+            sides.append((torch.where(rest > -torch.inf, rest, torch.inf), by_rest, by_positive))
+        ours, theirs = sides[0], sides[1] if setting.both else None
+        wanted = ctx.needs_input_grad[2]
+        along: Tensor | None = None
+        with _computing_on(a):
+            slopes_a = backward_rows(
+                first, second, by_a * scale, by_b, shift, ctx.masks, ctx.blocks, ours, theirs
+            )
+            if theirs is None:  # the keys ask nothing themselves
+                nothing = by_b.new_zeros(len(second))
+                theirs = (torch.full_like(nothing, torch.inf), nothing, nothing)
+            back, turned = None if shift is None else -shift, ctx.masks.transposed()
+            slopes_b = backward_rows(
+                second, first, by_b * scale, by_a, back, turned, ctx.blocks, theirs, ours
+            )
+            if lengths:
+                along = through_length_(slopes_a, a, lengths[0], scale, are_unit=not ctx.half)
+                through_length_(slopes_b, b, lengths[1], scale, are_unit=not ctx.half)
+            else:
+                along = torch.dot(a.flatten(), slopes_a.flatten()) if wanted else None
+                slopes_a.mul_(scale)
+                slopes_b.mul_(scale)
+        by_scale = along.to(scale.device).reshape(scale.shape) if wanted and along is not None else None
+        return slopes_a, slopes_b, by_scale, None, None, None, None
+
+
+@contextmanager
+def _computing_on(rows: Tensor) -> Iterator[None]:
+    """Programs start on the card of the rows, and products beside them are in full precision."""
+    with torch.cuda.device(rows.device) if rows.is_cuda else nullcontext(), full_precision(rows.device):
+        yield
+
+
+def _halves(x: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows that came in bfloat16 as such again, each divided by a power of two near its largest number, and what
+    brings each to unit length: no product of them overflows, and none of their digits is lost."""
+    exponent = torch.frexp(x.abs().amax(1, keepdim=True)).exponent.clamp(-100, 100)
+    narrow = torch.ldexp(x, -exponent).to(torch.bfloat16)
+    return narrow, torch.ldexp(1.0 / length, exponent).squeeze(1)
+
+
+def _statistics(keys: int, hardest: Tensor, positive: Tensor | None, count: Tensor | None) -> Statistics:
+    own = 0.0 if positive is None else 1.0
+    candidates: Tensor | float = float(keys) if count is None else count + own
+    return Statistics(hardest, candidates, own, own, 0.0, float(keys) - candidates)
+
+
+def fused_results(
+    a: Tensor, b: Tensor, scale: Tensor, setting: Setting, half: bool, blocks: Blocks
+) -> list[tuple[Any, ...]]:
+    """``rest``, ``positive``, no excess and no mean logit, and the statistics of each direction."""
+    statistics: list[Statistics] = []
+    flat: Any = FusedLogSums.apply(a, b, scale, setting, half, blocks, statistics)
+    return [(flat[2 * i], flat[2 * i + 1], None, None, each) for i, each in enumerate(statistics)]
