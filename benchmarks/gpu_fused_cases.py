@@ -9,11 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nearfar.contrast import DenseMask, DuplicateMask, NoPositives, OwnPair, Target, log_sums, softmax
+from nearfar.contrast import (
+    DenseMask,
+    DuplicateMask,
+    NoPositives,
+    OwnPair,
+    Target,
+    kernel_choice,
+    log_sums,
+    softmax,
+)
 from nearfar.contrast.kernel_choice import use_kernel
 from nearfar.contrast.masks import Mask
 
-__all__ = ["FUSED_CASES", "fused_calls", "fused_difference"]
+__all__ = ["FUSED_CASES", "blocks_of", "fused_calls", "fused_difference"]
 
 #: calls of the fused kernel: rows, keys, dimensions, and what else is different
 FUSED_CASES: dict[str, dict[str, Any]] = {
@@ -53,6 +62,17 @@ def fused_calls() -> Iterator[Calls]:
         yield calls
     finally:
         softmax.fused_results = before
+
+
+@contextmanager
+def blocks_of(blocks: Any) -> Iterator[None]:
+    """The fused kernel in these tiles, where nothing has been measured."""
+    before = kernel_choice._default_blocks
+    kernel_choice._default_blocks = lambda: blocks
+    try:
+        yield
+    finally:
+        kernel_choice._default_blocks = before
 
 
 class Calls:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -138,6 +139,8 @@ def fused(setup: Setup) -> Iterator[Row]:
     for name, case in cases.items():
         row = _checked({"case": name}, partial(gpu_fused_cases.fused_difference, setup.device, **case))
         yield row | {"ok": row.get("close", False)}
+    if setup.on_card:
+        yield from _in_all_tiles(setup)
     x = gpu_cases.data(21 if setup.smoke else 150, 9 if setup.smoke else 40)
     names = [name for name in gpu_cases.CASES if name.startswith(("InfoNCE", "CLIP", "memory"))]
     for dtype in (torch.float32, torch.bfloat16):
@@ -151,6 +154,28 @@ def fused(setup: Setup) -> Iterator[Row]:
                 )
             use_kernel("auto")
             yield row | {"fused_calls": calls.count}
+
+
+def _in_all_tiles(setup: Setup) -> Iterator[Row]:
+    """Every size of tile that a measurement may choose; one that is too large for this card is never chosen."""
+    import gpu_fused_cases
+
+    from nearfar.contrast.triton_kernels import BLOCKS
+
+    for blocks in BLOCKS:
+        for dtype in ("float32", "bfloat16"):
+            row: Row = {"case": f"{dtype}, tiles {tuple(blocks)}"}
+            with gpu_fused_cases.blocks_of(blocks):
+                row = _checked(
+                    row,
+                    partial(
+                        gpu_fused_cases.fused_difference, setup.device, shape=(700, 700, 256), dtype=dtype
+                    ),
+                )
+            if "OutOfResources" in row.get("error", ""):
+                yield {"case": row["case"], "skipped": row["error"], "ok": True}
+            else:
+                yield row | {"ok": row.get("close", False)}
 
 
 def speed(setup: Setup) -> Iterator[Row]:
@@ -186,11 +211,12 @@ def _timed(setup: Setup, way: str, n: int, half: bool, values: dict[tuple[int, b
         return {"skipped": "measured on a card alone"}
     if way == FUSED and not setup.on_card:
         return {"skipped": "there is no fused kernel for a CPU"}
-    if setup.on_card:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
     try:
+        if setup.on_card:
+            torch.cuda.empty_cache()
         step, measured = _step(setup, way, n, half)
+        if setup.on_card:
+            torch.cuda.reset_peak_memory_stats()
         base = torch.cuda.memory_allocated() if setup.on_card else 0
         began = time.perf_counter()
         value = step()
@@ -307,12 +333,11 @@ def _trained(setup: Setup, experiment: str, more: str) -> Row:
         if setup.smoke
         else ["epochs=1000", "trainer.log_every=5"]
     )
+    shutil.rmtree(folder, ignore_errors=True)  # the log of an earlier run is not this one's
     began, log, stopped = time.monotonic(), setup.out / f"{experiment}.log", False
     with log.open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
-        try:
-            process.wait(min(60, setup.left() - 12))
-        except subprocess.TimeoutExpired:
+        if not _ends(process, folder / "train_log.jsonl", setup):
             stopped = True
             process.send_signal(signal.SIGINT)  # ends after the step, with a checkpoint
             try:
@@ -322,8 +347,22 @@ def _trained(setup: Setup, experiment: str, more: str) -> Row:
                 process.wait()
     row = _read_run(folder, time.monotonic() - began)
     if row["steps"] < 2 or (process.returncode and not stopped):
-        row |= {"ok": False, "error": " | ".join(log.read_text().splitlines()[-4:])[-300:]}
+        why = "too few steps in the time" if stopped else f"exit code {process.returncode}"
+        row |= {"ok": False, "error": f"{why}: " + " | ".join(log.read_text().splitlines()[-4:])[-300:]}
     return row
+
+
+def _ends(process: subprocess.Popen[bytes], log: Path, setup: Setup) -> bool:
+    """Whether a run ends by itself within a minute of its first step, which may need preparation (features of frozen
+    encoders), or before the section's time is over."""
+    first = math.inf
+    while setup.left() > 12 and time.monotonic() - first < 60:
+        if process.poll() is not None:
+            return True
+        if first == math.inf and log.exists() and '"kind": "step"' in log.read_text():
+            first = time.monotonic()
+        time.sleep(0.5)
+    return False
 
 
 def _read_run(folder: Path, seconds: float) -> Row:

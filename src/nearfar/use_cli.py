@@ -89,7 +89,7 @@ def _report(written: Written) -> None:
         terminal.say(console, written.rejections.summary())
 
 
-@use_app.command()
+@use_app.command(epilog=terminal.example("nearfar embed runs/NAME items.csv -o vectors.parquet"))
 def embed(
     run: Run,
     data: Data,
@@ -124,7 +124,7 @@ def embed(
     _report(written)
 
 
-@use_app.command()
+@use_app.command(epilog=terminal.example("nearfar predict runs/reviews new_reviews.csv -o predictions.csv"))
 def predict(
     run: Run,
     data: Data,
@@ -165,7 +165,7 @@ def predict(
     _report(written)
 
 
-@use_app.command()
+@use_app.command(epilog=terminal.example("nearfar search runs/NAME 'an alkaloid with an indole core' -k 5"))
 def search(
     run: Run,
     query: Annotated[
@@ -247,7 +247,7 @@ def search(
     )
 
 
-@use_app.command()
+@use_app.command(epilog=terminal.example("nearfar serve runs/NAME --port 8000"))
 def serve(
     run: Run,
     gallery: Annotated[
@@ -340,7 +340,7 @@ def serve(
     )
 
 
-@use_app.command()
+@use_app.command(epilog=terminal.example("nearfar export runs/NAME exported/ --format onnx"))
 def export(
     run: Run,
     folder: Annotated[Path, typer.Argument(help="The folder to write: a new or an empty one.")],

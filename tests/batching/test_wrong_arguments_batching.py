@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ from nearfar.batching import (
     HardNegativeSampler,
     Layout,
     LengthBatchSampler,
+    MappedNeighbors,
     Neighbors,
     PartitionBatchSampler,
     Plan,
@@ -25,6 +28,7 @@ from nearfar.batching import (
     in_batch_similarity,
     measure_hardness,
     nearest_neighbors,
+    nearest_neighbors_on_disk,
     positions_in_batch,
     verify_sampler,
     weight_in_batch,
@@ -37,6 +41,7 @@ RING = np.array([[(i + 1) % N, (i + 2) % N] for i in range(N)])
 VALUES = np.tile([0.9, 0.5], (N, 1))
 LISTED = Neighbors(RING, VALUES, ids=list(range(N)))
 XY = np.random.default_rng(0).random((N, 2))
+ON_DISK = nearest_neighbors_on_disk(XY, 2, tempfile.mkdtemp()).folder
 LAYOUT = Layout(N, 4)
 PLAN = RandomBatchSampler(N, 4).plan()
 
@@ -161,6 +166,25 @@ CASES: dict[str, tuple[Callable[..., Any], dict[str, list[Any]]]] = {
             "ids": NOT_IDS,
         },
     ),
+    "nearest_neighbors_on_disk": (
+        lambda **a: nearest_neighbors_on_disk(
+            **{"vectors": XY, "k": 2, "folder": Path(tempfile.mkdtemp()) / "new", **a}
+        ),
+        {
+            "vectors": [*NOT_AN_ARRAY, np.full((N, 2), np.nan), XY > 0, XY[0]],
+            "k": [*NOT_WHOLE, N],
+            "folder": [None, 3, RAGGED, {}],
+            "metric": [None, 3, "cosin", ["dot"]],
+            "min_recall": [None, 0.0, 1.5, *NOT_A_NUMBER],
+            "processes": [0, *NOT_WHOLE],
+            "seed": NOT_WHOLE,
+            "ids": NOT_IDS,
+        },
+    ),
+    "MappedNeighbors": (
+        lambda **a: MappedNeighbors(**{"folder": ON_DISK, **a}),
+        {"folder": [None, 3, RAGGED, {}, "nowhere"]},
+    ),
     "measure_hardness": (
         lambda **a: measure_hardness(**{"plan": PLAN, "neighbors": LISTED, **a}),
         {
@@ -269,7 +293,10 @@ def test_a_wrong_argument_is_named(name, argument, at):
 
 def test_every_public_name_is_tried():
     tried = {name.split(".")[0] for name in CASES} | RECORDS
-    assert set(nearfar.batching.__all__) - tried == {"BalancedBatchSampler"}  # beside its own tests
+    assert set(nearfar.batching.__all__) - tried == {
+        "BalancedBatchSampler",
+        "StreamBatches",
+    }  # their own tests
     good = {"Layout.slots": {"group_size": 2}, "set_epoch": {"epoch": 1}, "plan": {"epoch": 1}}
     good |= {
         "state_dict": {"position": 1},

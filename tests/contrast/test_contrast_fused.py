@@ -11,6 +11,7 @@ import math
 import os
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -219,6 +220,53 @@ def test_wrong_choices(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_times_compare() -> None:
     time = KernelTime("a card", 1, 1, "float32", True, True, 1.0, math.inf, None, "no memory")
     assert not time.faster
+
+
+COMPILED = """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from nearfar.contrast import triton_kernels as kernels
+
+    blocks = kernels.BLOCKS[-1]
+    fixed = {
+        "BLOCK_M": blocks.rows, "BLOCK_N": blocks.columns, "BLOCK_K": blocks.depth, "BLOCK_D": 32, "WIDEN": False,
+        "HAS_OWN": True, "HAS_LABELS": True, "HAS_MATRIX": True, "BACK": True,
+    }
+    types = {"LA": "*i64", "LB": "*i64", "MATRIX": "*u8"} | dict.fromkeys(
+        ("n", "m", "d", "shift", "across", "down", "part"), "i32"
+    )
+    for program, rows in ((kernels._forward, "fp32"), (kernels._backward, "bf16")):
+        known = fixed | {"NARROW": rows == "bf16", "PRECISION": "tf32x3"}
+        known = {name: value for name, value in known.items() if name in program.arg_names}
+        given = {"A": f"*{rows}", "B": f"*{rows}"} | types | dict.fromkeys(known, "constexpr")
+        source = ASTSource(
+            fn=program, signature={name: given.get(name, "*fp32") for name in program.arg_names},
+            constexprs={(program.arg_names.index(name),): value for name, value in known.items()},
+        )
+        options = {"num_warps": blocks.warps, "num_stages": blocks.stages}
+        made = triton.compile(source, target=GPUTarget("cuda", 80, 32), options=options)
+        print(len(made.asm["cubin"]) > 1000, made.metadata.shared < 48 * 1024)
+"""
+
+
+@pytest.mark.slow
+def test_the_kernel_compiles_for_a_card_that_is_not_here(tmp_path: Path) -> None:
+    """Both programs, with all masks, down to the machine code of an A100: in the shared memory that every card has."""
+    pytest.importorskip("triton")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "TRITON_DEFAULT_FP_FUSION": "1"}
+    code = textwrap.dedent(COMPILED)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split() == ["True"] * 4
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ __all__ = [
     "compose_groups",
     "count_inside",
     "cut_tiles",
+    "fill_slots",
     "grouped",
     "propagate",
     "random_state",
@@ -116,6 +117,30 @@ def _draw_filler(
 
 
 @njit(cache=True, nogil=True)
+def fill_slots(
+    plan: Int32,
+    slot_start: Int64,
+    slot_batch: Int32,
+    filled: Int64,
+    first: int,
+    pool: Int32,
+    used: NDArray[np.bool_],
+    nearest: Int32,
+    close: Int32,
+    place: Int32,
+    filtered: bool,
+) -> None:
+    """Fill what is left of every slot, behind its ``filled`` items, with unused ones of the pool from ``first`` on."""
+    for slot in range(len(slot_batch)):
+        batch = slot_batch[slot]
+        for at in range(slot_start[slot] + filled[slot], slot_start[slot + 1]):
+            plan[at], first = _draw_filler(batch, first, pool, used, nearest, close, place, filtered)
+            used[plan[at]] = True
+            if filtered:
+                place[plan[at]] = batch
+
+
+@njit(cache=True, nogil=True)
 def compose_groups(
     nearest: Int32,
     k: int,
@@ -200,13 +225,7 @@ def compose_groups(
                 if filtered:
                     place[plan[at]] = batch
     if level:
-        for slot in range(slots):
-            batch = slot_batch[slot]
-            for at in range(slot_start[slot] + filled[slot], slot_start[slot + 1]):
-                plan[at], first = _draw_filler(batch, first, pool, used, nearest, close, place, filtered)
-                used[plan[at]] = True
-                if filtered:
-                    place[plan[at]] = batch
+        fill_slots(plan, slot_start, slot_batch, filled, first, pool, used, nearest, close, place, filtered)
     return plan, hard
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from nearfar.arguments import number, whole_number
 from nearfar.batching.base import BatchSampler, check_not_rebuilt, compare_ids, log
 from nearfar.batching.hardness import HardnessReport, measure_hardness
+from nearfar.batching.mapped_neighbors import MappedNeighbors
 from nearfar.batching.neighbors import Neighbors, as_neighbors
 from nearfar.batching.plan import Plan
 from nearfar.batching.random import random_plan
@@ -267,6 +268,10 @@ class HardNegativeSampler(NeighborSampler):
             rank=rank,
             world_size=world_size,
         )
+        if order == "greedy" and isinstance(self.neighbors, MappedNeighbors):
+            raise NearfarError(
+                "order='greedy' is for comparison, and needs the lists in memory; on disk 'level' plans them"
+            )
         self.order = order
         if group_size is None:
             group_size = self.batch_size if order == "greedy" else min(self.batch_size, _LEVEL_GROUP)
@@ -306,26 +311,22 @@ class HardNegativeSampler(NeighborSampler):
         if epoch < options["curriculum_epoch"] or options["hard_ratio"] == 0.0:
             return random_plan(self.layout, self.seed, epoch)
         from nearfar.batching import _kernels
+        from nearfar.batching.stretches import groups_by_stretches
 
         start, batch = self.layout.slots(self.group_size)
         quota = _quota(np.diff(start), options["hard_ratio"])
-        if self.order == "level":
-            sequence = building_sequence(batch, np.random.default_rng([self.seed, epoch]))
-        else:
-            sequence = np.arange(len(batch), dtype=np.int32)
+        rng = np.random.default_rng([self.seed, epoch])
+        level = self.order == "level"
+        sequence = building_sequence(batch, rng) if level else np.arange(len(batch), dtype=np.int32)
         threshold = options["false_negative_threshold"]
         close = self._close if threshold == self._threshold else self.neighbors.too_close(threshold)
-        order, hard = _kernels.compose_groups(
-            self.neighbors.indices,
-            options["hardness_k"],
-            close,
-            start,
-            batch,
-            quota,
-            sequence,
-            self.order == "level",
-            _kernels.random_state(self.seed, epoch),
-        )
+        state, near, k = _kernels.random_state(self.seed, epoch), self.neighbors, options["hardness_k"]
+        if isinstance(near, MappedNeighbors):
+            order, hard = groups_by_stretches(near, k, close, start, batch, quota, sequence, rng, state)
+        else:
+            order, hard = _kernels.compose_groups(
+                near.indices, k, close, start, batch, quota, sequence, level, state
+            )
         return Plan(self.layout, order, hard, options["hard_ratio"])
 
 

@@ -112,14 +112,13 @@ def measure_hardness(
     sample = None if sample is None else whole_number("sample", sample, 1)
     if k > near.k:
         raise NearfarError(f"k={k}, but {near.k} neighbours per item are stored")
-    from nearfar.batching import _kernels
 
     total = plan.layout.total
     at = np.arange(total)
     if sample is not None and sample < total:
         at = (np.arange(sample) * (total / sample)).astype(np.int64)
     close = near.too_close(threshold)
-    inside, false = _kernels.count_inside(plan.order[at], near.indices, k, close, plan.labels())
+    inside, false = near.count_inside(plan.order[at], k, close, plan.labels())
 
     sizes = np.diff(plan.layout.starts)
     batch = np.searchsorted(plan.layout.starts, at, side="right") - 1

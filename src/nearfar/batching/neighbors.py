@@ -263,6 +263,15 @@ class Neighbors:
             count[begin : begin + len(values)] = ((values >= threshold) & real).sum(1)
         return count
 
+    def count_inside(
+        self, items: NDArray[np.int32], k: int, close: NDArray[np.int32], label: NDArray[np.int32]
+    ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """Of each item given, how many of its first ``k`` neighbours have its ``label`` (n,), and how many of its
+        ``close`` (n,) leading ones."""
+        from nearfar.batching import _kernels
+
+        return _kernels.count_inside(items, self.indices, k, close, label)
+
     def fingerprint(self) -> str:
         """A short hash of the list (of about 20,000 evenly spaced rows) and of its ids."""
         return digest(self.indices, *([] if self.ids is None else [self.ids]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from nearfar.arguments import whole_number
 from nearfar.batching.hard_negative import NeighborSampler, building_sequence, checked_group_size, even_out
+from nearfar.batching.mapped_neighbors import MappedNeighbors
 from nearfar.batching.neighbors import Neighbors
 from nearfar.batching.plan import Plan
 from nearfar.batching.random import random_plan
@@ -87,58 +89,80 @@ class PartitionBatchSampler(NeighborSampler):
         if epoch < options["curriculum_epoch"]:
             return random_plan(self.layout, self.seed, epoch)
         from nearfar.batching import _kernels
+        from nearfar.batching.stretches import parts_of
 
         near = self.neighbors
         rng = np.random.default_rng([self.seed, epoch])
         threshold = options["false_negative_threshold"]
         close = self._close if threshold == self._threshold else near.too_close(threshold)
         start, batch = self.layout.slots(self.group_size)
-        target = np.diff(start)
-        blocks = np.arange(len(target), dtype=np.int32)
-        order, _ = _kernels.compose_groups(
-            near.indices, near.k, close, start, blocks, target, rng.permutation(blocks), True,
-            _kernels.random_state(self.seed, epoch),
-        )  # fmt: skip
-        label = np.full(self.n, -1, np.int32)
-        label[order] = np.repeat(blocks, target)
-        size, voters = target.copy(), min(near.k, _VOTERS)
-        slack = np.maximum(1, (target * _SLACK).astype(np.int64))
-        _kernels.propagate(
-            near.indices, voters, close, label, size, target - slack, target + slack, self.passes
-        )
-        _kernels.balance(near.indices, voters, close, label, size, target, 6)
-        plan = Plan(self.layout, self._deal(label, start, batch, rng))
+        state = _kernels.random_state(self.seed, epoch)
+        if isinstance(near, MappedNeighbors):  # rows as they stand in the files, one stretch after another
+            close = close[near.positions]
+            members, hardness = np.empty(start[-1], np.int32), np.empty(len(batch))
+            target = np.diff(start)
+            for begin, end, slots in parts_of(near, start, rng):
+                lists = near.local(begin, end, near.k)
+                local_start = np.concatenate([[0], np.cumsum(target[slots])]).astype(np.int64)
+                some, hardness[slots] = self._blocks(lists, close[begin:end], local_start, rng, state)
+                to = np.repeat(start[slots] - local_start[:-1], target[slots]) + np.arange(len(some))
+                members[to] = some + np.int32(begin)
+            stored = near.stored
+        else:
+            members, hardness = self._blocks(near.indices, close, start, rng, state)
+            stored = near.indices
+        plan = Plan(self.layout, self._deal(members, hardness, start, batch, rng))
         if threshold is not None:
-            of_place = np.repeat(batch, target)
+            of_place = np.repeat(batch, np.diff(start))
             _kernels.separate(
                 plan.order,
                 of_place,
                 plan.labels(),
-                near.indices,
+                stored,
                 close,
                 _PARTNERS,
                 _kernels.random_state(epoch, self.seed),
             )
-        return plan
+        return replace(plan, order=near.positions[plan.order]) if isinstance(near, MappedNeighbors) else plan
+
+    def _blocks(
+        self,
+        nearest: NDArray[np.int32],
+        close: NDArray[np.int32],
+        start: NDArray[np.int64],
+        rng: np.random.Generator,
+        state: NDArray[np.uint64],
+    ) -> tuple[NDArray[np.int32], NDArray[np.float64]]:
+        """Members of each block, block after block as ``start`` says, and how many of its voters an item has in it."""
+        from nearfar.batching import _kernels
+
+        target, k = np.diff(start), nearest.shape[1]
+        blocks = np.arange(len(target), dtype=np.int32)
+        order, _ = _kernels.compose_groups(
+            nearest, k, close, start, blocks, target, rng.permutation(blocks), True, state
+        )
+        label = np.full(len(nearest), -1, np.int32)
+        label[order] = np.repeat(blocks, target)
+        size, voters = target.copy(), min(k, _VOTERS)
+        slack = np.maximum(1, (target * _SLACK).astype(np.int64))
+        _kernels.propagate(nearest, voters, close, label, size, target - slack, target + slack, self.passes)
+        _kernels.balance(nearest, voters, close, label, size, target, 6)
+        members = _kernels.grouped(label, start)
+        some = members[:: max(1, len(members) // 30_000)]
+        inside, _ = _kernels.count_inside(some, nearest, voters, np.zeros_like(label), label)
+        seen = np.bincount(label[some], minlength=len(target))
+        return members, np.bincount(label[some], inside, len(target)) / np.maximum(seen, 1)
 
     def _deal(
         self,
-        label: NDArray[np.int32],
+        members: NDArray[np.int32],
+        hardness: NDArray[np.float64],
         start: NDArray[np.int64],
         batch: NDArray[np.int32],
         rng: np.random.Generator,
     ) -> NDArray[np.int32]:
         """Place the blocks in the epoch, hard and easy evenly spread, each in a place of its size."""
-        from nearfar.batching import _kernels
-
         size = np.diff(start)
-        members = _kernels.grouped(label, start)
-        some = members[:: max(1, len(members) // 30_000)]
-        inside, _ = _kernels.count_inside(
-            some, self.neighbors.indices, min(self.neighbors.k, _VOTERS), np.zeros_like(label), label
-        )
-        seen = np.bincount(label[some], minlength=len(size))
-        hardness = np.bincount(label[some], inside, len(size)) / np.maximum(seen, 1)
         places = building_sequence(batch, rng)
         tenth = 10 * (batch // self.layout.world_size) // self.layout.steps
         order = np.empty(len(members), np.int32)

@@ -125,7 +125,7 @@ def foreign_curves(signals: Signals) -> tuple[list[Curves], list[Curves]]:
     curves += [
         (title, {name: _line(s) for name, s in each.items()}, "", {}) for title, each in health.items()
     ]
-    more = [
+    more: list[tuple[str, dict[str, Line], str, dict[str, float]]] = [
         (title, {FIELD_WORDS[name]: _line(signals.series(name)) for name in fields}, "", {})
         for title, fields in (*STEP_FIELDS.items(), ("Temperature", ("temperature",)))
         if all(name in FIELD_WORDS for name in fields)

@@ -268,7 +268,7 @@ def _measured(metrics: Json) -> Json:
     split = next(
         (s for s in ("test", "val") if isinstance(splits, Mapping) and monitor in (splits.get(s) or {})), None
     )
-    result = None
+    result: Json | None = None
     if split is not None and isinstance(splits, Mapping):
         estimate = splits[split][monitor]
         result = {"metric": str(monitor), "words": metric_words(str(monitor)), "split": split}

@@ -176,9 +176,10 @@ def _card(device: torch.device) -> str:
 
 
 def _default_blocks() -> Blocks:
+    """Those that fit into every card."""
     from nearfar.contrast.triton_kernels import BLOCKS, INTERPRETED, Blocks
 
-    return Blocks(32, 32, 32, 1, 1) if INTERPRETED else BLOCKS[1]
+    return Blocks(32, 32, 32, 1, 1) if INTERPRETED else BLOCKS[-1]
 
 
 def _measure(n: int, m: int, d: int, half: bool, like: Setting, device: torch.device) -> KernelTime:

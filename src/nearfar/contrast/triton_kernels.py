@@ -38,12 +38,7 @@ class Blocks(NamedTuple):
 
 
 #: what is tried on a card, in this order; the last fits into every card
-BLOCKS = (
-    Blocks(128, 128, 32, 8, 3),
-    Blocks(64, 128, 32, 4, 3),
-    Blocks(64, 64, 32, 4, 2),
-    Blocks(32, 32, 32, 4, 2),
-)
+BLOCKS = (Blocks(128, 128, 32, 8, 3), Blocks(64, 64, 32, 4, 2), Blocks(32, 32, 32, 4, 2))
 #: dimensions of the gradient that a program holds in registers
 WIDTH = 256
 

@@ -26,7 +26,7 @@ from nearfar.data.table_formats import cell_text
 from nearfar.data.table_items import Wanted, build_items, choose
 from nearfar.errors import NearfarError
 
-__all__ = ["SHARD_SUFFIXES", "is_shard", "shard_items"]
+__all__ = ["SHARD_SUFFIXES", "is_shard", "sample_name", "shard_items", "shard_members"]
 
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 _TEXTS = frozenset(
@@ -140,19 +140,29 @@ def _distinct(samples: _Samples) -> list[str]:
 _NAME = re.compile(r"^((?:.*/)?[^./][^./]*)\.([^/]+)$")  # key and ending; hidden files are no samples
 
 
+def sample_name(name: str) -> tuple[str, str] | None:
+    """The key and the ending of a file of a shard; None of a hidden one, which is in no sample.
+
+    >>> sample_name("./train/0001.seg.PNG"), sample_name(".hidden")
+    (('train/0001', 'seg.png'), None)
+    """
+    match = _NAME.match(name.removeprefix("./"))
+    return None if match is None else (match[1], match[2].lower())
+
+
 def _read_shard(path: Path, samples: _Samples, wanted: set[str] | None) -> None:
     key = None
     before = len(samples.keys)
     try:
-        for name, data in _members(path):
-            match = _NAME.match(name.removeprefix("./"))
-            if match is None:
+        for name, data in shard_members(path):
+            parts = sample_name(name)
+            if parts is None:
                 continue
-            if match[1] != key:
-                key = match[1]
+            if parts[0] != key:
+                key = parts[0]
                 samples.keys.append(key)
                 samples.shards.append(path.name.split(".")[0])
-            _take(samples, match[2].lower(), data, wanted)
+            _take(samples, parts[1], data, wanted)
     except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
         read = len(samples.keys) - before
         raise NearfarError(
@@ -160,7 +170,7 @@ def _read_shard(path: Path, samples: _Samples, wanted: set[str] | None) -> None:
         ) from None
 
 
-def _members(path: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
+def shard_members(path: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
     """Name and content of the regular files in a tar; links, devices and folders are passed over."""
     with tarfile.open(path, "r:gz" if path.suffix.lower() in (".gz", ".tgz") else "r:") as archive:
         for member in archive:

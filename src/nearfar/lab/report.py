@@ -20,7 +20,15 @@ from nearfar.data.files import DAMAGED, Json, check_shape, read_bytes, read_text
 from nearfar.data.writing import write_atomically
 from nearfar.errors import NearfarError
 from nearfar.lab.charts import band_chart, curves_chart, heat_map, intervals_chart, line_chart, map_chart
-from nearfar.lab.curves import PlanRecord, hardness_curves, of_kind, plans_of, series_of, training_curves
+from nearfar.lab.curves import (
+    Line,
+    PlanRecord,
+    hardness_curves,
+    of_kind,
+    plans_of,
+    series_of,
+    training_curves,
+)
 from nearfar.lab.groups import by_question
 from nearfar.lab.summary import describe_comparison, run_verdict
 from nearfar.lab.sweep import Sweep, sweep_of
@@ -91,7 +99,7 @@ def embedding_map(folder: RunFolder) -> EmbeddingMap | None:
 def comparison_curves(comparison: Comparison, arms: Sequence[Arm]) -> list[str]:
     """Validation of every run and realised hardness of every arm."""
     monitor = comparison.monitor
-    curves: dict[str, tuple[list[float], list[float]]] = {}
+    curves: dict[str, Line] = {}
     plans: dict[str, list[PlanRecord]] = {}
     random_level = None
     for arm in arms:

@@ -1,0 +1,86 @@
+"""The command that lists the neighbours of 10⁵ to 10⁸ rows in files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from nearfar import terminal
+
+neighbors_app = typer.Typer()
+
+
+@neighbors_app.command(
+    epilog=terminal.example("nearfar neighbors vectors.parquet --view text -o near/ --k 100")
+)
+def neighbors(
+    source: Annotated[
+        Path,
+        typer.Argument(help="Vectors: a .npy file, a folder of .npy shards, or what nearfar embed writes."),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to make.")],
+    view: Annotated[
+        str | None, typer.Option(help="The column of vectors, where the source is no .npy.")
+    ] = None,
+    k: Annotated[int, typer.Option(help="Neighbours of each row.")] = 100,
+    recall: Annotated[float, typer.Option(help="Recall of the search, at least; it is measured.")] = 0.95,
+    metric: Annotated[str, typer.Option(help="cosine or dot.")] = "cosine",
+    processes: Annotated[int, typer.Option(help="Processes that add shards and search.")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of the cells and of the measured queries.")] = 0,
+) -> None:
+    """List the nearest neighbours of 10⁵ to 10⁸ rows in files, for hard batches.
+
+    A call that was stopped goes on when it is repeated. In Python: MappedNeighbors(FOLDER), which HardNegativeSampler
+    and PartitionBatchSampler take.
+    """
+    import shutil
+
+    from nearfar.batching import nearest_neighbors_on_disk
+
+    ids: Any = None
+    vectors, beside = source, output.with_name(f"{output.name}.vectors")
+    if not source.is_dir() and source.suffix.lower() != ".npy":
+        vectors, ids = _as_shards(source, view, beside)
+    near = nearest_neighbors_on_disk(
+        vectors, k, output, metric=metric, min_recall=recall, processes=processes, seed=seed, ids=ids
+    )
+    if vectors is beside:
+        shutil.rmtree(beside)
+    terminal.say(
+        terminal.console(),
+        f"{output}: {near.k} neighbours of {near.n:,} rows ({near.index}); recall {near.recall:.4f} on {near.queries} "
+        "queries",
+    )
+
+
+def _as_shards(source: Path, view: str | None, folder: Path) -> tuple[Path, Any]:
+    """The vectors of a table as float16 shards, and its ids; what is read at once fits in memory."""
+    import shutil
+
+    import numpy as np
+
+    from nearfar.data.chunks import NewData, read_chunks
+    from nearfar.data.vector_shards import write_shards
+    from nearfar.errors import NearfarError
+
+    if view is None:
+        raise NearfarError(f"{source}: name the column of vectors with --view NAME, or give .npy files.")
+    ids: list[Any] = []
+
+    def batches() -> Any:
+        for items in read_chunks(NewData(source, rows=16_384), {view: [view]}):
+            there = items.present(view)
+            if not there.all():
+                raise NearfarError(
+                    f"{source}: {int((~there).sum())} rows have no '{view}' (first: "
+                    f"{items.ids[int(there.argmin())]!r}); leave them out."
+                )
+            ids.append(np.asarray(items.ids))
+            yield items.array(view)
+
+    shutil.rmtree(folder, ignore_errors=True)
+    if not write_shards(batches(), folder):
+        raise NearfarError(f"{source} has no rows.")
+    return folder, np.concatenate(ids)

@@ -1,0 +1,291 @@
+"""Neighbours on disk against the full product, and the plans that are made from stretches of them."""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from nearfar.batching import (
+    HardNegativeSampler,
+    MappedNeighbors,
+    Neighbors,
+    PartitionBatchSampler,
+    disk_neighbors,
+    measure_hardness,
+    nearest_neighbors,
+    nearest_neighbors_on_disk,
+    stretches,
+)
+from nearfar.errors import NearfarError
+
+N, D, K = 5000, 18, 20
+
+
+def clustered(n=N, d=D, seed=0):
+    rng = np.random.default_rng(seed)
+    centres = rng.standard_normal((max(3, n // 100), d))
+    return (centres[rng.integers(len(centres), size=n)] + 0.5 * rng.standard_normal((n, d))).astype(
+        np.float16
+    )
+
+
+@pytest.fixture(scope="module")
+def vectors():
+    return clustered()
+
+
+@pytest.fixture(scope="module")
+def shards(vectors, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shards")
+    for at, (begin, end) in enumerate([(0, 1), (1, 1700), (1700, 1700), (1700, N)]):
+        np.save(folder / f"{at}.npy", vectors[begin:end])
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_cells():
+    """As many cells as a hundred times as many rows would have."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(disk_neighbors, "_CELL", 50)
+        yield
+
+
+@pytest.fixture(scope="module")
+def near(shards, tmp_path_factory):
+    ids = [f"item {i}" for i in range(N)]
+    return nearest_neighbors_on_disk(shards, K, tmp_path_factory.mktemp("near") / "new", ids=ids)
+
+
+@pytest.mark.parametrize("metric", ["cosine", "dot"])
+def test_lists_are_those_of_all_pairs_up_to_the_recall_that_is_stated(metric, vectors, tmp_path):
+    near = nearest_neighbors_on_disk(vectors, K, tmp_path / "new", metric=metric)
+    x = vectors.astype(np.float64)
+    if metric == "cosine":
+        x /= np.linalg.norm(x, axis=1, keepdims=True)
+    product = x @ x.T
+    np.fill_diagonal(product, -np.inf)
+    edge = np.sort(product, axis=1)[:, -K]
+    indices, values = near.indices[:], near.similarities[:]
+    assert (indices != np.arange(N)[:, None]).all()
+    assert all(len(set(row)) == K for row in indices.tolist())
+    true = np.take_along_axis(product, indices, 1)
+    found = (true >= edge[:, None] - 1e-3 * np.abs(edge[:, None])).mean()  # vectors are float16
+    assert found >= 0.95
+    assert abs(found - near.recall) < 0.03
+    assert (np.diff(values, axis=1) <= 0).all()
+    assert np.abs(values - true).max() <= 2e-3 * np.abs(true).max()
+    assert (near.metric, near.exact, near.queries) == (metric, False, 500)
+
+
+def test_shards_processes_and_cells_in_a_graph_give_as_good_lists(
+    shards, vectors, near, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(disk_neighbors, "_PIECE_BYTES", 1000 * 4 * 20)
+    many = nearest_neighbors_on_disk(shards, K, tmp_path / "many", processes=2)
+    same = np.mean([len(set(a) & set(b)) for a, b in zip(many.indices[:], near.indices[:], strict=True)]) / K
+    assert same > 0.98
+    monkeypatch.setattr(disk_neighbors, "_FLAT_CELLS", 2)
+    graph = nearest_neighbors_on_disk(vectors, K, tmp_path / "graph")
+    assert graph.recall >= 0.95
+
+
+def test_goes_on_where_it_was_stopped(shards, near, tmp_path, monkeypatch):
+    monkeypatch.setattr(disk_neighbors, "_STRETCH", 1024)
+    search, calls = disk_neighbors._search_stretch, []
+
+    def stopped(task):
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        calls.append(task[-1])
+        search(task)
+
+    monkeypatch.setattr(disk_neighbors, "_search_stretch", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        nearest_neighbors_on_disk(shards, K, tmp_path)
+    with pytest.raises(NearfarError, match="goes on where it was stopped"):
+        MappedNeighbors(tmp_path)
+    again = []
+    monkeypatch.setattr(
+        disk_neighbors, "_search_stretch", lambda task: again.append(task[-1]) or search(task)
+    )
+    monkeypatch.setattr(disk_neighbors._Build, "train", lambda self: (self.work / "codes.faiss").stat())
+    finished = nearest_neighbors_on_disk(shards, K, tmp_path)
+    assert again == [(begin, min(begin + 1024, N)) for begin in range(2048, N, 1024)]
+    assert np.array_equal(finished.indices[:], near.indices[:])
+    assert not (tmp_path / "unfinished").exists()
+
+
+def test_is_read_as_a_list_in_memory_is(near):
+    held = Neighbors(near.indices[:], near.similarities[:], near.ids, recall=near.recall)
+    for other in (MappedNeighbors(near.folder), pickle.loads(pickle.dumps(near))):
+        assert (other.n, other.k, other.recall, other.fingerprint()) == (
+            N,
+            K,
+            near.recall,
+            near.fingerprint(),
+        )
+        assert np.array_equal(np.asarray(other.indices), held.indices)
+    assert np.array_equal(near.indices[[3, 5], :2], held.indices[[3, 5], :2])
+    assert np.array_equal(near.too_close(0.9), held.too_close(0.9))
+    near.check_ids([f"item {i}" for i in range(N)])
+    back = [f"item {i}" for i in range(N)][::-1]
+    moved, wanted = near.aligned_to(back), held.aligned_to(back)
+    assert np.array_equal(moved.indices[:], wanted.indices)
+    assert moved.ids.tolist() == back
+    plan = HardNegativeSampler(held, 50, hardness_k=K).plan()
+    assert measure_hardness(plan, near, threshold=0.9) == measure_hardness(plan, held, threshold=0.9)
+    with pytest.raises(NearfarError, match="exactly these items"):
+        near.aligned_to(back[:-1])
+
+
+def test_search_finds_what_is_near_new_vectors(near, vectors):
+    found = near.search(vectors[:200].astype(np.float32), 5)
+    assert (found.indices[:, 0] == np.arange(200)).mean() > 0.98
+    truth = nearest_neighbors(vectors, 4, exact=True).indices[:200]
+    assert np.mean([len({*a} & {*b}) for a, b in zip(found.indices, truth, strict=True)]) > 0.93 * 4
+    with pytest.raises(NearfarError, match=r"\(m, 18\)"):
+        near.search(np.zeros((2, 3)), 5)
+
+
+@pytest.mark.parametrize("count", [1, 7])
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (HardNegativeSampler, {"hard_ratio": 1.0}),
+        (HardNegativeSampler, {"hard_ratio": 0.5, "world_size": 2}),
+        (PartitionBatchSampler, {}),
+        (PartitionBatchSampler, {"group_size": 16, "drop_last": True}),
+    ],
+)
+def test_plans_from_stretches_are_level_and_nearly_as_hard(near, kind, options, count, monkeypatch):
+    monkeypatch.setattr(stretches, "STRETCH_BYTES", -(-N * K * 4 // count))
+    held = Neighbors(near.indices[:], near.similarities[:], near.ids)
+    sampler, memory = (kind(each, 50, seed=3, **options) for each in (near, held))
+    plans = [sampler.plan(epoch) for epoch in (0, 1)]
+    for plan in plans:
+        assert len(np.unique(plan.order)) == plan.layout.total
+        assert np.array_equal(np.diff(plan.layout.starts), np.diff(memory.layout.starts))
+    assert not np.array_equal(plans[0].order, plans[1].order)
+    assert np.array_equal(plans[0].order, kind(near, 50, seed=3, **options).plan().order)
+    reports, wanted = (
+        [measure_hardness(each.plan(epoch), near) for epoch in range(6)] for each in (sampler, memory)
+    )
+    hardness, whole = (np.mean([r.neighbors for r in each]) for each in (reports, wanted))
+    assert hardness > (0.95 if count == 1 else 0.9) * whole
+    quarters = np.mean([r.neighbors_by_quarter for r in reports], axis=0)
+    assert quarters.min() > 0.85 * quarters.max()  # level: the last is as hard as the first
+    if kind is HardNegativeSampler:
+        assert reports[0].hard_share == pytest.approx(wanted[0].hard_share, abs=0.03)
+
+
+def test_a_state_from_the_middle_goes_on(near, monkeypatch):
+    monkeypatch.setattr(stretches, "STRETCH_BYTES", N * K)
+    first = HardNegativeSampler(near, 64, hard_ratio=0.5)
+    drawn = iter(first)
+    seen = [next(drawn) for _ in range(11)]
+    state = first.state_dict()
+    second = HardNegativeSampler(MappedNeighbors(near.folder), 64, hard_ratio=0.5)
+    second.load_state_dict(state)
+    assert sorted(i for batch in [*seen, *second] for i in batch) == list(range(N))
+
+
+@pytest.mark.parametrize("kind", [HardNegativeSampler, PartitionBatchSampler])
+def test_likely_false_negatives_stay_apart_across_stretches(near, kind, monkeypatch):
+    monkeypatch.setattr(stretches, "STRETCH_BYTES", N * K)
+    threshold = float(np.quantile(near.similarities[:, :2], 0.9))
+    plain, filtered = (
+        measure_hardness(kind(near, 50, false_negative_threshold=t).plan(), near, threshold=threshold)
+        for t in (None, threshold)
+    )
+    assert plain.false_negatives > 0.001
+    assert filtered.false_negatives < 0.05 * plain.false_negatives
+
+
+def test_wrong_vectors_folders_and_sizes(near, vectors, shards, tmp_path, monkeypatch):
+    bad = vectors.copy()
+    bad[4321, 3] = np.nan
+    with pytest.raises(NearfarError, match="first is number 4321"):
+        nearest_neighbors_on_disk(bad, 5, tmp_path / "nan")
+    bad[4321] = 0
+    with pytest.raises(NearfarError, match="first is number 4321: they have no direction"):
+        nearest_neighbors_on_disk(bad, 5, tmp_path / "zero")
+    with pytest.raises(NearfarError, match="beyond float16"):
+        nearest_neighbors_on_disk(vectors.astype(np.float32) * 1e6, 5, tmp_path / "large", metric="dot")
+    with pytest.raises(NearfarError, match="holds neighbours already"):
+        nearest_neighbors_on_disk(shards, K, near.folder)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").touch()
+    with pytest.raises(NearfarError, match="something else"):
+        nearest_neighbors_on_disk(shards, K, tmp_path / "other")
+    with pytest.raises(NearfarError, match="4999 others"):
+        nearest_neighbors_on_disk(shards, N, tmp_path / "k")
+    with pytest.raises(NearfarError, match="read shards by themselves"):
+        nearest_neighbors_on_disk(vectors, K, tmp_path / "p", processes=2)
+    with pytest.raises(NearfarError, match=r"holds no \.npy file"):
+        nearest_neighbors_on_disk(tmp_path / "other", K, tmp_path / "none")
+    np.save(tmp_path / "a.npy", np.zeros((2, 3), np.float32))
+    with pytest.raises(NearfarError, match="as in the first shard"):
+        nearest_neighbors_on_disk([shards / "0.npy", tmp_path / "a.npy"], 1, tmp_path / "dims")
+    with pytest.raises(NearfarError, match="needs the lists in memory"):
+        HardNegativeSampler(near, 10, order="greedy")
+    free = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr(disk_neighbors.shutil, "disk_usage", lambda folder: free)
+    with pytest.raises(NearfarError, match="GB are needed on disk"):
+        nearest_neighbors_on_disk(shards, K, tmp_path / "full")
+
+
+def test_a_recall_that_cannot_be_reached_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(disk_neighbors, "_MOST_REFINE", 2)
+    x = np.random.default_rng(0).standard_normal((3000, 64)).astype(np.float16)
+    with pytest.warns(UserWarning, match=r"recall 0\.\d+ on 500 queries, below min_recall=1"):
+        near = nearest_neighbors_on_disk(x, 10, tmp_path / "new", min_recall=1.0)
+    assert 0.3 < near.recall < 1
+    few = nearest_neighbors_on_disk(x[:3], 2, tmp_path / "few")  # the least there can be
+    assert np.sort(few.indices[:], axis=1).tolist() == [[1, 2], [0, 2], [0, 1]]
+
+
+def test_damaged_files_are_refused(tmp_path, vectors):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        near = nearest_neighbors_on_disk(vectors[:300], 5, tmp_path)
+    np.save(near.folder / "positions.npy", np.zeros(300, np.int32))
+    with pytest.raises(NearfarError, match="every item once"):
+        MappedNeighbors(tmp_path)
+    (tmp_path / "indices.npy").write_bytes(b"no array")
+    with pytest.raises(NearfarError, match="make the neighbours anew"):
+        MappedNeighbors(tmp_path)
+
+
+def test_the_command(shards, vectors, tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    from nearfar.cli import app
+
+    done = CliRunner().invoke(app, ["neighbors", str(shards), "-o", str(tmp_path / "a"), "--k", "10"])
+    assert done.exit_code == 0, done.output
+    assert "10 neighbours of 5,000 rows" in " ".join(done.output.split())
+    lists = pyarrow.FixedSizeListArray.from_arrays(vectors[:1000].astype(np.float32).ravel(), D)
+    table = pyarrow.table({"id": [f"n{i}" for i in range(1000)], "text": lists})
+    pyarrow.parquet.write_table(table, tmp_path / "v.parquet", row_group_size=300)
+    line = [
+        "neighbors",
+        str(tmp_path / "v.parquet"),
+        "--view",
+        "text",
+        "-o",
+        str(tmp_path / "b"),
+        "--k",
+        "10",
+    ]
+    done = CliRunner().invoke(app, line)
+    assert done.exit_code == 0, done.output
+    near = MappedNeighbors(tmp_path / "b")
+    assert near.ids.tolist() == [f"n{i}" for i in range(1000)]
+    truth = nearest_neighbors(vectors[:1000], 10).indices
+    assert np.mean([len({*a} & {*b}) for a, b in zip(near.indices[:], truth, strict=True)]) > 9.4
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "v.parquet"]
