@@ -466,7 +466,6 @@ def board(
     )
 
 
-@app.command()
 @app.command(epilog=terminal.example("nearfar ensemble runs/a runs/b -o runs/both"))
 def ensemble(
     runs: Annotated[list[Path], typer.Argument(help="Finished runs on the same data, two or more.")],

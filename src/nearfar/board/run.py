@@ -38,6 +38,7 @@ FIELD_WORDS = {
     "lr": "learning rate",
     "gradient_norm": "gradient norm",
     "scale": "scale",
+    "temperature": "temperature",
     "seconds_per_step": "seconds per step",
 }
 
@@ -128,7 +129,6 @@ def foreign_curves(signals: Signals) -> tuple[list[Curves], list[Curves]]:
     more: list[tuple[str, dict[str, Line], str, dict[str, float]]] = [
         (title, {FIELD_WORDS[name]: _line(signals.series(name)) for name in fields}, "", {})
         for title, fields in (*STEP_FIELDS.items(), ("Temperature", ("temperature",)))
-        if all(name in FIELD_WORDS for name in fields)
     ]
     return _with_points(curves), _with_points(more)
 
