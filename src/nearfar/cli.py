@@ -567,6 +567,49 @@ def crossval(
     terminal.say(console, f"written: {result.folder / 'crossval.json'}")
 
 
+@app.command(
+    context_settings=HYDRA,
+    epilog=terminal.example(
+        "nearfar tune experiment=molecules sampler=hard 'lr=tag(log,interval(1e-4,1e-2))' name=search --trials 40"
+    ),
+)
+def tune(
+    context: typer.Context,
+    trials: Annotated[int, typer.Option(help="How many trials, with those that are there already.")] = 20,
+    prune: Annotated[
+        bool,
+        typer.Option("--prune", help="End trials early that are weaker than others after as many epochs."),
+    ] = False,
+    at_once: Annotated[
+        int | None, typer.Option(help="Trials at a time; by default as many as the cluster has room for.")
+    ] = None,
+    judge: Annotated[
+        int,
+        typer.Option(help="New seeds on which the best and the defaults are trained and compared; 0: none."),
+    ] = 3,
+) -> None:
+    """Search options on a Ray cluster, or this machine: experiment=NAME sampler=hard,random 'lr=interval(1e-4,1e-2)' …
+
+    Optuna draws, by what earlier trials scored on validation. The best is a candidate: it is judged on new seeds.
+    """
+    from nearfar.lab.report import write_comparison
+    from nearfar.lab.summary import describe_comparison
+    from nearfar.lab.table import comparison_tables
+    from nearfar.tune import tune as search
+
+    console = terminal.console()
+    comparison = search(
+        list(context.args), trials=trials, prune=prune, at_once=at_once, judge=judge, console=console
+    )
+    if comparison is None:
+        return
+    for table in comparison_tables(comparison):
+        console.print(table)
+    for paragraph in describe_comparison(comparison):
+        terminal.say(console, paragraph + "\n")
+    terminal.say(console, f"report: {write_comparison(comparison)}")
+
+
 @data_app.command(
     "read",
     context_settings=HYDRA,

@@ -41,7 +41,7 @@ GIVES = {
     "board": "runs in the browser, live while they train",
     "search": "hyperparameter search with Optuna",
     "slurm": "sweeps on a Slurm cluster",
-    "ray": "sweeps on a Ray cluster",
+    "ray": "training, searches, sweeps and embeddings on a Ray cluster",
     "lance": "search in LanceDB",
     "qdrant": "search in Qdrant",
     "postgres": "search in PostgreSQL with pgvector",
