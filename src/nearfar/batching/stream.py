@@ -199,8 +199,8 @@ class StreamBatches(IterableDataset[Any]):
     def _check_newest(self, ticket: int) -> None:
         if ticket != self._pass:
             raise NearfarError(
-                "this pass ended when a newer one began, or a state was loaded: a stream is read at one place at a time. "
-                "Build a second StreamBatches to read it twice"
+                "this pass ended when a newer one began, or a state was loaded: a stream is read at one place at a "
+                "time. Build a second StreamBatches to read it twice"
             )
 
     def __getstate__(self) -> dict[str, Any]:
