@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -332,12 +333,11 @@ def _trained(setup: Setup, experiment: str, more: str) -> Row:
         if setup.smoke
         else ["epochs=1000", "trainer.log_every=5"]
     )
+    shutil.rmtree(folder, ignore_errors=True)  # the log of an earlier run is not this one's
     began, log, stopped = time.monotonic(), setup.out / f"{experiment}.log", False
     with log.open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
-        try:
-            process.wait(min(60, setup.left() - 12))
-        except subprocess.TimeoutExpired:
+        if not _ends(process, folder / "train_log.jsonl", setup):
             stopped = True
             process.send_signal(signal.SIGINT)  # ends after the step, with a checkpoint
             try:
@@ -347,8 +347,22 @@ def _trained(setup: Setup, experiment: str, more: str) -> Row:
                 process.wait()
     row = _read_run(folder, time.monotonic() - began)
     if row["steps"] < 2 or (process.returncode and not stopped):
-        row |= {"ok": False, "error": " | ".join(log.read_text().splitlines()[-4:])[-300:]}
+        why = "too few steps in the time" if stopped else f"exit code {process.returncode}"
+        row |= {"ok": False, "error": f"{why}: " + " | ".join(log.read_text().splitlines()[-4:])[-300:]}
     return row
+
+
+def _ends(process: subprocess.Popen[bytes], log: Path, setup: Setup) -> bool:
+    """Whether a run ends by itself within a minute of its first step, which may need preparation (features of frozen
+    encoders), or before the section's time is over."""
+    first = math.inf
+    while setup.left() > 12 and time.monotonic() - first < 60:
+        if process.poll() is not None:
+            return True
+        if first == math.inf and log.exists() and '"kind": "step"' in log.read_text():
+            first = time.monotonic()
+        time.sleep(0.5)
+    return False
 
 
 def _read_run(folder: Path, seconds: float) -> Row:

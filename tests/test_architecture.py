@@ -13,7 +13,7 @@ import nearfar
 
 SOURCE = Path(nearfar.__file__).parent
 #: the rings of docs/architecture.md, each from its top floor to its ground
-VERBS = [{"cli", "data_cli", "use_cli", "mine_cli", "neighbors_cli", "launch", "crossval"}]
+VERBS = [{"cli", "data_cli", "use_cli", "mine_cli", "neighbors_cli", "launch", "crossval", "tune"}]
 WORKBENCH_ABOVE = [{"pytest_plugin"}, {"lab", "serving", "integrations", "verify"}]
 APPLICATIONS = [{"systems"}]
 WORKBENCH = [{"training"}, {"config"}]
@@ -25,7 +25,7 @@ CORE = [
     {"functional"},
     {"losses"},
     {"contrast"},
-    {"schedules", "labels", "configs", "terminal", "ids", "directions"},
+    {"schedules", "labels", "configs", "terminal", "ids", "directions", "cluster"},
     {"arguments"},
     {"errors"},
 ]
@@ -112,6 +112,7 @@ HEAVY = {
     "pandas",
     "hydra",
     "matplotlib",
+    "ray",
 }
 
 

@@ -31,7 +31,7 @@ from nearfar.config.tables import markdown_table, option_rows
 from nearfar.config.training import RunOptions
 from nearfar.configs import experiments
 from nearfar.errors import NearfarError
-from nearfar.launch import _check_runs, choose_folder, run_name, with_saved_overrides
+from nearfar.launch import check_runs, choose_folder, run_name, with_saved_overrides
 from nearfar.systems import check_config, systems
 from nearfar.training.run_folder import RunFolder
 
@@ -218,11 +218,11 @@ def test_a_sweep_is_expanded_in_full() -> None:
 
 def test_a_typo_in_any_run_of_a_sweep_stops_it_before_the_first() -> None:
     with pytest.raises(NearfarError, match="did you mean 'hard'"):
-        _check_runs(["experiment=molecules", "sampler=random,hrd"], sweep=True)
+        check_runs(["experiment=molecules", "sampler=random,hrd"], sweep=True)
     with pytest.raises(NearfarError, match=r"hard_ratio=1\.5"):
-        _check_runs(["experiment=molecules", "sampler=hard", "hard_ratio=0.3,1.5,0.5"], sweep=True)
+        check_runs(["experiment=molecules", "sampler=hard", "hard_ratio=0.3,1.5,0.5"], sweep=True)
     with pytest.raises(NearfarError, match="add -m"):
-        _check_runs(["experiment=molecules", "seed=0,1"], sweep=False)
+        check_runs(["experiment=molecules", "seed=0,1"], sweep=False)
 
 
 def test_paths_that_look_like_syntax_are_quoted(tmp_path: Path) -> None:

@@ -18,14 +18,16 @@ from nearfar.use_cli import use_app
 app = typer.Typer(
     name="nearfar",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     help="Train contrastive models, see why they learn, and compare runs honestly.\n\n"
     "Start with [bold]nearfar train --list[/bold], or [bold]nearfar train experiment=molecules_demo[/bold].",
+    epilog=terminal.example("nearfar doctor path/to/your/run"),
 )
 verify_app = typer.Typer(
-    no_args_is_help=True, help="Self-tests that certify a part of nearfar on this machine."
+    no_args_is_help=True,
+    help="Self-tests that certify a part of nearfar on this machine.",
+    epilog=terminal.example("nearfar verify ddp --loss InfoNCELoss"),
 )
 app.add_typer(verify_app, name="verify")
 app.add_typer(data_app, name="data")
@@ -36,7 +38,12 @@ app.add_typer(neighbors_app)
 HYDRA = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
-@app.command(context_settings=HYDRA)
+@app.command(
+    context_settings=HYDRA,
+    epilog=terminal.example(
+        "nearfar train experiment=pairs data.train=words.tsv views=[definition,word] epochs=3"
+    ),
+)
 def train(
     context: typer.Context,
     list_: Annotated[bool, typer.Option("--list", help="Show the experiments.")] = False,
@@ -72,7 +79,7 @@ def train(
     launch(arguments)
 
 
-@app.command()
+@app.command(epilog=terminal.example("nearfar check"))
 def check(
     json_: Annotated[bool, typer.Option("--json", help="Print the data as JSON.")] = False,
 ) -> None:
@@ -92,7 +99,7 @@ def check(
         )
 
 
-@app.command()
+@app.command(epilog=terminal.example("nearfar options pairs"))
 def options(
     system: Annotated[str, typer.Argument(help="A system, such as molecules.")],
     markdown: Annotated[bool, typer.Option("--markdown", help="The tables of the docs.")] = False,
@@ -109,7 +116,7 @@ def options(
         terminal.console().print(table)
 
 
-@app.command()
+@app.command(epilog=terminal.example("nearfar new crystals"))
 def new(
     name: Annotated[
         str, typer.Argument(help="Its name: small letters, digits, underscores, such as crystals.")
@@ -155,7 +162,7 @@ Part = Annotated[
 ]
 
 
-@app.command()
+@app.command(epilog=terminal.example("nearfar score bm25.run --qrels qrels.txt --metric nDCG@10"))
 def score(
     rankings: Annotated[
         list[Path],
@@ -200,7 +207,7 @@ def score(
         terminal.say(console, f"written: {write_scores(scored, output)}")
 
 
-@app.command()
+@app.command(epilog=terminal.example("nearfar compare runs/samplers --baseline sampler=random"))
 def compare(
     runs: Annotated[
         list[Path], typer.Argument(help="Run folders, or folders of runs; with --qrels files of rankings.")
@@ -291,7 +298,7 @@ def compare(
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(epilog=terminal.example("nearfar doctor path/to/your/run"))
 def doctor(
     run: Annotated[
         Path, typer.Argument(help="A run folder, finished or not; or the log of a different trainer.")
@@ -409,7 +416,7 @@ def doctor(
     raise typer.Exit(1 if strict and not diagnosis.healthy else 0)
 
 
-@app.command()
+@app.command(epilog=terminal.example("nearfar report runs/molecules_demo"))
 def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
     """Write report.html of a finished run anew and print its table."""
     from nearfar.lab.report import write_report
@@ -424,7 +431,7 @@ def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
     terminal.say(console, f"report: {path}")
 
 
-@app.command()
+@app.command(epilog=terminal.example("nearfar ensemble runs/a runs/b -o runs/both"))
 def ensemble(
     runs: Annotated[list[Path], typer.Argument(help="Finished runs on the same data, two or more.")],
     output: Annotated[
@@ -443,7 +450,7 @@ def ensemble(
     terminal.say(console, f"report: {folder.path / 'report.html'}")
 
 
-@app.command()
+@app.command(epilog=terminal.example("nearfar claims --list"))
 def claims(
     wanted: Annotated[
         list[str] | None, typer.Argument(help="Claims by id, row or group; all of them by default.")
@@ -484,7 +491,7 @@ def claims(
         terminal.say(console, f"written: {write_outcomes(outcomes, waiting, output)}")
 
 
-@app.command()
+@app.command(epilog=terminal.example("nearfar rescore runs/relations --classes top5"))
 def rescore(
     run: Annotated[Path, typer.Argument(help="A finished run of the relation system.")],
     classes: Annotated[
@@ -501,7 +508,10 @@ def rescore(
     terminal.console().print(estimates_table(f"{run} · {classes}", estimates))
 
 
-@app.command(context_settings=HYDRA)
+@app.command(
+    context_settings=HYDRA,
+    epilog=terminal.example("nearfar crossval experiment=relations data=vrd data.dir=vrd/ name=folds"),
+)
 def crossval(
     context: typer.Context,
     folds: Annotated[int, typer.Option(help="How many folds; every picture is in the test set of one.")] = 5,
@@ -522,7 +532,54 @@ def crossval(
     terminal.say(console, f"written: {result.folder / 'crossval.json'}")
 
 
-@data_app.command("read", context_settings=HYDRA)
+@app.command(
+    context_settings=HYDRA,
+    epilog=terminal.example(
+        "nearfar tune experiment=molecules sampler=hard 'lr=tag(log,interval(1e-4,1e-2))' name=search --trials 40"
+    ),
+)
+def tune(
+    context: typer.Context,
+    trials: Annotated[int, typer.Option(help="How many trials, with those that are there already.")] = 20,
+    prune: Annotated[
+        bool,
+        typer.Option("--prune", help="End trials early that are weaker than others after as many epochs."),
+    ] = False,
+    at_once: Annotated[
+        int | None, typer.Option(help="Trials at a time; by default as many as the cluster has room for.")
+    ] = None,
+    judge: Annotated[
+        int,
+        typer.Option(help="New seeds on which the best and the defaults are trained and compared; 0: none."),
+    ] = 3,
+) -> None:
+    """Search options on a Ray cluster, or this machine: experiment=NAME sampler=hard,random 'lr=interval(1e-4,1e-2)' …
+
+    Optuna draws, by what earlier trials scored on validation. The best is a candidate: it is judged on new seeds.
+    """
+    from nearfar.lab.report import write_comparison
+    from nearfar.lab.summary import describe_comparison
+    from nearfar.lab.table import comparison_tables
+    from nearfar.tune import tune as search
+
+    console = terminal.console()
+    comparison = search(
+        list(context.args), trials=trials, prune=prune, at_once=at_once, judge=judge, console=console
+    )
+    if comparison is None:
+        return
+    for table in comparison_tables(comparison):
+        console.print(table)
+    for paragraph in describe_comparison(comparison):
+        terminal.say(console, paragraph + "\n")
+    terminal.say(console, f"report: {write_comparison(comparison)}")
+
+
+@data_app.command(
+    "read",
+    context_settings=HYDRA,
+    epilog=terminal.example("nearfar data experiment=pairs data.train=words.tsv views=[definition,word]"),
+)
 def data(context: typer.Context) -> None:
     """Read an experiment's data and show what was taken, rejected and why: experiment=NAME data.train=…"""
     from nearfar.launch import single_config
@@ -535,7 +592,7 @@ def data(context: typer.Context) -> None:
     console.print_json(data=contents.layout())
 
 
-@verify_app.command("sampler")
+@verify_app.command("sampler", epilog=terminal.example("nearfar verify sampler"))
 def verify_sampler(
     seed: Annotated[int, typer.Option(help="Seed of the vectors and the batches.")] = 0,
 ) -> None:
@@ -550,7 +607,7 @@ def verify_sampler(
     raise typer.Exit(0 if verdict.passed else 1)
 
 
-@verify_app.command("ddp")
+@verify_app.command("ddp", epilog=terminal.example("nearfar verify ddp --loss InfoNCELoss"))
 def verify_ddp(
     processes: Annotated[int, typer.Option(help="Processes that train together.")] = 2,
     loss: Annotated[str, typer.Option(help="The name of one loss, such as InfoNCELoss, or all.")] = "all",

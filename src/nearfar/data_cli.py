@@ -29,10 +29,11 @@ data_app = typer.Typer(
     cls=_Verbs,
     no_args_is_help=True,
     help="Read data and show what was taken and rejected (nearfar data experiment=NAME …), or write shards.",
+    epilog=terminal.example("nearfar data experiment=pairs data.train=words.tsv"),
 )
 
 
-@data_app.command()
+@data_app.command(epilog=terminal.example("nearfar data shards her2st/ shards/"))
 def shards(
     source: Annotated[
         Path,

@@ -44,10 +44,22 @@ from nearfar.errors import NearfarError
 from nearfar.training import ranks
 from nearfar.training.checkpoint import Resume, find_checkpoint
 from nearfar.training.fabric import processes_to_start
+from nearfar.training.loop import Watch
 from nearfar.training.ranks import run_processes
-from nearfar.training.run_folder import RunFolder
+from nearfar.training.run_folder import RunFolder, same_file
 
-__all__ = ["dry_run", "launch", "run_one", "single_config", "with_saved_overrides"]
+__all__ = [
+    "absolute_paths",
+    "check_runs",
+    "dry_run",
+    "launch",
+    "objective",
+    "run_name",
+    "run_on_ray",
+    "run_one",
+    "single_config",
+    "with_saved_overrides",
+]
 
 #: bytes of a part of a name; a folder may have 255, of which temporary files need some
 LONGEST_NAME = 200
@@ -188,11 +200,14 @@ def run_one(
     swept: Sequence[str] = (),
     together: bool = False,
     first: bool = True,
+    place: tuple[RunFolder, Resume | None] | None = None,
+    watch: Watch | None = None,
 ) -> RunFolder:
     """Carry out one composed configuration, whose options are checked here.
 
     ``together`` with other processes on the same terminal, each line names its run, and only the ``first`` run says
-    what its data are.
+    what its data are. ``place``: its folder and the run it continues, where they have been chosen before. ``watch``
+    is told the monitored metric on validation after every epoch.
     """
     from nearfar.lab.report import write_report
     from nearfar.lab.table import metrics_tables
@@ -201,9 +216,10 @@ def run_one(
 
     options = check_config(config)
     if ranks.count() > 1:
-        options.trainer.devices = ranks.on_this_machine()
+        by_ray = options.trainer.engine == "ray"
+        options.trainer.devices = ranks.count() if by_ray else ranks.on_this_machine()
     overrides = absolute_paths(options, overrides)
-    folder, resume = ranks.from_first(lambda: choose_folder(options, overrides, sweep, swept))
+    folder, resume = place or ranks.from_first(lambda: choose_folder(options, overrides, sweep, swept))
     prefix = f"{folder.name}: " if together else ""
     first_process = ranks.is_first()
 
@@ -228,7 +244,7 @@ def run_one(
         options.overrides = [o for o in overrides if not o.startswith(not_saved)]
     system = build_system(options)
     ranks.one_after_the_other(lambda: system.prepare(say if first or not together else lambda _: None))
-    fit(system, options, folder, resume, say, None if together else console)
+    fit(system, options, folder, resume, say, None if together else console, watch)
     if not first_process:
         return folder
     report = write_report(folder)
@@ -237,6 +253,52 @@ def run_one(
             console.print(table)
     say(f"report: {report}")
     return folder
+
+
+def run_on_ray(
+    config: DictConfig | RunOptions,
+    overrides: Sequence[str],
+    sweep: bool,
+    console: Console,
+    swept: Sequence[str] = (),
+) -> RunFolder:
+    """As `run_one`, in processes on the nodes of a Ray cluster (``trainer.engine=ray``).
+
+    The folder is chosen here. Processes that start again, because one was lost, go on from the checkpoint in it.
+    """
+    from nearfar.systems import check_config
+    from nearfar.training.ray_workers import run_on_cluster
+
+    options = check_config(config)
+    overrides = absolute_paths(options, overrides)
+    folder, resume = choose_folder(options, overrides, sweep, swept)
+    if options.exists == "skip" and folder.finished and resume is None:
+        return run_one(options, overrides, sweep, console, swept, place=(folder, resume))
+    folder = RunFolder(folder.path.absolute())
+    if resume is None and folder.started:
+        folder.clear()
+    elif resume is not None and resume.exact and resume.path != folder.checkpoints / "last.ckpt":
+        same_file(resume.path, folder.checkpoints / "last.ckpt")
+    # Processes on other nodes have other working folders.
+    options.runs_dir = str(Path(options.runs_dir).absolute())
+
+    def work() -> None:
+        run_one(
+            options, overrides, sweep, terminal.console(), swept, place=_going_on(options, folder, resume)
+        )
+
+    run_on_cluster(work, options.trainer, lambda text: terminal.say(console, text))
+    return folder
+
+
+def _going_on(
+    options: RunOptions, folder: RunFolder, resume: Resume | None
+) -> tuple[RunFolder, Resume | None]:
+    """Where a run starts, or starts again: at the checkpoint in its folder, once there is one. Collective."""
+    if ranks.from_first((folder.checkpoints / "last.ckpt").exists):
+        options.start_epoch = None  # it was counted from when the run began
+        return folder, ranks.from_first(lambda: Resume.find(str(folder.path), options))
+    return folder, resume
 
 
 def _job(config: DictConfig, swept: Sequence[str], failures: str) -> str | float:
@@ -253,8 +315,11 @@ def _job(config: DictConfig, swept: Sequence[str], failures: str) -> str | float
     task = [text.lstrip("+") for text in settings.overrides.task]
     try:
         first = OmegaConf.is_missing(settings.job, "num") or settings.job.num == 0
-        folder = run_one(config, task, sweep, terminal.console(), swept, together, first)
-        return _objective(folder) if "optuna" in str(settings.sweeper.get("_target_", "")) else str(folder)
+        if OmegaConf.select(config, "trainer.engine") == "ray" and ranks.count() == 1:
+            folder = run_on_ray(config, task, sweep, terminal.console(), swept)
+        else:
+            folder = run_one(config, task, sweep, terminal.console(), swept, together, first)
+        return objective(folder) if "optuna" in str(settings.sweeper.get("_target_", "")) else str(folder)
     except Exception as error:
         code = terminal.report_error(error, shown=_shown_here(error))
         if not sweep or code == 130:
@@ -271,7 +336,7 @@ def _shown_here(error: Exception) -> bool:
     return ranks.is_first_error()
 
 
-def _objective(folder: RunFolder) -> float:
+def objective(folder: RunFolder) -> float:
     """What a search climbs: the monitored metric on validation. Test is for the comparison afterwards."""
     metrics = folder.read_json("metrics.json")
     estimate = metrics["splits"].get("val", {}).get(metrics["monitor"])
@@ -309,7 +374,7 @@ def _launch(arguments: Sequence[str]) -> None:
     }
     if not own_configs:
         search = _check_plugins(overrides)
-        runs = _check_runs([o for o in overrides if not o.startswith("hydra")], sweep, search)
+        runs = check_runs([o for o in overrides if not o.startswith("hydra")], sweep, search)
         _check_processes(runs, sweep)
         processes = processes_to_start(runs[0].trainer)
         if processes > 1 and ranks.count() == 1 and not {*flags} & SHOWING:
@@ -318,7 +383,8 @@ def _launch(arguments: Sequence[str]) -> None:
                 raise NearfarError(why)
             raise SystemExit(code)
         if not flags and not any(text.startswith("hydra") for text in overrides):
-            run_one(runs[0], overrides, False, terminal.console())
+            by_ray = runs[0].trainer.engine == "ray" and ranks.count() == 1
+            (run_on_ray if by_ray else run_one)(runs[0], overrides, False, terminal.console())
             return
     swept = [] if own_configs else [str(o.key_or_group) for o in parse(overrides) if o.is_sweep_override()]
     handle, failures = tempfile.mkstemp(
@@ -365,12 +431,13 @@ def _check_processes(runs: Sequence[RunOptions], sweep: bool) -> None:
     """A sweep starts its runs in processes of its own choosing, which cannot be several at a time for each."""
     if sweep and (ranks.count() > 1 or any(processes_to_start(run.trainer) > 1 for run in runs)):
         raise NearfarError(
-            "a sweep (-m) trains each run in one process: set trainer.devices=1, or start the runs one by one, as in "
-            "a shell's loop over seed=."
+            "a sweep (-m) trains each run in one process: set trainer.devices=1, or trainer.engine=ray, which starts "
+            "the processes of each run anew; or start the runs one by one, as in a shell's loop over seed=."
         )
 
 
-def _check_runs(overrides: Sequence[str], sweep: bool, search: bool = False) -> list[RunOptions]:
+def check_runs(overrides: Sequence[str], sweep: bool, search: bool = False) -> list[RunOptions]:
+    """The options of every run of a sweep, or of the ends of what a search draws, checked before one starts."""
     from nearfar.systems import check_config
 
     runs = list(expand(_ends(overrides) if search else overrides))

@@ -35,7 +35,11 @@ class _Side:
         return _Side([self.ids[i] for i in rows], self.vectors[rows], [self.values[i] for i in rows])
 
 
-@mine_app.command()
+@mine_app.command(
+    epilog=terminal.example(
+        "nearfar mine vectors.parquet --queries question --corpus answer --data train.csv -o mined.csv"
+    )
+)
 def mine(
     source: Annotated[
         Path, typer.Argument(help="A run, or embeddings: the .parquet or .npz that nearfar embed writes.")

@@ -12,7 +12,9 @@ from nearfar import terminal
 neighbors_app = typer.Typer()
 
 
-@neighbors_app.command()
+@neighbors_app.command(
+    epilog=terminal.example("nearfar neighbors vectors.parquet --view text -o near/ --k 100")
+)
 def neighbors(
     source: Annotated[
         Path,

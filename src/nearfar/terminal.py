@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "console",
+    "example",
     "interval_words",
     "metric_words",
     "progress_bar",
@@ -110,20 +111,23 @@ def interval_words(low: float, high: float) -> str:
     return f"[{short_number(low)}, {short_number(high)}]"
 
 
+def example(command: str) -> str:
+    """The last lines of a verb's ``--help``: a command that can be copied.
+
+    >>> example("nearfar train views=[a,b]")
+    'Example: [bold]nearfar train views=\\\\[a,b][/bold]'
+    """
+    return f"Example: [bold]{command.replace('[', chr(92) + '[')}[/bold]"
+
+
 #: packages that come with an extra, by the name under which they are imported
 OPTIONAL = {
+    "train": ("hydra", "jinja2", "lightning", "markupsafe", "matplotlib", "omegaconf", "scipy"),
     "molecules": (
         "chemicals",
-        "hydra",
-        "jinja2",
-        "lightning",
-        "markupsafe",
-        "matplotlib",
-        "omegaconf",
         "pandas",
         "pyarrow",
         "rdkit",
-        "scipy",
         "sklearn",
         "torch_geometric",
         "transformers",

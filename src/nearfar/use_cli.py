@@ -89,7 +89,7 @@ def _report(written: Written) -> None:
         terminal.say(console, written.rejections.summary())
 
 
-@use_app.command()
+@use_app.command(epilog=terminal.example("nearfar embed runs/NAME items.csv -o vectors.parquet"))
 def embed(
     run: Run,
     data: Data,
@@ -107,6 +107,13 @@ def embed(
     batch_size: BatchSize = None,
     device: Device = "auto",
     options: Options = None,
+    engine: Annotated[
+        str, typer.Option(help="local: in this process. ray: in encoders on the nodes of a Ray cluster.")
+    ] = "local",
+    workers: Annotated[
+        int | None,
+        typer.Option(help="With --engine ray: how many encoders; by default one for each GPU, or else CPU."),
+    ] = None,
     smiles_column: SmilesColumn = None,
     text_column: TextColumn = None,
 ) -> None:
@@ -114,17 +121,38 @@ def embed(
 
     Tables are read as a stream. A command that was killed goes on where it was when it is given again.
     """
+    from nearfar.errors import NearfarError
     from nearfar.serving import load
     from nearfar.serving.stream import embed_file
 
     source = new_data(data, column, id_column, encoding, images, smiles_column, text_column, options)
-    trained = load(run, device)
-    with terminal.progress_bar(None) as advance:
-        written = embed_file(trained, source, output, towers=tower, batch_size=batch_size, advance=advance)
+    if engine not in ("local", "ray"):
+        raise NearfarError(f"--engine {engine}: local or ray is needed.")
+    if engine == "local":
+        if workers is not None:
+            raise NearfarError("--workers counts encoders on a cluster: give --engine ray as well.")
+        trained = load(run, device)
+        with terminal.progress_bar(None) as advance:
+            written = embed_file(
+                trained, source, output, towers=tower, batch_size=batch_size, advance=advance
+            )
+        _report(written)
+        return
+    from nearfar.cluster import connect
+    from nearfar.serving.ray_pool import RayPool
+
+    console = terminal.console()
+    with connect("--engine ray", cpus=workers or 1):
+        trained = load(run, "cpu")  # it reads the data; the encoders compute
+        pool = RayPool(trained, device, workers, lambda text: terminal.say(console, text))
+        with terminal.progress_bar(None) as advance:
+            written = embed_file(
+                trained, source, output, towers=tower, batch_size=batch_size, advance=advance, pool=pool
+            )
     _report(written)
 
 
-@use_app.command()
+@use_app.command(epilog=terminal.example("nearfar predict runs/reviews new_reviews.csv -o predictions.csv"))
 def predict(
     run: Run,
     data: Data,
@@ -165,7 +193,7 @@ def predict(
     _report(written)
 
 
-@use_app.command()
+@use_app.command(epilog=terminal.example("nearfar search runs/NAME 'an alkaloid with an indole core' -k 5"))
 def search(
     run: Run,
     query: Annotated[
@@ -247,7 +275,7 @@ def search(
     )
 
 
-@use_app.command()
+@use_app.command(epilog=terminal.example("nearfar serve runs/NAME --port 8000"))
 def serve(
     run: Run,
     gallery: Annotated[
@@ -340,7 +368,7 @@ def serve(
     )
 
 
-@use_app.command()
+@use_app.command(epilog=terminal.example("nearfar export runs/NAME exported/ --format onnx"))
 def export(
     run: Run,
     folder: Annotated[Path, typer.Argument(help="The folder to write: a new or an empty one.")],

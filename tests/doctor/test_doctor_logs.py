@@ -58,7 +58,8 @@ def test_what_is_aside_and_what_is_not_understood() -> None:
     )
     given = map_names(["loss", "zeta"], {"loss": "zeta"})
     assert given.used == {"loss": "zeta"}
-    assert given.unknown == ["loss"]  # never passed over in silence
+    assert given.spare == {"loss": "loss"}  # never passed over in silence
+    assert "not read: loss (also loss); --map FIELD=NAME takes one instead" in given.lines()
     with pytest.raises(NearfarError, match=r"has no 'zet'; did you mean 'zeta'"):
         map_names(["zeta"], {"loss": "zet"})
     with pytest.raises(NearfarError, match=r"knows no field 'los'; did you mean 'loss'"):

@@ -20,7 +20,7 @@ from nearfar.lab.report import sweep_pictures, write_comparison
 from nearfar.lab.summary import describe_comparison
 from nearfar.lab.sweep import expected_lead, sweep_of
 from nearfar.lab.table import comparison_tables
-from nearfar.launch import _check_plugins, _check_runs, _objective
+from nearfar.launch import _check_plugins, check_runs, objective
 from nearfar.training.run_folder import RunFolder
 from run_files import copied
 from toy_system import toy_config, train
@@ -233,20 +233,20 @@ def test_launchers_and_sweepers_compose(override: str, module: str) -> None:
 
 def test_both_ends_of_an_interval_are_checked() -> None:
     inside = ["experiment=molecules", "sampler=hard", "hard_ratio=interval(0.2,0.8)"]
-    _check_runs(inside, sweep=True, search=True)
+    check_runs(inside, sweep=True, search=True)
     with pytest.raises(NearfarError, match=r"hard_ratio=1\.5"):
-        _check_runs([*inside[:2], "hard_ratio=interval(0.2,1.5)"], sweep=True, search=True)
+        check_runs([*inside[:2], "hard_ratio=interval(0.2,1.5)"], sweep=True, search=True)
 
 
 def test_a_search_climbs_validation(source: Path, tmp_path: Path) -> None:
     folder = copied(source / "seed=0", tmp_path / "run")
     metrics = folder.read_json("metrics.json")
-    assert _objective(folder) == metrics["splits"]["val"][metrics["monitor"]]["value"]
-    assert math.isfinite(_objective(folder))
+    assert objective(folder) == metrics["splits"]["val"][metrics["monitor"]]["value"]
+    assert math.isfinite(objective(folder))
     metrics["splits"]["test"] = metrics["splits"].pop("val")
     folder.write_json("metrics.json", metrics)
     with pytest.raises(NearfarError, match=r"needs .* on a validation split"):
-        _objective(RunFolder(folder.path))
+        objective(RunFolder(folder.path))
 
 
 def test_the_command_fails_on_worse_where_that_is_asked(source: Path, tmp_path: Path) -> None:

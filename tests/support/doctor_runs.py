@@ -390,6 +390,62 @@ def stale_evaluation(rng: np.random.Generator) -> Run:
     return run
 
 
+def weighed(rng: np.random.Generator, **summary: float) -> Run:
+    """A loop that ``Monitor`` watched: which weights move, the learning rate, the mode of the evaluation."""
+    run = bare(rng, loss=lambda at: 0.5 + 3 * np.exp(-4 * at) + 0.05 * rng.normal())
+    steps = [record for record in run.records if "loss" in record]
+    for i, record in enumerate(steps):
+        record |= {"weights_moved": 1.0, "lr": 1e-3 * (1 - i / len(steps))}
+    whole = {
+        "weights_trained": 12,
+        "weights_unmoved": 0,
+        "weights_without_gradient": 0,
+        "evaluated_in_training": 0,
+    }
+    run.records += [{"kind": "epoch", "epoch": e} | whole | summary for e in range(1, 4)]
+    return run
+
+
+def all_weights_move(rng: np.random.Generator) -> Run:
+    return weighed(rng)
+
+
+def weights_move_in_part(rng: np.random.Generator) -> Run:
+    run = weighed(rng)
+    for record in run.records:
+        if "weights_moved" in record:
+            record["weights_moved"] = 0.25 * int(rng.integers(0, 5))
+    run.records[-4] |= {"weights_moved": 1.0}
+    return run
+
+
+def head_left_out(rng: np.random.Generator) -> Run:
+    return weighed(rng, weights_unmoved=2)
+
+
+def tower_detached(rng: np.random.Generator) -> Run:
+    return weighed(rng, weights_without_gradient=6)
+
+
+def evaluated_while_training(rng: np.random.Generator) -> Run:
+    return weighed(rng, evaluated_in_training=1)
+
+
+def steps_skipped(rng: np.random.Generator) -> Run:
+    run = weighed(rng)
+    steps = [record for record in run.records if "weights_moved" in record]
+    for record in steps[len(steps) // 2 :]:
+        record["weights_moved"] = 0.0
+    return run
+
+
+def schedule_ended(rng: np.random.Generator) -> Run:
+    run = weighed(rng)
+    for i, record in enumerate(record for record in run.records if "lr" in record):
+        record["lr"] = 1e-3 * 0.3**i
+    return run
+
+
 def trained(rng: np.random.Generator, value: float, low: float, high: float) -> Run:
     now = random_infonce(rng)
     score = now.context["metrics"]["test"]["MRR"]["value"]
@@ -546,7 +602,7 @@ HEALTHY: dict[str, Callable[[np.random.Generator], Run]] = {
               siglip, short_run,
               just_begun, several_processes, own_log, bare_healthy, bare_flat, bare_shuffled, gained,
               gained_a_little, grown_batch_without_gain, low_and_rising, decoupled, sharp_start, leaves_a_plateau,
-              far_below_guessing, both_views_move, few_logged_shuffled)
+              far_below_guessing, both_views_move, few_logged_shuffled, all_weights_move, weights_move_in_part)
 }  # fmt: skip
 #: notes that healthy runs may have
 NOTES: dict[str, set[str]] = {
@@ -821,6 +877,11 @@ def gradient_summed(rng: np.random.Generator) -> Run:
 #: run, the rule that it must trigger, and what else must come with it
 FAULTS: list[tuple[Callable[[np.random.Generator], Run], str, set[str]]] = [
     (not_finite, "non-finite-loss", set()),
+    (head_left_out, "weights-unmoved", set()),
+    (tower_detached, "weights-without-gradient", set()),
+    (steps_skipped, "weights-stopped", set()),
+    (schedule_ended, "learning-rate-gone", set()),
+    (evaluated_while_training, "evaluated-in-training-mode", set()),
     (at_logarithm, "loss-at-logarithm", set()),
     (at_half, "loss-at-logarithm", set()),
     (one_candidate, "nothing-to-learn", set()),

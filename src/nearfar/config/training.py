@@ -66,6 +66,18 @@ class TrainerOptions:
     devices: int | str = option(
         1, "processes on this machine that share every batch; auto: one for each GPU", rule=_Devices()
     )
+    engine: Literal["torchrun", "ray"] = option(
+        "torchrun",
+        "what starts these processes: torchrun's engine on this machine, or Ray on the nodes of a cluster, where "
+        "devices counts them all",
+        role="place",
+    )
+    restarts: int = option(
+        3,
+        "with engine=ray: how often all processes start again from the last checkpoint when one is lost",
+        least=0,
+        role="place",
+    )
     local_loss: bool = option(
         False, "of several processes: each computes the loss of its rows against all; the same gradients"
     )

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 from nearfar.data.files import Json
+from nearfar.doctor.fields import matches
 from nearfar.doctor.gain import gain_sentence
+from nearfar.doctor.phases import monitor
 from nearfar.doctor.rule import SEVERITIES, Finding, Unjudged
 from nearfar.doctor.rules import RULES
 from nearfar.doctor.signals import Signals
 
 __all__ = ["Diagnosis", "diagnose"]
+
+#: fields that any loop can log in a line, with which most is known
+EASILY_LOGGED = ("candidates", "val/R@1", "lr", "gradient_norm", "embeddings/mean_cosine")
 
 
 class Diagnosis(list[Finding]):
@@ -19,6 +25,7 @@ class Diagnosis(list[Finding]):
     A rule in neither has looked and found nothing. ``verdict`` is one line. ``unread`` counts lines of the log that
     are no records; ``assumed`` says what was taken for granted in reading it, such as empty cells of a table;
     ``read_as``, of the log of a different trainer, which of its names were taken for what, and which not understood;
+    ``worth_logging``, fields that are easily logged and the rules that could be judged with them;
     ``gain``, in a sentence, what training changed in the monitored metric, where the score before it is known.
     """
 
@@ -31,8 +38,10 @@ class Diagnosis(list[Finding]):
         assumed: Iterable[str] = (),
         read_as: Iterable[str] = (),
         gain: str | None = None,
+        worth_logging: Mapping[str, Iterable[str]] | None = None,
     ) -> None:
         super().__init__(findings)
+        self.worth_logging = {name: list(rules) for name, rules in (worth_logging or {}).items()}
         self.gain = gain
         self.unread = unread
         self.assumed = list(assumed)
@@ -87,6 +96,7 @@ class Diagnosis(list[Finding]):
             "unread": self.unread,
             "assumed": self.assumed,
             "read_as": self.read_as,
+            "worth_logging": self.worth_logging,
             "unjudged": [{"id": u.id, "reason": u.reason, "lacks": list(u.lacks)} for u in self.unjudged],
         }
 
@@ -118,11 +128,32 @@ def diagnose(
     for rule in RULES:
         outcome = rule.judge(read)
         if isinstance(outcome, Finding):
-            findings.append(outcome)
+            findings.append(replace(outcome, override="", then=()) if read.foreign else outcome)
         elif outcome is not None:
             unjudged.append(outcome)
     findings.sort(key=lambda finding: -SEVERITIES.index(finding.severity))
     known = read.context | {"splits": read.context.get("metrics")}
     gain = gain_sentence(known) if read.context.get("gain") else None
     judged = len(RULES) - len(unjudged)
-    return Diagnosis(findings, unjudged, judged, read.unread, read.assumed, read.read_as, gain)
+    read_as = list(read.read_as)
+    if read_as and len(read.named("val/*")) > 1:
+        read_as.append(f"metric that matters: {monitor(read).name} (a different one by --map monitor=NAME)")
+    return Diagnosis(findings, unjudged, judged, read.unread, read.assumed, read_as, gain,
+                     _worth_logging(read, unjudged))  # fmt: skip
+
+
+def _worth_logging(signals: Signals, unjudged: Iterable[Unjudged]) -> dict[str, list[str]]:
+    """Of the fields that are easily logged and are not there, the rules that each alone would let judge."""
+    lacking = [RULES[rule.id] for rule in unjudged if rule.lacks]
+    gained = {}
+    for name in EASILY_LOGGED:
+        rules = [
+            rule.id
+            for rule in lacking
+            if any(
+                all(signals.has(field) or matches(field, name) for field in fields) for fields in rule.needs
+            )
+        ]
+        if rules:
+            gained[name] = rules
+    return gained

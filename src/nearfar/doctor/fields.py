@@ -57,6 +57,7 @@ FIELDS: dict[str, dict[str, str]] = {
         "false_negative_share": "share of negatives, not masked, that are likely positives",
         "gradient_norm": "norm of all gradients before clipping",
         "clipped": "1 where they were clipped",
+        "weights_moved": "share of the weights with a gradient that have changed since the record before",
         "gradient_ratio": "gradient norm of several processes over that of one",
         "*/raw": "value of an objective's term; `*/value` is read as well",
         "*/value": "the same",
@@ -108,6 +109,11 @@ FIELDS: dict[str, dict[str, str]] = {
         "train_loss": "mean training loss of the epoch",
         "val/*": "a validation metric",
         "seconds": "length of the epoch",
+        "weights_trained": "weights that require a gradient",
+        "weights_unmoved": "those that had gradients and have not changed; by name in `weights_unmoved_names`",
+        "weights_without_gradient": "those without a gradient in every look, that have not changed; by name in "
+        "`weights_without_gradient_names`",
+        "evaluated_in_training": "1 where dropout or batch statistics were at work during the evaluation",
     },
 }
 
@@ -166,7 +172,10 @@ SWITCHES = frozenset({"learn_temperature", "mask_duplicates", "composes_hard_bat
 #: those that are words
 WORDS = frozenset({"precision", "sampler", "order", "loss", "loss_kind", "positives_by", "monitor"})
 #: fields of a log that are text
-TEXTS = (WORDS - {"loss"}) | {"kind", "loss_name", "probe_split", "time"}
+TEXTS = (WORDS - {"loss"}) | {
+    *("kind", "loss_name", "probe_split", "time"),
+    *("weights_unmoved_names", "weights_without_gradient_names"),
+}
 _WILD = {name: re.compile(re.escape(name).replace(r"\*", ".+")) for name in (*FIELDS["step"], *FIELDS["probe"],
          *FIELDS["plan"], *FIELDS["epoch"]) if "*" in name}  # fmt: skip
 _PLAIN = {name for table in FIELDS.values() for name in table if "*" not in name}

@@ -12,6 +12,7 @@ __all__ = [
     "hard_epochs",
     "main_metric",
     "means_hard",
+    "metric_learns",
     "metric_margin",
     "metric_rises",
     "monitor",
@@ -20,6 +21,8 @@ __all__ = [
 
 #: a metric that moved by less than this share of itself did not move, however little it scatters
 STILL = 0.01
+#: how much a score rises, and how many times the first it is, where the model has learned beyond doubt
+LEARNED, TIMES_FIRST = 0.05, 2.0
 _PREFERRED = ("MRR", "mAP", "AP", "NDCG", "F1", "accuracy", "acc", "R@1", "recall@1")
 
 
@@ -142,6 +145,15 @@ def metric_rises(signals: Signals, since: int) -> bool:
     if before is None or not after:
         return False
     return mean(after[-2:]) > before + metric_margin(before, list(values.values()))
+
+
+def metric_learns(signals: Signals) -> bool:
+    """Whether the metric has risen so far that the model has learned, whatever its loss says."""
+    metric = monitor(signals)
+    if len(metric) < 3 or metric.numbers.min() < 0:
+        return False
+    first, late = metric.values[0], mean(metric.values[-2:])
+    return late > first + max(LEARNED, 3 * level_noise(metric.values)) and late >= TIMES_FIRST * first
 
 
 def metric_margin(before: float, values: Sequence[float]) -> float:

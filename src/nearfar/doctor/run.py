@@ -13,6 +13,8 @@ from nearfar.errors import NearfarError
 
 __all__ = ["is_run", "read_run"]
 
+#: the system of a run that `nearfar.integrations` watched
+WATCHED = "external"
 #: what the doctor reads of the files beside the log
 SHAPES = {
     "metrics.json": {
@@ -82,6 +84,7 @@ def read_run(folder: str | os.PathLike[str]) -> Signals:
     records, unread = _log(path / "train_log.jsonl")
     signals = Signals(records, {k: v for k, v in context.items() if v is not None and v != {}})
     signals.unread = unread
+    signals.foreign = (read_yaml(path / "config.yaml") or {}).get("system") == WATCHED if context else False
     return signals
 
 

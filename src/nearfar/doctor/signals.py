@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from nearfar.arguments import shown
 from nearfar.data.files import Json
-from nearfar.doctor.cells import Cell, is_series, plain
+from nearfar.doctor.cells import Cell, is_series, number, plain
 from nearfar.doctor.fields import CONTEXT, NUMBERS, TEXTS, is_field, matches
 from nearfar.doctor.gaps import LOSSES, settle_gaps
 from nearfar.doctor.log_tables import Columns, read_columns, read_records, table_columns
@@ -91,7 +91,11 @@ class Signals:
 
         log = read_log(path)
         every = dict.fromkeys(name for record in log.records for name in record if name)
-        mapped = map_names(every, names, log.validation)
+        watched = (names or {}).get("monitor")
+        given = {field: name for field, name in (names or {}).items() if field != "monitor"}
+        mapped = map_names(every, given, log.validation)
+        if watched is not None:
+            log.context["monitor"] = _metric_named(watched, mapped.used)
         if not any(field not in ("step", "epoch") for field in mapped.used):
             raise NearfarError(
                 f"{log.path} ({log.kind}): none of its names is one that the doctor knows: "
@@ -101,14 +105,25 @@ class Signals:
         if field_of.get("train_loss") == "loss" and _once_an_epoch(log.records, mapped.used.get("epoch")):
             mapped.used["train_loss"] = mapped.used.pop("loss")
             field_of["train_loss"] = "train_loss"
+        for name in [name for name in mapped.used if name in NUMBERS and not is_field(name)]:
+            values = {
+                str(record[mapped.used[name]]) for record in log.records if record.get(mapped.used[name])
+            }
+            if len(values) == 1:  # of the run as a whole
+                log.context[name] = number(values.pop(), name, str(log.path))
+            del field_of[mapped.used[name]]
         records = [
             {field_of[name]: value for name, value in record.items() if name in field_of}
             for record in log.records
         ]
         read = cls.__new__(cls)
         read._take(read_records(filter(None, records)), log.context, null_is_nan=True, ordered=True)
-        read.unread = log.unread
-        read.read_as = [f"{log.kind}: {log.path}", *mapped.lines(), *log.notes]
+        read.unread, read.foreign = log.unread, True
+        known = ", ".join(
+            f"{n} {v:g}" if isinstance(v, float) else f"{n} {v}" for n, v in log.context.items()
+        )
+        stated = [f"known of the run: {known}"] if known else []
+        read.read_as = [f"{log.kind}: {log.path}", *mapped.lines(), *stated, *log.notes]
         return read
 
     def knowing(self, context: Mapping[str, Any] | None) -> Signals:
@@ -201,6 +216,7 @@ class Signals:
         """Keep what was measured; ``ordered``: bring rows that do not come in the order of their steps into it."""
         self.context: Json = dict(log.context) | dict(context or {})
         self.unread = 0  # lines of the log that were no records
+        self.foreign = False  # of a trainer that has no options of `nearfar train`
         self.read_as: list[str] = []  # of the log of a different trainer: what was taken for what, in lines
         first = _first_epoch(log)
         #: what was taken for granted in reading, in sentences
@@ -259,6 +275,15 @@ class Signals:
         beside = np.full(len(self._steps), other.mean())
         beside[other.rows] = other.numbers
         return first.having(combine(first.numbers, beside[first.rows]))
+
+
+def _metric_named(name: str, used: Mapping[str, str]) -> str:
+    """The metric that a log calls ``name``, or that is shown as it, without its ``val/``."""
+    metrics = {field[4:]: of_log for field, of_log in used.items() if field.startswith("val/")}
+    for metric, of_log in metrics.items():
+        if name in (metric, of_log, f"val/{metric}"):
+            return metric
+    raise NearfarError(f"--map monitor={name}: no metric of the log; {nearest_name(name, list(metrics))}")
 
 
 def _once_an_epoch(records: Iterable[Mapping[str, Any]], epoch: str | None) -> bool:

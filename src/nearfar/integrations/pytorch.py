@@ -21,7 +21,9 @@ from torch.nn.functional import normalize
 from nearfar.data.files import Json
 from nearfar.data.writing import make_folder, write_atomically
 from nearfar.doctor import Diagnosis, diagnose
+from nearfar.doctor.run import WATCHED
 from nearfar.errors import NearfarError, nearest_name
+from nearfar.integrations.weight_movement import WeightMovement
 from nearfar.metrics import (
     Estimate,
     embedding_health,
@@ -36,9 +38,11 @@ from nearfar.training.system import Evaluation
 
 __all__ = ["Monitor", "Scores", "retrieval_scores"]
 
-SYSTEM = "external"
+SYSTEM = WATCHED
 #: the embeddings and scores before the first step, for a run that is resumed
 START = "start.npz"
+#: difference of two columns of logits, as a share of their spread, that rounding makes of copies; rows compared
+COPIED, MOST_COPIES = 1e-5, 256
 
 
 @dataclass
@@ -163,6 +167,9 @@ class Monitor:
         self.best: tuple[int, float] | None = None
         self._first: dict[str, Tensor] = {}
         self._losses: list[Tensor] = []
+        self._weights = WeightMovement(model)
+        self._looked: Json = {}
+        self._in_training = False
         self._started = self._epoch_started = time.perf_counter()
         self._logged = (resume, self._started)
         goes_on = resume > 0 and self._take_up(resume)
@@ -249,6 +256,7 @@ class Monitor:
         record: object = None,
         lr: float | None = None,
         gradient_norm: float | Tensor | None = None,
+        logits: Tensor | None = None,
         **fields: float,
     ) -> None:
         """Count a step, after its backward pass and before the optimiser moves the weights.
@@ -258,6 +266,8 @@ class Monitor:
             record: ``loss_fn.record`` of a nearfar loss, or a mapping of the doctor's fields (``candidates``, …).
             lr: learning rate.
             gradient_norm: where it is known; None: computed from the model's gradients in logged steps.
+            logits: (n, m) what the loss is the cross-entropy of, column i being the positive of row i: of a loss
+                without a record the number of candidates, the probability of the positive, and copies among the keys.
             fields: further fields of the log.
         """
         if self.steps == 0:
@@ -276,10 +286,17 @@ class Monitor:
             if self.steps > self._logged[0] + 1:
                 entry["seconds_per_step"] = round((now - self._logged[1]) / (self.steps - self._logged[0]), 6)
             self._logged = (self.steps, now)
-            entry |= self._temperature()
+            entry |= (
+                self._temperature() | self._weights.look() | ({} if logits is None else _of_logits(logits))
+            )
             self.folder.append(entry | _record(record) | {name: float(each) for name, each in fields.items()})
         if self.probe_every and self.steps % self.probe_every == 0:
             self._probe(self.epochs + 1)
+
+    def look_at_weights(self) -> None:
+        """See which weights have a gradient and move, after a backward pass and before the optimiser's step; `step`
+        does it in logged steps."""
+        self._looked = self._weights.look()
 
     def log(self, step: int, *, record: object = None, **fields: float) -> None:
         """Log a step of a trainer that counts its steps and averages its losses itself.
@@ -295,6 +312,8 @@ class Monitor:
         if step > self._logged[0]:
             entry["seconds_per_step"] = round((now - self._logged[1]) / (step - self._logged[0]), 6)
         self._logged = (step, now)
+        entry |= self._looked
+        self._looked = {}
         if "loss" in fields:
             self._losses.append(torch.tensor(float(fields["loss"])))
         self.folder.append(entry | _record(record) | {name: float(each) for name, each in fields.items()})
@@ -323,7 +342,9 @@ class Monitor:
         if scores is not None:
             entry["val"] = scores.values
             self._keep_best(scores)
-        self.folder.append(entry)
+        if self.evaluate is not None:
+            entry["evaluated_in_training"] = int(self._in_training)
+        self.folder.append(entry | self._weights.summary())
         self._logged = (self.steps, time.perf_counter())
         return {} if scores is None else scores.values
 
@@ -408,7 +429,9 @@ class Monitor:
         if self.evaluate is None:
             raise NearfarError("evaluate is None: give a function that gives the scores of validation.")
         with preserve_state(self.model):
-            return Scores.of(self.evaluate())
+            scores = Scores.of(self.evaluate())
+            self._in_training |= any(module.training for module in self.model.modules() if _differs(module))
+        return scores
 
     def _watched(self, scores: Scores) -> str:
         name = self.monitor or next(iter(scores.estimates))
@@ -460,6 +483,37 @@ class Monitor:
     def _evaluation(self, split: str, scores: Scores) -> Evaluation:
         estimates = {name: _estimate(name, each) for name, each in scores.estimates.items()}
         return Evaluation(split, estimates, list(scores.ids), scores.per_item)
+
+
+def _differs(module: nn.Module) -> bool:
+    """Whether a module computes something else in training mode."""
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return module.p > 0
+    return isinstance(module, nn.modules.batchnorm._BatchNorm)
+
+
+def _of_logits(logits: Tensor) -> Json:
+    """What a matrix of logits says of a step: row i's positive is column i."""
+    if logits.ndim != 2 or logits.shape[0] > logits.shape[1]:
+        raise NearfarError(
+            f"logits of shape {tuple(logits.shape)}: a matrix (n, m) is needed, whose column i is row i's positive."
+        )
+    values = logits.detach().float()
+    n, m = values.shape
+    positive = values.diagonal()
+    fields: Json = {
+        "candidates": m,
+        "uniform_level": math.log(m),
+        "p_positive": float((positive - values.logsumexp(1)).exp().mean()),
+        "largest_logit": float(values.abs().max()),
+    }
+    spread = (values - values.mean(1, keepdim=True)).abs().max()
+    if spread > COPIED * values.abs().max():  # otherwise all keys are one, and no copies
+        apart = (values[:, None, :n] - values[:, :n, None]).abs().amax(0) if n <= MOST_COPIES else None
+        if apart is not None:
+            copies = (apart <= COPIED * spread).fill_diagonal_(False)
+            fields["duplicate_keys"] = float(copies.any(1).float().mean())
+    return fields
 
 
 def _estimate(name: str, value: Estimate | float) -> Estimate:

@@ -110,6 +110,12 @@ class WatchCallback(TrainerCallback):
         if not step:
             self.watch.start()
 
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.watch is not None and int(state.global_step) % self.watch.log_every == 0:
+            self.watch.look_at_weights()
+
     def on_log(
         self,
         args: TrainingArguments,

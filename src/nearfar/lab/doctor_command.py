@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nearfar.doctor import Diagnosis, Finding, Unjudged, diagnose, read_run
-from nearfar.doctor.run import is_run
+from nearfar.doctor.run import WATCHED, is_run
 from nearfar.errors import NearfarError
 from nearfar.terminal import say
 from nearfar.training.run_folder import RunFolder
@@ -86,10 +86,23 @@ def print_diagnosis(diagnosis: Diagnosis, run: Path, console: Console) -> None:
         say(console, f"  {diagnosis.gain}")
     for line in diagnosis.read_as:
         say(console, f"  {line}", style="dim")
+    watched = (
+        is_run(run) and RunFolder(run).started and RunFolder(run).config(fields={}).get("system") == WATCHED
+    )
+    foreign = bool(diagnosis.read_as) or watched
     for finding in diagnosis:
         say(console, "")
-        _print_finding(finding, None if diagnosis.read_as else run, console)
-    if not diagnosis.read_as:
+        _print_finding(finding, None if foreign else run, console)
+    if foreign and diagnosis.worth_logging:
+        say(console, "")
+        listed = [f"{name} ({', '.join(rules)})" for name, rules in diagnosis.worth_logging.items()]
+        say(console, f"worth logging  {'; '.join(listed)}")
+        if not watched:
+            say(
+                console,
+                "  nearfar.integrations.pytorch.Monitor logs these, and which weights move, in ten lines",
+            )
+    if not foreign:
         path = shlex.quote(str(run))
         say(console, "")
         say(console, f"next   nearfar doctor {path} --what-if   the same batches under other options")

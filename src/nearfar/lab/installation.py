@@ -40,7 +40,7 @@ GIVES = {
     "serve": "a trained run behind HTTP, with a page",
     "search": "hyperparameter search with Optuna",
     "slurm": "sweeps on a Slurm cluster",
-    "ray": "sweeps on a Ray cluster",
+    "ray": "training, searches, sweeps and embeddings on a Ray cluster",
     "lance": "search in LanceDB",
     "qdrant": "search in Qdrant",
     "postgres": "search in PostgreSQL with pgvector",

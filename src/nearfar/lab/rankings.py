@@ -7,21 +7,23 @@ import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from omegaconf import OmegaConf
 
 from nearfar.data.files import Json
 from nearfar.data.rankings import RankedLists, read_beir, read_qrels, read_ranking
 from nearfar.data.writing import write_atomically
 from nearfar.errors import NearfarError, nearest_name
-from nearfar.lab.compare import Arm, Comparison, Mean, compare_arms
 from nearfar.metrics import Estimate, describe_ranking, items_needed, score_ranking
 from nearfar.metrics.intervals import normal_quantile
 from nearfar.metrics.ranking_scores import RANKING_METRICS
 from nearfar.metrics.retrieval_scores import RetrievalScores
 from nearfar.terminal import metric_words
 from nearfar.training.run_folder import RunFolder
+
+if TYPE_CHECKING:  # scoring needs no extra; comparing does
+    from nearfar.lab.compare import Arm, Comparison
 
 __all__ = [
     "RANKING_METRICS",
@@ -125,6 +127,8 @@ def compare_rankings(
     Rankings of different queries are refused with their names, unless ``missing`` says that a query that is not ranked
     scores 0 ("zero"), or that only queries which all rankings have are compared ("skip").
     """
+    from nearfar.lab.compare import Mean, compare_arms
+
     if options.missing not in MISSING:
         raise NearfarError(f"--missing is {options.missing!r}; it is refuse, zero or skip")
     if len(paths) < 2:
@@ -185,6 +189,10 @@ def _names(paths: Sequence[Path]) -> list[str]:
 
 
 def _arm(scored: ScoredRanking, path: Path) -> Arm:
+    from omegaconf import OmegaConf
+
+    from nearfar.lab.compare import Arm
+
     order = np.argsort(np.array(scored.ids))
     per_item = {name: column[order] for name, column in scored.scores.items()}
     return Arm(

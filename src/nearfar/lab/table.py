@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import RenderableType
@@ -13,18 +13,19 @@ from rich.style import StyleType
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from nearfar.batching import SamplerVerdict
 from nearfar.data.files import Json
-from nearfar.lab.compare import Comparison
-from nearfar.lab.counterfactuals import Effect, Mean
-from nearfar.lab.groups import by_question
-from nearfar.lab.sweep import Sweep, sweep_of
-from nearfar.lab.trial import Trial
-from nearfar.lab.what_if import WhatIf
 from nearfar.metrics import Difference, Estimate
 from nearfar.terminal import interval_words, metric_words, short_number
-from nearfar.training.run_folder import RunFolder
-from nearfar.training.verify_ddp import DdpVerdict
+
+if TYPE_CHECKING:  # `nearfar score` and `nearfar verify sampler` need no extra, and these do
+    from nearfar.batching import SamplerVerdict
+    from nearfar.lab.compare import Comparison
+    from nearfar.lab.counterfactuals import Effect, Mean
+    from nearfar.lab.sweep import Sweep
+    from nearfar.lab.trial import Trial
+    from nearfar.lab.what_if import WhatIf
+    from nearfar.training.run_folder import RunFolder
+    from nearfar.training.verify_ddp import DdpVerdict
 
 __all__ = [
     "cluster_table",
@@ -123,6 +124,8 @@ def differences_table(title: str, rows: Sequence[Json]) -> Table:
 
 def metrics_tables(folder: RunFolder) -> list[Table]:
     """The estimates of a run: value, interval, chance, gallery; one table for each question."""
+    from nearfar.lab.groups import by_question
+
     metrics = folder.read_json("metrics.json")
     splits = metrics["splits"]
     split = "test" if "test" in splits else next(iter(splits))
@@ -142,6 +145,8 @@ def _verdict_style(difference: Difference) -> str:
 
 def comparison_tables(comparison: Comparison) -> list[Table]:
     """The means of the arms, their paired differences from the baseline with verdicts, and what was not compared."""
+    from nearfar.lab.sweep import sweep_of
+
     arms = [
         _arms_table(comparison, question, metrics)
         for question, metrics in comparison.by_question(comparison.summary[comparison.arms[0].label]).items()

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
+from typing import NoReturn
+
 from nearfar.contrast import (
     DuplicateMask,
     GuideMask,
@@ -13,6 +17,7 @@ from nearfar.contrast import (
     SimilarityMask,
     Target,
 )
+from nearfar.errors import NearfarError
 from nearfar.losses.base import ContrastiveLoss, LossTraits, NoNegativesWarning, Record, Requires
 from nearfar.losses.distillation import DistillationLoss, MarginMSELoss
 from nearfar.losses.explain import BatchExplanation, explain_batch
@@ -72,3 +77,18 @@ __all__ = [
     "false_negative_mask",
     "target_loss",
 ]
+
+
+class _File(ModuleType):
+    """A file of losses that has the name of the function in it: who calls the file is told where the function is."""
+
+    def __call__(self, *_: object, **__: object) -> NoReturn:
+        name = self.__name__.rpartition(".")[2]
+        raise NearfarError(
+            f"{self.__name__} is a file: the function is nearfar.functional.{name} (from nearfar.functional import "
+            f"{name}), and nearfar.losses has it as a module with a record."
+        )
+
+
+for _name in ("distillation", "info_nce", "siglip", "spatial", "supcon"):
+    sys.modules[f"{__name__}.{_name}"].__class__ = _File

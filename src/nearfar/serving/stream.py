@@ -8,6 +8,7 @@ import shutil
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from nearfar.training.system import rows_of
 if TYPE_CHECKING:
     import pyarrow
 
+    from nearfar.serving.ray_pool import RayPool
     from nearfar.serving.trained import Trained
 
 __all__ = [
@@ -63,6 +65,7 @@ def embed_file(
     towers: Sequence[str] | None = None,
     batch_size: int | None = None,
     advance: Advance = lambda _: None,
+    pool: RayPool | None = None,
 ) -> Written:
     """Embed a file or folder: ``id``, ``row`` and, for each view that is there, a vector or null.
 
@@ -74,6 +77,7 @@ def embed_file(
         towers: the views to embed; None: all that the data has.
         batch_size: rows that are computed at once.
         advance: is told the rows of every chunk that is done.
+        pool: encoders in other processes, which are given the chunks; None: everything is computed here.
 
     A killed command that is given again keeps the parts that it had finished, where run, data and options are the same.
 
@@ -88,18 +92,35 @@ def embed_file(
     if not trained.views:
         trained.view_of(())
 
-    def table(items: Items) -> pyarrow.Table:
+    work = _Vectors(tuple(towers or ()), batch_size, source.path)
+    what = {"embed": sorted(towers or ()), "batch_size": batch_size}
+    parts = _Parts(trained, source, output, what)
+    chunks = trained.new_items(source)
+    if pool is not None:
+        return parts.fill(chunks, lambda rest: pool.map(work, rest), advance)
+    return parts.fill(chunks, lambda rest: _in_turn(lambda items: work(trained, items), rest), advance)
+
+
+@dataclass(frozen=True)
+class _Vectors:
+    """The table of a chunk: its ids, its rows, and the vectors of the ``towers``, or of all views that it has."""
+
+    towers: tuple[str, ...]
+    batch_size: int | None
+    path: Path
+
+    def __call__(self, trained: Trained, items: Items) -> pyarrow.Table:
         import pyarrow
 
         columns: dict[str, Any] = _identity(items)
-        if not towers and "refused" in items.notes:
+        if not self.towers and "refused" in items.notes:
             raise NearfarError(f"{items.notes['refused']} Or say what is to be embedded, as --tower NAME.")
-        for view in towers or [view for view in trained.views if view in items]:
+        for view in self.towers or [view for view in trained.views if view in items]:
             if view not in items:
                 if view in items.notes.get("lacking", {}):
                     raise NearfarError(items.notes["lacking"][view])
                 raise NearfarError(
-                    f"{source.path} has no column of '{view}': name it with --column {view}=HEADER, or leave --tower "
+                    f"{self.path} has no column of '{view}': name it with --column {view}=HEADER, or leave --tower "
                     f"{view} out."
                 )
             present = items.present(view)
@@ -107,14 +128,20 @@ def embed_file(
             values = items[view]
             some = values[at] if isinstance(values, np.ndarray) else [values[i] for i in at.tolist()]
             vectors = (
-                trained.vectors(some, view, batch_size=batch_size) if len(at) else np.zeros((0, trained.dim))
+                trained.vectors(some, view, batch_size=self.batch_size)
+                if len(at)
+                else np.zeros((0, trained.dim))
             )
             columns[view] = _lists(vectors.astype(np.float32), present, trained.dim)
         return pyarrow.table(columns)
 
-    what = {"embed": sorted(towers or ()), "batch_size": batch_size}
-    parts = _Parts(trained, source, output, what)
-    return parts.fill(trained.new_items(source), table, advance)
+
+def _in_turn(
+    table: Callable[[Items], pyarrow.Table], chunks: Iterable[Items]
+) -> Iterator[tuple[Items, pyarrow.Table | None]]:
+    """Each chunk with its table, computed here, one after the other."""
+    for items in chunks:
+        yield items, table(items) if len(items) else None
 
 
 def predict_file(
@@ -162,7 +189,8 @@ def predict_file(
     what: dict[str, Any] = {"predict": True, "k": k}
     if gallery is not None:
         what["gallery"] = [state_of(Path(gallery.path)), dict(gallery.columns), gallery.id_column]
-    return _Parts(trained, source, output, what).fill(chunks, table, advance)
+    parts = _Parts(trained, source, output, what)
+    return parts.fill(chunks, lambda rest: _in_turn(table, rest), advance)
 
 
 def require_writable(path: Path, example: str) -> None:
@@ -219,13 +247,20 @@ class _Parts:
         self.key = content_key(known)
 
     def fill(
-        self, chunks: Iterable[Items], table: Callable[[Items], pyarrow.Table], advance: Advance
+        self,
+        chunks: Iterable[Items],
+        tables: Callable[[Iterator[Items]], Iterator[tuple[Items, pyarrow.Table | None]]],
+        advance: Advance,
     ) -> Written:
+        """Write the tables of all chunks but those that an earlier process wrote; ``tables`` gives them in order."""
         written = Written(self.output, resumed=self._open())
-        count = 0
-        for count, items in enumerate(chunks, start=1):
-            if count > written.resumed:
-                self._write(count - 1, items, table(items) if len(items) else None)
+        rest, count = iter(chunks), 0
+        for items in islice(rest, written.resumed):
+            count += 1
+            advance(len(items))
+        for items, table in tables(rest):
+            self._write(count, items, table)
+            count += 1
             advance(len(items))
         files = []
         for number in range(count):

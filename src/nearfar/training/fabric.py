@@ -22,7 +22,12 @@ __all__ = ["build_fabric", "check_devices", "distribute", "processes_to_start"]
 
 
 def processes_to_start(trainer: TrainerOptions) -> int:
-    """How many processes ``trainer.devices`` stands for on this machine: as it says, or one for each GPU (auto)."""
+    """How many processes ``trainer.devices`` stands for on this machine: as it says, or one for each GPU (auto).
+
+    1 with ``trainer.engine=ray``, whose processes are on the nodes of a cluster.
+    """
+    if trainer.engine == "ray":
+        return 1
     if trainer.devices != "auto":
         return int(trainer.devices)
     if trainer.accelerator in ("cpu", "mps") or not torch.cuda.is_available():
@@ -33,7 +38,8 @@ def processes_to_start(trainer: TrainerOptions) -> int:
 def check_devices(options: RunOptions) -> None:
     """``NearfarError`` for options that this machine, or the number of its processes, cannot carry out."""
     trainer = options.trainer
-    _check_accelerator(trainer)
+    if trainer.engine == "torchrun" or ranks.count() > 1:  # else it is the nodes that need these devices
+        _check_accelerator(trainer)
     processes = max(ranks.count(), trainer.devices if isinstance(trainer.devices, int) else 1)
     chunk, size = trainer.cached_chunk, options.batch_size
     rows = -(-size // processes)
@@ -59,17 +65,17 @@ def _check_accelerator(trainer: TrainerOptions) -> None:
             f"trainer.accelerator={accelerator}: PyTorch sees no such device here; take auto or cpu."
         )
     on_cpu = accelerator == "cpu" or not (cuda or mps)
-    processes = max(devices if isinstance(devices, int) else 1, ranks.on_this_machine())
+    processes = max(processes_to_start(trainer) if isinstance(devices, int) else 1, ranks.on_this_machine())
     gpus = torch.cuda.device_count() if cuda and accelerator != "mps" else 1
     if processes > gpus and not on_cpu:
         raise NearfarError(
             f"{processes} processes on this machine, and PyTorch sees {gpus} GPU(s): each takes one. Lower "
             "trainer.devices, or take trainer.accelerator=cpu."
         )
-    if ranks.count() > 1 and devices not in (1, "auto", ranks.on_this_machine()):
+    started = ranks.count() if trainer.engine == "ray" else ranks.on_this_machine()
+    if ranks.count() > 1 and devices not in (1, "auto", started):
         raise NearfarError(
-            f"trainer.devices={devices}, but {ranks.on_this_machine()} processes were started on this machine; leave "
-            "it out, then their number counts."
+            f"trainer.devices={devices}, but {started} processes were started; leave it out, then their number counts."
         )
     if trainer.precision == "16-mixed" and on_cpu:
         # Fabric would go on in bf16-mixed with no more than a warning.

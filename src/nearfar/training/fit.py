@@ -23,7 +23,7 @@ from nearfar.training import ranks
 from nearfar.training.checkpoint import Checkpoint, Resume, find_checkpoint
 from nearfar.training.evaluation import evaluate, outputs_of
 from nearfar.training.gain import evaluate_start, gains
-from nearfar.training.loop import Interrupted, StopRequest, TrainingLoop, stop_signals
+from nearfar.training.loop import Interrupted, StopRequest, TrainingLoop, Watch, stop_signals
 from nearfar.training.recorder import Recorder
 from nearfar.training.run_folder import RunFolder, environment
 from nearfar.training.sections import write_sections
@@ -149,6 +149,7 @@ def train(
     resume: Resume | None = None,
     say: Say = print,
     console: Console | None = None,
+    watch: Watch | None = None,
 ) -> TrainingLoop:
     """The training of ``fit`` alone: the loop that is returned holds the weights and the state of the last step.
 
@@ -168,7 +169,7 @@ def train(
         say(f"weights from {path}")
 
     recorder = Recorder(folder, config, console)
-    loop = TrainingLoop(system, model, sampler, config, data_hash, recorder, request, checkpoint, say)
+    loop = TrainingLoop(system, model, sampler, config, data_hash, recorder, request, checkpoint, say, watch)
     check_shared(system, model, loop.sharing)
     if resume is None:
         system.check_sampler(sampler, say)
@@ -225,11 +226,12 @@ def fit(
     resume: Resume | None = None,
     say: Say = print,
     console: Console | None = None,
+    watch: Watch | None = None,
 ) -> RunFolder:
     """Train ``system`` (already prepared) into ``folder`` and evaluate its best checkpoint.
 
     Called on every process of those that train together (``nearfar.training.ranks.start``); they part after the last
-    step, and the first alone evaluates.
+    step, and the first alone evaluates. ``watch`` is told the monitored metric on validation after every epoch.
 
     Raises ``Interrupted`` after a Ctrl-C, with a checkpoint in place from which ``resume_from`` goes on.
     """
@@ -240,7 +242,7 @@ def fit(
             "set trainer.devices=1."
         )
     with torch.random.fork_rng(), stop_signals() as request:
-        loop = train(system, config, folder, request, resume, say, console)
+        loop = train(system, config, folder, request, resume, say, console, watch)
         model, state, seconds = loop.model, loop.state, loop.state.seconds()
         others = not ranks.is_first()
         del loop  # with its wrapper for DDP: see leave

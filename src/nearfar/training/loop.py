@@ -32,7 +32,10 @@ from nearfar.training.shared_step import Sharing
 from nearfar.training.state import Mean, RunState, build_optimizer, dropout_seed
 from nearfar.training.system import Evaluation, StepOutput, System, TrainSampler
 
-__all__ = ["Interrupted", "StopRequest", "TrainingLoop", "stop_signals"]
+__all__ = ["Interrupted", "StopRequest", "TrainingLoop", "Watch", "stop_signals"]
+
+#: is told after an epoch how many there were, and the monitored metric on validation; what it raises ends the run
+Watch = Callable[[int, float], None]
 
 #: short epochs share a probe; so many steps keep it below 2 % of the time
 PROBE_STEPS = 64
@@ -55,10 +58,11 @@ class TrainingLoop:
         request: StopRequest,
         resume: Checkpoint | None = None,
         say: Callable[[str], None] = print,
+        watch: Watch | None = None,
     ) -> None:
         self.system, self.model, self.sampler = system, model, sampler
         self.config, self.data_hash = config, data_hash
-        self.recorder, self.request, self.say = recorder, request, say
+        self.recorder, self.request, self.say, self.watch = recorder, request, say, watch
         self.state = RunState() if resume is None else RunState.of(resume)
         self.sharing = Sharing.of(config)
         self._resume = resume
@@ -227,6 +231,8 @@ class TrainingLoop:
         self.recorder.log_epoch(self, values)
         state.end_epoch()
         self._save(best=gained)
+        if self.watch is not None and values is not None:
+            self.watch(state.epoch, values[monitor])
         if self.exhausted:
             self.say(f"stopped early: {monitor} has not become better for {self.config.patience} epochs")
 
@@ -374,15 +380,20 @@ class Interrupted(Exception):
 
 
 class StopRequest:
-    """Set by the first Ctrl-C (or SIGTERM); the run stops after the current step."""
+    """Set by the first Ctrl-C (or SIGTERM), or by `ranks.ask_to_stop`; the run stops after the current step."""
 
-    stop = False
+    _signalled = False
+
+    @property
+    def stop(self) -> bool:
+        """Whether the run is to stop."""
+        return self._signalled or ranks.stop_asked()
 
     def ask(self, number: int, frame: object) -> None:
         """What the signals call; a second Ctrl-C stops at once."""
-        if self.stop and number == signal.SIGINT:
+        if self._signalled and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.stop = True
+        self._signalled = True
 
 
 @contextmanager

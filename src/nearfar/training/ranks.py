@@ -19,6 +19,7 @@ from nearfar.errors import NearfarError
 
 __all__ = [
     "any_rank",
+    "ask_to_stop",
     "count",
     "ended_by",
     "from_first",
@@ -32,6 +33,7 @@ __all__ = [
     "rank",
     "run_processes",
     "start",
+    "stop_asked",
 ]
 
 
@@ -53,6 +55,7 @@ VARIABLES = (
 
 _store: Any = None
 _parent: int | None = None
+_asked = False
 
 
 def start() -> int:
@@ -182,6 +185,17 @@ def any_rank(*flags: bool) -> tuple[bool, ...]:
 def launcher_died() -> bool:
     """Whether the process that started these is gone, as after ``kill -9``: nothing would stop them any more."""
     return _parent is not None and os.getppid() != _parent
+
+
+def ask_to_stop() -> None:
+    """Let training in this process end after the step at hand, with a checkpoint: for those that no signal reaches."""
+    global _asked
+    _asked = True
+
+
+def stop_asked() -> bool:
+    """Whether `ask_to_stop` was called."""
+    return _asked
 
 
 def from_first(make: Callable[[], T]) -> T:

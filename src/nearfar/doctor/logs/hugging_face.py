@@ -7,17 +7,18 @@ import re
 from pathlib import Path
 
 from nearfar.data.files import Json, read_json
+from nearfar.doctor.logs.files import open_log, suffix
 from nearfar.doctor.logs.log import Log
 
-__all__ = ["printed_dictionary", "read_trainer_state", "trainer_state", "whole_epochs"]
+__all__ = ["leave_out_summary", "printed_dictionary", "read_trainer_state", "trainer_state", "whole_epochs"]
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)$")
 
 
 def trainer_state(path: Path) -> Path | None:
-    """``trainer_state.json``: the file itself, in a folder, or in its newest checkpoint."""
+    """``trainer_state.json``: the file itself (a copy of any name too), in a folder, or in its newest checkpoint."""
     if path.is_file():
-        return path if path.name == "trainer_state.json" else None
+        return path if path.name == "trainer_state.json" or _is_copy(path) else None
     if (path / "trainer_state.json").is_file():
         return path / "trainer_state.json"
     steps = []
@@ -28,17 +29,18 @@ def trainer_state(path: Path) -> Path | None:
     return max(steps)[1] if steps else None
 
 
+def _is_copy(path: Path) -> bool:
+    if suffix(path) != ".json":
+        return False
+    with open_log(path) as file:
+        return '"log_history"' in file.read(1 << 20)
+
+
 def read_trainer_state(path: Path) -> Log:
     """Its ``log_history``; the batch size where it is stated."""
     state = read_json(path, {"log_history": [dict]})
     records = [dict(record) for record in state["log_history"]]
-    notes = []
-    for record in records:
-        if "train_runtime" in record and "train_loss" in record:
-            mean = record.pop("train_loss")
-            notes.append(
-                f"left out: train_loss {mean} of the summary, the mean over the run and no step's loss"
-            )
+    notes = leave_out_summary(records)
     whole_epochs(records)
     context: Json = {}
     if isinstance(state.get("train_batch_size"), int):
@@ -51,6 +53,18 @@ def read_trainer_state(path: Path) -> Log:
         if name is not None:
             context["monitor"] = name
     return Log("Hugging Face trainer_state.json", path, records, context, notes=notes)
+
+
+def leave_out_summary(records: list[Json]) -> list[str]:
+    """Takes the mean loss of the whole run out of the record that ends it; says so in notes."""
+    notes = []
+    for record in records:
+        if "train_runtime" in record and "train_loss" in record:
+            mean = record.pop("train_loss")
+            notes.append(
+                f"left out: train_loss {mean} of the summary, the mean over the run and no step's loss"
+            )
+    return notes
 
 
 def whole_epochs(records: list[Json]) -> None:

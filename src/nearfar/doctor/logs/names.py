@@ -17,7 +17,8 @@ _VALID = r"(?:eval(?:uation)?|val(?:id(?:ation)?)?|dev|test)"
 #: what a name is once prefix, suffix and letter case are gone, by the doctor's field
 _PLAIN: dict[str, tuple[str, ...]] = {
     "loss": ("loss", "total_loss", "batch_loss", "running_loss", "train_loss", "training_loss", "contrastive_loss",
-             "clip_loss", "infonce_loss", "ntxent_loss", "nt_xent_loss", "contrast_loss"),
+             "clip_loss", "infonce_loss", "ntxent_loss", "nt_xent_loss", "contrast_loss", "avg_loss", "mean_loss",
+             "average_loss", "loss_avg", "loss_mean"),
     "lr": ("lr", "learning_rate", "learningrate", "lr_adamw", "lr_adam", "lr_sgd"),
     "gradient_norm": ("grad_norm", "gradient_norm", "grad_2_0_norm_total", "total_grad_norm", "gnorm", "grad"),
     "scale": ("scale", "logit_scale"),
@@ -27,6 +28,7 @@ _PLAIN: dict[str, tuple[str, ...]] = {
     "epoch": ("epoch", "epochs", "train_epoch", "current_epoch"),
     "candidates": ("candidates", "num_candidates"),
     "rows": ("rows",),
+    "batch_size": ("batch_size", "bs", "bsz", "batchsize", "train_batch_size", "per_device_train_batch_size"),
 }  # fmt: skip
 _BY_NAME = {name: field for field, names in _PLAIN.items() for name in names}
 #: what says nothing about learning: times, memory, counts of the trainer
@@ -35,15 +37,18 @@ _ASIDE = re.compile(
     r"num_input_tokens_seen|tokens_per_second|data_time|batch_time|data|batch|samples_per_second_per_gpu|timestamp|"
     r"_?runtime|wall_time|walltime|time|date|elapsed_time|remaining_time|memory|memory\(gib\)|train_speed\(.*\)|"
     r"percentage|speed|eta|samples|num_samples|samples_seen|gpu.*|cpu.*|system.*|hostname|pid|_wandb|params?_count|"
-    r"train_steps_per_second|train_samples_per_second|train_runtime|total_steps|max_steps|num_train_epochs)$",
+    r"train_steps_per_second|train_samples_per_second|train_runtime|total_steps|max_steps|num_train_epochs|"
+    r"bt|dt)$",
     re.IGNORECASE,
 )
+#: where a score was cut, which is no score
+_CUT = re.compile(r"[_-]threshold$", re.IGNORECASE)
 #: metrics of retrieval and embeddings, by which a name without a prefix is recognised as one of validation
 _METRIC = re.compile(
-    r"(r|p|recall|precision|hit|hits|hit_rate|acc|accuracy|top|ndcg|mrr|map|mean_average_precision)[@_-]?(at_?)?\d+|"
-    r"\b(mrr|map|ndcg|accuracy|acc|f1|auc|auroc|spearman|pearson|recall|precision|top1|top5)\b|"
-    r"(cosine|dot|euclidean|manhattan)[-_](accuracy|spearman|pearson|ap|f1|precision|recall|ndcg|mrr|map)|"
-    r"(spearman|pearson)[-_](cosine|dot|euclidean|manhattan|max)|median_rank|mean_rank|zeroshot",
+    r"(?<![a-z])(r|p|recall|precision|hit|hits|hit_rate|acc|accuracy|top|ndcg|mrr|map|mean_average_precision)[@_-]?"
+    r"(at_?)?\d+|"
+    r"(?<![a-z])(mrr|map|ndcg|accuracy|acc|f1|auc|auroc|spearman|pearson|recall|precision|top1|top5)(?![a-z])|"
+    r"(cosine|dot|euclidean|manhattan)[-_](ap|mcc)|median_rank|mean_rank|zeroshot",
     re.IGNORECASE,
 )
 #: the mean cosine of different rows, which says whether embeddings are one; of partners it would be another thing
@@ -51,7 +56,10 @@ _MEAN_COSINE = re.compile(
     r"(mean|avg|average)(_pairwise)?_cos(ine)?(_sim(ilarity)?)?|pairwise_cos(ine)?(_sim(ilarity)?)?(_mean)?",
     re.IGNORECASE,
 )
-_LOWER_LOSS = re.compile(r"(^|[/_ -])loss$", re.IGNORECASE)
+_LOWER_LOSS = re.compile(r"(^|[/_ -])loss([/_](step|epoch))?$", re.IGNORECASE)
+#: the split at the end of a name, as TensorBoard's tutorials have it ("Loss/train"), or before a capital ("TrainLoss")
+_SPLIT_LAST = re.compile(rf"^(.+)[/_. -]({_TRAIN}|{_VALID})$", re.IGNORECASE)
+_SPLIT_CAMEL = re.compile(rf"^((?i:{_TRAIN}|{_VALID}))(?=[A-Z][a-zA-Z])")
 
 
 @dataclass
@@ -59,12 +67,14 @@ class Names:
     """Which foreign name is which field, and what was left.
 
     ``used`` maps the doctor's fields to names of the log; ``aside`` are names that say nothing about learning (times,
-    memory); ``unknown`` are those that nothing is known of.
+    memory); ``spare`` those that mean a field which is read from a different name; ``unknown`` are those that nothing
+    is known of.
     """
 
     used: dict[str, str] = field(default_factory=dict)
     aside: list[str] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
+    spare: dict[str, str] = field(default_factory=dict)
 
     def lines(self) -> list[str]:
         """What a user is shown: what was taken for what, and what was not understood."""
@@ -74,6 +84,13 @@ class Names:
         if self.unknown:
             names = ", ".join(self.unknown[:12]) + (", …" if len(self.unknown) > 12 else "")
             lines.append(f"not understood: {names} (say what one is with --map FIELD=NAME)")
+        if self.spare:
+            listed = [f"{name} (also {field})" for name, field in self.spare.items()]
+            lines.append(
+                f"not read: {', '.join(listed[:8])}"
+                + (", …" if len(listed) > 8 else "")
+                + "; --map FIELD=NAME takes one instead"
+            )
         if self.aside:
             lines.append(
                 f"not about learning: {', '.join(self.aside[:8])}" + (", …" if len(self.aside) > 8 else "")
@@ -126,26 +143,29 @@ def map_names(
         meant = _field(name, validation)
         if meant == "":
             result.aside.append(name)
-        elif meant is None or meant in result.used:
+        elif meant is None:
             result.unknown.append(name)
+        elif meant in result.used:
+            result.spare[name] = meant
         else:
             wanted.setdefault(meant, []).append(name)
     for target, candidates in wanted.items():
         best = min(candidates, key=lambda name: (_rank(name), every.index(name)))
         result.used[target] = best
-        result.unknown.extend(name for name in candidates if name != best)
+        result.spare |= {name: target for name in candidates if name != best}
     result.used = _in_order(result.used, every)
     return result
 
 
 def _field(name: str, validation: bool) -> str | None:
     """The doctor's field of a name; "" for what says nothing about learning, None for what is not known."""
-    if is_field(name) and not name.endswith("_loss") and not _LOWER_LOSS.search(name):
+    if is_field(name) and not _LOWER_LOSS.search(name):
         return name
+    name = _split_first(name)
     plain = _key(name)
     of_validation = re.match(rf"^(?:{_VALID})[/_. -]+(.+)$", name, re.IGNORECASE)
     rest = of_validation.group(1) if of_validation else name
-    if _ASIDE.search(rest) and not _METRIC.search(rest):
+    if _CUT.search(rest) or (_ASIDE.search(rest) and not _METRIC.search(rest)):
         return ""
     if of_validation:
         if _key(rest) in ("step", "epoch"):
@@ -170,9 +190,23 @@ def _field(name: str, validation: bool) -> str | None:
         return "embeddings/mean_cosine"
     if re.match(r"^lr[-_/]", name, re.IGNORECASE):
         return "lr"
-    if of_training == name and _METRIC.search(name):
+    if of_training == name and (validation or _METRIC.search(name)):
         return f"val/{name}"
     return None
+
+
+def _split_first(name: str) -> str:
+    """A name with its split in front, where it stands at the end or is one word with the rest.
+
+    >>> _split_first("Loss/train"), _split_first("ValRecall@1"), _split_first("train_loss")
+    ('train/Loss', 'Val_Recall@1', 'train_loss')
+    """
+    if re.match(rf"^(?:{_TRAIN}|{_VALID})[/_. -]", name, re.IGNORECASE):
+        return name
+    last = _SPLIT_LAST.match(name)
+    if last and (_LOWER_LOSS.search(last.group(1)) or _METRIC.search(last.group(1))):
+        return f"{last.group(2)}/{last.group(1)}"
+    return _SPLIT_CAMEL.sub(r"\1_", name)
 
 
 def _key(name: str) -> str:

@@ -75,7 +75,7 @@ def read_log(path: Path) -> Log:
     log = read(place)
     if not log.records:
         raise NearfarError(f"{place} ({kind}) holds no record yet.")
-    others = [f"{other} ({where})" for other, where, _ in logs[1:] if where != place]
+    others = [f"{other} ({where})" for other, where, _ in logs[1:] if place not in (where, *where.parents)]
     if others and path.is_dir():
         log.notes.append(f"also here, and not read: {'; '.join(others[:3])}")
     return log

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import csv
-import os
-from collections.abc import Sequence
+import io
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from nearfar.data.files import Json, parse_json, read_yaml
-from nearfar.doctor.logs.hugging_face import whole_epochs
+from nearfar.doctor.logs.files import open_log, suffix
+from nearfar.doctor.logs.hugging_face import leave_out_summary, whole_epochs
 from nearfar.doctor.logs.log import Log
 from nearfar.errors import NearfarError
 
 __all__ = [
     "csv_rows",
+    "is_table",
     "json_lines",
     "lightning_table",
     "newest",
@@ -36,6 +40,13 @@ HYPERPARAMETERS = {
     "loss": ("loss", "loss_name", "criterion"),
     "memory": ("queue_size", "memory_size"),
 }
+
+
+_DECIMAL_COMMA = re.compile(r"[-+]?\d*,\d+(?:[eE][-+]?\d+)?")
+_POINT = re.compile(r"[-+]?\d*\.\d+(?:[eE][-+]?\d+)?")
+_NUMBER = re.compile(
+    r"[-+]?(?:\d+[.,]?\d*|[.,]\d+)(?:[eE][-+]?\d+)?|[-+]?(?:nan|inf(?:inity)?)", re.IGNORECASE
+)
 
 
 def newest(paths: Sequence[Path]) -> Path | None:
@@ -82,34 +93,60 @@ def read_lightning(path: Path) -> Log:
         content = read_yaml(beside)
         if isinstance(content, dict):
             context = hyperparameters(content)
-    return Log("Lightning metrics.csv", path, list(csv_rows(path)), context)
+    table = csv_rows(path)
+    return Log("Lightning metrics.csv", path, list(table.rows), context, table.unread, table.notes)
 
 
 # -- sentence-transformers -----------------------------------------------------------------------------------
+_EVALUATION = re.compile(r"_results(_@\d+)?\.csv$")
+
+
 def sentence_transformers_tables(path: Path) -> Path | None:
-    """A table that an evaluator wrote, ``…_results.csv``; of a folder the folder."""
+    """A table that an evaluator wrote, ``…_results.csv`` or ``…_results_@10.csv``; of a folder the folder that has
+    them, itself or ``eval/``."""
     if path.is_file():
-        return path if path.name.endswith("_results.csv") else None
-    tables = [*path.glob("*_results.csv"), *path.glob("eval/*_results.csv")]
-    return newest(tables)
+        return path if _EVALUATION.search(path.name) else None
+    return next((place for place in (path, path / "eval") if _evaluations(place)), None)
+
+
+def _evaluations(folder: Path) -> list[Path]:
+    return sorted(each for each in folder.glob("*_results*.csv") if _EVALUATION.search(each.name))
 
 
 def read_sentence_transformers(path: Path) -> Log:
-    """Scores by epoch and step; a step of -1 is the end of its epoch."""
-    records = []
-    for row in csv_rows(path):
-        record: Json = {name: value for name, value in row.items() if name and value != ""}
-        if str(record.get("steps", "")).strip() == "-1":
-            del record["steps"]
-        records.append(record)
-    return Log("sentence-transformers evaluation", path, records, validation=True)
+    """Scores by epoch and step, of all evaluators of a folder, whose names go before those of their scores where there
+    are several (and before the accuracy of triplets: it says what chance is); a step of -1 is the end of its epoch."""
+    files = [path] if path.is_file() else _evaluations(path)
+    by_place: dict[tuple[str, str], Json] = {}
+    unread, notes = 0, []
+    for file in files:
+        table = csv_rows(file)
+        unread += table.unread
+        notes += table.notes
+        triplets = file.name.startswith(
+            "triplet_evaluation"
+        )  # whose accuracy is .5 by chance, which its name says
+        before = f"{_EVALUATION.sub('', file.name)}/" if len(files) > 1 or triplets else ""
+        for row in table.rows:
+            place = {name: row[name] for name in ("epoch", "steps") if row.get(name, "") != ""}
+            if place.get("steps", "").strip() == "-1":
+                del place["steps"]
+            record = by_place.setdefault((row.get("epoch", ""), row.get("steps", "")), dict(place))
+            scores = ((name, value) for name, value in row.items() if name and name not in ("epoch", "steps"))
+            record |= {f"{before}{name}": value for name, value in scores if value != ""}
+    if len(files) > 1:
+        notes.append(f"{len(files)} evaluators: {', '.join(file.name for file in files)}")
+    return Log(
+        "sentence-transformers evaluation", path, list(by_place.values()), {}, unread, notes, validation=True
+    )
 
 
 # -- any -----------------------------------------------------------------------------------------------------
 def json_lines(path: Path) -> Path | None:
-    """``.jsonl`` or ``.ndjson``; in a folder ``logging.jsonl`` (ms-swift), ``trainer_log.jsonl``, or the only one."""
+    """``.jsonl``, ``.ndjson`` or ``.json``; in a folder ``logging.jsonl`` (ms-swift), ``trainer_log.jsonl``, or the
+    only one."""
     if path.is_file():
-        return path if path.suffix.lower() in (".jsonl", ".ndjson") else None
+        return path if suffix(path) in (".jsonl", ".ndjson", ".json") else None
     for name in ("logging.jsonl", "trainer_log.jsonl", "log.jsonl", "metrics.jsonl"):
         if (path / name).is_file():
             return path / name
@@ -118,19 +155,24 @@ def json_lines(path: Path) -> Path | None:
 
 
 def read_json_lines(path: Path) -> Log:
-    """One object a line; lines that are none are counted."""
+    """One object a line; lines that are none are counted. A ``.json`` file may be a list of objects, or an object of
+    lists, a value for each step (as a history of epochs is dumped)."""
     records: list[Json] = []
     unread = 0
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for line in filter(str.strip, file):
-            try:
-                record = parse_json(line)
-            except ValueError:
-                record = None
-            if isinstance(record, dict):
-                records.append(_flat(record))
-            else:
-                unread += 1
+    whole = _whole(path) if suffix(path) == ".json" else None
+    if whole is not None:
+        records = whole
+    else:
+        with open_log(path) as file:
+            for line in filter(str.strip, file):
+                try:
+                    record = parse_json(line)
+                except ValueError:
+                    record = None
+                if isinstance(record, dict):
+                    records.append(_flat(record))
+                else:
+                    unread += 1
     if unread and not records:
         raise NearfarError(f"{path}: none of its {unread} lines is a JSON object.")
     for record in records:  # ms-swift writes "25/1000"
@@ -142,7 +184,25 @@ def read_json_lines(path: Path) -> Log:
     if any(isinstance(record.get("epoch"), float) and record["epoch"] % 1 for record in records):
         whole_epochs(records)
     kind = "ms-swift logging.jsonl" if path.name == "logging.jsonl" else "JSON lines"
-    return Log(kind, path, records)
+    return Log(
+        "JSON file" if whole is not None else kind, path, records, {}, unread, leave_out_summary(records)
+    )
+
+
+def _whole(path: Path) -> list[Json] | None:
+    """The records of a file that is one list of objects, or one object of lists of one length; None for any other."""
+    with open_log(path) as file:
+        try:
+            content = parse_json(file.read())
+        except ValueError:
+            return None
+    if isinstance(content, list):
+        return [_flat(each) for each in content if isinstance(each, dict)]
+    columns = {n: c for n, c in content.items() if isinstance(c, list)} if isinstance(content, dict) else {}
+    if not columns:
+        return None
+    most = max(map(len, columns.values()))
+    return [{name: column[i] for name, column in columns.items() if len(column) == most} for i in range(most)]
 
 
 def _flat(record: Json, before: str = "") -> Json:
@@ -154,58 +214,123 @@ def _flat(record: Json, before: str = "") -> Json:
 
 
 def table_file(path: Path) -> Path | None:
-    """A ``.csv`` or ``.tsv`` file; in a folder the only one."""
+    """A ``.csv`` or ``.tsv`` file, or a ``.txt``, ``.log`` or ``.dat`` file whose lines are one; in a folder the only
+    one."""
     if path.is_file():
-        return path if path.suffix.lower() in (".csv", ".tsv") else None
-    only = [*path.glob("*.csv"), *path.glob("*.tsv")]
+        kind = suffix(path)
+        return (
+            path
+            if kind in (".csv", ".tsv") or (kind in (".txt", ".log", ".dat") and is_table(path))
+            else None
+        )
+    only = [*path.glob("*.csv"), *path.glob("*.tsv"), *path.glob("*.csv.gz")]
     return only[0] if len(only) == 1 else None
+
+
+def is_table(path: Path) -> bool:
+    """Whether a text begins with a line of several names and one with as many numbers."""
+    with open_log(path) as file:
+        head, first = file.readline(), file.readline()
+    mark = _separator(head)
+    names, cells = head.split(mark), first.split(mark)
+    words = len(names) > 1 and not any(_NUMBER.fullmatch(name.strip()) for name in names)
+    return words and len(names) == len(cells) and all(_NUMBER.fullmatch(cell.strip()) for cell in cells)
+
+
+def _separator(head: str) -> str | None:
+    """What divides the cells of a table, by its line of names; None: blanks."""
+    mark = max(",;\t", key=head.count)
+    return mark if mark in head or " " not in head.strip() else None
 
 
 def read_table(path: Path) -> Log:
     """Any table with a line of names. Of one that Weights & Biases exported for a chart ("RUN - train/loss", with
-    columns of the least and the greatest value), the names of the run are left away."""
-    rows = list(csv_rows(path))
+    columns of the least and the greatest value), the names of the run are left away; of several runs, the one with
+    the most values is read."""
+    table = csv_rows(path)
+    rows, notes = table.rows, table.notes
     names = list(rows[0]) if rows else []
-    runs = {name.partition(" - ")[0] for name in names if " - " in name}
+    parts = {name: name.rpartition(" - ") for name in names}
+    runs = list(dict.fromkeys(run for run, mark, _ in parts.values() if mark))
     if not runs:
-        return Log("table", path, list(rows))
-    first = sorted(runs)[0]
-    kept = {
-        name: name.partition(" - ")[2] or name
-        for name in names
-        if (" - " not in name or name.startswith(f"{first} - ")) and not name.endswith(("__MIN", "__MAX"))
+        return Log("table", path, list(rows), {}, table.unread, notes)
+    counts = {
+        run: max(sum(row.get(n, "") != "" for row in rows) for n in names if parts[n][0] == run)
+        for run in runs
     }
+    read = max(runs, key=lambda run: counts[run])
+    kept = {
+        name: last for name, (run, mark, last) in parts.items()
+        if (not mark or run == read) and not name.endswith(("__MIN", "__MAX"))
+    }  # fmt: skip
     records: list[Json] = [
         {kept[name]: row[name] for name in kept if row.get(name, "") != ""} for row in rows
     ]
-    notes = [f"the table has {len(runs)} runs; read is '{first}'"] if len(runs) > 1 else []
-    return Log("Weights & Biases exported table", path, records, notes=notes)
+    if len(runs) > 1:
+        others = ", ".join(f"'{run}'" for run in runs if run != read)
+        notes.append(f"the table has {len(runs)} runs; read is '{read}', and not {others}")
+    return Log("Weights & Biases exported table", path, list(filter(None, records)), {}, table.unread, notes)
 
 
-def csv_rows(path: str | os.PathLike[str]) -> list[dict[str, str]]:
-    """The rows of a CSV file with a line of names, as a logger writes one; cells end at commas, semicolons or tabs.
+@dataclass
+class Table:
+    """Rows of a table by the names of its columns, how many lines were left out, and what was taken for granted."""
 
-    A short row lacks its last cells. One with more cells than names, or a name that comes twice, is refused: it would
-    not be clear which cell is which field's.
+    rows: list[dict[str, str]]
+    unread: int = 0
+    notes: list[str] = field(default_factory=list)
+
+
+def csv_rows(path: Path) -> Table:
+    """The rows of a CSV file with a line of names, as a logger writes one; cells end at commas, semicolons, tabs or
+    blanks. Numbers may have decimal commas, where no cell has a decimal point.
+
+    A short row lacks its last cells; a short last line that has no end was cut off by a killed process, and is left
+    out. A row with more cells than names, or a name that comes twice, is refused: it would not be clear which cell is
+    which field's.
     """
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            head = file.readline()
-            file.seek(0)
-            mark = max(",;\t", key=head.count)
-            rows = csv.reader(file, delimiter=mark)
-            names = next(rows, [])
-            twice = next((name for at, name in enumerate(names) if name and name in names[:at]), None)
-            if twice is not None:
-                raise NearfarError(f"{path} has several columns '{twice}'; rename them, or drop all but one")
-            records = []
-            for row in filter(None, rows):
-                if len(row) > len(names) and any(cell.strip() for cell in row[len(names) :]):
-                    raise NearfarError(
-                        f"{path}: line {rows.line_num} has {len(row)} cells, but line 1 names {len(names)} columns; "
-                        "put texts that hold the separator in quotes, and write decimal points"
-                    )
-                records.append(dict(zip(names, row, strict=False)))
-            return records
-    except (UnicodeDecodeError, csv.Error, OSError) as error:
+        with open_log(path) as file:
+            text = file.read()
+    except (OSError, EOFError) as error:
         raise NearfarError(f"{path}: not a CSV file that can be read ({error})") from None
+    mark = _separator(text.lstrip().partition("\n")[0])
+    try:
+        cells = list(filter(None, _cells(text, mark)))
+    except csv.Error as error:
+        raise NearfarError(f"{path}: not a CSV file that can be read ({error})") from None
+    names = [name.strip() for name in cells[0]] if cells else []
+    if names and all(_NUMBER.fullmatch(name) for name in names if name):
+        raise NearfarError(
+            f"{path}: line 1 holds numbers ({', '.join(names[:4])}) where the names of the columns are needed; put a "
+            "line such as 'step,loss' before it."
+        )
+    twice = next((name for at, name in enumerate(names) if name and name in names[:at]), None)
+    if twice is not None:
+        raise NearfarError(f"{path} has several columns '{twice}'; rename them, or drop all but one")
+    cut = len(cells) > 1 and not text.endswith(("\n", "\r")) and len(cells[-1]) < len(names)
+    body = cells[1:-1] if cut else cells[1:]
+    for at, row in enumerate(body, 2):
+        if len(row) > len(names) and any(cell.strip() for cell in row[len(names) :]):
+            raise NearfarError(
+                f"{path}: line {at} has {len(row)} cells, but line 1 names {len(names)} columns; "
+                "put texts that hold the separator in quotes, and write decimal points"
+            )
+    rows = [dict(zip(names, row, strict=False)) for row in body]
+    return Table(rows, int(cut), _decimal_commas(rows))
+
+
+def _cells(text: str, mark: str | None) -> Iterator[list[str]]:
+    if mark is None:
+        return (line.split() for line in text.splitlines())
+    return csv.reader(io.StringIO(text, newline=""), delimiter=mark)
+
+
+def _decimal_commas(rows: list[dict[str, str]]) -> list[str]:
+    """Decimal points for decimal commas, in place, where all fractions of the table have these; says so in notes."""
+    every = [cell.strip() for row in rows for cell in row.values()]
+    if not any(map(_DECIMAL_COMMA.fullmatch, every)) or any(map(_POINT.fullmatch, every)):
+        return []
+    for row in rows:
+        row |= {n: c.replace(",", ".") for n, c in row.items() if _DECIMAL_COMMA.fullmatch(c.strip())}
+    return ["decimal commas were read as decimal points"]

@@ -15,6 +15,7 @@ from nearfar.doctor.rules import (
     sparse_logs,
     sparse_metrics,
     temperature,
+    weights,
 )
 
 __all__ = ["RULES"]
@@ -24,6 +25,7 @@ RULES = RuleBook(
     rule
     for theme in (
         course,
+        weights,
         loss,
         sparse_logs,
         sparse_metrics,

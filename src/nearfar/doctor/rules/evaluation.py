@@ -185,10 +185,10 @@ def _baseline(signals: Signals) -> Evidence | None:
             worst = value - sign * 2 * math.sqrt(baseline * max(0.0, 1 - baseline) / gallery)
         if sign * (worst - baseline) > 0:
             continue
-        interval = "" if low is None else f" [{estimate.get('low'):.3f}, {estimate.get('high'):.3f}]"
+        interval = "" if low is None else f" [{estimate.get('low'):.3g}, {estimate.get('high'):.3g}]"
         title = None if kind == _CONSTANT else f"{kind} does as well."
         return Evidence(
-            f"{name} on {split} is {value:.3f}{interval}; {kind} scores {baseline:.3f}.",
+            f"{name} on {split} is {value:.3g}{interval}; {kind} scores {baseline:.3g}.",
             {"value": value, "baseline": baseline},
             title="The metric that matters is at chance." if kind == "chance" else title,
         )
@@ -231,7 +231,28 @@ def _lookup(baselines: Mapping[str, Any], split: str, name: str) -> tuple[float 
     return None if baseline is None else estimate_of(baseline, name)["value"], kind
 
 
+def _training_mode(signals: Signals) -> Evidence | None:
+    flags = signals.series("evaluated_in_training").finite()
+    if not flags or flags.numbers.max() <= 0:
+        return None
+    count = int((flags.numbers > 0).sum())
+    return Evidence(
+        f"In {count} of {len(flags)} evaluations dropout drew, or BatchNorm took the statistics of the rows at hand.",
+        {"evaluations": float(count)},
+    )
+
+
 RULES = (
+    Rule(
+        "evaluated-in-training-mode", "warning", "The model was evaluated in training mode.",
+        (("evaluated_in_training",),), _training_mode,
+        looks_at="`evaluated_in_training`", threshold="one evaluation",
+        cause="`model.train()` in the evaluation, or no `model.eval()` before it: dropout makes embeddings noisy, and "
+        "with BatchNorm a row's embedding depends on the rows beside it, which may give partners away.",
+        remedy=advice("Call `model.eval()` before the evaluation and `model.train()` after it; hand the evaluation to "
+                      "`Monitor(evaluate=...)`, which does."),
+        source="Ioffe and Szegedy 2015, batch normalization: inference uses fixed statistics",
+    ),
     Rule(
         "split-leak", "error", "Splits share items: the score is of rows the model was trained or chosen on.",
         (("splits",), ("leaks",)), _leak,

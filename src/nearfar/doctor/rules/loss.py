@@ -8,9 +8,16 @@ from dataclasses import replace
 import numpy as np
 
 from nearfar.doctor.levels import Level, levels
-from nearfar.doctor.phases import hard_epochs, metric_rises, monitor, switch_epoch
+from nearfar.doctor.phases import hard_epochs, metric_learns, metric_rises, monitor, switch_epoch
 from nearfar.doctor.rule import Evidence, Remedy, Rule, TooLittle
-from nearfar.doctor.rules._remedies import advice, lower_learning_rate, peak_learning_rate
+from nearfar.doctor.rules._remedies import (
+    advice,
+    learning_rate_gone,
+    lower_learning_rate,
+    peak_learning_rate,
+)
+from nearfar.doctor.rules.sparse_logs import other_logarithm
+from nearfar.doctor.rules.sparse_metrics import no_room
 from nearfar.doctor.series import LAST_PART, mean
 from nearfar.doctor.signals import Signals
 
@@ -26,10 +33,13 @@ ABOVE_CHANCE = -0.03
 TOO_NOISY = 0.025
 #: temperatures at which logits of cosines lie within 4 of each other, and at which they lie 100 and more apart
 BLUNT, SHARP = 0.5, 0.01
+#: share of the way by which a loss whose logits are bounded lies below guessing
+BELOW = 0.005
 #: learning rates below this move no encoder from its start
 STANDSTILL = 1e-6
 #: change over the run, as a share of the way, that is none
 STILL = 0.02
+LEARNS_TITLE = "The loss stays near guessing, although the metric rises."
 UNMOVED_TITLE = "The loss is worse than guessing, and has not moved since the start."
 ONE_BATCH = "First overfit one batch: if its loss does not fall, the pairs or the gradient are wrong."
 #: nats above the floor at which the targets have 95 % of the probability that they ask for
@@ -66,6 +76,9 @@ def _at_chance(signals: Signals) -> Evidence | None:
         raise TooLittle(f"only the first of {planned:.0f} epochs was logged")
     noisy = 0
     known = levels(signals)
+    if other_logarithm(signals):
+        return None  # which is judged there
+    blunt = no_room(signals) is not None and metric_learns(signals)
     for level in known:
         whole = level.way()
         late = level.settled(whole)
@@ -79,14 +92,23 @@ def _at_chance(signals: Signals) -> Evidence | None:
         way = level.settled(whole, shares[0])
         # What is not worse than guessing by two standard errors is as good.
         none = way.mean() + 2 * way.error() >= ABOVE_CHANCE and way.mean() <= AT_CHANCE
+        if blunt and way.mean() > max(BELOW, 2 * way.error()):
+            continue  # below guessing by all that bounded logits allow
         if none and not _hard_and_learning(signals):
-            return _evidence(level, shares[0])
+            evidence = _evidence(level, shares[0])
+            return (
+                replace(evidence, title=LEARNS_TITLE, severity="warning")
+                if metric_learns(signals)
+                else evidence
+            )
     if noisy == len(known):
         raise TooLittle("the loss scatters too much for its level to be known; log more steps")
     return None
 
 
 def _above_chance(signals: Signals) -> Evidence | None:
+    if other_logarithm(signals):
+        return None
     for level in levels(signals):
         way = level.settled(level.way())
         if way and way.epochs[-1] <= 1 and len(np.unique(way.epochs)) == 1:
@@ -149,12 +171,18 @@ def _at_floor(signals: Signals) -> Evidence | None:
 
 def _chance_remedy(signals: Signals) -> Remedy:
     rate = lower_learning_rate(signals)
+    if metric_learns(signals):
+        return Remedy(
+            "temperature=0.07", "Logits have little room: lower the temperature, or judge by the metric."
+        )
     if (signals.number("temperature") or 0.0) >= BLUNT:
         return Remedy(
             "temperature=0.07",
             "At this temperature all candidates score nearly alike.",
             (rate,) if rate else (),
         )
+    if learning_rate_gone(signals) is not None:
+        return Remedy("", "Mend the schedule of the learning rate first, of which nothing is left.")
     if 0.0 < peak_learning_rate(signals) < STANDSTILL:
         return Remedy("lr=0.001", "At this learning rate nothing moves.")
     return Remedy(rate, f"{ONE_BATCH} Then divide the learning rate by 3.")

@@ -7,13 +7,13 @@ import math
 import numpy as np
 
 from nearfar.doctor.levels import levels
-from nearfar.doctor.phases import monitor
+from nearfar.doctor.phases import metric_learns, monitor
 from nearfar.doctor.rule import Evidence, Rule, TooLittle
 from nearfar.doctor.rules._remedies import advice
 from nearfar.doctor.series import Series, level_noise, mean
 from nearfar.doctor.signals import Signals
 
-__all__ = ["RULES"]
+__all__ = ["RULES", "other_logarithm"]
 
 #: distance from the logarithm of a whole number, in nats, at which a loss stands there
 AT_LOGARITHM = 0.01
@@ -27,6 +27,8 @@ NO_GRADIENT, NO_LOSS = 1e-9, 1e-6
 REPEATS = 0.97
 #: the same of the losses of epochs with each other, of which random orders have none; and that in standard errors of 0
 ALIKE_EPOCHS, SURE = 0.6, 6.0
+#: squared differences of steps, as a share of the squared steps: of independent values 3, of a smooth course about 0
+ROUGH = 0.5
 #: a loss that no choice among candidates has, and no mean of cosines either
 NEGATIVE = -1.5
 #: first loss, beside that of guessing, from which logits are far too large; and alone, as guessing among e^20 costs
@@ -36,6 +38,8 @@ GRADIENT_GROWS, STILL_GROWS, STEADILY = 4.0, 0.95, 0.8
 #: values of a period that have to differ, and values of the log in which a period is looked for
 LEAST_DIFFERENT, MOST_VALUES = 5, 20_000
 LEAST_VALUES = 8
+#: values that a loss has to stand still for, and how high, for it to be said of one at no usual logarithm
+MANY_VALUES, MANY_LOG = 20, math.log(8)
 LEAST_SCORES = 4
 
 
@@ -43,18 +47,86 @@ def _loss(signals: Signals) -> Series:
     return (signals.series("loss") or signals.series("train_loss")).finite()
 
 
+def other_logarithm(signals: Signals) -> bool:
+    """Whether a loss, of which only the size of the batch is known, stands where guessing among a different number of
+    candidates does: all processes' rows, a queue, or a question about each pair."""
+    known, at = levels(signals), _stands_at(signals)
+    if [level.assumed for level in known] != ["ln(batch_size)"] or at is None:
+        return False
+    question = at[1] == 2 and signals.text("loss_kind") != "softmax"
+    return question or at[0] > known[0].uniform.mean() + 3 * AT_LOGARITHM
+
+
 def _at_logarithm(signals: Signals) -> Evidence | None:
     try:
-        if levels(signals):
+        if levels(signals) and not other_logarithm(signals):
             return None  # what guessing costs is known, and the rules on the loss judge it
     except TooLittle:
         pass
     loss = _loss(signals)
     if len(loss) < LEAST_VALUES:
         raise TooLittle(f"only {len(loss)} logged values of the loss")
+    if metric_learns(signals):
+        return None  # what stands still is the loss alone
+    at = _stands_at(signals)
+    if at is None:
+        return _unmoved(signals)
+    level, nearest, known = at
+    if nearest == 2:
+        what = (
+            "as a yes-or-no question is guessed: a sigmoid or binary cross-entropy for each pair, or one negative for "
+            "each query"
+        )
+    else:
+        what = (
+            f"as one of {nearest:,} candidates{known} is guessed: the rows of a batch times the processes that share "
+            "them, or a queue of negatives"
+        )
+    return Evidence(
+        f"The loss stands at {level:.4g} throughout; ln {nearest:,} is {math.log(nearest):.4f}, {what}.",
+        {"loss": level, "candidates": float(nearest), "logarithm": math.log(nearest)},
+    )
+
+
+def _level(loss: Series) -> float | None:
+    """Where a loss stands that has not moved over the log; None where it has."""
     level = mean(loss.tail(0.75).values)
     quarters = [mean(part.tolist()) for part in np.array_split(loss.numbers, 4)]
-    if max(quarters) - min(quarters) > NOT_MOVED or level <= 0.1:
+    return None if max(quarters) - min(quarters) > NOT_MOVED or level <= 0.1 else level
+
+
+def _unmoved(signals: Signals) -> Evidence | None:
+    """A loss that has not moved, at the logarithm of a number that may be that of the candidates or not."""
+    loss, metric = _loss(signals), monitor(signals)
+    level = _level(loss)
+    if level is None or len(loss) < MANY_VALUES or not MANY_LOG < level < math.log(_POWERS[-1]):
+        return None
+    still = [series.tail(least=1).mean() <= 1e-6 for series in signals.named("*/moved").values()]
+    if (
+        (still and all(still))
+        or _nothing_to_learn(signals)
+        or (len(loss) >= 3 * LEAST_VALUES and _periodic(signals))
+    ):
+        return None  # which says why
+    scores = len(metric) >= LEAST_SCORES
+    if scores and mean(metric.values[-2:]) > metric.values[0] + 3 * level_noise(metric.values):
+        return None
+    number = math.exp(level)
+    beside = f"; {metric.name} does not rise either" if scores else ""
+    return Evidence(
+        f"The loss stands at {level:.4g} throughout, which guessing among {number:,.0f} candidates costs{beside}. "
+        "Whether a query has as many, the log does not say.",
+        {"loss": level, "candidates": number},
+        severity="warning" if scores else "note",
+        title="The loss has not moved over the whole log.",
+    )
+
+
+def _stands_at(signals: Signals) -> tuple[float, int, str] | None:
+    """The level of a loss that has not moved, the usual number whose logarithm it is, and what has that number."""
+    loss = _loss(signals)
+    level = _level(loss) if len(loss) >= LEAST_VALUES else None
+    if level is None:
         return None
     numbers = dict.fromkeys(_POWERS, "")
     batch, ranks = signals.number("batch_size"), signals.number("world_size") or 1.0
@@ -68,21 +140,7 @@ def _at_logarithm(signals: Signals) -> Evidence | None:
     nearest = min(numbers, key=lambda n: abs(level - math.log(n)))
     if abs(level - math.log(nearest)) > max(AT_LOGARITHM, 2 * loss.tail(0.75).error()):
         return None
-    if nearest == 2:
-        what = (
-            "as a yes-or-no question is guessed: a sigmoid or binary cross-entropy for each pair, or one negative for "
-            "each query"
-        )
-    else:
-        known = f" ({numbers[nearest]})" if numbers[nearest] else ""
-        what = (
-            f"as one of {nearest:,} candidates{known} is guessed: the rows of a batch times the processes that share "
-            "them, or a queue of negatives"
-        )
-    return Evidence(
-        f"The loss stands at {level:.4g} throughout; ln {nearest:,} is {math.log(nearest):.4f}, {what}.",
-        {"loss": level, "candidates": float(nearest), "logarithm": math.log(nearest)},
-    )
+    return level, nearest, f" ({numbers[nearest]})" if numbers[nearest] else ""
 
 
 def _nothing_to_learn(signals: Signals) -> Evidence | None:
@@ -130,6 +188,8 @@ def _periodic(signals: Signals) -> Evidence | None:
                 {"period": float(lag), "times": float(n // lag)},
                 title="The loss repeats exactly: the same batches, and weights that do not change.",
             )
+    if _smooth(values[n // 2 :]):
+        return None
     lag, strength = _repeats(values)
     if strength < REPEATS:
         return _alike_epochs(loss)
@@ -146,6 +206,8 @@ def _alike_epochs(loss: Series) -> Evidence | None:
     epochs: dict[float, list[float]] = {}
     for epoch, value in zip(loss.epochs.tolist(), loss.numbers.tolist(), strict=True):
         epochs.setdefault(epoch, []).append(value)
+    if len(epochs) > 4:
+        del epochs[min(epochs)]  # in which the loss falls steeply
     sizes = [len(values) for values in epochs.values()]
     length = max(set(sizes), key=sizes.count)
     whole = np.array([values for epoch, values in epochs.items() if len(values) == length and epoch == epoch])
@@ -193,6 +255,13 @@ def _repeats(values: np.ndarray) -> tuple[int, float]:
         if least > strength:
             best, strength = lag, least
     return best, strength
+
+
+def _smooth(values: np.ndarray) -> bool:
+    """Whether values bend rather than jump, as those of a running mean: batches differ from one to the next."""
+    steps = np.diff(values)
+    steps = steps - steps.mean()
+    return float(np.square(np.diff(steps)).sum()) < ROUGH * float(np.square(steps).sum())
 
 
 def _negative(signals: Signals) -> Evidence | None:
@@ -263,13 +332,14 @@ RULES = (
     Rule(
         "loss-at-logarithm", "warning", "The loss stands at the logarithm of a number of candidates: it guesses.",
         (("loss",), ("train_loss",)), _at_logarithm,
-        looks_at="`loss`, where no chance level is known",
+        looks_at="`loss`, where no chance level is known, or only ln(batch)",
         threshold=f"within {AT_LOGARITHM} nats of ln 2, ln 8, ln 16, … ln 1,048,576 or ln(batch), quarters of the log "
-        f"within {NOT_MOVED} of each other",
+        f"within {NOT_MOVED} of each other; a note at any other level above ln 8 over {MANY_VALUES} values or more, a "
+        "warning where the metric does not rise either",
         cause="All candidates score alike: frozen weights or a detached side, pairs that do not belong together, a "
         "collapsed encoder, a learning rate that is far too high or too low.",
         remedy=advice("Overfit one batch: if its loss does not fall, the pairs or the gradient are wrong. Log the "
-                      "number of candidates, and this is judged with certainty."),
+                      "number of candidates (`candidates`, or `batch_size` once), and this is judged with certainty."),
         source="a scorer that ranks all candidates alike has the loss ln(candidates) (van den Oord et al. 2018)",
     ),
     Rule(

@@ -7,13 +7,20 @@ import re
 
 import numpy as np
 
-from nearfar.doctor.phases import lower_is_better, main_metric, means_hard, monitor, switch_epoch
+from nearfar.doctor.phases import (
+    lower_is_better,
+    main_metric,
+    means_hard,
+    metric_learns,
+    monitor,
+    switch_epoch,
+)
 from nearfar.doctor.rule import Evidence, Remedy, Rule, TooLittle
 from nearfar.doctor.rules._remedies import advice, lower_learning_rate
 from nearfar.doctor.series import level_noise, mean
 from nearfar.doctor.signals import Signals
 
-__all__ = ["RULES"]
+__all__ = ["RULES", "no_room"]
 
 #: share of the first score that a metric has lost when training has made it worse, beside three times its scatter
 WORSE = 0.05
@@ -26,6 +33,18 @@ LEAST_SCORES, FLAT_SCORES = 4, 5
 #: a score of finding one's own, from which a loss this near to guessing (nats), among so many, has no room to fall
 #: where its last two quarters differ by no more than this
 FOUND, NEAR_GUESSING, MANY, STANDS = 0.5, 1.3, 16, 0.1
+#: share of the way from guessing to 0 that a loss with next to no room has come
+STAYED = 0.05
+#: metrics whose chance level their definition has, and how near to it they are at chance: half of all triplets are
+#: ordered rightly by guessing, and no correlation is 0 (the accuracy of triplets has the same name as that
+#: of pairs, which has an F1 beside it)
+_CHANCES = (
+    (re.compile(r"(?<![a-z])(?:auc|auroc|roc_auc)(?![a-z])|triplet", re.IGNORECASE), 0.5, 0.05),
+    (re.compile(r"(?<![a-z])(?:spearman|pearson|kendall|mcc)(?![a-z])", re.IGNORECASE), 0.0, 0.1),
+)
+#: a share that is logged in percent
+_SHARE = re.compile(r"(?<![a-z])(?:r|recall|hits?|top|acc|accuracy|mrr|map|ndcg|precision|p)(?:[@_-]?\d|$|[@_-])",
+                    re.IGNORECASE)  # fmt: skip
 _FIRST = re.compile(
     r"(?:^|[/_ .-])(?:(?:r|recall|hits?|top|acc|accuracy)(?:@|_at_|[_-])?1|mrr(?:@\d+)?)$", re.IGNORECASE
 )
@@ -87,21 +106,44 @@ def _flat(signals: Signals) -> Evidence | None:
     values = metric.numbers
     if len(values) < FLAT_SCORES:
         raise TooLittle(f"{FLAT_SCORES} scores of validation are needed, and there are {len(values)}")
-    if (
-        lower_is_better(signals, name)
-        or values.min() < 0
-        or values.max() >= LOW
-        or float(np.ptp(values)) <= 1e-12
-    ):
+    if lower_is_better(signals, name) or float(np.ptp(values)) <= 1e-12:
+        return None
+    of_triplets = name.endswith("cosine_accuracy") and not signals.has(
+        f"val/{name.removesuffix('accuracy')}f1"
+    )
+    known = next(
+        ((at, near) for names, at, near in _CHANCES if names.search("triplet" if of_triplets else name)), None
+    )
+    if known is not None:
+        chance, low = known
+        at_chance = float(np.abs(values - chance).max()) < low
+        beside = f"; chance is {chance:g}"
+    else:
+        percent = values.max() > 1 and _SHARE.search(name) is not None
+        at_chance, beside = values.min() >= 0 and values.max() < LOW * (100 if percent else 1), ""
+    if not at_chance:
         return None
     half = len(values) // 2
     first, late = float(values[:half].mean()), float(values[half:].mean())
-    if late - first > max(RISEN * first, 3 * level_noise(metric.values) / math.sqrt(half)):
+    rise = late - first
+    if rise > max(
+        RISEN * first if known is None else low / 2, 3 * level_noise(metric.values) / math.sqrt(half)
+    ):
         return None
     return Evidence(
-        f"{name} is {first:.3g} in the first {half} evaluations and {late:.3g} in the other {len(values) - half}.",
+        f"{name} is {first:.3g} in the first {half} evaluations and {late:.3g} in the other {len(values) - half}"
+        f"{beside}.",
         {"first": first, "last": late},
+        title=None if known is None else "The metric stays at chance.",
     )
+
+
+def no_room(signals: Signals) -> Evidence | None:
+    """Evidence that a loss stays near guessing because its logits are bounded, while what is looked for is found."""
+    try:
+        return _no_room(signals)
+    except TooLittle:
+        return None
 
 
 def _no_room(signals: Signals) -> Evidence | None:
@@ -123,16 +165,18 @@ def _no_room(signals: Signals) -> Evidence | None:
             "a score of finding one's own (R@1, MRR), the loss, and the size of the batch are needed"
         )
     name = main_metric(signals, list(scores)) or next(iter(scores))
+    found = scores[name] >= FOUND or metric_learns(signals)
     guess, late = math.log(candidates) if candidates >= MANY else 0.0, loss.tail()
     quarters = [float(part.mean()) for part in np.array_split(loss.numbers, 4)] if len(loss) >= 8 else []
     if not quarters or abs(quarters[2] - quarters[3]) > STANDS:
         return None  # it may fall further
-    if scores[name] < FOUND or not guess - NEAR_GUESSING < late.mean() < guess:
+    if not found or not guess - NEAR_GUESSING < late.mean() < guess:
         return None
     return Evidence(
         f"The loss is {late.mean():.3f} in {late.where_text()}, where guessing among {candidates:.0f} costs "
         f"{guess:.3f}, and {name} is {scores[name]:.3f}.",
         {"loss": late.mean(), "guessing": guess, "score": scores[name]},
+        severity="warning" if late.mean() > (1 - STAYED) * guess else None,
     )
 
 
@@ -153,16 +197,20 @@ RULES = (
         threshold=f"{LEAST_SCORES} scores or more that are the same to the last digit, of all metrics",
         cause="The evaluation uses a copy of the model that is not trained, cached embeddings, or weights that do not "
         "move.",
-        remedy=advice("Evaluate the model that is trained, and compute its embeddings anew each time."),
+        remedy=advice("Evaluate the model that is trained, and compute its embeddings anew each time. Where the loss "
+                      "stands still as well, see whether the optimiser holds the weights, and log `lr`: a schedule "
+                      "that is stepped every batch may have ended."),
         source="weights that move change some rank among many",
     ),
     Rule(
         "metric-flat", "warning", "The metric is low and does not rise.", (("val/*",),), _flat,
-        looks_at="the monitored metric, where its chance level is not known",
-        threshold=f"below {LOW:g} in all of {FLAT_SCORES} or more evaluations; the mean of the second half is not "
+        looks_at="the monitored metric, where its chance level is not logged",
+        threshold=f"below {LOW:g} (10 in percent; AUC and triplets within 0.05 of 0.5, correlations within 0.1 of 0) "
+        f"in all of {FLAT_SCORES} or more evaluations; the mean of the second half is not "
         f"{RISEN:.0%} above that of the first, nor three standard errors",
         cause="What is learned does not carry over: pairs that do not belong together (shuffled, or shifted by one), "
-        "a model that learns its rows by heart, an evaluation whose queries and keys stand in different orders.",
+        "a model that learns its rows by heart, a way around the task where the loss falls nevertheless (batch "
+        "statistics that give the pair away), an evaluation whose queries and keys stand in different orders.",
         remedy=advice("Look at ten pairs as the loop hands them to the loss, and evaluate on training rows: where that "
                       "is low as well, the pairs or the evaluation are wrong."),
         source="a score at its chance level is that of no model at all",
@@ -173,7 +221,8 @@ RULES = (
         _no_room,
         looks_at="`loss` beside R@1 or MRR, of a loss with one positive for each query, in random batches",
         threshold=f"the loss within {NEAR_GUESSING:g} nats of ln(candidates), {MANY} or more of them, its last quarter "
-        f"within {STANDS:g} of the third, and a score of {FOUND:g} or more",
+        f"within {STANDS:g} of the third, and a score of {FOUND:g} or more, or twice the first; a warning where the "
+        f"loss has come less than {STAYED:.0%} of the way",
         cause="The differences of the logits are bounded: a temperature of 1, or a softmax applied twice "
         "(cross_entropy has its own).",
         remedy=advice("Divide cosines by a temperature of .05 to .1, and give cross_entropy logits and no "

@@ -1,0 +1,183 @@
+"""Ray, where it is asked for: joining a cluster or starting one on this machine, and holding processes on its nodes.
+
+Nothing else in nearfar needs Ray. It is imported when a command asks for it, and a machine without it gets a message
+that names what to install.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from nearfar.errors import NearfarError
+
+__all__ = ["Processes", "connect", "lost", "require_ray", "total"]
+
+Say = Callable[[str], None]
+
+#: seconds after which a command that waits for free nodes says so
+PATIENCE = 15.0
+
+
+def require_ray(what: str) -> Any:
+    """The module ``ray``; ``NearfarError`` with the command that installs it where it is not installed."""
+    if importlib.util.find_spec("ray") is None:
+        raise NearfarError(f"{what} needs Ray, which is not installed: pip install 'nearfar[ray]'")
+    # No statistics are sent unless the user asks for it.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # lines of epochs are alike, and each is news
+    import ray
+
+    return ray
+
+
+@contextmanager
+def connect(what: str, cpus: float = 1) -> Iterator[Any]:
+    """Ray, connected: to the cluster of ``RAY_ADDRESS``, or that which runs on this machine, or one started for this.
+
+    One that is started here has at least ``cpus`` CPUs, as torchrun starts processes without counting cores. A
+    connection that was there before is used and left as it is.
+
+    Raises ``NearfarError`` where Ray is not installed, or where ``RAY_ADDRESS`` leads nowhere.
+    """
+    ray = require_ray(what)
+    if ray.is_initialized():
+        yield ray
+        return
+    passed = {name: value for name, value in os.environ.items() if name.startswith("NEARFAR_")}
+    # DistributedDataParallel would warn in every process that all weights were used, which is no news.
+    passed.setdefault("TORCH_CPP_LOG_LEVEL", os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"))
+    common: dict[str, Any] = {"logging_level": "ERROR", "runtime_env": {"env_vars": passed}}
+    _check_address()
+    try:
+        ray.init("auto", **common)
+    except ConnectionError:  # none is running
+        _start_here(ray, int(max(os.cpu_count() or 1, cpus)), common)
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def _start_here(ray: Any, cpus: int, common: Mapping[str, Any]) -> None:
+    try:
+        ray.init("local", num_cpus=cpus, include_dashboard=False, **common)
+    except Exception as error:
+        if "timed out" not in str(error):
+            raise
+        ray.shutdown()
+        raise NearfarError(
+            "Ray did not start on this machine within its 30 seconds, as on a very busy one. Give the command again, "
+            "or start Ray by hand first (ray start --head)."
+        ) from None
+
+
+def _check_address() -> None:
+    """``NearfarError`` where nothing listens at ``RAY_ADDRESS``; Ray itself would try for minutes."""
+    address = os.environ.get("RAY_ADDRESS", "")
+    host, _, port = address.rpartition(":")
+    if not host or "://" in address or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except OSError as error:
+        raise NearfarError(
+            f"RAY_ADDRESS={address}: no cluster answers there ({error}). Start one (ray start --head), or unset "
+            "RAY_ADDRESS to use this machine alone."
+        ) from None
+
+
+def total(resource: str) -> float:
+    """How much of a resource (``CPU``, ``GPU``) all nodes of the connected cluster have together."""
+    import ray
+
+    return float(ray.cluster_resources().get(resource, 0))
+
+
+def lost(error: BaseException) -> bool:
+    """Whether the error says that a process or its node is gone, and not that the process raised it."""
+    from ray import exceptions
+
+    gone = (
+        exceptions.RayActorError,
+        exceptions.NodeDiedError,
+        exceptions.OutOfMemoryError,
+        exceptions.WorkerCrashedError,
+        exceptions.ObjectLostError,
+    )
+    return isinstance(error, gone)
+
+
+class Processes:
+    """Processes on the nodes of a cluster, reserved together: all of them, or none and a wait for free nodes.
+
+    Args:
+        kind: the class whose instances they hold; each is made with its number, from 0, and ``arguments``.
+        count: how many.
+        cpus, gpus: what each reserves.
+        say: is told when there are too few free nodes.
+
+    Leaving the context ends them and frees what was reserved.
+    """
+
+    def __init__(
+        self, kind: type, count: int, cpus: float, gpus: float, say: Say, arguments: Sequence[Any] = ()
+    ) -> None:
+        self.kind, self.count, self.arguments, self.say = kind, count, tuple(arguments), say
+        self.each: Mapping[str, float] = {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
+        self.actors: list[Any] = []
+        self._group: Any = None
+
+    def __enter__(self) -> list[Any]:
+        import ray
+        from ray.util.placement_group import placement_group
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        self._group = placement_group([dict(self.each)] * self.count, strategy="PACK")
+        try:
+            self._await_nodes()
+            for number in range(self.count):
+                place = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=number)
+                actor: Any = ray.remote(self.kind).options(
+                    num_cpus=self.each["CPU"],
+                    num_gpus=self.each.get("GPU", 0),
+                    max_restarts=0,
+                    scheduling_strategy=place,
+                    max_concurrency=2,  # while one call works, a second asks it to stop
+                )
+                self.actors.append(actor.remote(number, *self.arguments))
+        except BaseException:
+            self.__exit__()
+            raise
+        return self.actors
+
+    def _await_nodes(self) -> None:
+        ready, waited, told = self._group.ready(), time.monotonic(), False
+        import ray
+
+        while not ray.wait([ready], timeout=0.5)[0]:
+            if not told and time.monotonic() - waited > PATIENCE:
+                told = True
+                each = ", ".join(f"{amount:g} {name}" for name, amount in self.each.items())
+                have = ", ".join(f"{total(name):g} {name}" for name in self.each)
+                self.say(
+                    f"waiting for nodes: {self.count} processes of {each} are needed, the cluster has {have} in all "
+                    "(ray status shows what is free; Ctrl-C ends the wait)"
+                )
+
+    def __exit__(self, *_: object) -> None:
+        import ray
+        from ray.util.placement_group import remove_placement_group
+
+        for actor in self.actors:
+            with suppress(Exception):  # one that is gone needs no end
+                ray.kill(actor)
+        if self._group is not None:
+            with suppress(Exception):
+                remove_placement_group(self._group)
+        self.actors, self._group = [], None

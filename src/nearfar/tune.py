@@ -1,0 +1,372 @@
+"""A search for options on a Ray cluster: Optuna draws, weak trials end early, the best is judged on new seeds."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.override_parser.types import IntervalSweep, Override
+from rich.console import Console
+
+from nearfar import terminal
+from nearfar.cluster import connect, total
+from nearfar.config.compose import compose_config, merge_overrides, parse, quote_paths
+from nearfar.config.training import RunOptions
+from nearfar.directions import lower_is_better
+from nearfar.errors import NearfarError
+from nearfar.lab.compare import compare_runs
+from nearfar.lab.groups import find_runs, group_runs
+from nearfar.launch import absolute_paths, check_runs, objective, run_name, run_one, with_saved_overrides
+from nearfar.systems import build_system, check_config
+from nearfar.training.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from nearfar.lab.compare import Comparison
+
+__all__ = ["Candidate", "search_space", "tune"]
+
+#: of the trials that reach a rung, one in so many goes on (Li et al. 2020, ASHA)
+REDUCTION = 3
+#: epochs that every trial has, as a share of all: earlier values are of a model that has hardly begun
+GRACE = 0.1
+#: with fewer epochs there is next to nothing to save
+LEAST_EPOCHS = 4
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One trial: its ``values``, the monitored metric on validation, and after how many epochs it ended."""
+
+    run: str
+    values: dict[str, str]
+    objective: float | None
+    epochs: int
+    pruned: bool
+    error: str | None = None
+
+
+def search_space(overrides: Sequence[str]) -> tuple[list[str], dict[str, Override]]:
+    """The overrides that have one value, and by their keys those that a search draws.
+
+    >>> fixed, drawn = search_space(["experiment=molecules", "lr=tag(log,interval(1e-4,1e-2))", "sampler=hard,random"])
+    >>> fixed, sorted(drawn)
+    (['experiment=molecules'], ['lr', 'sampler'])
+    """
+    fixed, drawn = [], {}
+    for text, parsed in zip(overrides, parse(overrides), strict=True):
+        if parsed.is_sweep_override():
+            drawn[str(parsed.get_key_element())] = parsed
+        else:
+            fixed.append(text)
+    if not drawn:
+        raise NearfarError(
+            "there is nothing to search: give an option several values, such as sampler=hard,random or "
+            "'lr=tag(log,interval(1e-4,1e-2))'."
+        )
+    for key in ("seed", "name", "experiment", "exists", "resume_from"):
+        if key in drawn:
+            raise NearfarError(
+                f"{key} has one value in a search; the best candidate is judged on new seeds (--judge N)."
+            )
+    return fixed, drawn
+
+
+def _distribution(drawn: Override) -> Any:
+    """Optuna's distribution of an option: of an interval between its ends, or of the values that are listed."""
+    from optuna import distributions
+
+    value = drawn.value()
+    if not isinstance(value, IntervalSweep):
+        return distributions.CategoricalDistribution(list(drawn.sweep_string_iterator()))
+    low, high, log = value.start, value.end, "log" in value.tags
+    if isinstance(low, int) and isinstance(high, int):
+        return distributions.IntDistribution(low, high, log=log)
+    return distributions.FloatDistribution(float(low or 0), float(high or 0), log=log)
+
+
+def tune(
+    overrides: Sequence[str],
+    *,
+    trials: int = 20,
+    prune: bool = False,
+    at_once: int | None = None,
+    judge: int = 3,
+    console: Console | None = None,
+) -> Comparison | None:
+    """Search the options that have several values, and judge the best candidate beside the defaults on new seeds.
+
+    Every trial is a run in ``runs_dir/NAME/search``, and climbs the monitored metric on validation. The same call again
+    goes on: finished trials are known to the search, those that were cut off go on from their checkpoints.
+
+    Args:
+        overrides: as of ``nearfar train``; ``key=a,b`` and ``key=interval(low,high)`` are drawn.
+        trials: how many, with those that are there.
+        prune: end trials early whose validation is weaker than others' after as many epochs (ASHA).
+        at_once: trials at a time; None: as many as the cluster has room for.
+        judge: new seeds on which the best and the options' own defaults are trained and compared; 0: none.
+
+    Returns the comparison, and None without one.
+    """
+    if trials < 1 or judge < 0:
+        raise NearfarError(f"--trials {trials}, --judge {judge}: at least one trial, and no negative number.")
+    out = console or terminal.console()
+    fixed, drawn = search_space(with_saved_overrides(quote_paths(list(overrides))))
+    first = check_runs([*fixed, *(str(each.input_line) for each in drawn.values())], sweep=True, search=True)[
+        0
+    ]
+    if prune:
+        _check_pruning(first, drawn)
+    name = first.name or f"tune-{dict(text.split('=', 1) for text in fixed)['experiment']}"
+    fixed = merge_overrides(absolute_paths(first, fixed), [f"runs_dir={Path(first.runs_dir).absolute()}"])
+    home = RunFolder(Path(first.runs_dir).absolute() / name)
+    cpus = (first.trainer.threads or 1) + first.trainer.workers
+
+    def say(text: str) -> None:
+        terminal.say(out, text)
+
+    with connect("nearfar tune", cpus=cpus):
+        wants_gpu = first.trainer.accelerator in ("gpu", "cuda")
+        gpus = int(wants_gpu or (first.trainer.accelerator == "auto" and total("GPU") > 0))
+        found = _search(
+            fixed, drawn, first, name, home, trials, prune, at_once, {"CPU": cpus, "GPU": gpus}, say
+        )
+        finished = [each for each in found if each.objective is not None and not each.pruned]
+        if not finished:
+            raise NearfarError(
+                f"{home.path}: no trial has finished ({found[0].error if found else 'none began'})."
+            )
+        sign = -1 if lower_is_better(build_system(first).monitor) else 1
+        best = max(finished, key=lambda each: sign * (each.objective or 0.0))
+        home.write_json("search.json", {"best": best.run, "trials": [asdict(each) for each in found]})
+        chosen = [f"{key}={value}" for key, value in best.values.items()]
+        pruned = sum(each.pruned for each in found)
+        score = f"{best.objective:.4f} on validation"
+        say(f"best of {len(found)} trials ({pruned} ended early): {' '.join(chosen)}, {score}")
+        for each in found:
+            if each.error is not None:
+                say(f"failed: {each.run}: {each.error}")
+        if not judge:
+            return None
+        seeds = [first.seed + number for number in range(1, judge + 1)]
+        say(f"it was chosen by that number: both it and the defaults are trained on new seeds {seeds}")
+        _judge(fixed, chosen, seeds, f"{name}/judged", cpus, gpus)
+    arms = group_runs(find_runs([home.path / "judged"]))
+    default = next(arm for arm in arms if any("default" in run.name for run in arm.runs.values()))
+    return compare_runs([home.path / "judged"], baseline=default.label)
+
+
+def _check_pruning(config: RunOptions, drawn: dict[str, Override]) -> None:
+    for key in ("epochs", "batch_size"):
+        if key in drawn:
+            raise NearfarError(
+                f"--prune compares trials after as many epochs, and {key} changes what an epoch is: leave one out."
+            )
+    if config.epochs < LEAST_EPOCHS:
+        raise NearfarError(
+            f"--prune with epochs={config.epochs}: there is nothing to save in runs of fewer than {LEAST_EPOCHS}."
+        )
+
+
+def _search(
+    fixed: list[str],
+    drawn: dict[str, Override],
+    config: RunOptions,
+    name: str,
+    home: RunFolder,
+    trials: int,
+    prune: bool,
+    at_once: int | None,
+    resources: dict[str, float],
+    say: Callable[[str], None],
+) -> list[Candidate]:
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # runs have their own logs
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+    from ray import tune as ray_tune
+    from ray.tune.schedulers import ASHAScheduler
+    from ray.tune.search.optuna import OptunaSearch
+
+    mode = "min" if lower_is_better(build_system(config).monitor) else "max"
+    known, cut_off = _earlier(home, list(drawn))
+    if known or cut_off:
+        say(f"{home.path}: {len(known)} trials are finished, {len(cut_off)} go on")
+    searcher = OptunaSearch(
+        space={key: _distribution(each) for key, each in drawn.items()},
+        metric="objective",
+        mode=mode,
+        seed=config.seed,
+        points_to_evaluate=[_typed(each.values, drawn) for each in cut_off],
+    )
+    for each in known:
+        if each.objective is not None:
+            searcher.add_evaluated_point(_typed(each.values, drawn), each.objective)
+    left = trials - len(known)
+    if left <= 0:
+        return known
+    scheduler = None
+    if prune:
+        scheduler = ASHAScheduler(
+            time_attr="epoch",
+            metric="objective",
+            mode=mode,
+            max_t=config.epochs + 1,  # the report after the last epoch is that of the whole evaluation
+            grace_period=max(1, math.ceil(GRACE * config.epochs)),
+            reduction_factor=REDUCTION,
+        )
+
+    def trial(values: dict[str, Any]) -> None:
+        given, run = _trial_of(fixed, {key: str(value) for key, value in values.items()}, name)
+        place = {"run": str(home.path.parent / run)}
+
+        def watch(epoch: int, value: float) -> None:
+            ray_tune.report({"objective": value, "epoch": epoch} | place)
+
+        try:
+            value = objective(_carry_out(given, watch))
+        except NearfarError as error:  # which no new start mends
+            ray_tune.report({"objective": math.nan, "epoch": config.epochs + 1, "why": str(error)} | place)
+            return
+        ray_tune.report({"objective": value, "epoch": config.epochs + 1} | place)
+
+    tuner = ray_tune.Tuner(
+        ray_tune.with_resources(trial, resources),
+        tune_config=ray_tune.TuneConfig(
+            search_alg=searcher,
+            scheduler=scheduler,
+            num_samples=left,
+            max_concurrent_trials=at_once,
+            reuse_actors=True,
+        ),
+        run_config=ray_tune.RunConfig(
+            name=name.replace("/", "-"),
+            storage_path=str(home.path.parent / ".sweeps"),
+            callbacks=[_reporter(config.epochs, trials - left, trials)],
+            failure_config=ray_tune.FailureConfig(max_failures=config.trainer.restarts),
+            verbose=0,
+        ),
+    )
+    results = tuner.fit()
+    return [*known, *(_candidate(results[at], config.epochs) for at in range(len(results)))]
+
+
+def _reporter(epochs: int, ended: int, all_trials: int) -> Any:
+    """Says a line about every trial that ends. Ray Tune copies it, so that it holds no console."""
+    from ray.tune import Callback
+
+    class Reporter(Callback):
+        ended = 0
+
+        def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+            self._say(trial, trial.last_result or {})
+
+        def on_trial_recover(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+            terminal.say(
+                terminal.console(),
+                f"{_words(trial.config)}: its process was lost; it goes on from its checkpoint",
+            )
+
+        def _say(self, trial: Any, last: dict[str, Any]) -> None:
+            Reporter.ended += 1
+            value, epoch = last.get("objective", math.nan), min(int(last.get("epoch", 0)), epochs)
+            number = f"trial {ended + Reporter.ended} of {all_trials}"
+            line = f"{number}: {_words(trial.config)}: {value:.4f} after {epoch} epochs"
+            terminal.say(terminal.console(), line)
+
+    return Reporter()
+
+
+def _words(values: dict[str, Any]) -> str:
+    return " ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in values.items())
+
+
+def _trial_of(fixed: Sequence[str], values: dict[str, str], name: str) -> tuple[list[str], str]:
+    """The overrides of a trial, and the name of its run."""
+    texts = [f"{key}={value}" for key, value in values.items()]
+    run = run_name(texts, f"{name}/search", True, swept=list(values))
+    return merge_overrides(fixed, [*texts, f"name='{run}'", "exists=skip"]), run
+
+
+def _carry_out(overrides: list[str], watch: Callable[[int, float], None] | None = None) -> RunFolder:
+    """A run in this process, which goes on where one of that name was cut off; it says nothing."""
+    options = check_config(compose_config(overrides))
+    with open(os.devnull, "w") as nowhere:
+        return run_one(
+            options, overrides, False, Console(file=nowhere), together=True, first=False, watch=watch
+        )
+
+
+def _candidate(result: Any, epochs: int) -> Candidate:
+    """What Ray Tune says of a trial."""
+    last = result.metrics or {}
+    value, epoch = last.get("objective"), int(last.get("epoch", 0))
+    error = last.get("why") or (None if result.error is None else str(result.error).strip().splitlines()[-1])
+    whole = epoch > epochs
+    return Candidate(
+        str(last.get("run", "")),
+        {key: str(each) for key, each in (result.config or {}).items()},
+        None if value is None or math.isnan(value) else float(value),
+        min(epoch, epochs),
+        pruned=not whole and error is None,
+        error=error,
+    )
+
+
+def _earlier(home: RunFolder, keys: Sequence[str]) -> tuple[list[Candidate], list[Candidate]]:
+    """The trials of an earlier call that were finished or ended early, and those that were cut off."""
+    ended: dict[str, Candidate] = {}
+    if home.has("search.json"):
+        for each in home.read_json("search.json")["trials"]:
+            ended[each["run"]] = Candidate(**each)
+    known, cut_off = [], []
+    for path in sorted((home.path / "search").glob("*/config.yaml")):
+        run = RunFolder(path.parent)
+        given = dict(str(text).split("=", 1) for text in run.config().get("overrides", []))
+        if not set(keys) <= given.keys():
+            continue
+        values = {key: given[key].strip("'\"") for key in keys}
+        if run.finished:
+            epochs = int(run.read_json("metrics.json").get("epochs") or 0)
+            known.append(Candidate(str(run.path), values, objective(run), epochs, pruned=False))
+        elif str(run.path) in ended and ended[str(run.path)].pruned:
+            known.append(ended[str(run.path)])
+        else:
+            cut_off.append(Candidate(str(run.path), values, None, 0, pruned=False))
+    return known, cut_off
+
+
+def _typed(values: dict[str, str], drawn: dict[str, Override]) -> dict[str, Any]:
+    """Values of the command line as Optuna has drawn them."""
+    from optuna.distributions import FloatDistribution, IntDistribution
+
+    typed: dict[str, Any] = {}
+    for key, each in drawn.items():
+        kind = _distribution(each)
+        as_number = float if isinstance(kind, FloatDistribution) else int
+        typed[key] = (
+            as_number(values[key]) if isinstance(kind, FloatDistribution | IntDistribution) else values[key]
+        )
+    return typed
+
+
+def _judge(
+    fixed: Sequence[str], chosen: Sequence[str], seeds: Sequence[int], name: str, cpus: float, gpus: float
+) -> None:
+    """Train the best and the defaults on the new seeds, wherever there is room; a lost node starts its runs again."""
+    import ray
+
+    run = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=-1)(_carry_out)
+    waiting = []
+    for seed in seeds:
+        for arm, texts in (("best", list(chosen)), ("default", [])):
+            more = [*texts, f"seed={seed}", f"name='{name}/{arm},seed={seed}'", "exists=skip"]
+            waiting.append(run.remote(merge_overrides(fixed, more)))
+    try:
+        ray.get(waiting)
+    except Exception as error:
+        cause = getattr(error, "cause", None)
+        if isinstance(cause, NearfarError):
+            raise NearfarError(str(cause)) from None
+        raise

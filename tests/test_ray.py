@@ -1,0 +1,228 @@
+"""What runs on Ray, on a simulated cluster of two nodes: one is lost in the middle, and nothing is lost or repeated."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet
+import pytest
+import torch
+
+import nearfar
+from nearfar.cluster import connect, require_ray
+from nearfar.config.compose import compose_config
+from nearfar.data.chunks import NewData
+from nearfar.errors import NearfarError
+from nearfar.launch import objective, run_on_ray, run_one
+from nearfar.serving.ray_pool import RayPool
+from nearfar.serving.stream import embed_file
+from nearfar.systems import check_config
+from nearfar.terminal import console
+from nearfar.training.checkpoint import Checkpoint
+from nearfar.training.run_folder import RunFolder
+from nearfar.tune import tune
+from processes import SECONDS, together
+from run_files import records, states_equal
+from tiny_molecules import pairs, split_files, write
+
+ray = pytest.importorskip("ray")
+pytestmark = pytest.mark.slow  # starts a cluster
+
+SUPPORT = Path(__file__).parent / "support"
+
+
+class Nodes:
+    """A cluster of a node for the driver, which runs nothing, and two nodes of one CPU."""
+
+    def __init__(self) -> None:
+        from ray.cluster_utils import Cluster
+
+        head = {"num_cpus": 0, "include_dashboard": False}
+        self.cluster = Cluster(initialize_head=True, head_node_args=head)
+        self.nodes = [self.add() for _ in range(2)]
+
+    def add(self) -> Any:
+        """A node; on busy cores one may not be up within the 30 seconds that Ray gives it."""
+        for _ in range(3):
+            with suppress(Exception):
+                return self.cluster.add_node(num_cpus=1)
+        return self.cluster.add_node(num_cpus=1)
+
+    def replace(self, number: int) -> None:
+        """A node is gone, with all its processes, from one moment to the next; a new one joins."""
+        self.cluster.remove_node(self.nodes[number], allow_graceful=False)
+        self.cluster._shutdown_at_exit = (
+            False  # its handlers belong to the main thread; the fixture ends the node
+        )
+        self.nodes[number] = self.add()
+
+
+@pytest.fixture(scope="module")
+def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
+    with pytest.MonkeyPatch.context() as patch:
+        path = [str(SUPPORT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        patch.setenv("PYTHONPATH", os.pathsep.join(path))  # of all processes on the nodes
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_AUTH_MODE", "disabled")  # no token is written into the home of whoever runs this
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("NEARFAR_CACHE", str(tmp_path_factory.mktemp("cache")))
+        made = Nodes()
+        patch.setenv("RAY_ADDRESS", made.cluster.address)
+        try:
+            yield made
+        finally:
+            ray.shutdown()
+            made.cluster.shutdown()
+
+
+def when(ready: Any, then: Any) -> threading.Thread:
+    """Do something as soon as a condition holds, while the test waits for its command."""
+
+    def work() -> None:
+        end = time.monotonic() + SECONDS
+        while not ready():
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        then()
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    return thread
+
+
+# -- connecting ----------------------------------------------------------------------------------------------
+def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(NearfarError, match=r"--engine ray needs Ray.*pip install 'nearfar\[ray\]'"):
+        require_ray("--engine ray")
+
+
+def test_an_address_where_nothing_listens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    with pytest.raises(NearfarError, match="no cluster answers there"), connect("a test"):
+        pass
+
+
+# -- training ------------------------------------------------------------------------------------------------
+def options(folder: Path, name: str, *more: str) -> list[str]:
+    sized = [
+        "batch_size=32",
+        "epochs=20",
+        "fingerprint_hidden=16",
+        "embedding_dim=8",
+        "sampler=random",
+        "seed=4",
+    ]
+    trainer = {"devices": 2, "log_every": 1, "accelerator": "cpu", "probe_rows": 0, "threads": 1}
+    trainer |= {"checkpoint_steps": 5, "evaluate_start": "false"}
+    where = ["experiment=molecules", "molecule_encoder=fingerprint", f"runs_dir={folder}", f"name={name}"]
+    trained = [f"trainer.{key}={value}" for key, value in trainer.items()]
+    return [*where, *sized, *trained, *split_files(folder), *more]
+
+
+def train(overrides: list[str]) -> None:
+    run_one(check_config(compose_config(overrides)), overrides, False, console())
+
+
+def test_a_lost_node_changes_nothing_in_a_run(
+    nodes: Nodes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Parameters and log of torchrun's two processes, bit for bit, though a node was lost on the way."""
+    assert together(train, options(tmp_path, "torchrun"))[0] is None
+    run = RunFolder(tmp_path / "ray")
+    steps = lambda: sum(record["kind"] == "step" for record in run.log())  # noqa: E731
+    breaking = when(lambda: steps() > 20, lambda: nodes.replace(0))
+    overrides = options(tmp_path, "ray", "trainer.engine=ray")
+    run_on_ray(check_config(compose_config(overrides)), overrides, False, console())
+    breaking.join()
+    said = capsys.readouterr().out
+    assert "was lost: all 2 start again from the last checkpoint (restart 1 of 3)" in said
+    by_torchrun = RunFolder(tmp_path / "torchrun")
+    for name in ("last.ckpt", "best.ckpt"):
+        a, b = (Checkpoint.load(each.checkpoints / name) for each in (by_torchrun, run))
+        assert states_equal(a, b), name
+        assert torch.equal(a.other_generators[0]["cpu"], b.other_generators[0]["cpu"])
+    assert records(by_torchrun) == records(run)
+    assert by_torchrun.read_json("metrics.json")["splits"] == run.read_json("metrics.json")["splits"]
+    (resumed,) = run.read_json("resumed.json")
+    assert 0 < resumed["step"] < max(record["step"] for record in run.log())
+    assert resumed["changed"] == {}
+
+
+# -- embedding -----------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("embedding")
+    train(options(folder, "run", "epochs=1", "trainer.devices=1"))
+    return folder / "run"
+
+
+def test_a_lost_node_changes_no_vector(nodes: Nodes, run: Path, tmp_path: Path) -> None:
+    """Begun here, cut off, gone on with by two encoders, one of which is lost: each row once, in order, bit for bit."""
+    source = NewData(write(tmp_path / "new.tsv", pairs() * 8), {"text": "description"}, rows=25)
+    trained = nearfar.load(run, "cpu")
+    alone = embed_file(trained, source, tmp_path / "alone.parquet")
+    output, chunks = tmp_path / "vectors.parquet", 0
+
+    def cut(rows: int) -> None:
+        nonlocal chunks
+        chunks += 1
+        if chunks == 7:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        embed_file(trained, source, output, advance=cut)
+    parts = tmp_path / "vectors.parquet.parts"
+    breaking = when(lambda: len(list(parts.glob("*.json"))) > 20, lambda: nodes.replace(1))
+    said: list[str] = []
+    with connect("a test"):
+        written = embed_file(trained, source, output, pool=RayPool(trained, "cpu", say=said.append))
+    breaking.join()
+    assert any("an encoder was lost" in line for line in said)
+    assert written.resumed == 7
+    assert written.rows == alone.rows == len(pairs()) * 8
+    assert pyarrow.parquet.read_table(output).equals(pyarrow.parquet.read_table(alone.path))
+    assert not parts.exists()
+
+
+def test_an_encoder_says_what_is_wrong_with_the_data(nodes: Nodes, run: Path, tmp_path: Path) -> None:
+    source = NewData(write(tmp_path / "new.tsv", pairs()[:3]), {"text": "description"})
+    trained = nearfar.load(run, "cpu")
+    with connect("a test"), pytest.raises(NearfarError, match="has no view 'picture'"):
+        embed_file(trained, source, tmp_path / "v.parquet", towers=["picture"], pool=RayPool(trained, "cpu"))
+
+
+# -- search --------------------------------------------------------------------------------------------------
+def test_a_lost_node_takes_no_trial_with_it(
+    nodes: Nodes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The trial of the lost node goes on from its checkpoint: every epoch of each is trained once."""
+    epochs = 30
+    fixed = options(tmp_path, "search", "trainer.devices=1", f"epochs={epochs}")
+    home = tmp_path / "search" / "search"
+
+    def both_at_work() -> bool:
+        logs = [log.read_text().count('"kind": "epoch"') for log in home.glob("*/train_log.jsonl")]
+        return sum(2 <= done < epochs - 10 for done in logs) == 2
+
+    breaking = when(both_at_work, lambda: nodes.replace(0))
+    drawn = ["lr=tag(log,interval(1e-4,1e-1))", "embedding_dim=4,8"]
+    assert tune([*fixed, *drawn], trials=4, judge=0, console=console()) is None
+    breaking.join()
+    assert "its process was lost; it goes on from its checkpoint" in capsys.readouterr().out
+    found = json.loads((tmp_path / "search" / "search.json").read_text())
+    assert len(found["trials"]) == 4
+    assert all(each["error"] is None and each["epochs"] == epochs for each in found["trials"])
+    assert found["best"] == max(found["trials"], key=lambda each: each["objective"])["run"]
+    assert any((run / "resumed.json").exists() for run in home.iterdir())
+    for each in found["trials"]:
+        trained = [record["epoch"] for record in RunFolder(each["run"]).log() if record["kind"] == "epoch"]
+        assert trained == list(range(1, epochs + 1))
+        assert objective(RunFolder(each["run"])) == each["objective"]

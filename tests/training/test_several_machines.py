@@ -1,0 +1,119 @@
+"""torchrun on two "machines" (two agents on loopback, rendezvous c10d): one is killed and joins again."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from nearfar.config.compose import compose_config
+from nearfar.launch import run_one
+from nearfar.systems import check_config
+from nearfar.terminal import console
+from nearfar.training.checkpoint import Checkpoint
+from nearfar.training.run_folder import RunFolder
+from processes import SECONDS, together
+from run_files import records, states_equal
+from tiny_molecules import split_files
+
+pytestmark = pytest.mark.slow  # real runs
+
+EPOCHS = 40
+
+
+def options(folder: Path, name: str) -> list[str]:
+    sized = [
+        "batch_size=32",
+        f"epochs={EPOCHS}",
+        "fingerprint_hidden=16",
+        "embedding_dim=8",
+        "sampler=random",
+    ]
+    trainer = {"log_every": 1, "accelerator": "cpu", "probe_rows": 0, "threads": 1, "checkpoint_steps": 5}
+    where = ["experiment=molecules", "molecule_encoder=fingerprint", f"runs_dir={folder}", f"name={name}"]
+    trained = [f"trainer.{key}={value}" for key, value in trainer.items()]
+    return [*where, *sized, *trained, "trainer.evaluate_start=false", "exists=skip", *split_files(folder)]
+
+
+def train(overrides: list[str]) -> None:
+    run_one(check_config(compose_config(overrides)), overrides, False, console())
+
+
+def machine(folder: Path, port: int, host: bool) -> subprocess.Popen[bytes]:
+    """An agent of torchrun with one process of the two, as the command on one machine."""
+    rendezvous = ["--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}", "--rdzv-id=run"]
+    # A machine that is gone is noticed after three beats; where names are resolved, it is known who holds the store.
+    conf = f"--rdzv-conf=is_host={int(host)},keep_alive_interval=1"
+    nodes = ["--nnodes=2", "--nproc-per-node=1", "--max-restarts=5", "--monitor-interval=0.1"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        *nodes,
+        *rendezvous,
+        conf,
+        "-m",
+        "nearfar.cli",
+        "train",
+    ]
+    variables = {
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+        "NEARFAR_CACHE": str(folder / "cache"),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+    }
+    log = (folder / f"machine{time.monotonic_ns()}.log").open("wb")
+    return subprocess.Popen(
+        [*command, *options(folder, "run")],
+        env=os.environ | variables,
+        stdout=log,
+        stderr=log,
+        start_new_session=True,
+    )
+
+
+def wait(ready: Callable[[], bool]) -> None:
+    end = time.monotonic() + SECONDS
+    while not ready():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_a_machine_that_is_killed_joins_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every step once, and bit for bit the run that two processes of one machine train."""
+    monkeypatch.setenv("NEARFAR_CACHE", str(tmp_path / "cache"))
+    together(train, options(tmp_path, "undisturbed"))
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    run = RunFolder(tmp_path / "run")
+    machines = [machine(tmp_path, port, host=True), machine(tmp_path, port, host=False)]
+    try:
+        wait(lambda: sum(record["kind"] == "step" for record in run.log()) > 30)
+        of_agent = subprocess.run(
+            ["pgrep", "-P", str(machines[1].pid)], capture_output=True, text=True, check=True
+        )
+        for process in (
+            *map(int, of_agent.stdout.split()),
+            machines[1].pid,
+        ):  # nothing of it is left to say goodbye
+            os.kill(process, signal.SIGKILL)
+        machines.append(machine(tmp_path, port, host=False))
+        codes = [machines[at].wait(SECONDS) for at in (0, 2)]
+    finally:
+        for each in machines:
+            each.kill()
+    assert codes == [0, 0], [path.read_text()[-3000:] for path in tmp_path.glob("machine*.log")]
+    a, b = (Checkpoint.load(tmp_path / name) for name in ("undisturbed", "run"))
+    assert states_equal(a, b)
+    assert torch.equal(a.other_generators[0]["cpu"], b.other_generators[0]["cpu"])
+    assert records(RunFolder(tmp_path / "undisturbed")) == records(run)
+    assert len(run.read_json("resumed.json")) >= 1
