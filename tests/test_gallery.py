@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import runpy
@@ -59,19 +60,29 @@ def parts(name: str) -> tuple[str, str, str]:
     return title.removeprefix("# "), broken.strip(), texts[1].strip()
 
 
+def written() -> dict[str, tuple[str, str]]:
+    """Finding and evidence that the page holds, by notebook: what was not run anew is kept."""
+    text = PAGE.read_text() if PAGE.exists() else ""
+    pattern = r"\(images/gallery/(\w+)\.png\)\n\n`([\w-]+)`: (.*)\n"
+    return {name: (finding, evidence) for name, finding, evidence in re.findall(pattern, text)}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_fault_is_named_and_the_repaired_run_is_silent(
-    name: str, capsys: pytest.CaptureFixture[str]
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shown: Any = runpy.run_path(str(FOLDER / f"{name}.py"))["shown"]  # it asserts both
+    if not WRITING and name != NAMES[0]:  # the curves of one are drawn
+        monkeypatch.setattr(importlib.import_module(SHARED).Shown, "figure", lambda _: None)
+    ran: Any = runpy.run_path(str(FOLDER / f"{name}.py"))
+    shown = ran["shown"]  # it asserts both
     assert f" {shown.finding.id}: " in capsys.readouterr().out
     title, _, remedy = parts(name)
     assert remedy.startswith("**Remedy.** ")
     if WRITING:
         PICTURES.mkdir(parents=True, exist_ok=True)
-        figure = shown.figure()
-        write_atomically(PICTURES / f"{name}.png", lambda file: figure.savefig(file, format="png", dpi=80))
+        save = ran["figure"].savefig
+        write_atomically(PICTURES / f"{name}.png", lambda file: save(file, format="png", dpi=80))
         write_text(PICTURES / f"{name}.finding", f"{shown.finding.id}\n{shown.finding.evidence['text']}\n")
     page = PAGE.read_text() if PAGE.exists() else ""
     assert WRITING or f"| [{title}](#{name.replace('_', '-')}) | `{shown.finding.id}` |" in page
@@ -79,10 +90,11 @@ def test_a_fault_is_named_and_the_repaired_run_is_silent(
 
 def test_the_page_has_every_notebook() -> None:
     if WRITING:
-        rows, sections = [], []
+        rows, sections, known = [], [], written()
         for name in NAMES:
             title, broken, remedy = parts(name)
-            finding, evidence = (PICTURES / f"{name}.finding").read_text().splitlines()
+            said = PICTURES / f"{name}.finding"
+            finding, evidence = said.read_text().splitlines() if said.exists() else known[name]
             anchor = name.replace("_", "-")
             rows.append(f"| [{title}](#{anchor}) | `{finding}` | {evidence.replace('|', chr(92) + '|')} |")
             sections.append(
@@ -90,9 +102,10 @@ def test_the_page_has_every_notebook() -> None:
                 f"![Both runs: {title}](images/gallery/{name}.png)\n\n"
                 f"`{finding}`: {evidence}\n\n{remedy}\n\n`examples/broken_runs/{name}.py`\n"
             )
-            (PICTURES / f"{name}.finding").unlink()
         table = "\n".join(["| what is broken | finding | what it saw |", "|---|---|---|", *rows])
         write_text(PAGE, "\n".join([INTRODUCTION, table, "", *sections]))
+        for each in PICTURES.glob("*.finding"):
+            each.unlink()
     page = PAGE.read_text()
     assert page.startswith(INTRODUCTION)
     for name in NAMES:

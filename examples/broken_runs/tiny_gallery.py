@@ -20,7 +20,7 @@ def train(broken: bool) -> Run:
     optimizer = torch.optim.Adam(encoder.parameters(), lr=0.003)
     held_out = torch.arange(512, 522 if broken else 1012)
     run = Run(context={"gallery": len(held_out)})
-    for epoch in range(1, 7):
+    for epoch in range(1, 5):
         for batch in torch.randperm(512).split(64):
             value = loss(encoder(image[batch]), text[batch])
             optimizer.zero_grad()

@@ -13,7 +13,7 @@ import torch
 from gallery import Run, show, toy_pairs
 from torch.nn.functional import cross_entropy, normalize
 
-_, items = toy_pairs(2048)
+_, items = toy_pairs(1024)
 
 
 def train(broken: bool) -> Run:
@@ -22,7 +22,7 @@ def train(broken: bool) -> Run:
     optimizer = torch.optim.Adam(encoder.parameters(), lr=0.01)
     run = Run()
     for epoch in range(1, 3):
-        for batch in torch.randperm(2048).split(64):
+        for batch in torch.randperm(1024).split(64):
             views = torch.cat([items[batch] + 0.5 * torch.randn(64, 24) for _ in range(2)])
             z = normalize(encoder(views), dim=1)
             logits = (z @ z.T / 0.2).fill_diagonal_(-torch.inf)

@@ -431,6 +431,41 @@ def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
     terminal.say(console, f"report: {path}")
 
 
+@app.command(epilog=terminal.example("nearfar board runs/"))
+def board(
+    runs: Annotated[
+        Path, typer.Argument(help="A folder with runs and logs anywhere below it, a run, or a log.")
+    ] = Path("runs"),
+    host: Annotated[
+        str, typer.Option(help="Where to listen; 0.0.0.0 is every address of this machine.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8100,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow-host", help="A name under which the board may be asked; may be repeated. * is any."
+        ),
+    ] = None,
+) -> None:
+    """Watch runs in the browser: a table, live curves and findings, comparisons, maps, search and prediction.
+
+    Shows runs of nearfar, and every log that [bold]nearfar doctor[/bold] reads. Nothing is written into the folder, and
+    only this machine reaches the board unless --host says otherwise; there is no login.
+    """
+    from nearfar.board.server import build_board
+    from nearfar.serving.limits import local_hosts
+    from nearfar.serving.listen import serve
+
+    console = terminal.console()
+    answer = build_board(runs, hosts=local_hosts(host, allow_host or ()))
+    serve(
+        answer,
+        host,
+        port,
+        lambda address: terminal.say(console, f"{runs}: {address} (stop with Ctrl-C)"),
+    )
+
+
 @app.command(epilog=terminal.example("nearfar ensemble runs/a runs/b -o runs/both"))
 def ensemble(
     runs: Annotated[list[Path], typer.Argument(help="Finished runs on the same data, two or more.")],

@@ -133,6 +133,7 @@ OPTIONAL = {
         "transformers",
     ),
     "tissue": ("anndata", "h5py", "openslide", "simplejpeg"),
+    "board": ("plotly",),
     "serve": ("fastapi", "httptools", "pydantic", "starlette", "uvicorn"),
     "loggers": ("mlflow", "tensorboard", "wandb"),
 }

@@ -324,8 +324,8 @@ def serve(
     from nearfar.serving.fill import file_source, open_gallery, own_source
     from nearfar.serving.gallery import Gallery, StoreGallery
     from nearfar.serving.limits import Limits, local_hosts
+    from nearfar.serving.listen import serve as answer
     from nearfar.serving.server import build_app
-    from nearfar.serving.server import serve as answer
     from nearfar.serving.stores import open_store
 
     console = terminal.console()

@@ -42,8 +42,8 @@ def picture(color: str, shade: str, seed: int = 0) -> np.ndarray:
     return np.clip(base + rng.normal(0, 8, (40, 40, 3)), 0, 255).astype(np.uint8)
 
 
-def write_table(folder: Path, repeats: int = 6) -> Path:
-    """``train.csv`` of pictures and words: twelve kinds, ``repeats`` of each."""
+def write_table(folder: Path, repeats: int = 6, also: str = "") -> Path:
+    """``train.csv`` of pictures and words: twelve kinds, ``repeats`` of each; ``also`` ends every text."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "train.csv"
     with path.open("w", newline="", encoding="utf-8") as file:
@@ -54,7 +54,7 @@ def write_table(folder: Path, repeats: int = 6) -> Path:
                 for shade in SHADES:
                     name = f"{color}_{shade}_{number}.png"
                     Image.fromarray(picture(color, shade, number)).save(folder / name)
-                    writer.writerow([name, f"a {shade} patch of {color} paint, number {number}"])
+                    writer.writerow([name, f"a {shade} patch of {color} paint, number {number}{also}"])
     return path
 
 
@@ -76,9 +76,9 @@ def write_gallery(folder: Path) -> Path:
     return path
 
 
-def train_pictures(folder: Path, *more: str) -> Path:
+def train_pictures(folder: Path, *more: str, also: str = "") -> Path:
     """A run that knows these colours, trained in a few seconds."""
-    table = write_table(folder / "data")
+    table = write_table(folder / "data", also=also)
     overrides = [
         "experiment=pairs", f"data.train={table}", f"runs_dir={folder}", "name=patches", "views=[picture,words]",
         "towers.picture.encoder=colors", "towers.picture.size=32", "text_encoder.dims=16", "text_encoder.min_df=1",

@@ -48,6 +48,8 @@ TEXT_LIMIT = 512 * MEGABYTE
 YAML_LIMIT = 4 * MEGABYTE
 #: bytes of the arrays of a file once they are unpacked
 ARRAYS_LIMIT = 16 << 30
+#: characters that could open a level of a YAML file that the parser in C reads
+NESTING_LIMIT = 2000
 #: values of a configuration, its aliases written out
 VALUES_LIMIT = 100_000
 DAMAGED = "The file was edited or damaged."
@@ -139,8 +141,12 @@ def read_yaml(path: Path) -> Any:
     import yaml
 
     text = read_text(path, YAML_LIMIT)
+    # The parser in C is several times as fast and has no guard against deep nesting, of which each level needs one of
+    # these characters.
+    shallow = sum(map(text.count, "[{-:?")) <= NESTING_LIMIT
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader) if shallow else yaml.SafeLoader
     try:
-        content = yaml.safe_load(text)
+        content = yaml.load(text, loader)
         if _unfolded(content, {}) > VALUES_LIMIT:
             raise ValueError(f"its aliases unfold to more than {VALUES_LIMIT:,} values")
     except RecursionError:

@@ -64,7 +64,8 @@ def read_run(folder: str | os.PathLike[str]) -> Signals:
             "there is no such folder" if not path.is_dir() else "it has no train_log.jsonl and no config.yaml"
         )
         raise NearfarError(f"{path} is not a run: {what}. Runs lie in runs/ unless runs_dir= says otherwise.")
-    context = _options(path / "config.yaml")
+    config = _config(path / "config.yaml")
+    context = _options(config)
     layout = _json(path / "dataset_layout.json")
     metrics = _json(path / "metrics.json")
     model = _json(path / "model.json")
@@ -84,15 +85,20 @@ def read_run(folder: str | os.PathLike[str]) -> Signals:
     records, unread = _log(path / "train_log.jsonl")
     signals = Signals(records, {k: v for k, v in context.items() if v is not None and v != {}})
     signals.unread = unread
-    signals.foreign = (read_yaml(path / "config.yaml") or {}).get("system") == WATCHED if context else False
+    signals.foreign = config.get("system") == WATCHED
     return signals
 
 
-def _options(path: Path) -> Json:
+def _config(path: Path) -> Json:
+    """A run's configuration; {} of one that only has a log."""
     if not os.path.lexists(path):
         return {}
-    config = read_yaml(path) or {}
+    config: Json = read_yaml(path) or {}
     check_shape(config, dict, str(path))
+    return config
+
+
+def _options(config: Json) -> Json:
     options = _flat(config)
     values = ((name, _option(options, name)) for name in sorted(WORDS | NUMBERS | SWITCHES))
     return {name: value for name, value in values if value is not None}

@@ -19,12 +19,12 @@ from matplotlib.ticker import MaxNLocator
 from nearfar.terminal import visible
 
 if TYPE_CHECKING:
-    from nearfar.lab.groups import PlanRecord
+    from nearfar.lab.curves import Curves
 
 __all__ = [
     "Chart",
     "band_chart",
-    "hardness_chart",
+    "curves_chart",
     "heat_map",
     "intervals_chart",
     "line_chart",
@@ -116,24 +116,9 @@ def line_chart(
     return chart.svg()
 
 
-def hardness_chart(plans: Mapping[str, Sequence[PlanRecord]], random_level: float | None) -> str:
-    """Realised hardness by quarter of every epoch, one line per arm.
-
-    ``plans[arm]`` are the ``plan`` records of a run's log.
-    """
-    series = {}
-    for arm, records in plans.items():
-        x = [
-            record["epoch"] - 1 + (q + 0.5) / 4 for record in records for q in range(len(record["hardness"]))
-        ]
-        series[arm] = (x, [value for record in records for value in record["hardness"]])
-    return line_chart(
-        "Realised hardness through the epochs",
-        series,
-        "epoch (four quarters each)",
-        "near neighbours in one batch",
-        {"random batches": random_level} if random_level is not None else None,
-    )
+def curves_chart(curves: Curves) -> str:
+    """Curves as they are drawn on a page."""
+    return line_chart(curves.title, curves.series, curves.xlabel, curves.ylabel, curves.levels)
 
 
 def intervals_chart(title: str, rows: Sequence[tuple[str, float, float, float]], xlabel: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,18 @@ from nearfar.training.checkpoint import Checkpoint, find_checkpoint
 from nearfar.training.run_folder import RunFolder
 from nearfar.training.state import initial_model, load_weights
 
-__all__ = ["Shown", "explain_run", "run_of_views"]
+__all__ = ["ExplainedBatch", "Shown", "explain_run", "explained_batch", "run_of_views"]
+
+
+@dataclass
+class ExplainedBatch:
+    """A batch of a run, explained for each two views; ``pairs`` has the same rows as a page shows them."""
+
+    title: str
+    about: str
+    batches: int
+    explained: dict[str, BatchExplanation] = field(default_factory=dict)
+    pairs: list[Json] = field(default_factory=list)
 
 
 def explain_run(
@@ -53,6 +64,26 @@ def explain_run(
     Raises:
         NearfarError: a system whose loss is not between views, a number beyond the epoch, data that has changed.
     """
+    answer = explained_batch(
+        run, batch, rows=rows, k=k, checkpoint=checkpoint, pictures=page is not None, say=say
+    )
+    if page is not None:
+        write_page(page, "batch.html", title=answer.title, about=answer.about, pairs=answer.pairs)
+        say(f"written: {page}")
+    return answer.explained
+
+
+def explained_batch(
+    run: Path,
+    batch: int,
+    *,
+    rows: int | None = 8,
+    k: int = 3,
+    checkpoint: str = "last",
+    pictures: bool = True,
+    say: Callable[[str], None] = lambda _: None,
+) -> ExplainedBatch:
+    """As `explain_run`, with what a page shows of it; ``pictures`` False: without texts and pictures."""
     path = find_checkpoint(run, prefer=checkpoint)
     folder, state = RunFolder.of(path), Checkpoint.load(path)
     system, model = run_of_views(path, say)
@@ -73,8 +104,11 @@ def explain_run(
         scale = model.scale()
     temperature = 1 / float(scale) if scale is not None else float(system.config.temperature)
     first_rows = None if rows is None else range(min(rows, len(positions)))
-    explained: dict[str, BatchExplanation] = {}
-    pairs: list[Json] = []
+    answer = ExplainedBatch(
+        f"{folder.name}, batch {batch} of epoch {epoch + 1}",
+        f"{len(positions)} rows under the weights of {path.name}, without dropout.",
+        len(sampler),
+    )
     views = system.contrasted(embeddings)
     for first, second in system.pairs():
         masks: dict[str, Mask | torch.Tensor] = {}
@@ -100,7 +134,7 @@ def explain_run(
             suspects = {name: _some(mask, at) for name, mask in suspects.items()}
         texts = {view: _texts(system, view, [positions[i] for i in at.tolist()]) for view in (first, second)}
         pair = f"{first} → {second}"
-        explained[pair] = explain_batch(
+        explained = answer.explained[pair] = explain_batch(
             views[first][at],
             views[second][at],
             temperature=temperature,
@@ -112,19 +146,14 @@ def explain_run(
             rows=None if first_rows is None else [i for i in first_rows if i < len(at)],
             k=k,
         )
-        if page is not None:
+        if pictures:
             known = [positions[i] for i in at.tolist()]
-            pairs.append(
-                _pair(pair, explained[pair], *(Shown(system, view, known) for view in (first, second)))
+            answer.pairs.append(
+                _pair(pair, explained, *(Shown(system, view, known) for view in (first, second)))
             )
-    if not explained:
+    if not answer.explained:
         raise NearfarError(f"{folder}: no two views are contrasted.")
-    if page is not None:
-        title = f"{folder.name}, batch {batch} of epoch {epoch + 1}"
-        about = f"{len(positions)} rows under the weights of {path.name}, without dropout."
-        write_page(page, "batch.html", title=title, about=about, pairs=pairs)
-        say(f"written: {page}")
-    return explained
+    return answer
 
 
 def run_of_views(path: Path, say: Callable[[str], None]) -> tuple[ViewSystem, Any]:

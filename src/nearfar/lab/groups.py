@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypedDict, cast
 
 import numpy as np
 from omegaconf import DictConfig
@@ -19,14 +18,12 @@ from nearfar.training.run_folder import RunFolder
 
 __all__ = [
     "Arm",
-    "PlanRecord",
     "apart",
     "arm_parts",
     "by_question",
     "find_runs",
     "group_runs",
     "load_scores",
-    "plans_of",
 ]
 
 
@@ -207,23 +204,3 @@ def by_question(estimates: Mapping[str, Estimate]) -> dict[str, dict[str, Estima
     for name, estimate in estimates.items():
         groups.setdefault(str(estimate.protocol.get("question", "")), {})[name] = estimate
     return groups
-
-
-class PlanRecord(TypedDict, total=False):
-    """What a run logs of the batches of an epoch; hardness is by quarter of the epoch."""
-
-    epoch: int
-    sampler: str
-    random_phase: bool
-    hardness: list[float]
-    hardness_random: float
-    last_to_first: float | None
-    nominal_hard: float | None
-    realised_hard: list[float] | None
-    false_negatives: float
-
-
-def plans_of(run: RunFolder) -> list[PlanRecord]:
-    """The plans in a run's log whose hardness was measured, oldest first."""
-    records = (record for record in run.log() if record.get("kind") == "plan" and record.get("hardness"))
-    return [cast(PlanRecord, record) for record in records]

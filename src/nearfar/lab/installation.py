@@ -38,6 +38,7 @@ GIVES = {
     "export": "safetensors, ONNX, sentence-transformers, the Hugging Face hub",
     "lora": "adapters in pretrained networks",
     "serve": "a trained run behind HTTP, with a page",
+    "board": "runs in the browser, live while they train",
     "search": "hyperparameter search with Optuna",
     "slurm": "sweeps on a Slurm cluster",
     "ray": "training, searches, sweeps and embeddings on a Ray cluster",

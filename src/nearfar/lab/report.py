@@ -19,8 +19,17 @@ from markupsafe import Markup
 from nearfar.data.files import DAMAGED, Json, check_shape, read_bytes, read_text
 from nearfar.data.writing import write_atomically
 from nearfar.errors import NearfarError
-from nearfar.lab.charts import band_chart, hardness_chart, heat_map, intervals_chart, line_chart, map_chart
-from nearfar.lab.groups import PlanRecord, by_question, plans_of
+from nearfar.lab.charts import band_chart, curves_chart, heat_map, intervals_chart, line_chart, map_chart
+from nearfar.lab.curves import (
+    Line,
+    PlanRecord,
+    hardness_curves,
+    of_kind,
+    plans_of,
+    series_of,
+    training_curves,
+)
+from nearfar.lab.groups import by_question
 from nearfar.lab.summary import describe_comparison, run_verdict
 from nearfar.lab.sweep import Sweep, sweep_of
 from nearfar.lab.table import FEW
@@ -46,92 +55,17 @@ __all__ = [
 ]
 
 
-#: signals that a probe records of a view: field, title, unit
-VIEW_SIGNALS = (
-    ("effective_rank", "Effective rank of the embeddings", "dimensions"),
-    ("mean_cosine", "Mean cosine of different rows", "cosine (1: collapsed)"),
-)
 #: partners joined by lines on the map
 LINKS = 60
-
-
-def of_kind(folder: RunFolder, kind: str) -> list[Json]:
-    """The records of one kind, oldest first."""
-    return [record for record in folder.log() if record.get("kind") == kind]
-
-
-def _series(records: Sequence[Json], field: str, x: str = "step") -> tuple[list[float], list[float]]:
-    points = [(record[x], record[field]) for record in records if record.get(field) is not None]
-    return [at for at, _ in points], [value for _, value in points]
 
 
 def training_charts(
     folder: RunFolder, metrics: Json, tables: Mapping[str, Sequence[tuple[str, Estimate]]]
 ) -> list[Markup]:
     """Loss between guessing and floor, validation above chance, realised hardness, health of the embeddings."""
-    steps, epochs, probes = (of_kind(folder, kind) for kind in ("step", "epoch", "probe"))
-    charts = []
-    start = of_kind(folder, "start")
-    if steps:
-        levels = {}
-        if steps[-1].get("uniform_level") is not None:
-            levels["guessing (ln of the candidates)"] = steps[-1]["uniform_level"]
-        if steps[-1].get("floor") is not None:
-            levels["floor of the loss"] = steps[-1]["floor"]
-        loss = {"training": _series(steps, "loss")}
-        if _series(probes, "val_loss")[0]:
-            loss["validation, random batches"] = _series(probes, "val_loss")
-            loss["training, random batches"] = _series(probes, "train_loss_same_composition")
-        loss = {name: line for name, line in loss.items() if line[0]}
-        charts.append(line_chart("Training loss", loss, "optimiser step", "loss (nats)", levels))
-    charts += _validation(
-        [each | {"epoch": 0} for each in start] + epochs, metrics["monitor"], dict(tables.get("val", ()))
-    )
-    if plans := plans_of(folder):
-        charts.append(hardness_chart({"realised": plans}, plans[0].get("hardness_random")))
-    return [Markup(chart) for chart in [*charts, *_health(probes)]]
-
-
-def _validation(epochs: Sequence[Json], monitor: str, estimates: Mapping[str, Estimate]) -> list[str]:
-    names = list(epochs[0].get("val") or {}) if epochs else []
-    shown = [name for name in names if name == monitor or name.endswith(("MRR", "R@10"))] or names[:3]
-    if not shown:
-        return []
-    curves = {
-        metric_words(n): _series([e["val"] | {"epoch": e["epoch"]} for e in epochs], n, "epoch")
-        for n in shown
-    }
-    levels = {}
-    if monitor in estimates:
-        levels[f"chance, {metric_words(monitor)}"] = estimates[monitor].chance
-    return [line_chart("Validation", curves, "epoch", "value", levels)]
-
-
-def _health(probes: Sequence[Json]) -> list[str]:
-    if not probes:
-        return []
-    charts = []
-    views = [key.rsplit("/", 1)[0] for key in probes[-1] if key.endswith("/effective_rank")]
-    for field, title, unit in VIEW_SIGNALS:
-        lines = {view: _series(probes, f"{view}/{field}") for view in views}
-        lines = {view: line for view, line in lines.items() if line[0]}
-        levels = {}
-        if field == "effective_rank" and views and probes[-1].get(f"{views[0]}/rank_limit"):
-            limit = probes[-1][f"{views[0]}/rank_limit"]
-            # Far from its limit the curve would lie flat on the axis.
-            top = max(max(y) for _, y in lines.values())
-            levels = {"most that is possible": limit} if top > 0.25 * limit else {}
-        if lines:
-            charts.append(line_chart(title, lines, "optimiser step", unit, levels))
-    pair = {"alignment of partners": _series(probes, "alignment")}
-    pair |= {f"uniformity, {view}": _series(probes, f"{view}/uniformity") for view in views}
-    pair["gap between the views"] = _series(probes, "modality_gap")
-    pair = {name: line for name, line in pair.items() if line[0]}
-    if pair:
-        charts.append(
-            line_chart("Alignment, uniformity, gap (lower: nearer, more spread)", pair, "optimiser step", "")
-        )
-    return charts
+    monitored = dict(tables.get("val", ())).get(metrics["monitor"])
+    chance = None if monitored is None else monitored.chance
+    return [Markup(curves_chart(c)) for c in training_curves(folder.log(), metrics["monitor"], chance)]
 
 
 @dataclass(frozen=True)
@@ -165,14 +99,16 @@ def embedding_map(folder: RunFolder) -> EmbeddingMap | None:
 def comparison_curves(comparison: Comparison, arms: Sequence[Arm]) -> list[str]:
     """Validation of every run and realised hardness of every arm."""
     monitor = comparison.monitor
-    curves: dict[str, tuple[list[float], list[float]]] = {}
+    curves: dict[str, Line] = {}
     plans: dict[str, list[PlanRecord]] = {}
     random_level = None
     for arm in arms:
         for seed, folder in sorted(arm.runs.items()):
-            epochs = [e["val"] | {"epoch": e["epoch"]} for e in of_kind(folder, "epoch") if e.get("val")]
+            epochs = [
+                e["val"] | {"epoch": e["epoch"]} for e in of_kind(folder.log(), "epoch") if e.get("val")
+            ]
             if epochs:
-                curves[f"{arm.label} · seed {seed}"] = _series(epochs, monitor, "epoch")
+                curves[f"{arm.label} · seed {seed}"] = series_of(epochs, monitor, "epoch")
         if of_arm := plans_of(arm.runs[min(arm.runs)]):
             plans[arm.label] = of_arm
             random_level = of_arm[0].get("hardness_random", random_level)
@@ -184,7 +120,7 @@ def comparison_curves(comparison: Comparison, arms: Sequence[Arm]) -> list[str]:
         levels = {"chance": estimate.chance} if estimate is not None and comparison.split == "val" else None
         charts.append(line_chart(f"Validation {words}", curves, "epoch", words, levels))
     if plans:
-        charts.append(hardness_chart(plans, random_level))
+        charts.append(curves_chart(hardness_curves(plans, random_level)))
     return charts
 
 

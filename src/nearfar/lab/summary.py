@@ -11,7 +11,7 @@ from nearfar.config.samplers import sampler_choices
 from nearfar.data.files import Json, read_json
 from nearfar.doctor.gain import gain_sentence
 from nearfar.lab.compare import Arm, Comparison
-from nearfar.lab.groups import PlanRecord, plans_of
+from nearfar.lab.curves import PlanRecord, plans_of
 from nearfar.lab.sweep import sweep_of
 from nearfar.lab.table import FEW
 from nearfar.metrics import Estimate

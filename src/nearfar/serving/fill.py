@@ -130,6 +130,7 @@ def open_gallery(
     *,
     query: str | None = None,
     place: str | None = None,
+    folder: Path | None = None,
     refill: bool = False,
     say: Say = lambda _: None,
     advance: Advance = lambda _: None,
@@ -143,6 +144,7 @@ def open_gallery(
         query: the view of the queries, some of which measure the recall of a large gallery.
         place: of the store (`create_store`); None: ``galleries/`` beside the run, or in the cache where nothing can be
             written there.
+        folder: where a store is kept that is not beside the run yet, in the place of ``galleries/``.
         refill: fill the store anew.
         say, advance: are told what is done, and how many rows.
 
@@ -170,7 +172,7 @@ def open_gallery(
     if target is None:
         wanted = [*(view for view in trained.views if view != query), query]
     if place is None:
-        own = {view: _own_place(trained, source, view) for view in wanted if view is not None}
+        own = {view: _own_place(trained, source, view, folder) for view in wanted if view is not None}
         kept = None if refill else _kept(own)
         if kept is not None:
             return kept
@@ -183,12 +185,15 @@ def open_gallery(
     return _fill(trained, source, target, place, begun, query, say, advance)
 
 
-def _own_place(trained: Trained, source: Source, view: str) -> str:
+def _own_place(trained: Trained, source: Source, view: str, folder: Path | None) -> str:
     key = content_key(trained.weights_key, source.key, view)[:16]
-    folder = trained.path / "galleries"
-    if not os.access(folder if folder.exists() else trained.path, os.W_OK):
-        folder = cache_dir() / "galleries"
-    return str(folder / f"{tower_folder(view)}-{key}.faiss")
+    name = f"{tower_folder(view)}-{key}.faiss"
+    beside = trained.path / "galleries"
+    if folder is not None and not store_exists(str(beside / name)):
+        return str(folder / name)
+    if folder is None and not os.access(beside if beside.exists() else trained.path, os.W_OK):
+        return str(cache_dir() / "galleries" / name)
+    return str(beside / name)
 
 
 def _kept(places: dict[str, str]) -> VectorStore | None:

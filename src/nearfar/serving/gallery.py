@@ -6,6 +6,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -73,14 +74,16 @@ class Gallery:
         targets: Sequence[str] | None = None,
         say: Say = lambda text: None,
         advance: Callable[[int], None] = lambda rows: None,
+        folder: Path | None = None,
     ) -> Gallery:
-        """The items of a source (`file_source`, `own_source`); vectors are kept beside the run.
+        """The items of a source (`file_source`, `own_source`); vectors are kept beside the run, or in ``folder``.
 
         Args:
             trained: what embeds them.
             source: where items come from.
             targets: the views to search in; None: all that the items have.
             say, advance: are told what is done, and how many rows.
+            folder: where vectors are kept that are not beside the run yet; None: beside the run.
 
         Raises:
             NearfarError: a source without items, or without a view that was named.
@@ -104,7 +107,9 @@ class Gallery:
         stores = {}
         for view in targets or views:
             query = next((each for each in views if each != view), None)
-            stores[view] = open_gallery(trained, source, view, query=query, say=say, advance=advance)
+            stores[view] = open_gallery(
+                trained, source, view, query=query, folder=folder, say=say, advance=advance
+            )
         return cls(trained, items, stores, source.name)
 
     def __len__(self) -> int:

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import json
 import logging
 import secrets
-import socket
-import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
-import uvicorn
 from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
@@ -42,13 +38,12 @@ from nearfar.serving.messages import (
     SearchResponse,
     Slide,
 )
-from nearfar.serving.protocol import BoundedHeads
 from nearfar.serving.service import Asked, EmbedKey, PredictKey, SearchKey, Service
 
 if TYPE_CHECKING:
     from nearfar.serving.trained import Trained
 
-__all__ = ["build_app", "serve"]
+__all__ = ["build_app"]
 
 log = logging.getLogger("nearfar.serving")
 
@@ -95,47 +90,6 @@ def build_app(
     """
     server = _Server(Service(trained, gallery), limits or Limits(), wait, batch)
     return Guard(server, server.limits, hosts)
-
-
-def serve(
-    app: Guard, host: str = "127.0.0.1", port: int = 8000, ready: Callable[[str], None] = lambda address: None
-) -> None:
-    """Answer until the process is told to stop (Ctrl-C, SIGTERM); what is asked by then is answered first.
-
-    Args:
-        app: what `build_app` gives.
-        host, port: where to listen; port 0 takes a free one.
-        ready: called once with the address of the page.
-
-    Raises:
-        NearfarError: an address that cannot be used.
-    """
-    try:
-        listening = socket.create_server(
-            (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=256
-        )
-    except OSError as error:
-        raise NearfarError(
-            f"{host}:{port} cannot be used ({error.strerror or error}): name a different one with --host or --port."
-        ) from None
-    name = f"[{host}]" if ":" in host else host
-    with listening:
-        config = uvicorn.Config(
-            app,
-            http=BoundedHeads,
-            log_level="warning",
-            server_header=False,
-            proxy_headers=False,  # who asks is not told apart by what a header says
-            timeout_keep_alive=15,
-            timeout_graceful_shutdown=int(app.limits.seconds) + 1,
-        )
-        sys.setswitchinterval(
-            0.001
-        )  # requests and the model's thread take turns sooner: no answer waits 5 ms
-        gc.collect()
-        gc.freeze()  # the model and its libraries stay: to look through them again and again delays answers
-        ready(f"http://{name}:{listening.getsockname()[1]}/")
-        uvicorn.Server(config).run(sockets=[listening])
 
 
 class _Server:
@@ -234,6 +188,10 @@ class _Server:
     @asynccontextmanager
     async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:
         yield
+        await self.close()
+
+    async def close(self) -> None:
+        """Take nothing more, and let the model go."""
         self.stopping = True
         await self.batcher.close()
 

@@ -203,11 +203,17 @@ class TrainingLoop:
             return self.system.evaluate(outputs, "val", final=False), outputs
 
     def _score_start(self) -> None:
-        """Log the scores of validation before the first step."""
+        """Log the scores of validation before the first step, and what guessing scores: a run in progress is read by
+        it."""
         validated = self._validate()
         if validated is not None:
-            scores = {name: estimate.value for name, estimate in validated[0].estimates.items()}
-            self.recorder.log({"kind": "start", "step": 0, "val": scores})
+            estimates = validated[0].estimates
+            scores = {name: estimate.value for name, estimate in estimates.items()}
+            chance = {name: estimate.chance for name, estimate in estimates.items()}
+            monitor = self.system.monitor
+            self.recorder.log(
+                {"kind": "start", "step": 0, "monitor": monitor, "val": scores, "chance": chance}
+            )
 
     def _close_epoch(self, validated: tuple[Evaluation, dict[str, Tensor]] | None) -> None:
         """Log the epoch, remember the best, go on to the next, save."""
