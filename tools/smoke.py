@@ -143,6 +143,7 @@ network = torch.nn.ModuleDict({"query": torch.nn.Linear(8, 8), "value": torch.nn
 print(sum(p.requires_grad for p in add_adapters(network, 2).parameters()))
 """, "4"),),
     "serve": (Check("import uvicorn, nearfar.serving.server as server; print(server.build_app)", "build_app"),),
+    "board": (Check("import plotly, nearfar.board.server as server; print(server.build_board)", "build_board"),),
     "search": (Check("nearfar train --multirun --cfg hydra hydra/sweeper=optuna", "optuna"),),
     "slurm": (Check("nearfar train --multirun --cfg hydra hydra/launcher=submitit_local", "submitit"),),
     "ray": (Check("nearfar train --multirun --cfg hydra hydra/launcher=ray", "ray"),),
