@@ -1,6 +1,6 @@
 """Rows per second of ``nearfar embed --engine ray`` against a plain pool of processes, after the start.
 
-    OMP_NUM_THREADS=1 python benchmarks/ray_embedding.py [--rows 6000] [--workers 2] [--rounds 3]
+    OMP_NUM_THREADS=1 python benchmarks/ray_embedding.py [--rows 20000] [--workers 2] [--rounds 3]
 
 Both have the same encoders, the same chunks and the same work; the plain pool is ``multiprocessing.Pool.imap``, which
 neither restarts nor bounds what it reads ahead. Timed from the first chunk that is done to the last, so that imports
@@ -31,12 +31,12 @@ from nearfar.serving.ray_pool import RayPool
 from nearfar.serving.stream import _Vectors
 from nearfar.systems import check_config
 
-CHUNK = 128
+CHUNK = 512
 _worker: Any = None
 
 
 def train(folder: Path) -> Path:
-    """A run of MiniLM that was trained for one step."""
+    """A run of n-grams that was trained for one step."""
     small = folder / "small.csv"
     small.write_text("\n".join(["text,other", *(f"word{i},term{i}" for i in range(64))]))
     given = [
@@ -47,9 +47,7 @@ def train(folder: Path) -> Path:
         "batch_size=8",
     ]
     given += [
-        "text_encoder=minilm",
-        "text_encoder.train=full",
-        "share=true",
+        "text_encoder=ngram",
         "epochs=1",
         "bootstrap=0",
         "name=run",
@@ -86,7 +84,7 @@ def rate(results: Iterator[Any]) -> tuple[float, list[Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=int, default=6000)
+    parser.add_argument("--rows", type=int, default=20_000)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()

@@ -144,6 +144,88 @@ def table(rows: list[dict[str, Any]]) -> None:
         )
 
 
+def stream_hardness(n: int, d: int, kind: str) -> None:
+    """Batches of windows beside those of the sampler in memory: the cosine in a batch above that of random ones."""
+    from nearfar.batching import (
+        HardNegativeSampler,
+        PartitionBatchSampler,
+        RandomBatchSampler,
+        StreamBatches,
+        in_batch_similarity,
+        nearest_neighbors,
+    )
+
+    x = np.concatenate(list({"clusters": clusters, "overlapping": overlapping}[kind](n, d))).astype(
+        np.float32
+    )
+    near = nearest_neighbors(x, 100)
+    rows = [{"id": i, "vector": row} for i, row in enumerate(x)]
+    size = 64
+    chance = in_batch_similarity(x, RandomBatchSampler(n, size).plan().batches()).mean()
+    for name, sampler, options in (
+        ("hard, ratio .5", HardNegativeSampler, {"hard_ratio": 0.5}),
+        ("hard, ratio 1", HardNegativeSampler, {"hard_ratio": 1.0}),
+        ("hard, ratio 1, groups of 16", HardNegativeSampler, {"hard_ratio": 1.0, "group_size": 16}),
+        ("partition", PartitionBatchSampler, {}),
+    ):
+        memory = in_batch_similarity(x, sampler(near, size, **options).plan().batches()).mean() - chance
+        line = []
+        for share in (20, 10, 5):
+            stream = StreamBatches(rows, size, "vector", window=n // share, sampler=sampler, **options)
+            ids = [[record["id"] for record in batch] for batch in stream]
+            line.append(f"{(in_batch_similarity(x, ids).mean() - chance) / memory:.2f}")
+        print(f"| {kind} | {name} | {chance:.3f} | {memory:+.3f} | {' | '.join(line)} |", flush=True)
+
+
+def stream_speed(n: int, d: int, folder: Path) -> None:
+    """Seconds of a core for each record, plain and in windows: texts of Parquet, and pictures of WebDataset shards."""
+    import io
+
+    import pyarrow
+    import pyarrow.parquet
+    import webdataset
+    from PIL import Image
+
+    from nearfar.batching import StreamBatches
+    from nearfar.data.record_streams import FileRecords
+
+    x = np.concatenate(list(clusters(n, d))).astype(np.float32)
+    rng = np.random.default_rng(0)
+    words = np.array(["near", "far", "batch", "loss", "view", "tower", "item", "pair"])
+    texts = [" ".join(words[rng.integers(8, size=40)]) for _ in range(n)]
+    table = pyarrow.table({"text": texts, "vector": list(x)})
+    pyarrow.parquet.write_table(table, folder / "rows.parquet", row_group_size=10_000)
+    with webdataset.ShardWriter(str(folder / "%03d.tar"), maxcount=1000, verbose=0) as writer:
+        for i in range(min(n, 2000)):
+            smooth = Image.fromarray(rng.integers(0, 255, (28, 28, 3), dtype=np.uint8)).resize((224, 224))
+            file = io.BytesIO()
+            smooth.save(file, "jpeg", quality=90)
+            writer.write({"__key__": f"{i:06}", "jpg": file.getvalue(), "npy": x[i]})
+
+    def picture(record: Any) -> np.ndarray:
+        return np.asarray(Image.open(io.BytesIO(record["jpg"])).resize((128, 128)))
+
+    cases = (
+        ("Parquet, texts of 40 words", [folder / "rows.parquet"], "vector", None, "text"),
+        ("shards, JPEG 224 to 128", sorted(folder.glob("*.tar")), "npy", picture, "npy"),
+    )
+    for name, files, field, decode, key in cases:
+        window = 4096 if decode is None else 1024
+        seconds = []
+        for _ in range(2):
+            cpu, rows = time.process_time(), 0
+            for record in FileRecords(files).start(0):
+                decode(record) if decode else record["text"]
+                rows += 1
+            plain = time.process_time() - cpu
+            cpu = time.process_time()
+            stream = StreamBatches(files, 64, field, window=window, key=key, decode=decode)
+            got = sum(len(batch) for batch in stream)
+            seconds.append((plain / rows * 1e6, (time.process_time() - cpu) / got * 1e6))
+        plain, windows = min(each[0] for each in seconds), min(each[1] for each in seconds)
+        print(f"| {name} | {window:,} | {plain:.0f} | {windows:.0f} | {plain / windows:.2f} |", flush=True)
+
+
 def main() -> None:
     """Parse the command line, measure each size in its own process, and print the table."""
     parser = argparse.ArgumentParser(
@@ -154,11 +236,23 @@ def main() -> None:
     parser.add_argument("--k", type=int, default=100)
     parser.add_argument("--folder", type=Path, help="where files of a size are kept while it is measured")
     parser.add_argument("--overlapping", action="store_true")
+    parser.add_argument("--stream", action="store_true")
     parser.add_argument("--one", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     kind = "overlapping" if args.overlapping else "clusters"
     if args.one:
         (args.one / "row.json").write_text(json.dumps(one(args.rows[0], args.dims, args.k, args.one, kind)))
+        return
+    if args.stream:
+        print("| vectors | sampler | cosine of random batches | in memory | window 1/20 | 1/10 | 1/5 |")
+        print("|---|---|---|---|---|---|---|")
+        for each in ("clusters", "overlapping"):
+            stream_hardness(50_000, 64, each)
+        print(
+            "\n| records | window | plain, µs of a core | windows | plain / windows |\n|---|---|---|---|---|"
+        )
+        with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+            stream_speed(20_000, 128, Path(folder))
         return
     rows = []
     for n in args.rows:

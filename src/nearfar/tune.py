@@ -185,10 +185,13 @@ def _search(
 ) -> list[Candidate]:
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # runs have their own logs
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # its tables; a line for each trial is said here
+    import optuna
     from ray import tune as ray_tune
     from ray.tune.schedulers import ASHAScheduler
     from ray.tune.search.optuna import OptunaSearch
 
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     mode = "min" if lower_is_better(build_system(config).monitor) else "max"
     known, cut_off = _earlier(home, list(drawn))
     if known or cut_off:
@@ -212,7 +215,7 @@ def _search(
             time_attr="epoch",
             metric="objective",
             mode=mode,
-            max_t=config.epochs + 1,  # the report after the last epoch is that of the whole evaluation
+            max_t=config.epochs,
             grace_period=max(1, math.ceil(GRACE * config.epochs)),
             reduction_factor=REDUCTION,
         )
@@ -222,14 +225,15 @@ def _search(
         place = {"run": str(home.path.parent / run)}
 
         def watch(epoch: int, value: float) -> None:
-            ray_tune.report({"objective": value, "epoch": epoch} | place)
+            if epoch < config.epochs:  # after the last, the evaluation of the best follows
+                ray_tune.report({"objective": value, "epoch": epoch} | place)
 
         try:
             value = objective(_carry_out(given, watch))
         except NearfarError as error:  # which no new start mends
-            ray_tune.report({"objective": math.nan, "epoch": config.epochs + 1, "why": str(error)} | place)
+            ray_tune.report({"objective": math.nan, "epoch": config.epochs, "why": str(error)} | place)
             return
-        ray_tune.report({"objective": value, "epoch": config.epochs + 1} | place)
+        ray_tune.report({"objective": value, "epoch": config.epochs, "whole": True} | place)
 
     tuner = ray_tune.Tuner(
         ray_tune.with_resources(trial, resources),
@@ -249,7 +253,7 @@ def _search(
         ),
     )
     results = tuner.fit()
-    return [*known, *(_candidate(results[at], config.epochs) for at in range(len(results)))]
+    return [*known, *(_candidate(results[at]) for at in range(len(results)))]
 
 
 def _reporter(epochs: int, ended: int, all_trials: int) -> Any:
@@ -270,9 +274,9 @@ def _reporter(epochs: int, ended: int, all_trials: int) -> Any:
 
         def _say(self, trial: Any, last: dict[str, Any]) -> None:
             Reporter.ended += 1
-            value, epoch = last.get("objective", math.nan), min(int(last.get("epoch", 0)), epochs)
+            value, epoch = last.get("objective", math.nan), last.get("epoch", 0)
             number = f"trial {ended + Reporter.ended} of {all_trials}"
-            line = f"{number}: {_words(trial.config)}: {value:.4f} after {epoch} epochs"
+            line = f"{number}: {_words(trial.config)}: {value:.4f} after {epoch} of {epochs} epochs"
             terminal.say(terminal.console(), line)
 
     return Reporter()
@@ -298,18 +302,17 @@ def _carry_out(overrides: list[str], watch: Callable[[int, float], None] | None 
         )
 
 
-def _candidate(result: Any, epochs: int) -> Candidate:
+def _candidate(result: Any) -> Candidate:
     """What Ray Tune says of a trial."""
     last = result.metrics or {}
     value, epoch = last.get("objective"), int(last.get("epoch", 0))
     error = last.get("why") or (None if result.error is None else str(result.error).strip().splitlines()[-1])
-    whole = epoch > epochs
     return Candidate(
         str(last.get("run", "")),
         {key: str(each) for key, each in (result.config or {}).items()},
         None if value is None or math.isnan(value) else float(value),
-        min(epoch, epochs),
-        pruned=not whole and error is None,
+        epoch,
+        pruned=not last.get("whole") and error is None,
         error=error,
     )
 

@@ -197,6 +197,16 @@ def test_a_loader_of_torch(workers, readers):
     assert list(again) == whole[10:]
 
 
+def test_a_pass_ends_when_a_newer_one_begins():
+    stream = build()
+    older = iter(stream)
+    next(older)
+    newer = iter(stream)
+    assert len([next(newer), *newer]) == len(ids(build()))
+    with pytest.raises(NearfarError, match="ended when a newer one began"):
+        next(older)
+
+
 def test_more_workers_are_refused():
     with pytest.raises(NearfarError, match="num_workers=2: each worker would read the whole stream"):
         list(DataLoader(build(), batch_size=None, num_workers=2))

@@ -221,7 +221,8 @@ def test_the_map_is_coloured_zoomed_and_shows_its_items(opened: Opened) -> None:
     opened.harmless()
 
 
-def test_a_trained_run_is_asked_on_its_page(opened: Opened) -> None:
+def test_a_trained_run_is_asked_on_its_page(browser: Any, address: str) -> None:
+    opened = Opened(browser, address, DESK, "light")
     page = opened.go(f"/run/{key_of('patches')}#use")
     page.get_by_role("button", name="Load the model").click()
     page.wait_for_selector("text=Open its page")
@@ -231,9 +232,11 @@ def test_a_trained_run_is_asked_on_its_page(opened: Opened) -> None:
     page.wait_for_selector(".card")
     assert page.locator(".card").count() == 12
     opened.harmless()
+    opened.context.close()
 
 
-def test_a_broken_run_says_which_file(opened: Opened) -> None:
+def test_a_broken_run_says_which_file(browser: Any, address: str) -> None:
+    opened = Opened(browser, address, PHONE, "light")
     page = opened.go(f"/run/{key_of('broken')}")
     page.wait_for_selector("#problem:not([hidden])")
     assert "metrics.json: not valid JSON" in page.locator("#problem").inner_text()
@@ -241,6 +244,7 @@ def test_a_broken_run_says_which_file(opened: Opened) -> None:
         text for text in opened.wrong if "422" not in text
     ]  # the browser says so of every refusal
     opened.harmless()
+    opened.context.close()
 
 
 def test_all_of_the_table_works_by_keyboard(browser: Any, address: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,7 +55,8 @@ class StreamBatches(IterableDataset[Any]):
         batch_size: records of a batch and rank.
         vectors: the field that holds a record's vector, or a function from a list of records to vectors (n, d).
         window: records that are composed together, on all ranks.
-        neighbors: how many neighbours are listed within a window; pivots draw from them.
+        neighbors: how many neighbours are listed within a window; pivots draw from them. A window that is a share of
+            the data has that share of each neighbourhood, so that fewer than in memory are as near.
         sampler: `HardNegativeSampler` or `PartitionBatchSampler`; ``options`` are its own, such as ``hard_ratio``.
         key: records with equal keys are duplicates, of which a window keeps the first: a field, several, or a
             function. None: records that are equal in all fields. Duplicates are counted in ``duplicates``.
@@ -89,7 +90,7 @@ class StreamBatches(IterableDataset[Any]):
         vectors: str | Callable[[list[Record]], Any],
         *,
         window: int = 8192,
-        neighbors: int = 100,
+        neighbors: int = 32,
         sampler: Callable[..., Any] = HardNegativeSampler,
         key: str | Sequence[str] | Callable[[Record], object] | None = None,
         decode: Callable[[Record], Any] | None = None,
@@ -130,6 +131,7 @@ class StreamBatches(IterableDataset[Any]):
         self._marks: list[dict[str, Any]] = []
         self._resume: tuple[int, dict[str, Any] | None] | None = None
         self._pass = 0
+        self._reading: Future[_Window | None] | None = None
 
     # ---- epochs
 
@@ -167,30 +169,42 @@ class StreamBatches(IterableDataset[Any]):
         return self._draw(self._pass)
 
     def _draw(self, ticket: int) -> Iterator[Any]:
+        if self._reading is not None:  # of a pass that was left: the stream has one place at a time
+            wait([self._reading])
         position, mark = self._resume or (0, None)
         self._resume = None
         windows = self._composed(position, mark)
         decoders = ThreadPoolExecutor(self.threads, "decode") if self.decode and self.threads > 1 else None
         reader = ThreadPoolExecutor(1, "window")
         try:
-            waiting = reader.submit(next, windows, None)
+            waiting = self._reading = reader.submit(next, windows, None)
             while (window := waiting.result()) is not None:
-                waiting = reader.submit(next, windows, None)
-                if ticket == self._pass:
-                    self._duplicates = window.removed + window.dropped
-                    self._marks = [*self._marks, _mark(window)][-_KEPT:]
+                self._check_newest(ticket)
+                waiting = self._reading = reader.submit(next, windows, None)
+                self._duplicates = window.removed + window.dropped
+                self._marks = [*self._marks, _mark(window)][-_KEPT:]
                 for at in range(max(0, position - window.first), window.layout.steps):
                     assert window.plan is not None
                     chosen = [window.records[i] for i in window.plan.batch(at, self.rank).tolist()]
                     if self.decode is not None:
                         chosen = list((decoders.map if decoders else map)(self.decode, chosen))
-                    if ticket == self._pass:
-                        self._begun, self._drawn = True, window.first + at + 1
+                    self._check_newest(ticket)
+                    self._begun, self._drawn = True, window.first + at + 1
                     yield chosen if self.collate is None else self.collate(chosen)
         finally:  # the thread must be out of the stream before a next pass starts it anew
             reader.shutdown(wait=True, cancel_futures=True)
             if decoders is not None:
                 decoders.shutdown(wait=False, cancel_futures=True)
+
+    def _check_newest(self, ticket: int) -> None:
+        if ticket != self._pass:
+            raise NearfarError(
+                "this pass ended when a newer one began, or a state was loaded: a stream is read at one place at a "
+                "time. Build a second StreamBatches to read it twice"
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_reading": None}
 
     # ---- windows
 

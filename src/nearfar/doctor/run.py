@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from nearfar.data.files import Json, Maybe, check_shape, parse_json, read_json, read_yaml
 from nearfar.doctor.fields import NUMBERS, SWITCHES, WORDS
@@ -104,7 +105,7 @@ def _options(config: Json) -> Json:
     return {name: value for name, value in values if value is not None}
 
 
-def _flat(config: Mapping[object, object], before: str = "") -> dict[str, object]:
+def _flat(config: Mapping[Any, object], before: str = "") -> dict[str, object]:
     """The options of a configuration by dotted key."""
     flat: dict[str, object] = {}
     for key, value in config.items():
