@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy, normalize
 from nearfar.doctor import Diagnosis
 from nearfar.errors import NearfarError
 from nearfar.integrations.pytorch import Monitor, retrieval_scores
-from nearfar.integrations.weight_movement import WeightMovement
+from nearfar.integrations._weight_movement import WeightMovement
 
 ROWS, BATCH = 96, 24
 

@@ -23,7 +23,7 @@ from nearfar.data.writing import make_folder, write_atomically
 from nearfar.doctor import Diagnosis, diagnose
 from nearfar.doctor.run import WATCHED
 from nearfar.errors import NearfarError, nearest_name
-from nearfar.integrations.weight_movement import WeightMovement
+from nearfar.integrations._weight_movement import WeightMovement
 from nearfar.metrics import (
     Estimate,
     embedding_health,
