@@ -86,8 +86,8 @@ def test_a_csv_file_reads_as_its_rows(tmp_path: Path) -> None:
     assert diagnose(path).ids == diagnose(str(path)).ids == ["non-finite-loss"]
     path.write_text(CSV)
     assert diagnose(path, {"batch_size": 64}).healthy
-    path.write_bytes(b"\xff\xfe\x00loss")
-    with pytest.raises(NearfarError, match=r"metrics\.csv: not a CSV file"):
+    path.write_bytes(b"loss\n\x00\xfe\x9f\n")
+    with pytest.raises(NearfarError, match=r"'loss' is .* and a number is needed"):
         diagnose(path)
     with pytest.raises(NearfarError, match="not a run"):
         diagnose(tmp_path / "none.csv")
@@ -240,7 +240,6 @@ def test_a_file_of_cells_is_read_whatever_parts_them(tmp_path: Path, mark: str) 
     [
         ("step,loss,loss\n1,4.1,4.0\n", "several columns 'loss'"),
         ("step,loss\n1,4,1\n", "line 2 has 3 cells, but line 1 names 2"),
-        ("step;loss\n1;4,1\n", "'loss' is '4,1'"),
     ],
 )
 def test_a_file_whose_cells_could_be_of_either_field_is_refused(

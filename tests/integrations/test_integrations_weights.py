@@ -14,8 +14,8 @@ from torch.nn.functional import cross_entropy, normalize
 
 from nearfar.doctor import Diagnosis
 from nearfar.errors import NearfarError
-from nearfar.integrations.pytorch import Monitor, retrieval_scores
 from nearfar.integrations._weight_movement import WeightMovement
+from nearfar.integrations.pytorch import Monitor, retrieval_scores
 
 ROWS, BATCH = 96, 24
 
