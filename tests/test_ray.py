@@ -192,7 +192,9 @@ def test_a_lost_node_changes_no_vector(nodes: Nodes, run: Path, tmp_path: Path) 
     assert not parts.exists()
 
 
-def test_an_encoder_says_what_is_wrong_with_the_data(nodes: Nodes, run: Path, tmp_path: Path) -> None:
+def test_a_view_that_the_run_lacks_is_refused_before_an_encoder_starts(
+    nodes: Nodes, run: Path, tmp_path: Path
+) -> None:
     source = NewData(write(tmp_path / "new.tsv", pairs()[:3]), {"text": "description"})
     trained = nearfar.load(run, "cpu")
     with connect("a test"), pytest.raises(NearfarError, match="has no view 'picture'"):

@@ -44,8 +44,8 @@ class Run:
 
     def series(self, name: str) -> list[float]:
         """The values of a field; dots stand for a metric of validation."""
-        found = [entry.get(name, entry.get("val", {}).get(name)) for entry in self.log]
-        return [float(value) for value in found if value is not None]
+        values = [entry.get(name, entry.get("val", {}).get(name)) for entry in self.log]
+        return [float(value) for value in values if value is not None]
 
 
 @dataclass

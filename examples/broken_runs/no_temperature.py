@@ -30,8 +30,8 @@ def train(broken: bool) -> Run:
             optimizer.step()
             run.add(epoch=epoch, loss=value.item(), candidates=64)
         with torch.no_grad():
-            found = retrieval_metrics(encoder(image), text)["R@1"]
-        run.log[-1] |= {"val": {"R@1": found.value}}
+            recall = retrieval_metrics(encoder(image), text)["R@1"]
+        run.log[-1] |= {"val": {"R@1": recall.value}}
     return run
 
 

@@ -23,13 +23,13 @@ def train(broken: bool) -> Run:
     optimizer = torch.optim.Adam(encoder.parameters(), lr=0.005)
     seen = items if broken else items + 4 * torch.randn(512, 24)  # the other view of each item
 
-    def found() -> torch.Tensor:
+    def hits() -> torch.Tensor:
         with torch.no_grad():
             return torch.as_tensor(
                 retrieval_ranks(encoder(seen), encoder(items)).hits(1), dtype=torch.float64
             )
 
-    run, before = Run(), found()
+    run, before = Run(), hits()
     for epoch in range(1, 5):
         for batch in torch.randperm(512).split(64):
             first, second = (items[batch] + 4 * torch.randn(64, 24) for _ in range(2))
@@ -37,8 +37,8 @@ def train(broken: bool) -> Run:
             optimizer.zero_grad()
             value.backward()
             optimizer.step()
-        run.add(epoch=epoch, train_loss=value.item(), val={"R@1": found().mean().item()})
-    scores = {"before_training": before, "metrics": found()}
+        run.add(epoch=epoch, train_loss=value.item(), val={"R@1": hits().mean().item()})
+    scores = {"before_training": before, "metrics": hits()}
     change = paired_difference(scores["metrics"].numpy(), before.numpy())
     interval = {"value": change.value, "low": change.low, "high": change.high}
     run.context = {name: {"val": {"R@1": {"value": each.mean().item()}}} for name, each in scores.items()}

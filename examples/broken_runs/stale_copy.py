@@ -31,9 +31,9 @@ def train(broken: bool) -> Run:
             optimizer.step()
         with torch.no_grad():
             judged = copied if broken else encoder
-            found = retrieval_metrics(judged(seen), judged(items))
+            metrics = retrieval_metrics(judged(seen), judged(items))
         run.add(
-            epoch=epoch, train_loss=value.item(), val={name: found[name].value for name in ("R@1", "MRR")}
+            epoch=epoch, train_loss=value.item(), val={name: metrics[name].value for name in ("R@1", "MRR")}
         )
     return run
 

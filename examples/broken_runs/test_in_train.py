@@ -31,9 +31,9 @@ def train(broken: bool) -> Run:
             optimizer.step()
         once = test_rows.unique()
         with torch.no_grad():
-            found = retrieval_metrics(encoder(image[once]), text[once])["R@1"]
-        run.add(epoch=epoch, train_loss=value.item(), val={"R@1": found.value})
-    run.context["chance"] = found.chance
+            recall = retrieval_metrics(encoder(image[once]), text[once])["R@1"]
+        run.add(epoch=epoch, train_loss=value.item(), val={"R@1": recall.value})
+    run.context["chance"] = recall.chance
     return run
 
 

@@ -27,8 +27,8 @@ def train(broken: bool) -> Run:
             value.backward()
             optimizer.step()
         with torch.no_grad():
-            found = retrieval_metrics(encoder(image[held_out]), text[held_out])["R@10"]
-        run.add(epoch=epoch, train_loss=value.item(), val={"R@10": found.value})
+            recall = retrieval_metrics(encoder(image[held_out]), text[held_out])["R@10"]
+        run.add(epoch=epoch, train_loss=value.item(), val={"R@10": recall.value})
     return run
 
 

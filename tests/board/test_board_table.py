@@ -233,3 +233,14 @@ def test_findings_of_a_run_in_progress_follow_its_log(
         folder.append(record)
     runs.table()
     assert ["error", "loss-at-chance"] in rows_of(judged(runs))["run"]["findings"]
+
+
+def test_a_doctor_that_fails_is_no_healthy_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(place: object) -> None:
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(table_module, "judged", fails)
+    folder = RunFolder(tmp_path / "run")
+    for record in at_chance(np.random.default_rng(0)).records:
+        folder.append(record)
+    assert rows_of(judged(Runs(tmp_path)))["run"]["findings"] == [["error", "the doctor failed"]]

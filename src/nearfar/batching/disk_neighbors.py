@@ -292,9 +292,9 @@ class _Build:
                 "neighbour compared exactly",
                 stacklevel=4,
             )
-        found = (probes, refine, recall, size)
-        write_json(self.work / "tuned.json", list(found))
-        return found
+        tuned = (probes, refine, recall, size)
+        write_json(self.work / "tuned.json", list(tuned))
+        return tuned
 
     def search(self, probes: int, refine: int) -> None:
         """The lists, a stretch at a time; each that is done has a mark."""
@@ -390,8 +390,8 @@ def _search_stretch(task: tuple[Path, int, int, int, int, int, str, tuple[int, i
     values = np.load(work / "similarities.npy", mmap_mode="r+", allow_pickle=False)
     for low in range(begin, end, _QUERIES):
         own = np.arange(low, min(low + _QUERIES, end))
-        found = index.search(vectors[own].astype(np.float32), k + 1)
-        similarity, row = _without_self(found[0], found[1], own)
+        nearest = index.search(vectors[own].astype(np.float32), k + 1)
+        similarity, row = _without_self(nearest[0], nearest[1], own)
         similarity = np.where(row < 0, -np.inf, similarity)
         if metric == "cosine":
             similarity = np.minimum(similarity, 1.0)
@@ -484,8 +484,8 @@ def _truth(vectors: NDArray[np.float16], own: NDArray[np.int64], k: int, block: 
 def _recall_of(
     index: Any, vectors: NDArray[np.float16], own: NDArray[np.int64], truth: SearchResult, k: int
 ) -> tuple[float, float]:
-    found = index.search(vectors[own].astype(np.float32), k + 1)
-    similarity, row = _without_self(found[0], found[1], own)
+    nearest = index.search(vectors[own].astype(np.float32), k + 1)
+    similarity, row = _without_self(nearest[0], nearest[1], own)
     return _recall(row.astype(np.int32), truth, similarity)
 
 

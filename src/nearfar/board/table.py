@@ -171,7 +171,7 @@ class Runs:
                 self._judged[place.key] = stamp, judged(place)
             except Exception:
                 log.exception("the doctor failed at %s", place.path)
-                self._judged[place.key] = stamp, {"findings": []}
+                self._judged[place.key] = stamp, {"findings": [["error", "the doctor failed"]]}
             finally:
                 self._asked.discard(place.key)
 

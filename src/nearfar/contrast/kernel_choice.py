@@ -120,12 +120,12 @@ def fused_blocks(setting: Setting, a: Tensor, b: Tensor, half: bool) -> Blocks |
     if reason_against(setting, a, b) is not None:
         return None
     kind = _Kind.of(len(a), len(b), a.shape[1], half, setting, a.device)
-    found = _measured.get(kind)
-    if found is None and wanted == "measure":
-        found = _measured[kind] = _measure(len(a), len(b), a.shape[1], half, setting, a.device)
+    measured = _measured.get(kind)
+    if measured is None and wanted == "measure":
+        measured = _measured[kind] = _measure(len(a), len(b), a.shape[1], half, setting, a.device)
     if wanted == "fused":
-        return _default_blocks() if found is None or found.blocks is None else found.blocks
-    return found.blocks if found is not None and found.faster else None
+        return _default_blocks() if measured is None or measured.blocks is None else measured.blocks
+    return measured.blocks if measured is not None and measured.faster else None
 
 
 def measure_kernels(
@@ -145,13 +145,13 @@ def measure_kernels(
     device = torch.device(device)
     if device.type != "cuda" or not torch.cuda.is_available():
         raise NearfarError(f"device is {device}; kernels are measured on a CUDA card, and PyTorch sees none")
-    found = []
+    times = []
     for n, d, dtype, directions, learned in itertools.product(rows, dimensions, dtypes, both, learned_scale):
         setting, half = _setting(n, n, device, directions, not learned), dtype == torch.bfloat16
         kind = _Kind.of(n, n, d, half, setting, device)
         _measured[kind] = _measure(n, n, d, half, setting, device)
-        found.append(_measured[kind])
-    return found
+        times.append(_measured[kind])
+    return times
 
 
 def _setting(n: int, m: int, device: torch.device, both: bool, bounded: bool) -> Setting:
@@ -204,7 +204,7 @@ def _measure(n: int, m: int, d: int, half: bool, like: Setting, device: torch.de
             flat = LogSums.apply(a, b, scale, setting, statistics)
             pairs = [(flat[4 * i], flat[4 * i + 1]) for i in range(1 + setting.both)]
         else:
-            pairs = [found[:2] for found in fused_results(a, b, scale, setting, half, blocks)]
+            pairs = [result[:2] for result in fused_results(a, b, scale, setting, half, blocks)]
         torch.stack([(rest - positive).sum() for rest, positive in pairs]).sum().backward()
 
     with torch.enable_grad():

@@ -61,7 +61,7 @@ def _logits(
     PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """Products of some rows and columns, in single precision."""
-    found = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    products = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for start in range(0, d, BLOCK_K):
         depth = start + tl.arange(0, BLOCK_K)
         a = tl.load(
@@ -77,8 +77,8 @@ def _logits(
         if WIDEN:  # the interpreter has no products in bfloat16
             a = a.to(tl.float32)
             b = b.to(tl.float32)
-        found = tl.dot(a, tl.trans(b), found, input_precision=PRECISION)
-    return found
+        products = tl.dot(a, tl.trans(b), products, input_precision=PRECISION)
+    return products
 
 
 @triton.jit

@@ -6,7 +6,7 @@ import { $, get, interval, number, show, signed, table, verdictClass, visible, w
 
 const keys = (new URLSearchParams(location.search).get("runs") || "").split(",").filter(Boolean);
 const state = { baseline: null, split: null };
-const said = el("div", {});
+const outcome = el("div", {});
 const charts = el("div", { class: "charts" });
 const list = el("p", { class: "pills legend" });
 const more = el("details", { class: "aside", ontoggle: () => { if (more.open) curves(); } }, el("summary", {}, "Health of the embeddings, and the rest"), el("div", { class: "charts" }));
@@ -52,16 +52,16 @@ function intervals(answer) {
 
 async function verdicts() {
   try {
-    const answer = await work("/api/compare", { runs: keys, ...state }, said);
+    const answer = await work("/api/compare", { runs: keys, ...state }, outcome);
     const refused = [...Object.entries(answer.record.refused), ...Object.entries(answer.left_out)];
     const first = answer.arms.find((arm) => !arm.baseline);
     const kind = verdictClass(answer.record.differences[first?.label]?.[answer.monitor]?.verdict);
-    said.replaceChildren(tools(answer),
+    outcome.replaceChildren(tools(answer),
       el("div", { class: `verdict ${kind}` }, answer.paragraphs.map((text) => el("p", {}, visible(text)))),
       ...(refused.length ? [el("div", { class: "sheet" }, el("h2", {}, "Not compared"), el("ul", {}, refused.map(([name, reason]) => el("li", {}, visible(`${name}: ${reason}`)))))] : []),
       ...measured(answer), el("div", { class: "charts" }, intervals(answer)));
   } catch (error) {
-    said.replaceChildren(el("div", { class: "verdict even" }, el("p", { role: "alert" }, visible(error.message))));
+    outcome.replaceChildren(el("div", { class: "verdict even" }, el("p", { role: "alert" }, visible(error.message))));
   }
 }
 
@@ -133,7 +133,7 @@ async function curves() {
   $("about").textContent = `${contents.size} runs`;
 }
 
-$("panel").replaceChildren(list, said, el("h2", {}, "Curves"), charts, more);
+$("panel").replaceChildren(list, outcome, el("h2", {}, "Curves"), charts, more);
 if (keys.length < 2) {
   show($("problem"), "Select two or more runs in the table, and compare them from there.");
 } else {

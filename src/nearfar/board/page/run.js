@@ -52,10 +52,10 @@ function training(host) {
   const content = state.content;
   if (!host.querySelector(".charts")) {
     const more = el("details", { class: "aside", ontoggle: () => { if (more.open) grid(more.querySelector(".charts"), state.content.more); } }, el("summary", {}, "More of every step"), el("div", { class: "charts" }));
-    host.replaceChildren(el("div", { class: "said" }), el("div", { class: "charts main" }), more);
+    host.replaceChildren(el("div", { class: "findings" }), el("div", { class: "charts main" }), more);
   }
   const opened = new Set([...host.querySelectorAll(".finding details[open] summary")].map((node) => node.textContent));
-  host.querySelector(".said").replaceChildren(verdict(content), ...content.diagnosis.findings.map(finding));
+  host.querySelector(".findings").replaceChildren(verdict(content), ...content.diagnosis.findings.map(finding));
   for (const node of host.querySelectorAll(".finding summary")) if (opened.has(node.textContent)) node.parentNode.open = true;
   const charts = host.querySelector(".charts.main");
   if (content.curves.length) grid(charts, content.curves);
