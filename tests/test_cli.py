@@ -235,7 +235,8 @@ def test_a_missing_package_says_what_to_install(capsys: pytest.CaptureFixture[st
 
 
 @pytest.mark.parametrize(
-    ("installed", "says"), [(None, r"pip install 'nearfar\[tune\]'"), ("2.10.1", "Optuna 3 or newer, and 2.10.1 is here")]
+    ("installed", "says"),
+    [(None, r"pip install 'nearfar\[tune\]'"), ("2.10.1", "Optuna 3 or newer, and 2.10.1 is here")],
 )
 def test_a_search_needs_a_current_optuna(
     installed: str | None, says: str, monkeypatch: pytest.MonkeyPatch
