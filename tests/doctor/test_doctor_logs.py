@@ -382,8 +382,11 @@ def lines(path: Path, **series: list[float]) -> Path:
         ({"loss": [0.0] * 30, "grad_norm": [0.0] * 30}, "nothing-to-learn", "gradient norm is 0"),
         ({"loss": [0.0] * 30, "candidates": [1.0] * 30}, "nothing-to-learn", "1 candidate"),
         ({"loss": [3.0 - 0.05 * i for i in range(30)], "mean_cosine": [0.996] * 30}, "collapse", "0.996"),
-        ({"loss": [-0.5 - 0.015 * i for i in range(30)], "z_std": [0.04 * 0.8**i for i in range(30)]}, "collapse",
-         "Standard deviation of embeddings is 0.0001"),
+        (
+            {"loss": [-0.5 - 0.015 * i for i in range(30)], "z_std": [0.04 * 0.8**i for i in range(30)]},
+            "collapse",
+            "Standard deviation of embeddings is 0.0001",
+        ),
     ],
 )
 def test_numbers_of_public_threads_are_named(

@@ -105,7 +105,9 @@ def test_weights_are_looked_at_before_the_optimiser_moves_them(tmp_path: Path) -
     assert "net.2.weight, net.2.bias" in watch.diagnosis[0].evidence["text"]
     log = [json.loads(line) for line in (tmp_path / "lacking/run/train_log.jsonl").read_text().splitlines()]
     steps = [each for each in log if each["kind"] == "step"]
-    assert [each.get("weights_moved") for each in steps] == [None] + [0.5] * 7  # two of four, after the first look
+    assert [each.get("weights_moved") for each in steps] == [None] + [
+        0.5
+    ] * 7  # two of four, after the first look
     watch, _ = fit(tmp_path / "all")
     assert watch.diagnosis is not None
     assert "weights-unmoved" not in watch.diagnosis.ids

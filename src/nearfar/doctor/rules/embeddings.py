@@ -50,7 +50,9 @@ def _collapsed(signals: Signals) -> dict[str, tuple[str, float, Series]]:
             collapsed[view] = ("variance", series.mean(), series)
     for view, series in _views(signals, "*/std"):
         largest = max(signals.series(f"{view}/std").finite().values)
-        if series.mean() < NO_STD and (series.mean() < STD_LOST * largest or series.mean() < STD_LOST * NO_STD):
+        if series.mean() < NO_STD and (
+            series.mean() < STD_LOST * largest or series.mean() < STD_LOST * NO_STD
+        ):
             collapsed[view] = ("standard deviation", series.mean(), series)
     return collapsed
 
