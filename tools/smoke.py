@@ -56,7 +56,7 @@ threading.Thread(target=server.run, daemon=True).start()
 while not server.started:
     time.sleep(0.05)
 port = server.servers[0].sockets[0].getsockname()[1]
-print(urllib.request.urlopen(f"http://127.0.0.1:{port}/").read().decode())
+print(urllib.request.urlopen(f"http://127.0.0.1:{{port}}/").read().decode())
 """
 STORE = """
 import numpy as np
