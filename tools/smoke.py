@@ -168,7 +168,7 @@ print(sum(p.requires_grad for p in add_adapters(network, 2).parameters()))
 import nearfar
 from nearfar.serving.server import build_app
 app = build_app(nearfar.load("runs/numbers"))
-"""), "numbers")),
+"""), "Skip to the results")),
     "board": (NUMBERS, Check(ANSWERS.format(app="""
 from pathlib import Path
 from nearfar.board.server import build_board
