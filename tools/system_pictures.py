@@ -35,7 +35,7 @@ class Shot:
     run: str
     heading: str
     most: int = 2
-    width: int = 900
+    width: int = 1080
     before: str = ""
 
     def words(self, command: str, data: str) -> list[str]:
@@ -43,11 +43,13 @@ class Shot:
         return command.format(data=data, runs=RUNS).split()
 
 
+#: not a part of the report, but items of the test split and those nearest to them
+NEIGHBOURS = "neighbours"
 SHOTS = {
     "pairs": Shot("experiment=pairs", "nearly", 1),
     "molecules": Shot("experiment=molecules_demo sampler=hard", "right", 1),
-    "labels": Shot("experiment=labels", "Embeddings"),
-    "augmented": Shot("experiment=augmented", "Embeddings"),
+    "labels": Shot("experiment=labels epochs=2", NEIGHBOURS),
+    "augmented": Shot("experiment=augmented", NEIGHBOURS),
     "aspects": Shot("experiment=aspects data=visfd data.dir={data}/visfd epochs=3", "Confusions", 1),
     "tissue": Shot(
         "experiment=medium_spatial data.dir={runs}/shards data.hold_out=B4 image_encoder=colors",
@@ -96,8 +98,8 @@ def train(name: str, shot: Shot) -> Path:
     return run
 
 
-def photograph(browser: Any, report: Path, shot: Shot) -> bytes:
-    """The part of a report as a PNG of few colours."""
+def photograph(browser: Any, report: Path, shot: Shot) -> Any:
+    """The part of a report, as a picture of Pillow."""
     from PIL import Image
 
     page = browser.new_page(viewport={"width": shot.width, "height": 600}, device_scale_factor=SCALE)
@@ -106,13 +108,63 @@ def photograph(browser: Any, report: Path, shot: Shot) -> bytes:
         raise SystemExit(f"{report} has no heading {shot.heading!r}")
     picture = Image.open(io.BytesIO(page.locator("main").screenshot())).convert("RGB")
     page.close()
-    for colours in (256, 128, 64, 32, 16):
+    return picture
+
+
+def neighbours(run: Path, rows: int = 6, near: int = 9) -> Any:
+    """Pictures of the test split, each with those nearest to it: green where the label is the same, else red."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import numpy as np
+    from matplotlib import pyplot
+    from PIL import Image
+
+    import nearfar
+    from nearfar.systems import build_system
+    from nearfar.training.run_folder import RunFolder
+
+    trained = nearfar.load(run)
+    system: Any = build_system(RunFolder(run).config(), saved=True)
+    test = system.load_data(print).splits["test"]
+    pictures, labels = test["image"], np.asarray(test["label"])
+    vectors = np.asarray(trained.embed(pictures, trained.views[0]))
+    cosines = vectors @ vectors.T
+    np.fill_diagonal(cosines, -1)
+    figure, axes = pyplot.subplots(rows, near + 1, figsize=(near + 2, rows), layout="constrained")
+    for line, query in zip(axes, np.linspace(0, len(test) - 1, rows).astype(int), strict=True):
+        for place, (at, item) in enumerate(
+            zip(line, [query, *np.argsort(-cosines[query])[:near]], strict=True)
+        ):
+            at.imshow(pictures[item])
+            at.set(xticks=[], yticks=[])
+            colour = "#1f2733" if not place else "#20794a" if labels[item] == labels[query] else "#b3421b"
+            at.spines[:].set(color=colour, linewidth=3)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=100)
+    return Image.open(drawn).convert("RGB")
+
+
+def write_small(picture: Any, path: Path) -> None:
+    """A PNG of few colours, where 64 are enough for the size; a JPEG otherwise."""
+    from PIL import Image
+
+    for colours in (256, 128, 64):
         out = io.BytesIO()
         few = picture.quantize(colours, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
         few.save(out, "PNG", optimize=True)
         if out.tell() < LARGEST:
-            return out.getvalue()
-    raise SystemExit(f"{report}: {out.tell():,} bytes with {colours} colours; show fewer boxes")
+            path.with_suffix(".png").write_bytes(out.getvalue())
+            print(f"{path}.png: {out.tell():,} bytes", flush=True)
+            return
+    for quality in (85, 75, 65, 55):
+        out = io.BytesIO()
+        picture.save(out, "JPEG", quality=quality, optimize=True)
+        if out.tell() < LARGEST:
+            path.with_suffix(".jpg").write_bytes(out.getvalue())
+            print(f"{path}.jpg: {out.tell():,} bytes", flush=True)
+            return
+    raise SystemExit(f"{path}: larger than {LARGEST:,} bytes; show fewer boxes")
 
 
 def main() -> None:
@@ -134,9 +186,13 @@ def main() -> None:
         browser = playwright.chromium.launch(executable_path=program, args=flags)
         for name in names:
             run = chosen.run or train(name, SHOTS[name])
-            picture = photograph(browser, run / "report.html", SHOTS[name])
-            (PICTURES / f"{name}.png").write_bytes(picture)
-            print(f"{PICTURES / name}.png: {len(picture):,} bytes", flush=True)
+            shot = SHOTS[name]
+            part = (
+                neighbours(run)
+                if shot.heading == NEIGHBOURS
+                else photograph(browser, run / "report.html", shot)
+            )
+            write_small(part, PICTURES / name)
         browser.close()
 
 
