@@ -94,11 +94,10 @@ def trains(experiment: str, options: str) -> Check:
     return Check(f"nearfar train experiment={experiment} name={experiment} {options}", "report.html")
 
 
-#: a run that needs nothing but the extra `train`: two columns of numbers; trained once, whatever extras are tried
-NUMBERS = Check(
-    f"nearfar train experiment=pairs data.train=numbers.csv views=[x,y] name=numbers exists=skip {SMALL}",
-    "numbers",
-)
+#: an experiment that needs nothing but the extra `train`: two columns of numbers
+TABLE = f"experiment=pairs data.train=numbers.csv views=[x,y] {SMALL}"
+#: its run, trained once, whatever extras are tried
+NUMBERS = Check(f"nearfar train {TABLE} name=numbers exists=skip", "numbers")
 
 
 #: what an extra gives, shown by one command
@@ -174,10 +173,12 @@ from pathlib import Path
 from nearfar.board.server import build_board
 app = build_board(Path("runs"))
 """), "<html")),
-    "search": (Check("nearfar train --multirun --cfg hydra hydra/sweeper=optuna", "optuna"),),
-    "slurm": (Check("nearfar train --multirun --cfg hydra hydra/launcher=submitit_local", "submitit"),),
-    "ray": (Check("nearfar train --multirun --cfg hydra hydra/launcher=ray", "ray"),),
-    "tune": (Check("from ray.tune.search.optuna import OptunaSearch as search; print(search)", "OptunaSearch"),),
+    "search": (Check(f"nearfar train -m {TABLE} hydra/sweeper=search hydra.sweeper.n_trials=2 lr=interval(1e-3,1e-2) "
+                     "name=searched", "searched"),),
+    "slurm": (Check(f"nearfar train -m {TABLE} hydra/launcher=submitit_local seed=0,1 name=submitted exists=skip"),
+              Check("nearfar report runs/submitted/seed=1", "report.html")),
+    "ray": (Check(f"nearfar train {TABLE} trainer.engine=ray trainer.devices=2 name=on_ray", "on_ray"),),
+    "tune": (Check(f"nearfar tune {TABLE} lr=1e-3,1e-2 name=tuned --trials 2 --judge 0", "best of 2 trials"),),
     "lance": (Check(STORE.format(place="lance:vectors"), "near"),),
     "qdrant": (Check(STORE.format(place="qdrant:vectors"), "near"),),
     "postgres": (Check("import psycopg, pgvector; print(psycopg.pq.version())", ""),),
