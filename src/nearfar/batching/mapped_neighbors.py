@@ -17,7 +17,7 @@ from nearfar.data.files import Maybe, read_json
 from nearfar.errors import NearfarError
 from nearfar.ids import Ids, canonical_ids
 
-__all__ = ["HEAD", "MappedNeighbors", "as_folder"]
+__all__ = ["HEAD", "MappedNeighbors", "UnitVectors", "as_folder"]
 
 HEAD = "neighbors.json"
 _FORMAT = 1
@@ -47,6 +47,23 @@ class _ByItem:
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
         return np.asarray(self[:], dtype)
+
+
+class UnitVectors:
+    """Vectors of unit length in a file, rounded to float16: ``vectors[items]`` are rows by position, (m, d) float32."""
+
+    def __init__(self, stored: NDArray[np.float16], rank: NDArray[np.int32], normalise: bool) -> None:
+        self._stored, self._rank, self._normalise = stored, rank, normalise
+        self.shape = stored.shape
+
+    def __len__(self) -> int:
+        return int(self.shape[0])
+
+    def __getitem__(self, items: Any) -> NDArray[np.float32]:
+        rows = np.asarray(self._stored[self._rank[items]], np.float32)
+        if self._normalise:
+            rows /= np.maximum(np.linalg.norm(rows, axis=-1, keepdims=True), 1e-12)
+        return rows
 
 
 class MappedNeighbors(Neighbors):
@@ -98,7 +115,7 @@ class MappedNeighbors(Neighbors):
             "folder": folder, "head": head, "stored": stored, "stored_similarities": values, "positions": positions,
             "ids": ids, "indices": _ByItem(self, stored, True), "similarities": _ByItem(self, values, False),
             "metric": head["metric"], "exact": head["exact"], "index": head["index"], "recall": head["recall"],
-            "queries": head["queries"], "_rank": None, "_index": None, "_stored_vectors": None,
+            "queries": head["queries"], "_rank": None, "_index": None, "_directions": None,
         }  # fmt: skip
         for name, value in fields.items():
             object.__setattr__(self, name, value)  # Neighbors are frozen
@@ -150,6 +167,19 @@ class MappedNeighbors(Neighbors):
             false[begin : begin + len(some)] = (same & (place < close[some][:, None])).sum(1)
         return inside, false
 
+    def held(self) -> Neighbors:
+        """The same lists in memory, n · k · 8 bytes."""
+        return Neighbors(
+            self.indices[:],
+            self.similarities[:],
+            self.ids,
+            self.metric,
+            self.exact,
+            self.index,
+            self.recall,
+            self.queries,
+        )
+
     def aligned_to(self, ids: Ids) -> MappedNeighbors:
         """The same lists for the same items in the order of ``ids``; the files stay as they are."""
         if self.ids is None:
@@ -187,13 +217,13 @@ class MappedNeighbors(Neighbors):
     def fingerprint(self) -> str:
         return digest(self.stored, self.positions, *([] if self.ids is None else [self.ids]))
 
-    def vectors(self, items: NDArray[np.integer]) -> NDArray[np.float32]:
-        """The vectors at positions of items, (m, d), rounded to float16; for cosines they have unit length."""
-        if self._stored_vectors is None:  # type: ignore[attr-defined]
-            stored = stored_vectors(self.folder, self.n, self.head["width"])
-            object.__setattr__(self, "_stored_vectors", stored)
-        rows = self._stored_vectors[self.rank[items]]  # type: ignore[attr-defined]
-        return np.asarray(rows[:, : self.head["dim"]], np.float32)
+    @property
+    def directions(self) -> UnitVectors:
+        """The vectors that the lists are of, at unit length: ``directions[items]``, mapped."""
+        if self._directions is None:  # type: ignore[attr-defined]
+            stored = stored_vectors(self.folder, self.n, self.head["width"])[:, : self.head["dim"]]
+            object.__setattr__(self, "_directions", UnitVectors(stored, self.rank, self.metric == "dot"))
+        return cast(UnitVectors, self._directions)  # type: ignore[attr-defined]
 
     def search(self, queries: NDArray[np.floating], k: int) -> SearchResult:
         """The ``k`` nearest items of new vectors (m, d), as `nearfar.mining.nearest_documents` gives them.

@@ -178,7 +178,7 @@ def mine_negatives_on_disk(
                 rules,
                 near.search(own, width),
                 own,
-                _Stored(near),
+                near.directions,
                 answers.among(some),
                 texts=(None, None) if texts is None else (texts[0][some], texts[1]),
                 rescore=None if rescore is None else _shifted(rescore, some),
@@ -247,19 +247,6 @@ def _unit(source: VectorShards, rows: NDArray[np.int64]) -> NDArray[np.float32]:
 
 def _shifted(rescore: Rescore, rows: NDArray[np.int64]) -> Rescore:
     return lambda query, document: rescore(rows[query], document)
-
-
-@dataclass(frozen=True)
-class _Stored:
-    """The vectors of the documents, from the files of the index."""
-
-    near: MappedNeighbors
-
-    def __len__(self) -> int:
-        return self.near.n
-
-    def __getitem__(self, rows: Any) -> NDArray[np.float32]:
-        return self.near.vectors(rows)
 
 
 @dataclass(frozen=True)
