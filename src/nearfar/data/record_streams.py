@@ -8,6 +8,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,10 +51,10 @@ class RecordStream:
 class FileRecords(RecordStream):
     """Rows of Parquet files, or samples of WebDataset shards: files in random order in each epoch, rows in theirs.
 
-    A row is a dictionary of its columns, in which vectors of one length are arrays; a sample one of ``__key__`` and its
-    endings: text of ``txt`` and ``cls``, what ``json`` and ``npy`` hold, bytes of everything else. Pickles are refused
-    and counted in ``refused``; files that cannot be decoded are None, and counted there, too. ``columns`` are read
-    alone. With ``seed=None`` files keep their order.
+    A row is a dictionary of its columns, in which lists of floating-point numbers are arrays; a sample one of
+    ``__key__`` and its endings: text of ``txt`` and ``cls``, what ``json`` and ``npy`` hold, bytes of everything else.
+    Pickles are refused and counted in ``refused``; files that cannot be decoded are None, and counted there, too.
+    ``columns`` are read alone. With ``seed=None`` files keep their order.
     """
 
     def __init__(
@@ -175,24 +176,24 @@ def _records(batch: pyarrow.RecordBatch) -> Iterator[Record]:
         yield dict(zip(names, values, strict=True))
 
 
-def _values(column: pyarrow.Array) -> Sequence[Any]:
-    """Python's own values; of lists of numbers that are equally long, rows of an array, which are made at once."""
+def _values(column: pyarrow.Array) -> list[Any]:
+    """Python's own values; lists of floating-point numbers are arrays, which costs a tenth."""
     import pyarrow
-    import pyarrow.compute
 
-    kind = column.type
-    lists = (
-        pyarrow.types.is_list(kind)
-        or pyarrow.types.is_large_list(kind)
-        or pyarrow.types.is_fixed_size_list(kind)
-    )
-    if lists and pyarrow.types.is_floating(kind.value_type) and not column.null_count:
-        flat = column.flatten()
-        lengths = pyarrow.compute.min_max(pyarrow.compute.list_value_length(column))
-        if len(column) and lengths["min"] == lengths["max"] and not flat.null_count:
-            return list(flat.to_numpy(zero_copy_only=False).reshape(len(column), -1))
-    values: list[Any] = column.to_pylist()
-    return values
+    kind, types = column.type, pyarrow.types
+    fixed = types.is_fixed_size_list(kind)
+    if not (
+        (fixed or types.is_list(kind) or types.is_large_list(kind)) and types.is_floating(kind.value_type)
+    ):
+        return list(column.to_pylist())
+    every = column.offset + np.arange(len(column) + 1)
+    bounds = every * kind.list_size if fixed else column.offsets.to_numpy()
+    flat = column.values.to_numpy(zero_copy_only=False)
+    rows: list[Any] = [flat[begin:end] for begin, end in pairwise(bounds.tolist())]
+    if column.null_count:
+        present = column.is_valid().to_pylist()
+        rows = [row if there else None for row, there in zip(rows, present, strict=True)]
+    return rows
 
 
 class _Stateful(RecordStream):
