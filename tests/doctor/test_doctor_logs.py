@@ -382,6 +382,11 @@ def lines(path: Path, **series: list[float]) -> Path:
         ({"loss": [0.0] * 30, "grad_norm": [0.0] * 30}, "nothing-to-learn", "gradient norm is 0"),
         ({"loss": [0.0] * 30, "candidates": [1.0] * 30}, "nothing-to-learn", "1 candidate"),
         ({"loss": [3.0 - 0.05 * i for i in range(30)], "mean_cosine": [0.996] * 30}, "collapse", "0.996"),
+        (
+            {"loss": [-0.5 - 0.015 * i for i in range(30)], "z_std": [0.04 * 0.8**i for i in range(30)]},
+            "collapse",
+            "Standard deviation of embeddings is 0.0001",
+        ),
     ],
 )
 def test_numbers_of_public_threads_are_named(
@@ -410,5 +415,6 @@ def test_the_same_names_without_the_fault_stay_silent(tmp_path: Path) -> None:
         loss=[8.4 * math.exp(-0.1 * i) + 0.02 * (-1) ** i for i in range(30)],
         grad_norm=[2.0 - 0.03 * i for i in range(30)],
         mean_cosine=[0.3] * 30,
+        feature_std=[0.008] * 30,  # 16,384 dimensions, as those of a bag of words
     )
     assert diagnose(healthy).healthy

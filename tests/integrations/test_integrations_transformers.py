@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,9 @@ class Encoder(nn.Module):
         }  # fmt: skip
 
 
-def fit(folder: Path, **options: Any) -> tuple[WatchCallback, Any]:
+def fit(
+    folder: Path, held: Callable[[Encoder], Iterable[nn.Parameter]] | None = None, **options: Any
+) -> tuple[WatchCallback, Any]:
     from transformers import Trainer, TrainingArguments
 
     torch.manual_seed(0)
@@ -55,9 +58,12 @@ def fit(folder: Path, **options: Any) -> tuple[WatchCallback, Any]:
         dataloader_pin_memory=False, label_names=["keys"], **options,
     )  # fmt: skip
     rows = [{"rows": x, "keys": y} for x, y in zip(ROWS, KEYS, strict=True)]
+    model = Encoder(loss)
+    optimizer = None if held is None else torch.optim.AdamW(held(model), lr=1e-2)
     trainer = Trainer(
-        model=Encoder(loss), args=arguments, train_dataset=rows, eval_dataset=rows, callbacks=[watch]
-    )
+        model=model, args=arguments, train_dataset=rows, eval_dataset=rows, callbacks=[watch],
+        optimizers=(optimizer, None),
+    )  # fmt: skip
     trainer.train()
     return watch, trainer
 
@@ -89,6 +95,22 @@ def test_the_same_weights_as_without_watching(tmp_path: Path) -> None:
     plain.train()
     for a, b in zip(watched.model.parameters(), plain.model.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_weights_are_looked_at_before_the_optimiser_moves_them(tmp_path: Path) -> None:
+    """The last layer is one that the optimiser lacks, as when it was made before the head; without that all is well."""
+    watch, _ = fit(tmp_path / "lacking", held=lambda model: model.net[0].parameters())
+    assert watch.diagnosis is not None
+    assert "weights-unmoved" in watch.diagnosis.ids
+    assert "net.2.weight, net.2.bias" in watch.diagnosis[0].evidence["text"]
+    log = [json.loads(line) for line in (tmp_path / "lacking/run/train_log.jsonl").read_text().splitlines()]
+    steps = [each for each in log if each["kind"] == "step"]
+    assert [each.get("weights_moved") for each in steps] == [None] + [
+        0.5
+    ] * 7  # two of four, after the first look
+    watch, _ = fit(tmp_path / "all")
+    assert watch.diagnosis is not None
+    assert "weights-unmoved" not in watch.diagnosis.ids
 
 
 @pytest.mark.parametrize(

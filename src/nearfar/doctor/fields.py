@@ -80,6 +80,7 @@ FIELDS: dict[str, dict[str, str]] = {
         "*/variance": "1: as spread as uniform on the sphere, 0: all in one point",
         "*/uniformity": "ln mean exp(−2 |x − y|²) over different rows",
         "*/mean_cosine": "mean cosine of different rows",
+        "*/std": "standard deviation over rows, mean over dimensions; of unit vectors at most 1 / √dimensions",
         "*/moved": "1 − mean cosine of the probe's rows with themselves before training",
         "alignment": "mean squared distance of partners",
         "modality_gap": "distance of the two views' mean unit vectors",

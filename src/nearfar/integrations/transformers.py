@@ -113,7 +113,11 @@ class WatchCallback(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.watch is not None and int(state.global_step) % self.watch.log_every == 0:
+        if self.watch is None:
+            return
+        # so that every log follows a look of its own step, and a run that logs seldom is looked at all the same
+        every = min(int(state.logging_steps) or self.watch.log_every, self.watch.log_every)
+        if (int(state.global_step) + 1) % every == 0:
             self.watch.look_at_weights()
 
     def on_log(

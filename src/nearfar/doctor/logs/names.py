@@ -56,6 +56,12 @@ _MEAN_COSINE = re.compile(
     r"(mean|avg|average)(_pairwise)?_cos(ine)?(_sim(ilarity)?)?|pairwise_cos(ine)?(_sim(ilarity)?)?(_mean)?",
     re.IGNORECASE,
 )
+#: the standard deviation of embeddings, over rows and then averaged over dimensions, as SimSiam's users log it
+_STD = re.compile(
+    r"(z|h|emb(edding)?s?|feat(ure)?s?|repr(esentation)?s?|proj(ection)?s?|outputs?)(_mean)?_std(_mean|_avg)?"
+    r"|std_(of_)?(z|emb(edding)?s?|feat(ure)?s?|repr(esentation)?s?|outputs?)",
+    re.IGNORECASE,
+)
 _LOWER_LOSS = re.compile(r"(^|[/_ -])loss([/_](step|epoch))?$", re.IGNORECASE)
 #: the split at the end of a name, as TensorBoard's tutorials have it ("Loss/train"), or before a capital ("TrainLoss")
 _SPLIT_LAST = re.compile(rf"^(.+)[/_. -]({_TRAIN}|{_VALID})$", re.IGNORECASE)
@@ -188,6 +194,8 @@ def _field(name: str, validation: bool) -> str | None:
         return f"embeddings/{plain}"
     if _MEAN_COSINE.fullmatch(plain) or _MEAN_COSINE.fullmatch(_key(rest)):
         return "embeddings/mean_cosine"
+    if _STD.fullmatch(_key(of_training)) or _STD.fullmatch(_key(rest)):
+        return "embeddings/std"
     if re.match(r"^lr[-_/]", name, re.IGNORECASE):
         return "lr"
     if of_training == name and (validation or _METRIC.search(name)):

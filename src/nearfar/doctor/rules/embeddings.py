@@ -14,6 +14,9 @@ __all__ = ["RULES"]
 
 #: variance (1: uniform on the sphere) and mean cosine at which all rows are one; the two add up to about 1
 NO_VARIANCE, ONE_DIRECTION = 0.05, 0.95
+#: standard deviation of a dimension, and its share of the largest so far: beside 1/√d of unit vectors, which is .03 at
+#: 1,024 and .01 at 10,000 dimensions
+NO_STD, STD_LOST = 0.01, 0.2
 #: 1 − mean cosine of rows with themselves before training up to which they stand still
 MOVED = 1e-6
 #: uniformity of rows with mean cosine .95; well spread ones have about -4
@@ -45,6 +48,12 @@ def _collapsed(signals: Signals) -> dict[str, tuple[str, float, Series]]:
     for view, series in _views(signals, "*/variance"):
         if series.mean() < NO_VARIANCE:
             collapsed[view] = ("variance", series.mean(), series)
+    for view, series in _views(signals, "*/std"):
+        largest = max(signals.series(f"{view}/std").finite().values)
+        if series.mean() < NO_STD and (
+            series.mean() < STD_LOST * largest or series.mean() < STD_LOST * NO_STD
+        ):
+            collapsed[view] = ("standard deviation", series.mean(), series)
     return collapsed
 
 
@@ -70,7 +79,7 @@ def _collapse(signals: Signals) -> Evidence | None:
     if not collapsed:
         return None
     parts = [
-        f"{what} of {view} is {value:.3f} in {where.where_text()}"
+        f"{what} of {view} is {value:.3g} in {where.where_text()}"
         for view, (what, value, where) in collapsed.items()
     ]
     text = "; ".join(parts)
@@ -162,10 +171,10 @@ RULES = (
     ),
     Rule(
         "collapse", "error", "The embeddings have collapsed into one direction.",
-        (("*/variance",), ("*/mean_cosine",), ("*/uniformity",)), _collapse,
-        looks_at="`*/variance`, `*/mean_cosine`, `*/uniformity`, last probes",
+        (("*/variance",), ("*/mean_cosine",), ("*/uniformity",), ("*/std",)), _collapse,
+        looks_at="`*/variance`, `*/mean_cosine`, `*/uniformity`, `*/std`, last probes",
         threshold=f"variance below {NO_VARIANCE:g}, mean cosine above {ONE_DIRECTION:g}, uniformity above "
-        f"{NOT_UNIFORM:g}",
+        f"{NOT_UNIFORM:g}, standard deviation below {NO_STD:g} and {STD_LOST:.0%} of its largest",
         cause="Nothing pushes rows apart: no negatives, a temperature so high that all candidates score "
         "alike or so low that only one of them counts, or a learning rate that drove an activation to 0.",
         remedy=_collapse_remedy, source="Wang and Isola 2020, alignment and uniformity",
