@@ -171,7 +171,7 @@ class MappedNeighbors(Neighbors):
         """The same lists in memory, n · k · 8 bytes."""
         return Neighbors(
             self.indices[:],
-            self.similarities[:],
+            self.stored_similarities[self.rank].astype(np.float32),
             self.ids,
             self.metric,
             self.exact,

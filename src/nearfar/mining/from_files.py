@@ -130,7 +130,8 @@ def _judged(path: Path, split: str | None, queries: IdPlaces, documents: IdPlace
     """Pairs of positions from judgments, and what cannot be used of them."""
     if path.suffix.lower() == ".npy":
         return path, []
-    notes, parts = [], []
+    notes: list[str] = []
+    parts: list[NDArray[np.int32]] = []
     asked = answered = 0
     for some_queries, some_documents in _positive_ids(path, split, notes):
         at, of = queries.of(some_queries), documents.of(some_documents)

@@ -236,7 +236,7 @@ def mine_block(
     documents: Rows,
     pairs: tuple[NDArray[np.int64], NDArray[np.int64]],
     *,
-    texts: tuple[NDArray[np.int64] | None, NDArray[np.int64] | None] = (None, None),
+    texts: tuple[NDArray[np.integer] | None, NDArray[np.integer] | None] = (None, None),
     rescore: Rescore | None = None,
     guide: tuple[Rows, Rows] | None = None,
     rng: np.random.Generator,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal
@@ -327,12 +327,12 @@ class _Totals:
         return {name: getattr(self, name) for name in names}
 
 
-def _write(tables: Iterator[dict[str, Sequence[Any]]], output: Path) -> tuple[int, list[str]]:
+def _write(tables: Iterator[dict[str, list[Any]]], output: Path) -> tuple[int, list[str]]:
     """All tables into one Parquet file, one in memory at a time; its rows and columns."""
     import pyarrow
     import pyarrow.parquet
 
-    rows, columns = 0, []  # type: ignore[var-annotated]
+    rows, columns = 0, []
 
     def write(file: IO[bytes]) -> None:
         nonlocal rows, columns
