@@ -96,10 +96,12 @@ class Hits(Sequence[Hit]):
 
         shown = self.columns[:columns]
         table = Table(title=escape(self.title), title_justify="left", title_style="")
-        table.add_column("", justify="right")
-        table.add_column("cosine", justify="right")
-        for name in ("id", *shown):
-            table.add_column(escape(name), overflow="ellipsis", no_wrap=True)
+        # What may not be broken keeps its width; were no column to give way, Rich would narrow these to nothing.
+        table.add_column("", justify="right", no_wrap=True)
+        table.add_column("cosine", justify="right", no_wrap=True)
+        table.add_column("id", overflow="ellipsis", no_wrap=True)
+        for name in shown:
+            table.add_column(escape(name), overflow="ellipsis")
         for hit in self.hits:
             cells = [hit.id, *(_cell(hit.row[name]) for name in shown)]
             # Escaped, because Rich takes [nH] for a style and leaves it out.
