@@ -4,7 +4,7 @@
     python tools/smoke.py                                  # the wheel alone
     python tools/smoke.py --extra train --extra serve      # with these extras, together
     python tools/smoke.py --every-extra                    # all that go together and are not for development
-    python tools/smoke.py --each                           # every extra alone, in an environment of its own
+    python tools/smoke.py --each                           # none, and every extra alone, in environments of their own
 
 Exits with 1 where a check fails, and prints what it said. The environment is removed at the end.
 """
@@ -235,7 +235,8 @@ def try_out(python: Path, folder: Path, extras: list[str]) -> list[str]:
     environment = {name: value for name, value in os.environ.items() if name not in hidden}
     environment |= {"NEARFAR_CACHE": str(folder / "cache"), "PYTHONNOUSERSITE": "1", "OMP_NUM_THREADS": "1"}
     failed = []
-    for name, checks in [("nearfar", BARE), *((extra, EXTRAS[extra]) for extra in extras)]:
+    bare = BARE[:3] if extras else BARE  # all of it where nothing but the package is there
+    for name, checks in [("nearfar", bare), *((extra, EXTRAS[extra]) for extra in extras)]:
         for check in checks:
             begun = time.perf_counter()
             ran = subprocess.run(
@@ -298,14 +299,14 @@ def main() -> int:
         extras = [name for name in extras_of_the_package() if name not in APART]
     together = [extras]
     if chosen.each:
-        together = [[name] for name in extras or extras_of_the_package()]
+        together = [[name] for name in extras] or [[], *([name] for name in extras_of_the_package())]
     built = sorted((ROOT / "dist").glob("nearfar-*.whl"), key=lambda path: path.stat().st_mtime)
     wheel = chosen.wheel or (built[-1] if built else None)
     if wheel is None and chosen.python is None:
         parser.error("there is no wheel in dist/: python -m build")
     failed = []
     for one in together:
-        keep = chosen.keep / one[0] if chosen.keep and chosen.each else chosen.keep
+        keep = chosen.keep / "".join(one) if chosen.keep and chosen.each else chosen.keep
         failed += try_extras(one, wheel, chosen.python, keep)
     print("\n".join(["failed:", *failed]) if failed else "everything works")
     return 1 if failed else 0
