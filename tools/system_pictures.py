@@ -54,6 +54,7 @@ SHOTS = {
     "tissue": Shot(
         "experiment=medium_spatial data.dir={runs}/shards data.hold_out=B4 image_encoder=colors",
         "A gene over a slide",
+        width=560,
         before="data shards {data}/her2st {runs}/shards --pixels 64 --genes all --values counts",
     ),
     "relations": Shot("experiment=relations", "Pairs", 6),
