@@ -144,6 +144,10 @@ def test_the_map_is_the_projection_on_two_components(tmp_path: Path) -> None:
     drawn = embedding_map(folder)
     assert drawn is not None
     assert (drawn.rows, drawn.links) == (40, 40)
+    write_map(folder, {"texts": texts})
+    alone = embedding_map(folder)
+    assert alone is not None
+    assert (alone.rows, alone.links) == (40, 0)  # one view has no partners
 
 
 def test_a_system_shows_tables_and_pictures_of_its_own(run: RunFolder) -> None:

@@ -92,8 +92,9 @@ def embedding_map(folder: RunFolder) -> EmbeddingMap | None:
             raise NearfarError(f"{folder.path / 'map.npz'}: {name} is {array.dtype} {array.shape}. {DAMAGED}")
     points = {name: [(float(x), float(y)) for x, y in array] for name, array in views.items()}
     rows = len(next(iter(points.values())))
-    picture = map_chart("Embeddings in the plane", points, min(LINKS, rows))
-    return EmbeddingMap(Markup(picture), float(explained), rows, min(LINKS, rows))
+    links = min(LINKS, rows) if len(points) == 2 else 0  # the points of one view have no partners
+    picture = map_chart("Embeddings in the plane", points, links)
+    return EmbeddingMap(Markup(picture), float(explained), rows, links)
 
 
 def comparison_curves(comparison: Comparison, arms: Sequence[Arm]) -> list[str]:
