@@ -5,7 +5,7 @@
     python tools/system_pictures.py pairs --run runs/emoji               # from a run that is there
 
 Runs lie in runs/pictures and are kept. Pictures go to docs/images/systems, under 100 kB each. Needs the extra `dev` and
-Chromium; NEARFAR_DATA names the folder with `visfd/` and `her2st/`, for aspects and tissue alone.
+Chromium; NEARFAR_DATA names the folder with `her2st/`, for tissue alone.
 """
 
 from __future__ import annotations
@@ -50,16 +50,14 @@ SHOTS = {
     "molecules": Shot("experiment=molecules_demo sampler=hard", "right", 1),
     "labels": Shot("experiment=labels epochs=2", NEIGHBOURS),
     "augmented": Shot("experiment=augmented", NEIGHBOURS),
-    "aspects": Shot("experiment=aspects data=visfd data.dir={data}/visfd epochs=3", "Confusions", 1),
+    "aspects": Shot("experiment=aspects epochs=1", "Confusions", 1),
     "tissue": Shot(
         "experiment=medium_spatial data.dir={runs}/shards data.hold_out=B4 image_encoder=colors",
         "A gene over a slide",
         width=560,
         before="data shards {data}/her2st {runs}/shards --pixels 64 --genes all --values counts",
     ),
-    "relations": Shot("experiment=relations", "Pairs", 6),
-    "detector": Shot("experiment=detector_scenes", "Predicted and true boxes", 6),
-    "fair_detection": Shot("experiment=fair_detection", "Pictures", 2),
+    "relations": Shot("experiment=relations epochs=5", "Pairs", 6),
 }
 
 #: hides what is not shown, and returns whether there was such a heading
