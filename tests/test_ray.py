@@ -19,7 +19,6 @@ import torch
 import nearfar
 from nearfar.batching import disk_neighbors, nearest_neighbors_on_disk
 from nearfar.cluster import connect, require_ray
-from nearfar.cluster import each as each_on_ray
 from nearfar.config.compose import compose_config
 from nearfar.data.chunks import NewData
 from nearfar.errors import NearfarError
@@ -251,9 +250,3 @@ def test_a_lost_node_changes_no_neighbour(
     assert np.array_equal(near.positions, alone.positions)
     assert np.array_equal(near.stored, alone.stored)
     assert np.array_equal(near.stored_similarities, alone.stored_similarities)
-
-    def refuse(piece: int) -> None:
-        raise NearfarError(f"piece {piece} holds nothing")
-
-    with connect("a test"), pytest.raises(NearfarError, match=r"^piece 3 holds nothing$"):
-        list(each_on_ray(refuse, [3]))
