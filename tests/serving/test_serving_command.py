@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import signal
 import socket
@@ -13,7 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from nearfar.serving.search import Hit, Hits
 from processes import command
 from served import train_pictures, write_gallery
 
@@ -104,3 +107,15 @@ def test_a_port_that_is_taken(run: Path) -> None:
         done = command("serve", str(run), "--no-gallery", "--port", port, "--device", "cpu")
     assert done.returncode == 2
     assert "name a different one with --host or --port" in done.stderr + done.stdout
+
+
+def test_long_values_of_hits_leave_room_for_the_place_and_the_cosine() -> None:
+    row = {
+        "name": "a kettle of red enamel, " * 8,
+        "photo": "/a/long/way/" * 8 + "kettle.png",
+        "shop": "north",
+    }
+    console = Console(width=80, file=io.StringIO(), record=True)
+    console.print(Hits("kettle", [Hit(1, 0.512, "id-of-a-kettle", row)], "name", "name", {}).table())
+    line = next(line for line in console.export_text().splitlines() if "0.512" in line)
+    assert [cell.strip() for cell in line.split("│")[1:4]] == ["1", "0.512", "id-of-a-kettle"]

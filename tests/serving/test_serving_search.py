@@ -391,18 +391,6 @@ def test_hits_of_hostile_columns_are_escaped() -> None:
     assert "c1cc[nH]c1" in text
 
 
-def test_long_values_leave_room_for_the_place_and_the_cosine() -> None:
-    row = {
-        "name": "a kettle of red enamel, " * 8,
-        "photo": "/a/long/way/" * 8 + "kettle.png",
-        "shop": "north",
-    }
-    console = Console(width=80, file=open(os.devnull, "w"), record=True)  # noqa: SIM115
-    console.print(Hits("kettle", [Hit(1, 0.512, "id-of-a-kettle", row)], "name", "name", {}).table())
-    line = next(line for line in console.export_text().splitlines() if "0.512" in line)
-    assert [cell.strip() for cell in line.split("│")[1:4]] == ["1", "0.512", "id-of-a-kettle"]
-
-
 def test_which_view_a_query_is(trained: Trained, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     photo = str(data / "red_boat.png")
     assert query_view(trained, [photo]) == "photo"
