@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from nearfar import terminal
+
+if TYPE_CHECKING:
+    import numpy as np
+
 
 neighbors_app = typer.Typer()
 
@@ -39,7 +44,7 @@ def neighbors(
 
     from nearfar.batching import nearest_neighbors_on_disk
 
-    ids: Any = None
+    ids: np.ndarray | None = None
     vectors, beside = source, output.with_name(f"{output.name}.vectors")
     if not source.is_dir() and source.suffix.lower() != ".npy":
         vectors, ids = _as_shards(source, view, beside)
@@ -55,7 +60,7 @@ def neighbors(
     )
 
 
-def _as_shards(source: Path, view: str | None, folder: Path) -> tuple[Path, Any]:
+def _as_shards(source: Path, view: str | None, folder: Path) -> tuple[Path, np.ndarray]:
     """The vectors of a table as float16 shards, and its ids; what is read at once fits in memory."""
     import shutil
 
@@ -67,9 +72,9 @@ def _as_shards(source: Path, view: str | None, folder: Path) -> tuple[Path, Any]
 
     if view is None:
         raise NearfarError(f"{source}: name the column of vectors with --view NAME, or give .npy files.")
-    ids: list[Any] = []
+    ids: list[np.ndarray] = []
 
-    def batches() -> Any:
+    def batches() -> Iterator[np.ndarray]:
         for items in read_chunks(NewData(source, rows=16_384), {view: [view]}):
             there = items.present(view)
             if not there.all():

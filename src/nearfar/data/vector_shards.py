@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 from numpy.typing import NDArray
 
 from nearfar.arguments import array
@@ -32,7 +32,7 @@ class VectorShards:
     """
 
     files: tuple[Path, ...]
-    held: NDArray[Any] | None = None
+    held: Float[np.ndarray, "n d"] | None = None
 
     @classmethod
     def of(cls, source: object) -> VectorShards:
@@ -66,7 +66,7 @@ class VectorShards:
         return shards
 
     @cached_property
-    def _arrays(self) -> list[NDArray[Any]]:
+    def _arrays(self) -> list[Float[np.ndarray, "rows d"]]:
         if self.held is not None:
             return [self.held]
         parts = []
@@ -77,7 +77,7 @@ class VectorShards:
                 raise NearfarError(f"{file} is no .npy file of vectors ({error}); give {_NEEDS}") from None
         return parts
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         """Names of files go to a different process, not what is mapped."""
         return {"files": self.files, "held": self.held}
 
@@ -116,7 +116,9 @@ class VectorShards:
             yield begin, min(begin + rows, self.n)
 
 
-def write_shards(batches: Iterator[NDArray[Any]], folder: Path, rows: int = 1 << 20) -> list[Path]:
+def write_shards(
+    batches: Iterator[Float[np.ndarray, "rows d"]], folder: Path, rows: int = 1 << 20
+) -> list[Path]:
     """Write batches of vectors as float16 shards ``00000.npy``, … of at most about so many rows.
 
     >>> import tempfile
@@ -126,7 +128,7 @@ def write_shards(batches: Iterator[NDArray[Any]], folder: Path, rows: int = 1 <<
     """
     make_folder(folder)
     files: list[Path] = []
-    waiting: list[NDArray[Any]] = []
+    waiting: list[Float[np.ndarray, "rows d"]] = []
 
     def flush() -> None:
         path = folder / f"{len(files):05}.npy"

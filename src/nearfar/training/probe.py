@@ -23,7 +23,7 @@ from nearfar.data.files import Json
 from nearfar.errors import NearfarError
 from nearfar.metrics import embedding_health
 from nearfar.training.checkpoint import generator_state, load_generator_state
-from nearfar.training.system import System, collect, modules_of, whole_rows
+from nearfar.training.system import Embeddings, System, collect, modules_of, whole_rows
 
 __all__ = ["Probe", "preserve_state"]
 
@@ -197,7 +197,7 @@ class _Pass:
         encoding = system.defines("encode")
         # A system that is evaluated on what it encodes need not encode it twice.
         same = encoding and not system.defines("embed")
-        encoded: Any = None
+        encoded: Embeddings = None
         if encoding and loss:
             encoded = self.ready(views) if same and views else system.encode(self.model, batch)
         if embed:

@@ -350,7 +350,7 @@ def read_tuples(text: str, words: Mapping[str, int] | None = None) -> tuple[list
     return sentences, rejections
 
 
-def _tuple_label(item: Any, review: Sequence[str]) -> tuple[str, str]:
+def _tuple_label(item: Sequence[Any], review: Sequence[str]) -> tuple[str, str]:
     """Aspect and polarity of a triplet (places of the term, places of the opinion, polarity) or a quadruple (term,
     category, polarity, opinion)."""
     if len(item) == 3 and not isinstance(item[0], str):

@@ -259,7 +259,7 @@ class MoleculeSystem(ViewSystem):
         columns: dict[str, Column] = dict(items.columns)
         reasons: dict[str, list[str | None]] = {}
         if "molecule" in items:
-            smiles: list[Any] = []
+            smiles: list[str | None] = []
             reasons["molecule"] = []
             for value in items["molecule"]:
                 if value is None or not str(value).strip():
@@ -287,7 +287,7 @@ class MoleculeSystem(ViewSystem):
 
     def shown(self, split: str, view: str, position: int) -> Json:
         items = self.splits[split]
-        smiles = items["molecule"][position]
+        smiles = str(items["molecule"][position])
         return {"text": items["text"][position], "smiles": smiles, "svg": draw(smiles)}
 
 
