@@ -11,7 +11,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import torch
@@ -157,7 +156,7 @@ class Probe:
                     record["loss_problem"] = problem
         return record
 
-    def _batch(self, split: str, positions: Int[np.ndarray, " b"]) -> Any:
+    def _batch(self, split: str, positions: Int[np.ndarray, " b"]) -> object:
         dataset = self.system.dataset(split)
         assert dataset is not None
         return dataset.__getitems__(positions.tolist())
@@ -193,7 +192,7 @@ class _Pass:
             self._batch(batch, embed, views, loss=len(chosen) == size and self.probe.full > 0)
 
     def _batch(self, batch: object, embed: bool, views: dict[str, Tensor] | None, loss: bool) -> None:
-        system: Any = self.probe.system
+        system = self.probe.system
         encoding = system.defines("encode")
         # A system that is evaluated on what it encodes need not encode it twice.
         same = encoding and not system.defines("embed")

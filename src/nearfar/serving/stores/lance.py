@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, ClassVar, cast
 
 import numpy as np
 
@@ -16,7 +16,9 @@ from nearfar.serving.stores.base import Columns, Head, Matches, VectorStore, tab
 from nearfar.serving.stores.filters import Condition, Kind, Value
 
 if TYPE_CHECKING:
+    import lancedb
     import pyarrow
+    from lancedb.query import LanceVectorQueryBuilder
 
 
 __all__ = ["LanceStore"]
@@ -36,7 +38,7 @@ class LanceStore(VectorStore):
     approximate_from: ClassVar[int | None] = 200_000
     method: ClassVar[tuple[str, str]] = ("inverted file", "cells looked at")
 
-    def __init__(self, place: str, database: Any, head: Head) -> None:
+    def __init__(self, place: str, database: lancedb.DBConnection, head: Head) -> None:
         super().__init__(place, head["dim"], head["columns"], head["about"], head["index"])
         self._database = database
         self._name = table_name(place)[1]
@@ -158,11 +160,8 @@ class LanceStore(VectorStore):
                 return [Matches(np.zeros(0, np.float32), [], []) for _ in vectors]
             for begin in range(0, len(vectors), _GROUP):
                 group = vectors[begin : begin + _GROUP]
-                query = (
-                    self._table.search(list(group), vector_column_name="vector")
-                    .distance_type("dot")
-                    .limit(min(k, n))
-                )
+                near = self._table.search(list(group), vector_column_name="vector")
+                query = cast("LanceVectorQueryBuilder", near).distance_type("dot").limit(min(k, n))
                 query = query.select(["id", *self.fields.values(), "_distance"])
                 query = query.bypass_vector_index() if effort is None else query.nprobes(effort)
                 if where:
@@ -215,7 +214,7 @@ class LanceStore(VectorStore):
         self._ids = None
 
 
-def _connect(place: str) -> Any:
+def _connect(place: str) -> lancedb.DBConnection:
     import lancedb
 
     where = table_name(place)[0].removeprefix("lance:")
@@ -223,7 +222,7 @@ def _connect(place: str) -> Any:
         return lancedb.connect(where)
 
 
-def _tables(database: Any) -> list[str]:
+def _tables(database: lancedb.DBConnection) -> list[str]:
     return list(database.list_tables(limit=10_000).tables)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from torch import nn
@@ -140,8 +140,7 @@ class MoleculeSystem(ViewSystem):
     @property
     def text_dim(self) -> int:
         """The length of a frozen text vector."""
-        width: Any = self.towers["text"].build().width
-        return int(width)
+        return int(cast(int, self.towers["text"].build().width))
 
     def readable(self, items: Items) -> Items:
         return items  # the readers of molecules have rejected what no tower reads
@@ -210,7 +209,7 @@ class MoleculeSystem(ViewSystem):
             return
         text = text_tower(self.config)
         text.encoder = load_text_encoder(folder / "text_encoder")
-        width: Any = text.build().width if self.config.text_head == "none" else None
+        width = cast(int, text.build().width) if self.config.text_head == "none" else None
         self.towers = {"molecule": molecule_tower(self.config, width), "text": text}
 
     def view_headers(self) -> dict[str, Sequence[str]]:
