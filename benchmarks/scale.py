@@ -6,9 +6,9 @@ one thread; memory is sampled: "own" is what the process allocates, "mapped" are
 back when it needs them.
 
     python benchmarks/scale.py                                     # 10⁴, 10⁵, 10⁶ rows
-    python benchmarks/scale.py --rows 5000000 --folder /data/tmp   # 25 minutes of a core, 8 GB of disk
+    python benchmarks/scale.py --rows 5000000 --folder /data/tmp   # 30 minutes of a core, 9 GB of disk
     python benchmarks/scale.py --overlapping                       # harder: the vectors of benchmarks/samplers.py
-    python benchmarks/scale.py --stream                            # windows of a stream beside the sampler in memory
+    python benchmarks/scale.py --stream                            # windows of a stream; needs nearfar[minilm]
 """
 
 from __future__ import annotations
@@ -126,6 +126,46 @@ def one(n: int, d: int, k: int, folder: Path, kind: str) -> dict[str, Any]:
     return row
 
 
+def mine(queries: int, folder: Path) -> dict[str, Any]:
+    """Mining from the index of a size: documents moved by noise are its queries, every third has two answers."""
+    from nearfar.batching import MappedNeighbors
+    from nearfar.data.vector_shards import VectorShards, write_shards
+    from nearfar.mining import mine_negatives_on_disk
+
+    documents = VectorShards.of(folder / "shards")
+    n = min(queries, documents.n)
+    rng = np.random.default_rng(3)
+
+    def moved() -> Iterator[np.ndarray]:
+        for begin, end in documents.pieces(_BLOCK):
+            if begin < n:
+                rows = documents.read(begin, min(end, n))
+                yield rows + 0.1 * rng.standard_normal(rows.shape)
+
+    write_shards(moved(), folder / "queries")
+    near = MappedNeighbors(folder / "near")
+    own = np.arange(n)
+    second = np.concatenate([near.indices[part, 0] for part in np.array_split(own[::3], -(-n // _BLOCK))])
+    pairs = np.concatenate([np.stack([own, own], 1), np.stack([own[::3], second], 1)])
+    with Memory() as memory:
+        began, cpu = time.perf_counter(), time.process_time()
+        mined = mine_negatives_on_disk(
+            folder / "queries",
+            near,
+            folder / "mined.parquet",
+            pairs,
+            margin=0.05,
+            query_texts=(f"query {i}" for i in range(n)),
+            corpus_texts=(f"document {i}" for i in range(documents.n)),
+        )
+        row = {"seconds": time.perf_counter() - began, "cpu": time.process_time() - cpu}
+    print("\n".join(mined.summary()), file=sys.stderr)
+    return row | {
+        "queries": n, "us": row["cpu"] / n * 1e6, "recall": mined.recall, "index": mined.index, "rows": mined.rows,
+        "gb": (memory.own, memory.mapped),
+    }  # fmt: skip
+
+
 def table(rows: list[dict[str, Any]]) -> None:
     """The cost curve."""
     print("| rows | µs of a core for each row | recall | index | own / mapped GB | hard: µs, hardness, last/first | "
@@ -141,6 +181,14 @@ def table(rows: list[dict[str, Any]]) -> None:
             f"{r['neighbors_gb'][0]:.1f} / {r['neighbors_gb'][1]:.1f} | {plans[0]} | {plans[1]} | "
             f"{r['search_us']:.0f} |",
             flush=True,
+        )
+    print("\n| documents | queries mined | µs of a core for each query | recall | own / mapped GB |")
+    print("|---|---|---|---|---|")
+    for r in rows:
+        m = r["mining"]
+        memory = f"{m['gb'][0]:.1f} / {m['gb'][1]:.1f}"
+        print(
+            f"| {r['rows']:,} | {m['queries']:,} | {m['us']:.0f} | {m['recall']:.3f} | {memory} |", flush=True
         )
 
 
@@ -177,9 +225,28 @@ def stream_hardness(n: int, d: int, kind: str) -> None:
         print(f"| {kind} | {name} | {chance:.3f} | {memory:+.3f} | {' | '.join(line)} |", flush=True)
 
 
+def tokenizer() -> Any:
+    """The WordPiece tokenizer of MiniLM, and a function that makes texts of 40 words of its vocabulary."""
+    from nearfar.models.text.pretrained import MiniLMTextEncoder
+
+    pieces, _ = MiniLMTextEncoder().parts()
+    words = sorted(word for word in pieces.get_vocab() if word.isascii() and word.isalpha() and len(word) > 2)
+    rng = np.random.default_rng(0)
+    rng.shuffle(words)
+    share = 1 / np.arange(1, len(words) + 1)
+
+    def texts(n: int) -> list[str]:
+        drawn = rng.choice(len(words), size=(n, 40), p=share / share.sum())
+        return [" ".join(words[i] for i in row) for row in drawn]
+
+    return pieces, texts
+
+
 def stream_speed(n: int, d: int, folder: Path) -> None:
-    """Seconds of a core for each record, plain and in windows: texts of Parquet, and pictures of WebDataset shards."""
+    """Microseconds for each record, plain and in windows, of cores and of a clock: texts, bare and tokenised,
+    and pictures of WebDataset shards. The plain loop reads, decodes and collates in one thread, as a worker does."""
     import io
+    import itertools
 
     import pyarrow
     import pyarrow.parquet
@@ -189,14 +256,14 @@ def stream_speed(n: int, d: int, folder: Path) -> None:
     from nearfar.batching import StreamBatches
     from nearfar.data.record_streams import FileRecords
 
+    pieces, texts = tokenizer()
     x = np.concatenate(list(clusters(n, d))).astype(np.float32)
     rng = np.random.default_rng(0)
-    words = np.array(["near", "far", "batch", "loss", "view", "tower", "item", "pair"])
-    texts = [" ".join(words[rng.integers(8, size=40)]) for _ in range(n)]
-    table = pyarrow.table({"text": texts, "vector": list(x)})
-    pyarrow.parquet.write_table(table, folder / "rows.parquet", row_group_size=10_000)
+    pyarrow.parquet.write_table(
+        pyarrow.table({"text": texts(n), "vector": list(x)}), folder / "rows.parquet", row_group_size=10_000
+    )
     with webdataset.ShardWriter(str(folder / "%03d.tar"), maxcount=1000, verbose=0) as writer:
-        for i in range(min(n, 2000)):
+        for i in range(min(n, 3000)):
             smooth = Image.fromarray(rng.integers(0, 255, (28, 28, 3), dtype=np.uint8)).resize((224, 224))
             file = io.BytesIO()
             smooth.save(file, "jpeg", quality=90)
@@ -205,25 +272,42 @@ def stream_speed(n: int, d: int, folder: Path) -> None:
     def picture(record: Any) -> np.ndarray:
         return np.asarray(Image.open(io.BytesIO(record["jpg"])).resize((128, 128)))
 
-    cases = (
-        ("Parquet, texts of 40 words", [folder / "rows.parquet"], "vector", None, "text"),
-        ("shards, JPEG 224 to 128", sorted(folder.glob("*.tar")), "npy", picture, "npy"),
-    )
-    for name, files, field, decode, key in cases:
-        window = 4096 if decode is None else 1024
-        seconds = []
-        for _ in range(2):
-            cpu, rows = time.process_time(), 0
-            for record in FileRecords(files).start(0):
-                decode(record) if decode else record["text"]
-                rows += 1
-            plain = time.process_time() - cpu
-            cpu = time.process_time()
-            stream = StreamBatches(files, 64, field, window=window, key=key, decode=decode)
-            got = sum(len(batch) for batch in stream)
-            seconds.append((plain / rows * 1e6, (time.process_time() - cpu) / got * 1e6))
-        plain, windows = min(each[0] for each in seconds), min(each[1] for each in seconds)
-        print(f"| {name} | {window:,} | {plain:.0f} | {windows:.0f} | {plain / windows:.2f} |", flush=True)
+    def tokens(records: list[Any]) -> Any:
+        given = [record["text"] for record in records]
+        return pieces(given, padding=True, truncation=True, max_length=128, return_tensors="pt")
+
+    def batched(files: list[Path], decode: Any, collate: Any) -> Iterator[Any]:
+        records = FileRecords(files).start(0)
+        while some := list(itertools.islice(records, 64)):
+            if decode:
+                some = [decode(record) for record in some]
+            yield collate(some) if collate else some
+
+    rows, shards = [folder / "rows.parquet"], sorted(folder.glob("*.tar"))
+    for name, files, field, decode, collate, key, window, count in (
+        ("Parquet, texts of 40 words", rows, "vector", None, None, "text", 4096, n),
+        ("the same, tokenised (WordPiece)", rows, "vector", None, tokens, "text", 4096, n),
+        ("shards, JPEG 224 to 128", shards, "npy", picture, None, "npy", 1024, min(n, 3000)),
+    ):
+        best = [[float("inf")] * 2, [float("inf")] * 2]
+        for turn in range(6):
+            way = turn % 2
+            cpu, began = time.process_time(), time.perf_counter()
+            if way:
+                options = {"window": window, "key": key, "decode": decode, "collate": collate}
+                drawn: Any = StreamBatches(files, 64, field, **options)
+            else:
+                drawn = batched(files, decode, collate)
+            for _ in drawn:
+                pass
+            spent = (time.process_time() - cpu, time.perf_counter() - began)
+            best[way] = [min(a, b / count * 1e6) for a, b in zip(best[way], spent, strict=True)]
+        (cpu, clock), (cpu_windows, clock_windows) = best
+        print(
+            f"| {name} | {window:,} | {cpu:.0f} | {cpu_windows:.0f} | {cpu / cpu_windows:.2f} | {clock:.0f} | "
+            f"{clock_windows:.0f} | {clock / clock_windows:.2f} |",
+            flush=True,
+        )
 
 
 def main() -> None:
@@ -237,22 +321,26 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where files of a size are kept while it is measured")
     parser.add_argument("--overlapping", action="store_true")
     parser.add_argument("--stream", action="store_true")
+    parser.add_argument("--queries", type=int, default=1_000_000, help="of mining, at most")
     parser.add_argument("--one", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--mine", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     kind = "overlapping" if args.overlapping else "clusters"
     if args.one:
         (args.one / "row.json").write_text(json.dumps(one(args.rows[0], args.dims, args.k, args.one, kind)))
+        return
+    if args.mine:
+        (args.mine / "mined.json").write_text(json.dumps(mine(args.queries, args.mine)))
         return
     if args.stream:
         print("| vectors | sampler | cosine of random batches | in memory | window 1/20 | 1/10 | 1/5 |")
         print("|---|---|---|---|---|---|---|")
         for each in ("clusters", "overlapping"):
             stream_hardness(50_000, 64, each)
-        print(
-            "\n| records | window | plain, µs of a core | windows | plain / windows |\n|---|---|---|---|---|"
-        )
+        print("\n| records | window | plain, µs of a core | windows | ratio | plain, µs | windows | ratio |")
+        print("|---|---|---|---|---|---|---|---|")
         with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-            stream_speed(20_000, 128, Path(folder))
+            stream_speed(40_000, 128, Path(folder))
         return
     rows = []
     for n in args.rows:
@@ -261,6 +349,9 @@ def main() -> None:
             line += ["--one", folder] + (["--overlapping"] if args.overlapping else [])
             subprocess.run(line, check=True)
             rows.append(json.loads((Path(folder) / "row.json").read_text()))
+            line = [sys.executable, __file__, "--queries", str(args.queries), "--mine", folder]
+            subprocess.run(line, check=True)
+            rows[-1]["mining"] = json.loads((Path(folder) / "mined.json").read_text())
             print(json.dumps(rows[-1]), flush=True)
     table(rows)
 

@@ -13,7 +13,20 @@ import nearfar
 
 SOURCE = Path(nearfar.__file__).parent
 #: the rings of docs/architecture.md, each from its top floor to its ground
-VERBS = [{"cli", "data_cli", "use_cli", "mine_cli", "neighbors_cli", "launch", "crossval", "tune"}]
+VERBS = [
+    {
+        "cli",
+        "doctor_cli",
+        "compare_cli",
+        "data_cli",
+        "use_cli",
+        "mine_cli",
+        "neighbors_cli",
+        "launch",
+        "crossval",
+        "tune",
+    }
+]
 WORKBENCH_ABOVE = [{"pytest_plugin", "board"}, {"lab", "serving", "integrations", "verify"}]
 APPLICATIONS = [{"systems"}]
 WORKBENCH = [{"training"}, {"config"}]

@@ -232,3 +232,22 @@ def test_a_missing_package_says_what_to_install(capsys: pytest.CaptureFixture[st
     # A module that no extra brings is a mistake of ours, and its traceback is wanted.
     assert report_error(ModuleNotFoundError("No module named 'nearfar.oops'", name="nearfar.oops")) == 1
     assert "ModuleNotFoundError" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("installed", "says"),
+    [(None, r"pip install 'nearfar\[tune\]'"), ("2.10.1", "Optuna 3 or newer, and 2.10.1 is here")],
+)
+def test_a_search_needs_a_current_optuna(
+    installed: str | None, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nearfar import tune
+
+    def version(name: str) -> str:
+        if installed is None:
+            raise tune.importlib.metadata.PackageNotFoundError(name)
+        return installed
+
+    monkeypatch.setattr(tune.importlib.metadata, "version", version)
+    with pytest.raises(NearfarError, match=says):
+        tune.tune(["experiment=molecules", "sampler=hard,random"])

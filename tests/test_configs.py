@@ -153,7 +153,7 @@ def test_every_option_is_described(system: str) -> None:
 def test_a_choice_is_whole_and_an_option_of_a_different_one_is_named() -> None:
     with pytest.raises(
         NearfarError,
-        match=r"sampler\.order has no effect with sampler\.name=random; it belongs to sampler=hard",
+        match=r"sampler\.neighbors has no effect with sampler\.name=random; it belongs to sampler=hard or sampler=par",
     ):
         read_config(compose_config(["experiment=molecules", "sampler=hard", "sampler.name=random"]))
     with pytest.raises(NearfarError, match="there is no option 'image_encoder'"):

@@ -51,6 +51,12 @@ def test_every_module_of_an_integration_is_in_the_reference() -> None:
     assert shown == {name for name in modules if not name.startswith("_")}
 
 
+def test_only_the_install_page_says_how_an_extra_is_installed() -> None:
+    """What works depends on where nearfar comes from; other pages name the extra and link there."""
+    pages = [ROOT / "README.md", *DOCS.rglob("*.md"), *(ROOT / "skills").rglob("*.md")]
+    assert [page.name for page in pages if "nearfar[" in page.read_text()] == ["install.md"]
+
+
 def test_examples_of_docstrings_get_fences() -> None:
     pytest.importorskip("griffe", reason="needs the extra docs")
     path = DOCS / "_extensions" / "doctests.py"

@@ -11,11 +11,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
 
 import nearfar
+from nearfar.batching import disk_neighbors, nearest_neighbors_on_disk
 from nearfar.cluster import connect, require_ray
 from nearfar.config.compose import compose_config
 from nearfar.data.chunks import NewData
@@ -228,3 +230,23 @@ def test_a_lost_node_takes_no_trial_with_it(
         trained = [record["epoch"] for record in RunFolder(each["run"]).log() if record["kind"] == "epoch"]
         assert trained == list(range(1, epochs + 1))
         assert objective(RunFolder(each["run"])) == each["objective"]
+
+
+# -- neighbours ----------------------------------------------------------------------------------------------
+def test_a_lost_node_changes_no_neighbour(
+    nodes: Nodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pieces are added and searched on two nodes, one of which is lost: the index and the lists made here alone."""
+    vectors = np.random.default_rng(0).standard_normal((3000, 16)).astype(np.float16)
+    np.save(tmp_path / "vectors.npy", vectors)
+    monkeypatch.setattr(disk_neighbors, "_PIECE_BYTES", 50 * 4 * 16)
+    monkeypatch.setattr(disk_neighbors, "_STRETCH", 500)
+    here, there = tmp_path / "here", tmp_path / "there"
+    alone = nearest_neighbors_on_disk(tmp_path / "vectors.npy", 8, here)
+    added = lambda: len([*there.glob("unfinished/part-*.faiss")]) > 5  # noqa: E731
+    breaking = when(added, lambda: nodes.replace(0))
+    near = nearest_neighbors_on_disk(tmp_path / "vectors.npy", 8, there, engine="ray")
+    breaking.join()
+    assert np.array_equal(near.positions, alone.positions)
+    assert np.array_equal(near.stored, alone.stored)
+    assert np.array_equal(near.stored_similarities, alone.stored_similarities)

@@ -3,7 +3,8 @@
     python -m build
     python tools/smoke.py                                  # the wheel alone
     python tools/smoke.py --extra train --extra serve      # with these extras, together
-    python tools/smoke.py --every-extra                    # with all that are not for development
+    python tools/smoke.py --every-extra                    # all that go together and are not for development
+    python tools/smoke.py --each                           # every extra alone, in an environment of its own
 
 Exits with 1 where a check fails, and prints what it said. The environment is removed at the end.
 """
@@ -25,6 +26,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 #: an environment for work on a clone, not for users of a wheel
 FOR_DEVELOPMENT = ("dev",)
+#: needs Optuna 2, and `tune` a current one: tried by itself
+APART = ("search",)
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,17 @@ class Check:
 QUICK = "epochs=1 bootstrap=100 trainer.threads=1 trainer.accelerator=cpu batch_size=32"
 SMALL = f"{QUICK} embedding_dim=8"
 PICTURES = "image_encoder=small image_encoder.features=16"
+#: the page of a server that runs for as long as it is asked
+ANSWERS = """
+import threading, time, urllib.request, uvicorn
+{app}
+server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
+threading.Thread(target=server.run, daemon=True).start()
+while not server.started:
+    time.sleep(0.05)
+port = server.servers[0].sockets[0].getsockname()[1]
+print(urllib.request.urlopen(f"http://127.0.0.1:{{port}}/").read().decode())
+"""
 STORE = """
 import numpy as np
 from nearfar.serving.stores import create_store
@@ -80,10 +94,17 @@ def trains(experiment: str, options: str) -> Check:
     return Check(f"nearfar train experiment={experiment} name={experiment} {options}", "report.html")
 
 
+#: an experiment that needs nothing but the extra `train`: two columns of numbers
+TABLE = f"experiment=pairs data.train=numbers.csv views=[x,y] {SMALL}"
+#: its run, trained once, whatever extras are tried
+NUMBERS = Check(f"nearfar train {TABLE} name=numbers exists=skip", "numbers")
+
+
 #: what an extra gives, shown by one command
 EXTRAS: dict[str, tuple[Check, ...]] = {
     "train": (
         Check("nearfar train --list", "molecules_demo"),
+        NUMBERS,
         Check("""
 import torch
 from nearfar.integrations.pytorch import Monitor, retrieval_scores
@@ -135,18 +156,29 @@ tower = build_tower("text", encoder="minilm")
 tower.fit(["a river", "a stone"])
 print(tower.read(["a river"]).shape)
 """, "(1, 384)"),),
-    "export": (Check("nearfar export runs/pairs exported --format onnx", "exported"),),
+    "export": (NUMBERS, Check("nearfar export runs/numbers exported --format onnx", "exported")),
     "lora": (Check("""
 import torch
 from nearfar.models.lora import add_adapters
 network = torch.nn.ModuleDict({"query": torch.nn.Linear(8, 8), "value": torch.nn.Linear(8, 8)})
 print(sum(p.requires_grad for p in add_adapters(network, 2).parameters()))
 """, "4"),),
-    "serve": (Check("import uvicorn, nearfar.serving.server as server; print(server.build_app)", "build_app"),),
-    "board": (Check("import plotly, nearfar.board.server as server; print(server.build_board)", "build_board"),),
-    "search": (Check("nearfar train --multirun --cfg hydra hydra/sweeper=optuna", "optuna"),),
-    "slurm": (Check("nearfar train --multirun --cfg hydra hydra/launcher=submitit_local", "submitit"),),
-    "ray": (Check("nearfar train --multirun --cfg hydra hydra/launcher=ray", "ray"),),
+    "serve": (NUMBERS, Check(ANSWERS.format(app="""
+import nearfar
+from nearfar.serving.server import build_app
+app = build_app(nearfar.load("runs/numbers"))
+"""), "Skip to the results")),
+    "board": (NUMBERS, Check(ANSWERS.format(app="""
+from pathlib import Path
+from nearfar.board.server import build_board
+app = build_board(Path("runs"))
+"""), "<html")),
+    "search": (Check(f"nearfar train -m {TABLE} hydra/sweeper=search hydra.sweeper.n_trials=2 lr=interval(1e-3,1e-2) "
+                     "name=searched", "searched"),),
+    "slurm": (Check(f"nearfar train -m {TABLE} hydra/launcher=submitit_local seed=0,1 name=submitted exists=skip"),
+              Check("nearfar report runs/submitted/seed=1", "report.html")),
+    "ray": (Check(f"nearfar train {TABLE} trainer.engine=ray trainer.devices=2 name=on_ray", "on_ray"),),
+    "tune": (Check(f"nearfar tune {TABLE} lr=1e-3,1e-2 name=tuned --trials 2 --judge 0", "best of 2 trials"),),
     "lance": (Check(STORE.format(place="lance:vectors"), "near"),),
     "qdrant": (Check(STORE.format(place="qdrant:vectors"), "near"),),
     "postgres": (Check("import psycopg, pgvector; print(psycopg.pq.version())", ""),),
@@ -167,7 +199,7 @@ print(diagnose("events").ids)
 
 def install(folder: Path, wheel: Path, extras: list[str]) -> Path:
     """A new environment with the wheel and these extras; returns its Python."""
-    print(f"environment in {folder}", flush=True)
+    print(f"{', '.join(extras) or 'no extra'}: environment in {folder}", flush=True)
     venv.create(folder / "venv", with_pip=True)
     python = folder / "venv" / ("Scripts" if os.name == "nt" else "bin") / "python"
     wanted = f"{wheel}[{','.join(extras)}]" if extras else str(wheel)
@@ -191,6 +223,9 @@ def write_inputs(folder: Path) -> None:
     )
     found = "".join(f"q{i},d{(i + k) % 20},{1 - 0.1 * k}\n" for i in range(20) for k in range(3))
     (folder / "found.csv").write_text("query,document,score\n" + found)
+    pairs = [(i % 7 / 7, i % 11 / 11, i % 13 / 13) for i in range(200)]
+    numbers = "".join(f'"[{a}, {b}, {c}]","[{a + b}, {b + c}, {c - a}]"\n' for a, b, c in pairs)
+    (folder / "numbers.csv").write_text("x,y\n" + numbers)
 
 
 def try_out(python: Path, folder: Path, extras: list[str]) -> list[str]:
@@ -229,6 +264,22 @@ def extras_of_the_package() -> list[str]:
     return [name for name in project["optional-dependencies"] if name not in FOR_DEVELOPMENT]
 
 
+def try_extras(extras: list[str], wheel: Path | None, python: Path | None, keep: Path | None) -> list[str]:
+    """Install these extras together and run their checks; returns what failed."""
+    folder = keep or Path(tempfile.mkdtemp(prefix="nearfar-smoke-"))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if python is None:
+            assert wheel is not None
+            python = install(folder, wheel.absolute(), extras)
+        return try_out(python, folder / "work", extras)
+    except subprocess.CalledProcessError:
+        return [f"{', '.join(extras) or 'nearfar'}: pip install"]
+    finally:
+        if keep is None:
+            shutil.rmtree(folder)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--wheel", type=Path, help="the newest in dist/ by default")
@@ -236,22 +287,26 @@ def main() -> int:
     parser.add_argument(
         "--every-extra", action="store_true", help="all that are not for development, together"
     )
+    parser.add_argument(
+        "--each", action="store_true", help="those of --extra, or all, each in an environment of its own"
+    )
     parser.add_argument("--python", type=Path, help="try this environment's, and install nothing")
     parser.add_argument("--keep", type=Path, help="work in this folder and keep it")
     chosen = parser.parse_args()
-    extras = extras_of_the_package() if chosen.every_extra else chosen.extra
+    extras = chosen.extra
+    if chosen.every_extra:
+        extras = [name for name in extras_of_the_package() if name not in APART]
+    together = [extras]
+    if chosen.each:
+        together = [[name] for name in extras or extras_of_the_package()]
     built = sorted((ROOT / "dist").glob("nearfar-*.whl"), key=lambda path: path.stat().st_mtime)
     wheel = chosen.wheel or (built[-1] if built else None)
     if wheel is None and chosen.python is None:
         parser.error("there is no wheel in dist/: python -m build")
-    folder = chosen.keep or Path(tempfile.mkdtemp(prefix="nearfar-smoke-"))
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        python = chosen.python or install(folder, wheel.absolute(), extras)
-        failed = try_out(python, folder / "work", extras)
-    finally:
-        if chosen.keep is None:
-            shutil.rmtree(folder)
+    failed = []
+    for one in together:
+        keep = chosen.keep / one[0] if chosen.keep and chosen.each else chosen.keep
+        failed += try_extras(one, wheel, chosen.python, keep)
     print("\n".join(["failed:", *failed]) if failed else "everything works")
     return 1 if failed else 0
 

@@ -16,12 +16,14 @@ from typing import Any
 
 from nearfar.errors import NearfarError
 
-__all__ = ["Processes", "connect", "lost", "require_ray", "total"]
+__all__ = ["Processes", "connect", "each", "lost", "require_ray", "total"]
 
 Say = Callable[[str], None]
 
 #: seconds after which a command that waits for free nodes says so
 PATIENCE = 15.0
+#: how often a task is given out again whose process or node was lost
+RETRIES = 3
 
 
 def require_ray(what: str) -> Any:
@@ -111,6 +113,49 @@ def lost(error: BaseException) -> bool:
         exceptions.ObjectLostError,
     )
     return isinstance(error, gone)
+
+
+def each(function: Callable[[Any], Any], tasks: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+    """The number of each task with what ``function`` returns of it, computed by the nodes of the connected cluster.
+
+    In the order in which they are done, some for each CPU at a time. Ray gives a task out again whose process or node
+    is lost. Raises the ``NearfarError`` that a task raises, and one for a task that was lost too often.
+    """
+    import ray
+
+    remote: Any = ray.remote(function).options(num_cpus=1, max_retries=RETRIES, scheduling_strategy="SPREAD")
+    left, running = iter(enumerate(tasks)), {}  # type: ignore[var-annotated]
+    try:
+        while True:
+            ahead = 2 * max(1, int(total("CPU")))
+            while len(running) < ahead and (given := next(left, None)) is not None:
+                running[remote.remote(given[1])] = given[0]
+            if not running:
+                return
+            ready, _ = ray.wait([*running])
+            for future in ready:
+                at = running.pop(future)
+                try:
+                    result = ray.get(future)
+                except Exception as error:
+                    raise _own(error, at, len(tasks)) from None
+                yield at, result
+    finally:
+        for future in running:
+            ray.cancel(future, force=True)
+
+
+def _own(error: Exception, at: int, tasks: int) -> Exception:
+    """What a task raised, without what Ray wraps around it."""
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, NearfarError):
+        return NearfarError(str(cause))
+    if lost(error):
+        return NearfarError(
+            f"piece {at + 1} of {tasks} was lost with its process {RETRIES + 1} times: it may take more memory than a "
+            "node has. The same command goes on where it was."
+        )
+    return error
 
 
 class Processes:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -53,7 +52,8 @@ def mine(
     documents: Annotated[
         Path | None,
         typer.Option(
-            help="Embeddings of a corpus of its own; --qrels then says which document answers what."
+            help="Embeddings of a corpus of its own, of which --qrels says what answers what; or the folder that "
+            "nearfar neighbors wrote of them: millions of rows."
         ),
     ] = None,
     documents_data: Annotated[
@@ -117,8 +117,11 @@ def mine(
         Path | None, typer.Option(help="A sample that was marked: say its share of false negatives.")
     ] = None,
     recall: Annotated[
-        float, typer.Option(help="Recall of the search, at least; measured where it is not exact.")
-    ] = 0.99,
+        float | None,
+        typer.Option(
+            help="Recall of the search, at least (.99; of a folder .95); measured where it is not exact."
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the search, of --random and of --mark.")] = 0,
     id_column: Annotated[str | None, typer.Option(help="The column of ids in --data.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, …; auto takes a GPU where there is one.")] = "auto",
@@ -138,6 +141,7 @@ def mine(
         read_marked,
         sample_to_mark,
     )
+    from nearfar.mining.scored_pairs import ScoredPairs
     from nearfar.serving.stream import TABLE_ENDINGS, write_rows
 
     console = terminal.console()
@@ -146,9 +150,11 @@ def mine(
             raise NearfarError(f"{path}: a table is written as {', '.join(TABLE_ENDINGS)}.")
     if margin is not None and relative_margin is not None:
         raise NearfarError("--margin and --relative-margin both say how far a negative lies below; give one.")
-    if label is not None and (data is None or (documents is not None and documents_data is None)):
+    if label is not None and (
+        data is None or (qrels is not None and documents is not None and documents_data is None)
+    ):
         raise NearfarError("--label is a column of --data (and of --documents-data); give that, too.")
-    if documents is not None and qrels is None:
+    if documents is not None and qrels is None and not documents.is_dir():
         raise NearfarError(
             "--documents is a corpus of its own: say with --qrels which of them answer which query."
         )
@@ -157,6 +163,37 @@ def mine(
             "--guide has vectors of the same rows in both views, and --documents has rows of its own: write the pairs "
             "with --candidates, score them by the second model, and give its scores with --cross-encoder."
         )
+    rules: dict[str, Any] = {
+        "per_query": per_query,
+        "rank_range": (rank_from, rank_to),
+        "margin": margin if relative_margin is None else relative_margin,
+        "margin_kind": "absolute" if relative_margin is None else "relative",
+        "min_score": min_score,
+        "max_score": max_score,
+        "strategy": "random" if random else "top",
+        "seed": seed,
+    }
+    if documents is not None and documents.is_dir():
+        refused = {"--cross-encoder": cross_encoder, "--candidates": candidates, "--mark": mark}
+        _on_disk(
+            source,
+            documents,
+            output,
+            [name for name, value in refused.items() if value is not None],
+            marked,
+            views=(queries, corpus),
+            data=data,
+            documents_data=documents_data,
+            qrels=qrels,
+            split=split,
+            label=label,
+            id_column=id_column,
+            form=form,
+            scores=scores,
+            min_recall=0.95 if recall is None else recall,
+            **rules,
+        )
+        return
     paired = documents is None
     if documents is None:
         first, second = _sides(source, queries, corpus, data, id_column, device)
@@ -175,7 +212,7 @@ def mine(
         first, positives = first.take(answered), [positives[at] for at in answered]
         texts = ([texts[0][at] for at in answered], texts[1])
     known = None if guide is None else _guide(guide, queries, corpus, first.ids)
-    pairs = _Pairs(first.ids, second.ids)
+    pairs = ScoredPairs(first.ids, second.ids)
     if cross_encoder is not None:
         pairs.read(cross_encoder)
     rescore = pairs.record if candidates is not None else None if cross_encoder is None else pairs.look_up
@@ -183,20 +220,13 @@ def mine(
         first.vectors,
         second.vectors,
         positives,
-        per_query=per_query,
-        rank_range=(rank_from, rank_to),
-        margin=margin if relative_margin is None else relative_margin,
-        margin_kind="absolute" if relative_margin is None else "relative",
-        min_score=min_score,
-        max_score=max_score,
+        **rules,
         query_texts=texts[0],
         corpus_texts=texts[1],
         rescore=rescore,
         guide=known,
         guide_margin=guide_margin,
-        strategy="random" if random else "top",
-        seed=seed,
-        min_recall=recall,
+        min_recall=0.99 if recall is None else recall,
     )
     if candidates is not None:
         rows = pairs.rows(first.values, second.values)
@@ -222,7 +252,7 @@ def mine(
         terminal.say(console, str(share))
     columns = mined_table(
         # Rows with the same query have the same negatives; each row keeps its own answer.
-        _own_rows(mined) if paired else mined,
+        mined.with_pairs(mined.pairs[0] == mined.pairs[1]) if paired else mined,
         first.values,
         second.values,
         form,  # type: ignore[arg-type]
@@ -231,15 +261,7 @@ def mine(
     )
     rows = [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
     write_rows(rows, output)
-    terminal.say(console, f"{output}: {len(rows)} rows ({', '.join(columns)})")
-    if form == "n-tuple":
-        negatives = ",".join(name for name in columns if name.startswith("negative_"))
-        gaps = ",".join(name for name in columns if name.startswith("margin_"))
-        terminal.say(
-            console,
-            f"nearfar train experiment=pairs data.train={output} views=[{queries},{corpus}] "
-            f"negatives.{corpus}=[{negatives}]" + (f" margins.{corpus}=[{gaps}]" if gaps else ""),
-        )
+    _say_how_to_train(console, output, len(rows), list(columns), (queries, corpus), form)
     if mark is not None:
         drawn = sample_to_mark(mined, first.values, second.values, seed=seed)
         write_rows(
@@ -250,49 +272,48 @@ def mine(
         )
 
 
-@dataclass
-class _Pairs:
-    """Scores of pairs that a file has by id, or the pairs that are still to be scored."""
+def _say_how_to_train(
+    console: Any, output: Path, rows: int, columns: Sequence[str], views: tuple[str, str], form: str
+) -> None:
+    terminal.say(console, f"{output}: {rows} rows ({', '.join(columns)})")
+    if form == "n-tuple":
+        negatives = ",".join(name for name in columns if name.startswith("negative_"))
+        gaps = ",".join(name for name in columns if name.startswith("margin_"))
+        queries, corpus = views
+        terminal.say(
+            console,
+            f"nearfar train experiment=pairs data.train={output} views=[{queries},{corpus}] "
+            f"negatives.{corpus}=[{negatives}]" + (f" margins.{corpus}=[{gaps}]" if gaps else ""),
+        )
 
-    queries: list[str]
-    documents: list[str]
-    known: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    asked: list[tuple[int, int]] = field(default_factory=list)
 
-    def read(self, path: Path) -> None:
-        from nearfar.data.rankings import read_ranking
-        from nearfar.errors import NearfarError
+def _on_disk(
+    source: Path, folder: Path, output: Path, refused: list[str], marked: Path | None, **options: Any
+) -> None:
+    """Mine from the folder that ``nearfar neighbors`` wrote."""
+    from nearfar.batching import MappedNeighbors
+    from nearfar.errors import NearfarError
+    from nearfar.mining import read_marked
+    from nearfar.mining.from_files import mine_files
 
-        self.known = read_ranking(path)
-        if not any(query in self.known for query in self.queries):
-            raise NearfarError(
-                f"{path} has scores of {len(self.known)} queries, none of which is one of these (first here: "
-                f"'{self.queries[0]}', there: '{next(iter(self.known))}'): it goes by the ids of the embeddings."
-            )
-
-    def look_up(self, query: np.ndarray, document: np.ndarray) -> list[float]:
-        none: dict[str, float] = {}
-        return [
-            self.known.get(self.queries[i], none).get(self.documents[j], math.nan)
-            for i, j in zip(query.tolist(), document.tolist(), strict=True)
-        ]
-
-    def record(self, query: np.ndarray, document: np.ndarray) -> np.ndarray:
-        import numpy as np
-
-        self.asked += zip(query.tolist(), document.tolist(), strict=True)
-        return np.zeros(len(query))
-
-    def rows(self, queries: list[Any], documents: list[Any]) -> list[dict[str, Any]]:
-        return [
-            {
-                "query_id": self.queries[i],
-                "doc_id": self.documents[j],
-                "query": queries[i],
-                "document": documents[j],
-            }
-            for i, j in sorted(set(self.asked))
-        ]
+    if refused:
+        raise NearfarError(
+            f"{', '.join(refused)}: with a folder as --documents nothing is held in memory that they need; mine in "
+            "memory with embeddings as --documents, or in Python with mine_negatives_on_disk, which takes rescore= and "
+            "guide=."
+        )
+    if source.suffix.lower() not in _VECTORS and not (source.is_dir() and any(source.glob("*.npy"))):
+        raise NearfarError(
+            f"{source}: with a folder as --documents the queries are embeddings ({', '.join(_VECTORS)}, a folder of "
+            ".npy shards); nearfar embed writes them."
+        )
+    console = terminal.console()
+    near = MappedNeighbors(folder)
+    with terminal.progress_bar(None) as advance:
+        mined, notes = mine_files(source, near, output, advance=advance, **options)
+    for line in [*notes, *mined.summary(), *([] if marked is None else [str(read_marked(_columns(marked)))])]:
+        terminal.say(console, line)
+    _say_how_to_train(console, output, mined.rows, mined.columns, options["views"], options["form"])
 
 
 def _side(path: Path, view: str, data: Path | None, id_column: str | None) -> _Side:
@@ -420,15 +441,6 @@ def _add_judged(
     if alone:
         lines.append(f"{alone} queries have no answer and are left out")
     return lines
-
-
-def _own_rows(mined: Any) -> Any:
-    """The pairs of each row with its own answer alone: rows with the same query would write theirs several times."""
-    from dataclasses import replace
-
-    row, column = mined.pairs
-    own = row == column
-    return replace(mined, pairs=(row[own], column[own]), pair_scores=mined.pair_scores[own])
 
 
 def _columns(path: Path) -> dict[str, list[Any]]:

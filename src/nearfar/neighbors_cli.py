@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -33,6 +32,10 @@ def neighbors(
     recall: Annotated[float, typer.Option(help="Recall of the search, at least; it is measured.")] = 0.95,
     metric: Annotated[str, typer.Option(help="cosine or dot.")] = "cosine",
     processes: Annotated[int, typer.Option(help="Processes that add shards and search.")] = 1,
+    engine: Annotated[
+        str,
+        typer.Option(help="processes, or ray: pieces are added and searched on the nodes of a Ray cluster."),
+    ] = "processes",
     seed: Annotated[int, typer.Option(help="Seed of the cells and of the measured queries.")] = 0,
 ) -> None:
     """List the nearest neighbours of 10⁵ to 10⁸ rows in files, for hard batches.
@@ -43,13 +46,25 @@ def neighbors(
     import shutil
 
     from nearfar.batching import nearest_neighbors_on_disk
+    from nearfar.data.vector_shards import shards_of_table
+    from nearfar.errors import NearfarError
 
     ids: np.ndarray | None = None
     vectors, beside = source, output.with_name(f"{output.name}.vectors")
     if not source.is_dir() and source.suffix.lower() != ".npy":
-        vectors, ids = _as_shards(source, view, beside)
+        if view is None:
+            raise NearfarError(f"{source}: name the column of vectors with --view NAME, or give .npy files.")
+        vectors, ids = beside, shards_of_table(source, view, beside, "--view NAME")
     near = nearest_neighbors_on_disk(
-        vectors, k, output, metric=metric, min_recall=recall, processes=processes, seed=seed, ids=ids
+        vectors,
+        k,
+        output,
+        metric=metric,
+        min_recall=recall,
+        processes=processes,
+        engine=engine,
+        seed=seed,
+        ids=ids,
     )
     if vectors is beside:
         shutil.rmtree(beside)
@@ -58,34 +73,3 @@ def neighbors(
         f"{output}: {near.k} neighbours of {near.n:,} rows ({near.index}); recall {near.recall:.4f} on {near.queries} "
         "queries",
     )
-
-
-def _as_shards(source: Path, view: str | None, folder: Path) -> tuple[Path, np.ndarray]:
-    """The vectors of a table as float16 shards, and its ids; what is read at once fits in memory."""
-    import shutil
-
-    import numpy as np
-
-    from nearfar.data.chunks import NewData, read_chunks
-    from nearfar.data.vector_shards import write_shards
-    from nearfar.errors import NearfarError
-
-    if view is None:
-        raise NearfarError(f"{source}: name the column of vectors with --view NAME, or give .npy files.")
-    ids: list[np.ndarray] = []
-
-    def batches() -> Iterator[np.ndarray]:
-        for items in read_chunks(NewData(source, rows=16_384), {view: [view]}):
-            there = items.present(view)
-            if not there.all():
-                raise NearfarError(
-                    f"{source}: {int((~there).sum())} rows have no '{view}' (first: "
-                    f"{items.ids[int(there.argmin())]!r}); leave them out."
-                )
-            ids.append(np.asarray(items.ids))
-            yield items.array(view)
-
-    shutil.rmtree(folder, ignore_errors=True)
-    if not write_shards(batches(), folder):
-        raise NearfarError(f"{source} has no rows.")
-    return folder, np.concatenate(ids)

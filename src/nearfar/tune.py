@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -113,6 +114,7 @@ def tune(
     """
     if trials < 1 or judge < 0:
         raise NearfarError(f"--trials {trials}, --judge {judge}: at least one trial, and no negative number.")
+    _check_optuna()
     out = console or terminal.console()
     fixed, drawn = search_space(with_saved_overrides(quote_paths(list(overrides))))
     first = check_runs([*fixed, *(str(each.input_line) for each in drawn.values())], sweep=True, search=True)[
@@ -157,6 +159,21 @@ def tune(
     arms = group_runs(find_runs([home.path / "judged"]))
     default = next(arm for arm in arms if any("default" in run.name for run in arm.runs.values()))
     return compare_runs([home.path / "judged"], baseline=default.label)
+
+
+def _check_optuna() -> None:
+    """Before anything is started: an Optuna that Ray Tune can use. The extra ``search`` brings an older one."""
+    try:
+        version = importlib.metadata.version("optuna")
+    except importlib.metadata.PackageNotFoundError:
+        raise NearfarError(
+            "nearfar tune draws by Optuna, which is not installed: pip install 'nearfar[tune]'"
+        ) from None
+    if int(version.split(".")[0]) < 3:
+        raise NearfarError(
+            f"nearfar tune needs Optuna 3 or newer, and {version} is here, as the extra search needs it: install "
+            "'nearfar[tune]' in an environment without that, or search with hydra/sweeper=search (docs/sweeps.md)."
+        )
 
 
 def _check_pruning(config: RunOptions, drawn: dict[str, Override]) -> None:

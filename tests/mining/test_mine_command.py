@@ -290,3 +290,72 @@ def test_judgments_beside_rows_that_answer_themselves(folder: Path, tmp_path: Pa
     written = rows(output)
     assert {row["answer"] for row in written} == set(answers)
     assert all(row["negative"] != later.get(row["answer"]) for row in written)
+
+
+# -- from a folder of neighbours -----------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def near(folder: Path) -> Path:
+    path = folder / "near"
+    outcome = CliRunner().invoke(
+        app, ["neighbors", f"{folder / 'vectors.parquet'}", "--view", "answer", "-o", f"{path}", "--k", "5"]
+    )
+    assert outcome.exit_code == 0, outcome.output
+    return path
+
+
+@pytest.mark.parametrize("judged", [False, True])
+def test_a_folder_of_neighbours_gives_what_its_embeddings_give(
+    folder: Path, near: Path, tmp_path: Path, judged: bool
+) -> None:
+    """Row by row, where the same question twice shares its answers; and by judgments, of which some name nothing."""
+    more: list[object] = ["--data", folder / "data.csv", "--per-query", 2, "--rank-to", 12, "--scores"]
+    memory: list[object] = []
+    if judged:
+        ids = [(f"n{i}", f"n{j}") for i in range(0, N, 2) for j in (i, i + 1)]
+        qrels = {"query_id": [q for q, _ in ids] + ["n1"], "doc_id": [d for _, d in ids] + ["none"]}
+        table = pyarrow.table(qrels | {"relevance": [2] * len(ids) + [1]})
+        pyarrow.parquet.write_table(table, tmp_path / "qrels.parquet")
+        more += ["--qrels", tmp_path / "qrels.parquet", "--documents-data", folder / "data.csv"]
+        memory = ["--documents", folder / "vectors.parquet"]
+    more += ["--label", "topic"]
+    said, output = [], []
+    for name, how in (("memory", memory), ("disk", ["--documents", near])):
+        output.append(tmp_path / f"{name}.parquet")
+        said.append(mine(folder / "vectors.parquet", *how, *more, "-o", output[-1]))
+    a, b = (pyarrow.parquet.read_table(path).to_pydict() for path in output)
+    assert list(a) == list(b)
+    for name, column in a.items():
+        wanted = pytest.approx(column, abs=2e-3) if name.startswith("margin") else column
+        assert b[name] == wanted
+    for begin in ("false negatives by label: ", "false negatives by text: ", "left out: "):
+        told = [[line for line in each.splitlines() if line.startswith(begin)] for each in said]
+        assert len(told[0]) == 1
+        assert told[0] == told[1]
+    if judged:
+        assert all("1 answers have no vector" in each for each in said)
+        assert "20 queries have no answer and are left out" in said[1]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["-o", "mined.csv"], r"name it \.parquet"),
+        (["--mark", "m.csv"], "--mark: with a folder"),
+        (["--documents", "."], "no finished neighbours"),
+    ],
+)
+def test_what_a_folder_of_neighbours_cannot(
+    folder: Path, near: Path, tmp_path: Path, more: list[str], message: str
+) -> None:
+    given = [
+        "mine",
+        f"{folder / 'vectors.parquet'}",
+        "--documents",
+        f"{near}",
+        "-o",
+        f"{tmp_path / 'm.parquet'}",
+    ]
+    with pytest.raises(NearfarError, match=message):
+        CliRunner().invoke(
+            app, [*given, "--queries", "question", "--corpus", "answer", *more], catch_exceptions=False
+        )

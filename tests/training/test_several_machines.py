@@ -51,7 +51,7 @@ def machine(folder: Path, port: int, host: bool) -> subprocess.Popen[bytes]:
     """An agent of torchrun with one process of the two, as the command on one machine."""
     rendezvous = ["--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}", "--rdzv-id=run"]
     # A machine that is gone is noticed after three beats; where names are resolved, it is known who holds the store.
-    conf = f"--rdzv-conf=is_host={int(host)},keep_alive_interval=1"
+    conf = f"--rdzv-conf=is_host={int(host)},keep_alive_interval=1,read_timeout=5"
     nodes = ["--nnodes=2", "--nproc-per-node=1", "--max-restarts=5", "--monitor-interval=0.1"]
     command = [
         sys.executable,

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import shutil
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
+from uuid import uuid4
 
 import faiss
 import numpy as np
@@ -22,8 +21,19 @@ from numpy.typing import NDArray
 
 from nearfar.arguments import choice, number, whole_number
 from nearfar.batching.base import as_ids, digest
-from nearfar.batching.mapped_neighbors import HEAD, MappedNeighbors, as_folder, open_refined, padded
-from nearfar.batching.neighbors import _MARGIN, SearchResult, _recall, _without_self
+from nearfar.batching.disk_cells import POINTS, cell_centres, checked_rows
+from nearfar.batching.disk_search import (
+    RefinedIndex,
+    Stretch,
+    close_index,
+    flat_head,
+    lists_of,
+    nearest_stored,
+    stored_vectors,
+)
+from nearfar.batching.mapped_neighbors import HEAD, MappedNeighbors, as_folder
+from nearfar.batching.neighbors import SearchResult
+from nearfar.batching.pieces import Pool, in_processes, on_ray
 from nearfar.data.vector_shards import VectorShards
 from nearfar.data.writing import make_folder, write_json
 from nearfar.errors import NearfarError
@@ -34,15 +44,11 @@ __all__ = ["nearest_neighbors_on_disk"]
 log = logging.getLogger("nearfar.batching")
 
 _CELL = 1000  # rows of a cell: the work of a query does not grow with the number of items
-_POINTS = 64  # rows of the sample for each cell
 _SAMPLE_BYTES = 2 << 30
 _PIECE_BYTES = 256 << 20  # float32 rows in memory at once
 _STRETCH = 65_536  # queries that are searched, and recorded as done, together
-_QUERIES = 8192  # of one search: bounds the candidates
 _MEASURED = 500  # queries of each of the two samples
 _FLAT_CELLS = 8192  # beyond, the cell of a row is looked up in a graph of centres
-_REFINE, _MOST_REFINE = 2, 32  # candidates for each neighbour that are compared exactly
-_FIRST_PROBES = 4
 _WORK = "unfinished"
 
 
@@ -54,6 +60,7 @@ def nearest_neighbors_on_disk(
     metric: str = "cosine",
     min_recall: float = 0.95,
     processes: int = 1,
+    engine: str = "processes",
     seed: int = 0,
     ids: Ids | None = None,
 ) -> MappedNeighbors:
@@ -70,6 +77,9 @@ def nearest_neighbors_on_disk(
     bytes for each row, and d / 4 + 8 more while it is built. Threads are FAISS's (``OMP_NUM_THREADS``). A call that was
     stopped goes on where it was when it is repeated; with finished lists in the folder, it is refused.
 
+    ``engine="ray"``: pieces are added and searched by tasks on a Ray cluster whose nodes see the same files; a piece
+    whose node is lost is made again. This process merges, sorts, and writes the lists.
+
     Errors: rows that are not finite, of zeros (cosine), or beyond float16; too few rows; no room on the disk.
 
     >>> import tempfile
@@ -80,6 +90,7 @@ def nearest_neighbors_on_disk(
     (1000, 10, True, (1, 10))
     """
     choice("metric", metric, ("cosine", "dot"))
+    choice("engine", engine, ("processes", "ray"))
     min_recall = number("min_recall", min_recall, above=0, most=1)
     processes, seed = whole_number("processes", processes, 1), whole_number("seed", seed, 0)
     source = VectorShards.of(vectors)
@@ -90,13 +101,17 @@ def nearest_neighbors_on_disk(
         )
     if source.n > np.iinfo(np.int32).max:
         raise NearfarError(f"{source.n} items do not fit the 32-bit positions of a plan")
-    if processes > 1 and source.held is not None:
+    if source.held is not None and (processes > 1 or engine == "ray"):
+        how = "engine='ray'" if engine == "ray" else f"processes={processes}"
         raise NearfarError(
-            f"processes={processes} read shards by themselves, and an array was given: write it with numpy.save and "
+            f"with {how} processes read shards by themselves, and an array was given: write it with numpy.save and "
             "give the file"
         )
     names = None if ids is None else as_ids(ids, source.n)
-    build = _Build(source, k, as_folder(folder), metric, min_recall, processes, seed)
+    pool = on_ray("engine='ray'") if engine == "ray" else in_processes(processes)
+    build = _Build(
+        source, k, as_folder(folder).absolute(), metric, min_recall, seed, pool, in_processes(processes)
+    )
     with build.clock("train"):
         build.train()
     with build.clock("add"):
@@ -121,11 +136,12 @@ class _Build:
         folder: Path,
         metric: str,
         min_recall: float,
-        processes: int,
         seed: int,
+        pool: Pool,
+        local: Pool,
     ) -> None:
         self.source, self.k, self.folder, self.metric = source, k, folder, metric
-        self.min_recall, self.processes, self.seed = min_recall, processes, seed
+        self.min_recall, self.seed, self.pool, self.local = min_recall, seed, pool, local
         self.work = folder / _WORK
         self.width = -(-source.dim // 4) * 4
         self.piece = max(1, _PIECE_BYTES // (4 * self.width))
@@ -178,10 +194,10 @@ class _Build:
         if path.is_file():
             return
         n, width = self.source.n, self.width
-        size = min(n, max(_POINTS * self.cells, 1 << 14), _SAMPLE_BYTES // (4 * width))
+        size = min(n, max(POINTS * self.cells, 1 << 14), _SAMPLE_BYTES // (4 * width))
         rows = np.sort(np.random.default_rng(self.seed).choice(n, size, replace=False))
-        sample = _rows(self.source.take(rows), rows, width, self.metric)
-        centres = _centres(sample, self.cells, self.metric == "cosine", self.seed)
+        sample = checked_rows(self.source.take(rows), rows, width, self.metric)
+        centres = cell_centres(sample, self.cells, self.metric == "cosine", self.seed)
         flat: Any
         if len(centres) <= _FLAT_CELLS:
             flat = faiss.IndexFlatIP(width)
@@ -207,7 +223,8 @@ class _Build:
             (self.source, self.work, at, span, self.metric)
             for at, span in enumerate(self.source.pieces(self.piece))
         ]
-        _in_processes(_add_piece, tasks, self.processes)
+        for _ in self.pool(_add_piece, tasks):
+            pass
         from faiss.contrib.ondisk import merge_ondisk
 
         index: Any = faiss.read_index(str(self.work / "template.faiss"))
@@ -242,13 +259,14 @@ class _Build:
         np.save(self.work / "rank.npy", rank, allow_pickle=False)
         half = self.work / "vectors.half"
         with half.open("wb") as file:
-            file.write(_flat_head(len(rank), self.width))
+            file.write(flat_head(len(rank), self.width))
             offset = file.tell()
             file.truncate(offset + len(rank) * self.width * 2)
         tasks = [
             (self.source, self.work, offset, span, self.metric) for span in self.source.pieces(self.piece)
         ]
-        _in_processes(_sort_piece, tasks, self.processes)
+        for _ in self.local(_sort_piece, tasks):  # all write into one file
+            pass
         (self.work / "rank.npy").unlink()
         half.rename(path)
 
@@ -258,58 +276,55 @@ class _Build:
         if known is not None:
             return int(known[0]), int(known[1]), float(known[2]), int(known[3])
         n, k = self.source.n, self.k
-        vectors = _mapped_vectors(self.work, n, self.width)
+        vectors = stored_vectors(self.work, n, self.width)
         size = max(1, min(_MEASURED, n // 2))
         drawn = np.random.default_rng([self.seed, 1]).choice(n, 2 * size, replace=False)
         samples = [np.sort(drawn[:size]), np.sort(drawn[size:])]
-        truths = _truth(vectors, np.concatenate(samples), k, max(1, self.piece // 4))
+        queries = [vectors[own].astype(np.float32) for own in samples]
+        both = nearest_stored(vectors, np.concatenate(queries), k, np.concatenate(samples))
         truth = [
-            SearchResult(truths.indices[part], truths.similarities[part], True, "flat", 1.0)
+            SearchResult(both.indices[part], both.similarities[part], True, "flat", 1.0)
             for part in (slice(0, size), slice(size, None))
         ]
-        index, codes = open_refined(self.work, 1, _REFINE)
-        cells = codes.nlist
-        probes, refine, before = min(_FIRST_PROBES, cells), _REFINE, 0.0
-        while True:
-            codes.nprobe, index.k_factor = probes, refine
-            recall, error = _recall_of(index, vectors, samples[0], truth[0], k)
-            log.info("%d of %d cells, %d candidates for each: recall %.4f", probes, cells, refine, recall)
-            if recall - _MARGIN * error >= self.min_recall:
-                break
-            # More cells, as long as they help; where the codes are too coarse, more candidates.
-            if probes < cells and (recall - before > 0.002 or refine >= _MOST_REFINE):
-                probes = min(math.ceil(probes * 2**0.5), cells)
-            elif refine < _MOST_REFINE:
-                refine *= 2
-            else:
-                break
-            before = recall
-        recall, _ = _recall_of(index, vectors, samples[1], truth[1], k)
+        index = RefinedIndex(self.work)
+        index.tune(queries[0], truth[0], self.min_recall, samples[0])
+        recall, _ = index.recall(queries[1], truth[1], samples[1])
         if recall < self.min_recall:
             warnings.warn(
                 f"the neighbours of {n} items are found with recall {recall:.3f} on {size} queries, below "
-                f"min_recall={self.min_recall:g}, with {probes} of {cells} cells and {refine} candidates for each "
-                "neighbour compared exactly",
+                f"min_recall={self.min_recall:g}, with {index.probes} of {index.cells} cells and {index.refine:g} "
+                "candidates for each neighbour compared exactly",
                 stacklevel=4,
             )
-        tuned = (probes, refine, recall, size)
+        tuned = (index.probes, int(index.refine), recall, size)
         write_json(self.work / "tuned.json", list(tuned))
         return tuned
 
     def search(self, probes: int, refine: int) -> None:
-        """The lists, a stretch at a time; each that is done has a mark."""
+        """The lists, a stretch at a time, written here alone; each that is done has a mark."""
         n, k = self.source.n, self.k
         if not (self.work / "done").is_dir():
             for name, dtype in (("indices", np.int32), ("similarities", np.float16)):
                 np.lib.format.open_memmap(self.work / f"{name}.npy", "w+", dtype, (n, k))
             make_folder(self.work / "done")
-        spans = [(begin, min(begin + _STRETCH, n)) for begin in range(0, n, _STRETCH)]
-        left = [span for span in spans if not (self.work / "done" / str(span[0])).exists()]
-        tasks = [(self.work, n, self.width, k, probes, refine, self.metric, span) for span in left]
+        begins = [begin for begin in range(0, n, _STRETCH) if not (self.work / "done" / str(begin)).exists()]
+        tasks = [
+            Stretch(self.work, n, self.width, k, probes, refine, self.metric, begin, min(begin + _STRETCH, n))
+            for begin in begins
+        ]
+        files = [
+            np.load(self.work / f"{name}.npy", mmap_mode="r+", allow_pickle=False)
+            for name in ("indices", "similarities")
+        ]
         try:
-            _in_processes(_search_stretch, tasks, self.processes)
+            for at, lists in self.pool(lists_of, tasks):
+                stretch = tasks[at]
+                for file, part in zip(files, lists, strict=True):
+                    file[stretch.begin : stretch.end] = part
+                    file.flush()
+                (self.work / "done" / str(stretch.begin)).touch()
         finally:
-            _opened.cache_clear()
+            close_index()
 
     def finish(
         self, probes: int, refine: int, recall: float, queries: int, names: NDArray[Any] | None
@@ -327,37 +342,20 @@ class _Build:
             "format": 1, "n": self.source.n, "dim": self.source.dim, "width": self.width, "k": self.k,
             "metric": self.metric, "index": f"IVF-PQ, {cells} cells, {probes} probes, best {refine} k compared exactly",
             "recall": recall, "queries": queries, "probes": probes, "refine": refine, "exact": False,
-            "offset": len(_flat_head(self.source.n, self.width)), "seconds": self.seconds,
+            "offset": len(flat_head(self.source.n, self.width)), "seconds": self.seconds,
         }  # fmt: skip
         write_json(self.folder / HEAD, head)
         shutil.rmtree(self.work, ignore_errors=True)
 
 
 # -- pieces, each by itself, in this process or in others ------------------------------------------------------
-def _in_processes(function: Callable[[Any], None], tasks: Sequence[Any], processes: int) -> None:
-    if processes == 1 or len(tasks) < 2:
-        for task in tasks:
-            function(task)
-        return
-    import multiprocessing
-    from concurrent.futures import ProcessPoolExecutor
-
-    threads = max(1, faiss.omp_get_max_threads() // processes)
-    context = multiprocessing.get_context("spawn")  # FAISS's threads do not survive a fork
-    with ProcessPoolExecutor(
-        min(processes, len(tasks)), context, faiss.omp_set_num_threads, (threads,)
-    ) as pool:
-        for _ in pool.map(function, tasks):
-            pass
-
-
 def _add_piece(task: tuple[VectorShards, Path, int, tuple[int, int], str]) -> None:
     source, work, number_, (begin, end), metric = task
     path = _part(work, number_)
     if path.is_file():
         return
     index = faiss.read_index(str(work / "template.faiss"))
-    rows = _rows(source.read(begin, end), np.arange(begin, end), index.d, metric)
+    rows = checked_rows(source.read(begin, end), np.arange(begin, end), index.d, metric)
     index.add_with_ids(rows, np.arange(begin, end))
     _write_index(index, path)
 
@@ -370,123 +368,11 @@ def _sort_piece(task: tuple[VectorShards, Path, int, tuple[int, int], str]) -> N
     vectors = np.memmap(path, np.float16, "r+", offset, (len(rank), width))
     to = np.asarray(rank[begin:end])
     order = np.argsort(to)  # neighbours on disk are written together
-    rows = _rows(source.read(begin, end), np.arange(begin, end), width, metric)
+    rows = checked_rows(source.read(begin, end), np.arange(begin, end), width, metric)
     for low in range(0, len(order), 65_536):
         some = order[low : low + 65_536]
         vectors[to[some]] = rows[some]
     vectors.flush()
-
-
-@lru_cache(maxsize=1)
-def _opened(work: Path, probes: int, refine: int) -> Any:
-    return open_refined(work, probes, refine)[0]
-
-
-def _search_stretch(task: tuple[Path, int, int, int, int, int, str, tuple[int, int]]) -> None:
-    work, n, width, k, probes, refine, metric, (begin, end) = task
-    index = _opened(work, probes, refine)
-    vectors = _mapped_vectors(work, n, width)
-    indices = np.load(work / "indices.npy", mmap_mode="r+", allow_pickle=False)
-    values = np.load(work / "similarities.npy", mmap_mode="r+", allow_pickle=False)
-    for low in range(begin, end, _QUERIES):
-        own = np.arange(low, min(low + _QUERIES, end))
-        nearest = index.search(vectors[own].astype(np.float32), k + 1)
-        similarity, row = _without_self(nearest[0], nearest[1], own)
-        similarity = np.where(row < 0, -np.inf, similarity)
-        if metric == "cosine":
-            similarity = np.minimum(similarity, 1.0)
-        indices[own[0] : own[-1] + 1], values[own[0] : own[-1] + 1] = row, similarity
-    indices.flush()
-    values.flush()
-    (work / "done" / str(begin)).touch()
-
-
-# -- rows, centres, truth --------------------------------------------------------------------------------------
-def _rows(
-    given: NDArray[np.float32], positions: NDArray[np.int64], width: int, metric: str
-) -> NDArray[np.float32]:
-    """Checked rows of unit length (cosine), with columns of zeros up to ``width``; as float16 would hold them."""
-    length = np.sqrt(np.einsum("nd,nd->n", given, given, dtype=np.float64))
-    largest = np.abs(given).max(axis=1, initial=0.0) if metric == "dot" else None
-    bad = ~np.isfinite(length) if largest is None else ~(np.isfinite(length) & (largest < 65_504))
-    if bad.any():
-        raise NearfarError(
-            f"{int(bad.sum())} of the vectors {positions[0]} to {positions[-1]} are not finite, or beyond float16 "
-            f"(65,504); first is number {positions[bad.argmax()]}. Look at what made them before searching neighbours"
-        )
-    if metric == "cosine":
-        if (length == 0).any():
-            zero = length == 0
-            raise NearfarError(
-                f"{int(zero.sum())} of the vectors {positions[0]} to {positions[-1]} are all zero, first is number "
-                f"{positions[zero.argmax()]}: they have no direction, so no cosine; drop these items (an empty text?) "
-                "or use metric='dot'"
-            )
-        given = (given / length[:, None]).astype(np.float32)
-    return padded(given, width).astype(np.float16).astype(np.float32)
-
-
-def _centres(sample: NDArray[np.float32], cells: int, spherical: bool, seed: int) -> NDArray[np.float32]:
-    """k-means in two levels, so that its work for each row grows with the root of the number of cells.
-
-    Groups of cells stand in a chain of near ones: cells with near numbers are near each other.
-    """
-
-    def means(rows: NDArray[np.float32], k: int, points: int) -> Any:
-        model = faiss.Kmeans(
-            rows.shape[1], k, niter=8, spherical=spherical, seed=1 + seed % 2**31, min_points_per_centroid=1,
-            max_points_per_centroid=points,
-        )  # fmt: skip
-        model.train(np.ascontiguousarray(rows))
-        return model
-
-    groups = max(1, round(cells**0.5))
-    if groups == 1:
-        return np.asarray(means(sample, min(cells, len(sample)), _POINTS).centroids)
-    first = means(sample, groups, 1024)
-    _, of = first.index.search(sample, 1)
-    size = np.bincount(of[:, 0], minlength=groups)
-    order = np.argsort(of[:, 0], kind="stable")
-    ends = np.cumsum(size)
-    centres = []
-    for group in _chain(first.centroids):
-        if size[group]:
-            share = max(1, min(int(size[group]), round(cells * size[group] / len(sample))))
-            rows = sample[order[ends[group] - size[group] : ends[group]]]
-            centres.append(means(rows, share, _POINTS).centroids)
-    return np.concatenate(centres)
-
-
-def _chain(points: NDArray[np.float32]) -> list[int]:
-    """An order in which each point is followed by the nearest of those that are left."""
-    near = points @ points.T
-    order, left = [0], np.ones(len(points), bool)
-    left[0] = False
-    while left.any():
-        order.append(int(np.argmax(np.where(left, near[order[-1]], -np.inf))))
-        left[order[-1]] = False
-    return order
-
-
-def _truth(vectors: NDArray[np.float16], own: NDArray[np.int64], k: int, block: int) -> SearchResult:
-    """The true neighbours of some stored rows, against all of them in blocks."""
-    best = faiss.ResultHeap(len(own), k + 1, keep_max=True)
-    queries = vectors[own].astype(np.float32)
-    for begin in range(0, len(vectors), block):
-        part = vectors[begin : begin + block].astype(np.float32)
-        similarity, row = faiss.knn(queries, part, min(k + 1, len(part)), metric=faiss.METRIC_INNER_PRODUCT)
-        best.add_result(similarity, row + begin)
-    best.finalize()
-    similarity, row = _without_self(best.D, best.I, own)
-    return SearchResult(row.astype(np.int32), similarity, True, "flat", 1.0)
-
-
-def _recall_of(
-    index: Any, vectors: NDArray[np.float16], own: NDArray[np.int64], truth: SearchResult, k: int
-) -> tuple[float, float]:
-    nearest = index.search(vectors[own].astype(np.float32), k + 1)
-    similarity, row = _without_self(nearest[0], nearest[1], own)
-    return _recall(row.astype(np.int32), truth, similarity)
 
 
 # -- files -----------------------------------------------------------------------------------------------------
@@ -495,7 +381,7 @@ def _part(work: Path, number_: int) -> Path:
 
 
 def _write_index(index: Any, path: Path) -> None:
-    half = path.with_suffix(".half")
+    half = path.with_name(f"{path.stem}.{uuid4().hex}.half")  # a piece may be made by two nodes at once
     faiss.write_index(index, str(half))
     half.rename(path)
 
@@ -512,16 +398,3 @@ def _quiet() -> Iterator[None]:
     finally:
         os.dup2(kept, 1)
         os.close(kept)
-
-
-def _flat_head(n: int, width: int) -> bytes:
-    """What FAISS writes before the rows of a flat float16 index: the rows themselves are written by others."""
-    index = faiss.IndexScalarQuantizer(width, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
-    index.is_trained, index.ntotal = True, n
-    empty = bytes(faiss.serialize_index(index))
-    return empty[:-8] + np.uint64(n * width * 2).tobytes()
-
-
-def _mapped_vectors(work: Path, n: int, width: int) -> NDArray[np.float16]:
-    offset = len(_flat_head(n, width))
-    return np.asarray(np.memmap(work / "vectors.faiss", np.float16, "r", offset, (n, width)))

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nearfar.arguments import array, number, whole_number
+from nearfar.batching.mapped_neighbors import UnitVectors
 from nearfar.batching.neighbors import Neighbors, _as_rows, as_neighbors
 from nearfar.batching.plan import Plan
 from nearfar.errors import NearfarError
@@ -195,7 +196,7 @@ def _as_batches(name: str, batches: object, n: int) -> list[NDArray[np.integer]]
     return checked
 
 
-def _similarity(rows: NDArray[np.float32], batches: Iterable[object]) -> NDArray[np.float64]:
+def _similarity(rows: NDArray[np.float32] | UnitVectors, batches: Iterable[object]) -> NDArray[np.float64]:
     values = []
     for batch in batches:
         members = rows[np.asarray(batch, dtype=np.int64)].astype(np.float64)
@@ -248,7 +249,7 @@ class SimilarityCheck:
 
 def check_harder_than_random(
     sampler: BatchSampler | Iterable[Sequence[int]],
-    embeddings: Tensor | NDArray[np.floating],
+    embeddings: Tensor | NDArray[np.floating] | UnitVectors,
     *,
     ids: Ids | None = None,
     epoch: int | None = None,
@@ -262,13 +263,13 @@ def check_harder_than_random(
     Pass the embeddings in the loader's order (row i belongs to position i). Neighbour indices that were
     computed in a different order make batches random without any error; here that shows as a difference that is
     not above 0 by ``errors`` standard errors, and raises `NearfarError` (``raises=False`` returns the verdict
-    instead). ``ids`` of the rows are compared first if given. ``epoch`` chooses the epoch, by default the
-    first one after the curriculum; where an epoch has few batches, those of the next ones count as well. An
-    iterable of batches does instead of a sampler.
+    instead). Of lists on disk, ``near.directions`` are such embeddings. ``ids`` of the rows are compared first if
+    given. ``epoch`` chooses the epoch, by default the first one after the curriculum; where an epoch has few batches,
+    those of the next ones count as well. An iterable of batches does instead of a sampler.
     """
     from nearfar.batching.base import BatchSampler
 
-    rows = _as_rows(embeddings, "cosine")
+    rows = embeddings if isinstance(embeddings, UnitVectors) else _as_rows(embeddings, "cosine")
     max_batches, seed = whole_number("max_batches", max_batches, 2), whole_number("seed", seed, 0)
     errors = number("errors", errors, 0, infinite=True)
     epoch = None if epoch is None else whole_number("epoch", epoch, 0)
@@ -321,7 +322,9 @@ def check_harder_than_random(
     return check
 
 
-def _aligned(rows: NDArray[np.float32], neighbors: Neighbors | None, errors: float, seed: int) -> bool | None:
+def _aligned(
+    rows: NDArray[np.float32] | UnitVectors, neighbors: Neighbors | None, errors: float, seed: int
+) -> bool | None:
     """Are listed neighbours nearer than random rows, by ``errors`` standard errors?"""
     if neighbors is None or neighbors.n != len(rows):
         return None

@@ -11,12 +11,13 @@ from numpy.typing import NDArray
 
 from nearfar.arguments import number, whole_number
 from nearfar.batching.base import digest
+from nearfar.batching.disk_search import QUERIES, RefinedIndex, nearest_stored, padded, stored_vectors
 from nearfar.batching.neighbors import Neighbors, SearchResult
 from nearfar.data.files import Maybe, read_json
 from nearfar.errors import NearfarError
 from nearfar.ids import Ids, canonical_ids
 
-__all__ = ["HEAD", "MappedNeighbors", "as_folder", "open_refined", "padded"]
+__all__ = ["HEAD", "MappedNeighbors", "UnitVectors", "as_folder"]
 
 HEAD = "neighbors.json"
 _FORMAT = 1
@@ -25,7 +26,6 @@ _SHAPE: dict[str, object] = {
     "queries": int, "probes": int, "refine": int, "offset": int, "exact": bool, "seconds": dict,
 }  # fmt: skip
 _ROWS = 65_536  # rows looked at together
-_QUERIES = 8192  # of one search: bounds the 64-bit candidates that FAISS gives
 
 
 class _ByItem:
@@ -47,6 +47,23 @@ class _ByItem:
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
         return np.asarray(self[:], dtype)
+
+
+class UnitVectors:
+    """Vectors of unit length in a file, rounded to float16: ``vectors[items]`` are rows by position, (m, d) float32."""
+
+    def __init__(self, stored: NDArray[np.float16], rank: NDArray[np.int32], normalise: bool) -> None:
+        self._stored, self._rank, self._normalise = stored, rank, normalise
+        self.shape = stored.shape
+
+    def __len__(self) -> int:
+        return int(self.shape[0])
+
+    def __getitem__(self, items: Any) -> NDArray[np.float32]:
+        rows = np.asarray(self._stored[self._rank[items]], np.float32)
+        if self._normalise:
+            rows /= np.maximum(np.linalg.norm(rows, axis=-1, keepdims=True), 1e-12)
+        return rows
 
 
 class MappedNeighbors(Neighbors):
@@ -98,7 +115,7 @@ class MappedNeighbors(Neighbors):
             "folder": folder, "head": head, "stored": stored, "stored_similarities": values, "positions": positions,
             "ids": ids, "indices": _ByItem(self, stored, True), "similarities": _ByItem(self, values, False),
             "metric": head["metric"], "exact": head["exact"], "index": head["index"], "recall": head["recall"],
-            "queries": head["queries"], "_rank": None, "_index": None,
+            "queries": head["queries"], "_rank": None, "_index": None, "_directions": None,
         }  # fmt: skip
         for name, value in fields.items():
             object.__setattr__(self, name, value)  # Neighbors are frozen
@@ -150,6 +167,19 @@ class MappedNeighbors(Neighbors):
             false[begin : begin + len(some)] = (same & (place < close[some][:, None])).sum(1)
         return inside, false
 
+    def held(self) -> Neighbors:
+        """The same lists in memory, n · k · 8 bytes."""
+        return Neighbors(
+            self.indices[:],
+            self.stored_similarities[self.rank].astype(np.float32),
+            self.ids,
+            self.metric,
+            self.exact,
+            self.index,
+            self.recall,
+            self.queries,
+        )
+
     def aligned_to(self, ids: Ids) -> MappedNeighbors:
         """The same lists for the same items in the order of ``ids``; the files stay as they are."""
         if self.ids is None:
@@ -187,29 +217,83 @@ class MappedNeighbors(Neighbors):
     def fingerprint(self) -> str:
         return digest(self.stored, self.positions, *([] if self.ids is None else [self.ids]))
 
+    @property
+    def directions(self) -> UnitVectors:
+        """The vectors that the lists are of, at unit length: ``directions[items]``, mapped."""
+        if self._directions is None:  # type: ignore[attr-defined]
+            stored = stored_vectors(self.folder, self.n, self.head["width"])[:, : self.head["dim"]]
+            object.__setattr__(self, "_directions", UnitVectors(stored, self.rank, self.metric == "dot"))
+        return cast(UnitVectors, self._directions)  # type: ignore[attr-defined]
+
     def search(self, queries: NDArray[np.floating], k: int) -> SearchResult:
         """The ``k`` nearest items of new vectors (m, d), as `nearfar.mining.nearest_documents` gives them.
 
-        The index, its probes and its re-ranking are those of the lists, whose ``recall`` was measured at their ``k``.
+        The index, its probes and its re-ranking are those of the lists, whose ``recall`` was measured at their ``k``,
+        or those of `tune_search`.
         """
-        rows = np.ascontiguousarray(queries, np.float32)
-        head = self.head
-        if rows.ndim != 2 or rows.shape[1] != head["dim"]:
-            raise NearfarError(f"queries are {rows.shape}; (m, {head['dim']}) are needed")
+        rows = self._queries(queries)
         k = min(whole_number("k", k, 1), self.n)
-        if self._index is None:  # type: ignore[attr-defined]
-            object.__setattr__(self, "_index", open_refined(self.folder, head["probes"], head["refine"])[0])
+        index, recall, queried = self._search_index()
+        refine = index.refine
         # As many candidates are compared exactly as for the lists, though fewer may be asked for.
-        self._index.k_factor = head["refine"] * max(1.0, self.k / k)  # type: ignore[attr-defined]
+        index.refine = refine * max(1.0, self.k / k)
         indices, values = np.empty((len(rows), k), np.int32), np.empty((len(rows), k), np.float32)
-        for begin in range(0, len(rows), _QUERIES):
-            block = padded(rows[begin : begin + _QUERIES], head["width"])
-            if self.metric == "cosine":
-                faiss.normalize_L2(block)
-            similarity, row = self._index.search(block, k)  # type: ignore[attr-defined]
-            values[begin : begin + len(block)] = np.where(row < 0, -np.inf, similarity)
-            indices[begin : begin + len(block)] = np.where(row < 0, -1, self.positions[row.clip(0)])
-        return SearchResult(indices, values, self.exact, self.index, self.recall or 0.0, self.queries)
+        for begin in range(0, len(rows), QUERIES):
+            part = slice(begin, begin + QUERIES)
+            similarity, row = index.search(self._wide(rows[part]), k)
+            values[part] = np.where(row < 0, -np.inf, similarity)
+            indices[part] = np.where(row < 0, -1, self.positions[row.clip(0)])
+        index.refine = refine
+        how = f"IVF-PQ, {index.cells} cells, {index.probes} probes, best {refine:g} k compared exactly"
+        return SearchResult(indices, values, self.exact, how, recall or 0.0, queried)
+
+    def tune_search(
+        self, queries: NDArray[np.floating], k: int, min_recall: float = 0.95, seed: int = 0
+    ) -> tuple[float, int]:
+        """Widen ``search`` until the recall at ``k`` on these queries lies two standard errors above ``min_recall``.
+
+        Queries of a different kind than the items, such as questions among answers, need wider searches. Half of them
+        choose how wide, the recall on the others is returned, with their number; all items are compared with them,
+        which takes their number times n products.
+        """
+        rows = self._queries(queries)
+        k = min(whole_number("k", k, 1), self.n)
+        if len(rows) < 2:
+            raise NearfarError(
+                f"{len(rows)} queries: half of them choose, half of them measure; at least 2 are needed"
+            )
+        index = self._search_index()[0]
+        order = np.random.default_rng(seed).permutation(len(rows))
+        halves = [self._wide(rows[part]) for part in np.array_split(order, 2)]
+        stored = stored_vectors(self.folder, self.n, self.head["width"])
+        truth = nearest_stored(stored, np.concatenate(halves), k)
+        first, second = (
+            SearchResult(truth.indices[part], truth.similarities[part], True, "flat", 1.0)
+            for part in (slice(0, len(halves[0])), slice(len(halves[0]), None))
+        )
+        index.tune(halves[0], first, min_recall)
+        recall, _ = index.recall(halves[1], second)
+        object.__setattr__(self, "_index", (index, recall, len(halves[1])))
+        return recall, len(halves[1])
+
+    def _search_index(self) -> tuple[RefinedIndex, float | None, int]:
+        """The index, the recall that was measured of it, and on how many queries."""
+        if self._index is None:  # type: ignore[attr-defined]
+            index = RefinedIndex(self.folder, self.head["probes"], self.head["refine"])
+            object.__setattr__(self, "_index", (index, self.recall, self.queries))
+        return cast("tuple[RefinedIndex, float | None, int]", self._index)  # type: ignore[attr-defined]
+
+    def _queries(self, queries: NDArray[np.floating]) -> NDArray[np.float32]:
+        rows = np.ascontiguousarray(queries, np.float32)
+        if rows.ndim != 2 or rows.shape[1] != self.head["dim"]:
+            raise NearfarError(f"queries are {rows.shape}; (m, {self.head['dim']}) are needed")
+        return rows
+
+    def _wide(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:
+        wide = padded(rows, self.head["width"])
+        if self.metric == "cosine":
+            faiss.normalize_L2(wide)
+        return wide
 
 
 def as_folder(given: object) -> Path:
@@ -217,21 +301,3 @@ def as_folder(given: object) -> Path:
     if not isinstance(given, (str, Path)):
         raise NearfarError(f"folder is a {type(given).__name__}; give the path of one")
     return Path(given).expanduser()
-
-
-def padded(rows: NDArray[np.float32], width: int) -> NDArray[np.float32]:
-    """A copy with columns of zeros up to ``width``, which change no product."""
-    wide = np.zeros((len(rows), width), np.float32)
-    wide[:, : rows.shape[1]] = rows
-    return wide
-
-
-def open_refined(folder: Path, probes: int, refine: int) -> tuple[Any, Any]:
-    """The index of a folder and the codes in it: codes are in memory, and their best ``refine`` · k are compared
-    exactly with the mapped vectors."""
-    codes: Any = faiss.read_index(str(folder / "codes.faiss"))
-    codes.nprobe = probes
-    vectors = faiss.read_index(str(folder / "vectors.faiss"), cast(Any, faiss).IO_FLAG_MMAP_IFC)
-    index = faiss.IndexRefine(codes, vectors)
-    index.k_factor = refine
-    return index, codes

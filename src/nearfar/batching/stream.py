@@ -14,8 +14,8 @@ from torch.utils.data import IterableDataset, get_worker_info
 from nearfar.arguments import flag, whole_number
 from nearfar.batching.base import _plain
 from nearfar.batching.hard_negative import HardNegativeSampler
-from nearfar.batching.neighbors import nearest_neighbors
 from nearfar.batching.plan import Layout, Plan
+from nearfar.batching.window_neighbors import window_neighbors
 from nearfar.data.record_streams import Record, open_stream
 from nearfar.errors import NearfarError
 
@@ -227,7 +227,7 @@ class StreamBatches(IterableDataset[Any]):
                 f"vectors of a window of {len(window.records)} records are {rows.shape}; one vector of one length for "
                 "each is needed: a field of every record, or a function of the list of records"
             )
-        near = nearest_neighbors(rows, min(self.neighbors, len(rows) - 1), seed=self.seed)
+        near = window_neighbors(rows, min(self.neighbors, len(rows) - 1), self.seed)
         sampler = self.sampler(
             near, self.batch_size, seed=self.seed, drop_last=self.drop_last, rank=self.rank, world_size=self.world_size,
             **self.options,
@@ -340,7 +340,14 @@ def _key_of(key: Any) -> Callable[[Record], object]:
     if callable(key):
         return key
     names = [key] if isinstance(key, str) else list(key)
-    return lambda record: _content({name: record[name] for name in names})
+    if len(names) > 1:
+        return lambda record: _content({name: record[name] for name in names})
+    return lambda record: _value(names[0], record[names[0]])
+
+
+def _value(name: str, value: Any) -> object:
+    """A text or a number as it is, of anything else a digest."""
+    return value if isinstance(value, (str, int)) else _content({name: value})
 
 
 def _content(record: Record) -> bytes:

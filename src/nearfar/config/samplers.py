@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Generic, Literal, TypeVar, cast
 
-from nearfar.config.options import group, group_variants, option
+from nearfar.config.options import group, group_variants, option, path
 from nearfar.config.registry import options_class, systems
 from nearfar.config.rules import Scheduled
 from nearfar.config.training import RunOptions
@@ -65,6 +65,27 @@ class SamplerOptions(ABC, Generic[Options]):
         """Apply the schedules of an epoch, counted from 0; what was set goes into the log."""
         return {}
 
+    @property
+    def lists(self) -> str | None:
+        """The folder of neighbours that hard batches are made of; None: they are computed."""
+        return None
+
+
+@dataclass
+class NeighborSampler(SamplerOptions["HardBatchOptions"]):
+    """Options of samplers whose batches are made of neighbours."""
+
+    composes_hard_batches: ClassVar[bool] = True
+    neighbors: str | None = path(
+        None,
+        "a folder that nearfar neighbors wrote of the training rows: its lists are taken, and none computed",
+        role="batches",
+    )
+
+    @property
+    def lists(self) -> str | None:
+        return self.neighbors
+
 
 @dataclass
 class RandomSampler(SamplerOptions[RunOptions]):
@@ -95,10 +116,9 @@ class BalancedSampler(SamplerOptions[RunOptions]):
 
 
 @dataclass
-class HardSampler(SamplerOptions["HardBatchOptions"]):
+class HardSampler(NeighborSampler):
     """Groups of a pivot, unused neighbours of it and random items (``hard_ratio``, ``hardness_k``, ``group_size``)."""
 
-    composes_hard_batches: ClassVar[bool] = True
     name: Literal["hard"] = "hard"
     order: Literal["level", "greedy"] = option(
         "level", "level: all groups first, then shuffled into batches; greedy: batch by batch", role="batches"
@@ -128,10 +148,9 @@ class HardSampler(SamplerOptions["HardBatchOptions"]):
 
 
 @dataclass
-class PartitionSampler(SamplerOptions["HardBatchOptions"]):
+class PartitionSampler(NeighborSampler):
     """The neighbour graph cut into groups of the same size: hardness stays level through the epoch."""
 
-    composes_hard_batches: ClassVar[bool] = True
     name: Literal["partition"] = "partition"
 
     def build(self, options: HardBatchOptions, items: Items) -> BatchSampler:

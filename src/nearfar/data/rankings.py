@@ -19,7 +19,7 @@ from nearfar.data.table_formats import content_of, full_suffix
 from nearfar.data.tables import read_table, require_file
 from nearfar.errors import NearfarError, nearest_name
 
-__all__ = ["BeirFolder", "RankedLists", "read_beir", "read_qrels", "read_ranking"]
+__all__ = ["QREL_HEADERS", "BeirFolder", "RankedLists", "read_beir", "read_qrels", "read_ranking"]
 
 #: query id → document id → grade, or score
 Lists: TypeAlias = Mapping[str, Mapping[str, float]]
@@ -42,6 +42,8 @@ _COLUMNS = {
 _SCORES = ["score", "similarity", "sim"]
 _GRADES = ["relevance", "grade", "rel", "score", "label", "judgment", "judgement"]
 _RANKS = ["rank", "position", "place"]
+#: headers of a table of judgments: of queries, of documents, of grades, best first
+QREL_HEADERS = (_COLUMNS["query"], _COLUMNS["document"], _GRADES)
 _TABLES = (".csv", ".tsv", ".tab", ".parquet", ".pq", ".jsonl", ".ndjson", ".xlsx")
 
 

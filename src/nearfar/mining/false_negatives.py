@@ -11,10 +11,19 @@ import numpy as np
 from nearfar.errors import NearfarError
 from nearfar.labels import label_tensor
 from nearfar.metrics.intervals import wilson
+from nearfar.mining.answers import groups_of
 from nearfar.mining.candidates import unit_rows
-from nearfar.mining.mine import Mined, _dots, _groups, _weakest
+from nearfar.mining.mine import Mined, Rows, dots, weakest
 
-__all__ = ["FalseNegatives", "measure_false_negatives", "read_marked", "sample_to_mark"]
+__all__ = [
+    "FalseNegatives",
+    "count_false",
+    "label_numbers",
+    "measure_false_negatives",
+    "read_marked",
+    "sample_to_mark",
+    "shares_of",
+]
 
 #: what a person writes beside a negative that is an answer, and beside one that is none
 YES, NO = ("1", "yes", "true", "y", "x"), ("0", "no", "false", "n")
@@ -53,42 +62,64 @@ def measure_false_negatives(
     >>> print(measure_false_negatives(mined, labels=([0, 0, 1, 1], [0, 0, 1, 1]))[0])
     false negatives by label: 33.33% [13.81%, 60.94%] of 12
     """
+    counts = count_false(
+        mined,
+        labels=None if labels is None else label_numbers(*labels),
+        texts=None if texts is None else groups_of(texts[0], texts[1], len(texts[0]), len(texts[1])),
+        guide=None
+        if guide is None
+        else (unit_rows("guide of the queries", guide[0]), unit_rows("guide of the corpus", guide[1])),
+    )
+    return shares_of(counts)
+
+
+def count_false(
+    mined: Mined,
+    *,
+    labels: tuple[np.ndarray, np.ndarray] | None = None,
+    texts: tuple[np.ndarray | None, np.ndarray | None] | None = None,
+    guide: tuple[Rows, Rows] | None = None,
+) -> dict[str, tuple[int, int]]:
+    """How many negatives are answers, and of how many that is known, by what it is known; counts of blocks add up.
+
+    ``labels`` (below 0: none) and ``texts`` are numbers of these queries and of all documents.
+    """
     asked, place = np.nonzero(mined.negatives >= 0)
     document = mined.negatives[asked, place]
     row, column = mined.pairs
-    shares = []
+    false: dict[str, np.ndarray] = {}
     if labels is not None:
-        own, theirs = _labels(labels)
+        own, theirs = labels
         known = (own[asked] >= 0) & (theirs[document] >= 0)
-        shares.append(_share((own[asked] == theirs[document])[known], "by label"))
+        false["by label"] = (own[asked] == theirs[document])[known]
     if texts is not None:
-        first, second = _groups(texts[0], texts[1], len(texts[0]), len(texts[1]))
+        first, second = texts
         assert first is not None
         assert second is not None
         kinds = int(max(first.max(initial=0), second.max(initial=0))) + 1
-        copies = np.isin(asked * kinds + second[document], row * kinds + second[column])
-        shares.append(_share(copies | (first[asked] == second[document]), "by text"))
+        keys, answers = (
+            at * kinds + second[of].astype(np.int64) for at, of in ((asked, document), (row, column))
+        )
+        false["by text"] = np.isin(keys, answers) | (first[asked] == second[document])
     if guide is not None:
-        u, v = unit_rows("guide of the queries", guide[0]), unit_rows("guide of the corpus", guide[1])
-        _, weakest = _weakest(row, column, _dots(u, v, row, column), len(mined.negatives))
-        judged = _dots(u, v, asked, document)
-        there = ~np.isnan(weakest[asked])
-        shares.append(_share((judged >= weakest[asked] - 1e-6)[there], "by the guide (likely)"))
-    return [share for share in shares if share is not None]
+        u, v = guide
+        _, known_ = weakest(row, column, dots(u, v, row, column), len(mined.negatives))
+        judged = dots(u, v, asked, document)
+        there = ~np.isnan(known_[asked])
+        false["by the guide (likely)"] = (judged >= known_[asked] - 1e-6)[there]
+    return {by: (int(each.sum()), len(each)) for by, each in false.items()}
 
 
-def _labels(labels: tuple[Any, Any]) -> tuple[np.ndarray, np.ndarray]:
+def shares_of(counts: Mapping[str, tuple[int, int]]) -> list[FalseNegatives]:
+    """Shares with their intervals, of what anything is known of."""
+    return [FalseNegatives(false / n, *wilson(false / n, n), n, by) for by, (false, n) in counts.items() if n]
+
+
+def label_numbers(queries: Any, corpus: Any) -> tuple[np.ndarray, np.ndarray]:
     """Numbers of the labels of both, −1 where one is missing."""
-    queries, corpus = list(labels[0]), list(labels[1])
-    numbers = label_tensor([*queries, *corpus]).numpy()
-    return numbers[: len(queries)], numbers[len(queries) :]
-
-
-def _share(false: np.ndarray, by: str) -> FalseNegatives | None:
-    if not len(false):
-        return None
-    value = float(false.mean())
-    return FalseNegatives(value, *wilson(value, len(false)), len(false), by)
+    own, theirs = list(queries), list(corpus)
+    numbers = label_tensor([*own, *theirs]).numpy()
+    return numbers[: len(own)], numbers[len(own) :]
 
 
 def sample_to_mark(
@@ -128,10 +159,9 @@ def read_marked(table: Mapping[str, Sequence[Any]]) -> FalseNegatives:
         marked = is_marked(cell, f"row {number} of the marked sample")
         if marked is not None:
             marks.append(marked)
-    share = _share(np.array(marks, dtype=bool), "by hand")
-    if share is None:
+    if not marks:
         raise NearfarError("no row of the sample is marked: write 1 or 0 into the column false_negative")
-    return share
+    return shares_of({"by hand": (sum(marks), len(marks))})[0]
 
 
 def is_marked(cell: object, where: str) -> bool | None:

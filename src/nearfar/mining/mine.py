@@ -3,21 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from jaxtyping import Float, Int
 from numpy.typing import NDArray
 
-from nearfar.arguments import array, choice, number, whole_number
+from nearfar.arguments import choice, number, whole_number
+from nearfar.batching.neighbors import SearchResult
 from nearfar.errors import NearfarError
+from nearfar.mining.answers import groups_of, pairs_of
 from nearfar.mining.candidates import nearest_documents, unit_rows
 
-__all__ = ["Mined", "mine_negatives"]
+__all__ = [
+    "Mined",
+    "Rows",
+    "Rules",
+    "dots",
+    "groups_of",
+    "mine_block",
+    "mine_negatives",
+    "summarize",
+    "weakest",
+]
 
 #: scores of pairs: positions of queries and of documents, of one length, give as many scores
 Rescore = Callable[[NDArray[np.int64], NDArray[np.int64]], Any]
+
+
+class Rows(Protocol):
+    """Vectors of unit length that are had by their positions: an array, or files."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: Any, /) -> NDArray[np.float32]: ...
+
 
 #: why a candidate is no negative, in the order in which it is asked
 REASONS = ("positive", "own text", "copy of a positive", "rank", "no score", "margin", "score", "guide")
@@ -50,22 +71,33 @@ class Mined:
         """How many negatives each query has."""
         return np.asarray((self.negatives >= 0).sum(1))
 
+    def with_pairs(self, which: NDArray[np.bool_]) -> Mined:
+        """The same with some of the pairs of a query and its positive alone, which a table has rows of."""
+        row, column = self.pairs
+        return replace(self, pairs=(row[which], column[which]), pair_scores=self.pair_scores[which])
+
     def summary(self) -> list[str]:
         """What was found and what was left out, in a few lines."""
-        n, wanted = self.negatives.shape
-        counts = self.counts
+        counts, wanted = self.counts, self.negatives.shape[1]
         how = "all pairs" if self.exact else f"{self.index}; recall {self.recall:.4f} on a sample"
-        lines = [
-            f"{n} queries, {int(counts.sum())} negatives ({how})",
-            "left out: "
-            + (", ".join(f"{count} {why}" for why, count in self.left_out.items() if count) or "none"),
-        ]
-        if (counts < wanted).any():
-            lines.append(
-                f"{int((counts < wanted).sum())} queries have fewer than {wanted} negatives, "
-                f"{int((counts == 0).sum())} of them none: widen rank_range, or lower the margins"
-            )
-        return lines
+        few = int((counts < wanted).sum()), int((counts == 0).sum())
+        return summarize(len(counts), int(counts.sum()), how, self.left_out, wanted, few)
+
+
+def summarize(
+    queries: int, negatives: int, how: str, left_out: Mapping[str, int], wanted: int, few: tuple[int, int]
+) -> list[str]:
+    """What was mined in a few lines; ``few``: queries with fewer negatives than were wanted, and with none."""
+    lines = [
+        f"{queries} queries, {negatives} negatives ({how})",
+        "left out: " + (", ".join(f"{count} {why}" for why, count in left_out.items() if count) or "none"),
+    ]
+    if few[0]:
+        lines.append(
+            f"{few[0]} queries have fewer than {wanted} negatives, {few[1]} of them none: widen rank_range, or lower "
+            "the margins"
+        )
+    return lines
 
 
 def mine_negatives(
@@ -119,20 +151,103 @@ def mine_negatives(
     >>> mined.negatives.tolist(), mined.left_out["margin"]
     ([[2, 3]], 1)
     """
-    per_query, seed = whole_number("per_query", per_query, 1), whole_number("seed", seed, 0)
-    first, last = _range(rank_range, per_query)
-    choice("margin_kind", margin_kind, ("absolute", "relative"))
-    choice("strategy", strategy, ("top", "random"))
-    limits = {"margin": margin, "min_score": min_score, "max_score": max_score}
-    bounds = {name: None if value is None else number(name, value) for name, value in limits.items()}
-    guide_margin = number("guide_margin", guide_margin)
+    rules = Rules.checked(
+        per_query, rank_range, margin, margin_kind, min_score, max_score, guide_margin, strategy, seed
+    )
     own, documents = unit_rows("queries", queries), unit_rows("corpus", corpus)
     n, m = len(own), len(documents)
-    row, column = _pairs(positives, n, m)
-    texts, document_texts = _groups(query_texts, corpus_texts, n, m)
-    # Enough for the range, the positives, and some copies of texts; who has more copies has fewer negatives.
+    row, column = pairs_of(positives, n, m)
     most = int(np.bincount(row, minlength=n).max()) if len(row) else 0
-    found = nearest_documents(own, documents, min(m, last + most + 10), min_recall, seed)
+    found = nearest_documents(own, documents, rules.width(most, m), min_recall, rules.seed)
+    return mine_block(
+        rules,
+        found,
+        own,
+        documents,
+        (row, column),
+        texts=groups_of(query_texts, corpus_texts, n, m),
+        rescore=rescore,
+        guide=None if guide is None else _guide(guide, n, m),
+        rng=rules.generator(),
+    )
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Which candidates may be negatives, checked; see `mine_negatives`."""
+
+    per_query: int
+    ranks: tuple[int, int]
+    margin: float | None
+    margin_kind: str
+    min_score: float | None
+    max_score: float | None
+    guide_margin: float
+    strategy: str
+    seed: int
+
+    @classmethod
+    def checked(
+        cls,
+        per_query: int,
+        rank_range: tuple[int, int],
+        margin: float | None,
+        margin_kind: str,
+        min_score: float | None,
+        max_score: float | None,
+        guide_margin: float,
+        strategy: str,
+        seed: int,
+    ) -> Rules:
+        """``NearfarError`` for what cannot be."""
+        per_query, seed = whole_number("per_query", per_query, 1), whole_number("seed", seed, 0)
+        ranks = _range(rank_range, per_query)
+        choice("margin_kind", margin_kind, ("absolute", "relative"))
+        choice("strategy", strategy, ("top", "random"))
+        limits = {"margin": margin, "min_score": min_score, "max_score": max_score}
+        bounds = {name: None if value is None else number(name, value) for name, value in limits.items()}
+        guide_margin = number("guide_margin", guide_margin)
+        return cls(
+            per_query,
+            ranks,
+            margin_kind=margin_kind,
+            guide_margin=guide_margin,
+            strategy=strategy,
+            seed=seed,
+            **bounds,
+        )
+
+    def width(self, most: int, documents: int) -> int:
+        """Candidates of each query, of which one has ``most`` positives.
+
+        Enough for the range, the positives, and some copies of texts; who has more copies has fewer negatives.
+        """
+        return min(documents, self.ranks[1] + most + 10)
+
+    def generator(self) -> np.random.Generator:
+        """What "random" draws with, over all queries in turn."""
+        return np.random.default_rng(self.seed)
+
+
+def mine_block(
+    rules: Rules,
+    found: SearchResult,
+    own: NDArray[np.float32],
+    documents: Rows,
+    pairs: tuple[NDArray[np.int64], NDArray[np.int64]],
+    *,
+    texts: tuple[NDArray[np.integer] | None, NDArray[np.integer] | None] = (None, None),
+    rescore: Rescore | None = None,
+    guide: tuple[Rows, Rows] | None = None,
+    rng: np.random.Generator,
+) -> Mined:
+    """The negatives of some queries, of which the nearest documents are known.
+
+    ``own`` are their vectors, of unit length, and ``documents[positions]`` those of the corpus; ``pairs`` are places of
+    queries among these, and positions of their positives. ``texts`` are numbers of equal texts of these queries, and of
+    all documents.
+    """
+    n, m, (row, column) = len(own), len(documents), pairs
     indices, scores = found.indices.astype(np.int64), found.similarities.astype(np.float64)
     asked = np.arange(n)[:, None]
     left = dict.fromkeys(REASONS, 0)
@@ -145,14 +260,15 @@ def mine_negatives(
         alive[gone] = False
 
     leave_out("positive", _among(asked * m + indices, row * m + column))
-    if texts is not None and document_texts is not None:
-        kinds = int(max(texts.max(initial=0), document_texts.max(initial=0))) + 1
-        theirs = document_texts[indices]
-        leave_out("own text", theirs == texts[:, None])
+    query_texts, document_texts = texts
+    if query_texts is not None and document_texts is not None:
+        kinds = int(max(query_texts.max(initial=0), document_texts.max(initial=0))) + 1
+        theirs = document_texts[indices].astype(np.int64)
+        leave_out("own text", theirs == query_texts[:, None])
         leave_out("copy of a positive", _among(asked * kinds + theirs, row * kinds + document_texts[column]))
     rank = alive.cumsum(1) - 1
-    leave_out("rank", (rank < first) | (rank >= last))
-    pair_scores = np.einsum("pd,pd->p", own[row], documents[column]).astype(np.float64)
+    leave_out("rank", (rank < rules.ranks[0]) | (rank >= rules.ranks[1]))
+    pair_scores = dots(own, documents, row, column)
     if rescore is not None:
         at = np.nonzero(alive)
         scores[at] = _scores(rescore, at[0], indices[at])
@@ -164,35 +280,30 @@ def mine_negatives(
                 f"rescore has no score for {int(np.isnan(pair_scores).sum())} of {len(row)} positives (first: query "
                 f"{row[first_at]} with document {column[first_at]}), which negatives are compared with: score them, too"
             )
-    positive, positive_score = _weakest(row, column, pair_scores, n)
-    if bounds["margin"] is not None:
-        gap = bounds["margin"] * (np.abs(positive_score) if margin_kind == "relative" else 1.0)
+    positive, positive_score = weakest(row, column, pair_scores, n)
+    if rules.margin is not None:
+        gap = rules.margin * (np.abs(positive_score) if rules.margin_kind == "relative" else 1.0)
         # Where a query has no positive, there is nothing to be below of.
         leave_out(
             "margin", ~np.isnan(positive_score)[:, None] & (scores > (positive_score - gap)[:, None] + 1e-6)
         )
-    if bounds["min_score"] is not None:
-        leave_out("score", scores < bounds["min_score"])
-    if bounds["max_score"] is not None:
-        leave_out("score", scores > bounds["max_score"])
+    if rules.min_score is not None:
+        leave_out("score", scores < rules.min_score)
+    if rules.max_score is not None:
+        leave_out("score", scores > rules.max_score)
     if guide is not None:
-        u, v = _guide(guide, n, m)
-        _, known = _weakest(row, column, np.einsum("pd,pd->p", u[row], v[column]).astype(np.float64), n)
+        u, v = guide
+        _, known = weakest(row, column, dots(u, v, row, column), n)
         at = np.nonzero(alive)
         judged = np.full(scores.shape, -np.inf)
-        judged[at] = _dots(u, v, at[0], indices[at])
-        leave_out("guide", ~np.isnan(known)[:, None] & (judged >= (known - guide_margin)[:, None] - 1e-6))
-    order = scores if strategy == "top" else np.random.default_rng(seed).random(scores.shape)
-    ranked = np.argsort(np.where(alive, -order, np.inf), axis=1, kind="stable")[:, :per_query]
-    if ranked.shape[1] < per_query:
-        ranked = np.pad(ranked, ((0, 0), (0, per_query - ranked.shape[1])))
-        real = np.take_along_axis(alive, ranked, 1) & (np.arange(per_query) < indices.shape[1])
-    else:
-        real = np.take_along_axis(alive, ranked, 1)
-    chosen = np.where(real, np.take_along_axis(indices, ranked, 1), -1)
-    theirs_ = np.where(real, np.take_along_axis(scores, ranked, 1), np.nan)
-    if strategy == "random":  # hardest first all the same
-        again = np.argsort(np.where(real, -theirs_, np.inf), axis=1, kind="stable")
+        judged[at] = dots(u, v, at[0], indices[at])
+        leave_out(
+            "guide", ~np.isnan(known)[:, None] & (judged >= (known - rules.guide_margin)[:, None] - 1e-6)
+        )
+    order = scores if rules.strategy == "top" else rng.random(scores.shape)
+    chosen, theirs_ = _best(alive, order, indices, scores, rules.per_query)
+    if rules.strategy == "random":  # hardest first all the same
+        again = np.argsort(np.where(chosen >= 0, -theirs_, np.inf), axis=1, kind="stable")
         chosen, theirs_ = np.take_along_axis(chosen, again, 1), np.take_along_axis(theirs_, again, 1)
     return Mined(
         chosen,
@@ -209,6 +320,22 @@ def mine_negatives(
     )
 
 
+def _best(
+    alive: NDArray[np.bool_],
+    order: NDArray[np.float64],
+    indices: NDArray[np.int64],
+    scores: NDArray[np.float64],
+    count: int,
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """The first by ``order`` of those that are left, and their scores; -1 and NaN where there are fewer."""
+    ranked = np.argsort(np.where(alive, -order, np.inf), axis=1, kind="stable")[:, :count]
+    short = count - ranked.shape[1]
+    real = np.pad(np.take_along_axis(alive, ranked, 1), ((0, 0), (0, short)))
+    ranked = np.pad(ranked, ((0, 0), (0, short)))
+    chosen = np.where(real, np.take_along_axis(indices, ranked, 1), -1)
+    return chosen, np.where(real, np.take_along_axis(scores, ranked, 1), np.nan)
+
+
 def _range(rank_range: object, per_query: int) -> tuple[int, int]:
     if not isinstance(rank_range, (tuple, list)) or len(rank_range) != 2:
         raise NearfarError(
@@ -222,62 +349,6 @@ def _range(rank_range: object, per_query: int) -> tuple[int, int]:
     return first, last
 
 
-def _pairs(positives: Any, n: int, m: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Queries and documents of all positives, by query."""
-    if positives is None:
-        if n != m:
-            raise NearfarError(
-                f"{n} queries and {m} documents: without positives document i answers query i; give them"
-            )
-        every = np.arange(n)
-        return every, every
-    if len(positives) != n:
-        raise NearfarError(f"positives are of {len(positives)} queries, but there are {n}")
-    if isinstance(positives, np.ndarray) and positives.ndim == 1 and positives.dtype != object:
-        row, column = (
-            np.arange(n),
-            array("positives", positives, "positions of documents", "iu").astype(np.int64),
-        )
-    else:
-        lists = [
-            np.atleast_1d(np.asarray(each if each is not None else [], dtype=object)) for each in positives
-        ]
-        row = np.repeat(np.arange(n), [len(each) for each in lists])
-        flat = [value for each in lists for value in each.tolist()]
-        column = np.array(
-            [whole_number("an entry of positives", value, -1) for value in flat], dtype=np.int64
-        )
-    known = column >= 0  # -1: none
-    row, column = row[known], column[known]
-    if len(column) and int(column.max()) >= m:
-        raise NearfarError(
-            f"positives name document {int(column.max())}, but there are {m}: positions count from 0"
-        )
-    return row, column
-
-
-def _groups(
-    queries: Any, corpus: Any, n: int, m: int
-) -> tuple[NDArray[np.int64] | None, NDArray[np.int64] | None]:
-    """Numbers that are equal where texts are."""
-    if queries is None and corpus is None:
-        return None, None
-    if queries is None or corpus is None:
-        raise NearfarError("query_texts and corpus_texts are compared with each other: give both, or neither")
-    if len(queries) != n or len(corpus) != m:
-        raise NearfarError(
-            f"query_texts are {len(queries)} and corpus_texts {len(corpus)}; {n} and {m}, one for each, are needed"
-        )
-    numbers: dict[str, int] = {}
-    out = [
-        np.array(
-            [numbers.setdefault(" ".join(str(text).split()), len(numbers)) for text in texts], dtype=np.int64
-        )
-        for texts in (queries, corpus)
-    ]
-    return out[0], out[1]
-
-
 def _among(keys: NDArray[np.int64], known: NDArray[np.int64]) -> NDArray[np.bool_]:
     """Which keys are known ones; several times quicker than ``np.isin`` for few known ones of each row."""
     if not len(known):
@@ -287,7 +358,7 @@ def _among(keys: NDArray[np.int64], known: NDArray[np.int64]) -> NDArray[np.bool
     return np.asarray(ordered[at].reshape(keys.shape) == keys)
 
 
-def _weakest(
+def weakest(
     row: NDArray[np.int64], column: NDArray[np.int64], scores: NDArray[np.float64], n: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """The positive of lowest score of each query, and that score; −1 and NaN where it has none."""
@@ -316,9 +387,7 @@ def _guide(guide: Any, n: int, m: int) -> tuple[NDArray[np.float32], NDArray[np.
     return u, v
 
 
-def _dots(
-    u: NDArray[np.float32], v: NDArray[np.float32], row: NDArray[np.int64], column: NDArray[np.int64]
-) -> NDArray[np.float64]:
+def dots(u: Rows, v: Rows, row: NDArray[np.int64], column: NDArray[np.int64]) -> NDArray[np.float64]:
     """Cosines of listed pairs, some at a time."""
     out = np.empty(len(row))
     for begin in range(0, len(row), 1 << 18):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from nearfar.arguments import choice
 from nearfar.errors import NearfarError
 from nearfar.mining.mine import Mined
 
-__all__ = ["FORMATS", "mined_table"]
+__all__ = ["FORMATS", "columns_of", "mined_table"]
 
 FORMATS = ("triplet", "n-tuple", "labeled-pair", "labeled-list")
 
@@ -42,11 +42,30 @@ def mined_table(
     {'anchor': ['a'], 'positive': ['A'], 'negative_1': ['B'], 'negative_2': ['C']}
     """
     choice("form", form, FORMATS)
-    n, k = mined.negatives.shape
+    n = len(mined.negatives)
     if len(queries) != n or int(mined.negatives.max(initial=-1)) >= len(corpus):
         raise NearfarError(
             f"{len(queries)} queries and {len(corpus)} documents; what was mined is of {n} queries and more"
         )
+    table = columns_of(mined, queries, corpus, form, names=names, scores=scores)
+    if not table:
+        raise NearfarError(
+            "no query has as many negatives as were asked for: widen rank_range, or lower the margins"
+        )
+    return table
+
+
+def columns_of(
+    mined: Mined,
+    queries: Sequence[Any],
+    corpus: Sequence[Any] | Mapping[int, Any],
+    form: str,
+    *,
+    names: tuple[str, str],
+    scores: bool,
+) -> dict[str, list[Any]]:
+    """As `mined_table`, of a corpus of which the documents that occur are enough; empty where there is no row."""
+    n, k = mined.negatives.shape
     first, second = names
     row, column = (each.tolist() for each in mined.pairs)
     counts, negatives, values = mined.counts.tolist(), mined.negatives.tolist(), mined.scores.tolist()
@@ -89,8 +108,4 @@ def mined_table(
             labels = [1] * len(theirs[i]) + [0] * counts[i]
             more = {"score": [score for _, score in listed]} if scores else {}
             add(**{first: queries[i]}, document=[corpus[j] for j, _ in listed], label=labels, **more)
-    if not table:
-        raise NearfarError(
-            "no query has as many negatives as were asked for: widen rank_range, or lower the margins"
-        )
     return table

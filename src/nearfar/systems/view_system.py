@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nearfar.batching import BatchSampler, Neighbors
+from nearfar.batching.mapped_neighbors import UnitVectors
 from nearfar.config.samplers import Items as SamplerItems
 from nearfar.config.views import ViewOptions
 from nearfar.contrast import SimilarityMask, join_masks
@@ -32,6 +33,7 @@ from nearfar.training.batches import (
     cached_neighbors,
     check_batches,
     epoch_record,
+    listed_neighbors,
     neighbors_needed,
     without_zero_rows,
 )
@@ -71,7 +73,7 @@ class ViewSystem(NewItems):
         self.neighbors: Neighbors | None = None
         #: what splits share, see ``shared_values``; None: nobody looked
         self.shared: dict[str, Json] | None = None
-        self._directions: np.ndarray | None = None
+        self._directions: np.ndarray | UnitVectors | None = None
         self._say: Say = lambda text: None
 
     # -- to define -------------------------------------------------------------------------------------------
@@ -207,7 +209,8 @@ class ViewSystem(NewItems):
     def needs_reference(self) -> bool:
         """Whether the run cannot do without: then vectors are computed even where they cost a pass over the data."""
         config = self.config
-        return config.sampler.composes_hard_batches or config.false_negative_threshold is not None
+        computed = config.sampler.composes_hard_batches and config.sampler.lists is None
+        return computed or config.false_negative_threshold is not None
 
     def _reference(self, view: str, items: Items, inputs: Inputs) -> Tensor | np.ndarray | None:
         tower = self.towers[view]
@@ -230,13 +233,16 @@ class ViewSystem(NewItems):
         return vectors
 
     def _find_neighbors(self, say: Say) -> None:
-        train = self.datasets["train"]
-        if REFERENCE not in train.inputs:
-            return
-        vectors = train.tensor(REFERENCE).numpy()
-        self._directions = without_zero_rows(vectors, say)
-        k = neighbors_needed(self.config, len(train))
-        self.neighbors = cached_neighbors(self._directions, k, self.splits["train"].ids)
+        train, ids = self.datasets["train"], self.splits["train"].ids
+        if REFERENCE in train.inputs:
+            self._directions = without_zero_rows(train.tensor(REFERENCE).numpy(), say)
+        if self.config.sampler.lists is not None:
+            self.neighbors, listed = listed_neighbors(self.config, ids, say)
+            self._directions = listed if self._directions is None else self._directions
+        elif isinstance(self._directions, np.ndarray):
+            self.neighbors = cached_neighbors(
+                self._directions, neighbors_needed(self.config, len(train)), ids
+            )
 
     def layout(self) -> Json:
         """Counts, rejections, hashes, and which encoders are really used."""
@@ -260,7 +266,8 @@ class ViewSystem(NewItems):
         if known is None:
             return {}
         how = {"k": known.k, "exact": known.exact, "index": known.index, "recall": known.recall}
-        return {"neighbors": {"of": self.reference_view(), **how}}
+        of = self.reference_view() if self.config.sampler.lists is None else "sampler.neighbors"
+        return {"neighbors": {"of": of, **how}}
 
     def data_hash(self, *splits: Items) -> str:
         """Names what splits hold, in order: sixteen hexadecimal digits. A run is resumed on the same data alone."""

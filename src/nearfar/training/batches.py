@@ -11,15 +11,19 @@ from jaxtyping import Float
 
 from nearfar.batching import (
     BatchSampler,
+    MappedNeighbors,
     Neighbors,
     check_harder_than_random,
     measure_hardness,
     nearest_neighbors,
 )
+from nearfar.batching.mapped_neighbors import UnitVectors
+from nearfar.batching.stretches import STRETCH_BYTES
 from nearfar.config.samplers import HardBatchOptions, Items, SamplerOptions
 from nearfar.config.training import RunOptions
 from nearfar.data.cache import cached_arrays
 from nearfar.data.files import Json
+from nearfar.data.mapped_columns import IdPlaces
 from nearfar.errors import NearfarError
 from nearfar.training.system import TrainSampler
 
@@ -28,6 +32,7 @@ __all__ = [
     "cached_neighbors",
     "check_batches",
     "epoch_record",
+    "listed_neighbors",
     "neighbors_needed",
     "without_zero_rows",
 ]
@@ -109,7 +114,10 @@ def epoch_record(
 
 
 def check_batches(
-    config: HardBatchOptions, sampler: TrainSampler, embeddings: np.ndarray, say: Callable[[str], None]
+    config: HardBatchOptions,
+    sampler: TrainSampler,
+    embeddings: np.ndarray | UnitVectors,
+    say: Callable[[str], None],
 ) -> None:
     """The A/A check: batches called hard must hold items more alike than random batches do.
 
@@ -132,7 +140,9 @@ def check_batches(
         sampler.hard_ratio = first
 
 
-def _say_how_hard(sampler: TrainSampler, embeddings: np.ndarray, say: Callable[[str], None]) -> None:
+def _say_how_hard(
+    sampler: TrainSampler, embeddings: np.ndarray | UnitVectors, say: Callable[[str], None]
+) -> None:
     check = check_harder_than_random(sampler, embeddings, raises=False)
     say(f"A/A check: {check}")
     if check.harder:
@@ -167,6 +177,49 @@ def cached_neighbors(directions: Float[np.ndarray, "n d"], k: int, ids: list[str
     kept = cached_arrays("neighbors", [1, directions, k], search)
     how = json.loads(str(kept["how"]))
     return Neighbors(kept["indices"], kept["similarities"], np.asarray(ids), **how)
+
+
+def listed_neighbors(
+    config: HardBatchOptions, ids: list[str], say: Callable[[str], None]
+) -> tuple[Neighbors, UnitVectors]:
+    """The lists in the folder ``sampler.neighbors``, in the order of the training items, whose ``ids`` these are, and
+    the vectors that they are of.
+
+    Lists of at most 256 MB are read into memory; of longer ones samplers read a stretch at a time. Raises
+    ``NearfarError`` where they are of other rows, or shorter than ``hardness_k``.
+    """
+    name = config.sampler.lists
+    assert name is not None
+    near = MappedNeighbors(name)
+    remedy = (
+        "List the neighbours of the training rows alone, in a file of their own: nearfar embed RUN TRAIN -o v.parquet, "
+        "nearfar neighbors v.parquet --view VIEW -o FOLDER."
+    )
+    if near.n != len(ids):
+        raise NearfarError(
+            f"sampler.neighbors={name} has lists of {near.n} rows, and the training set has {len(ids)}. {remedy}"
+        )
+    if near.ids is not None:
+        place = IdPlaces(near.ids).of(ids)
+        unknown = np.flatnonzero(place < 0)
+        if len(unknown):
+            raise NearfarError(
+                f"sampler.neighbors={name} has lists of other rows: {len(unknown)} of {len(ids)} training rows are not "
+                f"among them (first: {ids[unknown[0]]!r}). {remedy}"
+            )
+        if (place != np.arange(len(ids))).any():
+            near = near.aligned_to(near.ids[place])
+    largest = int(config.largest("hardness_k"))
+    if largest > near.k:
+        raise NearfarError(
+            f"hardness_k={largest}, and sampler.neighbors={name} lists {near.k} of each row: set hardness_k={near.k} "
+            f"or less, or list more with nearfar neighbors --k {largest}."
+        )
+    order = "in the order of the training set, as no ids say otherwise" if near.ids is None else "by id"
+    say(
+        f"neighbours: {near.k} of each of {near.n} rows from {name}, {order} ({near.index}; recall {near.recall:.4f})"
+    )
+    return near.held() if near.n * near.k * 4 <= STRETCH_BYTES else near, near.directions
 
 
 def without_zero_rows(

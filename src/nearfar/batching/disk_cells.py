@@ -1,0 +1,83 @@
+"""Rows as an index on disk takes them, and the centres of its cells."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import faiss
+import numpy as np
+from numpy.typing import NDArray
+
+from nearfar.batching.disk_search import padded
+from nearfar.errors import NearfarError
+
+__all__ = ["POINTS", "cell_centres", "checked_rows"]
+
+#: rows of the sample for each cell
+POINTS = 64
+
+
+def checked_rows(
+    given: NDArray[np.float32], positions: NDArray[np.int64], width: int, metric: str
+) -> NDArray[np.float32]:
+    """Checked rows of unit length (cosine), with columns of zeros up to ``width``; as float16 would hold them."""
+    length = np.sqrt(np.einsum("nd,nd->n", given, given, dtype=np.float64))
+    largest = np.abs(given).max(axis=1, initial=0.0) if metric == "dot" else None
+    bad = ~np.isfinite(length) if largest is None else ~(np.isfinite(length) & (largest < 65_504))
+    if bad.any():
+        raise NearfarError(
+            f"{int(bad.sum())} of the vectors {positions[0]} to {positions[-1]} are not finite, or beyond float16 "
+            f"(65,504); first is number {positions[bad.argmax()]}. Look at what made them before searching neighbours"
+        )
+    if metric == "cosine":
+        if (length == 0).any():
+            zero = length == 0
+            raise NearfarError(
+                f"{int(zero.sum())} of the vectors {positions[0]} to {positions[-1]} are all zero, first is number "
+                f"{positions[zero.argmax()]}: they have no direction, so no cosine; drop these items (an empty text?) "
+                "or use metric='dot'"
+            )
+        given = (given / length[:, None]).astype(np.float32)
+    return padded(given, width).astype(np.float16).astype(np.float32)
+
+
+def cell_centres(sample: NDArray[np.float32], cells: int, spherical: bool, seed: int) -> NDArray[np.float32]:
+    """k-means in two levels, so that its work for each row grows with the root of the number of cells.
+
+    Groups of cells stand in a chain of near ones: cells with near numbers are near each other.
+    """
+
+    def means(rows: NDArray[np.float32], k: int, points: int) -> Any:
+        model = faiss.Kmeans(
+            rows.shape[1], k, niter=8, spherical=spherical, seed=1 + seed % 2**31, min_points_per_centroid=1,
+            max_points_per_centroid=points,
+        )  # fmt: skip
+        model.train(np.ascontiguousarray(rows))
+        return model
+
+    groups = max(1, round(cells**0.5))
+    if groups == 1:
+        return np.asarray(means(sample, min(cells, len(sample)), POINTS).centroids)
+    first = means(sample, groups, 1024)
+    _, of = first.index.search(sample, 1)
+    size = np.bincount(of[:, 0], minlength=groups)
+    order = np.argsort(of[:, 0], kind="stable")
+    ends = np.cumsum(size)
+    centres = []
+    for group in _chain(first.centroids):
+        if size[group]:
+            share = max(1, min(int(size[group]), round(cells * size[group] / len(sample))))
+            rows = sample[order[ends[group] - size[group] : ends[group]]]
+            centres.append(means(rows, share, POINTS).centroids)
+    return np.concatenate(centres)
+
+
+def _chain(points: NDArray[np.float32]) -> list[int]:
+    """An order in which each point is followed by the nearest of those that are left."""
+    near = points @ points.T
+    order, left = [0], np.ones(len(points), bool)
+    left[0] = False
+    while left.any():
+        order.append(int(np.argmax(np.where(left, near[order[-1]], -np.inf))))
+        left[order[-1]] = False
+    return order

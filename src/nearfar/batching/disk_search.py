@@ -1,0 +1,163 @@
+"""Searching an index on disk: codes in memory, vectors mapped; and how widely it must search for a recall."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, cast
+
+import faiss
+import numpy as np
+from numpy.typing import NDArray
+
+from nearfar.batching.neighbors import _MARGIN, SearchResult, _recall, _without_self
+
+__all__ = ["RefinedIndex", "flat_head", "lists_of", "nearest_stored", "padded", "stored_vectors"]
+
+log = logging.getLogger("nearfar.batching")
+
+#: queries of one search: bounds the 64-bit candidates that FAISS gives
+QUERIES = 8192
+_REFINE, _MOST_REFINE = 2, 32  # candidates for each neighbour that are compared exactly
+_FIRST_PROBES = 4
+_BLOCK_BYTES = 64 << 20  # of stored vectors that are compared with sampled queries at once
+
+
+class RefinedIndex:
+    """The index of a folder: 4-bit codes in memory, whose best ``refine`` · k are compared exactly with the vectors,
+    which are mapped. Rows are those of the files, in the order of the cells."""
+
+    def __init__(self, folder: Path, probes: int = _FIRST_PROBES, refine: float = _REFINE) -> None:
+        self._codes: Any = faiss.read_index(str(folder / "codes.faiss"))
+        vectors = faiss.read_index(str(folder / "vectors.faiss"), cast(Any, faiss).IO_FLAG_MMAP_IFC)
+        self._index = faiss.IndexRefine(self._codes, vectors)
+        self.probes, self.refine = min(probes, self.cells), refine
+
+    @property
+    def cells(self) -> int:
+        """Cells of the index, of which a query looks into its ``probes`` nearest."""
+        return int(self._codes.nlist)
+
+    def search(self, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Similarities and rows of the ``k`` best of each query (m, width), -1 where there are no more."""
+        self._codes.nprobe, self._index.k_factor = self.probes, self.refine
+        similarity, row = self._index.search(queries, k)
+        return similarity, row
+
+    def recall(
+        self, queries: NDArray[np.float32], truth: SearchResult, own: NDArray[np.int64] | None = None
+    ) -> Any:
+        """The mean recall of a search for queries whose true neighbours are known, and its standard error; ``own`` are
+        the rows of the queries themselves, which are no neighbours."""
+        k = truth.indices.shape[1]
+        similarity, row = self.search(queries, k + (own is not None))
+        if own is not None:
+            similarity, row = _without_self(similarity, row, own)
+        return _recall(row.astype(np.int32), truth, similarity)
+
+    def tune(
+        self,
+        queries: NDArray[np.float32],
+        truth: SearchResult,
+        min_recall: float,
+        own: NDArray[np.int64] | None = None,
+    ) -> None:
+        """Look into more cells until the recall lies two standard errors above ``min_recall``; where the codes are too
+        coarse for that, compare more candidates."""
+        before = 0.0
+        while True:
+            recall, error = self.recall(queries, truth, own)
+            log.info("%d of %d cells, %g for each: recall %.4f", self.probes, self.cells, self.refine, recall)
+            if recall - _MARGIN * error >= min_recall:
+                return
+            # More cells, as long as they help.
+            if self.probes < self.cells and (recall - before > 0.002 or self.refine >= _MOST_REFINE):
+                self.probes = min(math.ceil(self.probes * 2**0.5), self.cells)
+            elif self.refine < _MOST_REFINE:
+                self.refine *= 2
+            else:
+                return
+            before = recall
+
+
+def nearest_stored(
+    vectors: NDArray[np.float16], queries: NDArray[np.float32], k: int, own: NDArray[np.int64] | None = None
+) -> SearchResult:
+    """The ``k`` true neighbours of some queries among all stored rows, which are read in blocks."""
+    best = faiss.ResultHeap(len(queries), k + (own is not None), keep_max=True)
+    block = max(1, _BLOCK_BYTES // (4 * vectors.shape[1]))
+    for begin in range(0, len(vectors), block):
+        part = vectors[begin : begin + block].astype(np.float32)
+        most = min(k + (own is not None), len(part))
+        similarity, row = faiss.knn(queries, part, most, metric=faiss.METRIC_INNER_PRODUCT)
+        best.add_result(similarity, row + begin)
+    best.finalize()
+    similarity, row = (best.D, best.I) if own is None else _without_self(best.D, best.I, own)
+    return SearchResult(row.astype(np.int32), similarity, True, "flat", 1.0)
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Rows whose lists are searched, and recorded as done, together."""
+
+    work: Path
+    n: int
+    width: int
+    k: int
+    probes: int
+    refine: float
+    metric: str
+    begin: int
+    end: int
+
+
+@lru_cache(maxsize=1)
+def _opened(work: Path, probes: int, refine: float) -> RefinedIndex:
+    return RefinedIndex(work, probes, refine)
+
+
+def lists_of(stretch: Stretch) -> tuple[NDArray[np.int32], NDArray[np.float16]]:
+    """The neighbours of a stretch of stored rows, by row, and their similarities."""
+    index = _opened(stretch.work, stretch.probes, stretch.refine)
+    vectors = stored_vectors(stretch.work, stretch.n, stretch.width)
+    rows, k = stretch.end - stretch.begin, stretch.k
+    indices, values = np.empty((rows, k), np.int32), np.empty((rows, k), np.float16)
+    for low in range(stretch.begin, stretch.end, QUERIES):
+        own = np.arange(low, min(low + QUERIES, stretch.end))
+        similarity, row = _without_self(*index.search(vectors[own].astype(np.float32), k + 1), own)
+        similarity = np.where(row < 0, -np.inf, similarity)
+        if stretch.metric == "cosine":
+            similarity = np.minimum(similarity, 1.0)
+        part = slice(low - stretch.begin, low - stretch.begin + len(own))
+        indices[part], values[part] = row, similarity
+    return indices, values
+
+
+def close_index() -> None:
+    """Let go of the index that `lists_of` keeps open between stretches."""
+    _opened.cache_clear()
+
+
+# -- files -----------------------------------------------------------------------------------------------------
+def padded(rows: NDArray[np.float32], width: int) -> NDArray[np.float32]:
+    """A copy with columns of zeros up to ``width``, which change no product."""
+    wide = np.zeros((len(rows), width), np.float32)
+    wide[:, : rows.shape[1]] = rows
+    return wide
+
+
+def flat_head(n: int, width: int) -> bytes:
+    """What FAISS writes before the rows of a flat float16 index: the rows themselves are written by others."""
+    index = faiss.IndexScalarQuantizer(width, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
+    index.is_trained, index.ntotal = True, n
+    empty = bytes(faiss.serialize_index(index))
+    return empty[:-8] + np.uint64(n * width * 2).tobytes()
+
+
+def stored_vectors(folder: Path, n: int, width: int) -> NDArray[np.float16]:
+    """The vectors of a folder, mapped: in the order of the cells, with columns of zeros up to ``width``."""
+    offset = len(flat_head(n, width))
+    return np.asarray(np.memmap(folder / "vectors.faiss", np.float16, "r", offset, (n, width)))

@@ -1,0 +1,65 @@
+"""A function of each of many pieces of work: in this process, in several, or on the nodes of a Ray cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from typing import Any, TypeAlias
+
+import faiss
+
+__all__ = ["Pool", "in_processes", "on_ray"]
+
+#: gives the number of each task with what the function returned of it, in the order in which they are done
+Pool: TypeAlias = Callable[[Callable[[Any], Any], Sequence[Any]], Iterator[tuple[int, Any]]]
+
+
+def in_processes(processes: int) -> Pool:
+    """A pool of so many processes, which share FAISS's threads; one: this process.
+
+    >>> sorted(in_processes(1)(abs, [-3, 2]))
+    [(0, 3), (1, 2)]
+    """
+
+    def run(function: Callable[[Any], Any], tasks: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+        if processes == 1 or len(tasks) < 2:
+            for at, task in enumerate(tasks):
+                yield at, function(task)
+            return
+        import multiprocessing
+
+        count = min(processes, len(tasks))
+        threads = max(1, faiss.omp_get_max_threads() // processes)
+        context = multiprocessing.get_context("spawn")  # FAISS's threads do not survive a fork
+        running: dict[Future[Any], int] = {}
+        left = iter(enumerate(tasks))
+        with ProcessPoolExecutor(count, context, faiss.omp_set_num_threads, (threads,)) as pool:
+            try:
+                while True:
+                    # Not all at once: what is returned waits in memory until it is taken.
+                    while len(running) < 2 * count and (given := next(left, None)) is not None:
+                        running[pool.submit(function, given[1])] = given[0]
+                    if not running:
+                        return
+                    for future in wait(running, return_when=FIRST_COMPLETED).done:
+                        at = running.pop(future)
+                        yield at, future.result()
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)
+
+    return run
+
+
+def on_ray(what: str) -> Pool:
+    """A pool of one-CPU tasks on the cluster of ``RAY_ADDRESS``, or on this machine; ``what`` asks for it.
+
+    A task whose process or node is lost is given out again. Nodes see the same files under the same paths.
+    """
+
+    def run(function: Callable[[Any], Any], tasks: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+        from nearfar.cluster import connect, each
+
+        with connect(what):
+            yield from each(function, tasks)
+
+    return run

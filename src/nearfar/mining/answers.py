@@ -1,0 +1,172 @@
+"""Which documents answer which query, and which texts are equal."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nearfar.arguments import array, whole_number
+from nearfar.errors import NearfarError
+
+__all__ = ["Positives", "groups_of", "pairs_of", "text_numbers"]
+
+
+@dataclass(frozen=True)
+class Positives:
+    """The documents that answer each query, as sparse data: query i has list ``of[i]``, and list j is
+    ``documents[starts[j]:starts[j + 1]]``.
+
+    ``paired``: document i is the own answer of query i, whatever else answers it.
+
+    >>> sparse = Positives.given([[4], [], [2, 3]], 3, 5)
+    >>> [each.tolist() for each in sparse.among(np.array([0, 2]))]
+    [[0, 1, 1], [4, 2, 3]]
+    """
+
+    of: NDArray[np.integer]
+    starts: NDArray[np.int64]
+    documents: NDArray[np.integer]
+    paired: bool = False
+
+    @classmethod
+    def given(cls, positives: Any, n: int, m: int) -> Positives:
+        """From what `mine_negatives_on_disk` takes."""
+        if isinstance(positives, Positives):
+            return positives
+        if isinstance(positives, (str, Path)):
+            positives = np.load(positives, mmap_mode="r", allow_pickle=False)
+        if hasattr(positives, "tocoo"):
+            if positives.shape != (n, m):
+                raise NearfarError(
+                    f"positives are {positives.shape}, and there are {n} queries and {m} documents"
+                )
+            sparse = positives.tocoo()
+            positives = np.stack([sparse.row, sparse.col], 1)
+        if isinstance(positives, np.ndarray) and positives.ndim == 2:
+            row, column = _listed(positives, n, m)
+        else:
+            row, column = pairs_of(positives, n, m)
+        starts = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=n))])
+        return cls(np.arange(n), starts, column.astype(np.int32))
+
+    @classmethod
+    def same_query(cls, numbers: NDArray[np.integer]) -> Positives:
+        """Document i answers query i and every query of the same text, by the numbers of texts (n,)."""
+        order = np.argsort(numbers, kind="stable").astype(np.int32)
+        starts = np.concatenate([[0], np.cumsum(np.bincount(numbers))])
+        return cls(numbers, starts, order, paired=True)
+
+    @property
+    def counts(self) -> NDArray[np.int64]:
+        """How many documents answer each query, (n,)."""
+        return np.asarray((self.starts[1:] - self.starts[:-1])[self.of])
+
+    def among(self, queries: NDArray[np.integer]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Places among these queries, and the documents that answer them."""
+        lists = self.of[queries]
+        count = self.starts[lists + 1] - self.starts[lists]
+        row = np.repeat(np.arange(len(queries)), count)
+        first = np.repeat(self.starts[lists] - (np.cumsum(count) - count), count)
+        return row, self.documents[first + np.arange(len(row))].astype(np.int64)
+
+
+def pairs_of(positives: Any, n: int, m: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Queries and documents of all positives, by query."""
+    if positives is None:
+        if n != m:
+            raise NearfarError(
+                f"{n} queries and {m} documents: without positives document i answers query i; give them"
+            )
+        every = np.arange(n)
+        return every, every
+    if len(positives) != n:
+        raise NearfarError(f"positives are of {len(positives)} queries, but there are {n}")
+    if isinstance(positives, np.ndarray) and positives.ndim == 1 and positives.dtype != object:
+        row, column = (
+            np.arange(n),
+            array("positives", positives, "positions of documents", "iu").astype(np.int64),
+        )
+    else:
+        lists = [
+            np.atleast_1d(np.asarray(each if each is not None else [], dtype=object)) for each in positives
+        ]
+        row = np.repeat(np.arange(n), [len(each) for each in lists])
+        flat = [value for each in lists for value in each.tolist()]
+        column = np.array(
+            [whole_number("an entry of positives", value, -1) for value in flat], dtype=np.int64
+        )
+    known = column >= 0  # -1: none
+    row, column = row[known], column[known]
+    if len(column) and int(column.max()) >= m:
+        raise NearfarError(
+            f"positives name document {int(column.max())}, but there are {m}: positions count from 0"
+        )
+    return row, column
+
+
+def groups_of(
+    queries: Any, corpus: Any, n: int, m: int
+) -> tuple[NDArray[np.int64] | None, NDArray[np.int64] | None]:
+    """Numbers that are equal where texts are."""
+    if queries is None and corpus is None:
+        return None, None
+    if queries is None or corpus is None:
+        raise NearfarError("query_texts and corpus_texts are compared with each other: give both, or neither")
+    if len(queries) != n or len(corpus) != m:
+        raise NearfarError(
+            f"query_texts are {len(queries)} and corpus_texts {len(corpus)}; {n} and {m}, one for each, are needed"
+        )
+    numbers: dict[str, int] = {}
+    out = [
+        np.array(
+            [numbers.setdefault(" ".join(str(text).split()), len(numbers)) for text in texts], dtype=np.int64
+        )
+        for texts in (queries, corpus)
+    ]
+    return out[0], out[1]
+
+
+def _listed(pairs: NDArray[Any], n: int, m: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Checked pairs, by query; those of one query keep their order."""
+    pairs = array("positives", pairs, "positions of queries and documents (p, 2)", "iu")
+    if pairs.shape[1] != 2:
+        raise NearfarError(f"positives are {pairs.shape}; pairs (p, 2) of a query and a document are needed")
+    for name, values, count in (("query", pairs[:, 0], n), ("document", pairs[:, 1], m)):
+        if len(values) and not (int(values.min()) >= 0 and int(values.max()) < count):
+            raise NearfarError(
+                f"positives name {name} {int(values.max() if values.max() >= count else values.min())}, but there are "
+                f"{count}: positions count from 0"
+            )
+    order = np.argsort(pairs[:, 0], kind="stable")
+    return np.asarray(pairs[order, 0], np.int64), np.asarray(pairs[order, 1], np.int64)
+
+
+def text_numbers(
+    queries: Iterable[Any] | None, corpus: Iterable[Any] | None, n: int, m: int
+) -> tuple[NDArray[np.int32], NDArray[np.int32]] | None:
+    """Numbers that are equal where texts are, but for spaces, by 64 bits of their hash; None where there are none.
+
+    >>> queries, corpus = text_numbers(["a  b", "c"], ["c", "a b", "d"], 2, 3)
+    >>> (queries[:, None] == corpus).tolist()
+    [[False, True, False], [True, False, False]]
+    """
+    if queries is None and corpus is None:
+        return None
+    if queries is None or corpus is None:
+        raise NearfarError("query_texts and corpus_texts are compared with each other: give both, or neither")
+    keys = np.concatenate([np.fromiter(map(_hash, each), np.uint64) for each in (queries, corpus)])
+    if len(keys) != n + m:
+        raise NearfarError(f"{len(keys)} texts of queries and corpus; {n} and {m}, one for each, are needed")
+    numbers = np.unique(keys, return_inverse=True)[1].astype(np.int32)
+    return numbers[:n], numbers[n:]
+
+
+def _hash(text: Any) -> int:
+    whole = " ".join(str(text).split()).encode()
+    return int.from_bytes(hashlib.blake2b(whole, digest_size=8).digest(), "little")

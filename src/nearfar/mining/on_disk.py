@@ -1,0 +1,360 @@
+"""Hard negatives from corpora that memory does not hold: queries in blocks, an index on disk, a table in stretches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nearfar.arguments import choice
+from nearfar.batching.mapped_neighbors import MappedNeighbors
+from nearfar.data.vector_shards import VectorShards
+from nearfar.data.writing import write_atomically
+from nearfar.errors import NearfarError
+from nearfar.mining.answers import Positives, text_numbers
+from nearfar.mining.candidates import unit_rows
+from nearfar.mining.false_negatives import FalseNegatives, count_false, shares_of
+from nearfar.mining.mine import Mined, Rescore, Rules, mine_block, summarize
+from nearfar.mining.tables import FORMATS, columns_of
+
+if TYPE_CHECKING:
+    import pyarrow
+
+__all__ = ["MinedOnDisk", "mine_negatives_on_disk"]
+
+#: candidates of a block of queries, and the queries of one
+_CANDIDATES, _QUERIES = 1 << 20, 8192
+#: queries on which the search is tuned, half of them, and its recall measured
+_SAMPLE = 1000
+
+
+@dataclass(frozen=True)
+class MinedOnDisk:
+    """What was mined into a table: how many rows it has, and what a `Mined` tells.
+
+    ``unanswered`` queries have no positive and were left out; ``short`` ones have fewer negatives than were wanted,
+    ``empty`` ones none. ``recall`` was measured on ``sampled`` queries (0: taken over from the lists).
+    """
+
+    path: Path
+    rows: int
+    columns: list[str]
+    queries: int
+    negatives: int
+    unanswered: int
+    short: int
+    empty: int
+    per_query: int
+    candidates: int
+    left_out: Mapping[str, int]
+    index: str
+    recall: float
+    sampled: int
+    false_negatives: list[FalseNegatives] = field(default_factory=list)
+
+    def summary(self) -> list[str]:
+        """What was found and what was left out, in a few lines."""
+        how = f"{self.index}; recall {self.recall:.4f} on a sample"
+        lines = summarize(
+            self.queries, self.negatives, how, self.left_out, self.per_query, (self.short, self.empty)
+        )
+        if self.unanswered:
+            lines.append(f"{self.unanswered} queries have no answer and are left out")
+        return [*lines, *map(str, self.false_negatives)]
+
+
+def mine_negatives_on_disk(
+    queries: object,
+    corpus: MappedNeighbors | str | Path,
+    output: str | Path,
+    positives: Any = None,
+    *,
+    per_query: int = 3,
+    rank_range: tuple[int, int] = (0, 100),
+    margin: float | None = None,
+    margin_kind: Literal["absolute", "relative"] = "absolute",
+    min_score: float | None = None,
+    max_score: float | None = None,
+    query_texts: Iterable[Any] | None = None,
+    corpus_texts: Iterable[Any] | None = None,
+    labels: tuple[Any, Any] | None = None,
+    rescore: Rescore | None = None,
+    guide: tuple[Any, Any] | None = None,
+    guide_margin: float = 0.0,
+    strategy: Literal["top", "random"] = "top",
+    seed: int = 0,
+    min_recall: float = 0.95,
+    form: Literal["triplet", "n-tuple", "labeled-pair", "labeled-list"] = "n-tuple",
+    names: tuple[str, str] = ("anchor", "positive"),
+    scores: bool = False,
+    query_values: Any = None,
+    corpus_values: Any = None,
+    advance: Callable[[int], None] = lambda _: None,
+) -> MinedOnDisk:
+    """`mine_negatives` for millions of rows, by the same rules: the table is written a stretch at a time.
+
+    Memory: the codes of the index (about 40 bytes for each document, d = 128), 40 bytes for each query and document
+    of positions, positives and texts, and a block of candidates; vectors are mapped.
+
+    Args:
+        queries: vectors (n, d): ``.npy`` shards (float16 or float32), a folder of them, or an array.
+        corpus: the folder that `nearest_neighbors_on_disk` or ``nearfar neighbors`` wrote of the documents.
+        output: the Parquet file, which appears when it is complete; its forms are those of `mined_table`.
+        positives: sparse: pairs (p, 2) of positions of a query and of a document that answers it, an array or a
+            ``.npy`` file; a SciPy matrix (n, m); or as of `mine_negatives`. Queries without one are left out.
+        query_texts, corpus_texts: read once, in order; equal texts are told by 64 bits of a hash.
+        labels: of queries and corpus, which measures false negatives; None, NaN and "" are missing.
+        guide: a second model's vectors of queries and corpus, in shards.
+        rescore: is called with the positions of a block of queries.
+        min_recall: of the search for these queries: its width is chosen on 500 of them, and the recall that is stated
+            was measured on 500 others, against all documents.
+        query_values, corpus_values: what stands in the cells, by ``values[positions]``; None: positions of queries,
+            and ids of documents where the folder has them.
+        advance: is told the queries of every block that is done.
+        per_query, rank_range, margin, margin_kind, min_score, max_score, guide_margin, strategy, seed, form, names,
+            scores: as of `mine_negatives` and `mined_table`.
+
+    Raises ``NearfarError`` for folders, vectors and positions that do not fit together.
+
+    >>> import tempfile
+    >>> from nearfar.batching import nearest_neighbors_on_disk
+    >>> rng = np.random.default_rng(0)
+    >>> documents = rng.standard_normal((40, 16))[rng.integers(40, size=2000)] + 0.5 * rng.standard_normal((2000, 16))
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> _ = nearest_neighbors_on_disk(documents, 10, folder / "near")
+    >>> pairs = np.stack([np.arange(500), np.arange(500)], 1)  # query and document
+    >>> mined = mine_negatives_on_disk(documents[:500] + 0.1, folder / "near", folder / "mined.parquet", pairs)
+    >>> mined.rows, mined.columns, mined.recall > 0.95
+    (500, ['anchor', 'positive', 'negative_1', 'negative_2', 'negative_3'], True)
+    """
+    rules = Rules.checked(
+        per_query, rank_range, margin, margin_kind, min_score, max_score, guide_margin, strategy, seed
+    )
+    choice("form", form, FORMATS)
+    output = Path(output).expanduser()
+    if output.suffix.lower() != ".parquet":
+        raise NearfarError(f"{output}: a table in stretches is written as Parquet; name it .parquet")
+    source = VectorShards.of(queries)
+    near = corpus if isinstance(corpus, MappedNeighbors) else MappedNeighbors(corpus)
+    n, m = source.n, near.n
+    if near.metric != "cosine":
+        raise NearfarError(
+            f"{near.folder} goes by the dot product, and mining by cosines; make the neighbours with metric='cosine'"
+        )
+    if source.dim != near.head["dim"]:
+        raise NearfarError(
+            f"queries have {source.dim} dimensions, and {near.folder} was made of vectors of {near.head['dim']}: one "
+            "model has to embed both"
+        )
+    answers = Positives.given(positives, n, m)
+    counts = answers.counts
+    rows = np.flatnonzero(counts)
+    if not len(rows):
+        raise NearfarError("no query has a positive: nothing can be mined")
+    width = rules.width(int(counts.max()), m)
+    texts = text_numbers(query_texts, corpus_texts, n, m)
+    groups = None if labels is None else _labels(labels, n, m)
+    guides = None if guide is None else _guides(guide, n, m)
+    rng, recall, sampled = rules.generator(), near.recall or 0.0, 0
+    if len(rows) > 1:
+        drawn = np.random.default_rng([seed, 2]).choice(rows, min(_SAMPLE, len(rows)), replace=False)
+        recall, sampled = near.tune_search(_unit(source, np.sort(drawn)), width, min_recall, seed)
+    state = _Totals()
+    cells = (
+        _Cells(query_values, np.arange(n)),
+        _Cells(corpus_values, np.arange(m) if near.ids is None else near.ids),
+    )
+
+    def tables() -> Iterator[dict[str, list[Any]]]:
+        size = max(1, min(_QUERIES, _CANDIDATES // width))
+        for begin in range(0, len(rows), size):
+            some = rows[begin : begin + size]
+            own = _unit(source, some)
+            mined = mine_block(
+                rules,
+                near.search(own, width),
+                own,
+                near.directions,
+                answers.among(some),
+                texts=(None, None) if texts is None else (texts[0][some], texts[1]),
+                rescore=None if rescore is None else _shifted(rescore, some),
+                guide=None if guides is None else (guides[0].only(some), guides[1]),
+                rng=rng,
+            )
+            state.add(
+                mined,
+                count_false(
+                    mined,
+                    labels=None if groups is None else (groups[0][some], groups[1]),
+                    texts=None if texts is None else (texts[0][some], texts[1]),
+                    guide=None if guides is None else (guides[0].only(some), guides[1]),
+                ),
+            )
+            kept = mined.with_pairs(mined.pairs[1] == some[mined.pairs[0]]) if answers.paired else mined
+            documents = np.unique(np.concatenate([kept.pairs[1], kept.negatives[kept.negatives >= 0]]))
+            yield columns_of(
+                kept,
+                cells[0].at(some),
+                dict(zip(documents.tolist(), cells[1].at(documents), strict=True)),
+                form,
+                names=names,
+                scores=scores,
+            )
+            advance(len(some))
+
+    written, columns = _write(tables(), output)
+    return MinedOnDisk(
+        output,
+        written,
+        columns,
+        len(rows),
+        unanswered=n - len(rows),
+        per_query=per_query,
+        index=state.index,
+        recall=recall,
+        sampled=sampled,
+        false_negatives=shares_of(state.false),
+        **state.counts(),
+    )
+
+
+def _labels(labels: tuple[Any, Any], n: int, m: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Numbers of the labels of both sides, which are read once in order; -1 where one is missing."""
+    known: dict[Any, int] = {}
+
+    def numbers(values: Iterable[Any]) -> Iterator[int]:
+        for value in values:
+            missing = value is None or value == "" or value != value
+            yield -1 if missing else known.setdefault(value, len(known))
+
+    own, theirs = (np.fromiter(numbers(_plain(each)), np.int32) for each in labels)
+    if (len(own), len(theirs)) != (n, m):
+        raise NearfarError(f"labels are {len(own)} and {len(theirs)}; {n} and {m}, one for each, are needed")
+    return own, theirs
+
+
+def _plain(values: Any) -> Any:
+    return values.tolist() if hasattr(values, "tolist") else values
+
+
+def _unit(source: VectorShards, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+    return unit_rows("queries", source.take(rows))
+
+
+def _shifted(rescore: Rescore, rows: NDArray[np.int64]) -> Rescore:
+    return lambda query, document: rescore(rows[query], document)
+
+
+@dataclass(frozen=True)
+class _UnitShards:
+    """Rows of unit length from shards, at any positions; ``of`` are the positions that are meant by 0, 1, …"""
+
+    name: str
+    shards: VectorShards
+    of: NDArray[np.int64] | None = None
+
+    def __len__(self) -> int:
+        return self.shards.n if self.of is None else len(self.of)
+
+    def __getitem__(self, rows: Any) -> NDArray[np.float32]:
+        wanted, back = np.unique(rows if self.of is None else self.of[rows], return_inverse=True)
+        return unit_rows(self.name, self.shards.take(wanted))[back]
+
+    def only(self, rows: NDArray[np.int64]) -> _UnitShards:
+        return _UnitShards(self.name, self.shards, rows)
+
+
+def _guides(guide: Any, n: int, m: int) -> tuple[_UnitShards, _UnitShards]:
+    if not isinstance(guide, (tuple, list)) or len(guide) != 2:
+        raise NearfarError("guide is a pair: a second model's vectors of the queries and of the corpus")
+    u, v = (VectorShards.of(each) for each in guide)
+    if (u.n, v.n) != (n, m) or u.dim != v.dim:
+        raise NearfarError(
+            f"guide holds vectors {(u.n, u.dim)} and {(v.n, v.dim)}; ({n}, g) and ({m}, g) are needed"
+        )
+    return _UnitShards("guide of the queries", u), _UnitShards("guide of the corpus", v)
+
+
+class _Cells:
+    """What stands in the cells of one side, by position."""
+
+    def __init__(self, values: Any, default: NDArray[Any]) -> None:
+        if values is None:
+            values = default
+        elif isinstance(values, (list, tuple)):
+            whole = np.empty(len(values), object)
+            whole[:] = values
+            values = whole
+        if len(values) != len(default):
+            raise NearfarError(
+                f"{len(values)} values for the cells of {len(default)} rows; one for each is needed"
+            )
+        self.values = values
+
+    def at(self, rows: NDArray[np.integer]) -> list[Any]:
+        some = self.values[rows]
+        return some.tolist() if isinstance(some, np.ndarray) else list(some)
+
+
+class _Totals:
+    """Counts over blocks."""
+
+    def __init__(self) -> None:
+        self.negatives = self.short = self.empty = self.candidates = 0
+        self.left_out: dict[str, int] = {}
+        self.false: dict[str, tuple[int, int]] = {}
+        self.index = ""
+
+    def add(self, mined: Mined, false: Mapping[str, tuple[int, int]]) -> None:
+        counts, wanted = mined.counts, mined.negatives.shape[1]
+        self.negatives += int(counts.sum())
+        self.short += int((counts < wanted).sum())
+        self.empty += int((counts == 0).sum())
+        self.candidates += mined.candidates
+        self.index = mined.index
+        for why, count in mined.left_out.items():
+            self.left_out[why] = self.left_out.get(why, 0) + count
+        for by, (wrong, n) in false.items():
+            before = self.false.get(by, (0, 0))
+            self.false[by] = (before[0] + wrong, before[1] + n)
+
+    def counts(self) -> dict[str, Any]:
+        names = ("negatives", "short", "empty", "candidates", "left_out")
+        return {name: getattr(self, name) for name in names}
+
+
+def _write(tables: Iterator[dict[str, list[Any]]], output: Path) -> tuple[int, list[str]]:
+    """All tables into one Parquet file, one in memory at a time; its rows and columns."""
+    import pyarrow
+    import pyarrow.parquet
+
+    rows, columns = 0, []
+
+    def write(file: IO[bytes]) -> None:
+        nonlocal rows, columns
+        schema: pyarrow.Schema | None = None
+        writer: Any = None
+        try:
+            for each in tables:
+                if not each:
+                    continue
+                table = pyarrow.table(each, schema=schema)
+                if writer is None:
+                    schema = table.schema
+                    writer = pyarrow.parquet.ParquetWriter(file, schema)
+                writer.write_table(table)
+                rows, columns = rows + table.num_rows, table.column_names
+        finally:
+            if writer is not None:
+                writer.close()
+        if not rows:
+            raise NearfarError(
+                "no query has as many negatives as were asked for: widen rank_range, or lower the margins"
+            )
+
+    write_atomically(output, write)
+    return rows, columns
