@@ -24,7 +24,6 @@ from nearfar.errors import NearfarError
 if TYPE_CHECKING:
     from torch import Tensor
 
-
 __all__ = ["Ids", "canonical_ids", "first_difference", "kind_of", "plain_ids"]
 
 #: names of items, one each, in order

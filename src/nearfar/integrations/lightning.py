@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 from nearfar.batching import BatchSampler
@@ -17,6 +16,9 @@ from nearfar.doctor.logs.names import map_names
 from nearfar.errors import NearfarError
 from nearfar.integrations.pytorch import Monitor, Scores
 from nearfar.metrics import Estimate
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
 
 try:
     from lightning.pytorch.callbacks import Callback

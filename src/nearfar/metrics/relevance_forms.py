@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     import pandas
     from scipy import sparse
 
-
 __all__ = ["read_relevance"]
 
 

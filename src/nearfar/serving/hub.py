@@ -12,7 +12,6 @@ from nearfar.errors import NearfarError
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-
 __all__ = ["check_push", "download", "is_hub_name", "push"]
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")

@@ -38,7 +38,6 @@ from nearfar.training.system import System, collect, rows_of
 if TYPE_CHECKING:
     from nearfar.serving.search import Searched
 
-
 __all__ = ["Predictions", "Trained", "load"]
 
 #: values that are read before they are embedded; what their tower reads of them is in memory at once

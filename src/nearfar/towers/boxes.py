@@ -21,7 +21,6 @@ from nearfar.towers.vector import Scaler
 if TYPE_CHECKING:
     pass
 
-
 __all__ = ["SPATIAL", "BoxTower", "names_of", "overlap", "spatial_numbers"]
 
 

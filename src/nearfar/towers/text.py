@@ -31,7 +31,6 @@ from nearfar.towers.graph import BATCH, GraphInput, TowerGraph
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-
 __all__ = ["TEXT_ENCODERS", "PooledText", "PooledTransformer", "TextTower"]
 
 TEXT_ENCODERS: dict[str, Callable[..., TextEncoder | WordTextEncoder]] = {

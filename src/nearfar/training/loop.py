@@ -35,7 +35,6 @@ from nearfar.training.system import Evaluation, StepOutput, System, TrainSampler
 if TYPE_CHECKING:
     from lightning.fabric.wrappers import _FabricOptimizer
 
-
 __all__ = ["Interrupted", "StopRequest", "TrainingLoop", "Watch", "stop_signals"]
 
 #: is told after an epoch how many there were, and the monitored metric on validation; what it raises ends the run

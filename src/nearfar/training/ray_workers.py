@@ -23,7 +23,6 @@ from nearfar.training.loop import Interrupted, stop_signals
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
 
-
 __all__ = ["processes_on_cluster", "run_on_cluster"]
 
 T = TypeVar("T")

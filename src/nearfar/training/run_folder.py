@@ -35,7 +35,6 @@ from nearfar.errors import NearfarError
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-
 __all__ = ["RunFolder", "environment", "same_file"]
 
 

@@ -26,7 +26,6 @@ from nearfar.errors import NearfarError
 if TYPE_CHECKING:
     from datasets import Dataset
 
-
 __all__ = ["HardBatches", "PartitionBatches", "UniqueBatches"]
 
 

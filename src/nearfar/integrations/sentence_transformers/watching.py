@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.evaluation import BaseEvaluator
 from torch import Tensor, nn
-from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from nearfar.data.files import Json
 from nearfar.integrations.pytorch import Scores, retrieval_scores
 from nearfar.integrations.sentence_transformers.batches import HardBatches, PartitionBatches, UniqueBatches
 from nearfar.integrations.transformers import WatchCallback
+
+if TYPE_CHECKING:
+    from transformers import TrainerControl, TrainerState, TrainingArguments
 
 __all__ = ["RetrievalEvaluator", "Watch"]
 

@@ -20,7 +20,6 @@ from nearfar.models.hub import commit_in_cache, no_progress_bar, why_unreachable
 if TYPE_CHECKING:
     pass
 
-
 __all__ = ["TransformersDetector"]
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

@@ -22,7 +22,6 @@ from nearfar.models.image.encoder import STRIDES, ImageEncoder
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-
 __all__ = ["TransformersImageEncoder"]
 
 Colour = tuple[float, ...]

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from scipy import sparse
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-
 __all__ = ["NgramTextEncoder"]
 
 _VERSION = 3  # of this file's computation; part of every cache key

@@ -23,7 +23,6 @@ from nearfar.models.text.transformer import TransformerTextEncoder
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-
 __all__ = ["MiniLMTextEncoder"]
 
 

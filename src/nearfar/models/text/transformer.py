@@ -21,7 +21,6 @@ from nearfar.models.text.protocol import check_number, read_spec, write_spec
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-
 __all__ = ["TransformerTextEncoder"]
 
 _VERSION = 1  # of this file's computation; part of every cache key

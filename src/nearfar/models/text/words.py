@@ -22,7 +22,6 @@ from nearfar.errors import NearfarError
 if TYPE_CHECKING:
     from scipy import sparse
 
-
 __all__ = [
     "PADDING",
     "UNKNOWN",

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     import pyarrow
     from lancedb.query import LanceVectorQueryBuilder
 
-
 __all__ = ["LanceStore"]
 
 _HEAD = b"nearfar"  # in the metadata of the schema: what the store is; a second table holds what changes

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     import psycopg
     from psycopg import sql
 
-
 __all__ = ["PostgresStore"]
 
 _HEADS = "nearfar_stores"

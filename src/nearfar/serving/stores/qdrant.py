@@ -22,7 +22,6 @@ from nearfar.serving.stores.filters import Condition, Kind
 if TYPE_CHECKING:
     from qdrant_client import QdrantClient, models
 
-
 __all__ = ["QdrantStore"]
 
 _SPACE = uuid.UUID(
