@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Int
 
-from nearfar.data.items import Column
 from nearfar.errors import NearfarError
 from nearfar.labels import is_missing
+
+if TYPE_CHECKING:
+    from nearfar.data.items import Column
 
 __all__ = ["Classes", "class_codes", "item_labels"]
 

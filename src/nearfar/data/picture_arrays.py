@@ -8,16 +8,19 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import UInt8
 
 from nearfar.data.cache import caching
 from nearfar.data.images import read_image, resize
-from nearfar.data.items import Column
 from nearfar.data.mapped import mapped_arrays
 from nearfar.data.picture_check import check_pictures
 from nearfar.errors import NearfarError
+
+if TYPE_CHECKING:
+    from nearfar.data.items import Column
 
 __all__ = ["PictureArrays", "check_picture_values", "decode_pictures"]
 

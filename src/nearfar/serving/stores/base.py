@@ -12,15 +12,17 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, ClassVar, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypedDict
 
 import numpy as np
 from jaxtyping import Float
 
 from nearfar.data.files import Json
-from nearfar.data.items import Column
 from nearfar.errors import NearfarError
 from nearfar.serving.stores.filters import Condition, Kind, Value, parse_where
+
+if TYPE_CHECKING:
+    from nearfar.data.items import Column
 
 __all__ = [
     "Matches",
