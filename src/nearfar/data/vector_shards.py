@@ -7,14 +7,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from jaxtyping import Float, Shaped
 from numpy.typing import NDArray
 
 from nearfar.arguments import array
 from nearfar.data.writing import make_folder, write_atomically
 from nearfar.errors import NearfarError
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Shaped
 
 __all__ = ["VectorShards", "shards_of_table", "write_shards"]
 
