@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from nearfar.errors import NearfarError
 from nearfar.training.checkpoint import Checkpoint
 from nearfar.training.grad_cache import cached_embeddings
 from nearfar.training.state import initial_model, load_weights
-from nearfar.training.system import Batch, Embeddings, System
+from nearfar.training.system import System
 
 __all__ = ["BatchEvaluation", "BatchEvaluator", "cosine", "norm", "run_arithmetic"]
 
@@ -126,7 +127,7 @@ class BatchEvaluator:
         }
         return BatchEvaluation(float(output.loss.detach()), record, parameters, gradients)
 
-    def _encode(self, batch: object, size: int, number: int, rows: int) -> Embeddings:
+    def _encode(self, batch: object, size: int, number: int, rows: int) -> Any:
         pieces = []
         for k, part in enumerate([batch] if size <= rows else self.system.split(batch, rows)):
             torch.manual_seed(_seed(self.seed, number, k))
@@ -136,7 +137,7 @@ class BatchEvaluator:
         whole = [torch.cat(leaves) for leaves in zip(*(leaves for leaves, _ in pieces), strict=True)]
         return pytree.tree_unflatten(whole, pieces[0][1])
 
-    def _embeddings(self, part: object) -> Embeddings:
+    def _embeddings(self, part: object) -> Any:
         if self.chunk is None:
             return self.system.encode(self.model, part)
         parts = self.system.split(part, self.chunk)
@@ -157,7 +158,7 @@ def _seed(seed: int, number: int, part: int) -> int:
     return int(np.random.SeedSequence((seed, number, part)).generate_state(1, np.uint64)[0] >> 1)
 
 
-def _moved(batch: Batch, device: torch.device) -> Batch:
+def _moved(batch: object, device: torch.device) -> Any:
     from lightning.fabric.utilities.apply_func import move_data_to_device
 
     return move_data_to_device(batch, device)

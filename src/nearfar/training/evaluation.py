@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,29 +13,26 @@ from torch.utils.data import DataLoader
 from nearfar.config.training import RunOptions
 from nearfar.training import ranks
 from nearfar.training.fabric import build_fabric
-from nearfar.training.system import Batch, BatchDataset, Evaluation, System, collect
+from nearfar.training.system import Evaluation, System, collect
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
-    from torch.utils.data import Dataset
 
 __all__ = ["consecutive", "embed_split", "evaluate", "loader", "outputs_of"]
 
 
-def _identity(batch: Batch) -> Batch:
+def _identity(batch: object) -> Any:
     return batch
 
 
-def loader(
-    dataset: BatchDataset[Batch], batches: list[list[int]], workers: int = 0, pin: bool = False
-) -> DataLoader[Batch]:
+def loader(dataset: Any, batches: list[list[int]], workers: int = 0, pin: bool = False) -> DataLoader[Any]:
     """A loader over exactly these batches of positions.
 
     The loader gets a generator of its own: without one every new iterator draws a seed from the global
     generator, and dropout would depend on how often an epoch was started.
     """
     return DataLoader(
-        cast("Dataset[Batch]", dataset),
+        dataset,
         batch_sampler=batches,
         collate_fn=_identity,
         num_workers=workers,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -17,7 +17,6 @@ from nearfar.training import ranks
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
-    from lightning.fabric.wrappers import _FabricModule
 
 __all__ = ["build_fabric", "check_devices", "distribute", "processes_to_start"]
 
@@ -115,7 +114,7 @@ def build_fabric(config: RunOptions) -> Fabric:
     return fabric
 
 
-def distribute(fabric: Fabric, module: nn.Module) -> _FabricModule:
+def distribute(fabric: Fabric, module: nn.Module) -> Any:
     """The module on its device, wrapped for DDP where there are several processes."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*`broadcast_buffers` is deprecated.*")

@@ -53,7 +53,7 @@ VARIABLES = (
     "MASTER_PORT",
 )
 
-_store: dist.Store | None = None
+_store: Any = None
 _parent: int | None = None
 _asked = False
 
