@@ -132,7 +132,7 @@ def test_rows_of_the_same_query_share_their_answers():
     ("arguments", "message"),
     [
         ({"queries": QUERIES[:, :5]}, "5 dimensions"),
-        ({"queries": np.full((3, D), np.nan, np.float32), "positives": [0, 1, 2]}, "not finite"),
+        ({"queries": np.full((3, D), np.nan, np.float32), "positives": [-1, -1, 2]}, "row 2 holds"),
         ({"output": "mined.csv"}, r"name it \.parquet"),
         ({"positives": None}, "without positives document i"),
         ({"positives": np.array([[0, M]])}, f"name document {M}"),
@@ -144,6 +144,7 @@ def test_rows_of_the_same_query_share_their_answers():
         ({"query_values": ["a"]}, "one for each"),
         ({"guide": (GUIDE[0], GUIDE[0])}, "are needed"),
         ({"margin": 3.0}, "no query has as many"),
+        ({"min_recall": 1.5}, "min_recall"),
         ({"corpus": "nowhere"}, "no finished neighbours"),
     ],
 )

@@ -10,7 +10,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 from uuid import uuid4
@@ -34,6 +34,7 @@ from nearfar.batching.disk_search import (
 from nearfar.batching.mapped_neighbors import HEAD, MappedNeighbors, as_folder
 from nearfar.batching.neighbors import SearchResult
 from nearfar.batching.pieces import Pool, in_processes, on_ray
+from nearfar.cluster import connect
 from nearfar.data.vector_shards import VectorShards
 from nearfar.data.writing import make_folder, write_json
 from nearfar.errors import NearfarError
@@ -108,20 +109,20 @@ def nearest_neighbors_on_disk(
             "give the file"
         )
     names = None if ids is None else as_ids(ids, source.n)
-    pool = on_ray("engine='ray'") if engine == "ray" else in_processes(processes)
-    build = _Build(
-        source, k, as_folder(folder).absolute(), metric, min_recall, seed, pool, in_processes(processes)
-    )
-    with build.clock("train"):
-        build.train()
-    with build.clock("add"):
-        build.add()
-    with build.clock("sort"):
-        build.sort()
-    with build.clock("measure"):
-        probes, refine, recall, queries = build.tune()
-    with build.clock("search"):
-        build.search(probes, refine)
+    local = in_processes(processes)
+    pool = on_ray if engine == "ray" else local
+    build = _Build(source, k, as_folder(folder).absolute(), metric, min_recall, seed, pool, local)
+    with connect("engine='ray'") if engine == "ray" else nullcontext():
+        with build.clock("train"):
+            build.train()
+        with build.clock("add"):
+            build.add()
+        with build.clock("sort"):
+            build.sort()
+        with build.clock("measure"):
+            probes, refine, recall, queries = build.tune()
+        with build.clock("search"):
+            build.search(probes, refine)
     build.finish(probes, refine, recall, queries, names)
     return MappedNeighbors(build.folder)
 

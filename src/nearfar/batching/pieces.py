@@ -50,16 +50,11 @@ def in_processes(processes: int) -> Pool:
     return run
 
 
-def on_ray(what: str) -> Pool:
-    """A pool of one-CPU tasks on the cluster of ``RAY_ADDRESS``, or on this machine; ``what`` asks for it.
+def on_ray(function: Callable[[Any], Any], tasks: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+    """A pool of one-CPU tasks on the connected cluster (``nearfar.cluster.connect``), whose nodes see the same files.
 
-    A task whose process or node is lost is given out again. Nodes see the same files under the same paths.
+    A task whose process or node is lost is given out again.
     """
+    from nearfar.cluster import each
 
-    def run(function: Callable[[Any], Any], tasks: Sequence[Any]) -> Iterator[tuple[int, Any]]:
-        from nearfar.cluster import connect, each
-
-        with connect(what):
-            yield from each(function, tasks)
-
-    return run
+    return each(function, tasks)

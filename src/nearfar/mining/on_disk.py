@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from nearfar.arguments import choice
+from nearfar.arguments import choice, number
 from nearfar.batching.mapped_neighbors import MappedNeighbors
 from nearfar.data.vector_shards import VectorShards
 from nearfar.data.writing import write_atomically
@@ -135,6 +136,7 @@ def mine_negatives_on_disk(
         per_query, rank_range, margin, margin_kind, min_score, max_score, guide_margin, strategy, seed
     )
     choice("form", form, FORMATS)
+    min_recall = number("min_recall", min_recall, above=0, most=1)
     output = Path(output).expanduser()
     if output.suffix.lower() != ".parquet":
         raise NearfarError(f"{output}: a table in stretches is written as Parquet; name it .parquet")
@@ -162,7 +164,13 @@ def mine_negatives_on_disk(
     rng, recall, sampled = rules.generator(), near.recall or 0.0, 0
     if len(rows) > 1:
         drawn = np.random.default_rng([seed, 2]).choice(rows, min(_SAMPLE, len(rows)), replace=False)
-        recall, sampled = near.tune_search(_unit(source, np.sort(drawn)), width, min_recall, seed)
+        recall, sampled = near.tune_search(_unit("queries", source, np.sort(drawn)), width, min_recall, seed)
+        if recall < min_recall:
+            warnings.warn(
+                f"candidates are found with recall {recall:.3f} on {sampled} queries, below min_recall={min_recall:g}, "
+                "as widely as the index can be searched",
+                stacklevel=2,
+            )
     state = _Totals()
     cells = (
         _Cells(query_values, np.arange(n)),
@@ -173,7 +181,7 @@ def mine_negatives_on_disk(
         size = max(1, min(_QUERIES, _CANDIDATES // width))
         for begin in range(0, len(rows), size):
             some = rows[begin : begin + size]
-            own = _unit(source, some)
+            own = _unit("queries", source, some)
             mined = mine_block(
                 rules,
                 near.search(own, width),
@@ -241,8 +249,13 @@ def _plain(values: Any) -> Any:
     return values.tolist() if hasattr(values, "tolist") else values
 
 
-def _unit(source: VectorShards, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-    return unit_rows("queries", source.take(rows))
+def _unit(name: str, shards: VectorShards, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Rows at rising positions, of unit length."""
+    given = shards.take(rows)
+    bad = ~np.isfinite(given).all(1)
+    if bad.any():
+        raise NearfarError(f"{name}: row {rows[bad.argmax()]} holds numbers that are not finite")
+    return unit_rows(name, given)
 
 
 def _shifted(rescore: Rescore, rows: NDArray[np.int64]) -> Rescore:
@@ -262,7 +275,7 @@ class _UnitShards:
 
     def __getitem__(self, rows: Any) -> NDArray[np.float32]:
         wanted, back = np.unique(rows if self.of is None else self.of[rows], return_inverse=True)
-        return unit_rows(self.name, self.shards.take(wanted))[back]
+        return _unit(self.name, self.shards, wanted)[back]
 
     def only(self, rows: NDArray[np.int64]) -> _UnitShards:
         return _UnitShards(self.name, self.shards, rows)
