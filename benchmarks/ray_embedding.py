@@ -111,6 +111,7 @@ def main() -> None:
                     results = RayPool(trained, "cpu", arguments.workers).map(work, chunks)
                 value, tables[way] = rate(results)
                 rates[way].append(value)
+                print(f"round {turn + 1}, {way}: {value:,.0f} rows a second", flush=True)
             assert all(a.equals(b) for a, b in zip(*tables.values(), strict=True))
         for way, values in rates.items():
             print(f"{way}: {median(values):,.0f} rows a second ({', '.join(f'{v:,.0f}' for v in values)})")

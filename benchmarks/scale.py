@@ -340,7 +340,7 @@ def main() -> None:
         print("\n| records | window | plain, µs of a core | windows | ratio | plain, µs | windows | ratio |")
         print("|---|---|---|---|---|---|---|---|")
         with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-            stream_speed(40_000, 128, Path(folder))
+            stream_speed(16_384, 128, Path(folder))
         return
     rows = []
     for n in args.rows:
