@@ -139,6 +139,10 @@ def test_losses_and_samplers_load_no_frameworks() -> None:
     assert not loaded("import nearfar.batching, nearfar.metrics") & (HEAVY - {"numba", "faiss"})
 
 
+def test_a_store_opens_without_torch() -> None:
+    assert not loaded("import nearfar.serving.stores.faiss_file") & (HEAVY | {"torch"})
+
+
 def test_help_and_list_load_nothing_heavy() -> None:
     code = "import sys; sys.argv = ['nearfar', '--help']\nfrom nearfar.cli import app\n"
     code += "try:\n    app()\nexcept SystemExit: pass"

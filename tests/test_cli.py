@@ -30,6 +30,7 @@ SMALL = [
     "text_encoder.dims=32",
     "trainer.accelerator=cpu",
     "trainer.threads=1",
+    "report=false",
 ]
 
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from claims.training import fit
@@ -201,7 +201,9 @@ def _system(seed: int, settings: Settings) -> MoleculeSystem:
         "data": data,
     }
     composed = compose_config(["experiment=molecules"])
-    options = read_config(OmegaConf.merge(composed, changes))
+    merged = OmegaConf.merge(composed, changes)
+    assert isinstance(merged, DictConfig)
+    options = read_config(merged)
     assert isinstance(options, MoleculeOptions)
     system = MoleculeSystem(options)
     system.prepare(lambda _: None)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from claims.training import fit
 from nearfar.config.compose import compose_config, read_config
@@ -142,7 +142,9 @@ def _system(seed: int, relations: tuple[str, ...], batch_size: int) -> RelationS
         "data": {"dir": str(folder), "photos": "none", "split_seed": seed, "val_fraction": 0.02},
     }
     composed = compose_config(["experiment=relations", "data=vrd", "image_encoder=small"])
-    options = read_config(OmegaConf.merge(composed, changes))
+    merged = OmegaConf.merge(composed, changes)
+    assert isinstance(merged, DictConfig)
+    options = read_config(merged)
     assert isinstance(options, RelationOptions)
     system = RelationSystem(options)
     system.prepare(lambda _: None)

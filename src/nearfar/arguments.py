@@ -12,7 +12,7 @@ import numbers as abstract
 import operator
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 from nearfar.errors import NearfarError, nearest_name
 
@@ -187,14 +187,14 @@ def instance(name: str, value: object, kind: type[T], what: str | None = None) -
     return value
 
 
-def mapping(name: str, value: object) -> Mapping[str, Any]:
+def mapping(name: str, value: object) -> Mapping[str, object]:
     """A dictionary or what is like one; ``NearfarError`` for anything else."""
     if not isinstance(value, Mapping):
         raise NearfarError(f"{name} is {shown(value)}; a mapping is needed")
     return value
 
 
-def function(name: str, value: object) -> Callable[..., Any]:
+def function(name: str, value: object) -> Callable[..., object]:
     """Something that can be called; ``NearfarError`` for anything else."""
     if not callable(value):
         raise NearfarError(f"{name} is {shown(value)}; a function is needed")
@@ -209,7 +209,7 @@ def _is_boolean(value: object) -> bool:
 
 
 # -- arrays ----------------------------------------------------------------------------------------------------------
-def array(name: str, value: object, needs: str, kinds: str = "iuf") -> NDArray[Any]:
+def array(name: str, value: object, needs: str, kinds: str = "iuf") -> np.ndarray:
     """A tensor, table, list or array as an array of numbers in its own precision; ``needs`` says what is wanted.
 
     ``kinds``: the NumPy kinds that are taken, "iu" for whole numbers. Objects that are all numbers, such as those of
@@ -265,11 +265,11 @@ def whole_numbers(name: str, values: object) -> NDArray[np.int64]:
     return array.astype(np.int64)
 
 
-def entries(name: str, values: Any) -> list[Any]:
+def entries(name: str, values: object) -> list[Any]:
     """The values of a list, array, tensor or column, one for each item, as Python's own; gaps are ``None``."""
     import numpy as np
 
-    if hasattr(values, "detach"):
+    if _is_tensor(values):
         check_dense(name, values)
     if (
         values is None
@@ -290,6 +290,10 @@ def entries(name: str, values: Any) -> list[Any]:
     return [value.item() if getattr(value, "shape", None) == () else value for value in values]
 
 
+def _is_tensor(value: object) -> TypeGuard[Tensor]:
+    return hasattr(value, "detach")
+
+
 def check_dense(name: str, values: Tensor) -> None:
     """An error for a tensor whose numbers do not lie in memory, one beside the other."""
     if str(values.layout) != "torch.strided" or values.device.type == "meta" or values.is_quantized:
@@ -298,7 +302,7 @@ def check_dense(name: str, values: Tensor) -> None:
         )
 
 
-def _read(name: str, values: Any, advice: str) -> NDArray[Any]:
+def _read(name: str, values: object, advice: str) -> np.ndarray:
     import numpy as np
 
     if isinstance(values, (Mapping, set, frozenset)):
@@ -306,7 +310,7 @@ def _read(name: str, values: Any, advice: str) -> NDArray[Any]:
     if isinstance(values, (list, tuple)) and any(hasattr(value, "detach") for value in values):
         values = [_of_tensor(name, value) if hasattr(value, "detach") else value for value in values]
     try:
-        if hasattr(values, "detach"):
+        if _is_tensor(values):
             return _of_tensor(name, values)
         if not isinstance(values, np.ndarray) and hasattr(values, "to_numpy"):
             values = values.to_numpy()
@@ -325,10 +329,10 @@ def _read(name: str, values: Any, advice: str) -> NDArray[Any]:
     return array
 
 
-def _of_tensor(name: str, values: Tensor) -> NDArray[Any]:
+def _of_tensor(name: str, values: Tensor) -> np.ndarray:
     check_dense(name, values)
     values = values.detach().cpu()
-    result: NDArray[Any] = (values.float() if str(values.dtype) == "torch.bfloat16" else values).numpy()
+    result: np.ndarray = (values.float() if str(values.dtype) == "torch.bfloat16" else values).numpy()
     return result
 
 
@@ -336,7 +340,7 @@ def _plain_number(value: object) -> bool:
     return isinstance(value, abstract.Real)
 
 
-def _content(array: NDArray[Any]) -> str:
+def _content(array: np.ndarray) -> str:
     if array.dtype.kind in "US":
         return f"text ({array.flat[0]!r})" if array.size else "text"
     if array.dtype == object and array.ndim == 0:

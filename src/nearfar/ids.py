@@ -14,23 +14,25 @@ import os
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence, Set
 from datetime import date
 from decimal import Decimal
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 from uuid import UUID
 
 import numpy as np
-from numpy.typing import NDArray
 
 from nearfar.errors import NearfarError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["Ids", "canonical_ids", "first_difference", "kind_of", "plain_ids"]
 
 #: names of items, one each, in order
-Ids: TypeAlias = "Sequence[Hashable] | NDArray[Any]"
+Ids: TypeAlias = "Sequence[Hashable] | np.ndarray"
 
 _ADVICE = "give one id per item: a list, an array, a pandas Series or a tensor of whole numbers or texts"
 
 
-def canonical_ids(ids: object, what: str = "ids") -> NDArray[Any]:
+def canonical_ids(ids: object, what: str = "ids") -> np.ndarray:
     """One id per item as an array (n,): int64, text of the least width, or objects where ids are of several kinds.
 
     Whole numbers beyond int64 come as uint64 or objects. ``what`` names the argument in messages. Raises
@@ -47,22 +49,22 @@ def canonical_ids(ids: object, what: str = "ids") -> NDArray[Any]:
     return _canonical(ids, what)
 
 
-def plain_ids(ids: object, what: str = "ids") -> list[Any]:
+def plain_ids(ids: object, what: str = "ids") -> list[Hashable]:
     """Ids as Python's own numbers and texts; sets and generators too.
 
     >>> plain_ids(np.array([3, 4], np.int16)), plain_ids(name for name in (np.str_("a"), b"b"))
     ([3, 4], ['a', 'b'])
     """
-    values: list[Any] = _canonical(ids, what).tolist()
+    values: list[Hashable] = _canonical(ids, what).tolist()
     return values
 
 
-def kind_of(ids: NDArray[Any]) -> str:
+def kind_of(ids: np.ndarray) -> str:
     """What canonical ids are, in words."""
     return {"i": "whole numbers", "u": "whole numbers", "U": "text"}.get(ids.dtype.kind, "of several kinds")
 
 
-def first_difference(left: NDArray[Any], right: NDArray[Any]) -> tuple[int, int]:
+def first_difference(left: np.ndarray, right: np.ndarray) -> tuple[int, int]:
     """At how many places equally long canonical ids differ, and the first of them (-1 where none).
 
     >>> first_difference(canonical_ids(["a", "b", "c"]), canonical_ids(["a", "c", "b"]))
@@ -76,7 +78,7 @@ def first_difference(left: NDArray[Any], right: NDArray[Any]) -> tuple[int, int]
     return len(bad), int(bad[0]) if len(bad) else -1
 
 
-def _canonical(ids: object, what: str) -> NDArray[Any]:
+def _canonical(ids: object, what: str) -> np.ndarray:
     values = _flat(ids, what)
     if isinstance(values, np.ndarray):
         if values.dtype.kind == "i" or (
@@ -106,28 +108,29 @@ def _canonical(ids: object, what: str) -> NDArray[Any]:
     return mixed
 
 
-def _flat(ids: Any, what: str) -> NDArray[Any] | list[Any]:
+def _flat(ids: object, what: str) -> np.ndarray | list[object]:
     """The values in a row: an array (n,), or a list."""
     if ids is None or isinstance(ids, (str, bytes, Mapping)) or not isinstance(ids, Iterable):
         shown = repr(ids) if len(repr(ids)) < 60 else f"a {type(ids).__name__}"
         raise NearfarError(f"{what} are {shown}; {_ADVICE}")
-    if isinstance(ids, (list, tuple, range, Set, Iterator)):
-        return list(ids)
-    if hasattr(ids, "detach"):  # a tensor, which this floor need not import
-        ids = ids.detach().cpu()
-        ids = (ids.double() if ids.is_floating_point() else ids).numpy()
-    elif not isinstance(ids, np.ndarray) and hasattr(ids, "to_pylist"):
-        ids = ids.to_pylist()
-    elif not isinstance(ids, np.ndarray) and hasattr(ids, "to_numpy"):
-        ids = ids.to_numpy()
-    if isinstance(ids, np.ndarray):
-        if ids.ndim != 1:
-            raise NearfarError(f"{what} have shape {ids.shape}; {_ADVICE}")
-        return ids
-    return list(ids)
+    values: Iterable[object] = ids
+    if isinstance(values, (list, tuple, range, Set, Iterator)):
+        return list(values)
+    if hasattr(values, "detach"):  # a tensor, which this floor need not import
+        tensor: Tensor = values.detach().cpu()
+        values = (tensor.double() if tensor.is_floating_point() else tensor).numpy()
+    elif not isinstance(values, np.ndarray) and hasattr(values, "to_pylist"):
+        values = values.to_pylist()
+    elif not isinstance(values, np.ndarray) and hasattr(values, "to_numpy"):
+        values = values.to_numpy()
+    if isinstance(values, np.ndarray):
+        if values.ndim != 1:
+            raise NearfarError(f"{what} have shape {values.shape}; {_ADVICE}")
+        return values
+    return list(values)
 
 
-def _plain(value: object, at: int, what: str) -> Any:
+def _plain(value: object, at: int, what: str) -> Hashable:
     if (
         hasattr(value, "item") and getattr(value, "shape", None) == ()
     ):  # NumPy's scalars, 0-d arrays and tensors

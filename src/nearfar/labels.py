@@ -11,7 +11,6 @@ from __future__ import annotations
 import numbers
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import torch
@@ -39,7 +38,7 @@ _TEXTS = ("", "nan", "NaN", "<NA>", "NaT", "None")
 _TYPES = {"NoneType", "NAType", "NaTType", "MaskedConstant"}
 
 
-def is_missing(label: Any) -> bool:
+def is_missing(label: object) -> bool:
     """Whether one label is unknown.
 
     >>> [is_missing(label) for label in (-1, float("nan"), None, " ", "none", 0, "-1", False)]
@@ -49,7 +48,7 @@ def is_missing(label: Any) -> bool:
         return label.strip() in _TEXTS
     if type(label).__name__ in _TYPES:
         return True
-    if type(label).__name__ == "Decimal":
+    if type(label).__name__ == "Decimal" and hasattr(label, "is_nan"):
         return bool(label.is_nan() or label == MISSING)
     if isinstance(label, np.datetime64 | np.timedelta64):
         return bool(np.isnat(label))
@@ -60,7 +59,7 @@ def is_missing(label: Any) -> bool:
     )
 
 
-def label_codes(labels: object, name: str = "labels") -> tuple[NDArray[np.int64], NDArray[Any]]:
+def label_codes(labels: object, name: str = "labels") -> tuple[NDArray[np.int64], np.ndarray]:
     """A number from 0 for the class of each item, −1 where it is missing, and the classes in order.
 
     ``labels`` is a list, tuple, NumPy array, pandas column (nullable and categorical too) or tensor with one number,
@@ -99,7 +98,7 @@ def label_codes(labels: object, name: str = "labels") -> tuple[NDArray[np.int64]
     return codes, classes
 
 
-def _array(labels: object, name: str) -> NDArray[Any]:
+def _array(labels: object, name: str) -> np.ndarray:
     """The labels as an array; of objects where they are of several kinds, or where an array would hide a gap."""
     if isinstance(labels, Tensor):
         labels = labels.detach().cpu()
@@ -131,7 +130,7 @@ def _array(labels: object, name: str) -> NDArray[Any]:
     return values
 
 
-def _of_objects(values: NDArray[Any], name: str) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+def _of_objects(values: np.ndarray, name: str) -> tuple[np.ndarray, NDArray[np.bool_]]:
     """Labels one by one: as numbers where all are, otherwise as texts."""
     given = [
         label.item() if getattr(label, "ndim", None) == 0 and hasattr(label, "item") else label
@@ -147,7 +146,7 @@ def _of_objects(values: NDArray[Any], name: str) -> tuple[NDArray[Any], NDArray[
     known = [label for label, gone in zip(given, missing, strict=True) if not gone]
     whole = all(isinstance(label, numbers.Integral) for label in known)
     real = all(isinstance(label, numbers.Real) for label in known)
-    filler: Any = 0 if real else ""
+    filler: int | str = 0 if real else ""
     try:
         kind = np.int64 if whole else np.float64 if real else str
         coded = np.array(
@@ -265,7 +264,7 @@ def shared_codes(**sides: object) -> list[NDArray[np.int64]]:
         codes = np.full(len(every), -1, dtype=np.int64)
         codes[known] = np.unique(every[known], return_inverse=True)[1].reshape(-1)
         return np.split(codes, np.cumsum([len(column) for column in columns.values()])[:-1])
-    table: dict[Any, int] = {}
+    table: dict[object, int] = {}
     coded = []
     for name, column in columns.items():
         codes = np.full(len(column), -1, dtype=np.int64)
@@ -283,7 +282,7 @@ def shared_codes(**sides: object) -> list[NDArray[np.int64]]:
     return coded
 
 
-def _column(name: str, labels: object) -> NDArray[Any]:
+def _column(name: str, labels: object) -> np.ndarray:
     """Labels in int64 where they are whole numbers (−1: missing), as objects where they are not."""
     if isinstance(labels, Tensor) and labels.ndim == 1:
         check_dense(name, labels)
@@ -302,7 +301,7 @@ def _column(name: str, labels: object) -> NDArray[Any]:
     return _objects(values)
 
 
-def _numbers(name: str, array: NDArray[Any], originals: list[Any] | None = None) -> NDArray[Any]:
+def _numbers(name: str, array: np.ndarray, originals: list[object] | None = None) -> np.ndarray:
     if array.dtype.kind in "bi" or (array.dtype.kind == "u" and (not array.size or int(array.max()) < 2**63)):
         return array.astype(np.int64)
     if array.dtype.kind == "f":
@@ -315,14 +314,14 @@ def _numbers(name: str, array: NDArray[Any], originals: list[Any] | None = None)
     return _objects(array.tolist() if originals is None else originals)
 
 
-def _objects(values: list[object]) -> NDArray[Any]:
+def _objects(values: list[object]) -> np.ndarray:
     column = np.empty(len(values), dtype=object)
     for i, value in enumerate(values):
         column[i] = value
     return column
 
 
-def _same_kind(columns: Mapping[str, NDArray[Any]]) -> None:
+def _same_kind(columns: Mapping[str, np.ndarray]) -> None:
     kinds = {}
     for name, column in columns.items():
         kinds[name] = {_kind(label) for label in column.tolist() if not is_missing(label)}

@@ -231,7 +231,7 @@ def run_one(
 
     if options.exists == "skip" and folder.finished and resume is None:
         say(f"{folder}: finished before, kept")
-        if first_process and not (folder.path / "report.html").exists():
+        if first_process and options.report and not (folder.path / "report.html").exists():
             write_report(folder)
         return folder
     say(f"run {folder}")
@@ -247,11 +247,12 @@ def run_one(
     fit(system, options, folder, resume, say, None if together else console, watch)
     if not first_process:
         return folder
-    report = write_report(folder)
+    report = write_report(folder) if options.report else None
     if not together:
         for table in metrics_tables(folder):
             console.print(table)
-    say(f"report: {report}")
+    if report is not None:
+        say(f"report: {report}")
     return folder
 
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from nearfar import terminal
+
+if TYPE_CHECKING:
+    import numpy as np
+
 
 neighbors_app = typer.Typer()
 
@@ -45,7 +49,7 @@ def neighbors(
     from nearfar.data.vector_shards import shards_of_table
     from nearfar.errors import NearfarError
 
-    ids: Any = None
+    ids: np.ndarray | None = None
     vectors, beside = source, output.with_name(f"{output.name}.vectors")
     if not source.is_dir() and source.suffix.lower() != ".npy":
         if view is None:

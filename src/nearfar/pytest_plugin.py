@@ -5,13 +5,15 @@ It is loaded wherever nearfar is installed and imports nothing of it until a tes
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import pytest
 
 if TYPE_CHECKING:
-    from nearfar.verify import LossVerdict, ResumeVerdict
+    from torch import Tensor
+
+    from nearfar.verify import Loader, LossVerdict, ResumeVerdict
 
 __all__ = ["verify_loss", "verify_resume"]
 
@@ -24,11 +26,13 @@ def verify_loss() -> Callable[..., LossVerdict]:
     other processes can import, such as your package's own. Returns the verdict.
     """
 
-    def certify(fn: Callable[..., Any], ranks: int = 2, **options: Any) -> LossVerdict:
+    def certify(
+        fn: Callable[..., Tensor], ranks: int = 2, *, labels: bool = False, timeout: float = 120.0
+    ) -> LossVerdict:
         __tracebackhide__ = True
         from nearfar import verify
 
-        verdict = verify.loss(fn, ranks, **options)
+        verdict = verify.loss(fn, ranks, labels=labels, timeout=timeout)
         if not verdict.passed:
             pytest.fail(f"on {ranks} processes the gradient is not that of one: {verdict}")
         return verdict
@@ -43,11 +47,17 @@ def verify_resume() -> Callable[..., ResumeVerdict]:
     Called as ``verify_resume(make_loader, epochs=2, stops=None)``. Returns the verdict.
     """
 
-    def certify(make_loader: Callable[[], Any], **options: Any) -> ResumeVerdict:
+    def certify(
+        make_loader: Callable[[], Loader],
+        *,
+        epochs: int = 2,
+        stops: Sequence[int] | None = None,
+        most: int = 10_000,
+    ) -> ResumeVerdict:
         __tracebackhide__ = True
         from nearfar import verify
 
-        verdict = verify.resume(make_loader, **options)
+        verdict = verify.resume(make_loader, epochs=epochs, stops=stops, most=most)
         if not verdict.passed:
             pytest.fail(f"a resumed loader does not go on where it stopped: {verdict}")
         return verdict

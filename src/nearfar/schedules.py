@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Protocol
 
 from nearfar.arguments import choice, flag, number, shown
 from nearfar.errors import NearfarError, nearest_name
@@ -267,7 +267,7 @@ def _number(value: object, name: str) -> float:
     return number(name, value, text=True)
 
 
-def _listed(name: str, values: object, what: str) -> list[Any]:
+def _listed(name: str, values: object, what: str) -> list[object]:
     if (
         isinstance(values, (str, bytes, Mapping, set))
         or not isinstance(values, Iterable)

@@ -122,7 +122,16 @@ def example(command: str) -> str:
 
 #: packages that come with an extra, by the name under which they are imported
 OPTIONAL = {
-    "train": ("hydra", "jinja2", "lightning", "markupsafe", "matplotlib", "omegaconf", "scipy"),
+    "train": (
+        "hydra",
+        "jinja2",
+        "lightning",
+        "lightning_fabric",
+        "markupsafe",
+        "matplotlib",
+        "omegaconf",
+        "scipy",
+    ),
     "molecules": (
         "chemicals",
         "pandas",

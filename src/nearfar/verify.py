@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nearfar.arguments import whole_number
 from nearfar.data.cache import content_key
+from nearfar.data.files import Json
 from nearfar.errors import NearfarError
 from nearfar.training.verify_ddp import Batch, Encoder, batches, joined, start_method
 
@@ -134,7 +135,7 @@ def loss(
     )
 
 
-def _parameters(fn: Callable[..., Any]) -> int:
+def _parameters(fn: Callable[..., object]) -> int:
     target = fn.forward if isinstance(fn, torch.nn.Module) else fn
     try:
         given = inspect.signature(target).parameters.values()
@@ -260,8 +261,22 @@ class ResumeVerdict:
         return "\n".join(lines)
 
 
+class Loader(Protocol):
+    """Batches that know how far they were read, such as a ``StatefulDataLoader`` or a batch sampler of nearfar."""
+
+    def __iter__(self) -> Iterator[object]: ...
+
+    def state_dict(self) -> Json: ...
+
+    def load_state_dict(self, state: Json) -> None: ...
+
+
 def resume(
-    make_loader: Callable[[], Any], *, epochs: int = 2, stops: Sequence[int] | None = None, most: int = 10_000
+    make_loader: Callable[[], Loader],
+    *,
+    epochs: int = 2,
+    stops: Sequence[int] | None = None,
+    most: int = 10_000,
 ) -> ResumeVerdict:
     """Does a loader repeat or skip data after a resume? n batches against k, a new loader with the state, and n − k.
 
@@ -325,7 +340,7 @@ def resume(
 
 
 def _batches(
-    loader: Any, start: int, epochs: int, most: int, goes_on: bool = False
+    loader: Loader, start: int, epochs: int, most: int, goes_on: bool = False
 ) -> Iterator[tuple[str, int]]:
     """A key of each batch's content, and its epoch. ``goes_on``: a state was loaded into the first epoch."""
     for epoch in range(start, epochs):
@@ -337,7 +352,7 @@ def _batches(
             yield content_key(_plain(batch)), epoch
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     """What a key can be made of: tensors as arrays, objects by their fields."""
     if isinstance(value, Tensor):
         return value.detach().cpu().numpy()

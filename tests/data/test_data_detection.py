@@ -34,6 +34,7 @@ SMALL = [
     "image_encoder=small",
     "trainer.accelerator=cpu",
     "trainer.threads=1",
+    "report=false",
 ]
 
 

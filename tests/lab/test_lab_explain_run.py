@@ -42,7 +42,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
         ),
         *("views=[title,text]", "text_encoder.dims=16", "text_encoder.min_df=1", "text_encoder.max_df=1.0"),
         *("epochs=2", "batch_size=12", "embedding_dim=8", "bootstrap=0", "trainer.accelerator=cpu"),
-        *("trainer.threads=1", "trainer.probe_rows=0", "data.val_fraction=0.2", "data.group_column=title"),
+        *(
+            "trainer.threads=1",
+            "report=false",
+            "trainer.probe_rows=0",
+            "data.val_fraction=0.2",
+            "data.group_column=title",
+        ),
     ]
     folder = run_one(check_config(compose_config(overrides)), overrides, False, QUIET)
     assert folder is not None
@@ -84,7 +90,7 @@ def test_the_page_has_texts_and_pictures(tmp_path: Path) -> None:
             "bootstrap=0",
             "trainer.accelerator=cpu",
         ),
-        *("trainer.threads=1", "trainer.probe_rows=0", "data.val_fraction=0.2"),
+        *("trainer.threads=1", "report=false", "trainer.probe_rows=0", "data.val_fraction=0.2"),
     ]
     folder = run_one(check_config(compose_config(overrides)), overrides, False, QUIET)
     assert folder is not None

@@ -71,7 +71,13 @@ def test_the_files_of_a_system(folder: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("module_cache")
 def test_it_trains_by_the_real_command(folder: Path, tmp_path: Path) -> None:
-    small = ["epochs=1", "bootstrap=100", "trainer.accelerator=cpu", "trainer.threads=1", "name=run"]
+    small = [
+        "epochs=1",
+        "bootstrap=100",
+        "trainer.accelerator=cpu",
+        "trainer.threads=1",
+        "name=run",
+    ]
     done = command(
         "train", f"experiment={NAME}", *small, f"runs_dir={tmp_path / 'runs'}", cwd=folder, path=folder
     )

@@ -46,7 +46,13 @@ def overrides(folder: Path, *more: str) -> list[str]:
             "embedding_dim=16",
             "lr=0.01",
         ),
-        *("bootstrap=0", "trainer.accelerator=cpu", "trainer.threads=1", "trainer.probe_rows=0"),
+        *(
+            "bootstrap=0",
+            "trainer.accelerator=cpu",
+            "trainer.threads=1",
+            "report=false",
+            "trainer.probe_rows=0",
+        ),
         *("data.val_fraction=0.2", *more),
     ]
 

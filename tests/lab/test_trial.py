@@ -201,6 +201,7 @@ def test_molecules_from_the_command_line(tmp_path: Path) -> None:
         "memory=32",
         "trainer.accelerator=cpu",
         "trainer.threads=1",
+        "report=false",
     ]
     run = run_one(compose_config(overrides), overrides, False, Console(file=open("/dev/null", "w")))  # noqa: SIM115
     temperature = float(np.exp(-Checkpoint.load(run.path).model["log_scale"].item()))

@@ -227,6 +227,7 @@ SMALL = [
     "text_encoder.dims=32",
     "trainer.accelerator=cpu",
     "trainer.threads=1",
+    "report=false",
     "memory=40",
 ]
 

@@ -158,6 +158,7 @@ def test_a_run_mines_its_table_and_trains_on_what_it_mined(folder: Path, tmp_pat
             "bootstrap=0",
             "trainer.accelerator=cpu",
             "trainer.threads=1",
+            "report=false",
             "trainer.probe_rows=8",
         ),
         *("views=[question,answer]", f"runs_dir={tmp_path}", "experiment=pairs"),

@@ -76,7 +76,7 @@ def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
         "embedding_dim=8",
         "bootstrap=0",
     ]
-    overrides += ["trainer.accelerator=cpu", "trainer.threads=1", "trainer.probe_rows=0"]
+    overrides += ["trainer.accelerator=cpu", "trainer.threads=1", "report=false", "trainer.probe_rows=0"]
     folder = run_one(check_config(compose_config(overrides)), overrides, False, QUIET)
     assert folder is not None
     return folder

@@ -16,7 +16,14 @@ from nearfar.systems import build_system, check_config
 
 QUIET = Console(file=open(os.devnull, "w"))  # noqa: SIM115
 pytestmark = [pytest.mark.usefixtures("module_cache"), pytest.mark.slow]
-COMMON = ["epochs=1", "bootstrap=0", "trainer.accelerator=cpu", "trainer.threads=1", "trainer.probe_rows=0"]
+COMMON = [
+    "epochs=1",
+    "bootstrap=0",
+    "trainer.accelerator=cpu",
+    "trainer.threads=1",
+    "report=false",
+    "trainer.probe_rows=0",
+]
 
 #: options of a tiny run, the view that is searched, and what a page of hits holds
 SYSTEMS: dict[str, tuple[list[str], str, str]] = {

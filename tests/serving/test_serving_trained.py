@@ -74,7 +74,7 @@ def run(table: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
             "trainer.accelerator=cpu",
             "memory=16",
         ),
-        *("trainer.threads=1", "trainer.probe_rows=0", "towers.text.encoder=words"),
+        *("trainer.threads=1", "report=false", "trainer.probe_rows=0", "towers.text.encoder=words"),
     ]
     folder = run_one(check_config(compose_config(overrides)), overrides, False, QUIET)
     assert folder is not None
@@ -295,7 +295,14 @@ def test_pictures_in_files_are_decoded_once(
     table = pictures / "table.csv"
     overrides = [
         *("experiment=pairs", f"data.train={table}", f"runs_dir={tmp_path}", "name=own", "epochs=1"),
-        *("batch_size=8", "embedding_dim=4", "bootstrap=0", "trainer.accelerator=cpu", "trainer.threads=1"),
+        *(
+            "batch_size=8",
+            "embedding_dim=4",
+            "bootstrap=0",
+            "trainer.accelerator=cpu",
+            "trainer.threads=1",
+            "report=false",
+        ),
         *("trainer.probe_rows=0", f"image_encoder={encoder}", "text_encoder.dims=8", "text_encoder.min_df=1"),
     ]
     folder = run_one(check_config(compose_config(overrides)), overrides, False, QUIET)

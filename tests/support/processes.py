@@ -33,7 +33,7 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
     [
         "pytest",
-        "lightning.fabric",
+        "preloaded",
         "numba",
         "nearfar.cli",
         "nearfar.launch",

@@ -83,7 +83,7 @@ def train_pictures(folder: Path, *more: str, also: str = "") -> Path:
         "experiment=pairs", f"data.train={table}", f"runs_dir={folder}", "name=patches", "views=[picture,words]",
         "towers.picture.encoder=colors", "towers.picture.size=32", "text_encoder.dims=16", "text_encoder.min_df=1",
         "text_encoder.max_df=1.0", "embedding_dim=16", "epochs=8", "batch_size=24", "lr=0.02", "bootstrap=0",
-        "trainer.accelerator=cpu", "trainer.threads=1", "trainer.probe_rows=16", *more,
+        "trainer.accelerator=cpu", "trainer.threads=1", "report=false", "trainer.probe_rows=16", *more,
     ]  # fmt: skip
     run = run_one(check_config(compose_config(overrides)), overrides, False, QUIET)
     assert run is not None

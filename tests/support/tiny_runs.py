@@ -31,6 +31,7 @@ COMMON = [
     "bootstrap=100",
     "trainer.accelerator=cpu",
     "trainer.threads=1",
+    "report=false",
     "trainer.probe_rows=16",
 ]
 SMALL = {

@@ -455,7 +455,7 @@ def test_wrong_options_are_named(change: Mapping[str, Any]) -> None:
 SMALL = [
     *("experiment=molecules", "epochs=1", "batch_size=16", "embedding_dim=16", "fingerprint_hidden=32"),
     *("fingerprint_bits=128", "bootstrap=100", "text_encoder.dims=32", "trainer.accelerator=cpu"),
-    *("trainer.threads=1", "trainer.log_every=2", "name=run"),
+    *("trainer.threads=1", "report=false", "trainer.log_every=2", "name=run"),
 ]
 
 

@@ -154,7 +154,13 @@ def test_molecules_with_masks_and_a_memory(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("NEARFAR_CACHE", str(tmp_path / "cache"))
     quiet = ["dropout=0", "fingerprint_dropout=0", "input_dropout=0", "learn_temperature=true"]
     sized = ["epochs=1", "batch_size=32", "fingerprint_hidden=32", "embedding_dim=16", "memory=48"]
-    options = ["trainer.log_every=1", "trainer.probe_rows=32", "trainer.accelerator=cpu", "trainer.threads=1"]
+    options = [
+        "trainer.log_every=1",
+        "trainer.probe_rows=32",
+        "trainer.accelerator=cpu",
+        "trainer.threads=1",
+        "report=false",
+    ]
     overrides = ["experiment=molecules", *split_files(tmp_path), *quiet, *sized, *options]
     overrides += ["molecule_encoder=both", "false_negative_threshold=0.9", "sampler=random"]
     config = check_config(compose_config(overrides))

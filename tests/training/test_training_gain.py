@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from nearfar.doctor import diagnose
+from nearfar.lab.report import write_report
 from nearfar.metrics import Estimate, paired_difference
 from nearfar.training.gain import gains
 from nearfar.training.run_folder import RunFolder
@@ -96,7 +97,7 @@ def test_every_system_says_what_training_changed(system: str, tmp_path: Path) ->
     sentence = diagnose(run.path).gain
     assert sentence is not None
     assert json.loads((run.path / "doctor.json").read_text())["gain"] == sentence
-    page = (run.path / "report.html").read_text()
+    page = write_report(run).read_text()
     assert "changed by training" in page
     first = next(iter(run.log()))
     assert (first["kind"], first["step"]) == ("start", 0)

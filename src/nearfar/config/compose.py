@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
@@ -203,7 +203,7 @@ def register_configs(*chosen: str) -> None:
         store.store(
             group="system", name=system, node=default_values(options_class(system)), package="_global_"
         )
-    stored: dict[tuple[str, str], Mapping[str, Any]] = {}
+    stored: dict[tuple[str, str], Mapping[str, object]] = {}
     for system in chosen:
         for group, variants in variants_of(options_class(system)).items():
             for name, values in variants.items():
@@ -286,7 +286,7 @@ def _compose(name: str, system: str | None, overrides: Sequence[str] = ()) -> Di
         return compose(name, overrides=[*overrides, *searchpath()])
 
 
-def read_config(config: Any, *, saved: bool = False) -> RunOptions:
+def read_config(config: RunOptions | Mapping[str, object], *, saved: bool = False) -> RunOptions:
     """The typed options of a composed configuration, or of that of a ``saved`` run; every value is checked."""
     if isinstance(config, RunOptions):
         return config
@@ -342,7 +342,7 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
 
 
 # -- configurations of runs ----------------------------------------------------------------------------------
-def flatten(config: Any, prefix: str = "") -> Json:
+def flatten(config: RunOptions | Mapping[str, object], prefix: str = "") -> Json:
     """Nested configuration to dotted keys.
 
     >>> flatten({"lr": 0.1, "data": {"train": None}})
@@ -351,7 +351,7 @@ def flatten(config: Any, prefix: str = "") -> Json:
     flat: Json = {}
     for key, value in (to_dict(config) if is_dataclass(config) else config).items():
         if isinstance(value, Mapping) or hasattr(value, "items"):
-            flat |= flatten(value, f"{prefix}{key}.")
+            flat |= flatten(cast(Mapping[str, object], value), f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = (
                 list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
@@ -359,7 +359,7 @@ def flatten(config: Any, prefix: str = "") -> Json:
     return flat
 
 
-def saved_values(config: Any) -> Any:
+def saved_values(config: Mapping[str, object]) -> Mapping[str, object]:
     """The configuration of a saved run as this version would save it: later options filled in, aliases resolved.
 
     One that this version cannot read, such as that of a system that is not installed, stays as it is: what differs is
@@ -373,7 +373,9 @@ def saved_values(config: Any) -> Any:
         return config
 
 
-def changed_values(before: object, after: object) -> dict[str, list[Any]]:
+def changed_values(
+    before: RunOptions | Mapping[str, object], after: RunOptions | Mapping[str, object]
+) -> dict[str, list[object]]:
     """The keys whose value differs, with both values; keys that do not belong to the computation left out.
 
     >>> changed_values({"lr": 0.1, "name": "a"}, {"lr": 0.2, "name": "b"})
@@ -388,7 +390,7 @@ def changed_values(before: object, after: object) -> dict[str, list[Any]]:
     }
 
 
-def override_config(config: Any, overrides: Sequence[str]) -> DictConfig:
+def override_config(config: RunOptions | DictConfig | Json, overrides: Sequence[str]) -> DictConfig:
     """A copy of a run's configuration under ``overrides``, each ``key=value`` with the value in YAML.
 
     ``nearfar train`` composes a configuration from files, which may have changed since a run was trained. What is to
@@ -434,7 +436,7 @@ def override_config(config: Any, overrides: Sequence[str]) -> DictConfig:
     return copy
 
 
-def _yaml_value(text: str) -> Any:
+def _yaml_value(text: str) -> object:
     try:
         content = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text.partition('=')[2]}"]))
     except (OmegaConfBaseException, YAMLError, ValueError) as error:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from nearfar.config.options import column, fraction, group, option, path, raw_group
 from nearfar.config.rules import Encoding, shown
 from nearfar.config.views import ViewOptions
+from nearfar.data.files import Json
 from nearfar.errors import NearfarError
 
 __all__ = ["LabelledDataOptions", "LabelledOptions"]
@@ -74,7 +75,7 @@ class LabelledOptions(ViewOptions):
         None, "the column that is embedded; null: the one beside labels, ids and groups"
     )
     label: str | None = option(None, "the column of labels; null: the one called label, labels or class")
-    tower: dict[str, Any] = option(
+    tower: Json = option(
         {},
         "what differs from the encoder of its kind: tower.size=64; tower.tower=KIND for a different kind",
         rule=_TowerOptions(),
@@ -90,12 +91,8 @@ class LabelledOptions(ViewOptions):
     knn: int = option(5, "nearest training items whose vote is judged", least=1)
 
     data: LabelledDataOptions = group(labelled=LabelledDataOptions(), help="items with one view and labels")
-    text_encoder: dict[str, Any] = raw_group(
-        {"kind": "ngram"}, "encoder of a view of texts", models=("model",)
-    )
-    image_encoder: dict[str, Any] = raw_group(
-        {"kind": "small"}, "encoder of a view of pictures", models=("name",)
-    )
+    text_encoder: Json = raw_group({"kind": "ngram"}, "encoder of a view of texts", models=("model",))
+    image_encoder: Json = raw_group({"kind": "small"}, "encoder of a view of pictures", models=("name",))
 
     def check(self) -> None:
         super().check()

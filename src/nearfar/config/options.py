@@ -65,7 +65,7 @@ class Option:
 
     rule: Rule
     help: str
-    default: Any
+    default: object
     role: Role = "result"
     place: Place | None = None
 
@@ -78,9 +78,12 @@ class _Declared:
     role: Role | None = None
     place: Place | None = None
     rule: Rule | None = None
-    bounds: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    variants: Mapping[str, Any] | None = None
+    least: float | None = None
+    most: float | None = None
+    inside: bool = False
+    variants: Mapping[str, object] | None = None
     raw: bool = False
+    models: tuple[str, ...] = ()
 
 
 def option(
@@ -105,8 +108,7 @@ def option(
     Traceback (most recent call last):
     nearfar.errors.NearfarError: epochs=0 is out of range: at least 1.
     """
-    bounds = {"least": least, "most": most, "inside": inside}
-    return _field(default, _Declared(help, role, None, rule, bounds))
+    return _field(default, _Declared(help, role, None, rule, least, most, inside))
 
 
 def fraction(default: float, help: str, *, role: Role | None = None) -> float:
@@ -153,7 +155,7 @@ def raw_group(default: Json, help: str, *, models: Sequence[str] = (), role: Rol
 
     ``models``: those of them that name a model, on a hub or in a folder.
     """
-    return _field(dict(default), _Declared(help, role, raw=True, bounds={"models": tuple(models)}))
+    return _field(dict(default), _Declared(help, role, raw=True, models=tuple(models)))
 
 
 def _field(default: T, declared: _Declared) -> T:
@@ -180,8 +182,8 @@ class _Field:
 
     name: str
     declared: _Declared
-    default: Any
-    hint: Any
+    default: object
+    hint: object
 
     @property
     def classes(self) -> tuple[type, ...]:
@@ -191,7 +193,7 @@ class _Field:
 
     @property
     def rule(self) -> Rule:
-        return self.declared.rule or _rule_of(self.hint, self.declared.bounds, self.name)
+        return self.declared.rule or _rule_of(self.hint, self.declared, self.name)
 
 
 def _declared_fields(cls: Any) -> tuple[_Field, ...]:
@@ -217,20 +219,20 @@ def _declared_fields(cls: Any) -> tuple[_Field, ...]:
     return tuple(fields)
 
 
-_fields: Callable[[Any], tuple[_Field, ...]] = cache(_declared_fields)
+_fields: Callable[[type], tuple[_Field, ...]] = cache(_declared_fields)
 
 
-def _rule_of(hint: Any, bounds: Mapping[str, Any], name: str) -> Rule:
+def _rule_of(hint: object, declared: _Declared, name: str) -> Rule:
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         rest = [each for each in arguments if each is not type(None)]
         if len(rest) == 1 and len(rest) < len(arguments):
-            rule: Any = _rule_of(rest[0], bounds, name)
+            rule: Any = _rule_of(rest[0], declared, name)
             return dataclasses.replace(rule, optional=True)
     elif origin is Literal:
         return Choice(arguments)
     elif hint in (int, float):
-        return Number(bounds["least"], bounds["most"], whole=hint is int, inside=bounds["inside"])
+        return Number(declared.least, declared.most, whole=hint is int, inside=declared.inside)
     elif hint is bool:
         return Switch()
     elif hint is str:
@@ -260,7 +262,7 @@ def options_of(
                         yield key, nested
         elif declared.raw:
             yield name, Option(Text(), declared.help, default, inherited)
-            for key in declared.bounds["models"]:
+            for key in declared.models:
                 yield f"{name}.{key}", Option(Text(), declared.help, None, inherited, "model")
         else:
             yield name, Option(each.rule, declared.help, default, inherited, declared.place)
@@ -279,10 +281,10 @@ def option_table(cls: type) -> Mapping[str, Option]:
     return _tables(cls)
 
 
-_tables: Callable[[Any], Mapping[str, Option]] = cache(lambda cls: dict(options_of(cls)))
+_tables: Callable[[type], Mapping[str, Option]] = cache(lambda cls: dict(options_of(cls)))
 
 
-def variants_of(cls: type) -> dict[str, Mapping[str, Any]]:
+def variants_of(cls: type) -> dict[str, Json]:
     """The groups of a dataclass and the named variants of each, as plain values: what Hydra chooses from."""
     return {
         each.name: {name: to_dict(value) for name, value in each.declared.variants.items()}
@@ -312,6 +314,7 @@ def declared_groups(cls: type) -> dict[str, GroupOf]:
     for each in _fields(cls):
         declared = each.declared
         if declared.raw:
+            assert isinstance(each.default, Mapping)
             groups[each.name] = GroupOf(str(each.default.get("kind")), (), declared.help, True)
         elif declared.variants is not None:
             names = tuple(declared.variants)
@@ -373,7 +376,7 @@ def take_alias(options: object, alias: str, name: str) -> None:
 
 
 # -- reading -------------------------------------------------------------------------------------------------
-def read_options(cls: type[T], config: object, *, saved: bool = False) -> T:
+def read_options(cls: type[T], config: Mapping[str, object], *, saved: bool = False) -> T:
     """The options that a composed configuration holds, each checked by its rule, and all by ``check`` of ``cls``.
 
     Of the configuration of a ``saved`` run, options that came after it was trained have their defaults, and those that
@@ -388,7 +391,7 @@ def read_options(cls: type[T], config: object, *, saved: bool = False) -> T:
     return options
 
 
-def _read(cls: type[T], config: Any, prefix: str, saved: bool, fill: bool) -> T:
+def _read(cls: type[T], config: Mapping[str, object], prefix: str, saved: bool, fill: bool) -> T:
     """``fill``: options that are not there have their defaults; otherwise they are an error."""
     values: Json = {}
     for each in _fields(cls):
@@ -423,25 +426,25 @@ def _check_unknown(cls: type, unknown: Sequence[str], prefix: str, saved: bool) 
     raise NearfarError(f"there is no option '{unknown[0]}'{of}: {nearest_name(unknown[0], known)}")
 
 
-def _read_raw(value: Any, name: str) -> Json:
-    _require_group(value, name, "kind")
-    Text().check(f"{name}.kind", value.get("kind"))
-    return {str(key): each for key, each in value.items()}
+def _read_raw(value: object, name: str) -> Json:
+    given = _group_values(value, name, "kind")
+    Text().check(f"{name}.kind", given.get("kind"))
+    return {str(key): each for key, each in given.items()}
 
 
-def _read_group(each: _Field, value: Any, name: str, saved: bool, fill: bool) -> Any:
+def _read_group(each: _Field, value: object, name: str, saved: bool, fill: bool) -> object:
     tag = _tag(each.classes)
-    _require_group(value, name, tag or _fields(each.classes[0])[0].name)
+    given = _group_values(value, name, tag or _fields(each.classes[0])[0].name)
     if tag is None or len(each.classes) == 1:
-        return _read(each.classes[0], value, f"{name}.", saved, fill)
+        return _read(each.classes[0], given, f"{name}.", saved, fill)
     kinds = {choice: cls for cls in each.classes for choice in get_args(typing.get_type_hints(cls)[tag])}
-    choice = value.get(tag)
+    choice = given.get(tag)
     Choice(tuple(kinds)).check(f"{name}.{tag}", choice)
     cls = kinds[choice]
     own = {field.name for field in _fields(cls)}
     foreign = [
         key
-        for key in value
+        for key in given
         if key not in own and any(key == f.name for c in each.classes for f in _fields(c))
     ]
     if foreign and not saved:
@@ -454,7 +457,7 @@ def _read_group(each: _Field, value: Any, name: str, saved: bool, fill: bool) ->
             f"{name}.{foreign[0]} has no effect with {name}.{tag}={choice}; it belongs to {' or '.join(owners)}."
         )
     # A variant that is chosen by its tag alone has the defaults of its other options.
-    return _read(cls, value, f"{name}.", saved, True)
+    return _read(cls, given, f"{name}.", saved, True)
 
 
 def _tag(classes: Sequence[type]) -> str | None:
@@ -465,17 +468,18 @@ def _tag(classes: Sequence[type]) -> str | None:
     return None
 
 
-def _require_group(value: object, name: str, example: str) -> None:
+def _group_values(value: object, name: str, example: str) -> Mapping[str, object]:
     if not isinstance(value, Mapping):
         raise NearfarError(
             f"{name}={shown(value)}: a group of options is needed here ({name}.{example} is one of them)."
         )
+    return value
 
 
 _ABSENT = object()
 
 
-def _value(config: Any, key: str, name: str) -> Any:
+def _value(config: Mapping[str, object], key: str, name: str) -> object:
     """A value without anything of OmegaConf's, or ``_ABSENT``."""
     try:
         if key not in config and not (OmegaConf.is_config(config) and OmegaConf.is_missing(config, key)):

@@ -5,19 +5,20 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Generic, Literal, TypeVar, cast
 
 from nearfar.config.options import group, group_variants, option, path
 from nearfar.config.registry import options_class, systems
 from nearfar.config.rules import Scheduled
 from nearfar.config.training import RunOptions
+from nearfar.data.files import Json
 from nearfar.errors import NearfarError
 from nearfar.schedules import schedule
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from nearfar.batching import BatchSampler, Neighbors
+    from nearfar.batching import BatchSampler, HardNegativeSampler, Neighbors
 
 __all__ = [
     "HardBatchOptions",
@@ -29,6 +30,10 @@ __all__ = [
     "random",
     "spatial",
 ]
+
+
+#: the options of the runs that a sampler is for
+Options = TypeVar("Options", bound=RunOptions)
 
 
 @dataclass
@@ -46,17 +51,17 @@ class Items:
 
 
 @dataclass
-class SamplerOptions(ABC):
+class SamplerOptions(ABC, Generic[Options]):
     """A choice of sampler; ``composes_hard_batches``: whether its batches are meant to be harder than random ones."""
 
     composes_hard_batches: ClassVar[bool] = False
     name: str = option("", "the sampler")
 
     @abstractmethod
-    def build(self, options: Any, items: Items) -> BatchSampler:
+    def build(self, options: Options, items: Items) -> BatchSampler:
         """The sampler of a run with these ``options``; ``NearfarError`` where the items lack what it needs."""
 
-    def begin_epoch(self, options: Any, sampler: Any, epoch: int) -> dict[str, float]:
+    def begin_epoch(self, options: Options, sampler: object, epoch: int) -> dict[str, float]:
         """Apply the schedules of an epoch, counted from 0; what was set goes into the log."""
         return {}
 
@@ -67,7 +72,7 @@ class SamplerOptions(ABC):
 
 
 @dataclass
-class NeighborSampler(SamplerOptions):
+class NeighborSampler(SamplerOptions["HardBatchOptions"]):
     """Options of samplers whose batches are made of neighbours."""
 
     composes_hard_batches: ClassVar[bool] = True
@@ -83,7 +88,7 @@ class NeighborSampler(SamplerOptions):
 
 
 @dataclass
-class RandomSampler(SamplerOptions):
+class RandomSampler(SamplerOptions[RunOptions]):
     """Every item once an epoch, in random order."""
 
     name: Literal["random"] = "random"
@@ -95,7 +100,7 @@ class RandomSampler(SamplerOptions):
 
 
 @dataclass
-class BalancedSampler(SamplerOptions):
+class BalancedSampler(SamplerOptions[RunOptions]):
     """As many items of each class in a batch."""
 
     name: Literal["balanced"] = "balanced"
@@ -135,10 +140,11 @@ class HardSampler(NeighborSampler):
             seed=options.seed,
         )
 
-    def begin_epoch(self, options: HardBatchOptions, sampler: Any, epoch: int) -> dict[str, float]:
-        sampler.hard_ratio = options.scheduled("hard_ratio", epoch)
-        sampler.hardness_k = int(options.scheduled("hardness_k", epoch))
-        return {"hard_ratio": sampler.hard_ratio, "hardness_k": sampler.hardness_k}
+    def begin_epoch(self, options: HardBatchOptions, sampler: object, epoch: int) -> dict[str, float]:
+        hard = cast("HardNegativeSampler", sampler)
+        hard.hard_ratio = options.scheduled("hard_ratio", epoch)
+        hard.hardness_k = int(options.scheduled("hardness_k", epoch))
+        return {"hard_ratio": hard.hard_ratio, "hardness_k": hard.hardness_k}
 
 
 @dataclass
@@ -162,7 +168,7 @@ class PartitionSampler(NeighborSampler):
 
 
 @dataclass
-class SpatialSampler(SamplerOptions):
+class SpatialSampler(SamplerOptions[RunOptions]):
     """Compact tiles of slides, mixed over slides: neighbours share a batch."""
 
     name: Literal["spatial"] = "spatial"
@@ -199,13 +205,13 @@ def sampler_choices(system: str) -> Mapping[str, SamplerOptions]:
 class HardBatchOptions(RunOptions):
     """Options of systems whose batches may be hard: what ``sampler=hard`` and ``sampler=partition`` follow."""
 
-    hard_ratio: Any = option(
+    hard_ratio: float | str | Json = option(
         0.5,
         'of sampler=hard: share of a batch that is hard, the pivot counted in; "0.3 -> 0.6" is a schedule',
         rule=Scheduled(0, 1, what="a share of the batch"),
         role="batches",
     )
-    hardness_k: Any = option(
+    hardness_k: int | str | Json = option(
         100,
         "nearest neighbours that hard items are drawn from",
         rule=Scheduled(1, whole=True, what="a whole number of neighbours"),

@@ -175,6 +175,9 @@ class RunOptions:
     logger: str | list[str] | None = option(
         None, "loggers beside train_log.jsonl: tensorboard, mlflow, wandb", rule=_Loggers(), role="place"
     )
+    report: bool = option(
+        True, "write report.html at the end; `nearfar report RUN` writes it at any time", role="place"
+    )
     overrides: list[str] = option(
         [], "what the run was composed with; nearfar writes it", rule=_Overrides(), role="place"
     )

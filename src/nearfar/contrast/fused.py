@@ -11,7 +11,7 @@ import functools
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -215,8 +215,8 @@ def _statistics(keys: int, hardest: Tensor, positive: Tensor | None, count: Tens
 
 def fused_results(
     a: Tensor, b: Tensor, scale: Tensor, setting: Setting, half: bool, blocks: Blocks
-) -> list[tuple[Any, ...]]:
+) -> list[tuple[Tensor, Tensor, None, None, Statistics]]:
     """``rest``, ``positive``, no excess and no mean logit, and the statistics of each direction."""
     statistics: list[Statistics] = []
-    flat: Any = FusedLogSums.apply(a, b, scale, setting, half, blocks, statistics)
+    flat: tuple[Tensor, ...] = FusedLogSums.apply(a, b, scale, setting, half, blocks, statistics)
     return [(flat[2 * i], flat[2 * i + 1], None, None, each) for i, each in enumerate(statistics)]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -39,7 +39,7 @@ class Field(Protocol):
 
     def __len__(self) -> int: ...
 
-    def to(self: Self, device: Any, *, non_blocking: bool = False) -> Self: ...
+    def to(self: Self, device: torch.device | str, *, non_blocking: bool = False) -> Self: ...
 
     def pin_memory(self: Self) -> Self: ...
 
@@ -130,11 +130,16 @@ class Batch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """Every field on a different device."""
-        return self._each(lambda part: part.to(device, non_blocking=non_blocking))
+        return Batch(
+            self.positions.to(device, non_blocking=non_blocking),
+            {name: field.to(device, non_blocking=non_blocking) for name, field in self.fields.items()},
+        )
 
     def pin_memory(self) -> Batch:
         """Every field in pinned memory, from which copies to a GPU need not wait."""
-        return self._each(lambda part: part.pin_memory())
+        return Batch(
+            self.positions.pin_memory(), {name: field.pin_memory() for name, field in self.fields.items()}
+        )
 
     def split(self, rows: int) -> list[Batch]:
         """The batch in parts of at most ``rows`` rows, in order."""
@@ -147,9 +152,6 @@ class Batch:
     def replaced(self, **fields: Field) -> Batch:
         """The batch with some fields changed or added."""
         return replace(self, fields={**self.fields, **fields})
-
-    def _each(self, move: Callable[[Any], Any]) -> Batch:
-        return Batch(move(self.positions), {name: move(field) for name, field in self.fields.items()})
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from nearfar.data.column_kinds import without_placeholders
 from nearfar.data.delimited import read_delimited, read_further, require_text_encoding
+from nearfar.data.files import Json
 from nearfar.data.items import Column, Items
 from nearfar.data.sources import read_items
 from nearfar.data.table_formats import PARQUET_SUFFIXES, full_suffix, parquet_header, read_json
@@ -207,7 +207,7 @@ class _Header:
 
     def items(self, raw: RawTable) -> Items:
         """The rows of a table of text."""
-        notes: dict[str, Any] = {"reading": list(raw.notes)} if raw.notes else {}
+        notes: Json = {"reading": list(raw.notes)} if raw.notes else {}
         names = dict.fromkeys(self.header if self.source.others else self.needed)
         values: dict[str, Column] = {
             name: without_placeholders(name, raw.column(self.header.index(name)), notes) for name in names

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Int
@@ -13,14 +13,15 @@ from jaxtyping import Int
 from nearfar.errors import NearfarError
 from nearfar.labels import is_missing
 
+if TYPE_CHECKING:
+    from nearfar.data.items import Column
+
 __all__ = ["Classes", "class_codes", "item_labels"]
 
 Labels = tuple[str, ...]
 
 
-def item_labels(
-    values: Sequence[object] | np.ndarray, name: str = "label", separator: str | None = ";"
-) -> list[Labels]:
+def item_labels(values: Column, name: str = "label", separator: str | None = ";") -> list[Labels]:
     """The labels of each item as texts; none where they are missing (None, NaN, −1, an empty cell or list).
 
     A value is a text, a whole number, or a list of these; ``separator`` parts several labels in one text.
@@ -114,7 +115,7 @@ def class_codes(labels: Mapping[str, Sequence[Labels]], several: bool) -> Classe
     return Classes(names, known, codes, several)
 
 
-def _ordered(names: Any) -> list[str]:
+def _ordered(names: Iterable[str]) -> list[str]:
     """Texts in alphabetical order, whole numbers by size."""
     try:
         return sorted(names, key=int)

@@ -6,7 +6,7 @@ import mmap
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -77,7 +77,7 @@ def _around(polygons: list[object]) -> list[float]:
     return [min(x), min(y), max(x) - min(x), max(y) - min(y)]
 
 
-def _flat(part: object) -> list[Any]:
+def _flat(part: object) -> list[object]:
     if not isinstance(part, list):
         raise NoBoxError("no bbox, and no polygon of numbers")
     return [v for point in part for v in point] if part and isinstance(part[0], list) else part

@@ -7,7 +7,6 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -26,7 +25,7 @@ def box_rows(
     labels: Int[Tensor, "n q"],
     classes: Sequence[str],
     items: Items,
-) -> dict[str, list[Any]]:
+) -> dict[str, list[object]]:
     """A row for each box, in pixels of its picture; best first, picture by picture.
 
     Args:
@@ -51,7 +50,7 @@ def box_rows(
         "width",
         "height",
     )
-    columns: dict[str, list[Any]] = {name: [] for name in names}
+    columns: dict[str, list[object]] = {name: [] for name in names}
     for at, (own, score, label) in enumerate(
         zip(corners, scores.double().numpy(), labels.numpy(), strict=True)
     ):
@@ -66,7 +65,7 @@ def box_rows(
     return columns
 
 
-def category_ids(classes: Sequence[str], given: Mapping[str, object]) -> dict[str, Any]:
+def category_ids(classes: Sequence[str], given: Mapping[str, object]) -> dict[str, object]:
     """An id for each class: that of the COCO file, else a number that it does not use.
 
     >>> category_ids(["cat", "dog"], {}), category_ids(["cat", "dog"], {"dog": 18})
@@ -77,7 +76,7 @@ def category_ids(classes: Sequence[str], given: Mapping[str, object]) -> dict[st
     plain = {name.casefold(): value for name, value in given.items()}
     numbers = [value for value in given.values() if isinstance(value, int)]
     free = max(numbers, default=0) + 1
-    ids: dict[str, Any] = {}
+    ids: dict[str, object] = {}
     for name in classes:
         if name.casefold() in plain:
             ids[name] = plain[name.casefold()]

@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import Int
@@ -211,7 +210,7 @@ def usable_boxes(
     kept = _Kept()
     positions = {key: position for position, key in enumerate(pictures.rows)}
     labels = {name: label for label, name in enumerate(names.wanted)}
-    seen = set[tuple[Any, ...]]()
+    seen = set[tuple[object, ...]]()
     for number, row in enumerate(rows, 1):
         key, category, shown = pictures.key(row), row_key(row.get("category_id")), row.get("bbox")
         if key is None or key not in positions:

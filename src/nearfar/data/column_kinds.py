@@ -8,10 +8,10 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from nearfar.data.files import Json
 from nearfar.data.items import Column
 from nearfar.data.tables import is_placeholder
 from nearfar.errors import NearfarError
@@ -31,9 +31,9 @@ Reasons = list[str | None]
 """For each row why it is rejected, or None."""
 
 
-def without_placeholders(name: str, values: Sequence[object], notes: dict[str, Any]) -> list[Any]:
+def without_placeholders(name: str, values: Sequence[object], notes: Json) -> list[object]:
     """Texts without blanks around them; empty ones, and words for *missing*, are None."""
-    texts: list[Any] = []
+    texts: list[object] = []
     words: Counter[str] = Counter()
     for value in values:
         if not isinstance(value, str):
@@ -50,7 +50,7 @@ def without_placeholders(name: str, values: Sequence[object], notes: dict[str, A
 
 
 def typed(
-    source: str, name: str, values: list[Any], folder: Path | None, asked: bool, about: dict[str, Any]
+    source: str, name: str, values: Sequence[object], folder: Path | None, asked: bool, about: Json
 ) -> tuple[Column, Reasons | None]:
     """A column of texts as vectors or paths of pictures, where nearly all of its values are such."""
     texts = [value for value in values if isinstance(value, str)]
@@ -64,12 +64,12 @@ def typed(
     return values, None
 
 
-def _listed(values: list[Any], name: str, about: dict[str, Any]) -> tuple[Column, Reasons | None]:
+def _listed(values: Sequence[object], name: str, about: Json) -> tuple[Column, Reasons | None]:
     """Texts in square brackets: lists of numbers are vectors, lists of words are texts joined by ``; ``."""
     vectors: list[np.ndarray | None] = []
     reasons: Reasons = []
     for value in values:
-        vector = _numbers(value) if value is not None else None
+        vector = _numbers(str(value)) if value is not None else None
         vectors.append(vector)
         reasons.append("no list of numbers" if value is not None and vector is None else None)
     wrong = sum(reason is not None for reason in reasons)
@@ -130,13 +130,13 @@ def stack_vectors(vectors: Sequence[np.ndarray | None]) -> tuple[Column, Reasons
 
 
 def _pictures(
-    source: str, name: str, values: list[Any], folder: Path, asked: bool, about: dict[str, Any]
+    source: str, name: str, values: Sequence[object], folder: Path, asked: bool, about: Json
 ) -> tuple[Column, Reasons | None]:
     """Paths of pictures that are on disk; the others get a reason."""
-    known: dict[str, str | None] = {None: None}  # type: ignore[dict-item]
+    known: dict[object, str | None] = {None: None}
     for value in values:
         if value not in known:
-            known[value] = _picture(value, folder)
+            known[value] = _picture(str(value), folder)
     paths = [known[value] for value in values]
     missing = [value for value in values if value is not None and known[value] is None]
     if missing and not any(paths):
@@ -144,7 +144,7 @@ def _pictures(
         if not asked:
             about.setdefault("pictures that are not here", []).append(name)
             return values, None
-        if "://" in missing[0]:
+        if "://" in str(missing[0]):
             raise NearfarError(
                 f"{source}: the column '{name}' holds addresses ({shown}): load the pictures to disk and "
                 "name the files."

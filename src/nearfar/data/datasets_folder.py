@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 from nearfar.data.files import Maybe, read_json
 from nearfar.data.items import Items
 from nearfar.data.table_items import Wanted, choose
 from nearfar.data.typed_tables import arrow_items
 from nearfar.errors import NearfarError
+
+if TYPE_CHECKING:
+    import pyarrow
 
 __all__ = ["dataset_items", "dataset_splits", "hub_items", "hub_name", "hub_splits"]
 
@@ -72,7 +76,7 @@ def dataset_items(
         ) from None
 
 
-def _stream(file: Path) -> tuple[list[str], Any]:
+def _stream(file: Path) -> tuple[list[str], Iterable[pyarrow.RecordBatch]]:
     """The column names and a reader of an Arrow file, as a stream or with an index at its end."""
     import pyarrow
 
@@ -87,7 +91,7 @@ def _stream(file: Path) -> tuple[list[str], Any]:
         return list(reader.schema.names), batches
 
 
-def _batches(files: Sequence[Path]) -> Iterator[Any]:
+def _batches(files: Sequence[Path]) -> Iterator[pyarrow.Table]:
     import pyarrow
 
     for file in files:
@@ -156,7 +160,7 @@ def _parts(text: str) -> tuple[str, str | None, str | None]:
     return known
 
 
-def _datasets(text: str) -> Any:
+def _datasets(text: str) -> ModuleType:
     try:
         import datasets
     except ImportError:

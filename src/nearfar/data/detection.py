@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,8 +15,11 @@ from torch import Tensor
 from nearfar.data.batch import Batch, Draw, Inputs, ItemDataset, Rows
 from nearfar.data.coco import CocoSplit
 from nearfar.data.images import crop, read_image, resize, stack
-from nearfar.data.photos import File, Photo
+from nearfar.data.photos import File, Photo, as_photo
 from nearfar.data.true_boxes import Target, Targets, TrueBoxes, relative_boxes, target_of, true_targets
+
+if TYPE_CHECKING:
+    from nearfar.data.items import Column
 
 __all__ = ["KeptView", "PicturesAt", "View", "detection_dataset", "make_view", "new_picture_dataset", "show"]
 
@@ -191,7 +194,9 @@ def detection_dataset(
     return ItemDataset(inputs, seed=seed)
 
 
-def new_picture_dataset(photos: Sequence[Any] | np.ndarray, size: int) -> ItemDataset:
+def new_picture_dataset(photos: Column, size: int) -> ItemDataset:
     """New pictures (see `Photo`) at ``size`` × ``size`` pixels, without true boxes."""
     targets = [Target.none() for _ in photos]
-    return ItemDataset({"targets": TrueBoxes(targets), "pixels": PicturesAt(list(photos), size)})
+    return ItemDataset(
+        {"targets": TrueBoxes(targets), "pixels": PicturesAt([as_photo(photo) for photo in photos], size)}
+    )

@@ -14,11 +14,11 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 
 from nearfar.data.cache import cache_dir, content_key
+from nearfar.data.files import Json
 from nearfar.data.items import Items
 from nearfar.errors import NearfarError
 
@@ -99,7 +99,7 @@ def _bare(code: str) -> str:
     return "-".join(part for part in code.split("-") if part != "FE0F")
 
 
-def _names(about: dict[str, Any]) -> list[str]:
+def _names(about: Json) -> list[str]:
     """The names of an emoji, without those that hold no word (+1)."""
     raw = [about["en"], *about.get("alias", [])]
     plain = [" ".join(name.strip(":").replace("_", " ").replace("-", " ").split()) for name in raw]

@@ -13,7 +13,7 @@ import stat
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -232,7 +232,7 @@ def read_array(file: BinaryIO, size: int) -> np.ndarray:
 class Maybe:
     """A field that may be absent or null."""
 
-    shape: Any
+    shape: object
 
 
 def check_shape(value: object, shape: object, where: str) -> None:
@@ -291,7 +291,7 @@ _WORDS = {
 }
 
 
-def _first(problems: Any) -> str | None:
+def _first(problems: Iterable[str | None]) -> str | None:
     return next((problem for problem in problems if problem), None)
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 from nearfar.data.column_kinds import PICTURE_SUFFIXES
-from nearfar.data.items import Items
+from nearfar.data.files import Json
+from nearfar.data.items import Column, Items
 from nearfar.data.picture_files import walk_files
 from nearfar.errors import NearfarError
 
@@ -48,10 +48,10 @@ def image_folder_items(folder: Path) -> Items:
         )
     inner = [path.relative_to(folder) for path in paths]
     labels = [place.parts[0] if len(place.parts) > 1 else None for place in inner]
-    columns: dict[str, Any] = {"image": [str(path) for path in paths], "label": labels}
+    columns: dict[str, Column] = {"image": [str(path) for path in paths], "label": labels}
     if any(len(place.parts) > 2 for place in inner):
         columns["folder"] = [place.parent.as_posix() if len(place.parts) > 1 else None for place in inner]
-    notes: dict[str, Any] = {}
+    notes: Json = {}
     if others:
         notes["files that are no pictures"] = dict(others)
     without = labels.count(None)

@@ -8,7 +8,8 @@ import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import UInt8
@@ -159,10 +160,8 @@ def resize(pixels: UInt8[np.ndarray, "h w 3"], size: tuple[int, int]) -> UInt8[n
     return crop(pixels, (0, 0, pixels.shape[1], pixels.shape[0]), size)
 
 
-def thumbnail(
-    value: str | Path | UInt8[np.ndarray, "h w 3"] | UInt8[np.ndarray, "h w"], side: int = 160
-) -> bytes:
-    """A picture, of a file or an array, as the bytes of a PNG of at most ``side`` pixels a side.
+def thumbnail(value: object, side: int = 160) -> bytes:
+    """A picture, of a file or an array (h, w, 3) or (h, w), as the bytes of a PNG of at most ``side`` pixels a side.
 
     >>> thumbnail(np.zeros((400, 200, 3), np.uint8), side=20)[:4]
     b'\\x89PNG'
@@ -243,7 +242,7 @@ def _opened(path: Path) -> Image.Image:
     return image
 
 
-def _formats(pillow: Any) -> list[str]:
+def _formats(pillow: ModuleType) -> list[str]:
     """Those of FORMATS that this Pillow was built with."""
     pillow.init()
     return [name for name in FORMATS if name in pillow.OPEN]
@@ -262,7 +261,7 @@ def _no_picture(path: Path) -> str:
     return f"{path} is no picture that can be read, or its beginning is damaged."
 
 
-def _rgb(image: Any, path: Path | str) -> Any:
+def _rgb(image: Image.Image, path: Path | str) -> Image.Image | UInt8[np.ndarray, "h w 3"]:
     _check_mode(image, path)
     if image.mode.startswith("I;16"):
         values = np.asarray(image)
@@ -278,7 +277,7 @@ def _rgb(image: Any, path: Path | str) -> Any:
     return image.convert("RGB")
 
 
-def _check_mode(image: Any, path: Path | str) -> None:
+def _check_mode(image: Image.Image, path: Path | str) -> None:
     if image.mode in ("I", "F"):
         raise NearfarError(
             f"{path} holds 32-bit values (mode {image.mode}), whose range a picture does not say: convert it to "

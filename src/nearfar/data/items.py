@@ -6,12 +6,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 from jaxtyping import Bool, Int
 
 from nearfar.data.cache import content_key
+from nearfar.data.files import Json
 from nearfar.data.rejections import Rejections
 from nearfar.data.splits import split_hash
 from nearfar.errors import NearfarError, nearest_name
@@ -28,7 +29,7 @@ __all__ = [
 ]
 
 #: the values of a column: a text, a path, … for each item, None where it has none; or an array (n, …) of numbers
-Column = Sequence[Any] | np.ndarray
+Column = Sequence[object] | np.ndarray
 
 
 @dataclass
@@ -50,10 +51,10 @@ class Items:
     ids: list[str]
     columns: dict[str, Column]
     source: str = "items"
-    groups: Sequence[Any] | np.ndarray | None = None
+    groups: Column | None = None
     rows: list[int] | None = None
     rejections: Rejections = field(default_factory=Rejections)
-    notes: dict[str, Any] = field(default_factory=dict)
+    notes: Json = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         lengths = {name: len(values) for name, values in self.columns.items()}
@@ -126,7 +127,7 @@ class Items:
         chosen = {name: _hashable(self[name]) for name in (names or self.columns)}
         return content_key(self.ids, chosen)[:16]
 
-    def layout(self) -> dict[str, Any]:
+    def layout(self) -> Json:
         """Counts for ``dataset_layout.json``."""
         counts = {name: int(self.present(name).sum()) for name in self.columns}
         return {
@@ -140,11 +141,11 @@ class Items:
         }
 
 
-def _taken(values: Any, at: Int[np.ndarray, " k"]) -> Any:
+def _taken(values: Column, at: Int[np.ndarray, " k"]) -> Column:
     return values[at] if isinstance(values, np.ndarray) else [values[i] for i in at]
 
 
-def _hashable(values: Column) -> Any:
+def _hashable(values: Column) -> np.ndarray | list[object]:
     if isinstance(values, np.ndarray):
         return values
     return [
@@ -152,8 +153,16 @@ def _hashable(values: Column) -> Any:
     ]
 
 
-def _plain(values: Sequence[object] | np.ndarray) -> list[Any]:
+def _plain(values: Column) -> list[object]:
     return values.tolist() if isinstance(values, np.ndarray) else list(values)
+
+
+class LoadedData(Protocol):
+    """The data of an experiment as a command shows them: lines to read, and what ``dataset_layout.json`` holds."""
+
+    def summary(self) -> str: ...
+
+    def layout(self) -> Json: ...
 
 
 @dataclass
@@ -172,13 +181,13 @@ class ItemSplits:
                 lines.append(f"{name}: {items.rejections.summary()}")
         return "\n".join(lines)
 
-    def layout(self) -> dict[str, Any]:
+    def layout(self) -> Json:
         """Counts and rejections of every split."""
         return {"splits": {name: items.layout() for name, items in self.splits.items()}}
 
 
 def value_groups(
-    splits: Mapping[str, Items], column: str, keys: Callable[[Sequence[Any]], Sequence[Any]] | None = None
+    splits: Mapping[str, Items], column: str, keys: Callable[[Column], Sequence[object]] | None = None
 ) -> dict[str, Int[np.ndarray, " n"]]:
     """Numbers that are equal exactly where the value of a column is, across all splits; −1 where it is missing.
 
@@ -189,7 +198,7 @@ def value_groups(
     >>> {name: groups.tolist() for name, groups in value_groups({"train": a, "val": b}, "t").items()}
     {'train': [0, -1], 'val': [0]}
     """
-    seen: dict[Any, int] = {}
+    seen: dict[object, int] = {}
     groups = {}
     for name, items in splits.items():
         at = np.flatnonzero(items.present(column))
@@ -200,7 +209,7 @@ def value_groups(
     return groups
 
 
-def value_keys(values: Sequence[object] | np.ndarray) -> list[Any]:
+def value_keys(values: Column) -> list[object]:
     """For each value what is equal exactly where two values count as the same: texts without letter case and blanks.
 
     >>> value_keys(["Near  it", "near it", 3])
@@ -209,7 +218,7 @@ def value_keys(values: Sequence[object] | np.ndarray) -> list[Any]:
     return [_same(value) for value in values]
 
 
-def _same(value: object) -> Any:
+def _same(value: object) -> object:
     if isinstance(value, str):
         return " ".join(value.split()).casefold()
     if isinstance(value, np.ndarray):
@@ -237,7 +246,7 @@ def linked_groups(items: Items, columns: Sequence[str]) -> Int[np.ndarray, " n"]
 
     keys = [value_groups({"": items}, name)[""].tolist() for name in columns]
     if items.groups is not None:
-        seen: dict[Any, int] = {}
+        seen: dict[object, int] = {}
         keys.append([seen.setdefault(group, len(seen)) for group in _plain(items.groups)])
     for numbers in keys:
         met: dict[int, int] = {}
@@ -281,7 +290,7 @@ def joined(parts: Sequence[Items], source: str) -> Items:
         else:
             columns[name] = [value for part in values for value in _plain(part)]
     rejections = Rejections()
-    notes: dict[str, Any] = {"files": len(parts)}
+    notes: Json = {"files": len(parts)}
     for part in parts:
         rejections.extend(part.rejections)
         for key, note in part.notes.items():
@@ -295,7 +304,7 @@ def joined(parts: Sequence[Items], source: str) -> Items:
 
 def shared_values(
     groups: Mapping[str, Mapping[str, Int[np.ndarray, " n"]]], ids: Mapping[str, Sequence[str]]
-) -> dict[str, dict[str, dict[str, Any]]]:
+) -> dict[str, dict[str, Json]]:
     """What two splits share: values of each view, and whole items, all of whose views are the same.
 
     ``groups[view][split]`` are the numbers that `value_groups` gives, ``ids[split]`` the ids of the items. Of each two
@@ -306,8 +315,8 @@ def shared_values(
     >>> shared_values(groups, {"train": ["x", "y"], "val": ["z", "w"]})["train/val"]["a"]
     {'shared': 1, 'rows': 1, 'first': ['z']}
     """
-    shared: dict[str, dict[str, dict[str, Any]]] = {}
-    rows: dict[str, dict[str, list[Any]]] = {
+    shared: dict[str, dict[str, Json]] = {}
+    rows: dict[str, dict[str, list[object]]] = {
         view: {split: each.tolist() for split, each in known.items()} for view, known in groups.items()
     }
     rows["item"] = {split: list(zip(*(rows[view][split] for view in groups), strict=True)) for split in ids}
@@ -327,7 +336,7 @@ def hold_out(
     items: Items,
     fractions: Mapping[str, float],
     seed: int = 0,
-    keys: Sequence[Any] | np.ndarray | None = None,
+    keys: Column | None = None,
 ) -> dict[str, Items]:
     """Parts of the items, drawn at random by whole groups: ``fractions`` of them by name, and the rest as ``train``.
 

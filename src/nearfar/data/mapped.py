@@ -13,9 +13,9 @@ import tempfile
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from nearfar.data.cache import cache_dir, caching, content_key
 from nearfar.errors import NearfarError
@@ -23,7 +23,7 @@ from nearfar.errors import NearfarError
 __all__ = ["mapped_arrays"]
 
 #: shape and dtype of an array
-Layout = tuple[tuple[int, ...], Any]
+Layout = tuple[tuple[int, ...], DTypeLike]
 
 
 def mapped_arrays(
@@ -102,7 +102,7 @@ def mapped_arrays(
             shutil.rmtree(beside, ignore_errors=True)
 
 
-def _create(path: Path, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+def _create(path: Path, shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
     """An array on disk, of zeros. Its room is reserved: running out of it later would kill the process."""
     array: np.ndarray = np.lib.format.open_memmap(path, "w+", np.dtype(dtype), shape)
     if hasattr(os, "posix_fallocate") and array.nbytes:

@@ -15,7 +15,7 @@ from nearfar.data.chunks import NewData, read_chunks
 from nearfar.data.coco_files import picture_files
 from nearfar.data.coco_rows import row_key
 from nearfar.data.column_kinds import PICTURE_SUFFIXES
-from nearfar.data.files import read_data_json
+from nearfar.data.files import Json, read_data_json
 from nearfar.data.items import Items
 from nearfar.data.photos import Photo, as_photo
 from nearfar.data.picture_check import check_pictures
@@ -57,7 +57,7 @@ def read_pictures(source: NewData) -> Iterator[Items]:
         NearfarError: nothing there, no picture in it, a file that is none of these.
     """
     path = Path(source.path).expanduser()
-    about: dict[str, Any] = {"min_score": source.number("min_score", 0.0, 0, 1)}
+    about: Json = {"min_score": source.number("min_score", 0.0, 0, 1)}
     unread = Rejections()
     if path.suffix.lower() == ".json" and path.is_file():
         sought, about["category_ids"] = _of_coco(path, source.images)
@@ -114,7 +114,7 @@ def _of_table(path: Path, source: NewData, unread: Rejections) -> Iterator[_Soug
             yield _Sought(name, number, whole, row=row)
 
 
-def _of_coco(path: Path, images: Path | None) -> tuple[Iterator[_Sought], dict[str, Any]]:
+def _of_coco(path: Path, images: Path | None) -> tuple[Iterator[_Sought], Json]:
     content = read_data_json(path)
     rows = content.get("images") if isinstance(content, dict) else None
     if not isinstance(rows, list):
@@ -147,7 +147,7 @@ def _of_coco(path: Path, images: Path | None) -> tuple[Iterator[_Sought], dict[s
     return sought(), ids
 
 
-def _stated(row: Mapping[str, Any]) -> tuple[int, int] | None:
+def _stated(row: Json) -> tuple[int, int] | None:
     try:
         width, height = int(float(row["width"])), int(float(row["height"]))
     except (KeyError, TypeError, ValueError, OverflowError):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import UInt8
@@ -21,6 +21,7 @@ __all__ = ["Box", "Crops", "File", "Photo", "PixelArray", "as_photo"]
 Box = tuple[float, float, float, float]
 
 
+@runtime_checkable
 class Photo(Protocol):
     """A picture whose pixels can be read: a file, an array, or a drawn scene."""
 
@@ -71,7 +72,7 @@ class PixelArray:
         return float(width), float(height)
 
 
-def as_photo(value: Any) -> Photo:
+def as_photo(value: object) -> Photo:
     """A photo of whatever holds one: the path of a file, an array (h, w, 3) of uint8, or a photo itself.
 
     Raises:
@@ -88,9 +89,8 @@ def as_photo(value: Any) -> Photo:
                 f"a photo is {value.dtype} {value.shape}; (height, width, 3) of uint8 is needed."
             )
         return PixelArray(value)
-    if all(hasattr(value, name) for name in ("read", "key", "size")):
-        photo: Photo = value
-        return photo
+    if isinstance(value, Photo):
+        return value
     raise NearfarError(f"a photo is a path or an array of pixels, and no {type(value).__name__}.")
 
 
@@ -122,7 +122,7 @@ class Crops:
         return cls(as_photo(value[0]), (first, second))
 
 
-def _box(value: Any) -> Box:
+def _box(value: Iterable[float]) -> Box:
     try:
         left, top, right, bottom = (float(each) for each in value)
     except (TypeError, ValueError):

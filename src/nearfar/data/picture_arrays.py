@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import UInt8
@@ -18,6 +18,9 @@ from nearfar.data.images import read_image, resize
 from nearfar.data.mapped import mapped_arrays
 from nearfar.data.picture_check import check_pictures
 from nearfar.errors import NearfarError
+
+if TYPE_CHECKING:
+    from nearfar.data.items import Column
 
 __all__ = ["PictureArrays", "check_picture_values", "decode_pictures"]
 
@@ -46,7 +49,7 @@ class PictureArrays:
 
     def __init__(
         self,
-        values: Sequence[object] | np.ndarray,
+        values: Column,
         size: tuple[int, int] | None,
         decoded: Mapping[str, np.ndarray] | None = None,
     ) -> None:
@@ -157,10 +160,10 @@ class PictureArrays:
             "pixels"
         ]
 
-    def _picture(self, value: Any) -> UInt8[np.ndarray, "h w 3"]:
+    def _picture(self, value: object) -> UInt8[np.ndarray, "h w 3"]:
         if self._decoded and not isinstance(value, np.ndarray) and str(value) in self._decoded:
             return self._decoded[str(value)]
-        pixels = np.asarray(value) if isinstance(value, np.ndarray) else read_image(value)
+        pixels = np.asarray(value) if isinstance(value, np.ndarray) else read_image(str(value))
         if pixels.ndim == 2:
             pixels = pixels[:, :, None]
         if pixels.shape[:2] != self.size:
@@ -171,7 +174,7 @@ class PictureArrays:
 
 
 def decode_pictures(
-    values: Sequence[object] | np.ndarray, size: tuple[int, int]
+    values: Column, size: tuple[int, int]
 ) -> tuple[list[str | None], dict[str, UInt8[np.ndarray, "h w 3"]]]:
     """As `check_picture_values`, and the pictures of the files, at ``size``, by their paths: decoded once for both."""
     pixels: dict[str, np.ndarray] = {}
@@ -196,7 +199,7 @@ def decode_pictures(
     return _reasons(values, problems), pixels
 
 
-def check_picture_values(values: Sequence[object] | np.ndarray) -> list[str | None]:
+def check_picture_values(values: Column) -> list[str | None]:
     """For each path or array why it is no picture; None where it is one. Files are decoded in full, in threads.
 
     >>> check_picture_values(["no/such/file.png", 3, np.zeros((4, 4), np.uint8), np.zeros(4)])
@@ -205,9 +208,7 @@ def check_picture_values(values: Sequence[object] | np.ndarray) -> list[str | No
     return _reasons(values, lambda paths: [checked.problem for checked in check_pictures(paths)])
 
 
-def _reasons(
-    values: Sequence[object] | np.ndarray, problems: Callable[[Sequence[Path]], list[str]]
-) -> list[str | None]:
+def _reasons(values: Column, problems: Callable[[Sequence[Path]], list[str]]) -> list[str | None]:
     """For each value why it is no picture; ``problems`` says it of files that are there, "" of good ones."""
     if isinstance(values, np.ndarray) and values.ndim > 1:
         _check_array(values)

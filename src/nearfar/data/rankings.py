@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from nearfar.arguments import shown
 from nearfar.data.files import read_json
@@ -361,7 +361,7 @@ def _texts(path: Path, prefix: str, rejections: Rejections, wanted: Callable[[st
         if not line.strip():
             continue
         try:
-            record: Any = parse_json(line)
+            record = parse_json(line)
         except ValueError:
             rejections.add(f"{prefix}no JSON", row)
             continue

@@ -6,11 +6,11 @@ import io
 import tarfile
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
@@ -25,22 +25,24 @@ if TYPE_CHECKING:
 
 __all__ = ["FileRecords", "RecordStream", "open_stream"]
 
-Record = Mapping[str, Any]
+#: one record of a stream: values under names
+Record = Mapping[str, object]
+Place = TypeVar("Place")
 
 _ROWS = 1024  # of a Parquet file that are decoded together
 
 
-class RecordStream:
+class RecordStream(Generic[Place]):
     """Records in an order that ``epoch`` determines, and the place after the last that was read.
 
     ``start(epoch, place)`` gives the records of an epoch from a place on, from None the first; ``place()`` is plain
     data. Two starts with the same arguments give the same records.
     """
 
-    def start(self, epoch: int, place: Any = None) -> Iterator[Record]:
+    def start(self, epoch: int, place: Place | None = None) -> Iterator[Record]:
         raise NotImplementedError
 
-    def place(self) -> Any:
+    def place(self) -> Place:
         raise NotImplementedError
 
     def identity(self) -> str:
@@ -48,7 +50,7 @@ class RecordStream:
         return type(self).__name__
 
 
-class FileRecords(RecordStream):
+class FileRecords(RecordStream[Sequence[int]]):
     """Rows of Parquet files, or samples of WebDataset shards: files in random order in each epoch, rows in theirs.
 
     A row is a dictionary of its columns, in which lists of floating-point numbers are arrays; a sample one of
@@ -75,7 +77,7 @@ class FileRecords(RecordStream):
         self.refused: Counter[str] = Counter()
         self._at = (0, 0)
 
-    def start(self, epoch: int, place: Any = None) -> Iterator[Record]:
+    def start(self, epoch: int, place: Sequence[int] | None = None) -> Iterator[Record]:
         order = np.arange(len(self.files))
         if self.seed is not None:
             order = np.random.default_rng([self.seed, epoch]).permutation(order)
@@ -129,7 +131,7 @@ class FileRecords(RecordStream):
             raise NearfarError(f"{file} is damaged ({reason}): copy it again, or leave it out") from None
 
     def _samples(self, file: Path, skip: int) -> Iterator[Record]:
-        sample: dict[str, Any] | None = None
+        sample: dict[str, object] | None = None
         number = -1
         try:
             for name, content in shard_members(file):
@@ -152,7 +154,7 @@ class FileRecords(RecordStream):
         if sample is not None and number >= skip:
             yield sample
 
-    def _take(self, sample: dict[str, Any], ending: str, content: Any) -> None:
+    def _take(self, sample: dict[str, object], ending: str, content: Callable[[], bytes]) -> None:
         last = ending.rsplit(".", 1)[-1]
         if last in _PICKLED:
             self.refused[f"{ending}: a pickle, which runs code"] += 1
@@ -176,7 +178,7 @@ def _records(batch: pyarrow.RecordBatch) -> Iterator[Record]:
         yield dict(zip(names, values, strict=True))
 
 
-def _values(column: pyarrow.Array) -> list[Any]:
+def _values(column: pyarrow.Array) -> list[object]:
     """Python's own values; lists of floating-point numbers are arrays, which costs a tenth."""
     import pyarrow
 
@@ -189,39 +191,50 @@ def _values(column: pyarrow.Array) -> list[Any]:
     every = column.offset + np.arange(len(column) + 1)
     bounds = every * kind.list_size if fixed else column.offsets.to_numpy()
     flat = column.values.to_numpy(zero_copy_only=False)
-    rows: list[Any] = [flat[begin:end] for begin, end in pairwise(bounds.tolist())]
+    rows: list[object] = [flat[begin:end] for begin, end in pairwise(bounds.tolist())]
     if column.null_count:
         present = column.is_valid().to_pylist()
         rows = [row if there else None for row, there in zip(rows, present, strict=True)]
     return rows
 
 
-class _Stateful(RecordStream):
-    """An iterable with a state of its own, such as an ``IterableDataset`` of Hugging Face."""
+@runtime_checkable
+class _WithState(Protocol):
+    """Records that can be iterated again and know their place, such as an ``IterableDataset`` of Hugging Face."""
 
-    def __init__(self, source: Any) -> None:
+    def __iter__(self) -> Iterator[Record]: ...
+
+    def state_dict(self) -> Mapping[str, object]: ...
+
+    def load_state_dict(self, state: Mapping[str, object] | None) -> None: ...
+
+
+class _Stateful(RecordStream[Mapping[str, object]]):
+    """An iterable with a state of its own."""
+
+    def __init__(self, source: _WithState) -> None:
         self.source = source
 
-    def start(self, epoch: int, place: Any = None) -> Iterator[Record]:
+    def start(self, epoch: int, place: Mapping[str, object] | None = None) -> Iterator[Record]:
         if hasattr(self.source, "set_epoch"):
             self.source.set_epoch(epoch)
         self.source.load_state_dict(deepcopy(place))
         return iter(self.source)
 
-    def place(self) -> Any:
+    def place(self) -> Mapping[str, object]:
         return deepcopy(self.source.state_dict())
 
     def identity(self) -> str:
         return f"a stream of {type(self.source).__name__}"
 
 
-class _Counted(RecordStream):
+class _Counted(RecordStream[int]):
     """Anything that can be iterated again: the place is a count, and what lies before it is read and passed over."""
 
     def __init__(self, source: Iterable[Record]) -> None:
         self.source, self._count = source, 0
 
-    def start(self, epoch: int, place: Any = None) -> Iterator[Record]:
+    def start(self, epoch: int, place: int | None = None) -> Iterator[Record]:
         if hasattr(self.source, "set_epoch"):
             self.source.set_epoch(epoch)
         self._count = 0
@@ -245,7 +258,7 @@ class _Counted(RecordStream):
         return f"a stream of {type(self.source).__name__}"
 
 
-def open_stream(source: Any) -> RecordStream:
+def open_stream(source: object) -> RecordStream[Any]:
     """Files (a folder, a path, a list), a `RecordStream`, a dataset of Hugging Face, or any iterable of dictionaries.
 
     A state that leaves out a shuffle buffer (that of ``datasets``) is not used: what lies before is read again instead.
@@ -266,11 +279,12 @@ def open_stream(source: Any) -> RecordStream:
             f"source is a {type(source).__name__}; give files of Parquet or WebDataset, an IterableDataset, or an "
             "iterable of dictionaries that starts again when it is iterated again (a list, an object with __iter__)"
         )
-    exact = hasattr(source, "state_dict") and hasattr(source, "load_state_dict")
-    return _Stateful(source) if exact and not _buffered(source) else _Counted(source)
+    if isinstance(source, _WithState) and not _buffered(source):
+        return _Stateful(source)
+    return _Counted(source)
 
 
-def _buffered(source: Any) -> bool:
+def _buffered(source: object) -> bool:
     """Whether a dataset of Hugging Face shuffles in a buffer, which its state does not hold."""
     part = getattr(source, "_ex_iterable", None)
     while part is not None:

@@ -14,13 +14,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from nearfar.data.cache import kept_file
 from nearfar.data.column_kinds import PICTURE_SUFFIXES, Reasons, stack_vectors, without_placeholders
-from nearfar.data.files import parse_json, read_array
+from nearfar.data.files import Json, parse_json, read_array
 from nearfar.data.items import Column, Items
 from nearfar.data.table_formats import cell_text
 from nearfar.data.table_items import Wanted, build_items, choose
@@ -49,8 +48,8 @@ class _Samples:
 
     keys: list[str] = field(default_factory=list)
     shards: list[str] = field(default_factory=list)
-    files: dict[str, dict[int, Any]] = field(default_factory=dict)
-    json: dict[str, dict[int, Any]] = field(default_factory=dict)
+    files: dict[str, dict[int, object]] = field(default_factory=dict)
+    json: dict[str, dict[int, object]] = field(default_factory=dict)
     reasons: dict[str, dict[int, str]] = field(default_factory=dict)
     pickled: Counter[str] = field(default_factory=Counter)
     unread: Counter[str] = field(default_factory=Counter)
@@ -95,7 +94,7 @@ def shard_items(
             f"are wanted with {wanted.naming.format(name='NAME')}."
         )
     used, _ = choose(Path(source), header, wanted, "Its columns are")
-    notes: dict[str, Any] = {"shards": len(files)}
+    notes: Json = {"shards": len(files)}
     if samples.pickled:
         notes["refused: pickles, which run code"] = dict(samples.pickled)
     if samples.unread:
@@ -206,7 +205,7 @@ def _take(samples: _Samples, ending: str, content: Callable[[], bytes], wanted: 
         samples.pickled[ending] += 1
         return
     if f".{last}" in PICTURE_SUFFIXES:
-        value: Any = True  # it is there; only a picture that is wanted is kept
+        value: object = True  # it is there; only a picture that is wanted is kept
         if wanted is None or wanted & {ending, "image"}:
             value = kept_file("pictures", content())
         samples.files.setdefault(ending, {})[at] = value
@@ -237,9 +236,9 @@ def _take_data(samples: _Samples, ending: str, last: str, data: bytes, at: int) 
 
 
 # -- columns -------------------------------------------------------------------------------------------------
-def _columns(samples: _Samples) -> tuple[dict[str, dict[int, Any]], dict[str, str]]:
+def _columns(samples: _Samples) -> tuple[dict[str, dict[int, object]], dict[str, str]]:
     """Columns by the names they are called by, and the ending in which each stands."""
-    columns: dict[str, dict[int, Any]] = {}
+    columns: dict[str, dict[int, object]] = {}
     places: dict[str, str] = {}
     files = dict(samples.files)
     pictures = [ending for ending in files if f".{ending}" in PICTURE_SUFFIXES]

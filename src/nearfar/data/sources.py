@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, Unpack
 
 from nearfar.data.datasets_folder import dataset_items, dataset_splits, hub_items, hub_name, hub_splits
 from nearfar.data.embedded import idx_files, idx_items
@@ -26,6 +26,18 @@ __all__ = ["Source", "read_items", "read_splits", "split_sources"]
 
 Source = str | int | Path | Sequence[str | Path]
 """What `read_items` reads: a path, a pattern, a name on the hub, or several files; a number is a name like others."""
+
+
+class Reading(TypedDict, total=False):
+    """How the columns of a file are chosen and decoded, and what messages call these arguments: see `read_items`."""
+
+    id_column: str | int | None
+    group_column: str | int | None
+    encoding: str | None
+    encoding_option: str
+    naming: str
+    id_naming: str
+    group_naming: str
 
 
 def read_items(
@@ -322,7 +334,7 @@ def read_splits(
     fractions: Mapping[str, float] | None = None,
     apart: Sequence[str] = (),
     seed: int = 0,
-    **reading: Any,
+    **reading: Unpack[Reading],
 ) -> dict[str, Items]:
     """The items of every split; a split that has no source is held out from ``train``.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from itertools import combinations
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, Protocol
 
 from nearfar.data.files import Json
 from nearfar.errors import NearfarError
@@ -31,7 +31,23 @@ def column_name(value: object) -> str | None:
     return None if value is None else str(value)
 
 
-def data_paths(data: Any) -> dict[str, Path | None]:
+class SplitFiles(Protocol):
+    """Options that name the file of each split, or a folder that holds them."""
+
+    @property
+    def dir(self) -> str | int | None: ...
+
+    @property
+    def train(self) -> str | int | None: ...
+
+    @property
+    def val(self) -> str | int | None: ...
+
+    @property
+    def test(self) -> str | int | None: ...
+
+
+def data_paths(data: SplitFiles) -> dict[str, Path | None]:
     """The files of the splits: as given by ``data.train`` and so on, or found in ``data.dir`` (``Train.csv`` as well as
     ``train.csv``).
 

@@ -7,10 +7,11 @@ import json
 import math
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
+from nearfar.data.files import Json
 from nearfar.data.rejections import Rejections
 from nearfar.errors import NearfarError
 
@@ -220,7 +221,7 @@ def read_json(path: Path, text: str, lines: bool = False) -> Read:
     else:
         objects = _json_objects(path, whole)
         numbers, n_rows = list(range(1, len(objects) + 1)), len(objects)
-    kept: list[Mapping[str, Any]] = []
+    kept: list[Json] = []
     rows_of: list[int] = []
     for number, item in zip(numbers, objects, strict=True):
         if isinstance(item, dict):
@@ -237,7 +238,7 @@ def read_json(path: Path, text: str, lines: bool = False) -> Read:
     return header, rows, rows_of, n_rows, 0, rejections, []
 
 
-def _json_lines(text: str, rejections: Rejections) -> tuple[list[Any], list[int]]:
+def _json_lines(text: str, rejections: Rejections) -> tuple[list[object], list[int]]:
     objects, numbers = [], []
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
@@ -250,7 +251,7 @@ def _json_lines(text: str, rejections: Rejections) -> tuple[list[Any], list[int]
     return objects, numbers
 
 
-def _json_objects(path: Path, whole: object) -> list[Any]:
+def _json_objects(path: Path, whole: object) -> list[object]:
     if isinstance(whole, list):
         return whole
     if isinstance(whole, dict):

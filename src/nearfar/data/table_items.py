@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from nearfar.data.column_kinds import Reasons, typed, without_placeholders
 from nearfar.data.delimited import decode, text_lines
+from nearfar.data.files import Json
 from nearfar.data.items import Column, Items
 from nearfar.data.rejections import Rejections
 from nearfar.data.table_formats import JSON_SUFFIXES, content_of, full_suffix
@@ -67,7 +67,7 @@ def table_items(
         raw.notes.append("no header line: columns were given by number")
     used, id_name = choose(path, raw.header, wanted)
     table = raw.take(used)
-    notes: dict[str, Any] = {"reading": list(table.notes)} if table.notes else {}
+    notes: Json = {"reading": list(table.notes)} if table.notes else {}
     values: dict[str, Column] = {
         name: without_placeholders(name, table[name], notes) for name in dict.fromkeys(used)
     }
@@ -191,7 +191,7 @@ def build_items(
     asked: bool = False,
     folder: Path | None = None,
     rejections: Rejections | None = None,
-    notes: dict[str, Any] | None = None,
+    notes: Json | None = None,
     id_given: bool = False,
     reasons: Mapping[str, Reasons] | None = None,
 ) -> Items:
@@ -259,7 +259,7 @@ def _side_by_side(source: str, name: str, values: Mapping[str, Column]) -> tuple
             continue
         for i, value in enumerate(column):
             try:
-                matrix[i, at] = np.nan if value is None else float(value)
+                matrix[i, at] = np.nan if value is None else float(value)  # type: ignore[arg-type]
             except (TypeError, ValueError):
                 matrix[i, at], reasons[i] = np.nan, f"no number in '{each}'"
     if all(reason is not None for reason in reasons):
@@ -275,13 +275,14 @@ def _ids(
     values: Mapping[str, Column],
     rows: Sequence[int],
     given: bool,
-    about: dict[str, Any],
+    about: Json,
 ) -> tuple[list[str], Reasons | None]:
     """Ids that differ, and the rows that have none; rows by number where no column has such."""
     numbers = [f"row{row}" for row in rows]
     if name is None:
         return numbers, None
-    if isinstance(values[name], np.ndarray) and np.ndim(values[name]) > 1:
+    column = values[name]
+    if isinstance(column, np.ndarray) and column.ndim > 1:
         raise NearfarError(f"{source}: the column '{name}' holds vectors, which are no ids.")
     reasons: Reasons = []
     seen: set[str] = set()
@@ -304,7 +305,7 @@ def _ids(
     return ids, reasons
 
 
-def _groups(values: Column, rows: Sequence[int]) -> list[Any]:
+def _groups(values: Column, rows: Sequence[int]) -> list[object]:
     """The group of each row; a row without one is by itself."""
     plain = values.tolist() if isinstance(values, np.ndarray) else values
     return [

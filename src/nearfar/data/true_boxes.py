@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -51,7 +50,7 @@ class Targets(list[Target]):
     [2, 1]
     """
 
-    def to(self, device: Any, *, non_blocking: bool = False) -> Targets:
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Targets:
         return self._each(lambda part: part.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Targets:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,6 +17,9 @@ from nearfar.data.table_formats import cell_text, parquet_header
 from nearfar.data.table_items import Wanted, build_items, choose
 from nearfar.data.tables import require_file
 from nearfar.errors import NearfarError
+
+if TYPE_CHECKING:
+    import pyarrow
 
 __all__ = ["ARRAY_SUFFIXES", "array_items", "arrow_items", "parquet_chunks", "parquet_items"]
 
@@ -99,7 +102,7 @@ def arrow_items(
     source: str,
     folder: Path | None,
     header: Sequence[str],
-    batches: Iterable[Any],
+    batches: Iterable[pyarrow.Table],
     features: Json,
     wanted: Wanted,
     *,
@@ -122,7 +125,7 @@ def arrow_items(
     used, id_name = choose(Path(source), header, wanted, "Its columns are")
     at = {name: header[position] for name, position in used.items()}
     needed = list(dict.fromkeys(at.values()))
-    pieces: dict[str, list[Any]] = {name: [] for name in needed}
+    pieces: dict[str, list[pyarrow.ChunkedArray]] = {name: [] for name in needed}
     pictures: dict[str, list[str | None]] = {}
     strange: dict[str, int] = {}
     n = 0
@@ -146,7 +149,7 @@ def arrow_items(
     rows = list(range(before + 1, before + n + 1))
     values: dict[str, Column] = {}
     reasons: dict[str, Reasons] = {}
-    notes: dict[str, Any] = {}
+    notes: Json = {}
     if strange:
         notes["columns of bytes that are no pictures, left out"] = list(strange)
         at = {name: head for name, head in at.items() if head not in strange}
@@ -173,7 +176,7 @@ def arrow_items(
     )
 
 
-def _holds_bytes(kind: Any) -> bool:
+def _holds_bytes(kind: pyarrow.DataType) -> bool:
     """Whether a column holds whole files: pictures as ``datasets`` keeps them, or bytes alone."""
     import pyarrow
 
@@ -185,14 +188,14 @@ def _holds_bytes(kind: Any) -> bool:
 _MAGIC = (b"\xff\xd8", b"\x89PNG", b"GIF8", b"BM", b"RIFF", b"II*\0", b"MM\0*", b"\0\0\0", b"P5", b"P6")
 
 
-def _no_pictures(column: Any) -> bytes:
+def _no_pictures(column: pyarrow.ChunkedArray) -> bytes:
     """The first bytes of the first file of a column that begins like no picture; nothing where it does."""
     first = next((value for value in column.to_pylist() if value is not None), None)
     data = first.get("bytes") if isinstance(first, dict) else first
     return b"" if not data or data.startswith(_MAGIC) else bytes(data[:8])
 
 
-def _kept(column: Any, folder: Path | None) -> list[str | None]:
+def _kept(column: pyarrow.ChunkedArray, folder: Path | None) -> list[str | None]:
     paths: list[str | None] = []
     for value in column.to_pylist():
         data = value.get("bytes") if isinstance(value, dict) else value
@@ -204,7 +207,7 @@ def _kept(column: Any, folder: Path | None) -> list[str | None]:
     return paths
 
 
-def _column(pieces: Sequence[Any], feature: object) -> tuple[Column, Reasons | None]:
+def _column(pieces: Sequence[pyarrow.ChunkedArray], feature: object) -> tuple[Column, Reasons | None]:
     """Numbers as an array, lists of numbers as an array of rows, everything else as texts."""
     import pyarrow
 
@@ -241,7 +244,7 @@ def _class_name(value: int | None, names: Sequence[str]) -> str | None:
     return str(names[value]) if value < len(names) else str(value)
 
 
-def _lists(whole: Any) -> tuple[Column, Reasons | None]:
+def _lists(whole: pyarrow.ChunkedArray) -> tuple[Column, Reasons | None]:
     import pyarrow
 
     inner = whole.type.value_type
@@ -260,7 +263,7 @@ def _lists(whole: Any) -> tuple[Column, Reasons | None]:
     return texts, None
 
 
-def _matrix(whole: Any) -> np.ndarray | None:
+def _matrix(whole: pyarrow.ChunkedArray) -> np.ndarray | None:
     """Lists of one length without a gap as rows of an array, at once; None for others."""
     import pyarrow
     import pyarrow.compute
@@ -274,7 +277,7 @@ def _matrix(whole: Any) -> np.ndarray | None:
     return None if values.null_count else np.array(values.to_numpy()).reshape(len(whole), -1)
 
 
-def _vector(value: Any) -> np.ndarray | None:
+def _vector(value: pyarrow.ListScalar) -> np.ndarray | None:
     """One list of numbers; None inside is NaN, lists of lists of different lengths are no array."""
     if not value.is_valid:
         return None

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,9 @@ from numpy.typing import NDArray
 from nearfar.arguments import array
 from nearfar.data.writing import make_folder, write_atomically
 from nearfar.errors import NearfarError
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Shaped
 
 __all__ = ["VectorShards", "shards_of_table", "write_shards"]
 
@@ -33,7 +36,7 @@ class VectorShards:
     """
 
     files: tuple[Path, ...]
-    held: NDArray[Any] | None = None
+    held: Float[np.ndarray, "n d"] | None = None
 
     @classmethod
     def of(cls, source: object) -> VectorShards:
@@ -67,7 +70,7 @@ class VectorShards:
         return shards
 
     @cached_property
-    def _arrays(self) -> list[NDArray[Any]]:
+    def _arrays(self) -> list[Float[np.ndarray, "rows d"]]:
         if self.held is not None:
             return [self.held]
         parts = []
@@ -78,7 +81,7 @@ class VectorShards:
                 raise NearfarError(f"{file} is no .npy file of vectors ({error}); give {_NEEDS}") from None
         return parts
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         """Names of files go to a different process, not what is mapped."""
         return {"files": self.files, "held": self.held}
 
@@ -117,7 +120,9 @@ class VectorShards:
             yield begin, min(begin + rows, self.n)
 
 
-def write_shards(batches: Iterator[NDArray[Any]], folder: Path, rows: int = 1 << 20) -> list[Path]:
+def write_shards(
+    batches: Iterator[Float[np.ndarray, "rows d"]], folder: Path, rows: int = 1 << 20
+) -> list[Path]:
     """Write batches of vectors as float16 shards ``00000.npy``, … of at most about so many rows.
 
     >>> import tempfile
@@ -127,7 +132,7 @@ def write_shards(batches: Iterator[NDArray[Any]], folder: Path, rows: int = 1 <<
     """
     make_folder(folder)
     files: list[Path] = []
-    waiting: list[NDArray[Any]] = []
+    waiting: list[Float[np.ndarray, "rows d"]] = []
 
     def flush() -> None:
         path = folder / f"{len(files):05}.npy"
@@ -145,7 +150,7 @@ def write_shards(batches: Iterator[NDArray[Any]], folder: Path, rows: int = 1 <<
     return files
 
 
-def shards_of_table(path: Path, column: str, folder: Path, naming: str) -> NDArray[Any]:
+def shards_of_table(path: Path, column: str, folder: Path, naming: str) -> Shaped[np.ndarray, " n"]:
     """Write a column of vectors of a table as float16 shards into a folder, which is made anew; the ids of its rows.
 
     What is read at once fits in memory. ``naming`` says how a different column is named. Raises ``NearfarError`` where
@@ -153,9 +158,9 @@ def shards_of_table(path: Path, column: str, folder: Path, naming: str) -> NDArr
     """
     from nearfar.data.chunks import NewData, read_chunks
 
-    ids: list[NDArray[Any]] = []
+    ids: list[np.ndarray] = []
 
-    def batches() -> Iterator[NDArray[Any]]:
+    def batches() -> Iterator[Float[np.ndarray, "rows d"]]:
         for items in read_chunks(NewData(path, rows=16_384), {column: [column]}):
             there = items.present(column)
             if not there.all():

@@ -77,7 +77,7 @@ def is_empty(value: object) -> bool:
     return type(value).__name__ in _EMPTY_TYPES
 
 
-def number(value: Any, name: str, where: str) -> float | None:
+def number(value: object, name: str, where: str) -> float | None:
     """A float; None for an empty cell; an error that names field and place for anything else.
 
     Numbers may be texts, as a CSV file has them.
@@ -89,20 +89,20 @@ def number(value: Any, name: str, where: str) -> float | None:
         return value
     if is_empty(value):
         return None
-    value = plain(value)
-    if is_empty(value):
+    given = plain(value)
+    if is_empty(given):
         return None
-    if isinstance(value, str):
-        result = _of_text(value)
-    elif isinstance(value, (bool, kinds_of_numbers.Real)) or type(value).__name__ == "Decimal":
+    if isinstance(given, str):
+        result = _of_text(given)
+    elif isinstance(given, (bool, kinds_of_numbers.Real)) or type(given).__name__ == "Decimal":
         try:
-            result = float(value)
+            result = float(given)
         except (OverflowError, ValueError):
             result = None
     else:
         result = None
     if result is None:
-        shown = repr(value) if len(repr(value)) < 80 else f"{repr(value)[:80]}…"
+        shown = repr(given) if len(repr(given)) < 80 else f"{repr(given)[:80]}…"
         raise NearfarError(
             f"{where}: the field '{name}' is {shown}, and a number is needed; leave it out or convert it"
         )
@@ -122,7 +122,7 @@ def _of_text(text: str) -> float | None:
 
 
 def read_cells(
-    values: Any, name: str, where: Callable[[int], str], known: bool
+    values: Iterable[object], name: str, where: Callable[[int], str], known: bool
 ) -> tuple[NDArray[np.float64], NDArray[np.uint8]]:
     """The numbers of a column and what stands in each cell (``Cell``); NaN where there is no number.
 

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import NotRequired, TypedDict
 
+from nearfar.data.files import Json
 from nearfar.doctor.cells import estimate_of
 from nearfar.terminal import metric_words, short_number
 
 __all__ = ["Gain", "gain_sentence", "monitored_gain"]
 
-Gain = Mapping[str, Any]
+
+class Gain(TypedDict):
+    """The change of a metric from before training, with its interval and what it means."""
+
+    value: float
+    low: float
+    high: float
+    verdict: NotRequired[str]
+    paired: NotRequired[bool]
 
 
 def monitored_gain(
@@ -29,7 +38,7 @@ def monitored_gain(
     return None
 
 
-def gain_sentence(metrics: Mapping[str, Any]) -> str | None:
+def gain_sentence(metrics: Json) -> str | None:
     """The sentence of what ``metrics.json`` holds (``monitor``, ``splits``, ``before_training``, ``gain``); None where
     the score before training is not known.
 
@@ -54,7 +63,7 @@ def gain_sentence(metrics: Mapping[str, Any]) -> str | None:
     )
 
 
-def _value(metrics: Mapping[str, Any], where: str, split: str, name: str) -> float | None:
+def _value(metrics: Json, where: str, split: str, name: str) -> float | None:
     """An estimate's value; None where the file does not hold one, as of a metric that was not measured."""
     estimates = metrics.get(where)
     known = estimates.get(split) if isinstance(estimates, Mapping) else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,7 +39,7 @@ class Columns:
     context: Json = field(default_factory=dict)
     table: set[str] = field(default_factory=set)
 
-    def put(self, name: str, rows: Any, values: Any) -> None:
+    def put(self, name: str, rows: Iterable[int], values: Iterable[object]) -> None:
         """Read the cells of one field. Raises ``NearfarError``, naming field and row, for what is no number."""
         rows = np.asarray(rows, np.int64)
         if name in OF_A_VIEW:
@@ -56,7 +56,7 @@ class Columns:
 
     def _set_apart(
         self, name: str, rows: np.ndarray, values: list[object], known: bool
-    ) -> tuple[np.ndarray, list[Any]]:
+    ) -> tuple[np.ndarray, list[object]]:
         """Texts and lists are kept by themselves; what is left are numbers, or should be."""
         if set(map(type, values)) <= {float, int, bool, type(None)}:
             return rows, values
@@ -147,7 +147,7 @@ def _of_pandas(column: object) -> bool:
     return hasattr(column, "to_numpy") and type(column).__module__.partition(".")[0] == "pandas"
 
 
-def _cells(column: Any) -> Any:
+def _cells(column: Any) -> np.ndarray | list[object]:
     """The cells of a column: an array of numbers, or a list."""
     if isinstance(column, np.ndarray) and type(column) is np.ndarray and column.ndim == 1:
         return column
@@ -168,7 +168,7 @@ def _cells(column: Any) -> Any:
     return list(plain(column))
 
 
-def read_columns(columns: Mapping[Any, Any]) -> Columns:
+def read_columns(columns: Mapping[Any, object]) -> Columns:
     """The log that a mapping of series is; a single number is a constant.
 
     Series have one length, with None where nothing was measured. Where ``epoch`` says which epoch each row belongs to,
@@ -216,7 +216,7 @@ def read_columns(columns: Mapping[Any, Any]) -> Columns:
     log = Columns(length, context=context, table=table)
     for name, values in series.items():
         if len(values) == length:
-            rows: Any = np.arange(length)
+            rows: Sequence[int] | np.ndarray = np.arange(length)
             if not isinstance(values, np.ndarray) and None in values:  # nothing was measured there
                 rows = [at for at, value in enumerate(values) if value is not None]
                 values = [value for value in values if value is not None]
@@ -249,7 +249,7 @@ def _of_an_epoch(name: str) -> bool:
     return any(matches(pattern, name) for pattern in OF_AN_EPOCH)
 
 
-def _length(series: Mapping[str, Any]) -> tuple[int, np.ndarray]:
+def _length(series: Mapping[str, Sequence[object] | np.ndarray]) -> tuple[int, np.ndarray]:
     """The number of rows, and the last row of each epoch, to which fields of an epoch belong; the first for plans would
     do as well."""
     nothing = np.zeros(0, np.int64)
@@ -279,7 +279,7 @@ def _length(series: Mapping[str, Any]) -> tuple[int, np.ndarray]:
 def read_records(records: Iterable[object]) -> Columns:
     """The log that a list of rows is: mappings of fields to numbers, as ``train_log.jsonl`` or ``csv.DictReader`` has
     them. Raises ``NearfarError`` for a row that is no mapping."""
-    cells: dict[str, tuple[list[int], list[Any]]] = {}
+    cells: dict[str, tuple[list[int], list[object]]] = {}
     estimates: Json = {}
     row = -1
     for row, record in enumerate(records):
@@ -315,11 +315,11 @@ def _all_text(record: Mapping[str, object]) -> bool:
     return bool(values) and all(isinstance(value, (str, list)) for value in values)
 
 
-def _mapping(value: object, name: str, where: str) -> Mapping[str, Any]:
+def _mapping(value: object, name: str, where: str) -> Json:
     if is_empty(value):
         return {}
     if not isinstance(value, Mapping):
         raise NearfarError(
             f"{where}: {name} is {type(value).__name__}; a mapping of metrics to numbers is needed"
         )
-    return value
+    return dict(value)

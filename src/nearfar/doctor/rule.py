@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, SupportsIndex, overload
+from typing import Literal, SupportsIndex, overload
 
 from nearfar.data.files import Json
 from nearfar.doctor.signals import Signals
@@ -80,7 +80,7 @@ class Finding:
     id: str
     severity: Severity
     title: str
-    evidence: Mapping[str, Any]
+    evidence: Mapping[str, object]
     cause: str
     override: str
     advice: str

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,7 +39,7 @@ class Signals:
     """
 
     def __init__(
-        self, records: Iterable[Mapping[str, Any]], context: Mapping[str, Any] | None = None
+        self, records: Iterable[Mapping[str, object]], context: Mapping[str, object] | None = None
     ) -> None:
         if isinstance(records, (str, bytes, Mapping)) or not is_series(records):
             raise NearfarError(
@@ -51,7 +51,10 @@ class Signals:
 
     @classmethod
     def of(
-        cls, source: Any, context: Mapping[str, Any] | None = None, names: Mapping[str, str] | None = None
+        cls,
+        source: object,
+        context: Mapping[str, object] | None = None,
+        names: Mapping[str, str] | None = None,
     ) -> Signals:
         """From any of the forms that ``diagnose`` takes."""
         _check_context(context)
@@ -77,7 +80,7 @@ class Signals:
             read._take(log, log.context | dict(context or {}), null_is_nan=False, ordered=True)
             return read
         if is_series(source) and (isinstance(source, Iterator) or hasattr(source, "__len__")):
-            read._take(read_records(source), context, null_is_nan=True, ordered=True)
+            read._take(read_records(cast(Iterable[object], source)), context, null_is_nan=True, ordered=True)
             return read
         raise NearfarError(
             f"signals are {type(source).__name__}; give a run folder, a list of log records, or a mapping of "
@@ -126,7 +129,7 @@ class Signals:
         read.read_as = [f"{log.kind}: {log.path}", *mapped.lines(), *stated, *log.notes]
         return read
 
-    def knowing(self, context: Mapping[str, Any] | None) -> Signals:
+    def knowing(self, context: Mapping[str, object] | None) -> Signals:
         """The same run, with ``context`` beside (and over) what is known of it."""
         if not context:
             return self
@@ -178,7 +181,7 @@ class Signals:
         by_epoch = ((self._epoch(row), text) for row, text in self._texts.get(name, ()))
         return {epoch: text for epoch, text in by_epoch if epoch is not None}
 
-    def mapping(self, name: str) -> Mapping[str, Any]:
+    def mapping(self, name: str) -> Json:
         """A mapping of the context; empty where it is not known."""
         value = self.context.get(name)
         if value is None:
@@ -187,7 +190,7 @@ class Signals:
             raise NearfarError(
                 f"context['{name}'] is {type(value).__name__}; a mapping is needed: {CONTEXT[name]}"
             )
-        return value
+        return dict(value)
 
     def has(self, pattern: str) -> bool:
         """Whether log or context hold a field."""
@@ -213,7 +216,7 @@ class Signals:
 
     # -- building ------------------------------------------------------------------------------------------
     def _take(
-        self, log: Columns, context: Mapping[str, Any] | None, null_is_nan: bool, ordered: bool = False
+        self, log: Columns, context: Mapping[str, object] | None, null_is_nan: bool, ordered: bool = False
     ) -> None:
         """Keep what was measured; ``ordered``: bring rows that do not come in the order of their steps into it."""
         self.context: Json = dict(log.context) | dict(context or {})
@@ -288,7 +291,7 @@ def _metric_named(name: str, used: Mapping[str, str]) -> str:
     raise NearfarError(f"--map monitor={name}: no metric of the log; {nearest_name(name, list(metrics))}")
 
 
-def _once_an_epoch(records: Iterable[Mapping[str, Any]], epoch: str | None) -> bool:
+def _once_an_epoch(records: Iterable[Mapping[str, object]], epoch: str | None) -> bool:
     """Whether each epoch has one value of ``train_loss``."""
     if epoch is None:
         return False

@@ -5,8 +5,6 @@ Nothing of lightly is imported: what is alike is the call.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, distributed, nn
 
@@ -45,7 +43,7 @@ class NTXentLoss(nn.Module):
         self.loss = nearfar_losses.SupConLoss(temperature)
 
     @property
-    def record(self) -> Any:
+    def record(self) -> nearfar_losses.Record | None:
         """What the loss saw in its last call (`nearfar.losses.Record`)."""
         return self.loss.record
 
@@ -79,7 +77,7 @@ class SupConLoss(nn.Module):
         self.loss = nearfar_losses.SupConLoss(temperature)
 
     @property
-    def record(self) -> Any:
+    def record(self) -> nearfar_losses.Record | None:
         """What the loss saw in its last call (`nearfar.losses.Record`)."""
         return self.loss.record
 

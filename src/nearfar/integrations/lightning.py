@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from nearfar.batching import BatchSampler
+from nearfar.data.files import Json
 from nearfar.doctor import Diagnosis
 from nearfar.doctor.logs.names import map_names
 from nearfar.errors import NearfarError
 from nearfar.integrations.pytorch import Monitor, Scores
 from nearfar.metrics import Estimate
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
 
 try:
     from lightning.pytorch.callbacks import Callback
@@ -53,12 +57,12 @@ class WatchCallback(Callback):
         self,
         folder: str | Path = "runs/watched",
         *,
-        probe: Callable[[Any], Any] | None = None,
+        probe: Callable[[Any], object] | None = None,
         evaluate: Callable[[Any], Scores | Mapping[str, Estimate | float]] | None = None,
         loss: nn.Module | None = None,
         sampler: BatchSampler | None = None,
         monitor: str | None = None,
-        config: Mapping[str, Any] | None = None,
+        config: Mapping[str, object] | None = None,
         seed: int = 0,
         log_every: int = 10,
         quiet: bool = False,
@@ -75,14 +79,14 @@ class WatchCallback(Callback):
         self._begun = False  # whether this process has begun an epoch
 
     # -- state, in Lightning's checkpoints ------------------------------------------------------------------------
-    def state_dict(self) -> dict[str, Any]:
-        state: dict[str, Any] = {} if self.watch is None else {"steps": self.watch.steps}
+    def state_dict(self) -> Json:
+        state: Json = {} if self.watch is None else {"steps": self.watch.steps}
         if self.sampler is not None:
             # A loader with workers draws ahead: what counts is what was trained on.
             state["sampler"] = self.sampler.state_dict(self._used)
         return state
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Json) -> None:
         self._resume = int(state_dict.get("steps", 0))
         if self.sampler is not None:
             if "sampler" not in state_dict:
@@ -94,7 +98,7 @@ class WatchCallback(Callback):
             self._used = int(state_dict["sampler"]["position"])
 
     # -- what the trainer calls -----------------------------------------------------------------------------------
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero:
             return
         evaluate = self.evaluate
@@ -118,12 +122,12 @@ class WatchCallback(Callback):
         if not self._resume:
             self.watch.start()
 
-    def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         # Lightning divides the loss by the batches that are accumulated.
         self._last = loss.detach() * trainer.accumulate_grad_batches
 
     def on_before_optimizer_step(
-        self, trainer: Any, pl_module: Any, optimizer: torch.optim.Optimizer
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         if self.watch is None or self._last is None:
             return
@@ -134,17 +138,17 @@ class WatchCallback(Callback):
         self.watch.step(self._last, record=record, lr=lr)
         self._last = None
 
-    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._begun:
             self._used = 0
         self._begun = True
 
     def on_train_batch_end(
-        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
         self._used = batch_idx + 1
 
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """After the epoch's validation, which Lightning runs before this."""
         if self.watch is None:
             return
@@ -162,7 +166,7 @@ class WatchCallback(Callback):
             self._scores = Scores(theirs)
         self.watch.epoch(self._scores, **loss)
 
-    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.watch is None:
             return
         self.diagnosis = self.watch.finish(self._scores)

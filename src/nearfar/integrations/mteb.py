@@ -19,10 +19,11 @@ from nearfar.data.rejections import Rejections
 from nearfar.errors import NearfarError, nearest_name
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from jaxtyping import Float
     from mteb.models.model_meta import ModelMeta
+    from numpy.typing import ArrayLike
     from torch import Tensor
 
     from nearfar.serving.trained import Trained
@@ -103,12 +104,12 @@ class RunEncoder:
 
     def encode(
         self,
-        inputs: Iterable[dict[str, Any]],
+        inputs: Iterable[Mapping[str, Sequence[object]]],
         *,
-        task_metadata: Any = None,
+        task_metadata: object = None,
         hf_split: str = "",
         hf_subset: str = "",
-        prompt_type: Any = None,
+        prompt_type: object = None,
         **options: Any,
     ) -> Float[np.ndarray, "n dim"]:
         """Unit vectors of mteb's batches, in their order; documents by their own view."""
@@ -127,12 +128,14 @@ class RunEncoder:
             )
         return np.concatenate(vectors) if vectors else np.zeros((0, self.trained.dim), np.float32)
 
-    def _vectors(self, batch: dict[str, Any], column: str, view: str, size: int | None) -> np.ndarray:
+    def _vectors(
+        self, batch: Mapping[str, Sequence[object]], column: str, view: str, size: int | None
+    ) -> np.ndarray:
         if column not in batch:
             raise NearfarError(
                 f"this task's batches have {', '.join(batch)} and no {column}, which the view '{view}' reads"
             )
-        values: Sequence[Any] = list(batch[column])
+        values: Sequence[object] = list(batch[column])
         if column == "image":
             values = [
                 np.asarray(each.convert("RGB")) if hasattr(each, "convert") else each for each in values
@@ -147,11 +150,11 @@ class RunEncoder:
                 self.rejections.add(reason, None, values[i] if column == "text" else "")
         return vectors
 
-    def similarity(self, embeddings1: Any, embeddings2: Any) -> Tensor:
+    def similarity(self, embeddings1: ArrayLike | Tensor, embeddings2: ArrayLike | Tensor) -> Tensor:
         """Cosines of all pairs."""
         return _unit(embeddings1) @ _unit(embeddings2).T
 
-    def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> Tensor:
+    def similarity_pairwise(self, embeddings1: ArrayLike | Tensor, embeddings2: ArrayLike | Tensor) -> Tensor:
         """Cosines of rows at the same place."""
         return (_unit(embeddings1) * _unit(embeddings2)).sum(-1)
 
@@ -177,7 +180,7 @@ class RunEncoder:
         return self._meta
 
 
-def _unit(vectors: Any) -> Tensor:
+def _unit(vectors: ArrayLike | Tensor) -> Tensor:
     return normalize(torch.atleast_2d(torch.as_tensor(vectors).float()), dim=-1)
 
 

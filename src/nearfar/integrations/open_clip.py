@@ -5,8 +5,6 @@ Nothing of open_clip is imported: what is alike is the call.
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor, nn
 
 from nearfar import losses as nearfar_losses
@@ -30,9 +28,9 @@ class _OpenClipLoss(nn.Module):
         )
 
     @property
-    def record(self) -> Any:
+    def record(self) -> nearfar_losses.Record | None:
         """What the loss saw in its last call (`nearfar.losses.Record`)."""
-        return self.loss.record
+        return getattr(self.loss, "record", None)
 
     def _check_processes(self) -> None:
         if (running := processes()) != self.world_size:
@@ -101,7 +99,7 @@ class ClipLoss(_OpenClipLoss):
     ) -> Tensor | dict[str, Tensor]:
         """The loss; ``logit_bias`` shifts all logits alike, and a softmax does not see it."""
         self._check_processes()
-        mask: Any = None
+        mask: nearfar_losses.SimilarityMask | None = None
         if self.mask_threshold is not None:
             texts = text_features.detach()
             whole = texts if self.world_size == 1 else gather(texts, with_grad=False)

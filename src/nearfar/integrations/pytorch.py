@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -143,11 +142,11 @@ class Monitor:
     def __init__(
         self,
         model: nn.Module,
-        probe: Any = None,
+        probe: object = None,
         folder: str | os.PathLike[str] = "runs/watched",
         *,
         evaluate: Callable[[], Scores | Mapping[str, Estimate | float]] | None = None,
-        config: Mapping[str, Any] | None = None,
+        config: Mapping[str, object] | None = None,
         seed: int = 0,
         monitor: str | None = None,
         log_every: int = 10,

@@ -5,8 +5,6 @@ Nothing of pytorch-metric-learning is imported: what is alike is the call.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -24,7 +22,7 @@ class _MetricLoss(nn.Module):
         self.loss: nearfar_losses.SupConLoss = loss
 
     @property
-    def record(self) -> Any:
+    def record(self) -> nearfar_losses.Record | None:
         """What the loss saw in its last call (`nearfar.losses.Record`)."""
         return self.loss.record
 
@@ -55,7 +53,7 @@ class _MetricLoss(nn.Module):
             return self.loss(embeddings, labels)
         return self._among(embeddings, ref_emb, labels=labels, memory_labels=ref_labels)
 
-    def _among(self, embeddings: Tensor, others: Tensor, **options: Any) -> Tensor:
+    def _among(self, embeddings: Tensor, others: Tensor, **options: Tensor | None) -> Tensor:
         self.loss.in_batch = False
         try:
             return self.loss(embeddings, memory=others, **options)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from nearfar.data.files import Json
 from nearfar.doctor import Diagnosis
 from nearfar.doctor.logs.names import map_names
 from nearfar.errors import NearfarError
@@ -69,11 +70,11 @@ class WatchCallback(TrainerCallback):
         self,
         folder: str | Path = "runs/watched",
         *,
-        probe: Callable[[Any], Any] | None = None,
+        probe: Callable[[Any], object] | None = None,
         evaluate: Callable[[Any], Scores | Mapping[str, Estimate | float]] | None = None,
         loss: nn.Module | None = None,
         monitor: str | None = None,
-        config: Mapping[str, Any] | None = None,
+        config: Mapping[str, object] | None = None,
         quiet: bool = False,
     ) -> None:
         self.folder, self.probe, self.evaluate, self.loss = Path(folder), probe, evaluate, loss
@@ -85,7 +86,7 @@ class WatchCallback(TrainerCallback):
 
     # -- what the trainer calls -----------------------------------------------------------------------------------
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         step = int(state.global_step)
         if step:
@@ -93,7 +94,7 @@ class WatchCallback(TrainerCallback):
         if not state.is_world_process_zero:
             return
         model = kwargs.get("model")
-        if model is None:
+        if not isinstance(model, nn.Module):
             raise NearfarError("the trainer names no model to its callbacks: WatchCallback cannot watch it.")
         evaluate = self.evaluate
         self.watch = Monitor(
@@ -111,7 +112,7 @@ class WatchCallback(TrainerCallback):
             self.watch.start()
 
     def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         if self.watch is None:
             return
@@ -125,8 +126,8 @@ class WatchCallback(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        logs: Mapping[str, Any] | None = None,
-        **kwargs: Any,
+        logs: Mapping[str, float] | None = None,
+        **kwargs: object,
     ) -> None:
         if self.watch is None or not logs or "train_runtime" in logs:  # the last is a mean over the whole run
             return
@@ -145,8 +146,8 @@ class WatchCallback(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        metrics: Mapping[str, Any] | None = None,
-        **kwargs: Any,
+        metrics: Mapping[str, float] | None = None,
+        **kwargs: object,
     ) -> None:
         step = int(state.global_step)
         if self.watch is None or not metrics or self._evaluated == step:
@@ -173,7 +174,7 @@ class WatchCallback(TrainerCallback):
         self.watch.epoch(scores, **loss)
 
     def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         if self.watch is None or _value(args.eval_strategy) != "no":
             return
@@ -184,7 +185,7 @@ class WatchCallback(TrainerCallback):
         self.watch.epoch(scores)
 
     def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         weights = self._own_weights()
         folder = Path(str(args.output_dir)) / f"checkpoint-{int(state.global_step)}"
@@ -192,7 +193,7 @@ class WatchCallback(TrainerCallback):
             torch.save({name: each.detach().cpu() for name, each in weights.items()}, folder / LOSS_FILE)
 
     def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         if self.watch is None:
             return
@@ -209,12 +210,12 @@ class WatchCallback(TrainerCallback):
         """Scores of the rows of validation that are known at this step already."""
         return None
 
-    def _about(self) -> dict[str, Any]:
+    def _about(self) -> Json:
         """What else is to be known of the run."""
         return {}
 
-    def _configuration(self, args: TrainingArguments) -> dict[str, Any]:
-        config: dict[str, Any] = {
+    def _configuration(self, args: TrainingArguments) -> Json:
+        config: Json = {
             ours: _value(getattr(args, theirs))
             for theirs, ours in _ARGUMENTS.items()
             if getattr(args, theirs, None) is not None
@@ -222,7 +223,7 @@ class WatchCallback(TrainerCallback):
         half = "bf16-mixed" if args.bf16 else "16-mixed" if args.fp16 else "32-true"
         config["precision"] = half
         if self.loss is not None:
-            given: Any = getattr(self.loss, "get_config_dict", dict)
+            given: Callable[[], Json] = getattr(self.loss, "get_config_dict", dict)
             options = given()
             config["loss"] = type(self.loss).__name__
             config |= {
@@ -257,7 +258,7 @@ class WatchCallback(TrainerCallback):
                 each.copy_(saved[name])
 
 
-def _value(given: Any) -> Any:
+def _value(given: object) -> object:
     return getattr(given, "value", given)
 
 

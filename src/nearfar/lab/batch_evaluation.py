@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from nearfar.errors import NearfarError
 from nearfar.training.checkpoint import Checkpoint
+from nearfar.training.fabric import to_device
 from nearfar.training.grad_cache import cached_embeddings
 from nearfar.training.state import initial_model, load_weights
 from nearfar.training.system import System
@@ -100,7 +101,7 @@ class BatchEvaluator:
         self.model.load_state_dict(self.state)
         self.model.train(self.training)
         self.model.zero_grad(set_to_none=True)
-        batch = _moved(dataset.__getitems__(list(positions)), self.device)
+        batch = to_device(dataset.__getitems__(list(positions)), self.device)
         with torch.random.fork_rng(), torch.enable_grad():
             if self.system.defines("encode"):
                 embeddings = self._encode(batch, len(positions), number, rows)
@@ -156,12 +157,6 @@ def _learning(embeddings: object) -> Iterator[Tensor]:
 
 def _seed(seed: int, number: int, part: int) -> int:
     return int(np.random.SeedSequence((seed, number, part)).generate_state(1, np.uint64)[0] >> 1)
-
-
-def _moved(batch: object, device: torch.device) -> Any:
-    from lightning.fabric.utilities.apply_func import move_data_to_device
-
-    return move_data_to_device(batch, device)
 
 
 def cosine(a: Gradients, b: Gradients) -> float:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -18,6 +17,7 @@ from nearfar.errors import NearfarError
 from nearfar.lab.report import write_page
 from nearfar.losses.explain import BatchExplanation, explain_batch
 from nearfar.losses.views import ViewLoss
+from nearfar.models.views import ViewModel
 from nearfar.serving.shown import as_picture, shown_value
 from nearfar.systems import build_system
 from nearfar.systems.view_system import ViewSystem
@@ -156,14 +156,14 @@ def explained_batch(
     return answer
 
 
-def run_of_views(path: Path, say: Callable[[str], None]) -> tuple[ViewSystem, Any]:
+def run_of_views(path: Path, say: Callable[[str], None]) -> tuple[ViewSystem, ViewModel]:
     """The system of a checkpoint with its data, and its model in evaluation mode.
 
     Raises:
         NearfarError: a system whose loss is not between views, data that has changed.
     """
     folder = RunFolder.of(path)
-    system: Any = build_system(folder.config(), saved=True)
+    system = build_system(folder.config(), saved=True)
     if not isinstance(system, ViewSystem) or not isinstance(system.loss, ViewLoss):
         raise NearfarError(
             f"{folder}: the loss of '{system.name}' is not one between views, so that its negatives are not listed. "

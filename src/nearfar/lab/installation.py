@@ -10,13 +10,13 @@ import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
 from nearfar import __version__
 from nearfar.data.cache import cache_dir
+from nearfar.data.files import Json
 
 __all__ = ["Extra", "Installation", "extra_table", "inspect_installation", "machine_table"]
 
@@ -95,7 +95,7 @@ class Installation:
     weights: dict[str, bool]
     extras: list[Extra] = field(default_factory=list)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Json:
         """Plain data, for ``--json``."""
         return asdict(self) | {"extras": [asdict(e) | {"installed": e.installed} for e in self.extras]}
 

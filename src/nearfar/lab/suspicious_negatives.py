@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
 
 import numpy as np
 import torch
@@ -16,6 +15,7 @@ from nearfar.errors import NearfarError
 from nearfar.lab.explain_run import Shown, run_of_views
 from nearfar.lab.report import write_page
 from nearfar.mining import mine_negatives
+from nearfar.models.views import ViewModel
 from nearfar.serving.stream import TABLE_ENDINGS, write_rows
 from nearfar.systems.view_system import GROUP, PRESENT, ViewSystem
 from nearfar.training.checkpoint import find_checkpoint
@@ -129,7 +129,7 @@ def suspicious_negatives(
 
 
 def _embedded(
-    system: ViewSystem, model: torch.nn.Module
+    system: ViewSystem, model: ViewModel
 ) -> tuple[dict[str, Float[np.ndarray, "n d"]], dict[str, np.ndarray]]:
     """Unit vectors of every view of the training items, and which items have it."""
     dataset, size = system.datasets["train"], len(system.splits["train"])
@@ -139,7 +139,7 @@ def _embedded(
         for start in range(0, size, _BATCH):
             positions = list(range(start, min(start + _BATCH, size)))
             batch = dataset.__getitems__(positions)
-            embeddings = system.contrasted(system.encode(cast(Any, model), batch))
+            embeddings = system.contrasted(system.encode(model, batch))
             for view in system.views:
                 rows = torch.nn.functional.normalize(embeddings[view].double(), dim=1)
                 parts[view].append(rows.float().numpy())

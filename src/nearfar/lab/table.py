@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich import box
 from rich.console import RenderableType
 from rich.markup import escape
+from rich.padding import PaddingDimensions
 from rich.style import StyleType
 from rich.table import Table as RichTable
 from rich.text import Text
@@ -61,13 +62,21 @@ class Table(RichTable):
     [red]name[/red] [bold]
     """
 
-    def __init__(self, title: str, caption: str | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        title: str,
+        caption: str | None = None,
+        *,
+        box: box.Box = box.HEAVY_HEAD,
+        padding: PaddingDimensions = (0, 1),
+    ) -> None:
         super().__init__(
             title=Text(title, style="table.title"),
             caption=None if caption is None else Text(caption, style="table.caption"),
             title_justify="left",
             caption_justify="left",
-            **options,
+            box=box,
+            padding=padding,
         )
 
     def add_column(self, header: RenderableType = "", *rest: Any, **options: Any) -> None:

@@ -80,10 +80,11 @@ def check_tensors(**values: object) -> None:
             )
 
 
-def check_matrices(**values: Any) -> None:
+def check_matrices(**values: object) -> None:
     """``NearfarError`` unless all of these are tensors (rows, dimensions) of floating point; looks at no value."""
     check_tensors(**values)
     for name, value in values.items():
+        assert isinstance(value, Tensor)
         if value.ndim != 2 or not value.is_floating_point():
             raise NearfarError(
                 f"{name} is {tuple(value.shape)} {value.dtype}; a loss takes a matrix of floating point (rows, "

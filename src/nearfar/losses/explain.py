@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -71,7 +70,7 @@ class BatchExplanation:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[ExplainedRow]:
         return iter(self.rows)
 
     def __getitem__(self, at: int) -> ExplainedRow:
@@ -82,7 +81,7 @@ class BatchExplanation:
         """Negatives shown here that are likely positives."""
         return sum(len(row.likely_false) for row in self.rows)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Plain data."""
         return asdict(self)
 
@@ -245,7 +244,10 @@ def explain_batch(
                 words.append("nearer than the positive" if margin <= 0 else "as near as the positive")
             return ", ".join(words)
 
-        def listed(which: Tensor, reason: Any, i: int = i) -> list[Other]:
+        def masked_by(j: int, i: int = i) -> str:
+            return ", ".join(name for name, each in reasons.items() if bool(each[i, j]))
+
+        def listed(which: Tensor, reason: Callable[[int], str], i: int = i) -> list[Other]:
             at = which.nonzero()[:, 0]
             order = at[torch.argsort(similarities[i, at], descending=True, stable=True)][:k].tolist()
             return [
@@ -266,7 +268,7 @@ def explain_batch(
                 listed(candidate[i] & ~positive[i], why),
                 listed(
                     left_out[i],
-                    lambda j, i=i: ", ".join(name for name, each in reasons.items() if bool(each[i, j])),
+                    masked_by,
                 ),
                 int(candidate[i].sum()),
                 int(left_out[i].sum()),

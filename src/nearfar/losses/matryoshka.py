@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -110,7 +110,7 @@ class MatryoshkaLoss(nn.Module):
         self.records: dict[str, Record | None] = {}
 
     @property
-    def record(self) -> Any:
+    def record(self) -> Record | None:
         """The record of the longest."""
         return getattr(self.loss, "record", None)
 
@@ -130,7 +130,7 @@ class MatryoshkaLoss(nn.Module):
         return total
 
 
-def _first(name: str, value: Any, length: int) -> Any:
+def _first(name: str, value: object, length: int) -> object:
     """The first numbers of an embedding, or of several."""
     if isinstance(value, (tuple, list)):
         return type(value)(_first(name, each, length) for each in value)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from functools import partial
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -195,23 +196,21 @@ def supcon_step(
             return small[0], small[2]
     # A memory joins rows of unit length, and single pairs are scored beside the kernel.
     raw = normalize and memory is None and denominator != "own"
-    kernel: dict[str, Any] = {
-        "inside": inside, "mask": mask, "rows": rows, "tile": tile, "normalize": raw, "unit": normalize and not raw,
-        "denominator": denominator, "reduction": options.reduction,
-    }  # fmt: skip
+    score = partial(
+        softmax_loss, inside=inside, mask=mask, rows=rows, tile=tile, normalize=raw, unit=normalize and not raw,
+        denominator=denominator, reduction=options.reduction,
+    )  # fmt: skip
     first, second, scale = ready(z, other, factor, None if raw else normalize, ("z", "other"))
     _check_views(len(first), None if other is None else len(second), memory, in_batch)
     _check_who(labels, positives, memory, memory_labels)
-    keys, alone = None if other is None else second, in_batch
+    keys, alone, both = None if other is None else second, in_batch, False
     if memory is not None and len(memory):
         kept = ready(memory, first, 1.0, normalize, ("memory", "z")).a.to(first.dtype)
         keys = torch.cat([first, kept]) if in_batch else kept
     elif other is not None:
-        kernel["both"], alone = True, not options.own_pair
+        both, alone = True, not options.own_pair
     if positives is not None:
-        return softmax_loss(
-            first, keys, scale, _explicit(positives, first, keys), without_self=alone, **kernel
-        )
+        return score(first, keys, scale, _explicit(positives, first, keys), both=both, without_self=alone)
     assert labels is not None
     labels = labels.to(z.device)
     theirs = None
@@ -219,13 +218,13 @@ def supcon_step(
         theirs = _labels(memory_labels, len(memory), "memory_labels", "memory", len(z)).to(labels.device)
     if keys is not None and theirs is not None:
         same = SameClass(labels, torch.cat([labels, theirs]) if in_batch else theirs)
-        return softmax_loss(first, keys, scale, same, without_self=alone, **kernel)
+        return score(first, keys, scale, same, both=both, without_self=alone)
     whole = keys is None and rows is None and mask is None
     if not (whole and z.device.type == "cpu" and len(z) ** 2 > DENSE_MAX_PAIRS):
-        return softmax_loss(first, keys, scale, SameClass(labels), without_self=alone, **kernel)
+        return score(first, keys, scale, SameClass(labels), both=both, without_self=alone)
     # In the order of their labels, positives stand together and most tiles hold none.
     labels, order = torch.sort(labels, stable=True)
-    loss, step = softmax_loss(first[order], None, scale, SameClass(labels), without_self=True, **kernel)
+    loss, step = score(first[order], None, scale, SameClass(labels), both=both, without_self=True)
     return loss if options.reduction != "none" else loss[order.argsort()], step
 
 

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
-from typing import Any, ClassVar, Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -38,6 +38,12 @@ __all__ = ["ViewContext", "ViewLoss", "view_pairs"]
 ViewLossName = Literal["infonce", "siglip", "supcon"]
 
 
+class KeptRows(Protocol):
+    """Rows that a memory keeps, oldest first."""
+
+    def rows(self) -> Tensor: ...
+
+
 class Memory(Protocol):
     """Earlier items as further negatives, as `nearfar.models.views.ViewMemory` keeps them."""
 
@@ -51,7 +57,7 @@ class Memory(Protocol):
     def groups(self, view: str) -> Tensor: ...
 
     @property
-    def vectors(self) -> Any: ...
+    def vectors(self) -> KeptRows | None: ...
 
 
 @dataclass

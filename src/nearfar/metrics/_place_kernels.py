@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numba import njit
 
@@ -15,7 +13,7 @@ _FEW = 64
 
 
 @njit(cache=True, nogil=True)
-def hide(score: Any, row: int, column: int, starts: Any, columns: Any) -> None:
+def hide(score: np.ndarray, row: int, column: int, starts: np.ndarray, columns: np.ndarray) -> None:
     """Set what is no irrelevant candidate to −∞: entries of CSR rows from ``row`` on, under the tile at ``column``."""
     width = score.shape[1]
     for i in range(score.shape[0]):
@@ -33,7 +31,7 @@ def hide(score: Any, row: int, column: int, starts: Any, columns: Any) -> None:
 
 
 @njit(cache=True, nogil=True, fastmath={"reassoc", "nsz"})
-def _compare(scores: Any, high: Any, low: Any) -> Any:
+def _compare(scores: np.ndarray, high: np.float32, low: np.float32) -> tuple[np.float32, np.float32]:
     """How many scores are above ``high``, and how many at least ``low``: in floats, exact below 2^24."""
     above, at_least = np.float32(0), np.float32(0)
     for j in range(scores.shape[0]):
@@ -45,14 +43,14 @@ def _compare(scores: Any, high: Any, low: Any) -> Any:
 
 @njit(cache=True, nogil=True)
 def count_rows(
-    score: Any,
+    score: np.ndarray,
     row: int,
     column: int,
-    starts: Any,
-    high: Any,
-    low: Any,
-    above: Any,
-    near: Any,
+    starts: np.ndarray,
+    high: np.ndarray,
+    low: np.ndarray,
+    above: np.ndarray,
+    near: np.ndarray,
     used: int,
     most: int,
 ) -> int:
@@ -124,7 +122,15 @@ def count_rows(
 
 
 @njit(cache=True, nogil=True)
-def count_exactly(score: Any, row: int, starts: Any, best: Any, width: Any, above: Any, level: Any) -> None:
+def count_exactly(
+    score: np.ndarray,
+    row: int,
+    starts: np.ndarray,
+    best: np.ndarray,
+    width: np.ndarray,
+    above: np.ndarray,
+    level: np.ndarray,
+) -> None:
     """Add the scores above and level with each threshold, from scores in float64; a row has one width."""
     for i in range(score.shape[0]):
         start, stop = starts[row + i], starts[row + i + 1]
@@ -151,7 +157,7 @@ def count_exactly(score: Any, row: int, starts: Any, best: Any, width: Any, abov
 
 
 @njit(cache=True, nogil=True)
-def order_rows(starts: Any, scores: Any, order: Any) -> None:
+def order_rows(starts: np.ndarray, scores: np.ndarray, order: np.ndarray) -> None:
     """The places of the scores of each row, from the highest down."""
     for i in range(starts.shape[0] - 1):
         start, stop = starts[i], starts[i + 1]
@@ -162,7 +168,15 @@ def order_rows(starts: Any, scores: Any, order: Any) -> None:
 
 
 @njit(cache=True, nogil=True, fastmath={"reassoc", "nsz", "contract"})
-def pair_products(first: Any, second: Any, factors: Any, others: Any, i: Any, j: Any, scores: Any) -> None:
+def pair_products(
+    first: np.ndarray,
+    second: np.ndarray,
+    factors: np.ndarray,
+    others: np.ndarray,
+    i: np.ndarray,
+    j: np.ndarray,
+    scores: np.ndarray,
+) -> None:
     """The products of pairs of scaled rows in float64; equal rows give equal products."""
     for p in range(i.shape[0]):
         a, b = i[p], j[p]
@@ -173,7 +187,7 @@ def pair_products(first: Any, second: Any, factors: Any, others: Any, i: Any, j:
 
 
 @njit(cache=True, nogil=True)
-def turn(score: Any, turned: Any) -> None:
+def turn(score: np.ndarray, turned: np.ndarray) -> None:
     """Write the transposed tile, sixteen columns at a time: a line of the cache is read once."""
     rows, columns = score.shape
     for start in range(0, columns, 16):
@@ -184,7 +198,7 @@ def turn(score: Any, turned: Any) -> None:
 
 
 @njit(cache=True, nogil=True)
-def sum_resamples(drawn: Any, scores: Any, sums: Any) -> None:
+def sum_resamples(drawn: np.ndarray, scores: np.ndarray, sums: np.ndarray) -> None:
     """For each row of drawn items the sum of every column of their scores."""
     for b in range(drawn.shape[0]):
         for i in range(drawn.shape[1]):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import combinations
-from typing import Any
 
 import numpy as np
 import torch
@@ -127,7 +126,7 @@ def group_signals(
     return signals
 
 
-def _mask(name: str, mask: Any) -> Mask:
+def _mask(name: str, mask: Mask | Tensor | np.ndarray) -> Mask:
     try:
         return as_mask(torch.from_numpy(mask) if isinstance(mask, np.ndarray) else mask)
     except (NearfarError, TypeError) as error:

@@ -14,7 +14,6 @@ first (``by_group``).
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -82,7 +81,7 @@ def _ratio(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64
 
 def by_group(
     counts: Float[ndarray, "n ..."], groups: Sequence[Hashable]
-) -> tuple[list[Any], Float[ndarray, "groups ..."]]:
+) -> tuple[list[Hashable], Float[ndarray, "groups ..."]]:
     """The groups in order of their first items, and the sum of each one's counts.
 
     >>> by_group(np.array([[1.0, 1.0], [0.0, 1.0], [1.0, 1.0]]), ["a", "b", "a"])

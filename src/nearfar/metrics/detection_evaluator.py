@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
+from nearfar.data.files import Json
 from nearfar.errors import NearfarError
 from nearfar.metrics.detection import Boxes
 
@@ -75,7 +74,7 @@ def check_evidence(
     return far
 
 
-def _mean(values: Any) -> float:
+def _mean(values: np.ndarray) -> float:
     defined = values[values > -1]
     return float(defined.mean()) if defined.size else float("nan")
 
@@ -85,7 +84,7 @@ def _pictures_of(true: Boxes, group: int) -> set[int]:
     return set(true.picture[true.group == group].tolist())
 
 
-def _dataset(true: Boxes, detections: Boxes, n: int, group: int | None) -> dict[str, Any]:
+def _dataset(true: Boxes, detections: Boxes, n: int, group: int | None) -> Json:
     labels = np.unique(np.concatenate([true.labels, detections.labels])).tolist()
     other = np.zeros(len(true), bool) if group is None or true.group is None else true.group != group
     crowd = np.zeros(len(true), bool) if true.crowd is None else true.crowd
@@ -106,7 +105,7 @@ def _dataset(true: Boxes, detections: Boxes, n: int, group: int | None) -> dict[
     }
 
 
-def _results(detections: Boxes) -> Any:
+def _results(detections: Boxes) -> list[Json]:
     assert detections.scores is not None
     return [
         {
@@ -119,7 +118,7 @@ def _results(detections: Boxes) -> Any:
     ]
 
 
-def _with_size(box: Any) -> list[float]:
+def _with_size(box: np.ndarray) -> list[float]:
     left, top, right, bottom = (float(value) for value in box)
     return [left, top, right - left, bottom - top]
 

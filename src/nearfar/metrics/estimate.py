@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nearfar.arguments import any_number, flag, instance, mapping, shown, text, whole_number
+from nearfar.data.files import Json
 from nearfar.directions import lower_is_better
 from nearfar.errors import NearfarError
 from nearfar.ids import plain_ids
@@ -115,7 +116,7 @@ class Estimate:
         }
 
     @classmethod
-    def from_dict(cls, record: Mapping[str, Any]) -> Estimate:
+    def from_dict(cls, record: Json) -> Estimate:
         """The estimate that ``to_dict`` wrote; a missing field is an error that names it."""
         if not isinstance(record, Mapping):
             raise NearfarError(f"record is {shown(record)}; the mapping that to_dict gives is needed")

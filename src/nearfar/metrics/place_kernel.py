@@ -10,7 +10,6 @@ blocks, one direction after the other. Products are taken where the embeddings a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import numpy as np
 import torch
@@ -203,7 +202,7 @@ class _Direction:
         self.hide(scores, row, column)
         count_exactly(scores, row, self.starts, self.best, self.width, self.above, self.level)
 
-    def hide(self, score: NDArray[Any], row: int, column: int) -> None:
+    def hide(self, score: np.ndarray, row: int, column: int) -> None:
         """Strike out of a tile what is no irrelevant candidate: relevant items, and a query itself."""
         from nearfar.metrics._place_kernels import hide
 

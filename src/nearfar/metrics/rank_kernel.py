@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -67,12 +66,14 @@ class Side:
         return (wide * self.factor[at, None].to(wide.dtype)).to(dtype)
 
 
-def _as_rows(rows: Any, name: str) -> Tensor:
+def _as_rows(rows: object, name: str) -> Tensor:
     """Embeddings as a matrix of floating point numbers; whole numbers become float64, which holds them exactly."""
     if not isinstance(rows, Tensor):
-        plain = isinstance(rows, np.ndarray) and rows.dtype.kind == "f" and rows.dtype.itemsize <= 8
-        array = np.ascontiguousarray(rows, rows.dtype.newbyteorder("=")) if plain else None
-        rows = torch.as_tensor(numbers(name, rows, finite=False) if array is None else array)
+        if isinstance(rows, np.ndarray) and rows.dtype.kind == "f" and rows.dtype.itemsize <= 8:
+            array = np.ascontiguousarray(rows, rows.dtype.newbyteorder("="))
+        else:
+            array = numbers(name, rows, finite=False)
+        rows = torch.as_tensor(array)
     if rows.ndim != 2 or 0 in rows.shape:
         raise NearfarError(
             f"{name} have shape {tuple(rows.shape)}; embeddings are a matrix (items, dimensions)"

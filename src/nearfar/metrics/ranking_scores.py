@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from heapq import nlargest
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nearfar.arguments import choice, shown, whole_number
+from nearfar.data.files import Json
 from nearfar.data.rankings import RankedLists
 from nearfar.errors import NearfarError
 from nearfar.metrics.estimate import split_hash
@@ -23,7 +23,9 @@ __all__ = ["RANKING_METRICS", "describe_ranking", "score_ranking"]
 #: what is scored unless metrics are named
 RANKING_METRICS = ("nDCG@10", "MAP", "MRR@10", "recall@100", "precision@10")
 
-Lists = Mapping[Any, Any]
+#: the documents of a query with their numbers, or alone, where each counts 1; and these by query
+Documents = Mapping[str, float] | Mapping[int, float] | Collection[str | int]
+Lists = RankedLists | Mapping[str, Documents] | Mapping[int, Documents]
 
 
 def score_ranking(
@@ -84,7 +86,7 @@ def score_ranking(
         chances = {name: np.full(len(scored), np.nan) for name in chances}
         bounds = {name: Bounds(each.low, each.high, False) for name, each in bounds.items()}
     per_query = float(places.relevant.mean())
-    protocol: dict[str, Any] = {
+    protocol: Json = {
         "ranked": "lists",
         "relevant_per_query": 1 if places.relevant.max() == 1 else round(per_query, 4),
         "without_relevant": sum(not grades for grades in relevant.values()),

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from nearfar.arguments import check_dense, flag, numbers, shown, whole_number, whole_numbers
+from nearfar.data.files import Json
 from nearfar.errors import NearfarError
 from nearfar.metrics.estimate import Estimate
 from nearfar.metrics.ranks import Ranks
@@ -94,7 +93,7 @@ def _single_counts(
 
 def _score_ranks(logits: Tensor, right: Tensor, others: Candidates) -> Ranks:
     gallery = logits.shape[1] if others is None else logits.shape[1] - 1
-    kind: dict[str, Any] = {"direction": "rows to columns", "leave_one_out": others is not None}
+    kind: Json = {"direction": "rows to columns", "leave_one_out": others is not None}
     if right.dtype != torch.bool:
         better, tied = (count.cpu().numpy() for count in _single_counts(logits, right, others))
         one = np.ones_like(better)

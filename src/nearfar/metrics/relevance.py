@@ -7,9 +7,8 @@ How relevance is read from what people have: ``nearfar.metrics.relevance_forms``
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -143,7 +142,7 @@ class ItemIds:
         self.of_keys = None if key_ids is None else _checked(key_ids, keys, "key_ids", "keys")
         self._places = {name: i for i, name in enumerate(self.of_keys or ())}
         if self.of_keys is not None and len(self._places) < keys:
-            seen: set[Any] = set()
+            seen: set[Hashable] = set()
             twice = next(name for name in self.of_keys if name in seen or seen.add(name))  # type: ignore[func-returns-value]
             raise NearfarError(f"key_ids holds {twice!r} more than once; an id names one key")
 
@@ -212,7 +211,7 @@ class ItemIds:
         return places
 
 
-def _checked(ids: object, n: int, name: str, what: str) -> list[Any]:
+def _checked(ids: object, n: int, name: str, what: str) -> list[Hashable]:
     names = entries(name, ids)
     if len(names) != n:
         raise NearfarError(

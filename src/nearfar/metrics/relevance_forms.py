@@ -7,8 +7,8 @@ form that two readings fit is an error that names both.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -31,6 +31,10 @@ from nearfar.metrics.relevance_rows import (
     two_readings,
     zeros_and_ones,
 )
+
+if TYPE_CHECKING:
+    import pandas
+    from scipy import sparse
 
 __all__ = ["read_relevance"]
 
@@ -121,7 +125,7 @@ def _from_labels(
 
 # -- matrices --------------------------------------------------------------------------------------------------
 def _from_scipy(
-    relevant: Any, n: int, m: int, device: torch.device, own: NDArray[np.int64] | None
+    relevant: sparse.spmatrix, n: int, m: int, device: torch.device, own: NDArray[np.int64] | None
 ) -> Relevance:
     matrix = relevant.tocsr().tocoo()  # an entry stated twice is one, the sum of both
     _check_matrix_shape(matrix.shape, n, m)
@@ -146,7 +150,7 @@ def _from_sparse(
     return _from_pairs(row, column, n, m, device, own)
 
 
-def _check_zeros_and_ones(values: NDArray[Any]) -> None:
+def _check_zeros_and_ones(values: np.ndarray) -> None:
     odd = values[(values != 0) & (values != 1)]
     if odd.size:
         raise NearfarError(
@@ -156,7 +160,7 @@ def _check_zeros_and_ones(values: NDArray[Any]) -> None:
 
 
 def _of_matrix(
-    array: Any, n: int, m: int, ids: ItemIds, own: NDArray[np.int64] | None
+    array: np.ndarray | Tensor, n: int, m: int, ids: ItemIds, own: NDArray[np.int64] | None
 ) -> tuple[Tensor, Tensor]:
     """A 2-d array: a matrix of Booleans or of 0 and 1, or rows of positions padded with −1."""
     if np.ma.isMaskedArray(array):
@@ -186,7 +190,7 @@ def _of_matrix(
     return read_entries(list(array), n, m, ids, own)
 
 
-def _of_frame(frame: Any, n: int, m: int, ids: ItemIds) -> NDArray[Any]:
+def _of_frame(frame: pandas.DataFrame, n: int, m: int, ids: ItemIds) -> np.ndarray:
     """A table whose rows are queries and whose columns are keys; by name where its names are the ids."""
     if tuple(frame.shape) != (n, m):
         raise NearfarError(
@@ -222,7 +226,7 @@ def _of_frame(frame: Any, n: int, m: int, ids: ItemIds) -> NDArray[Any]:
     return np.asarray(array)
 
 
-def _of_series(series: Any, ids: ItemIds) -> Any:
+def _of_series(series: pandas.Series, ids: ItemIds) -> dict[Hashable, object] | np.ndarray | list[object]:
     """A column: by its index where that holds the query ids, by position otherwise."""
     if getattr(series.index, "nlevels", 1) > 1:
         raise NearfarError(
@@ -245,7 +249,7 @@ def _of_series(series: Any, ids: ItemIds) -> Any:
 
 # -- qrels -----------------------------------------------------------------------------------------------------
 def _from_qrels(
-    qrels: Mapping[Any, Any], ids: ItemIds, device: torch.device, own: NDArray[np.int64] | None
+    qrels: Mapping[Hashable, Any], ids: ItemIds, device: torch.device, own: NDArray[np.int64] | None
 ) -> Relevance:
     if ids.of_queries is None or ids.of_keys is None:
         missing = " and ".join(
@@ -259,7 +263,7 @@ def _from_qrels(
         )
     rows: list[NDArray[np.int64]] = []
     grades: list[NDArray[np.float64]] = []
-    unknown: list[Any] = []
+    unknown: list[Hashable] = []
     for name in ids.of_queries:
         entry = qrels.get(name, ())
         if isinstance(entry, Mapping):

@@ -58,7 +58,7 @@ def read_entries(
                 "integers. Cast whole numbers with .astype(int) after setting missing ones to −1; Booleans "
                 f"are a (queries, keys) matrix. {FORMS}"
             )
-        if kind in "iu" and not ids.of_keys:
+        if isinstance(relevant, np.ndarray) and kind in "iu" and not ids.of_keys:
             return _other_than_own(_of_positions(relevant, n, m), own)
         relevant = relevant.tolist() if kind in "iuUS" else list(relevant)
     entries = [entry.item() if is_single(entry) else entry for entry in relevant]
@@ -87,7 +87,7 @@ def read_entries(
     return as_pairs([_row_of(i, [] if is_nothing(row) else row, m, ids) for i, row in enumerate(entries)])
 
 
-def _of_positions(array: Any, n: int, m: int) -> tuple[Tensor, Tensor]:
+def _of_positions(array: np.ndarray, n: int, m: int) -> tuple[Tensor, Tensor]:
     if len(array) != n:
         raise NearfarError(f"relevant has {len(array)} entries for {n} queries; it takes one for each")
     kept = array >= 0 if array.dtype.kind == "u" else array != -1
@@ -160,7 +160,7 @@ def _row_of(i: int, row: Any, m: int, ids: ItemIds) -> NDArray[np.int64]:
             if len(row)
             else "i"
         )
-        values: list[Any] = []
+        values: list[object] = []
     else:
         values = [value.item() if is_single(value) else value for value in row]
         kind = _kind_of(i, values)
@@ -240,7 +240,7 @@ def _as_flags(entries: list[Any], m: int) -> NDArray[np.bool_] | None:
     return None
 
 
-def zeros_and_ones(array: NDArray[Any]) -> bool:
+def zeros_and_ones(array: np.ndarray) -> bool:
     return bool(((array == 0) | (array == 1)).all())
 
 
@@ -279,7 +279,7 @@ def as_pairs(rows: list[NDArray[np.int64]]) -> tuple[Tensor, Tensor]:
     return row, torch.from_numpy(column.astype(np.int64))
 
 
-def _check_range(rows: NDArray[Any], columns: NDArray[Any], m: int) -> None:
+def _check_range(rows: np.ndarray, columns: np.ndarray, m: int) -> None:
     outside = np.flatnonzero((columns < 0) | (columns >= m))
     if len(outside):
         at = int(outside[0])

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float64
@@ -70,8 +69,8 @@ class RetrievalScores(Mapping[str, Float64[ndarray, " n"]]):
 
     scores: Mapping[str, Float64[ndarray, " n"]]
     chances: Mapping[str, Float64[ndarray, " n"]]
-    queries: Any
-    protocol: Mapping[str, Any] = field(default_factory=dict)
+    queries: np.ndarray | Sequence[Hashable]
+    protocol: Mapping[str, object] = field(default_factory=dict)
     ranks: Ranks | None = None
     bounds: Mapping[str, Bounds] = field(default_factory=dict)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -95,7 +94,7 @@ class KnownClasses:
         at = labelled.nonzero()[:, 0]
         return cls(names, [ids[i] for i in at.tolist()], rows.float()[at], codes[at], k, probe)
 
-    def columns(self, rows: Float[Tensor, "m d"]) -> dict[str, list[Any]]:
+    def columns(self, rows: Float[Tensor, "m d"]) -> dict[str, list[object]]:
         """What these items say of new ones that the same model embedded, as columns of a table.
 
         ``knn`` is the class that most of the k nearest have, ``knn/share`` the part of them that have it,
@@ -114,7 +113,7 @@ class KnownClasses:
         if self.codes.ndim == 2:
             return self._several(rows)
         votes = nearest_votes(self.rows, self.codes, rows, self.k)
-        columns: dict[str, list[Any]] = {
+        columns: dict[str, list[object]] = {
             "knn": [self.names[code] for code in votes.classes.tolist()],
             "knn/share": votes.shares.tolist(),
             **self._nearest(votes.nearest, votes.similarities),
@@ -130,7 +129,7 @@ class KnownClasses:
                     columns[f"probe/p({name})"] = probabilities[:, code].tolist()
         return columns
 
-    def _several(self, rows: Float[Tensor, "m d"]) -> dict[str, list[Any]]:
+    def _several(self, rows: Float[Tensor, "m d"]) -> dict[str, list[object]]:
         votes = nearest_votes(self.rows, torch.zeros(len(self.rows), dtype=torch.int64), rows, self.k)
         shares = self.codes[votes.nearest].double().mean(1).tolist()
         ordered = [
@@ -143,7 +142,7 @@ class KnownClasses:
             **self._nearest(votes.nearest, votes.similarities),
         }
 
-    def _nearest(self, at: Int[Tensor, "m k"], cosines: Float[Tensor, "m k"]) -> dict[str, list[Any]]:
+    def _nearest(self, at: Int[Tensor, "m k"], cosines: Float[Tensor, "m k"]) -> dict[str, list[object]]:
         return {
             "knn/nearest": [[self.ids[i] for i in row] for row in at.tolist()],
             "knn/cosine": cosines.tolist(),
@@ -230,11 +229,11 @@ class LabelledGallery:
         self._labels.extend(item_labels(items[self.label], self.label, self.separator))
         self._known = None
 
-    def of_all(self, start: int, stop: int) -> dict[str, list[Any]]:
+    def of_all(self, start: int, stop: int) -> dict[str, list[object]]:
         """Not asked for: items vote for others, not for themselves."""
         raise NearfarError("labelled items are a gallery: other items are compared with them.")
 
-    def of_others(self, outputs: Mapping[str, Tensor], items: Items) -> dict[str, list[Any]]:
+    def of_others(self, outputs: Mapping[str, Tensor], items: Items) -> dict[str, list[object]]:
         """`KnownClasses.columns` of other items."""
         if self._known is None:
             self._known = self._classes()

@@ -9,7 +9,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Generic, TypeVar
 
 __all__ = ["Batcher", "Busy"]
 
@@ -22,26 +22,31 @@ class Busy(Exception):
         self.retry_after = max(1, math.ceil(retry_after))
 
 
+Key = TypeVar("Key", bound=Hashable)
+Value = TypeVar("Value")
+Result = TypeVar("Result")
+
+
 @dataclass(eq=False)
-class _Request:
+class _Request(Generic[Result]):
     """The values of one request, and the results that are there by now."""
 
-    results: list[Any]
+    results: list[Result | Exception | None]
     left: int
-    done: asyncio.Future[list[Any]]
+    done: asyncio.Future[list[Result | Exception | None]]
 
 
 @dataclass(eq=False)
-class _Waiting:
+class _Waiting(Generic[Value, Result]):
     """One value that waits for its pass."""
 
-    value: Any
-    request: _Request
+    value: Value
+    request: _Request[Result]
     position: int
     arrived: float
 
 
-class Batcher:
+class Batcher(Generic[Key, Value, Result]):
     """Puts values that arrive within some milliseconds into one call of ``work``, which runs in one thread.
 
     ``work(key, values)`` gives a result for each value, in order; an exception among them is the result of that value
@@ -72,14 +77,14 @@ class Batcher:
 
     def __init__(
         self,
-        work: Callable[[Any, list[Any]], Sequence[Any]],
+        work: Callable[[Key, list[Value]], Sequence[Result]],
         wait: float = 0.004,
         most: int = 64,
         waiting: int = 2048,
     ) -> None:
         self.work, self.wait, self.most, self.limit = work, wait, most, waiting
-        self._queues: OrderedDict[Hashable, deque[_Waiting]] = OrderedDict()
-        self._running: list[_Waiting] = []
+        self._queues: OrderedDict[Key, deque[_Waiting[Value, Result]]] = OrderedDict()
+        self._running: list[_Waiting[Value, Result]] = []
         self._size = 0
         self._seconds = 0.0  # that a value took of late, from which the time until there is room is estimated
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
@@ -91,7 +96,7 @@ class Batcher:
         """Values that wait; those in the call that runs are not counted."""
         return self._size
 
-    async def submit(self, key: Hashable, values: Sequence[Any]) -> list[Any]:
+    async def submit(self, key: Key, values: Sequence[Value]) -> list[Result | Exception | None]:
         """The results of the values, in order; a value that could not be done has its exception there.
 
         Whoever gives up waiting, by a cancelled task, takes the values that have not begun out of the queue.
@@ -180,10 +185,10 @@ class Batcher:
             except TimeoutError:
                 return
 
-    def _oldest(self) -> Hashable:
+    def _oldest(self) -> Key:
         return min(self._queues, key=lambda key: self._queues[key][0].arrived)
 
-    def _take(self) -> tuple[Hashable, list[_Waiting]] | None:
+    def _take(self) -> tuple[Key, list[_Waiting[Value, Result]]] | None:
         """The values of the next call: of one key, the one that has waited longest first."""
         if not self._size:
             return None
@@ -195,7 +200,7 @@ class Batcher:
         self._size -= len(batch)
         return key, batch
 
-    def _forget(self, key: Hashable, request: _Request) -> None:
+    def _forget(self, key: Key, request: _Request[Result]) -> None:
         queue = self._queues.get(key)
         if queue is None:
             return
@@ -206,10 +211,10 @@ class Batcher:
         else:
             del self._queues[key]
 
-    def _call(self, key: Any, values: list[Any]) -> list[Any]:
+    def _call(self, key: Key, values: list[Value]) -> list[Result | Exception]:
         """Results, or exceptions, of the values; halves of what could not be done as a whole."""
         try:
-            results = list(self.work(key, values))
+            results: list[Result | Exception] = list(self.work(key, values))
             if len(results) != len(values):
                 raise RuntimeError(f"{len(results)} results for {len(values)} values")
             return results
@@ -220,7 +225,7 @@ class Batcher:
             return self._call(key, values[:middle]) + self._call(key, values[middle:])
 
 
-def _deliver(waiting: _Waiting, result: Any) -> None:
+def _deliver(waiting: _Waiting[Value, Result], result: Result | Exception) -> None:
     request = waiting.request
     request.results[waiting.position] = result
     request.left -= 1

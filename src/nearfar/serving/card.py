@@ -7,7 +7,6 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -48,9 +47,7 @@ _NOT_SHOWN = (
 )
 
 
-def model_card(
-    trained: Trained, format: str, details: Mapping[str, Any] | None = None, license: str | None = None
-) -> str:
+def model_card(trained: Trained, format: str, details: Json | None = None, license: str | None = None) -> str:
     """The card of a run exported in a format: what it is, data, results with intervals and chance, the doctor's
     findings, how it is loaded, and what was not measured.
 
@@ -81,14 +78,14 @@ class _Card:
         self._places = places_of(trained.config, trained.path)
 
     # -- text ------------------------------------------------------------------------------------------------
-    def plain(self, value: Any) -> str:
+    def plain(self, value: object) -> str:
         """A text from data for Markdown: one line, no markup, no folder of this machine."""
         text = " ".join(str(value).split())
         text = without_places(text, self._places)
         # an underscore inside a word is no markup
         return re.sub(r"([\\`*\[\]|~]|(?<!\w)_|_(?!\w))", r"\\\1", html.escape(text, quote=False))
 
-    def table(self, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
+    def table(self, header: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
         lines = [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
         return lines + [f"| {' | '.join(self.plain(cell) for cell in row)} |" for row in rows]
 
@@ -400,7 +397,7 @@ def _shape(shape: Sequence[int | str]) -> str:
     return f"({', '.join(map(str, shape))})"
 
 
-def _count(what: Any) -> str:
+def _count(what: object) -> str:
     if isinstance(what, Mapping):
         return ", ".join(
             f"{name} {value.get('shared', value) if isinstance(value, Mapping) else value}"

@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Literal, cast, get_args
 
 import numpy as np
 
 from nearfar.data.chunks import NewData
-from nearfar.data.items import Items
+from nearfar.data.items import Column, Items
 from nearfar.errors import NearfarError, nearest_name
 from nearfar.serving.card import model_card
 from nearfar.serving.exported import (
@@ -142,7 +142,7 @@ def _single(trained: Trained, format: str) -> None:
         )
 
 
-def _write_card(trained: Trained, folder: Path, format: str, license: str | None, **details: Any) -> None:
+def _write_card(trained: Trained, folder: Path, format: str, license: str | None, **details: object) -> None:
     text = model_card(trained, format, details, license)
     (folder / "README.md").write_text(text, encoding="utf-8")
 
@@ -164,7 +164,7 @@ def _graphs(
     folder: Path,
     format: Format,
     wanted: Sequence[str],
-    data: Any,
+    data: str | os.PathLike[str] | None,
     license: str | None,
     say: Say,
 ) -> Exported:
@@ -193,7 +193,12 @@ def _graphs(
 
 
 def _sentence_transformers(
-    trained: Trained, folder: Path, wanted: Sequence[str], data: Any, license: str | None, say: Say
+    trained: Trained,
+    folder: Path,
+    wanted: Sequence[str],
+    data: str | os.PathLike[str] | None,
+    license: str | None,
+    say: Say,
 ) -> Exported:
     from nearfar.serving.graphs import TOLERANCE
     from nearfar.serving.sentence_transformers import compare, text_view, write_sentence_transformer
@@ -226,10 +231,12 @@ def _sentence_transformers(
 
 
 # -- values --------------------------------------------------------------------------------------------------
-Values = Sequence[Any] | np.ndarray
+Values = Column
 
 
-def checked_values(trained: Trained, views: Sequence[str], data: Any, say: Say) -> dict[str, Values]:
+def checked_values(
+    trained: Trained, views: Sequence[str], data: str | os.PathLike[str] | None, say: Say
+) -> dict[str, Values]:
     """A few readable values of each view, from ``data`` or the run's own data; views without any are left out."""
     if data is not None:
         values = _values_in(trained.new_items(NewData(Path(data), rows=4 * _CHECKED)), views)

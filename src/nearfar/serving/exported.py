@@ -6,7 +6,7 @@ import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import overload
 
 import torch
 import yaml
@@ -53,7 +53,7 @@ SHAPE: Json = {
 #: text files in which a path is a word of a vocabulary
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocabulary.json")
 
-Member = tuple[System[Any, Any], nn.Module]
+Member = tuple[System, nn.Module]
 
 
 # -- writing -------------------------------------------------------------------------------------------------
@@ -69,7 +69,7 @@ def write_members(members: Sequence[Member], folder: Path) -> Json:
     return {"members": names}
 
 
-def write_manifest(folder: Path, kind: str, system: str, more: Mapping[str, Any]) -> None:
+def write_manifest(folder: Path, kind: str, system: str, more: Mapping[str, object]) -> None:
     """Write ``nearfar.json``: what the folder is and which version wrote it."""
     from nearfar import __version__
 
@@ -77,7 +77,7 @@ def write_manifest(folder: Path, kind: str, system: str, more: Mapping[str, Any]
     write_json(folder / MANIFEST, content)
 
 
-def _write_model(system: System[Any, Any], model: nn.Module, folder: Path) -> Json:
+def _write_model(system: System, model: nn.Module, folder: Path) -> Json:
     try:
         from safetensors.torch import save_file
     except ImportError as error:
@@ -148,7 +148,7 @@ def portable_config(config: RunOptions) -> Json:
     values = to_dict(config)
     table = option_table(type(config))
 
-    def portable(content: Any, key: str) -> Any:
+    def portable(content: object, key: str) -> object:
         if isinstance(content, Mapping):
             return {
                 name: portable(value, f"{key}.{name}" if key else str(name))
@@ -161,11 +161,11 @@ def portable_config(config: RunOptions) -> Json:
             return _last_part(content)
         return without_place(content)
 
-    plain: Json = portable(values, "")
+    plain = {name: portable(value, str(name)) for name, value in values.items()}
     return plain | {"overrides": [], "runs_dir": "runs", "resume_from": None, "init_from": None}
 
 
-def without_place(value: Any) -> Any:
+def without_place(value: object) -> object:
     """A text that is an absolute path of this machine, or below the home folder, by its last part; anything else as it
     is.
 
@@ -188,7 +188,7 @@ def _last_part(path: str) -> str:
     return Path(path).name or path
 
 
-def plain_places(content: Any) -> Any:
+def plain_places(content: object) -> object:
     """Nested plain values with every path of this machine by its last part, see `without_place`."""
     if isinstance(content, Mapping):
         return {key: plain_places(value) for key, value in content.items()}
@@ -208,7 +208,15 @@ def places_of(config: RunOptions, run: Path) -> list[tuple[str, str]]:
     return sorted(known.items(), key=lambda item: -len(item[0]))
 
 
-def without_places(content: Any, places: Sequence[tuple[str, str]]) -> Any:
+@overload
+def without_places(content: str, places: Sequence[tuple[str, str]]) -> str: ...
+
+
+@overload
+def without_places(content: object, places: Sequence[tuple[str, str]]) -> object: ...
+
+
+def without_places(content: object, places: Sequence[tuple[str, str]]) -> object:
     """Nested plain values with folders of this machine replaced wherever they occur in a text, see `places_of`.
 
     >>> without_places({"text": "read from /data/set/a.csv"}, [("/data/set/", "")])
@@ -241,7 +249,7 @@ def copy_results(trained_path: Path, folder: Path, config: RunOptions) -> None:
         written.write_json("environment.json", kept)
 
 
-def _without(content: Any, names: Sequence[str]) -> Any:
+def _without(content: object, names: Sequence[str]) -> object:
     if isinstance(content, Mapping):
         return {key: _without(value, names) for key, value in content.items() if key not in names}
     return [_without(value, names) for value in content] if isinstance(content, list) else content
@@ -324,7 +332,7 @@ def _read_model(folder: Path, manifest: Json) -> Member:
             raise NearfarError(
                 f"{path} is not as it was written: its hash differs. Copy or download it again."
             )
-    system: System[Any, Any] = build_system(config)
+    system: System = build_system(config)
     system.load_assets(folder)
     model = initial_model(system, config.seed).eval()
     path = folder / WEIGHTS

@@ -10,14 +10,15 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from nearfar.data.cache import cache_dir, content_key
 from nearfar.data.chunks import NewData
+from nearfar.data.files import Json
 from nearfar.data.images import thumbnail
-from nearfar.data.items import Items
+from nearfar.data.items import Column, Items
 from nearfar.data.rejections import Rejections
 from nearfar.errors import NearfarError, nearest_name
 from nearfar.serving.stores import (
@@ -113,7 +114,7 @@ def _parts(items: Items, rows: int = 4096) -> Iterator[Items]:
         yield items.take(range(start, min(start + rows, len(items))))
 
 
-def _paths_in(config: Any) -> list[Path]:
+def _paths_in(config: object) -> list[Path]:
     """Files and folders that the options of a run's data name."""
     data = getattr(config, "data", None)
     values = list(vars(data).values()) if hasattr(data, "__dict__") else []
@@ -334,7 +335,7 @@ def _fill(
     return store
 
 
-def _about(trained: Trained, source: Source, target: str, items: Items) -> dict[str, Any]:
+def _about(trained: Trained, source: Source, target: str, items: Items) -> Json:
     views = [view for view in trained.views if view in items]
     return {
         "run": str(trained.path),
@@ -375,10 +376,10 @@ class _Sample:
     """So many of the values of a stream, each as likely as any other."""
 
     def __init__(self, size: int) -> None:
-        self.size, self.values, self.count = size, list[Any](), 0
+        self.size, self.values, self.count = size, list[object](), 0
         self._generator = np.random.default_rng(0)
 
-    def extend(self, values: Iterable[Any]) -> None:
+    def extend(self, values: Iterable[object]) -> None:
         for value in values:
             self.count += 1
             if len(self.values) < self.size:
@@ -387,12 +388,12 @@ class _Sample:
                 self.values[at] = value
 
 
-def _columns(trained: Trained, items: Items) -> dict[str, list[Any]]:
+def _columns(trained: Trained, items: Items) -> dict[str, list[object]]:
     """The columns of items that a store keeps: texts, numbers, Booleans, and pictures by their paths.
 
     A picture that lies in no file is kept itself, small, as a data address. Ids are no column.
     """
-    columns: dict[str, list[Any]] = {}
+    columns: dict[str, list[object]] = {}
     for name, values in items.columns.items():
         if name in trained.views and trained.kind(name) == "image":
             columns[name] = [_picture(value) for value in values]
@@ -408,7 +409,7 @@ def _columns(trained: Trained, items: Items) -> dict[str, list[Any]]:
     }
 
 
-def _kinds(trained: Trained, columns: Mapping[str, Sequence[Any]]) -> dict[str, Kind]:
+def _kinds(trained: Trained, columns: Mapping[str, Sequence[object]]) -> dict[str, Kind]:
     """What columns hold, by their first rows: those of views as they are, of others also numbers in writing."""
     return {
         name: column_kind(values if name in trained.views else plain_column(values))
@@ -416,7 +417,7 @@ def _kinds(trained: Trained, columns: Mapping[str, Sequence[Any]]) -> dict[str, 
     }
 
 
-def _picture(value: Any) -> str | None:
+def _picture(value: object) -> str | None:
     if value is None or isinstance(value, (str, Path)):
         return None if value is None else str(value)
     pixels = np.asarray(value)
@@ -426,10 +427,10 @@ def _picture(value: Any) -> str | None:
 
 
 def _fitting(
-    kinds: Mapping[str, Kind], columns: Mapping[str, list[Any]], items: Items, empty: Rejections
-) -> dict[str, list[Any]]:
+    kinds: Mapping[str, Kind], columns: Mapping[str, list[object]], items: Items, empty: Rejections
+) -> dict[str, list[object]]:
     """Every column of the store; a value that does not fit its kind, as the first rows gave it, is left empty."""
-    fitting: dict[str, list[Any]] = {}
+    fitting: dict[str, list[object]] = {}
     for name, kind in kinds.items():
         values = columns.get(name, [None] * len(items))
         if kind != "text":
@@ -443,7 +444,7 @@ def _fitting(
     return fitting
 
 
-def value_store(trained: Trained, values: Sequence[Any] | np.ndarray, view: str) -> VectorStore:
+def value_store(trained: Trained, values: Column, view: str) -> VectorStore:
     """A list of values as a store in a temporary folder, which goes when the store does; ids are their positions."""
     folder = tempfile.mkdtemp(prefix="nearfar-")
     vectors = trained.embed(values, view)

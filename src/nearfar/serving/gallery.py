@@ -7,11 +7,12 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float
 
+from nearfar.data.files import Json
 from nearfar.data.items import Items, joined
 from nearfar.errors import NearfarError, nearest_name
 from nearfar.serving.fill import Names, Source, open_gallery
@@ -134,12 +135,12 @@ class Gallery:
             for matches in answers
         ]
 
-    def _named(self, name: str, row: Mapping[str, Any]) -> int:
+    def _named(self, name: str, row: Mapping[str, object]) -> int:
         """The position of a hit."""
         return self._position[name]
 
     # -- items -----------------------------------------------------------------------------------------------
-    def _item(self, position: int) -> tuple[str, Callable[[str], Any], int]:
+    def _item(self, position: int) -> tuple[str, Callable[[str], object], int]:
         """The id of an item, its value of a column (None: it has none), and where it stands."""
         if not 0 <= position < len(self.items):
             raise NearfarError(
@@ -152,7 +153,7 @@ class Gallery:
             position,
         )
 
-    def value(self, position: int, view: str) -> Any:
+    def value(self, position: int, view: str) -> object:
         """An item's value of a view, to search with."""
         identity, column, _ = self._item(position)
         value = column(view) if view in self.views else None
@@ -171,7 +172,7 @@ class Gallery:
         """Positions of items in order."""
         return list(range(start, min(start + count, len(self.items))))
 
-    def shown(self, position: int) -> dict[str, Any]:
+    def shown(self, position: int) -> Json:
         """An item as a page shows it: the fields of `GalleryItem`."""
         identity, column, _ = self._item(position)
         views = {}
@@ -210,7 +211,7 @@ class Gallery:
         return as_picture(value, self.trained.system.towers[view])
 
     # -- slides ----------------------------------------------------------------------------------------------
-    def _spot(self, position: int) -> dict[str, Any] | None:
+    def _spot(self, position: int) -> Json | None:
         if self._places is None:
             return None
         slides, x, y = self._places
@@ -221,7 +222,7 @@ class Gallery:
         """The slides on which items have a place."""
         return [] if self._places is None else list(dict.fromkeys(self._places[0]))
 
-    def slide(self, name: str) -> dict[str, Any]:
+    def slide(self, name: str) -> Json:
         """Positions and places of the items on a slide: the fields of `Slide`."""
         if self._places is None or name not in self.slides:
             raise NearfarError(f"there is no slide '{name}'; {nearest_name(name, self.slides or ['none'])}")
@@ -249,14 +250,14 @@ class StoreGallery(Gallery):
         empty = Items([], {view: [] for view in trained.views})
         super().__init__(trained, empty, {target: store}, str(about.get("source", store.shown)))
         self.views = shown
-        self._rows: OrderedDict[int, tuple[str, Mapping[str, Any]]] = OrderedDict()
+        self._rows: OrderedDict[int, tuple[str, Mapping[str, object]]] = OrderedDict()
         self._known: dict[str, int] = {}
         self._next, self._size, self._lock = 0, len(store), threading.Lock()
 
     def __len__(self) -> int:
         return self._size
 
-    def _named(self, name: str, row: Mapping[str, Any]) -> int:
+    def _named(self, name: str, row: Mapping[str, object]) -> int:
         with self._lock:
             position = self._known.get(name)
             if position is None:
@@ -269,14 +270,14 @@ class StoreGallery(Gallery):
                 del self._known[forgotten]
             return position
 
-    def _item(self, position: int) -> tuple[str, Callable[[str], Any], int]:
+    def _item(self, position: int) -> tuple[str, Callable[[str], object], int]:
         with self._lock:
             known = self._rows.get(position)
         if known is None:
             raise NearfarError(f"item {position} was shown too long ago, or never; search for it")
         return known[0], known[1].get, position
 
-    def value(self, position: int, view: str) -> Any:
+    def value(self, position: int, view: str) -> object:
         value = super().value(position, view)
         if (isinstance(value, str) and value.startswith("data:image/")) or self.kinds.get(view) != "text":
             raise NearfarError(
@@ -299,7 +300,7 @@ class StoreGallery(Gallery):
 def _places(items: Items) -> tuple[list[str], np.ndarray, np.ndarray] | None:
     """Slide, x and y of every item, where there are such columns: ``x`` and ``y``, or ``position`` (n, 2)."""
     try:
-        if "position" in items and np.ndim(items["position"]) == 2:
+        if "position" in items and items.array("position").ndim == 2:
             x, y = np.asarray(items["position"], np.float64).T
         elif "x" in items and "y" in items:
             x, y = (np.asarray(items[name], np.float64) for name in ("x", "y"))
@@ -313,7 +314,7 @@ def _places(items: Items) -> tuple[list[str], np.ndarray, np.ndarray] | None:
     return [str(slide) for slide in slides], x, y
 
 
-def _brief(value: Any) -> str | None:
+def _brief(value: object) -> str | None:
     if value is None or value != value:
         return None
     if isinstance(value, (float, np.floating)):

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.nn.functional import normalize
 
+from nearfar.data.batch import Field
 from nearfar.data.cache import without_cache
+from nearfar.data.items import Column
 from nearfar.errors import NearfarError
 from nearfar.models.lora import merge_adapters
 from nearfar.models.views import ViewModel
@@ -57,7 +59,7 @@ class Embedder(nn.Module):
     """A view's tensors to its unit vectors: what the tower reads, its trained module, its head, normalisation."""
 
     def __init__(
-        self, embed: Callable[[nn.Module, Any], Tensor], model: nn.Module, graph: TowerGraph
+        self, embed: Callable[[nn.Module, Field], Tensor], model: nn.Module, graph: TowerGraph
     ) -> None:
         super().__init__()
         self.field, self.model, self._embed = graph.field, model, embed
@@ -73,7 +75,7 @@ class ViewGraph:
     view: str
     program: ExportedProgram
     graph: TowerGraph
-    values: Sequence[Any] | np.ndarray
+    values: Column
     vectors: np.ndarray
     real: bool
 
@@ -104,7 +106,7 @@ class ViewGraph:
         (folder / RECIPE).write_text(text, encoding="utf-8")
 
 
-def view_graph(trained: Trained, view: str, values: Sequence[Any] | np.ndarray | None = None) -> ViewGraph:
+def view_graph(trained: Trained, view: str, values: Column | None = None) -> ViewGraph:
     """The program of a view by torch.export, with a free batch size (of texts also a free number of tokens).
 
     ``values`` are real ones of the view, with which it is traced and checked; without any, made-up ones are.
@@ -125,7 +127,7 @@ def view_graph(trained: Trained, view: str, values: Sequence[Any] | np.ndarray |
         tensors = graph.tensors(shown)
     part = merge_adapters(model.only(view) if isinstance(model, ViewModel) else model).cpu().eval()
 
-    def embed(module: nn.Module, field: Any) -> Tensor:
+    def embed(module: nn.Module, field: Field) -> Tensor:
         return system.embed_view(module, view, field)
 
     embedder = Embedder(embed, part, graph).eval()
@@ -147,7 +149,7 @@ def view_graph(trained: Trained, view: str, values: Sequence[Any] | np.ndarray |
     return ViewGraph(view, program, graph, shown, trained.embed(shown, view), real)
 
 
-def made_up_values(graph: TowerGraph, kind: str) -> Sequence[Any] | np.ndarray:
+def made_up_values(graph: TowerGraph, kind: str) -> Column:
     """Values of a view for tracing and checking a graph where there are no real ones: texts, molecules, pixels of
     noise, random numbers."""
     count, rng = max(_SIZES), np.random.default_rng(0)
@@ -224,7 +226,7 @@ def write_onnx(view: ViewGraph, folder: Path) -> Parity:
     return parity
 
 
-def _tidy(onnx: Any, path: Path, graph: TowerGraph) -> None:
+def _tidy(onnx: ModuleType, path: Path, graph: TowerGraph) -> None:
     """Give the free axes of inputs and output the names that the tower has for them, and remove what the exporter notes
     of its own source at every node."""
     content = onnx.load(str(path), load_external_data=False)

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 from nearfar.errors import NearfarError
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
 
 __all__ = ["check_push", "download", "is_hub_name", "push"]
 
@@ -24,7 +28,7 @@ def is_hub_name(name: str) -> bool:
     return _NAME.fullmatch(name) is not None
 
 
-def check_push(name: str) -> Any:
+def check_push(name: str) -> HfApi:
     """The hub's client for uploading to ``name``; ``NearfarError`` for a name of a different form, or without a token.
 
     Called before anything is computed or uploaded.
@@ -77,7 +81,7 @@ def download(name: str, revision: str = "main") -> Path:
         ) from None
 
 
-def _library() -> Any:
+def _library() -> ModuleType:
     try:
         import huggingface_hub
     except ImportError as error:

@@ -7,12 +7,13 @@ import binascii
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
+from nearfar.data.files import Json
 from nearfar.data.images import decode_image
 from nearfar.errors import NearfarError
 
@@ -66,7 +67,7 @@ class ObjectPair(_Strict):
     )
 
 
-def _form(value: Any) -> str | None:
+def _form(value: object) -> str | None:
     """Which of the forms of a value is meant, by its JSON type alone."""
     if isinstance(value, str | Picture | ObjectPair):
         return {str: "text", Picture: "picture", ObjectPair: "pair"}[type(value)]
@@ -183,7 +184,7 @@ class GalleryItem(BaseModel):
     position: int
     id: str
     shown: dict[str, Shown]
-    columns: dict[str, Any] = {}
+    columns: Json = {}
     spot: Spot | None = None
 
 
@@ -205,7 +206,7 @@ class SearchResponse(BaseModel):
 class PredictResponse(BaseModel):
     """A row of predicted columns for each item; null where one could not be read, which `problems` names."""
 
-    rows: list[dict[str, Any] | None]
+    rows: list[Json | None]
     problems: list[Problem] = []
 
 
@@ -240,7 +241,7 @@ class Description(BaseModel):
     slides: list[str] = Field([], description="Slides on which items of the gallery have a place.")
     columns: list[str] = Field([], description="Columns of the gallery beside its views, for filters.")
     named_pairs: bool = Field(False, description="Two objects in a picture have names, too.")
-    results: dict[str, Any] = {}
+    results: Json = {}
     limits: dict[str, float]
 
 
@@ -282,7 +283,7 @@ class Decoder:
     numbers: int
     pixels: int
 
-    def __call__(self, value: Any, form: str) -> Any:
+    def __call__(self, value: object, form: str) -> object:
         """A value of this form; ``NearfarError`` where it has a different one, is too large, or no picture."""
         if form == "text":
             return self._text(value)
@@ -309,7 +310,7 @@ class Decoder:
             )
         raise NearfarError("values of this view are not taken over a network")
 
-    def _text(self, value: Any) -> str:
+    def _text(self, value: object) -> str:
         if not isinstance(value, str):
             raise NearfarError("a text is needed")
         if len(value) > self.characters:
@@ -335,7 +336,7 @@ def _bytes(text: str) -> bytes:
         raise NearfarError("the picture is not in base64") from None
 
 
-def plain(value: Any) -> Any:
+def plain(value: object) -> object:
     """A value as JSON can hold it: arrays as lists, numbers that are not finite as null, anything else as its text.
 
     >>> plain({"p": np.float32(0.5), "n": [np.nan, np.int64(3)], "at": np.arange(2)})

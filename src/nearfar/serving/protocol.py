@@ -19,8 +19,9 @@ class BoundedHeads(HttpToolsProtocol):
     head_bytes: ClassVar[int] = 32_768
     head_seconds: ClassVar[float] = 20.0
 
-    def connection_made(self, transport: Any) -> None:
-        super().connection_made(cast(asyncio.Transport, _OneWrite(transport, self.loop)))
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        one = _OneWrite(cast(asyncio.Transport, transport), self.loop)
+        super().connection_made(cast(asyncio.Transport, one))
         self._head, self._within = 0, True
         self._late: asyncio.TimerHandle | None = self.loop.call_later(self.head_seconds, self._too_late)
 
@@ -70,7 +71,7 @@ class _OneWrite:
     and wakes who reads too early.
     """
 
-    def __init__(self, transport: Any, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
         self._transport, self._loop = transport, loop
         self._parts: list[bytes] = []
 

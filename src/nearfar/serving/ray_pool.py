@@ -13,6 +13,8 @@ from nearfar.errors import NearfarError
 
 if TYPE_CHECKING:
     import pyarrow
+    from ray import ObjectRef
+    from ray.actor import ActorHandle
 
     from nearfar.serving.trained import Trained
 
@@ -67,9 +69,9 @@ class RayPool:
         self.trained, self.device, self.say = trained, device, say
         self.gpu = 1 if gpus else 0
         self.workers = workers or gpus or max(1, int(total("CPU")))
-        self._actors: list[Any] = []
-        self._starting: dict[Any, Any] = {}  # its first answer → an encoder that is not ready
-        self._free: deque[Any] = deque()  # encoders, once for every chunk that each may still take
+        self._actors: list[ActorHandle] = []
+        self._starting: dict[ObjectRef, ActorHandle] = {}  # its first answer → an encoder that is not ready
+        self._free: deque[ActorHandle] = deque()  # encoders, once for every chunk that each may still take
         self._tries: Counter[int] = (
             Counter()
         )  # chunks that were lost; -1: encoders that were lost while they started
@@ -83,7 +85,7 @@ class RayPool:
 
         source = enumerate(chunks)
         waiting: deque[tuple[int, Items]] = deque()
-        running: dict[Any, tuple[int, Items, Any]] = {}
+        running: dict[ObjectRef, tuple[int, Items, ActorHandle]] = {}
         done: dict[int, tuple[Items, pyarrow.Table | None]] = {}
         given, read, ended, told = 0, 0, False, False
         try:
@@ -149,7 +151,7 @@ class RayPool:
         self._actors.append(actor)
         self._starting[actor.load.remote()] = actor
 
-    def _joined(self, future: Any, work: Work) -> None:
+    def _joined(self, future: ObjectRef, work: Work) -> None:
         """An encoder has loaded its run, or was lost before it had."""
         import ray
 
@@ -169,7 +171,7 @@ class RayPool:
         self._tries.pop(-1, None)
         self._free.extend([actor] * AHEAD)
 
-    def _replace(self, actor: Any, work: Work, taken: list[tuple[int, Items]]) -> None:
+    def _replace(self, actor: ActorHandle, work: Work, taken: list[tuple[int, Items]]) -> None:
         """A new encoder for one that is gone, with the chunks that it had ``taken``."""
         self._actors.remove(actor)
         self._free = deque(each for each in self._free if each is not actor)

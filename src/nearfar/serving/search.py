@@ -6,12 +6,12 @@ import html
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, overload
 
 import numpy as np
 
 from nearfar.data.chunks import NewData, read_chunks
-from nearfar.data.items import Items
+from nearfar.data.items import Column, Items
 from nearfar.errors import NearfarError
 from nearfar.serving.fill import Advance, Say, file_source, open_gallery, value_store
 from nearfar.serving.stores import Matches, VectorStore, is_place, open_store
@@ -42,9 +42,9 @@ class Hit:
     rank: int
     score: float
     id: str
-    row: Mapping[str, Any]
+    row: Mapping[str, object]
 
-    def __getitem__(self, column: str) -> Any:
+    def __getitem__(self, column: str) -> object:
         if column not in self.row:
             raise NearfarError(
                 f"the gallery has no column '{column}'; it has {', '.join(self.row) or 'none'}"
@@ -60,7 +60,7 @@ class Hits(Sequence[Hit]):
     ``how`` says over how many rows, and whether all were compared.
     """
 
-    query: Any
+    query: object
     hits: list[Hit]
     view: str = ""
     target: str = ""
@@ -70,7 +70,13 @@ class Hits(Sequence[Hit]):
     def __len__(self) -> int:
         return len(self.hits)
 
-    def __getitem__(self, at: Any) -> Any:
+    @overload
+    def __getitem__(self, at: int) -> Hit: ...
+
+    @overload
+    def __getitem__(self, at: slice) -> list[Hit]: ...
+
+    def __getitem__(self, at: int | slice) -> Hit | list[Hit]:
         return self.hits[at]
 
     def __iter__(self) -> Iterator[Hit]:
@@ -142,14 +148,14 @@ class Hits(Sequence[Hit]):
         return f'<div style="{style}">{"".join(parts)}</div>'
 
 
-def _query_text(query: Any) -> str:
+def _query_text(query: object) -> str:
     if isinstance(query, (str, Path)):
         text = " ".join(str(query).split())
         return text if len(text) <= _LETTERS else text[: _LETTERS - 1] + "…"
     return f"{np.asarray(query).size} numbers"
 
 
-def _cell(value: Any) -> str:
+def _cell(value: object) -> str:
     """A value in a cell: on one line, and cut."""
     if value is None:
         return ""
@@ -162,7 +168,7 @@ def _cell(value: Any) -> str:
     return text if len(text) <= _CELL else text[: _CELL - 1] + "…"
 
 
-def _shown(value: Any, kind: str) -> str:
+def _shown(value: object, kind: str) -> str:
     """A value as HTML: a drawn molecule, a picture made anew from its file, or its text; everything is escaped."""
     if kind == "molecule" and isinstance(value, str):
         from nearfar.systems.molecules.system import draw
@@ -182,12 +188,12 @@ def _shown(value: Any, kind: str) -> str:
     return ""
 
 
-def _letters(value: Any) -> str:
+def _letters(value: object) -> str:
     text = str(value)
     return html.escape(text if len(text) <= _LETTERS else text[: _LETTERS - 1] + "…")
 
 
-def _picture_address(value: Any) -> str | None:
+def _picture_address(value: object) -> str | None:
     """A picture as a data address: of a file or an array, or as it was kept; None where there is none."""
     import base64
 
@@ -213,7 +219,7 @@ def hits_page(answers: Iterable[Hits]) -> str:
 
 
 # -- queries -------------------------------------------------------------------------------------------------
-def query_view(trained: Trained, queries: Sequence[Any] | np.ndarray, tower: str | None = None) -> str:
+def query_view(trained: Trained, queries: Column, tower: str | None = None) -> str:
     """The view whose tower reads the queries: the one that is named, the only one, or the one that they look like.
 
     Names of picture files are pictures; what reads as a SMILES, has no blank and is no word is a molecule; other
@@ -251,7 +257,7 @@ def _is_smiles(text: str) -> bool:
     return parse_smiles(text)[0] is not None
 
 
-def _checked(trained: Trained, queries: Sequence[Any] | np.ndarray, view: str) -> None:
+def _checked(trained: Trained, queries: Column, view: str) -> None:
     for at, query in enumerate(queries):
         if isinstance(query, str) and not query.strip():
             which = "the query is empty" if len(queries) == 1 else f"query {at + 1} is empty"
@@ -305,9 +311,13 @@ def read_queries(
 
 
 # -- search --------------------------------------------------------------------------------------------------
+#: what is searched: a store, its place, a file or folder, a list of values; None: the data that the run was trained on
+Searched = VectorStore | NewData | str | Path | Column | None
+
+
 def gallery_of(
     trained: Trained,
-    gallery: Any = None,
+    gallery: Searched = None,
     target: str | None = None,
     query: str | None = None,
     *,
@@ -323,7 +333,7 @@ def gallery_of(
     if isinstance(gallery, VectorStore):
         return gallery
     if isinstance(gallery, str) and is_place(gallery):
-        gallery, place = None, gallery
+        place, gallery = gallery, None
         if not refill:
             open_store(place).close()  # an error where there is none
     source = None
@@ -342,7 +352,7 @@ def gallery_of(
 
 def search(
     trained: Trained,
-    queries: Sequence[Any] | np.ndarray,
+    queries: Column,
     store: VectorStore,
     k: int = 10,
     *,

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from nearfar.data.chunks import NewData
-from nearfar.data.items import Items
+from nearfar.data.files import Json
+from nearfar.data.items import Column, Items
 from nearfar.data.writing import write_atomically
 from nearfar.errors import NearfarError
 from nearfar.serving.search import Hits, gallery_of, hits_page, query_view, read_queries, search
@@ -158,7 +159,7 @@ def _announce(
         )
 
 
-def _means_nothing(trained: Trained, view: str, values: Any) -> bool:
+def _means_nothing(trained: Trained, view: str, values: Column) -> bool:
     """Whether a text has no n-gram that its encoder was fitted to: it is then the same vector as any such text."""
     tower = trained.system.towers[view]
     if trained.kind(view) != "text" or not tower.reads_reference:
@@ -167,7 +168,7 @@ def _means_nothing(trained: Trained, view: str, values: Any) -> bool:
     return vectors is not None and not np.any(vectors)
 
 
-def _rows(items: Items, answers: Sequence[Hits]) -> list[dict[str, Any]]:
+def _rows(items: Items, answers: Sequence[Hits]) -> list[Json]:
     """A row for each hit: the query's id, the hit's rank, cosine, id and columns."""
     rows = []
     for identity, answer in zip(items.ids, answers, strict=True):

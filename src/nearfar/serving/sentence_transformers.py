@@ -6,12 +6,13 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from nearfar.data.files import Json
+from nearfar.data.items import Column
 from nearfar.errors import NearfarError
 from nearfar.models.hub import no_progress_bar
 from nearfar.models.lora import merge_adapters
@@ -31,7 +32,7 @@ class _Layer:
     """A module of the folder: its class, its configuration, its weights."""
 
     kind: str
-    config: dict[str, Any]
+    config: Json
     weights: dict[str, Tensor]
 
 
@@ -90,7 +91,7 @@ def write_sentence_transformer(trained: Trained, view: str, folder: Path) -> Non
     assert isinstance(model, ViewModel)
     part = merge_adapters(model.only(view)).cpu().eval()
     assert isinstance(part, ViewModel)
-    module, encoder = part.tower(view), tower.encoder
+    module, encoder = part.tower(view), tower.transformer
     tokenizer, network = tower.parts()
     unit = False
     if isinstance(module, PooledTransformer):
@@ -131,7 +132,7 @@ def write_sentence_transformer(trained: Trained, view: str, folder: Path) -> Non
     )
 
 
-def _pooling(width: int, pooling: str) -> dict[str, Any]:
+def _pooling(width: int, pooling: str) -> Json:
     return {
         "word_embedding_dimension": width,
         "pooling_mode_cls_token": pooling == "cls",
@@ -218,7 +219,7 @@ def _folded(dense: _Layer, norm: nn.BatchNorm1d) -> _Layer:
     return _dense((weight * scale[:, None]).float(), shift.float())
 
 
-def compare(trained: Trained, view: str, folder: Path, values: Any) -> float | None:
+def compare(trained: Trained, view: str, folder: Path, values: Column) -> float | None:
     """The largest difference of any number from what the model gives of these texts; None where the library that would
     load the folder is not installed."""
     try:
@@ -231,5 +232,5 @@ def compare(trained: Trained, view: str, folder: Path, values: Any) -> float | N
     return float(np.abs(vectors - trained.embed(texts, view)).max())
 
 
-def _write_json(path: Path, content: Any) -> None:
+def _write_json(path: Path, content: object) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

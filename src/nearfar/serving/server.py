@@ -19,6 +19,7 @@ from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 
 from nearfar import __version__
+from nearfar.data.files import Json
 from nearfar.errors import NearfarError
 from nearfar.serving.batcher import Batcher, Busy
 from nearfar.serving.gallery import Gallery
@@ -56,7 +57,7 @@ _PAGE = {
     "results.js": "text/javascript; charset=utf-8",
     "api.js": "text/javascript; charset=utf-8",
 }
-_ERRORS: dict[int | str, dict[str, Any]] = {
+_ERRORS: dict[int | str, Json] = {
     status: {"model": ErrorResponse, "description": why}
     for status, why in {
         422: "A value, a name or a field is wrong; the answer says which, and what there is.",
@@ -179,7 +180,7 @@ class _Server:
         for name in _PAGE:
             self.app.add_route(f"/page/{name}", self._file(name), include_in_schema=False)
 
-    def _file(self, name: str) -> Any:
+    def _file(self, name: str) -> Callable[[Request], Awaitable[Response]]:
         async def page(request: Request) -> Response:
             return Response(self.page[name], media_type=_PAGE[name], headers={"cache-control": "no-cache"})
 
@@ -273,10 +274,10 @@ class _Server:
 
     async def _answers(
         self,
-        key: Any,
-        values: Sequence[Any],
+        key: EmbedKey | SearchKey | PredictKey,
+        values: Sequence[object],
         form: str | tuple[str, ...] | None,
-        wrap: Any = lambda value: value,
+        wrap: Callable[[object], object] = lambda value: value,
     ) -> list[Any]:
         """The batcher's answers; what cannot be decoded has its reason there and is not asked for."""
         if len(values) > self.limits.values:
@@ -306,7 +307,7 @@ class _Server:
             self.pixels.give(taken)
             self.open -= 1
 
-    def _decoded(self, value: Any, form: str | tuple[str, ...]) -> Any:
+    def _decoded(self, value: Any, form: str | tuple[str, ...]) -> object:
         try:
             if isinstance(form, str):
                 return self.decode(value, form)
@@ -348,7 +349,7 @@ class _Server:
 
 
 # -- values --------------------------------------------------------------------------------------------------
-def _form_of(value: Any) -> str:
+def _form_of(value: object) -> str:
     if isinstance(value, str):
         return "text"
     if isinstance(value, list):
@@ -361,7 +362,7 @@ def _has_pictures(form: str | tuple[str, ...]) -> bool:
     return any(each in ("picture", "pair") for each in forms)
 
 
-def _bytes_of(value: Any) -> int:
+def _bytes_of(value: object) -> int:
     if isinstance(value, tuple):
         return sum(_bytes_of(each) for each in value)
     return int(getattr(value, "nbytes", 0))

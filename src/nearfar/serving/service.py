@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
 
+from nearfar.data.files import Json
 from nearfar.data.items import Column, Items
 from nearfar.errors import NearfarError, nearest_name
 from nearfar.serving.gallery import Gallery
@@ -51,7 +52,7 @@ class PredictKey(NamedTuple):
 class Asked(NamedTuple):
     """A value to search with, and how many hits are wanted."""
 
-    value: Any
+    value: object
     k: int
 
 
@@ -78,7 +79,7 @@ class Service:
             return {PAIR: "pair"}
         return {name: self.forms.get(name, "picture") for name in system.predicts_from() or ("image",)}
 
-    def complete(self, columns: Mapping[str, Sequence[Any]]) -> list[str]:
+    def complete(self, columns: Mapping[str, Sequence[object]]) -> list[str]:
         """The names of the columns of a request, once it is known that a prediction can be made from them."""
         for name in columns:
             if name not in self.columns:
@@ -149,15 +150,15 @@ class Service:
         )
 
     # -- work ------------------------------------------------------------------------------------------------
-    def work(self, key: EmbedKey | SearchKey | PredictKey, values: list[Any]) -> list[Any]:
+    def work(self, key: EmbedKey | SearchKey | PredictKey, values: list[object]) -> Sequence[object]:
         """An answer for each value, or the exception that says why there is none."""
         if isinstance(key, EmbedKey):
             return self._embedded(key.view, values)
         if isinstance(key, SearchKey):
-            return self._searched(key, values)
-        return self._predicted(key, values)
+            return self._searched(key, cast(list[Asked], values))
+        return self._predicted(key, cast(list[tuple[object, ...]], values))
 
-    def _embedded(self, view: str, values: Sequence[Any]) -> list[Any]:
+    def _embedded(self, view: str, values: Sequence[object]) -> Sequence[np.ndarray | NearfarError]:
         reasons = self.trained.check(values, view)
         good = [value for value, reason in zip(values, reasons, strict=True) if reason is None]
         vectors = iter(self.trained.vectors(good, view) if good else ())
@@ -168,25 +169,25 @@ class Service:
             for reason in reasons
         ]
 
-    def _searched(self, key: SearchKey, queries: Sequence[Asked]) -> list[Any]:
+    def _searched(self, key: SearchKey, queries: Sequence[Asked]) -> list[object]:
         assert self.gallery is not None
         vectors = self._embedded(key.view, [query.value for query in queries])
-        good = [i for i, vector in enumerate(vectors) if not isinstance(vector, Exception)]
-        answers = list(vectors)
+        good = {i: vector for i, vector in enumerate(vectors) if not isinstance(vector, NearfarError)}
+        answers: list[object] = list(vectors)
         if good:
             k = max(queries[i].k for i in good)
-            matches = self.gallery.search(np.stack([vectors[i] for i in good]), k, key.target, key.where)
+            matches = self.gallery.search(np.stack(list(good.values())), k, key.target, key.where)
             for i, each in zip(good, matches, strict=True):
                 answers[i] = each[: queries[i].k]
         return answers
 
-    def _predicted(self, key: PredictKey, rows: Sequence[tuple[Any, ...]]) -> list[Any]:
+    def _predicted(self, key: PredictKey, rows: Sequence[tuple[object, ...]]) -> list[object]:
         if not self.forms:
             return self._boxes([row[0] for row in rows])
         columns = {name: [row[at] for row in rows] for at, name in enumerate(key.columns)}
         if PAIR in columns:
-            columns = self._views_of(columns[PAIR])
-        answers: list[Any] = [None] * len(rows)
+            columns = self._views_of(cast(list[DecodedPair], columns[PAIR]))
+        answers: list[object] = [None] * len(rows)
         for name in columns.keys() & self.kinds.keys():
             for i, reason in enumerate(self.trained.check(columns[name], name)):
                 if reason is not None and answers[i] is None:
@@ -202,9 +203,9 @@ class Service:
                 answers[i] = {name: plain(value) for name, value in row.items() if name not in _NOT_SHOWN}
         return answers
 
-    def _boxes(self, pictures: Sequence[Any]) -> list[Any]:
+    def _boxes(self, pictures: Sequence[object]) -> list[object]:
         """For each picture the boxes of a detector: left, top, right and bottom in pixels, score and label."""
-        every: dict[str, list[dict[str, Any]]] = {str(number): [] for number in range(len(pictures))}
+        every: dict[str, list[Json]] = {str(number): [] for number in range(len(pictures))}
         for row in self.trained.predict(list(pictures)):
             left, top = float(row["left"]), float(row["top"])
             box = [left, top, left + float(row["width"]), top + float(row["height"])]
@@ -213,13 +214,13 @@ class Service:
             )
         return [{"boxes": boxes} for boxes in every.values()]
 
-    def _views_of(self, pairs: Sequence[DecodedPair]) -> dict[str, list[Any]]:
+    def _views_of(self, pairs: Sequence[DecodedPair]) -> dict[str, list[object]]:
         """Two objects in a photo as the values of each view that reads a part of them."""
         if "names" in self.kinds.values() and any(pair.names is None for pair in pairs):
             raise NearfarError(
                 'this run reads the names of both objects, too: {"names": ["cup", "table"], …}'
             )
-        parts: dict[str, Callable[[DecodedPair], Any]] = {
+        parts: dict[str, Callable[[DecodedPair], object]] = {
             "crops": lambda pair: (pair.pixels, pair.first, pair.second),
             "boxes": lambda pair: [*pair.first, *pair.second, pair.pixels.shape[1], pair.pixels.shape[0]],
             "names": lambda pair: pair.names,
@@ -231,7 +232,7 @@ class Service:
         }
 
 
-def _results(metrics: Mapping[str, Any]) -> dict[str, Any]:
+def _results(metrics: Json) -> Json:
     """The monitored estimate of a run's ``metrics.json``, of test where there is one."""
     splits = metrics.get("splits", {})
     split = next((name for name in ("test", "val") if name in splits), None)

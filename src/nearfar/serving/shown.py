@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from nearfar.data.files import Json
 from nearfar.data.images import decode_image, thumbnail
 from nearfar.errors import NearfarError
 from nearfar.towers import Tower
@@ -22,7 +23,7 @@ _GENES = 8
 _IN_PLACE = "data:image/png;base64,"
 
 
-def shown_value(value: Any, tower: Tower, url: str) -> dict[str, Any]:
+def shown_value(value: Any, tower: Tower, url: str) -> Json:
     """The fields of `Shown`: its kind, the text of it, and the address of its picture where it has one."""
     if tower.kind == "image":
         return {"kind": "picture", "url": url, "text": _name(value)}
@@ -65,7 +66,7 @@ def as_picture(value: Any, tower: Tower) -> tuple[str, bytes]:
     raise NearfarError("values of this view have no picture")
 
 
-def _name(value: Any) -> str | None:
+def _name(value: object) -> str | None:
     return (
         None if isinstance(value, np.ndarray) or str(value).startswith(_IN_PLACE) else Path(str(value)).name
     )

@@ -10,14 +10,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
 
 from nearfar.data.cache import content_key
 from nearfar.data.chunks import NewData
-from nearfar.data.files import read_json
-from nearfar.data.items import Items
+from nearfar.data.files import Json, read_json
+from nearfar.data.items import Column, Items
 from nearfar.data.rejections import Rejections
 from nearfar.data.writing import write_atomically
 from nearfar.errors import NearfarError
@@ -112,7 +112,7 @@ class _Vectors:
     def __call__(self, trained: Trained, items: Items) -> pyarrow.Table:
         import pyarrow
 
-        columns: dict[str, Any] = _identity(items)
+        columns: dict[str, Column] = _identity(items)
         if not self.towers and "refused" in items.notes:
             raise NearfarError(f"{items.notes['refused']} Or say what is to be embedded, as --tower NAME.")
         for view in self.towers or [view for view in trained.views if view in items]:
@@ -186,7 +186,7 @@ def predict_file(
         rows, columns = rows_of(predict(items), items)
         return pyarrow.table(_identity(rows) | {name: _arrow(values) for name, values in columns.items()})
 
-    what: dict[str, Any] = {"predict": True, "k": k}
+    what: Json = {"predict": True, "k": k}
     if gallery is not None:
         what["gallery"] = [state_of(Path(gallery.path)), dict(gallery.columns), gallery.id_column]
     parts = _Parts(trained, source, output, what)
@@ -202,20 +202,20 @@ def require_writable(path: Path, example: str) -> None:
         raise NearfarError(f"{path} cannot be written: {above} is a file and not a folder.")
 
 
-def _identity(items: Items) -> dict[str, Any]:
+def _identity(items: Items) -> dict[str, Column]:
     import pyarrow
 
     rows = items.rows or list(range(1, len(items) + 1))
     return {"id": pyarrow.array(items.ids, pyarrow.string()), "row": pyarrow.array(rows, pyarrow.int64())}
 
 
-def _arrow(values: Sequence[Any] | np.ndarray) -> Any:
+def _arrow(values: Column) -> pyarrow.Array:
     import pyarrow
 
     return pyarrow.array(values if isinstance(values, np.ndarray) and values.ndim == 1 else list(values))
 
 
-def _lists(vectors: np.ndarray, present: np.ndarray, dim: int) -> Any:
+def _lists(vectors: np.ndarray, present: np.ndarray, dim: int) -> pyarrow.Array:
     """Vectors as lists of one length, null where a view is not present."""
     import pyarrow
 
@@ -228,7 +228,7 @@ def _lists(vectors: np.ndarray, present: np.ndarray, dim: int) -> Any:
 class _Parts:
     """The parts of an output, each a Parquet file with its rejections beside it, in a folder next to the output."""
 
-    def __init__(self, trained: Trained, source: NewData, output: Path, what: Mapping[str, Any]) -> None:
+    def __init__(self, trained: Trained, source: NewData, output: Path, what: Json) -> None:
         self.output = output
         self.folder = output.with_name(output.name + ".parts")
         # What a part holds depends on all of these; the data is known by its size and time, since it may be large.
@@ -306,7 +306,7 @@ class _Parts:
         write_atomically(self._path(number, ".json"), lambda file: file.write(json.dumps(about).encode()))
 
 
-def state_of(path: Path) -> list[Any]:
+def state_of(path: Path) -> list[object]:
     """By what changed data is told: names, sizes and times."""
     if path.is_dir():
         files = sorted(each for each in path.rglob("*") if each.is_file())
@@ -349,7 +349,7 @@ def _join(files: Sequence[Path], output: Path) -> list[str]:
     return list(schema.names)
 
 
-def write_rows(rows: Sequence[Mapping[str, Any]], output: Path) -> None:
+def write_rows(rows: Sequence[Mapping[str, object]], output: Path) -> None:
     """Write rows with the same columns as a table (``TABLE_ENDINGS``), atomically."""
     import pyarrow
     import pyarrow.parquet
@@ -384,7 +384,7 @@ def _write_lines(file: IO[bytes], names: Sequence[str], tables: Iterable[pyarrow
     text.detach()
 
 
-def _cell(value: Any) -> str:
+def _cell(value: object) -> str:
     """A value in a table of text: lists as JSON, numbers with the digits that tell them apart."""
     if value is None:
         return ""

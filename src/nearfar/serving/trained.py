@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,7 +21,8 @@ from nearfar.config.training import RunOptions
 from nearfar.config.views import ViewOptions
 from nearfar.data.cache import content_key, without_cache
 from nearfar.data.chunks import NewData
-from nearfar.data.items import Items
+from nearfar.data.files import Json
+from nearfar.data.items import Column, Items
 from nearfar.data.rejections import Rejections
 from nearfar.errors import NearfarError, nearest_name
 from nearfar.serving.exported import exported_name, is_exported, read_members
@@ -34,13 +35,16 @@ from nearfar.training.run_folder import RunFolder
 from nearfar.training.state import initial_model, load_weights
 from nearfar.training.system import System, collect, rows_of
 
+if TYPE_CHECKING:
+    from nearfar.serving.search import Searched
+
 __all__ = ["Predictions", "Trained", "load"]
 
 #: values that are read before they are embedded; what their tower reads of them is in memory at once
 _CHUNK = 1024
 
 #: new data: a file or folder, items, a column of values for each view, or the values of the only view
-Data = Items | NewData | str | Path | Mapping[str, Sequence[Any]] | Sequence[Any]
+Data = Items | NewData | str | Path | Mapping[str, Column] | Sequence[object]
 
 
 @dataclass
@@ -53,17 +57,17 @@ class Predictions:
     """
 
     ids: list[str]
-    columns: dict[str, list[Any]]
+    columns: dict[str, list[object]]
     rejections: Rejections = field(default_factory=Rejections)
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[Json]:
         for at, identity in enumerate(self.ids):
             yield {"id": identity, **{name: values[at] for name, values in self.columns.items()}}
 
-    def __getitem__(self, column: str) -> list[Any]:
+    def __getitem__(self, column: str) -> list[object]:
         if column not in self.columns:
             raise NearfarError(f"predictions have no column '{column}'; {nearest_name(column, self.columns)}")
         return self.columns[column]
@@ -73,7 +77,7 @@ class Predictions:
 class _Member:
     """One trained model: a system without its training data, and the model of its best checkpoint."""
 
-    system: System[Any, Any]
+    system: System
     model: nn.Module
 
 
@@ -90,7 +94,7 @@ class Trained:
             raise NearfarError(f"{path}: no model is here.")
         self.path, self.device = path, device
         self.members = list(members)
-        self.system: System[Any, Any] = members[0].system
+        self.system: System = members[0].system
         self.model = members[0].model
         self.config: RunOptions = self.system.config
 
@@ -123,7 +127,7 @@ class Trained:
         return f"{self.path}: a run of '{self.config.system}' embeds nothing; it predicts: nearfar predict."
 
     # -- embedding -------------------------------------------------------------------------------------------
-    def view_of(self, values: Sequence[Any] | np.ndarray, tower: str | None = None) -> str:
+    def view_of(self, values: Column, tower: str | None = None) -> str:
         """The view whose tower embeds these values: the one that is named, the only one, or the only one whose kind
         the values call for."""
         views = self.views
@@ -144,7 +148,7 @@ class Trained:
             )
         return fitting[0]
 
-    def check(self, values: Sequence[Any] | np.ndarray, tower: str | None = None) -> list[str | None]:
+    def check(self, values: Column, tower: str | None = None) -> list[str | None]:
         """For each value why it cannot be embedded; None where it can."""
         with (
             without_cache()
@@ -153,7 +157,7 @@ class Trained:
 
     def embed(
         self,
-        values: Sequence[Any] | np.ndarray,
+        values: Column,
         tower: str | None = None,
         *,
         batch_size: int | None = None,
@@ -185,7 +189,7 @@ class Trained:
 
     def vectors(
         self,
-        values: Sequence[Any] | np.ndarray,
+        values: Column,
         view: str,
         *,
         batch_size: int | None = None,
@@ -227,7 +231,7 @@ class Trained:
                 every.append(collect(parts))
         return every[0] if len(every) == 1 else self.system.average(every)
 
-    def _precision(self) -> AbstractContextManager[Any]:
+    def _precision(self) -> AbstractContextManager[object]:
         """The precision that the run was evaluated in, where this device has it."""
         dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(self.config.trainer.precision)
         if dtype is None or (dtype is torch.float16 and self.device.type != "cuda"):
@@ -278,7 +282,7 @@ class Trained:
 
     def prediction(
         self, data: Data, gallery: Data | None = None, k: int | None = None
-    ) -> tuple[Iterator[Items], Callable[[Items], Mapping[str, Sequence[Any]]]]:
+    ) -> tuple[Iterator[Items], Callable[[Items], Mapping[str, Sequence[object]]]]:
         """Items in chunks, and what gives the predictions of the chunk that was handed out last.
 
         Where items are compared with each other, all are embedded first, and chunks have ids alone.
@@ -319,7 +323,7 @@ class Trained:
             return self.new_items(replace(source, rows=max(size, source.rows - source.rows % size)))
         return iter([self.items_of(data)])
 
-    def items_of(self, data: Items | Mapping[str, Sequence[Any]] | Sequence[Any]) -> Items:
+    def items_of(self, data: Items | Mapping[str, Column] | Sequence[object]) -> Items:
         """Values as items; one that cannot be read is an error that names it."""
         if isinstance(data, Items):
             return data
@@ -358,8 +362,8 @@ class Trained:
 
     def search(
         self,
-        query: Any,
-        gallery: Any = None,
+        query: object,
+        gallery: Searched = None,
         k: int = 10,
         *,
         tower: str | None = None,
@@ -384,11 +388,15 @@ class Trained:
         """
         from nearfar.serving.search import gallery_of, query_view, search
 
-        many = isinstance(query, (list, tuple))
+        queries: Column
         if isinstance(query, np.ndarray):  # a row of numbers or the pixels of a picture, or several of these
             picture = query.dtype == np.uint8 and query.ndim > 1
             many = query.ndim > (2 + (query.shape[-1] in (3, 4)) if picture else 1)
-        queries = query if many else np.asarray(query)[None] if isinstance(query, np.ndarray) else [query]
+            queries = query if many else np.asarray(query)[None]
+        elif isinstance(query, (list, tuple)):
+            many, queries = True, query
+        else:
+            many, queries = False, [query]
         if not len(queries):
             return []
         view = query_view(self, queries, tower)
@@ -401,9 +409,9 @@ class Trained:
         return answers if many else answers[0]
 
     # -- what it is ------------------------------------------------------------------------------------------
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> Json:
         """What this is: system, views with their towers, data and results of the run, as plain values."""
-        about: dict[str, Any] = {
+        about: Json = {
             "name": self.name,
             "system": self.config.system,
             "members": len(self.members),
@@ -446,7 +454,7 @@ def load(path: str | os.PathLike[str], device: str = "auto") -> Trained:
     return Trained(place if place.is_dir() else RunFolder.of(place).path, built, chosen)
 
 
-def _members(place: Path) -> list[tuple[System[Any, Any], nn.Module]]:
+def _members(place: Path) -> list[tuple[System, nn.Module]]:
     """System and model of a run, or of each member of an ensemble."""
     if is_exported(place):
         return read_members(place)
@@ -471,14 +479,14 @@ def _beside(ensemble: Path, member: Path) -> Path:
     )
 
 
-def _of_run(place: Path) -> tuple[System[Any, Any], nn.Module]:
+def _of_run(place: Path) -> tuple[System, nn.Module]:
     path = find_checkpoint(place, prefer="best")
     folder = RunFolder.of(path)
     folder.check_format()
     config = read_config(folder.config(), saved=True)
     if isinstance(config, ViewOptions):
         config = replace(config, memory=0)  # of earlier batches, for training alone
-    system: System[Any, Any] = build_system(config)
+    system: System = build_system(config)
     system.load_assets(folder.path)
     model = initial_model(system, config.seed)
     load_weights(model, Checkpoint.load(path), system, str(path))
@@ -497,7 +505,7 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _bar(total: int | None, show: bool) -> AbstractContextManager[Any]:
+def _bar(total: int | None, show: bool) -> AbstractContextManager[Callable[[int], None]]:
     """A progress bar as a context that gives a function to advance it."""
     if not show:
         return nullcontext(lambda _: None)
@@ -516,5 +524,5 @@ def _counting(chunks: Iterator[Items], unread: Rejections) -> Iterator[Items]:
         unread = Rejections()
 
 
-def _plain(values: Sequence[Any] | np.ndarray) -> list[Any]:
+def _plain(values: Column) -> list[object]:
     return values.tolist() if hasattr(values, "tolist") else list(values)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import os
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from nearfar.config.compose import read_config
 from nearfar.config.registry import Registration, load_part, register, registration, systems
@@ -12,12 +13,14 @@ from nearfar.config.training import RunOptions
 from nearfar.errors import NearfarError
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
     from nearfar.training.system import System
 
 __all__ = ["Registration", "build_system", "check_config", "reevaluator", "register", "systems"]
 
 
-def check_config(config: object, *, saved: bool = False) -> RunOptions:
+def check_config(config: RunOptions | Mapping[str, object], *, saved: bool = False) -> RunOptions:
     """The typed options of a composed configuration; ``NearfarError`` for the first that cannot be, on this machine.
 
     ``saved``: the configuration is that of a run, perhaps of an earlier version (``nearfar.config.read_options``).
@@ -34,7 +37,7 @@ def check_config(config: object, *, saved: bool = False) -> RunOptions:
     return options
 
 
-def build_system(config: object, *, saved: bool = False) -> System:
+def build_system(config: RunOptions | Mapping[str, object], *, saved: bool = False) -> System:
     """The system that ``config.system`` names, built from its options, or from a configuration that holds them."""
     options = read_config(config, saved=saved)
     registered = registration(options.system)
@@ -48,7 +51,7 @@ def build_system(config: object, *, saved: bool = False) -> System:
     return system
 
 
-def reevaluator(run: str | os.PathLike[str], what: str) -> Any:
+def reevaluator(run: str | os.PathLike[str], what: str) -> ModuleType:
     """The module that evaluates finished runs of ``run``'s system again; ``what`` is the word for it in messages."""
     from nearfar.training.run_folder import RunFolder
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from nearfar.data.files import Json
 from nearfar.metrics import Estimate, mean_interval, rank_estimates, retrieval_ranks
 from nearfar.metrics.precision_at_r import average_precision_at_r, map_estimate
 from nearfar.models.probes import LinearProbe, nearest_classes
@@ -39,7 +40,7 @@ def retrieval_scores(
     per_item: dict[str, np.ndarray] = {}
     if not _any_pair(codes):
         return estimates, per_item
-    relevant: Any = (codes, codes) if codes.ndim == 1 else _in_common(codes)
+    relevant: object = (codes, codes) if codes.ndim == 1 else _in_common(codes)
     ranks = retrieval_ranks(rows, rows, relevant, leave_one_out=True)
     estimates["R@1"] = rank_estimates(ranks, (1,), bootstrap=bootstrap, split=split)["R@1"]
     if len(ranks.queries) == len(rows):
@@ -72,7 +73,7 @@ def answer_scores(
     judged = (codes >= 0).numpy()
     common = int(np.bincount(known.numpy()).argmax())
     chance = float((codes[judged] == common).float().mean())
-    answers: dict[str, tuple[Tensor, dict[str, Any]]] = {
+    answers: dict[str, tuple[Tensor, Json]] = {
         KNN: (nearest_classes(train, known, rows, k, metric), {"k": k, "similarity": metric}),
         PROBE: (probe.classes(rows), {"penalty": 1.0}),
     }

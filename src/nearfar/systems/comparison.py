@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -68,7 +67,7 @@ class ViewComparison:
         self.ids: list[str] = []
         self._rows: dict[str, list[Tensor]] = {}
         self._present: dict[str, list[np.ndarray]] = {}
-        self._answers: list[Any] = []
+        self._answers: list[object] = []
         self._ranks: dict[str, dict[str, np.ndarray]] | None = None
 
     @property
@@ -108,10 +107,10 @@ class ViewComparison:
         return [(query, key) for query, key in both if len(self._whole(key)[0])]
 
     # -- with each other -------------------------------------------------------------------------------------
-    def of_all(self, start: int, stop: int) -> dict[str, list[Any]]:
+    def of_all(self, start: int, stop: int) -> dict[str, Sequence[object]]:
         """Columns of the items that were added, from ``start`` to ``stop``; their partners are ranked among the items
         that have both views, so that means of the columns are what the evaluation of a run says of the same items."""
-        columns: dict[str, list[Any]] = {}
+        columns: dict[str, Sequence[object]] = {}
         if self._ranks is None:
             self._ranks = self._own_ranks()
         for query, key in self.directions():
@@ -149,9 +148,11 @@ class ViewComparison:
         return known
 
     # -- with others -----------------------------------------------------------------------------------------
-    def of_others(self, outputs: Mapping[str, Float[Tensor, "m d"]], items: Items) -> dict[str, list[Any]]:
+    def of_others(
+        self, outputs: Mapping[str, Float[Tensor, "m d"]], items: Items
+    ) -> dict[str, Sequence[object]]:
         """The columns of other items. The partner of one is the item of its id, where there is such."""
-        columns: dict[str, list[Any]] = {}
+        columns: dict[str, Sequence[object]] = {}
         for query, key in self.directions():
             here = items.present(query) if query in items else np.zeros(len(items), bool)
             at = np.flatnonzero(here)
@@ -174,7 +175,7 @@ class ViewComparison:
             )
         return columns
 
-    def _partners(self, items: Items, at: Int[np.ndarray, " q"], key: str) -> Any:
+    def _partners(self, items: Items, at: Int[np.ndarray, " q"], key: str) -> object:
         """What is relevant of the gallery to these items; None: nothing is to any."""
         owners = self._whole(key)[1]
         if self.answers is not None:
@@ -194,16 +195,16 @@ class ViewComparison:
     @staticmethod
     def _numbers(values: Sequence[object]) -> Int[np.ndarray, " n"]:
         """Equal numbers for equal values, −1 for a missing one."""
-        seen: dict[Any, int] = {}
+        seen: dict[object, int] = {}
         return np.array([-1 if value is None else seen.setdefault(value, len(seen)) for value in values])
 
     def _nearest(
         self, name: str, key: str, vectors: Tensor, at: Int[np.ndarray, " q"], n: int
-    ) -> dict[str, list[Any]]:
+    ) -> dict[str, Sequence[object]]:
         keys, owners = self._whole(key)
         cosines, positions = nearest_keys(vectors, keys, self.k)
-        nearest: list[Any] = [None] * n
-        similar: list[Any] = [None] * n
+        nearest: list[object] = [None] * n
+        similar: list[object] = [None] * n
         for i, row, values in zip(at.tolist(), positions.tolist(), cosines.tolist(), strict=True):
             nearest[i] = [self.ids[owners[each]] for each in row]
             similar[i] = values

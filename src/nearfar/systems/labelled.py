@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -144,7 +144,7 @@ class LabelledSystem(ViewSystem):
     def build_towers(self, say: Say) -> dict[str, Tower]:
         own = dict(self.config.tower)
         kind = str(own.pop("tower", None) or guess_tower(self.splits["train"][self.view]))
-        options: dict[str, Any] = {}
+        options: Json = {}
         if kind in ENCODER_OPTIONS and "encoder" not in own:
             options = dict(getattr(self.config, ENCODER_OPTIONS[kind]))
             options["encoder"] = options.pop("kind")
@@ -269,7 +269,7 @@ class LabelledSystem(ViewSystem):
             final,
             self._train_rows.get(TRAINED) if final and self.votes(split) else None,
         )
-        facts: dict[str, Any] = {}
+        facts: Json = {}
         if final and self.classes is not None:
             facts = self._beside(outputs, split, estimates, per_item)
         return Evaluation(split, estimates, self.splits[split].ids, per_item, facts)
@@ -280,10 +280,10 @@ class LabelledSystem(ViewSystem):
         split: str,
         estimates: dict[str, Estimate],
         per_item: Mapping[str, np.ndarray],
-    ) -> dict[str, Any]:
+    ) -> Json:
         """The same of the raw values: controls among the estimates, and differences."""
         columns = {TRAINED: dict(estimates)}
-        facts: dict[str, Any] = {"comparison": {}}
+        facts: Json = {"comparison": {}}
         raw = self.raw_rows()
         if raw is not None:
             name, rows = raw
@@ -427,7 +427,7 @@ class LabelledSystem(ViewSystem):
         width = int(cast(int, model.tower(view).width))
         return width if self.config.judged == "features" else self.shared_dim({view: width})
 
-    def predictions(self, outputs: Mapping[str, Tensor], items: Items) -> Mapping[str, Sequence[Any]]:
+    def predictions(self, outputs: Mapping[str, Tensor], items: Items) -> Mapping[str, Sequence[object]]:
         """The class of each item by the nearest training items and by the linear probe: `KnownClasses.columns`."""
         known = self._known_classes()
         if known is None:

@@ -6,15 +6,14 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from nearfar.data.batch import Batch, Inputs, ItemDataset, Partial, Rows
+from nearfar.data.batch import Batch, Field, Inputs, ItemDataset, Partial, Rows
 from nearfar.data.cache import without_cache
 from nearfar.data.chunks import NewData, read_chunks
-from nearfar.data.items import Items
+from nearfar.data.items import Column, Items
 from nearfar.models.views import ViewModel
 from nearfar.systems.comparison import ViewComparison
 from nearfar.towers import Tower
@@ -39,7 +38,7 @@ class NewItems(System[Batch, ViewModel]):
     def load_assets(self, folder: Path) -> None:
         self.towers = load_towers(folder / "towers")
 
-    def embed_view(self, model: ViewModel, view: str, field: Any) -> Tensor:
+    def embed_view(self, model: ViewModel, view: str, field: Field) -> Tensor:
         return model.encode(view, field)
 
     def view_headers(self) -> dict[str, Sequence[str]]:
@@ -120,14 +119,14 @@ class NewItems(System[Batch, ViewModel]):
         return inputs
 
 
-def some_of(values: Any, at: np.ndarray) -> Any:
+def some_of(values: Column, at: np.ndarray) -> Column:
     """The values at these positions, as they are where these are all."""
     if isinstance(values, np.ndarray):
         return values if len(at) == len(values) else values[at]
     return [values[i] for i in at.tolist()]
 
 
-def _only(values: Any, present: np.ndarray) -> Any:
+def _only(values: Column, present: np.ndarray) -> Column:
     """The values where ``present``, and none elsewhere."""
     if present.all():
         return values

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from nearfar.data.files import Json
+from nearfar.data.items import Column
 from nearfar.data.picture_arrays import PictureArrays
 from nearfar.towers import build_tower
 
@@ -18,7 +19,7 @@ __all__ = ["raw_values"]
 _SIDE = 32  # pixels of a picture's sides, at most
 
 
-def raw_values(kind: str, values: Mapping[str, Any]) -> tuple[str, dict[str, Float[Tensor, "n d"]]] | None:
+def raw_values(kind: str, values: Mapping[str, Column]) -> tuple[str, dict[str, Float[Tensor, "n d"]]] | None:
     """The values of each split as vectors, and what these are called; None of other kinds of views.
 
     ``pixels`` of pictures (``kind`` image) from 0 to 1, at 32 × 32 at most, of grey ones one number each; ``tfidf`` of
@@ -32,13 +33,13 @@ def raw_values(kind: str, values: Mapping[str, Any]) -> tuple[str, dict[str, Flo
         return "pixels", {name: _pixels(part) for name, part in values.items()}
     if kind not in ("text", "vector"):
         return None
-    options: dict[str, Any] = {"encoder": "ngram", "dims": 512} if kind == "text" else {}
+    options: Json = {"encoder": "ngram", "dims": 512} if kind == "text" else {}
     tower = build_tower(kind, "the baseline", **options).fit(values["train"])
     rows = {name: torch.from_numpy(np.asarray(tower.reference(part))) for name, part in values.items()}
     return "tfidf" if kind == "text" else "numbers", rows
 
 
-def _pixels(values: Any) -> Float[Tensor, "n d"]:
+def _pixels(values: Column) -> Float[Tensor, "n d"]:
     side = (_SIDE, _SIDE)
     if isinstance(values, np.ndarray) and max(values.shape[1:3]) <= _SIDE:
         side = (int(values.shape[1]), int(values.shape[2]))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from nearfar.data.files import read_json
 from nearfar.errors import NearfarError
@@ -12,7 +11,7 @@ from nearfar.training.system import System
 __all__ = ["prepare_again"]
 
 
-def prepare_again(system: System[Any, Any], folder: Path, what: str) -> None:
+def prepare_again(system: System, folder: Path, what: str) -> None:
     """Let a system read the data of its run again, and check that it is the same.
 
     Args:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from nearfar.contrast import SimilarityMask, join_masks
 from nearfar.data.batch import Augment, Batch, Inputs, ItemDataset, Rows, one_after_another
 from nearfar.data.cache import content_key
 from nearfar.data.files import Json
-from nearfar.data.items import Items, ItemSplits, shared_values, value_groups
+from nearfar.data.items import Column, Items, ItemSplits, LoadedData, shared_values, value_groups
 from nearfar.errors import NearfarError
 from nearfar.losses.views import ViewContext, ViewLoss, view_pairs
 from nearfar.metrics import Estimate, batch_signals, rank_estimates, retrieval_ranks
@@ -126,7 +126,7 @@ class ViewSystem(NewItems):
         check_names(self.views)
         self.splits = {name: self.readable(items) for name, items in self.splits.items()}
 
-    def load_data(self, say: Say) -> Any:
+    def load_data(self, say: Say) -> LoadedData:
         """The splits for ``nearfar data``: what is taken, what is rejected and why; fits and computes nothing."""
         self._read(say)
         return ItemSplits(self.splits)
@@ -350,7 +350,7 @@ class ViewSystem(NewItems):
         """What stands above a tower; heads are made in the order of the views, from PyTorch's generator."""
         return build_head("linear", width, dim)
 
-    def model_options(self, dim: int) -> dict[str, Any]:
+    def model_options(self, dim: int) -> Json:
         """Temperature and memory of the model."""
         config, memory = self.config, None
         if config.memory:
@@ -551,7 +551,8 @@ def negated_view(name: str) -> str:
     return name.removeprefix(NEGATIVES).rsplit(":", 1)[0]
 
 
-def _joined(parts: Sequence[Any]) -> Any:
-    if all(isinstance(part, np.ndarray) for part in parts):
-        return np.concatenate(parts)
+def _joined(parts: Sequence[Column]) -> Column:
+    arrays = [part for part in parts if isinstance(part, np.ndarray)]
+    if len(arrays) == len(parts):
+        return np.concatenate(arrays)
     return [value for part in parts for value in part]

@@ -6,15 +6,15 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 from jaxtyping import Float
 from torch import nn
 
 from nearfar.data.batch import Augment, Inputs
-from nearfar.data.files import read_json
-from nearfar.data.items import value_keys
+from nearfar.data.files import Json, read_json
+from nearfar.data.items import Column, value_keys
 from nearfar.errors import NearfarError
 from nearfar.towers.graph import TowerGraph
 
@@ -55,26 +55,26 @@ class Tower(ABC):
 
     @property
     @abstractmethod
-    def options(self) -> dict[str, Any]:
+    def options(self) -> Json:
         """The keyword arguments that build this tower again."""
 
-    def check(self, values: Sequence[object] | np.ndarray) -> list[str | None]:
+    def check(self, values: Column) -> list[str | None]:
         """For each value why it cannot be read, such as an empty text; None where it can. No value here is missing."""
         return [None] * len(values)
 
-    def fit(self, values: Sequence[object] | np.ndarray) -> Tower:
+    def fit(self, values: Column) -> Tower:
         """Learn from the training values, without labels; nothing to do for a pretrained network."""
         return self
 
     @abstractmethod
-    def read(self, values: Sequence[object] | np.ndarray) -> Inputs:
+    def read(self, values: Column) -> Inputs:
         """Values as arrays; features of a frozen network come from the cache where it has them."""
 
     @abstractmethod
     def build(self) -> nn.Module:
         """A new module over a batch of what ``read`` gives; draws from PyTorch's generator."""
 
-    def reference(self, values: Sequence[object] | np.ndarray) -> Float[np.ndarray, "n d"] | None:
+    def reference(self, values: Column) -> Float[np.ndarray, "n d"] | None:
         """Vectors in which similar values are near before any training: what neighbours and likely false negatives are
         found by. None where this tower has none."""
         return None
@@ -84,7 +84,7 @@ class Tower(ABC):
         """Whether ``read`` gives just the rows of ``reference``, so that these need no pass of their own."""
         return False
 
-    def keys(self, values: Sequence[object] | np.ndarray) -> Sequence[Any]:
+    def keys(self, values: Column) -> Sequence[object]:
         """For each value what is equal where two values are the same for this tower.
 
         Such items are no negatives of each other.
@@ -116,14 +116,14 @@ class Tower(ABC):
         return cls(**read_tower_spec(folder)["options"])
 
 
-def write_tower_spec(folder: Path, tower: Tower, **more: Any) -> None:
+def write_tower_spec(folder: Path, tower: Tower, **more: object) -> None:
     """Write kind, options and ``more`` of a tower as JSON."""
     folder.mkdir(parents=True, exist_ok=True)
     spec = {"kind": tower.kind, "options": tower.options, **more}
     (folder / SPEC_FILE).write_text(json.dumps(spec, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def read_tower_spec(folder: Path) -> dict[str, Any]:
+def read_tower_spec(folder: Path) -> Json:
     """What `write_tower_spec` wrote; ``NearfarError`` where it is missing or damaged."""
     path = folder / SPEC_FILE
     if not path.is_file():

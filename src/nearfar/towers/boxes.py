@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float
@@ -12,10 +11,15 @@ from numpy.typing import NDArray
 from torch import nn
 
 from nearfar.data.batch import Rows
+from nearfar.data.files import Json
+from nearfar.data.items import Column
 from nearfar.errors import NearfarError, nearest_name
 from nearfar.models.views import PassThrough
 from nearfar.towers.base import Tower, read_tower_spec, write_tower_spec
 from nearfar.towers.vector import Scaler
+
+if TYPE_CHECKING:
+    pass
 
 __all__ = ["SPATIAL", "BoxTower", "names_of", "overlap", "spatial_numbers"]
 
@@ -171,36 +175,36 @@ class BoxTower(Tower):
         return f"geometry of two boxes in {count} numbers ({self.variant}), {fitted}"
 
     @property
-    def options(self) -> dict[str, Any]:
+    def options(self) -> Json:
         return {"variant": self.variant}
 
-    def check(self, values: Sequence[Any] | np.ndarray) -> list[str | None]:
+    def check(self, values: Column) -> list[str | None]:
         """Values that are not ten finite numbers, boxes without area, pictures without a size."""
         return [_problem(value) for value in values]
 
-    def fit(self, values: Sequence[Any] | np.ndarray) -> BoxTower:
+    def fit(self, values: Column) -> BoxTower:
         """Mean and spread of the training rows' numbers."""
         self.scaler = Scaler.of(self.numbers(values))
         return self
 
-    def numbers(self, values: Sequence[Any] | np.ndarray) -> Float[np.ndarray, "n k"]:
+    def numbers(self, values: Column) -> Float[np.ndarray, "n k"]:
         """The numbers of `spatial_numbers`, not standardised."""
         rows = np.asarray(values, dtype=np.float64).reshape(len(values), 10)
         return spatial_numbers(rows[:, :4], rows[:, 4:8], rows[:, 8:], self.variant)
 
-    def standardized(self, values: Sequence[Any] | np.ndarray) -> Float[np.ndarray, "n k"]:
+    def standardized(self, values: Column) -> Float[np.ndarray, "n k"]:
         """The same with mean 0 and variance 1 over the training rows."""
         if self.scaler is None:
             raise NearfarError("a tower of boxes was not fitted: call fit(training values) or load it.")
         return self.scaler(self.numbers(values))
 
-    def read(self, values: Sequence[Any] | np.ndarray) -> Rows:
+    def read(self, values: Column) -> Rows:
         return Rows(self.standardized(values))
 
     def build(self) -> nn.Module:
         return PassThrough(len(names_of(self.variant)))
 
-    def reference(self, values: Sequence[Any] | np.ndarray) -> Float[np.ndarray, "n k"]:
+    def reference(self, values: Column) -> Float[np.ndarray, "n k"]:
         return self.standardized(values)
 
     def save(self, folder: Path) -> None:
@@ -214,7 +218,7 @@ class BoxTower(Tower):
         return tower
 
 
-def _problem(value: Any) -> str | None:
+def _problem(value: object) -> str | None:
     """Why a value is no two boxes in a picture; None where it is."""
     try:
         row = np.asarray(value, dtype=np.float64).reshape(-1)

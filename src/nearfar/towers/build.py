@@ -5,15 +5,15 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cache
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from nearfar.data.files import read_json
+from nearfar.data.files import Json, read_json
+from nearfar.data.items import Column
 from nearfar.errors import NearfarError, nearest_name
 from nearfar.towers.base import Tower, read_tower_spec
 
@@ -53,8 +53,8 @@ def register_tower(kind: str, tower: type[Tower]) -> None:
 
 
 @cache
-def _installed() -> dict[str, Any]:
-    points: dict[str, Any] = {}
+def _installed() -> dict[str, EntryPoint]:
+    points: dict[str, EntryPoint] = {}
     for point in entry_points(group=ENTRY_POINTS):
         if point.name in TOWERS:
             raise NearfarError(
@@ -72,7 +72,7 @@ def tower_names() -> list[str]:
 
 def tower_class(kind: str) -> type[Tower]:
     """The class of a kind; ``NearfarError`` with the nearest name for one that is unknown."""
-    place: Any = TOWERS.get(kind)
+    place: object = TOWERS.get(kind)
     if place is None:
         point = _installed().get(kind)
         if point is None:
@@ -119,7 +119,7 @@ def build_tower(kind: str, name: str = "tower", /, **options: object) -> Tower:
         raise NearfarError(f"{name}: {error}") from None
 
 
-def encoder_options(group: Mapping[str, object]) -> dict[str, Any]:
+def encoder_options(group: Mapping[str, object]) -> Json:
     """The options of a tower from a group ``text_encoder=`` or ``image_encoder=``.
 
     There the encoder is called ``kind``, a hub model of pictures ``name``, and a transformer that is trained on
@@ -182,7 +182,7 @@ def load_towers(folder: Path) -> dict[str, Tower]:
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
-def guess_tower(values: Sequence[object] | np.ndarray) -> str:
+def guess_tower(values: Column) -> str:
     """The kind of tower that a column's values call for: numbers, names of picture files, or else texts.
 
     >>> guess_tower(np.zeros((3, 2))), guess_tower(["1.5", "2"]), guess_tower(["a/b.png", None]), guess_tower(["word"])

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 from torch import nn
 
 from nearfar.data.batch import Inputs, Rows
-from nearfar.data.files import read_names
+from nearfar.data.files import Json, read_names
+from nearfar.data.items import Column
 from nearfar.errors import NearfarError, nearest_name
 from nearfar.towers.base import Tower, read_tower_spec, write_tower_spec
 from nearfar.towers.graph import TowerGraph
@@ -51,7 +51,7 @@ class ExpressionTower(Tower):
         encoder: str = "numbers",
         genes: Sequence[str] | str | Path | None = None,
         sentence_genes: int = 50,
-        text: Mapping[str, Any] | None = None,
+        text: Json | None = None,
         standardize: bool = True,
     ) -> None:
         if encoder not in EXPRESSION_ENCODERS:
@@ -88,7 +88,7 @@ class ExpressionTower(Tower):
         return f"sentences of {self.sentence_genes} gene names: {self.text.description}{how}"
 
     @property
-    def options(self) -> dict[str, Any]:
+    def options(self) -> Json:
         return {
             "encoder": self.encoder_kind,
             "genes": self.genes,
@@ -97,10 +97,10 @@ class ExpressionTower(Tower):
             "standardize": self.rows.standardize,
         }
 
-    def check(self, values: Sequence[Any] | np.ndarray) -> list[str | None]:
+    def check(self, values: Column) -> list[str | None]:
         return self.rows.check(values)
 
-    def fit(self, values: Sequence[Any] | np.ndarray) -> ExpressionTower:
+    def fit(self, values: Column) -> ExpressionTower:
         """Mean and spread of the training rows, or the text encoder on their sentences."""
         if self.text is None:
             self.rows.fit(self._matrix(values))
@@ -113,18 +113,18 @@ class ExpressionTower(Tower):
             self.rows.fit(vectors.values.numpy())
         return self
 
-    def read(self, values: Sequence[Any] | np.ndarray) -> Inputs:
+    def read(self, values: Column) -> Inputs:
         """Expression as it is, or its sentences as the text encoder reads them."""
         if self.text is None:
             return self.rows.read(self._matrix(values))
         return self.text.read(self.sentences(values))
 
-    def sentences(self, values: Sequence[Any] | np.ndarray) -> list[str]:
+    def sentences(self, values: Column) -> list[str]:
         """The rows as texts, see `gene_sentences`."""
         assert self.genes is not None
         return gene_sentences(self._matrix(values), self.genes, self.sentence_genes)
 
-    def _matrix(self, values: Sequence[Any] | np.ndarray) -> Float[np.ndarray, "n g"]:
+    def _matrix(self, values: Column) -> Float[np.ndarray, "n g"]:
         matrix = self.rows.matrix(values)
         if self.genes is not None and len(matrix) and matrix.shape[1] != len(self.genes):
             raise NearfarError(
@@ -138,7 +138,7 @@ class ExpressionTower(Tower):
             return self.text.build()
         return self.rows.build()
 
-    def reference(self, values: Sequence[Any] | np.ndarray) -> Float[np.ndarray, "n d"] | None:
+    def reference(self, values: Column) -> Float[np.ndarray, "n d"] | None:
         """Standardised expression; the vectors of sentences before any training, where the encoder has any."""
         if self.text is None:
             return self.rows.reference(self._matrix(values))

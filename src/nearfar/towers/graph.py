@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
 from nearfar.data.files import Json
+from nearfar.data.items import Column
 
 __all__ = ["BATCH", "GraphInput", "TowerGraph"]
 
@@ -47,7 +47,7 @@ class TowerGraph:
 
     inputs: Sequence[GraphInput]
     field: nn.Module
-    tensors: Callable[[Sequence[Any] | np.ndarray], dict[str, np.ndarray]]
+    tensors: Callable[[Column], dict[str, np.ndarray]]
     recipe: Json
     save: Callable[[Path], None] | None = None
     lengths: Mapping[str, tuple[int, int]] = field(default_factory=dict)

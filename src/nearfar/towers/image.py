@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -16,7 +15,8 @@ from torch import Tensor, nn
 
 from nearfar.data.batch import Inputs, Pixels, Rows
 from nearfar.data.cache import cached_array, caching
-from nearfar.data.files import read_text
+from nearfar.data.files import Json, read_text
+from nearfar.data.items import Column
 from nearfar.data.mapped import mapped_arrays
 from nearfar.data.picture_arrays import PictureArrays, check_picture_values, decode_pictures
 from nearfar.errors import NearfarError, nearest_name
@@ -133,7 +133,7 @@ class ImageTower(Tower):
         self._about = ""  # the network as it describes itself, once it was read
         self._moments: Moments | None = None
         self._decoded: dict[str, np.ndarray] = {}
-        self._fitted: tuple[Any, np.ndarray] | None = (
+        self._fitted: tuple[Column, np.ndarray] | None = (
             None  # training values and features, not to be hashed again
         )
         self._width = 0
@@ -186,9 +186,9 @@ class ImageTower(Tower):
         return train
 
     @staticmethod
-    def _check_options(size: Any, lr: Any, lora_rank: Any, seed: Any, device: Any) -> None:
-        whole = isinstance(size, int) and not isinstance(size, bool)
-        if not (size is None or size == "own" or (whole and size >= _LEAST)):
+    def _check_options(size: object, lr: object, lora_rank: object, seed: object, device: str) -> None:
+        whole = isinstance(size, int) and not isinstance(size, bool) and size >= _LEAST
+        if not (size is None or size == "own" or whole):
             raise NearfarError(
                 f"size={size}: at least {_LEAST} pixels, 'own' for arrays at their size, or null for the usual one."
             )
@@ -232,7 +232,7 @@ class ImageTower(Tower):
         return f"{name} ({weights})"
 
     @property
-    def options(self) -> dict[str, Any]:
+    def options(self) -> Json:
         return {
             "encoder": self.encoder_kind,
             "model": self.model,
@@ -248,7 +248,7 @@ class ImageTower(Tower):
         }
 
     # -- reading -------------------------------------------------------------------------------------------------
-    def check(self, values: Sequence[Any] | np.ndarray) -> list[str | None]:
+    def check(self, values: Column) -> list[str | None]:
         """Files that are not there, damaged or no pictures; each is decoded in full, once for its content."""
         if caching():
             return check_picture_values(values)
@@ -256,7 +256,7 @@ class ImageTower(Tower):
         reasons, self._decoded = decode_pictures(values, self._size_of(values))
         return reasons
 
-    def fit(self, values: Sequence[Any] | np.ndarray) -> ImageTower:
+    def fit(self, values: Column) -> ImageTower:
         """The size of the training pictures, which later ones are brought to; of features that are not trained, mean
         and spread."""
         self._pixels = None
@@ -268,7 +268,7 @@ class ImageTower(Tower):
             self._moments = _moments(features)
         return self
 
-    def read(self, values: Sequence[Any] | np.ndarray) -> Inputs:
+    def read(self, values: Column) -> Inputs:
         """Features of an encoder that is not trained, else pixels."""
         if self.frozen:
             known, features = self._fitted or (None, None)
@@ -277,7 +277,7 @@ class ImageTower(Tower):
             PictureArrays(values, self._size_of(values), None if caching() else self._decoded).whole()
         )
 
-    def _size_of(self, values: Sequence[Any] | np.ndarray) -> tuple[int, int]:
+    def _size_of(self, values: Column) -> tuple[int, int]:
         if self._pixels is not None:
             return self._pixels
         if isinstance(self.size, int):
@@ -294,7 +294,7 @@ class ImageTower(Tower):
             return max(least, height), max(least, width)
         return _SIZE, _SIZE
 
-    def _features(self, values: Sequence[Any] | np.ndarray) -> Float[np.ndarray, "n d"]:
+    def _features(self, values: Column) -> Float[np.ndarray, "n d"]:
         """Features of pictures by the encoder before any training, mapped from the cache."""
         pictures = PictureArrays(values, self._size_of(values), None if caching() else self._decoded)
         network = None if self.encoder_kind == "colors" else self._frozen_network()
@@ -384,7 +384,7 @@ class ImageTower(Tower):
             network.network = add_adapters(inner, self.lora_rank, self._name())
         return network
 
-    def reference(self, values: Sequence[Any] | np.ndarray) -> Float[np.ndarray, "n d"] | None:
+    def reference(self, values: Column) -> Float[np.ndarray, "n d"] | None:
         """Standardised features before any training; None for a network that starts from random weights."""
         if not self.pretrained and self.encoder_kind != "colors":
             return None
@@ -396,7 +396,7 @@ class ImageTower(Tower):
 
     # -- on disk -------------------------------------------------------------------------------------------------
     def save(self, folder: Path) -> None:
-        more: dict[str, Any] = {"width": self._width, "pixels": self._pixels, "about": self._about}
+        more: Json = {"width": self._width, "pixels": self._pixels, "about": self._about}
         if self.frozen and self.encoder_kind != "colors":
             more["fingerprint"] = self._frozen_network().fingerprint()
         if not self.frozen and self.encoder_kind == "transformers":
@@ -424,7 +424,7 @@ class ImageTower(Tower):
         height, width = self._pixels
         network = self._frozen_network() if self.frozen else self._architecture()
 
-        def tensors(values: Sequence[Any] | np.ndarray) -> dict[str, np.ndarray]:
+        def tensors(values: Column) -> dict[str, np.ndarray]:
             pictures = PictureArrays(values, (height, width)).whole()
             return {"pixels": np.ascontiguousarray(np.asarray(pictures).transpose(0, 3, 1, 2))}
 

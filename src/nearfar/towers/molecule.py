@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from nearfar.data.batch import Augment
+from nearfar.data.files import Json
+from nearfar.data.items import Column
 from nearfar.data.molecules.smiles import examine_structures
 from nearfar.errors import NearfarError, nearest_name
 from nearfar.models.molecules.batch import MoleculeField, MoleculeMasking, Molecules
@@ -75,7 +77,7 @@ class MoleculeTower(Tower):
     ) -> None:
         if encoder not in MOLECULE_ENCODERS:
             raise NearfarError(f"encoder={encoder}: {nearest_name(str(encoder), MOLECULE_ENCODERS)}")
-        self._options: dict[str, Any] = {
+        self._options: Json = {
             "encoder": encoder,
             "width": width,
             "hidden": hidden,
@@ -114,7 +116,7 @@ class MoleculeTower(Tower):
         )
 
     @property
-    def options(self) -> dict[str, Any]:
+    def options(self) -> Json:
         return dict(self._options)
 
     @property
@@ -125,7 +127,7 @@ class MoleculeTower(Tower):
             parts.append(f"fingerprint ({' + '.join(spec.kinds)}, {spec.dim} numbers)")
         return " and ".join(parts)
 
-    def check(self, values: Sequence[object] | np.ndarray) -> list[str | None]:
+    def check(self, values: Column) -> list[str | None]:
         """Values that are empty, or no molecule that RDKit reads."""
         _require("rdkit")
         texts = [str(value) for value in values]
@@ -134,7 +136,7 @@ class MoleculeTower(Tower):
             for text, each in zip(texts, examine_structures(texts), strict=True)
         ]
 
-    def read(self, values: Sequence[object] | np.ndarray) -> Molecules:
+    def read(self, values: Column) -> Molecules:
         """Graphs, fingerprints or both; a value that is no molecule is an error that names it."""
         _require("rdkit")
         spec = None if self.encoder == "graph" else self.fingerprint
@@ -167,7 +169,7 @@ class MoleculeTower(Tower):
             )
         spec = self.fingerprint
 
-        def tensors(values: Sequence[object] | np.ndarray) -> dict[str, np.ndarray]:
+        def tensors(values: Column) -> dict[str, np.ndarray]:
             counts = compute_fingerprints([str(value) for value in values], spec)
             return {"fingerprint": counts.astype(np.float32)}
 
@@ -182,7 +184,7 @@ class MoleculeTower(Tower):
             {"kind": self.kind, **spec.describe()},
         )
 
-    def keys(self, values: Sequence[object] | np.ndarray) -> list[str]:
+    def keys(self, values: Column) -> list[str]:
         """Canonical SMILES, whose letter case means something."""
         _require("rdkit")
         texts = [str(value) for value in values]
@@ -193,7 +195,7 @@ class MoleculeTower(Tower):
         atoms, bonds = self._options["mask_atoms"], self._options["mask_bonds"]
         return MoleculeMasking(view, atoms, bonds) if atoms or bonds else None
 
-    def reference(self, values: Sequence[object] | np.ndarray) -> Float[np.ndarray, "n d"]:
+    def reference(self, values: Column) -> Float[np.ndarray, "n d"]:
         """Fingerprints through sign(x) · log(1 + |x|), as the network reads them."""
         _require("rdkit")
         counts = compute_fingerprints([str(value) for value in values], self.fingerprint)
@@ -208,7 +210,7 @@ class _Fingerprint(nn.Module):
         return MoleculeField(None, fingerprint)
 
 
-def _check(name: str, value: Any, of: type, least: float, below: float | None = None) -> None:
+def _check(name: str, value: float, of: type, least: float, below: float | None = None) -> None:
     """Raise unless ``value`` is a number of that kind, from ``least`` and, where it is given, below ``below``."""
     numeric = isinstance(value, int if of is int else (int, float)) and not isinstance(value, bool)
     if numeric and value >= least and (below is None or value < below):

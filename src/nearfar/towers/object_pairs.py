@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import numpy as np
 import torch
@@ -14,12 +14,13 @@ from torch import nn
 
 from nearfar.data.batch import Rows
 from nearfar.data.cache import cached_arrays
+from nearfar.data.files import Json
 from nearfar.data.images import crop, stack
+from nearfar.data.items import Column
 from nearfar.data.photos import Box, Crops, File, Photo
 from nearfar.errors import NearfarError
 from nearfar.models.image import ImageEncoder, build_image_encoder
 from nearfar.models.image.saved import has_image_encoder, load_image_encoder, save_image_encoder
-from nearfar.models.text import embed_texts
 from nearfar.models.views import PassThrough
 from nearfar.towers.base import Tower, read_tower_spec, write_tower_spec
 from nearfar.towers.graph import TowerGraph
@@ -56,7 +57,7 @@ class CropTower(Tower):
     #: announces that features are computed, which takes a while
     say: Callable[[str], None] | None = None
 
-    def __init__(self, encoder: Mapping[str, Any] | None = None, size: int = 128) -> None:
+    def __init__(self, encoder: Json | None = None, size: int = 128) -> None:
         if encoder is not None and (not isinstance(encoder, Mapping) or "kind" not in encoder):
             raise NearfarError(
                 f"encoder={encoder}: options of an image encoder are needed, such as encoder.kind=efficientnet."
@@ -80,20 +81,20 @@ class CropTower(Tower):
         return f"crops of {self.size} × {self.size} through {self.encoder.description}"
 
     @property
-    def options(self) -> dict[str, Any]:
+    def options(self) -> Json:
         return {"encoder": self.encoder_options, "size": self.size}
 
-    def check(self, values: Sequence[Any] | np.ndarray) -> list[str | None]:
+    def check(self, values: Column) -> list[str | None]:
         """Photos that cannot be read, boxes without area, or outside the photo."""
         sizes: dict[object, tuple[float, float] | str] = {}
         return [_problem(value, sizes) for value in values]
 
-    def fit(self, values: Sequence[Any] | np.ndarray) -> CropTower:
+    def fit(self, values: Column) -> CropTower:
         """Mean and spread of the features of the training pairs."""
         self.scaler = Scaler.of(self.features(values))
         return self
 
-    def features(self, values: Sequence[Any] | np.ndarray) -> Float[ndarray, "n 2*width"]:
+    def features(self, values: Column) -> Float[ndarray, "n 2*width"]:
         """Features of the first and the second crop, not standardised.
 
         Raises:
@@ -137,7 +138,7 @@ class CropTower(Tower):
         ]
         return torch.cat(parts).float().numpy()
 
-    def read(self, values: Sequence[Any] | np.ndarray) -> Rows:
+    def read(self, values: Column) -> Rows:
         if self.scaler is None:
             raise NearfarError("a tower of crops was not fitted: call fit(training values) or load it.")
         return Rows(self.scaler(self.features(values)))
@@ -183,25 +184,26 @@ class NamesTower(TextTower):
             "two names are embedded apart and put side by side, which is not written as one graph"
         )
 
-    def check(self, values: Sequence[Any] | np.ndarray) -> list[str | None]:
+    def check(self, values: Column) -> list[str | None]:
         """Values that are no two texts, and empty names."""
         return [_names_problem(pair) for pair in values]
 
-    def fit(self, values: Sequence[Any] | np.ndarray) -> NamesTower:
+    def fit(self, values: Column) -> NamesTower:
         super().fit(_distinct(values))
         return self
 
-    def read(self, values: Sequence[Any] | np.ndarray) -> Rows:
+    def read(self, values: Column) -> Rows:
         names = _distinct(values)
         place = {name: i for i, name in enumerate(names)}
-        vectors = embed_texts(self.encoder, names)
-        at = np.array([[place[str(name)] for name in pair] for pair in values], dtype=np.int64).reshape(-1, 2)
+        vectors = super().reference(names)
+        assert vectors is not None
+        at = np.array([[place[name] for name in pair] for pair in _pairs(values)], np.int64).reshape(-1, 2)
         return Rows(vectors[at].reshape(len(at), -1).astype(np.float32))
 
     def build(self) -> nn.Module:
         return PassThrough(2 * self._width())
 
-    def reference(self, values: Sequence[Any] | np.ndarray) -> Float[ndarray, "n d"]:
+    def reference(self, values: Column) -> Float[ndarray, "n d"]:
         return self.read(values).values.numpy()
 
 
@@ -210,13 +212,13 @@ def _same(photo: Photo) -> object:
     return photo.path if isinstance(photo, File) else id(photo)
 
 
-def _names_problem(value: Any) -> str | None:
+def _names_problem(value: object) -> str | None:
     if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != 2:
         return "not two names"
     return None if all(str(name).strip() for name in value) else "empty name"
 
 
-def _problem(value: Any, sizes: dict[object, tuple[float, float] | str]) -> str | None:
+def _problem(value: object, sizes: dict[object, tuple[float, float] | str]) -> str | None:
     """Why a value is no photo with two boxes; each photo is decoded once."""
     try:
         crops = Crops.of(value)
@@ -240,5 +242,9 @@ def _problem(value: Any, sizes: dict[object, tuple[float, float] | str]) -> str 
     return None
 
 
-def _distinct(values: Sequence[Any] | np.ndarray) -> list[str]:
-    return sorted({str(name) for pair in values for name in pair})
+def _distinct(values: Column) -> list[str]:
+    return sorted({name for pair in _pairs(values) for name in pair})
+
+
+def _pairs(values: Column) -> list[list[str]]:
+    return [[str(name) for name in cast(Sequence[object], pair)] for pair in values]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import torch
@@ -14,10 +14,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from nearfar.data.batch import Inputs, Rows
-from nearfar.data.files import read_text
+from nearfar.data.files import Json, read_text
+from nearfar.data.items import Column
 from nearfar.errors import NearfarError, nearest_name
 from nearfar.models.lora import add_adapters, merge_adapters
-from nearfar.models.text import embed_texts, load_text_encoder, save_text_encoder
+from nearfar.models.text import TextEncoder, embed_texts, load_text_encoder, save_text_encoder
 from nearfar.models.text.ngram import NgramTextEncoder
 from nearfar.models.text.pretrained import MiniLMTextEncoder
 from nearfar.models.text.trainable import WordTextEncoder
@@ -27,9 +28,12 @@ from nearfar.models.views import PassThrough
 from nearfar.towers.base import Backbone, Tower, read_tower_spec, write_tower_spec
 from nearfar.towers.graph import BATCH, GraphInput, TowerGraph
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 __all__ = ["TEXT_ENCODERS", "PooledText", "PooledTransformer", "TextTower"]
 
-TEXT_ENCODERS: dict[str, type[Any]] = {
+TEXT_ENCODERS: dict[str, Callable[..., TextEncoder | WordTextEncoder]] = {
     "ngram": NgramTextEncoder,
     "words": WordTextEncoder,
     "minilm": MiniLMTextEncoder,
@@ -110,7 +114,7 @@ class TextTower(Tower):
         self.states = states
         self.encoder_options = options
         try:
-            self.encoder: Any = TEXT_ENCODERS[encoder](**options)
+            self.encoder = TEXT_ENCODERS[encoder](**options)
         except NearfarError as error:
             raise NearfarError(_plain(error)) from None
         self._saved: Path | None = None
@@ -129,7 +133,7 @@ class TextTower(Tower):
     def description(self) -> str:
         text = str(self.encoder.description).replace(" (frozen)", "")
         if self.states and self.encoder_kind != "words":
-            text = f"{self.encoder.name}, states of at most {self.encoder.max_length} tokens"
+            text = f"{self.encoder.name}, states of at most {self.transformer.max_length} tokens"
         rate = "" if self.lr is None else f" at a learning rate of {self.lr:g}"
         checkpointed = ", gradient checkpointing" if self.gradient_checkpointing else ""
         how = {
@@ -141,7 +145,7 @@ class TextTower(Tower):
         return f"{text}; {how}{checkpointed}"
 
     @property
-    def options(self) -> dict[str, Any]:
+    def options(self) -> Json:
         return {
             "encoder": self.encoder_kind,
             "train": self.train,
@@ -152,10 +156,10 @@ class TextTower(Tower):
             **self.encoder_options,
         }
 
-    def check(self, values: Sequence[Any] | np.ndarray) -> list[str | None]:
+    def check(self, values: Column) -> list[str | None]:
         return [None if isinstance(value, str) and value.strip() else "empty text" for value in values]
 
-    def fit(self, values: Sequence[Any] | np.ndarray) -> TextTower:
+    def fit(self, values: Column) -> TextTower:
         """N-grams and vocabularies are learned from the training texts; pretrained models have nothing to learn."""
         try:
             self.encoder.fit([str(value) for value in values])
@@ -163,15 +167,14 @@ class TextTower(Tower):
             raise NearfarError(_plain(error)) from None
         return self
 
-    def read(self, values: Sequence[Any] | np.ndarray) -> Inputs:
+    def read(self, values: Column) -> Inputs:
         texts = [str(value) for value in values]
+        if isinstance(self.encoder, WordTextEncoder):
+            return self.encoder.tokenize(texts)
         if self.computed_once:
             return Rows(embed_texts(self.encoder, texts))
-        if self.encoder_kind == "words":
-            table: TokenTable = self.encoder.tokenize(texts)
-            return table
         tokenizer, _ = self.parts()
-        length = int(self.encoder.max_length)
+        length = int(self.transformer.max_length)
         rows = tokenizer(texts, truncation=True, max_length=length)["input_ids"]
         flat = np.fromiter((token for row in rows for token in row), dtype=np.int64)
         return TokenTable({"id": flat}, [len(row) for row in rows])
@@ -180,15 +183,15 @@ class TextTower(Tower):
         """The trained network; for a frozen encoder what passes its vectors on."""
         if self.computed_once:
             return PassThrough(self._width())
-        if self.encoder_kind == "words":
+        if isinstance(self.encoder, WordTextEncoder):
             return PooledText(self.encoder.build())
         tokenizer, network = self.parts()
-        trained = copy.deepcopy(network).cpu()
+        trained: Any = copy.deepcopy(network).cpu()
         if self.frozen:
             return PooledTransformer(
                 trained.requires_grad_(False),
                 self._pad(tokenizer),
-                self.encoder.pooling,
+                self.transformer.pooling,
                 frozen=True,
             )
         trained.requires_grad_(True)
@@ -197,23 +200,23 @@ class TextTower(Tower):
         trained.train()
         if self.train == "lora":
             trained = add_adapters(trained, self.lora_rank, self.encoder.name)
-        return PooledTransformer(trained, self._pad(tokenizer), self.encoder.pooling)
+        return PooledTransformer(trained, self._pad(tokenizer), self.transformer.pooling)
 
     @property
     def reads_reference(self) -> bool:
         return self.computed_once
 
-    def reference(self, values: Sequence[Any] | np.ndarray) -> Float[np.ndarray, "n d"] | None:
+    def reference(self, values: Column) -> Float[np.ndarray, "n d"] | None:
         """The vectors of the encoder before any training; None for a network that starts from nothing."""
-        if self.encoder_kind == "words":
+        if isinstance(self.encoder, WordTextEncoder):
             return None
         return embed_texts(self.encoder, [str(value) for value in values])
 
     def save(self, folder: Path) -> None:
-        if self.frozen:
-            save_text_encoder(self.encoder, folder / "encoder")
-        elif self.encoder_kind == "words":
+        if isinstance(self.encoder, WordTextEncoder):
             self.encoder.save(folder / "encoder")
+        elif self.frozen:
+            save_text_encoder(self.encoder, folder / "encoder")
         else:
             tokenizer, network = self.parts()
             tokenizer.save_pretrained(folder / "model")
@@ -223,7 +226,7 @@ class TextTower(Tower):
     def save_networks(self, folder: Path) -> None:
         """Of a frozen pretrained encoder tokenizer and weights."""
         if self.frozen and self.encoder_kind in ("minilm", "transformer"):
-            self.encoder.save_network(folder / "encoder")
+            self.transformer.save_network(folder / "encoder")
 
     def graph(self) -> TowerGraph:
         """Token numbers and their mask, as a tokenizer of transformers gives them, through a pretrained network.
@@ -241,11 +244,11 @@ class TextTower(Tower):
                 "words of a batch; train with text_encoder=minilm or a transformer"
             )
         tokenizer, network = self.parts()
-        length = int(self.encoder.max_length)
+        length = int(self.transformer.max_length)
         names = ("input_ids", "attention_mask")
         about = ("numbers of the tokens", "1 for a token, 0 for padding")
 
-        def tensors(values: Sequence[Any] | np.ndarray) -> dict[str, np.ndarray]:
+        def tensors(values: Column) -> dict[str, np.ndarray]:
             tokens = tokenizer(
                 [str(value) for value in values],
                 padding=True, truncation=True, max_length=length, return_tensors="np",
@@ -269,7 +272,7 @@ class TextTower(Tower):
                 "pad the texts of a batch to the longest of them",
             ],
         }
-        field = _FrozenPooled(self.encoder, network) if self.computed_once else _Tokens()
+        field = _FrozenPooled(self.transformer, network) if self.computed_once else _Tokens()
         return TowerGraph(
             [
                 GraphInput(name, "int64", (BATCH, "tokens"), what)
@@ -283,7 +286,7 @@ class TextTower(Tower):
         )
 
     @staticmethod
-    def _pad(tokenizer: Any) -> int:
+    def _pad(tokenizer: PreTrainedTokenizerBase) -> int:
         return int(tokenizer.pad_token_id or 0)
 
     @classmethod
@@ -299,21 +302,27 @@ class TextTower(Tower):
         return tower
 
     def _width(self) -> int:
-        if self.encoder_kind == "ngram":
+        if isinstance(self.encoder, NgramTextEncoder):
             return int(self.encoder.encode(["a"]).shape[1])
         return int(self.parts()[1].config.hidden_size)
 
-    def parts(self) -> tuple[Any, Any]:
+    @property
+    def transformer(self) -> TransformerTextEncoder:
+        """The encoder, of a kind that is a model of transformers."""
+        assert isinstance(self.encoder, TransformerTextEncoder)
+        return self.encoder
+
+    def parts(self) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
         """Tokenizer and pretrained network; of a loaded tower its architecture, whose weights the run holds."""
         if self._saved is not None:
             from transformers import AutoConfig, AutoModel, AutoTokenizer
 
             own = {"trust_remote_code": False}  # nothing that a saved folder names is run
-            tokenizer = AutoTokenizer.from_pretrained(str(self._saved), **own)
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(self._saved), **own)
             network = AutoModel.from_config(AutoConfig.from_pretrained(str(self._saved), **own), **own)
             return tokenizer, network
         try:
-            tokenizer, network = self.encoder.parts()
+            tokenizer, network = self.transformer.parts()
         except NearfarError as error:
             raise NearfarError(_plain(error)) from None
         return tokenizer, network

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +11,8 @@ from jaxtyping import Float
 from torch import nn
 
 from nearfar.data.batch import Rows
+from nearfar.data.files import Json
+from nearfar.data.items import Column
 from nearfar.errors import NearfarError
 from nearfar.models.views import PassThrough, Standardize
 from nearfar.towers.base import Tower, read_tower_spec, write_tower_spec
@@ -55,7 +55,7 @@ class Scaler:
         }
 
     @classmethod
-    def from_dict(cls, saved: dict[str, Any]) -> Scaler:
+    def from_dict(cls, saved: Json) -> Scaler:
         """What ``to_dict`` gave."""
         spread = [np.inf if each is None else each for each in saved["spread"]]
         return cls(np.array(saved["mean"], dtype=np.float64), np.array(spread, dtype=np.float64))
@@ -89,13 +89,13 @@ class VectorTower(Tower):
         return f"columns of numbers{how} " + (f"({self._width})" if self._width else "(not fitted yet)")
 
     @property
-    def options(self) -> dict[str, Any]:
+    def options(self) -> Json:
         return {"standardize": self.standardize}
 
-    def check(self, values: Sequence[Any] | np.ndarray) -> list[str | None]:
+    def check(self, values: Column) -> list[str | None]:
         """Values of a length that differs from that of the most, that are no numbers, or not finite."""
         if isinstance(values, np.ndarray) and values.dtype.kind in "fiu":
-            finite = np.isfinite(values.reshape(len(values), -1)).all(axis=1)
+            finite = np.asarray(np.isfinite(values.reshape(len(values), -1)).all(axis=1))
             return [None if each else "number that is not finite" for each in finite]
         reasons: list[str | None] = []
         lengths: dict[int, int] = {}
@@ -118,13 +118,13 @@ class VectorTower(Tower):
                 reasons.append(None if np.isfinite(row_).all() else "number that is not finite")
         return reasons
 
-    def fit(self, values: Sequence[Any] | np.ndarray) -> VectorTower:
+    def fit(self, values: Column) -> VectorTower:
         """Length, mean and spread of the training values."""
         self._train = self.matrix(values)
         self._width = self._train.shape[1]
         return self
 
-    def read(self, values: Sequence[Any] | np.ndarray) -> Rows:
+    def read(self, values: Column) -> Rows:
         matrix = self.matrix(values)
         if self._width and matrix.shape[1] != self._width:
             raise NearfarError(
@@ -141,7 +141,7 @@ class VectorTower(Tower):
         train = self._train if self._train is not None else np.zeros((1, self._width), np.float32)
         return Standardize(torch.from_numpy(train))
 
-    def reference(self, values: Sequence[Any] | np.ndarray) -> Float[np.ndarray, "n d"]:
+    def reference(self, values: Column) -> Float[np.ndarray, "n d"]:
         matrix = self.matrix(values)
         if not self.standardize or self._train is None:
             return matrix
@@ -176,7 +176,7 @@ class VectorTower(Tower):
         return tower
 
     @staticmethod
-    def matrix(values: Sequence[Any] | np.ndarray) -> Float[np.ndarray, "n d"]:
+    def matrix(values: Column) -> Float[np.ndarray, "n d"]:
         """Values as rows of float32, (n, d); a view of an array that has this form already."""
         try:
             matrix = np.asarray(values, dtype=np.float32)

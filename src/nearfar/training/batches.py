@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import cast
 
 import numpy as np
 from jaxtyping import Float
@@ -25,6 +25,7 @@ from nearfar.data.cache import cached_arrays
 from nearfar.data.files import Json
 from nearfar.data.mapped_columns import IdPlaces
 from nearfar.errors import NearfarError
+from nearfar.training.system import TrainSampler
 
 __all__ = [
     "build_sampler",
@@ -68,7 +69,11 @@ def build_sampler(config: RunOptions, items: Items) -> BatchSampler:
 
 
 def epoch_record(
-    config: HardBatchOptions, epoch: int, sampler: Any, neighbors: Neighbors, say: Callable[[str], None]
+    config: HardBatchOptions,
+    epoch: int,
+    sampler: TrainSampler,
+    neighbors: Neighbors,
+    say: Callable[[str], None],
 ) -> Json:
     """Apply the schedules of epoch ``epoch`` (from 0) and measure the batches that come out of them."""
     choice = config.sampler
@@ -92,7 +97,9 @@ def epoch_record(
     if threshold is None:
         threshold = LIKELY_FALSE_NEGATIVE
     k = max(1, min(neighbors.k, HARDNESS_NEIGHBORS, neighbors.n // 10))
-    report = measure_hardness(sampler.plan(), neighbors, k=k, threshold=threshold, sample=SAMPLE)
+    report = measure_hardness(
+        cast(BatchSampler, sampler).plan(), neighbors, k=k, threshold=threshold, sample=SAMPLE
+    )
     return record | {
         "hardness": report.neighbors_by_quarter,
         "hardness_random": report.random,
@@ -108,7 +115,7 @@ def epoch_record(
 
 def check_batches(
     config: HardBatchOptions,
-    sampler: object,
+    sampler: TrainSampler,
     embeddings: np.ndarray | UnitVectors,
     say: Callable[[str], None],
 ) -> None:
@@ -133,7 +140,9 @@ def check_batches(
         sampler.hard_ratio = first
 
 
-def _say_how_hard(sampler: Any, embeddings: np.ndarray | UnitVectors, say: Callable[[str], None]) -> None:
+def _say_how_hard(
+    sampler: TrainSampler, embeddings: np.ndarray | UnitVectors, say: Callable[[str], None]
+) -> None:
     check = check_harder_than_random(sampler, embeddings, raises=False)
     say(f"A/A check: {check}")
     if check.harder:

@@ -7,7 +7,6 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -176,7 +175,7 @@ def generator_state() -> Json:
     return state
 
 
-def load_generator_state(state: Mapping[str, Any], origin: str = "the checkpoint") -> None:
+def load_generator_state(state: Json, origin: str = "the checkpoint") -> None:
     """Set the generators back to a saved state; ``NearfarError`` for what is no state of a generator."""
     try:
         if "cpu" in state:
@@ -200,7 +199,7 @@ class Resume:
 
     path: Path
     folder: RunFolder
-    changed: dict[str, list[Any]] = field(default_factory=dict)
+    changed: dict[str, list[object]] = field(default_factory=dict)
     start_epoch: int | None = None
 
     @classmethod

@@ -12,7 +12,6 @@ import inspect
 import warnings
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -177,7 +176,7 @@ def _check_partners(
             )
 
 
-def _check_mask(name: str, mask: Any, own: int, total: int) -> None:
+def _check_mask(name: str, mask: Tensor | None, own: int, total: int) -> None:
     if mask is not None and tuple(mask.shape) != (total, total):
         raise NearfarError(
             f"{name} is {tuple(mask.shape)}, but the batch of all ranks has {total} rows, {own} of them here. One of "
@@ -224,7 +223,7 @@ def _parts(name: str, value: object) -> list[tuple[str, Tensor]]:
     return []
 
 
-def _replaced(name: str, value: object, gathered: dict[str, Tensor]) -> Any:
+def _replaced(name: str, value: object, gathered: dict[str, Tensor]) -> object:
     if isinstance(value, (tuple, list)):
         return type(value)(_replaced(f"{name}[{i}]", each, gathered) for i, each in enumerate(value))
     return gathered.get(name, value)
@@ -307,7 +306,7 @@ class DistributedLoss(nn.Module):
             raise NearfarError(f"shared={unknown}: {name} has no such argument; it takes {', '.join(names)}")
 
     @property
-    def record(self) -> Any:
+    def record(self) -> object:
         """The record of the loss's last call on this rank."""
         return getattr(self.loss, "record", None)
 

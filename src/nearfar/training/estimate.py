@@ -6,28 +6,30 @@ import copy
 import resource
 import sys
 import time
-from typing import Any
+from collections.abc import Iterable
 
 import torch
+from rich.console import Console
 from rich.table import Table
+from torch import Tensor, nn
 
 from nearfar.config.training import RunOptions
 from nearfar.data.files import Json
 from nearfar.training.evaluation import consecutive
 from nearfar.training.fabric import processes_to_start
 from nearfar.training.state import initial_model
-from nearfar.training.system import System
+from nearfar.training.system import BatchDataset, System
 
 __all__ = ["describe"]
 
 STEPS = 4
 
 
-def _megabytes(tensors: Any) -> float:
+def _megabytes(tensors: Iterable[Tensor]) -> float:
     return sum(t.numel() * t.element_size() for t in tensors) / 2**20
 
 
-def describe(system: System, config: RunOptions, console: Any) -> Json:
+def describe(system: System, config: RunOptions, console: Console) -> Json:
     """Prepare the data, build the model, time a few training steps and print a table; nothing is written."""
     system.prepare(lambda text: console.print(text, markup=False, highlight=False))
     model = initial_model(system, config.seed)
@@ -71,7 +73,11 @@ def describe(system: System, config: RunOptions, console: Any) -> Json:
 
 
 def _time_steps(
-    system: Any, model: Any, dataset: Any, batches: list[list[int]], cached_chunk: int | None
+    system: System,
+    model: nn.Module,
+    dataset: BatchDataset[object],
+    batches: list[list[int]],
+    cached_chunk: int | None,
 ) -> tuple[float, float]:
     """Median seconds of forward, backward and update, the first batch (warm-up) left out; the first loss."""
     optimizer = torch.optim.AdamW(system.parameter_groups(model), lr=0.0)
@@ -91,7 +97,9 @@ def _time_steps(
 
 
 @torch.inference_mode()
-def _time_evaluation(system: Any, model: Any, dataset: Any, batch_size: int) -> float:
+def _time_evaluation(
+    system: System, model: nn.Module, dataset: BatchDataset[object], batch_size: int
+) -> float:
     """Seconds to embed a split, from its first batch."""
     batches = consecutive(len(dataset), batch_size)
     model.eval()

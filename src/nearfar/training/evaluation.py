@@ -16,7 +16,7 @@ from nearfar.training.fabric import build_fabric
 from nearfar.training.system import Evaluation, System, collect
 
 if TYPE_CHECKING:
-    from lightning.fabric import Fabric
+    from lightning_fabric import Fabric
 
 __all__ = ["consecutive", "embed_split", "evaluate", "loader", "outputs_of"]
 

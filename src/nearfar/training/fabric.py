@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,9 +19,9 @@ from nearfar.errors import NearfarError
 from nearfar.training import ranks
 
 if TYPE_CHECKING:
-    from lightning.fabric import Fabric
+    from lightning_fabric import Fabric
 
-__all__ = ["build_fabric", "check_devices", "distribute", "processes_to_start"]
+__all__ = ["build_fabric", "check_devices", "distribute", "processes_to_start", "to_device"]
 
 
 def processes_to_start(trainer: TrainerOptions) -> int:
@@ -84,19 +87,16 @@ def _check_accelerator(trainer: TrainerOptions) -> None:
 
 def build_fabric(config: RunOptions) -> Fabric:
     """Fabric with the options of ``trainer=``, for this process or for all that train together."""
-    from lightning.fabric import Fabric
-    from lightning.fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
-    from lightning.fabric.strategies import DDPStrategy
+    with _without_torchmetrics():
+        from lightning_fabric import Fabric
+        from lightning_fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
+        from lightning_fabric.strategies import DDPStrategy
 
     settings = config.trainer
     if settings.threads:
         torch.set_num_threads(settings.threads)
     _set_determinism(settings)
-    for name in (
-        "lightning.fabric",
-        "lightning.pytorch",
-    ):  # banners; which of the two speaks depends on imports
-        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("lightning_fabric").setLevel(logging.ERROR)  # banners
     here = ranks.on_this_machine()
     common: Json = {
         "accelerator": settings.accelerator,
@@ -112,6 +112,28 @@ def build_fabric(config: RunOptions) -> Fabric:
     fabric = Fabric(**common, strategy=strategy, plugins=[TorchElasticEnvironment()])
     fabric.launch()
     return fabric
+
+
+def to_device(batch: object, device: torch.device) -> Any:
+    """A batch of anything, its tensors on a device."""
+    with _without_torchmetrics():
+        from lightning_fabric.utilities.apply_func import move_data_to_device
+
+    return move_data_to_device(batch, device)
+
+
+@contextmanager
+def _without_torchmetrics() -> Iterator[None]:
+    """While Fabric is imported: it asks which torchmetrics there is by importing it, with transformers and scipy behind
+    it, for a callback that is not used here. That is more than half of the time in which a run starts."""
+    absent = "torchmetrics" not in sys.modules
+    if absent:
+        sys.modules["torchmetrics"] = None  # type: ignore[assignment]  # an import of it fails, as if it were absent
+    try:
+        yield
+    finally:
+        if absent:
+            del sys.modules["torchmetrics"]
 
 
 def distribute(fabric: Fabric, module: nn.Module) -> Any:

@@ -11,11 +11,12 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import Node
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.utils import _pytree as pytree
 
@@ -25,13 +26,18 @@ from nearfar.training.checkpoint import generator_state, load_generator_state
 
 __all__ = ["Chunk", "Replay", "cached_embeddings", "cached_loss"]
 
+#: a chunk; what ``encode`` gives of it: a tensor, or several in a tuple, list or dictionary; what ``loss`` returns
+Part = TypeVar("Part")
+Encoded = TypeVar("Encoded")
+Loss = TypeVar("Loss")
+
 
 def cached_loss(
-    encode: Callable[[Any], Any],
-    chunks: Iterable[Any],
-    loss: Callable[[Any], Any],
+    encode: Callable[[Part], Encoded],
+    chunks: Iterable[Part],
+    loss: Callable[[Encoded], Loss],
     model: nn.Module | None = None,
-) -> Any:
+) -> Loss:
     """``loss`` of the embeddings of all ``chunks``; its ``backward`` encodes the chunks again, one at a time.
 
     The same as ``loss(cached_embeddings(encode, chunks, model))``. What ``loss`` returns is returned as it is: a 0-d
@@ -51,8 +57,8 @@ def cached_loss(
 
 
 def cached_embeddings(
-    encode: Callable[[Any], Any], chunks: Iterable[Any], model: nn.Module | None = None
-) -> Any:
+    encode: Callable[[Part], Encoded], chunks: Iterable[Part], model: nn.Module | None = None
+) -> Encoded:
     """The embeddings of all chunks in one piece, with a gradient but without the graphs of the chunks.
 
     ``encode(chunk)`` gives a tensor (rows, …), or several in a tuple, list or dictionary; what comes back has the same
@@ -91,23 +97,23 @@ def cached_embeddings(
     return first.embeddings()
 
 
-class _FirstPass:
+class _FirstPass(Generic[Part, Encoded]):
     """Encodes chunk after chunk, notes what their gradients will belong to, and drops their graphs.
 
     The graph is made although it is dropped: it alone knows which parameters a closure used, and an encoder may take
     other kernels, with other roundings, where no graph is made.
     """
 
-    def __init__(self, encode: Callable[[Any], Any], model: nn.Module | None) -> None:
+    def __init__(self, encode: Callable[[Part], Encoded], model: nn.Module | None) -> None:
         self.encode, self.model = encode, model
-        self.chunks: list[Chunk] = []
-        self.form: Any = None
+        self.chunks: list[Chunk[Part]] = []
+        self.form: pytree.TreeSpec | None = None
         self.parts: list[list[Tensor]] = []  # of each output, one for each chunk
         self.learns: list[bool] = []  # whether an output has a gradient at all
         # By identity: a leaf of the chunks' graphs, and the tensor that takes its gradient.
         self.leaves: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def add(self, content: Any) -> None:
+    def add(self, content: Part) -> None:
         origins: dict[int, Tensor] = {}
         if torch.is_grad_enabled():
             content = pytree.tree_map_only(Tensor, lambda tensor: _cut(tensor, origins), content)
@@ -123,7 +129,7 @@ class _FirstPass:
             self.parts[i].append(output.detach())
         self.chunks.append(Chunk(content, generators, [len(output) for output in outputs]))
 
-    def embeddings(self) -> Any:
+    def embeddings(self) -> Encoded:
         learning = [parts for parts, learns in zip(self.parts, self.learns, strict=True) if learns]
         attached: Iterator[Tensor] = iter(())
         if learning:
@@ -137,6 +143,7 @@ class _FirstPass:
             next(attached) if learns else torch.cat(parts)
             for parts, learns in zip(self.parts, self.learns, strict=True)
         ]
+        assert self.form is not None
         return pytree.tree_unflatten(whole, self.form)
 
 
@@ -152,7 +159,7 @@ def _cut(tensor: Tensor, origins: dict[int, Tensor]) -> Tensor:
 def _leaves(outputs: Sequence[Tensor], model: nn.Module | None) -> Iterator[Tensor]:
     """The leaves of the graph behind ``outputs``: parameters, and inputs that need a gradient."""
     yield from (output for output in outputs if output.is_leaf and output.requires_grad)
-    waiting: list[Any] = [output.grad_fn for output in outputs if output.grad_fn is not None]
+    waiting: list[Node] = [output.grad_fn for output in outputs if output.grad_fn is not None]
     seen = set()
     while waiting:
         node = waiting.pop()
@@ -172,7 +179,7 @@ _WRAPPED = (
 )
 
 
-def _check_node(node: Any, model: nn.Module | None) -> None:
+def _check_node(node: Node, model: nn.Module | None) -> None:
     name = node.name()
     if "CheckpointFunction" in name:
         raise NearfarError(
@@ -182,7 +189,7 @@ def _check_node(node: Any, model: nn.Module | None) -> None:
     if "DDPSink" in name:
         raise NearfarError(f"encode calls a DistributedDataParallel wrapper for each chunk; {_WRAPPED}")
     counts = "BatchNorm" in name and getattr(node, "_saved_running_mean", None) is not None
-    if counts and node._saved_training and model is None:
+    if counts and getattr(node, "_saved_training", True) and model is None:
         raise NearfarError(
             "encode holds a BatchNorm in training, whose running statistics would count every chunk twice: pass "
             "model=, the module that holds it. It will see the statistics of a chunk, not of the batch; LayerNorm "
@@ -197,7 +204,9 @@ def _check_model(model: nn.Module) -> None:
         raise NearfarError(f"the encoder holds a {wrapping[0]} wrapper, called for each chunk; {_WRAPPED}")
 
 
-def _check_outputs(outputs: Sequence[Any], form: Any, expected: Any, number: int) -> None:
+def _check_outputs(
+    outputs: Sequence[object], form: pytree.TreeSpec, expected: pytree.TreeSpec | None, number: int
+) -> None:
     if form != expected:
         raise NearfarError(f"encode gave {form} for chunk {number}, but {expected} for the first one")
     wrong = [output for output in outputs if not isinstance(output, Tensor) or output.ndim == 0]
@@ -228,15 +237,15 @@ _HALF_TOLERANCE = 0.1
 
 
 @dataclass
-class Chunk:
+class Chunk(Generic[Part]):
     """What ``encode`` was given, the state of the generators then, and the rows of each output."""
 
-    content: Any
+    content: Part
     generators: Json
     rows: list[int]
 
 
-class Replay:
+class Replay(Generic[Part]):
     """Encodes ``chunks`` again and hands the gradients of ``leaves`` to autograd.
 
     ``learns`` says which outputs have a gradient, ``expected`` holds the outputs of the first chunk.
@@ -244,9 +253,9 @@ class Replay:
 
     def __init__(
         self,
-        encode: Callable[[Any], Any],
+        encode: Callable[[Part], object],
         model: nn.Module | None,
-        chunks: list[Chunk],
+        chunks: list[Chunk[Part]],
         learns: list[bool],
         expected: list[Tensor],
         leaves: Sequence[Tensor],
@@ -293,7 +302,7 @@ class Replay:
             load_generator_state(before)
         return sums.totals
 
-    def _encode(self, chunk: Chunk) -> list[Tensor]:
+    def _encode(self, chunk: Chunk[Part]) -> list[Tensor]:
         load_generator_state(chunk.generators)
         with ExitStack() as stack:
             stack.enter_context(torch.enable_grad())
@@ -336,7 +345,7 @@ class _Embeddings(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, replay: Replay, parts: Sequence[Sequence[Tensor]], *origins: Tensor
+        ctx: Any, replay: Replay[object], parts: Sequence[Sequence[Tensor]], *origins: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.replay = replay
         ctx.set_materialize_grads(False)
@@ -346,7 +355,7 @@ class _Embeddings(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         _ = ctx.saved_tensors
         return None, None, *ctx.replay.gradients(gradients)
 

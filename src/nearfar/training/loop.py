@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,9 @@ from nearfar.training.run_folder import same_file
 from nearfar.training.shared_step import Sharing
 from nearfar.training.state import Mean, RunState, build_optimizer, dropout_seed
 from nearfar.training.system import Evaluation, StepOutput, System, TrainSampler
+
+if TYPE_CHECKING:
+    from lightning.fabric.wrappers import _FabricOptimizer
 
 __all__ = ["Interrupted", "StopRequest", "TrainingLoop", "Watch", "stop_signals"]
 
@@ -94,7 +97,7 @@ class TrainingLoop:
         raw, self.scheduler = build_optimizer(
             self.config, self.system.parameter_groups(self.model), self.state, len(self.sampler), self._resume
         )
-        self.optimizer: Any = self.fabric.setup_optimizers(raw)
+        self.optimizer = cast("_FabricOptimizer", self.fabric.setup_optimizers(raw))
         with self.recorder:
             self.recorder.start(self)
             if self._resume is None and self.config.trainer.evaluate_start:
@@ -117,7 +120,7 @@ class TrainingLoop:
             self._close_epoch(self._validate())
         self._stop_if_requested()
 
-    def _open_epoch(self) -> DataLoader[Any]:
+    def _open_epoch(self) -> DataLoader[object]:
         """The batches of the current epoch that have not been trained on yet."""
         state, dataset = self.state, self.system.dataset("train")
         assert dataset is not None
@@ -364,7 +367,7 @@ class _Step(nn.Module):
     def __init__(self, loop: TrainingLoop) -> None:
         super().__init__()
         self.model = loop.model
-        self.batch: Any = None
+        self.batch: object = None
         self._loop = loop
 
     def forward(self) -> Tensor:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +22,7 @@ from nearfar.data.files import Json
 from nearfar.errors import NearfarError
 from nearfar.metrics import embedding_health
 from nearfar.training.checkpoint import generator_state, load_generator_state
-from nearfar.training.system import System, collect, modules_of, whole_rows
+from nearfar.training.system import Embeddings, System, collect, modules_of, whole_rows
 
 __all__ = ["Probe", "preserve_state"]
 
@@ -157,7 +156,7 @@ class Probe:
                     record["loss_problem"] = problem
         return record
 
-    def _batch(self, split: str, positions: Int[np.ndarray, " b"]) -> Any:
+    def _batch(self, split: str, positions: Int[np.ndarray, " b"]) -> object:
         dataset = self.system.dataset(split)
         assert dataset is not None
         return dataset.__getitems__(positions.tolist())
@@ -193,11 +192,11 @@ class _Pass:
             self._batch(batch, embed, views, loss=len(chosen) == size and self.probe.full > 0)
 
     def _batch(self, batch: object, embed: bool, views: dict[str, Tensor] | None, loss: bool) -> None:
-        system: Any = self.probe.system
+        system = self.probe.system
         encoding = system.defines("encode")
         # A system that is evaluated on what it encodes need not encode it twice.
         same = encoding and not system.defines("embed")
-        encoded: Any = None
+        encoded: Embeddings = None
         if encoding and loss:
             encoded = self.ready(views) if same and views else system.encode(self.model, batch)
         if embed:

@@ -123,7 +123,7 @@ def _take_from_slurm() -> None:
     """
     if "WORLD_SIZE" in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) <= 1:
         return
-    from lightning.fabric.plugins.environments import SLURMEnvironment
+    from lightning_fabric.plugins.environments import SLURMEnvironment
 
     nodes = int(os.environ.get("SLURM_STEP_NUM_NODES", "1"))
     tasks = int(os.environ["SLURM_STEP_NUM_TASKS"])

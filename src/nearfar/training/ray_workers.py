@@ -10,7 +10,7 @@ import os
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import torch.distributed as dist
 
@@ -19,6 +19,9 @@ from nearfar.config.training import TrainerOptions
 from nearfar.errors import NearfarError
 from nearfar.training import ranks
 from nearfar.training.loop import Interrupted, stop_signals
+
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
 
 __all__ = ["processes_on_cluster", "run_on_cluster"]
 
@@ -45,7 +48,9 @@ class _Process:
         self._store = dist.TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False)
         return get_node_ip_address(), self._store.port
 
-    def run(self, variables: dict[str, str], work: Callable[[], Any]) -> tuple[str, Any, bool]:
+    def run(
+        self, variables: dict[str, str], work: Callable[[], T]
+    ) -> tuple[Literal["done"], T, bool] | tuple[Literal["failed"], Exception, bool]:
         """``("done", what work gives, True)``, or ``("failed", the error, whether it is the first of all)``."""
         os.environ.update(variables | {"RANK": str(self.rank), "GROUP_RANK": str(self.rank)})
         try:
@@ -107,13 +112,13 @@ def run_on_cluster(work: Callable[[], T], trainer: TrainerOptions, say: Say = pr
         )
 
 
-def _run(actors: list[Any], work: Callable[[], Any]) -> tuple[str | None, Any]:
+def _run(actors: list[ActorHandle], work: Callable[[], T]) -> tuple[str | None, Any]:
     """Which process was lost, if one was; and what the first gave."""
     import ray
 
     count = len(actors)
     try:
-        host, port = ray.get(actors[0].open_store.remote())
+        host, port = cast("tuple[str, int]", ray.get(actors[0].open_store.remote()))
     except Exception as error:
         if lost(error):
             return f"process 0 of {count}", None

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
@@ -21,6 +21,8 @@ from nearfar.training.run_folder import RunFolder
 from nearfar.training.system import modules_of
 
 if TYPE_CHECKING:
+    from lightning.pytorch.loggers import Logger
+
     from nearfar.training.loop import TrainingLoop
 
 __all__ = ["Recorder", "build_loggers", "highest_scale", "model_facts"]
@@ -31,13 +33,13 @@ class Recorder:
 
     def __init__(self, folder: RunFolder, config: RunOptions, console: Console | None = None) -> None:
         self.folder, self.config, self.console = folder, config, console
-        self.loggers: list[Any] = []
+        self.loggers: list[Logger] = []
         self._probe: Probe | None = None
         self._scale_max: dict[str, float] = {}
         self._epoch_started = time.perf_counter()
         self._last_logged: tuple[int, float] | None = None  # step and time
         self._bar: Progress | None = None
-        self._task: Any = None
+        self._task = TaskID(0)
 
     def __enter__(self) -> Recorder:
         return self
@@ -179,7 +181,7 @@ class Recorder:
             self._bar = None
 
 
-def build_loggers(names: str | list[str] | None, folder: RunFolder) -> list[Any]:
+def build_loggers(names: str | list[str] | None, folder: RunFolder) -> list[Logger]:
     """Lightning's loggers by name: ``tensorboard``, ``mlflow``, ``wandb``; they write below the run folder.
 
     Each is imported only when it is asked for. W&B writes there too, offline; ``wandb sync`` uploads it.
@@ -187,7 +189,7 @@ def build_loggers(names: str | list[str] | None, folder: RunFolder) -> list[Any]
     if not names:
         return []
     names = [names] if isinstance(names, str) else list(names)
-    built: list[Any] = []
+    built: list[Logger] = []
     for name in names:
         if name not in LOGGERS:
             raise NearfarError(f"logger={name}: there is no such logger; {nearest_name(name, LOGGERS)}")
@@ -239,5 +241,5 @@ def model_facts(model: nn.Module, system: object = None) -> Json:
 
 def highest_scale(model: nn.Module, system: object = None) -> float | None:
     """The clamp of the scale: ``max_scale`` of a module of the model or of one of the system's own (its losses)."""
-    values: list[Any] = [getattr(module, "max_scale", None) for module in modules_of(model, system)]
+    values: list[object] = [getattr(module, "max_scale", None) for module in modules_of(model, system)]
     return min((float(value) for value in values if isinstance(value, (int, float))), default=None)

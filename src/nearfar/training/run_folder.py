@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nearfar.data.files import (
     DAMAGED,
@@ -31,6 +31,9 @@ from nearfar.data.files import (
 )
 from nearfar.data.writing import is_temporary, remove_left_over, write_text
 from nearfar.errors import NearfarError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 __all__ = ["RunFolder", "environment", "same_file"]
 
@@ -96,7 +99,7 @@ def same_file(path: Path, second: Path) -> None:
     os.replace(temporary, second)
 
 
-def _plain(value: object) -> Any:
+def _plain(value: object) -> object:
     """What JSON can hold: tensors and numpy scalars become numbers, infinities and NaN become null."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
@@ -272,7 +275,7 @@ class RunFolder:
         """Read one of the run's files of arrays."""
         return read_arrays(self.path / name)
 
-    def config(self, fields: Mapping[str, object] = CONFIG) -> Any:
+    def config(self, fields: Mapping[str, object] = CONFIG) -> DictConfig:
         """The run's configuration, as it was composed and resolved; ``fields`` are those that it has to hold.
 
         It holds plain values. An interpolation (``${…}``) could read the environment of whoever opens the run, and is

@@ -12,7 +12,6 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -25,7 +24,7 @@ from nearfar.training import ranks
 from nearfar.training.distributed import DistributedLoss, SharingOptions
 from nearfar.training.gather import gather_rows, row_counts
 from nearfar.training.grad_cache import cached_embeddings
-from nearfar.training.system import StepOutput, System
+from nearfar.training.system import Embeddings, StepOutput, System
 
 __all__ = ["Sharing", "check_shared"]
 
@@ -152,7 +151,7 @@ def _replaced(
             loss.__dict__.pop("forward", None)
 
 
-def _gathered(own: object, with_grad: bool) -> tuple[Any, list[int]]:
+def _gathered(own: object, with_grad: bool) -> tuple[Embeddings, list[int]]:
     """Embeddings of all ranks in the form of those of one, and how many rows of the first each rank has."""
     leaves, form = pytree.tree_flatten(own)
     wrong = [type(leaf).__name__ for leaf in leaves if not isinstance(leaf, Tensor)]

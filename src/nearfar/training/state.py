@@ -15,7 +15,7 @@ from nearfar.data.files import Json
 from nearfar.errors import NearfarError
 from nearfar.schedules import learning_rate_factor
 from nearfar.training.checkpoint import Checkpoint
-from nearfar.training.system import Model, System
+from nearfar.training.system import Batch, Model, System
 
 __all__ = ["Mean", "RunState", "build_optimizer", "dropout_seed", "initial_model", "load_weights"]
 
@@ -99,7 +99,7 @@ def dropout_seed(seed: int, rank: int, step: int = 0) -> int:
     return int(np.random.SeedSequence([seed + 1, rank, step]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def initial_model(system: System[Any, Model], seed: int) -> Model:
+def initial_model(system: System[Batch, Model], seed: int) -> Model:
     """The model as ``seed`` initialises it; the global generator is left as it was."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)

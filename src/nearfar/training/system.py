@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from nearfar.config.training import RunOptions
+from nearfar.data.batch import Field
 from nearfar.data.chunks import NewData
 from nearfar.data.files import Json
 from nearfar.data.items import Items
@@ -66,14 +67,14 @@ class Evaluation:
     estimates: dict[str, Estimate]
     ids: Sequence[str] = ()
     per_item: Mapping[str, np.ndarray] = field(default_factory=dict)
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    facts: Mapping[str, object] = field(default_factory=dict)
 
 
 class PredictionWriter(Protocol):
     """Writes predictions in a format of its own, chunk by chunk; ``close`` makes the file appear whole."""
 
     def write(
-        self, items: Items, columns: Mapping[str, Sequence[Any]], outputs: Mapping[str, Tensor]
+        self, items: Items, columns: Mapping[str, Sequence[object]], outputs: Mapping[str, Tensor]
     ) -> None: ...
 
     def close(self) -> None: ...
@@ -88,9 +89,9 @@ class Comparison(Protocol):
 
     def add(self, outputs: Mapping[str, Tensor], items: Items) -> None: ...
 
-    def of_all(self, start: int, stop: int) -> Mapping[str, Sequence[Any]]: ...
+    def of_all(self, start: int, stop: int) -> Mapping[str, Sequence[object]]: ...
 
-    def of_others(self, outputs: Mapping[str, Tensor], items: Items) -> Mapping[str, Sequence[Any]]: ...
+    def of_others(self, outputs: Mapping[str, Tensor], items: Items) -> Mapping[str, Sequence[object]]: ...
 
 
 Rows = TypeVar("Rows", covariant=True)
@@ -117,7 +118,7 @@ class TrainSampler(Protocol):
 
     def state_dict(self, position: int | None = None) -> Json: ...
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+    def load_state_dict(self, state: Mapping[str, object]) -> None: ...
 
 
 #: a batch as the system's dataset hands it out, and the model that ``build_model`` makes
@@ -292,7 +293,7 @@ class System(ABC, Generic[Batch, Model]):
         whether they are what a run was trained on. Nothing is fitted."""
         raise NearfarError(f"system '{self.name}' does not read its data again.")
 
-    def embed_view(self, model: Model, view: str, field: Any) -> Tensor:
+    def embed_view(self, model: Model, view: str, field: Field) -> Tensor:
         """The embeddings (b, d) of what the view's tower read, a batch of it; not normalised."""
         raise NearfarError(f"system '{self.name}' does not embed one view alone.")
 
@@ -304,7 +305,7 @@ class System(ABC, Generic[Batch, Model]):
         """What a user's file or folder holds, in chunks; values that cannot be read are counted as rejections."""
         raise NearfarError(f"system '{self.name}' does not say how new data is read.")
 
-    def items_of(self, values: Sequence[Any]) -> Items:
+    def items_of(self, values: Sequence[object]) -> Items:
         """New values of a system without views, such as pictures for a detector; an unreadable one is an error."""
         raise NearfarError(
             f"system '{self.name}' takes values by the name of their view, as {{view: values}}."
@@ -318,7 +319,7 @@ class System(ABC, Generic[Batch, Model]):
         """The views, or other columns, that ``predictions`` needs of an item, for those who ask of one item."""
         return self.views
 
-    def predictions(self, outputs: Mapping[str, Tensor], items: Items) -> Mapping[str, Sequence[Any]]:
+    def predictions(self, outputs: Mapping[str, Tensor], items: Items) -> Mapping[str, Sequence[object]]:
         """Columns of a table of predictions for new items, from what ``embed`` gave of them.
 
         Where an item may have several rows or none, such as a picture's boxes, a column ``item`` has the position of
@@ -387,7 +388,9 @@ def whole_rows(views: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: views[name][every] for name in kept}
 
 
-def rows_of(columns: Mapping[str, Sequence[Any]], items: Items) -> tuple[Items, dict[str, Sequence[Any]]]:
+def rows_of(
+    columns: Mapping[str, Sequence[object]], items: Items
+) -> tuple[Items, dict[str, Sequence[object]]]:
     """Ids of the rows of ``System.predictions``, as items without columns, and the columns but for ``item``.
 
     >>> rows, columns = rows_of({"item": [0, 0], "score": [0.9, 0.2]}, Items(["a", "b"], {}))
@@ -396,7 +399,7 @@ def rows_of(columns: Mapping[str, Sequence[Any]], items: Items) -> tuple[Items, 
     """
     own = dict(columns)
     at, bare = own.pop("item", None), replace(items, columns={}, groups=None)
-    return (bare if at is None else bare.take(at)), own
+    return (bare if at is None else bare.take(np.asarray(at))), own
 
 
 def collect(outputs: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -13,7 +13,6 @@ from dataclasses import dataclass, fields
 from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -347,9 +346,9 @@ def start_method() -> str:
 
 
 def _run(
-    processes: int, arguments: tuple[Any, ...], timeout: float
+    processes: int, arguments: tuple[object, ...], timeout: float
 ) -> dict[tuple[str, int], dict[str, Tensor]]:
-    folder = arguments[1]
+    folder = str(arguments[1])
     context = mp.start_processes(
         _rank, (*arguments, timeout), nprocs=processes, join=False, start_method=start_method()
     )

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from nearfar.errors import NearfarError
-from nearfar.serving.stores import create_store, faiss_file, open_store, store_exists
+from nearfar.serving.stores import create_store, open_store, parquet_columns, store_exists
 
 D = 8
 KINDS: dict[str, Any] = {
@@ -121,8 +121,8 @@ def test_nearest_rows_with_their_columns(place: str) -> None:
 def test_columns_of_hits_are_right_however_many_row_groups_are_kept(
     kept: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(faiss_file, "_GROUP", 7)
-    monkeypatch.setattr(faiss_file, "_GROUPS_KEPT", kept)
+    monkeypatch.setattr(parquet_columns, "_GROUP", 7)
+    monkeypatch.setattr(parquet_columns, "_GROUPS_KEPT", kept)
     rows, queries = Rows(60), np.random.default_rng(2).standard_normal((4, D))
     with create_store(str(tmp_path / "rows.faiss"), D, KINDS, {}) as store:
         store.add(rows.ids, rows.vectors, rows.columns)

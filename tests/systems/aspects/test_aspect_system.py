@@ -19,6 +19,7 @@ from nearfar.errors import NearfarError
 from nearfar.functional import focal_loss, multi_label_supcon
 from nearfar.lab.compare import compare_runs
 from nearfar.lab.ensemble import write_ensemble
+from nearfar.lab.report import write_report
 from nearfar.launch import run_one
 from nearfar.metrics.aspect_scores import HEADLINE
 from nearfar.systems import build_system
@@ -41,6 +42,7 @@ SMALL = [
     "text_encoder.vectors=false",
     "trainer.accelerator=cpu",
     "trainer.threads=1",
+    "report=false",
     "trainer.log_every=2",
     "trainer.probe_rows=32",
 ]
@@ -116,9 +118,18 @@ def test_the_report_shows_baseline_confusions_and_the_worst_reviews(finished: Ru
     assert sum(sum(row[1:]) for row in confusions) == 40 * 7
     losses = [row[1] for row in finished.read_json("sections.json")[3]["tables"][0]["rows"]]
     assert losses == sorted(losses, reverse=True)
-    page = (finished.path / "report.html").read_text()
+    page = write_report(finished).read_text()
     assert "TF-IDF + linear SVM" in page
     assert "truly not mentioned" in page
+
+
+def test_files_go_before_the_generated_reviews(folder: Path) -> None:
+    """The experiment's default data are generated ones: ``data.dir=`` alone is enough for one's own."""
+    system = build_system(compose_config(["experiment=aspects", f"data.dir={folder}"]))
+    lines: list[str] = []
+    data = system.load_data(lines.append)
+    assert sum(map(len, data.splits.values())) == 200
+    assert not lines
 
 
 def test_without_a_test_file_thresholds_come_from_train(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ SMALL = [
     "data.limit=128",
     "trainer.accelerator=cpu",
     "trainer.threads=1",
+    "report=false",
 ]
 
 pytestmark = [pytest.mark.usefixtures("module_cache"), pytest.mark.slow]

@@ -47,6 +47,7 @@ SMALL = [
     "image_encoder=small",
     "trainer.accelerator=cpu",
     "trainer.threads=1",
+    "report=false",
 ]
 
 pytestmark = [pytest.mark.usefixtures("module_cache"), pytest.mark.slow]

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from nearfar.config.compose import compose_config
 from nearfar.errors import NearfarError
+from nearfar.lab.report import write_report
 from nearfar.launch import run_one
 from nearfar.models.detection import Target
 from nearfar.models.detection.detector import corners
@@ -39,6 +40,7 @@ SMALL = [
     "image_encoder=small",
     "trainer.accelerator=cpu",
     "trainer.threads=1",
+    "report=false",
 ]
 
 
@@ -138,7 +140,7 @@ def test_a_run_end_to_end(tmp_path: Path, folder: Path) -> None:
         "m": {"images": 20, "boxes": 20},
         "f": {"images": 20, "boxes": 20},
     }
-    report = (done.path / "report.html").read_text()
+    report = write_report(done).read_text()
     assert report.count("data:image/jpeg") == 12
     with np.load(done.path / "per_item.npz") as items:
         assert items["test/AP/gap"].mean() == pytest.approx(test["AP/gap"]["value"], abs=1e-6)

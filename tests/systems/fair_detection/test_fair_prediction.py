@@ -52,6 +52,7 @@ SMALL = [
     "pictures=2",
     "device=cpu",
     "trainer.threads=1",
+    "report=false",
 ]
 
 pytest.importorskip("safetensors")

@@ -22,7 +22,14 @@ from nearfar.training.run_folder import RunFolder
 QUIET = Console(file=open(os.devnull, "w"))  # noqa: SIM115
 SMALL = [
     *("text_encoder.dims=16", "text_encoder.min_df=1", "text_encoder.max_df=1.0", "embedding_dim=8"),
-    *("epochs=1", "batch_size=16", "bootstrap=100", "trainer.accelerator=cpu", "trainer.threads=1"),
+    *(
+        "epochs=1",
+        "batch_size=16",
+        "bootstrap=100",
+        "trainer.accelerator=cpu",
+        "trainer.threads=1",
+        "report=false",
+    ),
     *("trainer.probe_rows=16", "views=[title,text]"),
 ]
 NGRAM = ["guide.title.encoder=ngram", "guide.text.encoder=ngram"]

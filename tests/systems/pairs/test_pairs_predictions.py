@@ -25,7 +25,14 @@ from nearfar.training.run_folder import RunFolder
 QUIET = Console(file=open(os.devnull, "w"))  # noqa: SIM115
 SMALL = [
     *("text_encoder.dims=16", "text_encoder.min_df=1", "text_encoder.max_df=1.0", "embedding_dim=8"),
-    *("epochs=2", "batch_size=16", "bootstrap=0", "trainer.accelerator=cpu", "trainer.threads=1"),
+    *(
+        "epochs=2",
+        "batch_size=16",
+        "bootstrap=0",
+        "trainer.accelerator=cpu",
+        "trainer.threads=1",
+        "report=false",
+    ),
     *("trainer.probe_rows=16", "trainer.eval_batch_size=16", "data.id_column=key"),
 ]
 pytestmark = [pytest.mark.usefixtures("module_cache"), pytest.mark.slow]

@@ -44,6 +44,7 @@ SMALL = [
     "bootstrap=100",
     "trainer.accelerator=cpu",
     "trainer.threads=1",
+    "report=false",
 ]
 
 

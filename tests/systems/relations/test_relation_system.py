@@ -19,6 +19,7 @@ from nearfar.contrast import NoPositivesWarning
 from nearfar.crossval import cross_validate
 from nearfar.data.photos import Crops
 from nearfar.errors import NearfarError
+from nearfar.lab.report import write_report
 from nearfar.launch import run_one
 from nearfar.systems import build_system, check_config
 from nearfar.systems.relations.batches import JITTERED, BatchesBySort
@@ -50,6 +51,7 @@ SMALL = [
     "bootstrap=100",
     "trainer.accelerator=cpu",
     "trainer.threads=1",
+    "report=false",
 ]
 
 
@@ -94,9 +96,10 @@ def test_every_loss_with_every_sampler(tmp_path: Path, folder: Path, loss: str, 
         if "relation not chosen" in str(layout)
         else True
     )
-    page = (run_folder.path / "report.html").read_text()
-    assert "Confusion of relations" in page
-    assert "data:image/jpeg;base64" in page
+    if (loss, sampler) == ("infonce", "random"):
+        page = write_report(run_folder).read_text()
+        assert "Confusion of relations" in page
+        assert "data:image/jpeg;base64" in page
 
 
 def test_boxes_that_tell_the_relation_are_learned(tmp_path: Path, folder: Path) -> None:

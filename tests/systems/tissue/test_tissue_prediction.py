@@ -46,6 +46,7 @@ SMALL = [
     "bootstrap=0",
     "trainer.accelerator=cpu",
     "trainer.threads=1",
+    "report=false",
     "trainer.log_every=2",
 ]
 CUT = ShardOptions(patch=40, pixels=32, genes=None, min_counts=1, neighbors=3, val=("C",), test=("D",))

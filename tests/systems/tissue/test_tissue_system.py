@@ -16,6 +16,7 @@ from rich.console import Console
 
 from nearfar.config.compose import compose_config, flatten
 from nearfar.errors import NearfarError
+from nearfar.lab.report import write_report
 from nearfar.launch import run_one, with_saved_overrides
 from nearfar.systems import build_system, check_config
 from nearfar.systems.tissue.system import TissueSystem
@@ -42,6 +43,7 @@ SMALL = [
     "bootstrap=100",
     "trainer.accelerator=cpu",
     "trainer.threads=1",
+    "report=false",
     "trainer.log_every=2",
 ]
 
@@ -103,7 +105,7 @@ def test_a_run_from_slides_to_report(tmp_path: Path, options: list[str]) -> None
     inert = "loss=clip" in options or "neighbors=mask" in options
     assert all((p["neighbor_mass"] == 0) == inert for p in plans)
     assert (folder.path / "genes.txt").read_text().split() == [f"gene{i}" for i in range(1, 41)]
-    page = (folder.path / "report.html").read_text()
+    page = write_report(folder).read_text()
     assert "A gene over a slide" in page
     assert "ridge on colour" in page
 

@@ -8,11 +8,12 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from nearfar.data.cache import cached_arrays
+from nearfar.data.files import Json
 from nearfar.data.items import Items
 from nearfar.data.molecules.records import is_ring, pairs_of, read_records, scaffolds_of, text_key
 from nearfar.data.molecules.smiles import (
@@ -146,7 +147,17 @@ def _path() -> Path:
     return path
 
 
-def _select(path: Path, n: int | None, seed: int, synonyms: int) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Chosen:
+    """The compounds that are taken, a list of texts for each of ``_FIELDS``, and what is said of their choice."""
+
+    columns: dict[str, list[str]]
+    source: str
+    notes: dict[str, int]
+    rejections: Json
+
+
+def _select(path: Path, n: int | None, seed: int, synonyms: int) -> _Chosen:
     lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line]
     order = np.random.default_rng(seed).permutation(len(lines))
     columns: dict[str, list[str]] = {name: [] for name in _FIELDS}
@@ -162,12 +173,7 @@ def _select(path: Path, n: int | None, seed: int, synonyms: int) -> dict[str, An
             for name, value in zip(_FIELDS, compound, strict=True):
                 columns[name].append(value)
     notes = {"compounds_in_package": len(lines), "compounds_examined": examined, "seed": seed}
-    return {
-        **columns,
-        "source": "chemicals: " + path.name,
-        "notes": notes,
-        "rejections": rejections.as_dict(),
-    }
+    return _Chosen(columns, "chemicals: " + path.name, notes, rejections.as_dict())
 
 
 def _usable(
@@ -202,14 +208,14 @@ def _usable(
     return None
 
 
-def _pack(chosen: dict[str, Any]) -> dict[str, np.ndarray]:
-    extra = {name: chosen[name] for name in ("source", "notes", "rejections")}
-    arrays = {name: _bytes("\n".join(chosen[name])) for name in _FIELDS}
+def _pack(chosen: _Chosen) -> dict[str, np.ndarray]:
+    extra = {"source": chosen.source, "notes": chosen.notes, "rejections": chosen.rejections}
+    arrays = {name: _bytes("\n".join(chosen.columns[name])) for name in _FIELDS}
     return arrays | {"extra": _bytes(json.dumps(extra))}
 
 
 def _unpack(arrays: dict[str, np.ndarray]) -> Items:
-    extra: dict[str, Any] = json.loads(arrays["extra"].tobytes())
+    extra: Json = json.loads(arrays["extra"].tobytes())
     ids, smiles, texts, scaffolds = (arrays[name].tobytes().decode().split("\n") for name in _FIELDS)
     items = pairs_of(ids, smiles, texts, scaffolds, extra["source"])
     items.rejections = Rejections.from_dict(extra["rejections"])
@@ -229,9 +235,9 @@ class MoleculeData:
     """The splits of one experiment (train, and val and test as far as there are), their sources, and leaks."""
 
     splits: dict[str, Items]
-    sources: list[dict[str, Any]]
+    sources: list[Json]
     notes: dict[str, str] = field(default_factory=dict)
-    leaks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    leaks: dict[str, Json] = field(default_factory=dict)
 
     def layout(self) -> dict[str, object]:
         """The content of ``dataset_layout.json``: sources with rejections, counts, hashes, leaks."""
@@ -275,7 +281,7 @@ def _counts(split: Items) -> dict[str, object]:
         "rows": len(split),
         "split_hash": split.hash,
         "structures": len(set(split["molecule"])),
-        "texts": len({text_key(text) for text in split["text"]}),
+        "texts": len({text_key(text) for text in split.texts("text")}),
         "scaffolds": len(set(rings)),
         "rows_without_ring": len(split) - len(rings),
     }
@@ -393,7 +399,7 @@ def _assemble(
     notes: dict[str, str],
     on_leak: Literal["count", "error"],
 ) -> MoleculeData:
-    leaks: dict[str, dict[str, Any]] = {}
+    leaks: dict[str, Json] = {}
     checks = {
         "id": {name: split.ids for name, split in splits.items()},
         "structure": {name: split.texts("molecule") for name, split in splits.items()},

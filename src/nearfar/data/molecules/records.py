@@ -118,7 +118,7 @@ def text_key(text: str) -> str:
 
 def scaffolds_of(items: Items) -> list[str]:
     """The scaffold of each item, as `scaffold_key` names it."""
-    return [] if items.groups is None else list(items.groups)
+    return [] if items.groups is None else [str(group) for group in items.groups]
 
 
 def is_ring(scaffold: str) -> bool:

@@ -6,10 +6,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Unpack
 
 import numpy as np
 
+from nearfar.data.files import Json
 from nearfar.data.items import Items
 from nearfar.data.rejections import Rejections
 from nearfar.data.reviews.labels import NEGATIVE, NEUTRAL, POLARITIES, POSITIVE, LabelScheme, code_words
@@ -109,7 +110,7 @@ class AspectData:
     val: Items | None
     test: Items | None
     tune: Items | None
-    sources: list[dict[str, Any]]
+    sources: list[Json]
     notes: dict[str, str] = field(default_factory=dict)
     left_out: dict[str, int] = field(default_factory=dict)
 

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nearfar.data.delimited import text_lines
 from nearfar.data.rejections import Rejections
@@ -350,7 +350,7 @@ def read_tuples(text: str, words: Mapping[str, int] | None = None) -> tuple[list
     return sentences, rejections
 
 
-def _tuple_label(item: Any, review: Sequence[str]) -> tuple[str, str]:
+def _tuple_label(item: Sequence[str | list[int]], review: Sequence[str]) -> tuple[str, str]:
     """Aspect and polarity of a triplet (places of the term, places of the opinion, polarity) or a quadruple (term,
     category, polarity, opinion)."""
     if len(item) == 3 and not isinstance(item[0], str):

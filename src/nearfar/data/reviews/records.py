@@ -7,12 +7,12 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 from numpy import ndarray
 
+from nearfar.data.files import Json
 from nearfar.data.items import Items
 from nearfar.data.rejections import Rejections
 from nearfar.data.reviews.labels import POLARITIES
@@ -80,7 +80,7 @@ class Records:
                     codes[row, column] = code
         return codes
 
-    def source_layout(self) -> dict[str, Any]:
+    def source_layout(self) -> Json:
         """The entry of the source in ``dataset_layout.json``."""
         return {
             "path": self.source,

@@ -14,7 +14,7 @@ from nearfar.data.cache import without_cache
 from nearfar.data.chunks import NewData, read_chunks
 from nearfar.data.coco_files import NoBoxError, box_of, picture_files
 from nearfar.data.coco_rows import row_key
-from nearfar.data.files import read_data_json
+from nearfar.data.files import Json, read_data_json
 from nearfar.data.items import Column, Items
 from nearfar.data.photos import Box, Crops, Photo
 from nearfar.data.picture_files import PictureFiles
@@ -186,7 +186,7 @@ def _items(
 ) -> Items:
     ids = {row: name for picture in pictures for row, name in picture.ids.items()}
     triples = [triple for picture in pictures for triple in picture.triples()]
-    notes: dict[str, Any] = {}
+    notes: Json = {}
     known: Mapping[str, Photo] = {}
     if files is not None:
         with without_cache():  # pictures that are seen once
@@ -281,7 +281,7 @@ def _of_coco(path: Path, content: Mapping[str, object], rejections: Rejections) 
     return list(pictures.values())
 
 
-def _rows(content: Mapping[str, object], name: str) -> list[dict[str, Any]]:
+def _rows(content: Mapping[str, object], name: str) -> list[Json]:
     rows = content.get(name)
     return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
 
@@ -336,7 +336,7 @@ def _add_box(
 
 
 def _of_results(
-    path: Path, rows: list[Any], source: NewData, min_score: float, rejections: Rejections
+    path: Path, rows: list[object], source: NewData, min_score: float, rejections: Rejections
 ) -> list[_Picture]:
     """A detector's boxes; what ids of pictures and categories mean is in the rows, or in a COCO file."""
     about = Path(source.images).expanduser() if source.images is not None else None

@@ -14,6 +14,7 @@ import numpy as np
 from nearfar.data.cache import content_key
 from nearfar.data.coco import CocoSplit, read_coco
 from nearfar.data.coco_files import coco_files
+from nearfar.data.files import Json
 from nearfar.data.photos import Box
 from nearfar.data.rejections import Rejections
 from nearfar.data.scenes.triples import Triple
@@ -57,7 +58,7 @@ def rows_of(values: object) -> list[Any]:
     return values
 
 
-def stated_size(picture: Mapping[str, Any]) -> tuple[float, float] | None:
+def stated_size(picture: Json) -> tuple[float, float] | None:
     """(width, height) of a picture, numbers in quotes as well; None where one is missing, null or 0."""
     width, height = picture.get("width"), picture.get("height")
     if width in (None, "", 0) or height in (None, "", 0):
@@ -68,7 +69,7 @@ def stated_size(picture: Mapping[str, Any]) -> tuple[float, float] | None:
 def read_json(path: Path, kind: type, what: str) -> Any:
     """The content of a JSON file, which must be a ``kind`` (dict or list) with ``what`` in it."""
     try:
-        content: Any = json.loads(path.read_text(encoding="utf-8-sig"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise NearfarError(f"{path}: cannot be read ({error.strerror}).") from None
     except (ValueError, RecursionError) as error:
@@ -216,7 +217,7 @@ def scene_graph_triples(
             yield Triple(image, subject, subject_box, predicate, other, other_box, row, size, split)
 
 
-def _object(objects: Sequence[Mapping[str, Any]], index: int) -> tuple[str, Box]:
+def _object(objects: Sequence[Json], index: int) -> tuple[str, Box]:
     if index < 0:
         raise IndexError(f"object {index}")
     named = objects[index]

@@ -6,12 +6,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from nearfar.data.cache import content_key
 from nearfar.data.coco_files import too_small_for
+from nearfar.data.files import Json
 from nearfar.data.photos import Box, File, Photo
 from nearfar.data.picture_check import check_pictures
 from nearfar.data.picture_files import PictureFile, PictureFiles
@@ -36,7 +37,7 @@ class RelationData:
     how_split: str
     rejections: Rejections
     #: counts and lists by short names, which `summary` puts into words
-    notes: dict[str, Any] = field(default_factory=dict)
+    notes: Json = field(default_factory=dict)
 
     @property
     def train(self) -> Pairs:
@@ -148,7 +149,7 @@ def read_triples(
     layout: str,
     folder: Path | None,
     rejections: Rejections,
-    notes: dict[str, Any],
+    notes: Json,
     *,
     given: Mapping[str, Path] | None = None,
     images: Path | None = None,
@@ -197,7 +198,7 @@ def split_relations(
     use: PhotoUse = "optional",
     composed: bool = False,
     rejections: Rejections | None = None,
-    notes: dict[str, Any] | None = None,
+    notes: Json | None = None,
 ) -> RelationData:
     """The usable pairs of ``relations``, split by picture.
 

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from numpy import ndarray
 
+from nearfar.data.files import Json
 from nearfar.data.photos import Box, Photo
 from nearfar.data.rejections import Rejections
 from nearfar.errors import NearfarError, nearest_name
@@ -188,7 +189,7 @@ def collect_pairs(
     *,
     synonyms: bool,
     rejections: Rejections,
-    notes: dict[str, Any],
+    notes: Json,
     photos_required: bool = False,
 ) -> Pairs:
     """The pairs whose boxes and relation can be used; all others are counted in ``rejections``.
@@ -219,7 +220,7 @@ def boxed_pairs(
     rows: Sequence[Triple],
     photos: Mapping[str, Photo],
     rejections: Rejections,
-    notes: dict[str, Any],
+    notes: Json,
     photos_required: bool = False,
 ) -> tuple[Pairs, list[int]] | None:
     """The pairs whose boxes can be used, whatever their predicates, as `collect_pairs` checks them, and their rows;
@@ -235,7 +236,7 @@ def _with_boxes(
     photos: Mapping[str, Photo],
     extent: Mapping[str, tuple[tuple[float, float], bool]],
     rejections: Rejections,
-    notes: dict[str, Any],
+    notes: Json,
     photos_required: bool,
     once: bool = True,
 ) -> list[tuple[Triple, str, Box, Box]]:

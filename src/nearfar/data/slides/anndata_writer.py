@@ -7,12 +7,11 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from nearfar.data.items import Items
+from nearfar.data.items import Column, Items
 from nearfar.data.writing import make_folder
 from nearfar.errors import NearfarError
 
@@ -94,11 +93,12 @@ class AnnDataWriter:
                 Path(temporary).unlink(missing_ok=True)
                 raise
 
-    def _joined(self, name: str) -> Any:
+    def _joined(self, name: str) -> Column | None:
         """A column over all chunks; None where one lacks it."""
         if any(name not in items for items in self.items):
             return None
         parts = [items[name] for items in self.items]
-        if all(isinstance(part, np.ndarray) for part in parts):
-            return np.concatenate(parts)
+        arrays = [part for part in parts if isinstance(part, np.ndarray)]
+        if len(arrays) == len(parts):
+            return np.concatenate(arrays)
         return [value for part in parts for value in part]

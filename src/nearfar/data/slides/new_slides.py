@@ -6,7 +6,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -18,7 +17,7 @@ from nearfar.data.items import Column, Items
 from nearfar.data.rejections import Rejections
 from nearfar.data.slides.genes import normalized
 from nearfar.data.slides.h5ad import has_places, read_expression
-from nearfar.data.slides.image import decode_jpeg, encode_jpeg
+from nearfar.data.slides.image import Box, decode_jpeg, encode_jpeg
 from nearfar.data.slides.shard_index import read_index
 from nearfar.data.slides.slide import Slide, SlideCounts, slides_in
 from nearfar.errors import NearfarError
@@ -52,8 +51,8 @@ class Reading:
 
     genes: Sequence[str]
     size: tuple[int, int]
-    patch: Mapping[str, Any]
-    expression: Mapping[str, Any]
+    patch: Json
+    expression: Json
     batch: int = 512
 
     @property
@@ -160,7 +159,7 @@ def _of_slide(path: Path, slide: Slide, source: NewData, reading: Reading) -> It
     lacking: dict[str, str] = {}
     if why := reading.lacking_genes(counts.genes, source):
         lacking["gene"] = f"slide {slide.name}: {why}"
-    boxes: list[Any] = []
+    boxes: list[Box] = []
     if _has_picture(slide):
         side = reading.field(source, slide.name, counts.pixel_size)
         boxes = slide.boxes(counts, side)
@@ -208,7 +207,7 @@ def _of_slide(path: Path, slide: Slide, source: NewData, reading: Reading) -> It
         yield from (chunk(start, patch) for start in starts)
 
 
-def _notes(lacking: Mapping[str, str]) -> dict[str, Any]:
+def _notes(lacking: Mapping[str, str]) -> Json:
     """Notes of what is not there.
 
     Raises:

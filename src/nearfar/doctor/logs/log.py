@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from nearfar.data.files import Json
 
@@ -28,7 +27,7 @@ class Log:
     kind: str
     path: Path
     records: list[Json]
-    context: dict[str, Any] = field(default_factory=dict)
+    context: Json = field(default_factory=dict)
     unread: int = 0
     notes: list[str] = field(default_factory=list)
     validation: bool = False

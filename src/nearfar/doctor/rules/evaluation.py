@@ -6,7 +6,6 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from itertools import combinations
-from typing import Any
 
 from nearfar.data.files import Json
 from nearfar.doctor.cells import estimate_of, number, plain
@@ -45,7 +44,7 @@ def of_splits(signals: Signals) -> Iterator[tuple[str, str, Json]]:
             yield "val", name, {"value": series.values[-1]} | dict(beside.get(name) or {})
 
 
-def _gallery(signals: Signals, split: str, estimate: Mapping[str, Any]) -> float | None:
+def _gallery(signals: Signals, split: str, estimate: Json) -> float | None:
     known = estimate.get("gallery")
     if known is None:
         known = _part(signals, split).get("gallery")
@@ -54,13 +53,13 @@ def _gallery(signals: Signals, split: str, estimate: Mapping[str, Any]) -> float
     return None if known is None else float(known)
 
 
-def _part(signals: Signals, split: str) -> Mapping[str, Any]:
+def _part(signals: Signals, split: str) -> Json:
     part = signals.mapping("splits").get(split)
     if part is not None and not isinstance(part, Mapping):
         raise NearfarError(
             f"context['splits']['{split}'] is {type(part).__name__}; {{rows, hash, ids, gallery}} is needed"
         )
-    return part or {}
+    return dict(part or {})
 
 
 def _trivial(signals: Signals) -> Evidence | None:
@@ -143,7 +142,7 @@ def _leak(signals: Signals) -> Evidence | None:
     return None
 
 
-def _same_hash(a: Mapping[str, object], b: Mapping[str, object]) -> tuple[bool, bool]:
+def _same_hash(a: Json, b: Json) -> tuple[bool, bool]:
     """Whether two splits are the same, and whether that is known. A hash of content decides over one of ids."""
     for key in ("content", "hash"):
         if a.get(key) is not None and b.get(key) is not None:
@@ -197,7 +196,7 @@ def _baseline(signals: Signals) -> Evidence | None:
     return None
 
 
-def _chance(signals: Signals, split: str, name: str, estimate: Mapping[str, Any]) -> float | None:
+def _chance(signals: Signals, split: str, name: str, estimate: Json) -> float | None:
     """The chance level of a metric: as stated, or of a share of queries that find their own among the first k of a
     gallery that is known."""
     if estimate.get("chance") is not None:
@@ -222,7 +221,7 @@ def _baseline_remedy(signals: Signals) -> Remedy:
     return Remedy("", words)
 
 
-def _lookup(baselines: Mapping[str, Any], split: str, name: str) -> tuple[float | None, str]:
+def _lookup(baselines: Json, split: str, name: str) -> tuple[float | None, str]:
     """The score of the baseline and what it is called: a constant, unless the entry has a ``name``."""
     baseline = baselines.get(name, baselines.get(f"val/{name}"))
     if baseline is None and isinstance(baselines.get(split), Mapping):

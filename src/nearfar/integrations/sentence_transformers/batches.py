@@ -5,11 +5,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from sentence_transformers.base.sampler import DefaultBatchSampler
+from torch import Tensor
 
 from nearfar.batching import (
     BatchSampler,
@@ -22,6 +23,9 @@ from nearfar.batching import (
 )
 from nearfar.errors import NearfarError
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+
 __all__ = ["HardBatches", "PartitionBatches", "UniqueBatches"]
 
 
@@ -32,7 +36,7 @@ class _Batches(DefaultBatchSampler):
     with exactly those that were left.
     """
 
-    def __init__(self, dataset: Any, batches: BatchSampler, **arguments: Any) -> None:
+    def __init__(self, dataset: Dataset, batches: BatchSampler, **arguments: Any) -> None:
         super().__init__(dataset, **arguments)
         self.batches = batches
 
@@ -48,12 +52,12 @@ class _Batches(DefaultBatchSampler):
 class _EmbeddingBatches:
     """Batches made from embeddings of the training rows."""
 
-    embeddings: Any
+    embeddings: np.ndarray | Tensor | Neighbors
     k: int = 100
     false_negative_threshold: float | None = None
     curriculum_epoch: int = 0
     group_size: int | None = None
-    sampler: Any = field(default=None, init=False, repr=False)
+    sampler: HardNegativeSampler | PartitionBatchSampler | None = field(default=None, init=False, repr=False)
 
     def _neighbors(self) -> Neighbors:
         if isinstance(self.embeddings, Neighbors):
@@ -67,12 +71,14 @@ class _EmbeddingBatches:
         self.embeddings = nearest_neighbors(self.embeddings, min(self.k, n - 1))
         return self.embeddings
 
-    def _make(self, neighbors: Neighbors, batch_size: int, drop_last: bool, seed: int) -> BatchSampler:
+    def _make(
+        self, neighbors: Neighbors, batch_size: int, drop_last: bool, seed: int
+    ) -> HardNegativeSampler | PartitionBatchSampler:
         raise NotImplementedError
 
     def __call__(
         self,
-        dataset: Any,
+        dataset: Dataset,
         batch_size: int,
         drop_last: bool,
         valid_label_columns: list[str] | None = None,
@@ -109,7 +115,7 @@ class _EmbeddingBatches:
             raise NearfarError("no batches were made yet: the trainer makes them when training begins.")
         return self.sampler.realised_hardness(epoch, threshold=threshold)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         # The trainer writes its arguments beside each checkpoint; embeddings of all rows do not belong there.
         return {**self.__dict__, "embeddings": None, "sampler": None}
 
@@ -137,7 +143,9 @@ class HardBatches(_EmbeddingBatches):
 
     hard_ratio: float = 0.5
 
-    def _make(self, neighbors: Neighbors, batch_size: int, drop_last: bool, seed: int) -> BatchSampler:
+    def _make(
+        self, neighbors: Neighbors, batch_size: int, drop_last: bool, seed: int
+    ) -> HardNegativeSampler | PartitionBatchSampler:
         return HardNegativeSampler(
             neighbors,
             batch_size,
@@ -165,7 +173,9 @@ class PartitionBatches(_EmbeddingBatches):
     True
     """
 
-    def _make(self, neighbors: Neighbors, batch_size: int, drop_last: bool, seed: int) -> BatchSampler:
+    def _make(
+        self, neighbors: Neighbors, batch_size: int, drop_last: bool, seed: int
+    ) -> HardNegativeSampler | PartitionBatchSampler:
         return PartitionBatchSampler(
             neighbors,
             batch_size,
@@ -202,7 +212,7 @@ class UniqueBatches:
 
     def __call__(
         self,
-        dataset: Any,
+        dataset: Dataset,
         batch_size: int,
         drop_last: bool,
         valid_label_columns: list[str] | None = None,
@@ -221,7 +231,7 @@ class UniqueBatches:
 class _UniqueSampler(_Batches):
     def __init__(
         self,
-        dataset: Any,
+        dataset: Dataset,
         batches: BatchSampler,
         keys: list[set[int]],
         owner: UniqueBatches,
@@ -245,7 +255,7 @@ class _UniqueSampler(_Batches):
         yield from drawn
 
 
-def _keys(dataset: Any, columns: Sequence[str] | None, labels: Sequence[str]) -> list[set[int]]:
+def _keys(dataset: Dataset, columns: Sequence[str] | None, labels: Sequence[str]) -> list[set[int]]:
     """What each row must not have in common with others of its batch: numbers of its texts."""
     names = list(dataset.column_names if hasattr(dataset, "column_names") else dataset)
     if columns is None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from nearfar import losses as nearfar_losses
+from nearfar.contrast.masks import Mask
+from nearfar.data.files import Json
 from nearfar.errors import NearfarError
 from nearfar.losses import DuplicateMask
 from nearfar.training.gather import gather, world_size
@@ -18,7 +19,7 @@ from nearfar.training.grad_cache import cached_embeddings
 
 __all__ = ["InfoNCELoss", "SigLipLoss", "SupConLoss", "text_ids"]
 
-Features = Mapping[str, Any]
+Features = Mapping[str, Tensor]
 
 
 class _SentenceLoss(nn.Module):
@@ -31,9 +32,9 @@ class _SentenceLoss(nn.Module):
         self.model, self.loss, self.mini_batch_size = model, loss, mini_batch_size
 
     @property
-    def record(self) -> Any:
+    def record(self) -> nearfar_losses.Record | None:
         """What the loss saw in its last call (`nearfar.losses.Record`)."""
-        return self.loss.record
+        return getattr(self.loss, "record", None)
 
     def forward(self, sentence_features: Iterable[Features], labels: Tensor | None = None) -> Tensor:
         features = list(sentence_features)
@@ -65,10 +66,10 @@ class _SentenceLoss(nn.Module):
         )
         return list(whole.split(rows))
 
-    def _config(self) -> dict[str, Any]:
+    def _config(self) -> Json:
         return {"mini_batch_size": self.mini_batch_size}
 
-    def get_config_dict(self) -> dict[str, Any]:
+    def get_config_dict(self) -> Json:
         """The options, as the model card and the run folder show them."""
         return self._config()
 
@@ -145,7 +146,7 @@ class InfoNCELoss(_SentenceLoss):
             embeddings = [gather(each) for each in embeddings]
         anchors, positives, *negatives = embeddings
         scale = None if self.log_scale is None else self.log_scale.exp()
-        mask: Any = None
+        mask: Mask | None = None
         if not self.symmetric:
             if ids is not None:
                 mask = _same_texts(ids[0], ids[1], ids[1:])
@@ -162,7 +163,7 @@ class InfoNCELoss(_SentenceLoss):
                 further_mask = (DuplicateMask(ids[1], further_ids) | DuplicateMask(ids[0], further_ids), None)
         return self.loss(anchors, positives, mask, scale, further, further_mask)
 
-    def _config(self) -> dict[str, Any]:
+    def _config(self) -> Json:
         return {
             "temperature": self._temperature,  # at the start: what it has become is in the record
             "symmetric": self.symmetric,
@@ -215,13 +216,13 @@ class SigLipLoss(_SentenceLoss):
     def compute_loss_from_embeddings(
         self, embeddings: Sequence[Tensor], labels: Tensor | None = None, ids: Sequence[Tensor] | None = None
     ) -> Tensor:
-        mask: Any = None
+        mask: Mask | None = None
         if ids is not None:
             mask = DuplicateMask(ids[1]) | DuplicateMask(ids[0]) | DuplicateMask(ids[0], ids[1])
             mask = mask | DuplicateMask(ids[1], ids[0])
         return self.loss(embeddings[0], embeddings[1], self.log_scale.exp(), self.bias, mask)
 
-    def _config(self) -> dict[str, Any]:
+    def _config(self) -> Json:
         scale, bias = self._start
         learn = self.bias.requires_grad
         masked = {"mask_duplicates": self.mask_duplicates, "normalize": self.loss.normalize}
@@ -269,11 +270,11 @@ class SupConLoss(_SentenceLoss):
         assert labels is not None
         return self.loss(torch.cat(list(embeddings)), labels.reshape(-1).repeat(len(embeddings)))
 
-    def _config(self) -> dict[str, Any]:
+    def _config(self) -> Json:
         return {"temperature": self.loss.temperature, "sum": self.loss.sum, **super()._config()}
 
 
-def _same_texts(anchors: Tensor, positives: Tensor, candidates: Sequence[Tensor]) -> Any:
+def _same_texts(anchors: Tensor, positives: Tensor, candidates: Sequence[Tensor]) -> Mask:
     """Candidates with the text of a row's own positive or anchor, and positives of rows with the same anchor."""
     every = torch.cat(list(candidates))
     none = anchors.new_full((len(every) - len(anchors),), -1)
@@ -327,7 +328,7 @@ def _rows(features: Features) -> int:
     )
 
 
-def _part(features: Features, begin: int, end: int, rows: int) -> dict[str, Any]:
+def _part(features: Features, begin: int, end: int, rows: int) -> dict[str, Tensor]:
     """Some rows of a column, without the padding that all of them have at their end."""
     part = {
         name: each[begin:end] if isinstance(each, Tensor) and each.ndim and len(each) == rows else each

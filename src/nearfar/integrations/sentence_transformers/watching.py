@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.evaluation import BaseEvaluator
 from torch import Tensor, nn
 
+from nearfar.data.files import Json
 from nearfar.integrations.pytorch import Scores, retrieval_scores
 from nearfar.integrations.sentence_transformers.batches import HardBatches, PartitionBatches, UniqueBatches
 from nearfar.integrations.transformers import WatchCallback
+
+if TYPE_CHECKING:
+    from transformers import TrainerControl, TrainerState, TrainingArguments
 
 __all__ = ["RetrievalEvaluator", "Watch"]
 
@@ -62,7 +66,7 @@ class RetrievalEvaluator(BaseEvaluator):
     def score(self, model: SentenceTransformer) -> Scores:
         """The estimates, and each query's own scores, of a model as it stands."""
 
-        def encode(how: Callable[..., Any], texts: list[str]) -> Tensor:
+        def encode(how: Callable[..., Tensor], texts: list[str]) -> Tensor:
             options = {"batch_size": self.batch_size, "show_progress_bar": False, "convert_to_tensor": True}
             return how(texts, **options).detach().float().cpu()
 
@@ -90,7 +94,7 @@ class RetrievalEvaluator(BaseEvaluator):
                 file.write(line + "\n")
         return metrics
 
-    def get_config_dict(self) -> dict[str, Any]:
+    def get_config_dict(self) -> Json:
         return {"queries": len(self.queries), "documents": len(self.documents), "ks": list(self.ks)}
 
 
@@ -128,10 +132,10 @@ class Watch(WatchCallback):
         super().__init__(folder, probe=watched, evaluate=evaluate, loss=loss, **options)
 
     @staticmethod
-    def _texts(model: Any, texts: list[str]) -> Tensor:
+    def _texts(model: SentenceTransformer, texts: list[str]) -> Tensor:
         return model.encode(texts, convert_to_tensor=True, show_progress_bar=False)
 
-    def _score(self, model: Any) -> Scores:
+    def _score(self, model: SentenceTransformer) -> Scores:
         assert self.evaluator is not None
         if isinstance(self.evaluator, RetrievalEvaluator):
             return self.evaluator.score(model)
@@ -145,17 +149,19 @@ class Watch(WatchCallback):
             return evaluator.scores
         return None
 
-    def _about(self) -> dict[str, Any]:
+    def _about(self) -> Json:
         if self.batches is None:
             return {}
-        sampler: dict[str, Any] = {"name": NAMES.get(type(self.batches), type(self.batches).__name__)}
+        sampler: Json = {"name": NAMES.get(type(self.batches), type(self.batches).__name__)}
         for option, value in vars(self.batches).items():
             if value is None or isinstance(value, (bool, int, float, str)):
                 sampler[option] = value
         sampler.pop("left", None)  # a result
         return {"sampler": sampler}
 
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         """Log how hard the batches of the epoch are."""
         epoch = int(state.epoch or 0)
         if self.watch is None or not isinstance(self.batches, (HardBatches, PartitionBatches)):

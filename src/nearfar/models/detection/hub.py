@@ -6,7 +6,7 @@ import importlib.util
 import json
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,9 @@ from torch import Tensor
 from nearfar.errors import NearfarError
 from nearfar.models.detection.detector import Detector, DetectorOutput, SetLoss
 from nearfar.models.hub import commit_in_cache, no_progress_bar, why_unreachable
+
+if TYPE_CHECKING:
+    pass
 
 __all__ = ["TransformersDetector"]
 

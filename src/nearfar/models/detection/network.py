@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from nearfar.data.files import Json
 from nearfar.models.detection.detector import Detector, DetectorOutput, SetLoss, corners
 from nearfar.models.image import ImageEncoder
 
@@ -77,7 +77,7 @@ class SmallDetector(Detector):
         super().__init__(classes, width, f"{layers} decoder layers over {encoder.description}", loss)
         self.encoder = encoder
         #: the options that it was built with, where they are known
-        self.recipe: dict[str, Any] = {}
+        self.recipe: Json = {}
         self.queries = queries
         self.narrow_16 = nn.Conv2d(encoder.channels[16], width, 1)
         self.narrow_32 = nn.Conv2d(encoder.channels[32], width, 1)

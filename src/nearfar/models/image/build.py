@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from collections.abc import Callable
 
 import torch
 
@@ -14,7 +14,7 @@ from nearfar.models.image.networks import EfficientNetImageEncoder, MobileNetIma
 
 __all__ = ["IMAGE_ENCODERS", "build_image_encoder", "check_image_encoder"]
 
-IMAGE_ENCODERS: dict[str, type[Any]] = {
+IMAGE_ENCODERS: dict[str, Callable[..., ImageEncoder]] = {
     "mobilenet": MobileNetImageEncoder,
     "efficientnet": EfficientNetImageEncoder,
     "transformers": TransformersImageEncoder,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Shaped
@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from nearfar.errors import NearfarError
 from nearfar.models.hub import commit_in_cache, no_progress_bar, why_unreachable
 from nearfar.models.image.encoder import STRIDES, ImageEncoder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = ["TransformersImageEncoder"]
 
@@ -96,7 +99,7 @@ class TransformersImageEncoder(ImageEncoder):
         return [state for state in _maps(self.network, x) if list(state.shape[2:]) == size][-1]
 
 
-def _load(name: str, pretrained: bool, revision: str) -> tuple[Any, tuple[Colour, Colour], bool]:
+def _load(name: str, pretrained: bool, revision: str) -> tuple[PreTrainedModel, tuple[Colour, Colour], bool]:
     """The network, mean and standard deviation of its colours, and whether these are its own."""
     if not isinstance(name, str) or not name:
         raise NearfarError(f"image_encoder.name={name}: the name of a model or a folder is needed.")
@@ -130,14 +133,14 @@ def _load(name: str, pretrained: bool, revision: str) -> tuple[Any, tuple[Colour
     return network.float(), colours, True
 
 
-def _maps(network: Any, x: Float[Tensor, "n 3 h w"]) -> list[Tensor]:
+def _maps(network: PreTrainedModel, x: Float[Tensor, "n 3 h w"]) -> list[Tensor]:
     """All maps of the network, from early to late; the last is what its own pooling sees."""
     out = network(x, output_hidden_states=True)
     states = [*(out.hidden_states or ()), out.last_hidden_state]
     return [state for state in states if state.ndim == 4]
 
 
-def _channels(network: Any, name: str, side: int | None) -> dict[int, int]:
+def _channels(network: PreTrainedModel, name: str, side: int | None) -> dict[int, int]:
     """Channels of the last map at each stride, found by looking; none where the network gives tokens."""
     mode = network.training
     try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +29,7 @@ class MoleculeField:
         part = self.graph if self.fingerprint is None else self.fingerprint
         return 0 if part is None else len(part)
 
-    def to(self, device: Any, *, non_blocking: bool = False) -> MoleculeField:
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> MoleculeField:
         return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> MoleculeField:

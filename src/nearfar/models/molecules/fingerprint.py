@@ -6,12 +6,13 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Shaped, UInt8
 
 from nearfar.data.cache import cached_array
+from nearfar.data.files import Json
 from nearfar.data.molecules.smiles import parse_smiles, quiet_rdkit, rdkit_version
 from nearfar.errors import NearfarError, nearest_name
 
@@ -221,7 +222,7 @@ class FingerprintSpec:
             special["descriptors"] = len(_descriptor_names())
         return {kind: special.get(kind, self.n_bits) for kind in self.kinds}
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> Json:
         """How the vector of a molecule is made, as plain values: each part with its length and RDKit's function."""
         size = f"fpSize={self.n_bits}"
         chiral = f"{size}, includeChirality={self.chirality}"

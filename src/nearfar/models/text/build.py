@@ -22,14 +22,14 @@ from nearfar.models.text.transformer import TransformerTextEncoder
 
 __all__ = ["TEXT_ENCODERS", "build_text_encoder", "embed_texts", "load_text_encoder", "save_text_encoder"]
 
-TEXT_ENCODERS: dict[str, type[Any]] = {
+TEXT_ENCODERS: dict[str, type[NgramTextEncoder] | type[TransformerTextEncoder]] = {
     "ngram": NgramTextEncoder,
     "transformer": TransformerTextEncoder,
     "minilm": MiniLMTextEncoder,
 }
 
 
-def build_text_encoder(kind: str = "ngram", **options: object) -> TextEncoder:
+def build_text_encoder(kind: str = "ngram", **options: Any) -> TextEncoder:
     """The text encoder called ``kind`` (``ngram``, ``transformer``, ``minilm``) with its options.
 
     >>> build_text_encoder("ngram", dims=64).description
@@ -102,7 +102,7 @@ def embed_texts(encoder: TextEncoder, texts: Sequence[str], cache: bool = True) 
     return vectors
 
 
-def _encoder_class(kind: str) -> type[Any]:
+def _encoder_class(kind: str) -> type[NgramTextEncoder] | type[TransformerTextEncoder]:
     if kind not in TEXT_ENCODERS:
         raise NearfarError(f"text_encoder={kind!r} is unknown; {nearest_name(str(kind), TEXT_ENCODERS)}")
     return TEXT_ENCODERS[kind]

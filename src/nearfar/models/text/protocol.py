@@ -6,11 +6,12 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
 
+from nearfar.data.files import Json
 from nearfar.errors import NearfarError
 
 __all__ = ["TextEncoder", "check_number", "read_spec", "write_spec"]
@@ -51,7 +52,7 @@ class TextEncoder(Protocol):
         ...
 
 
-def check_number(option: str, value: Any, least: float, most: float = math.inf, whole: bool = True) -> None:
+def check_number(option: str, value: float, least: float, most: float = math.inf, whole: bool = True) -> None:
     """Raise ``NearfarError`` unless ``text_encoder.option`` is a (whole) number from ``least`` to ``most``."""
     numeric = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
     if not numeric or not least <= value <= most or not math.isfinite(value):
@@ -67,7 +68,7 @@ def write_spec(folder: str | Path, spec: dict[str, object]) -> None:
     (folder / SPEC_FILE).write_text(json.dumps(spec, indent=2) + "\n", encoding="utf-8")
 
 
-def read_spec(folder: str | Path) -> dict[str, Any]:
+def read_spec(folder: str | Path) -> Json:
     """Read what ``write_spec`` wrote."""
     path = Path(folder) / SPEC_FILE
     try:

@@ -8,12 +8,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from nearfar.data.cache import cached_arrays
+from nearfar.data.files import Json
 from nearfar.errors import NearfarError
 from nearfar.models.text.protocol import check_number, read_spec, write_spec
 from nearfar.models.text.recurrent import RecurrentTextEncoder, WordEmbedding
@@ -91,7 +91,7 @@ class WordTextEncoder:
                     "null switches them off."
                 )
             pieces = (int(pieces[0]), int(pieces[1]))
-        self.options: dict[str, Any] = {
+        self.options: Json = {
             "dims": dims,
             "hidden": hidden,
             "widths": list(widths),

@@ -6,15 +6,20 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from jaxtyping import Float
+from torch import Tensor, nn
 
+from nearfar.data.files import Json
 from nearfar.errors import NearfarError, nearest_name
 from nearfar.models.hub import commit_in_cache, no_progress_bar, why_unreachable
 from nearfar.models.text.protocol import check_number, read_spec, write_spec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["TransformerTextEncoder"]
 
@@ -79,7 +84,7 @@ class TransformerTextEncoder:
         self.revision = revision
         #: a copy of the model that was saved with it, and is read instead
         self._copy: Path | None = None
-        self._loaded: tuple[Any, Any] | None = None
+        self._loaded: tuple[PreTrainedTokenizerBase, PreTrainedModel] | None = None
         self._weights_hash = ""
 
     @property
@@ -148,11 +153,11 @@ class TransformerTextEncoder:
             )
         return encoder
 
-    def _options(self) -> dict[str, Any]:
+    def _options(self) -> Json:
         names = ("model", "pooling", "max_length", "normalize", "batch_size", "device", "revision")
         return {name: getattr(self, name) for name in names}
 
-    def pooled(self, network: Any, tokens: Mapping[str, Any]) -> Float[torch.Tensor, "b d"]:
+    def pooled(self, network: nn.Module, tokens: Mapping[str, Tensor]) -> Float[torch.Tensor, "b d"]:
         """The vectors of tokenised texts (``input_ids``, ``attention_mask``) by this network."""
         hidden, mask = network(**tokens).last_hidden_state.float(), tokens["attention_mask"]
         if self.pooling == "cls":
@@ -162,7 +167,7 @@ class TransformerTextEncoder:
             pooled = (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
         return torch.nn.functional.normalize(pooled, dim=-1) if self.normalize else pooled
 
-    def parts(self) -> tuple[Any, Any]:
+    def parts(self) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
         """Tokenizer and network, read when they are first asked for."""
         if self._loaded is None:
             try:
@@ -190,7 +195,7 @@ class TransformerTextEncoder:
             self._loaded = tokenizer, network.eval().to(self.device)
         return self._loaded
 
-    def _read_copy(self, folder: Path) -> tuple[Any, Any]:
+    def _read_copy(self, folder: Path) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
         """Tokenizer and network of the copy: of its safetensors alone, and without code of its own."""
         from transformers import AutoModel, AutoTokenizer
 

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,7 +16,11 @@ from jaxtyping import Bool, Float, Int, Shaped
 from numpy import ndarray
 from torch import Tensor
 
+from nearfar.data.files import Json
 from nearfar.errors import NearfarError
+
+if TYPE_CHECKING:
+    from scipy import sparse
 
 __all__ = [
     "PADDING",
@@ -248,7 +252,7 @@ class WordVocabulary:
         return {"words": self.words, "pieces": self.pieces, "spans": list(self.spans), "most": self.most}
 
     @classmethod
-    def from_dict(cls, kept: dict[str, Any]) -> WordVocabulary:
+    def from_dict(cls, kept: Json) -> WordVocabulary:
         """The vocabulary that ``to_dict`` gave."""
         shortest, longest = kept["spans"]
         return cls(kept["words"], kept["pieces"], (int(shortest), int(longest)), int(kept["most"]))
@@ -301,7 +305,7 @@ def context_vectors(
     return vectors[:words], vectors[words:]
 
 
-def _cooccurrence(texts: Sequence[ndarray], words: int) -> Any:
+def _cooccurrence(texts: Sequence[ndarray], words: int) -> sparse.csr_matrix:
     """(words, words), symmetric: how often two words stand near each other, weighted by 1 / distance."""
     from scipy import sparse
 
@@ -319,7 +323,7 @@ def _cooccurrence(texts: Sequence[ndarray], words: int) -> Any:
     return total.tocsr()
 
 
-def _positive_information(counts: Any, contexts: ndarray) -> Any:
+def _positive_information(counts: sparse.coo_matrix, contexts: ndarray) -> sparse.csr_matrix:
     from scipy import sparse
 
     rows = np.asarray(counts.sum(axis=1)).ravel()
@@ -329,7 +333,7 @@ def _positive_information(counts: Any, contexts: ndarray) -> Any:
     return sparse.csr_matrix((value, (counts.row, counts.col)), shape=counts.shape)
 
 
-def _axes(matrix: Any, dims: int) -> Float[ndarray, "contexts d"]:
+def _axes(matrix: sparse.csr_matrix, dims: int) -> Float[ndarray, "contexts d"]:
     """Right singular vectors over the root of their singular values, so that rows times these are U √S."""
     from sklearn.utils.extmath import randomized_svd
 

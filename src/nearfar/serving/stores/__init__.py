@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from typing import Any
 
 from nearfar.errors import NearfarError
 from nearfar.serving.stores.base import Matches, VectorStore, column_kind, plain_column, plain_value
@@ -91,7 +90,7 @@ def open_store(place: str) -> VectorStore:
 
 
 def create_store(
-    place: str, dim: int, kinds: Mapping[str, Kind] | None = None, about: Mapping[str, Any] | None = None
+    place: str, dim: int, kinds: Mapping[str, Kind] | None = None, about: Mapping[str, object] | None = None
 ) -> VectorStore:
     """A new, empty store at a place; a store that was there before is replaced.
 

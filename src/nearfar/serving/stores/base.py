@@ -12,13 +12,17 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypedDict
 
 import numpy as np
 from jaxtyping import Float
 
+from nearfar.data.files import Json
 from nearfar.errors import NearfarError
 from nearfar.serving.stores.filters import Condition, Kind, Value, parse_where
+
+if TYPE_CHECKING:
+    from nearfar.data.items import Column
 
 __all__ = [
     "Matches",
@@ -32,6 +36,7 @@ __all__ = [
 ]
 
 Row = dict[str, Value | None]
+Columns = dict[str, list[Value | None]]
 #: the default name of a table or collection
 TABLE = "nearfar"
 _SAMPLE = 256  # queries by which recall is measured
@@ -46,6 +51,15 @@ class Matches(NamedTuple):
     scores: Float[np.ndarray, " m"]
     ids: list[str]
     rows: list[Row]
+
+
+class Head(TypedDict):
+    """What a store keeps of itself beside its rows."""
+
+    dim: int
+    columns: dict[str, Kind]
+    about: Json
+    index: Json | None
 
 
 class VectorStore(ABC):
@@ -69,14 +83,19 @@ class VectorStore(ABC):
     method: ClassVar[tuple[str, str]] = ("", "")
 
     def __init__(
-        self, place: str, dim: int, kinds: Mapping[str, Kind], about: Mapping[str, Any], index: Any = None
+        self,
+        place: str,
+        dim: int,
+        kinds: Mapping[str, Kind],
+        about: Mapping[str, object],
+        index: Json | None = None,
     ) -> None:
         self.place, self.dim = place, dim
         self.kinds: dict[str, Kind] = dict(kinds)
         self.fields = field_names(self.kinds)
-        self.about: dict[str, Any] = dict(about)
+        self.about: Json = dict(about)
         #: facts of the approximate index: ``effort``, ``recall``, ``queries``, ``of``, ``rows``; None: search is exact
-        self.index: dict[str, Any] | None = index
+        self.index: Json | None = index
 
     # -- to define -------------------------------------------------------------------------------------------
     @classmethod
@@ -86,7 +105,9 @@ class VectorStore(ABC):
 
     @classmethod
     @abstractmethod
-    def create(cls, place: str, dim: int, kinds: Mapping[str, Kind], about: Mapping[str, Any]) -> VectorStore:
+    def create(
+        cls, place: str, dim: int, kinds: Mapping[str, Kind], about: Mapping[str, object]
+    ) -> VectorStore:
         """A new, empty store; what was at this place before is replaced."""
 
     @classmethod
@@ -95,7 +116,7 @@ class VectorStore(ABC):
         """The store at this place."""
 
     @abstractmethod
-    def _upsert(self, ids: list[str], vectors: np.ndarray, columns: dict[str, list[Any]]) -> None:
+    def _upsert(self, ids: list[str], vectors: np.ndarray, columns: Columns) -> None:
         """Write rows of distinct ids, and ``about``; what the store can do at once, it does at once."""
 
     @abstractmethod
@@ -123,7 +144,7 @@ class VectorStore(ABC):
         """Vectors (m, dim) of rows drawn at random."""
         return np.zeros((0, self.dim), np.float32)
 
-    def _build(self, rows: int) -> tuple[dict[str, Any], int, int]:
+    def _build(self, rows: int) -> tuple[Json, int, int]:
         """Build the approximate index: what to note of it, and the least and the largest effort of a search."""
         raise NotImplementedError
 
@@ -142,8 +163,8 @@ class VectorStore(ABC):
         self,
         ids: Sequence[str],
         vectors: Float[np.ndarray, "n d"],
-        columns: Mapping[str, Sequence[Any] | np.ndarray] | None = None,
-        about: Mapping[str, Any] | None = None,
+        columns: Mapping[str, Column] | None = None,
+        about: Mapping[str, object] | None = None,
     ) -> None:
         """Write rows; a row whose id the store has is replaced, and of an id that comes twice the later row counts.
 
@@ -174,7 +195,7 @@ class VectorStore(ABC):
         else:
             self._save_head()
 
-    def note(self, **about: Any) -> None:
+    def note(self, **about: object) -> None:
         """Change what is noted of the store."""
         self.about |= about
         self._save_head()
@@ -205,7 +226,7 @@ class VectorStore(ABC):
         norms = np.sqrt(np.einsum("nd,nd->n", vectors, vectors, dtype=np.float64))[:, None]
         return np.ascontiguousarray(vectors / np.where(norms > 0, norms, 1.0), dtype=np.float32)
 
-    def _column(self, name: str, ids: Sequence[str], values: Sequence[Any] | np.ndarray) -> list[Any]:
+    def _column(self, name: str, ids: Sequence[str], values: Column) -> list[Value | None]:
         if len(values) != len(ids):
             raise NearfarError(f"{self.shown}: column '{name}' has {len(values)} values for {len(ids)} rows.")
         plain = values.tolist() if isinstance(values, np.ndarray) else values
@@ -270,7 +291,9 @@ class VectorStore(ABC):
             effort = int(np.ceil(effort / share))
         return (effort if effort < most else None), share
 
-    def recall(self, vectors: Float[np.ndarray, "q d"], k: int = _TOP, where: Any = None) -> float:
+    def recall(
+        self, vectors: Float[np.ndarray, "q d"], k: int = _TOP, where: str | Sequence[str] | None = None
+    ) -> float:
         """The share of the exact ``k`` nearest rows that the search by the index gives for these queries; else 1.
 
         A row that scores as high as the k-th of the exact search counts as one of them.
@@ -372,7 +395,7 @@ def _recall(answers: Sequence[Matches], truth: Sequence[Matches], first: int = 0
 
 
 # -- columns -------------------------------------------------------------------------------------------------
-def column_kind(values: Iterable[Any] | np.ndarray) -> Kind:
+def column_kind(values: Iterable[object] | np.ndarray) -> Kind:
     """What a column holds: numbers or Booleans where every value that is not missing is one, and texts otherwise.
 
     Whole numbers too large to be told apart as float64 are texts.
@@ -390,7 +413,7 @@ def column_kind(values: Iterable[Any] | np.ndarray) -> Kind:
     return "text"
 
 
-def plain_value(text: Any) -> Any:
+def plain_value(text: object) -> object:
     """A text of a table as the number or Boolean that it states, or as it is; other values as they are.
 
     A number with a leading zero, such as a postal code, is a text.
@@ -410,7 +433,7 @@ def plain_value(text: Any) -> Any:
 _NUMBER = re.compile(r"[+-]?(0|[1-9][0-9]*)?(\.[0-9]+)?([eE][+-]?[0-9]+)?(?<=[0-9])")
 
 
-def plain_column(values: Iterable[Any] | np.ndarray) -> list[Any]:
+def plain_column(values: Iterable[object] | np.ndarray) -> list[object]:
     """A column of a table as numbers or Booleans where all of its texts state such, and as it is otherwise.
 
     >>> plain_column(["1", None, "2.5"]), plain_column(["1", "x"])

@@ -3,25 +3,41 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, ClassVar, TypeAlias, TypedDict
 
 import numpy as np
 
-from nearfar.data.files import Maybe, read_json
+from nearfar.data.files import Json, Maybe, read_json
 from nearfar.data.writing import make_folder, remove_left_over, write_atomically
 from nearfar.errors import NearfarError
-from nearfar.serving.stores.base import Matches, Row, VectorStore
+from nearfar.serving.stores.base import Columns, Head, Matches, VectorStore
+from nearfar.serving.stores.faiss_index import (
+    Vectors,
+    build_index,
+    cells_for,
+    compare_all,
+    read_index,
+    search_index,
+    write_index,
+)
 from nearfar.serving.stores.filters import Condition, Kind
+from nearfar.serving.stores.parquet_columns import (
+    ParquetColumns,
+    columns_schema,
+    columns_table,
+    write_columns,
+    write_table,
+)
 
 if TYPE_CHECKING:
     import faiss
+    import pyarrow
 
 __all__ = ["FaissStore"]
 
@@ -38,14 +54,33 @@ _SHAPE: dict[str, object] = {
     "files": {str: {"bytes": int, "check": str}},
     "parts": [{"name": str, "rows": int}],
 }
-_GROUP = 8192  # rows of a row group: what is read to show one row
-_GROUPS_KEPT = 64 << 20  # bytes of row groups that are kept decoded
-_BLOCK = 65_536  # rows that are copied at once
-_PRODUCT = 16_384  # rows of one matrix product
+#: vectors, columns and rows of what was finished, or of a part
+Piece: TypeAlias = "tuple[Vectors, pyarrow.Table, int]"
+
+
+class _Part(TypedDict):
+    name: str
+    rows: int
+
+
+class _File(TypedDict):
+    bytes: int
+    check: str
+
+
+class _Head(Head):
+    """What ``store.json`` holds."""
+
+    format: int
+    rows: int
+    generation: int
+    files: dict[str, _File]
+    parts: list[_Part]
+
+
 #: comparing a row of a cell takes so many times as long as one in a matrix product, and reading all rows once as
 #: long as so many queries (docs/search.md)
 _ONE_BY_ONE, _PASS = 20, 50
-_POINTS = 40  # rows for each cell, from which its centre is learned
 _EDGE = 1 << 20  # bytes at both ends of a file that its check covers
 
 
@@ -62,16 +97,15 @@ class FaissStore(VectorStore):
     approximate_from: ClassVar[int | None] = 200_000
     method: ClassVar[tuple[str, str]] = ("inverted file", "cells looked at")
 
-    def __init__(self, folder: Path, head: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, head: _Head) -> None:
         super().__init__(str(folder), head["dim"], head["columns"], head["about"], head["index"])
         self.folder = folder
         self._rows: int = head["rows"]
         self._generation: int = head["generation"]
-        self._files: dict[str, dict[str, Any]] = dict(head["files"])
-        self._parts: list[dict[str, Any]] = list(head["parts"])
+        self._files: dict[str, _File] = dict(head["files"])
+        self._parts: list[_Part] = list(head["parts"])
         self._open_index: faiss.Index | None = None
-        self._open_columns: Any = None
-        self._groups: dict[int, Any] = {}  # row groups that were read last, the latest at the end
+        self._open_columns: ParquetColumns | None = None
 
     # -- the folder ------------------------------------------------------------------------------------------
     @classmethod
@@ -79,7 +113,9 @@ class FaissStore(VectorStore):
         return os.path.lexists(Path(place) / HEAD)
 
     @classmethod
-    def create(cls, place: str, dim: int, kinds: Mapping[str, Kind], about: Mapping[str, Any]) -> FaissStore:
+    def create(
+        cls, place: str, dim: int, kinds: Mapping[str, Kind], about: Mapping[str, object]
+    ) -> FaissStore:
         folder = Path(place)
         if folder.exists() and not folder.is_dir():
             raise NearfarError(
@@ -92,7 +128,7 @@ class FaissStore(VectorStore):
         if cls.exists(place):
             shutil.rmtree(folder)
         make_folder(folder)
-        head = {
+        head: _Head = {
             "format": _FORMAT, "dim": dim, "columns": dict(kinds), "about": dict(about), "rows": 0, "generation": 0,
             "index": None, "files": {}, "parts": [],
         }  # fmt: skip
@@ -110,8 +146,7 @@ class FaissStore(VectorStore):
             )
         if not cls.exists(place):
             raise NearfarError(f"{folder} holds no store ({HEAD} is missing).")
-        head = read_json(folder / HEAD, _SHAPE)
-        assert isinstance(head, dict)
+        head: _Head = read_json(folder / HEAD, _SHAPE)
         if head["format"] != _FORMAT:
             raise NearfarError(
                 f"{folder}: its format is {head['format']}, and this version reads format {_FORMAT}. Fill it anew."
@@ -154,29 +189,19 @@ class FaissStore(VectorStore):
         )
 
     # -- writing ---------------------------------------------------------------------------------------------
-    def _upsert(self, ids: list[str], vectors: np.ndarray, columns: dict[str, list[Any]]) -> None:
+    def _upsert(self, ids: list[str], vectors: np.ndarray, columns: Columns) -> None:
         name = f"part-{self._generation:04d}-{len(self._parts):06d}"
         with self._writing():
             write_atomically(
                 self.folder / f"{name}.npy", lambda file: np.save(file, vectors, allow_pickle=False)
             )
-            table = self._table(ids, columns)
-            write_atomically(self.folder / f"{name}.parquet", lambda file: _write_parquet(table, file))
+            table = columns_table(ids, columns, self.fields, self._schema())
+            write_atomically(self.folder / f"{name}.parquet", lambda file: write_table(table, file))
             self._parts.append({"name": name, "rows": len(ids)})
             self._save_head()
 
-    def _schema(self) -> Any:
-        import pyarrow
-
-        types = {"text": pyarrow.string(), "number": pyarrow.float64(), "boolean": pyarrow.bool_()}
-        fields = [(field, types[self.kinds[name]]) for name, field in self.fields.items()]
-        return pyarrow.schema([("id", pyarrow.string()), *fields])
-
-    def _table(self, ids: list[str], columns: dict[str, list[Any]]) -> Any:
-        import pyarrow
-
-        arrays = {"id": ids} | {self.fields[name]: values for name, values in columns.items()}
-        return pyarrow.table(arrays, schema=self._schema())
+    def _schema(self) -> pyarrow.Schema:
+        return columns_schema(self.kinds, self.fields)
 
     def _join(self) -> None:
         """Index and columns of the finished rows and of the parts; of each id the last row."""
@@ -189,12 +214,12 @@ class FaissStore(VectorStore):
             kept = _last_of_each(ids)
             self._write(pieces, kept)
 
-    def _pieces(self) -> list[tuple[Any, Any, int]]:
+    def _pieces(self) -> list[Piece]:
         """Vectors, columns and rows of what was finished and of every part; vectors are read when they are copied."""
-        pieces: list[tuple[Any, Any, int]] = []
+        pieces: list[Piece] = []
         if self._rows:
             index = self._reconstructing()
-            pieces.append((index, self._read_columns(None), self._rows))
+            pieces.append((index, self._columns().table(), self._rows))
         for part in self._parts:
             vectors, table = self._part(part["name"])
             if vectors.shape != (part["rows"], self.dim) or table.num_rows != part["rows"]:
@@ -202,7 +227,7 @@ class FaissStore(VectorStore):
             pieces.append((vectors, table, part["rows"]))
         return pieces
 
-    def _part(self, name: str) -> tuple[np.ndarray, Any]:
+    def _part(self, name: str) -> tuple[np.ndarray, pyarrow.Table]:
         import pyarrow
         import pyarrow.parquet
 
@@ -223,36 +248,17 @@ class FaissStore(VectorStore):
             index.make_direct_map()
         return index
 
-    def _write(self, pieces: Sequence[tuple[Any, Any, int]], kept: np.ndarray) -> None:
+    def _write(self, pieces: Sequence[Piece], kept: np.ndarray) -> None:
         """Write the next generation, let ``store.json`` name it, and remove the one before."""
-        import faiss
-        import pyarrow.parquet
-
         rows, generation = int(kept.sum()), self._generation + 1
         index = self._new_index(pieces, kept, rows)
         columns = self.folder / f"columns-{generation}.parquet"
         vectors = self.folder / f"vectors-{generation}.faiss"
-
-        def write_columns(file: Any) -> None:
-            with pyarrow.parquet.ParquetWriter(file, self._schema(), compression="zstd") as writer:
-                waiting: Any = None
-                start = 0
-                for _, table, n in pieces:
-                    some = table.filter(kept[start : start + n])
-                    waiting = some if waiting is None else _concat(waiting, some)
-                    start += n
-                    whole = len(waiting) // _GROUP * _GROUP
-                    if whole:
-                        writer.write_table(waiting.slice(0, whole), row_group_size=_GROUP)
-                        waiting = waiting.slice(whole)
-                if waiting is not None and len(waiting):
-                    writer.write_table(waiting)
-
-        write_atomically(columns, write_columns)
-        write_atomically(
-            vectors, lambda file: faiss.write_index(index, cast(Any, faiss).PyCallbackIOWriter(file.write))
-        )
-        files = {
+        ends = np.cumsum([n for *_, n in pieces])
+        some = (table.filter(kept[end - n : end]) for (_, table, n), end in zip(pieces, ends, strict=True))
+        write_atomically(columns, lambda file: write_columns(file, self._schema(), some))
+        write_atomically(vectors, lambda file: write_index(index, file))
+        files: dict[str, _File] = {
             path.name: {"bytes": path.stat().st_size, "check": _check(path)} for path in (columns, vectors)
         }
         old = [
@@ -265,23 +271,11 @@ class FaissStore(VectorStore):
         for name in old:
             (self.folder / name).unlink(missing_ok=True)
 
-    def _new_index(self, pieces: Sequence[tuple[Any, Any, int]], kept: np.ndarray, rows: int) -> faiss.Index:
-        import faiss
-
-        self.index = None
-        flat = faiss.IndexFlatIP(self.dim)
-        index: faiss.Index = flat
-        if rows >= (self.approximate_from or rows + 1):
-            cells = max(1, min(int(4 * np.sqrt(rows)), rows // _POINTS))
-            index = faiss.IndexIVFFlat(flat, self.dim, cells, faiss.METRIC_INNER_PRODUCT)
-            index.cp.niter, index.cp.seed, index.cp.max_points_per_centroid = 8, 1, _POINTS
-            index.cp.min_points_per_centroid = 1
-            wanted = np.sort(np.random.default_rng(0).choice(rows, min(rows, _POINTS * cells), replace=False))
-            index.train(np.concatenate([*_blocks(pieces, kept, wanted)]))
-            # exact until its recall is measured
-            self.index = {"cells": cells, "effort": cells, "most": cells, "rows": 0}
-        for block in _blocks(pieces, kept, None):
-            index.add(block)
+    def _new_index(self, pieces: Sequence[Piece], kept: np.ndarray, rows: int) -> faiss.Index:
+        cells = cells_for(rows) if rows >= (self.approximate_from or rows + 1) else None
+        index = build_index([(vectors, n) for vectors, _, n in pieces], kept, self.dim, cells)
+        # exact until its recall is measured
+        self.index = None if cells is None else {"cells": cells, "effort": cells, "most": cells, "rows": 0}
         return index
 
     # -- reading ---------------------------------------------------------------------------------------------
@@ -301,77 +295,15 @@ class FaissStore(VectorStore):
 
     def _faiss(self) -> faiss.Index:
         if self._open_index is None:
-            import faiss
-
             path = self._path("vectors")
-            # each flag maps one kind of index; the wrong one reads it into memory
-            flag = (
-                faiss.IO_FLAG_MMAP if self.index else getattr(faiss, "IO_FLAG_MMAP_IFC", faiss.IO_FLAG_MMAP)
-            )
-            try:
-                index = faiss.read_index(str(path), flag)
-            except RuntimeError as error:
-                raise self._damaged(
-                    f"{path.name} cannot be read ({str(error).splitlines()[0][:120]})"
-                ) from None
-            if (
-                index.d != self.dim
-                or index.ntotal != self._rows
-                or index.metric_type != faiss.METRIC_INNER_PRODUCT
-            ):
-                raise self._damaged(f"{path.name} does not hold the vectors that it should")
-            self._open_index = index
+            self._open_index = read_index(path, self.dim, self._rows, bool(self.index), self._damaged)
         return self._open_index
 
-    def _columns(self) -> Any:
+    def _columns(self) -> ParquetColumns:
         if self._open_columns is None:
-            import pyarrow
-            import pyarrow.parquet
-
             path = self._path("columns")
-            try:
-                file = pyarrow.parquet.ParquetFile(path, memory_map=True)
-            except (OSError, ValueError, pyarrow.ArrowException) as error:
-                raise self._damaged(f"{path.name} cannot be read ({str(error).splitlines()[0]})") from None
-            if file.metadata.num_rows != self._rows or set(file.schema_arrow.names) != {
-                "id",
-                *self.fields.values(),
-            }:
-                raise self._damaged(f"{path.name} does not hold the columns that it should")
-            self._open_columns = file
+            self._open_columns = ParquetColumns(path, self._rows, self.fields, self._damaged)
         return self._open_columns
-
-    def _read_columns(self, names: Sequence[str] | None) -> Any:
-        import pyarrow
-
-        try:
-            return self._columns().read(columns=None if names is None else list(names))
-        except (OSError, ValueError, pyarrow.ArrowException) as error:
-            raise self._damaged(f"columns cannot be read ({str(error).splitlines()[0]})") from None
-
-    def _passing(self, where: Sequence[Condition]) -> np.ndarray:
-        """Which rows pass the conditions."""
-        import pyarrow
-        import pyarrow.compute as compute
-
-        order = {
-            "<": compute.less,
-            "<=": compute.less_equal,
-            ">": compute.greater,
-            ">=": compute.greater_equal,
-        }
-        table = self._read_columns(list({self.fields[each.column] for each in where}))
-        passing = np.ones(self._rows, bool)
-        for each in where:
-            column = table.column(self.fields[each.column])
-            if each.operator in ("in", "not in"):
-                mask = compute.is_in(column, value_set=pyarrow.array(each.values, type=column.type))
-                if each.operator == "not in":
-                    mask = compute.and_(compute.invert(mask), compute.is_valid(column))
-            else:
-                mask = compute.fill_null(order[each.operator](column, each.values[0]), False)
-            passing &= np.asarray(mask)
-        return passing
 
     def __len__(self) -> int:
         self._join()
@@ -379,72 +311,36 @@ class FaissStore(VectorStore):
 
     def _count(self, where: Sequence[Condition]) -> int:
         self._join()
-        return int(self._passing(where).sum())
+        return int(self._columns().passing(where).sum())
 
     def _search(
         self, vectors: np.ndarray, k: int, where: Sequence[Condition], effort: int | None
     ) -> list[Matches]:
-        faiss: Any = importlib.import_module("faiss")  # whose types are those of C++
         self._join()
+        nothing = [Matches(np.zeros(0, np.float32), [], []) for _ in vectors]
         if not self._rows:
-            return [Matches(np.zeros(0, np.float32), [], []) for _ in vectors]
-        index, selector, most = self._faiss(), None, self._rows
+            return nothing
+        index, passing, most = self._faiss(), None, self._rows
         if where:
-            passing = self._passing(where)
+            passing = self._columns().passing(where)
             most = int(passing.sum())
-            selector = faiss.IDSelectorBitmap(np.packbits(passing, bitorder="little"))
         if not most:
-            return [Matches(np.zeros(0, np.float32), [], []) for _ in vectors]
+            return nothing
         if self.index is not None and effort is None:
-            return self._matches(*self._compare_all(vectors, min(k, most), passing if where else None))
-        options: dict[str, Any] = {} if selector is None else {"sel": selector}
-        parameters = faiss.SearchParameters(**options)
-        if self.index is not None:
-            parameters = faiss.SearchParametersIVF(nprobe=effort, **options)
-        scores, positions = index.search(vectors, min(k, most), params=parameters)
-        return self._matches(scores, positions)
+            return self._matches(*compare_all(index, vectors, min(k, most), passing))
+        cells = None if self.index is None else effort
+        return self._matches(*search_index(index, vectors, min(k, most), passing, cells))
 
     def _exact_is_faster(self, queries: int, effort: int, share: float) -> bool:
         assert self.index is not None
         looked_at = effort / int(self.index["cells"])
         return _ONE_BY_ONE * looked_at * queries > share * queries + _PASS
 
-    def _compare_all(
-        self, vectors: np.ndarray, k: int, passing: np.ndarray | None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Scores and positions of the nearest rows in all cells: a matrix product for each block of cells."""
-        faiss: Any = importlib.import_module("faiss")
-        index: Any = self._faiss()
-        lists, best = index.invlists, faiss.ResultHeap(len(vectors), k, keep_max=True)
-        ids: list[np.ndarray] = []
-        rows: list[np.ndarray] = []
-        waiting = 0
-        for cell in range(lists.nlist):
-            size = int(lists.list_size(cell))
-            if size:
-                own = faiss.rev_swig_ptr(lists.get_ids(cell), size)
-                codes = faiss.rev_swig_ptr(lists.get_codes(cell), size * self.dim * 4)
-                some = codes.view(np.float32).reshape(size, self.dim)
-                if passing is not None:
-                    own, some = own[passing[own]], some[passing[own]]
-                ids.append(own)
-                rows.append(some)
-                waiting += len(own)
-            if waiting and (waiting >= _PRODUCT or cell == lists.nlist - 1):
-                positions = np.concatenate(ids)
-                scores, at = faiss.knn(
-                    vectors, np.concatenate(rows), min(k, waiting), metric=faiss.METRIC_INNER_PRODUCT
-                )
-                best.add_result(scores, positions[at])
-                ids, rows, waiting = [], [], 0
-        best.finalize()
-        return best.D, best.I
-
     def _matches(self, scores: np.ndarray, positions: np.ndarray) -> list[Matches]:
         """Scores and positions (−1: none) with the ids and columns that stand there."""
         real = positions >= 0
         needed = np.unique(positions[real])
-        ids, rows = self._rows_at(needed)
+        ids, rows = self._columns().rows_at(needed)
         at = np.searchsorted(needed, positions)
         return [
             Matches(
@@ -453,44 +349,11 @@ class FaissStore(VectorStore):
             for each, mask, where in zip(scores, real, at, strict=True)
         ]
 
-    def _group(self, number: int) -> Any:
-        """A row group with all its columns; the last ones are kept, so that many small searches decode them once."""
-        group = self._groups.pop(number, None)
-        if group is None:
-            group = self._columns().read_row_group(number)
-        self._groups[number] = group
-        oldest = list(self._groups)
-        while len(oldest) > 1 and sum(each.nbytes for each in list(self._groups.values())) > _GROUPS_KEPT:
-            self._groups.pop(oldest.pop(0), None)
-        return group
-
-    def _rows_at(self, positions: np.ndarray) -> tuple[list[str], list[Row]]:
-        """Ids and columns of ascending positions; row groups without any are not read."""
-        import pyarrow
-
-        file = self._columns()
-        sizes = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
-        begins = np.concatenate([[0], np.cumsum(sizes)])
-        groups = np.searchsorted(begins, positions, side="right") - 1
-        parts = []
-        try:
-            for group in np.unique(groups).tolist():
-                inside = positions[groups == group] - begins[group]
-                parts.append(self._group(group).take(pyarrow.array(inside)))
-        except (OSError, ValueError, pyarrow.ArrowException) as error:
-            raise self._damaged(f"columns cannot be read ({str(error).splitlines()[0]})") from None
-        if not parts:
-            return [], []
-        table = pyarrow.concat_tables(parts)
-        columns = {name: table.column(field).to_pylist() for name, field in self.fields.items()}
-        ids = table.column("id").to_pylist()
-        return ids, [{name: values[i] for name, values in columns.items()} for i in range(len(ids))]
-
     # -- the index -------------------------------------------------------------------------------------------
-    def _build(self, rows: int) -> tuple[dict[str, Any], int, int]:
+    def _build(self, rows: int) -> tuple[Json, int, int]:
         if self.index is None:  # it was filled below the limit that holds today
             with self._writing():
-                pieces = [(self._reconstructing(), self._read_columns(None), self._rows)]
+                pieces = [(self._reconstructing(), self._columns().table(), self._rows)]
                 self._write(pieces, np.ones(self._rows, bool))
         assert self.index is not None
         cells = int(self.index["cells"])
@@ -499,7 +362,7 @@ class FaissStore(VectorStore):
     def _forget_index(self) -> None:
         with self._writing():
             self._write(
-                [(self._reconstructing(), self._read_columns(None), self._rows)], np.ones(self._rows, bool)
+                [(self._reconstructing(), self._columns().table(), self._rows)], np.ones(self._rows, bool)
             )
 
     def _sample(self, n: int) -> np.ndarray:
@@ -509,22 +372,10 @@ class FaissStore(VectorStore):
         return np.stack([index.reconstruct(int(i)) for i in at])
 
     def close(self) -> None:
-        self._open_index, self._open_columns, self._groups = None, None, {}
+        self._open_index, self._open_columns = None, None
 
 
 # -- helpers -------------------------------------------------------------------------------------------------
-def _write_parquet(table: Any, file: Any) -> None:
-    import pyarrow.parquet
-
-    pyarrow.parquet.write_table(table, file, compression="zstd")
-
-
-def _concat(first: Any, second: Any) -> Any:
-    import pyarrow
-
-    return pyarrow.concat_tables([first, second]).combine_chunks()
-
-
 def _last_of_each(ids: np.ndarray) -> np.ndarray:
     """Which rows are the last of their id.
 
@@ -535,29 +386,6 @@ def _last_of_each(ids: np.ndarray) -> np.ndarray:
     kept = np.zeros(len(ids), bool)
     kept[np.fromiter(last.values(), np.int64, len(last))] = True
     return kept
-
-
-def _blocks(
-    pieces: Sequence[tuple[Any, Any, int]], kept: np.ndarray, wanted: np.ndarray | None
-) -> Iterator[np.ndarray]:
-    """The vectors of the rows that are kept, in order, by blocks; of ``wanted`` positions among these alone."""
-    chosen = np.flatnonzero(kept)
-    if wanted is not None:
-        chosen = chosen[wanted]
-    start = 0
-    for vectors, _, n in pieces:
-        inside = chosen[(chosen >= start) & (chosen < start + n)] - start
-        for begin in range(0, n, _BLOCK):
-            some = inside[(inside >= begin) & (inside < begin + _BLOCK)] - begin
-            if len(some):
-                size = min(_BLOCK, n - begin)
-                block = (
-                    vectors[begin : begin + size]
-                    if isinstance(vectors, np.ndarray)
-                    else vectors.reconstruct_n(begin, size)
-                )
-                yield np.ascontiguousarray(np.asarray(block)[some], dtype=np.float32)
-        start += n
 
 
 def _check(path: Path) -> str:

@@ -6,14 +6,19 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar, cast
 
 import numpy as np
 
-from nearfar.data.files import parse_json
+from nearfar.data.files import Json, parse_json
 from nearfar.errors import NearfarError
-from nearfar.serving.stores.base import Matches, VectorStore, table_name
+from nearfar.serving.stores.base import Columns, Head, Matches, VectorStore, table_name
 from nearfar.serving.stores.filters import Condition, Kind, Value
+
+if TYPE_CHECKING:
+    import lancedb
+    import pyarrow
+    from lancedb.query import LanceVectorQueryBuilder
 
 __all__ = ["LanceStore"]
 
@@ -32,7 +37,7 @@ class LanceStore(VectorStore):
     approximate_from: ClassVar[int | None] = 200_000
     method: ClassVar[tuple[str, str]] = ("inverted file", "cells looked at")
 
-    def __init__(self, place: str, database: Any, head: Mapping[str, Any]) -> None:
+    def __init__(self, place: str, database: lancedb.DBConnection, head: Head) -> None:
         super().__init__(place, head["dim"], head["columns"], head["about"], head["index"])
         self._database = database
         self._name = table_name(place)[1]
@@ -52,7 +57,9 @@ class LanceStore(VectorStore):
         return f"{name}_about" in _tables(_connect(place))
 
     @classmethod
-    def create(cls, place: str, dim: int, kinds: Mapping[str, Kind], about: Mapping[str, Any]) -> LanceStore:
+    def create(
+        cls, place: str, dim: int, kinds: Mapping[str, Kind], about: Mapping[str, object]
+    ) -> LanceStore:
         import pyarrow
 
         database, name = _connect(place), table_name(place)[1]
@@ -80,14 +87,14 @@ class LanceStore(VectorStore):
                 raise NearfarError(
                     f"{place}: the table {name}_about does not say what the store holds; fill it anew."
                 )
-            store = cls(place, database, head)
+            store = cls(place, database, cast(Head, head))
             if store._table.schema.remove_metadata() != store._schema():
                 raise NearfarError(
                     f"{place}: the table {name} does not have the columns that it should; fill it anew."
                 )
         return store
 
-    def _schema(self) -> Any:
+    def _schema(self) -> pyarrow.Schema:
         import pyarrow
 
         types = {"text": pyarrow.string(), "number": pyarrow.float64(), "boolean": pyarrow.bool_()}
@@ -107,7 +114,7 @@ class LanceStore(VectorStore):
             new = pyarrow.table({"key": ["head"], "value": [self._head()]})
             head.merge_insert("key").when_matched_update_all().when_not_matched_insert_all().execute(new)
 
-    def _upsert(self, ids: list[str], vectors: np.ndarray, columns: dict[str, list[Any]]) -> None:
+    def _upsert(self, ids: list[str], vectors: np.ndarray, columns: Columns) -> None:
         import pyarrow
 
         with _errors(self.place):
@@ -152,11 +159,8 @@ class LanceStore(VectorStore):
                 return [Matches(np.zeros(0, np.float32), [], []) for _ in vectors]
             for begin in range(0, len(vectors), _GROUP):
                 group = vectors[begin : begin + _GROUP]
-                query = (
-                    self._table.search(list(group), vector_column_name="vector")
-                    .distance_type("dot")
-                    .limit(min(k, n))
-                )
+                near = self._table.search(list(group), vector_column_name="vector")
+                query = cast("LanceVectorQueryBuilder", near).distance_type("dot").limit(min(k, n))
                 query = query.select(["id", *self.fields.values(), "_distance"])
                 query = query.bypass_vector_index() if effort is None else query.nprobes(effort)
                 if where:
@@ -164,7 +168,7 @@ class LanceStore(VectorStore):
                 answers += self._matches(query.to_arrow(), len(group))
         return answers
 
-    def _matches(self, table: Any, queries: int) -> list[Matches]:
+    def _matches(self, table: pyarrow.Table, queries: int) -> list[Matches]:
         scores = 1.0 - table.column("_distance").to_numpy().astype(np.float32)
         ids = table.column("id").to_pylist()
         columns = {name: table.column(field).to_pylist() for name, field in self.fields.items()}
@@ -190,7 +194,7 @@ class LanceStore(VectorStore):
         flat = table.column("vector").combine_chunks().flatten()
         return np.asarray(flat, np.float32).reshape(len(table), self.dim)
 
-    def _build(self, rows: int) -> tuple[dict[str, Any], int, int]:
+    def _build(self, rows: int) -> tuple[Json, int, int]:
         from lancedb.index import IvfFlat
 
         cells = max(1, min(int(np.sqrt(rows)), rows // 39))
@@ -209,7 +213,7 @@ class LanceStore(VectorStore):
         self._ids = None
 
 
-def _connect(place: str) -> Any:
+def _connect(place: str) -> lancedb.DBConnection:
     import lancedb
 
     where = table_name(place)[0].removeprefix("lance:")
@@ -217,7 +221,7 @@ def _connect(place: str) -> Any:
         return lancedb.connect(where)
 
 
-def _tables(database: Any) -> list[str]:
+def _tables(database: lancedb.DBConnection) -> list[str]:
     return list(database.list_tables(limit=10_000).tables)
 
 

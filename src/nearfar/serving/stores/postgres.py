@@ -5,13 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from nearfar.data.files import Json
 from nearfar.errors import NearfarError
-from nearfar.serving.stores.base import Matches, VectorStore, table_name
-from nearfar.serving.stores.filters import Condition, Kind
+from nearfar.serving.stores.base import Columns, Head, Matches, VectorStore, table_name
+from nearfar.serving.stores.filters import Condition, Kind, Value
+
+if TYPE_CHECKING:
+    import psycopg
+    from psycopg import sql
 
 __all__ = ["PostgresStore"]
 
@@ -34,7 +39,7 @@ class PostgresStore(VectorStore):
     approximate_from: ClassVar[int | None] = 50_000
     method: ClassVar[tuple[str, str]] = ("HNSW", "ef_search")
 
-    def __init__(self, place: str, connection: Any, head: Mapping[str, Any]) -> None:
+    def __init__(self, place: str, connection: psycopg.Connection, head: Head) -> None:
         super().__init__(place, head["dim"], head["columns"], head["about"], head["index"])
         self._connection = connection
         self._name = table_name(place)[1]
@@ -53,14 +58,14 @@ class PostgresStore(VectorStore):
 
     @classmethod
     def create(
-        cls, place: str, dim: int, kinds: Mapping[str, Kind], about: Mapping[str, Any]
+        cls, place: str, dim: int, kinds: Mapping[str, Kind], about: Mapping[str, object]
     ) -> PostgresStore:
         from psycopg import sql
 
         if dim > _WIDEST:
             raise NearfarError(f"pgvector keeps vectors of at most {_WIDEST} numbers, and these have {dim}.")
         name = table_name(place)[1]
-        head = {"dim": dim, "columns": dict(kinds), "about": dict(about), "index": None}
+        head: Head = {"dim": dim, "columns": dict(kinds), "about": dict(about), "index": None}
         connection = _connect(place, make=True)
         try:
             with _errors(place), connection.transaction():
@@ -110,11 +115,12 @@ class PostgresStore(VectorStore):
         with _errors(self.place), self._connection.transaction():
             self._write_head()
 
-    def _upsert(self, ids: list[str], vectors: np.ndarray, columns: dict[str, list[Any]]) -> None:
+    def _upsert(self, ids: list[str], vectors: np.ndarray, columns: Columns) -> None:
         from pgvector import Vector
         from psycopg import sql
 
-        for name, values in [("id", ids), *columns.items()]:
+        written: dict[str, Sequence[Value | None]] = {"id": ids, **columns}
+        for name, values in written.items():
             for identity, value in zip(ids, values, strict=True):
                 if isinstance(value, str) and "\0" in value:
                     raise NearfarError(
@@ -157,13 +163,14 @@ class PostgresStore(VectorStore):
         clause, values = self._where(where)
         query = sql.SQL("SELECT count(*) FROM {} {}").format(sql.Identifier(self._name), clause)
         with _errors(self.place), self._connection.transaction():
-            return int(self._connection.execute(query, values).fetchone()[0])
+            return int(_first(self._connection.execute(query, values)))
 
-    def _where(self, where: Sequence[Condition]) -> tuple[Any, list[Any]]:
+    def _where(self, where: Sequence[Condition]) -> tuple[sql.Composable, list[Value | list[Value]]]:
         """The clause, in which every value is a parameter, and the parameters."""
         from psycopg import sql
 
-        parts, values = [], []
+        parts: list[sql.Composable] = []
+        values: list[Value | list[Value]] = []
         for each in where:
             field, kind = sql.Identifier(self.fields[each.column]), sql.SQL(_TYPES[each.kind])
             if each.operator == "in":
@@ -174,7 +181,7 @@ class PostgresStore(VectorStore):
                 values.append(list(each.values))
             else:
                 parts.append(sql.SQL("{} {} %s::{}").format(field, sql.SQL(each.operator), kind))
-                values.append(cast(Any, each.values[0]))
+                values.append(each.values[0])
         if not parts:
             return sql.SQL(""), values
         return sql.SQL("WHERE {}").format(sql.SQL(" AND ").join(parts)), values
@@ -227,7 +234,7 @@ class PostgresStore(VectorStore):
         return np.array([np.asarray(row[0].to_numpy()) for row in rows], np.float32).reshape(-1, self.dim)
 
     # -- the index -------------------------------------------------------------------------------------------
-    def _build(self, rows: int) -> tuple[dict[str, Any], int, int]:
+    def _build(self, rows: int) -> tuple[Json, int, int]:
         from psycopg import sql
 
         self._forget_index()
@@ -257,7 +264,7 @@ def _bare(place: str) -> str:
     return without_password(table_name(place)[0])
 
 
-def _connect(place: str, make: bool = False) -> Any:
+def _connect(place: str, make: bool = False) -> psycopg.Connection:
     """A connection to a database that has the extension; ``make``: and the table of stores."""
     import psycopg
     from pgvector.psycopg import register_vector
@@ -281,17 +288,17 @@ def _connect(place: str, make: bool = False) -> Any:
         return connection
 
 
-def _has_extension(connection: Any) -> bool:
+def _has_extension(connection: psycopg.Connection) -> bool:
     return connection.execute("SELECT 1 FROM pg_extension WHERE extname = 'vector'").fetchone() is not None
 
 
-def _head(connection: Any, name: str) -> dict[str, Any] | None:
+def _head(connection: psycopg.Connection, name: str) -> Head | None:
     if not (_table_exists(connection, _HEADS) and _table_exists(connection, name)):
         return None
     row = connection.execute(f"SELECT head FROM {_HEADS} WHERE name = %s", (name,)).fetchone()
     if row is None:
         return None
-    head = json.loads(row[0])
+    head: Head = json.loads(row[0])
     if not (isinstance(head, dict) and {"dim", "columns", "about", "index"} <= head.keys()):
         raise NearfarError(
             f"the row '{name}' of {_HEADS} does not say what the store holds; remove it, and fill it anew."
@@ -299,8 +306,15 @@ def _head(connection: Any, name: str) -> dict[str, Any] | None:
     return head
 
 
-def _table_exists(connection: Any, name: str) -> bool:
-    return connection.execute("SELECT to_regclass(quote_ident(%s))", (name,)).fetchone()[0] is not None
+def _table_exists(connection: psycopg.Connection, name: str) -> bool:
+    return _first(connection.execute("SELECT to_regclass(quote_ident(%s))", (name,))) is not None
+
+
+def _first(cursor: psycopg.Cursor) -> Any:
+    """The value of a query that gives one."""
+    row = cursor.fetchone()
+    assert row is not None
+    return row[0]
 
 
 @contextmanager

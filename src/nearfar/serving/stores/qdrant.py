@@ -10,13 +10,17 @@ import uuid
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import numpy as np
 
+from nearfar.data.files import Json
 from nearfar.errors import NearfarError
-from nearfar.serving.stores.base import Matches, VectorStore, table_name
+from nearfar.serving.stores.base import Columns, Head, Matches, VectorStore, table_name
 from nearfar.serving.stores.filters import Condition, Kind
+
+if TYPE_CHECKING:
+    from qdrant_client import QdrantClient, models
 
 __all__ = ["QdrantStore"]
 
@@ -39,7 +43,7 @@ class QdrantStore(VectorStore):
     approximate_from: ClassVar[int | None] = 20_000
     method: ClassVar[tuple[str, str]] = ("HNSW of the server", "ef")
 
-    def __init__(self, place: str, client: Any, head: Mapping[str, Any]) -> None:
+    def __init__(self, place: str, client: QdrantClient, head: Head) -> None:
         super().__init__(place, head["dim"], head["columns"], head["about"], head["index"])
         self._client = client
         self._name = table_name(place)[1]
@@ -64,11 +68,13 @@ class QdrantStore(VectorStore):
             client.close()
 
     @classmethod
-    def create(cls, place: str, dim: int, kinds: Mapping[str, Kind], about: Mapping[str, Any]) -> QdrantStore:
+    def create(
+        cls, place: str, dim: int, kinds: Mapping[str, Kind], about: Mapping[str, object]
+    ) -> QdrantStore:
         from qdrant_client import models
 
         client, name = _connect(place), table_name(place)[1]
-        head = {"dim": dim, "columns": dict(kinds), "about": dict(about), "index": None}
+        head: Head = {"dim": dim, "columns": dict(kinds), "about": dict(about), "index": None}
         try:
             with _errors(place):
                 if client.collection_exists(name):
@@ -94,7 +100,7 @@ class QdrantStore(VectorStore):
                 raise NearfarError(
                     f"{place}: the collection '{name}' was not filled by nearfar; name a different one, with #NAME."
                 )
-            return cls(place, client, head)
+            return cls(place, client, cast(Head, head))
         except BaseException:
             client.close()
             raise
@@ -104,7 +110,7 @@ class QdrantStore(VectorStore):
         with _errors(self.place):
             self._client.update_collection(self._name, metadata={"nearfar": head})
 
-    def _upsert(self, ids: list[str], vectors: np.ndarray, columns: dict[str, list[Any]]) -> None:
+    def _upsert(self, ids: list[str], vectors: np.ndarray, columns: Columns) -> None:
         from qdrant_client import models
 
         fields = {self.fields[name]: values for name, values in columns.items()}
@@ -129,16 +135,19 @@ class QdrantStore(VectorStore):
         with _errors(self.place):
             return int(self._client.count(self._name, count_filter=self._filter(where), exact=True).count)
 
-    def _filter(self, where: Sequence[Condition]) -> Any:
+    def _filter(self, where: Sequence[Condition]) -> models.Filter:
         from qdrant_client import models
 
-        must: list[Any] = []
-        must_not: list[Any] = []
+        must: list[models.Condition] = []
+        must_not: list[models.Condition] = []
         for each in where:
+            # what a condition's values are follows from its kind, see `Condition`
             key, values = self.fields[each.column], list(cast(Any, each.values))
             if each.operator in ("in", "not in"):
                 if each.kind == "text":
-                    some = [models.FieldCondition(key=key, match=models.MatchAny(any=values))]
+                    some: list[models.Condition] = [
+                        models.FieldCondition(key=key, match=models.MatchAny(any=values))
+                    ]
                 elif each.kind == "boolean":
                     some = [
                         models.FieldCondition(key=key, match=models.MatchValue(value=value))
@@ -150,7 +159,7 @@ class QdrantStore(VectorStore):
                         for value in values
                     ]
                 if each.operator == "in":
-                    must.append(models.Filter(should=cast(Any, some)))
+                    must.append(models.Filter(should=some))
                 else:
                     missing = models.IsEmptyCondition(is_empty=models.PayloadField(key=key))
                     must_not += [*some, missing]
@@ -182,8 +191,11 @@ class QdrantStore(VectorStore):
                     answers.append(
                         Matches(
                             np.array([point.score for point in points], np.float32),
-                            [str(point.payload["id"]) for point in points],
-                            [{n: point.payload.get(f) for n, f in self.fields.items()} for point in points],
+                            [str((point.payload or {})["id"]) for point in points],
+                            [
+                                {n: (point.payload or {}).get(f) for n, f in self.fields.items()}
+                                for point in points
+                            ],
                         )
                     )
         return answers
@@ -196,14 +208,14 @@ class QdrantStore(VectorStore):
             points = self._client.query_points(self._name, query=query, limit=n, with_vectors=True).points
         return np.array([point.vector for point in points], np.float32).reshape(-1, self.dim)
 
-    def _build(self, rows: int) -> tuple[dict[str, Any], int, int]:
+    def _build(self, rows: int) -> tuple[Json, int, int]:
         return {}, 64, 4096  # the server builds it by itself
 
     def close(self) -> None:
         self._client.close()
 
 
-def _connect(place: str) -> Any:
+def _connect(place: str) -> QdrantClient:
     from qdrant_client import QdrantClient
 
     where = table_name(place)[0]
@@ -249,7 +261,7 @@ _ALLOWED = {("qdrant_client.http.models.models", "PointStruct")}
 class _PointsAlone(pickle.Unpickler):
     """Reads pickles that hold points of plain values, and refuses to load anything else."""
 
-    def find_class(self, module: str, name: str) -> Any:
+    def find_class(self, module: str, name: str) -> object:
         if (module, name) in _ALLOWED:
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"a point names {module}.{name}, and only plain values may stand there")
@@ -261,7 +273,7 @@ class _Pickle:
     dumps = staticmethod(pickle.dumps)
 
     @staticmethod
-    def loads(data: bytes) -> Any:
+    def loads(data: bytes) -> object:
         return _PointsAlone(io.BytesIO(data)).load()
 
 

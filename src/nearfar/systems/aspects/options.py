@@ -18,6 +18,7 @@ from nearfar.config import (
     samplers,
 )
 from nearfar.config.samplers import SamplerOptions
+from nearfar.data.files import Json
 from nearfar.data.reviews.labels import code_words
 from nearfar.errors import NearfarError
 
@@ -114,13 +115,13 @@ class AspectOptions(RunOptions):
     epochs: int = 6
     lr: float = 3e-3
     warmup: float = 0.1
-    focal_weight: Any = option(
+    focal_weight: float | str | Json = option(
         0.7,
         "weight of the focal loss in the total; a number or a schedule",
         rule=Scheduled(0, what="a weight"),
         role="loss",
     )
-    contrastive_weight: Any = option(
+    contrastive_weight: float | str | Json = option(
         0.3,
         'weight of the contrastive loss in the total; a number or a schedule ("0 -> 0.3")',
         rule=Scheduled(0, what="a weight"),
@@ -172,7 +173,7 @@ class AspectOptions(RunOptions):
         visfd=AspectDataOptions(text_column="comment", label_column="label"),
         phone_aspects=AspectDataOptions(text_column="data"),
     )
-    text_encoder: dict[str, Any] = raw_group({"kind": "words"}, "encoder of the reviews", models=("model",))
+    text_encoder: Json = raw_group({"kind": "words"}, "encoder of the reviews", models=("model",))
     sampler: SamplerOptions = group(random=samplers.random, role="batches")
 
     def check(self) -> None:

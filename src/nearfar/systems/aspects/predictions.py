@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 from numpy import ndarray
 
-from nearfar.data.files import Maybe, read_json
+from nearfar.data.files import Json, Maybe, read_json
 from nearfar.data.reviews.labels import POLARITIES, LabelScheme
 from nearfar.data.writing import write_json
 from nearfar.errors import NearfarError
@@ -30,7 +29,7 @@ _DECISION = {"kind": str, "thresholds": {str: float}, "polarity_weights": Maybe(
 
 def answer_columns(
     scheme: LabelScheme, decision: Decision, probabilities: Float[ndarray, "n a c"]
-) -> dict[str, list[Any]]:
+) -> dict[str, list[object]]:
     """The aspects of each review and their polarity as columns of a table.
 
     ``aspects`` lists what is mentioned, as in ``BATTERY#Positive;CAMERA#Negative``. For each aspect follow ``polarity``
@@ -45,7 +44,7 @@ def answer_columns(
     """
     codes = decision.codes(probabilities)
     words = np.array(["", *POLARITIES], dtype=object)[codes]
-    columns: dict[str, list[Any]] = {
+    columns: dict[str, list[object]] = {
         "aspects": [
             ";".join(
                 f"{name}#{word.capitalize()}" for name, word in zip(scheme.aspects, row, strict=True) if word
@@ -122,7 +121,7 @@ def _scheme(aspects: Sequence[str], pairs: Sequence[str], path: Path) -> LabelSc
     return LabelScheme(tuple(aspects), tuple(numbers))
 
 
-def _decision(kept: dict[str, Any], aspects: Sequence[str], path: Path) -> Decision:
+def _decision(kept: Json, aspects: Sequence[str], path: Path) -> Decision:
     weights = kept.get("polarity_weights")
     for what, given in (("thresholds", kept["thresholds"]), ("polarity_weights", weights)):
         if given is not None and set(given) != set(aspects):

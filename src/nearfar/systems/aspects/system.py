@@ -117,12 +117,10 @@ class AspectSystem(System[Batch, AspectModel]):
     def load_data(self, say: Say) -> AspectData:
         """The splits, from the configured files or the embedded set; fits nothing."""
         data = self.config.data
-        if data.embedded_size is not None:
-            say(
-                "data: generated reviews, for a first run; give data=visfd, phone_aspects or csv for real ones"
-            )
-            return load_embedded(data.embedded_size, data.split_seed)
         paths = data_paths(data)
+        if paths["train"] is None and data.embedded_size is not None:
+            say("data: generated reviews, for a first run; give data.dir= or data.train= for your own")
+            return load_embedded(data.embedded_size, data.split_seed)
         if paths["train"] is None:
             raise NearfarError(
                 "give the files: data.dir=FOLDER (with Train, Dev or validation, and Test files) or data.train=FILE; "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
 
 from nearfar.errors import NearfarError, nearest_name
 from nearfar.models.text.trainable import WordTextEncoder
@@ -18,7 +17,7 @@ ENCODERS = {"words": "words", "pretrained": "transformer", "minilm": "minilm"}
 _PRETRAINED = ("max_length", "lr", "freeze", "train", "lora_rank", "gradient_checkpointing")
 
 
-def text_tower(kind: str = "words", *, run_lr: float | None = None, **options: Any) -> TextTower:
+def text_tower(kind: str = "words", *, run_lr: float | None = None, **options: object) -> TextTower:
     """The tower that reads reviews as tokens: the encoder ``kind`` with its options (docs/systems/aspects.md).
 
     ``freeze`` keeps pretrained weights as they are; ``lr=None`` trains them at ``run_lr``, the run's learning rate.

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -186,7 +186,7 @@ class AugmentedSystem(LabelledSystem):
         scores = {f"{SECOND_VIEW}/R@1": ranks.hits(1), f"{SECOND_VIEW}/MRR": ranks.reciprocal()}
         return estimates, scores
 
-    def average(self, outputs: Any) -> dict[str, Tensor]:
+    def average(self, outputs: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """Unit vectors of the models side by side: their cosine is the mean of the models' cosines."""
         return {
             name: torch.cat([_unit(each[name]) for each in outputs], dim=1)

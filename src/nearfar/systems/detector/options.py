@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from nearfar.config import RunOptions, fraction, group, option, path, raw_group, samplers
 from nearfar.config.rules import Text
 from nearfar.config.samplers import SamplerOptions
+from nearfar.data.files import Json
 from nearfar.errors import NearfarError
 
 __all__ = ["DetectionLoss", "DetectorOptions", "DetectorRecipe", "PictureData", "SceneData", "check_groups"]
@@ -138,7 +139,7 @@ class DetectorRecipe:
     check_evaluator: bool = option(
         True, "AP and AR of the final evaluation are compared with those of faster-coco-eval"
     )
-    image_encoder: dict[str, Any] = raw_group(
+    image_encoder: Json = raw_group(
         {"kind": "efficientnet", "pretrained": True}, "encoder of the pictures", models=("name",)
     )
 

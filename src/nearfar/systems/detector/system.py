@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -219,7 +218,7 @@ class DetectorSystem(PictureSystem[SmallDetector]):
         """Pixels that pictures are resized to each way."""
         return int(self.config.data.image_size)
 
-    def predictions(self, outputs: Mapping[str, Tensor], items: Items) -> dict[str, list[Any]]:
+    def predictions(self, outputs: Mapping[str, Tensor], items: Items) -> dict[str, list[object]]:
         """A row for each box: picture, category, score, and left, top, width and height in pixels."""
         scores, labels = outputs["scores"][..., 0], outputs["labels"][..., 0]
         return box_rows(outputs["boxes"], scores, labels, self.classes, items)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from nearfar.config import RunOptions, TrainerOptions, group, option, path, section
 from nearfar.config.options import take_alias
 from nearfar.config.rules import Text
+from nearfar.data.files import Json
 from nearfar.errors import NearfarError
 from nearfar.schedules import Linear, Piecewise, Schedule
 from nearfar.systems.detector.options import DetectorRecipe, PictureData, SceneData, check_groups
@@ -41,7 +42,7 @@ class PhotoRecipe(DetectorRecipe):
 class SceneRecipe(DetectorRecipe):
     """A detector of generated scenes from scratch, as ``experiment=detector_scenes`` trains it."""
 
-    data: dict[str, Any] = option(
+    data: Json = option(
         {"faint_contrast": 0.35},
         "changes of data.scenes for its training: a lighter haze than in the run, which plants the gap",
         rule=_SceneChanges(),
@@ -259,13 +260,13 @@ def epsilon_schedule(config: FairDetectionOptions) -> Schedule:
     return Piecewise(points)
 
 
-def term_weights(config: FairDetectionOptions) -> dict[str, Any]:
+def term_weights(config: FairDetectionOptions) -> Json:
     """The weight of each loss over the run, as ``Objective`` takes them; what ``control`` leaves out has weight 0.
 
     The contrastive weight reaches its full size in epoch ``contrastive_warmup_epochs``, in equal steps.
     """
     n, full = config.contrastive_warmup_epochs, float(config.lambda_contrastive)
-    rising: Any = Piecewise([(0, full / n), (n - 1, full)]) if n > 1 else full
+    rising: float | Schedule = Piecewise([(0, full / n), (n - 1, full)]) if n > 1 else full
     weights = {
         "contrastive": rising,
         "wasserstein": float(config.lambda_wass),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -276,7 +275,7 @@ class FairDetectionSystem(PictureSystem[FairModel]):
         labels = [self.detector.label(name) for name in self._categories]
         self.detector_outputs = DetectorOutputs(self.detector, labels, self.config, {})
 
-    def predictions(self, outputs: Mapping[str, Tensor], items: Items) -> dict[str, list[Any]]:
+    def predictions(self, outputs: Mapping[str, Tensor], items: Items) -> dict[str, list[object]]:
         """A row for each box that the detector finds in the perturbed picture, see `box_rows`."""
         boxes = outputs["perturbed"]
         return box_rows(boxes[..., :4], boxes[..., 4], boxes[..., 5].long(), self.categories, items)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from nearfar.data.batch import Batch, Inputs, Rows
 from nearfar.data.classes import Classes
+from nearfar.data.files import Json
 from nearfar.data.items import Items, joined
 from nearfar.errors import NearfarError
 from nearfar.losses import MultiLabelSupConLoss, SupConLoss
@@ -169,11 +169,11 @@ class LabelSystem(LabelledSystem):
     def unseen_classes(self) -> Sequence[str]:
         return self._unseen
 
-    def layout(self) -> dict[str, Any]:
+    def layout(self) -> Json:
         return super().layout() | ({"unseen_classes": self._unseen} if self._unseen else {})
 
     @torch.no_grad()
-    def average(self, outputs: Any) -> dict[str, Tensor]:
+    def average(self, outputs: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """Unit vectors of the models side by side: their cosine is the mean of the models' cosines."""
         return {
             self.view: torch.cat([F.normalize(each[self.view].float(), dim=1) for each in outputs], dim=1)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from nearfar.config import Encoding, Names, column, fraction, group, option, path, raw_group
 from nearfar.config.views import ViewOptions
+from nearfar.data.files import Json
 from nearfar.errors import NearfarError
 
 __all__ = ["InfoNCEOptions", "MoleculeDataOptions", "MoleculeOptions"]
@@ -74,7 +75,9 @@ class MoleculeOptions(ViewOptions):
     layers: int = option(4, "layers of the graph transformer", least=1)
     heads: int = option(4, "attention heads of the graph transformer", least=1)
     dropout: float = fraction(0.1, "dropout in the graph transformer")
-    fingerprints: Any = option(FINGERPRINTS, "parts of the fingerprint", rule=Names(FINGERPRINT_KINDS))
+    fingerprints: str | list[str] = option(
+        FINGERPRINTS, "parts of the fingerprint", rule=Names(FINGERPRINT_KINDS)
+    )
     fingerprint_bits: int = option(2048, "bits of the Morgan part", least=8, most=2**20)
     fingerprint_radius: int = option(
         2, "radius of the Morgan part, in bonds around an atom", least=0, most=100
@@ -87,7 +90,7 @@ class MoleculeOptions(ViewOptions):
     augment_bonds: float = fraction(0.0, "share of bonds whose features are masked while training")
 
     data: MoleculeDataOptions = group(molecules=MoleculeDataOptions(), help="pairs of molecules and texts")
-    text_encoder: dict[str, Any] = raw_group({"kind": "ngram"}, "encoder of the texts", models=("model",))
+    text_encoder: Json = raw_group({"kind": "ngram"}, "encoder of the texts", models=("model",))
     loss: InfoNCEOptions = group(infonce=InfoNCEOptions(), role="loss")
 
     def check(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from torch import nn
@@ -140,8 +140,7 @@ class MoleculeSystem(ViewSystem):
     @property
     def text_dim(self) -> int:
         """The length of a frozen text vector."""
-        width: Any = self.towers["text"].build().width
-        return int(width)
+        return int(cast(int, self.towers["text"].build().width))
 
     def readable(self, items: Items) -> Items:
         return items  # the readers of molecules have rejected what no tower reads
@@ -210,7 +209,7 @@ class MoleculeSystem(ViewSystem):
             return
         text = text_tower(self.config)
         text.encoder = load_text_encoder(folder / "text_encoder")
-        width: Any = text.build().width if self.config.text_head == "none" else None
+        width = cast(int, text.build().width) if self.config.text_head == "none" else None
         self.towers = {"molecule": molecule_tower(self.config, width), "text": text}
 
     def view_headers(self) -> dict[str, Sequence[str]]:
@@ -259,7 +258,7 @@ class MoleculeSystem(ViewSystem):
         columns: dict[str, Column] = dict(items.columns)
         reasons: dict[str, list[str | None]] = {}
         if "molecule" in items:
-            smiles: list[Any] = []
+            smiles: list[str | None] = []
             reasons["molecule"] = []
             for value in items["molecule"]:
                 if value is None or not str(value).strip():
@@ -287,7 +286,7 @@ class MoleculeSystem(ViewSystem):
 
     def shown(self, split: str, view: str, position: int) -> Json:
         items = self.splits[split]
-        smiles = items["molecule"][position]
+        smiles = str(items["molecule"][position])
         return {"text": items["text"][position], "smiles": smiles, "svg": draw(smiles)}
 
 

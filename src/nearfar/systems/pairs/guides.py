@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -43,7 +42,7 @@ class Guides:
             tower.fit([value for view in views for value in self._values(view, view)])
             self.towers |= dict.fromkeys(views, tower)
 
-    def _values(self, column: str, view: str) -> Sequence[Any]:
+    def _values(self, column: str, view: str) -> Sequence[object]:
         return list(some_of(self.train[column], np.flatnonzero(self.train.present(view))))
 
     def vectors(self, view: str) -> np.ndarray:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from nearfar.config import Encoding, column, fraction, group, option, path, raw_group
 from nearfar.config.rules import shown
 from nearfar.config.views import ViewOptions
+from nearfar.data.files import Json
 from nearfar.errors import NearfarError
 
 __all__ = ["PairDataOptions", "PairOptions", "column_names"]
@@ -166,12 +167,12 @@ class PairOptions(ViewOptions):
     learn_temperature: bool | None = option(  # type: ignore[assignment]
         None, "the temperature is a parameter; null: with loss=clip and loss=siglip", role="loss"
     )
-    views: Any = option(
+    views: str | int | list[str | int] | None = option(
         None,
         "columns that are contrasted, such as [word,definition]; null: the two columns of the data",
         rule=ColumnNames(),
     )
-    towers: dict[str, Any] = option(
+    towers: Json = option(
         {},
         "by view, what differs from the encoder of its kind: towers.picture.encoder=mobilenet",
         rule=ByView(),
@@ -185,12 +186,12 @@ class PairOptions(ViewOptions):
     )
     hidden: int = option(512, "width of the hidden layer of head=mlp", least=1)
     dropout: float = fraction(0.0, "dropout of the hidden layer of head=mlp")
-    negatives: dict[str, Any] = option(
+    negatives: Json = option(
         {},
         "by view, columns of further negatives, each of its own row: negatives.definition=[wrong_1,wrong_2]",
         rule=ByView(),
     )
-    margins: dict[str, Any] = option(
+    margins: Json = option(
         {},
         "by view, for each column of `negatives` a column of a teacher's margin, its score of the own value less that "
         "of the negative: margins.definition=[margin_1,margin_2]",
@@ -203,7 +204,7 @@ class PairOptions(ViewOptions):
     margin_scale: float = option(
         1.0, "of margins: what differences of cosines are multiplied by", least=1e-6, role="loss"
     )
-    guide: dict[str, Any] = option(
+    guide: Json = option(
         {},
         "by view, a second, frozen model: a column of its vectors, guide.definition=vector, or options of a tower that "
         "reads the view, guide.definition.encoder=minilm",
@@ -243,7 +244,7 @@ class PairOptions(ViewOptions):
         least=1e-4,
         role="loss",
     )
-    matryoshka: Any = option(
+    matryoshka: int | list[int] | None = option(
         None,
         "lengths of embeddings that are trained and judged beside the whole, such as [32,64]",
         rule=Lengths(),
@@ -260,10 +261,8 @@ class PairOptions(ViewOptions):
     )
 
     data: PairDataOptions = group(pairs=PairDataOptions(), help="items with views")
-    text_encoder: dict[str, Any] = raw_group(
-        {"kind": "ngram"}, "encoder of the views of texts", models=("model",)
-    )
-    image_encoder: dict[str, Any] = raw_group(
+    text_encoder: Json = raw_group({"kind": "ngram"}, "encoder of the views of texts", models=("model",))
+    image_encoder: Json = raw_group(
         {"kind": "efficientnet"}, "encoder of the views of pictures", models=("name",)
     )
     loss: InfoNCEOptions | ClipOptions | SigLipOptions | SupConOptions = group(

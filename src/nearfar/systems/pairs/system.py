@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -145,7 +144,7 @@ class PairSystem(ViewSystem):
                 raise NearfarError(f"towers.{view}: no view has this name; {nearest_name(view, towers)}")
         return towers
 
-    def tower_options(self, view: str) -> tuple[str, dict[str, Any]]:
+    def tower_options(self, view: str) -> tuple[str, Json]:
         """The kind of a view's tower and its options: those of its kind of encoder, and what ``towers`` says of it."""
         given = self.config.towers.get(view, {})
         if isinstance(given, str):
@@ -157,7 +156,7 @@ class PairSystem(ViewSystem):
             )
         own = dict(given)
         kind = str(own.pop("tower", None) or guess_tower(self.splits["train"][view]))
-        options: dict[str, Any] = {}
+        options: Json = {}
         if kind in ENCODER_OPTIONS and "encoder" not in own:
             options = encoder_options(getattr(self.config, ENCODER_OPTIONS[kind]))
         return kind, options | own
@@ -271,7 +270,7 @@ class PairSystem(ViewSystem):
             "infonce", config.temperature, symmetric, tau_plus=loss.tau_plus, beta=loss.beta, **self._terms()
         )
 
-    def _terms(self) -> dict[str, Any]:
+    def _terms(self) -> Json:
         """Which views are contrasted, and the terms beside the contrastive one."""
         config = self.config
         return {
@@ -313,7 +312,7 @@ class PairSystem(ViewSystem):
         config = self.config
         return build_head(self._head_kind(tower), width, dim, hidden=config.hidden, dropout=config.dropout)
 
-    def model_options(self, dim: int) -> dict[str, Any]:
+    def model_options(self, dim: int) -> Json:
         bias = self.config.loss.bias if isinstance(self.config.loss, SigLipOptions) else None
         return super().model_options(dim) | {
             "learn_temperature": self.config.learns_temperature,
@@ -374,7 +373,7 @@ class PairSystem(ViewSystem):
             return {"text": " ".join(f"{each:.3g}" for each in value.reshape(-1)[:8])}
         return super().shown(split, view, position)
 
-    def average(self, outputs: Any) -> dict[str, Tensor]:
+    def average(self, outputs: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """Unit vectors of the models side by side: their cosine is the mean of the models' cosines."""
         return {
             view: torch.cat([normalize(each[view].float(), dim=1) for each in outputs], dim=1)

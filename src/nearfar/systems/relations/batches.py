@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import torch
@@ -71,7 +70,7 @@ class BatchesBySort(BatchSampler):
         super().__init__(len(marked), batch_size, seed=seed)
         self.marked = np.asarray(marked, dtype=bool)
 
-    def _identity(self) -> dict[str, Any]:
+    def _identity(self) -> dict[str, object]:
         return {"marked": digest(self.marked)}
 
     def _compose(self, epoch: int, options: Mapping[str, object]) -> Plan:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from nearfar.data.coco_files import given_files
+from nearfar.data.files import Json
 from nearfar.data.rejections import Rejections
 from nearfar.data.scenes.composed import composed_scenes
 from nearfar.data.scenes.relation_data import PictureShares, RelationData, read_triples, split_relations
@@ -22,7 +22,7 @@ def load_data(config: RelationOptions) -> RelationData:
         NearfarError: missing or unreadable files, no usable pair, a split without pairs, a photo in two splits.
     """
     data, relations = config.data, chosen_relations(config.relations)
-    rejections, notes = Rejections(), dict[str, Any]()
+    rejections, notes = Rejections(), Json()
     composed = data.layout == "composed"
     if composed:
         triples, photos = composed_scenes(

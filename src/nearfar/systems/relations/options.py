@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from nearfar.config import fraction, group, option, path, raw_group, samplers
 from nearfar.config.samplers import SamplerOptions
 from nearfar.config.views import ViewOptions
+from nearfar.data.files import Json
 from nearfar.data.scenes.triples import chosen_relations
 from nearfar.errors import NearfarError
 
@@ -93,7 +94,7 @@ class RelationOptions(ViewOptions):
     patience: int | None = 12
     min_epochs: int = 30
     embedding_dim: int = 256
-    relations: Any = option(
+    relations: str | list[str] = option(
         "top5",
         "classes; top5: on, above, under, next to, below; all10; or a list such as [on,under]",
         rule=_Relations(),
@@ -128,10 +129,8 @@ class RelationOptions(ViewOptions):
         spatialsense=RelationDataOptions("spatialsense"),
         coco=RelationDataOptions("coco"),
     )
-    text_encoder: dict[str, Any] = raw_group({"kind": "ngram"}, "encoder of the names", models=("model",))
-    image_encoder: dict[str, Any] = raw_group(
-        {"kind": "efficientnet"}, "encoder of the crops", models=("name",)
-    )
+    text_encoder: Json = raw_group({"kind": "ngram"}, "encoder of the names", models=("model",))
+    image_encoder: Json = raw_group({"kind": "efficientnet"}, "encoder of the crops", models=("name",))
     sampler: SamplerOptions = group(
         random=samplers.random,
         balanced=samplers.balanced,

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch.nn.functional as F
@@ -326,7 +326,7 @@ class RelationSystem(ViewSystem):
             items = replace(items, columns=dict(items.columns) | {VISUAL: [None] * len(items)})
         return super().new_dataset(items)
 
-    def predictions(self, outputs: Mapping[str, Tensor], items: Items) -> dict[str, Sequence[Any]]:
+    def predictions(self, outputs: Mapping[str, Tensor], items: Items) -> dict[str, Sequence[object]]:
         """The relation of every pair by the probe of the run, and the probability of each relation."""
         assert self.predictor is not None
         kept = (SPATIAL, NAMES) if self.config.keep_inputs else ()
@@ -338,7 +338,7 @@ class RelationSystem(ViewSystem):
         pixels = items.present(VISUAL) if VISUAL in items else np.zeros(len(items), bool)
         at, shares = self.predictor(blocks_of_rows(inputs, outputs, pixels))
         relations = self.predictor.relations
-        columns: dict[str, Sequence[Any]] = {
+        columns: dict[str, Sequence[object]] = {
             name: list(items[name])
             for name in ("image", "subject", "object", "subject_box", "object_box")
             if name in items

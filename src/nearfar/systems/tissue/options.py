@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from nearfar.config import RunOptions, fraction, group, option, path, raw_group, samplers
 from nearfar.config.options import take_alias
 from nearfar.config.rules import Text
 from nearfar.config.samplers import SamplerOptions, SpatialSampler
+from nearfar.data.files import Json
 from nearfar.errors import NearfarError
 
 __all__ = ["ClipOptions", "SpatialOptions", "TissueData", "TissueOptions", "slide_names"]
@@ -30,12 +31,14 @@ class TissueData:
     """Slides in a folder of shards, which ``nearfar data shards`` writes; without ``data.dir`` slides are generated."""
 
     dir: str | int | None = path(None, "a folder of shards")
-    hold_out: Any = option(
+    hold_out: str | int | list[str | int] | None = option(
         None,
         "slides that are the test split, e.g. B4 or [C2,C3]; the others train. null: as the folder's split files say",
         rule=_Slides(),
     )
-    val: Any = option(None, "slides of the validation split, likewise", rule=_Slides())
+    val: str | int | list[str | int] | None = option(
+        None, "slides of the validation split, likewise", rule=_Slides()
+    )
     genes: int = option(1000, "genes, the most variable over the training slides", least=1)
     neighbors: int = option(6, "nearest spots of the same slide", least=1)
     slides: int = option(8, "generated slides; the last quarter is test, one before it validation", least=3)
@@ -120,10 +123,8 @@ class TissueOptions(RunOptions):
         her2st=TissueData(dir="???", hold_out="C6"),
         help="slides; her2st: six sections of HER2-positive breast tumours (Andersson et al. 2021)",
     )
-    image_encoder: dict[str, Any] = raw_group({"kind": "small"}, "encoder of the patches", models=("name",))
-    text_encoder: dict[str, Any] = raw_group(
-        {"kind": "ngram"}, "encoder of gene sentences", models=("model",)
-    )
+    image_encoder: Json = raw_group({"kind": "small"}, "encoder of the patches", models=("name",))
+    text_encoder: Json = raw_group({"kind": "ngram"}, "encoder of gene sentences", models=("model",))
     sampler: SamplerOptions = group(
         spatial=samplers.spatial, random=samplers.random, balanced=samplers.balanced, role="batches"
     )

@@ -6,7 +6,7 @@ import base64
 import io
 from collections.abc import Mapping, Sequence
 from html import escape
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -46,7 +46,7 @@ def examples(
 def sections(evaluator: Evaluator, outputs: Mapping[str, Tensor], split: str) -> list[Section]:
     """Slide by slide, against ridge regression on colour, and the best predicted gene over a slide."""
     evaluation = evaluator.evaluate(outputs, split, final=True)
-    slides = evaluation.facts["slides"]
+    slides = cast(Mapping[str, Mapping[str, float]], evaluation.facts["slides"])
     tissue = evaluator.data.splits[split]
     counts = {name: int((tissue.slides == at).sum()) for at, name in enumerate(tissue.slide_names)}
     metrics = [name for name in slides if not name.endswith("MRR")]

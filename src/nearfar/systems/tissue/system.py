@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Literal, cast
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ from nearfar.systems.tissue.references import References
 from nearfar.systems.tissue.report import examples, sections
 from nearfar.systems.view_system import PRESENT, ViewSystem
 from nearfar.towers import Tower
+from nearfar.towers.base import Backbone
 from nearfar.towers.expression import ExpressionTower
 from nearfar.towers.image import ImageTower
 from nearfar.training.evaluation import consecutive
@@ -71,8 +72,8 @@ def image_tower(config: TissueOptions) -> ImageTower:
     kind, model, frozen = str(options.pop("kind")), options.pop("name", None), config.image_frozen
     if frozen is None:
         frozen = kind == "colors" or bool(options.get("pretrained", kind != "small"))
-    size: Any = "own" if config.image_pixels is None else config.image_pixels
-    train: Any = "head" if frozen else "full"
+    size: int | Literal["own"] = "own" if config.image_pixels is None else config.image_pixels
+    train: Backbone = "head" if frozen else "full"
     return ImageTower(
         kind,
         model=model,
@@ -217,7 +218,7 @@ class TissueSystem(ViewSystem):
         config = self.config
         return build_head("mlp", width, dim, hidden=config.hidden, dropout=config.dropout, norm="layer")
 
-    def model_options(self, dim: int) -> dict[str, Any]:
+    def model_options(self, dim: int) -> Json:
         config = self.config  # the loss clamps the scale, and records that it does
         return {
             "temperature": config.temperature,
@@ -388,7 +389,7 @@ class TissueSystem(ViewSystem):
     def predicts_from(self) -> Sequence[str]:
         return ["image"]
 
-    def predictions(self, outputs: Mapping[str, Tensor], items: Items) -> dict[str, Sequence[Any]]:
+    def predictions(self, outputs: Mapping[str, Tensor], items: Items) -> dict[str, Sequence[object]]:
         """log1p expression of each gene, from the patches; ``slide``, ``x`` and ``y`` where they are known."""
         if "images" not in outputs:
             why = items.notes.get(LACKING, {}).get("image", "there is no column 'image'")
@@ -396,14 +397,16 @@ class TissueSystem(ViewSystem):
                 f"expression is predicted from patches, and {why}. nearfar embed --tower gene embeds expression."
             )
         assert self.references is not None
-        columns: dict[str, Sequence[Any]] = {}
+        columns: dict[str, Sequence[object]] = {}
         if "slide" in items:
             columns["slide"] = list(items["slide"])
         if "position" in items:
             x, y = items.array("position").T.tolist()
             columns |= {"x": x, "y": y}
         predicted = self.references.predict(outputs["images"]).astype(np.float32)
-        columns |= {gene: cast(Any, predicted[:, at]) for at, gene in enumerate(self.reading.genes)}
+        columns |= {
+            gene: cast(Sequence[object], predicted[:, at]) for at, gene in enumerate(self.reading.genes)
+        }
         return columns
 
     def prediction_writer(self, output: Path, source: NewData) -> AnnDataWriter | None:
