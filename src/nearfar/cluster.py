@@ -12,13 +12,20 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from nearfar.errors import NearfarError
+
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
+    from ray.util.placement_group import PlacementGroup
 
 __all__ = ["Processes", "connect", "each", "lost", "require_ray", "total"]
 
 Say = Callable[[str], None]
+Task = TypeVar("Task")
+Result = TypeVar("Result")
 
 #: seconds after which a command that waits for free nodes says so
 PATIENCE = 15.0
@@ -26,7 +33,7 @@ PATIENCE = 15.0
 RETRIES = 3
 
 
-def require_ray(what: str) -> Any:
+def require_ray(what: str) -> ModuleType:
     """The module ``ray``; ``NearfarError`` with the command that installs it where it is not installed."""
     if importlib.util.find_spec("ray") is None:
         raise NearfarError(f"{what} needs Ray, which is not installed: pip install 'nearfar[ray]'")
@@ -39,7 +46,7 @@ def require_ray(what: str) -> Any:
 
 
 @contextmanager
-def connect(what: str, cpus: float = 1) -> Iterator[Any]:
+def connect(what: str, cpus: float = 1) -> Iterator[ModuleType]:
     """Ray, connected: to the cluster of ``RAY_ADDRESS``, or that which runs on this machine, or one started for this.
 
     One that is started here has at least ``cpus`` CPUs, as torchrun starts processes without counting cores. A
@@ -54,7 +61,7 @@ def connect(what: str, cpus: float = 1) -> Iterator[Any]:
     passed = {name: value for name, value in os.environ.items() if name.startswith("NEARFAR_")}
     # DistributedDataParallel would warn in every process that all weights were used, which is no news.
     passed.setdefault("TORCH_CPP_LOG_LEVEL", os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"))
-    common: dict[str, Any] = {"logging_level": "ERROR", "runtime_env": {"env_vars": passed}}
+    common: dict[str, object] = {"logging_level": "ERROR", "runtime_env": {"env_vars": passed}}
     _check_address()
     try:
         ray.init("auto", **common)
@@ -66,7 +73,7 @@ def connect(what: str, cpus: float = 1) -> Iterator[Any]:
         ray.shutdown()
 
 
-def _start_here(ray: Any, cpus: int, common: Mapping[str, Any]) -> None:
+def _start_here(ray: ModuleType, cpus: int, common: Mapping[str, object]) -> None:
     try:
         ray.init("local", num_cpus=cpus, include_dashboard=False, **common)
     except Exception as error:
@@ -115,7 +122,7 @@ def lost(error: BaseException) -> bool:
     return isinstance(error, gone)
 
 
-def each(function: Callable[[Any], Any], tasks: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+def each(function: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterator[tuple[int, Result]]:
     """The number of each task with what ``function`` returns of it, computed by the nodes of the connected cluster.
 
     In the order in which they are done, some for each CPU at a time. Ray gives a task out again whose process or node
@@ -171,23 +178,23 @@ class Processes:
     """
 
     def __init__(
-        self, kind: type, count: int, cpus: float, gpus: float, say: Say, arguments: Sequence[Any] = ()
+        self, kind: type, count: int, cpus: float, gpus: float, say: Say, arguments: Sequence[object] = ()
     ) -> None:
         self.kind, self.count, self.arguments, self.say = kind, count, tuple(arguments), say
         self.each: Mapping[str, float] = {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
-        self.actors: list[Any] = []
-        self._group: Any = None
+        self.actors: list[ActorHandle] = []
+        self._group: PlacementGroup | None = None
 
-    def __enter__(self) -> list[Any]:
+    def __enter__(self) -> list[ActorHandle]:
         import ray
         from ray.util.placement_group import placement_group
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-        self._group = placement_group([dict(self.each)] * self.count, strategy="PACK")
+        group = self._group = placement_group([dict(self.each)] * self.count, strategy="PACK")
         try:
-            self._await_nodes()
+            self._await_nodes(group)
             for number in range(self.count):
-                place = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=number)
+                place = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=number)
                 actor: Any = ray.remote(self.kind).options(
                     num_cpus=self.each["CPU"],
                     num_gpus=self.each.get("GPU", 0),
@@ -201,8 +208,8 @@ class Processes:
             raise
         return self.actors
 
-    def _await_nodes(self) -> None:
-        ready, waited, told = self._group.ready(), time.monotonic(), False
+    def _await_nodes(self, group: PlacementGroup) -> None:
+        ready, waited, told = group.ready(), time.monotonic(), False
         import ray
 
         while not ray.wait([ready], timeout=0.5)[0]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict
 
 import typer
 
@@ -13,6 +13,7 @@ from nearfar import terminal
 
 if TYPE_CHECKING:
     import numpy as np
+    from rich.console import Console
 
     from nearfar.data.items import Items
 
@@ -21,13 +22,24 @@ mine_app = typer.Typer()
 _VECTORS = (".parquet", ".npz", ".npy")
 
 
+class _Rules(TypedDict):
+    per_query: int
+    rank_range: tuple[int, int]
+    margin: float | None
+    margin_kind: Literal["absolute", "relative"]
+    min_score: float | None
+    max_score: float | None
+    strategy: Literal["top", "random"]
+    seed: int
+
+
 @dataclass
 class _Side:
     """Rows of one view: their ids and vectors, and what stands in the cells of a table."""
 
     ids: list[str]
     vectors: np.ndarray
-    values: list[Any]
+    values: Sequence[object]
 
     def take(self, rows: list[int]) -> _Side:
         """Some of the rows."""
@@ -163,7 +175,7 @@ def mine(
             "--guide has vectors of the same rows in both views, and --documents has rows of its own: write the pairs "
             "with --candidates, score them by the second model, and give its scores with --cross-encoder."
         )
-    rules: dict[str, Any] = {
+    rules: _Rules = {
         "per_query": per_query,
         "rank_range": (rank_from, rank_to),
         "margin": margin if relative_margin is None else relative_margin,
@@ -273,7 +285,7 @@ def mine(
 
 
 def _say_how_to_train(
-    console: Any, output: Path, rows: int, columns: Sequence[str], views: tuple[str, str], form: str
+    console: Console, output: Path, rows: int, columns: Sequence[str], views: tuple[str, str], form: str
 ) -> None:
     terminal.say(console, f"{output}: {rows} rows ({', '.join(columns)})")
     if form == "n-tuple":
@@ -382,7 +394,7 @@ def _whole(path: Path, views: Sequence[str]) -> Items:
     return items.take(present.nonzero()[0])
 
 
-def _aligned(path: Path, columns: Sequence[str], ids: Sequence[Any], id_column: str | None) -> Items:
+def _aligned(path: Path, columns: Sequence[str], ids: Sequence[str], id_column: str | None) -> Items:
     """Rows of a table in the order of ids."""
     from nearfar.data.sources import read_items
     from nearfar.errors import NearfarError
@@ -398,7 +410,7 @@ def _aligned(path: Path, columns: Sequence[str], ids: Sequence[Any], id_column: 
     return items.take([place[name] for name in ids])
 
 
-def _guide(path: Path, queries: str, corpus: str, ids: Sequence[Any]) -> tuple[Any, Any]:
+def _guide(path: Path, queries: str, corpus: str, ids: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     items = _aligned(path, [queries, corpus], ids, None)
     return items.array(queries), items.array(corpus)
 
@@ -443,7 +455,7 @@ def _add_judged(
     return lines
 
 
-def _columns(path: Path) -> dict[str, list[Any]]:
+def _columns(path: Path) -> dict[str, list[object]]:
     from nearfar.data.sources import read_items
 
     items = read_items(path, ["false_negative"])

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hydra.core.override_parser.types import IntervalSweep, Override
 from rich.console import Console
@@ -26,6 +26,11 @@ from nearfar.systems import build_system, check_config
 from nearfar.training.run_folder import RunFolder
 
 if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
+    from ray.tune import Callback, Result
+    from ray.tune.experiment import Trial
+
+    from nearfar.data.files import Json
     from nearfar.lab.compare import Comparison
 
 __all__ = ["Candidate", "search_space", "tune"]
@@ -76,7 +81,7 @@ def search_space(overrides: Sequence[str]) -> tuple[list[str], dict[str, Overrid
     return fixed, drawn
 
 
-def _distribution(drawn: Override) -> Any:
+def _distribution(drawn: Override) -> BaseDistribution:
     """Optuna's distribution of an option: of an interval between its ends, or of the values that are listed."""
     from optuna import distributions
 
@@ -237,7 +242,7 @@ def _search(
             reduction_factor=REDUCTION,
         )
 
-    def trial(values: dict[str, Any]) -> None:
+    def trial(values: dict[str, object]) -> None:
         given, run = _trial_of(fixed, {key: str(value) for key, value in values.items()}, name)
         place = {"run": str(home.path.parent / run)}
 
@@ -273,23 +278,25 @@ def _search(
     return [*known, *(_candidate(results[at]) for at in range(len(results)))]
 
 
-def _reporter(epochs: int, ended: int, all_trials: int) -> Any:
+def _reporter(epochs: int, ended: int, all_trials: int) -> Callback:
     """Says a line about every trial that ends. Ray Tune copies it, so that it holds no console."""
     from ray.tune import Callback
 
     class Reporter(Callback):
         ended = 0
 
-        def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        def on_trial_complete(
+            self, iteration: int, trials: list[Trial], trial: Trial, **info: object
+        ) -> None:
             self._say(trial, trial.last_result or {})
 
-        def on_trial_recover(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **info: object) -> None:
             terminal.say(
                 terminal.console(),
                 f"{_words(trial.config)}: its process was lost; it goes on from its checkpoint",
             )
 
-        def _say(self, trial: Any, last: dict[str, Any]) -> None:
+        def _say(self, trial: Trial, last: Json) -> None:
             Reporter.ended += 1
             value, epoch = last.get("objective", math.nan), last.get("epoch", 0)
             number = f"trial {ended + Reporter.ended} of {all_trials}"
@@ -299,7 +306,7 @@ def _reporter(epochs: int, ended: int, all_trials: int) -> Any:
     return Reporter()
 
 
-def _words(values: dict[str, Any]) -> str:
+def _words(values: dict[str, object]) -> str:
     return " ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in values.items())
 
 
@@ -319,7 +326,7 @@ def _carry_out(overrides: list[str], watch: Callable[[int, float], None] | None 
         )
 
 
-def _candidate(result: Any) -> Candidate:
+def _candidate(result: Result) -> Candidate:
     """What Ray Tune says of a trial."""
     last = result.metrics or {}
     value, epoch = last.get("objective"), int(last.get("epoch", 0))
@@ -357,11 +364,11 @@ def _earlier(home: RunFolder, keys: Sequence[str]) -> tuple[list[Candidate], lis
     return known, cut_off
 
 
-def _typed(values: dict[str, str], drawn: dict[str, Override]) -> dict[str, Any]:
+def _typed(values: dict[str, str], drawn: dict[str, Override]) -> dict[str, str | int | float]:
     """Values of the command line as Optuna has drawn them."""
     from optuna.distributions import FloatDistribution, IntDistribution
 
-    typed: dict[str, Any] = {}
+    typed: dict[str, str | int | float] = {}
     for key, each in drawn.items():
         kind = _distribution(each)
         as_number = float if isinstance(kind, FloatDistribution) else int

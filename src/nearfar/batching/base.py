@@ -11,11 +11,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
 from nearfar.arguments import whole_number
 from nearfar.batching.plan import Layout, Plan
+from nearfar.data.files import Json
 from nearfar.errors import NearfarError
 from nearfar.ids import Ids, canonical_ids, first_difference, kind_of
 
@@ -245,7 +245,7 @@ class BatchSampler:
             **_plain(self._identity()),
         }
 
-    def state_dict(self, position: int | None = None) -> dict[str, Any]:
+    def state_dict(self, position: int | None = None) -> Json:
         """Plain data from which `load_state_dict` goes on; the same on every rank.
 
         ``position`` is the number of batches of the epoch that were really *used*. Pass it when a loader with
@@ -349,7 +349,7 @@ def _plain(value: object) -> Any:
     raise NearfarError(f"a state holds plain data, not a {type(value).__name__}: {value!r}")
 
 
-def as_ids(ids: Ids, n: int) -> NDArray[Any]:
+def as_ids(ids: Ids, n: int) -> np.ndarray:
     """Ids in their canonical form (`nearfar.ids`), one per item."""
     array = canonical_ids(ids)
     if len(array) != n:
@@ -357,7 +357,7 @@ def as_ids(ids: Ids, n: int) -> NDArray[Any]:
     return array
 
 
-def compare_ids(left: NDArray[Any], right: NDArray[Any], left_name: str, right_name: str) -> None:
+def compare_ids(left: np.ndarray, right: np.ndarray, left_name: str, right_name: str) -> None:
     """Raise, naming the first difference, unless two arrays of canonical ids are equal in order."""
     if len(left) != len(right):
         raise NearfarError(f"the {left_name} has {len(left)} items, the {right_name} {len(right)}")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import faiss
 import numpy as np
 from numpy.typing import NDArray
@@ -47,28 +45,30 @@ def cell_centres(sample: NDArray[np.float32], cells: int, spherical: bool, seed:
     Groups of cells stand in a chain of near ones: cells with near numbers are near each other.
     """
 
-    def means(rows: NDArray[np.float32], k: int, points: int) -> Any:
+    def means(rows: NDArray[np.float32], k: int, points: int) -> tuple[NDArray[np.float32], faiss.Index]:
         model = faiss.Kmeans(
             rows.shape[1], k, niter=8, spherical=spherical, seed=1 + seed % 2**31, min_points_per_centroid=1,
             max_points_per_centroid=points,
         )  # fmt: skip
         model.train(np.ascontiguousarray(rows))
-        return model
+        assert model.centroids is not None
+        assert model.index is not None
+        return model.centroids, model.index
 
     groups = max(1, round(cells**0.5))
     if groups == 1:
-        return np.asarray(means(sample, min(cells, len(sample)), POINTS).centroids)
-    first = means(sample, groups, 1024)
-    _, of = first.index.search(sample, 1)
+        return np.asarray(means(sample, min(cells, len(sample)), POINTS)[0])
+    first, index = means(sample, groups, 1024)
+    _, of = index.search(sample, 1)
     size = np.bincount(of[:, 0], minlength=groups)
     order = np.argsort(of[:, 0], kind="stable")
     ends = np.cumsum(size)
     centres = []
-    for group in _chain(first.centroids):
+    for group in _chain(first):
         if size[group]:
             share = max(1, min(int(size[group]), round(cells * size[group] / len(sample))))
             rows = sample[order[ends[group] - size[group] : ends[group]]]
-            centres.append(means(rows, share, POINTS).centroids)
+            centres.append(means(rows, share, POINTS)[0])
     return np.concatenate(centres)
 
 

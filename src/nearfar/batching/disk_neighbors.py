@@ -17,7 +17,6 @@ from uuid import uuid4
 
 import faiss
 import numpy as np
-from numpy.typing import NDArray
 
 from nearfar.arguments import choice, number, whole_number
 from nearfar.batching.base import as_ids, digest
@@ -199,7 +198,7 @@ class _Build:
         rows = np.sort(np.random.default_rng(self.seed).choice(n, size, replace=False))
         sample = checked_rows(self.source.take(rows), rows, width, self.metric)
         centres = cell_centres(sample, self.cells, self.metric == "cosine", self.seed)
-        flat: Any
+        flat: faiss.IndexFlatIP | faiss.IndexHNSWFlat
         if len(centres) <= _FLAT_CELLS:
             flat = faiss.IndexFlatIP(width)
         else:
@@ -327,9 +326,7 @@ class _Build:
         finally:
             close_index()
 
-    def finish(
-        self, probes: int, refine: int, recall: float, queries: int, names: NDArray[Any] | None
-    ) -> None:
+    def finish(self, probes: int, refine: int, recall: float, queries: int, names: np.ndarray | None) -> None:
         """Files into place; the head comes last, and says that all is there."""
         if names is not None:
             plain = names if names.dtype.kind in "iuU" else names.astype(str)
@@ -381,7 +378,7 @@ def _part(work: Path, number_: int) -> Path:
     return work / f"part-{number_:05}.faiss"
 
 
-def _write_index(index: Any, path: Path) -> None:
+def _write_index(index: faiss.Index, path: Path) -> None:
     half = path.with_name(f"{path.stem}.{uuid4().hex}.half")  # a piece may be made by two nodes at once
     faiss.write_index(index, str(half))
     half.rename(path)

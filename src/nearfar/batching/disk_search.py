@@ -49,7 +49,7 @@ class RefinedIndex:
 
     def recall(
         self, queries: NDArray[np.float32], truth: SearchResult, own: NDArray[np.int64] | None = None
-    ) -> Any:
+    ) -> tuple[float, float]:
         """The mean recall of a search for queries whose true neighbours are known, and its standard error; ``own`` are
         the rows of the queries themselves, which are no neighbours."""
         k = truth.indices.shape[1]

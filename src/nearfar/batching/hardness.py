@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -280,7 +280,7 @@ def check_harder_than_random(
             raise NearfarError(f"there are {len(rows)} embeddings, but the sampler is over {sampler.n} items")
         start = getattr(sampler, "curriculum_epoch", 0)
         first = max(sampler.epoch, start) if epoch is None else epoch
-        batches: list[Any] = []
+        batches: list[np.ndarray] = []
         for at in range(first, first + MOST_EPOCHS):
             found_batches = sampler.plan(at).batches()
             batches += found_batches

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import faiss
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from nearfar.arguments import number, whole_number
 from nearfar.batching.base import digest
 from nearfar.batching.disk_search import QUERIES, RefinedIndex, nearest_stored, padded, stored_vectors
 from nearfar.batching.neighbors import Neighbors, SearchResult
-from nearfar.data.files import Maybe, read_json
+from nearfar.data.files import Json, Maybe, read_json
 from nearfar.errors import NearfarError
 from nearfar.ids import Ids, canonical_ids
 
@@ -31,21 +31,21 @@ _ROWS = 65_536  # rows looked at together
 class _ByItem:
     """Lists in the order of the items, read from lists in the order of the file as they are asked for."""
 
-    def __init__(self, owner: MappedNeighbors, stored: NDArray[Any], named: bool) -> None:
+    def __init__(self, owner: MappedNeighbors, stored: np.ndarray, named: bool) -> None:
         self._owner, self._stored, self._named = owner, stored, named
         self.shape, self.dtype, self.ndim = stored.shape, np.dtype(np.int32 if named else np.float32), 2
 
     def __len__(self) -> int:
         return int(self.shape[0])
 
-    def __getitem__(self, which: Any) -> NDArray[Any]:
+    def __getitem__(self, which: object) -> np.ndarray:
         rows, columns = which if isinstance(which, tuple) else (which, slice(None))
         taken = np.asarray(self._stored[self._owner.rank[rows]])
         if not self._named:
             return taken[..., columns].astype(np.float32)
         return np.where(taken < 0, np.int32(-1), self._owner.positions[taken.clip(0)])[..., columns]
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
         return np.asarray(self[:], dtype)
 
 
@@ -59,7 +59,7 @@ class UnitVectors:
     def __len__(self) -> int:
         return int(self.shape[0])
 
-    def __getitem__(self, items: Any) -> NDArray[np.float32]:
+    def __getitem__(self, items: NDArray[np.integer]) -> NDArray[np.float32]:
         rows = np.asarray(self._stored[self._rank[items]], np.float32)
         if self._normalise:
             rows /= np.maximum(np.linalg.norm(rows, axis=-1, keepdims=True), 1e-12)
@@ -85,7 +85,7 @@ class MappedNeighbors(Neighbors):
     """
 
     folder: Path
-    head: dict[str, Any]
+    head: Json
     stored: NDArray[np.int32]
     stored_similarities: NDArray[np.float16]
     positions: NDArray[np.int32]
@@ -93,13 +93,13 @@ class MappedNeighbors(Neighbors):
     def __init__(self, folder: str | Path) -> None:
         self._open(as_folder(folder), None, None)
 
-    def _open(self, folder: Path, positions: NDArray[np.int32] | None, ids: NDArray[Any] | None) -> None:
+    def _open(self, folder: Path, positions: NDArray[np.int32] | None, ids: np.ndarray | None) -> None:
         if not (folder / HEAD).is_file():
             raise NearfarError(
                 f"the folder {folder} holds no finished neighbours ({HEAD} is missing); make them with "
                 "nearest_neighbors_on_disk, which goes on where it was stopped"
             )
-        head = cast("dict[str, Any]", read_json(folder / HEAD, _SHAPE))
+        head = cast("Json", read_json(folder / HEAD, _SHAPE))
         if head["format"] != _FORMAT:
             raise NearfarError(f"{folder}: format {head['format']}; this nearfar reads format {_FORMAT}")
         n, k = head["n"], head["k"]
@@ -121,7 +121,7 @@ class MappedNeighbors(Neighbors):
             object.__setattr__(self, name, value)  # Neighbors are frozen
 
     @staticmethod
-    def _map(path: Path, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
+    def _map(path: Path, shape: tuple[int, ...], dtype: type[np.generic]) -> np.ndarray:
         try:
             mapped = np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
@@ -132,11 +132,11 @@ class MappedNeighbors(Neighbors):
             )
         return np.asarray(mapped)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> Json:
         ids = None if (self.folder / "ids.npy").is_file() else self.ids
         return {"folder": self.folder, "positions": self.positions, "ids": ids}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: Json) -> None:
         self._open(state["folder"], state["positions"], state["ids"])
 
     @property

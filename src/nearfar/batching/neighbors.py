@@ -6,7 +6,6 @@ import logging
 import time
 import warnings
 from dataclasses import dataclass, replace
-from typing import Any
 
 import faiss
 import numpy as np
@@ -158,7 +157,7 @@ class Neighbors:
 
     indices: NDArray[np.int32]
     similarities: NDArray[np.float32] | None = None
-    ids: NDArray[Any] | None = None
+    ids: np.ndarray | None = None
     metric: str = "cosine"
     exact: bool = False
     index: str = "given"
@@ -283,7 +282,7 @@ def as_neighbors(neighbors: Neighbors | NDArray[np.integer] | Tensor) -> Neighbo
 
 
 def _as_sets(
-    indices: NDArray[Any], values: NDArray[np.float32] | None
+    indices: np.ndarray, values: NDArray[np.float32] | None
 ) -> tuple[NDArray[np.int32], NDArray[np.float32] | None]:
     """Checked rows in which nobody comes twice and -1 stands at the end; copies only where something changes."""
     n = len(indices)

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from typing import Any, TypeAlias
+from typing import Protocol, TypeVar
 
 import faiss
 
 __all__ = ["Pool", "in_processes", "on_ray"]
 
-#: gives the number of each task with what the function returned of it, in the order in which they are done
-Pool: TypeAlias = Callable[[Callable[[Any], Any], Sequence[Any]], Iterator[tuple[int, Any]]]
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+
+class Pool(Protocol):
+    """Gives the number of each task with what the function returned of it, in the order in which they are done."""
+
+    def __call__(
+        self, function: Callable[[Task], Result], tasks: Sequence[Task], /
+    ) -> Iterator[tuple[int, Result]]: ...
 
 
 def in_processes(processes: int) -> Pool:
@@ -21,7 +29,7 @@ def in_processes(processes: int) -> Pool:
     [(0, 3), (1, 2)]
     """
 
-    def run(function: Callable[[Any], Any], tasks: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+    def run(function: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterator[tuple[int, Result]]:
         if processes == 1 or len(tasks) < 2:
             for at, task in enumerate(tasks):
                 yield at, function(task)
@@ -31,7 +39,7 @@ def in_processes(processes: int) -> Pool:
         count = min(processes, len(tasks))
         threads = max(1, faiss.omp_get_max_threads() // processes)
         context = multiprocessing.get_context("spawn")  # FAISS's threads do not survive a fork
-        running: dict[Future[Any], int] = {}
+        running: dict[Future[Result], int] = {}
         left = iter(enumerate(tasks))
         with ProcessPoolExecutor(count, context, faiss.omp_set_num_threads, (threads,)) as pool:
             try:
@@ -50,7 +58,7 @@ def in_processes(processes: int) -> Pool:
     return run
 
 
-def on_ray(function: Callable[[Any], Any], tasks: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+def on_ray(function: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterator[tuple[int, Result]]:
     """A pool of one-CPU tasks on the connected cluster (``nearfar.cluster.connect``), whose nodes see the same files.
 
     A task whose process or node is lost is given out again.

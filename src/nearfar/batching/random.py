@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -132,7 +131,7 @@ class LengthBatchSampler(BatchSampler):
         return Plan(layout, order)
 
 
-def _one_each(name: str, value: object, needs: str, kinds: str = "iu") -> NDArray[Any]:
+def _one_each(name: str, value: object, needs: str, kinds: str = "iu") -> np.ndarray:
     """One number for each item; whole ones as int64, whatever type they came in."""
     numbers = array(name, value, needs, kinds)
     if numbers.ndim != 1:
@@ -145,7 +144,7 @@ def _one_each(name: str, value: object, needs: str, kinds: str = "iu") -> NDArra
 
 def _sorted_windows(
     order: NDArray[np.int32],
-    lengths: NDArray[Any],
+    lengths: np.ndarray,
     layout: Layout,
     window: int,
     rng: np.random.Generator,

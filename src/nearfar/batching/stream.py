@@ -6,16 +6,18 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
+from numpy.typing import ArrayLike
 from torch.utils.data import IterableDataset, get_worker_info
 
 from nearfar.arguments import flag, whole_number
-from nearfar.batching.base import _plain
+from nearfar.batching.base import BatchSampler, _plain
 from nearfar.batching.hard_negative import HardNegativeSampler
 from nearfar.batching.plan import Layout, Plan
 from nearfar.batching.window_neighbors import window_neighbors
+from nearfar.data.files import Json
 from nearfar.data.record_streams import Record, open_stream
 from nearfar.errors import NearfarError
 
@@ -31,13 +33,22 @@ class _Window:
 
     number: int
     first: int  # batch of the epoch
-    place: Any  # of the stream, before its first record
+    place: object  # of the stream, before its first record
     removed: int  # duplicates in the windows before it
     records: list[Record]
     layout: Layout
     last: bool
     dropped: int  # duplicates in it
     plan: Plan | None = None
+
+
+class _Mark(TypedDict):
+    """Where a window begins, as plain data."""
+
+    number: int
+    first: int
+    place: object
+    removed: int
 
 
 class StreamBatches(IterableDataset[Any]):
@@ -85,22 +96,22 @@ class StreamBatches(IterableDataset[Any]):
 
     def __init__(
         self,
-        source: Any,
+        source: object,
         batch_size: int,
-        vectors: str | Callable[[list[Record]], Any],
+        vectors: str | Callable[[list[Record]], ArrayLike],
         *,
         window: int = 8192,
         neighbors: int = 32,
-        sampler: Callable[..., Any] = HardNegativeSampler,
+        sampler: Callable[..., BatchSampler] = HardNegativeSampler,
         key: str | Sequence[str] | Callable[[Record], object] | None = None,
-        decode: Callable[[Record], Any] | None = None,
-        collate: Callable[[list[Any]], Any] | None = None,
+        decode: Callable[[Record], object] | None = None,
+        collate: Callable[[list[Any]], object] | None = None,
         threads: int = 1,
         seed: int = 0,
         drop_last: bool = False,
         rank: int = 0,
         world_size: int = 1,
-        **options: Any,
+        **options: object,
     ) -> None:
         self.stream = open_stream(source)
         self.batch_size, self.seed = whole_number("batch_size", batch_size, 1), whole_number("seed", seed, 0)
@@ -128,8 +139,8 @@ class StreamBatches(IterableDataset[Any]):
         self.decode, self.collate = decode, collate
         self._names = _plain({"key": key if isinstance(key, (str, list, tuple)) else str(key is not None)})
         self._epoch, self._begun, self._drawn, self._duplicates = 0, False, 0, 0
-        self._marks: list[dict[str, Any]] = []
-        self._resume: tuple[int, dict[str, Any] | None] | None = None
+        self._marks: list[_Mark] = []
+        self._resume: tuple[int, _Mark | None] | None = None
         self._pass = 0
         self._reading: Future[_Window | None] | None = None
 
@@ -203,12 +214,12 @@ class StreamBatches(IterableDataset[Any]):
                 "time. Build a second StreamBatches to read it twice"
             )
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return self.__dict__ | {"_reading": None}
 
     # ---- windows
 
-    def _composed(self, position: int, mark: Mapping[str, Any] | None) -> Iterator[_Window]:
+    def _composed(self, position: int, mark: _Mark | None) -> Iterator[_Window]:
         """Windows with plans; those that end before the position are passed over without one."""
         for window in self._windows(mark or {"number": 0, "first": 0, "place": None, "removed": 0}):
             if window.first + window.layout.steps > position:
@@ -235,9 +246,9 @@ class StreamBatches(IterableDataset[Any]):
         plan: Plan = sampler.plan(self._epoch * _EPOCH + window.number)
         return plan
 
-    def _windows(self, mark: Mapping[str, Any]) -> Iterator[_Window]:
+    def _windows(self, mark: _Mark) -> Iterator[_Window]:
         records = self.stream.start(self._epoch, mark["place"])
-        number, first, place, removed = (mark[name] for name in ("number", "first", "place", "removed"))
+        number, first, place, removed = mark["number"], mark["first"], mark["place"], mark["removed"]
         ahead: list[Record] = []  # read to see whether the stream ends
         ended = False
         while not ended:
@@ -272,14 +283,14 @@ class StreamBatches(IterableDataset[Any]):
 
     # ---- state
 
-    def _fingerprint(self) -> dict[str, Any]:
+    def _fingerprint(self) -> dict[str, object]:
         return {
             "source": self.stream.identity(), "batch_size": self.batch_size, "window": self.window,
             "neighbors": self.neighbors, "sampler": getattr(self.sampler, "__name__", "sampler"), "seed": self.seed,
             "world_size": self.world_size, "drop_last": self.drop_last, **self._names, "options": _plain(self.options),
         }  # fmt: skip
 
-    def state_dict(self, position: int | None = None) -> dict[str, Any]:
+    def state_dict(self, position: int | None = None) -> Json:
         """Plain data from which `load_state_dict` goes on; the same on every rank.
 
         ``position`` is the number of batches of the epoch that were *used*, by default those that were drawn.
@@ -295,7 +306,7 @@ class StreamBatches(IterableDataset[Any]):
             "window": before[-1] if before else None,
         }  # fmt: skip
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Go on where a state was taken: the next pass yields exactly the batches that are left of its epoch."""
         names = ("version", "fingerprint", "epoch", "position", "window")
         if (
@@ -327,14 +338,19 @@ class StreamBatches(IterableDataset[Any]):
         self._epoch, self._begun = whole_number("epoch in the state", state["epoch"], 0), False
         position = whole_number("position in the state", state["position"], 0)
         self._drawn = position
-        self._resume = (position, None if mark is None else dict(mark))
+        self._resume = (position, None)
+        if mark is not None:
+            begins = _Mark(
+                number=mark["number"], first=mark["first"], place=mark["place"], removed=mark["removed"]
+            )
+            self._resume = (position, begins)
 
 
-def _mark(window: _Window) -> dict[str, Any]:
+def _mark(window: _Window) -> _Mark:
     return {"number": window.number, "first": window.first, "place": window.place, "removed": window.removed}
 
 
-def _key_of(key: Any) -> Callable[[Record], object]:
+def _key_of(key: str | Sequence[str] | Callable[[Record], object] | None) -> Callable[[Record], object]:
     if key is None:
         return _content
     if callable(key):
@@ -345,7 +361,7 @@ def _key_of(key: Any) -> Callable[[Record], object]:
     return lambda record: _value(names[0], record[names[0]])
 
 
-def _value(name: str, value: Any) -> object:
+def _value(name: str, value: object) -> object:
     """A text or a number as it is, of anything else a digest."""
     return value if isinstance(value, (str, int)) else _content({name: value})
 

@@ -43,7 +43,8 @@ def window_neighbors(vectors: NDArray[np.floating], k: int, seed: int = 0) -> Ne
         max_points_per_centroid=_CELL,
     )  # fmt: skip
     model.train(rows)
-    centres: Any = model.centroids
+    centres = model.centroids
+    assert centres is not None
     of = (rows @ centres.T).argmax(1)
     order = np.argsort(of, kind="stable")
     ends = np.cumsum(np.bincount(of, minlength=cells))

@@ -5,14 +5,15 @@ from __future__ import annotations
 import importlib.util
 import io
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from nearfar.board.discover import Place
 from nearfar.data.files import Json
+from nearfar.data.items import Column
 from nearfar.errors import NearfarError
 from nearfar.terminal import metric_words
 from nearfar.training.run_folder import RunFolder
@@ -93,7 +94,7 @@ class EmbeddingMap:
     split: str
     among: int
     vectors: Mapping[str, np.ndarray]
-    columns: dict[str, tuple[str, list[Any]]]
+    columns: dict[str, tuple[str, Sequence[object]]]
     coordinates: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
     explained: float | None = None
 
@@ -192,7 +193,7 @@ class EmbeddingMap:
         plane = self.project(method)
         views, n = list(plane), len(self.items)
         coordinates = np.concatenate(list(plane.values()))
-        columns: dict[str, Any] = {
+        columns: dict[str, list[object] | np.ndarray | pa.Array] = {
             "id": [str(each) for each in self.items.ids] * len(views),
             "view": [view for view in views for _ in range(n)],
             "split": [self.split] * (n * len(views)),
@@ -210,7 +211,7 @@ class EmbeddingMap:
                 [None if p is None else {"bytes": p, "path": None} for p in kept], kind
             )
         for name, (_, values) in self.columns.items():
-            columns[f"{name} (column)" if name in columns else name] = values * len(views)
+            columns[f"{name} (column)" if name in columns else name] = [*values] * len(views)
         buffer = io.BytesIO()
         pq.write_table(pa.table(columns), buffer, compression="zstd")
         return buffer.getvalue()
@@ -285,7 +286,7 @@ def embedded_items(place: Place, trained: Trained, say: Say) -> EmbeddingMap:
     return EmbeddingMap(trained, chosen, split, among, vectors, columns)
 
 
-def colour_column(values: Any) -> tuple[str, list[Any]] | None:
+def colour_column(values: Column) -> tuple[str, Sequence[object]] | None:
     """A column as points are coloured by it: numbers, or a class of each; None of one that has no few classes.
 
     >>> colour_column(["a", "b", "a"]), colour_column([0.5, None, 2])
@@ -296,14 +297,16 @@ def colour_column(values: Any) -> tuple[str, list[Any]] | None:
     plain = [each.item() if isinstance(each, np.generic) else each for each in values]
     known = [each for each in plain if each is not None and each == each]
     if known and all(isinstance(each, int | float) and not isinstance(each, bool) for each in known):
-        return "number", [None if each is None or each != each else float(each) for each in plain]
+        return "number", [
+            float(each) if isinstance(each, int | float) and each == each else None for each in plain
+        ]
     if not all(isinstance(each, str | bool | int | float) for each in known):
         return None
     words = ["" if each is None else str(each) for each in plain]
     return ("class", words) if len(set(words)) <= CLASSES else None
 
 
-def item_scores(place: Place, items: Items, split: str) -> dict[str, tuple[str, list[Any]]]:
+def item_scores(place: Place, items: Items, split: str) -> dict[str, tuple[str, Sequence[object]]]:
     """Each item's scores of the final evaluation, where its ids are those of the items."""
     folder = RunFolder(place.path)
     if not folder.has("per_item.npz"):
@@ -317,7 +320,7 @@ def item_scores(place: Place, items: Items, split: str) -> dict[str, tuple[str, 
     at = [position.get(str(whole), position.get(name)) for whole, name in zip(items.ids, names, strict=True)]
     if sum(each is not None for each in at) < len(at) / 2:
         return {}
-    scores: dict[str, tuple[str, list[Any]]] = {}
+    scores: dict[str, tuple[str, Sequence[object]]] = {}
     for name, array in arrays.items():
         if (
             name.startswith(f"{split}/")

@@ -6,7 +6,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from nearfar.board.discover import Place
 from nearfar.data.cache import cache_dir, content_key
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from nearfar.serving.trained import Trained
 
 __all__ = ["Models", "compare_places", "explain_place"]
+
+Key = TypeVar("Key")
+Value = TypeVar("Value")
 
 #: trained runs that are kept in memory, each with what is searched in
 KEPT = 2
@@ -163,7 +166,7 @@ class Models:
             self._left.extend(self._keep(self._apps, place.key, app))
         return {"address": f"/use/{place.key}/", "note": note}
 
-    def app(self, key: str) -> Any:
+    def app(self, key: str) -> Guard | None:
         """The application of an opened run; None where it is not open (any more)."""
         with self._lock:
             return self._apps.get(key)
@@ -180,7 +183,7 @@ class Models:
             await server.close()
 
     @staticmethod
-    def _keep(kept: OrderedDict[Any, Any], key: Any, value: Any) -> list[Any]:
+    def _keep(kept: OrderedDict[Key, Value], key: Key, value: Value) -> list[Value]:
         """Keep a value, and give back those that are not kept any more."""
         left = [kept.pop(key)] if key in kept else []
         kept[key] = value

@@ -8,11 +8,11 @@ import json
 import logging
 import math
 import secrets
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import Body, FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
@@ -21,6 +21,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from nearfar import __version__
+from nearfar.board.discover import Place
 from nearfar.board.embedding_map import Maps, methods, stored_map
 from nearfar.board.jobs import Jobs
 from nearfar.board.models import Models, compare_places, explain_place
@@ -115,7 +116,7 @@ class _Board:
         add("/api/jobs/{identity}", self.job)
 
     # -- pages -----------------------------------------------------------------------------------------------
-    def _page(self, name: str) -> Callable[..., Any]:
+    def _page(self, name: str) -> Callable[[Request], Awaitable[Response]]:
         async def page(request: Request) -> Response:
             return self._file(request, name)
 
@@ -145,7 +146,7 @@ class _Board:
 
     async def part(self, request: Request, key: str, part: str) -> Response:
         """What is read on request: examples, sections, files, the stored map."""
-        readers: dict[str, Callable[[Any], Any]] = {
+        readers: dict[str, Callable[[Place], object]] = {
             "examples": examples_of,
             "sections": sections_of,
             "files": files_of,
@@ -238,7 +239,7 @@ def _page_files() -> dict[str, tuple[Path, str]]:
 
 
 # -- answers -------------------------------------------------------------------------------------------------
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     """Numbers that JSON has not become null."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
@@ -249,7 +250,7 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _bytes(content: Any) -> bytes:
+def _bytes(content: object) -> bytes:
     return json.dumps(_plain(content), ensure_ascii=False, allow_nan=False, default=str).encode(
         "utf-8", "backslashreplace"
     )
@@ -260,7 +261,7 @@ def _json(content: Json, status: int = 200) -> Response:
     return Response(_bytes(content), status, media_type="application/json", headers=headers)
 
 
-def _tagged(request: Request, content: Any) -> Response:
+def _tagged(request: Request, content: object) -> Response:
     """JSON that a page asks for again and again: where nothing has changed it is not sent anew."""
     body = _bytes(content)
     headers = {"cache-control": "no-cache", "etag": f'"{hashlib.sha256(body).hexdigest()[:20]}"'}

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from nearfar.board.discover import Place, find_places
 from nearfar.config.registry import role_of
@@ -192,7 +191,7 @@ def judged(place: Place) -> Json:
         return {"findings": [], "problem": str(error), "status": "broken"}
 
 
-def _findings(doctor: Mapping[str, Any]) -> list[list[str]]:
+def _findings(doctor: Json) -> list[list[str]]:
     """Severity and id of each."""
     return [[str(f.get("severity", "note")), str(f.get("id", ""))] for f in doctor.get("findings") or []]
 
@@ -254,8 +253,8 @@ def _configured(content: object) -> Json:
     }
 
 
-def _flat(content: Mapping[Any, Any], before: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def _flat(content: Mapping[object, object], before: str = "") -> dict[str, object]:
+    flat: dict[str, object] = {}
     for key, value in content.items():
         name = f"{before}{key}"
         flat |= _flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
@@ -346,14 +345,14 @@ def foreign_columns(signals: Signals) -> Json:
     return row
 
 
-def varying(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+def varying(rows: Iterable[Json]) -> list[str]:
     """The options in which runs of one system differ, without those that only say where a run is stored.
 
     >>> rows = [{"system": "pairs", "options": {"lr": lr, "epochs": 2, "name": lr}} for lr in (0.1, 0.2)]
     >>> varying(rows)
     ['lr']
     """
-    by_system: dict[str, list[Mapping[str, Any]]] = {}
+    by_system: dict[str, list[Mapping[str, object]]] = {}
     for row in rows:
         by_system.setdefault(str(row["system"]), []).append(row["options"])
     keys: dict[str, None] = {}
@@ -371,13 +370,13 @@ def varying(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     return list(keys)[:OPTIONS]
 
 
-def _differing(options: Sequence[Mapping[str, Any]]) -> set[str]:
+def _differing(options: Sequence[Mapping[str, object]]) -> set[str]:
     first = options[0]
     return {key for one in options for key in one.keys() | first.keys() if one.get(key) != first.get(key)}
 
 
-def _by_value(options: Sequence[Mapping[str, Any]], key: str) -> list[list[Mapping[str, Any]]]:
-    groups: dict[str, list[Mapping[str, Any]]] = {}
+def _by_value(options: Sequence[Mapping[str, object]], key: str) -> list[list[Mapping[str, object]]]:
+    groups: dict[str, list[Mapping[str, object]]] = {}
     for one in options:
         groups.setdefault(str(one.get(key)), []).append(one)
     return list(groups.values())

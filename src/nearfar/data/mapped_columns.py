@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nearfar.data.chunks import NewData, read_chunks
+from nearfar.data.items import Column
 from nearfar.errors import NearfarError
 
 if TYPE_CHECKING:
@@ -28,14 +29,14 @@ class IdPlaces:
     [2, -1, 0]
     """
 
-    def __init__(self, ids: Sequence[Any] | NDArray[Any]) -> None:
+    def __init__(self, ids: Column) -> None:
         self.ids = np.asarray(ids).astype(str)
         self._order = np.argsort(self.ids, kind="stable").astype(np.int32)
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    def of(self, names: Sequence[Any] | NDArray[Any]) -> NDArray[np.int64]:
+    def of(self, names: Column) -> NDArray[np.int64]:
         """The position of each name, -1 where it is unknown."""
         wanted = np.asarray(names).astype(str)
         at = np.searchsorted(self.ids, wanted, sorter=self._order).clip(max=len(self.ids) - 1)
@@ -53,13 +54,13 @@ class MappedColumn:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, positions: NDArray[np.integer]) -> list[Any]:
+    def __getitem__(self, positions: NDArray[np.integer]) -> list[object]:
         import pyarrow
 
         rows = self.rows[positions]
         order = np.argsort(rows, kind="stable")
         ends = np.searchsorted(rows[order], np.arange(len(self.batches) + 1) * _ROWS)
-        values: list[Any] = [None] * len(rows)
+        values: list[object] = [None] * len(rows)
         for batch, low, high in zip(self.batches, ends[:-1], ends[1:], strict=True):
             if high > low:
                 some = order[low:high]
@@ -68,7 +69,7 @@ class MappedColumn:
                     values[at] = value
         return values
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[object]:
         for begin in range(0, len(self), _ROWS):
             yield from self[np.arange(begin, min(begin + _ROWS, len(self)))]
 
@@ -91,7 +92,7 @@ def mapped_columns(
 
     rows, count = np.full(len(ids), -1, np.int32), 0
     schema = pyarrow.schema([(name, pyarrow.string()) for name in names])
-    waiting: dict[str, list[Any]] = {name: [] for name in names}
+    waiting: dict[str, list[object]] = {name: [] for name in names}
     with pyarrow.OSFile(str(file), "wb") as sink, pyarrow.ipc.new_file(sink, schema) as writer:
 
         def flush(size: int) -> None:

@@ -3,18 +3,39 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nearfar.arguments import array, whole_number
+from nearfar.data.items import Column
 from nearfar.errors import NearfarError
 
-__all__ = ["Positives", "groups_of", "pairs_of", "text_numbers"]
+__all__ = ["Answers", "Positives", "SparseMatrix", "groups_of", "pairs_of", "text_numbers"]
+
+
+class _Entries(Protocol):
+    """Rows and columns of what a sparse matrix holds."""
+
+    @property
+    def row(self) -> np.ndarray: ...
+
+    @property
+    def col(self) -> np.ndarray: ...
+
+
+@runtime_checkable
+class SparseMatrix(Protocol):
+    """A sparse matrix or array of SciPy."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def tocoo(self) -> _Entries: ...
 
 
 @dataclass(frozen=True)
@@ -35,13 +56,14 @@ class Positives:
     paired: bool = False
 
     @classmethod
-    def given(cls, positives: Any, n: int, m: int) -> Positives:
+    def given(cls, positives: Answers, n: int, m: int) -> Positives:
         """From what `mine_negatives_on_disk` takes."""
         if isinstance(positives, Positives):
             return positives
         if isinstance(positives, (str, Path)):
-            positives = np.load(positives, mmap_mode="r", allow_pickle=False)
-        if hasattr(positives, "tocoo"):
+            stored: np.ndarray = np.load(positives, mmap_mode="r", allow_pickle=False)
+            positives = stored
+        if isinstance(positives, SparseMatrix):
             if positives.shape != (n, m):
                 raise NearfarError(
                     f"positives are {positives.shape}, and there are {n} queries and {m} documents"
@@ -76,7 +98,11 @@ class Positives:
         return row, self.documents[first + np.arange(len(row))].astype(np.int64)
 
 
-def pairs_of(positives: Any, n: int, m: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+#: documents that answer queries, in every form that is taken
+Answers: TypeAlias = Positives | SparseMatrix | Sequence[object] | np.ndarray | str | Path | None
+
+
+def pairs_of(positives: Column | None, n: int, m: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Queries and documents of all positives, by query."""
     if positives is None:
         if n != m:
@@ -111,7 +137,7 @@ def pairs_of(positives: Any, n: int, m: int) -> tuple[NDArray[np.int64], NDArray
 
 
 def groups_of(
-    queries: Any, corpus: Any, n: int, m: int
+    queries: Column | None, corpus: Column | None, n: int, m: int
 ) -> tuple[NDArray[np.int64] | None, NDArray[np.int64] | None]:
     """Numbers that are equal where texts are."""
     if queries is None and corpus is None:
@@ -132,7 +158,7 @@ def groups_of(
     return out[0], out[1]
 
 
-def _listed(pairs: NDArray[Any], n: int, m: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _listed(pairs: np.ndarray, n: int, m: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Checked pairs, by query; those of one query keep their order."""
     pairs = array("positives", pairs, "positions of queries and documents (p, 2)", "iu")
     if pairs.shape[1] != 2:
@@ -148,7 +174,7 @@ def _listed(pairs: NDArray[Any], n: int, m: int) -> tuple[NDArray[np.int64], NDA
 
 
 def text_numbers(
-    queries: Iterable[Any] | None, corpus: Iterable[Any] | None, n: int, m: int
+    queries: Iterable[object] | None, corpus: Iterable[object] | None, n: int, m: int
 ) -> tuple[NDArray[np.int32], NDArray[np.int32]] | None:
     """Numbers that are equal where texts are, but for spaces, by 64 bits of their hash; None where there are none.
 
@@ -167,6 +193,6 @@ def text_numbers(
     return numbers[:n], numbers[n:]
 
 
-def _hash(text: Any) -> int:
+def _hash(text: object) -> int:
     whole = " ".join(str(text).split()).encode()
     return int.from_bytes(hashlib.blake2b(whole, digest_size=8).digest(), "little")

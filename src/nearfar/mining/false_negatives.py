@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
+from nearfar.data.items import Column
 from nearfar.errors import NearfarError
 from nearfar.labels import label_tensor
 from nearfar.metrics.intervals import wilson
@@ -47,9 +47,9 @@ class FalseNegatives:
 def measure_false_negatives(
     mined: Mined,
     *,
-    labels: tuple[Any, Any] | None = None,
-    texts: tuple[Sequence[Any], Sequence[Any]] | None = None,
-    guide: tuple[Any, Any] | None = None,
+    labels: tuple[Iterable[object], Iterable[object]] | None = None,
+    texts: tuple[Column, Column] | None = None,
+    guide: tuple[object, object] | None = None,
 ) -> list[FalseNegatives]:
     """The share of mined negatives that are answers, by everything that is known.
 
@@ -115,7 +115,7 @@ def shares_of(counts: Mapping[str, tuple[int, int]]) -> list[FalseNegatives]:
     return [FalseNegatives(false / n, *wilson(false / n, n), n, by) for by, (false, n) in counts.items() if n]
 
 
-def label_numbers(queries: Any, corpus: Any) -> tuple[np.ndarray, np.ndarray]:
+def label_numbers(queries: Iterable[object], corpus: Iterable[object]) -> tuple[np.ndarray, np.ndarray]:
     """Numbers of the labels of both, −1 where one is missing."""
     own, theirs = list(queries), list(corpus)
     numbers = label_tensor([*own, *theirs]).numpy()
@@ -123,13 +123,13 @@ def label_numbers(queries: Any, corpus: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 def sample_to_mark(
-    mined: Mined, queries: Sequence[Any], corpus: Sequence[Any], rows: int = 50, seed: int = 0
-) -> dict[str, list[Any]]:
+    mined: Mined, queries: Column, corpus: Column, rows: int = 50, seed: int = 0
+) -> dict[str, list[object]]:
     """Negatives drawn at random, each beside its query and positive, with an empty column ``false_negative`` to be
     marked (1 or yes where the negative is an answer, 0 or no where not)."""
     asked, place = np.nonzero(mined.negatives >= 0)
     drawn = np.sort(np.random.default_rng(seed).permutation(len(asked))[:rows])
-    table: dict[str, list[Any]] = {
+    table: dict[str, list[object]] = {
         name: [] for name in ("query", "positive", "negative", "score", "false_negative")
     }
     for i, t in zip(asked[drawn].tolist(), place[drawn].tolist(), strict=True):
@@ -146,7 +146,7 @@ def sample_to_mark(
     return table
 
 
-def read_marked(table: Mapping[str, Sequence[Any]]) -> FalseNegatives:
+def read_marked(table: Mapping[str, Sequence[object]]) -> FalseNegatives:
     """The share of false negatives from a sample that somebody marked; rows that are not marked are left out.
 
     >>> print(read_marked({"false_negative": ["yes", "no", "", "0"]}))

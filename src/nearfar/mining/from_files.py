@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nearfar.batching.mapped_neighbors import MappedNeighbors
-from nearfar.data.mapped_columns import IdPlaces, mapped_columns
+from nearfar.data.mapped_columns import IdPlaces, MappedColumn, mapped_columns
 from nearfar.data.rankings import QREL_HEADERS, read_qrels
 from nearfar.data.table_formats import PARQUET_SUFFIXES, full_suffix, parquet_header
 from nearfar.data.tables import column_key
 from nearfar.data.vector_shards import VectorShards, shards_of_table
 from nearfar.data.writing import make_folder
 from nearfar.errors import NearfarError
-from nearfar.mining.answers import Positives, text_numbers
+from nearfar.mining.answers import Answers, Positives, text_numbers
 from nearfar.mining.on_disk import MinedOnDisk, mine_negatives_on_disk
 
 __all__ = ["mine_files"]
+
+_Values: TypeAlias = np.ndarray | MappedColumn
 
 
 def mine_files(
@@ -60,12 +63,12 @@ def mine_files(
         documents = _Side(
             near.ids, near.n, views[1], documents_data, label, folder / "documents.arrow", id_column
         )
-        texts: tuple[Any, Any] | None = (queries.values, documents.values)
+        texts: tuple[_Values, _Values] | None = (queries.values, documents.values)
         if not (queries.named and documents.named):  # numbers of rows, which say nothing of each other
             texts = None
         notes: list[str] = []
         if qrels is None:
-            positives = _row_by_row(queries, documents)
+            positives: Answers = _row_by_row(queries, documents)
         else:
             positives, notes = _judged(qrels, split, queries.ids, documents.ids)
         mined = mine_negatives_on_disk(
@@ -84,7 +87,7 @@ def mine_files(
     return mined, notes
 
 
-def _vectors(source: Path, view: str, folder: Path) -> tuple[VectorShards, NDArray[Any] | None]:
+def _vectors(source: Path, view: str, folder: Path) -> tuple[VectorShards, np.ndarray | None]:
     if source.is_dir() or source.suffix.lower() == ".npy":
         return VectorShards.of(source), None
     ids = shards_of_table(source, view, folder, "--queries NAME")
@@ -96,7 +99,7 @@ class _Side:
 
     def __init__(
         self,
-        ids: NDArray[Any] | None,
+        ids: np.ndarray | None,
         rows: int,
         view: str,
         table: Path | None,
@@ -106,13 +109,14 @@ class _Side:
     ) -> None:
         self.ids = IdPlaces(np.arange(rows) if ids is None else ids)
         self.named = ids is not None or table is not None
-        self.values: Any = self.ids.ids
-        self.labels: Any = None
+        self.values: _Values = self.ids.ids
+        self.labels: MappedColumn | tuple[()] = ()
         if table is not None:
             names = [view] if label is None else [view, label]
             columns = mapped_columns(table, names, self.ids, file, id_column)
             self.values = columns[view]
-            self.labels = None if label is None else columns[label]
+            if label is not None:
+                self.labels = columns[label]
 
 
 def _row_by_row(queries: _Side, documents: _Side) -> Positives:
@@ -126,7 +130,9 @@ def _row_by_row(queries: _Side, documents: _Side) -> Positives:
     return Positives.same_query(both[0])
 
 
-def _judged(path: Path, split: str | None, queries: IdPlaces, documents: IdPlaces) -> tuple[Any, list[str]]:
+def _judged(
+    path: Path, split: str | None, queries: IdPlaces, documents: IdPlaces
+) -> tuple[Path | NDArray[np.int32], list[str]]:
     """Pairs of positions from judgments, and what cannot be used of them."""
     if path.suffix.lower() == ".npy":
         return path, []
@@ -152,7 +158,7 @@ def _judged(path: Path, split: str | None, queries: IdPlaces, documents: IdPlace
     return pairs, notes
 
 
-def _positive_ids(path: Path, split: str | None, notes: list[str]) -> Any:
+def _positive_ids(path: Path, split: str | None, notes: list[str]) -> Iterator[tuple[list[str], list[str]]]:
     """Ids of queries and of documents that answer them; Parquet is read in stretches."""
     if not (path.is_file() and full_suffix(path) in PARQUET_SUFFIXES):
         judged = read_qrels(path, split)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from jaxtyping import Float, Int
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from nearfar.arguments import choice, number, whole_number
 from nearfar.batching.neighbors import SearchResult
+from nearfar.data.items import Column
 from nearfar.errors import NearfarError
 from nearfar.mining.answers import groups_of, pairs_of
 from nearfar.mining.candidates import nearest_documents, unit_rows
@@ -29,7 +30,7 @@ __all__ = [
 ]
 
 #: scores of pairs: positions of queries and of documents, of one length, give as many scores
-Rescore = Callable[[NDArray[np.int64], NDArray[np.int64]], Any]
+Rescore = Callable[[NDArray[np.int64], NDArray[np.int64]], ArrayLike]
 
 
 class Rows(Protocol):
@@ -37,7 +38,7 @@ class Rows(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, rows: Any, /) -> NDArray[np.float32]: ...
+    def __getitem__(self, rows: NDArray[np.integer], /) -> NDArray[np.float32]: ...
 
 
 #: why a candidate is no negative, in the order in which it is asked
@@ -103,7 +104,7 @@ def summarize(
 def mine_negatives(
     queries: Float[np.ndarray, "n d"],
     corpus: Float[np.ndarray, "m d"],
-    positives: Sequence[Any] | Int[np.ndarray, " n"] | None = None,
+    positives: Sequence[object] | Int[np.ndarray, " n"] | None = None,
     *,
     per_query: int = 3,
     rank_range: tuple[int, int] = (0, 100),
@@ -111,10 +112,10 @@ def mine_negatives(
     margin_kind: Literal["absolute", "relative"] = "absolute",
     min_score: float | None = None,
     max_score: float | None = None,
-    query_texts: Sequence[Any] | None = None,
-    corpus_texts: Sequence[Any] | None = None,
+    query_texts: Column | None = None,
+    corpus_texts: Column | None = None,
     rescore: Rescore | None = None,
-    guide: tuple[Any, Any] | None = None,
+    guide: tuple[object, object] | None = None,
     guide_margin: float = 0.0,
     strategy: Literal["top", "random"] = "top",
     seed: int = 0,
@@ -378,7 +379,7 @@ def _scores(rescore: Rescore, row: NDArray[np.int64], column: NDArray[np.int64])
     return given
 
 
-def _guide(guide: Any, n: int, m: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def _guide(guide: object, n: int, m: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     if not isinstance(guide, (tuple, list)) or len(guide) != 2:
         raise NearfarError("guide is a pair: a second model's vectors of the queries and of the corpus")
     u, v = unit_rows("guide of the queries", guide[0]), unit_rows("guide of the corpus", guide[1])

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Literal
+from typing import IO, TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,7 @@ from nearfar.batching.mapped_neighbors import MappedNeighbors
 from nearfar.data.vector_shards import VectorShards
 from nearfar.data.writing import write_atomically
 from nearfar.errors import NearfarError
-from nearfar.mining.answers import Positives, text_numbers
+from nearfar.mining.answers import Answers, Positives, text_numbers
 from nearfar.mining.candidates import unit_rows
 from nearfar.mining.false_negatives import FalseNegatives, count_false, shares_of
 from nearfar.mining.mine import Mined, Rescore, Rules, mine_block, summarize
@@ -24,6 +24,7 @@ from nearfar.mining.tables import FORMATS, columns_of
 
 if TYPE_CHECKING:
     import pyarrow
+    import pyarrow.parquet
 
 __all__ = ["MinedOnDisk", "mine_negatives_on_disk"]
 
@@ -31,6 +32,18 @@ __all__ = ["MinedOnDisk", "mine_negatives_on_disk"]
 _CANDIDATES, _QUERIES = 1 << 20, 8192
 #: queries on which the search is tuned, half of them, and its recall measured
 _SAMPLE = 1000
+
+
+class ByPosition(Protocol):
+    """What stands in the cells of one side, had by positions: an array, or a column of a file."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: NDArray[np.integer], /) -> Iterable[object]: ...
+
+
+#: what stands in the cells of one side
+Cells: TypeAlias = ByPosition | list[Any] | tuple[object, ...]
 
 
 @dataclass(frozen=True)
@@ -72,7 +85,7 @@ def mine_negatives_on_disk(
     queries: object,
     corpus: MappedNeighbors | str | Path,
     output: str | Path,
-    positives: Any = None,
+    positives: Answers = None,
     *,
     per_query: int = 3,
     rank_range: tuple[int, int] = (0, 100),
@@ -80,11 +93,11 @@ def mine_negatives_on_disk(
     margin_kind: Literal["absolute", "relative"] = "absolute",
     min_score: float | None = None,
     max_score: float | None = None,
-    query_texts: Iterable[Any] | None = None,
-    corpus_texts: Iterable[Any] | None = None,
-    labels: tuple[Any, Any] | None = None,
+    query_texts: Iterable[object] | None = None,
+    corpus_texts: Iterable[object] | None = None,
+    labels: tuple[Iterable[object], Iterable[object]] | None = None,
     rescore: Rescore | None = None,
-    guide: tuple[Any, Any] | None = None,
+    guide: tuple[object, object] | None = None,
     guide_margin: float = 0.0,
     strategy: Literal["top", "random"] = "top",
     seed: int = 0,
@@ -92,8 +105,8 @@ def mine_negatives_on_disk(
     form: Literal["triplet", "n-tuple", "labeled-pair", "labeled-list"] = "n-tuple",
     names: tuple[str, str] = ("anchor", "positive"),
     scores: bool = False,
-    query_values: Any = None,
-    corpus_values: Any = None,
+    query_values: Cells | None = None,
+    corpus_values: Cells | None = None,
     advance: Callable[[int], None] = lambda _: None,
 ) -> MinedOnDisk:
     """`mine_negatives` for millions of rows, by the same rules: the table is written a stretch at a time.
@@ -177,7 +190,7 @@ def mine_negatives_on_disk(
         _Cells(corpus_values, np.arange(m) if near.ids is None else near.ids),
     )
 
-    def tables() -> Iterator[dict[str, list[Any]]]:
+    def tables() -> Iterator[dict[str, list[object]]]:
         size = max(1, min(_QUERIES, _CANDIDATES // width))
         for begin in range(0, len(rows), size):
             some = rows[begin : begin + size]
@@ -226,15 +239,21 @@ def mine_negatives_on_disk(
         recall=recall,
         sampled=sampled,
         false_negatives=shares_of(state.false),
-        **state.counts(),
+        negatives=state.negatives,
+        short=state.short,
+        empty=state.empty,
+        candidates=state.candidates,
+        left_out=state.left_out,
     )
 
 
-def _labels(labels: tuple[Any, Any], n: int, m: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+def _labels(
+    labels: tuple[Iterable[object], Iterable[object]], n: int, m: int
+) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     """Numbers of the labels of both sides, which are read once in order; -1 where one is missing."""
-    known: dict[Any, int] = {}
+    known: dict[object, int] = {}
 
-    def numbers(values: Iterable[Any]) -> Iterator[int]:
+    def numbers(values: Iterable[object]) -> Iterator[int]:
         for value in values:
             missing = value is None or value == "" or value != value
             yield -1 if missing else known.setdefault(value, len(known))
@@ -245,7 +264,7 @@ def _labels(labels: tuple[Any, Any], n: int, m: int) -> tuple[NDArray[np.int32],
     return own, theirs
 
 
-def _plain(values: Any) -> Any:
+def _plain(values: Iterable[object]) -> Iterable[object]:
     return values.tolist() if hasattr(values, "tolist") else values
 
 
@@ -273,7 +292,7 @@ class _UnitShards:
     def __len__(self) -> int:
         return self.shards.n if self.of is None else len(self.of)
 
-    def __getitem__(self, rows: Any) -> NDArray[np.float32]:
+    def __getitem__(self, rows: NDArray[np.integer]) -> NDArray[np.float32]:
         wanted, back = np.unique(rows if self.of is None else self.of[rows], return_inverse=True)
         return _unit(self.name, self.shards, wanted)[back]
 
@@ -281,7 +300,7 @@ class _UnitShards:
         return _UnitShards(self.name, self.shards, rows)
 
 
-def _guides(guide: Any, n: int, m: int) -> tuple[_UnitShards, _UnitShards]:
+def _guides(guide: object, n: int, m: int) -> tuple[_UnitShards, _UnitShards]:
     if not isinstance(guide, (tuple, list)) or len(guide) != 2:
         raise NearfarError("guide is a pair: a second model's vectors of the queries and of the corpus")
     u, v = (VectorShards.of(each) for each in guide)
@@ -295,7 +314,7 @@ def _guides(guide: Any, n: int, m: int) -> tuple[_UnitShards, _UnitShards]:
 class _Cells:
     """What stands in the cells of one side, by position."""
 
-    def __init__(self, values: Any, default: NDArray[Any]) -> None:
+    def __init__(self, values: Cells | None, default: np.ndarray) -> None:
         if values is None:
             values = default
         elif isinstance(values, (list, tuple)):
@@ -308,7 +327,7 @@ class _Cells:
             )
         self.values = values
 
-    def at(self, rows: NDArray[np.integer]) -> list[Any]:
+    def at(self, rows: NDArray[np.integer]) -> list[object]:
         some = self.values[rows]
         return some.tolist() if isinstance(some, np.ndarray) else list(some)
 
@@ -335,12 +354,8 @@ class _Totals:
             before = self.false.get(by, (0, 0))
             self.false[by] = (before[0] + wrong, before[1] + n)
 
-    def counts(self) -> dict[str, Any]:
-        names = ("negatives", "short", "empty", "candidates", "left_out")
-        return {name: getattr(self, name) for name in names}
 
-
-def _write(tables: Iterator[dict[str, list[Any]]], output: Path) -> tuple[int, list[str]]:
+def _write(tables: Iterator[dict[str, list[object]]], output: Path) -> tuple[int, list[str]]:
     """All tables into one Parquet file, one in memory at a time; its rows and columns."""
     import pyarrow
     import pyarrow.parquet
@@ -350,7 +365,7 @@ def _write(tables: Iterator[dict[str, list[Any]]], output: Path) -> tuple[int, l
     def write(file: IO[bytes]) -> None:
         nonlocal rows, columns
         schema: pyarrow.Schema | None = None
-        writer: Any = None
+        writer: pyarrow.parquet.ParquetWriter | None = None
         try:
             for each in tables:
                 if not each:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -47,7 +46,7 @@ class ScoredPairs:
         self.asked += zip(query.tolist(), document.tolist(), strict=True)
         return np.zeros(len(query))
 
-    def rows(self, queries: list[Any], documents: list[Any]) -> list[dict[str, Any]]:
+    def rows(self, queries: Sequence[object], documents: Sequence[object]) -> list[dict[str, object]]:
         """A row for each pair that was asked for, by id, with the values of both."""
         return [
             {

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Literal
 
 from nearfar.arguments import choice
+from nearfar.data.items import Column
 from nearfar.errors import NearfarError
 from nearfar.mining.mine import Mined
 
@@ -16,13 +17,13 @@ FORMATS = ("triplet", "n-tuple", "labeled-pair", "labeled-list")
 
 def mined_table(
     mined: Mined,
-    queries: Sequence[Any],
-    corpus: Sequence[Any],
+    queries: Column,
+    corpus: Column,
     form: Literal["triplet", "n-tuple", "labeled-pair", "labeled-list"] = "n-tuple",
     *,
     names: tuple[str, str] = ("anchor", "positive"),
     scores: bool = False,
-) -> dict[str, list[Any]]:
+) -> dict[str, list[object]]:
     """Columns by name, for a data frame, ``datasets.Dataset.from_dict``, or a file.
 
     ``queries`` and ``corpus`` are what stands in the cells, texts or ids. "triplet": a row for each negative.
@@ -57,22 +58,22 @@ def mined_table(
 
 def columns_of(
     mined: Mined,
-    queries: Sequence[Any],
-    corpus: Sequence[Any] | Mapping[int, Any],
+    queries: Column,
+    corpus: Column | Mapping[int, object],
     form: str,
     *,
     names: tuple[str, str],
     scores: bool,
-) -> dict[str, list[Any]]:
+) -> dict[str, list[object]]:
     """As `mined_table`, of a corpus of which the documents that occur are enough; empty where there is no row."""
     n, k = mined.negatives.shape
     first, second = names
     row, column = (each.tolist() for each in mined.pairs)
     counts, negatives, values = mined.counts.tolist(), mined.negatives.tolist(), mined.scores.tolist()
     own_scores = mined.pair_scores.tolist()
-    table: dict[str, list[Any]] = {}
+    table: dict[str, list[object]] = {}
 
-    def add(**cells: Any) -> None:
+    def add(**cells: object) -> None:
         for name, cell in cells.items():
             table.setdefault(name, []).append(cell)
 
