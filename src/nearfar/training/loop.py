@@ -33,7 +33,7 @@ from nearfar.training.state import Mean, RunState, build_optimizer, dropout_seed
 from nearfar.training.system import Evaluation, StepOutput, System, TrainSampler
 
 if TYPE_CHECKING:
-    from lightning.fabric.wrappers import _FabricOptimizer
+    from lightning_fabric.wrappers import _FabricOptimizer
 
 __all__ = ["Interrupted", "StopRequest", "TrainingLoop", "Watch", "stop_signals"]
 
