@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +22,7 @@ from nearfar.training.checkpoint import Checkpoint
 from nearfar.training.fabric import to_device
 from nearfar.training.grad_cache import cached_embeddings
 from nearfar.training.state import initial_model, load_weights
-from nearfar.training.system import System
+from nearfar.training.system import Embeddings, System
 
 __all__ = ["BatchEvaluation", "BatchEvaluator", "cosine", "norm", "run_arithmetic"]
 
@@ -128,7 +127,7 @@ class BatchEvaluator:
         }
         return BatchEvaluation(float(output.loss.detach()), record, parameters, gradients)
 
-    def _encode(self, batch: object, size: int, number: int, rows: int) -> Any:
+    def _encode(self, batch: object, size: int, number: int, rows: int) -> Embeddings:
         pieces = []
         for k, part in enumerate([batch] if size <= rows else self.system.split(batch, rows)):
             torch.manual_seed(_seed(self.seed, number, k))
@@ -138,7 +137,7 @@ class BatchEvaluator:
         whole = [torch.cat(leaves) for leaves in zip(*(leaves for leaves, _ in pieces), strict=True)]
         return pytree.tree_unflatten(whole, pieces[0][1])
 
-    def _embeddings(self, part: object) -> Any:
+    def _embeddings(self, part: object) -> Embeddings:
         if self.chunk is None:
             return self.system.encode(self.model, part)
         parts = self.system.split(part, self.chunk)

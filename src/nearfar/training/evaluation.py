@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,26 +13,29 @@ from torch.utils.data import DataLoader
 from nearfar.config.training import RunOptions
 from nearfar.training import ranks
 from nearfar.training.fabric import build_fabric
-from nearfar.training.system import Evaluation, System, collect
+from nearfar.training.system import Batch, BatchDataset, Evaluation, System, collect
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
+    from torch.utils.data import Dataset
 
 __all__ = ["consecutive", "embed_split", "evaluate", "loader", "outputs_of"]
 
 
-def _identity(batch: object) -> Any:
+def _identity(batch: Batch) -> Batch:
     return batch
 
 
-def loader(dataset: Any, batches: list[list[int]], workers: int = 0, pin: bool = False) -> DataLoader[Any]:
+def loader(
+    dataset: BatchDataset[Batch], batches: list[list[int]], workers: int = 0, pin: bool = False
+) -> DataLoader[Batch]:
     """A loader over exactly these batches of positions.
 
     The loader gets a generator of its own: without one every new iterator draws a seed from the global
     generator, and dropout would depend on how often an epoch was started.
     """
     return DataLoader(
-        dataset,
+        cast("Dataset[Batch]", dataset),
         batch_sampler=batches,
         collate_fn=_identity,
         num_workers=workers,

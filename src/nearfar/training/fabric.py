@@ -20,6 +20,7 @@ from nearfar.training import ranks
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
+    from lightning_fabric.wrappers import _FabricModule
 
 __all__ = ["build_fabric", "check_devices", "distribute", "processes_to_start", "to_device"]
 
@@ -136,7 +137,7 @@ def _without_torchmetrics() -> Iterator[None]:
             del sys.modules["torchmetrics"]
 
 
-def distribute(fabric: Fabric, module: nn.Module) -> Any:
+def distribute(fabric: Fabric, module: nn.Module) -> _FabricModule:
     """The module on its device, wrapped for DDP where there are several processes."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*`broadcast_buffers` is deprecated.*")

@@ -53,7 +53,7 @@ VARIABLES = (
     "MASTER_PORT",
 )
 
-_store: Any = None
+_store: dist.Store | None = None
 _parent: int | None = None
 _asked = False
 

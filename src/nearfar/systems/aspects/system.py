@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from nearfar.batching import BatchSampler, LengthBatchSampler
-from nearfar.data.batch import Batch, ItemDataset, Rows
+from nearfar.data.batch import Batch, Field, ItemDataset, Rows
 from nearfar.data.cache import content_key
 from nearfar.data.chunks import NewData
 from nearfar.data.files import Json
@@ -212,12 +212,12 @@ class AspectSystem(System[Batch, AspectModel]):
             for name, value in weights.items()
         }
 
-    def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+    def parameter_groups(self, model: nn.Module) -> list[Json]:
         """Weight decay for matrices that are no embeddings; a pretrained encoder has its own learning rate."""
         assert isinstance(model, AspectModel)
         rate = self.tower.lr
         tables = [m.weight for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
-        groups: list[dict[str, Any]] = []
+        groups: list[Json] = []
         for parameters, lr in ((model.encoder.parameters(), rate), (model.heads(), None)):
             trained = [p for p in parameters if p.requires_grad]
             plain = [p for p in trained if p.ndim < 2 or any(p is table for table in tables)]
@@ -356,7 +356,7 @@ class AspectSystem(System[Batch, AspectModel]):
         """The tower of the only view, the text."""
         return {"text": self.tower}
 
-    def embed_view(self, model: AspectModel, view: str, field: Any) -> Tensor:
+    def embed_view(self, model: AspectModel, view: str, field: Field) -> Tensor:
         """The review as one vector, the mean over its aspects."""
         return model.encode(cast(TokenBatch, field)).mean(dim=1)
 
@@ -380,6 +380,6 @@ class AspectSystem(System[Batch, AspectModel]):
     def new_dataset(self, items: Items) -> ItemDataset:
         return ItemDataset({"text": self.tower.read(items.texts("text"))})
 
-    def predictions(self, outputs: Mapping[str, Tensor], items: Items) -> Mapping[str, Sequence[Any]]:
+    def predictions(self, outputs: Mapping[str, Tensor], items: Items) -> Mapping[str, Sequence[object]]:
         """The aspects that each review mentions and their polarity, with probabilities: see `answer_columns`."""
         return answer_columns(self.scheme, self.decision, outputs["probabilities"].double().numpy())
