@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -69,7 +69,7 @@ class Items:
     def __contains__(self, name: object) -> bool:
         return name in self.columns
 
-    def __getitem__(self, name: str) -> Column:
+    def __getitem__(self, name: str) -> Sequence[Any] | np.ndarray:  # who asks for a column knows its values
         if name not in self.columns:
             raise NearfarError(f"{self.source} have no column '{name}'; {nearest_name(name, self.columns)}")
         return self.columns[name]
