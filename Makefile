@@ -2,8 +2,9 @@
 PYTHON ?= python3.11
 VENV   := .venv
 BIN    := $(VENV)/bin
-# processes that share the tests, and threads of each: PyTorch's own would stand in each other's way
-JOBS   ?= 2
+# processes that share the tests: one more than two cores have, since a quarter of the time is spent waiting (for a lost
+# machine, a browser, a database); and threads of each: PyTorch's own would stand in each other's way
+JOBS   ?= 3
 # bytecode is kept, whatever the shell says: compiling every test anew takes as long as running many of them
 TESTS  := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(JOBS) --dist loadfile
 STAMP  := $(VENV)/.installed
