@@ -148,7 +148,8 @@ def test_the_site_is_searched_in_the_browser(page: Any, site: Path, width: int) 
         if not page.is_visible("input[name=query]"):
             page.click("label.md-header__button[for=__search]")
         page.fill("input[name=query]", "hardness")
-        page.wait_for_selector(".md-search-result__item a", state="attached", timeout=20_000)
+        # the index is built in the browser: seconds, and many of them where other tests hold the cores
+        page.wait_for_selector(".md-search-result__item a", state="attached", timeout=120_000)
         results = page.eval_on_selector_all(
             ".md-search-result__item a", "links => links.map(link => link.href)"
         )
