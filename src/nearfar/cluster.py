@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from nearfar.errors import NearfarError
 
 if TYPE_CHECKING:
+    from ray import ObjectRef
     from ray.actor import ActorHandle
     from ray.util.placement_group import PlacementGroup
 
@@ -131,7 +132,8 @@ def each(function: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterator[
     import ray
 
     remote: Any = ray.remote(function).options(num_cpus=1, max_retries=RETRIES, scheduling_strategy="SPREAD")
-    left, running = iter(enumerate(tasks)), {}  # type: ignore[var-annotated]
+    left = iter(enumerate(tasks))
+    running: dict[ObjectRef, int] = {}
     try:
         while True:
             ahead = 2 * max(1, int(total("CPU")))

@@ -138,22 +138,22 @@ def tune(
     with connect("nearfar tune", cpus=cpus):
         wants_gpu = first.trainer.accelerator in ("gpu", "cuda")
         gpus = int(wants_gpu or (first.trainer.accelerator == "auto" and total("GPU") > 0))
-        found = _search(
+        ended = _search(
             fixed, drawn, first, name, home, trials, prune, at_once, {"CPU": cpus, "GPU": gpus}, say
         )
-        finished = [each for each in found if each.objective is not None and not each.pruned]
+        finished = [each for each in ended if each.objective is not None and not each.pruned]
         if not finished:
             raise NearfarError(
-                f"{home.path}: no trial has finished ({found[0].error if found else 'none began'})."
+                f"{home.path}: no trial has finished ({ended[0].error if ended else 'none began'})."
             )
         sign = -1 if lower_is_better(build_system(first).monitor) else 1
         best = max(finished, key=lambda each: sign * (each.objective or 0.0))
-        home.write_json("search.json", {"best": best.run, "trials": [asdict(each) for each in found]})
+        home.write_json("search.json", {"best": best.run, "trials": [asdict(each) for each in ended]})
         chosen = [f"{key}={value}" for key, value in best.values.items()]
-        pruned = sum(each.pruned for each in found)
+        pruned = sum(each.pruned for each in ended)
         score = f"{best.objective:.4f} on validation"
-        say(f"best of {len(found)} trials ({pruned} ended early): {' '.join(chosen)}, {score}")
-        for each in found:
+        say(f"best of {len(ended)} trials ({pruned} ended early): {' '.join(chosen)}, {score}")
+        for each in ended:
             if each.error is not None:
                 say(f"failed: {each.run}: {each.error}")
         if not judge:

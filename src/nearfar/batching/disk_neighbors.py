@@ -167,8 +167,8 @@ class _Build:
             write_json(self.work / "key.json", key)
         self.seconds: dict[str, float] = self._read("seconds.json") or {}
         need = source.n * (2 * self.width + 6 * k + self.width // 2 + 24)
-        there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-        free = shutil.disk_usage(folder).free + there
+        own = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        free = shutil.disk_usage(folder).free + own
         if need > free:
             raise NearfarError(
                 f"{folder}: about {need / 1e9:.1f} GB are needed on disk, and {free / 1e9:.1f} GB are free; name "

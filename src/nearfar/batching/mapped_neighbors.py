@@ -238,12 +238,14 @@ class MappedNeighbors(Neighbors):
         # As many candidates are compared exactly as for the lists, though fewer may be asked for.
         index.refine = refine * max(1.0, self.k / k)
         indices, values = np.empty((len(rows), k), np.int32), np.empty((len(rows), k), np.float32)
-        for begin in range(0, len(rows), QUERIES):
-            part = slice(begin, begin + QUERIES)
-            similarity, row = index.search(self._wide(rows[part]), k)
-            values[part] = np.where(row < 0, -np.inf, similarity)
-            indices[part] = np.where(row < 0, -1, self.positions[row.clip(0)])
-        index.refine = refine
+        try:
+            for begin in range(0, len(rows), QUERIES):
+                part = slice(begin, begin + QUERIES)
+                similarity, row = index.search(self._wide(rows[part]), k)
+                values[part] = np.where(row < 0, -np.inf, similarity)
+                indices[part] = np.where(row < 0, -1, self.positions[row.clip(0)])
+        finally:
+            index.refine = refine
         how = f"IVF-PQ, {index.cells} cells, {index.probes} probes, best {refine:g} k compared exactly"
         return SearchResult(indices, values, self.exact, how, recall or 0.0, queried)
 

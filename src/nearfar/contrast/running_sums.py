@@ -200,8 +200,8 @@ class RunningSums:
 
     def count(self, logits: Tensor, at: slice, axis: int, weights: Tensor | None = None) -> None:
         """Count the candidates that a mask has left in the rest, by their weights where it has any."""
-        there = is_unmasked(logits).to(logits.dtype)
-        self._add("left", at, (there if weights is None else there.mul_(weights)).sum(axis))
+        left = is_unmasked(logits).to(logits.dtype)
+        self._add("left", at, (left if weights is None else left.mul_(weights)).sum(axis))
 
     # -- all tiles -------------------------------------------------------------------------------------------
     def results(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:

@@ -194,7 +194,7 @@ def _values(column: pyarrow.Array) -> list[object]:
     rows: list[object] = [flat[begin:end] for begin, end in pairwise(bounds.tolist())]
     if column.null_count:
         present = column.is_valid().to_pylist()
-        rows = [row if there else None for row, there in zip(rows, present, strict=True)]
+        rows = [row if valid else None for row, valid in zip(rows, present, strict=True)]
     return rows
 
 

@@ -162,11 +162,11 @@ def shards_of_table(path: Path, column: str, folder: Path, naming: str) -> Shape
 
     def batches() -> Iterator[Float[np.ndarray, "rows d"]]:
         for items in read_chunks(NewData(path, rows=16_384), {column: [column]}):
-            there = items.present(column)
-            if not there.all():
-                first = items.ids[int(there.argmin())]
+            present = items.present(column)
+            if not present.all():
+                first = items.ids[int(present.argmin())]
                 raise NearfarError(
-                    f"{path}: {int((~there).sum())} rows have no '{column}' (first: {first!r}); leave them out, or "
+                    f"{path}: {int((~present).sum())} rows have no '{column}' (first: {first!r}); leave them out, or "
                     f"name a different column with {naming}."
                 )
             ids.append(np.asarray(items.ids))

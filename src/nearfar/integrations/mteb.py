@@ -95,9 +95,9 @@ class RunEncoder:
             return wanted
         texts = [view for view in views if self.trained.kind(view) == "text"]
         if len(texts) != 1:
-            there = ", ".join(f"{view} ({self.trained.kind(view)})" for view in self.trained.views) or "none"
+            known = ", ".join(f"{view} ({self.trained.kind(view)})" for view in self.trained.views) or "none"
             raise NearfarError(
-                f"{self.trained.name} has the views {there}: say which one encodes what, as query_view= and "
+                f"{self.trained.name} has the views {known}: say which one encodes what, as query_view= and "
                 "document_view=; mteb has texts and pictures"
             )
         return texts[0]

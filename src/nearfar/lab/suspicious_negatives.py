@@ -134,7 +134,7 @@ def _embedded(
     """Unit vectors of every view of the training items, and which items have it."""
     dataset, size = system.datasets["train"], len(system.splits["train"])
     parts: dict[str, list[np.ndarray]] = {view: [] for view in system.views}
-    there: dict[str, list[np.ndarray]] = {view: [] for view in system.views}
+    present: dict[str, list[np.ndarray]] = {view: [] for view in system.views}
     with torch.no_grad():
         for start in range(0, size, _BATCH):
             positions = list(range(start, min(start + _BATCH, size)))
@@ -144,12 +144,12 @@ def _embedded(
                 rows = torch.nn.functional.normalize(embeddings[view].double(), dim=1)
                 parts[view].append(rows.float().numpy())
                 known = f"{PRESENT}{view}"
-                there[view].append(
+                present[view].append(
                     batch.tensor(known).numpy() if known in batch else np.ones(len(positions), bool)
                 )
     return (
         {view: np.concatenate(rows) for view, rows in parts.items()},
-        {view: np.concatenate(flags) for view, flags in there.items()},
+        {view: np.concatenate(flags) for view, flags in present.items()},
     )
 
 

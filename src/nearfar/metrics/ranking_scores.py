@@ -226,9 +226,9 @@ def _sentences(lists: RankedLists, judged: RankedLists, documents: object, depth
     if equal:
         yield f"{name}: {equal} lists hold equal scores; every order of these counts alike."
     if isinstance(documents, (Mapping, set, frozenset, list, tuple)):
-        there = documents if isinstance(documents, (Mapping, set, frozenset)) else set(documents)
+        collection = documents if isinstance(documents, (Mapping, set, frozenset)) else set(documents)
         for each, what in ((lists, "ranked"), (judged, "judged")):
-            outside = sorted({d for own in each.values() for d in own if d not in there})
+            outside = sorted({d for own in each.values() for d in own if d not in collection})
             if outside:
                 yield f"{each.source}: {len(outside)} {what} documents are not in the collection ({_names(outside)})."
 

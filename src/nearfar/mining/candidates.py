@@ -54,8 +54,8 @@ def nearest_documents(
     others; where that would cost as much as all pairs, these are compared. ``indices`` (n, k) are −1 where there is
     nothing more.
 
-    >>> found = nearest_documents(np.eye(2, dtype=np.float32), np.eye(3, 2, dtype=np.float32), 2)
-    >>> found.indices.tolist(), found.recall
+    >>> nearest = nearest_documents(np.eye(2, dtype=np.float32), np.eye(3, 2, dtype=np.float32), 2)
+    >>> nearest.indices.tolist(), nearest.recall
     ([[0, 1], [1, 0]], 1.0)
     """
     queries, corpus = np.ascontiguousarray(queries, np.float32), np.ascontiguousarray(corpus, np.float32)
@@ -68,9 +68,9 @@ def nearest_documents(
     if not len(queries) or not k:
         raise NearfarError(f"{len(queries)} queries and {len(corpus)} documents: nothing can be searched")
     if len(queries) * len(corpus) > _PAIRS and min_recall < 1 and len(queries) > 2 * _SAMPLE:
-        found = _inverted(queries, corpus, k, min_recall, seed)
-        if found is not None:
-            return found
+        nearest = _inverted(queries, corpus, k, min_recall, seed)
+        if nearest is not None:
+            return nearest
     flat = faiss.IndexFlatIP(corpus.shape[1])
     flat.add(corpus)
     return _search(flat, queries, k)
@@ -123,11 +123,11 @@ def _inverted(
         probes = min(2 * probes, cells)
     if cost > all_pairs:
         return None
-    found = _search(index, queries, k)
-    short = np.flatnonzero((found.indices < 0).any(1))
+    nearest = _search(index, queries, k)
+    short = np.flatnonzero((nearest.indices < 0).any(1))
     if len(short):  # too few documents in the probed cells: rare, and answered exactly
         better = _search(flat, queries[short], k)
-        found.indices[short], found.similarities[short] = better.indices, better.similarities
-    found.exact, found.recall, found.queries = False, recall, _SAMPLE
-    found.index = f"IVF, {cells} cells, {probes} probes"
-    return found
+        nearest.indices[short], nearest.similarities[short] = better.indices, better.similarities
+    nearest.exact, nearest.recall, nearest.queries = False, recall, _SAMPLE
+    nearest.index = f"IVF, {cells} cells, {probes} probes"
+    return nearest

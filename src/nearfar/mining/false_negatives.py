@@ -105,8 +105,8 @@ def count_false(
         u, v = guide
         _, known_ = weakest(row, column, dots(u, v, row, column), len(mined.negatives))
         judged = dots(u, v, asked, document)
-        there = ~np.isnan(known_[asked])
-        false["by the guide (likely)"] = (judged >= known_[asked] - 1e-6)[there]
+        answered = ~np.isnan(known_[asked])
+        false["by the guide (likely)"] = (judged >= known_[asked] - 1e-6)[answered]
     return {by: (int(each.sum()), len(each)) for by, each in false.items()}
 
 

@@ -169,19 +169,20 @@ def _positive_ids(path: Path, split: str | None, notes: list[str]) -> Iterator[t
         ]
         yield [query for query, _ in listed], [document for _, document in listed]
         return
+    import pyarrow.compute
     import pyarrow.parquet
 
     known = {column_key(name): name for name in parquet_header(path)}
-    found = [
+    headers = [
         next((known[column_key(each)] for each in names if column_key(each) in known), None)
         for names in QREL_HEADERS
     ]
-    query, document, grade = found
+    query, document, grade = headers
     if query is None or document is None:
         raise NearfarError(
             f"{path} has the columns {', '.join(known.values())}; query_id and doc_id are needed."
         )
-    columns = [name for name in found if name is not None]
+    columns = [name for name in headers if name is not None]
     for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1 << 18, columns=columns):
         if grade is not None:
             batch = batch.filter(pyarrow.compute.greater(batch[grade], 0))

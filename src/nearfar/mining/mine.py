@@ -78,7 +78,7 @@ class Mined:
         return replace(self, pairs=(row[which], column[which]), pair_scores=self.pair_scores[which])
 
     def summary(self) -> list[str]:
-        """What was found and what was left out, in a few lines."""
+        """What was mined and what was left out, in a few lines."""
         counts, wanted = self.counts, self.negatives.shape[1]
         how = "all pairs" if self.exact else f"{self.index}; recall {self.recall:.4f} on a sample"
         few = int((counts < wanted).sum()), int((counts == 0).sum())
@@ -159,10 +159,10 @@ def mine_negatives(
     n, m = len(own), len(documents)
     row, column = pairs_of(positives, n, m)
     most = int(np.bincount(row, minlength=n).max()) if len(row) else 0
-    found = nearest_documents(own, documents, rules.width(most, m), min_recall, rules.seed)
+    nearest = nearest_documents(own, documents, rules.width(most, m), min_recall, rules.seed)
     return mine_block(
         rules,
-        found,
+        nearest,
         own,
         documents,
         (row, column),
@@ -232,7 +232,7 @@ class Rules:
 
 def mine_block(
     rules: Rules,
-    found: SearchResult,
+    nearest: SearchResult,
     own: NDArray[np.float32],
     documents: Rows,
     pairs: tuple[NDArray[np.int64], NDArray[np.int64]],
@@ -249,7 +249,7 @@ def mine_block(
     all documents.
     """
     n, m, (row, column) = len(own), len(documents), pairs
-    indices, scores = found.indices.astype(np.int64), found.similarities.astype(np.float64)
+    indices, scores = nearest.indices.astype(np.int64), nearest.similarities.astype(np.float64)
     asked = np.arange(n)[:, None]
     left = dict.fromkeys(REASONS, 0)
     alive = indices >= 0
@@ -315,9 +315,9 @@ def mine_block(
         pair_scores,
         left,
         candidates,
-        found.exact,
-        found.index,
-        found.recall,
+        nearest.exact,
+        nearest.index,
+        nearest.recall,
     )
 
 
@@ -379,12 +379,23 @@ def _scores(rescore: Rescore, row: NDArray[np.int64], column: NDArray[np.int64])
     return given
 
 
-def _guide(guide: object, n: int, m: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def guide_sides(guide: object) -> tuple[object, object]:
+    """A second model's vectors of the queries, and those of the corpus."""
     if not isinstance(guide, (tuple, list)) or len(guide) != 2:
         raise NearfarError("guide is a pair: a second model's vectors of the queries and of the corpus")
-    u, v = unit_rows("guide of the queries", guide[0]), unit_rows("guide of the corpus", guide[1])
-    if (len(u), len(v)) != (n, m) or u.shape[1] != v.shape[1]:
-        raise NearfarError(f"guide holds vectors {u.shape} and {v.shape}; ({n}, g) and ({m}, g) are needed")
+    return guide[0], guide[1]
+
+
+def check_guide(queries: tuple[int, ...], corpus: tuple[int, ...], n: int, m: int) -> None:
+    """``NearfarError`` for shapes of a guide that do not fit ``n`` queries and ``m`` documents, or each other."""
+    if (queries[0], corpus[0]) != (n, m) or queries[1] != corpus[1]:
+        raise NearfarError(f"guide holds vectors {queries} and {corpus}; ({n}, g) and ({m}, g) are needed")
+
+
+def _guide(guide: object, n: int, m: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    queries, corpus = guide_sides(guide)
+    u, v = unit_rows("guide of the queries", queries), unit_rows("guide of the corpus", corpus)
+    check_guide(u.shape, v.shape, n, m)
     return u, v
 
 

@@ -19,7 +19,7 @@ from nearfar.errors import NearfarError
 from nearfar.mining.answers import Answers, Positives, text_numbers
 from nearfar.mining.candidates import unit_rows
 from nearfar.mining.false_negatives import FalseNegatives, count_false, shares_of
-from nearfar.mining.mine import Mined, Rescore, Rules, mine_block, summarize
+from nearfar.mining.mine import Mined, Rescore, Rules, check_guide, guide_sides, mine_block, summarize
 from nearfar.mining.tables import FORMATS, columns_of
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class MinedOnDisk:
     false_negatives: list[FalseNegatives] = field(default_factory=list)
 
     def summary(self) -> list[str]:
-        """What was found and what was left out, in a few lines."""
+        """What was mined and what was left out, in a few lines."""
         how = f"{self.index}; recall {self.recall:.4f} on a sample"
         lines = summarize(
             self.queries, self.negatives, how, self.left_out, self.per_query, (self.short, self.empty)
@@ -301,13 +301,8 @@ class _UnitShards:
 
 
 def _guides(guide: object, n: int, m: int) -> tuple[_UnitShards, _UnitShards]:
-    if not isinstance(guide, (tuple, list)) or len(guide) != 2:
-        raise NearfarError("guide is a pair: a second model's vectors of the queries and of the corpus")
-    u, v = (VectorShards.of(each) for each in guide)
-    if (u.n, v.n) != (n, m) or u.dim != v.dim:
-        raise NearfarError(
-            f"guide holds vectors {(u.n, u.dim)} and {(v.n, v.dim)}; ({n}, g) and ({m}, g) are needed"
-        )
+    u, v = (VectorShards.of(each) for each in guide_sides(guide))
+    check_guide((u.n, u.dim), (v.n, v.dim), n, m)
     return _UnitShards("guide of the queries", u), _UnitShards("guide of the corpus", v)
 
 

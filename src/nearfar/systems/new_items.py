@@ -134,4 +134,4 @@ def _only(values: Column, present: np.ndarray) -> Column:
         values = values.copy()
         values[~present] = np.nan
         return values
-    return [value if there else None for value, there in zip(values, present.tolist(), strict=True)]
+    return [value if has else None for value, has in zip(values, present.tolist(), strict=True)]

@@ -165,12 +165,12 @@ def _no_room(signals: Signals) -> Evidence | None:
             "a score of finding one's own (R@1, MRR), the loss, and the size of the batch are needed"
         )
     name = main_metric(signals, list(scores)) or next(iter(scores))
-    found = scores[name] >= FOUND or metric_learns(signals)
+    finds = scores[name] >= FOUND or metric_learns(signals)
     guess, late = math.log(candidates) if candidates >= MANY else 0.0, loss.tail()
     quarters = [float(part.mean()) for part in np.array_split(loss.numbers, 4)] if len(loss) >= 8 else []
     if not quarters or abs(quarters[2] - quarters[3]) > STANDS:
         return None  # it may fall further
-    if not found or not guess - NEAR_GUESSING < late.mean() < guess:
+    if not finds or not guess - NEAR_GUESSING < late.mean() < guess:
         return None
     return Evidence(
         f"The loss is {late.mean():.3f} in {late.where_text()}, where guessing among {candidates:.0f} costs "
