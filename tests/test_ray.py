@@ -57,13 +57,15 @@ class Nodes:
                 return self.cluster.add_node(num_cpus=1)
         return self.cluster.add_node(num_cpus=1)
 
-    def replace(self, number: int) -> None:
-        """A node is gone, with all its processes, from one moment to the next; a new one joins."""
-        self.cluster.remove_node(self.nodes[number], allow_graceful=False)
+    def replace(self, *numbers: int) -> None:
+        """Nodes are gone, with all their processes, from one moment to the next; as many new ones join."""
+        for number in numbers:
+            self.cluster.remove_node(self.nodes[number], allow_graceful=False)
         self.cluster._shutdown_at_exit = (
             False  # its handlers belong to the main thread; the fixture ends the node
         )
-        self.nodes[number] = self.add()
+        for number in numbers:
+            self.nodes[number] = self.add()
 
 
 @pytest.fixture(scope="module")
@@ -205,19 +207,20 @@ def test_a_view_that_the_run_lacks_is_refused_before_an_encoder_starts(
 
 
 # -- search --------------------------------------------------------------------------------------------------
-def test_a_lost_node_takes_no_trial_with_it(
+def test_lost_nodes_take_no_trial_with_them(
     nodes: Nodes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The trial of the lost node goes on from its checkpoint: every epoch of each is trained once."""
+    """The trial of a lost node goes on from its checkpoint: every epoch of each is trained once."""
     epochs = 24
     fixed = options(tmp_path, "search", "trainer.devices=1", f"epochs={epochs}")
     home = tmp_path / "search" / "search"
 
-    def both_at_work() -> bool:
+    def at_work() -> bool:
         logs = [log.read_text().count('"kind": "epoch"') for log in home.glob("*/train_log.jsonl")]
-        return sum(2 <= done < epochs - 10 for done in logs) == 2
+        return any(2 <= done < epochs - 10 for done in logs)
 
-    breaking = when(both_at_work, lambda: nodes.replace(0))
+    # both nodes: which of them has that trial is not known here, and on busy cores trials seldom overlap
+    breaking = when(at_work, lambda: nodes.replace(0, 1))
     drawn = ["lr=tag(log,interval(1e-4,1e-1))", "embedding_dim=4,8"]
     assert tune([*fixed, *drawn], trials=3, judge=0, console=console()) is None
     breaking.join()

@@ -372,7 +372,7 @@ def test_altered_copies_and_keeps_the_record_of_overrides() -> None:
     assert (result.lr, result.hard_ratio, result.sampler) == (
         2,
         "0.3 -> 0.6",
-        {"name": "hard", "order": "level"},
+        {"name": "hard", "order": "level", "neighbors": None},
     )
     assert config.lr == 0.01
     old = to_dict(config)
