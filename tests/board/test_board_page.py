@@ -14,17 +14,16 @@ import pytest
 
 pytest.importorskip("fastapi", reason="needs the extra board")
 pytest.importorskip("plotly", reason="needs the extra board")
-pytest.importorskip("playwright.sync_api", reason="needs playwright, which drives a browser")
-
-from playwright.sync_api import sync_playwright
 
 from board_runs import HOSTILE_NAME, mixed, reseeded
 from doctor_runs import at_chance, write_run
+from lazily import Lazily
 from nearfar.board.discover import key_of
 from nearfar.board.server import build_board
 from nearfar.training.run_folder import RunFolder
 from served import HOSTILE, serving, train_pictures
 
+playwright = Lazily("playwright.sync_api", reason="needs playwright, which drives a browser")
 BROWSER = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
 )
@@ -56,7 +55,7 @@ def address(root: Path) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    with sync_playwright() as driver:
+    with playwright.sync_playwright() as driver:
         # root has no sandbox in a container; elsewhere it stays on
         flags = ["--no-sandbox"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
         chromium = driver.chromium.launch(executable_path=BROWSER, args=flags)

@@ -6,49 +6,29 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
-
-pytest.importorskip("lightning")
-
-import lightning as L
-import numpy as np
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, TensorDataset
 
+from lazily import Lazily
 from nearfar.batching import HardNegativeSampler, RandomBatchSampler, nearest_neighbors
-from nearfar.integrations.lightning import WatchCallback
 from nearfar.integrations.pytorch import retrieval_scores
-from nearfar.losses import InfoNCELoss
+
+L = Lazily("lightning")
+callbacks = Lazily("lightning.pytorch.callbacks")
+ours = Lazily("nearfar.integrations.lightning")
+modules = Lazily("lightning_modules")
 
 GENERATOR = torch.Generator().manual_seed(0)
 KEYS = torch.randn(128, 8, generator=GENERATOR)
 ROWS = KEYS @ torch.randn(8, 12, generator=GENERATOR)
 
 
-class Encoder(L.LightningModule):
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(12, 32), nn.ReLU(), nn.Linear(32, 8))
-        self.loss = InfoNCELoss(0.1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.net(x)
-        return out
-
-    def training_step(self, batch: list[Tensor], index: int) -> Tensor:
-        value: Tensor = self.loss(self(batch[0]), batch[1])
-        return value
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.Adam(self.parameters(), 1e-2)
-
-
-def fit(folder: Path, epochs: int, checkpoint: Path | None = None, **options: Any) -> WatchCallback:
+def fit(folder: Path, epochs: int, checkpoint: Path | None = None, **options: Any) -> Any:
     torch.manual_seed(0)
-    model = Encoder()
-    watch = WatchCallback(
+    model = modules.Encoder()
+    watch = ours.WatchCallback(
         folder / "run",
         probe=lambda module: module(ROWS[:32]),
         evaluate=lambda module: retrieval_scores(module(ROWS), KEYS, bootstrap=100),
@@ -99,35 +79,19 @@ def test_accumulated_losses_are_those_of_a_batch(tmp_path: Path) -> None:
     assert first[1] == pytest.approx(first[0], rel=0.3)  # not half of it
 
 
-class Noted(L.LightningModule):
-    """Keeps which rows it was given."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net, self.rows = nn.Linear(1, 1), []
-
-    def training_step(self, batch: list[Tensor], index: int) -> Tensor:
-        self.rows.append((self.current_epoch, tuple(batch[0].tolist())))
-        value: Tensor = self.net(batch[0].float()[:, None]).mean()
-        return value
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), 1e-4)
-
-
 @pytest.mark.parametrize("kind", ["random", "hard"])
 def test_a_sampler_goes_on_in_the_middle_of_an_epoch(tmp_path: Path, kind: str) -> None:
     points = np.random.default_rng(0).standard_normal((24, 4)).astype(np.float32)
 
-    def fit(name: str, checkpoint: Path | None = None) -> Noted:
+    def fit(name: str, checkpoint: Path | None = None) -> Any:
         sampler = (
             RandomBatchSampler(24, 4, seed=1)
             if kind == "random"
             else HardNegativeSampler(nearest_neighbors(points, 6), 4, seed=1)
         )
-        watch = WatchCallback(tmp_path / name / "run", sampler=sampler, quiet=True)
-        kept = ModelCheckpoint(tmp_path / name, "{step}", every_n_train_steps=3, save_top_k=-1)
-        model = Noted()
+        watch = ours.WatchCallback(tmp_path / name / "run", sampler=sampler, quiet=True)
+        kept = callbacks.ModelCheckpoint(tmp_path / name, "{step}", every_n_train_steps=3, save_top_k=-1)
+        model = modules.Noted()
         trainer = L.Trainer(
             max_epochs=3, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
             callbacks=[kept, watch],

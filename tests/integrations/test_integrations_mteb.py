@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 
+from lazily import Lazily
 from nearfar.errors import NearfarError
 from nearfar.integrations.mteb import encoder
 from nearfar.lab.rankings import Judged, RankingOptions, compare_rankings
 from nearfar.metrics import score_ranking
 
-mteb = pytest.importorskip("mteb")
+mteb = Lazily("mteb")
 
 WORDS = ("river", "stone", "cloud", "forest", "harbour", "candle", "ladder", "mirror")
 CORPUS = {f"d{i}": f"{a} and {b}" for i, (a, b) in enumerate((a, b) for a in WORDS for b in WORDS if a < b)}

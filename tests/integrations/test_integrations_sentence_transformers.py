@@ -7,7 +7,7 @@ import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -16,16 +16,18 @@ import yaml
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-pytest.importorskip("sentence_transformers")
-
-from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer import losses as theirs
-
 import losses_of_others
+from lazily import Lazily
 from nearfar import verify
 from nearfar.cli import app
 from nearfar.errors import NearfarError
-from nearfar.integrations import sentence_transformers as ours
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+library = Lazily("sentence_transformers")
+theirs = Lazily("sentence_transformers.sentence_transformer.losses")
+ours = Lazily("nearfar.integrations.sentence_transformers")
 
 WORDS = [
     a + b
@@ -49,14 +51,14 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     BertModel(BertConfig(**size)).save_pretrained(folder / "hf")
     BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder / "hf")
     network = Transformer(str(folder / "hf"))
-    model = SentenceTransformer(modules=[network, Pooling(32)], device="cpu")
+    model = library.SentenceTransformer(modules=[network, Pooling(32)], device="cpu")
     model.save(str(folder / "st"))
     return folder / "st"
 
 
 @pytest.fixture
 def model(files: Path) -> SentenceTransformer:
-    return SentenceTransformer(str(files), device="cpu")
+    return library.SentenceTransformer(str(files), device="cpu")
 
 
 def pairs(n: int, seed: int = 0) -> dict[str, list[str]]:
@@ -357,7 +359,7 @@ def test_a_resumed_run_goes_on_with_the_batches_that_were_left(
     }
 
     def run(name: str, resume: bool | str = False) -> tuple[Kept, SentenceTransformer, Any]:
-        model = SentenceTransformer(str(files), device="cpu")
+        model = library.SentenceTransformer(str(files), device="cpu")
         loss = ours.InfoNCELoss(model, temperature=0.1, learn_temperature=True)
         kept = Kept(made[kind]())
         watch = ours.Watch(tmp_path / f"{name} watched", loss=loss, quiet=True)

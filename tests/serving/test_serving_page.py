@@ -14,14 +14,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lazily import Lazily
 from nearfar.data.chunks import NewData
 from served import HOSTILE, Asker, picture, serving, train_pictures, write_gallery
 from tiny_runs import train
 
 pytest.importorskip("fastapi", reason="needs the extra serve")
-pytest.importorskip("playwright.sync_api", reason="needs playwright, which drives a browser")
-
-from playwright.sync_api import sync_playwright
 
 from nearfar.serving.fill import file_source, own_source
 from nearfar.serving.gallery import Gallery
@@ -29,6 +27,7 @@ from nearfar.serving.limits import Limits
 from nearfar.serving.server import build_app
 from nearfar.serving.trained import load
 
+playwright = Lazily("playwright.sync_api", reason="needs playwright, which drives a browser")
 BROWSER = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
 )
@@ -51,7 +50,7 @@ def ask(module_cache: None, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    with sync_playwright() as driver:
+    with playwright.sync_playwright() as driver:
         # root has no sandbox in a container; elsewhere it stays on
         flags = ["--no-sandbox"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
         chromium = driver.chromium.launch(executable_path=BROWSER, args=flags)

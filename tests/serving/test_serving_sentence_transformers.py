@@ -14,12 +14,13 @@ from torch import nn
 
 import nearfar
 import tiny_runs
+from lazily import Lazily
 from nearfar.errors import NearfarError
 from nearfar.models.projection import ProjectionHead, perceptron
 from nearfar.serving.export import export_run
 from nearfar.serving.sentence_transformers import _head_layers
 
-library = pytest.importorskip("sentence_transformers")
+library = Lazily("sentence_transformers")
 pytestmark = [pytest.mark.usefixtures("module_cache")]
 
 TEXTS = ["a", "the grey stone", "it tells of an orchard that lies far from the town and near the hill " * 9]

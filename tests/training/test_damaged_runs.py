@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from nearfar.data.files import read_arrays, read_json, read_yaml
 from nearfar.data.writing import remove_left_over
 from nearfar.doctor import diagnose
 from nearfar.errors import NearfarError
+from nearfar.lab import report
 from nearfar.lab.compare import compare_runs
 from nearfar.lab.doctor_command import print_diagnosis
 from nearfar.lab.ensemble import write_ensemble
@@ -47,6 +48,26 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train(folder / "b", lr=1e-3)
     write_report(RunFolder(folder / "a"))
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def drawn_once() -> Iterator[None]:
+    """Most damages change no chart: one of the same values is drawn once, since drawing is half of these tests."""
+    drawings: dict[str, str] = {}
+
+    def kept(draw: Callable[..., str]) -> Callable[..., str]:
+        def chart(*values: Any) -> str:
+            key = f"{draw.__name__} {values!r}"
+            if key not in drawings:
+                drawings[key] = draw(*values)
+            return drawings[key]
+
+        return chart
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("curves_chart", "line_chart", "map_chart", "intervals_chart"):
+            patch.setattr(report, name, kept(getattr(report, name)))
+        yield
 
 
 @pytest.fixture
