@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import is_dataclass
@@ -301,7 +301,8 @@ def _compose(name: str, system: str | None, overrides: Sequence[str] = ()) -> Di
     if not config_packages() and not any(each.is_sweep_override() or each.package for each in parsed):
         with suppress(OmegaConfBaseException, HydraException):
             choices = tuple(str(each.input_line) for each in parsed if each not in values)
-            config = deepcopy(_composed(name, system, choices, system and options_class(system)))
+            options: Hashable = options_class(system) if system else None  # type: ignore[assignment]  # a class is one
+            config = deepcopy(_composed(name, system, choices, options))
             for each in values:
                 OmegaConf.update(
                     config, each.key_or_group, each.value(), merge=True, force_add=each.is_force_add()
@@ -311,7 +312,7 @@ def _compose(name: str, system: str | None, overrides: Sequence[str] = ()) -> Di
 
 
 @lru_cache(maxsize=64)
-def _composed(name: str, system: str | None, choices: Sequence[str], options: type | None) -> DictConfig:
+def _composed(name: str, system: str | None, choices: Sequence[str], options: Hashable) -> DictConfig:
     return _compose_by_hydra(name, system, choices)
 
 
