@@ -18,7 +18,7 @@ import torch
 
 import nearfar
 from nearfar.batching import disk_neighbors, nearest_neighbors_on_disk
-from nearfar.cluster import connect, require_ray
+from nearfar.cluster import connect, each, require_ray
 from nearfar.config.compose import compose_config
 from nearfar.data.chunks import NewData
 from nearfar.errors import NearfarError
@@ -112,6 +112,26 @@ def test_an_address_where_nothing_listens(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     with pytest.raises(NearfarError, match="no cluster answers there"), connect("a test"):
         pass
+
+
+# -- tasks ---------------------------------------------------------------------------------------------------
+def test_a_task_that_fails_says_its_own_error(nodes: Nodes) -> None:
+    """An error that is no lost node is not tried again, and reads as if the task had run here."""
+
+    def refuse(number: int) -> int:
+        if number == 2:
+            raise NearfarError("the second piece is damaged")
+        return 10 * number
+
+    def fail(number: int) -> int:
+        return 1 // number
+
+    with connect("a test"):
+        assert sorted(each(refuse, [1, 3])) == [(0, 10), (1, 30)]
+        with pytest.raises(NearfarError, match=r"^the second piece is damaged$"):
+            list(each(refuse, [1, 2, 3]))
+        with pytest.raises(ZeroDivisionError):
+            list(each(fail, [1, 0]))
 
 
 # -- training ------------------------------------------------------------------------------------------------
@@ -230,10 +250,10 @@ def test_lost_nodes_take_no_trial_with_them(
     assert all(each["error"] is None and each["epochs"] == epochs for each in found["trials"])
     assert found["best"] == max(found["trials"], key=lambda each: each["objective"])["run"]
     assert any((run / "resumed.json").exists() for run in home.iterdir())
-    for each in found["trials"]:
-        trained = [record["epoch"] for record in RunFolder(each["run"]).log() if record["kind"] == "epoch"]
+    for one in found["trials"]:
+        trained = [record["epoch"] for record in RunFolder(one["run"]).log() if record["kind"] == "epoch"]
         assert trained == list(range(1, epochs + 1))
-        assert objective(RunFolder(each["run"])) == each["objective"]
+        assert objective(RunFolder(one["run"])) == one["objective"]
 
 
 # -- neighbours ----------------------------------------------------------------------------------------------
