@@ -203,7 +203,8 @@ def install(folder: Path, wheel: Path, extras: list[str]) -> Path:
     venv.create(folder / "venv", with_pip=True)
     python = folder / "venv" / ("Scripts" if os.name == "nt" else "bin") / "python"
     wanted = f"{wheel}[{','.join(extras)}]" if extras else str(wheel)
-    pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    # bytecode of what is never imported would take as long as the checks
+    pip = [str(python), "-m", "pip", "install", "--quiet", "--no-compile", "--disable-pip-version-check"]
     begun = time.perf_counter()
     subprocess.run([*pip, "--constraint", str(ROOT / "constraints.txt"), wanted], check=True, cwd=folder)
     print(
