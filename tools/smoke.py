@@ -133,7 +133,7 @@ from nearfar.towers import build_tower
 tower = build_tower("image", encoder="efficientnet")
 pictures = np.zeros((4, 64, 64, 3), dtype=np.uint8)
 tower.fit(pictures)
-print(tower.read(pictures).shape)
+print(tuple(tower.read(pictures).values.shape))
 """, "(4, "),),
     "pairs": (trains("pairs", f"{PICTURES} {SMALL}"),),
     "labels": (trains("labels", f"data.limit=128 {PICTURES} {SMALL}"),),
@@ -154,7 +154,7 @@ print(list(read_items("saved", ["word", "sense"])["sense"]))
 from nearfar.towers import build_tower
 tower = build_tower("text", encoder="minilm")
 tower.fit(["a river", "a stone"])
-print(tower.read(["a river"]).shape)
+print(tuple(tower.read(["a river"]).values.shape))
 """, "(1, 384)"),),
     "export": (NUMBERS, Check("nearfar export runs/numbers exported --format onnx", "exported")),
     "lora": (Check("""

@@ -33,7 +33,7 @@ def text_run(folder: Path, bert: Path, *more: str) -> Path:
 TEXTS = ["a", "the grey stone", "it tells of an orchard that lies far from the town and near the hill " * 9]
 
 
-@pytest.mark.parametrize("how", ["head", "full", "lora"])
+@pytest.mark.parametrize("how", ["head", "lora"])
 def test_texts_without_nearfar(how: str, bert: Path, tmp_path: Path) -> None:
     """Tokenizer and graph alone; longer texts than those that were traced, one at a time and together."""
     from tokenizers import Tokenizer
@@ -264,10 +264,9 @@ def test_vision_models_of_transformers(kind: str, how: str, tmp_path: Path) -> N
     assert np.array_equal(nearfar.load(folder, "cpu").embed(pictures), before)
 
 
-@pytest.mark.parametrize("how", ["full", "head"])
-def test_reviews_with_their_attention(how: str, bert: Path, tmp_path: Path) -> None:
+def test_reviews_with_their_attention(bert: Path, tmp_path: Path) -> None:
     """The aspect system attends to the tokens: one vector for a review, in one graph."""
-    options = [f"text_encoder.model={bert}", f"text_encoder.train={how}", "text_encoder.max_length=48"]
+    options = [f"text_encoder.model={bert}", "text_encoder.train=full", "text_encoder.max_length=48"]
     run = tiny_runs.train("aspects", tmp_path, "text_encoder=pretrained", *options)
     exported = export_run(run, tmp_path / "out", "onnx")
     assert exported.views == ["text"]
