@@ -21,6 +21,7 @@ __all__ = ["Key", "key_of", "record_digest"]
 
 Key = str | Sequence[str] | Callable[[Record], object] | None
 
+_PLAIN = frozenset({int, float, bool, type(None)})
 # Their text is exact.
 _BY_TEXT = (
     datetime.date,
@@ -89,12 +90,29 @@ def _digest(value: object, where: str = "") -> bytes:
 
 
 def _add(whole: hashlib.blake2b, value: object, where: str) -> None:
-    """Add a value: its kind, its length, and its bytes, so that no two values give the same bytes."""
-    if isinstance(value, Mapping):
+    """Add a value: its kind, its length, and its bytes, so that no two values give the same bytes.
+
+    What most records hold comes first: this runs for each of them.
+    """
+    kind = type(value)
+    if kind is str:
+        _put(whole, "str", value.encode("utf-8", "surrogatepass"))  # type: ignore[attr-defined]
+    elif kind in _PLAIN:
+        _put(whole, kind.__name__, repr(value).encode())
+    elif isinstance(value, (np.ndarray, np.generic)):
+        dtype = value.dtype
+        # The name of a kind is slow to make, and only structures need it.
+        named = f"array {dtype if dtype.names else dtype.str} {value.shape}"
+        if dtype.hasobject or dtype.kind == "T":  # whose bytes are addresses
+            _put(whole, named, b"")
+            _add(whole, value.tolist(), where)
+        else:
+            _put(whole, named, value.tobytes())
+    elif isinstance(value, (dict, Mapping)):
         _put(whole, "mapping", str(len(value)).encode())
-        for name, each in sorted(value.items(), key=lambda pair: repr(pair[0])):
+        for name in sorted(value) if {*map(type, value)} <= {str} else sorted(value, key=repr):
             _add(whole, name, where)
-            _add(whole, each, f"{where}.{name}" if where else f"field {name!r}")
+            _add(whole, value[name], f"{where}.{name}" if where else f"field {name!r}")
     elif isinstance(value, (list, tuple)):
         if value and {*map(type, value)} == {float}:  # as quick as an array
             _put(whole, "floats", np.asarray(value).tobytes())
@@ -102,38 +120,29 @@ def _add(whole: hashlib.blake2b, value: object, where: str) -> None:
         _put(whole, "list", str(len(value)).encode())
         for each in value:
             _add(whole, each, where)
-    elif isinstance(value, (set, frozenset)):
-        _put(whole, "set", b"".join(sorted(_digest(each, where) for each in value)))
     elif isinstance(value, (bytes, bytearray, memoryview)):
         _put(whole, "bytes", bytes(value))
-    elif isinstance(value, (np.ndarray, np.generic)):
-        array = np.asarray(value)
-        kind = f"array {array.dtype} {array.shape}"
-        if array.dtype.hasobject or array.dtype.kind == "T":  # whose bytes are addresses
-            _put(whole, kind, b"")
-            _add(whole, array.tolist(), where)
-        else:
-            _put(whole, kind, array.tobytes())
     elif isinstance(value, torch.Tensor):
         dense = value.detach().cpu().to_dense().resolve_conj().resolve_neg()
         numbers = dense.contiguous().reshape(-1).view(torch.uint8).numpy()  # NumPy has no bfloat16
         _put(whole, f"tensor {dense.dtype} {tuple(dense.shape)}", numbers.tobytes())
+    elif isinstance(value, (set, frozenset)):
+        _put(whole, "set", b"".join(sorted(_digest(each, where) for each in value)))
     elif _is_picture(value):
         seen = (value.mode, value.size, value.getpalette(), value.info.get("transparency"))  # type: ignore[attr-defined]
         _put(whole, f"picture {seen}", value.tobytes())  # type: ignore[attr-defined]
-    elif value is None or isinstance(value, (str, int, float, *_BY_TEXT)):
-        _put(whole, type(value).__name__, repr(value).encode("utf-8", "surrogatepass"))
+    elif isinstance(value, (str, int, float, *_BY_TEXT)):
+        _put(whole, kind.__name__, repr(value).encode("utf-8", "surrogatepass"))
     else:
         raise NearfarError(
-            f"{where or 'a record'} holds a {type(value).__module__}.{type(value).__name__}, of which it is not known "
-            "when two are equal; say with key= by which fields records are equal, or by a function that gives a text, "
-            "a number, bytes, or an array"
+            f"{where or 'a record'} holds a {kind.__module__}.{kind.__name__}, of which it is not known when two are "
+            "equal; say with key= by which fields records are equal, or by a function that gives a text, a number, "
+            "bytes, or an array"
         )
 
 
 def _put(whole: hashlib.blake2b, kind: str, data: bytes) -> None:
-    whole.update(f"{kind}\x1f{len(data)}\x1f".encode())
-    whole.update(data)
+    whole.update(b"%b\x1f%d\x1f%b" % (kind.encode(), len(data), data))
 
 
 def _is_picture(value: object) -> bool:
