@@ -109,6 +109,88 @@ def test_duplicates_are_left_out_of_a_window_and_counted():
     assert len({t for batch in texts[:6] for t in batch}) == 96
 
 
+def draw(rows, **options):
+    """How many records came, and how many were duplicates."""
+    rng = np.random.default_rng(0)
+    stream = StreamBatches(
+        rows, BATCH, lambda some: rng.standard_normal((len(some), D)), window=96, neighbors=10, **options
+    )
+    return sum(map(len, stream)), stream.duplicates
+
+
+def contents():
+    """Kinds of records, of which each differs from all others of its kind, and again with contents that are equal."""
+    from PIL import Image
+
+    def picture(i):
+        return Image.new("L" if i // 2 % 2 else "P", (4, 4) if i % 2 else (2, 8), i // 4)
+
+    def inner(i):
+        return np.r_[np.zeros(1000), i, np.zeros(1000)]
+
+    return {
+        "a long tensor": lambda i: torch.from_numpy(inner(i)),
+        "a tensor with near numbers": lambda i: torch.tensor([1.0 + i * 5e-7]),
+        "a half tensor": lambda i: torch.tensor([i], dtype=torch.int16).view(torch.bfloat16),
+        "arrays in dictionaries": lambda i: {"p": [inner(i), {"q": None}]},
+        "pictures": picture,
+        "arrays of objects": lambda i: np.array([f"a{i}", None], dtype=object),
+        "shapes": lambda i: np.zeros((i + 1, 128 - i) if i < 64 else (1, i + 1, 1), [np.int32, np.float32][i % 2]),
+        "long lists": lambda i: inner(i).tolist(),
+        "lists of lists": lambda i: [["a"] * i, ["a"] * (128 - i)],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", contents())
+def test_records_are_equal_where_all_that_they_hold_is(kind):
+    make = contents()[kind]
+    assert draw([{"x": make(i)} for i in range(128)]) == (128, 0)
+    assert draw([{"x": make(i // 2), "__key__": str(i)} for i in range(128)]) == (64, 64)
+
+
+def test_what_cannot_be_compared_asks_for_a_key():
+    class Clip:
+        pass
+
+    rows = [{"x": {"clip": Clip()}, "id": i // 2} for i in range(64)]
+    with pytest.raises(NearfarError, match=r"field 'x'\.clip holds a .*Clip.* say with key="):
+        draw(rows)
+    assert draw(rows, key="id") == (32, 32)
+    assert draw(rows, key=lambda record: [record["id"]]) == (32, 32)
+
+
+@pytest.mark.parametrize("missing", [None, float("nan")])
+def test_records_without_a_key_are_no_duplicates(missing):
+    rows = [{"k": missing if i % 2 else f"u{i // 4}", "id": i} for i in range(64)]
+    assert draw(rows, key="k") == (48, 16)
+    assert draw(rows, key=lambda record: record["k"]) == (48, 16)
+    assert draw([{**row, "other": None} for row in rows], key=["k", "other"]) == (48, 16)
+    with pytest.raises(NearfarError, match="'ke', which a record lacks; did you mean 'key'"):
+        draw([{"key": 1}], key="ke")
+
+
+@pytest.mark.parametrize("tail", [1, 47, 48, 200])
+def test_equal_records_at_the_end_join_the_last_window(tail):
+    rows = [{"id": i} for i in range(96)]
+    assert draw([*rows, *rows[:1] * tail]) == (96, tail)
+    assert draw([*rows, *[{"id": 96}] * tail]) == (97, tail - 1)
+
+
+@pytest.mark.parametrize("again", [1, 3])
+def test_a_state_at_the_end_of_an_epoch_goes_on_with_the_next(again):
+    stream = build()
+    list(stream)
+    state = stream.state_dict()
+    second, third = ids(stream), ids(stream)
+    for _ in range(again):  # a state of a pass without a batch is as good
+        stream = build()
+        stream.load_state_dict(state)
+        assert ids(stream) == []
+        state = json.loads(json.dumps(stream.state_dict()))
+    assert (ids(stream), ids(stream)) == (second, third)
+    assert stream.epoch == 2
+
+
 KINDS = ("a list", "parquet", "shards", "hugging face", "with a shuffle buffer")
 
 
@@ -240,6 +322,9 @@ def test_files_are_read_from_any_place(tmp_path):
                 next(part)
             place = records.place()
             assert list(records.start(2, place)) == whole[stop:]
+    for file in (tmp_path / "0.parquet", tmp_path / "000.tar"):
+        with pytest.raises(NearfarError, match=r"did you mean '(id|json)'\?"):
+            list(FileRecords([file], ["ids" if file.suffix == ".parquet" else "jsn"]).start(0))
     bad = tmp_path / "bad.tar"
     with tarfile.open(bad, "w") as archive:
         for name, data in (("a.pkl", pickle.dumps(1)), ("a.json", b"{"), ("a.txt", b"x")):

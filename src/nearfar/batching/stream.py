@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from nearfar.arguments import flag, whole_number
 from nearfar.batching.base import BatchSampler, _plain
 from nearfar.batching.hard_negative import HardNegativeSampler
 from nearfar.batching.plan import Layout, Plan
+from nearfar.batching.record_keys import key_of
 from nearfar.batching.window_neighbors import window_neighbors
 from nearfar.data.files import Json
 from nearfar.data.record_streams import Record, open_stream
@@ -70,7 +70,8 @@ class StreamBatches(IterableDataset[Any]):
             the data has that share of each neighbourhood, so that fewer than in memory are as near.
         sampler: `HardNegativeSampler` or `PartitionBatchSampler`; ``options`` are its own, such as ``hard_ratio``.
         key: records with equal keys are duplicates, of which a window keeps the first: a field, several, or a
-            function. None: records that are equal in all fields. Duplicates are counted in ``duplicates``.
+            function. A record whose key is None has no duplicate. None: records that are equal in all fields.
+            Duplicates are counted in ``duplicates``.
         decode: applied to each record of this rank's batches (pictures, tokens), in ``threads`` threads.
         collate: from a list of records to a batch; None: the list.
         rank, world_size: every rank reads the stream and decodes its own batches alone; all have equally many.
@@ -135,7 +136,7 @@ class StreamBatches(IterableDataset[Any]):
                 "curriculum_epoch counts epochs of a set, and a stream has windows; hard_ratio=0 makes random batches"
             )
         self.vectors, self.sampler, self.options = vectors, sampler, options
-        self.key = _key_of(key)
+        self.key = key_of(key)
         self.decode, self.collate = decode, collate
         self._names = _plain({"key": key if isinstance(key, (str, list, tuple)) else str(key is not None)})
         self._epoch, self._begun, self._drawn, self._duplicates = 0, False, 0, 0
@@ -183,7 +184,7 @@ class StreamBatches(IterableDataset[Any]):
         if self._reading is not None:  # of a pass that was left: the stream has one place at a time
             wait([self._reading])
         position, mark = self._resume or (0, None)
-        self._resume = None
+        self._resume, self._marks = None, [] if mark is None else [mark]
         windows = self._composed(position, mark)
         decoders = ThreadPoolExecutor(self.threads, "decode") if self.decode and self.threads > 1 else None
         reader = ThreadPoolExecutor(1, "window")
@@ -202,6 +203,8 @@ class StreamBatches(IterableDataset[Any]):
                     self._check_newest(ticket)
                     self._begun, self._drawn = True, window.first + at + 1
                     yield chosen if self.collate is None else self.collate(chosen)
+            self._check_newest(ticket)
+            self._begun = True  # also where a state at the end of an epoch left no batch of it
         finally:  # the thread must be out of the stream before a next pass starts it anew
             reader.shutdown(wait=True, cancel_futures=True)
             if decoders is not None:
@@ -249,37 +252,40 @@ class StreamBatches(IterableDataset[Any]):
     def _windows(self, mark: _Mark) -> Iterator[_Window]:
         records = self.stream.start(self._epoch, mark["place"])
         number, first, place, removed = mark["number"], mark["first"], mark["place"], mark["removed"]
-        ahead: list[Record] = []  # read to see whether the stream ends
+        ahead: dict[object, Record] = {}  # read to see whether the stream ends
+        read_ahead = 0
         ended = False
         while not ended:
-            content: dict[object, Record] = {}
-            read = 0
-            for record in ahead:
-                content.setdefault(self.key(record), record)
-                read += 1
-            ahead = []
+            content, read = ahead, read_ahead
+            ahead, read_ahead = {}, 0
             while len(content) < self.window and not ended:
                 taken = next(records, None)
                 if taken is None:
                     ended = True
                 else:
-                    content.setdefault(self.key(taken), taken)
+                    content.setdefault(self._key(taken), taken)
                     read += 1
             after = None if ended else self.stream.place()
+            # Distinct ones: the next window must have enough of them for its batches.
             while len(ahead) < self.window // 2 and not ended:
                 taken = next(records, None)
                 if taken is None:
                     ended = True
                 else:
-                    ahead.append(taken)
+                    ahead.setdefault(self._key(taken), taken)
+                    read_ahead += 1
             if ended:
-                for record in ahead:
-                    content.setdefault(self.key(record), record)
-                    read += 1
+                content = {**content, **{key: taken for key, taken in ahead.items() if key not in content}}
+                read += read_ahead
             layout = Layout(len(content), self.batch_size, self.world_size, self.drop_last)
             dropped = read - len(content)
             yield _Window(number, first, place, removed, list(content.values()), layout, ended, dropped)
             number, first, place, removed = number + 1, first + layout.steps, after, removed + dropped
+
+    def _key(self, record: Record) -> object:
+        """What a record is compared by; where that is None, it equals no other."""
+        key = self.key(record)
+        return object() if key is None else key
 
     # ---- state
 
@@ -348,37 +354,3 @@ class StreamBatches(IterableDataset[Any]):
 
 def _mark(window: _Window) -> _Mark:
     return {"number": window.number, "first": window.first, "place": window.place, "removed": window.removed}
-
-
-def _key_of(key: str | Sequence[str] | Callable[[Record], object] | None) -> Callable[[Record], object]:
-    if key is None:
-        return _content
-    if callable(key):
-        return key
-    names = [key] if isinstance(key, str) else list(key)
-    if len(names) > 1:
-        return lambda record: _content({name: record[name] for name in names})
-    return lambda record: _value(names[0], record[names[0]])
-
-
-def _value(name: str, value: object) -> object:
-    """A text or a number as it is, of anything else a digest."""
-    return value if isinstance(value, (str, int)) else _content({name: value})
-
-
-def _content(record: Record) -> bytes:
-    """A digest of all fields of a record but its ``__key__``."""
-    whole = hashlib.blake2b(digest_size=16)
-    for name in sorted(record):
-        if name == "__key__":
-            continue
-        value = record[name]
-        if isinstance(value, list) and value and isinstance(value[0], float):
-            value = np.asarray(value)
-        data = value if isinstance(value, bytes) else None
-        if data is None and hasattr(value, "tobytes"):  # arrays and pictures
-            data = f"{getattr(value, 'shape', '')}{getattr(value, 'dtype', '')}".encode() + value.tobytes()
-        if data is None:
-            data = repr(value).encode()
-        whole.update(f"{name}\x1f{len(data)}\x1f".encode() + data)
-    return whole.digest()

@@ -18,7 +18,7 @@ from nearfar.arguments import whole_number
 from nearfar.data.files import parse_json, read_array
 from nearfar.data.shards import _PICKLED, _TEXTS, is_shard, sample_name, shard_members
 from nearfar.data.table_formats import PARQUET_SUFFIXES
-from nearfar.errors import NearfarError
+from nearfar.errors import NearfarError, nearest_name
 
 if TYPE_CHECKING:
     import pyarrow
@@ -56,7 +56,7 @@ class FileRecords(RecordStream[Sequence[int]]):
     A row is a dictionary of its columns, in which lists of floating-point numbers are arrays; a sample one of
     ``__key__`` and its endings: text of ``txt`` and ``cls``, what ``json`` and ``npy`` hold, bytes of everything else.
     Pickles are refused and counted in ``refused``; files that cannot be decoded are None, and counted there, too.
-    ``columns`` are read alone. With ``seed=None`` files keep their order.
+    ``columns`` are read alone; one that a file lacks is an error. With ``seed=None`` files keep their order.
     """
 
     def __init__(
@@ -108,6 +108,7 @@ class FileRecords(RecordStream[Sequence[int]]):
 
         try:
             table = pyarrow.parquet.ParquetFile(file, memory_map=True)
+            self._check_columns(file, table.schema_arrow.names, [each.path for each in table.schema])
             groups = []
             for group in range(table.metadata.num_row_groups):
                 rows = table.metadata.row_group(group).num_rows
@@ -130,15 +131,23 @@ class FileRecords(RecordStream[Sequence[int]]):
             reason = str(error).splitlines()[0]
             raise NearfarError(f"{file} is damaged ({reason}): copy it again, or leave it out") from None
 
+    def _check_columns(self, file: Path, names: Sequence[str], paths: Sequence[str]) -> None:
+        """A reader of Parquet passes over a column that is not there; a part of a structure is ``column.part``."""
+        for column in self.columns or ():
+            if not any(name == column or name.startswith(f"{column}.") for name in (*names, *paths)):
+                raise NearfarError(f"{file} has no column {column!r}; {nearest_name(column, names)}")
+
     def _samples(self, file: Path, skip: int) -> Iterator[Record]:
         sample: dict[str, object] | None = None
         number = -1
+        endings: set[str] = set()
         try:
             for name, content in shard_members(file):
                 parts = sample_name(name)
                 if parts is None:
                     continue
                 key, ending = parts
+                endings.add(ending)
                 if sample is None or key != sample["__key__"]:
                     if sample is not None and number >= skip:
                         yield sample
@@ -151,6 +160,11 @@ class FileRecords(RecordStream[Sequence[int]]):
                 f"{file} is damaged after {number} samples ({error or type(error).__name__}): copy it again, or leave "
                 "it out"
             ) from None
+        if self.columns and endings.isdisjoint(self.columns):
+            raise NearfarError(
+                f"{file} holds no file with the ending {self.columns[0]!r}; "
+                f"{nearest_name(self.columns[0], endings)}"
+            )
         if sample is not None and number >= skip:
             yield sample
 
