@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import shutil
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +24,8 @@ from nearfar.batching import (
     nearest_neighbors_on_disk,
     stretches,
 )
+from nearfar.batching.pieces import in_processes
+from nearfar.data.vector_shards import VectorShards, shards_of_table, write_shards
 from nearfar.errors import NearfarError
 
 N, D, K = 5000, 18, 20
@@ -120,6 +125,146 @@ def test_goes_on_where_it_was_stopped(shards, near, tmp_path, monkeypatch):
     assert not (tmp_path / "unfinished").exists()
 
 
+@pytest.mark.parametrize("stop", range(7))
+def test_goes_on_where_putting_files_in_place_was_stopped(stop, tmp_path, monkeypatch):
+    replace, calls = Path.replace, []
+
+    def stopped(path, target):
+        if Path(target).parent == tmp_path / "new":
+            calls.append(path.name)
+            if len(calls) == stop + 1:
+                raise KeyboardInterrupt
+        return replace(path, target)
+
+    x = clustered(300)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            nearest_neighbors_on_disk(x, 5, tmp_path / "new", ids=[f"a{i}" for i in range(300)])
+    again = nearest_neighbors_on_disk(x, 5, tmp_path / "new", ids=np.arange(300) + 7)
+    assert again.ids.tolist() == list(range(7, 307))
+    assert overlap(again, x) > 0.95
+    assert {path.name for path in again.folder.iterdir()} == {*disk_neighbors._FILES, "neighbors.json"}
+
+
+def overlap(near, x):
+    truth = nearest_neighbors(x.astype(np.float32), near.k, exact=True).indices
+    return np.mean([len({*a} & {*b}) for a, b in zip(near.indices[:], truth, strict=True)]) / near.k
+
+
+@pytest.mark.parametrize("files", [False, True])
+@pytest.mark.parametrize("changes", [False, True])
+def test_vectors_that_changed_after_a_stop_are_read_again(files, changes, tmp_path, monkeypatch):
+    x = clustered(600)
+    source, file = x, tmp_path / "x.npy"
+    if files:
+        np.save(file, x)
+        source = file
+
+    def stopped(stretch):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(disk_neighbors, "lists_of", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            nearest_neighbors_on_disk(source, 5, tmp_path / "new")
+    built = (tmp_path / "new" / "unfinished" / "codes.faiss").stat().st_mtime_ns
+    (tmp_path / "new" / "unfinished" / "part-00000.faiss").touch()  # of a stop while files were removed
+    if changes:
+        x[1] = -x[1]  # not among the 256 that are looked at
+        if files:
+            np.save(file, x)
+    near = nearest_neighbors_on_disk(source, 5, tmp_path / "new")
+    assert overlap(near, x) > 0.95
+    assert ((near.folder / "codes.faiss").stat().st_mtime_ns != built) == changes
+    assert not list(near.folder.glob("part-*"))
+
+
+def test_a_process_that_outlives_a_build_searches_the_new_index(tmp_path, monkeypatch):
+    monkeypatch.setattr(disk_neighbors, "close_index", lambda: None)
+    widths = set()
+    for x in (clustered(600), clustered(600)[np.random.default_rng(1).permutation(600)]):
+        near = nearest_neighbors_on_disk(x, 5, tmp_path / "new", min_recall=0.1)
+        assert overlap(near, x) > 0.5
+        widths.add((near.head["probes"], near.head["refine"]))
+        shutil.rmtree(tmp_path / "new")
+    assert len(widths) == 1  # else it would be a different index anyhow
+    disk_search.close_index()
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 40, 256])
+@pytest.mark.parametrize("metric", ["cosine", "dot"])
+@pytest.mark.filterwarnings("error")
+def test_of_few_rows_all_pairs_are_compared(n, metric, tmp_path):
+    for seed in range(3):
+        x = np.random.default_rng(seed).standard_normal((n, 16)).astype(np.float16).astype(np.float32)
+        for k in {1, n - 1}:
+            near = nearest_neighbors_on_disk(x, k, tmp_path / f"{seed}-{k}", metric=metric)
+            wanted = nearest_neighbors(x, k, metric=metric)
+            assert (near.recall, near.exact, near.queries, near.index) == (1.0, True, n, "all pairs")
+            assert np.abs(near.similarities[:] - wanted.similarities).max() < 2e-3 * max(
+                1, np.abs(wanted.similarities).max()
+            )
+            assert (near.indices[:] == wanted.indices).mean() > 0.95
+            own = near.search(x, 1)
+            assert own.exact
+            if metric == "cosine":
+                assert own.indices.ravel().tolist() == list(range(n))
+            assert near.tune_search(x, 1) == (1.0, n)
+
+
+def test_products_beyond_float16_are_refused_and_the_advice_works(tmp_path):
+    x = clustered(300).astype(np.float32) * 100
+    with pytest.raises(
+        NearfarError, match=r"product of vector \d+ with itself .* here at most 0\.1"
+    ) as error:
+        nearest_neighbors_on_disk(x, 5, tmp_path / "a", metric="dot")
+    largest = int((x**2).sum(1).argmax())
+    assert f"vector {largest} " in str(error.value)
+    assert np.isfinite(nearest_neighbors_on_disk(x / 10, 5, tmp_path / "b", metric="dot").similarities).all()
+    x[7] = 1e-9
+    with pytest.raises(NearfarError, match=r"are zero as float16.* first is number 7"):
+        nearest_neighbors_on_disk(x / 10, 5, tmp_path / "c", metric="dot")
+
+
+def test_a_killed_process_is_said():
+    with pytest.raises(NearfarError, match="2 processes was killed: perhaps memory"):
+        list(in_processes(2)(os._exit, [1, 1, 1]))
+
+
+def test_rows_of_shards_are_taken_by_position(tmp_path):
+    x = np.arange(40, dtype=np.float32).reshape(10, 4)
+    files = write_shards(iter(np.split(x, [3, 4, 9])), tmp_path / "s", rows=3)
+    for shards in (VectorShards.of(files), VectorShards.of(x)):
+        for rows in ([0, 0, 2], [0, 2, 2], [3, 3], [], range(10), [1, 8, 9, 9]):
+            at = np.array(rows, np.int64)
+            assert np.array_equal(shards.take(at), x[at])
+        for rows in ([9, 10], [-1, 3], [3, 1]):
+            with pytest.raises(NearfarError, match="rising ones from 0 to 9"):
+                shards.take(np.array(rows))
+    for scale, what in ((1e6, "holds numbers beyond float16"), (1e-12, "is zero as float16")):
+        with pytest.raises(NearfarError, match=f"row 0 {what}.*Multiply all"):
+            write_shards(iter([(x + 1) * scale]), tmp_path / "t")
+    with pytest.raises(NearfarError, match="row 13 is zero"):
+        write_shards(iter([x, np.zeros((3, 4)), np.full((1, 4), 1e-9)]), tmp_path / "t")
+
+
+def test_shards_of_a_table_that_stays_as_it_is_are_the_same(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    def state(values):
+        if values is not None:
+            table = pyarrow.table({"id": [1, 2], "v": values, "w": values[::-1]})
+            pyarrow.parquet.write_table(table, tmp_path / "t.parquet")
+        shards_of_table(tmp_path / "t.parquet", "v", tmp_path / "s", "--view NAME")
+        return VectorShards.of(tmp_path / "s").state()
+
+    first = state([[1.0, 2.0], [3.0, 4.0]])
+    assert state(None) == first
+    assert state([[1.0, 2.0], [3.0, 5.0]]) != first
+
+
 def test_is_read_as_a_list_in_memory_is(near):
     held = Neighbors(near.indices[:], near.similarities[:], near.ids, recall=near.recall)
     for other in (MappedNeighbors(near.folder), pickle.loads(pickle.dumps(near))):
@@ -131,6 +276,35 @@ def test_is_read_as_a_list_in_memory_is(near):
         )
         assert np.array_equal(np.asarray(other.indices), held.indices)
     assert np.array_equal(near.indices[[3, 5], :2], held.indices[[3, 5], :2])
+    pairs, mask = (np.array([3, 9, 3]), np.array([0, -1, 4])), np.arange(N) % 7 == 0
+    for which in (
+        *(
+            pairs,
+            (4, 2),
+            (pairs[0][:, None], pairs[1]),
+            (..., 3),
+            (..., pairs[1]),
+            5,
+            mask,
+            (mask, 1),
+            (mask, slice(3)),
+        ),
+        *(
+            np.s_[2:9, ::2],
+            np.s_[2:9, 1],
+            np.s_[::-1000],
+            (slice(4), pairs[1]),
+            (pairs[0], ...),
+            -1,
+            [],
+            (pairs[0],),
+        ),
+    ):
+        for lists, wanted in ((near.indices, held.indices), (near.similarities, held.similarities)):
+            assert lists[which].shape == wanted[which].shape
+            assert np.array_equal(lists[which], wanted[which])
+    with pytest.raises(IndexError, match="rows and columns"):
+        near.indices[1, 2, 3]
     assert np.array_equal(near.too_close(0.9), held.too_close(0.9))
     near.check_ids([f"item {i}" for i in range(N)])
     back = [f"item {i}" for i in range(N)][::-1]

@@ -13,6 +13,7 @@ __all__ = ["POINTS", "cell_centres", "checked_rows"]
 
 #: rows of the sample for each cell
 POINTS = 64
+_HALF = 65_504  # the largest float16
 #: rows compared with all centres, times the centres, in a pass of k-means over all of them: 5 s of a core for 128 dims
 _WORK = 400_000_000
 
@@ -20,14 +21,23 @@ _WORK = 400_000_000
 def checked_rows(
     given: NDArray[np.float32], positions: NDArray[np.int64], width: int, metric: str
 ) -> NDArray[np.float32]:
-    """Checked rows of unit length (cosine), with columns of zeros up to ``width``; as float16 would hold them."""
-    length = np.sqrt(np.einsum("nd,nd->n", given, given, dtype=np.float64))
-    largest = np.abs(given).max(axis=1, initial=0.0) if metric == "dot" else None
-    bad = ~np.isfinite(length) if largest is None else ~(np.isfinite(length) & (largest < 65_504))
+    """Checked rows of unit length (cosine), with columns of zeros up to ``width``; as float16 would hold them.
+
+    Products of rows must lie within float16, too: none is larger than the largest product of a row with itself.
+    """
+    own = np.einsum("nd,nd->n", given, given, dtype=np.float64)
+    length = np.sqrt(own)
+    bad = ~np.isfinite(length)
     if bad.any():
         raise NearfarError(
-            f"{int(bad.sum())} of the vectors {positions[0]} to {positions[-1]} are not finite, or beyond float16 "
-            f"(65,504); first is number {positions[bad.argmax()]}. Look at what made them before searching neighbours"
+            f"{int(bad.sum())} of the vectors {positions[0]} to {positions[-1]} are not finite; first is number "
+            f"{positions[bad.argmax()]}. Look at what made them before searching neighbours"
+        )
+    if metric == "dot" and len(own) and own.max() >= _HALF * (1 - 2**-10):  # rounding may lengthen a row
+        raise NearfarError(
+            f"the product of vector {positions[own.argmax()]} with itself is {own.max():.4g}, beyond float16 "
+            f"({_HALF:,}), as which similarities are stored. Multiply all vectors by one factor, here at most "
+            f"{_factor(own.max()):.1g}: that changes no order. Or use metric='cosine'"
         )
     if metric == "cosine":
         if (length == 0).any():
@@ -38,7 +48,20 @@ def checked_rows(
                 "or use metric='dot'"
             )
         given = (given / length[:, None]).astype(np.float32)
-    return padded(given, width).astype(np.float16).astype(np.float32)
+    rounded = padded(given, width).astype(np.float16).astype(np.float32)
+    lost = (length > 0) & ~rounded.any(axis=1)
+    if lost.any():
+        raise NearfarError(
+            f"{int(lost.sum())} of the vectors {positions[0]} to {positions[-1]} are zero as float16, which is how "
+            f"they are stored, first is number {positions[lost.argmax()]}. Multiply all vectors by one factor: that "
+            "changes no order"
+        )
+    return rounded
+
+
+def _factor(largest: float) -> float:
+    """A power of ten that brings the largest product within float16."""
+    return float(10.0 ** np.floor(np.log10(np.sqrt(_HALF / largest))))
 
 
 def cell_centres(sample: NDArray[np.float32], cells: int, spherical: bool, seed: int) -> NDArray[np.float32]:

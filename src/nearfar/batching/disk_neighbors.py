@@ -48,8 +48,10 @@ _SAMPLE_BYTES = 2 << 30
 _PIECE_BYTES = 256 << 20  # float32 rows in memory at once
 _STRETCH = 65_536  # queries that are searched, and recorded as done, together
 _MEASURED = 500  # queries of each of the two samples
+_ALL_PAIRS = 256  # rows up to which all are compared with all, or 4 k: an index would miss some of so few
 _FLAT_CELLS = 8192  # beyond, the cell of a row is looked up in a graph of centres
 _WORK = "unfinished"
+_FILES = ("positions.npy", "codes.faiss", "vectors.faiss", "indices.npy", "similarities.npy", "ids.npy")
 
 
 def nearest_neighbors_on_disk(
@@ -71,7 +73,7 @@ def nearest_neighbors_on_disk(
     vectors are put in the order of the cells. A query looks into its nearest cells by 4-bit product codes, and the best
     4 k are compared exactly (float16). Cells are added until the recall, measured against all pairs on 500 queries,
     lies two standard errors above ``min_recall``; the ``recall`` that is stated comes from 500 others. Where it cannot
-    be reached, a warning says what was.
+    be reached, a warning says what was. Up to 256 rows, or 4 k, all pairs are compared.
 
     Memory: about 40 bytes for each row and process, a sample of at most 2 GB, and stretches; disk: 2 d + 6 k + d / 4
     bytes for each row, and d / 4 + 8 more while it is built. Threads are FAISS's (``OMP_NUM_THREADS``). A call that was
@@ -80,7 +82,8 @@ def nearest_neighbors_on_disk(
     ``engine="ray"``: pieces are added and searched by tasks on a Ray cluster whose nodes see the same files; a piece
     whose node is lost is made again. This process merges, sorts, and writes the lists.
 
-    Errors: rows that are not finite, of zeros (cosine), or beyond float16; too few rows; no room on the disk.
+    Errors: rows that are not finite, of zeros (cosine), or with products beyond float16 (dot); too few rows; no room
+    on the disk.
 
     >>> import tempfile
     >>> rng = np.random.default_rng(0)
@@ -111,6 +114,9 @@ def nearest_neighbors_on_disk(
     local = in_processes(processes)
     pool = on_ray if engine == "ray" else local
     build = _Build(source, k, as_folder(folder).absolute(), metric, min_recall, seed, pool, local)
+    if build.searched:  # and stopped before all files were in place
+        build.finish(names)
+        return MappedNeighbors(build.folder)
     with connect("engine='ray'") if engine == "ray" else nullcontext():
         with build.clock("train"):
             build.train()
@@ -122,7 +128,8 @@ def nearest_neighbors_on_disk(
             probes, refine, recall, queries = build.tune()
         with build.clock("search"):
             build.search(probes, refine)
-    build.finish(probes, refine, recall, queries, names)
+    build.describe(probes, refine, recall, queries)
+    build.finish(names)
     return MappedNeighbors(build.folder)
 
 
@@ -146,6 +153,7 @@ class _Build:
         self.width = -(-source.dim // 4) * 4
         self.piece = max(1, _PIECE_BYTES // (4 * self.width))
         self.cells = max(1, round(source.n / _CELL))
+        self.exact = source.n <= max(_ALL_PAIRS, 4 * k)
         make_folder(folder)
         if (folder / HEAD).exists():
             raise NearfarError(
@@ -153,10 +161,11 @@ class _Build:
             )
         some = np.unique(np.linspace(0, source.n - 1, 256).astype(np.int64))
         key = {
-            "n": source.n, "k": k, "metric": metric, "min_recall": min_recall, "seed": seed, "version": 1,
-            "vectors": digest(source.take(some)),
+            "n": source.n, "k": k, "metric": metric, "min_recall": min_recall, "seed": seed, "version": 2,
+            "vectors": digest(source.take(some)), "state": source.state(),
         }  # fmt: skip
-        known = self._read("key.json")
+        known = self._read("key.json") or {}
+        self.build = known.pop("build", uuid4().hex)
         if known != key:
             if any(folder.iterdir()) and not self.work.is_dir():
                 raise NearfarError(
@@ -164,7 +173,8 @@ class _Build:
                 )
             shutil.rmtree(self.work, ignore_errors=True)
             make_folder(self.work)
-            write_json(self.work / "key.json", key)
+            self.build = uuid4().hex
+            write_json(self.work / "key.json", {**key, "build": self.build})
         self.seconds: dict[str, float] = self._read("seconds.json") or {}
         need = source.n * (2 * self.width + 6 * k + self.width // 2 + 24)
         own = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
@@ -174,6 +184,11 @@ class _Build:
                 f"{folder}: about {need / 1e9:.1f} GB are needed on disk, and {free / 1e9:.1f} GB are free; name "
                 "a folder with more room, or ask for a smaller k"
             )
+
+    @property
+    def searched(self) -> bool:
+        """Whether the lists are complete, and files only need to be put in place."""
+        return (self.work / HEAD).is_file()
 
     def _read(self, name: str) -> Any:
         path = self.work / name
@@ -218,6 +233,7 @@ class _Build:
     def add(self) -> None:
         """Codes of every row: shards by processes, merged on disk; then the index in the order of its cells."""
         if (self.work / "codes.faiss").is_file():
+            self._remove_parts()
             return
         tasks = [
             (self.source, self.work, at, span, self.metric)
@@ -245,8 +261,11 @@ class _Build:
         np.save(self.work / "positions.npy", positions, allow_pickle=False)
         _write_index(cast(Any, faiss).IndexIVFPQFastScan(index), self.work / "codes.faiss")
         del lists, index
-        for file in (*files, str(self.work / "codes.ivfdata")):
-            Path(file).unlink(missing_ok=True)
+        self._remove_parts()
+
+    def _remove_parts(self) -> None:
+        for file in (*self.work.glob("part-*"), self.work / "codes.ivfdata"):
+            file.unlink(missing_ok=True)
 
     def sort(self) -> None:
         """Vectors in the order of the cells, as float16, in a file that both FAISS and NumPy map."""
@@ -276,6 +295,8 @@ class _Build:
         if known is not None:
             return int(known[0]), int(known[1]), float(known[2]), int(known[3])
         n, k = self.source.n, self.k
+        if self.exact:
+            return self.cells, 1, 1.0, n
         vectors = stored_vectors(self.work, n, self.width)
         size = max(1, min(_MEASURED, n // 2))
         drawn = np.random.default_rng([self.seed, 1]).choice(n, 2 * size, replace=False)
@@ -309,7 +330,19 @@ class _Build:
             make_folder(self.work / "done")
         begins = [begin for begin in range(0, n, _STRETCH) if not (self.work / "done" / str(begin)).exists()]
         tasks = [
-            Stretch(self.work, n, self.width, k, probes, refine, self.metric, begin, min(begin + _STRETCH, n))
+            Stretch(
+                self.work,
+                self.build,
+                n,
+                self.width,
+                k,
+                probes,
+                refine,
+                self.metric,
+                self.exact,
+                begin,
+                min(begin + _STRETCH, n),
+            )
             for begin in begins
         ]
         files = [
@@ -326,23 +359,29 @@ class _Build:
         finally:
             close_index()
 
-    def finish(self, probes: int, refine: int, recall: float, queries: int, names: np.ndarray | None) -> None:
-        """Files into place; the head comes last, and says that all is there."""
+    def describe(self, probes: int, refine: int, recall: float, queries: int) -> None:
+        """The head, beside the files that are not in place yet."""
+        codes: Any = faiss.read_index(str(self.work / "codes.faiss"), faiss.IO_FLAG_SKIP_IVF_DATA)
+        how = f"IVF-PQ, {codes.nlist} cells, {probes} probes, best {refine} k compared exactly"
+        head = {
+            "format": 1, "n": self.source.n, "dim": self.source.dim, "width": self.width, "k": self.k,
+            "metric": self.metric, "index": "all pairs" if self.exact else how, "recall": recall, "queries": queries,
+            "probes": probes, "refine": refine, "exact": self.exact,
+            "offset": len(flat_head(self.source.n, self.width)), "seconds": self.seconds,
+        }  # fmt: skip
+        write_json(self.work / HEAD, head)
+
+    def finish(self, names: np.ndarray | None) -> None:
+        """Files into place; the head comes last, and says that all is there. What was stopped is done again."""
+        for folder in (self.work, self.folder):  # of a call that was stopped, with different ids
+            (folder / "ids.npy").unlink(missing_ok=True)
         if names is not None:
             plain = names if names.dtype.kind in "iuU" else names.astype(str)
             np.save(self.work / "ids.npy", plain, allow_pickle=False)
-        for path in sorted(self.work.iterdir()):
-            if path.suffix in (".npy", ".faiss") and path.name != "template.faiss":
-                path.replace(self.folder / path.name)
-        codes: Any = faiss.read_index(str(self.folder / "codes.faiss"), faiss.IO_FLAG_SKIP_IVF_DATA)
-        cells = codes.nlist
-        head = {
-            "format": 1, "n": self.source.n, "dim": self.source.dim, "width": self.width, "k": self.k,
-            "metric": self.metric, "index": f"IVF-PQ, {cells} cells, {probes} probes, best {refine} k compared exactly",
-            "recall": recall, "queries": queries, "probes": probes, "refine": refine, "exact": False,
-            "offset": len(flat_head(self.source.n, self.width)), "seconds": self.seconds,
-        }  # fmt: skip
-        write_json(self.folder / HEAD, head)
+        for name in _FILES:
+            if (self.work / name).is_file():
+                (self.work / name).replace(self.folder / name)
+        (self.work / HEAD).replace(self.folder / HEAD)
         shutil.rmtree(self.work, ignore_errors=True)
 
 

@@ -104,30 +104,37 @@ class Stretch:
     """Rows whose lists are searched, and recorded as done, together."""
 
     work: Path
+    build: str  # of the index: a process may outlive it, and its folder hold a new one
     n: int
     width: int
     k: int
     probes: int
     refine: float
     metric: str
+    exact: bool  # all pairs are compared
     begin: int
     end: int
 
 
 @lru_cache(maxsize=1)
-def _opened(work: Path, probes: int, refine: float) -> RefinedIndex:
+def _opened(work: Path, build: str, probes: int, refine: float) -> RefinedIndex:
     return RefinedIndex(work, probes, refine)
 
 
 def lists_of(stretch: Stretch) -> tuple[NDArray[np.int32], NDArray[np.float16]]:
     """The neighbours of a stretch of stored rows, by row, and their similarities."""
-    index = _opened(stretch.work, stretch.probes, stretch.refine)
     vectors = stored_vectors(stretch.work, stretch.n, stretch.width)
     rows, k = stretch.end - stretch.begin, stretch.k
     indices, values = np.empty((rows, k), np.int32), np.empty((rows, k), np.float16)
     for low in range(stretch.begin, stretch.end, QUERIES):
         own = np.arange(low, min(low + QUERIES, stretch.end))
-        similarity, row = _without_self(*index.search(vectors[own].astype(np.float32), k + 1), own)
+        queries = vectors[own].astype(np.float32)
+        if stretch.exact:
+            best = nearest_stored(vectors, queries, k, own)
+            similarity, row = best.similarities, best.indices.astype(np.int64)
+        else:
+            index = _opened(stretch.work, stretch.build, stretch.probes, stretch.refine)
+            similarity, row = _without_self(*index.search(queries, k + 1), own)
         similarity = np.where(row < 0, -np.inf, similarity)
         if stretch.metric == "cosine":
             similarity = np.minimum(similarity, 1.0)

@@ -39,11 +39,17 @@ class _ByItem:
         return int(self.shape[0])
 
     def __getitem__(self, which: object) -> np.ndarray:
-        rows, columns = which if isinstance(which, tuple) else (which, slice(None))
-        taken = np.asarray(self._stored[self._owner.rank[rows]])
-        if not self._named:
-            return taken[..., columns].astype(np.float32)
-        return np.where(taken < 0, np.int32(-1), self._owner.positions[taken.clip(0)])[..., columns]
+        given = which if isinstance(which, tuple) else (which,)
+        if len(given) > 2 or any(each is None for each in given):
+            raise IndexError(f"lists have rows and columns, and {len(given)} indices were given: {which!r}")
+        rows, columns = (*given, slice(None), slice(None))[:2]
+        if isinstance(rows, slice) or rows is Ellipsis:
+            taken = np.asarray(self._stored[self._owner.rank[rows]])[:, columns]
+        else:  # two arrays are pairs of rows and columns, as NumPy has it
+            taken = np.asarray(self._stored[self._owner.rank[rows], columns])
+        if self._named:
+            taken = np.where(taken < 0, np.int32(-1), self._owner.positions[taken.clip(0)])
+        return taken.astype(self.dtype)[()]
 
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
         return np.asarray(self[:], dtype)
@@ -233,6 +239,12 @@ class MappedNeighbors(Neighbors):
         """
         rows = self._queries(queries)
         k = min(whole_number("k", k, 1), self.n)
+        if self.exact:
+            stored = stored_vectors(self.folder, self.n, self.head["width"])
+            best = nearest_stored(stored, self._wide(rows), k)
+            return SearchResult(
+                self.positions[best.indices], best.similarities, True, "all pairs", 1.0, len(rows)
+            )
         index, recall, queried = self._search_index()
         refine = index.refine
         # As many candidates are compared exactly as for the lists, though fewer may be asked for.
@@ -264,6 +276,8 @@ class MappedNeighbors(Neighbors):
             raise NearfarError(
                 f"{len(rows)} queries: half of them choose, half of them measure; at least 2 are needed"
             )
+        if self.exact:
+            return 1.0, len(rows)
         index = self._search_index()[0]
         order = np.random.default_rng(seed).permutation(len(rows))
         halves = [self._wide(rows[part]) for part in np.array_split(order, 2)]

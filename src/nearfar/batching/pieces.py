@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from typing import Protocol, TypeVar
 
 import faiss
+
+from nearfar.errors import NearfarError
 
 __all__ = ["Pool", "in_processes", "on_ray"]
 
@@ -52,6 +55,11 @@ def in_processes(processes: int) -> Pool:
                     for future in wait(running, return_when=FIRST_COMPLETED).done:
                         at = running.pop(future)
                         yield at, future.result()
+            except BrokenProcessPool:
+                raise NearfarError(
+                    f"one of {count} processes was killed: perhaps memory was short, of which each needs as much. Give "
+                    "fewer processes="
+                ) from None
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)
 

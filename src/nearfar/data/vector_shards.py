@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["VectorShards", "shards_of_table", "write_shards"]
 
+_ROWS = 65_536  # rows looked at together
 _NEEDS = "an array (n, d), a .npy file, several of them, or a folder of .npy files"
 
 
@@ -104,15 +107,30 @@ class VectorShards:
         return self.take(np.arange(begin, end))
 
     def take(self, rows: NDArray[np.integer]) -> NDArray[np.float32]:
-        """Rows at rising positions, as float32; each shard is read in one go."""
+        """Rows at rising positions, which may repeat, as float32; each shard is read in one go."""
+        rows = np.asarray(rows)
+        if len(rows) and not (rows[0] >= 0 and rows[-1] < self.n and (rows[1:] >= rows[:-1]).all()):
+            raise NearfarError(
+                f"rows {rows.min()} to {rows.max()} were asked for; rising ones from 0 to {self.n - 1} are there"
+            )
         out = np.empty((len(rows), self.dim), np.float32)
         cuts = np.searchsorted(rows, self._starts)
         for part, start, low, high in zip(self._arrays, self._starts[:-1], cuts[:-1], cuts[1:], strict=True):
             if high > low:
                 at = rows[low:high] - start
-                whole = at[-1] - at[0] + 1 == len(at)
+                whole = bool((at[1:] - at[:-1] == 1).all())
                 out[low:high] = part[at[0] : at[-1] + 1] if whole else part[at]
         return out
+
+    def state(self) -> object:
+        """What changes when rows are written anew: name, size and time of each file, or a digest of an array."""
+        if self.held is None:
+            named = ((file.name, file.stat()) for file in self.files)
+            return [[name, each.st_size, each.st_mtime_ns] for name, each in named]
+        whole = hashlib.blake2b(str(self.held.dtype).encode(), digest_size=16)
+        for begin, end in self.pieces(_ROWS):
+            whole.update(np.ascontiguousarray(self.held[begin:end]).data)
+        return whole.hexdigest()
 
     def pieces(self, rows: int) -> Iterator[tuple[int, int]]:
         """Stretches of at most so many rows."""
@@ -124,6 +142,8 @@ def write_shards(
     batches: Iterator[Float[np.ndarray, "rows d"]], folder: Path, rows: int = 1 << 20
 ) -> list[Path]:
     """Write batches of vectors as float16 shards ``00000.npy``, … of at most about so many rows.
+
+    Raises ``NearfarError`` for numbers beyond float16, and for rows that are zero only as float16.
 
     >>> import tempfile
     >>> files = write_shards(iter([np.ones((2, 4)), np.zeros((1, 4))]), Path(tempfile.mkdtemp()), rows=2)
@@ -141,13 +161,34 @@ def write_shards(
         files.append(path)
         waiting.clear()
 
+    seen = 0
     for batch in batches:
-        waiting.append(np.asarray(batch, np.float16))
+        waiting.append(_as_half(np.asarray(batch), seen))
+        seen += len(batch)
         if sum(map(len, waiting)) >= rows:
             flush()
     if waiting:
         flush()
     return files
+
+
+def _as_half(given: Float[np.ndarray, "rows d"], first: int) -> Float[np.ndarray, "rows d"]:
+    """Rows as float16, which must hold them."""
+    with np.errstate(over="ignore"):
+        half = given.astype(np.float16)
+    beyond = (np.isfinite(given) & ~np.isfinite(half)).any(axis=1)
+    zero = given.any(axis=1) & ~half.any(axis=1)
+    for bad, what in (
+        (beyond, "holds numbers beyond float16 (65,504)"),
+        (zero, "is zero as float16 (below 6e-8)"),
+    ):
+        if bad.any():
+            at = int(bad.argmax())
+            raise NearfarError(
+                f"row {first + at} {what}: its largest number is {np.abs(given[at]).max():.3g}. Multiply all vectors "
+                "by one factor, which changes no cosine, and no order of products"
+            )
+    return half
 
 
 def shards_of_table(path: Path, column: str, folder: Path, naming: str) -> Shaped[np.ndarray, " n"]:
@@ -173,6 +214,10 @@ def shards_of_table(path: Path, column: str, folder: Path, naming: str) -> Shape
             yield items.array(column)
 
     shutil.rmtree(folder, ignore_errors=True)
-    if not write_shards(batches(), folder):
+    files = write_shards(batches(), folder)
+    if not files:
         raise NearfarError(f"{path} has no rows.")
+    written = path.stat().st_mtime_ns
+    for file in files:  # whoever goes on with shards of the table sees whether it has changed
+        os.utime(file, ns=(written, written))
     return np.concatenate(ids)
