@@ -154,12 +154,14 @@ def mine(
         sample_to_mark,
     )
     from nearfar.mining.scored_pairs import ScoredPairs
+    from nearfar.mining.tables import column_names
     from nearfar.serving.stream import TABLE_ENDINGS, write_rows
 
     console = terminal.console()
     for path in (output, mark, candidates):
         if path is not None and path.suffix.lower() not in TABLE_ENDINGS:
             raise NearfarError(f"{path}: a table is written as {', '.join(TABLE_ENDINGS)}.")
+    names = column_names((queries, corpus), form, per_query, scores)
     if margin is not None and relative_margin is not None:
         raise NearfarError("--margin and --relative-margin both say how far a negative lies below; give one.")
     if label is not None and (
@@ -212,7 +214,7 @@ def mine(
     else:
         first = _side(source, queries, data, id_column)
         second = _side(documents, corpus, documents_data, id_column)
-    texts = ([str(each) for each in first.values], [str(each) for each in second.values])
+    texts = (list(first.values), list(second.values))
     positives = _same_query(texts[0]) if paired else [[] for _ in first.ids]
     if qrels is not None:
         judged = read_qrels(qrels, split)
@@ -268,12 +270,12 @@ def mine(
         first.values,
         second.values,
         form,  # type: ignore[arg-type]
-        names=(queries, corpus),
+        names=names,
         scores=scores,
     )
     rows = [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
     write_rows(rows, output)
-    _say_how_to_train(console, output, len(rows), list(columns), (queries, corpus), form)
+    _say_how_to_train(console, output, len(rows), list(columns), form)
     if mark is not None:
         drawn = sample_to_mark(mined, first.values, second.values, seed=seed)
         write_rows(
@@ -284,14 +286,12 @@ def mine(
         )
 
 
-def _say_how_to_train(
-    console: Console, output: Path, rows: int, columns: Sequence[str], views: tuple[str, str], form: str
-) -> None:
+def _say_how_to_train(console: Console, output: Path, rows: int, columns: Sequence[str], form: str) -> None:
     terminal.say(console, f"{output}: {rows} rows ({', '.join(columns)})")
     if form == "n-tuple":
         negatives = ",".join(name for name in columns if name.startswith("negative_"))
         gaps = ",".join(name for name in columns if name.startswith("margin_"))
-        queries, corpus = views
+        queries, corpus = columns[:2]
         terminal.say(
             console,
             f"nearfar train experiment=pairs data.train={output} views=[{queries},{corpus}] "
@@ -325,7 +325,7 @@ def _on_disk(
         mined, notes = mine_files(source, near, output, advance=advance, **options)
     for line in [*notes, *mined.summary(), *([] if marked is None else [str(read_marked(_columns(marked)))])]:
         terminal.say(console, line)
-    _say_how_to_train(console, output, mined.rows, mined.columns, options["views"], options["form"])
+    _say_how_to_train(console, output, mined.rows, mined.columns, options["form"])
 
 
 def _side(path: Path, view: str, data: Path | None, id_column: str | None) -> _Side:
@@ -415,12 +415,16 @@ def _guide(path: Path, queries: str, corpus: str, ids: Sequence[str]) -> tuple[n
     return items.array(queries), items.array(corpus)
 
 
-def _same_query(texts: Sequence[str]) -> list[list[int]]:
-    """The rows that answer each query: those with the same text."""
-    rows: dict[str, list[int]] = {}
-    for i, text in enumerate(texts):
-        rows.setdefault(" ".join(text.split()), []).append(i)
-    return [list(rows[" ".join(text.split())]) for text in texts]
+def _same_query(texts: Sequence[object]) -> list[list[int]]:
+    """The rows that answer each query: those with the same text, and itself alone where there is none."""
+    from nearfar.mining.answers import groups_of
+
+    numbers = groups_of(texts, [], len(texts), 0)[0]
+    assert numbers is not None
+    rows: dict[int, list[int]] = {}
+    for i, number in enumerate(numbers.tolist()):
+        rows.setdefault(number, []).append(i)
+    return [list(rows[number]) for number in numbers.tolist()]
 
 
 def _add_judged(

@@ -337,6 +337,95 @@ def test_a_folder_of_neighbours_gives_what_its_embeddings_give(
         assert "20 queries have no answer and are left out" in said[1]
 
 
+@pytest.fixture(scope="module")
+def shuffled(folder: Path) -> Path:
+    """Neighbours of the same documents in reverse order."""
+    table = pyarrow.parquet.read_table(folder / "vectors.parquet")
+    pyarrow.parquet.write_table(table.take(list(range(N))[::-1]), folder / "shuffled.parquet")
+    path = folder / "shuffled"
+    arguments = [f"{folder / 'shuffled.parquet'}", "--view", "answer", "-o", f"{path}", "--k", "5"]
+    outcome = CliRunner().invoke(app, ["neighbors", *arguments])
+    assert outcome.exit_code == 0, outcome.output
+    return path
+
+
+def test_rows_in_different_orders_answer_by_id(
+    folder: Path, near: Path, shuffled: Path, tmp_path: Path
+) -> None:
+    more = ["--data", folder / "data.csv", "--per-query", 2, "--form", "triplet"]
+    written = []
+    for at, documents in enumerate((near, shuffled)):
+        output = tmp_path / f"{at}.parquet"
+        mine(folder / "vectors.parquet", "--documents", documents, *more, "-o", output)
+        written.append(pyarrow.parquet.read_table(output).to_pylist())
+    assert written[0] == written[1]
+    ids = [f"x{i}" for i in range(N)]
+    table = pyarrow.parquet.read_table(folder / "vectors.parquet").set_column(0, "id", [ids])
+    pyarrow.parquet.write_table(table, tmp_path / "other.parquet")
+    with pytest.raises(NearfarError, match=r"40 of 40 queries have ids that no document has.*'x0'.*--qrels"):
+        mine(tmp_path / "other.parquet", "--documents", shuffled, "-o", tmp_path / "m.parquet")
+
+
+def test_judgments_as_pandas_writes_them(folder: Path, near: Path, tmp_path: Path) -> None:
+    """Grades as texts, numbers with gaps as floats, ids of queries that repeat, and labels of two types."""
+    table = pyarrow.parquet.read_table(folder / "vectors.parquet")
+    numbers = [i // 2 for i in range(N)]  # every id twice
+    pyarrow.parquet.write_table(table.set_column(0, "id", [numbers]), tmp_path / "q.parquet")
+    judged = {
+        "query_id": [*map(float, range(N // 2)), None, 1.0],
+        "doc_id": [f"n{2 * i}" for i in range(N // 2)] + ["n1", "n1"],
+        "relevance": ["1"] * (N // 2) + ["1", "much"],
+    }
+    pyarrow.parquet.write_table(pyarrow.table(judged), tmp_path / "qrels.parquet")
+    output = tmp_path / "m.parquet"
+    own = {
+        "id": range(N // 2),
+        "question": [f"Q{i}" for i in range(N // 2)],
+        "answer": [i % 5 for i in range(20)],
+    }
+    theirs = {"id": [f"n{i}" for i in range(N)], "answer": [None, *(i // 2 % 5 + 0.0 for i in range(1, N))]}
+    for name, columns in (("own", own), ("theirs", theirs)):
+        listed = {key: list(values) for key, values in columns.items()}
+        pyarrow.parquet.write_table(pyarrow.table(listed), tmp_path / f"{name}.parquet")
+    said = mine(
+        *(tmp_path / "q.parquet", "--documents", near, "--qrels", tmp_path / "qrels.parquet", "-o", output),
+        *("--data", tmp_path / "own.parquet", "--documents-data", tmp_path / "theirs.parquet"),
+        *("--label", "answer", "--form", "triplet"),  # the label is the corpus column, too
+    )
+    assert "2 rows rejected: no id 1 (first: row 21), grade is no number 1" in " ".join(said.split())
+    written = pyarrow.parquet.read_table(output).to_pylist()
+    assert {row["question"] for row in written} == {f"Q{i}" for i in range(N // 2)}
+    assert len(written) == 3 * N  # both rows of every id
+    wrong = [
+        row["negative"] == str(int(row["question"][1:]) % 5) for row in written if row["negative"] is not None
+    ]
+    assert f"false negatives by label: {np.mean(wrong):.2%}" in said
+
+
+def test_queries_and_documents_in_columns_of_one_name(collection: Path, tmp_path: Path) -> None:
+    """As BEIR has them: both are called text, and the table keeps both."""
+    for name, view in (("queries", "question"), ("documents", "answer")):
+        table = pyarrow.parquet.read_table(collection / f"{name}.parquet").rename_columns(["id", "text"])
+        pyarrow.parquet.write_table(table, tmp_path / f"{name}.parquet")
+        text = (collection / f"{name}.csv").read_text().replace(view, "text", 1)
+        (tmp_path / f"{name}.csv").write_text(text)
+    given = ["mine", tmp_path / "queries.parquet", "--queries", "text", "--corpus", "text"]
+    given += ["--documents", tmp_path / "documents.parquet", "--qrels", collection / "qrels.txt"]
+    given += ["--data", tmp_path / "queries.csv", "--documents-data", tmp_path / "documents.csv"]
+    outcome = CliRunner().invoke(app, [*map(str, given), "-o", str(tmp_path / "mined.csv")])
+    assert outcome.exit_code == 0, outcome.output
+    assert "views=[text,text_document] negatives.text_document=[negative_1," in outcome.output.replace(
+        "\n", ""
+    )
+    written = rows(tmp_path / "mined.csv")
+    assert list(written[0])[:3] == ["text", "text_document", "negative_1"]
+    assert written[0]["text"] == "text of q0"
+    assert written[0]["text_document"].startswith("text of d")
+    named = ["label" if each == "text" else str(each) for each in given]
+    with pytest.raises(NearfarError, match="'label' is a column that form=labeled-pair adds"):
+        CliRunner().invoke(app, [*named, "--form", "labeled-pair"], catch_exceptions=False)
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

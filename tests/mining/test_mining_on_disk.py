@@ -7,6 +7,7 @@ import pyarrow.parquet
 import pytest
 
 from nearfar.batching import MappedNeighbors, nearest_neighbors_on_disk
+from nearfar.data import mapped_columns
 from nearfar.errors import NearfarError
 from nearfar.mining import (
     measure_false_negatives,
@@ -15,7 +16,8 @@ from nearfar.mining import (
     mined_table,
     on_disk,
 )
-from nearfar.mining.answers import Positives
+from nearfar.mining.answers import Positives, groups_of, text_numbers
+from nearfar.mining.mine import Rules
 
 N, M, D = 330, 2500, 64
 
@@ -126,6 +128,8 @@ def test_rows_of_the_same_query_share_their_answers():
     assert positives.counts.tolist() == [2, 2, 2, 1, 2]
     row, column = positives.among(np.array([0, 3, 4]))
     assert (row.tolist(), column.tolist()) == ([0, 0, 1, 2, 2], [0, 2, 3, 1, 4])
+    elsewhere = Positives.same_query(numbers, np.array([4, 3, 2, 1, 0]))
+    assert elsewhere.among(np.array([0, 3]))[1].tolist() == [4, 2, 1]
 
 
 @pytest.mark.parametrize(
@@ -142,6 +146,13 @@ def test_rows_of_the_same_query_share_their_answers():
         ({"query_texts": TEXTS[0], "corpus_texts": ["a"]}, "one for each"),
         ({"labels": ([1], [2])}, "one for each"),
         ({"query_values": ["a"]}, "one for each"),
+        ({"query_values": [*range(N - 1), "a"]}, "query_values: rows 0 to 329 do not fit"),
+        ({"labels": ([[1]] * N, LABELS[1])}, r"labels of the queries: row 0 has \[1\]"),
+        ({"positives": "none.npy"}, r"none\.npy cannot be read: No such file"),
+        ({"positives": "a.tsv"}, "nearfar mine --qrels"),
+        ({"names": ("negative_1", "document")}, "'negative_1' is a column that form=n-tuple adds"),
+        ({"names": ("document", "text"), "form": "labeled-pair"}, "'document' is a column"),
+        ({"names": ("a", "margin"), "form": "triplet", "scores": True}, "'margin' is a column"),
         ({"guide": (GUIDE[0], GUIDE[0])}, "are needed"),
         ({"margin": 3.0}, "no query has as many"),
         ({"min_recall": 1.5}, "min_recall"),
@@ -158,6 +169,88 @@ def test_wrong_input(near, tmp_path, arguments, message):
     with pytest.raises(NearfarError, match=message):
         mine_negatives_on_disk(**given)
     assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [{"a": i} if i < 100 else {"a": i, "b": "kept"} for i in range(N)],
+        [i if i < 200 else i + 0.5 for i in range(N)],
+        [None if i < 100 else f"text {i}" for i in range(N)],
+        [[] if i < 100 else [i, 0.5] for i in range(N)],
+    ],
+)
+@pytest.mark.parametrize("form", ["triplet", "labeled-list"])
+def test_cells_whose_type_shows_in_later_rows(near, tmp_path, monkeypatch, values, form):
+    """No key is lost and no number cut although the first blocks have neither."""
+    monkeypatch.setattr(on_disk, "_STRETCH", 70)
+    corpus = [values[j % N] for j in range(M)]
+    mine_negatives_on_disk(
+        QUERIES, near, tmp_path / "m.parquet", OWN, form=form, query_values=values, corpus_values=corpus
+    )
+    written = pyarrow.parquet.read_table(tmp_path / "m.parquet").to_pydict()
+    wanted = mined_table(mine_negatives(QUERIES, CORPUS, OWN), values, corpus, form)
+    if isinstance(values[0], dict):  # a key that a row lacks is null in Parquet
+        wanted["anchor"] = [{"a": row["a"], "b": row.get("b")} for row in wanted["anchor"]]
+        written, wanted = ({"anchor": table["anchor"]} for table in (written, wanted))
+    assert written == wanted
+
+
+def test_a_pandas_series_is_read_by_place(near, tmp_path):
+    pandas = pytest.importorskip("pandas")
+    values = pandas.Series([f"q{i}" for i in range(2 * N)])[::-2]  # its index says neither place nor order
+    corpus = pandas.Series(TEXTS[1], index=np.arange(M)[::-1])
+    mine_negatives_on_disk(
+        QUERIES, near, tmp_path / "m.parquet", OWN, query_values=values, corpus_values=corpus
+    )
+    written = pyarrow.parquet.read_table(tmp_path / "m.parquet").to_pydict()
+    assert written["anchor"] == values.tolist()
+    assert written["positive"] == [TEXTS[1][j] for j in OWN]
+    mined = mine_negatives(QUERIES, CORPUS, OWN)
+    assert mined_table(mined, values, corpus) == mined_table(mined, values.tolist(), TEXTS[1]) == written
+
+
+def test_repeated_pairs_and_lists_that_read_as_pairs(near, tmp_path):
+    twice = mine_negatives_on_disk(QUERIES, near, tmp_path / "m.parquet", np.concatenate([PAIRS, PAIRS]))
+    assert twice.rows == len(PAIRS)
+    with pytest.warns(UserWarning, match=r"give np\.array\(positives\)"):
+        mine_negatives_on_disk(QUERIES[:2], near, tmp_path / "m.parquet", [(0, 5), (1, 7)])
+
+
+def test_texts_and_labels_that_are_missing_are_equal_to_nothing(near, tmp_path):
+    pandas = pytest.importorskip("pandas")
+    texts = [None, "a", float("nan"), pandas.NA, "a "], [None, "a"]
+    for number in (text_numbers, groups_of):
+        queries, corpus = number(*texts, 5, 2)
+        assert (queries[:, None] == [*queries, *corpus]).sum(1).tolist() == [1, 3, 1, 1, 3]
+    labels = [pandas.NA, *(float(each) if each is not None else None for each in LABELS[0][1:])], LABELS[1]
+    mined = mine_negatives_on_disk(QUERIES, near, tmp_path / "m.parquet", OWN, labels=labels)
+    wanted = measure_false_negatives(mine_negatives(QUERIES, CORPUS, OWN), labels=LABELS)
+    assert mined.false_negatives == wanted
+
+
+@pytest.mark.parametrize("hashes", [hash, lambda text: hash(text) if text[0] == "+" else len(text) % 3])
+def test_places_of_ids_are_those_of_a_loop(monkeypatch, hashes):
+    """Ids that repeat, one that is very long, and hashes that are equal for different ids."""
+    monkeypatch.setattr(mapped_columns, "hash", hashes, raising=False)
+    ids = [str(each) for each in np.random.default_rng(0).integers(50, size=200)] + ["y" * 5000]
+    places = mapped_columns.IdPlaces(ids)
+    wanted = ["7", "x", *ids, "49", "+7"]
+    assert places.of(wanted).tolist() == [ids.index(name) if name in ids else -1 for name in wanted]
+    assert places.first.tolist() == [ids.index(name) for name in ids]
+    entry, at = places.every(np.array([3, 200, 5]))
+    loop = [(k, j) for k, i in enumerate((3, 200, 5)) for j in range(201) if ids[j] == ids[i]]
+    assert list(zip(entry.tolist(), at.tolist(), strict=True)) == loop
+    assert places.ids.nbytes == 201 * 8
+
+
+def test_a_query_of_very_many_positives_does_not_widen_all_searches():
+    rules = Rules.checked(3, (0, 100), None, "absolute", None, None, 0.0, "top", 0)
+    counts = np.ones(1_000_000, np.int64)
+    assert rules.width(counts, 10**7) == 111
+    counts[5] = 50_000
+    with pytest.warns(UserWarning, match=r"1 queries have more than 1000 positives \(up to 50000\)"):
+        assert rules.width(counts, 10**7) == 1110
 
 
 def test_lists_by_the_dot_product_are_refused(tmp_path):

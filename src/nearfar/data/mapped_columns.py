@@ -23,25 +23,72 @@ _ROWS = 65_536  # of a batch
 
 
 class IdPlaces:
-    """At which position an id stands: about 12 bytes for each beside the ids themselves.
+    """At which position an id stands: 13 bytes for each beside the ids themselves, which are kept as texts.
 
-    >>> IdPlaces(["b", "a", "c"]).of(["c", "x", "b"]).tolist()
+    >>> places = IdPlaces(["b", "a", "c", "b"])
+    >>> places.of(["c", "x", "b"]).tolist()
     [2, -1, 0]
     """
 
     def __init__(self, ids: Column) -> None:
-        self.ids = np.asarray(ids).astype(str)
-        self._order = np.argsort(self.ids, kind="stable").astype(np.int32)
+        self.ids = _texts(ids)
+        self._salt = ""
+        while True:
+            keys = self._hashes(self.ids)
+            self._order = np.argsort(keys, kind="stable").astype(np.int32)
+            self._keys, ordered = keys[self._order], self.ids[self._order]
+            self._new = np.ones(len(self.ids), bool)  # in that order, whether an id is a different one
+            self._new[1:] = self._keys[1:] != self._keys[:-1]
+            if not (ordered[1:] != ordered[:-1])[~self._new[1:]].any():
+                break
+            self._salt += "+"  # two different ids had the same hash
 
     def __len__(self) -> int:
         return len(self.ids)
 
+    def _hashes(self, texts: np.ndarray) -> NDArray[np.int64]:
+        salted = (self._salt + text for text in texts) if self._salt else texts
+        return np.fromiter(map(hash, salted), np.int64, len(texts))
+
     def of(self, names: Column) -> NDArray[np.int64]:
-        """The position of each name, -1 where it is unknown."""
-        wanted = np.asarray(names).astype(str)
-        at = np.searchsorted(self.ids, wanted, sorter=self._order).clip(max=len(self.ids) - 1)
-        place = self._order[at]
-        return np.where(self.ids[place] == wanted, place, -1)
+        """The position of each name, the first one where an id repeats, -1 where it is unknown."""
+        wanted = _texts(names)
+        if not len(self):
+            return np.full(len(wanted), -1, np.int64)
+        at = np.searchsorted(self._keys, self._hashes(wanted)).clip(max=len(self.ids) - 1)
+        place = self._order[at].astype(np.int64)
+        return np.where((self.ids[place] == wanted).astype(bool), place, -1)
+
+    @property
+    def first(self) -> NDArray[np.int32]:
+        """For each position the first one with its id, (n,).
+
+        >>> IdPlaces(["b", "a", "b"]).first.tolist()
+        [0, 1, 0]
+        """
+        first = np.empty(len(self), np.int32)
+        first[self._order] = self._order[np.flatnonzero(self._new)][self._new.cumsum() - 1]
+        return first
+
+    def every(self, positions: NDArray[np.integer]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """All positions with the ids that stand at these: of which entry each is one, and the positions.
+
+        >>> [each.tolist() for each in IdPlaces(["b", "a", "b"]).every(np.array([1, 0]))]
+        [[0, 1, 1], [1, 0, 2]]
+        """
+        if self._new.all():
+            return np.arange(len(positions)), positions.astype(np.int64)
+        wanted = self._hashes(self.ids[positions])
+        low, high = (np.searchsorted(self._keys, wanted, side=side) for side in ("left", "right"))
+        which = np.repeat(np.arange(len(wanted)), high - low)
+        begin = np.repeat(low - (np.cumsum(high - low) - (high - low)), high - low)
+        return which, self._order[begin + np.arange(len(which))].astype(np.int64)
+
+
+def _texts(values: Column) -> np.ndarray:
+    """Texts as objects: an array of fixed width would be as wide as the longest of them everywhere."""
+    listed = values.tolist() if isinstance(values, np.ndarray) else values
+    return np.fromiter(map(str, listed), object, len(values))
 
 
 @dataclass(frozen=True)
@@ -79,6 +126,9 @@ def mapped_columns(
 ) -> Mapping[str, MappedColumn]:
     """Columns of a table in the order of ``ids``, kept in ``file``; the table is read in chunks.
 
+    Values become texts; a whole number that the table stores as floating point, as one with gaps is, becomes the text
+    of that number. Rows of ``ids`` with the same id have the same values.
+
     Raises ``NearfarError`` where the table lacks a column, or rows of some ids.
 
     >>> import tempfile
@@ -90,13 +140,14 @@ def mapped_columns(
     """
     import pyarrow
 
+    names = list(dict.fromkeys(names))
     rows, count = np.full(len(ids), -1, np.int32), 0
     schema = pyarrow.schema([(name, pyarrow.string()) for name in names])
     waiting: dict[str, list[object]] = {name: [] for name in names}
     with pyarrow.OSFile(str(file), "wb") as sink, pyarrow.ipc.new_file(sink, schema) as writer:
 
         def flush(size: int) -> None:
-            parts = [[None if v is None else str(v) for v in waiting[name][:size]] for name in names]
+            parts = [list(map(_text, waiting[name][:size])) for name in names]
             writer.write_batch(pyarrow.record_batch(parts, schema=schema))
             for name in names:
                 del waiting[name][:size]
@@ -117,6 +168,7 @@ def mapped_columns(
                 flush(_ROWS)
         if waiting[names[0]]:
             flush(_ROWS)
+    rows = rows[ids.first]
     missing = np.flatnonzero(rows < 0)
     if len(missing):
         raise NearfarError(
@@ -126,3 +178,11 @@ def mapped_columns(
     reader = pyarrow.ipc.open_file(pyarrow.memory_map(str(file)))
     batches = [reader.get_batch(at) for at in range(reader.num_record_batches)]
     return {name: MappedColumn([batch.column(name) for batch in batches], rows) for name in names}
+
+
+def _text(value: object) -> str | None:
+    if isinstance(value, (float, np.floating)):
+        if value != value:
+            return None
+        value = int(value) if float(value).is_integer() else value
+    return None if value is None else str(value)

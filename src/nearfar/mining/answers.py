@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,16 @@ from nearfar.arguments import array, whole_number
 from nearfar.data.items import Column
 from nearfar.errors import NearfarError
 
-__all__ = ["Answers", "Positives", "SparseMatrix", "groups_of", "pairs_of", "text_numbers"]
+__all__ = [
+    "Answers",
+    "Positives",
+    "SparseMatrix",
+    "groups_of",
+    "no_text",
+    "pairs_of",
+    "plain_text",
+    "text_numbers",
+]
 
 
 class _Entries(Protocol):
@@ -43,7 +53,7 @@ class Positives:
     """The documents that answer each query, as sparse data: query i has list ``of[i]``, and list j is
     ``documents[starts[j]:starts[j + 1]]``.
 
-    ``paired``: document i is the own answer of query i, whatever else answers it.
+    ``own``: the document of each query that is its own answer (n,), whatever else answers it; None: all are.
 
     >>> sparse = Positives.given([[4], [], [2, 3]], 3, 5)
     >>> [each.tolist() for each in sparse.among(np.array([0, 2]))]
@@ -53,7 +63,7 @@ class Positives:
     of: NDArray[np.integer]
     starts: NDArray[np.int64]
     documents: NDArray[np.integer]
-    paired: bool = False
+    own: NDArray[np.integer] | None = None
 
     @classmethod
     def given(cls, positives: Answers, n: int, m: int) -> Positives:
@@ -61,8 +71,7 @@ class Positives:
         if isinstance(positives, Positives):
             return positives
         if isinstance(positives, (str, Path)):
-            stored: np.ndarray = np.load(positives, mmap_mode="r", allow_pickle=False)
-            positives = stored
+            positives = _stored(Path(positives).expanduser())
         if isinstance(positives, SparseMatrix):
             if positives.shape != (n, m):
                 raise NearfarError(
@@ -73,16 +82,23 @@ class Positives:
         if isinstance(positives, np.ndarray) and positives.ndim == 2:
             row, column = _listed(positives, n, m)
         else:
+            if isinstance(positives, (list, tuple)) and _like_pairs(positives, n):
+                warnings.warn(
+                    "positives are taken as lists of documents, two of each query; if they are meant as pairs of a "
+                    "query and a document, give np.array(positives), of shape (p, 2)",
+                    stacklevel=3,
+                )
             row, column = pairs_of(positives, n, m)
         starts = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=n))])
         return cls(np.arange(n), starts, column.astype(np.int32))
 
     @classmethod
-    def same_query(cls, numbers: NDArray[np.integer]) -> Positives:
-        """Document i answers query i and every query of the same text, by the numbers of texts (n,)."""
-        order = np.argsort(numbers, kind="stable").astype(np.int32)
+    def same_query(cls, numbers: NDArray[np.integer], own: NDArray[np.integer] | None = None) -> Positives:
+        """Document ``own[i]`` (None: i) answers query i and every query of the same text, by the numbers of texts."""
+        own = np.arange(len(numbers), dtype=np.int32) if own is None else own
+        order = np.argsort(numbers, kind="stable")
         starts = np.concatenate([[0], np.cumsum(np.bincount(numbers))])
-        return cls(numbers, starts, order, paired=True)
+        return cls(numbers, starts, own[order].astype(np.int32), own)
 
     @property
     def counts(self) -> NDArray[np.int64]:
@@ -133,13 +149,13 @@ def pairs_of(positives: Column | None, n: int, m: int) -> tuple[NDArray[np.int64
         raise NearfarError(
             f"positives name document {int(column.max())}, but there are {m}: positions count from 0"
         )
-    return row, column
+    return _once(row, column, m)
 
 
 def groups_of(
     queries: Column | None, corpus: Column | None, n: int, m: int
 ) -> tuple[NDArray[np.int64] | None, NDArray[np.int64] | None]:
-    """Numbers that are equal where texts are."""
+    """Numbers that are equal where texts are, but for spaces; texts that are missing are not."""
     if queries is None and corpus is None:
         return None, None
     if queries is None or corpus is None:
@@ -148,14 +164,32 @@ def groups_of(
         raise NearfarError(
             f"query_texts are {len(queries)} and corpus_texts {len(corpus)}; {n} and {m}, one for each, are needed"
         )
-    numbers: dict[str, int] = {}
-    out = [
-        np.array(
-            [numbers.setdefault(" ".join(str(text).split()), len(numbers)) for text in texts], dtype=np.int64
-        )
-        for texts in (queries, corpus)
-    ]
+    numbers: dict[object, int] = {}
+    out = []
+    for texts in (queries, corpus):
+        keys = (object() if no_text(text) else plain_text(text) for text in texts)
+        out.append(np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.int64))
     return out[0], out[1]
+
+
+def no_text(text: object) -> bool:
+    """Whether there is no text: None, NaN, pandas' NA; such are not equal to each other.
+
+    >>> [no_text(text) for text in (None, float("nan"), "", "None")]
+    [True, True, False, False]
+    """
+    if isinstance(text, (float, np.floating)):
+        return bool(text != text)
+    return text is None or type(text).__name__ in ("NAType", "NaTType")
+
+
+def plain_text(text: object) -> str:
+    """What is compared of a text: all but its spaces.
+
+    >>> plain_text(" a  b")
+    'a b'
+    """
+    return " ".join(str(text).split())
 
 
 def _listed(pairs: np.ndarray, n: int, m: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -170,13 +204,53 @@ def _listed(pairs: np.ndarray, n: int, m: int) -> tuple[NDArray[np.int64], NDArr
                 f"{count}: positions count from 0"
             )
     order = np.argsort(pairs[:, 0], kind="stable")
-    return np.asarray(pairs[order, 0], np.int64), np.asarray(pairs[order, 1], np.int64)
+    return _once(np.asarray(pairs[order, 0], np.int64), np.asarray(pairs[order, 1], np.int64), m)
+
+
+def _once(
+    row: NDArray[np.int64], column: NDArray[np.int64], m: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Each pair once, in the order in which they stand."""
+    first = np.sort(np.unique(row * m + column, return_index=True)[1])
+    return (row, column) if len(first) == len(row) else (row[first], column[first])
+
+
+def _stored(path: Path) -> np.ndarray:
+    """Positions of answers from a ``.npy`` file."""
+    if path.suffix.lower() != ".npy":
+        raise NearfarError(
+            f"positives={path}: pairs of positions are read from .npy; judgments by id are read by nearfar mine "
+            "--qrels"
+        )
+    try:
+        stored = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError):
+        raise NearfarError(
+            f"{path} holds no array of whole numbers; write pairs of positions (p, 2) with numpy.save"
+        ) from None
+    except OSError as error:
+        raise NearfarError(f"{path} cannot be read: {error.strerror or error}") from None
+    if not isinstance(stored, np.ndarray):  # an archive of several
+        raise NearfarError(f"{path} holds several arrays; one of pairs of positions (p, 2) is needed")
+    return stored
+
+
+def _like_pairs(positives: Sequence[object], n: int) -> bool:
+    """Whether a list that has an entry for each query reads as pairs of a query and a document, in order, too."""
+    if len(positives) != n or not all(
+        isinstance(each, (list, tuple)) and len(each) == 2 for each in positives
+    ):
+        return False
+    first = [each[0] for each in positives if isinstance(each, (list, tuple))]
+    return first == list(range(n))
 
 
 def text_numbers(
     queries: Iterable[object] | None, corpus: Iterable[object] | None, n: int, m: int
 ) -> tuple[NDArray[np.int32], NDArray[np.int32]] | None:
     """Numbers that are equal where texts are, but for spaces, by 64 bits of their hash; None where there are none.
+
+    Texts that are missing are not equal to each other.
 
     >>> queries, corpus = text_numbers(["a  b", "c"], ["c", "a b", "d"], 2, 3)
     >>> (queries[:, None] == corpus).tolist()
@@ -189,10 +263,17 @@ def text_numbers(
     keys = np.concatenate([np.fromiter(map(_hash, each), np.uint64) for each in (queries, corpus)])
     if len(keys) != n + m:
         raise NearfarError(f"{len(keys)} texts of queries and corpus; {n} and {m}, one for each, are needed")
-    numbers = np.unique(keys, return_inverse=True)[1].astype(np.int32)
+    distinct, inverse = np.unique(keys, return_inverse=True)
+    numbers, missing = inverse.astype(np.int32), keys == _NONE
+    numbers[missing] = len(distinct) + np.arange(missing.sum(), dtype=np.int32)
     return numbers[:n], numbers[n:]
 
 
+#: in place of the hash of a text that is missing
+_NONE = 0
+
+
 def _hash(text: object) -> int:
-    whole = " ".join(str(text).split()).encode()
-    return int.from_bytes(hashlib.blake2b(whole, digest_size=8).digest(), "little")
+    if no_text(text):
+        return _NONE
+    return int.from_bytes(hashlib.blake2b(plain_text(text).encode(), digest_size=8).digest(), "little") or 1

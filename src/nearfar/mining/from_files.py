@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from nearfar.batching.mapped_neighbors import MappedNeighbors
 from nearfar.data.mapped_columns import IdPlaces, MappedColumn, mapped_columns
 from nearfar.data.rankings import QREL_HEADERS, read_qrels
+from nearfar.data.rejections import Rejections
 from nearfar.data.table_formats import PARQUET_SUFFIXES, full_suffix, parquet_header
 from nearfar.data.tables import column_key
 from nearfar.data.vector_shards import VectorShards, shards_of_table
@@ -20,6 +22,9 @@ from nearfar.data.writing import make_folder
 from nearfar.errors import NearfarError
 from nearfar.mining.answers import Answers, Positives, text_numbers
 from nearfar.mining.on_disk import MinedOnDisk, mine_negatives_on_disk
+
+if TYPE_CHECKING:
+    import pyarrow
 
 __all__ = ["mine_files"]
 
@@ -48,8 +53,9 @@ def mine_files(
         output: the Parquet file.
         views: the columns of queries and documents in tables, and in what is written.
         data, documents_data: tables with the values of both sides and ``label``; None: ids stand in the cells.
-        qrels: judgments by id, of which grades above 0 are answers; pairs of positions as ``.npy``. None: document i
-            answers query i, and every query of the same text.
+        qrels: judgments by id, of which grades above 0 are answers, for all rows with that id; pairs of positions as
+            ``.npy``. None: the document with the id of a query answers it (where either side has no ids, that of the
+            same row), and every query of the same text.
         split: of a BEIR folder.
         options: of `mine_negatives_on_disk`.
     """
@@ -108,6 +114,7 @@ class _Side:
         id_column: str | None,
     ) -> None:
         self.ids = IdPlaces(np.arange(rows) if ids is None else ids)
+        self.own_ids = ids is not None
         self.named = ids is not None or table is not None
         self.values: _Values = self.ids.ids
         self.labels: MappedColumn | tuple[()] = ()
@@ -127,7 +134,27 @@ def _row_by_row(queries: _Side, documents: _Side) -> Positives:
         )
     both = text_numbers(queries.values, [], len(queries.ids), 0)
     assert both is not None
-    return Positives.same_query(both[0])
+    return Positives.same_query(both[0], _same_ids(queries, documents))
+
+
+def _same_ids(queries: _Side, documents: _Side) -> NDArray[np.int64] | None:
+    """The document with the id of each query, (n,); None where they stand in the same order, or have no ids."""
+    if not (queries.own_ids and documents.own_ids) or (queries.ids.ids == documents.ids.ids).all():
+        return None
+    own = documents.ids.of(queries.ids.ids)
+    if (own < 0).any():
+        which = int((own < 0).argmax())
+        raise NearfarError(
+            f"{int((own < 0).sum())} of {len(own)} queries have ids that no document has (first: "
+            f"'{queries.ids.ids[which]}'): without --qrels the document with the id of a query answers it; say with "
+            "--qrels which document answers which query."
+        )
+    if len(np.unique(own)) < len(own):
+        raise NearfarError(
+            "ids of queries and documents repeat and stand in different orders, so that they do not say which row "
+            "answers which: say it with --qrels, or make the ids different."
+        )
+    return own
 
 
 def _judged(
@@ -143,11 +170,14 @@ def _judged(
         at, of = queries.of(some_queries), documents.of(some_documents)
         asked += int((at >= 0).sum())
         answered += int(((at >= 0) & (of >= 0)).sum())
-        parts.append(np.stack([at, of], 1)[(at >= 0) & (of >= 0)].astype(np.int32))
+        both = (at >= 0) & (of >= 0)
+        entry, places = queries.every(at[both])
+        again, answers = documents.every(of[both][entry])
+        parts.append(np.stack([places[again], answers], 1).astype(np.int32))
     if not answered:
         raise NearfarError(
             f"{path}: no query has an answer in the judgments, which go by the ids of the embeddings (first query "
-            f"here: '{queries.ids[0]}', first document: '{documents.ids[0]}')."
+            f"here: '{queries.ids[0]}', first document: '{documents.ids[0]}'){''.join(f'; {each}' for each in notes)}."
         )
     if asked > answered:
         notes.append(
@@ -169,7 +199,6 @@ def _positive_ids(path: Path, split: str | None, notes: list[str]) -> Iterator[t
         ]
         yield [query for query, _ in listed], [document for _, document in listed]
         return
-    import pyarrow.compute
     import pyarrow.parquet
 
     known = {column_key(name): name for name in parquet_header(path)}
@@ -182,8 +211,37 @@ def _positive_ids(path: Path, split: str | None, notes: list[str]) -> Iterator[t
         raise NearfarError(
             f"{path} has the columns {', '.join(known.values())}; query_id and doc_id are needed."
         )
-    columns = [name for name in headers if name is not None]
+    columns, rejections, begin = [name for name in headers if name is not None], Rejections(), 1
     for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1 << 18, columns=columns):
-        if grade is not None:
-            batch = batch.filter(pyarrow.compute.greater(batch[grade], 0))
-        yield batch[query].to_pylist(), batch[document].to_pylist()
+        queries, documents = _id_texts(batch[query]), _id_texts(batch[document])
+        grades = [1.0] * len(queries) if grade is None else list(map(_grade, batch[grade].to_pylist()))
+        kept: list[tuple[str, str]] = []
+        for row, (own, answer, value) in enumerate(zip(queries, documents, grades, strict=True), begin):
+            if not own or not answer:
+                rejections.add("no id", row)
+            elif value is None:
+                rejections.add("grade is no number", row, batch[grade][row - begin].as_py())
+            elif value > 0:
+                kept.append((own, answer))
+        begin += len(queries)
+        yield [own for own, _ in kept], [answer for _, answer in kept]
+    if rejections.total:
+        notes.append(f"{path}: {rejections.summary()}")
+
+
+def _id_texts(column: pyarrow.Array) -> list[str | None]:
+    """Ids as texts; whole numbers may be stored as floating point, as pandas does where some are missing."""
+    values = column.to_pylist()
+    if any(isinstance(value, float) for value in values):
+        values = [
+            int(v) if isinstance(v, float) and v.is_integer() else None if v != v else v for v in values
+        ]
+    return [None if value is None else str(value) for value in values]
+
+
+def _grade(value: object) -> float | None:
+    try:
+        grade = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return None
+    return grade if math.isfinite(grade) else None

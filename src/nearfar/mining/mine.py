@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
@@ -28,6 +29,9 @@ __all__ = [
     "summarize",
     "weakest",
 ]
+
+#: candidates in place of positives: of all queries together, or of each where these are fewer
+_CANDIDATES, _MOST = 1 << 29, 1000
 
 #: scores of pairs: positions of queries and of documents, of one length, give as many scores
 Rescore = Callable[[NDArray[np.int64], NDArray[np.int64]], ArrayLike]
@@ -136,7 +140,7 @@ def mine_negatives(
             takes it as a share of |score of the positive|, which is right for negative scores, too.
         min_score, max_score: bounds of a negative's score.
         query_texts, corpus_texts: anything that tells equal texts, such as the texts themselves: a document with the
-            query's own text, or with that of one of its positives, is no negative.
+            query's own text, or with that of one of its positives, is no negative. None and NaN are equal to nothing.
         rescore: a cross-encoder, or a look-up of its scores: called with positions of queries and documents; its scores
             replace the cosines in margins, bounds and order. NaN for a candidate that it does not know, which is then
             left out; positives must have a score.
@@ -158,8 +162,8 @@ def mine_negatives(
     own, documents = unit_rows("queries", queries), unit_rows("corpus", corpus)
     n, m = len(own), len(documents)
     row, column = pairs_of(positives, n, m)
-    most = int(np.bincount(row, minlength=n).max()) if len(row) else 0
-    nearest = nearest_documents(own, documents, rules.width(most, m), min_recall, rules.seed)
+    width = rules.width(np.bincount(row, minlength=n), m)
+    nearest = nearest_documents(own, documents, width, min_recall, rules.seed)
     return mine_block(
         rules,
         nearest,
@@ -218,12 +222,22 @@ class Rules:
             **bounds,
         )
 
-    def width(self, most: int, documents: int) -> int:
-        """Candidates of each query, of which one has ``most`` positives.
+    def width(self, positives: NDArray[np.integer], documents: int) -> int:
+        """Candidates of each query, of how many ``positives`` each has.
 
-        Enough for the range, the positives, and some copies of texts; who has more copies has fewer negatives.
+        Enough for the range, the positives, and some copies of texts; who has more copies has fewer negatives. All
+        queries together have at most 2²⁹ candidates for their positives, or 1,000 each: a warning says so where a query
+        has more.
         """
-        return min(documents, self.ranks[1] + most + 10)
+        most, enough = int(positives.max(initial=0)), max(_MOST, _CANDIDATES // max(1, len(positives)))
+        if min(most, documents) > enough:
+            warnings.warn(
+                f"{int((positives > enough).sum())} queries have more than {enough} positives (up to {most}), and the "
+                f"search looks at {self.ranks[1] + enough + 10} documents of each query: they may have fewer negatives "
+                "or none. Leave out queries that are all alike, such as empty texts",
+                stacklevel=3,
+            )
+        return min(documents, self.ranks[1] + min(most, enough) + 10)
 
     def generator(self) -> np.random.Generator:
         """What "random" draws with, over all queries in turn."""

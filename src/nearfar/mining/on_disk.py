@@ -11,16 +11,18 @@ from typing import IO, TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from nearfar.arguments import choice, number
+from nearfar.arguments import number, shown
 from nearfar.batching.mapped_neighbors import MappedNeighbors
+from nearfar.data.mapped_columns import MappedColumn
 from nearfar.data.vector_shards import VectorShards
 from nearfar.data.writing import write_atomically
 from nearfar.errors import NearfarError
+from nearfar.labels import is_missing
 from nearfar.mining.answers import Answers, Positives, text_numbers
 from nearfar.mining.candidates import unit_rows
 from nearfar.mining.false_negatives import FalseNegatives, count_false, shares_of
 from nearfar.mining.mine import Mined, Rescore, Rules, check_guide, guide_sides, mine_block, summarize
-from nearfar.mining.tables import FORMATS, columns_of
+from nearfar.mining.tables import by_place, column_names, columns_of, table_schema
 
 if TYPE_CHECKING:
     import pyarrow
@@ -30,6 +32,8 @@ __all__ = ["MinedOnDisk", "mine_negatives_on_disk"]
 
 #: candidates of a block of queries, and the queries of one
 _CANDIDATES, _QUERIES = 1 << 20, 8192
+#: values of which the type is asked at once
+_STRETCH = 65_536
 #: queries on which the search is tuned, half of them, and its recall measured
 _SAMPLE = 1000
 
@@ -119,15 +123,17 @@ def mine_negatives_on_disk(
         corpus: the folder that `nearest_neighbors_on_disk` or ``nearfar neighbors`` wrote of the documents.
         output: the Parquet file, which appears when it is complete; its forms are those of `mined_table`.
         positives: sparse: pairs (p, 2) of positions of a query and of a document that answers it, an array or a
-            ``.npy`` file; a SciPy matrix (n, m); or as of `mine_negatives`. Queries without one are left out.
+            ``.npy`` file; a SciPy matrix (n, m); or as of `mine_negatives`, where a list has an entry for each query,
+            of documents. Queries without one are left out.
         query_texts, corpus_texts: read once, in order; equal texts are told by 64 bits of a hash.
-        labels: of queries and corpus, which measures false negatives; None, NaN and "" are missing.
+        labels: of queries and corpus, a text or a number each, which measures false negatives; missing ones (None, NaN,
+            "", −1) are left out.
         guide: a second model's vectors of queries and corpus, in shards.
         rescore: is called with the positions of a block of queries.
         min_recall: of the search for these queries: its width is chosen on 500 of them, and the recall that is stated
             was measured on 500 others, against all documents.
-        query_values, corpus_values: what stands in the cells, by ``values[positions]``; None: positions of queries,
-            and ids of documents where the folder has them.
+        query_values, corpus_values: what stands in the cells, by ``values[positions]``, of one type on each side; None:
+            positions of queries, and ids of documents where the folder has them.
         advance: is told the queries of every block that is done.
         per_query, rank_range, margin, margin_kind, min_score, max_score, guide_margin, strategy, seed, form, names,
             scores: as of `mine_negatives` and `mined_table`.
@@ -148,7 +154,7 @@ def mine_negatives_on_disk(
     rules = Rules.checked(
         per_query, rank_range, margin, margin_kind, min_score, max_score, guide_margin, strategy, seed
     )
-    choice("form", form, FORMATS)
+    names = column_names(names, form, rules.per_query, scores)
     min_recall = number("min_recall", min_recall, above=0, most=1)
     output = Path(output).expanduser()
     if output.suffix.lower() != ".parquet":
@@ -170,10 +176,15 @@ def mine_negatives_on_disk(
     rows = np.flatnonzero(counts)
     if not len(rows):
         raise NearfarError("no query has a positive: nothing can be mined")
-    width = rules.width(int(counts.max()), m)
+    width = rules.width(counts[rows], m)
     texts = text_numbers(query_texts, corpus_texts, n, m)
     groups = None if labels is None else _labels(labels, n, m)
     guides = None if guide is None else _guides(guide, n, m)
+    cells = (
+        _Cells("query_values", query_values, np.arange(n)),
+        _Cells("corpus_values", corpus_values, np.arange(m) if near.ids is None else near.ids),
+    )
+    schema = table_schema(form, names, rules.per_query, scores, cells[0].type, cells[1].type)
     rng, recall, sampled = rules.generator(), near.recall or 0.0, 0
     if len(rows) > 1:
         drawn = np.random.default_rng([seed, 2]).choice(rows, min(_SAMPLE, len(rows)), replace=False)
@@ -185,10 +196,6 @@ def mine_negatives_on_disk(
                 stacklevel=2,
             )
     state = _Totals()
-    cells = (
-        _Cells(query_values, np.arange(n)),
-        _Cells(corpus_values, np.arange(m) if near.ids is None else near.ids),
-    )
 
     def tables() -> Iterator[dict[str, list[object]]]:
         size = max(1, min(_QUERIES, _CANDIDATES // width))
@@ -215,7 +222,9 @@ def mine_negatives_on_disk(
                     guide=None if guides is None else (guides[0].only(some), guides[1]),
                 ),
             )
-            kept = mined.with_pairs(mined.pairs[1] == some[mined.pairs[0]]) if answers.paired else mined
+            kept = mined
+            if answers.own is not None:
+                kept = mined.with_pairs(mined.pairs[1] == answers.own[some[mined.pairs[0]]])
             documents = np.unique(np.concatenate([kept.pairs[1], kept.negatives[kept.negatives >= 0]]))
             yield columns_of(
                 kept,
@@ -227,7 +236,7 @@ def mine_negatives_on_disk(
             )
             advance(len(some))
 
-    written, columns = _write(tables(), output)
+    written, columns = _write(tables(), output, schema)
     return MinedOnDisk(
         output,
         written,
@@ -251,14 +260,25 @@ def _labels(
     labels: tuple[Iterable[object], Iterable[object]], n: int, m: int
 ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     """Numbers of the labels of both sides, which are read once in order; -1 where one is missing."""
-    known: dict[object, int] = {}
+    known: dict[str, int] = {}
 
-    def numbers(values: Iterable[object]) -> Iterator[int]:
-        for value in values:
-            missing = value is None or value == "" or value != value
-            yield -1 if missing else known.setdefault(value, len(known))
+    def numbers(side: str, values: Iterable[object]) -> Iterator[int]:
+        for row, value in enumerate(values):
+            if isinstance(value, (list, tuple, dict, set, np.ndarray)):
+                raise NearfarError(
+                    f"labels of the {side}: row {row} has {shown(value)}; one label, a text or a number, is needed"
+                )
+            if is_missing(value):
+                yield -1
+                continue
+            if isinstance(value, (float, np.floating)) and float(value).is_integer():
+                value = int(value)
+            yield known.setdefault(str(value), len(known))
 
-    own, theirs = (np.fromiter(numbers(_plain(each)), np.int32) for each in labels)
+    own, theirs = (
+        np.fromiter(numbers(side, _plain(each)), np.int32)
+        for side, each in zip(("queries", "corpus"), labels, strict=True)
+    )
     if (len(own), len(theirs)) != (n, m):
         raise NearfarError(f"labels are {len(own)} and {len(theirs)}; {n} and {m}, one for each, are needed")
     return own, theirs
@@ -307,24 +327,55 @@ def _guides(guide: object, n: int, m: int) -> tuple[_UnitShards, _UnitShards]:
 
 
 class _Cells:
-    """What stands in the cells of one side, by position."""
+    """What stands in the cells of one side, by position, and the type of it all."""
 
-    def __init__(self, values: Cells | None, default: np.ndarray) -> None:
+    def __init__(self, name: str, values: Cells | None, default: np.ndarray) -> None:
         if values is None:
             values = default
         elif isinstance(values, (list, tuple)):
             whole = np.empty(len(values), object)
             whole[:] = values
             values = whole
+        else:
+            values = by_place(values)
         if len(values) != len(default):
             raise NearfarError(
                 f"{len(values)} values for the cells of {len(default)} rows; one for each is needed"
             )
-        self.values = values
+        self.values: Any = values
+        self.type = _type_of(name, self)
+
+    def __len__(self) -> int:
+        return len(self.values)
 
     def at(self, rows: NDArray[np.integer]) -> list[object]:
         some = self.values[rows]
         return some.tolist() if isinstance(some, np.ndarray) else list(some)
+
+
+def _type_of(name: str, cells: _Cells) -> pyarrow.DataType:
+    """The one type that holds all values; ``NearfarError`` where there is none."""
+    import pyarrow
+
+    values = cells.values
+    if isinstance(values, MappedColumn):
+        return pyarrow.string()
+    if isinstance(values, np.ndarray) and values.ndim == 1 and values.dtype.kind in "Uif":
+        return {"U": pyarrow.string(), "i": pyarrow.int64(), "f": pyarrow.float64()}[values.dtype.kind]
+    schema = pyarrow.schema([(name, pyarrow.null())])
+    for begin in range(0, len(cells), _STRETCH):
+        end = min(begin + _STRETCH, len(cells))
+        try:
+            some = pyarrow.array(cells.at(np.arange(begin, end)), from_pandas=True)
+            schema = pyarrow.unify_schemas(
+                [schema, pyarrow.schema([(name, some.type)])], promote_options="permissive"
+            )
+        except (pyarrow.ArrowException, OverflowError) as error:
+            raise NearfarError(
+                f"{name}: rows {begin} to {end - 1} do not fit into a column of one type ({error}); give values that "
+                "do, such as texts alone"
+            ) from None
+    return schema.field(0).type
 
 
 class _Totals:
@@ -350,34 +401,26 @@ class _Totals:
             self.false[by] = (before[0] + wrong, before[1] + n)
 
 
-def _write(tables: Iterator[dict[str, list[object]]], output: Path) -> tuple[int, list[str]]:
+def _write(
+    tables: Iterator[dict[str, list[object]]], output: Path, schema: pyarrow.Schema
+) -> tuple[int, list[str]]:
     """All tables into one Parquet file, one in memory at a time; its rows and columns."""
     import pyarrow
     import pyarrow.parquet
 
-    rows, columns = 0, []
+    rows = 0
 
     def write(file: IO[bytes]) -> None:
-        nonlocal rows, columns
-        schema: pyarrow.Schema | None = None
-        writer: pyarrow.parquet.ParquetWriter | None = None
-        try:
-            for each in tables:
-                if not each:
-                    continue
-                table = pyarrow.table(each, schema=schema)
-                if writer is None:
-                    schema = table.schema
-                    writer = pyarrow.parquet.ParquetWriter(file, schema)
-                writer.write_table(table)
-                rows, columns = rows + table.num_rows, table.column_names
-        finally:
-            if writer is not None:
-                writer.close()
+        nonlocal rows
+        with pyarrow.parquet.ParquetWriter(file, schema) as writer:
+            for each in filter(None, tables):
+                columns = [pyarrow.array(each[part.name], part.type, from_pandas=True) for part in schema]
+                writer.write_table(pyarrow.Table.from_arrays(columns, schema=schema))
+                rows += len(columns[0])
         if not rows:
             raise NearfarError(
                 "no query has as many negatives as were asked for: widen rank_range, or lower the margins"
             )
 
     write_atomically(output, write)
-    return rows, columns
+    return rows, schema.names

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from nearfar.arguments import choice
 from nearfar.data.items import Column
 from nearfar.errors import NearfarError
 from nearfar.mining.mine import Mined
 
-__all__ = ["FORMATS", "columns_of", "mined_table"]
+if TYPE_CHECKING:
+    import pyarrow
+
+__all__ = ["FORMATS", "by_place", "column_names", "columns_of", "mined_table", "table_schema"]
 
 FORMATS = ("triplet", "n-tuple", "labeled-pair", "labeled-list")
 
@@ -29,7 +32,8 @@ def mined_table(
     ``queries`` and ``corpus`` are what stands in the cells, texts or ids. "triplet": a row for each negative.
     "n-tuple": a row for each positive with all its negatives, ``negative_1``, …; queries with fewer are left out (their
     number is ``(mined.counts < k).sum()``). "labeled-pair": a row for each document with ``label`` 1 or 0.
-    "labeled-list": a row for each query with lists of both. ``names`` are the first two columns.
+    "labeled-list": a row for each query with lists of both. ``names`` are the first two columns; where both have one
+    name, the second is that with ``_document``.
 
     With ``scores``, "triplet" has a column ``margin`` and "n-tuple" ``margin_1``, …: the score of the positive less
     that of the negative, which ``margins=`` of experiment=pairs and MarginMSELoss take; the labelled forms have
@@ -42,7 +46,8 @@ def mined_table(
     >>> {name: column[:1] for name, column in table.items()}
     {'anchor': ['a'], 'positive': ['A'], 'negative_1': ['B'], 'negative_2': ['C']}
     """
-    choice("form", form, FORMATS)
+    names = column_names(names, form, mined.negatives.shape[1], scores)
+    queries, corpus = by_place(queries), by_place(corpus)
     n = len(mined.negatives)
     if len(queries) != n or int(mined.negatives.max(initial=-1)) >= len(corpus):
         raise NearfarError(
@@ -54,6 +59,62 @@ def mined_table(
             "no query has as many negatives as were asked for: widen rank_range, or lower the margins"
         )
     return table
+
+
+def by_place(values: Any) -> Any:
+    """Values that are had by their places; a pandas Series is read by its index, so that its array is taken."""
+    return values.to_numpy(dtype=object) if hasattr(values, "iloc") else values
+
+
+def column_names(names: tuple[str, str], form: str, per_query: int, scores: bool) -> tuple[str, str]:
+    """The columns of queries and documents; ``NearfarError`` for those that the form has of its own.
+
+    >>> column_names(("text", "text"), "n-tuple", 3, False)
+    ('text', 'text_document')
+    """
+    choice("form", form, FORMATS)
+    first, second = names
+    listed = form.startswith("labeled")
+    if first == second and not listed:
+        second = f"{first}_document"
+    own = [*(["document"] if listed else []), *_added(form, per_query, scores)]
+    for name in [first] if listed else [first, second]:
+        if name in own:
+            raise NearfarError(
+                f"'{name}' is a column that form={form} adds to those of queries and documents ({first}, {second}): "
+                "give that of the table a different name, or take a different form"
+            )
+    return first, second
+
+
+def _added(form: str, per_query: int, scores: bool) -> list[str]:
+    """The columns beside those of queries and documents."""
+    if form.startswith("labeled"):
+        return ["label", *(["score"] if scores else [])]
+    places = [f"_{t + 1}" for t in range(per_query)] if form == "n-tuple" else [""]
+    return [f"{name}{place}" for name in ("negative", *(["margin"] if scores else [])) for place in places]
+
+
+def table_schema(
+    form: str,
+    names: tuple[str, str],
+    per_query: int,
+    scores: bool,
+    queries: pyarrow.DataType,
+    documents: pyarrow.DataType,
+) -> pyarrow.Schema:
+    """Columns of the table with their types, of values of both sides of these types."""
+    import pyarrow
+
+    def type_of(name: str) -> pyarrow.DataType:
+        kind = name.split("_")[0]
+        known = {"label": pyarrow.int64(), "score": pyarrow.float64(), "margin": pyarrow.float64()}
+        return known.get(kind, documents)
+
+    whole = pyarrow.list_ if form == "labeled-list" else lambda each: each
+    second = "document" if form.startswith("labeled") else names[1]
+    added = [(name, whole(type_of(name))) for name in _added(form, per_query, scores)]
+    return pyarrow.schema([(names[0], queries), (second, whole(documents)), *added])
 
 
 def columns_of(
@@ -73,8 +134,8 @@ def columns_of(
     own_scores = mined.pair_scores.tolist()
     table: dict[str, list[object]] = {}
 
-    def add(**cells: object) -> None:
-        for name, cell in cells.items():
+    def add(cells: Mapping[str, object], **more: object) -> None:
+        for name, cell in (*cells.items(), *more.items()):
             table.setdefault(name, []).append(cell)
 
     if form == "n-tuple":
@@ -82,16 +143,16 @@ def columns_of(
             if counts[i] == k:
                 cells = {f"negative_{t + 1}": corpus[negatives[i][t]] for t in range(k)}
                 gaps = {f"margin_{t + 1}": own - values[i][t] for t in range(k)} if scores else {}
-                add(**{first: queries[i], second: corpus[j]}, **cells, **gaps)
+                add({first: queries[i], second: corpus[j]}, **cells, **gaps)
     elif form == "triplet":
         for i, j, own in zip(row, column, own_scores, strict=True):
             for t in range(counts[i]):
                 more = {"margin": own - values[i][t]} if scores else {}
-                add(**{first: queries[i], second: corpus[j]}, negative=corpus[negatives[i][t]], **more)
+                add({first: queries[i], second: corpus[j]}, negative=corpus[negatives[i][t]], **more)
     elif form == "labeled-pair":
         for i, j, own in zip(row, column, own_scores, strict=True):
             add(
-                **{first: queries[i]},
+                {first: queries[i]},
                 document=corpus[j],
                 label=1,
                 **({"score": own} if scores else {}),
@@ -99,7 +160,7 @@ def columns_of(
         for i in range(n):
             for t in range(counts[i]):
                 more = {"score": values[i][t]} if scores else {}
-                add(**{first: queries[i]}, document=corpus[negatives[i][t]], label=0, **more)
+                add({first: queries[i]}, document=corpus[negatives[i][t]], label=0, **more)
     else:
         theirs: list[list[tuple[int, float]]] = [[] for _ in range(n)]
         for i, j, own in zip(row, column, own_scores, strict=True):
@@ -108,5 +169,5 @@ def columns_of(
             listed = theirs[i] + [(negatives[i][t], values[i][t]) for t in range(counts[i])]
             labels = [1] * len(theirs[i]) + [0] * counts[i]
             more = {"score": [score for _, score in listed]} if scores else {}
-            add(**{first: queries[i]}, document=[corpus[j] for j, _ in listed], label=labels, **more)
+            add({first: queries[i]}, document=[corpus[j] for j, _ in listed], label=labels, **more)
     return table
