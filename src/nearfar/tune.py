@@ -5,17 +5,18 @@ from __future__ import annotations
 import importlib.metadata
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hydra.core.override_parser.types import IntervalSweep, Override
+from hydra.errors import HydraException
 from rich.console import Console
 
 from nearfar import terminal
 from nearfar.cluster import connect, total
-from nearfar.config.compose import compose_config, merge_overrides, parse, quote_paths
+from nearfar.config.compose import changed_values, compose_config, merge_overrides, parse, quote_paths
 from nearfar.config.training import RunOptions
 from nearfar.directions import lower_is_better
 from nearfar.errors import NearfarError
@@ -54,6 +55,11 @@ class Candidate:
     pruned: bool
     error: str | None = None
 
+    @property
+    def cut_off(self) -> bool:
+        """Whether the trial neither ended, nor was ended, nor failed: it goes on from its checkpoint."""
+        return self.objective is None and not self.pruned and self.error is None
+
 
 def search_space(overrides: Sequence[str]) -> tuple[list[str], dict[str, Override]]:
     """The overrides that have one value, and by their keys those that a search draws.
@@ -86,12 +92,24 @@ def _distribution(drawn: Override) -> BaseDistribution:
     from optuna import distributions
 
     value = drawn.value()
-    if not isinstance(value, IntervalSweep):
-        return distributions.CategoricalDistribution(list(drawn.sweep_string_iterator()))
-    low, high, log = value.start, value.end, "log" in value.tags
-    if isinstance(low, int) and isinstance(high, int):
-        return distributions.IntDistribution(low, high, log=log)
-    return distributions.FloatDistribution(float(low or 0), float(high or 0), log=log)
+    try:
+        if not isinstance(value, IntervalSweep):
+            return distributions.CategoricalDistribution(list(drawn.sweep_string_iterator()))
+        low, high, log = value.start, value.end, "log" in value.tags
+        if isinstance(low, int) and isinstance(high, int):
+            return distributions.IntDistribution(low, high, log=log)
+        return distributions.FloatDistribution(float(low or 0), float(high or 0), log=log)
+    except (ValueError, HydraException) as error:
+        raise NearfarError(
+            f"'{drawn.input_line}' is nothing to draw from ({' '.join(str(error).split())}). Give a list of values "
+            "(lr=0.1,0.2), or an interval from the smaller end to the larger, above 0 with log "
+            "('lr=tag(log,interval(1e-4,1e-2))')."
+        ) from None
+
+
+def _bare(value: str) -> str:
+    """A value of the command line without its quotes, as a run's record has it."""
+    return value[1:-1] if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"" else value
 
 
 def tune(
@@ -141,6 +159,11 @@ def tune(
         ended = _search(
             fixed, drawn, first, name, home, trials, prune, at_once, {"CPU": cpus, "GPU": gpus}, say
         )
+        if cut_off := [each for each in ended if each.cut_off]:
+            raise NearfarError(
+                f"{home.path}: the search was stopped, {len(cut_off)} of its trials before their end. The same command "
+                "goes on with them."
+            )
         finished = [each for each in ended if each.objective is not None and not each.pruned]
         if not finished:
             raise NearfarError(
@@ -160,10 +183,12 @@ def tune(
             return None
         seeds = [first.seed + number for number in range(1, judge + 1)]
         say(f"it was chosen by that number: both it and the defaults are trained on new seeds {seeds}")
-        _judge(fixed, chosen, seeds, f"{name}/judged", cpus, gpus)
-    arms = group_runs(find_runs([home.path / "judged"]))
-    default = next(arm for arm in arms if any("default" in run.name for run in arm.runs.values()))
-    return compare_runs([home.path / "judged"], baseline=default.label)
+        # the best under its values: going on with a search may find a better one
+        arms = {f"best,{Path(best.run).name}": chosen, "default": []}
+        judged = _judge(fixed, arms, seeds, f"{name}/judged", cpus, gpus)
+    runs = [Path(first.runs_dir).absolute() / each for each in judged]
+    (default,) = group_runs(find_runs([run for run in runs if run.name.startswith("default,")]))
+    return compare_runs(runs, baseline=default.label)
 
 
 def _check_optuna() -> None:
@@ -215,7 +240,7 @@ def _search(
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     mode = "min" if lower_is_better(build_system(config).monitor) else "max"
-    known, cut_off = _earlier(home, list(drawn))
+    known, cut_off = _earlier(home, fixed, drawn, name)
     if known or cut_off:
         say(f"{home.path}: {len(known)} trials are finished, {len(cut_off)} go on")
     searcher = OptunaSearch(
@@ -275,7 +300,7 @@ def _search(
         ),
     )
     results = tuner.fit()
-    return [*known, *(_candidate(results[at]) for at in range(len(results)))]
+    return [*known, *(_candidate(results[at], prune) for at in range(len(results)))]
 
 
 def _reporter(epochs: int, ended: int, all_trials: int) -> Callback:
@@ -326,23 +351,33 @@ def _carry_out(overrides: list[str], watch: Callable[[int, float], None] | None 
         )
 
 
-def _candidate(result: Result) -> Candidate:
-    """What Ray Tune says of a trial."""
+def _candidate(result: Result, prune: bool) -> Candidate:
+    """What Ray Tune says of a trial; one that was lost, failed or cut off has no value, whatever it had reached."""
     last = result.metrics or {}
     value, epoch = last.get("objective"), int(last.get("epoch", 0))
-    error = last.get("why") or (None if result.error is None else str(result.error).strip().splitlines()[-1])
+    error = last.get("why")
+    if error is None and result.error is not None:
+        error = (str(result.error).strip().splitlines() or [type(result.error).__name__])[-1]
+    pruned = prune and not last.get("whole") and error is None
+    known = value is not None and not math.isnan(value) and (pruned or last.get("whole"))
     return Candidate(
         str(last.get("run", "")),
         {key: str(each) for key, each in (result.config or {}).items()},
-        None if value is None or math.isnan(value) else float(value),
+        float(value) if known and value is not None and error is None else None,
         epoch,
-        pruned=not last.get("whole") and error is None,
+        pruned=pruned,
         error=error,
     )
 
 
-def _earlier(home: RunFolder, keys: Sequence[str]) -> tuple[list[Candidate], list[Candidate]]:
-    """The trials of an earlier call that were finished or ended early, and those that were cut off."""
+def _earlier(
+    home: RunFolder, fixed: Sequence[str], drawn: Mapping[str, Override], name: str
+) -> tuple[list[Candidate], list[Candidate]]:
+    """The trials of an earlier call that were finished or ended early, and those that were cut off.
+
+    Trials outside of what is drawn now are left out. Raises ``NearfarError`` for one that was trained with other fixed
+    options: what it reached says nothing about these.
+    """
     ended: dict[str, Candidate] = {}
     if home.has("search.json"):
         for each in home.read_json("search.json")["trials"]:
@@ -351,9 +386,17 @@ def _earlier(home: RunFolder, keys: Sequence[str]) -> tuple[list[Candidate], lis
     for path in sorted((home.path / "search").glob("*/config.yaml")):
         run = RunFolder(path.parent)
         given = dict(str(text).split("=", 1) for text in run.config().get("overrides", []))
-        if not set(keys) <= given.keys():
+        if not set(drawn) <= given.keys():
             continue
-        values = {key: given[key].strip("'\"") for key in keys}
+        values = {key: given[key] for key in drawn}
+        now = check_config(compose_config(_trial_of(fixed, values, name)[0]))
+        if changed := changed_values(run.config(), now):
+            raise NearfarError(
+                f"{home.path}: trials of an earlier search differ in {', '.join(changed)}, so that they say nothing "
+                "about this one. Give it a name of its own (name=…), or remove that folder."
+            )
+        if not _is_drawn(values, drawn):
+            continue
         if run.finished:
             epochs = int(run.read_json("metrics.json").get("epochs") or 0)
             known.append(Candidate(str(run.path), values, objective(run), epochs, pruned=False))
@@ -364,32 +407,56 @@ def _earlier(home: RunFolder, keys: Sequence[str]) -> tuple[list[Candidate], lis
     return known, cut_off
 
 
-def _typed(values: dict[str, str], drawn: dict[str, Override]) -> dict[str, str | int | float]:
+def _is_drawn(values: dict[str, str], drawn: Mapping[str, Override]) -> bool:
+    """Whether the search may draw these values."""
+    from optuna.distributions import CategoricalDistribution
+
+    try:
+        typed = _typed(values, drawn)
+    except ValueError:
+        return False
+    for key, each in drawn.items():
+        kind, value = _distribution(each), typed[key]
+        if isinstance(kind, CategoricalDistribution):
+            if value not in kind.choices:
+                return False
+        elif not kind.low <= float(value) <= kind.high:  # type: ignore[attr-defined]
+            return False
+    return True
+
+
+def _typed(values: dict[str, str], drawn: Mapping[str, Override]) -> dict[str, str | int | float]:
     """Values of the command line as Optuna has drawn them."""
-    from optuna.distributions import FloatDistribution, IntDistribution
+    from optuna.distributions import CategoricalDistribution, FloatDistribution
 
     typed: dict[str, str | int | float] = {}
     for key, each in drawn.items():
-        kind = _distribution(each)
-        as_number = float if isinstance(kind, FloatDistribution) else int
-        typed[key] = (
-            as_number(values[key]) if isinstance(kind, FloatDistribution | IntDistribution) else values[key]
-        )
+        kind, value = _distribution(each), values[key]
+        if isinstance(kind, CategoricalDistribution):
+            choices = [str(choice) for choice in kind.choices]
+            typed[key] = next((choice for choice in choices if _bare(choice) == _bare(value)), value)
+        else:
+            typed[key] = float(value) if isinstance(kind, FloatDistribution) else int(value)
     return typed
 
 
 def _judge(
-    fixed: Sequence[str], chosen: Sequence[str], seeds: Sequence[int], name: str, cpus: float, gpus: float
-) -> None:
-    """Train the best and the defaults on the new seeds, wherever there is room; a lost node starts its runs again."""
+    fixed: Sequence[str],
+    arms: Mapping[str, Sequence[str]],
+    seeds: Sequence[int],
+    name: str,
+    cpus: float,
+    gpus: float,
+) -> list[str]:
+    """Train every arm on the new seeds, wherever there is room; a lost node starts its runs again. The runs' names."""
     import ray
 
     run = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=-1)(_carry_out)
-    waiting = []
-    for seed in seeds:
-        for arm, texts in (("best", list(chosen)), ("default", [])):
-            more = [*texts, f"seed={seed}", f"name='{name}/{arm},seed={seed}'", "exists=skip"]
-            waiting.append(run.remote(merge_overrides(fixed, more)))
+    runs = {f"{name}/{arm},seed={seed}": [*arms[arm], f"seed={seed}"] for seed in seeds for arm in arms}
+    waiting = [
+        run.remote(merge_overrides(fixed, [*texts, f"name='{each}'", "exists=skip"]))
+        for each, texts in runs.items()
+    ]
     try:
         ray.get(waiting)
     except Exception as error:
@@ -397,3 +464,4 @@ def _judge(
         if isinstance(cause, NearfarError):
             raise NearfarError(str(cause)) from None
         raise
+    return list(runs)

@@ -295,7 +295,9 @@ def _compose(name: str, system: str | None, overrides: Sequence[str] = ()) -> Di
     values = [
         each
         for each in parsed
-        if each.type in (OverrideType.CHANGE, OverrideType.FORCE_ADD) and each.key_or_group not in groups
+        if each.type in (OverrideType.CHANGE, OverrideType.FORCE_ADD)
+        and each.key_or_group.split(".")[0] != "hydra"  # whose node is gone from what was composed
+        and each.key_or_group not in groups
     ]
     # files of other packages may be changed at any time; what Hydra refuses, it shall refuse itself
     if not config_packages() and not any(each.is_sweep_override() or each.package for each in parsed):
