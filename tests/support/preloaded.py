@@ -1,6 +1,6 @@
 """Imports that a run makes late, made once for all children of the server they are forked from (``processes``)."""
 
-from nearfar.training.fabric import _without_torchmetrics
+from nearfar.training.fabric import versions_by_metadata
 
-with _without_torchmetrics():
+with versions_by_metadata():
     import lightning_fabric  # noqa: F401

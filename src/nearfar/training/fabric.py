@@ -6,11 +6,13 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 import torch
+from packaging.version import InvalidVersion, Version
 from torch import nn
 
 from nearfar.config.training import RunOptions, TrainerOptions
@@ -88,7 +90,7 @@ def _check_accelerator(trainer: TrainerOptions) -> None:
 
 def build_fabric(config: RunOptions) -> Fabric:
     """Fabric with the options of ``trainer=``, for this process or for all that train together."""
-    with _without_torchmetrics():
+    with versions_by_metadata():
         from lightning_fabric import Fabric
         from lightning_fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
         from lightning_fabric.strategies import DDPStrategy
@@ -117,24 +119,39 @@ def build_fabric(config: RunOptions) -> Fabric:
 
 def to_device(batch: object, device: torch.device) -> Any:
     """A batch of anything, its tensors on a device."""
-    with _without_torchmetrics():
+    with versions_by_metadata():
         from lightning_fabric.utilities.apply_func import move_data_to_device
 
     return move_data_to_device(batch, device)
 
 
 @contextmanager
-def _without_torchmetrics() -> Iterator[None]:
+def versions_by_metadata() -> Iterator[None]:
     """While Fabric is imported: it asks which torchmetrics there is by importing it, with transformers and scipy behind
-    it, for a callback that is not used here. That is more than half of the time in which a run starts."""
-    absent = "torchmetrics" not in sys.modules
-    if absent:
-        sys.modules["torchmetrics"] = None  # type: ignore[assignment]  # an import of it fails, as if it were absent
+    it, for a callback that is not used here. That is more than half of the time in which a run starts, and the record
+    of what is installed answers as well."""
+    from lightning_utilities.core import imports
+
+    ask = imports.compare_version
+    if "lightning_fabric" in sys.modules or ask is _compare_version:
+        yield
+        return
+    imports.compare_version = _compare_version
     try:
         yield
     finally:
-        if absent:
-            del sys.modules["torchmetrics"]
+        imports.compare_version = ask
+
+
+def _compare_version(
+    package: str, op: Callable[[Version, Version], bool], version: str, use_base_version: bool = False
+) -> bool:
+    """Whether a package of a version is installed, by its metadata."""
+    try:
+        installed = Version(metadata.version(package))
+    except (metadata.PackageNotFoundError, InvalidVersion):
+        return False
+    return op(Version(installed.base_version) if use_base_version else installed, Version(version))
 
 
 def distribute(fabric: Fabric, module: nn.Module) -> _FabricModule:
