@@ -46,6 +46,7 @@ def neighbors(
     import shutil
 
     from nearfar.batching import nearest_neighbors_on_disk
+    from nearfar.batching.mapped_neighbors import HEAD
     from nearfar.data.vector_shards import shards_of_table
     from nearfar.errors import NearfarError
 
@@ -54,18 +55,30 @@ def neighbors(
     if not source.is_dir() and source.suffix.lower() != ".npy":
         if view is None:
             raise NearfarError(f"{source}: name the column of vectors with --view NAME, or give .npy files.")
+        if (output / HEAD).exists():
+            raise NearfarError(f"{output} holds neighbours already: remove it, or name a new folder with -o.")
+        if beside.exists() and (strange := [p.name for p in beside.iterdir() if p.suffix != ".npy"]):
+            raise NearfarError(
+                f"{beside} is where the vectors are kept meanwhile, and it holds {strange[0]}: move that, or name a "
+                "different folder with -o."
+            )
         vectors, ids = beside, shards_of_table(source, view, beside, "--view NAME")
-    near = nearest_neighbors_on_disk(
-        vectors,
-        k,
-        output,
-        metric=metric,
-        min_recall=recall,
-        processes=processes,
-        engine=engine,
-        seed=seed,
-        ids=ids,
-    )
+    try:
+        near = nearest_neighbors_on_disk(
+            vectors,
+            k,
+            output,
+            metric=metric,
+            min_recall=recall,
+            processes=processes,
+            engine=engine,
+            seed=seed,
+            ids=ids,
+        )
+    except NearfarError:  # of a call that was stopped they stay
+        if vectors is beside:
+            shutil.rmtree(beside)
+        raise
     if vectors is beside:
         shutil.rmtree(beside)
     terminal.say(

@@ -464,3 +464,12 @@ def test_the_command(shards, vectors, tmp_path):
     truth = nearest_neighbors(vectors[:1000], 10).indices
     assert np.mean([len({*a} & {*b}) for a, b in zip(near.indices[:], truth, strict=True)]) > 9.4
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "v.parquet"]
+    done = CliRunner().invoke(app, line)
+    assert isinstance(done.exception, NearfarError)
+    assert "holds neighbours already" in str(done.exception)
+    (tmp_path / "c.vectors").mkdir()
+    (tmp_path / "c.vectors" / "notes.txt").write_text("mine")
+    done = CliRunner().invoke(app, [*line[:5], str(tmp_path / "c"), *line[6:]])
+    assert "it holds notes.txt" in str(done.exception), "a folder that was there is nobody's to remove"
+    assert (tmp_path / "c.vectors" / "notes.txt").read_text() == "mine"
+    assert not (tmp_path / "b.vectors").exists()
