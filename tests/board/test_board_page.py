@@ -80,7 +80,12 @@ class Opened:
         )
 
     def go(self, path: str) -> Any:
-        self.page.goto(self.address + path)
+        """Open a page, in a second try where Chromium got stuck, as it may on cores with much more to do."""
+        try:
+            self.page.goto(self.address + path, wait_until="domcontentloaded", timeout=45_000)
+        except playwright.TimeoutError:
+            self.page.goto("about:blank")
+            self.page.goto(self.address + path, wait_until="domcontentloaded")
         return self.page
 
     def harmless(self) -> None:
