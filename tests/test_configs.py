@@ -302,3 +302,10 @@ def test_the_tables_of_the_docs_are_those_of_the_options(system: str) -> None:
     if os.environ.get("NEARFAR_WRITE_DOCS"):
         page.write_text(text)
     assert page.read_text() == text, "write them anew: NEARFAR_WRITE_DOCS=1 pytest tests/test_configs.py"
+
+
+def test_options_of_hydra_are_left_to_hydra() -> None:
+    plain, more = (
+        compose_config(["experiment=molecules", *given]) for given in ([], ["++hydra.verbose=true"])
+    )
+    assert more == plain

@@ -21,7 +21,7 @@ from nearfar.config.training import RunOptions
 from nearfar.directions import lower_is_better
 from nearfar.errors import NearfarError
 from nearfar.lab.compare import compare_runs
-from nearfar.lab.groups import find_runs, group_runs
+from nearfar.lab.groups import group_runs
 from nearfar.launch import absolute_paths, check_runs, objective, run_name, run_one, with_saved_overrides
 from nearfar.systems import build_system, check_config
 from nearfar.training.run_folder import RunFolder
@@ -169,7 +169,7 @@ def tune(
             raise NearfarError(
                 f"{home.path}: no trial has finished ({ended[0].error if ended else 'none began'})."
             )
-        sign = -1 if lower_is_better(build_system(first).monitor) else 1
+        sign = -1 if _falls(first) else 1
         best = max(finished, key=lambda each: sign * (each.objective or 0.0))
         home.write_json("search.json", {"best": best.run, "trials": [asdict(each) for each in ended]})
         chosen = [f"{key}={value}" for key, value in best.values.items()]
@@ -181,14 +181,29 @@ def tune(
                 say(f"failed: {each.run}: {each.error}")
         if not judge:
             return None
+        default = check_config(compose_config(fixed))
+        if not changed_values(default, check_config(compose_config(merge_overrides(fixed, chosen)))):
+            say("these are the options' own defaults: there is nothing to judge")
+            return None
         seeds = [first.seed + number for number in range(1, judge + 1)]
         say(f"it was chosen by that number: both it and the defaults are trained on new seeds {seeds}")
         # the best under its values: going on with a search may find a better one
         arms = {f"best,{Path(best.run).name}": chosen, "default": []}
         judged = _judge(fixed, arms, seeds, f"{name}/judged", cpus, gpus)
     runs = [Path(first.runs_dir).absolute() / each for each in judged]
-    (default,) = group_runs(find_runs([run for run in runs if run.name.startswith("default,")]))
-    return compare_runs(runs, baseline=default.label)
+    groups = group_runs([RunFolder(run) for run in runs])
+    baseline = next(
+        arm for arm in groups if any(run.path.name.startswith("default,") for run in arm.runs.values())
+    )
+    return compare_runs(runs, baseline=baseline.label)
+
+
+def _falls(config: RunOptions) -> bool:
+    """Whether the monitored metric is better when lower; the views of a table name it once the table is read."""
+    system = build_system(config)
+    if not hasattr(system, "monitor"):
+        system.prepare(lambda _: None)
+    return lower_is_better(system.monitor)
 
 
 def _check_optuna() -> None:
@@ -239,7 +254,7 @@ def _search(
     from ray.tune.search.optuna import OptunaSearch
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    mode = "min" if lower_is_better(build_system(config).monitor) else "max"
+    mode = "min" if _falls(config) else "max"
     known, cut_off = _earlier(home, fixed, drawn, name)
     if known or cut_off:
         say(f"{home.path}: {len(known)} trials are finished, {len(cut_off)} go on")
