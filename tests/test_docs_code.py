@@ -28,7 +28,6 @@ def imported(tree: ast.Module) -> dict[str, Any]:
         if isinstance(node, ast.Import):
             for name in node.names:
                 if name.name.split(".")[0] == "nearfar":
-                    importlib.import_module(name.name)
                     known[name.asname or "nearfar"] = importlib.import_module(
                         (name.asname and name.name) or "nearfar"
                     )

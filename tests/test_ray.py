@@ -245,12 +245,12 @@ def test_lost_nodes_take_no_trial_with_them(
     assert tune([*fixed, *drawn], trials=3, judge=0, console=console()) is None
     breaking.join()
     assert "its process was lost; it goes on from its checkpoint" in capsys.readouterr().out
-    found = json.loads((tmp_path / "search" / "search.json").read_text())
-    assert len(found["trials"]) == 3
-    assert all(each["error"] is None and each["epochs"] == epochs for each in found["trials"])
-    assert found["best"] == max(found["trials"], key=lambda each: each["objective"])["run"]
+    search = json.loads((tmp_path / "search" / "search.json").read_text())
+    assert len(search["trials"]) == 3
+    assert all(each["error"] is None and each["epochs"] == epochs for each in search["trials"])
+    assert search["best"] == max(search["trials"], key=lambda each: each["objective"])["run"]
     assert any((run / "resumed.json").exists() for run in home.iterdir())
-    for one in found["trials"]:
+    for one in search["trials"]:
         trained = [record["epoch"] for record in RunFolder(one["run"]).log() if record["kind"] == "epoch"]
         assert trained == list(range(1, epochs + 1))
         assert objective(RunFolder(one["run"])) == one["objective"]

@@ -43,6 +43,7 @@ def neighbors(
     A call that was stopped goes on when it is repeated. In Python: MappedNeighbors(FOLDER), which HardNegativeSampler
     and PartitionBatchSampler take.
     """
+    import re
     import shutil
 
     from nearfar.batching import nearest_neighbors_on_disk
@@ -57,7 +58,9 @@ def neighbors(
             raise NearfarError(f"{source}: name the column of vectors with --view NAME, or give .npy files.")
         if (output / HEAD).exists():
             raise NearfarError(f"{output} holds neighbours already: remove it, or name a new folder with -o.")
-        if beside.exists() and (strange := [p.name for p in beside.iterdir() if p.suffix != ".npy"]):
+        if beside.exists() and (
+            strange := [p.name for p in beside.iterdir() if not re.fullmatch(r"\d{5,}\.npy", p.name)]
+        ):
             raise NearfarError(
                 f"{beside} is where the vectors are kept meanwhile, and it holds {strange[0]}: move that, or name a "
                 "different folder with -o."

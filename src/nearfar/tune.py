@@ -148,7 +148,7 @@ def tune(
     name = first.name or f"tune-{dict(text.split('=', 1) for text in fixed)['experiment']}"
     fixed = merge_overrides(absolute_paths(first, fixed), [f"runs_dir={Path(first.runs_dir).absolute()}"])
     home = RunFolder(Path(first.runs_dir).absolute() / name)
-    cpus = (first.trainer.threads or 1) + first.trainer.workers
+    cpus, falls = (first.trainer.threads or 1) + first.trainer.workers, _falls(first)
 
     def say(text: str) -> None:
         terminal.say(out, text)
@@ -157,21 +157,22 @@ def tune(
         wants_gpu = first.trainer.accelerator in ("gpu", "cuda")
         gpus = int(wants_gpu or (first.trainer.accelerator == "auto" and total("GPU") > 0))
         ended = _search(
-            fixed, drawn, first, name, home, trials, prune, at_once, {"CPU": cpus, "GPU": gpus}, say
+            fixed, drawn, first, falls, name, home, trials, prune, at_once, {"CPU": cpus, "GPU": gpus}, say
         )
+        finished = [each for each in ended if each.objective is not None and not each.pruned]
+        best = (min if falls else max)(finished, key=lambda each: each.objective or 0.0, default=None)
+        # also of a search that was stopped: the next call knows by it which trials were ended early
+        record = {"best": best and best.run, "trials": [asdict(each) for each in ended]}
+        home.write_json("search.json", record)
         if cut_off := [each for each in ended if each.cut_off]:
             raise NearfarError(
                 f"{home.path}: the search was stopped, {len(cut_off)} of its trials before their end. The same command "
                 "goes on with them."
             )
-        finished = [each for each in ended if each.objective is not None and not each.pruned]
-        if not finished:
+        if best is None:
             raise NearfarError(
                 f"{home.path}: no trial has finished ({ended[0].error if ended else 'none began'})."
             )
-        sign = -1 if _falls(first) else 1
-        best = max(finished, key=lambda each: sign * (each.objective or 0.0))
-        home.write_json("search.json", {"best": best.run, "trials": [asdict(each) for each in ended]})
         chosen = [f"{key}={value}" for key, value in best.values.items()]
         pruned = sum(each.pruned for each in ended)
         score = f"{best.objective:.4f} on validation"
@@ -237,6 +238,7 @@ def _search(
     fixed: list[str],
     drawn: dict[str, Override],
     config: RunOptions,
+    falls: bool,
     name: str,
     home: RunFolder,
     trials: int,
@@ -254,7 +256,7 @@ def _search(
     from ray.tune.search.optuna import OptunaSearch
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    mode = "min" if _falls(config) else "max"
+    mode = "min" if falls else "max"
     known, cut_off = _earlier(home, fixed, drawn, name)
     if known or cut_off:
         say(f"{home.path}: {len(known)} trials are finished, {len(cut_off)} go on")

@@ -468,8 +468,8 @@ def test_the_command(shards, vectors, tmp_path):
     assert isinstance(done.exception, NearfarError)
     assert "holds neighbours already" in str(done.exception)
     (tmp_path / "c.vectors").mkdir()
-    (tmp_path / "c.vectors" / "notes.txt").write_text("mine")
+    (tmp_path / "c.vectors" / "words.npy").write_text("mine")
     done = CliRunner().invoke(app, [*line[:5], str(tmp_path / "c"), *line[6:]])
-    assert "it holds notes.txt" in str(done.exception), "a folder that was there is nobody's to remove"
-    assert (tmp_path / "c.vectors" / "notes.txt").read_text() == "mine"
+    assert "it holds words.npy" in str(done.exception), "a folder that was there is nobody's to remove"
+    assert (tmp_path / "c.vectors" / "words.npy").read_text() == "mine"
     assert not (tmp_path / "b.vectors").exists()
