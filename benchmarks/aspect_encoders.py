@@ -31,8 +31,7 @@ from nearfar.metrics.classification import detection_counts, pair_counts
 from nearfar.metrics.count_metrics import f1_macro, f1_micro
 from nearfar.models.aspects import AspectModel, linear_answers
 from nearfar.models.projection import Dropout
-from nearfar.models.text.recurrent import word_windows
-from nearfar.models.text.trainable import WordTextEncoder
+from nearfar.models.text.trainable import WordTextEncoder, word_windows
 from nearfar.models.text.words import TokenBatch
 from nearfar.schedules import learning_rate_factor
 from nearfar.towers.text import PooledText

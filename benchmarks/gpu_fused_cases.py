@@ -15,11 +15,11 @@ from nearfar.contrast import (
     NoPositives,
     OwnPair,
     Target,
-    kernel_choice,
+    fused,
     log_sums,
     softmax,
 )
-from nearfar.contrast.kernel_choice import use_kernel
+from nearfar.contrast.fused import use_kernel
 from nearfar.contrast.masks import Mask
 
 __all__ = ["FUSED_CASES", "blocks_of", "fused_calls", "fused_difference"]
@@ -67,12 +67,12 @@ def fused_calls() -> Iterator[Calls]:
 @contextmanager
 def blocks_of(blocks: Any) -> Iterator[None]:
     """The fused kernel in these tiles, where nothing has been measured."""
-    before = kernel_choice._default_blocks
-    kernel_choice._default_blocks = lambda: blocks
+    before = fused._default_blocks
+    fused._default_blocks = lambda: blocks
     try:
         yield
     finally:
-        kernel_choice._default_blocks = before
+        fused._default_blocks = before
 
 
 class Calls:

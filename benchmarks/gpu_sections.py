@@ -78,7 +78,7 @@ def losses(setup: Setup) -> Iterator[Row]:
     import gpu_cases
     import torch
 
-    from nearfar.contrast.kernel_choice import use_kernel
+    from nearfar.contrast.fused import use_kernel
 
     use_kernel("torch")
     few = ("InfoNCE", "InfoNCE, Boolean mask", "SupCon", "SigLIP") if setup.smoke else tuple(gpu_cases.CASES)
@@ -119,8 +119,7 @@ def fused(setup: Setup) -> Iterator[Row]:
     import gpu_fused_cases
     import torch
 
-    from nearfar.contrast.fused import has_triton
-    from nearfar.contrast.kernel_choice import use_kernel
+    from nearfar.contrast.fused import has_triton, use_kernel
 
     if not has_triton():
         yield {"case": "all", "skipped": "Triton is not installed (pip install triton)", "ok": True}
@@ -205,7 +204,7 @@ def _timed(setup: Setup, way: str, n: int, half: bool, values: dict[tuple[int, b
     """A step's time and memory; ``values`` are those of plain PyTorch, which the others are compared with."""
     import torch
 
-    from nearfar.contrast.kernel_choice import use_kernel
+    from nearfar.contrast.fused import use_kernel
 
     if way == COMPILED and not setup.on_card:
         return {"skipped": "measured on a card alone"}
@@ -260,7 +259,7 @@ def _step(setup: Setup, way: str, n: int, half: bool) -> tuple[Callable[[], floa
     import torch
     from torch.nn.functional import cross_entropy, normalize
 
-    from nearfar.contrast.kernel_choice import measure_kernels, use_kernel
+    from nearfar.contrast.fused import measure_kernels, use_kernel
     from nearfar.losses import InfoNCELoss
 
     generator = torch.Generator().manual_seed(0)

@@ -25,10 +25,10 @@ from nearfar.metrics import (
     rank_estimates,
     wilson,
 )
+from nearfar.metrics.comparison import seeds_interval
 from nearfar.metrics.metric_names import read_metrics
-from nearfar.metrics.places import Places
+from nearfar.metrics.ranks import Places
 from nearfar.metrics.retrieval_scores import score_of_places
-from nearfar.metrics.seeds import seeds_interval
 
 #: kind, setting, coverage, mean width
 Row = tuple[str, str, float, float]

@@ -27,8 +27,8 @@ from torch import nn
 from nearfar.batching import HardNegativeSampler, PartitionBatchSampler, RandomBatchSampler, nearest_neighbors
 from nearfar.losses import InfoNCELoss, false_negative_mask
 from nearfar.metrics import retrieval_metrics
-from nearfar.models.molecules.batch import MoleculeField, Molecules
 from nearfar.models.molecules.fingerprint import FingerprintSpec
+from nearfar.models.molecules.graph import MoleculeField, Molecules
 from nearfar.models.text import build_text_encoder
 from nearfar.models.views import PassThrough, ViewModel, build_head
 from nearfar.towers.molecule import MoleculeTower

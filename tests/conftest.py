@@ -22,7 +22,7 @@ check_imports(
     "batching",
     "contrast/dense.py",
     "contrast/one_direction.py",
-    "contrast/sigmoid.py",
+    "contrast/kernel.py",
     "contrast/softmax.py",
 )
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from nearfar.data.writing import write_atomically, write_text
+from nearfar.data.files import write_atomically, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "examples" / "broken_runs"

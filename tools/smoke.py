@@ -159,7 +159,7 @@ print(tuple(tower.read(["a river"]).values.shape))
     "export": (NUMBERS, Check("nearfar export runs/numbers exported --format onnx", "exported")),
     "lora": (Check("""
 import torch
-from nearfar.models.lora import add_adapters
+from nearfar.models.hub import add_adapters
 network = torch.nn.ModuleDict({"query": torch.nn.Linear(8, 8), "value": torch.nn.Linear(8, 8)})
 print(sum(p.requires_grad for p in add_adapters(network, 2).parameters()))
 """, "4"),),

@@ -1,1 +1,1 @@
-"""The experiments: a module each, called by its name in the ledger (see ``nearfar.lab.claims.experiment``)."""
+"""The experiments: a module each, called by its name in the ledger (see ``nearfar.lab.claims.ledger``)."""

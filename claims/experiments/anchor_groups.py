@@ -11,7 +11,7 @@ from statistics import NormalDist
 
 import torch
 
-from nearfar.lab.claims.experiment import Share
+from nearfar.lab.claims.ledger import Share
 from nearfar.losses import AdaptiveScoreContrastiveLoss
 
 LEVELS = (55, 60, 75, 90)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from nearfar.lab.claims.experiment import Share
+from nearfar.lab.claims.ledger import Share
 from nearfar.losses import AdaptiveScoreContrastiveLoss
 
 QUANTITIES = {

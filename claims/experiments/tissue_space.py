@@ -28,7 +28,7 @@ from nearfar.metrics import retrieval_ranks
 from nearfar.metrics.correlation import pearson
 from nearfar.models import ProjectionHead
 from nearfar.models.image.colors import color_statistics
-from nearfar.models.regression import retrieved_expression
+from nearfar.models.probes import retrieved_expression
 
 QUANTITIES = {
     "reached_random": "share of rows with a spatial neighbour in their batch, random batches",

@@ -15,10 +15,9 @@ import typer
 
 from nearfar import terminal
 from nearfar.compare_cli import compare_app
-from nearfar.data_cli import data_app
+from nearfar.data_cli import data_app, neighbors_app
 from nearfar.doctor_cli import doctor_app
 from nearfar.mine_cli import mine_app
-from nearfar.neighbors_cli import neighbors_app
 from nearfar.use_cli import use_app
 
 app = typer.Typer(
@@ -167,7 +166,7 @@ def claims(
 ) -> None:
     """Test statements by experiment: supported, refuted or not distinguishable, and did the prediction hold?"""
     from nearfar.lab.claims import choose, read_ledger
-    from nearfar.lab.claims.table import claim_table, outcome_table
+    from nearfar.lab.claims.run import claim_table, outcome_table
 
     chosen, console = choose(read_ledger(ledger), wanted or []), terminal.console()
     if list_:
@@ -198,7 +197,7 @@ def crossval(
     The runs are a sweep over [bold]data.fold[/bold] called [bold]name=[/bold]; [bold]exists=skip[/bold] keeps what is
     finished.
     """
-    from nearfar.crossval import cross_validate
+    from nearfar.compare_cli import cross_validate
     from nearfar.lab.table import differences_table, estimates_table
     from nearfar.launch import launch
 

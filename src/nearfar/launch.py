@@ -39,7 +39,7 @@ from nearfar.config.compose import (
 from nearfar.config.options import set_option
 from nearfar.config.registry import role_of, systems
 from nearfar.config.training import RunOptions
-from nearfar.data.writing import make_folder
+from nearfar.data.files import make_folder
 from nearfar.errors import NearfarError
 from nearfar.training import ranks
 from nearfar.training.checkpoint import Resume, find_checkpoint

@@ -153,8 +153,7 @@ def mine(
         read_marked,
         sample_to_mark,
     )
-    from nearfar.mining.scored_pairs import ScoredPairs
-    from nearfar.mining.tables import column_names
+    from nearfar.mining.tables import ScoredPairs, column_names
     from nearfar.serving.stream import TABLE_ENDINGS, write_rows
 
     console = terminal.console()
@@ -417,7 +416,7 @@ def _guide(path: Path, queries: str, corpus: str, ids: Sequence[str]) -> tuple[n
 
 def _same_query(texts: Sequence[object]) -> list[list[int]]:
     """The rows that answer each query: those with the same text, and itself alone where there is none."""
-    from nearfar.mining.answers import groups_of
+    from nearfar.mining.candidates import groups_of
 
     numbers = groups_of(texts, [], len(texts), 0)[0]
     assert numbers is not None

@@ -399,8 +399,8 @@ def export(
     Every graph is compared with the model it is from, and the largest difference is printed.
     """
     from nearfar.serving.export import export_run
-    from nearfar.serving.hub import check_push
-    from nearfar.serving.hub import push as upload
+    from nearfar.serving.exported import check_push
+    from nearfar.serving.exported import push as upload
 
     console = terminal.console()
     if push is not None:

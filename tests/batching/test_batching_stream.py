@@ -17,7 +17,7 @@ from nearfar.batching import (
     in_batch_similarity,
     nearest_neighbors,
 )
-from nearfar.batching.window_neighbors import window_neighbors
+from nearfar.batching.stream_window import window_neighbors
 from nearfar.data.record_streams import FileRecords, open_stream
 from nearfar.errors import NearfarError
 

@@ -25,10 +25,9 @@ from nearfar.contrast import (
     OwnPair,
     SameClass,
     SimilarityMask,
-    kernel_choice,
+    fused,
 )
-from nearfar.contrast.fused import reason_against
-from nearfar.contrast.kernel_choice import KernelTime, fused_blocks, measure_kernels, use_kernel
+from nearfar.contrast.fused import KernelTime, fused_blocks, measure_kernels, reason_against, use_kernel
 from nearfar.contrast.tiles import Setting
 from nearfar.errors import NearfarError
 
@@ -141,23 +140,23 @@ class OnCard:
 def measurements(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """A card on which the fused kernel is faster from 4,096 rows on; the sizes that were measured."""
     seen: list[int] = []
-    tiles = kernel_choice_blocks()
+    tiles = chosen_blocks()
 
     def measure(n: int, m: int, d: int, half: bool, like: Setting, device: torch.device) -> KernelTime:
         seen.append(n)
         fused = 0.5 if n >= 4096 else 2.0
         return KernelTime("a card", n, d, "float32", like.both, not like.bounded, 1.0, fused, tiles)
 
-    monkeypatch.setattr(kernel_choice, "_measure", measure)
-    monkeypatch.setattr(kernel_choice, "_card", lambda device: "a card")
+    monkeypatch.setattr(fused, "_measure", measure)
+    monkeypatch.setattr(fused, "_card", lambda device: "a card")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    kernel_choice.forget_measurements()
+    fused.forget_measurements()
     yield seen
-    kernel_choice.forget_measurements()
+    fused.forget_measurements()
     use_kernel("auto")
 
 
-def kernel_choice_blocks() -> Any:
+def chosen_blocks() -> Any:
     pytest.importorskip("triton")
     from nearfar.contrast.triton_kernels import BLOCKS
 
@@ -209,7 +208,7 @@ def test_the_cpu_has_one_kernel(measurements: list[int]) -> None:
 def test_wrong_choices(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(NearfarError, match="kernel is 'quick'"):
         use_kernel("quick")  # type: ignore[arg-type]
-    monkeypatch.setattr(kernel_choice, "_wanted", [])
+    monkeypatch.setattr(fused, "_wanted", [])
     monkeypatch.setenv("NEARFAR_KERNEL", "quick")
     with pytest.raises(NearfarError, match="NEARFAR_KERNEL is 'quick'"):
         use_kernel()

@@ -31,8 +31,7 @@ from nearfar.contrast import (
     softmax_loss,
     unit_rows,
 )
-from nearfar.contrast.reductions import common_shift
-from nearfar.contrast.tiles import bounded, tile_size
+from nearfar.contrast.tiles import bounded, common_shift, tile_size
 from nearfar.errors import NearfarError
 from nearfar.functional import (
     adaptive_score_contrastive,

@@ -538,7 +538,7 @@ def test_damaged_pictures_are_known_when_read_and_remembered(
         "32 × 24 in truth, 64 × 48 in the file"
         in read.rejections.first["picture of a different size"][0].detail
     )
-    monkeypatch.setattr("nearfar.data.picture_check.check_image", lambda _: pytest.fail("decoded again"))
+    monkeypatch.setattr("nearfar.data.picture_files.check_image", lambda _: pytest.fail("decoded again"))
     again = read_coco(tmp_path / "a.json")
     assert again.rejections.as_dict() == read.rejections.as_dict()
     monkeypatch.undo()

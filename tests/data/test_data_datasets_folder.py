@@ -14,7 +14,7 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from nearfar.data.datasets_folder import hub_name
+from nearfar.data.folders import hub_name
 from nearfar.data.sources import read_items, split_sources
 from nearfar.errors import NearfarError
 

@@ -13,8 +13,7 @@ import torch
 
 from nearfar.config.compose import compose_config
 from nearfar.data.coco import read_coco
-from nearfar.data.detection import View, detection_dataset, make_view
-from nearfar.data.true_boxes import targets_of
+from nearfar.data.detection import View, detection_dataset, make_view, targets_of
 from nearfar.errors import NearfarError
 from nearfar.systems import check_config
 from nearfar.systems.detector.data import read_splits

@@ -7,8 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nearfar.data.files import read_arrays, read_json
-from nearfar.data.writing import is_temporary, write_arrays, write_atomically, write_json, write_text
+from nearfar.data.files import (
+    is_temporary,
+    read_arrays,
+    read_json,
+    write_arrays,
+    write_atomically,
+    write_json,
+    write_text,
+)
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ from nearfar.batching import HardNegativeSampler, Neighbors, check_harder_than_r
 from nearfar.cli import app
 from nearfar.errors import NearfarError
 from nearfar.lab.claims import Claim, Condition, choose, combine, read_ledger
-from nearfar.lab.claims.experiment import Share, load, names
+from nearfar.lab.claims.ledger import Share, load, names
 from nearfar.lab.claims.run import Outcome, run_claim, run_claims
 from nearfar.metrics import few_runs, wilson
 

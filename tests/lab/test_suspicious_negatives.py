@@ -21,7 +21,7 @@ from nearfar.launch import run_one
 from nearfar.losses import InfoNCELoss, PairMask
 from nearfar.losses.views import ViewContext, ViewLoss
 from nearfar.systems import build_system, check_config
-from nearfar.systems.pairs.excluded import read_excluded
+from nearfar.systems.pairs.false_negatives import read_excluded
 from nearfar.training.run_folder import RunFolder
 from tiny_runs import train
 

@@ -17,8 +17,7 @@ from nearfar.config.compose import register_configs
 from nearfar.errors import NearfarError
 from nearfar.lab.compare import compare_runs
 from nearfar.lab.report import sweep_pictures, write_comparison
-from nearfar.lab.summary import describe_comparison
-from nearfar.lab.sweep import expected_lead, sweep_of
+from nearfar.lab.summary import describe_comparison, expected_lead, sweep_of
 from nearfar.lab.table import comparison_tables
 from nearfar.launch import _check_plugins, check_runs, objective
 from nearfar.training.run_folder import RunFolder

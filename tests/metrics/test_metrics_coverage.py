@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from nearfar.metrics import few_runs, mean_interval, paired_difference, wilson
-from nearfar.metrics.seeds import seeds_interval
+from nearfar.metrics.comparison import seeds_interval
 
 pytestmark = pytest.mark.slow  # reads and draws much
 

@@ -7,8 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from nearfar.metrics.gap_closed import gap_closed
-from nearfar.metrics.split_boxes import ordered
+from nearfar.metrics.detection import gap_closed, ordered
 from tiny_detection import GROUPS, detections, evidence
 
 

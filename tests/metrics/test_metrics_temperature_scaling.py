@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from nearfar.metrics.temperature_scaling import fitted_temperature, probabilities
+from nearfar.metrics.classification import fitted_temperature, probabilities
 
 
 def test_the_temperature_is_the_best_of_a_grid() -> None:

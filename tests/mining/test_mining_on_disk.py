@@ -7,7 +7,7 @@ import pyarrow.parquet
 import pytest
 
 from nearfar.batching import MappedNeighbors, nearest_neighbors_on_disk
-from nearfar.data import mapped_columns
+from nearfar.data import mapped
 from nearfar.errors import NearfarError
 from nearfar.mining import (
     measure_false_negatives,
@@ -16,7 +16,7 @@ from nearfar.mining import (
     mined_table,
     on_disk,
 )
-from nearfar.mining.answers import Positives, groups_of, text_numbers
+from nearfar.mining.candidates import Positives, groups_of, text_numbers
 from nearfar.mining.mine import Rules
 
 N, M, D = 330, 2500, 64
@@ -232,9 +232,9 @@ def test_texts_and_labels_that_are_missing_are_equal_to_nothing(near, tmp_path):
 @pytest.mark.parametrize("hashes", [hash, lambda text: hash(text) if text[0] == "+" else len(text) % 3])
 def test_places_of_ids_are_those_of_a_loop(monkeypatch, hashes):
     """Ids that repeat, one that is very long, and hashes that are equal for different ids."""
-    monkeypatch.setattr(mapped_columns, "hash", hashes, raising=False)
+    monkeypatch.setattr(mapped, "hash", hashes, raising=False)
     ids = [str(each) for each in np.random.default_rng(0).integers(50, size=200)] + ["y" * 5000]
-    places = mapped_columns.IdPlaces(ids)
+    places = mapped.IdPlaces(ids)
     wanted = ["7", "x", *ids, "49", "+7"]
     assert places.of(wanted).tolist() == [ids.index(name) if name in ids else -1 for name in wanted]
     assert places.first.tolist() == [ids.index(name) for name in ids]

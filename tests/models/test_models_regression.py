@@ -8,7 +8,7 @@ import torch
 from sklearn.linear_model import Ridge
 
 from nearfar.errors import NearfarError
-from nearfar.models.regression import retrieved_expression, ridge_predictions
+from nearfar.models.probes import retrieved_expression, ridge_predictions
 
 RNG = np.random.default_rng(0)
 

@@ -13,8 +13,13 @@ from torch import nn
 
 from nearfar.errors import NearfarError
 from nearfar.models.projection import Dropout
-from nearfar.models.text.recurrent import BidirectionalLSTM, RecurrentTextEncoder, WordEmbedding, word_windows
-from nearfar.models.text.trainable import WordTextEncoder
+from nearfar.models.text.trainable import (
+    BidirectionalLSTM,
+    RecurrentTextEncoder,
+    WordEmbedding,
+    WordTextEncoder,
+    word_windows,
+)
 from nearfar.models.text.words import (
     UNKNOWN,
     TokenBatch,

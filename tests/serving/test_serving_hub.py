@@ -21,7 +21,7 @@ import tiny_runs
 from nearfar.cli import app
 from nearfar.errors import NearfarError
 from nearfar.serving.export import export_run
-from nearfar.serving.hub import download, is_hub_name, push
+from nearfar.serving.exported import download, is_hub_name, push
 
 pytestmark = [pytest.mark.usefixtures("module_cache")]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

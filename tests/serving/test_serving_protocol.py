@@ -14,7 +14,7 @@ pytest.importorskip("uvicorn", reason="needs the extra serve")
 
 from nearfar.errors import NearfarError
 from nearfar.serving.limits import Guard, Limits, local_hosts
-from nearfar.serving.protocol import BoundedHeads, _OneWrite
+from nearfar.serving.listen import BoundedHeads, _OneWrite
 from served import Asker, serving
 
 POST = b"POST / HTTP/1.1\r\nHost: localhost\r\n"

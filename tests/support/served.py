@@ -131,7 +131,7 @@ def serving(app: Any) -> Iterator[Asker]:
     """The application behind a real server on a free port, stopped as by a signal."""
     import uvicorn
 
-    from nearfar.serving.protocol import BoundedHeads
+    from nearfar.serving.listen import BoundedHeads
 
     config = uvicorn.Config(
         app, host="127.0.0.1", port=0, http=BoundedHeads, log_level="critical", timeout_graceful_shutdown=20

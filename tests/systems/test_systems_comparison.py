@@ -9,7 +9,7 @@ import torch
 from nearfar.data.items import Items
 from nearfar.errors import NearfarError
 from nearfar.metrics import retrieval_metrics
-from nearfar.systems.comparison import ViewComparison, nearest_keys
+from nearfar.systems.new_items import ViewComparison, nearest_keys
 
 
 def drawn(n: int, d: int = 6, seed: int = 0) -> torch.Tensor:

@@ -15,8 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from nearfar.data.files import read_arrays, read_json, read_yaml
-from nearfar.data.writing import remove_left_over
+from nearfar.data.files import read_arrays, read_json, read_yaml, remove_left_over
 from nearfar.doctor import diagnose
 from nearfar.errors import NearfarError
 from nearfar.lab import report

@@ -20,10 +20,12 @@ import numpy as np
 
 from nearfar.arguments import choice, number, whole_number
 from nearfar.batching.base import as_ids, digest
-from nearfar.batching.disk_cells import POINTS, cell_centres, checked_rows
 from nearfar.batching.disk_search import (
+    POINTS,
     RefinedIndex,
     Stretch,
+    cell_centres,
+    checked_rows,
     close_index,
     flat_head,
     lists_of,
@@ -34,8 +36,8 @@ from nearfar.batching.mapped_neighbors import HEAD, MappedNeighbors, as_folder
 from nearfar.batching.neighbors import SearchResult
 from nearfar.batching.pieces import Pool, in_processes, on_ray
 from nearfar.cluster import connect
+from nearfar.data.files import make_folder, write_json
 from nearfar.data.vector_shards import VectorShards
-from nearfar.data.writing import make_folder, write_json
 from nearfar.errors import NearfarError
 from nearfar.ids import Ids
 

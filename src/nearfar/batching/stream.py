@@ -15,8 +15,7 @@ from nearfar.arguments import flag, whole_number
 from nearfar.batching.base import BatchSampler, _plain
 from nearfar.batching.hard_negative import HardNegativeSampler
 from nearfar.batching.plan import Layout, Plan
-from nearfar.batching.record_keys import key_of
-from nearfar.batching.window_neighbors import window_neighbors
+from nearfar.batching.stream_window import key_of, window_neighbors
 from nearfar.data.files import Json
 from nearfar.data.record_streams import Record, open_stream
 from nearfar.errors import NearfarError

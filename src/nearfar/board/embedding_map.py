@@ -19,8 +19,7 @@ from nearfar.terminal import metric_words
 from nearfar.training.run_folder import RunFolder
 
 if TYPE_CHECKING:
-    from nearfar.board.jobs import Say
-    from nearfar.board.models import Models
+    from nearfar.board.models import Models, Say
     from nearfar.data.items import Items
     from nearfar.serving.trained import Trained
 

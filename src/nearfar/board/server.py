@@ -23,8 +23,7 @@ from starlette.exceptions import HTTPException
 from nearfar import __version__
 from nearfar.board.discover import Place
 from nearfar.board.embedding_map import Maps, methods, stored_map
-from nearfar.board.jobs import Jobs
-from nearfar.board.models import Models, compare_places, explain_place
+from nearfar.board.models import Jobs, Models, compare_places, explain_place
 from nearfar.board.run import examples_of, files_of, run_content, sections_of
 from nearfar.board.table import Runs
 from nearfar.data.files import Json

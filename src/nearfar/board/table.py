@@ -15,7 +15,7 @@ from nearfar.board.discover import Place, find_places
 from nearfar.config.registry import role_of
 from nearfar.data.files import Json, parse_json, read_json, read_yaml
 from nearfar.doctor import diagnose, read_run
-from nearfar.doctor.gain import monitored_gain
+from nearfar.doctor.phases import monitored_gain
 from nearfar.doctor.signals import Signals
 from nearfar.errors import NearfarError
 from nearfar.terminal import metric_words

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from nearfar.contrast.dense import dense_own_pairs, dense_sigmoid, dense_softmax
+from nearfar.contrast.fused import KernelTime, measure_kernels, use_kernel
 from nearfar.contrast.guides import GuideMask, NegativeWeights, guide_threshold
-from nearfar.contrast.kernel_choice import KernelTime, measure_kernels, use_kernel
+from nearfar.contrast.kernel import sigmoid_sums
 from nearfar.contrast.masks import (
     DenseMask,
     DuplicateMask,
@@ -22,7 +23,6 @@ from nearfar.contrast.numerics import computing_dtype, embeddings, uncompiled, u
 from nearfar.contrast.one_direction import one_direction_loss
 from nearfar.contrast.positives import Rectangle
 from nearfar.contrast.running_sums import Direction, Statistics, Step
-from nearfar.contrast.sigmoid import sigmoid_sums
 from nearfar.contrast.softmax import (
     Extra,
     NoPositivesWarning,

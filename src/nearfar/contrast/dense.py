@@ -22,10 +22,9 @@ from torch import Tensor
 
 from nearfar.contrast.masks import Mask
 from nearfar.contrast.numerics import ORDINARY, Context, full_precision, no_second_derivative
-from nearfar.contrast.reductions import times, tiny
 from nearfar.contrast.running_sums import Direction, Statistics, Step
 from nearfar.contrast.targets import Target
-from nearfar.contrast.tiles import DENSE_MAX_PAIRS, bounded
+from nearfar.contrast.tiles import DENSE_MAX_PAIRS, bounded, times, tiny
 
 __all__ = [
     "Scores",

@@ -7,9 +7,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nearfar.contrast.positives import MASKED_LOGIT, PositiveLogits, Workspace, is_unmasked
-from nearfar.contrast.reductions import common_shift, rest_share, times_sum, tiny, within
 from nearfar.contrast.running_sums import RunningSums
-from nearfar.contrast.tiles import Tile
+from nearfar.contrast.tiles import Tile, common_shift, rest_share, times_sum, tiny, within
 
 __all__ = ["LogitGrads", "positive_logit_grads", "tile_logit_grads"]
 

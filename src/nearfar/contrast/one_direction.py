@@ -24,9 +24,8 @@ from nearfar.contrast.numerics import (
     unit_and_length,
 )
 from nearfar.contrast.positives import MASKED_LOGIT, is_unmasked
-from nearfar.contrast.reductions import finite
 from nearfar.contrast.running_sums import Direction, Statistics, Step
-from nearfar.contrast.tiles import TILE
+from nearfar.contrast.tiles import TILE, finite
 
 __all__ = ["one_direction_loss"]
 

@@ -15,14 +15,18 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from nearfar.contrast.debiased import count_negatives, debiased_losses, hard_weighted_rest
-from nearfar.contrast.fused import fused_results
+from nearfar.contrast.fused import fused_blocks, fused_results
 from nearfar.contrast.kernel import LogSums
-from nearfar.contrast.kernel_choice import fused_blocks
 from nearfar.contrast.masks import Mask, checked_mask, is_directed, is_soft, mask_weights, transposed_mask
 from nearfar.contrast.numerics import Context, full_precision, no_second_derivative
 from nearfar.contrast.positives import MASKED_LOGIT, is_unmasked
-from nearfar.contrast.running_sums import Statistics, Step
+from nearfar.contrast.running_sums import (
+    Statistics,
+    Step,
+    count_negatives,
+    debiased_losses,
+    hard_weighted_rest,
+)
 from nearfar.contrast.targets import NoPositives, Target
 from nearfar.contrast.tiles import Setting, bounded, tile_size
 from nearfar.errors import NearfarError
@@ -235,7 +239,7 @@ def log_sums(
     ``b=None``: the queries are the keys, each without itself where ``without_self``. Query 0 is row ``offset`` of the
     target and the mask. ``normalize`` brings rows to unit length, with less memory than ``unit_rows`` before it;
     ``unit`` promises that they are. ``tile`` sets the tile by hand; by default it is chosen by size. ``half`` promises
-    that the rows came in bfloat16, which a fused kernel (``nearfar.contrast.kernel_choice``) then multiplies as such.
+    that the rows came in bfloat16, which a fused kernel (``nearfar.contrast.fused``) then multiplies as such.
 
     Each list element is one direction. Differentiable once, in ``a``, ``b`` and ``scale``; memory is O(n + m) beside
     the gradients.
@@ -330,7 +334,7 @@ def softmax_loss(
     (sum outside), or from the "negatives" alone. ``reduction`` "sum" adds up, "none" gives the loss of each query;
     both still average over directions. ``beta`` above 0 weighs negatives by exp(β s), at the price of a second pass,
     and ``tau_plus`` above 0 takes off the share of them that is thought to be positives (both in
-    ``nearfar.contrast.debiased``, for one positive for each query). The other arguments are those of ``log_sums``.
+    ``nearfar.contrast.running_sums``, for one positive for each query). The other arguments are those of ``log_sums``.
     The ``Step`` holds what a record is made of.
     """
     n, keys = len(a), a if b is None else b

@@ -12,9 +12,9 @@ import numpy as np
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from nearfar.data.files import make_folder
 from nearfar.data.items import Items
 from nearfar.data.new_pictures import NOTE, size_of
-from nearfar.data.writing import make_folder
 
 __all__ = ["CocoResults", "box_rows", "category_ids"]
 

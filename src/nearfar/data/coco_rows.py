@@ -13,8 +13,7 @@ import numpy as np
 from jaxtyping import Int
 
 from nearfar.data.coco_files import JsonObject, NoBoxError, box_of
-from nearfar.data.picture_check import check_pictures
-from nearfar.data.picture_files import PictureFile, PictureFiles
+from nearfar.data.picture_files import PictureFile, PictureFiles, check_pictures
 from nearfar.data.rejections import Rejections
 from nearfar.errors import NearfarError, nearest_name
 

@@ -16,10 +16,9 @@ from nearfar.data.coco_files import picture_files
 from nearfar.data.coco_rows import row_key
 from nearfar.data.column_kinds import PICTURE_SUFFIXES
 from nearfar.data.files import Json, read_data_json
+from nearfar.data.images import Photo, as_photo
 from nearfar.data.items import Items
-from nearfar.data.photos import Photo, as_photo
-from nearfar.data.picture_check import check_pictures
-from nearfar.data.picture_files import walk_files
+from nearfar.data.picture_files import check_pictures, walk_files
 from nearfar.data.rejections import Rejections
 from nearfar.errors import NearfarError
 

@@ -16,7 +16,7 @@ from jaxtyping import UInt8
 from nearfar.data.cache import caching
 from nearfar.data.images import read_image, resize
 from nearfar.data.mapped import mapped_arrays
-from nearfar.data.picture_check import check_pictures
+from nearfar.data.picture_files import check_pictures
 from nearfar.errors import NearfarError
 
 if TYPE_CHECKING:

@@ -10,9 +10,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypedDict, Unpack
 
-from nearfar.data.datasets_folder import dataset_items, dataset_splits, hub_items, hub_name, hub_splits
 from nearfar.data.embedded import idx_files, idx_items
-from nearfar.data.image_folder import image_folder_items
+from nearfar.data.folders import (
+    dataset_items,
+    dataset_splits,
+    hub_items,
+    hub_name,
+    hub_splits,
+    image_folder_items,
+)
 from nearfar.data.items import Items, hold_out, joined, linked_groups
 from nearfar.data.shards import SHARD_SUFFIXES, is_shard, shard_items
 from nearfar.data.splits import SPLIT_NAMES

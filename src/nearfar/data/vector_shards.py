@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nearfar.arguments import array
-from nearfar.data.writing import make_folder, write_atomically
+from nearfar.data.files import make_folder, write_atomically
 from nearfar.errors import NearfarError
 
 if TYPE_CHECKING:

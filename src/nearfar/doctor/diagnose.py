@@ -7,8 +7,7 @@ from dataclasses import replace
 
 from nearfar.data.files import Json
 from nearfar.doctor.fields import matches
-from nearfar.doctor.gain import gain_sentence
-from nearfar.doctor.phases import monitor
+from nearfar.doctor.phases import gain_sentence, monitor
 from nearfar.doctor.rule import SEVERITIES, Finding, Unjudged
 from nearfar.doctor.rules import RULES
 from nearfar.doctor.signals import Signals

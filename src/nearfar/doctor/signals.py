@@ -12,11 +12,9 @@ from numpy.typing import NDArray
 
 from nearfar.arguments import shown
 from nearfar.data.files import Json
-from nearfar.doctor.cells import Cell, is_series, number, plain
 from nearfar.doctor.fields import CONTEXT, NUMBERS, TEXTS, is_field, matches
-from nearfar.doctor.gaps import LOSSES, settle_gaps
-from nearfar.doctor.log_tables import Columns, read_columns, read_records, table_columns
-from nearfar.doctor.series import Series
+from nearfar.doctor.log_tables import LOSSES, Columns, read_columns, read_records, settle_gaps, table_columns
+from nearfar.doctor.series import Cell, Series, is_series, number, plain
 from nearfar.errors import NearfarError, nearest_name
 
 __all__ = ["Signals"]

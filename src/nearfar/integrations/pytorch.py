@@ -17,8 +17,7 @@ import yaml
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from nearfar.data.files import Json
-from nearfar.data.writing import make_folder, write_atomically
+from nearfar.data.files import Json, make_folder, write_atomically
 from nearfar.doctor import Diagnosis, diagnose
 from nearfar.doctor.run import WATCHED
 from nearfar.errors import NearfarError, nearest_name

@@ -18,8 +18,17 @@ from omegaconf import OmegaConf
 
 from nearfar.config.compose import flatten
 from nearfar.errors import NearfarError, nearest_name
-from nearfar.lab.groups import Arm, apart, arm_parts, by_question, find_runs, group_runs, load_scores
-from nearfar.lab.loss_comparison import LossComparison, compare_losses
+from nearfar.lab.groups import (
+    Arm,
+    LossComparison,
+    apart,
+    arm_parts,
+    by_question,
+    compare_losses,
+    find_runs,
+    group_runs,
+    load_scores,
+)
 from nearfar.metrics import (
     Difference,
     Estimate,

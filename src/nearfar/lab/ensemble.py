@@ -11,8 +11,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import Tensor
 
 from nearfar.config.compose import flatten
-from nearfar.data.files import Json
-from nearfar.data.writing import make_folder
+from nearfar.data.files import Json, make_folder
 from nearfar.errors import NearfarError
 from nearfar.lab.groups import apart, find_runs
 from nearfar.lab.report import write_report

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nearfar.data.files import Json
+from nearfar.data.files import Json, write_atomically
 from nearfar.data.rankings import RankedLists, read_beir, read_qrels, read_ranking
-from nearfar.data.writing import write_atomically
 from nearfar.errors import NearfarError, nearest_name
 from nearfar.metrics import Estimate, describe_ranking, items_needed, score_ranking
 from nearfar.metrics.intervals import normal_quantile

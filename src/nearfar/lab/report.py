@@ -16,22 +16,25 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from nearfar.data.files import DAMAGED, Json, check_shape, read_bytes, read_text
-from nearfar.data.writing import write_atomically
+from nearfar.data.files import DAMAGED, Json, check_shape, read_bytes, read_text, write_atomically
 from nearfar.errors import NearfarError
-from nearfar.lab.charts import band_chart, curves_chart, heat_map, intervals_chart, line_chart, map_chart
 from nearfar.lab.curves import (
     Line,
     PlanRecord,
+    band_chart,
+    curves_chart,
     hardness_curves,
+    heat_map,
+    intervals_chart,
+    line_chart,
+    map_chart,
     of_kind,
     plans_of,
     series_of,
     training_curves,
 )
 from nearfar.lab.groups import by_question
-from nearfar.lab.summary import describe_comparison, run_verdict
-from nearfar.lab.sweep import Sweep, sweep_of
+from nearfar.lab.summary import Sweep, describe_comparison, run_verdict, sweep_of
 from nearfar.lab.table import FEW
 from nearfar.metrics import Estimate
 from nearfar.terminal import metric_words, short_number, visible

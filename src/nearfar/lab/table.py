@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # `nearfar score` and `nearfar verify sampler` need no extra,
     from nearfar.batching import SamplerVerdict
     from nearfar.lab.compare import Comparison
     from nearfar.lab.counterfactuals import Effect, Mean
-    from nearfar.lab.sweep import Sweep
+    from nearfar.lab.summary import Sweep
     from nearfar.lab.trial import Trial
     from nearfar.lab.what_if import WhatIf
     from nearfar.training.run_folder import RunFolder
@@ -154,7 +154,7 @@ def _verdict_style(difference: Difference) -> str:
 
 def comparison_tables(comparison: Comparison) -> list[Table]:
     """The means of the arms, their paired differences from the baseline with verdicts, and what was not compared."""
-    from nearfar.lab.sweep import sweep_of
+    from nearfar.lab.summary import sweep_of
 
     arms = [
         _arms_table(comparison, question, metrics)

@@ -24,7 +24,7 @@ from torch import nn
 
 from nearfar.config.compose import override_config
 from nearfar.config.training import RunOptions
-from nearfar.data.writing import make_folder
+from nearfar.data.files import make_folder
 from nearfar.errors import NearfarError
 from nearfar.lab.batch_evaluation import run_arithmetic
 from nearfar.metrics import Difference, comparable, paired_difference

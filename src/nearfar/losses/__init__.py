@@ -18,12 +18,12 @@ from nearfar.contrast import (
     Target,
 )
 from nearfar.errors import NearfarError
+from nearfar.losses.arguments import duplicate_mask, false_negative_mask
 from nearfar.losses.base import ContrastiveLoss, LossTraits, NoNegativesWarning, Record, Requires
 from nearfar.losses.distillation import DistillationLoss, MarginMSELoss
 from nearfar.losses.explain import BatchExplanation, explain_batch
 from nearfar.losses.focal import FocalLoss, FocalRecord
 from nearfar.losses.info_nce import ClipLoss, InfoNCELoss
-from nearfar.losses.masks import duplicate_mask, false_negative_mask
 from nearfar.losses.matryoshka import MatryoshkaLoss
 from nearfar.losses.memory import CrossBatchMemory
 from nearfar.losses.objective import GradientShares, Objective, ObjectiveRecord

@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 from nearfar.metrics.batch_signals import batch_signals, group_signals
-from nearfar.metrics.comparison import Difference, compare, holm, items_needed, paired_difference
+from nearfar.metrics.comparison import (
+    Difference,
+    compare,
+    holm,
+    items_needed,
+    paired_difference,
+    seeds_interval,
+)
 from nearfar.metrics.count_metrics import by_group, count_estimate, f1_macro, f1_micro, item_values, share
 from nearfar.metrics.embedding_health import (
     alignment,
@@ -20,10 +27,8 @@ from nearfar.metrics.intervals import bootstrap_mean, few_runs, mean_interval, w
 from nearfar.metrics.precision_at_r import map_at_r
 from nearfar.metrics.ranking_scores import describe_ranking, score_ranking
 from nearfar.metrics.ranks import Ranks
-from nearfar.metrics.recall import RecallAtK
-from nearfar.metrics.retrieval import rank_estimates, retrieval_metrics, retrieval_ranks
+from nearfar.metrics.retrieval import RecallAtK, rank_estimates, retrieval_metrics, retrieval_ranks
 from nearfar.metrics.retrieval_scores import RetrievalScores, score_retrieval
-from nearfar.metrics.seeds import seeds_interval
 
 __all__ = [
     "Difference",

@@ -9,14 +9,17 @@ maintained one for the same numbers.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 from numpy import ndarray
 from numpy.typing import NDArray
+from torch import Tensor
 
 from nearfar.arguments import any_number, instance, mapping, numbers, shown, text, whole_number
+from nearfar.data.coco import CocoSplit
+from nearfar.data.detection import relative_boxes
 from nearfar.errors import NearfarError
 from nearfar.metrics.box_matching import IOUS, Boxes, Ranking, box_overlap, rank_detections
 from nearfar.metrics.estimate import Estimate
@@ -28,9 +31,15 @@ __all__ = [
     "Change",
     "DetectionEvidence",
     "box_overlap",
+    "constant_boxes",
+    "detection_boxes",
     "detection_change",
     "detection_estimates",
     "detection_evidence",
+    "gap_closed",
+    "ordered",
+    "predicted_boxes",
+    "true_boxes",
 ]
 
 
@@ -371,3 +380,93 @@ def _modes(
             "common mode": (low + high) / 2,
         }
     return modes
+
+
+def true_boxes(split: CocoSplit) -> Boxes:
+    """The true boxes of a split, crowds and groups with them, in pixels of its pictures."""
+    corners = np.concatenate([split.boxes[:, :2], split.boxes[:, :2] + split.boxes[:, 2:]], axis=1)
+    return Boxes(corners, split.label, split.image, crowd=split.crowd, group=split.group)
+
+
+def predicted_boxes(split: CocoSplit, outputs: Mapping[str, Tensor]) -> Boxes:
+    """Predicted boxes of each picture of a split: ``boxes`` (n, q, 4) as shares of it, ``scores`` and ``labels``."""
+    boxes = outputs["boxes"].double().numpy()
+    n, q = boxes.shape[:2]
+    return Boxes(
+        (boxes * _sides(split)[:, None]).reshape(n * q, 4),
+        outputs["labels"].numpy().reshape(-1),
+        np.repeat(np.arange(n), q),
+        scores=outputs["scores"].double().numpy().reshape(-1),
+    )
+
+
+def constant_boxes(train: CocoSplit, split: CocoSplit) -> Boxes:
+    """The mean training box, of the commonest class, in every picture of ``split``, all scored alike."""
+    label = int(np.bincount(train.label).argmax())
+    parts = [relative_boxes(train, i) for i in range(len(train))]
+    mean = np.concatenate([boxes[labels == label] for boxes, labels in parts]).mean(axis=0)
+    n = len(split)
+    return Boxes(mean * _sides(split), np.full(n, label), np.arange(n), scores=np.ones(n))
+
+
+def _sides(split: CocoSplit) -> np.ndarray:
+    return np.array([[i.width, i.height, i.width, i.height] for i in split.images], np.float64)
+
+
+def ordered(true: Boxes, names: tuple[str, ...], groups: tuple[str, str]) -> Boxes:
+    """The same boxes with their groups as positions in ``groups`` instead of ``names``."""
+    assert true.group is not None
+    place = np.array([groups.index(name) for name in names] + [-1])
+    return replace(true, group=place[true.group])
+
+
+def detection_boxes(detections: Tensor, split: CocoSplit) -> Boxes:
+    """Detections (n, queries, 6) of a split: corners as shares of the picture, score, position of the category."""
+    parts = {
+        "boxes": detections[..., :4],
+        "scores": detections[..., 4:5],
+        "labels": detections[..., 5:].long(),
+    }
+    return predicted_boxes(split, parts)
+
+
+def gap_closed(
+    clean: DetectionEvidence,
+    perturbed: DetectionEvidence,
+    metric: str = "AP",
+    resamples: int = 0,
+    split: str | None = None,
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> tuple[Estimate, NDArray[np.float64]]:
+    """By how much the gap became smaller, less what either group lost for it; and a value of every picture.
+
+        |gap on clean pictures| − |gap on perturbed ones| − Σ_group max(0, its score on clean ones − on perturbed ones)
+
+    Raising the group behind by x gives x, lowering the group ahead gives 0, and so does raising both alike. No
+    perturbation gives 0, which is the chance level. The epoch is chosen by this number.
+    """
+    lower, upper = clean.groups
+
+    def parts(weights: NDArray[np.float64] | None) -> NDArray[np.float64]:
+        a, b = clean.statistics(weights), perturbed.statistics(weights)
+        gain = np.abs(a[f"{metric}/gap"]) - np.abs(b[f"{metric}/gap"])
+        for group in (lower, upper):
+            gain = gain - np.maximum(0.0, a[f"{metric}/{group}"] - b[f"{metric}/{group}"])
+        return gain
+
+    value = float(parts(None)[0])
+    without = parts(1.0 - np.eye(clean.n))
+    pull = np.where(np.isfinite(without), (clean.n - 1) * (value - without), 0.0)
+    items = value + pull - pull.mean()
+    if resamples:
+        drawn = parts(clean.resamples(resamples, seed))
+        drawn = drawn[np.isfinite(drawn)]
+        low, high = np.quantile(drawn, bootstrap_levels(drawn, value, items - value, confidence))
+        method = "bootstrap over pictures (BCa), paired"
+    else:
+        spread = normal_quantile(0.5 + confidence / 2) * float(items.std(ddof=1)) / clean.n**0.5
+        low, high, method = value - spread, value + spread, "normal, jackknife over pictures"
+    protocol = {"split": split, "interval": method, "confidence": confidence, "detections": 100}
+    name = f"{metric}/gap_closed"
+    return Estimate(value, float(low), float(high), 0.0, clean.n, False, name, protocol), items

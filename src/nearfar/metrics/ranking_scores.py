@@ -14,7 +14,7 @@ from nearfar.data.rankings import RankedLists
 from nearfar.errors import NearfarError
 from nearfar.metrics.estimate import split_hash
 from nearfar.metrics.metric_names import read_metrics
-from nearfar.metrics.places import NOWHERE, Places
+from nearfar.metrics.ranks import NOWHERE, Places
 from nearfar.metrics.retrieval_inputs import check_cutoffs
 from nearfar.metrics.retrieval_scores import GAINS, TIES, Bounds, RetrievalScores, score_of_places
 

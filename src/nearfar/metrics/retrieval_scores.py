@@ -17,9 +17,8 @@ from nearfar.metrics.estimate import Estimate
 from nearfar.metrics.intervals import mean_intervals, median_places
 from nearfar.metrics.metric_names import NamedMetric, read_metrics
 from nearfar.metrics.place_kernel import place_relevant
-from nearfar.metrics.places import Places
 from nearfar.metrics.rank_kernel import TILE
-from nearfar.metrics.ranks import Ranks
+from nearfar.metrics.ranks import Places, Ranks
 from nearfar.metrics.retrieval_inputs import (
     DIRECTIONS,
     Embeddings,

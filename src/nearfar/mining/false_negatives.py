@@ -11,8 +11,7 @@ from nearfar.data.items import Column
 from nearfar.errors import NearfarError
 from nearfar.labels import label_tensor
 from nearfar.metrics.intervals import wilson
-from nearfar.mining.answers import groups_of
-from nearfar.mining.candidates import unit_rows
+from nearfar.mining.candidates import groups_of, unit_rows
 from nearfar.mining.mine import Mined, Rows, dots, weakest
 
 __all__ = [

@@ -12,15 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nearfar.batching.mapped_neighbors import MappedNeighbors
-from nearfar.data.mapped_columns import IdPlaces, MappedColumn, mapped_columns
+from nearfar.data.files import make_folder
+from nearfar.data.mapped import IdPlaces, MappedColumn, mapped_columns
 from nearfar.data.rankings import QREL_HEADERS, read_qrels
 from nearfar.data.rejections import Rejections
 from nearfar.data.table_formats import PARQUET_SUFFIXES, full_suffix, parquet_header
 from nearfar.data.tables import column_key
 from nearfar.data.vector_shards import VectorShards, shards_of_table
-from nearfar.data.writing import make_folder
 from nearfar.errors import NearfarError
-from nearfar.mining.answers import Answers, Positives, text_numbers
+from nearfar.mining.candidates import Answers, Positives, text_numbers
 from nearfar.mining.on_disk import MinedOnDisk, mine_negatives_on_disk
 
 if TYPE_CHECKING:

@@ -15,8 +15,7 @@ from nearfar.arguments import choice, number, whole_number
 from nearfar.batching.neighbors import SearchResult
 from nearfar.data.items import Column
 from nearfar.errors import NearfarError
-from nearfar.mining.answers import groups_of, pairs_of
-from nearfar.mining.candidates import nearest_documents, unit_rows
+from nearfar.mining.candidates import groups_of, nearest_documents, pairs_of, unit_rows
 
 __all__ = [
     "Mined",

@@ -13,13 +13,12 @@ from numpy.typing import NDArray
 
 from nearfar.arguments import number, shown
 from nearfar.batching.mapped_neighbors import MappedNeighbors
-from nearfar.data.mapped_columns import MappedColumn
+from nearfar.data.files import write_atomically
+from nearfar.data.mapped import MappedColumn
 from nearfar.data.vector_shards import VectorShards
-from nearfar.data.writing import write_atomically
 from nearfar.errors import NearfarError
 from nearfar.labels import is_missing
-from nearfar.mining.answers import Answers, Positives, text_numbers
-from nearfar.mining.candidates import unit_rows
+from nearfar.mining.candidates import Answers, Positives, text_numbers, unit_rows
 from nearfar.mining.false_negatives import FalseNegatives, count_false, shares_of
 from nearfar.mining.mine import Mined, Rescore, Rules, check_guide, guide_sides, mine_block, summarize
 from nearfar.mining.tables import by_place, column_names, columns_of, table_schema

@@ -1,19 +1,26 @@
-"""What was mined as tables: those of sentence-transformers' mine_hard_negatives, which pairs read as well."""
+"""Tables of mined negatives as sentence-transformers' mine_hard_negatives writes them, and of a cross-encoder's scores."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
 
 from nearfar.arguments import choice
 from nearfar.data.items import Column
+from nearfar.data.rankings import read_ranking
 from nearfar.errors import NearfarError
 from nearfar.mining.mine import Mined
 
 if TYPE_CHECKING:
     import pyarrow
 
-__all__ = ["FORMATS", "by_place", "column_names", "columns_of", "mined_table", "table_schema"]
+__all__ = ["FORMATS", "ScoredPairs", "by_place", "column_names", "columns_of", "mined_table", "table_schema"]
+
 
 FORMATS = ("triplet", "n-tuple", "labeled-pair", "labeled-list")
 
@@ -171,3 +178,47 @@ def columns_of(
             more = {"score": [score for _, score in listed]} if scores else {}
             add({first: queries[i]}, document=[corpus[j] for j, _ in listed], label=labels, **more)
     return table
+
+
+@dataclass
+class ScoredPairs:
+    """Scores of pairs that a file has by id, or the pairs that are still to be scored."""
+
+    queries: list[str]
+    documents: list[str]
+    known: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    asked: list[tuple[int, int]] = field(default_factory=list)
+
+    def read(self, path: Path) -> None:
+        """Take the scores of a file (`nearfar.data.rankings.read_ranking`), which goes by ids."""
+        self.known = read_ranking(path)
+        if not any(query in self.known for query in self.queries):
+            raise NearfarError(
+                f"{path} has scores of {len(self.known)} queries, none of which is one of these (first here: "
+                f"'{self.queries[0]}', there: '{next(iter(self.known))}'): it goes by the ids of the embeddings."
+            )
+
+    def look_up(self, query: np.ndarray, document: np.ndarray) -> list[float]:
+        """The known scores of pairs of positions, NaN where there is none: a ``rescore``."""
+        none: dict[str, float] = {}
+        return [
+            self.known.get(self.queries[i], none).get(self.documents[j], math.nan)
+            for i, j in zip(query.tolist(), document.tolist(), strict=True)
+        ]
+
+    def record(self, query: np.ndarray, document: np.ndarray) -> np.ndarray:
+        """Note the pairs that are asked for, and give each 0: a ``rescore``."""
+        self.asked += zip(query.tolist(), document.tolist(), strict=True)
+        return np.zeros(len(query))
+
+    def rows(self, queries: Sequence[object], documents: Sequence[object]) -> list[dict[str, object]]:
+        """A row for each pair that was asked for, by id, with the values of both."""
+        return [
+            {
+                "query_id": self.queries[i],
+                "doc_id": self.documents[j],
+                "query": queries[i],
+                "document": documents[j],
+            }
+            for i, j in sorted(set(self.asked))
+        ]

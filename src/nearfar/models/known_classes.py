@@ -13,9 +13,8 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from nearfar.data.classes import Labels, class_codes, item_labels
-from nearfar.data.files import Maybe, read_arrays, read_json
+from nearfar.data.files import Maybe, read_arrays, read_json, write_arrays, write_json
 from nearfar.data.items import Items
-from nearfar.data.writing import write_arrays, write_json
 from nearfar.errors import NearfarError
 from nearfar.models.probes import LinearProbe, nearest_votes
 

@@ -12,7 +12,7 @@ import yaml
 
 from nearfar.config.options import to_dict
 from nearfar.data.files import Json, read_json
-from nearfar.doctor.gain import gain_sentence
+from nearfar.doctor.phases import gain_sentence
 from nearfar.metrics import Estimate
 from nearfar.serving.exported import places_of, without_places
 from nearfar.serving.trained import Trained

@@ -21,10 +21,10 @@ from nearfar.data.batch import Field
 from nearfar.data.cache import without_cache
 from nearfar.data.items import Column
 from nearfar.errors import NearfarError
-from nearfar.models.lora import merge_adapters
+from nearfar.models.hub import merge_adapters
 from nearfar.models.views import ViewModel
 from nearfar.serving.trained import Trained
-from nearfar.towers.graph import BATCH, TowerGraph
+from nearfar.towers.base import BATCH, TowerGraph
 
 __all__ = ["OUTPUT", "TOLERANCE", "Parity", "ViewGraph", "view_graph", "write_onnx", "write_program"]
 

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from nearfar.data.chunks import NewData
-from nearfar.data.files import Json
+from nearfar.data.files import Json, write_atomically
 from nearfar.data.items import Column, Items
-from nearfar.data.writing import write_atomically
 from nearfar.errors import NearfarError
 from nearfar.serving.search import Hits, gallery_of, hits_page, query_view, read_queries, search
 from nearfar.serving.stream import TABLE_ENDINGS, require_writable, write_rows

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from nearfar.data.files import Json
 from nearfar.data.items import Column
 from nearfar.errors import NearfarError
-from nearfar.models.hub import no_progress_bar
-from nearfar.models.lora import merge_adapters
+from nearfar.models.hub import merge_adapters, no_progress_bar
 from nearfar.models.projection import Dropout
 from nearfar.models.views import PassThrough, ViewModel
 from nearfar.serving.trained import Trained

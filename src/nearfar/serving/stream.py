@@ -16,10 +16,9 @@ import numpy as np
 
 from nearfar.data.cache import content_key
 from nearfar.data.chunks import NewData
-from nearfar.data.files import Json, read_json
+from nearfar.data.files import Json, read_json, write_atomically
 from nearfar.data.items import Column, Items
 from nearfar.data.rejections import Rejections
-from nearfar.data.writing import write_atomically
 from nearfar.errors import NearfarError
 from nearfar.training.system import rows_of
 

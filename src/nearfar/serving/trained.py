@@ -25,8 +25,7 @@ from nearfar.data.files import Json
 from nearfar.data.items import Column, Items
 from nearfar.data.rejections import Rejections
 from nearfar.errors import NearfarError, nearest_name
-from nearfar.serving.exported import exported_name, is_exported, read_members
-from nearfar.serving.hub import download, is_hub_name
+from nearfar.serving.exported import download, exported_name, is_exported, is_hub_name, read_members
 from nearfar.systems import build_system
 from nearfar.towers.build import guess_tower
 from nearfar.training.checkpoint import Checkpoint, find_checkpoint

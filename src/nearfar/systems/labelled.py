@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nearfar.config.labelled import LabelledOptions
+from nearfar.config.views import LabelledOptions
 from nearfar.data.batch import Batch, ItemDataset
 from nearfar.data.cache import content_key
 from nearfar.data.classes import Classes, Labels, class_codes, item_labels

@@ -1,24 +1,34 @@
-"""What a tower is: it reads the values of one view into arrays, and builds the module that is trained on them."""
+"""What a tower is: it reads values into arrays and builds the module trained on them; its graph for ONNX."""
 
 from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
 import numpy as np
 from jaxtyping import Float
-from torch import nn
+from torch import Tensor, nn
 
 from nearfar.data.batch import Augment, Inputs
 from nearfar.data.files import Json, read_json
 from nearfar.data.items import Column, value_keys
 from nearfar.errors import NearfarError
-from nearfar.towers.graph import TowerGraph
 
-__all__ = ["SPEC_FILE", "Backbone", "Tower", "read_tower_spec", "write_tower_spec"]
+__all__ = [
+    "BATCH",
+    "SPEC_FILE",
+    "Backbone",
+    "GraphInput",
+    "Tower",
+    "TowerGraph",
+    "read_tower_spec",
+    "write_tower_spec",
+]
+
 
 #: what is trained of a pretrained network: nothing, not even a head; a head above it; all of it; adapters in it (LoRA)
 Backbone = Literal["frozen", "head", "full", "lora"]
@@ -131,3 +141,59 @@ def read_tower_spec(folder: Path) -> Json:
     spec = read_json(path, {"kind": str, "options": dict})
     assert isinstance(spec, dict)
     return spec
+
+
+#: the axis of rows in the shape of an input
+BATCH = "batch"
+
+
+@dataclass(frozen=True)
+class GraphInput:
+    """A tensor that a graph takes: its name, its NumPy dtype, and its shape, in which names are axes of any length.
+
+    ``about`` says in a phrase what it holds.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+    about: str
+
+
+@dataclass(frozen=True)
+class TowerGraph:
+    """What a tower does with tensors that anyone can make.
+
+    Args:
+        inputs: the tensors, in order.
+        field: a module that takes them and gives the field of a batch that the tower's trained module reads; what is
+            computed before training, such as a frozen network, is part of it.
+        tensors: values of the view as these tensors, by name.
+        recipe: how they are made of a value without nearfar, as plain values for JSON.
+        save: writes what making them needs beside the graph, such as a tokenizer; None: nothing.
+        lengths: the shortest and the longest that a named axis of the inputs may be.
+    """
+
+    inputs: Sequence[GraphInput]
+    field: nn.Module
+    tensors: Callable[[Column], dict[str, np.ndarray]]
+    recipe: Json
+    save: Callable[[Path], None] | None = None
+    lengths: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+
+    def describe(self) -> Json:
+        """Inputs and recipe as plain values."""
+        return {
+            "inputs": [
+                {"name": each.name, "dtype": each.dtype, "shape": list(each.shape), "about": each.about}
+                for each in self.inputs
+            ],
+            **self.recipe,
+        }
+
+
+class AsItIs(nn.Module):
+    """The field is the one input itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x

@@ -14,8 +14,7 @@ from nearfar.data.batch import Inputs, Rows
 from nearfar.data.files import Json, read_names
 from nearfar.data.items import Column
 from nearfar.errors import NearfarError, nearest_name
-from nearfar.towers.base import Tower, read_tower_spec, write_tower_spec
-from nearfar.towers.graph import TowerGraph
+from nearfar.towers.base import Tower, TowerGraph, read_tower_spec, write_tower_spec
 from nearfar.towers.text import TextTower
 from nearfar.towers.vector import VectorTower
 

@@ -21,16 +21,24 @@ from nearfar.data.mapped import mapped_arrays
 from nearfar.data.picture_arrays import PictureArrays, check_picture_values, decode_pictures
 from nearfar.errors import NearfarError, nearest_name
 from nearfar.models.image import IMAGE_ENCODERS, ImageEncoder, build_image_encoder
-from nearfar.models.image.colors import NAMES, color_statistics
-from nearfar.models.image.saved import (
+from nearfar.models.image.build import (
     has_image_encoder,
     load_image_encoder,
     save_architecture,
     save_image_encoder,
 )
+from nearfar.models.image.colors import NAMES, color_statistics
 from nearfar.models.views import PassThrough, Standardize
-from nearfar.towers.base import Backbone, Tower, read_tower_spec, write_tower_spec
-from nearfar.towers.graph import BATCH, AsItIs, GraphInput, TowerGraph
+from nearfar.towers.base import (
+    BATCH,
+    AsItIs,
+    Backbone,
+    GraphInput,
+    Tower,
+    TowerGraph,
+    read_tower_spec,
+    write_tower_spec,
+)
 
 __all__ = ["IMAGE_TOWERS", "ImageTower"]
 
@@ -379,7 +387,7 @@ class ImageTower(Tower):
                 )
             inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if self.train == "lora":
-            from nearfar.models.lora import add_adapters
+            from nearfar.models.hub import add_adapters
 
             network.network = add_adapters(inner, self.lora_rank, self._name())
         return network

@@ -15,11 +15,10 @@ from nearfar.data.files import Json
 from nearfar.data.items import Column
 from nearfar.data.molecules.smiles import examine_structures
 from nearfar.errors import NearfarError, nearest_name
-from nearfar.models.molecules.batch import MoleculeField, MoleculeMasking, Molecules
 from nearfar.models.molecules.fingerprint import FingerprintSpec, compute_fingerprints
+from nearfar.models.molecules.graph import MoleculeField, MoleculeMasking, Molecules
 from nearfar.models.molecules.networks import FingerprintEncoder, GraphTransformer, MoleculeEncoder
-from nearfar.towers.base import Tower
-from nearfar.towers.graph import BATCH, GraphInput, TowerGraph
+from nearfar.towers.base import BATCH, GraphInput, Tower, TowerGraph
 
 __all__ = ["MOLECULE_ENCODERS", "MoleculeTower"]
 

@@ -15,15 +15,13 @@ from torch import nn
 from nearfar.data.batch import Rows
 from nearfar.data.cache import cached_arrays
 from nearfar.data.files import Json
-from nearfar.data.images import crop, stack
+from nearfar.data.images import Box, Crops, File, Photo, crop, stack
 from nearfar.data.items import Column
-from nearfar.data.photos import Box, Crops, File, Photo
 from nearfar.errors import NearfarError
 from nearfar.models.image import ImageEncoder, build_image_encoder
-from nearfar.models.image.saved import has_image_encoder, load_image_encoder, save_image_encoder
+from nearfar.models.image.build import has_image_encoder, load_image_encoder, save_image_encoder
 from nearfar.models.views import PassThrough
-from nearfar.towers.base import Tower, read_tower_spec, write_tower_spec
-from nearfar.towers.graph import TowerGraph
+from nearfar.towers.base import Tower, TowerGraph, read_tower_spec, write_tower_spec
 from nearfar.towers.text import TextTower
 from nearfar.towers.vector import Scaler
 

@@ -17,7 +17,7 @@ from nearfar.data.batch import Inputs, Rows
 from nearfar.data.files import Json, read_text
 from nearfar.data.items import Column
 from nearfar.errors import NearfarError, nearest_name
-from nearfar.models.lora import add_adapters, merge_adapters
+from nearfar.models.hub import add_adapters, merge_adapters
 from nearfar.models.text import TextEncoder, embed_texts, load_text_encoder, save_text_encoder
 from nearfar.models.text.ngram import NgramTextEncoder
 from nearfar.models.text.pretrained import MiniLMTextEncoder
@@ -25,8 +25,15 @@ from nearfar.models.text.trainable import WordTextEncoder
 from nearfar.models.text.transformer import TransformerTextEncoder
 from nearfar.models.text.words import TokenBatch, TokenTable
 from nearfar.models.views import PassThrough
-from nearfar.towers.base import Backbone, Tower, read_tower_spec, write_tower_spec
-from nearfar.towers.graph import BATCH, GraphInput, TowerGraph
+from nearfar.towers.base import (
+    BATCH,
+    Backbone,
+    GraphInput,
+    Tower,
+    TowerGraph,
+    read_tower_spec,
+    write_tower_spec,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -15,8 +15,15 @@ from nearfar.data.files import Json
 from nearfar.data.items import Column
 from nearfar.errors import NearfarError
 from nearfar.models.views import PassThrough, Standardize
-from nearfar.towers.base import Tower, read_tower_spec, write_tower_spec
-from nearfar.towers.graph import BATCH, AsItIs, GraphInput, TowerGraph
+from nearfar.towers.base import (
+    BATCH,
+    AsItIs,
+    GraphInput,
+    Tower,
+    TowerGraph,
+    read_tower_spec,
+    write_tower_spec,
+)
 
 __all__ = ["Scaler", "VectorTower"]
 

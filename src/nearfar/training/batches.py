@@ -23,7 +23,7 @@ from nearfar.config.samplers import HardBatchOptions, Items, SamplerOptions
 from nearfar.config.training import RunOptions
 from nearfar.data.cache import cached_arrays
 from nearfar.data.files import Json
-from nearfar.data.mapped_columns import IdPlaces
+from nearfar.data.mapped import IdPlaces
 from nearfar.errors import NearfarError
 from nearfar.training.system import TrainSampler
 

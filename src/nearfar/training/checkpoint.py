@@ -12,8 +12,7 @@ import torch
 
 from nearfar.config.compose import changed_values, saved_values
 from nearfar.config.training import RunOptions
-from nearfar.data.files import Json, Maybe, check_shape
-from nearfar.data.writing import write_atomically
+from nearfar.data.files import Json, Maybe, check_shape, write_atomically
 from nearfar.errors import NearfarError
 from nearfar.training import ranks
 from nearfar.training.run_folder import RunFolder, same_file

@@ -15,8 +15,7 @@ from torch.nn.functional import normalize
 
 from nearfar.config.options import to_dict
 from nearfar.config.training import RunOptions
-from nearfar.data.files import Json
-from nearfar.data.writing import make_folder, remove_left_over, write_arrays
+from nearfar.data.files import Json, make_folder, remove_left_over, write_arrays
 from nearfar.doctor import Diagnosis, diagnose
 from nearfar.errors import NearfarError
 from nearfar.training import ranks

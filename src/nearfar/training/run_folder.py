@@ -24,12 +24,14 @@ from nearfar.data.files import (
     Json,
     Maybe,
     check_shape,
+    is_temporary,
     parse_json,
     read_arrays,
     read_json,
     read_yaml,
+    remove_left_over,
+    write_text,
 )
-from nearfar.data.writing import is_temporary, remove_left_over, write_text
 from nearfar.errors import NearfarError
 
 if TYPE_CHECKING:

@@ -24,14 +24,23 @@ from nearfar.data.batch import ItemDataset, Pixels, Rows
 from nearfar.data.mapped import mapped_arrays
 from nearfar.data.slides import image, shard_dataset
 from nearfar.data.slides.folder import write_tissue
-from nearfar.data.slides.genes import GeneSums, common_genes, normalized, variable_genes
 from nearfar.data.slides.image import decode_jpeg, encode_jpeg
 from nearfar.data.slides.shard_dataset import read_shards
 from nearfar.data.slides.shard_index import ShardWriter, read_index, read_splits, samples
 from nearfar.data.slides.shards import ShardOptions, write_shards
 from nearfar.data.slides.slide import find_slides
 from nearfar.data.slides.splits import draw_splits, patients_of
-from nearfar.data.slides.tissue import Tissue, items_of, joined, neighbor_scale, spatial_neighbors
+from nearfar.data.slides.tissue import (
+    GeneSums,
+    Tissue,
+    common_genes,
+    items_of,
+    joined,
+    neighbor_scale,
+    normalized,
+    spatial_neighbors,
+    variable_genes,
+)
 from nearfar.errors import NearfarError
 from tissue_files import GENES, picture, slide_of, write_h5ad, write_st, write_tiled_tiff
 

@@ -10,9 +10,16 @@ pytest.importorskip("rdkit")
 
 from nearfar.data.batch import Batch, Draw, ItemDataset, Rows
 from nearfar.errors import NearfarError
-from nearfar.models.molecules.batch import MoleculeField, MoleculeMasking, Molecules
 from nearfar.models.molecules.fingerprint import FingerprintSpec, compute_fingerprints
-from nearfar.models.molecules.graph import ATOM_SIZES, BOND_SIZES, GraphBatch, GraphTable
+from nearfar.models.molecules.graph import (
+    ATOM_SIZES,
+    BOND_SIZES,
+    GraphBatch,
+    GraphTable,
+    MoleculeField,
+    MoleculeMasking,
+    Molecules,
+)
 
 SMILES = ["CCO", "c1ccccc1C(=O)O", "[Na+].[Cl-]", "C", "C/C=C/C", "N[C@@H](C)C(=O)[O-]", "CC(C)(C)C", "O"]
 SPEC = FingerprintSpec(n_bits=64)

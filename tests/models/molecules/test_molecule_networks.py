@@ -13,8 +13,7 @@ from nearfar.errors import NearfarError
 pytest.importorskip("torch_geometric")
 pytest.importorskip("rdkit")
 
-from nearfar.models.molecules.batch import MoleculeField
-from nearfar.models.molecules.graph import ATOM_SIZES, BOND_SIZES, GraphBatch, GraphTable
+from nearfar.models.molecules.graph import ATOM_SIZES, BOND_SIZES, GraphBatch, GraphTable, MoleculeField
 from nearfar.models.molecules.networks import (
     BondTable,
     FingerprintEncoder,

@@ -20,14 +20,14 @@ import nearfar
 from nearfar.cli import app
 from nearfar.config.compose import compose_config
 from nearfar.data.chunks import NewData
+from nearfar.data.reviews.aspect_data import read_reviews
 from nearfar.data.reviews.labels import LabelScheme
-from nearfar.data.reviews.new_reviews import read_reviews
 from nearfar.errors import NearfarError
 from nearfar.lab.ensemble import write_ensemble
 from nearfar.launch import run_one
 from nearfar.metrics.aspect_scores import Decision, score_split
 from nearfar.serving.export import export_run
-from nearfar.systems.aspects.predictions import read_scheme, write_scheme
+from nearfar.systems.aspects.report import read_scheme, write_scheme
 from nearfar.training.checkpoint import Checkpoint
 from nearfar.training.run_folder import RunFolder
 from tiny_aspects import split_folder

@@ -21,8 +21,7 @@ from nearfar.data.coco import read_coco
 from nearfar.data.coco_results import category_ids
 from nearfar.errors import NearfarError
 from nearfar.launch import run_one
-from nearfar.metrics.detection import Boxes, detection_evidence
-from nearfar.metrics.split_boxes import true_boxes
+from nearfar.metrics.detection import Boxes, detection_evidence, true_boxes
 from nearfar.serving import Trained
 from nearfar.serving.export import export_run
 from nearfar.serving.stream import embed_file, predict_file

@@ -60,7 +60,7 @@ def run(tmp_path: Path, folder: Path, *overrides: str) -> RunFolder:
 
 def test_a_transformers_detr_is_read_from_a_folder(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
-    from nearfar.models.detection.hub import TransformersDetector
+    from nearfar.models.detection.detector import TransformersDetector
 
     backbone = transformers.ResNetConfig(
         embedding_size=8,

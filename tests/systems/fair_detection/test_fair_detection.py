@@ -14,13 +14,13 @@ import torch
 from rich.console import Console
 
 from nearfar.config.compose import compose_config
-from nearfar.data.true_boxes import targets_of
+from nearfar.data.detection import targets_of
 from nearfar.errors import NearfarError
 from nearfar.lab.compare import compare_runs
 from nearfar.lab.report import write_report
 from nearfar.launch import run_one
 from nearfar.systems import build_system, check_config
-from nearfar.systems.fair_detection.data import clean_pixels
+from nearfar.systems.fair_detection.evaluation import clean_pixels
 from nearfar.systems.fair_detection.system import FairDetectionSystem
 from nearfar.training.checkpoint import Checkpoint
 from nearfar.training.run_folder import RunFolder

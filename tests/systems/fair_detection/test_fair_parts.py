@@ -17,8 +17,7 @@ from nearfar.models.detection import Detector, DetectorOutput, Target
 from nearfar.models.perturbation import FairModel, perturbed
 from nearfar.systems import check_config
 from nearfar.systems.fair_detection.evaluation import gap_verdict
-from nearfar.systems.fair_detection.frozen import chosen, shuffled
-from nearfar.systems.fair_detection.objective import FairObjective, picture_scores
+from nearfar.systems.fair_detection.frozen import FairObjective, chosen, picture_scores, shuffled
 from nearfar.systems.fair_detection.options import epsilon_schedule, term_weights
 from nearfar.systems.fair_detection.report import panel
 from tiny_detection import GROUPS, evidence

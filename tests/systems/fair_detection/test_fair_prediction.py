@@ -18,8 +18,7 @@ from nearfar.data.chunks import NewData
 from nearfar.data.coco import read_coco
 from nearfar.errors import NearfarError
 from nearfar.launch import run_one
-from nearfar.metrics.detection import Boxes, detection_evidence
-from nearfar.metrics.split_boxes import true_boxes
+from nearfar.metrics.detection import Boxes, detection_evidence, true_boxes
 from nearfar.serving.export import export_run
 from nearfar.serving.stream import predict_file
 from nearfar.systems.detector.data import folder_of_scenes

@@ -18,14 +18,13 @@ from nearfar.config.compose import compose_config
 from nearfar.data.chunks import NewData
 from nearfar.errors import NearfarError
 from nearfar.launch import run_one
-from nearfar.metrics.temperature_scaling import probabilities
+from nearfar.metrics.classification import probabilities
 from nearfar.serving import Trained
 from nearfar.serving.export import export_run
 from nearfar.serving.stream import embed_file, predict_file
 from nearfar.systems import build_system
 from nearfar.systems.relations.evaluation import Predictions
-from nearfar.systems.relations.predictor import Predictor
-from nearfar.systems.relations.probe import FUSED
+from nearfar.systems.relations.probe import FUSED, Predictor
 from nearfar.towers import load_tower
 from nearfar.training.run_folder import RunFolder
 from tiny_relations import write_vrd

@@ -276,7 +276,7 @@ def test_an_exported_folder_predicts_the_same(
 def test_references_of_more_bytes_are_read_from_the_data(
     tmp_path: Path, shards: Path, new: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nearfar.systems.tissue.references.MOST_BYTES", 100)
+    monkeypatch.setattr("nearfar.systems.tissue.evaluation.MOST_BYTES", 100)
     run = train(tmp_path, shards, "image_encoder=colors")
     assert not (run.path / "references").exists()
     predict_file(nearfar.load(run.path, "cpu"), NewData(new), tmp_path / "out.h5ad")

@@ -15,7 +15,6 @@ import numpy as np
 from nearfar.data.cache import cached_arrays
 from nearfar.data.files import Json
 from nearfar.data.items import Items
-from nearfar.data.molecules.records import is_ring, pairs_of, read_records, scaffolds_of, text_key
 from nearfar.data.molecules.smiles import (
     assign_groups,
     canonical_smiles,
@@ -23,6 +22,7 @@ from nearfar.data.molecules.smiles import (
     rdkit_version,
     scaffold_key,
 )
+from nearfar.data.molecules.structure_files import is_ring, pairs_of, read_records, scaffolds_of, text_key
 from nearfar.data.rejections import Rejections
 from nearfar.data.splits import check_disjoint
 from nearfar.errors import NearfarError, nearest_name

@@ -17,7 +17,7 @@ from jaxtyping import UInt8
 from numpy import ndarray
 
 from nearfar.data.cache import content_key
-from nearfar.data.photos import Box, Photo
+from nearfar.data.images import Box, Photo
 from nearfar.data.scenes.triples import ALL10, Triple
 
 if TYPE_CHECKING:

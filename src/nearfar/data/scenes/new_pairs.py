@@ -15,8 +15,8 @@ from nearfar.data.chunks import NewData, read_chunks
 from nearfar.data.coco_files import NoBoxError, box_of, picture_files
 from nearfar.data.coco_rows import row_key
 from nearfar.data.files import Json, read_data_json
+from nearfar.data.images import Box, Crops, Photo
 from nearfar.data.items import Column, Items
-from nearfar.data.photos import Box, Crops, Photo
 from nearfar.data.picture_files import PictureFiles
 from nearfar.data.rejections import Rejections
 from nearfar.data.scenes.readers import (

@@ -15,7 +15,7 @@ from nearfar.data.cache import content_key
 from nearfar.data.coco import CocoSplit, read_coco
 from nearfar.data.coco_files import coco_files
 from nearfar.data.files import Json
-from nearfar.data.photos import Box
+from nearfar.data.images import Box
 from nearfar.data.rejections import Rejections
 from nearfar.data.scenes.triples import Triple
 from nearfar.errors import NearfarError, nearest_name

@@ -13,9 +13,8 @@ import numpy as np
 from nearfar.data.cache import content_key
 from nearfar.data.coco_files import too_small_for
 from nearfar.data.files import Json
-from nearfar.data.photos import Box, File, Photo
-from nearfar.data.picture_check import check_pictures
-from nearfar.data.picture_files import PictureFile, PictureFiles
+from nearfar.data.images import Box, File, Photo
+from nearfar.data.picture_files import PictureFile, PictureFiles, check_pictures
 from nearfar.data.rejections import Rejections
 from nearfar.data.scenes.readers import LAYOUTS, Places, annotation_files
 from nearfar.data.scenes.triples import Pairs, Triple, collect_pairs

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from numpy import ndarray
 
 from nearfar.data.files import Json
-from nearfar.data.photos import Box, Photo
+from nearfar.data.images import Box, Photo
 from nearfar.data.rejections import Rejections
 from nearfar.errors import NearfarError, nearest_name
 

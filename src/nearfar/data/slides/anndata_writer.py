@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from nearfar.data.files import make_folder
 from nearfar.data.items import Column, Items
-from nearfar.data.writing import make_folder
 from nearfar.errors import NearfarError
 
 __all__ = ["LAYER", "AnnDataWriter"]

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float, Float32, Int64, Shaped, UInt8
 
 from nearfar.data.cache import content_key
-from nearfar.data.slides.genes import GeneSums, normalized
+from nearfar.data.files import write_arrays, write_atomically, write_json, write_text
 from nearfar.data.slides.image import codec, encode_jpeg
 from nearfar.data.slides.shard_index import (
     ShardFile,
@@ -24,8 +24,7 @@ from nearfar.data.slides.shard_index import (
     npy,
 )
 from nearfar.data.slides.splits import check_splits, write_split_files
-from nearfar.data.slides.tissue import Tissue, neighbor_scale
-from nearfar.data.writing import write_arrays, write_atomically, write_json, write_text
+from nearfar.data.slides.tissue import GeneSums, Tissue, neighbor_scale, normalized
 from nearfar.errors import NearfarError
 
 __all__ = ["Rejected", "SlideFolder", "Spots", "write_tissue"]

@@ -15,11 +15,11 @@ from nearfar.data.column_kinds import PICTURE_SUFFIXES
 from nearfar.data.files import Json
 from nearfar.data.items import Column, Items
 from nearfar.data.rejections import Rejections
-from nearfar.data.slides.genes import normalized
 from nearfar.data.slides.h5ad import has_places, read_expression
 from nearfar.data.slides.image import Box, decode_jpeg, encode_jpeg
 from nearfar.data.slides.shard_index import read_index
 from nearfar.data.slides.slide import Slide, SlideCounts, slides_in
+from nearfar.data.slides.tissue import normalized
 from nearfar.errors import NearfarError
 
 __all__ = ["LACKING", "NEW_OPTIONS", "Reading", "read_slides"]

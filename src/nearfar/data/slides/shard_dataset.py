@@ -15,7 +15,6 @@ import numpy as np
 from nearfar.data.cache import content_key
 from nearfar.data.mapped import mapped_arrays
 from nearfar.data.slides.folder import SlideFolder
-from nearfar.data.slides.genes import normalized, variable_genes
 from nearfar.data.slides.image import decode_jpeg
 from nearfar.data.slides.shard_index import (
     ArrayReader,
@@ -25,7 +24,7 @@ from nearfar.data.slides.shard_index import (
     read_index,
     samples,
 )
-from nearfar.data.slides.tissue import Tissue, spatial_neighbors
+from nearfar.data.slides.tissue import Tissue, normalized, spatial_neighbors, variable_genes
 from nearfar.errors import NearfarError, nearest_name
 
 __all__ = ["read_shards"]

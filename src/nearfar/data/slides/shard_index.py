@@ -16,9 +16,8 @@ from typing import IO
 import numpy as np
 
 from nearfar.data.cache import content_key
-from nearfar.data.files import Json
+from nearfar.data.files import Json, write_json
 from nearfar.data.slides.splits import SPLITS, check_splits, read_split_files
-from nearfar.data.writing import write_json
 from nearfar.errors import NearfarError, nearest_name
 
 __all__ = [

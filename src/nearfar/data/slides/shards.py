@@ -15,7 +15,6 @@ from nearfar.data.cache import content_key
 from nearfar.data.files import Json, read_names
 from nearfar.data.rejections import Rejections
 from nearfar.data.slides.folder import Rejected, SlideFolder, Spots
-from nearfar.data.slides.genes import GeneSums, common_genes, normalized, variable_genes
 from nearfar.data.slides.image import Box, codec
 from nearfar.data.slides.shard_index import ShardIndex, SlideEntry
 from nearfar.data.slides.slide import Slide, SlideCounts, find_slides
@@ -26,7 +25,16 @@ from nearfar.data.slides.splits import (
     read_split_files,
     write_split_files,
 )
-from nearfar.data.slides.tissue import RULE, Values, neighbor_scale, spatial_neighbors
+from nearfar.data.slides.tissue import (
+    RULE,
+    GeneSums,
+    Values,
+    common_genes,
+    neighbor_scale,
+    normalized,
+    spatial_neighbors,
+    variable_genes,
+)
 from nearfar.errors import NearfarError
 
 __all__ = ["ShardOptions", "Watch", "WriteResult", "choose_genes", "survey", "usable", "write_shards"]

@@ -9,9 +9,9 @@ from typing import Literal
 
 import numpy as np
 
+from nearfar.data.files import write_text
 from nearfar.data.splits import check_disjoint
 from nearfar.data.tables import read_table
-from nearfar.data.writing import write_text
 from nearfar.errors import NearfarError, nearest_name
 
 __all__ = [

@@ -8,11 +8,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from nearfar.data.files import Json
-from nearfar.doctor.logs.files import open_log, suffix
-from nearfar.doctor.logs.hugging_face import leave_out_summary, printed_dictionary, whole_epochs
-from nearfar.doctor.logs.log import Log
+from nearfar.doctor.logs.log import Log, open_log, suffix
 from nearfar.doctor.logs.names import map_names
-from nearfar.doctor.logs.tables import HYPERPARAMETERS, hyperparameters, newest, read_json_lines
+from nearfar.doctor.logs.tables import (
+    HYPERPARAMETERS,
+    hyperparameters,
+    leave_out_summary,
+    newest,
+    printed_dictionary,
+    read_json_lines,
+    whole_epochs,
+)
 
 __all__ = ["open_clip_log", "printed_log", "read_open_clip", "read_printed"]
 

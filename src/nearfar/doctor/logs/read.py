@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from nearfar.doctor.logs.event_files import event_files, read_event_files
-from nearfar.doctor.logs.hugging_face import read_trainer_state, trainer_state
 from nearfar.doctor.logs.log import Log
 from nearfar.doctor.logs.printed import open_clip_log, printed_log, read_open_clip, read_printed
 from nearfar.doctor.logs.tables import (
@@ -16,11 +14,15 @@ from nearfar.doctor.logs.tables import (
     read_lightning,
     read_sentence_transformers,
     read_table,
+    read_trainer_state,
     sentence_transformers_tables,
     table_file,
+    trainer_state,
 )
 from nearfar.doctor.logs.trackers import (
+    event_files,
     mlflow_run,
+    read_event_files,
     read_mlflow,
     read_trackio,
     read_wandb,

@@ -8,10 +8,10 @@ from collections.abc import Iterator, Mapping
 from itertools import combinations
 
 from nearfar.data.files import Json
-from nearfar.doctor.cells import estimate_of, number, plain
 from nearfar.doctor.phases import lower_is_better, main_metric
 from nearfar.doctor.rule import Evidence, Remedy, Rule, TooLittle
 from nearfar.doctor.rules._remedies import advice
+from nearfar.doctor.series import estimate_of, number, plain
 from nearfar.doctor.signals import Signals
 from nearfar.errors import NearfarError
 

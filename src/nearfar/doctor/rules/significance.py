@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from nearfar.doctor.cells import estimate_of, number, numbers, plain
-from nearfar.doctor.gain import monitored_gain
-from nearfar.doctor.phases import lower_is_better
+from nearfar.doctor.phases import lower_is_better, monitored_gain
 from nearfar.doctor.rule import Evidence, Rule, TooLittle
 from nearfar.doctor.rules._remedies import advice
-from nearfar.doctor.series import mean
+from nearfar.doctor.series import estimate_of, mean, number, numbers, plain
 from nearfar.doctor.signals import Signals
 from nearfar.errors import NearfarError
 

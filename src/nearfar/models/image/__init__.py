@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from nearfar.models.image.build import IMAGE_ENCODERS, build_image_encoder, check_image_encoder
+from nearfar.models.image.build import (
+    IMAGE_ENCODERS,
+    TransformersImageEncoder,
+    build_image_encoder,
+    check_image_encoder,
+)
 from nearfar.models.image.encoder import ImageEncoder
-from nearfar.models.image.hub import TransformersImageEncoder
 from nearfar.models.image.networks import EfficientNetImageEncoder, MobileNetImageEncoder, SmallImageEncoder
 
 __all__ = [

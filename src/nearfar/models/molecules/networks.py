@@ -9,8 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from nearfar.errors import NearfarError
-from nearfar.models.molecules.batch import MoleculeField
-from nearfar.models.molecules.graph import ATOM_SIZES, BOND_SIZES, GraphBatch
+from nearfar.models.molecules.graph import ATOM_SIZES, BOND_SIZES, GraphBatch, MoleculeField
 
 __all__ = ["FingerprintEncoder", "GraphTransformer", "MoleculeEncoder"]
 

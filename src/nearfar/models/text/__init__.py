@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from nearfar.models.text.build import (
+from nearfar.models.text.ngram import NgramTextEncoder
+from nearfar.models.text.pretrained import (
     TEXT_ENCODERS,
+    MiniLMTextEncoder,
     build_text_encoder,
     embed_texts,
     load_text_encoder,
     save_text_encoder,
 )
-from nearfar.models.text.ngram import NgramTextEncoder
-from nearfar.models.text.pretrained import MiniLMTextEncoder
 from nearfar.models.text.protocol import TextEncoder
 from nearfar.models.text.transformer import TransformerTextEncoder
 

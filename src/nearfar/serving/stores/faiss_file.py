@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, ClassVar, TypeAlias, TypedDict
 
 import numpy as np
 
-from nearfar.data.files import Json, Maybe, read_json
-from nearfar.data.writing import make_folder, remove_left_over, write_atomically
+from nearfar.data.files import Json, Maybe, make_folder, read_json, remove_left_over, write_atomically
 from nearfar.errors import NearfarError
 from nearfar.serving.stores.base import Columns, Head, Matches, VectorStore
 from nearfar.serving.stores.faiss_index import (

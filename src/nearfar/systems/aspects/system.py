@@ -16,9 +16,14 @@ from nearfar.data.cache import content_key
 from nearfar.data.chunks import NewData
 from nearfar.data.files import Json
 from nearfar.data.items import Items
-from nearfar.data.reviews.aspect_data import AspectData, load_embedded, load_files
+from nearfar.data.reviews.aspect_data import (
+    AspectData,
+    load_embedded,
+    load_files,
+    read_reviews,
+    usable_reviews,
+)
 from nearfar.data.reviews.labels import LabelScheme
-from nearfar.data.reviews.new_reviews import read_reviews, usable_reviews
 from nearfar.data.reviews.readers import ID_COLUMNS, TEXT_COLUMNS
 from nearfar.data.reviews.records import repeats
 from nearfar.data.splits import column_name, data_paths
@@ -31,18 +36,16 @@ from nearfar.models.text.trainable import WordTextEncoder
 from nearfar.models.text.words import TokenBatch, TokenTable
 from nearfar.systems.aspects.objective import AspectObjective, class_weights
 from nearfar.systems.aspects.options import AspectOptions
-from nearfar.systems.aspects.predictions import (
+from nearfar.systems.aspects.report import (
     SCHEME_FILE,
     answer_columns,
-    read_decision,
-    read_scheme,
-    write_scheme,
-)
-from nearfar.systems.aspects.report import (
     baseline_section,
     calibration_section,
     confusion_section,
     hardest_section,
+    read_decision,
+    read_scheme,
+    write_scheme,
 )
 from nearfar.systems.aspects.tower import text_tower
 from nearfar.towers import Tower

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from nearfar.config import group, option, section
-from nearfar.config.labelled import LabelledOptions
 from nearfar.config.samplers import SamplerOptions, hard, partition, random
+from nearfar.config.views import LabelledOptions
 from nearfar.errors import NearfarError
 
 __all__ = ["AugmentOptions", "AugmentedOptions", "MoCoOptions", "SimCLROptions"]

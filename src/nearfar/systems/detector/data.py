@@ -1,17 +1,27 @@
-"""The splits that ``data`` of a detector describes: files in COCO format, or generated scenes."""
+"""The splits that ``data`` of a detector describes, COCO files or generated scenes, and new pictures to search."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
+from torch import nn
+
+from nearfar.data.batch import Batch, ItemDataset
+from nearfar.data.chunks import NewData
 from nearfar.data.coco import CocoSplit
 from nearfar.data.coco_files import coco_files, given_files
+from nearfar.data.coco_results import CocoResults
 from nearfar.data.coco_splits import read_coco_splits
+from nearfar.data.detection import new_picture_dataset
+from nearfar.data.items import Items
+from nearfar.data.new_pictures import NEW_OPTIONS, pictures_of, read_pictures
 from nearfar.errors import NearfarError
 from nearfar.systems.detector.options import PictureData, SceneData
+from nearfar.training.system import System
 
-__all__ = ["folder_of_scenes", "read_splits"]
+__all__ = ["PictureSystem", "folder_of_scenes", "read_splits"]
 
 
 def read_splits(data: PictureData | SceneData, say: Callable[[str], None] = print) -> dict[str, CocoSplit]:
@@ -67,3 +77,31 @@ def _files(data: PictureData | SceneData, say: Callable[[str], None]) -> tuple[P
         files = {"train": by_split.get("train") or by_split["whole"]}
         files |= {name: by_split[name] for name in ("val", "test") if name in by_split}
     return place, files
+
+
+M = TypeVar("M", bound=nn.Module)
+
+
+class PictureSystem(System[Batch, M]):
+    """A system that finds boxes in pictures; ``image_size`` is what they are resized to each way, in pixels."""
+
+    new_options = NEW_OPTIONS
+
+    @property
+    def image_size(self) -> int:
+        raise NotImplementedError
+
+    def new_items(self, source: NewData) -> Iterator[Items]:
+        """Pictures of a folder, a list or a COCO file, see `read_pictures`."""
+        return read_pictures(source)
+
+    def items_of(self, values: Sequence[object]) -> Items:
+        """Pictures, by their paths or as arrays (height, width, 3) of uint8."""
+        return pictures_of(values)
+
+    def new_dataset(self, items: Items) -> ItemDataset:
+        return new_picture_dataset(items["photo"], self.image_size)
+
+    def prediction_writer(self, output: Path, source: NewData) -> CocoResults | None:
+        """COCO results for ``.json``."""
+        return CocoResults(output) if output.suffix.lower() == ".json" else None

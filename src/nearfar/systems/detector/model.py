@@ -13,8 +13,7 @@ import torch
 
 from nearfar.config.compose import read_config
 from nearfar.config.options import read_options, to_dict
-from nearfar.data.files import read_arrays, read_json
-from nearfar.data.writing import write_arrays, write_json
+from nearfar.data.files import read_arrays, read_json, write_arrays, write_json
 from nearfar.errors import NearfarError
 from nearfar.models.detection import Detector, SetLoss
 from nearfar.models.detection.network import SmallDetector
@@ -74,7 +73,7 @@ def load_detector(name: str | Path) -> Detector:
     path = Path(name)
     if path.suffix == ".ckpt" or (path / "config.yaml").exists():
         return detector_of_run(path)
-    from nearfar.models.detection.hub import TransformersDetector
+    from nearfar.models.detection.detector import TransformersDetector
 
     return TransformersDetector(str(name)).freeze()
 

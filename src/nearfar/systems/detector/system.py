@@ -15,22 +15,25 @@ from nearfar.data.batch import Batch, ItemDataset
 from nearfar.data.coco import CocoSplit
 from nearfar.data.coco_results import box_rows
 from nearfar.data.coco_splits import DetectionData
-from nearfar.data.detection import KeptView, View, detection_dataset
+from nearfar.data.detection import KeptView, View, detection_dataset, targets_of
 from nearfar.data.files import Json, read_json
 from nearfar.data.items import Items
-from nearfar.data.true_boxes import targets_of
 from nearfar.errors import NearfarError
-from nearfar.metrics.detection import Boxes, detection_estimates, detection_evidence
+from nearfar.metrics.detection import (
+    Boxes,
+    constant_boxes,
+    detection_estimates,
+    detection_evidence,
+    predicted_boxes,
+    true_boxes,
+)
 from nearfar.metrics.detection_evaluator import check_evidence
-from nearfar.metrics.split_boxes import constant_boxes, predicted_boxes, true_boxes
 from nearfar.models.detection import DetectorOutput
 from nearfar.models.detection.detector import corners, iou
-from nearfar.models.detection.kept_maps import cached_maps
-from nearfar.models.detection.network import SmallDetector
-from nearfar.systems.detector.data import read_splits
+from nearfar.models.detection.network import SmallDetector, cached_maps
+from nearfar.systems.detector.data import PictureSystem, read_splits
 from nearfar.systems.detector.model import build_detector, build_encoder
 from nearfar.systems.detector.options import DetectorOptions
-from nearfar.systems.detector.pictures import PictureSystem
 from nearfar.systems.detector.report import pictures_section
 from nearfar.training.batches import build_sampler
 from nearfar.training.sections import Section

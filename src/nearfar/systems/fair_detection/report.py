@@ -14,8 +14,7 @@ from nearfar.data.images import read_image, resize
 from nearfar.metrics import group_signals
 from nearfar.metrics.detection import Change
 from nearfar.models.detection.detector import corners
-from nearfar.systems.fair_detection.data import PictureSplit
-from nearfar.systems.fair_detection.evaluation import METRICS, FairResults
+from nearfar.systems.fair_detection.evaluation import METRICS, FairResults, PictureSplit
 from nearfar.systems.fair_detection.frozen import DetectorOutputs
 from nearfar.training.sections import Picture, Section, Table
 

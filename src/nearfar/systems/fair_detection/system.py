@@ -15,25 +15,29 @@ from nearfar.data.cache import content_key
 from nearfar.data.coco import CocoSplit
 from nearfar.data.coco_results import box_rows
 from nearfar.data.coco_splits import DetectionData
+from nearfar.data.detection import targets_of
 from nearfar.data.files import Json, Maybe, read_json
 from nearfar.data.items import Items
 from nearfar.data.splits import check_disjoint
-from nearfar.data.true_boxes import targets_of
 from nearfar.errors import NearfarError
 from nearfar.metrics import group_signals
 from nearfar.models.detection import Detector
 from nearfar.models.detection.network import SmallDetector
 from nearfar.models.perturbation import FairModel, perturbed
-from nearfar.systems.detector.data import read_splits
+from nearfar.systems.detector.data import PictureSystem, read_splits
 from nearfar.systems.detector.model import load_detector, load_frozen, save_frozen
-from nearfar.systems.detector.pictures import PictureSystem
-from nearfar.systems.fair_detection.data import PictureSplit, clean_pixels, with_group
-from nearfar.systems.fair_detection.evaluation import FairResults
-from nearfar.systems.fair_detection.frozen import DetectorOutputs, frozen_detector, lower_group, weights_key
-from nearfar.systems.fair_detection.objective import FairObjective, Losses
+from nearfar.systems.fair_detection.evaluation import FairResults, PictureSplit, clean_pixels, with_group
+from nearfar.systems.fair_detection.frozen import (
+    DetectorOutputs,
+    FairObjective,
+    Losses,
+    frozen_detector,
+    lower_group,
+    weights_key,
+)
 from nearfar.systems.fair_detection.options import FairDetectionOptions, epsilon_schedule
 from nearfar.systems.fair_detection.report import report_sections
-from nearfar.systems.rebuilt import prepare_again
+from nearfar.systems.new_items import prepare_again
 from nearfar.training.sections import Section
 from nearfar.training.system import Evaluation, Say, StepOutput, TrainSampler
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from nearfar.config import fraction, group, option
-from nearfar.config.labelled import LabelledOptions
 from nearfar.config.rules import shown
+from nearfar.config.views import LabelledOptions
 from nearfar.errors import NearfarError
 
 __all__ = ["CrossEntropyOptions", "LabelOptions", "MultiLabelOptions", "SupConOptions"]

@@ -15,9 +15,14 @@ from nearfar.data.chunks import NewData, read_chunks
 from nearfar.data.files import Json
 from nearfar.data.items import Column, Items, value_groups
 from nearfar.data.molecules.pairs import MoleculeData, load_embedded, load_files
-from nearfar.data.molecules.records import COLUMNS, scaffolds_of
 from nearfar.data.molecules.smiles import canonical_smiles, parse_smiles, quiet_rdkit
-from nearfar.data.molecules.structure_files import STRUCTURE_SUFFIXES, is_headless, read_structures
+from nearfar.data.molecules.structure_files import (
+    COLUMNS,
+    STRUCTURE_SUFFIXES,
+    is_headless,
+    read_structures,
+    scaffolds_of,
+)
 from nearfar.data.splits import column_name, data_paths
 from nearfar.data.table_formats import full_suffix
 from nearfar.data.tables import TABLE_SUFFIXES, is_placeholder

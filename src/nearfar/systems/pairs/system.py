@@ -23,8 +23,7 @@ from nearfar.losses.matryoshka import term_name
 from nearfar.losses.views import ViewContext, ViewLoss
 from nearfar.metrics import Estimate, rank_estimates, retrieval_ranks
 from nearfar.models.views import HeadKind, build_head
-from nearfar.systems.pairs.excluded import read_excluded
-from nearfar.systems.pairs.guides import Guides, column_margins, guide_columns
+from nearfar.systems.pairs.false_negatives import Guides, column_margins, guide_columns, read_excluded
 from nearfar.systems.pairs.options import (
     InfoNCEOptions,
     PairOptions,

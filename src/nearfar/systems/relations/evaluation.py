@@ -12,8 +12,8 @@ from jaxtyping import Bool, Float, Int
 from numpy import ndarray
 from torch import Tensor
 
+from nearfar.data.files import write_arrays
 from nearfar.data.scenes.triples import chosen_relations
-from nearfar.data.writing import write_arrays
 from nearfar.errors import NearfarError
 from nearfar.metrics import (
     Difference,

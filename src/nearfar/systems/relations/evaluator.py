@@ -13,13 +13,12 @@ from nearfar.data.batch import Batch, ItemDataset
 from nearfar.data.scenes.relation_data import RelationData
 from nearfar.data.scenes.triples import NAMES, SPATIAL, VISUAL
 from nearfar.metrics import Estimate
-from nearfar.metrics.temperature_scaling import fitted_temperature
+from nearfar.metrics.classification import fitted_temperature
 from nearfar.models.parts_probe import Blocks, PartsProbe, sample_rows
 from nearfar.models.views import ViewModel
 from nearfar.systems.relations.evaluation import PAIR, Predictions, Scores, pair_retrieval, score_predictions
 from nearfar.systems.relations.options import RelationOptions
-from nearfar.systems.relations.predictor import Predictor
-from nearfar.systems.relations.probe import FUSED, LINEAR, blocks_of, has_pixels, probe_inputs
+from nearfar.systems.relations.probe import FUSED, LINEAR, Predictor, blocks_of, has_pixels, probe_inputs
 from nearfar.systems.view_system import LABEL
 from nearfar.training.system import Evaluation
 

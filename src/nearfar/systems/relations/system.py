@@ -24,13 +24,11 @@ from nearfar.errors import NearfarError
 from nearfar.losses.views import ViewContext, ViewLoss
 from nearfar.models.projection import perceptron
 from nearfar.models.views import ViewModel
-from nearfar.systems.rebuilt import prepare_again
-from nearfar.systems.relations.batches import GROUP, JITTERED, BatchesBySort, BoxJitter
-from nearfar.systems.relations.data import load_data
+from nearfar.systems.new_items import prepare_again
+from nearfar.systems.relations.data import GROUP, JITTERED, BatchesBySort, BoxJitter, load_data
 from nearfar.systems.relations.evaluator import Evaluator
 from nearfar.systems.relations.options import InfoNCEOptions, RelationOptions, SupConInsideOptions
-from nearfar.systems.relations.predictor import Predictor
-from nearfar.systems.relations.probe import LINEAR, blocks_of_rows, has_pixels
+from nearfar.systems.relations.probe import LINEAR, Predictor, blocks_of_rows, has_pixels
 from nearfar.systems.relations.report import sections
 from nearfar.systems.view_system import LABEL, PRESENT, ViewSystem
 from nearfar.towers import Tower

@@ -25,11 +25,10 @@ from nearfar.data.slides.tissue import items_of
 from nearfar.errors import NearfarError
 from nearfar.losses import ClipLoss, SpatialLoss
 from nearfar.models.views import ViewModel, build_head
-from nearfar.systems.rebuilt import prepare_again
+from nearfar.systems.new_items import prepare_again
 from nearfar.systems.tissue.data import TissueData, load_data
-from nearfar.systems.tissue.evaluation import Evaluator
+from nearfar.systems.tissue.evaluation import Evaluator, References
 from nearfar.systems.tissue.options import TissueOptions
-from nearfar.systems.tissue.references import References
 from nearfar.systems.tissue.report import examples, sections
 from nearfar.systems.view_system import PRESENT, ViewSystem
 from nearfar.towers import Tower

@@ -1,15 +1,21 @@
-"""Hugging Face ``datasets``: saved to disk, which is read without the library, or fetched by name, with it."""
+"""Folders as sources of items: pictures whose folders are the classes, and ``datasets`` of Hugging Face.
+
+What ``datasets`` saved to disk is read without the library; what is fetched by name needs it.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from nearfar.data.files import Maybe, read_json
-from nearfar.data.items import Items
+from nearfar.data.column_kinds import PICTURE_SUFFIXES
+from nearfar.data.files import Json, Maybe, read_json
+from nearfar.data.items import Column, Items
+from nearfar.data.picture_files import walk_files
 from nearfar.data.table_items import Wanted, choose
 from nearfar.data.typed_tables import arrow_items
 from nearfar.errors import NearfarError
@@ -17,7 +23,55 @@ from nearfar.errors import NearfarError
 if TYPE_CHECKING:
     import pyarrow
 
-__all__ = ["dataset_items", "dataset_splits", "hub_items", "hub_name", "hub_splits"]
+__all__ = ["dataset_items", "dataset_splits", "hub_items", "hub_name", "hub_splits", "image_folder_items"]
+
+
+def image_folder_items(folder: Path) -> Items:
+    """The pictures below a folder: ``image`` (path), ``label``, the folder directly below ``folder`` that they are in.
+
+    Where they lie deeper (``folder/genus/species/a.png``), ``folder`` is the whole of it, ``genus/species``. A picture
+    beside the folders of classes has no label. Ids are the paths below ``folder``. Hidden files are passed over, links
+    are followed once; files that are no pictures by their endings are counted in the notes. Nothing is opened.
+
+    Raises:
+        NearfarError: no picture.
+
+    >>> import tempfile
+    >>> root = Path(tempfile.mkdtemp())
+    >>> for name in ("cat/1.png", "dog/2.jpg", "dog/read.me"):
+    ...     (root / name).parent.mkdir(exist_ok=True)
+    ...     (root / name).touch()
+    >>> items = image_folder_items(root)
+    >>> items.ids, items["label"], items.notes
+    (['cat/1.png', 'dog/2.jpg'], ['cat', 'dog'], {'files that are no pictures': {'.me': 1}})
+    """
+    others: Counter[str] = Counter()
+    paths: list[Path] = []
+    for path in walk_files(folder):
+        if path.suffix.lower() in PICTURE_SUFFIXES:
+            paths.append(path)
+        else:
+            others[path.suffix.lower() or "without ending"] += 1
+    if not paths:
+        held = ", ".join(f"{count} {ending}" for ending, count in others.most_common(8)) or "no file at all"
+        raise NearfarError(
+            f"{folder} holds no picture ({', '.join(sorted(PICTURE_SUFFIXES)[:6])}, …) and nothing else that is read; "
+            f"below it: {held}."
+        )
+    inner = [path.relative_to(folder) for path in paths]
+    labels = [place.parts[0] if len(place.parts) > 1 else None for place in inner]
+    columns: dict[str, Column] = {"image": [str(path) for path in paths], "label": labels}
+    if any(len(place.parts) > 2 for place in inner):
+        columns["folder"] = [place.parent.as_posix() if len(place.parts) > 1 else None for place in inner]
+    notes: Json = {}
+    if others:
+        notes["files that are no pictures"] = dict(others)
+    without = labels.count(None)
+    if 0 < without < len(labels):
+        notes["pictures outside the folders of classes"] = without
+    ids = [place.as_posix() for place in inner]
+    return Items(ids, columns, str(folder), rows=list(range(1, len(ids) + 1)), notes=notes)
+
 
 _BATCH = 1024  # rows that are in memory at once
 _INFO = {"features": Maybe({str: object})}
