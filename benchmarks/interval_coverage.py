@@ -26,9 +26,8 @@ from nearfar.metrics import (
     wilson,
 )
 from nearfar.metrics.comparison import seeds_interval
-from nearfar.metrics.metric_names import read_metrics
 from nearfar.metrics.ranks import Places
-from nearfar.metrics.retrieval_scores import score_of_places
+from nearfar.metrics.retrieval_scores import read_metrics, score_of_places
 
 #: kind, setting, coverage, mean width
 Row = tuple[str, str, float, float]

@@ -21,9 +21,7 @@ VERBS = [
         "data_cli",
         "use_cli",
         "mine_cli",
-        "neighbors_cli",
         "launch",
-        "crossval",
         "tune",
     }
 ]

@@ -1,8 +1,8 @@
 """The terminal: one thin command per verb. Heavy libraries are imported by the verb that needs them.
 
 Here are the verbs that train, test statements and say what there is. Those that look at runs stand in `doctor_cli.py`,
-those that judge them in `compare_cli.py`, those that use them in `use_cli.py`, beside `data_cli.py`, `mine_cli.py` and
-`neighbors_cli.py`.
+those that judge them in `compare_cli.py`, those that use them in `use_cli.py`, beside `data_cli.py` and
+`mine_cli.py`.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ def claims(
 ) -> None:
     """Test statements by experiment: supported, refuted or not distinguishable, and did the prediction hold?"""
     from nearfar.lab.claims import choose, read_ledger
-    from nearfar.lab.claims.run import claim_table, outcome_table
+    from nearfar.lab.claims.table import claim_table, outcome_table
 
     chosen, console = choose(read_ledger(ledger), wanted or []), terminal.console()
     if list_:
@@ -197,7 +197,7 @@ def crossval(
     The runs are a sweep over [bold]data.fold[/bold] called [bold]name=[/bold]; [bold]exists=skip[/bold] keeps what is
     finished.
     """
-    from nearfar.compare_cli import cross_validate
+    from nearfar.lab.ensemble import cross_validate
     from nearfar.lab.table import differences_table, estimates_table
     from nearfar.launch import launch
 

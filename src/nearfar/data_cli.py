@@ -15,7 +15,7 @@ from nearfar import terminal
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["data_app"]
+__all__ = ["data_app", "neighbors_app"]
 
 
 READ = "read"

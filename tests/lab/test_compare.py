@@ -11,8 +11,8 @@ from rich.text import Text
 
 from nearfar import terminal
 from nearfar.errors import NearfarError
+from nearfar.lab.charts import line_chart
 from nearfar.lab.compare import Comparison, compare_runs, find_runs
-from nearfar.lab.curves import line_chart
 from nearfar.lab.report import write_comparison, write_report
 from nearfar.lab.summary import describe_comparison
 from nearfar.lab.table import comparison_tables, metrics_tables

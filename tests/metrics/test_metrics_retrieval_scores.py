@@ -22,9 +22,8 @@ from nearfar.metrics import (
     split_hash,
 )
 from nearfar.metrics.intervals import mean_intervals
-from nearfar.metrics.metric_names import read_metrics
 from nearfar.metrics.retrieval_inputs import read_inputs
-from nearfar.metrics.retrieval_scores import count_places
+from nearfar.metrics.retrieval_scores import count_places, read_metrics
 
 ALL = [
     "nDCG", "nDCG@1", "nDCG@3", "MAP", "MAP@3", "MAP@R", "recall@1", "recall@3", "precision@1", "precision@3",

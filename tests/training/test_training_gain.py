@@ -12,7 +12,7 @@ import pytest
 from nearfar.doctor import diagnose
 from nearfar.lab.report import write_report
 from nearfar.metrics import Estimate, paired_difference
-from nearfar.training.gain import gains
+from nearfar.training.evaluation import gains
 from nearfar.training.run_folder import RunFolder
 from nearfar.training.system import Evaluation
 from tiny_runs import SMALL, train

@@ -27,8 +27,6 @@ from nearfar.contrast.softmax import (
     Extra,
     NoPositivesWarning,
     Sums,
-    check_denominator,
-    check_reduction,
     log_sums,
     softmax_loss,
 )
@@ -69,8 +67,6 @@ __all__ = [
     "Target",
     "Weights",
     "as_mask",
-    "check_denominator",
-    "check_reduction",
     "checked_mask",
     "computing_dtype",
     "dense_own_pairs",

@@ -32,14 +32,10 @@ from nearfar.contrast.tiles import Setting, bounded, tile_size
 from nearfar.errors import NearfarError
 
 __all__ = [
-    "DENOMINATORS",
-    "REDUCTIONS",
     "Extra",
     "NoPositivesWarning",
     "Sums",
     "as_recorded",
-    "check_denominator",
-    "check_reduction",
     "each_alone",
     "listed_logits",
     "log_sums",
@@ -115,27 +111,6 @@ def _parts(queries: Tensor, keys: Tensor, row: Tensor) -> Iterator[tuple[slice, 
     ends = torch.searchsorted(row, torch.tensor([*starts[1:], n], device=row.device)).tolist()
     for top, first, last in zip(starts, [0, *ends], ends, strict=False):
         yield slice(first, last), slice(top, min(top + height, n))
-
-
-DENOMINATORS = ("all", "own", "negatives")
-REDUCTIONS = ("mean", "sum", "none")
-
-
-def check_denominator(denominator: str) -> str:
-    """``NearfarError`` unless it is known."""
-    if denominator not in DENOMINATORS:
-        raise NearfarError(
-            f"denominator is {denominator!r}; it holds 'all' candidates, the positive's 'own' "
-            "negatives and itself, or the 'negatives' alone"
-        )
-    return denominator
-
-
-def check_reduction(reduction: str) -> str:
-    """``NearfarError`` unless it is known."""
-    if reduction not in REDUCTIONS:
-        raise NearfarError(f"reduction is {reduction!r}; it is 'mean', 'sum' or 'none'")
-    return reduction
 
 
 class Sums(NamedTuple):

@@ -29,7 +29,7 @@ from nearfar.metrics import (
     retrieval_ranks,
     split_hash,
 )
-from nearfar.training.gain import gains
+from nearfar.training.evaluation import gains
 from nearfar.training.probe import preserve_state
 from nearfar.training.run_folder import RunFolder, environment
 from nearfar.training.system import Evaluation

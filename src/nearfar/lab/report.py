@@ -18,16 +18,11 @@ from markupsafe import Markup
 
 from nearfar.data.files import DAMAGED, Json, check_shape, read_bytes, read_text, write_atomically
 from nearfar.errors import NearfarError
+from nearfar.lab.charts import band_chart, curves_chart, heat_map, intervals_chart, line_chart, map_chart
 from nearfar.lab.curves import (
     Line,
     PlanRecord,
-    band_chart,
-    curves_chart,
     hardness_curves,
-    heat_map,
-    intervals_chart,
-    line_chart,
-    map_chart,
     of_kind,
     plans_of,
     series_of,

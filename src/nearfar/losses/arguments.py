@@ -21,9 +21,11 @@ __all__ = [
     "Negatives",
     "Ready",
     "any_number",
+    "check_denominator",
     "check_flags",
     "check_matrices",
     "check_part",
+    "check_reduction",
     "check_sum",
     "check_temperature",
     "check_tensors",
@@ -310,3 +312,25 @@ def duplicate_mask(labels: Int[Tensor, " n"]) -> Bool[Tensor, "n n"]:
         raise NearfarError(f"labels have shape {tuple(labels.shape)}; the mask takes one label for each row")
     labels = apart(labels)
     return (labels[:, None] == labels[None, :]).fill_diagonal_(False)
+
+
+#: what stands below the fraction of a softmax loss, and how its rows become a number
+DENOMINATORS = ("all", "own", "negatives")
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def check_denominator(denominator: str) -> str:
+    """``NearfarError`` unless it is known."""
+    if denominator not in DENOMINATORS:
+        raise NearfarError(
+            f"denominator is {denominator!r}; it holds 'all' candidates, the positive's 'own' "
+            "negatives and itself, or the 'negatives' alone"
+        )
+    return denominator
+
+
+def check_reduction(reduction: str) -> str:
+    """``NearfarError`` unless it is known."""
+    if reduction not in REDUCTIONS:
+        raise NearfarError(f"reduction is {reduction!r}; it is 'mean', 'sum' or 'none'")
+    return reduction

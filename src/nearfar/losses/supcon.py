@@ -16,8 +16,6 @@ from nearfar.contrast import (
     SameClass,
     Step,
     Weights,
-    check_denominator,
-    check_reduction,
     computing_dtype,
     dense_softmax,
     softmax_loss,
@@ -27,9 +25,11 @@ from nearfar.contrast.tiles import DENSE_MAX_PAIRS
 from nearfar.errors import NearfarError
 from nearfar.labels import MISSING, apart, whole_labels
 from nearfar.losses.arguments import (
+    check_denominator,
     check_flags,
     check_matrices,
     check_part,
+    check_reduction,
     check_sum,
     check_temperature,
     check_tensors,

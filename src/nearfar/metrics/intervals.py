@@ -407,7 +407,7 @@ def _resampled_means(x: NDArray[np.float64], resamples: int, rng: np.random.Gene
 
 def _resampled_columns(x: NDArray[np.float64], resamples: int, seed: int) -> NDArray[np.float64]:
     """The means (resamples, columns) of several scores of each item; the items drawn are those of one column."""
-    from nearfar.metrics.place_kernel import sum_resamples
+    from nearfar.metrics._place_kernels import sum_resamples
 
     n, rng = len(x), np.random.default_rng(seed)
     sums = np.zeros((resamples, x.shape[1]))

@@ -13,10 +13,16 @@ from nearfar.data.files import Json
 from nearfar.data.rankings import RankedLists
 from nearfar.errors import NearfarError
 from nearfar.metrics.estimate import split_hash
-from nearfar.metrics.metric_names import read_metrics
 from nearfar.metrics.ranks import NOWHERE, Places
 from nearfar.metrics.retrieval_inputs import check_cutoffs
-from nearfar.metrics.retrieval_scores import GAINS, TIES, Bounds, RetrievalScores, score_of_places
+from nearfar.metrics.retrieval_scores import (
+    GAINS,
+    TIES,
+    Bounds,
+    RetrievalScores,
+    read_metrics,
+    score_of_places,
+)
 
 __all__ = ["RANKING_METRICS", "describe_ranking", "score_ranking"]
 

@@ -1,4 +1,4 @@
-"""Tables of mined negatives as sentence-transformers' mine_hard_negatives writes them, and of a cross-encoder's scores."""
+"""Tables of mined negatives as sentence-transformers writes them, and of a cross-encoder's scores."""
 
 from __future__ import annotations
 

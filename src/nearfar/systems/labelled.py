@@ -25,8 +25,7 @@ from nearfar.metrics import Estimate, paired_difference
 from nearfar.models.known_classes import ClassNames, KnownClasses, LabelledGallery
 from nearfar.models.probes import LinearProbe
 from nearfar.models.views import HeadKind, ViewModel, build_head
-from nearfar.systems.class_scores import Scores, answer_scores, retrieval_scores
-from nearfar.systems.raw_values import raw_values
+from nearfar.systems.class_scores import Scores, answer_scores, raw_values, retrieval_scores
 from nearfar.systems.view_system import ViewSystem
 from nearfar.towers import Tower, build_tower, guess_tower
 from nearfar.training.evaluation import consecutive

@@ -20,8 +20,7 @@ from nearfar.doctor import Diagnosis, diagnose
 from nearfar.errors import NearfarError
 from nearfar.training import ranks
 from nearfar.training.checkpoint import Checkpoint, Resume, find_checkpoint
-from nearfar.training.evaluation import evaluate, outputs_of
-from nearfar.training.gain import evaluate_start, gains
+from nearfar.training.evaluation import evaluate, evaluate_start, gains, outputs_of
 from nearfar.training.loop import Interrupted, StopRequest, TrainingLoop, Watch, stop_signals
 from nearfar.training.recorder import Recorder
 from nearfar.training.run_folder import RunFolder, environment

@@ -14,11 +14,11 @@ import torch
 from rich.console import Console
 
 from nearfar.batching import BalancedBatchSampler, RandomBatchSampler
-from nearfar.compare_cli import cross_validate
 from nearfar.config.compose import compose_config, expand
 from nearfar.contrast import NoPositivesWarning
 from nearfar.data.images import Crops
 from nearfar.errors import NearfarError
+from nearfar.lab.ensemble import cross_validate
 from nearfar.lab.report import write_report
 from nearfar.launch import run_one
 from nearfar.systems import build_system, check_config
