@@ -437,7 +437,7 @@ def _is_drawn(values: dict[str, str], drawn: Mapping[str, Override]) -> bool:
         if isinstance(kind, CategoricalDistribution):
             if value not in kind.choices:
                 return False
-        elif not kind.low <= float(value) <= kind.high:  # type: ignore[attr-defined]
+        elif not kind.low <= float(value) <= kind.high:
             return False
     return True
 

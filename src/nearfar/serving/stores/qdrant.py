@@ -288,7 +288,7 @@ def _no_code_in_pickles() -> Iterator[None]:
                 "this version of qdrant-client reads its folders in a way that nearfar does not know to be safe; "
                 "take a server (qdrant+http://…), or a store in a folder NAME.faiss."
             )
-        persistence.pickle = _Pickle  # type: ignore[assignment]
+        persistence.pickle = _Pickle
         try:
             yield
         finally:
