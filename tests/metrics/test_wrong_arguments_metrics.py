@@ -244,6 +244,17 @@ MODULES = [
 ]
 #: what is made by other functions, and a table
 MADE = {"IOUS", "DetectionEvidence", "Change"}
+#: steps between a system and a metric, which nobody calls with what a user gives
+STEPS = {
+    "constant_boxes",
+    "detection_boxes",
+    "fitted_temperature",
+    "gap_closed",
+    "ordered",
+    "predicted_boxes",
+    "probabilities",
+    "true_boxes",
+}
 OBJECTS = {
     "SCORED": SCORED,
     "RANKS": RANKS,
@@ -308,7 +319,7 @@ def target(name: str) -> Callable[..., Any]:
 
 
 def test_every_public_name_is_in_the_table():
-    public = {name for module in MODULES for name in module.__all__} - MADE
+    public = {name for module in MODULES for name in module.__all__} - MADE - STEPS
     assert public == {name for name in CALLS if "." not in name}
     for name, arguments in CALLS.items():
         parameters = [
