@@ -237,7 +237,7 @@ def idx_items(images: Path) -> Items:
     """The pictures of an IDX file as ``image``, (n, height, width) uint8, and the labels beside it as ``label``.
 
     Raises:
-        NearfarError: no file of labels beside it, another number of labels, damaged files.
+        NearfarError: no file of labels beside it, a different number of labels, damaged files.
     """
     base = images.name.removesuffix(".gz")
     name = base.replace("images", "labels").replace("idx3", "idx1")

@@ -160,7 +160,7 @@ class RunEncoder:
 
     @property
     def mteb_model_meta(self) -> ModelMeta:
-        """Name, revision (of the weights, so that mteb's cache notices another training) and sizes."""
+        """Name, revision (of the weights, so that mteb's cache notices a different training) and sizes."""
         if self._meta is None:
             from mteb.models.model_meta import ModelMeta, ScoringFunction
 

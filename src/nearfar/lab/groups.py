@@ -38,7 +38,7 @@ __all__ = [
 class Arm:
     """Runs that differ in their seed alone; ``parts`` are what sets them apart from the other arms.
 
-    A ranking of another tool (``nearfar.lab.rankings``) is an arm without runs on disk and without configuration.
+    A ranking of a different tool (``nearfar.lab.rankings``) is an arm without runs on disk and without configuration.
 
     In a cross-validation (``nearfar.lab.compare``), ``folds`` holds the runs of each fold and ``sizes`` the number of
     its items; ``runs`` are then those of the first.

@@ -51,7 +51,7 @@ _METRIC = re.compile(
     r"(cosine|dot|euclidean|manhattan)[-_](ap|mcc)|median_rank|mean_rank|zeroshot",
     re.IGNORECASE,
 )
-#: the mean cosine of different rows, which says whether embeddings are one; of partners it would be another thing
+#: the mean cosine of different rows, which says whether embeddings are one; of partners it would be something else
 _MEAN_COSINE = re.compile(
     r"(mean|avg|average)(_pairwise)?_cos(ine)?(_sim(ilarity)?)?|pairwise_cos(ine)?(_sim(ilarity)?)?(_mean)?",
     re.IGNORECASE,

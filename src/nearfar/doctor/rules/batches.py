@@ -177,7 +177,7 @@ RULES = (
          ("loss", "train_loss_same_composition"), ("train_loss", "train_loss_same_composition")), _composition,
         looks_at="`uniform_level` beside `val_uniform_level`; `loss` beside `train_loss_same_composition`",
         threshold=f"{OTHER_SCALE:g} nats of guessing, {OTHER_LOSS:g} nats of loss",
-        cause="Another batch size, mask, memory or sampler in training than in validation.",
+        cause="A different batch size, mask, memory or sampler in training than in validation.",
         remedy=advice("Read train_loss_same_composition beside val_loss: the same rows, the same composition."),
         source="the loss of a batch depends on who is in it",
     ),

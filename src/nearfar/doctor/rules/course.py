@@ -53,7 +53,7 @@ def _finite_remedy(signals: Signals) -> Remedy:
 
 def _overfits(signals: Signals) -> Evidence | None:
     metric = monitor(signals)
-    # Another composition since a switch: neither loss nor metric can be told from it.
+    # A different composition since a switch: neither loss nor metric can be told from it.
     values = {} if switch_epoch(signals) is not None else metric.by_epoch()
     loss = signals.series("val_loss").finite()
     train = (signals.series("train_loss_same_composition") or signals.series("train_loss")).finite()
@@ -93,7 +93,7 @@ def _larger_batch(signals: Signals) -> Evidence | None:
             f"sizes of batches by epoch, and {2 * BEFORE_GROWTH} scores of validation, are needed"
         )
     if switch_epoch(signals) is not None:
-        return None  # the batches changed in another way, too
+        return None  # the batches changed in a different way, too
     epochs = sorted(set(sizes) & set(values))
     for at in range(BEFORE_GROWTH, len(epochs)):
         before, grown = [sizes[epoch] for epoch in epochs[:at]], sizes[epochs[at]]

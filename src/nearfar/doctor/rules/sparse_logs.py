@@ -371,7 +371,7 @@ RULES = (
         looks_at="`loss`, beside the monitored metric",
         threshold=f"below {NEGATIVE:g} in the last quarter, while the metric does not rise; without a metric a note",
         cause="No choice among candidates costs less than 0. The sign of the loss or of the logits is turned, so that "
-        "partners are driven apart; or the loss is of another kind (decoupled, a uniformity, a score).",
+        "partners are driven apart; or the loss is of a different kind (decoupled, a uniformity, a score).",
         remedy=advice("Check the sign: cross-entropy of the similarities, not of distances, and not negated. A loss "
                       "that may be negative is told by loss_kind=other."),
         source="−log p is at least 0",

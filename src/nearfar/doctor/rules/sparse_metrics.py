@@ -59,7 +59,7 @@ def _falling(signals: Signals) -> Evidence | None:
     rose = float(metric.numbers.max()) > first + margin / 2
     low = metric.numbers.min() >= 0 and metric.numbers.max() < LOW
     if low and fall <= FALLEN * first:
-        return None  # this low a score scatters; whether it rises is another question
+        return None  # this low a score scatters; whether it rises is a different question
     if fall <= margin or rose or switch_epoch(signals) is not None:
         return None  # what rose before it fell is judged as overfitting, or as a curriculum
     loss = (signals.series("loss") or signals.series("train_loss")).finite()
@@ -226,7 +226,7 @@ RULES = (
         cause="The differences of the logits are bounded: a temperature of 1, or a softmax applied twice "
         "(cross_entropy has its own).",
         remedy=advice("Divide cosines by a temperature of .05 to .1, and give cross_entropy logits and no "
-                      "probabilities. A loss with several positives for each query is another case: log "
+                      "probabilities. A loss with several positives for each query is a different case: log "
                       "positives_per_row."),
         source="with logits in [−1, 1] the loss is at least ln(1 + (n − 1) e^−2)",
     ),
