@@ -61,8 +61,8 @@ def read_items(
     """The items of a file, a folder or a name on the Hugging Face hub, whatever its format.
 
     A missing value is None (in floats: NaN), not a rejection. Texts lose blanks around them; empty ones, and words for
-    *missing* (``N/A``, ``nan``, ``-``), are None. Lists of numbers become an array (n, d), and a row of a different length
-    is rejected; so is a row whose picture is not on disk. Values of a column of pictures are paths.
+    *missing* (``N/A``, ``nan``, ``-``), are None. Lists of numbers become an array (n, d), and a row of a different
+    length is rejected; so is a row whose picture is not on disk. Values of a column of pictures are paths.
 
     Args:
         path: a table (CSV, TSV, JSON, JSON lines, Parquet, xlsx, also packed), ``.npy`` or ``.npz``; WebDataset shards
