@@ -7,6 +7,7 @@ BIN    := $(VENV)/bin
 JOBS   ?= 3
 # bytecode is kept, whatever the shell says: compiling every test anew takes as long as running many of them
 TESTS  := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(JOBS) --dist loadfile
+DEMO   := $(VENV)/.demo
 STAMP  := $(VENV)/.installed
 # not --quiet: pip's list of what it downloads is the sign that the install goes on
 PIP    := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
@@ -16,20 +17,26 @@ PIP    := $(BIN)/python -m pip install --disable-pip-version-check --constraint 
 help:  ## what there is
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
-setup: $(STAMP)  ## virtual environment with everything the demo and the tests need
+setup: $(STAMP)  ## virtual environment with everything the tests and the docs need (about five minutes)
 
-$(STAMP): pyproject.toml constraints.txt
+# what the demo needs is a third of what the tests need, and is there first
+$(DEMO): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "nearfar needs Python 3.11 or newer; set PYTHON=..."; exit 1; }
-	@echo "1/3  a virtual environment in $(VENV) (a few seconds)"
+	@echo "a virtual environment in $(VENV) (a few seconds)"
 	@$(PYTHON) -m venv $(VENV)
-	@echo "2/3  PyTorch (the largest download; about a minute on a fast line)"
+	@echo "PyTorch (the largest download; about a minute on a fast line)"
 	@$(PIP) torch
-	@echo "3/3  nearfar with all that its demo and tests need (about a minute more)"
+	@echo "nearfar with what its demo needs (about a minute more)"
+	@$(PIP) --editable '.[molecules]'
+	@touch $@
+
+$(STAMP): $(DEMO)
+	@echo "what the tests, the docs and the other systems need (about two minutes more)"
 	@$(PIP) --editable '.[dev]'
 	@echo "installed in $(VENV); the next make does not install again"
 	@touch $@
 
-demo: setup  ## train on 20,000 real molecules, random against hard batches, and compare (about 6 minutes)
+demo: $(DEMO)  ## train on 20,000 real molecules, random against hard batches, and compare (about 6 minutes)
 	@echo "six runs, two at a time: about 6 minutes on two idle cores; then the comparison"
 	$(BIN)/nearfar train --multirun experiment=molecules_demo sampler=random,hard seed=0,1,2 \
 	    hydra/launcher=joblib hydra.launcher.n_jobs=2
