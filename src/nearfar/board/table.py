@@ -13,7 +13,7 @@ from pathlib import Path
 
 from nearfar.board.discover import Place, find_places
 from nearfar.config.registry import role_of
-from nearfar.data.files import Json, parse_json, read_json, read_yaml
+from nearfar.data.files import Json, parse_json, read_json, read_similar_yaml
 from nearfar.doctor import diagnose, read_run
 from nearfar.doctor.phases import monitored_gain
 from nearfar.doctor.signals import Signals
@@ -32,7 +32,7 @@ SCAN_SECONDS = 1.0
 #: bytes at the end of a log that are read for the table: of a run in progress, and of one that is finished
 TAIL, TAIL_FINISHED = 65_536, 4096
 #: seconds that an answer takes to read runs that are new; the others are read beside
-READ_SECONDS = 0.5
+READ_SECONDS = 0.8
 #: options that are columns of the table, at most
 OPTIONS = 40
 
@@ -213,7 +213,7 @@ def row_of(place: Place) -> Json:
         return row
     try:
         if (place.path / "config.yaml").exists():
-            row |= _configured(read_yaml(place.path / "config.yaml"))
+            row |= _configured(read_similar_yaml(place.path / "config.yaml"))
         if (place.path / "metrics.json").exists():
             row |= _measured(read_json(place.path / "metrics.json", dict)) | {"status": "finished"}
             if (place.path / "doctor.json").exists():

@@ -8,6 +8,7 @@ leaves the old file or the new one, never half.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -19,6 +20,7 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, BinaryIO
@@ -42,6 +44,7 @@ __all__ = [
     "read_data_json",
     "read_json",
     "read_names",
+    "read_similar_yaml",
     "read_text",
     "read_yaml",
     "remove_left_over",
@@ -152,9 +155,40 @@ def read_data_json(path: Path) -> Any:
 
 def read_yaml(path: Path) -> Any:
     """A YAML file of plain values. Tags that would build objects are refused, and aliases that unfold without end."""
+    return _parse_yaml(read_text(path, YAML_LIMIT), path)
+
+
+def read_similar_yaml(path: Path) -> Any:
+    """As ``read_yaml``, for many files that agree in most of their entries, such as the configurations of a sweep.
+
+    Every entry of the outermost mapping is parsed once for its text. What is returned shares its values with what was
+    returned for other files: it is for reading.
+    """
+    text = read_text(path, YAML_LIMIT)
+    if len(text) <= _SIMILAR_LIMIT and not _SPECIAL.search(text):
+        entries = _ENTRY.split(text)
+        with suppress(NearfarError):
+            parsed = [_parse_entry(entry) for entry in entries if entry.strip()]
+            if parsed and all(isinstance(entry, dict) for entry in parsed):
+                return {key: value for entry in parsed for key, value in entry.items()}
+    return _parse_yaml(text, path)
+
+
+#: bytes of a file whose entries are kept
+_SIMILAR_LIMIT = 32_768
+#: before an entry of the outermost mapping; what may reach beyond its entry: anchors, aliases, tags, documents
+_ENTRY = re.compile(r"^(?=[A-Za-z_])", re.MULTILINE)
+_SPECIAL = re.compile(r"[&*!%]|^(---|\.\.\.)", re.MULTILINE)
+
+
+@functools.lru_cache(maxsize=4096)
+def _parse_entry(text: str) -> Any:
+    return _parse_yaml(text, Path("entry"))
+
+
+def _parse_yaml(text: str, path: Path) -> Any:
     import yaml
 
-    text = read_text(path, YAML_LIMIT)
     # The parser in C is several times as fast and has no guard against deep nesting, of which each level needs one of
     # these characters.
     shallow = sum(map(text.count, "[{-:?")) <= NESTING_LIMIT
