@@ -26,9 +26,15 @@ QUANTITIES = {
 
 
 def run(
-    seed: int, *, steps: int = 300, batch_size: int = 7, width: int = 256, separation: float = 1.0
+    seed: int,
+    *,
+    steps: int = 300,
+    batch_size: int = 7,
+    width: int = 256,
+    separation: float = 1.0,
+    new_batches: int = 200,
 ) -> dict[str, float]:
-    """Train both heads on the same batches."""
+    """Train both heads on the same batches; ``new_batches`` measure them."""
     g = torch.Generator().manual_seed(seed)
     direction = normalize(torch.randn(width, generator=g), dim=0)
 
@@ -38,7 +44,7 @@ def run(
         return noise + separation * (scores - 0.5)[:, None] * direction, scores
 
     training = [draw(batch_size) for _ in range(steps)]
-    new = [draw(batch_size) for _ in range(200)]
+    new = [draw(batch_size) for _ in range(new_batches)]
     row = draw(1)[0]
     values = {}
     for norm in ("batch", "layer"):

@@ -60,6 +60,8 @@ LOSSES: dict[str, InfoNCEOptions | SupConOptions | SupConInsideOptions] = {
     "supcon": SupConOptions(),
     "supcon_inside": SupConInsideOptions(),
 }
+#: the shares of pictures that are tested on, and that take no part at all
+TESTED, HELD_OUT = 0.2, 0.02
 #: a view of every pair by name, by split
 Blocks = dict[str, dict[str, np.ndarray]]
 
@@ -68,14 +70,14 @@ def run(
     seed: int, *, epochs: int = 8, batch_size: int = 24, lr: float = 1e-3, images: float = 1.0
 ) -> dict[str, float]:
     """Train every loss on five relations, and InfoNCE on ten; ``images`` is the share of pictures to train on."""
-    five = _system(seed, TOP5, batch_size)
+    five = _system(seed, TOP5, batch_size, images)
     blocks: dict[str, Blocks] = {"untrained": _embedded(five, initial_model(five, seed).eval())}
     records: list[float] = []
     for name in LOSSES:
-        model, seen = _trained(five, name, "random", seed, epochs, lr, images)
+        model, seen = _trained(five, name, "random", seed, epochs, lr)
         blocks[name] = _embedded(five, model)
         records += seen if name == "supcon_inside" else []
-    balanced, _ = _trained(five, "infonce", "balanced", seed, epochs, lr, images)
+    balanced, _ = _trained(five, "infonce", "balanced", seed, epochs, lr)
     blocks["balanced"] = _embedded(five, balanced)
     label = {split: five.data.labels(split) for split in ("train", "test")}
     scores = {name: _accuracy(views, label, len(TOP5)) for name, views in blocks.items()}
@@ -86,8 +88,8 @@ def run(
     tests = {name: blocks[name]["test"] for name in LOSSES}
     pair = {name: _pair(views["spatial"], views["names"], batch_size) for name, views in tests.items()}
     known = np.eye(len(TOP5))[label["test"]]
-    ten = _system(seed, ALL10, batch_size)
-    all_, rescored, new = _fewer(five, ten, blocks["infonce"], seed, epochs, lr, images)
+    ten = _system(seed, ALL10, batch_size, images)
+    all_, rescored, new = _fewer(five, ten, blocks["infonce"], seed, epochs, lr)
     return {
         **{f"pair_{name}": value for name, value in pair.items()},
         "pair_class_only": _pair(known, known, batch_size),
@@ -114,10 +116,9 @@ def _fewer(
     seed: int,
     epochs: int,
     lr: float,
-    images: float,
 ) -> tuple[float, float, float]:
     """Ten classes on all pairs; the same model, and the model of five, on the pairs of five relations."""
-    model, _ = _trained(ten, "infonce", "random", seed, epochs, lr, images)
+    model, _ = _trained(ten, "infonce", "random", seed, epochs, lr)
     views, label = _embedded(ten, model), {split: ten.data.labels(split) for split in ("train", "test")}
     scores = PartsProbe().fit(views["train"], label["train"]).scores(views["test"], len(ALL10))
     rows = label["test"] < len(TOP5)  # the five are the first of the ten
@@ -127,7 +128,7 @@ def _fewer(
     return all_, float((among == label["test"][rows]).mean()), new
 
 
-def _system(seed: int, relations: tuple[str, ...], batch_size: int) -> RelationSystem:
+def _system(seed: int, relations: tuple[str, ...], batch_size: int, images: float) -> RelationSystem:
     folder = Path(os.environ.get("NEARFAR_DATA", "")) / "vrd"
     if not (folder / "annotations.json").is_file():
         raise NearfarError(
@@ -139,7 +140,13 @@ def _system(seed: int, relations: tuple[str, ...], batch_size: int) -> RelationS
         "batch_size": batch_size,
         "pixels": False,
         "categories": True,
-        "data": {"dir": str(folder), "photos": "none", "split_seed": seed, "val_fraction": 0.02},
+        "data": {
+            "dir": str(folder),
+            "photos": "none",
+            "split_seed": seed,
+            "test_fraction": TESTED,
+            "val_fraction": HELD_OUT + (1 - TESTED - HELD_OUT) * (1 - images),
+        },
     }
     composed = compose_config(["experiment=relations", "data=vrd", "image_encoder=small"])
     merged = OmegaConf.merge(composed, changes)
@@ -152,7 +159,7 @@ def _system(seed: int, relations: tuple[str, ...], batch_size: int) -> RelationS
 
 
 def _trained(
-    system: RelationSystem, loss: str, sampler: str, seed: int, epochs: int, lr: float, images: float
+    system: RelationSystem, loss: str, sampler: str, seed: int, epochs: int, lr: float
 ) -> tuple[ViewModel, list[float]]:
     """A model after some epochs, and the positives per row that its loss saw."""
     model, positives = initial_model(system, seed), list[float]()
@@ -175,8 +182,7 @@ def _trained(
         torch.manual_seed(seed)
         for epoch in range(epochs):
             batches.set_epoch(epoch)
-            every = list(batches)
-            fit(model, every[: max(1, round(images * len(every)))], of_batch, optimizer)
+            fit(model, batches, of_batch, optimizer)
     return model.eval(), positives
 
 

@@ -254,9 +254,9 @@ def test_a_misaligned_list_is_no_harder_than_random() -> None:
 
 def test_loss_rises_for_the_hardness_and_not_for_the_switch(monkeypatch: pytest.MonkeyPatch) -> None:
     options: dict[str, Any] = {
-        "items": 640,
+        "items": 320,
         "test": 50,
-        "clusters": 20,
+        "clusters": 10,
         "switch": 3,
         "further": 1,
         "hardness_k": 20,
@@ -321,11 +321,11 @@ def test_grid_neighbours_against_a_loop() -> None:
 
 
 def test_a_threshold_among_the_scores_has_anchors() -> None:
-    low, high = (fixed_threshold.run(0, batches=50, threshold=t) for t in (0.5, 0.95))
-    assert low["empty_fixed"] == Share(50, 50)
-    assert high["empty_fixed"].hits < 20  # type: ignore[union-attr]
+    low, high = (fixed_threshold.run(0, batches=20, threshold=t) for t in (0.5, 0.95))
+    assert low["empty_fixed"] == Share(20, 20)
+    assert high["empty_fixed"].hits < 8  # type: ignore[union-attr]
     # Without noise in the measurement the ranking is the same again.
-    assert fixed_threshold.run(0, batches=50, measurement=0.0)["stable_anchors"] == 1.0
+    assert fixed_threshold.run(0, batches=20, measurement=0.0)["stable_anchors"] == 1.0
 
 
 def test_without_focus_focal_is_cross_entropy() -> None:
@@ -335,14 +335,12 @@ def test_without_focus_focal_is_cross_entropy() -> None:
     assert focal_share.run(0, labels=500)["focal_minus_ce"] < 0
 
 
-def test_gap_of_small_groups_against_a_loop() -> None:
+def test_gap_of_small_groups_against_sorted_scores() -> None:
     computed = wasserstein_bias.run(0, small=[3, 3], draws=200, queue_size=64)
     rng = np.random.default_rng(0)
-    gaps = []
-    for _ in range(20_000):  # equal sizes: sorted scores face each other
-        lower, upper = (np.sort(0.1 * rng.standard_normal(3)) for _ in range(2))
-        gaps.append(np.maximum(0, upper - lower).mean())
-    assert computed["small"] == pytest.approx(np.mean(gaps), rel=0.15)
+    # equal sizes: sorted scores face each other
+    lower, upper = (np.sort(0.1 * rng.standard_normal((20_000, 3))) for _ in range(2))
+    assert computed["small"] == pytest.approx(np.maximum(0, upper - lower).mean(), rel=0.15)
     assert computed["queued"] < computed["small"] / 2
     assert computed["large"] < computed["small"] / 2
 
