@@ -58,6 +58,8 @@ SHOTS = {
         before="data shards {data}/her2st {runs}/shards --pixels 64 --genes all --values counts",
     ),
     "relations": Shot("experiment=relations epochs=5", "Pairs", 6),
+    "detector": Shot("experiment=detector_scenes", "Predicted and true boxes", 4),
+    "fair_detection": Shot("experiment=fair_detection detector={runs}/detector epochs=4", "Pictures", 3),
 }
 
 #: hides what is not shown, and returns whether there was such a heading
