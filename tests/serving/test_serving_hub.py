@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import socket
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -136,7 +137,7 @@ def _digest(path: Path) -> str:
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
     """A hub of its own, and a cache of downloads of its own."""
     import huggingface_hub
-    from huggingface_hub import constants
+    from huggingface_hub import constants, hf_api
 
     handler = type("TestHub", (Hub,), {"store": tmp_path / "hub", "requests": [], "private": {}})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -147,7 +148,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
     monkeypatch.setattr(
         constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}"
     )
-    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", address)
+    monkeypatch.setattr(hf_api.api, "endpoint", address)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setenv("HF_TOKEN", "hf_writes")
@@ -197,6 +198,19 @@ def test_what_the_hub_refuses(
     monkeypatch.setenv("HF_TOKEN", "hf_reads")
     with pytest.raises(NearfarError, match=r"the hub did not take it .*hf upload me/titles"):
         push(folder, "me/titles")
+
+
+def test_a_hub_that_cannot_be_reached(
+    hub: type[Hub], run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client's own connection errors are no OSError."""
+    folder = export_run(run, tmp_path / "out").folder
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+        with pytest.raises(NearfarError, match=r"the hub did not take it .*hf upload me/titles .* --private"):
+            push(folder, "me/titles", private=True)
 
 
 def test_a_token_is_asked_for_before_anything_is_computed(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -93,11 +94,11 @@ def push(folder: Path, name: str, private: bool = False) -> str:
         done = api.upload_folder(
             repo_id=name, folder_path=str(folder), commit_message="Exported by nearfar", run_as_future=False
         )
-    except (OSError, ValueError, hub.errors.HfHubHTTPError) as error:
+    except _failures(hub) as error:
         cause = " ".join(str(error).split())[:300]
         raise NearfarError(
             f"--push {name}: the hub did not take it ({cause}). The folder {folder} is complete; push it again with "
-            f"`hf upload {name} {folder}`."
+            f"`hf upload {name} {folder}{' --private' if private else ''}`."
         ) from None
     return str(done)
 
@@ -110,12 +111,18 @@ def download(name: str, revision: str = "main") -> Path:
     hub = _library()
     try:
         return Path(hub.snapshot_download(name, revision=revision, ignore_patterns=_REFUSED))
-    except (OSError, ValueError, hub.errors.HfHubHTTPError) as error:
+    except _failures(hub) as error:
         cause = " ".join(str(error).split())[:300]
         raise NearfarError(
             f"{name}: there is no such run or folder here, and it cannot be fetched from the Hugging Face hub "
             f"({cause}). Give the path of a run, or try again where there is a network."
         ) from None
+
+
+def _failures(hub: ModuleType) -> tuple[type[Exception], ...]:
+    """What the hub's client raises where it is refused or cannot be reached: by version requests, httpx or httpx2."""
+    transports = [sys.modules[name] for name in ("httpx", "httpx2") if name in sys.modules]
+    return (OSError, ValueError, hub.errors.HfHubHTTPError, *(each.HTTPError for each in transports))
 
 
 def _library() -> ModuleType:
