@@ -141,25 +141,28 @@ def test_value_gradients_and_record_of_every_target_and_mask(name, masked, where
     inside = where == "inside"
     target, weights, back = TARGETS[name]
     mask, left_out = MASKS[masked]
+    # The larger scale is beyond the limit for sums without a shift, in both precisions. Each situation has one of the
+    # three, and all of them over the masks of a target.
+    precisions = ((torch.float64, 3.0), (torch.float64, 900.0), (torch.float32, 110.0))
+    first = list(MASKS).index(masked)
     for case, (both, alone, twin, tile) in enumerate(situations(target)):
-        # The larger scale is beyond the limit for sums without a shift, in both precisions.
-        for dtype, scale in ((torch.float64, 3.0), (torch.float64, 900.0), (torch.float32, 110.0)):
-            x, y = unit(N, 4, seed=case).to(dtype), unit(N, 4, seed=100 + case).to(dtype)
-            found = [x.requires_grad_(), *([] if twin else [y.requires_grad_()])]
-            s = torch.tensor(scale, dtype=dtype, requires_grad=True)
-            value, step = softmax_loss(
-                x, None if twin else y, s, target,
-                both=both, mask=mask, without_self=alone, inside=inside, tile=tile, unit=True,
-            )  # fmt: skip
-            exact = oracles.double(*found, s)
-            scores = exact[0] @ exact[0 if twin else 1].T * exact[-1]
-            absent = torch.eye(N, dtype=torch.bool) if alone else None
-            directions = tables(scores, weights, back, absent, left_out, inside, both)
-            # Weights of labels and neighbours are float32.
-            tolerance = 3e-6 if dtype == torch.float64 else 1e-3
-            oracles.agree(value, [*found, s], oracles.mean(directions), exact, tolerance, floor=1e-3 * scale)
-            record = Record.of(step).to_dict()
-            assert record == pytest.approx(oracles.record(directions, scale), rel=1e-4, abs=1e-4)
+        dtype, scale = precisions[(first + case) % 3]
+        x, y = unit(N, 4, seed=case).to(dtype), unit(N, 4, seed=100 + case).to(dtype)
+        found = [x.requires_grad_(), *([] if twin else [y.requires_grad_()])]
+        s = torch.tensor(scale, dtype=dtype, requires_grad=True)
+        value, step = softmax_loss(
+            x, None if twin else y, s, target,
+            both=both, mask=mask, without_self=alone, inside=inside, tile=tile, unit=True,
+        )  # fmt: skip
+        exact = oracles.double(*found, s)
+        scores = exact[0] @ exact[0 if twin else 1].T * exact[-1]
+        absent = torch.eye(N, dtype=torch.bool) if alone else None
+        directions = tables(scores, weights, back, absent, left_out, inside, both)
+        # Weights of labels and neighbours are float32.
+        tolerance = 3e-6 if dtype == torch.float64 else 1e-3
+        oracles.agree(value, [*found, s], oracles.mean(directions), exact, tolerance, floor=1e-3 * scale)
+        record = Record.of(step).to_dict()
+        assert record == pytest.approx(oracles.record(directions, scale), rel=1e-4, abs=1e-4)
 
 
 @pytest.mark.parametrize("masked", ["none", "joined"])
@@ -167,30 +170,33 @@ def test_value_gradients_and_record_of_every_target_and_mask(name, masked, where
 def test_mean_logit_of_every_target(name, masked):
     target, weights, back = TARGETS[name]
     mask, left_out = MASKS[masked]
+    # each situation has one of the three, and all of them over the targets and masks
+    precisions = ((torch.float64, 3.0), (torch.float64, 900.0), (torch.float32, 60.0))
+    first = list(TARGETS).index(name) + list(MASKS).index(masked)
     for case, (both, alone, twin, tile) in enumerate(situations(target)):
-        for dtype, scale in ((torch.float64, 3.0), (torch.float64, 900.0), (torch.float32, 60.0)):
-            x, y = unit(N, 4, seed=case).to(dtype), unit(N, 4, seed=100 + case).to(dtype)
-            found = [x.requires_grad_(), *([] if twin else [y.requires_grad_()])]
-            s = torch.tensor(scale, dtype=dtype, requires_grad=True)
-            sums = log_sums(
-                x, None if twin else y, s, target,
-                both=both, mask=mask, without_self=alone, expected=True, tile=tile, unit=True,
-            )  # fmt: skip
-            exact = oracles.double(*found, s)
-            scores = exact[0] @ exact[0 if twin else 1].T * exact[-1]
-            absent = torch.eye(N, dtype=torch.bool) if alone else None
-            value, wanted = torch.zeros((), dtype=dtype), torch.zeros((), dtype=torch.float64)
-            directions = tables(scores, weights, back, absent, left_out, False, both)
-            for each, direction in zip(sums, directions, strict=True):
-                valid = direction.positives.any(1)
-                some = torch.nonzero(valid).flatten()
-                means, _ = oracles.expected(oracles.only(direction, some))
-                share = draw(N, seed=7)[some]
-                value = value + (each.mean_logit()[some] * share.to(dtype)).sum() + each.losses().sum()
-                wanted = wanted + (torch.stack(means) * share).sum()
-                wanted = wanted + torch.stack([x for x in oracles.losses(direction) if x is not None]).sum()
-            tolerance = 3e-6 if dtype == torch.float64 else 2e-3
-            oracles.agree(value, [*found, s], wanted, exact, tolerance, floor=1e-3 * scale)
+        dtype, scale = precisions[(first + case) % 3]
+        x, y = unit(N, 4, seed=case).to(dtype), unit(N, 4, seed=100 + case).to(dtype)
+        found = [x.requires_grad_(), *([] if twin else [y.requires_grad_()])]
+        s = torch.tensor(scale, dtype=dtype, requires_grad=True)
+        sums = log_sums(
+            x, None if twin else y, s, target,
+            both=both, mask=mask, without_self=alone, expected=True, tile=tile, unit=True,
+        )  # fmt: skip
+        exact = oracles.double(*found, s)
+        scores = exact[0] @ exact[0 if twin else 1].T * exact[-1]
+        absent = torch.eye(N, dtype=torch.bool) if alone else None
+        value, wanted = torch.zeros((), dtype=dtype), torch.zeros((), dtype=torch.float64)
+        directions = tables(scores, weights, back, absent, left_out, False, both)
+        for each, direction in zip(sums, directions, strict=True):
+            valid = direction.positives.any(1)
+            some = torch.nonzero(valid).flatten()
+            means, _ = oracles.expected(oracles.only(direction, some))
+            share = draw(N, seed=7)[some]
+            value = value + (each.mean_logit()[some] * share.to(dtype)).sum() + each.losses().sum()
+            wanted = wanted + (torch.stack(means) * share).sum()
+            wanted = wanted + torch.stack([x for x in oracles.losses(direction) if x is not None]).sum()
+        tolerance = 3e-6 if dtype == torch.float64 else 2e-3
+        oracles.agree(value, [*found, s], wanted, exact, tolerance, floor=1e-3 * scale)
 
 
 @pytest.mark.parametrize("inside", [False, True], ids=["outside", "inside"])

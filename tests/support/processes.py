@@ -62,7 +62,7 @@ def together(work: Callable[..., Any], *arguments: Any, world: int = 2) -> list[
                 "TORCHELASTIC_USE_AGENT_STORE": "True",
                 "TORCHELASTIC_RESTART_COUNT": "0",
             }
-            processes.append(_start(_rank, (file, work, arguments), variables))
+            processes.append(start(_rank, (file, work, arguments), variables))
         _join(processes)
         assert all(process.exitcode in (0, -signal.SIGKILL) for process in processes)
         return [pickle.loads(file.read_bytes()) if file.exists() else None for file in files]
@@ -70,7 +70,7 @@ def together(work: Callable[..., Any], *arguments: Any, world: int = 2) -> list[
 
 def run_until_killed(work: Callable[..., Any], *arguments: Any) -> None:
     """Call ``work(*arguments)``, which is to kill its own process, in a child."""
-    process = _start(work, arguments)
+    process = start(work, arguments)
     _join([process])
     assert process.exitcode == -signal.SIGKILL, f"exit code {process.exitcode}"
 
@@ -84,7 +84,7 @@ def command(
     """
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / name for name in ("stdout", "stderr")]
-        process = _start(_command, (arguments, cwd or Path.cwd(), path, files))
+        process = started_command(*arguments, stdout=files[0], stderr=files[1], cwd=cwd, path=path)
         _join([process])
         assert process.exitcode is not None
         return subprocess.CompletedProcess(
@@ -92,11 +92,23 @@ def command(
         )
 
 
-def _command(arguments: tuple[str, ...], cwd: Path, path: Path | None, files: list[Path]) -> None:
-    os.chdir(cwd)
-    for descriptor, file in enumerate(files, start=1):
-        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+def started_command(
+    *arguments: str, stdout: Path, stderr: Path, cwd: Path | None = None, path: Path | None = None
+) -> BaseProcess:
+    """The same, at work: to be joined, or sent a signal."""
+    return start(_command, (arguments, cwd or Path.cwd(), path, stdout, stderr))
+
+
+def write_to(stdout: Path, stderr: Path) -> None:
+    """What this process and its children print goes to files; both may be the same."""
+    for descriptor, file in enumerate((stdout, stderr), start=1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     sys.stdout, sys.stderr = (open(descriptor, "w", closefd=False) for descriptor in (1, 2))  # noqa: SIM115
+
+
+def _command(arguments: tuple[str, ...], cwd: Path, path: Path | None, stdout: Path, stderr: Path) -> None:
+    os.chdir(cwd)
+    write_to(stdout, stderr)
     if path is not None:
         sys.path.insert(0, str(path))
         importlib.invalidate_caches()
@@ -116,9 +128,10 @@ def _command(arguments: tuple[str, ...], cwd: Path, path: Path | None, files: li
     os._exit(code if isinstance(code, int) else int(code is not None))
 
 
-def _start(
+def start(
     work: Callable[..., Any], arguments: tuple[Any, ...], variables: dict[str, str] | None = None
 ) -> BaseProcess:
+    """A child that calls ``work(*arguments)``, at work."""
     modules = {part.__module__ for part in (work, *arguments) if callable(part)}
     files = {name: str(sys.modules[name].__file__) for name in modules}
     environment = {**os.environ, **(variables or {})}

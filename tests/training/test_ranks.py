@@ -5,8 +5,6 @@ from __future__ import annotations
 import gc
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -28,7 +26,7 @@ from nearfar.training.loop import Interrupted
 from nearfar.training.run_folder import RunFolder
 from nearfar.training.shared_step import Sharing, check_shared
 from nearfar.training.system import System
-from processes import SECONDS, together
+from processes import SECONDS, started_command, together
 from run_files import assert_same_training, records, states_equal
 from tiny_molecules import split_files
 from toy_system import ToyModel, ToySystem, silent, toy, toy_config
@@ -271,26 +269,30 @@ def test_an_error_of_one_process_ends_all_and_is_shown_once(tmp_path: Path) -> N
     assert not first[1]
 
 
-def test_the_command_starts_its_processes_and_ctrl_c_stops_them(tmp_path: Path) -> None:
+def test_the_command_starts_its_processes_and_ctrl_c_stops_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sized = ["batch_size=32", "epochs=1000", "fingerprint_hidden=16", "embedding_dim=8", "sampler=random"]
     options = ["trainer.devices=2", "trainer.log_every=1", "trainer.accelerator=cpu", "trainer.probe_rows=0"]
     where = ["experiment=molecules", "molecule_encoder=fingerprint", f"runs_dir={tmp_path}", "name=run"]
-    command = [sys.executable, "-m", "nearfar.cli", "train", *where, *sized, *options, *split_files(tmp_path)]
-    environment = os.environ | {"NEARFAR_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    overrides = [*where, *sized, *options, *split_files(tmp_path)]
+    monkeypatch.setenv("NEARFAR_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    output = tmp_path / "output.txt"
+    process = started_command("train", *overrides, stdout=output, stderr=output)
     folder = RunFolder(tmp_path / "run")
     try:
         end = time.monotonic() + 2 * SECONDS
-        while process.poll() is None and len(list(folder.log())) < 5:
+        while process.is_alive() and len(list(folder.log())) < 5:
             assert time.monotonic() < end, "no step was logged"
             time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
-        said, _ = process.communicate(timeout=SECONDS)
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGINT)
+        process.join(SECONDS)
     finally:
         process.kill()
-    assert process.returncode == 130, said
+    said = output.read_text()
+    assert process.exitcode == 130, said
     assert said.count("2 processes share every batch of 32 rows, 16 in each") == 1
     assert said.count("stopped; the run is saved") == 1
     assert "Traceback" not in said
