@@ -59,7 +59,7 @@ SHOTS = {
     ),
     "relations": Shot("experiment=relations epochs=5", "Pairs", 6),
     "detector": Shot("experiment=detector_scenes", "Predicted and true boxes", 4),
-    "fair_detection": Shot("experiment=fair_detection detector={runs}/detector epochs=4", "Pictures", 3),
+    "fair_detection": Shot("experiment=fair_detection detector={runs}/detector epochs=4", "Pictures", 4),
 }
 
 #: hides what is not shown, and returns whether there was such a heading
