@@ -38,10 +38,13 @@ class Loader:
 """
 
 
-def test_loaders_pass_and_fail_with_the_verdict(pytester: pytest.Pytester) -> None:
+@pytest.mark.slow
+def test_tests_pass_and_fail_with_the_verdict(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(
         loaders=LOADERS,
-        test_loaders="""
+        contrastive=LOSSES,
+        test_verdicts="""
+        import contrastive
         from loaders import Loader
 
         def test_right(verify_resume):
@@ -52,10 +55,13 @@ def test_loaders_pass_and_fail_with_the_verdict(pytester: pytest.Pytester) -> No
 
         def test_none(verify_resume):
             verify_resume(lambda: [[1], [2]])
+
+        def test_alone(verify_loss):
+            verify_loss(contrastive.alone)
         """,
     )
     result = pytester.runpytest_subprocess(*PLUGIN)
-    result.assert_outcomes(passed=1, failed=2)
+    result.assert_outcomes(passed=1, failed=3)
     result.stdout.fnmatch_lines(
         [
             "*a resumed loader does not go on where it stopped: different: 8 batches*",
@@ -63,21 +69,6 @@ def test_loaders_pass_and_fail_with_the_verdict(pytester: pytest.Pytester) -> No
         ]
     )
     result.stdout.fnmatch_lines(["*NearfarError: the loader has no state_dict*"])
-
-
-@pytest.mark.slow
-def test_a_loss_fails_with_the_verdict(pytester: pytest.Pytester) -> None:
-    pytester.makepyfile(
-        contrastive=LOSSES,
-        test_losses="""
-        import contrastive
-
-        def test_alone(verify_loss):
-            verify_loss(contrastive.alone)
-        """,
-    )
-    result = pytester.runpytest_subprocess(*PLUGIN)
-    result.assert_outcomes(failed=1)
     result.stdout.fnmatch_lines(["*the gradient is not that of one: different: *", "*"])
 
 

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ import pytest
 from rich.console import Console
 
 from nearfar.serving.search import Hit, Hits
-from processes import command
+from processes import SECONDS, command, started_command
 from served import train_pictures, write_gallery
 
 pytest.importorskip("fastapi", reason="needs the extra serve")
@@ -30,8 +31,8 @@ def run(module_cache: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def started(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str, list[str]]]:
-    """The process, the address that it printed, and the lines before."""
+def started(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """The process, and the address that it printed."""
     command = [sys.executable, "-m", "nearfar.cli", "serve", *arguments, "--port", "0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
@@ -43,10 +44,28 @@ def started(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str, list[
                 break
         else:
             raise AssertionError((lines, process.communicate()[1]))
-        yield process, lines[-1].split()[1], lines
+        yield process, lines[-1].split()[1]
     finally:
         process.kill()
         process.communicate()
+
+
+@contextmanager
+def forked(folder: Path, *arguments: str) -> Iterator[tuple[str, str]]:
+    """The same without the seconds of the imports: the address, and all that was printed until then."""
+    output = folder / "output"
+    process = started_command("serve", *arguments, "--port", "0", stdout=output, stderr=output)
+    try:
+        end = time.monotonic() + SECONDS
+        while "http://" not in (text := output.read_text() if output.exists() else ""):
+            assert process.is_alive(), text
+            assert time.monotonic() < end, text
+            time.sleep(0.05)
+        line = next(line for line in text.splitlines() if "http://" in line)
+        yield line.split()[1], text
+    finally:
+        process.kill()
+        process.join()
 
 
 def get(address: str) -> object:
@@ -59,7 +78,6 @@ def test_it_answers_until_it_is_told_to_stop(run: Path) -> None:
     with started(str(run), "--gallery", str(gallery), "--target", "picture", "--device", "cpu") as (
         process,
         address,
-        _,
     ):
         about = get(f"{address}describe")
         assert isinstance(about, dict)
@@ -76,8 +94,8 @@ def test_without_the_runs_data_it_says_so_and_embeds(run: Path, tmp_path: Path) 
     alone = shutil.copytree(run, tmp_path / "alone", ignore=shutil.ignore_patterns("galleries"))
     config = (alone / "config.yaml").read_text()
     (alone / "config.yaml").write_text(config.replace(f"{run.parent}/data/train.csv", "/no/such/train.csv"))
-    with started(str(alone), "--device", "cpu") as (_, address, lines):
-        assert any("nothing to search in" in line and "--gallery" in line for line in lines)
+    with forked(tmp_path, str(alone), "--device", "cpu") as (address, text):
+        assert any("nothing to search in" in line and "--gallery" in line for line in text.splitlines())
         about = get(f"{address}describe")
         assert isinstance(about, dict)
         assert about["gallery"] == 0

@@ -220,8 +220,8 @@ def values_of(tower: Any, folder: Path, count: int = 7) -> Sequence[Any] | np.nd
             return rng.normal(size=(count, width)).astype(np.float32)
 
 
-def tiny_bert(folder: Path) -> Path:
-    """A BERT of two layers with random weights and a tokenizer over letters, as a folder that transformers reads."""
+def tiny_bert(folder: Path, layers: int = 2) -> Path:
+    """A BERT of a few layers with random weights and a tokenizer over letters, as a folder that transformers reads."""
     import transformers
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -232,7 +232,7 @@ def tiny_bert(folder: Path) -> Path:
     config = transformers.BertConfig(
         vocab_size=len(words),
         hidden_size=16,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         intermediate_size=32,
         max_position_embeddings=160,
