@@ -43,12 +43,20 @@ def test_parts_of_a_parquet_table_are_one(tmp_path):
         read_items(tmp_path)
 
 
-def test_files_that_are_missing(tmp_path):
+def test_files_that_are_missing(tmp_path, monkeypatch):
     write(tmp_path, "words.csv")
-    with pytest.raises(NearfarError, match=r"There is no file .*word\.csv; did you mean 'words\.csv'"):
+    with pytest.raises(NearfarError, match=r"There is no file .*word\.csv; did you mean 'words\.csv'\?$"):
         read_items(tmp_path / "word.csv")
     with pytest.raises(NearfarError, match=r"There is no file .*x-\*\.csv"):
         read_items(str(tmp_path / "x-*.csv"))
+    with monkeypatch.context() as here:
+        here.chdir(tmp_path)
+        for number in range(30):
+            write(tmp_path, f"part-{number}.csv")
+        with pytest.raises(NearfarError, match=rf"There is no file q\.csv; {tmp_path} has no such file\.$"):
+            read_items("q.csv")
+        with pytest.raises(NearfarError, match=r"no file wrds\.csv; did you mean 'words\.csv'\?$"):
+            read_items("wrds.csv")
     with pytest.raises(NearfarError, match="cannot tell the format"):
         read_items(write(tmp_path, "a.xyz") / "a.xyz")
     with pytest.raises(NearfarError, match="Loading a pickle runs what is in it"):

@@ -232,13 +232,13 @@ def require_file(path: Path) -> None:
         inside = sorted(p.name for p in path.iterdir())[:8]
         raise NearfarError(f"{path} is a folder, not a file; it holds {', '.join(inside) or 'nothing'}.")
     if not path.exists():
-        hint = f"the folder {path.parent} does not exist"
+        hint = f"the folder {path.parent} does not exist."
         if path.parent.is_dir():
             names = [p.name for p in path.parent.iterdir() if p.is_file()][:500]
-            hint = (
-                nearest_name(path.name, names) if 0 < len(names) <= 20 else f"{path.parent} has no such file"
-            )
-        raise NearfarError(f"There is no file {path}; {hint}.")
+            hint = nearest_name(path.name, names)
+            if not hint.endswith("?"):
+                hint = f"{hint}." if 0 < len(names) <= 20 else f"{path.parent.absolute()} has no such file."
+        raise NearfarError(f"There is no file {path}; {hint}")
     if path.stat().st_size == 0:
         raise NearfarError(f"{path} is empty (0 bytes).")
 
@@ -279,9 +279,9 @@ def choose_columns(
                 continue
             sought = repr(override) if override is not None else f"for {name} ({', '.join(aliases)})"
             near = nearest_name(wanted[0], header)
-            near = "" if near.startswith("known: ") else f"; {near.removesuffix('.')}"
+            near = "." if near.startswith("known: ") else f"; {near}"
             raise NearfarError(
-                f"{path} has no column {sought}. {introduction} {listed}{near}. "
+                f"{path} has no column {sought}. {introduction} {listed}{near} "
                 f"Name the column with {naming.format(name=name)}."
             )
         matches = by_key[key]

@@ -90,7 +90,7 @@ class LabelledSystem(ViewSystem):
                 group_column=data.group_column,
                 encoding=data.encoding,
                 encoding_option="data.encoding",
-                naming="view={name}",
+                naming="view=NAME and label=NAME",
             )
         if data.limit is not None and data.limit < len(splits["train"]):
             drawn = np.random.default_rng([data.split_seed, 1]).permutation(len(splits["train"]))

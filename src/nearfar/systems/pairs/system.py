@@ -87,7 +87,7 @@ class PairSystem(ViewSystem):
                 group_column=data.group_column,
                 encoding=data.encoding,
                 encoding_option="data.encoding",
-                naming="views=[{name}]",
+                naming="views=[NAME,NAME]",
                 id_naming="data.id_column=NAME",
                 group_naming="data.group_column=NAME",
             )
