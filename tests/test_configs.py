@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import re
 import tomllib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
+from itertools import zip_longest
 from pathlib import Path
 from typing import Literal
 
@@ -47,12 +49,24 @@ FILES = [
     for file in folder.iterdir()
     if file.name.endswith(".yaml")
 ]
-DECLARED = [
-    (system, group, choice)
-    for system in systems()
-    for group, variants in variants_of(options_class(system)).items()
-    for choice in variants
-]
+
+
+def declared_choices() -> Iterator[tuple[str, dict[str, str]]]:
+    """Every choice of every group of a system, one of each group at a time: composing takes a tenth of a second."""
+    for system in systems():
+        groups = {group: list(variants) for group, variants in variants_of(options_class(system)).items()}
+        if (
+            "loss" in groups
+        ):  # balanced batches are not for items of several classes, the second loss of labels
+            groups["loss"] = groups["loss"][1:] + groups["loss"][:1]
+        for choices in zip_longest(*groups.values()):
+            yield (
+                system,
+                {group: choice for group, choice in zip(groups, choices, strict=True) if choice is not None},
+            )
+
+
+DECLARED = list(declared_choices())
 
 
 @pytest.mark.parametrize("name", experiments())
@@ -68,15 +82,19 @@ def test_every_encoder_composes(group: str, choice: str) -> None:
     OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
 
 
-@pytest.mark.parametrize(("system", "group", "choice"), DECLARED)
-def test_every_choice_is_read_as_it_was_declared(system: str, group: str, choice: str) -> None:
+@pytest.mark.parametrize(
+    ("system", "choices"), DECLARED, ids=["-".join([name, *each.values()]) for name, each in DECLARED]
+)
+def test_every_choice_is_read_as_it_was_declared(system: str, choices: dict[str, str]) -> None:
     """Composed by Hydra, read and checked, a group is the dataclass that its system declares."""
     experiment = {"tissue": "medium_spatial"}.get(system, system)
     needed = {"her2st": ["data.dir=shards"], "supcon": ["positives=topic"] if system == "pairs" else []}
-    overrides = [f"experiment={experiment}", f"{group}={choice}", *needed.get(choice, [])]
+    overrides = [f"experiment={experiment}", *(f"{group}={choice}" for group, choice in choices.items())]
+    overrides += [more for choice in choices.values() for more in needed.get(choice, [])]
     options = read_config(compose_config(overrides))
-    declared = variants_of(options_class(system))[group][choice]
-    assert {**to_dict(getattr(options, group)), "dir": None} == {**declared, "dir": None}
+    for group_, choice in choices.items():
+        declared = variants_of(options_class(system))[group_][choice]
+        assert {**to_dict(getattr(options, group_)), "dir": None} == {**declared, "dir": None}
 
 
 @dataclass

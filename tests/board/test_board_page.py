@@ -103,17 +103,25 @@ class Opened:
         assert self.foreign == []
 
 
-@pytest.fixture(params=[(DESK, "light"), (PHONE, "dark")], ids=["desk", "phone"])
+@pytest.fixture
 def opened(request: pytest.FixtureRequest, browser: Any, address: str) -> Iterator[Opened]:
+    """A page as a test asks: on a phone, where what is too wide shows first, or on a desk too, where it differs."""
     page = Opened(browser, address, *request.param)
     yield page
     page.context.close()
+
+
+on_a_phone = pytest.mark.parametrize("opened", [(PHONE, "dark")], ids=["phone"], indirect=True)
+on_both = pytest.mark.parametrize(
+    "opened", [(DESK, "light"), (PHONE, "dark")], ids=["desk", "phone"], indirect=True
+)
 
 
 def names(page: Any) -> list[str]:
     return [text.strip() for text in page.locator("#rows tbody th").all_inner_texts()]
 
 
+@on_both
 def test_the_table_sorts_filters_and_shows_names_as_they_are(opened: Opened) -> None:
     page = opened.go("/")
     page.wait_for_selector("text=loss-at-chance")
@@ -138,6 +146,7 @@ def test_the_table_sorts_filters_and_shows_names_as_they_are(opened: Opened) -> 
     opened.harmless()
 
 
+@on_a_phone
 def test_a_selection_is_compared(opened: Opened) -> None:
     page = opened.go("/")
     for name in ("patches", "slower", "hf"):
@@ -182,6 +191,7 @@ def test_a_run_is_followed_and_its_end_is_noticed(browser: Any, address: str, ro
     opened.context.close()
 
 
+@on_a_phone
 def test_parts_of_a_run(opened: Opened) -> None:
     page = opened.go(f"/run/{key_of('patches')}#results")
     page.wait_for_selector("tr.monitor")
@@ -200,6 +210,7 @@ def test_parts_of_a_run(opened: Opened) -> None:
     opened.harmless()
 
 
+@on_both
 def test_the_map_is_coloured_zoomed_and_shows_its_items(opened: Opened) -> None:
     page = opened.go(f"/run/{key_of('patches')}#map")
     page.get_by_role("button", name="Load the items").click()

@@ -102,18 +102,29 @@ class Opened:
             )
             == 0
         )
-        assert self.page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        own = self.page.viewport_size
+        for size in (DESK, PHONE, own):
+            self.page.set_viewport_size(size)
+            assert self.page.evaluate("document.documentElement.scrollWidth <= innerWidth"), size
         assert self.wrong == []
         assert self.foreign == []
 
 
-@pytest.fixture(params=[(DESK, "light"), (PHONE, "dark")], ids=["desk", "phone"])
+@pytest.fixture
 def opened(request: pytest.FixtureRequest, browser: Any, ask: Asker) -> Iterator[Opened]:
-    page = Opened(browser, ask.port, *request.param)
+    """The page on a desk, or as a test asks; that nothing is too wide is looked at in both widths at the end."""
+    page = Opened(browser, ask.port, *getattr(request, "param", (DESK, "light")))
     yield page
     page.context.close()
 
 
+on_a_phone = pytest.mark.parametrize("opened", [(PHONE, "dark")], ids=["phone"], indirect=True)
+on_both = pytest.mark.parametrize(
+    "opened", [(DESK, "light"), (PHONE, "dark")], ids=["desk", "phone"], indirect=True
+)
+
+
+@on_a_phone
 def test_a_text_finds_pictures_and_hostile_texts_stay_texts(opened: Opened) -> None:
     page = opened.page
     opened.search("a pale patch of red paint")
@@ -130,6 +141,7 @@ def test_a_text_finds_pictures_and_hostile_texts_stay_texts(opened: Opened) -> N
     opened.harmless()
 
 
+@on_both
 def test_the_slide_shows_the_hits_and_a_click_searches(opened: Opened) -> None:
     page = opened.page
     opened.search("a dark patch of blue paint")
@@ -170,6 +182,7 @@ def test_a_dropped_picture_is_searched_and_a_wrong_one_is_explained(opened: Open
     opened.harmless()
 
 
+@on_a_phone
 def test_an_item_of_the_gallery_becomes_the_query(opened: Opened) -> None:
     page = opened.page
     page.wait_for_selector("#input textarea")
@@ -186,6 +199,7 @@ def test_an_item_of_the_gallery_becomes_the_query(opened: Opened) -> None:
     opened.harmless()
 
 
+@on_both
 def test_all_of_it_works_by_keyboard(opened: Opened) -> None:
     page = opened.page
     page.wait_for_selector("#input textarea")
@@ -214,12 +228,14 @@ def test_all_of_it_works_by_keyboard(opened: Opened) -> None:
 
 def test_everything_to_fill_in_has_a_name(opened: Opened) -> None:
     opened.search("a plain patch of red paint")
-    unnamed = opened.page.evaluate(
-        """() => [...document.querySelectorAll("input, textarea, select, button, canvas, img")].filter((node) =>
-            node.offsetParent !== null && !(node.labels?.length || node.getAttribute("aria-label") || node.alt
-            || node.textContent.trim())).map((node) => node.outerHTML)"""
-    )
-    assert unnamed == []
+    for size in (DESK, PHONE):
+        opened.page.set_viewport_size(size)
+        unnamed = opened.page.evaluate(
+            """() => [...document.querySelectorAll("input, textarea, select, button, canvas, img")].filter((node) =>
+                node.offsetParent !== null && !(node.labels?.length || node.getAttribute("aria-label") || node.alt
+                || node.textContent.trim())).map((node) => node.outerHTML)"""
+        )
+        assert unnamed == []
     assert opened.page.evaluate("document.documentElement.lang") == "en"
 
 
@@ -234,6 +250,7 @@ def test_filters_and_wrong_ones(opened: Opened) -> None:
     assert "did you mean 'price'?" in page.locator("#problem").inner_text()
 
 
+@on_a_phone
 def test_an_empty_query_is_not_sent(opened: Opened) -> None:
     opened.page.get_by_role("button", name="Search").click()
     opened.page.wait_for_selector("#problem:not([hidden])")
@@ -241,9 +258,8 @@ def test_an_empty_query_is_not_sent(opened: Opened) -> None:
     opened.harmless()
 
 
-@pytest.mark.parametrize("size", [DESK, PHONE], ids=["desk", "phone"])
-def test_the_page_of_the_api(browser: Any, ask: Asker, size: dict[str, int]) -> None:
-    opened = Opened(browser, ask.port, size, "light", "/docs")
+def test_the_page_of_the_api(browser: Any, ask: Asker) -> None:
+    opened = Opened(browser, ask.port, PHONE, "light", "/docs")
     opened.page.wait_for_selector(".api details")
     text = opened.page.locator("main").inner_text()
     for path in ("/embed", "/search", "/predict", "/health"):
@@ -275,27 +291,18 @@ def predicting(module_cache: None, tmp_path_factory: pytest.TempPathFactory) -> 
         yield askers
 
 
-@pytest.mark.parametrize(("size", "scheme"), [(DESK, "dark"), (PHONE, "light")], ids=["desk", "phone"])
-def test_predictions_are_seen(
-    browser: Any, predicting: dict[str, Asker], size: dict[str, int], scheme: str
-) -> None:
+@pytest.fixture(scope="module")
+def photo() -> dict[str, Any]:
+    pixels = np.random.default_rng(0).integers(0, 256, (96, 128, 3), dtype=np.uint8)
     buffer = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (96, 128, 3), dtype=np.uint8)).save(
-        buffer, "PNG"
-    )
-    photo = {"name": "photo.png", "mimeType": "image/png", "buffer": buffer.getvalue()}
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return {"name": "photo.png", "mimeType": "image/png", "buffer": buffer.getvalue()}
 
-    opened = Opened(browser, predicting["aspects"].port, size, scheme)
-    opened.page.locator("textarea").fill(
-        "the <b>battery</b> lasts, the camera is poor <script>window.hurt=1</script>"
-    )
-    opened.page.get_by_role("button", name="Predict").click()
-    opened.page.wait_for_selector(".prediction .bars li")
-    assert "<b>battery</b>" in opened.page.locator(".quote").inner_text()
-    assert "negative" in opened.page.locator(".bars .bar").first.get_attribute("aria-label")
-    opened.harmless()
-    opened.context.close()
 
+@pytest.mark.parametrize(("size", "scheme"), [(DESK, "dark"), (PHONE, "light")], ids=["desk", "phone"])
+def test_two_boxes_are_drawn_and_their_relation_is_seen(
+    browser: Any, predicting: dict[str, Asker], photo: dict[str, Any], size: dict[str, int], scheme: str
+) -> None:
     opened = Opened(browser, predicting["relations"].port, size, scheme)
     page = opened.page
     page.locator("input[type=file]").set_input_files(photo)
@@ -326,7 +333,20 @@ def test_predictions_are_seen(
     opened.harmless()
     opened.context.close()
 
-    opened = Opened(browser, predicting["detector"].port, size, scheme)
+
+def test_predictions_are_seen(browser: Any, predicting: dict[str, Asker], photo: dict[str, Any]) -> None:
+    opened = Opened(browser, predicting["aspects"].port, PHONE, "light")
+    opened.page.locator("textarea").fill(
+        "the <b>battery</b> lasts, the camera is poor <script>window.hurt=1</script>"
+    )
+    opened.page.get_by_role("button", name="Predict").click()
+    opened.page.wait_for_selector(".prediction .bars li")
+    assert "<b>battery</b>" in opened.page.locator(".quote").inner_text()
+    assert "negative" in opened.page.locator(".bars .bar").first.get_attribute("aria-label")
+    opened.harmless()
+    opened.context.close()
+
+    opened = Opened(browser, predicting["detector"].port, PHONE, "light")
     opened.page.locator("input[type=file]").set_input_files(photo)
     opened.page.get_by_role("button", name="Predict").click()
     opened.page.wait_for_selector(".photo rect")
@@ -335,7 +355,7 @@ def test_predictions_are_seen(
     opened.harmless()
     opened.context.close()
 
-    opened = Opened(browser, predicting["tissue"].port, size, scheme)
+    opened = Opened(browser, predicting["tissue"].port, PHONE, "light")
     opened.page.locator("input[type=file]").set_input_files(photo)
     opened.page.get_by_role("button", name="Predict").click()
     opened.page.wait_for_selector(".prediction .bars li")

@@ -16,7 +16,7 @@ from dataclasses import is_dataclass
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
@@ -234,8 +234,7 @@ def _system_of_experiment(name: str) -> str | None:
         file = resources.files(package).joinpath("experiment", f"{name}.yaml")
         if not file.is_file():
             continue
-        content = OmegaConf.to_container(OmegaConf.create(file.read_text(encoding="utf-8")))
-        assert isinstance(content, dict)
+        content = _parsed(file.read_text(encoding="utf-8"))
         if "system" in content:
             return str(content["system"])
         for entry in content.get("defaults", []):
@@ -246,6 +245,14 @@ def _system_of_experiment(name: str) -> str | None:
             elif (key := next(iter(entry))).split()[-1].strip("/") == "system":
                 return str(entry[key])
     return None
+
+
+@lru_cache(maxsize=256)
+def _parsed(text: str) -> dict[Any, Any]:
+    """A file of configuration, which takes ten milliseconds and is asked for several times."""
+    content = OmegaConf.to_container(OmegaConf.create(text))
+    assert isinstance(content, dict)
+    return content
 
 
 def with_open_keys(overrides: Sequence[str]) -> list[str]:
