@@ -148,8 +148,8 @@ print(list(read_items("saved", ["word", "sense"])["sense"]))
                       f"variable_genes=20 expressed_genes=5 {PICTURES} {SMALL}"),),
     "relations": (trains("relations", f"crop_size=32 {PICTURES} {SMALL}"),),
     "detector": (trains("detector_scenes", "data.train=24 data.val=8 data.test=8 width=16 heads=2 layers=1 queries=4 "
-                        f"image_encoder.features=16 {QUICK}"),),
-    "fair_detection": (Check("nearfar options fair_detection", "pictures"),),
+                        f"image_encoder.features=16 {QUICK} batch_size=8"),),
+    "fair-detection": (Check("nearfar options fair_detection", "pictures"),),
     "minilm": (Check("""
 from nearfar.towers import build_tower
 tower = build_tower("text", encoder="minilm")

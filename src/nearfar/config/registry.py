@@ -54,7 +54,8 @@ def _own(name: str, prefix: str, **more: str) -> Registration:
     return Registration(
         f"{package}.system:{prefix}System",
         f"{package}.options:{prefix}Options",
-        extra=f"nearfar[{name}]",
+        # pip before 23.3, which comes with Python 3.11, knows no extra with an underscore in a built package
+        extra=f"nearfar[{name.replace('_', '-')}]",
         **more,
     )
 

@@ -33,7 +33,7 @@ GIVES = {
     "tissue": "tissue image and gene expression: AnnData, Space Ranger, slide scans",
     "relations": "spatial relations of objects in pictures",
     "detector": "a person detector, COCO files",
-    "fair_detection": "the gap of a detector between two groups",
+    "fair-detection": "the gap of a detector between two groups",
     "minilm": "all-MiniLM-L6-v2 with its weights, without a download",
     "export": "safetensors, ONNX, sentence-transformers, the Hugging Face hub",
     "lora": "adapters in pretrained networks",
