@@ -53,8 +53,8 @@ def test_the_wheel_says_what_it_is(wheel: Path) -> None:
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == ">=3.11"
     assert "nearfar = nearfar.cli:main" in entries
-    extras = {name.replace("_", "-") for name in PROJECT["optional-dependencies"]}
-    assert set(metadata.get_all("Provides-Extra")) == extras
+    # by the names of pyproject.toml: pip before 23.3 takes an extra that is written differently for none
+    assert set(metadata.get_all("Provides-Extra")) == set(PROJECT["optional-dependencies"])
 
 
 @pytest.mark.slow

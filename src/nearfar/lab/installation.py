@@ -166,8 +166,7 @@ def _extras() -> Iterator[Extra]:
     about = importlib.metadata.metadata("nearfar")
     requirements = importlib.metadata.requires("nearfar") or []
     for name in about.get_all("Provides-Extra") or []:
-        gives = next((GIVES[each] for each in (name, name.replace("-", "_")) if each in GIVES), "")
-        yield Extra(name, gives, sorted(set(_missing(name, requirements, set()))))
+        yield Extra(name, GIVES.get(name, ""), sorted(set(_missing(name, requirements, set()))))
 
 
 def _missing(extra: str, requirements: list[str], seen: set[str]) -> Iterator[str]:
