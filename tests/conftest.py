@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import quick_fabric
 from array_types import check_imports
 
 SUPPORT = str(Path(__file__).parent / "support")
@@ -15,6 +16,7 @@ SUPPORT = str(Path(__file__).parent / "support")
 if SUPPORT not in os.environ.get("PYTHONPATH", "").split(os.pathsep):
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (SUPPORT, os.environ.get("PYTHONPATH"))))
 
+quick_fabric.ask_once()
 # before anything imports them; of the kernel what is called once for a loss, and not for every tile
 check_imports(
     "losses",

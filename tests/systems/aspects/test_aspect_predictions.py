@@ -43,6 +43,7 @@ SMALL = [
     "text_encoder.vectors=false",
     "trainer.accelerator=cpu",
     "trainer.threads=1",
+    "trainer.evaluate_start=false",
     "report=false",
     "trainer.eval_batch_size=16",
 ]

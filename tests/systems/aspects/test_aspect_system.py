@@ -42,6 +42,7 @@ SMALL = [
     "text_encoder.vectors=false",
     "trainer.accelerator=cpu",
     "trainer.threads=1",
+    "trainer.evaluate_start=false",
     "report=false",
     "trainer.log_every=2",
     "trainer.probe_rows=32",

@@ -30,6 +30,7 @@ SMALL = [
     "data.limit=128",
     "trainer.accelerator=cpu",
     "trainer.threads=1",
+    "trainer.evaluate_start=false",
     "report=false",
 ]
 

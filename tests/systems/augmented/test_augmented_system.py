@@ -31,6 +31,7 @@ SMALL = [
     "data.limit=128",
     "trainer.accelerator=cpu",
     "trainer.threads=1",
+    "trainer.evaluate_start=false",
     "report=false",
 ]
 
@@ -62,7 +63,9 @@ def modelled(*more: str) -> tuple[Any, Any]:
 
 @pytest.mark.parametrize("loss", ["simclr", "moco"])
 def test_both_forms_end_to_end(loss: str, tmp_path: Path) -> None:
-    metrics = run(tmp_path, f"loss={loss}", "epochs=2").read_json("metrics.json")
+    metrics = run(tmp_path, f"loss={loss}", "epochs=2", "trainer.evaluate_start=true").read_json(
+        "metrics.json"
+    )
     test = metrics["splits"]["test"]
     for name in ("R@1", "MAP@R", "knn/accuracy", "probe/accuracy"):
         assert {name, f"pixels/{name}"} <= set(test)
@@ -174,7 +177,7 @@ def test_texts_are_two_passes_under_dropout_and_need_no_labels(tmp_path: Path) -
     assert not torch.equal(once["first"], once["second"])
     groups = system.datasets["train"].tensor("group:text")
     assert len(groups.unique()) < len(groups) or "train" not in system.splits
-    metrics = run(tmp_path, *more).read_json("metrics.json")
+    metrics = run(tmp_path, *more, "trainer.evaluate_start=true").read_json("metrics.json")
     names = {"second_view/R@1", "second_view/MRR"}
     assert set(metrics["splits"]["test"]) == names == set(metrics["before_training"]["test"])
 

@@ -40,6 +40,7 @@ SMALL = [
     "image_encoder=small",
     "trainer.accelerator=cpu",
     "trainer.threads=1",
+    "trainer.evaluate_start=false",
     "report=false",
 ]
 

@@ -54,6 +54,7 @@ SMALL = [
     "trainer.log_every=1",
     "device=cpu",
     "trainer.threads=1",
+    "trainer.evaluate_start=false",
     "report=false",
 ]
 

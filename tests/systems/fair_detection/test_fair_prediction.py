@@ -51,6 +51,7 @@ SMALL = [
     "pictures=2",
     "device=cpu",
     "trainer.threads=1",
+    "trainer.evaluate_start=false",
     "report=false",
 ]
 

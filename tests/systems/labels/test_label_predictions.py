@@ -37,6 +37,7 @@ SMALL = [
     "lr=0.01",
     "trainer.accelerator=cpu",
     "trainer.threads=1",
+    "trainer.evaluate_start=false",
     "report=false",
     "trainer.eval_batch_size=16",
 ]

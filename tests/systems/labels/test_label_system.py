@@ -32,6 +32,7 @@ SMALL = [
     "lr=0.01",
     "trainer.accelerator=cpu",
     "trainer.threads=1",
+    "trainer.evaluate_start=false",
     "report=false",
 ]
 
@@ -78,7 +79,8 @@ def prepared(*more: str) -> Any:
 
 @pytest.mark.parametrize("loss", ["supcon", "multilabel", "cross_entropy"])
 def test_every_loss_learns_and_stands_beside_its_baselines(loss: str, table: Path, tmp_path: Path) -> None:
-    folder = run(tmp_path, f"data.train={table}", f"loss={loss}", "epochs=20", "data.test_fraction=0.3")
+    more = ["epochs=20", "data.test_fraction=0.3", "trainer.evaluate_start=true"]
+    folder = run(tmp_path, f"data.train={table}", f"loss={loss}", *more)
     metrics = folder.read_json("metrics.json")
     test = metrics["splits"]["test"]
     names = ["R@1", "MAP@R"] + (["knn/accuracy", "probe/accuracy"] if loss != "multilabel" else [])
@@ -213,7 +215,9 @@ def test_texts_with_several_labels(tmp_path: Path) -> None:
     counted = sum(len(items.rejections) for items in system.splits.values())
     assert counted == missing
     for loss in ("multilabel", "cross_entropy"):
-        metrics = run(tmp_path / loss, *more, f"loss={loss}").read_json("metrics.json")
+        metrics = run(tmp_path / loss, *more, f"loss={loss}", "trainer.evaluate_start=true").read_json(
+            "metrics.json"
+        )
         test = metrics["splits"]["test"]
         assert {"R@1", "MAP@R", "tfidf/R@1"} <= set(test)
         assert "MAP@R" in metrics["gain"]["test"]

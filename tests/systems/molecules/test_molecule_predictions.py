@@ -32,6 +32,7 @@ SMALL = [
     "text_encoder.dims=32",
     "trainer.accelerator=cpu",
     "trainer.threads=1",
+    "trainer.evaluate_start=false",
     "report=false",
     "trainer.eval_batch_size=32",
 ]

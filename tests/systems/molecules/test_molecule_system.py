@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -28,7 +27,7 @@ from nearfar.serving.fill import file_source, open_gallery
 from nearfar.systems import build_system
 from nearfar.training.checkpoint import Checkpoint
 from nearfar.training.run_folder import RunFolder
-from processes import command
+from processes import command, started_command
 from tiny_molecules import pairs, split_files, write
 
 QUIET = Console(file=open(os.devnull, "w"))  # noqa: SIM115
@@ -47,6 +46,7 @@ SMALL = [
     "trainer.accelerator=cpu",
     "trainer.threads=1",
     "report=false",
+    "trainer.evaluate_start=false",
 ]
 
 
@@ -65,9 +65,25 @@ def run(tmp_path: Path, *overrides: str) -> RunFolder:
     return run_one(compose_config(every), every, False, QUIET)
 
 
-@pytest.mark.parametrize("encoder", ["graph", "fingerprint", "both"])
-@pytest.mark.parametrize("sampler", ["random", "hard", "partition", "balanced"])
-def test_every_encoder_with_every_sampler(
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory, files: list[str]) -> RunFolder:
+    """A run of one epoch, to be read."""
+    return run(tmp_path_factory.mktemp("plain"), *files, "name=run", "epochs=1")
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory: pytest.TempPathFactory, files: list[str]) -> RunFolder:
+    """A run that has learned something, to be read."""
+    options = ["epochs=12", "lr=0.003", "input_dropout=0.1"]
+    return run(tmp_path_factory.mktemp("learned"), *files, "name=run", *options)
+
+
+# Neighbours are those of the texts: what a sampler does with them does not depend on the encoder of the molecules.
+@pytest.mark.parametrize(
+    ("encoder", "sampler"),
+    [("graph", "random"), ("fingerprint", "hard"), ("both", "partition"), ("graph", "balanced")],
+)
+def test_every_encoder_and_every_sampler(
     tmp_path: Path, files: list[str], encoder: str, sampler: str
 ) -> None:
     folder = run(
@@ -90,9 +106,8 @@ def test_every_encoder_with_every_sampler(
         assert write_report(folder).read_text().count("<svg") > 5
 
 
-def test_it_learns(tmp_path: Path, files: list[str]) -> None:
-    folder = run(tmp_path, *files, "name=run", "epochs=15", "lr=0.003", "input_dropout=0.1")
-    metrics = folder.read_json("metrics.json")["splits"]["test"]
+def test_it_learns(learned: RunFolder) -> None:
+    metrics = learned.read_json("metrics.json")["splits"]["test"]
     assert metrics["text_to_molecule/MRR"]["low"] > 5 * metrics["text_to_molecule/MRR"]["chance"]
 
 
@@ -154,22 +169,20 @@ def test_killed_run_resumes_bit_for_bit(tmp_path: Path, files: list[str]) -> Non
         "trainer.workers=1",
     ]
     overrides = list({o.split("=")[0]: o for o in overrides}.values())
-    train = [sys.executable, "-m", "nearfar.cli", "train"]
     whole = tmp_path / "whole"
     assert command("train", *overrides, "name=whole").returncode == 0
     steps = Checkpoint.load(whole).step
     killed = tmp_path / "killed"
-    process = subprocess.Popen(
-        [*train, *overrides, "name=killed"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
+    output = tmp_path / "output.txt"
+    process = started_command("train", *overrides, "name=killed", stdout=output, stderr=output)
     deadline = time.monotonic() + 200
-    while time.monotonic() < deadline and process.poll() is None:
+    while time.monotonic() < deadline and process.is_alive():
         if (killed / "checkpoints" / "last.ckpt").exists() and Checkpoint.load(killed).step >= 4:
             break
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert process.returncode == -signal.SIGKILL, "the run ended before it was killed"
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, "the run ended before it was killed"
     assert Checkpoint.load(killed).step < steps
     done = command("train", f"resume_from={killed}")
     assert done.returncode == 0, done.stderr
@@ -181,9 +194,8 @@ def test_killed_run_resumes_bit_for_bit(tmp_path: Path, files: list[str]) -> Non
     assert json.loads(first)["splits"] == json.loads(second)["splits"]
 
 
-def test_search_and_embed(tmp_path: Path, files: list[str]) -> None:
-    folder = run(tmp_path, *files, "name=run", "epochs=10", "lr=0.003", "input_dropout=0.1")
-    model = load(folder.path, "cpu")
+def test_search_and_embed(learned: RunFolder) -> None:
+    model = load(learned.path, "cpu")
     hits = model.search("the alcohol of benzene", k=5)
     assert [h.rank for h in hits] == [1, 2, 3, 4, 5]
     assert all(a.score >= b.score for a, b in pairwise(hits))
@@ -200,11 +212,11 @@ def test_search_and_embed(tmp_path: Path, files: list[str]) -> None:
         model.search("  ")
 
 
-def test_files_of_structures_are_galleries(tmp_path: Path, files: list[str]) -> None:
+def test_files_of_structures_are_galleries(tmp_path: Path, plain: RunFolder) -> None:
     """Lists of SMILES and SDF are read as training reads them."""
     from rdkit import Chem
 
-    model = load(run(tmp_path, *files, "name=run", "epochs=1").path, "cpu")
+    model = load(plain.path, "cpu")
     names = {
         "CCO": "ethanol",
         "c1ccccc1": "benzene",
@@ -279,21 +291,19 @@ def test_two_rows_are_too_few_but_say_so(tmp_path: Path) -> None:
         run(tmp_path, f"data.train={path}", "name=run")
 
 
-def test_resume_of_other_data_is_refused(tmp_path: Path, files: list[str]) -> None:
-    first = run(tmp_path, *files, "name=first", "epochs=1")
+def test_resume_of_other_data_is_refused(tmp_path: Path, files: list[str], plain: RunFolder) -> None:
     other = write(
         tmp_path / "other.tsv",
         pairs()[::2],
     )
     with pytest.raises(NearfarError, match="other data"):
-        run(tmp_path, *files, f"data.train={other}", "epochs=1", f"resume_from={first.path}")
+        run(tmp_path, *files, f"data.train={other}", "epochs=1", f"resume_from={plain.path}")
 
 
-def test_init_from_needs_the_same_model(tmp_path: Path, files: list[str]) -> None:
-    first = run(tmp_path, *files, "name=first", "epochs=1")
-    run(tmp_path, *files, "name=second", "epochs=1", f"init_from={first.path}")
+def test_init_from_needs_the_same_model(tmp_path: Path, files: list[str], plain: RunFolder) -> None:
+    run(tmp_path, *files, "name=second", "epochs=1", f"init_from={plain.path}")
     with pytest.raises(NearfarError, match="weights do not fit"):
-        run(tmp_path, *files, "name=third", "epochs=1", f"init_from={first.path}", "embedding_dim=8")
+        run(tmp_path, *files, "name=third", "epochs=1", f"init_from={plain.path}", "embedding_dim=8")
 
 
 def test_a_run_of_an_earlier_version_is_read(tmp_path: Path, files: list[str]) -> None:
@@ -350,7 +360,7 @@ def test_real_descriptions(tmp_path: Path) -> None:
     if not data or not (Path(data) / "chebi20").exists():
         pytest.skip("NEARFAR_DATA is not set")
     lines = (Path(data) / "chebi20" / "validation.txt").read_text().splitlines()
-    for name, part in (("train", lines[1:601]), ("test", lines[601:901])):
+    for name, part in (("train", lines[1:401]), ("test", lines[401:601])):
         (tmp_path / f"{name}.txt").write_text("\n".join([lines[0], *part]) + "\n")
     small = [
         "epochs=6",
@@ -362,7 +372,7 @@ def test_real_descriptions(tmp_path: Path) -> None:
     folder = run(tmp_path, f"data.dir={tmp_path}", "name=run", *small, "fingerprint_bits=1024")
     estimate = folder.read_json("metrics.json")["splits"]["test"]["text_to_molecule/MRR"]
     assert estimate["low"] > 0.1, estimate
-    assert estimate["protocol"]["gallery"] == 300
+    assert estimate["protocol"]["gallery"] == 200
 
 
 def test_a_failing_run_does_not_end_the_sweep(tmp_path: Path, files: list[str]) -> None:

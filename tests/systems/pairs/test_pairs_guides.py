@@ -28,6 +28,7 @@ SMALL = [
         "bootstrap=100",
         "trainer.accelerator=cpu",
         "trainer.threads=1",
+        "trainer.evaluate_start=false",
         "report=false",
     ),
     *("trainer.probe_rows=16", "views=[title,text]"),

@@ -31,6 +31,7 @@ SMALL = [
         "bootstrap=0",
         "trainer.accelerator=cpu",
         "trainer.threads=1",
+        "trainer.evaluate_start=false",
         "report=false",
     ),
     *("trainer.probe_rows=16", "trainer.eval_batch_size=16", "data.id_column=key"),

@@ -30,6 +30,7 @@ SMALL = [
         "bootstrap=0",
         "trainer.accelerator=cpu",
         "trainer.threads=1",
+        "trainer.evaluate_start=false",
         "report=false",
     ),
     "trainer.probe_rows=16",
@@ -73,7 +74,8 @@ def prepared(table: Path, tmp_path: Path, *more: str) -> PairSystem:
 
 @pytest.mark.slow
 def test_two_columns_train_and_beat_the_start(table: Path, tmp_path: Path) -> None:
-    run = train(table, tmp_path, "views=[title,text]", "epochs=6", "lr=0.01", "data.val_fraction=0.4")
+    more = ("epochs=6", "lr=0.01", "data.val_fraction=0.4", "trainer.evaluate_start=true")
+    run = train(table, tmp_path, "views=[title,text]", *more)
     metrics = run.read_json("metrics.json")
     assert metrics["monitor"] == "title_to_text/MRR"
     (split,) = metrics["splits"]
@@ -240,7 +242,15 @@ def test_what_cannot_be_trained_says_why(
 def test_a_run_that_starts_from_trained_weights_is_judged_against_them(table: Path, tmp_path: Path) -> None:
     more = ("views=[title,text]", "lr=0.01", "data.val_fraction=0.4", "name=run")
     first = train(table, tmp_path / "a", *more, "epochs=3")
-    second = train(table, tmp_path / "b", *more, "epochs=1", f"init_from={first.path}", "lr=1e-9")
+    second = train(
+        table,
+        tmp_path / "b",
+        *more,
+        "epochs=1",
+        f"init_from={first.path}",
+        "lr=1e-9",
+        "trainer.evaluate_start=true",
+    )
     start = second.read_json("metrics.json")["before_training"]["val"]["title_to_text/MRR"]["value"]
     trained = first.read_json("metrics.json")["splits"]["val"]["title_to_text/MRR"]["value"]
     assert start == pytest.approx(trained)

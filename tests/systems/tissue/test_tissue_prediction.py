@@ -46,6 +46,7 @@ SMALL = [
     "bootstrap=0",
     "trainer.accelerator=cpu",
     "trainer.threads=1",
+    "trainer.evaluate_start=false",
     "report=false",
     "trainer.log_every=2",
 ]

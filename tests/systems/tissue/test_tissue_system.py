@@ -43,6 +43,7 @@ SMALL = [
     "bootstrap=100",
     "trainer.accelerator=cpu",
     "trainer.threads=1",
+    "trainer.evaluate_start=false",
     "report=false",
     "trainer.log_every=2",
 ]
