@@ -340,7 +340,11 @@ def serve(
     trained = load(run, device)
     searched: Gallery | None = None
     if store is not None:
-        open_store(store).close()  # an error where there is none
+        try:
+            open_store(store).close()
+        except NearfarError as error:
+            fill = f"nearfar search {run} QUERY --gallery DATA --store {store}"
+            raise NearfarError(f"{error} A search fills a store that is new: {fill}") from None
         searched = StoreGallery(trained, open_gallery(trained, None, None, place=store, say=say))
     elif gallery is not None:
         source = file_source(trained, new_data(gallery, column, id_column, encoding, images))

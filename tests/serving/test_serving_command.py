@@ -106,7 +106,7 @@ def test_without_the_runs_data_it_says_so_and_embeds(run: Path, tmp_path: Path) 
     [
         (["--gallery", "no_such_file.csv"], "no such file"),
         (["--gallery", "a.csv", "--store", "b.faiss"], "one of them"),
-        (["--store", "no_such_store.faiss"], "no_such_store.faiss"),
+        (["--store", "no_such_store.faiss"], "--gallery DATA --store no_such_store.faiss"),
         (["--target", "pictures"], "did you mean 'picture'?"),
         (["--host", "203.0.113.7", "--no-gallery"], "--host or --port"),
     ],

@@ -159,6 +159,15 @@ def _safetensors(trained: Trained, folder: Path, wanted: Sequence[str], license:
     return Exported(folder, "safetensors", trained.views)
 
 
+def _is_graph(trained: Trained, view: str) -> bool:
+    """Whether a view can be exported as a graph, by its tower alone: nothing is traced."""
+    try:
+        trained.system.towers[view].graph()
+    except NearfarError:
+        return False
+    return True
+
+
 def _graphs(
     trained: Trained,
     folder: Path,
@@ -180,8 +189,9 @@ def _graphs(
             graph = view_graph(trained, view, values.get(view))
             parity = write(graph, folder / tower_folder(view))
         except NearfarError as error:
-            others = [each for each in trained.views if each != view]
-            hint = "" if wanted or not others else f" The other views: --tower {' --tower '.join(others)}."
+            others = [] if wanted else [each for each in trained.views if each != view]
+            able = [each for each in others if _is_graph(trained, each)]
+            hint = f" What can be exported: --tower {' --tower '.join(able)}." if able else ""
             raise NearfarError(f"{error}{hint}") from None
         say(str(parity))
         exported.differences[view] = parity.largest
