@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -181,9 +183,16 @@ def test_a_killed_run_resumes_bit_for_bit(whole: RunFolder, tmp_path: Path) -> N
     assert {"wasserstein.lower_queue", "epsilon", "head.layers.1.running_mean"} <= a.model.keys()
 
 
+@pytest.fixture(scope="module")
+def controlled(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], RunFolder]:
+    """A run of one epoch with a control, trained for the first that asks for it."""
+    place = tmp_path_factory.mktemp("controls")
+    return functools.cache(lambda control: run(place, f"name={control}", f"control={control}", "epochs=1"))
+
+
 @pytest.mark.parametrize("control", ["none", "random", "detection", "wasserstein", "contrastive"])
-def test_controls(tmp_path: Path, control: str) -> None:
-    folder = run(tmp_path, "name=run", f"control={control}", "epochs=1")
+def test_controls(controlled: Callable[[str], RunFolder], control: str) -> None:
+    folder = controlled(control)
     test = folder.read_json("metrics.json")["splits"]["test"]
     steps = [record for record in folder.log() if record["kind"] == "step"]
     if control == "none":
@@ -196,10 +205,10 @@ def test_controls(tmp_path: Path, control: str) -> None:
         assert all(record[f"{control}/share"] == pytest.approx(1) for record in steps)
 
 
-def test_runs_with_other_controls_are_compared(whole: RunFolder, tmp_path: Path) -> None:
-    for control in ("full", "none"):
-        run(tmp_path, f"name={control}", f"control={control}", "epochs=1")
-    made = compare_runs([tmp_path], baseline="control=none")
+def test_runs_with_other_controls_are_compared(controlled: Callable[[str], RunFolder]) -> None:
+    made = compare_runs(
+        [controlled(control).path for control in ("detection", "none")], baseline="control=none"
+    )
     differences = next(iter(made.differences.values()))
     assert "AP/gap_closed" in differences
     assert not [why for why in made.refused if "gap_closed" in why]

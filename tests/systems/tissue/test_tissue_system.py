@@ -106,9 +106,10 @@ def test_a_run_from_slides_to_report(tmp_path: Path, options: list[str]) -> None
     inert = "loss=clip" in options or "neighbors=mask" in options
     assert all((p["neighbor_mass"] == 0) == inert for p in plans)
     assert (folder.path / "genes.txt").read_text().split() == [f"gene{i}" for i in range(1, 41)]
-    page = write_report(folder).read_text()
-    assert "A gene over a slide" in page
-    assert "ridge on colour" in page
+    if not inert:
+        page = write_report(folder).read_text()
+        assert "A gene over a slide" in page
+        assert "ridge on colour" in page
 
 
 def test_several_slides_have_their_own_galleries(tmp_path: Path) -> None:
@@ -288,7 +289,7 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path) -> None:
     assert a.step == b.step
     assert all(torch.equal(a.model[key], b.model[key]) for key in a.model)
     assert whole.read_json("metrics.json")["splits"] == killed.read_json("metrics.json")["splits"]
-    other = run(tmp_path, "name=other", *options, "seed=1")  # the comparison can fail
+    other = run(tmp_path, "name=other", *options, "seed=1", "epochs=1")  # the comparison can fail
     assert any(
         not torch.equal(a.model[key], value) for key, value in Checkpoint.load(other.path).model.items()
     )
