@@ -58,7 +58,14 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def model(files: Path) -> SentenceTransformer:
-    return library.SentenceTransformer(str(files), device="cpu")
+    return loaded(files)
+
+
+def loaded(files: Path) -> SentenceTransformer:
+    """The model, without the card that it writes with every checkpoint: half of a short run's time."""
+    model = library.SentenceTransformer(str(files), device="cpu")
+    model._create_model_card = lambda *_, **__: None
+    return model
 
 
 def pairs(n: int, seed: int = 0) -> dict[str, list[str]]:
@@ -359,7 +366,7 @@ def test_a_resumed_run_goes_on_with_the_batches_that_were_left(
     }
 
     def run(name: str, resume: bool | str = False) -> tuple[Kept, SentenceTransformer, Any]:
-        model = library.SentenceTransformer(str(files), device="cpu")
+        model = loaded(files)
         loss = ours.InfoNCELoss(model, temperature=0.1, learn_temperature=True)
         kept = Kept(made[kind]())
         watch = ours.Watch(tmp_path / f"{name} watched", loss=loss, quiet=True)
