@@ -8,12 +8,13 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from combinations import combined
 from nearfar.metrics import few_runs, mean_interval, paired_difference, wilson
 from nearfar.metrics.comparison import seeds_interval
 
 pytestmark = pytest.mark.slow  # reads and draws much
 
-DRAWS = 1500
+DRAWS = 1000
 Interval = tuple[float, float]
 
 
@@ -52,11 +53,10 @@ def test_reciprocal_ranks(middle: float, n: int) -> None:
     )
 
 
-@pytest.mark.parametrize("seeds", [2, 3, 5, 10])
-@pytest.mark.parametrize("times", [0.0, 0.5, 1.0, 3.0])
-@pytest.mark.parametrize(("of_item", "rest"), [(0.5, 0.8), (0.8, 0.1)])
-def test_paired_differences(seeds: int, times: float, of_item: float, rest: float) -> None:
+@combined(2, seeds=[2, 3, 5, 10], times=[0.0, 0.5, 1.0, 3.0], deviations=[(0.5, 0.8), (0.8, 0.1)])
+def test_paired_differences(seeds: int, times: float, deviations: tuple[float, float]) -> None:
     """The seed effect is 0 to 3 times the standard error of the items."""
+    of_item, rest = deviations
     rng, n = np.random.default_rng(seeds), 60
     effect = times * math.sqrt((of_item**2 + rest**2 / seeds) / n)
 

@@ -65,7 +65,7 @@ def test_chance_is_a_random_order_of_the_collection():
             qrels,
             ["nDCG@10", "recall@5", "MAP"],
         )
-        for _ in range(400)
+        for _ in range(200)
     ]
     for name in scores:
         assert scores.chances[name].mean() == pytest.approx(
