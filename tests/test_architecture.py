@@ -141,6 +141,7 @@ def test_a_store_opens_without_torch() -> None:
     assert not loaded("import nearfar.serving.stores.faiss_file") & (HEAVY | {"torch"})
 
 
+@pytest.mark.slow
 def test_help_and_list_load_nothing_heavy() -> None:
     code = "import sys; sys.argv = ['nearfar', '--help']\nfrom nearfar.cli import app\n"
     code += "try:\n    app()\nexcept SystemExit: pass"

@@ -95,6 +95,7 @@ def test_bash_completes_offline(tmp_path: Path) -> None:
     assert done.stdout.splitlines()[-1:] == ["completed: doctor"], done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_a_completion_loads_nothing_heavy() -> None:
     """It starts nearfar for every press of the key."""
     script = (

@@ -198,6 +198,7 @@ def test_good_values_pass(overrides: list[str]) -> None:
     check(composed(*overrides))
 
 
+@pytest.mark.slow
 def test_no_option_is_without_a_rule() -> None:
     """A list of lists is no value of any option: what takes it is not checked at all."""
     config = composed("sampler=hard")

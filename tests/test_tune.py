@@ -60,6 +60,7 @@ def test_only_a_trial_that_ended_has_a_value(last: Any, error: Any, prune: bool,
     assert trial.cut_off == (expected == (None, False, None))
 
 
+@pytest.mark.slow
 def test_trials_of_a_different_search_are_refused(tmp_path: Path) -> None:
     """A value that was reached with other epochs, or a different sampler, says nothing about these."""
     home = RunFolder(tmp_path / "tune")

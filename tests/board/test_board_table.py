@@ -187,6 +187,7 @@ def test_chance_is_known_while_a_run_trains(tmp_path: Path) -> None:
     assert validation.series["MRR"] == ([0, 1], [0.01, 0.2])
 
 
+@pytest.mark.slow
 def test_long_lines_are_thinned_and_keep_their_ends(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     text = "".join(json.dumps({"kind": "step", "step": i, "loss": 1 / (i + 1)}) + "\n" for i in range(25_001))

@@ -546,6 +546,7 @@ def test_damaged_pictures_are_known_when_read_and_remembered(
     assert read_coco(tmp_path / "a.json").ids == ["2.png", "6.png"]
 
 
+@pytest.mark.slow
 @pytest.mark.data
 def test_real_files() -> None:
     data = os.environ.get("NEARFAR_DATA")

@@ -84,6 +84,7 @@ def options(folder: Path, **changes: Any) -> Any:
     ).data
 
 
+@pytest.mark.slow
 def test_splits_by_the_files_that_are_there(tmp_path: Path) -> None:
     write(tmp_path, "train", 40)
     messages: list[str] = []

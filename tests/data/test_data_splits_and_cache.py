@@ -114,6 +114,7 @@ def test_an_error_while_computing_leaves_nothing_behind(cache):
     assert not list(cache.rglob("*.npz"))
 
 
+@pytest.mark.slow
 def test_two_processes_at_once(cache):
     code = (
         "import numpy as np\nfrom nearfar.data.cache import cached_array\n"

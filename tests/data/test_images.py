@@ -110,6 +110,7 @@ def test_damaged_files_are_named(tmp_path: Path, ending: str) -> None:
         read_image(tmp_path / "nowhere.jpg")
 
 
+@pytest.mark.slow
 def test_large_files_are_no_bombs_and_the_limit_is_put_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -109,6 +109,7 @@ def test_the_gravest_come_first() -> None:
         assert order == sorted(order, reverse=True)
 
 
+@pytest.mark.slow
 def test_overrides_are_options_of_nearfar_train() -> None:
     pytest.importorskip("hydra")
     from omegaconf import OmegaConf

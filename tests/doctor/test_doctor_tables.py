@@ -197,6 +197,7 @@ def test_what_cannot_be_read_is_named(log: Any, words: str) -> None:
         diagnose(log)
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_steps_take_a_second_and_thousands_of_columns_too() -> None:
     n = 100_000
     rng = np.random.default_rng(0)

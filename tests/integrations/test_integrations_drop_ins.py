@@ -142,6 +142,7 @@ def test_pytorch_metric_learning_bad_input() -> None:
         loss(a, indices_tuple=(torch.arange(2), torch.arange(2)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("host", ["open_clip", "lightly", "pytorch_metric_learning"])
 def test_a_small_encoder_learns(host: str) -> None:
     """The smallest training loop with each: the loss leaves the level of guessing."""

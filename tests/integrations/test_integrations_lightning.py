@@ -49,6 +49,7 @@ def log_of(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "run" / "train_log.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_run_is_watched_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     watch = fit(tmp_path, epochs=4)
     assert watch.diagnosis is not None
@@ -79,6 +80,7 @@ def test_accumulated_losses_are_those_of_a_batch(tmp_path: Path) -> None:
     assert first[1] == pytest.approx(first[0], rel=0.3)  # not half of it
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["random", "hard"])
 def test_a_sampler_goes_on_in_the_middle_of_an_epoch(tmp_path: Path, kind: str) -> None:
     points = np.random.default_rng(0).standard_normal((24, 4)).astype(np.float32)

@@ -113,6 +113,7 @@ def test_mteb_evaluates_a_run_and_its_predictions_are_compared(tmp_path: Path):
     assert comparison.differences[label]["nDCG@10"].verdict == "better"
 
 
+@pytest.mark.slow
 def test_views_and_what_cannot_be_encoded():
     model = encoder(Bags(views=("text", "price")))
     assert (model.query_view, model.document_view) == ("text", "text")

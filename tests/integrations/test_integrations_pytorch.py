@@ -81,6 +81,7 @@ def train(
     return model, None if watch is None else watch.finish()
 
 
+@pytest.mark.slow
 def test_a_healthy_loop_is_healthy_and_says_what_training_changed(tmp_path: Path) -> None:
     _, diagnosis = train(tmp_path / "run")
     assert diagnosis is not None
@@ -96,6 +97,7 @@ def test_a_healthy_loop_is_healthy_and_says_what_training_changed(tmp_path: Path
     assert start["value"] + gain["value"] == pytest.approx(metrics["splits"]["val"]["MRR"]["value"], abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "finding"),
     [
@@ -113,6 +115,7 @@ def test_faults_are_named(fault: dict[str, object], finding: str, tmp_path: Path
     assert not diagnosis.healthy
 
 
+@pytest.mark.slow
 def test_watching_changes_nothing(tmp_path: Path) -> None:
     plain, _ = train(None, norm=nn.BatchNorm1d)
     watched, _ = train(tmp_path / "run", norm=nn.BatchNorm1d)
@@ -120,6 +123,7 @@ def test_watching_changes_nothing(tmp_path: Path) -> None:
         assert torch.equal(value, watched.state_dict()[name]), name
 
 
+@pytest.mark.slow
 def test_runs_are_compared_and_reported(tmp_path: Path) -> None:
     for lr in (0.01, 0.0):
         for seed in (0, 1):

@@ -391,6 +391,7 @@ def test_a_resumed_run_goes_on_with_the_batches_that_were_left(
     assert steps == sorted(set(steps)) == list(range(2, 13, 2))
 
 
+@pytest.mark.slow
 def test_supcon_trains_on_labels(model: SentenceTransformer, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 4, 48).tolist()

@@ -69,6 +69,7 @@ def fit(
     return watch, trainer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("evaluated", ["no", "epoch"])
 def test_a_run_is_watched(tmp_path: Path, capsys: pytest.CaptureFixture[str], evaluated: str) -> None:
     watch, _ = fit(tmp_path, eval_strategy=evaluated)
@@ -86,6 +87,7 @@ def test_a_run_is_watched(tmp_path: Path, capsys: pytest.CaptureFixture[str], ev
     assert all(("val_loss" in each) == (evaluated == "epoch") for each in epochs)
 
 
+@pytest.mark.slow
 def test_the_same_weights_as_without_watching(tmp_path: Path) -> None:
     from transformers import Trainer
 
@@ -98,6 +100,7 @@ def test_the_same_weights_as_without_watching(tmp_path: Path) -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.slow
 def test_weights_are_looked_at_before_the_optimiser_moves_them(tmp_path: Path) -> None:
     """The last layer is one that the optimiser lacks, as when it was made before the head; without that all is well."""
     watch, _ = fit(tmp_path / "lacking", held=lambda model: model.net[0].parameters())

@@ -72,6 +72,7 @@ def watched(
     return watch.finish()
 
 
+@pytest.mark.slow
 def test_a_healthy_loop_and_a_tower_frozen_on_purpose_are_silent(tmp_path: Path) -> None:
     assert watched(tmp_path / "all").healthy
     model = Towers(dropout=0.1)
@@ -107,6 +108,7 @@ def test_copies_among_the_keys_are_seen_in_the_logits(tmp_path: Path) -> None:
     assert "mask_duplicates" not in str(diagnosis[diagnosis.ids.index("duplicates")])
 
 
+@pytest.mark.slow
 def test_an_evaluation_in_training_mode_is_named_where_that_matters(tmp_path: Path) -> None:
     noisy = watched(tmp_path / "noisy", model=Towers(dropout=0.3), evaluate_in_training=True)
     assert "evaluated-in-training-mode" in noisy.ids

@@ -53,6 +53,7 @@ def test_every_extra_of_the_project_says_what_it_gives() -> None:
     assert set(project["optional-dependencies"]) == set(GIVES)
 
 
+@pytest.mark.slow
 def test_cache_and_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "inner").mkdir()
     (tmp_path / "inner" / "a.npz").write_bytes(b"x" * (3 << 20))
@@ -85,6 +86,7 @@ def test_pip_adds_an_extra_to_the_nearfar_that_is_installed() -> None:
     assert "Would install" not in done.stdout
 
 
+@pytest.mark.slow
 def test_the_command() -> None:
     shown = CliRunner().invoke(app, ["check"])
     assert shown.exit_code == 0, shown.exception

@@ -55,6 +55,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     return folder
 
 
+@pytest.mark.slow
 def test_rows_with_the_same_title_are_left_out(run: RunFolder) -> None:
     (explained,) = explain_run(run.path, 1, rows=None, k=12).values()
     assert len(explained) == 12

@@ -37,6 +37,7 @@ def judged(folder: Path) -> Judged:
     return Judged.read(folder / "qrels.json", OPTIONS)
 
 
+@pytest.mark.slow
 def test_a_comparison_is_that_of_the_scores(folder):
     paths = [folder / name for name in ("weak.json", "strong.json", "same.json")]
     comparison = compare_rankings(paths, judged(folder), OPTIONS)
@@ -87,6 +88,7 @@ def test_other_queries_are_refused_with_their_names(folder):
             compare_rankings(given, judged(folder), options)
 
 
+@pytest.mark.slow
 def test_the_commands(folder, monkeypatch):
     monkeypatch.chdir(folder)
     runner = CliRunner()

@@ -80,6 +80,7 @@ def run(module_cache: None, folder: Path) -> RunFolder:
     return done
 
 
+@pytest.mark.slow
 def test_planted_pairs_come_first_and_are_left_out_when_marked(
     run: RunFolder, folder: Path, tmp_path: Path
 ) -> None:

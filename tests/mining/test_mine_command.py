@@ -125,6 +125,7 @@ def test_a_guide_lowers_the_share_of_false_negatives(folder: Path, tmp_path: Pat
     assert shares[1] < shares[0]
 
 
+@pytest.mark.slow
 def test_what_is_refused(folder: Path, tmp_path: Path) -> None:
     vectors = folder / "vectors.parquet"
     for arguments, message in (
@@ -226,6 +227,7 @@ def test_a_corpus_of_its_own_with_judgments(collection: Path, tmp_path: Path) ->
     assert len(triplets) == 4 * len(answers)
 
 
+@pytest.mark.slow
 def test_scores_of_a_cross_encoder(collection: Path, tmp_path: Path) -> None:
     pairs = tmp_path / "pairs.csv"
     said = mine(*of_collection(collection, "--candidates", pairs, "--rank-to", 8))
@@ -349,6 +351,7 @@ def shuffled(folder: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_rows_in_different_orders_answer_by_id(
     folder: Path, near: Path, shuffled: Path, tmp_path: Path
 ) -> None:

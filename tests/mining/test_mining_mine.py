@@ -178,6 +178,7 @@ def test_queries_without_a_positive_and_small_corpora():
         mined_table(one, ["a"], ["b"])
 
 
+@pytest.mark.slow
 def test_an_index_states_the_recall_that_it_has(monkeypatch):
     from nearfar.mining import candidates
 

@@ -62,6 +62,7 @@ def by_query(table):
     return {name: [column[at] for at in order] for name, column in table.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rules", "form"),
     [

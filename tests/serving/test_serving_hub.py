@@ -166,6 +166,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_runs.train("pairs", tmp_path_factory.mktemp("pairs"))
 
 
+@pytest.mark.slow
 def test_pushed_and_loaded_by_name(
     hub: type[Hub], run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

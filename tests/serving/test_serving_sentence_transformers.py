@@ -149,6 +149,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_files_of_the_folder(tmp_path: Path) -> None:
     bert = tiny_runs.tiny_bert(tmp_path / "bert")
     run = tiny_runs.train("pairs", tmp_path, "text_encoder=transformer", f"text_encoder.model={bert}")

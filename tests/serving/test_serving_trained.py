@@ -86,6 +86,7 @@ def trained(run: RunFolder) -> Trained:
     return nearfar.load(run.path, device="cpu")
 
 
+@pytest.mark.slow
 def test_embeddings_are_those_of_the_run(run: RunFolder, table: Path, trained: Trained) -> None:
     """Of every view the vectors that the run's own evaluation computes; of a batch size that differs, the same."""
     system: Any = build_system(run.config(), saved=True)
@@ -173,6 +174,7 @@ def refusal(*arguments: object) -> str:
     return str(done.exception)
 
 
+@pytest.mark.slow
 def test_a_file_is_embedded_with_views_that_some_rows_lack(
     run: RunFolder, trained: Trained, tmp_path: Path
 ) -> None:
@@ -198,6 +200,7 @@ def test_a_file_is_embedded_with_views_that_some_rows_lack(
         assert arrays["ids"].tolist() == ["a", "b", "d"]
 
 
+@pytest.mark.slow
 def test_what_cannot_be_embedded_or_written_is_said(run: RunFolder, tmp_path: Path) -> None:
     data = tmp_path / "new.csv"
     data.write_text("id,title\na,a river\n")
@@ -286,6 +289,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoder", ["small", "colors"])
 def test_pictures_in_files_are_decoded_once(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoder: str

@@ -20,6 +20,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
+from omegaconf import DictConfig
 from torch import nn
 
 from nearfar.config.compose import override_config
@@ -90,10 +91,14 @@ class Arms:
     home: Path
     start_epoch: int | None = None
 
+    @cached_property
+    def _saved(self) -> DictConfig:
+        return RunFolder.of(self.path).config()
+
     def config(self, changed: bool, seed: int | None = None, start: int | None = None) -> RunOptions:
         """The run's configuration, made to go on from its checkpoint for so many steps."""
         common = [f"trainer.max_steps={self.state.step + self.steps}", "patience=null"]
-        saved = RunFolder.of(self.path).config()
+        saved = self._saved
         if saved.trainer.devices != 1:  # a batch is the same, however many processes share it
             common.append("trainer.devices=1")
         config = override_config(saved, [*common, *(self.overrides if changed else ())])

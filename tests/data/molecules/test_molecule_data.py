@@ -354,16 +354,16 @@ def test_names_hold_no_numbers_of_registries():
 
 @has_chemicals
 def test_embedded_set():
-    data = load_embedded(1500, seed=1)
+    data = load_embedded(600, seed=1)
     sizes = [len(split) for split in data.splits.values()]
-    assert sum(sizes) == 1500
-    np.testing.assert_allclose(sizes, [1200, 150, 150], atol=8)
+    assert sum(sizes) == 600
+    np.testing.assert_allclose(sizes, [480, 60, 60], atol=8)
     scaffolds = {name: {murcko(s) for s in split["molecule"]} - {""} for name, split in data.splits.items()}
     assert not scaffolds["train"] & scaffolds["test"]
     assert not scaffolds["train"] & scaffolds["val"]
     assert not scaffolds["val"] & scaffolds["test"]
     everything = [smiles for split in data.splits.values() for smiles in split["molecule"]]
-    assert len(set(everything)) == 1500
+    assert len(set(everything)) == 600
     for split in data.splits.values():
         for text, smiles in zip(split["text"], split["molecule"], strict=True):
             assert len(text) > 4
@@ -373,12 +373,12 @@ def test_embedded_set():
     assert layout["leaks"] == {}
     (source,) = layout["sources"]
     assert source["compounds_in_package"] == 71_347
-    assert source["compounds_examined"] == 1500 + source["rejections"]["total"]
+    assert source["compounds_examined"] == 600 + source["rejections"]["total"]
     assert source["rejections"]["by_reason"]["no carbon atom"] > 0
-    same = load_embedded(1500, seed=1, cache=False)
+    same = load_embedded(600, seed=1, cache=False)
     assert same.splits["train"]["molecule"] == data.splits["train"]["molecule"]
     assert same.layout() == data.layout()
-    assert load_embedded(1500, seed=2).splits["train"].hash != data.splits["train"].hash
+    assert load_embedded(600, seed=2).splits["train"].hash != data.splits["train"].hash
 
 
 @has_chemicals

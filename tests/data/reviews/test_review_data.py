@@ -433,6 +433,7 @@ def test_oversampling_repeats_rare_labels_alone() -> None:
     assert repeats(codes, np.array([[1, 1]]), frequency=0.16, most=2).max() == 2
 
 
+@pytest.mark.slow
 @pytest.mark.data
 @pytest.mark.skipif("NEARFAR_DATA" not in os.environ, reason="NEARFAR_DATA is not set")
 @pytest.mark.parametrize(

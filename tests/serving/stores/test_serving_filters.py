@@ -75,6 +75,7 @@ def test_a_gallery_without_columns() -> None:
         parse_where("a=1", {})
 
 
+@pytest.mark.slow
 @given(st.text(max_size=20))
 def test_a_quoted_text_is_that_text(text: str) -> None:
     quoted = '"' + text.replace('"', '""') + '"'

@@ -93,6 +93,7 @@ def same(answer: Any, expected: list[tuple[str, float]]) -> None:
     np.testing.assert_allclose(answer.scores, [score for _, score in expected], atol=2e-6)
 
 
+@pytest.mark.slow
 def test_nearest_rows_with_their_columns(place: str) -> None:
     rows, queries = Rows(60), np.random.default_rng(1).standard_normal((5, D))
     assert not store_exists(place)
