@@ -106,6 +106,7 @@ def test_items_without_a_label_are_never_drawn_and_said_once(form, repeat):
         BalancedBatchSampler([None] * 3, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [{"repeat": True}, {"repeat": True, "samples_per_class": 4}, {}, {"repeat": True, "world_size": 4}],

@@ -66,6 +66,7 @@ def near(shards, tmp_path_factory):
     return nearest_neighbors_on_disk(shards, K, tmp_path_factory.mktemp("near") / "new", ids=ids)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("metric", ["cosine", "dot"])
 def test_lists_are_those_of_all_pairs_up_to_the_recall_that_is_stated(metric, vectors, tmp_path):
     near = nearest_neighbors_on_disk(vectors, K, tmp_path / "new", metric=metric)
@@ -87,6 +88,7 @@ def test_lists_are_those_of_all_pairs_up_to_the_recall_that_is_stated(metric, ve
     assert (near.metric, near.exact, near.queries) == (metric, False, 500)
 
 
+@pytest.mark.slow
 def test_shards_processes_and_cells_in_a_graph_give_as_good_lists(
     shards, vectors, near, tmp_path, monkeypatch
 ):
@@ -227,6 +229,7 @@ def test_products_beyond_float16_are_refused_and_the_advice_works(tmp_path):
         nearest_neighbors_on_disk(x / 10, 5, tmp_path / "c", metric="dot")
 
 
+@pytest.mark.slow
 def test_a_killed_process_is_said():
     with pytest.raises(NearfarError, match="2 processes was killed: perhaps memory"):
         list(in_processes(2)(os._exit, [1, 1, 1]))
@@ -413,6 +416,7 @@ def test_wrong_vectors_folders_and_sizes(near, vectors, shards, tmp_path, monkey
         nearest_neighbors_on_disk(shards, K, tmp_path / "full")
 
 
+@pytest.mark.slow
 def test_a_recall_that_cannot_be_reached_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(disk_search, "_MOST_REFINE", 2)
     x = np.random.default_rng(0).standard_normal((3000, 64)).astype(np.float16)
@@ -435,6 +439,7 @@ def test_damaged_files_are_refused(tmp_path, vectors):
         MappedNeighbors(tmp_path)
 
 
+@pytest.mark.slow
 def test_the_command(shards, vectors, tmp_path):
     import pyarrow
     import pyarrow.parquet

@@ -56,6 +56,7 @@ def quietly(near, values=None) -> Neighbors:
         return Neighbors(near, values)
 
 
+@pytest.mark.slow
 @given(lists())
 @settings(deadline=None, max_examples=150)
 def test_a_row_is_a_set_in_the_order_it_was_given(given_list):
@@ -75,6 +76,7 @@ def test_a_row_is_a_set_in_the_order_it_was_given(given_list):
             assert result.similarities[row].tolist() == kept + [-np.inf] * (near.shape[1] - len(first))
 
 
+@pytest.mark.slow
 @given(
     lists(),
     st.integers(1, 45),
@@ -112,6 +114,7 @@ def test_every_item_once_an_epoch(given_list, batch, group, ratio, ranks, drop, 
     assert sampler.realised_hardness().items == n - sampler.remainder
 
 
+@pytest.mark.slow
 @given(st.integers(2, 60), st.integers(1, 30), st.integers(0, 2**32 - 1))
 @settings(deadline=None, max_examples=100)
 def test_tiles_and_lengths_use_every_item_once(n, batch, seed):

@@ -217,6 +217,7 @@ def identity(record):
     return record["json"]["id"] if "json" in record else record["id"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_state_in_mid_stream_goes_on_bit_for_bit(kind, readers):
     def fresh():
@@ -305,6 +306,7 @@ def test_a_pipeline_of_webdataset_is_a_source(tmp_path):
     assert sorted(int(record["__key__"]) for batch in stream for record in batch) == list(range(300))
 
 
+@pytest.mark.slow
 def test_files_are_read_from_any_place(tmp_path):
     import pickle
     import tarfile

@@ -113,6 +113,7 @@ def test_soft_becomes_the_mask():
     assert difference.fill_diagonal_(0).max() < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_gradients(symmetric):
     a, b = rows(5, 3)

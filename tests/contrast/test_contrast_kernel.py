@@ -329,6 +329,7 @@ def test_small_sums_in_double_precision():
         oracles.agree(value, (x, y), oracles.mean(oracles.info_nce(u, v, scale)), (u, v), 1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [1024, 1025])
 @pytest.mark.parametrize("scale", [12.0, 100.0])
 def test_large_batches_equal_one_matrix(n, scale):

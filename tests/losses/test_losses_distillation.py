@@ -74,6 +74,7 @@ def test_temperatures_in_float32(temperature):
     assert a.grad.isfinite().all()
 
 
+@pytest.mark.slow
 def test_gradcheck_and_parts():
     a, b, scale = draw(5, 3), draw(5, 3, seed=1), torch.tensor(2.0, dtype=torch.float64)
     teacher = draw(5, 5, seed=2)

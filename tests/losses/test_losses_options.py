@@ -137,6 +137,7 @@ def test_decoupled_pairs(negatives, temperature):
         oracles.agree(value, (a, b), wanted, exact, 1e-9)
 
 
+@pytest.mark.slow
 def test_records_of_denominators():
     z = draw(N, 5)
     for denominator, where in (("own", "outside"), ("negatives", "outside"), ("negatives", "inside")):

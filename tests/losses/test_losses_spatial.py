@@ -106,6 +106,7 @@ def test_the_regulariser_is_the_derivative_by_the_scale():
         assert with_it.item() - plain.item() == pytest.approx(0.3 * slope**2, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_long_vectors_that_are_not_brought_to_unit_length():
     for length, way in itertools.product((0.1, 2.0, 2.6, 20.0), WAYS):
         a, b = ((x * length).detach().float().requires_grad_() for x in views())

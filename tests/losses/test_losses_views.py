@@ -191,6 +191,7 @@ def test_supcon_takes_rows_of_the_same_label_as_positives() -> None:
     assert value == pytest.approx(expected, rel=1e-9)
 
 
+@pytest.mark.slow
 def test_gradients_reach_every_view_and_the_scale() -> None:
     views = {name: draw(4, 3, seed=seed).requires_grad_() for seed, name in enumerate("abc")}
     scale = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)

@@ -187,6 +187,7 @@ def test_intervals_cover() -> None:
     assert held >= 25, f"{held} of 30"
 
 
+@pytest.mark.slow
 def test_a_change_is_paired_and_falls_into_two_modes() -> None:
     worse, true = one_each(5, 100, 8.0, 8.0)
     better = Boxes(

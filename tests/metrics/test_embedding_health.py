@@ -103,6 +103,7 @@ def test_ties_share_the_last_places() -> None:
     assert hubness(torch.randn(20, 4), torch.ones(15, 4), k=10) == 0.0
 
 
+@pytest.mark.slow
 def test_ranges_at_the_extremes() -> None:
     generator = torch.Generator().manual_seed(0)
     sphere = torch.randn(4000, 32, generator=generator)

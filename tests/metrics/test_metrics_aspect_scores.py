@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 from nearfar.data.reviews.labels import LabelScheme
 from nearfar.metrics.aspect_scores import HEADLINE, Decision, choose_decision, polarity_weights, score_split
 
 
+@pytest.mark.slow
 def test_thresholds_are_the_best_of_their_kind() -> None:
     rng = np.random.default_rng(0)
     truth = (rng.random((800, 2)) < (0.5, 0.2)).astype(int) * 3

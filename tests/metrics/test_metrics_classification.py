@@ -143,6 +143,7 @@ def test_constants_are_the_best_there_is() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_intervals_resample_reviews_and_shares_average_to_the_metric() -> None:
     truth, found = answers(11, n=400)
     counts = pair_counts(truth, found, PAIRS)

@@ -45,6 +45,7 @@ def as_table(ranks: Ranks) -> dict[int, tuple[int, ...]]:
     return dict(zip(ranks.queries.tolist(), zip(*(c.tolist() for c in columns), strict=True), strict=True))
 
 
+@pytest.mark.slow
 def test_random_vectors_score_chance_and_no_more():
     """The example of one labelled set: 4 of 49 others are right, and the best of them is found by luck."""
     label = np.repeat(np.arange(10), 5)
@@ -77,6 +78,7 @@ def test_the_case_that_users_met():
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["labels", "matrix"])
 @pytest.mark.parametrize("dense", [None, True, False])
 @settings(max_examples=25, deadline=None)
@@ -289,6 +291,7 @@ def test_positions_that_look_like_labels_go_in_as_lists():
     )
 
 
+@pytest.mark.slow
 def test_tiles_give_what_the_whole_matrix_gives():
     x, label = rows_of(3000, 16), np.arange(3000) // 3
     ranks = retrieval_ranks(x, x, (label, label), leave_one_out=True, tile=(64, 128))

@@ -55,6 +55,7 @@ def test_ties_are_means_over_every_order():
             assert scores[ours][0] == pytest.approx(of([each[other] for each in every]), abs=1e-12), ours
 
 
+@pytest.mark.slow
 def test_chance_is_a_random_order_of_the_collection():
     ranking, qrels = made(queries=3, documents=60, depth=10)
     scores = score_ranking(ranking, qrels, ["nDCG@10", "recall@5", "MAP"], documents=60)

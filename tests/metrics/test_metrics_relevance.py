@@ -373,6 +373,7 @@ def test_the_case_that_users_met():
     assert (one["R@1"].n, one["R@1"].value) == (2, 1.0)
 
 
+@pytest.mark.slow
 def test_a_wide_relation_is_read_in_time():
     rows = np.random.default_rng(0).random((2000, 500)) < 0.01
     with warnings.catch_warnings():

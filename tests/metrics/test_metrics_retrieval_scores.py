@@ -80,6 +80,7 @@ def every_order(scores: np.ndarray, candidates: list[int]) -> list[list[int]]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("leave_one_out", [False, True])
 @pytest.mark.parametrize("gain", ["linear", "exponential"])
 def test_expectations_are_means_over_every_order_of_every_tie(leave_one_out, gain):
@@ -134,6 +135,7 @@ def test_trec_eval_without_ties():
         np.testing.assert_allclose(scores[ours], expected, rtol=0, atol=1e-9, err_msg=ours)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("both", [False, True])
 @pytest.mark.parametrize("pairs", [None, 7, 100])
 def test_tiles_and_blocks_do_not_change_the_scores(both, pairs):

@@ -220,6 +220,7 @@ def test_detections_are_in_pixels_and_in_order() -> None:
         detector.detections(output, [])
 
 
+@pytest.mark.slow
 def test_decoding_a_kept_map_is_the_whole_network() -> None:
     pixels = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(2))
     for kind in ("small", "efficientnet", "mobilenet"):

@@ -155,6 +155,7 @@ def test_sizes(tmp_path: Path) -> None:
         ImageTower("small", size="own").fit([path])
 
 
+@pytest.mark.slow
 @needs_weights
 def test_packaged_weights_are_frozen_below_a_head_or_trained() -> None:
     pictures = PICTURES[:5]

@@ -146,6 +146,7 @@ def test_reason_why_a_smiles_is_no_molecule(smiles, words, capfd):
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.slow
 def test_masking_hides_whole_atoms_at_the_asked_rate():
     table = GraphTable.from_smiles(["c1ccccc1CCO"] * 2000, cache=False)
     graph = table.batch(range(2000))

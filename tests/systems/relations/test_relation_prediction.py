@@ -88,6 +88,7 @@ def own_pairs(run: RunFolder, split: str) -> tuple[list[tuple[str, ...]], Predic
     return keys(pairs.image, pairs.subject_box, pairs.object_box), said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [["categories=true"], ["data.photos=none"], ["keep_inputs=false"]])
 def test_prediction_is_what_the_evaluation_said(tmp_path: Path, folder: Path, options: list[str]) -> None:
     run = train(tmp_path, folder, *options)
@@ -124,6 +125,7 @@ def test_prediction_is_what_the_evaluation_said(tmp_path: Path, folder: Path, op
         assert row["probability"] == max(of_row)
 
 
+@pytest.mark.slow
 def test_scores_of_the_same_pairs_are_equal_to_the_last_bit(run: RunFolder) -> None:
     """The test split again, in the batches of the evaluation."""
     from nearfar.config.compose import read_config
@@ -288,6 +290,7 @@ def test_an_exported_folder_predicts_the_same(
     assert nearfar.load(tmp_path / "model", "cpu").predict(source).columns == trained.predict(source).columns
 
 
+@pytest.mark.slow
 def test_runs_without_probe_or_towers(run: RunFolder, folder: Path, tmp_path: Path) -> None:
     """The probe is fitted anew from the run's data, and so are towers; where the data has changed, that is said."""
     old = tmp_path / "old"

@@ -75,6 +75,7 @@ def run(tmp_path: Path, folder: Path, *overrides: str) -> RunFolder:
     return run_one(compose_config(every), every, False, QUIET)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("loss", "sampler"), [("infonce", "random"), ("supcon", "balanced"), ("supcon_inside", "random")]
 )
@@ -104,6 +105,7 @@ def test_every_loss_and_every_sampler(tmp_path: Path, folder: Path, loss: str, s
         assert "data:image/jpeg;base64" in page
 
 
+@pytest.mark.slow
 def test_boxes_that_tell_the_relation_are_learned(tmp_path: Path, folder: Path) -> None:
     test = run(tmp_path, folder, "data.photos=none").read_json("metrics.json")["splits"]["test"]
     assert test["probe/accuracy"]["low"] > test["probe/accuracy"]["chance"] + 0.2
@@ -111,6 +113,7 @@ def test_boxes_that_tell_the_relation_are_learned(tmp_path: Path, folder: Path) 
     assert "visual_only/accuracy" not in test
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("photos", ["optional", "none"])
 def test_killed_run_resumes_bit_for_bit(tmp_path: Path, folder: Path, photos: str) -> None:
     """With dropout, jittered boxes and, for some pairs, pixels."""
@@ -128,6 +131,7 @@ def test_killed_run_resumes_bit_for_bit(tmp_path: Path, folder: Path, photos: st
     assert first == second
 
 
+@pytest.mark.slow
 def test_compose_scenes_run(tmp_path: Path) -> None:
     every = [
         "experiment=relations",
@@ -143,6 +147,7 @@ def test_compose_scenes_run(tmp_path: Path) -> None:
     assert layout["splits"]["test"]["images"] == 10
 
 
+@pytest.mark.slow
 def test_rescoring_an_older_model(tmp_path: Path, folder: Path) -> None:
     finished = run(tmp_path, folder, "relations=all10")
     kept = Predictions.load(finished.path, "test")
@@ -161,6 +166,7 @@ def test_rescoring_an_older_model(tmp_path: Path, folder: Path) -> None:
         rescore(five.path, ["on", "left of"])
 
 
+@pytest.mark.slow
 def test_cross_validation_judges_every_pair_once(tmp_path: Path, folder: Path) -> None:
     def train(arguments: list[str]) -> None:
         for overrides in expand([a for a in arguments if not a.startswith("-")]):
@@ -317,6 +323,7 @@ def test_towers_read_crops_and_names(tmp_path: Path, folder: Path) -> None:
         CropTower({"kind": "small"}, 32).read(seen)
 
 
+@pytest.mark.slow
 def test_hard_batches_and_a_memory(tmp_path: Path, folder: Path) -> None:
     """What the mechanism has beyond this system's own: neighbours by the boxes, earlier pairs as negatives."""
     options = ["sampler=hard", "hardness_k=20", "memory=32", "learn_temperature=true", "trainer.log_every=1"]
@@ -327,6 +334,7 @@ def test_hard_batches_and_a_memory(tmp_path: Path, folder: Path) -> None:
     assert finished.read_json("dataset_layout.json")["neighbors"]["of"] == "spatial"
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_before_the_towers_loads(tmp_path: Path, folder: Path) -> None:
     old = run(tmp_path, folder, "epochs=1", "name=old")
     for path in (old.path / "checkpoints").iterdir():
@@ -341,6 +349,7 @@ def test_a_checkpoint_of_before_the_towers_loads(tmp_path: Path, folder: Path) -
     assert Checkpoint.load(resumed.path).epoch == 2
 
 
+@pytest.mark.slow
 def test_batches_hold_one_sort(folder: Path) -> None:
     seen = np.arange(50) % 5 == 0
     sampler = BatchesBySort(seen, 8, seed=3)
@@ -441,6 +450,7 @@ def test_bad_options_say_what_to_do(tmp_path: Path, folder: Path, overrides: lis
         run(tmp_path, folder, *overrides)
 
 
+@pytest.mark.slow
 def test_damaged_photos_cost_their_pixels_alone(tmp_path: Path) -> None:
     folder = write_vrd(tmp_path / "data", 40, 30)
     data = (folder / "images" / "3.jpg").read_bytes()
