@@ -19,7 +19,7 @@ help:  ## what there is
 
 setup: $(STAMP)  ## virtual environment with everything the tests and the docs need (about five minutes)
 
-# what the demo needs is a third of what the tests need, and is there first
+# what the demo needs is less than half of what the tests need, and is there first
 $(DEMO): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "nearfar needs Python 3.11 or newer; set PYTHON=..."; exit 1; }
 	@echo "a virtual environment in $(VENV) (a few seconds)"
