@@ -454,7 +454,7 @@ def override_config(config: RunOptions | DictConfig | Json, overrides: Sequence[
     if is_dataclass(config):
         plain: object = to_dict(config)
     else:
-        nodes = config if isinstance(config, DictConfig) else OmegaConf.create(config)
+        nodes = config if isinstance(config, DictConfig) else OmegaConf.create(cast("Json", config))
         plain = OmegaConf.to_container(nodes, resolve=True)
     copy = OmegaConf.create(plain)
     assert isinstance(copy, DictConfig)
