@@ -451,11 +451,11 @@ def override_config(config: RunOptions | DictConfig | Json, overrides: Sequence[
     >>> changed.lr, changed.sampler.name, config["lr"]
     (0.2, 'hard', 0.1)
     """
-    if is_dataclass(config):
-        plain: object = to_dict(config)
-    else:
-        nodes = config if isinstance(config, DictConfig) else OmegaConf.create(cast("Json", config))
-        plain = OmegaConf.to_container(nodes, resolve=True)
+    plain = (
+        to_dict(config)
+        if is_dataclass(config)
+        else OmegaConf.to_container(OmegaConf.create(config), resolve=True)
+    )
     copy = OmegaConf.create(plain)
     assert isinstance(copy, DictConfig)
     system = str(copy.get("system"))
