@@ -228,9 +228,7 @@ def test_the_example_of_pictures(tmp_path: Path) -> None:
     """EfficientNet-lite0 with a trained head, by ONNX Runtime and Pillow, as the page has it."""
     from PIL import Image
 
-    run = tiny_runs.train(
-        "labels", tmp_path, "image_encoder=efficientnet", "image_encoder.size=32", "data.limit=64"
-    )
+    run = tiny_runs.train("labels", tmp_path, "image_encoder=efficientnet", "image_encoder.size=64")
     exported = export_run(run, tmp_path / "FOLDER", "onnx")
     (tmp_path / "FOLDER" / exported.views[0]).rename(tmp_path / "FOLDER" / "image")
     rng = np.random.default_rng(0)
