@@ -28,6 +28,8 @@ from nearfar.serving.stream import embed_file
 from nearfar.systems import check_config
 from nearfar.terminal import console
 from nearfar.training.checkpoint import Checkpoint
+from nearfar.training.loop import Interrupted
+from nearfar.training.ray_workers import run_on_cluster
 from nearfar.training.run_folder import RunFolder
 from nearfar.tune import tune
 from processes import SECONDS, together
@@ -179,6 +181,25 @@ def test_a_lost_node_changes_nothing_in_a_run(
     (resumed,) = run.read_json("resumed.json")
     assert 0 < resumed["step"] < max(record["step"] for record in run.log())
     assert resumed["changed"] == {}
+
+
+def test_processes_that_stop_unasked_start_again(nodes: Nodes, tmp_path: Path) -> None:
+    """A process that sees its node go asks all others to stop, which may all be done before Ray notices."""
+    trainer = check_config(compose_config(options(tmp_path, "unused", "trainer.engine=ray"))).trainer
+
+    def work() -> str:
+        stopped = tmp_path / f"stopped-{os.environ['RANK']}"
+        if not stopped.exists():
+            stopped.touch()
+            raise Interrupted("the run's folder")
+        return os.environ["RANK"]
+
+    said: list[str] = []
+    assert run_on_cluster(work, trainer, said.append) == "0"
+    assert any(
+        "a node was lost: all 2 start again from the last checkpoint (restart 1 of 3)" in line
+        for line in said
+    )
 
 
 # -- embedding -----------------------------------------------------------------------------------------------

@@ -161,6 +161,9 @@ def _run(actors: list[ActorHandle], work: Callable[[], T]) -> tuple[str | None, 
                         raise value
                 elif rank == 0:
                     first = value
+        if any(isinstance(error, Interrupted) for error in failed) and not request.stop:
+            # Nobody here asked: a process saw its node go, and all of them stopped before Ray noticed.
+            return "a node", None
     if failed:
         raise failed[0]
     return None, first
