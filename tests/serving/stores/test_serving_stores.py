@@ -310,6 +310,11 @@ def indexes_here() -> bool:
                 )
                 connection.execute("CREATE INDEX ON t USING hnsw (v vector_ip_ops)")
         except psycopg.OperationalError:
+            # Asked to end, a server that recovers from this is waited for a minute.
+            with contextlib.suppress(Exception):
+                pgserver.pg_ctl(
+                    ["-m", "immediate", "stop"], pgdata=running.pgdata, user=running.system_user, timeout=10
+                )
             return False
         finally:
             with contextlib.suppress(Exception):
