@@ -17,7 +17,7 @@ gc.disable()
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that take minutes, mostly of waiting, begin first: at the end two of three processes would wait for them."""
+    """Files that take minutes, mostly of waiting, begin first: two of three processes would wait for them at the end."""
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 

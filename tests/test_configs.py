@@ -130,6 +130,14 @@ def test_systems_may_mean_different_options_by_one_name(monkeypatch: pytest.Monk
     ("overrides", "message"),
     [
         (["experiment=molecules", "data=csv"], "there is no such data of molecules; known: molecules"),
+        (
+            ["experiment=pairs", "data=new/pairs.csv"],
+            r"data=new/pairs.csv: a file .* by data.train= or .* or data.dir=",
+        ),
+        (
+            ["experiment=pairs", "text_encoder=/models/own"],
+            r"text_encoder=/models/own: a .* by text_encoder.model=",
+        ),
         (["experiment=fair_detection", "data=pictures"], "there is no such data of fair_detection"),
         (
             ["experiment=relations", "loss.sum=inside"],

@@ -78,6 +78,8 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("RAY_AUTH_MODE", "disabled")  # no token is written into the home of whoever runs this
         patch.setenv("OMP_NUM_THREADS", "1")
+        # Ray's processes give way to all others, such as tests beside these, and would take ten times as long.
+        patch.setenv("RAY_worker_niceness", "0")
         patch.setenv("NEARFAR_CACHE", str(tmp_path_factory.mktemp("cache")))
         made = Nodes()
         patch.setenv("RAY_ADDRESS", made.cluster.address)

@@ -377,6 +377,10 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
     choice = re.search(r"Could not find '([^/']+)/([^']+)'", text)
     if choice and (group := choice.group(1)) in groups:
         name = choice.group(2)
+        table = option_table(options_class(system)) if system else {}
+        places = [f"{key}=" for key, each in table.items() if key.startswith(f"{group}.") and each.place]
+        if places and (Path(name).suffix or "/" in name or _exists(Path(name))):
+            return f"{group}={name}: a file or folder is given by {' or '.join(places)}"
         return f"{group}={name}: there is no such {group}{of}; {nearest_name(name, groups[group])}"
     if "Config group override" in text:
         for each in overrides:
