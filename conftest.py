@@ -17,7 +17,7 @@ gc.disable()
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that take minutes, mostly of waiting, begin first: two of three processes would wait for them at the end."""
+    """Files that take minutes, mostly of waiting, begin first: at the end two processes would wait for the third."""
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 

@@ -38,7 +38,7 @@ CORE = [
     {"contrast"},
     {"schedules", "labels", "configs", "terminal", "ids", "directions", "cluster"},
     {"arguments"},
-    {"errors"},
+    {"errors", "lazy"},
 ]
 FLOORS = [*VERBS, *WORKBENCH_ABOVE, *APPLICATIONS, *WORKBENCH, *CORE]
 LEVEL = {name: level for level, floor in enumerate(FLOORS) for name in floor}
@@ -139,6 +139,13 @@ def test_losses_and_samplers_load_no_frameworks() -> None:
 
 def test_a_store_opens_without_torch() -> None:
     assert not loaded("import nearfar.serving.stores.faiss_file") & (HEAVY | {"torch"})
+
+
+@pytest.mark.slow
+def test_runs_are_read_compared_and_shown_without_torch() -> None:
+    """Reading, comparing, reporting and the board work on numbers of finished runs; PyTorch takes seconds to load."""
+    read = "import nearfar.doctor.run, nearfar.lab.compare, nearfar.lab.report, nearfar.board.server"
+    assert "torch" not in loaded(read)
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ Ids may repeat; what needs distinct ones says so.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence, Set
@@ -24,7 +25,7 @@ from nearfar.errors import NearfarError
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Ids", "canonical_ids", "first_difference", "kind_of", "plain_ids"]
+__all__ = ["Ids", "canonical_ids", "first_difference", "kind_of", "plain_ids", "split_hash"]
 
 #: names of items, one each, in order
 Ids: TypeAlias = "Sequence[Hashable] | np.ndarray"
@@ -162,3 +163,19 @@ def _plain(value: object, at: int, what: str) -> Hashable:
     if isinstance(value, (UUID, date, Decimal)):
         return str(value)
     raise NearfarError(f"{what}: item {at} is a {type(value).__name__}; {_ADVICE}")
+
+
+def split_hash(ids: Iterable[object]) -> str:
+    """Sixteen hexadecimal digits that identify a set of item ids, in whatever order they come.
+
+    Equal ids in a different container or integer width are equal, 1 and "1" are not. An id that comes
+    twice counts twice. Raises ``NearfarError`` for a missing id, and for anything that is no collection of ids.
+
+    >>> split_hash(["b", "a"]) == split_hash(["a", "b"])
+    True
+    """
+    # repr tells 1 from "1"; the length prefix keeps ("ab", "c") apart from ("a", "bc").
+    digest = hashlib.sha256()
+    for name in sorted(map(repr, plain_ids(ids))):
+        digest.update(f"{len(name)}:{name}".encode())
+    return digest.hexdigest()[:16]

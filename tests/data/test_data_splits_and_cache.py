@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from nearfar.data.cache import cache_dir, cached_array, cached_arrays, content_key
-from nearfar.data.splits import check_disjoint, split_hash
+from nearfar.data.splits import check_disjoint
 from nearfar.errors import NearfarError
+from nearfar.ids import split_hash
 
 
 @pytest.fixture

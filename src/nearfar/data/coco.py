@@ -41,8 +41,8 @@ from nearfar.data.coco_rows import (
 )
 from nearfar.data.files import Json
 from nearfar.data.rejections import Rejections
-from nearfar.data.splits import split_hash
 from nearfar.errors import NearfarError, nearest_name
+from nearfar.ids import split_hash
 
 __all__ = ["CocoImage", "CocoSplit", "coco_files", "read_coco"]
 

@@ -14,8 +14,8 @@ from jaxtyping import Bool, Int
 from nearfar.data.cache import content_key
 from nearfar.data.files import Json
 from nearfar.data.rejections import Rejections
-from nearfar.data.splits import split_hash
 from nearfar.errors import NearfarError, nearest_name
+from nearfar.ids import split_hash
 
 __all__ = [
     "Column",

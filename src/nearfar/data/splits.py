@@ -10,9 +10,8 @@ from typing import Literal, Protocol
 from nearfar.data.files import Json
 from nearfar.errors import NearfarError
 from nearfar.ids import plain_ids
-from nearfar.metrics.estimate import split_hash
 
-__all__ = ["SPLIT_NAMES", "check_disjoint", "column_name", "data_paths", "split_hash"]
+__all__ = ["SPLIT_NAMES", "check_disjoint", "column_name", "data_paths"]
 
 
 SPLIT_NAMES = {

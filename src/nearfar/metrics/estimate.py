@@ -7,10 +7,9 @@ one. An ``Estimate`` carries all four, and ``comparable`` refuses when they diff
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,9 +17,8 @@ from nearfar.arguments import any_number, flag, instance, mapping, shown, text, 
 from nearfar.data.files import Json
 from nearfar.directions import lower_is_better
 from nearfar.errors import NearfarError
-from nearfar.ids import plain_ids
 
-__all__ = ["Estimate", "comparable", "split_hash"]
+__all__ = ["Estimate", "comparable"]
 
 # How the interval was computed does not change what was measured.
 _NOT_IDENTITY = frozenset({"interval", "confidence", "resamples", "seed"})
@@ -172,22 +170,6 @@ def comparable(a: Estimate, b: Estimate) -> str | None:
     if a.trivial or b.trivial:
         return f"{a.metric} is trivial here: the cut-off reaches the gallery, and every model scores the same"
     return None
-
-
-def split_hash(ids: Iterable[object]) -> str:
-    """Sixteen hexadecimal digits that identify a set of item ids, in whatever order they come.
-
-    Equal ids in a different container or integer width are equal, 1 and "1" are not (`nearfar.ids`). An id that comes
-    twice counts twice. Raises ``NearfarError`` for a missing id, and for anything that is no collection of ids.
-
-    >>> split_hash(["b", "a"]) == split_hash(["a", "b"])
-    True
-    """
-    # repr tells 1 from "1"; the length prefix keeps ("ab", "c") apart from ("a", "bc").
-    digest = hashlib.sha256()
-    for name in sorted(map(repr, plain_ids(ids))):
-        digest.update(f"{len(name)}:{name}".encode())
-    return digest.hexdigest()[:16]
 
 
 def _to_json(number: float) -> float | str:

@@ -12,7 +12,7 @@ from nearfar.arguments import choice, shown, whole_number
 from nearfar.data.files import Json
 from nearfar.data.rankings import RankedLists
 from nearfar.errors import NearfarError
-from nearfar.metrics.estimate import split_hash
+from nearfar.ids import split_hash
 from nearfar.metrics.ranks import NOWHERE, Places
 from nearfar.metrics.retrieval_inputs import check_cutoffs
 from nearfar.metrics.retrieval_scores import (

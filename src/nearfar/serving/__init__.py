@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-__all__ = ["Hit", "Hits", "Predictions", "Trained", "load"]
+from nearfar.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from nearfar.serving.search import Hit, Hits
-    from nearfar.serving.trained import Predictions, Trained, load
+    from nearfar.serving.search import Hit as Hit
+    from nearfar.serving.search import Hits as Hits
+    from nearfar.serving.trained import Predictions as Predictions
+    from nearfar.serving.trained import Trained as Trained
+    from nearfar.serving.trained import load as load
 
-_PLACES = {
+# Resolved on first use: a store is opened in a fraction of the time that PyTorch takes to load.
+_HOME = {
     "Hit": "search",
     "Hits": "search",
     "Predictions": "trained",
     "Trained": "trained",
     "load": "trained",
 }
+__all__ = list(_HOME)
 
-
-def __getattr__(name: str) -> Any:
-    # A store is opened in a fraction of the time that PyTorch takes to load.
-    if name in _PLACES:
-        return getattr(importlib.import_module(f"nearfar.serving.{_PLACES[name]}"), name)
-    raise AttributeError(f"module 'nearfar.serving' has no attribute '{name}'")
+__getattr__, __dir__ = lazy_names(__name__, _HOME)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import base64
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING
 
-import torch
 from jaxtyping import Float
-from torch import Tensor
-from torch.nn.functional import normalize
 
 from nearfar.data.files import Json
 from nearfar.errors import NearfarError
 from nearfar.training.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["Picture", "Section", "Table", "read_sections", "retrieval_examples", "write_sections"]
 
@@ -34,11 +35,15 @@ def retrieval_examples(
 
     ``query`` and ``item`` say what is shown of a position: a ``text``, perhaps an ``svg``.
 
+    >>> import torch
     >>> rows = torch.eye(3)
     >>> examples = retrieval_examples(rows, rows, lambda i: {"text": f"q{i}"}, lambda i: {"text": f"k{i}"})
     >>> examples[0]["kind"], examples[0]["rank"], examples[0]["gallery"], examples[0]["items"][0]["correct"]
     ('right', 1, 3, True)
     """
+    import torch
+    from torch.nn.functional import normalize
+
     queries, keys = normalize(queries.float(), dim=1), normalize(keys.float(), dim=1)
     order = torch.randperm(len(queries), generator=torch.Generator().manual_seed(seed))
     wanted = dict.fromkeys(KINDS, EXAMPLES)

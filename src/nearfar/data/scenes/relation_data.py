@@ -18,8 +18,9 @@ from nearfar.data.picture_files import PictureFile, PictureFiles, check_pictures
 from nearfar.data.rejections import Rejections
 from nearfar.data.scenes.readers import LAYOUTS, Places, annotation_files
 from nearfar.data.scenes.triples import Pairs, Triple, collect_pairs
-from nearfar.data.splits import check_disjoint, split_hash
+from nearfar.data.splits import check_disjoint
 from nearfar.errors import NearfarError
+from nearfar.ids import split_hash
 
 __all__ = ["PhotoUse", "PictureShares", "RelationData", "read_triples", "split_relations", "usable_photos"]
 
