@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -116,6 +117,33 @@ def test_an_address_where_nothing_listens(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     with pytest.raises(NearfarError, match="no cluster answers there"), connect("a test"):
         pass
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "first:", ":6379"])
+def test_an_address_without_host_or_port(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with (
+        pytest.raises(NearfarError, match=f"RAY_ADDRESS={address} is no address.*HOST:PORT"),
+        connect("a test"),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("error", [ConnectionError, ray.exceptions.AuthenticationError])
+def test_a_cluster_that_cannot_be_joined_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    """And not a reason to work on this machine alone, as where no cluster was named."""
+
+    def refuse(address: str, **options: object) -> None:
+        assert address == "auto", "a cluster of its own is started"
+        raise error("InvalidAuthToken")
+
+    monkeypatch.setattr(ray, "init", refuse)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{listening.getsockname()[1]}")
+        with pytest.raises(NearfarError, match=r"RAY_ADDRESS=127.*RAY_AUTH_TOKEN"), connect("a test"):
+            pass
 
 
 # -- tasks ---------------------------------------------------------------------------------------------------

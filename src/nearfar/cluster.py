@@ -32,6 +32,8 @@ Result = TypeVar("Result")
 PATIENCE = 15.0
 #: how often a task is given out again whose process or node was lost
 RETRIES = 3
+#: values of RAY_ADDRESS that name no cluster
+NO_ADDRESS = ("", "auto", "local")
 
 
 def require_ray(what: str) -> ModuleType:
@@ -53,7 +55,7 @@ def connect(what: str, cpus: float = 1) -> Iterator[ModuleType]:
     One that is started here has at least ``cpus`` CPUs, as torchrun starts processes without counting cores. A
     connection that was there before is used and left as it is.
 
-    Raises ``NearfarError`` where Ray is not installed, or where ``RAY_ADDRESS`` leads nowhere.
+    Raises ``NearfarError`` where Ray is not installed, or where the cluster of ``RAY_ADDRESS`` cannot be joined.
     """
     ray = require_ray(what)
     if ray.is_initialized():
@@ -66,7 +68,12 @@ def connect(what: str, cpus: float = 1) -> Iterator[ModuleType]:
     _check_address()
     try:
         ray.init("auto", **common)
-    except ConnectionError:  # none is running
+    except (ConnectionError, ray.exceptions.AuthenticationError) as error:
+        address = os.environ.get("RAY_ADDRESS", "auto")
+        if address not in NO_ADDRESS or not isinstance(error, ConnectionError):
+            ray.shutdown()
+            raise _not_joined(address) from None
+        # none is running
         _start_here(ray, int(max(os.cpu_count() or 1, cpus)), common)
     try:
         yield ray
@@ -90,9 +97,14 @@ def _start_here(ray: ModuleType, cpus: int, common: Mapping[str, object]) -> Non
 def _check_address() -> None:
     """``NearfarError`` where nothing listens at ``RAY_ADDRESS``; Ray itself would try for minutes."""
     address = os.environ.get("RAY_ADDRESS", "")
-    host, _, port = address.rpartition(":")
-    if not host or "://" in address or not port.isdigit():
+    if address in NO_ADDRESS or "://" in address:
         return
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise NearfarError(
+            f"RAY_ADDRESS={address} is no address of a cluster. Set it to HOST:PORT as ray start --head prints it (the "
+            "port is 6379 unless chosen), or unset it to use this machine alone."
+        )
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
     except OSError as error:
@@ -100,6 +112,16 @@ def _check_address() -> None:
             f"RAY_ADDRESS={address}: no cluster answers there ({error}). Start one (ray start --head), or unset "
             "RAY_ADDRESS to use this machine alone."
         ) from None
+
+
+def _not_joined(address: str) -> NearfarError:
+    """Something listens at the address, and yet: the usual reason is a token, which Ray names among much else."""
+    return NearfarError(
+        f"RAY_ADDRESS={address}: Ray could not join the cluster there. If it asks for a token (ray start has said so, "
+        "or lines above name InvalidAuthToken), set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to what ray get-auth-token "
+        "prints on its first node. Else see with ray status whether a cluster of the same version of Ray runs there; "
+        "unset RAY_ADDRESS to use this machine alone."
+    )
 
 
 def total(resource: str) -> float:

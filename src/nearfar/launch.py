@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hydra.core.override_parser.types import IntervalSweep
 from omegaconf import DictConfig, OmegaConf
@@ -44,9 +45,11 @@ from nearfar.errors import NearfarError
 from nearfar.training import ranks
 from nearfar.training.checkpoint import Resume, find_checkpoint
 from nearfar.training.fabric import processes_to_start
-from nearfar.training.loop import Watch
 from nearfar.training.ranks import run_processes
 from nearfar.training.run_folder import RunFolder, same_file
+
+if TYPE_CHECKING:
+    from nearfar.training.loop import Watch
 
 __all__ = [
     "absolute_paths",

@@ -32,7 +32,7 @@ SCAN_SECONDS = 1.0
 #: bytes at the end of a log that are read for the table: of a run in progress, and of one that is finished
 TAIL, TAIL_FINISHED = 65_536, 4096
 #: seconds that an answer takes to read runs that are new; the others are read beside
-READ_SECONDS = 0.8
+READ_SECONDS = 0.6
 #: options that are columns of the table, at most
 OPTIONS = 40
 
@@ -256,8 +256,10 @@ def _configured(content: object) -> Json:
 def _flat(content: Mapping[object, object], before: str = "") -> dict[str, object]:
     flat: dict[str, object] = {}
     for key, value in content.items():
-        name = f"{before}{key}"
-        flat |= _flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{before}{key}.")
+        else:
+            flat[f"{before}{key}"] = value
     return flat
 
 

@@ -8,8 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-import torch
-
 from nearfar.config.compose import changed_values, saved_values
 from nearfar.config.training import RunOptions
 from nearfar.data.files import Json, Maybe, check_shape, write_atomically
@@ -56,6 +54,8 @@ class Checkpoint:
 
     def save(self, path: Path) -> None:
         """Write the checkpoint atomically."""
+        import torch
+
         write_atomically(path, lambda file: torch.save(_shallow(self), file))
 
     @property
@@ -71,6 +71,8 @@ class Checkpoint:
     @classmethod
     def load(cls, path: str | Path) -> Checkpoint:
         """Read a checkpoint; says what is wrong with a file that is none."""
+        import torch
+
         path = find_checkpoint(path)
         _check_size(path)
         try:
@@ -166,6 +168,8 @@ def generator_state() -> Json:
 
     One of several processes looks at its own device alone.
     """
+    import torch
+
     state: Json = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available() and ranks.count() > 1:
         state["cuda"] = [torch.cuda.get_rng_state()]
@@ -176,6 +180,8 @@ def generator_state() -> Json:
 
 def load_generator_state(state: Json, origin: str = "the checkpoint") -> None:
     """Set the generators back to a saved state; ``NearfarError`` for what is no state of a generator."""
+    import torch
+
     try:
         if "cpu" in state:
             torch.set_rng_state(state["cpu"])

@@ -11,9 +11,7 @@ from contextlib import contextmanager
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
-import torch
 from packaging.version import InvalidVersion, Version
-from torch import nn
 
 from nearfar.config.training import RunOptions, TrainerOptions
 from nearfar.data.files import Json
@@ -21,8 +19,10 @@ from nearfar.errors import NearfarError
 from nearfar.training import ranks
 
 if TYPE_CHECKING:
+    import torch
     from lightning_fabric import Fabric
     from lightning_fabric.wrappers import _FabricModule
+    from torch import nn
 
 __all__ = ["build_fabric", "check_devices", "distribute", "processes_to_start", "to_device"]
 
@@ -36,6 +36,8 @@ def processes_to_start(trainer: TrainerOptions) -> int:
         return 1
     if trainer.devices != "auto":
         return int(trainer.devices)
+    import torch
+
     if trainer.accelerator in ("cpu", "mps") or not torch.cuda.is_available():
         return 1
     return max(1, torch.cuda.device_count())
@@ -63,6 +65,8 @@ def check_devices(options: RunOptions) -> None:
 
 
 def _check_accelerator(trainer: TrainerOptions) -> None:
+    import torch
+
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     available = {"auto": True, "cpu": True, "gpu": cuda or mps, "cuda": cuda, "mps": mps}
     accelerator, devices = trainer.accelerator, trainer.devices
@@ -90,6 +94,8 @@ def _check_accelerator(trainer: TrainerOptions) -> None:
 
 def build_fabric(config: RunOptions) -> Fabric:
     """Fabric with the options of ``trainer=``, for this process or for all that train together."""
+    import torch
+
     with versions_by_metadata():
         from lightning_fabric import Fabric
         from lightning_fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
@@ -162,6 +168,8 @@ def distribute(fabric: Fabric, module: nn.Module) -> _FabricModule:
 
 
 def _set_determinism(settings: TrainerOptions) -> None:
+    import torch
+
     if not settings.deterministic:
         torch.use_deterministic_algorithms(False)
         return

@@ -10,12 +10,12 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any, TypeVar
-
-import torch
-import torch.distributed as dist
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from nearfar.errors import NearfarError
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
 
 __all__ = [
     "any_rank",
@@ -64,7 +64,7 @@ def start() -> int:
     CPU tensors travel by gloo, those of a GPU by NCCL.
     """
     global _store, _parent
-    if dist.is_initialized():
+    if _joined():
         return count()
     _take_from_slurm()
     promised = os.environ.get("WORLD_SIZE", "1")
@@ -78,6 +78,9 @@ def start() -> int:
             f"WORLD_SIZE={promised} promises several processes, but {', '.join(missing)} is not set. Start them with "
             f"trainer.devices={promised}, with torchrun or with srun; or unset WORLD_SIZE."
         )
+    import torch
+    import torch.distributed as dist
+
     here = int(os.environ.get("LOCAL_WORLD_SIZE", promised))
     by_gpu = torch.cuda.is_available() and here <= torch.cuda.device_count()
     if by_gpu:
@@ -104,8 +107,10 @@ def leave() -> None:
     lock, and the process would never end (pytorch issue 56297).
     """
     global _store, _parent
-    if not dist.is_initialized():
+    if not _joined():
         return
+    import torch.distributed as dist
+
     any_rank()
     gc.collect()
     dist.destroy_process_group()
@@ -145,13 +150,23 @@ def _take_from_slurm() -> None:
     }
 
 
+def _joined() -> bool:
+    """Whether this process trains with others; False before PyTorch is loaded, as when options are checked."""
+    dist = sys.modules.get("torch.distributed")
+    return dist is not None and dist.is_available() and dist.is_initialized()
+
+
 def count() -> int:
     """How many processes train together; 1 where this one is alone.
 
     >>> count(), rank(), is_first()
     (1, 0, True)
     """
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    if not _joined():
+        return 1
+    import torch.distributed as dist
+
+    return dist.get_world_size()
 
 
 def on_this_machine() -> int:
@@ -161,7 +176,11 @@ def on_this_machine() -> int:
 
 def rank() -> int:
     """The number of this process, from 0."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    if not _joined():
+        return 0
+    import torch.distributed as dist
+
+    return dist.get_rank()
 
 
 def is_first() -> bool:
@@ -177,6 +196,9 @@ def any_rank(*flags: bool) -> tuple[bool, ...]:
     """
     if count() == 1:
         return flags
+    import torch
+    import torch.distributed as dist
+
     joined = torch.tensor([0, *flags], dtype=torch.int32)
     dist.all_reduce(joined, op=dist.ReduceOp.MAX)
     return tuple(bool(value) for value in joined[1:].tolist())
@@ -206,6 +228,9 @@ def from_first(make: Callable[[], T]) -> T:
     """
     if count() == 1:
         return make()
+    import torch
+    import torch.distributed as dist
+
     content: list[Any] = [make() if is_first() else None]
     dist.broadcast_object_list(content, src=0, device=torch.device("cpu"))
     first: T = content[0]
@@ -220,6 +245,8 @@ def gathered(value: T) -> list[T]:
     """
     if count() == 1:
         return [value]
+    import torch.distributed as dist
+
     gathered: list[Any] = [None] * count()
     # Of all to all: gather to one is not offered by every backend.
     dist.all_gather_object(gathered, value)
