@@ -50,6 +50,8 @@ def test_mistakes_are_messages_and_not_tracebacks(tmp_path: Path) -> None:
         ("train", "experiment=molecules", "hard_rato=1"): "did you mean 'hard_ratio'",
         ("train",): "say which experiment",
         ("compare", "nowhere"): "no such run",
+        ("tune", "experiment=molecules", "lr=.1,.2", "--trial", "2"): "No such option: --trial",
+        ("train", "experiment=molecules", "lr=tag(log,.1"): "Close every bracket",
         ("report", "nowhere"): "no such file",
         ("doctor", "nowhere"): "no such folder",
         ("search", "nowhere", "a text"): "no such run",

@@ -201,6 +201,7 @@ def test_a_lost_node_changes_nothing_in_a_run(
     breaking.join()
     said = capsys.readouterr().out
     assert "was lost: all 2 start again from the last checkpoint (restart 1 of 3)" in said
+    assert sum(line.startswith("┃ metric") for line in said.splitlines()) == 1, "told by this process"
     by_torchrun = RunFolder(tmp_path / "torchrun")
     for name in ("last.ckpt", "best.ckpt"):
         a, b = (Checkpoint.load(each.checkpoints / name) for each in (by_torchrun, run))

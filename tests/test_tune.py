@@ -42,6 +42,27 @@ def test_values_of_a_record_are_the_choices_that_were_drawn() -> None:
         assert not tune._is_drawn({"data.train": "c", "lr": "0.2", "epochs": "3"} | wrong, space)
 
 
+def test_a_search_that_goes_on_draws_what_was_not_drawn_yet() -> None:
+    """After the trials that were cut off; the same seed would draw the first trials again."""
+    pytest.importorskip("ray")
+    space = drawn("lr=tag(log,interval(1e-4,1e-2))", "sampler=hard,random")
+    first = tune._searcher(space, "max", 0, [], [])
+    tried = [first.suggest(str(number)) for number in range(3)]
+    known, cut_off = (
+        [
+            tune.Candidate(
+                "run", {key: str(value) for key, value in values.items()}, reached, 5, pruned=False
+            )
+            for values in some
+        ]
+        for some, reached in ((tried[:2], 0.5), (tried[2:], None))
+    )
+    again = tune._searcher(space, "max", 0, known, cut_off)
+    following = [again.suggest(str(number)) for number in range(3)]
+    assert following[0] == tried[2]
+    assert not {values["lr"] for values in following[1:]} & {values["lr"] for values in tried}
+
+
 @pytest.mark.parametrize(
     ("last", "error", "prune", "expected"),
     [

@@ -209,7 +209,7 @@ def crossval(
 
 
 @app.command(
-    context_settings=HYDRA,
+    context_settings={"allow_extra_args": True},  # but no unknown --options, as nothing here goes to Hydra
     epilog=terminal.example(
         "nearfar tune experiment=molecules sampler=hard 'lr=tag(log,interval(1e-4,1e-2))' name=search --trials 40"
     ),

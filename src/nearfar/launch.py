@@ -14,6 +14,7 @@ import os
 import re
 import sys
 import tempfile
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -213,7 +214,6 @@ def run_one(
     is told the monitored metric on validation after every epoch.
     """
     from nearfar.lab.report import write_report
-    from nearfar.lab.table import metrics_tables
     from nearfar.systems import build_system, check_config
     from nearfar.training.fit import fit
 
@@ -250,13 +250,22 @@ def run_one(
     fit(system, options, folder, resume, say, None if together else console, watch)
     if not first_process:
         return folder
-    report = write_report(folder) if options.report else None
-    if not together:
-        for table in metrics_tables(folder):
-            console.print(table)
-    if report is not None:
-        say(f"report: {report}")
+    if options.report:
+        write_report(folder)
+    if place is None:  # else `run_on_ray` shows them: the last lines of a process on Ray may be lost with it
+        _show_results(folder, options, console, prefix, tables=not together)
     return folder
+
+
+def _show_results(
+    folder: RunFolder, options: RunOptions, console: Console, prefix: str = "", tables: bool = True
+) -> None:
+    from nearfar.lab.table import metrics_tables
+
+    for table in metrics_tables(folder) if tables else ():
+        console.print(table)
+    if options.report:
+        terminal.say(console, f"{prefix}report: {folder.path / 'report.html'}")
 
 
 def run_on_ray(
@@ -292,6 +301,7 @@ def run_on_ray(
         )
 
     run_on_cluster(work, options.trainer, lambda text: terminal.say(console, text))
+    _show_results(folder, options, console)
     return folder
 
 
@@ -403,6 +413,8 @@ def _launch(arguments: Sequence[str]) -> None:
     def job(config: DictConfig) -> str | float:
         return _job(config, swept, failures)
 
+    # joblib replaces a worker whose memory has grown by a third of a gigabyte, as a run's data do; no run is lost.
+    warnings.filterwarnings("ignore", "A worker stopped while some jobs were given", UserWarning)
     try:
         register_configs(*dict.fromkeys(run.system for run in runs), *(systems() if own_configs else ()))
         hydra.main(version_base="1.3", config_path="pkg://" + CONFIGS, config_name="train")(job)()

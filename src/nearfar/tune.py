@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.errors import HydraException
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
     from ray.tune import Callback, Result
     from ray.tune.experiment import Trial
+    from ray.tune.search.optuna import OptunaSearch
 
     from nearfar.data.files import Json
     from nearfar.lab.compare import Comparison
@@ -100,10 +101,10 @@ def _distribution(drawn: Override) -> BaseDistribution:
             return distributions.IntDistribution(low, high, log=log)
         return distributions.FloatDistribution(float(low or 0), float(high or 0), log=log)
     except (ValueError, HydraException) as error:
+        why = " ".join(str(error).split()).rstrip(".")
         raise NearfarError(
-            f"'{drawn.input_line}' is nothing to draw from ({' '.join(str(error).split())}). Give a list of values "
-            "(lr=0.1,0.2), or an interval from the smaller end to the larger, above 0 with log "
-            "('lr=tag(log,interval(1e-4,1e-2))')."
+            f"'{drawn.input_line}' is nothing to draw from ({why}). Give a list of values (lr=0.1,0.2), or "
+            "an interval from the smaller end to the larger, above 0 with log ('lr=tag(log,interval(1e-4,1e-2))')."
         ) from None
 
 
@@ -253,23 +254,13 @@ def _search(
     import optuna
     from ray import tune as ray_tune
     from ray.tune.schedulers import ASHAScheduler
-    from ray.tune.search.optuna import OptunaSearch
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    mode = "min" if falls else "max"
+    mode: Literal["min", "max"] = "min" if falls else "max"
     known, cut_off = _earlier(home, fixed, drawn, name)
     if known or cut_off:
         say(f"{home.path}: {len(known)} trials are finished, {len(cut_off)} go on")
-    searcher = OptunaSearch(
-        space={key: _distribution(each) for key, each in drawn.items()},
-        metric="objective",
-        mode=mode,
-        seed=config.seed,
-        points_to_evaluate=[_typed(each.values, drawn) for each in cut_off],
-    )
-    for each in known:
-        if each.objective is not None:
-            searcher.add_evaluated_point(_typed(each.values, drawn), each.objective)
+    searcher = _searcher(drawn, mode, config.seed, known, cut_off)
     left = trials - len(known)
     if left <= 0:
         return known
@@ -318,6 +309,29 @@ def _search(
     )
     results = tuner.fit()
     return [*known, *(_candidate(results[at], prune) for at in range(len(results)))]
+
+
+def _searcher(
+    drawn: Mapping[str, Override],
+    mode: Literal["min", "max"],
+    seed: int,
+    known: Sequence[Candidate],
+    cut_off: Sequence[Candidate],
+) -> OptunaSearch:
+    """Optuna's draws: first the trials that were cut off, then new ones, by what the known trials have reached."""
+    from ray.tune.search.optuna import OptunaSearch
+
+    searcher = OptunaSearch(
+        space={key: _distribution(each) for key, each in drawn.items()},
+        metric="objective",
+        mode=mode,
+        seed=seed + len(known) + len(cut_off),  # the seed of an earlier call would draw its trials again
+        points_to_evaluate=[_typed(each.values, drawn) for each in cut_off],
+    )
+    for each in known:
+        if each.objective is not None:
+            searcher.add_evaluated_point(_typed(each.values, drawn), each.objective)
+    return searcher
 
 
 def _reporter(epochs: int, ended: int, all_trials: int) -> Callback:

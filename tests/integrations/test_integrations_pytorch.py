@@ -174,6 +174,16 @@ def test_scores_may_be_plain_numbers_and_handed_over(tmp_path: Path) -> None:
             lambda path: Monitor(nn.Linear(2, 2), folder=path, monitor="MRR").epoch({"R@1": 0.1}),
             "no metric has this name",
         ),
+        (
+            lambda path: Monitor(
+                nn.Linear(2, 2), None, path, monitor="mrr", evaluate=lambda: {"MRR": 0.1}
+            ).start(),
+            "no metric has this name",
+        ),
+        (
+            lambda path: Monitor(nn.Linear(2, 2), None, path, evaluate=lambda: None).start(),  # type: ignore[arg-type,return-value]
+            "are a NoneType: evaluate is to return Scores",
+        ),
     ],
 )
 def test_mistakes(make: Callable[[Path], object], message: str, tmp_path: Path) -> None:

@@ -233,6 +233,14 @@ def test_bad_input_is_refused(model: SentenceTransformer) -> None:
         ours.InfoNCELoss(model, mini_batch_size=0)
     with pytest.raises(NearfarError, match="flattened inputs"):
         ours.InfoNCELoss(model, mini_batch_size=2)([{"offsets": torch.arange(2)}] * 2)
+    with pytest.raises(NearfarError, match=r"4 queries and 3 documents.*relevant="):
+        ours.RetrievalEvaluator(rows["anchor"], rows["positive"][:3])
+    ours.RetrievalEvaluator(rows["anchor"], rows["positive"][:3], [0, 1, 2, 2])
+    with pytest.raises(NearfarError, match="0 queries and 0 documents"):
+        ours.RetrievalEvaluator([], [])
+    shortened = theirs.MatryoshkaLoss(model, ours.InfoNCELoss(model, mini_batch_size=2), [8, 4])
+    with pytest.raises(NearfarError, match=r"mini_batch_size=2 does not go with .* MatryoshkaLoss"):
+        shortened(columns(model, rows["anchor"], rows["positive"]), None)
     batches = ours.HardBatches(np.eye(20, dtype=np.float32), k=5)
     with pytest.raises(NearfarError, match="20 rows and the data set 19"):
         batches(range(19), 4, False)

@@ -19,7 +19,7 @@ from nearfar.serving.export import export_run
 
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
-pytestmark = [pytest.mark.usefixtures("module_cache"), pytest.mark.slow, pytest.mark.long]
+pytestmark = [pytest.mark.usefixtures("module_cache"), pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

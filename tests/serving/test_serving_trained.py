@@ -272,6 +272,31 @@ def test_parts_of_different_data_are_not_used(
     assert (tmp_path / "out.parquet.parts" / "mine.txt").exists()
 
 
+@pytest.mark.parametrize("name", ["part-000001.parquet", "part-000001.json"])
+@pytest.mark.parametrize("kept", [None, 60])
+def test_a_damaged_part_is_made_anew(
+    trained: Trained, table: Path, tmp_path: Path, name: str, kept: int | None
+) -> None:
+    source, output = NewData(table, rows=7), tmp_path / "out.parquet"
+    embed_file(trained, source, tmp_path / "whole.parquet")
+    done: list[int] = []
+
+    def cut(rows: int) -> None:
+        done.append(rows)
+        if len(done) == 3:
+            raise Killed
+
+    with pytest.raises(Killed):
+        embed_file(trained, source, output, advance=cut)
+    part = tmp_path / "out.parquet.parts" / name
+    content = part.read_bytes()
+    part.unlink()
+    if kept is not None:
+        part.write_bytes(content[: min(kept, len(content) - 1)])
+    assert embed_file(trained, source, output).resumed == 1
+    assert output.read_bytes() == (tmp_path / "whole.parquet").read_bytes()
+
+
 # -- pictures ------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -31,7 +31,7 @@ from run_files import assert_same_training, records, states_equal
 from tiny_molecules import split_files
 from toy_system import ToyModel, ToySystem, silent, toy, toy_config
 
-pytestmark = [pytest.mark.slow, pytest.mark.long]  # real runs
+pytestmark = pytest.mark.slow  # real runs
 
 EVERY_STEP = {"epochs": 2, "trainer__log_every": 1, "trainer__probe_rows": 16, "trainer__threads": 1}
 

@@ -76,8 +76,8 @@ def parse(overrides: Sequence[str]) -> list[Override]:
         return OverridesParser.create().parse_overrides(list(overrides))
     except OverrideParseException as error:
         raise NearfarError(
-            f"'{error.override}' is not of the form key=value. Quote a value with spaces, commas or brackets: "
-            "'key=\"a, b\"'."
+            f"'{error.override}' is not of the form key=value. Close every bracket, and quote a value with "
+            "spaces, commas or brackets: 'key=\"a, b\"'."
         ) from None
 
 

@@ -54,7 +54,12 @@ class Scores:
 
     @classmethod
     def of(cls, value: Scores | Mapping[str, Estimate | float]) -> Scores:
-        """From a mapping of metrics."""
+        """From a mapping of metrics; ``NearfarError`` for anything else."""
+        if not isinstance(value, (Scores, Mapping)):
+            raise NearfarError(
+                f"the scores of validation are a {type(value).__name__}: evaluate is to return Scores (as "
+                "retrieval_scores gives them) or a dictionary of numbers by metric."
+            )
         return value if isinstance(value, Scores) else cls(dict(value))
 
     @property
@@ -228,6 +233,7 @@ class Monitor:
         self._probe(epoch=1)
         if self.evaluate is not None:
             self.before = self.scores()
+            self._watched(self.before)  # a name that is wrong is said before anything is trained
             self.folder.append({"kind": "start", "step": 0, "val": self.before.values})
         self._keep_start()
 

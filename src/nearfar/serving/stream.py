@@ -289,9 +289,20 @@ class _Parts:
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(about, lambda file: file.write(json.dumps({"key": self.key}).encode()))
         done = 0
-        while self._path(done, ".json").is_file():  # written after its rows
+        while self._is_whole(done):
             done += 1
         return done
+
+    def _is_whole(self, number: int) -> bool:
+        """Whether a part was finished: its rejections are written after its rows. One that was damaged is made anew."""
+        import pyarrow.parquet
+
+        about, rows = self._path(number, ".json"), self._path(number, ".parquet")
+        try:
+            count = read_json(about, {"rows": int, "rejections": dict})["rows"] if about.is_file() else None
+            return count == 0 or (count is not None and pyarrow.parquet.read_metadata(rows).num_rows == count)
+        except (NearfarError, OSError, pyarrow.ArrowException):
+            return False
 
     def _write(self, number: int, items: Items, table: pyarrow.Table | None) -> None:
         import pyarrow.parquet

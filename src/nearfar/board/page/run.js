@@ -228,7 +228,7 @@ function changed(content) {
 function about() {
   const { row } = state.content;
   const where = [row.epoch === null ? null : `epoch ${row.epoch}${row.epochs ? ` of ${row.epochs}` : ""}`, row.step === null ? null : `step ${row.step}`, row.loss === null ? null : `loss ${number(row.loss)}`, `changed ${ago(row.written)}`];
-  $("about").replaceChildren(status(row.status), " ", visible([row.system ?? state.content.kind, ...where].filter(Boolean).join(" · ")));
+  $("about").replaceChildren(status(row.status), " · ", visible([row.system ?? state.content.kind, ...where].filter(Boolean).join(" · ")));
 }
 
 addEventListener("hashchange", () => { state.tab = location.hash.slice(1) || "training"; if (state.content) { tabs(); panel(); } });

@@ -54,6 +54,12 @@ class _SentenceLoss(nn.Module):
     def _embed(self, features: Sequence[Features]) -> list[Tensor]:
         if self.mini_batch_size is None:
             return [self.model(dict(each))["sentence_embedding"] for each in features]
+        replaced = type(vars(self.model).get("forward")).__module__
+        if replaced.startswith("sentence_transformers."):
+            raise NearfarError(
+                f"mini_batch_size={self.mini_batch_size} does not go with a loss that changes what the model gives, "
+                "such as MatryoshkaLoss: encode whole batches (mini_batch_size=None), or leave that loss out."
+            )
         rows = [_rows(each) for each in features]
         chunks = [
             _part(each, begin, begin + self.mini_batch_size, n)

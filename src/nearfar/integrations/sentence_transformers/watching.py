@@ -12,6 +12,7 @@ from sentence_transformers.base.evaluation import BaseEvaluator
 from torch import Tensor, nn
 
 from nearfar.data.files import Json
+from nearfar.errors import NearfarError
 from nearfar.integrations.pytorch import Scores, retrieval_scores
 from nearfar.integrations.sentence_transformers.batches import HardBatches, PartitionBatches, UniqueBatches
 from nearfar.integrations.transformers import WatchCallback
@@ -57,6 +58,16 @@ class RetrievalEvaluator(BaseEvaluator):
     ) -> None:
         super().__init__()
         self.queries, self.documents, self.relevant = list(queries), list(documents), relevant
+        if not self.queries or not self.documents:
+            raise NearfarError(
+                f"RetrievalEvaluator was given {len(self.queries)} queries and {len(self.documents)} documents: at "
+                "least one of each is needed."
+            )
+        if relevant is None and len(self.queries) != len(self.documents):
+            raise NearfarError(
+                f"RetrievalEvaluator was given {len(self.queries)} queries and {len(self.documents)} documents, and "
+                "document i belongs to query i: give as many of both, or state in relevant= which belong together."
+            )
         self.ids, self.ks, self.name = ids, tuple(ks), name
         self.batch_size, self.bootstrap = batch_size, bootstrap
         self.primary_metric = f"{name}_MRR" if name else "MRR"
