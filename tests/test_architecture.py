@@ -151,7 +151,9 @@ def test_runs_are_read_compared_and_shown_without_torch() -> None:
 @pytest.mark.slow
 def test_a_wrong_option_is_refused_without_torch() -> None:
     code = "import sys; sys.argv = ['nearfar', 'train', 'experiment=pairs', 'exists=overwrite']\n"
-    code += "from nearfar.cli import main\ntry:\n    main()\nexcept SystemExit as end:\n    assert end.code == 2"
+    code += (
+        "from nearfar.cli import main\ntry:\n    main()\nexcept SystemExit as end:\n    assert end.code == 2"
+    )
     assert "torch" not in loaded(code)
 
 

@@ -229,6 +229,13 @@ def test_products_beyond_float16_are_refused_and_the_advice_works(tmp_path):
         nearest_neighbors_on_disk(x / 10, 5, tmp_path / "c", metric="dot")
 
 
+def test_processes_of_this_machine_and_a_cluster_exclude_each_other(tmp_path):
+    with pytest.raises(
+        NearfarError, match=r"processes=3 are of this machine: with engine=ray .* Leave processes out"
+    ):
+        nearest_neighbors_on_disk(clustered(300), 5, tmp_path, processes=3, engine="ray")
+
+
 @pytest.mark.slow
 def test_a_killed_process_is_said():
     with pytest.raises(NearfarError, match="2 processes was killed: perhaps memory"):

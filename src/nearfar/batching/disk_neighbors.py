@@ -98,6 +98,11 @@ def nearest_neighbors_on_disk(
     choice("engine", engine, ("processes", "ray"))
     min_recall = number("min_recall", min_recall, above=0, most=1)
     processes, seed = whole_number("processes", processes, 1), whole_number("seed", seed, 0)
+    if engine == "ray" and processes > 1:
+        raise NearfarError(
+            f"processes={processes} are of this machine: with engine=ray there are as many as the cluster has CPUs. "
+            "Leave processes out, or take engine=processes"
+        )
     source = VectorShards.of(vectors)
     k = whole_number("k", k, 1)
     if k > source.n - 1:

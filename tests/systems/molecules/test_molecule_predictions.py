@@ -102,6 +102,10 @@ def test_molecules_are_read_however_they_are_written(finished: RunFolder, tmp_pa
         "bare.csv": ["row1", "row2", "row3"],
         "list.smi": ["row1", "row2", "row3"],
     }
+    by_view = tmp_path / "by_view.csv"
+    by_view.write_text("molecule,text\n" + "".join(f"{smiles},{text}\n" for smiles, text in rows))
+    (items,) = trained.new_items(by_view)
+    assert items["molecule"][:3] == ["CCO", None, "Nc1ccccc1"]
     parts = list(trained.new_items(NewData(listed, rows=4)))
     assert [len(items) for items in parts] == [4, 4, 2]
     vectors = trained.embed(["CCO", "OCC"], tower="molecule")
