@@ -175,7 +175,7 @@ app = build_board(Path("runs"))
 """), "<html")),
     "search": (Check(f"nearfar train -m {TABLE} hydra/sweeper=search hydra.sweeper.n_trials=2 lr=interval(1e-3,1e-2) "
                      "name=searched", "searched"),),
-    "slurm": (Check(f"nearfar train -m {TABLE} hydra/launcher=submitit_local name=submitted seed=1"),
+    "slurm": (Check(f"nearfar train -m {TABLE} hydra/launcher=submitit_local name=submitted seed=1,2"),
               Check("nearfar report runs/submitted/seed=1", "report.html")),
     "ray": (Check(f"nearfar train {TABLE} trainer.engine=ray trainer.devices=2 name=on_ray", "on_ray"),),
     "tune": (Check(f"nearfar tune {TABLE} lr=1e-3,1e-2 name=tuned --trials 2 --judge 0", "best of 2 trials"),),
