@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 # machine, a browser, a database); and threads of each: PyTorch's own would stand in each other's way
 JOBS   ?= 3
 # bytecode is kept, whatever the shell says: compiling every test anew takes as long as running many of them
-TESTS  := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
+TESTS   = PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 DEMO   := $(VENV)/.demo
 STAMP  := $(VENV)/.installed
 # not --quiet: pip's list of what it downloads is the sign that the install goes on
@@ -44,7 +44,7 @@ demo: $(DEMO)  ## train on 20,000 real molecules, random against hard batches, a
 
 test: setup lint types unit  ## lint, types and tests
 
-check: setup lint types quick  ## lint, types and the tests that train nothing
+check: setup lint types quick  ## lint, types and the tests of less than a twentieth of a second (two minutes)
 
 lint: setup
 	$(BIN)/ruff check .
@@ -56,6 +56,8 @@ types: setup
 unit: setup
 	$(TESTS)
 
+# none of these waits, so that a third process would only collect the tests once more
+quick: JOBS = 2
 quick: setup
 	$(TESTS) -m "not slow"
 

@@ -93,6 +93,7 @@ def test_every_module_has_a_floor() -> None:
     assert names == LEVEL.keys()
 
 
+@pytest.mark.slow
 def test_no_system_knows_another() -> None:
     """But for fair detection, which is about a detector; a file beside the folders is for every system."""
     shared = {path.stem for path in (SOURCE / "systems").glob("*.py")}
@@ -137,6 +138,7 @@ def test_losses_and_samplers_load_no_frameworks() -> None:
     assert not loaded("import nearfar.batching, nearfar.metrics") & (HEAVY - {"numba", "faiss"})
 
 
+@pytest.mark.slow
 def test_a_store_opens_without_torch() -> None:
     assert not loaded("import nearfar.serving.stores.faiss_file") & (HEAVY | {"torch"})
 

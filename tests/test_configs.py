@@ -69,6 +69,7 @@ def declared_choices() -> Iterator[tuple[str, dict[str, str]]]:
 DECLARED = list(declared_choices())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", experiments())
 def test_every_experiment_composes_and_is_described(name: str) -> None:
     config = compose_config([f"experiment={name}", *REQUIRED.get(name, [])])
@@ -76,12 +77,14 @@ def test_every_experiment_composes_and_is_described(name: str) -> None:
     assert len(experiments()[name]) > 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("group", "choice"), FILES)
 def test_every_encoder_composes(group: str, choice: str) -> None:
     config = compose_config(["experiment=relations", f"{group}={choice}"])
     OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("system", "choices"), DECLARED, ids=["-".join([name, *each.values()]) for name, each in DECLARED]
 )
@@ -126,6 +129,7 @@ def test_systems_may_mean_different_options_by_one_name(monkeypatch: pytest.Monk
         register_configs("molecules", "other")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -177,6 +181,7 @@ def test_every_option_is_described(system: str) -> None:
         assert str(each.rule), name
 
 
+@pytest.mark.slow
 def test_a_choice_is_whole_and_an_option_of_a_different_one_is_named() -> None:
     with pytest.raises(
         NearfarError,
@@ -212,6 +217,7 @@ def test_a_saved_run_of_a_different_version() -> None:
     assert options == read_config(config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -243,6 +249,7 @@ def test_a_sweep_is_expanded_in_full() -> None:
     assert runs[-1] == ["experiment=molecules", "seed=1", "sampler=random", "hardness_k=20"]
 
 
+@pytest.mark.slow
 def test_a_typo_in_any_run_of_a_sweep_stops_it_before_the_first() -> None:
     with pytest.raises(NearfarError, match="did you mean 'hard'"):
         check_runs(["experiment=molecules", "sampler=random,hrd"], sweep=True)
@@ -280,6 +287,7 @@ def folder_with(path: Path, config: object, finished: bool) -> RunFolder:
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_is_never_overwritten_in_silence(tmp_path: Path) -> None:
     overrides = ["experiment=molecules", "name=first", f"runs_dir={tmp_path}"]
     config = compose_config(overrides)
@@ -332,6 +340,7 @@ def test_the_tables_of_the_docs_are_those_of_the_options(system: str) -> None:
     assert page.read_text() == text, "write them anew: NEARFAR_WRITE_DOCS=1 pytest tests/test_configs.py"
 
 
+@pytest.mark.slow
 def test_options_of_hydra_are_left_to_hydra() -> None:
     plain, more = (
         compose_config(["experiment=molecules", *given]) for given in ([], ["++hydra.verbose=true"])

@@ -84,6 +84,7 @@ SCRIPT = """
 """
 
 
+@pytest.mark.slow
 def test_a_section_that_fails_or_hangs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -37,6 +37,7 @@ def composed(*overrides: str) -> Any:
 ASKED = {"fine_tune": ["init_from=runs/first"], "tissue_sections": ["data.dir=shards"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", experiments())
 def test_every_experiment_passes(name: str) -> None:
     check_config(compose_config([f"experiment={name}", *ASKED.get(name, [])]))
@@ -168,6 +169,7 @@ TOGETHER = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("overrides", "message"), TOGETHER)
 def test_values_that_are_bad_together(overrides: list[str], message: str) -> None:
     config = composed(*overrides)
@@ -211,6 +213,7 @@ def test_no_option_is_without_a_rule() -> None:
         assert type(error.value) is NearfarError, name
 
 
+@pytest.mark.slow
 def test_devices_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
@@ -254,6 +257,7 @@ def test_a_group_that_is_null(group: str) -> None:
         check(config)
 
 
+@pytest.mark.slow
 def test_chirality_reaches_the_fingerprint() -> None:
     pytest.importorskip("rdkit")
     pair = ["C[C@H](N)C(=O)O", "C[C@@H](N)C(=O)O"]

@@ -72,6 +72,7 @@ def test_tests_pass_and_fail_with_the_verdict(pytester: pytest.Pytester) -> None
     result.stdout.fnmatch_lines(["*the gradient is not that of one: different: *", "*"])
 
 
+@pytest.mark.slow
 def test_nothing_heavy_is_loaded_before_a_fixture_is_used() -> None:
     code = (
         "import sys, nearfar.pytest_plugin; "

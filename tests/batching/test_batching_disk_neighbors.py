@@ -101,6 +101,7 @@ def test_shards_processes_and_cells_in_a_graph_give_as_good_lists(
     assert graph.recall >= 0.95
 
 
+@pytest.mark.slow
 def test_goes_on_where_it_was_stopped(shards, near, tmp_path, monkeypatch):
     monkeypatch.setattr(disk_neighbors, "_STRETCH", 1024)
     search, calls = disk_neighbors.lists_of, []
@@ -127,6 +128,7 @@ def test_goes_on_where_it_was_stopped(shards, near, tmp_path, monkeypatch):
     assert not (tmp_path / "unfinished").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", range(7))
 def test_goes_on_where_putting_files_in_place_was_stopped(stop, tmp_path, monkeypatch):
     replace, calls = Path.replace, []
@@ -154,6 +156,7 @@ def overlap(near, x):
     return np.mean([len({*a} & {*b}) for a, b in zip(near.indices[:], truth, strict=True)]) / near.k
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("files", [False, True])
 @pytest.mark.parametrize("changes", [False, True])
 def test_vectors_that_changed_after_a_stop_are_read_again(files, changes, tmp_path, monkeypatch):
@@ -182,6 +185,7 @@ def test_vectors_that_changed_after_a_stop_are_read_again(files, changes, tmp_pa
     assert not list(near.folder.glob("part-*"))
 
 
+@pytest.mark.slow
 def test_a_process_that_outlives_a_build_searches_the_new_index(tmp_path, monkeypatch):
     monkeypatch.setattr(disk_neighbors, "close_index", lambda: None)
     widths = set()
@@ -194,6 +198,7 @@ def test_a_process_that_outlives_a_build_searches_the_new_index(tmp_path, monkey
     disk_search.close_index()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [2, 3, 5, 40, 256])
 @pytest.mark.parametrize("metric", ["cosine", "dot"])
 @pytest.mark.filterwarnings("error")
@@ -215,6 +220,7 @@ def test_of_few_rows_all_pairs_are_compared(n, metric, tmp_path):
             assert near.tune_search(x, 1) == (1.0, n)
 
 
+@pytest.mark.slow
 def test_products_beyond_float16_are_refused_and_the_advice_works(tmp_path):
     x = clustered(300).astype(np.float32) * 100
     with pytest.raises(
@@ -327,6 +333,7 @@ def test_is_read_as_a_list_in_memory_is(near):
         near.aligned_to(back[:-1])
 
 
+@pytest.mark.slow
 def test_search_finds_what_is_near_new_vectors(near, vectors):
     found = near.search(vectors[:200].astype(np.float32), 5)
     assert (found.indices[:, 0] == np.arange(200)).mean() > 0.98
@@ -336,6 +343,7 @@ def test_search_finds_what_is_near_new_vectors(near, vectors):
         near.search(np.zeros((2, 3)), 5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 7])
 @pytest.mark.parametrize(
     ("kind", "options"),

@@ -45,6 +45,7 @@ LOOPS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("workers", "persistent"), [(0, False), (2, False), (2, True)])
 @pytest.mark.parametrize("loop", LOOPS)
 def test_every_pass_is_a_new_epoch(loop, workers, persistent):
@@ -170,6 +171,7 @@ def trainer(**options):
     return lightning.Trainer(**{"max_epochs": 3, **quiet, **options})
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize(
@@ -186,6 +188,7 @@ def test_lightning_sets_the_epoch(options, workers):
     assert sampler.epoch == 2
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_curriculum_begins_under_lightning():
     near = nearest_neighbors(np.random.default_rng(0).standard_normal((N, 4)), 10)
@@ -198,6 +201,7 @@ def test_a_curriculum_begins_under_lightning():
     assert [sampler.plan(epoch).hard is None for epoch in range(3)] == [True, False, False]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*:UserWarning:lightning")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_resumed_lightning_run_goes_on_with_its_epoch(tmp_path, workers):
@@ -276,6 +280,7 @@ def test_accelerate_cuts_full_batches_evenly_or_not_at_all(n, even, split):
         loader(0, world_size=2, drop_last=True)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_the_trainer_of_transformers_sets_the_epoch_and_resumes(tmp_path):
     pytest.importorskip("accelerate")

@@ -32,6 +32,7 @@ def near(clustered):
     return nearest_neighbors(clustered, 50)
 
 
+@pytest.mark.slow
 def test_hardness_is_what_an_explicit_count_gives(clustered, near):
     plan = HardNegativeSampler(near, 16, 0.5, 30, world_size=2).plan()
     threshold = 0.8
@@ -72,6 +73,7 @@ def test_a_group_is_a_pivot_and_its_neighbours(near, order, group_size):
             assert items[at] in lists
 
 
+@pytest.mark.slow
 def test_neighbours_are_drawn_uniformly(near):
     sampler = HardNegativeSampler(near, 20, 0.25, 40)
     rank = np.zeros(40)
@@ -86,6 +88,7 @@ def test_neighbours_are_drawn_uniformly(near):
     assert ((rank - expected) ** 2 / expected).sum() < 90  # chi-square with 39 degrees of freedom, far tail
 
 
+@pytest.mark.slow
 def test_greedy_runs_out_of_neighbours_and_level_does_not():
     points = np.random.default_rng(0).standard_normal((4000, 64))
     near = nearest_neighbors(points, 100)
@@ -204,6 +207,7 @@ def test_in_batch_similarity_equals_the_loop(clustered):
     assert in_batch_similarity(clustered, batches) == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_misaligned_neighbours_are_detected(clustered, near):
     sampler = HardNegativeSampler(near, 20, 0.5, 50, curriculum_epoch=3)
     check = check_harder_than_random(sampler, clustered)
@@ -225,6 +229,7 @@ def test_misaligned_neighbours_are_detected(clustered, near):
         check_harder_than_random(RandomBatchSampler(2000, 2000), clustered)
 
 
+@pytest.mark.slow
 def test_batches_no_harder_for_another_reason_than_the_order(clustered, near):
     # Nearly all items in one batch: chance holds as near ones, in whatever order the list is.
     sampler = HardNegativeSampler(near, 1000, 0.05, 50)
@@ -236,6 +241,7 @@ def test_batches_no_harder_for_another_reason_than_the_order(clustered, near):
         check_harder_than_random(sampler, clustered)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(5))
 def test_self_test_passes_and_shows_its_rows(seed):
     verdict = verify_sampler(seed)

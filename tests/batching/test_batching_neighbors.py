@@ -79,6 +79,7 @@ def test_approximate_measures_its_recall():
     assert np.array_equal(again.indices, near.indices)
 
 
+@pytest.mark.slow
 def test_goes_exact_and_says_so_where_an_index_does_not_help():
     x = np.random.default_rng(0).standard_normal((3000, 64))
     with pytest.warns(UserWarning, match="the search is exact"):

@@ -168,6 +168,7 @@ def test_similarities_that_are_nan_are_refused_where_there_is_a_neighbour():
         Neighbors(near, np.array([[0.5, 0.0], [np.nan, 0.0]]))
 
 
+@pytest.mark.slow
 def test_a_list_that_was_changed_after_its_check_ends_in_no_crash():
     rng = np.random.default_rng(0)
     for _ in range(30):
@@ -197,6 +198,7 @@ def test_compiled_loops_stop_where_places_and_items_do_not_agree():
         )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_thousands_of_vetoes_do_not_wrap_around():
     n, k = 3001, 3000
     near = np.array([np.delete(np.arange(n), i) for i in range(n)], np.int32)

@@ -142,6 +142,7 @@ def test_a_state_yields_the_batches_that_were_left(kind, stop):
     assert fresh.epoch == 2
 
 
+@pytest.mark.slow
 def test_position_counts_what_was_used_not_what_was_drawn_ahead():
     sampler = RandomBatchSampler(64, 4, seed=1)
     data = list(range(64))

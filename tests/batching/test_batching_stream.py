@@ -85,6 +85,7 @@ def test_batches_are_those_of_a_sampler_in_memory_over_the_window():
     assert ids(build(hard_ratio=1.0, seed=5))[: len(wanted)] == wanted
 
 
+@pytest.mark.slow
 def test_a_window_of_a_tenth_is_nearly_as_hard():
     x = vectors(4000, cluster=400)  # a tenth of a neighbourhood still fills a batch
     rows = [{"id": i, "vector": row} for i, row in enumerate(x)]
@@ -176,6 +177,7 @@ def test_equal_records_at_the_end_join_the_last_window(tail):
     assert draw([*rows, *[{"id": 96}] * tail]) == (97, tail - 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("again", [1, 3])
 def test_a_state_at_the_end_of_an_epoch_goes_on_with_the_next(again):
     stream = build()
@@ -259,6 +261,7 @@ def test_a_state_in_mid_stream_goes_on_bit_for_bit(kind, readers):
     assert list(again) == whole[15:]
 
 
+@pytest.mark.slow
 def test_ranks_share_every_step():
     alone = ids(build(window=512, world_size=1))
     ranks = [ids(build(world_size=2, rank=rank, window=512)) for rank in (0, 1)]
@@ -282,6 +285,7 @@ def test_a_loader_of_torch(workers, readers):
     assert list(again) == whole[10:]
 
 
+@pytest.mark.slow
 def test_a_pass_ends_when_a_newer_one_begins():
     stream = build()
     older = iter(stream)
@@ -292,11 +296,13 @@ def test_a_pass_ends_when_a_newer_one_begins():
         next(older)
 
 
+@pytest.mark.slow
 def test_more_workers_are_refused():
     with pytest.raises(NearfarError, match="num_workers=2: each worker would read the whole stream"):
         list(DataLoader(build(), batch_size=None, num_workers=2))
 
 
+@pytest.mark.slow
 def test_a_pipeline_of_webdataset_is_a_source(tmp_path):
     import webdataset
 
@@ -377,6 +383,7 @@ def points(n, d=24, seed=0):
     return rng.standard_normal((30, d))[rng.integers(30, size=n)] + 0.4 * rng.standard_normal((n, d))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("n", "k"), [(1024, 5), (3000, 32), (2100, 250)])
 def test_neighbours_of_a_window_are_nearly_those_of_all_pairs(n, k):
     x = points(n)

@@ -291,6 +291,7 @@ def test_a_wrong_argument_is_named(name, argument, at):
         call(**{argument: wrong[argument][at]})
 
 
+@pytest.mark.slow
 def test_every_public_name_is_tried():
     tried = {name.split(".")[0] for name in CASES} | RECORDS
     assert set(nearfar.batching.__all__) - tried == {

@@ -37,6 +37,7 @@ def rows_of(answer: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {row["name"]: row for row in answer["rows"]}
 
 
+@pytest.mark.slow
 def test_every_kind_of_run_is_seen_once(tmp_path: Path) -> None:
     places = {place.name: place.kind for place in find_places(mixed(tmp_path))}
     assert places == {
@@ -77,6 +78,7 @@ def test_trackers_are_seen_by_run(tmp_path: Path) -> None:
     assert row["loss"] == pytest.approx(3.05)
 
 
+@pytest.mark.slow
 def test_rows_say_what_the_files_say(tmp_path: Path) -> None:
     runs = Runs(mixed(tmp_path))
     answer = judged(runs)
@@ -109,6 +111,7 @@ def test_a_stopped_run_is_told_from_one_that_trains(tmp_path: Path) -> None:
     assert rows_of(Runs(tmp_path).table())["old"]["status"] == "stopped"
 
 
+@pytest.mark.slow
 def test_files_are_read_again_only_when_they_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in "abc":
         write_run(converged(np.random.default_rng(0)), tmp_path / name)
@@ -154,6 +157,7 @@ def test_the_end_of_a_log_is_read_without_its_cut_lines(tmp_path: Path) -> None:
     assert tail(tmp_path / "none") == []
 
 
+@pytest.mark.slow
 def test_curves_hold_what_guessing_costs_in_any_log(tmp_path: Path) -> None:
     root = mixed(tmp_path)
     places = {place.name: place for place in find_places(root)}
@@ -220,6 +224,7 @@ def test_a_run_that_has_just_begun_and_an_empty_folder(tmp_path: Path) -> None:
         Runs(tmp_path / "nothing")
 
 
+@pytest.mark.slow
 def test_findings_of_a_run_in_progress_follow_its_log(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -69,12 +69,14 @@ def test_value_and_gradient_equal_the_loop(tau, beta, symmetric, n, tile):
         torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("tau", "beta"), [(0.1, 0.0), (0.0, 1.0), (0.2, 0.7)])
 def test_gradcheck(tau, beta):
     inputs = tuple(x.requires_grad_() for x in (*rows(5, 3), torch.tensor(3.0, dtype=torch.float64)))
     assert torch.autograd.gradcheck(lambda a, b, s: info_nce(a, b, scale=s, tau_plus=tau, beta=beta), inputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("tau", "beta"), [(0.1, 0.0), (0.0, 1.0), (0.2, 0.7)])
 def test_with_masks_and_weights(tau, beta):
     a, b = rows(7, 4)

@@ -165,6 +165,7 @@ def test_value_gradients_and_record_of_every_target_and_mask(name, masked, where
         assert record == pytest.approx(oracles.record(directions, scale), rel=1e-4, abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("masked", ["none", "joined"])
 @pytest.mark.parametrize("name", TARGETS)
 def test_mean_logit_of_every_target(name, masked):
@@ -199,6 +200,7 @@ def test_mean_logit_of_every_target(name, masked):
         oracles.agree(value, [*found, s], wanted, exact, tolerance, floor=1e-3 * scale)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inside", [False, True], ids=["outside", "inside"])
 @pytest.mark.parametrize("name", TARGETS)
 def test_gradients_by_differences(name, inside):
@@ -232,6 +234,7 @@ def test_the_oracle_is_the_cross_entropy_of_pytorch():
 # -- the two ways to sum, the two sizes -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("part", [0.5, 0.99, 1.01, 2.0])
 @pytest.mark.parametrize("anti", [False, True], ids=["spread", "all far apart"])
@@ -263,6 +266,7 @@ def test_both_sides_of_the_limit_of_sums_without_a_shift(dtype, part, anti):
             oracles.agree(value, (x, y), exact, (u, v), tolerance, floor=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("apart", [0.0, 20.0, 40.0, 47.0, 53.0, 60.0, 90.0, 300.0])
 def test_both_sides_of_the_limit_of_a_single_shift(dtype, apart):
@@ -406,6 +410,7 @@ def test_sparse_weights_of_more_or_fewer_keys(n, m):
         target.transposed()
 
 
+@pytest.mark.slow
 def test_chosen_columns_and_nobody():
     x, y = draw(3, 2).requires_grad_(), draw(7, 2, seed=1).requires_grad_()
     u, v = oracles.double(x, y)
@@ -727,6 +732,7 @@ def test_rows_of_zeros_and_of_any_length_stay_finite(name):
     assert all(x.isfinite().all() for x in found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", IN_PARTS)
 def test_parts_of_a_batch_add_up(name):
     value, wanted = gradients(name, *views())
@@ -767,6 +773,7 @@ def test_compiled_code_may_call_a_loss():
     ]  # where no signature is checked while it is compiled
 
 
+@pytest.mark.slow
 def test_records_can_be_copied_and_hold_no_graph():
     a, b = views()
     for loss, inputs in (

@@ -48,6 +48,7 @@ def bilinear(picture: np.ndarray, y: float, x: float) -> np.ndarray:
     return (1 - down) * upper + down * lower
 
 
+@pytest.mark.slow
 def test_crops_against_a_loop_over_pixels(pixels: torch.Tensor) -> None:
     crop = RandomCrop((0.1, 0.9), (0.5, 2.0))
     cropped = crop(pixels[:5], rng()).numpy()

@@ -97,6 +97,7 @@ def test_without_features_classes_are_numbers(tmp_path, features):
     assert read_items(save(tmp_path / "d", features=features))["label"].tolist() == [0, 1, -1]
 
 
+@pytest.mark.slow
 def test_as_the_library_saves_it(tmp_path):
     datasets = pytest.importorskip("datasets")
     features = datasets.Features(

@@ -46,6 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 # -- data ----------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_views_move_boxes_with_their_content() -> None:
     rng = np.random.default_rng(0)
     shown = 0
@@ -106,6 +107,7 @@ def test_splits_by_the_files_that_are_there(tmp_path: Path) -> None:
         read_splits(options(tmp_path))
 
 
+@pytest.mark.slow
 def test_splits_by_files_that_are_named(tmp_path: Path) -> None:
     write(tmp_path / "a", "first", 20)
     write(tmp_path / "b", "second", 12)
@@ -129,6 +131,7 @@ def test_splits_by_files_that_are_named(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.slow
 def test_pictures_of_one_name_in_two_folders_are_no_leak_and_copies_are_said(tmp_path: Path) -> None:
     for seed, split in enumerate(("train", "valid", "test")):
         write(tmp_path / split, "p", 12, seed)
@@ -146,6 +149,7 @@ def test_pictures_of_one_name_in_two_folders_are_no_leak_and_copies_are_said(tmp
     ]
 
 
+@pytest.mark.slow
 def test_what_train_knows_nothing_of_is_said(tmp_path: Path) -> None:
     for seed, split in enumerate(("train", "val", "test")):
         write(tmp_path, split, 12, seed)
@@ -165,6 +169,7 @@ def test_what_train_knows_nothing_of_is_said(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_the_advice_for_few_pictures_works(tmp_path: Path) -> None:
     write(tmp_path, "train", 3)
     with pytest.raises(NearfarError, match=r"Raise data\.val_fraction \(0\.4"):
@@ -173,6 +178,7 @@ def test_the_advice_for_few_pictures_works(tmp_path: Path) -> None:
     assert {name: len(split) for name, split in splits.items()} == {"train": 1, "val": 1, "test": 1}
 
 
+@pytest.mark.slow
 def test_batches_depend_on_seed_epoch_and_position_alone(folder: Path) -> None:
     split = read_coco(folder / "train.json")
     dataset = detection_dataset(split, 64, augment=View(), seed=3)

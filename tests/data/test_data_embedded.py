@@ -86,6 +86,7 @@ def test_a_missing_package_is_named(monkeypatch, name, package, make):
 
 
 # -- digits --------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_digits_are_the_packaged_ones_four_times_as_large():
     from sklearn.datasets import load_digits
 

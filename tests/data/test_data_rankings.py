@@ -34,6 +34,7 @@ def table(lists, number, mark):
     return "\n".join([*lines, *(mark.join(map(str, each.values())) for each in rows(lists, number))]) + "\n"
 
 
+@pytest.mark.slow
 def test_every_form_gives_the_same(tmp_path):
     pd = pytest.importorskip("pandas")
     (tmp_path / "a.run").write_text(trec_run())

@@ -251,6 +251,7 @@ def test_text_and_json_that_cannot_be_read_cost_their_sample(tmp_path):
     assert items.rejections.counts == {"no JSON": 1}
 
 
+@pytest.mark.slow
 def test_json_whose_keys_are_no_columns(tmp_path):
     file = shard(tmp_path / "a.tar", {f"{i}.json": json.dumps({f"k{i}": 1}) for i in range(1001)})
     with pytest.raises(NearfarError, match=r"has 1,001 keys.*name those that are wanted"):

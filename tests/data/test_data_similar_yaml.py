@@ -20,6 +20,7 @@ VALUES = st.recursive(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(content=st.dictionaries(st.text(max_size=8), VALUES, max_size=5), wide=st.booleans())
 def test_it_reads_what_read_yaml_reads(tmp_path_factory: Any, content: dict[str, Any], wide: bool) -> None:

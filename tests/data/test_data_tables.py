@@ -126,6 +126,7 @@ def test_ambiguous_columns(tmp_path):
     assert read(path, smiles="SMILES")["smiles"] == ["CC"]
 
 
+@pytest.mark.slow
 def test_bad_files(tmp_path):
     cases = {
         "empty.tsv": (b"", "is empty"),

@@ -123,6 +123,7 @@ def test_large_files_are_no_bombs_and_the_limit_is_put_back(
     assert before == Image.MAX_IMAGE_PIXELS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", ["jpg", "png", "gif", "webp", "tiff", "avif"])
 def test_a_whole_decode_says_what_reading_says(tmp_path: Path, ending: str) -> None:
     rng = np.random.default_rng(0)
@@ -192,6 +193,7 @@ def test_stack_wants_one_size() -> None:
         stack([])
 
 
+@pytest.mark.slow
 @pytest.mark.data
 def test_every_photo_at_hand() -> None:
     data = os.environ.get("NEARFAR_DATA")

@@ -254,6 +254,7 @@ def test_a_smoothed_loss_does_not_repeat() -> None:
 
 
 # -- the command ---------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_the_command_says_what_would_be_worth_logging(tmp_path: Path) -> None:
     path = columns(tmp_path / "log.csv", loss=GUESSES)
     shown = CliRunner().invoke(app, ["doctor", str(path)]).output

@@ -329,6 +329,7 @@ def test_printed_lines(line: str, tmp_path: Path) -> None:
 
 
 # -- the command ---------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_the_command_shows_what_was_taken_for_what(tmp_path: Path) -> None:
     path = tmp_path / "log.csv"
     path.write_text("it,contrast,zeta\n" + "\n".join(f"{i},{loss},1" for i, loss in enumerate(STANDS)) + "\n")

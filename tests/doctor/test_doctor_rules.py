@@ -39,6 +39,7 @@ def faulty(at: int, seed: int) -> Diagnosis:
 
 
 # -- the table -----------------------------------------------------------------------------------------------
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HEALTHY)
 def test_healthy_runs_stay_without_warnings_and_errors(name: str) -> None:
     for seed in SEEDS:
@@ -47,6 +48,7 @@ def test_healthy_runs_stay_without_warnings_and_errors(name: str) -> None:
         assert set(found.ids) == NOTES.get(name, set()), f"seed {seed}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", range(len(FAULTS)), ids=[f"{f.__name__}" for f, _, _ in FAULTS])
 def test_a_planted_fault_is_diagnosed_by_name_and_nothing_else(at: int) -> None:
     _, rule, companions = FAULTS[at]
@@ -134,6 +136,7 @@ def test_overrides_are_options_of_nearfar_train() -> None:
         check_config(config)
 
 
+@pytest.mark.slow
 def test_remedies_are_computed_from_the_run() -> None:
     run = FAULTS[[rule for _, rule, _ in FAULTS].index("curriculum-diverging")][0](np.random.default_rng(0))
     (finding,) = [f for f in diagnose(run.records, run.context) if f.id == "curriculum-diverging"]
@@ -170,6 +173,7 @@ def test_what_could_not_be_judged_is_said() -> None:
     assert "2 logged values" in short["loss-at-chance"]
 
 
+@pytest.mark.slow
 def test_nothing_heavy_is_loaded() -> None:
     code = "import sys, nearfar.doctor as d; d.diagnose({'loss': [1.0] * 20, 'candidates': 8});"
     code += "print(sorted({'torch', 'pandas', 'yaml', 'rich'} & set(sys.modules)))"

@@ -19,6 +19,7 @@ from nearfar.training.run_folder import RunFolder
 
 
 # -- one run in three forms ----------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_a_folder_reads_as_its_records_do(tmp_path: Path) -> None:
     run = diverging(np.random.default_rng(0))
     folder = write_run(run, tmp_path / "run")
@@ -110,6 +111,7 @@ def test_estimates_and_differences_are_taken_as_they_are() -> None:
     assert diagnose({"loss": [1.0]}, {"comparison": {"MRR": difference}}).ids == ["gain-in-noise"]
 
 
+@pytest.mark.slow
 def test_a_run_that_is_not_finished_is_judged_by_its_log(tmp_path: Path) -> None:
     run = curriculum(np.random.default_rng(0))
     folder = write_run(run, tmp_path / "run", finished=False)
@@ -119,6 +121,7 @@ def test_a_run_that_is_not_finished_is_judged_by_its_log(tmp_path: Path) -> None
     assert diagnose(read).ids == ["curriculum-healthy", "composition-differs"]
 
 
+@pytest.mark.slow
 def test_rows_numbered_alike_are_no_leak(tmp_path: Path) -> None:
     run = skeleton(np.random.default_rng(0), lambda at: 1.0)
     folder = write_run(run, tmp_path / "run", finished=False)
@@ -248,6 +251,7 @@ def test_noise_is_told_from_a_trend() -> None:
     assert level_noise([1.0, 5.0]) == 0.0
 
 
+@pytest.mark.slow
 def test_standard_errors_cover() -> None:
     rng = np.random.default_rng(0)
     hits = 0

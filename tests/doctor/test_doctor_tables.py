@@ -159,6 +159,7 @@ def test_series_flags_texts_and_foreign_columns_are_read() -> None:
     assert Signals.of({"loss": iter([2.0, 1.0]), "lr": "1e-4", "sampler": "hard"}).number("lr") == 1e-4
 
 
+@pytest.mark.slow
 def test_tables_of_other_libraries_are_read() -> None:
     pyarrow = pytest.importorskip("pyarrow")
     table = pyarrow.table({"step": [1, 2, 3], "loss": [4.0, None, 3.9]})

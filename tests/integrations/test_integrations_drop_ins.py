@@ -89,6 +89,7 @@ def two_views(z: Tensor, labels: Tensor, temperature: float) -> Tensor:
     return torch.stack(losses).mean()
 
 
+@pytest.mark.slow
 def test_lightly_losses() -> None:
     a, b = views(12)
     expected = two_views(torch.cat([a, b]), torch.arange(12).repeat(2), 0.5)

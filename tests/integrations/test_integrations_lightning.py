@@ -71,6 +71,7 @@ def test_a_run_is_watched_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixt
     assert again["epochs"] == 6
 
 
+@pytest.mark.slow
 def test_accumulated_losses_are_those_of_a_batch(tmp_path: Path) -> None:
     fit(tmp_path / "one", epochs=1)
     fit(tmp_path / "two", epochs=1, accumulate_grad_batches=2)

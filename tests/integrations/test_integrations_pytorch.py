@@ -139,6 +139,7 @@ def test_runs_are_compared_and_reported(tmp_path: Path) -> None:
     assert "embeddings-still" in doctor.output
 
 
+@pytest.mark.slow
 def test_scores_may_be_plain_numbers_and_handed_over(tmp_path: Path) -> None:
     model, (x, y) = nn.Linear(12, 8), data()
     watch = Monitor(model, lambda m: {"a": m(x[:16]), "b": y[:16]}, tmp_path / "run", log_every=2)

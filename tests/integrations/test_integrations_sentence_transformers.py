@@ -102,6 +102,7 @@ def assert_same(one: tuple[float, list[Tensor]], other: tuple[float, list[Tensor
 SYMMETRIC = {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("negatives", [0, 1, 3])
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("cached", [None, 5])
@@ -122,6 +123,7 @@ def test_info_nce_is_their_loss(
     assert loss.record.candidates > 0
 
 
+@pytest.mark.slow
 def test_the_symmetric_loss_is_their_symmetric_class(model: SentenceTransformer) -> None:
     model.eval()
     rows = pairs(12)
@@ -131,6 +133,7 @@ def test_the_symmetric_loss_is_their_symmetric_class(model: SentenceTransformer)
     assert_same(value_and_gradients(loss, model, features), value_and_gradients(host, model, features))
 
 
+@pytest.mark.slow
 def test_mini_batches_with_dropout_are_the_whole_batch(model: SentenceTransformer) -> None:
     """In training, the second pass draws the dropout masks of the first: the loss goes down a true gradient."""
     model.train()
@@ -155,6 +158,7 @@ def test_mini_batches_with_dropout_are_the_whole_batch(model: SentenceTransforme
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_masked_duplicates_are_an_explicit_loop(model: SentenceTransformer, symmetric: bool) -> None:
     model.eval()
@@ -189,6 +193,7 @@ def test_masked_duplicates_are_an_explicit_loop(model: SentenceTransformer, symm
     assert value < float(ours.InfoNCELoss(model, temperature=0.1, symmetric=symmetric)(features))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cached", [None, 3])
 def test_siglip_and_supcon_are_their_formulas(model: SentenceTransformer, cached: int | None) -> None:
     model.eval()
@@ -219,6 +224,7 @@ def test_siglip_and_supcon_are_their_formulas(model: SentenceTransformer, cached
     assert float(supcon(features[:1], labels)) == pytest.approx(float(torch.stack(losses).mean()), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_bad_input_is_refused(model: SentenceTransformer) -> None:
     rows = pairs(4)
     one = columns(model, rows["anchor"])
@@ -411,6 +417,7 @@ def test_supcon_trains_on_labels(model: SentenceTransformer, tmp_path: Path) -> 
     assert losses[-1] < losses[0] - 0.2
 
 
+@pytest.mark.slow
 def test_the_evaluator_agrees_with_theirs(model: SentenceTransformer) -> None:
     from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 

@@ -80,6 +80,7 @@ def test_a_healthy_loop_and_a_tower_frozen_on_purpose_are_silent(tmp_path: Path)
     assert watched(tmp_path / "frozen", model=model).healthy
 
 
+@pytest.mark.slow
 def test_a_head_that_the_optimiser_lacks_is_named(tmp_path: Path) -> None:
     diagnosis = watched(tmp_path / "run", held=lambda m: [*m.query.parameters(), *m.key.parameters()])
     assert [f.id for f in diagnosis.of("warning", "error")] == ["weights-unmoved"]
@@ -88,6 +89,7 @@ def test_a_head_that_the_optimiser_lacks_is_named(tmp_path: Path) -> None:
     assert diagnosis[0].override == ""  # a loop of one's own has no options of nearfar train
 
 
+@pytest.mark.slow
 def test_a_tower_whose_embeddings_are_detached_is_named(tmp_path: Path) -> None:
     def detached(model: Towers, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         return model.embed(x, y)[0], model.embed(x, y)[1].detach()
@@ -97,11 +99,13 @@ def test_a_tower_whose_embeddings_are_detached_is_named(tmp_path: Path) -> None:
     assert "key.0.weight" in diagnosis[0].evidence["text"]
 
 
+@pytest.mark.slow
 def test_a_schedule_that_ends_in_its_first_epoch_is_named(tmp_path: Path) -> None:
     ids = watched(tmp_path / "run", decay=0.01).ids
     assert ids[:2] == ["weights-stopped", "learning-rate-gone"]
 
 
+@pytest.mark.slow
 def test_copies_among_the_keys_are_seen_in_the_logits(tmp_path: Path) -> None:
     diagnosis = watched(tmp_path / "run", copies=4)
     assert "duplicates" in diagnosis.ids

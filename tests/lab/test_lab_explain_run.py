@@ -120,11 +120,13 @@ def test_molecules_are_drawn(tmp_path: Path) -> None:
     assert "data:image/svg+xml;base64," in page.read_text()
 
 
+@pytest.mark.slow
 def test_a_page_is_of_a_batch(run: RunFolder, tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["doctor", str(run.path), "--html", str(tmp_path / "x.html")])
     assert "name one, --batch N" in str(done.exception)
 
 
+@pytest.mark.slow
 def test_the_command(run: RunFolder) -> None:
     done = CliRunner().invoke(app, ["doctor", str(run.path), "--batch", "2", "--rows", "2"])
     assert done.exit_code == 0, (done.output, done.exception)

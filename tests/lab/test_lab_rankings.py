@@ -64,6 +64,7 @@ def test_a_comparison_is_that_of_the_scores(folder):
         compare_rankings(paths[:2], judged(folder), OPTIONS, "strng.json")
 
 
+@pytest.mark.slow
 def test_other_queries_are_refused_with_their_names(folder):
     lists = json.loads((folder / "strong.json").read_text())
     del lists["q7"], lists["q9"]
@@ -128,6 +129,7 @@ def test_the_commands(folder, monkeypatch):
     assert "--qrels FILE" in str(missing.exception)
 
 
+@pytest.mark.slow
 def test_a_folder_of_beir_gives_the_chance_level(folder):
     (folder / "qrels").mkdir()
     qrels = json.loads((folder / "qrels.json").read_text())

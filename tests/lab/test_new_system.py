@@ -111,6 +111,7 @@ def test_its_own_test_passes(folder: Path, tmp_path: Path) -> None:
     assert "3 passed" in shown
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ab", "a_system_with_a_name_that_is_long"])
 def test_the_linter_is_content_whatever_the_name(tmp_path: Path, name: str) -> None:
     place = write_system(name, tmp_path / "system")
@@ -171,6 +172,7 @@ def test_nothing_is_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         write_system("other_colors", tmp_path / "file" / "below")
 
 
+@pytest.mark.slow
 def test_the_command_says_what_to_do_next(tmp_path: Path) -> None:
     from typer.testing import CliRunner
 

@@ -206,6 +206,7 @@ def test_both_ways_and_what_is_unknown(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_a_run_in_which_nothing_is_trained_is_refused(folder: Path) -> None:
     every = overrides(folder, "name=nothing", "head=none", "bootstrap=0")
     every = list({text.split("=")[0]: text for text in every}.values())

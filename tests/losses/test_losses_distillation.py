@@ -37,6 +37,7 @@ def loop(a, b, teacher, scale, theirs, symmetric=True, normalize=True):
     return (value + torch.stack(columns).mean()) / 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [7, 1100])
 @pytest.mark.parametrize("vectors", [True, False])
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -114,6 +115,7 @@ def test_a_student_like_its_teacher_has_nothing_to_learn():
     assert record.to_dict()["positives_by"] == "weights"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [1, 3])
 def test_margins_equal_the_loop(k):
     a, b, negatives, margins = draw(6, 4), draw(6, 4, seed=1), draw(6, k, 4, seed=2), draw(6, k, seed=3)

@@ -48,6 +48,7 @@ def test_rows_of_a_class_without_keys() -> None:
     SupConLoss(0.5)(x, labels)  # takes the same arguments
 
 
+@pytest.mark.slow
 def test_suspects_are_marked() -> None:
     reference = torch.tensor([[1.0, 0.0], [0.99, 0.1], [0.0, 1.0]])
     similarities = torch.tensor([[0.9, 0.2, 0.1], [0.0, 0.5, 0.6], [0.3, 0.2, 0.8]])

@@ -103,6 +103,7 @@ def test_without_focus_it_is_cross_entropy(weighted):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gamma", GAMMAS)
 def test_gradients(gamma):
     logits, labels = batch(6, 2)

@@ -69,6 +69,7 @@ def test_further_rows_of_b_are_negatives():
         info_nce(a, b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("masked", [True, False])
 def test_gradients(masked):
     a, b = batch(5, 3)
@@ -277,6 +278,7 @@ def dense(mask):
     )
 
 
+@pytest.mark.slow
 @combined(
     4,
     kind=NEGATIVES,
@@ -317,6 +319,7 @@ def test_values_and_gradients_of_every_option(kind, scale, dtype):
             )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", NEGATIVES)
 def test_parts_and_records_of_every_option(kind):
     rows, masks = NEGATIVES[kind]
@@ -332,6 +335,7 @@ def test_parts_and_records_of_every_option(kind):
         assert loss.record.numbers() == pytest.approx(oracles.record(directions, 5.0, part))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [0.1, 1.5, 2.2, 3.0, 1000.0])
 def test_long_vectors_that_are_not_brought_to_unit_length(length):
     for tile in (None, (3, 5)):
@@ -405,6 +409,7 @@ def test_further_negatives_get_a_gradient_of_their_own():
         oracles.agree(info_nce(a, b, scale=5.0, negatives=rows), (rows,), wanted, (exact,), 1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_the_small_path_equals_the_kernel(symmetric):
     # Up to half the limit of a shift-free sum the small path is taken, beyond it the kernel: no step between.
@@ -420,6 +425,7 @@ def test_the_small_path_equals_the_kernel(symmetric):
             assert one.record.numbers() == pytest.approx(other.record.numbers(), rel=1e-4, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_a_scale_that_learns_and_one_that_does_not():
     a, b = batch(8)
     for scale in (5.0, 90.0):
@@ -451,6 +457,7 @@ def test_a_scale_that_learns_and_one_that_does_not():
             value.backward()
 
 
+@pytest.mark.slow
 def test_clip_and_its_clamp():
     a, b = batch(8)
     loss = ClipLoss(max_scale=10.0)

@@ -44,6 +44,7 @@ def test_value_gradient_and_records_are_those_of_the_prefixes():
     assert loss.record == plain.record
 
 
+@pytest.mark.slow
 def test_every_loss_of_embeddings():
     labels = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3])
     index, alpha = torch.arange(8).roll(1).unsqueeze(1).expand(8, 2).contiguous(), torch.full((8, 2), 0.5)

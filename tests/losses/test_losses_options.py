@@ -34,6 +34,7 @@ POSITIVES = torch.rand(N, N, generator=torch.Generator().manual_seed(6)) < 0.3
 # -- own partner and given negatives -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", SINGLE)
 @pytest.mark.parametrize("scale", [0.5, 10.0, 100.0, 1000.0])
 @pytest.mark.parametrize("negatives", [QUEUE, MINED])
@@ -57,6 +58,7 @@ def test_given_candidates_only(negatives, scale, dtype):
         oracles.agree(two, (a, b, s, more), oracles.mean(directions), exact, slack, floor=1e-3 * scale)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("negatives", [QUEUE, MINED])
 def test_records_and_parts_of_given_candidates(negatives):
     a, b = draw(N, 5), draw(N, 5, seed=1)
@@ -101,6 +103,7 @@ CALLS = {
 }
 
 
+@pytest.mark.slow
 @combined(
     3,
     form=["own outside", "negatives outside", "negatives inside"],
@@ -195,6 +198,7 @@ def test_a_hard_positive_and_a_converged_one_keep_their_gradient():
 # -- reductions ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("denominator", ["all", "own", "negatives"])
 def test_each_row_has_its_loss_and_its_gradient(denominator):
     z, weight = draw(N, 5), draw(N, seed=8).detach()
@@ -236,6 +240,7 @@ def test_rows_of_a_large_batch_stay_in_their_order():
 # -- explicit positives ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("denominator", ["all", "own", "negatives"])
 @pytest.mark.parametrize("dtype", SINGLE)
 @pytest.mark.parametrize("positives", [POSITIVES, POSITIVES * torch.linspace(0.1, 2.0, N)])

@@ -56,6 +56,7 @@ def test_ties_are_broken_by_position_and_sevens_have_a_middle():
     assert (len(overlap.positives), len(overlap.anchors)) == (2, 3)  # n // 2 and n - n // 2
 
 
+@pytest.mark.slow
 @combined(
     2,
     temperature=[5.0, 0.5, 0.07, 0.01, 0.001],

@@ -33,6 +33,7 @@ def total(found: list[Tensor]) -> Tensor:
     return torch.stack(found).sum() / N
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ("scale", "bias"), [(10.0, -10.0), (0.2, 0.0), (1.0, 5.0), (117.0, -12.9), (1000.0, -30.0)]

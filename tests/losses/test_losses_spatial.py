@@ -48,6 +48,7 @@ def views(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     return image.to(dtype).requires_grad_(), text.to(dtype).requires_grad_()
 
 
+@pytest.mark.slow
 @combined(4, way=WAYS, scale=SCALES, dtype=[torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_equals_the_loop(way, scale, dtype):
     a, b = views(dtype)
@@ -83,6 +84,7 @@ def test_equals_the_loop(way, scale, dtype):
         oracles.agree(value, (a, b, s), wanted, exact, slack[dtype] * (1 + weight), floor=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_gradients_by_differences(way):
     inputs = [*views(), torch.tensor(2.5, dtype=torch.float64, requires_grad=True)]
@@ -94,6 +96,7 @@ def test_gradients_by_differences(way):
     assert torch.autograd.gradcheck(lambda *x: value(*x, tile=(4, 7)), inputs, fast_mode=True)
 
 
+@pytest.mark.slow
 def test_the_regulariser_is_the_derivative_by_the_scale():
     a, b = views()
     for way, length in itertools.product(WAYS, (None, 3.0)):
@@ -156,6 +159,7 @@ def test_the_order_of_the_rows_does_not_matter():
         oracles.agree(mixed, (a, b), spatial(a, b, 5.0, INDEX, ALPHA, neighbors=way), (a, b), 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_parts_of_a_batch_and_their_records(way):
     a, b = views()

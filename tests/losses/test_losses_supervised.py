@@ -44,6 +44,7 @@ def tolerance(dtype: torch.dtype, temperature: float) -> float:
     }[dtype]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 @pytest.mark.parametrize("where", ["outside", "inside"])
@@ -106,6 +107,7 @@ def test_the_defaults_are_those_of_the_definitions():
     assert supcon(z, LABELS).item() == pytest.approx(oracles.mean(oracles.supcon(z, LABELS, 10.0)).item())
 
 
+@pytest.mark.slow
 def test_long_vectors_that_are_not_brought_to_unit_length():
     for length in (0.1, 3.0, 30.0, 1e4):
         z = (draw(N, 5, dtype=torch.float32) * length).detach().requires_grad_()
@@ -123,6 +125,7 @@ def test_long_vectors_that_are_not_brought_to_unit_length():
             oracles.agree(value, (z,), exact, (u,), 2e-3, floor=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tile", [(1, 1), (3, 2), (4, 100), (100, 4), (11, 11)])
 def test_tiles_do_not_matter(tile):
     z = draw(N, 5)
@@ -155,6 +158,7 @@ def test_the_order_of_the_rows_does_not_matter():
         oracles.agree(mixed, (z,), plain, (z,), 1e-10)
 
 
+@pytest.mark.slow
 def test_a_large_batch_is_sorted_and_nobody_notices():
     n = 1100
     labels = torch.arange(n) * 389 % 40 - 20
@@ -195,6 +199,7 @@ def test_a_hard_positive_keeps_its_gradient():
         assert gradient.norm(dim=1).min() > 1.0
 
 
+@pytest.mark.slow
 def test_records_by_loops():
     z = draw(N, 5)
     other, memory, kinds = draw(N, 5, seed=1), draw(4, 5, seed=2), torch.tensor([9, 2, 100, 9])
@@ -317,6 +322,7 @@ def test_bad_input(call, message):
         call(draw(N, 5))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [12, 1100])
 @pytest.mark.parametrize("options", [{}, {"sum": "inside"}, {"weights": "legacy", "sum": "outside"}])
 def test_a_scaled_loss_with_lonely_rows_has_a_scaled_gradient(n, options):

@@ -275,6 +275,7 @@ def test_a_guide_judges_further_negatives() -> None:
     assert float(one({"a": a, "b": b}, context)) == pytest.approx(forth, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_lengths_distillation_and_margins_are_terms() -> None:
     views = {k: draw(6, 8, seed=i) for i, k in enumerate("ab")}
     guides, mined, margins = (
@@ -307,6 +308,7 @@ def test_lengths_distillation_and_margins_are_terms() -> None:
     assert record["candidates"] == 7  # of the whole embeddings: 6 + 2, and 6
 
 
+@pytest.mark.slow
 def test_lengths_with_a_memory() -> None:
     views = {k: draw(4, 6, seed=i).float() for i, k in enumerate("ab")}
     memory = ViewMemory({"a": 6, "b": 6}, size=3)

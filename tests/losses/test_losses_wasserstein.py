@@ -53,6 +53,7 @@ def test_both_sides_together_are_scipys_distance(n, m):
     assert wasserstein_gap(above, lower).item() == 0.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["exact", "interpolated"])
 @pytest.mark.parametrize(("n", "m"), [*SIZES, (2, 1), (9, 2)])
 def test_gradients(form, n, m):

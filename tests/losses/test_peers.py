@@ -405,6 +405,7 @@ def test_clip_and_siglip_of_open_clip():
 # -- torchmetrics -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_retrieval_of_torchmetrics():
     """Without ties and for scores above 0 alone: theirs drops a relevant item that scores 0 or less."""
     peer = pytest.importorskip("torchmetrics.functional.retrieval")

@@ -58,6 +58,7 @@ def one_each(seed: int, n: int, noise: float, group_noise: float = 0.0) -> tuple
     return detections, Boxes(boxes, zero, np.arange(n), group=group)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(12))
 def test_scores_are_those_of_the_evaluator(seed: int) -> None:
     pytest.importorskip("faster_coco_eval")
@@ -94,6 +95,7 @@ def repeated(boxes: Boxes, times: np.ndarray) -> Boxes:
     return Boxes(boxes.boxes[chosen], boxes.labels[chosen], where, *optional)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 2, 4, 6])  # scores without ties, whose order would be another choice
 def test_weights_are_pictures_that_are_really_repeated(seed: int) -> None:
     found, true, n = random_case(seed)
@@ -136,6 +138,7 @@ def test_overlap_is_the_iou() -> None:
     np.testing.assert_allclose(box_overlap(a, b, crowd)[0], [0.5, 0, 1, 0.5])
 
 
+@pytest.mark.slow
 def test_values_of_pictures_have_the_statistic_as_their_mean_and_its_error_as_their_spread() -> None:
     found, true = one_each(1, 120, 8.0, 6.0)
     evidence = detection_evidence(found, true, 120, GROUPS)
@@ -159,6 +162,7 @@ def test_resamples_keep_the_sizes_of_the_groups() -> None:
     assert not np.array_equal(weights, evidence.resamples(50, seed=4))
 
 
+@pytest.mark.slow
 def test_estimates_state_interval_and_size() -> None:
     found, true = one_each(3, 90, 6.0, 10.0)
     evidence = detection_evidence(found, true, 90, GROUPS)
@@ -215,6 +219,7 @@ def test_a_change_is_paired_and_falls_into_two_modes() -> None:
     assert same["AP"].relative == 0
 
 
+@pytest.mark.slow
 def test_gap_size_is_the_change_of_the_absolute_gap() -> None:
     found, true = one_each(6, 80, 5.0, 12.0)
     flipped = Boxes(true.boxes, true.labels, true.picture, group=1 - true.group)  # type: ignore[operator]
@@ -249,6 +254,7 @@ def test_wrong_input_says_what() -> None:
         detection_change(evidence, evidence, "AP60")
 
 
+@pytest.mark.slow
 def test_larger_noise_scores_lower() -> None:
     scores = [
         detection_evidence(*one_each(8, 60, noise), 60).statistics()["AP"][0] for noise in (1.0, 6.0, 20.0)

@@ -183,6 +183,7 @@ def test_few_rows() -> None:
     assert "hubness" not in embedding_health({"a": torch.eye(10), "b": torch.eye(10)})
 
 
+@pytest.mark.slow
 def test_more_rows_than_a_tile() -> None:
     x, y = sample(1500, 3), sample(1500, 3, 1)
     u, v = unit(x), unit(y)
@@ -217,6 +218,7 @@ def test_bad_input_is_named(call: Any, words: str) -> None:
 
 
 # -- batches -------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 @pytest.mark.parametrize("masked", ["nothing", "copies", "some"])
 def test_batch_signals_equal_a_loop(masked: str) -> None:
     n = 1100  # more than a tile

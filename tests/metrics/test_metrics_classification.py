@@ -123,6 +123,7 @@ def test_perfect_and_empty_answers() -> None:
     assert not detection_counts(unknown, truth).any()
 
 
+@pytest.mark.slow
 def test_constants_are_the_best_there_is() -> None:
     """Every answer that is the same for all reviews, tried one by one."""
     truth, _ = answers(5, n=30)

@@ -119,6 +119,7 @@ def test_compare_two_estimates():
     json.dumps(compare(estimate(0.5), estimate(0.0)).to_dict(), allow_nan=False)
 
 
+@pytest.mark.slow
 def test_p_is_where_the_interval_begins_to_touch_zero():
     stats = pytest.importorskip("scipy.stats")
     rng = np.random.default_rng(7)
@@ -131,6 +132,7 @@ def test_p_is_where_the_interval_begins_to_touch_zero():
     assert math.isnan(compare(estimate(0.5), estimate(0.6)).p)
 
 
+@pytest.mark.slow
 def test_holm_by_its_definition():
     rng = np.random.default_rng(8)
     base = rng.random((4, 200))

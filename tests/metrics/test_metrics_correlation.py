@@ -47,6 +47,7 @@ def test_values_of_spots_average_to_the_correlation_and_say_how_they_pull() -> N
         correlation_values(predicted, np.zeros((50, 6)), one)
 
 
+@pytest.mark.slow
 def test_the_interval_of_one_slide_covers_what_it_should() -> None:
     """Correlations of known truth: intervals over spots hold it about as often as they say."""
     rng, truth, hits = np.random.default_rng(1), 0.6, 0

@@ -12,6 +12,7 @@ from tiny_detection import GROUPS, detections, evidence
 
 
 # -- gap and verdict -----------------------------------------------------------------------------------------
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("faint", "clear", "sign"),
     [(0.4, 0.9, 0), (0.7, 0.9, 1), (0.4, 0.5, 0), (0.45, 0.95, 0), (0.1, 0.9, -1)],

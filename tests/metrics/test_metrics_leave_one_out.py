@@ -60,6 +60,7 @@ def test_random_vectors_score_chance_and_no_more():
     assert abs(np.mean(values) - 4 / 49) < 4 * np.std(values) / np.sqrt(60)
 
 
+@pytest.mark.slow
 def test_the_case_that_users_met():
     torch.manual_seed(0)
     x, label = torch.randn(50, 16), np.repeat(np.arange(10), 5)
@@ -199,6 +200,7 @@ def warned(*arguments, **options) -> str:
 LABEL = np.arange(40) // 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 def test_queries_in_their_own_gallery_are_warned_of(dtype):
     x = rows_of(40).to(dtype)
@@ -237,6 +239,7 @@ def test_wrong_positions_are_warned_of():
     assert not warned(x, x, (LABEL, LABEL), leave_one_out=True)
 
 
+@pytest.mark.slow
 def test_no_false_alarms():
     text, image = rows_of(40), rows_of(40) + 0.1 * rows_of(40, seed=5)
     assert not warned(text, image)

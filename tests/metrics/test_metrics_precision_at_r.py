@@ -25,6 +25,7 @@ def relevant_to(labels: torch.Tensor, i: int) -> list[bool]:
     return [bool((labels[i] & other).any()) for other in labels]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("several", [False, True])
 def test_against_a_loop(several: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nearfar.metrics.precision_at_r._TILE", 200)  # several tiles, the last one smaller

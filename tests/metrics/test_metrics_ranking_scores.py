@@ -120,6 +120,7 @@ def test_what_is_refused(ranking, qrels, options, words):
         score_ranking(ranking, qrels, **options)
 
 
+@pytest.mark.slow
 def test_so_many_items_tell_the_difference_in_four_of_five_cases():
     rng = np.random.default_rng(0)
     population = rng.normal(0.02, 0.15, 100_000)

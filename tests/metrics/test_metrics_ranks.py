@@ -42,6 +42,7 @@ def as_rows(ranks: Ranks) -> np.ndarray:
     return np.stack([ranks.better, ranks.tied, ranks.relevant_tied], 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 def test_counts_equal_a_float64_loop_in_both_directions(dtype, normalize):
@@ -55,6 +56,7 @@ def test_counts_equal_a_float64_loop_in_both_directions(dtype, normalize):
     assert forward.tied.sum() > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["lists", "matrix", "sparse", "scipy", "labels"])
 @pytest.mark.parametrize("dense", [True, False])
 def test_several_relevant_items_in_every_form(form, dense, monkeypatch):
@@ -100,6 +102,7 @@ def test_duplicates_of_the_positive_can_be_declared_relevant():
     assert aware == 1.0
 
 
+@pytest.mark.slow
 def test_a_thousand_duplicated_rows_score_chance_among_themselves():
     generator = torch.Generator().manual_seed(0)
     keys = torch.randn(2500, 96, generator=generator)
@@ -112,6 +115,7 @@ def test_a_thousand_duplicated_rows_score_chance_among_themselves():
     assert ranks.hits(10)[ranks.tied > 0] == pytest.approx(0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [10, 700])
 def test_collapsed_embeddings_score_exactly_chance(n):
     for collapsed in (torch.ones(n, 32), torch.zeros(n, 32), 0.1 * torch.ones(n, 32).half()):
@@ -120,6 +124,7 @@ def test_collapsed_embeddings_score_exactly_chance(n):
                 assert estimate.value == pytest.approx(estimate.chance, abs=1e-12), estimate
 
 
+@pytest.mark.slow
 def test_collapse_up_to_rounding_is_near_chance():
     generator = torch.Generator().manual_seed(0)
     rows = torch.ones(600, 64) + 1e-4 * torch.randn(600, 64, generator=generator)

@@ -304,6 +304,7 @@ LABELS = [2, 0, 2, 1, 0, 1]
 OF_KEYS = [1, 1, 0, 2, 3, 0, 2, 2, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("missing", [-1, None, float("nan"), pd.NA])
 def test_labels_of_every_type(missing):
     queries, keys = [*LABELS[:5], missing], [missing, *OF_KEYS[1:]]
@@ -345,6 +346,7 @@ def test_labels_keep_their_last_digit():
     assert shared_codes(a=[("x", 1), ("x", 1), ("x", 2)])[0].tolist() == [0, 0, 1]
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.one_of(st.none(), st.integers(-1, 3), st.sampled_from(["a", "b"])), min_size=1, max_size=12),
@@ -359,6 +361,7 @@ def test_labels_against_a_loop(labels, data):
             assert (first[i] == second[j] != -1) == same(a, b)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("error")
 def test_the_case_that_users_met():
     generator = torch.Generator().manual_seed(0)

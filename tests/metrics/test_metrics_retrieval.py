@@ -33,6 +33,7 @@ def embeddings(n: int, d: int = 12, noise: float = 2.0, seed: int = 0) -> tuple[
     return queries, queries + noise * torch.randn(n, d, generator=generator)
 
 
+@pytest.mark.slow
 def test_values_agree_with_scikit_learn():
     metrics = pytest.importorskip("sklearn.metrics")
     queries, keys = embeddings(80)
@@ -45,6 +46,7 @@ def test_values_agree_with_scikit_learn():
     assert scores["MRR"].value == pytest.approx(mrr)
 
 
+@pytest.mark.slow
 def test_median_rank_agrees_with_numpy():
     for n in (31, 32):
         queries, keys = embeddings(n)
@@ -82,6 +84,7 @@ def test_one_row():
         assert estimate.low <= 1.0 <= estimate.high
 
 
+@pytest.mark.slow
 def test_protocol_states_what_was_measured():
     queries, keys = embeddings(40)
     split = split_hash(range(40))
@@ -144,6 +147,7 @@ def test_recall_at_k_clamps_counts_ties_and_estimates():
     assert RecallAtK(12).estimate(torch.zeros(10, 12)).trivial
 
 
+@pytest.mark.slow
 def test_recall_at_k_of_one_labelled_batch():
     """Rows of the same label are right, a row is no candidate of itself; against a loop, with ties."""
     generator = torch.Generator().manual_seed(2)
@@ -233,6 +237,7 @@ def test_comparable_gives_the_reason():
     assert "states its split" in (comparable(unstated, unstated) or "")
 
 
+@pytest.mark.slow
 def test_quantiles_and_intervals_against_scipy():
     stats = pytest.importorskip("scipy.stats")
     for df in (0.5, 1, 1.7, 2, 10.3, 500, 1e6):
@@ -290,6 +295,7 @@ def test_the_median_is_bounded_between_places():
     assert ranks.at_place(2.5) == 6.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("n", "difficulty"), [(40, 8.0), (150, 2.0)])
 def test_intervals_cover_the_truth(n, difficulty):
     """Reciprocal ranks of a population whose mean is known; 95 % within what 400 samples can tell."""

@@ -112,6 +112,7 @@ def test_expectations_are_means_over_every_order_of_every_tie(leave_one_out, gai
                 assert scored["expected"].chances[name][i] == pytest.approx(chance, abs=1e-12), name
 
 
+@pytest.mark.slow
 def test_trec_eval_without_ties():
     pytrec_eval = pytest.importorskip("pytrec_eval")
     queries, keys, relevant = rows(60, 8, 0), rows(300, 8, 1), graded(60, 300, 12)
@@ -154,6 +155,7 @@ def test_tiles_and_blocks_do_not_change_the_scores(both, pairs):
             np.testing.assert_allclose(one.chances[name], other.chances[name], atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("few", [0, 32])
 def test_counts_agree_with_a_loop_in_float64(few, monkeypatch):
     """Many relevant keys, duplicates, and scores that float32 cannot tell apart; classes and leave one out."""
@@ -212,6 +214,7 @@ def test_more_relevant_keys_than_are_compared_one_by_one(tile, collapsed):
         assert scores["nDCG"][i] == pytest.approx(gain.item(), abs=1e-9)
 
 
+@pytest.mark.slow
 def test_one_relevant_key_gives_the_ranks_of_today():
     queries, keys = rows(80, 6, 0), rows(80, 6, 1)
     keys[:30] = keys[2]
@@ -237,6 +240,7 @@ def test_map_at_r_of_a_labelled_set():
     assert (ours.value, ours.chance) == pytest.approx((other.value, other.chance))
 
 
+@pytest.mark.slow
 def test_collapsed_embeddings_score_chance_between_the_two_ends():
     x = torch.ones(40, 4)
     relevant = graded(40, 40, 5)
@@ -254,6 +258,7 @@ def test_collapsed_embeddings_score_chance_between_the_two_ends():
     assert "ties differs" in (comparable(high["MAP"], middle["MAP"]) or "")
 
 
+@pytest.mark.slow
 def test_ids_and_grades_of_qrels():
     queries, keys = rows(3, 4, 0), rows(4, 4, 1)
     qrels = {"q0": {"d1": 2, "d3": 0, "d0": 1}, "q1": ["d2"], "q2": {"d3": 0}}
@@ -306,6 +311,7 @@ def test_names_of_metrics():
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_estimates_state_how_they_were_measured():
     queries, keys = rows(50, 4, 0), rows(60, 4, 1)
     relevant = graded(50, 60, 4)

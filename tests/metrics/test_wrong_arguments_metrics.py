@@ -397,6 +397,7 @@ def test_cut_offs_in_every_form(ks):
     assert nearfar.metrics.retrieval_metrics(A, B, ks=ks)["R@5"].trivial is False
 
 
+@pytest.mark.slow
 def test_embeddings_of_every_kind():
     """Lists, tables, whole numbers and turned arrays are read as what they are."""
     a, b = torch.randint(-9, 9, (2, 8, 4), generator=GENERATOR)

@@ -64,6 +64,7 @@ def rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_embeddings_with_their_table(folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "mined.csv"
     said = mine(
@@ -105,6 +106,7 @@ def test_embeddings_with_their_table(folder: Path, tmp_path: Path) -> None:
     assert rows(tmp_path / "ids.csv")[0]["question"].startswith("n")  # ids, without the table
 
 
+@pytest.mark.slow
 def test_a_guide_lowers_the_share_of_false_negatives(folder: Path, tmp_path: Path) -> None:
     shares = []
     for more in ((), ("--guide", folder / "guide.parquet", "--guide-margin", 0.3)):
@@ -212,6 +214,7 @@ def of_collection(path: Path, *arguments: object) -> list[object]:
     return [path / "queries.parquet", *sides, *tables, *arguments]
 
 
+@pytest.mark.slow
 def test_a_corpus_of_its_own_with_judgments(collection: Path, tmp_path: Path) -> None:
     said = mine(
         *of_collection(collection, "-o", tmp_path / "mined.csv", "--form", "triplet", "--per-query", 4)
@@ -264,6 +267,7 @@ def test_scores_of_a_cross_encoder(collection: Path, tmp_path: Path) -> None:
         mine(*of_collection(collection, "--cross-encoder", tmp_path / "less.csv", "-o", tmp_path / "x.csv"))
 
 
+@pytest.mark.slow
 def test_judgments_and_scores_of_different_ids_are_refused(collection: Path, tmp_path: Path) -> None:
     (tmp_path / "qrels.txt").write_text("1 0 2 1\n")
     files = [collection / "queries.parquet", "--documents", collection / "documents.parquet"]
@@ -278,6 +282,7 @@ def test_judgments_and_scores_of_different_ids_are_refused(collection: Path, tmp
         mine(*of_collection(collection, "--guide", collection / "documents.parquet"))
 
 
+@pytest.mark.slow
 def test_judgments_beside_rows_that_answer_themselves(folder: Path, tmp_path: Path) -> None:
     """Further answers are no negatives, and each row keeps its own."""
     with (tmp_path / "qrels.tsv").open("w") as file:
@@ -306,6 +311,7 @@ def near(folder: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("judged", [False, True])
 def test_a_folder_of_neighbours_gives_what_its_embeddings_give(
     folder: Path, near: Path, tmp_path: Path, judged: bool
@@ -369,6 +375,7 @@ def test_rows_in_different_orders_answer_by_id(
         mine(tmp_path / "other.parquet", "--documents", shuffled, "-o", tmp_path / "m.parquet")
 
 
+@pytest.mark.slow
 def test_judgments_as_pandas_writes_them(folder: Path, near: Path, tmp_path: Path) -> None:
     """Grades as texts, numbers with gaps as floats, ids of queries that repeat, and labels of two types."""
     table = pyarrow.parquet.read_table(folder / "vectors.parquet")
@@ -405,6 +412,7 @@ def test_judgments_as_pandas_writes_them(folder: Path, near: Path, tmp_path: Pat
     assert f"false negatives by label: {np.mean(wrong):.2%}" in said
 
 
+@pytest.mark.slow
 def test_queries_and_documents_in_columns_of_one_name(collection: Path, tmp_path: Path) -> None:
     """As BEIR has them: both are called text, and the table keeps both."""
     for name, view in (("queries", "question"), ("documents", "answer")):
@@ -429,6 +437,7 @@ def test_queries_and_documents_in_columns_of_one_name(collection: Path, tmp_path
         CliRunner().invoke(app, [*named, "--form", "labeled-pair"], catch_exceptions=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("more", "message"),
     [

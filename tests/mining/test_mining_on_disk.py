@@ -109,6 +109,7 @@ def test_is_mining_in_memory(near, tmp_path, rules, form):
     assert not [*tmp_path.glob(".mined*")]
 
 
+@pytest.mark.slow
 def test_sparse_forms_and_queries_without_an_answer(near, tmp_path):
     import scipy.sparse
 
@@ -172,6 +173,7 @@ def test_wrong_input(near, tmp_path, arguments, message):
     assert not [*tmp_path.iterdir()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "values",
     [
@@ -197,6 +199,7 @@ def test_cells_whose_type_shows_in_later_rows(near, tmp_path, monkeypatch, value
     assert written == wanted
 
 
+@pytest.mark.slow
 def test_a_pandas_series_is_read_by_place(near, tmp_path):
     pandas = pytest.importorskip("pandas")
     values = pandas.Series([f"q{i}" for i in range(2 * N)])[::-2]  # its index says neither place nor order
@@ -211,6 +214,7 @@ def test_a_pandas_series_is_read_by_place(near, tmp_path):
     assert mined_table(mined, values, corpus) == mined_table(mined, values.tolist(), TEXTS[1]) == written
 
 
+@pytest.mark.slow
 def test_repeated_pairs_and_lists_that_read_as_pairs(near, tmp_path):
     twice = mine_negatives_on_disk(QUERIES, near, tmp_path / "m.parquet", np.concatenate([PAIRS, PAIRS]))
     assert twice.rows == len(PAIRS)
@@ -218,6 +222,7 @@ def test_repeated_pairs_and_lists_that_read_as_pairs(near, tmp_path):
         mine_negatives_on_disk(QUERIES[:2], near, tmp_path / "m.parquet", [(0, 5), (1, 7)])
 
 
+@pytest.mark.slow
 def test_texts_and_labels_that_are_missing_are_equal_to_nothing(near, tmp_path):
     pandas = pytest.importorskip("pandas")
     texts = [None, "a", float("nan"), pandas.NA, "a "], [None, "a"]

@@ -64,6 +64,7 @@ def random_output(seed: int, n: int = 3, q: int = 5, c: int = 4) -> tuple[Detect
 
 
 # -- boxes and the set loss ----------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_overlaps_against_counted_cells() -> None:
     rng = np.random.default_rng(0)
     a, b = (np.sort(rng.integers(0, 20, (50, 2, 2)), axis=1).reshape(50, 4) for _ in range(2))
@@ -82,6 +83,7 @@ def test_overlaps_against_counted_cells() -> None:
         np.testing.assert_allclose(corners(to_centre(first)), first)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 def test_matching_is_the_cheapest_of_all(seed: int) -> None:
     output, targets = random_output(seed)
@@ -187,6 +189,7 @@ def tiny(seed: int = 0, **options: Any) -> SmallDetector:
         return SmallDetector(encoder, ("person", "dog"), queries=5, width=16, heads=2, **options)
 
 
+@pytest.mark.slow
 def test_a_frozen_detector_hands_gradients_to_the_pixels_alone() -> None:
     detector = tiny().freeze()
     assert not detector.train().training
@@ -234,6 +237,7 @@ def test_decoding_a_kept_map_is_the_whole_network() -> None:
             torch.testing.assert_close(encoder.continued(encoder.feature_map(pixels, 16)), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["small", "efficientnet", "mobilenet"])
 def test_freezing_folds_every_batch_norm_and_changes_nothing(kind: str) -> None:
     encoder = build_image_encoder(kind, pretrained=False, seed=0)

@@ -21,6 +21,7 @@ def data() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     return rows[:500], codes[:500], rows[500:], codes[500:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
 @pytest.mark.parametrize("k", [1, 5, 10_000])
 def test_neighbours_vote_as_in_a_loop(
@@ -45,6 +46,7 @@ def test_the_nearest_decides_between_as_many_votes() -> None:
     assert nearest_classes(train, codes, torch.tensor([[-1.0], [5.0]]), 2, "euclidean").tolist() == [1, 1]
 
 
+@pytest.mark.slow
 def test_the_probe_is_scikit_learns(data: tuple) -> None:
     from sklearn.linear_model import LogisticRegression
 
@@ -80,6 +82,7 @@ def test_wrong_arguments(data: tuple) -> None:
         nearest_classes(train, codes, queries, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
 def test_votes_say_who_voted(metric: str, data: tuple) -> None:
     train, codes, queries, _ = data

@@ -219,6 +219,7 @@ def tiny_bert(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
 def test_transformer_equals_one_text_at_a_time(tiny_bert, pooling):
     """Padding and the order by length leave no trace: compared with the bare model, text by text."""
@@ -241,6 +242,7 @@ def test_transformer_equals_one_text_at_a_time(tiny_bert, pooling):
     assert str(tiny_bert) in encoder.description
 
 
+@pytest.mark.slow
 def test_transformer_fingerprint_names_weights_and_pooling(tiny_bert, tmp_path):
     import shutil
 
@@ -259,6 +261,7 @@ def test_transformer_fingerprint_names_weights_and_pooling(tiny_bert, tmp_path):
         load_text_encoder(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_equal_weights_in_different_folders_are_saved_as_what_they_are(tiny_bert, tmp_path):
     """A run names the folder that it was trained with, whatever an earlier run with the same weights was."""
     import shutil

@@ -31,6 +31,7 @@ def head(card: str) -> dict:
     return yaml.safe_load(card.split("---\n")[1])
 
 
+@pytest.mark.slow
 def test_every_result_with_interval_and_chance(run: Path) -> None:
     card, folder = card_of(run), RunFolder(run)
     metrics = folder.read_json("metrics.json")
@@ -53,6 +54,7 @@ def test_every_result_with_interval_and_chance(run: Path) -> None:
     assert str(run.parent.parent) not in card
 
 
+@pytest.mark.slow
 def test_the_hub_reads_the_metadata(run: Path) -> None:
     from huggingface_hub import ModelCard
 
@@ -66,6 +68,7 @@ def test_the_hub_reads_the_metadata(run: Path) -> None:
         assert head(card_of(run, format))["library_name"] == library
 
 
+@pytest.mark.slow
 def test_texts_from_data_are_harmless(run: Path, tmp_path: Path) -> None:
     copy = tmp_path / "a|b"
     shutil.copytree(run, copy)
@@ -87,6 +90,7 @@ def test_texts_from_data_are_harmless(run: Path, tmp_path: Path) -> None:
     assert rows[0].replace("\\|", "").count("|") == 6
 
 
+@pytest.mark.slow
 def test_a_run_without_doctor_or_with_damaged_files(run: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)

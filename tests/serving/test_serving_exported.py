@@ -169,6 +169,7 @@ def folder(run: Path, tmp_path: Path) -> Path:
     return export_run(run, tmp_path / "model").folder
 
 
+@pytest.mark.slow
 def test_damaged_and_foreign_folders(folder: Path, run: Path) -> None:
     def broken(name: str, content: bytes | None) -> str:
         path = folder / name
@@ -205,6 +206,7 @@ def test_damaged_and_foreign_folders(folder: Path, run: Path) -> None:
     assert nearfar.load(folder).views == ["title", "price"]
 
 
+@pytest.mark.slow
 def test_what_cannot_be_exported(run: Path, tmp_path: Path) -> None:
     with pytest.raises(NearfarError, match="did you mean 'onnx'"):
         export_run(run, tmp_path / "a", "onx")
@@ -237,6 +239,7 @@ def test_what_cannot_be_exported(run: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "unfinished"]  # nothing was left
 
 
+@pytest.mark.slow
 def test_results_without_values_of_items(run: Path, folder: Path) -> None:
     layout = json.loads((folder / "dataset_layout.json").read_text())
     assert layout["splits"]["train"]["source"] == "train.csv"

@@ -192,6 +192,7 @@ def test_pushed_and_loaded_by_name(
         nearfar.load("me/other")
 
 
+@pytest.mark.slow
 def test_what_the_hub_refuses(
     hub: type[Hub], run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -201,6 +202,7 @@ def test_what_the_hub_refuses(
         push(folder, "me/titles")
 
 
+@pytest.mark.slow
 def test_a_hub_that_cannot_be_reached(
     hub: type[Hub], run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -214,6 +216,7 @@ def test_a_hub_that_cannot_be_reached(
             push(folder, "me/titles", private=True)
 
 
+@pytest.mark.slow
 def test_a_token_is_asked_for_before_anything_is_computed(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

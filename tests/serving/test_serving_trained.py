@@ -110,6 +110,7 @@ def test_embeddings_are_those_of_the_run(run: RunFolder, table: Path, trained: T
     assert trained.embed([], "text").shape == (0, 8)
 
 
+@pytest.mark.slow
 def test_nothing_of_new_values_is_kept(
     run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -118,6 +119,7 @@ def test_nothing_of_new_values_is_kept(
     assert not list((tmp_path / "cache").rglob("*.npz"))
 
 
+@pytest.mark.slow
 def test_wrong_values_and_towers_are_named(trained: Trained, tmp_path: Path) -> None:
     with pytest.raises(
         NearfarError, match=r"embeds title, text, price: say which is meant, as tower='title'"
@@ -139,6 +141,7 @@ def test_wrong_values_and_towers_are_named(trained: Trained, tmp_path: Path) -> 
         nearfar.load(tmp_path / "empty")
 
 
+@pytest.mark.slow
 def test_a_newer_format_is_refused_and_version_01_is_read(run: RunFolder, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(run.path, copy)
@@ -219,6 +222,7 @@ class Killed(BaseException):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", [".parquet", ".npz"])
 def test_a_killed_command_goes_on_and_gives_the_same(
     trained: Trained, table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str
@@ -247,6 +251,7 @@ def test_a_killed_command_goes_on_and_gives_the_same(
     assert not output.with_name(output.name + ".parts").exists()
 
 
+@pytest.mark.slow
 def test_parts_of_different_data_are_not_used(
     trained: Trained, table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -73,6 +73,7 @@ def test_items_of_a_file_with_each_other() -> None:
                 assert rank is None
 
 
+@pytest.mark.slow
 def test_means_are_the_metrics_with_ties_too() -> None:
     n = 12
     first, second = drawn(n), drawn(n, seed=1)

@@ -60,6 +60,7 @@ def vit(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
+@pytest.mark.slow
 def test_frozen_features_are_those_of_the_encoder_in_any_chunk() -> None:
     tower = ImageTower("small", train="frozen", seed=3).fit(PICTURES)
     expected = embedded(build_image_encoder("small", seed=3, frozen=True), PICTURES)
@@ -77,6 +78,7 @@ def test_frozen_features_are_those_of_the_encoder_in_any_chunk() -> None:
     assert not torch.allclose(rows(other, PICTURES), expected)
 
 
+@pytest.mark.slow
 def test_features_are_computed_once_for_their_content(monkeypatch: pytest.MonkeyPatch) -> None:
     first = rows(ImageTower("small", train="head", seed=8).fit(PICTURES), PICTURES)
     monkeypatch.setattr("nearfar.towers.image._embedded", None)
@@ -86,6 +88,7 @@ def test_features_are_computed_once_for_their_content(monkeypatch: pytest.Monkey
         ImageTower("small", train="head", seed=8).fit(PICTURES[:20])
 
 
+@pytest.mark.slow
 def test_a_different_split_computes_only_pictures_that_are_new(monkeypatch: pytest.MonkeyPatch) -> None:
     pictures = RNG.integers(256, size=(1500, 4, 4, 3), dtype=np.uint8)
     computed: list[int] = []
@@ -104,6 +107,7 @@ def test_a_different_split_computes_only_pictures_that_are_new(monkeypatch: pyte
     torch.testing.assert_close(features, whole[fold])
 
 
+@pytest.mark.slow
 def test_colors_have_no_network() -> None:
     tower = ImageTower("colors").fit(PICTURES)
     np.testing.assert_array_equal(rows(tower, PICTURES).numpy(), color_statistics(PICTURES))
@@ -181,6 +185,7 @@ def test_packaged_weights_are_frozen_below_a_head_or_trained() -> None:
     np.testing.assert_allclose(reference, own.reference(pictures), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_transformers_frozen_full_and_adapters(vit: str) -> None:
     pictures = PICTURES[:6]
     expected = embedded(build_image_encoder("transformers", vit), pictures)
@@ -201,6 +206,7 @@ def test_transformers_frozen_full_and_adapters(vit: str) -> None:
         assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in module.parameters())
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_gives_the_same_gradient(vit: str) -> None:
     pictures = PICTURES[:6]
     gradients = []
@@ -217,6 +223,7 @@ def test_gradient_checkpointing_gives_the_same_gradient(vit: str) -> None:
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("train", ["frozen", "full", "lora"])
 def test_saved_and_loaded(train: Any, vit: str, tmp_path: Path) -> None:
     if train == "lora":
@@ -243,6 +250,7 @@ def test_saved_and_loaded(train: Any, vit: str, tmp_path: Path) -> None:
             load_tower(tmp_path / "tower")
 
 
+@pytest.mark.slow
 def test_a_loaded_tower_refuses_other_weights(vit: str, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     folder = tmp_path / "vit"
@@ -257,6 +265,7 @@ def test_a_loaded_tower_refuses_other_weights(vit: str, tmp_path: Path) -> None:
         load_tower(tmp_path / "tower").read(PICTURES[:4])
 
 
+@pytest.mark.slow
 def test_clip_and_small_are_loaded_from_their_configuration(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     part = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
@@ -322,6 +331,7 @@ def test_wrong_options(options: dict[str, Any], message: str) -> None:
         build_tower("image", **options)
 
 
+@pytest.mark.slow
 def test_weights_that_are_not_to_be_had_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import importlib.util
 
@@ -336,6 +346,7 @@ def test_weights_that_are_not_to_be_had_are_named(monkeypatch: pytest.MonkeyPatc
         ImageTower("transformers", model=str(tmp_path / "none")).fit(PICTURES[:2])
 
 
+@pytest.mark.slow
 def test_lora_without_linear_layers(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("peft")

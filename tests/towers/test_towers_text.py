@@ -57,6 +57,7 @@ def embedded(tower: TextTower, module: nn.Module, texts: list[str] = TEXTS) -> t
     return rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
 def test_a_trained_transformer_starts_from_what_the_frozen_one_computes(model: str, pooling: str) -> None:
     frozen = TextTower("transformer", "frozen", model=model, pooling=pooling)
@@ -70,6 +71,7 @@ def test_a_trained_transformer_starts_from_what_the_frozen_one_computes(model: s
     assert isinstance(frozen.build(), PassThrough)
 
 
+@pytest.mark.slow
 def test_rows_keep_their_order_whatever_their_length(model: str) -> None:
     tower = TextTower("transformer", "full", model=model)
     module = tower.build()
@@ -87,6 +89,7 @@ def test_length_groups_cover_every_row_once_in_order(seed: int) -> None:
     assert all(rows.stop - rows.start >= 16 for rows, _ in groups[:-1])
 
 
+@pytest.mark.slow
 def test_adapters_start_as_the_pretrained_network_and_train_little(model: str) -> None:
     pytest.importorskip("peft")
     full = TextTower("transformer", "full", model=model).build()
@@ -100,6 +103,7 @@ def test_adapters_start_as_the_pretrained_network_and_train_little(model: str) -
     assert "adapters of rank 2" in tower.description
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_changes_no_gradient(model: str) -> None:
     gradients = []
     for checkpointing in (False, True):
@@ -113,6 +117,7 @@ def test_gradient_checkpointing_changes_no_gradient(model: str) -> None:
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("train", ["head", "full"])
 def test_a_saved_transformer_reads_new_texts_with_the_weights_of_the_run(
     model: str, train: str, tmp_path: Path
@@ -182,6 +187,7 @@ def test_empty_texts_cannot_be_read() -> None:
     assert TextTower().check(["a", " ", 3]) == [None, "empty text", "empty text"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("train", ["frozen", "head", "full", "lora"])
 def test_states_of_tokens_are_those_of_the_network(model: str, train: str, tmp_path: Path) -> None:
     """A system that attends to tokens reads tokens even where the network is frozen."""

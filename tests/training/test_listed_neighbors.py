@@ -64,6 +64,7 @@ def options(table: Path, folder: Path, *more: str) -> list[str]:
     return ["experiment=pairs", *where, *sized, *towers, *trainer, *more]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sampler", "kind"), [("hard", HardNegativeSampler), ("partition", PartitionBatchSampler)]
 )
@@ -96,6 +97,7 @@ def test_a_run_trains_on_them(table, near, tmp_path, monkeypatch):
     assert (layout["of"], layout["k"], layout["recall"]) == ("sampler.neighbors", 20, near.recall)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rows", "k", "message"),
     [

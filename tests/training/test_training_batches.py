@@ -21,6 +21,7 @@ def config(**changes: Any) -> Any:
     return HardBatchOptions(**given | changes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ratio", [0.5, "0 -> 0.5", "linear 0 -> 0.8"])
 def test_misaligned_neighbours_are_refused_before_training(ratio: Any) -> None:
     options = config(hard_ratio=ratio)

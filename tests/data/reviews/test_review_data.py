@@ -106,6 +106,7 @@ def test_bad_files_are_named(tmp_path: Path, text: str, options: dict[str, Any],
         read_records(written(tmp_path / "a.csv", text), **options)
 
 
+@pytest.mark.slow
 def test_official_splits_and_where_thresholds_come_from(tmp_path: Path) -> None:
     data = loaded(split_folder(tmp_path / "all"))
     assert (len(data.train), len(data.val or ()), len(data.test or ())) == (180, 60, 60)
@@ -146,6 +147,7 @@ def test_no_text_crosses_splits(tmp_path: Path) -> None:
     assert data.layout()["leaks"] == {}
 
 
+@pytest.mark.slow
 def test_unknown_aspects_are_listed_with_the_nearest(tmp_path: Path) -> None:
     folder = split_folder(tmp_path, n=100)
     dev = (folder / "Dev.csv").read_text().replace("{CAMERA#", "{CAMRA#", 1)
@@ -415,6 +417,7 @@ def test_labels() -> None:
     assert parse_field("{#Positive};") == ({}, ["#Positive"])
 
 
+@pytest.mark.slow
 def test_the_embedded_set_is_the_same_each_time_and_splits_share_nothing() -> None:
     a, b = load_embedded(300, seed=1), load_embedded(300, seed=1)
     texts = [data.train.texts("text") for data in (a, b, load_embedded(300, seed=2))]

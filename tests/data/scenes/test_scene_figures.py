@@ -20,6 +20,7 @@ def config(*overrides: str) -> Any:
 
 
 # -- scenes --------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_only_the_contrast_tells_the_groups_apart() -> None:
     clear, faint = (make_scene(np.random.default_rng(7), 64, 0.3, left) for left in (1.0, 0.35))
     assert clear[1] == faint[1], "the same figure in the same place"
@@ -39,6 +40,7 @@ def test_only_the_contrast_tells_the_groups_apart() -> None:
     assert excess[0.35] / excess[1.0] == pytest.approx(0.35, abs=0.05)
 
 
+@pytest.mark.slow
 def test_scenes_are_coco_files_and_are_drawn_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NEARFAR_CACHE", str(tmp_path))
     data = config("data.scenes.train=20", "data.scenes.val=8", "data.scenes.test=10").data.scenes

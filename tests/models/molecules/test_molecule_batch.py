@@ -101,6 +101,7 @@ def test_masking_follows_its_draw_alone(atoms, bonds):
     assert not same_graph(first, draw(3, positions))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_loader_workers_change_nothing(workers):
     dataset = ItemDataset({"m": molecules()}, MoleculeMasking("m", 0.3, 0.3))

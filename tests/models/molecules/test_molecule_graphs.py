@@ -175,6 +175,7 @@ def test_graphs_come_from_the_cache(tmp_path, monkeypatch):
     np.testing.assert_array_equal(first.edge_ptr, second.edge_ptr)
 
 
+@pytest.mark.slow
 def test_morgan_counts_against_rdkit():
     from rdkit import Chem
     from rdkit.Chem import AllChem

@@ -69,6 +69,7 @@ def permuted(graph: GraphBatch, seed: int) -> GraphBatch:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_order_of_atoms_and_bonds_does_not_matter(network, table, seed):
     graph = table.batch(range(len(table)))

@@ -123,6 +123,7 @@ class Bad:
         return os.mkdir, (str(self.path),)
 
 
+@pytest.mark.slow
 def test_a_folder_of_qdrant_cannot_run_code(tmp_path: Path) -> None:
     pytest.importorskip("qdrant_client")
     place = tmp_path / "rows"
@@ -138,6 +139,7 @@ def test_a_folder_of_qdrant_cannot_run_code(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.slow
 def test_a_folder_of_others_is_no_store(tmp_path: Path) -> None:
     lancedb = pytest.importorskip("lancedb")
     database = lancedb.connect(str(tmp_path / "theirs"))
@@ -151,6 +153,7 @@ def test_a_folder_of_others_is_no_store(tmp_path: Path) -> None:
         store.search(np.ones((1, D)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("package", "place"),
     [

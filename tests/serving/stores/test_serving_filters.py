@@ -82,6 +82,7 @@ def test_a_quoted_text_is_that_text(text: str) -> None:
     assert parsed(f"lang={quoted},price<3") == [("lang", "in", (text,)), ("price", "<", (3.0,))]
 
 
+@pytest.mark.slow
 @given(st.text(max_size=30))
 def test_any_text_is_a_filter_or_an_error(text: str) -> None:
     with suppress(NearfarError):
@@ -96,6 +97,7 @@ def test_kinds_of_columns() -> None:
     assert column_kind([None, False]) == "boolean"
 
 
+@pytest.mark.slow
 @given(st.lists(st.text(max_size=60), unique=True, max_size=8))
 def test_names_in_a_database_are_plain_and_distinct(columns: list[str]) -> None:
     names = field_names(columns)

@@ -118,6 +118,7 @@ def test_nearest_rows_with_their_columns(place: str) -> None:
         assert len(store.search(queries[:1], 1000)[0].ids) == 60
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kept", [0, 1 << 20])
 def test_columns_of_hits_are_right_however_many_row_groups_are_kept(
     kept: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -190,6 +191,7 @@ def test_filters_are_those_of_the_arrays(place: str) -> None:
             assert store.count(where) == len(expected), where
 
 
+@pytest.mark.slow
 def test_a_row_of_the_same_id_is_replaced(place: str) -> None:
     first, second = Rows(20), Rows(20, seed=5)
     with create_store(place, D, KINDS) as store:
@@ -213,6 +215,7 @@ def test_a_row_of_the_same_id_is_replaced(place: str) -> None:
         assert all(row["lang"] == "de" for row in answer.rows)
 
 
+@pytest.mark.slow
 def test_a_fill_that_was_interrupted_goes_on_without_repeats(place: str) -> None:
     rows = Rows(30)
     with create_store(place, D, KINDS) as store:
@@ -230,6 +233,7 @@ def test_a_fill_that_was_interrupted_goes_on_without_repeats(place: str) -> None
         same(store.search(np.ones((1, D)), 30)[0], rows.nearest(np.ones(D), 30, lambda i: True))
 
 
+@pytest.mark.slow
 def test_a_new_store_replaces_the_one_before(place: str) -> None:
     rows = Rows(5)
     with create_store(place, D, KINDS) as store:

@@ -128,6 +128,7 @@ def test_the_report_shows_baseline_confusions_and_the_worst_reviews(finished: Ru
     assert "truly not mentioned" in page
 
 
+@pytest.mark.slow
 def test_files_go_before_the_generated_reviews(folder: Path) -> None:
     """The experiment's default data are generated ones: ``data.dir=`` alone is enough for one's own."""
     system = build_system(compose_config(["experiment=aspects", f"data.dir={folder}"]))

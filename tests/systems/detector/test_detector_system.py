@@ -59,6 +59,7 @@ def run(tmp_path: Path, folder: Path, *overrides: str) -> RunFolder:
     return run_one(compose_config(every), every, False, QUIET)
 
 
+@pytest.mark.slow
 def test_a_transformers_detr_is_read_from_a_folder(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     from nearfar.models.detection.detector import TransformersDetector
@@ -112,6 +113,7 @@ def options(folder: Path, **changes: Any) -> Any:
     ).data
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["detector", "fair_detection"])
 def test_the_default_encoder_comes_with_the_extra(name: str) -> None:
     config = compose_config([f"experiment={name}", "data.dir=x"])

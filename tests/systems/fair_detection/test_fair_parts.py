@@ -27,6 +27,7 @@ def config(*overrides: str) -> Any:
     return check_config(compose_config(["experiment=fair_detection", *overrides]))
 
 
+@pytest.mark.slow
 def test_the_notes_names_of_the_shares_stand_for_them() -> None:
     named = config("top_k_percent=0.3", "bottom_k_percent=0.2")
     assert (named.top_fraction, named.bottom_fraction) == (0.3, 0.2)
@@ -36,6 +37,7 @@ def test_the_notes_names_of_the_shares_stand_for_them() -> None:
 
 
 # -- schedules -----------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_the_bound_rises_is_held_and_falls() -> None:
     rule = epsilon_schedule(config())
     expected = {0: 0.05, 4: 0.075, 8: 0.10, 13: 0.10, 14: 0.10, 22: 0.095, 30: 0.09, 99: 0.09}
@@ -43,6 +45,7 @@ def test_the_bound_rises_is_held_and_falls() -> None:
     assert epsilon_schedule(config("warmup_epochs=0", "hold_epochs=0", "cooldown_epochs=0"))(5) == 0.10
 
 
+@pytest.mark.slow
 def test_weights_of_the_losses() -> None:
     weights = FairObjective(config()).sum.weights
     assert weights(0, 30) == pytest.approx({"contrastive": 1 / 3, "wasserstein": 0.2, "detection": 0.5})
@@ -92,6 +95,7 @@ def whole(n: int) -> list[Target]:
     return [Target(torch.zeros(1, dtype=torch.long), torch.tensor([[0.5, 0.5, 1.0, 1.0]]))] * n
 
 
+@pytest.mark.slow
 def test_values_are_those_of_the_losses() -> None:
     torch.manual_seed(0)
     detector = Brightness().freeze()

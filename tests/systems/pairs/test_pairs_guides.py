@@ -93,6 +93,7 @@ def step(system: PairSystem, rows: int = 12) -> tuple[ViewLoss, float, dict[str,
     return system.loss, float(output.loss), dict(output.logs())
 
 
+@pytest.mark.slow
 def test_a_column_of_vectors_is_a_guide(table: Path, tmp_path: Path) -> None:
     system = prepared(table, tmp_path, *COLUMNS, "guide_margin=0.2", "mask_duplicates=false")
     batch = system.datasets["train"].__getitems__(list(range(12)))
@@ -114,6 +115,7 @@ def test_a_column_of_vectors_is_a_guide(table: Path, tmp_path: Path) -> None:
     assert record["masked_per_row"] + record["candidates"] == pytest.approx(12)
 
 
+@pytest.mark.slow
 def test_a_tower_is_a_guide_of_all_views_and_of_negatives(table: Path, tmp_path: Path) -> None:
     system = prepared(table, tmp_path, *NGRAM, *FITTED, "negatives.text=wrong", "guide_softness=0.1")
     batch = system.datasets["train"].__getitems__(list(range(12)))
@@ -133,6 +135,7 @@ def test_a_column_does_not_judge_negatives_and_says_so(table: Path, tmp_path: Pa
     assert any("has no vectors of negatives.text" in text for text in said)
 
 
+@pytest.mark.slow
 def test_margins_and_distillation_are_terms(table: Path, tmp_path: Path) -> None:
     system = prepared(
         table,
@@ -158,6 +161,7 @@ def test_margins_and_distillation_are_terms(table: Path, tmp_path: Path) -> None
     assert record["masked_per_row"] == 0
 
 
+@pytest.mark.slow
 def test_hard_and_debiased_negatives_are_options(table: Path, tmp_path: Path) -> None:
     loss, _, record = step(prepared(table, tmp_path, "loss.tau_plus=0.1", "loss.beta=0.5"))
     assert (loss.contrast.tau_plus, loss.contrast.beta) == (0.1, 0.5)  # type: ignore[union-attr]

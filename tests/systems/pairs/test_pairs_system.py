@@ -150,6 +150,7 @@ def test_cached_chunks_give_the_same_loss(table: Path, tmp_path: Path) -> None:
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_view_that_some_items_lack_is_contrasted_where_it_is(table: Path, tmp_path: Path) -> None:
     system = prepared(table, tmp_path, "views=[title,text,price]")
     train_items = system.splits["train"]
@@ -167,11 +168,13 @@ def test_shared_views_have_one_tower_and_one_head(table: Path, tmp_path: Path) -
     assert sum(p.numel() for p in model.parameters()) == 16 * 8 + 8
 
 
+@pytest.mark.slow
 def test_the_pairs_that_are_held_out_share_no_text(table: Path, tmp_path: Path) -> None:
     splits = prepared(table, tmp_path, "views=[title,topic]", "data.val_fraction=0.3").splits
     assert not set(splits["train"]["topic"]) & set(splits["val"]["topic"])
 
 
+@pytest.mark.slow
 def test_files_that_share_items_are_a_leak(table: Path, tmp_path: Path) -> None:
     lines: list[str] = []
     system = prepared(table, tmp_path, "views=[title,topic]", f"data.val={table}")
@@ -194,6 +197,7 @@ def test_views_that_would_have_one_name_on_disk_are_refused(tmp_path: Path, name
         prepared(path, tmp_path)
 
 
+@pytest.mark.slow
 def test_columns_may_be_called_as_modules_call_their_methods(tmp_path: Path) -> None:
     path = tmp_path / "train.csv"
     path.write_text("keys,training\n" + "".join(f"word {i},text {i}\n" for i in range(40)))

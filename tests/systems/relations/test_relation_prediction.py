@@ -169,6 +169,7 @@ def write_coco(path: Path, folder: Path) -> dict[str, Any]:
     return content
 
 
+@pytest.mark.slow
 def test_every_ordered_pair_of_a_coco_file(trained: Trained, folder: Path, tmp_path: Path) -> None:
     content = write_coco(tmp_path / "boxes.json", folder)
     predictions = trained.predict(NewData(tmp_path / "boxes.json", images=folder / "images"))
@@ -216,6 +217,7 @@ def write_about(tmp_path: Path, folder: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_tables_of_pairs_and_of_boxes(trained: Trained, folder: Path, tmp_path: Path) -> None:
     boxes = {"cup": (10, 10, 50, 50), "table": (10, 60, 50, 100)}
     head = ["image", "name", "left", "top", "right", "bottom"]
@@ -279,6 +281,7 @@ def test_views_are_embedded(trained: Trained, run: RunFolder, folder: Path, tmp_
         assert load_tower(run.path / "towers" / view).options == trained.system.towers[view].options
 
 
+@pytest.mark.slow
 def test_an_exported_folder_predicts_the_same(
     trained: Trained, run: RunFolder, folder: Path, tmp_path: Path
 ) -> None:

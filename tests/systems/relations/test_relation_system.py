@@ -204,6 +204,7 @@ def _left_out(run: Path) -> int:
     return int(layout["rejections"]["total"])
 
 
+@pytest.mark.slow
 def test_untrained_infonce_starts_near_ln_b(folder: Path) -> None:
     """3.18 for 24 pairs; the notes' 1.46 was a batch of four."""
     overrides = [
@@ -238,6 +239,7 @@ def infonce(a: torch.Tensor, b: torch.Tensor) -> float:
     return float(sum(both).detach() / 2)
 
 
+@pytest.mark.slow
 def test_loss_weighs_terms_by_their_rows(folder: Path) -> None:
     """Pairs with a photo: crops and boxes; the others: their boxes twice, once with edges moved."""
     system = prepared(folder, "visual_dropout=0", "spatial_dropout=0")
@@ -286,6 +288,7 @@ def test_boxes_are_moved_by_their_share_in_the_same_way_for_the_same_batch(folde
     assert JITTERED not in system.dataset("test").__getitems__(at)
 
 
+@pytest.mark.slow
 def test_two_relations_of_one_pair_are_no_negatives(folder: Path) -> None:
     system = prepared(folder, "data.photos=required", "loss=infonce")
     model = system.build_model().eval()
@@ -297,6 +300,7 @@ def test_two_relations_of_one_pair_are_no_negatives(folder: Path) -> None:
     assert apart == pytest.approx(infonce(views["visual"], views["spatial"]), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_towers_read_crops_and_names(tmp_path: Path, folder: Path) -> None:
     """The features of each crop alone, the vectors of each name alone; a loaded tower reads the same."""
     system = prepared(folder, "categories=true")
@@ -403,6 +407,7 @@ def test_scores_count_pairs_and_resample_pictures() -> None:
     assert confusion(predicted, truth, 3).tolist() == [[2, 1, 0], [0, 2, 0], [0, 0, 1]]
 
 
+@pytest.mark.slow
 def test_pair_retrieval_and_its_chance() -> None:
     g = torch.Generator().manual_seed(0)
     views, images = torch.randn(50, 8, generator=g), [f"{i // 2}" for i in range(50)]
@@ -424,6 +429,7 @@ def test_pair_retrieval_and_its_chance() -> None:
     assert few[0].protocol["gallery"] == 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -460,6 +466,7 @@ def test_damaged_photos_cost_their_pixels_alone(tmp_path: Path) -> None:
     assert sum(split["images"] for split in layout["splits"].values()) == 40
 
 
+@pytest.mark.slow
 def test_the_sum_of_a_supervised_loss_is_an_option_of_its_own(folder: Path) -> None:
     """What the doctor prescribes where a sum inside the logarithm asks for the nearest positive alone."""
 
@@ -475,6 +482,7 @@ def test_the_sum_of_a_supervised_loss_is_an_option_of_its_own(folder: Path) -> N
         check_config(compose_config(["experiment=relations", "loss=supcon", "loss.sum=both"]))
 
 
+@pytest.mark.slow
 def test_pairs_with_boxes_alone_and_no_jitter_are_announced(tmp_path: Path, folder: Path) -> None:
     said: list[str] = []
     every = ["experiment=relations", *SMALL, f"data.dir={folder}", "box_jitter=0"]
