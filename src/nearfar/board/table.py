@@ -32,7 +32,7 @@ SCAN_SECONDS = 1.0
 #: bytes at the end of a log that are read for the table: of a run in progress, and of one that is finished
 TAIL, TAIL_FINISHED = 65_536, 4096
 #: seconds that an answer takes to read runs that are new; the others are read beside
-READ_SECONDS = 0.6
+READ_SECONDS = 0.45
 #: options that are columns of the table, at most
 OPTIONS = 40
 
