@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 # machine, a browser, a database); and threads of each: PyTorch's own would stand in each other's way
 JOBS   ?= 3
 # bytecode is kept, whatever the shell says: compiling every test anew takes as long as running many of them
-TESTS   = PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
+TESTS   = PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(JOBS) --dist loadfile
 DEMO   := $(VENV)/.demo
 STAMP  := $(VENV)/.installed
 # not --quiet: pip's list of what it downloads is the sign that the install goes on

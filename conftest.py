@@ -1,4 +1,4 @@
-"""What is collected, files with examples for their doctests, and in which order it runs."""
+"""What is collected for its doctests: files with examples."""
 
 from __future__ import annotations
 
@@ -7,18 +7,10 @@ import importlib
 from contextlib import suppress
 from pathlib import Path
 
-import pytest
-
 SOURCE = Path(__file__).parent / "src"
 
 # while the tests are collected libraries are imported, of which nothing is garbage: looking for it takes a tenth
 gc.disable()
-
-
-@pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that take minutes, mostly of waiting, begin first: at the end two processes would wait for the third."""
-    items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 
 def pytest_collection_finish() -> None:

@@ -38,7 +38,7 @@ from run_files import records, states_equal
 from tiny_molecules import pairs, split_files, write
 
 ray = pytest.importorskip("ray")
-pytestmark = [pytest.mark.slow, pytest.mark.long]  # starts a cluster
+pytestmark = pytest.mark.slow  # starts a cluster
 
 SUPPORT = Path(__file__).parent / "support"
 
