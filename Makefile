@@ -44,7 +44,7 @@ demo: $(DEMO)  ## train on 20,000 real molecules, random against hard batches, a
 
 test: setup lint types unit  ## lint, types and tests
 
-check: setup lint types quick  ## lint, types and the tests of less than a twentieth of a second (two minutes)
+check: setup lint types quick  ## lint, types and the tests of less than a twentieth of a second (about two minutes)
 
 lint: setup
 	$(BIN)/ruff check .

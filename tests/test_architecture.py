@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -166,6 +167,13 @@ def test_help_and_list_load_nothing_heavy() -> None:
     assert not loaded(code) & (HEAVY | {"torch", "numpy"})
     listing = code.replace("'--help'", "'train', '--list'")
     assert not loaded(listing) & (HEAVY | {"torch", "numpy"})
+
+
+@pytest.mark.parametrize("package", ["batching", "metrics", "mining", "serving"])
+def test_no_module_takes_the_place_of_a_lazy_name(package: str) -> None:
+    """Once a module of a package is imported, it is an attribute of the package, before any ``__getattr__``."""
+    names = set(importlib.import_module(f"nearfar.{package}")._HOME)
+    assert not names & {path.stem for path in (SOURCE / package).iterdir()}
 
 
 def test_unknown_attribute_names_what_there_is() -> None:

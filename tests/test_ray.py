@@ -142,8 +142,26 @@ def test_a_cluster_that_cannot_be_joined_is_an_error(
     monkeypatch.setattr(ray, "init", refuse)
     with socket.create_server(("127.0.0.1", 0)) as listening:
         monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{listening.getsockname()[1]}")
-        with pytest.raises(NearfarError, match=r"RAY_ADDRESS=127.*RAY_AUTH_TOKEN"), connect("a test"):
+        with (
+            pytest.raises(NearfarError, match=r"RAY_ADDRESS=127.*RAY_AUTH_TOKEN.*unset RAY_ADDRESS"),
+            connect("a test"),
+        ):
             pass
+
+
+def test_a_cluster_of_this_machine_that_cannot_be_joined_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody set an address: the advice is not to unset it."""
+
+    def refuse(address: str, **options: object) -> None:
+        raise ray.exceptions.AuthenticationError("InvalidAuthToken")
+
+    monkeypatch.setattr(ray, "init", refuse)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with (
+        pytest.raises(NearfarError, match=r"cluster that runs on this machine.*RAY_AUTH_TOKEN.*ray stop"),
+        connect("a test"),
+    ):
+        pass
 
 
 # -- tasks ---------------------------------------------------------------------------------------------------

@@ -116,11 +116,15 @@ def _check_address() -> None:
 
 def _not_joined(address: str) -> NearfarError:
     """Something listens at the address, and yet: the usual reason is a token, which Ray names among much else."""
+    if address in NO_ADDRESS:
+        which, alone = "the cluster that runs on this machine", "stop it (ray stop)"
+    else:
+        which, alone = f"the cluster of RAY_ADDRESS={address}", "unset RAY_ADDRESS"
     return NearfarError(
-        f"RAY_ADDRESS={address}: Ray could not join the cluster there. If it asks for a token (ray start has said so, "
-        "or lines above name InvalidAuthToken), set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to what ray get-auth-token "
-        "prints on its first node. Else see with ray status whether a cluster of the same version of Ray runs there; "
-        "unset RAY_ADDRESS to use this machine alone."
+        f"Ray could not join {which}. If it asks for a token (ray start has said so, or lines above name "
+        "InvalidAuthToken), set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to what ray get-auth-token prints on its first "
+        "node. Else see with ray status whether a cluster of the same version of Ray runs there. To use this machine "
+        f"alone, {alone}."
     )
 
 

@@ -210,8 +210,8 @@ def run_one(
     """Carry out one composed configuration, whose options are checked here.
 
     ``together`` with other processes on the same terminal, each line names its run, and only the ``first`` run says
-    what its data are. ``place``: its folder and the run it continues, where they have been chosen before. ``watch``
-    is told the monitored metric on validation after every epoch.
+    what its data are. ``place``: its folder and the run it continues, where a caller has chosen them, who then shows
+    the results. ``watch`` is told the monitored metric on validation after every epoch.
     """
     from nearfar.lab.report import write_report
     from nearfar.systems import build_system, check_config

@@ -62,4 +62,4 @@ _HOME = {
     "weight_in_batch": "spatial",
 }
 __all__ = list(_HOME)
-__getattr__, __dir__ = lazy_names(__name__, _HOME)
+__getattr__, __dir__ = lazy_names(__name__, _HOME, __all__)

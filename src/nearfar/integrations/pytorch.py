@@ -233,7 +233,7 @@ class Monitor:
         self._probe(epoch=1)
         if self.evaluate is not None:
             self.before = self.scores()
-            self._watched(self.before)  # a name that is wrong is said before anything is trained
+            self._watched(self.before)  # a wrong name is an error before anything is trained
             self.folder.append({"kind": "start", "step": 0, "val": self.before.values})
         self._keep_start()
 

@@ -34,4 +34,4 @@ _HOME = {
     "sample_to_mark": "false_negatives",
 }
 __all__ = list(_HOME)
-__getattr__, __dir__ = lazy_names(__name__, _HOME)
+__getattr__, __dir__ = lazy_names(__name__, _HOME, __all__)

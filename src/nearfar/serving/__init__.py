@@ -23,4 +23,4 @@ _HOME = {
 }
 __all__ = list(_HOME)
 
-__getattr__, __dir__ = lazy_names(__name__, _HOME)
+__getattr__, __dir__ = lazy_names(__name__, _HOME, __all__)

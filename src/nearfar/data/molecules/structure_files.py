@@ -328,7 +328,7 @@ def _examine_molfile(block: str) -> tuple[str, str]:
 
 
 COLUMNS: Mapping[str, Sequence[str]] = {
-    "smiles": ("smiles", "canonical_smiles", "isomeric_smiles", "mol", "molecule", "structure", "inchi"),
+    "smiles": ("smiles", "canonical_smiles", "isomeric_smiles", "mol", "structure", "inchi", "molecule"),
     "text": (
         *("description", "text", "caption", "name", "sentence"),
         *("definition", "iupac_name", "pubchem_iupac_name", "chebi_name", "generic_name", "common_name"),

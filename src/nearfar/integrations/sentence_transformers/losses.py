@@ -54,6 +54,7 @@ class _SentenceLoss(nn.Module):
     def _embed(self, features: Sequence[Features]) -> list[Tensor]:
         if self.mini_batch_size is None:
             return [self.model(dict(each))["sentence_embedding"] for each in features]
+        # Such a loss replaces the model's forward while it calls this one, and expects one call of it for each column.
         replaced = type(vars(self.model).get("forward")).__module__
         if replaced.startswith("sentence_transformers."):
             raise NearfarError(
